@@ -1,0 +1,656 @@
+// elementwise.cpp: draw, axpy and perturb on the CPU
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#define ZO_PASTE(a, b) a##b
+#define ZO_JOIN(a, b) ZO_PASTE(a, b)
+#if defined(ZOKERN_ISA)
+// Every instruction set has a namespace of its own: the linker would otherwise merge the inline functions of all of them,
+// and the scalar path might end up calling one that holds AVX-512 code.
+#define zo ZO_JOIN(zo_, ZOKERN_ISA)
+#endif
+
+#include "elementwise.h"
+
+#define ZO_INLINE inline __attribute__((always_inline))
+#define ZO_INLINE_LAMBDA __attribute__((always_inline))
+
+namespace zo {
+
+enum class Verb : int32_t { kDraw, kAxpy, kPerturb };
+
+struct Job {
+  Verb verb;
+  Rounding rounding;
+  Direction direction;
+  int32_t draw_count;
+  const Entry* entries;
+  const Chunk* chunks;
+  const Draw* draws;     // one for draw and perturb
+  const float* scales;   // perturb
+  float decay;           // axpy
+  uint32_t keys[20];     // round r: keys[2 r], keys[2 r + 1]
+};
+
+}  // namespace zo
+
+#if defined(ZOKERN_ISA)
+
+#define ZO_QUOTE(path) #path
+#define ZO_TRAIT(isa) ZO_QUOTE(simd/isa.h)
+#include ZO_TRAIT(ZOKERN_ISA)
+
+namespace zo {
+namespace {
+
+using F = Simd::F;
+using U = Simd::U;
+constexpr int kLanes = Simd::kLanes;
+constexpr int kUnit = 2 * kLanes;  // elements of one step of the second stage
+constexpr int kBlocks = 64;        // blocks between the two stages: 1 KB of words
+constexpr int kPiece = 8 * kBlocks;  // elements of the general path's buffers
+
+struct Name {
+  uint32_t who, step, draw;
+  const uint32_t* keys;
+};
+
+constexpr int per_block(Direction d) { return d == Direction::kNormal ? kNormalPerBlock : kRademacherPerBlock; }
+
+// ---- stage 1: words of `blocks` blocks (rounded up to groups). kUnpack: in the order that interleave() undoes.
+template <bool kUnpack, int kAhead>
+ZO_INLINE void make_words(uint32_t block, int blocks, const Name& name, uint32_t* words, const char* ahead) {
+  const auto x1 = Simd::wide(name.who), x2 = Simd::wide(name.step), x3 = Simd::wide(name.draw);
+  for (int b = 0; b < blocks; b += Simd::kGroup) {
+    if (kAhead != 0) {
+      for (int byte = 0; byte < kAhead; byte += 64) __builtin_prefetch(ahead + b / Simd::kGroup * kAhead + byte);
+    }
+    auto a = Simd::counters<kUnpack>(block + static_cast<uint32_t>(b)), c = x2, e = x1, g = x3;
+#pragma GCC unroll 9
+    for (int round = 0; round < kPhiloxRounds - 1; ++round) {
+      const auto p = Simd::multiply(a, kPhiloxM0), q = Simd::multiply(c, kPhiloxM1);
+      a = Simd::mix(q, e, name.keys[2 * round]), e = q;
+      c = Simd::mix(p, g, name.keys[2 * round + 1]), g = p;
+    }
+    const auto p = Simd::multiply(a, kPhiloxM0), q = Simd::multiply(c, kPhiloxM1);
+    Simd::store_words<kUnpack>(Simd::last(q, e, name.keys[18]), Simd::last(p, g, name.keys[19]), words + 4 * b);
+  }
+}
+
+// ---- stage 2: a unit of z
+ZO_INLINE void box_muller(U word, F& even, F& odd) {  // normal.h, the same operations in the same order
+  const F f = Simd::floats((word & 0xfffffu) | 0x4b000000u) + Simd::all(-8388607.5f);
+  const U bits = Simd::bits(f);
+  const F m = Simd::floats((bits & 0x7fffffu) | 0x3f800000u);
+  F p = Simd::all(0x1.cf6f9ap-4f);
+  p = Simd::fma(p, m, Simd::all(-0x1.c9e934p-1f));
+  p = Simd::fma(p, m, Simd::all(0x1.784dfep+1f));
+  p = Simd::fma(p, m, Simd::all(-0x1.10631ep+2f));
+  p = Simd::fma(p, m, Simd::all(0x1.9bc3dcp+7f));
+  const F square = Simd::fma(Simd::from_int(bits), Simd::all(-0x1.62e430p-23f), p);
+  const F y = Simd::floats(0x5f375800u - (Simd::bits(square) >> 1));
+  const F s = square * y;
+  const F e = Simd::fma(-s, y, Simd::all(1.0f));
+  const F h = Simd::fma(e, Simd::all(0x1.80a102p-2f), Simd::all(0x1.008f72p-1f)) * e;
+  const F r = Simd::fma(s, h, s);
+  const F t = Simd::from_int(word) * Simd::all(0x1p-31f);
+  const F q = t * t;
+  F sine = Simd::all(0x1.06404ep-4f);
+  sine = Simd::fma(sine, q, Simd::all(-0x1.29e97ap-1f));
+  sine = Simd::fma(sine, q, Simd::all(0x1.45779ep+1f));
+  sine = Simd::fma(sine, q, Simd::all(-0x1.4aa654p+2f));
+  sine = Simd::fma(sine, q, Simd::all(0x1.921d96p+1f));
+  sine = sine * t;
+  F cosine = Simd::all(0x1.6d2c2ep-3f);
+  cosine = Simd::fma(cosine, q, Simd::all(-0x1.499d3ep+0f));
+  cosine = Simd::fma(cosine, q, Simd::all(0x1.02b198p+2f));
+  cosine = Simd::fma(cosine, q, Simd::all(-0x1.3bb258p+2f));
+  cosine = Simd::fma(cosine, q, Simd::all(0x1.fffabcp-1f));
+  even = r * sine, odd = r * cosine;
+}
+
+// kPaired: a holds the even and b the odd elements of a unit; otherwise a holds the first half and b the second
+template <Direction D, bool kPaired>
+ZO_INLINE void unit_values(const uint32_t* words, int unit, F& a, F& b) {
+  if constexpr (D == Direction::kNormal) {
+    F even, odd;
+    box_muller(Simd::load(words + unit * kLanes), even, odd);
+    if (kPaired) {
+      a = even, b = odd;
+    } else {
+      Simd::interleave(even, odd, a, b);
+    }
+  } else {
+    const int first = unit * kUnit;
+    const U word = U{} + (words[first / 32] >> (first % 32));
+    const U to_sign = 31u - Simd::lane() * (kPaired ? 2u : 1u);
+    a = Simd::floats(((word << to_sign) & 0x80000000u) | 0x3f800000u);
+    b = Simd::floats(((word << (to_sign - (kPaired ? 1u : static_cast<uint32_t>(kLanes)))) & 0x80000000u) | 0x3f800000u);
+  }
+}
+
+template <Direction D, bool kPaired, class Body>
+ZO_INLINE void sweep(const uint32_t* words, int units, Body&& body) {
+  for (int u = 0; u < units; ++u) {
+    F a, b;
+    unit_values<D, kPaired>(words, u, a, b);
+    body(u, a, b);
+  }
+}
+
+template <Type T>
+using Element = std::conditional_t<T == Type::kFloat32, float, uint16_t>;
+
+template <Type T, bool kPaired>
+ZO_INLINE void load_unit(const Element<T>* p, F& a, F& b) {
+  if constexpr (T == Type::kFloat32) {
+    a = Simd::load(p), b = Simd::load(p + kLanes);
+  } else if constexpr (T == Type::kFloat16) {
+    a = Simd::load_fp16(p), b = Simd::load_fp16(p + kLanes);
+  } else if constexpr (kPaired) {
+    const U pairs = Simd::load_pairs(p);
+    a = Simd::floats(pairs << 16), b = Simd::floats(pairs & 0xffff0000u);
+  } else {
+    a = Simd::floats(Simd::load_half(p) << 16), b = Simd::floats(Simd::load_half(p + kLanes) << 16);
+  }
+}
+
+// Upper half: the nearest bfloat16. A NaN whose lower half is zero stays a NaN here.
+ZO_INLINE U bf16_round(F x) {
+  const U bits = Simd::bits(x);
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
+// flag becomes NaN if a result is inf or NaN
+template <Type T, bool kPaired>
+ZO_INLINE void store_unit(Element<T>* p, F a, F b, F& flag) {
+  const F zero = Simd::all(0.0f);
+  if constexpr (T == Type::kFloat32) {
+    Simd::store(p, a), Simd::store(p + kLanes, b);
+    flag = Simd::fma(a, zero, Simd::fma(b, zero, flag));
+  } else if constexpr (T == Type::kFloat16) {
+    Simd::store_fp16(p, a), Simd::store_fp16(p + kLanes, b);
+    // from 65504 (1 + 2^-12) = 65520 on, float16 overflows; a flag for a little less costs one count
+    const F scale = Simd::all(0x1.002p112f);
+    flag = Simd::fma(a * scale, zero, Simd::fma(b * scale, zero, flag));
+  } else {
+    const U x = bf16_round(a), y = bf16_round(b);
+    if (kPaired) {
+      Simd::store_pairs(p, (x >> 16) | (y & 0xffff0000u));
+    } else {
+      Simd::store_half(p, x >> 16), Simd::store_half(p + kLanes, y >> 16);
+    }
+    flag = Simd::fma(Simd::floats(x), zero, Simd::fma(Simd::floats(y), zero, flag));
+  }
+}
+
+bool finite(float x) { return (as_bits(x) & 0x7f800000u) != 0x7f800000u; }
+
+template <Type T>
+int64_t count_nonfinite(const Element<T>* p, int64_t n) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    if constexpr (T == Type::kFloat32) {
+      count += !finite(p[i]);
+    } else {
+      const uint16_t exponent = T == Type::kBfloat16 ? 0x7f80u : 0x7c00u;
+      count += (p[i] & exponent) == exponent;
+    }
+  }
+  return count;
+}
+
+struct Run {            // consecutive elements of one row
+  const Entry* entry;
+  const void* theta;    // the first of them
+  int64_t column_stride;
+  int64_t position;     // of the first in the outputs
+  int64_t low;          // of the first in the residual
+  uint64_t number;      // of the first in the stream
+  int64_t n;
+};
+
+// ---- whole units from a block boundary: one term, rounding nearest, contiguous. kSides 0: draw, 1: axpy or one side.
+template <Direction D, Type T, Type O, int kSides, bool kDecay>
+int64_t fast(const Job& job, const Run& run, const Element<T>* theta, Element<O>* out0, Element<O>* out1, float scale0,
+             float scale1) {
+  constexpr bool kPaired = O == Type::kBfloat16;
+  constexpr int kSpan = kBlocks * per_block(D);
+  constexpr int kAhead = D == Direction::kNormal && kSides > 0 ? Simd::kGroup * 8 * static_cast<int>(sizeof(*theta)) : 0;
+  alignas(64) uint32_t words[4 * kBlocks];
+  const Name name{run.entry->who, job.draws[0].step, job.draws[0].draw, job.keys};
+  const F c0 = Simd::all(scale0), c1 = Simd::all(scale1), decay = Simd::all(job.decay);
+  F flag = Simd::all(0.0f);
+  for (int64_t done = 0; done < run.n; done += kSpan) {
+    const int n = static_cast<int>(run.n - done < kSpan ? run.n - done : kSpan);
+    const uint64_t block = (run.number + static_cast<uint64_t>(done)) / per_block(D);
+    make_words<D == Direction::kNormal && !kPaired, kAhead>(static_cast<uint32_t>(block), (n + per_block(D) - 1) / per_block(D),
+                                                           name, words, reinterpret_cast<const char*>(theta + done + kSpan));
+    sweep<D, kPaired>(words, n / kUnit, [&](int unit, F a, F b) ZO_INLINE_LAMBDA {
+      const int64_t i = done + unit * kUnit;
+      if constexpr (kSides == 0) {
+        store_unit<O, kPaired>(out0 + i, a, b, flag);
+      } else {
+        F x, y;
+        load_unit<T, kPaired>(theta + i, x, y);
+        if (kDecay) x = decay * x, y = decay * y;
+        store_unit<O, kPaired>(out0 + i, Simd::fma(c0, a, x), Simd::fma(c0, b, y), flag);
+        if (kSides == 2) store_unit<O, kPaired>(out1 + i, Simd::fma(c1, a, x), Simd::fma(c1, b, y), flag);
+      }
+    });
+  }
+  return Simd::any_nan(flag) ? 1 : 0;
+}
+
+// A coefficient that is NaN becomes the canonical one: then the lower half of every NaN that reaches bf16_round is zero.
+float quiet(float x) { return x == x ? x : as_float(0x7fc00000u); }
+
+template <Direction D, Type T, Type O>
+int64_t fast_verb(const Job& job, const Run& run) {
+  const auto* theta = static_cast<const Element<T>*>(run.theta);
+  auto* out0 = static_cast<Element<O>*>(run.entry->out[0]);
+  auto* out1 = static_cast<Element<O>*>(run.entry->out[1]);
+  if (out0 != nullptr) out0 += run.position;
+  if (out1 != nullptr) out1 += run.position;
+  if (job.verb == Verb::kDraw) {
+    if constexpr (T == O) fast<D, T, O, 0, false>(job, run, theta, out0, out1, 0.0f, 0.0f);
+    return 0;
+  }
+  if (job.verb == Verb::kPerturb) {
+    const float c0 = quiet(job.scales[0]);
+    if (out1 == nullptr) {
+      fast<D, T, O, 1, false>(job, run, theta, out0, out1, c0, 0.0f);
+    } else {
+      fast<D, T, O, 2, false>(job, run, theta, out0, out1, c0, quiet(job.scales[1]));
+    }
+    return 0;
+  }
+  if constexpr (T == O) {
+    auto* here = static_cast<Element<O>*>(const_cast<void*>(run.theta));
+    const float c = quiet(job.draws[0].coefficient);
+    const int64_t flag = job.decay == 1.0f ? fast<D, T, O, 1, false>(job, run, theta, here, nullptr, c, 0.0f)
+                                           : fast<D, T, O, 1, true>(job, run, theta, here, nullptr, c, 0.0f);
+    if (flag != 0) return count_nonfinite<T>(here, run.n);
+  }
+  return 0;
+}
+
+int64_t fast_instance(const Job& job, const Run& run) {
+  const auto theta = static_cast<Type>(run.entry->type), out = static_cast<Type>(run.entry->out_type);
+#define ZO_INSTANCE(D, T, O) \
+  if (job.direction == D && theta == T && out == O) return fast_verb<D, T, O>(job, run);
+#include "instances.def"
+#undef ZO_INSTANCE
+  return 0;
+}
+
+// ---- everything else, at most kPiece elements with the head and tail of their blocks: gather, add terms, round, scatter
+struct Buffers {
+  alignas(64) uint32_t words[4 * kBlocks];
+  alignas(64) float value[kPiece];
+  alignas(64) float side[kPiece];
+  alignas(64) uint16_t half[kPiece];
+};
+
+template <Direction D, bool kAdd>
+void term(const Name& name, uint64_t block, int blocks, float c, const float* from, float* to, uint32_t* words) {
+  make_words<D == Direction::kNormal, 0>(static_cast<uint32_t>(block), blocks, name, words, nullptr);
+  const F scale = Simd::all(c);
+  sweep<D, false>(words, (blocks * per_block(D) + kUnit - 1) / kUnit, [&](int unit, F a, F b) ZO_INLINE_LAMBDA {
+    float* p = to + unit * kUnit;
+    const float* q = from + unit * kUnit;
+    Simd::store(p, kAdd ? Simd::fma(scale, a, Simd::load(q)) : a);
+    Simd::store(p + kLanes, kAdd ? Simd::fma(scale, b, Simd::load(q + kLanes)) : b);
+  });
+}
+
+void add_term(const Job& job, const Draw& draw, uint32_t who, uint64_t block, int blocks, float c, const float* from, float* to,
+              uint32_t* words) {
+  const Name name{who, draw.step, draw.draw, job.keys};
+  if (job.direction == Direction::kNormal) {
+    term<Direction::kNormal, true>(name, block, blocks, c, from, to, words);
+  } else {
+    term<Direction::kRademacher, true>(name, block, blocks, c, from, to, words);
+  }
+}
+
+template <class X>
+void gather(const void* from, int64_t stride, int n, X* to) {
+  const X* p = static_cast<const X*>(from);
+  if (stride == 1) {
+    std::memcpy(to, p, static_cast<size_t>(n) * sizeof(X));
+  } else {
+    for (int i = 0; i < n; ++i) to[i] = p[i * stride];
+  }
+}
+
+template <class X>
+void scatter(const X* from, int n, void* to, int64_t stride) {
+  X* p = static_cast<X*>(to);
+  if (stride == 1) {
+    std::memcpy(p, from, static_cast<size_t>(n) * sizeof(X));
+  } else {
+    for (int i = 0; i < n; ++i) p[i * stride] = from[i];
+  }
+}
+
+// kPiece values to 16-bit halves, nearest; any NaN stays a NaN
+void narrow(Type type, const float* value, int units, uint16_t* half) {
+  for (int i = 0; i < units * kUnit; i += kLanes) {
+    const F x = Simd::load(value + i);
+    if (type == Type::kFloat16) {
+      Simd::store_fp16(half + i, x);
+    } else {
+      const U bits = Simd::bits(x);
+      Simd::store_half(half + i, ((bits & 0x7fffffffu) > 0x7f800000u ? bits | 0x400000u : bf16_round(x)) >> 16);
+    }
+  }
+}
+
+void widen(Type type, const uint16_t* half, int units, float* value) {
+  for (int i = 0; i < units * kUnit; i += kLanes) {
+    Simd::store(value + i, type == Type::kFloat16 ? Simd::load_fp16(half + i) : Simd::floats(Simd::load_half(half + i) << 16));
+  }
+}
+
+void stochastic(const Job& job, const Run& run, uint64_t number, int n, Type type, const float* value, uint16_t* half,
+                uint32_t* words) {
+  const Name name{run.entry->who, job.draws[job.draw_count - 1].step, kRoundingDraw, job.keys};
+  const uint64_t block = number / 8;
+  const int skip = static_cast<int>(number % 8);
+  make_words<false, 0>(static_cast<uint32_t>(block), (skip + n + 7) / 8, name, words, nullptr);
+  for (int i = 0; i < n; ++i) {
+    const int at = skip + i;
+    const uint32_t random = (words[at / 2] >> (at % 2 * 16)) & 0xffffu;
+    half[i] = type == Type::kBfloat16 ? bf16_stochastic(value[i], random) : fp16_stochastic(value[i], random);
+  }
+}
+
+int64_t general_piece(const Job& job, const Run& run, int64_t begin, int n, Buffers& buffers) {
+  const Entry& entry = *run.entry;
+  const Type type = static_cast<Type>(entry.type), out_type = static_cast<Type>(entry.out_type);
+  const int width = job.direction == Direction::kNormal ? kNormalPerBlock : kRademacherPerBlock;
+  const uint64_t number = run.number + static_cast<uint64_t>(begin);
+  const uint64_t block = number / width;
+  const int skip = static_cast<int>(number % width);
+  const int blocks = (skip + n + width - 1) / width;
+  const int units = (blocks * width + kUnit - 1) / kUnit;
+  const bool keep = type == Type::kBfloat16 && entry.residual != nullptr &&
+                    (job.verb == Verb::kPerturb || job.rounding == Rounding::kResidual);
+  float* value = buffers.value;
+  for (int i = 0; i < units * kUnit; ++i) value[i] = 0.0f;
+  char* theta = static_cast<char*>(const_cast<void*>(run.theta));
+  if (job.verb != Verb::kDraw) {
+    theta += begin * run.column_stride * (type == Type::kFloat32 ? 4 : 2);
+    if (type == Type::kFloat32) {
+      gather(theta, run.column_stride, n, value + skip);
+    } else {
+      for (int i = 0; i < units * kUnit; ++i) buffers.half[i] = 0;
+      gather(theta, run.column_stride, n, buffers.half + skip);
+      widen(type, buffers.half, units, value);
+      if (keep) {
+        for (int i = 0; i < n; ++i) value[skip + i] = residual_join(buffers.half[skip + i], entry.residual[run.low + begin + i]);
+      }
+    }
+  }
+  if (job.verb == Verb::kAxpy) {
+    if (job.decay != 1.0f) {
+      for (int i = 0; i < units * kUnit; ++i) value[i] = mul_rn(job.decay, value[i]);
+    }
+    for (int k = 0; k < job.draw_count; ++k) {
+      add_term(job, job.draws[k], entry.who, block, blocks, job.draws[k].coefficient, value, value, buffers.words);
+    }
+    value += skip;
+    int64_t nonfinite = 0;
+    if (type == Type::kFloat32) {
+      for (int i = 0; i < n; ++i) nonfinite += !finite(value[i]);
+      scatter(value, n, theta, run.column_stride);
+      return nonfinite;
+    }
+    uint16_t* half = buffers.half + skip;
+    if (keep) {
+      for (int i = 0; i < n; ++i) half[i] = residual_split(value[i], entry.residual[run.low + begin + i]);
+    } else if (job.rounding == Rounding::kStochastic) {
+      stochastic(job, run, number, n, type, value, half, buffers.words);
+    } else {
+      narrow(type, buffers.value, units, buffers.half);
+    }
+    scatter(half, n, theta, run.column_stride);
+    return type == Type::kBfloat16 ? count_nonfinite<Type::kBfloat16>(half, n) : count_nonfinite<Type::kFloat16>(half, n);
+  }
+  for (int side = 0; side < 2 && entry.out[side] != nullptr; ++side) {
+    const int64_t at = run.position + begin;
+    if (job.verb == Verb::kDraw) {
+      const Name name{entry.who, job.draws[0].step, job.draws[0].draw, job.keys};
+      if (job.direction == Direction::kNormal) {
+        term<Direction::kNormal, false>(name, block, blocks, 0.0f, value, buffers.side, buffers.words);
+      } else {
+        term<Direction::kRademacher, false>(name, block, blocks, 0.0f, value, buffers.side, buffers.words);
+      }
+    } else {
+      add_term(job, job.draws[0], entry.who, block, blocks, job.scales[side], value, buffers.side, buffers.words);
+    }
+    if (out_type == Type::kFloat32) {
+      scatter(buffers.side + skip, n, static_cast<float*>(entry.out[side]) + at, 1);
+    } else {
+      narrow(out_type, buffers.side, units, buffers.half);
+      scatter(buffers.half + skip, n, static_cast<uint16_t*>(entry.out[side]) + at, 1);
+    }
+  }
+  return 0;
+}
+
+int64_t general(const Job& job, const Run& run) {
+  Buffers buffers;
+  const int width = job.direction == Direction::kNormal ? kNormalPerBlock : kRademacherPerBlock;
+  int64_t nonfinite = 0;
+  for (int64_t begin = 0; begin < run.n;) {
+    const int skip = static_cast<int>((run.number + static_cast<uint64_t>(begin)) % width);
+    const int n = static_cast<int>(run.n - begin < kPiece - skip ? run.n - begin : kPiece - skip);
+    nonfinite += general_piece(job, run, begin, n, buffers);
+    begin += n;
+  }
+  return nonfinite;
+}
+
+Run part(const Run& run, int64_t begin, int64_t end) {
+  Run sub = run;
+  const int width = static_cast<Type>(run.entry->type) == Type::kFloat32 ? 4 : 2;
+  if (run.theta != nullptr) sub.theta = static_cast<const char*>(run.theta) + begin * run.column_stride * width;
+  sub.position += begin, sub.low += begin, sub.number += static_cast<uint64_t>(begin), sub.n = end - begin;
+  return sub;
+}
+
+int64_t consecutive(const Job& job, const Run& run) {
+  const int width = job.direction == Direction::kNormal ? kNormalPerBlock : kRademacherPerBlock;
+  const Type type = static_cast<Type>(run.entry->type);
+  const bool keep = type == Type::kBfloat16 && run.entry->residual != nullptr && job.verb == Verb::kPerturb;
+  const bool nearest = type == Type::kFloat32 || job.rounding == Rounding::kNearest ||
+                       (job.rounding == Rounding::kResidual && type != Type::kBfloat16);
+  if (run.column_stride != 1 || job.draw_count != 1 || keep || !nearest) return general(job, run);
+  int64_t head = static_cast<int64_t>((width - run.number % width) % width);
+  if (head > run.n) head = run.n;
+  const int64_t tail = head + (run.n - head) / kUnit * kUnit;
+  int64_t nonfinite = 0;
+  if (head > 0) nonfinite += general(job, part(run, 0, head));
+  if (tail > head) nonfinite += fast_instance(job, part(run, head, tail));
+  if (run.n > tail) nonfinite += general(job, part(run, tail, run.n));
+  return nonfinite;
+}
+
+}  // namespace
+
+// One chunk of a job; how many of its results are inf or NaN.
+extern "C" int64_t ZO_JOIN(zokern_chunk_, ZOKERN_ISA)(const void* address, int64_t which) {
+  const Job& job = *static_cast<const Job*>(address);
+  const Chunk& chunk = job.chunks[which];
+  const Entry& entry = job.entries[chunk.entry];
+  const int64_t width = static_cast<Type>(entry.type) == Type::kFloat32 ? 4 : 2;
+  // rows that follow one another in memory, in the stream and in the outputs are one row
+  const bool flat = entry.rows == nullptr && entry.pitch == static_cast<uint64_t>(entry.columns) &&
+                    (job.verb == Verb::kDraw || entry.row_stride == entry.columns * entry.column_stride);
+  const int64_t columns = flat || entry.row_count == 1 ? entry.columns * entry.row_count : entry.columns;
+  int64_t nonfinite = 0;
+  for (int64_t p = chunk.begin; p < chunk.end;) {
+    const int64_t r = p / columns, c = p % columns;
+    const int64_t n = chunk.end - p < columns - c ? chunk.end - p : columns - c;
+    const int64_t row = entry.rows != nullptr ? entry.rows[r] : r;
+    const char* theta = static_cast<const char*>(entry.theta);
+    if (theta != nullptr) theta += (row * entry.row_stride + c * entry.column_stride) * width;
+    const uint64_t number = entry.first + static_cast<uint64_t>(row) * entry.pitch + static_cast<uint64_t>(c);
+    nonfinite += consecutive(job, Run{&entry, theta, entry.column_stride, p, row * entry.columns + c, number, n});
+    p += n;
+  }
+  return nonfinite;
+}
+
+}  // namespace zo
+
+#else  // the part that is compiled once: choose an instruction set, share the chunks out
+
+#include <omp.h>
+
+#include <stdexcept>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+extern "C" {
+int64_t zokern_chunk_scalar(const void* job, int64_t chunk);
+#if defined(__x86_64__)
+int64_t zokern_chunk_avx2(const void* job, int64_t chunk);
+int64_t zokern_chunk_avx512(const void* job, int64_t chunk);
+#endif
+}
+
+namespace zo {
+namespace {
+
+struct Path {
+  const char* name;
+  int64_t (*chunk)(const void* job, int64_t chunk);
+  bool usable;
+};
+
+std::vector<Path>& paths() {  // best first
+  static std::vector<Path> list = {
+#if defined(__x86_64__)
+      {"avx512", zokern_chunk_avx512,
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
+      {"avx2", zokern_chunk_avx2,
+       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
+#endif
+      {"scalar", zokern_chunk_scalar, true},
+  };
+  return list;
+}
+
+const Path* find(const std::string& name) {
+  for (const Path& path : paths()) {
+    if (path.usable && (name.empty() || name == path.name)) return &path;
+  }
+  std::string message = "instruction set '" + name + "' cannot run here; usable: ";
+  for (const std::string& usable : architectures()) message += usable + " ";
+  throw std::invalid_argument(message);
+}
+
+const Path*& active() {
+  static const Path* path = find(std::getenv("ZOKERN_CPU_ISA") != nullptr ? std::getenv("ZOKERN_CPU_ISA") : "");
+  return path;
+}
+
+bool compiled(Direction direction, const Entry& entry) {
+  const auto theta = static_cast<Type>(entry.type), out = static_cast<Type>(entry.out_type);
+#define ZO_INSTANCE(D, T, O) \
+  if (direction == D && theta == T && out == O) return true;
+#include "instances.def"
+#undef ZO_INSTANCE
+  return false;
+}
+
+// The caller's thread keeps its floating-point mode; the arithmetic runs in the default one (torch.set_flush_denormal).
+struct DefaultMode {
+#if defined(__x86_64__)
+  unsigned saved = _mm_getcsr();
+  DefaultMode() { _mm_setcsr(0x1f80); }
+  ~DefaultMode() { _mm_setcsr(saved); }
+#endif
+};
+
+int64_t run(Job& job, const Launch& launch) {
+  job.direction = launch.direction;
+  job.entries = launch.entries;
+  job.chunks = launch.chunks;
+  uint32_t k0 = static_cast<uint32_t>(launch.seed), k1 = static_cast<uint32_t>(launch.seed >> 32);
+  for (int round = 0; round < kPhiloxRounds; ++round, k0 += kPhiloxW0, k1 += kPhiloxW1) {
+    job.keys[2 * round] = k0, job.keys[2 * round + 1] = k1;
+  }
+  for (int64_t c = 0; c < launch.chunk_count; ++c) {
+    if (!compiled(launch.direction, launch.entries[launch.chunks[c].entry])) {
+      throw std::invalid_argument("a launch names a direction or dtypes that csrc/instances.def does not list");
+    }
+  }
+  const auto chunk = active()->chunk;
+  const int workers = static_cast<int>(launch.workers);
+  int64_t nonfinite = 0;
+#pragma omp parallel num_threads(workers) if (workers > 1) reduction(+ : nonfinite)
+  {
+    DefaultMode mode;
+#pragma omp for schedule(dynamic)
+    for (int64_t c = 0; c < launch.chunk_count; ++c) nonfinite += chunk(&job, c);
+  }
+  return nonfinite;
+}
+
+}  // namespace
+
+void philox(const uint32_t* counters, int64_t count, uint32_t k0, uint32_t k1, int rounds, uint32_t* words, const Launch&) {
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t* x = counters + 4 * i;
+    const Words result = philox4x32(x[0], x[1], x[2], x[3], k0, k1, rounds);
+    std::memcpy(words + 4 * i, result.w, sizeof result.w);
+  }
+}
+
+void draw(const Launch& launch, uint32_t step, uint32_t draw) {
+  const Draw one{step, draw, 0.0f, 0};
+  Job job{};
+  job.verb = Verb::kDraw, job.draws = &one, job.draw_count = 1;
+  run(job, launch);
+}
+
+void axpy(const Launch& launch, const Draw* draws, int32_t draw_count, float decay, Rounding rounding, int64_t* nonfinite) {
+  Job job{};
+  job.verb = Verb::kAxpy, job.rounding = rounding, job.draws = draws, job.draw_count = draw_count, job.decay = decay;
+  *nonfinite += run(job, launch);
+}
+
+void perturb(const Launch& launch, uint32_t step, uint32_t draw, const float* scales) {
+  const Draw one{step, draw, 0.0f, 0};
+  Job job{};
+  job.verb = Verb::kPerturb, job.draws = &one, job.draw_count = 1, job.scales = scales;
+  run(job, launch);
+}
+
+std::string implementation() { return active()->name; }
+
+void select(const std::string& name) { active() = find(name); }
+
+std::vector<std::string> architectures() {
+  std::vector<std::string> names;
+  for (const Path& path : paths()) {
+    if (path.usable) names.push_back(path.name);
+  }
+  return names;
+}
+
+int device_count() { return 1; }
+
+}  // namespace zo
+#endif

@@ -1,0 +1,705 @@
+// elementwise.cu: draw, axpy_ and perturb for a list of tensors, on a GPU
+//
+// math     as elementwise.h: float32 inside, fma in draw order, one rounding; unit u is elements 8 u .. 8 u + 7 of the stream
+// traffic  bf16 axpy_: 2 B read + 2 B written per element for any K; perturb: 2 B read + one write per side; z moves no bytes
+// launch   one persistent grid per list, blocks of 256 threads. A block takes a chunk (or, when chunks are few, a part of one); a
+//          thread takes whole units, with one 16-byte load and store for 16-bit types and two for float32. Elements outside
+//          whole units, and entries that are strided, gathered, sliced or off a 16-byte boundary, go one at a time, still with
+//          one Philox block for the unit.
+// equal    bit for bit to zokern/backends/reference.py for every grid: a value depends on its stream number alone, and the
+//          count of non-finite results is an integer sum. Conversions in registers (cvt.rn) round as rounding.h does.
+// source   Malladi et al. 2023, Algorithm 1; stream: zokern/stream.py, version 1
+#include "elementwise.h"
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#ifndef ZO_LAUNCH  // tests run this file on the host, where a launch is a loop
+#define ZO_LAUNCH(kernel, blocks, threads, stream, ...) kernel<<<blocks, threads, 0, stream>>>(__VA_ARGS__)
+#endif
+
+namespace zo {
+namespace kernels {  // named, so that a kernel has the same symbol in every build
+
+constexpr int kThreads = 256;
+constexpr int kUnit = 8;        // elements a thread handles at a time: one Philox block of `normal`, 16 bytes of a 16-bit type
+constexpr int kResident = 3;    // blocks per multiprocessor that registers must allow: 80 registers a thread
+constexpr int kPartsLog2 = 5;   // a chunk of 65536 elements has 32 turns of 256 threads: more parts would be empty
+
+// The key of every round, made once on the host: kernel parameters are operands that cost no instruction.
+struct Keys {
+  uint32_t k0[kPhiloxRounds], k1[kPhiloxRounds];
+};
+
+inline Keys make_keys(uint64_t seed) {
+  Keys keys;
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    keys.k0[round] = static_cast<uint32_t>(seed) + static_cast<uint32_t>(round) * kPhiloxW0;
+    keys.k1[round] = static_cast<uint32_t>(seed >> 32) + static_cast<uint32_t>(round) * kPhiloxW1;
+  }
+  return keys;
+}
+
+__device__ __forceinline__ Words philox_keyed(uint32_t x0, uint32_t x1, uint32_t x2, uint32_t x3, const Keys& keys) {
+#pragma unroll
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const uint64_t p0 = static_cast<uint64_t>(kPhiloxM0) * x0;
+    const uint64_t p1 = static_cast<uint64_t>(kPhiloxM1) * x2;
+    x0 = static_cast<uint32_t>(p1 >> 32) ^ x1 ^ keys.k0[round];
+    x1 = static_cast<uint32_t>(p1);
+    x2 = static_cast<uint32_t>(p0 >> 32) ^ x3 ^ keys.k1[round];
+    x3 = static_cast<uint32_t>(p0);
+  }
+  return Words{{x0, x1, x2, x3}};
+}
+
+// A pointer read from a table, which the compiler must be told is global memory.
+template <class T>
+__device__ __forceinline__ T* global(T* pointer) {
+#if defined(__CUDA_ARCH__)
+  __builtin_assume(__isGlobal(pointer));
+#endif
+  return pointer;
+}
+
+// 64-bit numerator / divisor, by shift and subtract: nvcc divides integers through MUFU.RCP, and a file without any
+// approximation is a file whose machine code can be checked for it.
+__device__ __forceinline__ int64_t divide(int64_t numerator, int64_t divisor) {
+  uint64_t left = static_cast<uint64_t>(numerator), quotient = 0;
+  int shift = 0;
+  while (static_cast<uint64_t>(divisor) << shift <= left >> 1) ++shift;
+  for (; shift >= 0; --shift) {
+    const uint64_t part = static_cast<uint64_t>(divisor) << shift;
+    quotient <<= 1;
+    if (part <= left) left -= part, quotient |= 1;
+  }
+  return static_cast<int64_t>(quotient);
+}
+
+template <Direction kDirection>
+__device__ __forceinline__ void values(uint32_t unit, uint32_t who, uint32_t step, uint32_t draw, const Keys& keys,
+                                       float (&z)[kUnit]) {
+  if constexpr (kDirection == Direction::kNormal) {
+    const Words words = philox_keyed(unit, who, step, draw, keys);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) normal_pair(words.w[j], z[2 * j], z[2 * j + 1]);
+  } else {
+    const Words words = philox_keyed(unit >> 4, who, step, draw, keys);  // 16 units share a block
+    const uint32_t low = unit & 4u ? words.w[1] : words.w[0];
+    const uint32_t high = unit & 4u ? words.w[3] : words.w[2];
+    const uint32_t byte = (unit & 8u ? high : low) >> ((unit & 3u) * 8u);
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) z[i] = rademacher_sign(byte, static_cast<uint32_t>(i));
+  }
+}
+
+// Eight consecutive values of one type, at a 16-byte boundary.
+struct Pack {
+  uint32_t w[4];
+};
+
+__device__ __forceinline__ Pack load_pack(const void* from) {
+  const uint4 four = *global(static_cast<const uint4*>(from));
+  return Pack{{four.x, four.y, four.z, four.w}};
+}
+
+__device__ __forceinline__ void store_pack(void* to, const Pack& pack) {
+  *global(static_cast<uint4*>(to)) = make_uint4(pack.w[0], pack.w[1], pack.w[2], pack.w[3]);
+}
+
+// Two float32 to two halves in one instruction; rounding.h says what it computes.
+template <Type kType>
+__device__ __forceinline__ uint32_t nearest_pair(float even, float odd) {
+#if defined(__CUDA_ARCH__)
+  uint32_t pair;
+  if constexpr (kType == Type::kBfloat16) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(odd), "f"(even));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(odd), "f"(even));
+  }
+  return pair;
+#else
+  if constexpr (kType == Type::kBfloat16) return bf16_nearest(even) | static_cast<uint32_t>(bf16_nearest(odd)) << 16;
+  return fp16_nearest(even) | static_cast<uint32_t>(fp16_nearest(odd)) << 16;
+#endif
+}
+
+template <Type kType>
+__device__ __forceinline__ void unpack_pair(uint32_t pair, float& even, float& odd) {
+  if constexpr (kType == Type::kBfloat16) {
+    even = as_float(pair << 16);
+    odd = as_float(pair & 0xffff0000u);
+  } else {
+#if defined(__CUDA_ARCH__)
+    asm("{.reg .b16 e, o; mov.b32 {e, o}, %2; cvt.f32.f16 %0, e; cvt.f32.f16 %1, o;}" : "=f"(even), "=f"(odd) : "r"(pair));
+#else
+    even = fp16_to_float(static_cast<uint16_t>(pair));
+    odd = fp16_to_float(static_cast<uint16_t>(pair >> 16));
+#endif
+  }
+}
+
+template <Type kType>
+__device__ __forceinline__ void load_unit(const void* base, int64_t at, float (&v)[kUnit]) {
+  if constexpr (kType == Type::kFloat32) {
+    const float* from = static_cast<const float*>(base) + at;
+    const Pack low = load_pack(from), high = load_pack(from + 4);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v[i] = as_float(low.w[i]), v[4 + i] = as_float(high.w[i]);
+  } else {
+    const Pack pack = load_pack(static_cast<const uint16_t*>(base) + at);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) unpack_pair<kType>(pack.w[j], v[2 * j], v[2 * j + 1]);
+  }
+}
+
+// A unit in the type that it is stored in: 4 words of two halves, or 8 of one float32.
+template <Type kType>
+struct Stored {
+  static constexpr int kWords = kType == Type::kFloat32 ? 8 : 4;
+  uint32_t w[kWords];
+};
+
+template <Type kType>
+__device__ __forceinline__ Stored<kType> nearest(const float (&v)[kUnit]) {
+  Stored<kType> unit;
+#pragma unroll
+  for (int j = 0; j < unit.kWords; ++j) {
+    if constexpr (kType == Type::kFloat32) {
+      unit.w[j] = as_bits(v[j]);
+    } else {
+      unit.w[j] = nearest_pair<kType>(v[2 * j], v[2 * j + 1]);
+    }
+  }
+  return unit;
+}
+
+template <Type kType>
+__device__ __forceinline__ void store_unit(void* base, int64_t at, const Stored<kType>& unit) {
+  if constexpr (kType == Type::kFloat32) {
+    float* to = static_cast<float*>(base) + at;
+    store_pack(to, Pack{{unit.w[0], unit.w[1], unit.w[2], unit.w[3]}});
+    store_pack(to + 4, Pack{{unit.w[4], unit.w[5], unit.w[6], unit.w[7]}});
+  } else {
+    store_pack(static_cast<uint16_t*>(base) + at, Pack{{unit.w[0], unit.w[1], unit.w[2], unit.w[3]}});
+  }
+}
+
+__device__ __forceinline__ void load_joined(const void* base, const int16_t* residual, int64_t at, float (&v)[kUnit]) {
+  const Pack high = load_pack(static_cast<const uint16_t*>(base) + at), low = load_pack(residual + at);
+#pragma unroll
+  for (int i = 0; i < kUnit; ++i) {
+    const uint32_t shift = static_cast<uint32_t>(i & 1) * 16u;
+    v[i] = residual_join(static_cast<uint16_t>(high.w[i >> 1] >> shift), static_cast<int16_t>(low.w[i >> 1] >> shift));
+  }
+}
+
+// The whole units [begin, end) of a chunk whose elements follow one another in the stream and in memory at 16-byte boundaries;
+// empty where there are none. Element i of unit u is element 8 u + i - first of the entry.
+struct Units {
+  uint64_t begin, end;
+};
+
+__device__ __forceinline__ int64_t width(int32_t type) { return static_cast<Type>(type) == Type::kFloat32 ? 4 : 2; }
+
+__device__ __forceinline__ Units whole_units(const Entry& e, const Chunk& chunk) {
+  Units units = {(e.first + static_cast<uint64_t>(chunk.begin) + kUnit - 1) / kUnit,
+                 (e.first + static_cast<uint64_t>(chunk.end)) / kUnit};
+  const bool one_row = e.row_count == 1;
+  const bool numbered = e.rows == nullptr && (one_row || e.pitch == static_cast<uint64_t>(e.columns));
+  const bool dense = e.theta == nullptr || (e.column_stride == 1 && (one_row || e.row_stride == e.columns));
+  if (!numbered || !dense || units.begin >= units.end) return Units{0, 0};
+  const int64_t at = static_cast<int64_t>(units.begin * kUnit - e.first);
+  uintptr_t addresses = 0;
+  if (e.theta != nullptr) addresses |= reinterpret_cast<uintptr_t>(e.theta) + at * width(e.type);
+  if (e.out[0] != nullptr) addresses |= reinterpret_cast<uintptr_t>(e.out[0]) + at * width(e.out_type);
+  if (e.out[1] != nullptr) addresses |= reinterpret_cast<uintptr_t>(e.out[1]) + at * width(e.out_type);
+  if (e.residual != nullptr) addresses |= reinterpret_cast<uintptr_t>(e.residual + at);
+  return addresses % 16 == 0 ? units : Units{0, 0};
+}
+
+// Some elements [low, high) of a unit, anywhere. Element i lies at theta + at + i stride, residual + residual_at + i, out + to + i.
+struct Piece {
+  uint32_t unit;
+  int low, high;
+  int64_t at, stride, residual_at, to;
+};
+
+// Every element of the chunk that is in no whole unit, one Piece at a time.
+template <class Verb>
+__device__ __forceinline__ void pieces(Verb& verb, const Entry& e, const Chunk& chunk, const Units& whole, int64_t lane,
+                                       int64_t lanes) {
+  const bool merged =
+      e.rows == nullptr &&
+      (e.row_count == 1 || (e.pitch == static_cast<uint64_t>(e.columns) && e.row_stride == e.columns * e.column_stride));
+  const int64_t columns = merged ? e.row_count * e.columns : e.columns;
+  const int64_t first_row = merged ? 0 : divide(chunk.begin, columns);
+  const int64_t last_row = merged ? 0 : divide(chunk.end - 1, columns);
+  const bool edges = whole.begin < whole.end;
+  // A row of c columns touches at most c / 8 + 2 units; next to whole units only the one before and the one after are left.
+  // Rows get a power of two of turns each: some are empty, and none needs a division.
+  const int64_t per_row = edges ? 2 : (columns < chunk.end - chunk.begin ? columns : chunk.end - chunk.begin) / kUnit + 2;
+  int shift = 1;
+  while (int64_t{1} << shift < per_row) ++shift;
+  for (int64_t item = lane; item < (last_row - first_row + 1) << shift; item += lanes) {
+    const int64_t row = first_row + (item >> shift), slot = item & ((int64_t{1} << shift) - 1);
+    if (slot >= per_row) continue;
+    const int64_t begin = row == first_row ? chunk.begin - row * columns : 0;
+    const int64_t end = row == last_row ? chunk.end - row * columns : columns;
+    const int64_t source = e.rows != nullptr ? e.rows[row] : row;
+    const uint64_t number = e.first + static_cast<uint64_t>(source) * e.pitch;
+    const uint64_t unit =
+        edges ? (slot == 0 ? whole.begin - 1 : whole.end) : (number + static_cast<uint64_t>(begin)) / kUnit + slot;
+    const int64_t column = static_cast<int64_t>(unit * kUnit - number);  // of the unit's element 0; may lie outside the row
+    Piece piece;
+    piece.low = static_cast<int>(begin > column ? (begin - column < kUnit ? begin - column : kUnit) : 0);
+    piece.high = static_cast<int>(end - column < kUnit ? end - column : kUnit);
+    if (piece.low >= piece.high) continue;
+    piece.unit = static_cast<uint32_t>(unit);
+    piece.at = source * e.row_stride + column * e.column_stride;
+    piece.stride = e.column_stride;
+    piece.residual_at = source * columns + column;
+    piece.to = row * columns + column;
+    verb.piece(e, piece);
+  }
+}
+
+// Chunks to blocks. 2^parts_log2 blocks share a chunk; a verb takes the whole units it has an instance for, then the pieces.
+template <class Verb>
+__device__ __forceinline__ void run(Verb& verb, const Entry* entries, const Chunk* chunks, int64_t chunk_count, int parts_log2) {
+  for (int64_t turn = blockIdx.x; turn < chunk_count << parts_log2; turn += gridDim.x) {
+    const Chunk chunk = chunks[turn >> parts_log2];
+    if (chunk.begin >= chunk.end) continue;
+    Entry e = entries[chunk.entry];
+    e.theta = global(e.theta);
+    e.out[0] = global(e.out[0]), e.out[1] = global(e.out[1]);
+    e.residual = global(e.residual), e.rows = global(e.rows);
+    const int64_t part = turn & ((int64_t{1} << parts_log2) - 1);
+    const int64_t lane = part * kThreads + threadIdx.x, lanes = int64_t{kThreads} << parts_log2;
+    Units whole = whole_units(e, chunk);
+    if (!verb.units(e, whole, lane, lanes)) whole = Units{0, 0};
+    pieces(verb, e, chunk, whole, lane, lanes);
+  }
+}
+
+template <Direction kDirection>
+struct DrawVerb {
+  const Keys& keys;
+  uint32_t step, draw;
+
+  template <Type kType>
+  __device__ __forceinline__ void loop(const Entry& e, const Units& whole, int64_t lane, int64_t lanes) {
+    for (uint64_t unit = whole.begin + lane; unit < whole.end; unit += lanes) {
+      float z[kUnit];
+      values<kDirection>(static_cast<uint32_t>(unit), e.who, step, draw, keys, z);
+      store_unit<kType>(e.out[0], static_cast<int64_t>(unit * kUnit - e.first), nearest<kType>(z));
+    }
+  }
+
+  __device__ __forceinline__ bool units(const Entry& e, const Units& whole, int64_t lane, int64_t lanes) {
+    switch (static_cast<Type>(e.out_type)) {
+      case Type::kFloat32:
+        loop<Type::kFloat32>(e, whole, lane, lanes);
+        return true;
+      case Type::kBfloat16:
+        loop<Type::kBfloat16>(e, whole, lane, lanes);
+        return true;
+      case Type::kFloat16:
+        loop<Type::kFloat16>(e, whole, lane, lanes);
+        return true;
+    }
+    return false;
+  }
+
+  __device__ __forceinline__ void piece(const Entry& e, const Piece& p) {
+    float z[kUnit];
+    values<kDirection>(p.unit, e.who, step, draw, keys, z);
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) {
+      if (i >= p.low && i < p.high) store_nearest(e.out[0], static_cast<Type>(e.out_type), p.to + i, z[i]);
+    }
+  }
+};
+
+// Sees inf and NaN at half an instruction per 16-bit element: 0 x + state is 0 until x is not finite, and a NaN from then on.
+template <Type kType>
+struct Watch {
+  uint32_t state = 0;
+
+  __device__ __forceinline__ void see(uint32_t bits) {  // one float32, or two halves
+#if defined(__CUDA_ARCH__)
+    if constexpr (kType == Type::kFloat32) {
+      state = as_bits(fma_rn(as_float(bits), 0.0f, as_float(state)));
+    } else if constexpr (kType == Type::kBfloat16) {
+      asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(state) : "r"(bits), "r"(0));
+    } else {
+      asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(state) : "r"(bits), "r"(0));
+    }
+#else
+    constexpr uint32_t kInfinity = kType == Type::kFloat32 ? 0x7f800000u : kType == Type::kBfloat16 ? 0x7f80u : 0x7c00u;
+    const bool high = kType != Type::kFloat32 && ((bits >> 16) & kInfinity) == kInfinity;
+    if ((bits & kInfinity) == kInfinity || high) state = 1;
+#endif
+  }
+
+  __device__ __forceinline__ bool seen() const {
+    return (state & (kType == Type::kFloat32 ? 0x7fffffffu : 0x7fff7fffu)) != 0;
+  }
+};
+
+__device__ __forceinline__ bool is_nonfinite(Type type, uint32_t bits) {
+  const uint32_t exponent = type == Type::kFloat32 ? 0x7f800000u : type == Type::kBfloat16 ? 0x7f80u : 0x7c00u;
+  return (bits & exponent) == exponent;
+}
+
+template <Direction kDirection, Rounding kRounding, bool kPlain>
+struct AxpyVerb {
+  const Keys& keys;
+  const Draw* draws;
+  int32_t draw_count;
+  float decay;
+  uint64_t nonfinite;
+
+  __device__ __forceinline__ void sum(uint32_t unit, uint32_t who, const Draw& single, float (&v)[kUnit]) {
+    float z[kUnit];
+    if constexpr (kPlain) {
+      values<kDirection>(unit, who, single.step, single.draw, keys, z);
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i) v[i] = fma_rn(single.coefficient, z[i], v[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i) v[i] = mul_rn(decay, v[i]);
+      for (int32_t k = 0; k < draw_count; ++k) {
+        const Draw term = draws[k];
+        values<kDirection>(unit, who, term.step, term.draw, keys, z);
+#pragma unroll
+        for (int i = 0; i < kUnit; ++i) v[i] = fma_rn(term.coefficient, z[i], v[i]);
+      }
+    }
+  }
+
+  // The loop only watches whether a result was not finite; if one was, the thread reads its results again and counts.
+  template <Type kType>
+  __device__ __forceinline__ static uint64_t recount(const Entry& e, const Units& whole, int64_t lane, int64_t lanes) {
+    uint64_t found = 0;
+    for (uint64_t unit = whole.begin + lane; unit < whole.end; unit += lanes) {
+      const int64_t at = static_cast<int64_t>(unit * kUnit - e.first);
+      for (int i = 0; i < kUnit; ++i) {
+        const uint32_t bits = kType == Type::kFloat32 ? static_cast<const uint32_t*>(e.theta)[at + i]
+                                                      : static_cast<const uint16_t*>(e.theta)[at + i];
+        found += is_nonfinite(kType, bits);
+      }
+    }
+    return found;
+  }
+
+  template <Type kType>
+  __device__ __forceinline__ void loop(const Entry& e, const Units& whole, int64_t lane, int64_t lanes) {
+    constexpr bool kJoin = kRounding == Rounding::kResidual && kType == Type::kBfloat16;
+    const Draw last = draws[draw_count - 1];
+    Watch<kType> watch;
+    for (uint64_t unit = whole.begin + lane; unit < whole.end; unit += lanes) {
+      const int64_t at = static_cast<int64_t>(unit * kUnit - e.first);
+      float v[kUnit];
+      if constexpr (kJoin) {
+        load_joined(e.theta, e.residual, at, v);
+      } else {
+        load_unit<kType>(e.theta, at, v);
+      }
+      sum(static_cast<uint32_t>(unit), e.who, last, v);
+      Stored<kType> result;
+      if constexpr (kJoin) {
+        Pack low;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          int16_t low_even, low_odd;
+          const uint32_t even = residual_split(v[2 * j], low_even), odd = residual_split(v[2 * j + 1], low_odd);
+          result.w[j] = even | odd << 16;
+          low.w[j] = static_cast<uint16_t>(low_even) | static_cast<uint32_t>(static_cast<uint16_t>(low_odd)) << 16;
+        }
+        store_pack(e.residual + at, low);
+      } else if constexpr (kRounding == Rounding::kStochastic && kType != Type::kFloat32) {
+        const Words random = philox_keyed(static_cast<uint32_t>(unit), e.who, last.step, kRoundingDraw, keys);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const uint32_t first = random.w[j] & 0xffffu, second = random.w[j] >> 16;
+          if constexpr (kType == Type::kBfloat16) {
+            result.w[j] = bf16_stochastic(v[2 * j], first) | bf16_stochastic(v[2 * j + 1], second) << 16;
+          } else {
+            result.w[j] = fp16_stochastic(v[2 * j], first) | fp16_stochastic(v[2 * j + 1], second) << 16;
+          }
+        }
+      } else {
+        result = nearest<kType>(v);
+      }
+      store_unit<kType>(e.theta, at, result);
+#pragma unroll
+      for (int j = 0; j < result.kWords; ++j) watch.see(result.w[j]);
+    }
+    if (watch.seen()) nonfinite += recount<kType>(e, whole, lane, lanes);
+  }
+
+  __device__ __forceinline__ bool units(const Entry& e, const Units& whole, int64_t lane, int64_t lanes) {
+    switch (static_cast<Type>(e.type)) {
+      case Type::kFloat32:
+        loop<Type::kFloat32>(e, whole, lane, lanes);
+        return true;
+      case Type::kBfloat16:
+        if (kRounding == Rounding::kResidual && e.residual == nullptr) return false;
+        loop<Type::kBfloat16>(e, whole, lane, lanes);
+        return true;
+      case Type::kFloat16:
+        loop<Type::kFloat16>(e, whole, lane, lanes);
+        return true;
+    }
+    return false;
+  }
+
+  __device__ __forceinline__ void piece(const Entry& e, const Piece& p) {
+    const Type type = static_cast<Type>(e.type);
+    const bool join = kRounding == Rounding::kResidual && type == Type::kBfloat16 && e.residual != nullptr;
+    const Draw last = draws[draw_count - 1];
+    float v[kUnit];
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) {
+      v[i] = 0.0f;
+      if (i < p.low || i >= p.high) continue;
+      const int64_t at = p.at + i * p.stride;
+      v[i] = join ? residual_join(static_cast<const uint16_t*>(e.theta)[at], e.residual[p.residual_at + i])
+                  : load(e.theta, type, at);
+    }
+    sum(p.unit, e.who, last, v);
+    Words random = {};
+    if constexpr (kRounding == Rounding::kStochastic) random = philox_keyed(p.unit, e.who, last.step, kRoundingDraw, keys);
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) {
+      if (i < p.low || i >= p.high) continue;
+      const int64_t at = p.at + i * p.stride;
+      uint32_t bits;
+      if (type == Type::kFloat32) {
+        bits = as_bits(v[i]);
+        static_cast<float*>(e.theta)[at] = v[i];
+      } else {
+        const uint32_t some = (random.w[i >> 1] >> ((i & 1) * 16)) & 0xffffu;
+        if (join) {
+          bits = residual_split(v[i], e.residual[p.residual_at + i]);
+        } else if (type == Type::kBfloat16) {
+          bits = kRounding == Rounding::kStochastic ? bf16_stochastic(v[i], some) : bf16_nearest(v[i]);
+        } else {
+          bits = kRounding == Rounding::kStochastic ? fp16_stochastic(v[i], some) : fp16_nearest(v[i]);
+        }
+        static_cast<uint16_t*>(e.theta)[at] = static_cast<uint16_t>(bits);
+      }
+      nonfinite += is_nonfinite(type, bits);
+    }
+  }
+};
+
+template <Direction kDirection>
+struct PerturbVerb {
+  const Keys& keys;
+  uint32_t step, draw;
+  const float* scales;
+
+  template <Type kType, Type kOut>
+  __device__ __forceinline__ void loop(const Entry& e, const Units& whole, int64_t lane, int64_t lanes) {
+    const bool join = kType == Type::kBfloat16 && e.residual != nullptr, two = e.out[1] != nullptr;
+    const float plus = scales[0], minus = two ? scales[1] : 0.0f;
+    for (uint64_t unit = whole.begin + lane; unit < whole.end; unit += lanes) {
+      const int64_t at = static_cast<int64_t>(unit * kUnit - e.first);
+      float v[kUnit], z[kUnit], out[kUnit];
+      if (join) {
+        load_joined(e.theta, e.residual, at, v);
+      } else {
+        load_unit<kType>(e.theta, at, v);
+      }
+      values<kDirection>(static_cast<uint32_t>(unit), e.who, step, draw, keys, z);
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i) out[i] = fma_rn(plus, z[i], v[i]);
+      store_unit<kOut>(e.out[0], at, nearest<kOut>(out));
+      if (!two) continue;
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i) out[i] = fma_rn(minus, z[i], v[i]);
+      store_unit<kOut>(e.out[1], at, nearest<kOut>(out));
+    }
+  }
+
+  __device__ __forceinline__ bool units(const Entry& e, const Units& whole, int64_t lane, int64_t lanes) {
+#define ZO_INSTANCE(direction, theta, out)                                                       \
+  if constexpr (kDirection == direction) {                                                       \
+    if (e.type == static_cast<int32_t>(theta) && e.out_type == static_cast<int32_t>(out)) {      \
+      loop<theta, out>(e, whole, lane, lanes);                                                   \
+      return true;                                                                               \
+    }                                                                                            \
+  }
+#include "instances.def"
+#undef ZO_INSTANCE
+    return false;
+  }
+
+  __device__ __forceinline__ void piece(const Entry& e, const Piece& p) {
+    const Type type = static_cast<Type>(e.type), out_type = static_cast<Type>(e.out_type);
+    const bool join = type == Type::kBfloat16 && e.residual != nullptr;
+    const float plus = scales[0], minus = e.out[1] != nullptr ? scales[1] : 0.0f;
+    float z[kUnit];
+    values<kDirection>(p.unit, e.who, step, draw, keys, z);
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) {
+      if (i < p.low || i >= p.high) continue;
+      const int64_t at = p.at + i * p.stride;
+      const float v = join ? residual_join(static_cast<const uint16_t*>(e.theta)[at], e.residual[p.residual_at + i])
+                           : load(e.theta, type, at);
+      store_nearest(e.out[0], out_type, p.to + i, fma_rn(plus, z[i], v));
+      if (e.out[1] != nullptr) store_nearest(e.out[1], out_type, p.to + i, fma_rn(minus, z[i], v));
+    }
+  }
+};
+
+// What every kernel is told about its list.
+struct List {
+  const Entry* entries;
+  const Chunk* chunks;
+  int64_t chunk_count;
+  int parts_log2;
+  Keys keys;
+};
+
+template <Direction kDirection>
+__global__ void __launch_bounds__(kThreads, kResident) draw_kernel(const List list, uint32_t step, uint32_t draw) {
+  DrawVerb<kDirection> verb{list.keys, step, draw};
+  run(verb, list.entries, list.chunks, list.chunk_count, list.parts_log2);
+}
+
+template <Direction kDirection, Rounding kRounding, bool kPlain>
+__global__ void __launch_bounds__(kThreads, kResident)
+    axpy_kernel(const List list, const Draw* draws, int32_t draw_count, float decay, unsigned long long* nonfinite) {
+  AxpyVerb<kDirection, kRounding, kPlain> verb{list.keys, draws, draw_count, decay, 0};
+  run(verb, list.entries, list.chunks, list.chunk_count, list.parts_log2);
+  if (verb.nonfinite != 0) atomicAdd(nonfinite, static_cast<unsigned long long>(verb.nonfinite));  // rare: no reduction first
+}
+
+template <Direction kDirection>
+__global__ void __launch_bounds__(kThreads, kResident) perturb_kernel(const List list, uint32_t step, uint32_t draw, const float* scales) {
+  PerturbVerb<kDirection> verb{list.keys, step, draw, scales};
+  run(verb, list.entries, list.chunks, list.chunk_count, list.parts_log2);
+}
+
+__global__ void __launch_bounds__(kThreads, kResident)
+    philox_kernel(const uint32_t* counters, int64_t count, uint32_t k0, uint32_t k1, int rounds, uint32_t* words) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
+#pragma unroll 1
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += stride) {
+    const uint32_t* counter = counters + 4 * i;
+    const Words four = philox4x32(counter[0], counter[1], counter[2], counter[3], k0, k1, rounds);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) words[4 * i + j] = four.w[j];
+  }
+}
+
+inline void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error) + " (CUDA error " +
+                           std::to_string(static_cast<int>(error)) + ")");
+}
+
+// Blocks that the current device holds at once, or what the caller asked for.
+template <class Kernel>
+int64_t resident_blocks(Kernel kernel, int64_t workers) {
+  if (workers > 0) return std::min<int64_t>(workers, 0x7fffffff);
+  int device = 0, processors = 0, each = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads, 0), "kernel");
+  return std::max<int64_t>(1, static_cast<int64_t>(processors) * each);
+}
+
+template <class... Parameters, class... Arguments>
+void start(const char* what, void (*kernel)(List, Parameters...), const Launch& launch, Arguments... arguments) {
+  if (launch.chunk_count <= 0) return;
+  const int64_t resident = resident_blocks(kernel, launch.workers);
+  int parts_log2 = 0;
+  while (parts_log2 < kPartsLog2 && launch.chunk_count << (parts_log2 + 1) <= resident) ++parts_log2;
+  const unsigned blocks = static_cast<unsigned>(std::min(resident, launch.chunk_count << parts_log2));
+  const List list = {launch.entries, launch.chunks, launch.chunk_count, parts_log2, make_keys(launch.seed)};
+  ZO_LAUNCH(kernel, blocks, kThreads, reinterpret_cast<cudaStream_t>(launch.stream), list, arguments...);
+  check(cudaGetLastError(), what);
+}
+
+template <Direction kDirection, Rounding kRounding>
+void start_axpy(const Launch& launch, const Draw* draws, int32_t draw_count, float decay, unsigned long long* nonfinite) {
+  if (draw_count == 1 && decay == 1.0f) {
+    start("axpy_", axpy_kernel<kDirection, kRounding, true>, launch, draws, draw_count, decay, nonfinite);
+  } else {
+    start("axpy_", axpy_kernel<kDirection, kRounding, false>, launch, draws, draw_count, decay, nonfinite);
+  }
+}
+
+template <Direction kDirection>
+void start_axpy(const Launch& launch, const Draw* draws, int32_t draw_count, float decay, Rounding rounding,
+                unsigned long long* nonfinite) {
+  switch (rounding) {
+    case Rounding::kNearest:
+      return start_axpy<kDirection, Rounding::kNearest>(launch, draws, draw_count, decay, nonfinite);
+    case Rounding::kStochastic:
+      return start_axpy<kDirection, Rounding::kStochastic>(launch, draws, draw_count, decay, nonfinite);
+    case Rounding::kResidual:
+      return start_axpy<kDirection, Rounding::kResidual>(launch, draws, draw_count, decay, nonfinite);
+  }
+  throw std::runtime_error("axpy_: unknown rounding " + std::to_string(static_cast<int>(rounding)));
+}
+
+[[noreturn]] inline void unknown(const char* what, Direction direction) {
+  throw std::runtime_error(std::string(what) + ": unknown direction " + std::to_string(static_cast<int>(direction)));
+}
+
+}  // namespace kernels
+
+using namespace kernels;
+
+void philox(const uint32_t* counters, int64_t count, uint32_t k0, uint32_t k1, int rounds, uint32_t* words,
+            const Launch& launch) {
+  if (count <= 0) return;
+  const int64_t needed = (count + kThreads - 1) / kThreads;
+  const unsigned blocks = static_cast<unsigned>(std::min(resident_blocks(philox_kernel, launch.workers), needed));
+  ZO_LAUNCH(philox_kernel, blocks, kThreads, reinterpret_cast<cudaStream_t>(launch.stream), counters, count, k0, k1, rounds,
+            words);
+  check(cudaGetLastError(), "philox");
+}
+
+void draw(const Launch& launch, uint32_t step, uint32_t draw) {
+  switch (launch.direction) {
+    case Direction::kNormal:
+      return start("draw", draw_kernel<Direction::kNormal>, launch, step, draw);
+    case Direction::kRademacher:
+      return start("draw", draw_kernel<Direction::kRademacher>, launch, step, draw);
+  }
+  unknown("draw", launch.direction);
+}
+
+void axpy(const Launch& launch, const Draw* draws, int32_t draw_count, float decay, Rounding rounding, int64_t* nonfinite) {
+  if (draw_count < 1) throw std::runtime_error("axpy_: draw_count is " + std::to_string(draw_count) + "; expected at least 1");
+  auto* count = reinterpret_cast<unsigned long long*>(nonfinite);
+  switch (launch.direction) {
+    case Direction::kNormal:
+      return start_axpy<Direction::kNormal>(launch, draws, draw_count, decay, rounding, count);
+    case Direction::kRademacher:
+      return start_axpy<Direction::kRademacher>(launch, draws, draw_count, decay, rounding, count);
+  }
+  unknown("axpy_", launch.direction);
+}
+
+void perturb(const Launch& launch, uint32_t step, uint32_t draw, const float* scales) {
+  switch (launch.direction) {
+    case Direction::kNormal:
+      return start("perturb", perturb_kernel<Direction::kNormal>, launch, step, draw, scales);
+    case Direction::kRademacher:
+      return start("perturb", perturb_kernel<Direction::kRademacher>, launch, step, draw, scales);
+  }
+  unknown("perturb", launch.direction);
+}
+
+}  // namespace zo

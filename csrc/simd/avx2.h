@@ -1,0 +1,71 @@
+// simd/avx2.h: eight lanes (AVX2, FMA, F16C); the trait is explained in simd/scalar.h
+#pragma once
+
+#include <immintrin.h>
+
+namespace zo {
+
+struct Simd {
+  static constexpr int kLanes = 8;
+  static constexpr int kGroup = 4;
+  using F = __m256;
+  typedef uint32_t U __attribute__((vector_size(32), may_alias));
+  using W = __m256i;
+
+  static F all(float x) { return _mm256_set1_ps(x); }
+  static U bits(F x) { return (U)x; }
+  static F floats(U x) { return (F)x; }
+  static F from_int(U x) { return _mm256_cvtepi32_ps((__m256i)x); }
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static U lane() { return U{0, 1, 2, 3, 4, 5, 6, 7}; }
+
+  static F load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
+  static U load(const uint32_t* p) { return (U)_mm256_load_si256((const __m256i*)p); }
+  static U load_pairs(const uint16_t* p) { return (U)_mm256_loadu_si256((const __m256i*)p); }
+  static void store_pairs(uint16_t* p, U x) { _mm256_storeu_si256((__m256i*)p, (__m256i)x); }
+  static U load_half(const uint16_t* p) { return (U)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
+  static void store_half(uint16_t* p, U x) {
+    const __m256i lanes = _mm256_packus_epi32((__m256i)x, (__m256i)x);  // words below 2^16
+    _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(lanes, 0x08)));
+  }
+  static F load_fp16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+  static void store_fp16(uint16_t* p, F x) {
+    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  static bool any_nan(F x) { return _mm256_movemask_ps(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)) != 0; }
+
+  static void interleave(F even, F odd, F& low, F& high) {
+    low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
+  }
+
+  // Which block sits in which lane is free, so it is chosen to make store_words two instructions.
+  template <bool kUnpack>
+  static W counters(uint32_t block) {
+    const W order = kUnpack ? _mm256_setr_epi64x(0, 1, 2, 3) : _mm256_setr_epi64x(0, 2, 1, 3);
+    return _mm256_add_epi64(_mm256_set1_epi64x(block), order);
+  }
+  static W wide(uint32_t x) { return _mm256_set1_epi64x(x); }
+  static W multiply(W x, uint32_t constant) { return _mm256_mul_epu32(x, _mm256_set1_epi64x(constant)); }
+  static W mix(W product, W x, uint32_t key) {
+    return _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(product, 32), x), _mm256_set1_epi32((int)key));
+  }
+  static W last(W product, W x, uint32_t key) {
+    const W low = _mm256_xor_si256(x, _mm256_set1_epi32((int)key));
+    return _mm256_xor_si256(_mm256_shuffle_epi32(product, 0xb1), _mm256_blend_epi32(low, _mm256_setzero_si256(), 0xaa));
+  }
+  // kUnpack: 64-bit lanes (b0 b1 of w01, b0 b1 of w23), which interleave() puts in order
+  template <bool kUnpack>
+  static void store_words(W w01, W w23, uint32_t* words) {
+    __m256i* out = (__m256i*)words;
+    if (kUnpack) {
+      _mm256_store_si256(out, _mm256_permute2x128_si256(w01, w23, 0x20));
+      _mm256_store_si256(out + 1, _mm256_permute2x128_si256(w01, w23, 0x31));
+    } else {
+      _mm256_store_si256(out, _mm256_unpacklo_epi64(w01, w23));
+      _mm256_store_si256(out + 1, _mm256_unpackhi_epi64(w01, w23));
+    }
+  }
+};
+
+}  // namespace zo

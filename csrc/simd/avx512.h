@@ -1,0 +1,67 @@
+// simd/avx512.h: sixteen lanes (AVX-512 F, BW, DQ, VL); the trait is explained in simd/scalar.h
+#pragma once
+
+#include <immintrin.h>
+
+namespace zo {
+
+struct Simd {
+  static constexpr int kLanes = 16;
+  static constexpr int kGroup = 8;
+  using F = __m512;
+  typedef uint32_t U __attribute__((vector_size(64), may_alias));
+  using W = __m512i;
+
+  static F all(float x) { return _mm512_set1_ps(x); }
+  static U bits(F x) { return (U)x; }
+  static F floats(U x) { return (F)x; }
+  static F from_int(U x) { return _mm512_cvtepi32_ps((__m512i)x); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static U lane() { return U{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
+
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+  static U load(const uint32_t* p) { return (U)_mm512_load_si512(p); }
+  static U load_pairs(const uint16_t* p) { return (U)_mm512_loadu_si512(p); }
+  static void store_pairs(uint16_t* p, U x) { _mm512_storeu_si512(p, (__m512i)x); }
+  static U load_half(const uint16_t* p) { return (U)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)); }
+  static void store_half(uint16_t* p, U x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)x)); }
+  static F load_fp16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+  static void store_fp16(uint16_t* p, F x) {
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  static bool any_nan(F x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q) != 0; }
+
+  static void interleave(F even, F odd, F& low, F& high) {
+    low = _mm512_unpacklo_ps(even, odd), high = _mm512_unpackhi_ps(even, odd);
+  }
+
+  // Which block sits in which lane is free, so it is chosen to make store_words two instructions.
+  template <bool kUnpack>
+  static W counters(uint32_t block) {
+    const W order = kUnpack ? _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7) : _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+    return _mm512_add_epi64(_mm512_set1_epi64(block), order);
+  }
+  static W wide(uint32_t x) { return _mm512_set1_epi64(x); }
+  static W multiply(W x, uint32_t constant) { return _mm512_mul_epu32(x, _mm512_set1_epi64(constant)); }
+  static W mix(W product, W x, uint32_t key) {
+    return _mm512_ternarylogic_epi32(_mm512_srli_epi64(product, 32), x, _mm512_set1_epi32((int)key), 0x96);
+  }
+  static W last(W product, W x, uint32_t key) {
+    return _mm512_mask_ternarylogic_epi32(_mm512_shuffle_epi32(product, _MM_PERM_CDAB), 0x5555, x,
+                                          _mm512_set1_epi32((int)key), 0x96);
+  }
+  // kUnpack: 64-bit lanes (b0 b2 of w01, b0 b2 of w23, b1 b3 of w01, b1 b3 of w23), which interleave() puts in order
+  template <bool kUnpack>
+  static void store_words(W w01, W w23, uint32_t* words) {
+    if (kUnpack) {
+      _mm512_store_si512(words, _mm512_permutex2var_epi64(w01, _mm512_setr_epi64(0, 2, 8, 10, 1, 3, 9, 11), w23));
+      _mm512_store_si512(words + 16, _mm512_permutex2var_epi64(w01, _mm512_setr_epi64(4, 6, 12, 14, 5, 7, 13, 15), w23));
+    } else {
+      _mm512_store_si512(words, _mm512_unpacklo_epi64(w01, w23));
+      _mm512_store_si512(words + 16, _mm512_unpackhi_epi64(w01, w23));
+    }
+  }
+};
+
+}  // namespace zo

@@ -1,0 +1,52 @@
+// simd/scalar.h: one lane, any CPU. The trait that elementwise.cpp is written over, in its simplest form
+#pragma once
+
+namespace zo {
+
+struct Simd {
+  static constexpr int kLanes = 1;  // floats in F, words in U
+  static constexpr int kGroup = 1;  // Philox blocks in W, one 64-bit lane each
+  using F = float;
+  using U = uint32_t;
+  using W = uint64_t;
+
+  static F all(float x) { return x; }
+  static U bits(F x) { return as_bits(x); }
+  static F floats(U x) { return as_float(x); }
+  static F from_int(U x) { return zo::from_int(static_cast<int32_t>(x)); }
+  static F fma(F a, F b, F c) { return fma_rn(a, b, c); }
+  static U lane() { return 0; }
+
+  static F load(const float* p) { return *p; }
+  static void store(float* p, F x) { *p = x; }
+  static U load(const uint32_t* p) { return *p; }
+  // two 16-bit elements a word
+  static U load_pairs(const uint16_t* p) { return p[0] | static_cast<uint32_t>(p[1]) << 16; }
+  static void store_pairs(uint16_t* p, U x) { p[0] = static_cast<uint16_t>(x), p[1] = static_cast<uint16_t>(x >> 16); }
+  static U load_half(const uint16_t* p) { return *p; }
+  static void store_half(uint16_t* p, U x) { *p = static_cast<uint16_t>(x); }
+  static F load_fp16(const uint16_t* p) { return fp16_to_float(*p); }
+  static void store_fp16(uint16_t* p, F x) { *p = fp16_nearest(x); }
+  static bool any_nan(F x) { return x != x; }
+
+  // (even, odd) of one vector of words to consecutive elements; undoes the order of store_words<true>
+  static void interleave(F even, F odd, F& low, F& high) { low = even, high = odd; }
+
+  // Philox: one block a 64-bit lane, of which the upper half may hold anything
+  template <bool kUnpack>
+  static W counters(uint32_t block) { return block; }
+  static W wide(uint32_t x) { return x; }
+  static W multiply(W x, uint32_t constant) { return static_cast<uint64_t>(static_cast<uint32_t>(x)) * constant; }
+  static W mix(W product, W x, uint32_t key) { return (product >> 32) ^ x ^ key; }
+  // (high ^ x ^ key, low): two output words
+  static W last(W product, W x, uint32_t key) {
+    return (product >> 32 | product << 32) ^ static_cast<uint32_t>(static_cast<uint32_t>(x) ^ key);
+  }
+  template <bool kUnpack>
+  static void store_words(W w01, W w23, uint32_t* words) {
+    words[0] = static_cast<uint32_t>(w01), words[1] = static_cast<uint32_t>(w01 >> 32);
+    words[2] = static_cast<uint32_t>(w23), words[3] = static_cast<uint32_t>(w23 >> 32);
+  }
+};
+
+}  // namespace zo

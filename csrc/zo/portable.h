@@ -1,0 +1,77 @@
+// portable.h: the IEEE single-precision operations that the stream is written in, on a host and on a GPU
+//
+// math     add, sub, mul and fma, each rounded once to nearest-even; integer to float rounded once; bits <-> float.
+// equal    the same bits from g++ at any -O, AVX2, AVX-512 and nvcc, as long as this file is compiled without contraction
+//          (g++ -ffp-contract=off) and without fast-math; the checks below stop a build that asks for either.
+// why      a multiply that feeds an add may be fused by one compiler and not by the next. Every fusion that we want is
+//          therefore spelled fma_rn, and every product that must not be fused is spelled mul_rn.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__FAST_MATH__)
+#error "zokern: -ffast-math changes the bits of the stream; build without it"
+#endif
+
+#if defined(__CUDACC__)
+#define ZO_FN __host__ __device__ __forceinline__
+#else
+#define ZO_FN inline
+#endif
+
+namespace zo {
+
+ZO_FN float as_float(uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+  return __uint_as_float(bits);
+#else
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+#endif
+}
+
+ZO_FN uint32_t as_bits(float value) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_uint(value);
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+#endif
+}
+
+ZO_FN float mul_rn(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
+ZO_FN float add_rn(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fadd_rn(a, b);
+#else
+  return a + b;
+#endif
+}
+
+ZO_FN float fma_rn(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+  return __fmaf_rn(a, b, c);
+#else
+  return __builtin_fmaf(a, b, c);
+#endif
+}
+
+ZO_FN float from_int(int32_t value) {
+#if defined(__CUDA_ARCH__)
+  return __int2float_rn(value);
+#else
+  return static_cast<float>(value);
+#endif
+}
+
+}  // namespace zo

@@ -1,0 +1,20 @@
+"""zokern: zeroth-order fine-tuning of language models, training with forward passes only, exact and fast.
+
+    opt = zokern.MeZO(model, lr=1e-6, eps=1e-3, seed=0)         # a torch.optim.Optimizer
+    for batch in loader:
+        result = zokern.step(opt, lambda: model(**batch).loss)  # result.loss, result.coefficients, ...
+"""
+
+from .directions import Normal, Rademacher
+from .estimator import Stencil
+from .evaluation import Scratch, Walk
+from .methods import MeZO
+from .ops import axpy_, draw, perturb, philox4x32
+from .step import StepResult, step
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MeZO", "Normal", "Rademacher", "Scratch", "Stencil", "StepResult", "Walk", "__version__", "axpy_", "draw", "perturb", "philox4x32",
+    "step",
+]  # fmt: skip

@@ -1,0 +1,58 @@
+"""Backends: who runs the verbs. A backend that cannot run here says why; nothing else is run in its place."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from functools import lru_cache
+
+import torch
+
+from .base import DTYPES, ROUNDINGS, Backend, Span
+
+BACKENDS = {"reference": "Reference", "cpu": "Cpu", "cuda": "Cuda", "triton": "Triton"}
+DEFAULTS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}  # by device, best first
+
+
+def why_off(name: str) -> str | None:
+    """None when the backend can run here, else one sentence that says why not and what to do about it."""
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; expected one of {sorted(BACKENDS)}")
+    if name == "reference":
+        return None
+    return importlib.import_module(f".{name}", __name__).why_off()
+
+
+@lru_cache(maxsize=None)
+def get(name: str) -> Backend:
+    """The backend of this name; RuntimeError says why it is off and which ones are on."""
+    reason = why_off(name)
+    if reason is not None:
+        on = [other for other in BACKENDS if why_off(other) is None]
+        raise RuntimeError(f"backend {name!r} is off: {reason} Usable here: {on}.")
+    return getattr(importlib.import_module(f".{name}", __name__), BACKENDS[name])()
+
+
+@lru_cache(maxsize=None)
+def default(device_type: str) -> Backend:
+    """The best backend for a kind of device, chosen once per process."""
+    for name in DEFAULTS.get(device_type, ("reference",)):
+        if why_off(name) is None:
+            if name == "reference" and device_type in DEFAULTS:
+                warnings.warn(
+                    f"zokern runs its reference backend on {device_type}, which is exact and slow: "
+                    + "; ".join(f"{other} is off: {why_off(other)}" for other in DEFAULTS[device_type][:-1]),
+                    stacklevel=3,
+                )
+            return get(name)
+    raise AssertionError("the reference backend runs everywhere")
+
+
+def resolve(backend: str | Backend | None, device: torch.device) -> Backend:
+    """A backend from its name, the default of the device for None, or the backend itself."""
+    if backend is None:
+        return default(device.type)
+    return get(backend) if isinstance(backend, str) else backend
+
+
+__all__ = ["BACKENDS", "DTYPES", "ROUNDINGS", "Backend", "Span", "default", "get", "resolve", "why_off"]

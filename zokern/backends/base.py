@@ -1,0 +1,60 @@
+"""What every backend provides: the verbs, each for a list of tensors in one launch.
+
+A tensor of a launch is described by a Span, so that a shard, a tile, a slice or a set of looked-up rows reads exactly the
+values that it would have read as part of the whole tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, Sequence
+
+from torch import Tensor
+
+DTYPES = ("float32", "bfloat16", "float16")
+ROUNDINGS = ("nearest", "stochastic", "residual")
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where the elements of one tensor stand in the stream.
+
+    who    parameter id
+    first  number of the tensor's first element in the unsharded parameter (row-major)
+    pitch  for a 2-D tensor whose rows do not follow one another in the unsharded parameter (a slice of columns): the
+           numbers between two rows; None when element j of the flattened tensor simply is number first + j
+    rows   int64 row numbers: the launch works on rows ``theta[rows]`` of a 2-D theta, which keep their own numbers
+    """
+
+    who: int
+    first: int = 0
+    pitch: int | None = None
+    rows: Tensor | None = None
+
+
+class Backend(Protocol):
+    """Elementwise verbs are equal bit for bit on every backend (a NaN's payload excepted)."""
+
+    name: str
+
+    def philox4x32(self, counter: Tensor, key: tuple[int, int], rounds: int) -> Tensor:
+        """int64[n, 4] counters to int64[n, 4] words."""
+
+    def draw(self, outs: Sequence[Tensor], spans: Sequence[Span], direction, seed: int, step: int, draw: int) -> None:
+        """out <- z, rounded to out's dtype (nearest)."""
+
+    def axpy_(self, thetas: Sequence[Tensor], spans: Sequence[Span], direction, seed: int, draws: Sequence[tuple[int, int]],
+              coeffs: Tensor, decay: float, rounding: str, residuals: Sequence[Tensor] | None) -> Tensor:
+        """theta <- decay * theta + sum_k coeffs[k] z_k in place; int64[1]: how many results are inf or NaN.
+
+        float32 inside: t = round(decay * theta), then t = fma(coeffs[k], z_k, t) in order, then one rounding to the dtype.
+        coeffs is float32[K] on the tensors' device. ``stochastic`` spends the 16 bits of (who, step of the last draw,
+        purpose rounding). ``residual`` reads and writes int16 ``residuals`` (bfloat16 tensors; others round to nearest).
+        """
+
+    def perturb(self, thetas: Sequence[Tensor], spans: Sequence[Span], direction, seed: int, step: int, draw: int,
+                scales: Sequence[float], outs: Sequence[Sequence[Tensor]], residuals: Sequence[Tensor] | None) -> None:
+        """outs[j][i] <- round(thetas[i] + scales[j] z) for one or two scales; theta is only read.
+
+        outs are contiguous, of theta's dtype or float32, shaped like theta (or like theta[rows]).
+        """

@@ -1,0 +1,118 @@
+"""Backend ``cpu``: the compiled kernels of csrc/elementwise.cpp; AVX-512, AVX2 or scalar, chosen when the module is loaded.
+
+One call is one parallel region over the chunks of a table, on ``torch.get_num_threads()`` threads. The environment variable
+``ZOKERN_CPU_ISA`` (avx512, avx2 or scalar) forces one of the paths that this machine can run; all give the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Sequence
+
+import numpy as np
+import torch  # before _cpu: both then share one OpenMP runtime, and torch's threads are not oversubscribed
+from torch import Tensor
+
+from . import table
+from .base import Span
+
+_cpu: Any = None
+_error = ""
+try:
+    from .. import _cpu  # type: ignore[no-redef, attr-defined]
+except ImportError as error:
+    _error = str(error)
+
+SMALL = 1 << 16  # elements of a launch below which waking a second thread costs more than it saves
+
+
+def why_off() -> str | None:
+    """None if this backend can run here; otherwise why not, and the way out."""
+    if _cpu is not None:
+        return None
+    return (
+        f"the compiled module zokern._cpu is missing ({_error}); install a wheel that has it, or g++ and run "
+        "`pip install --no-build-isolation .`; backend 'reference' needs neither"
+    )
+
+
+def isa() -> str:
+    """The instruction set in use: 'avx512', 'avx2' or 'scalar'."""
+    return str(_module().implementation())
+
+
+def _module() -> Any:
+    if _cpu is None:
+        raise RuntimeError(f"backend 'cpu' is off: {why_off()}")
+    return _cpu
+
+
+def _direction(direction) -> int:
+    number = table.DIRECTIONS.get(direction.name)
+    if number is None:
+        raise NotImplementedError(
+            f"direction {direction.name!r} has no compiled kernel; backend 'cpu' has {sorted(table.DIRECTIONS)}, "
+            "backend 'reference' takes any direction"
+        )
+    return number
+
+
+def _check(name: str, tensors: Sequence[Tensor]) -> None:
+    for i, tensor in enumerate(tensors):
+        if not tensor.is_cpu:
+            raise ValueError(f"backend 'cpu': {name}[{i}] is on {tensor.device}; expected a CPU tensor")
+
+
+def _tables(entries: np.ndarray, chunks: np.ndarray) -> tuple[int, int, int]:
+    return entries.ctypes.data, chunks.ctypes.data, len(chunks)
+
+
+def _workers(chunks: np.ndarray) -> int:
+    threads = torch.get_num_threads()
+    if threads > 1 and len(chunks) * table.CHUNK_ELEMENTS > SMALL and int((chunks["end"] - chunks["begin"]).sum()) < SMALL:
+        return 1
+    return threads if len(chunks) > 1 else 1
+
+
+class Cpu:
+    """base.Backend on CPU tensors."""
+
+    name = "cpu"
+
+    def philox4x32(self, counter: Tensor, key: tuple[int, int], rounds: int) -> Tensor:
+        _check("counter", [counter])
+        given = np.ascontiguousarray(counter.numpy().astype(np.uint32))
+        words = np.empty_like(given)
+        _module().philox(given.ctypes.data, len(given), key[0], key[1], rounds, words.ctypes.data, 1, 0)
+        return torch.from_numpy(words.astype(np.int64))
+
+    def draw(self, outs: Sequence[Tensor], spans: Sequence[Span], direction, seed: int, step: int, draw: int) -> None:
+        number = _direction(direction)
+        _check("outs", outs)
+        entries, chunks = table.pack(None, spans, (outs,))
+        _module().draw(*_tables(entries, chunks), number, seed, step, draw, _workers(chunks), 0)
+
+    def axpy_(self, thetas: Sequence[Tensor], spans: Sequence[Span], direction, seed: int, draws: Sequence[tuple[int, int]],
+              coeffs: Tensor, decay: float, rounding: str, residuals: Sequence[Tensor] | None) -> Tensor:  # fmt: skip
+        number = _direction(direction)
+        _check("thetas", thetas)
+        _check("coeffs", [coeffs])
+        nonfinite = torch.zeros(1, dtype=torch.int64)
+        entries, chunks = table.pack(thetas, spans, residuals=residuals)
+        terms = table.pack_draws(draws, coeffs.tolist())
+        _module().axpy(*_tables(entries, chunks), number, seed, terms.ctypes.data, len(terms), decay, table.ROUNDING[rounding],
+                       nonfinite.data_ptr(), _workers(chunks), 0)  # fmt: skip
+        return nonfinite
+
+    def perturb(self, thetas: Sequence[Tensor], spans: Sequence[Span], direction, seed: int, step: int, draw: int,
+                scales: Sequence[float], outs: Sequence[Sequence[Tensor]], residuals: Sequence[Tensor] | None) -> None:  # fmt: skip
+        number = _direction(direction)
+        _check("thetas", thetas)
+        for side in outs:
+            _check("outs", side)
+        entries, chunks = table.pack(thetas, spans, outs, residuals)
+        sides = np.zeros(2, dtype=np.float32)
+        sides[: len(scales)] = scales
+        _module().perturb(*_tables(entries, chunks), number, seed, step, draw, sides.ctypes.data, _workers(chunks), 0)
+
+
+__all__ = ["Cpu", "isa", "why_off"]

@@ -1,0 +1,129 @@
+"""Backend ``reference``: the definition, in plain PyTorch operations, on any device. It reads like the formula and is slow."""
+
+from __future__ import annotations
+
+from typing import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import stream
+from ..stream import fma, to_bits, to_float
+from .base import Span
+
+CHUNK = 1 << 20  # elements at a time, so that the float64 temporaries stay small
+
+
+def numbers(theta: Tensor, span: Span) -> Tensor:
+    """The stream's element numbers of a tensor, int64, row-major and flat."""
+    if span.rows is None and span.pitch is None:
+        return torch.arange(span.first, span.first + theta.numel(), device=theta.device)
+    columns = theta.shape[-1]
+    rows = torch.arange(theta.shape[0], device=theta.device) if span.rows is None else span.rows.to(theta.device)
+    pitch = columns if span.pitch is None else span.pitch
+    return (span.first + rows[:, None] * pitch + torch.arange(columns, device=theta.device)).flatten()
+
+
+def z(direction, index: Tensor, who: int, step: int, draw: int, seed: int) -> Tensor:
+    """float32 values of the elements with these numbers."""
+    blocks, where = torch.unique(index // direction.per_block, return_inverse=True)
+    values = direction.values(stream.words(blocks, who, step, draw, seed))
+    return values[where, index % direction.per_block]
+
+
+def random16(index: Tensor, who: int, step: int, seed: int) -> Tensor:
+    """The 16 bits that stochastic rounding spends on each element."""
+    blocks, where = torch.unique(index // 8, return_inverse=True)
+    word = stream.words(blocks, who, step, stream.draw_word(0, stream.ROUNDING), seed)[where, index % 8 // 2]
+    return word >> index % 2 * 16 & 0xFFFF
+
+
+def stochastic(value: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
+    """(|x| + r) cut towards zero, r uniform over the bits that go (csrc/zo/rounding.h)."""
+    x = to_bits(value)
+    special = x & 0x7FFFFFFF >= 0x7F800000
+    if dtype == torch.bfloat16:
+        rounded = to_float((x + random & 0xFFFF0000) & 0xFFFFFFFF).to(dtype)
+    else:
+        a, exponent = x & 0x7FFFFFFF, x >> 23 & 0xFF
+        normal = exponent >= 113
+        magnitude = torch.where(normal, a, x & 0x7FFFFF | torch.where(exponent > 0, 0x800000, 0))
+        shift = torch.where(normal, 13, torch.where(exponent > 95, 126 - exponent, 31))
+        half = (magnitude + ((random << 16) >> (32 - shift)) >> shift) - torch.where(normal, 112 << 10, 0)
+        half = half.clamp(max=0x7C00) | (x >> 16 & 0x8000)
+        rounded = torch.where(half < 2**15, half, half - 2**16).to(torch.int16).view(dtype)
+    return torch.where(special, value.to(dtype), rounded)
+
+
+def join(high: Tensor, low: Tensor) -> Tensor:
+    """bfloat16 and its 16 low bits to the float32 that they are."""
+    bits = (high.view(torch.int16).to(torch.int64) << 16) + low.to(torch.int64)
+    return to_float(bits & 0xFFFFFFFF)
+
+
+def split(value: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 to the nearest bfloat16, ties away from zero, and the signed low bits that join() needs."""
+    x = to_bits(value)
+    special = x & 0x7FFFFFFF >= 0x7F800000
+    high = (x + 0x8000) >> 16 & 0xFFFF
+    high = torch.where(high < 2**15, high, high - 2**16).to(torch.int16).view(torch.bfloat16)
+    low = x & 0xFFFF
+    low = torch.where(low < 2**15, low, low - 2**16).to(torch.int16)
+    return torch.where(special, value.to(torch.bfloat16), high), torch.where(special, torch.zeros_like(low), low)
+
+
+class Reference:
+    name = "reference"
+
+    def philox4x32(self, counter: Tensor, key: tuple[int, int], rounds: int) -> Tensor:
+        return stream.philox4x32(counter, key, rounds)
+
+    def draw(self, outs, spans, direction, seed, step, draw) -> None:
+        for out, span in zip(outs, spans):
+            index = numbers(out, span)
+            values = torch.empty(index.numel(), dtype=out.dtype, device=out.device)
+            for part in range(0, index.numel(), CHUNK):
+                here = slice(part, part + CHUNK)
+                values[here] = z(direction, index[here], span.who, step, draw, seed).to(out.dtype)
+            out.copy_(values.view(out.shape))
+
+    def axpy_(self, thetas, spans, direction, seed, draws, coeffs, decay, rounding, residuals) -> Tensor:
+        nonfinite = torch.zeros(1, dtype=torch.int64, device=coeffs.device)
+        decay = torch.tensor(decay, dtype=torch.float32, device=coeffs.device)
+        for i, (theta, span) in enumerate(zip(thetas, spans)):
+            index = numbers(theta, span)
+            old = theta.flatten()  # row-major order for any stride
+            keep = rounding == "residual" and theta.dtype == torch.bfloat16
+            low = residuals[i].flatten() if keep else None
+            new = torch.empty_like(old)
+            for part in range(0, index.numel(), CHUNK):
+                here = slice(part, part + CHUNK)
+                value = join(old[here], low[here]) if keep else old[here].float()
+                value = decay * value
+                for (step, draw), coefficient in zip(draws, coeffs):
+                    value = fma(coefficient, z(direction, index[here], span.who, step, draw, seed), value)
+                if keep:
+                    new[here], low[here] = split(value)
+                elif rounding == "stochastic" and theta.dtype != torch.float32:
+                    new[here] = stochastic(value, theta.dtype, random16(index[here], span.who, draws[-1][0], seed))
+                else:
+                    new[here] = value.to(theta.dtype)
+            theta.copy_(new.view(theta.shape))
+            if keep:
+                residuals[i].copy_(low.view(residuals[i].shape))
+            nonfinite += (~torch.isfinite(new)).sum()
+        return nonfinite
+
+    def perturb(self, thetas, spans, direction, seed, step, draw, scales, outs, residuals) -> None:
+        for i, (theta, span) in enumerate(zip(thetas, spans)):
+            index = numbers(theta, span)
+            source = theta if span.rows is None else theta[span.rows]
+            value = source.flatten()
+            if residuals is not None and theta.dtype == torch.bfloat16:
+                low = residuals[i] if span.rows is None else residuals[i][span.rows]
+                value = join(value, low.flatten())
+            value = value.float()
+            direction_z = z(direction, index, span.who, step, draw, seed)
+            for scale, out in zip(scales, outs):
+                scale = torch.tensor(scale, dtype=torch.float32, device=theta.device)
+                out[i].copy_(fma(scale, direction_z, value).to(out[i].dtype).view(out[i].shape))

@@ -1,0 +1,117 @@
+"""The table of a launch: the same 104-byte entries and 24-byte chunks that csrc/elementwise.h declares, packed with NumPy.
+
+Raw pointers exist from here down to the kernels and nowhere else.
+"""
+
+from __future__ import annotations
+
+from typing import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..stream import INDEX_LIMIT
+from .base import ROUNDINGS, Span
+
+ENTRY = np.dtype(
+    [("theta", "u8"), ("out", "u8", 2), ("residual", "u8"), ("rows", "u8"), ("row_count", "i8"), ("columns", "i8"),
+     ("row_stride", "i8"), ("column_stride", "i8"), ("first", "u8"), ("pitch", "u8"), ("who", "u4"), ("type", "i4"),
+     ("out_type", "i4"), ("reserved", "i4")]
+)  # fmt: skip
+CHUNK = np.dtype([("begin", "i8"), ("end", "i8"), ("entry", "i8")])
+DRAW = np.dtype([("step", "u4"), ("draw", "u4"), ("coefficient", "f4"), ("reserved", "i4")])
+assert ENTRY.itemsize == 104 and CHUNK.itemsize == 24 and DRAW.itemsize == 16
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DIRECTIONS = {"normal": 0, "rademacher": 1}
+ROUNDING = {name: number for number, name in enumerate(ROUNDINGS)}
+
+CHUNK_ELEMENTS = 1 << 16
+ALIGN = 128  # chunks end where both directions' blocks end, so no block is generated twice
+
+
+def collapse(shape: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]]:
+    """Dimensions (size, stride), outermost first, with every pair merged that one stride can walk."""
+    dims: list[tuple[int, int]] = []
+    for size, stride in zip(shape, strides):
+        if size == 1:
+            continue
+        if dims and dims[-1][1] == size * stride:
+            dims[-1] = (dims[-1][0] * size, stride)
+        else:
+            dims.append((size, stride))
+    return dims
+
+
+def pack(
+    thetas: Sequence[Tensor] | None,
+    spans: Sequence[Span],
+    outs: Sequence[Sequence[Tensor]] = (),
+    residuals: Sequence[Tensor] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Entries and chunks of a launch. Empty tensors take no entry; a tensor of more than two strided dimensions takes several."""
+    rows: list[tuple] = []
+    shapes = thetas if thetas is not None else outs[0]
+    for i, (tensor, span) in enumerate(zip(shapes, spans)):
+        kind = TYPES[tensor.dtype]
+        targets = [side[i] for side in outs]
+        out_kind = TYPES[targets[0].dtype] if targets else kind
+        pointer = tensor.data_ptr() if thetas is not None else 0
+        out = [t.data_ptr() for t in targets] + [0] * (2 - len(targets))
+        low = 0 if residuals is None or kind != 1 else residuals[i].data_ptr()
+        columns = tensor.shape[-1] if tensor.dim() else 1
+        if span.rows is not None or span.pitch is not None:
+            count = tensor.shape[0] if span.rows is None else span.rows.numel()
+            pitch = columns if span.pitch is None else span.pitch
+            index = 0 if span.rows is None else span.rows.data_ptr()
+            if count and columns:
+                rows.append((pointer, out, low, index, count, columns, tensor.stride(0), tensor.stride(1), span.first, pitch,
+                             span.who, kind, out_kind, 0))  # fmt: skip
+            continue
+        if tensor.numel() == 0:
+            continue
+        if thetas is None or tensor.is_contiguous():
+            dims = [(tensor.numel(), 1)]
+        else:
+            dims = collapse(tensor.shape, tensor.stride())
+        # the innermost two dimensions make an entry; the outer ones are unrolled here
+        outer, inner = dims[:-2], dims[-2:]
+        (count, row_stride), (columns, column_stride) = inner if len(inner) == 2 else [(1, 0), *(inner or [(1, 1)])]
+        each, width, out_width = count * columns, tensor.element_size(), targets[0].element_size() if targets else 0
+        offsets = np.zeros(1, dtype=np.int64)
+        for size, stride in outer:
+            offsets = (offsets[:, None] + np.arange(size) * stride).ravel()
+        for j, offset in enumerate(offsets.tolist()):
+            done = j * each
+            rows.append((pointer + offset * width, [o and o + done * out_width for o in out], low and low + 2 * done, 0, count,
+                         columns, row_stride, column_stride, span.first + done, columns, span.who, kind, out_kind, 0))  # fmt: skip
+    entries = np.zeros(len(rows), dtype=ENTRY)
+    for i, row in enumerate(rows):
+        entries[i] = row
+    return entries, chunks(entries)
+
+
+def chunks(entries: np.ndarray) -> np.ndarray:
+    """Cut every entry's logical elements [0, row_count * columns) into pieces of about CHUNK_ELEMENTS."""
+    count = entries["row_count"] * entries["columns"]
+    skew = (entries["first"] % ALIGN).astype(np.int64)  # pieces are aligned in the stream's numbering, not in memory
+    pieces = np.maximum(1, -(-(count + skew) // CHUNK_ELEMENTS))
+    entry = np.repeat(np.arange(len(entries)), pieces)
+    piece = np.arange(len(entry)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    table = np.zeros(len(entry), dtype=CHUNK)
+    table["entry"] = entry
+    table["begin"] = np.maximum(0, piece * CHUNK_ELEMENTS - skew[entry])
+    table["end"] = np.minimum(count[entry], (piece + 1) * CHUNK_ELEMENTS - skew[entry])
+    return table
+
+
+def pack_draws(draws: Sequence[tuple[int, int]], coeffs: Sequence[float]) -> np.ndarray:
+    """The terms of a sum."""
+    table = np.zeros(len(draws), dtype=DRAW)
+    table["step"], table["draw"] = [s for s, _ in draws], [d for _, d in draws]
+    table["coefficient"] = coeffs
+    return table
+
+
+__all__ = ["CHUNK", "DIRECTIONS", "DRAW", "ENTRY", "INDEX_LIMIT", "ROUNDING", "TYPES", "pack", "pack_draws"]

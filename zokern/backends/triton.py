@@ -1,0 +1,177 @@
+"""Backend ``triton``: zokern.triton_kernels on CUDA tensors, or interpreted on CPU tensors under TRITON_INTERPRET=1.
+
+The table goes to the device as one asynchronous copy, kernels run on the current stream, and nothing waits for the device.
+Addresses in the table are raw, so a tensor on the wrong device is refused here: Triton itself could not notice.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import table
+from .base import Span
+
+_missing = ""
+try:
+    import triton
+
+    from .. import triton_kernels
+    from ..triton_kernels import elementwise
+except ImportError as error:
+    _missing = str(error)
+
+BLOCK = 1024  # elements a tile of the group path: eight a thread
+TAIL = 256  # elements a tile of the element path
+SPLIT = 8  # programs a chunk: 8192 elements each amortise the table's loads, and a small model still fills the device
+WARPS = 4
+CAPABILITY = (8, 0)
+
+
+def interpreted() -> bool:
+    """Whether the kernels were defined under TRITON_INTERPRET=1; setting it later changes nothing."""
+    return not isinstance(elementwise.axpy, triton.JITFunction)
+
+
+def why_off() -> str | None:
+    if _missing:
+        return f"Triton kernels cannot be imported ({_missing}); install triton 3.6 to 3.9 and a zokern wheel that carries them."
+    if interpreted():
+        return None
+    if torch.version.hip is not None:
+        return "its bits are verified on NVIDIA GPUs only, and this torch is built for ROCm; use backend='reference'."
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device; run on a GPU, or set TRITON_INTERPRET=1 before importing zokern to interpret on the CPU."
+    if torch.cuda.get_device_capability() < CAPABILITY:
+        major, minor = torch.cuda.get_device_capability()
+        return f"the CUDA device has compute capability {major}.{minor}; expected 8.0 or newer; use backend='cuda' or 'reference'."
+    return None
+
+
+def _signed(word: int) -> int:
+    """A 32-bit word as the int32 with its bits: Triton would choose another argument type for large values and compile again."""
+    return (word & 0xFFFFFFFF) - ((word & 0x80000000) << 1)
+
+
+def _key(seed: int) -> tuple[int, int]:
+    return _signed(seed), _signed(seed >> 32)
+
+
+def _number(direction) -> int:
+    if direction.name not in table.DIRECTIONS:
+        raise NotImplementedError(
+            f"backend 'triton' has no kernel for direction {direction.name!r}; it has {sorted(table.DIRECTIONS)}; "
+            "backend 'reference' runs any Direction"
+        )
+    return table.DIRECTIONS[direction.name]
+
+
+def _device(tensors: Sequence[Tensor]) -> torch.device:
+    """The one device of a launch."""
+    expected = "cpu" if interpreted() else "cuda"
+    devices = {t.device for t in tensors}
+    if len(devices) > 1 or any(device.type != expected for device in devices):
+        how = "under TRITON_INTERPRET=1" if expected == "cpu" else "compiled"
+        raise ValueError(f"backend 'triton' {how} got tensors on {sorted(map(str, devices))}; expected one {expected} device")
+    return devices.pop()
+
+
+def _groups(entries: np.ndarray) -> np.ndarray:
+    """1 where an entry can take the group path: contiguous, whole Philox blocks, 16-byte addresses."""
+    addresses = entries["theta"] | entries["out"][:, 0] | entries["out"][:, 1] | entries["residual"]
+    flat = (entries["rows"] == 0) & (entries["row_count"] == 1) & (entries["column_stride"] == 1)
+    return flat & (entries["first"] % 8 == 0) & (addresses % 16 == 0)
+
+
+class _Launch:
+    """A packed table on its device, and the launch of a kernel over its chunks."""
+
+    def __init__(self, tensors: Sequence[Tensor], entries: np.ndarray, chunks: np.ndarray, draws: Sequence[tuple[int, int]] = ()):
+        self.device = _device(tensors)
+        entries["reserved"] = _groups(entries)
+        names = np.array([step | draw << 32 for step, draw in draws], dtype=np.uint64)
+        parts = [a.view(np.int64).reshape(-1) for a in (entries, chunks, names)]
+        buffer = torch.from_numpy(np.concatenate(parts))
+        if self.device.type == "cuda":
+            buffer = buffer.pin_memory().to(self.device, non_blocking=True)
+        self.entries, self.chunks, self.draws = buffer.split([part.size for part in parts])
+        self.count = len(chunks)
+        # the interpreter pays by the operation, not by the lane: few wide tiles there
+        widest = int((chunks["end"] - chunks["begin"]).max(initial=1))
+        tile = max(8, triton.next_power_of_2(widest))
+        self.meta: dict[str, Any] = (
+            dict(BLOCK=tile, TAIL=tile, SPLIT=1) if interpreted() else dict(BLOCK=BLOCK, TAIL=TAIL, SPLIT=SPLIT)
+        )
+
+    def __call__(self, kernel, *arguments, **constants) -> None:
+        if self.count == 0:
+            return
+        with _guard(self.device):
+            kernel[(self.count * self.meta["SPLIT"],)](
+                self.entries, self.chunks, *arguments, **constants, **self.meta, num_warps=WARPS, enable_fp_fusion=False
+            )
+
+
+def _guard(device: torch.device):
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _mask(kinds: np.ndarray) -> int:
+    """The set of kinds as bits: a launch compiles the branches that its tensors take and no other."""
+    return int(np.bitwise_or.reduce(1 << np.unique(kinds), initial=0))
+
+
+class Triton:
+    name = "triton"
+
+    def philox4x32(self, counter: Tensor, key: tuple[int, int], rounds: int) -> Tensor:
+        device = _device([counter])
+        counter = counter.to(torch.int64).contiguous()
+        words = torch.empty_like(counter)
+        count = counter.shape[0]
+        if count:
+            block = triton.next_power_of_2(count) if interpreted() else BLOCK
+            with _guard(device):
+                elementwise.philox[(triton.cdiv(count, block),)](
+                    counter, words, count, _signed(key[0]), _signed(key[1]), rounds, block, num_warps=WARPS, enable_fp_fusion=False
+                )
+        return words
+
+    def draw(self, outs, spans: Sequence[Span], direction, seed, step, draw) -> None:
+        number = _number(direction)
+        if not outs:
+            return
+        entries, chunks = table.pack(None, spans, [outs])
+        launch = _Launch(outs, entries, chunks)
+        launch(elementwise.draw, _signed(step), _signed(draw), *_key(seed), DIRECTION=number, KINDS=_mask(entries["out_type"]))
+
+    def axpy_(self, thetas, spans: Sequence[Span], direction, seed, draws, coeffs, decay, rounding, residuals) -> Tensor:
+        number = _number(direction)
+        nonfinite = torch.zeros(1, dtype=torch.int64, device=coeffs.device)
+        if not thetas:
+            return nonfinite
+        entries, chunks = table.pack(thetas, spans, residuals=residuals if rounding == "residual" else None)
+        launch = _Launch([*thetas, coeffs], entries, chunks, draws)
+        launch(
+            elementwise.axpy, launch.draws, coeffs.contiguous(), nonfinite, len(draws), float(decay), *_key(seed),
+            DIRECTION=number, ROUNDING=table.ROUNDING[rounding], KINDS=_mask(entries["type"]),
+        )  # fmt: skip
+        return nonfinite
+
+    def perturb(self, thetas, spans: Sequence[Span], direction, seed, step, draw, scales, outs, residuals) -> None:
+        number = _number(direction)
+        if not thetas:
+            return
+        entries, chunks = table.pack(thetas, spans, outs, residuals)
+        launch = _Launch([*thetas, *(t for side in outs for t in side)], entries, chunks)
+        launch(
+            elementwise.perturb, _signed(step), _signed(draw), float(scales[0]), float(scales[-1]), *_key(seed),
+            DIRECTION=number, SIDES=len(outs), JOIN=residuals is not None, KINDS=_mask(3 * entries["type"] + entries["out_type"]),
+        )  # fmt: skip
+
+
+__all__ = ["Triton", "interpreted", "triton_kernels", "why_off"]

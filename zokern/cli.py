@@ -1,0 +1,27 @@
+"""The command line: `zokern COMMAND`, or `python -m zokern COMMAND`.
+
+A command is a module of this package with `main(argv) -> int` and options of its own; it is imported only when it is asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+COMMANDS = {
+    "info": "versions, backends and, for each that is off, why",
+    "demo": "fine-tune a small language model on film reviews, before and after",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; its exit status."""
+    parser = argparse.ArgumentParser(prog="zokern", description="Zeroth-order fine-tuning kernels.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, summary in COMMANDS.items():
+        # The options, --help among them, are the command's own to read.
+        commands.add_parser(name, help=summary, add_help=False)
+    arguments = sys.argv[1:] if argv is None else argv
+    command = parser.parse_args(arguments[:1]).command
+    return importlib.import_module(f".{command}", __package__).main(arguments[1:]) or 0

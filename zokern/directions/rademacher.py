@@ -1,0 +1,21 @@
+"""Direction ``rademacher``: independent signs, 128 a Philox block. The definition of csrc/zo/rademacher.h, in PyTorch.
+
+Element i is -1 where bit i mod 32 of word (i mod 128) div 32 of block i div 128 is set, +1 elsewhere. Spall 1992.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Rademacher:
+    """z = +1 or -1 with probability 1/2 each, independently for each element; E[z z^T] = I, z^2 = 1."""
+
+    name = "rademacher"
+    per_block = 128
+
+    def values(self, words: Tensor) -> Tensor:
+        """int64[n, 4] words to float32[n, 128] values."""
+        bit = torch.arange(32, device=words.device)
+        return (1 - 2 * (words.unsqueeze(-1) >> bit & 1)).float().flatten(-2)

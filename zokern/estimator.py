@@ -1,0 +1,72 @@
+"""Estimator: losses to coefficients. A finite-difference formula is data: offsets in units of eps, and weights.
+
+    c_k = (1 / eps) sum_j weights[j] L(theta + offsets[j] eps z_k)          g = (1 / q) sum_k c_k z_k
+
+Spall 1992 (central); Malladi et al. 2023, Definition 1 and Algorithm 1.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass
+from typing import Any, Sequence
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Stencil:
+    """Where the loss is read along a draw, and how the readings are weighted. Weights sum to 0, sum w_j o_j = 1."""
+
+    name: str
+    offsets: tuple[float, ...]
+    weights: tuple[float, ...]
+
+
+CENTRAL = Stencil("central", (1.0, -1.0), (0.5, -0.5))
+FORWARD = Stencil("forward", (1.0, 0.0), (1.0, -1.0))
+STENCILS = {stencil.name: stencil for stencil in (CENTRAL, FORWARD)}
+
+
+def resolve(stencil: str | Stencil) -> Stencil:
+    if isinstance(stencil, Stencil):
+        first = sum(w * o for w, o in zip(stencil.weights, stencil.offsets))
+        if len(stencil.offsets) != len(stencil.weights) or abs(sum(stencil.weights)) > 1e-9 or abs(first - 1) > 1e-9:
+            raise ValueError(f"stencil is {stencil}; expected weights that sum to 0 and sum weights*offsets = 1")
+        return stencil
+    if stencil not in STENCILS:
+        raise ValueError(f"unknown stencil {stencil!r}; expected one of {sorted(STENCILS)} or a Stencil")
+    return STENCILS[stencil]
+
+
+def loss_value(loss: Any) -> float:
+    """The closure's loss as a float; refused unless it is one real number.
+
+    A 0-d or one-element floating tensor, a Python number or a NumPy scalar. Vectors, integer and boolean tensors, complex
+    numbers, None and losses that carry an autograd graph are refused: each has meant a bug in somebody's closure.
+    """
+    expected = "expected a scalar: a 0-d or [1] floating tensor, or a Python number"
+    if isinstance(loss, Tensor):
+        if loss.shape not in ((), (1,)):
+            raise ValueError(f"the closure returned a tensor of shape {tuple(loss.shape)}; {expected} (reduce it with .mean())")
+        if not loss.is_floating_point():
+            raise TypeError(f"the closure returned a {loss.dtype} tensor; {expected} (is this the loss?)")
+        if loss.requires_grad:
+            raise ValueError(f"the closure returned a loss with an autograd graph; {expected}: drop enable_grad() or backward")
+        return float(loss.item())
+    if hasattr(loss, "dtype") and getattr(loss, "shape", None) == ():
+        loss = loss.item()  # NumPy
+    if isinstance(loss, bool) or not isinstance(loss, numbers.Real):
+        raise TypeError(f"the closure returned {type(loss).__name__} {loss!r:.80}; {expected}")
+    return float(loss)
+
+
+def coefficient(losses: Sequence[float], stencil: Stencil, eps: float, clip: float | None = None) -> float:
+    """The projected gradient of one query, rounded to float32; inf or NaN when the losses or the division are."""
+    difference = math.fsum(w * loss for w, loss in zip(stencil.weights, losses)) if all(map(math.isfinite, losses)) else math.nan
+    value = torch.tensor(difference / eps, dtype=torch.float32).item()
+    if clip is not None and abs(value) > clip:
+        value = math.copysign(clip, value)
+    return value

@@ -1,0 +1,63 @@
+"""What one step works on: the active parameters by group, and the names of its draws."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..backends import Backend, Span
+from ..directions import Direction
+from ..estimator import Stencil
+
+
+@dataclass
+class Group:
+    """Trained tensors of one parameter group on one device, with one eps: one launch per verb."""
+
+    names: list[str]
+    tensors: list[Tensor]
+    spans: list[Span]
+    residuals: list[Tensor] | None  # int16 low bits, aligned with tensors; None unless rounding is 'residual'
+    eps: float
+    options: dict  # the optimizer's param group: lr, weight_decay, ...
+    backend: Backend
+
+    def perturb(self, direction, seed: int, step: int, draw: int, scales: Sequence[float], outs) -> None:
+        self.backend.perturb(self.tensors, self.spans, direction, seed, step, draw, scales, outs, self.residuals)
+
+    def axpy_(self, direction, seed: int, draws, coeffs: Sequence[float], decay: float, rounding: str) -> Tensor:
+        table = torch.tensor(coeffs, dtype=torch.float32, device=self.tensors[0].device)
+        residuals = self.residuals if rounding == "residual" else None
+        count = self.backend.axpy_(self.tensors, self.spans, direction, seed, draws, table, decay, rounding, residuals)
+        torch.autograd.graph.increment_version(self.tensors)  # the kernels write through raw pointers
+        return count
+
+
+@dataclass
+class Plan:
+    groups: list[Group]
+    direction: Direction
+    stencil: Stencil
+    queries: int
+    seed: int
+    step: int
+    rounding: str
+    model: nn.Module | None
+    aliases: dict[int, tuple[int, int]]  # id of every tensor object that stands for a trained tensor -> (group, position)
+
+    def draws(self) -> list[tuple[int, int]]:
+        return [(self.step, query) for query in range(self.queries)]
+
+
+@dataclass
+class Reading:
+    """What an evaluation found: losses[query][offset], what still has to be undone, and how it went."""
+
+    losses: list[tuple[float, ...]]
+    restore: list[float]  # per query, in units of eps: weights now lack restore[k] * eps * z_k (0 where nothing was written)
+    scratch_bytes: int = 0
+    unseen: tuple[str, ...] = ()  # trained parameters that the loss never read
+    whole: tuple[str, ...] = ()  # parameters that were perturbed in one piece because their use cannot be tiled

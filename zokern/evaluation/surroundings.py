@@ -1,0 +1,146 @@
+"""Surroundings: what a step must leave as it found it, and what must not change under it.
+
+The user's RNG streams (torch on every device in use, `random`, NumPy), train/eval flags, buffers and module tree are put back
+after every reading of the loss. Within a step every reading starts from the same RNG state, drawn from (seed, step), so that
+all of them see the same dropout masks and no two steps do. Weights are watched through their version counters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import sys
+from contextlib import contextmanager, nullcontext
+from typing import Callable, ContextManager, Iterator
+
+import torch
+from torch import nn
+
+from ..estimator import loss_value
+from .plan import Plan
+
+BUFFER_BUDGET = 4 << 20  # bytes of buffers that a step snapshots; larger ones are only watched
+
+
+class Surroundings:
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        digest = hashlib.sha256(f"dropout {plan.seed} {plan.step}".encode()).digest()
+        self.seed = int.from_bytes(digest[:8], "little")
+        modules = list(plan.model.modules()) if plan.model is not None else []
+        self.modes = [(module, module.training) for module in modules]
+        self.slots = [(module, name, p) for module in modules for name, p in module._parameters.items()]
+        self.buffers = [(module, name, b) for module in modules for name, b in module._buffers.items() if b is not None]
+        self.children = [(module, dict(module._modules)) for module in modules]
+        self.versions = [(name, t, t._version) for group in plan.groups for name, t in zip(group.names, group.tensors)]
+        self.buffer_versions = [0 if b.is_inference() else b._version for _, _, b in self.buffers]
+        self.saved: dict[int, torch.Tensor] = {}
+        left = BUFFER_BUDGET
+        for _, _, b in sorted(self.buffers, key=lambda item: item[2].numel() * item[2].element_size()):
+            left -= b.numel() * b.element_size()
+            if left < 0:
+                break
+            if not b.is_meta:
+                self.saved[id(b)] = b.detach().clone()
+
+    def read(self, closure: Callable[[], object], mode: ContextManager | None = None) -> float:
+        """One reading: the closure's loss as a float, under no_grad (and a mode that replaces weights), everything put back."""
+        streams = _save_rng()
+        try:
+            _seed_rng(self.seed)
+            with torch.no_grad(), _eager_compile(mode is not None), mode or nullcontext():
+                value = closure()
+            loss = loss_value(value)
+        finally:
+            _load_rng(streams)
+            self._put_back()
+        self.check()
+        return loss
+
+    def _put_back(self) -> None:
+        for module, training in self.modes:
+            if module.training != training:
+                module.training = training
+        for (module, name, buffer), version in zip(self.buffers, self.buffer_versions):
+            if module._buffers.get(name) is not buffer:
+                module._buffers[name] = buffer
+            if not buffer.is_inference() and buffer._version != version and id(buffer) in self.saved:
+                with torch.no_grad():
+                    buffer.copy_(self.saved[id(buffer)])
+        self.buffer_changed = [
+            name
+            for (_, name, b), version in zip(self.buffers, self.buffer_versions)
+            if not b.is_inference() and b._version != version and id(b) not in self.saved
+        ]
+        self.buffer_versions = [0 if b.is_inference() else b._version for _, _, b in self.buffers]
+
+    def check(self) -> None:
+        """Raise if the closure changed a weight, a module or a buffer that cannot be put back; the update has not begun."""
+        for name, tensor, version in self.versions:
+            if tensor._version != version:
+                raise RuntimeError(f"the closure changed the weights of {name!r}: the loss of a step must only read them")
+        for module, name, parameter in self.slots:
+            if module._parameters.get(name) is not parameter:
+                raise RuntimeError(
+                    f"the closure replaced parameter {name!r} of {type(module).__name__}: "
+                    "build the optimizer after the model has its final parameters"
+                )
+        for module, children in self.children:
+            if module._modules != children:
+                raise RuntimeError(f"the closure changed the modules of {type(module).__name__}: the loss of a step must only read them")
+        if self.buffer_changed:
+            raise RuntimeError(
+                f"the closure changed buffers {self.buffer_changed}, too large for the {BUFFER_BUDGET >> 20} MB that a step "
+                "snapshots: put their modules in eval mode"
+            )
+
+    def expect_writes(self) -> None:
+        """Walk has just moved the weights itself."""
+        self.versions = [(name, tensor, tensor._version) for name, tensor, _ in self.versions]
+
+
+@contextmanager
+def _eager_compile(active: bool) -> Iterator[None]:
+    """Run torch.compile'd code as the Python it was compiled from: compiled graphs hold their own reads of the weights."""
+    if not active or "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _save_rng() -> tuple:
+    numpy = sys.modules.get("numpy")
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    return torch.get_rng_state(), cuda, random.getstate(), numpy.random.get_state() if numpy else None
+
+
+def _load_rng(state: tuple) -> None:
+    cpu, cuda, python, numpy_state = state
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state_all(cuda)
+    random.setstate(python)
+    if numpy_state is not None:
+        sys.modules["numpy"].random.set_state(numpy_state)
+
+
+def _seed_rng(seed: int) -> None:
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed % 2**32)
+
+
+def check_structure(model: nn.Module, known: dict[str, torch.Tensor]) -> None:
+    """Raise if a parameter of the model was replaced, removed or added for training since the optimizer saw it."""
+    now = dict(model.named_parameters())
+    for name, tensor in known.items():
+        if now.get(name) is not tensor:
+            what = "replaced" if name in now else "removed"
+            raise RuntimeError(f"parameter {name!r} was {what} after the optimizer was built; build a new optimizer for the new model")
+    added = [name for name, p in now.items() if p.requires_grad and name not in known]
+    if added:
+        raise RuntimeError(f"parameters {added} were added after the optimizer was built; pass them to add_param_group, or freeze them")

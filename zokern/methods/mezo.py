@@ -1,0 +1,68 @@
+"""MeZO: memory-efficient zeroth-order SGD. Malladi et al. 2023, "Fine-Tuning Language Models with Just Forward Passes"."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..backends import Backend
+from ..directions import Direction
+from ..estimator import Stencil
+from ..evaluation import Evaluation
+from ..optimizer import ZerothOrder
+
+
+class MeZO(ZerothOrder):
+    """theta <- (1 - lr wd) theta - (lr / q) sum_k c_k z_k,   c_k = (L(theta + eps z_k) - L(theta - eps z_k)) / (2 eps).
+
+    params        a module (what requires a gradient is trained), or parameters, (name, parameter) pairs or groups as in torch;
+                  z depends on names, so pass the module or its named_parameters()
+    lr            per step, in weights per unit of projected gradient. The paper: 1e-6 or 1e-7 for all weights, 1e-4 with LoRA
+    eps           half-width of the difference, in weights; 1e-3 for all weights, 1e-2 with LoRA
+    weight_decay  decoupled, scaled by lr; applies to the whole group (make a second group for norms and biases)
+    queries       q: draws per step, averaged
+    seed          of the run, in [0, 2**64); (seed, parameter name, step, query) name every z
+    rounding      of 16-bit weights in the update: 'nearest', 'stochastic', or 'residual' (bfloat16: exact float32 master, +2 B a weight)
+    evaluation    'scratch' (weights untouched until the update), 'walk' (in place), or an instance: zokern.Scratch(budget=...)
+    backend       None chooses by device: 'cpu', 'cuda', then 'triton', then 'reference'
+    direction     'normal' or 'rademacher';  stencil 'central' (two losses a query) or 'forward' (one, plus one shared)
+    maximize      ascend: the closure returns a reward
+    clip          bound on |c_k|
+    paired_check  every n steps, read the first loss twice and refuse a closure that is not repeatable (0: never)
+    max_skips     raise after so many steps in a row with an inf or NaN loss; dead_limit: with equal losses (None: never)
+    nonfinite     'raise' or 'ignore' weights that the update made inf or NaN
+    force         accept an eps that rounding swallows for more than half of the 16-bit weights
+
+    Writes the parameters once per step and optimizer state only for rounding='residual' (int16, as large as the weights).
+    Raises ValueError or TypeError, before any weight is touched, for arguments out of range and parameters that cannot be
+    trained exactly."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-6,
+        eps: float = 1e-3,
+        weight_decay: float = 0.0,
+        queries: int = 1,
+        seed: int = 0,
+        rounding: str = "nearest",
+        evaluation: str | Evaluation = "scratch",
+        backend: str | Backend | None = None,
+        *,
+        direction: str | Direction = "normal",
+        stencil: str | Stencil = "central",
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            params,
+            lr=lr,
+            eps=eps,
+            weight_decay=weight_decay,
+            queries=queries,
+            seed=seed,
+            rounding=rounding,
+            evaluation=evaluation,
+            backend=backend,
+            direction=direction,
+            stencil=stencil,
+            **options,
+        )

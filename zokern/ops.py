@@ -1,0 +1,307 @@
+"""Public operations: checks, then the backend. Tensors in, tensors out; registered with torch.library as zokern::*.
+
+The step calls the backends directly with checked lists; these functions are the same verbs for tools, tests and other loops.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Sequence
+
+import torch
+from torch import Tensor
+
+from . import backends, directions
+from .backends import DTYPES, ROUNDINGS, Span
+from .stream import INDEX_LIMIT, ROUNDS, check_seed, check_word, parameter_id
+
+_FLOATS = tuple(getattr(torch, name) for name in DTYPES)
+_SIGN = 1 << 63  # torch.library integers are signed: seeds travel as two's complement
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements of a strided tensor may share memory (expanded tensors do)."""
+    if tensor.is_contiguous() or tensor.numel() == 0:
+        return False
+    reach = 0
+    for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride()) if size > 1):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
+def check_tensor(verb: str, what: str, tensor: Tensor, first: int = 0, hint: str = "cast it first") -> None:
+    """What every verb asks of a tensor that it reads or writes."""
+    if tensor.dtype not in _FLOATS:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(f"{verb}: {what} is {dtype} on {tensor.device}; expected float32, bfloat16 or float16: {hint}")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{verb}: {what} has layout {tensor.layout}; expected a strided tensor: {hint}")
+    if overlaps_itself(tensor):
+        raise ValueError(f"{verb}: {what} has overlapping elements (strides {tensor.stride()}); expected one element per address: .clone() it")
+    if not 0 <= first or first + tensor.numel() > INDEX_LIMIT:
+        raise ValueError(f"{verb}: {what} spans elements {first} to {first + tensor.numel()}; expected 0 <= first and first + n <= 2**35")
+
+
+def _spans(verb: str, tensors: Sequence[Tensor], who, first) -> list[Span]:
+    whos = [who] * len(tensors) if isinstance(who, (str, int)) else list(who)
+    if isinstance(who, (str, int)) and len(tensors) > 1:
+        raise ValueError(f"{verb}: who is {who!r} for {len(tensors)} tensors; expected one name per tensor, or they would share one z")
+    firsts = [first] * len(tensors) if isinstance(first, int) else list(first)
+    if len(whos) != len(tensors) or len(firsts) != len(tensors):
+        raise ValueError(f"{verb}: {len(tensors)} tensors, {len(whos)} names and {len(firsts)} offsets; expected as many of each")
+    return [Span(parameter_id(w) if isinstance(w, str) else check_word("who", w), f) for w, f in zip(whos, firsts)]
+
+
+def _check_list(verb: str, tensors: Sequence[Tensor], spans: Sequence[Span]) -> torch.device:
+    if not tensors:
+        raise ValueError(f"{verb}: tensors is empty; expected at least one tensor")
+    device = tensors[0].device
+    for i, (tensor, span) in enumerate(zip(tensors, spans)):
+        check_tensor(verb, f"tensors[{i}]", tensor, span.first)
+        if tensor.device != device:
+            raise ValueError(f"{verb}: tensors[{i}] is on {tensor.device} and tensors[0] on {device}; expected one device a call")
+    return device
+
+
+def _list(tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
+
+
+def _wrap(seed: int) -> int:
+    seed = check_seed(seed)
+    return seed - 2 * _SIGN if seed >= _SIGN else seed
+
+
+def philox4x32(counter, key, rounds: int = ROUNDS, backend: str | None = None) -> Tensor:
+    """Philox4x32-R, the raw block function: counters (x0, x1, x2, x3) and key (k0, k1) to words.
+
+    counter  int64[..., 4] tensor (or nested sequence of ints), each word in [0, 2**32)
+    key      two words in [0, 2**32)
+    rounds   1 to 16; the stream uses 10
+    Returns int64[..., 4] on the counter's device. Equal on every backend.
+    Raises ValueError for words out of range, another last dimension, or rounds out of range.
+    Salmon et al. 2011; known answers of Random123 in tests/vectors/philox4x32.txt."""
+    counter = torch.as_tensor(counter, dtype=torch.int64)
+    if counter.dim() == 0 or counter.shape[-1] != 4:
+        raise ValueError(f"philox4x32: counter has shape {tuple(counter.shape)}; expected [..., 4]")
+    if counter.numel() and not (0 <= int(counter.min()) and int(counter.max()) < 2**32):
+        raise ValueError("philox4x32: counter has words outside [0, 2**32)")
+    low, high = (check_word(f"key[{i}]", word) for i, word in enumerate(torch.as_tensor(key, dtype=torch.int64).tolist()))
+    if not 1 <= rounds <= 16:
+        raise ValueError(f"philox4x32: rounds is {rounds}; expected 1 to 16")
+    flat = counter.reshape(-1, 4).contiguous()
+    runner = backends.resolve(backend, counter.device)
+    return runner.philox4x32(flat, (low, high), rounds).view(counter.shape)
+
+
+def draw(
+    direction,
+    shape: int | Sequence[int],
+    *,
+    seed: int,
+    who: str | int,
+    step: int,
+    draw: int = 0,
+    first: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    backend: str | None = None,
+) -> Tensor:
+    """z(seed, who, step, draw), elements [first, first + n), as a tensor.
+
+    direction  a name ('normal', 'rademacher') or a Direction
+    shape      of the result; n elements in row-major order
+    seed, who, step, draw  the stream's names (zokern/stream.py): run seed, parameter name, step number, draw word
+    first      number of the result's first element in the unsharded parameter
+    dtype      float32 (exactly the z that every verb uses), or bfloat16 / float16 (that z, rounded to nearest)
+    Returns a new contiguous tensor. Equal bit for bit on every backend.
+    Raises ValueError for names out of range, other dtypes, first + n > 2**35; RuntimeError for a backend that is off."""
+    direction, device = directions.resolve(direction), torch.device(device)
+    if dtype not in _FLOATS:
+        raise ValueError(f"draw: dtype is {dtype}; expected torch.float32, torch.bfloat16 or torch.float16")
+    out = torch.empty(shape, dtype=dtype, device=device)
+    (span,) = _spans("draw", [out], who, first)
+    check_tensor("draw", "the result", out, first)
+    runner = backends.resolve(backend, device)
+    runner.draw([out], [span], direction, check_seed(seed), check_word("step", step), check_word("draw", draw))
+    return out
+
+
+def axpy_(
+    tensors: Tensor | Sequence[Tensor],
+    direction,
+    *,
+    seed: int,
+    who: str | int | Sequence[str | int],
+    draws: Sequence[tuple[int, int]],
+    coeffs: Sequence[float] | Tensor,
+    decay: float = 1.0,
+    first: int | Sequence[int] = 0,
+    rounding: str = "nearest",
+    residuals: Sequence[Tensor] | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """theta <- decay * theta + sum_k coeffs[k] * z(seed, who, *draws[k]), in place, one launch for the whole list.
+
+    tensors   one tensor or a list on one device: float32, bfloat16 or float16, any shape, strides and alignment
+    who       the parameter's name, or a list with one name per tensor
+    draws     K pairs (step, draw) naming the directions
+    coeffs    K floats, or float32[K] on the tensors' device, in units of theta
+    decay     factor of the old weights, rounded to float32
+    first     number of each tensor's first element in its unsharded parameter: one int, or one per tensor
+    rounding  'nearest'; 'stochastic' (16 random bits from the stream: who, step of the last draw, purpose rounding);
+              'residual' (bfloat16 only; residuals hold the 16 low bits of an exact float32 master)
+    residuals int16 tensors, contiguous, shaped like the tensors, read and written; required by 'residual'
+    Arithmetic: t = round(decay * theta); t = fma(coeffs[k], z_k, t) in order, float32; one rounding to the dtype.
+    Reads and writes theta once; z is regenerated. Equal bit for bit on every backend.
+    Returns int64[1]: how many results are inf or NaN.
+    Raises ValueError, before anything is written, for other dtypes, overlapping elements, mixed devices, K = 0,
+    coefficients that are not finite, first + n > 2**35, residuals that are missing or misshapen.
+    Malladi et al. 2023, Algorithm 1 (perturb, restore and update are this call)."""
+    tensors, direction = _list(tensors), directions.resolve(direction)
+    spans = _spans("axpy_", tensors, who, first)
+    device = _check_list("axpy_", tensors, spans)
+    draws = [(check_word("step", step), check_word("draw", number)) for step, number in draws]
+    if not draws or len(draws) != len(coeffs):
+        raise ValueError(f"axpy_: {len(draws)} draws and {len(coeffs)} coefficients; expected as many of each, at least one")
+    if not isinstance(coeffs, Tensor):
+        if not all(math.isfinite(c) for c in coeffs):
+            raise ValueError(f"axpy_: coeffs is {list(coeffs)}; expected finite numbers")
+        coeffs = torch.tensor(list(coeffs), dtype=torch.float32, device=device)
+    elif coeffs.dtype != torch.float32 or coeffs.device != device or coeffs.dim() != 1:
+        raise ValueError(f"axpy_: coeffs is {coeffs.dtype}{list(coeffs.shape)} on {coeffs.device}; expected float32[K] on {device}")
+    if not math.isfinite(decay):
+        raise ValueError(f"axpy_: decay is {decay}; expected a finite number")
+    low = [] if residuals is None else _list(residuals)
+    _check_rounding(tensors, rounding, low)
+    starts = sorted((t.data_ptr(), t.numel() * t.element_size(), i) for i, t in enumerate(tensors) if t.is_contiguous())
+    for (start, size, i), (after, _, j) in zip(starts, starts[1:]):
+        if start + size > after and size:
+            raise ValueError(f"axpy_: tensors[{i}] and tensors[{j}] share memory; expected distinct tensors")
+    name = backend if isinstance(backend, str) else backends.resolve(backend, device).name
+    backends.get(name)
+    if direction.name not in directions.DIRECTIONS:
+        runner = backends.get(name)
+        with torch.no_grad():
+            return runner.axpy_(tensors, spans, direction, check_seed(seed), draws, coeffs, decay, rounding, low or None)
+    with torch.no_grad():  # weights are leaves that require a gradient, and this is not an operation to differentiate
+        return torch.ops.zokern.axpy_(
+            tensors, low, coeffs, [s.who for s in spans], [s.first for s in spans], [s for s, _ in draws], [d for _, d in draws],
+            direction.name, _wrap(seed), decay, rounding, name,
+        )  # fmt: skip
+
+
+def _check_rounding(tensors: Sequence[Tensor], rounding: str, residuals: Sequence[Tensor]) -> None:
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"axpy_: rounding is {rounding!r}; expected one of {list(ROUNDINGS)}")
+    if rounding != "residual":
+        if residuals:
+            raise ValueError(f"axpy_: residuals given with rounding={rounding!r}; expected rounding='residual'")
+        return
+    if any(t.dtype != torch.bfloat16 for t in tensors):
+        raise ValueError("axpy_: rounding='residual' needs bfloat16 tensors (their 16 low bits make a float32); others: 'stochastic'")
+    if len(residuals) != len(tensors):
+        raise ValueError(f"axpy_: {len(residuals)} residuals for {len(tensors)} tensors; expected int16 tensors, zeros to start with")
+    for i, (tensor, low) in enumerate(zip(tensors, residuals)):
+        if low.dtype != torch.int16 or low.shape != tensor.shape or not low.is_contiguous() or low.device != tensor.device:
+            raise ValueError(f"axpy_: residuals[{i}] is {low.dtype}{list(low.shape)}; expected contiguous int16{list(tensor.shape)} beside it")
+
+
+def perturb(
+    tensors: Tensor | Sequence[Tensor],
+    direction,
+    *,
+    seed: int,
+    who: str | int | Sequence[str | int],
+    step: int,
+    draw: int = 0,
+    scales: Sequence[float] = (1e-3, -1e-3),
+    first: int | Sequence[int] = 0,
+    residuals: Sequence[Tensor] | Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> list[list[Tensor]]:
+    """theta + scales[j] * z(seed, who, step, draw) for one or two scales, from one evaluation of z; theta is only read.
+
+    Arguments as for axpy_. scales: one or two floats in units of theta. dtype: of the results, theta's (default) or float32.
+    residuals: int16 low bits of bfloat16 tensors; theta plus its low bits is then what is perturbed.
+    Returns, for each scale, the list of new contiguous tensors: round(fma(scale, z, theta)). Equal bit for bit on every backend.
+    Raises ValueError as axpy_ does."""
+    tensors, direction = _list(tensors), directions.resolve(direction)
+    spans = _spans("perturb", tensors, who, first)
+    device = _check_list("perturb", tensors, spans)
+    if len(scales) not in (1, 2) or not all(math.isfinite(s) for s in scales):
+        raise ValueError(f"perturb: scales is {scales}; expected one or two finite numbers")
+    if dtype is not None and any(dtype not in (t.dtype, torch.float32) for t in tensors):
+        raise ValueError(f"perturb: dtype is {dtype}; expected the tensors' dtype or torch.float32")
+    low = [] if residuals is None else _list(residuals)
+    if low:
+        _check_rounding(tensors, "residual", low)
+    name = backend if isinstance(backend, str) else backends.resolve(backend, device).name
+    step, draw, wide = check_word("step", step), check_word("draw", draw), dtype == torch.float32
+    backends.get(name)
+    if direction.name not in directions.DIRECTIONS:
+        outs = [[torch.empty(t.shape, dtype=dtype or t.dtype, device=device) for t in tensors] for _ in scales]
+        backends.get(name).perturb(tensors, spans, direction, check_seed(seed), step, draw, scales, outs, low or None)
+        return outs
+    who_ids, firsts = [s.who for s in spans], [s.first for s in spans]
+    with torch.no_grad():
+        flat = torch.ops.zokern.perturb(
+            tensors, low, who_ids, firsts, step, draw, direction.name, _wrap(seed), list(scales), wide, name
+        )
+    return [flat[: len(tensors)], flat[len(tensors) :]][: len(scales)]
+
+
+@torch.library.custom_op("zokern::axpy_", mutates_args=("thetas", "residuals"))
+def _axpy_op(
+    thetas: list[Tensor],
+    residuals: list[Tensor],
+    coeffs: Tensor,
+    who: list[int],
+    first: list[int],
+    steps: list[int],
+    draws: list[int],
+    direction: str,
+    seed: int,
+    decay: float,
+    rounding: str,
+    backend: str,
+) -> Tensor:
+    spans = [Span(w, f) for w, f in zip(who, first)]
+    return backends.get(backend).axpy_(
+        thetas, spans, directions.resolve(direction), seed % (2 * _SIGN), list(zip(steps, draws)), coeffs, decay, rounding, residuals or None
+    )
+
+
+@_axpy_op.register_fake
+def _(thetas, residuals, coeffs, who, first, steps, draws, direction, seed, decay, rounding, backend):
+    return torch.empty(1, dtype=torch.int64, device=coeffs.device)
+
+
+@torch.library.custom_op("zokern::perturb", mutates_args=())
+def _perturb_op(
+    thetas: list[Tensor],
+    residuals: list[Tensor],
+    who: list[int],
+    first: list[int],
+    step: int,
+    draw: int,
+    direction: str,
+    seed: int,
+    scales: list[float],
+    wide: bool,
+    backend: str,
+) -> list[Tensor]:
+    outs = [[torch.empty(t.shape, dtype=torch.float32 if wide else t.dtype, device=t.device) for t in thetas] for _ in scales]
+    spans = [Span(w, f) for w, f in zip(who, first)]
+    backends.get(backend).perturb(
+        thetas, spans, directions.resolve(direction), seed % (2 * _SIGN), step, draw, scales, outs, residuals or None
+    )
+    return [out for side in outs for out in side]
+
+
+@_perturb_op.register_fake
+def _(thetas, residuals, who, first, step, draw, direction, seed, scales, wide, backend):
+    return [torch.empty(t.shape, dtype=torch.float32 if wide else t.dtype, device=t.device) for _ in scales for t in thetas]
