@@ -34,7 +34,7 @@ struct Job {
   const Draw* draws;     // one for draw and perturb
   const float* scales;   // perturb
   float decay;           // axpy
-  uint32_t keys[20];     // round r: keys[2 r], keys[2 r + 1]
+  alignas(64) uint32_t keys[2 * kPhiloxRounds][16];  // round r adds keys[2 r] and keys[2 r + 1], one copy a lane
 };
 
 }  // namespace zo
@@ -57,7 +57,7 @@ constexpr int kPiece = 8 * kBlocks;  // elements of the general path's buffers
 
 struct Name {
   uint32_t who, step, draw;
-  const uint32_t* keys;
+  const uint32_t (*keys)[16];
 };
 
 constexpr int per_block(Direction d) { return d == Direction::kNormal ? kNormalPerBlock : kRademacherPerBlock; }
@@ -67,9 +67,8 @@ template <bool kUnpack, int kAhead>
 ZO_INLINE void make_words(uint32_t block, int blocks, const Name& name, uint32_t* words, const char* ahead) {
   const auto x1 = Simd::wide(name.who), x2 = Simd::wide(name.step), x3 = Simd::wide(name.draw);
   for (int b = 0; b < blocks; b += Simd::kGroup) {
-    if (kAhead != 0) {
-      for (int byte = 0; byte < kAhead; byte += 64) __builtin_prefetch(ahead + b / Simd::kGroup * kAhead + byte);
-    }
+    for (int byte = 0; byte < kAhead; byte += 64) __builtin_prefetch(ahead + byte);
+    ahead += kAhead;
     auto a = Simd::counters<kUnpack>(block + static_cast<uint32_t>(b)), c = x2, e = x1, g = x3;
 #pragma GCC unroll 9
     for (int round = 0; round < kPhiloxRounds - 1; ++round) {
@@ -166,18 +165,22 @@ ZO_INLINE U bf16_round(F x) {
   return bits + 0x7fffu + ((bits >> 16) & 1u);
 }
 
-// flag becomes NaN if a result is inf or NaN
+// becomes NaN where a result is inf or NaN; two, so that Rademacher does not wait for a chain of fma
+struct Flag {
+  F a, b;
+};
+
 template <Type T, bool kPaired>
-ZO_INLINE void store_unit(Element<T>* p, F a, F b, F& flag) {
+ZO_INLINE void store_unit(Element<T>* p, F a, F b, Flag& flag) {
   const F zero = Simd::all(0.0f);
   if constexpr (T == Type::kFloat32) {
     Simd::store(p, a), Simd::store(p + kLanes, b);
-    flag = Simd::fma(a, zero, Simd::fma(b, zero, flag));
+    flag.a = Simd::fma(a, zero, flag.a), flag.b = Simd::fma(b, zero, flag.b);
   } else if constexpr (T == Type::kFloat16) {
     Simd::store_fp16(p, a), Simd::store_fp16(p + kLanes, b);
     // from 65504 (1 + 2^-12) = 65520 on, float16 overflows; a flag for a little less costs one count
     const F scale = Simd::all(0x1.002p112f);
-    flag = Simd::fma(a * scale, zero, Simd::fma(b * scale, zero, flag));
+    flag.a = Simd::fma(a * scale, zero, flag.a), flag.b = Simd::fma(b * scale, zero, flag.b);
   } else {
     const U x = bf16_round(a), y = bf16_round(b);
     if (kPaired) {
@@ -185,7 +188,7 @@ ZO_INLINE void store_unit(Element<T>* p, F a, F b, F& flag) {
     } else {
       Simd::store_half(p, x >> 16), Simd::store_half(p + kLanes, y >> 16);
     }
-    flag = Simd::fma(Simd::floats(x), zero, Simd::fma(Simd::floats(y), zero, flag));
+    flag.a = Simd::fma(Simd::floats(x), zero, flag.a), flag.b = Simd::fma(Simd::floats(y), zero, flag.b);
   }
 }
 
@@ -225,7 +228,7 @@ int64_t fast(const Job& job, const Run& run, const Element<T>* theta, Element<O>
   alignas(64) uint32_t words[4 * kBlocks];
   const Name name{run.entry->who, job.draws[0].step, job.draws[0].draw, job.keys};
   const F c0 = Simd::all(scale0), c1 = Simd::all(scale1), decay = Simd::all(job.decay);
-  F flag = Simd::all(0.0f);
+  Flag flag{Simd::all(0.0f), Simd::all(0.0f)};
   for (int64_t done = 0; done < run.n; done += kSpan) {
     const int n = static_cast<int>(run.n - done < kSpan ? run.n - done : kSpan);
     const uint64_t block = (run.number + static_cast<uint64_t>(done)) / per_block(D);
@@ -244,7 +247,7 @@ int64_t fast(const Job& job, const Run& run, const Element<T>* theta, Element<O>
       }
     });
   }
-  return Simd::any_nan(flag) ? 1 : 0;
+  return Simd::any_nan(flag.a + flag.b) ? 1 : 0;
 }
 
 // A coefficient that is NaN becomes the canonical one: then the lower half of every NaN that reaches bf16_round is zero.
@@ -587,9 +590,11 @@ int64_t run(Job& job, const Launch& launch) {
   job.direction = launch.direction;
   job.entries = launch.entries;
   job.chunks = launch.chunks;
-  uint32_t k0 = static_cast<uint32_t>(launch.seed), k1 = static_cast<uint32_t>(launch.seed >> 32);
-  for (int round = 0; round < kPhiloxRounds; ++round, k0 += kPhiloxW0, k1 += kPhiloxW1) {
-    job.keys[2 * round] = k0, job.keys[2 * round + 1] = k1;
+  for (uint32_t round = 0; round < kPhiloxRounds; ++round) {
+    for (int lane = 0; lane < 16; ++lane) {
+      job.keys[2 * round][lane] = static_cast<uint32_t>(launch.seed) + round * kPhiloxW0;
+      job.keys[2 * round + 1][lane] = static_cast<uint32_t>(launch.seed >> 32) + round * kPhiloxW1;
+    }
   }
   for (int64_t c = 0; c < launch.chunk_count; ++c) {
     if (!compiled(launch.direction, launch.entries[launch.chunks[c].entry])) {
@@ -620,21 +625,21 @@ void philox(const uint32_t* counters, int64_t count, uint32_t k0, uint32_t k1, i
 
 void draw(const Launch& launch, uint32_t step, uint32_t draw) {
   const Draw one{step, draw, 0.0f, 0};
-  Job job{};
-  job.verb = Verb::kDraw, job.draws = &one, job.draw_count = 1;
+  Job job;
+  job.verb = Verb::kDraw, job.rounding = Rounding::kNearest, job.draws = &one, job.draw_count = 1;
   run(job, launch);
 }
 
 void axpy(const Launch& launch, const Draw* draws, int32_t draw_count, float decay, Rounding rounding, int64_t* nonfinite) {
-  Job job{};
+  Job job;
   job.verb = Verb::kAxpy, job.rounding = rounding, job.draws = draws, job.draw_count = draw_count, job.decay = decay;
   *nonfinite += run(job, launch);
 }
 
 void perturb(const Launch& launch, uint32_t step, uint32_t draw, const float* scales) {
   const Draw one{step, draw, 0.0f, 0};
-  Job job{};
-  job.verb = Verb::kPerturb, job.draws = &one, job.draw_count = 1, job.scales = scales;
+  Job job;
+  job.verb = Verb::kPerturb, job.rounding = Rounding::kNearest, job.draws = &one, job.draw_count = 1, job.scales = scales;
   run(job, launch);
 }
 

@@ -222,6 +222,18 @@ __device__ __forceinline__ Units whole_units(const Entry& e, const Chunk& chunk)
   return addresses % 16 == 0 ? units : Units{0, 0};
 }
 
+// What a loop over whole units needs of an entry, read once: the table could be in the way of a store for all the compiler knows.
+struct Place {
+  void* theta;
+  void* out[2];
+  int16_t* residual;
+  uint64_t first;
+  uint32_t who;
+
+  __device__ __forceinline__ explicit Place(const Entry& e)
+      : theta(e.theta), out{e.out[0], e.out[1]}, residual(e.residual), first(e.first), who(e.who) {}
+};
+
 // Some elements [low, high) of a unit, anywhere. Element i lies at theta + at + i stride, residual + residual_at + i, out + to + i.
 struct Piece {
   uint32_t unit;
@@ -274,10 +286,7 @@ __device__ __forceinline__ void run(Verb& verb, const Entry* entries, const Chun
   for (int64_t turn = blockIdx.x; turn < chunk_count << parts_log2; turn += gridDim.x) {
     const Chunk chunk = chunks[turn >> parts_log2];
     if (chunk.begin >= chunk.end) continue;
-    Entry e = entries[chunk.entry];
-    e.theta = global(e.theta);
-    e.out[0] = global(e.out[0]), e.out[1] = global(e.out[1]);
-    e.residual = global(e.residual), e.rows = global(e.rows);
+    const Entry& e = entries[chunk.entry];
     const int64_t part = turn & ((int64_t{1} << parts_log2) - 1);
     const int64_t lane = part * kThreads + threadIdx.x, lanes = int64_t{kThreads} << parts_log2;
     Units whole = whole_units(e, chunk);
@@ -292,7 +301,8 @@ struct DrawVerb {
   uint32_t step, draw;
 
   template <Type kType>
-  __device__ __forceinline__ void loop(const Entry& e, const Units& whole, int64_t lane, int64_t lanes) {
+  __device__ __forceinline__ void loop(const Entry& entry, const Units& whole, int64_t lane, int64_t lanes) {
+    const Place e(entry);
     for (uint64_t unit = whole.begin + lane; unit < whole.end; unit += lanes) {
       float z[kUnit];
       values<kDirection>(static_cast<uint32_t>(unit), e.who, step, draw, keys, z);
@@ -384,7 +394,7 @@ struct AxpyVerb {
 
   // The loop only watches whether a result was not finite; if one was, the thread reads its results again and counts.
   template <Type kType>
-  __device__ __forceinline__ static uint64_t recount(const Entry& e, const Units& whole, int64_t lane, int64_t lanes) {
+  __device__ __forceinline__ static uint64_t recount(const Place& e, const Units& whole, int64_t lane, int64_t lanes) {
     uint64_t found = 0;
     for (uint64_t unit = whole.begin + lane; unit < whole.end; unit += lanes) {
       const int64_t at = static_cast<int64_t>(unit * kUnit - e.first);
@@ -398,7 +408,8 @@ struct AxpyVerb {
   }
 
   template <Type kType>
-  __device__ __forceinline__ void loop(const Entry& e, const Units& whole, int64_t lane, int64_t lanes) {
+  __device__ __forceinline__ void loop(const Entry& entry, const Units& whole, int64_t lane, int64_t lanes) {
+    const Place e(entry);
     constexpr bool kJoin = kRounding == Rounding::kResidual && kType == Type::kBfloat16;
     const Draw last = draws[draw_count - 1];
     Watch<kType> watch;
@@ -506,7 +517,8 @@ struct PerturbVerb {
   const float* scales;
 
   template <Type kType, Type kOut>
-  __device__ __forceinline__ void loop(const Entry& e, const Units& whole, int64_t lane, int64_t lanes) {
+  __device__ __forceinline__ void loop(const Entry& entry, const Units& whole, int64_t lane, int64_t lanes) {
+    const Place e(entry);
     const bool join = kType == Type::kBfloat16 && e.residual != nullptr, two = e.out[1] != nullptr;
     const float plus = scales[0], minus = two ? scales[1] : 0.0f;
     for (uint64_t unit = whole.begin + lane; unit < whole.end; unit += lanes) {
@@ -631,11 +643,12 @@ void start(const char* what, void (*kernel)(List, Parameters...), const Launch& 
 
 template <Direction kDirection, Rounding kRounding>
 void start_axpy(const Launch& launch, const Draw* draws, int32_t draw_count, float decay, unsigned long long* nonfinite) {
-  if (draw_count == 1 && decay == 1.0f) {
-    start("axpy_", axpy_kernel<kDirection, kRounding, true>, launch, draws, draw_count, decay, nonfinite);
-  } else {
-    start("axpy_", axpy_kernel<kDirection, kRounding, false>, launch, draws, draw_count, decay, nonfinite);
+  if constexpr (kRounding == Rounding::kNearest) {  // the common call: one term, no decay, and no instruction for either
+    if (draw_count == 1 && decay == 1.0f) {
+      return start("axpy_", axpy_kernel<kDirection, kRounding, true>, launch, draws, draw_count, decay, nonfinite);
+    }
   }
+  start("axpy_", axpy_kernel<kDirection, kRounding, false>, launch, draws, draw_count, decay, nonfinite);
 }
 
 template <Direction kDirection>
@@ -700,6 +713,28 @@ void perturb(const Launch& launch, uint32_t step, uint32_t draw, const float* sc
       return start("perturb", perturb_kernel<Direction::kRademacher>, launch, step, draw, scales);
   }
   unknown("perturb", launch.direction);
+}
+
+std::string implementation() { return "cuda"; }
+
+void select(const std::string& name) {
+  if (name != "cuda") throw std::invalid_argument("unknown implementation '" + name + "'; the module has cuda");
+}
+
+std::vector<std::string> architectures() {
+#if defined(__CUDA_ARCH_LIST__)
+  std::vector<std::string> names;
+  for (const int arch : {__CUDA_ARCH_LIST__}) names.push_back("sm_" + std::to_string(arch / 10));
+  return names;
+#else
+  return {"host"};
+#endif
+}
+
+int device_count() {
+  int count = 0;
+  check(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
+  return count;
 }
 
 }  // namespace zo

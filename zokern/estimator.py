@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +66,9 @@ def loss_value(loss: Any) -> float:
 
 def coefficient(losses: Sequence[float], stencil: Stencil, eps: float, clip: float | None = None) -> float:
     """The projected gradient of one query, rounded to float32; inf or NaN when the losses or the division are."""
-    difference = math.fsum(w * loss for w, loss in zip(stencil.weights, losses)) if all(map(math.isfinite, losses)) else math.nan
+    difference = (
+        math.fsum(w * loss for w, loss in zip(stencil.weights, losses)) if all(map(math.isfinite, losses)) else math.nan
+    )
     value = torch.tensor(difference / eps, dtype=torch.float32).item()
     if clip is not None and abs(value) > clip:
         value = math.copysign(clip, value)

@@ -6,7 +6,7 @@ The step calls the backends directly with checked lists; these functions are the
 from __future__ import annotations
 
 import math
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -39,18 +39,26 @@ def check_tensor(verb: str, what: str, tensor: Tensor, first: int = 0, hint: str
     if tensor.layout != torch.strided:
         raise ValueError(f"{verb}: {what} has layout {tensor.layout}; expected a strided tensor: {hint}")
     if overlaps_itself(tensor):
-        raise ValueError(f"{verb}: {what} has overlapping elements (strides {tensor.stride()}); expected one element per address: .clone() it")
+        raise ValueError(
+            f"{verb}: {what} has overlapping elements (strides {tensor.stride()}); expected one element per address: .clone() it"
+        )
     if not 0 <= first or first + tensor.numel() > INDEX_LIMIT:
-        raise ValueError(f"{verb}: {what} spans elements {first} to {first + tensor.numel()}; expected 0 <= first and first + n <= 2**35")
+        raise ValueError(
+            f"{verb}: {what} spans elements {first} to {first + tensor.numel()}; expected 0 <= first and first + n <= 2**35"
+        )
 
 
 def _spans(verb: str, tensors: Sequence[Tensor], who, first) -> list[Span]:
     whos = [who] * len(tensors) if isinstance(who, (str, int)) else list(who)
     if isinstance(who, (str, int)) and len(tensors) > 1:
-        raise ValueError(f"{verb}: who is {who!r} for {len(tensors)} tensors; expected one name per tensor, or they would share one z")
+        raise ValueError(
+            f"{verb}: who is {who!r} for {len(tensors)} tensors; expected one name per tensor, or they would share one z"
+        )
     firsts = [first] * len(tensors) if isinstance(first, int) else list(first)
     if len(whos) != len(tensors) or len(firsts) != len(tensors):
-        raise ValueError(f"{verb}: {len(tensors)} tensors, {len(whos)} names and {len(firsts)} offsets; expected as many of each")
+        raise ValueError(
+            f"{verb}: {len(tensors)} tensors, {len(whos)} names and {len(firsts)} offsets; expected as many of each"
+        )
     return [Span(parameter_id(w) if isinstance(w, str) else check_word("who", w), f) for w, f in zip(whos, firsts)]
 
 
@@ -61,12 +69,19 @@ def _check_list(verb: str, tensors: Sequence[Tensor], spans: Sequence[Span]) -> 
     for i, (tensor, span) in enumerate(zip(tensors, spans)):
         check_tensor(verb, f"tensors[{i}]", tensor, span.first)
         if tensor.device != device:
-            raise ValueError(f"{verb}: tensors[{i}] is on {tensor.device} and tensors[0] on {device}; expected one device a call")
+            raise ValueError(
+                f"{verb}: tensors[{i}] is on {tensor.device} and tensors[0] on {device}; expected one device a call"
+            )
     return device
 
 
 def _list(tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return [tensors] if isinstance(tensors, Tensor) else list(tensors)
+
+
+def _backend(backend: str | None, device: torch.device) -> str:
+    """The name of the backend that will run; raises when it is off."""
+    return backends.resolve(backend, device).name
 
 
 def _wrap(seed: int) -> int:
@@ -92,8 +107,8 @@ def philox4x32(counter, key, rounds: int = ROUNDS, backend: str | None = None) -
     if not 1 <= rounds <= 16:
         raise ValueError(f"philox4x32: rounds is {rounds}; expected 1 to 16")
     flat = counter.reshape(-1, 4).contiguous()
-    runner = backends.resolve(backend, counter.device)
-    return runner.philox4x32(flat, (low, high), rounds).view(counter.shape)
+    name = _backend(backend, counter.device)
+    return torch.ops.zokern.philox4x32(flat, low, high, rounds, name).view(counter.shape)
 
 
 def draw(
@@ -124,8 +139,12 @@ def draw(
     out = torch.empty(shape, dtype=dtype, device=device)
     (span,) = _spans("draw", [out], who, first)
     check_tensor("draw", "the result", out, first)
-    runner = backends.resolve(backend, device)
-    runner.draw([out], [span], direction, check_seed(seed), check_word("step", step), check_word("draw", draw))
+    name, seed = _backend(backend, device), check_seed(seed)
+    step, draw = check_word("step", step), check_word("draw", draw)
+    if direction.name not in directions.DIRECTIONS:
+        backends.get(name).draw([out], [span], direction, seed, step, draw)
+    else:
+        torch.ops.zokern.draw_(out, span.who, first, step, draw, direction.name, _wrap(seed), name)
     return out
 
 
@@ -171,7 +190,9 @@ def axpy_(
             raise ValueError(f"axpy_: coeffs is {list(coeffs)}; expected finite numbers")
         coeffs = torch.tensor(list(coeffs), dtype=torch.float32, device=device)
     elif coeffs.dtype != torch.float32 or coeffs.device != device or coeffs.dim() != 1:
-        raise ValueError(f"axpy_: coeffs is {coeffs.dtype}{list(coeffs.shape)} on {coeffs.device}; expected float32[K] on {device}")
+        raise ValueError(
+            f"axpy_: coeffs is {coeffs.dtype}{list(coeffs.shape)} on {coeffs.device}; expected float32[K] on {device}"
+        )
     if not math.isfinite(decay):
         raise ValueError(f"axpy_: decay is {decay}; expected a finite number")
     low = [] if residuals is None else _list(residuals)
@@ -180,8 +201,7 @@ def axpy_(
     for (start, size, i), (after, _, j) in zip(starts, starts[1:]):
         if start + size > after and size:
             raise ValueError(f"axpy_: tensors[{i}] and tensors[{j}] share memory; expected distinct tensors")
-    name = backend if isinstance(backend, str) else backends.resolve(backend, device).name
-    backends.get(name)
+    name = _backend(backend, device)
     if direction.name not in directions.DIRECTIONS:
         runner = backends.get(name)
         with torch.no_grad():
@@ -201,12 +221,18 @@ def _check_rounding(tensors: Sequence[Tensor], rounding: str, residuals: Sequenc
             raise ValueError(f"axpy_: residuals given with rounding={rounding!r}; expected rounding='residual'")
         return
     if any(t.dtype != torch.bfloat16 for t in tensors):
-        raise ValueError("axpy_: rounding='residual' needs bfloat16 tensors (their 16 low bits make a float32); others: 'stochastic'")
+        raise ValueError(
+            "axpy_: rounding='residual' needs bfloat16 tensors (their 16 low bits make a float32); others: 'stochastic'"
+        )
     if len(residuals) != len(tensors):
-        raise ValueError(f"axpy_: {len(residuals)} residuals for {len(tensors)} tensors; expected int16 tensors, zeros to start with")
+        raise ValueError(
+            f"axpy_: {len(residuals)} residuals for {len(tensors)} tensors; expected int16 tensors, zeros to start with"
+        )
     for i, (tensor, low) in enumerate(zip(tensors, residuals)):
         if low.dtype != torch.int16 or low.shape != tensor.shape or not low.is_contiguous() or low.device != tensor.device:
-            raise ValueError(f"axpy_: residuals[{i}] is {low.dtype}{list(low.shape)}; expected contiguous int16{list(tensor.shape)} beside it")
+            raise ValueError(
+                f"axpy_: residuals[{i}] is {low.dtype}{list(low.shape)}; expected contiguous int16{list(tensor.shape)} beside it"
+            )
 
 
 def perturb(
@@ -239,9 +265,8 @@ def perturb(
     low = [] if residuals is None else _list(residuals)
     if low:
         _check_rounding(tensors, "residual", low)
-    name = backend if isinstance(backend, str) else backends.resolve(backend, device).name
+    name = _backend(backend, device)
     step, draw, wide = check_word("step", step), check_word("draw", draw), dtype == torch.float32
-    backends.get(name)
     if direction.name not in directions.DIRECTIONS:
         outs = [[torch.empty(t.shape, dtype=dtype or t.dtype, device=device) for t in tensors] for _ in scales]
         backends.get(name).perturb(tensors, spans, direction, check_seed(seed), step, draw, scales, outs, low or None)
@@ -252,6 +277,21 @@ def perturb(
             tensors, low, who_ids, firsts, step, draw, direction.name, _wrap(seed), list(scales), wide, name
         )
     return [flat[: len(tensors)], flat[len(tensors) :]][: len(scales)]
+
+
+@torch.library.custom_op("zokern::philox4x32", mutates_args=())
+def _philox_op(counter: Tensor, low: int, high: int, rounds: int, backend: str) -> Tensor:
+    return backends.get(backend).philox4x32(counter, (low, high), rounds)
+
+
+@_philox_op.register_fake
+def _(counter, low, high, rounds, backend):
+    return torch.empty_like(counter)
+
+
+@torch.library.custom_op("zokern::draw_", mutates_args=("out",))
+def _draw_op(out: Tensor, who: int, first: int, step: int, draw: int, direction: str, seed: int, backend: str) -> None:
+    backends.get(backend).draw([out], [Span(who, first)], directions.resolve(direction), seed % (2 * _SIGN), step, draw)
 
 
 @torch.library.custom_op("zokern::axpy_", mutates_args=("thetas", "residuals"))
@@ -271,7 +311,15 @@ def _axpy_op(
 ) -> Tensor:
     spans = [Span(w, f) for w, f in zip(who, first)]
     return backends.get(backend).axpy_(
-        thetas, spans, directions.resolve(direction), seed % (2 * _SIGN), list(zip(steps, draws)), coeffs, decay, rounding, residuals or None
+        thetas,
+        spans,
+        directions.resolve(direction),
+        seed % (2 * _SIGN),
+        list(zip(steps, draws)),
+        coeffs,
+        decay,
+        rounding,
+        residuals or None,
     )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import backends, directions, estimator, evaluation, parameters
-from .evaluation import Group, Plan
+from .evaluation import Group, Plan, Reading
 from .evaluation.surroundings import check_structure
 from .step import StepResult, finite_number, run, warn
 from .stream import VERSION, check_seed
@@ -83,13 +84,13 @@ class ZerothOrder(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; a group without names continues the numbering param.N. Refuses what cannot be trained, by name."""
         (group,) = parameters.named_groups([param_group])
-        if "param_names" not in param_group and group["params"] and not isinstance(param_group["params"], nn.Module):
-            known = sum(len(entries) for entries in self._entries)
-            if known and all(name == f"param.{i}" for i, (name, _) in enumerate(group["params"])):
-                group["params"] = [(f"param.{known + i}", p) for i, (_, p) in enumerate(group["params"])]
+        names_of = {id(p): name for name, p in self.model.named_parameters()} if self.model is not None else {}
+        known = sum(len(entries) for entries in self._entries)
+        if known and all(name == f"param.{i}" for i, (name, _) in enumerate(group["params"])):
+            group["params"] = [(names_of.get(id(p), f"param.{known + i}"), p) for i, (_, p) in enumerate(group["params"])]
         _check_options({**self.defaults, **group})
         names = [name for name, _ in group["params"]]
-        taken = {alias for entries in self._entries for entry in entries for alias in (entry.name, *entry.aliases)}
+        taken = set(self._known())
         if len(set(names)) != len(names) or taken & set(names):
             raise ValueError(f"parameter names are not unique: {sorted(n for n in names if names.count(n) > 1 or n in taken)}")
         self.ids, salted = parameters.ids(names, self.ids)
@@ -118,7 +119,9 @@ class ZerothOrder(torch.optim.Optimizer):
         here = [name for group in self.param_groups for name in group["param_names"]]
         if saved != here:
             missing, extra = sorted(set(saved) - set(here)), sorted(set(here) - set(saved))
-            raise ValueError(f"state_dict names other parameters: missing here {missing}, not in it {extra}, or in another order")
+            raise ValueError(
+                f"state_dict names other parameters: missing here {missing}, not in it {extra}, or in another order"
+            )
         super().load_state_dict(state_dict)
         order = [p for group in self.param_groups for p in group["params"]]
         for index, values in state_dict["state"].items():  # torch casts state to the parameter's dtype; low bits are integers
@@ -146,7 +149,7 @@ class ZerothOrder(torch.optim.Optimizer):
         if self.steps >= 2**32:
             raise ValueError(f"step number {self.steps} does not fit the stream's 32 bits; continue with another seed")
         if self.model is not None:
-            check_structure(self.model, {e.name: e.tensor for entries in self._entries for e in entries})
+            check_structure(self.model, self._known())
         groups: list[Group] = []
         aliases: dict[int, tuple[int, int]] = {}
         for options, entries in zip(self.param_groups, self._entries):
@@ -174,17 +177,24 @@ class ZerothOrder(torch.optim.Optimizer):
                 )
         if not groups:
             raise ValueError("no parameter requires a gradient any more: nothing to train in this step")
-        plan = Plan(groups, self.direction, self.stencil, self.queries, self.seed, self.steps, self.rounding, self.model, aliases)
+        plan = Plan(
+            groups, self.direction, self.stencil, self.queries, self.seed, self.steps, self.rounding, self.model, aliases
+        )
         self._tie(plan)
         if self.result is None:
             self._check_dead_perturbation(plan)
         return plan
 
+    def _known(self) -> dict[str, Tensor]:
+        """Every name that the optimizer was given, with the tensor object that it stood for."""
+        entries = [entry for group in self._entries for entry in group]
+        return {name: tensor for e in entries for name, tensor in ((e.name, e.tensor), *e.aliases)}
+
     def _residual(self, tensor: Tensor) -> Tensor:
         if tensor.dtype != torch.bfloat16:
             if tensor.dtype == torch.float16:
                 raise ValueError("rounding='residual' needs bfloat16 or float32 parameters; float16: use rounding='stochastic'")
-            return torch.empty(0, dtype=torch.int16)
+            return torch.empty(0, dtype=torch.int16)  # never read: float32 has no low bits to keep
         state = self.state[tensor]
         if "residual" not in state:
             state["residual"] = torch.zeros(tensor.shape, dtype=torch.int16, device=tensor.device)
@@ -194,15 +204,31 @@ class ZerothOrder(torch.optim.Optimizer):
         """Other tensor objects of the model that are the same elements see the same perturbation."""
         if self.model is None:
             return
-        views = {parameters.view_of(t): (g, i) for g, group in enumerate(plan.groups) for i, t in enumerate(group.tensors) if t.numel()}
+        views = {
+            parameters.view_of(t): (g, i)
+            for g, group in enumerate(plan.groups)
+            for i, t in enumerate(group.tensors)
+            if t.numel()
+        }
         for _, tensor in self.model.named_parameters(remove_duplicate=False):
-            if id(tensor) not in plan.aliases and tensor.numel() and (where := views.get(parameters.view_of(tensor))) is not None:
+            if (
+                id(tensor) not in plan.aliases
+                and tensor.numel()
+                and (where := views.get(parameters.view_of(tensor))) is not None
+            ):
                 plan.aliases[id(tensor)] = where
 
     # Guards -------------------------------------------------------------------------------------------------------------
 
-    def count(self, finite: bool, losses: list[tuple[float, ...]]) -> None:
+    def count(self, finite: bool, reading: Reading) -> None:
         """Skipped and dead steps in a row; raises when there are too many. The weights are still as they were."""
+        losses = reading.losses
+        if reading.unseen and self.result is None:
+            names = ", ".join(reading.unseen[:3]) + (", ..." if len(reading.unseen) > 3 else "")
+            warn(
+                f"the loss did not read {len(reading.unseen)} trained parameters ({names}); they move along z all the same: freeze "
+                "them, unless later batches use them (experts of a mixture do)"
+            )
         self.skips = 0 if finite else self.skips + 1
         if self.max_skips and self.skips >= self.max_skips:
             self.steps += 1
@@ -213,7 +239,9 @@ class ZerothOrder(torch.optim.Optimizer):
         same = finite and all(len(set(sides)) == 1 for sides in losses)
         self.dead = self.dead + 1 if same else 0
         if self.dead == 3:
-            warn("the losses on both sides were equal 3 steps in a row: the perturbation may not reach the loss (eps too small?)")
+            warn(
+                "the losses on both sides were equal 3 steps in a row: the perturbation may not reach the loss (eps too small?)"
+            )
         if self.dead_limit is not None and self.dead >= self.dead_limit:
             raise RuntimeError(
                 f"the losses on both sides were equal {self.dead} steps in a row (last losses {losses}): the perturbation does not "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ class Trained:
     name: str
     tensor: Tensor
     who: int
-    aliases: list[str] = field(default_factory=list)
+    aliases: list[tuple[str, Tensor]] = field(default_factory=list)  # other names and tensor objects of the same elements
 
 
 def named_groups(source: Any) -> list[dict[str, Any]]:
@@ -103,7 +104,7 @@ def trained(named: Iterable[tuple[str, Tensor]], who: dict[str, int]) -> list[Tr
         check_parameter(name, tensor)
         key = view_of(tensor) if tensor.numel() else (name,)
         if key in entries:
-            entries[key].aliases.append(name)
+            entries[key].aliases.append((name, tensor))
         else:
             entries[key] = Trained(name, tensor, who[name])
     check_overlap([(e.name, e.tensor) for e in entries.values()])
@@ -145,7 +146,9 @@ def check_model(model: nn.Module) -> None:
                 "pass the eager module, or evaluation='walk'"
             )
         if type(module).__name__ in ("FullyShardedDataParallel", "FSDPModule"):
-            raise TypeError(f"{where} is {type(module).__name__}; its flat parameters hide the weights: train the wrapped module")
+            raise TypeError(
+                f"{where} is {type(module).__name__}; its flat parameters hide the weights: train the wrapped module"
+            )
         if isinstance(module, nn.DataParallel):
             raise TypeError(f"{where} is DataParallel, whose replicas would not see the perturbation: train the wrapped module")
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import numbers
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any
 
 import torch
 
@@ -63,12 +65,17 @@ def run(optimizer: Any, closure: Callable[[], Any]) -> StepResult:
     plan: Plan = optimizer.plan()
     check = optimizer.paired_check and plan.step % optimizer.paired_check == 0
     reading: Reading = optimizer.evaluation.read(plan, closure, repeat_first=bool(check))
-    coefficients = [
-        [estimator.coefficient(sides, plan.stencil, group.eps, optimizer.clip) for sides in reading.losses] for group in plan.groups
-    ]
-    finite = all(math.isfinite(c) for group in coefficients for c in group)
-    optimizer.count(finite, reading.losses)
-    sample = optimizer.sample(plan) if finite else None
+    try:
+        coefficients = [
+            [estimator.coefficient(sides, plan.stencil, group.eps, optimizer.clip) for sides in reading.losses]
+            for group in plan.groups
+        ]
+        finite = all(math.isfinite(c) for group in coefficients for c in group)
+        optimizer.count(finite, reading)
+        sample = optimizer.sample(plan) if finite else None
+    except BaseException:
+        _update(optimizer, plan, reading, None)  # an evaluation in place still stands beside the weights
+        raise
     nonfinite = _update(optimizer, plan, reading, coefficients if finite else None)
     flat = [loss for sides in reading.losses for loss in sides]
     result = StepResult(
@@ -121,7 +128,7 @@ def warn(message: str) -> None:
 
 def finite_number(name: str, value: Any, *, minimum: float | None = None, above: float | None = None) -> float:
     """A finite Python float within bounds, or a ValueError that says so."""
-    number = float(value) if isinstance(value, (int, float, torch.Tensor)) and not isinstance(value, bool) else math.nan
+    number = float(value) if isinstance(value, (numbers.Real, torch.Tensor)) and not isinstance(value, bool) else math.nan
     low = number if minimum is None else minimum
     if not math.isfinite(number) or number < low or (above is not None and number <= above):
         bound = f" > {above}" if above is not None else f" >= {minimum}" if minimum is not None else ""

@@ -47,11 +47,11 @@ struct Simd {
   }
   static W wide(uint32_t x) { return _mm256_set1_epi64x(x); }
   static W multiply(W x, uint32_t constant) { return _mm256_mul_epu32(x, _mm256_set1_epi64x(constant)); }
-  static W mix(W product, W x, uint32_t key) {
-    return _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(product, 32), x), _mm256_set1_epi32((int)key));
+  static W mix(W product, W x, const uint32_t* key) {
+    return _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(product, 32), x), _mm256_load_si256((const __m256i*)key));
   }
-  static W last(W product, W x, uint32_t key) {
-    const W low = _mm256_xor_si256(x, _mm256_set1_epi32((int)key));
+  static W last(W product, W x, const uint32_t* key) {
+    const W low = _mm256_xor_si256(x, _mm256_load_si256((const __m256i*)key));
     return _mm256_xor_si256(_mm256_shuffle_epi32(product, 0xb1), _mm256_blend_epi32(low, _mm256_setzero_si256(), 0xaa));
   }
   // kUnpack: 64-bit lanes (b0 b1 of w01, b0 b1 of w23), which interleave() puts in order

@@ -37,10 +37,10 @@ struct Simd {
   static W counters(uint32_t block) { return block; }
   static W wide(uint32_t x) { return x; }
   static W multiply(W x, uint32_t constant) { return static_cast<uint64_t>(static_cast<uint32_t>(x)) * constant; }
-  static W mix(W product, W x, uint32_t key) { return (product >> 32) ^ x ^ key; }
+  static W mix(W product, W x, const uint32_t* key) { return (product >> 32) ^ x ^ *key; }
   // (high ^ x ^ key, low): two output words
-  static W last(W product, W x, uint32_t key) {
-    return (product >> 32 | product << 32) ^ static_cast<uint32_t>(static_cast<uint32_t>(x) ^ key);
+  static W last(W product, W x, const uint32_t* key) {
+    return (product >> 32 | product << 32) ^ static_cast<uint32_t>(static_cast<uint32_t>(x) ^ *key);
   }
   template <bool kUnpack>
   static void store_words(W w01, W w23, uint32_t* words) {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -23,7 +23,7 @@ def why_off(name: str) -> str | None:
     return importlib.import_module(f".{name}", __name__).why_off()
 
 
-@lru_cache(maxsize=None)
+@cache
 def get(name: str) -> Backend:
     """The backend of this name; RuntimeError says why it is off and which ones are on."""
     reason = why_off(name)
@@ -33,7 +33,7 @@ def get(name: str) -> Backend:
     return getattr(importlib.import_module(f".{name}", __name__), BACKENDS[name])()
 
 
-@lru_cache(maxsize=None)
+@cache
 def default(device_type: str) -> Backend:
     """The best backend for a kind of device, chosen once per process."""
     for name in DEFAULTS.get(device_type, ("reference",)):

@@ -6,8 +6,9 @@ values that it would have read as part of the whole tensor.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, Sequence
+from typing import Protocol
 
 from torch import Tensor
 
@@ -43,8 +44,18 @@ class Backend(Protocol):
     def draw(self, outs: Sequence[Tensor], spans: Sequence[Span], direction, seed: int, step: int, draw: int) -> None:
         """out <- z, rounded to out's dtype (nearest)."""
 
-    def axpy_(self, thetas: Sequence[Tensor], spans: Sequence[Span], direction, seed: int, draws: Sequence[tuple[int, int]],
-              coeffs: Tensor, decay: float, rounding: str, residuals: Sequence[Tensor] | None) -> Tensor:
+    def axpy_(
+        self,
+        thetas: Sequence[Tensor],
+        spans: Sequence[Span],
+        direction,
+        seed: int,
+        draws: Sequence[tuple[int, int]],
+        coeffs: Tensor,
+        decay: float,
+        rounding: str,
+        residuals: Sequence[Tensor] | None,
+    ) -> Tensor:
         """theta <- decay * theta + sum_k coeffs[k] z_k in place; int64[1]: how many results are inf or NaN.
 
         float32 inside: t = round(decay * theta), then t = fma(coeffs[k], z_k, t) in order, then one rounding to the dtype.
@@ -52,8 +63,18 @@ class Backend(Protocol):
         purpose rounding). ``residual`` reads and writes int16 ``residuals`` (bfloat16 tensors; others round to nearest).
         """
 
-    def perturb(self, thetas: Sequence[Tensor], spans: Sequence[Span], direction, seed: int, step: int, draw: int,
-                scales: Sequence[float], outs: Sequence[Sequence[Tensor]], residuals: Sequence[Tensor] | None) -> None:
+    def perturb(
+        self,
+        thetas: Sequence[Tensor],
+        spans: Sequence[Span],
+        direction,
+        seed: int,
+        step: int,
+        draw: int,
+        scales: Sequence[float],
+        outs: Sequence[Sequence[Tensor]],
+        residuals: Sequence[Tensor] | None,
+    ) -> None:
         """outs[j][i] <- round(thetas[i] + scales[j] z) for one or two scales; theta is only read.
 
         outs are contiguous, of theta's dtype or float32, shaped like theta (or like theta[rows]).

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Sequence
-
 import torch
 from torch import Tensor
 
@@ -93,8 +91,8 @@ class Reference:
         for i, (theta, span) in enumerate(zip(thetas, spans)):
             index = numbers(theta, span)
             old = theta.flatten()  # row-major order for any stride
-            keep = rounding == "residual" and theta.dtype == torch.bfloat16
-            low = residuals[i].flatten() if keep else None
+            keep = residuals is not None and rounding == "residual" and theta.dtype == torch.bfloat16
+            low = residuals[i].flatten() if keep else torch.empty(0)
             new = torch.empty_like(old)
             for part in range(0, index.numel(), CHUNK):
                 here = slice(part, part + CHUNK)

@@ -87,14 +87,23 @@ def _groups(entries: np.ndarray) -> np.ndarray:
     return flat & (entries["first"] % 8 == 0) & (addresses % 16 == 0)
 
 
+def _rows(entries: np.ndarray) -> np.ndarray:
+    """int64[E, 16]: the entries, then what elementwise.py wants to know beside them."""
+    columns = entries["columns"].tolist()
+    # p // d = p m >> 41 + s with s = ceil(log2 d), m = ceil(2^(41 + s) / d): exact for p < 2^40 (Granlund and Montgomery 1994)
+    shifts = [(d - 1).bit_length() for d in columns]
+    factors = [-(-(1 << 41 + s) // d) for s, d in zip(shifts, columns)]
+    words = entries.view(np.int64).reshape(-1, table.ENTRY.itemsize // 8)
+    return np.column_stack([words, _groups(entries), factors, shifts]).astype(np.int64)
+
+
 class _Launch:
     """A packed table on its device, and the launch of a kernel over its chunks."""
 
     def __init__(self, tensors: Sequence[Tensor], entries: np.ndarray, chunks: np.ndarray, draws: Sequence[tuple[int, int]] = ()):
         self.device = _device(tensors)
-        entries["reserved"] = _groups(entries)
         names = np.array([step | draw << 32 for step, draw in draws], dtype=np.uint64)
-        parts = [a.view(np.int64).reshape(-1) for a in (entries, chunks, names)]
+        parts = [a.view(np.int64).reshape(-1) for a in (_rows(entries), chunks, names)]
         buffer = torch.from_numpy(np.concatenate(parts))
         if self.device.type == "cuda":
             buffer = buffer.pin_memory().to(self.device, non_blocking=True)

@@ -29,7 +29,9 @@ def resolve(direction: str | Direction) -> Direction:
             raise ValueError(f"unknown direction {direction!r}; expected one of {sorted(DIRECTIONS)} or a Direction")
         return DIRECTIONS[direction]()
     if not all(hasattr(direction, attribute) for attribute in ("name", "per_block", "values")):
-        raise TypeError(f"direction is {direction!r}; expected one of {sorted(DIRECTIONS)} or a Direction (name, per_block, values)")
+        raise TypeError(
+            f"direction is {direction!r}; expected one of {sorted(DIRECTIONS)} or a Direction (name, per_block, values)"
+        )
     return direction
 
 

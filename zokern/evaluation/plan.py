@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,10 @@ class Group:
     eps: float
     options: dict  # the optimizer's param group: lr, weight_decay, ...
     backend: Backend
+
+    def residual(self, i: int) -> Tensor | None:
+        """The low bits of tensor i, where it has any."""
+        return self.residuals[i] if self.residuals is not None and self.tensors[i].dtype == torch.bfloat16 else None
 
     def perturb(self, direction, seed: int, step: int, draw: int, scales: Sequence[float], outs) -> None:
         self.backend.perturb(self.tensors, self.spans, direction, seed, step, draw, scales, outs, self.residuals)
@@ -61,3 +65,10 @@ class Reading:
     scratch_bytes: int = 0
     unseen: tuple[str, ...] = ()  # trained parameters that the loss never read
     whole: tuple[str, ...] = ()  # parameters that were perturbed in one piece because their use cannot be tiled
+
+
+def unrepeatable(first: float, again: float) -> RuntimeError:
+    return RuntimeError(
+        f"the closure returned {first!r} and then {again!r} for the same weights: it advances a data iterator, a cache or a "
+        "random stream of its own, so the two sides of a pair do not measure the same loss; take the batch outside the closure"
+    )

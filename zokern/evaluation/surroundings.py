@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import random
 import sys
-from contextlib import contextmanager, nullcontext
-from typing import Callable, ContextManager, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -43,7 +43,7 @@ class Surroundings:
             if not b.is_meta:
                 self.saved[id(b)] = b.detach().clone()
 
-    def read(self, closure: Callable[[], object], mode: ContextManager | None = None) -> float:
+    def read(self, closure: Callable[[], object], mode: AbstractContextManager | None = None) -> float:
         """One reading: the closure's loss as a float, under no_grad (and a mode that replaces weights), everything put back."""
         streams = _save_rng()
         try:
@@ -87,7 +87,9 @@ class Surroundings:
                 )
         for module, children in self.children:
             if module._modules != children:
-                raise RuntimeError(f"the closure changed the modules of {type(module).__name__}: the loss of a step must only read them")
+                raise RuntimeError(
+                    f"the closure changed the modules of {type(module).__name__}: the loss of a step must only read them"
+                )
         if self.buffer_changed:
             raise RuntimeError(
                 f"the closure changed buffers {self.buffer_changed}, too large for the {BUFFER_BUDGET >> 20} MB that a step "
@@ -140,7 +142,11 @@ def check_structure(model: nn.Module, known: dict[str, torch.Tensor]) -> None:
     for name, tensor in known.items():
         if now.get(name) is not tensor:
             what = "replaced" if name in now else "removed"
-            raise RuntimeError(f"parameter {name!r} was {what} after the optimizer was built; build a new optimizer for the new model")
+            raise RuntimeError(
+                f"parameter {name!r} was {what} after the optimizer was built; build a new optimizer for the new model"
+            )
     added = [name for name, p in now.items() if p.requires_grad and name not in known]
     if added:
-        raise RuntimeError(f"parameters {added} were added after the optimizer was built; pass them to add_param_group, or freeze them")
+        raise RuntimeError(
+            f"parameters {added} were added after the optimizer was built; pass them to add_param_group, or freeze them"
+        )

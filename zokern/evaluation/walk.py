@@ -8,11 +8,11 @@ of size 0.02 drift by 12 % in 1000 steps. An exception in the loss restores by a
 
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 
-from .plan import Plan, Reading
+from .plan import Plan, Reading, unrepeatable
 from .surroundings import Surroundings
 
 
@@ -57,16 +57,9 @@ class Walk:
                     move(query, offset)
                     sides.append(loss())
                     if repeat_first and query == 0 and len(sides) == 1 and (again := loss()) != sides[0]:
-                        raise _unrepeatable(sides[0], again)
+                        raise unrepeatable(sides[0], again)
                 losses.append(tuple(sides))
         except BaseException:
             move(-1, 0.0)
             raise
         return Reading(losses, restore=[-distance for distance in at])
-
-
-def _unrepeatable(first: float, again: float) -> RuntimeError:
-    return RuntimeError(
-        f"the closure returned {first!r} and then {again!r} for the same weights: it advances a data iterator, a cache or a "
-        "random stream of its own, so the two sides of a pair do not measure the same loss; take the batch outside the closure"
-    )

@@ -1,0 +1,136 @@
+"""Backend ``cuda``: the compiled kernels of csrc/elementwise.cu, for tensors of one CUDA device and on torch's current stream.
+
+A verb is one launch. Its tables are packed on the host (`table`) and go to the device in one copy from pinned memory; the
+coefficients are read where they lie, so no call waits for the device. Everything a launch reads is allocated and freed on the
+stream that it runs on, which is what torch's allocators order by: nothing has to be kept alive after the call.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import table
+from .base import Span
+
+_cuda: Any = None
+_error = ""
+try:
+    from .. import _cuda  # type: ignore[no-redef, attr-defined]
+except ImportError as error:
+    _error = str(error)
+
+
+def why_off() -> str | None:
+    """None if this backend can run here; otherwise why not, and the way out."""
+    if _cuda is None:
+        return (
+            f"the compiled module zokern._cuda is missing ({_error}); install a wheel that has it, or put nvcc on PATH and run "
+            "`pip install --no-build-isolation .`."
+        )
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch."
+    try:
+        count = _cuda.device_count()
+    except RuntimeError as problem:
+        return f"no CUDA device can be used ({problem}); install an NVIDIA driver for CUDA 13 or newer, on a machine with a GPU."
+    if count == 0 or not torch.cuda.is_available():
+        return "torch finds no CUDA device; check CUDA_VISIBLE_DEVICES and the NVIDIA driver."
+    return None
+
+
+def _direction(direction) -> int:
+    number = table.DIRECTIONS.get(direction.name)
+    if number is None:
+        raise NotImplementedError(
+            f"direction {direction.name!r} has no compiled kernel; backend 'cuda' has {sorted(table.DIRECTIONS)}, "
+            "backend 'reference' takes any direction"
+        )
+    return number
+
+
+class Cuda:
+    """base.Backend on the tensors of one CUDA device."""
+
+    name = "cuda"
+    device_type = "cuda"
+
+    def _call(self, verb: str, device: torch.device, tensors: Sequence[Tensor], *arguments: Any) -> None:
+        """One function of the module on the device's current stream; `tensors` is everything that the arguments point to."""
+        if _cuda is None:
+            raise RuntimeError(f"backend 'cuda' is off: {why_off()}")
+        with torch.cuda.device(device):
+            getattr(_cuda, verb)(*arguments, 0, torch.cuda.current_stream(device).cuda_stream)
+
+    def _device(self, **groups: Sequence[Tensor]) -> torch.device:
+        """The one device of all tensors."""
+        device = None
+        for name, tensors in groups.items():
+            for i, tensor in enumerate(tensors):
+                device = device or tensor.device
+                if tensor.device.type != self.device_type or tensor.device != device:
+                    wanted = f"a {self.device_type} tensor" if device.type != self.device_type else f"{device}, as the others"
+                    raise ValueError(f"backend 'cuda': {name}[{i}] is on {tensor.device}; expected {wanted}")
+        return device or torch.device(self.device_type)
+
+    def _upload(self, array: np.ndarray, device: torch.device) -> Tensor:
+        host = torch.from_numpy(np.ascontiguousarray(array).view(np.uint8).reshape(-1))
+        return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
+
+    def _tables(self, entries: np.ndarray, chunks: np.ndarray, device: torch.device) -> tuple[Tensor, tuple[int, int, int]]:
+        """Entries and chunks in one buffer on the device, and the module's first three arguments."""
+        both = self._upload(np.concatenate([entries.view(np.uint8).reshape(-1), chunks.view(np.uint8).reshape(-1)]), device)
+        return both, (both.data_ptr(), both.data_ptr() + entries.nbytes, len(chunks))
+
+    def philox4x32(self, counter: Tensor, key: tuple[int, int], rounds: int) -> Tensor:
+        device = self._device(counter=[counter])
+        given = counter.contiguous().view(torch.int32)[..., ::2].contiguous()  # the low half of each int64
+        words = torch.empty_like(given)
+        if len(given):
+            self._call("philox", device, [given, words], given.data_ptr(), len(given), *key, rounds, words.data_ptr())
+        return words.to(torch.int64) & 0xFFFFFFFF
+
+    def draw(self, outs: Sequence[Tensor], spans: Sequence[Span], direction, seed: int, step: int, draw: int) -> None:
+        number, device = _direction(direction), self._device(outs=outs)
+        entries, chunks = table.pack(None, spans, (outs,))
+        if not len(chunks):
+            return
+        both, tables = self._tables(entries, chunks, device)
+        self._call("draw", device, [both, *outs, *_rows(spans)], *tables, number, seed, step, draw)
+
+    def axpy_(self, thetas: Sequence[Tensor], spans: Sequence[Span], direction, seed: int, draws: Sequence[tuple[int, int]],
+              coeffs: Tensor, decay: float, rounding: str, residuals: Sequence[Tensor] | None) -> Tensor:  # fmt: skip
+        number, low = _direction(direction), residuals or ()
+        device = self._device(thetas=thetas, coeffs=[coeffs], residuals=low)
+        nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
+        entries, chunks = table.pack(thetas, spans, residuals=residuals)
+        if not len(chunks):
+            return nonfinite
+        both, tables = self._tables(entries, chunks, device)
+        terms = self._upload(table.pack_draws(draws, [0.0] * len(draws)), device).view(torch.float32).view(-1, 4)
+        terms[:, 2] = coeffs  # on the device: the host never learns them
+        self._call("axpy", device, [both, terms, nonfinite, *thetas, *low, *_rows(spans)], *tables, number, seed, terms.data_ptr(),
+                   len(draws), decay, table.ROUNDING[rounding], nonfinite.data_ptr())  # fmt: skip
+        return nonfinite
+
+    def perturb(self, thetas: Sequence[Tensor], spans: Sequence[Span], direction, seed: int, step: int, draw: int,
+                scales: Sequence[float], outs: Sequence[Sequence[Tensor]], residuals: Sequence[Tensor] | None) -> None:  # fmt: skip
+        number, low, sides = _direction(direction), residuals or (), [tensor for side in outs for tensor in side]
+        device = self._device(thetas=thetas, outs=sides, residuals=low)
+        entries, chunks = table.pack(thetas, spans, outs, residuals)
+        if not len(chunks):
+            return
+        both, tables = self._tables(entries, chunks, device)
+        both_scales = self._upload(np.array([*scales, 0.0][:2], dtype=np.float32), device)
+        self._call("perturb", device, [both, both_scales, *thetas, *sides, *low, *_rows(spans)], *tables, number, seed, step, draw,
+                   both_scales.data_ptr())  # fmt: skip
+
+
+def _rows(spans: Sequence[Span]) -> list[Tensor]:
+    return [span.rows for span in spans if span.rows is not None]
+
+
+__all__ = ["Cuda", "why_off"]

