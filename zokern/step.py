@@ -128,7 +128,8 @@ def warn(message: str) -> None:
 
 def finite_number(name: str, value: Any, *, minimum: float | None = None, above: float | None = None) -> float:
     """A finite Python float within bounds, or a ValueError that says so."""
-    number = float(value) if isinstance(value, (numbers.Real, torch.Tensor)) and not isinstance(value, bool) else math.nan
+    accepted = isinstance(value, (numbers.Real, torch.Tensor)) and type(value) is not bool
+    number = float(value) if accepted else math.nan
     low = number if minimum is None else minimum
     if not math.isfinite(number) or number < low or (above is not None and number <= above):
         bound = f" > {above}" if above is not None else f" >= {minimum}" if minimum is not None else ""

@@ -40,6 +40,16 @@ def isa() -> str:
     return str(_module().implementation())
 
 
+def select(name: str) -> None:
+    """Use another of `architectures()`; ValueError when it cannot run here."""
+    _module().select(name)
+
+
+def architectures() -> list[str]:
+    """The instruction sets that this machine can run, best first."""
+    return list(_module().architectures())
+
+
 def _module() -> Any:
     if _cpu is None:
         raise RuntimeError(f"backend 'cpu' is off: {why_off()}")
@@ -98,7 +108,7 @@ class Cpu:
         _check("coeffs", [coeffs])
         nonfinite = torch.zeros(1, dtype=torch.int64)
         entries, chunks = table.pack(thetas, spans, residuals=residuals)
-        terms = table.pack_draws(draws, coeffs.tolist())
+        terms = table.pack_draws(draws, coeffs.detach().numpy())
         _module().axpy(*_tables(entries, chunks), number, seed, terms.ctypes.data, len(terms), decay, table.ROUNDING[rounding],
                        nonfinite.data_ptr(), _workers(chunks), 0)  # fmt: skip
         return nonfinite
@@ -115,4 +125,4 @@ class Cpu:
         _module().perturb(*_tables(entries, chunks), number, seed, step, draw, sides.ctypes.data, _workers(chunks), 0)
 
 
-__all__ = ["Cpu", "isa", "why_off"]
+__all__ = ["Cpu", "architectures", "isa", "select", "why_off"]

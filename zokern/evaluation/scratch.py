@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .arena import Arena
+from .copies import Copies
 from .plan import Plan, Reading, unrepeatable
 from .substitution import Substitution
 from .surroundings import Surroundings
@@ -40,13 +41,14 @@ class Scratch:
 
     def read(self, plan: Plan, closure: Callable[[], object], repeat_first: bool = False) -> Reading:
         surroundings = Surroundings(plan)
-        substitution = Substitution(plan, self.arena)
+        copies = Copies(plan, self.arena)
+        substitution = Substitution(copies)
         base: float | None = None
         losses = []
         for query in range(plan.queries):
             self.arena.reset()
             offsets = [offset for offset in plan.stencil.offsets if offset != 0.0]
-            substitution.prepare(query, offsets)
+            copies.prepare(query, offsets)
             sides: list[float] = []
             for offset in plan.stencil.offsets:
                 if offset == 0.0:
@@ -56,12 +58,13 @@ class Scratch:
                     continue
 
                 def loss(side: int = offsets.index(offset)) -> float:
-                    return surroundings.read(closure, substitution.at(side))
+                    copies.side = side
+                    return surroundings.read(closure, substitution)
 
                 sides.append(loss())
-                substitution.check_used()
+                copies.check_used()
                 if repeat_first and query == 0 and len(sides) == 1 and (again := loss()) != sides[0]:
                     raise unrepeatable(sides[0], again)
             losses.append(tuple(sides))
-        whole, unseen = substitution.report()
-        return Reading(losses, [0.0] * plan.queries, max(self.arena.peak, substitution.largest), unseen, whole)
+        whole, unseen = copies.report()
+        return Reading(losses, [0.0] * plan.queries, max(self.arena.peak, copies.largest), unseen, whole)

@@ -1,47 +1,45 @@
 """Uses of a parameter: which calls need less than a whole perturbed copy, and what the others may do with it.
 
-A handler gets the substitution, the function and its arguments, and returns the result, or NotImplemented to leave the call to
+A handler gets the copies, the function and its arguments, and returns the result, or NotImplemented to leave the call to
 the general way: a whole copy in the parameter's place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import Span
-
-if TYPE_CHECKING:
-    from .substitution import Substitution
+from .copies import Copies
 
 
-def _linear(mode: Substitution, func, args: tuple, kwargs: dict):
+def _linear(copies: Copies, func, args: tuple, kwargs: dict):
     """y = x W^T + b, W perturbed a few rows at a time."""
     names = dict(zip(("input", "weight", "bias"), args)) | kwargs
     x, weight, bias = names["input"], names["weight"], names.get("bias")
-    if id(weight) not in mode.table or id(x) in mode.table or mode.table[id(weight)] in mode.resident[mode.side]:
+    if id(weight) not in copies.table or id(x) in copies.table or copies.table[id(weight)] in copies.resident[copies.side]:
         return NotImplemented
     if weight.dim() != 2:
         return NotImplemented
-    if bias is not None and id(bias) in mode.table:
-        bias = mode.copy(bias, keep=False)
-    group, i = mode.find(weight)
+    if bias is not None and id(bias) in copies.table:
+        bias = copies.copy(bias, keep=False)
+    group, i = copies.find(weight)
     source, span = group.tensors[i], group.spans[i]
     residual = group.residual(i)
     rows, columns = source.shape
-    step = mode.tile_rows(source, 0)
+    step = copies.tile_rows(source, 0)
     out = None
     for start in range(0, rows, step):
         stop = min(rows, start + step)
-        tile = mode.arena.take((stop - start, columns), source.dtype, source.device)
+        tile = copies.arena.take((stop - start, columns), source.dtype, source.device)
         if tile is None:
             tile = torch.empty((stop - start, columns), dtype=source.dtype, device=source.device)
         here = Span(span.who, span.first + start * columns)
-        mode.piece(group, i, source[start:stop], here, tile, residual[start:stop] if residual is not None else None)
+        copies.piece(group, i, source[start:stop], here, tile, residual[start:stop] if residual is not None else None)
         part = F.linear(x, tile, bias[start:stop] if bias is not None else None)
         if stop - start == rows:
             return part
@@ -49,79 +47,79 @@ def _linear(mode: Substitution, func, args: tuple, kwargs: dict):
             out = part.new_empty((*part.shape[:-1], rows))
         out[..., start:stop] = part
         del tile, part
-        mode.arena.release()
+        copies.arena.release()
     return out
 
 
-def _addmm(mode: Substitution, func, args: tuple, kwargs: dict):
+def _addmm(copies: Copies, func, args: tuple, kwargs: dict):
     """y = b + x W (transformers' Conv1D), W perturbed a few columns at a time."""
-    if len(args) != 3 or kwargs or id(args[2]) not in mode.table or id(args[1]) in mode.table:
+    if len(args) != 3 or kwargs or id(args[2]) not in copies.table or id(args[1]) in copies.table:
         return NotImplemented
     bias, x, weight = args
-    group, i = mode.find(weight)
+    group, i = copies.find(weight)
     source, span = group.tensors[i], group.spans[i]
-    if mode.table[id(weight)] in mode.resident[mode.side] or weight.dim() != 2:
+    if copies.table[id(weight)] in copies.resident[copies.side] or weight.dim() != 2:
         return NotImplemented
-    if id(bias) in mode.table:
-        bias = mode.copy(bias, keep=False)
+    if id(bias) in copies.table:
+        bias = copies.copy(bias, keep=False)
     residual = group.residual(i)
     rows, columns = source.shape
-    step = mode.tile_rows(source, 1)
+    step = copies.tile_rows(source, 1)
     if step >= columns or bias.dim() != 1:
-        return func(bias, x, mode.copy(weight))
+        return func(bias, x, copies.copy(weight))
     out = None
     for start in range(0, columns, step):
         stop = min(columns, start + step)
-        tile = mode.arena.take((rows, stop - start), source.dtype, source.device)
+        tile = copies.arena.take((rows, stop - start), source.dtype, source.device)
         if tile is None:
             tile = torch.empty((rows, stop - start), dtype=source.dtype, device=source.device)
         here = Span(span.who, span.first + start, pitch=columns)
-        mode.piece(group, i, source[:, start:stop], here, tile, residual[:, start:stop] if residual is not None else None)
+        copies.piece(group, i, source[:, start:stop], here, tile, residual[:, start:stop] if residual is not None else None)
         part = torch.addmm(bias[start:stop], x, tile)
         if out is None:
             out = part.new_empty((part.shape[0], columns))
         out[:, start:stop] = part
         del tile, part
-        mode.arena.release()
+        copies.arena.release()
     return out
 
 
-def _rows(mode: Substitution, weight: Tensor, index: Tensor) -> Tensor:
+def _rows(copies: Copies, weight: Tensor, index: Tensor) -> Tensor:
     """Rows of a perturbed matrix: only those."""
-    group, i = mode.find(weight)
+    group, i = copies.find(weight)
     source, span = group.tensors[i], group.spans[i]
     residual = group.residual(i)
     rows = index.reshape(-1).to(device=source.device, dtype=torch.int64)
     if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= source.shape[0]):
         raise IndexError(f"index out of range: {group.names[i]!r} has {source.shape[0]} rows")
-    out = mode.outside(group, i, (rows.numel(), source.shape[1]))
-    mode.piece(group, i, source, Span(span.who, span.first, rows=rows.contiguous()), out, residual)
+    out = copies.outside(group, i, (rows.numel(), source.shape[1]))
+    copies.piece(group, i, source, Span(span.who, span.first, rows=rows.contiguous()), out, residual)
     return out.view(*index.shape, source.shape[1])
 
 
-def _embedding(mode: Substitution, func, args: tuple, kwargs: dict):
+def _embedding(copies: Copies, func, args: tuple, kwargs: dict):
     names = dict(zip(("input", "weight", "padding_idx", "max_norm", "norm_type"), args)) | kwargs
     weight = names["weight"]
-    if names.get("max_norm") is not None and id(weight) in mode.table:
-        mode.refuse_write(weight, "embedding with max_norm")
-    if id(weight) not in mode.table or mode.table[id(weight)] in mode.resident[mode.side] or weight.dim() != 2:
+    if names.get("max_norm") is not None and id(weight) in copies.table:
+        copies.refuse_write(weight, "embedding with max_norm")
+    if id(weight) not in copies.table or copies.table[id(weight)] in copies.resident[copies.side] or weight.dim() != 2:
         return NotImplemented
-    return _rows(mode, weight, names["input"])
+    return _rows(copies, weight, names["input"])
 
 
-def _getitem(mode: Substitution, func, args: tuple, kwargs: dict):
+def _getitem(copies: Copies, func, args: tuple, kwargs: dict):
     """One expert of a stack, a block of rows, or looked-up rows."""
     weight, index = args
-    if id(weight) not in mode.table or mode.table[id(weight)] in mode.resident[mode.side] or weight.dim() < 2:
+    if id(weight) not in copies.table or copies.table[id(weight)] in copies.resident[copies.side] or weight.dim() < 2:
         return NotImplemented
-    group, i = mode.find(weight)
+    group, i = copies.find(weight)
     source, span = group.tensors[i], group.spans[i]
     if isinstance(index, Tensor) and index.dtype in (torch.int64, torch.int32) and index.dim() == 0:
         index = int(index)
     if isinstance(index, Tensor):
-        if index.dtype not in (torch.int64, torch.int32) or weight.dim() != 2 or id(index) in mode.table:
+        if index.dtype not in (torch.int64, torch.int32) or weight.dim() != 2 or id(index) in copies.table:
             return NotImplemented
-        return _rows(mode, weight, torch.where(index < 0, index + weight.shape[0], index))
+        return _rows(copies, weight, torch.where(index < 0, index + weight.shape[0], index))
     if isinstance(index, slice):
         start, stop, step = index.indices(source.shape[0])
         if step != 1:
@@ -134,11 +132,11 @@ def _getitem(mode: Substitution, func, args: tuple, kwargs: dict):
         return NotImplemented
     each = source[0].numel()
     residual = group.residual(i)
-    out = mode.outside(group, i, tuple(view.shape))
-    mode.piece(
+    out = copies.outside(group, i, tuple(view.shape))
+    copies.piece(
         group, i, view, Span(span.who, span.first + start * each), out, residual[index] if residual is not None else None
     )
-    mode.watch(out)
+    copies.watch(out)
     return out
 
 
@@ -146,8 +144,8 @@ HANDLERS: dict[Any, Callable] = {
     F.linear: _linear,
     torch.addmm: _addmm,
     F.embedding: _embedding,
-    torch.embedding: lambda mode, func, args, kwargs: (
-        _embedding(mode, func, (args[1], args[0]), {}) if len(args) >= 2 else NotImplemented
+    torch.embedding: lambda copies, func, args, kwargs: (
+        _embedding(copies, func, (args[1], args[0]), {}) if len(args) >= 2 else NotImplemented
     ),
     Tensor.__getitem__: _getitem,
 }
@@ -157,7 +155,7 @@ PRODUCTS = {Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul, Tensor.add, 
 FRESH = NORMS | PRODUCTS | {
     F.linear, F.bilinear, F.embedding, F.embedding_bag, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d,
     F.conv_transpose3d, F.multi_head_attention_forward, F.prelu, torch.addmm, torch.mm, torch.matmul, torch.bmm, torch.baddbmm,
-    torch.einsum, torch.sub, torch.div, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.mm, Tensor.addmm, Tensor.bmm,
+    torch.sub, torch.div, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.mm, Tensor.addmm, Tensor.bmm,
     Tensor.__sub__, Tensor.__rsub__, Tensor.sub, Tensor.__truediv__, Tensor.div, Tensor.pow, Tensor.__pow__, Tensor.sum, Tensor.mean,
     torch.sum, torch.mean, torch.conv1d, torch.conv2d, torch.conv3d,
 }  # fmt: skip
