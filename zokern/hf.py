@@ -10,6 +10,7 @@ code and want their dependencies), nothing is downloaded, and no row is copied i
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import logging
 import os
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -55,13 +57,15 @@ def load_model(path: Path | None = None) -> tuple[Any, Any]:
     path = path or installed_file(MODEL_PACKAGE, MODEL_FILE)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported: everything needed is in the file
     try:
-        import gguf  # noqa: F401  transformers' own message for it names neither the file nor this package
+        import gguf
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise ModuleNotFoundError(f"{error.name} is not installed; pip install 'zokern[demo]'") from error
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    # Configuration, tokenizer and weights each read the whole file, and most of the time goes into its 49,000 tokens: read it once.
+    with patch.object(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)):
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer

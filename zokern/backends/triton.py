@@ -6,8 +6,9 @@ Addresses in the table are raw, so a tensor on the wrong device is refused here:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ def interpreted() -> bool:
 
 def why_off() -> str | None:
     if _missing:
-        return f"Triton kernels cannot be imported ({_missing}); install triton 3.6 to 3.9 and a zokern wheel that carries them."
+        return f"Triton kernels cannot be imported ({_missing}); install triton 3.6 to 3.9 and zokern with its kernels."
     if interpreted():
         return None
     if torch.version.hip is not None:
@@ -48,7 +49,7 @@ def why_off() -> str | None:
         return "torch sees no CUDA device; run on a GPU, or set TRITON_INTERPRET=1 before importing zokern to interpret on the CPU."
     if torch.cuda.get_device_capability() < CAPABILITY:
         major, minor = torch.cuda.get_device_capability()
-        return f"the CUDA device has compute capability {major}.{minor}; expected 8.0 or newer; use backend='cuda' or 'reference'."
+        return f"the CUDA device has compute capability {major}.{minor}; expected 8.0 or newer; use backend='reference'."
     return None
 
 
@@ -100,7 +101,9 @@ def _rows(entries: np.ndarray) -> np.ndarray:
 class _Launch:
     """A packed table on its device, and the launch of a kernel over its chunks."""
 
-    def __init__(self, tensors: Sequence[Tensor], entries: np.ndarray, chunks: np.ndarray, draws: Sequence[tuple[int, int]] = ()):
+    def __init__(
+        self, tensors: Sequence[Tensor], entries: np.ndarray, chunks: np.ndarray, draws: Sequence[tuple[int, int]] = ()
+    ):
         self.device = _device(tensors)
         names = np.array([step | draw << 32 for step, draw in draws], dtype=np.uint64)
         parts = [a.view(np.int64).reshape(-1) for a in (_rows(entries), chunks, names)]
@@ -144,10 +147,9 @@ class Triton:
         count = counter.shape[0]
         if count:
             block = triton.next_power_of_2(count) if interpreted() else BLOCK
+            arguments = (counter, words, count, _signed(key[0]), _signed(key[1]), rounds, block)
             with _guard(device):
-                elementwise.philox[(triton.cdiv(count, block),)](
-                    counter, words, count, _signed(key[0]), _signed(key[1]), rounds, block, num_warps=WARPS, enable_fp_fusion=False
-                )
+                elementwise.philox[(triton.cdiv(count, block),)](*arguments, num_warps=WARPS, enable_fp_fusion=False)
         return words
 
     def draw(self, outs, spans: Sequence[Span], direction, seed, step, draw) -> None:

@@ -28,14 +28,15 @@ from torch import nn
 
 from .. import __version__
 from ..hf import LabelWords, Split, load_model, read_reviews, split
+from ..stream import check_seed
 from .cost import cost
 from .report import FIELDS, LEVEL, plot, share, summary
-from .training import score, train
+from .training import Batches, score, train
 
 # Label words of Malladi et al. 2023 for film-review sentences, in the order of the labels.
 TEMPLATE, WORDS = "{} This movie is", (" terrible", " great")
 LEAST, MOST = 8, 20  # tokens of a row, template included: sentences long enough to judge, short enough for two cores
-STEPS, LR, BATCH, HELD_OUT = 120, 4e-5, 8, 300
+STEPS, LR, BATCH, HELD_OUT, ROUNDS = 100, 4e-5, 8, 300, 3
 
 
 def run(model: nn.Module, words: LabelWords, rows: Split, options: argparse.Namespace) -> dict[str, Any]:
@@ -114,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
     add("--queries", type=_count, default=1, help="draws per step (default %(default)s)")
     add("--batch", type=_count, default=BATCH, help="rows per step, half of each label (default %(default)s)")
     add("--held-out", type=_count, default=HELD_OUT, help="rows to judge by, half of each label (default %(default)s)")
-    add("--rounds", type=_count, default=4, help="rounds of the cost comparison (default %(default)s)")
+    add("--rounds", type=_count, default=ROUNDS, help="rounds of the cost comparison (default %(default)s)")
     add("--threads", type=_count, help="threads of torch (default: torch's own choice)")
     add("--quiet", action="store_true", help="print nothing but the summary")
     return parse
@@ -135,12 +136,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     started = time.perf_counter()
     try:
-        _check_packages()
+        _check(options)
         rows = read_reviews()
         model, tokenizer = load_model()
         words = LabelWords(tokenizer, TEMPLATE, WORDS)
         kept = [row for row, length in zip(rows, words.lengths(rows)) if LEAST <= length <= MOST]
         parts = split(kept, options.held_out)
+        Batches(parts.train, options.batch, options.seed)
     except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
         print(f"zokern demo: {error}", file=sys.stderr)
         return 2
@@ -165,8 +167,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if report["significant"] else 1
 
 
-def _check_packages() -> None:
-    """Said before minutes are spent, not after."""
+def _check(options: argparse.Namespace) -> None:
+    """What can be refused before minutes are spent is refused here."""
     for name in ("transformers", "gguf", "tqdm", "matplotlib"):
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(f"{name} is not installed; pip install 'zokern[demo]'")
+    if check_seed(options.seed) == check_seed(options.second_seed):
+        raise ValueError(f"--second-seed is {options.second_seed}, as --seed; expected another one, or it checks nothing")
+    for path in (options.json, options.plot):
+        if path and not path.absolute().parent.is_dir():
+            raise FileNotFoundError(f"the folder {path.absolute().parent} does not exist; make it, or name another file")

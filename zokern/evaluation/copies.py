@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Span
-from .arena import Arena
+from .arena import ALIGN, Arena
 from .plan import Group, Plan
 
 RESIDENT = 1 << 16  # elements: tensors up to this size are perturbed together, ahead of the reading
@@ -39,7 +39,8 @@ class Copies:
             for i in small:
                 tensor = group.tensors[i]
                 dtype = torch.float32 if tensor.dim() <= 1 else tensor.dtype
-                if (self.arena.left(tensor.device) - (1 << 12)) * 2 < self.arena.budget:
+                needed = len(offsets) * (tensor.numel() * dtype.itemsize + ALIGN)
+                if self.arena.left(tensor.device) - needed < self.arena.budget // 2:
                     break  # half of the budget stays free for tiles
                 copies = [self.arena.take(tuple(tensor.shape), dtype, tensor.device) for _ in offsets]
                 kept.append(i)

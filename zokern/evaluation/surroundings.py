@@ -36,11 +36,10 @@ class Surroundings:
         self.buffer_versions = [0 if b.is_inference() else b._version for _, _, b in self.buffers]
         self.saved: dict[int, torch.Tensor] = {}
         left = BUFFER_BUDGET
-        for _, _, b in sorted(self.buffers, key=lambda item: item[2].numel() * item[2].element_size()):
+        for module, _, b in sorted(self.buffers, key=lambda item: item[2].numel() * item[2].element_size()):
             left -= b.numel() * b.element_size()
-            if left < 0:
-                break
-            if not b.is_meta:
+            # norms write their statistics below the version counters, so theirs are saved whatever the size
+            if not b.is_meta and (left >= 0 or isinstance(module, nn.modules.batchnorm._NormBase)):
                 self.saved[id(b)] = b.detach().clone()
 
     def read(self, closure: Callable[[], object], mode: AbstractContextManager | None = None) -> float:
@@ -61,11 +60,11 @@ class Surroundings:
         for module, training in self.modes:
             if module.training != training:
                 module.training = training
-        for (module, name, buffer), version in zip(self.buffers, self.buffer_versions):
+        for module, name, buffer in self.buffers:
             if module._buffers.get(name) is not buffer:
                 module._buffers[name] = buffer
-            if not buffer.is_inference() and buffer._version != version and id(buffer) in self.saved:
-                with torch.no_grad():
+            if id(buffer) in self.saved and not torch.equal(buffer, self.saved[id(buffer)]):
+                with torch.inference_mode(buffer.is_inference()), torch.no_grad():
                     buffer.copy_(self.saved[id(buffer)])
         self.buffer_changed = [
             name

@@ -1,0 +1,566 @@
+"""One suite for every backend: each ``check_*(backend, device, scale)`` raises AssertionError where it is not the reference.
+
+Elementwise verbs are compared bit for bit, whole guarded buffers at a time (tests/guarded.py). Cases come from a generator
+seeded with the check's name. ``scale`` is "full", or "quick" for a backend that is interpreted: the same checks with fewer and
+smaller cases.
+
+    for name, problem in conformance.run(backend).items(): ...      # problem is None where the check passed
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from guarded import Guarded, equal, filled, guarded
+from torch import Tensor
+
+from zokern.backends.base import Span
+from zokern.backends.reference import Reference
+from zokern.directions import resolve
+from zokern.stream import INDEX_LIMIT
+
+VECTORS = Path(__file__).parent / "vectors"
+DIRECTIONS = ("normal", "rademacher")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SIZES = {
+    "quick": (0, 1, 7, 9, 129, 300),
+    "full": (0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 65, 127, 128, 129, 255, 257, 511, 513, 1000, 4097),
+}
+OFFSETS = {"quick": (0, 3), "full": range(8)}
+# first elements: inside a block, across the limits of int32 and uint32, and the last that the stream has (None: limit - n)
+FIRSTS = {
+    "quick": (7, 2**31 - 5, None),
+    "full": (0, 1, 7, 8, 127, 128, 2**31 - 5, 2**31, 2**32 - 8, 2**32 + 3, 2**34 - 1, None),
+}
+SEED = 0x0123456789ABCDEF
+
+
+class Versus:
+    """Runs a verb on a backend and on the reference, from equal buffers, and compares everything they could have written.
+
+    What the reference wrote is kept for the next backend: a check makes the same calls in the same order every time.
+    """
+
+    known: dict[tuple[str, str, int], list] = {}
+
+    def __init__(self, check: Callable, backend, device: str, scale: str) -> None:
+        self.backend, self.device, self.case, self.calls = backend, device, (check.__name__, scale), 0
+
+    def _both(self, groups: Sequence[Sequence[Guarded]], call: Callable) -> tuple[list, list]:
+        """``call(backend, views of each group)`` on copies for the backend and on copies for the reference: both results."""
+
+        def result(backend, device):
+            copies = [[t.copy_to(device) for t in group] for group in groups]
+            return [*copies, call(backend, [[t.view for t in group] for group in copies], device)]
+
+        mine = result(self.backend, self.device)
+        key = (*self.case, self.calls)
+        self.calls += 1
+        if key not in self.known:
+            self.known[key] = result(Reference(), "cpu")
+        return mine, self.known[key]
+
+    def draw(self, outs: Sequence[Guarded], spans, direction: str, seed=SEED, step=3, draw=1) -> None:
+        def call(backend, groups, device):
+            backend.draw(groups[0], located(spans, device), resolve(direction), seed, step, draw)
+
+        mine, right = self._both([outs], call)
+        same(mine[0], right[0], f"draw {direction}, tensor")
+
+    def axpy(
+        self, thetas, spans, direction: str, draws=((3, 1),), coeffs=(1e-3,), decay=1.0, rounding="nearest", residuals=()
+    ) -> None:
+        def call(backend, groups, device):
+            theta, low, where, z = groups[0], groups[1] if residuals else None, located(spans, device), resolve(direction)
+            a = torch.tensor(coeffs, dtype=torch.float32, device=device)
+            return backend.axpy_(theta, where, z, SEED, list(draws), a, decay, rounding, low)
+
+        mine, right = self._both([thetas, residuals], call)
+        same(mine[0], right[0], f"axpy_ {direction} K={len(draws)} {rounding}, tensor")
+        same(mine[1], right[1], f"axpy_ {direction} K={len(draws)} {rounding}, residual")
+        equal(mine[2], right[2], f"axpy_ {direction} {rounding}, how many results are inf or NaN")
+
+    def perturb(self, thetas, spans, direction: str, outs, scales=(1e-3, -1e-3), residuals=()) -> None:
+        def call(backend, groups, device):
+            theta, low, *sides = groups
+            low = low if residuals else None
+            backend.perturb(theta, located(spans, device), resolve(direction), SEED, 3, 1, list(scales), sides, low)
+
+        mine, right = self._both([thetas, residuals, *outs], call)
+        same(mine[0], right[0], f"perturb {direction}, theta (only read), tensor")
+        same(mine[1], right[1], f"perturb {direction}, residual (only read), tensor")
+        for j in range(len(outs)):
+            same(mine[2 + j], right[2 + j], f"perturb {direction} side {j}, tensor")
+
+
+def located(spans: Sequence[Span], device: str) -> list[Span]:
+    """The spans with their rows on the tensors' device."""
+    return [s if s.rows is None else replace(s, rows=s.rows.to(device)) for s in spans]
+
+
+def same(mine: Sequence[Guarded], right: Sequence[Guarded], what: str) -> None:
+    for i, (got, expected) in enumerate(zip(mine, right)):
+        equal(got.view, expected.view, f"{what} {i} {tuple(expected.shape)} {expected.buffer.dtype}")
+        equal(got.buffer, expected.buffer, f"{what} {i} {tuple(expected.shape)} {expected.buffer.dtype}, memory around it")
+
+
+def source(check: Callable) -> torch.Generator:
+    """The generator of a check's cases."""
+    return torch.Generator().manual_seed(zlib.crc32(check.__name__.encode()))
+
+
+def ids(generator: torch.Generator, count: int) -> list[int]:
+    return torch.randint(0, 2**32, (count,), generator=generator).tolist()
+
+
+def weights(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Finite weights: mostly N(0, 0.02^2), one in eight of any exponent (so huge and subnormal ones), some zeros."""
+    value = (torch.randn(shape, generator=generator) * 0.02).to(dtype)
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    limit = torch.iinfo(bits)
+    wild = torch.randint(limit.min, limit.max, shape, generator=generator, dtype=torch.int64).to(bits).view(dtype)
+    kind = torch.randint(0, 32, shape, generator=generator)
+    value = torch.where((kind < 4) & wild.isfinite(), wild, value)
+    return torch.where(kind == 4, torch.zeros_like(value), torch.where(kind == 5, -torch.zeros_like(value), value))
+
+
+def theta_of(generator, shape, dtype, offset=0, see=None) -> Guarded:
+    tensor = guarded(shape, dtype, offset, see)
+    tensor.view.copy_(weights(tensor.shape, dtype, generator))
+    return tensor
+
+
+def low_of(generator, tensor: Guarded) -> Guarded:
+    """Random low bits for a bfloat16 tensor, contiguous in logical order."""
+    return filled(torch.randint(-(2**15), 2**15, tensor.shape, generator=generator).to(torch.int16), offset=3)
+
+
+def out_like(tensor: Guarded, dtype: torch.dtype | None = None, rows: Tensor | None = None, offset: int = 0) -> Guarded:
+    shape = tensor.shape if rows is None else (rows.numel(), *tensor.shape[1:])
+    return guarded(shape, dtype or tensor.buffer.dtype, offset)
+
+
+# --- the block function -------------------------------------------------------------------------------------------------------
+
+
+def known_answers() -> list[tuple[int, list[int], list[int], list[int]]]:
+    """Rows (rounds, counter, key, words) of vectors/philox4x32.txt."""
+    lines = (VECTORS / "philox4x32.txt").read_text().splitlines()
+    rows = [[part.split() for part in line.split("|")] for line in lines if line and line[0] != "#"]
+    return [(int(r[0]), *([int(word, 16) for word in part] for part in rest)) for r, *rest in rows]
+
+
+def check_philox_known_answers(backend, device="cpu", scale="full") -> None:
+    for rounds, counter, key, words in known_answers():
+        got = backend.philox4x32(torch.tensor([counter], device=device), (key[0], key[1]), rounds)
+        equal(got, torch.tensor([words]), f"philox4x32-{rounds} of {counter} under {key}")
+
+
+def check_philox_random_counters(backend, device="cpu", scale="full") -> None:
+    generator = source(check_philox_random_counters)
+    for rounds in (7, 10):
+        for count in (1, 5, 300) if scale == "quick" else (1, 5, 16, 1000, 20001):
+            counter = torch.randint(0, 2**32, (count, 4), generator=generator)
+            key = tuple(ids(generator, 2))
+            got = backend.philox4x32(counter.to(device), key, rounds)
+            equal(got, Reference().philox4x32(counter, key, rounds), f"philox4x32-{rounds}, {count} counters")
+
+
+# --- sizes, alignments, element numbers ---------------------------------------------------------------------------------------
+
+
+def spread(generator, scale: str, offset: int, dtypes=DTYPES):
+    """Half of the sizes, every dtype, for one launch; each tensor with its own id and a small first element."""
+    cases = [(size, dtype) for size in SIZES[scale][offset % 2 :: 2] for dtype in dtypes]
+    thetas = [theta_of(generator, (size,), dtype, offset) for size, dtype in cases]
+    firsts = torch.randint(0, 300, (len(cases),), generator=generator).tolist()
+    return thetas, [Span(who, first) for who, first in zip(ids(generator, len(cases)), firsts)]
+
+
+def far(generator, scale: str, dtypes=DTYPES):
+    """Tensors of 37 and 300 elements at every first element of FIRSTS."""
+    thetas, spans = [], []
+    for first in FIRSTS[scale]:
+        for size in (37,) if scale == "quick" else (37, 300):
+            for dtype in dtypes:
+                thetas.append(theta_of(generator, (size,), dtype))
+                spans.append(Span(ids(generator, 1)[0], INDEX_LIMIT - size if first is None else first))
+    return thetas, spans
+
+
+def check_draw_sizes(backend, device="cpu", scale="full") -> None:
+    generator, versus = source(check_draw_sizes), Versus(check_draw_sizes, backend, device, scale)
+    for direction in DIRECTIONS:
+        for offset in OFFSETS[scale]:
+            thetas, spans = spread(generator, scale, offset)
+            versus.draw([out_like(t, offset=offset) for t in thetas], spans, direction)
+
+
+def check_draw_firsts(backend, device="cpu", scale="full") -> None:
+    generator, versus = source(check_draw_firsts), Versus(check_draw_firsts, backend, device, scale)
+    for direction in DIRECTIONS:
+        thetas, spans = far(generator, scale)
+        versus.draw([out_like(t) for t in thetas], spans, direction)
+
+
+def check_draw_names(backend, device="cpu", scale="full") -> None:
+    """Extreme seeds and counter words; z differs by who, step, draw and seed and by nothing else."""
+    generator, versus = source(check_draw_names), Versus(check_draw_names, backend, device, scale)
+    top = 2**32 - 1
+    names = [(0, 0, 0), (top, 0, 0), (0, top, 0), (0, 0, top), (2**31, 2**31, 2**31), (1, 2, 3 << 24 | 5)]
+    seeds = (0, 2**32 + 1, 2**64 - 1) if scale == "quick" else (0, 1, top, 2**32, 2**32 + 1, 2**63, 2**64 - 1)
+    for direction in DIRECTIONS:
+        for seed in seeds:
+            for who, step, draw in names[1::2] if scale == "quick" else names:
+                out = guarded((21,), torch.float32)
+                versus.draw([out], [Span(who, ids(generator, 1)[0] % 100)], direction, seed, step, draw)
+
+
+def check_axpy_sizes(backend, device="cpu", scale="full") -> None:
+    generator, versus = source(check_axpy_sizes), Versus(check_axpy_sizes, backend, device, scale)
+    for direction in DIRECTIONS:
+        for offset in OFFSETS[scale]:
+            versus.axpy(*spread(generator, scale, offset), direction)
+
+
+def check_axpy_firsts(backend, device="cpu", scale="full") -> None:
+    generator, versus = source(check_axpy_firsts), Versus(check_axpy_firsts, backend, device, scale)
+    for direction in DIRECTIONS:
+        versus.axpy(*far(generator, scale), direction)
+
+
+def check_perturb_sizes(backend, device="cpu", scale="full") -> None:
+    """One and two sides; outputs of theta's dtype and float32; every alignment of theta and of the outputs."""
+    generator, versus = source(check_perturb_sizes), Versus(check_perturb_sizes, backend, device, scale)
+    for direction in DIRECTIONS:
+        for offset in OFFSETS[scale]:
+            thetas, spans = spread(generator, scale, offset)
+            dtype = torch.float32 if offset % 2 else None
+            outs = [[out_like(t, dtype, offset=(offset * 5 + j) % 8) for t in thetas] for j in range(1 + (offset % 4 < 2))]
+            versus.perturb(thetas, spans, direction, outs, (1e-3, -1e-3)[: len(outs)])
+
+
+def check_perturb_firsts(backend, device="cpu", scale="full") -> None:
+    generator, versus = source(check_perturb_firsts), Versus(check_perturb_firsts, backend, device, scale)
+    for direction in DIRECTIONS:
+        thetas, spans = far(generator, scale)
+        versus.perturb(thetas, spans, direction, [[out_like(t) for t in thetas] for _ in range(2)], (0.5, 0.25))
+
+
+# --- strides, slices of columns, looked-up rows -------------------------------------------------------------------------------
+
+VIEWS: list[tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = [
+    ((13, 37), lambda x: x.t()),
+    ((5, 300), lambda x: x[:, ::2]),
+    ((300,), lambda x: x[::3]),
+    ((4, 9, 10), lambda x: x.permute(2, 0, 1)),
+    ((9, 16), lambda x: x[:, 3:12]),
+    ((3, 4, 5, 8), lambda x: x.permute(0, 3, 1, 2)),
+    ((3, 4, 5, 8), lambda x: x.permute(3, 1, 0, 2)[::2]),
+    ((1, 50, 1), lambda x: x.transpose(0, 2)),
+    ((2, 3, 1, 7), lambda x: x[:, :, 0, 1::2]),
+    ((700, 3), lambda x: x.t()),
+    ((1,), lambda x: x[0]),
+    ((0, 4), lambda x: x.t()),
+]
+
+
+def strided(generator, scale: str):
+    views = VIEWS[:4] if scale == "quick" else VIEWS
+    thetas = [theta_of(generator, shape, dtype, offset=1, see=see) for shape, see in views for dtype in DTYPES]
+    firsts = torch.randint(0, 1000, (len(thetas),), generator=generator).tolist()
+    return thetas, [Span(who, first) for who, first in zip(ids(generator, len(thetas)), firsts)]
+
+
+def check_axpy_strides(backend, device="cpu", scale="full") -> None:
+    """Any stride: transposed, every second column, permuted; the bytes between the elements keep their sentinels."""
+    generator, versus = source(check_axpy_strides), Versus(check_axpy_strides, backend, device, scale)
+    for direction in DIRECTIONS:
+        for rounding in ("nearest", "stochastic"):
+            versus.axpy(*strided(generator, scale), direction, rounding=rounding)
+
+
+def check_axpy_strides_residual(backend, device="cpu", scale="full") -> None:
+    generator, versus = source(check_axpy_strides_residual), Versus(check_axpy_strides_residual, backend, device, scale)
+    for direction in DIRECTIONS:
+        thetas, spans = strided(generator, scale)
+        versus.axpy(thetas, spans, direction, rounding="residual", residuals=[low_of(generator, t) for t in thetas])
+
+
+def check_perturb_strides(backend, device="cpu", scale="full") -> None:
+    generator, versus = source(check_perturb_strides), Versus(check_perturb_strides, backend, device, scale)
+    for direction in DIRECTIONS:
+        thetas, spans = strided(generator, scale)
+        versus.perturb(thetas, spans, direction, [[out_like(t, offset=j) for t in thetas] for j in range(2)])
+        lows = [low_of(generator, t) for t in thetas]
+        versus.perturb(thetas, spans, direction, [[out_like(t, torch.float32) for t in thetas]], (0.01,), lows)
+
+
+def column_slices(generator, scale: str):
+    """Columns [a, b) of a (rows, width) parameter: a view of it and a compact copy, numbered as in the whole."""
+    thetas, spans = [], []
+    cases = [(5, 40, 3, 12), (3, 300, 130, 300), (7, 129, 0, 1), (4, 64, 8, 24), (2, 1000, 1, 999), (6, 33, 5, 5)]
+    for rows, width, a, b in cases[:2] if scale == "quick" else cases:
+        for dtype in DTYPES:
+            who = ids(generator, 1)[0]
+            thetas.append(theta_of(generator, (rows, width), dtype, see=lambda x, a=a, b=b: x[:, a:b]))
+            thetas.append(theta_of(generator, (rows, b - a), dtype, offset=5))
+            spans += [Span(who, first=a, pitch=width), Span(who, first=2 * width + a, pitch=width)]
+    # rows that lie further apart than 32 bits can say
+    thetas.append(theta_of(generator, (4, 30), torch.float32))
+    spans.append(Span(ids(generator, 1)[0], first=2**33 - 33, pitch=2**33 - 1))
+    return thetas, spans
+
+
+def check_draw_pitch(backend, device="cpu", scale="full") -> None:
+    generator, versus = source(check_draw_pitch), Versus(check_draw_pitch, backend, device, scale)
+    for direction in DIRECTIONS:
+        thetas, spans = column_slices(generator, scale)
+        versus.draw([out_like(t) for t in thetas], spans, direction)
+
+
+def check_axpy_pitch(backend, device="cpu", scale="full") -> None:
+    generator, versus = source(check_axpy_pitch), Versus(check_axpy_pitch, backend, device, scale)
+    for direction in DIRECTIONS:
+        for rounding in ("nearest", "stochastic"):
+            versus.axpy(*column_slices(generator, scale), direction, rounding=rounding)
+        thetas, spans = column_slices(generator, scale)
+        versus.axpy(thetas, spans, direction, rounding="residual", residuals=[low_of(generator, t) for t in thetas])
+
+
+def check_perturb_pitch(backend, device="cpu", scale="full") -> None:
+    generator, versus = source(check_perturb_pitch), Versus(check_perturb_pitch, backend, device, scale)
+    for direction in DIRECTIONS:
+        thetas, spans = column_slices(generator, scale)
+        versus.perturb(thetas, spans, direction, [[out_like(t) for t in thetas] for _ in range(2)])
+
+
+def check_perturb_rows(backend, device="cpu", scale="full") -> None:
+    """Looked-up rows keep their own numbers: repeats, any order, none, a first element, a slice of columns, low bits."""
+    generator, versus = source(check_perturb_rows), Versus(check_perturb_rows, backend, device, scale)
+    shapes = [(11, 9), (50, 64)] if scale == "quick" else [(11, 9), (50, 64), (1, 8), (1000, 3), (40, 200)]
+    for direction in DIRECTIONS:
+        thetas, spans, lows = [], [], []
+        for count, columns in shapes:
+            for dtype in DTYPES:
+                for looked_up in (0, 1, 17):
+                    rows = torch.randint(0, count, (looked_up,), generator=generator)
+                    first, pitch = torch.randint(0, 500, (2,), generator=generator).tolist()
+                    thetas.append(theta_of(generator, (count, columns), dtype, offset=looked_up % 3))
+                    spans.append(Span(ids(generator, 1)[0], first, None if pitch < 250 else columns + pitch, rows))
+                    lows.append(low_of(generator, thetas[-1]))
+        rows = torch.tensor([3, 0, 3, 2])
+        thetas.append(theta_of(generator, (20, 9), torch.bfloat16, see=lambda x: x[::5, 1:8]))
+        spans.append(Span(ids(generator, 1)[0], first=2**33 - 11, pitch=2**33 - 1, rows=rows))
+        lows.append(low_of(generator, thetas[-1]))
+        for dtype, residuals in ((None, ()), (torch.float32, lows)):
+            outs = [[out_like(t, dtype, s.rows) for t, s in zip(thetas, spans)] for _ in range(2)]
+            versus.perturb(thetas, spans, direction, outs, residuals=residuals)
+
+
+# --- arithmetic ---------------------------------------------------------------------------------------------------------------
+
+
+def check_axpy_many_draws(backend, device="cpu", scale="full") -> None:
+    """K draws in order, decay first, one rounding; coefficients of all sizes, zero and subnormal ones too."""
+    generator, versus = source(check_axpy_many_draws), Versus(check_axpy_many_draws, backend, device, scale)
+    sizes = (150,) if scale == "quick" else (150, 5000)
+    for direction in DIRECTIONS:
+        for count in (1, 2, 3, 5):
+            for decay in (1.0, 0.999):
+                thetas = [theta_of(generator, (size,), dtype) for size in sizes for dtype in DTYPES]
+                spans = [Span(who, 5) for who in ids(generator, len(thetas))]
+                draws = [(7 + k // 2, k % 2 if k < 4 else 1 << 24 | 9) for k in range(count)]
+                coeffs = (torch.randn(count, generator=generator) * 10.0 ** -torch.arange(count)).tolist()
+                versus.axpy(thetas, spans, direction, draws, coeffs, decay)
+    for coeffs in ((0.0, -0.0), (1e-40, -3e-39), (1e38, -1e38), (1e-30, 1.0)):
+        for decay in (1.0, 0.0, -1.5, 1e-40):
+            thetas = [theta_of(generator, (137,), dtype) for dtype in DTYPES]
+            versus.axpy(thetas, [Span(who) for who in ids(generator, 3)], "normal", [(1, 0), (0, 1)], coeffs, decay)
+
+
+def check_axpy_one_rounding(backend, device="cpu", scale="full") -> None:
+    """a z + theta at a tie of float32 that float64 cannot see: a sum rounded to float64 first goes the wrong way.
+
+    z = B 2^j and a = A 2^k with 24-bit integers A, B and A B = 2^47 + d, 0 < d < 2^18: a z is just above half a unit in the last
+    place of theta = +-1, whose last bit is even, so the right result is the next float32 and the twice rounded one is theta.
+    """
+    versus = Versus(check_axpy_one_rounding, backend, device, scale)
+    count = 1 << 14
+    z = torch.empty(count)
+    Reference().draw([z], [Span(3)], resolve("normal"), SEED, 3, 1)
+    mantissa = (torch.frexp(z.double()).mantissa.abs() * 2**24).long()
+    partner = (2**47 + mantissa - 1) // mantissa
+    excess = mantissa * partner - 2**47
+    found = ((excess > 0) & (excess < 2**18)).nonzero()[:, 0].tolist()
+    assert len(found) > 4, "the search found no case, so the check would check nothing"
+    for i in found[: 3 if scale == "quick" else 40]:
+        power = -24 - 47 + 24 - int(torch.frexp(z[i].double()).exponent)
+        coeff = float(partner[i]) * 2.0**power
+        for theta in (1.0, -1.0):
+            sign = theta if z[i] > 0 else -theta
+            versus.axpy([filled(torch.tensor([theta]))], [Span(3, i)], "normal", coeffs=[sign * coeff])
+
+
+def check_axpy_stochastic(backend, device="cpu", scale="full") -> None:
+    """The 16 bits of (who, step of the last draw, purpose rounding), one set an element; float32 is unchanged by it."""
+    generator, versus = source(check_axpy_stochastic), Versus(check_axpy_stochastic, backend, device, scale)
+    for direction in DIRECTIONS:
+        for draws, coeffs in (([(3, 1)], [1e-5]), ([(9, 0), (4, 2)], [1e-3, 1e-4])):
+            versus.axpy(*spread(generator, scale, 1), direction, draws, coeffs, 0.9999, "stochastic")
+        versus.axpy(*far(generator, scale), direction, coeffs=[1e-6], rounding="stochastic")
+
+
+def check_axpy_residual(backend, device="cpu", scale="full") -> None:
+    """bfloat16 and 16 low bits are an exact float32, through ties and every low half; other types round to nearest."""
+    generator, versus = source(check_axpy_residual), Versus(check_axpy_residual, backend, device, scale)
+    for direction in DIRECTIONS:
+        for offset in OFFSETS[scale]:
+            thetas, spans = spread(generator, scale, offset)
+            versus.axpy(thetas, spans, direction, rounding="residual", residuals=[low_of(generator, t) for t in thetas])
+        thetas, spans = far(generator, scale, (torch.bfloat16,))
+        versus.axpy(thetas, spans, direction, rounding="residual", residuals=[low_of(generator, t) for t in thetas])
+    # coefficient 0 keeps the float32 value, so the ties of the split are met on purpose: low half 0x8000
+    count = 64 if scale == "quick" else 2048
+    high = weights((count,), torch.bfloat16, generator)
+    low = torch.tensor([-32768, 32767, 0, -1]).to(torch.int16).repeat(count // 4)
+    for decay in (1.0, -1.0, 0.5):
+        theta, residual = filled(high), filled(low)
+        versus.axpy([theta], [Span(1)], "normal", coeffs=[0.0], decay=decay, rounding="residual", residuals=[residual])
+
+
+def check_axpy_special(backend, device="cpu", scale="full") -> None:
+    """inf and NaN among the weights stay what they are, overflow becomes inf, subnormals are kept, and the count is exact."""
+    generator, versus = source(check_axpy_special), Versus(check_axpy_special, backend, device, scale)
+    size = 67 if scale == "quick" else 4099
+    for rounding in ("nearest", "stochastic", "residual"):
+        for dtype in DTYPES:
+            tiny = torch.finfo(dtype).smallest_normal
+            subnormal = (torch.randn(size, generator=generator) * tiny).to(dtype)
+            largest = (torch.finfo(dtype).max * torch.randn(size, generator=generator).sign()).to(dtype)
+            broken = weights((size,), dtype, generator)
+            broken[::7], broken[1::11], broken[2::13] = float("inf"), float("-inf"), float("nan")
+            for values, coeff in ((subnormal, tiny / 4), (largest, torch.finfo(dtype).max / 100), (broken, 1e-3)):
+                theta = filled(values, offset=2)
+                low = low_of(generator, theta)
+                versus.axpy([theta], [Span(9, 3)], "normal", coeffs=[coeff], rounding=rounding, residuals=[low])
+    theta = theta_of(generator, (size,), torch.float32)
+    for coeff in (float("inf"), float("nan")):
+        versus.axpy([theta], [Span(9, 3)], "normal", coeffs=[coeff])
+
+
+def check_perturb_arithmetic(backend, device="cpu", scale="full") -> None:
+    """Scales of all sizes, broken and subnormal weights, low bits joined in float32 before z is added."""
+    generator, versus = source(check_perturb_arithmetic), Versus(check_perturb_arithmetic, backend, device, scale)
+    size = 67 if scale == "quick" else 4099
+    for direction in DIRECTIONS:
+        for scales in ((1e-3, -1e-3), (0.0, -0.0), (1e-40, 1e38), (float("inf"), 1.0)):
+            thetas = [theta_of(generator, (size,), dtype, offset=1) for dtype in DTYPES]
+            for t in thetas:
+                t.view[::17], t.view[3::19], t.view[5::23] = float("inf"), float("nan"), torch.finfo(t.buffer.dtype).tiny / 2
+            spans = [Span(who, 11) for who in ids(generator, 3)]
+            lows = [low_of(generator, t) for t in thetas]
+            for dtype, residuals in ((None, ()), (None, lows), (torch.float32, lows)):
+                outs = [[out_like(t, dtype) for t in thetas] for _ in scales]
+                versus.perturb(thetas, spans, direction, outs, scales, residuals)
+
+
+# --- facts that hold without a reference: who computes what does not matter ---------------------------------------------------
+
+
+def check_shards(backend, device="cpu", scale="full") -> None:
+    """1, 2, 4 and 8 shards give the bits of the whole."""
+    generator = source(check_shards)
+    size = 203 if scale == "quick" else 10007
+    for direction in DIRECTIONS:
+        z = resolve(direction)
+        for dtype, rounding in ((torch.float32, "nearest"), (torch.bfloat16, "stochastic"), (torch.float16, "stochastic")):
+            start, first = weights((size,), dtype, generator), 2**31 - 100
+            coeffs = torch.tensor([1e-3, 0.1], device=device)
+            expected = None
+            for shards in (1, 2, 4, 8):
+                whole = start.to(device, copy=True)
+                parts = list(torch.tensor_split(whole, shards))
+                spans = [Span(77, first + p.storage_offset()) for p in parts]
+                backend.axpy_(parts, spans, z, SEED, [(3, 1), (2, 0)], coeffs, 0.99, rounding, None)
+                expected = whole.cpu() if expected is None else expected
+                equal(whole, expected, f"axpy_ {direction} {rounding}, {shards} shards")
+
+
+def check_order(backend, device="cpu", scale="full") -> None:
+    """Neither the order of the list nor the company in it changes a bit: a mixed launch equals one launch a tensor."""
+    generator = source(check_order)
+    count = 9 if scale == "quick" else 60
+    sizes = torch.randint(0, 400, (count,), generator=generator).tolist()
+    start = [weights((size,), DTYPES[i % 3], generator) for i, size in enumerate(sizes)]
+    spans = [Span(who, i) for i, who in enumerate(ids(generator, count))]
+    coeffs = torch.tensor([0.01], device=device)
+    for direction in DIRECTIONS:
+        z = resolve(direction)
+        results = []
+        for order in (list(range(count)), torch.randperm(count, generator=generator).tolist(), None):
+            thetas = [t.to(device, copy=True) for t in start]
+            for batch in [[i] for i in range(count)] if order is None else [order]:
+                here = [thetas[i] for i in batch], [spans[i] for i in batch]
+                backend.axpy_(*here, z, SEED, [(3, 1)], coeffs, 1.0, "stochastic", None)
+            results.append(thetas)
+        for other, how in ((results[1], "another order"), (results[2], "one by one")):
+            for i, (got, expected) in enumerate(zip(other, results[0])):
+                equal(got, expected.cpu(), f"axpy_ {direction}, {how}, tensor {i}")
+
+
+def check_dtypes_share_z(backend, device="cpu", scale="full") -> None:
+    """z is one float32 number whatever the dtype: the bfloat16 and float16 draws are its roundings."""
+    for direction in DIRECTIONS:
+        z = resolve(direction)
+        drawn = [torch.empty(300, dtype=dtype, device=device) for dtype in DTYPES]
+        backend.draw(drawn, [Span(5, 12)] * 3, z, SEED, 3, 1)
+        for out in drawn[1:]:
+            equal(out, drawn[0].cpu().to(out.dtype), f"draw {direction} {out.dtype}")
+
+
+def check_empty_launch(backend, device="cpu", scale="full") -> None:
+    """No tensor, and only empty tensors, are launches that do nothing and count nothing."""
+    z, coeffs = resolve("normal"), torch.tensor([1.0], device=device)
+    for tensors in ([], [torch.empty(0, device=device)], [torch.empty(3, 0, device=device)] * 2):
+        spans = [Span(1)] * len(tensors)
+        backend.draw(tensors, spans, z, SEED, 0, 0)
+        backend.perturb(tensors, spans, z, SEED, 0, 0, [1.0], [tensors], None)
+        count = backend.axpy_(tensors, spans, z, SEED, [(0, 0)], coeffs, 1.0, "nearest", None)
+        equal(count, torch.zeros(1, dtype=torch.int64), "axpy_ of nothing")
+
+
+def check_large(backend, device="cpu", scale="full") -> None:
+    """Tensors that take several chunks, threads or programs, at odd sizes and numbers, among small ones."""
+    generator, versus = source(check_large), Versus(check_large, backend, device, scale)
+    sizes = (5, 70_001) if scale == "quick" else (5, 0, 70_001, 3, 140_003)
+    for direction in DIRECTIONS:
+        for dtype in DTYPES[:1] if scale == "quick" else DTYPES:
+            thetas = [theta_of(generator, (size,), dtype, offset=1) for size in sizes]
+            spans = [Span(who, 3) for who in ids(generator, len(sizes))]
+            versus.axpy(thetas, spans, direction, rounding="stochastic")
+            if scale == "full":
+                versus.draw([out_like(t) for t in thetas], spans, direction)
+                versus.perturb(thetas, spans, direction, [[out_like(t) for t in thetas] for _ in range(2)])
+    if scale == "full":
+        wide = theta_of(generator, (257, 300), torch.bfloat16, see=lambda x: x.t())
+        versus.axpy([wide], [Span(4, 3)], "normal")
+
+
+CHECKS: dict[str, Callable] = {name[6:]: check for name, check in list(globals().items()) if name.startswith("check_")}
+
+
+def run(backend, device: str = "cpu", scale: str = "full", only: Sequence[str] = tuple(CHECKS)) -> dict[str, str | None]:
+    """Every check's verdict: None, or what went wrong. An exception of the backend is a verdict too."""
+    verdicts: dict[str, str | None] = {}
+    for name in only:
+        try:
+            CHECKS[name](backend, device, scale)
+            verdicts[name] = None
+        except Exception as problem:
+            verdicts[name] = f"{type(problem).__name__}: {problem}"
+    return verdicts

@@ -1,0 +1,157 @@
+"""Machine code as text: compile csrc/elementwise.cu for one architecture, and read instructions, loops and resources from it.
+
+The tools come with CUDA or with the Triton wheel: ``tool(name)`` finds nvcc, cuobjdump and nvdisasm in both.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT / "csrc" / "elementwise.cu"
+ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
+NVCC_FLAGS = ("-std=c++17", "-O3", "-fmad=false")  # what setup.py compiles with, as far as code generation goes
+
+# Instructions that the stream's arithmetic must not contain, and why. Each pattern is matched at the start of a mnemonic.
+FORBIDDEN = {
+    "approximate function unit": r"MUFU",
+    "flush to zero": r"\S*\.FTZ",
+    "double precision": r"D(ADD|MUL|FMA|SETP|MNMX)|F2F\.F64|F2F\S*\.F64",
+    "float division helper": r"FCHK",
+    "local memory (a spill or an indexed register)": r"(LDL|STL)\b",
+    "call": r"CALL",
+}
+
+
+def tool(name: str) -> str | None:
+    """The path of a CUDA tool: on PATH, beside nvcc, or inside the Triton wheel; None when there is none."""
+    found = shutil.which(name)
+    if found:
+        return found
+    nvcc = shutil.which("nvcc")
+    places = [Path(nvcc).resolve().parent] if nvcc else []
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin:
+        places.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
+    return next((str(place / name) for place in places if (place / name).exists()), None)
+
+
+def missing() -> str | None:
+    """Why machine code cannot be made and read here; None when it can."""
+    absent = [name for name in ("nvcc", "cuobjdump", "nvdisasm") if tool(name) is None]
+    return f"{', '.join(absent)} not found: install the CUDA toolkit (nvcc) and CUDA binary utilities or Triton" if absent else None
+
+
+def compile_to(output: Path, arch: str, *flags: str, kind: str = "cubin", source: Path = SOURCE) -> Path:
+    """nvcc -cubin or -ptx of one source file for sm_<arch>; the path of the output."""
+    nvcc = tool("nvcc")
+    assert nvcc is not None
+    command = [nvcc, *NVCC_FLAGS, f"-{kind}", f"-arch=sm_{arch}", "-I", str(SOURCE.parent), *flags, "-o", str(output), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"nvcc failed for sm_{arch}:\n{done.stderr}")
+    return output
+
+
+@dataclass
+class Instruction:
+    address: int
+    name: str  # mnemonic with modifiers, without predicate: LDG.E.128
+    text: str
+
+
+@dataclass
+class Function:
+    """One kernel: its instructions in order, where its labels stand, and its registers and memory."""
+
+    name: str
+    code: list[Instruction] = field(default_factory=list)
+    labels: dict[str, int] = field(default_factory=dict)
+    registers: int = 0
+    stack: int = 0
+    local: int = 0
+
+    def loops(self) -> list[list[Instruction]]:
+        """The bodies of all loops: from a label to a branch back to it, shortest first."""
+        bodies = []
+        for end, instruction in enumerate(self.code):
+            if instruction.name.startswith("BRA"):
+                target = re.search(r"\((\.L_x_\d+)\)", instruction.text)
+                begin = self.labels.get(target[1], end + 1) if target else end + 1
+                if begin <= end:
+                    bodies.append(self.code[begin : end + 1])
+        return sorted(bodies, key=len)
+
+    def forbidden(self) -> dict[str, list[str]]:
+        """Instructions that FORBIDDEN names, by reason."""
+        found = {why: [i.text for i in self.code if re.match(pattern, i.name)] for why, pattern in FORBIDDEN.items()}
+        return {why: texts for why, texts in found.items() if texts}
+
+    def spilled(self) -> bool:
+        return self.stack > 0 or self.local > 0
+
+
+def histogram(code: list[Instruction]) -> Counter[str]:
+    return Counter(i.name for i in code)
+
+
+def arithmetic(code: list[Instruction]) -> dict[str, int]:
+    """How many float32 multiplications, additions and fused multiply-adds: equal to the PTX's if nothing was contracted."""
+    return {name: sum(re.match(rf"{name}\b", i.name) is not None for i in code) for name in ("FFMA", "FMUL", "FADD")}
+
+
+def vector_loop(function: Function, loads: int, stores: int) -> list[Instruction]:
+    """The innermost loop with this many 16-byte loads and stores and no narrower store: a fast path."""
+    for body in function.loops():
+        names = [i.name for i in body]
+        wide_loads = sum(n.startswith("LDG") and ".128" in n for n in names)
+        wide_stores = sum(n.startswith("STG") and ".128" in n for n in names)
+        all_stores = sum(n.startswith("STG") for n in names)
+        if (wide_loads, wide_stores, all_stores) == (loads, stores, stores):
+            return body
+    raise LookupError(f"{function.name}: no loop with {loads} 16-byte loads and {stores} 16-byte stores")
+
+
+def disassemble(cubin: Path) -> dict[str, Function]:
+    """All kernels of a cubin by symbol."""
+    nvdisasm, cuobjdump = tool("nvdisasm"), tool("cuobjdump")
+    assert nvdisasm is not None and cuobjdump is not None
+    text = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+    functions: dict[str, Function] = {}
+    current = None
+    for line in text.splitlines():
+        if line.startswith(".text."):
+            current = functions.setdefault(line[len(".text.") :].rstrip(":"), Function(line[len(".text.") :].rstrip(":")))
+        elif current is not None and (label := re.match(r"(\.L_x_\d+):", line)):
+            current.labels[label[1]] = len(current.code)
+        elif current is not None and (found := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", line)):
+            body = re.sub(r"^@!?U?P\w+\s+", "", found[2].lstrip("{ "))
+            current.code.append(Instruction(int(found[1], 16), body.split()[0], found[2]))
+    usage = subprocess.run([cuobjdump, "-res-usage", str(cubin)], capture_output=True, text=True, check=True)
+    pattern = r"Function (\S+?):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)"
+    for name, registers, stack, local in re.findall(pattern, usage.stdout + usage.stderr):
+        if name in functions:
+            functions[name].registers, functions[name].stack, functions[name].local = int(registers), int(stack), int(local)
+    return functions
+
+
+def symbol(verb: str, direction: int = 0, rounding: int | None = None, plain: bool = True) -> str:
+    """The start of a kernel's mangled name: zo::kernels::axpy_kernel<Direction 0, Rounding 0, true>."""
+    arguments = f"LNS_9DirectionE{direction}E"
+    if rounding is not None:
+        arguments += f"LNS_8RoundingE{rounding}ELb{int(plain)}E"
+    stem = f"{verb}_kernel"
+    return f"_ZN2zo7kernels{len(stem)}{stem}" + ("" if verb == "philox" else f"I{arguments}E")
+
+
+def kernel(functions: dict[str, Function], prefix: str) -> Function:
+    found = [f for name, f in functions.items() if name.startswith(prefix)]
+    if len(found) != 1:
+        raise LookupError(f"{prefix}: {len(found)} kernels in {sorted(functions)}")
+    return found[0]

@@ -1,0 +1,87 @@
+"""The conformance suite (tests/conformance.py) over every backend that runs here, on the CPU over each instruction set.
+
+Triton's interpreter runs it in tests/test_triton.py. A backend that is off is reported as skipped, with its own reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+
+import conformance
+import pytest
+import torch
+from guarded import equal
+
+from zokern import backends
+from zokern.backends.base import Span
+from zokern.directions import resolve
+
+# checks that compare the backend with itself or with published answers, so they say something about the reference too
+INDEPENDENT = ("philox_known_answers", "shards", "order", "dtypes_share_z", "empty_launch", "axpy_one_rounding")
+
+INSTRUCTION_SETS = ("avx512", "avx2", "scalar")
+
+
+@pytest.fixture(scope="module", params=[f"cpu-{isa}" for isa in INSTRUCTION_SETS] + ["cuda"])
+def target(request) -> Iterator[tuple[backends.Backend, str]]:
+    """(backend, device), with the instruction set chosen while the tests run."""
+    name, _, isa = request.param.partition("-")
+    reason = backends.why_off(name)
+    if reason is not None:
+        pytest.skip(f"backend {name!r} is off: {reason}")
+    if not isa:
+        yield backends.get(name), name
+        return
+    from zokern import _cpu
+
+    if isa not in _cpu.architectures():
+        pytest.skip(f"this machine cannot run {isa}; it runs {_cpu.architectures()}")
+    before = _cpu.implementation()
+    _cpu.select(isa)
+    yield backends.get(name), name
+    _cpu.select(before)
+
+
+@pytest.mark.parametrize("check", conformance.CHECKS)
+def test_conformance(target, check: str) -> None:
+    backend, device = target
+    conformance.CHECKS[check](backend, device, "full")
+
+
+@pytest.mark.parametrize("check", INDEPENDENT)
+def test_reference(check: str) -> None:
+    """Facts that do not need a second implementation."""
+    conformance.CHECKS[check](backends.get("reference"), "cpu", "full")
+
+
+@pytest.mark.parametrize("direction", conformance.DIRECTIONS)
+def test_two_to_the_26(target, direction: str) -> None:
+    """2^26 values from one launch have the digests that the reference left in tests/vectors."""
+    backend, device = target
+    long = json.loads((conformance.VECTORS / f"{direction}-v1.json").read_text())["long"]
+    out = torch.empty(long["count"], device=device)
+    backend.draw([out], [Span(long["who"], long["first"])], resolve(direction), long["seed"], long["step"], long["draw"])
+    digests = [hashlib.sha256(part.numpy()).hexdigest() for part in out.cpu().split(long["piece"])]
+    assert out.numel() == 2**26 and digests == long["sha256"]
+
+
+def test_thread_counts(target) -> None:
+    """Any number of threads gives the same bits."""
+    backend, device = target
+    before = torch.get_num_threads()
+    generator = torch.Generator().manual_seed(8)
+    start = conformance.weights((500_003,), torch.bfloat16, generator)
+    coeffs = torch.tensor([1e-3], device=device)
+    results = []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            theta = start.to(device, copy=True)
+            backend.axpy_([theta], [Span(6, 3)], resolve("normal"), 1, [(2, 0)], coeffs, 0.99, "stochastic", None)
+            results.append(theta.cpu())
+    finally:
+        torch.set_num_threads(before)
+    for theta in results[1:]:
+        equal(theta, results[0], "axpy_ with another number of threads")

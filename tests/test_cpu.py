@@ -1,0 +1,184 @@
+"""What only the CPU backend has: several instruction sets in one module, threads, chunks, floating-point modes, tables."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from zokern.backends import cpu, table
+from zokern.backends.base import Span
+from zokern.backends.reference import Reference
+from zokern.directions import resolve
+
+pytestmark = pytest.mark.skipif(cpu.why_off() is not None, reason=str(cpu.why_off()))
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+PATHS = [] if cpu.why_off() else cpu.architectures()
+WIDTH = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+
+
+@pytest.fixture(params=PATHS)
+def path(request):
+    before = cpu.isa()
+    cpu.select(request.param)
+    yield request.param
+    cpu.select(before)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(WIDTH[tensor.dtype])
+
+
+def weights(n: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    return (torch.randn(n, generator=torch.Generator().manual_seed(seed)) * 0.02).to(dtype)
+
+
+def axpy(backend, theta, direction="normal", first=0, draws=((3, 1),), coeffs=(0.5,), decay=1.0, rounding="nearest"):
+    found = backend.axpy_([theta], [Span(77, first)], resolve(direction), 5, list(draws), torch.tensor(coeffs), decay, rounding, None)
+    return int(found)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("direction", ["normal", "rademacher"])
+def test_every_path_is_the_reference(path, direction, dtype):
+    """Heads and tails of blocks, of vectors and of 64-block pieces, in both directions."""
+    for n in (1, 7, 33, 513, 1025, 8300):
+        for first in (0, 1, 127, 2**31 - 5, 2**32 + 3, 2**35 - n):
+            ours, theirs = weights(n, dtype, n), weights(n, dtype, n)
+            axpy(cpu.Cpu(), ours, direction, first)
+            axpy(Reference(), theirs, direction, first)
+            assert torch.equal(bits(ours), bits(theirs)), (n, first)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing_outside_is_written(path, dtype):
+    for n in (1, 31, 100, 1025):
+        buffer = torch.full((n + 128,), 7.0, dtype=dtype)
+        axpy(cpu.Cpu(), buffer[64 : 64 + n], first=3)
+        cpu.Cpu().draw([buffer[64 : 64 + n]], [Span(1, 5)], resolve("normal"), 1, 2, 3)
+        assert (buffer[:64] == 7).all() and (buffer[64 + n :] == 7).all()
+
+
+@pytest.mark.parametrize("direction", ["normal", "rademacher"])
+def test_paths_agree_on_many_values(direction):
+    """2**22 values of each vector path against the scalar header functions, and one piece against the reference."""
+    n, values = 1 << 22, {}
+    before = cpu.isa()
+    for name in PATHS:
+        cpu.select(name)
+        values[name] = torch.empty(n)
+        cpu.Cpu().draw([values[name]], [Span(9, 2**33 - 11)], resolve(direction), 2**63 + 1, 4, 5)
+    cpu.select(before)
+    assert all(torch.equal(bits(values["scalar"]), bits(value)) for value in values.values())
+    expected = torch.empty(1 << 16)
+    Reference().draw([expected], [Span(9, 2**33 - 11)], resolve(direction), 2**63 + 1, 4, 5)
+    assert torch.equal(values["scalar"][: 1 << 16], expected)
+
+
+def test_thread_count_changes_no_bit(path, threads):
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        theta = weights(300_001, torch.bfloat16, 1)
+        axpy(cpu.Cpu(), theta, first=9, rounding="stochastic")
+        results.append(theta)
+    assert all(torch.equal(bits(results[0]), bits(result)) for result in results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nonfinite_results_are_counted(path, dtype):
+    """Also a finite float32 that overflows only in the rounding to a 16-bit type."""
+    for n in (40, 70_001):
+        ours = weights(n, dtype, 2)
+        ours[n // 2] = float("nan")
+        ours[n - 1] = -float("inf")
+        ours[3] = torch.finfo(dtype).max
+        theirs = ours.clone()
+        found = axpy(cpu.Cpu(), ours, coeffs=(torch.finfo(dtype).eps * torch.finfo(dtype).max,))
+        assert found == axpy(Reference(), theirs, coeffs=(torch.finfo(dtype).eps * torch.finfo(dtype).max,))
+        assert torch.equal(ours.isnan(), theirs.isnan()) and torch.equal(ours.isinf(), theirs.isinf())
+        assert axpy(cpu.Cpu(), weights(n, dtype, 2)) == 0
+        assert axpy(cpu.Cpu(), weights(n, dtype, 2), coeffs=(float("nan"),)) == n
+
+
+def test_float16_overflow_at_the_boundary(path):
+    """65519.996 rounds to 65504 and 65520 to inf."""
+    theta = torch.full((64,), 65504.0, dtype=torch.float16)
+    assert axpy(cpu.Cpu(), theta.clone(), "rademacher", coeffs=(15.99,)) == 0
+    ours, theirs = theta.clone(), theta.clone()
+    assert axpy(cpu.Cpu(), ours, "rademacher", coeffs=(16.0,)) == axpy(Reference(), theirs, "rademacher", coeffs=(16.0,)) > 0
+    assert torch.equal(bits(ours), bits(theirs))
+
+
+def test_flush_to_zero_of_the_caller_changes_nothing(path):
+    theta, coefficient, spans = torch.full((100,), 1e-41), torch.tensor([1e-41]), [Span(77)]
+    expected = theta.clone()
+    Reference().axpy_([expected], spans, resolve("normal"), 5, [(3, 1)], coefficient, 1.0, "nearest", None)
+    flushes = torch.set_flush_denormal(True)
+    try:
+        cpu.Cpu().axpy_([theta], spans, resolve("normal"), 5, [(3, 1)], coefficient, 1.0, "nearest", None)
+        # the caller's mode is as it was
+        assert not flushes or (torch.full((64,), 0.5) * 2e-38 == 0).all()
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(bits(theta), bits(expected)) and (theta != 0).any()
+
+
+def test_a_wrong_stream_is_noticed():
+    """The comparisons above can fail: another seed word, parameter or element number gives other bits."""
+    base = torch.empty(64)
+    cpu.Cpu().draw([base], [Span(9)], resolve("normal"), 5, 4, 0)
+    for span, seed in ((Span(9), 5 + 2**32), (Span(10), 5), (Span(9, 1), 5)):
+        other = torch.empty(64)
+        cpu.Cpu().draw([other], [span], resolve("normal"), seed, 4, 0)
+        assert (bits(base) != bits(other)).sum() > 60
+
+
+def test_chunks_cover_every_element_once():
+    shapes = [(3,), (70_000,), (1 << 17,), (0,), (300, 700)]
+    tensors = [torch.zeros(shape) for shape in shapes]
+    spans = [Span(i, first) for i, first in enumerate((0, 5, 127, 0, 2**32 + 1))]
+    tensors.append(torch.zeros(5, 40, 60).transpose(0, 1)[:, :, ::2])
+    spans.append(Span(5))
+    entries, chunks = table.pack(tensors, spans)
+    for number, entry in enumerate(entries):
+        own = chunks[chunks["entry"] == number]
+        total = int(entry["row_count"] * entry["columns"])
+        assert own["begin"][0] == 0 and own["end"][-1] == total and (own["begin"][1:] == own["end"][:-1]).all()
+        cuts = (own["begin"][1:] + np.int64(entry["first"])) % table.ALIGN
+        assert (cuts == 0).all() and (own["end"] > own["begin"]).all()
+    assert int((entries["row_count"] * entries["columns"]).sum()) == sum(tensor.numel() for tensor in tensors)
+
+
+def test_forced_path():
+    """ZOKERN_CPU_ISA chooses a path when the module is loaded; an unusable name is an error that lists the usable ones."""
+    code = "from zokern.backends import cpu; print(cpu.isa())"
+    run = subprocess.run([sys.executable, "-c", code], env={**os.environ, "ZOKERN_CPU_ISA": "scalar"}, capture_output=True, text=True)
+    assert run.stdout.strip() == "scalar", run.stderr
+    run = subprocess.run([sys.executable, "-c", code], env={**os.environ, "ZOKERN_CPU_ISA": "mmx"}, capture_output=True, text=True)
+    assert run.returncode != 0 and "mmx" in run.stderr and "scalar" in run.stderr
+
+
+def test_refusals():
+    class Unknown:
+        name, per_block = "laplace", 8
+
+    with pytest.raises(NotImplementedError, match="laplace.*normal.*reference"):
+        cpu.Cpu().draw([torch.empty(4)], [Span(1)], Unknown(), 0, 0, 0)
+    with pytest.raises(ValueError, match=r"outs\[0\] is on meta"):
+        cpu.Cpu().draw([torch.empty(4, device="meta")], [Span(1)], resolve("normal"), 0, 0, 0)
+    with pytest.raises(ValueError, match="chunk_count"):
+        cpu._cpu.draw(0, 0, -1, 0, 0, 0, 0, 1, 0)
+    with pytest.raises(ValueError, match="null"):
+        cpu._cpu.draw(0, 0, 1, 0, 0, 0, 0, 1, 0)

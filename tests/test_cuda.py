@@ -1,0 +1,193 @@
+"""csrc/elementwise.cu on the host: the file that nvcc compiles, compiled by g++ through tests/cuda_shim, bit for bit the reference.
+
+Covers tables, chunks, alignment, tails, strides, rows, slices of columns, every dtype, rounding and number of draws, and that
+no result depends on the grid or on the order of blocks and threads. What only nvcc sees is the subject of test_ptx.py and
+test_sass.py; with a GPU, the same suite also runs on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import shutil
+import subprocess
+import sysconfig
+import types
+from pathlib import Path
+
+import conformance
+import pytest
+import torch
+
+from zokern.backends import cuda, why_off
+
+ROOT = Path(__file__).resolve().parent.parent
+NAME = "zokern_cuda_on_host"
+
+
+def host_compiler_missing() -> str | None:
+    if shutil.which("g++") is None:
+        return "g++ not found: install it"
+    if importlib.util.find_spec("pybind11") is None:
+        return "pybind11 not found: pip install pybind11"
+    return None
+
+
+def build(folder: Path, edits: tuple[tuple[str, str], ...] = ()) -> types.ModuleType:
+    """elementwise.cu and bind.cpp as a Python module for the host; `edits` make a deliberately wrong one."""
+    import pybind11
+
+    source = folder / "elementwise.cu"
+    text = (ROOT / "csrc" / "elementwise.cu").read_text()
+    for right, wrong in edits:
+        assert right in text, f"elementwise.cu no longer has {right!r}"
+        text = text.replace(right, wrong)
+    source.write_text(text)
+    output = folder / (NAME + sysconfig.get_config_var("EXT_SUFFIX"))
+    include = [ROOT / "tests" / "cuda_shim", ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
+    command = ["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-fvisibility=hidden"]
+    command += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-DZOKERN_MODULE={NAME}", *(f"-I{path}" for path in include)]
+    command += ["-x", "c++", str(source), str(ROOT / "csrc" / "bind.cpp"), "-o", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    spec = importlib.util.spec_from_file_location(NAME, output)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class OnHost(cuda.Cuda):
+    """The backend with a module for the host in the place of zokern._cuda; `blocks` asks for a grid."""
+
+    name = "cuda on the host"
+    device_type = "cpu"
+
+    def __init__(self, module: types.ModuleType, blocks: int = 0) -> None:
+        self.module, self.blocks = module, blocks
+
+    def _call(self, verb, device, tensors, *arguments) -> None:
+        getattr(self.module, verb)(*arguments, self.blocks, 0)
+
+
+@pytest.fixture(scope="session")
+def on_host(tmp_path_factory) -> types.ModuleType:
+    reason = host_compiler_missing()
+    if reason:
+        pytest.skip(reason)
+    return build(tmp_path_factory.mktemp("cuda_on_host"))
+
+
+@pytest.mark.parametrize("check", conformance.CHECKS)
+def test_host_is_the_reference(on_host, check) -> None:
+    conformance.CHECKS[check](OnHost(on_host), "cpu", "full")
+
+
+@pytest.mark.parametrize("blocks", [1, 5, 1000])
+def test_grid_changes_nothing(on_host, blocks) -> None:
+    """One block for everything, a few, more than there is work for."""
+    for check in ("axpy_sizes", "axpy_strides", "perturb_rows"):
+        conformance.CHECKS[check](OnHost(on_host, blocks), "cpu", "quick")
+
+
+def test_order_and_parts_change_nothing(on_host, monkeypatch) -> None:
+    """Threads last to first, on a device so large that 32 blocks share a chunk."""
+    monkeypatch.setenv("ZO_SHIM_ORDER", "1")
+    monkeypatch.setenv("ZO_SHIM_PROCESSORS", "148")
+    for check in ("axpy_sizes", "axpy_strides", "perturb_rows", "draw_firsts", "large"):
+        if check in conformance.CHECKS:
+            conformance.CHECKS[check](OnHost(on_host), "cpu", "quick")
+
+
+# One module holds every mistake; ZO_SHIM_MISTAKE chooses which one it makes.
+MISTAKES = [
+    ("last element of a tail", "end - column : kUnit);", "end - column - {wrong} : kUnit);"),
+    ("first element of a row", "begin - column : kUnit) : 0);", "begin - column + {wrong} : kUnit) : 0);"),
+    ("32-bit index", "values<kDirection>(unit, who,", "values<kDirection>({wrong} ? unit & 0x1fffffff : unit, who,"),
+    ("round key", "round) * kPhiloxW1", "round + ({wrong} && round == 9)) * kPhiloxW1"),
+    ("contracted fma", "v[i] = mul_rn(decay, v[i]);", "v[i] = mul_rn(decay, v[i] + ({wrong} ? 1e-8f : 0.0f));"),
+    ("second sign", "fma_rn(minus, z[i], v[i]);", "fma_rn({wrong} ? -plus : minus, z[i], v[i]);"),
+    ("thread-keyed stream", "values<kDirection>(p.unit, e.who", "values<kDirection>(p.unit + {wrong} * threadIdx.x, e.who"),
+    ("half of a residual", "(low_odd)) << 16;", "({wrong} ? low_even : low_odd)) << 16;"),
+    ("nobody counts", "if (watch.seen())", "if (watch.seen() && !{wrong})"),
+    ("pitch", "static_cast<uint64_t>(source) * e.pitch", "static_cast<uint64_t>(source) * ({wrong} ? columns : e.pitch)"),
+    ("a byte of signs", "(unit & 3u) * 8u", "(unit & ({wrong} ? 1u : 3u)) * 8u"),
+    ("rounding of the first draw", "e.who, last.step, kRoundingDraw", "e.who, draws[{wrong} ? 0 : draw_count - 1].step, kRoundingDraw"),
+]
+
+
+@pytest.fixture(scope="session")
+def mistaken(tmp_path_factory) -> types.ModuleType:
+    reason = host_compiler_missing()
+    if reason:
+        pytest.skip(reason)
+    edits = [(right, wrong.replace("{wrong}", f"(shim_mistake == {k})")) for k, (_, right, wrong) in enumerate(MISTAKES, 1)]
+    return build(tmp_path_factory.mktemp("mistaken"), tuple(edits))
+
+
+@pytest.mark.parametrize("mistake", [name for name, *_ in MISTAKES])
+def test_wrong_kernel_is_rejected(mistaken, monkeypatch, mistake) -> None:
+    number = 1 + [name for name, *_ in MISTAKES].index(mistake)
+    monkeypatch.setenv("ZO_SHIM_MISTAKE", str(number))
+    backend = OnHost(mistaken)
+    for check in conformance.CHECKS:  # until one rejects it
+        problem = conformance.run(backend, "cpu", "quick", [check])[check]
+        if problem:
+            print(f"{mistake}: {check}: {problem}")
+            assert "AssertionError" in problem
+            return
+    raise AssertionError(f"no check rejects {mistake!r}")
+
+
+def test_wrong_kernels_are_right_otherwise(mistaken, monkeypatch) -> None:
+    monkeypatch.setenv("ZO_SHIM_MISTAKE", "0")
+    assert conformance.run(OnHost(mistaken), "cpu", "quick", ["axpy_sizes", "perturb_rows"]) == {
+        "axpy_sizes": None,
+        "perturb_rows": None,
+    }
+
+
+@pytest.mark.skipif(why_off("cuda") is not None, reason=f"backend cuda is off: {why_off('cuda')}")
+@pytest.mark.parametrize("check", conformance.CHECKS)
+def test_gpu_is_the_reference(check) -> None:
+    conformance.CHECKS[check](cuda.Cuda(), "cuda", "full")
+
+
+# What happens where there is no GPU
+
+
+def test_why_off_says_why_and_the_way_out(monkeypatch) -> None:
+    def no_driver() -> int:
+        raise RuntimeError("cudaGetDeviceCount: CUDA driver version is insufficient for CUDA runtime version (CUDA error 35)")
+
+    monkeypatch.setattr(cuda, "_cuda", None)
+    assert "zokern._cuda is missing" in cuda.why_off() and "nvcc" in cuda.why_off()
+    monkeypatch.setattr(cuda, "_cuda", types.SimpleNamespace(device_count=no_driver))
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "built without CUDA" in cuda.why_off()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "driver version is insufficient" in cuda.why_off() and "install an NVIDIA driver" in cuda.why_off()
+    monkeypatch.setattr(cuda, "_cuda", types.SimpleNamespace(device_count=lambda: 0))
+    assert "no CUDA device" in cuda.why_off()
+
+
+def test_a_verb_without_the_module_says_so(monkeypatch) -> None:
+    monkeypatch.setattr(cuda, "_cuda", None)
+    backend = OnHost(types.SimpleNamespace())
+    backend._call = types.MethodType(cuda.Cuda._call, backend)
+    with pytest.raises(RuntimeError, match="backend 'cuda' is off: the compiled module"):
+        backend.draw([torch.empty(3)], [conformance.Span(1)], conformance.resolve("normal"), 0, 0, 0)
+
+
+def test_tensors_elsewhere_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"outs\[0\] is on cpu; expected a cuda tensor"):
+        cuda.Cuda().draw([torch.empty(3)], [conformance.Span(1)], conformance.resolve("normal"), 0, 0, 0)
+
+
+def test_a_bad_launch_raises(on_host) -> None:
+    """CUDA's errors come back as exceptions with their text, and the call after them works."""
+    with pytest.raises(ValueError, match="unknown implementation 'avx2'"):
+        on_host.select("avx2")
+    assert on_host.implementation() == "cuda" and on_host.device_count() == 1 and on_host.architectures() == ["host"]
+    with contextlib.suppress(ValueError):
+        on_host.select("cuda")

@@ -1,0 +1,153 @@
+"""The documents are true: their Python runs, the files, targets and commands they name exist, and no line names one machine.
+
+A Python block of a document is run, in order, with `model` and `loader` (a small one) and `torch` and `zokern` at hand, unless the line
+above it is `<!-- not run: the reason -->`.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import zokern
+from zokern.cli import COMMANDS
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = sorted(path for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")] if path.is_file())
+FOLDERS = "zokern|csrc|triton_kernels|tests|benchmarks|docs"
+MADE_LATER = re.compile(
+    r"zokern/_build\.py|benchmarks/results/.*|build/.*|dist/.*|\.venv/?.*"
+)  # by a build or a run, not by git
+FILE = re.compile(r"[\w.-]+\.(?:py|h|cpp|cu|def|md|json|csv|png|toml|txt|in)")
+MACHINE = re.compile("/" + r"(?:work|root|home/\w+|opt/\w+|Users/\w+)/")
+
+
+class Tiny(nn.Module):
+    """As a transformers model is called: batch by keyword, an object with a loss back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(17, 8), nn.Linear(8, 17)
+
+    def forward(self, input_ids, labels):
+        logits = self.head(self.embed(input_ids))
+        return SimpleNamespace(logits=logits, loss=nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()))
+
+
+def python_blocks(text: str) -> list[tuple[int, str]]:
+    """Line number and source of every Python block that is to be run."""
+    blocks = re.finditer(r"^(?P<above>.*\n)?```python\n(?P<source>.*?)^```", text, re.M | re.S)
+    return [
+        (text[: match.start("source")].count("\n") + 1, match["source"])
+        for match in blocks
+        if not re.match(r"<!-- not run: \S.* -->", match["above"] or "")
+    ]
+
+
+def run_blocks(text: str) -> None:
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 17, (3, 2, 5))
+    names = {"torch": torch, "zokern": zokern, "model": Tiny(), "loader": [{"input_ids": t, "labels": t} for t in tokens]}
+    for line, source in python_blocks(text):
+        exec(compile("\n" * (line - 1) + source, "document", "exec"), names)
+
+
+def code(text: str) -> list[str]:
+    """What a document sets in typewriter: fenced lines and `spans`."""
+    fences = re.findall(r"^```.*?\n(.*?)^```", text, re.M | re.S)
+    return [*fences, *re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))]
+
+
+def missing_paths(text: str, folder: Path = ROOT) -> list[str]:
+    """Files and folders that a document names and that are not there."""
+    named = {path.rstrip(".,:") for path in re.findall(rf"(?<![\w/.-])(?:{FOLDERS})/[\w./-]*", text)}
+    missing = {path for path in named if not MADE_LATER.fullmatch(path) and not (ROOT / path).exists()}
+    for span in code(text):
+        places = [ROOT.glob(span), *((ROOT / top).rglob(span) for top in FOLDERS.split("|"))] if FILE.fullmatch(span) else []
+        if places and not any(path for found in places for path in found):
+            missing.add(span)
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        if "://" not in target and not (folder / target).exists():
+            missing.add(target)
+    return sorted(missing)
+
+
+def missing_commands(text: str) -> list[str]:
+    """`make x` and `python -m zokern x` that do not exist."""
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
+    shown = "\n".join(code(text))
+    missing = [f"make {name}" for name in re.findall(r"\bmake ([a-z]+)\b", shown) if name not in targets]
+    return missing + [f"zokern {name}" for name in re.findall(r"-m zokern ([a-z]+)\b", shown) if name not in COMMANDS]
+
+
+def machine_paths(text: str) -> list[str]:
+    return [f"{number}: {line.strip()}" for number, line in enumerate(text.splitlines(), 1) if MACHINE.search(line)]
+
+
+def sources() -> list[Path]:
+    """What git holds or would hold."""
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout: the list of sources is git's")
+    return [path for name in listed.stdout.splitlines() if (path := ROOT / name).is_file()]
+
+
+def test_the_readme_opens_with_python_that_runs():
+    assert python_blocks((ROOT / "README.md").read_text())
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_document(document, tmp_path, monkeypatch):
+    text = document.read_text()
+    assert missing_paths(text, document.parent) == []
+    assert missing_commands(text) == []
+    monkeypatch.chdir(tmp_path)
+    run_blocks(text)
+
+
+def test_no_file_names_one_machine():
+    found = {}
+    for path in sources():
+        try:
+            lines = machine_paths(path.read_text())
+        except UnicodeDecodeError:
+            continue
+        if lines:
+            found[str(path.relative_to(ROOT))] = lines
+    assert found == {}
+
+
+def test_every_target_of_make_help_exists():
+    text = (ROOT / "Makefile").read_text()
+    phony = re.search(r"^\.PHONY: (.*)$", text, re.M)[1].split()
+    assert sorted(phony) == sorted(re.findall(r"^([a-z]+):", text, re.M))
+
+
+@pytest.mark.parametrize(
+    "check, wrong, complaint",
+    [
+        (missing_paths, "see zokern/nowhere.py.", "zokern/nowhere.py"),
+        (missing_paths, "see `nowhere.h`", "nowhere.h"),
+        (missing_paths, "see [the page](docs-nowhere.md)", "docs-nowhere.md"),
+        (missing_commands, "run `make coffee`", "make coffee"),
+        (missing_commands, "```\nOMP_NUM_THREADS=1 python -m zokern fly\n```", "zokern fly"),
+        (machine_paths, "cd " + "/" + "work/main", "1: cd " + "/" + "work/main"),
+    ],
+)
+def test_a_wrong_document_is_rejected(check, wrong, complaint):
+    assert check(wrong) == [complaint]
+
+
+def test_a_block_that_fails_is_noticed():
+    run_blocks("```python\nloss = model(**loader[0]).loss\n```\n")
+    with pytest.raises(AssertionError):
+        run_blocks("text\n\n```python\nassert zokern is None\n```\n")
+    run_blocks("<!-- not run: needs a GPU -->\n```python\nassert zokern is None\n```\n")
+    with pytest.raises(AssertionError):  # an exemption without a reason is none
+        run_blocks("<!-- not run: -->\n```python\nassert zokern is None\n```\n")

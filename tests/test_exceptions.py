@@ -1,0 +1,206 @@
+"""500 exceptions: whatever the loss raises and wherever, the step leaves no trace."""
+
+from __future__ import annotations
+
+import random
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from models import batch, build, changed, next_token_loss, same_bits, snapshot
+from torch import nn
+
+import zokern
+from zokern.evaluation import surroundings
+
+VOCABULARY, WIDTH = 19, 8
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.attention = nn.MultiheadAttention(WIDTH, 2, dropout=0.1, batch_first=True)
+        self.batchnorm = nn.BatchNorm1d(WIDTH)
+        self.up = nn.Linear(WIDTH, 2 * WIDTH)
+        self.activation = nn.GELU()
+        self.dropout = nn.Dropout(0.1)
+        self.down = nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        x = self.norm(h)
+        h = h + self.attention(x, x, x, need_weights=False)[0]
+        x = self.batchnorm(h.transpose(1, 2)).transpose(1, 2)
+        return h + self.down(self.dropout(self.activation(self.up(x))))
+
+
+class Transformer(nn.Module):
+    """Dropout moves the random streams and a batch norm in train mode moves buffers; the head is tied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        h = self.embed(ids)
+        for block in self.blocks:
+            h = block(h)
+        return self.head(h)
+
+
+def run(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    random.random()
+    np.random.rand()
+    return next_token_loss(model(ids), ids)
+
+
+def state(model: nn.Module) -> dict:
+    """Everything beside weights and buffers that a step must leave alone."""
+    return {
+        "torch": torch.get_rng_state().tolist(),
+        "random": random.getstate(),
+        "numpy": repr(np.random.get_state()),
+        "train": [module.training for module in model.modules()],
+        "tree": [(name, id(module)) for name, module in model.named_modules()],
+        "parameters": [(name, id(p), p.data_ptr(), p.requires_grad) for name, p in model.named_parameters()],
+        "buffers": [(name, id(b), b.data_ptr()) for name, b in model.named_buffers()],
+        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks), m.forward.__func__) for m in model.modules()],
+        "modes": torch.overrides._get_current_function_mode_stack(),
+        "grad": torch.is_grad_enabled(),
+    }
+
+
+ERRORS = [RuntimeError, KeyboardInterrupt, SystemExit, torch.OutOfMemoryError]
+WHERE = [(name, when, side) for name, _ in build(Transformer).named_modules() for when in ("before", "after") for side in (0, 1)]
+assert len(WHERE) * len(ERRORS) < 500  # the rest are raised by the closure itself: before, between and after its forwards
+
+
+def raise_everywhere(evaluation: str, per_error: int, rejecting: bool = False) -> int:
+    """How many exceptions were raised; AssertionError at the first trace that one leaves."""
+    ids, count = batch(2, 4, VOCABULARY), 0
+    model = build(Transformer)
+    model.blocks[1].eval()  # train and eval mixed
+    optimizer = zokern.MeZO(model, lr=0.01, eps=1e-3, seed=6, evaluation=evaluation)
+    zokern.step(optimizer, lambda: run(model, ids))
+    modules = dict(model.named_modules())
+    weights, around = snapshot(model), None
+    for error in ERRORS:
+        for place in range(per_error):
+            name, when, side = WHERE[place] if place < len(WHERE) else ("closure", ("before", "after")[place % 2], place // 2 % 2)
+            calls, armed = [], []
+
+            def fire(*_, error=error, armed=armed):
+                if armed:
+                    raise error("planned")
+
+            def closure(calls=calls, armed=armed, name=name, when=when, side=side, fire=fire):
+                if len(calls) == side:
+                    armed.append(True)
+                calls.append(True)
+                if name == "closure" and when == "before":
+                    model.train()
+                    torch.rand(3)
+                    fire()
+                result = run(model, ids)
+                fire()
+                return result
+
+            hook = None
+            if name != "closure":
+                module = modules[name]
+                hook = module.register_forward_pre_hook(fire) if when == "before" else module.register_forward_hook(fire)
+            around = state(model)
+            with pytest.raises(error):
+                zokern.step(optimizer, closure)
+            after = state(model)
+            if hook is not None:
+                hook.remove()
+            count += 1
+            for key, value in around.items():
+                assert after[key] == value, f"{error.__name__} {when} {name!r}, side {side}: {key} changed"
+            assert optimizer.steps == 1
+            names = changed(model, weights)
+            if evaluation == "walk":
+                now = dict(model.named_parameters())
+                names = [n for n in names if n not in now or (now[n] - weights[n]).abs().max() > 1e-5]
+            assert names == [], f"{error.__name__} {when} {name!r}, side {side}: {names} changed"
+    return count
+
+
+def test_500_exceptions_leave_no_trace() -> None:
+    assert raise_everywhere("scratch", 125) == 500
+
+
+def test_exceptions_in_walk_restore_up_to_rounding() -> None:
+    assert raise_everywhere("walk", 20) == 80
+
+
+def test_missing_restore_is_rejected() -> None:
+    """Without each of the things that a step puts back, the check above fails."""
+    from zokern.evaluation import Scratch, Walk
+
+    def no_load(state) -> None:
+        pass
+
+    def no_put_back(self) -> None:
+        self.buffer_changed = []
+
+    with patch.object(surroundings, "_load_rng", no_load), pytest.raises(AssertionError, match="torch changed"):
+        raise_everywhere("scratch", 1)
+    with patch.object(surroundings.Surroundings, "_put_back", no_put_back), pytest.raises(AssertionError, match="changed"):
+        raise_everywhere("scratch", len(WHERE) + 2)
+
+    class Forgets(Walk):
+        """Moves the weights and does not come back."""
+
+        def read(self, plan, closure, repeat_first=False):
+            for group in plan.groups:
+                group.axpy_(plan.direction, plan.seed, [(plan.step, 0)], [group.eps], 1.0, "nearest")
+            return Scratch.read(scratch, plan, closure, repeat_first)
+
+    scratch = Scratch()
+    with pytest.raises(AssertionError, match="weight"):
+        raise_everywhere(Forgets(), 1)
+
+
+def test_step_after_a_failed_one_is_the_step_that_never_failed() -> None:
+    ids = batch(2, 4, VOCABULARY)
+    ends = []
+    for failures in ([], [(0, KeyboardInterrupt), (1, RuntimeError), (2, SystemExit)]):
+        model = build(Transformer)
+        optimizer = zokern.MeZO(model, lr=0.1, seed=1, queries=2)
+        results = []
+        for _ in range(3):
+            for side, error in failures:
+                calls = []
+
+                def closure(calls=calls, side=side, error=error, model=model):
+                    calls.append(True)
+                    result = run(model, ids)
+                    if len(calls) > side:
+                        raise error
+                    return result
+
+                with pytest.raises(error):
+                    zokern.step(optimizer, closure)
+            results.append(zokern.step(optimizer, lambda model=model: run(model, ids)))
+        ends.append((results, snapshot(model)))
+    assert ends[0][0] == ends[1][0]
+    assert all(same_bits(ends[1][1][name], t) for name, t in ends[0][1].items())
+
+
+def test_successful_step_leaves_surroundings_alone() -> None:
+    ids = batch(2, 4, VOCABULARY)
+    model = build(Transformer)
+    model.blocks[1].eval()
+    optimizer = zokern.MeZO(model, lr=0.01, seed=6)
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    for _ in range(3):
+        around = state(model)
+        zokern.step(optimizer, lambda: (model.train(), run(model, ids))[1])
+        assert state(model) == around
+    assert all(same_bits(b, buffers[name]) for name, b in model.named_buffers())

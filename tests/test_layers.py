@@ -1,0 +1,200 @@
+"""Imports point one way, raw addresses stay below the backends, and one idea keeps one stem.
+
+The sources are read, not run. Every rule is a function of the sources, so that each is also given a tree that breaks it.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# A file imports from its own layer and from those above it in this list; within a layer, without going round in a circle.
+LAYERS = {
+    "kernels": ["stream", "triton_kernels", "_cpu", "_cuda"],
+    "directions": ["directions"],
+    "backends": ["backends"],
+    "ops": ["ops"],
+    "parts": ["estimator", "parameters", "evaluation"],
+    "step": ["step"],
+    "optimizer": ["optimizer"],
+    "methods": ["methods"],
+    "applications": ["__init__", "hf", "demo", "info", "cli", "__main__", "_build"],
+}
+RANK = {stem: rank for rank, stems in enumerate(LAYERS.values()) for stem in stems}
+NATIVE = {"_cpu", "_cuda", "triton_kernels"}
+# data_ptr() tells two tensors apart that share memory; these files compare addresses and hand none on.
+COMPARES_ADDRESSES = {"zokern.ops", "zokern.parameters"}
+
+
+def python_sources() -> dict[str, str]:
+    """Module name to source, of everything that the wheel ships."""
+    sources = {}
+    for folder, package in (("zokern", "zokern"), ("triton_kernels", "zokern.triton_kernels")):
+        for path in (ROOT / folder).rglob("*.py"):
+            parts = [package, *path.relative_to(ROOT / folder).with_suffix("").parts]
+            sources[".".join(parts)] = path.read_text()
+    return sources
+
+
+def stem(module: str) -> str:
+    """The name that LAYERS knows a module by: the part below `zokern`."""
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def imported(module: str, source: str, modules: set[str]) -> set[str]:
+    """The zokern modules that a file imports, anywhere in it: at its top, in a function, for type checking only."""
+    found: set[str] = set()
+    package = module.split(".")[:-1]  # x.__init__ names its package's __init__ file
+    known = modules | {m.removesuffix(".__init__") for m in modules} | {f"zokern.{name}" for name in RANK}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "zokern"}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            origin = ".".join([*base, *([node.module] if node.module else [])])
+            if origin.split(".")[0] == "zokern":
+                # `from . import x` imports the module x where there is one, else a name of the package itself
+                found |= {full if (full := f"{origin}.{alias.name}") in known else origin for alias in node.names}
+    return {f"{m}.__init__" if f"{m}.__init__" in modules else m for m in found}
+
+
+def wrong_imports(sources: dict[str, str]) -> list[str]:
+    """What breaks the order of the layers, one sentence each."""
+    errors, graph = [], {}
+    for module, source in sources.items():
+        if stem(module) not in RANK:
+            errors.append(f"{module} is in no layer: add {stem(module)!r} to LAYERS in tests/test_layers.py")
+            continue
+        graph[module] = imported(module, source, set(sources)) - {module}
+        for target in sorted(graph[module]):
+            if stem(target) not in RANK:
+                continue  # reported as a file of its own
+            if RANK[stem(target)] > RANK[stem(module)]:
+                errors.append(f"{module} imports {target}, which stands above it")
+            allowed = stem(module) in ("backends", "info") or stem(module) == stem(target)
+            if stem(target) in NATIVE and not allowed:
+                errors.append(f"{module} imports {target}: only backends/ calls kernels")
+    return errors + [f"{' -> '.join(circle)} go round in a circle" for circle in circles(graph)]
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The circles of the import graph, by depth-first search. A package's __init__ gathers its files, and is no step in one."""
+    found: list[list[str]] = []
+    done: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> None:
+        if module in path:
+            found.append([*path[path.index(module) :], module])
+        elif module not in done:
+            for target in sorted(graph.get(module, ())):
+                if not target.endswith("__init__"):
+                    visit(target, [*path, module])
+            done.add(module)
+
+    for module in sorted(graph):
+        visit(module, [])
+    return found
+
+
+def stray_addresses(sources: dict[str, str]) -> list[str]:
+    """Uses of data_ptr outside backends/."""
+    return [
+        f"{module}:{node.lineno} takes a raw address"
+        for module, source in sources.items()
+        if stem(module) != "backends" and module not in COMPARES_ADDRESSES
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Attribute) and node.attr == "data_ptr"
+    ]
+
+
+def native_sources() -> dict[str, str]:
+    return {str(p.relative_to(ROOT)): p.read_text() for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".cu")}
+
+
+def wrong_includes(sources: dict[str, str]) -> list[str]:
+    """What C++ files include against the rules: Python in bind.cpp alone, CUDA in .cu alone, torch nowhere, zo/ stands alone."""
+    errors = []
+    for path, source in sources.items():
+        for header in re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', source, re.M):
+            if re.match(r"pybind11/|Python\.h", header) and path != "csrc/bind.cpp":
+                errors.append(f"{path} includes {header}: only bind.cpp knows Python")
+            if re.match(r"torch/|ATen/|c10/", header):
+                errors.append(f"{path} includes {header}: no file under csrc knows torch")
+            if re.match(r"cuda|cub/|cooperative_groups|nv", header) and not path.endswith(".cu"):
+                errors.append(f"{path} includes {header}: only .cu files know the CUDA runtime")
+            if path.startswith("csrc/zo/") and not (header in ("cstdint", "cstring") or f"csrc/zo/{header}" in sources):
+                errors.append(f"{path} includes {header}: csrc/zo includes <cstdint>, <cstring> and itself")
+    return errors
+
+
+def test_imports_point_one_way():
+    sources = python_sources()
+    assert len(sources) > 20
+    assert wrong_imports(sources) == []
+
+
+@pytest.mark.parametrize(
+    "module, line, complaint",
+    [
+        ("zokern.backends.reference", "from ..step import step", "zokern.step, which stands above it"),
+        ("zokern.directions.normal", "import zokern", "zokern.__init__, which stands above it"),
+        ("zokern.ops", "def f():\n    from .optimizer import ZerothOrder", "zokern.optimizer, which stands above it"),
+        ("zokern.stream", "from zokern.directions import normal", "zokern.directions.normal, which stands above it"),
+        ("zokern.triton_kernels.normal", "from ..backends import table", "zokern.backends.table, which stands above it"),
+        ("zokern.estimator", "from . import methods", "zokern.methods.__init__, which stands above it"),
+        ("zokern.step", "from . import _cpu", "only backends/ calls kernels"),
+        ("zokern.evaluation.walk", "from ..triton_kernels import normal", "only backends/ calls kernels"),
+        ("zokern.estimator", "from .evaluation import plan", "go round in a circle"),
+        ("zokern.surprise", "", "zokern.surprise is in no layer"),
+    ],
+)
+def test_a_wrong_import_is_rejected(module, line, complaint):
+    sources = python_sources()
+    sources[module] = sources.get(module, "") + "\n" + line + "\n"
+    assert any(complaint in error for error in wrong_imports(sources))
+
+
+def test_addresses_stay_in_the_backends():
+    assert stray_addresses(python_sources()) == []
+
+
+def test_a_stray_address_is_rejected():
+    sources = {**python_sources(), "zokern.evaluation.wrong": "def f(t):\n    return t.data_ptr()\n"}
+    assert stray_addresses(sources) == ["zokern.evaluation.wrong:2 takes a raw address"]
+
+
+def test_includes():
+    sources = native_sources()
+    assert "csrc/bind.cpp" in sources
+    assert wrong_includes(sources) == []
+
+
+@pytest.mark.parametrize(
+    "path, line",
+    [
+        ("csrc/elementwise.cpp", "#include <pybind11/pybind11.h>"),
+        ("csrc/elementwise.h", "#include <Python.h>"),
+        ("csrc/elementwise.cu", "#include <ATen/cuda/CUDAContext.h>"),
+        ("csrc/bind.cpp", "#include <torch/extension.h>"),
+        ("csrc/bind.cpp", "# include <cuda_runtime.h>"),
+        ("csrc/zo/philox.h", "#include <cmath>"),
+        ("csrc/zo/philox.h", '#include "../elementwise.h"'),
+    ],
+)
+def test_a_wrong_include_is_rejected(path, line):
+    sources = native_sources()
+    sources[path] += f"\n{line}\n"
+    assert len(wrong_includes(sources)) >= 1
+
+
+def test_one_idea_keeps_one_stem():
+    """A direction has the same name in PyTorch, in C++ and in Triton."""
+    stems = {path.stem for path in (ROOT / "zokern" / "directions").glob("*.py")} - {"__init__"}
+    assert stems
+    assert stems <= {path.stem for path in (ROOT / "csrc" / "zo").glob("*.h")}
+    assert stems <= {path.stem for path in (ROOT / "triton_kernels").glob("*.py")}

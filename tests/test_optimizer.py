@@ -1,0 +1,245 @@
+"""The torch face: groups, names, state, resuming bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from models import batch, changed, next_token_loss, same_bits, snapshot, tiny
+from torch import nn
+
+import zokern
+
+IDS = batch()
+
+
+def run(model: nn.Module, optimizer, steps: int) -> list[tuple]:
+    return [zokern.step(optimizer, lambda: next_token_loss(model(IDS), IDS)).losses for _ in range(steps)]
+
+
+def saved(state: dict) -> dict:
+    """Through torch.save and the safe loader."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def test_is_a_torch_optimizer() -> None:
+    optimizer = zokern.MeZO(tiny(), lr=0.1)
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    assert set(optimizer.param_groups[0]) >= {"params", "param_names", "lr", "eps", "weight_decay"}
+    optimizer.zero_grad()
+    assert "MeZO" in repr(optimizer)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rounding"),
+    [(torch.float32, "nearest"), (torch.bfloat16, "nearest"), (torch.bfloat16, "stochastic"), (torch.bfloat16, "residual")],
+)
+def test_resume_is_exact(dtype: torch.dtype, rounding: str) -> None:
+    """Three steps, save, three more: the bits of six steps in one go; also when the optimizer was built with other options."""
+    options = {"lr": 1e-2, "eps": 2e-3, "weight_decay": 0.1, "seed": 2**64 - 5, "queries": 2, "rounding": rounding}
+    model = tiny(dtype)
+    whole = run(model, zokern.MeZO(model, **options), 6)
+
+    first = tiny(dtype)
+    optimizer = zokern.MeZO(first, **options)
+    losses = run(first, optimizer, 3)
+    weights, state = saved(first.state_dict()), saved(optimizer.state_dict())
+    if rounding == "residual":
+        assert all(values["residual"].dtype == torch.int16 for values in state["state"].values()) and state["state"]
+
+    second = tiny(dtype)
+    second.load_state_dict(weights)
+    resumed = zokern.MeZO(second, lr=1.0, eps=0.5, seed=1, queries=2, rounding=rounding)
+    resumed.load_state_dict(state)
+    assert resumed.steps == 3 and resumed.seed == 2**64 - 5 and resumed.param_groups[0]["lr"] == 1e-2
+    losses += run(second, resumed, 3)
+    assert losses == whole
+    assert changed(second, snapshot(model)) == []
+
+    # the check sees a resume that forgets the step number, and one that forgets the low bits
+    for forget in ("step", "state"):
+        if forget == "state" and rounding != "residual":
+            continue
+        third = tiny(dtype)
+        third.load_state_dict(weights)
+        wrong = copy.deepcopy(state)
+        wrong["state"] = {} if forget == "state" else wrong["state"]
+        wrong["zokern"]["step"] = 0 if forget == "step" else 3
+        resumed = zokern.MeZO(third, queries=2, rounding=rounding)
+        resumed.load_state_dict(wrong)
+        run(third, resumed, 3)
+        assert changed(third, snapshot(model)) != []
+
+
+def test_load_state_dict_copies() -> None:
+    """Two optimizers that loaded one state do not share low bits."""
+    model = tiny(torch.bfloat16)
+    optimizer = zokern.MeZO(model, lr=1e-2, rounding="residual")
+    run(model, optimizer, 1)
+    state = optimizer.state_dict()
+    other = zokern.MeZO(model, rounding="residual")
+    other.load_state_dict(state)
+    p = model.up.weight
+    assert same_bits(other.state[p]["residual"], optimizer.state[p]["residual"])
+    assert other.state[p]["residual"].data_ptr() != optimizer.state[p]["residual"].data_ptr()
+
+
+def test_load_state_dict_refuses_other_runs() -> None:
+    model = tiny()
+    named = list(model.named_parameters())
+    optimizer = zokern.MeZO(named, seed=3)
+    good = optimizer.state_dict()
+    renamed = zokern.MeZO([("x." + name, p) for name, p in named])
+    with pytest.raises(ValueError, match="other parameters.*embed.weight.*x.embed.weight|other parameters.*x.embed"):
+        renamed.load_state_dict(good)
+    with pytest.raises(ValueError, match="zokern"):
+        optimizer.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.1).state_dict())
+    with pytest.raises(ValueError, match="stream version 2"):
+        optimizer.load_state_dict({**good, "zokern": {**good["zokern"], "stream": 2}})
+    assert optimizer.seed == 3 and optimizer.steps == 0
+    optimizer.load_state_dict(good)
+
+
+def test_names() -> None:
+    """From a module, from (name, tensor) pairs, from groups of them, or made up in order; a name decides z, so it is unique."""
+    model = tiny()
+    names = [name for name, _ in model.named_parameters()]
+
+    def of(optimizer) -> list[str]:
+        return [name for group in optimizer.param_groups for name in group["param_names"]]
+
+    assert of(zokern.MeZO(model)) == of(zokern.MeZO(model.named_parameters())) == names
+    assert of(zokern.MeZO([{"params": model.named_parameters()}])) == names
+    assert of(zokern.MeZO(model.parameters())) == [f"param.{i}" for i in range(len(names))]
+    unnamed = zokern.MeZO([{"params": model.norm.parameters()}, {"params": [model.gain], "lr": 0.1}])
+    assert of(unnamed) == ["param.0", "param.1", "param.2"]
+    with pytest.raises(ValueError, match="not unique.*a"):
+        zokern.MeZO([("a", model.gain), ("a", model.up.bias)])
+    ends = []
+    for source in (lambda m: m, lambda m: m.named_parameters(), lambda m: [{"params": m}]):
+        model = tiny()
+        run(model, zokern.MeZO(source(model), lr=0.1, seed=1), 2)
+        ends.append(snapshot(model))
+    assert all(same_bits(end[name], ends[0][name]) for end in ends for name in names)
+
+
+def test_colliding_ids_are_resolved_the_same_way_in_any_order() -> None:
+    from zokern import parameters
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parameters, "parameter_id", lambda name: len(name))
+        first, salted = parameters.ids(["bb", "aa", "c"])
+        assert first == parameters.ids(["c", "aa", "bb"])[0] and len(set(first.values())) == 3
+        assert salted == {"bb": "bb#1"}
+        assert parameters.ids(["dd"], first)[0]["aa"] == first["aa"]
+
+
+def test_add_param_group() -> None:
+    """A group added later trains as one that was there from the start, for the steps that it sees."""
+    model = tiny()
+    optimizer = zokern.MeZO([("gain", model.gain)], lr=0.1, seed=1)
+    optimizer.add_param_group({"params": [("up.weight", model.up.weight)], "lr": 0.2, "eps": 2e-3})
+    together = tiny()
+    other = zokern.MeZO(
+        [{"params": [("gain", together.gain)]}, {"params": [("up.weight", together.up.weight)], "lr": 0.2, "eps": 2e-3}], lr=0.1, seed=1
+    )
+    assert run(model, optimizer, 2) == run(together, other, 2)
+    assert changed(model, snapshot(together)) == []
+    with pytest.raises(ValueError, match="not unique|more than one"):
+        optimizer.add_param_group({"params": [("gain", model.gain)]})
+    with pytest.raises(ValueError, match="overlap|more than one"):
+        optimizer.add_param_group({"params": [("again", model.gain)]})
+    with pytest.raises(ValueError, match="eps is 0"):
+        optimizer.add_param_group({"params": [("up.bias", model.up.bias)], "eps": 0.0})
+    assert run(model, optimizer, 1) == run(together, other, 1)  # the refused groups left nothing behind
+    assert len(optimizer.param_groups) == 2
+
+
+def test_thawed_parameter_joins_under_its_own_name() -> None:
+    model = tiny()
+    model.up.weight.requires_grad_(False)
+    optimizer = zokern.MeZO(model, lr=0.1, seed=1)
+    run(model, optimizer, 1)
+    model.up.weight.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="up.weight.*add_param_group"):
+        run(model, optimizer, 1)
+    optimizer.add_param_group({"params": [model.up.weight]})
+    assert optimizer.param_groups[1]["param_names"] == ["up.weight"]
+    before = model.up.weight.detach().clone()
+    run(model, optimizer, 1)
+    assert not same_bits(model.up.weight, before)
+
+
+def test_editing_lr_takes_effect() -> None:
+    model = tiny()
+    optimizer = zokern.MeZO(model, lr=0.1, seed=1)
+    run(model, optimizer, 1)
+    before = snapshot(model)
+    optimizer.param_groups[0]["lr"] = 0.0
+    run(model, optimizer, 1)
+    assert changed(model, before) == []
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
+    run(model, optimizer, 1)
+    assert len(changed(model, before)) == len(before)
+    for bad in (float("nan"), -0.1, "0.1", None):
+        optimizer.param_groups[0]["lr"] = bad
+        weights = snapshot(model)
+        with pytest.raises(ValueError, match="lr is"):
+            run(model, optimizer, 1)
+        assert changed(model, weights) == []
+
+
+def test_step_of_the_optimizer_itself() -> None:
+    """optimizer.step(closure) is the same step and returns the mean loss."""
+    ends = []
+    for own in (False, True):
+        model = tiny()
+        optimizer = zokern.MeZO(model, lr=0.1, seed=1)
+
+        def closure(model=model):
+            return next_token_loss(model(IDS), IDS)
+
+        loss = optimizer.step(closure) if own else zokern.step(optimizer, closure).loss
+        ends.append((loss, snapshot(model)))
+    assert ends[0][0] == ends[1][0] == optimizer.result.loss
+    assert all(same_bits(ends[0][1][name], t) for name, t in ends[1][1].items())
+    with pytest.raises(TypeError, match="closure"):
+        optimizer.step()
+
+
+BAD_OPTIONS = {
+    "queries": [0, -1, 1.5, True, 2**24],
+    "rounding": ["up", None],
+    "evaluation": ["paired", 3],
+    "backend": ["gpu"],
+    "direction": ["uniform", 3],
+    "stencil": ["backward", zokern.Stencil("wrong", (1.0, -1.0), (1.0, -0.5))],
+    "clip": [0.0, -1.0, float("nan")],
+    "nonfinite": ["keep"],
+    "weight_decay": [-0.1, float("inf"), "no"],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD_OPTIONS.items() for value in values])
+def test_bad_option_is_refused_by_name(name: str, value) -> None:
+    with pytest.raises((ValueError, TypeError), match=name) as caught:
+        zokern.MeZO(tiny(), **{name: value})
+    shown = value if isinstance(value, str) else getattr(value, "name", repr(value))
+    assert shown in str(caught.value)
+
+
+@pytest.mark.parametrize("params", [[], nn.Identity(), torch.ones(3), nn.Linear(2, 2).requires_grad_(False), ["weight"]])
+def test_nothing_to_train_is_refused(params) -> None:
+    with pytest.raises((ValueError, TypeError), match="param"):
+        zokern.MeZO(params)
+
+
+def test_scratch_budget_is_checked() -> None:
+    for budget in (0, -1, 1 << 19, 1.5e6, "64MB"):
+        with pytest.raises(ValueError, match="budget"):
+            zokern.Scratch(budget)

@@ -1,0 +1,140 @@
+"""The PTX that nvcc makes of csrc/elementwise.cu, run by tests/ptx.py: bit for bit the reference, and no access out of place.
+
+This is the device side of the source (cvt.rn, the packed watch for inf and NaN, 16-byte accesses), which the host build
+replaces. What remains unseen is ptxas and the chip; test_sass.py reads what ptxas made.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from fractions import Fraction
+
+import conformance
+import numpy as np
+import ptx
+import pytest
+import sass
+import torch
+
+from zokern.backends import cuda
+
+BLOCKS, THREADS = 2, 256
+M0, M1 = 0x9E3779B9, 0xBB67AE85
+
+
+def storage(tensor: torch.Tensor) -> np.ndarray:
+    """All bytes that a tensor's storage has, at their address."""
+    whole = tensor.untyped_storage()
+    return torch.empty(0, dtype=torch.uint8).set_(whole, 0, (whole.nbytes(),)).numpy()
+
+
+class OnPtx(cuda.Cuda):
+    """The backend with the interpreter in the place of zokern._cuda. Only the tensors of a call may be touched."""
+
+    name = "cuda through PTX"
+    device_type = "cpu"
+
+    def __init__(self, text: str, parts_log2: int = 0) -> None:
+        self.text, self.parts_log2, self.executed = text, parts_log2, 0
+
+    def _run(self, prefix: str, arguments: list, tensors) -> None:
+        memory = [storage(t) for t in tensors]
+        counts = ptx.run(self.text, prefix, BLOCKS, THREADS, arguments, memory)
+        self.executed += sum(counts.values())
+
+    def _call(self, verb, device, tensors, *arguments) -> None:
+        if verb == "philox":
+            counters, count, k0, k1, rounds, words = arguments
+            return self._run(sass.symbol("philox"), [counters, count, k0, k1, rounds, words], tensors)
+        entries, chunks, count, direction, seed, *rest = arguments
+        keys = [(seed & 0xFFFFFFFF) + i * M0 & 0xFFFFFFFF for i in range(10)]
+        keys += [(seed >> 32) + i * M1 & 0xFFFFFFFF for i in range(10)]
+        table = struct.pack("<QQqi20I4x", entries, chunks, count, self.parts_log2, *keys)  # struct List
+        if verb != "axpy":
+            return self._run(sass.symbol(verb, direction), [table, *rest], tensors)
+        draws, draw_count, decay, rounding, nonfinite = rest
+        plain = rounding == 0 and draw_count == 1 and decay == 1.0
+        arguments = [table, draws, draw_count, np.float32(decay), nonfinite]
+        return self._run(sass.symbol("axpy", direction, rounding, plain), arguments, tensors)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> str:
+    """PTX of csrc/elementwise.cu for sm_90."""
+    if sass.tool("nvcc") is None:
+        pytest.skip("nvcc not found: install the CUDA toolkit")
+    return sass.compile_to(tmp_path_factory.mktemp("ptx") / "elementwise.ptx", "90", kind="ptx").read_text()
+
+
+CHECKS = ("philox_known_answers", "draw_sizes", "axpy_sizes", "axpy_firsts", "perturb_sizes", "axpy_strides", "axpy_pitch",
+          "perturb_rows", "axpy_many_draws", "axpy_stochastic", "axpy_residual", "axpy_special", "perturb_arithmetic")  # fmt: skip
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_ptx_is_the_reference(text, check) -> None:
+    conformance.CHECKS[check](OnPtx(text), "cpu", "quick")
+
+
+def test_blocks_share_a_chunk(text) -> None:
+    conformance.CHECKS["axpy_sizes"](OnPtx(text, parts_log2=1), "cpu", "quick")
+
+
+def rejected(text: str, check: str) -> str:
+    return conformance.run(OnPtx(text), "cpu", "quick", [check])[check] or ""
+
+
+def test_wrong_ptx_is_rejected(text) -> None:
+    """By values, by an address outside of every tensor or off its alignment, by an operation that ptxas may fuse or flush."""
+    swapped = re.sub(r"cvt\.rn\.bf16x2\.f32 (\s*%\w+), (%\w+), (%\w+)", r"cvt.rn.bf16x2.f32 \1, \3, \2", text)
+    assert "AssertionError" in rejected(swapped, "axpy_sizes")
+    polynomial = text.replace("0f3DE7B7CD", "0f3DE7B7CE")
+    assert polynomial != text and "AssertionError" in rejected(polynomial, "draw_sizes")
+    shifted = re.sub(r"(st\.global\.v4\.[uf]32 \s*\[%rd\d+)(\+16)?\]", r"\1+1073741824]", text)
+    assert "MemoryError" in rejected(shifted, "axpy_sizes")
+    misaligned = re.sub(r"(ld\.global\.v4\.[uf]32 [^;]*\[%rd\d+)\]", r"\1+4]", text)
+    assert "not aligned" in rejected(misaligned, "axpy_sizes")
+    assert "contract or flush" in rejected(text.replace("fma.rn.f32", "fma.rn.ftz.f32"), "draw_sizes")
+    assert "contract or flush" in rejected(text.replace("mul.rn.f32", "mul.f32"), "draw_sizes")
+
+
+def small(body: str, registers: str = ".reg .b32 %r<9>; .reg .b64 %rd<9>; .reg .pred %p<9>;") -> str:
+    return f".visible .entry k(.param .u64 k_param_0)\n{{ {registers} ld.param.u64 %rd1, [k_param_0]; {body} ret; }}"
+
+
+def test_interpreter_fma_rounds_once() -> None:
+    """Where a product in float64 rounded twice would be wrong: 1 + 2^-24 + a tail too small for float64."""
+    data = np.array([1 + 2.0**-12, 1 - 2.0**-12, 2.0**-24, 2.0**-60, 1.0, 1 + 2.0**-23], np.float32)
+    rng = np.random.default_rng(1)
+    a, b, c = (rng.standard_normal(20000).astype(np.float32) for _ in range(3))
+    a, b, c = (np.concatenate([x, np.roll(data, i)]) for i, x in enumerate((a, b, c)))
+    c[::3] *= np.float32(2.0**-20)
+    got = ptx.f32(ptx.fma(ptx.bits(a), ptx.bits(b), ptx.bits(c)))
+    for x, y, z, result in list(zip(a, b, c, got))[-3000:]:
+        exact = Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z))
+        near = [result, np.nextafter(result, np.float32(np.inf)), np.nextafter(result, np.float32(-np.inf))]
+        assert all(abs(Fraction(float(result)) - exact) <= abs(Fraction(float(n)) - exact) for n in near)
+
+
+def test_interpreter_refuses() -> None:
+    array = np.zeros(4, np.uint32)
+    with pytest.raises(NotImplementedError, match="contract"):
+        ptx.run(small("add.f32 %r1, %r1, %r1;"), "k", 1, 1, [array])
+    with pytest.raises(NotImplementedError, match="sin.approx"):
+        ptx.run(small("sin.approx.f32 %r1, %r1;"), "k", 1, 1, [array])
+    with pytest.raises(MemoryError, match="none of the arrays"):
+        ptx.run(small("st.global.u32 [%rd1+16], %r1;"), "k", 1, 1, [array])
+    with pytest.raises(MemoryError, match="not aligned"):
+        ptx.run(small("st.global.u32 [%rd1+2], %r1;"), "k", 1, 1, [array])
+
+
+def test_interpreter_meets_again_after_divergence() -> None:
+    """Odd threads take a detour; all add their number; a loop runs tid times."""
+    array = np.zeros(64, np.uint32)
+    body = """
+    mov.u32 %r1, %tid.x; mov.u32 %r2, 0; mov.u32 %r3, 0;
+    $L: setp.ge.u32 %p1, %r3, %r1; @%p1 bra $E; add.s32 %r2, %r2, %r3; add.s32 %r3, %r3, 1; bra.uni $L;
+    $E: mul.wide.u32 %rd2, %r1, 4; add.s64 %rd3, %rd1, %rd2; atom.global.add.u32 %r4, [%rd3], %r2;
+    """
+    ptx.run(small(body), "k", 1, 64, [array])
+    assert array.tolist() == [i * (i - 1) // 2 for i in range(64)]

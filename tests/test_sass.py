@@ -1,0 +1,131 @@
+"""The machine code of csrc/elementwise.cu for every architecture that ships: what it must have, must not have, and how much.
+
+`python tests/test_sass.py` prints registers and instructions per element for every kernel and architecture.
+"""
+
+from __future__ import annotations
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import sass
+
+pytestmark = pytest.mark.skipif(sass.missing() is not None, reason=sass.missing() or "")
+
+NORMAL, RADEMACHER = 0, 1
+NEAREST, STOCHASTIC, RESIDUAL = 0, 1, 2
+UNIT = 8  # elements of one turn of a loop
+
+# Instructions of the whole loop per element on sm_90, measured with nvcc 13.0, and what they may not exceed. A bf16 pass on an
+# H200 stays under its memory floor up to 27.6 (4 bytes per element at 4.3 TB/s).
+PLAIN_16_BIT, PLAIN_FLOAT32, SIGNS_16_BIT = 26.5, 25.7, 14.0
+
+
+def compile_all(folder: Path) -> dict[str, dict[str, sass.Function]]:
+    with ThreadPoolExecutor(2) as pool:
+        cubins = pool.map(lambda arch: sass.compile_to(folder / f"sm_{arch}.cubin", arch), sass.ARCHITECTURES)
+    return {arch: sass.disassemble(cubin) for arch, cubin in zip(sass.ARCHITECTURES, cubins)}
+
+
+@pytest.fixture(scope="session")
+def machine(tmp_path_factory) -> dict[str, dict[str, sass.Function]]:
+    return compile_all(tmp_path_factory.mktemp("cubins"))
+
+
+@pytest.mark.parametrize("arch", sass.ARCHITECTURES)
+def test_no_spills_and_nothing_inexact(machine, arch) -> None:
+    """No local memory, approximation, flush to zero, double precision or call in any kernel; float sums are FADD, FMUL, FFMA."""
+    for name, function in machine[arch].items():
+        assert not function.spilled(), f"{name}: stack {function.stack}, local {function.local}"
+        assert not function.forbidden(), f"{name}: {function.forbidden()}"
+        assert 0 < function.registers <= 85, f"{name}: {function.registers} registers; 3 blocks of 256 threads must fit"
+
+
+@pytest.mark.parametrize("arch", sass.ARCHITECTURES)
+def test_vector_loops(machine, arch) -> None:
+    """The loops over whole units exist for 16-bit types and float32, with 16-byte accesses only."""
+    for direction in (NORMAL, RADEMACHER):
+        plain = sass.kernel(machine[arch], sass.symbol("axpy", direction, NEAREST))
+        sass.vector_loop(plain, loads=1, stores=1)
+        sass.vector_loop(plain, loads=2, stores=2)
+        sass.vector_loop(sass.kernel(machine[arch], sass.symbol("axpy", direction, STOCHASTIC, False)), loads=1, stores=1)
+
+
+def test_arithmetic_of_the_normal_loop(machine) -> None:
+    """Exactly the operations that normal.h writes, so nothing was fused: 4 words, and one fma per element for the sum."""
+    loop = sass.vector_loop(sass.kernel(machine["90"], sass.symbol("axpy", NORMAL, NEAREST)), 1, 1)
+    assert sass.arithmetic(loop) == {"FFMA": 4 * 16 + UNIT, "FMUL": 4 * 7, "FADD": 4}
+
+
+def test_instructions_per_element(machine) -> None:
+    plain = sass.kernel(machine["90"], sass.symbol("axpy", NORMAL, NEAREST))
+    signs = sass.kernel(machine["90"], sass.symbol("axpy", RADEMACHER, NEAREST))
+    for function, accesses, limit in ((plain, 1, PLAIN_16_BIT), (plain, 2, PLAIN_FLOAT32), (signs, 1, SIGNS_16_BIT)):
+        per_element = len(sass.vector_loop(function, accesses, accesses)) / UNIT
+        print(f"{function.name[:60]}: {per_element} instructions per element, {function.registers} registers")
+        assert per_element <= limit
+
+
+# The checks above reject what they are for.
+
+
+def test_fast_math_is_rejected(tmp_path) -> None:
+    functions = sass.disassemble(sass.compile_to(tmp_path / "fast.cubin", "90", "-use_fast_math"))
+    normal = sass.kernel(functions, sass.symbol("draw", NORMAL))
+    assert "flush to zero" in normal.forbidden()
+
+
+WRONG = {
+    "approximate function unit": "out[i] = __sinf(out[i]);",
+    "flush to zero": 'asm("add.rn.ftz.f32 %0, %0, %0;" : "+f"(out[i]));',
+    "double precision": "out[i] = (float)((double)out[i] * 0.1 + 0.3);",
+    "local memory (a spill or an indexed register)": "volatile float x[9]; x[i % 9] = out[i]; out[i] = x[(i + 1) % 9];",
+    "call": "out[i] = out[i] / out[i + 1];",
+}
+
+
+def test_forbidden_instructions_are_found(tmp_path) -> None:
+    source = tmp_path / "wrong.cu"
+    names = {why: f"wrong{i}" for i, why in enumerate(WRONG)}
+    bodies = "".join(
+        f'extern "C" __global__ void {names[why]}(float* out) {{ const int i = threadIdx.x; {body} }}\n' for why, body in WRONG.items()
+    )
+    bodies += 'extern "C" __global__ void right(float* out) { out[threadIdx.x] = __fmaf_rn(out[0], out[1], out[2]); }\n'
+    bodies += 'extern "C" __global__ void narrow(float* out, int n) { for (int i = 0; i < n; ++i) out[i] += 1.0f; }\n'
+    bodies += 'extern "C" __global__ void fused(float* out) { out[0] = out[1] * out[2] + out[3]; }\n'
+    source.write_text(bodies)
+    functions = sass.disassemble(sass.compile_to(tmp_path / "wrong.cubin", "90", "-fmad=true", source=source))
+    for why, name in names.items():
+        assert why in functions[name].forbidden(), f"{why}: {[i.text for i in functions[name].code]}"
+    assert functions["wrong3"].spilled()
+    assert not functions["right"].forbidden() and not functions["right"].spilled()
+    with pytest.raises(LookupError):
+        sass.vector_loop(functions["narrow"], 1, 1)
+    assert sass.arithmetic(functions["fused"].code) == {"FFMA": 1, "FMUL": 0, "FADD": 0}
+
+
+def test_instruction_limit_can_fail(machine) -> None:
+    """The residual loop does more work than the plain limit allows; the counter sees it."""
+    loop = sass.vector_loop(sass.kernel(machine["90"], sass.symbol("axpy", NORMAL, STOCHASTIC, False)), 1, 1)
+    assert len(loop) / UNIT > PLAIN_16_BIT and sass.arithmetic(loop)["FMUL"] > 0
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    for arch, functions in compile_all(folder).items():
+        for name, function in sorted(functions.items()):
+            counts = []
+            for accesses in (1, 2):
+                try:
+                    counts.append(f"{len(sass.vector_loop(function, accesses, accesses)) / UNIT:.2f}")
+                except LookupError:
+                    counts.append("-")
+            spilled = "SPILLED" if function.spilled() else ""
+            print(f"sm_{arch:4} {name[14:60]:46} {function.registers:4} registers  {counts[0]:>6} {counts[1]:>6} /element {spilled}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,427 @@
+"""Triton without a GPU: the kernels interpreted and compared bit for bit, and compiled for six architectures and read.
+
+Interpretation has to be chosen before triton is imported, so one child process (`python tests/test_triton.py out.json`) runs the
+conformance checks and a list of wrong kernels under TRITON_INTERPRET=1, and the tests here read its verdicts. Compilation needs
+no device; what it made is read as PTX and as machine code. Wrong kernels are copies of triton_kernels/ with one line changed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import conformance
+import numpy as np
+import ptx
+import pytest
+import sass
+import torch
+from guarded import filled
+
+from zokern.backends.base import Span
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from zokern.backends import triton as backend  # noqa: E402
+
+if not hasattr(backend, "elementwise"):
+    pytest.skip(f"backend 'triton' is off: {backend.why_off()}", allow_module_level=True)
+
+# The conformance checks that are interpreted here: every verb, dtype, rounding, stride, slice, row and element number. The others
+# (shards, order, many draws) vary what does not reach a kernel, or are covered by few().
+CHECKS = (
+    "philox_known_answers", "philox_random_counters", "draw_names", "draw_firsts", "axpy_sizes", "axpy_firsts", "axpy_pitch",
+    "axpy_strides_residual", "axpy_special", "axpy_stochastic", "perturb_sizes", "perturb_strides", "perturb_rows",
+    "perturb_arithmetic", "empty_launch", "axpy_one_rounding", "large",
+)  # fmt: skip
+
+WRONG = {  # name: (file, text, replacement)
+    "unfused": ("normal", "e = tl.fma(-s, y, 1.0)", "e = 1.0 - s * y"),
+    "unfused sum": ("elementwise", "tl.fma(tl.load(coefficients + k), z, value)", "tl.load(coefficients + k) * z + value"),
+    "sine and cosine swapped": ("elementwise", "return interleave(even, odd)", "return interleave(odd, even)"),
+    "words swapped": ("elementwise", "tl.join(tl.join(a0, a2), tl.join(a1, a3))", "tl.join(tl.join(a0, a1), tl.join(a2, a3))"),
+    "seed halves swapped": (
+        "elementwise",
+        "who, step, draw, k0, k1)\n        if GROUPS",
+        "who, step, draw, k1, k0)\n        if GROUPS",
+    ),
+    "32-bit number": ("elementwise", "(number >> 3).to(tl.uint32)", "(number.to(tl.int32) >> 3).to(tl.uint32)"),
+    "short tail": ("elementwise", "i < size", "i < size - 1"),
+    "write past the end": ("elementwise", "i < size", "i <= size"),
+    "group past the end": ("elementwise", "(group < groups)", "(group <= groups)"),
+    "truncated bfloat16": ("rounding", "x + 0x7FFF + ((x >> 16) & 1)", "x"),
+    "low bits without sign": ("rounding", "low.to(tl.int32)", "low.to(tl.uint16, bitcast=True).to(tl.int32)"),
+    "rounding bits of the first draw": ("elementwise", "tl.load(draws + draw_count - 1)", "tl.load(draws)"),
+    "float16 limit": ("rounding", "half < 0x7C00", "half < 0x7BFF"),
+    "inf not counted": ("elementwise", "(rounded & 0x7F80) == 0x7F80", "(rounded & 0x7FFF) > 0x7F80"),
+}
+
+
+def few(mine) -> None:
+    """One small launch per verb and rounding, chosen so that each of WRONG shows; raises AssertionError."""
+    generator, versus = torch.Generator().manual_seed(1), conformance.Versus(few, mine, "cpu", "quick")
+
+    def tensors(*dtypes):
+        thetas = [conformance.theta_of(generator, (43,), dtype) for dtype in dtypes]
+        return thetas, [Span(77 + i, (0, 2**33 + 5, 16)[i % 3]) for i in range(len(thetas))]
+
+    draws, coeffs = [(3, 1), (2, 0), (5, 7)], [1e-3, 0.3, -0.02]
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    thetas, spans = tensors(fp32, fp32, bf16, fp16)
+    versus.draw([conformance.out_like(t) for t in thetas], spans, "normal")
+    versus.axpy(*tensors(fp32, bf16, fp16), "normal", draws, coeffs, 0.99)
+    versus.axpy(*tensors(bf16, fp16), "rademacher", draws, coeffs, 0.99, "stochastic")
+    thetas, spans = tensors(bf16, bf16)
+    versus.axpy(thetas, spans, "normal", rounding="residual", residuals=[conformance.low_of(generator, t) for t in thetas])
+    lows = [conformance.low_of(generator, t) for t in thetas]
+    versus.perturb(thetas, spans, "normal", [[conformance.out_like(t) for t in thetas] for _ in range(2)], residuals=lows)
+    broken = torch.tensor([float("inf"), float("nan"), 3e38, 1.0] * 6).to(bf16)
+    huge = torch.full((16,), torch.finfo(fp16).max, dtype=fp16)
+    versus.axpy([filled(broken), filled(huge)], [Span(5), Span(6)], "normal", coeffs=[3e4])
+
+
+def load(directory: Path, name: str) -> ModuleType:
+    """A copy of triton_kernels, imported under a name of its own; its module `elementwise`."""
+    spec = importlib.util.spec_from_file_location(name, directory / "__init__.py", submodule_search_locations=[str(directory)])
+    assert spec is not None and spec.loader is not None
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name].elementwise
+
+
+def changed(directory: Path, file: str, old: str, new: str) -> ModuleType:
+    """triton_kernels with one line replaced wherever it stands."""
+    shutil.copytree(Path(backend.triton_kernels.__file__).parent, directory, ignore=shutil.ignore_patterns("__pycache__"))
+    text = (directory / f"{file}.py").read_text()
+    assert old in text, f"{file}.py has no {old!r}"
+    (directory / f"{file}.py").write_text(text.replace(old, new))
+    return load(directory, directory.name)
+
+
+# --- interpreted -------------------------------------------------------------------------------------------------------------------
+
+
+def verdicts(directory: Path) -> dict[str, str | None]:
+    """In the child: every check's verdict on the kernels, and few()'s on the right and on the wrong ones."""
+    torch.set_num_threads(1)
+    found = {"off": backend.why_off(), **conformance.run(backend.Triton(), "cpu", "quick", CHECKS)}
+    right = backend.elementwise
+    for name, change in {"right": None, **WRONG}.items():
+        backend.elementwise = changed(directory / re.sub(r"\W", "_", name), *change) if change else right
+        try:
+            few(backend.Triton())
+            found[name] = None
+        except AssertionError as problem:
+            found[name] = str(problem)
+    return found
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory) -> dict[str, str | None]:
+    directory = tmp_path_factory.mktemp("interpreted")
+    path = os.pathsep.join(p for p in sys.path if p)
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    command = [sys.executable, "-W", "ignore::RuntimeWarning", __file__, str(directory)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((directory / "verdicts.json").read_text())
+
+
+@cache
+def interpreter_rounds_twice() -> bool:
+    """Before 3.7 the interpreter's tl.fma multiplies and adds."""
+    return tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 7)
+
+
+needs_fma = pytest.mark.skipif(interpreter_rounds_twice(), reason="the interpreter of triton before 3.7 rounds tl.fma twice")
+
+
+@needs_fma
+@pytest.mark.parametrize("check", ["off", *CHECKS, "right"])
+def test_interpreted(interpreted, check: str) -> None:
+    assert interpreted[check] is None, interpreted[check]
+
+
+@needs_fma
+@pytest.mark.parametrize("name", WRONG)
+def test_interpreted_rejects(interpreted, name: str) -> None:
+    print(interpreted[name])
+    assert interpreted[name] is not None
+
+
+# --- compiled ----------------------------------------------------------------------------------------------------------------------
+
+TYPES = {
+    "entries": "*i64", "chunks": "*i64", "draws": "*i64", "coefficients": "*fp32", "nonfinite": "*i64", "draw_count": "i32",
+    "counters": "*i64", "words": "*i64", "count": "i64", "decay": "fp32", "scale0": "fp32", "scale1": "fp32",
+    "step": "i32", "draw": "i32", "k0": "i32", "k1": "i32",
+}  # fmt: skip
+# the kernels, and what their loop over groups holds: 16-byte loads, stores, instructions an element at most (sm_80 to sm_120)
+KERNELS: dict[str, tuple[str, dict[str, int], tuple[int, int, float] | None]] = {
+    "axpy bf16": ("axpy", dict(DIRECTION=0, ROUNDING=0, KINDS=2, draw_count=1), (1, 1, 42)),
+    "axpy fp32": ("axpy", dict(DIRECTION=0, ROUNDING=0, KINDS=1, draw_count=1), (2, 2, 36)),
+    "axpy fp16": ("axpy", dict(DIRECTION=0, ROUNDING=0, KINDS=4, draw_count=1), (1, 1, 78)),
+    "axpy mixed K": ("axpy", dict(DIRECTION=0, ROUNDING=1, KINDS=7), None),
+    "axpy residual": ("axpy", dict(DIRECTION=0, ROUNDING=2, KINDS=2, draw_count=1), (2, 2, 47)),
+    "axpy rademacher": ("axpy", dict(DIRECTION=1, ROUNDING=0, KINDS=2, draw_count=1), (1, 1, 29)),
+    "perturb bf16": ("perturb", dict(DIRECTION=0, SIDES=2, JOIN=True, KINDS=1 << 4), (2, 2, 46)),
+    "draw fp32": ("draw", dict(DIRECTION=0, KINDS=1), (0, 2, 28)),
+    "philox": ("philox", dict(ROUNDS=10, BLOCK=1024), None),
+}
+# the other kernels are compiled for sm_90 alone: a compilation takes a second or more
+EVERYWHERE = ("axpy bf16", "axpy fp32", "perturb bf16")
+CASES = [(arch, name) for name in KERNELS for arch in sass.ARCHITECTURES if name in EVERYWHERE or arch == "90"]
+
+
+def made(kernel, arch: str, constants: dict[str, int], fusion: bool = False):
+    """One kernel, compiled for an architecture as the backend would have it."""
+    signature = {argument: "constexpr" if argument in constants else TYPES[argument] for argument in kernel.arg_names}
+    source = triton.compiler.ASTSource(kernel, signature, constants)
+    options = {"num_warps": backend.WARPS, "enable_fp_fusion": fusion}
+    return triton.compile(source, target=GPUTarget("cuda", int(arch), 32), options=options)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Iterator[Path]:
+    """Where kernels are compiled to; Triton's cache is there too."""
+    if backend.interpreted():
+        pytest.skip("TRITON_INTERPRET=1 is set, so there are no kernels to compile")
+    directory = tmp_path_factory.mktemp("compiled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(directory / "cache"))
+        yield directory
+
+
+@pytest.fixture(scope="module")
+def compiler(directory):
+    """compiler(kernel, arch) -> (PTX, machine code), once each."""
+
+    @cache
+    def compile(name: str, arch: str, elementwise: ModuleType = backend.elementwise, fusion: bool = False):
+        verb, constants, _ = KERNELS[name]
+        if verb != "philox":
+            constants = constants | dict(BLOCK=backend.BLOCK, TAIL=backend.TAIL, SPLIT=backend.SPLIT)
+        asm = made(getattr(elementwise, verb), arch, constants, fusion).asm
+        cubin = directory / f"{len(list(directory.iterdir()))}.cubin"
+        cubin.write_bytes(asm["cubin"])
+        return asm["ptx"], next(iter(sass.disassemble(cubin).values()))
+
+    return compile
+
+
+def unspecified(text: str) -> set[str]:
+    """Floating-point instructions of a kernel's PTX that the stream does not name: only .rn, no .ftz, nothing approximate."""
+    used = set(re.findall(r"^\s*(?:@!?%p\d+ )?([a-z][\w.:]*\.f(?:16|32|64)(?:x2)?(?:\.\w+)*)\s", text, re.MULTILINE))
+    plain = r"(?:fma|mul|add|sub)\.rn\.f32(?:x2)?|neg\.f32|cvt\.rn\.f32\.[su](?:16|32)|setp\.(?:nan|neu|num|ne)\.f32|mov\.f32|selp\.f32|(?:ld|st)\..*"
+    return {name for name in used if not re.fullmatch(plain, name)}
+
+
+def forbidden(function: sass.Function) -> dict[str, list[str]]:
+    """What sass.py forbids. ptxas for sm_80 leaves a loop by a CALL to a label of the same kernel, which is a jump."""
+    found = {
+        why: [t for t in texts if not re.search(r"CALL\.REL\.NOINC `\(\.L_x_", t)]
+        for why, texts in function.forbidden().items()
+    }
+    return {why: texts for why, texts in found.items() if texts}
+
+
+def arithmetic(code: list[sass.Instruction]) -> tuple[int, int, int]:
+    """Float multiply-adds, products and sums; the packed forms of sm_100 count twice."""
+    names = [i.name.split(".")[0] for i in code]
+    fma, mul, add = (names.count(op) + 2 * names.count(op + "2") for op in ("FFMA", "FMUL", "FADD"))
+    return fma, mul, add
+
+
+# of a loop over eight elements: four words of normal.h (16 fma, 7 mul, 1 add each), then decay and one fma an element
+EXPECTED = (4 * 16 + 8, 4 * 7 + 8, 4)
+
+
+@pytest.mark.skipif(sass.tool("nvdisasm") is None, reason="nvdisasm not found: install triton or the CUDA binary utilities")
+@pytest.mark.parametrize("arch, name", CASES, ids=lambda value: value.replace(" ", "_"))
+def test_compiled(compiler, arch: str, name: str) -> None:
+    """No spill, no forbidden instruction, 16-byte accesses, no shared memory for 16-bit types, a bounded instruction count."""
+    text, function = compiler(name, arch)
+    assert not unspecified(text)
+    assert not forbidden(function) and not function.spilled()
+    loop = KERNELS[name][2]
+    if loop is None:
+        return
+    loads, stores, bound = loop
+    body = sass.vector_loop(function, loads, stores)
+    per_element = len(body) / 8
+    print(f"sm_{arch} {name}: {per_element:.1f} instructions an element, {function.registers} registers, {arithmetic(body)}")
+    assert per_element <= bound
+    if "fp32" not in name:
+        assert not [i.text for i in body if re.match("LDS|STS|BAR|LDSM|STSM", i.name)]
+    if name in ("axpy bf16", "axpy fp32"):
+        assert arithmetic(body) == EXPECTED
+
+
+if sass.tool("nvdisasm") is not None:
+
+    def test_compiled_rejects_approximation(compiler, tmp_path) -> None:
+        """A reciprocal root from the hardware is found in PTX and in the machine code."""
+        line = "y = (0x5F375800 - (square.to(tl.uint32, bitcast=True) >> 1)).to(tl.float32, bitcast=True)"
+        text, function = compiler("axpy bf16", "90", changed(tmp_path / "approximate", "normal", line, "y = tl.rsqrt(square)"))
+        assert unspecified(text) and "approximate function unit" in forbidden(function)
+
+    def test_compiled_rejects_unfused(compiler, tmp_path) -> None:
+        """A sum that is not one fma changes the count of float operations."""
+        _, function = compiler("axpy bf16", "90", changed(tmp_path / "unfused", *WRONG["unfused sum"]))
+        assert arithmetic(sass.vector_loop(function, 1, 1)) != EXPECTED
+
+    def test_compiled_rejects_contraction(compiler) -> None:
+        """With fusion on, products lose their .rn and a compiler is free to contract them."""
+        text, _ = compiler("axpy bf16", "90", fusion=True)
+        assert unspecified(text)
+
+    def test_compiled_rejects_narrow_accesses(compiler, tmp_path) -> None:
+        """Without the promise of alignment there is no 16-byte access, and the reader says so."""
+        _, function = compiler(
+            "axpy bf16", "90", changed(tmp_path / "narrow", "elementwise", "tl.multiple_of(base, 16)", "base")
+        )
+        with pytest.raises(LookupError):
+            sass.vector_loop(function, 1, 1)
+
+
+# --- executed ----------------------------------------------------------------------------------------------------------------------
+
+
+class Executed:
+    """Stands for the module `elementwise`: compiles what the backend launches, and runs its PTX thread by thread (tests/ptx.py)."""
+
+    def __init__(self, elementwise: ModuleType, arch: str) -> None:
+        self.elementwise, self.arch, self.memory = elementwise, arch, {}
+
+    def __getattr__(self, verb: str):
+        return _Verb(self, getattr(self.elementwise, verb))
+
+
+def compute(op: str, known=ptx.compute):
+    """ptx.compute, and what LLVM emits and nvcc does not: `value != value`, and a bit field with a sign."""
+    if op == "setp.nan.f32":
+        return lambda a, b: np.isnan(ptx.f32(a)) | np.isnan(ptx.f32(b)), "pred", ["b32"]
+    if op == "bfe.s32":
+
+        def extract(a, position, length):
+            left = (32 - int(position) - int(length)) % 32
+            return ((np.asarray(a, np.uint32) << np.uint32(left)).view(np.int32) >> np.int32(32 - int(length))).view(np.uint32)
+
+        return extract, "b32", ["b32"]
+    return known(op)
+
+
+def step(machine, instruction, who, known=ptx._Machine.step) -> None:
+    """_Machine.step, and the sum over a warp that Triton reduces with."""
+    if instruction.op != "redux.sync.add.s32":
+        return known(machine, instruction, who)
+    target, source, _ = instruction.operands
+    threads = np.arange(machine.count)[who]
+    sums = np.zeros(machine.count // 32, np.uint32)
+    np.add.at(sums, threads // 32, machine.registers[source][threads])
+    machine.put(target, sums[threads // 32], who)
+
+
+class _Verb:
+    def __init__(self, owner: Executed, kernel) -> None:
+        self.owner, self.kernel = owner, kernel
+
+    def __getitem__(self, grid):
+        def launch(*positional, num_warps, enable_fp_fusion, **named):
+            given = dict(zip(self.kernel.arg_names, positional)) | named
+            constants = {
+                name: value for name, value in given.items() if name.isupper() or (name == "draw_count" and value == 1)
+            }
+            compiled = made(self.kernel, self.owner.arch, constants, enable_fp_fusion)
+            arguments = [given[name] for name in self.kernel.arg_names if name not in constants]
+            arguments = [a.numpy() if isinstance(a, torch.Tensor) else a for a in arguments]
+            memory, shared = list(self.owner.memory.values()), compiled.metadata.shared
+            ptx.run(compiled.asm["ptx"], None, grid[0], 32 * num_warps, arguments, memory, shared)
+
+        return launch
+
+
+class OnPtx(backend.Triton):
+    """The backend as it would run on a GPU, on tensors in host memory."""
+
+    def __init__(self, executed: Executed) -> None:
+        self.executed = executed
+
+    def _see(self, *groups) -> None:
+        """A kernel may touch these tensors' memory and no other."""
+        storages = [t.untyped_storage() for group in groups for t in group]
+        arrays = {s.data_ptr(): torch.tensor([], dtype=torch.uint8).set_(s).numpy() for s in storages if s.nbytes()}
+        self.executed.memory = arrays
+
+    def draw(self, outs, *rest):
+        self._see(outs)
+        super().draw(outs, *rest)
+
+    def axpy_(self, thetas, spans, *rest):
+        self._see(thetas, rest[-1] or ())
+        return super().axpy_(thetas, spans, *rest)
+
+    def perturb(self, thetas, spans, *rest):
+        self._see(thetas, rest[-1] or (), *rest[-2])
+        super().perturb(thetas, spans, *rest)
+
+
+@pytest.fixture
+def on_ptx(directory, monkeypatch):
+    """on_ptx(arch, elementwise) -> a backend."""
+
+    def make(arch: str, elementwise: ModuleType = backend.elementwise) -> OnPtx:
+        executed = Executed(elementwise, arch)
+        monkeypatch.setattr(ptx, "SHARED", 1 << 30)  # Triton keeps shared addresses in 32 bits
+        monkeypatch.setattr(ptx, "compute", compute)
+        monkeypatch.setattr(ptx._Machine, "step", step)
+        monkeypatch.setattr(backend, "elementwise", executed)
+        monkeypatch.setattr(backend, "interpreted", lambda: False)
+        monkeypatch.setattr(backend, "_device", lambda tensors: torch.device("cpu"))
+        return OnPtx(executed)
+
+    return make
+
+
+def tiles(mine) -> None:
+    """More than a program's first tile, and a length that ends inside a tile and inside a group."""
+    generator, versus = torch.Generator().manual_seed(2), conformance.Versus(tiles, mine, "cpu", "quick")
+    thetas = [conformance.theta_of(generator, (8192 + 1000 + 5,), dtype) for dtype in (torch.bfloat16, torch.float32)]
+    versus.axpy(thetas, [Span(99, 2**34)] * 2, "normal", [(3, 1)], [1e-3], 0.99)
+
+
+@pytest.mark.parametrize("arch", ("80", "90", "100"))
+def test_executed_tiles(on_ptx, arch: str) -> None:
+    tiles(on_ptx(arch))
+
+
+def test_executed(on_ptx) -> None:
+    """Every verb and rounding: what is loaded on a GPU is compared, not what an interpreter makes of the source."""
+    few(on_ptx("90"))
+
+
+def test_executed_philox(on_ptx) -> None:
+    conformance.check_philox_known_answers(on_ptx("90"))
+
+
+@pytest.mark.parametrize("name", ("unfused sum", "group past the end"))
+def test_executed_rejects(on_ptx, tmp_path, name: str) -> None:
+    wrong = changed(tmp_path / re.sub(r"\W", "_", name), *WRONG[name])
+    with pytest.raises((AssertionError, MemoryError)):
+        tiles(on_ptx("90", wrong))
+
+
+if __name__ == "__main__":
+    directory = Path(sys.argv[1])
+    (directory / "verdicts.json").write_text(json.dumps(verdicts(directory)))

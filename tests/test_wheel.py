@@ -1,0 +1,222 @@
+"""The wheel: what each kind of machine builds, what is inside, and that it runs where neither compiler nor driver is.
+
+Nothing is downloaded: the builds run without isolation, and the clean environments borrow this one's torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+GXX = shutil.which("g++")
+NVCC = shutil.which("nvcc")
+SWITCHES = (
+    "ZOKERN_BUILD_CPU",
+    "ZOKERN_BUILD_CUDA",
+    "ZOKERN_CUDA_ARCHITECTURES",
+    "CXX",
+    "NVCC",
+    "CUDA_HOME",
+    "CUDA_PATH",
+    "PYTHONPATH",
+)
+
+needs_gxx = pytest.mark.skipif(GXX is None, reason="no g++ on PATH: nothing to compile the CPU kernels with")
+needs_nvcc = pytest.mark.skipif(GXX is None or NVCC is None, reason="no nvcc on PATH: nothing to compile the CUDA kernels with")
+
+
+def call(*command: object, cwd: Path, fails: bool = False, **variables: str) -> str:
+    """Output of a command that must succeed, or must fail, with none of the build's variables but these."""
+    environment = {name: value for name, value in os.environ.items() if name not in SWITCHES} | variables
+    result = subprocess.run(
+        [str(word) for word in command], cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert (result.returncode != 0) == fails, f"{command} exited {result.returncode}:\n{result.stdout}"
+    return result.stdout
+
+
+def problems(names: list[str]) -> list[str]:
+    """What a wheel of zokern must not lack and must not hold."""
+    wanted = ["zokern/__init__.py", "zokern/py.typed", "zokern/_build.py", "zokern/triton_kernels/__init__.py"]
+    found = [f"lacks {name}" for name in wanted if name not in names]
+    found += [f"lacks {name}" for name in ("LICENSE", "entry_points.txt") if not any(n.endswith(f"/{name}") for n in names)]
+    for name in names:
+        if not (name.startswith("zokern/") or name.split("/")[0].endswith(".dist-info")):
+            found.append(f"installs {name} beside the package")
+        if any(part in ("tests", "benchmarks", "csrc", "zo") for part in name.split("/")):
+            found.append(f"ships {name}, which is for developers")
+    return found
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    """A copy of the sources, with the objects that `make build` left, if any: what is compiled already is not compiled again."""
+    copy = tmp_path_factory.mktemp("wheel") / "zokern"
+    ignore = shutil.ignore_patterns(
+        ".git", ".venv", "lib.*", "bdist.*", "dist", "*.so", "*.egg-info", "__pycache__", ".*_cache", "*.whl"
+    )
+    shutil.copytree(ROOT, copy, ignore=ignore, symlinks=True)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def no_torch(tmp_path_factory) -> str:
+    """A PYTHONPATH with which `import torch` raises."""
+    folder = tmp_path_factory.mktemp("no_torch")
+    (folder / "torch.py").write_text("raise ImportError('the build must not import torch')\n")
+    assert "must not import torch" in call(sys.executable, "-c", "import torch", cwd=folder, fails=True, PYTHONPATH=str(folder))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def build(tree, no_torch, tmp_path_factory):
+    """build(fails=False, **switches): the wheel and what the build said."""
+
+    def make(fails: bool = False, **variables: str) -> tuple[Path | None, str]:
+        out = tmp_path_factory.mktemp("dist")
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "-v",
+            "--no-index",
+            "--no-build-isolation",
+            "--no-deps",
+            "-w",
+            out,
+            tree,
+        ]
+        said = call(*command, cwd=out, fails=fails, PYTHONPATH=no_torch, **variables)
+        return next(out.glob("zokern-*.whl"), None), said
+
+    return make
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """A new environment without zokern and pip, in which this one's torch can be imported."""
+    call(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path)
+    python = tmp_path / "venv" / "bin" / "python"
+    home = call(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip()
+    # A path in a .pth file becomes importable, but the .pth files that lie there, an editable zokern's too, do not run.
+    Path(home, "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return python
+
+
+def install(python: Path, *what: object, **variables: str) -> None:
+    options = ["--no-index", "--no-build-isolation", "--no-deps", "--ignore-installed", "-q"]
+    call(sys.executable, "-m", "pip", "--python", python, "install", *options, *what, cwd=python.parent, **variables)
+
+
+def info(python: Path) -> dict:
+    return json.loads(call(python, "-m", "zokern", "info", "--json", cwd=python.parent))
+
+
+@needs_nvcc
+def test_with_nvcc_it_holds_both_and_loads_without_a_driver(build, environment):
+    wheel, said = build(ZOKERN_CUDA_ARCHITECTURES="90")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert problems(names) == []
+    assert "zokern: built cpu: " in said and "zokern: built cuda: sm_90 compute_90 (nvcc " in said
+    assert {n.split(".")[0] for n in names if n.endswith(".so")} == {"zokern/_cpu", "zokern/_cuda"}
+    assert "none-any" not in wheel.name
+    install(environment, wheel)
+    # -S first: the module loads with nothing but the interpreter around it, so it links neither torch nor a driver
+    module = next(environment.parent.parent.rglob("_cuda*.so"))
+    load = f"import importlib.util as u; s = u.spec_from_file_location('_cuda', {str(module)!r}); u.module_from_spec(s)"
+    call(environment, "-S", "-c", load, cwd=environment.parent)
+    report = info(environment)
+    assert report["cuda_architectures"] == ["sm_90"] or "sm_90" in " ".join(report["cuda_architectures"])
+    assert report["build"]["parts"]["cuda"]["architectures"] == ["sm_90", "compute_90"]
+    assert report["backends"]["cpu"] is None
+
+
+@needs_gxx
+def test_cpu_only_by_switch_and_installed_in_a_clean_environment(build, environment):
+    wheel, said = build(ZOKERN_BUILD_CUDA="0", ZOKERN_BUILD_CPU="1")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert problems(names) == []
+    assert "zokern: left out cuda: ZOKERN_BUILD_CUDA is 0" in said
+    assert {n.split(".")[0] for n in names if n.endswith(".so")} == {"zokern/_cpu"}, "an earlier build's module was shipped"
+    install(environment, wheel)
+    report = info(environment)
+    assert report["backends"]["cpu"] is None and report["backends"]["reference"] is None
+    assert "ZOKERN_BUILD_CUDA" in report["build"]["left_out"]["cuda"] and report["backends"]["cuda"]
+    here = "import zokern; print(zokern.__file__)"
+    assert call(environment, "-c", here, cwd=environment.parent).startswith(str(environment.parent.parent))
+    same = (
+        "import torch, zokern; name = dict(seed=3, who='w', step=1);"
+        "assert torch.equal(zokern.draw('normal', 1001, backend='cpu', **name), zokern.draw('normal', 1001, backend='reference', **name))"
+    )
+    call(environment, "-c", same, cwd=environment.parent)
+    call(environment, "-c", "import triton_kernels", cwd=environment.parent, fails=True)
+    assert "backend" in call(environment.parent / "zokern", "info", cwd=environment.parent)
+
+
+def test_without_a_compiler_it_is_pure_python(build, tree, environment, tmp_path):
+    stale = tree / "zokern" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    stale.write_bytes(b"left by a build of another day")
+    empty = str(tmp_path)
+    wheel, said = build(PATH=empty, CUDA_HOME=empty)
+    stale.unlink()
+    assert wheel.name.endswith("-py3-none-any.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert problems(names) == [] and not [n for n in names if n.endswith(".so")]
+    assert "zokern: left out cpu: no C++ compiler" in said and "zokern: left out cuda: no C++ compiler" in said
+    install(environment, wheel)
+    report = info(environment)
+    assert report["backends"]["reference"] is None
+    assert report["backends"]["cpu"] and "no C++ compiler" in report["build"]["left_out"]["cpu"]
+
+
+@pytest.mark.parametrize("part", ["CPU", "CUDA"])
+def test_a_forced_part_that_cannot_be_built_stops_the_build(build, tmp_path, part):
+    wheel, said = build(fails=True, PATH=str(tmp_path), CUDA_HOME=str(tmp_path), **{f"ZOKERN_BUILD_{part}": "1"})
+    assert wheel is None and f"ZOKERN_BUILD_{part} is 1, but no C++ compiler (g++, c++, clang++) on PATH" in said
+
+
+def test_a_switch_with_another_value_is_refused(build):
+    wheel, said = build(fails=True, ZOKERN_BUILD_CUDA="yes")
+    assert wheel is None and "ZOKERN_BUILD_CUDA is 'yes'; expected 0" in said
+
+
+@needs_nvcc
+def test_an_unknown_architecture_is_refused(build):
+    wheel, said = build(fails=True, ZOKERN_BUILD_CPU="0", ZOKERN_BUILD_CUDA="1", ZOKERN_CUDA_ARCHITECTURES="90;777")
+    assert wheel is None and "asked for 90 777" in said
+
+
+def test_installed_in_place_the_kernels_are_found_in_the_package(tree, environment):
+    install(environment, "-e", tree, ZOKERN_BUILD_CPU="0", ZOKERN_BUILD_CUDA="0")
+    where = "import importlib.util; print(importlib.util.find_spec('zokern.triton_kernels').origin)"
+    assert call(environment, "-c", where, cwd=environment.parent).strip() == str(tree / "triton_kernels" / "__init__.py")
+    call(environment, "-c", "import triton_kernels", cwd=environment.parent, fails=True)
+
+
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        (lambda names: names - {"zokern/py.typed"}, "lacks zokern/py.typed"),
+        (lambda names: names - {"zokern/triton_kernels/__init__.py"}, "lacks zokern/triton_kernels/__init__.py"),
+        (lambda names: names - {"zokern-0.1.0.dist-info/licenses/LICENSE"}, "lacks LICENSE"),
+        (lambda names: names | {"triton_kernels/__init__.py"}, "installs triton_kernels/__init__.py beside the package"),
+        (lambda names: names | {"tests/test_step.py"}, "installs tests/test_step.py beside the package"),
+        (lambda names: names | {"zokern/tests/test_step.py"}, "ships zokern/tests/test_step.py, which is for developers"),
+        (lambda names: names | {"zokern/csrc/bind.cpp"}, "ships zokern/csrc/bind.cpp, which is for developers"),
+    ],
+)
+def test_a_wrong_wheel_is_rejected(change, complaint):
+    right = {"zokern/__init__.py", "zokern/py.typed", "zokern/_build.py", "zokern/triton_kernels/__init__.py"}
+    right |= {"zokern-0.1.0.dist-info/licenses/LICENSE", "zokern-0.1.0.dist-info/entry_points.txt"}
+    assert problems(sorted(right)) == []
+    assert complaint in problems(sorted(change(right)))

@@ -1,0 +1,39 @@
+"""The reference with some functions replaced while its verbs run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from unittest.mock import patch
+
+from zokern.backends import reference
+from zokern.directions import normal
+
+
+class Patched(reference.Reference):
+    """One mistake.
+
+    replaced     functions by name: of zokern/backends/reference.py, or of zokern/directions/normal.py as "normal.<name>"
+    verbs        the verbs that see the replacements
+    rejected_by  the checks of tests/conformance.py that must fail
+    """
+
+    replaced: dict[str, Callable] = {}
+    verbs: tuple[str, ...] = ("draw", "axpy_", "perturb")
+    rejected_by: tuple[str, ...] = ()
+
+    def _run(self, verb: str, *arguments):
+        with ExitStack() as stack:
+            for name, function in self.replaced.items() if verb in self.verbs else ():
+                module = normal if name.startswith("normal.") else reference
+                stack.enter_context(patch.object(module, name.removeprefix("normal."), function))
+            return getattr(reference.Reference, verb)(self, *arguments)
+
+    def draw(self, *arguments):
+        return self._run("draw", *arguments)
+
+    def axpy_(self, *arguments):
+        return self._run("axpy_", *arguments)
+
+    def perturb(self, *arguments):
+        return self._run("perturb", *arguments)
