@@ -1,4 +1,15 @@
 // elementwise.cpp: draw, axpy and perturb on the CPU
+//
+// math     elementwise.h; z in two stages: 64 Philox blocks to 1 KB of words on the stack, then words to values, which breaks
+//          the latency chain of the ten rounds. The transpose is of the four words: which block sits in which lane is free.
+// build    once per instruction set with -DZOKERN_ISA=avx512 | avx2 | scalar over the trait simd/<isa>.h, and once without:
+//          that part chooses a path at run time (ZOKERN_CPU_ISA forces one) and shares the chunks out with OpenMP
+// fast     contiguous, one term, rounding nearest, whole vectors from a block boundary. Prefetches theta one piece ahead;
+//          a bfloat16 word holds the sine and the cosine element of one Philox word, so nothing is widened or packed
+// general  everything else, 512 elements at a time: gather, add the terms in draw order, round, scatter; theta moves once
+// traffic  float32: 4 B read and 4 B written an element, bfloat16 and float16: 2 B and 2 B, for any number of terms
+// equal    bit for bit to zokern/backends/reference.py on every path (tests/test_cpu.py); no contraction, no fast-math
+// source   Malladi et al. 2023, Algorithm 1; stream: zokern/stream.py, version 1
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -364,13 +375,14 @@ void widen(Type type, const uint16_t* half, int units, float* value) {
 void stochastic(const Job& job, const Run& run, uint64_t number, int n, Type type, const float* value, uint16_t* half,
                 uint32_t* words) {
   const Name name{run.entry->who, job.draws[job.draw_count - 1].step, kRoundingDraw, job.keys};
-  const uint64_t block = number / 8;
   const int skip = static_cast<int>(number % 8);
-  make_words<false, 0>(static_cast<uint32_t>(block), (skip + n + 7) / 8, name, words, nullptr);
-  for (int i = 0; i < n; ++i) {
-    const int at = skip + i;
-    const uint32_t random = (words[at / 2] >> (at % 2 * 16)) & 0xffffu;
-    half[i] = type == Type::kBfloat16 ? bf16_stochastic(value[i], random) : fp16_stochastic(value[i], random);
+  make_words<false, 0>(static_cast<uint32_t>(number / 8), (skip + n + 7) / 8, name, words, nullptr);
+  uint16_t random[kPiece];  // half-words in their order: a little-endian machine
+  std::memcpy(random, reinterpret_cast<const char*>(words) + 2 * skip, static_cast<size_t>(n) * 2);
+  if (type == Type::kBfloat16) {
+    for (int i = 0; i < n; ++i) half[i] = bf16_stochastic(value[i], random[i]);
+  } else {
+    for (int i = 0; i < n; ++i) half[i] = fp16_stochastic(value[i], random[i]);
   }
 }
 

@@ -22,7 +22,12 @@ def z(name: str, tensor: Tensor, result_or_seed, step: int = 0, query: int = 0, 
 
 
 def perturbed(
-    weights: Mapping[str, Tensor], scale: float | Mapping[str, float], seed: int, step: int, query: int, direction: str = "normal"
+    weights: Mapping[str, Tensor],
+    scale: float | Mapping[str, float],
+    seed: int,
+    step: int,
+    query: int,
+    direction: str = "normal",
 ) -> dict[str, Tensor]:
     """theta + scale z for every name, one rounding to the parameter's dtype."""
     result = {}
@@ -44,7 +49,14 @@ def coefficient(sides: Sequence[float], offsets: Sequence[float], eps: float) ->
 
 
 def check_update(
-    name: str, before: Tensor, after: Tensor, seed: int, step: int, amounts: Sequence[float], decay: float = 1.0, direction: str = "normal"
+    name: str,
+    before: Tensor,
+    after: Tensor,
+    seed: int,
+    step: int,
+    amounts: Sequence[float],
+    decay: float = 1.0,
+    direction: str = "normal",
 ) -> None:
     """after = decay before + sum_k amounts[k] z_k within a unit in the last place an operation; float32 tensors."""
     expected = decay * before.double()

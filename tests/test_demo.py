@@ -273,6 +273,25 @@ def test_the_same_seed_gives_the_same_losses(tiny) -> None:
     assert first["loss_after"] == again["loss_after"] != first["loss_before"]
 
 
+@pytest.mark.parametrize("level, status", [(0.001, 1), (2.0, 0)], ids=["chance", "beyond chance"])
+def test_exit_status(tiny, tmp_path, monkeypatch, capsys, level, status) -> None:
+    """One step teaches nothing: said in a sentence, with status 1; status 0 needs a p-value below the level."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'zokern[demo]'")
+    model, words = tiny
+    for name, value in {
+        "read_reviews": lambda: sentences(96),
+        "load_model": lambda: (model, words.tokenizer),
+        "LEAST": 1,
+        "LEVEL": level,
+    }.items():
+        monkeypatch.setattr(demo, name, value)
+    files = ["--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "plot.png")]
+    assert demo.main(["--steps", "1", "--batch", "4", "--held-out", "16", "--rounds", "1", "--quiet", *files]) == status
+    assert ("the rise is not beyond chance" in capsys.readouterr().err) == (status == 1)
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert set(report) == {*report["fields"], "fields"} and report["significant"] == (status == 0)
+
+
 def test_missing_model_ends_with_a_sentence(monkeypatch, capsys) -> None:
     monkeypatch.setattr(hf, "MODEL_PACKAGE", "no-such-package-of-zokern")
     monkeypatch.setattr(demo, "read_reviews", lambda: sentences(64))

@@ -75,7 +75,9 @@ def state(model: nn.Module) -> dict:
 
 
 ERRORS = [RuntimeError, KeyboardInterrupt, SystemExit, torch.OutOfMemoryError]
-WHERE = [(name, when, side) for name, _ in build(Transformer).named_modules() for when in ("before", "after") for side in (0, 1)]
+WHERE = [
+    (name, when, side) for name, _ in build(Transformer).named_modules() for when in ("before", "after") for side in (0, 1)
+]
 assert len(WHERE) * len(ERRORS) < 500  # the rest are raised by the closure itself: before, between and after its forwards
 
 
@@ -90,7 +92,9 @@ def raise_everywhere(evaluation: str, per_error: int, rejecting: bool = False) -
     weights, around = snapshot(model), None
     for error in ERRORS:
         for place in range(per_error):
-            name, when, side = WHERE[place] if place < len(WHERE) else ("closure", ("before", "after")[place % 2], place // 2 % 2)
+            name, when, side = (
+                WHERE[place] if place < len(WHERE) else ("closure", ("before", "after")[place % 2], place // 2 % 2)
+            )
             calls, armed = [], []
 
             def fire(*_, error=error, armed=armed):

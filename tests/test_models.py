@@ -15,17 +15,21 @@ from torch.func import functional_call, jvp
 
 import zokern
 
-ATTENTION = [(name, attention) for name in models.ARCHITECTURES for attention in (("eager",) if name == "t5" else ("eager", "sdpa"))]
+ATTENTION = [
+    (name, attention) for name in models.ARCHITECTURES for attention in (("eager",) if name == "t5" else ("eager", "sdpa"))
+]
 
 
-def check_losses(model: nn.Module, loss_of: Callable[[Callable], torch.Tensor], bound: float = 0.0, seed: int = 3) -> zokern.StepResult:
+def check_losses(
+    model: nn.Module, loss_of: Callable[[Callable], torch.Tensor], bound: float = 0.0, eps: float = 1e-3
+) -> zokern.StepResult:
     """One step at lr = 0: both losses equal the oracle's to a relative bound, and nothing changed."""
-    before = snapshot(model)
-    optimizer = zokern.MeZO(model, lr=0.0, seed=seed, dead_limit=None)
+    before, seed = snapshot(model), 3
+    optimizer = zokern.MeZO(model, lr=0.0, eps=eps, seed=seed)
     result = zokern.step(optimizer, lambda: loss_of(model))
     assert changed(model, before) == []
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    expected = [oracle.loss(model, oracle.perturbed(trained, sign * 1e-3, seed, 0, 0), loss_of) for sign in (1, -1)]
+    expected = [oracle.loss(model, oracle.perturbed(trained, sign * eps, seed, 0, 0), loss_of) for sign in (1, -1)]
     worst = max(abs(got - want) / abs(want) for got, want in zip(result.losses[0], expected))
     print(f"losses {result.losses[0]}: {worst:.2g} from the oracle, bound {bound}")
     assert worst <= bound, f"{result.losses[0]} against {expected}"
@@ -44,7 +48,8 @@ def test_float32_losses_equal_functional_call(name: str, attention: str) -> None
 def test_bfloat16_losses_are_near_functional_call(name: str) -> None:
     """Small vectors are perturbed in float32, where the oracle rounds them: a few bfloat16 roundings apart."""
     model, inputs = build(models.ARCHITECTURES[name], torch.bfloat16), models.inputs(name)
-    result = check_losses(model.train(), lambda call: call(**inputs).loss.float(), bound=2.0**-7)
+    # the model's own loss is a bfloat16 number, too coarse to tell the sides apart
+    result = check_losses(model.train(), lambda call: call(**inputs).logits.float().square().mean(), bound=2.0**-7, eps=1e-2)
     assert result.unseen == () and result.whole == ()
 
 
@@ -52,26 +57,31 @@ def test_oracle_rejects() -> None:
     """The comparison above sees a tie that is broken and a parameter that is left out."""
     model, inputs = build(models.opt), models.inputs("opt")
     trained = dict(model.named_parameters())
-    right = oracle.perturbed(trained, 1e-3, 3, 0, 0)
+    right = oracle.perturbed(trained, 1e-2, 3, 0, 0)
 
     def loss(weights) -> float:
         return oracle.loss(model, weights, lambda call: call(**inputs).loss)
 
     tied = "model.decoder.embed_tokens.weight"
     assert tied in trained and "lm_head.weight" not in trained and model.lm_head.weight is trained[tied]
-    assert loss(right) != loss({**right, "lm_head.weight": trained[tied].detach().clone(), tied: right[tied].clone()}) or True
+    with torch.no_grad():
+        untied = functional_call(model, {**right, "lm_head.weight": trained[tied]}, (), inputs, tie_weights=False).loss
+    assert float(untied) != loss(right)
     for left_out in trained:
-        assert loss({**right, left_out: trained[left_out]}) != loss(right) or "k_proj.bias" in left_out, left_out
+        if "k_proj.bias" not in left_out:  # a constant beside every key, which softmax takes out
+            assert loss({**right, left_out: trained[left_out]}) != loss(right), left_out
 
 
 @pytest.mark.parametrize("name", models.ARCHITECTURES)
 def test_coefficient_is_the_directional_derivative(name: str) -> None:
     """In float64's place: the central difference against jvp, to the bound of the difference itself."""
     model, inputs = build(models.ARCHITECTURES[name]), models.inputs(name)
-    eps, seed = 2e-3, 4
+    eps, seed = 1e-3 if name == "mixtral" else 2e-4, 4  # a token of mixtral's changes its expert near 2e-4, which is a jump
     trained = {n: p.detach().clone() for n, p in model.named_parameters()}
     tangent = {n: oracle.z(n, p, seed) for n, p in trained.items()}
     double = build(models.ARCHITECTURES[name]).double()
+    if name == "mixtral":  # torch has no forward derivative of its grouped product
+        double.set_experts_implementation("eager")
 
     def loss_at(t: torch.Tensor) -> torch.Tensor:
         weights = {n: p.double() + t * tangent[n].double() for n, p in trained.items()}
@@ -90,7 +100,7 @@ def test_coefficient_is_the_directional_derivative(name: str) -> None:
 @pytest.mark.parametrize("name", ["opt", "bert", "gpt2"])
 def test_loss_falls(name: str) -> None:
     model, inputs = build(models.ARCHITECTURES[name]), models.inputs(name)
-    optimizer = zokern.MeZO(model, lr=2e-3, eps=1e-3, seed=0, queries=2)
+    optimizer = zokern.MeZO(model, lr=2e-2 if name == "bert" else 2e-3, eps=1e-3, seed=0, queries=2)
     losses = [zokern.step(optimizer, lambda: model(**inputs).loss).loss for _ in range(60)]
     assert sum(losses[-5:]) / 5 < losses[0] - 0.03, losses[::10]
 
@@ -102,7 +112,9 @@ def test_lora() -> None:
     """Only the adapters move; at B = 0 the loss is flat in A and not in B, and the base model keeps its bits."""
     peft = pytest.importorskip("peft")
     inputs = models.inputs("llama")
-    model = build(lambda: peft.get_peft_model(models.llama(), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)))
+    model = build(
+        lambda: peft.get_peft_model(models.llama(), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0))
+    )
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trained and all("lora_" in name for name in trained)
     check_losses(model, lambda call: call(**inputs).loss)
@@ -217,7 +229,10 @@ def test_compiled_model(evaluation: str) -> None:
             run(ids)  # compiled before the first step
         optimizer = zokern.MeZO(model, lr=1e-2, seed=3, evaluation=evaluation)
         coefficients.append(
-            [zokern.step(optimizer, lambda run=run, ids=ids: models.next_token_loss(run(ids), ids)).coefficients[0] for _ in range(3)]
+            [
+                zokern.step(optimizer, lambda run=run, ids=ids: models.next_token_loss(run(ids), ids)).coefficients[0]
+                for _ in range(3)
+            ]
         )
     for eager, other in zip(*coefficients):
         assert abs(eager - other) < 2e-3, coefficients
@@ -281,7 +296,12 @@ def test_custom_functions_and_operations_are_seen() -> None:
 
     x = torch.randn(3, 6)
     losses = []
-    for use in (lambda w: x @ w.t(), lambda w: Product.apply(x, w), lambda w: product(x, w), lambda w: torch.ops.aten.linear(x, w)):
+    for use in (
+        lambda w: x @ w.t(),
+        lambda w: Product.apply(x, w),
+        lambda w: product(x, w),
+        lambda w: torch.ops.aten.linear(x, w),
+    ):
         w = nn.Parameter(torch.linspace(-1, 1, 24).view(4, 6))
         losses.append(zokern.step(zokern.MeZO([w], seed=1), lambda use=use, w=w: use(w).square().mean()).losses)
     assert losses[0] == losses[1] == losses[2] == losses[3]

@@ -143,7 +143,8 @@ BAD = {
     "perturb": {
         "tensors": BAD_TENSORS, "direction": ["uniform", None, 3], "seed": BAD_SEEDS, "who": [-1, 2**32, None, 1.5, ["a", "b"]],
         "step": BAD_WORDS, "draw": BAD_WORDS, "scales": [(), (1.0, 2.0, 3.0), (NAN,), (INF, 1.0), 1.0, None, ("1",)],
-        "first": [-1, 2**35 - 4, 1.5], "residuals": [torch.zeros(50, dtype=torch.int16), [LONG]], "dtype": [torch.float64, torch.bfloat16, torch.int8],
+        "first": [-1, 2**35 - 4, 1.5], "residuals": [torch.zeros(50, dtype=torch.int16), [LONG]],
+        "dtype": [torch.float64, torch.bfloat16, torch.int8],
         "backend": ["gpu", 3],
     },
     "philox4x32": {
@@ -190,7 +191,7 @@ def test_2500_random_bad_calls_raise_and_write_nothing(verb: str) -> None:
 
 def test_errors_name_argument_value_and_way_out() -> None:
     cases = [
-        (lambda: GOOD["axpy_"](tensors=torch.ones(3, dtype=torch.float64)), ["axpy_", "tensors[0]", "float64", "float32, bfloat16 or float16", "cast"]),
+        (lambda: GOOD["axpy_"](tensors=torch.ones(3).double()), ["axpy_", "tensors[0]", "float64", "float32, bfloat16 or float16", "cast"]),
         (lambda: GOOD["axpy_"](coeffs=[NAN]), ["coeffs", "nan", "finite"]),
         (lambda: GOOD["axpy_"](tensors=torch.ones(1).expand(4)), ["overlapping", ".clone()"]),
         (lambda: GOOD["axpy_"](tensors=[theta(), theta()], who="w"), ["who", "'w'", "one name per tensor"]),

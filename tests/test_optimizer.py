@@ -146,7 +146,9 @@ def test_add_param_group() -> None:
     optimizer.add_param_group({"params": [("up.weight", model.up.weight)], "lr": 0.2, "eps": 2e-3})
     together = tiny()
     other = zokern.MeZO(
-        [{"params": [("gain", together.gain)]}, {"params": [("up.weight", together.up.weight)], "lr": 0.2, "eps": 2e-3}], lr=0.1, seed=1
+        [{"params": [("gain", together.gain)]}, {"params": [("up.weight", together.up.weight)], "lr": 0.2, "eps": 2e-3}],
+        lr=0.1,
+        seed=1,
     )
     assert run(model, optimizer, 2) == run(together, other, 2)
     assert changed(model, snapshot(together)) == []

@@ -28,11 +28,21 @@ def closure_of(model: nn.Module) -> Callable:
     return lambda: next_token_loss(model(IDS), IDS)
 
 
-def check_step(evaluation="scratch", lr=0.1, eps=1e-3, weight_decay=0.0, queries=1, seed=5, clip=None, steps=2, tied=False, **options):
+def check_step(
+    evaluation="scratch", lr=0.1, eps=1e-3, weight_decay=0.0, queries=1, seed=5, clip=None, steps=2, tied=False, **options
+):
     """Steps of a float32 model against the oracle; AssertionError when anything differs."""
     model = tiny(tied=tied)
     optimizer = zokern.MeZO(
-        model, lr=lr, eps=eps, weight_decay=weight_decay, queries=queries, seed=seed, clip=clip, evaluation=evaluation, **options
+        model,
+        lr=lr,
+        eps=eps,
+        weight_decay=weight_decay,
+        queries=queries,
+        seed=seed,
+        clip=clip,
+        evaluation=evaluation,
+        **options,
     )
     direction, stencil = options.get("direction", "normal"), options.get("stencil", "central")
     offsets = {"central": (1.0, -1.0), "forward": (1.0, 0.0)}[stencil]
@@ -114,7 +124,9 @@ WRONG_STEPS = {
     "sides_swapped": lambda: wrong_perturb(lambda step, draw, scales: (step, draw, [-s for s in scales])),
     "half_eps": lambda: wrong_perturb(lambda step, draw, scales: (step, draw, [s / 2 for s in scales])),
     "one_query_only": lambda: wrong_perturb(lambda step, draw, scales: (step, 0, scales)),
-    "coefficient_doubled": lambda: patch.object(estimator, "coefficient", lambda sides, s, eps, clip: (sides[0] - sides[1]) / eps),
+    "coefficient_doubled": lambda: patch.object(
+        estimator, "coefficient", lambda sides, s, eps, clip: (sides[0] - sides[1]) / eps
+    ),
     "name_ignored": lambda: patch("zokern.optimizer.parameters.ids", lambda names, taken=None: (dict.fromkeys(names, 7), {})),
 }
 
@@ -137,7 +149,9 @@ def test_groups_have_their_own_lr_eps_and_decay() -> None:
     eps = {name: o["eps"] for g, o in zip(groups, options) for name in g}
     sides = [
         oracle.loss(
-            model, oracle.perturbed(before, {n: sign * e for n, e in eps.items()}, 3, 0, 0), lambda call: next_token_loss(call(IDS), IDS)
+            model,
+            oracle.perturbed(before, {n: sign * e for n, e in eps.items()}, 3, 0, 0),
+            lambda call: next_token_loss(call(IDS), IDS),
         )
         for sign in (1, -1)
     ]
@@ -268,7 +282,10 @@ def test_dropout_is_paired() -> None:
     alone, paired = spread(0.0), spread(0.1)
     print(f"std of the coefficient: {alone:.4f} without dropout, {paired:.4f} with, ratio {paired / alone:.3f}")
     assert paired / alone < 1.05
-    with patch.object(surroundings, "_seed_rng", lambda seed: None), patch.object(surroundings, "_load_rng", lambda state: None):
+    with (
+        patch.object(surroundings, "_seed_rng", lambda seed: None),
+        patch.object(surroundings, "_load_rng", lambda state: None),
+    ):
         assert spread(0.1) / alone > 3  # unpaired masks are noticed
 
 
@@ -383,7 +400,11 @@ class Wide(nn.Module):
         return (y * torch.linspace(-1, 1, y.shape[-1])).square().mean()
 
 
-TILED = {"linear": ((2000, 300), F.linear, 300), "conv1d": ((300, 2000), torch.addmm, 300), "embedding": ((2000, 300), F.embedding, 1)}
+TILED = {
+    "linear": ((2000, 300), F.linear, 300),
+    "conv1d": ((300, 2000), torch.addmm, 300),
+    "embedding": ((2000, 300), F.embedding, 1),
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -392,14 +413,14 @@ def test_small_budget_tiles(kind: str, dtype: torch.dtype) -> None:
     """A matrix above the budget is used tile by tile: the same losses up to the order of a matrix product's sums."""
     shape, use, width = TILED[kind]
     x = torch.randn(4, width, generator=torch.Generator().manual_seed(2)).to(dtype)
-    losses, ends = [], []
+    losses = []
     for budget in (1 << 20, 64 << 20):
         model = Wide(shape, use).to(dtype)
-        optimizer = zokern.MeZO(model, lr=0.0, seed=1, evaluation=zokern.Scratch(budget), rounding="residual" if dtype == torch.bfloat16 else "nearest")
+        rounding = "residual" if dtype == torch.bfloat16 else "nearest"
+        optimizer = zokern.MeZO(model, lr=0.0, seed=1, evaluation=zokern.Scratch(budget), rounding=rounding)
         result = zokern.step(optimizer, lambda model=model: model(x).float())
         assert 0 < result.scratch_bytes <= budget and result.whole == () and result.unseen == ()
         losses.append(result.losses[0])
-        ends.append(snapshot(model))
     bound = 1e-6 if dtype == torch.float32 else 4e-3
     if kind == "embedding":
         assert losses[0] == losses[1]
@@ -424,7 +445,11 @@ def test_tiles_are_checked() -> None:
     for function in (right, wrong):
         model = Wide(*TILED["linear"][:2])
         with patch.object(Copies, "piece", function):
-            losses.append(zokern.step(zokern.MeZO(model, lr=0.0, seed=1, evaluation=zokern.Scratch(1 << 20)), lambda model=model: model(x)).losses)
+            losses.append(
+                zokern.step(
+                    zokern.MeZO(model, lr=0.0, seed=1, evaluation=zokern.Scratch(1 << 20)), lambda model=model: model(x)
+                ).losses
+            )
     assert abs(losses[0][0][0] - losses[1][0][0]) > 1e-6 * losses[0][0][0]
 
 

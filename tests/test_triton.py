@@ -63,7 +63,7 @@ WRONG = {  # name: (file, text, replacement)
     "truncated bfloat16": ("rounding", "x + 0x7FFF + ((x >> 16) & 1)", "x"),
     "low bits without sign": ("rounding", "low.to(tl.int32)", "low.to(tl.uint16, bitcast=True).to(tl.int32)"),
     "rounding bits of the first draw": ("elementwise", "tl.load(draws + draw_count - 1)", "tl.load(draws)"),
-    "float16 limit": ("rounding", "half < 0x7C00", "half < 0x7BFF"),
+    "float16 saturates": ("rounding", "half < 0x7C00, half, 0x7C00", "half < 0x7C00, half, 0x7BFF"),
     "inf not counted": ("elementwise", "(rounded & 0x7F80) == 0x7F80", "(rounded & 0x7FFF) > 0x7F80"),
 }
 

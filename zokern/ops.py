@@ -6,7 +6,7 @@ The step calls the backends directly with checked lists; these functions are the
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +29,38 @@ def overlaps_itself(tensor: Tensor) -> bool:
             return True
         reach += stride * (size - 1)
     return False
+
+
+def shared_memory(named: Iterable[tuple[str, Tensor]]) -> tuple[str, str] | None:
+    """The names of two tensors that have an element in common, or None."""
+    spans = []
+    for name, tensor in named:
+        if tensor.numel():
+            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+            start = tensor.data_ptr()
+            spans.append((start, start + (last + 1) * tensor.element_size(), len(spans), name, tensor))
+    spans.sort()
+    for i, (_, end, _, name, tensor) in enumerate(spans):
+        for start, _, _, other, second in spans[i + 1 :]:
+            if start >= end:
+                break
+            if tensor.device == second.device and not _interleaved(tensor, second):
+                return name, other
+    return None
+
+
+def _interleaved(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors with crossing extents share no element (columns of one matrix, say): decided exactly."""
+    if (a.is_contiguous() and b.is_contiguous()) or a.element_size() != b.element_size() or a.numel() + b.numel() > 1 << 24:
+        return False
+
+    def addresses(t: Tensor) -> Tensor:
+        index = torch.zeros((), dtype=torch.int64)
+        for size, stride in zip(t.shape, t.stride()):
+            index = index.unsqueeze(-1) + torch.arange(size) * stride * t.element_size()
+        return index.flatten() + t.data_ptr()
+
+    return not bool(torch.isin(addresses(a), addresses(b)).any())
 
 
 def check_tensor(verb: str, what: str, tensor: Tensor, first: int = 0, hint: str = "cast it first") -> None:
@@ -76,7 +108,19 @@ def _check_list(verb: str, tensors: Sequence[Tensor], spans: Sequence[Span]) -> 
 
 
 def _list(tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    found = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    for i, tensor in enumerate(found):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"tensors[{i}] is {type(tensor).__name__} {tensor!r:.80}; expected a torch.Tensor")
+    return found
+
+
+def _integers(what: str, words) -> Tensor:
+    """Counter words as int64; refuses what would have to be cut to an integer."""
+    found = torch.as_tensor(words)
+    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+        raise ValueError(f"philox4x32: {what} is {found.dtype}; expected integers in [0, 2**32)")
+    return found.to(torch.int64)
 
 
 def _backend(backend: str | None, device: torch.device) -> str:
@@ -98,12 +142,12 @@ def philox4x32(counter, key, rounds: int = ROUNDS, backend: str | None = None) -
     Returns int64[..., 4] on the counter's device. Equal on every backend.
     Raises ValueError for words out of range, another last dimension, or rounds out of range.
     Salmon et al. 2011; known answers of Random123 in tests/vectors/philox4x32.txt."""
-    counter = torch.as_tensor(counter, dtype=torch.int64)
+    counter = _integers("counter", counter)
     if counter.dim() == 0 or counter.shape[-1] != 4:
         raise ValueError(f"philox4x32: counter has shape {tuple(counter.shape)}; expected [..., 4]")
     if counter.numel() and not (0 <= int(counter.min()) and int(counter.max()) < 2**32):
         raise ValueError("philox4x32: counter has words outside [0, 2**32)")
-    low, high = (check_word(f"key[{i}]", word) for i, word in enumerate(torch.as_tensor(key, dtype=torch.int64).tolist()))
+    low, high = (check_word(f"key[{i}]", word) for i, word in enumerate(_integers("key", key).tolist()))
     if not 1 <= rounds <= 16:
         raise ValueError(f"philox4x32: rounds is {rounds}; expected 1 to 16")
     flat = counter.reshape(-1, 4).contiguous()
@@ -197,10 +241,8 @@ def axpy_(
         raise ValueError(f"axpy_: decay is {decay}; expected a finite number")
     low = [] if residuals is None else _list(residuals)
     _check_rounding(tensors, rounding, low)
-    starts = sorted((t.data_ptr(), t.numel() * t.element_size(), i) for i, t in enumerate(tensors) if t.is_contiguous())
-    for (start, size, i), (after, _, j) in zip(starts, starts[1:]):
-        if start + size > after and size:
-            raise ValueError(f"axpy_: tensors[{i}] and tensors[{j}] share memory; expected distinct tensors")
+    if (pair := shared_memory((f"tensors[{i}]", t) for i, t in enumerate(tensors))) is not None:
+        raise ValueError(f"axpy_: {pair[0]} and {pair[1]} share memory; expected distinct tensors")
     name = _backend(backend, device)
     if direction.name not in directions.DIRECTIONS:
         runner = backends.get(name)

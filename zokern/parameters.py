@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .ops import check_tensor
+from .ops import check_tensor, shared_memory
 from .stream import parameter_id
 
 
@@ -78,12 +78,6 @@ def view_of(tensor: Tensor) -> tuple:
     return (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    start = tensor.data_ptr()
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
-    return start, start + (last + 1) * tensor.element_size()
-
-
 def check_parameter(name: str, tensor: Tensor) -> None:
     """Refuse what cannot be trained exactly, by name, with the way out."""
     if not isinstance(tensor, Tensor):
@@ -113,27 +107,11 @@ def trained(named: Iterable[tuple[str, Tensor]], who: dict[str, int]) -> list[Tr
 
 def check_overlap(named: list[tuple[str, Tensor]]) -> None:
     """Refuse distinct tensors that share memory in part."""
-    spans = sorted((*_extent(tensor), name, tensor) for name, tensor in named if tensor.numel())
-    for (_, end, name, tensor), (start, _, other, second) in zip(spans, spans[1:]):
-        if start < end and tensor.device == second.device and not _interleaved(tensor, second):
-            raise ValueError(
-                f"parameters {name!r} and {other!r} overlap in memory but are not the same view; "
-                "an update of one would change the other: clone one of them"
-            )
-
-
-def _interleaved(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors with crossing extents share no element (columns of one matrix, say): decided exactly."""
-    if a.numel() + b.numel() > 1 << 24:
-        return False
-
-    def addresses(t: Tensor) -> Tensor:
-        index = torch.zeros((), dtype=torch.int64)
-        for size, stride in zip(t.shape, t.stride()):
-            index = index.unsqueeze(-1) + torch.arange(size) * stride * t.element_size()
-        return index.flatten() + t.data_ptr()
-
-    return a.element_size() == b.element_size() and not torch.isin(addresses(a), addresses(b)).any()
+    if (pair := shared_memory(named)) is not None:
+        raise ValueError(
+            f"parameters {pair[0]!r} and {pair[1]!r} overlap in memory but are not the same view; "
+            "an update of one would change the other: clone one of them"
+        )
 
 
 def check_model(model: nn.Module) -> None:

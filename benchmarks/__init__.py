@@ -1,0 +1,1 @@
+"""Benchmarks: `make bench`. Every ratio compares medians of rounds in which both sides took turns."""

@@ -1,0 +1,40 @@
+"""Extra peak memory of a step over the weights and one forward, each case in a fresh process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from .goals import MIB
+from .report import ROOT
+
+CASES = [
+    ("fp32", 4, 128, "64"), ("fp32", 4, 128, "16"), ("bf16", 1, 128, "64"), ("fp32", 4, 128, "walk"), ("fp32", 4, 128, "eager"),
+]  # fmt: skip
+
+
+def bench_memory(benchmark, report) -> None:
+    pytest.importorskip("transformers")
+    rows = []
+
+    def measure() -> None:
+        for dtype, batch, length, budget in CASES[:3] if report.quick else CASES:
+            command = [sys.executable, "-m", "benchmarks.memory", dtype, str(batch), str(length), budget, str(torch.get_num_threads())]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(command)}: {done.stderr[-2000:]}")
+            found = json.loads(done.stdout.splitlines()[-1])
+            extra = (found["step"] - found["forward"]) / MIB
+            label = {"walk": "walk", "eager": "eager loop"}.get(budget, f"{budget} MB")
+            report.figure(f"memory {dtype} {label}", extra)
+            rows.append((f"OPT-125M {dtype} {batch}x{length}, {label}", found["forward"] / MIB, extra, found["scratch_bytes"] / MIB))
+            if not found["exact"]:
+                report.notes.append("memory: the high-water mark could not be set back here; extra memory below the loading peak is unseen")
+
+    benchmark.group = "memory"
+    benchmark.pedantic(measure, rounds=1, iterations=1)
+    report.memory = rows

@@ -1,0 +1,56 @@
+"""A MeZO step of a 125M OPT model against its own two forwards and against the eager loop's step."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+
+import zokern
+
+from . import eager
+from .measure import Case, Group
+
+LR, EPS = 1e-6, 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:rounding to nearest")
+@pytest.mark.parametrize("dtype, batch, length", [("fp32", 4, 128), ("fp32", 1, 32), ("bf16", 1, 128)])
+def bench_step(benchmark, report, dtype: str, batch: int, length: int) -> None:
+    pytest.importorskip("transformers")
+    from .models import loss_of, opt_125m
+
+    model = opt_125m(dtype)
+    twin = copy.deepcopy(model)  # the eager loop's own: its weights drift
+    loss, twin_loss = loss_of(model, batch, length), loss_of(twin, batch, length)
+    scratch, walk = zokern.MeZO(model, lr=LR, eps=EPS), zokern.MeZO(model, lr=LR, eps=EPS, evaluation="walk")
+    parameters, seeds = [p for p in twin.parameters() if p.requires_grad], itertools.count()
+    n = sum(p.numel() for p in parameters)
+    flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+    @torch.no_grad()
+    def forwards() -> None:
+        loss()
+        loss()
+
+    slow = 1 if report.quick else 3
+    cases = [
+        Case(f"w += c over the {n / 1e6:.0f}M weights", lambda: flat.add_(0.0), n, 2 * flat.element_size()),
+        Case("two forwards: the bound", forwards),
+        Case("zokern.step: scratch", lambda: zokern.step(scratch, loss), eager="eager step: MeZO loop"),
+        Case("zokern.step walk: in place", lambda: zokern.step(walk, loss), eager="eager step: MeZO loop", every=slow),
+        Case("eager step: MeZO loop", lambda: eager.step(parameters, twin_loss, next(seeds), LR, EPS), every=slow),
+    ]
+    what = f"{dtype} {batch}x{length}"
+    group = Group(f"step, OPT-125M {what}", cases).run(benchmark, 2 if report.quick else 12)
+    step, bound, loop = "zokern.step: scratch", "two forwards: the bound", "eager step: MeZO loop"
+    report.add(
+        group,
+        **{
+            f"step {what} / forwards": group.ratio(step, bound),
+            f"eager step {what} / forwards": group.ratio(loop, bound),
+            f"step {what} / eager": group.ratio(loop, step),
+        },
+    )

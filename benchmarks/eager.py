@@ -1,0 +1,52 @@
+"""The eager MeZO loop, as people run it: what the benchmarks compare with. Malladi et al. 2023, Algorithm 1.
+
+    theta <- theta + eps z;  l1 = L;  theta <- theta - 2 eps z;  l2 = L;  theta <- theta + eps z;  theta <- theta - lr c z
+    c = (l1 - l2) / (2 eps);  z is drawn again from the step's seed in each of the four passes
+"""
+
+from __future__ import annotations
+
+from typing import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+
+def normal_like(tensor: Tensor) -> Tensor:
+    return torch.normal(mean=0.0, std=1.0, size=tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def perturb(parameters: Iterable[Tensor], seed: int, scaling: float, eps: float) -> None:
+    torch.manual_seed(seed)
+    for p in parameters:
+        z = normal_like(p.data)
+        p.data = p.data + scaling * z * eps
+
+
+def update(parameters: Iterable[Tensor], seed: int, lr: float, coefficient: float, weight_decay: float = 0.0) -> None:
+    torch.manual_seed(seed)
+    for p in parameters:
+        z = normal_like(p.data)
+        p.data = p.data - lr * (coefficient * z + weight_decay * p.data)
+
+
+@torch.no_grad()
+def step(parameters: list[Tensor], closure: Callable[[], Tensor], seed: int, lr: float, eps: float) -> float:
+    perturb(parameters, seed, +1, eps)
+    plus = closure()
+    perturb(parameters, seed, -2, eps)
+    minus = closure()
+    coefficient = ((plus - minus) / (2 * eps)).item()
+    perturb(parameters, seed, +1, eps)
+    update(parameters, seed, lr, coefficient)
+    return plus.item()
+
+
+def in_place(tensor: Tensor, buffer: Tensor, scale: float) -> None:
+    """What one writes by hand instead: one buffer for z, no temporaries."""
+    tensor.add_(buffer.normal_(), alpha=scale)
+
+
+def perturbed(tensor: Tensor, scaling: float, eps: float) -> Tensor:
+    """perturb's arithmetic as a function, for torch.compile."""
+    return tensor + scaling * normal_like(tensor) * eps

@@ -1,0 +1,268 @@
+"""Builds what this machine can build, and says what it built.
+
+    nvcc and a C++ compiler   zokern._cpu and zokern._cuda (no GPU is needed)
+    a C++ compiler            zokern._cpu
+    neither                   pure Python: the PyTorch reference, and Triton where it is installed
+
+Environment
+    ZOKERN_BUILD_CPU            0: leave the CPU kernels out; 1: fail when they cannot be built; unset: build them if possible
+    ZOKERN_BUILD_CUDA           the same for the CUDA kernels
+    ZOKERN_CUDA_ARCHITECTURES   such as "80;90": fewer architectures, for a quick build
+    CXX, NVCC, CUDA_HOME        compilers, where the ones on PATH are not meant
+    MAX_JOBS                    how many compilers run at once; unset: one per core
+
+torch is not imported here: the kernels take raw pointers, and one wheel serves every torch version.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import pprint
+import re
+import shlex
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+OBJECTS = f"build/native-{sysconfig.get_config_var('SOABI')}"
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+JOBS = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+
+# No contraction: the stream writes out each fused multiply-add that it wants, and has no other. GCC 12 takes the registers
+# that its own AVX-512 intrinsics leave undefined for our mistake, thousands of times: hence -Wno-maybe-uninitialized.
+CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fopenmp -Wall -Wextra"
+CXX_FLAGS += " -Wno-maybe-uninitialized"
+ISA_FLAGS = {
+    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "scalar": "",
+}
+NVCC_FLAGS = "-std=c++17 -O3 --fmad=false -Xcompiler -fPIC,-fvisibility=hidden,-ffp-contract=off"
+CUDA_ARCHITECTURES = ["80", "86", "89", "90", "100", "120"]
+
+
+class Missing(Exception):
+    """Why a part cannot be built on this machine, and what would change that."""
+
+
+@dataclass
+class Part:
+    name: str
+    record: dict[str, object]  # what it is built with, for `python -m zokern info`
+    rules: list[str]  # lines of build.ninja that end in `output`
+
+    @property
+    def output(self) -> str:
+        return f"{OBJECTS}/_{self.name}{SUFFIX}"
+
+    def bind_rule(self) -> str:
+        return f"build {OBJECTS}/{self.name}/bind.o: cxx csrc/bind.cpp\n  flags = $python -DZOKERN_MODULE=_{self.name}"
+
+
+def run(*command: str) -> str:
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=300).stdout.strip()
+
+
+def quote(word: str) -> str:
+    """A word of a command in build.ninja."""
+    return shlex.quote(word).replace("$", "$$")
+
+
+@functools.cache
+def find_cxx() -> str:
+    """The C++ compiler, after it has built a Python extension with OpenMP."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
+    cxx = next(filter(None, map(shutil.which, names)), None)
+    if cxx is None:
+        raise Missing(f"no C++ compiler ({', '.join(names)}) on PATH; install g++, or set CXX")
+    for module in ("pybind11", "ninja"):
+        try:
+            __import__(module)
+        except ImportError:
+            raise Missing(f"{module} is not installed; pip install {module}, or build with isolation") from None
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text("#include <Python.h>\n#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n")
+        include = f"-I{sysconfig.get_path('include')}"
+        try:
+            run(cxx, *CXX_FLAGS.split(), include, "-shared", str(source), "-o", str(Path(folder, "probe.so")))
+        except (OSError, subprocess.SubprocessError) as error:
+            lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+            reason = next((line for line in lines if "error" in line), lines[-1]).split("error: ")[-1]
+            raise Missing(
+                f"{cxx} cannot build a Python extension with OpenMP ({reason}); "
+                "install the Python headers (python3-dev) and a compiler with OpenMP"
+            ) from None
+    return cxx
+
+
+def find_nvcc() -> str:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    if os.environ.get("NVCC"):
+        nvcc = shutil.which(os.environ["NVCC"])
+    else:
+        nvcc = shutil.which("nvcc") or shutil.which(f"{home}/bin/nvcc")
+    if nvcc is None:
+        raise Missing("no nvcc on PATH; install the CUDA toolkit, or set NVCC or CUDA_HOME")
+    return nvcc
+
+
+def cpu() -> Part:
+    """bind.cpp, elementwise.cpp once per instruction set, and once more for the part that picks one of them at run time."""
+    cxx = find_cxx()
+    isas = list(ISA_FLAGS) if platform.machine().lower() in ("x86_64", "amd64") else ["scalar"]
+    part = Part("cpu", {"compiler": run(cxx, "--version").splitlines()[0], "flags": CXX_FLAGS, "instruction_sets": isas}, [])
+    objects = [f"{OBJECTS}/cpu/bind.o", f"{OBJECTS}/cpu/elementwise.o"]
+    part.rules += [part.bind_rule(), f"build {objects[1]}: cxx csrc/elementwise.cpp"]
+    for isa in isas:
+        objects.append(f"{OBJECTS}/cpu/elementwise.{isa}.o")
+        part.rules.append(f"build {objects[-1]}: cxx csrc/elementwise.cpp\n  flags = -DZOKERN_ISA={isa} {ISA_FLAGS[isa]}")
+    part.rules.append(f"build {part.output}: link {' '.join(objects)}")
+    return part
+
+
+def cuda() -> Part:
+    """bind.cpp and elementwise.cu for every architecture, with the CUDA runtime inside: it loads where no driver is."""
+    cxx, nvcc = find_cxx(), find_nvcc()
+    release = re.search(r"release (\d+)\.(\d+).*V([\d.]+)", run(nvcc, "--version"), re.S)
+    if release is None:
+        raise Missing(f"{nvcc} --version does not name a release; set NVCC to a CUDA compiler")
+    known = run(nvcc, "--list-gpu-code").split()
+    asked = re.findall(r"\d+[af]?", os.environ.get("ZOKERN_CUDA_ARCHITECTURES", "").replace(".", ""))
+    architectures = [a for a in asked or CUDA_ARCHITECTURES if f"sm_{a}" in known]
+    if not architectures or (asked and architectures != asked):
+        raise Missing(f"nvcc {release[3]} compiles for {' '.join(known)}; asked for {' '.join(asked or CUDA_ARCHITECTURES)}")
+    # The last architecture's PTX is what a newer device compiles when it loads the module.
+    targets = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in architectures)
+    targets += f" -gencode arch=compute_{architectures[-1]},code=compute_{architectures[-1]}"
+    small = "--compress-mode=size" if (int(release[1]), int(release[2])) >= (12, 8) else ""
+    verbose = subprocess.run([nvcc, "--dryrun", "-c", "any.cu"], capture_output=True, text=True, timeout=300).stderr
+    folders = re.search(r"^#\$ LIBRARIES=(.*)$", verbose, re.M)
+    record = {
+        "compiler": f"nvcc {release[3]}",
+        "flags": f"{NVCC_FLAGS} {small}".strip(),
+        "architectures": [f"sm_{a}" for a in architectures] + [f"compute_{architectures[-1]}"],
+        "left_out": [f"sm_{a}" for a in CUDA_ARCHITECTURES if a not in architectures],
+    }
+    part = Part("cuda", record, [])
+    # --exclude-libs: the runtime inside must not be replaced by the one that torch may have loaded, of another version.
+    libraries = shlex.split(folders[1]) if folders else []
+    part.rules += [
+        f"rule nvcc\n  description = nvcc $out\n  command = {quote(nvcc)} -ccbin {quote(cxx)} $flags -MD -MF $out.d -c $in -o $out\n"
+        "  depfile = $out.d\n  deps = gcc",
+        part.bind_rule(),
+        f"build {OBJECTS}/cuda/elementwise.o: nvcc csrc/elementwise.cu\n  flags = {record['flags']} {targets} --threads {JOBS}",
+        f"build {part.output}: link {OBJECTS}/cuda/bind.o {OBJECTS}/cuda/elementwise.o\n"
+        f"  libraries = {' '.join(map(quote, libraries))} -lcudart_static -ldl -lpthread -lrt "
+        "-Wl,--exclude-libs,ALL",
+    ]
+    return part
+
+
+def plan() -> tuple[list[Part], dict[str, str]]:
+    """The parts to build, and for each other part why it is left out."""
+    parts, left_out = [], {}
+    for name, make in {"cpu": cpu, "cuda": cuda}.items():
+        variable = f"ZOKERN_BUILD_{name.upper()}"
+        switch = os.environ.get(variable, "")
+        if switch not in ("", "0", "1"):
+            raise SystemExit(f"zokern: {variable} is {switch!r}; expected 0 (leave out), 1 (fail when impossible) or nothing")
+        if switch == "0":
+            left_out[name] = f"{variable} is 0; unset it and build again"
+            continue
+        try:
+            parts.append(make())
+        except Missing as reason:
+            if switch == "1":
+                raise SystemExit(f"zokern: {variable} is 1, but {reason}") from None
+            left_out[name] = str(reason)
+    return parts, left_out
+
+
+def commit() -> str | None:
+    """The commit that is built, with a + when files differ from it; None outside a checkout."""
+    try:
+        if Path(run("git", "rev-parse", "--show-toplevel")) != ROOT:
+            return None
+        return run("git", "rev-parse", "--short=12", "HEAD") + ("+" if run("git", "status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def finish(package: Path) -> None:
+    """Puts the modules and the record of the build, zokern/_build.py, into the package, and says what was built."""
+    record = {"commit": commit(), "parts": {part.name: part.record for part in PARTS}, "left_out": LEFT_OUT}
+    text = f'"""What setup.py built; written by it."""\n\nRECORD = {pprint.pformat(record, width=120, sort_dicts=False)}\n'
+    package.mkdir(parents=True, exist_ok=True)
+    (package / "_build.py").write_text(text)
+    for stale in {*package.glob(f"_c*{SUFFIX}")} - {package / Path(part.output).name for part in PARTS}:
+        stale.unlink()
+    for part in PARTS:  # renamed into place: a process that has the old module loaded keeps it whole
+        new = shutil.copy2(ROOT / part.output, package / f"{part.name}.new")
+        os.replace(new, package / Path(part.output).name)
+        details = part.record.get("instruction_sets") or part.record["architectures"]
+        print(f"zokern: built {part.name}: {' '.join(details)} ({part.record['compiler']})", flush=True)
+    for name, reason in LEFT_OUT.items():
+        print(f"zokern: left out {name}: {reason}", flush=True)
+
+
+class BuildPython(build_py):
+    def run(self) -> None:
+        if not self.editable_mode:  # what an earlier build with other switches left there would be shipped
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+        if not PARTS:  # then setuptools does not call BuildNative
+            finish(ROOT / "zokern" if self.editable_mode else Path(self.build_lib, "zokern"))
+
+
+class BuildNative(build_ext):
+    """Has ninja compile what changed since the last call, then puts the modules where setuptools wants them."""
+
+    def run(self) -> None:
+        if PARTS:
+            self.compile()
+        finish(ROOT / "zokern" if self.inplace or self.editable_mode else Path(self.build_lib, "zokern"))
+
+    def compile(self) -> None:
+        import ninja
+        import pybind11
+
+        python = f"-isystem {quote(pybind11.get_include())} -isystem {quote(sysconfig.get_path('include'))}"
+        script = [
+            f"builddir = {OBJECTS}",
+            f"cxx = {quote(find_cxx())}",
+            f"python = {python}",
+            f"rule cxx\n  description = c++ $out\n  command = $cxx {CXX_FLAGS} $flags -MMD -MF $out.d -c $in -o $out\n"
+            "  depfile = $out.d\n  deps = gcc",
+            "rule link\n  description = link $out\n  command = $cxx -shared -fopenmp $in $libraries -o $out",
+            *(rule for part in reversed(PARTS) for rule in part.rules),  # nvcc takes longest, so it starts first
+        ]
+        path = ROOT / OBJECTS / "build.ninja"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(script) + "\n")
+        command = [os.path.join(ninja.BIN_DIR, "ninja"), "-f", f"{OBJECTS}/build.ninja", "-j", str(JOBS)]
+        if subprocess.run(command, cwd=ROOT).returncode:
+            raise SystemExit("zokern: the kernels did not compile; ZOKERN_BUILD_CPU=0 and ZOKERN_BUILD_CUDA=0 leave them out")
+
+    def get_outputs(self) -> list[str]:
+        return [os.path.join(self.build_lib, "zokern", Path(part.output).name) for part in PARTS]
+
+
+PARTS, LEFT_OUT = plan()
+
+setup(
+    packages=[*find_packages(include=["zokern", "zokern.*"]), "zokern.triton_kernels"],
+    # Only the names: BuildNative knows the sources. An empty list makes the wheel a pure one.
+    ext_modules=[Extension(f"zokern._{part.name}", []) for part in PARTS],
+    cmdclass={"build_py": BuildPython, "build_ext": BuildNative},
+)

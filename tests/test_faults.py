@@ -1,0 +1,719 @@
+"""Faults and bad inputs, one test a row of the table of faults: refused before a weight is touched, or survived with nothing lost."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import random
+import threading
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from models import batch, build, changed, next_token_loss, same_bits, snapshot, tiny
+from torch import nn
+
+import zokern
+
+IDS = batch()
+X = torch.linspace(-1, 1, 18).view(3, 6)
+
+
+def two_layers(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    return build(lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1)), dtype)
+
+
+def refuse(model: nn.Module, call: Callable, error, *words: str) -> None:
+    """The call raises, says every word, and no bit of the model has changed."""
+    before = snapshot(model)
+    with pytest.raises(error) as caught:
+        call()
+    assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
+    assert changed(model, before) == []
+
+
+def step_on(model: nn.Module, closure: Callable | None = None, **options) -> zokern.StepResult:
+    return zokern.step(zokern.MeZO(model, **options), closure or (lambda: model(X).square().mean()))
+
+
+# Which tensors --------------------------------------------------------------------------------------------------------------------
+
+
+def test_row_01_parameter_in_two_modules() -> None:
+    model = two_layers()
+    model.add_module("again", nn.Linear(6, 5))
+    model.again.weight = model[0].weight
+    seen = []
+    optimizer = zokern.MeZO(model, lr=1.0, eps=1e-2, seed=1)
+    before = model[0].weight.detach().clone()
+    result = zokern.step(optimizer, lambda: (seen.append((model[0].weight + 0, model.again.weight + 0)), model[:3](X).sum())[1])
+    z = oracle.z("0.weight", before, 1)
+    for sign, (first, second) in zip((1, -1), seen):
+        assert same_bits(first, second)
+        assert torch.allclose(first - before, sign * 1e-2 * z, atol=1e-6)
+    oracle.check_update("0.weight", before, model[0].weight, 1, 0, [-result.coefficients[0]])  # once, not twice
+
+
+def test_row_02_two_parameters_on_one_storage() -> None:
+    model = two_layers()
+    model.second = nn.Parameter(model[0].weight.data)
+    seen = []
+    before = model[0].weight.detach().clone()
+    result = step_on(
+        model,
+        lambda: (seen.append((model[0].weight + 0, model.second + 0)), model[:3](X).sum() + model.second.sum())[1],
+        lr=1.0,
+    )
+    assert all(same_bits(a, b) for a, b in seen)
+    assert model.second.data_ptr() == model[0].weight.data_ptr()
+    name = next(n for n, _ in model.named_parameters() if n in ("0.weight", "second"))
+    oracle.check_update(name, before, model[0].weight, 0, 0, [-result.coefficients[0]])
+    partly = nn.Module()
+    storage = torch.zeros(10)
+    partly.a, partly.b = nn.Parameter(storage[:6]), nn.Parameter(storage[4:])
+    refuse(partly, lambda: zokern.MeZO(partly), ValueError, "'a'", "'b'", "overlap", "clone")
+    columns = nn.Module()
+    storage = torch.zeros(4, 6)
+    columns.a, columns.b = nn.Parameter(storage[:, :3]), nn.Parameter(storage[:, 3:])
+    step_on(columns, lambda: (columns.a + columns.b).sum())
+
+
+def test_row_03_expanded_parameter() -> None:
+    model = nn.Module()
+    model.wide = nn.Parameter(torch.ones(1, 4).expand(3, 4))
+    refuse(model, lambda: zokern.MeZO(model), ValueError, "'wide'", "overlapping", ".clone()")
+
+
+def test_row_04_any_memory_layout_has_the_same_z() -> None:
+    for order in itertools.permutations(range(3)):
+        p = torch.zeros(torch.Size([(3, 4, 5)[i] for i in order])).permute(*[order.index(i) for i in range(3)])
+        assert p.shape == (3, 4, 5)
+        model = nn.Module()
+        model.w = nn.Parameter(p)
+        result = step_on(model, lambda model=model: (model.w * torch.arange(60.0).view(3, 4, 5)).sum(), lr=1.0, seed=1)
+        oracle.check_update("w", torch.zeros(3, 4, 5), model.w.contiguous(), 1, 0, [-result.coefficients[0]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_row_05_gaps_of_a_slice_are_not_touched(dtype: torch.dtype) -> None:
+    storage = torch.full((7, 12), 3.0, dtype=dtype)
+    model = nn.Module()
+    model.w = nn.Parameter(storage[1:6, 1::2])
+    for evaluation in ("scratch", "walk"):
+        step_on(model, lambda: model.w.float().sum(), lr=0.1, eps=0.1, evaluation=evaluation)
+    mask = torch.zeros(7, 12, dtype=torch.bool)
+    mask[1:6, 1::2] = True
+    assert (storage[~mask] == 3).all() and (storage[mask] != 3).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0)])
+def test_row_06_empty_parameter(shape: tuple[int, ...]) -> None:
+    model = two_layers()
+    model.empty = nn.Parameter(torch.empty(shape))
+    with_empty = step_on(model, lambda: model[:3](X).mean() + model.empty.sum())
+    alone = two_layers()
+    assert with_empty.losses == step_on(alone, lambda: alone(X).mean()).losses
+    only = nn.Module()
+    only.empty = nn.Parameter(torch.empty(shape))
+    step_on(only, lambda: float(only.empty.sum()), dead_limit=None)
+
+
+def test_row_07_scalar_parameter() -> None:
+    model = nn.Module()
+    model.scale = nn.Parameter(torch.tensor(2.0))
+    result = step_on(model, lambda: model.scale * 3, lr=0.1, seed=1)
+    oracle.check_update("scale", torch.tensor(2.0), model.scale, 1, 0, [-0.1 * result.coefficients[0]])
+    assert model.scale.shape == ()
+
+
+@pytest.mark.parametrize("base", [2**31 - 32, 2**31 + 3, 2**32 - 32, 2**32 + 5, 2**33, 2**35 - 64])
+@pytest.mark.parametrize("direction", ["normal", "rademacher"])
+def test_row_08_element_numbers_beyond_32_bits(base: int, direction: str) -> None:
+    """By a virtual offset: 64 elements that begin at a number that no tensor here reaches, against the block function itself."""
+    from zokern.directions import resolve
+
+    kind = resolve(direction)
+    block = torch.arange(base // kind.per_block, (base + 63) // kind.per_block + 1)
+    counters = torch.stack([block, torch.full_like(block, 77), torch.full_like(block, 5), torch.zeros_like(block)], dim=-1)
+    words = zokern.philox4x32(counters, (9, 0))
+    values = kind.values(words).flatten()[base % kind.per_block :][:64]
+    assert same_bits(zokern.draw(direction, (64,), seed=9, who=77, step=5, first=base), values)
+    weight = torch.zeros(64)
+    zokern.axpy_(weight, direction, seed=9, who=77, draws=[(5, 0)], coeffs=[1.0], first=base)
+    assert same_bits(weight, values)
+    assert same_bits(zokern.perturb(torch.zeros(64), direction, seed=9, who=77, step=5, scales=[1.0], first=base)[0][0], values)
+    wrapped = zokern.draw(direction, (64,), seed=9, who=77, step=5, first=base % 2**31)
+    assert base < 2**31 or not same_bits(wrapped, values)  # a 32-bit index would be seen
+    with pytest.raises(ValueError, match="2\\*\\*35"):
+        zokern.draw(direction, (64,), seed=9, who=77, step=5, first=2**35 - 63)
+
+
+def test_row_09_sizes_that_divide_nothing() -> None:
+    sizes = list(range(1, 258, 1))
+    model = nn.Module()
+    storage = torch.full((sum(sizes) + len(sizes),), 7.0)  # a red element after each
+    starts = list(itertools.accumulate([0, *[n + 1 for n in sizes]]))
+    model.many = nn.ParameterList([nn.Parameter(storage[s : s + n]) for s, n in zip(starts, sizes)])
+    result = step_on(model, lambda: sum(p.sum() for p in model.many), lr=0.1, seed=1)
+    for name, p in model.named_parameters():
+        oracle.check_update(name, torch.full(p.shape, 7.0), p, 1, 0, [-0.1 * result.coefficients[0]])
+    assert (storage[torch.tensor(starts[1:]) - 1] == 7).all()
+
+
+@pytest.mark.parametrize("offset", range(8))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_row_10_misaligned_parameter(offset: int, dtype: torch.dtype) -> None:
+    ends = []
+    for shift in (0, offset):
+        model = nn.Module()
+        storage = torch.zeros(80, dtype=dtype)
+        storage[shift : shift + 59] = torch.linspace(-1, 1, 59).to(dtype)
+        model.w = nn.Parameter(storage[shift : shift + 59])
+        result = step_on(model, lambda model=model: model.w.float().square().sum(), lr=0.01, eps=1e-2)
+        ends.append((result.losses, model.w.detach().clone()))
+    assert ends[0][0] == ends[1][0] and same_bits(ends[0][1], ends[1][1])
+
+
+def test_row_11_z_is_independent_of_the_device() -> None:
+    """z is a function of names: the groups that a step makes by device do not enter. Two real devices need a GPU."""
+    z = zokern.draw("normal", (65,), seed=1, who="w", step=3)
+    assert same_bits(z, zokern.draw("normal", (65,), seed=1, who="w", step=3, backend="reference"))
+    with pytest.raises(ValueError, match="tensors\\[1\\] is on meta.*one device"):
+        zokern.axpy_(
+            [torch.ones(2), torch.ones(2, device="meta")], "normal", seed=1, who=["a", "b"], draws=[(0, 0)], coeffs=[1.0]
+        )
+    if not torch.cuda.is_available():
+        pytest.skip("the CPU part passed; a model split over two devices needs a GPU")
+    model = two_layers()
+    reference = step_on(model, lr=0.0, seed=2).coefficients[0]
+    model[2].to("cuda")
+    split = step_on(model, lambda: model[2](model[:2](X).cuda()).square().mean(), lr=0.0, seed=2).coefficients[0]
+    assert abs(split - reference) < 1e-3
+
+
+def test_row_12_meta_parameter() -> None:
+    model = two_layers()
+    model.later = nn.Linear(2, 2, device="meta")
+    with pytest.raises(ValueError, match="later.weight.*meta.*materialise"):
+        zokern.MeZO(model)
+
+
+def test_row_13_mixed_dtypes_share_z() -> None:
+    model = nn.Module()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        model.w = nn.Parameter(torch.zeros(33, dtype=dtype))
+        model.other = nn.Parameter(torch.zeros(5, dtype=torch.float16 if dtype == torch.float32 else torch.float32))
+        losses = iter([1.0, 0.0])  # coefficient 1 at eps 1/2
+        step_on(model, lambda losses=losses: (model.w.sum() + model.other.sum(), next(losses))[1], lr=1.0, eps=0.5, seed=4)
+        assert same_bits(model.w, (-oracle.z("w", model.w, 4)).to(dtype)), dtype
+
+
+def test_row_14_float64_parameter() -> None:
+    model = two_layers()
+    model.wide = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    refuse(model, lambda: zokern.MeZO(model), ValueError, "'wide'", "float64", "float32, bfloat16 or float16", "cast", "freeze")
+
+
+def test_row_15_frozen_quantised_parameters_are_skipped() -> None:
+    model = two_layers()
+    for dtype in (torch.float8_e4m3fn, torch.int8, torch.uint8):
+        setattr(model, str(dtype)[6:], nn.Parameter(torch.ones(4).to(dtype), requires_grad=False))
+    before = {name: p.view(torch.uint8).clone() for name, p in model.named_parameters() if not p.requires_grad}
+    step_on(model, lambda: model[:3](X).mean(), lr=1.0)
+    assert len(before) == 3 and all(
+        torch.equal(dict(model.named_parameters())[n].view(torch.uint8), b) for n, b in before.items()
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.int64, torch.bool, torch.complex64])
+def test_row_16_parameter_that_cannot_be_trained(dtype: torch.dtype) -> None:
+    model = two_layers()
+    tensor = torch.ones(4).to(dtype)
+    selected = [*model.named_parameters(), ("odd", tensor)]
+    refuse(model, lambda: zokern.MeZO(selected), ValueError, "'odd'", str(dtype)[6:], "expected float32, bfloat16 or float16")
+
+
+def test_row_17_requires_grad_toggled_between_steps() -> None:
+    ends = []
+    for freeze in (False, True):
+        model = tiny()
+        optimizer = zokern.MeZO(model, lr=0.1, seed=2)
+        numbers = iter([1.0, 0.9, 0.8, 0.75, 0.5, 0.4])
+        frozen = []
+        for step in range(3):
+            model.embed.weight.requires_grad_(not (freeze and step == 1))
+            before = snapshot(model)
+            zokern.step(optimizer, lambda model=model, numbers=numbers: (model(IDS), next(numbers))[1])
+            frozen.append("embed.weight" not in changed(model, before))
+        assert frozen == [False, freeze, False]
+        ends.append(snapshot(model))
+    assert [name for name in ends[0] if not same_bits(ends[0][name], ends[1][name])] == ["embed.weight"]
+
+
+def test_row_18_parameter_added_removed_or_replaced() -> None:
+    def replace(model) -> None:
+        model[0].weight = nn.Parameter(torch.ones(5, 6))
+
+    def remove(model) -> None:
+        del model[0].bias
+
+    def add(model) -> None:
+        model.more = nn.Parameter(torch.ones(3))
+
+    def module(model) -> None:
+        model[0] = nn.Linear(6, 5)
+
+    for change, word in (
+        (replace, "'0.weight' was replaced"),
+        (remove, "'0.bias' was removed"),
+        (add, "'more'"),
+        (module, "replaced"),
+    ):
+        for evaluation in ("scratch", "walk"):
+            model = two_layers()  # between steps
+            optimizer = zokern.MeZO(model, lr=0.1, evaluation=evaluation)
+            zokern.step(optimizer, lambda model=model: model(X).mean())
+            change(model)
+            refuse(model, lambda o=optimizer, m=model: zokern.step(o, lambda: m(X).mean()), RuntimeError, word, "optimizer")
+        if change is not add:
+            model = two_layers()  # inside the closure
+            optimizer = zokern.MeZO(model, lr=0.1)
+            kept = {name: (p, p.detach().clone()) for name, p in model.named_parameters()}
+            with pytest.raises((RuntimeError, AttributeError, TypeError)):
+                zokern.step(optimizer, lambda model=model, change=change: (change(model), model(X).mean())[1])
+            assert all(same_bits(p, before) for p, before in kept.values()) and optimizer.steps == 0
+
+
+WRITES = {
+    "add_": lambda p: p.add_(1.0), "iadd": lambda p: p.__iadd__(1.0), "setitem": lambda p: p.__setitem__(0, 2.0),
+    "data_mul": lambda p: p.data.mul_(0.5), "data_assigned": lambda p: setattr(p, "data", torch.zeros_like(p)),
+    "detach": lambda p: p.detach().zero_(), "view": lambda p: p.view(-1)[0:2].fill_(3.0), "foreach": lambda p: torch._foreach_mul_([p], 0.5),
+    "init": lambda p: nn.init.normal_(p), "init_zeros": lambda p: nn.init.zeros_(p), "out": lambda p: torch.mul(X[:1, :1], 2.0, out=p),
+    "copy_": lambda p: p.copy_(torch.zeros_like(p)), "row": lambda p: p[0].fill_(1.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_row_19_closure_writes_to_a_weight(write: str) -> None:
+    model = two_layers()
+    optimizer = zokern.MeZO(model, lr=0.1)
+    refuse(
+        model,
+        lambda: zokern.step(optimizer, lambda: (WRITES[write](model[0].weight), model(X).mean())[1]),
+        RuntimeError,
+        "closure writes to",
+        "trained parameter",
+    )
+    assert optimizer.steps == 0
+
+
+def test_row_19_closure_writes_through_a_view_made_outside() -> None:
+    """Nothing can be put back here, but the version counter tells, and no update is added to the damage."""
+    model = two_layers()
+    view = model[0].weight.detach()[0]
+    with pytest.raises(RuntimeError, match="changed the weights of '0.weight'"):
+        step_on(model, lambda: (view.add_(1.0), model(X).mean())[1])
+
+
+def test_row_19_training_step_in_the_closure() -> None:
+    model = two_layers()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def closure():
+        with torch.enable_grad():
+            loss = model(X).square().mean()
+            inner.zero_grad()
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        inner.step()
+        return loss.detach()
+
+    refuse(model, lambda: step_on(model, closure), RuntimeError, "closure")
+
+
+def test_row_20_batch_norm_statistics() -> None:
+    for evaluation in ("scratch", "walk"):
+        model = build(lambda: nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 1))).train()
+        statistics = {name: b.clone() for name, b in model.named_buffers()}
+        optimizer = zokern.MeZO(model, lr=0.1, evaluation=evaluation, queries=2)
+        for _ in range(3):
+            zokern.step(optimizer, lambda model=model: model(X).square().mean())
+        assert all(same_bits(b, statistics[name]) for name, b in model.named_buffers()), evaluation
+        model(X)
+        assert not same_bits(model[1].running_mean, statistics["1.running_mean"])  # and outside a step they do move
+
+
+def test_row_21_random_streams() -> None:
+    """The user's streams do not move; both sides see the same numbers (test_step.py measures the spread of dropout)."""
+    model, seen = two_layers(), []
+
+    def closure():
+        seen.append((torch.rand(2).tolist(), random.random(), np.random.rand()))
+        return model(X).mean()
+
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    expected = torch.rand(2).tolist(), random.random(), np.random.rand()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    optimizer = zokern.MeZO(model, queries=2)
+    zokern.step(optimizer, closure)
+    zokern.step(optimizer, closure)
+    assert (torch.rand(2).tolist(), random.random(), np.random.rand()) == expected and torch.initial_seed() == 1
+    assert all(s == seen[0] for s in seen[:4]) and all(s == seen[4] for s in seen[4:]) and seen[0] != seen[4]
+
+
+@pytest.mark.parametrize("evaluation", ["scratch", "walk"])
+@pytest.mark.parametrize("row", ["22_cache_in_the_closure", "23_next_batch_in_the_closure"])
+def test_rows_22_23_closure_that_is_not_repeatable(row: str, evaluation: str) -> None:
+    model, calls = two_layers(), itertools.count()
+
+    def closure():
+        return model(X * (1 + 0.01 * next(calls))).square().mean()
+
+    optimizer = zokern.MeZO(model, lr=0.0, paired_check=3, evaluation=evaluation)
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="returned .* and then .* for the same weights.*outside the closure"):
+        zokern.step(optimizer, closure)
+    assert all((p - before[name]).abs().max() < 1e-6 for name, p in model.named_parameters())
+    optimizer = zokern.MeZO(model, lr=0.0, paired_check=3, evaluation=evaluation)
+    for _ in range(4):
+        zokern.step(optimizer, lambda: model(X).square().mean())  # a good closure passes
+    optimizer.steps = 1
+    zokern.step(optimizer, closure)  # between checks it cannot be told
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, torch.OutOfMemoryError, GeneratorExit])
+def test_row_24_exception_in_the_closure(error: type, side: int) -> None:
+    """500 more, at every module, in test_exceptions.py."""
+    model, calls = two_layers(), []
+
+    def closure():
+        calls.append(True)
+        loss = model(X).mean()
+        if len(calls) > side:
+            raise error("planned")
+        return loss
+
+    optimizer = zokern.MeZO(model, lr=0.1)
+    stream = torch.get_rng_state()
+    refuse(model, lambda: zokern.step(optimizer, closure), error, "planned")
+    assert torch.equal(torch.get_rng_state(), stream) and optimizer.steps == 0
+
+
+# Which losses ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("evaluation", ["scratch", "walk"])
+@pytest.mark.parametrize("sides", [(1.0, float("nan")), (float("inf"), 1.0), (float("inf"), float("inf")), (float("nan"),) * 2])
+def test_row_28_loss_is_not_finite(sides: tuple, evaluation: str) -> None:
+    model = two_layers()
+    optimizer = zokern.MeZO(model, lr=0.1, max_skips=3, evaluation=evaluation)
+    before = snapshot(model)
+
+    def unchanged() -> bool:
+        return all(
+            (p - before[name]).abs().max() <= (0.0 if evaluation == "scratch" else 1e-6) for name, p in model.named_parameters()
+        )
+
+    def bad():
+        numbers = iter(sides)
+        return zokern.step(optimizer, lambda: (model(X).mean(), next(numbers))[1])
+
+    for step in range(2):
+        result = bad()
+        assert result.skipped and result.step == step and repr(result.losses[0]) == repr(sides) and unchanged()
+    assert optimizer.skips == 2
+    with pytest.raises(RuntimeError, match="3 steps in a row.*no weight changed.*lower lr"):
+        bad()
+    assert unchanged()
+    good = zokern.step(optimizer, lambda: model(X).square().mean())
+    assert not good.skipped and optimizer.skips == 0 and good.step == 3 and not unchanged()
+
+
+def test_row_29_overflowing_coefficient() -> None:
+    model = two_layers()
+    numbers = iter([3e38, -3e38])
+    before = snapshot(model)
+    result = step_on(model, lambda: (model(X).mean(), next(numbers))[1], lr=1e-30)
+    assert result.skipped and changed(model, before) == []
+
+
+def test_row_30_clipped_coefficient() -> None:
+    for sides, expected in (((1.0, 0.0), 0.25), ((0.0, 1.0), -0.25), ((1e-5, 0.0), 0.005)):
+        model, numbers = two_layers(), iter(sides)
+        before = model[0].weight.detach().clone()
+        result = step_on(model, lambda model=model, numbers=numbers: (model(X).mean(), next(numbers))[1], lr=0.1, clip=0.25)
+        assert result.coefficients[0] == pytest.approx(expected)
+        oracle.check_update("0.weight", before, model[0].weight, 0, 0, [-0.1 * result.coefficients[0]])
+
+
+def test_row_31_update_overflows_a_weight() -> None:
+    for policy in ("raise", "ignore"):
+        model = two_layers(torch.float16)
+        with torch.no_grad():
+            model[0].weight.fill_(65000.0)
+        numbers = iter([1.0, 0.0])
+        optimizer = zokern.MeZO(model, lr=100.0, nonfinite=policy, force=True)
+
+        def closure(model=model, numbers=numbers):
+            model(X.half() * 1e-5)
+            return next(numbers)
+
+        if policy == "raise":
+            with pytest.raises(RuntimeError, match="weights are inf or NaN.*lower lr.*nonfinite='ignore'"):
+                zokern.step(optimizer, closure)
+        else:
+            zokern.step(optimizer, closure)
+        assert not model[0].weight.isfinite().all() and optimizer.steps == 1
+
+
+LOSSES = {
+    "float": 0.5, "int": 1, "float32": torch.tensor(0.5), "shape_1": torch.tensor([0.5]), "float64": torch.tensor(0.5, dtype=torch.float64),
+    "bfloat16": torch.tensor(0.5).bfloat16(), "numpy": np.float32(0.5), "numpy64": np.float64(0.5), "numpy_int": np.int64(1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_row_32_scalar_losses_are_accepted(kind: str) -> None:
+    model = two_layers()
+    result = step_on(model, lambda: (model(X).mean(), LOSSES[kind])[1])
+    value = 1.0 if "int" in kind else 0.5
+    assert result.losses == ((value, value),) and all(type(loss) is float for loss in result.losses[0])
+
+
+NO_LOSSES = {
+    "vector": (torch.ones(2), "shape (2,)"), "matrix_1x1": (torch.ones(1, 1), "shape (1, 1)"), "empty": (torch.ones(0), "shape (0,)"),
+    "complex": (torch.tensor(1j), "complex64"), "int_tensor": (torch.tensor(1), "int64"), "bool_tensor": (torch.tensor(True), "bool"),
+    "bool": (True, "bool"), "None": (None, "None"), "string": ("0.5", "str"), "python_complex": (1j, "complex"), "list": ([0.5], "list"),
+    "graph": (torch.tensor(1.0, requires_grad=True), "graph"), "numpy_vector": (np.ones(2), "ndarray"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NO_LOSSES)
+def test_row_33_other_losses_are_refused_at_the_first_reading(kind: str) -> None:
+    model, calls = two_layers(), []
+    value, word = NO_LOSSES[kind]
+    optimizer = zokern.MeZO(model, lr=0.1)
+
+    def closure():
+        calls.append(True)
+        model(X)
+        return value
+
+    refuse(model, lambda: zokern.step(optimizer, closure), (TypeError, ValueError), "closure returned", word, "scalar")
+    assert len(calls) == 1 and optimizer.steps == 0
+
+
+def test_row_33_loss_with_a_graph() -> None:
+    model = two_layers()
+
+    def closure():
+        with torch.enable_grad():
+            return (model(X) * torch.ones(1, requires_grad=True)).mean()
+
+    refuse(model, lambda: step_on(model, closure), ValueError, "graph", "enable_grad")
+
+
+def test_row_34_loss_on_another_device() -> None:
+    """One .item() a reading, in the step that caused it; a device error surfaces there. On a CPU: a meta loss cannot be read."""
+    model = two_layers()
+    refuse(
+        model,
+        lambda: step_on(model, lambda: (model(X), torch.ones((), device="meta"))[1]),
+        (RuntimeError, ValueError, NotImplementedError),
+    )
+    if not torch.cuda.is_available():
+        pytest.skip("the CPU part passed; a loss on a second device needs a GPU")
+    assert step_on(model, lambda: model(X).mean().cuda()).step == 0
+
+
+# Which numbers --------------------------------------------------------------------------------------------------------------------
+
+NOT_A_NUMBER = [float("nan"), float("inf"), -float("inf"), "1e-3", None, True]
+
+
+@pytest.mark.parametrize("eps", [0.0, -1e-3, *NOT_A_NUMBER])
+def test_row_35_eps(eps) -> None:
+    model = two_layers()
+    refuse(model, lambda: zokern.MeZO(model, eps=eps), ValueError, f"eps is {eps!r}", "finite number > 0")
+    optimizer = zokern.MeZO(model)
+    optimizer.param_groups[0]["eps"] = eps
+    refuse(model, lambda: zokern.step(optimizer, lambda: model(X).mean()), ValueError, f"eps is {eps!r}")
+
+
+def test_row_36_eps_below_half_an_ulp() -> None:
+    model = build(lambda: nn.Linear(64, 64), torch.bfloat16)
+    with torch.no_grad():
+        model.weight.copy_(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) * 0.02)
+    x = torch.ones(1, 64, dtype=torch.bfloat16)
+
+    def step(eps: float, **options):
+        return zokern.step(zokern.MeZO(model, lr=0.0, eps=eps, **options), lambda: model(x).float().mean())
+
+    refuse(model, lambda: step(1e-5), ValueError, "eps = 1e-05", "half an ulp", "raise eps", "force=True")
+    step(1e-5, force=True)
+    with pytest.warns(RuntimeWarning, match="larger eps"):
+        step(1e-4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(1e-3)
+        model.float()
+        x = x.float()
+        step(1e-6)  # float32 is not concerned
+
+
+@pytest.mark.parametrize("lr", [-1e-3, *NOT_A_NUMBER])
+def test_row_37_lr(lr) -> None:
+    model = two_layers()
+    refuse(model, lambda: zokern.MeZO(model, lr=lr), ValueError, f"lr is {lr!r}")
+    optimizer = zokern.MeZO(model)
+    optimizer.param_groups[0]["lr"] = lr
+    refuse(model, lambda: zokern.step(optimizer, lambda: model(X).mean()), ValueError, f"lr is {lr!r}")
+    if lr == -1e-3:
+        with pytest.raises(ValueError, match="maximize=True"):
+            zokern.MeZO(model, lr=lr)
+    zokern.MeZO(model, lr=np.float32(0.1)), zokern.MeZO(model, lr=1), zokern.MeZO(model, lr=torch.tensor(0.1))
+
+
+def test_row_38_update_below_half_an_ulp() -> None:
+    """Nearest rounding leaves nearly all weights where they are and says so; the other two do not, and lose nothing."""
+    model = build(lambda: nn.Linear(64, 64, bias=False), torch.bfloat16)
+    with torch.no_grad():
+        model.weight.copy_(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) * 0.02)
+    start = model.weight.detach().clone()
+    moved = {}
+    for rounding in ("nearest", "stochastic", "residual"):
+        with torch.no_grad():
+            model.weight.copy_(start)
+        optimizer = zokern.MeZO(model, lr=1e-6, rounding=rounding)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(20):
+                numbers = iter([2e-3, 0.0])
+                result = zokern.step(optimizer, lambda numbers=numbers: (model.weight.sum(), next(numbers))[1])
+                if rounding == "nearest" and result.step == 0:
+                    assert result.dead_updates is not None and result.dead_updates > 0.9
+        assert any("stochastic" in str(w.message) for w in caught) == (rounding == "nearest")
+        exact = sum(-1e-6 * oracle.z("weight", start, 0, k).double() for k in range(20))
+        low = optimizer.state[model.weight]["residual"].int() if rounding == "residual" else 0
+        value = (model.weight.detach().float().view(torch.int32) + low).view(torch.float32).double()
+        difference = value - start.double()
+        moved[rounding] = (difference * exact).sum().item() / exact.square().sum().item()
+    print(f"share of the update that arrived: {moved}")
+    assert moved["nearest"] < 0.5 and abs(moved["stochastic"] - 1) < 0.5 and abs(moved["residual"] - 1) < 1e-2
+
+
+@pytest.mark.parametrize("evaluation", ["scratch", "walk"])
+def test_row_39_dead_perturbation(evaluation: str) -> None:
+    model = two_layers()
+    before = snapshot(model)
+    optimizer = zokern.MeZO(model, lr=0.1, evaluation=evaluation)
+
+    def dead():
+        return zokern.step(optimizer, lambda: (model(X), 1.0)[1])
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(19):
+            dead()
+            assert len(caught) == (step >= 2)
+    assert "3 steps in a row" in str(caught[0].message)
+    with pytest.raises(RuntimeError, match="20 steps in a row.*raise eps.*dead_limit=None"):
+        dead()
+    assert all(
+        (p - before[name]).abs().max() <= (0.0 if evaluation == "scratch" else 1e-5) for name, p in model.named_parameters()
+    )
+    zokern.step(optimizer, lambda: model(X).square().mean())
+    assert optimizer.dead == 0
+    free = zokern.MeZO(model, lr=0.1, dead_limit=None)
+    for _ in range(25):
+        zokern.step(free, lambda: (model(X), 1.0)[1])
+
+
+def test_row_40_seeds() -> None:
+    model = two_layers()
+    for seed in (-1, 2**64, 2**70, 1.5, "0", None, True, float("nan")):
+        refuse(model, lambda seed=seed: zokern.MeZO(model, seed=seed), ValueError, f"seed is {seed!r}", "2**64")
+    draws = [zokern.draw("normal", (64,), seed=seed, who="w", step=0) for seed in (0, 1, 2**32, 2**63, 2**64 - 1)]
+    assert len({tuple(z.tolist()) for z in draws}) == len(draws)
+    for seed in (0, 2**63, 2**64 - 1, np.int64(3)):
+        assert zokern.MeZO(model, seed=seed).seed == int(seed)
+
+
+def test_row_41_no_z_is_used_twice() -> None:
+    """Steps, queries and names of one run, and runs of neighbouring seeds: all first blocks differ."""
+    seen = set()
+    for seed, who, step, draw in itertools.product((0, 1, 2), ("a", "b"), range(40), range(4)):
+        z = zokern.draw("normal", (8,), seed=seed, who=who, step=step, draw=draw)
+        seen.add(hashlib.sha256(z.numpy().tobytes()).digest())
+    assert len(seen) == 3 * 2 * 40 * 4
+    optimizer, updates = zokern.MeZO(two_layers(), lr=0.0), []
+    for _ in range(5):
+        zokern.step(
+            optimizer, lambda: (updates.append((optimizer.model[0].weight + 0).sum().item()), optimizer.model(X).mean())[1]
+        )
+    assert len(set(updates)) == 10
+    optimizer.steps = 2**32
+    with pytest.raises(ValueError, match="32 bits.*another seed"):
+        zokern.step(optimizer, lambda: optimizer.model(X).mean())
+
+
+# Beside the numbered rows: one step at a time --------------------------------------------------------------------------------------
+
+
+def test_step_inside_a_step_and_in_a_second_thread() -> None:
+    model = two_layers()
+    optimizer = zokern.MeZO(model, lr=0.1)
+    refuse(
+        model,
+        lambda: zokern.step(optimizer, lambda: zokern.step(optimizer, lambda: model(X).mean()).loss),
+        RuntimeError,
+        "step in progress",
+    )
+    errors: list[BaseException] = []
+
+    def second() -> None:
+        try:
+            zokern.step(optimizer, lambda: model(X).mean())
+        except RuntimeError as error:
+            errors.append(error)
+
+    def closure():
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+        return model(X).mean()
+
+    zokern.step(optimizer, closure)
+    assert len(errors) == 2 and all("step in progress" in str(error) for error in errors)
+
+
+def test_inference_parameter_is_refused() -> None:
+    with torch.inference_mode():
+        model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="'weight'.*inference_mode.*clone"):
+        zokern.MeZO(model)
+
+
+def test_fixture_rejects() -> None:
+    """refuse() itself fails when a weight moved, when nothing was raised, and when a word is missing."""
+    model = two_layers()
+
+    def moves() -> None:
+        with torch.no_grad():
+            model[0].weight.add_(1.0)
+        raise ValueError("word")
+
+    for call, word in ((moves, "word"), (lambda: None, "word"), (lambda: step_on(model, seed=-1), "absent")):
+        with pytest.raises((AssertionError, pytest.fail.Exception)):
+            refuse(model, call, ValueError, word)
+
+
+def test_next_token_loss_is_a_loss() -> None:
+    """The shared loss reads the model: a frozen answer would make every comparison above pass."""
+    model = tiny()
+    result = step_on(model, lambda: next_token_loss(model(IDS), IDS))
+    assert result.losses[0][0] != result.losses[0][1]
