@@ -2,23 +2,26 @@
 //
 // math     as elementwise.h: float32 inside, fma in draw order, one rounding; unit u is elements 8 u .. 8 u + 7 of the stream
 // traffic  bf16 axpy_: 2 B read + 2 B written per element for any K; perturb: 2 B read + one write per side; z moves no bytes
-// work     whole loop per element on sm_90, one draw, no decay: normal 26.5 instructions (16-bit) and 25.6 (float32), rademacher
-//          13.9 and 12.9; at most 80 registers, no spill on sm_80 to sm_120 (nvcc 13.0; `python tests/test_sass.py build/cubins`)
-// launch   one persistent grid per list, blocks of 256 threads. A block takes a chunk (or, when chunks are few, a part of one); a
+// work     whole loop per element on sm_90, one draw, no decay: normal 26.5 instructions (16-bit) and 25.6 (float32),
+// rademacher
+//          13.9 and 12.9; at most 80 registers, no spill on sm_80 to sm_120 (nvcc 13.0; `python tests/test_sass.py
+//          build/cubins`)
+// launch   one persistent grid per list, blocks of 256 threads. A block takes a chunk (or, when chunks are few, a part of one);
+// a
 //          thread takes whole units, with one 16-byte load and store for 16-bit types and two for float32. Elements outside
 //          whole units, and entries that are strided, gathered, sliced or off a 16-byte boundary, go one at a time, still with
 //          one Philox block for the unit.
 // equal    bit for bit to zokern/backends/reference.py for every grid: a value depends on its stream number alone, and the
 //          count of non-finite results is an integer sum. Conversions in registers (cvt.rn) round as rounding.h does.
 // source   Malladi et al. 2023, Algorithm 1; stream: zokern/stream.py, version 1
-#include "elementwise.h"
-
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "elementwise.h"
 
 #ifndef ZO_LAUNCH  // tests run this file on the host, where a launch is a loop
 #define ZO_LAUNCH(kernel, blocks, threads, stream, ...) kernel<<<blocks, threads, 0, stream>>>(__VA_ARGS__)
@@ -28,9 +31,9 @@ namespace zo {
 namespace kernels {  // named, so that a kernel has the same symbol in every build
 
 constexpr int kThreads = 256;
-constexpr int kUnit = 8;        // elements a thread handles at a time: one Philox block of `normal`, 16 bytes of a 16-bit type
-constexpr int kResident = 3;    // blocks per multiprocessor that registers must allow: 80 registers a thread
-constexpr int kPartsLog2 = 5;   // a chunk of 65536 elements has 32 turns of 256 threads: more parts would be empty
+constexpr int kUnit = 8;       // elements a thread handles at a time: one Philox block of `normal`, 16 bytes of a 16-bit type
+constexpr int kResident = 3;   // blocks per multiprocessor that registers must allow: 80 registers a thread
+constexpr int kPartsLog2 = 5;  // a chunk of 65536 elements has 32 turns of 256 threads: more parts would be empty
 
 // The key of every round, made once on the host: kernel parameters are operands that cost no instruction.
 struct Keys {
@@ -224,7 +227,8 @@ __device__ __forceinline__ Units whole_units(const Entry& e, const Chunk& chunk)
   return addresses % 16 == 0 ? units : Units{0, 0};
 }
 
-// What a loop over whole units needs of an entry, read once: the table could be in the way of a store for all the compiler knows.
+// What a loop over whole units needs of an entry, read once: the table could be in the way of a store for all the compiler
+// knows.
 struct Place {
   void* theta;
   void* out[2];
@@ -236,7 +240,8 @@ struct Place {
       : theta(e.theta), out{e.out[0], e.out[1]}, residual(e.residual), first(e.first), who(e.who) {}
 };
 
-// Some elements [low, high) of a unit, anywhere. Element i lies at theta + at + i stride, residual + residual_at + i, out + to + i.
+// Some elements [low, high) of a unit, anywhere. Element i lies at theta + at + i stride, residual + residual_at + i, out + to
+// + i.
 struct Piece {
   uint32_t unit;
   int low, high;
@@ -284,7 +289,8 @@ __device__ __forceinline__ void pieces(Verb& verb, const Entry& e, const Chunk& 
 
 // Chunks to blocks. 2^parts_log2 blocks share a chunk; a verb takes the whole units it has an instance for, then the pieces.
 template <class Verb>
-__device__ __forceinline__ void run(Verb& verb, const Entry* entries, const Chunk* chunks, int64_t chunk_count, int parts_log2) {
+__device__ __forceinline__ void run(Verb& verb, const Entry* entries, const Chunk* chunks, int64_t chunk_count,
+                                    int parts_log2) {
   for (int64_t turn = blockIdx.x; turn < chunk_count << parts_log2; turn += gridDim.x) {
     const Chunk chunk = chunks[turn >> parts_log2];
     if (chunk.begin >= chunk.end) continue;
@@ -358,9 +364,7 @@ struct Watch {
 #endif
   }
 
-  __device__ __forceinline__ bool seen() const {
-    return (state & (kType == Type::kFloat32 ? 0x7fffffffu : 0x7fff7fffu)) != 0;
-  }
+  __device__ __forceinline__ bool seen() const { return (state & (kType == Type::kFloat32 ? 0x7fffffffu : 0x7fff7fffu)) != 0; }
 };
 
 __device__ __forceinline__ bool is_nonfinite(Type type, uint32_t bits) {
@@ -543,12 +547,12 @@ struct PerturbVerb {
   }
 
   __device__ __forceinline__ bool units(const Entry& e, const Units& whole, int64_t lane, int64_t lanes) {
-#define ZO_INSTANCE(direction, theta, out)                                                       \
-  if constexpr (kDirection == direction) {                                                       \
-    if (e.type == static_cast<int32_t>(theta) && e.out_type == static_cast<int32_t>(out)) {      \
-      loop<theta, out>(e, whole, lane, lanes);                                                   \
-      return true;                                                                               \
-    }                                                                                            \
+#define ZO_INSTANCE(direction, theta, out)                                                  \
+  if constexpr (kDirection == direction) {                                                  \
+    if (e.type == static_cast<int32_t>(theta) && e.out_type == static_cast<int32_t>(out)) { \
+      loop<theta, out>(e, whole, lane, lanes);                                              \
+      return true;                                                                          \
+    }                                                                                       \
   }
 #include "instances.def"
 #undef ZO_INSTANCE
@@ -597,7 +601,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
 }
 
 template <Direction kDirection>
-__global__ void __launch_bounds__(kThreads, kResident) perturb_kernel(const List list, uint32_t step, uint32_t draw, const float* scales) {
+__global__ void __launch_bounds__(kThreads, kResident)
+    perturb_kernel(const List list, uint32_t step, uint32_t draw, const float* scales) {
   PerturbVerb<kDirection> verb{list.keys, step, draw, scales};
   run(verb, list.entries, list.chunks, list.chunk_count, list.parts_log2);
 }

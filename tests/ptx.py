@@ -237,7 +237,9 @@ def compute(op: str) -> tuple[Callable, str, list[str]]:
         return convert(op, mods, kind)
     if is_float and base in ("add", "sub", "mul", "fma"):
         if mods != ["rn"]:
-            raise NotImplementedError(f"{op}: a float operation must say .rn and nothing else, or ptxas may contract or flush it")
+            raise NotImplementedError(
+                f"{op}: a float operation must say .rn and nothing else, or ptxas may contract or flush it"
+            )
         single = {
             "add": lambda a, b: bits(f32(a) + f32(b)), "sub": lambda a, b: bits(f32(a) - f32(b)),
             "mul": lambda a, b: bits(f32(a) * f32(b)), "fma": fma,
@@ -334,7 +336,9 @@ def compute(op: str) -> tuple[Callable, str, list[str]]:
 
         def divide(a, b):
             a, b = as_type(kind, a), as_type(kind, b)
-            quotient = np.where((a < 0) ^ (b < 0), -(np.abs(a) // np.abs(b)), np.abs(a) // np.abs(b)) if kind[0] == "s" else a // b
+            quotient = (
+                np.where((a < 0) ^ (b < 0), -(np.abs(a) // np.abs(b)), np.abs(a) // np.abs(b)) if kind[0] == "s" else a // b
+            )
             return unsigned(quotient if base == "div" else a - quotient * b, width)
 
         return divide, same, [same]
@@ -355,7 +359,9 @@ def compute(op: str) -> tuple[Callable, str, list[str]]:
             if np.any(position + length > width) or np.any(length >= 64):
                 raise NotImplementedError(f"{op} past the end")
             field = ((U64(1) << length) - U64(1)) << position
-            return ((np.asarray(b).astype(U64) & ~field) | (np.asarray(a).astype(U64) << position & field)).astype(unsigned_type)
+            return ((np.asarray(b).astype(U64) & ~field) | (np.asarray(a).astype(U64) << position & field)).astype(
+                unsigned_type
+            )
 
         return insert, same, [same, same, "b32", "b32"]
     if base == "lop3":
@@ -478,7 +484,9 @@ def run(text: str, kernel: str | None, grid: Any, block: Any, arguments: Sequenc
 
 
 class _Machine:
-    def __init__(self, kernel: Kernel, grid: Any, block: Any, arguments: Sequence[Any], memory: Sequence[np.ndarray], shared: int):
+    def __init__(
+        self, kernel: Kernel, grid: Any, block: Any, arguments: Sequence[Any], memory: Sequence[np.ndarray], shared: int
+    ):
         self.kernel = kernel
         grid, block = ((*((x,) if np.isscalar(x) else tuple(x)), 1, 1)[:3] for x in (grid, block))
         blocks, threads = int(np.prod(grid)), int(np.prod(block))
@@ -601,7 +609,9 @@ class _Machine:
                 width = size(kind) * 8 // len(given[1])
                 total = UNSIGNED[size(kind) * 8](0)
                 for i, name in enumerate(given[1]):
-                    total = total | np.asarray(self.get(name, f"b{width}", who)).astype(total.dtype) << total.dtype.type(width * i)
+                    total = total | np.asarray(self.get(name, f"b{width}", who)).astype(total.dtype) << total.dtype.type(
+                        width * i
+                    )
                 self.put(given[0], total, who)
             else:
                 self.put(given[0], self.get(given[1], kind, who), who)
@@ -658,7 +668,9 @@ class _Machine:
         names = source if isinstance(source, list) else [source]
         address = self.address(place, who)
         kind = UNSIGNED[8 * size(parts[-1])]
-        words = np.stack([np.broadcast_to(np.asarray(self.get(n, parts[-1], who)).astype(kind), address.shape) for n in names], 1)
+        words = np.stack(
+            [np.broadcast_to(np.asarray(self.get(n, parts[-1], who)).astype(kind), address.shape) for n in names], 1
+        )
         raw = np.ascontiguousarray(words).view(U8)
         for chosen, buffer, offset in self.memory.places(address, raw.shape[1], self.block[who], instruction.text):
             buffer[offset[:, None] + np.arange(raw.shape[1])] = raw[chosen]

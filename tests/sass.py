@@ -45,14 +45,29 @@ def tool(name: str) -> str | None:
 def missing() -> str | None:
     """Why machine code cannot be made and read here; None when it can."""
     absent = [name for name in ("nvcc", "cuobjdump", "nvdisasm") if tool(name) is None]
-    return f"{', '.join(absent)} not found: install the CUDA toolkit (nvcc) and CUDA binary utilities or Triton" if absent else None
+    return (
+        f"{', '.join(absent)} not found: install the CUDA toolkit (nvcc) and CUDA binary utilities or Triton"
+        if absent
+        else None
+    )
 
 
 def compile_to(output: Path, arch: str, *flags: str, kind: str = "cubin", source: Path = SOURCE) -> Path:
     """nvcc -cubin or -ptx of one source file for sm_<arch>; the path of the output."""
     nvcc = tool("nvcc")
     assert nvcc is not None
-    command = [nvcc, *NVCC_FLAGS, f"-{kind}", f"-arch=sm_{arch}", "-I", str(SOURCE.parent), *flags, "-o", str(output), str(source)]
+    command = [
+        nvcc,
+        *NVCC_FLAGS,
+        f"-{kind}",
+        f"-arch=sm_{arch}",
+        "-I",
+        str(SOURCE.parent),
+        *flags,
+        "-o",
+        str(output),
+        str(source),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"nvcc failed for sm_{arch}:\n{done.stderr}")

@@ -90,7 +90,8 @@ def test_forbidden_instructions_are_found(tmp_path) -> None:
     source = tmp_path / "wrong.cu"
     names = {why: f"wrong{i}" for i, why in enumerate(WRONG)}
     bodies = "".join(
-        f'extern "C" __global__ void {names[why]}(float* out) {{ const int i = threadIdx.x; {body} }}\n' for why, body in WRONG.items()
+        f'extern "C" __global__ void {names[why]}(float* out) {{ const int i = threadIdx.x; {body} }}\n'
+        for why, body in WRONG.items()
     )
     bodies += 'extern "C" __global__ void right(float* out) { out[threadIdx.x] = __fmaf_rn(out[0], out[1], out[2]); }\n'
     bodies += 'extern "C" __global__ void narrow(float* out, int n) { for (int i = 0; i < n; ++i) out[i] += 1.0f; }\n'
@@ -124,7 +125,9 @@ def main() -> None:
                 except LookupError:
                     counts.append("-")
             spilled = "SPILLED" if function.spilled() else ""
-            print(f"sm_{arch:4} {name[14:60]:46} {function.registers:4} registers  {counts[0]:>6} {counts[1]:>6} /element {spilled}")
+            print(
+                f"sm_{arch:4} {name[14:60]:46} {function.registers:4} registers  {counts[0]:>6} {counts[1]:>6} /element {spilled}"
+            )
 
 
 if __name__ == "__main__":

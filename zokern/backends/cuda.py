@@ -36,7 +36,9 @@ def why_off() -> str | None:
     try:
         count = _cuda.device_count()
     except RuntimeError as problem:
-        return f"no CUDA device can be used ({problem}); install an NVIDIA driver for CUDA 13 or newer, on a machine with a GPU."
+        return (
+            f"no CUDA device can be used ({problem}); install an NVIDIA driver for CUDA 13 or newer, on a machine with a GPU."
+        )
     if count == 0 or not torch.cuda.is_available():
         return "torch finds no CUDA device; check CUDA_VISIBLE_DEVICES and the NVIDIA driver."
     return None

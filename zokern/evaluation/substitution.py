@@ -26,11 +26,11 @@ class Substitution(TorchFunctionMode):
             if id(value) in table or (type(value) in (list, tuple) and any(id(v) in table for v in value)):
                 break
         else:
-            if self.copies.views and args and id(args[0]) in self.copies.views:
-                self.refuse_write_to_view(func, args[0])
             if not kwargs or not any(
                 id(v) in table or (type(v) in (list, tuple) and any(id(u) in table for u in v)) for v in kwargs.values()
             ):
+                if self.copies.views and args and id(args[0]) in self.copies.views:
+                    return self._on_view(func, args, kwargs)
                 return func(*args, **kwargs)
         return self._substitute(func, args, kwargs)
 
@@ -90,14 +90,20 @@ class Substitution(TorchFunctionMode):
         kinds = {v.dtype for v in values if isinstance(v, Tensor) and v.is_floating_point()}
         return kinds.pop() if wide and len(kinds) == 1 else None
 
-    def refuse_write_to_view(self, func, tensor: Tensor) -> None:
+    def _on_view(self, func, args: tuple, kwargs: dict[str, Any]):
+        """A call on a view of a copy: further views are watched too, writes are refused."""
         name = getattr(func, "__name__", "")
-        reference = self.copies.views.get(id(tensor))
-        if writes(name) and reference is not None and reference() is tensor:
+        reference = self.copies.views.get(id(args[0]))
+        watched = reference is not None and reference() is args[0]
+        if watched and writes(name):
             raise RuntimeError(
                 f"the closure writes to a view of a trained parameter ({name}): the loss of a step must only read the weights; "
                 "the step was abandoned and no weight has changed"
             )
+        result = func(*args, **kwargs)
+        if watched and isinstance(result, Tensor) and (name in VIEWS or name == "__get__"):
+            self.copies.watch(result)
+        return result
 
 
 def _written(name: str, args: tuple, kwargs: dict[str, Any]) -> list:
