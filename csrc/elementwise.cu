@@ -2,15 +2,12 @@
 //
 // math     as elementwise.h: float32 inside, fma in draw order, one rounding; unit u is elements 8 u .. 8 u + 7 of the stream
 // traffic  bf16 axpy_: 2 B read + 2 B written per element for any K; perturb: 2 B read + one write per side; z moves no bytes
-// work     whole loop per element on sm_90, one draw, no decay: normal 26.5 instructions (16-bit) and 25.6 (float32),
-// rademacher
-//          13.9 and 12.9; at most 80 registers, no spill on sm_80 to sm_120 (nvcc 13.0; `python tests/test_sass.py
-//          build/cubins`)
-// launch   one persistent grid per list, blocks of 256 threads. A block takes a chunk (or, when chunks are few, a part of one);
-// a
+// work     whole loop per element, sm_90, one draw, no decay: normal 26.5 instructions (16-bit), 25.6 (float32); rademacher
+//          13.9, 12.9. At most 80 registers, no spill on sm_80 to sm_120: `python tests/test_sass.py build/cubins`, nvcc 13.0
+// launch   one persistent grid per list, blocks of 256 threads. A block takes a chunk or, when chunks are few, part of one; a
 //          thread takes whole units, with one 16-byte load and store for 16-bit types and two for float32. Elements outside
-//          whole units, and entries that are strided, gathered, sliced or off a 16-byte boundary, go one at a time, still with
-//          one Philox block for the unit.
+//          whole units, and entries that are strided, gathered, sliced or off a 16-byte boundary, go one at a time, still
+//          with one Philox block for the unit.
 // equal    bit for bit to zokern/backends/reference.py for every grid: a value depends on its stream number alone, and the
 //          count of non-finite results is an integer sum. Conversions in registers (cvt.rn) round as rounding.h does.
 // source   Malladi et al. 2023, Algorithm 1; stream: zokern/stream.py, version 1
@@ -227,8 +224,7 @@ __device__ __forceinline__ Units whole_units(const Entry& e, const Chunk& chunk)
   return addresses % 16 == 0 ? units : Units{0, 0};
 }
 
-// What a loop over whole units needs of an entry, read once: the table could be in the way of a store for all the compiler
-// knows.
+// What a loop over whole units needs of an entry, read once: for all the compiler knows, a store could change the table.
 struct Place {
   void* theta;
   void* out[2];
@@ -240,8 +236,8 @@ struct Place {
       : theta(e.theta), out{e.out[0], e.out[1]}, residual(e.residual), first(e.first), who(e.who) {}
 };
 
-// Some elements [low, high) of a unit, anywhere. Element i lies at theta + at + i stride, residual + residual_at + i, out + to
-// + i.
+// Some elements [low, high) of a unit, anywhere. Element i lies at theta + at + i stride, residual + residual_at + i and
+// out + to + i.
 struct Piece {
   uint32_t unit;
   int low, high;

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 VOCABULARY = 37
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """For files of tiny models: a second thread has nothing to do there, and waits for the first whenever cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Tiny(nn.Module):

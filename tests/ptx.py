@@ -22,8 +22,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -442,7 +443,7 @@ class Memory:
     """The arrays of a launch by address, and shared memory."""
 
     def __init__(self, arrays: Sequence[np.ndarray], blocks: int, shared: int):
-        arrays = [a for a in {a.ctypes.data: a for a in arrays if a.nbytes}.values()]
+        arrays = list({a.ctypes.data: a for a in arrays if a.nbytes}.values())
         arrays.sort(key=lambda a: a.ctypes.data)
         for a in arrays:
             if not a.flags.c_contiguous:

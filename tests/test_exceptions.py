@@ -8,7 +8,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from models import batch, build, changed, next_token_loss, same_bits, snapshot
+from models import batch, build, changed, next_token_loss, one_thread, same_bits, snapshot  # noqa: F401 (a fixture)
 from torch import nn
 
 import zokern
@@ -61,9 +61,9 @@ def run(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 def state(model: nn.Module) -> dict:
     """Everything beside weights and buffers that a step must leave alone."""
     return {
-        "torch": torch.get_rng_state().tolist(),
+        "torch": torch.get_rng_state().numpy().tobytes(),
         "random": random.getstate(),
-        "numpy": repr(np.random.get_state()),
+        "numpy": [part.tobytes() if isinstance(part, np.ndarray) else part for part in np.random.get_state()],
         "train": [module.training for module in model.modules()],
         "tree": [(name, id(module)) for name, module in model.named_modules()],
         "parameters": [(name, id(p), p.data_ptr(), p.requires_grad) for name, p in model.named_parameters()],

@@ -9,7 +9,7 @@ import models
 import oracle
 import pytest
 import torch
-from models import build, changed, same_bits, snapshot
+from models import build, changed, one_thread, same_bits, snapshot  # noqa: F401 (a fixture)
 from torch import nn
 from torch.func import functional_call, jvp
 

@@ -7,7 +7,7 @@ import io
 
 import pytest
 import torch
-from models import batch, changed, next_token_loss, same_bits, snapshot, tiny
+from models import batch, changed, next_token_loss, one_thread, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
 from torch import nn
 
 import zokern

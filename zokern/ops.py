@@ -333,6 +333,8 @@ def _(counter, low, high, rounds, backend):
 
 @torch.library.custom_op("zokern::draw_", mutates_args=("out",))
 def _draw_op(out: Tensor, who: int, first: int, step: int, draw: int, direction: str, seed: int, backend: str) -> None:
+    if not out.is_contiguous():
+        raise ValueError(f"draw_: out has strides {out.stride()}; expected a contiguous tensor")
     backends.get(backend).draw([out], [Span(who, first)], directions.resolve(direction), seed % (2 * _SIGN), step, draw)
 
 

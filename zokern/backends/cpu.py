@@ -6,7 +6,8 @@ One call is one parallel region over the chunks of a table, on ``torch.get_num_t
 
 from __future__ import annotations
 
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch  # before _cpu: both then share one OpenMP runtime, and torch's threads are not oversubscribed
@@ -73,14 +74,16 @@ def _check(name: str, tensors: Sequence[Tensor]) -> None:
 
 
 def _tables(entries: np.ndarray, chunks: np.ndarray) -> tuple[int, int, int]:
-    return entries.ctypes.data, chunks.ctypes.data, len(chunks)
+    return entries.__array_interface__["data"][0], chunks.__array_interface__["data"][0], len(chunks)
 
 
-def _workers(chunks: np.ndarray) -> int:
-    threads = torch.get_num_threads()
-    if threads > 1 and len(chunks) * table.CHUNK_ELEMENTS > SMALL and int((chunks["end"] - chunks["begin"]).sum()) < SMALL:
+def _workers(entries: np.ndarray, chunks: np.ndarray) -> int:
+    """Threads of a launch: one where waking a second costs more than it saves."""
+    if len(chunks) == 1:
         return 1
-    return threads if len(chunks) > 1 else 1
+    if len(entries) > 1 and int((chunks["end"] - chunks["begin"]).sum()) < SMALL:
+        return 1
+    return torch.get_num_threads()
 
 
 class Cpu:
@@ -99,7 +102,7 @@ class Cpu:
         number = _direction(direction)
         _check("outs", outs)
         entries, chunks = table.pack(None, spans, (outs,))
-        _module().draw(*_tables(entries, chunks), number, seed, step, draw, _workers(chunks), 0)
+        _module().draw(*_tables(entries, chunks), number, seed, step, draw, _workers(entries, chunks), 0)
 
     def axpy_(self, thetas: Sequence[Tensor], spans: Sequence[Span], direction, seed: int, draws: Sequence[tuple[int, int]],
               coeffs: Tensor, decay: float, rounding: str, residuals: Sequence[Tensor] | None) -> Tensor:  # fmt: skip
@@ -110,7 +113,7 @@ class Cpu:
         entries, chunks = table.pack(thetas, spans, residuals=residuals)
         terms = table.pack_draws(draws, coeffs.detach().numpy())
         _module().axpy(*_tables(entries, chunks), number, seed, terms.ctypes.data, len(terms), decay, table.ROUNDING[rounding],
-                       nonfinite.data_ptr(), _workers(chunks), 0)  # fmt: skip
+                       nonfinite.data_ptr(), _workers(entries, chunks), 0)  # fmt: skip
         return nonfinite
 
     def perturb(self, thetas: Sequence[Tensor], spans: Sequence[Span], direction, seed: int, step: int, draw: int,
@@ -122,7 +125,7 @@ class Cpu:
         entries, chunks = table.pack(thetas, spans, outs, residuals)
         sides = np.zeros(2, dtype=np.float32)
         sides[: len(scales)] = scales
-        _module().perturb(*_tables(entries, chunks), number, seed, step, draw, sides.ctypes.data, _workers(chunks), 0)
+        _module().perturb(*_tables(entries, chunks), number, seed, step, draw, sides.ctypes.data, _workers(entries, chunks), 0)
 
 
 __all__ = ["Cpu", "architectures", "isa", "select", "why_off"]

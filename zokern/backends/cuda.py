@@ -7,7 +7,8 @@ stream that it runs on, which is what torch's allocators order by: nothing has t
 
 from __future__ import annotations
 
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch

@@ -12,6 +12,7 @@ from .arena import ALIGN, Arena
 from .plan import Group, Plan
 
 RESIDENT = 1 << 16  # elements: tensors up to this size are perturbed together, ahead of the reading
+TILE = 1 << 23  # elements: larger tiles leave the caches before they are read, smaller ones starve the product (benchmarks/)
 
 
 class Copies:
@@ -115,9 +116,9 @@ class Copies:
         )
 
     def tile_rows(self, weight: Tensor, dimension: int) -> int:
-        """How many slices along a dimension of a matrix fit what is left of the arena."""
+        """How many slices along a dimension of a matrix make a tile: what is left of the arena, at most TILE elements."""
         size = max(1, weight.numel() // max(1, weight.shape[dimension]) * weight.element_size())
-        return max(1, self.arena.left(weight.device) // size)
+        return max(1, min(self.arena.left(weight.device), TILE * weight.element_size()) // size)
 
     def watch(self, view: Tensor) -> None:
         """A result that shares memory with a perturbed copy: writing to it would have been writing to the weights."""
