@@ -1,4 +1,5 @@
-// bind.cpp: elementwise.h for Python; compiled once with elementwise.cpp (zokern._cpu) and once with elementwise.cu (zokern._cuda)
+// bind.cpp: elementwise.h for Python; compiled once with elementwise.cpp (zokern._cpu) and once with elementwise.cu
+// (zokern._cuda)
 //
 // Addresses are Python integers: zokern/backends/table.py makes them, the backends own what they point to. The interpreter's
 // lock is released while a kernel runs; a C++ exception becomes a Python exception.
@@ -28,7 +29,8 @@ zo::Launch launch(uintptr_t entries, uintptr_t chunks, int64_t chunk_count, int3
   check(chunk_count == 0 || (entries != 0 && chunks != 0), "entries or chunks is a null address");
   check(direction >= 0 && direction <= 1, "direction is not one of 0 (normal), 1 (rademacher)");
   check(workers >= 0, "workers is negative");
-  return {at<zo::Entry>(entries), at<zo::Chunk>(chunks), chunk_count, static_cast<zo::Direction>(direction), seed, workers, stream};
+  return {
+      at<zo::Entry>(entries), at<zo::Chunk>(chunks), chunk_count, static_cast<zo::Direction>(direction), seed, workers, stream};
 }
 
 void philox(uintptr_t counters, int64_t count, uint32_t k0, uint32_t k1, int rounds, uintptr_t words, int64_t workers,
@@ -64,10 +66,10 @@ PYBIND11_MODULE(ZOKERN_MODULE, module) {
   using pybind11::arg;
   module.def("philox", &philox, Free(), arg("counters"), arg("count"), arg("k0"), arg("k1"), arg("rounds"), arg("words"),
              arg("workers"), arg("stream"));
-  module.def("draw", &draw, Free(), arg("entries"), arg("chunks"), arg("chunk_count"), arg("direction"), arg("seed"), arg("step"),
-             arg("draw"), arg("workers"), arg("stream"));
-  module.def("axpy", &axpy, Free(), arg("entries"), arg("chunks"), arg("chunk_count"), arg("direction"), arg("seed"), arg("draws"),
-             arg("draw_count"), arg("decay"), arg("rounding"), arg("nonfinite"), arg("workers"), arg("stream"));
+  module.def("draw", &draw, Free(), arg("entries"), arg("chunks"), arg("chunk_count"), arg("direction"), arg("seed"),
+             arg("step"), arg("draw"), arg("workers"), arg("stream"));
+  module.def("axpy", &axpy, Free(), arg("entries"), arg("chunks"), arg("chunk_count"), arg("direction"), arg("seed"),
+             arg("draws"), arg("draw_count"), arg("decay"), arg("rounding"), arg("nonfinite"), arg("workers"), arg("stream"));
   module.def("perturb", &perturb, Free(), arg("entries"), arg("chunks"), arg("chunk_count"), arg("direction"), arg("seed"),
              arg("step"), arg("draw"), arg("scales"), arg("workers"), arg("stream"));
   module.def("implementation", &zo::implementation);

@@ -42,9 +42,9 @@ struct Job {
   int32_t draw_count;
   const Entry* entries;
   const Chunk* chunks;
-  const Draw* draws;     // one for draw and perturb
-  const float* scales;   // perturb
-  float decay;           // axpy
+  const Draw* draws;                                 // one for draw and perturb
+  const float* scales;                               // perturb
+  float decay;                                       // axpy
   alignas(64) uint32_t keys[2 * kPhiloxRounds][16];  // round r adds keys[2 r] and keys[2 r + 1], one copy a lane
 };
 
@@ -53,7 +53,7 @@ struct Job {
 #if defined(ZOKERN_ISA)
 
 #define ZO_QUOTE(path) #path
-#define ZO_TRAIT(isa) ZO_QUOTE(simd/isa.h)
+#define ZO_TRAIT(isa) ZO_QUOTE(simd / isa.h)
 #include ZO_TRAIT(ZOKERN_ISA)
 
 namespace zo {
@@ -62,8 +62,8 @@ namespace {
 using F = Simd::F;
 using U = Simd::U;
 constexpr int kLanes = Simd::kLanes;
-constexpr int kUnit = 2 * kLanes;  // elements of one step of the second stage
-constexpr int kBlocks = 64;        // blocks between the two stages: 1 KB of words
+constexpr int kUnit = 2 * kLanes;    // elements of one step of the second stage
+constexpr int kBlocks = 64;          // blocks between the two stages: 1 KB of words
 constexpr int kPiece = 8 * kBlocks;  // elements of the general path's buffers
 
 struct Name {
@@ -219,13 +219,13 @@ int64_t count_nonfinite(const Element<T>* p, int64_t n) {
   return count;
 }
 
-struct Run {            // consecutive elements of one row
+struct Run {  // consecutive elements of one row
   const Entry* entry;
-  const void* theta;    // the first of them
+  const void* theta;  // the first of them
   int64_t column_stride;
-  int64_t position;     // of the first in the outputs
-  int64_t low;          // of the first in the residual
-  uint64_t number;      // of the first in the stream
+  int64_t position;  // of the first in the outputs
+  int64_t low;       // of the first in the residual
+  uint64_t number;   // of the first in the stream
   int64_t n;
 };
 
@@ -244,7 +244,7 @@ int64_t fast(const Job& job, const Run& run, const Element<T>* theta, Element<O>
     const int n = static_cast<int>(run.n - done < kSpan ? run.n - done : kSpan);
     const uint64_t block = (run.number + static_cast<uint64_t>(done)) / per_block(D);
     make_words<D == Direction::kNormal && !kPaired, kAhead>(static_cast<uint32_t>(block), (n + per_block(D) - 1) / per_block(D),
-                                                           name, words, reinterpret_cast<const char*>(theta + done + kSpan));
+                                                            name, words, reinterpret_cast<const char*>(theta + done + kSpan));
     sweep<D, kPaired>(words, n / kUnit, [&](int unit, F a, F b) ZO_INLINE_LAMBDA {
       const int64_t i = done + unit * kUnit;
       if constexpr (kSides == 0) {
@@ -409,7 +409,8 @@ int64_t general_piece(const Job& job, const Run& run, int64_t begin, int n, Buff
       gather(theta, run.column_stride, n, buffers.half + skip);
       widen(type, buffers.half, units, value);
       if (keep) {
-        for (int i = 0; i < n; ++i) value[skip + i] = residual_join(buffers.half[skip + i], entry.residual[run.low + begin + i]);
+        for (int i = 0; i < n; ++i)
+          value[skip + i] = residual_join(buffers.half[skip + i], entry.residual[run.low + begin + i]);
       }
     }
   }

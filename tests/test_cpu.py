@@ -45,7 +45,9 @@ def weights(n: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
 
 
 def axpy(backend, theta, direction="normal", first=0, draws=((3, 1),), coeffs=(0.5,), decay=1.0, rounding="nearest"):
-    found = backend.axpy_([theta], [Span(77, first)], resolve(direction), 5, list(draws), torch.tensor(coeffs), decay, rounding, None)
+    found = backend.axpy_(
+        [theta], [Span(77, first)], resolve(direction), 5, list(draws), torch.tensor(coeffs), decay, rounding, None
+    )
     return int(found)
 
 
@@ -164,9 +166,13 @@ def test_chunks_cover_every_element_once():
 def test_forced_path():
     """ZOKERN_CPU_ISA chooses a path when the module is loaded; an unusable name is an error that lists the usable ones."""
     code = "from zokern.backends import cpu; print(cpu.isa())"
-    run = subprocess.run([sys.executable, "-c", code], env={**os.environ, "ZOKERN_CPU_ISA": "scalar"}, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "ZOKERN_CPU_ISA": "scalar"}, capture_output=True, text=True
+    )
     assert run.stdout.strip() == "scalar", run.stderr
-    run = subprocess.run([sys.executable, "-c", code], env={**os.environ, "ZOKERN_CPU_ISA": "mmx"}, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "ZOKERN_CPU_ISA": "mmx"}, capture_output=True, text=True
+    )
     assert run.returncode != 0 and "mmx" in run.stderr and "scalar" in run.stderr
 
 

@@ -48,8 +48,8 @@ struct Simd {
     return _mm512_ternarylogic_epi32(_mm512_srli_epi64(product, 32), x, _mm512_load_si512(key), 0x96);
   }
   static W last(W product, W x, const uint32_t* key) {
-    return _mm512_mask_ternarylogic_epi32(_mm512_shuffle_epi32(product, _MM_PERM_CDAB), 0x5555, x,
-                                          _mm512_load_si512(key), 0x96);
+    return _mm512_mask_ternarylogic_epi32(_mm512_shuffle_epi32(product, _MM_PERM_CDAB), 0x5555, x, _mm512_load_si512(key),
+                                          0x96);
   }
   // kUnpack: 64-bit lanes (b0 b2 of w01, b0 b2 of w23, b1 b3 of w01, b1 b3 of w23), which interleave() puts in order
   template <bool kUnpack>

@@ -34,7 +34,9 @@ struct Simd {
 
   // Philox: one block a 64-bit lane, of which the upper half may hold anything
   template <bool kUnpack>
-  static W counters(uint32_t block) { return block; }
+  static W counters(uint32_t block) {
+    return block;
+  }
   static W wide(uint32_t x) { return x; }
   static W multiply(W x, uint32_t constant) { return static_cast<uint64_t>(static_cast<uint32_t>(x)) * constant; }
   static W mix(W product, W x, const uint32_t* key) { return (product >> 32) ^ x ^ *key; }

@@ -74,7 +74,7 @@ def _check(name: str, tensors: Sequence[Tensor]) -> None:
 
 
 def _tables(entries: np.ndarray, chunks: np.ndarray) -> tuple[int, int, int]:
-    return entries.__array_interface__["data"][0], chunks.__array_interface__["data"][0], len(chunks)
+    return table.address(entries), table.address(chunks), len(chunks)
 
 
 def _workers(entries: np.ndarray, chunks: np.ndarray) -> int:
@@ -112,7 +112,7 @@ class Cpu:
         nonfinite = torch.zeros(1, dtype=torch.int64)
         entries, chunks = table.pack(thetas, spans, residuals=residuals)
         terms = table.pack_draws(draws, coeffs.detach().numpy())
-        _module().axpy(*_tables(entries, chunks), number, seed, terms.ctypes.data, len(terms), decay, table.ROUNDING[rounding],
+        _module().axpy(*_tables(entries, chunks), number, seed, table.address(terms), len(terms), decay, table.ROUNDING[rounding],
                        nonfinite.data_ptr(), _workers(entries, chunks), 0)  # fmt: skip
         return nonfinite
 

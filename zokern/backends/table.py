@@ -121,6 +121,11 @@ def chunks(entries: np.ndarray) -> np.ndarray:
     return table
 
 
+def address(array: np.ndarray) -> int:
+    """Where a table lies. Asked of a plain view, because NumPy describes every field of a structured array at each question."""
+    return array.view(np.uint64).__array_interface__["data"][0]
+
+
 def pack_draws(draws: Sequence[tuple[int, int]], coeffs: Sequence[float] | np.ndarray) -> np.ndarray:
     """The terms of a sum."""
     table = np.zeros(len(draws), dtype=DRAW)
@@ -129,4 +134,4 @@ def pack_draws(draws: Sequence[tuple[int, int]], coeffs: Sequence[float] | np.nd
     return table
 
 
-__all__ = ["CHUNK", "DIRECTIONS", "DRAW", "ENTRY", "INDEX_LIMIT", "ROUNDING", "TYPES", "pack", "pack_draws"]
+__all__ = ["CHUNK", "DIRECTIONS", "DRAW", "ENTRY", "INDEX_LIMIT", "ROUNDING", "TYPES", "address", "pack", "pack_draws"]
