@@ -53,7 +53,9 @@ struct Job {
 #if defined(ZOKERN_ISA)
 
 #define ZO_QUOTE(path) #path
-#define ZO_TRAIT(isa) ZO_QUOTE(simd / isa.h)
+// clang-format off
+#define ZO_TRAIT(isa) ZO_QUOTE(simd/isa.h)
+// clang-format on
 #include ZO_TRAIT(ZOKERN_ISA)
 
 namespace zo {

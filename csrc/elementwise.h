@@ -1,4 +1,5 @@
-// elementwise.h: the table of a launch, and every elementwise verb for one element; shared by elementwise.cpp and elementwise.cu
+// elementwise.h: the table of a launch, and every elementwise verb for one element; shared by elementwise.cpp and
+// elementwise.cu
 //
 // verbs    draw     out <- T(z)
 //          axpy_    theta <- round(decay theta + sum_k a_k z_k): float32 inside, fma in draw order, one rounding to T
@@ -24,20 +25,20 @@ namespace zo {
 enum class Type : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 enum class Direction : int32_t { kNormal = 0, kRademacher = 1 };
 
-struct Entry {                // 104 bytes; backends/table.py packs the same layout
-  void* theta;                // null for draw
-  void* out[2];               // draw: out[0]; perturb: out[0], out[1] (null when there is one side); axpy_: unused
-  int16_t* residual;          // low bits of a bfloat16 theta, at R columns + c, or null
-  const int64_t* rows;        // row numbers, or null for 0, 1, 2, ...
-  int64_t row_count;          // r runs over [0, row_count)
-  int64_t columns;            // c runs over [0, columns)
-  int64_t row_stride;         // in elements of theta
-  int64_t column_stride;      // in elements of theta
-  uint64_t first;             // number of element (0, 0) in the tensor that the stream knows
-  uint64_t pitch;             // numbers between rows
-  uint32_t who;               // parameter id
-  int32_t type;               // Type of theta
-  int32_t out_type;           // Type of out
+struct Entry {            // 104 bytes; backends/table.py packs the same layout
+  void* theta;            // null for draw
+  void* out[2];           // draw: out[0]; perturb: out[0], out[1] (null when there is one side); axpy_: unused
+  int16_t* residual;      // low bits of a bfloat16 theta, at R columns + c, or null
+  const int64_t* rows;    // row numbers, or null for 0, 1, 2, ...
+  int64_t row_count;      // r runs over [0, row_count)
+  int64_t columns;        // c runs over [0, columns)
+  int64_t row_stride;     // in elements of theta
+  int64_t column_stride;  // in elements of theta
+  uint64_t first;         // number of element (0, 0) in the tensor that the stream knows
+  uint64_t pitch;         // numbers between rows
+  uint32_t who;           // parameter id
+  int32_t type;           // Type of theta
+  int32_t out_type;       // Type of out
   int32_t reserved;
 };
 static_assert(sizeof(Entry) == 104, "zokern/backends/table.py packs 104 bytes");

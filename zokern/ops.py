@@ -33,7 +33,7 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 def shared_memory(named: Iterable[tuple[str, Tensor]]) -> tuple[str, str] | None:
     """The names of two tensors that have an element in common, or None."""
-    spans = []
+    spans: list[tuple[int, int, int, str, Tensor]] = []
     for name, tensor in named:
         if tensor.numel():
             last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
