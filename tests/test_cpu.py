@@ -44,7 +44,7 @@ def weights(n: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
     return (torch.randn(n, generator=torch.Generator().manual_seed(seed)) * 0.02).to(dtype)
 
 
-def axpy(backend, theta, direction="normal", first=0, draws=((3, 1),), coeffs=(0.5,), decay=1.0, rounding="nearest"):
+def axpy(backend, theta, direction="normal", first=0, draws=((3, 1),), coeffs=(0.3,), decay=1.0, rounding="nearest"):
     found = backend.axpy_(
         [theta], [Span(77, first)], resolve(direction), 5, list(draws), torch.tensor(coeffs), decay, rounding, None
     )
@@ -58,8 +58,9 @@ def test_every_path_is_the_reference(path, direction, dtype):
     for n in (1, 7, 33, 513, 1025, 8300):
         for first in (0, 1, 127, 2**31 - 5, 2**32 + 3, 2**35 - n):
             ours, theirs = weights(n, dtype, n), weights(n, dtype, n)
-            axpy(cpu.Cpu(), ours, direction, first)
-            axpy(Reference(), theirs, direction, first)
+            decay = 0.97 if first % 2 else 1.0
+            axpy(cpu.Cpu(), ours, direction, first, decay=decay)
+            axpy(Reference(), theirs, direction, first, decay=decay)
             assert torch.equal(bits(ours), bits(theirs)), (n, first)
 
 
