@@ -6,8 +6,10 @@ The step calls the backends directly with checked lists; these functions are the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from .backends import DTYPES, ROUNDINGS, Span
 from .stream import INDEX_LIMIT, ROUNDS, check_seed, check_word, parameter_id
 
 _FLOATS = tuple(getattr(torch, name) for name in DTYPES)
+_FLOAT_SET = set(_FLOATS)
 _SIGN = 1 << 63  # torch.library integers are signed: seeds travel as two's complement
 
 
@@ -31,22 +34,28 @@ def overlaps_itself(tensor: Tensor) -> bool:
     return False
 
 
-def shared_memory(named: Iterable[tuple[str, Tensor]]) -> tuple[str, str] | None:
-    """The names of two tensors that have an element in common, or None."""
-    spans: list[tuple[int, int, int, str, Tensor]] = []
-    for name, tensor in named:
-        if tensor.numel():
-            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
-            start = tensor.data_ptr()
-            spans.append((start, start + (last + 1) * tensor.element_size(), len(spans), name, tensor))
-    spans.sort()
-    for i, (_, end, _, name, tensor) in enumerate(spans):
-        for start, _, _, other, second in spans[i + 1 :]:
-            if start >= end:
+def shared_memory(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
+    """The positions of two tensors that have an element in common, or None."""
+    starts, sizes = np.array([t.data_ptr() for t in tensors]), np.array([_reach(t) for t in tensors])
+    order = np.argsort(starts)
+    if np.all((starts + sizes)[order][:-1] <= starts[order][1:]):
+        return None
+    spans = [(int(starts[i]), int(sizes[i]), int(i)) for i in order if sizes[i]]
+    for position, (start, size, i) in enumerate(spans):
+        for after, _, j in spans[position + 1 :]:
+            if after >= start + size:
                 break
-            if tensor.device == second.device and not _interleaved(tensor, second):
-                return name, other
+            if tensors[i].device == tensors[j].device and not _interleaved(tensors[i], tensors[j]):
+                return i, j
     return None
+
+
+def _reach(tensor: Tensor) -> int:
+    """Bytes from a tensor's first element to behind its last."""
+    if tensor.is_contiguous():
+        return tensor.nbytes
+    last = sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride()))
+    return (last + 1) * tensor.element_size() if tensor.numel() else 0
 
 
 def _interleaved(a: Tensor, b: Tensor) -> bool:
@@ -80,7 +89,7 @@ def check_tensor(verb: str, what: str, tensor: Tensor, first: int = 0, hint: str
         )
 
 
-def _spans(verb: str, tensors: Sequence[Tensor], who, first) -> list[Span]:
+def _spans(verb: str, tensors: Sequence[Tensor], who, first) -> Sequence[Span]:
     whos = [who] * len(tensors) if isinstance(who, (str, int)) else list(who)
     if isinstance(who, (str, int)) and len(tensors) > 1:
         raise ValueError(
@@ -91,19 +100,26 @@ def _spans(verb: str, tensors: Sequence[Tensor], who, first) -> list[Span]:
         raise ValueError(
             f"{verb}: {len(tensors)} tensors, {len(whos)} names and {len(firsts)} offsets; expected as many of each"
         )
-    return [Span(parameter_id(w) if isinstance(w, str) else check_word("who", w), f) for w, f in zip(whos, firsts)]
+    return _span_list(tuple(whos), tuple(firsts))
+
+
+@lru_cache(maxsize=256)
+def _span_list(whos: tuple, firsts: tuple) -> tuple[Span, ...]:
+    """A loop names the same list of parameters at every step."""
+    return tuple(Span(parameter_id(w) if isinstance(w, str) else check_word("who", w), f) for w, f in zip(whos, firsts))
 
 
 def _check_list(verb: str, tensors: Sequence[Tensor], spans: Sequence[Span]) -> torch.device:
     if not tensors:
         raise ValueError(f"{verb}: tensors is empty; expected at least one tensor")
     device = tensors[0].device
-    for i, (tensor, span) in enumerate(zip(tensors, spans)):
-        check_tensor(verb, f"tensors[{i}]", tensor, span.first)
-        if tensor.device != device:
-            raise ValueError(
-                f"{verb}: tensors[{i}] is on {tensor.device} and tensors[0] on {device}; expected one device a call"
-            )
+    plain = {t.dtype for t in tensors} <= _FLOAT_SET and all([t.is_contiguous() for t in tensors])
+    if not plain or min(s.first for s in spans) < 0 or max(s.first + t.numel() for s, t in zip(spans, tensors)) > INDEX_LIMIT:
+        for i, (tensor, span) in enumerate(zip(tensors, spans)):
+            check_tensor(verb, f"tensors[{i}]", tensor, span.first)
+    if {t.device for t in tensors} != {device}:
+        i, other = next((i, t.device) for i, t in enumerate(tensors) if t.device != device)
+        raise ValueError(f"{verb}: tensors[{i}] is on {other} and tensors[0] on {device}; expected one device a call")
     return device
 
 
@@ -241,18 +257,24 @@ def axpy_(
         raise ValueError(f"axpy_: decay is {decay}; expected a finite number")
     low = [] if residuals is None else _list(residuals)
     _check_rounding(tensors, rounding, low)
-    if (pair := shared_memory((f"tensors[{i}]", t) for i, t in enumerate(tensors))) is not None:
-        raise ValueError(f"axpy_: {pair[0]} and {pair[1]} share memory; expected distinct tensors")
-    name = _backend(backend, device)
-    if direction.name not in directions.DIRECTIONS:
-        runner = backends.get(name)
-        with torch.no_grad():
-            return runner.axpy_(tensors, spans, direction, check_seed(seed), draws, coeffs, decay, rounding, low or None)
+    if (pair := shared_memory(tensors)) is not None:
+        raise ValueError(f"axpy_: tensors[{pair[0]}] and tensors[{pair[1]}] share memory; expected distinct tensors")
+    name, seed = _backend(backend, device), check_seed(seed)
     with torch.no_grad():  # weights are leaves that require a gradient, and this is not an operation to differentiate
+        if direction.name not in directions.DIRECTIONS or not _traced():
+            count = backends.get(name).axpy_(tensors, spans, direction, seed, draws, coeffs, decay, rounding, low or None)
+            torch.autograd.graph.increment_version([*tensors, *low])  # the kernels write through raw pointers
+            return count
+        whos, firsts = [s.who for s in spans], [s.first for s in spans]
         return torch.ops.zokern.axpy_(
-            tensors, low, coeffs, [s.who for s in spans], [s.first for s in spans], [s for s, _ in draws], [d for _, d in draws],
+            tensors, low, coeffs, whos, firsts, [s for s, _ in draws], [d for _, d in draws],
             direction.name, _wrap(seed), decay, rounding, name,
         )  # fmt: skip
+
+
+def _traced() -> bool:
+    """Whether someone looks at operations rather than values: then the registered operation has to be called, not its kernel."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _check_rounding(tensors: Sequence[Tensor], rounding: str, residuals: Sequence[Tensor]) -> None:
@@ -309,9 +331,10 @@ def perturb(
         _check_rounding(tensors, "residual", low)
     name = _backend(backend, device)
     step, draw, wide = check_word("step", step), check_word("draw", draw), dtype == torch.float32
-    if direction.name not in directions.DIRECTIONS:
+    seed = check_seed(seed)
+    if direction.name not in directions.DIRECTIONS or not _traced():
         outs = [[torch.empty(t.shape, dtype=dtype or t.dtype, device=device) for t in tensors] for _ in scales]
-        backends.get(name).perturb(tensors, spans, direction, check_seed(seed), step, draw, scales, outs, low or None)
+        backends.get(name).perturb([t.detach() for t in tensors], spans, direction, seed, step, draw, scales, outs, low or None)
         return outs
     who_ids, firsts = [s.who for s in spans], [s.first for s in spans]
     with torch.no_grad():

@@ -107,9 +107,10 @@ def trained(named: Iterable[tuple[str, Tensor]], who: dict[str, int]) -> list[Tr
 
 def check_overlap(named: list[tuple[str, Tensor]]) -> None:
     """Refuse distinct tensors that share memory in part."""
-    if (pair := shared_memory(named)) is not None:
+    if (pair := shared_memory([tensor for _, tensor in named])) is not None:
+        first, second = (named[i][0] for i in pair)
         raise ValueError(
-            f"parameters {pair[0]!r} and {pair[1]!r} overlap in memory but are not the same view; "
+            f"parameters {first!r} and {second!r} overlap in memory but are not the same view; "
             "an update of one would change the other: clone one of them"
         )
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ _M0, _M1, _W0, _W1 = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
 
 
+@lru_cache(maxsize=1 << 16)
 def parameter_id(name: str) -> int:
     """The 32-bit id of a parameter: the first four bytes, little endian, of SHA-256 of its qualified name."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")

@@ -7,8 +7,7 @@ values that it would have read as part of the whole tensor.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -16,8 +15,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 ROUNDINGS = ("nearest", "stochastic", "residual")
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """Where the elements of one tensor stand in the stream.
 
     who    parameter id

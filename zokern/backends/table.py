@@ -52,6 +52,9 @@ def pack(
     residuals: Sequence[Tensor] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Entries and chunks of a launch. Empty tensors take no entry; a tensor of more than two strided dimensions takes several."""
+    if thetas is not None and len(thetas) > 8 and residuals is None and not outs and _plain(thetas, spans):
+        entries = _pack_plain(thetas, spans)
+        return entries, chunks(entries)
     words: list[int] = []  # an entry is 13 of 64 bits; one flat list is the fastest way from Python to NumPy
     sides: list[Sequence[Tensor]] = list(outs)
     shapes = thetas if thetas is not None else sides[0]
@@ -95,6 +98,22 @@ def pack(
     if len(words) == 13:  # one tensor: the common launch of an evaluation, called hundreds of times a step
         return entries, _chunks_of_one(words[5] * words[6], words[9] % ALIGN)
     return entries, chunks(entries)
+
+
+def _plain(thetas: Sequence[Tensor], spans: Sequence[Span]) -> bool:
+    return all([t.is_contiguous() for t in thetas]) and all([s.rows is None and s.pitch is None for s in spans])
+
+
+def _pack_plain(thetas: Sequence[Tensor], spans: Sequence[Span]) -> np.ndarray:
+    """pack() for a long list of contiguous tensors that are updated in place: column by column, which NumPy does faster."""
+    entries = np.zeros(len(thetas), dtype=ENTRY)
+    entries["theta"] = [t.data_ptr() for t in thetas]
+    entries["columns"] = entries["pitch"] = [t.numel() for t in thetas]
+    entries["row_count"], entries["column_stride"] = 1, 1
+    entries["first"] = [s.first for s in spans]
+    entries["who"] = [s.who for s in spans]
+    entries["type"] = entries["out_type"] = [TYPES[t.dtype] for t in thetas]
+    return entries[entries["columns"] > 0]
 
 
 @lru_cache(maxsize=4096)
