@@ -48,7 +48,9 @@ def bench_axpy_large(benchmark, report, dtype: str) -> None:
         group,
         **{
             f"axpy_ normal {dtype} / eager": group.ratio(loop, f"axpy_ normal K=1 {size}"),
-            f"axpy_ normal {dtype} / in-place torch": group.ratio(f"in-place torch, normal_ + add_ {size}", f"axpy_ normal K=1 {size}"),
+            f"axpy_ normal {dtype} / in-place torch": group.ratio(
+                f"in-place torch, normal_ + add_ {size}", f"axpy_ normal K=1 {size}"
+            ),
             f"axpy_ rademacher {dtype} / w += c": group.ratio(f"axpy_ rademacher K=1 {size}", f"w += c {size}"),
         },
     )
@@ -86,7 +88,12 @@ def bench_axpy_list(benchmark, report, dtype: str) -> None:
     parameters = [torch.nn.Parameter(t.clone(), requires_grad=False) for t in tensors]
     buffer = torch.empty(each, dtype=DTYPES[dtype])
     size = f"{dtype} {count} x {each}"
-    n, traffic, yardstick, loop = count * each, 2 * flat.element_size(), f"w += c {dtype} n={count * each}", f"eager perturb {size}"
+    n, traffic, yardstick, loop = (
+        count * each,
+        2 * flat.element_size(),
+        f"w += c {dtype} n={count * each}",
+        f"eager perturb {size}",
+    )
 
     def by_hand() -> None:
         for t in tensors:
@@ -126,7 +133,9 @@ def bench_perturb(benchmark, report, dtype: str) -> None:
         Case(yardstick, lambda: plus.copy_(w), n, 2 * width),
         Case(f"perturb +- in one pass {size}", lambda: launch([EPS, -EPS], [plus, minus]), n, 3 * width, yardstick),
         Case(f"perturb + then - {size}", two, n, 4 * width, yardstick),
-        Case(f"zokern.perturb +- {size}", lambda: zokern.perturb(w, "normal", seed=7, who="w", step=0), n, 3 * width, yardstick),
+        Case(
+            f"zokern.perturb +- {size}", lambda: zokern.perturb(w, "normal", seed=7, who="w", step=0), n, 3 * width, yardstick
+        ),
     ]
     group = Group(f"perturb, {dtype}", cases).run(benchmark, 5 if report.quick else 15)
     report.add(group, **{f"perturb pair {dtype} / two": group.ratio(cases[2].name, cases[1].name)})
@@ -147,4 +156,9 @@ def bench_draws(benchmark, report, dtype: str) -> None:
         cases.append(Case(f"K={k} {dtype} in one pass", lambda k=k: axpy(w, draws=k), n, traffic, yardstick))
         cases.append(Case(f"K={k} {dtype} passes", lambda k=k: passes(k), n, k * traffic, yardstick))
     group = Group(f"axpy_ normal, K draws, {dtype}, n={n}", cases).run(benchmark, 5 if report.quick else 9)
-    report.add(group, **{f"K={k} {dtype}, K passes / one": group.ratio(f"K={k} {dtype} passes", f"K={k} {dtype} in one pass") for k in (4, 8)})
+    report.add(
+        group,
+        **{
+            f"K={k} {dtype}, K passes / one": group.ratio(f"K={k} {dtype} passes", f"K={k} {dtype} in one pass") for k in (4, 8)
+        },
+    )

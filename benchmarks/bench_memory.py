@@ -23,7 +23,16 @@ def bench_memory(benchmark, report) -> None:
 
     def measure() -> None:
         for dtype, batch, length, budget in CASES[:3] if report.quick else CASES:
-            command = [sys.executable, "-m", "benchmarks.memory", dtype, str(batch), str(length), budget, str(torch.get_num_threads())]
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.memory",
+                dtype,
+                str(batch),
+                str(length),
+                budget,
+                str(torch.get_num_threads()),
+            ]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
             if done.returncode:
                 raise RuntimeError(f"{' '.join(command)}: {done.stderr[-2000:]}")
@@ -31,9 +40,13 @@ def bench_memory(benchmark, report) -> None:
             extra = (found["step"] - found["forward"]) / MIB
             label = {"walk": "walk", "eager": "eager loop"}.get(budget, f"{budget} MB")
             report.figure(f"memory {dtype} {label}", extra)
-            rows.append((f"OPT-125M {dtype} {batch}x{length}, {label}", found["forward"] / MIB, extra, found["scratch_bytes"] / MIB))
+            rows.append(
+                (f"OPT-125M {dtype} {batch}x{length}, {label}", found["forward"] / MIB, extra, found["scratch_bytes"] / MIB)
+            )
             if not found["exact"]:
-                report.notes.append("memory: the high-water mark could not be set back here; extra memory below the loading peak is unseen")
+                report.notes.append(
+                    "memory: the high-water mark could not be set back here; extra memory below the loading peak is unseen"
+                )
 
     benchmark.group = "memory"
     benchmark.pedantic(measure, rounds=1, iterations=1)

@@ -1,12 +1,12 @@
 """The eager MeZO loop, as people run it: what the benchmarks compare with. Malladi et al. 2023, Algorithm 1.
 
-    theta <- theta + eps z;  l1 = L;  theta <- theta - 2 eps z;  l2 = L;  theta <- theta + eps z;  theta <- theta - lr c z
-    c = (l1 - l2) / (2 eps);  z is drawn again from the step's seed in each of the four passes
+theta <- theta + eps z;  l1 = L;  theta <- theta - 2 eps z;  l2 = L;  theta <- theta + eps z;  theta <- theta - lr c z
+c = (l1 - l2) / (2 eps);  z is drawn again from the step's seed in each of the four passes
 """
 
 from __future__ import annotations
 
-from typing import Callable, Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor

@@ -30,7 +30,13 @@ GOALS = (
     Goal("perturb pair bf16 / two", "perturb, both signs at once over two single ones, bf16", 1.5),
     Goal("step fp32 4x128 / forwards", "MeZO step, OPT-125M fp32 4x128, time over its two forwards", 1.15, at_least=False),
     Goal("step bf16 1x128 / eager", "MeZO step over the eager loop's, OPT-125M bf16 1x128", 12),
-    Goal("memory fp32 64 MB", "extra peak memory of a step over weights and one forward, fp32 4x128, budget 64 MB", 72, "MB", False),
+    Goal(
+        "memory fp32 64 MB",
+        "extra peak memory of a step over weights and one forward, fp32 4x128, budget 64 MB",
+        72,
+        "MB",
+        False,
+    ),
     Goal("memory fp32 16 MB", "the same, budget 16 MB", 24, "MB", False),
     Goal("memory bf16 64 MB", "the same, bf16 1x128, budget 64 MB", 72, "MB", False),
 )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median, quantiles
-from typing import Any, Callable
+from typing import Any
 
 
 @dataclass
@@ -67,7 +68,13 @@ class Group:
         for case in self.cases:
             t = case.seconds
             deciles = quantiles(t, n=10, method="inclusive") if len(t) > 1 else [t[0]] * 9
-            row = {"name": case.name, "ms": median(t) * 1e3, "p10": deciles[0] * 1e3, "p90": deciles[-1] * 1e3, "rounds": len(t)}
+            row = {
+                "name": case.name,
+                "ms": median(t) * 1e3,
+                "p10": deciles[0] * 1e3,
+                "p90": deciles[-1] * 1e3,
+                "rounds": len(t),
+            }
             if case.elements:
                 row["ns_per_element"] = median(t) * 1e9 / case.elements
                 row["bytes_per_element"] = case.traffic

@@ -26,7 +26,9 @@ def plot(report, path: Path) -> None:
             points = [(k, names.get(f"K={k} {dtype} {key}")) for k in range(1, 9)]
             found = [(k, row["ns_per_element"]) for k, row in points if row]
             if found:
-                middle.plot(*zip(*found), style, color=color, label=f"{dtype}, {'one pass' if key == 'in one pass' else 'K passes'}")
+                middle.plot(
+                    *zip(*found), style, color=color, label=f"{dtype}, {'one pass' if key == 'in one pass' else 'K passes'}"
+                )
     middle.set_xlabel("K draws")
     middle.set_ylabel("ns per element")
     middle.set_ylim(bottom=0)
@@ -40,7 +42,9 @@ def plot(report, path: Path) -> None:
             forwards = ms["two forwards"] / ms["eager step"]
             whole = ms[name] / ms["eager step"]
             right.barh(3 * i + j, forwards, color="#72b7b2", label="two forwards" if i == j == 0 else None)
-            right.barh(3 * i + j, max(0, whole - forwards), left=forwards, color="#e45756", label="the rest" if i == j == 0 else None)
+            right.barh(
+                3 * i + j, max(0, whole - forwards), left=forwards, color="#e45756", label="the rest" if i == j == 0 else None
+            )
             right.text(whole, 3 * i + j, f" {ms[name]:.0f} ms", va="center", fontsize=7)
     right.set_yticks([3 * i + j for i in range(len(steps)) for j in range(2)],
                      [f"{name} {g['title'].removeprefix('step, ')}" for g in steps for name in ("zokern", "eager")], fontsize=7)  # fmt: skip

@@ -70,7 +70,9 @@ class Report:
         self.groups: list[dict[str, Any]] = []
         self.figures: dict[str, float] = {}
         self.notes: list[str] = []
-        self.memory: list[tuple[str, float, float, float]] = []  # case; MB: peak of a forward, extra of a step, record's scratch
+        self.memory: list[
+            tuple[str, float, float, float]
+        ] = []  # case; MB: peak of a forward, extra of a step, record's scratch
 
     def add(self, group: Group, **figures: float) -> None:
         self.groups.append({"title": group.title, "rows": group.rows()})
@@ -101,7 +103,9 @@ class Report:
         if self.memory:
             lines += ["", "memory, each in a fresh process"]
         for name, forward, extra, scratch in self.memory:
-            lines.append(f"{name} | forward peak {forward:.0f} MB | step +{extra:.1f} MB | scratch_bytes {scratch:.1f} MB | {self.where()}")
+            lines.append(
+                f"{name} | forward peak {forward:.0f} MB | step +{extra:.1f} MB | scratch_bytes {scratch:.1f} MB | {self.where()}"
+            )
         return lines
 
     def goals(self) -> list[tuple[str, str, str, str]]:
@@ -134,18 +138,32 @@ class Report:
                      "|---|---|---|---|---|---|"]  # fmt: skip
             for row in group["rows"]:
                 cells = [row["name"], f"{row['ms']:.4g} [{row['p10']:.4g} {row['p90']:.4g}]"]
-                for key, form in (("ns_per_element", ".3f"), ("bytes_per_element", "d"), ("percent_of_copy", ".0f"), ("times_eager", ".2f")):
+                for key, form in (
+                    ("ns_per_element", ".3f"),
+                    ("bytes_per_element", "d"),
+                    ("percent_of_copy", ".0f"),
+                    ("times_eager", ".2f"),
+                ):
                     cells.append(format(row[key], form) if key in row else "")
                 text.append(f"| {' | '.join(cells)} |")
         if self.memory:
             text += ["", "## memory, each in a fresh process (MB, VmHWM)", "", "| case | peak of a forward | extra of a step | scratch_bytes |",
                      "|---|---|---|---|"]  # fmt: skip
-            text += [f"| {name} | {forward:.0f} | {extra:.1f} | {scratch:.1f} |" for name, forward, extra, scratch in self.memory]
+            text += [
+                f"| {name} | {forward:.0f} | {extra:.1f} | {scratch:.1f} |" for name, forward, extra, scratch in self.memory
+            ]
         if self.notes:
             text += ["", "## Notes", "", *(f"- {note}" for note in self.notes)]
         others = {k: v for k, v in self.figures.items() if k not in {g.key for g in GOALS}}
         if others:
-            text += ["", "## Other figures", "", "| figure | value |", "|---|---|", *(f"| {k} | {v:.2f} |" for k, v in others.items())]
+            text += [
+                "",
+                "## Other figures",
+                "",
+                "| figure | value |",
+                "|---|---|",
+                *(f"| {k} | {v:.2f} |" for k, v in others.items()),
+            ]
         return "\n".join(text) + "\n"
 
     # Files --------------------------------------------------------------------------------------------------------------
@@ -154,12 +172,23 @@ class Report:
         if self.quick:
             return ROOT / "build" / "bench-quick"  # too few rounds for the record
         m = self.machine
-        return ROOT / "benchmarks" / "results" / re.sub(r"[^a-z0-9]+", "-", f"{m['cpu']} {m['threads']} threads {m['isa']}".lower()).strip("-")
+        return (
+            ROOT
+            / "benchmarks"
+            / "results"
+            / re.sub(r"[^a-z0-9]+", "-", f"{m['cpu']} {m['threads']} threads {m['isa']}".lower()).strip("-")
+        )
 
     def write(self) -> Path:
         folder = self.folder()
         folder.mkdir(parents=True, exist_ok=True)
-        content = {"machine": self.machine, "groups": self.groups, "memory_mb": self.memory, "figures": self.figures, "notes": self.notes}
+        content = {
+            "machine": self.machine,
+            "groups": self.groups,
+            "memory_mb": self.memory,
+            "figures": self.figures,
+            "notes": self.notes,
+        }
         (folder / "bench.json").write_text(json.dumps(content, indent=1) + "\n")
         (folder / "README.md").write_text(self.markdown())
         try:

@@ -13,8 +13,6 @@ namespace zo {
 
 constexpr int kRademacherPerBlock = 128;
 
-ZO_FN float rademacher_sign(uint32_t word, uint32_t bit) {
-  return as_float(0x3f800000u | ((word >> bit) << 31));
-}
+ZO_FN float rademacher_sign(uint32_t word, uint32_t bit) { return as_float(0x3f800000u | ((word >> bit) << 31)); }
 
 }  // namespace zo
