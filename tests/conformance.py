@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -99,7 +98,7 @@ class Versus:
 
 def located(spans: Sequence[Span], device: str) -> list[Span]:
     """The spans with their rows on the tensors' device."""
-    return [s if s.rows is None else replace(s, rows=s.rows.to(device)) for s in spans]
+    return [s if s.rows is None else s._replace(rows=s.rows.to(device)) for s in spans]
 
 
 def same(mine: Sequence[Guarded], right: Sequence[Guarded], what: str) -> None:

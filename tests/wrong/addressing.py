@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from zokern import stream
@@ -62,7 +60,7 @@ class ByPosition(Patched):
     rejected_by = ("order", "axpy_sizes")
 
     def axpy_(self, thetas, spans, *rest):
-        return super().axpy_(thetas, [replace(s, who=i) for i, s in enumerate(spans)], *rest)
+        return super().axpy_(thetas, [s._replace(who=i) for i, s in enumerate(spans)], *rest)
 
 
 class ByDtype(Patched):
@@ -89,14 +87,14 @@ class FirstByBlock(Patched):
     """A first element inside a block is rounded down to the block."""
 
     rejected_by = ("draw_sizes", "axpy_sizes", "shards", "perturb_firsts")
-    replaced = {"numbers": lambda theta, span: numbers(theta, replace(span, first=span.first // 8 * 8))}
+    replaced = {"numbers": lambda theta, span: numbers(theta, span._replace(first=span.first // 8 * 8))}
 
 
 class PitchIgnored(Patched):
     """A slice of columns is numbered as if its rows followed one another."""
 
     rejected_by = ("draw_pitch", "axpy_pitch", "perturb_pitch", "perturb_rows")
-    replaced = {"numbers": lambda theta, span: numbers(theta, replace(span, pitch=None))}
+    replaced = {"numbers": lambda theta, span: numbers(theta, span._replace(pitch=None))}
 
 
 class RowsByPosition(Patched):
@@ -106,7 +104,7 @@ class RowsByPosition(Patched):
 
     @staticmethod
     def _numbers(theta, span):
-        return numbers(theta, span if span.rows is None else replace(span, rows=torch.arange(span.rows.numel())))
+        return numbers(theta, span if span.rows is None else span._replace(rows=torch.arange(span.rows.numel())))
 
     replaced = {"numbers": _numbers}
 
