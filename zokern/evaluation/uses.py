@@ -32,6 +32,7 @@ def _linear(copies: Copies, func, args: tuple, kwargs: dict):
     residual = group.residual(i)
     rows, columns = source.shape
     step = copies.tile_rows(source, 0)
+    plain = x.dtype == source.dtype and not torch.is_autocast_enabled(source.device.type)
     out = None
     for start in range(0, rows, step):
         stop = min(rows, start + step)
@@ -40,15 +41,26 @@ def _linear(copies: Copies, func, args: tuple, kwargs: dict):
             tile = torch.empty((stop - start, columns), dtype=source.dtype, device=source.device)
         here = Span(span.who, span.first + start * columns)
         copies.piece(group, i, source[start:stop], here, tile, residual[start:stop] if residual is not None else None)
-        part = F.linear(x, tile, bias[start:stop] if bias is not None else None)
         if stop - start == rows:
-            return part
-        if out is None:
-            out = part.new_empty((*part.shape[:-1], rows))
-        out[..., start:stop] = part
-        del tile, part
+            return F.linear(x, tile, bias)
+        part_bias = bias[start:stop] if bias is not None else None
+        if plain:  # straight into its columns: a product of its own would be a second copy of the result
+            if out is None:
+                out = x.new_empty((x.numel() // columns, rows))
+            here_out = out[:, start:stop]
+            if part_bias is None:
+                torch.mm(x.reshape(-1, columns), tile.t(), out=here_out)
+            else:
+                torch.addmm(part_bias, x.reshape(-1, columns), tile.t(), out=here_out)
+        else:
+            part = F.linear(x, tile, part_bias)
+            if out is None:
+                out = part.new_empty((*part.shape[:-1], rows))
+            out[..., start:stop] = part
+            del part
+        del tile
         copies.arena.release()
-    return out
+    return out.view(*x.shape[:-1], rows) if plain and out is not None else out
 
 
 def _addmm(copies: Copies, func, args: tuple, kwargs: dict):
