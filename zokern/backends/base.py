@@ -77,3 +77,30 @@ class Backend(Protocol):
 
         outs are contiguous, of theta's dtype or float32, shaped like theta (or like theta[rows]).
         """
+
+    def lowrank_(
+        self,
+        thetas: Sequence[Tensor],
+        spans: Sequence[Span],
+        lefts: Sequence[Tensor],
+        rights: Sequence[Tensor],
+        scales: Sequence[float],
+        decay: float,
+        rounding: str,
+        residuals: Sequence[Tensor] | None,
+        seed: int = 0,
+        step: int = 0,
+        outs: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """theta <- decay * theta + scales[i] * left right^T in place; int64[1]: how many results are inf or NaN.
+
+        lefts[i] is float32 (m, r) and rights[i] float32 (n, r), contiguous; element number e of the unsharded matrix (spans[i]:
+        first + position, or through pitch and rows) is row e div n and column e mod n, whatever theta's own shape: a shard, a
+        flattened adapter and a slice of columns read the values that they would have read as part of the whole.
+
+        float32 inside: s = sum over k = 0 .. r-1 in this order of fma(left[e div n, k], right[e mod n, k], s) from s = 0; then
+        t = fma(scale, s, round(decay * theta)); then one rounding to the dtype, as in axpy_ (``stochastic`` spends the bits of
+        (who, step, purpose rounding)). Equal bit for bit on ``reference`` and ``cpu``; ``cuda`` and ``triton`` sum on the matrix
+        units, in another order and with factors rounded as their files say, to a bound.
+        outs, where given, take the results instead (contiguous, of theta's dtype or float32) and theta is only read.
+        """
