@@ -6,8 +6,12 @@ from typing import Protocol
 
 from torch import Tensor
 
+from .diagonal import Diagonal
+from .lazy import Lazy
+from .lowrank import Factored, Matrix
 from .normal import Normal
 from .rademacher import Rademacher
+from .subspace import Subspace
 
 
 class Direction(Protocol):
@@ -35,4 +39,4 @@ def resolve(direction: str | Direction) -> Direction:
     return direction
 
 
-__all__ = ["DIRECTIONS", "Direction", "Normal", "Rademacher", "resolve"]
+__all__ = ["DIRECTIONS", "Diagonal", "Direction", "Factored", "Lazy", "Matrix", "Normal", "Rademacher", "Subspace", "resolve"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from .paired import Paired
 from .plan import Group, Plan, Reading
 from .scratch import Scratch
 from .walk import Walk
@@ -16,7 +17,7 @@ class Evaluation(Protocol):
     def read(self, plan: Plan, closure: Callable[[], object], repeat_first: bool = False) -> Reading: ...
 
 
-EVALUATIONS: dict[str, type] = {"scratch": Scratch, "walk": Walk}
+EVALUATIONS: dict[str, type] = {"paired": Paired, "scratch": Scratch, "walk": Walk}
 
 
 def resolve(evaluation: str | Evaluation) -> Evaluation:
@@ -30,4 +31,4 @@ def resolve(evaluation: str | Evaluation) -> Evaluation:
     return evaluation
 
 
-__all__ = ["EVALUATIONS", "Evaluation", "Group", "Plan", "Reading", "Scratch", "Walk", "resolve"]
+__all__ = ["EVALUATIONS", "Evaluation", "Group", "Paired", "Plan", "Reading", "Scratch", "Walk", "resolve"]

@@ -3,68 +3,85 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from .. import products
 from ..backends import Span
 from .arena import ALIGN, Arena
-from .plan import Group, Plan
+from .factors import Factors
+from .plan import Group, Plan, Point
 
 RESIDENT = 1 << 16  # elements: tensors up to this size are perturbed together, ahead of the reading
 TILE = 1 << 23  # elements: larger tiles leave the caches before they are read, smaller ones starve the product (benchmarks/)
 
 
 class Copies:
-    """Perturbed copies of the trained parameters, for one draw at a time."""
+    """Perturbed copies of the trained parameters at one or more points; `side` is the point that is being read now."""
 
     def __init__(self, plan: Plan, arena: Arena) -> None:
         self.plan, self.arena = plan, arena
         self.table = plan.aliases
+        self.points: list[Point] = []
         self.resident: list[dict[tuple[int, int], Tensor]] = []
+        self.small: set[tuple[int, int]] = set()
+        self.factors = Factors(plan)
         self.used: set[tuple[int, int]] = set()
         self.whole: set[str] = set()
+        self.alone: set[str] = set()  # read for each side alone although several are read together
+        self.meet = None  # how the sides of a paired reading wait for one another: Meeting.join
+        self.coarse = False  # whether a product was in 16 bits
+        self.rows = 0  # most rows of x that a product of one side has seen
         self.largest = 0
         self.views: dict[int, weakref.ref] = {}
-        self.query, self.side = 0, 0
-        self.offsets: list[float] = []
+        self.side = 0
 
-    def prepare(self, query: int, offsets: list[float]) -> None:
-        """Perturb the small tensors of a draw for every offset, one launch per group."""
-        self.query, self.offsets = query, offsets
-        self.resident = [{} for _ in offsets]
+    def prepare(self, points: Sequence[Point]) -> None:
+        """Perturb the small tensors at every point, both signs of a query in one launch per group."""
+        self.points = list(points)
+        self.resident = [{} for _ in points]
+        self.small = set()
+        self.factors.prepare(self.points)
+        moved = [side for side, point in enumerate(self.points) if point.offset]
         for g, group in enumerate(self.plan.groups):
-            small = [i for i, t in enumerate(group.tensors) if t.numel() <= RESIDENT]
-            outs: list[list[Tensor]] = [[] for _ in offsets]
-            kept = []
-            for i in small:
-                tensor = group.tensors[i]
+            if group.matrices is not None:
+                continue
+            kept: list[int] = []
+            for i, tensor in enumerate(group.tensors):
+                if tensor.numel() > RESIDENT:
+                    continue
                 dtype = torch.float32 if tensor.dim() <= 1 else tensor.dtype
-                needed = len(offsets) * (tensor.numel() * dtype.itemsize + ALIGN)
+                needed = len(moved) * (tensor.numel() * dtype.itemsize + ALIGN)
                 if self.arena.left(tensor.device) - needed < self.arena.budget // 2:
                     break  # half of the budget stays free for tiles
-                copies = [self.arena.take(tuple(tensor.shape), dtype, tensor.device) for _ in offsets]
                 kept.append(i)
-                for side, copy in enumerate(copies):
+                self.small.add((g, i))
+                for side in moved:
+                    copy = self.arena.take(tuple(tensor.shape), dtype, tensor.device)
                     assert copy is not None
-                    outs[side].append(copy)
                     self.resident[side][g, i] = copy
-            for wide in (False, True):  # a launch writes one output type per entry, theta's or float32
-                self.launch(
-                    group, [(i, j) for j, i in enumerate(kept) if (outs[0][j].dtype != group.tensors[i].dtype) == wide], outs
-                )
+            for sides in self.by_query(moved):
+                for wide in (False, True):  # a launch writes one output type per entry, theta's or float32
+                    members = [i for i in kept if (self.resident[sides[0]][g, i].dtype != group.tensors[i].dtype) == wide]
+                    if members:
+                        residuals = [group.residuals[i] for i in members] if group.residuals is not None else None
+                        outs = [[self.resident[side][g, i] for i in members] for side in sides]
+                        self._perturb(group, members, [group.tensors[i] for i in members], [group.spans[i] for i in members], sides, outs, residuals)  # fmt: skip
         self.arena.settle()
 
-    def launch(self, group: Group, members: list[tuple[int, int]], outs: list[list[Tensor]]) -> None:
-        if not members:
-            return
-        residuals = [group.residuals[i] for i, _ in members] if group.residuals is not None else None
-        scales = [offset * group.eps for offset in self.offsets]
-        for part in range(0, len(scales), 2):
-            group.backend.perturb(
-                [group.tensors[i] for i, _ in members], [group.spans[i] for i, _ in members], self.plan.direction, self.plan.seed,
-                self.plan.step, self.query, scales[part : part + 2], [[side[j] for _, j in members] for side in outs[part : part + 2]], residuals,
-            )  # fmt: skip
+    def by_query(self, sides: Sequence[int]) -> list[list[int]]:
+        """Sides in lists of one or two that share a z, so that one evaluation of the generator serves both."""
+        found: dict[int, list[int]] = {}
+        for side in sides:
+            found.setdefault(self.points[side].query, []).append(side)
+        return [members[part : part + 2] for members in found.values() for part in range(0, len(members), 2)]
+
+    def _perturb(self, group: Group, members, views, spans, sides: Sequence[int], outs, residuals) -> None:
+        scales = [self.points[side].offset * group.eps for side in sides]
+        draw = self.plan.draw(self.points[sides[0]].query)
+        group.backend.perturb(views, spans, self.plan.direction, self.plan.seed, self.plan.step, draw, scales, outs, residuals)
 
     def check_used(self) -> None:
         if not self.used:
@@ -84,17 +101,29 @@ class Copies:
         self.used.add((g, i))
         return self.plan.groups[g], i
 
-    def copy(self, tensor: Tensor, keep: bool = True, cast: torch.dtype | None = None) -> Tensor:
+    def is_resident(self, tensor: Tensor) -> bool:
+        """Whether the sides that move read copies that were made ahead of the reading."""
+        return self.table[id(tensor)] in self.small
+
+    def untouched(self, group: Group, i: int, side: int) -> bool:
+        """Whether the weights themselves are what this side reads."""
+        return self.points[side].offset == 0.0 and (group.matrices is None or group.matrices[i].pending is None)
+
+    def copy(self, tensor: Tensor, keep: bool = True, cast: torch.dtype | None = None, side: int | None = None) -> Tensor:
         """The whole parameter, perturbed: resident, from the arena (keep: until the call returns), or its own memory."""
+        side = self.side if side is None else side
         group, i = self.find(tensor)
-        small = self.resident[self.side].get(self.table[id(tensor)])
+        small = self.resident[side].get(self.table[id(tensor)])
         if small is not None:
             return small if small.dtype == tensor.dtype or cast is not None else small.to(tensor.dtype)
         source = group.tensors[i]
+        if self.untouched(group, i, side):
+            return source
         out = self.arena.take(tuple(source.shape), source.dtype, source.device) if keep else None
         if out is None:
             out = self.outside(group, i, tuple(source.shape))
-        self.piece(group, i, source, group.spans[i], out, group.residual(i))
+        self.piece(group, i, source, group.spans[i], out, group.residual(i), side)
+        self.single(group, i)
         return out
 
     def outside(self, group: Group, i: int, shape: tuple[int, ...]) -> Tensor:
@@ -107,13 +136,69 @@ class Copies:
             self.whole.add(group.names[i])
         return out
 
-    def piece(self, group: Group, i: int, view: Tensor, span: Span, out: Tensor, residual: Tensor | None) -> None:
+    def single(self, group: Group, i: int) -> None:
+        """Note that a parameter was read for one side alone where several are read together."""
+        if self.meet is not None:
+            self.alone.add(group.names[i])
+
+    def piece(
+        self, group: Group, i: int, view: Tensor, span: Span, out: Tensor, residual: Tensor | None, side: int | None = None
+    ) -> None:
         """out <- view + offset eps z, for a view of tensor i of the group."""
-        scale = self.offsets[self.side] * group.eps
-        residuals = [residual] if residual is not None else None
-        group.backend.perturb(
-            [view], [span], self.plan.direction, self.plan.seed, self.plan.step, self.query, [scale], [[out]], residuals
-        )
+        side = self.side if side is None else side
+        if group.matrices is None:
+            self.pieces(group, i, view, span, [side], [out], residual)
+        elif self.untouched(group, i, side):
+            out.copy_(view if span.rows is None else view[span.rows])
+        else:
+            left, right, shrink = self.factors.of(group, i, side)
+            group.backend.lowrank_([view], [span], [left], [right], [1.0], shrink, "nearest", None if residual is None else [residual], outs=[out])  # fmt: skip
+
+    def pieces(
+        self, group: Group, i: int, view: Tensor, span: Span, sides: Sequence[int], outs: Sequence[Tensor], residual: Tensor | None
+    ) -> None:
+        """Dense: outs[j] <- view + offset eps z for one or two sides of a query, from one evaluation of z."""
+        self._perturb(group, [i], [view], [span], sides, [[out] for out in outs], [residual] if residual is not None else None)
+
+    def tiled(
+        self, group: Group, i: int, sides: Sequence[int], xs: Sequence[Tensor], biases: Sequence[Tensor | None], transposed: bool
+    ) -> list[Tensor]:
+        """The product of each side's rows with its own perturbed matrix, a tile of it at a time."""
+        weight = group.tensors[i]
+        moved = [j for j, side in enumerate(sides) if not self.untouched(group, i, side)]
+        if group.matrices is None:
+            fills = [[sides.index(side) for side in pair] for pair in self.by_query([sides[j] for j in moved])]
+        else:
+            fills = [[j] for j in moved]
+        many = max(map(len, fills), default=1)
+
+        def fill(view: Tensor, span: Span, members: Sequence[int], tiles: Sequence[Tensor], residual: Tensor | None) -> None:
+            if group.matrices is None:
+                self.pieces(group, i, view, span, [sides[j] for j in members], tiles, residual)
+            else:
+                self.piece(group, i, view, span, tiles[0], residual, sides[members[0]])
+
+        def take(shape: tuple[int, ...]) -> Tensor:
+            tile = self.arena.take(shape, weight.dtype, weight.device)
+            return tile if tile is not None else torch.empty(shape, dtype=weight.dtype, device=weight.device)
+
+        step = max(1, self.tile_rows(weight, 1 if transposed else 0) // many)
+        return products.tiled_linear(
+            xs, weight, group.spans[i], biases, group.residual(i), fills, fill, take, self.arena.release, step, transposed
+        )  # fmt: skip
+
+    def bias(self, bias: Tensor | None, side: int, wide: bool = False) -> Tensor | None:
+        """The bias of a product as this side reads it; wide: in float32 where it is kept so."""
+        if bias is None or id(bias) not in self.table:
+            return bias
+        return self.copy(bias, keep=False, cast=torch.float32 if wide else None, side=side)
+
+    def note(self, group: Group, i: int, xs: Sequence[Tensor]) -> None:
+        """What the record and the choice of an evaluation want to know of a product."""
+        self.rows = max(self.rows, *(x.numel() // max(1, x.shape[-1]) for x in xs))
+        self.coarse |= any(x.dtype != torch.float32 for x in xs)
+        if self.meet is not None and len(xs) < len(self.points):
+            self.alone.add(group.names[i])
 
     def tile_rows(self, weight: Tensor, dimension: int) -> int:
         """How many slices along a dimension of a matrix make a tile: what is left of the arena, at most TILE elements."""

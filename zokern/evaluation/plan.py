@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..backends import Backend, Span
-from ..directions import Direction
+from ..directions import Direction, Matrix
 from ..estimator import Stencil
+
+
+class Point(NamedTuple):
+    """Where a loss is read: theta + offset eps z_query."""
+
+    query: int
+    offset: float
 
 
 @dataclass
@@ -24,13 +32,11 @@ class Group:
     eps: float
     options: dict  # the optimizer's param group: lr, weight_decay, ...
     backend: Backend
+    matrices: list[Matrix] | None = None  # factored tensors, aligned with tensors; None: z is dense
 
     def residual(self, i: int) -> Tensor | None:
         """The low bits of tensor i, where it has any."""
         return self.residuals[i] if self.residuals is not None and self.tensors[i].dtype == torch.bfloat16 else None
-
-    def perturb(self, direction, seed: int, step: int, draw: int, scales: Sequence[float], outs) -> None:
-        self.backend.perturb(self.tensors, self.spans, direction, seed, step, draw, scales, outs, self.residuals)
 
     def axpy_(self, direction, seed: int, draws, coeffs: Sequence[float], decay: float, rounding: str) -> Tensor:
         table = torch.tensor(coeffs, dtype=torch.float32, device=self.tensors[0].device)
@@ -51,9 +57,18 @@ class Plan:
     rounding: str
     model: nn.Module | None
     aliases: dict[int, tuple[int, int]]  # id of every tensor object that stands for a trained tensor -> (group, position)
+    first_draw: int = 0  # draw word of query 0
+
+    def draw(self, query: int) -> int:
+        return self.first_draw + query
 
     def draws(self) -> list[tuple[int, int]]:
-        return [(self.step, query) for query in range(self.queries)]
+        return [(self.step, self.draw(query)) for query in range(self.queries)]
+
+    @property
+    def deferred(self) -> bool:
+        """Whether updates wait in some matrix, so that the weights alone are not theta."""
+        return any(matrix.pending is not None for group in self.groups for matrix in group.matrices or ())
 
 
 @dataclass
@@ -65,6 +80,9 @@ class Reading:
     scratch_bytes: int = 0
     unseen: tuple[str, ...] = ()  # trained parameters that the loss never read
     whole: tuple[str, ...] = ()  # parameters that were perturbed in one piece because their use cannot be tiled
+    unpaired: tuple[str, ...] = ()  # paired: parameters that some side read alone
+    rows: int = 0  # most rows of a product of one side
+    coarse: bool = False  # a product was in 16 bits
 
 
 def unrepeatable(first: float, again: float) -> RuntimeError:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 from .arena import Arena
 from .copies import Copies
-from .plan import Plan, Reading, unrepeatable
+from .plan import Plan, Point, Reading, unrepeatable
 from .substitution import Substitution
 from .surroundings import Surroundings
 
@@ -47,24 +47,23 @@ class Scratch:
         losses = []
         for query in range(plan.queries):
             self.arena.reset()
-            offsets = [offset for offset in plan.stencil.offsets if offset != 0.0]
-            copies.prepare(query, offsets)
+            copies.prepare([Point(query, offset) for offset in plan.stencil.offsets])
             sides: list[float] = []
-            for offset in plan.stencil.offsets:
-                if offset == 0.0:
-                    if base is None:
-                        base = surroundings.read(closure)
+            for side, offset in enumerate(plan.stencil.offsets):
+                if offset == 0.0 and base is not None:
                     sides.append(base)
                     continue
-
-                def loss(side: int = offsets.index(offset)) -> float:
-                    copies.side = side
-                    return surroundings.read(closure, substitution)
-
-                sides.append(loss())
+                copies.side = side
+                # without deferred updates the loss at offset 0 is the closure's own
+                loss = surroundings.read(closure, substitution if offset or plan.deferred else None)
+                sides.append(loss)
+                if offset == 0.0:
+                    base = loss
+                    continue
                 copies.check_used()
-                if repeat_first and query == 0 and len(sides) == 1 and (again := loss()) != sides[0]:
-                    raise unrepeatable(sides[0], again)
+                if repeat_first and query == 0 and len(sides) == 1 and (again := surroundings.read(closure, substitution)) != loss:
+                    raise unrepeatable(loss, again)
             losses.append(tuple(sides))
         whole, unseen = copies.report()
-        return Reading(losses, [0.0] * plan.queries, max(self.arena.peak, copies.largest), unseen, whole)
+        scratch_bytes = max(self.arena.peak, copies.largest)
+        return Reading(losses, [0.0] * plan.queries, scratch_bytes, unseen, whole, rows=copies.rows, coarse=copies.coarse)

@@ -37,6 +37,7 @@ class Surroundings:
         self.versions = [(name, t, t._version) for group in plan.groups for name, t in zip(group.names, group.tensors)]
         self.buffer_versions = [0 if b.is_inference() else b._version for _, _, b in self.buffers]
         self.saved: dict[int, torch.Tensor] = {}
+        self.written: set[str] = set()  # buffers that a reading changed
         left = BUFFER_BUDGET
         for module, _, b in sorted(self.buffers, key=lambda item: item[2].numel() * item[2].element_size()):
             left -= b.numel() * b.element_size()
@@ -46,17 +47,27 @@ class Surroundings:
 
     def read(self, closure: Callable[[], object], mode: AbstractContextManager | None = None) -> float:
         """One reading: the closure's loss as a float, under no_grad (and a mode that replaces weights), everything put back."""
+        with self.session(mode is not None):
+            return self.body(closure, mode)
+
+    @staticmethod
+    def body(closure: Callable[[], object], mode: AbstractContextManager | None = None) -> float:
+        with torch.no_grad(), mode or nullcontext():
+            value = closure()
+        return loss_value(value)
+
+    @contextmanager
+    def session(self, eager: bool) -> Iterator[None]:
+        """Around one reading, or several that run side by side: seeded streams before, everything put back and checked after."""
         streams = _save_rng()
         try:
             _seed_rng(self.seed)
-            with torch.no_grad(), _eager_compile(mode is not None), mode or nullcontext():
-                value = closure()
-            loss = loss_value(value)
+            with _eager_compile(eager):
+                yield
         finally:
             _load_rng(streams)
             self._put_back()
         self.check()
-        return loss
 
     def _put_back(self) -> None:
         for module, training in self.modes:
@@ -66,6 +77,7 @@ class Surroundings:
             if module._buffers.get(name) is not buffer:
                 module._buffers[name] = buffer
             if id(buffer) in self.saved and not torch.equal(buffer, self.saved[id(buffer)]):
+                self.written.add(name)
                 with torch.inference_mode(buffer.is_inference()), torch.no_grad():
                     buffer.copy_(self.saved[id(buffer)])
         self.buffer_changed = [
@@ -116,6 +128,13 @@ def _save_rng() -> tuple:
     numpy = sys.modules.get("numpy")
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     return torch.get_rng_state(), cuda, random.getstate(), numpy.random.get_state() if numpy else None
+
+
+def host_streams() -> tuple:
+    """The states of `random` and NumPy, which are not kept per thread: what side by side readings must not advance."""
+    numpy = sys.modules.get("numpy")
+    state = numpy.random.get_state() if numpy else None
+    return random.getstate(), state and (state[1].tobytes(), *state[2:])
 
 
 def _load_rng(state: tuple) -> None:

@@ -6,61 +6,32 @@ the general way: a whole copy in the parameter's place.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import products
 from ..backends import Span
 from .copies import Copies
+
+
+class _Product(NamedTuple):
+    """One side's use of a matrix: y = x W^T + b, or y = b + x W (transposed)."""
+
+    x: Tensor
+    bias: Tensor | None
 
 
 def _linear(copies: Copies, func, args: tuple, kwargs: dict):
     """y = x W^T + b, W perturbed a few rows at a time."""
     names = dict(zip(("input", "weight", "bias"), args)) | kwargs
     x, weight, bias = names["input"], names["weight"], names.get("bias")
-    if id(weight) not in copies.table or id(x) in copies.table or copies.table[id(weight)] in copies.resident[copies.side]:
+    if id(weight) not in copies.table or id(x) in copies.table or copies.is_resident(weight) or weight.dim() != 2:
         return NotImplemented
-    if weight.dim() != 2:
-        return NotImplemented
-    if bias is not None and id(bias) in copies.table:
-        bias = copies.copy(bias, keep=False)
-    group, i = copies.find(weight)
-    source, span = group.tensors[i], group.spans[i]
-    residual = group.residual(i)
-    rows, columns = source.shape
-    step = copies.tile_rows(source, 0)
-    plain = x.dtype == source.dtype and not torch.is_autocast_enabled(source.device.type)
-    out = None
-    for start in range(0, rows, step):
-        stop = min(rows, start + step)
-        tile = copies.arena.take((stop - start, columns), source.dtype, source.device)
-        if tile is None:
-            tile = torch.empty((stop - start, columns), dtype=source.dtype, device=source.device)
-        here = Span(span.who, span.first + start * columns)
-        copies.piece(group, i, source[start:stop], here, tile, residual[start:stop] if residual is not None else None)
-        if stop - start == rows:
-            return F.linear(x, tile, bias)
-        part_bias = bias[start:stop] if bias is not None else None
-        if plain:  # straight into its columns: a product of its own would be a second copy of the result
-            if out is None:
-                out = x.new_empty((x.numel() // columns, rows))
-            here_out = out[:, start:stop]
-            if part_bias is None:
-                torch.mm(x.reshape(-1, columns), tile.t(), out=here_out)
-            else:
-                torch.addmm(part_bias, x.reshape(-1, columns), tile.t(), out=here_out)
-        else:
-            part = F.linear(x, tile, part_bias)
-            if out is None:
-                out = part.new_empty((*part.shape[:-1], rows))
-            out[..., start:stop] = part
-            del part
-        del tile
-        copies.arena.release()
-    return out.view(*x.shape[:-1], rows) if plain and out is not None else out
+    return _meet(copies, weight, _Product(x, bias), transposed=False)
 
 
 def _addmm(copies: Copies, func, args: tuple, kwargs: dict):
@@ -68,32 +39,41 @@ def _addmm(copies: Copies, func, args: tuple, kwargs: dict):
     if len(args) != 3 or kwargs or id(args[2]) not in copies.table or id(args[1]) in copies.table:
         return NotImplemented
     bias, x, weight = args
-    group, i = copies.find(weight)
-    source, span = group.tensors[i], group.spans[i]
-    if copies.table[id(weight)] in copies.resident[copies.side] or weight.dim() != 2:
+    if copies.is_resident(weight) or weight.dim() != 2 or bias.dim() != 1:
         return NotImplemented
-    if id(bias) in copies.table:
-        bias = copies.copy(bias, keep=False)
-    residual = group.residual(i)
-    rows, columns = source.shape
-    step = copies.tile_rows(source, 1)
-    if step >= columns or bias.dim() != 1:
-        return func(bias, x, copies.copy(weight))
-    out = None
-    for start in range(0, columns, step):
-        stop = min(columns, start + step)
-        tile = copies.arena.take((rows, stop - start), source.dtype, source.device)
-        if tile is None:
-            tile = torch.empty((rows, stop - start), dtype=source.dtype, device=source.device)
-        here = Span(span.who, span.first + start, pitch=columns)
-        copies.piece(group, i, source[:, start:stop], here, tile, residual[:, start:stop] if residual is not None else None)
-        part = torch.addmm(bias[start:stop], x, tile)
-        if out is None:
-            out = part.new_empty((part.shape[0], columns))
-        out[:, start:stop] = part
-        del tile, part
+    return _meet(copies, weight, _Product(x, bias), transposed=True)
+
+
+def _meet(copies: Copies, weight: Tensor, use: _Product, transposed: bool) -> Tensor:
+    """Alone, or together with the other sides that come to the same product."""
+
+    def compute(uses: Sequence[tuple[int, _Product]]) -> list[Tensor]:
+        return _product(copies, weight, uses, transposed)
+
+    if copies.meet is None:
+        return compute([(copies.side, use)])[0]
+    return copies.meet((copies.table[id(weight)], transposed, use.x.dtype, use.bias is None), use, compute)
+
+
+def _product(copies: Copies, weight: Tensor, uses: Sequence[tuple[int, _Product]], transposed: bool) -> list[Tensor]:
+    group, i = copies.find(weight)
+    source, residual = group.tensors[i], group.residual(i)
+    sides, xs = [side for side, _ in uses], [use.x for _, use in uses]
+    copies.note(group, i, xs)
+    try:
+        # with low bits beside them, 16-bit weights are read as copies of the float32 that they are
+        if group.matrices is not None and residual is None and group.matrices[i].shape == tuple(source.shape):
+            biases = [copies.bias(use.bias, side, wide=True) for side, use in uses]
+            matrix = group.matrices[i]
+            middles = [copies.factors.middle(group, i, side) for side in sides]
+            assert matrix.right is not None
+            return products.factored_linear(
+                group.backend, xs, source, middles, matrix.left, matrix.right, matrix.shrink, biases, transposed
+            )  # fmt: skip
+        biases = [copies.bias(use.bias, side) for side, use in uses]
+        return copies.tiled(group, i, sides, xs, biases, transposed)
+    finally:
         copies.arena.release()
-    return out
 
 
 def _rows(copies: Copies, weight: Tensor, index: Tensor) -> Tensor:
@@ -114,7 +94,7 @@ def _embedding(copies: Copies, func, args: tuple, kwargs: dict):
     weight = names["weight"]
     if names.get("max_norm") is not None and id(weight) in copies.table:
         copies.refuse_write(weight, "embedding with max_norm")
-    if id(weight) not in copies.table or copies.table[id(weight)] in copies.resident[copies.side] or weight.dim() != 2:
+    if id(weight) not in copies.table or copies.is_resident(weight) or weight.dim() != 2:
         return NotImplemented
     return _rows(copies, weight, names["input"])
 
@@ -122,7 +102,7 @@ def _embedding(copies: Copies, func, args: tuple, kwargs: dict):
 def _getitem(copies: Copies, func, args: tuple, kwargs: dict):
     """One expert of a stack, a block of rows, or looked-up rows."""
     weight, index = args
-    if id(weight) not in copies.table or copies.table[id(weight)] in copies.resident[copies.side] or weight.dim() < 2:
+    if id(weight) not in copies.table or copies.is_resident(weight) or weight.dim() < 2:
         return NotImplemented
     group, i = copies.find(weight)
     source, span = group.tensors[i], group.spans[i]

@@ -1,0 +1,48 @@
+"""Direction ``diagonal``: z = U diag(tau) V^T, U and V drawn once, r normals tau a draw.
+
+E||z||_F^2 = m n r. Sun et al. 2025, "TeZO: Empowering the Low-Rankness on the Temporal Dimension".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .lowrank import LEFT, RIGHT, Matrix, Source, matrix_shape
+from .normal import Normal
+
+
+class Diagonal:
+    """U diag(tau) V^T with normal U, V of (seed, name, step 0) that last the whole run.
+
+    rank  r of every matrix, at most min(m, n); ranks: per parameter name, where they differ (the paper takes them from the
+          weights' spectra: zokern.methods.tezo.spectral_ranks)
+    """
+
+    name = "diagonal"
+
+    def __init__(self, rank: int = 32, ranks: Mapping[str, int] | None = None, dense: Any = None) -> None:
+        for what, number in (("rank", rank), *((f"ranks[{name!r}]", r) for name, r in (ranks or {}).items())):
+            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+                raise ValueError(f"{what} is {number!r}; expected an integer, at least 1")
+        self.rank, self.ranks = rank, dict(ranks or {})
+        self.dense = Normal() if dense is None else dense
+
+    def shape(self, tensor: Tensor) -> tuple[int, int] | None:
+        return matrix_shape(tensor)
+
+    def basis_step(self, step: int) -> int:
+        return 0
+
+    def refresh(self, matrices: Sequence[Matrix], source: Source, step: int) -> None:
+        for side, word in (("left", LEFT), ("right", RIGHT)):
+            shapes = [(m.rows if side == "left" else m.columns, m.rank) for m in matrices]
+            for matrix, factor in zip(matrices, source(matrices, shapes, step, word)):
+                setattr(matrix, side, factor)
+                matrix.born = step
+
+    def draws(self, matrices: Sequence[Matrix], source: Source, step: int, draw: int) -> list[Tensor]:
+        return [torch.diag(tau) for tau in source(matrices, [(m.rank,) for m in matrices], step, draw)]
