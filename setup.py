@@ -118,15 +118,18 @@ def find_nvcc() -> str:
 
 
 def cpu() -> Part:
-    """bind.cpp, elementwise.cpp once per instruction set, and once more for the part that picks one of them at run time."""
+    """bind.cpp and isa.cpp; each verb's source once per instruction set, and once more for the part that shares the work out."""
     cxx = find_cxx()
     isas = list(ISA_FLAGS) if platform.machine().lower() in ("x86_64", "amd64") else ["scalar"]
     part = Part("cpu", {"compiler": run(cxx, "--version").splitlines()[0], "flags": CXX_FLAGS, "instruction_sets": isas}, [])
-    objects = [f"{OBJECTS}/cpu/bind.o", f"{OBJECTS}/cpu/elementwise.o"]
-    part.rules += [part.bind_rule(), f"build {objects[1]}: cxx csrc/elementwise.cpp"]
-    for isa in isas:
-        objects.append(f"{OBJECTS}/cpu/elementwise.{isa}.o")
-        part.rules.append(f"build {objects[-1]}: cxx csrc/elementwise.cpp\n  flags = -DZOKERN_ISA={isa} {ISA_FLAGS[isa]}")
+    objects = [f"{OBJECTS}/cpu/bind.o", f"{OBJECTS}/cpu/isa.o"]
+    part.rules += [part.bind_rule() + " -DZOKERN_LOWRANK", f"build {objects[1]}: cxx csrc/isa.cpp"]
+    for source in ("elementwise", "lowrank"):
+        objects.append(f"{OBJECTS}/cpu/{source}.o")
+        part.rules.append(f"build {objects[-1]}: cxx csrc/{source}.cpp")
+        for isa in isas:
+            objects.append(f"{OBJECTS}/cpu/{source}.{isa}.o")
+            part.rules.append(f"build {objects[-1]}: cxx csrc/{source}.cpp\n  flags = -DZOKERN_ISA={isa} {ISA_FLAGS[isa]}")
     part.rules.append(f"build {part.output}: link {' '.join(objects)}")
     return part
 

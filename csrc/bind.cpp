@@ -9,6 +9,7 @@
 #include <stdexcept>
 
 #include "elementwise.h"
+#include "lowrank.h"
 
 namespace {
 
@@ -60,6 +61,17 @@ void perturb(uintptr_t entries, uintptr_t chunks, int64_t chunk_count, int32_t d
   zo::perturb(launch(entries, chunks, chunk_count, direction, seed, workers, stream), step, draw, at<float>(scales));
 }
 
+#if defined(ZOKERN_LOWRANK)
+void lowrank(uintptr_t entries, uintptr_t chunks, int64_t chunk_count, uintptr_t factors, int64_t factor_count, uint64_t seed,
+             uint32_t step, float decay, int32_t rounding, uintptr_t nonfinite, int64_t workers, uintptr_t stream) {
+  check(factor_count >= 0 && (factor_count == 0 || factors != 0), "factors is a null address");
+  check(rounding >= 0 && rounding <= 2, "rounding is not one of 0 (nearest), 1 (stochastic), 2 (residual)");
+  check(nonfinite != 0, "nonfinite is a null address");
+  zo::lowrank(launch(entries, chunks, chunk_count, 0, seed, workers, stream), at<zo::Factors>(factors), factor_count, decay,
+              static_cast<zo::Rounding>(rounding), step, at<int64_t>(nonfinite));
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(ZOKERN_MODULE, module) {
@@ -72,6 +84,11 @@ PYBIND11_MODULE(ZOKERN_MODULE, module) {
              arg("draws"), arg("draw_count"), arg("decay"), arg("rounding"), arg("nonfinite"), arg("workers"), arg("stream"));
   module.def("perturb", &perturb, Free(), arg("entries"), arg("chunks"), arg("chunk_count"), arg("direction"), arg("seed"),
              arg("step"), arg("draw"), arg("scales"), arg("workers"), arg("stream"));
+#if defined(ZOKERN_LOWRANK)
+  module.def("lowrank", &lowrank, Free(), arg("entries"), arg("chunks"), arg("chunk_count"), arg("factors"),
+             arg("factor_count"), arg("seed"), arg("step"), arg("decay"), arg("rounding"), arg("nonfinite"), arg("workers"),
+             arg("stream"));
+#endif
   module.def("implementation", &zo::implementation);
   module.def("select", &zo::select, arg("name"));
   module.def("architectures", &zo::architectures);

@@ -10,6 +10,7 @@
 // traffic  float32: 4 B read and 4 B written an element, bfloat16 and float16: 2 B and 2 B, for any number of terms
 // equal    bit for bit to zokern/backends/reference.py on every path (tests/test_cpu.py); no contraction, no fast-math
 // source   Malladi et al. 2023, Algorithm 1; stream: zokern/stream.py, version 1
+
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -18,18 +19,11 @@
 #include <type_traits>
 #include <vector>
 
-#define ZO_PASTE(a, b) a##b
-#define ZO_JOIN(a, b) ZO_PASTE(a, b)
-#if defined(ZOKERN_ISA)
-// Every instruction set has a namespace of its own: the linker would otherwise merge the inline functions of all of them,
-// and the scalar path might end up calling one that holds AVX-512 code.
-#define zo ZO_JOIN(zo_, ZOKERN_ISA)
-#endif
-
+// clang-format off
+#include "simd/namespace.h"  // first: it renames the namespace of the others
+// clang-format on
 #include "elementwise.h"
-
-#define ZO_INLINE inline __attribute__((always_inline))
-#define ZO_INLINE_LAMBDA __attribute__((always_inline))
+#include "isa.h"
 
 namespace zo {
 
@@ -42,21 +36,18 @@ struct Job {
   int32_t draw_count;
   const Entry* entries;
   const Chunk* chunks;
-  const Draw* draws;                                 // one for draw and perturb
-  const float* scales;                               // perturb
-  float decay;                                       // axpy
-  alignas(64) uint32_t keys[2 * kPhiloxRounds][16];  // round r adds keys[2 r] and keys[2 r + 1], one copy a lane
+  const Draw* draws;    // one for draw and perturb
+  const float* scales;  // perturb
+  float decay;          // axpy
+  alignas(64) Keys keys;
 };
 
 }  // namespace zo
 
 #if defined(ZOKERN_ISA)
 
-#define ZO_QUOTE(path) #path
-// clang-format off
-#define ZO_TRAIT(isa) ZO_QUOTE(simd/isa.h)
-// clang-format on
-#include ZO_TRAIT(ZOKERN_ISA)
+#include ZO_TRAIT
+#include "simd/words.h"
 
 namespace zo {
 namespace {
@@ -68,31 +59,7 @@ constexpr int kUnit = 2 * kLanes;    // elements of one step of the second stage
 constexpr int kBlocks = 64;          // blocks between the two stages: 1 KB of words
 constexpr int kPiece = 8 * kBlocks;  // elements of the general path's buffers
 
-struct Name {
-  uint32_t who, step, draw;
-  const uint32_t (*keys)[16];
-};
-
 constexpr int per_block(Direction d) { return d == Direction::kNormal ? kNormalPerBlock : kRademacherPerBlock; }
-
-// ---- stage 1: words of `blocks` blocks (rounded up to groups). kUnpack: in the order that interleave() undoes.
-template <bool kUnpack, int kAhead>
-ZO_INLINE void make_words(uint32_t block, int blocks, const Name& name, uint32_t* words, const char* ahead) {
-  const auto x1 = Simd::wide(name.who), x2 = Simd::wide(name.step), x3 = Simd::wide(name.draw);
-  for (int b = 0; b < blocks; b += Simd::kGroup) {
-    for (int byte = 0; byte < kAhead; byte += 64) __builtin_prefetch(ahead + byte);
-    ahead += kAhead;
-    auto a = Simd::counters<kUnpack>(block + static_cast<uint32_t>(b)), c = x2, e = x1, g = x3;
-#pragma GCC unroll 9
-    for (int round = 0; round < kPhiloxRounds - 1; ++round) {
-      const auto p = Simd::multiply(a, kPhiloxM0), q = Simd::multiply(c, kPhiloxM1);
-      a = Simd::mix(q, e, name.keys[2 * round]), e = q;
-      c = Simd::mix(p, g, name.keys[2 * round + 1]), g = p;
-    }
-    const auto p = Simd::multiply(a, kPhiloxM0), q = Simd::multiply(c, kPhiloxM1);
-    Simd::store_words<kUnpack>(Simd::last(q, e, name.keys[18]), Simd::last(p, g, name.keys[19]), words + 4 * b);
-  }
-}
 
 // ---- stage 2: a unit of z
 ZO_INLINE void box_muller(U word, F& even, F& odd) {  // normal.h, the same operations in the same order
@@ -534,54 +501,9 @@ extern "C" int64_t ZO_JOIN(zokern_chunk_, ZOKERN_ISA)(const void* address, int64
 #include <omp.h>
 
 #include <stdexcept>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-extern "C" {
-int64_t zokern_chunk_scalar(const void* job, int64_t chunk);
-#if defined(__x86_64__)
-int64_t zokern_chunk_avx2(const void* job, int64_t chunk);
-int64_t zokern_chunk_avx512(const void* job, int64_t chunk);
-#endif
-}
 
 namespace zo {
 namespace {
-
-struct Path {
-  const char* name;
-  int64_t (*chunk)(const void* job, int64_t chunk);
-  bool usable;
-};
-
-std::vector<Path>& paths() {  // best first
-  static std::vector<Path> list = {
-#if defined(__x86_64__)
-      {"avx512", zokern_chunk_avx512,
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
-      {"avx2", zokern_chunk_avx2,
-       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
-#endif
-      {"scalar", zokern_chunk_scalar, true},
-  };
-  return list;
-}
-
-const Path* find(const std::string& name) {
-  for (const Path& path : paths()) {
-    if (path.usable && (name.empty() || name == path.name)) return &path;
-  }
-  std::string message = "instruction set '" + name + "' cannot run here; usable: ";
-  for (const std::string& usable : architectures()) message += usable + " ";
-  throw std::invalid_argument(message);
-}
-
-const Path*& active() {
-  static const Path* path = find(std::getenv("ZOKERN_CPU_ISA") != nullptr ? std::getenv("ZOKERN_CPU_ISA") : "");
-  return path;
-}
 
 bool compiled(Direction direction, const Entry& entry) {
   const auto theta = static_cast<Type>(entry.type), out = static_cast<Type>(entry.out_type);
@@ -592,31 +514,17 @@ bool compiled(Direction direction, const Entry& entry) {
   return false;
 }
 
-// The caller's thread keeps its floating-point mode; the arithmetic runs in the default one (torch.set_flush_denormal).
-struct DefaultMode {
-#if defined(__x86_64__)
-  unsigned saved = _mm_getcsr();
-  DefaultMode() { _mm_setcsr(0x1f80); }
-  ~DefaultMode() { _mm_setcsr(saved); }
-#endif
-};
-
 int64_t run(Job& job, const Launch& launch) {
   job.direction = launch.direction;
   job.entries = launch.entries;
   job.chunks = launch.chunks;
-  for (uint32_t round = 0; round < kPhiloxRounds; ++round) {
-    for (int lane = 0; lane < 16; ++lane) {
-      job.keys[2 * round][lane] = static_cast<uint32_t>(launch.seed) + round * kPhiloxW0;
-      job.keys[2 * round + 1][lane] = static_cast<uint32_t>(launch.seed >> 32) + round * kPhiloxW1;
-    }
-  }
+  spread(launch.seed, job.keys);
   for (int64_t c = 0; c < launch.chunk_count; ++c) {
     if (!compiled(launch.direction, launch.entries[launch.chunks[c].entry])) {
       throw std::invalid_argument("a launch names a direction or dtypes that csrc/instances.def does not list");
     }
   }
-  const auto chunk = active()->chunk;
+  const auto chunk = active().elementwise;
   const int workers = static_cast<int>(launch.workers);
   int64_t nonfinite = 0;
 #pragma omp parallel num_threads(workers) if (workers > 1) reduction(+ : nonfinite)
@@ -657,20 +565,6 @@ void perturb(const Launch& launch, uint32_t step, uint32_t draw, const float* sc
   job.verb = Verb::kPerturb, job.rounding = Rounding::kNearest, job.draws = &one, job.draw_count = 1, job.scales = scales;
   run(job, launch);
 }
-
-std::string implementation() { return active()->name; }
-
-void select(const std::string& name) { active() = find(name); }
-
-std::vector<std::string> architectures() {
-  std::vector<std::string> names;
-  for (const Path& path : paths()) {
-    if (path.usable) names.push_back(path.name);
-  }
-  return names;
-}
-
-int device_count() { return 1; }
 
 }  // namespace zo
 #endif

@@ -39,7 +39,7 @@ struct Entry {            // 104 bytes; backends/table.py packs the same layout
   uint32_t who;           // parameter id
   int32_t type;           // Type of theta
   int32_t out_type;       // Type of out
-  int32_t reserved;
+  int32_t tensor;         // position of the tensor in the launch
 };
 static_assert(sizeof(Entry) == 104, "zokern/backends/table.py packs 104 bytes");
 

@@ -3,6 +3,8 @@
 
 #include <immintrin.h>
 
+#include "transpose.h"
+
 namespace zo {
 
 struct Simd {
@@ -37,6 +39,11 @@ struct Simd {
 
   static void interleave(F even, F odd, F& low, F& high) {
     low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
+  }
+
+  static constexpr int kTranspose = 8;
+  static void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+    transpose8(from, from_stride, to, to_stride);
   }
 
   // Which block sits in which lane is free, so it is chosen to make store_words two instructions.

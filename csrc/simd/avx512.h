@@ -3,6 +3,8 @@
 
 #include <immintrin.h>
 
+#include "transpose.h"
+
 namespace zo {
 
 struct Simd {
@@ -34,6 +36,11 @@ struct Simd {
 
   static void interleave(F even, F odd, F& low, F& high) {
     low = _mm512_unpacklo_ps(even, odd), high = _mm512_unpackhi_ps(even, odd);
+  }
+
+  static constexpr int kTranspose = 8;
+  static void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+    transpose8(from, from_stride, to, to_stride);
   }
 
   // Which block sits in which lane is free, so it is chosen to make store_words two instructions.

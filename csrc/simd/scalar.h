@@ -1,4 +1,4 @@
-// simd/scalar.h: one lane, any CPU. The trait that elementwise.cpp is written over, in its simplest form
+// simd/scalar.h: one lane, any CPU. The trait that elementwise.cpp and lowrank.cpp are written over, in its simplest form
 #pragma once
 
 namespace zo {
@@ -31,6 +31,10 @@ struct Simd {
 
   // (even, odd) of one vector of words to consecutive elements; undoes the order of store_words<true>
   static void interleave(F even, F odd, F& low, F& high) { low = even, high = odd; }
+
+  // to[k to_stride + c] = from[c from_stride + k] for c, k in [0, kTranspose)
+  static constexpr int kTranspose = 1;
+  static void transpose(const float* from, int64_t, float* to, int64_t) { *to = *from; }
 
   // Philox: one block a 64-bit lane, of which the upper half may hold anything
   template <bool kUnpack>

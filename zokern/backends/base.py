@@ -102,5 +102,13 @@ class Backend(Protocol):
         t = fma(scale, s, round(decay * theta)); then one rounding to the dtype, as in axpy_ (``stochastic`` spends the bits of
         (who, step, purpose rounding)). Equal bit for bit on ``reference`` and ``cpu``; ``cuda`` and ``triton`` sum on the matrix
         units, in another order and with factors rounded as their files say, to a bound.
-        outs, where given, take the results instead (contiguous, of theta's dtype or float32) and theta is only read.
+        outs, where given, take the results instead (contiguous, of theta's dtype or float32, shaped like theta or like theta[rows])
+        and theta is only read; its low bits, too, with rounding ``residual``: outs are then rounded to nearest. Rows need outs.
         """
+
+
+def check_rows(spans: Sequence[Span], outs: Sequence[Tensor] | None) -> None:
+    """A row that is looked up twice would be changed twice: lowrank_ writes looked-up rows to outs only."""
+    for i, span in enumerate(spans):
+        if span.rows is not None and outs is None:
+            raise ValueError(f"lowrank_: spans[{i}] has rows and there are no outs; looked-up rows are written to outs only")

@@ -1,4 +1,4 @@
-"""Backend ``cpu``: the compiled kernels of csrc/elementwise.cpp; AVX-512, AVX2 or scalar, chosen when the module is loaded.
+"""Backend ``cpu``: the compiled kernels of csrc/elementwise.cpp and csrc/lowrank.cpp; AVX-512, AVX2 or scalar, chosen when the module is loaded.
 
 One call is one parallel region over the chunks of a table, on ``torch.get_num_threads()`` threads. The environment variable
 ``ZOKERN_CPU_ISA`` (avx512, avx2 or scalar) forces one of the paths that this machine can run; all give the same bits.
@@ -14,7 +14,7 @@ import torch  # before _cpu: both then share one OpenMP runtime, and torch's thr
 from torch import Tensor
 
 from . import table
-from .base import Span
+from .base import Span, check_rows
 
 _cpu: Any = None
 _error = ""
@@ -23,6 +23,7 @@ try:
 except ImportError as error:
     _error = str(error)
 
+ARITHMETIC_RANK = 32  # above it lowrank_ is bound by arithmetic, and a panel in the first cache is worth a longer chunk
 SMALL = 1 << 16  # elements of a launch below which waking a second thread costs more than it saves
 
 
@@ -126,6 +127,26 @@ class Cpu:
         sides = np.zeros(2, dtype=np.float32)
         sides[: len(scales)] = scales
         _module().perturb(*_tables(entries, chunks), number, seed, step, draw, sides.ctypes.data, _workers(entries, chunks), 0)
+
+    def lowrank_(self, thetas: Sequence[Tensor], spans: Sequence[Span], lefts: Sequence[Tensor], rights: Sequence[Tensor],
+                 scales: Sequence[float], decay: float, rounding: str, residuals: Sequence[Tensor] | None, seed: int = 0, step: int = 0,
+                 outs: Sequence[Tensor] | None = None) -> Tensor:  # fmt: skip
+        for name, tensors in (("thetas", thetas), ("lefts", lefts), ("rights", rights), ("outs", outs or ())):
+            _check(name, tensors)
+        check_rows(spans, outs)
+        nonfinite = torch.zeros(1, dtype=torch.int64)
+        sides = () if outs is None else (outs,)
+        entries, chunks = table.pack(thetas, spans, sides, residuals, _elements(rights), numbered=True)
+        factors = table.pack_factors(lefts, rights, scales)
+        _module().lowrank(*_tables(entries, chunks), table.address(factors), len(factors), seed, step, decay, table.ROUNDING[rounding],
+                          nonfinite.data_ptr(), _workers(entries, chunks), 0)  # fmt: skip
+        return nonfinite
+
+
+def _elements(rights: Sequence[Tensor]) -> int:
+    """Elements of a chunk of lowrank_: at high ranks about 32 rows, which share the part of `right` that the first cache holds."""
+    longest = max([right.shape[0] for right in rights if right.shape[1] > ARITHMETIC_RANK], default=0)
+    return min(max(table.CHUNK_ELEMENTS, 32 * longest // table.ALIGN * table.ALIGN), 8 * table.CHUNK_ELEMENTS)
 
 
 __all__ = ["Cpu", "architectures", "isa", "select", "why_off"]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import stream
 from ..stream import fma, to_bits, to_float
-from .base import Span
+from .base import Span, check_rows
 
 CHUNK = 1 << 20  # elements at a time, so that the float64 temporaries stay small
 
@@ -70,6 +70,15 @@ def split(value: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(special, value.to(torch.bfloat16), high), torch.where(special, torch.zeros_like(low), low)
 
 
+def contract(left: Tensor, right: Tensor, index: Tensor) -> Tensor:
+    """(left right^T) at these element numbers: fma over k in order, from zero."""
+    row, column = index // right.shape[0], index % right.shape[0]
+    total = torch.zeros(index.numel(), device=index.device)
+    for k in range(right.shape[1]):
+        total = fma(left[row, k], right[column, k], total)
+    return total
+
+
 class Reference:
     name = "reference"
 
@@ -125,3 +134,33 @@ class Reference:
             for scale, out in zip(scales, outs):
                 scale = torch.tensor(scale, dtype=torch.float32, device=theta.device)
                 out[i].copy_(fma(scale, direction_z, value).to(out[i].dtype).view(out[i].shape))
+
+    def lowrank_(
+        self, thetas, spans, lefts, rights, scales, decay, rounding, residuals, seed=0, step=0, outs=None
+    ) -> Tensor:
+        check_rows(spans, outs)
+        nonfinite = torch.zeros(1, dtype=torch.int64, device=thetas[0].device if thetas else "cpu")
+        decay = torch.tensor(decay, dtype=torch.float32, device=nonfinite.device)
+        for i, (theta, span, left, right) in enumerate(zip(thetas, spans, lefts, rights)):
+            index = numbers(theta, span)
+            scale = torch.tensor(scales[i], dtype=torch.float32, device=theta.device)
+            keep = residuals is not None and rounding == "residual" and theta.dtype == torch.bfloat16
+            old = (theta if span.rows is None else theta[span.rows]).flatten()
+            low = (residuals[i] if span.rows is None else residuals[i][span.rows]).flatten() if keep else torch.empty(0)
+            new = torch.empty_like(old, dtype=theta.dtype if outs is None else outs[i].dtype)
+            for part in range(0, index.numel(), CHUNK):
+                here = slice(part, part + CHUNK)
+                value = decay * (join(old[here], low[here]) if keep else old[here].float())
+                value = fma(scale, contract(left, right, index[here]), value)
+                if keep and outs is None:
+                    new[here], low[here] = split(value)
+                elif rounding == "stochastic" and new.dtype != torch.float32:
+                    new[here] = stochastic(value, new.dtype, random16(index[here], span.who, step, seed))
+                else:
+                    new[here] = value.to(new.dtype)
+            target = theta if outs is None else outs[i]
+            target.copy_(new.view(target.shape))
+            if keep and outs is None:
+                residuals[i].copy_(low.view(residuals[i].shape))
+            nonfinite += (~torch.isfinite(new)).sum()
+        return nonfinite

@@ -1,4 +1,4 @@
-"""The table of a launch: the same 104-byte entries and 24-byte chunks that csrc/elementwise.h declares, packed with NumPy.
+"""The table of a launch: the entries, chunks, draws and factors that csrc/elementwise.h and lowrank.h declare, packed with NumPy.
 
 Raw pointers exist from here down to the kernels and nowhere else.
 """
@@ -18,11 +18,14 @@ from .base import ROUNDINGS, Span
 ENTRY = np.dtype(
     [("theta", "u8"), ("out", "u8", 2), ("residual", "u8"), ("rows", "u8"), ("row_count", "i8"), ("columns", "i8"),
      ("row_stride", "i8"), ("column_stride", "i8"), ("first", "u8"), ("pitch", "u8"), ("who", "u4"), ("type", "i4"),
-     ("out_type", "i4"), ("reserved", "i4")]
+     ("out_type", "i4"), ("tensor", "i4")]
 )  # fmt: skip
 CHUNK = np.dtype([("begin", "i8"), ("end", "i8"), ("entry", "i8")])
 DRAW = np.dtype([("step", "u4"), ("draw", "u4"), ("coefficient", "f4"), ("reserved", "i4")])
-assert ENTRY.itemsize == 104 and CHUNK.itemsize == 24 and DRAW.itemsize == 16
+FACTORS = np.dtype(
+    [("left", "u8"), ("right", "u8"), ("rank", "i8"), ("columns", "i8"), ("scale", "f4"), ("reserved", "i4")]
+)
+assert ENTRY.itemsize == 104 and CHUNK.itemsize == 24 and DRAW.itemsize == 16 and FACTORS.itemsize == 40
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DIRECTIONS = {"normal": 0, "rademacher": 1}
@@ -50,23 +53,25 @@ def pack(
     spans: Sequence[Span],
     outs: Sequence[Sequence[Tensor]] = (),
     residuals: Sequence[Tensor] | None = None,
+    elements: int = CHUNK_ELEMENTS,
+    numbered: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Entries and chunks of a launch. Empty tensors take no entry; a tensor of more than two strided dimensions takes several."""
+    """Entries (with the positions of their tensors, if `numbered`) and chunks (of about `elements`) of a launch. Empty tensors take no entry; a tensor of more than two strided dimensions takes several."""
     if thetas is not None and len(thetas) > 8 and residuals is None and not outs and _plain(thetas, spans):
-        entries = _pack_plain(thetas, spans)
-        return entries, chunks(entries)
+        entries = _pack_plain(thetas, spans, numbered)
+        return entries, chunks(entries, elements)
     words: list[int] = []  # an entry is 13 of 64 bits; one flat list is the fastest way from Python to NumPy
     sides: list[Sequence[Tensor]] = list(outs)
     shapes = thetas if thetas is not None else sides[0]
     for i, (tensor, span) in enumerate(zip(shapes, spans)):
-        kind = out_kind = TYPES[tensor.dtype]
+        kind = out_type = TYPES[tensor.dtype]
         out0 = out1 = 0
         if sides:
-            out_kind, out0 = TYPES[sides[0][i].dtype], sides[0][i].data_ptr()
+            out_type, out0 = TYPES[sides[0][i].dtype], sides[0][i].data_ptr()
             out1 = sides[1][i].data_ptr() if len(sides) > 1 else 0
         pointer = tensor.data_ptr() if thetas is not None else 0
         low = 0 if residuals is None or kind != 1 else residuals[i].data_ptr()
-        who = span.who | kind << 32
+        who, out_kind = span.who | kind << 32, out_type | (i << 32 if numbered else 0)
         if span.rows is not None or span.pitch is not None:
             columns = tensor.shape[-1]
             count = tensor.shape[0] if span.rows is None else span.rows.numel()
@@ -86,7 +91,7 @@ def pack(
         # the innermost two dimensions make an entry; the outer ones are unrolled here
         outer, inner = dims[:-2], dims[-2:]
         (count, row_stride), (columns, column_stride) = inner if len(inner) == 2 else [(1, 0), *(inner or [(1, 1)])]
-        each, width, out_width = count * columns, tensor.element_size(), 4 if out_kind == 0 else 2
+        each, width, out_width = count * columns, tensor.element_size(), 4 if out_type == 0 else 2
         offsets = np.zeros(1, dtype=np.int64)
         for extent, stride in outer:
             offsets = (offsets[:, None] + np.arange(extent) * stride).ravel()
@@ -96,18 +101,19 @@ def pack(
                       0, count, columns, row_stride, column_stride, span.first + done, columns, who, out_kind)  # fmt: skip
     entries = np.array(words, dtype=np.uint64).view(ENTRY)
     if len(words) == 13:  # one tensor: the common launch of an evaluation, called hundreds of times a step
-        return entries, _chunks_of_one(words[5] * words[6], words[9] % ALIGN)
-    return entries, chunks(entries)
+        return entries, _chunks_of_one(words[5] * words[6], words[9] % ALIGN, elements)
+    return entries, chunks(entries, elements)
 
 
 def _plain(thetas: Sequence[Tensor], spans: Sequence[Span]) -> bool:
     return all([t.is_contiguous() for t in thetas]) and all([s.rows is None and s.pitch is None for s in spans])
 
 
-def _pack_plain(thetas: Sequence[Tensor], spans: Sequence[Span]) -> np.ndarray:
+def _pack_plain(thetas: Sequence[Tensor], spans: Sequence[Span], numbered: bool) -> np.ndarray:
     """pack() for a long list of contiguous tensors that are updated in place: column by column, which NumPy does faster."""
     entries = np.zeros(len(thetas), dtype=ENTRY)
     entries["theta"] = [t.data_ptr() for t in thetas]
+    entries["tensor"] = np.arange(len(thetas)) if numbered else 0
     entries["columns"] = entries["pitch"] = [t.numel() for t in thetas]
     entries["row_count"], entries["column_stride"] = 1, 1
     entries["first"] = [s.first for s in spans]
@@ -117,26 +123,26 @@ def _pack_plain(thetas: Sequence[Tensor], spans: Sequence[Span]) -> np.ndarray:
 
 
 @lru_cache(maxsize=4096)
-def _chunks_of_one(count: int, skew: int) -> np.ndarray:
+def _chunks_of_one(count: int, skew: int, elements: int) -> np.ndarray:
     """The chunks of a single entry depend on its size and on where it stands in the stream, not on where it lies."""
     entry = np.zeros(1, dtype=ENTRY)
     entry["row_count"], entry["columns"], entry["first"] = 1, count, skew
-    found = chunks(entry)
+    found = chunks(entry, elements)
     found.flags.writeable = False
     return found
 
 
-def chunks(entries: np.ndarray) -> np.ndarray:
-    """Cut every entry's logical elements [0, row_count * columns) into pieces of about CHUNK_ELEMENTS."""
+def chunks(entries: np.ndarray, elements: int = CHUNK_ELEMENTS) -> np.ndarray:
+    """Cut every entry's logical elements [0, row_count * columns) into pieces of about `elements`, a multiple of ALIGN."""
     count = entries["row_count"] * entries["columns"]
     skew = (entries["first"] % ALIGN).astype(np.int64)  # pieces are aligned in the stream's numbering, not in memory
-    pieces = np.maximum(1, -(-(count + skew) // CHUNK_ELEMENTS))
+    pieces = np.maximum(1, -(-(count + skew) // elements))
     entry = np.repeat(np.arange(len(entries)), pieces)
     piece = np.arange(len(entry)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     table = np.zeros(len(entry), dtype=CHUNK)
     table["entry"] = entry
-    table["begin"] = np.maximum(0, piece * CHUNK_ELEMENTS - skew[entry])
-    table["end"] = np.minimum(count[entry], (piece + 1) * CHUNK_ELEMENTS - skew[entry])
+    table["begin"] = np.maximum(0, piece * elements - skew[entry])
+    table["end"] = np.minimum(count[entry], (piece + 1) * elements - skew[entry])
     return table
 
 
@@ -153,4 +159,15 @@ def pack_draws(draws: Sequence[tuple[int, int]], coeffs: Sequence[float] | np.nd
     return table
 
 
-__all__ = ["CHUNK", "DIRECTIONS", "DRAW", "ENTRY", "INDEX_LIMIT", "ROUNDING", "TYPES", "address", "pack", "pack_draws"]
+def pack_factors(lefts: Sequence[Tensor], rights: Sequence[Tensor], scales: Sequence[float]) -> np.ndarray:
+    """The factors of each tensor of a launch, contiguous float32: left (m, rank) and right (columns, rank)."""
+    table = np.zeros(len(lefts), dtype=FACTORS)
+    for i, (left, right, scale) in enumerate(zip(lefts, rights, scales)):
+        table[i] = left.data_ptr(), right.data_ptr(), right.shape[1], right.shape[0], scale, 0
+    return table
+
+
+__all__ = [
+    "CHUNK", "CHUNK_ELEMENTS", "DIRECTIONS", "DRAW", "ENTRY", "FACTORS", "INDEX_LIMIT", "ROUNDING", "TYPES", "address", "pack", "pack_draws",
+    "pack_factors",
+]  # fmt: skip
