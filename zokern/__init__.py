@@ -7,14 +7,14 @@ for batch in loader:
 
 from .directions import Normal, Rademacher
 from .estimator import Stencil
-from .evaluation import Scratch, Walk
-from .methods import MeZO
+from .evaluation import Paired, Scratch, Walk
+from .methods import MeZO, SubZero
 from .ops import axpy_, draw, perturb, philox4x32
 from .step import StepResult, step
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "MeZO", "Normal", "Rademacher", "Scratch", "Stencil", "StepResult", "Walk", "__version__", "axpy_", "draw", "perturb", "philox4x32",
+    "MeZO", "Normal", "Paired", "Rademacher", "Scratch", "Stencil", "StepResult", "SubZero", "Walk", "__version__", "axpy_", "draw", "perturb", "philox4x32",
     "step",
 ]  # fmt: skip

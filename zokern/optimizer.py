@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from . import backends, directions, estimator, evaluation, parameters
 from .evaluation import Group, Plan, Reading
 from .evaluation.surroundings import check_structure
+from .rule import Rule, Sgd
 from .step import StepResult, finite_number, run, warn
 from .stream import VERSION, check_seed
 
@@ -35,7 +38,9 @@ class ZerothOrder(torch.optim.Optimizer):
         rounding: str = "nearest",
         evaluation: str | evaluation.Evaluation = "scratch",
         backend: str | backends.Backend | None = None,
-        direction: str | directions.Direction = "normal",
+        direction: str | directions.Direction | directions.Factored = "normal",
+        rule: Rule | None = None,
+        defer: bool | None = None,
         stencil: str | estimator.Stencil = "central",
         maximize: bool = False,
         clip: float | None = None,
@@ -61,7 +66,13 @@ class ZerothOrder(torch.optim.Optimizer):
         self.backend = backend
         if isinstance(backend, str):
             backends.get(backend)
-        self.direction = directions.resolve(direction)
+        factored = not isinstance(direction, str) and hasattr(direction, "draws")
+        self.factored: directions.Factored | None = direction if factored else None  # type: ignore[assignment]
+        self.direction = directions.resolve(direction.dense if factored else direction)  # type: ignore[union-attr,arg-type]
+        self.rule: Rule = Sgd() if rule is None else rule
+        self.defer = defer
+        self.matrices: dict[int, directions.Matrix] = {}
+        self._groups: list[Group] = []
         self.stencil = estimator.resolve(stencil)
         self.maximize, self.force, self.nonfinite = bool(maximize), force, nonfinite
         self.clip = None if clip is None else finite_number("clip", clip, above=0.0)
@@ -77,7 +88,12 @@ class ZerothOrder(torch.optim.Optimizer):
         groups = parameters.named_groups(params)
         if not any(group["params"] for group in groups):
             raise ValueError("params holds no trainable parameter; set requires_grad on what is to be trained")
+        self._busy = False
         super().__init__(groups, defaults)
+        if self.factored is not None and self.model is not None:
+            watch = _Flush(self)
+            self.model.register_forward_pre_hook(watch)
+            self.model.register_state_dict_pre_hook(watch)
 
     # Groups and state ---------------------------------------------------------------------------------------------------
 
@@ -103,6 +119,7 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state_dict plus ``zokern``: stream version, seed and step, so that a resumed run draws the same z."""
+        self.flush()
         state = super().state_dict()
         state["zokern"] = {"stream": VERSION, "seed": self.seed, "step": self.steps, "skips": self.skips, "dead": self.dead}
         return state
@@ -124,9 +141,11 @@ class ZerothOrder(torch.optim.Optimizer):
             )
         super().load_state_dict(state_dict)
         order = [p for group in self.param_groups for p in group["params"]]
-        for index, values in state_dict["state"].items():  # torch casts state to the parameter's dtype; low bits are integers
-            if "residual" in values:
-                self.state[order[index]]["residual"] = values["residual"].to(order[index].device, copy=True)
+        for index, values in state_dict["state"].items():  # torch casts state to the parameter's dtype
+            for key, value in values.items():
+                if isinstance(value, Tensor):
+                    self.state[order[index]][key] = value.to(order[index].device, copy=True)
+        self.matrices.clear()
         self.seed, self.steps, self.skips, self.dead = own["seed"], own["step"], own["skips"], own["dead"]
 
     # One step -----------------------------------------------------------------------------------------------------------
@@ -158,32 +177,105 @@ class ZerothOrder(torch.optim.Optimizer):
             for entry in entries:
                 if entry.tensor.requires_grad:
                     by_device.setdefault(entry.tensor.device, []).append(entry)
-            for device, members in by_device.items():
-                for i, entry in enumerate(members):
+            for device, everything in by_device.items():
+                for entry in everything:
                     if id(entry.tensor) not in self._checked:
                         parameters.check_parameter(entry.name, entry.tensor)
                         self._checked.add(id(entry.tensor))
-                    aliases[id(entry.tensor)] = (len(groups), i)
-                groups.append(
-                    Group(
-                        [e.name for e in members],
-                        [e.tensor for e in members],
-                        [backends.Span(e.who) for e in members],
-                        [self._residual(e.tensor) for e in members] if self.rounding == "residual" else None,
-                        float(options["eps"]),
-                        options,
-                        backends.resolve(self.backend, device),
+                found = [self._matrix(entry) for entry in everything]
+                dense = [entry for entry, matrix in zip(everything, found) if matrix is None]
+                factored = [(entry, matrix) for entry, matrix in zip(everything, found) if matrix is not None]
+                for members, matrices in ((dense, None), ([e for e, _ in factored], [m for _, m in factored])):
+                    if not members:
+                        continue
+                    for i, entry in enumerate(members):
+                        aliases[id(entry.tensor)] = (len(groups), i)
+                    groups.append(
+                        Group(
+                            [e.name for e in members],
+                            [e.tensor for e in members],
+                            [backends.Span(e.who) for e in members],
+                            [self._residual(e.tensor) for e in members] if self.rounding == "residual" else None,
+                            float(options["eps"]),
+                            options,
+                            backends.resolve(self.backend, device),
+                            matrices,
+                        )
                     )
-                )
         if not groups:
             raise ValueError("no parameter requires a gradient any more: nothing to train in this step")
         plan = Plan(
-            groups, self.direction, self.stencil, self.queries, self.seed, self.steps, self.rounding, self.model, aliases
+            groups, self.direction, self.stencil, self.queries, self.seed, self.steps, self.rounding, self.model, aliases, self.factored
         )
+        self._groups = groups
         self._tie(plan)
         if self.result is None:
             self._check_dead_perturbation(plan)
         return plan
+
+    def _matrix(self, entry: parameters.Trained) -> directions.Matrix | None:
+        """What the factored direction keeps of a parameter; None where z is dense."""
+        if self.factored is None or (shape := self.factored.shape(entry.tensor)) is None or not entry.tensor.numel():
+            return None
+        if id(entry.tensor) not in self.matrices:
+            rank = min(self.factored.rank_of(entry.name), *shape)
+            self.matrices[id(entry.tensor)] = directions.Matrix(entry.name, entry.who, *shape, rank, entry.tensor.device)
+        return self.matrices[id(entry.tensor)]
+
+    # Factored directions ------------------------------------------------------------------------------------------------
+
+    def refresh(self, plan: Plan, closure: Callable[[], Any]) -> None:
+        """Draw the bases that this step needs. Nothing is written: the last step of an interval wrote what waited."""
+        if self.factored is None:
+            return
+        for group in plan.groups:
+            for step in (plan.step - 1, plan.step):  # after loading a state, the basis that its momentum belongs to comes first
+                if group.matrices is None or step < 0:
+                    continue
+                born = self.factored.basis_step(step)
+                stale = [(matrix, tensor) for matrix, tensor in zip(group.matrices, group.tensors) if matrix.born != born]
+                if not stale or (step < plan.step and any(matrix.born >= 0 for matrix, _ in stale)):
+                    continue
+                old = [matrix.right for matrix, _ in stale]
+                self.factored.refresh([matrix for matrix, _ in stale], group.source(plan.seed), born)
+                for (matrix, tensor), right in zip(stale, old):
+                    if right is not None:
+                        self.rule.rebase(group, matrix, right, self.state[tensor])
+
+    def defers(self, plan: Plan) -> bool:
+        """Whether this step's updates of matrices wait: not in the last step of a basis, nor where nobody would see to the write."""
+        if self.factored is None or self.evaluation.name == "walk":
+            return False
+        wanted = self.model is not None if self.defer is None else self.defer
+        return wanted and self.factored.basis_step(plan.step) == self.factored.basis_step(plan.step + 1)
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        """Write the updates that wait in factored matrices into the weights: W <- W + U C V^T, one rounding.
+
+        The module's own forward (outside a step) and its state_dict do this by themselves; reading a parameter directly, copying the
+        module or handing its tensors to other code does not. Raises RuntimeError if the weights were written in between."""
+        for group in self._groups:
+            if group.matrices is not None:
+                group.write(self.seed, max(0, self.steps - 1), self.rounding)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside, the module reads theta with its waiting updates, while nothing is written: the run goes on to the same bits.
+
+        Unlike flush(), which splits an interval's one rounding in two."""
+        from .evaluation.reading import theta
+
+        waiting = [group for group in self._groups if any(m.pending is not None for m in group.matrices or ())]
+        if not waiting:
+            yield
+            return
+        self._busy = True
+        try:
+            with theta(self.plan()):
+                yield
+        finally:
+            self._busy = False
 
     def _known(self) -> dict[str, Tensor]:
         """Every name that the optimizer was given, with the tensor object that it stood for."""
@@ -253,7 +345,7 @@ class ZerothOrder(torch.optim.Optimizer):
         return [
             (i, t.detach().view(-1)[:SAMPLE])
             for i, t in enumerate(group.tensors)
-            if t.dtype != torch.float32 and t.dim() > 1 and t.numel() and t.is_contiguous()
+            if group.matrices is None and t.dtype != torch.float32 and t.dim() > 1 and t.numel() and t.is_contiguous()
         ]
 
     def _check_dead_perturbation(self, plan: Plan) -> None:
@@ -295,6 +387,29 @@ class ZerothOrder(torch.optim.Optimizer):
             return still
 
         return after
+
+
+class _Flush:
+    """Hook of the module: whoever runs it or saves it outside a step sees the weights with all their updates."""
+
+    def __init__(self, optimizer: ZerothOrder) -> None:
+        self.optimizer = weakref.ref(optimizer)
+
+    def __call__(self, *_: Any) -> None:
+        optimizer = self.optimizer()
+        if optimizer is not None and not optimizer._busy and not optimizer._lock.locked():
+            optimizer.flush()
+
+    def __reduce__(self) -> tuple:
+        return _nothing, ()  # a saved or copied module has no optimizer
+
+
+def _nothing() -> Callable[..., None]:
+    return _ignore
+
+
+def _ignore(*_: Any) -> None:
+    """What is left of the hook in a copy."""
 
 
 def _resolve_evaluation(chosen):

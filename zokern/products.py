@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -92,58 +94,67 @@ def _shaped(out: Tensor | None, x: Tensor, columns: int) -> Tensor:
     return out.view(*x.shape[:-1], columns)
 
 
+class Part(NamedTuple):
+    """Thin products beside x W^T: for sides[j], y += (x first) middles[j] last^T, float32."""
+
+    sides: Sequence[int]
+    first: Tensor  # (columns of x, r)
+    middles: Tensor  # (len(sides), r, q)
+    last: Tensor  # (columns of y, q)
+
+
 def factored_linear(
     backend: Backend,
     xs: Sequence[Tensor],
     weight: Tensor,
-    middles: Sequence[Tensor | None],
-    left: Tensor | None,
-    right: Tensor,
+    parts: Sequence[Part],
     shrink: float,
     biases: Sequence[Tensor | None],
     transposed: bool = False,
 ) -> list[Tensor]:
-    """y_j = x_j (shrink W + L_j right^T)^T + b_j with L_j = left middle_j, or middle_j where left is None.
+    """y_j = x_j (shrink W)^T + b_j + the thin products of side j; transposed: x_j (shrink W).
 
-    The thin products are float32 whatever x and W are, and the sum with x W^T is rounded to y's dtype once: 16 bits would lose
-    the perturbation. transposed: y_j = b_j + x_j (shrink W + L_j right^T). W is only read."""
-    columns = weight.shape[1] if transposed else weight.shape[0]
-    width = weight.numel() // columns
+    One product for the rows of all sides while they are few. The thin products are float32 whatever x and W are, and their sum with
+    x W^T is rounded to y's dtype once more: 16 bits would lose the perturbation. W is only read."""
+    width, columns = weight.shape if transposed else weight.shape[::-1]
+    matrix = weight.t() if transposed else weight
     flat = [x.reshape(-1, width) for x in xs]
     counts = [x.shape[0] for x in flat]
-    matrix = weight.t() if transposed else weight
-    scaled = flat if shrink == 1.0 else [x * shrink for x in flat]
-    if len(xs) > 1 and sum(counts) <= JOIN:
-        joint = F.linear(torch.cat(scaled), matrix)
-        outs = list(joint.split(counts))
-        late = biases
-    else:
-        early = [None if b is None else b.to(x.dtype) if not torch.is_autocast_enabled(x.device.type) else b for b, x in zip(biases, xs)]
-        outs = [F.linear(x, matrix, bias) for x, bias in zip(scaled, early)]
-        late = [None] * len(xs)
     device = weight.device.type
-    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-        # x V C^T and U^T for y = x W^T; x U C and V^T for y = x W
-        for j, (x, middle, bias) in enumerate(zip(flat, middles, late)):
-            thin, wide = _thin(x, middle, left, right, transposed)
-            if bias is not None:
-                ones = x.new_ones((x.shape[0], 1), dtype=torch.float32)
-                row = bias.float().unsqueeze(1)
-                thin, wide = (ones, row) if thin is None else (torch.cat((thin, ones), 1), torch.cat((wide, row), 1))
-            if thin is not None:
-                y = outs[j]
-                backend.lowrank_([y], [Span(0)], [thin.contiguous()], [wide.contiguous()], [1.0], 1.0, "nearest", None)
+    cast = torch.is_autocast_enabled(device)
+    joined = len(xs) > 1 and sum(counts) <= JOIN and not cast and all(x.dtype == weight.dtype for x in xs)
+    if joined:
+        rows = torch.cat(flat)
+        scaled = rows if shrink == 1.0 else rows * shrink
+        if biases[0] is None:
+            outs = [scaled @ matrix.t()]
+        else:
+            start = torch.cat([bias.expand(count, columns) for bias, count in zip(biases, counts)])  # type: ignore[union-attr]
+            outs = [torch.addmm(start, scaled, matrix.t())]
+        flat = [rows]
+    else:
+        scaled_each = [x if shrink == 1.0 else x * shrink for x in flat]
+        outs = [F.linear(x, matrix, bias) for x, bias in zip(scaled_each, biases)]
+    with torch.autocast(device, enabled=False) if cast else nullcontext():
+        begin = [0, *accumulate(counts)]
+        for part in parts:
+            chosen = [list(part.sides)] if joined else [[side] for side in part.sides]
+            for sides in chosen:
+                at = [part.sides.index(side) for side in sides]
+                x, y = flat[0 if joined else sides[0]], outs[0 if joined else sides[0]]
+                if joined and len(sides) < len(xs):
+                    x, y = x[begin[sides[0]] : begin[sides[-1] + 1]], y[begin[sides[0]] : begin[sides[-1] + 1]]
+                thin = (x if x.dtype == torch.float32 else x.float()) @ part.first
+                sizes = [counts[side] for side in sides]
+                if len(set(sizes)) == 1:
+                    middles = part.middles if len(at) == len(part.sides) else part.middles[at]
+                    thin = (thin.view(len(sides), sizes[0], -1) @ middles).view(sum(sizes), -1)
+                else:
+                    thin = torch.cat([t @ part.middles[j] for j, t in zip(at, thin.split(sizes))])
+                backend.lowrank_([y], _ORIGIN, [thin], [part.last], _ONE, 1.0, "nearest", None)
+    if joined:
+        outs = list(outs[0].split(counts))
     return [out.view(*x.shape[:-1], columns) for out, x in zip(outs, xs)]
 
 
-def _thin(
-    x: Tensor, middle: Tensor | None, left: Tensor | None, right: Tensor, transposed: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """What is multiplied beside x W: (rows, r) and (columns, r), float32."""
-    if middle is None:
-        return None, None
-    x = x.float()
-    if not transposed:
-        t = x @ right
-        return (t, middle) if left is None else (t @ middle.t(), left)
-    return (x @ middle, right) if left is None else (x @ left @ middle, right)
+_ORIGIN, _ONE = [Span(0)], [1.0]

@@ -13,6 +13,7 @@ import torch
 
 from . import estimator
 from .evaluation import Plan, Reading
+from .rule import Sgd
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class StepResult:
     scratch_bytes most extra memory that the evaluation held at once
     unseen        trained parameters that the loss never read (they were updated all the same)
     whole         parameters that were perturbed in one piece because their use cannot be tiled
+    unpaired      evaluation 'paired': parameters that were read for some side alone
     dead_updates  share of 16-bit weights in a sample that rounding to nearest left where they were; None when not measured
     """
 
@@ -42,6 +44,7 @@ class StepResult:
     scratch_bytes: int = 0
     unseen: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
+    unpaired: tuple[str, ...] = ()
     dead_updates: float | None = None
 
 
@@ -63,6 +66,7 @@ def step(optimizer: Any, closure: Callable[[], Any]) -> StepResult:
 def run(optimizer: Any, closure: Callable[[], Any]) -> StepResult:
     """The line itself; `optimizer` gives the plan, keeps the counters and holds the lock."""
     plan: Plan = optimizer.plan()
+    optimizer.refresh(plan, closure)
     check = optimizer.paired_check and plan.step % optimizer.paired_check == 0
     reading: Reading = optimizer.evaluation.read(plan, closure, repeat_first=bool(check))
     try:
@@ -85,11 +89,12 @@ def run(optimizer: Any, closure: Callable[[], Any]) -> StepResult:
         seed=plan.seed,
         step=plan.step,
         skipped=not finite,
-        evaluation=optimizer.evaluation.name,
+        evaluation=reading.evaluation or optimizer.evaluation.name,
         backend=plan.groups[0].backend.name,
         scratch_bytes=reading.scratch_bytes,
         unseen=reading.unseen,
         whole=reading.whole,
+        unpaired=reading.unpaired,
         dead_updates=sample() if sample is not None else None,
     )
     if nonfinite:
@@ -107,15 +112,15 @@ def _update(optimizer: Any, plan: Plan, reading: Reading, coefficients: list[lis
     sign = 1.0 if optimizer.maximize else -1.0
     for g, group in enumerate(plan.groups):
         restore = [distance * group.eps for distance in reading.restore]
+        if any(restore) and (coefficients is None or not optimizer.rule.linear):
+            Sgd().update(plan, group, restore, 1.0, optimizer.state, defer=False)
+            restore = [0.0] * len(restore)
         if coefficients is None:
-            decay, amounts = 1.0, restore
-        else:
-            lr = float(group.options["lr"])
-            decay = 1.0 - lr * group.options["weight_decay"]
-            amounts = [sign * lr * c / plan.queries + decay * r for c, r in zip(coefficients[g], restore)]
-        if coefficients is None and not any(amounts):
             continue
-        counts.append(group.axpy_(plan.direction, plan.seed, plan.draws(), amounts, decay, plan.rounding))
+        lr = float(group.options["lr"])
+        decay = 1.0 - lr * group.options["weight_decay"]
+        amounts = [sign * lr * c / plan.queries + decay * r for c, r in zip(coefficients[g], restore)]
+        counts.append(optimizer.rule.update(plan, group, amounts, decay, optimizer.state, optimizer.defers(plan)))
     if optimizer.nonfinite == "ignore" or coefficients is None:
         return 0
     return sum(int(count) for count in counts)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .diagonal import Diagonal
 from .lazy import Lazy
-from .lowrank import Factored, Matrix
+from .lowrank import Factored, Matrix, Source
 from .normal import Normal
 from .rademacher import Rademacher
 from .subspace import Subspace
@@ -39,4 +39,4 @@ def resolve(direction: str | Direction) -> Direction:
     return direction
 
 
-__all__ = ["DIRECTIONS", "Diagonal", "Direction", "Factored", "Lazy", "Matrix", "Normal", "Rademacher", "Subspace", "resolve"]
+__all__ = ["DIRECTIONS", "Diagonal", "Direction", "Factored", "Lazy", "Matrix", "Normal", "Rademacher", "Source", "Subspace", "resolve"]

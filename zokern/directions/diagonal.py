@@ -34,6 +34,9 @@ class Diagonal:
     def shape(self, tensor: Tensor) -> tuple[int, int] | None:
         return matrix_shape(tensor)
 
+    def rank_of(self, name: str) -> int:
+        return self.ranks.get(name, self.rank)
+
     def basis_step(self, step: int) -> int:
         return 0
 

@@ -58,8 +58,10 @@ class Factored(Protocol):
     """A direction for matrices. `dense` names the direction of everything else; draws are named as in the stream."""
 
     name: str
-    rank: int
     dense: Any
+
+    def rank_of(self, name: str) -> int:
+        """The rank asked for a parameter."""
 
     def shape(self, tensor: Tensor) -> tuple[int, int] | None:
         """Rows and columns of the matrix that a parameter is for this direction; None: it takes a dense z."""

@@ -47,6 +47,9 @@ class Subspace:
             return near_square(tensor.numel())
         return shape
 
+    def rank_of(self, name: str) -> int:
+        return self.rank
+
     def basis_step(self, step: int) -> int:
         return step - step % self.interval
 

@@ -187,11 +187,9 @@ class Copies:
             xs, weight, group.spans[i], biases, group.residual(i), fills, fill, take, self.arena.release, step, transposed
         )  # fmt: skip
 
-    def bias(self, bias: Tensor | None, side: int, wide: bool = False) -> Tensor | None:
-        """The bias of a product as this side reads it; wide: in float32 where it is kept so."""
-        if bias is None or id(bias) not in self.table:
-            return bias
-        return self.copy(bias, keep=False, cast=torch.float32 if wide else None, side=side)
+    def bias(self, bias: Tensor | None, side: int) -> Tensor | None:
+        """The bias of a product as this side reads it."""
+        return self.copy(bias, keep=False, side=side) if bias is not None and id(bias) in self.table else bias
 
     def note(self, group: Group, i: int, xs: Sequence[Tensor]) -> None:
         """What the record and the choice of an evaluation want to know of a product."""

@@ -1,9 +1,9 @@
 """Factors: the low-rank part of theta + offset eps z for one matrix, at each of the points that are read together.
 
-    theta + offset eps z = shrink W + left right^T
+    theta + offset eps z = shrink W + L right^T,   L = left (pending + offset eps draw), or pending + offset eps draw
 
-`pending` updates and the draw of a point are added in the small space (r x r where the basis has both sides, m x r where a draw
-is the left factor), float32, so that a deferred update costs a reading nothing.
+Waiting updates and the draw of a point are added in the small space, float32, so that an update that waits costs a reading
+nothing.
 """
 
 from __future__ import annotations
@@ -13,63 +13,74 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..directions import Matrix
-from .plan import Group, Plan, Point
-
-
-def left_of(matrix: Matrix, middle: Tensor, backend) -> Tensor:
-    """U middle, or the middle itself where a draw is the left factor; the exact sum of the lowrank_ verb."""
-    if matrix.left is None:
-        return middle
-    out = torch.empty(matrix.rows, middle.shape[1], device=middle.device)
-    from ..backends import Span
-
-    backend.lowrank_([out], [Span(0)], [matrix.left], [middle.t().contiguous()], [1.0], 0.0, "nearest", None, outs=[out])
-    return out
+from ..products import Part
+from .plan import Group, Plan, Point, left_of
 
 
 class Factors:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.points: list[Point] = []
-        self.middles: list[dict[int, Tensor]] = []
-        self.lefts: dict[tuple[int, int], Tensor] = {}
-        self.drawn: dict[tuple[int, int], dict[int, Tensor]] = {}
+        self.drawn: dict[tuple[int, int], list[Tensor]] = {}  # (group, query) -> a draw for each matrix
+        self.middles: list[dict[int, list[Tensor]]] = []  # side -> group -> pending + offset eps draw, where that is not nothing
+        self.lefts: dict[tuple[int, int, int], Tensor] = {}
+        self.number = {id(group): g for g, group in enumerate(plan.groups)}
 
     def prepare(self, points: Sequence[Point]) -> None:
         """Draw the factors of every query that the points use: one launch per query and group."""
-        self.points = list(points)
-        self.lefts = {}
-        queries = {point.query for point in points if point.offset}
-        self.drawn = {key: draws for key, draws in self.drawn.items() if key[1] in queries}
+        self.points, self.lefts = list(points), {}
+        self.middles = [{} for _ in points]
         for g, group in enumerate(self.plan.groups):
             if group.matrices is None:
                 continue
-            for query in sorted(queries):
+            pending = [matrix.pending for matrix in group.matrices]
+            waits = pending[0] is not None
+            for side, (query, offset) in enumerate(self.points):
+                if not offset:
+                    if waits:
+                        self.middles[side][g] = pending  # type: ignore[assignment]
+                    continue
                 if (g, query) not in self.drawn:
-                    found = group.draws(self.plan, query)
-                    self.drawn[g, query] = {id(matrix): draw for matrix, draw in zip(group.matrices, found)}
-
-    def draw(self, group: Group, matrix: Matrix, query: int) -> Tensor:
-        return self.drawn[self.plan.groups.index(group), query][id(matrix)]
-
-    def middle(self, group: Group, i: int, side: int) -> Tensor | None:
-        """pending + offset eps draw, in the small space; None where both are nothing."""
-        assert group.matrices is not None
-        matrix, point = group.matrices[i], self.points[side]
-        if not point.offset:
-            return matrix.pending
-        moved = self.draw(group, matrix, point.query) * (point.offset * group.eps)
-        return moved if matrix.pending is None else matrix.pending + moved
+                    self.drawn[g, query] = group.draws(self.plan, query)
+                moved = torch._foreach_mul(self.drawn[g, query], offset * group.eps)
+                self.middles[side][g] = list(torch._foreach_add(pending, moved) if waits else moved)  # type: ignore[arg-type]
 
     def of(self, group: Group, i: int, side: int) -> tuple[Tensor, Tensor, float]:
-        """(left, right, shrink) of one side."""
+        """(L, right, shrink) of one side."""
         assert group.matrices is not None
-        matrix = group.matrices[i]
+        matrix, g = group.matrices[i], self.number[id(group)]
         assert matrix.right is not None
-        key = (id(matrix), side)
-        if key not in self.lefts:
-            middle = self.middle(group, i, side)
-            assert middle is not None
-            self.lefts[key] = left_of(matrix, middle, group.backend)
-        return self.lefts[key], matrix.right, matrix.shrink
+        if (g, i, side) not in self.lefts:
+            self.lefts[g, i, side] = left_of(matrix, self.middles[side][g][i], group.backend)
+        return self.lefts[g, i, side], matrix.right, matrix.shrink
+
+    def parts(self, group: Group, i: int, sides: Sequence[int], transposed: bool) -> list[Part]:
+        """The thin products beside x W^T (transposed: x W) for these sides, those that share a factor in one part."""
+        assert group.matrices is not None
+        matrix, g = group.matrices[i], self.number[id(group)]
+        right = matrix.right
+        assert right is not None
+        moved = [j for j, side in enumerate(sides) if g in self.middles[side]]
+        if not moved:
+            return []
+        if matrix.left is not None:  # L = left middle
+            middles = torch.stack([self.middles[sides[j]][g][i] for j in moved])
+            if transposed:
+                return [Part(moved, matrix.left, middles, right)]
+            return [Part(moved, right, middles.mT, matrix.left)]
+        # L = pending + s draw = (pending draw) (1; s): sides of one query share the wide factor
+        by_query: dict[int, list[int]] = {}
+        for j in moved:
+            point = self.points[sides[j]]
+            by_query.setdefault(point.query if point.offset else -1, []).append(j)
+        parts = []
+        unit = torch.eye(matrix.rank, device=right.device)
+        for query, members in by_query.items():
+            pending = [] if matrix.pending is None else [matrix.pending]
+            drawn = [self.drawn[g, query][i]] if query >= 0 else []
+            wide = torch.cat([*pending, *drawn], 1) if pending and drawn else [*pending, *drawn][0]
+            scales = [self.points[sides[j]].offset * group.eps for j in members]
+            blocks = [torch.cat([unit] * len(pending) + [unit * s] * len(drawn), 1) for s in scales]  # r x (r or 2 r)
+            middles = torch.stack(blocks)
+            parts.append(Part(members, wide, middles.mT, right) if transposed else Part(members, right, middles, wide))
+        return parts

@@ -163,8 +163,4 @@ class Meeting:
             members = groups[self.requests[(behind or waiting)[0]][0]]
         modes = self.states[members[0]].modes()
         members = [i for i in members if self.states[i].modes() == modes]
-        if len(members) > 1:
-            self.together += 1
-        else:
-            self.apart += 1
         return members

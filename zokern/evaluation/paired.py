@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
 from . import meeting
 from .arena import Arena
@@ -51,7 +52,7 @@ class Paired:
 
     def read(self, plan: Plan, closure: Callable[[], object], repeat_first: bool = False) -> Reading:
         if self.alone is not None:
-            return self.scratch.read(plan, closure, repeat_first)
+            return replace(self.scratch.read(plan, closure, repeat_first), evaluation=self.scratch.name)
         try:
             reading = self._read(plan, closure)
             if repeat_first and (again := self._read(plan, closure)).losses[0] != reading.losses[0]:
@@ -59,10 +60,10 @@ class Paired:
             if self.check:
                 self._compare(reading, separate := self.scratch.read(plan, closure))
                 self.check, reading = False, separate if self.alone else reading
-            return reading
         except Unpairable as problem:
             self._give_up(str(problem))
-            return self.scratch.read(plan, closure, repeat_first)
+            reading = self.scratch.read(plan, closure, repeat_first)
+        return replace(reading, evaluation="scratch" if self.alone else self.name)
 
     def _read(self, plan: Plan, closure: Callable[[], object]) -> Reading:
         surroundings = Surroundings(plan)

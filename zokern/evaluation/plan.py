@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import Backend, Span
-from ..directions import Direction, Matrix
+from ..directions import Direction, Factored, Matrix, Normal, Source
 from ..estimator import Stencil
 
 
@@ -45,6 +45,56 @@ class Group:
         torch.autograd.graph.increment_version(self.tensors)  # the kernels write through raw pointers
         return count
 
+    def source(self, seed: int) -> Source:
+        """Normals for this group's factors."""
+
+        def normals(matrices: Sequence[Matrix], shapes: Sequence[tuple[int, ...]], step: int, draw: int) -> list[Tensor]:
+            outs = [torch.empty(shape, device=matrix.device) for shape, matrix in zip(shapes, matrices)]
+            self.backend.draw(outs, [Span(matrix.who) for matrix in matrices], Normal(), seed, step, draw)
+            return outs
+
+        return normals
+
+    def draws(self, plan: Plan, query: int) -> list[Tensor]:
+        """The draw of a query for every matrix, in its small space."""
+        assert self.matrices is not None and plan.factored is not None
+        return plan.factored.draws(self.matrices, self.source(plan.seed), plan.step, plan.draw(query))
+
+    def write(self, seed: int, step: int, rounding: str) -> Tensor | int:
+        """W <- shrink W + left pending right^T for every matrix with waiting updates, one rounding; they wait no longer."""
+        waiting = [(i, m) for i, m in enumerate(self.matrices or ()) if m.pending is not None]
+        for i, matrix in waiting:
+            if self.tensors[i]._version != matrix.version:
+                raise RuntimeError(
+                    f"the weights of {matrix.name!r} were written while updates waited for them; call optimizer.flush() before "
+                    "weights are loaded or edited, or build the optimizer with defer=False"
+                )
+        idle = [(i, m) for i, m in waiting if m.shrink == 1.0 and not bool(m.pending.any())]
+        members = [(i, m) for i, m in waiting if not any(m is other for _, other in idle)]
+        count: Tensor | int = 0
+        if members:
+            tensors, spans = [self.tensors[i] for i, _ in members], [self.spans[i] for i, _ in members]
+            lefts = [left_of(m, m.pending, self.backend) for _, m in members]
+            residuals = [self.residuals[i] for i, _ in members] if self.residuals is not None and rounding == "residual" else None
+            shrink = {m.shrink for _, m in members}
+            assert len(shrink) == 1, "matrices of a group decay together"
+            count = self.backend.lowrank_(
+                tensors, spans, lefts, [m.right for _, m in members], [1.0] * len(members), shrink.pop(), rounding, residuals, seed, step
+            )  # fmt: skip
+            torch.autograd.graph.increment_version(tensors)
+        for _, matrix in waiting:
+            matrix.pending, matrix.shrink = None, 1.0
+        return count
+
+
+def left_of(matrix: Matrix, middle: Tensor, backend: Backend) -> Tensor:
+    """U middle, or the middle itself where a draw is the left factor; summed in the lowrank_ verb's order."""
+    if matrix.left is None:
+        return middle
+    out = torch.zeros(matrix.rows, middle.shape[1], device=middle.device)
+    backend.lowrank_([out], [Span(0)], [matrix.left], [middle.t().contiguous()], [1.0], 1.0, "nearest", None)
+    return out
+
 
 @dataclass
 class Plan:
@@ -57,6 +107,7 @@ class Plan:
     rounding: str
     model: nn.Module | None
     aliases: dict[int, tuple[int, int]]  # id of every tensor object that stands for a trained tensor -> (group, position)
+    factored: Factored | None = None  # the direction of groups with matrices
     first_draw: int = 0  # draw word of query 0
 
     def draw(self, query: int) -> int:
@@ -83,6 +134,7 @@ class Reading:
     unpaired: tuple[str, ...] = ()  # paired: parameters that some side read alone
     rows: int = 0  # most rows of a product of one side
     coarse: bool = False  # a product was in 16 bits
+    evaluation: str = ""  # what ran, where an evaluation chooses
 
 
 def unrepeatable(first: float, again: float) -> RuntimeError:

@@ -61,16 +61,11 @@ def _product(copies: Copies, weight: Tensor, uses: Sequence[tuple[int, _Product]
     sides, xs = [side for side, _ in uses], [use.x for _, use in uses]
     copies.note(group, i, xs)
     try:
+        biases = [copies.bias(use.bias, side) for side, use in uses]
         # with low bits beside them, 16-bit weights are read as copies of the float32 that they are
         if group.matrices is not None and residual is None and group.matrices[i].shape == tuple(source.shape):
-            biases = [copies.bias(use.bias, side, wide=True) for side, use in uses]
-            matrix = group.matrices[i]
-            middles = [copies.factors.middle(group, i, side) for side in sides]
-            assert matrix.right is not None
-            return products.factored_linear(
-                group.backend, xs, source, middles, matrix.left, matrix.right, matrix.shrink, biases, transposed
-            )  # fmt: skip
-        biases = [copies.bias(use.bias, side) for side, use in uses]
+            parts = copies.factors.parts(group, i, sides, transposed)
+            return products.factored_linear(group.backend, xs, source, parts, group.matrices[i].shrink, biases, transposed)
         return copies.tiled(group, i, sides, xs, biases, transposed)
     finally:
         copies.arena.release()
@@ -84,6 +79,7 @@ def _rows(copies: Copies, weight: Tensor, index: Tensor) -> Tensor:
     rows = index.reshape(-1).to(device=source.device, dtype=torch.int64)
     if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= source.shape[0]):
         raise IndexError(f"index out of range: {group.names[i]!r} has {source.shape[0]} rows")
+    copies.single(group, i)
     out = copies.outside(group, i, (rows.numel(), source.shape[1]))
     copies.piece(group, i, source, Span(span.who, span.first, rows=rows.contiguous()), out, residual)
     return out.view(*index.shape, source.shape[1])
@@ -122,6 +118,7 @@ def _getitem(copies: Copies, func, args: tuple, kwargs: dict):
         view = source[index]
     else:
         return NotImplemented
+    copies.single(group, i)
     each = source[0].numel()
     residual = group.residual(i)
     out = copies.outside(group, i, tuple(view.shape))

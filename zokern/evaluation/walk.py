@@ -32,9 +32,16 @@ class Walk:
             moves = [(k, distance) for k, distance in moves if distance]
             if not moves:
                 return
-            draws = [(plan.step, k) for k, _ in moves]
+            draws = [(plan.step, plan.draw(k)) for k, _ in moves]
             for group in plan.groups:
-                group.axpy_(plan.direction, plan.seed, draws, [d * group.eps for _, d in moves], 1.0, rounding)
+                scales = [d * group.eps for _, d in moves]
+                if group.matrices is None:
+                    group.axpy_(plan.direction, plan.seed, draws, scales, 1.0, rounding)
+                    continue
+                for (k, _), scale in zip(moves, scales):
+                    for matrix, tensor, draw in zip(group.matrices, group.tensors, group.draws(plan, k)):
+                        matrix.pending, matrix.version = draw * scale, tensor._version
+                    group.write(plan.seed, plan.step, rounding)
             for k, distance in moves:
                 at[k] += distance
             surroundings.expect_writes()

@@ -1,0 +1,8 @@
+"""Rules: coefficients to new weights. One file each; a rule writes the parameters of a group, once a step, and keeps its own state."""
+
+from __future__ import annotations
+
+from .base import Rule
+from .sgd import Sgd
+
+__all__ = ["Rule", "Sgd"]
