@@ -9,12 +9,12 @@ from .directions import Normal, Rademacher
 from .estimator import Stencil
 from .evaluation import Scratch, Walk
 from .methods import MeZO
-from .ops import axpy_, draw, perturb, philox4x32
+from .ops import axpy_, draw, lowrank_, perturb, philox4x32
 from .step import StepResult, step
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "MeZO", "Normal", "Rademacher", "Scratch", "Stencil", "StepResult", "Walk", "__version__", "axpy_", "draw", "perturb", "philox4x32",
+    "MeZO", "Normal", "Rademacher", "Scratch", "Stencil", "StepResult", "Walk", "__version__", "axpy_", "draw", "lowrank_", "perturb", "philox4x32",
     "step",
 ]  # fmt: skip
