@@ -6,7 +6,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <stdexcept>
+#include <vector>
 
 #include "elementwise.h"
 #include "lowrank.h"
@@ -70,6 +72,37 @@ void lowrank(uintptr_t entries, uintptr_t chunks, int64_t chunk_count, uintptr_t
   zo::lowrank(launch(entries, chunks, chunk_count, 0, seed, workers, stream), at<zo::Factors>(factors), factor_count, decay,
               static_cast<zo::Rounding>(rounding), step, at<int64_t>(nonfinite));
 }
+
+// One contiguous CPU tensor, whose table is made here: a linear layer calls this for every product
+void lowrank_one(uintptr_t theta, uintptr_t out, uintptr_t residual, int64_t size, uint64_t first, uint32_t who, int32_t type,
+                 int32_t out_type, uintptr_t left, uintptr_t right, int64_t rank, int64_t columns, float scale,
+                 int64_t elements, uint64_t seed, uint32_t step, float decay, int32_t rounding, uintptr_t nonfinite,
+                 int64_t workers) {
+  check(size >= 0 && rank >= 0 && elements > 0 && nonfinite != 0, "size, rank, elements or nonfinite is out of range");
+  check(size == 0 || (theta != 0 && left != 0 && right != 0 && columns > 0), "theta, left or right is a null address");
+  const zo::Entry entry{at<void>(theta),
+                        {at<void>(out), nullptr},
+                        at<int16_t>(residual),
+                        nullptr,
+                        1,
+                        size,
+                        0,
+                        1,
+                        first,
+                        static_cast<uint64_t>(size),
+                        who,
+                        type,
+                        out_type,
+                        0};
+  const zo::Factors factors{at<float>(left), at<float>(right), rank, columns, scale, 0};
+  std::vector<zo::Chunk> chunks;
+  for (int64_t begin = 0; begin < size; begin += elements) chunks.push_back({begin, std::min(begin + elements, size), 0});
+  const zo::Launch launch{
+      &entry, chunks.data(), static_cast<int64_t>(chunks.size()), zo::Direction::kNormal, seed, chunks.size() > 1 ? workers : 1,
+      0};
+  *at<int64_t>(nonfinite) = 0;
+  zo::lowrank(launch, &factors, 1, decay, static_cast<zo::Rounding>(rounding), step, at<int64_t>(nonfinite));
+}
 #endif
 
 }  // namespace
@@ -88,6 +121,7 @@ PYBIND11_MODULE(ZOKERN_MODULE, module) {
   module.def("lowrank", &lowrank, Free(), arg("entries"), arg("chunks"), arg("chunk_count"), arg("factors"),
              arg("factor_count"), arg("seed"), arg("step"), arg("decay"), arg("rounding"), arg("nonfinite"), arg("workers"),
              arg("stream"));
+  module.def("lowrank_one", &lowrank_one, Free());
 #endif
   module.def("implementation", &zo::implementation);
   module.def("select", &zo::select, arg("name"));

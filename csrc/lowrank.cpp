@@ -87,9 +87,9 @@ ZO_INLINE void store_vector(Element<T>* p, F x, F& flag) {
   } else {
     const U bits = Simd::bits(x);
     const U nearest = bits + 0x7fffu + ((bits >> 16) & 1u);
-    const U half = (bits & 0x7fffffffu) > 0x7f800000u ? bits | 0x400000u : nearest;
+    const U half = x == x ? nearest : bits;  // a NaN that an fma returns is a quiet one: it stays a NaN when it is cut
     Simd::store_half(p, half >> 16);
-    flag = Simd::fma(Simd::floats(half & 0xffff0000u), zero, flag);
+    flag = Simd::fma(Simd::floats(half), zero, flag);  // the lower half cannot make a finite number look like inf
   }
 }
 
@@ -121,10 +121,25 @@ struct Batch {
   Piece pieces[kBatch];
 };
 
+template <int R, Type T, Type O, bool kDecay>
+ZO_INLINE void finish(const F (&sum)[R][kVectors], float scale, float decay, const Element<T>* const* theta,
+                      Element<O>* const* out, int64_t at, F* flags) {
+  const F factor = Simd::all(scale), keep = Simd::all(decay);
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 3
+    for (int v = 0; v < kVectors; ++v) {
+      F old = load_vector<T>(theta[i] + at + v * kLanes);
+      if (kDecay) old = keep * old;
+      store_vector<O>(out[i] + at + v * kLanes, Simd::fma(factor, sum[i][v], old), flags[v]);
+    }
+  }
+}
+
 // R rows of a tile: `at` elements after their first column. The order of the sum is the definition's, the rest is free.
 template <int R, Type T, Type O>
 ZO_INLINE void tile(const float* panel, const Factors& factors, float decay, const float* const* left,
-                    const Element<T>* const* theta, Element<O>* const* out, int64_t at, F& flag) {
+                    const Element<T>* const* theta, Element<O>* const* out, int64_t at, F* flags) {
   F sum[R][kVectors];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
@@ -143,14 +158,10 @@ ZO_INLINE void tile(const float* panel, const Factors& factors, float decay, con
       for (int v = 0; v < kVectors; ++v) sum[i][v] = Simd::fma(one, right[v], sum[i][v]);
     }
   }
-  const F scale = Simd::all(factors.scale), keep = Simd::all(decay);
-#pragma GCC unroll 8
-  for (int i = 0; i < R; ++i) {
-#pragma GCC unroll 3
-    for (int v = 0; v < kVectors; ++v) {
-      const F old = keep * load_vector<T>(theta[i] + at + v * kLanes);
-      store_vector<O>(out[i] + at + v * kLanes, Simd::fma(scale, sum[i][v], old), flag);
-    }
+  if (decay == 1.0f) {
+    finish<R, T, O, false>(sum, factors.scale, decay, theta, out, at, flags);
+  } else {
+    finish<R, T, O, true>(sum, factors.scale, decay, theta, out, at, flags);
   }
 }
 
@@ -204,9 +215,9 @@ bool buffered(const Batch& batch, int first, int64_t start, int64_t lo, int64_t 
     left[i] = batch.pieces[first + i].left, from[i] = to[i] = value[i];
     read_row(batch, batch.pieces[first + i], lo - batch.begin, n, value[i] + skip);
   }
-  F flag = Simd::all(0.0f);
+  F flags[kVectors] = {};
   tile<R, Type::kFloat32, Type::kFloat32>(batch.panel + start * batch.factors->rank, *batch.factors, batch.job->decay, left,
-                                          from, to, 0, flag);
+                                          from, to, 0, flags);
   bool all = true;
   for (int i = 0; i < R; ++i) all &= write_row(batch, batch.pieces[first + i], lo - batch.begin, n, value[i] + skip);
   return all;
@@ -226,7 +237,7 @@ bool rows(const Batch& batch, int first, int64_t t0, int64_t t1) {
     out[i] = reinterpret_cast<Element<O>*>(piece.out);
   }
   constexpr int64_t kAhead = 4 * kWide;
-  F flag = Simd::all(0.0f);
+  F flags[kVectors] = {};  // as many as a row has vectors: one would be a chain of fma that high rates wait for
   bool all = true;
   for (int64_t t = t0; t < t1; ++t) {
     const int64_t start = t * kWide, lo = std::max(start, batch.begin), hi = std::min(start + kWide, batch.end);
@@ -237,12 +248,12 @@ bool rows(const Batch& batch, int first, int64_t t0, int64_t t1) {
           __builtin_prefetch(reinterpret_cast<const char*>(theta[i] + at + kAhead) + byte);
         }
       }
-      tile<R, T, O>(batch.panel + start * batch.factors->rank, *batch.factors, batch.job->decay, left, theta, out, at, flag);
+      tile<R, T, O>(batch.panel + start * batch.factors->rank, *batch.factors, batch.job->decay, left, theta, out, at, flags);
     } else {
       all &= buffered<R>(batch, first, start, lo, hi);
     }
   }
-  return all && !Simd::any_nan(flag);
+  return all && !Simd::any_nan(flags[0] + flags[1] + flags[2]);
 }
 
 template <Type T, Type O>

@@ -1,6 +1,7 @@
 """One suite for every backend: each ``check_*(backend, device, scale)`` raises AssertionError where it is not the reference.
 
-Elementwise verbs are compared bit for bit, whole guarded buffers at a time (tests/guarded.py). Cases come from a generator
+Verbs are compared bit for bit, whole guarded buffers at a time (tests/guarded.py); CHECKS holds on every backend, LOWRANK on those
+that sum low-rank products in the definition's order. Cases come from a generator
 seeded with the check's name. ``scale`` is "full", or "quick" for a backend that is interpreted: the same checks with fewer and
 smaller cases.
 
@@ -94,6 +95,23 @@ class Versus:
         same(mine[1], right[1], f"perturb {direction}, residual (only read), tensor")
         for j in range(len(outs)):
             same(mine[2 + j], right[2 + j], f"perturb {direction} side {j}, tensor")
+
+    def lowrank(
+        self, thetas, spans, factors, scales=(), decay=1.0, rounding="nearest", residuals=(), outs=(), step=4, what=""
+    ) -> None:
+        def call(backend, groups, device):
+            theta, low, out = groups
+            lefts, rights = ([pair[side].to(device) for pair in factors] for side in (0, 1))
+            return backend.lowrank_(
+                theta, located(spans, device), lefts, rights, list(scales or [0.37] * len(theta)), decay, rounding, low or None,
+                SEED, step, out or None,
+            )  # fmt: skip
+
+        mine, right = self._both([thetas, residuals, outs], call)
+        same(mine[0], right[0], f"lowrank_ {what} {rounding}, tensor")
+        same(mine[1], right[1], f"lowrank_ {what} {rounding}, residual")
+        same(mine[2], right[2], f"lowrank_ {what} {rounding}, out")
+        equal(mine[3], right[3], f"lowrank_ {what} {rounding}, how many results are inf or NaN")
 
 
 def located(spans: Sequence[Span], device: str) -> list[Span]:
@@ -550,15 +568,214 @@ def check_large(backend, device="cpu", scale="full") -> None:
         versus.axpy([wide], [Span(4, 3)], "normal")
 
 
-CHECKS: dict[str, Callable] = {name[6:]: check for name, check in list(globals().items()) if name.startswith("check_")}
+# --- low-rank products --------------------------------------------------------------------------------------------------------
+
+RANKS = {"quick": (1, 3, 8, 33), "full": (1, 2, 3, 7, 8, 16, 31, 33, 64, 128)}
 
 
-def run(backend, device: str = "cpu", scale: str = "full", only: Sequence[str] = tuple(CHECKS)) -> dict[str, str | None]:
+def factors_of(generator, m: int, n: int, rank: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(m, rank, generator=generator), torch.randn(n, rank, generator=generator)
+
+
+def around(generator, theta: Guarded, span: Span, n: int, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors of the smallest matrix of n columns that holds a tensor's numbers."""
+    last = span.first + torch.Size(theta.shape).numel()
+    if span.pitch is not None or span.rows is not None:
+        rows = theta.shape[0] - 1 if span.rows is None else int(span.rows.max()) if span.rows.numel() else 0
+        last = span.first + max(rows, 0) * (span.pitch or theta.shape[-1]) + theta.shape[-1]
+    return factors_of(generator, last // n + 1, n, rank)
+
+
+def check_lowrank_ranks(backend, device="cpu", scale="full") -> None:
+    """Every rank, rows and columns that divide nothing, every alignment."""
+    generator, versus = source(check_lowrank_ranks), Versus(check_lowrank_ranks, backend, device, scale)
+    shapes = [(13, 53), (5, 7)] if scale == "quick" else [(13, 53), (5, 7), (1, 100), (100, 1), (3, 200), (34, 49)]
+    for offset, rank in enumerate(RANKS[scale]):
+        cases = [(shape, dtype) for shape in shapes for dtype in DTYPES]
+        thetas = [theta_of(generator, shape, dtype, offset % 8) for shape, dtype in cases]
+        factors = [factors_of(generator, *shape, rank) for shape, _ in cases]
+        scales = (torch.randn(len(cases), generator=generator) * 0.01).tolist()
+        versus.lowrank(thetas, [Span(who) for who in ids(generator, len(cases))], factors, scales, what=f"rank {rank}")
+
+
+def check_lowrank_firsts(backend, device="cpu", scale="full") -> None:
+    """Shards that start and end inside a row, and numbers beyond 32 bits."""
+    generator, versus = source(check_lowrank_firsts), Versus(check_lowrank_firsts, backend, device, scale)
+    thetas, spans, factors = [], [], []
+    for dtype in DTYPES:
+        for first in (0, 1, 52, 53, 100, 265):
+            thetas.append(theta_of(generator, (3, 71) if first % 2 else (200,), dtype, offset=first % 3))
+            spans.append(Span(1, first))
+            factors.append(factors_of(generator, 20, 53, 5))
+    for first in (2**31 - 5, 2**32 + 3) if scale == "quick" else (2**31 - 5, 2**31, 2**32 - 8, 2**32 + 3, 2**34 - 1):
+        thetas.append(theta_of(generator, (150,), torch.float32))
+        spans.append(Span(1, first))
+        factors.append(around(generator, thetas[-1], spans[-1], (1 << 17) - 1, 2))
+    versus.lowrank(thetas, spans, factors)
+
+
+def check_lowrank_shapes(backend, device="cpu", scale="full") -> None:
+    """Row and column come from the number and the factors: a flattened, reshaped or transposed-shape theta is the same matrix."""
+    generator, versus = source(check_lowrank_shapes), Versus(check_lowrank_shapes, backend, device, scale)
+    m, n = 24, 60
+    shapes = [(m, n), (n, m), (m * n,), (m, 4, 15), (1, m * n), (m * n, 1), (2, 3, 4, 60)]
+    cases = [(shape, dtype) for shape in shapes for dtype in DTYPES]
+    thetas = [theta_of(generator, shape, dtype, offset=1) for shape, dtype in cases]
+    pair = factors_of(generator, m, n, 9)
+    versus.lowrank(thetas, [Span(1)] * len(cases), [pair] * len(cases))
+
+
+def check_lowrank_strides(backend, device="cpu", scale="full") -> None:
+    """Any stride, and matrices whose rows are longer or shorter than the tensor's; the bytes between keep their sentinels."""
+    generator, versus = source(check_lowrank_strides), Versus(check_lowrank_strides, backend, device, scale)
+    for rounding in ("nearest", "stochastic", "residual"):
+        thetas, spans = strided(generator, scale)
+        columns = torch.randint(1, 90, (len(thetas),), generator=generator).tolist()
+        factors = [around(generator, t, s, n, 3) for t, s, n in zip(thetas, spans, columns)]
+        lows = [low_of(generator, t) for t in thetas] if rounding == "residual" else []
+        versus.lowrank(thetas, spans, factors, rounding=rounding, residuals=lows, decay=0.9)
+        outs = [out_like(t, offset=1) for t in thetas]
+        versus.lowrank(thetas, spans, factors, rounding=rounding, residuals=lows, outs=outs, what="to outs")
+
+
+def check_lowrank_pitch(backend, device="cpu", scale="full") -> None:
+    """Slices of columns: rows of the whole matrix, in a view of it and in a compact copy, and pitches that are not its n."""
+    generator, versus = source(check_lowrank_pitch), Versus(check_lowrank_pitch, backend, device, scale)
+    for rounding in ("nearest", "stochastic", "residual"):
+        thetas, spans = column_slices(generator, scale)
+        columns = [span.pitch if i % 4 < 3 else 11 for i, span in enumerate(spans[:-1])] + [1 << 20]
+        factors = [around(generator, t, s, n, 2) for t, s, n in zip(thetas, spans, columns)]
+        lows = [low_of(generator, t) for t in thetas] if rounding == "residual" else []
+        versus.lowrank(thetas, spans, factors, rounding=rounding, residuals=lows)
+
+
+def check_lowrank_rows(backend, device="cpu", scale="full") -> None:
+    """Looked-up rows keep their own numbers; they are written to outs."""
+    generator, versus = source(check_lowrank_rows), Versus(check_lowrank_rows, backend, device, scale)
+    shapes = [(11, 9), (50, 64)] if scale == "quick" else [(11, 9), (50, 64), (1, 8), (1000, 3), (40, 200)]
+    thetas, spans, factors, lows = [], [], [], []
+    for count, columns in shapes:
+        for dtype in DTYPES:
+            for looked_up in (0, 1, 17):
+                rows = torch.randint(0, count, (looked_up,), generator=generator)
+                first, pitch = torch.randint(0, 500, (2,), generator=generator).tolist()
+                thetas.append(theta_of(generator, (count, columns), dtype, offset=looked_up % 3))
+                spans.append(
+                    Span(ids(generator, 1)[0], first if looked_up == 17 else 0, None if pitch < 250 else columns + pitch, rows)
+                )
+                factors.append(around(generator, thetas[-1], spans[-1], spans[-1].pitch or columns, 4))
+                lows.append(low_of(generator, thetas[-1]))
+    for dtype, rounding in ((None, "nearest"), (None, "stochastic"), (torch.float32, "residual"), (None, "residual")):
+        outs = [out_like(t, dtype, s.rows) for t, s in zip(thetas, spans)]
+        versus.lowrank(thetas, spans, factors, outs=outs, rounding=rounding, residuals=lows)
+    try:
+        backend.lowrank_([thetas[1].view], spans[1:2], *([f] for f in factors[1]), [1.0], 1.0, "nearest", None)
+    except ValueError:
+        return
+    raise AssertionError("lowrank_ wrote looked-up rows in place")
+
+
+def check_lowrank_arithmetic(backend, device="cpu", scale="full") -> None:
+    """Decay first, the scale last, one rounding; all roundings, factors and scales of all sizes; outs of either type."""
+    generator, versus = source(check_lowrank_arithmetic), Versus(check_lowrank_arithmetic, backend, device, scale)
+    m, n = (9, 31) if scale == "quick" else (19, 131)
+    for decay in (1.0, 0.999, 0.0, -1.5, 1e-40):
+        for size in (1.0, 1e-38, 1e18):
+            factors = [tuple(size * f for f in factors_of(generator, m, n, 6)) for _ in range(6)]
+            for rounding in ("nearest", "stochastic", "residual"):
+                thetas = [theta_of(generator, (m, n), dtype, offset=1) for dtype in DTYPES for _ in range(2)]
+                spans = [Span(who, 0) for who in ids(generator, len(thetas))]
+                lows = [low_of(generator, t) for t in thetas] if rounding == "residual" else []
+                scales = [1e-3, -1e-40, 0.5, 1e-5, -0.0, 3.0]
+                versus.lowrank(thetas, spans, factors, scales, decay, rounding, lows, step=ids(generator, 1)[0])
+                for dtype in (None, torch.float32):
+                    outs = [out_like(t, dtype) for t in thetas]
+                    versus.lowrank(thetas, spans, factors, scales, decay, rounding, lows, outs)
+
+
+def check_lowrank_special(backend, device="cpu", scale="full") -> None:
+    """inf and NaN in the weights and in the factors, overflow to inf, subnormal results, and the exact count."""
+    generator, versus = source(check_lowrank_special), Versus(check_lowrank_special, backend, device, scale)
+    m, n = (5, 61) if scale == "quick" else (23, 300)
+    for dtype in DTYPES:
+        for rounding in ("nearest", "stochastic", "residual"):
+            broken = weights((m, n), dtype, generator)
+            broken[::2, ::7], broken[1::2, 1::11], broken[:, 2::13] = float("inf"), float("-inf"), float("nan")
+            largest = (torch.finfo(dtype).max * torch.randn(m, n, generator=generator).sign()).to(dtype)
+            subnormal = (torch.randn(m, n, generator=generator) * torch.finfo(dtype).smallest_normal).to(dtype)
+            for i, values in enumerate((broken, largest, subnormal)):
+                theta = filled(values, offset=2)
+                left, right = factors_of(generator, m, n, 3)
+                size = (1e-3, torch.finfo(dtype).max / 100, torch.finfo(dtype).smallest_normal / 4)[i]
+                lows = [low_of(generator, theta)] if rounding == "residual" else []
+                versus.lowrank([theta], [Span(9)], [(left, right)], [size], rounding=rounding, residuals=lows)
+    nan = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # its payload must not become a number
+    for dtype in DTYPES:
+        for at, value in ((0, nan), (1, -nan), (2, float("inf"))):
+            left, right = factors_of(generator, m, n, 3)
+            left[at, 1], right[at + 1, 0] = value, value
+            versus.lowrank([filled(weights((m, n), dtype, generator))], [Span(9)], [(left, right)])
+
+
+def check_lowrank_large(backend, device="cpu", scale="full") -> None:
+    """Several chunks, threads and panels, at odd sizes, among small tensors, and more panels than lie in memory at once."""
+    generator, versus = source(check_lowrank_large), Versus(check_lowrank_large, backend, device, scale)
+    shapes = [(2, 3), (151, 233), (0, 4), (1, 1)]
+    for dtype in DTYPES[:1] if scale == "quick" else DTYPES:
+        thetas = [theta_of(generator, shape, dtype, offset=1) for shape in shapes]
+        factors = [factors_of(generator, *shape, 5) for shape in shapes]
+        versus.lowrank(thetas, [Span(who) for who in ids(generator, len(shapes))], factors, rounding="stochastic")
+    tall = theta_of(generator, (40, 1100), torch.float32)
+    versus.lowrank([tall], [Span(2)], [factors_of(generator, 40, 1100, 33)])
+    if scale == "full":
+        thetas = [theta_of(generator, (1, 20_001), torch.float32) for _ in range(5)]
+        versus.lowrank(thetas, [Span(1)] * 5, [factors_of(generator, 1, 20_001, 17) for _ in thetas])
+        turned = theta_of(generator, (257, 300), torch.bfloat16, see=lambda x: x.t())
+        versus.lowrank([turned], [Span(4)], [factors_of(generator, 300, 257, 3)])
+
+
+def check_lowrank_empty(backend, device="cpu", scale="full") -> None:
+    """No tensor, and only empty tensors, are launches that do nothing and count nothing."""
+    for shapes in ([], [(0,)], [(3, 0), (0, 3)]):
+        tensors = [torch.empty(shape, device=device) for shape in shapes]
+        factors = [torch.ones(3, 2, device=device) for _ in shapes]
+        count = backend.lowrank_(tensors, [Span(1)] * len(shapes), factors, factors, [1.0] * len(shapes), 1.0, "nearest", None)
+        equal(count, torch.zeros(1, dtype=torch.int64), "lowrank_ of nothing")
+
+
+def check_lowrank_shards(backend, device="cpu", scale="full") -> None:
+    """1, 2 and 4 shards give the bits of the whole, cut on row borders or inside rows, or by columns."""
+    generator = source(check_lowrank_shards)
+    m, n = (9, 23) if scale == "quick" else (37, 271)
+    for dtype, rounding in ((torch.float32, "nearest"), (torch.bfloat16, "stochastic"), (torch.float16, "stochastic")):
+        start = weights((m, n), dtype, generator)
+        left, right = (f.to(device) for f in factors_of(generator, m, n, 11))
+        expected = None
+        for cut in (1, 2, 4, "columns"):
+            whole = start.to(device, copy=True)
+            if cut == "columns":
+                parts = [whole[:, :7], whole[:, 7:]]
+                spans = [Span(77, 0, n), Span(77, 7, n)]
+            else:
+                parts = list(torch.tensor_split(whole.view(-1), cut))
+                spans = [Span(77, p.storage_offset()) for p in parts]
+            many = len(parts)
+            backend.lowrank_(parts, spans, [left] * many, [right] * many, [0.3] * many, 0.99, rounding, None, SEED, 3)
+            expected = whole.cpu() if expected is None else expected
+            equal(whole, expected, f"lowrank_ {dtype} {rounding}, shards: {cut}")
+
+
+EVERY: dict[str, Callable] = {name[6:]: check for name, check in list(globals().items()) if name.startswith("check_")}
+LOWRANK = {name: check for name, check in EVERY.items() if name.startswith("lowrank_")}
+CHECKS = {name: check for name, check in EVERY.items() if name not in LOWRANK}
+
+
+def run(backend, device: str = "cpu", scale: str = "full", only: Sequence[str] = tuple(EVERY)) -> dict[str, str | None]:
     """Every check's verdict: None, or what went wrong. An exception of the backend is a verdict too."""
     verdicts: dict[str, str | None] = {}
     for name in only:
         try:
-            CHECKS[name](backend, device, scale)
+            EVERY[name](backend, device, scale)
             verdicts[name] = None
         except Exception as problem:
             verdicts[name] = f"{type(problem).__name__}: {problem}"

@@ -47,6 +47,21 @@ def test_perturb_passes_opcheck(dtype: torch.dtype, wide: bool, backend: str) ->
     )
 
 
+def lowrank_arguments(dtype: torch.dtype, rounding: str, backend: str) -> tuple:
+    tensors = [theta(33, dtype), theta(64, dtype).view(8, 8).t()]
+    low = [torch.arange(t.numel(), dtype=torch.int16).view(t.shape) for t in tensors] if rounding == "residual" else []
+    lefts, rights = [theta(12).view(6, 2), theta(24).view(8, 3)], [theta(20).view(10, 2), theta(27).view(9, 3)]
+    return tensors, low, lefts, rights, [0.1, -2.0], [1, 2], [0, 7], -5, 3, 0.9, rounding, backend
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    ("dtype", "rounding"), [(torch.float32, "nearest"), (torch.float16, "stochastic"), (torch.bfloat16, "residual")]
+)
+def test_lowrank_passes_opcheck(dtype: torch.dtype, rounding: str, backend: str) -> None:
+    torch.library.opcheck(torch.ops.zokern.lowrank_, lowrank_arguments(dtype, rounding, backend))
+
+
 def test_opcheck_rejects_an_undeclared_write() -> None:
     @torch.library.custom_op("zokern_test::undeclared", mutates_args=())
     def undeclared(x: torch.Tensor) -> torch.Tensor:
@@ -100,6 +115,45 @@ def test_shards_and_threads_change_no_bit(direction: str, shards: int, threads: 
     assert not same_bits(whole, wrong)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("core", [None, (4,), (4, 3)], ids=["identity", "diagonal", "dense"])
+def test_lowrank_is_the_product(core, backend: str) -> None:
+    """decay W + scale U C V^T, within the rounding of float32 sums of this length; C = None is the identity."""
+    m, n, inner = 37, 53, 3 if core and len(core) == 2 else 4
+    weight, left, right = torch.randn(m, n), torch.randn(m, 4), torch.randn(n, inner)
+    c = None if core is None else torch.randn(core)
+    matrix = torch.eye(4) if c is None else torch.diag(c) if c.dim() == 1 else c
+    result = weight.clone()
+    count = zokern.lowrank_(result, left, right, core=c, scale=0.3, decay=0.9, backend=backend)
+    exact = 0.9 * weight.double() + 0.3 * left.double() @ matrix.double() @ right.double().t()
+    size = 0.9 * weight.abs() + 0.3 * left.abs() @ matrix.abs() @ right.abs().t()
+    error = ((result - exact).abs() / (16 * 2.0**-24 * size)).max()  # r + s sums and a few factors, each to half a unit
+    assert error <= 1 and count.tolist() == [0]
+    wrong = weight.clone()
+    zokern.lowrank_(wrong, left, right, core=c, scale=0.3001, decay=0.9, backend=backend)
+    assert ((wrong - exact).abs() / (16 * 2.0**-24 * size)).max() > 1
+    if c is not None and c.dim() == 2:  # the core is folded into U by the verb itself
+        folded = torch.zeros(m, inner)
+        zokern.lowrank_(folded, left, c.t().contiguous(), backend=backend)
+        again = weight.clone()
+        zokern.lowrank_(again, folded, right, scale=0.3, decay=0.9, backend=backend)
+        assert same_bits(again, result)
+
+
+def test_lowrank_of_shards_and_lists_is_that_of_the_whole() -> None:
+    left, right = torch.randn(31, 5), torch.randn(17, 5)
+    whole = torch.randn(31, 17)
+    parts, listed = whole.clone(), [whole.clone(), whole.clone().bfloat16()]
+    zokern.lowrank_(whole, left, right, scale=0.1)
+    pieces = list(torch.tensor_split(parts.view(-1), 3))
+    zokern.lowrank_(pieces, [left] * 3, [right] * 3, scale=0.1, first=[p.storage_offset() for p in pieces])
+    assert same_bits(whole, parts)
+    alone = listed[1].clone()
+    zokern.lowrank_(alone, left, right, scale=0.2, who="b", seed=3, step=2, rounding="stochastic")
+    zokern.lowrank_(listed, [left] * 2, [right] * 2, scale=[0.1, 0.2], who=["a", "b"], seed=3, step=2, rounding="stochastic")
+    assert same_bits(listed[0], whole) and same_bits(listed[1], alone)
+
+
 def test_torch_compile_sees_the_operation() -> None:
     def update(x):
         zokern.axpy_(x, "normal", seed=1, who="w", draws=[(0, 0)], coeffs=[0.5])
@@ -117,6 +171,9 @@ GOOD = {
         **{"tensors": theta(), "direction": "normal", "seed": 1, "who": "w", "draws": [(0, 0)], "coeffs": [0.1], **o}
     ),
     "perturb": lambda **o: zokern.perturb(**{"tensors": theta(), "direction": "normal", "seed": 1, "who": "w", "step": 0, **o}),
+    "lowrank_": lambda **o: zokern.lowrank_(
+        **{"tensors": theta(), "left": torch.ones(10, 2), "right": torch.ones(5, 2), "core": torch.ones(2), "who": "w", **o}
+    ),
     "philox4x32": lambda **o: zokern.philox4x32(**{"counter": [0, 0, 0, 0], "key": (0, 0), **o}),
 }
 LONG = torch.empty(3, dtype=torch.int64)
@@ -124,6 +181,10 @@ BAD_TENSORS = [
     [], LONG, torch.ones(3, dtype=torch.float64), torch.ones(3, dtype=torch.complex64), torch.ones(3, dtype=torch.bool),
     torch.ones(1).expand(4), torch.ones(3, 1).expand(3, 4), torch.ones(8).as_strided((4, 4), (1, 1)), torch.ones(3).to_sparse(),
     torch.ones(3).to(torch.float8_e4m3fn), None, 3, "w", [theta(), None],
+]  # fmt: skip
+BAD_FACTORS = [
+    torch.ones(10, 3), torch.ones(10, 2).double(), torch.ones(10, 2).half(), torch.ones(2, 10).t(), torch.ones(20), torch.ones(10, 2, 1), None,
+    3, [], torch.ones(10, 2).to_sparse(), [torch.ones(10, 2)] * 2, torch.ones(10, 2, device="meta"),
 ]  # fmt: skip
 BAD_SEEDS = [-1, 2**64, 1.5, True, None, "0", NAN]
 BAD_WORDS = [-1, 2**32, 1.5, None, "0"]
@@ -146,6 +207,13 @@ BAD = {
         "first": [-1, 2**35 - 4, 1.5], "residuals": [torch.zeros(50, dtype=torch.int16), [LONG]],
         "dtype": [torch.float64, torch.bfloat16, torch.int8],
         "backend": ["gpu", 3],
+    },
+    "lowrank_": {
+        "tensors": BAD_TENSORS, "left": [*BAD_FACTORS, torch.ones(9, 2), torch.ones(10, 0)], "right": [*BAD_FACTORS, torch.ones(4, 2)],
+        "core": [torch.ones(3), torch.ones(2, 3), torch.ones(3, 2), torch.ones(()), torch.ones(2).double(), torch.ones(4)[::2], 3, [None] * 2],
+        "scale": [NAN, INF, "1", None, [1.0, 1.0], []], "decay": [NAN, INF, None, "1"], "who": [-1, 2**32, 1.5, ["a", "b"], []],
+        "seed": BAD_SEEDS, "step": BAD_WORDS, "first": [-1, 1, 2**35 - 4, 1.5, [0, 0], None], "rounding": ["up", None, "residual"],
+        "residuals": [torch.zeros(50, dtype=torch.int16)], "backend": ["gpu", 3],
     },
     "philox4x32": {
         "counter": [[0, 0, 0], [-1, 0, 0, 0], [2**32, 0, 0, 0], 3, None, "x", torch.ones(4), [0.5, 0, 0, 0]],
@@ -171,7 +239,7 @@ def test_bad_argument_is_refused(verb: str) -> None:
 
 @pytest.mark.parametrize("verb", GOOD)
 def test_2500_random_bad_calls_raise_and_write_nothing(verb: str) -> None:
-    """Any mixture of good and at least one bad argument; 10,000 calls over the four verbs, no crash, no weight changed."""
+    """Any mixture of good and at least one bad argument; 12,500 calls over the five verbs, no crash, no weight changed."""
     generator = random.Random(verb)
     names = list(BAD[verb])
     weight = theta()
@@ -179,9 +247,9 @@ def test_2500_random_bad_calls_raise_and_write_nothing(verb: str) -> None:
     for i in range(2500):
         bad = generator.sample(names, generator.randint(1, min(3, len(names))))
         arguments = {name: generator.choice(BAD[verb][name]) for name in bad}
-        if verb == "axpy_" and "tensors" not in arguments:
+        if verb in ("axpy_", "lowrank_") and "tensors" not in arguments:
             arguments["tensors"] = weight
-        if verb == "axpy_" and arguments.get("rounding") == "residual" and "residuals" in arguments:
+        if verb in ("axpy_", "lowrank_") and arguments.get("rounding") == "residual" and "residuals" in arguments:
             arguments["tensors"] = weight  # float32, which residual refuses
         with pytest.raises((ValueError, TypeError, RuntimeError, OverflowError)):
             GOOD[verb](**arguments)
@@ -196,6 +264,10 @@ def test_errors_name_argument_value_and_way_out() -> None:
         (lambda: GOOD["axpy_"](tensors=torch.ones(1).expand(4)), ["overlapping", ".clone()"]),
         (lambda: GOOD["axpy_"](tensors=[theta(), theta()], who="w"), ["who", "'w'", "one name per tensor"]),
         (lambda: GOOD["axpy_"](rounding="up"), ["rounding", "'up'", "nearest", "stochastic", "residual"]),
+        (lambda: GOOD["lowrank_"](left=torch.ones(2, 10).t()), ["lowrank_", "left[0]", "[10, 2]", "contiguous", ".contiguous()"]),
+        (lambda: GOOD["lowrank_"](right=torch.ones(5, 2).half()), ["right[0]", "float16", "float32", ".float()"]),
+        (lambda: GOOD["lowrank_"](first=1), ["tensors[0]", "1 to 51", "10 x 5"]),
+        (lambda: GOOD["lowrank_"](who=None, rounding="stochastic"), ["who", "None", "stochastic"]),
         (lambda: GOOD["draw"](seed=2**64), ["seed", str(2**64), "2**64"]),
         (lambda: GOOD["draw"](direction="uniform"), ["direction", "'uniform'", "normal", "rademacher"]),
         (lambda: GOOD["draw"](backend="gpu"), ["backend", "'gpu'", "reference"]),

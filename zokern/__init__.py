@@ -9,12 +9,12 @@ from .directions import Normal, Rademacher
 from .estimator import Stencil
 from .evaluation import Paired, Scratch, Walk
 from .methods import MeZO, SubZero
-from .ops import axpy_, draw, perturb, philox4x32
+from .ops import axpy_, draw, lowrank_, perturb, philox4x32
 from .step import StepResult, step
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "MeZO", "Normal", "Paired", "Rademacher", "Scratch", "Stencil", "StepResult", "SubZero", "Walk", "__version__", "axpy_", "draw", "perturb", "philox4x32",
-    "step",
+    "MeZO", "Normal", "Paired", "Rademacher", "Scratch", "Stencil", "StepResult", "SubZero", "Walk", "__version__", "axpy_", "draw",
+    "lowrank_", "perturb", "philox4x32", "step",
 ]  # fmt: skip

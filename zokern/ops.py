@@ -256,7 +256,7 @@ def axpy_(
     if not math.isfinite(decay):
         raise ValueError(f"axpy_: decay is {decay}; expected a finite number")
     low = [] if residuals is None else _list(residuals)
-    _check_rounding(tensors, rounding, low)
+    _check_rounding("axpy_", tensors, rounding, low)
     if (pair := shared_memory(tensors)) is not None:
         raise ValueError(f"axpy_: tensors[{pair[0]}] and tensors[{pair[1]}] share memory; expected distinct tensors")
     name, seed = _backend(backend, device), check_seed(seed)
@@ -277,25 +277,25 @@ def _traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
-def _check_rounding(tensors: Sequence[Tensor], rounding: str, residuals: Sequence[Tensor]) -> None:
+def _check_rounding(verb: str, tensors: Sequence[Tensor], rounding: str, residuals: Sequence[Tensor]) -> None:
     if rounding not in ROUNDINGS:
-        raise ValueError(f"axpy_: rounding is {rounding!r}; expected one of {list(ROUNDINGS)}")
+        raise ValueError(f"{verb}: rounding is {rounding!r}; expected one of {list(ROUNDINGS)}")
     if rounding != "residual":
         if residuals:
-            raise ValueError(f"axpy_: residuals given with rounding={rounding!r}; expected rounding='residual'")
+            raise ValueError(f"{verb}: residuals given with rounding={rounding!r}; expected rounding='residual'")
         return
     if any(t.dtype != torch.bfloat16 for t in tensors):
         raise ValueError(
-            "axpy_: rounding='residual' needs bfloat16 tensors (their 16 low bits make a float32); others: 'stochastic'"
+            f"{verb}: rounding='residual' needs bfloat16 tensors (their 16 low bits make a float32); others: 'stochastic'"
         )
     if len(residuals) != len(tensors):
         raise ValueError(
-            f"axpy_: {len(residuals)} residuals for {len(tensors)} tensors; expected int16 tensors, zeros to start with"
+            f"{verb}: {len(residuals)} residuals for {len(tensors)} tensors; expected int16 tensors, zeros to start with"
         )
     for i, (tensor, low) in enumerate(zip(tensors, residuals)):
         if low.dtype != torch.int16 or low.shape != tensor.shape or not low.is_contiguous() or low.device != tensor.device:
             raise ValueError(
-                f"axpy_: residuals[{i}] is {low.dtype}{list(low.shape)}; expected contiguous int16{list(tensor.shape)} beside it"
+                f"{verb}: residuals[{i}] is {low.dtype}{list(low.shape)}; expected contiguous int16{list(tensor.shape)} beside it"
             )
 
 
@@ -328,7 +328,7 @@ def perturb(
         raise ValueError(f"perturb: dtype is {dtype}; expected the tensors' dtype or torch.float32")
     low = [] if residuals is None else _list(residuals)
     if low:
-        _check_rounding(tensors, "residual", low)
+        _check_rounding("perturb", tensors, "residual", low)
     name = _backend(backend, device)
     step, draw, wide = check_word("step", step), check_word("draw", draw), dtype == torch.float32
     seed = check_seed(seed)
@@ -342,6 +342,123 @@ def perturb(
             tensors, low, who_ids, firsts, step, draw, direction.name, _wrap(seed), list(scales), wide, name
         )
     return [flat[: len(tensors)], flat[len(tensors) :]][: len(scales)]
+
+
+def lowrank_(
+    tensors: Tensor | Sequence[Tensor],
+    left: Tensor | Sequence[Tensor],
+    right: Tensor | Sequence[Tensor],
+    *,
+    core: Tensor | Sequence[Tensor | None] | None = None,
+    scale: float | Sequence[float] = 1.0,
+    decay: float = 1.0,
+    who: str | int | Sequence[str | int] | None = None,
+    seed: int = 0,
+    step: int = 0,
+    first: int | Sequence[int] = 0,
+    rounding: str = "nearest",
+    residuals: Sequence[Tensor] | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """W <- decay * W + scale * U C V^T, in place, one launch for the whole list; no product is ever stored.
+
+    tensors   one tensor or a list on one device: float32, bfloat16 or float16, any shape, strides and alignment. Element e of
+              the unsharded m x n matrix is row e div n, column e mod n: a flattened or reshaped W is the same W
+    left      U, float32 (m, r), contiguous: one, or one per tensor
+    right     V, float32 (n, r), or (n, s) beside a core (r, s), contiguous
+    core      C: None (the identity), float32[r] (a diagonal) or float32[r, s]
+    scale     factor of the product, in units of W: one float, or one per tensor;  decay  factor of the old weights
+    first     number of each tensor's first element in its unsharded matrix: one int, or one per tensor
+    rounding, residuals  as for axpy_; 'stochastic' spends the bits of (seed, who, step, purpose rounding) and needs `who`
+    Arithmetic: L = U C, itself by this verb; s = fma(L[i, k], V[j, k], s) over k in order from 0; then
+    round(fma(scale, s, round(decay * W))), float32 inside. Equal bit for bit on 'reference' and 'cpu'; 'cuda' and 'triton' use
+    the matrix units and hold the error bounds that their kernels state.
+    Returns int64[1]: how many results are inf or NaN.
+    Raises ValueError, before anything is written, for factors of another dtype, layout, shape or device, elements beyond m n,
+    and what axpy_ refuses."""
+    tensors = _list(tensors)
+    if who is None:
+        if rounding == "stochastic":
+            raise ValueError(
+                "lowrank_: who is None with rounding='stochastic'; expected the parameters' names, whose bits are spent"
+            )
+        spans = _spans("lowrank_", tensors, [0] * len(tensors), first)
+    else:
+        spans = _spans("lowrank_", tensors, who, first)
+    device = _check_list("lowrank_", tensors, spans)
+    lefts, rights = _one_each("left", left, tensors), _one_each("right", right, tensors)
+    cores = [None] * len(tensors) if core is None else _one_each("core", core, tensors)
+    scales = [scale] * len(tensors) if isinstance(scale, (int, float)) else list(scale)
+    if len(scales) != len(tensors) or not all(math.isfinite(s) for s in scales):
+        raise ValueError(f"lowrank_: scale is {scale}; expected a finite number, or one for each of {len(tensors)} tensors")
+    if not math.isfinite(decay):
+        raise ValueError(f"lowrank_: decay is {decay}; expected a finite number")
+    for i, (tensor, span) in enumerate(zip(tensors, spans)):
+        _check_factors(i, tensor, span, lefts[i], cores[i], rights[i])
+    low = [] if residuals is None else _list(residuals)
+    _check_rounding("lowrank_", tensors, rounding, low)
+    if (pair := shared_memory(tensors)) is not None:
+        raise ValueError(f"lowrank_: tensors[{pair[0]}] and tensors[{pair[1]}] share memory; expected distinct tensors")
+    name, seed, step = _backend(backend, device), check_seed(seed), check_word("step", step)
+    with torch.no_grad():
+        lefts = [u if c is None else _times_core(u, c, name) for u, c in zip(lefts, cores)]
+        if not _traced():
+            count = backends.get(name).lowrank_(tensors, spans, lefts, rights, scales, decay, rounding, low or None, seed, step)
+            torch.autograd.graph.increment_version([*tensors, *low])  # the kernels write through raw pointers
+            return count
+        whos, firsts = [s.who for s in spans], [s.first for s in spans]
+        return torch.ops.zokern.lowrank_(
+            tensors, low, lefts, rights, scales, whos, firsts, _wrap(seed), step, decay, rounding, name
+        )  # fmt: skip
+
+
+def _one_each(what: str, given, tensors: Sequence[Tensor]) -> list:
+    """A factor for each tensor."""
+    found = [given] if isinstance(given, Tensor) else list(given)
+    if len(found) != len(tensors):
+        raise ValueError(f"lowrank_: {len(found)} {what} for {len(tensors)} tensors; expected one for each")
+    return found
+
+
+def _check_factors(i: int, tensor: Tensor, span: Span, left: Tensor, core: Tensor | None, right: Tensor) -> None:
+    for what, factor in (("left", left), ("right", right), ("core", core)):
+        if factor is None and what == "core":
+            continue
+        if not isinstance(factor, Tensor):
+            raise TypeError(f"lowrank_: {what}[{i}] is {type(factor).__name__}; expected a torch.Tensor")
+        where = f"lowrank_: {what}[{i}] is {str(factor.dtype).removeprefix('torch.')}{list(factor.shape)} on {factor.device}"
+        if factor.dtype != torch.float32:
+            raise ValueError(f"{where}; expected float32: .float() it")
+        if factor.device != tensor.device:
+            raise ValueError(f"{where}; expected {tensor.device}, as its tensor")
+        if factor.layout != torch.strided or not factor.is_contiguous():
+            raise ValueError(f"{where} and not contiguous; expected rows that follow one another: .contiguous() it")
+        if factor.dim() != 2 and not (what == "core" and factor.dim() == 1):
+            raise ValueError(f"{where}; expected a matrix" + (" or its diagonal" if what == "core" else ""))
+    inner = left.shape[1] if core is None else core.shape[-1]
+    if left.shape[1] < 1 or right.shape[1] != inner or (core is not None and core.shape[0] != left.shape[1]):
+        shapes = f"left {list(left.shape)}, core {None if core is None else list(core.shape)}, right {list(right.shape)}"
+        raise ValueError(
+            f"lowrank_: {shapes} of tensors[{i}] do not multiply; expected (m, r), core r or (r, s), (n, s), r and s > 0"
+        )
+    if span.first + tensor.numel() > left.shape[0] * right.shape[0]:
+        raise ValueError(
+            f"lowrank_: tensors[{i}] spans elements {span.first} to {span.first + tensor.numel()}; expected at most "
+            f"{left.shape[0]} x {right.shape[0]}, the rows of left times the rows of right"
+        )
+
+
+def _times_core(left: Tensor, core: Tensor, name: str) -> Tensor:
+    """U C in float32, with the verb's own sum, so that its bits are as independent of the backend as the verb's."""
+    if core.dim() == 1:
+        return left * core
+    rows, columns = left.shape[0], core.shape[1]
+    zero, right = torch.zeros(rows, columns, device=left.device), core.t().contiguous()
+    if _traced():
+        torch.ops.zokern.lowrank_([zero], [], [left], [right], [1.0], [0], [0], 0, 0, 1.0, "nearest", name)
+    else:
+        backends.get(name).lowrank_([zero], [Span(0)], [left], [right], [1.0], 1.0, "nearest", None)
+    return zero
 
 
 @torch.library.custom_op("zokern::philox4x32", mutates_args=())
@@ -420,3 +537,29 @@ def _perturb_op(
 @_perturb_op.register_fake
 def _(thetas, residuals, who, first, step, draw, direction, seed, scales, wide, backend):
     return [torch.empty(t.shape, dtype=torch.float32 if wide else t.dtype, device=t.device) for _ in scales for t in thetas]
+
+
+@torch.library.custom_op("zokern::lowrank_", mutates_args=("thetas", "residuals"))
+def _lowrank_op(
+    thetas: list[Tensor],
+    residuals: list[Tensor],
+    lefts: list[Tensor],
+    rights: list[Tensor],
+    scales: list[float],
+    who: list[int],
+    first: list[int],
+    seed: int,
+    step: int,
+    decay: float,
+    rounding: str,
+    backend: str,
+) -> Tensor:
+    spans = [Span(w, f) for w, f in zip(who, first)]
+    return backends.get(backend).lowrank_(
+        thetas, spans, lefts, rights, scales, decay, rounding, residuals or None, seed % (2 * _SIGN), step
+    )
+
+
+@_lowrank_op.register_fake
+def _(thetas, residuals, lefts, rights, scales, who, first, seed, step, decay, rounding, backend):
+    return torch.empty(1, dtype=torch.int64, device=thetas[0].device)

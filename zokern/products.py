@@ -95,10 +95,10 @@ def _shaped(out: Tensor | None, x: Tensor, columns: int) -> Tensor:
 
 
 class Part(NamedTuple):
-    """Thin products beside x W^T: for sides[j], y += (x first) middles[j] last^T, float32."""
+    """Thin products beside x W^T: for sides[j], y += (x first^T) middles[j] last^T, float32."""
 
     sides: Sequence[int]
-    first: Tensor  # (columns of x, r)
+    first: Tensor  # (r, columns of x), contiguous: the products are several times faster from rows than from 8 columns
     middles: Tensor  # (len(sides), r, q)
     last: Tensor  # (columns of y, q)
 
@@ -122,39 +122,47 @@ def factored_linear(
     counts = [x.shape[0] for x in flat]
     device = weight.device.type
     cast = torch.is_autocast_enabled(device)
-    joined = len(xs) > 1 and sum(counts) <= JOIN and not cast and all(x.dtype == weight.dtype for x in xs)
-    if joined:
-        rows = torch.cat(flat)
-        scaled = rows if shrink == 1.0 else rows * shrink
-        if biases[0] is None:
-            outs = [scaled @ matrix.t()]
-        else:
-            start = torch.cat([bias.expand(count, columns) for bias, count in zip(biases, counts)])  # type: ignore[union-attr]
-            outs = [torch.addmm(start, scaled, matrix.t())]
-        flat = [rows]
-    else:
-        scaled_each = [x if shrink == 1.0 else x * shrink for x in flat]
-        outs = [F.linear(x, matrix, bias) for x, bias in zip(scaled_each, biases)]
-    with torch.autocast(device, enabled=False) if cast else nullcontext():
+    if len(xs) > 1 and sum(counts) <= JOIN and not cast and all(x.dtype == weight.dtype for x in xs):
+        x = torch.cat(flat)
+        y = F.linear(x if shrink == 1.0 else x * shrink, matrix)
         begin = [0, *accumulate(counts)]
+        left = set(range(len(xs)))
         for part in parts:
-            chosen = [list(part.sides)] if joined else [[side] for side in part.sides]
-            for sides in chosen:
-                at = [part.sides.index(side) for side in sides]
-                x, y = flat[0 if joined else sides[0]], outs[0 if joined else sides[0]]
-                if joined and len(sides) < len(xs):
-                    x, y = x[begin[sides[0]] : begin[sides[-1] + 1]], y[begin[sides[0]] : begin[sides[-1] + 1]]
-                thin = (x if x.dtype == torch.float32 else x.float()) @ part.first
-                sizes = [counts[side] for side in sides]
-                if len(set(sizes)) == 1:
-                    middles = part.middles if len(at) == len(part.sides) else part.middles[at]
-                    thin = (thin.view(len(sides), sizes[0], -1) @ middles).view(sum(sizes), -1)
-                else:
-                    thin = torch.cat([t @ part.middles[j] for j, t in zip(at, thin.split(sizes))])
-                backend.lowrank_([y], _ORIGIN, [thin], [part.last], _ONE, 1.0, "nearest", None)
-    if joined:
-        outs = list(outs[0].split(counts))
+            first, last = part.sides[0], part.sides[-1] + 1
+            assert list(part.sides) == list(range(first, last)), "sides of a part follow one another"
+            here = slice(begin[first], begin[last])
+            given = [biases[j] for j in part.sides]
+            _add_thin(backend, x[here], y[here], part, part.middles, counts[first:last], given)
+            left -= set(part.sides)
+        for j in left:
+            if (bias := biases[j]) is not None:
+                y[begin[j] : begin[j + 1]] += bias
+        return [out.view(*x.shape[:-1], columns) for out, x in zip(y.split(counts), xs)]
+    outs = [F.linear(x if shrink == 1.0 else x * shrink, matrix, bias) for x, bias in zip(flat, biases)]
+    with torch.autocast(device, enabled=False) if cast else nullcontext():
+        for part in parts:
+            for at, j in enumerate(part.sides):
+                _add_thin(backend, flat[j], outs[j], part, part.middles[at : at + 1], counts[j : j + 1], [None])
     return [out.view(*x.shape[:-1], columns) for out, x in zip(outs, xs)]
+
+
+def _add_thin(
+    backend: Backend, x: Tensor, y: Tensor, part: Part, middles: Tensor, counts: Sequence[int], biases: Sequence[Tensor | None]
+) -> None:
+    """y += (x first^T) middle last^T + bias for the rows of each side, which lie one after the other; y's dtype is rounded to once."""
+    x = x if x.dtype == torch.float32 else x.float()
+    rank = part.first.shape[0]
+    thin = torch.mm(part.first, x.t()).t() if rank < 16 else torch.mm(x, part.first.t())
+    if len(set(counts)) == 1:
+        thin = torch.bmm(thin.reshape(len(counts), counts[0], rank), middles).view(len(x), -1)
+    else:
+        thin = torch.cat([t @ middle for t, middle in zip(thin.split(list(counts)), middles)])
+    last = part.last
+    if biases[0] is not None:  # one more column a side: its bias, and a one in its own rows
+        mine = torch.repeat_interleave(torch.eye(len(counts), device=x.device), torch.tensor(counts, device=x.device), dim=0)
+        thin = torch.cat([thin, mine], 1)
+        last = torch.cat([last, torch.stack([bias.float() for bias in biases], 1)], 1)  # type: ignore[union-attr]
+    backend.lowrank_([y], _ORIGIN, [thin], [last], _ONE, 1.0, "nearest", None)
 
 
 _ORIGIN, _ONE = [Span(0)], [1.0]

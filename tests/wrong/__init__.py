@@ -5,12 +5,12 @@ One class a mistake, one file a family of mistakes. ``rejected_by`` names the ch
 
 from __future__ import annotations
 
-from . import addressing, arithmetic, memory, rounding
+from . import addressing, arithmetic, factors, memory, rounding
 from .patched import Patched
 
 BACKENDS: list[type[Patched]] = [
     kind
-    for family in (addressing, arithmetic, memory, rounding)
+    for family in (addressing, arithmetic, factors, memory, rounding)
     for kind in vars(family).values()
     if isinstance(kind, type) and issubclass(kind, Patched) and kind is not Patched
 ]

@@ -29,14 +29,14 @@ class ThreadKeyed(Patched):
 class Int32Index(Patched):
     """Element numbers in 32 bits: they wrap, as a signed int does, and come back small."""
 
-    rejected_by = ("draw_firsts", "axpy_firsts", "perturb_firsts", "draw_pitch", "perturb_rows")
+    rejected_by = ("draw_firsts", "axpy_firsts", "perturb_firsts", "draw_pitch", "perturb_rows", "lowrank_firsts")
     replaced = {"numbers": lambda theta, span: numbers(theta, span) & 0x7FFFFFFF}
 
 
 class Uint32Index(Patched):
     """Element numbers in 32 unsigned bits."""
 
-    rejected_by = ("draw_firsts", "axpy_firsts", "perturb_firsts", "draw_pitch")
+    rejected_by = ("draw_firsts", "axpy_firsts", "perturb_firsts", "draw_pitch", "lowrank_firsts")
     replaced = {"numbers": lambda theta, span: numbers(theta, span) & 0xFFFFFFFF}
 
 
@@ -93,14 +93,14 @@ class FirstByBlock(Patched):
 class PitchIgnored(Patched):
     """A slice of columns is numbered as if its rows followed one another."""
 
-    rejected_by = ("draw_pitch", "axpy_pitch", "perturb_pitch", "perturb_rows")
+    rejected_by = ("draw_pitch", "axpy_pitch", "perturb_pitch", "perturb_rows", "lowrank_pitch")
     replaced = {"numbers": lambda theta, span: numbers(theta, span._replace(pitch=None))}
 
 
 class RowsByPosition(Patched):
     """Looked-up rows are numbered by their position in the lookup and not by their row."""
 
-    rejected_by = ("perturb_rows",)
+    rejected_by = ("perturb_rows", "lowrank_rows")
 
     @staticmethod
     def _numbers(theta, span):

@@ -19,7 +19,7 @@ class Patched(reference.Reference):
     """
 
     replaced: dict[str, Callable] = {}
-    verbs: tuple[str, ...] = ("draw", "axpy_", "perturb")
+    verbs: tuple[str, ...] = ("draw", "axpy_", "perturb", "lowrank_")
     rejected_by: tuple[str, ...] = ()
 
     def _run(self, verb: str, *arguments):
@@ -37,3 +37,6 @@ class Patched(reference.Reference):
 
     def perturb(self, *arguments):
         return self._run("perturb", *arguments)
+
+    def lowrank_(self, *arguments):
+        return self._run("lowrank_", *arguments)

@@ -51,7 +51,7 @@ class RoundsDecay(Patched):
 class ReusedBits(Patched):
     """Stochastic rounding spends the same 16 bits on two neighbours."""
 
-    rejected_by = ("axpy_stochastic",)
+    rejected_by = ("axpy_stochastic", "lowrank_arithmetic")
     replaced = {"random16": lambda index, *names: random16(index // 2 * 2, *names)}
 
 
@@ -117,7 +117,7 @@ class ResidualTie(Patched):
 class ResidualUnsigned(Patched):
     """The low bits are joined as if they were unsigned."""
 
-    rejected_by = ("axpy_residual", "perturb_arithmetic")
+    rejected_by = ("axpy_residual", "perturb_arithmetic", "lowrank_arithmetic")
     replaced = {"join": lambda high, low: join(high, low.to(torch.int32) & 0xFFFF)}
 
 

@@ -131,6 +131,17 @@ class Cpu:
     def lowrank_(self, thetas: Sequence[Tensor], spans: Sequence[Span], lefts: Sequence[Tensor], rights: Sequence[Tensor],
                  scales: Sequence[float], decay: float, rounding: str, residuals: Sequence[Tensor] | None, seed: int = 0, step: int = 0,
                  outs: Sequence[Tensor] | None = None) -> Tensor:  # fmt: skip
+        if len(thetas) == 1 and spans[0].rows is None and spans[0].pitch is None and thetas[0].is_contiguous():
+            theta, out, left, right = thetas[0], thetas[0] if outs is None else outs[0], lefts[0], rights[0]
+            if theta.is_cpu and out.is_cpu and left.is_cpu and right.is_cpu:  # the call of a forward pass: no table, no NumPy
+                nonfinite = torch.empty(1, dtype=torch.int64)
+                _module().lowrank_one(
+                    theta.data_ptr(), 0 if outs is None else out.data_ptr(), 0 if residuals is None else residuals[0].data_ptr(),
+                    theta.numel(), spans[0].first, spans[0].who, table.TYPES[theta.dtype], table.TYPES[out.dtype], left.data_ptr(),
+                    right.data_ptr(), right.shape[1], right.shape[0], scales[0], _elements(rights), seed, step, decay,
+                    table.ROUNDING[rounding], nonfinite.data_ptr(), torch.get_num_threads(),
+                )  # fmt: skip
+                return nonfinite
         for name, tensors in (("thetas", thetas), ("lefts", lefts), ("rights", rights), ("outs", outs or ())):
             _check(name, tensors)
         check_rows(spans, outs)

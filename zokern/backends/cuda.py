@@ -131,6 +131,9 @@ class Cuda:
         self._call("perturb", device, [both, both_scales, *thetas, *sides, *low, *_rows(spans)], *tables, number, seed, step, draw,
                    both_scales.data_ptr())  # fmt: skip
 
+    def lowrank_(self, *arguments, **options) -> Tensor:
+        raise NotImplementedError("backend 'cuda' has no lowrank_; backends 'cpu' and 'reference' have it")
+
 
 def _rows(spans: Sequence[Span]) -> list[Tensor]:
     return [span.rows for span in spans if span.rows is not None]

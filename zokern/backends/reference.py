@@ -135,9 +135,7 @@ class Reference:
                 scale = torch.tensor(scale, dtype=torch.float32, device=theta.device)
                 out[i].copy_(fma(scale, direction_z, value).to(out[i].dtype).view(out[i].shape))
 
-    def lowrank_(
-        self, thetas, spans, lefts, rights, scales, decay, rounding, residuals, seed=0, step=0, outs=None
-    ) -> Tensor:
+    def lowrank_(self, thetas, spans, lefts, rights, scales, decay, rounding, residuals, seed=0, step=0, outs=None) -> Tensor:
         check_rows(spans, outs)
         nonfinite = torch.zeros(1, dtype=torch.int64, device=thetas[0].device if thetas else "cpu")
         decay = torch.tensor(decay, dtype=torch.float32, device=nonfinite.device)

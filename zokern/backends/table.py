@@ -22,9 +22,7 @@ ENTRY = np.dtype(
 )  # fmt: skip
 CHUNK = np.dtype([("begin", "i8"), ("end", "i8"), ("entry", "i8")])
 DRAW = np.dtype([("step", "u4"), ("draw", "u4"), ("coefficient", "f4"), ("reserved", "i4")])
-FACTORS = np.dtype(
-    [("left", "u8"), ("right", "u8"), ("rank", "i8"), ("columns", "i8"), ("scale", "f4"), ("reserved", "i4")]
-)
+FACTORS = np.dtype([("left", "u8"), ("right", "u8"), ("rank", "i8"), ("columns", "i8"), ("scale", "f4"), ("reserved", "i4")])
 assert ENTRY.itemsize == 104 and CHUNK.itemsize == 24 and DRAW.itemsize == 16 and FACTORS.itemsize == 40
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -56,7 +54,9 @@ def pack(
     elements: int = CHUNK_ELEMENTS,
     numbered: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Entries (with the positions of their tensors, if `numbered`) and chunks (of about `elements`) of a launch. Empty tensors take no entry; a tensor of more than two strided dimensions takes several."""
+    """Entries and chunks (of about `elements`) of a launch; `numbered` entries know the positions of their tensors in it.
+
+    Empty tensors take no entry; a tensor of more than two strided dimensions takes several."""
     if thetas is not None and len(thetas) > 8 and residuals is None and not outs and _plain(thetas, spans):
         entries = _pack_plain(thetas, spans, numbered)
         return entries, chunks(entries, elements)

@@ -184,5 +184,8 @@ class Triton:
             DIRECTION=number, SIDES=len(outs), JOIN=residuals is not None, KINDS=_mask(3 * entries["type"] + entries["out_type"]),
         )  # fmt: skip
 
+    def lowrank_(self, *arguments, **options) -> Tensor:
+        raise NotImplementedError("backend 'triton' has no lowrank_; backends 'cpu' and 'reference' have it")
+
 
 __all__ = ["Triton", "interpreted", "triton_kernels", "why_off"]

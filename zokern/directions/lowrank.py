@@ -43,6 +43,14 @@ class Matrix:
     version: int = -1  # of the weights when updates began to wait
     extra: dict[str, Any] = field(default_factory=dict)
 
+    def thin(self, side: str) -> Tensor:
+        """The transpose of the basis' left or right side, contiguous: what x is multiplied with."""
+        factor = getattr(self, side)
+        kept = self.extra.get(side)
+        if kept is None or kept[0] is not factor:
+            self.extra[side] = kept = (factor, factor.t().contiguous())
+        return kept[1]
+
     @property
     def shape(self) -> tuple[int, int]:
         return self.rows, self.columns

@@ -66,8 +66,8 @@ class Factors:
         if matrix.left is not None:  # L = left middle
             middles = torch.stack([self.middles[sides[j]][g][i] for j in moved])
             if transposed:
-                return [Part(moved, matrix.left, middles, right)]
-            return [Part(moved, right, middles.mT, matrix.left)]
+                return [Part(moved, matrix.thin("left"), middles, right)]
+            return [Part(moved, matrix.thin("right"), middles.mT, matrix.left)]
         # L = pending + s draw = (pending draw) (1; s): sides of one query share the wide factor
         by_query: dict[int, list[int]] = {}
         for j in moved:
@@ -82,5 +82,8 @@ class Factors:
             scales = [self.points[sides[j]].offset * group.eps for j in members]
             blocks = [torch.cat([unit] * len(pending) + [unit * s] * len(drawn), 1) for s in scales]  # r x (r or 2 r)
             middles = torch.stack(blocks)
-            parts.append(Part(members, wide, middles.mT, right) if transposed else Part(members, right, middles, wide))
+            if transposed:
+                parts.append(Part(members, wide.t().contiguous(), middles.mT, right))
+            else:
+                parts.append(Part(members, matrix.thin("right"), middles, wide))
         return parts
