@@ -73,3 +73,20 @@ def coefficient(losses: Sequence[float], stencil: Stencil, eps: float, clip: flo
     if clip is not None and abs(value) > clip:
         value = math.copysign(clip, value)
     return value
+
+
+def coefficients(
+    losses: Sequence[Sequence[float]], stencil: Stencil, eps: float, clip: float | None = None, normalize: str = "none"
+) -> list[float]:
+    """The coefficients of all queries. normalize='std' measures differences in standard deviations of the losses instead of eps:
+
+    c_k = (sum_j weights[j] L_kj) / sigma, sigma the population standard deviation of the perturbed losses (Dang et al. 2026, FZOO); all
+    are 0 where sigma is 0."""
+    if normalize == "none":
+        return [coefficient(sides, stencil, eps, clip) for sides in losses]
+    moved = [loss for sides in losses for loss, offset in zip(sides, stencil.offsets) if offset]
+    if not all(map(math.isfinite, moved)):
+        return [math.nan] * len(losses)
+    mean = math.fsum(moved) / len(moved)
+    sigma = math.sqrt(math.fsum((loss - mean) ** 2 for loss in moved) / len(moved))
+    return [0.0 if sigma == 0.0 else coefficient(sides, stencil, sigma, clip) for sides in losses]

@@ -44,6 +44,7 @@ class ZerothOrder(torch.optim.Optimizer):
         stencil: str | estimator.Stencil = "central",
         maximize: bool = False,
         clip: float | None = None,
+        normalize: str = "none",
         paired_check: int = 0,
         max_skips: int = 10,
         dead_limit: int | None = 20,
@@ -59,9 +60,11 @@ class ZerothOrder(torch.optim.Optimizer):
             raise ValueError(f"queries is {queries!r}; expected an integer, 1 <= queries < 2**24")
         if rounding not in backends.ROUNDINGS:
             raise ValueError(f"rounding is {rounding!r}; expected one of {list(backends.ROUNDINGS)}")
+        if normalize not in ("none", "std"):
+            raise ValueError(f"normalize is {normalize!r}; expected 'none' or 'std'")
         if nonfinite not in ("raise", "ignore"):
             raise ValueError(f"nonfinite is {nonfinite!r}; expected 'raise' or 'ignore'")
-        self.rounding = rounding
+        self.rounding, self.normalize = rounding, normalize
         self.evaluation = _resolve_evaluation(evaluation)
         self.backend = backend
         if isinstance(backend, str):
@@ -236,15 +239,15 @@ class ZerothOrder(torch.optim.Optimizer):
                 stale = [(matrix, tensor) for matrix, tensor in zip(group.matrices, group.tensors) if matrix.born != born]
                 if not stale or (step < plan.step and any(matrix.born >= 0 for matrix, _ in stale)):
                     continue
-                old = [matrix.right for matrix, _ in stale]
+                old = [(matrix.left, matrix.right) for matrix, _ in stale]
                 self.factored.refresh([matrix for matrix, _ in stale], group.source(plan.seed), born)
-                for (matrix, tensor), right in zip(stale, old):
+                for (matrix, tensor), (left, right) in zip(stale, old):
                     if right is not None:
-                        self.rule.rebase(group, matrix, right, self.state[tensor])
+                        self.rule.rebase(group, matrix, left, right, self.state[tensor])
 
     def defers(self, plan: Plan) -> bool:
         """Whether this step's updates of matrices wait: not in the last step of a basis, nor where nobody would see to the write."""
-        if self.factored is None or self.evaluation.name == "walk":
+        if self.factored is None or not self.rule.defers or self.evaluation.name == "walk":
             return False
         wanted = self.model is not None if self.defer is None else self.defer
         return wanted and self.factored.basis_step(plan.step) == self.factored.basis_step(plan.step + 1)

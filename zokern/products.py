@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -159,10 +160,18 @@ def _add_thin(
         thin = torch.cat([t @ middle for t, middle in zip(thin.split(list(counts)), middles)])
     last = part.last
     if biases[0] is not None:  # one more column a side: its bias, and a one in its own rows
-        mine = torch.repeat_interleave(torch.eye(len(counts), device=x.device), torch.tensor(counts, device=x.device), dim=0)
-        thin = torch.cat([thin, mine], 1)
+        thin = torch.cat([thin, _own_rows(tuple(counts), x.device)], 1)
         last = torch.cat([last, torch.stack([bias.float() for bias in biases], 1)], 1)  # type: ignore[union-attr]
-    backend.lowrank_([y], _ORIGIN, [thin], [last], _ONE, 1.0, "nearest", None)
+    if y.dtype == torch.float32:
+        y.addmm_(thin, last.t())
+    else:  # float32 inside, rounded once
+        backend.lowrank_([y], _ORIGIN, [thin], [last], _ONE, 1.0, "nearest", None)
+
+
+@lru_cache(maxsize=64)
+def _own_rows(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """(sum of counts, sides): 1 where a row belongs to a side."""
+    return torch.repeat_interleave(torch.eye(len(counts), device=device), torch.tensor(counts, device=device), dim=0)
 
 
 _ORIGIN, _ONE = [Span(0)], [1.0]

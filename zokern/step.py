@@ -71,8 +71,7 @@ def run(optimizer: Any, closure: Callable[[], Any]) -> StepResult:
     reading: Reading = optimizer.evaluation.read(plan, closure, repeat_first=bool(check))
     try:
         coefficients = [
-            [estimator.coefficient(sides, plan.stencil, group.eps, optimizer.clip) for sides in reading.losses]
-            for group in plan.groups
+            estimator.coefficients(reading.losses, plan.stencil, group.eps, optimizer.clip, optimizer.normalize) for group in plan.groups
         ]
         finite = all(math.isfinite(c) for group in coefficients for c in group)
         optimizer.count(finite, reading)
@@ -113,14 +112,14 @@ def _update(optimizer: Any, plan: Plan, reading: Reading, coefficients: list[lis
     for g, group in enumerate(plan.groups):
         restore = [distance * group.eps for distance in reading.restore]
         if any(restore) and (coefficients is None or not optimizer.rule.linear):
-            Sgd().update(plan, group, restore, 1.0, optimizer.state, defer=False)
-            restore = [0.0] * len(restore)
+            Sgd().update(plan, group, [0.0] * plan.queries, 0.0, 1.0, restore, optimizer.state, defer=False)
+            restore = [0.0] * plan.queries
         if coefficients is None:
             continue
         lr = float(group.options["lr"])
         decay = 1.0 - lr * group.options["weight_decay"]
-        amounts = [sign * lr * c / plan.queries + decay * r for c, r in zip(coefficients[g], restore)]
-        counts.append(optimizer.rule.update(plan, group, amounts, decay, optimizer.state, optimizer.defers(plan)))
+        weights = [sign * c / plan.queries for c in coefficients[g]]
+        counts.append(optimizer.rule.update(plan, group, weights, lr, decay, restore, optimizer.state, optimizer.defers(plan)))
     if optimizer.nonfinite == "ignore" or coefficients is None:
         return 0
     return sum(int(count) for count in counts)

@@ -16,8 +16,8 @@ class Arena:
         self.memory: dict[torch.device, Tensor] = {}
         self.floor: dict[torch.device, int] = {}
         self.top: dict[torch.device, int] = {}
+        self.pieces: dict[tuple, Tensor] = {}
         self.peak = 0
-        self.outside = 0
 
     def reset(self) -> None:
         self.floor, self.top, self.peak = {}, {}, 0
@@ -38,7 +38,12 @@ class Arena:
             self.memory[device] = torch.empty(self.budget, dtype=torch.uint8, device=device)  # pages come when they are used
         self.top[device] = end
         self.peak = max(self.peak, end)
-        return self.memory[device][start:end].view(dtype).view(shape)
+        key = (start, shape, dtype, device)  # a step takes the same pieces as the one before
+        if key not in self.pieces:
+            if len(self.pieces) > 4096:
+                self.pieces.clear()
+            self.pieces[key] = self.memory[device][start:end].view(dtype).view(shape)
+        return self.pieces[key]
 
     def settle(self) -> None:
         """What was taken so far stays; later takes are released by release()."""

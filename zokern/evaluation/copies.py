@@ -150,6 +150,10 @@ class Copies:
             self.pieces(group, i, view, span, [side], [out], residual)
         elif self.untouched(group, i, side):
             out.copy_(view if span.rows is None else view[span.rows])
+        elif span.rows is not None and residual is None and group.matrices[i].shape == tuple(view.shape):
+            left, right, shrink = self.factors.of(group, i, side, span.rows)
+            torch.index_select(view, 0, span.rows, out=out)
+            group.backend.lowrank_([out], [Span(span.who)], [left], [right], [1.0], shrink, "nearest", None)
         else:
             left, right, shrink = self.factors.of(group, i, side)
             group.backend.lowrank_([view], [span], [left], [right], [1.0], shrink, "nearest", None if residual is None else [residual], outs=[out])  # fmt: skip

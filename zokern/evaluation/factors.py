@@ -45,13 +45,17 @@ class Factors:
                 moved = torch._foreach_mul(self.drawn[g, query], offset * group.eps)
                 self.middles[side][g] = list(torch._foreach_add(pending, moved) if waits else moved)  # type: ignore[arg-type]
 
-    def of(self, group: Group, i: int, side: int) -> tuple[Tensor, Tensor, float]:
-        """(L, right, shrink) of one side."""
+    def of(self, group: Group, i: int, side: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
+        """(L, right, shrink) of one side; L of some rows only where they are given."""
         assert group.matrices is not None
         matrix, g = group.matrices[i], self.number[id(group)]
         assert matrix.right is not None
+        middle = self.middles[side][g][i]
+        if rows is not None:
+            left = middle[rows] if matrix.left is None else matrix.left[rows] @ middle
+            return left, matrix.right, matrix.shrink
         if (g, i, side) not in self.lefts:
-            self.lefts[g, i, side] = left_of(matrix, self.middles[side][g][i], group.backend)
+            self.lefts[g, i, side] = left_of(matrix, middle, group.backend)
         return self.lefts[g, i, side], matrix.right, matrix.shrink
 
     def parts(self, group: Group, i: int, sides: Sequence[int], transposed: bool) -> list[Part]:

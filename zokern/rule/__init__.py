@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from .adam import Adam
 from .base import Rule
+from .momentum import Momentum
 from .sgd import Sgd
 
-__all__ = ["Rule", "Sgd"]
+__all__ = ["Adam", "Momentum", "Rule", "Sgd"]

@@ -1,0 +1,33 @@
+"""FZOO: one-sided batches of sign perturbations, steps scaled by the spread of the losses. Dang et al. 2026, "FZOO: Fast Zeroth-Order
+Optimizer for Fine-Tuning Large Language Models"."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..optimizer import ZerothOrder
+
+
+class FZOO(ZerothOrder):
+    """theta <- (1 - lr wd) theta - (lr / N) sum_i a_i z_i,   a_i = (L(theta + eps z_i) - L(theta)) / sigma,   z_i in {-1, +1}^d.
+
+    sigma is the population standard deviation of the N perturbed losses, as in the reference's code (the paper divides by N - 1, and by eps,
+    which lr absorbs). A step where all losses are equal moves nothing. With evaluation='paired' the N + 1 losses are read in one pass.
+
+    params     a module, or parameters, (name, parameter) pairs or groups, as for zokern.MeZO
+    lr, eps    per step and in weights; the reference: 5e-5 and 1e-4
+    queries    N, at least 2; the reference: 8
+    direction  'rademacher' as published, or 'normal'
+    options    those of zokern.MeZO; evaluation is 'paired' by default
+
+    Raises ValueError or TypeError, before any weight is touched, for arguments out of range."""
+
+    def __init__(
+        self, params: Any, lr: float = 5e-5, eps: float = 1e-4, *, queries: int = 8, direction: Any = "rademacher", evaluation: Any = "paired",
+        **options: Any,
+    ) -> None:  # fmt: skip
+        if not isinstance(queries, int) or queries < 2:
+            raise ValueError(f"queries is {queries!r}; expected an integer, at least 2: one loss has no spread")
+        super().__init__(
+            params, lr=lr, eps=eps, queries=queries, direction=direction, stencil="forward", normalize="std", evaluation=evaluation, **options
+        )  # fmt: skip

@@ -1,0 +1,81 @@
+"""Rule ``momentum``: an exponential average of the draws, in their own space: r x r or m x r numbers for a factored matrix.
+
+    M <- beta M + (1 - beta) sum_k weights[k] draw_k,   theta <- decay theta + lr M
+
+M starts as the first step's sum. When the basis of a matrix changes, M is carried over: M (V_old^T V_new) / n for normal V (Chen
+et al. 2025, LOZO-M), (U_new^T U_old) M (V_old^T V_new) for orthonormal ones. Parameters with a dense z keep a float32 M.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import Span
+from ..directions import Matrix
+from ..directions.orthonormal import tree_sum
+from ..evaluation import Group, Plan
+from .waiting import add_, deposit, total
+
+
+class Momentum:
+    name, linear, defers = "momentum", False, True
+
+    def __init__(self, beta: float = 0.9) -> None:
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"beta is {beta!r}; expected 0 <= beta < 1")
+        self.beta = beta
+
+    def update(
+        self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, restore: Sequence[float], states: Any, defer: bool
+    ) -> Tensor | int:  # fmt: skip
+        if group.matrices is not None:
+            averages = []
+            for tensor, new in zip(group.tensors, total(plan, group, weights)):
+                old = states[tensor].get("momentum")
+                states[tensor]["momentum"] = average = new if old is None else old * self.beta + new * (1.0 - self.beta)
+                averages.append(average)
+            return deposit(plan, group, [average * lr for average in averages], decay, defer)
+        count: Tensor | int = 0
+        for i in range(len(group.tensors)):
+            count = count + add_(plan, group, i, self.dense(plan, group, i, weights, states), lr, decay)
+        return count
+
+    def dense(self, plan: Plan, group: Group, i: int, weights: Sequence[float], states: Any) -> Tensor:
+        """M of a parameter with a dense z, after this step's draws."""
+        tensor = group.tensors[i]
+        state = states[tensor]
+        first = "momentum" not in state
+        if first:
+            state["momentum"] = torch.zeros(tensor.shape, device=tensor.device)
+        amounts = torch.tensor([w if first else (1.0 - self.beta) * w for w in weights], dtype=torch.float32, device=tensor.device)
+        group.backend.axpy_(
+            [state["momentum"]], [group.spans[i]], plan.direction, plan.seed, plan.draws(), amounts, 0.0 if first else self.beta, "nearest", None
+        )  # fmt: skip
+        return state["momentum"]
+
+    def rebase(self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor, state: Any) -> None:
+        if "momentum" not in state:
+            return
+        assert matrix.right is not None
+        overlap = _gram(right, matrix.right)
+        if left is None:
+            state["momentum"] = _times(group, state["momentum"], overlap / matrix.columns)
+        else:
+            assert matrix.left is not None
+            state["momentum"] = _times(group, _times(group, _gram(matrix.left, left), state["momentum"]), overlap)
+
+
+def _gram(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b of two tall matrices, float32, with sums whose order depends on the sizes alone."""
+    return torch.stack([tree_sum(a.double() * b[:, j : j + 1].double()) for j in range(b.shape[1])], dim=1).float()
+
+
+def _times(group: Group, a: Tensor, b: Tensor) -> Tensor:
+    """a b by the lowrank_ verb."""
+    out = torch.zeros(a.shape[0], b.shape[1], device=a.device)
+    group.backend.lowrank_([out], [Span(0)], [a.contiguous()], [b.t().contiguous()], [1.0], 1.0, "nearest", None)
+    return out

@@ -1,0 +1,62 @@
+"""Updates that wait in the small space of a factored matrix, and their write. Every rule that defers goes through here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..evaluation import Group, Plan
+
+
+def total(plan: Plan, group: Group, amounts: Sequence[float]) -> list[Tensor]:
+    """sum_k amounts[k] draw_k of each matrix, in the small space, float32, in the order of the queries."""
+    sums: list[Tensor] = []
+    for query, amount in enumerate(amounts):
+        terms = torch._foreach_mul(group.draws(plan, query), float(torch.tensor(amount, dtype=torch.float32)))
+        sums = list(terms) if not sums else list(torch._foreach_add(sums, terms))
+    return sums
+
+
+def deposit(plan: Plan, group: Group, updates: Sequence[Tensor], decay: float, defer: bool) -> Tensor | int:
+    """pending <- decay pending + update, shrink <- decay shrink; written at once unless it may wait. Counts inf and NaN."""
+    assert group.matrices is not None
+    for matrix, tensor, update in zip(group.matrices, group.tensors, updates):
+        if matrix.pending is None:
+            matrix.pending, matrix.version = update, tensor._version
+        else:
+            matrix.pending = (matrix.pending if decay == 1.0 else matrix.pending * decay) + update
+        matrix.shrink *= decay
+    if not defer:
+        return group.write(plan.seed, plan.step, plan.rounding)
+    waiting = [m.pending for m in group.matrices if m.pending is not None]
+    largest = torch._foreach_norm(waiting, float("inf"))  # inf and NaN show in the largest magnitude
+    if bool(torch.isfinite(torch.stack(largest)).all()):
+        return 0
+    return sum(int((~torch.isfinite(pending)).sum()) for pending in waiting)
+
+
+def add_(plan: Plan, group: Group, i: int, values: Tensor, scale: float, decay: float, start: int = 0) -> Tensor | int:
+    """theta <- decay theta + scale values for `values.numel()` elements of tensor i from number `start` on, one rounding.
+
+    values is float32 and contiguous; start is a multiple of its size. The verb is lowrank_ with a row of ones: rank 1, exact."""
+    tensor = group.tensors[i]
+    size = values.numel()
+    if size == 0:
+        return 0
+    row = start // size
+    assert start == row * size and tensor.is_contiguous()
+    part = tensor.view(-1)[start : start + size]
+    residual = group.residual(i) if plan.rounding == "residual" else None
+    low = None if residual is None else [residual.view(-1)[start : start + size]]
+    ones = torch.ones(row + 1, 1, device=tensor.device)
+    span = group.spans[i]._replace(first=group.spans[i].first + start)
+    count = group.backend.lowrank_(
+        [part], [span], [ones], [values.view(-1, 1)], [scale], decay, plan.rounding, low, plan.seed, plan.step
+    )  # fmt: skip
+    torch.autograd.graph.increment_version([tensor])
+    return count
+
+
+__all__ = ["add_", "deposit", "total"]
