@@ -8,13 +8,13 @@ for batch in loader:
 from .directions import Normal, Rademacher
 from .estimator import Stencil
 from .evaluation import Paired, Scratch, Walk
-from .methods import MeZO, SubZero
+from .methods import FZOO, LOZO, PGAP, MeZO, SubZero, TeZO
 from .ops import axpy_, draw, lowrank_, perturb, philox4x32
 from .step import StepResult, step
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "MeZO", "Normal", "Paired", "Rademacher", "Scratch", "Stencil", "StepResult", "SubZero", "Walk", "__version__", "axpy_", "draw",
-    "lowrank_", "perturb", "philox4x32", "step",
+    "FZOO", "LOZO", "MeZO", "Normal", "PGAP", "Paired", "Rademacher", "Scratch", "Stencil", "StepResult", "SubZero", "TeZO", "Walk",
+    "__version__", "axpy_", "draw", "lowrank_", "perturb", "philox4x32", "step",
 ]  # fmt: skip

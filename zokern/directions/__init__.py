@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from .aligned import Aligned
 from .diagonal import Diagonal
 from .lazy import Lazy
 from .lowrank import Factored, Matrix, Source
@@ -39,4 +40,4 @@ def resolve(direction: str | Direction) -> Direction:
     return direction
 
 
-__all__ = ["DIRECTIONS", "Diagonal", "Direction", "Factored", "Lazy", "Matrix", "Normal", "Rademacher", "Source", "Subspace", "resolve"]
+__all__ = ["DIRECTIONS", "Aligned", "Diagonal", "Direction", "Factored", "Lazy", "Matrix", "Normal", "Rademacher", "Source", "Subspace", "resolve"]

@@ -1,0 +1,76 @@
+"""Direction ``aligned``: z = scale U Z V^T with U, S, V of an estimated gradient, Z on a hyperplane of the core space (P-GAP).
+
+    Z = Z0 - (sum_i S_i Z0_ii - xi sqrt(delta) ||S||) / (||S||^2 + 1e-12) diag(S),   Z0 normal, r x r
+
+so that <diag(S), Z> = xi sqrt(delta) ||S||: the part of Z along the estimate is fixed, the rest stays normal.
+Zhang et al. 2025, "Projected Gradient-Aligned Perturbation" (arXiv 2510.18228).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..stream import RADIUS, draw_word
+from .lowrank import Matrix, Source
+from .orthonormal import tree_sum
+from .subspace import Subspace
+
+SIGNS = ("matrix", "step", "positive")
+
+
+class Aligned(Subspace):
+    """The draws of P-GAP. Its basis comes from measured losses, so the method (zokern.PGAP) sets left, right and the spectrum.
+
+    delta   share of the estimate in a draw; steps: over how many steps it falls linearly to 0 (None: it stays)
+    sign    xi: 'matrix' an independent sign for every matrix and draw, 'step' one for all matrices, 'positive' always +1
+    """
+
+    name = "aligned"
+
+    def __init__(
+        self, rank: int = 128, interval: int = 100, delta: float = 2.0, steps: int | None = None, sign: str = "matrix", norm: str = "unit",
+        reshape: str = "none", dense: Any = None,
+    ) -> None:  # fmt: skip
+        super().__init__(rank, interval, norm, reshape, dense)
+        if not (math.isfinite(delta) and delta >= 0.0):
+            raise ValueError(f"delta is {delta!r}; expected a finite number, at least 0")
+        if steps is not None and (not isinstance(steps, int) or steps < 1):
+            raise ValueError(f"steps is {steps!r}; expected None or an integer, at least 1")
+        if sign not in SIGNS:
+            raise ValueError(f"sign is {sign!r}; expected one of {list(SIGNS)}")
+        self.delta, self.steps, self.sign = delta, steps, sign
+
+    def delta_at(self, step: int) -> float:
+        return self.delta if self.steps is None else self.delta * max(0.0, 1.0 - step / self.steps)
+
+    def draws(self, matrices: Sequence[Matrix], source: Source, step: int, draw: int) -> list[Tensor]:
+        cores = source(matrices, [(m.rank, m.rank) for m in matrices], step, draw)
+        signs = [1.0] * len(matrices)
+        if self.sign == "matrix":
+            found = torch.cat(source(matrices, [(1,)] * len(matrices), step, draw_word(draw % 2**24, RADIUS)))
+            signs = [1.0 if value >= 0.0 else -1.0 for value in found.tolist()]
+        elif self.sign == "step":
+            shared = min(matrices, key=lambda m: m.name)  # independent of the parameters' order
+            (one,) = source([shared], [(1,)], step, draw_word(draw % 2**24, RADIUS))
+            signs = [1.0 if float(one) >= 0.0 else -1.0] * len(matrices)
+        reach = math.sqrt(self.delta_at(step))
+        return [align(core, m.extra.get("spectrum"), xi * reach) * self.scale(m) for core, m, xi in zip(cores, matrices, signs)]
+
+
+def align(core: Tensor, spectrum: Tensor | None, reach: float) -> Tensor:
+    """Z of Z0, with <diag(S), Z> = reach ||S||; Z0 itself where there is no estimate."""
+    if spectrum is None:
+        return core
+    s = spectrum.double()
+    square = float(tree_sum((s * s).unsqueeze(-1)))
+    along = float(tree_sum((s * torch.diagonal(core).double()).unsqueeze(-1)))
+    alpha = (along - reach * math.sqrt(square)) / (square + 1e-12)
+    return core - torch.diag((s * alpha).float())
+
+
+__all__ = ["Aligned", "align"]
