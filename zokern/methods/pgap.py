@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from .. import products
-from ..backends import Span
 from ..directions import Aligned, Matrix, Normal
 from ..estimator import CENTRAL, coefficient
 from ..evaluation import Group, Plan

@@ -12,7 +12,7 @@ from torch import nn
 from ..directions import Diagonal
 from ..directions.lowrank import matrix_shape
 from ..optimizer import ZerothOrder
-from ..rule import Adam, Momentum, Sgd
+from ..rule import Adam, Momentum, Rule, Sgd
 
 
 class TeZO(ZerothOrder):
@@ -49,7 +49,9 @@ class TeZO(ZerothOrder):
         if rule not in ("sgd", "momentum", "adam"):
             raise ValueError(f"rule is {rule!r}; expected 'sgd', 'momentum' or 'adam'")
         direction = Diagonal(rank) if isinstance(rank, int) else Diagonal(ranks=rank)
-        chosen = {"sgd": Sgd, "momentum": lambda: Momentum(betas[0]), "adam": lambda: Adam(betas, adam_eps, bias_correction)}[rule]()
+        chosen = {"sgd": Sgd, "momentum": lambda: Momentum(betas[0]), "adam": lambda: Adam(betas, adam_eps, bias_correction)}[
+            rule
+        ]()
         super().__init__(params, lr=lr, eps=eps, direction=direction, rule=chosen, evaluation=evaluation, **options)
 
 
