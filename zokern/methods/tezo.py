@@ -49,9 +49,9 @@ class TeZO(ZerothOrder):
         if rule not in ("sgd", "momentum", "adam"):
             raise ValueError(f"rule is {rule!r}; expected 'sgd', 'momentum' or 'adam'")
         direction = Diagonal(rank) if isinstance(rank, int) else Diagonal(ranks=rank)
-        chosen = {"sgd": Sgd, "momentum": lambda: Momentum(betas[0]), "adam": lambda: Adam(betas, adam_eps, bias_correction)}[
-            rule
-        ]()
+        chosen: Rule = Sgd()
+        if rule != "sgd":
+            chosen = Momentum(betas[0]) if rule == "momentum" else Adam(betas, adam_eps, bias_correction)
         super().__init__(params, lr=lr, eps=eps, direction=direction, rule=chosen, evaluation=evaluation, **options)
 
 
