@@ -15,7 +15,7 @@ from .factors import Factors
 from .plan import Group, Plan, Point
 
 RESIDENT = 1 << 16  # elements: tensors up to this size are perturbed together, ahead of the reading
-TILE = 1 << 23  # elements: larger tiles leave the caches before they are read, smaller ones starve the product (benchmarks/)
+TILE = 1 << 21  # elements: larger tiles leave the caches before they are read, smaller ones starve the product (benchmarks/)
 
 
 class Copies:
@@ -201,7 +201,7 @@ class Copies:
             tile = self.arena.take(shape, weight.dtype, weight.device)
             return tile if tile is not None else torch.empty(shape, dtype=weight.dtype, device=weight.device)
 
-        step = max(1, self.tile_rows(weight, 1 if transposed else 0) // many)
+        step = self.tile_rows(weight, 1 if transposed else 0, many)
         return products.tiled_linear(
             xs, weight, group.spans[i], biases, group.residual(i), fills, fill, take, self.arena.release, step, transposed
         )  # fmt: skip
@@ -217,10 +217,14 @@ class Copies:
         if self.meet is not None and len(xs) < len(self.points):
             self.alone.add(group.names[i])
 
-    def tile_rows(self, weight: Tensor, dimension: int) -> int:
-        """How many slices along a dimension of a matrix make a tile: what is left of the arena, at most TILE elements."""
-        size = max(1, weight.numel() // max(1, weight.shape[dimension]) * weight.element_size())
-        return max(1, min(self.arena.left(weight.device), TILE * weight.element_size()) // size)
+    def tile_rows(self, weight: Tensor, dimension: int, sides: int = 1) -> int:
+        """How many slices along a dimension of a matrix make a tile, where `sides` tiles exist at a time.
+
+        As many as TILE elements and what is left of the arena hold, in tiles of nearly the same size."""
+        total = max(1, weight.shape[dimension])
+        size = max(1, weight.numel() // total * weight.element_size())
+        most = max(1, min(self.arena.left(weight.device) // sides, TILE * weight.element_size()) // size)
+        return -(-total // -(-total // most))
 
     def watch(self, view: Tensor) -> None:
         """A result that shares memory with a perturbed copy: writing to it would have been writing to the weights."""
