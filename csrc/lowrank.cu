@@ -1,11 +1,10 @@
 // lowrank.cu: theta <- decay theta + scale left right^T for a list of tensors, on the matrix units of a GPU
 //
 // math     lowrank.h, with s from mma.m16n8k16: bfloat16 inputs, float32 sums. A factor is split into bfloat16 terms,
-//          x = x_0 + x_1 + ... with |x - sum| <= 2^-9 terms |x|, and the products x_p y_q with p + q < terms are summed, small
-//          ones first: 3 terms for a float32 theta (2 above rank 64), 2 for a 16-bit theta (1 above rank 32).
-// bound    |s - exact| <= (sum_k |left[i, k] right[j, k]|) (2 + terms) 2^-9terms + r 2^-22), the second part for the unit's
-// sums; tests/
-//          lowrank_bound.py says the whole of it. A factor beyond the largest bfloat16, or inf, gives inf or NaN.
+//          x = x_0 + x_1 + ... + e with |e| <= 2^-8T |x| for T terms, and the products x_p y_q with p + q < T are summed, small
+//          ones first: T = 3 for a float32 theta (2 above rank 64), 2 for a 16-bit theta (1 above rank 32: factors in bfloat16)
+// bound    |s - exact| <= ((T + 2) 2^-8T + N 2^-20) sum_k |left[i, k] right[j, k]|, N = T (T + 1) / 2 ceil(r / 16) products of
+//          the unit: tests/lowrank_bound.py derives it. A factor beyond the largest bfloat16, or inf, gives inf or NaN.
 // layout   a warp's step is 16 rows by 32 columns: four n-tiles, whose fragment columns are dealt out so that a lane's sixteen
 // sums
 //          are eight columns of two rows. 16-bit theta: column 2 t + e of n-tile j is column 8 t + 2 j + e, sixteen bytes in a
