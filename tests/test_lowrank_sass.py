@@ -111,7 +111,9 @@ def main() -> None:
                 function = kernel(functions, kind, rank)
                 per_element = len(strip_loop(function)) / ELEMENTS
                 spilled = "SPILLED" if function.spilled() else ""
-                print(f"sm_{arch:4} type {kind} rank {rank:3} {function.registers:4} registers {per_element:6.2f} /element {spilled}")
+                print(
+                    f"sm_{arch:4} type {kind} rank {rank:3} {function.registers:4} registers {per_element:6.2f} /element {spilled}"
+                )
 
 
 if __name__ == "__main__":

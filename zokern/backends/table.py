@@ -172,11 +172,13 @@ def pack_factors(lefts: Sequence[Tensor], rights: Sequence[Tensor], scales: Sequ
     return table
 
 
-def pack_tiles(entries: np.ndarray, factors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def pack_tiles(
+    entries: np.ndarray, factors: np.ndarray, tile_rows: int = TILE_ROWS, tile_columns: int = TILE_COLUMNS
+) -> tuple[np.ndarray, np.ndarray]:
     """Tiles and frames of csrc/lowrank.h for packed, numbered entries.
 
     The whole rows of an entry that is contiguous in the stream, and an entry that is a slice of the matrix's columns, are cut into
-    tiles of TILE_ROWS x TILE_COLUMNS if every eighth column lies on 16 bytes; everything else goes one element at a time."""
+    tiles of tile_rows x tile_columns if every eighth column lies on 16 bytes; everything else goes one element at a time."""
     known = factors[entries["tensor"]]
     n, first = known["columns"], entries["first"].astype(np.int64)
     size, columns = entries["row_count"] * entries["columns"], entries["columns"]
@@ -203,8 +205,8 @@ def pack_tiles(entries: np.ndarray, factors: np.ndarray) -> tuple[np.ndarray, np
     ):  # of element (0, 0) of the matrix, modulo 16
         lies &= (address == 0) | ((address.astype(np.int64) + shift * bytes_each) % 16 == 0)
     lies &= (end > begin) & (frames["stride"] < 1 << 26) & (end - begin < 1 << 31)
-    rows, wide = np.where(lies, end - begin, 0), np.where(lies, -(-(frames["last"] - start) // TILE_COLUMNS), 0)
-    down = -(-rows // TILE_ROWS)
+    rows, wide = np.where(lies, end - begin, 0), np.where(lies, -(-(frames["last"] - start) // tile_columns), 0)
+    down = -(-rows // tile_rows)
     # rectangles, then what is before and behind them, then entries that have none
     head = np.where(lies & flat, begin * n - first, np.where(lies, 0, size))
     tail = np.where(lies & flat, end * n - first, size)
@@ -219,9 +221,9 @@ def pack_tiles(entries: np.ndarray, factors: np.ndarray) -> tuple[np.ndarray, np
         e = own["entry"]
         place = np.arange(len(own)) - np.repeat(np.cumsum(count) - count, count)
         if part == 0:  # row by row of tiles: blocks that run together share their rows of `left`
-            own["begin"] = begin[e] + place // wide[e] * TILE_ROWS
-            own["end"] = np.minimum(own["begin"] + TILE_ROWS, end[e])
-            own["column"] = start[e] + place % wide[e] * TILE_COLUMNS
+            own["begin"] = begin[e] + place // wide[e] * tile_rows
+            own["end"] = np.minimum(own["begin"] + tile_rows, end[e])
+            own["column"] = start[e] + place % wide[e] * tile_columns
         else:
             own["begin"] = place * PIECE + (0 if part == 1 else tail[e])
             own["end"] = np.minimum(own["begin"] + PIECE, (head if part == 1 else size)[e])
