@@ -4,11 +4,14 @@ math     as csrc/lowrank.cu: factors as TERMS bfloat16 terms, tl.dot with float3
          rounding. The bound is that of tests/lowrank_bound.py.
 table    int64 in device memory: entries[E, 16] as elementwise.py has them; tiles[T, 3] = begin, end, entry | column << 32;
          frames[E, 5]; factors[N, 7] = left, right, rank, n, bits of scale, and how to divide by n
-product  one program a tile of BM x BN elements of an aligned rectangle. The products come out in the layout of the matrix units and
-         go through shared memory, so that theta moves 16 bytes a thread.
+product  one program a tile of up to 4 BM x BN elements of an aligned rectangle, BM rows at a time; `right` is read and split once. The
+         products come out in the layout of the matrix units and go through shared memory, so that theta moves 16 bytes a thread.
 element  everything else: the sum in the definition's order, so these elements are bit for bit the reference's
-types    16-bit floats are uint16 bit patterns from load to store. EXACT, under the interpreter: the terms stay float32, because its
-         cast to bfloat16 truncates and its dot of bfloat16 is not one; their products are the same.
+types    16-bit floats are uint16 bit patterns in memory. EXACT, under the interpreter: the terms stay float32 and roundings are done
+         on bits, because its cast to bfloat16 truncates and its dot of bfloat16 is not one; the values are the same.
+work     the loop over row blocks, instructions per element on sm_90 at rank 16, 32, 64, 128: 14.4, 15.2, 14.8, 15.8 for bfloat16 and
+         22.8, 28.3, 51.7, 56.2 for float32; from rank 64 on float32 has 122 to 134 on sm_80 and sm_120, where it will be bound by
+         instructions (`pytest tests/test_lowrank_triton.py -k compiled -s`, triton 3.9). Not timed on a GPU.
 source   Chen et al. 2024, LOZO; Henry, Tang and Heinecke 2019 (arXiv 1904.06376) for sums of bfloat16 products
 """
 
@@ -48,7 +51,7 @@ def typed(address, TYPE: tl.constexpr):
 
 
 @triton.jit
-def read(theta, low, mask, TYPE: tl.constexpr, JOIN: tl.constexpr):
+def read(theta, low, mask, TYPE: tl.constexpr, JOIN: tl.constexpr, EXACT: tl.constexpr):
     raw = tl.load(theta, mask=mask, other=0)
     if TYPE == FLOAT32:
         return raw
@@ -56,12 +59,15 @@ def read(theta, low, mask, TYPE: tl.constexpr, JOIN: tl.constexpr):
         return residual_join(raw, tl.load(low, mask=mask, other=0))
     elif TYPE == BFLOAT16:
         return bf16_to_float(raw)
-    else:
+    elif EXACT:
         return fp16_to_float(raw)
+    else:
+        return raw.to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def write(out, low, value, random, mask, TYPE: tl.constexpr, ROUNDING: tl.constexpr, SPLIT: tl.constexpr):
+def write(out, low, value, random, mask, TYPE: tl.constexpr, ROUNDING: tl.constexpr, SPLIT: tl.constexpr,
+          EXACT: tl.constexpr):  # fmt: skip
     """Stores the rounded values; 1 where one is inf or NaN."""
     if TYPE == FLOAT32:
         tl.store(out, value, mask=mask)
@@ -72,8 +78,10 @@ def write(out, low, value, random, mask, TYPE: tl.constexpr, ROUNDING: tl.conste
             tl.store(low, bits, mask=mask)
         elif ROUNDING == STOCHASTIC:
             rounded = bf16_stochastic(value, random) if TYPE == BFLOAT16 else fp16_stochastic(value, random)
-        else:
+        elif EXACT:
             rounded = bf16_nearest(value) if TYPE == BFLOAT16 else fp16_nearest(value)
+        else:
+            rounded = value.to(tl.bfloat16 if TYPE == BFLOAT16 else tl.float16).to(tl.uint16, bitcast=True)
         tl.store(out, rounded, mask=mask)
         exponent: tl.constexpr = 0x7F80 if TYPE == BFLOAT16 else 0x7C00
         return tl.where(mask & ((rounded & exponent) == exponent), 1, 0)
@@ -108,9 +116,8 @@ def dot(a, b, total, EXACT: tl.constexpr):
 
 
 @triton.jit
-def contract(left, right, TERMS: tl.constexpr, EXACT: tl.constexpr):
-    """float32 [BM, R] and [R, BN] to [BM, BN]."""
-    total = tl.zeros([left.shape[0], right.shape[1]], tl.float32)
+def contract(left, right, total, TERMS: tl.constexpr, EXACT: tl.constexpr):
+    """total + left right, float32 [BM, R] and [R, BN]."""
     a0, a = term_of(left, EXACT)
     b0, b = term_of(right, EXACT)
     if TERMS >= 2:
@@ -127,11 +134,26 @@ def contract(left, right, TERMS: tl.constexpr, EXACT: tl.constexpr):
     return dot(a0, b0, total, EXACT)
 
 
+@triton.jit
+def rows_of(address, factor, first, i, here, start: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr, WHOLE: tl.constexpr):
+    """Rows first + i of a factor, columns [start, start + WIDTH), zero where it ends."""
+    base = typed(tl.load(address), FLOAT32)
+    k = start + tl.arange(0, WIDTH)
+    if WHOLE:
+        return tl.load(tl.multiple_of(base + first * RANK, 16) + i[:, None] * RANK + k[None, :], mask=here[:, None], other=0.0)
+    else:
+        rank = tl.load(factor + 2).to(tl.int32)
+        mask = here[:, None] & (k < rank)[None, :]
+        return tl.load(base + first * rank + i[:, None] * rank + k[None, :], mask=mask, other=0.0)
+
+
 @triton.jit(do_not_specialize=["entries", "tiles", "frames", "factors", "step", "k0", "k1"])
 def product(entries, tiles, frames, factors, nonfinite, decay, step, k0, k1, ROUNDING: tl.constexpr, KINDS: tl.constexpr,
-            OUTSIDE: tl.constexpr, JOIN: tl.constexpr, RANK: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr,
-            BN: tl.constexpr):  # fmt: skip
-    """One tile. KINDS: bit 3 type + type of the result is set when the launch has such a tensor; RANK: 16 to 128, padded."""
+            OUTSIDE: tl.constexpr, JOIN: tl.constexpr, RANK: tl.constexpr, WHOLE: tl.constexpr, EXACT: tl.constexpr,
+            BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """One tile. KINDS: bit 3 type + type of the result is set when the launch has such a tensor; RANK: 16 to 128, padded.
+
+    WHOLE: every rank is RANK and every factor lies on 16 bytes."""
     k0 = k0.to(tl.uint32, bitcast=True)
     k1 = k1.to(tl.uint32, bitcast=True)
     step = step.to(tl.uint32, bitcast=True)
@@ -147,27 +169,18 @@ def product(entries, tiles, frames, factors, nonfinite, decay, step, k0, k1, ROU
     out_type = tl.load(entry + 12)
     factor = factors + (out_type >> 32) * FACTORS
     kind = (3 * (who_type >> 32) + (out_type & 0xFFFFFFFF)).to(tl.int32)
-    rank = tl.load(factor + 2).to(tl.int32)
     n = tl.load(factor + 3)
     scale = tl.load(factor + 4).to(tl.uint32).to(tl.float32, bitcast=True)
     i = tl.arange(0, BM)
     j = tl.arange(0, BN)
-    k = tl.arange(0, RANK)
-    left = typed(tl.load(factor), FLOAT32) + begin * rank
-    right = typed(tl.load(factor + 1), FLOAT32) + column * rank
-    a = tl.load(left + i[:, None] * rank + k[None, :], mask=(i < rows)[:, None] & (k < rank)[None, :], other=0.0)
     inside = (n - column).to(tl.int32)
-    b = tl.load(right + j[None, :] * rank + k[:, None], mask=(j < inside)[None, :] & (k < rank)[:, None], other=0.0)
     # strides, shifts and ends are multiples of eight elements, and the first element of a tile lies on 16 bytes
     ends = (tl.load(frame + 4) - column).to(tl.int32)
-    mask = (i < rows)[:, None] & (j // 8 < ends // 8)[None, :]
+    columns = (j // 8 < ends // 8)[None, :]
     stride = tl.load(frame) // 8 * 8
-    place = i.to(tl.int64)[:, None] * stride + j[None, :]
-    at = begin * stride + column + tl.load(frame + 1)
     out_stride = tl.load(frame + 2) // 8 * 8
+    place = i.to(tl.int64)[:, None] * stride + j[None, :]
     out_place = i.to(tl.int64)[:, None] * out_stride + j[None, :]
-    out_at = begin * out_stride + column + tl.load(frame + 3)
-    low = tl.multiple_of(tl.load(entry + 3).to(tl.pointer_type(tl.int16)) + out_at, 16)
     for KIND in tl.static_range(9):
         if (KINDS >> KIND) & 1:
             if kind == KIND:
@@ -175,22 +188,39 @@ def product(entries, tiles, frames, factors, nonfinite, decay, step, k0, k1, ROU
                 RESULT: tl.constexpr = KIND % 3
                 TERMS: tl.constexpr = (3 if RANK <= 64 else 2) if TYPE == FLOAT32 else (2 if RANK <= 32 else 1)
                 SPLIT: tl.constexpr = JOIN and TYPE == BFLOAT16 and not OUTSIDE
-                total = contract(a, b, TERMS, EXACT)
-                theta = tl.multiple_of(typed(tl.load(entry), TYPE) + at, 16)
-                old = read(theta + place, low + out_place, mask, TYPE, JOIN and TYPE == BFLOAT16)
-                value = tl.fma(total, scale, old * decay)
-                random = 0
-                if ROUNDING == STOCHASTIC and RESULT != FLOAT32:
-                    number = (begin + i)[:, None] * n + column + tl.arange(0, BN // 8)[None, :] * 8
-                    random = random16(number, who, step, k0, k1)
-                if OUTSIDE:
-                    out = tl.multiple_of(typed(tl.load(entry + 1), RESULT) + out_at, 16)
-                    broken = write(out + out_place, low + out_place, value, random, mask, RESULT, ROUNDING, False)
-                else:
-                    broken = write(theta + place, low + out_place, value, random, mask, RESULT, ROUNDING, SPLIT)
-                count = tl.sum(tl.sum(broken, axis=1))
-                if count != 0:
-                    tl.atomic_add(nonfinite, count.to(tl.int64), sem="relaxed")
+                # a float32 theta has so many terms that only a slice of the ranks fits the registers
+                SLICE: tl.constexpr = 32 if TYPE == FLOAT32 and RANK > 32 else RANK
+                count = tl.zeros([BM], tl.int32)
+                if SLICE == RANK:
+                    right = rows_of(factor + 1, factor, column, j, j < inside, 0, RANK, RANK, WHOLE)
+                for start in range(0, rows, BM):
+                    row = begin + start
+                    mask = (i < rows - start)[:, None] & columns
+                    at = row * stride + column + tl.load(frame + 1)
+                    out_at = row * out_stride + column + tl.load(frame + 3)
+                    theta = tl.multiple_of(typed(tl.load(entry), TYPE) + at, 16)
+                    low = tl.multiple_of(tl.load(entry + 3).to(tl.pointer_type(tl.int16)) + out_at, 16)
+                    old = read(theta + place, low + out_place, mask, TYPE, JOIN and TYPE == BFLOAT16, EXACT)
+                    total = tl.zeros([BM, BN], tl.float32)
+                    for part in tl.static_range(RANK // SLICE):
+                        left = rows_of(factor, factor, row, i, i < rows - start, part * SLICE, SLICE, RANK, WHOLE)
+                        if SLICE < RANK:
+                            right = rows_of(factor + 1, factor, column, j, j < inside, part * SLICE, SLICE, RANK, WHOLE)
+                        total = contract(left, tl.trans(right), total, TERMS, EXACT)
+                    value = tl.fma(total, scale, old * decay)
+                    random = 0
+                    if ROUNDING == STOCHASTIC and RESULT != FLOAT32:
+                        number = (row + i)[:, None] * n + column + tl.arange(0, BN // 8)[None, :] * 8
+                        random = random16(number, who, step, k0, k1)
+                    if OUTSIDE:
+                        out = tl.multiple_of(typed(tl.load(entry + 1), RESULT) + out_at, 16)
+                        broken = write(out + out_place, low + out_place, value, random, mask, RESULT, ROUNDING, False, EXACT)
+                    else:
+                        broken = write(theta + place, low + out_place, value, random, mask, RESULT, ROUNDING, SPLIT, EXACT)
+                    count += tl.sum(broken, axis=1)
+                broken_count = tl.sum(count)
+                if broken_count != 0:
+                    tl.atomic_add(nonfinite, broken_count.to(tl.int64), sem="relaxed")
 
 
 @triton.jit
@@ -201,7 +231,7 @@ def divide(p, factor, shift):
 
 @triton.jit(do_not_specialize=["entries", "tiles", "factors", "step", "k0", "k1"])
 def element(entries, tiles, factors, nonfinite, decay, step, k0, k1, ROUNDING: tl.constexpr, KINDS: tl.constexpr,
-            OUTSIDE: tl.constexpr, JOIN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+            OUTSIDE: tl.constexpr, JOIN: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Elements [begin, end) of an entry, one at a time."""
     k0 = k0.to(tl.uint32, bitcast=True)
     k1 = k1.to(tl.uint32, bitcast=True)
@@ -246,7 +276,7 @@ def element(entries, tiles, factors, nonfinite, decay, step, k0, k1, ROUNDING: t
                         total = tl.fma(x, tl.load(right + j * rank + k, mask=mask, other=0.0), total)
                     place = r * tl.load(entry + 7) + c * tl.load(entry + 8)
                     low_place = low + r * columns + c
-                    old = read(theta + place, low_place, mask, TYPE, JOIN and TYPE == BFLOAT16)
+                    old = read(theta + place, low_place, mask, TYPE, JOIN and TYPE == BFLOAT16, EXACT)
                     value = tl.fma(total, scale, old * decay)
                     random = 0
                     if ROUNDING == STOCHASTIC and RESULT != FLOAT32:
@@ -258,9 +288,9 @@ def element(entries, tiles, factors, nonfinite, decay, step, k0, k1, ROUNDING: t
                         random = (word >> ((number & 1) * 16).to(tl.uint32)) & 0xFFFF
                     if OUTSIDE:
                         out = typed(tl.load(entry + 1), RESULT) + p
-                        count += write(out, low_place, value, random, mask, RESULT, ROUNDING, False)
+                        count += write(out, low_place, value, random, mask, RESULT, ROUNDING, False, EXACT)
                     else:
-                        count += write(theta + place, low_place, value, random, mask, RESULT, ROUNDING, SPLIT)
+                        count += write(theta + place, low_place, value, random, mask, RESULT, ROUNDING, SPLIT, EXACT)
                 total_count = tl.sum(count)
                 if total_count != 0:
                     tl.atomic_add(nonfinite, total_count.to(tl.int64), sem="relaxed")

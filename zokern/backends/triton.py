@@ -30,7 +30,9 @@ BLOCK = 1024  # elements a tile of the group path: eight a thread
 TAIL = 256  # elements a tile of the element path
 SPLIT = 8  # programs a chunk: 8192 elements each amortise the table's loads, and a small model still fills the device
 WARPS = 4
-TILES = {16: (128, 128), 32: (128, 128), 64: (64, 128), 128: (64, 64)}  # of lowrank_, by padded rank: operands fit 99 KB
+# lowrank_, by padded rank, without and with float32 tensors, which have more terms: operands fit the 99 KB of the smallest device
+TILES = {16: ((128, 128), (64, 64)), 32: ((128, 128), (64, 64)), 64: ((128, 128), (64, 64)), 128: ((128, 128), (64, 64))}
+STRIPS, PRODUCT_WARPS = 4, 8  # row blocks a program; warps
 CAPABILITY = (8, 0)
 
 
@@ -207,7 +209,9 @@ class Triton:
             return nonfinite
         factors = table.pack_factors(lefts, rights, scales)
         rank = next(padded for padded in (16, 32, 64, 128) if max(ranks) <= padded)
-        tiles, frames = table.pack_tiles(entries, factors, *TILES[rank])
+        bm, bn = TILES[rank][bool((entries["type"] == 0).any())]
+        tiles, frames = table.pack_tiles(entries, factors, STRIPS * bm, bn)
+        whole = ranks == {rank} and not ((factors["left"] | factors["right"]) % 16).any()
         fast = tiles["column"] >= 0
         scale_bits = factors["scale"].view(np.uint32).astype(np.int64)
         divisors = [_divisor(n) for n in factors["columns"].tolist()]
@@ -221,7 +225,7 @@ class Triton:
         rows, frame, factor, product_tiles, element_tiles = buffer.split([part.size for part in flat])
         common = {
             "ROUNDING": table.ROUNDING[rounding], "OUTSIDE": outs is not None, "JOIN": residuals is not None and rounding == "residual",
-            "num_warps": WARPS, "enable_fp_fusion": False,
+            "EXACT": interpreted(), "enable_fp_fusion": False,
         }  # fmt: skip
         names = nonfinite, float(decay), _signed(step), *_key(seed)
         kinds = 3 * entries["type"] + entries["out_type"]
@@ -232,13 +236,11 @@ class Triton:
                 common["KINDS"] = _mask(kinds[tiles["entry"][some]])
                 grid = (int(some.sum()),)
                 if kernel is lowrank.product:
-                    bm, bn = TILES[rank]
-                    kernel[grid](
-                        rows, product_tiles, frame, factor, *names, **common, RANK=rank, EXACT=interpreted(), BM=bm, BN=bn
-                    )
+                    constants = dict(RANK=rank, WHOLE=whole, BM=bm, BN=bn, num_warps=PRODUCT_WARPS, num_stages=1)
+                    kernel[grid](rows, product_tiles, frame, factor, *names, **common, **constants)
                 else:
                     block = table.PIECE if interpreted() else TAIL
-                    kernel[grid](rows, element_tiles, factor, *names, **common, BLOCK=block)
+                    kernel[grid](rows, element_tiles, factor, *names, **common, BLOCK=block, num_warps=WARPS)
         return nonfinite
 
 
