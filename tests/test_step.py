@@ -435,16 +435,16 @@ def test_tiles_are_checked() -> None:
     """A tile that starts at the wrong number of the stream is noticed."""
     from zokern.evaluation.copies import Copies
 
-    right = Copies.piece
+    right = Copies.pieces
 
-    def wrong(self, group, i, view, span, out, residual):
-        return right(self, group, i, view, zokern.backends.Span(span.who, 0, span.pitch, span.rows), out, residual)
+    def wrong(self, group, i, view, span, *rest):
+        return right(self, group, i, view, zokern.backends.Span(span.who, 0, span.pitch, span.rows), *rest)
 
     x = torch.randn(4, 300, generator=torch.Generator().manual_seed(2))
     losses = []
     for function in (right, wrong):
         model = Wide(*TILED["linear"][:2])
-        with patch.object(Copies, "piece", function):
+        with patch.object(Copies, "pieces", function):
             losses.append(
                 zokern.step(
                     zokern.MeZO(model, lr=0.0, seed=1, evaluation=zokern.Scratch(1 << 20)), lambda model=model: model(x)
