@@ -99,7 +99,9 @@ class Formula:
         if self.name == "fzoo" or len(long) != 2:
             return None
         direction, count = self.optimizer.factored, self.theta[name].numel()
-        near = min(((a, count // a) for a in range(1, count + 1) if count % a == 0 and a * a <= count), key=lambda p: p[1] - p[0])
+        near = min(
+            ((a, count // a) for a in range(1, count + 1) if count % a == 0 and a * a <= count), key=lambda p: p[1] - p[0]
+        )
         if self.name == "subzero_all" or (self.name == "subzero_adapters" and min(long) <= 4 * direction.rank):
             return near
         return long[0], long[1]
@@ -179,7 +181,9 @@ class Formula:
 
     @property
     def kind(self) -> str:
-        return {"lozo_m": "momentum", "tezo_m": "momentum", "tezo_adam": "adam", "tezo_adam_corrected": "adam"}.get(self.name, "sgd")
+        return {"lozo_m": "momentum", "tezo_m": "momentum", "tezo_adam": "adam", "tezo_adam_corrected": "adam"}.get(
+            self.name, "sgd"
+        )
 
     def averaged(self, name: str, gradient: Sized) -> Sized:
         """Momentum or Adam of a dense gradient, or the first moment in a small space."""
