@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from unittest.mock import patch
 
 import models
@@ -106,22 +106,62 @@ def replaced(owner, name: str, change: Callable):
     return patch.object(owner, name, lambda *arguments, **keywords: change(right, *arguments, **keywords))
 
 
-def scaled_updates(factor: float):
-    """Every update of matrices and of dense parameters times a factor."""
+@contextmanager
+def _all(patches: Iterable) -> Iterator[None]:
+    with ExitStack() as stack:
+        for one in patches:
+            stack.enter_context(one)
+        yield
+
+
+def scaled_updates(factor: Callable[[int], float]):
+    """The update of each step times a factor."""
+
+    def update(right, self, p, g, weights, lr, *rest, **more):
+        return right(self, p, g, weights, factor(p.step) * lr, *rest, **more)
+
+    return _all(replaced(kind, "update", update) for kind in (sgd.Sgd, momentum.Momentum))
+
+
+def doubled_writes():
+    """What waits is written twice over."""
+
+    def write(right, self, *rest):
+        for matrix in self.matrices:
+            if matrix.pending is not None:
+                matrix.pending = matrix.pending * 2
+        return right(self, *rest)
+
+    return replaced(plan.Group, "write", write)
+
+
+def draws_of_step(kind: type, of: Callable):
+    """Draws named after the step of(self, step)."""
+    return replaced(kind, "draws", lambda right, self, m, source, step, draw: right(self, m, source, of(self, step), draw))
+
+
+def spread(factor: float):
+    """sigma times a factor."""
+    return replaced(estimator, "coefficient", lambda right, sides, s, eps, clip=None: right(sides, s, eps * factor, clip))
+
+
+def losses_of_step(change: Callable):
+    """Coefficients from changed losses; change gives the arguments of estimator.coefficients."""
     return replaced(
-        sgd.Sgd,
-        "update",
-        lambda right, self, p, g, weights, lr, *rest, **more: right(self, p, g, weights, factor * lr, *rest, **more),
+        estimator,
+        "coefficients",
+        lambda right, losses, s, eps, clip, normalize: right(*change(losses, s, eps, clip, normalize)),
     )
 
 
+def adam_options(change: Callable):
+    return replaced(adam.Adam, "__init__", lambda right, self, *options: right(self, *change(*options)))
+
+
 WRONG: dict[str, tuple[str, Callable]] = {
-    "sign_flip": ("subzero", lambda: scaled_updates(-1.0)),
-    "half_a_step": ("lozo", lambda: scaled_updates(0.5)),
-    "update_scaled_twice": (
-        "subzero",
-        lambda: replaced(plan.Group, "write", lambda right, self, *rest: ([setattr(m, "pending", m.pending * 2) for m in self.matrices if m.pending is not None], right(self, *rest))[1]),
-    ),
+    "sign_flip": ("subzero", lambda: scaled_updates(lambda step: -1.0)),
+    "half_a_step": ("lozo", lambda: scaled_updates(lambda step: 0.5)),
+    "update_scaled_twice": ("subzero", doubled_writes),
     "scale_forgotten": ("subzero", lambda: patch.object(Subspace, "scale", lambda self, matrix: 1.0)),
     "scale_of_ranks": ("subzero", lambda: patch.object(Subspace, "scale", lambda self, m: math.sqrt(m.rows * m.columns / m.rank))),
     "basis_not_orthonormal": ("subzero", lambda: patch.object(subspace, "orthonormal", lambda xs: [x.contiguous() for x in xs])),
@@ -129,34 +169,34 @@ WRONG: dict[str, tuple[str, Callable]] = {
     "basis_of_every_step": ("subzero", lambda: patch.object(Subspace, "basis_step", lambda self, step: step)),
     "basis_of_the_first_step": ("subzero", lambda: patch.object(Subspace, "basis_step", lambda self, step: 0)),
     "sides_swapped": ("subzero", lambda: patch.multiple(subspace, LEFT=subspace.RIGHT, RIGHT=subspace.LEFT)),
-    "one_core_for_all_steps": ("subzero", lambda: replaced(Subspace, "draws", lambda right, self, m, source, step, draw: right(self, m, source, 0, draw))),
+    "one_core_for_all_steps": ("subzero", lambda: draws_of_step(Subspace, lambda self, step: 0)),
     "core_transposed": ("subzero", lambda: replaced(Subspace, "draws", lambda right, *rest: [c.mT.contiguous() for c in right(*rest)])),
     "adapters_not_reshaped": ("subzero_all", lambda: patch.object(Subspace, "shape", lambda self, t: subspace.matrix_shape(t))),
     "far_from_square": ("subzero_all", lambda: patch.object(subspace, "near_square", lambda count: (2, count // 2))),
-    "left_kept_for_the_interval": ("lozo", lambda: replaced(Lazy, "draws", lambda right, self, m, source, step, draw: right(self, m, source, self.basis_step(step), draw))),
+    "left_kept_for_the_interval": ("lozo", lambda: draws_of_step(Lazy, lambda self, step: self.basis_step(step))),
     "right_kept_for_ever": ("lozo", lambda: patch.object(Lazy, "basis_step", lambda self, step: 0)),
     "paper_scale": ("lozo", lambda: replaced(Lazy, "draws", lambda right, self, *rest: [u / self.rank for u in right(self, *rest)])),
     "not_carried_over": ("lozo_m", lambda: patch.object(momentum.Momentum, "rebase", lambda *_: None)),
     "carried_without_n": ("lozo_m", lambda: replaced(momentum, "_gram", lambda right, a, b: right(a, b) * len(a))),
     "carried_backwards": ("lozo_m", lambda: replaced(momentum, "_gram", lambda right, a, b: right(b, a))),
     "beta_on_the_new": ("lozo_m", lambda: replaced(momentum.Momentum, "__init__", lambda right, self, beta=0.9: right(self, 1.0 - beta))),
-    "tau_of_the_first_step": ("tezo", lambda: replaced(Diagonal, "draws", lambda right, self, m, source, step, draw: right(self, m, source, 0, draw))),
+    "tau_of_the_first_step": ("tezo", lambda: draws_of_step(Diagonal, lambda self, step: 0)),
     "basis_moves": ("tezo", lambda: patch.object(Diagonal, "basis_step", lambda self, step: step)),
     "full_core": ("tezo", lambda: replaced(Diagonal, "draws", lambda right, self, m, source, *rest: source(m, [(x.rank, x.rank) for x in m], *rest))),
-    "momentum_from_zero": ("tezo_m", lambda: replaced(momentum.Momentum, "update", lambda right, self, p, g, w, lr, *rest, **k: right(self, p, g, w, lr * (0.4 if p.step == 0 else 1.0), *rest, **k))),
+    "momentum_from_zero": ("tezo_m", lambda: scaled_updates(lambda step: 0.4 if step == 0 else 1.0)),
     "second_moment_forgotten": ("tezo_adam", lambda: patch.object(adam, "_root", torch.ones_like)),
     "eps_outside_the_root": ("tezo_adam", lambda: patch.object(adam, "_root", lambda x: (x - 1e-8).clamp(min=0).sqrt() + 1e-8)),
-    "not_corrected": ("tezo_adam_corrected", lambda: replaced(adam.Adam, "__init__", lambda right, self, betas, eps, corrected: right(self, betas, eps))),
-    "betas_swapped": ("tezo_adam", lambda: replaced(adam.Adam, "__init__", lambda right, self, betas, *rest: right(self, betas[::-1], *rest))),
+    "not_corrected": ("tezo_adam_corrected", lambda: adam_options(lambda betas, eps, corrected: (betas, eps))),
+    "betas_swapped": ("tezo_adam", lambda: adam_options(lambda betas, *rest: (betas[::-1], *rest))),
     "not_aligned": ("pgap", lambda: patch.object(aligned, "align", lambda core, spectrum, reach: core)),
     "aligned_the_other_way": ("pgap", lambda: replaced(aligned, "align", lambda right, core, s, reach: right(core, s, -reach))),
     "delta_without_root": ("pgap", lambda: replaced(aligned, "align", lambda right, core, s, reach: right(core, s, reach * abs(reach)))),
     "delta_stays": ("pgap_matched", lambda: patch.object(Aligned, "delta_at", lambda self, step: self.delta)),
     "delta_too_fast": ("pgap_matched", lambda: replaced(Aligned, "delta_at", lambda right, self, step: right(self, step + 1))),
     "always_positive": ("pgap", lambda: replaced(aligned, "align", lambda right, core, s, reach: right(core, s, abs(reach)))),
-    "sample_deviation": ("fzoo", lambda: replaced(estimator, "coefficient", lambda right, sides, s, eps, clip=None: right(sides, s, eps * math.sqrt(1.5), clip))),
-    "eps_in_place_of_the_spread": ("fzoo", lambda: replaced(estimator, "coefficients", lambda right, losses, s, eps, clip=None, normalize="none": right(losses, s, eps, clip))),
-    "loss_at_the_weights_doubled": ("fzoo", lambda: replaced(estimator, "coefficients", lambda right, losses, *rest, **k: right([(a, 2 * b) for a, b in losses], *rest, **k))),
+    "sample_deviation": ("fzoo", lambda: spread(math.sqrt(1.5))),
+    "eps_in_place_of_the_spread": ("fzoo", lambda: losses_of_step(lambda losses, s, eps, clip, normalize: (losses, s, eps, clip))),
+    "loss_at_the_weights_doubled": ("fzoo", lambda: losses_of_step(lambda losses, *rest: ([(a, 2 * b) for a, b in losses], *rest))),
 }  # fmt: skip
 
 
@@ -187,10 +227,8 @@ def check_basis(width: int = 11, tolerance: float = 1e-5, rank: int = 3, probes:
         for n, t in start.items() for k in range(probes)
     }  # fmt: skip
     for k, got in enumerate(optimizer.probed[1]):
-        sides = [
-            loss_of(lambda ids, w={n: t + s * eps * z[n, k] for n, t in start.items()}: functional_call(double, w, (ids,)))
-            for s in (1, -1)
-        ]
+        ahead, behind = ({n: t + sign * eps * z[n, k] for n, t in start.items()} for sign in (1, -1))
+        sides = [loss_of(lambda ids, w=w: functional_call(double, w, (ids,))) for w in (ahead, behind)]
         want = float((sides[0] - sides[1]) / (2 * eps))
         assert abs(got - want) <= 2e-6 * float(sides[0].detach()) / eps, f"probe {k}: {got} against {want}"
     assert {m.name for m in optimizer.matrices.values()} == {n for n, t in start.items() if t.dim() == 2}
@@ -229,10 +267,19 @@ def test_basis_of_pgap_by_range_finder() -> None:
     check_basis(width=40, tolerance=0.01, power=2)
 
 
+def sketch(change: Callable):
+    """products.sketch of other draws and coefficients."""
+
+    def wrong(right, backend, direction, seed, span, shape, draws, coeffs, *rest):
+        return right(backend, direction, seed, span, shape, *change(draws, coeffs), *rest)
+
+    return replaced(pgap.products, "sketch", wrong)
+
+
 WRONG_BASES: dict[str, tuple[dict, Callable]] = {
     "no_power_or_extra": ({"width": 40, "tolerance": 0.01, "power": 0, "oversample": 0}, nullcontext),
     "transposed_sketch": ({}, lambda: replaced(pgap.products, "sketch", lambda right, *a: right(*a).flip(0))),
-    "a_probe_too_few": ({}, lambda: replaced(pgap.products, "sketch", lambda right, b, d, seed, span, shape, draws, coeffs, *rest: right(b, d, seed, span, shape, draws[:-1], coeffs[:-1], *rest))),
+    "a_probe_too_few": ({}, lambda: sketch(lambda draws, coeffs: (draws[:-1], coeffs[:-1]))),
     "random_basis": ({}, lambda: replaced(pgap.products, "sketch", lambda right, *a: torch.randn(right(*a).shape))),
     "probes_share_a_draw": ({}, lambda: replaced(plan.Plan, "draw", lambda right, self, query: right(self, 0))),
     "spectrum_forgotten": ({}, lambda: replaced(torch.linalg, "svd", lambda right, *a, **k: (lambda u, s, v: (u, s.sqrt(), v))(*right(*a, **k)))),
