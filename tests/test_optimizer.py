@@ -217,7 +217,7 @@ def test_step_of_the_optimizer_itself() -> None:
 BAD_OPTIONS = {
     "queries": [0, -1, 1.5, True, 2**24],
     "rounding": ["up", None],
-    "evaluation": ["triple", 3],
+    "evaluation": ["pairwise", 3],
     "backend": ["gpu"],
     "direction": ["uniform", 3],
     "stencil": ["backward", zokern.Stencil("wrong", (1.0, -1.0), (1.0, -0.5))],

@@ -437,8 +437,8 @@ def test_tiles_are_checked() -> None:
 
     right = Copies.pieces
 
-    def wrong(self, group, i, view, span, sides, outs, residual):
-        return right(self, group, i, view, zokern.backends.Span(span.who, 0, span.pitch, span.rows), sides, outs, residual)
+    def wrong(self, group, i, view, span, *rest):
+        return right(self, group, i, view, zokern.backends.Span(span.who, 0, span.pitch, span.rows), *rest)
 
     x = torch.randn(4, 300, generator=torch.Generator().manual_seed(2))
     losses = []

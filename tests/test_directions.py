@@ -1,0 +1,308 @@
+"""What holds for every factored direction: a step moves along the z that it measured, lr = 0 moves nothing, and who computes changes no bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import batch, build, changed, next_token_loss, one_thread, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
+from recipes import METHODS, ONE_EACH
+from torch import Tensor, nn
+
+import zokern
+from zokern.directions import Lazy, orthonormal
+from zokern.evaluation import plan
+from zokern.stream import BASIS, draw_word
+
+IDS = batch()
+
+
+# Measured and moved along ---------------------------------------------------------------------------------------------------------
+
+
+def cosines(make: Callable, steps: int = 5, **options) -> list[float]:
+    """Per step, the smallest cosine over matrices between the z that the closure saw and the change of the weights."""
+    model = tiny(width=16)
+    options = {"evaluation": zokern.Paired(check=False), **options}
+    optimizer = make(model, seed=4, weight_decay=0.0, **options)
+    found = []
+    for _ in range(steps):
+        seen: list[dict[str, Tensor]] = []
+
+        def closure(seen: list = seen) -> Tensor:
+            seen.append({name: p + 0 for name, p in model.named_parameters()})
+            return next_token_loss(model(IDS), IDS)
+
+        optimizer.flush()
+        before = snapshot(model)
+        result = zokern.step(optimizer, closure)
+        optimizer.flush()
+        ahead, behind = seen[-2:]
+        c = result.coefficients[0]
+        pairs = [(ahead[n] - behind[n], (before[n] - p) / c) for n, p in model.named_parameters() if p.dim() > 1]
+        found.append(min(F.cosine_similarity(a.flatten().double(), b.detach().flatten().double(), 0).item() for a, b in pairs))
+    return found
+
+
+LINEAR = [name for name in METHODS if not name.startswith(("lozo_m", "tezo_", "fzoo"))]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"evaluation": "scratch"}, {"evaluation": "walk"}, {"defer": False}],
+    ids=lambda o: str(*o.values()) or "paired",
+)
+@pytest.mark.parametrize("name", LINEAR)
+def test_step_moves_along_what_it_measured(name: str, options: dict) -> None:
+    """Steps 0 and 3 draw a new basis."""
+    found = cosines(METHODS[name], eps=1e-2, **options)
+    assert min(found) > 0.9999, found
+
+
+@pytest.mark.parametrize("name", ["lozo_m", "tezo_m", "tezo_adam"])
+def test_first_step_of_a_rule_with_memory_moves_along_what_it_measured(name: str) -> None:
+    """Nothing is remembered yet; Adam divides by the spread, so only signs agree there."""
+    found = cosines(METHODS[name], steps=1, eps=1e-2)
+    assert min(found) > (0.5 if name == "tezo_adam" else 0.9999), found
+
+
+class Sequential(Lazy):
+    """LOZO's reference: the perturbation of a step that draws V cuts V and then U from the step's stream, its update U alone."""
+
+    fresh = False
+
+    def refresh(self, matrices, source, step: int) -> None:
+        super().refresh(matrices, source, step)
+        self.fresh = True
+
+    def draws(self, matrices, source, step: int, draw: int) -> list[Tensor]:
+        stream, drawn = torch.Generator().manual_seed(step), []
+        for m in matrices:
+            if self.fresh:
+                m.right = torch.randn(m.columns, m.rank, generator=stream)
+            drawn.append(torch.randn(m.rows, m.rank, generator=stream))
+        self.fresh = False
+        return drawn
+
+
+def test_one_sequential_stream_is_rejected() -> None:
+    """By the steps that draw a new V, and by them alone."""
+
+    def make(model: nn.Module, **options):
+        with patch.object(zokern.methods.lozo, "Lazy", Sequential):
+            return METHODS["lozo"](model, **options)
+
+    found = cosines(make, eps=1e-2)
+    assert all(abs(found[step]) < 0.9 for step in (0, 3)), found
+    assert all(found[step] > 0.9999 for step in (1, 2, 4)), found
+
+
+# lr = 0 ---------------------------------------------------------------------------------------------------------------------------
+
+
+def check_rest(name: str, dtype: torch.dtype, **options) -> None:
+    model = tiny(dtype, width=16)
+    before = snapshot(model)
+    optimizer = METHODS[name](model, **{"seed": 1, "weight_decay": 0.1, "eps": 1e-2, "force": True, **options, "lr": 0.0})
+    for _ in range(7):
+        zokern.step(optimizer, lambda: next_token_loss(model(IDS), IDS))
+    assert changed(model, before) == []
+    optimizer.flush()
+    assert changed(model, before) == []
+
+
+@pytest.mark.filterwarnings("ignore:a perturbation of eps")
+@pytest.mark.parametrize("defer", [True, False], ids=["deferred", "immediate"])
+@pytest.mark.parametrize("evaluation", ["scratch", "paired"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_lr_zero_changes_no_bit(name: str, dtype: torch.dtype, evaluation: str, defer: bool) -> None:
+    """Over two changes of the basis."""
+    check_rest(name, dtype, evaluation=evaluation, defer=defer)
+
+
+def test_a_write_at_rest_is_rejected() -> None:
+    """The check sees an update that ignores lr."""
+    right = plan.Group.write
+
+    def write(self, *rest):
+        for matrix in self.matrices:
+            if matrix.pending is not None:
+                matrix.pending = matrix.pending + 1e-3
+        return right(self, *rest)
+
+    with patch.object(plan.Group, "write", write), pytest.raises(AssertionError):
+        check_rest("lozo", torch.float32)
+
+
+# Threads and shards ---------------------------------------------------------------------------------------------------------------
+
+SHAPES = [(130, 70), (64, 200), (33, 33), (257,), (90, 12)]
+
+
+def run(name: str, threads: int, losses: Sequence[float], **options) -> tuple[dict[str, Tensor], dict]:
+    """Weights and bases after steps whose losses are given, so that they alone do not depend on threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        model = build(lambda: nn.ParameterList([nn.Parameter(torch.randn(shape) * 0.1) for shape in SHAPES]))
+        optimizer = METHODS[name](model, seed=7, **{"weight_decay": 0.1, "evaluation": "scratch", **options})
+        numbers = iter(losses)
+        for _ in range(5):
+            zokern.step(optimizer, lambda: (sum((p + 0).sum() for p in model) * 0).item() + next(numbers))
+        bases = {m.name: (m.left, m.right, m.pending) for m in optimizer.matrices.values()}
+        optimizer.flush()
+        return snapshot(model), bases
+    finally:
+        torch.set_num_threads(before)
+
+
+LOSSES = torch.rand(200, generator=torch.Generator().manual_seed(3)).tolist()
+
+
+def check_threads(name: str, **options) -> None:
+    (one, first), (two, second) = (run(name, threads, LOSSES, **options) for threads in (1, 2))
+    assert not all(
+        same_bits(one[n], w)
+        for n, w in snapshot(build(lambda: nn.ParameterList([nn.Parameter(torch.randn(s) * 0.1) for s in SHAPES]))).items()
+    )
+    assert all(same_bits(one[n], two[n]) for n in one), "weights depend on the number of threads"
+    for n in first:
+        for a, b in zip(first[n], second[n]):
+            assert (a is None and b is None) or same_bits(a, b), f"{n}: factors depend on the number of threads"
+
+
+@pytest.mark.parametrize("defer", [True, False], ids=["deferred", "immediate"])
+@pytest.mark.parametrize("name", METHODS)
+def test_threads_change_no_bit(name: str, defer: bool) -> None:
+    check_threads(name, defer=defer)
+
+
+def test_stochastic_rounding_is_the_same_for_any_thread_count() -> None:
+    check_threads("lozo", rounding="stochastic")
+
+
+def test_a_sum_by_threads_is_rejected() -> None:
+    """Sums in another order for another thread count are noticed: here one order is the reverse of the other."""
+    right = orthonormal.tree_sum
+
+    def by_threads(x: Tensor) -> Tensor:
+        return right(x.float() if torch.get_num_threads() == 1 else x.flip(-2).float()).double()
+
+    with patch.object(orthonormal, "tree_sum", by_threads), pytest.raises(AssertionError, match="threads"):
+        check_threads("subzero")
+
+
+def shards_of(whole: Tensor, count: int, by_rows: bool) -> list[tuple[int, Tensor]]:
+    """(number of the first element, contiguous piece) of equal parts: of the rows, or of the elements whatever the rows are."""
+    flat = whole.reshape(-1)
+    if by_rows:
+        pieces = whole.tensor_split(count)
+    else:
+        cut = -(-flat.numel() // count) + 1  # inside a row
+        pieces = flat.split(cut)
+    found, first = [], 0
+    for piece in pieces:
+        found.append((first, piece.clone()))
+        first += piece.numel()
+    assert first == flat.numel()
+    return found
+
+
+def check_shards(
+    name: str, count: int, by_rows: bool, shift: int = 0, rounding: str = "nearest", dtype: torch.dtype = torch.float32
+) -> None:
+    """An interval's write of each matrix, from the factors that wait in the run, done by shards that know their place."""
+    model = build(lambda: nn.ParameterList([nn.Parameter(torch.randn(shape) * 0.1) for shape in SHAPES]), dtype)
+    optimizer = METHODS[name](model, seed=7, weight_decay=0.1, defer=True, evaluation="scratch", rounding=rounding, force=True)
+    numbers = iter(LOSSES)
+    for _ in range(2):
+        zokern.step(optimizer, lambda: (sum((p + 0).float().sum() for p in model) * 0).item() + next(numbers))
+    before = snapshot(model)
+    waiting = {m.name: (m.left, m.pending.clone(), m.right, m.shrink) for m in optimizer.matrices.values()}
+    optimizer.flush()
+    assert waiting and all((pending != 0).any() for _, pending, _, _ in waiting.values())
+    for n, (left, pending, right, shrink) in waiting.items():
+        factors = {"left": pending, "right": right} if left is None else {"left": left, "core": pending, "right": right}
+        for first, piece in shards_of(before[n], count, by_rows):
+            zokern.lowrank_(
+                piece, **factors, decay=shrink, who=n, seed=7, step=1, first=max(0, first - shift), rounding=rounding
+            )
+            whole = model[int(n)].detach().reshape(-1)[first : first + piece.numel()]
+            assert same_bits(piece.reshape(-1), whole), f"{n}: the shard from element {first} on differs"
+
+
+@pytest.mark.parametrize("by_rows", [True, False], ids=["rows", "elements"])
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("name", ["subzero", "subzero_all", "lozo", "lozo_m", "tezo", "tezo_m", "pgap"])
+def test_shards_change_no_bit(name: str, count: int, by_rows: bool) -> None:
+    check_shards(name, count, by_rows)
+
+
+@pytest.mark.filterwarnings("ignore:a perturbation of eps")
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_shards_of_16_bit_weights(rounding: str) -> None:
+    check_shards("subzero", 4, False, rounding=rounding, dtype=torch.bfloat16)
+
+
+def test_a_shard_at_the_wrong_place_is_rejected() -> None:
+    with pytest.raises(AssertionError, match="differs"):
+        check_shards("subzero", 4, False, shift=1)
+
+
+# Orthonormal columns --------------------------------------------------------------------------------------------------------------
+
+
+def check_orthonormal(function: Callable[[list[Tensor]], list[Tensor]]) -> None:
+    shapes = [(5, 5), (64, 3), (1, 1), (301, 8), (64, 3), (1030, 2)]
+    xs = [zokern.draw("normal", shape, seed=3, who=f"x{i}", step=0, draw=draw_word(0, BASIS)) for i, shape in enumerate(shapes)]
+    for x, q in zip(xs, function(xs)):
+        exact, r = torch.linalg.qr(x.double())
+        assert q.dtype == torch.float32 and q.is_contiguous() and q.shape == x.shape
+        assert (q.double() - exact * r.diagonal().sign()).abs().max() < 1e-6, (
+            f"{tuple(x.shape)}: not Q with a positive diagonal of R"
+        )
+    found = []
+    for threads in (1, 2):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            found.append(function([zokern.draw("normal", (40000, 4), seed=3, who="x", step=0)])[0])
+        finally:
+            torch.set_num_threads(before)
+    assert same_bits(*found), "threads change its bits"
+    alone = function([xs[1]])[0]
+    assert same_bits(alone, function(xs)[1]), "company changes its bits"
+    # Haar: every column is uniform on the sphere, whose coordinates have mean 0, square 1/m and fourth power 3 / (m (m + 2))
+    m, count = 6, 4000
+    qs = torch.stack(function(list(zokern.draw("normal", (count, m, m), seed=5, who="h", step=0)))).double()
+    for power, expected, spread in ((1, 0.0, 1 / m), (2, 1 / m, 3 / m**2), (4, 3 / (m * (m + 2)), 105 / m**4)):
+        mean = (qs**power).mean(0)
+        assert (mean - expected).abs().max() < 5 * (spread / count) ** 0.5, f"moment {power}: {mean} against {expected}"
+    assert (qs.det().sign().mean()).abs() < 5 / count**0.5, "reflections and rotations are not equally frequent"
+
+
+def test_orthonormal() -> None:
+    check_orthonormal(orthonormal.orthonormal)
+
+
+def rotation(q: Tensor) -> Tensor:
+    return torch.cat([q[:, :1] * q.det().sign(), q[:, 1:]], 1)
+
+
+WRONG_Q: dict[str, Callable] = {
+    "lapack_signs": lambda xs: [torch.linalg.qr(x)[0].contiguous() for x in xs],
+    "columns_in_reverse": lambda xs: [q.flip(1).contiguous() for q in orthonormal.orthonormal(xs)],
+    "columns_only_scaled": lambda xs: [x / x.norm(dim=0) for x in xs],
+    "float32_gram": lambda xs: [x @ torch.linalg.inv(torch.linalg.cholesky(x.mT @ x).mT) for x in xs],
+    "rotations_only": lambda xs: [rotation(q) if q.shape == (6, 6) else q for q in orthonormal.orthonormal(xs)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG_Q)
+def test_check_rejects_wrong_orthonormal(wrong: str) -> None:
+    with pytest.raises(AssertionError):
+        check_orthonormal(WRONG_Q[wrong])
