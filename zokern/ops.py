@@ -144,7 +144,8 @@ def _backend(backend: str | None, device: torch.device) -> str:
     return backends.resolve(backend, device).name
 
 
-def _wrap(seed: int) -> int:
+def wrap_seed(seed: int) -> int:
+    """A checked seed as the signed integer that torch.library takes."""
     seed = check_seed(seed)
     return seed - 2 * _SIGN if seed >= _SIGN else seed
 
@@ -204,7 +205,7 @@ def draw(
     if direction.name not in directions.DIRECTIONS:
         backends.get(name).draw([out], [span], direction, seed, step, draw)
     else:
-        torch.ops.zokern.draw_(out, span.who, first, step, draw, direction.name, _wrap(seed), name)
+        torch.ops.zokern.draw_(out, span.who, first, step, draw, direction.name, wrap_seed(seed), name)
     return out
 
 
@@ -268,7 +269,7 @@ def axpy_(
         whos, firsts = [s.who for s in spans], [s.first for s in spans]
         return torch.ops.zokern.axpy_(
             tensors, low, coeffs, whos, firsts, [s for s, _ in draws], [d for _, d in draws],
-            direction.name, _wrap(seed), decay, rounding, name,
+            direction.name, wrap_seed(seed), decay, rounding, name,
         )  # fmt: skip
 
 
@@ -339,7 +340,7 @@ def perturb(
     who_ids, firsts = [s.who for s in spans], [s.first for s in spans]
     with torch.no_grad():
         flat = torch.ops.zokern.perturb(
-            tensors, low, who_ids, firsts, step, draw, direction.name, _wrap(seed), list(scales), wide, name
+            tensors, low, who_ids, firsts, step, draw, direction.name, wrap_seed(seed), list(scales), wide, name
         )
     return [flat[: len(tensors)], flat[len(tensors) :]][: len(scales)]
 
@@ -408,7 +409,7 @@ def lowrank_(
             return count
         whos, firsts = [s.who for s in spans], [s.first for s in spans]
         return torch.ops.zokern.lowrank_(
-            tensors, low, lefts, rights, scales, whos, firsts, _wrap(seed), step, decay, rounding, name
+            tensors, low, lefts, rights, scales, whos, firsts, wrap_seed(seed), step, decay, rounding, name
         )  # fmt: skip
 
 
