@@ -123,7 +123,8 @@ def _pack_plain(thetas: Sequence[Tensor], spans: Sequence[Span], numbered: bool)
     entries["row_count"], entries["column_stride"] = 1, 1
     entries["first"] = [s.first for s in spans]
     entries["who"] = [s.who for s in spans]
-    entries["type"] = entries["out_type"] = [TYPES[t.dtype] for t in thetas]
+    dtypes = [t.dtype for t in thetas]
+    entries["type"] = entries["out_type"] = TYPES[dtypes[0]] if len(set(dtypes)) == 1 else [TYPES[dtype] for dtype in dtypes]
     return entries[entries["columns"] > 0]
 
 
