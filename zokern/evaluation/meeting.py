@@ -94,7 +94,8 @@ class Meeting:
         kinds = ["cpu", *(["cuda"] if torch.cuda.is_initialized() else [])]
         base = _Thread(kinds)
         base.leave()
-        sides = [greenlet.greenlet(body) for body in bodies]
+        inference = base.guard is not None  # the caller's mode, which leave() took off
+        sides = [greenlet.greenlet(torch.inference_mode()(body) if inference else body) for body in bodies]
         states = self.states = [_Thread(kinds) for _ in bodies]
         results: list[Any] = [None] * len(bodies)
         self.passed = [[] for _ in bodies]
