@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextvars
-import random
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import models
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -89,7 +86,8 @@ def test_losses_equal_scratch(name: str, direction: str, dtype: torch.dtype, way
 
 @pytest.mark.parametrize("options", [
     {"queries": 3}, {"queries": 3, "join": 0}, {"stencil": "forward"}, {"queries": 2, "stencil": "forward", "resident": 1 << 16},
-    {"queries": 3, "paired": zokern.Paired(sides=2, check=False)}, {"queries": 3, "stencil": "forward", "paired": zokern.Paired(sides=3, check=False)},
+    {"queries": 3, "paired": zokern.Paired(sides=2, check=False)},
+    {"queries": 3, "stencil": "forward", "paired": zokern.Paired(sides=3, check=False)},
     {"paired": zokern.Paired(1 << 20, check=False)},
 ], ids=lambda o: "_".join(f"{k}{'' if k == 'paired' else v}" for k, v in o.items()))  # fmt: skip
 @pytest.mark.parametrize("direction", DIRECTIONS)
