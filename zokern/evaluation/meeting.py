@@ -94,7 +94,8 @@ class Meeting:
         kinds = ["cpu", *(["cuda"] if torch.cuda.is_initialized() else [])]
         base = _Thread(kinds)
         base.leave()
-        sides = [greenlet.greenlet(body) for body in bodies]
+        inference = base.guard is not None  # the caller's mode, which leave() took off
+        sides = [greenlet.greenlet(torch.inference_mode()(body) if inference else body) for body in bodies]
         states = self.states = [_Thread(kinds) for _ in bodies]
         results: list[Any] = [None] * len(bodies)
         self.passed = [[] for _ in bodies]
@@ -160,7 +161,8 @@ class Meeting:
             members = waiting
         else:
             behind = [i for i in waiting if any(self.requests[i][0] in self.passed[j] for j in waiting if j != i)]
-            members = groups[self.requests[(behind or waiting)[0]][0]]
+            least = min(behind or waiting, key=lambda i: len(self.passed[i]))  # or the first would run to the end of the model alone
+            members = groups[self.requests[least][0]]
         modes = self.states[members[0]].modes()
         members = [i for i in members if self.states[i].modes() == modes]
         return members
