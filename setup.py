@@ -123,7 +123,7 @@ def cpu() -> Part:
     isas = list(ISA_FLAGS) if platform.machine().lower() in ("x86_64", "amd64") else ["scalar"]
     part = Part("cpu", {"compiler": run(cxx, "--version").splitlines()[0], "flags": CXX_FLAGS, "instruction_sets": isas}, [])
     objects = [f"{OBJECTS}/cpu/bind.o", f"{OBJECTS}/cpu/isa.o"]
-    part.rules += [part.bind_rule() + " -DZOKERN_LOWRANK", f"build {objects[1]}: cxx csrc/isa.cpp"]
+    part.rules += [part.bind_rule() + " -DZOKERN_LOWRANK_CPU", f"build {objects[1]}: cxx csrc/isa.cpp"]
     for source in ("elementwise", "lowrank"):
         objects.append(f"{OBJECTS}/cpu/{source}.o")
         part.rules.append(f"build {objects[-1]}: cxx csrc/{source}.cpp")
@@ -135,7 +135,7 @@ def cpu() -> Part:
 
 
 def cuda() -> Part:
-    """bind.cpp and elementwise.cu for every architecture, with the CUDA runtime inside: it loads where no driver is."""
+    """bind.cpp, elementwise.cu and lowrank.cu for every architecture, with the CUDA runtime inside: it loads where no driver is."""
     cxx, nvcc = find_cxx(), find_nvcc()
     release = re.search(r"release (\d+)\.(\d+).*V([\d.]+)", run(nvcc, "--version"), re.S)
     if release is None:
@@ -163,9 +163,12 @@ def cuda() -> Part:
     part.rules += [
         f"rule nvcc\n  description = nvcc $out\n  command = {quote(nvcc)} -ccbin {quote(cxx)} $flags -MD -MF $out.d -c $in -o $out\n"
         "  depfile = $out.d\n  deps = gcc",
-        part.bind_rule(),
-        f"build {OBJECTS}/cuda/elementwise.o: nvcc csrc/elementwise.cu\n  flags = {record['flags']} {targets} --threads {JOBS}",
-        f"build {part.output}: link {OBJECTS}/cuda/bind.o {OBJECTS}/cuda/elementwise.o\n"
+        part.bind_rule() + " -DZOKERN_LOWRANK_CUDA",
+        *(
+            f"build {OBJECTS}/cuda/{source}.o: nvcc csrc/{source}.cu\n  flags = {record['flags']} {targets} --threads {JOBS}"
+            for source in ("elementwise", "lowrank")
+        ),
+        f"build {part.output}: link {OBJECTS}/cuda/bind.o {OBJECTS}/cuda/elementwise.o {OBJECTS}/cuda/lowrank.o\n"
         f"  libraries = {' '.join(map(quote, libraries))} -lcudart_static -ldl -lpthread -lrt "
         "-Wl,--exclude-libs,ALL",
     ]

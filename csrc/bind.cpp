@@ -63,7 +63,7 @@ void perturb(uintptr_t entries, uintptr_t chunks, int64_t chunk_count, int32_t d
   zo::perturb(launch(entries, chunks, chunk_count, direction, seed, workers, stream), step, draw, at<float>(scales));
 }
 
-#if defined(ZOKERN_LOWRANK)
+#if defined(ZOKERN_LOWRANK_CPU)
 void lowrank(uintptr_t entries, uintptr_t chunks, int64_t chunk_count, uintptr_t factors, int64_t factor_count, uint64_t seed,
              uint32_t step, float decay, int32_t rounding, uintptr_t nonfinite, int64_t workers, uintptr_t stream) {
   check(factor_count >= 0 && (factor_count == 0 || factors != 0), "factors is a null address");
@@ -105,6 +105,21 @@ void lowrank_one(uintptr_t theta, uintptr_t out, uintptr_t residual, int64_t siz
 }
 #endif
 
+#if defined(ZOKERN_LOWRANK_CUDA)
+void lowrank_tiles(uintptr_t entries, uintptr_t tiles, int64_t tile_count, uintptr_t frames, uintptr_t factors,
+                   int64_t max_rank, bool general, int32_t types, bool simple, bool whole, uint64_t seed, uint32_t step,
+                   float decay, int32_t rounding, uintptr_t nonfinite, int64_t workers, uintptr_t stream) {
+  check(tile_count >= 0, "tile_count is negative");
+  check(tile_count == 0 || (entries != 0 && tiles != 0 && frames != 0 && factors != 0), "a table is a null address");
+  check(rounding >= 0 && rounding <= 2, "rounding is not one of 0 (nearest), 1 (stochastic), 2 (residual)");
+  check(nonfinite != 0, "nonfinite is a null address");
+  const zo::TileList list{at<zo::Tile>(tiles), tile_count, at<zo::Frame>(frames), max_rank, general, types, simple, whole};
+  const zo::Launch launch{at<zo::Entry>(entries), nullptr, 0, zo::Direction::kNormal, seed, workers, stream};
+  zo::lowrank_tiles(launch, list, at<zo::Factors>(factors), decay, static_cast<zo::Rounding>(rounding), step,
+                    at<int64_t>(nonfinite));
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(ZOKERN_MODULE, module) {
@@ -117,11 +132,14 @@ PYBIND11_MODULE(ZOKERN_MODULE, module) {
              arg("draws"), arg("draw_count"), arg("decay"), arg("rounding"), arg("nonfinite"), arg("workers"), arg("stream"));
   module.def("perturb", &perturb, Free(), arg("entries"), arg("chunks"), arg("chunk_count"), arg("direction"), arg("seed"),
              arg("step"), arg("draw"), arg("scales"), arg("workers"), arg("stream"));
-#if defined(ZOKERN_LOWRANK)
+#if defined(ZOKERN_LOWRANK_CPU)
   module.def("lowrank", &lowrank, Free(), arg("entries"), arg("chunks"), arg("chunk_count"), arg("factors"),
              arg("factor_count"), arg("seed"), arg("step"), arg("decay"), arg("rounding"), arg("nonfinite"), arg("workers"),
              arg("stream"));
   module.def("lowrank_one", &lowrank_one, Free());
+#endif
+#if defined(ZOKERN_LOWRANK_CUDA)
+  module.def("lowrank_tiles", &lowrank_tiles, Free());
 #endif
   module.def("implementation", &zo::implementation);
   module.def("select", &zo::select, arg("name"));

@@ -28,4 +28,34 @@ static_assert(sizeof(Factors) == 40, "zokern/backends/table.py packs 40 bytes");
 void lowrank(const Launch& launch, const Factors* factors, int64_t factor_count, float decay, Rounding rounding, uint32_t step,
              int64_t* nonfinite);
 
+// What lowrank.cu works on instead of chunks, beside Factors; both are made by zokern/backends/table.py.
+struct Tile {  // rows [begin, end) of the matrix from `column` on, or, where that is -1, elements [begin, end) of the entry
+  int64_t begin;
+  int64_t end;
+  int32_t entry;
+  int32_t column;
+};
+static_assert(sizeof(Tile) == 24, "zokern/backends/table.py packs 24 bytes");
+
+struct Frame {                    // of an entry that is a rectangle of the matrix, on 16-byte boundaries
+  int64_t stride, shift;          // element (i, j) of the matrix lies at theta + i stride + j + shift
+  int64_t out_stride, out_shift;  // and at i out_stride + j + out_shift of out and residual
+  int64_t last;                   // columns end here
+};
+static_assert(sizeof(Frame) == 40, "zokern/backends/table.py packs 40 bytes");
+
+struct TileList {  // and what a launch has to know about it before it reads it
+  const Tile* tiles;
+  int64_t count;
+  const Frame* frames;  // one an entry
+  int64_t max_rank;
+  bool general;   // there are tiles whose elements go one at a time
+  int32_t types;  // bit Type: there are other tiles, in a theta of this type
+  bool simple;    // in place, nearest and no decay throughout
+  bool whole;     // every rank is 16, 32, 64 or 128, whichever is the first that max_rank fits
+};
+
+void lowrank_tiles(const Launch& launch, const TileList& list, const Factors* factors, float decay, Rounding rounding,
+                   uint32_t step, int64_t* nonfinite);
+
 }  // namespace zo

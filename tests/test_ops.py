@@ -62,6 +62,127 @@ def test_lowrank_passes_opcheck(dtype: torch.dtype, rounding: str, backend: str)
     torch.library.opcheck(torch.ops.zokern.lowrank_, lowrank_arguments(dtype, rounding, backend))
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_products_pass_opcheck(backend: str) -> None:
+    w, x, b = theta(60).view(10, 6), theta(18).view(3, 6), theta(10)
+    u, v, c = theta(20).view(10, 2), theta(12).view(6, 2), theta(4).view(2, 2)
+    scales = [0.5, -0.5, 0.0]
+    torch.library.opcheck(torch.ops.zokern.linear, ([x] * 3, w, b, None, 5, 0, 1, 0, "normal", 3, scales, 24, backend))
+    torch.library.opcheck(torch.ops.zokern.linear_factored, ([x] * 3, w, b, u, c, v, scales, backend))
+    omega = theta(12).view(6, 2)
+    torch.library.opcheck(
+        torch.ops.zokern.sketch, (omega, 10, 6, 5, 0, [0, 1], [0, 2], [0.5, 2.0], "normal", 3, False, 24, backend)
+    )
+
+
+# Products -------------------------------------------------------------------------------------------------------------------------
+
+
+def problem(dtype: torch.dtype = torch.float32):
+    g = torch.Generator().manual_seed(1)
+    w, b = torch.randn(70, 50, generator=g).to(dtype), torch.randn(70, generator=g).to(dtype)
+    return w, b, [torch.randn(3, 4, 50, generator=g).to(dtype), torch.randn(5, 50, generator=g).to(dtype)]
+
+
+def check_linear(call, direction, bound: float = 1e-5, dtype: torch.dtype = torch.float32) -> None:
+    """call(xs, w, scales, bias) against the matrices that it stands for, in float64."""
+    w, b, xs = problem(dtype)
+    kept, scales = w.clone(), (0.01, -0.01)
+    got = call(xs, w, scales, b)
+    for x, scale, y in zip(xs, scales, got):
+        z = direction(w.shape)
+        right = x.double() @ (kept.double() + scale * z.double()).T + b.double()
+        assert y.dtype == dtype and y.shape == (*x.shape[:-1], 70)
+        assert (y.double() - right).abs().max() <= bound * right.abs().max()
+    assert same_bits(w, kept)
+
+
+DENSE = {"seed": 3, "who": "w", "step": 7, "draw": 2}
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("tile", [1, 777, 1 << 21])
+def test_linear_reads_perturbed_weights(dtype: torch.dtype, bound: float, tile: int) -> None:
+    def dense(shape):
+        return zokern.draw("normal", shape, **DENSE)
+
+    def call(xs, w, scales, b):
+        return zokern.linear(xs, w, scales=scales, bias=b, tile=tile, **DENSE)
+
+    check_linear(call, dense, bound, dtype)
+
+
+def factors(shape) -> tuple[torch.Tensor, ...]:
+    g = torch.Generator().manual_seed(2)
+    return tuple(torch.randn(*size, generator=g) for size in ((shape[0], 3), (shape[1], 3), (3, 3)))
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_linear_reads_factored_weights(dtype: torch.dtype, bound: float) -> None:
+    def low_rank(shape):
+        u, v, c = factors(shape)
+        return u @ c @ v.T
+
+    check_linear(lambda xs, w, scales, b: zokern.linear(xs, w, factors(w.shape), scales=scales, bias=b), low_rank, bound, dtype)
+
+
+WRONG_LINEAR = {
+    "the same sign twice": lambda xs, w, s, b: zokern.linear(xs, w, scales=(s[0], s[0]), bias=b, **DENSE),
+    "no bias": lambda xs, w, s, b: zokern.linear(xs, w, scales=s, **DENSE),
+    "another draw": lambda xs, w, s, b: zokern.linear(xs, w, scales=s, bias=b, **{**DENSE, "draw": 0}),
+    "a shard's numbers": lambda xs, w, s, b: zokern.linear(xs, w, scales=s, bias=b, first=50, **DENSE),
+    "writes W": lambda xs, w, s, b: (zokern.linear(xs, w, scales=s, bias=b, **DENSE), w.add_(1e-3))[0],
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_LINEAR)
+def test_linear_check_rejects(wrong: str) -> None:
+    with pytest.raises(AssertionError):
+        check_linear(WRONG_LINEAR[wrong], lambda shape: zokern.draw("normal", shape, **DENSE))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("tile", [1, 333, 1 << 20])
+def test_sketch(transposed: bool, tile: int) -> None:
+    g, draws, coeffs = torch.zeros(40, 30), [(0, 0), (5, 1)], [0.5, -2.0]
+    zokern.axpy_(g, "normal", seed=1, who="w", draws=draws, coeffs=coeffs, first=7)
+    omega = torch.randn(40 if transposed else 30, 4, generator=torch.Generator().manual_seed(3))
+    right = (g.T if transposed else g).double() @ omega.double()
+
+    def error(**options) -> float:
+        given = dict(seed=1, who="w", draws=draws, coeffs=coeffs, first=7, transposed=transposed, tile=tile) | options
+        return float((zokern.sketch("normal", (40, 30), omega, **given).double() - right).abs().max() / right.abs().max())
+
+    assert error() < 1e-6
+    assert error(first=0) > 0.1 and error(coeffs=[0.5, 2.0]) > 0.1 and error(draws=[(0, 0), (5, 0)]) > 0.1
+
+
+BAD_PRODUCTS = [
+    (lambda w, b, x: zokern.linear(x, w, scales=()), "expected a finite scale"),
+    (lambda w, b, x: zokern.linear(x, w, scales=(NAN, 1.0)), "expected a finite scale"),
+    (lambda w, b, x: zokern.linear(x, w.t(), scales=(1.0, 1.0)), "expected a contiguous matrix"),
+    (lambda w, b, x: zokern.linear(x[0].double(), w, scales=(1.0,)), r"xs\[0\] is torch.float64"),
+    (lambda w, b, x: zokern.linear(x, w, scales=(1.0, 1.0), bias=b[:3]), "bias is"),
+    (
+        lambda w, b, x: zokern.linear(x, w, (torch.ones(3, 2), torch.ones(50, 2)), scales=(1.0, 1.0)),
+        r"U is torch.float32\[3, 2\]",
+    ),
+    (lambda w, b, x: zokern.linear(x, w, (torch.ones(70, 2),), scales=(1.0, 1.0)), "has 1 factors"),
+    (lambda w, b, x: zokern.linear(x, w, scales=(1.0, 1.0), tile=0), "tile is 0"),
+    (
+        lambda w, b, x: zokern.sketch("normal", (4, 5), torch.ones(4, 2), seed=0, who="w", draws=[(0, 0)], coeffs=[1.0]),
+        "omega is",
+    ),
+    (lambda w, b, x: zokern.sketch("normal", (4, 5), torch.ones(5, 2), seed=0, who="w", draws=[], coeffs=[]), "0 draws"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), BAD_PRODUCTS)
+def test_products_refuse(call, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(*problem())
+
+
 def test_opcheck_rejects_an_undeclared_write() -> None:
     @torch.library.custom_op("zokern_test::undeclared", mutates_args=())
     def undeclared(x: torch.Tensor) -> torch.Tensor:

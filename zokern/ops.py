@@ -36,7 +36,8 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 def shared_memory(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
     """The positions of two tensors that have an element in common, or None."""
-    starts, sizes = np.array([t.data_ptr() for t in tensors]), np.array([_reach(t) for t in tensors])
+    starts = np.array([t.data_ptr() for t in tensors])
+    sizes = np.array([t.numel() * t.element_size() if t.is_contiguous() else _reach(t) for t in tensors])
     order = np.argsort(starts)
     if np.all((starts + sizes)[order][:-1] <= starts[order][1:]):
         return None
@@ -51,9 +52,7 @@ def shared_memory(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
 
 
 def _reach(tensor: Tensor) -> int:
-    """Bytes from a tensor's first element to behind its last."""
-    if tensor.is_contiguous():
-        return tensor.nbytes
+    """Bytes from a strided tensor's first element to behind its last."""
     last = sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride()))
     return (last + 1) * tensor.element_size() if tensor.numel() else 0
 
@@ -114,7 +113,11 @@ def _check_list(verb: str, tensors: Sequence[Tensor], spans: Sequence[Span]) -> 
         raise ValueError(f"{verb}: tensors is empty; expected at least one tensor")
     device = tensors[0].device
     plain = {t.dtype for t in tensors} <= _FLOAT_SET and all([t.is_contiguous() for t in tensors])
-    if not plain or min(s.first for s in spans) < 0 or max(s.first + t.numel() for s, t in zip(spans, tensors)) > INDEX_LIMIT:
+    if {s.first for s in spans} == {0}:
+        inside = max([t.numel() for t in tensors]) <= INDEX_LIMIT
+    else:
+        inside = all([s.first >= 0 and s.first + t.numel() <= INDEX_LIMIT for s, t in zip(spans, tensors)])
+    if not plain or not inside:
         for i, (tensor, span) in enumerate(zip(tensors, spans)):
             check_tensor(verb, f"tensors[{i}]", tensor, span.first)
     if {t.device for t in tensors} != {device}:
@@ -144,7 +147,8 @@ def _backend(backend: str | None, device: torch.device) -> str:
     return backends.resolve(backend, device).name
 
 
-def _wrap(seed: int) -> int:
+def wrap_seed(seed: int) -> int:
+    """A checked seed as the signed integer that torch.library takes."""
     seed = check_seed(seed)
     return seed - 2 * _SIGN if seed >= _SIGN else seed
 
@@ -204,7 +208,7 @@ def draw(
     if direction.name not in directions.DIRECTIONS:
         backends.get(name).draw([out], [span], direction, seed, step, draw)
     else:
-        torch.ops.zokern.draw_(out, span.who, first, step, draw, direction.name, _wrap(seed), name)
+        torch.ops.zokern.draw_(out, span.who, first, step, draw, direction.name, wrap_seed(seed), name)
     return out
 
 
@@ -268,7 +272,7 @@ def axpy_(
         whos, firsts = [s.who for s in spans], [s.first for s in spans]
         return torch.ops.zokern.axpy_(
             tensors, low, coeffs, whos, firsts, [s for s, _ in draws], [d for _, d in draws],
-            direction.name, _wrap(seed), decay, rounding, name,
+            direction.name, wrap_seed(seed), decay, rounding, name,
         )  # fmt: skip
 
 
@@ -339,7 +343,7 @@ def perturb(
     who_ids, firsts = [s.who for s in spans], [s.first for s in spans]
     with torch.no_grad():
         flat = torch.ops.zokern.perturb(
-            tensors, low, who_ids, firsts, step, draw, direction.name, _wrap(seed), list(scales), wide, name
+            tensors, low, who_ids, firsts, step, draw, direction.name, wrap_seed(seed), list(scales), wide, name
         )
     return [flat[: len(tensors)], flat[len(tensors) :]][: len(scales)]
 
@@ -408,7 +412,7 @@ def lowrank_(
             return count
         whos, firsts = [s.who for s in spans], [s.first for s in spans]
         return torch.ops.zokern.lowrank_(
-            tensors, low, lefts, rights, scales, whos, firsts, _wrap(seed), step, decay, rounding, name
+            tensors, low, lefts, rights, scales, whos, firsts, wrap_seed(seed), step, decay, rounding, name
         )  # fmt: skip
 
 

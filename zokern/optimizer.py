@@ -210,7 +210,16 @@ class ZerothOrder(torch.optim.Optimizer):
         if not groups:
             raise ValueError("no parameter requires a gradient any more: nothing to train in this step")
         plan = Plan(
-            groups, self.direction, self.stencil, self.queries, self.seed, self.steps, self.rounding, self.model, aliases, self.factored
+            groups,
+            self.direction,
+            self.stencil,
+            self.queries,
+            self.seed,
+            self.steps,
+            self.rounding,
+            self.model,
+            aliases,
+            self.factored,
         )
         self._groups = groups
         self._tie(plan)

@@ -177,7 +177,7 @@ def _own_rows(counts: tuple[int, ...], device: torch.device) -> Tensor:
 _ORIGIN, _ONE = [Span(0)], [1.0]
 
 
-def sketch(
+def sketch_of(
     backend: Backend, direction: object, seed: int, span: Span, shape: tuple[int, int], draws: Sequence[tuple[int, int]], coeffs: Sequence[float],
     omega: Tensor, transposed: bool = False, tile: int = 1 << 20,
 ) -> Tensor:  # fmt: skip

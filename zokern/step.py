@@ -71,7 +71,8 @@ def run(optimizer: Any, closure: Callable[[], Any]) -> StepResult:
     reading: Reading = optimizer.evaluation.read(plan, closure, repeat_first=bool(check))
     try:
         coefficients = [
-            estimator.coefficients(reading.losses, plan.stencil, group.eps, optimizer.clip, optimizer.normalize) for group in plan.groups
+            estimator.coefficients(reading.losses, plan.stencil, group.eps, optimizer.clip, optimizer.normalize)
+            for group in plan.groups
         ]
         finite = all(math.isfinite(c) for group in coefficients for c in group)
         optimizer.count(finite, reading)

@@ -1,4 +1,4 @@
-"""Backend ``cuda``: the compiled kernels of csrc/elementwise.cu, for tensors of one CUDA device and on torch's current stream.
+"""Backend ``cuda``: the compiled kernels of csrc/elementwise.cu and csrc/lowrank.cu, for tensors of one CUDA device and on torch's current stream.
 
 A verb is one launch. Its tables are packed on the host (`table`) and go to the device in one copy from pinned memory; the
 coefficients are read where they lie, so no call waits for the device. Everything a launch reads is allocated and freed on the
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import table
-from .base import Span
+from .base import Span, check_rows
 
 _cuda: Any = None
 _error = ""
@@ -131,8 +131,36 @@ class Cuda:
         self._call("perturb", device, [both, both_scales, *thetas, *sides, *low, *_rows(spans)], *tables, number, seed, step, draw,
                    both_scales.data_ptr())  # fmt: skip
 
-    def lowrank_(self, *arguments, **options) -> Tensor:
-        raise NotImplementedError("backend 'cuda' has no lowrank_; backends 'cpu' and 'reference' have it")
+    def lowrank_(self, thetas: Sequence[Tensor], spans: Sequence[Span], lefts: Sequence[Tensor], rights: Sequence[Tensor],
+                 scales: Sequence[float], decay: float, rounding: str, residuals: Sequence[Tensor] | None, seed: int = 0, step: int = 0,
+                 outs: Sequence[Tensor] | None = None) -> Tensor:  # fmt: skip
+        """To the bound that csrc/lowrank.cu states; ranks 1 to 128."""
+        low, sides = residuals or (), outs or ()
+        device = self._device(thetas=thetas, lefts=lefts, rights=rights, outs=sides, residuals=low)
+        check_rows(spans, outs)
+        ranks = {right.shape[1] for right in rights}
+        if ranks and not 1 <= min(ranks) <= max(ranks) <= 128:
+            raise ValueError(
+                f"lowrank_: ranks are {sorted(ranks)}; backend 'cuda' has 1 to 128, backends 'cpu' and 'reference' any"
+            )
+        nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
+        entries, _ = table.pack(thetas, spans, () if outs is None else (outs,), residuals, numbered=True)
+        if not len(entries):
+            return nonfinite
+        factors = table.pack_factors(lefts, rights, scales)
+        tiles, frames = table.pack_tiles(entries, factors)
+        parts = [array.view(np.uint8).reshape(-1) for array in (entries, tiles, frames, factors)]
+        both = self._upload(np.concatenate(parts), device)
+        at = [both.data_ptr() + sum(part.size for part in parts[:i]) for i in range(4)]
+        fast = tiles["column"] >= 0
+        types = sum(1 << int(kind) for kind in np.unique(entries["type"][tiles["entry"][fast]]))
+        simple = decay == 1.0 and outs is None and (rounding == "nearest" or types == 1)
+        rank = max(ranks)
+        whole = ranks <= {16, 32, 64, 128} and len(ranks) == 1
+        self._call("lowrank_tiles", device, [both, nonfinite, *thetas, *lefts, *rights, *sides, *low, *_rows(spans)], at[0], at[1],
+                   len(tiles), at[2], at[3], rank, bool((~fast).any()), types, simple, whole, seed, step, decay,
+                   table.ROUNDING[rounding], nonfinite.data_ptr())  # fmt: skip
+        return nonfinite
 
 
 def _rows(spans: Sequence[Span]) -> list[Tensor]:

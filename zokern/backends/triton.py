@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from . import table
-from .base import Span
+from .base import Span, check_rows
 
 _missing = ""
 try:
     import triton
 
     from .. import triton_kernels
-    from ..triton_kernels import elementwise
+    from ..triton_kernels import elementwise, lowrank
 except ImportError as error:
     _missing = str(error)
 
@@ -30,6 +30,9 @@ BLOCK = 1024  # elements a tile of the group path: eight a thread
 TAIL = 256  # elements a tile of the element path
 SPLIT = 8  # programs a chunk: 8192 elements each amortise the table's loads, and a small model still fills the device
 WARPS = 4
+# lowrank_, by padded rank, without and with float32 tensors, which have more terms: operands fit the 99 KB of the smallest device
+TILES = {16: ((128, 128), (64, 64)), 32: ((128, 128), (64, 64)), 64: ((128, 128), (64, 64)), 128: ((128, 128), (64, 64))}
+STRIPS, PRODUCT_WARPS = 4, 8  # row blocks a program; warps
 CAPABILITY = (8, 0)
 
 
@@ -88,12 +91,16 @@ def _groups(entries: np.ndarray) -> np.ndarray:
     return flat & (entries["first"] % 8 == 0) & (addresses % 16 == 0)
 
 
+def _divisor(d: int) -> tuple[int, int]:
+    """(m, s) with p // d = p m >> 41 + s for p < 2^40: s = ceil(log2 d), m = ceil(2^(41 + s) / d) (Granlund and Montgomery 1994)."""
+    s = (d - 1).bit_length()
+    return -(-(1 << 41 + s) // d), s
+
+
 def _rows(entries: np.ndarray) -> np.ndarray:
     """int64[E, 16]: the entries, then what elementwise.py wants to know beside them."""
     columns = entries["columns"].tolist()
-    # p // d = p m >> 41 + s with s = ceil(log2 d), m = ceil(2^(41 + s) / d): exact for p < 2^40 (Granlund and Montgomery 1994)
-    shifts = [(d - 1).bit_length() for d in columns]
-    factors = [-(-(1 << 41 + s) // d) for s, d in zip(shifts, columns)]
+    factors, shifts = zip(*map(_divisor, columns)) if columns else ((), ())
     words = entries.view(np.int64).reshape(-1, table.ENTRY.itemsize // 8)
     return np.column_stack([words, _groups(entries), factors, shifts]).astype(np.int64)
 
@@ -184,8 +191,57 @@ class Triton:
             DIRECTION=number, SIDES=len(outs), JOIN=residuals is not None, KINDS=_mask(3 * entries["type"] + entries["out_type"]),
         )  # fmt: skip
 
-    def lowrank_(self, *arguments, **options) -> Tensor:
-        raise NotImplementedError("backend 'triton' has no lowrank_; backends 'cpu' and 'reference' have it")
+    def lowrank_(
+        self, thetas, spans: Sequence[Span], lefts, rights, scales, decay, rounding, residuals, seed=0, step=0, outs=None
+    ) -> Tensor:
+        """To the bound of triton_kernels/lowrank.py; ranks 1 to 128."""
+        check_rows(spans, outs)
+        ranks = {right.shape[1] for right in rights}
+        if ranks and not 1 <= min(ranks) <= max(ranks) <= 128:
+            raise ValueError(
+                f"lowrank_: ranks are {sorted(ranks)}; backend 'triton' has 1 to 128, backends 'cpu' and 'reference' any"
+            )
+        tensors = [*thetas, *lefts, *rights, *(outs or ())]
+        device = _device(tensors) if tensors else torch.device("cpu" if interpreted() else "cuda")
+        nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
+        entries, _ = table.pack(thetas, spans, () if outs is None else (outs,), residuals, numbered=True)
+        if not len(entries):
+            return nonfinite
+        factors = table.pack_factors(lefts, rights, scales)
+        rank = next(padded for padded in (16, 32, 64, 128) if max(ranks) <= padded)
+        bm, bn = TILES[rank][bool((entries["type"] == 0).any())]
+        tiles, frames = table.pack_tiles(entries, factors, STRIPS * bm, bn)
+        whole = ranks == {rank} and not ((factors["left"] | factors["right"]) % 16).any()
+        fast = tiles["column"] >= 0
+        scale_bits = factors["scale"].view(np.uint32).astype(np.int64)
+        divisors = [_divisor(n) for n in factors["columns"].tolist()]
+        columns = (factors["left"], factors["right"], factors["rank"], factors["columns"], scale_bits, *zip(*divisors))
+        parts = [_rows(entries), frames.view(np.int64), np.column_stack([np.asarray(c).astype(np.int64) for c in columns])]
+        parts += [tiles[fast].view(np.int64), tiles[~fast].view(np.int64)]
+        flat = [np.ascontiguousarray(part).reshape(-1) for part in parts]
+        buffer = torch.from_numpy(np.concatenate(flat))
+        if device.type == "cuda":
+            buffer = buffer.pin_memory().to(device, non_blocking=True)
+        rows, frame, factor, product_tiles, element_tiles = buffer.split([part.size for part in flat])
+        common = {
+            "ROUNDING": table.ROUNDING[rounding], "OUTSIDE": outs is not None, "JOIN": residuals is not None and rounding == "residual",
+            "EXACT": interpreted(), "enable_fp_fusion": False,
+        }  # fmt: skip
+        names = nonfinite, float(decay), _signed(step), *_key(seed)
+        kinds = 3 * entries["type"] + entries["out_type"]
+        with _guard(device):
+            for some, kernel in ((fast, lowrank.product), (~fast, lowrank.element)):
+                if not some.any():
+                    continue
+                common["KINDS"] = _mask(kinds[tiles["entry"][some]])
+                grid = (int(some.sum()),)
+                if kernel is lowrank.product:
+                    constants = dict(RANK=rank, WHOLE=whole, BM=bm, BN=bn, num_warps=PRODUCT_WARPS, num_stages=1)
+                    kernel[grid](rows, product_tiles, frame, factor, *names, **common, **constants)
+                else:
+                    block = table.PIECE if interpreted() else TAIL
+                    kernel[grid](rows, element_tiles, factor, *names, **common, BLOCK=block, num_warps=WARPS)
+        return nonfinite
 
 
 __all__ = ["Triton", "interpreted", "triton_kernels", "why_off"]

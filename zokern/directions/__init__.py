@@ -40,4 +40,17 @@ def resolve(direction: str | Direction) -> Direction:
     return direction
 
 
-__all__ = ["DIRECTIONS", "Aligned", "Diagonal", "Direction", "Factored", "Lazy", "Matrix", "Normal", "Rademacher", "Source", "Subspace", "resolve"]
+__all__ = [
+    "DIRECTIONS",
+    "Aligned",
+    "Diagonal",
+    "Direction",
+    "Factored",
+    "Lazy",
+    "Matrix",
+    "Normal",
+    "Rademacher",
+    "Source",
+    "Subspace",
+    "resolve",
+]

@@ -41,9 +41,7 @@ class Lazy:
         return step - step % self.interval
 
     def refresh(self, matrices: Sequence[Matrix], source: Source, step: int) -> None:
-        for matrix, right in zip(
-            matrices, source(matrices, [(m.columns, m.rank) for m in matrices], step, RIGHT)
-        ):
+        for matrix, right in zip(matrices, source(matrices, [(m.columns, m.rank) for m in matrices], step, RIGHT)):
             matrix.right, matrix.born = right, step
 
     def draws(self, matrices: Sequence[Matrix], source: Source, step: int, draw: int) -> list[Tensor]:

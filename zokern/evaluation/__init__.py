@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from .auto import Auto
 from .paired import Paired
 from .plan import Group, Plan, Reading
 from .scratch import Scratch
@@ -17,7 +18,7 @@ class Evaluation(Protocol):
     def read(self, plan: Plan, closure: Callable[[], object], repeat_first: bool = False) -> Reading: ...
 
 
-EVALUATIONS: dict[str, type] = {"paired": Paired, "scratch": Scratch, "walk": Walk}
+EVALUATIONS: dict[str, type] = {"auto": Auto, "paired": Paired, "scratch": Scratch, "walk": Walk}
 
 
 def resolve(evaluation: str | Evaluation) -> Evaluation:
@@ -31,4 +32,4 @@ def resolve(evaluation: str | Evaluation) -> Evaluation:
     return evaluation
 
 
-__all__ = ["EVALUATIONS", "Evaluation", "Group", "Paired", "Plan", "Reading", "Scratch", "Walk", "resolve"]
+__all__ = ["EVALUATIONS", "Auto", "Evaluation", "Group", "Paired", "Plan", "Reading", "Scratch", "Walk", "resolve"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from .factors import Factors
 from .plan import Group, Plan, Point
 
 RESIDENT = 1 << 16  # elements: tensors up to this size are perturbed together, ahead of the reading
-TILE = 1 << 23  # elements: larger tiles leave the caches before they are read, smaller ones starve the product (benchmarks/)
+TILE = 1 << 21  # elements: larger tiles leave the caches before they are read, smaller ones starve the product (benchmarks/)
 
 
 class Copies:
@@ -31,7 +31,7 @@ class Copies:
         self.used: set[tuple[int, int]] = set()
         self.whole: set[str] = set()
         self.alone: set[str] = set()  # read for each side alone although several are read together
-        self.meet = None  # how the sides of a paired reading wait for one another: Meeting.join
+        self.meet: Callable | None = None  # how the sides of a paired reading wait for one another: Meeting.join
         self.coarse = False  # whether a product was in 16 bits
         self.rows = 0  # most rows of x that a product of one side has seen
         self.largest = 0
@@ -66,9 +66,10 @@ class Copies:
                 for wide in (False, True):  # a launch writes one output type per entry, theta's or float32
                     members = [i for i in kept if (self.resident[sides[0]][g, i].dtype != group.tensors[i].dtype) == wide]
                     if members:
-                        residuals = [group.residuals[i] for i in members] if group.residuals is not None else None
+                        views, spans = [group.tensors[i] for i in members], [group.spans[i] for i in members]
+                        low = [group.residuals[i] for i in members] if group.residuals is not None else None
                         outs = [[self.resident[side][g, i] for i in members] for side in sides]
-                        self._perturb(group, members, [group.tensors[i] for i in members], [group.spans[i] for i in members], sides, outs, residuals)  # fmt: skip
+                        self._perturb(group, views, spans, sides, outs, low)
         self.arena.settle()
 
     def by_query(self, sides: Sequence[int]) -> list[list[int]]:
@@ -78,7 +79,7 @@ class Copies:
             found.setdefault(self.points[side].query, []).append(side)
         return [members[part : part + 2] for members in found.values() for part in range(0, len(members), 2)]
 
-    def _perturb(self, group: Group, members, views, spans, sides: Sequence[int], outs, residuals) -> None:
+    def _perturb(self, group: Group, views, spans, sides: Sequence[int], outs, residuals) -> None:
         scales = [self.points[side].offset * group.eps for side in sides]
         draw = self.plan.draw(self.points[sides[0]].query)
         group.backend.perturb(views, spans, self.plan.direction, self.plan.seed, self.plan.step, draw, scales, outs, residuals)
@@ -156,16 +157,30 @@ class Copies:
             group.backend.lowrank_([out], [Span(span.who)], [left], [right], [1.0], shrink, "nearest", None)
         else:
             left, right, shrink = self.factors.of(group, i, side)
-            group.backend.lowrank_([view], [span], [left], [right], [1.0], shrink, "nearest", None if residual is None else [residual], outs=[out])  # fmt: skip
+            low = None if residual is None else [residual]
+            group.backend.lowrank_([view], [span], [left], [right], [1.0], shrink, "nearest", low, outs=[out])
 
     def pieces(
-        self, group: Group, i: int, view: Tensor, span: Span, sides: Sequence[int], outs: Sequence[Tensor], residual: Tensor | None
+        self,
+        group: Group,
+        i: int,
+        view: Tensor,
+        span: Span,
+        sides: Sequence[int],
+        outs: Sequence[Tensor],
+        residual: Tensor | None,
     ) -> None:
         """Dense: outs[j] <- view + offset eps z for one or two sides of a query, from one evaluation of z."""
-        self._perturb(group, [i], [view], [span], sides, [[out] for out in outs], [residual] if residual is not None else None)
+        self._perturb(group, [view], [span], sides, [[out] for out in outs], [residual] if residual is not None else None)
 
     def tiled(
-        self, group: Group, i: int, sides: Sequence[int], xs: Sequence[Tensor], biases: Sequence[Tensor | None], transposed: bool
+        self,
+        group: Group,
+        i: int,
+        sides: Sequence[int],
+        xs: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        transposed: bool,
     ) -> list[Tensor]:
         """The product of each side's rows with its own perturbed matrix, a tile of it at a time."""
         weight = group.tensors[i]
@@ -186,7 +201,7 @@ class Copies:
             tile = self.arena.take(shape, weight.dtype, weight.device)
             return tile if tile is not None else torch.empty(shape, dtype=weight.dtype, device=weight.device)
 
-        step = max(1, self.tile_rows(weight, 1 if transposed else 0) // many)
+        step = self.tile_rows(weight, 1 if transposed else 0, many)
         return products.tiled_linear(
             xs, weight, group.spans[i], biases, group.residual(i), fills, fill, take, self.arena.release, step, transposed
         )  # fmt: skip
@@ -202,10 +217,14 @@ class Copies:
         if self.meet is not None and len(xs) < len(self.points):
             self.alone.add(group.names[i])
 
-    def tile_rows(self, weight: Tensor, dimension: int) -> int:
-        """How many slices along a dimension of a matrix make a tile: what is left of the arena, at most TILE elements."""
-        size = max(1, weight.numel() // max(1, weight.shape[dimension]) * weight.element_size())
-        return max(1, min(self.arena.left(weight.device), TILE * weight.element_size()) // size)
+    def tile_rows(self, weight: Tensor, dimension: int, sides: int = 1) -> int:
+        """How many slices along a dimension of a matrix make a tile, where `sides` tiles exist at a time.
+
+        As many as TILE elements and what is left of the arena hold, in tiles of nearly the same size."""
+        total = max(1, weight.shape[dimension])
+        size = max(1, weight.numel() // total * weight.element_size())
+        most = max(1, min(self.arena.left(weight.device) // sides, TILE * weight.element_size()) // size)
+        return -(-total // -(-total // most))
 
     def watch(self, view: Tensor) -> None:
         """A result that shares memory with a perturbed copy: writing to it would have been writing to the weights."""

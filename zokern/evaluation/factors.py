@@ -22,7 +22,9 @@ class Factors:
         self.plan = plan
         self.points: list[Point] = []
         self.drawn: dict[tuple[int, int], list[Tensor]] = {}  # (group, query) -> a draw for each matrix
-        self.middles: list[dict[int, list[Tensor]]] = []  # side -> group -> pending + offset eps draw, where that is not nothing
+        self.middles: list[
+            dict[int, list[Tensor]]
+        ] = []  # side -> group -> pending + offset eps draw, where that is not nothing
         self.lefts: dict[tuple[int, int, int], Tensor] = {}
         self.number = {id(group): g for g, group in enumerate(plan.groups)}
 

@@ -18,8 +18,8 @@ import torch
 
 try:
     import greenlet
-except ImportError:  # an optional dependency: evaluation 'paired' says so when it is asked for
-    greenlet = None  # type: ignore[assignment]
+except ImportError:  # where it cannot be installed, evaluation 'paired' says so when it is asked for
+    greenlet = None
 
 
 class Unpairable(Exception):

@@ -42,7 +42,9 @@ class Paired:
 
     def __init__(self, budget: int = 64 * MIB, sides: int = 32, check: bool = True) -> None:
         if meeting.greenlet is None:
-            raise ImportError("evaluation 'paired' needs the package greenlet: pip install greenlet, or use evaluation='scratch'")
+            raise ImportError(
+                "evaluation 'paired' needs the package greenlet: pip install greenlet, or use evaluation='scratch'"
+            )
         if not isinstance(sides, int) or sides < 2:
             raise ValueError(f"Paired: sides is {sides!r}; expected an integer, at least 2")
         self.scratch = Scratch(budget)
@@ -118,7 +120,9 @@ class Paired:
 
     def _give_up(self, why: str) -> None:
         self.alone = why
-        warnings.warn(f"evaluation 'paired' goes on as 'scratch': the closure cannot be interleaved ({why})", RuntimeWarning, stacklevel=6)
+        warnings.warn(
+            f"evaluation 'paired' goes on as 'scratch': the closure cannot be interleaved ({why})", RuntimeWarning, stacklevel=6
+        )
 
 
 __all__ = ["Paired"]

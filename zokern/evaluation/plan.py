@@ -62,27 +62,26 @@ class Group:
 
     def write(self, seed: int, step: int, rounding: str) -> Tensor | int:
         """W <- shrink W + left pending right^T for every matrix with waiting updates, one rounding; they wait no longer."""
-        waiting = [(i, m) for i, m in enumerate(self.matrices or ()) if m.pending is not None]
-        for i, matrix in waiting:
+        waiting = [(i, m, m.pending) for i, m in enumerate(self.matrices or ()) if m.pending is not None]
+        for i, matrix, _ in waiting:
             if self.tensors[i]._version != matrix.version:
                 raise RuntimeError(
                     f"the weights of {matrix.name!r} were written while updates waited for them; call optimizer.flush() before "
                     "weights are loaded or edited, or build the optimizer with defer=False"
                 )
-        idle = [(i, m) for i, m in waiting if m.shrink == 1.0 and not bool(m.pending.any())]
-        members = [(i, m) for i, m in waiting if not any(m is other for _, other in idle)]
+        members = [(i, m, p) for i, m, p in waiting if m.shrink != 1.0 or bool(p.any())]
         count: Tensor | int = 0
         if members:
-            tensors, spans = [self.tensors[i] for i, _ in members], [self.spans[i] for i, _ in members]
-            lefts = [left_of(m, m.pending, self.backend) for _, m in members]
-            residuals = [self.residuals[i] for i, _ in members] if self.residuals is not None and rounding == "residual" else None
-            shrink = {m.shrink for _, m in members}
+            tensors, spans = [self.tensors[i] for i, _, _ in members], [self.spans[i] for i, _, _ in members]
+            lefts = [left_of(m, pending, self.backend) for _, m, pending in members]
+            rights = [m.right for _, m, _ in members if m.right is not None]
+            low = [self.residuals[i] for i, _, _ in members] if self.residuals is not None and rounding == "residual" else None
+            shrink = {m.shrink for _, m, _ in members}
             assert len(shrink) == 1, "matrices of a group decay together"
-            count = self.backend.lowrank_(
-                tensors, spans, lefts, [m.right for _, m in members], [1.0] * len(members), shrink.pop(), rounding, residuals, seed, step
-            )  # fmt: skip
+            scales = [1.0] * len(members)
+            count = self.backend.lowrank_(tensors, spans, lefts, rights, scales, shrink.pop(), rounding, low, seed, step)
             torch.autograd.graph.increment_version(tensors)
-        for _, matrix in waiting:
+        for _, matrix, _ in waiting:
             matrix.pending, matrix.shrink = None, 1.0
         return count
 

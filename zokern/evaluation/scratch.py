@@ -61,7 +61,12 @@ class Scratch:
                     base = loss
                     continue
                 copies.check_used()
-                if repeat_first and query == 0 and len(sides) == 1 and (again := surroundings.read(closure, substitution)) != loss:
+                if (
+                    repeat_first
+                    and query == 0
+                    and len(sides) == 1
+                    and (again := surroundings.read(closure, substitution)) != loss
+                ):
                     raise unrepeatable(loss, again)
             losses.append(tuple(sides))
         whole, unseen = copies.report()

@@ -18,12 +18,12 @@ class FZOO(ZerothOrder):
     lr, eps    per step and in weights; the reference: 5e-5 and 1e-4
     queries    N, at least 2; the reference: 8
     direction  'rademacher' as published, or 'normal'
-    options    those of zokern.MeZO; evaluation is 'paired' by default
+    options    those of zokern.MeZO; evaluation is 'auto' by default
 
     Raises ValueError or TypeError, before any weight is touched, for arguments out of range."""
 
     def __init__(
-        self, params: Any, lr: float = 5e-5, eps: float = 1e-4, *, queries: int = 8, direction: Any = "rademacher", evaluation: Any = "paired",
+        self, params: Any, lr: float = 5e-5, eps: float = 1e-4, *, queries: int = 8, direction: Any = "rademacher", evaluation: Any = "auto",
         **options: Any,
     ) -> None:  # fmt: skip
         if not isinstance(queries, int) or queries < 2:

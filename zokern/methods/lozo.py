@@ -25,7 +25,7 @@ class LOZO(ZerothOrder):
     momentum   beta of LOZO-M: M <- beta M + (1 - beta) c U, W <- W - lr M V^T, M carried over to a new V as beta M (V_old^T V_new) / n;
                None: LOZO
     defer      updates wait in an m x r sum until V changes, and W is written once per interval; None: where a module was given
-    options    those of zokern.MeZO; evaluation is 'paired' by default
+    options    those of zokern.MeZO; evaluation is 'auto' by default
 
     Raises ValueError or TypeError, before any weight is touched, for arguments out of range."""
 
@@ -38,7 +38,7 @@ class LOZO(ZerothOrder):
         rank: int = 2,
         interval: int = 50,
         momentum: float | None = None,
-        evaluation: Any = "paired",
+        evaluation: Any = "auto",
         **options: Any,
     ) -> None:
         rule = Sgd() if momentum is None else Momentum(momentum)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from .. import products
-from ..backends import Span
 from ..directions import Aligned, Matrix, Normal
 from ..estimator import CENTRAL, coefficient
 from ..evaluation import Group, Plan
@@ -64,7 +63,7 @@ class PGAP(ZerothOrder):
         norm: str = "matched",
         oversample: int = 8,
         power: int = 1,
-        evaluation: Any = "paired",
+        evaluation: Any = "auto",
         **options: Any,
     ) -> None:
         for what, number, least in (("probes", probes, 1), ("oversample", oversample, 0), ("power", power, 0)):
@@ -121,7 +120,7 @@ class PGAP(ZerothOrder):
 
         def times(omega: Tensor, transposed: bool = False) -> Tensor:
             span = group.spans[i]
-            return products.sketch(group.backend, Normal(), seed, span, matrix.shape, draws, weights, omega, transposed)
+            return products.sketch_of(group.backend, Normal(), seed, span, matrix.shape, draws, weights, omega, transposed)
 
         with _one_thread():
             (omega,) = source([matrix], [(matrix.columns, width)], born, draw_word(1, BASIS))

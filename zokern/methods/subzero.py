@@ -25,7 +25,7 @@ class SubZero(ZerothOrder):
               so for LoRA and prompts); 'all'; 'none'
     defer     updates wait in the r x r core until the basis changes, and W is written once per interval; None: where the optimizer
               was given the module, whose forward and state_dict then write them (ZerothOrder.flush, ZerothOrder.evaluating)
-    options   those of zokern.MeZO: weight_decay, queries, seed, rounding, evaluation ('paired' by default), backend, stencil, ...
+    options   those of zokern.MeZO: weight_decay, queries, seed, rounding, evaluation ('auto' by default), backend, stencil, ...
 
     Raises ValueError or TypeError, before any weight is touched, for arguments out of range."""
 
@@ -39,7 +39,7 @@ class SubZero(ZerothOrder):
         interval: int = 2000,
         norm: str = "matched",
         reshape: str = "adapters",
-        evaluation: Any = "paired",
+        evaluation: Any = "auto",
         **options: Any,
     ) -> None:
         direction = Subspace(rank, interval, norm, reshape)

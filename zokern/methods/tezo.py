@@ -12,7 +12,7 @@ from torch import nn
 from ..directions import Diagonal
 from ..directions.lowrank import matrix_shape
 from ..optimizer import ZerothOrder
-from ..rule import Adam, Momentum, Sgd
+from ..rule import Adam, Momentum, Rule, Sgd
 
 
 class TeZO(ZerothOrder):
@@ -28,7 +28,7 @@ class TeZO(ZerothOrder):
               W <- W - lr (U diag(tau_M) V^T) / sqrt(U^2 diag(tau_V) (V^2)^T + adam_eps), squares elementwise
     betas, adam_eps, bias_correction   of momentum (its first beta) and Adam; the paper's form has no bias correction
     defer     updates wait in the core until flush(); the basis never changes. Not with 'adam', which is no low-rank update
-    options   those of zokern.MeZO; evaluation is 'paired' by default
+    options   those of zokern.MeZO; evaluation is 'auto' by default
 
     Raises ValueError or TypeError, before any weight is touched, for arguments out of range."""
 
@@ -43,13 +43,15 @@ class TeZO(ZerothOrder):
         betas: tuple[float, float] = (0.9, 0.999),
         adam_eps: float = 1e-8,
         bias_correction: bool = False,
-        evaluation: Any = "paired",
+        evaluation: Any = "auto",
         **options: Any,
     ) -> None:
         if rule not in ("sgd", "momentum", "adam"):
             raise ValueError(f"rule is {rule!r}; expected 'sgd', 'momentum' or 'adam'")
         direction = Diagonal(rank) if isinstance(rank, int) else Diagonal(ranks=rank)
-        chosen = {"sgd": Sgd, "momentum": lambda: Momentum(betas[0]), "adam": lambda: Adam(betas, adam_eps, bias_correction)}[rule]()
+        chosen: Rule = Sgd()
+        if rule != "sgd":
+            chosen = Momentum(betas[0]) if rule == "momentum" else Adam(betas, adam_eps, bias_correction)
         super().__init__(params, lr=lr, eps=eps, direction=direction, rule=chosen, evaluation=evaluation, **options)
 
 

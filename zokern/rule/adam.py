@@ -86,7 +86,9 @@ class Adam:
         return count
 
     def rebase(self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor, state: Any) -> None:
-        raise NotImplementedError("rule 'adam' keeps moments of one basis; it goes with a direction that keeps its basis ('diagonal')")
+        raise NotImplementedError(
+            "rule 'adam' keeps moments of one basis; it goes with a direction that keeps its basis ('diagonal')"
+        )
 
 
 def _root(x: Tensor) -> Tensor:

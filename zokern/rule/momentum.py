@@ -51,7 +51,9 @@ class Momentum:
         first = "momentum" not in state
         if first:
             state["momentum"] = torch.zeros(tensor.shape, device=tensor.device)
-        amounts = torch.tensor([w if first else (1.0 - self.beta) * w for w in weights], dtype=torch.float32, device=tensor.device)
+        amounts = torch.tensor(
+            [w if first else (1.0 - self.beta) * w for w in weights], dtype=torch.float32, device=tensor.device
+        )
         group.backend.axpy_(
             [state["momentum"]], [group.spans[i]], plan.direction, plan.seed, plan.draws(), amounts, 0.0 if first else self.beta, "nearest", None
         )  # fmt: skip

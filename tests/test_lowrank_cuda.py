@@ -1,0 +1,181 @@
+"""csrc/lowrank.cu on the host: compiled by g++ through tests/cuda_shim, where a warp's matrix product is computed from its fragments.
+
+With factors that are small integers every sum is exact, so the conformance suite holds bit for bit: rows, columns, ranks, edges,
+shards, strides, rounding. With random factors the bound of tests/lowrank_bound.py holds. What only nvcc sees: test_lowrank_sass.py.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sysconfig
+import types
+from pathlib import Path
+
+import conformance
+import lowrank_bound
+import pytest
+import torch
+from test_cuda import OnHost, host_compiler_missing
+
+from zokern.backends import cuda, why_off
+from zokern.backends.base import Span
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def build(folder: Path, name: str, edits: tuple[tuple[str, str], ...] = ()) -> types.ModuleType:
+    """lowrank.cu and bind.cpp as a Python module for the host; `edits` make a deliberately wrong one."""
+    import pybind11
+
+    text = (ROOT / "csrc" / "lowrank.cu").read_text()
+    for right, wrong in edits:
+        assert right in text, f"lowrank.cu no longer has {right!r}"
+        text = text.replace(right, wrong)
+    (folder / "lowrank.cu").write_text(text)
+    output = folder / (name + sysconfig.get_config_var("EXT_SUFFIX"))
+    include = [ROOT / "tests" / "cuda_shim", ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
+    flags = "-std=c++17 -O1 -ffp-contract=off -fPIC -shared -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas"
+    command = ["g++", *flags.split(), f"-DZOKERN_MODULE={name}", "-DZOKERN_LOWRANK_CUDA", *(f"-I{path}" for path in include)]
+    sources = [folder / "lowrank.cu", ROOT / "csrc" / "elementwise.cu", ROOT / "csrc" / "bind.cpp"]
+    done = subprocess.run([*command, "-x", "c++", *map(str, sources), "-o", str(output)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    spec = importlib.util.spec_from_file_location(name, output)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def on_host(tmp_path_factory) -> types.ModuleType:
+    if reason := host_compiler_missing():
+        pytest.skip(reason)
+    return build(tmp_path_factory.mktemp("lowrank_on_host"), "zokern_lowrank_on_host")
+
+
+@pytest.mark.parametrize("check", conformance.LOWRANK)
+def test_exact_sums_are_the_reference(on_host, check) -> None:
+    with conformance.small_integers():
+        conformance.LOWRANK[check](OnHost(on_host), "cpu", "quick" if check == "lowrank_large" else "full")
+
+
+@pytest.mark.parametrize("dtype", conformance.DTYPES, ids=str)
+@pytest.mark.parametrize("rank", [1, 8, 16, 17, 32, 33, 64, 100, 128])
+def test_bound(on_host, rank, dtype) -> None:
+    share = lowrank_bound.share(OnHost(on_host), "cpu", (70, 104), rank, dtype)
+    print(f"rank {rank} {dtype}: {100 * share:.1f} % of the bound")
+    assert 0 < share <= 1
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 1000])
+def test_grid_changes_nothing(on_host, blocks) -> None:
+    with conformance.small_integers():
+        for check in ("lowrank_ranks", "lowrank_rows", "lowrank_pitch"):
+            conformance.LOWRANK[check](OnHost(on_host, blocks), "cpu", "quick")
+
+
+def test_order_changes_nothing(on_host, monkeypatch) -> None:
+    monkeypatch.setenv("ZO_SHIM_ORDER", "1")
+    with conformance.small_integers():
+        for check in ("lowrank_ranks", "lowrank_shapes", "lowrank_arithmetic"):
+            conformance.LOWRANK[check](OnHost(on_host), "cpu", "quick")
+
+
+def matrix(backend, m: int, n: int, rank: int, dtype: torch.dtype, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    """An aligned matrix with integer factors, by a backend and by the reference."""
+    generator = torch.Generator().manual_seed(m + n + rank)
+    with conformance.small_integers():
+        left, right = conformance.factors_of(generator, m, n, rank)
+    start = conformance.weights((m, n), dtype, generator)
+    results = []
+    for one in (backend, conformance.Reference()):
+        theta = start.clone()
+        one.lowrank_([theta], [Span(3)], [left], [right], [0.25], options.get("decay", 1.0), "nearest", None)
+        results.append(theta)
+    return results[0], results[1]
+
+
+@pytest.mark.parametrize("dtype", conformance.DTYPES, ids=str)
+def test_tiles_of_whole_matrices(on_host, dtype) -> None:
+    """Several tiles down and across, ragged in both directions, in every padded rank, both kernels."""
+    for m, n, rank in ((1, 8, 16), (130, 264, 5), (257, 40, 32), (15, 528, 33), (40, 296, 64), (17, 256, 128), (9, 24, 128)):
+        for decay in (1.0, 0.5):
+            got, expected = matrix(OnHost(on_host), m, n, rank, dtype, decay=decay)
+            conformance.equal(got, expected, f"{m} x {n}, rank {rank}, decay {decay}")
+
+
+# One module holds every mistake; ZO_SHIM_MISTAKE chooses which one it makes.
+MISTAKES = [
+    ("columns dealt out for the other type", "8 * (g >> 1) + 2 * j + (g & 1);", "8 * j + ({wrong} ? g : (2 * j + 8 * (g >> 1) + (g & 1) - 8 * j));"),
+    ("rows of a fragment swapped", "load_two<kWhole>(i & 1 ? high : low,", "load_two<kWhole>((i & 1) != {wrong} ? high : low,"),
+    ("halves of k swapped on one side", "16 * s + 8 * h + 2 * t, rank", "16 * s + 8 * ({wrong} ? 1 - h : h) + 2 * t, rank"),
+    ("rank not padded", "even = k < rank ? row[k] : 0.0f;", "even = k < rank + ({wrong} ? 1 : 0) ? row[k < rank ? k : 0] : 0.0f;"),
+    ("last row of a tile", "if (row + 8 * h > last ||", "if (row + 8 * h > last - {wrong} ||"),
+    ("first shard row", "static_cast<int64_t>(row <= last ? row : last) * rank;", "static_cast<int64_t>(row <= last ? row + {wrong} : last) * rank;"),
+    ("edge of the columns", "if (kFloat && values > 4) old.piece[1] = from[4];", "if (kFloat && values > 4) old.piece[1] = from[{wrong} ? 1 : 4];"),
+    ("one term of three", "for (int p = order; p >= 0; --p) {", "for (int p = order; p >= ({wrong} && order > 0); --p) {"),
+    ("nobody counts", "if (seen != 0)", "if (seen != 0 && !{wrong})"),
+    ("pitch", "static_cast<uint64_t>(row) * e.pitch", "static_cast<uint64_t>(row) * ({wrong} ? static_cast<uint64_t>(e.columns) : e.pitch)"),
+    ("decay skipped", "mul_rn(work.decay, old)", "mul_rn({wrong} ? 1.0f : work.decay, old)"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def mistaken(tmp_path_factory) -> types.ModuleType:
+    if reason := host_compiler_missing():
+        pytest.skip(reason)
+    edits = [(right, wrong.replace("{wrong}", f"(shim_mistake == {k})")) for k, (_, right, wrong) in enumerate(MISTAKES, 1)]
+    return build(tmp_path_factory.mktemp("lowrank_mistaken"), "zokern_lowrank_mistaken", tuple(edits))
+
+
+def problems(backend) -> str | None:
+    """The first check that rejects a backend."""
+    with conformance.small_integers():
+        for check in conformance.LOWRANK:
+            if problem := conformance.run(backend, "cpu", "quick", [check])[check]:
+                return f"{check}: {problem}"
+    for dtype in conformance.DTYPES:
+        for m, n, rank in ((130, 264, 5), (15, 528, 33), (9, 24, 128)):
+            got, expected = matrix(backend, m, n, rank, dtype)
+            if not torch.equal(got.nan_to_num(), expected.nan_to_num()):
+                return f"{m} x {n} of rank {rank}, {dtype}"
+        if (share := lowrank_bound.share(backend, "cpu", (70, 104), 16, dtype)) > 1:
+            return f"{share:.1f} times the bound"
+    return None
+
+
+@pytest.mark.parametrize("mistake", [name for name, *_ in MISTAKES])
+def test_wrong_kernel_is_rejected(mistaken, monkeypatch, mistake) -> None:
+    monkeypatch.setenv("ZO_SHIM_MISTAKE", str(1 + [name for name, *_ in MISTAKES].index(mistake)))
+    found = problems(OnHost(mistaken))
+    print(f"{mistake}: {found}")
+    assert found is not None, f"nothing rejects {mistake!r}"
+
+
+def test_wrong_kernels_are_right_otherwise(mistaken, monkeypatch) -> None:
+    monkeypatch.setenv("ZO_SHIM_MISTAKE", "0")
+    assert problems(OnHost(mistaken)) is None
+
+
+def test_a_rank_too_high_is_refused(on_host) -> None:
+    theta, left, right = torch.zeros(2, 3), torch.ones(2, 129), torch.ones(3, 129)
+    with pytest.raises(ValueError, match=r"ranks are \[129\].*1 to 128.*cpu"):
+        OnHost(on_host).lowrank_([theta], [Span(0)], [left], [right], [1.0], 1.0, "nearest", None)
+    assert not theta.any()
+
+
+@pytest.mark.skipif(why_off("cuda") is not None, reason=f"backend cuda is off: {why_off('cuda')}")
+@pytest.mark.parametrize("check", conformance.LOWRANK)
+def test_gpu_is_the_reference_where_sums_are_exact(check) -> None:
+    with conformance.small_integers():
+        conformance.LOWRANK[check](cuda.Cuda(), "cuda", "full")
+
+
+@pytest.mark.skipif(why_off("cuda") is not None, reason=f"backend cuda is off: {why_off('cuda')}")
+@pytest.mark.parametrize("dtype", conformance.DTYPES, ids=str)
+@pytest.mark.parametrize("rank", [1, 8, 16, 32, 64, 128])
+def test_gpu_bound(rank, dtype) -> None:
+    share = lowrank_bound.share(cuda.Cuda(), "cuda", (1024, 1024), rank, dtype)
+    print(f"rank {rank} {dtype}: {100 * share:.1f} % of the bound")
+    assert 0 < share <= 1

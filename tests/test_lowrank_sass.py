@@ -1,0 +1,120 @@
+"""The machine code of csrc/lowrank.cu for every architecture that ships: registers, matrix units, 16-byte accesses, instructions.
+
+`python tests/test_lowrank_sass.py FOLDER` prints them for every kernel and architecture.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import sass
+
+pytestmark = pytest.mark.skipif(sass.missing() is not None, reason=sass.missing() or "")
+
+SOURCE = sass.ROOT / "csrc" / "lowrank.cu"
+ELEMENTS = 16  # of a lane in one turn of a loop: eight columns of two rows
+FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
+TERMS = {FLOAT32: {16: 3, 32: 3, 64: 3, 128: 2}, BFLOAT16: {16: 2, 32: 2, 64: 1, 128: 1}}
+TERMS[FLOAT16] = TERMS[BFLOAT16]
+# Instructions per element of the whole loop on sm_90, measured with nvcc 13.0, and what they may not exceed; the paths that count
+# non-finite results are in it and do not run. A bf16 pass on an H200 stays under its memory floor up to 27.6, a float32 pass up to 55.
+LIMITS = {BFLOAT16: {16: 12.5, 32: 15.5, 64: 13.0, 128: 17.0}, FLOAT32: {16: 15.0, 32: 20.0, 64: 31.0, 128: 33.0}}
+
+
+def compile_all(folder: Path) -> dict[str, dict[str, sass.Function]]:
+    def one(arch: str) -> Path:
+        return sass.compile_to(folder / f"sm_{arch}.cubin", arch, source=SOURCE)
+
+    with ThreadPoolExecutor(2) as pool:
+        cubins = pool.map(one, sass.ARCHITECTURES)
+        return {arch: sass.disassemble(cubin) for arch, cubin in zip(sass.ARCHITECTURES, cubins)}
+
+
+@pytest.fixture(scope="session")
+def machine(tmp_path_factory) -> dict[str, dict[str, sass.Function]]:
+    return compile_all(tmp_path_factory.mktemp("cubins"))
+
+
+def kernel(functions: dict[str, sass.Function], kind: int, rank: int, simple: bool = True, whole: bool = True) -> sass.Function:
+    arguments = f"ILi{rank // 16}ELi{TERMS[kind][rank]}ELNS_4TypeE{kind}ELb{simple:d}ELb{whole:d}E"
+    return sass.kernel(functions, f"_ZN2zo8products14lowrank_kernel{arguments}")
+
+
+def strip_loop(function: sass.Function) -> list[sass.Instruction]:
+    """The loop over the strips of a tile: the innermost one with matrix products."""
+    for body in function.loops():
+        if any(i.name.startswith("HMMA") for i in body):
+            return body
+    raise LookupError(f"{function.name}: no loop with matrix products")
+
+
+@pytest.mark.parametrize("arch", sass.ARCHITECTURES)
+def test_no_spills_and_nothing_inexact(machine, arch) -> None:
+    """No local memory, approximation, flush to zero, double precision or call in any kernel; two blocks a multiprocessor where said."""
+    assert len(machine[arch]) == 3 * 4 * 3 + 1
+    for name, function in machine[arch].items():
+        assert not function.spilled(), f"{name}: stack {function.stack}, local {function.local}"
+        assert not function.forbidden(), f"{name}: {function.forbidden()}"
+    for kind in (BFLOAT16, FLOAT16):
+        for rank in (16, 32, 64):
+            assert kernel(machine[arch], kind, rank).registers <= 128
+
+
+@pytest.mark.parametrize("arch", sass.ARCHITECTURES)
+def test_loops(machine, arch) -> None:
+    """Every matrix product of a strip and no other; 16-byte accesses of theta only: one a row, or two in float32."""
+    for kind, by_rank in TERMS.items():
+        for rank, terms in by_rank.items():
+            for whole in (True, False):
+                loop = strip_loop(kernel(machine[arch], kind, rank, whole=whole))
+                names = [i.name for i in loop]
+                assert sum(n.startswith("HMMA.16816.F32.BF16") for n in names) == 4 * rank // 16 * terms * (terms + 1) // 2
+                each = 4 if kind == FLOAT32 else 2
+                assert sum(n.startswith("LDG") and ".128" in n for n in names) == each
+                assert sum(n.startswith("STG") for n in names) == sum("STG.E.128" in n for n in names) == each
+                assert not any(re.match(r"(LDS|STS|SHFL|BAR)", n) for n in names)
+
+
+def test_instructions_per_element(machine) -> None:
+    for kind, limits in LIMITS.items():
+        for rank, limit in limits.items():
+            function = kernel(machine["90"], kind, rank)
+            per_element = len(strip_loop(function)) / ELEMENTS
+            print(f"type {kind} rank {rank}: {per_element:.2f} instructions per element, {function.registers} registers")
+            assert per_element <= limit
+
+
+def test_the_checks_can_fail(machine, tmp_path) -> None:
+    """One term more is seen by the count of products, narrow stores and a spill by theirs."""
+    loop = strip_loop(kernel(machine["90"], BFLOAT16, 32))
+    assert sum(i.name.startswith("HMMA") for i in loop) != 4 * 2 * 6
+    assert len(strip_loop(kernel(machine["90"], FLOAT32, 16))) / ELEMENTS > LIMITS[BFLOAT16][16]
+    text = SOURCE.read_text()
+    right = "constexpr int resident(int fragments, bool loop) { return fragments > (loop ? kRoom : 5) ? 1 : 2; }"
+    assert right in text
+    source = tmp_path / "lowrank.cu"
+    source.write_text(text.replace(right, "constexpr int resident(int, bool) { return 4; }"))
+    functions = sass.disassemble(sass.compile_to(tmp_path / "crowded.cubin", "90", source=source))
+    assert kernel(functions, FLOAT32, 64).spilled() and kernel(functions, FLOAT32, 64).forbidden()
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    for arch, functions in compile_all(folder).items():
+        for kind, by_rank in TERMS.items():
+            for rank in by_rank:
+                function = kernel(functions, kind, rank)
+                per_element = len(strip_loop(function)) / ELEMENTS
+                spilled = "SPILLED" if function.spilled() else ""
+                print(
+                    f"sm_{arch:4} type {kind} rank {rank:3} {function.registers:4} registers {per_element:6.2f} /element {spilled}"
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Evaluation ``auto``: ``paired`` where reading both sides together pays, else ``scratch``. Chosen once, in the first step.
+
+Measured (benchmarks/bench_methods.py): up to a few hundred rows a side, one read of the weights and one z for both sides is faster;
+above, products dominate, joining them gains nothing, and the activations of both sides would be held for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from . import meeting
+from .paired import Paired
+from .plan import Plan, Reading
+from .scratch import MIB, Scratch
+
+ROWS = 512  # rows of a product, one side, up to which `paired` is chosen
+
+
+class Auto:
+    """Paired or Scratch, by the size of the first batch. The step's record says which ran.
+
+    budget  bytes of reused memory per device (default 64 MB)
+    """
+
+    name = "auto"
+
+    def __init__(self, budget: int = 64 * MIB) -> None:
+        self.scratch: Scratch = Scratch(budget)
+        self.chosen: Scratch | Paired | None = None if meeting.greenlet is not None else self.scratch
+
+    def read(self, plan: Plan, closure: Callable[[], object], repeat_first: bool = False) -> Reading:
+        if self.chosen is not None:
+            reading = self.chosen.read(plan, closure, repeat_first)
+            return replace(reading, evaluation=reading.evaluation or self.chosen.name)
+        reading = self.scratch.read(plan, closure, repeat_first)
+        self.chosen = Paired(self.scratch.arena.budget) if reading.rows <= ROWS else self.scratch
+        return replace(reading, evaluation="scratch")
+
+
+__all__ = ["Auto"]

@@ -1,0 +1,214 @@
+"""The public operations `linear` and `sketch`: checks, then products.py. Registered with torch.library as zokern::*."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, directions, ops
+from .backends import Span
+from .products import Part, factored_linear, sketch_of, tiled_linear
+from .stream import INDEX_LIMIT, check_seed, check_word, parameter_id
+
+
+def linear(
+    xs: Tensor | Sequence[Tensor],
+    weight: Tensor,
+    direction: Any = "normal",
+    *,
+    scales: Sequence[float],
+    seed: int = 0,
+    who: str | int = 0,
+    step: int = 0,
+    draw: int = 0,
+    bias: Tensor | None = None,
+    first: int = 0,
+    residual: Tensor | None = None,
+    tile: int = 1 << 21,
+    backend: str | None = None,
+) -> list[Tensor]:
+    """y_j = x_j (W + scales[j] z)^T + b for one or more sides, without writing W.
+
+    xs         a tensor (..., n) for every side, or a list with one per scale; each in W's dtype
+    weight     W (m, n), contiguous float32, bfloat16 or float16, only read
+    direction  a name or a Direction: z = z(seed, who, step, draw), dense, as every verb draws it; a tile of W + a z exists at a
+               time, made for two signs from one evaluation of z. Or (U, V) or (U, V, C), float32 (m, r), (n, r) and (r, r):
+               z = U C V^T, as two thin float32 products beside one x W^T of all sides
+    scales     one float per side, in units of W
+    bias       (m,), added as it is;  first  number of W's first element in the unsharded parameter
+    residual   int16 low bits of a bfloat16 W: W plus its low bits is then what is perturbed (dense z)
+    tile       elements of a tile of W (two tiles for two signs)
+    Returns a list of (..., m), in W's dtype. The products are torch's, so their sums are not equal bit for bit between backends; the
+    perturbed tiles are. Raises ValueError for shapes, dtypes or devices that do not fit.
+    Malladi et al. 2023; Chen et al. 2025 for factored z."""
+    sides = [xs] * len(scales) if isinstance(xs, Tensor) else list(xs)
+    if not scales or len(sides) != len(scales) or not all(math.isfinite(s) for s in scales):
+        raise ValueError(f"linear: {len(sides)} xs and scales {list(scales)}; expected a finite scale for each, at least one")
+    ops.check_tensor("linear", "weight", weight, first)
+    if weight.dim() != 2 or not weight.is_contiguous():
+        raise ValueError(
+            f"linear: weight has shape {tuple(weight.shape)}, strides {weight.stride()}; expected a contiguous matrix"
+        )
+    rows, columns = weight.shape
+    for j, x in enumerate(sides):
+        if x.dim() == 0 or x.shape[-1] != columns or x.dtype != weight.dtype or x.device != weight.device:
+            raise ValueError(
+                f"linear: xs[{j}] is {x.dtype}{list(x.shape)} on {x.device}; expected {weight.dtype}[..., {columns}] on {weight.device}"
+            )
+    if bias is not None and (bias.shape != (rows,) or bias.device != weight.device):
+        raise ValueError(
+            f"linear: bias is {bias.dtype}{list(bias.shape)} on {bias.device}; expected [{rows}] on {weight.device}"
+        )
+    if residual is not None and (
+        residual.dtype != torch.int16 or residual.shape != weight.shape or weight.dtype != torch.bfloat16
+    ):
+        raise ValueError("linear: residual goes with a bfloat16 weight and is int16 of its shape")
+    if not isinstance(tile, int) or tile < 1:
+        raise ValueError(f"linear: tile is {tile!r}; expected a number of elements, at least 1")
+    name = backends.resolve(backend, weight.device).name
+    with torch.no_grad():
+        if isinstance(direction, (tuple, list)):
+            left, right, core = _check_thin(weight, direction)
+            return torch.ops.zokern.linear_factored(sides, weight, bias, left, core, right, list(map(float, scales)), name)
+        resolved = directions.resolve(direction)
+        word = parameter_id(who) if isinstance(who, str) else check_word("who", who)
+        step, draw = check_word("step", step), check_word("draw", draw)
+        if resolved.name not in directions.DIRECTIONS:
+            return _linear(
+                sides, weight, bias, residual, resolved, check_seed(seed), Span(word, first), step, draw, scales, tile, name
+            )
+        return torch.ops.zokern.linear(
+            sides, weight, bias, residual, word, first, step, draw, resolved.name, ops.wrap_seed(seed), list(map(float, scales)), tile, name
+        )  # fmt: skip
+
+
+def _check_thin(weight: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    if len(factors) not in (2, 3):
+        raise ValueError(f"linear: direction has {len(factors)} factors; expected (U, V) or (U, V, C)")
+    left, right = factors[:2]
+    rank = left.shape[-1]
+    core = factors[2] if len(factors) == 3 else torch.eye(rank, device=left.device)
+    shapes = {"U": (left, (weight.shape[0], rank)), "V": (right, (weight.shape[1], rank)), "C": (core, (rank, rank))}
+    for what, (factor, shape) in shapes.items():
+        if factor.dtype != torch.float32 or tuple(factor.shape) != shape or factor.device != weight.device:
+            raise ValueError(
+                f"linear: {what} is {factor.dtype}{list(factor.shape)} on {factor.device}; expected float32{list(shape)} on {weight.device}"
+            )
+    return left, right, core
+
+
+def _linear(
+    xs, weight, bias, residual, direction, seed: int, span: Span, step: int, draw: int, scales, tile: int, backend: str
+):
+    run = backends.get(backend)
+    moved = [j for j, scale in enumerate(scales) if scale]
+    fills = [moved[part : part + 2] for part in range(0, len(moved), 2)]
+
+    def fill(view: Tensor, here: Span, members: Sequence[int], tiles: Sequence[Tensor], low: Tensor | None) -> None:
+        amounts = [scales[j] for j in members]
+        run.perturb([view], [here], direction, seed, step, draw, amounts, [[t] for t in tiles], None if low is None else [low])
+
+    def take(shape: tuple[int, ...]) -> Tensor:
+        return torch.empty(shape, dtype=weight.dtype, device=weight.device)
+
+    rows = max(1, tile // max(1, weight.shape[1]))
+    biases = [bias] * len(xs)
+    return tiled_linear(xs, weight, span, biases, residual, fills, fill, take, lambda: None, rows)
+
+
+def sketch(
+    direction: Any,
+    shape: tuple[int, int],
+    omega: Tensor,
+    *,
+    seed: int,
+    who: str | int,
+    draws: Sequence[tuple[int, int]],
+    coeffs: Sequence[float],
+    transposed: bool = False,
+    first: int = 0,
+    tile: int = 1 << 20,
+    backend: str | None = None,
+) -> Tensor:
+    """Y = G Omega of G = sum_k coeffs[k] z(seed, who, *draws[k]), an m x n matrix that is never held; transposed: Y = G^T Omega.
+
+    direction  a name or a Direction;  shape (m, n) of G, numbered row-major from `first`
+    omega      float32 (n, p), or (m, p) when transposed, contiguous
+    draws      K pairs (step, draw);  coeffs  K finite floats
+    tile       elements of G that exist at a time
+    Returns float32 (m, p), or (n, p). G is exact, as axpy_ draws it; the product is torch's.
+    Raises ValueError for shapes and dtypes that do not fit. Halko et al. 2011, "Finding structure with randomness" (range finder)."""
+    resolved = directions.resolve(direction)
+    rows, columns = shape
+    inner = rows if transposed else columns
+    if omega.dtype != torch.float32 or omega.dim() != 2 or omega.shape[0] != inner or not omega.is_contiguous():
+        raise ValueError(f"sketch: omega is {omega.dtype}{list(omega.shape)}; expected contiguous float32[{inner}, p]")
+    if min(rows, columns) < 1 or first < 0 or first + rows * columns > INDEX_LIMIT:
+        raise ValueError(f"sketch: shape is {shape} from {first}; expected positive sizes and first + m n <= 2**35")
+    pairs = [(check_word("step", step), check_word("draw", number)) for step, number in draws]
+    if not pairs or len(pairs) != len(coeffs) or not all(math.isfinite(c) for c in coeffs):
+        raise ValueError(f"sketch: {len(pairs)} draws and coeffs {list(coeffs)}; expected as many finite numbers, at least one")
+    if not isinstance(tile, int) or tile < 1:
+        raise ValueError(f"sketch: tile is {tile!r}; expected a number of elements, at least 1")
+    word = parameter_id(who) if isinstance(who, str) else check_word("who", who)
+    name = backends.resolve(backend, omega.device).name
+    with torch.no_grad():
+        if resolved.name not in directions.DIRECTIONS:
+            run, seed = backends.get(name), check_seed(seed)
+            return sketch_of(run, resolved, seed, Span(word, first), (rows, columns), pairs, coeffs, omega, transposed, tile)
+        return torch.ops.zokern.sketch(
+            omega, rows, columns, word, first, [s for s, _ in pairs], [d for _, d in pairs], list(map(float, coeffs)), resolved.name,
+            ops.wrap_seed(seed), transposed, tile, name,
+        )  # fmt: skip
+
+
+@torch.library.custom_op("zokern::linear", mutates_args=())
+def _linear_op(
+    xs: list[Tensor], weight: Tensor, bias: Tensor | None, residual: Tensor | None, who: int, first: int, step: int, draw: int,
+    direction: str, seed: int, scales: list[float], tile: int, backend: str,
+) -> list[Tensor]:  # fmt: skip
+    resolved = directions.resolve(direction)
+    outs = _linear(xs, weight, bias, residual, resolved, seed % 2**64, Span(who, first), step, draw, scales, tile, backend)
+    return [out.contiguous() for out in outs]
+
+
+@_linear_op.register_fake
+def _(xs, weight, bias, residual, who, first, step, draw, direction, seed, scales, tile, backend):
+    return [x.new_empty((*x.shape[:-1], weight.shape[0])) for x in xs]
+
+
+@torch.library.custom_op("zokern::linear_factored", mutates_args=())
+def _linear_factored_op(
+    xs: list[Tensor], weight: Tensor, bias: Tensor | None, left: Tensor, core: Tensor, right: Tensor, scales: list[float], backend: str
+) -> list[Tensor]:  # fmt: skip
+    moved = [j for j, scale in enumerate(scales) if scale]
+    parts = []
+    if moved == list(range(len(scales))):
+        parts = [Part(moved, right.t().contiguous(), torch.stack([(core * scale).t() for scale in scales]), left)]
+    else:
+        parts = [Part([j], right.t().contiguous(), (core * scales[j]).t().unsqueeze(0), left) for j in moved]
+    outs = factored_linear(backends.get(backend), xs, weight, parts, 1.0, [bias] * len(xs))
+    return [out.clone() for out in outs]  # views of one product may not be results of an operation
+
+
+@_linear_factored_op.register_fake
+def _(xs, weight, bias, left, core, right, scales, backend):
+    return [x.new_empty((*x.shape[:-1], weight.shape[0])) for x in xs]
+
+
+@torch.library.custom_op("zokern::sketch", mutates_args=())
+def _sketch_op(
+    omega: Tensor, rows: int, columns: int, who: int, first: int, steps: list[int], draws: list[int], coeffs: list[float], direction: str,
+    seed: int, transposed: bool, tile: int, backend: str,
+) -> Tensor:  # fmt: skip
+    run, resolved, pairs = backends.get(backend), directions.resolve(direction), list(zip(steps, draws))
+    return sketch_of(run, resolved, seed % 2**64, Span(who, first), (rows, columns), pairs, coeffs, omega, transposed, tile)
+
+
+@_sketch_op.register_fake
+def _(omega, rows, columns, who, first, steps, draws, coeffs, direction, seed, transposed, tile, backend):
+    return omega.new_empty((columns if transposed else rows, omega.shape[1]))
