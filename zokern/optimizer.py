@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from . import backends, directions, estimator, evaluation, parameters
 from .evaluation import Group, Plan, Reading
@@ -149,6 +150,7 @@ class ZerothOrder(torch.optim.Optimizer):
                 if isinstance(value, Tensor):
                     self.state[order[index]][key] = value.to(order[index].device, copy=True)
         self.matrices.clear()
+        self._groups = []  # what waited belongs to the run that is left
         self.seed, self.steps, self.skips, self.dead = own["seed"], own["step"], own["skips"], own["dead"]
 
     # One step -----------------------------------------------------------------------------------------------------------
@@ -407,6 +409,7 @@ class _Flush:
     def __init__(self, optimizer: ZerothOrder) -> None:
         self.optimizer = weakref.ref(optimizer)
 
+    @_disable_dynamo  # torch.compile would trace the write into the module's graph; torch.optim keeps itself out the same way
     def __call__(self, *_: Any) -> None:
         optimizer = self.optimizer()
         if optimizer is not None and not optimizer._busy and not optimizer._lock.locked():

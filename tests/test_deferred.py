@@ -1,0 +1,456 @@
+"""Updates that wait: the run is the one that writes at once, to rounding; who looks sees theta; what could lose an update is refused."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import pytest
+import torch
+from models import batch, changed, next_token_loss, one_thread, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
+from recipes import METHODS
+from torch import Tensor, nn
+
+import zokern
+from zokern.evaluation import factors
+from zokern.rule import momentum, sgd, waiting
+
+IDS = batch()
+DEFER = [name for name in METHODS if "adam" not in name and name != "fzoo"]  # those whose updates of matrices can wait
+SOME = ("subzero", "lozo", "lozo_m", "tezo_m", "pgap")
+FAST = {"evaluation": "scratch"}
+
+
+def closure_of(model: nn.Module) -> Callable[[], Tensor]:
+    return lambda: next_token_loss(model(IDS), IDS)
+
+
+def given(model: nn.Module, numbers) -> Callable[[], float]:
+    """Losses that do not depend on the weights' last bits, from a model that is read all the same."""
+    return lambda: float(model(IDS).sum()) * 0 + next(numbers)
+
+
+def losses(count: int = 500, seed: int = 1) -> list[float]:
+    return (4 + 0.002 * torch.randn(count, generator=torch.Generator().manual_seed(seed))).tolist()
+
+
+def waits(optimizer) -> list[str]:
+    return sorted(m.name for m in optimizer.matrices.values() if m.pending is not None)
+
+
+def run(name: str, steps: int, dtype: torch.dtype = torch.float32, model=None, **options):
+    model = tiny(dtype, width=16) if model is None else model
+    optimizer = METHODS[name](model, **{"seed": 3, "force": True, **FAST, **options})
+    numbers = iter(losses())
+    for _ in range(steps):
+        zokern.step(optimizer, given(model, numbers))
+    return model, optimizer
+
+
+# Equal to updates at once ---------------------------------------------------------------------------------------------------------
+
+
+def check_deferred(name: str, steps: int = 7, dtype: torch.dtype = torch.float32, rounding: str = "nearest", **options) -> None:
+    """Weights within a rounding a step of those of immediate writes (float32: 2^-24 of the largest weight, each), for given losses."""
+    model, optimizer = run(name, steps, dtype, defer=True, rounding=rounding, **options)
+    other, immediate = run(name, steps, dtype, defer=False, rounding=rounding, **options)
+    assert waits(immediate) == []
+    if steps % 3:  # every third step is the last of its basis
+        assert waits(optimizer) == [n for n, p in sorted(model.named_parameters()) if p.dim() > 1]
+    optimizer.flush()
+    start = dict(tiny(dtype, width=16).named_parameters())
+    for (n, a), (_, b) in zip(model.named_parameters(), other.named_parameters()):
+        low = [0.0, 0.0]
+        if rounding == "residual":
+            low = [
+                (o.state[p]["residual"].double() * 2.0**-16 * p.detach().double().abs() * 2.0**-7).abs().max().item()
+                for o, p in ((optimizer, a), (immediate, b))
+            ]
+        scale = max(a.abs().max().item(), (a - start[n]).abs().max().item())
+        unit = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}[dtype]
+        bound = (4 if dtype == torch.float32 else 1) * (steps + 2) * unit * scale + sum(low)
+        worst = (a.double() - b.double()).abs().max().item()
+        assert worst <= bound, f"{n}: {worst:.2g} from immediate updates, bound {bound:.2g}"
+        moved = (a.double() - start[n].double()).abs().max().item()
+        assert moved > 4 * bound, f"{n} moved by {moved:.2g} only"
+
+
+@pytest.mark.parametrize("name", DEFER)
+def test_waiting_equals_writing_at_once(name: str) -> None:
+    """Two changes of the basis in seven steps."""
+    check_deferred(name)
+
+
+@pytest.mark.parametrize("name", DEFER)
+def test_decay_while_updates_wait(name: str) -> None:
+    check_deferred(name, weight_decay=10.0)
+
+
+@pytest.mark.parametrize("name", ["subzero", "lozo_m"])
+@pytest.mark.parametrize("rounding", ["stochastic", "residual"])
+def test_roundings_of_16_bit_weights(name: str, rounding: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check_deferred(name, dtype=torch.bfloat16, rounding=rounding, lr=0.3)
+
+
+def test_small_steps_are_not_lost_in_bfloat16() -> None:
+    """Updates of less than half an ulp: written one by one most of the way is lost, and a sum of thirty arrives."""
+
+    def way(dtype: torch.dtype, defer: bool) -> Tensor:
+        model = tiny(torch.bfloat16, width=16).to(dtype)
+        before = snapshot(model)
+        optimizer = zokern.LOZO(model, lr=1e-4, interval=30, seed=1, defer=defer, force=True, evaluation="scratch")
+        numbers = iter(losses())
+        for _ in range(30):
+            zokern.step(optimizer, given(model, numbers))
+        return torch.cat(
+            [(p.double() - before[n].double()).flatten() for n, p in model.named_parameters() if p.dim() > 1]
+        ).detach()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exact, at_once, together = way(torch.float32, True), way(torch.bfloat16, False), way(torch.bfloat16, True)
+    shares = [float(w @ exact / (exact @ exact)) for w in (at_once, together)]
+    print(f"share of the float32 run's way: {shares[0]:.2f} written at once, {shares[1]:.2f} together")
+    assert shares[0] < 0.75 < 0.85 < shares[1] < 1.1
+
+
+@contextmanager
+def patched_deposit(change: Callable) -> Iterator[None]:
+    right = waiting.deposit
+
+    def deposit(p, group, updates, decay, defer):
+        return right(p, group, *change(group, updates, decay, defer))
+
+    with patch.object(momentum, "deposit", deposit), patch.object(sgd, "deposit", deposit):
+        yield
+
+
+def forget_decay(group, updates, decay, defer):
+    return updates, 1.0 if defer else decay, defer
+
+
+def decay_once(group, updates, decay, defer):
+    """The weights shrink, and what waits does not."""
+    if defer:
+        for matrix in group.matrices:
+            if matrix.pending is not None:
+                matrix.pending = matrix.pending / decay
+    return updates, decay, defer
+
+
+def keep_the_last(group, updates, decay, defer):
+    for matrix in group.matrices:
+        if matrix.pending is not None:
+            matrix.pending = torch.zeros_like(matrix.pending)
+    return updates, decay, defer
+
+
+@pytest.mark.parametrize("change", [forget_decay, decay_once, keep_the_last])
+def test_check_rejects_wrong_deposit(change: Callable) -> None:
+    with patched_deposit(change), pytest.raises(AssertionError, match="from immediate updates"):
+        check_deferred("subzero", weight_decay=10.0)
+
+
+def test_check_rejects_a_write_after_the_basis_changed() -> None:
+    """What waits belongs to the old basis."""
+    with (
+        patch.object(zokern.optimizer.ZerothOrder, "defers", lambda self, p: self.defer),
+        pytest.raises((AssertionError, RuntimeError)),
+    ):
+        check_deferred("subzero")
+
+
+# Who looks sees theta -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DEFER)
+def test_flush_is_idempotent(name: str) -> None:
+    model, optimizer = run(name, 4)
+    assert waits(optimizer)
+    before = snapshot(model)
+    optimizer.flush()
+    assert waits(optimizer) == [] and {"up.weight", "embed.weight"} <= set(changed(model, before))
+    flushed = snapshot(model)
+    optimizer.flush()
+    assert changed(model, flushed) == []
+    assert all(m.shrink == 1.0 for m in optimizer.matrices.values())
+
+
+@pytest.mark.parametrize("name", DEFER)
+def test_evaluating_writes_nothing(name: str) -> None:
+    """Inside, the model is the flushed one to rounding; outside nothing has happened: the run ends at the same bits."""
+    model, optimizer = run(name, 4, weight_decay=1.0)
+    before, pending = snapshot(model), [m.pending.clone() for m in optimizer.matrices.values()]
+    with optimizer.evaluating(), torch.no_grad():
+        inside = model(IDS)
+        weights = {n: (p + 0).clone() for n, p in model.named_parameters()}
+    assert changed(model, before) == []
+    assert all(same_bits(a, m.pending) for a, m in zip(pending, optimizer.matrices.values()))
+    numbers = iter(losses(seed=2))
+    for _ in range(4):
+        zokern.step(optimizer, given(model, numbers))
+        with optimizer.evaluating(), torch.no_grad():
+            model(IDS)
+    optimizer.flush()
+    quiet, other = run(name, 4, weight_decay=1.0)
+    numbers = iter(losses(seed=2))
+    for _ in range(4):
+        zokern.step(other, given(quiet, numbers))
+    other.flush()
+    assert changed(quiet, snapshot(model)) == []
+    flushed, third = run(name, 4, weight_decay=1.0)
+    third.flush()
+    with torch.no_grad():
+        outside = flushed(IDS)
+    assert (inside - outside).abs().max() <= 1e-5 * outside.abs().max()
+    assert all((weights[n] - p).abs().max() <= 1e-6 * p.abs().max() for n, p in flushed.named_parameters())
+    with torch.no_grad():
+        flushed.load_state_dict(before)
+        assert (inside - flushed(IDS)).abs().max() > 1e-3, "the waiting updates do not show"
+
+
+def test_evaluating_ends_with_an_exception() -> None:
+    model, optimizer = run("subzero", 4)
+    before = snapshot(model)
+    with pytest.raises(KeyboardInterrupt), optimizer.evaluating():
+        raise KeyboardInterrupt
+    assert changed(model, before) == [] and waits(optimizer)
+    assert torch.overrides._get_current_function_mode_stack() == []
+    with torch.no_grad():
+        model(IDS)
+    assert waits(optimizer) == []  # outside again: the forward wrote
+
+
+@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("look", ["forward", "state_dict", "optimizer_state_dict", "compiled"])
+def test_whoever_looks_sees_every_update(name: str, look: str) -> None:
+    """The module's forward and state_dict, and the optimizer's state_dict, write first."""
+    model, optimizer = run(name, 4)
+    expected, other = run(name, 4)
+    other.flush()
+    assert waits(optimizer)
+    if look == "forward":
+        with torch.no_grad():
+            assert torch.equal(model(IDS), expected(IDS))
+    elif look == "compiled":
+        compiled = torch.compile(model, backend="eager")
+        with torch.no_grad():
+            assert torch.equal(compiled(IDS), expected(IDS))
+    elif look == "state_dict":
+        assert all(same_bits(t, dict(expected.named_parameters())[n]) for n, t in model.state_dict().items())
+    else:
+        optimizer.state_dict()
+    assert waits(optimizer) == [] and changed(model, snapshot(expected)) == []
+
+
+def test_check_rejects_a_module_without_hooks() -> None:
+    with patch.object(zokern.optimizer._Flush, "__call__", lambda *_: None), pytest.raises(AssertionError):
+        test_whoever_looks_sees_every_update("subzero", "forward")
+
+
+def test_parameters_without_a_module_do_not_wait_by_themselves() -> None:
+    model = tiny(width=16)
+    _, optimizer = run("subzero", 1, model=model)
+    assert waits(optimizer)
+    optimizer = zokern.SubZero(model.named_parameters(), rank=3, evaluation="scratch")
+    zokern.step(optimizer, closure_of(model))
+    assert waits(optimizer) == []
+    optimizer = zokern.SubZero(model.named_parameters(), rank=3, evaluation="scratch", defer=True)
+    zokern.step(optimizer, closure_of(model))
+    assert waits(optimizer)
+
+
+def test_a_copy_of_the_module_has_no_hook_left() -> None:
+    model, optimizer = run("subzero", 4)
+    optimizer.flush()
+    other = copy.deepcopy(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    with torch.no_grad():
+        assert torch.equal(other(IDS), model(IDS)) and torch.equal(loaded(IDS), model(IDS))
+    zokern.step(optimizer, closure_of(model))
+    assert waits(optimizer)
+    with torch.no_grad():
+        other(IDS), loaded(IDS), other.state_dict()
+    assert waits(optimizer)
+
+
+@pytest.mark.parametrize("edit", [
+    lambda w: w.mul_(1.5), lambda w: w.copy_(torch.zeros_like(w)), lambda w: w[0].fill_(1.0), lambda w: w.view(-1)[3:5].add_(1.0),
+], ids=["mul", "copy", "row", "view"])  # fmt: skip
+@pytest.mark.parametrize("name", SOME)
+def test_an_edit_while_updates_wait_is_refused(name: str, edit: Callable) -> None:
+    """By name, whoever comes next: flush, forward, state_dict, the write at the end of an interval."""
+    model, optimizer = run(name, 1)
+    with torch.no_grad():
+        edit(model.up.weight)
+    for look in (optimizer.flush, lambda: model(IDS), model.state_dict, optimizer.state_dict):
+        with pytest.raises(RuntimeError, match=r"'up.weight'.*flush\(\)"):
+            look()
+    if name != "tezo_m":  # whose basis never changes
+        with pytest.raises(RuntimeError, match="up.weight"):
+            for _ in range(3):
+                zokern.step(optimizer, given(model, iter(losses())))
+
+
+# Exceptions -----------------------------------------------------------------------------------------------------------------------
+
+
+def everything(model: nn.Module, optimizer) -> dict:
+    return {
+        "weights": {n: t.numpy().tobytes() for n, t in snapshot(model).items()},
+        "waiting": {
+            m.name: None if m.pending is None else (m.pending.numpy().tobytes(), m.shrink) for m in optimizer.matrices.values()
+        },
+        "rng": torch.get_rng_state().numpy().tobytes(),
+        "tree": [(n, id(m), m.training) for n, m in model.named_modules()],
+        "steps": (optimizer.steps, optimizer.skips, optimizer.dead),
+    }
+
+
+@pytest.mark.parametrize("evaluation", ["scratch", "paired"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("name", SOME)
+def test_exceptions_leave_what_waits(name: str, error: type, evaluation: str) -> None:
+    """In the first step, between, at the last step of a basis and at the first of a new one; the run that goes on is the run without them."""
+    ends = []
+    for failing in (False, True):
+        model = tiny(width=16, dropout=0.1)
+        optimizer = METHODS[name](model, seed=3, weight_decay=0.5, evaluation=evaluation)
+        for step in range(6):
+            for at in range(4 if failing and step in (0, 1, 2, 3) else 0):
+                calls: list[bool] = []
+
+                def closure(calls: list = calls, at: int = at, model: nn.Module = model) -> Tensor:
+                    calls.append(True)
+                    loss = next_token_loss(model(IDS), IDS)
+                    if len(calls) > at // 2 and at % 2:
+                        raise error("after")
+                    if len(calls) > at // 2:
+                        torch.rand(3)
+                        raise error("before")
+                    return loss
+
+                before = everything(model, optimizer)
+                with pytest.raises(error):
+                    zokern.step(optimizer, closure)
+                after = everything(model, optimizer)
+                if step:
+                    for what, value in before.items():
+                        assert after[what] == value, f"step {step}, call {at // 2}: {what} changed"
+                else:
+                    assert after["weights"] == before["weights"] and not waits(optimizer)
+            zokern.step(optimizer, closure_of(model))
+        optimizer.flush()
+        ends.append(snapshot(model))
+    assert all(same_bits(ends[1][n], t) for n, t in ends[0].items())
+
+
+def test_check_rejects_a_deposit_before_the_reading() -> None:
+    right = factors.Factors.prepare
+
+    def prepare(self, points):
+        for group in self.plan.groups:
+            for matrix in group.matrices or ():
+                if matrix.pending is not None:
+                    matrix.pending = matrix.pending + 1e-3
+        right(self, points)
+
+    with patch.object(factors.Factors, "prepare", prepare), pytest.raises(AssertionError, match="waiting changed"):
+        test_exceptions_leave_what_waits("subzero", RuntimeError, "scratch")
+
+
+# Resuming -------------------------------------------------------------------------------------------------------------------------
+
+
+def saved(state: dict) -> dict:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+RESUMES = {
+    **{name: {"name": name} for name in METHODS}, "lozo_queries": {"name": "lozo", "queries": 2, "weight_decay": 0.5},
+    "lozo_m_immediate": {"name": "lozo_m", "defer": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("after", [2, 3, 4])
+@pytest.mark.parametrize("case", RESUMES)
+def test_resume_is_exact(case: str, after: int) -> None:
+    """Saved within an interval, at its end, and after its first step; bit for bit the run that flushed there too and went on."""
+    check_resume(after=after, **RESUMES[case])
+
+
+def check_resume(name: str, after: int, forget: Callable[[dict], None] | None = None, **options) -> None:
+    options = {"seed": 2**64 - 5, "evaluation": "scratch", **options}
+    whole = tiny(width=16)
+    optimizer = METHODS[name](whole, **options)
+    for step in range(8):
+        if step == after:
+            optimizer.flush()
+        zokern.step(optimizer, closure_of(whole))
+    optimizer.flush()
+
+    first = tiny(width=16)
+    optimizer = METHODS[name](first, **options)
+    for _ in range(after):
+        zokern.step(optimizer, closure_of(first))
+    state, weights = saved(optimizer.state_dict()), saved(first.state_dict())
+    if forget is not None:
+        forget(state)
+    second = tiny(width=16)
+    second.load_state_dict(weights)
+    resumed = METHODS[name](second, **{**options, "seed": 1})
+    resumed.load_state_dict(state)
+    for _ in range(after, 8):
+        zokern.step(resumed, closure_of(second))
+    resumed.flush()
+    assert changed(second, snapshot(whole)) == []
+
+
+FORGOTTEN = {
+    "momentum": ("lozo_m", lambda state: state["state"].clear()),
+    "moments": ("tezo_adam", lambda state: state["state"].clear()),
+    "updates": ("tezo_adam_corrected", lambda state: [v.update(updates=0) for v in state["state"].values()]),
+    "probes": ("pgap", lambda state: state["zokern"].update(probed=(state["zokern"]["probed"][0], [1.0, 0.5, 0.25]))),
+    "step": ("subzero", lambda state: state["zokern"].update(step=0)),
+}
+
+
+@pytest.mark.parametrize("what", FORGOTTEN)
+def test_check_rejects_a_state_that_forgets(what: str) -> None:
+    name, forget = FORGOTTEN[what]
+    with pytest.raises(AssertionError):
+        check_resume(name, 4, forget)
+
+
+def test_probes_that_are_not_known_are_refused() -> None:
+    def forget(state: dict) -> None:
+        state["zokern"]["probed"] = None
+
+    with pytest.raises(RuntimeError, match="step 4 needs the basis of step 3"):
+        check_resume("pgap", 4, forget)
+
+
+def test_loading_drops_what_waits_in_the_loading_optimizer() -> None:
+    """Its weights are loaded too, so its own updates are gone; none of them may be written later."""
+    model, optimizer = run("subzero", 4)
+    state, weights = optimizer.state_dict(), saved(model.state_dict())
+    numbers = iter(losses())
+    for _ in range(1):
+        zokern.step(optimizer, given(model, numbers))
+    assert waits(optimizer)
+    optimizer.load_state_dict(state)
+    model.load_state_dict(weights)
+    optimizer.flush()
+    assert changed(model, weights) == [] and optimizer.steps == 4
