@@ -42,7 +42,7 @@ class Tiny(nn.Module):
 
 def python_blocks(text: str) -> list[tuple[int, str]]:
     """Line number and source of every Python block that is to be run."""
-    blocks = re.finditer(r"^(?P<above>.*\n)?```python\n(?P<source>.*?)^```", text, re.M | re.S)
+    blocks = re.finditer(r"^(?P<above>[^\n]*\n)?```python\n(?P<source>.*?)^```", text, re.M | re.S)
     return [
         (text[: match.start("source")].count("\n") + 1, match["source"])
         for match in blocks
@@ -148,6 +148,8 @@ def test_a_block_that_fails_is_noticed():
     run_blocks("```python\nloss = model(**loader[0]).loss\n```\n")
     with pytest.raises(AssertionError):
         run_blocks("text\n\n```python\nassert zokern is None\n```\n")
+    with pytest.raises(AssertionError):  # every block counts, not only the last
+        run_blocks("```python\nassert zokern is None\n```\n\ntext\n\n```python\nassert zokern\n```\n")
     run_blocks("<!-- not run: needs a GPU -->\n```python\nassert zokern is None\n```\n")
     with pytest.raises(AssertionError):  # an exemption without a reason is none
         run_blocks("<!-- not run: -->\n```python\nassert zokern is None\n```\n")
