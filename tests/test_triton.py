@@ -383,7 +383,6 @@ def on_ptx(directory, monkeypatch):
 
     def make(arch: str, elementwise: ModuleType = backend.elementwise) -> OnPtx:
         executed = Executed(elementwise, arch)
-        monkeypatch.setattr(ptx, "SHARED", 1 << 30)  # Triton keeps shared addresses in 32 bits
         monkeypatch.setattr(ptx, "compute", compute)
         monkeypatch.setattr(ptx._Machine, "step", step)
         monkeypatch.setattr(backend, "elementwise", executed)
