@@ -15,7 +15,8 @@ instruction; so neighbours of a tensor need no red zone. An unknown opcode or mo
 skipped. Float operations without an explicit rounding are refused, because ptxas may contract them, and so is .ftz.
 
 Threads keep a program counter each; the smallest one runs next, so threads that diverge meet again. bar.sync waits for the
-threads of the block that have not exited, bar.warp.sync (of whole warps) for those of the warp. Shared memory is one array per block; local memory and calls are not supported.
+threads of the block that have not exited, bar.warp.sync (of whole warps) for those of the warp. Shared memory is one array per
+block; local memory and calls are not supported.
 """
 
 from __future__ import annotations

@@ -144,10 +144,23 @@ def changed(directory: Path, file: str, old: str, new: str) -> ModuleType:
 # --- interpreted -------------------------------------------------------------------------------------------------------------------
 
 
+def one_table() -> str | None:
+    """A list that is used again finds its table on the device; the same list elsewhere does not."""
+    mine, clock, coeffs = backend.Triton(), torch.zeros(1, dtype=torch.int64), torch.ones(2)
+    theta = torch.ones(40)
+    for t in (theta, theta, theta.clone()):
+        mine.axpy_(
+            [t], [Span(1)], conformance.resolve("normal"), 5, [(0, 0), (0, 1)], coeffs, 1.0, "nearest", None, clock=clock
+        )
+        clock += 1
+    return None if mine.tables.built == 3 else f"{mine.tables.built} tables; expected one for each list and one for the names"
+
+
 def verdicts(directory: Path) -> dict[str, str | None]:
     """In the child: every check's verdict on the kernels, and few()'s on the right and on the wrong ones."""
     torch.set_num_threads(1)
     found = {"off": backend.why_off(), **conformance.run(backend.Triton(), "cpu", "quick", CHECKS)}
+    found["one table"] = one_table()
     right = backend.elementwise
     for name, change in {"right": None, **WRONG}.items():
         backend.elementwise = changed(directory / re.sub(r"\W", "_", name), *change) if change else right
@@ -180,7 +193,7 @@ needs_fma = pytest.mark.skipif(interpreter_rounds_twice(), reason="the interpret
 
 
 @needs_fma
-@pytest.mark.parametrize("check", ["off", *CHECKS, "right"])
+@pytest.mark.parametrize("check", ["off", *CHECKS, "right", "one table"])
 def test_interpreted(interpreted, check: str) -> None:
     assert interpreted[check] is None, interpreted[check]
 
@@ -200,18 +213,18 @@ TYPES = {
     "step": "i32", "draw": "i32", "keys": ("i32",) * 20, "clock": "*i64",
 }  # fmt: skip
 # the kernels, and what their loop over units holds: units a thread, and of each the 16-byte loads, stores and at most so many
-# instructions an element (sm_80 to sm_120)
+# instructions an element (sm_80 to sm_120, Triton 3.6 to 3.9)
 ONE = dict(draw_count=1, draws=None, clock=None, DECAY=False)
 KERNELS: dict[str, tuple[str, dict, tuple[int, int, int, float] | None]] = {
-    "axpy bf16": ("axpy", dict(DIRECTION=0, ROUNDING=0, KINDS=2, **ONE), (2, 1, 1, 25)),
-    "axpy fp32": ("axpy", dict(DIRECTION=0, ROUNDING=0, KINDS=1, **ONE), (2, 2, 2, 25.8)),
-    "axpy fp16": ("axpy", dict(DIRECTION=0, ROUNDING=0, KINDS=4, **ONE), (2, 1, 1, 25)),
+    "axpy bf16": ("axpy", dict(DIRECTION=0, ROUNDING=0, KINDS=2, **ONE), (2, 1, 1, 25.4)),
+    "axpy fp32": ("axpy", dict(DIRECTION=0, ROUNDING=0, KINDS=1, **ONE), (2, 2, 2, 26.4)),
+    "axpy fp16": ("axpy", dict(DIRECTION=0, ROUNDING=0, KINDS=4, **ONE), (2, 1, 1, 25.4)),
     "axpy mixed K": ("axpy", dict(DIRECTION=0, ROUNDING=1, KINDS=7, DECAY=True), None),
     "axpy residual": ("axpy", dict(DIRECTION=0, ROUNDING=2, KINDS=2, **ONE), (2, 2, 2, 47)),
-    "axpy rademacher": ("axpy", dict(DIRECTION=1, ROUNDING=0, KINDS=2, **ONE), (4, 1, 1, 8.2)),
-    "axpy rademacher fp32": ("axpy", dict(DIRECTION=1, ROUNDING=0, KINDS=1, **ONE), (4, 2, 2, 8.6)),
-    "perturb bf16": ("perturb", dict(DIRECTION=0, SIDES=2, JOIN=False, KINDS=1 << 4, clock=None), (2, 1, 2, 26.2)),
-    "draw fp32": ("draw", dict(DIRECTION=0, KINDS=1, clock=None), (2, 0, 2, 22.1)),
+    "axpy rademacher": ("axpy", dict(DIRECTION=1, ROUNDING=0, KINDS=2, **ONE), (4, 1, 1, 8.6)),
+    "axpy rademacher fp32": ("axpy", dict(DIRECTION=1, ROUNDING=0, KINDS=1, **ONE), (4, 2, 2, 8.7)),
+    "perturb bf16": ("perturb", dict(DIRECTION=0, SIDES=2, JOIN=False, KINDS=1 << 4, clock=None), (2, 1, 2, 26.7)),
+    "draw fp32": ("draw", dict(DIRECTION=0, KINDS=1, clock=None), (2, 0, 2, 22.5)),
     "philox": ("philox", dict(ROUNDS=10, BLOCK=1024), None),
 }
 # the other kernels are compiled for sm_90 alone: a compilation takes a second or more
@@ -259,7 +272,10 @@ def compiler(directory):
 def unspecified(text: str) -> set[str]:
     """Floating-point instructions of a kernel's PTX that the stream does not name: only .rn, no .ftz, nothing approximate."""
     used = set(re.findall(r"^\s*(?:@!?%p\d+ )?([a-z][\w.:]*\.f(?:16|32|64)(?:x2)?(?:\.\w+)*)\s", text, re.MULTILINE))
-    plain = r"(?:fma|mul|add|sub)\.rn\.f32(?:x2)?|cvt\.rn\.bf16x2\.f32|cvt\.rn\.f16x2\.f32|cvt\.f32\.f16|fma\.rn\.f16x2|neg\.f32|cvt\.rn\.f32\.[su](?:16|32)|setp\.(?:nan|neu|num|ne)\.f32|mov\.f32|selp\.f32|(?:ld|st)\..*"
+    plain = (
+        r"(?:fma|mul|add|sub)\.rn\.f32(?:x2)?|cvt\.rn\.b?f16x2\.f32|cvt\.f32\.f16|fma\.rn\.f16x2|neg\.f32|cvt\.rn\.f32\.[su](?:16|32)"
+        r"|setp\.(?:nan|neu|num|ne)\.f32|mov\.f32|selp\.f32|(?:ld|st)\..*"
+    )
     return {name for name in used if not re.fullmatch(plain, name)}
 
 
@@ -277,6 +293,11 @@ def arithmetic(code: list[sass.Instruction]) -> tuple[int, int, int]:
     names = [i.name.split(".")[0] for i in code]
     fma, mul, add = (names.count(op) + 2 * names.count(op + "2") for op in ("FFMA", "FMUL", "FADD"))
     return fma, mul, add
+
+
+def negations_are_sums() -> bool:
+    """Triton 3.6 writes -x as 0 - x; there is one such x in a word."""
+    return triton.__version__.startswith("3.6")
 
 
 # of eight elements: four words of normal.h (16 fma, 7 mul, 1 add each), then one fma an element; float32 is watched by another
@@ -303,7 +324,10 @@ def test_compiled(compiler, arch: str, name: str) -> None:
     ):  # signs go from the lane that computed a block to those that need it; normals stay where they are
         assert not [i.text for i in body if re.match("LDS|STS|BAR|LDSM|STSM|SHFL", i.name)]
     if name in EXPECTED:
-        assert arithmetic(body) == tuple(units * n for n in EXPECTED[name])
+        fma, mul, add = arithmetic(body)
+        assert (fma, mul, add) == tuple(units * n for n in EXPECTED[name]) or (
+            negations_are_sums() and (fma, mul, add - 4 * units) == tuple(units * n for n in EXPECTED[name])
+        )
 
 
 if sass.tool("nvdisasm") is not None:

@@ -55,9 +55,9 @@ class Tables:
 
         Raises RuntimeError while a CUDA graph is captured and the table is not there yet."""
         key = (key, device)
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if capturing(device):
             return self._in_capture(key)
-        place = (key, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
+        place = (key, stream_of(device))
         kept = self.kept.get(place)
         if kept is not None:
             self.kept.move_to_end(place)
@@ -79,6 +79,14 @@ class Tables:
             "this list of tensors has no table on the device yet, and none can be uploaded while a CUDA graph is captured; "
             "make the same call on the same tensors once before the capture"
         )
+
+
+def capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def stream_of(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def size(kept: Kept) -> int:

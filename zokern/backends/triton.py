@@ -149,7 +149,9 @@ class Triton:
         facts: _Facts = kept.facts
         assert kept.buffer is not None
         entries, chunks = (part.view(torch.int64) for part in kept.buffer.split([facts.entries, 24 * facts.chunks]))
-        if interpreted():  # it pays by the operation, not by the lane: few wide tiles, of a power of two of whole blocks of signs
+        if (
+            interpreted()
+        ):  # it pays by the operation, not by the lane: few wide tiles, of a power of two of whole blocks of signs
             tile = max(256, triton.next_power_of_2(facts.widest + 120))
             meta: dict[str, Any] = dict(BLOCK=tile, TAIL=tile, SPLIT=1)
         else:
