@@ -2,10 +2,14 @@
 //
 // math     as elementwise.h: float32 inside, fma in draw order, one rounding; unit u is elements 8 u .. 8 u + 7 of the stream
 // traffic  bf16 axpy_: 2 B read + 2 B written per element for any K; perturb: 2 B read + one write per side; z moves no bytes
-// work     whole loop per element, sm_90, one draw, no decay: normal 26.5 instructions (16-bit), 25.6 (float32); rademacher
-//          13.9, 12.9. At most 80 registers, no spill on sm_80 to sm_120: `python tests/test_sass.py build/cubins`, nvcc 13.0
+// work     whole loop per element, sm_90, one draw, no decay: normal 24.4 instructions (16-bit), 23.9 (float32), of which 143
+// of
+//          the 195 for eight elements are the stream's float arithmetic, conversions and products; rademacher 7.0, 6.0;
+//          both signs of perturb: normal 25.4 (bf16), rademacher 7.9. At most 64 registers (perturb: 80), no spill on sm_80 to
+//          sm_120: `python tests/test_sass.py build/cubins`, nvcc 13.0
 // launch   one persistent grid per list, blocks of 256 threads. A block takes a chunk or, when chunks are few, part of one; a
-//          thread takes whole units, with one 16-byte load and store for 16-bit types and two for float32. Elements outside
+//          thread takes whole units, with one 16-byte load and store for 16-bit types and two for float32. A warp that has
+//          4096 signs to make shares their Philox blocks through 512 bytes of shared memory (sign_tiles). Elements outside
 //          whole units, and entries that are strided, gathered, sliced or off a 16-byte boundary, go one at a time, still
 //          with one Philox block for the unit.
 // equal    bit for bit to zokern/backends/reference.py for every grid: a value depends on its stream number alone, and the
@@ -16,6 +20,7 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "elementwise.h"
@@ -28,9 +33,10 @@ namespace zo {
 namespace kernels {  // named, so that a kernel has the same symbol in every build
 
 constexpr int kThreads = 256;
-constexpr int kUnit = 8;       // elements a thread handles at a time: one Philox block of `normal`, 16 bytes of a 16-bit type
-constexpr int kResident = 3;   // blocks per multiprocessor that registers must allow: 80 registers a thread
-constexpr int kPartsLog2 = 5;  // a chunk of 65536 elements has 32 turns of 256 threads: more parts would be empty
+constexpr int kUnit = 8;      // elements a thread handles at a time: one Philox block of `normal`, 16 bytes of a 16-bit type
+constexpr int kResident = 4;  // blocks per multiprocessor that registers must allow: 64 registers a thread
+constexpr int kResidentPerturb = 3;  // 80 registers: two results, and up to two loads, of float32
+constexpr int kPartsLog2 = 5;        // a chunk of 65536 elements has 32 turns of 256 threads: more parts would be empty
 
 // The key of every round, made once on the host: kernel parameters are operands that cost no instruction.
 struct Keys {
@@ -46,14 +52,33 @@ inline Keys make_keys(uint64_t seed) {
   return keys;
 }
 
-__device__ __forceinline__ Words philox_keyed(uint32_t x0, uint32_t x1, uint32_t x2, uint32_t x3, const Keys& keys) {
+// What all blocks of one z share. who, step and draw are the same for a whole entry, so round 1 multiplies only the block
+// number, half of round 2 is known beforehand, and the known part of an exclusive or is one operand: 18 products of 20.
+struct Name {
+  uint32_t x2_1, x0_2, x2_2, x2_3;  // what is xored into word x of round r
+
+  __device__ __forceinline__ Name(uint32_t who, uint32_t step, uint32_t draw, const Keys& keys) {
+    const uint64_t p1 = static_cast<uint64_t>(kPhiloxM1) * step;
+    const uint64_t p2 = static_cast<uint64_t>(kPhiloxM0) * (static_cast<uint32_t>(p1 >> 32) ^ who ^ keys.k0[0]);
+    x2_1 = draw ^ keys.k1[0];
+    x0_2 = static_cast<uint32_t>(p1) ^ keys.k0[1];
+    x2_2 = static_cast<uint32_t>(p2 >> 32) ^ keys.k1[1];
+    x2_3 = static_cast<uint32_t>(p2) ^ keys.k1[2];
+  }
+};
+
+__device__ __forceinline__ Words philox_named(uint32_t block, const Name& name, const Keys& keys) {
+  const uint64_t first = static_cast<uint64_t>(kPhiloxM0) * block;
+  const uint64_t second = static_cast<uint64_t>(kPhiloxM1) * (static_cast<uint32_t>(first >> 32) ^ name.x2_1);
+  uint32_t x0 = static_cast<uint32_t>(second >> 32) ^ name.x0_2, x1 = static_cast<uint32_t>(second);
+  uint32_t x2 = name.x2_2 ^ static_cast<uint32_t>(first), x3 = 0;
 #pragma unroll
-  for (int round = 0; round < kPhiloxRounds; ++round) {
+  for (int round = 2; round < kPhiloxRounds; ++round) {
     const uint64_t p0 = static_cast<uint64_t>(kPhiloxM0) * x0;
     const uint64_t p1 = static_cast<uint64_t>(kPhiloxM1) * x2;
     x0 = static_cast<uint32_t>(p1 >> 32) ^ x1 ^ keys.k0[round];
     x1 = static_cast<uint32_t>(p1);
-    x2 = static_cast<uint32_t>(p0 >> 32) ^ x3 ^ keys.k1[round];
+    x2 = static_cast<uint32_t>(p0 >> 32) ^ (round == 2 ? name.x2_3 : x3 ^ keys.k1[round]);
     x3 = static_cast<uint32_t>(p0);
   }
   return Words{{x0, x1, x2, x3}};
@@ -82,20 +107,23 @@ __device__ __forceinline__ int64_t divide(int64_t numerator, int64_t divisor) {
   return static_cast<int64_t>(quotient);
 }
 
+__device__ __forceinline__ void signs(uint32_t byte, float (&z)[kUnit]) {
+#pragma unroll
+  for (int i = 0; i < kUnit; ++i) z[i] = rademacher_sign(byte, static_cast<uint32_t>(i));
+}
+
+// The z of one unit. For `rademacher`, 16 units share a block: this computes it for one of them (sign_tiles for all).
 template <Direction kDirection>
-__device__ __forceinline__ void values(uint32_t unit, uint32_t who, uint32_t step, uint32_t draw, const Keys& keys,
-                                       float (&z)[kUnit]) {
+__device__ __forceinline__ void values(uint32_t unit, const Name& name, const Keys& keys, float (&z)[kUnit]) {
   if constexpr (kDirection == Direction::kNormal) {
-    const Words words = philox_keyed(unit, who, step, draw, keys);
+    const Words words = philox_named(unit, name, keys);
 #pragma unroll
     for (int j = 0; j < 4; ++j) normal_pair(words.w[j], z[2 * j], z[2 * j + 1]);
   } else {
-    const Words words = philox_keyed(unit >> 4, who, step, draw, keys);  // 16 units share a block
+    const Words words = philox_named(unit >> 4, name, keys);
     const uint32_t low = unit & 4u ? words.w[1] : words.w[0];
     const uint32_t high = unit & 4u ? words.w[3] : words.w[2];
-    const uint32_t byte = (unit & 8u ? high : low) >> ((unit & 3u) * 8u);
-#pragma unroll
-    for (int i = 0; i < kUnit; ++i) z[i] = rademacher_sign(byte, static_cast<uint32_t>(i));
+    signs((unit & 8u ? high : low) >> ((unit & 3u) * 8u), z);
   }
 }
 
@@ -145,15 +173,23 @@ __device__ __forceinline__ void unpack_pair(uint32_t pair, float& even, float& o
   }
 }
 
+// Unit i of a run of units that begins at `base`, where each takes 16 bytes in a 16-bit type and 32 in float32. A 32-bit i
+// makes the address one instruction.
+template <class T>
+__device__ __forceinline__ T* unit_at(T* base, uint32_t i, uint64_t bytes) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(base) + i * bytes);
+}
+
 template <Type kType>
-__device__ __forceinline__ void load_unit(const void* base, int64_t at, float (&v)[kUnit]) {
+__device__ __forceinline__ void load_unit(const void* base, uint32_t i, float (&v)[kUnit]) {
   if constexpr (kType == Type::kFloat32) {
-    const float* from = static_cast<const float*>(base) + at;
+    const float* from = unit_at(static_cast<const float*>(base), i, 32);
     const Pack low = load_pack(from), high = load_pack(from + 4);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) v[i] = as_float(low.w[i]), v[4 + i] = as_float(high.w[i]);
+    for (int j = 0; j < 4; ++j) v[j] = as_float(low.w[j]), v[4 + j] = as_float(high.w[j]);
   } else {
-    const Pack pack = load_pack(static_cast<const uint16_t*>(base) + at);
+    const Pack pack = load_pack(unit_at(static_cast<const uint16_t*>(base), i, 16));
 #pragma unroll
     for (int j = 0; j < 4; ++j) unpack_pair<kType>(pack.w[j], v[2 * j], v[2 * j + 1]);
   }
@@ -181,22 +217,22 @@ __device__ __forceinline__ Stored<kType> nearest(const float (&v)[kUnit]) {
 }
 
 template <Type kType>
-__device__ __forceinline__ void store_unit(void* base, int64_t at, const Stored<kType>& unit) {
+__device__ __forceinline__ void store_unit(void* base, uint32_t i, const Stored<kType>& unit) {
   if constexpr (kType == Type::kFloat32) {
-    float* to = static_cast<float*>(base) + at;
+    float* to = unit_at(static_cast<float*>(base), i, 32);
     store_pack(to, Pack{{unit.w[0], unit.w[1], unit.w[2], unit.w[3]}});
     store_pack(to + 4, Pack{{unit.w[4], unit.w[5], unit.w[6], unit.w[7]}});
   } else {
-    store_pack(static_cast<uint16_t*>(base) + at, Pack{{unit.w[0], unit.w[1], unit.w[2], unit.w[3]}});
+    store_pack(unit_at(static_cast<uint16_t*>(base), i, 16), Pack{{unit.w[0], unit.w[1], unit.w[2], unit.w[3]}});
   }
 }
 
-__device__ __forceinline__ void load_joined(const void* base, const int16_t* residual, int64_t at, float (&v)[kUnit]) {
-  const Pack high = load_pack(static_cast<const uint16_t*>(base) + at), low = load_pack(residual + at);
+__device__ __forceinline__ void load_joined(const void* base, const int16_t* residual, uint32_t i, float (&v)[kUnit]) {
+  const Pack high = load_pack(unit_at(static_cast<const uint16_t*>(base), i, 16)), low = load_pack(unit_at(residual, i, 16));
 #pragma unroll
-  for (int i = 0; i < kUnit; ++i) {
-    const uint32_t shift = static_cast<uint32_t>(i & 1) * 16u;
-    v[i] = residual_join(static_cast<uint16_t>(high.w[i >> 1] >> shift), static_cast<int16_t>(low.w[i >> 1] >> shift));
+  for (int j = 0; j < kUnit; ++j) {
+    const uint32_t shift = static_cast<uint32_t>(j & 1) * 16u;
+    v[j] = residual_join(static_cast<uint16_t>(high.w[j >> 1] >> shift), static_cast<int16_t>(low.w[j >> 1] >> shift));
   }
 }
 
@@ -224,17 +260,84 @@ __device__ __forceinline__ Units whole_units(const Entry& e, const Chunk& chunk)
   return addresses % 16 == 0 ? units : Units{0, 0};
 }
 
-// What a loop over whole units needs of an entry, read once: for all the compiler knows, a store could change the table.
+// The whole units of a chunk, numbered from 0: unit i of them is unit `begin` + i of the stream and lies at byte 16 i or 32 i
+// of each buffer. Read once, before the loop: for all the compiler knows, a store could change the table.
 struct Place {
   void* theta;
   void* out[2];
   int16_t* residual;
-  uint64_t first;
-  uint32_t who;
+  uint32_t begin, count, who;
 
-  __device__ __forceinline__ explicit Place(const Entry& e)
-      : theta(e.theta), out{e.out[0], e.out[1]}, residual(e.residual), first(e.first), who(e.who) {}
+  __device__ __forceinline__ Place(const Entry& e, const Units& whole)
+      : begin(static_cast<uint32_t>(whole.begin)), count(static_cast<uint32_t>(whole.end - whole.begin)), who(e.who) {
+    const int64_t at = static_cast<int64_t>(whole.begin * kUnit - e.first);
+    theta = unit_base(e.theta, at, e.type);
+    out[0] = unit_base(e.out[0], at, e.out_type);
+    out[1] = unit_base(e.out[1], at, e.out_type);
+    residual = e.residual == nullptr ? nullptr : e.residual + at;
+  }
+
+  __device__ __forceinline__ static void* unit_base(void* base, int64_t at, int32_t type) {
+    return base == nullptr ? nullptr : static_cast<char*>(base) + at * width(type);
+  }
 };
+
+// How the threads of a launch divide a chunk: this thread takes units lane, lane + lanes, ...; `alone` says that one block has
+// the chunk for itself.
+struct Turn {
+  uint32_t lane, lanes;
+  bool alone;
+};
+
+constexpr int kWarp = 32, kSteps = 16;      // a tile: 32 blocks of signs, used up by 32 lanes in 16 steps of one unit each
+constexpr int kTileUnits = kWarp * kSteps;  // 4096 elements
+
+// Signs for whole tiles: lane l computes block l of the tile, the warp keeps the tile's 4096 signs as the 512 bytes that they
+// are, and lane l's unit in step s needs byte 32 s + l of them. So a block is computed once, where unit by unit it would be 16
+// times.
+template <class Body>
+__device__ __forceinline__ uint32_t sign_tiles(const Place& place, uint32_t head, const Name& name, const Keys& keys,
+                                               Body& body) {
+  __shared__ uint4 tile_words[kThreads];
+  const uint32_t thread = threadIdx.x, lane = thread % kWarp, tiles = (place.count - head) / kTileUnits;
+  const uint8_t* bytes = reinterpret_cast<const uint8_t*>(tile_words + (thread - lane)) + lane;
+#pragma unroll 1
+  for (uint32_t tile = thread / kWarp; tile < tiles; tile += kThreads / kWarp) {
+    const uint32_t i = head + tile * kTileUnits;
+    const Words words = philox_named((place.begin + i) / 16u + lane, name, keys);
+    __syncwarp();  // the tile before has been read
+    tile_words[thread] = make_uint4(words.w[0], words.w[1], words.w[2], words.w[3]);
+    __syncwarp();
+#pragma unroll 4
+    for (uint32_t step = 0; step < kSteps; ++step) {
+      const uint32_t byte = bytes[step * kWarp];
+      body.unit(i + lane + step * kWarp, [&](float (&z)[kUnit]) { signs(byte, z); });
+    }
+    body.settle(i + lane, i + kTileUnits, kWarp);
+  }
+  return tiles * kTileUnits;
+}
+
+// Every whole unit of the chunk, each by one thread of the launch: body.unit(i, z_of) with z_of(z) filling in its z, and
+// body.settle(i, end, stride) after units i, i + stride, ... below end.
+template <Direction kDirection, class Body>
+__device__ __forceinline__ void each_unit(const Place& place, const Turn& turn, const Name& name, const Keys& keys,
+                                          Body& body) {
+  uint32_t head = 0, tiled = 0;
+  if constexpr (kDirection == Direction::kRademacher) {
+    head = (0u - place.begin) % 16u;
+    if (turn.alone && head + kTileUnits <= place.count) tiled = sign_tiles(place, head, name, keys, body);
+  }
+  uint32_t begin = tiled == 0 ? 0 : head + tiled;  // after the tiles, then before them
+#pragma unroll 1
+  for (uint32_t end = place.count;; begin = 0, end = head) {
+    for (uint32_t i = begin + turn.lane; i < end; i += turn.lanes) {
+      body.unit(i, [&](float (&z)[kUnit]) { values<kDirection>(place.begin + i, name, keys, z); });
+    }
+    body.settle(begin + turn.lane, end, turn.lanes);
+    if (kDirection == Direction::kNormal || begin == 0) break;
+  }
+}
 
 // Some elements [low, high) of a unit, anywhere. Element i lies at theta + at + i stride, residual + residual_at + i and
 // out + to + i.
@@ -294,7 +397,10 @@ __device__ __forceinline__ void run(Verb& verb, const Entry* entries, const Chun
     const int64_t part = turn & ((int64_t{1} << parts_log2) - 1);
     const int64_t lane = part * kThreads + threadIdx.x, lanes = int64_t{kThreads} << parts_log2;
     Units whole = whole_units(e, chunk);
-    if (!verb.units(e, whole, lane, lanes)) whole = Units{0, 0};
+    if (whole.begin < whole.end) {
+      const Turn units = {static_cast<uint32_t>(lane), static_cast<uint32_t>(lanes), parts_log2 == 0};
+      if (!verb.units(e, whole, units)) whole = Units{0, 0};
+    }
     pieces(verb, e, chunk, whole, lane, lanes);
   }
 }
@@ -305,39 +411,58 @@ struct DrawVerb {
   uint32_t step, draw;
 
   template <Type kType>
-  __device__ __forceinline__ void loop(const Entry& entry, const Units& whole, int64_t lane, int64_t lanes) {
-    const Place e(entry);
-    for (uint64_t unit = whole.begin + lane; unit < whole.end; unit += lanes) {
+  struct Body {
+    void* out;
+
+    template <class Z>
+    __device__ __forceinline__ void unit(uint32_t i, const Z& z_of) {
       float z[kUnit];
-      values<kDirection>(static_cast<uint32_t>(unit), e.who, step, draw, keys, z);
-      store_unit<kType>(e.out[0], static_cast<int64_t>(unit * kUnit - e.first), nearest<kType>(z));
+      z_of(z);
+      store_unit<kType>(out, i, nearest<kType>(z));
     }
+    __device__ __forceinline__ void settle(uint32_t, uint32_t, uint32_t) {}
+  };
+
+  template <Type kType>
+  __device__ __forceinline__ bool loop(const Place& place, const Turn& turn) {
+    Body<kType> body{place.out[0]};
+    each_unit<kDirection>(place, turn, Name(place.who, step, draw, keys), keys, body);
+    return true;
   }
 
-  __device__ __forceinline__ bool units(const Entry& e, const Units& whole, int64_t lane, int64_t lanes) {
+  __device__ __forceinline__ bool units(const Entry& e, const Units& whole, const Turn& turn) {
+    const Place place(e, whole);
     switch (static_cast<Type>(e.out_type)) {
       case Type::kFloat32:
-        loop<Type::kFloat32>(e, whole, lane, lanes);
-        return true;
+        return loop<Type::kFloat32>(place, turn);
       case Type::kBfloat16:
-        loop<Type::kBfloat16>(e, whole, lane, lanes);
-        return true;
+        return loop<Type::kBfloat16>(place, turn);
       case Type::kFloat16:
-        loop<Type::kFloat16>(e, whole, lane, lanes);
-        return true;
+        return loop<Type::kFloat16>(place, turn);
     }
     return false;
   }
 
   __device__ __forceinline__ void piece(const Entry& e, const Piece& p) {
     float z[kUnit];
-    values<kDirection>(p.unit, e.who, step, draw, keys, z);
+    values<kDirection>(p.unit, Name(e.who, step, draw, keys), keys, z);
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) {
       if (i >= p.low && i < p.high) store_nearest(e.out[0], static_cast<Type>(e.out_type), p.to + i, z[i]);
     }
   }
 };
+
+template <Type kType>
+__device__ __forceinline__ void load_stored(const void* base, uint32_t i, Stored<kType>& unit) {
+  const char* from = unit_at(static_cast<const char*>(base), i, kType == Type::kFloat32 ? 32 : 16);
+#pragma unroll
+  for (int j = 0; j < unit.kWords; j += 4) {
+    const Pack pack = load_pack(from + 4 * j);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) unit.w[j + k] = pack.w[k];
+  }
+}
 
 // Sees inf and NaN at half an instruction per 16-bit element: 0 x + state is 0 until x is not finite, and a NaN from then on.
 template <Type kType>
@@ -368,65 +493,69 @@ __device__ __forceinline__ bool is_nonfinite(Type type, uint32_t bits) {
   return (bits & exponent) == exponent;
 }
 
+// The terms a_k z_k of a sum: coefficients and names in device memory, and the last name by value, so that a sum of one term
+// reads no list of names. `clock` is what the launch adds to every step number.
+struct Terms {
+  const Draw* draws;
+  const float* coefficients;
+  int32_t count;
+  uint32_t clock;
+  Draw last;
+};
+
 template <Direction kDirection, Rounding kRounding, bool kPlain>
 struct AxpyVerb {
   const Keys& keys;
-  const Draw* draws;
-  int32_t draw_count;
+  const Terms terms;
+  float coefficient;  // of a plain sum
   float decay;
   uint64_t nonfinite;
 
-  __device__ __forceinline__ void sum(uint32_t unit, uint32_t who, const Draw& single, float (&v)[kUnit]) {
+  __device__ __forceinline__ uint32_t last_step() const { return terms.last.step + terms.clock; }
+
+  // v <- sum, for a unit whose z for the last name z_of makes
+  template <class Z>
+  __device__ __forceinline__ void sum(uint32_t unit, uint32_t who, const Z& z_of, float (&v)[kUnit]) {
     float z[kUnit];
     if constexpr (kPlain) {
-      values<kDirection>(unit, who, single.step, single.draw, keys, z);
+      z_of(z);
 #pragma unroll
-      for (int i = 0; i < kUnit; ++i) v[i] = fma_rn(single.coefficient, z[i], v[i]);
+      for (int i = 0; i < kUnit; ++i) v[i] = fma_rn(coefficient, z[i], v[i]);
     } else {
 #pragma unroll
       for (int i = 0; i < kUnit; ++i) v[i] = mul_rn(decay, v[i]);
-      for (int32_t k = 0; k < draw_count; ++k) {
-        const Draw term = draws[k];
-        values<kDirection>(unit, who, term.step, term.draw, keys, z);
+#pragma unroll 1
+      for (int32_t k = 0; k < terms.count; ++k) {
+        Draw term = terms.last;
+        if (k + 1 < terms.count) term = terms.draws[k];
+        values<kDirection>(unit, Name(who, term.step + terms.clock, term.draw, keys), keys, z);
+        const float factor = terms.coefficients[k];
 #pragma unroll
-        for (int i = 0; i < kUnit; ++i) v[i] = fma_rn(term.coefficient, z[i], v[i]);
+        for (int i = 0; i < kUnit; ++i) v[i] = fma_rn(factor, z[i], v[i]);
       }
     }
   }
 
-  // The loop only watches whether a result was not finite; if one was, the thread reads its results again and counts.
   template <Type kType>
-  __device__ __forceinline__ static uint64_t recount(const Place& e, const Units& whole, int64_t lane, int64_t lanes) {
-    uint64_t found = 0;
-    for (uint64_t unit = whole.begin + lane; unit < whole.end; unit += lanes) {
-      const int64_t at = static_cast<int64_t>(unit * kUnit - e.first);
-      for (int i = 0; i < kUnit; ++i) {
-        const uint32_t bits = kType == Type::kFloat32 ? static_cast<const uint32_t*>(e.theta)[at + i]
-                                                      : static_cast<const uint16_t*>(e.theta)[at + i];
-        found += is_nonfinite(kType, bits);
-      }
-    }
-    return found;
-  }
-
-  template <Type kType>
-  __device__ __forceinline__ void loop(const Entry& entry, const Units& whole, int64_t lane, int64_t lanes) {
-    const Place e(entry);
-    constexpr bool kJoin = kRounding == Rounding::kResidual && kType == Type::kBfloat16;
-    const Draw last = draws[draw_count - 1];
+  struct Body {
+    static constexpr bool kJoin = kRounding == Rounding::kResidual && kType == Type::kBfloat16;
+    AxpyVerb& verb;
+    const Place& place;
+    const Name& random_name;
     Watch<kType> watch;
-    for (uint64_t unit = whole.begin + lane; unit < whole.end; unit += lanes) {
-      const int64_t at = static_cast<int64_t>(unit * kUnit - e.first);
+
+    template <class Z>
+    __device__ __forceinline__ void unit(uint32_t i, const Z& z_of) {
       float v[kUnit];
       if constexpr (kJoin) {
-        load_joined(e.theta, e.residual, at, v);
+        load_joined(place.theta, place.residual, i, v);
       } else {
-        load_unit<kType>(e.theta, at, v);
+        load_unit<kType>(place.theta, i, v);
       }
-      sum(static_cast<uint32_t>(unit), e.who, last, v);
+      verb.sum(place.begin + i, place.who, z_of, v);
       Stored<kType> result;
       if constexpr (kJoin) {
-        Pack low;
+        Stored<Type::kBfloat16> low;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           int16_t low_even, low_odd;
@@ -434,9 +563,9 @@ struct AxpyVerb {
           result.w[j] = even | odd << 16;
           low.w[j] = static_cast<uint16_t>(low_even) | static_cast<uint32_t>(static_cast<uint16_t>(low_odd)) << 16;
         }
-        store_pack(e.residual + at, low);
+        store_unit<Type::kBfloat16>(place.residual, i, low);
       } else if constexpr (kRounding == Rounding::kStochastic && kType != Type::kFloat32) {
-        const Words random = philox_keyed(static_cast<uint32_t>(unit), e.who, last.step, kRoundingDraw, keys);
+        const Words random = philox_named(place.begin + i, random_name, verb.keys);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const uint32_t first = random.w[j] & 0xffffu, second = random.w[j] >> 16;
@@ -449,25 +578,47 @@ struct AxpyVerb {
       } else {
         result = nearest<kType>(v);
       }
-      store_unit<kType>(e.theta, at, result);
+      store_unit<kType>(place.theta, i, result);
 #pragma unroll
       for (int j = 0; j < result.kWords; ++j) watch.see(result.w[j]);
     }
-    if (watch.seen()) nonfinite += recount<kType>(e, whole, lane, lanes);
+
+    // The loop only watches whether a result was not finite; if one was, the thread reads its results again and counts.
+    __device__ __forceinline__ void settle(uint32_t i, uint32_t end, uint32_t stride) {
+      if (!watch.seen()) return;
+      watch.state = 0;
+#pragma unroll 1
+      for (; i < end; i += stride) {
+        Stored<kType> result;
+        load_stored<kType>(place.theta, i, result);
+#pragma unroll
+        for (int j = 0; j < result.kWords; ++j) {
+          verb.nonfinite += is_nonfinite(kType, result.w[j]);
+          if (kType != Type::kFloat32) verb.nonfinite += is_nonfinite(kType, result.w[j] >> 16);
+        }
+      }
+    }
+  };
+
+  template <Type kType>
+  __device__ __forceinline__ bool loop(const Place& place, const Turn& turn) {
+    const Name name(place.who, last_step(), terms.last.draw, keys), random(place.who, last_step(), kRoundingDraw, keys);
+    Body<kType> body{*this, place, random, {}};
+    // several terms: each evaluates its own z, unit by unit
+    each_unit<kPlain ? kDirection : Direction::kNormal>(place, turn, name, keys, body);
+    return true;
   }
 
-  __device__ __forceinline__ bool units(const Entry& e, const Units& whole, int64_t lane, int64_t lanes) {
+  __device__ __forceinline__ bool units(const Entry& e, const Units& whole, const Turn& turn) {
+    const Place place(e, whole);
     switch (static_cast<Type>(e.type)) {
       case Type::kFloat32:
-        loop<Type::kFloat32>(e, whole, lane, lanes);
-        return true;
+        return loop<Type::kFloat32>(place, turn);
       case Type::kBfloat16:
         if (kRounding == Rounding::kResidual && e.residual == nullptr) return false;
-        loop<Type::kBfloat16>(e, whole, lane, lanes);
-        return true;
+        return loop<Type::kBfloat16>(place, turn);
       case Type::kFloat16:
-        loop<Type::kFloat16>(e, whole, lane, lanes);
-        return true;
+        return loop<Type::kFloat16>(place, turn);
     }
     return false;
   }
@@ -475,7 +626,6 @@ struct AxpyVerb {
   __device__ __forceinline__ void piece(const Entry& e, const Piece& p) {
     const Type type = static_cast<Type>(e.type);
     const bool join = kRounding == Rounding::kResidual && type == Type::kBfloat16 && e.residual != nullptr;
-    const Draw last = draws[draw_count - 1];
     float v[kUnit];
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) {
@@ -485,9 +635,12 @@ struct AxpyVerb {
       v[i] = join ? residual_join(static_cast<const uint16_t*>(e.theta)[at], e.residual[p.residual_at + i])
                   : load(e.theta, type, at);
     }
-    sum(p.unit, e.who, last, v);
+    const Name name(e.who, last_step(), terms.last.draw, keys);
+    sum(p.unit, e.who, [&](float (&z)[kUnit]) { values<kDirection>(p.unit, name, keys, z); }, v);
     Words random = {};
-    if constexpr (kRounding == Rounding::kStochastic) random = philox_keyed(p.unit, e.who, last.step, kRoundingDraw, keys);
+    if constexpr (kRounding == Rounding::kStochastic) {
+      random = philox_named(p.unit, Name(e.who, last_step(), kRoundingDraw, keys), keys);
+    }
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) {
       if (i < p.low || i >= p.high) continue;
@@ -516,37 +669,40 @@ template <Direction kDirection>
 struct PerturbVerb {
   const Keys& keys;
   uint32_t step, draw;
-  const float* scales;
+  float plus, minus;
 
   template <Type kType, Type kOut>
-  __device__ __forceinline__ void loop(const Entry& entry, const Units& whole, int64_t lane, int64_t lanes) {
-    const Place e(entry);
-    const bool join = kType == Type::kBfloat16 && e.residual != nullptr, two = e.out[1] != nullptr;
-    const float plus = scales[0], minus = two ? scales[1] : 0.0f;
-    for (uint64_t unit = whole.begin + lane; unit < whole.end; unit += lanes) {
-      const int64_t at = static_cast<int64_t>(unit * kUnit - e.first);
-      float v[kUnit], z[kUnit], out[kUnit];
-      if (join) {
-        load_joined(e.theta, e.residual, at, v);
-      } else {
-        load_unit<kType>(e.theta, at, v);
-      }
-      values<kDirection>(static_cast<uint32_t>(unit), e.who, step, draw, keys, z);
-#pragma unroll
-      for (int i = 0; i < kUnit; ++i) out[i] = fma_rn(plus, z[i], v[i]);
-      store_unit<kOut>(e.out[0], at, nearest<kOut>(out));
-      if (!two) continue;
-#pragma unroll
-      for (int i = 0; i < kUnit; ++i) out[i] = fma_rn(minus, z[i], v[i]);
-      store_unit<kOut>(e.out[1], at, nearest<kOut>(out));
-    }
-  }
+  struct Body {
+    const PerturbVerb& verb;
+    const Place& place;
 
-  __device__ __forceinline__ bool units(const Entry& e, const Units& whole, int64_t lane, int64_t lanes) {
+    template <class Z>
+    __device__ __forceinline__ void unit(uint32_t i, const Z& z_of) {
+      float v[kUnit], z[kUnit], out[kUnit];
+      if (kType == Type::kBfloat16 && place.residual != nullptr) {
+        load_joined(place.theta, place.residual, i, v);
+      } else {
+        load_unit<kType>(place.theta, i, v);
+      }
+      z_of(z);
+#pragma unroll
+      for (int j = 0; j < kUnit; ++j) out[j] = fma_rn(verb.plus, z[j], v[j]);
+      store_unit<kOut>(place.out[0], i, nearest<kOut>(out));
+      if (place.out[1] == nullptr) return;
+#pragma unroll
+      for (int j = 0; j < kUnit; ++j) out[j] = fma_rn(verb.minus, z[j], v[j]);
+      store_unit<kOut>(place.out[1], i, nearest<kOut>(out));
+    }
+    __device__ __forceinline__ void settle(uint32_t, uint32_t, uint32_t) {}
+  };
+
+  __device__ __forceinline__ bool units(const Entry& e, const Units& whole, const Turn& turn) {
+    const Place place(e, whole);
 #define ZO_INSTANCE(direction, theta, out)                                                  \
   if constexpr (kDirection == direction) {                                                  \
     if (e.type == static_cast<int32_t>(theta) && e.out_type == static_cast<int32_t>(out)) { \
-      loop<theta, out>(e, whole, lane, lanes);                                              \
+      Body<theta, out> body{*this, place};                                                  \
+      each_unit<kDirection>(place, turn, Name(place.who, step, draw, keys), keys, body);    \
       return true;                                                                          \
     }                                                                                       \
   }
@@ -558,9 +714,8 @@ struct PerturbVerb {
   __device__ __forceinline__ void piece(const Entry& e, const Piece& p) {
     const Type type = static_cast<Type>(e.type), out_type = static_cast<Type>(e.out_type);
     const bool join = type == Type::kBfloat16 && e.residual != nullptr;
-    const float plus = scales[0], minus = e.out[1] != nullptr ? scales[1] : 0.0f;
     float z[kUnit];
-    values<kDirection>(p.unit, e.who, step, draw, keys, z);
+    values<kDirection>(p.unit, Name(e.who, step, draw, keys), keys, z);
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) {
       if (i < p.low || i >= p.high) continue;
@@ -580,26 +735,33 @@ struct List {
   int64_t chunk_count;
   int parts_log2;
   Keys keys;
+  const int64_t* clock;
 };
+
+__device__ __forceinline__ uint32_t clock_of(const List& list) {
+  return list.clock == nullptr ? 0u : static_cast<uint32_t>(*list.clock);
+}
 
 template <Direction kDirection>
 __global__ void __launch_bounds__(kThreads, kResident) draw_kernel(const List list, uint32_t step, uint32_t draw) {
-  DrawVerb<kDirection> verb{list.keys, step, draw};
+  DrawVerb<kDirection> verb{list.keys, step + clock_of(list), draw};
   run(verb, list.entries, list.chunks, list.chunk_count, list.parts_log2);
 }
 
 template <Direction kDirection, Rounding kRounding, bool kPlain>
 __global__ void __launch_bounds__(kThreads, kResident)
-    axpy_kernel(const List list, const Draw* draws, int32_t draw_count, float decay, unsigned long long* nonfinite) {
-  AxpyVerb<kDirection, kRounding, kPlain> verb{list.keys, draws, draw_count, decay, 0};
+    axpy_kernel(const List list, const Draw* draws, const float* coefficients, int32_t draw_count, Draw last, float decay,
+                unsigned long long* nonfinite) {
+  const Terms terms = {draws, coefficients, draw_count, clock_of(list), last};
+  AxpyVerb<kDirection, kRounding, kPlain> verb{list.keys, terms, kPlain ? coefficients[0] : 0.0f, decay, 0};
   run(verb, list.entries, list.chunks, list.chunk_count, list.parts_log2);
   if (verb.nonfinite != 0) atomicAdd(nonfinite, static_cast<unsigned long long>(verb.nonfinite));  // rare: no reduction first
 }
 
 template <Direction kDirection>
-__global__ void __launch_bounds__(kThreads, kResident)
-    perturb_kernel(const List list, uint32_t step, uint32_t draw, const float* scales) {
-  PerturbVerb<kDirection> verb{list.keys, step, draw, scales};
+__global__ void __launch_bounds__(kThreads, kResidentPerturb)
+    perturb_kernel(const List list, uint32_t step, uint32_t draw, float plus, float minus) {
+  PerturbVerb<kDirection> verb{list.keys, step + clock_of(list), draw, plus, minus};
   run(verb, list.entries, list.chunks, list.chunk_count, list.parts_log2);
 }
 
@@ -639,19 +801,18 @@ void start(const char* what, void (*kernel)(List, Parameters...), const Launch& 
   int parts_log2 = 0;
   while (parts_log2 < kPartsLog2 && launch.chunk_count << (parts_log2 + 1) <= resident) ++parts_log2;
   const unsigned blocks = static_cast<unsigned>(std::min(resident, launch.chunk_count << parts_log2));
-  const List list = {launch.entries, launch.chunks, launch.chunk_count, parts_log2, make_keys(launch.seed)};
+  const List list = {launch.entries, launch.chunks, launch.chunk_count, parts_log2, make_keys(launch.seed), launch.clock};
   ZO_LAUNCH(kernel, blocks, kThreads, reinterpret_cast<cudaStream_t>(launch.stream), list, arguments...);
   check(cudaGetLastError(), what);
 }
 
 template <Direction kDirection, Rounding kRounding>
 void start_axpy(const Launch& launch, const Draw* draws, int32_t draw_count, float decay, unsigned long long* nonfinite) {
+  auto* kernel = axpy_kernel<kDirection, kRounding, false>;
   if constexpr (kRounding == Rounding::kNearest) {  // the common call: one term, no decay, and no instruction for either
-    if (draw_count == 1 && decay == 1.0f) {
-      return start("axpy_", axpy_kernel<kDirection, kRounding, true>, launch, draws, draw_count, decay, nonfinite);
-    }
+    if (draw_count == 1 && decay == 1.0f) kernel = axpy_kernel<kDirection, kRounding, true>;
   }
-  start("axpy_", axpy_kernel<kDirection, kRounding, false>, launch, draws, draw_count, decay, nonfinite);
+  start("axpy_", kernel, launch, launch.draws, launch.coefficients, draw_count, draws[draw_count - 1], decay, nonfinite);
 }
 
 template <Direction kDirection>
@@ -698,6 +859,9 @@ void draw(const Launch& launch, uint32_t step, uint32_t draw) {
 
 void axpy(const Launch& launch, const Draw* draws, int32_t draw_count, float decay, Rounding rounding, int64_t* nonfinite) {
   if (draw_count < 1) throw std::runtime_error("axpy_: draw_count is " + std::to_string(draw_count) + "; expected at least 1");
+  if (launch.coefficients == nullptr || (draw_count > 1 && launch.draws == nullptr)) {
+    throw std::runtime_error("axpy_: coefficients or the draws of several terms are not in device memory");
+  }
   auto* count = reinterpret_cast<unsigned long long*>(nonfinite);
   switch (launch.direction) {
     case Direction::kNormal:
@@ -711,9 +875,9 @@ void axpy(const Launch& launch, const Draw* draws, int32_t draw_count, float dec
 void perturb(const Launch& launch, uint32_t step, uint32_t draw, const float* scales) {
   switch (launch.direction) {
     case Direction::kNormal:
-      return start("perturb", perturb_kernel<Direction::kNormal>, launch, step, draw, scales);
+      return start("perturb", perturb_kernel<Direction::kNormal>, launch, step, draw, scales[0], scales[1]);
     case Direction::kRademacher:
-      return start("perturb", perturb_kernel<Direction::kRademacher>, launch, step, draw, scales);
+      return start("perturb", perturb_kernel<Direction::kRademacher>, launch, step, draw, scales[0], scales[1]);
   }
   unknown("perturb", launch.direction);
 }

@@ -56,8 +56,8 @@ struct Draw {  // one term a z(step, draw) of a sum
   int32_t reserved;
 };
 
-// What elementwise.cpp and elementwise.cu both implement and bind.cpp exposes. Tables lie in host memory for the CPU and in
-// device memory for CUDA.
+// What elementwise.cpp and elementwise.cu both implement and bind.cpp exposes. Entries and chunks lie in host memory for the
+// CPU and in device memory for CUDA; draws and scales that are arguments lie in host memory.
 struct Launch {
   const Entry* entries;
   const Chunk* chunks;
@@ -66,6 +66,10 @@ struct Launch {
   uint64_t seed;
   int64_t workers;   // CPU: threads; CUDA: blocks of the persistent grid, 0 for the default
   uintptr_t stream;  // CUDA: cudaStream_t; CPU: unused
+  // CUDA, in device memory, so that the host need not know them and a captured graph reads them at each replay:
+  const Draw* draws = nullptr;          // the names of a sum of several terms
+  const float* coefficients = nullptr;  // the factors of a sum; on the CPU they are in the draws
+  const int64_t* clock = nullptr;       // added to every step number; null for 0
 };
 
 void philox(const uint32_t* counters, int64_t count, uint32_t k0, uint32_t k1, int rounds, uint32_t* words,
@@ -73,7 +77,7 @@ void philox(const uint32_t* counters, int64_t count, uint32_t k0, uint32_t k1, i
 void draw(const Launch& launch, uint32_t step, uint32_t draw);
 // *nonfinite += results that are inf or NaN
 void axpy(const Launch& launch, const Draw* draws, int32_t draw_count, float decay, Rounding rounding, int64_t* nonfinite);
-// scales[1] is ignored by entries whose out[1] is null; scales lie where the tables lie
+// scales[1] is ignored by entries whose out[1] is null
 void perturb(const Launch& launch, uint32_t step, uint32_t draw, const float* scales);
 
 // Which code runs ("avx512", "sm_90"), the names that may be chosen here or were compiled, and the number of devices.

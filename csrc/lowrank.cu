@@ -27,8 +27,8 @@
 
 #include "lowrank.h"
 
-#ifndef ZO_LAUNCH_WARPS  // tests run this file on the host, where a launch is a loop over warps
-#define ZO_LAUNCH_WARPS(kernel, blocks, threads, stream, ...) kernel<<<blocks, threads, 0, stream>>>(__VA_ARGS__)
+#ifndef ZO_LAUNCH  // tests run this file on the host, where a launch is a loop over warps
+#define ZO_LAUNCH(kernel, blocks, threads, stream, ...) kernel<<<blocks, threads, 0, stream>>>(__VA_ARGS__)
 #endif
 
 namespace zo {
@@ -455,7 +455,7 @@ void start(void (*kernel)(Work), const Launch& launch, const Work& work) {
     blocks = std::max<int64_t>(1, static_cast<int64_t>(processors) * each);
   }
   const unsigned grid = static_cast<unsigned>(std::min({blocks, work.tile_count, int64_t{0x7fffffff}}));
-  ZO_LAUNCH_WARPS(kernel, grid, kThreads, reinterpret_cast<cudaStream_t>(launch.stream), work);
+  ZO_LAUNCH(kernel, grid, kThreads, reinterpret_cast<cudaStream_t>(launch.stream), work);
   check(cudaGetLastError(), "lowrank_");
 }
 

@@ -569,6 +569,52 @@ def check_large(backend, device="cpu", scale="full") -> None:
         versus.axpy([wide], [Span(4, 3)], "normal")
 
 
+def check_tiles(backend, device="cpu", scale="full") -> None:
+    """Aligned tensors long enough for the tiles that share Philox blocks, with elements before and after whole tiles, and inf."""
+    generator, versus = source(check_tiles), Versus(check_tiles, backend, device, scale)
+    sizes = ((8225, 24),) if scale == "quick" else ((8225, 24), (4096, 0), (36_000, 8 * 15), (12_289, 2**33 + 128 - 8))
+    for direction in DIRECTIONS:
+        cases = [(size, first, dtype) for size, first in sizes for dtype in (*DTYPES, torch.bfloat16)]
+        thetas = [theta_of(generator, (size,), dtype) for size, _, dtype in cases]
+        for i, theta in enumerate(thetas):
+            theta.view[torch.randint(0, len(theta.view), (5 + i,), generator=generator)] = float("inf")
+        spans = [Span(who, first) for who, (_, first, _) in zip(ids(generator, len(cases)), cases)]
+        versus.axpy(thetas, spans, direction)
+        if scale == "full":
+            versus.axpy(thetas, spans, direction, [(3, 1), (2**32 - 1, 0)], [1e-3, 0.5], 0.99, "stochastic")
+        versus.draw([out_like(t) for t in thetas], spans, direction)
+        versus.perturb(thetas, spans, direction, [[out_like(t) for t in thetas] for _ in range(2)])
+
+
+def check_clock(backend, device="cpu", scale="full") -> None:
+    """A clock is added to every step number, modulo 2^32, when the call runs; the same call later means another z."""
+    generator, reference = source(check_clock), Reference()
+    values, who = weights((300,), torch.bfloat16, generator), ids(generator, 1)[0]
+    clock, spans = torch.zeros(1, dtype=torch.int64, device=device), [Span(who)]
+    coeffs = torch.tensor([0.5, -0.25])
+    for time in (0, 7, 2**32 - 2):
+        clock.fill_(time)
+        late = [(step + time) % 2**32 for step in (3, 5)]
+        for direction in map(resolve, DIRECTIONS):
+            got, right = torch.empty(300, device=device), torch.empty(300)
+            backend.draw([got], spans, direction, SEED, 3, 1, clock=clock)
+            reference.draw([right], spans, direction, SEED, late[0], 1)
+            equal(got, right, f"draw {direction.name} at clock {time}")
+            for count, rounding in ((1, "nearest"), (2, "stochastic")):
+                got, right = values.clone().to(device), values.clone()
+                draws, a = [(3, 1), (5, 0)][:count], coeffs[:count]
+                backend.axpy_([got], spans, direction, SEED, draws, a.to(device), 1.0, rounding, None, clock=clock)
+                reference.axpy_([right], spans, direction, SEED, list(zip(late, (1, 0)))[:count], a, 1.0, rounding, None)
+                equal(got, right, f"axpy_ {direction.name} K={count} {rounding} at clock {time}")
+            sides = [torch.empty(300, dtype=torch.bfloat16, device=device) for _ in range(2)]
+            expected = [torch.empty(300, dtype=torch.bfloat16) for _ in range(2)]
+            theta = values.clone().to(device)
+            backend.perturb([theta], spans, direction, SEED, 3, 1, [0.5, -0.5], [[s] for s in sides], None, clock=clock)
+            reference.perturb([values], spans, direction, SEED, late[0], 1, [0.5, -0.5], [[e] for e in expected], None)
+            for j in range(2):
+                equal(sides[j], expected[j], f"perturb {direction.name} side {j} at clock {time}")
+
+
 # --- low-rank products --------------------------------------------------------------------------------------------------------
 
 RANKS = {"quick": (1, 3, 8, 33), "full": (1, 2, 3, 7, 8, 16, 31, 33, 64, 128)}

@@ -15,7 +15,8 @@ instruction; so neighbours of a tensor need no red zone. An unknown opcode or mo
 skipped. Float operations without an explicit rounding are refused, because ptxas may contract them, and so is .ftz.
 
 Threads keep a program counter each; the smallest one runs next, so threads that diverge meet again. bar.sync waits for the
-threads of the block that have not exited. Shared memory is one array per block; local memory and calls are not supported.
+threads of the block that have not exited, bar.warp.sync (of whole warps) for those of the warp. Shared memory is one array per
+block; local memory and calls are not supported.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import numpy as np
 U8, U16, U32, U64 = np.uint8, np.uint16, np.uint32, np.uint64
 UNSIGNED = {8: U8, 16: U16, 32: U32, 64: U64}
 SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
-SHARED = 1 << 40  # addresses below 2^41 and from here on are offsets into a block's shared memory
+SHARED = 0x7FF00000  # from here on, for 2^20 bytes, addresses are a block's shared memory: compilers keep those in 32 bits
 
 
 # float32, bit patterns in and out
@@ -457,7 +458,7 @@ class Memory:
         address = address.astype(np.int64)
         if np.any(address % width):
             raise MemoryError(f"{text}: address {hex(int(address[address % width != 0][0]))} is not aligned to {width}")
-        inside = (address >= SHARED) & (address < 2 * SHARED)
+        inside = (address >= SHARED) & (address < SHARED + (1 << 20))
         if inside.any():
             if not inside.all():
                 raise NotImplementedError(f"{text}: shared and global addresses in one instruction")
@@ -494,6 +495,7 @@ class _Machine:
         number = np.arange(blocks * threads)
         inside, which = number % threads, number // threads
         self.block, self.lane, self.count = which, inside % 32, len(number)
+        self.warp = which * -(-threads // 32) + inside // 32
         self.special = {"%laneid": self.lane.astype(U32), "%warpid": (inside // 32).astype(U32)}
         for name, index, shape in (("tid", inside, block), ("ctaid", which, grid)):
             for axis, value in zip("xyz", (index % shape[0], index // shape[0] % shape[1], index // (shape[0] * shape[1]))):
@@ -582,8 +584,9 @@ class _Machine:
                 if op in ("bar", "barrier"):
                     pc[who] = here + 1
                     waiting[who] = True
-                    for which in np.unique(self.block[who]):
-                        mine = (self.block == which) & (pc < done)
+                    group = self.warp if ".warp." in instruction.op else self.block
+                    for which in np.unique(group[who]):
+                        mine = (group == which) & (pc < done)
                         if waiting[mine].all():
                             waiting[mine] = False
                     break

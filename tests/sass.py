@@ -25,7 +25,8 @@ FORBIDDEN = {
     "double precision": r"D(ADD|MUL|FMA|SETP|MNMX)|F2F\.F64|F2F\S*\.F64",
     "float division helper": r"FCHK",
     "local memory (a spill or an indexed register)": r"(LDL|STL)\b",
-    "call": r"CALL(?!\S* `\(\.L_x_\d+\))",  # ptxas for sm_80 also writes some jumps inside a kernel as CALL.REL.NOINC
+    # ptxas below sm_90 also writes some jumps inside a kernel as CALL.REL.NOINC, and __syncwarp as a call of its own five lines
+    "call": r"CALL(?!\S* `\((\.L_x_\d+|\$__internal_\d+_\$__cuda_sm70_warpsync)\))",
 }
 
 
@@ -136,6 +137,25 @@ def vector_loop(function: Function, loads: int, stores: int) -> list[Instruction
         if (wide_loads, wide_stores, all_stores) == (loads, stores, stores):
             return body
     raise LookupError(f"{function.name}: no loop with {loads} 16-byte loads and {stores} 16-byte stores")
+
+
+def per_lane(function: Function, loads: int, stores: int, steps: int = 16, unrolled: int = 4) -> float:
+    """Instructions for each unit of eight elements in a tile of signs (elementwise.cu, sign_tiles).
+
+    The tile is a loop that writes shared memory once around a loop of `steps` steps, `unrolled` of them a turn, each with this
+    many 16-byte loads and stores. Code around the steps is counted whole, also what is only run after a result that is inf.
+    """
+    for outer in function.loops():
+        if not any(i.name.startswith("STS") for i in outer):
+            continue
+        inside = [b for b in function.loops() if outer[0].address <= b[0].address and b[-1].address < outer[-1].address]
+        for inner in inside:
+            names = [i.name for i in inner]
+            reads = sum(n.startswith("LDS") for n in names)
+            wide = [sum(n.startswith(op) and ".128" in n for n in names) for op in ("LDG", "STG")]
+            if (reads, *wide) == (unrolled, unrolled * loads, unrolled * stores):
+                return len(inner) / unrolled + (len(outer) - len(inner)) / steps
+    raise LookupError(f"{function.name}: no tile with {loads} 16-byte loads and {stores} stores a step")
 
 
 def disassemble(cubin: Path) -> dict[str, Function]:

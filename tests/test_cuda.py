@@ -70,10 +70,11 @@ class OnHost(cuda.Cuda):
     device_type = "cpu"
 
     def __init__(self, module: types.ModuleType, blocks: int = 0) -> None:
+        super().__init__()
         self.module, self.blocks = module, blocks
 
-    def _call(self, verb, device, tensors, *arguments) -> None:
-        getattr(self.module, verb)(*arguments, self.blocks, 0)
+    def _call(self, verb, device, tensors, *arguments, **named) -> None:
+        getattr(self.module, verb)(*arguments, self.blocks, 0, **named)
 
 
 @pytest.fixture(scope="session")
@@ -109,19 +110,24 @@ def test_order_and_parts_change_nothing(on_host, monkeypatch) -> None:
 MISTAKES = [
     ("last element of a tail", "end - column : kUnit);", "end - column - {wrong} : kUnit);"),
     ("first element of a row", "begin - column : kUnit) : 0);", "begin - column + {wrong} : kUnit) : 0);"),
-    ("32-bit index", "values<kDirection>(unit, who,", "values<kDirection>({wrong} ? unit & 0x1fffffff : unit, who,"),
+    ("32-bit index", "philox_named(unit, name", "philox_named({wrong} ? unit & 0x1fffffff : unit, name"),
     ("round key", "round) * kPhiloxW1", "round + ({wrong} && round == 9)) * kPhiloxW1"),
     ("contracted fma", "v[i] = mul_rn(decay, v[i]);", "v[i] = mul_rn(decay, {wrong} ? v[i] + 1e-8f : v[i]);"),
-    ("second sign", "? scales[1] : 0.0f;", "? ({wrong} ? -scales[0] : scales[1]) : 0.0f;"),
-    ("thread-keyed stream", "values<kDirection>(p.unit, e.who", "values<kDirection>(p.unit + {wrong} * threadIdx.x, e.who"),
+    ("second sign", "scales[0], scales[1]);", "scales[0], {wrong} ? -scales[0] : scales[1]);"),
+    ("thread-keyed stream", "values<kDirection>(p.unit, name", "values<kDirection>(p.unit + {wrong} * threadIdx.x, name"),
     ("half of a residual", "(low_odd)) << 16;", "({wrong} ? low_even : low_odd)) << 16;"),
-    ("nobody counts", "if (watch.seen())", "if (watch.seen() && !{wrong})"),
+    ("nobody counts", "if (!watch.seen())", "if (!watch.seen() || {wrong})"),
     ("pitch", "static_cast<uint64_t>(source) * e.pitch", "static_cast<uint64_t>(source) * ({wrong} ? columns : e.pitch)"),
+    ("a byte of a tile", "bytes[step * kWarp]", "bytes[({wrong} ? step ^ 1 : step) * kWarp]"),
+    ("the last block of a tile", "= make_uint4(words.w[0]", "= make_uint4(words.w[{wrong} && lane == 31 ? 1 : 0]"),
+    ("units before a tile", "begin = 0, end = head)", "begin = 0, end = {wrong} ? 0 : head)"),
+    ("units after a tile", "uint32_t end = place.count;;", "uint32_t end = {wrong} && tiled != 0 ? begin : place.count;;"),
+    ("the clock", "static_cast<uint32_t>(*list.clock)", "static_cast<uint32_t>({wrong} ? 0 : *list.clock)"),
     ("a byte of signs", "(unit & 3u) * 8u", "(unit & ({wrong} ? 1u : 3u)) * 8u"),
     (
         "rounding of the first draw",
-        "e.who, last.step, kRoundingDraw",
-        "e.who, draws[{wrong} ? 0 : draw_count - 1].step, kRoundingDraw",
+        "return terms.last.step +",
+        "return (({wrong} && terms.draws != nullptr) ? terms.draws[0] : terms.last).step +",
     ),
 ]
 

@@ -200,6 +200,24 @@ def test_opcheck_rejects_an_undeclared_write() -> None:
 # Meaning ---------------------------------------------------------------------------------------------------------------------------
 
 
+def test_clock_is_added_to_the_step() -> None:
+    """In all three verbs, eagerly and as registered operations; a clock that is no int64[1] is refused."""
+    clock, names = torch.tensor([4]), dict(seed=3, who="w")
+    right = zokern.draw("normal", (7, 9), step=6, **names)
+    assert torch.equal(zokern.draw("normal", (7, 9), step=2, clock=clock, **names), right)
+    sum = torch.zeros(7, 9)
+    zokern.axpy_(sum, "normal", draws=[(2, 0)], coeffs=[1.0], clock=clock, **names)
+    assert torch.equal(sum, right)
+    ((plus,), _) = zokern.perturb(torch.zeros(7, 9), "normal", step=2, scales=(1.0, -1.0), clock=clock, **names)
+    assert torch.equal(plus, right)
+    again, who = torch.zeros(7, 9), zokern.stream.parameter_id("w")
+    torch.ops.zokern.axpy_([again], [], torch.ones(1), [who], [0], [2], [0], "normal", 3, 1.0, "nearest", "reference", clock)
+    assert torch.equal(again, right)
+    for wrong in (torch.tensor([4.0]), torch.tensor([4, 5])):
+        with pytest.raises(ValueError, match="clock .* expected int64"):
+            zokern.perturb(torch.zeros(3), "normal", step=2, clock=wrong, **names)
+
+
 @pytest.mark.parametrize("direction", ["normal", "rademacher"])
 def test_draw_is_what_axpy_adds_and_perturb_shows(direction: str) -> None:
     z = zokern.draw(direction, (7, 9), seed=3, who="w", step=2, draw=1)

@@ -6,6 +6,7 @@ replaces. What remains unseen is ptxas and the chip; test_sass.py reads what ptx
 
 from __future__ import annotations
 
+import ctypes
 import re
 import struct
 from fractions import Fraction
@@ -36,6 +37,7 @@ class OnPtx(cuda.Cuda):
     device_type = "cpu"
 
     def __init__(self, text: str, parts_log2: int = 0) -> None:
+        super().__init__()
         self.text, self.parts_log2, self.executed = text, parts_log2, 0
 
     def _run(self, prefix: str, arguments: list, tensors) -> None:
@@ -43,19 +45,24 @@ class OnPtx(cuda.Cuda):
         counts = ptx.run(self.text, prefix, BLOCKS, THREADS, arguments, memory)
         self.executed += sum(counts.values())
 
-    def _call(self, verb, device, tensors, *arguments) -> None:
+    def _call(self, verb, device, tensors, *arguments, clock=0, device_draws=0, coefficients=0) -> None:
         if verb == "philox":
             counters, count, k0, k1, rounds, words = arguments
             return self._run(sass.symbol("philox"), [counters, count, k0, k1, rounds, words], tensors)
         entries, chunks, count, direction, seed, *rest = arguments
         keys = [(seed & 0xFFFFFFFF) + i * M0 & 0xFFFFFFFF for i in range(10)]
         keys += [(seed >> 32) + i * M1 & 0xFFFFFFFF for i in range(10)]
-        table = struct.pack("<QQqi20I4x", entries, chunks, count, self.parts_log2, *keys)  # struct List
-        if verb != "axpy":
+        table = struct.pack("<QQqi20I4xQ", entries, chunks, count, self.parts_log2, *keys, clock)  # struct List
+        if verb == "draw":
             return self._run(sass.symbol(verb, direction), [table, *rest], tensors)
+        if verb == "perturb":
+            step, draw, scales = rest
+            both = np.frombuffer((ctypes.c_float * 2).from_address(scales), np.float32)
+            return self._run(sass.symbol(verb, direction), [table, step, draw, *both], tensors)
         draws, draw_count, decay, rounding, nonfinite = rest
         plain = rounding == 0 and draw_count == 1 and decay == 1.0
-        arguments = [table, draws, draw_count, np.float32(decay), nonfinite]
+        last = bytes((ctypes.c_char * 16).from_address(draws + 16 * (draw_count - 1)))  # struct Draw
+        arguments = [table, device_draws, coefficients, draw_count, last, np.float32(decay), nonfinite]
         return self._run(sass.symbol("axpy", direction, rounding, plain), arguments, tensors)
 
 
@@ -68,7 +75,7 @@ def text(tmp_path_factory) -> str:
 
 
 CHECKS = ("philox_known_answers", "draw_sizes", "axpy_sizes", "axpy_firsts", "perturb_sizes", "axpy_strides", "perturb_rows",
-          "axpy_many_draws", "axpy_stochastic", "axpy_residual", "axpy_special")  # fmt: skip
+          "axpy_many_draws", "axpy_stochastic", "axpy_residual", "axpy_special", "tiles", "clock")  # fmt: skip
 
 
 @pytest.mark.parametrize("check", CHECKS)

@@ -18,9 +18,17 @@ NORMAL, RADEMACHER = 0, 1
 NEAREST, STOCHASTIC, RESIDUAL = 0, 1, 2
 UNIT = 8  # elements of one turn of a loop
 
-# Instructions of the whole loop per element on sm_90, measured with nvcc 13.0, and what they may not exceed. A bf16 pass on an
-# H200 stays under its memory floor up to 27.6 (4 bytes per element at 4.3 TB/s).
-PLAIN_16_BIT, PLAIN_FLOAT32, SIGNS_16_BIT = 26.5, 25.7, 14.0
+# Instructions of the whole loop per element, the most of any architecture that ships, with nvcc 13.0. A bf16 pass on an H200 stays
+# under its memory floor up to 27.6 (4 bytes per element at 4.3 TB/s).
+PLAIN_16_BIT, PLAIN_FLOAT32 = 24.75, 24.125
+SIGNS = {
+    ("axpy", 1, 1): 7.2,
+    ("axpy", 2, 2): 6.1,
+    ("draw", 0, 1): 3.9,
+    ("draw", 0, 2): 3.5,
+    ("perturb", 1, 2): 8.0,
+    ("perturb", 2, 4): 6.6,
+}
 
 
 def compile_all(folder: Path) -> dict[str, dict[str, sass.Function]]:
@@ -40,7 +48,10 @@ def test_no_spills_and_nothing_inexact(machine, arch) -> None:
     for name, function in machine[arch].items():
         assert not function.spilled(), f"{name}: stack {function.stack}, local {function.local}"
         assert not function.forbidden(), f"{name}: {function.forbidden()}"
-        assert 0 < function.registers <= 85, f"{name}: {function.registers} registers; 3 blocks of 256 threads must fit"
+        limit = 80 if "perturb_kernel" in name else 64
+        assert 0 < function.registers <= limit, (
+            f"{name}: {function.registers} registers; {65536 // 256 // limit} blocks must fit"
+        )
 
 
 @pytest.mark.parametrize("arch", sass.ARCHITECTURES)
@@ -59,12 +70,17 @@ def test_arithmetic_of_the_normal_loop(machine) -> None:
     assert sass.arithmetic(loop) == {"FFMA": 4 * 16 + UNIT, "FMUL": 4 * 7, "FADD": 4}
 
 
-def test_instructions_per_element(machine) -> None:
-    plain = sass.kernel(machine["90"], sass.symbol("axpy", NORMAL, NEAREST))
-    signs = sass.kernel(machine["90"], sass.symbol("axpy", RADEMACHER, NEAREST))
-    for function, accesses, limit in ((plain, 1, PLAIN_16_BIT), (plain, 2, PLAIN_FLOAT32), (signs, 1, SIGNS_16_BIT)):
-        per_element = len(sass.vector_loop(function, accesses, accesses)) / UNIT
-        print(f"{function.name[:60]}: {per_element} instructions per element, {function.registers} registers")
+@pytest.mark.parametrize("arch", sass.ARCHITECTURES)
+def test_instructions_per_element(machine, arch) -> None:
+    plain = sass.kernel(machine[arch], sass.symbol("axpy", NORMAL, NEAREST))
+    for accesses, limit in ((1, PLAIN_16_BIT), (2, PLAIN_FLOAT32)):
+        per_element = len(sass.vector_loop(plain, accesses, accesses)) / UNIT
+        print(f"{plain.name[:60]}: {per_element} instructions per element, {plain.registers} registers")
+        assert per_element <= limit
+    for (verb, loads, stores), limit in SIGNS.items():
+        signs = sass.kernel(machine[arch], sass.symbol(verb, RADEMACHER, NEAREST if verb == "axpy" else None))
+        per_element = sass.per_lane(signs, loads, stores) / UNIT
+        print(f"{signs.name[:60]}: {per_element:.2f} instructions per element of a tile")
         assert per_element <= limit
 
 
@@ -113,21 +129,37 @@ def test_instruction_limit_can_fail(machine) -> None:
     assert len(loop) / UNIT > PLAIN_16_BIT and sass.arithmetic(loop)["FMUL"] > 0
 
 
+def test_tile_limit_can_fail(machine, tmp_path) -> None:
+    """A tile whose lanes compute a block for every unit is over the limit, and a kernel without tiles has none to count."""
+    with pytest.raises(LookupError):
+        sass.per_lane(sass.kernel(machine["90"], sass.symbol("axpy", NORMAL, NEAREST)), 1, 1)
+    text = sass.SOURCE.read_text()
+    right, wrong = (
+        "[&](float (&z)[kUnit]) { signs(byte, z); }",
+        "[&](float (&z)[kUnit]) { values<Direction::kRademacher>(byte, name, keys, z); }",
+    )
+    assert right in text
+    (tmp_path / "redundant.cu").write_text(text.replace(right, wrong))
+    functions = sass.disassemble(sass.compile_to(tmp_path / "redundant.cubin", "90", source=tmp_path / "redundant.cu"))
+    signs = sass.kernel(functions, sass.symbol("axpy", RADEMACHER, NEAREST))
+    assert sass.per_lane(signs, 1, 1) / UNIT > SIGNS["axpy", 1, 1]
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     for arch, functions in compile_all(folder).items():
         for name, function in sorted(functions.items()):
             counts = []
-            for accesses in (1, 2):
-                try:
-                    counts.append(f"{len(sass.vector_loop(function, accesses, accesses)) / UNIT:.2f}")
-                except LookupError:
-                    counts.append("-")
+            for loads in (0, 1, 2):
+                for stores in (1, 2, 4):
+                    for count, mark in ((lambda *a: len(sass.vector_loop(*a)), ""), (sass.per_lane, " tiled")):
+                        try:
+                            counts.append(f"{loads}+{stores}: {count(function, loads, stores) / UNIT:.2f}{mark}")
+                        except LookupError:
+                            pass
             spilled = "SPILLED" if function.spilled() else ""
-            print(
-                f"sm_{arch:4} {name[14:60]:46} {function.registers:4} registers  {counts[0]:>6} {counts[1]:>6} /element {spilled}"
-            )
+            print(f"sm_{arch:4} {name[14:60]:46} {function.registers:3} registers  {', '.join(counts)} {spilled}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """elementwise: draw, axpy_ and perturb in Triton, one launch for a list of tensors (csrc/elementwise.h says what they compute)
 
 table    entries int64[E, 16] and chunks int64[C, 3] in device memory: the bytes of `Entry` (13) and of `Chunk`; then 1 where the
-         entry can take the group path, and how to divide by its columns. draws int64[K] = step | draw << 32. Addresses become
+         entry can take the unit path, and how to divide by its columns. draws int64[K] = step | draw << 32. Addresses become
          typed pointers here.
-paths    group    eight consecutive elements a Philox block: contiguous, first a multiple of 8, every address a multiple of 16.
-                  Tiles are [BLOCK / 8, 8] with all eight of a row in one thread, so 16-bit types move 16 bytes a thread.
+paths    unit     eight consecutive elements a Philox block: contiguous, first a multiple of 8, every address a multiple of 16. A
+                  thread has all four words of a unit, and a word makes the even and the odd value of a pair, so nothing moves
+                  between threads: 16-bit types are read and written as words of two halves (16 bytes a thread), float32 as
+                  two words of 8 bytes, twice. Signs share a block between 16 units: a tile starts where a block does.
          element  everything else, and the last n mod 8 of a chunk: each element computes its own block.
-work     axpy_ normal, K = 1: 36.8 to 41.0 instructions an element in bfloat16 and 30.0 to 34.9 in float32 from sm_80 to sm_120,
-         about 25 of them z (`pytest tests/test_triton.py -k compiled -s`); the element path repeats z's block for each element
+work     axpy_ normal, K = 1, instructions an element from sm_80 to sm_120: 16-bit 24.6 to 24.9, float32 19.5 to 25.7; of
+         signs, 7.9 to 8.1 and 8.5; both signs of perturb in bfloat16 26.1
+         (`pytest tests/test_triton.py -k compiled -s`, Triton 3.9; 3.6 adds up to 0.6); the element path repeats z's block for each element
 launch   SPLIT programs a chunk. enable_fp_fusion=False is part of the definition: contraction would change bits.
 equal    bit for bit to zokern/backends/reference.py
 source   Malladi et al. 2023, Algorithm 1; stream: zokern/stream.py, version 1
@@ -21,14 +24,20 @@ from .philox import philox4x32
 from .rademacher import rademacher_sign
 from .rounding import (
     bf16_nearest,
+    bf16_nearest_pair,
     bf16_stochastic,
     bf16_to_float,
     fp16_nearest,
+    fp16_nearest_pair,
+    fp16_pair_to_float,
     fp16_stochastic,
     fp16_to_float,
     residual_join,
     residual_split,
     to_bits,
+    to_float,
+    watch_bf16,
+    watch_fp16,
 )
 
 FLOAT32: tl.constexpr = tl.constexpr(0)
@@ -52,26 +61,13 @@ FIRST: tl.constexpr = tl.constexpr(9)
 PITCH: tl.constexpr = tl.constexpr(10)
 WHO_TYPE: tl.constexpr = tl.constexpr(11)
 TYPE_OUT: tl.constexpr = tl.constexpr(12)
-IN_GROUPS: tl.constexpr = tl.constexpr(13)
+IN_UNITS: tl.constexpr = tl.constexpr(13)
 DIVIDE: tl.constexpr = tl.constexpr(14)
 SHIFT: tl.constexpr = tl.constexpr(15)
 ENTRY: tl.constexpr = tl.constexpr(16)
 
 
-# --- values: `number` is the stream's number of each element, or of the first element of each group (GROUPS) -----------------------
-
-
-@triton.jit
-def interleave(a0, a1):
-    """[...] and [...] to [..., 2], flattened into the last dimension."""
-    joined = tl.join(a0, a1)
-    return tl.reshape(joined, [a0.shape[0], joined.numel // a0.shape[0]])
-
-
-@triton.jit
-def four(a0, a1, a2, a3):
-    """Four [N] to [N, 4]."""
-    return tl.reshape(tl.join(tl.join(a0, a2), tl.join(a1, a3)), [a0.shape[0], 4])
+# --- the element path: `number` is the stream's number of each element --------------------------------------------------------------
 
 
 @triton.jit
@@ -80,54 +76,32 @@ def pick(which, a0, a1, a2, a3):
 
 
 @triton.jit
-def z_of(number, who, step, draw, k0, k1, DIRECTION: tl.constexpr, GROUPS: tl.constexpr):
-    """float32 [N, 8] of [N] groups, or a value for each element."""
+def z_of(number, who, step, draw, keys, DIRECTION: tl.constexpr):
     if DIRECTION == NORMAL:
-        w0, w1, w2, w3 = philox4x32((number >> 3).to(tl.uint32), who, step, draw, k0, k1)
-        if GROUPS:
-            even, odd = normal_pair(four(w0, w1, w2, w3))
-            return interleave(even, odd)
-        else:
-            even, odd = normal_pair(pick((number >> 1) & 3, w0, w1, w2, w3))
-            return tl.where((number & 1) == 0, even, odd)
+        w0, w1, w2, w3 = philox4x32((number >> 3).to(tl.uint32), who, step, draw, keys)
+        even, odd = normal_pair(pick((number >> 1) & 3, w0, w1, w2, w3))
+        return tl.where((number & 1) == 0, even, odd)
     else:
-        w0, w1, w2, w3 = philox4x32((number >> 7).to(tl.uint32), who, step, draw, k0, k1)
-        word = pick((number >> 5) & 3, w0, w1, w2, w3)
-        bit = (number & 31).to(tl.uint32)
-        if GROUPS:
-            return rademacher_sign(word[:, None], bit[:, None] + tl.arange(0, 8)[None, :].to(tl.uint32))
-        else:
-            return rademacher_sign(word, bit)
+        w0, w1, w2, w3 = philox4x32((number >> 7).to(tl.uint32), who, step, draw, keys)
+        return rademacher_sign(pick((number >> 5) & 3, w0, w1, w2, w3), (number & 31).to(tl.uint32))
 
 
 @triton.jit
-def random16(number, who, step, k0, k1, GROUPS: tl.constexpr):
+def random16(number, who, step, keys):
     """The 16 bits that stochastic rounding spends on each element: half-word number mod 8 of block number / 8."""
-    purpose = tl.full([], ROUNDING_DRAW, tl.uint32)
-    w0, w1, w2, w3 = philox4x32((number >> 3).to(tl.uint32), who, step, purpose, k0, k1)
-    if GROUPS:
-        words = four(w0, w1, w2, w3)
-        return interleave(words & 0xFFFF, words >> 16)
-    else:
-        word = pick((number >> 1) & 3, w0, w1, w2, w3)
-        return (word >> ((number & 1) * 16).to(tl.uint32)) & 0xFFFF
-
-
-# --- memory ------------------------------------------------------------------------------------------------------------------------
+    w0, w1, w2, w3 = philox4x32((number >> 3).to(tl.uint32), who, step, tl.full([], ROUNDING_DRAW, tl.uint32), keys)
+    return (pick((number >> 1) & 3, w0, w1, w2, w3) >> ((number & 1) * 16).to(tl.uint32)) & 0xFFFF
 
 
 @triton.jit
-def pointer(address, begin, TYPE: tl.constexpr, GROUPS: tl.constexpr):
+def pointer(address, begin, TYPE: tl.constexpr):
     """Element `begin` of the tensor at an address; 16-bit floats are uint16."""
     if TYPE == FLOAT32:
-        base = address.to(tl.pointer_type(tl.float32)) + begin
+        return address.to(tl.pointer_type(tl.float32)) + begin
     elif TYPE == INT16:
-        base = address.to(tl.pointer_type(tl.int16)) + begin
+        return address.to(tl.pointer_type(tl.int16)) + begin
     else:
-        base = address.to(tl.pointer_type(tl.uint16)) + begin
-    if GROUPS:
-        base = tl.multiple_of(base, 16)
-    return base
+        return address.to(tl.pointer_type(tl.uint16)) + begin
 
 
 @triton.jit
@@ -166,14 +140,23 @@ def nonfinite_of(rounded, TYPE: tl.constexpr):
 
 @triton.jit
 def chunk_of(entries, chunks, SPLIT: tl.constexpr):
-    """The entry of this program's chunk, the chunk's first element, its length, its groups, and which of its SPLIT parts is ours."""
+    """The entry of this program's chunk, the chunk's first element, its length, its units, and which of its SPLIT parts is ours."""
     program = tl.program_id(0).to(tl.int64)
     chunk = chunks + program // SPLIT * 3
     begin = tl.load(chunk)
     size = (tl.load(chunk + 1) - begin).to(tl.int32)
     entry = entries + tl.load(chunk + 2) * ENTRY
-    groups = (size // 8) * tl.load(entry + IN_GROUPS).to(tl.int32)
-    return entry, begin, size, groups, (program % SPLIT).to(tl.int32)
+    units = (size // 8) * tl.load(entry + IN_UNITS).to(tl.int32)
+    return entry, begin, size, units, (program % SPLIT).to(tl.int32)
+
+
+@triton.jit
+def name_of(step, clock):
+    """A step number as the kernel has it: the host's, and what the device's clock shows."""
+    step = step.to(tl.uint32, bitcast=True)
+    if clock is not None:
+        step += tl.load(clock).to(tl.uint32)
+    return step
 
 
 @triton.jit
@@ -191,11 +174,142 @@ def locate(entry, p, mask):
     return number, r * tl.load(entry + ROW_STRIDE) + c * tl.load(entry + COLUMN_STRIDE), r * columns + c
 
 
+# --- the unit path: words of two values ----------------------------------------------------------------------------------------------
+#
+# A tile has N units, so [N, 4] pairs; W of the four are handled at a time: 4 in 16-bit types, 2 where float32 is read or written, so
+# that a thread's access is 16 bytes.
+
+
+@triton.jit
+def four(a0, a1, a2, a3):
+    """Four [N] to [N, 4]."""
+    return tl.reshape(tl.join(tl.join(a0, a2), tl.join(a1, a3)), [a0.shape[0], 4])
+
+
+@triton.jit
+def some(words, PART: tl.constexpr, W: tl.constexpr):
+    """Words W PART to W PART + W - 1 of each unit: [N, W]."""
+    if W == 4:
+        return four(words[0], words[1], words[2], words[3])
+    else:
+        return tl.join(words[2 * PART], words[2 * PART + 1])
+
+
+@triton.jit
+def words_of(unit, who, step, draw, keys, N: tl.constexpr, DIRECTION: tl.constexpr):
+    """What makes the z of units unit to unit + N - 1: for normal four [N] of words, for signs one [N] whose low 8 bits they are.
+
+    For signs, `unit` is the first of a block: N / 16 blocks are computed, and each of their 16 bytes goes to its unit."""
+    if DIRECTION == NORMAL:
+        return philox4x32((unit + tl.arange(0, N)).to(tl.uint32), who, step, draw, keys)
+    else:
+        w0, w1, w2, w3 = philox4x32(((unit >> 4) + tl.arange(0, N // 16)).to(tl.uint32), who, step, draw, keys)
+        words = tl.broadcast_to(four(w0, w1, w2, w3)[:, :, None], [N // 16, 4, 4])
+        return (tl.reshape(words, [N]) >> ((tl.arange(0, N) & 3) * 8).to(tl.uint32),)
+
+
+@triton.jit
+def z_pair(words, PART: tl.constexpr, W: tl.constexpr, DIRECTION: tl.constexpr):
+    """The even and the odd values [N, W]."""
+    if DIRECTION == NORMAL:
+        return normal_pair(some(words, PART, W))
+    else:
+        bit = (2 * (PART * W + tl.arange(0, W))[None, :]).to(tl.uint32)
+        return rademacher_sign(words[0][:, None], bit), rademacher_sign(words[0][:, None], bit + 1)
+
+
+@triton.jit
+def pairs(address, begin, TYPE: tl.constexpr):
+    """Words of two elements, from element `begin` on, which is at a 16-byte boundary."""
+    if TYPE == FLOAT32:
+        return tl.multiple_of(address.to(tl.pointer_type(tl.uint64)) + (begin >> 1), 16)
+    else:
+        return tl.multiple_of(address.to(tl.pointer_type(tl.uint32)) + (begin >> 1), 16)
+
+
+@triton.jit
+def read_pair(theta, low, place, mask, TYPE: tl.constexpr, JOIN: tl.constexpr):
+    word = tl.load(theta + place, mask=mask)
+    if TYPE == FLOAT32:
+        return to_float(word.to(tl.uint32)), to_float((word >> 32).to(tl.uint32))
+    elif TYPE == FLOAT16:
+        return fp16_pair_to_float(word)
+    elif JOIN:
+        low_word = tl.load(low + place, mask=mask)
+        even = (word << 16) + ((low_word << 16).to(tl.int32, bitcast=True) >> 16).to(tl.uint32, bitcast=True)
+        odd = (word & 0xFFFF0000) + (low_word.to(tl.int32, bitcast=True) >> 16).to(tl.uint32, bitcast=True)
+        return to_float(even), to_float(odd)
+    else:
+        return to_float(word << 16), to_float(word & 0xFFFF0000)
+
+
+@triton.jit
+def both(even, odd):
+    return even.to(tl.uint32) | (odd.to(tl.uint32) << 16)
+
+
+@triton.jit
+def nearest_pair(even, odd, TYPE: tl.constexpr):
+    if TYPE == FLOAT32:
+        return to_bits(even).to(tl.uint64) | (to_bits(odd).to(tl.uint64) << 32)
+    elif TYPE == BFLOAT16:
+        return bf16_nearest_pair(even, odd)
+    else:
+        return fp16_nearest_pair(even, odd)
+
+
+@triton.jit
+def watch(state, word, TYPE: tl.constexpr):
+    """The state of a watch, 0 until a value of a word is inf or NaN."""
+    if TYPE == FLOAT32:
+        state = tl.fma(to_float(word.to(tl.uint32)), 0.0, to_float(state))
+        return to_bits(tl.fma(to_float((word >> 32).to(tl.uint32)), 0.0, state))
+    elif TYPE == BFLOAT16:
+        return watch_bf16(state, word)
+    else:
+        return watch_fp16(state, word)
+
+
+@triton.jit
+def nonfinite_pair(word, TYPE: tl.constexpr):
+    """How many of a word's two values are inf or NaN."""
+    if TYPE == FLOAT32:
+        return ((word & 0x7F800000) == 0x7F800000).to(tl.int32) + (((word >> 32) & 0x7F800000) == 0x7F800000).to(tl.int32)
+    elif TYPE == BFLOAT16:
+        return ((word & 0x7F80) == 0x7F80).to(tl.int32) + (((word >> 16) & 0x7F80) == 0x7F80).to(tl.int32)
+    else:
+        return ((word & 0x7C00) == 0x7C00).to(tl.int32) + (((word >> 16) & 0x7C00) == 0x7C00).to(tl.int32)
+
+
+@triton.jit
+def start_of(unit, part, N: tl.constexpr, DIRECTION: tl.constexpr):
+    """The first row of a program's first tile; for signs up to 15 rows before the chunk's, where the block of unit 0 begins."""
+    if DIRECTION == NORMAL:
+        return part * N
+    else:
+        return part * N - (unit & 15).to(tl.int32)
+
+
+@triton.jit
+def rows_of(at, units, N: tl.constexpr, W: tl.constexpr, DIRECTION: tl.constexpr):
+    """Where the words [N, W] of a tile's part 0 lie, as a scalar plus a tensor, and the mask [N, 1] of the chunk's rows.
+
+    A thread has one row of a tile of normals, whose address is cheapest in one piece; it has four of a tile of signs, which then
+    differ by a constant if the scalar moves alone."""
+    row = tl.arange(0, N)
+    if DIRECTION == NORMAL:
+        row += at
+        return 0, row[:, None] * 4 + tl.arange(0, W)[None, :], (row < units)[:, None]
+    else:
+        inside = (at + row).to(tl.uint32) < units.to(tl.uint32)  # also false before row 0
+        return at * 4, row[:, None] * 4 + tl.arange(0, W)[None, :], inside[:, None]
+
+
 # --- the verbs ---------------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["count", "k0", "k1"])
-def philox(counters, words, count, k0, k1, ROUNDS: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["count", "keys"])
+def philox(counters, words, count, keys, ROUNDS: tl.constexpr, BLOCK: tl.constexpr):
     """int64[count, 4] counters to int64[count, 4] words."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = row < count
@@ -204,9 +318,7 @@ def philox(counters, words, count, k0, k1, ROUNDS: tl.constexpr, BLOCK: tl.const
     x1 = tl.load(x + 1, mask=mask, other=0).to(tl.uint32)
     x2 = tl.load(x + 2, mask=mask, other=0).to(tl.uint32)
     x3 = tl.load(x + 3, mask=mask, other=0).to(tl.uint32)
-    k0 = k0.to(tl.uint32, bitcast=True)
-    k1 = k1.to(tl.uint32, bitcast=True)
-    w0, w1, w2, w3 = philox4x32(x0, x1, x2, x3, k0, k1, ROUNDS)
+    w0, w1, w2, w3 = philox4x32(x0, x1, x2, x3, keys, ROUNDS)
     w = words + row * 4
     tl.store(w, w0.to(tl.int64), mask=mask)
     tl.store(w + 1, w1.to(tl.int64), mask=mask)
@@ -214,47 +326,119 @@ def philox(counters, words, count, k0, k1, ROUNDS: tl.constexpr, BLOCK: tl.const
     tl.store(w + 3, w3.to(tl.int64), mask=mask)
 
 
-@triton.jit(do_not_specialize=["entries", "chunks", "step", "draw", "k0", "k1"])
-def draw(entries, chunks, step, draw, k0, k1,
+@triton.jit(do_not_specialize=["entries", "chunks", "step", "draw", "keys", "clock"])
+def draw(entries, chunks, step, draw, keys, clock,
          DIRECTION: tl.constexpr, KINDS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
     """out <- nearest(z). KINDS: bit t is set when the launch has an output of type t."""
-    k0 = k0.to(tl.uint32, bitcast=True)
-    k1 = k1.to(tl.uint32, bitcast=True)
-    step = step.to(tl.uint32, bitcast=True)
+    N: tl.constexpr = BLOCK // 8
+    step = name_of(step, clock)
     draw = draw.to(tl.uint32, bitcast=True)
-    entry, begin, size, groups, part = chunk_of(entries, chunks, SPLIT)
+    entry, begin, size, units, part = chunk_of(entries, chunks, SPLIT)
     who = tl.load(entry + WHO_TYPE).to(tl.uint32)
     kind = tl.load(entry + TYPE_OUT).to(tl.int32)
+    unit = (tl.load(entry + FIRST) + begin) >> 3
     for TYPE in tl.static_range(3):
         if (KINDS >> TYPE) & 1:
             if kind == TYPE:
-                first = tl.load(entry + FIRST) + begin
-                out = pointer(tl.load(entry + OUT), begin, TYPE, True)
-                for at in range(part * (BLOCK // 8), groups, SPLIT * (BLOCK // 8)):
-                    group = at + tl.arange(0, BLOCK // 8)
-                    z = z_of(first + group * 8, who, step, draw, k0, k1, DIRECTION, True)
-                    place = group[:, None] * 8 + tl.arange(0, 8)[None, :]
-                    tl.store(out + place, nearest(z, TYPE), mask=(group < groups)[:, None])
-                out = pointer(tl.load(entry + OUT), begin, TYPE, False)
-                for at in range(groups * 8 + part * TAIL, size, SPLIT * TAIL):
+                W: tl.constexpr = 2 if TYPE == FLOAT32 else 4
+                out = pairs(tl.load(entry + OUT), begin, TYPE)
+                for at in range(start_of(unit, part, N, DIRECTION), units, SPLIT * N):
+                    from_word, place, mask = rows_of(at, units, N, W, DIRECTION)
+                    words = words_of(unit + at, who, step, draw, keys, N, DIRECTION)
+                    for PART in tl.static_range(4 // W):
+                        even, odd = z_pair(words, PART, W, DIRECTION)
+                        tl.store(out + from_word + (place + PART * W), nearest_pair(even, odd, TYPE), mask=mask)
+                out = pointer(tl.load(entry + OUT), begin, TYPE)
+                for at in range(units * 8 + part * TAIL, size, SPLIT * TAIL):
                     i = at + tl.arange(0, TAIL)
                     number, place, low_place = locate(entry, begin + i, i < size)
-                    z = z_of(number, who, step, draw, k0, k1, DIRECTION, False)
+                    z = z_of(number, who, step, draw, keys, DIRECTION)
                     tl.store(out + i, nearest(z, TYPE), mask=i < size)
 
 
 @triton.jit
-def axpy_tile(theta, place, low, low_place, number, mask, who, draws, coefficients, draw_count, decay, k0, k1,
-              DIRECTION: tl.constexpr, ROUNDING: tl.constexpr, TYPE: tl.constexpr, GROUPS: tl.constexpr):  # fmt: skip
-    """One tile of axpy_; returns 1 where a result is inf or NaN."""
-    JOIN: tl.constexpr = TYPE == BFLOAT16 and ROUNDING == RESIDUAL
-    value = read(theta, place, low, low_place, mask, TYPE, JOIN) * decay
-    for k in range(draw_count):
-        name = tl.load(draws + k)
-        z = z_of(number, who, name.to(tl.uint32), (name >> 32).to(tl.uint32), k0, k1, DIRECTION, GROUPS)
-        value = tl.fma(tl.load(coefficients + k), z, value)
+def term(k, draws, step, draw, draw_count, clock):
+    """The name of term k: the last one is an argument, the others are in a list."""
+    if draw_count == 1:
+        return step, draw
+    else:
+        name = tl.load(draws + tl.minimum(k, draw_count - 2))
+        other = name_of(name.to(tl.int32), clock)
+        return tl.where(k < draw_count - 1, other, step), tl.where(k < draw_count - 1, (name >> 32).to(tl.uint32), draw)
+
+
+@triton.jit
+def add_pair(even, odd, words, coefficient, PART: tl.constexpr, W: tl.constexpr, DIRECTION: tl.constexpr):
+    z_even, z_odd = z_pair(words, PART, W, DIRECTION)
+    return tl.fma(coefficient, z_even, even), tl.fma(coefficient, z_odd, odd)
+
+
+@triton.jit
+def write_pair(theta, low, place, mask, even, odd, random, TYPE: tl.constexpr, ROUNDING: tl.constexpr, JOIN: tl.constexpr):
+    """Stores a word of two results, and returns it: in rows outside the mask too, where it may be anything."""
     if TYPE != FLOAT32 and ROUNDING == STOCHASTIC:
-        random = random16(number, who, tl.load(draws + draw_count - 1).to(tl.uint32), k0, k1, GROUPS)
+        if TYPE == BFLOAT16:
+            word = both(bf16_stochastic(even, random & 0xFFFF), bf16_stochastic(odd, random >> 16))
+        else:
+            word = both(fp16_stochastic(even, random & 0xFFFF), fp16_stochastic(odd, random >> 16))
+    elif JOIN:
+        high_even, low_even = residual_split(even)
+        high_odd, low_odd = residual_split(odd)
+        word = both(high_even, high_odd)
+        tl.store(low + place, both(low_even.to(tl.uint16, bitcast=True), low_odd.to(tl.uint16, bitcast=True)), mask=mask)
+    else:
+        word = nearest_pair(even, odd, TYPE)
+    tl.store(theta + place, word, mask=mask)
+    return word
+
+
+@triton.jit
+def axpy_units(theta, low, unit, at, units, who, step, draw, draws, coefficients, only, draw_count, decay, keys, clock, state,
+               DIRECTION: tl.constexpr, ROUNDING: tl.constexpr, DECAY: tl.constexpr, TYPE: tl.constexpr, N: tl.constexpr,
+               W: tl.constexpr):  # fmt: skip
+    """One tile of axpy_ over units; the watch's new state."""
+    JOIN: tl.constexpr = TYPE == BFLOAT16 and ROUNDING == RESIDUAL
+    from_word, place, mask = rows_of(at, units, N, W, DIRECTION)
+    theta += from_word
+    low += from_word
+    even, odd = read_pair(theta, low, place, mask, TYPE, JOIN)
+    even2, odd2 = even, odd
+    if W == 2:
+        even2, odd2 = read_pair(theta, low, place + 2, mask, TYPE, JOIN)
+    if DECAY:
+        even, odd, even2, odd2 = even * decay, odd * decay, even2 * decay, odd2 * decay
+    for k in range(draw_count):
+        step_k, draw_k = term(k, draws, step, draw, draw_count, clock)
+        words = words_of(unit + at, who, step_k, draw_k, keys, N, DIRECTION)
+        coefficient = only
+        if draw_count > 1:
+            coefficient = tl.load(coefficients + k)
+        even, odd = add_pair(even, odd, words, coefficient, 0, W, DIRECTION)
+        if W == 2:
+            even2, odd2 = add_pair(even2, odd2, words, coefficient, 1, W, DIRECTION)
+    random = place
+    if TYPE != FLOAT32 and ROUNDING == STOCHASTIC:
+        purpose = tl.full([], ROUNDING_DRAW, tl.uint32)
+        random = some(philox4x32((unit + at + tl.arange(0, N)).to(tl.uint32), who, step, purpose, keys), 0, W)
+    state = watch(state, write_pair(theta, low, place, mask, even, odd, random, TYPE, ROUNDING, JOIN), TYPE)
+    if W == 2:
+        state = watch(state, write_pair(theta, low, place + 2, mask, even2, odd2, random, TYPE, ROUNDING, JOIN), TYPE)
+    return state
+
+
+@triton.jit
+def axpy_elements(theta, place, low, low_place, number, mask, who, step, draw, draws, coefficients, draw_count, decay, keys, clock,
+                  DIRECTION: tl.constexpr, ROUNDING: tl.constexpr, DECAY: tl.constexpr, TYPE: tl.constexpr):  # fmt: skip
+    """One tile of axpy_ over elements; 1 where a result is inf or NaN."""
+    JOIN: tl.constexpr = TYPE == BFLOAT16 and ROUNDING == RESIDUAL
+    value = read(theta, place, low, low_place, mask, TYPE, JOIN)
+    if DECAY:
+        value = value * decay
+    for k in range(draw_count):
+        step_k, draw_k = term(k, draws, step, draw, draw_count, clock)
+        value = tl.fma(tl.load(coefficients + k), z_of(number, who, step_k, draw_k, keys, DIRECTION), value)
+    if TYPE != FLOAT32 and ROUNDING == STOCHASTIC:
+        random = random16(number, who, step, keys)
         if TYPE == BFLOAT16:
             rounded = bf16_stochastic(value, random)
         else:
@@ -268,92 +452,102 @@ def axpy_tile(theta, place, low, low_place, number, mask, who, draws, coefficien
     return tl.where(mask, nonfinite_of(rounded, TYPE), 0)
 
 
-@triton.jit(do_not_specialize=["entries", "chunks", "draws", "k0", "k1"], do_not_specialize_on_alignment=["draw_count"])
-def axpy(entries, chunks, draws, coefficients, nonfinite, draw_count, decay, k0, k1, DIRECTION: tl.constexpr, ROUNDING: tl.constexpr,
-         KINDS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
+@triton.jit(
+    do_not_specialize=["entries", "chunks", "draws", "step", "draw", "keys", "clock"],
+    do_not_specialize_on_alignment=["draw_count"],
+)
+def axpy(entries, chunks, draws, coefficients, nonfinite, draw_count, step, draw, decay, keys, clock,
+         DIRECTION: tl.constexpr, ROUNDING: tl.constexpr, DECAY: tl.constexpr, KINDS: tl.constexpr, BLOCK: tl.constexpr,
+         TAIL: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
     """theta <- round(decay theta + sum_k coefficients[k] z_k); nonfinite[0] += results that are inf or NaN.
 
-    KINDS: bit t is set when the launch has a tensor of type t.
+    step and draw name the last term, draws the others. KINDS: bit t is set when the launch has a tensor of type t. Without DECAY,
+    decay is 1 and no instruction.
     """
-    k0 = k0.to(tl.uint32, bitcast=True)
-    k1 = k1.to(tl.uint32, bitcast=True)
-    entry, begin, size, groups, part = chunk_of(entries, chunks, SPLIT)
+    N: tl.constexpr = BLOCK // 8
+    step = name_of(step, clock)
+    draw = draw.to(tl.uint32, bitcast=True)
+    entry, begin, size, units, part = chunk_of(entries, chunks, SPLIT)
     who_type = tl.load(entry + WHO_TYPE)
     who = who_type.to(tl.uint32)
     kind = (who_type >> 32).to(tl.int32)
-    broken = tl.zeros([BLOCK // 8], tl.int32)
-    broken_tail = tl.zeros([TAIL], tl.int32)
+    unit = (tl.load(entry + FIRST) + begin) >> 3
     for TYPE in tl.static_range(3):
         if (KINDS >> TYPE) & 1:
             if kind == TYPE:
-                first = tl.load(entry + FIRST) + begin
-                theta = pointer(tl.load(entry + THETA), begin, TYPE, True)
-                low = pointer(tl.load(entry + LOW), begin, INT16, True)
-                for at in range(part * (BLOCK // 8), groups, SPLIT * (BLOCK // 8)):
-                    group = at + tl.arange(0, BLOCK // 8)
-                    place = group[:, None] * 8 + tl.arange(0, 8)[None, :]
-                    here = axpy_tile(theta, place, low, place, first + group * 8, (group < groups)[:, None], who, draws, coefficients,
-                                     draw_count, decay, k0, k1, DIRECTION, ROUNDING, TYPE, True)  # fmt: skip
-                    broken += tl.sum(here, axis=1)
-                theta = pointer(tl.load(entry + THETA), 0, TYPE, False)
-                low = pointer(tl.load(entry + LOW), 0, INT16, False)
-                for at in range(groups * 8 + part * TAIL, size, SPLIT * TAIL):
+                W: tl.constexpr = 2 if TYPE == FLOAT32 else 4
+                theta = pairs(tl.load(entry + THETA), begin, TYPE)
+                low = pairs(tl.load(entry + LOW), begin, INT16)
+                state = tl.zeros([N, W], tl.uint32)
+                only = tl.load(coefficients)  # of a sum of one term: a store could change it, for all the compiler knows
+                for at in range(start_of(unit, part, N, DIRECTION), units, SPLIT * N):
+                    state = axpy_units(theta, low, unit, at, units, who, step, draw, draws, coefficients, only, draw_count, decay,
+                                       keys, clock, state, DIRECTION, ROUNDING, DECAY, TYPE, N, W)  # fmt: skip
+                # the loop only watches whether a result (or a row outside the mask) was not finite; then the results are counted
+                if tl.max(((state & (0x7FFFFFFF if TYPE == FLOAT32 else 0xFFFFFFFF)) != 0).to(tl.int32)) != 0:
+                    tl.debug_barrier()
+                    count = tl.zeros([N, W], tl.int32)
+                    for at in range(start_of(unit, part, N, DIRECTION), units, SPLIT * N):
+                        from_word, place, mask = rows_of(at, units, N, W, DIRECTION)
+                        for PART in tl.static_range(4 // W):
+                            count += nonfinite_pair(tl.load(theta + from_word + (place + PART * W), mask=mask, other=0), TYPE)
+                    tl.atomic_add(nonfinite, tl.sum(count).to(tl.int64), sem="relaxed")
+                theta = pointer(tl.load(entry + THETA), 0, TYPE)
+                low = pointer(tl.load(entry + LOW), 0, INT16)
+                for at in range(units * 8 + part * TAIL, size, SPLIT * TAIL):
                     i = at + tl.arange(0, TAIL)
                     number, place, low_place = locate(entry, begin + i, i < size)
-                    broken_tail += axpy_tile(theta, place, low, low_place, number, i < size, who, draws, coefficients, draw_count,
-                                             decay, k0, k1, DIRECTION, ROUNDING, TYPE, False)  # fmt: skip
-    total = tl.sum(broken) + tl.sum(broken_tail)
-    if total != 0:
-        tl.atomic_add(nonfinite, total.to(tl.int64), sem="relaxed")
+                    broken = axpy_elements(theta, place, low, low_place, number, i < size, who, step, draw, draws, coefficients,
+                                           draw_count, decay, keys, clock, DIRECTION, ROUNDING, DECAY, TYPE)  # fmt: skip
+                    tl.atomic_add(nonfinite + tl.zeros([TAIL], tl.int32), broken.to(tl.int64), mask=broken != 0, sem="relaxed")
 
 
-@triton.jit
-def perturb_tile(theta, place, low, low_place, out0, out1, out_place, number, mask, who, step, draw, scale0, scale1, k0, k1,
-                 DIRECTION: tl.constexpr, SIDES: tl.constexpr, TYPE: tl.constexpr, OUT_TYPE: tl.constexpr, JOIN: tl.constexpr,
-                 GROUPS: tl.constexpr):  # fmt: skip
-    value = read(theta, place, low, low_place, mask, TYPE, JOIN)
-    z = z_of(number, who, step, draw, k0, k1, DIRECTION, GROUPS)
-    tl.store(out0 + out_place, nearest(tl.fma(z, scale0, value), OUT_TYPE), mask=mask)
-    if SIDES == 2:
-        tl.store(out1 + out_place, nearest(tl.fma(z, scale1, value), OUT_TYPE), mask=mask)
-
-
-@triton.jit(do_not_specialize=["entries", "chunks", "step", "draw", "k0", "k1"])
-def perturb(entries, chunks, step, draw, scale0, scale1, k0, k1, DIRECTION: tl.constexpr, SIDES: tl.constexpr, JOIN: tl.constexpr,
-            KINDS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["entries", "chunks", "step", "draw", "keys", "clock"])
+def perturb(entries, chunks, step, draw, scale0, scale1, keys, clock, DIRECTION: tl.constexpr, SIDES: tl.constexpr,
+            JOIN: tl.constexpr, KINDS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
     """out_j <- nearest(theta + scale_j z), j < SIDES. JOIN: bfloat16 thetas have low bits.
 
     KINDS: bit 3 t + u is set when the launch has a tensor of type t with outputs of type u.
     """
-    k0 = k0.to(tl.uint32, bitcast=True)
-    k1 = k1.to(tl.uint32, bitcast=True)
-    step = step.to(tl.uint32, bitcast=True)
+    N: tl.constexpr = BLOCK // 8
+    step = name_of(step, clock)
     draw = draw.to(tl.uint32, bitcast=True)
-    entry, begin, size, groups, part = chunk_of(entries, chunks, SPLIT)
+    entry, begin, size, units, part = chunk_of(entries, chunks, SPLIT)
     who_type = tl.load(entry + WHO_TYPE)
     who = who_type.to(tl.uint32)
     kind = 3 * (who_type >> 32).to(tl.int32) + tl.load(entry + TYPE_OUT).to(tl.int32)
+    unit = (tl.load(entry + FIRST) + begin) >> 3
     for KIND in tl.static_range(9):
         if (KINDS >> KIND) & 1:
             TYPE: tl.constexpr = KIND // 3
             OUT_TYPE: tl.constexpr = KIND % 3
             if kind == KIND:
-                first = tl.load(entry + FIRST) + begin
-                theta = pointer(tl.load(entry + THETA), begin, TYPE, True)
-                low = pointer(tl.load(entry + LOW), begin, INT16, True)
-                out0 = pointer(tl.load(entry + OUT), begin, OUT_TYPE, True)
-                out1 = pointer(tl.load(entry + OUT + 1), begin, OUT_TYPE, True)
-                for at in range(part * (BLOCK // 8), groups, SPLIT * (BLOCK // 8)):
-                    group = at + tl.arange(0, BLOCK // 8)
-                    place = group[:, None] * 8 + tl.arange(0, 8)[None, :]
-                    perturb_tile(theta, place, low, place, out0, out1, place, first + group * 8, (group < groups)[:, None], who, step, draw,
-                                 scale0, scale1, k0, k1, DIRECTION, SIDES, TYPE, OUT_TYPE, JOIN, True)  # fmt: skip
-                theta = pointer(tl.load(entry + THETA), 0, TYPE, False)
-                low = pointer(tl.load(entry + LOW), 0, INT16, False)
-                out0 = pointer(tl.load(entry + OUT), begin, OUT_TYPE, False)
-                out1 = pointer(tl.load(entry + OUT + 1), begin, OUT_TYPE, False)
-                for at in range(groups * 8 + part * TAIL, size, SPLIT * TAIL):
+                W: tl.constexpr = 2 if TYPE * OUT_TYPE == 0 else 4  # FLOAT32 is 0
+                theta = pairs(tl.load(entry + THETA), begin, TYPE)
+                low = pairs(tl.load(entry + LOW), begin, INT16)
+                out0 = pairs(tl.load(entry + OUT), begin, OUT_TYPE)
+                out1 = pairs(tl.load(entry + OUT + 1), begin, OUT_TYPE)
+                for at in range(start_of(unit, part, N, DIRECTION), units, SPLIT * N):
+                    from_word, place, mask = rows_of(at, units, N, W, DIRECTION)
+                    words = words_of(unit + at, who, step, draw, keys, N, DIRECTION)
+                    for PART in tl.static_range(4 // W):
+                        here = place + PART * W
+                        even, odd = read_pair(theta + from_word, low + from_word, here, mask, TYPE, JOIN and TYPE == BFLOAT16)
+                        z_even, z_odd = z_pair(words, PART, W, DIRECTION)
+                        word = nearest_pair(tl.fma(z_even, scale0, even), tl.fma(z_odd, scale0, odd), OUT_TYPE)
+                        tl.store(out0 + from_word + here, word, mask=mask)
+                        if SIDES == 2:
+                            word = nearest_pair(tl.fma(z_even, scale1, even), tl.fma(z_odd, scale1, odd), OUT_TYPE)
+                            tl.store(out1 + from_word + here, word, mask=mask)
+                theta = pointer(tl.load(entry + THETA), 0, TYPE)
+                low = pointer(tl.load(entry + LOW), 0, INT16)
+                out0 = pointer(tl.load(entry + OUT), begin, OUT_TYPE)
+                out1 = pointer(tl.load(entry + OUT + 1), begin, OUT_TYPE)
+                for at in range(units * 8 + part * TAIL, size, SPLIT * TAIL):
                     i = at + tl.arange(0, TAIL)
                     number, place, low_place = locate(entry, begin + i, i < size)
-                    perturb_tile(theta, place, low, low_place, out0, out1, i, number, i < size, who, step, draw, scale0, scale1, k0, k1,
-                                 DIRECTION, SIDES, TYPE, OUT_TYPE, JOIN, False)  # fmt: skip
+                    value = read(theta, place, low, low_place, i < size, TYPE, JOIN)
+                    z = z_of(number, who, step, draw, keys, DIRECTION)
+                    tl.store(out0 + i, nearest(tl.fma(z, scale0, value), OUT_TYPE), mask=i < size)
+                    if SIDES == 2:
+                        tl.store(out1 + i, nearest(tl.fma(z, scale1, value), OUT_TYPE), mask=i < size)

@@ -8,6 +8,8 @@ equal    bit for bit to zokern/directions/normal.py when compiled with enable_fp
 import triton
 import triton.language as tl
 
+from .portable import insert_bits
+
 _h = float.fromhex
 LOG2_4: tl.constexpr = tl.constexpr(_h("0x1.cf6f9ap-4"))
 LOG2_3: tl.constexpr = tl.constexpr(_h("-0x1.c9e934p-1"))
@@ -33,9 +35,9 @@ COSINE_0: tl.constexpr = tl.constexpr(_h("0x1.fffabcp-1"))
 def normal_radius(word):
     """r = sqrt(-2 ln u) of the low 20 bits."""
     # 2^23 + n read as a float, less 2^23 - 1/2: n + 1/2, exactly, without a conversion
-    f = ((word & 0xFFFFF) | 0x4B000000).to(tl.float32, bitcast=True) + -8388607.5
+    f = insert_bits(word, 0xFFFFF, 0x4B000000).to(tl.float32, bitcast=True) + -8388607.5
     bits = f.to(tl.uint32, bitcast=True)
-    m = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
+    m = insert_bits(bits, 0x7FFFFF, 0x3F800000).to(tl.float32, bitcast=True)
     p = tl.fma(m, LOG2_4, LOG2_3)
     p = tl.fma(p, m, LOG2_2)
     p = tl.fma(p, m, LOG2_1)

@@ -7,7 +7,10 @@ source   Spall 1992
 import triton
 import triton.language as tl
 
+from .portable import insert_bits
+
 
 @triton.jit
 def rademacher_sign(word, bit):
-    return (((word >> bit) << 31) | 0x3F800000).to(tl.float32, bitcast=True)
+    """bit: below 32"""
+    return insert_bits(word << (31 - bit), 0x80000000, 0x3F800000).to(tl.float32, bitcast=True)

@@ -9,6 +9,8 @@ types    16-bit floats are uint16 bit patterns from load to store. Triton's inte
 import triton
 import triton.language as tl
 
+from .portable import HARDWARE
+
 
 @triton.jit
 def to_bits(value):
@@ -104,3 +106,60 @@ def fp16_stochastic(value, random):
     x = to_bits(value)
     magnitude, shift, rebias = fp16_cut(x)
     return fp16_finish(x, magnitude, shift, rebias, (random << 16) >> (32 - shift))
+
+
+# --- two halves in one word, as elementwise.py loads and stores them -----------------------------------------------------------------
+
+
+@triton.jit
+def bf16_nearest_pair(even, odd):
+    if HARDWARE:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [even, odd], dtype=tl.uint32, is_pure=True, pack=1
+        )
+    else:
+        return bf16_nearest(even).to(tl.uint32) | (bf16_nearest(odd).to(tl.uint32) << 16)
+
+
+@triton.jit
+def fp16_nearest_pair(even, odd):
+    if HARDWARE:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [even, odd], dtype=tl.uint32, is_pure=True, pack=1
+        )
+    else:
+        return fp16_nearest(even).to(tl.uint32) | (fp16_nearest(odd).to(tl.uint32) << 16)
+
+
+@triton.jit
+def fp16_pair_to_float(word):
+    if HARDWARE:
+        return tl.inline_asm_elementwise(
+            "{.reg .b16 e, o; mov.b32 {e, o}, $2; cvt.f32.f16 $0, e; cvt.f32.f16 $1, o;}",
+            "=f,=f,r", [word], dtype=(tl.float32, tl.float32), is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return fp16_to_float((word & 0xFFFF).to(tl.uint16)), fp16_to_float((word >> 16).to(tl.uint16))
+
+
+@triton.jit
+def watch_bf16(state, word):
+    """Not 0 once a half was inf or NaN: 0 x + state is 0 until then, and a NaN from then on."""
+    if HARDWARE:
+        zero = tl.full([], 0, tl.uint32)
+        return tl.inline_asm_elementwise(
+            "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", [word, zero, state], dtype=tl.uint32, is_pure=True, pack=1
+        )
+    else:
+        return state | (((word & 0x7F807F80) + 0x00800080) & 0x80008000)
+
+
+@triton.jit
+def watch_fp16(state, word):
+    if HARDWARE:
+        zero = tl.full([], 0, tl.uint32)
+        return tl.inline_asm_elementwise(
+            "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [word, zero, state], dtype=tl.uint32, is_pure=True, pack=1
+        )
+    else:
+        return state | (((word & 0x7C007C00) + 0x04000400) & 0x80008000)

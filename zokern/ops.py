@@ -186,6 +186,7 @@ def draw(
     first: int = 0,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    clock: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """z(seed, who, step, draw), elements [first, first + n), as a tensor.
@@ -195,6 +196,7 @@ def draw(
     seed, who, step, draw  the stream's names (zokern/stream.py): run seed, parameter name, step number, draw word
     first      number of the result's first element in the unsharded parameter
     dtype      float32 (exactly the z that every verb uses), or bfloat16 / float16 (that z, rounded to nearest)
+    clock      int64[1] on the device, or None: added to step when the kernel runs (see axpy_)
     Returns a new contiguous tensor. Equal bit for bit on every backend.
     Raises ValueError for names out of range, other dtypes, first + n > 2**35; RuntimeError for a backend that is off."""
     direction, device = directions.resolve(direction), torch.device(device)
@@ -205,11 +207,19 @@ def draw(
     check_tensor("draw", "the result", out, first)
     name, seed = _backend(backend, device), check_seed(seed)
     step, draw = check_word("step", step), check_word("draw", draw)
+    _check_clock("draw", clock, device)
     if direction.name not in directions.DIRECTIONS:
-        backends.get(name).draw([out], [span], direction, seed, step, draw)
+        backends.get(name).draw([out], [span], direction, seed, step, draw, clock)
     else:
-        torch.ops.zokern.draw_(out, span.who, first, step, draw, direction.name, wrap_seed(seed), name)
+        torch.ops.zokern.draw_(out, span.who, first, step, draw, direction.name, wrap_seed(seed), name, clock)
     return out
+
+
+def _check_clock(verb: str, clock: Tensor | None, device: torch.device) -> None:
+    if clock is None:
+        return
+    if clock.dtype != torch.int64 or clock.numel() != 1 or clock.device.type != device.type:
+        raise ValueError(f"{verb}: clock is {clock.dtype}{list(clock.shape)} on {clock.device}; expected int64[1] on {device}")
 
 
 def axpy_(
@@ -224,6 +234,7 @@ def axpy_(
     first: int | Sequence[int] = 0,
     rounding: str = "nearest",
     residuals: Sequence[Tensor] | Tensor | None = None,
+    clock: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """theta <- decay * theta + sum_k coeffs[k] * z(seed, who, *draws[k]), in place, one launch for the whole list.
@@ -237,6 +248,9 @@ def axpy_(
     rounding  'nearest'; 'stochastic' (16 random bits from the stream: who, step of the last draw, purpose rounding);
               'residual' (bfloat16 only; residuals hold the 16 low bits of an exact float32 master)
     residuals int16 tensors, contiguous, shaped like the tensors, read and written; required by 'residual'
+    clock     int64[1] on the tensors' device, or None: its value when the kernel runs is added (mod 2^32) to every step number.
+              With a clock and coefficients in device memory, a call that was made once before can be captured in a CUDA graph,
+              and each replay after clock.add_(1) finds another z.
     Arithmetic: t = round(decay * theta); t = fma(coeffs[k], z_k, t) in order, float32; one rounding to the dtype.
     Reads and writes theta once; z is regenerated. Equal bit for bit on every backend.
     Returns int64[1]: how many results are inf or NaN.
@@ -261,18 +275,21 @@ def axpy_(
         raise ValueError(f"axpy_: decay is {decay}; expected a finite number")
     low = [] if residuals is None else _list(residuals)
     _check_rounding("axpy_", tensors, rounding, low)
+    _check_clock("axpy_", clock, device)
     if (pair := shared_memory(tensors)) is not None:
         raise ValueError(f"axpy_: tensors[{pair[0]}] and tensors[{pair[1]}] share memory; expected distinct tensors")
     name, seed = _backend(backend, device), check_seed(seed)
     with torch.no_grad():  # weights are leaves that require a gradient, and this is not an operation to differentiate
         if direction.name not in directions.DIRECTIONS or not _traced():
-            count = backends.get(name).axpy_(tensors, spans, direction, seed, draws, coeffs, decay, rounding, low or None)
+            count = backends.get(name).axpy_(
+                tensors, spans, direction, seed, draws, coeffs, decay, rounding, low or None, clock
+            )
             torch.autograd.graph.increment_version([*tensors, *low])  # the kernels write through raw pointers
             return count
         whos, firsts = [s.who for s in spans], [s.first for s in spans]
         return torch.ops.zokern.axpy_(
             tensors, low, coeffs, whos, firsts, [s for s, _ in draws], [d for _, d in draws],
-            direction.name, wrap_seed(seed), decay, rounding, name,
+            direction.name, wrap_seed(seed), decay, rounding, name, clock,
         )  # fmt: skip
 
 
@@ -315,12 +332,13 @@ def perturb(
     first: int | Sequence[int] = 0,
     residuals: Sequence[Tensor] | Tensor | None = None,
     dtype: torch.dtype | None = None,
+    clock: Tensor | None = None,
     backend: str | None = None,
 ) -> list[list[Tensor]]:
     """theta + scales[j] * z(seed, who, step, draw) for one or two scales, from one evaluation of z; theta is only read.
 
     Arguments as for axpy_. scales: one or two floats in units of theta. dtype: of the results, theta's (default) or float32.
-    residuals: int16 low bits of bfloat16 tensors; theta plus its low bits is then what is perturbed.
+    residuals: int16 low bits of bfloat16 tensors; theta plus its low bits is then what is perturbed. clock as for axpy_.
     Returns, for each scale, the list of new contiguous tensors: round(fma(scale, z, theta)). Equal bit for bit on every backend.
     Raises ValueError as axpy_ does."""
     tensors, direction = _list(tensors), directions.resolve(direction)
@@ -333,17 +351,20 @@ def perturb(
     low = [] if residuals is None else _list(residuals)
     if low:
         _check_rounding("perturb", tensors, "residual", low)
+    _check_clock("perturb", clock, device)
     name = _backend(backend, device)
     step, draw, wide = check_word("step", step), check_word("draw", draw), dtype == torch.float32
     seed = check_seed(seed)
     if direction.name not in directions.DIRECTIONS or not _traced():
         outs = [[torch.empty(t.shape, dtype=dtype or t.dtype, device=device) for t in tensors] for _ in scales]
-        backends.get(name).perturb([t.detach() for t in tensors], spans, direction, seed, step, draw, scales, outs, low or None)
+        backends.get(name).perturb(
+            [t.detach() for t in tensors], spans, direction, seed, step, draw, scales, outs, low or None, clock
+        )
         return outs
     who_ids, firsts = [s.who for s in spans], [s.first for s in spans]
     with torch.no_grad():
         flat = torch.ops.zokern.perturb(
-            tensors, low, who_ids, firsts, step, draw, direction.name, wrap_seed(seed), list(scales), wide, name
+            tensors, low, who_ids, firsts, step, draw, direction.name, wrap_seed(seed), list(scales), wide, name, clock
         )
     return [flat[: len(tensors)], flat[len(tensors) :]][: len(scales)]
 
@@ -476,10 +497,20 @@ def _(counter, low, high, rounds, backend):
 
 
 @torch.library.custom_op("zokern::draw_", mutates_args=("out",))
-def _draw_op(out: Tensor, who: int, first: int, step: int, draw: int, direction: str, seed: int, backend: str) -> None:
+def _draw_op(
+    out: Tensor,
+    who: int,
+    first: int,
+    step: int,
+    draw: int,
+    direction: str,
+    seed: int,
+    backend: str,
+    clock: Tensor | None = None,
+) -> None:
     if not out.is_contiguous():
         raise ValueError(f"draw_: out has strides {out.stride()}; expected a contiguous tensor")
-    backends.get(backend).draw([out], [Span(who, first)], directions.resolve(direction), seed % (2 * _SIGN), step, draw)
+    backends.get(backend).draw([out], [Span(who, first)], directions.resolve(direction), seed % (2 * _SIGN), step, draw, clock)
 
 
 @torch.library.custom_op("zokern::axpy_", mutates_args=("thetas", "residuals"))
@@ -496,6 +527,7 @@ def _axpy_op(
     decay: float,
     rounding: str,
     backend: str,
+    clock: Tensor | None = None,
 ) -> Tensor:
     spans = [Span(w, f) for w, f in zip(who, first)]
     return backends.get(backend).axpy_(
@@ -508,11 +540,12 @@ def _axpy_op(
         decay,
         rounding,
         residuals or None,
+        clock,
     )
 
 
 @_axpy_op.register_fake
-def _(thetas, residuals, coeffs, who, first, steps, draws, direction, seed, decay, rounding, backend):
+def _(thetas, residuals, coeffs, who, first, steps, draws, direction, seed, decay, rounding, backend, clock=None):
     return torch.empty(1, dtype=torch.int64, device=coeffs.device)
 
 
@@ -529,17 +562,18 @@ def _perturb_op(
     scales: list[float],
     wide: bool,
     backend: str,
+    clock: Tensor | None = None,
 ) -> list[Tensor]:
     outs = [[torch.empty(t.shape, dtype=torch.float32 if wide else t.dtype, device=t.device) for t in thetas] for _ in scales]
     spans = [Span(w, f) for w, f in zip(who, first)]
     backends.get(backend).perturb(
-        thetas, spans, directions.resolve(direction), seed % (2 * _SIGN), step, draw, scales, outs, residuals or None
+        thetas, spans, directions.resolve(direction), seed % (2 * _SIGN), step, draw, scales, outs, residuals or None, clock
     )
     return [out for side in outs for out in side]
 
 
 @_perturb_op.register_fake
-def _(thetas, residuals, who, first, step, draw, direction, seed, scales, wide, backend):
+def _(thetas, residuals, who, first, step, draw, direction, seed, scales, wide, backend, clock=None):
     return [torch.empty(t.shape, dtype=torch.float32 if wide else t.dtype, device=t.device) for _ in scales for t in thetas]
 
 

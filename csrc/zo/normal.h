@@ -19,10 +19,10 @@ constexpr int kNormalPerBlock = 8;
 // r = sqrt(-2 ln u) for the low 20 bits of a word; absolute error of r^2 below 1.4e-4, relative error of the root below 3e-5.
 ZO_FN float normal_radius(uint32_t word) {
   // 2^23 + n read as a float, less 2^23 - 1/2: n + 1/2, exactly, without a conversion
-  const float f = add_rn(as_float((word & 0xfffffu) | 0x4b000000u), -8388607.5f);
+  const float f = add_rn(as_float(insert_bits(word, 0xfffffu, 0x4b000000u)), -8388607.5f);
   const uint32_t bits = as_bits(f);
   // log2 f = bits 2^-23 - 127 + g(m), g(m) = log2 m - (m - 1): the exponent comes from the integer, g from a polynomial
-  const float m = as_float((bits & 0x7fffffu) | 0x3f800000u);
+  const float m = as_float(insert_bits(bits, 0x7fffffu, 0x3f800000u));
   float p = 0x1.cf6f9ap-4f;
   p = fma_rn(p, m, -0x1.c9e934p-1f);
   p = fma_rn(p, m, 0x1.784dfep+1f);

@@ -74,4 +74,15 @@ ZO_FN float from_int(int32_t value) {
 #endif
 }
 
+// (value & mask) | fill. Written out as one LOP3, because ptxas makes two of it when both constants are literals.
+ZO_FN uint32_t insert_bits(uint32_t value, uint32_t mask, uint32_t fill) {
+#if defined(__CUDA_ARCH__)
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(value), "r"(mask), "r"(fill));
+  return result;
+#else
+  return (value & mask) | fill;
+#endif
+}
+
 }  // namespace zo

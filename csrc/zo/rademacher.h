@@ -13,6 +13,9 @@ namespace zo {
 
 constexpr int kRademacherPerBlock = 128;
 
-ZO_FN float rademacher_sign(uint32_t word, uint32_t bit) { return as_float(0x3f800000u | ((word >> bit) << 31)); }
+// bit: below 32
+ZO_FN float rademacher_sign(uint32_t word, uint32_t bit) {
+  return as_float(insert_bits(word << (31u - bit), 0x80000000u, 0x3f800000u));
+}
 
 }  // namespace zo

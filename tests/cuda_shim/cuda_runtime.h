@@ -1,20 +1,23 @@
-// cuda_runtime.h: the few names of CUDA that csrc/elementwise.cu uses, for g++: its kernels then run on the host
+// cuda_runtime.h: the few names of CUDA that csrc/*.cu use, for g++: their kernels then run on the host
 //
-// A launch is a loop over blocks and threads, one after the other, which is exact for kernels without barriers, shuffles and
-// shared memory; ours have none. ZO_SHIM_ORDER = 1 runs blocks and threads last to first: results may not depend on the order.
-// ZO_LAUNCH_WARPS runs the 32 threads of a warp side by side, as coroutines that wait for one another at every matrix product;
-// the product itself is computed from what all lanes gave, by the fragment layouts that the PTX manual prints.
-// A launch is refused where a GPU would refuse it.
+// A launch is a loop over blocks and their warps. The 32 threads of a warp are contexts that run one after the other, each
+// until it ends or reaches __syncwarp or a matrix product, where it waits for the other 31; there are no other barriers and no
+// shuffles. A product is computed from what all lanes gave, by the fragment layouts that the PTX manual prints.
+// ZO_SHIM_ORDER = 1 runs blocks, warps and threads last to first: results may not depend on the order.
+// A launch is refused where a GPU would refuse it; a barrier that some threads of a warp never reach ends the process.
 #pragma once
-
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <vector>
 
 #include <ucontext.h>
 
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <vector>
+
 #define __global__
+#define __shared__ static
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
@@ -87,9 +90,65 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, i
 
 inline int shim_mistake = 0;  // tests/test_cuda.py builds kernels with mistakes and chooses one by its number
 
+constexpr unsigned kShimWarp = 32;
+
+struct ShimWarp {  // one warp: a context for each thread, and where the loop over them goes on
+  enum State { kReady, kWaiting, kEnded };
+  ucontext_t scheduler, threads[kShimWarp];
+  State states[kShimWarp];
+  unsigned running = 0;
+  std::vector<char> stacks = std::vector<char>(kShimWarp << 18);
+  std::function<void()> kernel;
+  uint32_t a[kShimWarp][4], b[kShimWarp][2];  // operands of the matrix product that the lanes wait at
+  float c[kShimWarp][4];
+  unsigned arrived = 0;
+
+  static ShimWarp& get() {
+    static ShimWarp warp;
+    return warp;
+  }
+
+  static void enter() {
+    get().kernel();
+    get().states[get().running] = kEnded;
+  }
+
+  void run(unsigned first, bool backwards) {
+    for (unsigned i = 0; i < kShimWarp; ++i) {
+      getcontext(&threads[i]);
+      threads[i].uc_stack.ss_sp = stacks.data() + (static_cast<size_t>(i) << 18);
+      threads[i].uc_stack.ss_size = 1 << 18;
+      threads[i].uc_link = &scheduler;
+      makecontext(&threads[i], enter, 0);
+      states[i] = kReady;
+    }
+    for (unsigned ended = 0, waiting = 0; ended < kShimWarp; waiting = 0) {
+      for (unsigned i = 0; i < kShimWarp; ++i) {
+        running = backwards ? kShimWarp - 1 - i : i;
+        if (states[running] == kEnded) continue;
+        states[running] = kReady;
+        threadIdx.x = first + running;
+        swapcontext(&scheduler, &threads[running]);
+        ended += states[running] == kEnded;
+        waiting += states[running] == kWaiting;
+      }
+      if (waiting != 0 && waiting != kShimWarp) {
+        std::fprintf(stderr, "shim: %u threads of a warp wait at __syncwarp, and the others never reach it\n", waiting);
+        std::abort();
+      }
+    }
+  }
+};
+
+inline void __syncwarp() {
+  ShimWarp& warp = ShimWarp::get();
+  warp.states[warp.running] = ShimWarp::kWaiting;
+  swapcontext(&warp.threads[warp.running], &warp.scheduler);
+}
+
 template <class... Parameters, class... Arguments>
 void shim_launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, Arguments... arguments) {
-  if (blocks == 0 || threads == 0 || threads > 1024) {
+  if (blocks == 0 || threads == 0 || threads > 1024 || threads % kShimWarp != 0) {
     shim_error() = cudaErrorInvalidConfiguration;
     return;
   }
@@ -97,30 +156,19 @@ void shim_launch(void (*kernel)(Parameters...), unsigned blocks, unsigned thread
   shim_mistake = shim_number("ZO_SHIM_MISTAKE", 0);
   gridDim.x = blocks;
   blockDim.x = threads;
+  ShimWarp& warp = ShimWarp::get();
+  warp.kernel = [&] { kernel(arguments...); };
   for (unsigned block = 0; block < blocks; ++block) {
-    for (unsigned thread = 0; thread < threads; ++thread) {
-      blockIdx.x = backwards ? blocks - 1 - block : block;
-      threadIdx.x = backwards ? threads - 1 - thread : thread;
-      kernel(arguments...);
+    blockIdx.x = backwards ? blocks - 1 - block : block;
+    for (unsigned i = 0; i < threads / kShimWarp; ++i) {
+      warp.run((backwards ? threads / kShimWarp - 1 - i : i) * kShimWarp, backwards);
     }
   }
 }
 
 #define ZO_LAUNCH(kernel, blocks, threads, stream, ...) shim_launch(kernel, blocks, threads, __VA_ARGS__)
 
-// ---- warps
-
-struct ShimWarp {
-  static constexpr int kLanes = 32;
-  ucontext_t caller, lanes[kLanes];
-  std::vector<char> stacks = std::vector<char>(kLanes * (256 << 10));
-  bool done[kLanes];
-  int lane;  // that runs now
-  uint32_t a[kLanes][4], b[kLanes][2];
-  float c[kLanes][4];
-};
-
-inline thread_local ShimWarp* shim_warp = nullptr;
+// ---- matrix products
 
 inline float shim_bf16(uint32_t pair, int which) {
   const uint32_t bits = (which == 0 ? pair << 16 : pair & 0xffff0000u);
@@ -148,77 +196,15 @@ inline void shim_multiply(ShimWarp& w) {
   }
 }
 
-// The last lane to arrive multiplies for all. A lane that has ended would hang a GPU here; the host stops.
+// The first lane that goes on after all have come multiplies for all; a lane may then give its next operands, its own alone.
 inline void shim_mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  ShimWarp& w = *shim_warp;
-  const int lane = w.lane;
+  ShimWarp& w = ShimWarp::get();
+  const unsigned lane = w.running;
   std::memcpy(w.a[lane], a, sizeof a), std::memcpy(w.b[lane], b, sizeof b), std::memcpy(w.c[lane], c, sizeof c);
-  for (int other = 0; other < 32; ++other) {
-    if (w.done[other]) std::abort();
-  }
-  if (lane == 31) shim_multiply(w);
-  const int next = (lane + 1) % 32;
-  w.lane = next;
-  threadIdx.x = threadIdx.x / 32 * 32 + static_cast<unsigned>(next);
-  swapcontext(&w.lanes[lane], &w.lanes[next]);
+  ++w.arrived;
+  __syncwarp();
+  if (w.arrived == kShimWarp) shim_multiply(w), w.arrived = 0;
   std::memcpy(c, w.c[lane], sizeof c);
 }
 
 #define ZO_HOST_MMA(c, a, b) shim_mma(c, a, b)
-
-// Lanes start in order and each runs to its next product, so that lane 31 is always the last to arrive.
-template <class Body>
-void shim_lane(unsigned low, unsigned high) {
-  const Body& body = *reinterpret_cast<const Body*>(static_cast<uintptr_t>(low) | static_cast<uintptr_t>(high) << 32);
-  body();
-  ShimWarp& w = *shim_warp;
-  const int lane = w.lane;
-  w.done[lane] = true;
-  const int next = lane + 1;
-  if (next == 32) {
-    setcontext(&w.caller);
-  } else {
-    w.lane = next;
-    threadIdx.x = threadIdx.x / 32 * 32 + static_cast<unsigned>(next);
-    setcontext(&w.lanes[next]);
-  }
-}
-
-template <class Body>
-void shim_run_warp(unsigned first, const Body& body) {
-  static thread_local ShimWarp warp;
-  shim_warp = &warp;
-  const auto address = reinterpret_cast<uintptr_t>(&body);
-  for (int lane = 0; lane < 32; ++lane) {
-    warp.done[lane] = false;
-    getcontext(&warp.lanes[lane]);
-    warp.lanes[lane].uc_stack.ss_sp = warp.stacks.data() + static_cast<size_t>(lane) * (256 << 10);
-    warp.lanes[lane].uc_stack.ss_size = 256 << 10;
-    warp.lanes[lane].uc_link = nullptr;
-    makecontext(&warp.lanes[lane], reinterpret_cast<void (*)()>(shim_lane<Body>), 2, static_cast<unsigned>(address),
-                static_cast<unsigned>(address >> 32));
-  }
-  warp.lane = 0;
-  threadIdx.x = first;
-  swapcontext(&warp.caller, &warp.lanes[0]);
-}
-
-template <class... Parameters, class... Arguments>
-void shim_launch_warps(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, Arguments... arguments) {
-  if (blocks == 0 || threads == 0 || threads > 1024 || threads % 32 != 0) {
-    shim_error() = cudaErrorInvalidConfiguration;
-    return;
-  }
-  const bool backwards = shim_number("ZO_SHIM_ORDER", 0) == 1;
-  shim_mistake = shim_number("ZO_SHIM_MISTAKE", 0);
-  gridDim.x = blocks;
-  blockDim.x = threads;
-  for (unsigned block = 0; block < blocks; ++block) {
-    for (unsigned warp = 0; warp < threads / 32; ++warp) {
-      blockIdx.x = backwards ? blocks - 1 - block : block;
-      shim_run_warp(32 * (backwards ? threads / 32 - 1 - warp : warp), [&] { kernel(arguments...); });
-    }
-  }
-}
-
-#define ZO_LAUNCH_WARPS(kernel, blocks, threads, stream, ...) shim_launch_warps(kernel, blocks, threads, __VA_ARGS__)

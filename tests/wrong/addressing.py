@@ -138,3 +138,27 @@ class PlanarMapping(Patched):
         return z(direction, index - place + (place % 4 * 2 + place // 4), *names)
 
     replaced = {"z": _z}
+
+
+class ClockOnce(Patched):
+    """The clock is read when the first call is made and never again, as a captured graph would do with a host's number."""
+
+    rejected_by = ("clock",)
+
+    def __init__(self) -> None:
+        self.first: int | None = None
+
+    def _step_at(self, step, clock):
+        self.first = self.first if self.first is not None or clock is None else int(clock)
+        return step + (self.first or 0)
+
+    def _run(self, verb, *arguments, **named):
+        self.replaced = {"step_at": self._step_at}
+        return super()._run(verb, *arguments, **named)
+
+
+class TileStart(Patched):
+    """Elements are numbered from the start of each tile of 4096 once there is more than one tile."""
+
+    rejected_by = ("tiles",)
+    replaced = {"numbers": lambda theta, span: numbers(theta, span) - (torch.arange(theta.numel()) // 8192 * 4096)}

@@ -22,21 +22,21 @@ class Patched(reference.Reference):
     verbs: tuple[str, ...] = ("draw", "axpy_", "perturb", "lowrank_")
     rejected_by: tuple[str, ...] = ()
 
-    def _run(self, verb: str, *arguments):
+    def _run(self, verb: str, *arguments, **named):
         with ExitStack() as stack:
             for name, function in self.replaced.items() if verb in self.verbs else ():
                 module = normal if name.startswith("normal.") else reference
                 stack.enter_context(patch.object(module, name.removeprefix("normal."), function))
-            return getattr(reference.Reference, verb)(self, *arguments)
+            return getattr(reference.Reference, verb)(self, *arguments, **named)
 
-    def draw(self, *arguments):
-        return self._run("draw", *arguments)
+    def draw(self, *arguments, **named):
+        return self._run("draw", *arguments, **named)
 
-    def axpy_(self, *arguments):
-        return self._run("axpy_", *arguments)
+    def axpy_(self, *arguments, **named):
+        return self._run("axpy_", *arguments, **named)
 
-    def perturb(self, *arguments):
-        return self._run("perturb", *arguments)
+    def perturb(self, *arguments, **named):
+        return self._run("perturb", *arguments, **named)
 
-    def lowrank_(self, *arguments):
-        return self._run("lowrank_", *arguments)
+    def lowrank_(self, *arguments, **named):
+        return self._run("lowrank_", *arguments, **named)

@@ -31,15 +31,33 @@ class Span(NamedTuple):
     rows: Tensor | None = None
 
 
+def step_at(step: int, clock: Tensor | None) -> int:
+    """The step number that a call means, for backends that run on the host."""
+    return step if clock is None else (step + int(clock)) & 0xFFFFFFFF
+
+
 class Backend(Protocol):
-    """Elementwise verbs are equal bit for bit on every backend (a NaN's payload excepted)."""
+    """Elementwise verbs are equal bit for bit on every backend (a NaN's payload excepted).
+
+    clock  int64[1] on the tensors' device, or None for 0. Its value when the kernel runs is added (mod 2^32) to every step
+           number of the call, so a call that was captured in a CUDA graph finds another z whenever the clock was advanced.
+    """
 
     name: str
 
     def philox4x32(self, counter: Tensor, key: tuple[int, int], rounds: int) -> Tensor:
         """int64[n, 4] counters to int64[n, 4] words."""
 
-    def draw(self, outs: Sequence[Tensor], spans: Sequence[Span], direction, seed: int, step: int, draw: int) -> None:
+    def draw(
+        self,
+        outs: Sequence[Tensor],
+        spans: Sequence[Span],
+        direction,
+        seed: int,
+        step: int,
+        draw: int,
+        clock: Tensor | None = None,
+    ) -> None:
         """out <- z, rounded to out's dtype (nearest)."""
 
     def axpy_(
@@ -53,6 +71,7 @@ class Backend(Protocol):
         decay: float,
         rounding: str,
         residuals: Sequence[Tensor] | None,
+        clock: Tensor | None = None,
     ) -> Tensor:
         """theta <- decay * theta + sum_k coeffs[k] z_k in place; int64[1]: how many results are inf or NaN.
 
@@ -72,6 +91,7 @@ class Backend(Protocol):
         scales: Sequence[float],
         outs: Sequence[Sequence[Tensor]],
         residuals: Sequence[Tensor] | None,
+        clock: Tensor | None = None,
     ) -> None:
         """outs[j][i] <- round(thetas[i] + scales[j] z) for one or two scales; theta is only read.
 

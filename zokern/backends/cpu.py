@@ -14,7 +14,7 @@ import torch  # before _cpu: both then share one OpenMP runtime, and torch's thr
 from torch import Tensor
 
 from . import table
-from .base import Span, check_rows
+from .base import Span, check_rows, step_at
 
 _cpu: Any = None
 _error = ""
@@ -99,27 +99,30 @@ class Cpu:
         _module().philox(given.ctypes.data, len(given), key[0], key[1], rounds, words.ctypes.data, 1, 0)
         return torch.from_numpy(words.astype(np.int64))
 
-    def draw(self, outs: Sequence[Tensor], spans: Sequence[Span], direction, seed: int, step: int, draw: int) -> None:
-        number = _direction(direction)
+    def draw(self, outs: Sequence[Tensor], spans: Sequence[Span], direction, seed: int, step: int, draw: int,
+             clock: Tensor | None = None) -> None:  # fmt: skip
+        number, step = _direction(direction), step_at(step, clock)
         _check("outs", outs)
         entries, chunks = table.pack(None, spans, (outs,))
         _module().draw(*_tables(entries, chunks), number, seed, step, draw, _workers(entries, chunks), 0)
 
     def axpy_(self, thetas: Sequence[Tensor], spans: Sequence[Span], direction, seed: int, draws: Sequence[tuple[int, int]],
-              coeffs: Tensor, decay: float, rounding: str, residuals: Sequence[Tensor] | None) -> Tensor:  # fmt: skip
+              coeffs: Tensor, decay: float, rounding: str, residuals: Sequence[Tensor] | None,
+              clock: Tensor | None = None) -> Tensor:  # fmt: skip
         number = _direction(direction)
         _check("thetas", thetas)
         _check("coeffs", [coeffs])
         nonfinite = torch.zeros(1, dtype=torch.int64)
         entries, chunks = table.pack(thetas, spans, residuals=residuals)
-        terms = table.pack_draws(draws, coeffs.detach().numpy())
+        terms = table.pack_draws([(step_at(step, clock), draw) for step, draw in draws], coeffs.detach().numpy())
         _module().axpy(*_tables(entries, chunks), number, seed, table.address(terms), len(terms), decay, table.ROUNDING[rounding],
                        nonfinite.data_ptr(), _workers(entries, chunks), 0)  # fmt: skip
         return nonfinite
 
     def perturb(self, thetas: Sequence[Tensor], spans: Sequence[Span], direction, seed: int, step: int, draw: int,
-                scales: Sequence[float], outs: Sequence[Sequence[Tensor]], residuals: Sequence[Tensor] | None) -> None:  # fmt: skip
-        number = _direction(direction)
+                scales: Sequence[float], outs: Sequence[Sequence[Tensor]], residuals: Sequence[Tensor] | None,
+                clock: Tensor | None = None) -> None:  # fmt: skip
+        number, step = _direction(direction), step_at(step, clock)
         _check("thetas", thetas)
         for side in outs:
             _check("outs", side)

@@ -1,8 +1,9 @@
 """Backend ``cuda``: the compiled kernels of csrc/elementwise.cu and csrc/lowrank.cu, for tensors of one CUDA device and on torch's current stream.
 
-A verb is one launch. Its tables are packed on the host (`table`) and go to the device in one copy from pinned memory; the
-coefficients are read where they lie, so no call waits for the device. Everything a launch reads is allocated and freed on the
-stream that it runs on, which is what torch's allocators order by: nothing has to be kept alive after the call.
+A verb is one launch. The table of its list is packed and uploaded once and found on the device afterwards (`tables`); the
+coefficients and the clock are read where they lie. So no call waits for the device, a repeated call copies nothing to it, and a
+call can be captured in a CUDA graph. Everything a launch reads is allocated and freed on the stream that it runs on, which is
+what torch's allocators order by: nothing has to be kept alive after the call.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import table
+from . import table, tables
 from .base import Span, check_rows
 
 _cuda: Any = None
@@ -61,12 +62,15 @@ class Cuda:
     name = "cuda"
     device_type = "cuda"
 
-    def _call(self, verb: str, device: torch.device, tensors: Sequence[Tensor], *arguments: Any) -> None:
+    def __init__(self) -> None:
+        self.tables = tables.Tables()
+
+    def _call(self, verb: str, device: torch.device, tensors: Sequence[Tensor], *arguments: Any, **named: int) -> None:
         """One function of the module on the device's current stream; `tensors` is everything that the arguments point to."""
         if _cuda is None:
             raise RuntimeError(f"backend 'cuda' is off: {why_off()}")
         with torch.cuda.device(device):
-            getattr(_cuda, verb)(*arguments, 0, torch.cuda.current_stream(device).cuda_stream)
+            getattr(_cuda, verb)(*arguments, 0, torch.cuda.current_stream(device).cuda_stream, **named)
 
     def _device(self, **groups: Sequence[Tensor]) -> torch.device:
         """The one device of all tensors."""
@@ -79,14 +83,24 @@ class Cuda:
                     raise ValueError(f"backend 'cuda': {name}[{i}] is on {tensor.device}; expected {wanted}")
         return device or torch.device(self.device_type)
 
-    def _upload(self, array: np.ndarray, device: torch.device) -> Tensor:
-        host = torch.from_numpy(np.ascontiguousarray(array).view(np.uint8).reshape(-1))
-        return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
+    def _table(self, device: torch.device, thetas, spans, outs=(), residuals=None) -> tuple[list[Tensor], tuple[int, int, int]]:
+        """The table of a list, and the module's first three arguments."""
 
-    def _tables(self, entries: np.ndarray, chunks: np.ndarray, device: torch.device) -> tuple[Tensor, tuple[int, int, int]]:
-        """Entries and chunks in one buffer on the device, and the module's first three arguments."""
-        both = self._upload(np.concatenate([entries.view(np.uint8).reshape(-1), chunks.view(np.uint8).reshape(-1)]), device)
-        return both, (both.data_ptr(), both.data_ptr() + entries.nbytes, len(chunks))
+        def make():
+            entries, chunks = table.pack(thetas, spans, outs, residuals)
+            return (entries, chunks) if len(chunks) else (), (entries.nbytes, len(chunks))
+
+        kept = self.tables.get(tables.key_of(thetas, spans, outs, residuals), device, make)
+        if kept.buffer is None:
+            return [], (0, 0, 0)
+        (entries_bytes, chunks), start = kept.facts, kept.buffer.data_ptr()
+        return [kept.buffer], (start, start + entries_bytes, chunks)
+
+    def _names(self, device: torch.device, draws: Sequence[tuple[int, int]]) -> Tensor | None:
+        """The names of a sum of several terms, on the device."""
+        if len(draws) == 1:
+            return None
+        return self.tables.get(("names", *draws), device, lambda: ((table.pack_draws(draws, [0.0] * len(draws)),), None)).buffer
 
     def philox4x32(self, counter: Tensor, key: tuple[int, int], rounds: int) -> Tensor:
         device = self._device(counter=[counter])
@@ -96,40 +110,40 @@ class Cuda:
             self._call("philox", device, [given, words], given.data_ptr(), len(given), *key, rounds, words.data_ptr())
         return words.to(torch.int64) & 0xFFFFFFFF
 
-    def draw(self, outs: Sequence[Tensor], spans: Sequence[Span], direction, seed: int, step: int, draw: int) -> None:
-        number, device = _direction(direction), self._device(outs=outs)
-        entries, chunks = table.pack(None, spans, (outs,))
-        if not len(chunks):
-            return
-        both, tables = self._tables(entries, chunks, device)
-        self._call("draw", device, [both, *outs, *_rows(spans)], *tables, number, seed, step, draw)
+    def draw(self, outs: Sequence[Tensor], spans: Sequence[Span], direction, seed: int, step: int, draw: int,
+             clock: Tensor | None = None) -> None:  # fmt: skip
+        number, device = _direction(direction), self._device(outs=outs, clock=_given(clock))
+        kept, place = self._table(device, None, spans, (outs,))
+        if kept:
+            self._call("draw", device, [*kept, *outs, *_rows(spans), *_given(clock)], *place, number, seed, step, draw,
+                       clock=_address(clock))  # fmt: skip
 
     def axpy_(self, thetas: Sequence[Tensor], spans: Sequence[Span], direction, seed: int, draws: Sequence[tuple[int, int]],
-              coeffs: Tensor, decay: float, rounding: str, residuals: Sequence[Tensor] | None) -> Tensor:  # fmt: skip
-        number, low = _direction(direction), residuals or ()
-        device = self._device(thetas=thetas, coeffs=[coeffs], residuals=low)
+              coeffs: Tensor, decay: float, rounding: str, residuals: Sequence[Tensor] | None,
+              clock: Tensor | None = None) -> Tensor:  # fmt: skip
+        number, low, coeffs = _direction(direction), residuals or (), coeffs.contiguous()
+        device = self._device(thetas=thetas, coeffs=[coeffs], residuals=low, clock=_given(clock))
         nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
-        entries, chunks = table.pack(thetas, spans, residuals=residuals)
-        if not len(chunks):
+        kept, place = self._table(device, thetas, spans, (), residuals)
+        if not kept:
             return nonfinite
-        both, tables = self._tables(entries, chunks, device)
-        terms = self._upload(table.pack_draws(draws, [0.0] * len(draws)), device).view(torch.float32).view(-1, 4)
-        terms[:, 2] = coeffs  # on the device: the host never learns them
-        self._call("axpy", device, [both, terms, nonfinite, *thetas, *low, *_rows(spans)], *tables, number, seed, terms.data_ptr(),
-                   len(draws), decay, table.ROUNDING[rounding], nonfinite.data_ptr())  # fmt: skip
+        names, last = self._names(device, draws), table.pack_draws(draws, [0.0] * len(draws))
+        tensors = [*kept, *_given(names), coeffs, nonfinite, *thetas, *low, *_rows(spans), *_given(clock)]
+        self._call("axpy", device, tensors, *place, number, seed, table.address(last), len(draws), decay, table.ROUNDING[rounding],
+                   nonfinite.data_ptr(), clock=_address(clock), device_draws=_address(names),
+                   coefficients=coeffs.data_ptr())  # fmt: skip
         return nonfinite
 
     def perturb(self, thetas: Sequence[Tensor], spans: Sequence[Span], direction, seed: int, step: int, draw: int,
-                scales: Sequence[float], outs: Sequence[Sequence[Tensor]], residuals: Sequence[Tensor] | None) -> None:  # fmt: skip
+                scales: Sequence[float], outs: Sequence[Sequence[Tensor]], residuals: Sequence[Tensor] | None,
+                clock: Tensor | None = None) -> None:  # fmt: skip
         number, low, sides = _direction(direction), residuals or (), [tensor for side in outs for tensor in side]
-        device = self._device(thetas=thetas, outs=sides, residuals=low)
-        entries, chunks = table.pack(thetas, spans, outs, residuals)
-        if not len(chunks):
-            return
-        both, tables = self._tables(entries, chunks, device)
-        both_scales = self._upload(np.array([*scales, 0.0][:2], dtype=np.float32), device)
-        self._call("perturb", device, [both, both_scales, *thetas, *sides, *low, *_rows(spans)], *tables, number, seed, step, draw,
-                   both_scales.data_ptr())  # fmt: skip
+        device = self._device(thetas=thetas, outs=sides, residuals=low, clock=_given(clock))
+        kept, place = self._table(device, thetas, spans, outs, residuals)
+        if kept:
+            both = np.array([*scales, 0.0][:2], dtype=np.float32)
+            self._call("perturb", device, [*kept, *thetas, *sides, *low, *_rows(spans), *_given(clock)], *place, number, seed, step,
+                       draw, both.ctypes.data, clock=_address(clock))  # fmt: skip
 
     def lowrank_(self, thetas: Sequence[Tensor], spans: Sequence[Span], lefts: Sequence[Tensor], rights: Sequence[Tensor],
                  scales: Sequence[float], decay: float, rounding: str, residuals: Sequence[Tensor] | None, seed: int = 0, step: int = 0,
@@ -150,7 +164,8 @@ class Cuda:
         factors = table.pack_factors(lefts, rights, scales)
         tiles, frames = table.pack_tiles(entries, factors)
         parts = [array.view(np.uint8).reshape(-1) for array in (entries, tiles, frames, factors)]
-        both = self._upload(np.concatenate(parts), device)
+        both = tables.upload(parts, device)
+        assert both is not None
         at = [both.data_ptr() + sum(part.size for part in parts[:i]) for i in range(4)]
         fast = tiles["column"] >= 0
         types = sum(1 << int(kind) for kind in np.unique(entries["type"][tiles["entry"][fast]]))
@@ -161,6 +176,14 @@ class Cuda:
                    len(tiles), at[2], at[3], rank, bool((~fast).any()), types, simple, whole, seed, step, decay,
                    table.ROUNDING[rounding], nonfinite.data_ptr())  # fmt: skip
         return nonfinite
+
+
+def _given(tensor: Tensor | None) -> list[Tensor]:
+    return [] if tensor is None else [tensor]
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _rows(spans: Sequence[Span]) -> list[Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import stream
 from ..stream import fma, to_bits, to_float
-from .base import Span, check_rows
+from .base import Span, check_rows, step_at
 
 CHUNK = 1 << 20  # elements at a time, so that the float64 temporaries stay small
 
@@ -85,7 +85,8 @@ class Reference:
     def philox4x32(self, counter: Tensor, key: tuple[int, int], rounds: int) -> Tensor:
         return stream.philox4x32(counter, key, rounds)
 
-    def draw(self, outs, spans, direction, seed, step, draw) -> None:
+    def draw(self, outs, spans, direction, seed, step, draw, clock=None) -> None:
+        step = step_at(step, clock)
         for out, span in zip(outs, spans):
             index = numbers(out, span)
             values = torch.empty(index.numel(), dtype=out.dtype, device=out.device)
@@ -94,7 +95,8 @@ class Reference:
                 values[here] = z(direction, index[here], span.who, step, draw, seed).to(out.dtype)
             out.copy_(values.view(out.shape))
 
-    def axpy_(self, thetas, spans, direction, seed, draws, coeffs, decay, rounding, residuals) -> Tensor:
+    def axpy_(self, thetas, spans, direction, seed, draws, coeffs, decay, rounding, residuals, clock=None) -> Tensor:
+        draws = [(step_at(step, clock), draw) for step, draw in draws]
         nonfinite = torch.zeros(1, dtype=torch.int64, device=coeffs.device)
         decay = torch.tensor(decay, dtype=torch.float32, device=coeffs.device)
         for i, (theta, span) in enumerate(zip(thetas, spans)):
@@ -121,7 +123,8 @@ class Reference:
             nonfinite += (~torch.isfinite(new)).sum()
         return nonfinite
 
-    def perturb(self, thetas, spans, direction, seed, step, draw, scales, outs, residuals) -> None:
+    def perturb(self, thetas, spans, direction, seed, step, draw, scales, outs, residuals, clock=None) -> None:
+        step = step_at(step, clock)
         for i, (theta, span) in enumerate(zip(thetas, spans)):
             index = numbers(theta, span)
             source = theta if span.rows is None else theta[span.rows]

@@ -1,20 +1,23 @@
 """Backend ``triton``: zokern.triton_kernels on CUDA tensors, or interpreted on CPU tensors under TRITON_INTERPRET=1.
 
-The table goes to the device as one asynchronous copy, kernels run on the current stream, and nothing waits for the device.
-Addresses in the table are raw, so a tensor on the wrong device is refused here: Triton itself could not notice.
+The table of a list is packed and uploaded once and found on the device afterwards (`tables`); kernels run on the current stream,
+and nothing waits for the device, so a repeated call can be captured in a CUDA graph. Addresses in the table are raw, so a tensor
+on the wrong device is refused here: Triton itself could not notice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from . import table
+from ..stream import ROUNDS
+from . import table, tables
 from .base import Span, check_rows
 
 _missing = ""
@@ -26,9 +29,11 @@ try:
 except ImportError as error:
     _missing = str(error)
 
-BLOCK = 1024  # elements a tile of the group path: eight a thread
+# elements a tile of the unit path: a thread has two units of normals, or four units whose signs come from one block in four
+BLOCK = {"normal": 2048, "rademacher": 4096}
 TAIL = 256  # elements a tile of the element path
-SPLIT = 8  # programs a chunk: 8192 elements each amortise the table's loads, and a small model still fills the device
+# programs a chunk: one amortises what a program does once, several fill the device where a list has few chunks
+SPLIT, FEW_CHUNKS = 8, 2048
 WARPS = 4
 # lowrank_, by padded rank, without and with float32 tensors, which have more terms: operands fit the 99 KB of the smallest device
 TILES = {16: ((128, 128), (64, 64)), 32: ((128, 128), (64, 64)), 64: ((128, 128), (64, 64)), 128: ((128, 128), (64, 64))}
@@ -61,8 +66,14 @@ def _signed(word: int) -> int:
     return (word & 0xFFFFFFFF) - ((word & 0x80000000) << 1)
 
 
-def _key(seed: int) -> tuple[int, int]:
-    return _signed(seed), _signed(seed >> 32)
+@lru_cache(maxsize=64)
+def _keys(k0: int, k1: int, rounds: int = ROUNDS) -> tuple[int, ...]:
+    """The keys of every round, k0 and k1 in turns (Salmon et al. 2011)."""
+    return tuple(_signed(k + r * w) for r in range(rounds) for k, w in ((k0, 0x9E3779B9), (k1, 0xBB67AE85)))
+
+
+def _keys_of(seed: int) -> tuple[int, ...]:
+    return _keys(seed & 0xFFFFFFFF, seed >> 32)
 
 
 def _number(direction) -> int:
@@ -105,47 +116,58 @@ def _rows(entries: np.ndarray) -> np.ndarray:
     return np.column_stack([words, _groups(entries), factors, shifts]).astype(np.int64)
 
 
-class _Launch:
-    """A packed table on its device, and the launch of a kernel over its chunks."""
+class _Facts(NamedTuple):
+    """What the host wants to know of a table."""
 
-    def __init__(
-        self, tensors: Sequence[Tensor], entries: np.ndarray, chunks: np.ndarray, draws: Sequence[tuple[int, int]] = ()
-    ):
-        self.device = _device(tensors)
-        names = np.array([step | draw << 32 for step, draw in draws], dtype=np.uint64)
-        parts = [a.view(np.int64).reshape(-1) for a in (_rows(entries), chunks, names)]
-        buffer = torch.from_numpy(np.concatenate(parts))
-        if self.device.type == "cuda":
-            buffer = buffer.pin_memory().to(self.device, non_blocking=True)
-        self.entries, self.chunks, self.draws = buffer.split([part.size for part in parts])
-        self.count = len(chunks)
-        # the interpreter pays by the operation, not by the lane: few wide tiles there
-        widest = int((chunks["end"] - chunks["begin"]).max(initial=1))
-        tile = max(8, triton.next_power_of_2(widest))
-        self.meta: dict[str, Any] = (
-            dict(BLOCK=tile, TAIL=tile, SPLIT=1) if interpreted() else dict(BLOCK=BLOCK, TAIL=TAIL, SPLIT=SPLIT)
-        )
+    entries: int  # bytes
+    chunks: int
+    widest: int  # elements of the longest chunk
+    types: int  # sets as bits, so that a launch compiles the branches that its tensors take and no other
+    out_types: int
+    both_types: int
 
-    def __call__(self, kernel, *arguments, **constants) -> None:
-        if self.count == 0:
-            return
-        with _guard(self.device):
-            kernel[(self.count * self.meta["SPLIT"],)](
-                self.entries, self.chunks, *arguments, **constants, **self.meta, num_warps=WARPS, enable_fp_fusion=False
-            )
+
+def _bits(kinds: np.ndarray) -> int:
+    return int(np.bitwise_or.reduce(1 << np.unique(kinds), initial=0))
 
 
 def _guard(device: torch.device):
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _mask(kinds: np.ndarray) -> int:
-    """The set of kinds as bits: a launch compiles the branches that its tensors take and no other."""
-    return int(np.bitwise_or.reduce(1 << np.unique(kinds), initial=0))
-
-
 class Triton:
     name = "triton"
+
+    def __init__(self) -> None:
+        self.tables = tables.Tables()
+
+    def _table(self, device: torch.device, thetas, spans, outs=(), residuals=None) -> tables.Kept:
+        def make():
+            entries, chunks = table.pack(thetas, spans, outs, residuals)
+            rows = _rows(entries).reshape(-1)
+            kinds = entries["type"], entries["out_type"], 3 * entries["type"] + entries["out_type"]
+            widest = int((chunks["end"] - chunks["begin"]).max(initial=1))
+            facts = _Facts(rows.nbytes, len(chunks), widest, *map(_bits, kinds))
+            return (rows, chunks) if len(chunks) else (), facts
+
+        return self.tables.get(tables.key_of(thetas, spans, outs, residuals), device, make)
+
+    def _launch(self, device: torch.device, kernel, kept: tables.Kept, direction, *arguments, **constants) -> None:
+        facts: _Facts = kept.facts
+        assert kept.buffer is not None
+        entries, chunks = (part.view(torch.int64) for part in kept.buffer.split([facts.entries, 24 * facts.chunks]))
+        if (
+            interpreted()
+        ):  # it pays by the operation, not by the lane: few wide tiles, of a power of two of whole blocks of signs
+            tile = max(256, triton.next_power_of_2(facts.widest + 120))
+            meta: dict[str, Any] = dict(BLOCK=tile, TAIL=tile, SPLIT=1)
+        else:
+            split = 1 if facts.chunks >= FEW_CHUNKS else SPLIT
+            meta = dict(BLOCK=BLOCK[direction.name], TAIL=TAIL, SPLIT=split)
+        meta |= dict(DIRECTION=table.DIRECTIONS[direction.name], **constants)
+        with _guard(device):
+            grid = (facts.chunks * meta["SPLIT"],)
+            kernel[grid](entries, chunks, *arguments, **meta, num_warps=WARPS, enable_fp_fusion=False)
 
     def philox4x32(self, counter: Tensor, key: tuple[int, int], rounds: int) -> Tensor:
         device = _device([counter])
@@ -153,43 +175,61 @@ class Triton:
         words = torch.empty_like(counter)
         count = counter.shape[0]
         if count:
-            block = triton.next_power_of_2(count) if interpreted() else BLOCK
-            arguments = (counter, words, count, _signed(key[0]), _signed(key[1]), rounds, block)
+            block = triton.next_power_of_2(count) if interpreted() else BLOCK["normal"]
+            arguments = (counter, words, count, _keys(*key, rounds), rounds, block)
             with _guard(device):
                 elementwise.philox[(triton.cdiv(count, block),)](*arguments, num_warps=WARPS, enable_fp_fusion=False)
         return words
 
-    def draw(self, outs, spans: Sequence[Span], direction, seed, step, draw) -> None:
-        number = _number(direction)
+    def draw(self, outs, spans: Sequence[Span], direction, seed, step, draw, clock: Tensor | None = None) -> None:
+        _number(direction)
         if not outs:
             return
-        entries, chunks = table.pack(None, spans, [outs])
-        launch = _Launch(outs, entries, chunks)
-        launch(elementwise.draw, _signed(step), _signed(draw), *_key(seed), DIRECTION=number, KINDS=_mask(entries["out_type"]))
+        device = _device([*outs, *_given(clock)])
+        kept = self._table(device, None, spans, (outs,))
+        if kept.buffer is not None:
+            self._launch(device, elementwise.draw, kept, direction, _signed(step), _signed(draw), _keys_of(seed), clock,
+                         KINDS=kept.facts.out_types)  # fmt: skip
 
-    def axpy_(self, thetas, spans: Sequence[Span], direction, seed, draws, coeffs, decay, rounding, residuals) -> Tensor:
-        number = _number(direction)
+    def axpy_(self, thetas, spans: Sequence[Span], direction, seed, draws, coeffs, decay, rounding, residuals,
+              clock: Tensor | None = None) -> Tensor:  # fmt: skip
+        _number(direction)
         nonfinite = torch.zeros(1, dtype=torch.int64, device=coeffs.device)
         if not thetas:
             return nonfinite
-        entries, chunks = table.pack(thetas, spans, residuals=residuals if rounding == "residual" else None)
-        launch = _Launch([*thetas, coeffs], entries, chunks, draws)
-        launch(
-            elementwise.axpy, launch.draws, coeffs.contiguous(), nonfinite, len(draws), float(decay), *_key(seed),
-            DIRECTION=number, ROUNDING=table.ROUNDING[rounding], KINDS=_mask(entries["type"]),
-        )  # fmt: skip
+        device = _device([*thetas, coeffs, *(residuals or ()), *_given(clock)])
+        kept = self._table(device, thetas, spans, (), residuals if rounding == "residual" else None)
+        if kept.buffer is None:
+            return nonfinite
+        names, decay = self._names(device, draws), float(np.float32(decay))
+        self._launch(device, elementwise.axpy, kept, direction, names, coeffs.contiguous(), nonfinite, len(draws),
+                     *map(_signed, draws[-1]), decay, _keys_of(seed), clock,
+                     ROUNDING=table.ROUNDING[rounding], DECAY=decay != 1.0, KINDS=kept.facts.types)  # fmt: skip
         return nonfinite
 
-    def perturb(self, thetas, spans: Sequence[Span], direction, seed, step, draw, scales, outs, residuals) -> None:
-        number = _number(direction)
+    def _names(self, device: torch.device, draws: Sequence[tuple[int, int]]) -> Tensor | None:
+        """The names of all terms but the last, which the kernel gets as arguments."""
+        if len(draws) == 1:
+            return None
+
+        def make():
+            return (np.array([step | draw << 32 for step, draw in draws[:-1]], dtype=np.uint64),), None
+
+        buffer = self.tables.get(("names", *draws), device, make).buffer
+        assert buffer is not None
+        return buffer.view(torch.int64)
+
+    def perturb(self, thetas, spans: Sequence[Span], direction, seed, step, draw, scales, outs, residuals,
+                clock: Tensor | None = None) -> None:  # fmt: skip
+        _number(direction)
         if not thetas:
             return
-        entries, chunks = table.pack(thetas, spans, outs, residuals)
-        launch = _Launch([*thetas, *(t for side in outs for t in side)], entries, chunks)
-        launch(
-            elementwise.perturb, _signed(step), _signed(draw), float(scales[0]), float(scales[-1]), *_key(seed),
-            DIRECTION=number, SIDES=len(outs), JOIN=residuals is not None, KINDS=_mask(3 * entries["type"] + entries["out_type"]),
-        )  # fmt: skip
+        device = _device([*thetas, *(t for side in outs for t in side), *(residuals or ()), *_given(clock)])
+        kept = self._table(device, thetas, spans, outs, residuals)
+        if kept.buffer is not None:
+            self._launch(device, elementwise.perturb, kept, direction, _signed(step), _signed(draw), float(scales[0]),
+                         float(scales[-1]), _keys_of(seed), clock, SIDES=len(outs), JOIN=residuals is not None,
+                         KINDS=kept.facts.both_types)  # fmt: skip
 
     def lowrank_(
         self, thetas, spans: Sequence[Span], lefts, rights, scales, decay, rounding, residuals, seed=0, step=0, outs=None
@@ -227,13 +267,13 @@ class Triton:
             "ROUNDING": table.ROUNDING[rounding], "OUTSIDE": outs is not None, "JOIN": residuals is not None and rounding == "residual",
             "EXACT": interpreted(), "enable_fp_fusion": False,
         }  # fmt: skip
-        names = nonfinite, float(decay), _signed(step), *_key(seed)
+        names = nonfinite, float(decay), _signed(step), _signed(seed), _signed(seed >> 32)
         kinds = 3 * entries["type"] + entries["out_type"]
         with _guard(device):
             for some, kernel in ((fast, lowrank.product), (~fast, lowrank.element)):
                 if not some.any():
                     continue
-                common["KINDS"] = _mask(kinds[tiles["entry"][some]])
+                common["KINDS"] = _bits(kinds[tiles["entry"][some]])
                 grid = (int(some.sum()),)
                 if kernel is lowrank.product:
                     constants = dict(RANK=rank, WHOLE=whole, BM=bm, BN=bn, num_warps=PRODUCT_WARPS, num_stages=1)
@@ -242,6 +282,10 @@ class Triton:
                     block = table.PIECE if interpreted() else TAIL
                     kernel[grid](rows, element_tiles, factor, *names, **common, BLOCK=block, num_warps=WARPS)
         return nonfinite
+
+
+def _given(tensor: Tensor | None) -> list[Tensor]:
+    return [] if tensor is None else [tensor]
 
 
 __all__ = ["Triton", "interpreted", "triton_kernels", "why_off"]
