@@ -161,7 +161,9 @@ class Meeting:
             members = waiting
         else:
             behind = [i for i in waiting if any(self.requests[i][0] in self.passed[j] for j in waiting if j != i)]
-            least = min(behind or waiting, key=lambda i: len(self.passed[i]))  # or the first would run to the end of the model alone
+            least = min(
+                behind or waiting, key=lambda i: len(self.passed[i])
+            )  # or the first would run to the end of the model alone
             members = groups[self.requests[least][0]]
         modes = self.states[members[0]].modes()
         members = [i for i in members if self.states[i].modes() == modes]
