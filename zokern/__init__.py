@@ -7,7 +7,7 @@ for batch in loader:
 
 from .directions import Normal, Rademacher
 from .estimator import Stencil
-from .evaluation import Paired, Scratch, Walk
+from .evaluation import Objective, Paired, Scratch, Walk
 from .methods import FZOO, LOZO, PGAP, MeZO, SubZero, TeZO
 from .ops import axpy_, draw, lowrank_, perturb, philox4x32
 from .product_ops import linear, sketch
@@ -16,6 +16,6 @@ from .step import StepResult, step
 __version__ = "0.1.0"
 
 __all__ = [
-    "FZOO", "LOZO", "MeZO", "Normal", "PGAP", "Paired", "Rademacher", "Scratch", "Stencil", "StepResult", "SubZero", "TeZO", "Walk",
+    "FZOO", "LOZO", "MeZO", "Normal", "Objective", "PGAP", "Paired", "Rademacher", "Scratch", "Stencil", "StepResult", "SubZero", "TeZO", "Walk",
     "__version__", "axpy_", "draw", "linear", "lowrank_", "perturb", "philox4x32", "sketch", "step",
 ]  # fmt: skip

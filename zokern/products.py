@@ -95,6 +95,18 @@ def _shaped(out: Tensor | None, x: Tensor, columns: int) -> Tensor:
     return out.view(*x.shape[:-1], columns)
 
 
+def joined(pieces: Sequence[Tensor]) -> Tensor:
+    """Rows of all pieces one below the other: a copy only where they do not lie so already."""
+    first = pieces[0]
+    base = first._base
+    if base is not None and base.is_contiguous() and all(piece._base is base and piece.is_contiguous() for piece in pieces):
+        ends = [piece.storage_offset() + piece.numel() for piece in pieces]
+        starts = [piece.storage_offset() for piece in pieces]
+        if ends[:-1] == starts[1:] and sum(piece.numel() for piece in pieces) == base.numel():
+            return base.view(-1, *first.shape[1:])
+    return torch.cat(list(pieces))
+
+
 class Part(NamedTuple):
     """Thin products beside x W^T: for sides[j], y += (x first^T) middles[j] last^T, float32."""
 
@@ -124,7 +136,7 @@ def factored_linear(
     device = weight.device.type
     cast = torch.is_autocast_enabled(device)
     if len(xs) > 1 and sum(counts) <= JOIN and not cast and all(x.dtype == weight.dtype for x in xs):
-        x = torch.cat(flat)
+        x = joined(flat)
         y = F.linear(x if shrink == 1.0 else x * shrink, matrix)
         begin = [0, *accumulate(counts)]
         left = set(range(len(xs)))

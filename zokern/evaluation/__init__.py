@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from .auto import Auto
+from .objective import Objective
 from .paired import Paired
 from .plan import Group, Plan, Reading
 from .scratch import Scratch
@@ -32,4 +33,4 @@ def resolve(evaluation: str | Evaluation) -> Evaluation:
     return evaluation
 
 
-__all__ = ["EVALUATIONS", "Auto", "Evaluation", "Group", "Paired", "Plan", "Reading", "Scratch", "Walk", "resolve"]
+__all__ = ["EVALUATIONS", "Auto", "Evaluation", "Group", "Objective", "Paired", "Plan", "Reading", "Scratch", "Walk", "resolve"]

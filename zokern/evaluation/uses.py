@@ -55,6 +55,23 @@ def _meet(copies: Copies, weight: Tensor, use: _Product, transposed: bool) -> Te
     return copies.meet((copies.table[id(weight)], transposed, use.x.dtype, use.bias is None), use, compute)
 
 
+def stacked_product(copies: Copies, func, args: tuple, kwargs: dict, sides: int) -> Tensor | None:
+    """A product whose x holds the rows of all sides, one below the other; None where that is not what it is."""
+    if func is F.linear:
+        names = dict(zip(("input", "weight", "bias"), args)) | kwargs
+        x, weight, bias, transposed = names["input"], names["weight"], names.get("bias"), False
+    elif func is torch.addmm and len(args) == 3 and not kwargs:
+        bias, x, weight, transposed = args[0], args[1], args[2], True
+    else:
+        return None
+    if id(weight) not in copies.table or id(x) in copies.table or copies.is_resident(weight) or weight.dim() != 2:
+        return None
+    if x.shape[0] % sides or (transposed and (bias is None or bias.dim() != 1)):
+        return None
+    uses = [(side, _Product(piece, bias)) for side, piece in enumerate(x.chunk(sides))]
+    return products.joined(_product(copies, weight, uses, transposed))
+
+
 def _product(copies: Copies, weight: Tensor, uses: Sequence[tuple[int, _Product]], transposed: bool) -> list[Tensor]:
     group, i = copies.find(weight)
     source, residual = group.tensors[i], group.residual(i)

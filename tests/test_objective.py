@@ -1,0 +1,203 @@
+"""Objective and the stacked reading: one pass of the model over the rows of all sides gives the losses of separate readings, or is given up.
+
+And evaluation 'auto', which chooses between paired and scratch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import ARCHITECTURES, inputs, same_bits, snapshot
+from torch import nn
+
+import zokern
+from zokern.evaluation import auto, copies, objective, stacked
+
+STACKABLE = {"opt", "llama", "gpt2", "bert"}
+METHODS: dict[str, Callable] = {
+    "dense": lambda m, **o: zokern.MeZO(m, lr=1e-3, eps=1e-2, **o),
+    "rademacher, one-sided": lambda m, **o: zokern.MeZO(m, lr=1e-3, eps=1e-2, direction="rademacher", stencil="forward", **o),
+    "subspace": lambda m, **o: zokern.SubZero(m, lr=1e-3, eps=1e-2, rank=4, interval=2, **o),
+    "lazy": lambda m, **o: zokern.LOZO(m, lr=1e-3, eps=1e-2, interval=2, **o),
+}
+
+
+def objective_of(architecture: str, model: nn.Module) -> zokern.Objective:
+    batch = inputs(architecture)
+    labels = batch.pop("labels")
+    if architecture == "t5":
+        batch["decoder_input_ids"] = labels
+
+    def loss_fn(outputs, batch):
+        return F.cross_entropy(outputs.logits.flatten(0, -2), labels.flatten())
+
+    return zokern.Objective(model, batch, loss_fn)
+
+
+def steps(architecture: str, method: str, evaluation, count: int = 3, queries: int = 2, dtype=torch.float32):
+    torch.manual_seed(0)
+    model = ARCHITECTURES[architecture]().to(dtype).eval()
+    optimizer = METHODS[method](model, evaluation=evaluation, queries=queries, seed=4)
+    target = objective_of(architecture, model)
+    return [zokern.step(optimizer, target) for _ in range(count)], optimizer, model
+
+
+def check_losses(mine, right, bound: float) -> None:
+    for a, b in zip(mine, right):
+        for x, y in zip(a.losses, b.losses):
+            assert all(abs(p - q) <= bound * max(1.0, abs(q)) for p, q in zip(x, y)), f"{x} against {y}"
+
+
+CASES = [(a, m, True) for a in ARCHITECTURES for m in METHODS if a in ("opt", "gpt2") or m == "subspace"]
+
+
+@pytest.mark.parametrize(("architecture", "method", "large"), [*CASES, ("opt", "dense", False), ("llama", "dense", False)])
+def test_stacked_losses_are_those_of_scratch(architecture: str, method: str, large: bool) -> None:
+    with patch.object(copies, "RESIDENT", 0 if large else copies.RESIDENT):
+        mine, optimizer, model = steps(architecture, method, zokern.Paired())
+        right, _, other = steps(architecture, method, "scratch")
+    check_losses(mine, right, 1e-5)
+    assert mine[-1].evaluation == "paired"
+    assert ("stacked" in optimizer.evaluation.refused) == (architecture not in STACKABLE), optimizer.evaluation.refused
+
+
+def test_stacked_in_bfloat16() -> None:
+    mine, optimizer, _ = steps("opt", "dense", zokern.Paired(), dtype=torch.bfloat16)
+    right, _, _ = steps("opt", "dense", "scratch", dtype=torch.bfloat16)
+    check_losses(mine, right, 0.02)
+    assert not optimizer.evaluation.refused
+
+
+class Counted(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.calls = inner, 0
+
+    def forward(self, **batch):
+        self.calls += 1
+        return self.inner(**batch)
+
+
+def test_the_model_runs_once_for_all_sides() -> None:
+    torch.manual_seed(0)
+    model = Counted(ARCHITECTURES["opt"]().eval())
+    optimizer = zokern.SubZero(model, queries=3, evaluation=zokern.Paired(check=False), rank=4)
+    target = objective_of("opt", model)
+    zokern.step(optimizer, target)
+    assert model.calls == 1
+    zokern.step(optimizer, lambda: target())  # an ordinary closure: once a side
+    assert model.calls == 1 + 6
+
+
+class Leaky(nn.Module):
+    """Rows that are not independent, or a loss of its own."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.layer, self.norm = kind, nn.Linear(8, 300), nn.BatchNorm1d(300)
+        self.norm.eval()
+
+    def forward(self, x):
+        y = self.layer(x)
+        if self.kind == "mean over the batch":
+            y = y - y.mean(0, keepdim=True)
+        if self.kind == "order":
+            y = y.flip(0)
+        if self.kind == "dropout":
+            y = F.dropout(y, 0.5, training=True)
+        if self.kind == "its own loss":
+            return {"loss": y.square().mean(), "logits": y}
+        if self.kind == "one number":
+            return {"logits": y, "penalty": y.square().mean()}
+        return {"logits": y}
+
+
+def loss_of(outputs, batch):
+    if "loss" in outputs:
+        return outputs["loss"]
+    weight = torch.linspace(0.5, 2.0, outputs["logits"].shape[0]).unsqueeze(1)
+    return (outputs["logits"] * weight).square().mean() + outputs.get("penalty", 0.0)
+
+
+@pytest.mark.parametrize("kind", ["mean over the batch", "order", "dropout", "its own loss", "one number"])
+def test_a_model_that_mixes_rows_is_not_stacked(kind: str) -> None:
+    """The first step notices, and the losses are those of scratch; without the comparison they would not be."""
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(3))
+
+    def run(evaluation):
+        model = Leaky(kind)
+        optimizer = zokern.MeZO(model, lr=0.0, eps=1e-2, seed=1, evaluation=evaluation)
+        return [zokern.step(optimizer, zokern.Objective(model, (x,), loss_of)) for _ in range(2)], optimizer
+
+    (right, _), (mine, optimizer) = run("scratch"), run(zokern.Paired())
+    check_losses(mine, right, 1e-6)
+    assert "stacked" in optimizer.evaluation.refused and optimizer.evaluation.alone is None
+    if kind != "its own loss":
+        with pytest.raises(AssertionError):
+            check_losses(run(zokern.Paired(check=False))[0], right, 1e-6)
+
+
+def test_wrong_sides_are_rejected() -> None:
+    """Outputs handed to the wrong side, and copies of the wrong side, differ from scratch by more than the bound."""
+    right, _, _ = steps("opt", "dense", "scratch", queries=1)
+
+    def swapped(outputs, rows, sides, side):
+        return objective.part(outputs, rows, sides, sides - 1 - side)
+
+    with patch.object(stacked, "part", swapped), pytest.raises(AssertionError):
+        check_losses(steps("opt", "dense", zokern.Paired(check=False), queries=1)[0], right, 1e-5)
+    with patch.object(stacked, "part", swapped):  # and with the comparison nothing wrong is used
+        check_losses(steps("opt", "dense", zokern.Paired(), queries=1)[0], right, 1e-5)
+
+
+def test_exceptions_leave_no_trace() -> None:
+    model = ARCHITECTURES["opt"]().eval()
+    before = snapshot(model)
+    optimizer = zokern.MeZO(model, evaluation=zokern.Paired(check=False))
+    target = objective_of("opt", model)
+
+    def fails(outputs, batch):
+        raise KeyboardInterrupt
+
+    state = torch.get_rng_state()
+    with pytest.raises(KeyboardInterrupt):
+        zokern.step(optimizer, zokern.Objective(model, target.batch, fails))
+    assert torch.equal(torch.get_rng_state(), state) and torch.is_grad_enabled()
+    assert all(same_bits(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_batches_keep_their_structure() -> None:
+    a, b = torch.arange(6).view(3, 2), torch.tensor(5.0)
+    for batch in ({"x": a, "y": (b, [a])}, (a, b), [a]):
+        twice = objective.repeated(batch, 3, 2)
+        assert type(twice) is type(batch)
+        for side in range(2):
+            one = objective.tensors(objective.part(twice, 3, 2, side))
+            assert all(torch.equal(p, q) for p, q in zip(one, objective.tensors(batch)))
+    assert zokern.Objective(nn.Identity(), {"n": b, "x": a}, lambda o, b: o).rows() == 3
+
+
+# Auto -----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rows", "chosen"), [(2, "paired"), (auto.ROWS + 1, "scratch")])
+def test_auto_chooses_by_rows(rows: int, chosen: str) -> None:
+    model = nn.Linear(300, 300)
+    x = torch.randn(rows, 300, generator=torch.Generator().manual_seed(0))
+    optimizer = zokern.MeZO(model, lr=0.0, evaluation="auto", seed=2)
+    results = [zokern.step(optimizer, lambda: model(x).square().mean()) for _ in range(3)]
+    assert [r.evaluation for r in results] == ["scratch", chosen, chosen]
+    other = zokern.MeZO(model, lr=0.0, evaluation="scratch", seed=2)
+    check_losses(results, [zokern.step(other, lambda: model(x).square().mean()) for _ in range(3)], 1e-6)
+
+
+def test_auto_without_greenlet_is_scratch() -> None:
+    with patch.object(auto.meeting, "greenlet", None):
+        model = nn.Linear(3, 3)
+        optimizer = zokern.MeZO(model, evaluation="auto")
+        assert zokern.step(optimizer, lambda: model(torch.ones(2, 3)).square().mean()).evaluation == "scratch"
