@@ -202,7 +202,7 @@ def test_what_cannot_be_interleaved_goes_on_as_scratch(kind: str, direction: str
         "random": "`random` or NumPy",
         "numpy": "`random` or NumPy",
         "buffer": "buffers .calls",
-        "shelf": "losses differ",
+        "shelf": "one side after the other",
     }
     ends = []
     for evaluation in ("scratch", "paired"):
