@@ -380,7 +380,8 @@ def saved(state: dict) -> dict:
 
 RESUMES = {
     **{name: {"name": name} for name in METHODS}, "lozo_queries": {"name": "lozo", "queries": 2, "weight_decay": 0.5},
-    "lozo_m_immediate": {"name": "lozo_m", "defer": False},
+    "lozo_m_immediate": {"name": "lozo_m", "defer": False}, "subzero_paired": {"name": "subzero", "evaluation": "paired"},
+    "pgap_paired": {"name": "pgap", "evaluation": "paired"},
 }  # fmt: skip
 
 
@@ -389,6 +390,12 @@ RESUMES = {
 def test_resume_is_exact(case: str, after: int) -> None:
     """Saved within an interval, at its end, and after its first step; bit for bit the run that flushed there too and went on."""
     check_resume(after=after, **RESUMES[case])
+
+
+# A bug: `auto` reads its first step with scratch, also where a resumed run had read that step with paired, whose last bits differ.
+@pytest.mark.xfail(reason="evaluation 'auto' forgets its choice when a run is resumed", strict=False)
+def test_resume_is_exact_under_auto() -> None:
+    check_resume("subzero", 4, evaluation="auto")
 
 
 def check_resume(name: str, after: int, forget: Callable[[dict], None] | None = None, **options) -> None:

@@ -306,3 +306,28 @@ WRONG_Q: dict[str, Callable] = {
 def test_check_rejects_wrong_orthonormal(wrong: str) -> None:
     with pytest.raises(AssertionError):
         check_orthonormal(WRONG_Q[wrong])
+
+
+# The caller's modes ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("evaluation", ["scratch", "paired"])
+@pytest.mark.parametrize("name", METHODS)
+def test_autocast_around_a_step_is_autocast_in_its_closure(name: str, evaluation: str) -> None:
+    """A step's own arithmetic is float32 whatever mode the loop is in: the same bits, also where bases change."""
+    ends = []
+    for outside in (False, True):
+        model = tiny(width=16)
+        optimizer = METHODS[name](model, seed=3, eps=2e-2, evaluation=evaluation)
+        for _ in range(4):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=outside):
+
+                def closure(model: nn.Module = model) -> Tensor:
+                    with torch.autocast("cpu", dtype=torch.bfloat16):
+                        return next_token_loss(model(IDS), IDS)
+
+                result = zokern.step(optimizer, closure)
+        optimizer.flush()
+        ends.append((result.losses, snapshot(model)))
+    assert ends[0][0] == ends[1][0]
+    assert all(same_bits(ends[1][1][n], t) for n, t in ends[0][1].items())

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import zokern
-from zokern.evaluation import Paired, meeting
+from zokern.evaluation import Paired, auto, meeting
 
 greenlet = pytest.importorskip("greenlet")
 
@@ -202,7 +202,7 @@ def test_what_cannot_be_interleaved_goes_on_as_scratch(kind: str, direction: str
         "random": "`random` or NumPy",
         "numpy": "`random` or NumPy",
         "buffer": "buffers .calls",
-        "shelf": "losses differ",
+        "shelf": "one side after the other",
     }
     ends = []
     for evaluation in ("scratch", "paired"):
@@ -384,11 +384,33 @@ def test_compiled_model(direction: str) -> None:
 def test_without_greenlet() -> None:
     """A sentence that says what to do; the other evaluations do not need it."""
     with patch.object(meeting, "greenlet", None):
-        for make in (Paired, lambda: zokern.MeZO(tiny(), evaluation="paired"), lambda: zokern.SubZero(tiny())):
+        for make in (
+            Paired,
+            lambda: zokern.MeZO(tiny(), evaluation="paired"),
+            lambda: zokern.SubZero(tiny(), evaluation="paired"),
+        ):
             with pytest.raises(ImportError, match="pip install greenlet.*scratch"):
                 make()
         model = tiny()
-        zokern.step(zokern.SubZero(model, evaluation="scratch"), lambda: next_token_loss(model(IDS), IDS))
+        for evaluation in ("scratch", "auto"):
+            optimizer = zokern.SubZero(model, evaluation=evaluation)
+            for _ in range(2):
+                assert zokern.step(optimizer, lambda: next_token_loss(model(IDS), IDS)).evaluation == "scratch"
+
+
+def test_auto_chooses_by_rows() -> None:
+    """By the first batch, for good: the losses are those of what it chose."""
+    for rows, expected in ((auto.ROWS // 16, "paired"), (auto.ROWS // 16 + 1, "scratch")):
+        ids, losses = models.batch(rows, 16), {}
+        for evaluation in ("auto", "paired", "scratch"):
+            model = tiny(width=16)
+            optimizer = zokern.LOZO(model, lr=0.0, eps=1e-2, seed=4, evaluation=evaluation)
+            with large():
+                results = [zokern.step(optimizer, lambda m=model, ids=ids: next_token_loss(m(ids), ids)) for _ in range(3)]
+            losses[evaluation] = [r.losses for r in results]
+            if evaluation == "auto":
+                assert [r.evaluation for r in results] == ["scratch", expected, expected]
+        assert losses["auto"] == [losses["scratch"][0], *losses[expected][1:]]
 
 
 @pytest.mark.parametrize("sides", [1, 0, 2.0, "2"])

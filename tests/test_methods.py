@@ -75,8 +75,15 @@ CASES: dict[str, dict] = {
 }
 
 
-@pytest.mark.parametrize("mode", ["deferred", "immediate", "scratch", "walk"])
-@pytest.mark.parametrize("case", CASES)
+MODES: dict[str, dict] = {
+    "deferred": {"evaluation": "paired"}, "immediate": {"evaluation": "paired", "defer": False}, "scratch": {"evaluation": "scratch"},
+    "walk": {"evaluation": "walk"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("case", "mode"), [(case, mode) for case in CASES for mode in MODES if mode == "deferred" or case in METHODS]
+)
 def test_method_equals_formula(case: str, mode: str) -> None:
     chosen = {
         "deferred": {},
@@ -84,9 +91,7 @@ def test_method_equals_formula(case: str, mode: str) -> None:
         "scratch": {"evaluation": "scratch"},
         "walk": {"evaluation": "walk"},
     }
-    if mode == "walk" and case != CASES[case]["name"]:
-        pytest.skip("walk once a method")
-    check_method(**CASES[case], **chosen[mode])
+    check_method(**CASES[case], **MODES[mode])
 
 
 def test_tensors_that_squeeze_to_matrices_are_factored() -> None:
@@ -268,7 +273,7 @@ def test_basis_of_pgap_by_range_finder() -> None:
 
 
 def sketch(change: Callable):
-    """products.sketch_of of other draws and coefficients."""
+    """products.sketch_of other draws and coefficients."""
 
     def wrong(right, backend, direction, seed, span, shape, draws, coeffs, *rest):
         return right(backend, direction, seed, span, shape, *change(draws, coeffs), *rest)
@@ -329,8 +334,8 @@ def fall(name: str, architecture: str, steps: int) -> float:
 
 @pytest.mark.parametrize("name", LEARNS)
 def test_loss_falls(name: str) -> None:
-    """On a batch, by about 0.15 in 40 steps; and by nothing where the sign of a step is wrong."""
-    assert fall(name, "opt", 40) > 0.08
+    """On a batch, by about 0.1 in 25 steps; and by nothing where the sign of a step is wrong."""
+    assert fall(name, "opt", 25) > 0.04
     right = estimator.coefficients
     with patch.object(estimator, "coefficients", lambda *a, **k: [-c for c in right(*a, **k)]):
-        assert fall(name, "opt", 20) < 0.0
+        assert fall(name, "opt", 12) < 0.0

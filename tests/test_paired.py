@@ -133,6 +133,27 @@ def test_updates_that_wait_are_read(direction: str) -> None:
     assert abs(ends[0][0][0][0] - ends[0][3][0][0]) > 1e-3
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("name", ["opt", "llama"])
+def test_autocast_inside_the_closure(name: str, direction: str) -> None:
+    """Products in bfloat16 of float32 weights: paired reads what scratch reads, and scratch what weights in place give."""
+    model, _ = of_architecture(name, torch.float32)
+    inputs = models.inputs(name)
+
+    def closure() -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(**inputs).logits.float().square().mean()
+
+    compare(model, closure, DIRECTIONS[direction], BOUNDS[torch.bfloat16], eps=6e-2)
+    found = []
+    for evaluation in ("scratch", "walk"):
+        with large():
+            found.append(
+                zokern.step(DIRECTIONS[direction](model, lr=0.0, eps=2e-2, seed=7, evaluation=evaluation), closure).losses[0]
+            )
+    assert all(abs(a - b) <= 2.0**-5 * abs(a) for a, b in zip(*found)), found
+
+
 # Wrong versions -------------------------------------------------------------------------------------------------------------------
 
 

@@ -54,7 +54,10 @@ class Factors:
         assert matrix.right is not None
         middle = self.middles[side][g][i]
         if rows is not None:
-            left = middle[rows] if matrix.left is None else matrix.left[rows] @ middle
+            with torch.autocast(
+                middle.device.type, enabled=False
+            ):  # the verbs take float32, whatever the closure's products are in
+                left = middle[rows] if matrix.left is None else matrix.left[rows] @ middle
             return left, matrix.right, matrix.shrink
         if (g, i, side) not in self.lefts:
             self.lefts[g, i, side] = left_of(matrix, middle, group.backend)

@@ -122,7 +122,7 @@ class PGAP(ZerothOrder):
             span = group.spans[i]
             return products.sketch_of(group.backend, Normal(), seed, span, matrix.shape, draws, weights, omega, transposed)
 
-        with _one_thread():
+        with _one_thread(), torch.autocast(matrix.device.type, enabled=False):
             (omega,) = source([matrix], [(matrix.columns, width)], born, draw_word(1, BASIS))
             q = torch.linalg.qr(times(omega))[0]
             for _ in range(self.power):
