@@ -85,12 +85,6 @@ MODES: dict[str, dict] = {
     ("case", "mode"), [(case, mode) for case in CASES for mode in MODES if mode == "deferred" or case in METHODS]
 )
 def test_method_equals_formula(case: str, mode: str) -> None:
-    chosen = {
-        "deferred": {},
-        "immediate": {"defer": False},
-        "scratch": {"evaluation": "scratch"},
-        "walk": {"evaluation": "walk"},
-    }
     check_method(**CASES[case], **MODES[mode])
 
 
