@@ -392,8 +392,6 @@ def test_resume_is_exact(case: str, after: int) -> None:
     check_resume(after=after, **RESUMES[case])
 
 
-# A bug: `auto` reads its first step with scratch, also where a resumed run had read that step with paired, whose last bits differ.
-@pytest.mark.xfail(reason="evaluation 'auto' forgets its choice when a run is resumed", strict=False)
 def test_resume_is_exact_under_auto() -> None:
     check_resume("subzero", 4, evaluation="auto")
 

@@ -125,7 +125,10 @@ class ZerothOrder(torch.optim.Optimizer):
         """torch's state_dict plus ``zokern``: stream version, seed and step, so that a resumed run draws the same z."""
         self.flush()
         state = super().state_dict()
-        state["zokern"] = {"stream": VERSION, "seed": self.seed, "step": self.steps, "skips": self.skips, "dead": self.dead}
+        state["zokern"] = {
+            "stream": VERSION, "seed": self.seed, "step": self.steps, "skips": self.skips, "dead": self.dead,
+            "evaluation": getattr(self.evaluation, "choice", None),
+        }  # fmt: skip
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -152,6 +155,8 @@ class ZerothOrder(torch.optim.Optimizer):
         self.matrices.clear()
         self._groups = []  # what waited belongs to the run that is left
         self.seed, self.steps, self.skips, self.dead = own["seed"], own["step"], own["skips"], own["dead"]
+        if hasattr(self.evaluation, "choice"):
+            self.evaluation.choice = own.get("evaluation")
 
     # One step -----------------------------------------------------------------------------------------------------------
 

@@ -29,6 +29,18 @@ class Auto:
         self.scratch: Scratch = Scratch(budget)
         self.chosen: Scratch | Paired | None = None if meeting.greenlet is not None else self.scratch
 
+    @property
+    def choice(self) -> str | None:
+        """What was chosen, for a state_dict: a resumed run reads as the run that it continues."""
+        return self.chosen.name if self.chosen is not None else None
+
+    @choice.setter
+    def choice(self, name: str | None) -> None:
+        if name == "paired" and meeting.greenlet is not None:
+            self.chosen = Paired(self.scratch.arena.budget)
+        elif name == "scratch":
+            self.chosen = self.scratch
+
     def read(self, plan: Plan, closure: Callable[[], object], repeat_first: bool = False) -> Reading:
         if self.chosen is not None:
             reading = self.chosen.read(plan, closure, repeat_first)

@@ -77,7 +77,8 @@ class Surroundings:
             if module._buffers.get(name) is not buffer:
                 module._buffers[name] = buffer
             if id(buffer) in self.saved and not torch.equal(buffer, self.saved[id(buffer)]):
-                self.written.add(name)
+                if not isinstance(module, nn.modules.batchnorm._NormBase):  # statistics that a loss in train mode does not read
+                    self.written.add(name)
                 with torch.inference_mode(buffer.is_inference()), torch.no_grad():
                     buffer.copy_(self.saved[id(buffer)])
         self.buffer_changed = [

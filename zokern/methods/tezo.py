@@ -24,8 +24,9 @@ class TeZO(ZerothOrder):
     params    a module, or parameters, (name, parameter) pairs or groups, as for zokern.MeZO
     lr, eps   per step and in weights; E||z||_F^2 = m n r. No published default was found for all weights: these are MeZO's
     rank      r of every matrix, or a mapping from parameter name to r for those that differ from 32 (spectral_ranks makes one)
-    rule      'sgd'; 'momentum' (TeZO-m): tau_M <- b1 tau_M + (1 - b1) c tau; 'adam' (TeZO-Adam): also tau_V <- b2 tau_V + (1 - b2) c^2 tau^2,
-              W <- W - lr (U diag(tau_M) V^T) / sqrt(U^2 diag(tau_V) (V^2)^T + adam_eps), squares elementwise
+    rule      'sgd'; 'momentum' (TeZO-m): tau_M <- b1 tau_M + (1 - b1) c tau, from the first c tau on; 'adam' (TeZO-Adam): also
+              tau_V <- b2 tau_V + (1 - b2) c^2 tau^2 and W <- W - lr (U diag(tau_M) V^T) / sqrt(U^2 diag(tau_V) (V^2)^T + adam_eps), squares
+              elementwise
     betas, adam_eps, bias_correction   of momentum (its first beta) and Adam; the paper's form has no bias correction
     defer     updates wait in the core until flush(); the basis never changes. Not with 'adam', which is no low-rank update
     options   those of zokern.MeZO; evaluation is 'auto' by default
