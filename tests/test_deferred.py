@@ -250,7 +250,7 @@ def test_whoever_looks_sees_every_update(name: str, look: str) -> None:
 
 
 def test_check_rejects_a_module_without_hooks() -> None:
-    with patch.object(zokern.optimizer._Flush, "__call__", lambda *_: None), pytest.raises(AssertionError):
+    with patch.object(zokern.factorized._Flush, "__call__", lambda *_: None), pytest.raises(AssertionError):
         test_whoever_looks_sees_every_update("subzero", "forward")
 
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import threading
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 
 from . import backends, directions, estimator, evaluation, parameters
 from .evaluation import Group, Plan, Reading
 from .evaluation.surroundings import check_structure
+from .factorized import Factorized
 from .rule import Rule, Sgd
 from .step import StepResult, finite_number, run, warn
 from .stream import VERSION, check_seed
@@ -22,7 +20,7 @@ from .stream import VERSION, check_seed
 SAMPLE = 512  # elements per tensor in the samples that detect dead perturbations and dead updates
 
 
-class ZerothOrder(torch.optim.Optimizer):
+class ZerothOrder(Factorized, torch.optim.Optimizer):
     """What all methods share: names and ids, the plan of a step, counters, state. Methods are files in zokern/methods."""
 
     result: StepResult | None = None  # of the last step
@@ -92,12 +90,9 @@ class ZerothOrder(torch.optim.Optimizer):
         groups = parameters.named_groups(params)
         if not any(group["params"] for group in groups):
             raise ValueError("params holds no trainable parameter; set requires_grad on what is to be trained")
-        self._busy = False
         super().__init__(groups, defaults)
         if self.factored is not None and self.model is not None:
-            watch = _Flush(self)
-            self.model.register_forward_pre_hook(watch)
-            self.model.register_state_dict_pre_hook(watch)
+            self.watch(self.model)
 
     # Groups and state ---------------------------------------------------------------------------------------------------
 
@@ -232,70 +227,6 @@ class ZerothOrder(torch.optim.Optimizer):
             self._check_dead_perturbation(plan)
         return plan
 
-    def _matrix(self, entry: parameters.Trained) -> directions.Matrix | None:
-        """What the factored direction keeps of a parameter; None where z is dense."""
-        if self.factored is None or (shape := self.factored.shape(entry.tensor)) is None or not entry.tensor.numel():
-            return None
-        if id(entry.tensor) not in self.matrices:
-            rank = min(self.factored.rank_of(entry.name), *shape)
-            self.matrices[id(entry.tensor)] = directions.Matrix(entry.name, entry.who, *shape, rank, entry.tensor.device)
-        return self.matrices[id(entry.tensor)]
-
-    # Factored directions ------------------------------------------------------------------------------------------------
-
-    def refresh(self, plan: Plan, closure: Callable[[], Any]) -> None:
-        """Draw the bases that this step needs. Nothing is written: the last step of an interval wrote what waited."""
-        if self.factored is None:
-            return
-        for group in plan.groups:
-            for step in (plan.step - 1, plan.step):  # after loading a state, the basis that its momentum belongs to comes first
-                if group.matrices is None or step < 0:
-                    continue
-                born = self.factored.basis_step(step)
-                stale = [(matrix, tensor) for matrix, tensor in zip(group.matrices, group.tensors) if matrix.born != born]
-                if not stale or (step < plan.step and any(matrix.born >= 0 for matrix, _ in stale)):
-                    continue
-                old = [(matrix.left, matrix.right) for matrix, _ in stale]
-                self.factored.refresh([matrix for matrix, _ in stale], group.source(plan.seed), born)
-                for (matrix, tensor), (left, right) in zip(stale, old):
-                    if right is not None:
-                        self.rule.rebase(group, matrix, left, right, self.state[tensor])
-
-    def defers(self, plan: Plan) -> bool:
-        """Whether this step's updates of matrices wait: not in the last step of a basis, nor where nobody would see to the write."""
-        if self.factored is None or not self.rule.defers or self.evaluation.name == "walk":
-            return False
-        wanted = self.model is not None if self.defer is None else self.defer
-        return wanted and self.factored.basis_step(plan.step) == self.factored.basis_step(plan.step + 1)
-
-    @torch.no_grad()
-    def flush(self) -> None:
-        """Write the updates that wait in factored matrices into the weights: W <- W + U C V^T, one rounding.
-
-        The module's own forward (outside a step) and its state_dict do this by themselves; reading a parameter directly, copying the
-        module or handing its tensors to other code does not. Raises RuntimeError if the weights were written in between."""
-        for group in self._groups:
-            if group.matrices is not None:
-                group.write(self.seed, max(0, self.steps - 1), self.rounding)
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Inside, the module reads theta with its waiting updates, while nothing is written: the run goes on to the same bits.
-
-        Unlike flush(), which splits an interval's one rounding in two."""
-        from .evaluation.reading import theta
-
-        waiting = [group for group in self._groups if any(m.pending is not None for m in group.matrices or ())]
-        if not waiting:
-            yield
-            return
-        self._busy = True
-        try:
-            with theta(self.plan()):
-                yield
-        finally:
-            self._busy = False
-
     def _known(self) -> dict[str, Tensor]:
         """Every name that the optimizer was given, with the tensor object that it stood for."""
         entries = [entry for group in self._entries for entry in group]
@@ -406,30 +337,6 @@ class ZerothOrder(torch.optim.Optimizer):
             return still
 
         return after
-
-
-class _Flush:
-    """Hook of the module: whoever runs it or saves it outside a step sees the weights with all their updates."""
-
-    def __init__(self, optimizer: ZerothOrder) -> None:
-        self.optimizer = weakref.ref(optimizer)
-
-    @_disable_dynamo  # torch.compile would trace the write into the module's graph; torch.optim keeps itself out the same way
-    def __call__(self, *_: Any) -> None:
-        optimizer = self.optimizer()
-        if optimizer is not None and not optimizer._busy and not optimizer._lock.locked():
-            optimizer.flush()
-
-    def __reduce__(self) -> tuple:
-        return _nothing, ()  # a saved or copied module has no optimizer
-
-
-def _nothing() -> Callable[..., None]:
-    return _ignore
-
-
-def _ignore(*_: Any) -> None:
-    """What is left of the hook in a copy."""
 
 
 def _resolve_evaluation(chosen):
