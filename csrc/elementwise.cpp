@@ -10,7 +10,6 @@
 // traffic  float32: 4 B read and 4 B written an element, bfloat16 and float16: 2 B and 2 B, for any number of terms
 // equal    bit for bit to zokern/backends/reference.py on every path (tests/test_cpu.py); no contraction, no fast-math
 // source   Malladi et al. 2023, Algorithm 1; stream: zokern/stream.py, version 1
-
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>

@@ -374,6 +374,7 @@ namespace {
 
 constexpr int64_t kColumns = 48;           // a panel is padded to a multiple of every path's tile
 constexpr int64_t kPanelFloats = 1 << 20;  // panels that lie in memory at once, unless a single one is larger
+constexpr int64_t kSmallPanel = 1 << 16;   // floats that one thread writes before the others wait for it a second time
 constexpr int64_t kColumnsAtOnce = 4 * kColumns;
 
 int64_t padded(const Factors& factors) { return (factors.columns + kColumns - 1) / kColumns * kColumns; }
@@ -412,18 +413,28 @@ void lowrank(const Launch& launch, const Factors* factors, int64_t factor_count,
     for (const int32_t tensor : tensors) {
       panels[static_cast<size_t>(tensor)] = next, next += padded(factors[tensor]) * factors[tensor].rank;
     }
+    const auto write_panel = [&](const Factors& f, int32_t tensor, int64_t column) {
+      path.panel(f.right, f.rank, f.columns, column, std::min(column + kColumnsAtOnce, padded(f)),
+                 const_cast<float*>(panels[static_cast<size_t>(tensor)]));
+    };
+    const bool alone = workers == 1 || floats < kSmallPanel;
+    for (const int32_t tensor : alone ? tensors : std::vector<int32_t>()) {
+      for (int64_t column = 0; column < padded(factors[tensor]); column += kColumnsAtOnce) {
+        write_panel(factors[tensor], tensor, column);
+      }
+    }
 #pragma omp parallel num_threads(workers) if (workers > 1) reduction(+ : total)
     {
       DefaultMode mode;
-      for (const int32_t tensor : tensors) {
-        const Factors& f = factors[tensor];
-        float* panel = const_cast<float*>(panels[static_cast<size_t>(tensor)]);
+      if (!alone) {
+        for (const int32_t tensor : tensors) {
 #pragma omp for schedule(static) nowait
-        for (int64_t column = 0; column < padded(f); column += kColumnsAtOnce) {
-          path.panel(f.right, f.rank, f.columns, column, std::min(column + kColumnsAtOnce, padded(f)), panel);
+          for (int64_t column = 0; column < padded(factors[tensor]); column += kColumnsAtOnce) {
+            write_panel(factors[tensor], tensor, column);
+          }
         }
-      }
 #pragma omp barrier
+      }
 #pragma omp for schedule(dynamic)
       for (int64_t c = begin; c < end; ++c) total += path.lowrank(&job, c);
     }

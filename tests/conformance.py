@@ -627,8 +627,10 @@ SMALL_INTEGERS = [False]
 def small_integers():
     """Factors whose sums are exact in any order and in bfloat16: with them the suite also holds on matrix units, bit for bit."""
     SMALL_INTEGERS[0] = True
-    yield
-    SMALL_INTEGERS[0] = False
+    try:
+        yield
+    finally:
+        SMALL_INTEGERS[0] = False
 
 
 def factors_of(generator, m: int, n: int, rank: int) -> tuple[Tensor, Tensor]:

@@ -32,14 +32,16 @@ from zokern.backends import triton as backend  # noqa: E402
 if not hasattr(backend, "lowrank"):
     pytest.skip(f"backend 'triton' is off: {backend.why_off()}", allow_module_level=True)
 
-WRONG = {  # name: (text, replacement)
+SOURCE = Path(backend.lowrank.__file__)  # of the right kernels: wrong ones take their place in the backend
+
+WRONG = {  # name: (text, replacement); none leaves the memory of its tensors, which no one guards in the interpreter
     "a term forgotten": ("total = dot(a1, b0, total, EXACT)", "total = total"),
     "first row of a tile": ("at = row * stride + column", "at = begin * stride + column"),
-    "padding read": ("(k < rank)[None, :]", "(k <= rank)[None, :]"),
+    "padding not zero": ("mask=mask, other=0.0)", "mask=mask, other=1.0)"),
     "last row": ("mask = (i < rows - start)[:, None]", "mask = (i < rows - start - 1)[:, None]"),
-    "edge of the columns": ("ends // 8", "(ends + 8) // 8"),
+    "edge of the columns": ("ends // 8", "(ends - 8) // 8"),
     "decay after": ("scale, old * decay)", "scale * decay, old * decay)"),
-    "transposed element": ("divide(number, tl.load(factor + 5), tl.load(factor + 6))", "p * 0"),
+    "column of an element": ("j = number - i * n", "j = number * 0"),
     "nobody counts": ("count += tl.sum(broken, axis=1)", "count += tl.sum(broken, axis=1) * 0"),
 }
 
@@ -89,7 +91,7 @@ def problem(mine, checks=("lowrank_firsts", "lowrank_special")) -> str | None:
 
 def changed(directory: Path, name: str, old: str, new: str) -> ModuleType:
     """triton_kernels/lowrank.py with a text replaced, as a module beside the right one."""
-    text = Path(backend.lowrank.__file__).read_text()
+    text = SOURCE.read_text()
     assert old in text, f"lowrank.py has no {old!r}"
     path = directory / f"{re.sub(r'[^a-z]', '_', name)}.py"
     path.write_text(text.replace(old, new))
