@@ -459,3 +459,25 @@ def test_loading_drops_what_waits_in_the_loading_optimizer() -> None:
     model.load_state_dict(weights)
     optimizer.flush()
     assert changed(model, weights) == [] and optimizer.steps == 4
+
+
+def frozen_midway(flushes: bool) -> tuple[Tensor, Tensor]:
+    """A matrix that is frozen while its update waits: what it is worth before and after, read through the module."""
+    model = tiny(width=16)
+    optimizer = METHODS["subzero"](model, seed=1, evaluation="scratch")
+    name, matrix = next((n, p) for n, p in model.named_parameters() if p.dim() == 2)
+    zokern.step(optimizer, closure_of(model))
+    (waiting,) = [m for m in optimizer.matrices.values() if m.name == name]
+    assert waiting.pending is not None
+    expected = matrix.detach() + waiting.left @ waiting.pending @ waiting.right.T
+    matrix.requires_grad_(False)
+    with patch.object(type(optimizer), "flush", type(optimizer).flush if flushes else lambda self: None):
+        zokern.step(optimizer, closure_of(model))
+    return matrix.detach(), expected
+
+
+def test_freezing_writes_what_waits() -> None:
+    got, expected = frozen_midway(True)
+    assert torch.allclose(got, expected, rtol=1e-6, atol=1e-7)
+    got, expected = frozen_midway(False)
+    assert not torch.allclose(got, expected, rtol=1e-6, atol=1e-7)

@@ -221,6 +221,8 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
             aliases,
             self.factored,
         )
+        if [group.names for group in self._groups] != [group.names for group in groups]:
+            self.flush()  # what is trained has changed: the updates that wait belong to the old groups
         self._groups = groups
         self._tie(plan)
         if self.result is None:
