@@ -14,6 +14,8 @@ from .report import ROOT
 
 CASES = [
     ("fp32", 4, 128, "64"), ("fp32", 4, 128, "16"), ("bf16", 1, 128, "64"), ("fp32", 4, 128, "walk"), ("fp32", 4, 128, "eager"),
+    ("fp32", 1, 128, "doubled"), ("fp32", 1, 128, "SubZero"), ("fp32", 1, 128, "LOZO"), ("fp32", 1, 128, "TeZO"),
+    ("fp32", 1, 128, "eager SubZero"), ("fp32", 1, 128, "eager LOZO"),
 ]  # fmt: skip
 
 
@@ -38,7 +40,7 @@ def bench_memory(benchmark, report) -> None:
                 raise RuntimeError(f"{' '.join(command)}: {done.stderr[-2000:]}")
             found = json.loads(done.stdout.splitlines()[-1])
             extra = (found["step"] - found["forward"]) / MIB
-            label = {"walk": "walk", "eager": "eager loop"}.get(budget, f"{budget} MB")
+            label = "eager loop" if budget == "eager" else f"{budget} MB" if budget.isdecimal() else budget
             report.figure(f"memory {dtype} {label}", extra)
             rows.append(
                 (f"OPT-125M {dtype} {batch}x{length}, {label}", found["forward"] / MIB, extra, found["scratch_bytes"] / MIB)
@@ -50,4 +52,7 @@ def bench_memory(benchmark, report) -> None:
 
     benchmark.group = "memory"
     benchmark.pedantic(measure, rounds=1, iterations=1)
+    if not report.quick:
+        twice, factored = (report.figures[f"memory fp32 {label}"] for label in ("doubled", "SubZero"))
+        report.figure("memory SubZero beyond activations", factored - twice)
     report.memory = rows

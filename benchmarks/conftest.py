@@ -1,6 +1,7 @@
 """Threads, the quick mode, and the report that all groups share.
 
 --quick or ZOKERN_BENCH_QUICK=1 (under 2 minutes: small tensors, few rounds; nothing is recorded in the repository)
+--all or ZOKERN_BENCH_ALL=1 (hours: every model, dtype and batch of bench_methods.py)
 ZOKERN_BENCH_THREADS (default 2)
 """
 
@@ -19,13 +20,17 @@ from .report import Report  # noqa: E402
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--quick", action="store_true", help="small tensors and few rounds, nothing recorded")
+    parser.addoption("--all", action="store_true", help="every model, dtype and batch of the step benchmarks")
 
 
 def pytest_configure(config) -> None:
     config.addinivalue_line("python_functions", "bench_")
     torch.set_num_threads(THREADS)
-    quick = config.getoption("--quick") or os.environ.get("ZOKERN_BENCH_QUICK", "0") not in ("", "0")
-    config.zokern_report = Report(quick)
+    quick, everything = (
+        config.getoption(f"--{name}") or os.environ.get(f"ZOKERN_BENCH_{name.upper()}", "0") not in ("", "0")
+        for name in ("quick", "all")
+    )
+    config.zokern_report = Report(quick, everything)
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 """Peak memory of one process: a forward, then steps. `python -m benchmarks.memory fp32 4 128 64` prints JSON, bytes.
 
 The kernel's high-water mark (VmHWM) is read after the forwards, set back (clear_refs) and read again after the steps, so that
-loading the model does not hide what a step takes. budget 'eager' runs the eager loop, 'walk' steps in place.
+loading the model does not hide what a step takes. budget 'eager' runs the eager loop, 'walk' steps in place; 'SubZero', 'LOZO', 'PGAP' and
+'TeZO' run that method paired, 'eager SubZero' and so on its eager loop. 'doubled' is a forward of twice the batch: its activations.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 import zokern
 
 from . import eager
+from .eager_methods import LOOPS
 from .models import loss_of, opt_125m
 
 
@@ -50,13 +52,25 @@ def main(dtype: str, batch: int, length: int, budget: str, threads: int) -> dict
     forward = _high_water()
     _reset()
     scratch = 0
-    if budget == "eager":
-        parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if budget == "doubled":
+        twice = loss_of(model, 2 * batch, length)
+        with torch.no_grad():
+            for _ in range(3):
+                twice()
+    elif budget == "eager":
         for seed in range(2):
             eager.step(parameters, loss, seed, 1e-6, 1e-3)
+    elif budget.startswith("eager "):
+        step = LOOPS[budget.removeprefix("eager ")](parameters, 1e-6, 1e-3).step
+        for seed in range(2):
+            step(loss, seed)
     else:
-        evaluation = "walk" if budget == "walk" else zokern.Scratch(int(budget) << 20)
-        optimizer = zokern.MeZO(model, lr=1e-6, eps=1e-3, evaluation=evaluation)
+        if budget in LOOPS:
+            optimizer = getattr(zokern, budget)(model, lr=1e-6, eps=1e-3, evaluation=zokern.Paired(check=False))
+        else:
+            evaluation = "walk" if budget == "walk" else zokern.Scratch(int(budget) << 20)
+            optimizer = zokern.MeZO(model, lr=1e-6, eps=1e-3, evaluation=evaluation)
         for _ in range(3):
             scratch = zokern.step(optimizer, loss).scratch_bytes
     return {"forward": forward, "step": _high_water(), "scratch_bytes": scratch, "exact": exact}

@@ -1,17 +1,52 @@
-"""The model of the step benchmarks: the OPT shape of transformers' default OPTConfig, 125M weights, random."""
+"""The models of the step benchmarks: shapes of published ones, with random weights."""
 
 from __future__ import annotations
 
+import copy
+
 import torch
+from torch import nn
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def opt_125m(dtype: str):
-    from transformers import OPTConfig, OPTForCausalLM
+def _build(name: str) -> nn.Module:
+    from transformers import OPTConfig, OPTForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+    if name == "OPT-125M":  # transformers' default
+        return OPTForCausalLM(OPTConfig())
+    if name == "OPT-350M":  # norms after the blocks, embeddings narrower than the model
+        return OPTForCausalLM(
+            OPTConfig(
+                hidden_size=1024, num_hidden_layers=24, ffn_dim=4096, num_attention_heads=16, word_embed_proj_dim=512, do_layer_norm_before=False
+            )
+        )  # fmt: skip
+    if name == "Qwen2-0.5B":
+        return Qwen2ForCausalLM(
+            Qwen2Config(
+                hidden_size=896, num_hidden_layers=24, intermediate_size=4864, num_attention_heads=14, num_key_value_heads=2,
+                tie_word_embeddings=True, vocab_size=151936,
+            )
+        )  # fmt: skip
+    if name == "OPT-tiny":  # for the quick mode
+        return OPTForCausalLM(
+            OPTConfig(hidden_size=128, num_hidden_layers=2, ffn_dim=512, num_attention_heads=4, vocab_size=4096)
+        )
+    raise ValueError(f"no model {name!r}; expected OPT-125M, OPT-350M, Qwen2-0.5B or OPT-tiny")
+
+
+def model(name: str, dtype: str) -> nn.Module:
     torch.manual_seed(0)
-    return OPTForCausalLM(OPTConfig()).to(DTYPES[dtype]).eval()
+    return _build(name).to(DTYPES[dtype]).eval()
+
+
+def opt_125m(dtype: str) -> nn.Module:
+    return model("OPT-125M", dtype)
+
+
+def same_weights(module: nn.Module) -> nn.Module:
+    """A second module over the same parameters: hooks of an optimizer sit on its own module only."""
+    return copy.deepcopy(module, {id(p): p for p in module.parameters()})
 
 
 def loss_of(model, batch: int, length: int):

@@ -57,3 +57,27 @@ def plot(report, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def plot_steps(report, path: Path) -> None:
+    """A step over its two forwards against the tokens of its batch: where walk, scratch, paired and the factored methods cross."""
+    kinds = sorted({(s["model"], s["dtype"]) for s in report.steps})
+    if not kinds:
+        return
+    figure, axes = plt.subplots(1, len(kinds), figsize=(6 * len(kinds), 5), squeeze=False)
+    for axis, (model, dtype) in zip(axes[0], kinds):
+        points = sorted((s for s in report.steps if (s["model"], s["dtype"]) == (model, dtype)), key=lambda s: s["tokens"])
+        names = [n for n in points[0]["ratios"] if not n.startswith("eager") and "refresh" not in n]
+        for name in names:
+            style = "-o" if name.startswith("MeZO") else "--s"
+            axis.plot([p["tokens"] for p in points], [p["ratios"][name] for p in points], style, label=name, markersize=4)
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("tokens of a batch")
+        axis.set_ylabel("time of a step / two bare forwards")
+        axis.set_title(f"{model} {dtype}")
+        axis.legend(fontsize=7)
+    figure.suptitle(report.where(), fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

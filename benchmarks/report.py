@@ -64,12 +64,13 @@ def machine() -> dict[str, str]:
 
 
 class Report:
-    def __init__(self, quick: bool) -> None:
-        self.quick = quick
+    def __init__(self, quick: bool, everything: bool = False) -> None:
+        self.quick, self.all = quick, everything
         self.machine = machine()
         self.groups: list[dict[str, Any]] = []
         self.figures: dict[str, float] = {}
         self.notes: list[str] = []
+        self.steps: list[dict[str, Any]] = []  # model, dtype, tokens; ratios: case -> step over two forwards
         self.memory: list[
             tuple[str, float, float, float]
         ] = []  # case; MB: peak of a forward, extra of a step, record's scratch
@@ -128,6 +129,7 @@ class Report:
             "Medians of rounds in which all cases of a group take turns; a ratio is the median of the rounds' ratios.",
             "",
             "![plot](bench.png)",
+            *(["", "![step cost against tokens](steps.png)"] if self.steps else []),
             "",
             "| goal | must reach | measured | |",
             "|---|---|---|---|",
@@ -187,14 +189,16 @@ class Report:
             "groups": self.groups,
             "memory_mb": self.memory,
             "figures": self.figures,
+            "steps": self.steps,
             "notes": self.notes,
         }
         (folder / "bench.json").write_text(json.dumps(content, indent=1) + "\n")
         (folder / "README.md").write_text(self.markdown())
         try:
-            from .plot import plot
+            from .plot import plot, plot_steps
         except ImportError as error:
             self.notes.append(f"no plot: {error}")
         else:
             plot(self, folder / "bench.png")
+            plot_steps(self, folder / "steps.png")
         return folder

@@ -1,0 +1,193 @@
+"""The eager loops of the other methods, as their public code does them: what bench_methods.py compares with.
+
+All of them make the whole z of a parameter, again from the step's seed in each of four passes (three where one side is read), and
+add it to the weights. Only the shape of z differs:
+
+    SubZero   z = sqrt(m n) / r  U Z V^T    U, V the Q factors of normals, kept for an interval; Z normal, r x r       Yu et al. 2025
+    LOZO      z = U V^T                     V normal, kept for an interval; U normal, m x r, in every step            Chen et al. 2025
+    PGAP      z = U (Z - a diag S) V^T      U, S, V of a dense estimate of the gradient, kept for an interval         Zhang et al. 2025
+    TeZO      z = U diag(tau) V^T           U, V normal, kept for the run; tau normal, r numbers                       Sun et al. 2025
+    FZOO      z = 2 bits - 1                one-sided, K seeds and the loss at theta; steps scaled by the losses' std  Dang et al. 2026
+
+Parameters that are no matrices take a dense normal z. Factors have the parameters' dtype, as there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .eager import normal_like
+
+Closure = Callable[[], Tensor]
+
+
+def is_matrix(p: Tensor) -> bool:
+    return p.squeeze().dim() == 2
+
+
+def normal(p: Tensor, *shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=p.dtype, device=p.device)
+
+
+class Loop:
+    """theta + eps z, theta - eps z, theta again, theta - lr c z: four passes, and z four times."""
+
+    def __init__(self, parameters: list[Tensor], lr: float, eps: float) -> None:
+        self.parameters, self.lr, self.eps = parameters, lr, eps
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Draw what is kept for an interval."""
+
+    def z(self, i: int, p: Tensor) -> Tensor:
+        return normal_like(p)
+
+    def move(self, seed: int, scaling: float) -> None:
+        torch.manual_seed(seed)
+        for i, p in enumerate(self.parameters):
+            p.data = p.data + scaling * self.z(i, p.data) * self.eps
+
+    def update(self, seed: int, coefficient: float) -> None:
+        torch.manual_seed(seed)
+        for i, p in enumerate(self.parameters):
+            p.data = p.data - self.lr * (coefficient * self.z(i, p.data))
+
+    def difference(self, seed: int, closure: Closure) -> float:
+        self.move(seed, +1)
+        plus = closure()
+        self.move(seed, -2)
+        minus = closure()
+        self.move(seed, +1)
+        return ((plus - minus) / (2 * self.eps)).item()
+
+    @torch.no_grad()
+    def step(self, closure: Closure, seed: int) -> None:
+        self.update(seed, self.difference(seed, closure))
+
+
+class SubZero(Loop):
+    def __init__(self, parameters: list[Tensor], lr: float, eps: float, rank: int = 8) -> None:
+        self.rank = rank
+        super().__init__(parameters, lr, eps)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        self.basis: dict[int, tuple[Tensor, Tensor]] = {}
+        for i, p in enumerate(self.parameters):
+            if is_matrix(p):
+                left, right = (torch.linalg.qr(torch.randn(side, self.rank))[0].to(p.dtype) for side in p.squeeze().shape)
+                self.basis[i] = left, right.t()
+
+    def z(self, i: int, p: Tensor) -> Tensor:
+        if i not in self.basis:
+            return normal_like(p)
+        left, right = self.basis[i]
+        core = normal(p, left.shape[1], right.shape[0])
+        return (left @ core @ right).view(p.shape) * math.sqrt(p.numel() / self.rank**2)
+
+
+class LOZO(Loop):
+    def __init__(self, parameters: list[Tensor], lr: float, eps: float, rank: int = 2) -> None:
+        self.rank = rank
+        super().__init__(parameters, lr, eps)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        self.right = {i: normal(p, p.shape[-1], self.rank) for i, p in enumerate(self.parameters) if is_matrix(p)}
+
+    def z(self, i: int, p: Tensor) -> Tensor:
+        return normal(p, p.shape[0], self.rank) @ self.right[i].t() if i in self.right else normal_like(p)
+
+
+class TeZO(Loop):
+    def __init__(self, parameters: list[Tensor], lr: float, eps: float, rank: int = 32) -> None:
+        self.rank = rank
+        super().__init__(parameters, lr, eps)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        self.factors = {
+            i: (normal(p, p.shape[0], self.rank), normal(p, p.shape[1], self.rank))
+            for i, p in enumerate(self.parameters)
+            if is_matrix(p)
+        }
+
+    def z(self, i: int, p: Tensor) -> Tensor:
+        if i not in self.factors:
+            return normal_like(p)
+        left, right = self.factors[i]
+        return (left * normal(p, self.rank)) @ right.t()
+
+
+class PGAP(Loop):
+    """The basis is random until estimate() is called: a step costs the same."""
+
+    def __init__(
+        self, parameters: list[Tensor], lr: float, eps: float, rank: int = 128, probes: int = 10, delta: float = 2.0
+    ) -> None:
+        self.rank, self.probes, self.delta = rank, probes, delta
+        super().__init__(parameters, lr, eps)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        self.basis: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        for i, p in enumerate(self.parameters):
+            if is_matrix(p):
+                rank = min(self.rank, *p.shape)
+                left, right = (torch.linalg.qr(torch.randn(side, rank))[0].to(p.dtype) for side in p.shape)
+                self.basis[i] = left, torch.linspace(1, 0.1, rank).to(p.dtype), right.t()
+
+    @torch.no_grad()
+    def estimate(self, closure: Closure, seed: int) -> None:
+        """G = 1/h sum c_i z_i, dense and in float32, then a singular value decomposition of every matrix of it."""
+        dense = Loop(self.parameters, self.lr, self.eps)
+        total = {i: torch.zeros(p.shape) for i, p in enumerate(self.parameters) if i in self.basis}
+        for probe in range(self.probes):
+            coefficient = dense.difference(seed + probe, closure)
+            torch.manual_seed(seed + probe)
+            for i, p in enumerate(self.parameters):
+                z = normal_like(p.data)
+                if i in total:
+                    total[i] += coefficient / self.probes * z
+        for i, gradient in total.items():
+            left, spectrum, right = torch.linalg.svd(gradient, full_matrices=False)
+            rank, dtype = self.basis[i][1].numel(), self.parameters[i].dtype
+            self.basis[i] = left[:, :rank].to(dtype), spectrum[:rank].to(dtype), right[:rank].to(dtype)
+
+    def z(self, i: int, p: Tensor) -> Tensor:
+        if i not in self.basis:
+            return normal_like(p)
+        left, spectrum, right = self.basis[i]
+        core = normal(p, spectrum.numel(), spectrum.numel())
+        sign = 1.0 if torch.rand(1).item() < 0.5 else -1.0
+        along = (spectrum * torch.diagonal(core)).sum() - sign * math.sqrt(self.delta) * spectrum.norm()
+        return left @ (core - along / (spectrum.norm() ** 2 + 1e-12) * torch.diag(spectrum)) @ right
+
+
+class FZOO(Loop):
+    def __init__(self, parameters: list[Tensor], lr: float, eps: float, queries: int = 8) -> None:
+        self.queries = queries
+        super().__init__(parameters, lr, eps)
+
+    def z(self, i: int, p: Tensor) -> Tensor:
+        return (2 * torch.randint(0, 2, p.shape, device=p.device) - 1).to(p.dtype)
+
+    @torch.no_grad()
+    def step(self, closure: Closure, seed: int) -> None:
+        seeds = range(seed * self.queries, (seed + 1) * self.queries)
+        losses = []
+        for each in seeds:
+            self.move(each, +1)
+            losses.append(closure().item())
+            self.move(each, -1)
+        base = closure().item()
+        spread = torch.tensor(losses, dtype=torch.float64).std(correction=0).item()
+        for each, loss in zip(seeds, losses):
+            self.update(each, (loss - base) / (self.queries * spread) if spread else 0.0)
+
+
+LOOPS = {loop.__name__: loop for loop in (SubZero, LOZO, PGAP, TeZO, FZOO)}
