@@ -159,7 +159,7 @@ def test_interpreted_rejects(interpreted, name: str) -> None:
 
 TYPES = {
     "entries": "*i64", "tiles": "*i64", "frames": "*i64", "factors": "*i64", "nonfinite": "*i64", "decay": "fp32", "step": "i32",
-    "k0": "i32", "k1": "i32",
+    "keys": ("i32",) * 20,
 }  # fmt: skip
 UNITS = {"80": "HMMA", "90": "HGMMA", "100": "UTCHMMA", "120": "HMMA"}
 # instructions per element of the loop over row blocks, measured with triton 3.9, and what they may not exceed

@@ -88,10 +88,10 @@ def write(out, low, value, random, mask, TYPE: tl.constexpr, ROUNDING: tl.conste
 
 
 @triton.jit
-def random16(number, who, step, k0, k1):
+def random16(number, who, step, keys):
     """The 16 bits of stochastic rounding of [M, G] aligned groups of eight, as [M, 8 G]."""
     purpose = tl.full([], ROUNDING_DRAW, tl.uint32)
-    w0, w1, w2, w3 = philox4x32((number >> 3).to(tl.uint32), who, step, purpose, k0, k1)
+    w0, w1, w2, w3 = philox4x32((number >> 3).to(tl.uint32), who, step, purpose, keys)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [M, G, 2, 2], in the order of the words
     return tl.reshape(tl.join(words & 0xFFFF, words >> 16), [number.shape[0], number.shape[1] * 8])
 
@@ -147,15 +147,13 @@ def rows_of(address, factor, first, i, here, start: tl.constexpr, WIDTH: tl.cons
         return tl.load(base + first * rank + i[:, None] * rank + k[None, :], mask=mask, other=0.0)
 
 
-@triton.jit(do_not_specialize=["entries", "tiles", "frames", "factors", "step", "k0", "k1"])
-def product(entries, tiles, frames, factors, nonfinite, decay, step, k0, k1, ROUNDING: tl.constexpr, KINDS: tl.constexpr,
+@triton.jit(do_not_specialize=["entries", "tiles", "frames", "factors", "step", "keys"])
+def product(entries, tiles, frames, factors, nonfinite, decay, step, keys, ROUNDING: tl.constexpr, KINDS: tl.constexpr,
             OUTSIDE: tl.constexpr, JOIN: tl.constexpr, RANK: tl.constexpr, WHOLE: tl.constexpr, EXACT: tl.constexpr,
             BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     """One tile. KINDS: bit 3 type + type of the result is set when the launch has such a tensor; RANK: 16 to 128, padded.
 
     WHOLE: every rank is RANK and every factor lies on 16 bytes."""
-    k0 = k0.to(tl.uint32, bitcast=True)
-    k1 = k1.to(tl.uint32, bitcast=True)
     step = step.to(tl.uint32, bitcast=True)
     tile = tiles + tl.program_id(0).to(tl.int64) * 3
     begin = tl.load(tile)
@@ -211,7 +209,7 @@ def product(entries, tiles, frames, factors, nonfinite, decay, step, k0, k1, ROU
                     random = 0
                     if ROUNDING == STOCHASTIC and RESULT != FLOAT32:
                         number = (row + i)[:, None] * n + column + tl.arange(0, BN // 8)[None, :] * 8
-                        random = random16(number, who, step, k0, k1)
+                        random = random16(number, who, step, keys)
                     if OUTSIDE:
                         out = tl.multiple_of(typed(tl.load(entry + 1), RESULT) + out_at, 16)
                         broken = write(out + out_place, low + out_place, value, random, mask, RESULT, ROUNDING, False, EXACT)
@@ -229,12 +227,10 @@ def divide(p, factor, shift):
     return (tl.umulhi((p << 23).to(tl.uint64), factor.to(tl.uint64)) >> shift.to(tl.uint64)).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["entries", "tiles", "factors", "step", "k0", "k1"])
-def element(entries, tiles, factors, nonfinite, decay, step, k0, k1, ROUNDING: tl.constexpr, KINDS: tl.constexpr,
+@triton.jit(do_not_specialize=["entries", "tiles", "factors", "step", "keys"])
+def element(entries, tiles, factors, nonfinite, decay, step, keys, ROUNDING: tl.constexpr, KINDS: tl.constexpr,
             OUTSIDE: tl.constexpr, JOIN: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Elements [begin, end) of an entry, one at a time."""
-    k0 = k0.to(tl.uint32, bitcast=True)
-    k1 = k1.to(tl.uint32, bitcast=True)
     step = step.to(tl.uint32, bitcast=True)
     tile = tiles + tl.program_id(0).to(tl.int64) * 3
     begin = tl.load(tile)
@@ -282,7 +278,7 @@ def element(entries, tiles, factors, nonfinite, decay, step, k0, k1, ROUNDING: t
                     if ROUNDING == STOCHASTIC and RESULT != FLOAT32:
                         purpose = tl.full([], ROUNDING_DRAW, tl.uint32)
                         block = (number >> 3).to(tl.uint32)
-                        w0, w1, w2, w3 = philox4x32(block, who_type.to(tl.uint32), step, purpose, k0, k1)
+                        w0, w1, w2, w3 = philox4x32(block, who_type.to(tl.uint32), step, purpose, keys)
                         pair = (number >> 1) & 3
                         word = tl.where(pair < 2, tl.where(pair == 0, w0, w1), tl.where(pair == 2, w2, w3))
                         random = (word >> ((number & 1) * 16).to(tl.uint32)) & 0xFFFF

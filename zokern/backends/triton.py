@@ -267,7 +267,7 @@ class Triton:
             "ROUNDING": table.ROUNDING[rounding], "OUTSIDE": outs is not None, "JOIN": residuals is not None and rounding == "residual",
             "EXACT": interpreted(), "enable_fp_fusion": False,
         }  # fmt: skip
-        names = nonfinite, float(decay), _signed(step), _signed(seed), _signed(seed >> 32)
+        names = nonfinite, float(decay), _signed(step), _keys_of(seed)
         kinds = 3 * entries["type"] + entries["out_type"]
         with _guard(device):
             for some, kernel in ((fast, lowrank.product), (~fast, lowrank.element)):
