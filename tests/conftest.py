@@ -17,3 +17,11 @@ def pytest_configure(config) -> None:
 def _seeded(request) -> None:
     """torch's global stream starts from the test's name."""
     torch.manual_seed(zlib.crc32(request.node.name.encode()))
+
+
+@pytest.fixture(autouse=True)
+def grad_mode():
+    """A deliberately wrong version may leave its grad mode on the thread; the next test starts from this one's."""
+    before = torch.is_grad_enabled()
+    yield
+    torch.set_grad_enabled(before)
