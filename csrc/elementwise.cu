@@ -2,11 +2,11 @@
 //
 // math     as elementwise.h: float32 inside, fma in draw order, one rounding; unit u is elements 8 u .. 8 u + 7 of the stream
 // traffic  bf16 axpy_: 2 B read + 2 B written per element for any K; perturb: 2 B read + one write per side; z moves no bytes
-// work     whole loop per element, sm_90, one draw, no decay: normal 24.4 instructions (16-bit), 23.9 (float32), of which 143
-// of
-//          the 195 for eight elements are the stream's float arithmetic, conversions and products; rademacher 7.0, 6.0;
-//          both signs of perturb: normal 25.4 (bf16), rademacher 7.9. At most 64 registers (perturb: 80), no spill on sm_80 to
-//          sm_120: `python tests/test_sass.py build/cubins`, nvcc 13.0
+// work     whole loop per element, sm_90, one draw, no decay: normal 24.4 instructions (16-bit), 23.9 (float32), of which
+//          143 of 195 for eight elements are products and float arithmetic of the stream; rademacher 7.0, 6.0; both signs of
+//          perturb: normal 26.1 (16-bit), rademacher 7.9; stochastic rounding to bf16 8.6 more, residual 12.6 more; each
+//          further term 23.7. At most 64 registers (perturb, stochastic, residual: 80), no spill on sm_80 to sm_120:
+//          `python tests/test_sass.py build/cubins`, `python -m benchmarks.predict`, nvcc 13.0
 // launch   one persistent grid per list, blocks of 256 threads. A block takes a chunk or, when chunks are few, part of one; a
 //          thread takes whole units, with one 16-byte load and store for 16-bit types and two for float32. A warp that has
 //          4096 signs to make shares their Philox blocks through 512 bytes of shared memory (sign_tiles). Elements outside
@@ -35,8 +35,8 @@ namespace kernels {  // named, so that a kernel has the same symbol in every bui
 constexpr int kThreads = 256;
 constexpr int kUnit = 8;      // elements a thread handles at a time: one Philox block of `normal`, 16 bytes of a 16-bit type
 constexpr int kResident = 4;  // blocks per multiprocessor that registers must allow: 64 registers a thread
-constexpr int kResidentPerturb = 3;  // 80 registers: two results, and up to two loads, of float32
-constexpr int kPartsLog2 = 5;        // a chunk of 65536 elements has 32 turns of 256 threads: more parts would be empty
+constexpr int kResidentMore = 3;  // 80 registers, for perturb and the roundings that make or keep more than a result
+constexpr int kPartsLog2 = 5;     // a chunk of 65536 elements has 32 turns of 256 threads: more parts would be empty
 
 // The key of every round, made once on the host: kernel parameters are operands that cost no instruction.
 struct Keys {
@@ -749,7 +749,7 @@ __global__ void __launch_bounds__(kThreads, kResident) draw_kernel(const List li
 }
 
 template <Direction kDirection, Rounding kRounding, bool kPlain>
-__global__ void __launch_bounds__(kThreads, kResident)
+__global__ void __launch_bounds__(kThreads, kRounding == Rounding::kNearest ? kResident : kResidentMore)
     axpy_kernel(const List list, const Draw* draws, const float* coefficients, int32_t draw_count, Draw last, float decay,
                 unsigned long long* nonfinite) {
   const Terms terms = {draws, coefficients, draw_count, clock_of(list), last};
@@ -759,7 +759,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 }
 
 template <Direction kDirection>
-__global__ void __launch_bounds__(kThreads, kResidentPerturb)
+__global__ void __launch_bounds__(kThreads, kResidentMore)
     perturb_kernel(const List list, uint32_t step, uint32_t draw, float plus, float minus) {
   PerturbVerb<kDirection> verb{list.keys, step + clock_of(list), draw, plus, minus};
   run(verb, list.entries, list.chunks, list.chunk_count, list.parts_log2);
@@ -808,10 +808,9 @@ void start(const char* what, void (*kernel)(List, Parameters...), const Launch& 
 
 template <Direction kDirection, Rounding kRounding>
 void start_axpy(const Launch& launch, const Draw* draws, int32_t draw_count, float decay, unsigned long long* nonfinite) {
-  auto* kernel = axpy_kernel<kDirection, kRounding, false>;
-  if constexpr (kRounding == Rounding::kNearest) {  // the common call: one term, no decay, and no instruction for either
-    if (draw_count == 1 && decay == 1.0f) kernel = axpy_kernel<kDirection, kRounding, true>;
-  }
+  // the common call: one term, no decay, and no instruction for either
+  const bool plain = draw_count == 1 && decay == 1.0f;
+  auto* kernel = plain ? axpy_kernel<kDirection, kRounding, true> : axpy_kernel<kDirection, kRounding, false>;
   start("axpy_", kernel, launch, launch.draws, launch.coefficients, draw_count, draws[draw_count - 1], decay, nonfinite);
 }
 

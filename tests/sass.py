@@ -127,35 +127,43 @@ def arithmetic(code: list[Instruction]) -> dict[str, int]:
     return {name: sum(re.match(rf"{name}\b", i.name) is not None for i in code) for name in ("FFMA", "FMUL", "FADD")}
 
 
-def vector_loop(function: Function, loads: int, stores: int) -> list[Instruction]:
-    """The innermost loop with this many 16-byte loads and stores and no narrower store: a fast path."""
+def vector_loop(function: Function, loads: int, stores: int, longer: int = 0) -> list[Instruction]:
+    """The shortest loop with this many 16-byte loads and stores and no narrower store, a fast path; `longer` passes over as many."""
     for body in function.loops():
         names = [i.name for i in body]
         wide_loads = sum(n.startswith("LDG") and ".128" in n for n in names)
         wide_stores = sum(n.startswith("STG") and ".128" in n for n in names)
         all_stores = sum(n.startswith("STG") for n in names)
         if (wide_loads, wide_stores, all_stores) == (loads, stores, stores):
-            return body
+            if longer == 0:
+                return body
+            longer -= 1
     raise LookupError(f"{function.name}: no loop with {loads} 16-byte loads and {stores} 16-byte stores")
 
 
-def per_lane(function: Function, loads: int, stores: int, steps: int = 16, unrolled: int = 4) -> float:
-    """Instructions for each unit of eight elements in a tile of signs (elementwise.cu, sign_tiles).
+def tile(function: Function, loads: int, stores: int, unrolled: int = 4) -> tuple[list[Instruction], list[Instruction]]:
+    """The loop over tiles of signs (elementwise.cu, sign_tiles) and the loop over steps inside it.
 
-    The tile is a loop that writes shared memory once around a loop of `steps` steps, `unrolled` of them a turn, each with this
-    many 16-byte loads and stores. Code around the steps is counted whole, also what is only run after a result that is inf.
+    The outer one writes shared memory; a turn of the inner one has `unrolled` steps, each with this many 16-byte loads and stores.
     """
     for outer in function.loops():
         if not any(i.name.startswith("STS") for i in outer):
             continue
-        inside = [b for b in function.loops() if outer[0].address <= b[0].address and b[-1].address < outer[-1].address]
-        for inner in inside:
+        for inner in function.loops():
             names = [i.name for i in inner]
             reads = sum(n.startswith("LDS") for n in names)
             wide = [sum(n.startswith(op) and ".128" in n for n in names) for op in ("LDG", "STG")]
-            if (reads, *wide) == (unrolled, unrolled * loads, unrolled * stores):
-                return len(inner) / unrolled + (len(outer) - len(inner)) / steps
+            inside = outer[0].address <= inner[0].address and inner[-1].address < outer[-1].address
+            if inside and (reads, *wide) == (unrolled, unrolled * loads, unrolled * stores):
+                return outer, inner
     raise LookupError(f"{function.name}: no tile with {loads} 16-byte loads and {stores} stores a step")
+
+
+def per_lane(function: Function, loads: int, stores: int, steps: int = 16, unrolled: int = 4) -> float:
+    """Instructions for each unit of eight elements in a tile. Code around the steps is counted whole, also what is only run
+    after a result that is inf."""
+    outer, inner = tile(function, loads, stores, unrolled)
+    return len(inner) / unrolled + (len(outer) - len(inner)) / steps
 
 
 def disassemble(cubin: Path) -> dict[str, Function]:

@@ -60,7 +60,7 @@ class OnPtx(cuda.Cuda):
             both = np.frombuffer((ctypes.c_float * 2).from_address(scales), np.float32)
             return self._run(sass.symbol(verb, direction), [table, step, draw, *both], tensors)
         draws, draw_count, decay, rounding, nonfinite = rest
-        plain = rounding == 0 and draw_count == 1 and decay == 1.0
+        plain = draw_count == 1 and decay == 1.0
         last = bytes((ctypes.c_char * 16).from_address(draws + 16 * (draw_count - 1)))  # struct Draw
         arguments = [table, device_draws, coefficients, draw_count, last, np.float32(decay), nonfinite]
         return self._run(sass.symbol("axpy", direction, rounding, plain), arguments, tensors)

@@ -38,10 +38,8 @@ def bf16_nearest(value):
 @triton.jit
 def bf16_stochastic(value, random):
     """random: 16 uniform bits"""
-    x = to_bits(value)
-    magnitude = x & 0x7FFFFFFF
-    special = tl.where(magnitude > 0x7F800000, (x >> 16) | 0x40, x >> 16)
-    return tl.where(magnitude >= 0x7F800000, special, (x + random) >> 16).to(tl.uint16)
+    # the low half of an infinity is 0, so that random never carries out of it; only a NaN needs a case of its own
+    return (tl.where(value != value, 0x7FC00000, to_bits(value) + random) >> 16).to(tl.uint16)
 
 
 @triton.jit

@@ -25,10 +25,8 @@ ZO_FN uint16_t bf16_nearest(float value) {
 
 // random: 16 uniform bits
 ZO_FN uint16_t bf16_stochastic(float value, uint32_t random) {
-  const uint32_t x = as_bits(value);
-  if ((x & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((x >> 16) | 0x40u);
-  if ((x & 0x7fffffffu) == 0x7f800000u) return static_cast<uint16_t>(x >> 16);
-  return static_cast<uint16_t>((x + random) >> 16);
+  // the low half of an infinity is 0, so that random never carries out of it; only a NaN needs a case of its own
+  return static_cast<uint16_t>((value != value ? 0x7fc00000u : as_bits(value) + random) >> 16);
 }
 
 ZO_FN float residual_join(uint16_t high, int16_t low) {

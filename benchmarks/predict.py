@@ -1,0 +1,219 @@
+"""What the machine code says the GPU kernels should take, per 1e9 weights: `python -m benchmarks.predict`. Needs nvcc, no GPU.
+
+Every figure is predicted from the machine code of the present tree, not measured. The model, per multiprocessor quarter (it issues
+one warp instruction a clock; 32 lanes at 16, 8 or 4 a clock take 2, 4 or 8 clocks of a pipe):
+
+    pipe    instructions                                   clocks of a warp instruction
+    issue   all                                            1
+    alu     LOP3 IADD3 SHF PRMT LEA ISETP SEL I2FP F2FP    2
+    heavy   IMAD                                           2      (IMAD.WIDE, IMAD.HI: 4)
+    fma     FFMA FMUL FADD HFMA2                           2 on one of two pipes, `heavy` being one of them; on sm_80 there is one
+    xu      MUFU POPC FLO F2I I2F                          8
+    compute = max(issue, alu, heavy, (heavy + fma) / pipes, xu) / (4 quarters * multiprocessors * clock)
+    memory  = bytes that must move / bandwidth of a copy
+    time    = max(compute, memory)
+
+The pipes' rates are the stall counts that ptxas writes between independent instructions of one warp. Latency, launch and the tail of
+the last wave are not in the model: a kernel with enough loads in flight should come within some 5 % of it, no kernel beats it.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+import sass  # noqa: E402  tests/sass.py reads machine code
+
+UNIT = 8  # elements of one turn of a loop
+WEIGHTS = 1e9
+DRAWS = 8
+
+# Mnemonics by pipe, matched from the start; the first match counts. `other` takes an issue slot and a pipe that is never full here.
+PIPES = {
+    "wide": r"IMAD\.(WIDE|HI)",
+    "heavy": r"IMAD|IDP",
+    "xu": r"MUFU|POPC|FLO|F2I|I2F\b|I2F\.",
+    "fma": r"FFMA|FMUL|FADD|HFMA2|HADD2|HMUL2",
+    "alu": r"LOP3|IADD|VIADD|SHF|PRMT|LEA|ISETP|FSETP|SEL|FSEL|I2FP|F2FP|MOV|FMNMX|IMNMX|VIMNMX|SGXT|IABS|PLOP3|R2P|P2R|CS2R|BMSK",
+    "other": r"U[A-Z]|R2UR|S2R|S2UR|LD|ST|ATOM|RED|BAR|BRA|BSSY|BSYNC|BREAK|EXIT|NOP|WARPSYNC|CALL|RET|SHFL|ELECT|ACQBULK|VOTE|ERRBAR"
+    r"|DEPBAR|ENDCOLLECTIVE|MEMBAR|NANOSLEEP|YIELD|BMOV|CCTL|WARPGROUP|FENCE|SYNCS",
+}
+CLOCKS = {"wide": 4, "heavy": 2, "xu": 8, "fma": 2, "alu": 2}
+
+
+def pipe_of(name: str) -> str:
+    for pipe, pattern in PIPES.items():
+        if re.match(pattern, name):
+            return pipe
+    raise LookupError(f"instruction {name} is in no pipe of the model; add it to PIPES in benchmarks/predict.py")
+
+
+@dataclass(frozen=True)
+class Device:
+    name: str
+    arch: str
+    multiprocessors: int
+    clock: float  # GHz under load
+    bandwidth: float  # TB/s of a copy: measured on H200 and H100, about 90 % of the peak elsewhere
+
+    @property
+    def fma_pipes(self) -> int:
+        return 1 if self.arch == "80" else 2
+
+    def budget(self, bytes_per_element: float) -> float:
+        """Instructions per element that the memory floor leaves time for."""
+        return 4 * 32 * self.multiprocessors * self.clock * bytes_per_element / (self.bandwidth * 1e3)
+
+
+DEVICES = (
+    Device("H200", "90", 132, 1.755, 4.3),
+    Device("H100", "90", 132, 1.755, 3.0),
+    Device("A100", "80", 108, 1.41, 1.75),
+    Device("B200", "100", 148, 1.85, 7.2),
+    Device("L40S", "89", 142, 2.52, 0.82),
+    Device("RTX 4090", "89", 128, 2.52, 0.93),
+    Device("RTX 5090", "120", 170, 2.41, 1.6),
+)
+
+
+@dataclass
+class Work:
+    """Instructions by pipe for each element."""
+
+    pipes: Counter[str]
+
+    @classmethod
+    def of(cls, *loops: tuple[Iterable[sass.Instruction], float]) -> Work:
+        """Instructions and how often each of them is issued per element, for one thread."""
+        pipes: Counter[str] = Counter()
+        for code, often in loops:
+            for instruction in code:
+                pipes[pipe_of(instruction.name)] += often
+        return cls(pipes)
+
+    @property
+    def instructions(self) -> float:
+        return sum(self.pipes.values())
+
+    def clocks(self, device: Device) -> dict[str, float]:
+        """Clocks of a quarter for each warp of elements, by what could be the limit."""
+        busy = {pipe: self.pipes[pipe] * clocks for pipe, clocks in CLOCKS.items()}
+        heavy = busy["wide"] + busy["heavy"]
+        fma = (heavy + busy["fma"]) / device.fma_pipes
+        return {"issue": self.instructions, "alu": busy["alu"], "heavy": heavy, "fma": fma, "xu": busy["xu"]}
+
+    def milliseconds(self, device: Device) -> tuple[float, str]:
+        """Time per 1e9 elements, and what limits it."""
+        clocks = self.clocks(device)
+        limit = max(clocks, key=lambda pipe: clocks[pipe])
+        return clocks[limit] * WEIGHTS / (4 * 32 * device.multiprocessors * device.clock * 1e9) * 1e3, limit
+
+
+def inner_of(function: sass.Function, outer: list[sass.Instruction]) -> list[sass.Instruction]:
+    """The longest loop inside a loop."""
+    inside = [b for b in function.loops() if outer[0].address <= b[0].address and b[-1].address < outer[-1].address]
+    if not inside:
+        raise LookupError(f"{function.name}: no loop inside the loop at {outer[0].address:#x}")
+    return max(inside, key=len)
+
+
+def without(outer: list[sass.Instruction], inner: list[sass.Instruction]) -> list[sass.Instruction]:
+    return [i for i in outer if not inner[0].address <= i.address <= inner[-1].address]
+
+
+def loop_work(function: sass.Function, loads: int, stores: int, draws: int = 0, longer: int = 0) -> Work:
+    """A loop over units; with draws, around a loop over terms."""
+    outer = sass.vector_loop(function, loads, stores, longer)
+    if not draws:
+        return Work.of((outer, 1 / UNIT))
+    inner = inner_of(function, outer)
+    return Work.of((without(outer, inner), 1 / UNIT), (inner, draws / UNIT))
+
+
+def tile_work(function: sass.Function, loads: int, stores: int) -> Work:
+    outer, inner = sass.tile(function, loads, stores)
+    return Work.of((inner, 1 / UNIT / 4), (without(outer, inner), 1 / UNIT / 16))
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    traffic: int  # bytes per element that must move
+    verb: str
+    direction: int
+    loads: int
+    stores: int
+    rounding: int = 0
+    plain: bool = True
+    draws: int = 0
+    longer: int = 0  # loops of another type with the same accesses, all of them shorter
+
+    def work(self, functions: dict[str, sass.Function]) -> Work:
+        rounding = self.rounding if self.verb == "axpy" else None
+        function = sass.kernel(functions, sass.symbol(self.verb, self.direction, rounding, self.plain))
+        if self.direction == 1:
+            return tile_work(function, self.loads, self.stores)
+        return loop_work(function, self.loads, self.stores, self.draws, self.longer)
+
+
+CASES = (
+    Case("axpy_ normal, 16 bits", 4, "axpy", 0, 1, 1),
+    Case("axpy_ normal, float32", 8, "axpy", 0, 2, 2),
+    Case("axpy_ normal stochastic, bf16", 4, "axpy", 0, 1, 1, 1),
+    Case("axpy_ normal residual, bf16", 8, "axpy", 0, 2, 2, 2, longer=1),
+    Case(f"axpy_ normal K={DRAWS}, 16 bits", 4, "axpy", 0, 1, 1, 0, False, DRAWS),
+    Case("axpy_ rademacher, 16 bits", 4, "axpy", 1, 1, 1),
+    Case("axpy_ rademacher, float32", 8, "axpy", 1, 2, 2),
+    Case("perturb both signs normal, 16 bits", 6, "perturb", 0, 1, 2),
+    Case("perturb both signs normal, float32", 12, "perturb", 0, 2, 4),
+    Case("perturb both signs rademacher, 16 bits", 6, "perturb", 1, 1, 2),
+    Case("draw normal, 16 bits", 2, "draw", 0, 0, 1),
+    Case("draw normal, float32", 4, "draw", 0, 0, 2),
+)
+
+
+def functions_of(arch: str) -> dict[str, sass.Function]:
+    with tempfile.TemporaryDirectory() as folder:
+        return sass.disassemble(sass.compile_to(Path(folder) / f"sm_{arch}.cubin", arch))
+
+
+def table(code: dict[str, dict[str, sass.Function]], devices: Iterable[Device] = DEVICES) -> list[str]:
+    lines = []
+    for device in devices:
+        lines += [
+            "",
+            f"{device.name}: sm_{device.arch}, {device.multiprocessors} multiprocessors at {device.clock} GHz, copy "
+            f"{device.bandwidth} TB/s; {device.budget(4):.1f} instructions per element fit under the floor of 4 B",
+            f"{'predicted, not measured; ms per 1e9 weights':44} {'B/el':>4} {'instr/el':>8} {'compute':>8} {'floor':>6} {'time':>6} "
+            f"{'of floor':>8}  limit",
+        ]
+        for case in CASES:
+            work = case.work(code[device.arch])
+            compute, limit = work.milliseconds(device)
+            floor = case.traffic * WEIGHTS / (device.bandwidth * 1e12) * 1e3
+            time = max(compute, floor)
+            lines.append(
+                f"{case.name:44} {case.traffic:4} {work.instructions:8.2f} {compute:8.3f} {floor:6.3f} {time:6.3f} "
+                f"{100 * floor / time:7.0f}%  {'memory' if floor >= compute else limit}"
+            )
+    return lines
+
+
+def main() -> None:
+    if (reason := sass.missing()) is not None:
+        raise SystemExit(f"benchmarks.predict reads machine code: {reason}")
+    architectures = sorted({device.arch for device in DEVICES})
+    with ThreadPoolExecutor(2) as pool:
+        code = dict(zip(architectures, pool.map(functions_of, architectures)))
+    print("\n".join(table(code)))
+
+
+if __name__ == "__main__":
+    main()
