@@ -1,7 +1,7 @@
 """The tables that the GPU backends keep on the device: built once for a list, never for another one, complete in a captured graph.
 
 The backends run here on the host: csrc/elementwise.cu through tests/cuda_shim. That a captured graph replays with a fresh z is the
-subject of tests/test_gpu.py; what it depends on (no upload, same buffers, a clock in memory) is shown here.
+subject of a test that needs a GPU and is still to be written; what it depends on (no upload, same buffers, a clock in memory) is shown here.
 """
 
 from __future__ import annotations
