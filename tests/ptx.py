@@ -261,6 +261,12 @@ def compute(op: str) -> tuple[Callable, str, list[str]]:
         if is_float:
             if kind != "f32" or len(mods) != 1:
                 raise NotImplementedError(op)
+            if compare in ("nan", "num"):  # whether either operand is a NaN, or neither
+
+                def is_nan(a, b):
+                    return (np.isnan(f32(a)) | np.isnan(f32(b))) == (compare == "nan")
+
+                return is_nan, "pred", ["b32"]
             loose = compare.endswith("u") and compare[:-1] in COMPARE
             test = COMPARE[compare[:-1] if loose else compare]
 
