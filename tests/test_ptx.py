@@ -135,6 +135,19 @@ def test_interpreter_refuses() -> None:
         ptx.run(small("st.global.u32 [%rd1+2], %r1;"), "k", 1, 1, [array])
 
 
+def test_interpreter_knows_a_nan() -> None:
+    """setp.nan and setp.num of every thread's own value: inf, a NaN, 0 and a finite number."""
+    array = np.array([0x7F800000, 0x7FC00001, 0, 0x3F800000] * 2, np.uint32)
+    for compare, expected in (("nan", [0, 1, 0, 0]), ("num", [1, 0, 1, 1])):
+        given = array.copy()
+        body = f"""
+        mov.u32 %r1, %tid.x; mul.wide.u32 %rd2, %r1, 4; add.s64 %rd3, %rd1, %rd2; ld.global.u32 %r2, [%rd3];
+        setp.{compare}.f32 %p1, %r2, %r2; selp.b32 %r3, 1, 0, %p1; st.global.u32 [%rd3], %r3;
+        """
+        ptx.run(small(body), "k", 1, 4, [given])
+        assert given[:4].tolist() == expected and given[4:].tolist() == array[4:].tolist()
+
+
 def test_interpreter_meets_again_after_divergence() -> None:
     """Odd threads take a detour; all add their number; a loop runs tid times."""
     array = np.zeros(64, np.uint32)

@@ -380,9 +380,7 @@ class Executed:
 
 
 def compute(op: str, known=ptx.compute):
-    """ptx.compute, and what LLVM emits and nvcc does not: `value != value`, and a bit field with a sign."""
-    if op == "setp.nan.f32":
-        return lambda a, b: np.isnan(ptx.f32(a)) | np.isnan(ptx.f32(b)), "pred", ["b32"]
+    """ptx.compute, and what LLVM emits and nvcc does not: a bit field with a sign."""
     if op == "bfe.s32":
 
         def extract(a, position, length):
