@@ -57,13 +57,14 @@ void draw(uintptr_t entries, uintptr_t chunks, int64_t chunk_count, int32_t dire
 }
 
 void axpy(uintptr_t entries, uintptr_t chunks, int64_t chunk_count, int32_t direction, uint64_t seed, uintptr_t draws,
-          int32_t draw_count, float decay, int32_t rounding, uintptr_t nonfinite, int64_t workers, uintptr_t stream,
+          int32_t draw_count, int32_t each, int32_t rounding, uintptr_t nonfinite, int64_t workers, uintptr_t stream,
           uintptr_t clock, uintptr_t device_draws, uintptr_t coefficients) {
   check(draw_count > 0 && draws != 0, "draws is empty");
+  check(each > 0 && draw_count % each == 0, "each does not divide draw_count");
   check(rounding >= 0 && rounding <= 2, "rounding is not one of 0 (nearest), 1 (stochastic), 2 (residual)");
   check(nonfinite != 0, "nonfinite is a null address");
   zo::axpy(launch(entries, chunks, chunk_count, direction, seed, workers, stream, clock, device_draws, coefficients),
-           at<zo::Draw>(draws), draw_count, decay, static_cast<zo::Rounding>(rounding), at<int64_t>(nonfinite));
+           at<zo::Draw>(draws), draw_count, each, static_cast<zo::Rounding>(rounding), at<int64_t>(nonfinite));
 }
 
 void perturb(uintptr_t entries, uintptr_t chunks, int64_t chunk_count, int32_t direction, uint64_t seed, uint32_t step,
@@ -138,7 +139,7 @@ PYBIND11_MODULE(ZOKERN_MODULE, module) {
   module.def("draw", &draw, Free(), arg("entries"), arg("chunks"), arg("chunk_count"), arg("direction"), arg("seed"),
              arg("step"), arg("draw"), arg("workers"), arg("stream"), arg("clock") = 0);
   module.def("axpy", &axpy, Free(), arg("entries"), arg("chunks"), arg("chunk_count"), arg("direction"), arg("seed"),
-             arg("draws"), arg("draw_count"), arg("decay"), arg("rounding"), arg("nonfinite"), arg("workers"), arg("stream"),
+             arg("draws"), arg("draw_count"), arg("each"), arg("rounding"), arg("nonfinite"), arg("workers"), arg("stream"),
              arg("clock") = 0, arg("device_draws") = 0, arg("coefficients") = 0);
   module.def("perturb", &perturb, Free(), arg("entries"), arg("chunks"), arg("chunk_count"), arg("direction"), arg("seed"),
              arg("step"), arg("draw"), arg("scales"), arg("workers"), arg("stream"), arg("clock") = 0);

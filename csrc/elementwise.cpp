@@ -6,7 +6,8 @@
 //          that part chooses a path at run time (ZOKERN_CPU_ISA forces one) and shares the chunks out with OpenMP
 // fast     contiguous, one term, rounding nearest, whole vectors from a block boundary. Prefetches theta one piece ahead;
 //          a bfloat16 word holds the sine and the cosine element of one Philox word, so nothing is widened or packed
-// general  everything else, 512 elements at a time: gather, add the terms in draw order, round, scatter; theta moves once
+// general  everything else, 512 elements at a time: gather, add the terms in draw order, round, scatter; theta moves once, and
+//          the roundings between the sums of a replay happen in the registers that add a sum's last term
 // traffic  float32: 4 B read and 4 B written an element, bfloat16 and float16: 2 B and 2 B, for any number of terms
 // equal    bit for bit to zokern/backends/reference.py on every path (tests/test_cpu.py); no contraction, no fast-math
 // source   Malladi et al. 2023, Algorithm 1; stream: zokern/stream.py, version 1
@@ -32,12 +33,11 @@ struct Job {
   Verb verb;
   Rounding rounding;
   Direction direction;
-  int32_t draw_count;
+  int32_t draw_count, each;
   const Entry* entries;
   const Chunk* chunks;
   const Draw* draws;    // one for draw and perturb
   const float* scales;  // perturb
-  float decay;          // axpy
   alignas(64) Keys keys;
 };
 
@@ -206,7 +206,7 @@ int64_t fast(const Job& job, const Run& run, const Element<T>* theta, Element<O>
   constexpr int kAhead = D == Direction::kNormal && kSides > 0 ? Simd::kGroup * 8 * static_cast<int>(sizeof(*theta)) : 0;
   alignas(64) uint32_t words[4 * kBlocks];
   const Name name{run.entry->who, job.draws[0].step, job.draws[0].draw, job.keys};
-  const F c0 = Simd::all(scale0), c1 = Simd::all(scale1), decay = Simd::all(job.decay);
+  const F c0 = Simd::all(scale0), c1 = Simd::all(scale1), decay = Simd::all(job.draws[0].decay);
   Flag flag{Simd::all(0.0f), Simd::all(0.0f)};
   for (int64_t done = 0; done < run.n; done += kSpan) {
     const int n = static_cast<int>(run.n - done < kSpan ? run.n - done : kSpan);
@@ -255,8 +255,8 @@ int64_t fast_verb(const Job& job, const Run& run) {
   if constexpr (T == O) {
     auto* here = static_cast<Element<O>*>(const_cast<void*>(run.theta));
     const float c = quiet(job.draws[0].coefficient);
-    const int64_t flag = job.decay == 1.0f ? fast<D, T, O, 1, false>(job, run, theta, here, nullptr, c, 0.0f)
-                                           : fast<D, T, O, 1, true>(job, run, theta, here, nullptr, c, 0.0f);
+    const int64_t flag = job.draws[0].decay == 1.0f ? fast<D, T, O, 1, false>(job, run, theta, here, nullptr, c, 0.0f)
+                                                    : fast<D, T, O, 1, true>(job, run, theta, here, nullptr, c, 0.0f);
     if (flag != 0) return count_nonfinite<T>(here, run.n);
   }
   return 0;
@@ -274,31 +274,81 @@ int64_t fast_instance(const Job& job, const Run& run) {
 // ---- everything else, at most kPiece elements with the head and tail of their blocks: gather, add terms, round, scatter
 struct Buffers {
   alignas(64) uint32_t words[4 * kBlocks];
+  alignas(64) uint32_t random[4 * kBlocks];
   alignas(64) float value[kPiece];
   alignas(64) float side[kPiece];
   alignas(64) uint16_t half[kPiece];
 };
 
-template <Direction D, bool kAdd>
-void term(const Name& name, uint64_t block, int blocks, float c, const float* from, float* to, uint32_t* words) {
+// Roundings in registers: what storing x in a type and loading it again would make of it. `at` is x's place in the buffers.
+struct Unrounded {
+  F operator()(F x, int) const { return x; }
+};
+
+template <Type T>
+struct Nearest {
+  F operator()(F x, int) const {
+    if constexpr (T == Type::kFloat16) return Simd::round_fp16(x);
+    const U bits = Simd::bits(x);
+    return Simd::floats(((bits & 0x7fffffffu) > 0x7f800000u ? bits | 0x400000u : bf16_round(x)) & 0xffff0000u);
+  }
+};
+
+template <Type T>
+struct Stochastic {  // bf16_stochastic and fp16_stochastic of zo/rounding.h
+  const uint16_t* random;
+
+  F operator()(F x, int at) const {
+    const U bits = Simd::bits(x), r = Simd::load_half(random + at), a = bits & 0x7fffffffu, quiet = bits | 0x400000u;
+    if constexpr (T == Type::kBfloat16) return Simd::floats((a > 0x7f800000u ? quiet : bits + r) & 0xffff0000u);
+    const U exponent = a >> 23, more = a + (r >> 3);  // normal float16: 13 bits go, and from 2^16 on it is inf
+    const U large = more >= 0x47800000u ? U{} + 0x7f800000u : more & 0xffffe000u;
+    const U magnitude = (a & 0x7fffffu) | (exponent != 0u ? U{} + 0x800000u : U{});
+    const U shift = exponent > 95u ? (exponent < 113u ? 126u - exponent : U{} + 13u) : U{} + 31u;
+    const U units = (magnitude + ((r << 16) >> (32u - shift))) >> shift;  // subnormal: in units of 2^-24
+    const U small = Simd::bits(Simd::from_int(units) * Simd::all(0x1p-24f));
+    return Simd::floats(a > 0x7f800000u ? quiet : (bits & 0x80000000u) | (exponent >= 113u ? large : small));
+  }
+};
+
+// to <- finish(c z + decay from), or finish(z)
+template <Direction D, bool kAdd, class Finish>
+void term(const Name& name, uint64_t block, int blocks, float c, float decay, const float* from, float* to, uint32_t* words,
+          const Finish& finish) {
   make_words<D == Direction::kNormal, 0>(static_cast<uint32_t>(block), blocks, name, words, nullptr);
-  const F scale = Simd::all(c);
+  const F scale = Simd::all(c), before = Simd::all(decay);
   sweep<D, false>(words, (blocks * per_block(D) + kUnit - 1) / kUnit, [&](int unit, F a, F b) ZO_INLINE_LAMBDA {
-    float* p = to + unit * kUnit;
-    const float* q = from + unit * kUnit;
-    Simd::store(p, kAdd ? Simd::fma(scale, a, Simd::load(q)) : a);
-    Simd::store(p + kLanes, kAdd ? Simd::fma(scale, b, Simd::load(q + kLanes)) : b);
+    const int at = unit * kUnit;
+    Simd::store(to + at, finish(kAdd ? Simd::fma(scale, a, before * Simd::load(from + at)) : a, at));
+    const int next = at + kLanes;
+    Simd::store(to + next, finish(kAdd ? Simd::fma(scale, b, before * Simd::load(from + next)) : b, next));
   });
 }
 
+template <class Finish>
 void add_term(const Job& job, const Draw& draw, uint32_t who, uint64_t block, int blocks, float c, const float* from, float* to,
-              uint32_t* words) {
+              uint32_t* words, const Finish& finish) {
   const Name name{who, draw.step, draw.draw, job.keys};
   if (job.direction == Direction::kNormal) {
-    term<Direction::kNormal, true>(name, block, blocks, c, from, to, words);
+    term<Direction::kNormal, true>(name, block, blocks, c, draw.decay, from, to, words, finish);
   } else {
-    term<Direction::kRademacher, true>(name, block, blocks, c, from, to, words);
+    term<Direction::kRademacher, true>(name, block, blocks, c, draw.decay, from, to, words, finish);
   }
+}
+
+// A term that is the last of a sum
+void add_last(const Job& job, const Draw& draw, uint32_t who, Type type, uint64_t block, int blocks, int units,
+              Buffers& buffers) {
+  const auto add = [&](const auto& finish) {
+    add_term(job, draw, who, block, blocks, draw.coefficient, buffers.value, buffers.value, buffers.words, finish);
+  };
+  if (job.rounding != Rounding::kStochastic)
+    return type == Type::kBfloat16 ? add(Nearest<Type::kBfloat16>{}) : add(Nearest<Type::kFloat16>{});
+  const uint64_t first = block * (job.direction == Direction::kNormal ? kNormalPerBlock : kRademacherPerBlock) / 8;
+  const Name name{who, draw.step, kRoundingDraw, job.keys};
+  make_words<false, 0>(static_cast<uint32_t>(first), (units * kUnit + 7) / 8, name, buffers.random, nullptr);
+  const auto* random = reinterpret_cast<const uint16_t*>(buffers.random);  // half-words in their order: a little-endian machine
+  return type == Type::kBfloat16 ? add(Stochastic<Type::kBfloat16>{random}) : add(Stochastic<Type::kFloat16>{random});
 }
 
 template <class X>
@@ -340,20 +390,6 @@ void widen(Type type, const uint16_t* half, int units, float* value) {
   }
 }
 
-void stochastic(const Job& job, const Run& run, uint64_t number, int n, Type type, const float* value, uint16_t* half,
-                uint32_t* words) {
-  const Name name{run.entry->who, job.draws[job.draw_count - 1].step, kRoundingDraw, job.keys};
-  const int skip = static_cast<int>(number % 8);
-  make_words<false, 0>(static_cast<uint32_t>(number / 8), (skip + n + 7) / 8, name, words, nullptr);
-  uint16_t random[kPiece];  // half-words in their order: a little-endian machine
-  std::memcpy(random, reinterpret_cast<const char*>(words) + 2 * skip, static_cast<size_t>(n) * 2);
-  if (type == Type::kBfloat16) {
-    for (int i = 0; i < n; ++i) half[i] = bf16_stochastic(value[i], random[i]);
-  } else {
-    for (int i = 0; i < n; ++i) half[i] = fp16_stochastic(value[i], random[i]);
-  }
-}
-
 int64_t general_piece(const Job& job, const Run& run, int64_t begin, int n, Buffers& buffers) {
   const Entry& entry = *run.entry;
   const Type type = static_cast<Type>(entry.type), out_type = static_cast<Type>(entry.out_type);
@@ -383,11 +419,16 @@ int64_t general_piece(const Job& job, const Run& run, int64_t begin, int n, Buff
     }
   }
   if (job.verb == Verb::kAxpy) {
-    if (job.decay != 1.0f) {
-      for (int i = 0; i < units * kUnit; ++i) value[i] = mul_rn(job.decay, value[i]);
-    }
+    const bool stochastic = job.rounding == Rounding::kStochastic;
     for (int k = 0; k < job.draw_count; ++k) {
-      add_term(job, job.draws[k], entry.who, block, blocks, job.draws[k].coefficient, value, value, buffers.words);
+      const Draw& draw = job.draws[k];
+      // the split of a float32 into a bfloat16 and its low bits is exact; narrow() below rounds the last sum to nearest
+      const bool exact = type == Type::kFloat32 || keep || (k + 1) % job.each != 0;
+      if (exact || (!stochastic && k + 1 == job.draw_count)) {
+        add_term(job, draw, entry.who, block, blocks, draw.coefficient, value, value, buffers.words, Unrounded{});
+      } else {
+        add_last(job, draw, entry.who, type, block, blocks, units, buffers);
+      }
     }
     value += skip;
     int64_t nonfinite = 0;
@@ -399,8 +440,6 @@ int64_t general_piece(const Job& job, const Run& run, int64_t begin, int n, Buff
     uint16_t* half = buffers.half + skip;
     if (keep) {
       for (int i = 0; i < n; ++i) half[i] = residual_split(value[i], entry.residual[run.low + begin + i]);
-    } else if (job.rounding == Rounding::kStochastic) {
-      stochastic(job, run, number, n, type, value, half, buffers.words);
     } else {
       narrow(type, buffers.value, units, buffers.half);
     }
@@ -412,12 +451,12 @@ int64_t general_piece(const Job& job, const Run& run, int64_t begin, int n, Buff
     if (job.verb == Verb::kDraw) {
       const Name name{entry.who, job.draws[0].step, job.draws[0].draw, job.keys};
       if (job.direction == Direction::kNormal) {
-        term<Direction::kNormal, false>(name, block, blocks, 0.0f, value, buffers.side, buffers.words);
+        term<Direction::kNormal, false>(name, block, blocks, 0.0f, 1.0f, value, buffers.side, buffers.words, Unrounded{});
       } else {
-        term<Direction::kRademacher, false>(name, block, blocks, 0.0f, value, buffers.side, buffers.words);
+        term<Direction::kRademacher, false>(name, block, blocks, 0.0f, 1.0f, value, buffers.side, buffers.words, Unrounded{});
       }
     } else {
-      add_term(job, job.draws[0], entry.who, block, blocks, job.scales[side], value, buffers.side, buffers.words);
+      add_term(job, job.draws[0], entry.who, block, blocks, job.scales[side], value, buffers.side, buffers.words, Unrounded{});
     }
     if (out_type == Type::kFloat32) {
       scatter(buffers.side + skip, n, static_cast<float*>(entry.out[side]) + at, 1);
@@ -546,20 +585,20 @@ void philox(const uint32_t* counters, int64_t count, uint32_t k0, uint32_t k1, i
 }
 
 void draw(const Launch& launch, uint32_t step, uint32_t draw) {
-  const Draw one{step, draw, 0.0f, 0};
+  const Draw one{step, draw, 0.0f, 1.0f};
   Job job;
   job.verb = Verb::kDraw, job.rounding = Rounding::kNearest, job.draws = &one, job.draw_count = 1;
   run(job, launch);
 }
 
-void axpy(const Launch& launch, const Draw* draws, int32_t draw_count, float decay, Rounding rounding, int64_t* nonfinite) {
+void axpy(const Launch& launch, const Draw* draws, int32_t draw_count, int32_t each, Rounding rounding, int64_t* nonfinite) {
   Job job;
-  job.verb = Verb::kAxpy, job.rounding = rounding, job.draws = draws, job.draw_count = draw_count, job.decay = decay;
+  job.verb = Verb::kAxpy, job.rounding = rounding, job.draws = draws, job.draw_count = draw_count, job.each = each;
   *nonfinite += run(job, launch);
 }
 
 void perturb(const Launch& launch, uint32_t step, uint32_t draw, const float* scales) {
-  const Draw one{step, draw, 0.0f, 0};
+  const Draw one{step, draw, 0.0f, 1.0f};
   Job job;
   job.verb = Verb::kPerturb, job.rounding = Rounding::kNearest, job.draws = &one, job.draw_count = 1, job.scales = scales;
   run(job, launch);

@@ -2,7 +2,8 @@
 // elementwise.cu
 //
 // verbs    draw     out <- T(z)
-//          axpy_    theta <- round(decay theta + sum_k a_k z_k): float32 inside, fma in draw order, one rounding to T
+//          axpy_    theta <- round(decay theta + sum_k a_k z_k): float32 inside, fma in draw order, one rounding to T. A replay is
+//                   several such sums of `each` terms, one after the other in registers: what K / each calls would write
 //          perturb  out_j <- round(theta + s_j z), j = 1 or 2, from one evaluation of z; theta is only read
 // table    one Entry per tensor, one launch per table. An entry is a 2-D view of any stride; a tensor of higher rank that
 //          does not collapse to 2-D becomes several entries (zokern/backends/table.py). Outputs are contiguous.
@@ -53,7 +54,7 @@ struct Draw {  // one term a z(step, draw) of a sum
   uint32_t step;
   uint32_t draw;
   float coefficient;
-  int32_t reserved;
+  float decay;  // of what stands before this term, where it is the first of a sum; 1 elsewhere
 };
 
 // What elementwise.cpp and elementwise.cu both implement and bind.cpp exposes. Entries and chunks lie in host memory for the
@@ -67,7 +68,7 @@ struct Launch {
   int64_t workers;   // CPU: threads; CUDA: blocks of the persistent grid, 0 for the default
   uintptr_t stream;  // CUDA: cudaStream_t; CPU: unused
   // CUDA, in device memory, so that the host need not know them and a captured graph reads them at each replay:
-  const Draw* draws = nullptr;          // the names of a sum of several terms
+  const Draw* draws = nullptr;          // the names and decays of several terms
   const float* coefficients = nullptr;  // the factors of a sum; on the CPU they are in the draws
   const int64_t* clock = nullptr;       // added to every step number; null for 0
 };
@@ -75,8 +76,8 @@ struct Launch {
 void philox(const uint32_t* counters, int64_t count, uint32_t k0, uint32_t k1, int rounds, uint32_t* words,
             const Launch& launch);
 void draw(const Launch& launch, uint32_t step, uint32_t draw);
-// *nonfinite += results that are inf or NaN
-void axpy(const Launch& launch, const Draw* draws, int32_t draw_count, float decay, Rounding rounding, int64_t* nonfinite);
+// draw_count is a multiple of each, the terms between two roundings; *nonfinite += results that are inf or NaN at the end
+void axpy(const Launch& launch, const Draw* draws, int32_t draw_count, int32_t each, Rounding rounding, int64_t* nonfinite);
 // scales[1] is ignored by entries whose out[1] is null
 void perturb(const Launch& launch, uint32_t step, uint32_t draw, const float* scales);
 

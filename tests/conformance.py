@@ -19,7 +19,7 @@ import torch
 from guarded import Guarded, equal, filled, guarded
 from torch import Tensor
 
-from zokern.backends.base import Span
+from zokern.backends.base import ROUNDINGS, Span
 from zokern.backends.reference import Reference
 from zokern.directions import resolve
 from zokern.stream import INDEX_LIMIT
@@ -73,12 +73,14 @@ class Versus:
         same(mine[0], right[0], f"draw {direction}, tensor")
 
     def axpy(
-        self, thetas, spans, direction: str, draws=((3, 1),), coeffs=(1e-3,), decay=1.0, rounding="nearest", residuals=()
-    ) -> None:
+        self, thetas, spans, direction: str, draws=((3, 1),), coeffs=(1e-3,), decay=1.0, rounding="nearest", residuals=(),
+        each=0,
+    ) -> None:  # fmt: skip
         def call(backend, groups, device):
             theta, low, where, z = groups[0], groups[1] if residuals else None, located(spans, device), resolve(direction)
             a = torch.tensor(coeffs, dtype=torch.float32, device=device)
-            return backend.axpy_(theta, where, z, SEED, list(draws), a, decay, rounding, low)
+            how = {"each": each} if each else {}
+            return backend.axpy_(theta, where, z, SEED, list(draws), a, decay, rounding, low, **how)
 
         mine, right = self._both([thetas, residuals], call)
         same(mine[0], right[0], f"axpy_ {direction} K={len(draws)} {rounding}, tensor")
@@ -399,6 +401,74 @@ def check_axpy_many_draws(backend, device="cpu", scale="full") -> None:
         for decay in (1.0, 0.0, -1.5, 1e-40):
             thetas = [theta_of(generator, (137,), dtype) for dtype in DTYPES]
             versus.axpy(thetas, [Span(who) for who in ids(generator, 3)], "normal", [(1, 0), (0, 1)], coeffs, decay)
+
+
+def replay(generator, count: int, each: int) -> tuple[list[tuple[int, int]], list[float], list[float]]:
+    """Draws, coefficients and decays of a run of count / each steps; a step's coefficients are of one size and not of another's."""
+    steps = ids(generator, count // each)
+    draws = [(step, query) for step in steps for query in range(each)]
+    sizes = 10.0 ** -torch.arange(count // each).remainder(5).repeat_interleave(each)
+    coeffs = (torch.randn(count, generator=generator) * sizes).tolist()
+    return draws, coeffs, (1 - torch.rand(count // each, generator=generator) / 8).tolist()
+
+
+def check_axpy_each(backend, device="cpu", scale="full") -> None:
+    """A rounding after every `each` terms, with the decay and the random bits of its own step; hundreds of terms, broken weights."""
+    generator, versus = source(check_axpy_each), Versus(check_axpy_each, backend, device, scale)
+    for direction in DIRECTIONS:
+        for rounding in ROUNDINGS:
+            for count, each in ((3, 1), (6, 2)) if scale == "quick" else ((1, 1), (3, 1), (6, 2), (6, 3), (5, 5)):
+                thetas, spans = spread(generator, scale, count % 2)
+                lows = [low_of(generator, t) for t in thetas] if rounding == "residual" else []
+                versus.axpy(thetas, spans, direction, *replay(generator, count, each), rounding, lows, each)
+    for rounding in ROUNDINGS:
+        thetas = [theta_of(generator, (75,), dtype) for dtype in DTYPES]
+        lows = [low_of(generator, t) for t in thetas] if rounding == "residual" else []
+        draws, coeffs, decays = replay(generator, 70 if scale == "quick" else 770, 2)
+        versus.axpy(thetas, [Span(who, 5) for who in ids(generator, 3)], "normal", draws, coeffs, decays, rounding, lows, 2)
+        for dtype in DTYPES:  # overflow, inf and NaN in the middle of a run stay; subnormal results are kept
+            size, tiny, most = 67, torch.finfo(dtype).smallest_normal, torch.finfo(dtype).max
+            broken = weights((size,), dtype, generator)
+            broken[::7], broken[1::11], broken[2::13] = float("inf"), float("-inf"), float("nan")
+            subnormal, largest = (
+                (torch.randn(size, generator=generator) * tiny).to(dtype),
+                torch.full((size,), most, dtype=dtype),
+            )
+            for values, coeff in ((subnormal, tiny / 4), (largest, most / 100), (broken, 1e-3)):
+                theta = filled(values, offset=2)
+                lows = [low_of(generator, theta)] if rounding == "residual" else []
+                draws = [(step, 0) for step in range(4)]
+                coeffs = [coeff, -coeff, coeff / 2, coeff]
+                versus.axpy([theta], [Span(9, 3)], "normal", draws, coeffs, [1.0, -0.5, 1.0, 0.75], rounding, lows, 1)
+
+
+def check_axpy_each_is_calls(backend, device="cpu", scale="full") -> None:
+    """One call with roundings in between writes what the calls write one after the other, under any clock; decays may be one number."""
+    generator = source(check_axpy_each_is_calls)
+    for direction in map(resolve, DIRECTIONS):
+        for rounding, dtype in (("nearest", torch.float32), ("nearest", torch.bfloat16), ("nearest", torch.float16),
+                                ("stochastic", torch.bfloat16), ("stochastic", torch.float16), ("residual", torch.bfloat16)):  # fmt: skip
+            for each in (1, 2):
+                start = weights((333,), dtype, generator)
+                start[5], start[17] = float("inf"), float("nan")
+                span, first_low = Span(ids(generator, 1)[0], 3), torch.zeros(333, dtype=torch.int16)
+                draws, coeffs, decays = replay(generator, 6, each)
+                decay = decays if each == 1 else decays[0]
+                clock = torch.full((1,), 2**32 - 3, dtype=torch.int64, device=device) if rounding == "stochastic" else None
+                a, how = torch.tensor(coeffs, device=device), {} if clock is None else {"clock": clock}
+                results = []
+                for step in (0, each):
+                    theta, low = start.to(device, copy=True), [first_low.to(device, copy=True)]
+                    for k in range(0, 6, step or 6):
+                        here = slice(k, k + (step or 6))
+                        factor = decay if not step or each == 2 else decays[k]
+                        count = backend.axpy_(
+                            [theta], [span], direction, SEED, draws[here], a[here], factor, rounding,
+                            low if rounding == "residual" else None, **how, **({} if step else {"each": each}),
+                        )  # fmt: skip
+                    results.append((theta.cpu(), low[0].cpu(), count.cpu()))
+                for got, expected, what in zip(*results, ("weights", "low bits", "count")):
+                    equal(got, expected, f"axpy_ {direction.name} {dtype} {rounding} each={each} against single calls, {what}")
 
 
 def check_axpy_one_rounding(backend, device="cpu", scale="full") -> None:

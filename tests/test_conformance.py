@@ -26,6 +26,7 @@ INDEPENDENT = (
     "dtypes_share_z",
     "empty_launch",
     "axpy_one_rounding",
+    "axpy_each_is_calls",
     "lowrank_empty",
     "lowrank_shards",
 )

@@ -27,6 +27,7 @@ struct Simd {
   static void store_half(uint16_t* p, U x) { *p = static_cast<uint16_t>(x); }
   static F load_fp16(const uint16_t* p) { return fp16_to_float(*p); }
   static void store_fp16(uint16_t* p, F x) { *p = fp16_nearest(x); }
+  static F round_fp16(F x) { return fp16_to_float(fp16_nearest(x)); }
   static bool any_nan(F x) { return x != x; }
 
   // (even, odd) of one vector of words to consecutive elements; undoes the order of store_words<true>

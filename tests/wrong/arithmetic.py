@@ -121,6 +121,16 @@ class DecayAfter(Patched):
         return super().axpy_(thetas, spans, direction, seed, draws, coeffs * decay, decay, rounding, residuals)
 
 
+class FirstDecayOnly(Patched):
+    """A replay takes the decay of its first step for all."""
+
+    rejected_by = ("axpy_each", "axpy_each_is_calls")
+
+    def axpy_(self, thetas, spans, direction, seed, draws, coeffs, decay, *rest, **named):
+        decay = decay if isinstance(decay, float) else decay[0]
+        return super().axpy_(thetas, spans, direction, seed, draws, coeffs, decay, *rest, **named)
+
+
 class MissingLastDraw(Patched):
     """A loop over draws that ends one early when there are several."""
 

@@ -172,6 +172,16 @@ class CountsNothing(Patched):
         return torch.zeros_like(super().axpy_(*arguments))
 
 
+class CountsEveryStep(Patched):
+    """A replay counts what is inf or NaN after every step, and not at its end."""
+
+    rejected_by = ("axpy_each",)
+
+    def axpy_(self, thetas, spans, direction, seed, draws, coeffs, *rest, each=0, **named):
+        count = super().axpy_(thetas, spans, direction, seed, draws, coeffs, *rest, each=each, **named)
+        return count * (len(draws) // each if each else 1)
+
+
 class CountsNanOnly(Patched):
     """inf is not counted."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from zokern import stream
@@ -46,6 +48,30 @@ class RoundsDecay(Patched):
         for theta in thetas:
             theta.copy_((theta.float() * decay).to(theta.dtype))
         return super().axpy_(thetas, spans, direction, seed, draws, coeffs, 1.0, rounding, residuals)
+
+
+class RoundsOnce(Patched):
+    """A replay of several steps is one long sum, rounded at its end."""
+
+    rejected_by = ("axpy_each", "axpy_each_is_calls")
+
+    def axpy_(self, *arguments, each=0, **named):
+        thetas, spans, direction, seed, draws, coeffs, decay, *rest = arguments
+        decays = [decay] * (len(draws) // (each or len(draws))) if isinstance(decay, float) else decay
+        after = [math.prod(decays[k // each + 1 :]) for k in range(len(draws))] if each else [1.0] * len(draws)
+        coeffs = coeffs * torch.tensor(after, device=coeffs.device)
+        return super().axpy_(thetas, spans, direction, seed, draws, coeffs, math.prod(decays), *rest, **named)
+
+
+class BitsOfLastStep(Patched):
+    """Every rounding of a replay spends the bits of its last step."""
+
+    rejected_by = ("axpy_each", "axpy_each_is_calls")
+
+    def axpy_(self, thetas, spans, direction, seed, draws, *rest, **named):
+        last = draws[-1][0] + int(named["clock"]) & 0xFFFFFFFF if "clock" in named else draws[-1][0]
+        self.replaced = {"random16": lambda index, who, step, seed: random16(index, who, last, seed)}
+        return super().axpy_(thetas, spans, direction, seed, draws, *rest, **named)
 
 
 class ReusedBits(Patched):

@@ -31,6 +31,14 @@ class Span(NamedTuple):
     rows: Tensor | None = None
 
 
+def rounded_sums(decay: float | Sequence[float], count: int, each: int) -> tuple[int, list[float]]:
+    """For `count` terms of axpy_: how many there are to a rounding, and for each the factor of what stands before it is added."""
+    terms = each or count
+    factors = [decay] * (count // terms) if isinstance(decay, (int, float)) else decay
+    rest = [1.0] * (terms - 1)
+    return terms, [number for factor in factors for number in (factor, *rest)]
+
+
 def step_at(step: int, clock: Tensor | None) -> int:
     """The step number that a call means, for backends that run on the host."""
     return step if clock is None else (step + int(clock)) & 0xFFFFFFFF
@@ -68,16 +76,21 @@ class Backend(Protocol):
         seed: int,
         draws: Sequence[tuple[int, int]],
         coeffs: Tensor,
-        decay: float,
+        decay: float | Sequence[float],
         rounding: str,
         residuals: Sequence[Tensor] | None,
         clock: Tensor | None = None,
+        each: int = 0,
     ) -> Tensor:
         """theta <- decay * theta + sum_k coeffs[k] z_k in place; int64[1]: how many results are inf or NaN.
 
         float32 inside: t = round(decay * theta), then t = fma(coeffs[k], z_k, t) in order, then one rounding to the dtype.
         coeffs is float32[K] on the tensors' device. ``stochastic`` spends the 16 bits of (who, step of the last draw,
         purpose rounding). ``residual`` reads and writes int16 ``residuals`` (bfloat16 tensors; others round to nearest).
+
+        each, a divisor of K: the bits of K / each calls with `each` terms each, in one pass: every group of terms multiplies by its
+        decay (one number for all, or a sequence of K / each), adds, and rounds, with the bits of its own last step. 0: one group.
+        The count is that of the last results.
         """
 
     def perturb(

@@ -14,7 +14,7 @@ import torch  # before _cpu: both then share one OpenMP runtime, and torch's thr
 from torch import Tensor
 
 from . import table
-from .base import Span, check_rows, step_at
+from .base import Span, check_rows, rounded_sums, step_at
 
 _cpu: Any = None
 _error = ""
@@ -107,15 +107,16 @@ class Cpu:
         _module().draw(*_tables(entries, chunks), number, seed, step, draw, _workers(entries, chunks), 0)
 
     def axpy_(self, thetas: Sequence[Tensor], spans: Sequence[Span], direction, seed: int, draws: Sequence[tuple[int, int]],
-              coeffs: Tensor, decay: float, rounding: str, residuals: Sequence[Tensor] | None,
-              clock: Tensor | None = None) -> Tensor:  # fmt: skip
+              coeffs: Tensor, decay: float | Sequence[float], rounding: str, residuals: Sequence[Tensor] | None,
+              clock: Tensor | None = None, each: int = 0) -> Tensor:  # fmt: skip
         number = _direction(direction)
         _check("thetas", thetas)
         _check("coeffs", [coeffs])
         nonfinite = torch.zeros(1, dtype=torch.int64)
         entries, chunks = table.pack(thetas, spans, residuals=residuals)
-        terms = table.pack_draws([(step_at(step, clock), draw) for step, draw in draws], coeffs.detach().numpy())
-        _module().axpy(*_tables(entries, chunks), number, seed, table.address(terms), len(terms), decay, table.ROUNDING[rounding],
+        each, decays = rounded_sums(decay, len(draws), each)
+        terms = table.pack_draws([(step_at(step, clock), draw) for step, draw in draws], coeffs.detach().numpy(), decays)
+        _module().axpy(*_tables(entries, chunks), number, seed, table.address(terms), len(terms), each, table.ROUNDING[rounding],
                        nonfinite.data_ptr(), _workers(entries, chunks), 0)  # fmt: skip
         return nonfinite
 

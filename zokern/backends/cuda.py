@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import table, tables
-from .base import Span, check_rows
+from .base import Span, check_rows, rounded_sums
 
 _cuda: Any = None
 _error = ""
@@ -96,11 +96,11 @@ class Cuda:
         (entries_bytes, chunks), start = kept.facts, kept.buffer.data_ptr()
         return [kept.buffer], (start, start + entries_bytes, chunks)
 
-    def _names(self, device: torch.device, draws: Sequence[tuple[int, int]]) -> Tensor | None:
-        """The names of a sum of several terms, on the device."""
-        if len(draws) == 1:
+    def _terms(self, device: torch.device, terms: np.ndarray) -> Tensor | None:
+        """The names and decays of a sum of several terms, on the device; their coefficients lie apart."""
+        if len(terms) == 1:
             return None
-        return self.tables.get(("names", *draws), device, lambda: ((table.pack_draws(draws, [0.0] * len(draws)),), None)).buffer
+        return self.tables.get(("terms", terms.tobytes()), device, lambda: ((terms,), None)).buffer
 
     def philox4x32(self, counter: Tensor, key: tuple[int, int], rounds: int) -> Tensor:
         device = self._device(counter=[counter])
@@ -119,18 +119,20 @@ class Cuda:
                        clock=_address(clock))  # fmt: skip
 
     def axpy_(self, thetas: Sequence[Tensor], spans: Sequence[Span], direction, seed: int, draws: Sequence[tuple[int, int]],
-              coeffs: Tensor, decay: float, rounding: str, residuals: Sequence[Tensor] | None,
-              clock: Tensor | None = None) -> Tensor:  # fmt: skip
+              coeffs: Tensor, decay: float | Sequence[float], rounding: str, residuals: Sequence[Tensor] | None,
+              clock: Tensor | None = None, each: int = 0) -> Tensor:  # fmt: skip
         number, low, coeffs = _direction(direction), residuals or (), coeffs.contiguous()
         device = self._device(thetas=thetas, coeffs=[coeffs], residuals=low, clock=_given(clock))
         nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
         kept, place = self._table(device, thetas, spans, (), residuals)
         if not kept:
             return nonfinite
-        names, last = self._names(device, draws), table.pack_draws(draws, [0.0] * len(draws))
-        tensors = [*kept, *_given(names), coeffs, nonfinite, *thetas, *low, *_rows(spans), *_given(clock)]
-        self._call("axpy", device, tensors, *place, number, seed, table.address(last), len(draws), decay, table.ROUNDING[rounding],
-                   nonfinite.data_ptr(), clock=_address(clock), device_draws=_address(names),
+        each, decays = rounded_sums(decay, len(draws), each)
+        terms = table.pack_draws(draws, 0.0, decays)
+        uploaded = self._terms(device, terms)
+        tensors = [*kept, *_given(uploaded), coeffs, nonfinite, *thetas, *low, *_rows(spans), *_given(clock)]
+        self._call("axpy", device, tensors, *place, number, seed, table.address(terms), len(draws), each, table.ROUNDING[rounding],
+                   nonfinite.data_ptr(), clock=_address(clock), device_draws=_address(uploaded),
                    coefficients=coeffs.data_ptr())  # fmt: skip
         return nonfinite
 

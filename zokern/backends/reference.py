@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import stream
 from ..stream import fma, to_bits, to_float
-from .base import Span, check_rows, step_at
+from .base import Span, check_rows, rounded_sums, step_at
 
 CHUNK = 1 << 20  # elements at a time, so that the float64 temporaries stay small
 
@@ -95,10 +95,11 @@ class Reference:
                 values[here] = z(direction, index[here], span.who, step, draw, seed).to(out.dtype)
             out.copy_(values.view(out.shape))
 
-    def axpy_(self, thetas, spans, direction, seed, draws, coeffs, decay, rounding, residuals, clock=None) -> Tensor:
+    def axpy_(self, thetas, spans, direction, seed, draws, coeffs, decay, rounding, residuals, clock=None, each=0) -> Tensor:
         draws = [(step_at(step, clock), draw) for step, draw in draws]
         nonfinite = torch.zeros(1, dtype=torch.int64, device=coeffs.device)
-        decay = torch.tensor(decay, dtype=torch.float32, device=coeffs.device)
+        each, decays = rounded_sums(decay, len(draws), each)
+        decay = torch.tensor(decays, dtype=torch.float32, device=coeffs.device)
         for i, (theta, span) in enumerate(zip(thetas, spans)):
             index = numbers(theta, span)
             old = theta.flatten()  # row-major order for any stride
@@ -107,16 +108,19 @@ class Reference:
             new = torch.empty_like(old)
             for part in range(0, index.numel(), CHUNK):
                 here = slice(part, part + CHUNK)
-                value = join(old[here], low[here]) if keep else old[here].float()
-                value = decay * value
-                for (step, draw), coefficient in zip(draws, coeffs):
-                    value = fma(coefficient, z(direction, index[here], span.who, step, draw, seed), value)
-                if keep:
-                    new[here], low[here] = split(value)
-                elif rounding == "stochastic" and theta.dtype != torch.float32:
-                    new[here] = stochastic(value, theta.dtype, random16(index[here], span.who, draws[-1][0], seed))
-                else:
-                    new[here] = value.to(theta.dtype)
+                new[here] = old[here]
+                for k, (step, draw) in enumerate(draws):
+                    if k % each == 0:
+                        value = decay[k] * (join(new[here], low[here]) if keep else new[here].float())
+                    value = fma(coeffs[k], z(direction, index[here], span.who, step, draw, seed), value)
+                    if (k + 1) % each:
+                        continue
+                    if keep:
+                        new[here], low[here] = split(value)
+                    elif rounding == "stochastic" and theta.dtype != torch.float32:
+                        new[here] = stochastic(value, theta.dtype, random16(index[here], span.who, step, seed))
+                    else:
+                        new[here] = value.to(theta.dtype)
             theta.copy_(new.view(theta.shape))
             if keep:
                 residuals[i].copy_(low.view(residuals[i].shape))

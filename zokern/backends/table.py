@@ -21,7 +21,7 @@ ENTRY = np.dtype(
      ("out_type", "i4"), ("tensor", "i4")]
 )  # fmt: skip
 CHUNK = np.dtype([("begin", "i8"), ("end", "i8"), ("entry", "i8")])
-DRAW = np.dtype([("step", "u4"), ("draw", "u4"), ("coefficient", "f4"), ("reserved", "i4")])
+DRAW = np.dtype([("step", "u4"), ("draw", "u4"), ("coefficient", "f4"), ("decay", "f4")])
 FACTORS = np.dtype([("left", "u8"), ("right", "u8"), ("rank", "i8"), ("columns", "i8"), ("scale", "f4"), ("reserved", "i4")])
 TILE = np.dtype([("begin", "i8"), ("end", "i8"), ("entry", "i4"), ("column", "i4")])
 FRAME = np.dtype([("stride", "i8"), ("shift", "i8"), ("out_stride", "i8"), ("out_shift", "i8"), ("last", "i8")])
@@ -157,11 +157,13 @@ def address(array: np.ndarray) -> int:
     return array.view(np.uint64).__array_interface__["data"][0]
 
 
-def pack_draws(draws: Sequence[tuple[int, int]], coeffs: Sequence[float] | np.ndarray) -> np.ndarray:
-    """The terms of a sum."""
+def pack_draws(
+    draws: Sequence[tuple[int, int]], coeffs: Sequence[float] | np.ndarray | float, decays: Sequence[float]
+) -> np.ndarray:
+    """The terms of a sum, and the factor of what stands before each is added."""
     table = np.zeros(len(draws), dtype=DRAW)
     table["step"], table["draw"] = [s for s, _ in draws], [d for _, d in draws]
-    table["coefficient"] = coeffs
+    table["coefficient"], table["decay"] = coeffs, decays
     return table
 
 
