@@ -36,6 +36,7 @@ constexpr int kThreads = 256;
 constexpr int kUnit = 8;      // elements a thread handles at a time: one Philox block of `normal`, 16 bytes of a 16-bit type
 constexpr int kResident = 4;  // blocks per multiprocessor that registers must allow: 64 registers a thread
 constexpr int kResidentMore = 3;  // 80 registers, for perturb and the roundings that make or keep more than a result
+constexpr int kResidentMost = 2;  // 128 registers, for many terms with stochastic rounding or low bits
 constexpr int kPartsLog2 = 5;     // a chunk of 65536 elements has 32 turns of 256 threads: more parts would be empty
 
 // The key of every round, made once on the host: kernel parameters are operands that cost no instruction.
@@ -57,6 +58,9 @@ inline Keys make_keys(uint64_t seed) {
 struct Name {
   uint32_t x2_1, x0_2, x2_2, x2_3;  // what is xored into word x of round r
 
+  __device__ __forceinline__ explicit Name(const uint4& words) : x2_1(words.x), x0_2(words.y), x2_2(words.z), x2_3(words.w) {}
+  __device__ __forceinline__ uint4 words() const { return make_uint4(x2_1, x0_2, x2_2, x2_3); }
+
   __device__ __forceinline__ Name(uint32_t who, uint32_t step, uint32_t draw, const Keys& keys) {
     const uint64_t p1 = static_cast<uint64_t>(kPhiloxM1) * step;
     const uint64_t p2 = static_cast<uint64_t>(kPhiloxM0) * (static_cast<uint32_t>(p1 >> 32) ^ who ^ keys.k0[0]);
@@ -67,8 +71,8 @@ struct Name {
   }
 };
 
-__device__ __forceinline__ Words philox_named(uint32_t block, const Name& name, const Keys& keys) {
-  const uint64_t first = static_cast<uint64_t>(kPhiloxM0) * block;
+// `first` is the product of round 1, kPhiloxM0 * block: the same for every name, so a loop over names makes it once.
+__device__ __forceinline__ Words philox_from(uint64_t first, const Name& name, const Keys& keys) {
   const uint64_t second = static_cast<uint64_t>(kPhiloxM1) * (static_cast<uint32_t>(first >> 32) ^ name.x2_1);
   uint32_t x0 = static_cast<uint32_t>(second >> 32) ^ name.x0_2, x1 = static_cast<uint32_t>(second);
   uint32_t x2 = name.x2_2 ^ static_cast<uint32_t>(first), x3 = 0;
@@ -82,6 +86,10 @@ __device__ __forceinline__ Words philox_named(uint32_t block, const Name& name, 
     x3 = static_cast<uint32_t>(p0);
   }
   return Words{{x0, x1, x2, x3}};
+}
+
+__device__ __forceinline__ Words philox_named(uint32_t block, const Name& name, const Keys& keys) {
+  return philox_from(static_cast<uint64_t>(kPhiloxM0) * block, name, keys);
 }
 
 // A pointer read from a table, which the compiler must be told is global memory.
@@ -112,19 +120,29 @@ __device__ __forceinline__ void signs(uint32_t byte, float (&z)[kUnit]) {
   for (int i = 0; i < kUnit; ++i) z[i] = rademacher_sign(byte, static_cast<uint32_t>(i));
 }
 
+// The block of `kDirection` that a unit's z is in, times kPhiloxM0.
+template <Direction kDirection>
+__device__ __forceinline__ uint64_t first_product(uint32_t unit) {
+  return static_cast<uint64_t>(kPhiloxM0) * (kDirection == Direction::kNormal ? unit : unit >> 4);
+}
+
 // The z of one unit. For `rademacher`, 16 units share a block: this computes it for one of them (sign_tiles for all).
 template <Direction kDirection>
-__device__ __forceinline__ void values(uint32_t unit, const Name& name, const Keys& keys, float (&z)[kUnit]) {
+__device__ __forceinline__ void values(uint64_t first, uint32_t unit, const Name& name, const Keys& keys, float (&z)[kUnit]) {
+  const Words words = philox_from(first, name, keys);
   if constexpr (kDirection == Direction::kNormal) {
-    const Words words = philox_named(unit, name, keys);
 #pragma unroll
     for (int j = 0; j < 4; ++j) normal_pair(words.w[j], z[2 * j], z[2 * j + 1]);
   } else {
-    const Words words = philox_named(unit >> 4, name, keys);
     const uint32_t low = unit & 4u ? words.w[1] : words.w[0];
     const uint32_t high = unit & 4u ? words.w[3] : words.w[2];
     signs((unit & 8u ? high : low) >> ((unit & 3u) * 8u), z);
   }
+}
+
+template <Direction kDirection>
+__device__ __forceinline__ void values(uint32_t unit, const Name& name, const Keys& keys, float (&z)[kUnit]) {
+  values<kDirection>(first_product<kDirection>(unit), unit, name, keys, z);
 }
 
 // Eight consecutive values of one type, at a 16-byte boundary.
@@ -211,6 +229,22 @@ __device__ __forceinline__ Stored<kType> nearest(const float (&v)[kUnit]) {
       unit.w[j] = as_bits(v[j]);
     } else {
       unit.w[j] = nearest_pair<kType>(v[2 * j], v[2 * j + 1]);
+    }
+  }
+  return unit;
+}
+
+template <Type kType>
+__device__ __forceinline__ Stored<kType> stochastic(const float (&v)[kUnit], const Words& random) {
+  static_assert(kType != Type::kFloat32);
+  Stored<kType> unit;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const uint32_t first = random.w[j] & 0xffffu, second = random.w[j] >> 16;
+    if constexpr (kType == Type::kBfloat16) {
+      unit.w[j] = bf16_stochastic(v[2 * j], first) | bf16_stochastic(v[2 * j + 1], second) << 16;
+    } else {
+      unit.w[j] = fp16_stochastic(v[2 * j], first) | fp16_stochastic(v[2 * j + 1], second) << 16;
     }
   }
   return unit;
@@ -349,22 +383,25 @@ struct Piece {
 
 // Every element of the chunk that is in no whole unit, one Piece at a time.
 template <class Verb>
-__device__ __forceinline__ void pieces(Verb& verb, const Entry& e, const Chunk& chunk, const Units& whole, int64_t lane,
-                                       int64_t lanes) {
+__device__ __forceinline__ void pieces(Verb& verb, const Entry& e, const Chunk& chunk, const Units& whole, uint32_t lane,
+                                       uint32_t lanes) {
   const bool merged =
       e.rows == nullptr &&
       (e.row_count == 1 || (e.pitch == static_cast<uint64_t>(e.columns) && e.row_stride == e.columns * e.column_stride));
   const int64_t columns = merged ? e.row_count * e.columns : e.columns;
   const int64_t first_row = merged ? 0 : divide(chunk.begin, columns);
   const int64_t last_row = merged ? 0 : divide(chunk.end - 1, columns);
+  const uint32_t rows = static_cast<uint32_t>(last_row - first_row) + 1;  // a chunk has less than 2^28 elements
   const bool edges = whole.begin < whole.end;
   // A row of c columns touches at most c / 8 + 2 units; next to whole units only the one before and the one after are left.
   // Rows get a power of two of turns each: some are empty, and none needs a division.
-  const int64_t per_row = edges ? 2 : (columns < chunk.end - chunk.begin ? columns : chunk.end - chunk.begin) / kUnit + 2;
+  const int64_t longest = columns < chunk.end - chunk.begin ? columns : chunk.end - chunk.begin;
+  const uint32_t per_row = edges ? 2 : static_cast<uint32_t>(longest / kUnit) + 2;
   int shift = 1;
-  while (int64_t{1} << shift < per_row) ++shift;
-  for (int64_t item = lane; item < (last_row - first_row + 1) << shift; item += lanes) {
-    const int64_t row = first_row + (item >> shift), slot = item & ((int64_t{1} << shift) - 1);
+  while (1u << shift < per_row) ++shift;
+  for (uint32_t item = lane; item < rows << shift; item += lanes) {
+    const int64_t row = first_row + (item >> shift);
+    const uint32_t slot = item & ((1u << shift) - 1);
     if (slot >= per_row) continue;
     const int64_t begin = row == first_row ? chunk.begin - row * columns : 0;
     const int64_t end = row == last_row ? chunk.end - row * columns : columns;
@@ -395,10 +432,10 @@ __device__ __forceinline__ void run(Verb& verb, const Entry* entries, const Chun
     if (chunk.begin >= chunk.end) continue;
     const Entry& e = entries[chunk.entry];
     const int64_t part = turn & ((int64_t{1} << parts_log2) - 1);
-    const int64_t lane = part * kThreads + threadIdx.x, lanes = int64_t{kThreads} << parts_log2;
+    const uint32_t lane = static_cast<uint32_t>(part) * kThreads + threadIdx.x, lanes = uint32_t{kThreads} << parts_log2;
     Units whole = whole_units(e, chunk);
     if (whole.begin < whole.end) {
-      const Turn units = {static_cast<uint32_t>(lane), static_cast<uint32_t>(lanes), parts_log2 == 0};
+      const Turn units = {lane, lanes, parts_log2 == 0};
       if (!verb.units(e, whole, units)) whole = Units{0, 0};
     }
     pieces(verb, e, chunk, whole, lane, lanes);
@@ -493,68 +530,72 @@ __device__ __forceinline__ bool is_nonfinite(Type type, uint32_t bits) {
   return (bits & exponent) == exponent;
 }
 
-// The terms a_k z_k of a sum: coefficients and names in device memory, and the last name by value, so that a sum of one term
-// reads no list of names. `clock` is what the launch adds to every step number.
+// The terms a_k z_k: coefficients, names and decays in device memory, and the last name and decay by value, so that a sum of
+// one term reads no list of names. Every `each` terms are a sum: they begin with a decay and end with a rounding. `clock` is
+// what the launch adds to every step number.
 struct Terms {
   const Draw* draws;
   const float* coefficients;
-  int32_t count;
+  int32_t count, each;
   uint32_t clock;
   Draw last;
+
+  __device__ __forceinline__ Draw at(int32_t k) const { return k + 1 < count ? draws[k] : last; }
 };
+
+// A term as `many` wants it: 32 bytes of shared memory, read by all lanes at once.
+struct Ready {
+  uint4 name;
+  float coefficient, decay;
+  uint32_t step, reserved;
+
+  Ready() = default;
+  __device__ __forceinline__ Ready(const Draw& term, float a, uint32_t who, uint32_t clock, const Keys& keys)
+      : name(Name(who, term.step + clock, term.draw, keys).words()),
+        coefficient(a),
+        decay(term.decay),
+        step(term.step + clock),
+        reserved(0) {}
+};
+
+constexpr int kTogether = 2;  // units that a thread adds a term to: what does not depend on the unit costs half
 
 template <Direction kDirection, Rounding kRounding, bool kPlain>
 struct AxpyVerb {
   const Keys& keys;
   const Terms terms;
   float coefficient;  // of a plain sum
-  float decay;
-  uint64_t nonfinite;
+  uint32_t nonfinite;  // of this thread
 
   __device__ __forceinline__ uint32_t last_step() const { return terms.last.step + terms.clock; }
-
-  // v <- sum, for a unit whose z for the last name z_of makes
-  template <class Z>
-  __device__ __forceinline__ void sum(uint32_t unit, uint32_t who, const Z& z_of, float (&v)[kUnit]) {
-    float z[kUnit];
-    if constexpr (kPlain) {
-      z_of(z);
-#pragma unroll
-      for (int i = 0; i < kUnit; ++i) v[i] = fma_rn(coefficient, z[i], v[i]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kUnit; ++i) v[i] = mul_rn(decay, v[i]);
-#pragma unroll 1
-      for (int32_t k = 0; k < terms.count; ++k) {
-        Draw term = terms.last;
-        if (k + 1 < terms.count) term = terms.draws[k];
-        values<kDirection>(unit, Name(who, term.step + terms.clock, term.draw, keys), keys, z);
-        const float factor = terms.coefficients[k];
-#pragma unroll
-        for (int i = 0; i < kUnit; ++i) v[i] = fma_rn(factor, z[i], v[i]);
-      }
-    }
-  }
 
   template <Type kType>
   struct Body {
     static constexpr bool kJoin = kRounding == Rounding::kResidual && kType == Type::kBfloat16;
+    static constexpr bool kRandom = kRounding == Rounding::kStochastic && kType != Type::kFloat32;
     AxpyVerb& verb;
     const Place& place;
-    const Name& random_name;
+    const Name& random_name;  // of a plain sum
     Watch<kType> watch;
 
-    template <class Z>
-    __device__ __forceinline__ void unit(uint32_t i, const Z& z_of) {
-      float v[kUnit];
+    __device__ __forceinline__ void load(uint32_t i, float (&v)[kUnit]) const {
       if constexpr (kJoin) {
         load_joined(place.theta, place.residual, i, v);
       } else {
         load_unit<kType>(place.theta, i, v);
       }
-      verb.sum(place.begin + i, place.who, z_of, v);
-      Stored<kType> result;
+    }
+
+    __device__ __forceinline__ void store(uint32_t i, const Stored<kType>& result) {
+      store_unit<kType>(place.theta, i, result);
+#pragma unroll
+      for (int j = 0; j < result.kWords; ++j) watch.see(result.w[j]);
+    }
+
+    // to nearest, or with its low bits
+    __device__ __forceinline__ void store(uint32_t i, const float (&v)[kUnit]) {
       if constexpr (kJoin) {
+        Stored<kType> result;
         Stored<Type::kBfloat16> low;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -564,23 +605,39 @@ struct AxpyVerb {
           low.w[j] = static_cast<uint16_t>(low_even) | static_cast<uint32_t>(static_cast<uint16_t>(low_odd)) << 16;
         }
         store_unit<Type::kBfloat16>(place.residual, i, low);
-      } else if constexpr (kRounding == Rounding::kStochastic && kType != Type::kFloat32) {
-        const Words random = philox_named(place.begin + i, random_name, verb.keys);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const uint32_t first = random.w[j] & 0xffffu, second = random.w[j] >> 16;
-          if constexpr (kType == Type::kBfloat16) {
-            result.w[j] = bf16_stochastic(v[2 * j], first) | bf16_stochastic(v[2 * j + 1], second) << 16;
-          } else {
-            result.w[j] = fp16_stochastic(v[2 * j], first) | fp16_stochastic(v[2 * j + 1], second) << 16;
-          }
-        }
+        store(i, result);
       } else {
-        result = nearest<kType>(v);
+        store(i, nearest<kType>(v));
       }
-      store_unit<kType>(place.theta, i, result);
+    }
+
+    // of a plain sum
+    template <class Z>
+    __device__ __forceinline__ void unit(uint32_t i, const Z& z_of) {
+      float v[kUnit], z[kUnit];
+      load(i, v);
+      z_of(z);
 #pragma unroll
-      for (int j = 0; j < result.kWords; ++j) watch.see(result.w[j]);
+      for (int j = 0; j < kUnit; ++j) v[j] = fma_rn(verb.coefficient, z[j], v[j]);
+      if constexpr (kRandom) {
+        store(i, stochastic<kType>(v, philox_named(place.begin + i, random_name, verb.keys)));
+      } else {
+        store(i, v);
+      }
+    }
+
+    // The end of a sum: what storing v and loading it again would make of it. A float32 with its low bits is exact.
+    __device__ __forceinline__ void round(uint32_t i, const Name& random, float (&v)[kUnit]) const {
+      if constexpr (kRandom) {
+        unpack(stochastic<kType>(v, philox_named(place.begin + i, random, verb.keys)), v);
+      } else if constexpr (kType != Type::kFloat32 && !kJoin) {
+        unpack(nearest<kType>(v), v);
+      }
+    }
+
+    __device__ __forceinline__ static void unpack(const Stored<kType>& unit, float (&v)[kUnit]) {
+#pragma unroll
+      for (int j = 0; j < unit.kWords; ++j) unpack_pair<kType>(unit.w[j], v[2 * j], v[2 * j + 1]);
     }
 
     // The loop only watches whether a result was not finite; if one was, the thread reads its results again and counts.
@@ -602,11 +659,81 @@ struct AxpyVerb {
 
   template <Type kType>
   __device__ __forceinline__ bool loop(const Place& place, const Turn& turn) {
-    const Name name(place.who, last_step(), terms.last.draw, keys), random(place.who, last_step(), kRoundingDraw, keys);
+    const Name random(place.who, last_step(), kRoundingDraw, keys);
     Body<kType> body{*this, place, random, {}};
-    // several terms: each evaluates its own z, unit by unit
-    each_unit<kPlain ? kDirection : Direction::kNormal>(place, turn, name, keys, body);
+    if constexpr (kPlain) {
+      each_unit<kDirection>(place, turn, Name(place.who, last_step(), terms.last.draw, keys), keys, body);
+    } else {
+      many(place, turn, body);
+    }
     return true;
+  }
+
+  // Any number of terms. A warp makes 32 of them ready at a time, one a lane, in its own part of shared memory: what a name
+  // needs before it meets a block is then computed once in 32 lanes and not by each thread for each unit.
+  template <class Body>
+  __device__ __forceinline__ void many(const Place& place, const Turn& turn, Body& body) {
+    __shared__ Ready all[kThreads];
+    const uint32_t lane = threadIdx.x % kWarp;
+    Ready* const terms_of_warp = all + (threadIdx.x - lane);
+    const auto ready = [&](int32_t k) {
+      __syncwarp();  // the 32 before have been used
+      k += static_cast<int32_t>(lane);
+      if (k < terms.count) all[threadIdx.x] = Ready(terms.at(k), terms.coefficients[k], place.who, terms.clock, keys);
+      __syncwarp();
+    };
+    if (terms.count <= kWarp) ready(0);
+#pragma unroll 1
+    for (uint32_t i = turn.lane; i - lane < place.count;
+         i += kTogether * turn.lanes) {  // the same number of turns for all lanes
+      float v[kTogether][kUnit] = {};
+      uint64_t first[kTogether];
+#pragma unroll
+      for (int u = 0; u < kTogether; ++u) {
+        if (i + u * turn.lanes < place.count) body.load(i + u * turn.lanes, v[u]);
+        first[u] = first_product<kDirection>(place.begin + i + u * turn.lanes);
+      }
+      int32_t left = 0;  // terms of the sum that has begun
+#pragma unroll 1
+      for (int32_t k = 0; k < terms.count;) {
+        const int32_t slot = k % kWarp;
+        if (slot == 0 && terms.count > kWarp) ready(k);
+        const Ready* term = terms_of_warp + slot;
+        if (left == 0) {
+          left = terms.each;
+#pragma unroll
+          for (int u = 0; u < kTogether; ++u) {
+#pragma unroll
+            for (int j = 0; j < kUnit; ++j) v[u][j] = mul_rn(term->decay, v[u][j]);
+          }
+        }
+        const int32_t here = slot + left < kWarp ? left : kWarp - slot;
+        const Ready* const end = term + here;
+#pragma unroll 2
+        for (; term != end; ++term) {
+          const Name name(term->name);
+          const float factor = term->coefficient;
+#pragma unroll
+          for (int u = 0; u < kTogether; ++u) {
+            float z[kUnit];
+            values<kDirection>(first[u], place.begin + i + u * turn.lanes, name, keys, z);
+#pragma unroll
+            for (int j = 0; j < kUnit; ++j) v[u][j] = fma_rn(factor, z[j], v[u][j]);
+          }
+        }
+        k += here, left -= here;
+        if (left == 0 && (Body::kRandom || k < terms.count)) {
+          const Name random(place.who, (term - 1)->step, kRoundingDraw, keys);
+#pragma unroll
+          for (int u = 0; u < kTogether; ++u) body.round(i + u * turn.lanes, random, v[u]);
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kTogether; ++u) {
+        if (i + u * turn.lanes < place.count) body.store(i + u * turn.lanes, v[u]);
+      }
+    }
+    body.settle(turn.lane, place.count, turn.lanes);
   }
 
   __device__ __forceinline__ bool units(const Entry& e, const Units& whole, const Turn& turn) {
@@ -623,9 +750,18 @@ struct AxpyVerb {
     return false;
   }
 
+  // element i of a unit in a 16-bit type
+  template <bool kStochastic>
+  __device__ __forceinline__ static uint32_t rounded(Type type, float value, const Words& random, int i) {
+    const uint32_t some = (random.w[i >> 1] >> ((i & 1) * 16)) & 0xffffu;
+    if (type == Type::kBfloat16) return kStochastic ? bf16_stochastic(value, some) : bf16_nearest(value);
+    return kStochastic ? fp16_stochastic(value, some) : fp16_nearest(value);
+  }
+
   __device__ __forceinline__ void piece(const Entry& e, const Piece& p) {
     const Type type = static_cast<Type>(e.type);
     const bool join = kRounding == Rounding::kResidual && type == Type::kBfloat16 && e.residual != nullptr;
+    constexpr bool kStochastic = kRounding == Rounding::kStochastic;
     float v[kUnit];
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) {
@@ -635,11 +771,37 @@ struct AxpyVerb {
       v[i] = join ? residual_join(static_cast<const uint16_t*>(e.theta)[at], e.residual[p.residual_at + i])
                   : load(e.theta, type, at);
     }
-    const Name name(e.who, last_step(), terms.last.draw, keys);
-    sum(p.unit, e.who, [&](float (&z)[kUnit]) { values<kDirection>(p.unit, name, keys, z); }, v);
     Words random = {};
-    if constexpr (kRounding == Rounding::kStochastic) {
-      random = philox_named(p.unit, Name(e.who, last_step(), kRoundingDraw, keys), keys);
+    float z[kUnit];
+    if constexpr (kPlain) {
+      if constexpr (kStochastic) random = philox_named(p.unit, Name(e.who, last_step(), kRoundingDraw, keys), keys);
+      values<kDirection>(p.unit, Name(e.who, last_step(), terms.last.draw, keys), keys, z);
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i) v[i] = fma_rn(coefficient, z[i], v[i]);
+    } else {
+#pragma unroll 1
+      for (int32_t k = 0, left = 0; k < terms.count; ++k) {
+        const Draw term = terms.at(k);
+        if (left == 0) {
+          left = terms.each;
+#pragma unroll
+          for (int i = 0; i < kUnit; ++i) v[i] = mul_rn(term.decay, v[i]);
+        }
+        values<kDirection>(p.unit, Name(e.who, term.step + terms.clock, term.draw, keys), keys, z);
+        const float factor = terms.coefficients[k];
+#pragma unroll
+        for (int i = 0; i < kUnit; ++i) v[i] = fma_rn(factor, z[i], v[i]);
+        if (--left != 0 || type == Type::kFloat32 || join || (!kStochastic && k + 1 == terms.count)) continue;
+        Words random = {};
+        if constexpr (kStochastic) {
+          random = philox_named(p.unit, Name(e.who, term.step + terms.clock, kRoundingDraw, keys), keys);
+        }
+#pragma unroll
+        for (int i = 0; i < kUnit; ++i) {
+          const uint16_t half = static_cast<uint16_t>(rounded<kStochastic>(type, v[i], random, i));
+          v[i] = type == Type::kBfloat16 ? bf16_to_float(half) : fp16_to_float(half);
+        }
+      }
     }
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) {
@@ -650,14 +812,8 @@ struct AxpyVerb {
         bits = as_bits(v[i]);
         static_cast<float*>(e.theta)[at] = v[i];
       } else {
-        const uint32_t some = (random.w[i >> 1] >> ((i & 1) * 16)) & 0xffffu;
-        if (join) {
-          bits = residual_split(v[i], e.residual[p.residual_at + i]);
-        } else if (type == Type::kBfloat16) {
-          bits = kRounding == Rounding::kStochastic ? bf16_stochastic(v[i], some) : bf16_nearest(v[i]);
-        } else {
-          bits = kRounding == Rounding::kStochastic ? fp16_stochastic(v[i], some) : fp16_nearest(v[i]);
-        }
+        bits = join ? residual_split(v[i], e.residual[p.residual_at + i])
+                    : rounded < kPlain && kStochastic > (type, v[i], random, i);
         static_cast<uint16_t*>(e.theta)[at] = static_cast<uint16_t>(bits);
       }
       nonfinite += is_nonfinite(type, bits);
@@ -748,12 +904,17 @@ __global__ void __launch_bounds__(kThreads, kResident) draw_kernel(const List li
   run(verb, list.entries, list.chunks, list.chunk_count, list.parts_log2);
 }
 
+constexpr int resident(Rounding rounding, bool plain) {
+  if (plain) return rounding == Rounding::kNearest ? kResident : kResidentMore;
+  return rounding == Rounding::kNearest ? kResidentMore : kResidentMost;
+}
+
 template <Direction kDirection, Rounding kRounding, bool kPlain>
-__global__ void __launch_bounds__(kThreads, kRounding == Rounding::kNearest ? kResident : kResidentMore)
-    axpy_kernel(const List list, const Draw* draws, const float* coefficients, int32_t draw_count, Draw last, float decay,
+__global__ void __launch_bounds__(kThreads, resident(kRounding, kPlain))
+    axpy_kernel(const List list, const Draw* draws, const float* coefficients, int32_t draw_count, int32_t each, Draw last,
                 unsigned long long* nonfinite) {
-  const Terms terms = {draws, coefficients, draw_count, clock_of(list), last};
-  AxpyVerb<kDirection, kRounding, kPlain> verb{list.keys, terms, kPlain ? coefficients[0] : 0.0f, decay, 0};
+  const Terms terms = {draws, coefficients, draw_count, each, clock_of(list), last};
+  AxpyVerb<kDirection, kRounding, kPlain> verb{list.keys, terms, kPlain ? coefficients[0] : 0.0f, 0};
   run(verb, list.entries, list.chunks, list.chunk_count, list.parts_log2);
   if (verb.nonfinite != 0) atomicAdd(nonfinite, static_cast<unsigned long long>(verb.nonfinite));  // rare: no reduction first
 }
@@ -807,23 +968,23 @@ void start(const char* what, void (*kernel)(List, Parameters...), const Launch& 
 }
 
 template <Direction kDirection, Rounding kRounding>
-void start_axpy(const Launch& launch, const Draw* draws, int32_t draw_count, float decay, unsigned long long* nonfinite) {
+void start_axpy(const Launch& launch, const Draw* draws, int32_t draw_count, int32_t each, unsigned long long* nonfinite) {
   // the common call: one term, no decay, and no instruction for either
-  const bool plain = draw_count == 1 && decay == 1.0f;
+  const bool plain = draw_count == 1 && draws[0].decay == 1.0f;
   auto* kernel = plain ? axpy_kernel<kDirection, kRounding, true> : axpy_kernel<kDirection, kRounding, false>;
-  start("axpy_", kernel, launch, launch.draws, launch.coefficients, draw_count, draws[draw_count - 1], decay, nonfinite);
+  start("axpy_", kernel, launch, launch.draws, launch.coefficients, draw_count, each, draws[draw_count - 1], nonfinite);
 }
 
 template <Direction kDirection>
-void start_axpy(const Launch& launch, const Draw* draws, int32_t draw_count, float decay, Rounding rounding,
+void start_axpy(const Launch& launch, const Draw* draws, int32_t draw_count, int32_t each, Rounding rounding,
                 unsigned long long* nonfinite) {
   switch (rounding) {
     case Rounding::kNearest:
-      return start_axpy<kDirection, Rounding::kNearest>(launch, draws, draw_count, decay, nonfinite);
+      return start_axpy<kDirection, Rounding::kNearest>(launch, draws, draw_count, each, nonfinite);
     case Rounding::kStochastic:
-      return start_axpy<kDirection, Rounding::kStochastic>(launch, draws, draw_count, decay, nonfinite);
+      return start_axpy<kDirection, Rounding::kStochastic>(launch, draws, draw_count, each, nonfinite);
     case Rounding::kResidual:
-      return start_axpy<kDirection, Rounding::kResidual>(launch, draws, draw_count, decay, nonfinite);
+      return start_axpy<kDirection, Rounding::kResidual>(launch, draws, draw_count, each, nonfinite);
   }
   throw std::runtime_error("axpy_: unknown rounding " + std::to_string(static_cast<int>(rounding)));
 }
@@ -856,7 +1017,7 @@ void draw(const Launch& launch, uint32_t step, uint32_t draw) {
   unknown("draw", launch.direction);
 }
 
-void axpy(const Launch& launch, const Draw* draws, int32_t draw_count, float decay, Rounding rounding, int64_t* nonfinite) {
+void axpy(const Launch& launch, const Draw* draws, int32_t draw_count, int32_t each, Rounding rounding, int64_t* nonfinite) {
   if (draw_count < 1) throw std::runtime_error("axpy_: draw_count is " + std::to_string(draw_count) + "; expected at least 1");
   if (launch.coefficients == nullptr || (draw_count > 1 && launch.draws == nullptr)) {
     throw std::runtime_error("axpy_: coefficients or the draws of several terms are not in device memory");
@@ -864,9 +1025,9 @@ void axpy(const Launch& launch, const Draw* draws, int32_t draw_count, float dec
   auto* count = reinterpret_cast<unsigned long long*>(nonfinite);
   switch (launch.direction) {
     case Direction::kNormal:
-      return start_axpy<Direction::kNormal>(launch, draws, draw_count, decay, rounding, count);
+      return start_axpy<Direction::kNormal>(launch, draws, draw_count, each, rounding, count);
     case Direction::kRademacher:
-      return start_axpy<Direction::kRademacher>(launch, draws, draw_count, decay, rounding, count);
+      return start_axpy<Direction::kRademacher>(launch, draws, draw_count, each, rounding, count);
   }
   unknown("axpy_", launch.direction);
 }

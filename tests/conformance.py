@@ -413,19 +413,23 @@ def replay(generator, count: int, each: int) -> tuple[list[tuple[int, int]], lis
 
 
 def check_axpy_each(backend, device="cpu", scale="full") -> None:
-    """A rounding after every `each` terms, with the decay and the random bits of its own step; hundreds of terms, broken weights."""
+    """A rounding after every `each` terms, with the decay and the random bits of its own step; many terms, broken weights."""
     generator, versus = source(check_axpy_each), Versus(check_axpy_each, backend, device, scale)
+    cases = [(size, dtype) for size in ((9, 300) if scale == "quick" else (1, 15, 64, 300, 1029)) for dtype in DTYPES]
+    cases.append((4500, torch.bfloat16))  # more than one unit of eight for each thread of a block
     for direction in DIRECTIONS:
         for rounding in ROUNDINGS:
-            for count, each in ((3, 1), (6, 2)) if scale == "quick" else ((1, 1), (3, 1), (6, 2), (6, 3), (5, 5)):
-                thetas, spans = spread(generator, scale, count % 2)
+            for count, each in ((3, 1), (4, 2)):
+                thetas = [theta_of(generator, (size,), dtype, offset=each - 1) for size, dtype in cases]
+                spans = [Span(who, 8 * (i % 9) * (i % 3)) for i, who in enumerate(ids(generator, len(cases)))]
                 lows = [low_of(generator, t) for t in thetas] if rounding == "residual" else []
                 versus.axpy(thetas, spans, direction, *replay(generator, count, each), rounding, lows, each)
     for rounding in ROUNDINGS:
-        thetas = [theta_of(generator, (75,), dtype) for dtype in DTYPES]
-        lows = [low_of(generator, t) for t in thetas] if rounding == "residual" else []
-        draws, coeffs, decays = replay(generator, 70 if scale == "quick" else 770, 2)
-        versus.axpy(thetas, [Span(who, 5) for who in ids(generator, 3)], "normal", draws, coeffs, decays, rounding, lows, 2)
+        if rounding == "stochastic" or scale == "full":
+            thetas = [theta_of(generator, (43,), dtype) for dtype in DTYPES]
+            lows = [low_of(generator, t) for t in thetas] if rounding == "residual" else []
+            draws, coeffs, decays = replay(generator, 70, 2)
+            versus.axpy(thetas, [Span(who, 8) for who in ids(generator, 3)], "normal", draws, coeffs, decays, rounding, lows, 2)
         for dtype in DTYPES:  # overflow, inf and NaN in the middle of a run stay; subnormal results are kept
             size, tiny, most = 67, torch.finfo(dtype).smallest_normal, torch.finfo(dtype).max
             broken = weights((size,), dtype, generator)

@@ -110,11 +110,16 @@ def test_order_and_parts_change_nothing(on_host, monkeypatch) -> None:
 MISTAKES = [
     ("last element of a tail", "end - column : kUnit);", "end - column - {wrong} : kUnit);"),
     ("first element of a row", "begin - column : kUnit) : 0);", "begin - column + {wrong} : kUnit) : 0);"),
-    ("32-bit index", "philox_named(unit, name", "philox_named({wrong} ? unit & 0x1fffffff : unit, name"),
+    (
+        "32-bit index",
+        "Direction::kNormal ? unit : unit >> 4",
+        "Direction::kNormal ? ({wrong} ? unit & 0x1fffffff : unit) : unit >> 4",
+    ),
     ("round key", "round) * kPhiloxW1", "round + ({wrong} && round == 9)) * kPhiloxW1"),
-    ("contracted fma", "v[i] = mul_rn(decay, v[i]);", "v[i] = mul_rn(decay, {wrong} ? v[i] + 1e-8f : v[i]);"),
+    ("contracted fma", "mul_rn(term->decay, v[u][j])", "mul_rn(term->decay, {wrong} ? v[u][j] + 1e-8f : v[u][j])"),
+    ("contracted fma of a piece", "mul_rn(term.decay, v[i])", "mul_rn(term.decay, {wrong} ? v[i] + 1e-8f : v[i])"),
     ("second sign", "scales[0], scales[1]);", "scales[0], {wrong} ? -scales[0] : scales[1]);"),
-    ("thread-keyed stream", "values<kDirection>(p.unit, name", "values<kDirection>(p.unit + {wrong} * threadIdx.x, name"),
+    ("thread-keyed stream", "(p.unit, Name(e.who, step, draw", "(p.unit + {wrong} * threadIdx.x, Name(e.who, step, draw"),
     ("half of a residual", "(low_odd)) << 16;", "({wrong} ? low_even : low_odd)) << 16;"),
     ("nobody counts", "if (!watch.seen())", "if (!watch.seen() || {wrong})"),
     ("pitch", "static_cast<uint64_t>(source) * e.pitch", "static_cast<uint64_t>(source) * ({wrong} ? columns : e.pitch)"),
@@ -124,10 +129,23 @@ MISTAKES = [
     ("units after a tile", "uint32_t end = place.count;;", "uint32_t end = {wrong} && tiled != 0 ? begin : place.count;;"),
     ("the clock", "static_cast<uint32_t>(*list.clock)", "static_cast<uint32_t>({wrong} ? 0 : *list.clock)"),
     ("a byte of signs", "(unit & 3u) * 8u", "(unit & ({wrong} ? 1u : 3u)) * 8u"),
+    ("rounding of the first draw", "(term - 1)->step", "({wrong} ? term - here : term - 1)->step"),
     (
-        "rounding of the first draw",
-        "return terms.last.step +",
-        "return (({wrong} && terms.draws != nullptr) ? terms.draws[0] : terms.last).step +",
+        "rounding bits of a piece",
+        "last_step(), kRoundingDraw, keys), keys);\n      values",
+        "{wrong} + last_step(), kRoundingDraw, keys), keys);\n      values",
+    ),
+    ("one rounding for all steps", "if (left == 0 && (Body", "if (left == 0 && (!{wrong} || k == terms.count) && (Body"),
+    ("one rounding for all steps of a piece", "if (--left != 0 ||", "if (--left != 0 || ({wrong} && k + 1 < terms.count) ||"),
+    (
+        "the first 32 terms for all",
+        "if (slot == 0 && terms.count > kWarp) ready(k);",
+        "if (slot == 0 && terms.count > kWarp) ready({wrong} ? 0 : k);",
+    ),
+    (
+        "a lane's second unit",
+        "first_product<kDirection>(place.begin + i + u * turn.lanes)",
+        "first_product<kDirection>(place.begin + i + ({wrong} ? 0 : u) * turn.lanes)",
     ),
 ]
 

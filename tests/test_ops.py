@@ -27,7 +27,7 @@ def theta(n: int = 50, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def axpy_arguments(dtype: torch.dtype, rounding: str, backend: str) -> tuple:
     tensors = [theta(33, dtype), theta(64, dtype).view(8, 8).t()]
     low = [torch.arange(t.numel(), dtype=torch.int16).view(t.shape) for t in tensors] if rounding == "residual" else []
-    return tensors, low, torch.tensor([0.1, -0.2]), [1, 2], [0, 7], [3, 3], [0, 1], "normal", -5, 0.9, rounding, backend
+    return tensors, low, torch.tensor([0.1, -0.2]), [1, 2], [0, 7], [3, 3], [0, 1], "normal", -5, [0.9], rounding, backend
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -36,6 +36,9 @@ def axpy_arguments(dtype: torch.dtype, rounding: str, backend: str) -> tuple:
 )
 def test_axpy_passes_opcheck(dtype: torch.dtype, rounding: str, backend: str) -> None:
     torch.library.opcheck(torch.ops.zokern.axpy_, axpy_arguments(dtype, rounding, backend))
+    tensors, low, coeffs, *names, direction, seed, _, rounding, backend = axpy_arguments(dtype, rounding, backend)
+    replayed = (tensors, low, coeffs, *names, direction, seed, [0.9, 0.8], rounding, backend, None, 1)
+    torch.library.opcheck(torch.ops.zokern.axpy_, replayed)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -211,7 +214,7 @@ def test_clock_is_added_to_the_step() -> None:
     ((plus,), _) = zokern.perturb(torch.zeros(7, 9), "normal", step=2, scales=(1.0, -1.0), clock=clock, **names)
     assert torch.equal(plus, right)
     again, who = torch.zeros(7, 9), zokern.stream.parameter_id("w")
-    torch.ops.zokern.axpy_([again], [], torch.ones(1), [who], [0], [2], [0], "normal", 3, 1.0, "nearest", "reference", clock)
+    torch.ops.zokern.axpy_([again], [], torch.ones(1), [who], [0], [2], [0], "normal", 3, [1.0], "nearest", "reference", clock)
     assert torch.equal(again, right)
     for wrong in (torch.tensor([4.0]), torch.tensor([4, 5])):
         with pytest.raises(ValueError, match="clock .* expected int64"):
@@ -229,6 +232,35 @@ def test_draw_is_what_axpy_adds_and_perturb_shows(direction: str) -> None:
     assert torch.equal(plus[0], z) and torch.equal(minus[0], -z)
     assert same_bits(z, zokern.draw(direction, (63,), seed=3, who=parameter_id("w"), step=2, draw=1).view(7, 9))
     assert same_bits(z.half(), zokern.draw(direction, (7, 9), seed=3, who="w", step=2, draw=1, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("each", [True, 2])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "residual"])
+def test_each_is_one_call_a_step(rounding: str, each: int, backend: str) -> None:
+    """And not one long sum."""
+    draws, coeffs, decays = (
+        [(step, 0) for step in range(6)],
+        [0.01 * 3**-k for k in range(6)],
+        [0.9, 0.95, 1.0, 0.99, 0.98, 0.97],
+    )
+    names = {"direction": "normal", "seed": 9, "who": "w", "rounding": rounding, "backend": backend}
+    decays = decays[: 6 // each]
+
+    def weights() -> dict:
+        low = {"residuals": torch.zeros(50, dtype=torch.int16)} if rounding == "residual" else {}
+        return {"tensors": theta(50, torch.bfloat16), **low}
+
+    def bits(given: dict) -> torch.Tensor:
+        return torch.cat([given[name].view(torch.int16) for name in ("tensors", "residuals") if name in given])
+
+    one, calls, sum = weights(), weights(), weights()
+    zokern.axpy_(**one, **names, draws=draws, coeffs=coeffs, decay=decays, each=each)
+    for k, decay in zip(range(0, 6, each), decays):
+        zokern.axpy_(**calls, **names, draws=draws[k : k + each], coeffs=coeffs[k : k + each], decay=decay)
+    assert torch.equal(bits(one), bits(calls))
+    zokern.axpy_(**sum, **names, draws=draws, coeffs=coeffs)
+    assert not torch.equal(bits(one), bits(sum))
 
 
 @pytest.mark.parametrize("direction", ["normal", "rademacher"])
@@ -335,8 +367,9 @@ BAD = {
     },
     "axpy_": {
         "tensors": BAD_TENSORS, "direction": ["uniform", None, 3], "seed": BAD_SEEDS, "who": [-1, 2**32, None, 1.5, ["a", "b"], []],
-        "draws": [[], [(0, 0), (0, 1)], [(-1, 0)], [(0, 2**32)], [0], None], "decay": [NAN, INF, None, "1"],
-        "coeffs": [[], [1.0, 2.0], [NAN], [INF], ["1"], None, torch.ones(1, dtype=torch.float64), torch.ones(()), torch.ones(1, 1), 0.1],
+        "draws": [[], [(0, 0), (0, 1)], [(-1, 0)], [(0, 2**32)], [0], None], "decay": [NAN, INF, None, "1", [], [1.0, 1.0], [NAN]],
+        "each": [-1, 3, 1.5, None, "1"],
+        "coeffs": [[], [1.0, 2.0, 3.0], [NAN], [INF], ["1"], None, torch.ones(1, dtype=torch.float64), torch.ones(()), torch.ones(1, 1), 0.1],
         "first": [-1, 2**35 - 4, 1.5, [0, 0], None], "rounding": ["up", None, "residual"], "residuals": [torch.zeros(50, dtype=torch.int16)],
         "backend": ["gpu", 3],
     },

@@ -59,10 +59,10 @@ class OnPtx(cuda.Cuda):
             step, draw, scales = rest
             both = np.frombuffer((ctypes.c_float * 2).from_address(scales), np.float32)
             return self._run(sass.symbol(verb, direction), [table, step, draw, *both], tensors)
-        draws, draw_count, decay, rounding, nonfinite = rest
-        plain = draw_count == 1 and decay == 1.0
+        draws, draw_count, each, rounding, nonfinite = rest
         last = bytes((ctypes.c_char * 16).from_address(draws + 16 * (draw_count - 1)))  # struct Draw
-        arguments = [table, device_draws, coefficients, draw_count, last, np.float32(decay), nonfinite]
+        plain = draw_count == 1 and struct.unpack("<IIff", last)[3] == 1.0
+        arguments = [table, device_draws, coefficients, draw_count, each, last, nonfinite]
         return self._run(sass.symbol("axpy", direction, rounding, plain), arguments, tensors)
 
 
@@ -75,7 +75,7 @@ def text(tmp_path_factory) -> str:
 
 
 CHECKS = ("philox_known_answers", "draw_sizes", "axpy_sizes", "axpy_firsts", "perturb_sizes", "axpy_strides", "perturb_rows",
-          "axpy_many_draws", "axpy_stochastic", "axpy_residual", "axpy_special", "tiles", "clock")  # fmt: skip
+          "axpy_many_draws", "axpy_each", "axpy_stochastic", "axpy_residual", "axpy_special", "tiles", "clock")  # fmt: skip
 
 
 @pytest.mark.parametrize("check", CHECKS)

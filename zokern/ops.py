@@ -230,10 +230,11 @@ def axpy_(
     who: str | int | Sequence[str | int],
     draws: Sequence[tuple[int, int]],
     coeffs: Sequence[float] | Tensor,
-    decay: float = 1.0,
+    decay: float | Sequence[float] = 1.0,
     first: int | Sequence[int] = 0,
     rounding: str = "nearest",
     residuals: Sequence[Tensor] | Tensor | None = None,
+    each: bool | int = False,
     clock: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -243,19 +244,22 @@ def axpy_(
     who       the parameter's name, or a list with one name per tensor
     draws     K pairs (step, draw) naming the directions
     coeffs    K floats, or float32[K] on the tensors' device, in units of theta
-    decay     factor of the old weights, rounded to float32
+    decay     factor of the old weights, rounded to float32; with `each`, one for all sums or a sequence of one for each
     first     number of each tensor's first element in its unsharded parameter: one int, or one per tensor
     rounding  'nearest'; 'stochastic' (16 random bits from the stream: who, step of the last draw, purpose rounding);
               'residual' (bfloat16 only; residuals hold the 16 low bits of an exact float32 master)
     residuals int16 tensors, contiguous, shaped like the tensors, read and written; required by 'residual'
+    each      False: one sum of K terms. q, a divisor of K (True: 1): K / q sums of q terms, one after the other, each with its decay
+              and its rounding, in one pass over theta: the bits of K / q calls. A run of steps with q queries is replayed by its
+              triples (draws, coefficients, decays) so; K may be thousands
     clock     int64[1] on the tensors' device, or None: its value when the kernel runs is added (mod 2^32) to every step number.
               With a clock and coefficients in device memory, a call that was made once before can be captured in a CUDA graph,
               and each replay after clock.add_(1) finds another z.
     Arithmetic: t = round(decay * theta); t = fma(coeffs[k], z_k, t) in order, float32; one rounding to the dtype.
     Reads and writes theta once; z is regenerated. Equal bit for bit on every backend.
     Returns int64[1]: how many results are inf or NaN.
-    Raises ValueError, before anything is written, for other dtypes, overlapping elements, mixed devices, K = 0,
-    coefficients that are not finite, first + n > 2**35, residuals that are missing or misshapen.
+    Raises ValueError, before anything is written, for other dtypes, overlapping elements, mixed devices, K = 0, an `each` that does
+    not divide K, coefficients or decays that are not finite, first + n > 2**35, residuals that are missing or misshapen.
     Malladi et al. 2023, Algorithm 1 (perturb, restore and update are this call)."""
     tensors, direction = _list(tensors), directions.resolve(direction)
     spans = _spans("axpy_", tensors, who, first)
@@ -271,8 +275,7 @@ def axpy_(
         raise ValueError(
             f"axpy_: coeffs is {coeffs.dtype}{list(coeffs.shape)} on {coeffs.device}; expected float32[K] on {device}"
         )
-    if not math.isfinite(decay):
-        raise ValueError(f"axpy_: decay is {decay}; expected a finite number")
+    each, decays = _check_each(each, decay, len(draws))
     low = [] if residuals is None else _list(residuals)
     _check_rounding("axpy_", tensors, rounding, low)
     _check_clock("axpy_", clock, device)
@@ -282,15 +285,31 @@ def axpy_(
     with torch.no_grad():  # weights are leaves that require a gradient, and this is not an operation to differentiate
         if direction.name not in directions.DIRECTIONS or not _traced():
             count = backends.get(name).axpy_(
-                tensors, spans, direction, seed, draws, coeffs, decay, rounding, low or None, clock
+                tensors, spans, direction, seed, draws, coeffs, decays, rounding, low or None, clock, each
             )
             torch.autograd.graph.increment_version([*tensors, *low])  # the kernels write through raw pointers
             return count
         whos, firsts = [s.who for s in spans], [s.first for s in spans]
         return torch.ops.zokern.axpy_(
             tensors, low, coeffs, whos, firsts, [s for s, _ in draws], [d for _, d in draws],
-            direction.name, wrap_seed(seed), decay, rounding, name, clock,
+            direction.name, wrap_seed(seed), decays, rounding, name, clock, each,
         )  # fmt: skip
+
+
+def _check_each(each: bool | int, decay: float | Sequence[float], count: int) -> tuple[int, list[float]]:
+    """Terms of a sum, 0 for all of them, and the decay of every sum."""
+    if not isinstance(each, int) or each < 0:
+        raise ValueError(f"axpy_: each is {each!r}; expected False, True or the number of terms that a sum has")
+    if each and count % each:
+        raise ValueError(f"axpy_: each is {each} for {count} draws; expected a divisor of {count}: every sum has as many terms")
+    sums = count // each if each else 1
+    decays = [decay] * sums if isinstance(decay, (int, float)) else list(decay)
+    if len(decays) != sums:
+        how = f"each is {each}" if each else "without each they are one sum"
+        raise ValueError(f"axpy_: decay has {len(decays)} numbers for {count} draws ({how}); expected one number, or {sums}")
+    if not all(map(math.isfinite, decays)):
+        raise ValueError(f"axpy_: decay is {decay}; expected finite numbers")
+    return int(each), decays
 
 
 def _traced() -> bool:
@@ -524,10 +543,11 @@ def _axpy_op(
     draws: list[int],
     direction: str,
     seed: int,
-    decay: float,
+    decay: list[float],
     rounding: str,
     backend: str,
     clock: Tensor | None = None,
+    each: int = 0,
 ) -> Tensor:
     spans = [Span(w, f) for w, f in zip(who, first)]
     return backends.get(backend).axpy_(
@@ -541,11 +561,12 @@ def _axpy_op(
         rounding,
         residuals or None,
         clock,
+        each,
     )
 
 
 @_axpy_op.register_fake
-def _(thetas, residuals, coeffs, who, first, steps, draws, direction, seed, decay, rounding, backend, clock=None):
+def _(thetas, residuals, coeffs, who, first, steps, draws, direction, seed, decay, rounding, backend, clock=None, each=0):
     return torch.empty(1, dtype=torch.int64, device=coeffs.device)
 
 
