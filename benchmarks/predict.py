@@ -116,25 +116,13 @@ class Work:
         return clocks[limit] * WEIGHTS / (4 * 32 * device.multiprocessors * device.clock * 1e9) * 1e3, limit
 
 
-def inner_of(function: sass.Function, outer: list[sass.Instruction]) -> list[sass.Instruction]:
-    """The longest loop inside a loop."""
-    inside = [b for b in function.loops() if outer[0].address <= b[0].address and b[-1].address < outer[-1].address]
-    if not inside:
-        raise LookupError(f"{function.name}: no loop inside the loop at {outer[0].address:#x}")
-    return max(inside, key=len)
-
-
 def without(outer: list[sass.Instruction], inner: list[sass.Instruction]) -> list[sass.Instruction]:
     return [i for i in outer if not inner[0].address <= i.address <= inner[-1].address]
 
 
-def loop_work(function: sass.Function, loads: int, stores: int, draws: int = 0, longer: int = 0) -> Work:
-    """A loop over units; with draws, around a loop over terms."""
-    outer = sass.vector_loop(function, loads, stores, longer)
-    if not draws:
-        return Work.of((outer, 1 / UNIT))
-    inner = inner_of(function, outer)
-    return Work.of((without(outer, inner), 1 / UNIT), (inner, draws / UNIT))
+def loop_work(function: sass.Function, loads: int, stores: int, longer: int = 0) -> Work:
+    """A loop over units."""
+    return Work.of((sass.vector_loop(function, loads, stores, longer), 1 / UNIT))
 
 
 def tile_work(function: sass.Function, loads: int, stores: int) -> Work:
@@ -153,14 +141,18 @@ class Case:
     rounding: int = 0
     plain: bool = True
     draws: int = 0
+    each: int = 0  # terms of a sum; several sums are a replay
+    decay: bool = False  # of a plain sum
     longer: int = 0  # loops of another type with the same accesses, all of them shorter
 
     def work(self, functions: dict[str, sass.Function]) -> Work:
         rounding = self.rounding if self.verb == "axpy" else None
-        function = sass.kernel(functions, sass.symbol(self.verb, self.direction, rounding, self.plain))
+        function = sass.kernel(functions, sass.symbol(self.verb, self.direction, rounding, self.plain, self.decay))
         if self.direction == 1:
             return tile_work(function, self.loads, self.stores)
-        return loop_work(function, self.loads, self.stores, self.draws, self.longer)
+        if not self.plain:
+            return Work.of(*sass.terms(function, 2 * self.loads).instructions(self.draws, self.each))
+        return loop_work(function, self.loads, self.stores, self.longer)
 
 
 CASES = (
@@ -168,7 +160,10 @@ CASES = (
     Case("axpy_ normal, float32", 8, "axpy", 0, 2, 2),
     Case("axpy_ normal stochastic, bf16", 4, "axpy", 0, 1, 1, 1),
     Case("axpy_ normal residual, bf16", 8, "axpy", 0, 2, 2, 2, longer=1),
-    Case(f"axpy_ normal K={DRAWS}, 16 bits", 4, "axpy", 0, 1, 1, 0, False, DRAWS),
+    Case("axpy_ normal with decay, 16 bits", 4, "axpy", 0, 1, 1, decay=True),
+    Case(f"axpy_ normal K={DRAWS}, 16 bits", 4, "axpy", 0, 1, 1, 0, False, DRAWS, DRAWS),
+    Case(f"axpy_ normal replay of {DRAWS} steps, 16 bits", 4, "axpy", 0, 1, 1, 0, False, DRAWS, 1),
+    Case(f"axpy_ normal replay of {DRAWS} steps, stochastic", 4, "axpy", 0, 1, 1, 1, False, DRAWS, 1),
     Case("axpy_ rademacher, 16 bits", 4, "axpy", 1, 1, 1),
     Case("axpy_ rademacher, float32", 8, "axpy", 1, 2, 2),
     Case("perturb both signs normal, 16 bits", 6, "perturb", 0, 1, 2),

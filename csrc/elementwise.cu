@@ -560,14 +560,16 @@ struct Ready {
 
 constexpr int kTogether = 2;  // units that a thread adds a term to: what does not depend on the unit costs half
 
-template <Direction kDirection, Rounding kRounding, bool kPlain>
+// kPlain: one term, and where kDecay a decay; otherwise any number of both
+template <Direction kDirection, Rounding kRounding, bool kPlain, bool kDecay>
 struct AxpyVerb {
   const Keys& keys;
   const Terms terms;
-  float coefficient;  // of a plain sum
+  float coefficient;   // of a plain sum
   uint32_t nonfinite;  // of this thread
 
   __device__ __forceinline__ uint32_t last_step() const { return terms.last.step + terms.clock; }
+  __device__ __forceinline__ float decayed(float x) const { return kDecay ? mul_rn(terms.last.decay, x) : x; }
 
   template <Type kType>
   struct Body {
@@ -618,7 +620,7 @@ struct AxpyVerb {
       load(i, v);
       z_of(z);
 #pragma unroll
-      for (int j = 0; j < kUnit; ++j) v[j] = fma_rn(verb.coefficient, z[j], v[j]);
+      for (int j = 0; j < kUnit; ++j) v[j] = fma_rn(verb.coefficient, z[j], verb.decayed(v[j]));
       if constexpr (kRandom) {
         store(i, stochastic<kType>(v, philox_named(place.begin + i, random_name, verb.keys)));
       } else {
@@ -777,7 +779,7 @@ struct AxpyVerb {
       if constexpr (kStochastic) random = philox_named(p.unit, Name(e.who, last_step(), kRoundingDraw, keys), keys);
       values<kDirection>(p.unit, Name(e.who, last_step(), terms.last.draw, keys), keys, z);
 #pragma unroll
-      for (int i = 0; i < kUnit; ++i) v[i] = fma_rn(coefficient, z[i], v[i]);
+      for (int i = 0; i < kUnit; ++i) v[i] = fma_rn(coefficient, z[i], decayed(v[i]));
     } else {
 #pragma unroll 1
       for (int32_t k = 0, left = 0; k < terms.count; ++k) {
@@ -909,12 +911,12 @@ constexpr int resident(Rounding rounding, bool plain) {
   return rounding == Rounding::kNearest ? kResidentMore : kResidentMost;
 }
 
-template <Direction kDirection, Rounding kRounding, bool kPlain>
+template <Direction kDirection, Rounding kRounding, bool kPlain, bool kDecay>
 __global__ void __launch_bounds__(kThreads, resident(kRounding, kPlain))
     axpy_kernel(const List list, const Draw* draws, const float* coefficients, int32_t draw_count, int32_t each, Draw last,
                 unsigned long long* nonfinite) {
   const Terms terms = {draws, coefficients, draw_count, each, clock_of(list), last};
-  AxpyVerb<kDirection, kRounding, kPlain> verb{list.keys, terms, kPlain ? coefficients[0] : 0.0f, 0};
+  AxpyVerb<kDirection, kRounding, kPlain, kDecay> verb{list.keys, terms, kPlain ? coefficients[0] : 0.0f, 0};
   run(verb, list.entries, list.chunks, list.chunk_count, list.parts_log2);
   if (verb.nonfinite != 0) atomicAdd(nonfinite, static_cast<unsigned long long>(verb.nonfinite));  // rare: no reduction first
 }
@@ -969,9 +971,12 @@ void start(const char* what, void (*kernel)(List, Parameters...), const Launch& 
 
 template <Direction kDirection, Rounding kRounding>
 void start_axpy(const Launch& launch, const Draw* draws, int32_t draw_count, int32_t each, unsigned long long* nonfinite) {
-  // the common call: one term, no decay, and no instruction for either
-  const bool plain = draw_count == 1 && draws[0].decay == 1.0f;
-  auto* kernel = plain ? axpy_kernel<kDirection, kRounding, true> : axpy_kernel<kDirection, kRounding, false>;
+  // the common calls have no instruction for what they do without
+  auto* kernel = axpy_kernel<kDirection, kRounding, false, false>;
+  if (draw_count == 1) {
+    kernel = draws[0].decay == 1.0f ? axpy_kernel<kDirection, kRounding, true, false>
+                                    : axpy_kernel<kDirection, kRounding, true, true>;
+  }
   start("axpy_", kernel, launch, launch.draws, launch.coefficients, draw_count, each, draws[draw_count - 1], nonfinite);
 }
 

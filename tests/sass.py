@@ -159,6 +159,67 @@ def tile(function: Function, loads: int, stores: int, unrolled: int = 4) -> tupl
     raise LookupError(f"{function.name}: no tile with {loads} 16-byte loads and {stores} stores a step")
 
 
+@dataclass
+class Terms:
+    """The loops of `many` in elementwise.cu over normal terms, by how often an instruction runs for the 16 elements of a turn."""
+
+    turn: list[Instruction]  # once
+    sum: list[Instruction]  # once a sum, the decay too
+    rounding: list[Instruction]  # between two sums, to nearest; other roundings are in `sum`
+    pair: list[Instruction]  # once for two terms
+    odd: list[Instruction]  # once for the last of an odd number of terms
+    ready: list[Instruction]  # by one lane for each term
+
+    def instructions(self, count: int, each: int) -> list[tuple[list[Instruction], float]]:
+        """What runs for `count` terms in sums of `each`, and how often for each element."""
+        sums = count // each
+        often = (1, sums, sums - 1, sums * (each // 2), sums * (each % 2))
+        parts = (self.turn, self.sum, self.rounding, self.pair, self.odd)
+        return [(code, times / 16) for code, times in zip(parts, often)]
+
+
+def terms(function: Function, accesses: int = 2) -> Terms:
+    """With this many 16-byte loads and stores a turn. Ready terms of a long list are left out of `instructions`: 1/32 of a warp's."""
+
+    def holds(code, name: str) -> int:
+        return sum(i.name.startswith(name) for i in code)
+
+    outer = vector_loop(function, accesses, accesses)
+    inside = [b for b in function.loops() if outer[0].address <= b[0].address and b[-1].address <= outer[-1].address]
+    pairs = [body for body in inside if holds(body, "STS") == 0 and holds(body, "FFMA") >= 2 * 2 * 72]
+    if not pairs:
+        pairs = [body for body in inside if holds(body, "STS") == 0 and holds(body, "FFMA2") >= 2 * 72]
+    if len(pairs) != 1:
+        raise LookupError(f"{function.name}: {len(pairs)} loops over two normal terms")
+    pair = pairs[0]
+    sums = min((body for body in inside if body is not pair and body is not outer and body[0].address <= pair[0].address
+                and pair[-1].address < body[-1].address), key=len, default=None)  # fmt: skip
+    if sums is None:
+        raise LookupError(f"{function.name}: no loop over sums around the loop over terms")
+    starts = {function.code[at].address for at in function.labels.values() if at < len(function.code)}
+    blocks: list[list[Instruction]] = [[]]
+    for instruction in outer:
+        if instruction.address in starts and blocks[-1]:
+            blocks.append([])
+        blocks[-1].append(instruction)
+        if instruction.name.startswith(("BRA", "EXIT")):
+            blocks.append([])
+    found = Terms([], [], [], pair, [], [])
+    for block in filter(None, blocks):
+        if pair[0].address <= block[0].address <= pair[-1].address:
+            continue
+        if not sums[0].address <= block[0].address <= sums[-1].address:
+            # before the turns the same code makes the first terms ready
+            (found.ready if holds(block, "STS") else found.turn).extend(block)
+        elif holds(block, "STS"):
+            found.ready.extend(block)
+        elif holds(block, "FFMA") >= 2 * 72:
+            found.odd.extend(block)
+        else:
+            (found.rounding if holds(block, "F2FP") else found.sum).extend(block)
+    return found
+
+
 def per_lane(function: Function, loads: int, stores: int, steps: int = 16, unrolled: int = 4) -> float:
     """Instructions for each unit of eight elements in a tile. Code around the steps is counted whole, also what is only run
     after a result that is inf."""
@@ -189,11 +250,11 @@ def disassemble(cubin: Path) -> dict[str, Function]:
     return functions
 
 
-def symbol(verb: str, direction: int = 0, rounding: int | None = None, plain: bool = True) -> str:
-    """The start of a kernel's mangled name: zo::kernels::axpy_kernel<Direction 0, Rounding 0, true>."""
+def symbol(verb: str, direction: int = 0, rounding: int | None = None, plain: bool = True, decay: bool = False) -> str:
+    """The start of a kernel's mangled name: zo::kernels::axpy_kernel<Direction 0, Rounding 0, true, false>."""
     arguments = f"LNS_9DirectionE{direction}E"
     if rounding is not None:
-        arguments += f"LNS_8RoundingE{rounding}ELb{int(plain)}E"
+        arguments += f"LNS_8RoundingE{rounding}ELb{int(plain)}ELb{int(decay)}E"
     stem = f"{verb}_kernel"
     return f"_ZN2zo7kernels{len(stem)}{stem}" + ("" if verb == "philox" else f"I{arguments}E")
 

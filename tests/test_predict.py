@@ -102,7 +102,7 @@ def test_the_table(machine) -> None:  # noqa: F811
         assert sum(line.startswith(f"{case.name} ") for line in lines) == len(predict.DEVICES)
     works = {case.name: case.work(machine["90"]) for case in predict.CASES}
     one, eight = works["axpy_ normal, 16 bits"], works[f"axpy_ normal K={predict.DRAWS}, 16 bits"]
-    assert 0.9 < (eight.instructions - one.instructions) / (predict.DRAWS - 1) / one.instructions < 1.1
+    assert 0.8 < (eight.instructions - one.instructions) / (predict.DRAWS - 1) / one.instructions < 1.0
     assert works["axpy_ rademacher, 16 bits"].instructions < 8 < 23 < one.instructions < 25
     assert one.milliseconds(H200)[0] < 4e9 / 4.3e12 * 1e3
     assert works["axpy_ normal residual, bf16"].instructions > one.instructions + 8

@@ -19,6 +19,7 @@ import sass
 import torch
 
 from zokern.backends import cuda
+from zokern.backends.base import Span
 
 BLOCKS, THREADS = 2, 256
 M0, M1 = 0x9E3779B9, 0xBB67AE85
@@ -61,9 +62,9 @@ class OnPtx(cuda.Cuda):
             return self._run(sass.symbol(verb, direction), [table, step, draw, *both], tensors)
         draws, draw_count, each, rounding, nonfinite = rest
         last = bytes((ctypes.c_char * 16).from_address(draws + 16 * (draw_count - 1)))  # struct Draw
-        plain = draw_count == 1 and struct.unpack("<IIff", last)[3] == 1.0
+        plain, decay = draw_count == 1, draw_count == 1 and struct.unpack("<IIff", last)[3] != 1.0
         arguments = [table, device_draws, coefficients, draw_count, each, last, nonfinite]
-        return self._run(sass.symbol("axpy", direction, rounding, plain), arguments, tensors)
+        return self._run(sass.symbol("axpy", direction, rounding, plain, decay), arguments, tensors)
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +76,7 @@ def text(tmp_path_factory) -> str:
 
 
 CHECKS = ("philox_known_answers", "draw_sizes", "axpy_sizes", "axpy_firsts", "perturb_sizes", "axpy_strides", "perturb_rows",
-          "axpy_many_draws", "axpy_each", "axpy_stochastic", "axpy_residual", "axpy_special", "tiles", "clock")  # fmt: skip
+          "axpy_many_draws", "axpy_stochastic", "axpy_residual", "axpy_special", "tiles", "clock")  # fmt: skip
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -85,6 +86,16 @@ def test_ptx_is_the_reference(text, check) -> None:
 
 def test_blocks_share_a_chunk(text) -> None:
     conformance.CHECKS["axpy_sizes"](OnPtx(text, parts_log2=1), "cpu", "quick")
+
+
+def test_replay(text) -> None:
+    """Steps of two terms, across the 32 that a warp makes ready at a time, in whole units and in pieces."""
+    generator = torch.Generator().manual_seed(5)
+    versus = conformance.Versus(test_replay, OnPtx(text), "cpu", "quick")
+    draws, coeffs, decays = conformance.replay(generator, 34, 2)
+    thetas = [conformance.theta_of(generator, (19,), dtype) for dtype in (torch.bfloat16, torch.float16)]
+    versus.axpy(thetas, [Span(5, 8), Span(6, 16)], "normal", draws, coeffs, decays, "stochastic", each=2)
+    versus.axpy(thetas, [Span(5, 8), Span(6, 16)], "rademacher", draws[:2], coeffs[:2], [1.0, 0.9], each=1)
 
 
 def rejected(text: str, check: str) -> str:

@@ -218,6 +218,30 @@ def test_update_of_16_bit_weights(dtype: torch.dtype, rounding: str) -> None:
             assert same_bits(p, expected[name]), name
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_a_run_is_replayed_in_one_pass(rounding: str) -> None:
+    """50 steps of two queries under a schedule and with decay: their results and rates, one axpy_ call, the same weights."""
+    model = tiny(torch.bfloat16)
+    replayed = {name: p.detach().clone() for name, p in model.named_parameters()}
+    summed = [p.clone() for p in replayed.values()]
+    optimizer = zokern.MeZO(model, lr=0.01, eps=0.01, weight_decay=0.1, queries=2, seed=4, rounding=rounding)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50)
+    draws, coeffs, decays = [], [], []
+    for _ in range(50):
+        lr = optimizer.param_groups[0]["lr"]
+        result = zokern.step(optimizer, closure_of(model))
+        draws += [(result.step, query) for query in range(2)]
+        coeffs += [lr * (-c / 2) for c in result.coefficients]
+        decays.append(1.0 - lr * 0.1)
+        schedule.step()
+    names = dict(seed=4, who=list(replayed), draws=draws, coeffs=coeffs, rounding=rounding)
+    zokern.axpy_(list(replayed.values()), "normal", **names, decay=decays, each=2)
+    zokern.axpy_(summed, "normal", **names, decay=math.prod(decays))
+    for (name, p), wrong in zip(model.named_parameters(), summed):
+        assert same_bits(p, replayed[name]), name
+        assert not same_bits(p, wrong), f"{name}: one rounding at the end is as good, so this run shows nothing"
+
+
 def test_residual_is_an_exact_float32_master() -> None:
     """bfloat16 weights with their low bits follow the float32 run bit for bit, over losses that are given."""
     losses = torch.randn(200, generator=torch.Generator().manual_seed(1)).tolist()

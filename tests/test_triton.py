@@ -86,6 +86,22 @@ WRONG = {  # name: (file, text, replacement)
     "inf not counted": ("elementwise", "(rounded & 0x7F80) == 0x7F80", "(rounded & 0x7FFF) > 0x7F80"),
     "inf not seen": ("rounding", "+ 0x00800080", "+ 0x007F007F"),
     "first term twice": ("elementwise", "k < draw_count - 1, other, step", "k <= draw_count - 1, other, step"),
+    "one rounding for all steps": (
+        "elementwise",
+        "if TYPE != FLOAT32 and not (TYPE == BFLOAT16",
+        "if TYPE < 0 and not (TYPE == BFLOAT16",
+    ),
+    "one rounding for all steps of an element": (
+        "elementwise",
+        "value = bf16_to_float(round_element(",
+        "bf16_to_float(round_element(",
+    ),
+    "decay of the first step": ("elementwise", "tl.load(draws + draw_count + k)", "tl.load(draws + draw_count)"),
+    "rounding bits of the first step": (
+        "elementwise",
+        "even, odd = round_pair(even, odd, unit, who, step,",
+        "even, odd = round_pair(even, odd, unit, who, step * 0 + 3,",
+    ),
     "no decay": (
         "elementwise",
         "even, odd, even2, odd2 = even * decay, odd * decay, even2 * decay, odd2 * decay",
@@ -108,6 +124,9 @@ def few(mine) -> None:
     versus.draw([conformance.out_like(t) for t in thetas], spans, "normal")
     versus.axpy(*tensors(fp32, bf16, fp16), "normal", draws, coeffs, 0.99)
     versus.axpy(*tensors(bf16, fp16), "rademacher", draws, coeffs, 0.99, "stochastic")
+    replay = [(3, 1), (3, 2), (5, 7), (5, 0)], [1e-3, 0.3, -0.02, 0.1], [0.99, 1.5]
+    versus.axpy(*tensors(fp32, bf16, fp16), "normal", *replay, "stochastic", each=2)
+    versus.axpy(*tensors(bf16, fp16), "rademacher", *(part[:2] for part in replay), each=1)
     thetas, spans = tensors(bf16, bf16)
     versus.axpy(thetas, spans, "normal", rounding="residual", residuals=[conformance.low_of(generator, t) for t in thetas])
     lows = [conformance.low_of(generator, t) for t in thetas]
@@ -210,16 +229,17 @@ def test_interpreted_rejects(interpreted, name: str) -> None:
 TYPES = {
     "entries": "*i64", "chunks": "*i64", "draws": "*i64", "coefficients": "*fp32", "nonfinite": "*i64", "draw_count": "i32",
     "counters": "*i64", "words": "*i64", "count": "i64", "decay": "fp32", "scale0": "fp32", "scale1": "fp32",
-    "step": "i32", "draw": "i32", "keys": ("i32",) * 20, "clock": "*i64",
+    "each": "i32", "step": "i32", "draw": "i32", "keys": ("i32",) * 20, "clock": "*i64",
 }  # fmt: skip
 # the kernels, and what their loop over units holds: units a thread, and of each the 16-byte loads, stores and at most so many
 # instructions an element (sm_80 to sm_120, Triton 3.6 to 3.9)
-ONE = dict(draw_count=1, draws=None, clock=None, DECAY=False)
+ONE = dict(draw_count=1, each=1, draws=None, clock=None, DECAY=False, EACH=False)
 KERNELS: dict[str, tuple[str, dict, tuple[int, int, int, float] | None]] = {
     "axpy bf16": ("axpy", dict(DIRECTION=0, ROUNDING=0, KINDS=2, **ONE), (2, 1, 1, 25.4)),
     "axpy fp32": ("axpy", dict(DIRECTION=0, ROUNDING=0, KINDS=1, **ONE), (2, 2, 2, 26.4)),
     "axpy fp16": ("axpy", dict(DIRECTION=0, ROUNDING=0, KINDS=4, **ONE), (2, 1, 1, 25.4)),
-    "axpy mixed K": ("axpy", dict(DIRECTION=0, ROUNDING=1, KINDS=7, DECAY=True), None),
+    "axpy mixed K": ("axpy", dict(DIRECTION=0, ROUNDING=1, KINDS=7, DECAY=True, EACH=False), None),
+    "axpy replay": ("axpy", dict(DIRECTION=0, ROUNDING=1, KINDS=7, DECAY=False, EACH=True), None),
     "axpy residual": ("axpy", dict(DIRECTION=0, ROUNDING=2, KINDS=2, **ONE), (2, 2, 2, 47)),
     "axpy rademacher": ("axpy", dict(DIRECTION=1, ROUNDING=0, KINDS=2, **ONE), (4, 1, 1, 8.6)),
     "axpy rademacher fp32": ("axpy", dict(DIRECTION=1, ROUNDING=0, KINDS=1, **ONE), (4, 2, 2, 8.7)),

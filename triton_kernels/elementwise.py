@@ -47,6 +47,7 @@ INT16: tl.constexpr = tl.constexpr(3)
 NORMAL: tl.constexpr = tl.constexpr(0)
 STOCHASTIC: tl.constexpr = tl.constexpr(1)
 RESIDUAL: tl.constexpr = tl.constexpr(2)
+NEAREST: tl.constexpr = tl.constexpr(0)
 ROUNDING_DRAW: tl.constexpr = tl.constexpr(4 << 24)
 
 # columns of an entry
@@ -393,9 +394,55 @@ def write_pair(theta, low, place, mask, even, odd, random, TYPE: tl.constexpr, R
 
 
 @triton.jit
-def axpy_units(theta, low, unit, at, units, who, step, draw, draws, coefficients, only, draw_count, decay, keys, clock, state,
-               DIRECTION: tl.constexpr, ROUNDING: tl.constexpr, DECAY: tl.constexpr, TYPE: tl.constexpr, N: tl.constexpr,
-               W: tl.constexpr):  # fmt: skip
+def listed(k, draws, draw_count, clock):
+    """The name of term k of a replay, and the factor of what stands before it: all of them are in a list, decays after the names."""
+    name = tl.load(draws + k)
+    decay = to_float(tl.load(draws + draw_count + k).to(tl.uint32))
+    return name_of(name.to(tl.int32), clock), (name >> 32).to(tl.uint32), decay
+
+
+@triton.jit
+def round_pair(even, odd, unit, who, step, keys, N: tl.constexpr, TYPE: tl.constexpr, ROUNDING: tl.constexpr, W: tl.constexpr):
+    """What storing two values in a 16-bit type and loading them again would make of them."""
+    if ROUNDING == STOCHASTIC:
+        purpose = tl.full([], ROUNDING_DRAW, tl.uint32)
+        random = some(philox4x32((unit + tl.arange(0, N)).to(tl.uint32), who, step, purpose, keys), 0, W)
+        if TYPE == BFLOAT16:
+            word = both(bf16_stochastic(even, random & 0xFFFF), bf16_stochastic(odd, random >> 16))
+        else:
+            word = both(fp16_stochastic(even, random & 0xFFFF), fp16_stochastic(odd, random >> 16))
+    else:
+        word = nearest_pair(even, odd, TYPE)
+    if TYPE == FLOAT16:
+        return fp16_pair_to_float(word)
+    else:
+        return to_float(word << 16), to_float(word & 0xFFFF0000)
+
+
+@triton.jit
+def replay_units(even, odd, even2, odd2, unit, who, draws, coefficients, draw_count, each, keys, clock, DIRECTION: tl.constexpr,
+                 ROUNDING: tl.constexpr, TYPE: tl.constexpr, N: tl.constexpr, W: tl.constexpr):  # fmt: skip
+    """Sums of `each` terms, every one with its decay and its rounding."""
+    for start in range(0, draw_count, each):
+        step, draw, decay = listed(start, draws, draw_count, clock)
+        even, odd, even2, odd2 = even * decay, odd * decay, even2 * decay, odd2 * decay
+        for k in range(start, start + each):
+            step, draw, decay = listed(k, draws, draw_count, clock)
+            words = words_of(unit, who, step, draw, keys, N, DIRECTION)
+            coefficient = tl.load(coefficients + k)
+            even, odd = add_pair(even, odd, words, coefficient, 0, W, DIRECTION)
+            if W == 2:
+                even2, odd2 = add_pair(even2, odd2, words, coefficient, 1, W, DIRECTION)
+        # the split of a float32 into a bfloat16 and its low bits is exact
+        if TYPE != FLOAT32 and not (TYPE == BFLOAT16 and ROUNDING == RESIDUAL):
+            even, odd = round_pair(even, odd, unit, who, step, keys, N, TYPE, ROUNDING, W)
+    return even, odd, even2, odd2
+
+
+@triton.jit
+def axpy_units(theta, low, unit, at, units, who, step, draw, draws, coefficients, only, draw_count, each, decay, keys, clock, state,
+               DIRECTION: tl.constexpr, ROUNDING: tl.constexpr, DECAY: tl.constexpr, EACH: tl.constexpr, TYPE: tl.constexpr,
+               N: tl.constexpr, W: tl.constexpr):  # fmt: skip
     """One tile of axpy_ over units; the watch's new state."""
     JOIN: tl.constexpr = TYPE == BFLOAT16 and ROUNDING == RESIDUAL
     from_word, place, mask = rows_of(at, units, N, W, DIRECTION)
@@ -405,64 +452,89 @@ def axpy_units(theta, low, unit, at, units, who, step, draw, draws, coefficients
     even2, odd2 = even, odd
     if W == 2:
         even2, odd2 = read_pair(theta, low, place + 2, mask, TYPE, JOIN)
-    if DECAY:
-        even, odd, even2, odd2 = even * decay, odd * decay, even2 * decay, odd2 * decay
-    for k in range(draw_count):
-        step_k, draw_k = term(k, draws, step, draw, draw_count, clock)
-        words = words_of(unit + at, who, step_k, draw_k, keys, N, DIRECTION)
-        coefficient = only
-        if draw_count > 1:
-            coefficient = tl.load(coefficients + k)
-        even, odd = add_pair(even, odd, words, coefficient, 0, W, DIRECTION)
-        if W == 2:
-            even2, odd2 = add_pair(even2, odd2, words, coefficient, 1, W, DIRECTION)
+    if EACH:
+        even, odd, even2, odd2 = replay_units(even, odd, even2, odd2, unit + at, who, draws, coefficients, draw_count, each, keys, clock,
+                                              DIRECTION, ROUNDING, TYPE, N, W)  # fmt: skip
+    else:
+        if DECAY:
+            even, odd, even2, odd2 = even * decay, odd * decay, even2 * decay, odd2 * decay
+        for k in range(draw_count):
+            step_k, draw_k = term(k, draws, step, draw, draw_count, clock)
+            words = words_of(unit + at, who, step_k, draw_k, keys, N, DIRECTION)
+            coefficient = only
+            if draw_count > 1:
+                coefficient = tl.load(coefficients + k)
+            even, odd = add_pair(even, odd, words, coefficient, 0, W, DIRECTION)
+            if W == 2:
+                even2, odd2 = add_pair(even2, odd2, words, coefficient, 1, W, DIRECTION)
     random = place
-    if TYPE != FLOAT32 and ROUNDING == STOCHASTIC:
+    LAST: tl.constexpr = NEAREST if EACH else ROUNDING  # a replay has rounded its last sum
+    if TYPE != FLOAT32 and LAST == STOCHASTIC:
         purpose = tl.full([], ROUNDING_DRAW, tl.uint32)
         random = some(philox4x32((unit + at + tl.arange(0, N)).to(tl.uint32), who, step, purpose, keys), 0, W)
-    state = watch(state, write_pair(theta, low, place, mask, even, odd, random, TYPE, ROUNDING, JOIN), TYPE)
+    state = watch(state, write_pair(theta, low, place, mask, even, odd, random, TYPE, LAST, JOIN), TYPE)
     if W == 2:
-        state = watch(state, write_pair(theta, low, place + 2, mask, even2, odd2, random, TYPE, ROUNDING, JOIN), TYPE)
+        state = watch(state, write_pair(theta, low, place + 2, mask, even2, odd2, random, TYPE, LAST, JOIN), TYPE)
     return state
 
 
 @triton.jit
-def axpy_elements(theta, place, low, low_place, number, mask, who, step, draw, draws, coefficients, draw_count, decay, keys, clock,
-                  DIRECTION: tl.constexpr, ROUNDING: tl.constexpr, DECAY: tl.constexpr, TYPE: tl.constexpr):  # fmt: skip
-    """One tile of axpy_ over elements; 1 where a result is inf or NaN."""
-    JOIN: tl.constexpr = TYPE == BFLOAT16 and ROUNDING == RESIDUAL
-    value = read(theta, place, low, low_place, mask, TYPE, JOIN)
-    if DECAY:
-        value = value * decay
-    for k in range(draw_count):
-        step_k, draw_k = term(k, draws, step, draw, draw_count, clock)
-        value = tl.fma(tl.load(coefficients + k), z_of(number, who, step_k, draw_k, keys, DIRECTION), value)
+def round_element(value, number, who, step, keys, TYPE: tl.constexpr, ROUNDING: tl.constexpr):
+    """A value in a type, to nearest or with the bits of a step."""
     if TYPE != FLOAT32 and ROUNDING == STOCHASTIC:
         random = random16(number, who, step, keys)
         if TYPE == BFLOAT16:
-            rounded = bf16_stochastic(value, random)
+            return bf16_stochastic(value, random)
         else:
-            rounded = fp16_stochastic(value, random)
-    elif JOIN:
+            return fp16_stochastic(value, random)
+    else:
+        return nearest(value, TYPE)
+
+
+@triton.jit
+def axpy_elements(theta, place, low, low_place, number, mask, who, step, draw, draws, coefficients, draw_count, each, decay, keys,
+                  clock, DIRECTION: tl.constexpr, ROUNDING: tl.constexpr, DECAY: tl.constexpr, EACH: tl.constexpr,
+                  TYPE: tl.constexpr):  # fmt: skip
+    """One tile of axpy_ over elements; 1 where a result is inf or NaN."""
+    JOIN: tl.constexpr = TYPE == BFLOAT16 and ROUNDING == RESIDUAL
+    value = read(theta, place, low, low_place, mask, TYPE, JOIN)
+    if EACH:
+        for start in range(0, draw_count, each):
+            step, draw, factor = listed(start, draws, draw_count, clock)
+            value = value * factor
+            for k in range(start, start + each):
+                step, draw, factor = listed(k, draws, draw_count, clock)
+                value = tl.fma(tl.load(coefficients + k), z_of(number, who, step, draw, keys, DIRECTION), value)
+            if TYPE == FLOAT16:
+                value = fp16_to_float(round_element(value, number, who, step, keys, TYPE, ROUNDING))
+            elif TYPE == BFLOAT16 and not JOIN:
+                value = bf16_to_float(round_element(value, number, who, step, keys, TYPE, ROUNDING))
+    else:
+        if DECAY:
+            value = value * decay
+        for k in range(draw_count):
+            step_k, draw_k = term(k, draws, step, draw, draw_count, clock)
+            value = tl.fma(tl.load(coefficients + k), z_of(number, who, step_k, draw_k, keys, DIRECTION), value)
+    if JOIN:
         rounded, bits = residual_split(value)
         tl.store(low + low_place, bits, mask=mask)
     else:
-        rounded = nearest(value, TYPE)
+        rounded = round_element(value, number, who, step, keys, TYPE, NEAREST if EACH else ROUNDING)
     tl.store(theta + place, rounded, mask=mask)
     return tl.where(mask, nonfinite_of(rounded, TYPE), 0)
 
 
 @triton.jit(
     do_not_specialize=["entries", "chunks", "draws", "step", "draw", "keys", "clock"],
-    do_not_specialize_on_alignment=["draw_count"],
+    do_not_specialize_on_alignment=["draw_count", "each"],
 )
-def axpy(entries, chunks, draws, coefficients, nonfinite, draw_count, step, draw, decay, keys, clock,
-         DIRECTION: tl.constexpr, ROUNDING: tl.constexpr, DECAY: tl.constexpr, KINDS: tl.constexpr, BLOCK: tl.constexpr,
-         TAIL: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
+def axpy(entries, chunks, draws, coefficients, nonfinite, draw_count, each, step, draw, decay, keys, clock,
+         DIRECTION: tl.constexpr, ROUNDING: tl.constexpr, DECAY: tl.constexpr, EACH: tl.constexpr, KINDS: tl.constexpr,
+         BLOCK: tl.constexpr, TAIL: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
     """theta <- round(decay theta + sum_k coefficients[k] z_k); nonfinite[0] += results that are inf or NaN.
 
     step and draw name the last term, draws the others. KINDS: bit t is set when the launch has a tensor of type t. Without DECAY,
-    decay is 1 and no instruction.
+    decay is 1 and no instruction. EACH: a replay of sums of `each` terms; draws names all terms, and their decays follow.
     """
     N: tl.constexpr = BLOCK // 8
     step = name_of(step, clock)
@@ -481,8 +553,8 @@ def axpy(entries, chunks, draws, coefficients, nonfinite, draw_count, step, draw
                 state = tl.zeros([N, W], tl.uint32)
                 only = tl.load(coefficients)  # of a sum of one term: a store could change it, for all the compiler knows
                 for at in range(start_of(unit, part, N, DIRECTION), units, SPLIT * N):
-                    state = axpy_units(theta, low, unit, at, units, who, step, draw, draws, coefficients, only, draw_count, decay,
-                                       keys, clock, state, DIRECTION, ROUNDING, DECAY, TYPE, N, W)  # fmt: skip
+                    state = axpy_units(theta, low, unit, at, units, who, step, draw, draws, coefficients, only, draw_count, each,
+                                       decay, keys, clock, state, DIRECTION, ROUNDING, DECAY, EACH, TYPE, N, W)  # fmt: skip
                 # the loop only watches whether a result (or a row outside the mask) was not finite; then the results are counted
                 if tl.max(((state & (0x7FFFFFFF if TYPE == FLOAT32 else 0xFFFFFFFF)) != 0).to(tl.int32)) != 0:
                     tl.debug_barrier()
@@ -498,7 +570,8 @@ def axpy(entries, chunks, draws, coefficients, nonfinite, draw_count, step, draw
                     i = at + tl.arange(0, TAIL)
                     number, place, low_place = locate(entry, begin + i, i < size)
                     broken = axpy_elements(theta, place, low, low_place, number, i < size, who, step, draw, draws, coefficients,
-                                           draw_count, decay, keys, clock, DIRECTION, ROUNDING, DECAY, TYPE)  # fmt: skip
+                                           draw_count, each, decay, keys, clock, DIRECTION, ROUNDING, DECAY, EACH,
+                                           TYPE)  # fmt: skip
                     tl.atomic_add(nonfinite + tl.zeros([TAIL], tl.int32), broken.to(tl.int64), mask=broken != 0, sem="relaxed")
 
 

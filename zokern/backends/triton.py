@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..stream import ROUNDS
 from . import table, tables
-from .base import Span, check_rows
+from .base import Span, check_rows, rounded_sums
 
 _missing = ""
 try:
@@ -192,7 +192,7 @@ class Triton:
                          KINDS=kept.facts.out_types)  # fmt: skip
 
     def axpy_(self, thetas, spans: Sequence[Span], direction, seed, draws, coeffs, decay, rounding, residuals,
-              clock: Tensor | None = None) -> Tensor:  # fmt: skip
+              clock: Tensor | None = None, each: int = 0) -> Tensor:  # fmt: skip
         _number(direction)
         nonfinite = torch.zeros(1, dtype=torch.int64, device=coeffs.device)
         if not thetas:
@@ -201,21 +201,22 @@ class Triton:
         kept = self._table(device, thetas, spans, (), residuals if rounding == "residual" else None)
         if kept.buffer is None:
             return nonfinite
-        names, decay = self._names(device, draws), float(np.float32(decay))
-        self._launch(device, elementwise.axpy, kept, direction, names, coeffs.contiguous(), nonfinite, len(draws),
-                     *map(_signed, draws[-1]), decay, _keys_of(seed), clock,
-                     ROUNDING=table.ROUNDING[rounding], DECAY=decay != 1.0, KINDS=kept.facts.types)  # fmt: skip
+        each, decays = rounded_sums(decay, len(draws), each)
+        replay, first = each < len(draws), float(np.float32(decays[0]))
+        names = self._names(device, draws, decays) if replay else self._names(device, draws[:-1])
+        self._launch(device, elementwise.axpy, kept, direction, names, coeffs.contiguous(), nonfinite, len(draws), each,
+                     *map(_signed, draws[-1]), first, _keys_of(seed), clock, ROUNDING=table.ROUNDING[rounding],
+                     DECAY=not replay and first != 1.0, EACH=replay, KINDS=kept.facts.types)  # fmt: skip
         return nonfinite
 
-    def _names(self, device: torch.device, draws: Sequence[tuple[int, int]]) -> Tensor | None:
-        """The names of all terms but the last, which the kernel gets as arguments."""
-        if len(draws) == 1:
+    def _names(self, device: torch.device, draws: Sequence[tuple[int, int]], decays: Sequence[float] = ()) -> Tensor | None:
+        """Names, and after them decays. A single sum lists all terms but the last, which the kernel gets as arguments."""
+        if not draws:
             return None
-
-        def make():
-            return (np.array([step | draw << 32 for step, draw in draws[:-1]], dtype=np.uint64),), None
-
-        buffer = self.tables.get(("names", *draws), device, make).buffer
+        words = np.array([step | draw << 32 for step, draw in draws], dtype=np.uint64)
+        factors = np.array(decays, dtype=np.float32).view(np.uint32).astype(np.uint64)
+        listed = np.concatenate([words, factors])
+        buffer = self.tables.get(("names", listed.tobytes()), device, lambda: ((listed,), None)).buffer
         assert buffer is not None
         return buffer.view(torch.int64)
 
