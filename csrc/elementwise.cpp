@@ -289,8 +289,7 @@ template <Type T>
 struct Nearest {
   F operator()(F x, int) const {
     if constexpr (T == Type::kFloat16) return Simd::round_fp16(x);
-    const U bits = Simd::bits(x);
-    return Simd::floats(((bits & 0x7fffffffu) > 0x7f800000u ? bits | 0x400000u : bf16_round(x)) & 0xffff0000u);
+    return Simd::floats(bf16_round(x) & 0xffff0000u);  // of a NaN the lower half is zero: add_term() and fast() see to it
   }
 };
 
@@ -330,9 +329,9 @@ void add_term(const Job& job, const Draw& draw, uint32_t who, uint64_t block, in
               uint32_t* words, const Finish& finish) {
   const Name name{who, draw.step, draw.draw, job.keys};
   if (job.direction == Direction::kNormal) {
-    term<Direction::kNormal, true>(name, block, blocks, c, draw.decay, from, to, words, finish);
+    term<Direction::kNormal, true>(name, block, blocks, quiet(c), quiet(draw.decay), from, to, words, finish);
   } else {
-    term<Direction::kRademacher, true>(name, block, blocks, c, draw.decay, from, to, words, finish);
+    term<Direction::kRademacher, true>(name, block, blocks, quiet(c), quiet(draw.decay), from, to, words, finish);
   }
 }
 
