@@ -141,6 +141,35 @@ def bench_perturb(benchmark, report, dtype: str) -> None:
     report.add(group, **{f"perturb pair {dtype} / two": group.ratio(cases[2].name, cases[1].name)})
 
 
+@pytest.mark.parametrize(
+    "dtype, rounding", [("fp32", "nearest"), ("bf16", "nearest"), ("bf16", "stochastic"), ("bf16", "residual")]
+)
+def bench_replay(benchmark, report, dtype: str, rounding: str) -> None:
+    """A run of steps of one term, each with its decay and its rounding: in one pass, and a pass a step."""
+    n, steps = 1 << (20 if report.quick else 22), 16
+    w = weights(n, dtype)
+    low = {"residuals": torch.zeros(n, dtype=torch.int16)} if rounding == "residual" else {}
+    names = dict(seed=7, who="w", rounding=rounding, **low)
+    draws, coeffs, decays = [(step, 0) for step in range(steps)], [EPS] * steps, [0.999] * steps
+
+    def passes() -> None:
+        for k in range(steps):
+            zokern.axpy_(w, "normal", draws=draws[k : k + 1], coeffs=coeffs[k : k + 1], decay=decays[k], **names)
+
+    traffic, size = 2 * w.element_size() + 4 * len(low), f"{steps} steps {dtype} {rounding} n={n}"
+    cases = [
+        Case(
+            f"replay of {size}",
+            lambda: zokern.axpy_(w, "normal", draws=draws, coeffs=coeffs, decay=decays, each=True, **names),
+            n,
+            traffic,
+        ),
+        Case(f"a pass each, {size}", passes, n, steps * traffic),
+    ]
+    group = Group(f"axpy_ normal, replay, {dtype} {rounding}", cases).run(benchmark, 3 if report.quick else 7)
+    report.add(group, **{f"replay {dtype} {rounding}, passes / one": group.ratio(cases[1].name, cases[0].name)})
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def bench_draws(benchmark, report, dtype: str) -> None:
     n = 1 << (20 if report.quick else 24)

@@ -4,8 +4,9 @@
 // traffic  bf16 axpy_: 2 B read + 2 B written per element for any K; perturb: 2 B read + one write per side; z moves no bytes
 // work     whole loop per element, sm_90, one draw, no decay: normal 24.4 instructions (16-bit), 23.9 (float32), of which
 //          143 of 195 for eight elements are products and float arithmetic of the stream; rademacher 7.0, 6.0; both signs of
-//          perturb: normal 26.1 (16-bit), rademacher 7.9; stochastic rounding to bf16 8.6 more, residual 12.6 more; each
-//          further term 23.7. At most 64 registers (perturb, stochastic, residual: 80), no spill on sm_80 to sm_120:
+//          perturb: normal 26.1 (16-bit), rademacher 7.9; stochastic rounding to bf16 8.6 more, residual 12.6 more; decay
+//          1.1 more. Many terms: 21.2 each and 10.6 around them; a replay of steps of one term 28.8 a step, stochastic 36.3.
+//          At most 64 registers (perturb, stochastic, residual, many terms: 80; both of these: 128), no spill, sm_80 to sm_120:
 //          `python tests/test_sass.py build/cubins`, `python -m benchmarks.predict`, nvcc 13.0
 // launch   one persistent grid per list, blocks of 256 threads. A block takes a chunk or, when chunks are few, part of one; a
 //          thread takes whole units, with one 16-byte load and store for 16-bit types and two for float32. A warp that has
@@ -685,9 +686,9 @@ struct AxpyVerb {
       __syncwarp();
     };
     if (terms.count <= kWarp) ready(0);
+    // the same number of turns for all lanes of a warp
 #pragma unroll 1
-    for (uint32_t i = turn.lane; i - lane < place.count;
-         i += kTogether * turn.lanes) {  // the same number of turns for all lanes
+    for (uint32_t i = turn.lane; i - lane < place.count; i += kTogether * turn.lanes) {
       float v[kTogether][kUnit] = {};
       uint64_t first[kTogether];
 #pragma unroll

@@ -2,8 +2,9 @@
 // elementwise.cu
 //
 // verbs    draw     out <- T(z)
-//          axpy_    theta <- round(decay theta + sum_k a_k z_k): float32 inside, fma in draw order, one rounding to T. A replay is
-//                   several such sums of `each` terms, one after the other in registers: what K / each calls would write
+//          axpy_    theta <- round(decay theta + sum_k a_k z_k): float32 inside, fma in draw order, one rounding to T.
+//                   A replay is several such sums of `each` terms, one after the other in registers: what K / each calls
+//                   would write
 //          perturb  out_j <- round(theta + s_j z), j = 1 or 2, from one evaluation of z; theta is only read
 // table    one Entry per tensor, one launch per table. An entry is a 2-D view of any stride; a tensor of higher rank that
 //          does not collapse to 2-D becomes several entries (zokern/backends/table.py). Outputs are contiguous.
