@@ -300,6 +300,7 @@ def _check_each(each: bool | int, decay: float | Sequence[float], count: int) ->
     """Terms of a sum, 0 for all of them, and the decay of every sum."""
     if not isinstance(each, int) or each < 0:
         raise ValueError(f"axpy_: each is {each!r}; expected False, True or the number of terms that a sum has")
+    each = int(each)
     if each and count % each:
         raise ValueError(f"axpy_: each is {each} for {count} draws; expected a divisor of {count}: every sum has as many terms")
     sums = count // each if each else 1
@@ -309,7 +310,7 @@ def _check_each(each: bool | int, decay: float | Sequence[float], count: int) ->
         raise ValueError(f"axpy_: decay has {len(decays)} numbers for {count} draws ({how}); expected one number, or {sums}")
     if not all(map(math.isfinite, decays)):
         raise ValueError(f"axpy_: decay is {decay}; expected finite numbers")
-    return int(each), decays
+    return each, decays
 
 
 def _traced() -> bool:
