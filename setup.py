@@ -123,8 +123,8 @@ def cpu() -> Part:
     isas = list(ISA_FLAGS) if platform.machine().lower() in ("x86_64", "amd64") else ["scalar"]
     part = Part("cpu", {"compiler": run(cxx, "--version").splitlines()[0], "flags": CXX_FLAGS, "instruction_sets": isas}, [])
     objects = [f"{OBJECTS}/cpu/bind.o", f"{OBJECTS}/cpu/isa.o"]
-    part.rules += [part.bind_rule() + " -DZOKERN_LOWRANK_CPU", f"build {objects[1]}: cxx csrc/isa.cpp"]
-    for source in ("elementwise", "lowrank"):
+    part.rules += [part.bind_rule() + " -DZOKERN_LOWRANK_CPU -DZOKERN_UPDATE", f"build {objects[1]}: cxx csrc/isa.cpp"]
+    for source in ("elementwise", "update", "lowrank"):
         objects.append(f"{OBJECTS}/cpu/{source}.o")
         part.rules.append(f"build {objects[-1]}: cxx csrc/{source}.cpp")
         for isa in isas:

@@ -15,6 +15,7 @@ struct Simd {
   static F floats(U x) { return as_float(x); }
   static F from_int(U x) { return zo::from_int(static_cast<int32_t>(x)); }
   static F fma(F a, F b, F c) { return fma_rn(a, b, c); }
+  static F root(F x) { return sqrt_rn(x); }
   static U lane() { return 0; }
 
   static F load(const float* p) { return *p; }
