@@ -178,6 +178,18 @@ struct Buffers {
   alignas(64) uint16_t half[kPiece];
 };
 
+template <Direction D, bool kAdd>
+void term(const Name& name, uint64_t block, int blocks, float c, const float* from, float* to, uint32_t* words) {
+  make_words<D == Direction::kNormal, 0>(static_cast<uint32_t>(block), blocks, name, words, nullptr);
+  const F scale = Simd::all(c);
+  sweep<D, false>(words, (blocks * per_block(D) + kUnit - 1) / kUnit, [&](int unit, F a, F b) ZO_INLINE_LAMBDA {
+    float* p = to + unit * kUnit;
+    const float* q = from + unit * kUnit;
+    Simd::store(p, kAdd ? Simd::fma(scale, a, Simd::load(q)) : a);
+    Simd::store(p + kLanes, kAdd ? Simd::fma(scale, b, Simd::load(q + kLanes)) : b);
+  });
+}
+
 void add_term(const Job& job, const Draw& draw, uint32_t who, uint64_t block, int blocks, float c, const float* from, float* to,
               uint32_t* words) {
   const Name name{who, draw.step, draw.draw, job.keys};
@@ -191,7 +203,15 @@ void add_term(const Job& job, const Draw& draw, uint32_t who, uint64_t block, in
 void stochastic(const Job& job, const Run& run, uint64_t number, int n, Type type, const float* value, uint16_t* half,
                 uint32_t* words) {
   const Name name{run.entry->who, job.draws[job.draw_count - 1].step, kRoundingDraw, job.keys};
-  round_stochastic(name, number, n, type, value, half, words);
+  const int skip = static_cast<int>(number % 8);
+  make_words<false, 0>(static_cast<uint32_t>(number / 8), (skip + n + 7) / 8, name, words, nullptr);
+  uint16_t random[kPiece];  // half-words in their order: a little-endian machine
+  std::memcpy(random, reinterpret_cast<const char*>(words) + 2 * skip, static_cast<size_t>(n) * 2);
+  if (type == Type::kBfloat16) {
+    for (int i = 0; i < n; ++i) half[i] = bf16_stochastic(value[i], random[i]);
+  } else {
+    for (int i = 0; i < n; ++i) half[i] = fp16_stochastic(value[i], random[i]);
+  }
 }
 
 int64_t general_piece(const Job& job, const Run& run, int64_t begin, int n, Buffers& buffers) {

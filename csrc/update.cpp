@@ -80,13 +80,17 @@ void advance_all(const Scalars& s, const float* g, float* m, float* v, float* va
   if (kRule == Rule::kAdam) std::memcpy(v + i, rest[2], bytes);
 }
 
+// sum += c z for all elements of some blocks
+template <Direction D>
 void add_term(const UpdateJob& job, const Draw& draw, uint32_t who, uint64_t block, int blocks, Buffers& buffers) {
   const Name name{who, draw.step, draw.draw, job.keys};
-  if (job.direction == Direction::kNormal) {
-    term<Direction::kNormal, true>(name, block, blocks, draw.coefficient, buffers.sum, buffers.sum, buffers.words);
-  } else {
-    term<Direction::kRademacher, true>(name, block, blocks, draw.coefficient, buffers.sum, buffers.sum, buffers.words);
-  }
+  make_words<D == Direction::kNormal, 0>(static_cast<uint32_t>(block), blocks, name, buffers.words, nullptr);
+  const F scale = Simd::all(draw.coefficient);
+  sweep<D, false>(buffers.words, (blocks * per_block(D) + kUnit - 1) / kUnit, [&](int unit, F a, F b) ZO_INLINE_LAMBDA {
+    float* p = buffers.sum + unit * kUnit;
+    Simd::store(p, Simd::fma(scale, a, Simd::load(p)));
+    Simd::store(p + kLanes, Simd::fma(scale, b, Simd::load(p + kLanes)));
+  });
 }
 
 int64_t piece(const UpdateJob& job, const Run& run, int skip, int n, Buffers& buffers) {
@@ -95,7 +99,8 @@ int64_t piece(const UpdateJob& job, const Run& run, int skip, int n, Buffers& bu
   const int width = per_block(job.direction);
   const int blocks = (skip + n + width - 1) / width;
   std::memset(buffers.sum, 0, static_cast<size_t>((blocks * width + kUnit - 1) / kUnit * kUnit) * sizeof(float));
-  for (int k = 0; k < job.draw_count; ++k) add_term(job, job.draws[k], entry.who, run.number / width, blocks, buffers);
+  const auto add = job.direction == Direction::kNormal ? add_term<Direction::kNormal> : add_term<Direction::kRademacher>;
+  for (int k = 0; k < job.draw_count; ++k) add(job, job.draws[k], entry.who, run.number / width, blocks, buffers);
 
   void* theta = const_cast<void*>(run.theta);
   uint16_t* half = buffers.half;

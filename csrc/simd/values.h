@@ -76,18 +76,5 @@ ZO_INLINE void sweep(const uint32_t* words, int units, Body&& body) {
   }
 }
 
-// to[i] = fma(c, z_i, from[i]) for all elements of some blocks, or z_i
-template <Direction D, bool kAdd>
-void term(const Name& name, uint64_t block, int blocks, float c, const float* from, float* to, uint32_t* words) {
-  make_words<D == Direction::kNormal, 0>(static_cast<uint32_t>(block), blocks, name, words, nullptr);
-  const F scale = Simd::all(c);
-  sweep<D, false>(words, (blocks * per_block(D) + kUnit - 1) / kUnit, [&](int unit, F a, F b) ZO_INLINE_LAMBDA {
-    float* p = to + unit * kUnit;
-    const float* q = from + unit * kUnit;
-    Simd::store(p, kAdd ? Simd::fma(scale, a, Simd::load(q)) : a);
-    Simd::store(p + kLanes, kAdd ? Simd::fma(scale, b, Simd::load(q + kLanes)) : b);
-  });
-}
-
 }  // namespace
 }  // namespace zo
