@@ -96,7 +96,7 @@ def check_update_roundings(backend, device="cpu", scale="full") -> None:
             for direction, count, offset in (("normal", 2, 0), ("rademacher", 1, 3)):
                 thetas, spans = conformance.spread(generator, scale, offset)
                 spans = [s._replace(first=s.first // 8 * 8) for s in spans] if offset == 0 else spans
-                lows = [low_of(generator, t) for t in thetas] if rounding == "residual" else []
+                lows = [filled(low_of(generator, t).view, offset) for t in thetas] if rounding == "residual" else []
                 states = states_of(generator, rule, thetas, offset)
                 versus.update(
                     thetas, spans, rule, states, direction, DRAWS[:count], rounding=rounding, residuals=lows
