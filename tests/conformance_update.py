@@ -81,7 +81,7 @@ def check_update_strides(backend, device="cpu", scale="full") -> None:
     generator, versus = source(check_update_strides), Updates(check_update_strides, backend, device, scale)
     for rule in RULES:
         for cases in (conformance.strided, conformance.column_slices):
-            for rounding in ("nearest", "stochastic", "residual"):
+            for rounding in ("nearest", "residual") if scale == "quick" else ("nearest", "stochastic", "residual"):
                 thetas, spans = cases(generator, scale)
                 lows = [low_of(generator, t) for t in thetas] if rounding == "residual" else []
                 states = states_of(generator, rule, thetas, 1)
@@ -209,7 +209,7 @@ def check_update_clock(backend, device="cpu", scale="full") -> None:
     values, who = weights((300,), torch.bfloat16, generator), ids(generator, 1)[0]
     clock = torch.zeros(1, dtype=torch.int64, device=device)
     for rule in RULES:
-        for time in (0, 7, 2**32 - 2):
+        for time in (7, 2**32 - 2):
             clock.fill_(time)
             for count, rounding in ((1, "nearest"), (2, "stochastic")):
                 kept = [torch.rand(300, generator=generator) for _ in STATES[rule]]

@@ -92,10 +92,13 @@ def operands(rule: str, dtype: torch.dtype = torch.float32, n: int = 50) -> tupl
     return torch.linspace(-1, 1, n).to(dtype), [torch.linspace(0.1, 2, n) for _ in STATES[rule]]
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize(
-    ("rule", "dtype", "rounding"),
-    [("momentum", torch.float16, "stochastic"), ("adam", torch.float32, "nearest"), ("adam", torch.bfloat16, "residual")],
+    ("rule", "dtype", "rounding", "backend"),
+    [
+        ("momentum", torch.float16, "stochastic", "cpu"),
+        ("adam", torch.float32, "nearest", "reference"),
+        ("adam", torch.bfloat16, "residual", "cpu"),
+    ],
 )
 def test_passes_opcheck(rule: str, dtype: torch.dtype, rounding: str, backend: str) -> None:
     tensors = [torch.linspace(-1, 1, 33).to(dtype), torch.linspace(-1, 1, 64).to(dtype).view(8, 8).t()]
@@ -227,7 +230,7 @@ RULES: dict[str, Callable[[], zokern.rule.Rule]] = {
 
 
 def check_rule(
-    name: str, steps: int = 4, queries: int = 1, weight_decay: float = 0.0, evaluation: str = "scratch", **options
+    name: str, steps: int = 3, queries: int = 1, weight_decay: float = 0.0, evaluation: str = "scratch", **options
 ) -> None:
     """Steps of a float32 model against the rule on paper, in float64, from the coefficients of each step."""
     model = tiny()
@@ -267,7 +270,7 @@ def check_rule(
 @pytest.mark.parametrize("name", RULES)
 def test_rule_equals_formula(name: str) -> None:
     check_rule(name)
-    check_rule(name, queries=3, weight_decay=0.5, steps=3)
+    check_rule(name, queries=3, weight_decay=0.5, steps=2)
 
 
 @pytest.mark.parametrize("name", ["zo_sgd_mmt", "zo_adam"])

@@ -18,7 +18,6 @@ import conformance_update
 import pytest
 import sass
 import torch
-from guarded import filled
 
 from zokern.backends.base import Span
 
@@ -28,16 +27,8 @@ from test_triton import directory as directory  # noqa: E402, PLC0414
 
 from zokern.backends import triton as backend  # noqa: E402
 
-CHECKS = (
-    "update_sizes",
-    "update_firsts",
-    "update_strides",
-    "update_special",
-    "update_roots",
-    "update_large",
-    "update_clock",
-    "update_empty",
-)
+# The conformance checks that are interpreted here; the others vary what elementwise.py does for this verb, or what reaches no kernel
+CHECKS = ("update_sizes", "update_strides", "update_roots", "update_large", "update_clock", "update_empty")
 NORMAL, RADEMACHER = 0, 1
 MOMENTUM, ADAM = 0, 1
 
@@ -56,22 +47,12 @@ WRONG = {  # name: (file, text, replacement)
 
 
 def few(mine) -> None:
-    """A small launch for each rule and rounding, chosen so that each of WRONG shows; raises AssertionError."""
+    """A small launch for each rule, chosen so that each of WRONG shows; raises AssertionError."""
     generator, versus = torch.Generator().manual_seed(1), conformance_update.Updates(few, mine, "cpu", "quick")
     for rule in conformance_update.RULES:
-        for dtypes, rounding in (
-            (conformance.DTYPES, "nearest"),
-            ((torch.bfloat16,), "residual"),
-            ((torch.float16,), "stochastic"),
-        ):
-            for direction, count in (("normal", 2), ("rademacher", 1)):
-                thetas = [conformance.theta_of(generator, (43,), dtype) for dtype in dtypes]
-                lows = [filled(conformance.low_of(generator, t).view) for t in thetas] if rounding == "residual" else []
-                spans = [Span(77 + i, 16 * i) for i in range(len(thetas))]
-                versus.update(
-                    thetas, spans, rule, conformance_update.states_of(generator, rule, thetas), direction,
-                    conformance_update.DRAWS[:count], rounding=rounding, residuals=lows,
-                )  # fmt: skip
+        thetas = [conformance.theta_of(generator, (43,), dtype) for dtype in (torch.float32, torch.bfloat16)]
+        states = conformance_update.states_of(generator, rule, thetas)
+        versus.update(thetas, [Span(77), Span(78, 16)], rule, states, draws=conformance_update.DRAWS)
     long = conformance.theta_of(
         generator, (40_000,), torch.float32, offset=1
     )  # the states of a second chunk, element by element
@@ -123,12 +104,12 @@ def test_interpreted_rejects(interpreted, name: str) -> None:
 ONE = dict(draw_count=1, draws=None, clock=None)
 # the kernels, and what their loop over units holds: units a thread, of each the 16-byte accesses, and instructions an element
 KERNELS: dict[str, tuple[dict, tuple[int, int, float]]] = {
-    "momentum bf16": (dict(DIRECTION=NORMAL, RULE=MOMENTUM, ROUNDING=0, KINDS=2, **ONE), (2, 3, 40.0)),
+    "momentum bf16": (dict(DIRECTION=NORMAL, RULE=MOMENTUM, ROUNDING=0, KINDS=2, **ONE), (2, 3, 35.5)),
     "adam bf16": (dict(DIRECTION=NORMAL, RULE=ADAM, ROUNDING=0, KINDS=2, **ONE), (2, 5, 74.0)),
     "adam fp32": (dict(DIRECTION=NORMAL, RULE=ADAM, ROUNDING=0, KINDS=1, **ONE), (2, 6, 71.0)),
-    "momentum rademacher": (dict(DIRECTION=RADEMACHER, RULE=MOMENTUM, ROUNDING=0, KINDS=2, **ONE), (4, 3, 17.0)),
+    "momentum rademacher": (dict(DIRECTION=RADEMACHER, RULE=MOMENTUM, ROUNDING=0, KINDS=2, **ONE), (4, 3, 17.5)),
 }
-CASES = [(arch, name) for name in KERNELS for arch in ("80", "90", "120") if name == "adam bf16" or arch == "90"]
+CASES = [(arch, name) for name in KERNELS for arch in ("80", "90") if name == "adam bf16" or arch == "90"]
 
 
 @pytest.fixture(scope="module")
