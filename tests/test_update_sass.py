@@ -16,6 +16,9 @@ import pytest
 import sass
 from test_ptx import OnPtx
 
+sys.path.insert(0, str(sass.ROOT))
+from benchmarks import predict  # noqa: E402
+
 pytestmark = pytest.mark.skipif(sass.missing() is not None, reason=sass.missing() or "")
 
 SOURCE = sass.ROOT / "csrc" / "update.cu"
@@ -123,6 +126,18 @@ def test_fast_math_is_rejected(tmp_path) -> None:
     for flags, right in (((), True), (("-use_fast_math",), False)):
         functions = sass.disassemble(sass.compile_to(tmp_path / "one.cubin", "90", *flags, source=tmp_path / "one.cu"))
         assert (flushing(functions, NORMAL) == TWO_A_ROOT) is right
+
+
+def test_predicted_to_be_bound_by_memory(machine) -> None:
+    """On an H200, where the model leaves momentum and Adam less than their floor for instructions; not with a quarter of the bytes."""
+    h200 = predict.DEVICES[0]
+    lines = predict.table(machine, [h200], predict.UPDATES)
+    assert sum(line.endswith(" memory") for line in lines) == len(predict.UPDATES)
+    for case in predict.UPDATES:
+        work = case.work(machine["90"])
+        function = sass.kernel(machine["90"], sass.update_symbol(case.direction, case.rule, case.rounding))
+        assert work.instructions == len(sass.vector_loop(function, case.accesses, case.accesses)) / UNIT
+        assert work.milliseconds(h200)[0] > case.traffic / 4 * 1e9 / (h200.bandwidth * 1e12) * 1e3
 
 
 # PTX ------------------------------------------------------------------------------------------------------------------------------
