@@ -6,9 +6,12 @@ import types
 
 import conformance_update
 import pytest
+import torch
 from test_cuda import OnHost, build, host_compiler_missing
 
 from zokern.backends import cuda, why_off
+from zokern.backends.base import Span
+from zokern.directions import resolve
 
 SOURCES, FLAGS = ("update.cu", "elementwise.cu"), ("-DZOKERN_UPDATE",)
 
@@ -58,6 +61,38 @@ def test_order_and_parts_change_nothing(on_host, monkeypatch) -> None:
     monkeypatch.setenv("ZO_SHIM_PROCESSORS", "148")
     for check in ("update_sizes", "update_strides", "update_roundings", "update_large"):
         conformance_update.CHECKS[check](OnHost(on_host), "cpu", "quick")
+
+
+def test_a_repeated_call_reads_new_numbers_and_uploads_nothing(on_host) -> None:
+    """What a captured CUDA graph replays: the same tables, and scalars, coefficients and clock that were changed where they lie."""
+    backend, thetas = OnHost(on_host), [torch.ones(40), torch.ones(3, 5)]
+    states = [[torch.zeros(t.shape) for t in thetas] for _ in range(2)]
+    scalars, coeffs, clock = torch.tensor(conformance_update.USUAL["adam"]), torch.ones(2), torch.zeros(1, dtype=torch.int64)
+    results = []
+    for _ in range(3):
+        backend.update_(
+            thetas,
+            [Span(1), Span(2)],
+            resolve("normal"),
+            5,
+            [(0, 0), (0, 1)],
+            coeffs,
+            "adam",
+            scalars,
+            states,
+            "nearest",
+            None,
+            clock,
+        )
+        results.append(thetas[0].clone())
+        scalars[0], scalars[1], coeffs[0] = 1.0, 0.0, 3.0  # no decay and no move any more
+        clock += 1
+    assert backend.tables.built == 2  # the list, and the names of its two terms
+    assert (
+        not torch.equal(results[0], torch.ones(40))
+        and torch.equal(results[1], results[0])
+        and torch.equal(results[2], results[0])
+    )
 
 
 @pytest.mark.parametrize("mistake", [name for name, *_ in MISTAKES])

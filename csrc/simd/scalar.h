@@ -1,4 +1,5 @@
-// simd/scalar.h: one lane, any CPU. The trait that elementwise.cpp and lowrank.cpp are written over, in its simplest form
+// simd/scalar.h: one lane, any CPU. The trait that elementwise.cpp, update.cpp and lowrank.cpp are written over, in its
+// simplest form
 #pragma once
 
 namespace zo {

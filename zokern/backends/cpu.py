@@ -125,18 +125,14 @@ class Cpu:
                 residuals: Sequence[Tensor] | None, clock: Tensor | None = None) -> Tensor:  # fmt: skip
         number = _direction(direction)
         check_rows(spans, None, "update_")
-        for name, tensors in (
-            ("thetas", thetas),
-            ("coeffs", [coeffs]),
-            ("scalars", [scalars]),
-            *(("states", s) for s in states),
-        ):
-            _check(name, tensors)
-        nonfinite = torch.zeros(1, dtype=torch.int64)
+        for state in (thetas, *states):
+            _check("thetas and states", state)
+        _check("coeffs and scalars", [coeffs, scalars])
+        nonfinite, scalars = torch.zeros(1, dtype=torch.int64), scalars.contiguous()
         entries, chunks = table.pack(thetas, spans, states, residuals)
         terms = table.pack_draws([(step_at(step, clock), draw) for step, draw in draws], coeffs.detach().numpy())
         _module().update(*_tables(entries, chunks), number, seed, table.address(terms), len(terms), table.RULES[rule],
-                         scalars.contiguous().data_ptr(), table.ROUNDING[rounding], nonfinite.data_ptr(), _workers(entries, chunks),
+                         scalars.data_ptr(), table.ROUNDING[rounding], nonfinite.data_ptr(), _workers(entries, chunks),
                          0)  # fmt: skip
         return nonfinite
 
