@@ -43,9 +43,9 @@ def update_(
               on the tensors' device, where a captured CUDA graph reads new ones. zokern.Momentum and zokern.Adam make them:
               `.scalars(lr, decay, updates)`. Bias corrections are in lr and correction; g descends, so lr is positive
     who, draws, coeffs, first, rounding, residuals, clock   as for axpy_
-    Arithmetic, float32, each line's products rounded from the right: g by fma in draw order from 0; fma(alpha, g, round(beta m));
-    fma(alpha2, round(g g), round(beta2 v)); m / fma(sqrt(v + inside), correction, eps), root and quotient correctly rounded;
-    fma(lr, move, round(decay theta)); one rounding to the dtype. Equal bit for bit on every backend.
+    Arithmetic, float32: g by fma in draw order from 0; m = fma(alpha, g, round(beta m)); v = fma(alpha2, round(g g), round(beta2 v));
+    move = m / fma(sqrt(v + inside), correction, eps), root and quotient correctly rounded; fma(lr, move, round(decay theta)); one
+    rounding to the dtype. Equal bit for bit on every backend.
     Reads and writes theta and the states once; z is regenerated. Returns int64[1]: how many new weights are inf or NaN.
     Raises ValueError, before anything is written, for another rule, states that are missing, misshapen or shared, scalars that
     are not finite, and what axpy_ refuses.
