@@ -19,7 +19,9 @@
 #include "update.h"
 
 namespace zo {
-namespace kernels {
+namespace updates {  // named, so that a kernel has the same symbol in every build
+
+using namespace kernels;
 
 // Blocks per multiprocessor that registers must allow. Adam has 80 to 96 bytes of loads in flight per thread: 16 warps cover
 // the latency of memory, and 80 registers would spill.
@@ -212,9 +214,9 @@ auto* update_of(Rounding rounding) {
   throw std::runtime_error("update_: unknown rounding " + std::to_string(static_cast<int>(rounding)));
 }
 
-}  // namespace kernels
+}  // namespace updates
 
-using namespace kernels;
+using namespace updates;
 
 void update(const Launch& launch, const Draw* draws, int32_t draw_count, Rule rule, const float* scalars, Rounding rounding,
             int64_t* nonfinite) {
@@ -234,10 +236,10 @@ void update(const Launch& launch, const Draw* draws, int32_t draw_count, Rule ru
                     : update_of<Direction::kRademacher, Rule::kMomentum>(rounding);
       break;
     default:
-      unknown("update_", launch.direction);
+      kernels::unknown("update_", launch.direction);
   }
-  start("update_", kernel, launch, launch.draws, launch.coefficients, draw_count, draws[draw_count - 1], scalars,
-        reinterpret_cast<unsigned long long*>(nonfinite));
+  kernels::start("update_", kernel, launch, launch.draws, launch.coefficients, draw_count, draws[draw_count - 1], scalars,
+                 reinterpret_cast<unsigned long long*>(nonfinite));
 }
 
 }  // namespace zo

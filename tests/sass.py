@@ -200,7 +200,7 @@ def symbol(verb: str, direction: int = 0, rounding: int | None = None, plain: bo
 
 def update_symbol(direction: int, rule: int, rounding: int) -> str:
     """The same of csrc/update.cu."""
-    return f"_ZN2zo7kernels13update_kernelILNS_9DirectionE{direction}ELNS_4RuleE{rule}ELNS_8RoundingE{rounding}E"
+    return f"_ZN2zo7updates13update_kernelILNS_9DirectionE{direction}ELNS_4RuleE{rule}ELNS_8RoundingE{rounding}E"
 
 
 def kernel(functions: dict[str, Function], prefix: str) -> Function:
