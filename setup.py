@@ -48,6 +48,7 @@ ISA_FLAGS = {
     "scalar": "",
 }
 NVCC_FLAGS = "-std=c++17 -O3 --fmad=false -Xcompiler -fPIC,-fvisibility=hidden,-ffp-contract=off"
+CPU_SOURCES = CUDA_SOURCES = ("elementwise", "update", "lowrank")
 CUDA_ARCHITECTURES = ["80", "86", "89", "90", "100", "120"]
 
 
@@ -123,8 +124,8 @@ def cpu() -> Part:
     isas = list(ISA_FLAGS) if platform.machine().lower() in ("x86_64", "amd64") else ["scalar"]
     part = Part("cpu", {"compiler": run(cxx, "--version").splitlines()[0], "flags": CXX_FLAGS, "instruction_sets": isas}, [])
     objects = [f"{OBJECTS}/cpu/bind.o", f"{OBJECTS}/cpu/isa.o"]
-    part.rules += [part.bind_rule() + " -DZOKERN_LOWRANK_CPU", f"build {objects[1]}: cxx csrc/isa.cpp"]
-    for source in ("elementwise", "lowrank"):
+    part.rules += [part.bind_rule() + " -DZOKERN_LOWRANK_CPU -DZOKERN_UPDATE", f"build {objects[1]}: cxx csrc/isa.cpp"]
+    for source in CPU_SOURCES:
         objects.append(f"{OBJECTS}/cpu/{source}.o")
         part.rules.append(f"build {objects[-1]}: cxx csrc/{source}.cpp")
         for isa in isas:
@@ -135,7 +136,7 @@ def cpu() -> Part:
 
 
 def cuda() -> Part:
-    """bind.cpp, elementwise.cu and lowrank.cu for every architecture, with the CUDA runtime inside: it loads where no driver is."""
+    """bind.cpp and CUDA_SOURCES for every architecture, with the CUDA runtime inside: it loads where no driver is."""
     cxx, nvcc = find_cxx(), find_nvcc()
     release = re.search(r"release (\d+)\.(\d+).*V([\d.]+)", run(nvcc, "--version"), re.S)
     if release is None:
@@ -163,12 +164,12 @@ def cuda() -> Part:
     part.rules += [
         f"rule nvcc\n  description = nvcc $out\n  command = {quote(nvcc)} -ccbin {quote(cxx)} $flags -MD -MF $out.d -c $in -o $out\n"
         "  depfile = $out.d\n  deps = gcc",
-        part.bind_rule() + " -DZOKERN_LOWRANK_CUDA",
+        part.bind_rule() + " -DZOKERN_LOWRANK_CUDA -DZOKERN_UPDATE",
         *(
             f"build {OBJECTS}/cuda/{source}.o: nvcc csrc/{source}.cu\n  flags = {record['flags']} {targets} --threads {JOBS}"
-            for source in ("elementwise", "lowrank")
+            for source in CUDA_SOURCES
         ),
-        f"build {part.output}: link {OBJECTS}/cuda/bind.o {OBJECTS}/cuda/elementwise.o {OBJECTS}/cuda/lowrank.o\n"
+        f"build {part.output}: link {OBJECTS}/cuda/bind.o {' '.join(f'{OBJECTS}/cuda/{source}.o' for source in CUDA_SOURCES)}\n"
         f"  libraries = {' '.join(map(quote, libraries))} -lcudart_static -ldl -lpthread -lrt "
         "-Wl,--exclude-libs,ALL",
     ]

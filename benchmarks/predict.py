@@ -8,7 +8,7 @@ one warp instruction a clock; 32 lanes at 16, 8 or 4 a clock take 2, 4 or 8 cloc
     alu     LOP3 IADD3 SHF PRMT LEA ISETP SEL I2FP F2FP    2
     heavy   IMAD                                           2      (IMAD.WIDE, IMAD.HI: 4)
     fma     FFMA FMUL FADD HFMA2                           2 on one of two pipes, `heavy` being one of them; on sm_80 there is one
-    xu      MUFU POPC FLO F2I I2F                          8
+    xu      MUFU POPC FLO F2I I2F; FCHK by assumption      8
     compute = max(issue, alu, heavy, (heavy + fma) / pipes, xu) / (4 quarters * multiprocessors * clock)
     memory  = bytes that must move / bandwidth of a copy
     time    = max(compute, memory)
@@ -39,7 +39,7 @@ DRAWS = 8
 PIPES = {
     "wide": r"IMAD\.(WIDE|HI)",
     "heavy": r"IMAD|IDP",
-    "xu": r"MUFU|POPC|FLO|F2I|I2F\b|I2F\.",
+    "xu": r"MUFU|FCHK|POPC|FLO|F2I|I2F\b|I2F\.",
     "fma": r"FFMA|FMUL|FADD|HFMA2|HADD2|HMUL2",
     "alu": r"LOP3|IADD|VIADD|SHF|PRMT|LEA|ISETP|FSETP|SEL|FSEL|I2FP|F2FP|MOV|FMNMX|IMNMX|VIMNMX|SGXT|IABS|PLOP3|R2P|P2R|CS2R|BMSK",
     "other": r"U[A-Z]|R2UR|S2R|S2UR|LD|ST|ATOM|RED|BAR|BRA|BSSY|BSYNC|BREAK|EXIT|NOP|WARPSYNC|CALL|RET|SHFL|ELECT|ACQBULK|VOTE|ERRBAR"
@@ -174,12 +174,44 @@ CASES = (
 )
 
 
+@dataclass(frozen=True)
+class UpdateCase:
+    """A loop of csrc/update.cu, one term. Adam's has the calls in it that only operands at the ends of the range take."""
+
+    name: str
+    traffic: int
+    direction: int
+    rule: int
+    accesses: int  # 16-byte loads, and as many stores
+    rounding: int = 0
+
+    def work(self, functions: dict[str, sass.Function]) -> Work:
+        function = sass.kernel(functions, sass.update_symbol(self.direction, self.rule, self.rounding))
+        return loop_work(function, self.accesses, self.accesses)
+
+
+UPDATES = (
+    UpdateCase("update_ momentum normal, 16 bits", 12, 0, 0, 3),
+    UpdateCase("update_ momentum normal, float32", 16, 0, 0, 4),
+    UpdateCase("update_ momentum normal stochastic, bf16", 12, 0, 0, 3, 1),
+    UpdateCase("update_ adam normal, 16 bits", 20, 0, 1, 5),
+    UpdateCase("update_ adam normal, float32", 24, 0, 1, 6),
+    UpdateCase("update_ adam rademacher, 16 bits", 20, 1, 1, 5),
+)
+
+
 def functions_of(arch: str) -> dict[str, sass.Function]:
     with tempfile.TemporaryDirectory() as folder:
-        return sass.disassemble(sass.compile_to(Path(folder) / f"sm_{arch}.cubin", arch))
+        sources = [sass.SOURCE, sass.SOURCE.with_name("update.cu")]
+        cubins = [sass.compile_to(Path(folder) / f"{source.stem}.cubin", arch, source=source) for source in sources]
+        return {name: function for cubin in cubins for name, function in sass.disassemble(cubin).items()}
 
 
-def table(code: dict[str, dict[str, sass.Function]], devices: Iterable[Device] = DEVICES) -> list[str]:
+def table(
+    code: dict[str, dict[str, sass.Function]],
+    devices: Iterable[Device] = DEVICES,
+    cases: Iterable[Case | UpdateCase] = CASES,
+) -> list[str]:
     lines = []
     for device in devices:
         lines += [
@@ -189,7 +221,7 @@ def table(code: dict[str, dict[str, sass.Function]], devices: Iterable[Device] =
             f"{'predicted, not measured; ms per 1e9 weights':44} {'B/el':>4} {'instr/el':>8} {'compute':>8} {'floor':>6} {'time':>6} "
             f"{'of floor':>8}  limit",
         ]
-        for case in CASES:
+        for case in cases:
             work = case.work(code[device.arch])
             compute, limit = work.milliseconds(device)
             floor = case.traffic * WEIGHTS / (device.bandwidth * 1e12) * 1e3
@@ -207,7 +239,7 @@ def main() -> None:
     architectures = sorted({device.arch for device in DEVICES})
     with ThreadPoolExecutor(2) as pool:
         code = dict(zip(architectures, pool.map(functions_of, architectures)))
-    print("\n".join(table(code)))
+    print("\n".join(table(code, cases=[*CASES, *UPDATES])))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@
 
 #include "elementwise.h"
 #include "lowrank.h"
+#include "update.h"
 
 namespace {
 
@@ -72,6 +73,20 @@ void perturb(uintptr_t entries, uintptr_t chunks, int64_t chunk_count, int32_t d
   check(scales != 0, "scales is a null address");
   zo::perturb(launch(entries, chunks, chunk_count, direction, seed, workers, stream, clock), step, draw, at<float>(scales));
 }
+
+#if defined(ZOKERN_UPDATE)
+void update(uintptr_t entries, uintptr_t chunks, int64_t chunk_count, int32_t direction, uint64_t seed, uintptr_t draws,
+            int32_t draw_count, int32_t rule, uintptr_t scalars, int32_t rounding, uintptr_t nonfinite, int64_t workers,
+            uintptr_t stream, uintptr_t clock, uintptr_t device_draws, uintptr_t coefficients) {
+  check(draw_count > 0 && draws != 0, "draws is empty");
+  check(rule >= 0 && rule <= 1, "rule is not one of 0 (momentum), 1 (adam)");
+  check(rounding >= 0 && rounding <= 2, "rounding is not one of 0 (nearest), 1 (stochastic), 2 (residual)");
+  check(nonfinite != 0 && scalars != 0, "nonfinite or scalars is a null address");
+  zo::update(launch(entries, chunks, chunk_count, direction, seed, workers, stream, clock, device_draws, coefficients),
+             at<zo::Draw>(draws), draw_count, static_cast<zo::Rule>(rule), at<float>(scalars),
+             static_cast<zo::Rounding>(rounding), at<int64_t>(nonfinite));
+}
+#endif
 
 #if defined(ZOKERN_LOWRANK_CPU)
 void lowrank(uintptr_t entries, uintptr_t chunks, int64_t chunk_count, uintptr_t factors, int64_t factor_count, uint64_t seed,
@@ -143,6 +158,11 @@ PYBIND11_MODULE(ZOKERN_MODULE, module) {
              arg("clock") = 0, arg("device_draws") = 0, arg("coefficients") = 0);
   module.def("perturb", &perturb, Free(), arg("entries"), arg("chunks"), arg("chunk_count"), arg("direction"), arg("seed"),
              arg("step"), arg("draw"), arg("scales"), arg("workers"), arg("stream"), arg("clock") = 0);
+#if defined(ZOKERN_UPDATE)
+  module.def("update", &update, Free(), arg("entries"), arg("chunks"), arg("chunk_count"), arg("direction"), arg("seed"),
+             arg("draws"), arg("draw_count"), arg("rule"), arg("scalars"), arg("rounding"), arg("nonfinite"), arg("workers"),
+             arg("stream"), arg("clock") = 0, arg("device_draws") = 0, arg("coefficients") = 0);
+#endif
 #if defined(ZOKERN_LOWRANK_CPU)
   module.def("lowrank", &lowrank, Free(), arg("entries"), arg("chunks"), arg("chunk_count"), arg("factors"),
              arg("factor_count"), arg("seed"), arg("step"), arg("decay"), arg("rounding"), arg("nonfinite"), arg("workers"),

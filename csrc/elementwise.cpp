@@ -46,83 +46,14 @@ struct Job {
 #if defined(ZOKERN_ISA)
 
 #include ZO_TRAIT
+// clang-format off
 #include "simd/words.h"
+#include "simd/values.h"
+#include "simd/rows.h"
+// clang-format on
 
 namespace zo {
 namespace {
-
-using F = Simd::F;
-using U = Simd::U;
-constexpr int kLanes = Simd::kLanes;
-constexpr int kUnit = 2 * kLanes;    // elements of one step of the second stage
-constexpr int kBlocks = 64;          // blocks between the two stages: 1 KB of words
-constexpr int kPiece = 8 * kBlocks;  // elements of the general path's buffers
-
-constexpr int per_block(Direction d) { return d == Direction::kNormal ? kNormalPerBlock : kRademacherPerBlock; }
-
-// ---- stage 2: a unit of z
-ZO_INLINE void box_muller(U word, F& even, F& odd) {  // normal.h, the same operations in the same order
-  const F f = Simd::floats((word & 0xfffffu) | 0x4b000000u) + Simd::all(-8388607.5f);
-  const U bits = Simd::bits(f);
-  const F m = Simd::floats((bits & 0x7fffffu) | 0x3f800000u);
-  F p = Simd::all(0x1.cf6f9ap-4f);
-  p = Simd::fma(p, m, Simd::all(-0x1.c9e934p-1f));
-  p = Simd::fma(p, m, Simd::all(0x1.784dfep+1f));
-  p = Simd::fma(p, m, Simd::all(-0x1.10631ep+2f));
-  p = Simd::fma(p, m, Simd::all(0x1.9bc3dcp+7f));
-  const F square = Simd::fma(Simd::from_int(bits), Simd::all(-0x1.62e430p-23f), p);
-  const F y = Simd::floats(0x5f375800u - (Simd::bits(square) >> 1));
-  const F s = square * y;
-  const F e = Simd::fma(-s, y, Simd::all(1.0f));
-  const F h = Simd::fma(e, Simd::all(0x1.80a102p-2f), Simd::all(0x1.008f72p-1f)) * e;
-  const F r = Simd::fma(s, h, s);
-  const F t = Simd::from_int(word) * Simd::all(0x1p-31f);
-  const F q = t * t;
-  F sine = Simd::all(0x1.06404ep-4f);
-  sine = Simd::fma(sine, q, Simd::all(-0x1.29e97ap-1f));
-  sine = Simd::fma(sine, q, Simd::all(0x1.45779ep+1f));
-  sine = Simd::fma(sine, q, Simd::all(-0x1.4aa654p+2f));
-  sine = Simd::fma(sine, q, Simd::all(0x1.921d96p+1f));
-  sine = sine * t;
-  F cosine = Simd::all(0x1.6d2c2ep-3f);
-  cosine = Simd::fma(cosine, q, Simd::all(-0x1.499d3ep+0f));
-  cosine = Simd::fma(cosine, q, Simd::all(0x1.02b198p+2f));
-  cosine = Simd::fma(cosine, q, Simd::all(-0x1.3bb258p+2f));
-  cosine = Simd::fma(cosine, q, Simd::all(0x1.fffabcp-1f));
-  even = r * sine, odd = r * cosine;
-}
-
-// kPaired: a holds the even and b the odd elements of a unit; otherwise a holds the first half and b the second
-template <Direction D, bool kPaired>
-ZO_INLINE void unit_values(const uint32_t* words, int unit, F& a, F& b) {
-  if constexpr (D == Direction::kNormal) {
-    F even, odd;
-    box_muller(Simd::load(words + unit * kLanes), even, odd);
-    if (kPaired) {
-      a = even, b = odd;
-    } else {
-      Simd::interleave(even, odd, a, b);
-    }
-  } else {
-    const int first = unit * kUnit;
-    const U word = U{} + (words[first / 32] >> (first % 32));
-    const U to_sign = 31u - Simd::lane() * (kPaired ? 2u : 1u);
-    a = Simd::floats(((word << to_sign) & 0x80000000u) | 0x3f800000u);
-    b = Simd::floats(((word << (to_sign - (kPaired ? 1u : static_cast<uint32_t>(kLanes)))) & 0x80000000u) | 0x3f800000u);
-  }
-}
-
-template <Direction D, bool kPaired, class Body>
-ZO_INLINE void sweep(const uint32_t* words, int units, Body&& body) {
-  for (int u = 0; u < units; ++u) {
-    F a, b;
-    unit_values<D, kPaired>(words, u, a, b);
-    body(u, a, b);
-  }
-}
-
-template <Type T>
-using Element = std::conditional_t<T == Type::kFloat32, float, uint16_t>;
 
 template <Type T, bool kPaired>
 ZO_INLINE void load_unit(const Element<T>* p, F& a, F& b) {
@@ -136,12 +67,6 @@ ZO_INLINE void load_unit(const Element<T>* p, F& a, F& b) {
   } else {
     a = Simd::floats(Simd::load_half(p) << 16), b = Simd::floats(Simd::load_half(p + kLanes) << 16);
   }
-}
-
-// Upper half: the nearest bfloat16. A NaN whose lower half is zero stays a NaN here.
-ZO_INLINE U bf16_round(F x) {
-  const U bits = Simd::bits(x);
-  return bits + 0x7fffu + ((bits >> 16) & 1u);
 }
 
 // becomes NaN where a result is inf or NaN; two, so that Rademacher does not wait for a chain of fma
@@ -170,32 +95,6 @@ ZO_INLINE void store_unit(Element<T>* p, F a, F b, Flag& flag) {
     flag.a = Simd::fma(Simd::floats(x), zero, flag.a), flag.b = Simd::fma(Simd::floats(y), zero, flag.b);
   }
 }
-
-bool finite(float x) { return (as_bits(x) & 0x7f800000u) != 0x7f800000u; }
-
-template <Type T>
-int64_t count_nonfinite(const Element<T>* p, int64_t n) {
-  int64_t count = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    if constexpr (T == Type::kFloat32) {
-      count += !finite(p[i]);
-    } else {
-      const uint16_t exponent = T == Type::kBfloat16 ? 0x7f80u : 0x7c00u;
-      count += (p[i] & exponent) == exponent;
-    }
-  }
-  return count;
-}
-
-struct Run {  // consecutive elements of one row
-  const Entry* entry;
-  const void* theta;  // the first of them
-  int64_t column_stride;
-  int64_t position;  // of the first in the outputs
-  int64_t low;       // of the first in the residual
-  uint64_t number;   // of the first in the stream
-  int64_t n;
-};
 
 // ---- whole units from a block boundary: one term, rounding nearest, contiguous. kSides 0: draw, 1: axpy or one side.
 template <Direction D, Type T, Type O, int kSides, bool kDecay>
@@ -350,45 +249,6 @@ void add_last(const Job& job, const Draw& draw, uint32_t who, Type type, uint64_
   return type == Type::kBfloat16 ? add(Stochastic<Type::kBfloat16>{random}) : add(Stochastic<Type::kFloat16>{random});
 }
 
-template <class X>
-void gather(const void* from, int64_t stride, int n, X* to) {
-  const X* p = static_cast<const X*>(from);
-  if (stride == 1) {
-    std::memcpy(to, p, static_cast<size_t>(n) * sizeof(X));
-  } else {
-    for (int i = 0; i < n; ++i) to[i] = p[i * stride];
-  }
-}
-
-template <class X>
-void scatter(const X* from, int n, void* to, int64_t stride) {
-  X* p = static_cast<X*>(to);
-  if (stride == 1) {
-    std::memcpy(p, from, static_cast<size_t>(n) * sizeof(X));
-  } else {
-    for (int i = 0; i < n; ++i) p[i * stride] = from[i];
-  }
-}
-
-// kPiece values to 16-bit halves, nearest; any NaN stays a NaN
-void narrow(Type type, const float* value, int units, uint16_t* half) {
-  for (int i = 0; i < units * kUnit; i += kLanes) {
-    const F x = Simd::load(value + i);
-    if (type == Type::kFloat16) {
-      Simd::store_fp16(half + i, x);
-    } else {
-      const U bits = Simd::bits(x);
-      Simd::store_half(half + i, ((bits & 0x7fffffffu) > 0x7f800000u ? bits | 0x400000u : bf16_round(x)) >> 16);
-    }
-  }
-}
-
-void widen(Type type, const uint16_t* half, int units, float* value) {
-  for (int i = 0; i < units * kUnit; i += kLanes) {
-    Simd::store(value + i, type == Type::kFloat16 ? Simd::load_fp16(half + i) : Simd::floats(Simd::load_half(half + i) << 16));
-  }
-}
-
 int64_t general_piece(const Job& job, const Run& run, int64_t begin, int n, Buffers& buffers) {
   const Entry& entry = *run.entry;
   const Type type = static_cast<Type>(entry.type), out_type = static_cast<Type>(entry.out_type);
@@ -480,14 +340,6 @@ int64_t general(const Job& job, const Run& run) {
   return nonfinite;
 }
 
-Run part(const Run& run, int64_t begin, int64_t end) {
-  Run sub = run;
-  const int width = static_cast<Type>(run.entry->type) == Type::kFloat32 ? 4 : 2;
-  if (run.theta != nullptr) sub.theta = static_cast<const char*>(run.theta) + begin * run.column_stride * width;
-  sub.position += begin, sub.low += begin, sub.number += static_cast<uint64_t>(begin), sub.n = end - begin;
-  return sub;
-}
-
 int64_t consecutive(const Job& job, const Run& run) {
   const int width = job.direction == Direction::kNormal ? kNormalPerBlock : kRademacherPerBlock;
   const Type type = static_cast<Type>(run.entry->type);
@@ -512,22 +364,8 @@ extern "C" int64_t ZO_JOIN(zokern_chunk_, ZOKERN_ISA)(const void* address, int64
   const Job& job = *static_cast<const Job*>(address);
   const Chunk& chunk = job.chunks[which];
   const Entry& entry = job.entries[chunk.entry];
-  const int64_t width = static_cast<Type>(entry.type) == Type::kFloat32 ? 4 : 2;
-  // rows that follow one another in memory, in the stream and in the outputs are one row
-  const bool flat = entry.rows == nullptr && entry.pitch == static_cast<uint64_t>(entry.columns) &&
-                    (job.verb == Verb::kDraw || entry.row_stride == entry.columns * entry.column_stride);
-  const int64_t columns = flat || entry.row_count == 1 ? entry.columns * entry.row_count : entry.columns;
   int64_t nonfinite = 0;
-  for (int64_t p = chunk.begin; p < chunk.end;) {
-    const int64_t r = p / columns, c = p % columns;
-    const int64_t n = chunk.end - p < columns - c ? chunk.end - p : columns - c;
-    const int64_t row = entry.rows != nullptr ? entry.rows[r] : r;
-    const char* theta = static_cast<const char*>(entry.theta);
-    if (theta != nullptr) theta += (row * entry.row_stride + c * entry.column_stride) * width;
-    const uint64_t number = entry.first + static_cast<uint64_t>(row) * entry.pitch + static_cast<uint64_t>(c);
-    nonfinite += consecutive(job, Run{&entry, theta, entry.column_stride, p, row * entry.columns + c, number, n});
-    p += n;
-  }
+  each_run(entry, chunk, [&](const Run& run) { nonfinite += consecutive(job, run); });
   return nonfinite;
 }
 

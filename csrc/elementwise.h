@@ -29,7 +29,7 @@ enum class Direction : int32_t { kNormal = 0, kRademacher = 1 };
 
 struct Entry {            // 104 bytes; backends/table.py packs the same layout
   void* theta;            // null for draw
-  void* out[2];           // draw: out[0]; perturb: out[0], out[1] (null when there is one side); axpy_: unused
+  void* out[2];           // draw: out[0]; perturb: out[0], out[1] (null when there is one side); update_: m and v
   int16_t* residual;      // low bits of a bfloat16 theta, at R columns + c, or null
   const int64_t* rows;    // row numbers, or null for 0, 1, 2, ...
   int64_t row_count;      // r runs over [0, row_count)

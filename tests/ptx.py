@@ -237,7 +237,7 @@ def compute(op: str) -> tuple[Callable, str, list[str]]:
     is_float = kind in ("f32", "f64", "f16", "bf16", "f32x2", "bf16x2", "f16x2", "f16x2")
     if base == "cvt":
         return convert(op, mods, kind)
-    if is_float and base in ("add", "sub", "mul", "fma"):
+    if is_float and base in ("add", "sub", "mul", "fma", "div", "sqrt"):
         if mods != ["rn"]:
             raise NotImplementedError(
                 f"{op}: a float operation must say .rn and nothing else, or ptxas may contract or flush it"
@@ -245,10 +245,11 @@ def compute(op: str) -> tuple[Callable, str, list[str]]:
         single = {
             "add": lambda a, b: bits(f32(a) + f32(b)), "sub": lambda a, b: bits(f32(a) - f32(b)),
             "mul": lambda a, b: bits(f32(a) * f32(b)), "fma": fma,
+            "div": lambda a, b: bits(f32(a) / f32(b)), "sqrt": lambda a: bits(np.sqrt(f32(a))),
         }[base]  # fmt: skip
         if kind == "f32":
             return single, "b32", ["b32"]
-        if kind == "f32x2":
+        if kind == "f32x2" and base not in ("div", "sqrt"):
             return packed(single), "b64", ["b64"]
         if base == "fma" and kind in ("bf16x2", "f16x2"):
             return watch(kind), "b32", ["b32"]

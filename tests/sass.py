@@ -259,6 +259,11 @@ def symbol(verb: str, direction: int = 0, rounding: int | None = None, plain: bo
     return f"_ZN2zo7kernels{len(stem)}{stem}" + ("" if verb == "philox" else f"I{arguments}E")
 
 
+def update_symbol(direction: int, rule: int, rounding: int) -> str:
+    """The same of csrc/update.cu."""
+    return f"_ZN2zo7updates13update_kernelILNS_9DirectionE{direction}ELNS_4RuleE{rule}ELNS_8RoundingE{rounding}E"
+
+
 def kernel(functions: dict[str, Function], prefix: str) -> Function:
     found = [f for name, f in functions.items() if name.startswith(prefix)]
     if len(found) != 1:

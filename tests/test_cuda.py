@@ -1,4 +1,4 @@
-"""csrc/elementwise.cu on the host: the file that nvcc compiles, compiled by g++ through tests/cuda_shim, bit for bit the reference.
+"""csrc/elementwise.cu and units.h on the host: what nvcc compiles, compiled by g++ through tests/cuda_shim, bit for bit the reference.
 
 Covers tables, chunks, alignment, tails, strides, rows, slices of columns, every dtype, rounding and number of draws, and that
 no result depends on the grid or on the order of blocks and threads. What only nvcc sees is the subject of test_ptx.py and
@@ -32,16 +32,22 @@ def host_compiler_missing() -> str | None:
     return None
 
 
-def build(folder: Path, name: str = "zokern_cuda_on_host", edits: tuple[tuple[str, str], ...] = ()) -> types.ModuleType:
-    """elementwise.cu and bind.cpp as a Python module for the host; `edits` make a deliberately wrong one."""
+def build(
+    folder: Path,
+    name: str = "zokern_cuda_on_host",
+    edits: tuple[tuple[str, str], ...] = (),
+    sources: tuple[str, ...] = ("elementwise.cu",),
+    flags: tuple[str, ...] = (),
+) -> types.ModuleType:
+    """The sources and bind.cpp as a Python module for the host; `edits` make a deliberately wrong one."""
     import pybind11
 
-    source = folder / "elementwise.cu"
-    text = (ROOT / "csrc" / "elementwise.cu").read_text()
+    texts = {file: (ROOT / "csrc" / file).read_text() for file in (*sources, "units.h")}
     for right, wrong in edits:
-        assert right in text, f"elementwise.cu no longer has {right!r}"
-        text = text.replace(right, wrong)
-    source.write_text(text)
+        assert any(right in text for text in texts.values()), f"{', '.join(texts)} no longer have {right!r}"
+        texts = {file: text.replace(right, wrong) for file, text in texts.items()}
+    for file, text in texts.items():  # a header is looked for beside the file that includes it
+        (folder / file).write_text(text)
     output = folder / (name + sysconfig.get_config_var("EXT_SUFFIX"))
     include = [ROOT / "tests" / "cuda_shim", ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
     command = ["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-fvisibility=hidden"]
@@ -53,7 +59,15 @@ def build(folder: Path, name: str = "zokern_cuda_on_host", edits: tuple[tuple[st
         f"-DZOKERN_MODULE={name}",
         *(f"-I{path}" for path in include),
     ]
-    command += ["-x", "c++", str(source), str(ROOT / "csrc" / "bind.cpp"), "-o", str(output)]
+    command += [
+        *flags,
+        "-x",
+        "c++",
+        *(str(folder / file) for file in sources),
+        str(ROOT / "csrc" / "bind.cpp"),
+        "-o",
+        str(output),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     spec = importlib.util.spec_from_file_location(name, output)

@@ -154,7 +154,7 @@ def losses_of_step(change: Callable):
 
 
 def adam_options(change: Callable):
-    return replaced(adam.Adam, "__init__", lambda right, self, *options: right(self, *change(*options)))
+    return replaced(adam.Adam, "__init__", lambda right, self, *options, **form: right(self, *change(*options), **form))
 
 
 WRONG: dict[str, tuple[str, Callable]] = {
@@ -185,7 +185,7 @@ WRONG: dict[str, tuple[str, Callable]] = {
     "momentum_from_zero": ("tezo_m", lambda: scaled_updates(lambda step: 0.4 if step == 0 else 1.0)),
     "second_moment_forgotten": ("tezo_adam", lambda: patch.object(adam, "_root", torch.ones_like)),
     "eps_outside_the_root": ("tezo_adam", lambda: patch.object(adam, "_root", lambda x: (x - 1e-8).clamp(min=0).sqrt() + 1e-8)),
-    "not_corrected": ("tezo_adam_corrected", lambda: adam_options(lambda betas, eps, corrected: (betas, eps))),
+    "not_corrected": ("tezo_adam_corrected", lambda: adam_options(lambda betas, eps, corrected: (betas, eps, False))),
     "betas_swapped": ("tezo_adam", lambda: adam_options(lambda betas, *rest: (betas[::-1], *rest))),
     "not_aligned": ("pgap", lambda: patch.object(aligned, "align", lambda core, spectrum, reach: core)),
     "aligned_the_other_way": ("pgap", lambda: replaced(aligned, "align", lambda right, core, s, reach: right(core, s, -reach))),

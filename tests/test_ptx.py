@@ -60,6 +60,11 @@ class OnPtx(cuda.Cuda):
             step, draw, scales = rest
             both = np.frombuffer((ctypes.c_float * 2).from_address(scales), np.float32)
             return self._run(sass.symbol(verb, direction), [table, step, draw, *both], tensors)
+        if verb == "update":
+            draws, draw_count, rule, scalars, rounding, nonfinite = rest
+            last = bytes((ctypes.c_char * 16).from_address(draws + 16 * (draw_count - 1)))
+            arguments = [table, device_draws, coefficients, draw_count, last, scalars, nonfinite]
+            return self._run(sass.update_symbol(direction, rule, rounding), arguments, tensors)
         draws, draw_count, each, rounding, nonfinite = rest
         last = bytes((ctypes.c_char * 16).from_address(draws + 16 * (draw_count - 1)))  # struct Draw
         plain, decay = draw_count == 1, draw_count == 1 and struct.unpack("<IIff", last)[3] != 1.0

@@ -170,13 +170,14 @@ def test_tile_limit_can_fail(machine, tmp_path) -> None:
     """A tile whose lanes compute a block for every unit is over the limit, and a kernel without tiles has none to count."""
     with pytest.raises(LookupError):
         sass.per_lane(sass.kernel(machine["90"], sass.symbol("axpy", NORMAL, NEAREST)), 1, 1)
-    text = sass.SOURCE.read_text()
+    text = (sass.ROOT / "csrc" / "units.h").read_text()
     right, wrong = (
         "[&](float (&z)[kUnit]) { signs(byte, z); }",
         "[&](float (&z)[kUnit]) { values<Direction::kRademacher>(byte, name, keys, z); }",
     )
     assert right in text
-    (tmp_path / "redundant.cu").write_text(text.replace(right, wrong))
+    (tmp_path / "units.h").write_text(text.replace(right, wrong))
+    (tmp_path / "redundant.cu").write_text(sass.SOURCE.read_text())
     functions = sass.disassemble(sass.compile_to(tmp_path / "redundant.cubin", "90", source=tmp_path / "redundant.cu"))
     signs = sass.kernel(functions, sass.symbol("axpy", RADEMACHER, NEAREST))
     assert sass.per_lane(signs, 1, 1) / UNIT > SIGNS["axpy", 1, 1]

@@ -229,7 +229,7 @@ def test_interpreted_rejects(interpreted, name: str) -> None:
 TYPES = {
     "entries": "*i64", "chunks": "*i64", "draws": "*i64", "coefficients": "*fp32", "nonfinite": "*i64", "draw_count": "i32",
     "counters": "*i64", "words": "*i64", "count": "i64", "decay": "fp32", "scale0": "fp32", "scale1": "fp32",
-    "each": "i32", "step": "i32", "draw": "i32", "keys": ("i32",) * 20, "clock": "*i64",
+    "each": "i32", "step": "i32", "draw": "i32", "keys": ("i32",) * 20, "clock": "*i64", "scalars": "*fp32",
 }  # fmt: skip
 # the kernels, and what their loop over units holds: units a thread, and of each the 16-byte loads, stores and at most so many
 # instructions an element (sm_80 to sm_120, Triton 3.6 to 3.9)

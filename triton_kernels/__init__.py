@@ -1,5 +1,5 @@
-"""The verbs of csrc/elementwise.h and csrc/lowrank.h as Triton kernels; zokern/backends/triton.py launches them. Same stems as csrc/zo."""
+"""The verbs of csrc/elementwise.h, update.h and lowrank.h as Triton kernels; zokern/backends/triton.py launches them. Same stems as csrc/zo."""
 
-from . import elementwise, lowrank, normal, philox, portable, rademacher, rounding
+from . import elementwise, lowrank, normal, philox, portable, rademacher, rounding, update
 
-__all__ = ["elementwise", "lowrank", "normal", "philox", "portable", "rademacher", "rounding"]
+__all__ = ["elementwise", "lowrank", "normal", "philox", "portable", "rademacher", "rounding", "update"]

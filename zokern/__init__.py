@@ -11,11 +11,13 @@ from .evaluation import Objective, Paired, Scratch, Walk
 from .methods import FZOO, LOZO, PGAP, MeZO, SubZero, TeZO
 from .ops import axpy_, draw, lowrank_, perturb, philox4x32
 from .product_ops import linear, sketch
+from .rule import Adam, Momentum, Sgd
 from .step import StepResult, step
+from .update_ops import update_
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "FZOO", "LOZO", "MeZO", "Normal", "Objective", "PGAP", "Paired", "Rademacher", "Scratch", "Stencil", "StepResult", "SubZero", "TeZO", "Walk",
-    "__version__", "axpy_", "draw", "linear", "lowrank_", "perturb", "philox4x32", "sketch", "step",
+    "Adam", "FZOO", "LOZO", "MeZO", "Momentum", "Normal", "Objective", "PGAP", "Paired", "Rademacher", "Scratch", "Sgd", "Stencil", "StepResult",
+    "SubZero", "TeZO", "Walk", "__version__", "axpy_", "draw", "linear", "lowrank_", "perturb", "philox4x32", "sketch", "step", "update_",
 ]  # fmt: skip

@@ -19,6 +19,7 @@ struct Simd {
   static F floats(U x) { return (F)x; }
   static F from_int(U x) { return _mm256_cvtepi32_ps((__m256i)x); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F root(F x) { return _mm256_sqrt_ps(x); }
   static U lane() { return U{0, 1, 2, 3, 4, 5, 6, 7}; }
 
   static F load(const float* p) { return _mm256_loadu_ps(p); }

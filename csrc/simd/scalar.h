@@ -1,4 +1,5 @@
-// simd/scalar.h: one lane, any CPU. The trait that elementwise.cpp and lowrank.cpp are written over, in its simplest form
+// simd/scalar.h: one lane, any CPU. The trait that elementwise.cpp, update.cpp and lowrank.cpp are written over, in its
+// simplest form
 #pragma once
 
 namespace zo {
@@ -15,6 +16,7 @@ struct Simd {
   static F floats(U x) { return as_float(x); }
   static F from_int(U x) { return zo::from_int(static_cast<int32_t>(x)); }
   static F fma(F a, F b, F c) { return fma_rn(a, b, c); }
+  static F root(F x) { return sqrt_rn(x); }
   static U lane() { return 0; }
 
   static F load(const float* p) { return *p; }

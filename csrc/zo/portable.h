@@ -1,6 +1,6 @@
 // portable.h: the IEEE single-precision operations that the stream is written in, on a host and on a GPU
 //
-// math     add, sub, mul and fma, each rounded once to nearest-even; integer to float rounded once; bits <-> float.
+// math     add, sub, mul, fma, div and sqrt, each rounded once to nearest-even; integer to float rounded once; bits <-> float.
 // equal    the same bits from g++ at any -O, AVX2, AVX-512 and nvcc, as long as this file is compiled without contraction
 //          (g++ -ffp-contract=off) and without fast-math; the checks below stop a build that asks for either.
 // why      a multiply that feeds an add may be fused by one compiler and not by the next. Every fusion that we want is
@@ -63,6 +63,22 @@ ZO_FN float fma_rn(float a, float b, float c) {
   return __fmaf_rn(a, b, c);
 #else
   return __builtin_fmaf(a, b, c);
+#endif
+}
+
+ZO_FN float div_rn(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fdiv_rn(a, b);
+#else
+  return a / b;
+#endif
+}
+
+ZO_FN float sqrt_rn(float a) {
+#if defined(__CUDA_ARCH__)
+  return __fsqrt_rn(a);
+#else
+  return __builtin_sqrtf(a);
 #endif
 }
 

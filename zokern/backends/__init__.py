@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-from .base import DTYPES, ROUNDINGS, Backend, Span
+from .base import DTYPES, ROUNDINGS, SCALARS, STATES, Backend, Span
 
 BACKENDS = {"reference": "Reference", "cpu": "Cpu", "cuda": "Cuda", "triton": "Triton"}
 DEFAULTS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}  # by device, best first
@@ -59,4 +59,4 @@ def resolve(backend: str | Backend | None, device: torch.device) -> Backend:
     return backend
 
 
-__all__ = ["BACKENDS", "DTYPES", "ROUNDINGS", "Backend", "Span", "default", "get", "resolve", "why_off"]
+__all__ = ["BACKENDS", "DTYPES", "ROUNDINGS", "SCALARS", "STATES", "Backend", "Span", "default", "get", "resolve", "why_off"]

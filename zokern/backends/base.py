@@ -13,6 +13,11 @@ from torch import Tensor
 
 DTYPES = ("float32", "bfloat16", "float16")
 ROUNDINGS = ("nearest", "stochastic", "residual")
+STATES = {"momentum": ("m",), "adam": ("m", "v")}  # what update_ keeps of each element, by rule
+SCALARS = {  # and the numbers that it is told
+    "momentum": ("decay", "lr", "beta", "alpha"),
+    "adam": ("decay", "lr", "beta1", "alpha1", "beta2", "alpha2", "inside", "correction", "eps"),
+}
 
 
 class Span(NamedTuple):
@@ -93,6 +98,34 @@ class Backend(Protocol):
         The count is that of the last results.
         """
 
+    def update_(
+        self,
+        thetas: Sequence[Tensor],
+        spans: Sequence[Span],
+        direction,
+        seed: int,
+        draws: Sequence[tuple[int, int]],
+        coeffs: Tensor,
+        rule: str,
+        scalars: Tensor,
+        states: Sequence[Sequence[Tensor]],
+        rounding: str,
+        residuals: Sequence[Tensor] | None,
+        clock: Tensor | None = None,
+    ) -> Tensor:
+        """A rule with state, in place, in one pass; int64[1]: how many new weights are inf or NaN.
+
+            g = sum_k coeffs[k] z_k                 from 0, by fma in draw order
+            momentum  m <- fma(alpha, g, round(beta m))                                          move = m
+            adam      m <- fma(alpha1, g, round(beta1 m))   v <- fma(alpha2, round(g g), round(beta2 v))
+                      move = m / fma(sqrt(v + inside), correction, eps)                          each operation rounded once
+            theta <- round(fma(lr, move, round(decay theta)))
+
+        All float32 but the last rounding, which is that of axpy_ and spends the same bits. states are STATES[rule], each a list of
+        contiguous float32 tensors shaped like the thetas. scalars is float32 on the tensors' device, SCALARS[rule] in order: a call
+        that was captured in a CUDA graph reads new ones at each replay. Division and square root are correctly rounded. No rows.
+        """
+
     def perturb(
         self,
         thetas: Sequence[Tensor],
@@ -140,8 +173,8 @@ class Backend(Protocol):
         """
 
 
-def check_rows(spans: Sequence[Span], outs: Sequence[Tensor] | None) -> None:
-    """A row that is looked up twice would be changed twice: lowrank_ writes looked-up rows to outs only."""
+def check_rows(spans: Sequence[Span], outs: Sequence[Tensor] | None, verb: str = "lowrank_") -> None:
+    """A row that is looked up twice would be changed twice: looked-up rows are written to outs only."""
     for i, span in enumerate(spans):
         if span.rows is not None and outs is None:
-            raise ValueError(f"lowrank_: spans[{i}] has rows and there are no outs; looked-up rows are written to outs only")
+            raise ValueError(f"{verb}: spans[{i}] has rows and there are no outs; looked-up rows are written to outs only")

@@ -1,4 +1,5 @@
-"""Backend ``cpu``: the compiled kernels of csrc/elementwise.cpp and csrc/lowrank.cpp; AVX-512, AVX2 or scalar, chosen when the module is loaded.
+"""Backend ``cpu``: the compiled kernels of csrc/elementwise.cpp, update.cpp and lowrank.cpp; AVX-512, AVX2 or scalar, chosen when the
+module is loaded.
 
 One call is one parallel region over the chunks of a table, on ``torch.get_num_threads()`` threads. The environment variable
 ``ZOKERN_CPU_ISA`` (avx512, avx2 or scalar) forces one of the paths that this machine can run; all give the same bits.
@@ -118,6 +119,22 @@ class Cpu:
         terms = table.pack_draws([(step_at(step, clock), draw) for step, draw in draws], coeffs.detach().numpy(), decays)
         _module().axpy(*_tables(entries, chunks), number, seed, table.address(terms), len(terms), each, table.ROUNDING[rounding],
                        nonfinite.data_ptr(), _workers(entries, chunks), 0)  # fmt: skip
+        return nonfinite
+
+    def update_(self, thetas: Sequence[Tensor], spans: Sequence[Span], direction, seed: int, draws: Sequence[tuple[int, int]],
+                coeffs: Tensor, rule: str, scalars: Tensor, states: Sequence[Sequence[Tensor]], rounding: str,
+                residuals: Sequence[Tensor] | None, clock: Tensor | None = None) -> Tensor:  # fmt: skip
+        number = _direction(direction)
+        check_rows(spans, None, "update_")
+        for state in (thetas, *states):
+            _check("thetas and states", state)
+        _check("coeffs and scalars", [coeffs, scalars])
+        nonfinite, scalars = torch.zeros(1, dtype=torch.int64), scalars.contiguous()
+        entries, chunks = table.pack(thetas, spans, states, residuals)
+        terms = table.pack_draws([(step_at(step, clock), draw) for step, draw in draws], coeffs.detach().numpy(), [1.0] * len(draws))
+        _module().update(*_tables(entries, chunks), number, seed, table.address(terms), len(terms), table.RULES[rule],
+                         scalars.data_ptr(), table.ROUNDING[rounding], nonfinite.data_ptr(), _workers(entries, chunks),
+                         0)  # fmt: skip
         return nonfinite
 
     def perturb(self, thetas: Sequence[Tensor], spans: Sequence[Span], direction, seed: int, step: int, draw: int,

@@ -1,4 +1,5 @@
-"""Backend ``cuda``: the compiled kernels of csrc/elementwise.cu and csrc/lowrank.cu, for tensors of one CUDA device and on torch's current stream.
+"""Backend ``cuda``: the compiled kernels of csrc/elementwise.cu, update.cu and lowrank.cu, for tensors of one CUDA device and on
+torch's current stream.
 
 A verb is one launch. The table of its list is packed and uploaded once and found on the device afterwards (`tables`); the
 coefficients and the clock are read where they lie. So no call waits for the device, a repeated call copies nothing to it, and a
@@ -134,6 +135,27 @@ class Cuda:
         self._call("axpy", device, tensors, *place, number, seed, table.address(terms), len(draws), each, table.ROUNDING[rounding],
                    nonfinite.data_ptr(), clock=_address(clock), device_draws=_address(uploaded),
                    coefficients=coeffs.data_ptr())  # fmt: skip
+        return nonfinite
+
+    def update_(self, thetas: Sequence[Tensor], spans: Sequence[Span], direction, seed: int, draws: Sequence[tuple[int, int]],
+                coeffs: Tensor, rule: str, scalars: Tensor, states: Sequence[Sequence[Tensor]], rounding: str,
+                residuals: Sequence[Tensor] | None, clock: Tensor | None = None) -> Tensor:  # fmt: skip
+        number, low, flat = _direction(direction), residuals or (), [tensor for state in states for tensor in state]
+        check_rows(spans, None, "update_")
+        coeffs, scalars = coeffs.contiguous(), scalars.contiguous()
+        device = self._device(
+            thetas=thetas, coeffs=[coeffs], scalars=[scalars], states=flat, residuals=low, clock=_given(clock)
+        )
+        nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
+        kept, place = self._table(device, thetas, spans, states, residuals)
+        if not kept:
+            return nonfinite
+        terms = table.pack_draws(draws, 0.0, [1.0] * len(draws))
+        uploaded = self._terms(device, terms)
+        tensors = [*kept, *_given(uploaded), coeffs, scalars, nonfinite, *thetas, *flat, *low, *_given(clock)]
+        self._call("update", device, tensors, *place, number, seed, table.address(terms), len(draws), table.RULES[rule],
+                   scalars.data_ptr(), table.ROUNDING[rounding], nonfinite.data_ptr(), clock=_address(clock),
+                   device_draws=_address(uploaded), coefficients=coeffs.data_ptr())  # fmt: skip
         return nonfinite
 
     def perturb(self, thetas: Sequence[Tensor], spans: Sequence[Span], direction, seed: int, step: int, draw: int,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -79,6 +81,22 @@ def contract(left: Tensor, right: Tensor, index: Tensor) -> Tensor:
     return total
 
 
+def momentum(scalars: Sequence[Tensor], g: Tensor, m: Tensor) -> Tensor:
+    """What theta moves along; m is written."""
+    beta, alpha = scalars
+    m.copy_(fma(alpha, g, beta * m))
+    return m
+
+
+def adam(scalars: Sequence[Tensor], g: Tensor, m: Tensor, v: Tensor) -> Tensor:
+    """The same; m and v are written. Through float64, single square roots and quotients are correctly rounded everywhere."""
+    beta1, alpha1, beta2, alpha2, inside, correction, eps = scalars
+    m.copy_(fma(alpha1, g, beta1 * m))
+    v.copy_(fma(alpha2, g * g, beta2 * v))
+    root = (v + inside).double().sqrt().float()
+    return (m.double() / fma(root, correction, eps).double()).float()
+
+
 class Reference:
     name = "reference"
 
@@ -121,6 +139,41 @@ class Reference:
                         new[here] = stochastic(value, theta.dtype, random16(index[here], span.who, step, seed))
                     else:
                         new[here] = value.to(theta.dtype)
+            theta.copy_(new.view(theta.shape))
+            if keep:
+                residuals[i].copy_(low.view(residuals[i].shape))
+            nonfinite += (~torch.isfinite(new)).sum()
+        return nonfinite
+
+    def update_(
+        self, thetas, spans, direction, seed, draws, coeffs, rule, scalars, states, rounding, residuals, clock=None
+    ) -> Tensor:
+        check_rows(spans, None, "update_")
+        draws = [(step_at(step, clock), draw) for step, draw in draws]
+        nonfinite = torch.zeros(1, dtype=torch.int64, device=coeffs.device)
+        decay, lr, *rest = scalars
+        for i, (theta, span) in enumerate(zip(thetas, spans)):
+            index = numbers(theta, span)
+            old, kept = theta.flatten(), [state[i].view(-1) for state in states]
+            keep = residuals is not None and rounding == "residual" and theta.dtype == torch.bfloat16
+            low = residuals[i].flatten() if keep else torch.empty(0)
+            new = torch.empty_like(old)
+            for part in range(0, index.numel(), CHUNK):
+                here = slice(part, part + CHUNK)
+                g = torch.zeros(index[here].numel(), device=theta.device)
+                for (step, draw), coefficient in zip(draws, coeffs):
+                    g = fma(coefficient, z(direction, index[here], span.who, step, draw, seed), g)
+                if rule == "momentum":
+                    move = momentum(rest, g, kept[0][here])
+                else:
+                    move = adam(rest, g, kept[0][here], kept[1][here])
+                value = fma(lr, move, decay * (join(old[here], low[here]) if keep else old[here].float()))
+                if keep:
+                    new[here], low[here] = split(value)
+                elif rounding == "stochastic" and theta.dtype != torch.float32:
+                    new[here] = stochastic(value, theta.dtype, random16(index[here], span.who, draws[-1][0], seed))
+                else:
+                    new[here] = value.to(theta.dtype)
             theta.copy_(new.view(theta.shape))
             if keep:
                 residuals[i].copy_(low.view(residuals[i].shape))

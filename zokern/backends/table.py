@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..stream import INDEX_LIMIT
-from .base import ROUNDINGS, Span
+from .base import ROUNDINGS, STATES, Span
 
 ENTRY = np.dtype(
     [("theta", "u8"), ("out", "u8", 2), ("residual", "u8"), ("rows", "u8"), ("row_count", "i8"), ("columns", "i8"),
@@ -31,6 +31,7 @@ assert ENTRY.itemsize == 104 and CHUNK.itemsize == 24 and DRAW.itemsize == 16 an
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DIRECTIONS = {"normal": 0, "rademacher": 1}
 ROUNDING = {name: number for number, name in enumerate(ROUNDINGS)}
+RULES = {name: number for number, name in enumerate(STATES)}
 
 CHUNK_ELEMENTS = 1 << 15
 TILE_ROWS, TILE_COLUMNS = 128, 256  # of a block of lowrank.cu: eight warps of 32 columns, and eight strips of 16 rows
@@ -235,6 +236,6 @@ def pack_tiles(
 
 
 __all__ = [
-    "CHUNK", "CHUNK_ELEMENTS", "DIRECTIONS", "DRAW", "ENTRY", "FACTORS", "INDEX_LIMIT", "ROUNDING", "TYPES", "address", "pack", "pack_draws",
+    "CHUNK", "CHUNK_ELEMENTS", "DIRECTIONS", "DRAW", "ENTRY", "FACTORS", "INDEX_LIMIT", "ROUNDING", "RULES", "TYPES", "address", "pack", "pack_draws",
     "pack_factors", "pack_tiles",
 ]  # fmt: skip

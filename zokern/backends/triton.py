@@ -25,7 +25,7 @@ try:
     import triton
 
     from .. import triton_kernels
-    from ..triton_kernels import elementwise, lowrank
+    from ..triton_kernels import elementwise, lowrank, update
 except ImportError as error:
     _missing = str(error)
 
@@ -207,6 +207,24 @@ class Triton:
         self._launch(device, elementwise.axpy, kept, direction, names, coeffs.contiguous(), nonfinite, len(draws), each,
                      *map(_signed, draws[-1]), first, _keys_of(seed), clock, ROUNDING=table.ROUNDING[rounding],
                      DECAY=not replay and first != 1.0, EACH=replay, KINDS=kept.facts.types)  # fmt: skip
+        return nonfinite
+
+    def update_(self, thetas, spans: Sequence[Span], direction, seed, draws, coeffs, rule, scalars, states, rounding, residuals,
+                clock: Tensor | None = None) -> Tensor:  # fmt: skip
+        _number(direction)
+        check_rows(spans, None, "update_")
+        nonfinite = torch.zeros(1, dtype=torch.int64, device=coeffs.device)
+        if not thetas:
+            return nonfinite
+        flat = [tensor for state in states for tensor in state]
+        device = _device([*thetas, *flat, coeffs, scalars, *(residuals or ()), *_given(clock)])
+        kept = self._table(device, thetas, spans, states, residuals if rounding == "residual" else None)
+        if kept.buffer is None:
+            return nonfinite
+        names = self._names(device, draws[:-1])
+        self._launch(device, update.update, kept, direction, names, coeffs.contiguous(), scalars.contiguous(), nonfinite, len(draws),
+                     *map(_signed, draws[-1]), _keys_of(seed), clock, RULE=table.RULES[rule], ROUNDING=table.ROUNDING[rounding],
+                     KINDS=kept.facts.types)  # fmt: skip
         return nonfinite
 
     def _names(self, device: torch.device, draws: Sequence[tuple[int, int]], decays: Sequence[float] = ()) -> Tensor | None:

@@ -45,6 +45,19 @@ class Group:
         torch.autograd.graph.increment_version(self.tensors)  # the kernels write through raw pointers
         return count
 
+    def update_(
+        self, plan: Plan, members: Sequence[int], coeffs: Sequence[float], rule: str, scalars: Sequence[float], states: Sequence[list[Tensor]]
+    ) -> Tensor:  # fmt: skip
+        """A rule with state for some of the tensors, whose states these are; one launch."""
+        tensors, spans = [self.tensors[i] for i in members], [self.spans[i] for i in members]
+        both = [torch.tensor(x, dtype=torch.float32, device=tensors[0].device) for x in (coeffs, scalars)]
+        low = [self.residuals[i] for i in members] if self.residuals is not None and plan.rounding == "residual" else None
+        count = self.backend.update_(
+            tensors, spans, plan.direction, plan.seed, plan.draws(), both[0], rule, both[1], states, plan.rounding, low
+        )
+        torch.autograd.graph.increment_version(tensors)
+        return count
+
     def source(self, seed: int) -> Source:
         """Normals for this group's factors."""
 

@@ -24,6 +24,9 @@ class MeZO(ZerothOrder):
     rounding      of 16-bit weights in the update: 'nearest', 'stochastic', or 'residual' (bfloat16: exact float32 master, +2 B a weight)
     evaluation    'scratch' (weights untouched until the update), 'walk' (in place), or an instance: zokern.Scratch(budget=...)
     backend       None chooses by device: 'cpu', 'cuda', then 'triton', then 'reference'
+    rule          None: SGD, the formula above. zokern.Momentum(0.9, dampening=0.0) moves along M <- 0.9 M + g in place of
+                  g = sum_k c_k z_k / q (ZO-Bench's ZO-SGD-MMT; without dampening=0.0, along the average); zokern.Adam() along the
+                  corrected M / (sqrt(V) + 1e-8) of torch.optim.Adam (ZO-Adam)
     direction     'normal' or 'rademacher';  stencil 'central' (two losses a query) or 'forward' (one, plus one shared)
     maximize      ascend: the closure returns a reward
     clip          bound on |c_k|
@@ -32,7 +35,8 @@ class MeZO(ZerothOrder):
     nonfinite     'raise' or 'ignore' weights that the update made inf or NaN
     force         accept an eps that rounding swallows for more than half of the 16-bit weights
 
-    Writes the parameters once per step and optimizer state only for rounding='residual' (int16, as large as the weights).
+    Writes the parameters once per step, and optimizer state: none for SGD, a float32 (Momentum) or two (Adam) for each weight, an int16
+    for each with rounding='residual'.
     Raises ValueError or TypeError, before any weight is touched, for arguments out of range and parameters that cannot be
     trained exactly."""
 

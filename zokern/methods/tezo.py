@@ -52,7 +52,7 @@ class TeZO(ZerothOrder):
         direction = Diagonal(rank) if isinstance(rank, int) else Diagonal(ranks=rank)
         chosen: Rule = Sgd()
         if rule != "sgd":
-            chosen = Momentum(betas[0]) if rule == "momentum" else Adam(betas, adam_eps, bias_correction)
+            chosen = Momentum(betas[0]) if rule == "momentum" else Adam(betas, adam_eps, bias_correction, inside=True)
         super().__init__(params, lr=lr, eps=eps, direction=direction, rule=chosen, evaluation=evaluation, **options)
 
 

@@ -1,14 +1,22 @@
-"""Rule ``adam`` with moments in the time factors of z = U diag(tau) V^T: 2 r numbers a matrix (TeZO-Adam).
+"""Rule ``adam``: two moments of the estimate, as in torch.optim.Adam (Kingma and Ba 2015), or in TeZO's form (Sun et al. 2025).
+
+    M <- beta1 M + (1 - beta1) g,   V <- beta2 V + (1 - beta2) g^2,   g = sum_k weights[k] z_k
+    theta <- decay theta + lr (M / c1) / (sqrt(V / c2) + eps)         c1 = 1 - beta1^t, c2 = 1 - beta2^t, or 1 without correction
+    theta <- decay theta + lr (M / c1) / sqrt(V / c2 + eps)           inside=True
+
+Parameters with a dense z keep float32 moments, 8 bytes a weight, and a group of them is one launch of the verb update_: with the
+defaults this is ZO-Bench's ZO-Adam (Zhang et al. 2024). A matrix with z = U diag(tau) V^T keeps them of its time factors, 2 r numbers
+(TeZO-Adam, whose form is inside=True, bias_correction=False):
 
     M <- beta1 M + (1 - beta1) sum_k weights[k] tau_k        V <- beta2 V + (1 - beta2) (sum_k weights[k] tau_k)^2
     W <- decay W + lr (U diag(M) V^T) / sqrt(U^2 diag(V) (V^2)^T + eps)
 
-The squares are elementwise, and the cross terms of the second moment are dropped, as in the paper (Sun et al. 2025, Eq. 8).
-Parameters with a dense z keep dense moments, float32, in the same form. No bias correction unless it is asked for.
+The squares are elementwise, and the cross terms of the second moment are dropped, as in the paper (Eq. 8).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +26,7 @@ from torch import Tensor
 from ..backends import Span
 from ..directions import Matrix
 from ..evaluation import Group, Plan
+from .dense import advance
 from .waiting import add_, total
 
 TILE = 1 << 20  # elements of a quotient that exist at a time
@@ -26,33 +35,43 @@ TILE = 1 << 20  # elements of a quotient that exist at a time
 class Adam:
     name, linear, defers = "adam", False, False
 
-    def __init__(self, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, bias_correction: bool = False) -> None:
+    def __init__(
+        self,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        bias_correction: bool = True,
+        inside: bool = False,
+    ) -> None:
         if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
             raise ValueError(f"betas is {betas!r}; expected two numbers, 0 <= beta < 1")
         if not eps > 0.0:
             raise ValueError(f"adam_eps is {eps!r}; expected a number above 0")
-        self.betas, self.eps, self.bias_correction = betas, eps, bias_correction
+        self.betas, self.eps, self.bias_correction, self.inside = betas, eps, bias_correction, inside
+
+    def scalars(self, lr: float, decay: float = 1.0, updates: int = 1) -> tuple[float, ...]:
+        """The numbers of zokern.update_ for a parameter's update number `updates`, counted from 1."""
+        c1, c2 = self._corrections(updates)
+        beta1, beta2 = self.betas
+        # sqrt(V / c2 + eps) = sqrt(V + eps c2) / sqrt(c2)
+        inside, outside = (self.eps * c2, 0.0) if self.inside else (0.0, self.eps)
+        return decay, lr / c1, beta1, 1.0 - beta1, beta2, 1.0 - beta2, inside, 1.0 / math.sqrt(c2), outside
+
+    def _corrections(self, updates: int) -> tuple[float, float]:
+        c1, c2 = (1.0 - beta**updates if self.bias_correction else 1.0 for beta in self.betas)
+        return c1, c2
 
     def update(
         self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, restore: Sequence[float], states: Any, defer: bool
     ) -> Tensor | int:  # fmt: skip
+        if group.matrices is None:
+            return advance(
+                plan, group, weights, "adam", ["first", "second"], lambda updates: self.scalars(lr, decay, updates), states
+            )
         count: Tensor | int = 0
-        small = total(plan, group, weights) if group.matrices is not None else []
-        for i, tensor in enumerate(group.tensors):
-            gradient = torch.diagonal(small[i]) if small else self._gradient(plan, group, i, weights)
-            first, second = self._moments(states[tensor], gradient)
-            if group.matrices is None:
-                count = count + add_(plan, group, i, first / _root(second + self.eps), lr, decay)
-            else:
-                count = count + self._matrix(plan, group, i, first, second, lr, decay)
+        for i, (tensor, tau) in enumerate(zip(group.tensors, total(plan, group, weights))):
+            first, second = self._moments(states[tensor], torch.diagonal(tau))
+            count = count + self._matrix(plan, group, i, first, second, lr, decay)
         return count
-
-    def _gradient(self, plan: Plan, group: Group, i: int, weights: Sequence[float]) -> Tensor:
-        tensor = group.tensors[i]
-        out = torch.zeros(tensor.shape, device=tensor.device)
-        amounts = torch.tensor(list(weights), dtype=torch.float32, device=tensor.device)
-        group.backend.axpy_([out], [group.spans[i]], plan.direction, plan.seed, plan.draws(), amounts, 1.0, "nearest", None)
-        return out
 
     def _moments(self, state: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Both moments after this step, kept in the state; corrected for their start at zero where that is asked for."""
@@ -63,7 +82,8 @@ class Adam:
         state["second"] = state["second"] * beta2 + (gradient * gradient) * (1.0 - beta2)
         if not self.bias_correction:
             return state["first"], state["second"]
-        return state["first"] / (1.0 - beta1 ** state["updates"]), state["second"] / (1.0 - beta2 ** state["updates"])
+        c1, c2 = self._corrections(state["updates"])
+        return state["first"] / c1, state["second"] / c2
 
     def _matrix(self, plan: Plan, group: Group, i: int, first: Tensor, second: Tensor, lr: float, decay: float) -> Tensor | int:
         assert group.matrices is not None
@@ -78,11 +98,12 @@ class Adam:
         for start in range(0, matrix.rows, rows):
             here = Span(matrix.who, start * matrix.columns)
             quotient = torch.zeros(rows, matrix.columns, device=matrix.device)
-            spread = torch.full_like(quotient, self.eps)
+            spread = torch.full_like(quotient, self.eps if self.inside else 0.0)
             group.backend.lowrank_(
                 [quotient, spread], [here, here], [left, square], [matrix.right, squared], [1.0, 1.0], 1.0, "nearest", None
             )  # fmt: skip
-            count = count + add_(plan, group, i, quotient / _root(spread), lr, decay, start * matrix.columns)
+            root = _root(spread) if self.inside else _root(spread) + self.eps
+            count = count + add_(plan, group, i, quotient / root, lr, decay, start * matrix.columns)
         return count
 
     def rebase(self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor, state: Any) -> None:

@@ -1,9 +1,11 @@
-"""Rule ``momentum``: an exponential average of the draws, in their own space: r x r or m x r numbers for a factored matrix.
+"""Rule ``momentum``: a running sum of the draws, in their own space: r x r or m x r numbers for a factored matrix.
 
-    M <- beta M + (1 - beta) sum_k weights[k] draw_k,   theta <- decay theta + lr M
+    M <- beta M + (1 - dampening) sum_k weights[k] draw_k,   theta <- decay theta + lr M
 
-M starts as the first step's sum. When the basis of a matrix changes, M is carried over: M (V_old^T V_new) / n for normal V (Chen
-et al. 2025, LOZO-M), (U_new^T U_old) M (V_old^T V_new) for orthonormal ones. Parameters with a dense z keep a float32 M.
+M starts as the first step's sum, as in torch.optim.SGD. With dampening = beta, the default, M is an exponential average; with 0 it
+is Polyak's heavy ball, torch.optim.SGD's momentum and ZO-Bench's ZO-SGD-MMT (Zhang et al. 2024). When the basis of a matrix
+changes, M is carried over: M (V_old^T V_new) / n for normal V (Chen et al. 2025, LOZO-M), (U_new^T U_old) M (V_old^T V_new) for
+orthonormal ones. Parameters with a dense z keep a float32 M, 4 bytes a weight, and a group of them is one launch of the verb update_.
 """
 
 from __future__ import annotations
@@ -18,16 +20,24 @@ from ..backends import Span
 from ..directions import Matrix
 from ..directions.orthonormal import tree_sum
 from ..evaluation import Group, Plan
-from .waiting import add_, deposit, total
+from .dense import advance
+from .waiting import deposit, total
 
 
 class Momentum:
     name, linear, defers = "momentum", False, True
 
-    def __init__(self, beta: float = 0.9) -> None:
+    def __init__(self, beta: float = 0.9, dampening: float | None = None) -> None:
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"beta is {beta!r}; expected 0 <= beta < 1")
-        self.beta = beta
+        if dampening is not None and not 0.0 <= dampening < 1.0:
+            raise ValueError(f"dampening is {dampening!r}; expected 0 <= dampening < 1, or None for beta")
+        self.beta, self.dampening = beta, beta if dampening is None else dampening
+
+    def scalars(self, lr: float, decay: float = 1.0, updates: int = 1) -> tuple[float, ...]:
+        """The numbers of zokern.update_ for a parameter's update number `updates`, counted from 1."""
+        beta, alpha = (0.0, 1.0) if updates == 1 else (self.beta, 1.0 - self.dampening)
+        return decay, lr, beta, alpha
 
     def update(
         self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, restore: Sequence[float], states: Any, defer: bool
@@ -36,28 +46,10 @@ class Momentum:
             averages = []
             for tensor, new in zip(group.tensors, total(plan, group, weights)):
                 old = states[tensor].get("momentum")
-                states[tensor]["momentum"] = average = new if old is None else old * self.beta + new * (1.0 - self.beta)
+                states[tensor]["momentum"] = average = new if old is None else old * self.beta + new * (1.0 - self.dampening)
                 averages.append(average)
             return deposit(plan, group, [average * lr for average in averages], decay, defer)
-        count: Tensor | int = 0
-        for i in range(len(group.tensors)):
-            count = count + add_(plan, group, i, self.dense(plan, group, i, weights, states), lr, decay)
-        return count
-
-    def dense(self, plan: Plan, group: Group, i: int, weights: Sequence[float], states: Any) -> Tensor:
-        """M of a parameter with a dense z, after this step's draws."""
-        tensor = group.tensors[i]
-        state = states[tensor]
-        first = "momentum" not in state
-        if first:
-            state["momentum"] = torch.zeros(tensor.shape, device=tensor.device)
-        amounts = torch.tensor(
-            [w if first else (1.0 - self.beta) * w for w in weights], dtype=torch.float32, device=tensor.device
-        )
-        group.backend.axpy_(
-            [state["momentum"]], [group.spans[i]], plan.direction, plan.seed, plan.draws(), amounts, 0.0 if first else self.beta, "nearest", None
-        )  # fmt: skip
-        return state["momentum"]
+        return advance(plan, group, weights, "momentum", ["momentum"], lambda updates: self.scalars(lr, decay, updates), states)
 
     def rebase(self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor, state: Any) -> None:
         if "momentum" not in state:

@@ -1,0 +1,245 @@
+// update.cu: a rule with state, momentum or Adam, for a list of tensors, on a GPU
+//
+// math     update.h; unit u is elements 8 u .. 8 u + 7 of the stream
+// traffic  momentum 8 B, adam 16 B an element for the state, beside 4 B (16-bit) or 8 B (float32) for theta; z moves no bytes
+// work     whole loop per element, sm_90, one term, nearest: momentum normal 33.9 instructions (16-bit), 32.4 (float32), of
+//          signs 21.1, 19.6; adam normal 66.1, 65.0, of signs 53.1, 51.9, with the calls of subroutines that only operands at
+//          the ends of the range take. Momentum has 80 registers, adam at most 116, no spill on sm_80 to sm_120; memory
+//          leaves time for 83 and 138 (bf16, H200): `python tests/test_update_sass.py build/cubins`, nvcc 13.0
+// launch   as elementwise.cu: one persistent grid per list, a thread takes whole units with 16-byte loads and stores, and
+//          the rest goes one element at a time. The numbers of the rule and the coefficients are in device memory.
+// equal    bit for bit to zokern/backends/reference.py for every grid; root and quotient are the correctly rounded ones
+// source   update.h; stream: zokern/stream.py, version 1
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "units.h"
+#include "update.h"
+
+namespace zo {
+namespace updates {  // named, so that a kernel has the same symbol in every build
+
+using namespace kernels;
+
+// Blocks per multiprocessor that registers must allow. Adam has 80 to 96 bytes of loads in flight per thread: 16 warps cover
+// the latency of memory, and 80 registers would spill.
+constexpr int resident(Rule rule) { return rule == Rule::kAdam ? 2 : kResidentMore; }
+
+// The terms of g, as in elementwise.cu: the last name by value, so that a sum of one term reads no list of names
+struct Sum {
+  const Draw* draws;
+  const float* coefficients;
+  int32_t count;
+  uint32_t clock;
+  Draw last;
+};
+
+// One element: the state steps forward, and the successor of theta comes back
+template <Rule kRule>
+__device__ __forceinline__ float advance(const Scalars& s, float g, float theta, float& m, float& v) {
+  m = fma_rn(s.alpha1, g, mul_rn(s.beta1, m));
+  float move = m;
+  if constexpr (kRule == Rule::kAdam) {
+    v = fma_rn(s.alpha2, mul_rn(g, g), mul_rn(s.beta2, v));
+    move = div_rn(m, fma_rn(sqrt_rn(add_rn(v, s.inside)), s.correction, s.eps));
+  }
+  return fma_rn(s.lr, move, mul_rn(s.decay, theta));
+}
+
+template <Direction kDirection, Rule kRule, Rounding kRounding>
+struct UpdateVerb {
+  static constexpr bool kStochastic = kRounding == Rounding::kStochastic;
+  const Keys& keys;
+  const Sum sum;
+  const Scalars scalars;
+  uint64_t nonfinite;
+
+  __device__ __forceinline__ uint32_t last_step() const { return sum.last.step + sum.clock; }
+
+  // Memory is the limit: there is time to evaluate every z unit by unit, also one that other units share a block with
+  __device__ __forceinline__ void gradient(uint32_t unit, uint32_t who, float (&g)[kUnit]) {
+    float z[kUnit];
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) g[i] = 0.0f;
+#pragma unroll 1
+    for (int32_t k = 0; k < sum.count; ++k) {
+      Draw term = sum.last;
+      if (k + 1 < sum.count) term = sum.draws[k];
+      values<kDirection>(unit, Name(who, term.step + sum.clock, term.draw, keys), keys, z);
+      const float factor = sum.coefficients[k];
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i) g[i] = fma_rn(factor, z[i], g[i]);
+    }
+  }
+
+  template <Type kType>
+  struct Body {
+    static constexpr bool kJoin = kRounding == Rounding::kResidual && kType == Type::kBfloat16;
+    UpdateVerb& verb;
+    const Place& place;
+    const Name& random_name;
+    Watch<kType> watch;
+
+    __device__ __forceinline__ void unit(uint32_t i) {
+      float theta[kUnit], g[kUnit], m[kUnit], v[kUnit] = {};
+      if constexpr (kJoin) {
+        load_joined(place.theta, place.residual, i, theta);
+      } else {
+        load_unit<kType>(place.theta, i, theta);
+      }
+      load_unit<Type::kFloat32>(place.out[0], i, m);
+      if constexpr (kRule == Rule::kAdam) load_unit<Type::kFloat32>(place.out[1], i, v);
+      verb.gradient(place.begin + i, place.who, g);
+#pragma unroll
+      for (int j = 0; j < kUnit; ++j) theta[j] = advance<kRule>(verb.scalars, g[j], theta[j], m[j], v[j]);
+      store_unit<Type::kFloat32>(place.out[0], i, nearest<Type::kFloat32>(m));
+      if constexpr (kRule == Rule::kAdam) store_unit<Type::kFloat32>(place.out[1], i, nearest<Type::kFloat32>(v));
+      Stored<kType> result;
+      if constexpr (kJoin) {
+        Stored<Type::kBfloat16> low;
+        result = split(theta, low);
+        store_unit<Type::kBfloat16>(place.residual, i, low);
+      } else {
+        Words random = {};
+        if constexpr (kStochastic && kType != Type::kFloat32) random = philox_named(place.begin + i, random_name, verb.keys);
+        result = rounded<kType, kStochastic>(theta, random);
+      }
+      store_unit<kType>(place.theta, i, result);
+#pragma unroll
+      for (int j = 0; j < result.kWords; ++j) watch.see(result.w[j]);
+    }
+
+    // The loop only watches whether a result was not finite; if one was, the thread reads its results again and counts.
+    __device__ __forceinline__ void settle(uint32_t i, uint32_t end, uint32_t stride) {
+      if (!watch.seen()) return;
+      watch.state = 0;
+      verb.nonfinite += count_nonfinite<kType>(place.theta, i, end, stride);
+    }
+  };
+
+  template <Type kType>
+  __device__ __forceinline__ bool loop(const Place& place, const Turn& turn) {
+    const Name random(place.who, last_step(), kRoundingDraw, keys);
+    Body<kType> body{*this, place, random, {}};
+#pragma unroll 1
+    for (uint32_t i = turn.lane; i < place.count; i += turn.lanes) body.unit(i);
+    body.settle(turn.lane, place.count, turn.lanes);
+    return true;
+  }
+
+  __device__ __forceinline__ bool units(const Entry& e, const Units& whole, const Turn& turn) {
+    const Place place(e, whole);
+    switch (static_cast<Type>(e.type)) {
+      case Type::kFloat32:
+        return loop<Type::kFloat32>(place, turn);
+      case Type::kBfloat16:
+        if (kRounding == Rounding::kResidual && e.residual == nullptr) return false;
+        return loop<Type::kBfloat16>(place, turn);
+      case Type::kFloat16:
+        return loop<Type::kFloat16>(place, turn);
+    }
+    return false;
+  }
+
+  __device__ __forceinline__ void piece(const Entry& e, const Piece& p) {
+    const Type type = static_cast<Type>(e.type);
+    const bool join = kRounding == Rounding::kResidual && type == Type::kBfloat16 && e.residual != nullptr;
+    float g[kUnit];
+    gradient(p.unit, e.who, g);
+    Words random = {};
+    if constexpr (kStochastic) random = philox_named(p.unit, Name(e.who, last_step(), kRoundingDraw, keys), keys);
+    float* first = static_cast<float*>(e.out[0]) + p.to;
+    float* second = static_cast<float*>(e.out[1]) + p.to;
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) {
+      if (i < p.low || i >= p.high) continue;
+      const int64_t at = p.at + i * p.stride;
+      float m = first[i], v = kRule == Rule::kAdam ? second[i] : 0.0f;
+      float theta = join ? residual_join(static_cast<const uint16_t*>(e.theta)[at], e.residual[p.residual_at + i])
+                         : load(e.theta, type, at);
+      theta = advance<kRule>(scalars, g[i], theta, m, v);
+      first[i] = m;
+      if constexpr (kRule == Rule::kAdam) second[i] = v;
+      uint32_t bits;
+      if (type == Type::kFloat32) {
+        bits = as_bits(theta);
+        static_cast<float*>(e.theta)[at] = theta;
+      } else {
+        const uint32_t some = (random.w[i >> 1] >> ((i & 1) * 16)) & 0xffffu;
+        if (join) {
+          bits = residual_split(theta, e.residual[p.residual_at + i]);
+        } else if (type == Type::kBfloat16) {
+          bits = kStochastic ? bf16_stochastic(theta, some) : bf16_nearest(theta);
+        } else {
+          bits = kStochastic ? fp16_stochastic(theta, some) : fp16_nearest(theta);
+        }
+        static_cast<uint16_t*>(e.theta)[at] = static_cast<uint16_t>(bits);
+      }
+      nonfinite += is_nonfinite(type, bits);
+    }
+  }
+};
+
+template <Rule kRule>
+__device__ __forceinline__ Scalars scalars_at(const float* from) {
+  Scalars s = {from[0], from[1], from[2], from[3], 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
+  if constexpr (kRule == Rule::kAdam) {
+    s.beta2 = from[4], s.alpha2 = from[5], s.inside = from[6], s.correction = from[7], s.eps = from[8];
+  }
+  return s;
+}
+
+template <Direction kDirection, Rule kRule, Rounding kRounding>
+__global__ void __launch_bounds__(kThreads, resident(kRule))
+    update_kernel(const List list, const Draw* draws, const float* coefficients, int32_t draw_count, Draw last,
+                  const float* scalars, unsigned long long* nonfinite) {
+  const Sum sum = {draws, coefficients, draw_count, clock_of(list), last};
+  UpdateVerb<kDirection, kRule, kRounding> verb{list.keys, sum, scalars_at<kRule>(scalars), 0};
+  run(verb, list.entries, list.chunks, list.chunk_count, list.parts_log2);
+  if (verb.nonfinite != 0) atomicAdd(nonfinite, static_cast<unsigned long long>(verb.nonfinite));  // rare: no reduction first
+}
+
+template <Direction kDirection, Rule kRule>
+auto* update_of(Rounding rounding) {
+  switch (rounding) {
+    case Rounding::kNearest:
+      return update_kernel<kDirection, kRule, Rounding::kNearest>;
+    case Rounding::kStochastic:
+      return update_kernel<kDirection, kRule, Rounding::kStochastic>;
+    case Rounding::kResidual:
+      return update_kernel<kDirection, kRule, Rounding::kResidual>;
+  }
+  throw std::runtime_error("update_: unknown rounding " + std::to_string(static_cast<int>(rounding)));
+}
+
+}  // namespace updates
+
+using namespace updates;
+
+void update(const Launch& launch, const Draw* draws, int32_t draw_count, Rule rule, const float* scalars, Rounding rounding,
+            int64_t* nonfinite) {
+  if (draw_count < 1)
+    throw std::runtime_error("update_: draw_count is " + std::to_string(draw_count) + "; expected at least 1");
+  if (launch.coefficients == nullptr || (draw_count > 1 && launch.draws == nullptr)) {
+    throw std::runtime_error("update_: coefficients or the draws of several terms are not in device memory");
+  }
+  const bool adam = rule == Rule::kAdam;
+  auto* kernel = update_of<Direction::kNormal, Rule::kMomentum>(rounding);
+  switch (launch.direction) {
+    case Direction::kNormal:
+      if (adam) kernel = update_of<Direction::kNormal, Rule::kAdam>(rounding);
+      break;
+    case Direction::kRademacher:
+      kernel = adam ? update_of<Direction::kRademacher, Rule::kAdam>(rounding)
+                    : update_of<Direction::kRademacher, Rule::kMomentum>(rounding);
+      break;
+    default:
+      kernels::unknown("update_", launch.direction);
+  }
+  kernels::start("update_", kernel, launch, launch.draws, launch.coefficients, draw_count, draws[draw_count - 1], scalars,
+                 reinterpret_cast<unsigned long long*>(nonfinite));
+}
+
+}  // namespace zo

@@ -1,0 +1,113 @@
+"""csrc/update.cu on the host, compiled by g++ through tests/cuda_shim, bit for bit the reference; and on a GPU where there is one."""
+
+from __future__ import annotations
+
+import types
+
+import conformance_update
+import pytest
+import torch
+from test_cuda import OnHost, build, host_compiler_missing
+
+from zokern.backends import cuda, why_off
+from zokern.backends.base import Span
+from zokern.directions import resolve
+
+SOURCES, FLAGS = ("update.cu", "elementwise.cu"), ("-DZOKERN_UPDATE",)
+
+
+# One module is the kernel and holds every mistake: ZO_SHIM_MISTAKE chooses which one it makes, and unset makes none.
+MISTAKES = [
+    ("the old momentum", "float move = m;", "float move = {wrong} ? theta : m;"),
+    ("a contracted square", "fma_rn(s.alpha2, mul_rn(g, g)", "fma_rn({wrong} ? mul_rn(s.alpha2, g) : s.alpha2, {wrong} ? g : mul_rn(g, g)"),
+    ("a rounded move", "fma_rn(s.lr, move, mul", "fma_rn({wrong} ? 1.0f : s.lr, {wrong} ? mul_rn(s.lr, move) : move, mul"),
+    ("an approximate quotient", "move = div_rn(m, ", "move = div_rn({wrong} ? mul_rn(m, 1.0000001f) : m, "),
+    ("eps twice inside", "s.inside = from[6]", "s.inside = from[{wrong} ? 8 : 6]"),
+    ("m stored in the place of v", "nearest<Type::kFloat32>(v))", "nearest<Type::kFloat32>({wrong} ? m : v))"),
+    ("v of a piece not stored", "if constexpr (kRule == Rule::kAdam) second[i] = v;", "if (kRule == Rule::kAdam && !{wrong}) second[i] = v;"),
+    ("one m for a whole piece", "float m = first[i],", "float m = first[{wrong} ? p.low : i],"),
+    ("the last term alone", "if (k + 1 < sum.count) term = sum.draws[k];", "if (k + 1 < sum.count && !{wrong}) term = sum.draws[k];"),
+    ("the first coefficient", "const float factor = sum.coefficients[k];", "const float factor = sum.coefficients[{wrong} ? 0 : k];"),
+    ("the clock", "term.step + sum.clock", "term.step + ({wrong} ? 0 : sum.clock)"),
+    ("bits of another step", "return sum.last.step + sum.clock;", "return sum.last.step + ({wrong} ? 1 : sum.clock);"),
+    ("nobody counts", "if (!watch.seen())", "if (!watch.seen() || {wrong})"),
+    ("half of a residual", "(low_odd)) << 16;", "({wrong} ? low_even : low_odd)) << 16;"),
+    ("a thread's last unit", "i < place.count; i += turn.lanes) body", "i + {wrong} < place.count; i += turn.lanes) body"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def on_host(tmp_path_factory) -> types.ModuleType:
+    if reason := host_compiler_missing():
+        pytest.skip(reason)
+    edits = [(right, wrong.replace("{wrong}", f"(shim_mistake == {k})")) for k, (_, right, wrong) in enumerate(MISTAKES, 1)]
+    return build(tmp_path_factory.mktemp("update_on_host"), "zokern_update_on_host", tuple(edits), SOURCES, FLAGS)
+
+
+@pytest.mark.parametrize("check", conformance_update.CHECKS)
+def test_host_is_the_reference(on_host, check: str) -> None:
+    conformance_update.CHECKS[check](OnHost(on_host), "cpu", "quick" if check in ("update_large", "update_sizes") else "full")
+
+
+@pytest.mark.parametrize("blocks", [1, 5, 1000])
+def test_grid_changes_nothing(on_host, blocks: int) -> None:
+    for check in ("update_sizes", "update_strides"):
+        conformance_update.CHECKS[check](OnHost(on_host, blocks), "cpu", "quick")
+
+
+def test_order_and_parts_change_nothing(on_host, monkeypatch) -> None:
+    """Threads last to first, on a device so large that 32 blocks share a chunk."""
+    monkeypatch.setenv("ZO_SHIM_ORDER", "1")
+    monkeypatch.setenv("ZO_SHIM_PROCESSORS", "148")
+    for check in ("update_sizes", "update_strides", "update_roundings", "update_large"):
+        conformance_update.CHECKS[check](OnHost(on_host), "cpu", "quick")
+
+
+def test_a_repeated_call_reads_new_numbers_and_uploads_nothing(on_host) -> None:
+    """What a captured CUDA graph replays: the same tables, and scalars, coefficients and clock that were changed where they lie."""
+    backend, thetas = OnHost(on_host), [torch.ones(40), torch.ones(3, 5)]
+    states = [[torch.zeros(t.shape) for t in thetas] for _ in range(2)]
+    scalars, coeffs, clock = torch.tensor(conformance_update.USUAL["adam"]), torch.ones(2), torch.zeros(1, dtype=torch.int64)
+    results = []
+    for _ in range(3):
+        backend.update_(
+            thetas,
+            [Span(1), Span(2)],
+            resolve("normal"),
+            5,
+            [(0, 0), (0, 1)],
+            coeffs,
+            "adam",
+            scalars,
+            states,
+            "nearest",
+            None,
+            clock,
+        )
+        results.append(thetas[0].clone())
+        scalars[0], scalars[1], coeffs[0] = 1.0, 0.0, 3.0  # no decay and no move any more
+        clock += 1
+    assert backend.tables.built == 2  # the list, and the names of its two terms
+    assert (
+        not torch.equal(results[0], torch.ones(40))
+        and torch.equal(results[1], results[0])
+        and torch.equal(results[2], results[0])
+    )
+
+
+@pytest.mark.parametrize("mistake", [name for name, *_ in MISTAKES])
+def test_wrong_kernel_is_rejected(on_host, monkeypatch, mistake: str) -> None:
+    monkeypatch.setenv("ZO_SHIM_MISTAKE", str(1 + [name for name, *_ in MISTAKES].index(mistake)))
+    for check in conformance_update.CHECKS:  # until one rejects it
+        problem = conformance_update.run(OnHost(on_host), "cpu", "quick", [check])[check]
+        if problem:
+            print(f"{mistake}: {check}: {problem}")
+            assert "AssertionError" in problem
+            return
+    raise AssertionError(f"no check rejects {mistake!r}")
+
+
+@pytest.mark.skipif(why_off("cuda") is not None, reason=f"backend cuda is off: {why_off('cuda')}")
+@pytest.mark.parametrize("check", conformance_update.CHECKS)
+def test_gpu_is_the_reference(check: str) -> None:
+    conformance_update.CHECKS[check](cuda.Cuda(), "cuda", "full")
