@@ -1,11 +1,19 @@
-"""Seeds named after the test, and reasons for skips in the report."""
+"""Seeds named after the test, reasons for skips in the report, and threads that sleep while they wait."""
 
 from __future__ import annotations
 
+import os
+import types
 import zlib
 
+import host
 import pytest
-import torch
+
+# Read when OpenMP is loaded. A thread that waits by spinning takes the core from the one it waits for as soon as anything else runs:
+# with one other busy process on two cores, small parallel loops take ten times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch  # noqa: E402
 
 
 def pytest_configure(config) -> None:
@@ -25,3 +33,11 @@ def grad_mode():
     before = torch.is_grad_enabled()
     yield
     torch.set_grad_enabled(before)
+
+
+@pytest.fixture(scope="session")
+def on_host() -> types.ModuleType:
+    """csrc/*.cu on the host."""
+    if reason := host.missing():
+        pytest.skip(reason)
+    return host.build()
