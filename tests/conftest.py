@@ -21,6 +21,13 @@ def pytest_configure(config) -> None:
         config.option.reportchars += "s"  # a test that cannot run here says why
 
 
+def pytest_runtestloop(session) -> None:
+    """Interpreters run beside the tests that do not need them."""
+    if not session.config.option.collectonly:
+        for module in {item.module for item in session.items if "interpreted" in getattr(item, "fixturenames", ())}:
+            module.CHILD.start()
+
+
 @pytest.fixture(autouse=True)
 def _seeded(request) -> None:
     """torch's global stream starts from the test's name."""
