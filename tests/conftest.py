@@ -1,16 +1,31 @@
-"""Seeds named after the test, and reasons for skips in the report."""
+"""Seeds named after the test, reasons for skips in the report, and threads that sleep while they wait."""
 
 from __future__ import annotations
 
+import os
+import types
 import zlib
 
+import host
 import pytest
-import torch
+
+# Read when OpenMP is loaded. A thread that waits by spinning takes the core from the one it waits for as soon as anything else runs:
+# with one other busy process on two cores, small parallel loops take ten times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch  # noqa: E402
 
 
 def pytest_configure(config) -> None:
     if "s" not in config.option.reportchars:
         config.option.reportchars += "s"  # a test that cannot run here says why
+
+
+def pytest_runtestloop(session) -> None:
+    """Interpreters run beside the tests that do not need them."""
+    if not session.config.option.collectonly:
+        for module in {item.module for item in session.items if "interpreted" in getattr(item, "fixturenames", ())}:
+            module.CHILD.start()
 
 
 @pytest.fixture(autouse=True)
@@ -25,3 +40,11 @@ def grad_mode():
     before = torch.is_grad_enabled()
     yield
     torch.set_grad_enabled(before)
+
+
+@pytest.fixture(scope="session")
+def on_host() -> types.ModuleType:
+    """csrc/*.cu on the host."""
+    if reason := host.missing():
+        pytest.skip(reason)
+    return host.build()

@@ -1,4 +1,4 @@
-"""Machine code as text: compile csrc/elementwise.cu for one architecture, and read instructions, loops and resources from it.
+"""Machine code as text: instructions, loops and resources of the kernels in zokern._cuda, or of a file compiled for one architecture.
 
 The tools come with CUDA or with the Triton wheel: ``tool(name)`` finds nvcc, cuobjdump and nvdisasm in both.
 """
@@ -9,12 +9,17 @@ import importlib.util
 import re
 import shutil
 import subprocess
+import sysconfig
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "csrc" / "elementwise.cu"
+MODULE = ROOT / "zokern" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 NVCC_FLAGS = ("-std=c++17", "-O3", "-fmad=false")  # what setup.py compiles with, as far as code generation goes
 
@@ -73,6 +78,49 @@ def compile_to(output: Path, arch: str, *flags: str, kind: str = "cubin", source
     if done.returncode != 0:
         raise RuntimeError(f"nvcc failed for sm_{arch}:\n{done.stderr}")
     return output
+
+
+def included(source: Path) -> set[Path]:
+    """A file and all that it includes by a name in quotes."""
+    found, todo = set(), [source]
+    while todo:
+        path = todo.pop()
+        if path.exists() and path not in found:
+            found.add(path)
+            names = re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(), re.MULTILINE)
+            todo += [folder / name for name in names for folder in (path.parent, SOURCE.parent)]
+    return found
+
+
+def shipped(source: Path, namespace: str, folder: Path, module: Path = MODULE) -> dict[str, Path]:
+    """The cubins by architecture that zokern._cuda has of a source file, whose kernels are all in one namespace of zo.
+
+    None where a file that the source is made of is newer than the module.
+    """
+    cuobjdump = tool("cuobjdump")
+    if cuobjdump is None or not module.exists() or module.stat().st_mtime < max(f.stat().st_mtime for f in included(source)):
+        return {}
+    folder.mkdir(parents=True, exist_ok=True)
+    subprocess.run([cuobjdump, "-xelf", "all", str(module)], cwd=folder, capture_output=True, check=True)
+    symbols = f"_ZN2zo{len(namespace)}{namespace}".encode()
+    return {path.suffixes[-2][len(".sm_") :]: path for path in folder.glob("*.cubin") if symbols in path.read_bytes()}
+
+
+@cache
+def machine_code(source: Path = SOURCE, namespace: str = "kernels") -> dict[str, dict[str, Function]]:
+    """All kernels of a source file by architecture and symbol.
+
+    They are read from zokern._cuda, so that what is checked is what ships and nothing is compiled twice; an architecture that the
+    module lacks, or a source that is newer than the module, is compiled here.
+    """
+    with TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
+        folder = Path(name)
+        built = shipped(source, namespace, folder / "module")
+
+        def one(arch: str) -> dict[str, Function]:
+            return disassemble(built.get(arch) or compile_to(folder / f"sm_{arch}.cubin", arch, source=source))
+
+        return dict(zip(ARCHITECTURES, pool.map(one, ARCHITECTURES)))
 
 
 @dataclass

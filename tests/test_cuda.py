@@ -8,73 +8,14 @@ test_sass.py; with a GPU, the same suite also runs on it.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import shutil
-import subprocess
-import sysconfig
 import types
-from pathlib import Path
 
 import conformance
+import host
 import pytest
 import torch
 
 from zokern.backends import cuda, why_off
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def host_compiler_missing() -> str | None:
-    if shutil.which("g++") is None:
-        return "g++ not found: install it"
-    if importlib.util.find_spec("pybind11") is None:
-        return "pybind11 not found: pip install pybind11"
-    return None
-
-
-def build(
-    folder: Path,
-    name: str = "zokern_cuda_on_host",
-    edits: tuple[tuple[str, str], ...] = (),
-    sources: tuple[str, ...] = ("elementwise.cu",),
-    flags: tuple[str, ...] = (),
-) -> types.ModuleType:
-    """The sources and bind.cpp as a Python module for the host; `edits` make a deliberately wrong one."""
-    import pybind11
-
-    texts = {file: (ROOT / "csrc" / file).read_text() for file in (*sources, "units.h")}
-    for right, wrong in edits:
-        assert any(right in text for text in texts.values()), f"{', '.join(texts)} no longer have {right!r}"
-        texts = {file: text.replace(right, wrong) for file, text in texts.items()}
-    for file, text in texts.items():  # a header is looked for beside the file that includes it
-        (folder / file).write_text(text)
-    output = folder / (name + sysconfig.get_config_var("EXT_SUFFIX"))
-    include = [ROOT / "tests" / "cuda_shim", ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
-    command = ["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-fvisibility=hidden"]
-    command += [
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-Wno-unknown-pragmas",
-        f"-DZOKERN_MODULE={name}",
-        *(f"-I{path}" for path in include),
-    ]
-    command += [
-        *flags,
-        "-x",
-        "c++",
-        *(str(folder / file) for file in sources),
-        str(ROOT / "csrc" / "bind.cpp"),
-        "-o",
-        str(output),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    spec = importlib.util.spec_from_file_location(name, output)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class OnHost(cuda.Cuda):
@@ -89,14 +30,6 @@ class OnHost(cuda.Cuda):
 
     def _call(self, verb, device, tensors, *arguments, **named) -> None:
         getattr(self.module, verb)(*arguments, self.blocks, 0, **named)
-
-
-@pytest.fixture(scope="session")
-def on_host(tmp_path_factory) -> types.ModuleType:
-    reason = host_compiler_missing()
-    if reason:
-        pytest.skip(reason)
-    return build(tmp_path_factory.mktemp("cuda_on_host"))
 
 
 @pytest.mark.parametrize("check", conformance.CHECKS)
@@ -165,12 +98,11 @@ MISTAKES = [
 
 
 @pytest.fixture(scope="session")
-def mistaken(tmp_path_factory) -> types.ModuleType:
-    reason = host_compiler_missing()
-    if reason:
+def mistaken() -> types.ModuleType:
+    if reason := host.missing():
         pytest.skip(reason)
     edits = [(right, wrong.replace("{wrong}", f"(shim_mistake == {k})")) for k, (_, right, wrong) in enumerate(MISTAKES, 1)]
-    return build(tmp_path_factory.mktemp("mistaken"), "zokern_cuda_mistaken", tuple(edits))
+    return host.build({"elementwise.cu": tuple(edits)})
 
 
 @pytest.mark.parametrize("mistake", [name for name, *_ in MISTAKES])

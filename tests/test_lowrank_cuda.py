@@ -6,52 +6,17 @@ shards, strides, rounding. With random factors the bound of tests/lowrank_bound.
 
 from __future__ import annotations
 
-import importlib.util
-import subprocess
-import sysconfig
 import types
-from pathlib import Path
 
 import conformance
+import host
 import lowrank_bound
 import pytest
 import torch
-from test_cuda import OnHost, host_compiler_missing
+from test_cuda import OnHost
 
 from zokern.backends import cuda, why_off
 from zokern.backends.base import Span
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def build(folder: Path, name: str, edits: tuple[tuple[str, str], ...] = ()) -> types.ModuleType:
-    """lowrank.cu and bind.cpp as a Python module for the host; `edits` make a deliberately wrong one."""
-    import pybind11
-
-    text = (ROOT / "csrc" / "lowrank.cu").read_text()
-    for right, wrong in edits:
-        assert right in text, f"lowrank.cu no longer has {right!r}"
-        text = text.replace(right, wrong)
-    (folder / "lowrank.cu").write_text(text)
-    output = folder / (name + sysconfig.get_config_var("EXT_SUFFIX"))
-    include = [ROOT / "tests" / "cuda_shim", ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
-    flags = "-std=c++17 -O1 -ffp-contract=off -fPIC -shared -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas"
-    command = ["g++", *flags.split(), f"-DZOKERN_MODULE={name}", "-DZOKERN_LOWRANK_CUDA", *(f"-I{path}" for path in include)]
-    sources = [folder / "lowrank.cu", ROOT / "csrc" / "elementwise.cu", ROOT / "csrc" / "bind.cpp"]
-    done = subprocess.run([*command, "-x", "c++", *map(str, sources), "-o", str(output)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    spec = importlib.util.spec_from_file_location(name, output)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
-def on_host(tmp_path_factory) -> types.ModuleType:
-    if reason := host_compiler_missing():
-        pytest.skip(reason)
-    return build(tmp_path_factory.mktemp("lowrank_on_host"), "zokern_lowrank_on_host")
 
 
 @pytest.mark.parametrize("check", conformance.LOWRANK)
@@ -122,11 +87,11 @@ MISTAKES = [
 
 
 @pytest.fixture(scope="session")
-def mistaken(tmp_path_factory) -> types.ModuleType:
-    if reason := host_compiler_missing():
+def mistaken() -> types.ModuleType:
+    if reason := host.missing():
         pytest.skip(reason)
     edits = [(right, wrong.replace("{wrong}", f"(shim_mistake == {k})")) for k, (_, right, wrong) in enumerate(MISTAKES, 1)]
-    return build(tmp_path_factory.mktemp("lowrank_mistaken"), "zokern_lowrank_mistaken", tuple(edits))
+    return host.build({"lowrank.cu": tuple(edits)})
 
 
 def problems(backend) -> str | None:

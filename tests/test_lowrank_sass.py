@@ -1,14 +1,11 @@
 """The machine code of csrc/lowrank.cu for every architecture that ships: registers, matrix units, 16-byte accesses, instructions.
 
-`python tests/test_lowrank_sass.py FOLDER` prints them for every kernel and architecture.
+`python tests/test_lowrank_sass.py` prints them for every kernel and architecture.
 """
 
 from __future__ import annotations
 
 import re
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import sass
@@ -25,18 +22,9 @@ TERMS[FLOAT16] = TERMS[BFLOAT16]
 LIMITS = {BFLOAT16: {16: 12.5, 32: 15.5, 64: 13.0, 128: 17.0}, FLOAT32: {16: 15.0, 32: 20.0, 64: 31.0, 128: 33.0}}
 
 
-def compile_all(folder: Path) -> dict[str, dict[str, sass.Function]]:
-    def one(arch: str) -> Path:
-        return sass.compile_to(folder / f"sm_{arch}.cubin", arch, source=SOURCE)
-
-    with ThreadPoolExecutor(2) as pool:
-        cubins = pool.map(one, sass.ARCHITECTURES)
-        return {arch: sass.disassemble(cubin) for arch, cubin in zip(sass.ARCHITECTURES, cubins)}
-
-
 @pytest.fixture(scope="session")
-def machine(tmp_path_factory) -> dict[str, dict[str, sass.Function]]:
-    return compile_all(tmp_path_factory.mktemp("cubins"))
+def machine() -> dict[str, dict[str, sass.Function]]:
+    return sass.machine_code(SOURCE, "products")
 
 
 def kernel(functions: dict[str, sass.Function], kind: int, rank: int, simple: bool = True, whole: bool = True) -> sass.Function:
@@ -103,9 +91,7 @@ def test_the_checks_can_fail(machine, tmp_path) -> None:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
-    for arch, functions in compile_all(folder).items():
+    for arch, functions in sass.machine_code(SOURCE, "products").items():
         for kind, by_rank in TERMS.items():
             for rank in by_rank:
                 function = kernel(functions, kind, rank)

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +18,7 @@ import lowrank_bound
 import pytest
 import sass
 import torch
+from interpreted import Interpreted
 
 from zokern.backends.base import Span
 
@@ -123,15 +122,12 @@ def verdicts(directory: Path) -> dict[str, str | None]:
     return found
 
 
-@pytest.fixture(scope="module")
-def interpreted(tmp_path_factory) -> dict[str, str | None]:
-    directory = tmp_path_factory.mktemp("interpreted")
-    path = os.pathsep.join(p for p in sys.path if p)
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-W", "ignore::RuntimeWarning", __file__, str(directory)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads((directory / "verdicts.json").read_text())
+CHILD = Interpreted(__file__)
+
+
+@pytest.fixture
+def interpreted() -> dict[str, str | None]:
+    return CHILD.verdicts()
 
 
 BOUNDS = [f"bound {rank} {dtype}" for rank in (1, 32, 64, 128) for dtype in conformance.DTYPES]

@@ -10,7 +10,7 @@ import conformance
 import pytest
 import torch
 from guarded import equal
-from test_cuda import OnHost, on_host  # noqa: F401
+from test_cuda import OnHost
 
 from zokern.backends import tables
 from zokern.backends.base import Span
@@ -22,7 +22,7 @@ HERE = torch.device("cpu")
 
 
 @pytest.fixture
-def backend(on_host):  # noqa: F811
+def backend(on_host):
     return OnHost(on_host)
 
 

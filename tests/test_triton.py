@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -26,6 +24,7 @@ import pytest
 import sass
 import torch
 from guarded import filled
+from interpreted import Interpreted
 
 from zokern.backends.base import Span
 
@@ -191,15 +190,12 @@ def verdicts(directory: Path) -> dict[str, str | None]:
     return found
 
 
-@pytest.fixture(scope="module")
-def interpreted(tmp_path_factory) -> dict[str, str | None]:
-    directory = tmp_path_factory.mktemp("interpreted")
-    path = os.pathsep.join(p for p in sys.path if p)
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-W", "ignore::RuntimeWarning", __file__, str(directory)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads((directory / "verdicts.json").read_text())
+CHILD = Interpreted(__file__)
+
+
+@pytest.fixture
+def interpreted() -> dict[str, str | None]:
+    return CHILD.verdicts()
 
 
 @cache

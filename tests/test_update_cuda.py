@@ -5,16 +5,14 @@ from __future__ import annotations
 import types
 
 import conformance_update
+import host
 import pytest
 import torch
-from test_cuda import OnHost, build, host_compiler_missing
+from test_cuda import OnHost
 
 from zokern.backends import cuda, why_off
 from zokern.backends.base import Span
 from zokern.directions import resolve
-
-SOURCES, FLAGS = ("update.cu", "elementwise.cu"), ("-DZOKERN_UPDATE",)
-
 
 # One module is the kernel and holds every mistake: ZO_SHIM_MISTAKE chooses which one it makes, and unset makes none.
 MISTAKES = [
@@ -37,11 +35,11 @@ MISTAKES = [
 
 
 @pytest.fixture(scope="session")
-def on_host(tmp_path_factory) -> types.ModuleType:
-    if reason := host_compiler_missing():
+def on_host() -> types.ModuleType:
+    if reason := host.missing():
         pytest.skip(reason)
     edits = [(right, wrong.replace("{wrong}", f"(shim_mistake == {k})")) for k, (_, right, wrong) in enumerate(MISTAKES, 1)]
-    return build(tmp_path_factory.mktemp("update_on_host"), "zokern_update_on_host", tuple(edits), SOURCES, FLAGS)
+    return host.build({"update.cu": tuple(edits)})
 
 
 @pytest.mark.parametrize("check", conformance_update.CHECKS)

@@ -1,15 +1,12 @@
 """The machine code and the PTX of csrc/update.cu: registers, 16-byte accesses, instructions, and what root and quotient are made of.
 
-`python tests/test_update_sass.py FOLDER` prints registers and instructions per element for every kernel and every architecture that
-ships; the tests compile two of them.
+`python tests/test_update_sass.py` prints registers and instructions per element for every kernel and architecture.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import conformance_update
 import pytest
@@ -22,7 +19,6 @@ from benchmarks import predict  # noqa: E402
 pytestmark = pytest.mark.skipif(sass.missing() is not None, reason=sass.missing() or "")
 
 SOURCE = sass.ROOT / "csrc" / "update.cu"
-TESTED = ("80", "90")
 UNIT = 8
 NORMAL, RADEMACHER = 0, 1
 MOMENTUM, ADAM = 0, 1
@@ -39,15 +35,9 @@ REGISTERS = {MOMENTUM: 80, ADAM: 128}  # three and two blocks of 256 threads a m
 SLOW_PATHS = r"\$__internal_\d+_\$__cuda_sm\w+_(sqrt|div)_rn\w*_slowpath"
 
 
-def compile_all(folder: Path, architectures=TESTED) -> dict[str, dict[str, sass.Function]]:
-    with ThreadPoolExecutor(2) as pool:
-        cubins = pool.map(lambda arch: sass.compile_to(folder / f"sm_{arch}.cubin", arch, source=SOURCE), architectures)
-        return {arch: sass.disassemble(cubin) for arch, cubin in zip(architectures, cubins)}
-
-
 @pytest.fixture(scope="session")
-def machine(tmp_path_factory) -> dict[str, dict[str, sass.Function]]:
-    return compile_all(tmp_path_factory.mktemp("update_cubins"))
+def machine() -> dict[str, dict[str, sass.Function]]:
+    return sass.machine_code(SOURCE, "updates")
 
 
 def loop(
@@ -73,7 +63,7 @@ def flushing(functions: dict[str, sass.Function], direction: int) -> list[str]:
     return [i.name for i in loop(functions, direction, ADAM, NEAREST, False) if ".FTZ" in i.name]
 
 
-@pytest.mark.parametrize("arch", TESTED)
+@pytest.mark.parametrize("arch", sass.ARCHITECTURES)
 def test_no_spills_and_nothing_inexact(machine, arch: str) -> None:
     """No local memory, double precision, approximation; in Adam's kernels, as many roots and quotients as elements are unrolled."""
     assert len(machine[arch]) == 12
@@ -90,7 +80,7 @@ def test_no_spills_and_nothing_inexact(machine, arch: str) -> None:
         assert flushing(machine[arch], direction) == TWO_A_ROOT
 
 
-@pytest.mark.parametrize("arch", TESTED)
+@pytest.mark.parametrize("arch", sass.ARCHITECTURES)
 def test_instructions_per_element(machine, arch: str) -> None:
     for (direction, rule), limits in LIMITS.items():
         for float32, limit in zip((False, True), limits):
@@ -168,9 +158,7 @@ def test_wrong_ptx_is_rejected(text: str, right: str, wrong: str, complaint: str
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
-    for arch, functions in compile_all(folder, sass.ARCHITECTURES).items():
+    for arch, functions in sass.machine_code(SOURCE, "updates").items():
         for name, function in sorted(functions.items()):
             direction, rule, rounding = (int(n) for n in re.findall(r"E(\d)E", name)[:3])
             counts = [

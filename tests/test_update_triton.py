@@ -6,9 +6,7 @@ As tests/test_triton.py, whose child process, compiler and readers these tests t
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -18,6 +16,7 @@ import conformance_update
 import pytest
 import sass
 import torch
+from interpreted import Interpreted
 
 from zokern.backends.base import Span
 
@@ -75,15 +74,12 @@ def verdicts(directory: Path) -> dict[str, str | None]:
     return found
 
 
-@pytest.fixture(scope="module")
-def interpreted(tmp_path_factory) -> dict[str, str | None]:
-    directory = tmp_path_factory.mktemp("interpreted_update")
-    path = os.pathsep.join(p for p in sys.path if p)
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-W", "ignore::RuntimeWarning", __file__, str(directory)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads((directory / "verdicts.json").read_text())
+CHILD = Interpreted(__file__)
+
+
+@pytest.fixture
+def interpreted() -> dict[str, str | None]:
+    return CHILD.verdicts()
 
 
 @needs_fma

@@ -131,7 +131,9 @@ class Cpu:
         _check("coeffs and scalars", [coeffs, scalars])
         nonfinite, scalars = torch.zeros(1, dtype=torch.int64), scalars.contiguous()
         entries, chunks = table.pack(thetas, spans, states, residuals)
-        terms = table.pack_draws([(step_at(step, clock), draw) for step, draw in draws], coeffs.detach().numpy(), [1.0] * len(draws))
+        terms = table.pack_draws(
+            [(step_at(step, clock), draw) for step, draw in draws], coeffs.detach().numpy(), [1.0] * len(draws)
+        )
         _module().update(*_tables(entries, chunks), number, seed, table.address(terms), len(terms), table.RULES[rule],
                          scalars.data_ptr(), table.ROUNDING[rounding], nonfinite.data_ptr(), _workers(entries, chunks),
                          0)  # fmt: skip

@@ -1,0 +1,77 @@
+"""csrc/*.cu as a Python module for the host: g++ compiles them through tests/cuda_shim, each object once a session."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sysconfig
+import types
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory, mkdtemp
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ("bind.cpp", "elementwise.cu", "update.cu", "lowrank.cu")  # bind.cpp takes longest
+NAME = "zokern_on_host"
+FLAGS = "-std=c++17 -O1 -ffp-contract=off -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas"
+FLAGS += f" -DZOKERN_MODULE={NAME} -DZOKERN_LOWRANK_CUDA -DZOKERN_UPDATE"
+SHARED = "units.h"  # a mistake in it is made in every source that includes it
+FOLDER = TemporaryDirectory(prefix=f"{NAME}-")
+
+Edits = tuple[tuple[str, str], ...]  # (text of a source, what stands in its place)
+
+
+def missing() -> str | None:
+    """Why nothing can be compiled here; None when it can."""
+    if shutil.which("g++") is None:
+        return "g++ not found: install it"
+    if importlib.util.find_spec("pybind11") is None:
+        return "pybind11 not found: pip install pybind11"
+    return None
+
+
+def call(*command: str | Path) -> None:
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@cache
+def compiled(source: str, edits: Edits) -> Path:
+    """The object of a file of csrc/, with edits."""
+    import pybind11
+
+    texts = {name: (ROOT / "csrc" / name).read_text() for name in (source, SHARED)}
+    for right, wrong in edits:
+        assert any(right in text for text in texts.values()), f"{source} and {SHARED} no longer have {right!r}"
+        texts = {name: text.replace(right, wrong) for name, text in texts.items()}
+    folder = Path(mkdtemp(dir=FOLDER.name))
+    for name, text in texts.items():  # a header is looked for beside the file that includes it
+        (folder / name).write_text(text)
+    path = folder / source
+    folders = [ROOT / "tests" / "cuda_shim", ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
+    call("g++", *FLAGS.split(), *(f"-I{folder}" for folder in folders), "-x", "c++", "-c", path, "-o", f"{path}.o")
+    return Path(f"{path}.o")
+
+
+@cache
+def _built(edits: tuple[Edits, ...]) -> types.ModuleType:
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compiled, SOURCES, edits))
+    path = Path(mkdtemp(dir=FOLDER.name)) / f"{NAME}.so"
+    call("g++", "-shared", *objects, "-o", path)
+    # pybind11 answers with the module that it already has of a name: each is in a package of its own
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}.{NAME}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def build(edits: dict[str, Edits] | None = None) -> types.ModuleType:
+    """The module; `edits` of a source make a deliberately wrong one."""
+    edits, shared = edits or {}, (ROOT / "csrc" / SHARED).read_text()
+    common = tuple(edit for some in edits.values() for edit in some if edit[0] in shared)
+    every = {source: tuple(dict.fromkeys((*edits.get(source, ()), *common))) for source in ("elementwise.cu", "update.cu")}
+    return _built(tuple((edits | every).get(source, ()) for source in SOURCES))

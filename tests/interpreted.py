@@ -1,0 +1,38 @@
+"""Triton's interpreter in a process of its own, beside the tests that do not need what it finds.
+
+Interpretation has to be chosen before triton is imported. A test file that makes an ``Interpreted`` of itself is run once more, as
+``TRITON_INTERPRET=1 python file folder``, and leaves folder/verdicts.json; conftest.py starts it before the first test.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+
+class Interpreted:
+    def __init__(self, file: str) -> None:
+        self.file, self.process, self.found = file, None, None
+
+    def start(self) -> None:
+        self.folder = TemporaryDirectory(prefix="zokern-interpreted-")
+        path = os.pathsep.join(p for p in sys.path if p)
+        environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+        command = [sys.executable, "-W", "ignore::RuntimeWarning", self.file, self.folder.name]
+        said = open(Path(self.folder.name) / "said", "w")  # a pipe that nobody reads would stop it
+        self.process = subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT)
+        atexit.register(self.process.kill)
+
+    def verdicts(self) -> dict[str, str | None]:
+        """What the process found, when it has ended."""
+        if self.found is None:
+            assert self.process is not None
+            status = self.process.wait()
+            assert status == 0, (Path(self.folder.name) / "said").read_text()[-4000:]
+            self.found = json.loads((Path(self.folder.name) / "verdicts.json").read_text())
+        return self.found
