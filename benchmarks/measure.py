@@ -34,9 +34,18 @@ class Case:
         return [t for t in self.times if t is not None]
 
 
+def wall(call: Callable[[], Any]) -> float:
+    """Seconds of a call that is through when it returns."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
 class Group:
-    def __init__(self, title: str, cases: list[Case]) -> None:
-        self.title, self.cases = title, cases
+    """Cases that take turns; `timer` gives the seconds of one call."""
+
+    def __init__(self, title: str, cases: list[Case], timer: Callable[[Callable[[], Any]], float] = wall) -> None:
+        self.title, self.cases, self.timer = title, cases, timer
         self.by_name = {case.name: case for case in cases}
         self.rounds = 0
 
@@ -45,17 +54,19 @@ class Group:
             if self.rounds % case.every or (warming and not case.warm):
                 case.times.append(None)
                 continue
-            start = time.perf_counter()
-            case.call()
-            case.times.append(time.perf_counter() - start)
+            case.times.append(self.timer(case.call))
         self.rounds += 1
 
-    def run(self, benchmark, rounds: int) -> Group:
-        """All rounds, through pytest-benchmark's runner (its own table times a whole round); the first one warms up."""
+    def warm(self) -> None:
+        """A round that is not counted."""
         self.round(warming=True)
         self.rounds = 0
         for case in self.cases:
             case.times.clear()
+
+    def run(self, benchmark, rounds: int) -> Group:
+        """All rounds, through pytest-benchmark's runner (its own table times a whole round); the first one warms up."""
+        self.warm()
         benchmark.group = self.title
         benchmark.pedantic(self.round, rounds=rounds, iterations=1, warmup_rounds=0)
         return self
