@@ -40,9 +40,7 @@ def _build(name: str) -> nn.Module:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         return LlamaForCausalLM(LlamaConfig())  # transformers' default
-    raise ValueError(
-        f"no model {name!r}; expected OPT-125M, OPT-350M, Qwen2-0.5B, OPT-tiny, OPT-1.3B, Llama-7B or OPT-13B"
-    )
+    raise ValueError(f"no model {name!r}; expected OPT-125M, OPT-350M, Qwen2-0.5B, OPT-tiny, OPT-1.3B, Llama-7B or OPT-13B")
 
 
 def model(name: str, dtype: str) -> nn.Module:
@@ -72,5 +70,7 @@ def same_weights(module: nn.Module) -> nn.Module:
 
 
 def loss_of(model, batch: int, length: int):
-    ids = torch.randint(4, model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(1)).to(model.device)
+    ids = torch.randint(4, model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(1)).to(
+        model.device
+    )
     return lambda: model(input_ids=ids, labels=ids).loss

@@ -38,7 +38,9 @@ class Passes:
         self.spans = [Span(zokern.stream.parameter_id(f"w.{i}")) for i in range(len(thetas))]
         self.coeffs = torch.full((DRAWS,), EPS, device=thetas[0].device)
 
-    def axpy(self, direction: str = "normal", terms: int = 1, rounding: str = "nearest", lows: list[Tensor] | None = None) -> Any:
+    def axpy(
+        self, direction: str = "normal", terms: int = 1, rounding: str = "nearest", lows: list[Tensor] | None = None
+    ) -> Any:
         draws, a = [(3, k) for k in range(terms)], self.coeffs[:terms]
         return lambda: self.backend.axpy_(self.thetas, self.spans, resolve(direction), 7, draws, a, 1.0, rounding, lows)
 
@@ -148,7 +150,9 @@ def dtypes(run: Run, n: int) -> None:
             cases.append(Case(f"axpy_ normal {short} {name}", passes.axpy(), n, 2 * width, copy))
             cases.append(Case(f"axpy_ rademacher {short} {name}", passes.axpy("rademacher"), n, 2 * width, copy))
             if dtype != torch.float32:
-                cases.append(Case(f"axpy_ normal stochastic {short} {name}", passes.axpy(rounding="stochastic"), n, 2 * width, copy))
+                cases.append(
+                    Case(f"axpy_ normal stochastic {short} {name}", passes.axpy(rounding="stochastic"), n, 2 * width, copy)
+                )
             if dtype == torch.bfloat16:
                 call = passes.axpy(rounding="residual", lows=[low])
                 cases.append(Case(f"axpy_ normal residual {short} {name}", call, n, 8, copy))

@@ -17,7 +17,16 @@ from ..report import commit
 from .run import Run
 
 PACKAGES = ("torch", "triton", "transformers", "greenlet", "matplotlib")
-QUERY = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.draw", "temperature.gpu")
+QUERY = (
+    "name",
+    "driver_version",
+    "clocks.sm",
+    "clocks.mem",
+    "clocks.max.sm",
+    "clocks.max.mem",
+    "power.draw",
+    "temperature.gpu",
+)
 
 
 def smi(*fields: str) -> dict[str, str]:

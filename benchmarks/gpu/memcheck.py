@@ -29,7 +29,9 @@ def smoke(run: Run, backend: str) -> None:
         return
     for name in VERBS:
         for dtype in (torch.float32, torch.bfloat16):
-            run.check(f"{backend}: {name}, {dtype}", lambda n=name, d=dtype: check_verb(n, found, run.device, d, True, repeats=1))
+            run.check(
+                f"{backend}: {name}, {dtype}", lambda n=name, d=dtype: check_verb(n, found, run.device, d, True, repeats=1)
+            )
 
 
 def verdict(code: int, output: str, said: str) -> tuple[str, str]:

@@ -109,4 +109,7 @@ def replay(run: Run, backend: str) -> None:
         return
     size = (4, 16, 1) if run.quick else (20, 128, 2)
     for course in COURSES:
-        run.check(f"{backend}: MeZO replayed, {course.name}", lambda c=course: check_course(c, backends.get(backend), run.device, *size))
+        run.check(
+            f"{backend}: MeZO replayed, {course.name}",
+            lambda c=course: check_course(c, backends.get(backend), run.device, *size),
+        )

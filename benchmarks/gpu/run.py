@@ -1,9 +1,11 @@
 """Run: what a part is given. It tells where to work and how long, and takes what the part finds, line by line.
 
-    check    name, problem (None where it passed), seconds         skip     name, why
-    group    title, rows (measure.Group.rows)                      figure   key, value: what goals.py judges, and others
-    step     model, tokens, what, ratios                           memory   name, forward, extra, bytes over the weights
-    note     text
+    check    name, problem (None where it passed), seconds    skip     name, why
+    group    title, rows (those of measure.Group.rows)        figure   key, value: what goals.py judges, and others
+    step     model, batch, length, tokens, ratios, kernels    memory   name, forward, extra, scratch: bytes
+    device   facts by name
+
+Record (record.py) is the one reader of these lines.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,16 +64,16 @@ class Run:
         self.say("group", title=group.title, rows=group.rows())
 
     def backend(self, name: str) -> Backend | None:
-        """The backend, or None after saying why there is none."""
+        """The backend; None where it is off, which is a failure: what was to be checked on it was not."""
         if (why := backends.why_off(name)) is not None:
-            self.skip(f"backend {name}", why)
+            self.say("check", name=f"{name}: is on", problem=why, seconds=0)
             return None
         return backends.get(name)
 
     def backends(self) -> dict[str, Backend]:
-        """What is measured: the GPU's two backends, or the CPU's own."""
+        """What is measured: those of the GPU's two backends that are on, or the CPU's own."""
         names = ("cuda", "triton") if self.device == "cuda" else ("cpu",)
-        return {name: backend for name in names if (backend := self.backend(name)) is not None}
+        return {name: backends.get(name) for name in names if backends.why_off(name) is None}
 
 
 def judge() -> Backend:

@@ -144,7 +144,9 @@ def steps(run: Run, model: str, cells: tuple = CELLS) -> None:
         run.skip(f"MeZO paired and a paired SubZero, {model}", "greenlet is not installed here")
     size = sum(p.numel() for p in on_device(model, torch.bfloat16, "meta").parameters()) * 2
     if size + ROOM > free_bytes(run.device):
-        return run.skip(f"steps of {model}", f"needs {(size + ROOM) / 1e9:.0f} GB, {free_bytes(run.device) / 1e9:.0f} GB are free")
+        return run.skip(
+            f"steps of {model}", f"needs {(size + ROOM) / 1e9:.0f} GB, {free_bytes(run.device) / 1e9:.0f} GB are free"
+        )
     for at, (batch, length) in enumerate(cells):
         label = f"steps of {model} {batch}x{length}"
         if run.left < 8:
