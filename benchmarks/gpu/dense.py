@@ -15,9 +15,9 @@ from zokern.directions import resolve
 from .. import eager
 from ..measure import Case, Group
 from . import randn
+from .checks import DTYPES
 from .run import Run, free_bytes
 from .timing import measure, timer_of
-from .verbs import DTYPES
 
 EPS = 1e-3
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}

@@ -10,8 +10,9 @@ from guarded import equal
 from zokern.backends import Backend, Span
 from zokern.directions import resolve
 
+from .checks import DTYPES
 from .run import Run, judge
-from .verbs import DTYPES, SEED, STEP
+from .verbs import SEED, STEP
 
 REPLAYS = 4
 

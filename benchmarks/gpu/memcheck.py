@@ -15,8 +15,9 @@ import tempfile
 from pathlib import Path
 
 from . import ROOT
+from .checks import check_verb
 from .run import Run
-from .verbs import VERBS, check_verb
+from .verbs import VERBS
 
 SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error")
 

@@ -43,16 +43,16 @@ def correctness(backend: str) -> tuple[Part, ...]:
     return (
         *(
             Part(f"{backend} verbs {dtype}", "every verb and rounding on lists of millions of elements with tails, offsets, slices and numbers "
-                 "beyond 32 bits, three launches each, bit for bit against the CPU backend", "verbs:verbs", {**of, "dtype": dtype}, 180)
+                 "beyond 32 bits, three launches each, bit for bit against the CPU backend", "checks:verbs", {**of, "dtype": dtype}, 180)
             for dtype in ("bfloat16", "float32", "float16")
         ),
         *(
             Part(f"{backend} suite {share + 1} of {SUITES}", "the conformance suite of the tests, bit for bit against the reference; low-rank "
-                 "products with factors whose sums are exact", "verbs:suite", {**of, "share": share, "of": SUITES}, 180)
+                 "products with factors whose sums are exact", "checks:suite", {**of, "share": share, "of": SUITES}, 180)
             for share in range(SUITES)
         ),
-        Part(f"{backend} bounds", "lowrank_ with random factors within its error bound", "verbs:bounds", of),
-        Part(f"{backend} vectors", "2^26 values with the digests of tests/vectors", "verbs:vectors", of),
+        Part(f"{backend} bounds", "lowrank_ with random factors within its error bound", "checks:bounds", of),
+        Part(f"{backend} vectors", "2^26 values with the digests of tests/vectors", "checks:vectors", of),
         Part(f"{backend} large", "one tensor of more than 2^31 elements: draw, axpy_, perturb, lowrank_; windows against the CPU backend",
              "large:large", of),
         Part(f"{backend} replay", "20 MeZO steps of a transformer, replayed on the CPU from (seed, step, coefficients) to the same bits",

@@ -1,4 +1,4 @@
-"""One part in a process of its own: `python -m benchmarks.gpu.worker verbs:suite '{"backend": "cuda"}' LINES`.
+"""One part in a process of its own: `python -m benchmarks.gpu.worker checks:suite '{"backend": "cuda"}' LINES`.
 
 What the part says is appended to LINES as JSON, line by line, so that a process that is stopped leaves what it had found.
 """
@@ -17,7 +17,7 @@ from . import use_tree
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.gpu.worker", description=__doc__)
-    parser.add_argument("call", help="module of this package and function: verbs:suite")
+    parser.add_argument("call", help="module of this package and function: checks:suite")
     parser.add_argument("options", type=json.loads, help="the function's arguments, JSON")
     parser.add_argument("lines", type=Path)
     parser.add_argument("--device", default="cuda")
