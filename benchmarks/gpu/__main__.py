@@ -57,7 +57,7 @@ def tell(stages: tuple[Stage, ...], seconds: float, reason: str) -> None:
 
 def run(stages: tuple[Stage, ...], seconds: float, out: Path | None, options: list[str], quick: bool, workers: int) -> int:
     """Every stage, the record written after each part; 1 where something is wrong."""
-    from .pool import run_parts
+    from . import pool
     from .record import Record
 
     begun, record = time.monotonic(), Record(quick)
@@ -66,7 +66,7 @@ def run(stages: tuple[Stage, ...], seconds: float, out: Path | None, options: li
         for stage in stages:
             budget = stage.share * max(0.0, stop - time.monotonic())
             say(f"[{time.monotonic() - begun:5.0f} s] stage {stage.name}: {len(stage.parts)} parts, up to {budget:.0f} s")
-            for outcome in run_parts(stage.parts, budget, Path(scratch), options, workers if stage.together else 1):
+            for outcome in pool.run_parts(stage.parts, budget, Path(scratch), options, workers if stage.together else 1):
                 record.add(stage.name, outcome)
                 record.write(out or record.folder())
                 checks, wrong = sum(kind == "check" for kind, _ in outcome.lines), outcome.failures

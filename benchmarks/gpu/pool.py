@@ -18,6 +18,7 @@ from .plan import Part
 
 GRACE = 3.0  # seconds between the time that a part is given and the one at which it is stopped
 TICK = 0.05
+WORKER = (sys.executable, "-m", "benchmarks.gpu.worker")
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Process:
     ) -> None:
         self.part, self.begun, self.seconds = part, time.monotonic(), seconds
         self.said, self.log = folder / f"{number}.jsonl", folder / f"{number}.log"
-        command = [sys.executable, "-m", "benchmarks.gpu.worker", part.call, json.dumps(dict(part.options)), str(self.said)]
+        command = [*WORKER, part.call, json.dumps(dict(part.options)), str(self.said)]
         command += ["--seconds", str(max(1.0, seconds - GRACE)), *options]
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
