@@ -710,7 +710,8 @@ def made_up() -> Record:
     record = Record()
     row = dict(ms=1.0, p10=0.9, p90=1.2, rounds=9, gb_per_s=3000.0, percent_of_copy=91.0, times_eager=5.5, bytes_per_element=4)
     lines = [
-        ("device", dict(name="MADE UP H100", date="2000-01-01", commit="none", multiprocessors="1", memory_gb="1", l2_mb="1", capability="9", cuda="0")),
+        ("device", dict(name="MADE UP H100", date="2000-01-01", commit="none", cuda="0", capability="9.0")),
+        ("device", dict(multiprocessors="1", memory_gb="1", l2_mb="1")),
         ("check", dict(name="right", problem=None, seconds=0)),
         ("check", dict(name="wrong", problem="1 of 3 differ, the first at 2", seconds=0)),
         ("skip", dict(name="steps of OPT-13B", why="needs 36 GB")),
