@@ -20,15 +20,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def use_tree() -> None:
-    """Makes a source tree importable as it is: tests/ on the path, and triton_kernels/ where an installed zokern has it."""
+    """Makes this source tree importable as it is: tests/ on the path, and triton_kernels/ where an installed zokern has it."""
     if str(ROOT / "tests") not in sys.path:
         sys.path.insert(0, str(ROOT / "tests"))
     import zokern
 
-    name = "zokern.triton_kernels"
-    if name in sys.modules or importlib.util.find_spec(name) is not None:
+    name, folder = "zokern.triton_kernels", ROOT / "triton_kernels"
+    if name in sys.modules:
         return
-    folder = ROOT / "triton_kernels"
     spec = importlib.util.spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
     assert spec is not None and spec.loader is not None
     sys.modules[name] = zokern.triton_kernels = module = importlib.util.module_from_spec(spec)  # type: ignore[attr-defined]

@@ -60,7 +60,7 @@ def run(stages: tuple[Stage, ...], seconds: float, out: Path | None, options: li
     from . import pool
     from .record import Record
 
-    begun, record = time.monotonic(), Record(quick)
+    begun, record, whole = time.monotonic(), Record(quick), {stage.name for stage in STAGES} <= {stage.name for stage in stages}
     stop = begun + seconds - RESERVE
     with tempfile.TemporaryDirectory() as scratch:
         for stage in stages:
@@ -68,7 +68,7 @@ def run(stages: tuple[Stage, ...], seconds: float, out: Path | None, options: li
             say(f"[{time.monotonic() - begun:5.0f} s] stage {stage.name}: {len(stage.parts)} parts, up to {budget:.0f} s")
             for outcome in pool.run_parts(stage.parts, budget, Path(scratch), options, workers if stage.together else 1):
                 record.add(stage.name, outcome)
-                record.write(out or record.folder())
+                record.write(out or record.folder(whole))
                 checks, wrong = sum(kind == "check" for kind, _ in outcome.lines), outcome.failures
                 say(
                     f"[{time.monotonic() - begun:5.0f} s]   {outcome.part.name}: {outcome.how} in {outcome.seconds:.0f} s"
@@ -80,20 +80,20 @@ def run(stages: tuple[Stage, ...], seconds: float, out: Path | None, options: li
                         say(f"    FAILED {fields['name']}: {fields['problem'][:300]}")
                     elif kind == "skip":
                         say(f"    not run: {fields['name']}: {fields['why']}")
-    folder = out or record.folder()
     for row in record.goals():
         print("{:78} {:>10} {:>10}  {}".format(*row))
     wrong = record.failures()
-    print(
-        f"{sum(c['problem'] is None for c in record.checks)} of {len(record.checks)} checks passed; {len(wrong)} failures; {folder}"
-    )
+    passed = sum(check["problem"] is None for check in record.checks)
+    print(f"{passed} of {len(record.checks)} checks passed; {len(wrong)} failures; {out or record.folder(whole)}")
     return 1 if wrong else 0
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--out", type=Path, help="folder of the results; otherwise benchmarks/results/<device>/, build/gpu-quick/ with --quick"
+        "--out",
+        type=Path,
+        help="folder of the results; otherwise benchmarks/results/<device>/, or build/gpu/ with --quick or --only",
     )
     parser.add_argument("--quick", action="store_true", help="small tensors and few rounds: does it run, not how fast")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")

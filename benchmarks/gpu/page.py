@@ -64,7 +64,7 @@ def checks(record: Record) -> list[str]:
     text = ["", "## Correctness", "", f"{passed} of {len(record.checks)} checks passed."]
     if not record.checks:
         text[-1] = "Nothing was checked."
-    text += [f"- **failed:** {cell(line)}" for line in wrong]
+    text += ["", *(f"- **failed:** {cell(line)}" for line in wrong)] if wrong else []
     if record.skips:
         text += ["", "Not run:", "", *(f"- {cell(skip['name'])}: {cell(skip['why'])}" for skip in record.skips)]
     return text

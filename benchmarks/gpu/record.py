@@ -65,10 +65,10 @@ class Record:
             rows.append((goal.what, f"{'>=' if goal.at_least else '<='} {goal.bound:g} {goal.unit}", shown, verdict))
         return rows
 
-    def folder(self) -> Path:
-        """Where it is kept when nobody says where. A quick run has too few rounds for the repository."""
-        if self.quick:
-            return ROOT / "build" / "gpu-quick"
+    def folder(self, whole: bool = True) -> Path:
+        """Where it is kept when nobody says where: a quick run, or one of some stages alone, is not for the repository."""
+        if self.quick or not whole:
+            return ROOT / "build" / "gpu"
         name = re.sub(r"[^a-z0-9]+", "-", self.device.get("name", "unknown").lower()).strip("-")
         return ROOT / "benchmarks" / "results" / name
 
