@@ -27,7 +27,7 @@ from wrong.addressing import ClockOnce  # noqa: E402
 
 import benchmarks.gpu  # noqa: E402
 from benchmarks.gpu import __main__ as command  # noqa: E402
-from benchmarks.gpu import checks, dense, device, factors, graphs, large, memcheck, page, pool, replay, steps, timing  # noqa: E402
+from benchmarks.gpu import checks, dense, device, factors, graphs, large, linear, memcheck, page, pool, replay, steps, timing  # noqa: E402
 from benchmarks.gpu.goals import GOALS  # noqa: E402
 from benchmarks.gpu.plan import STAGES, Part, Stage  # noqa: E402
 from benchmarks.gpu.pool import Outcome  # noqa: E402
@@ -221,18 +221,18 @@ def test_an_exception_is_no_pass(quick, said) -> None:
 
 def test_suite_has_every_check_once(quick, said, monkeypatch) -> None:
     seen: list[str] = []
-    monkeypatch.setattr(conformance, "EVERY", {name: lambda *_, n=name: seen.append(n) for name in conformance.EVERY})
+    monkeypatch.setattr(checks, "SUITE", {name: lambda *_, n=name: seen.append(n) for name in checks.SUITE})
     suites = [part.options for stage in STAGES for part in stage.parts if part.call == "checks:suite"]
     for options in suites:
         if options["backend"] == "cuda":
             checks.suite(quick, **{**options, "backend": "reference"})
-    assert sorted(seen) == sorted(conformance.EVERY) and not any(said.problems().values())
+    assert sorted(seen) == sorted(checks.SUITE) and set(conformance.EVERY) <= set(seen) and not any(said.problems().values())
 
 
 def test_suite_on_the_cpu(quick, said) -> None:
-    of = len(conformance.EVERY)
+    names = list(checks.SUITE)
     for name in ("axpy_special", "lowrank_ranks", "clock"):
-        checks.suite(quick, "cpu", list(conformance.EVERY).index(name), of)
+        checks.suite(quick, "cpu", names.index(name), len(names))
     assert list(said.problems()) == ["cpu: axpy_special", "cpu: lowrank_ranks", "cpu: clock"]
     assert not any(said.problems().values())
 
@@ -458,6 +458,14 @@ def test_factored_figures(quick, said, monkeypatch) -> None:
     names = ("least / copy", "least / addmm_", "median / addmm_")
     assert said.figures == pytest.approx(dict(zip([f"lowrank_ cpu, {name}" for name in names], (100, 1.5, 1.5))))
     assert {f"lowrank_ cuda, {name}" for name in names} <= {goal.key for goal in GOALS}
+
+
+def test_products(quick, said, monkeypatch) -> None:
+    monkeypatch.setattr(linear, "timer_of", lambda run: Ticks({"bare": 2e-3}))
+    linear.products(quick)
+    names = ("linear +- dense cpu, 16 tokens", "linear +- rank 8 cpu, 16 tokens")
+    assert said.figures == pytest.approx({f"{name} / two F.linear": 0.5 for name in names})
+    assert len(said.of("group")) == 2 and said.of("group")[0]["rows"][1]["times_eager"] == pytest.approx(2)
 
 
 @pytest.fixture

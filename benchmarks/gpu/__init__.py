@@ -1,7 +1,7 @@
 """`make gpu`: is what was proven without a GPU true on one, and how fast is it? One command, under ten minutes.
 
     correctness   every verb, backends cuda and triton, bit for bit against the CPU    verbs, checks, large, replay, graphs, memcheck
-    verbs         GB/s, share of a copy; eager PyTorch, torch.compile, addmm_ beside   dense, factors
+    verbs         GB/s, share of a copy; eager PyTorch, torch.compile, addmm_ beside   dense, factors, linear
     steps         whole steps over their two forwards, peak memory, kernels            steps
 
 `python -m benchmarks.gpu` runs the parts that plan.py lists, each in a process of its own (worker.py): a fault of one part leaves the
