@@ -438,13 +438,23 @@ def test_events_bracket_the_call_alone(monkeypatch) -> None:
 def test_dense_figures(quick, said, monkeypatch) -> None:
     """Every group, with calls that all take a millisecond: shares and ratios are then the bytes'."""
     monkeypatch.setattr(dense, "timer_of", lambda run: Ticks({}))
-    monkeypatch.setattr(dense, "compiled", lambda run, w: lambda: None)
+    monkeypatch.setattr(dense.torch, "compile", lambda function: lambda *_: None)
     dense.dense(quick)
+    dense.compiled(quick)
     expected = {"axpy_ cpu / copy": 100, "axpy_ cpu / eager": 1, "axpy_ cpu / compile": 1, "perturb pair cpu / copy": 150}
     assert said.figures == pytest.approx({**expected, "K=8 cpu, passes / one": 1})
-    assert len(said.of("group")) == 3 + 3 + 1 + 4 and not said.of("skip")
+    assert len(said.of("group")) == 3 + 3 + 1 + 4 + 1 and not said.of("skip")
     keys = {key.replace("cpu", "cuda") for key in said.figures}
     assert {goal.key for goal in GOALS if goal.key.startswith(("axpy_ cuda", "perturb", "K="))} <= keys
+
+
+def test_no_compiler_is_said(quick, said, monkeypatch) -> None:
+    def broken(*_) -> None:
+        raise RuntimeError("no C++ compiler found")
+
+    monkeypatch.setattr(dense.torch, "compile", lambda function: broken)
+    dense.compiled(quick)
+    assert said.of("skip") == [{"name": "torch.compile of the eager perturb", "why": "RuntimeError: no C++ compiler found"}]
 
 
 def test_the_rest_is_said_when_the_time_is_up(said) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,15 +51,9 @@ class Passes:
         return lambda: self.backend.perturb(self.thetas, self.spans, resolve("normal"), 7, 3, 0, scales, sides, None)
 
 
-def compiled(run: Run, w: Tensor) -> Callable[[], Any] | None:
-    """torch.compile of the eager perturb, after its first call."""
-    function = torch.compile(eager.perturbed)
-    try:
-        function(w, 1.0, EPS)
-    except Exception as error:  # no compiler that inductor can use: the line says so
-        run.skip("torch.compile of the eager perturb", f"{type(error).__name__}: {str(error)[:200]}")
-        return None
-    return lambda: function(w, 1.0, EPS)
+def large(run: Run) -> int:
+    """Elements of a tensor far above the caches, as the memory that is free allows."""
+    return 1 << 16 if run.quick else 1 << 30 if free_bytes(run.device) > 24e9 else 1 << 27
 
 
 def axpy_large(run: Run, n: int) -> None:
@@ -79,8 +72,6 @@ def axpy_large(run: Run, n: int) -> None:
         case("in-place torch, normal_ + add_", lambda: eager.in_place(w, other, EPS)),
         Case(loop, lambda: eager.perturb([parameter], 7, 1, EPS), n, 4, copy, loop),
     ]
-    if (call := compiled(run, w)) is not None:
-        cases.append(case("torch.compile of it", call))
     if randn.triton is not None and run.device == "cuda":
         cases.append(case("tl.randn axpy", lambda: randn.axpy_(w, 7, EPS)))
     for name, backend in run.backends().items():
@@ -92,10 +83,27 @@ def axpy_large(run: Run, n: int) -> None:
         ours = f"axpy_ normal K=1 {name} {size}"
         run.figure(f"axpy_ {name} / copy", 100 * group.ratio(copy, ours))
         run.figure(f"axpy_ {name} / eager", group.ratio(loop, ours))
-        if f"torch.compile of it {size}" in group.by_name:
-            run.figure(f"axpy_ {name} / compile", group.ratio(f"torch.compile of it {size}", ours))
         if f"tl.randn axpy {size}" in group.by_name:
             run.figure(f"axpy_ {name} / tl.randn", group.ratio(f"tl.randn axpy {size}", ours))
+
+
+def compiled(run: Run) -> None:
+    """torch.compile of the eager perturb: a part of its own, since inductor may take a minute for it."""
+    n = large(run)
+    w, size = weights(run, n, torch.bfloat16), f"bf16 n={n}"
+    other, copy, compiled = torch.empty_like(w), f"copy {size}", f"torch.compile of the eager perturb {size}"
+    function = torch.compile(eager.perturbed)
+    try:
+        function(w, 1.0, EPS)
+    except Exception as error:  # no compiler that inductor can use: the line says so
+        return run.skip("torch.compile of the eager perturb", f"{type(error).__name__}: {str(error)[:200]}")
+    cases = [Case(copy, lambda: other.copy_(w), n, 4), Case(compiled, lambda: function(w, 1.0, EPS), n, 4, copy)]
+    for name, backend in run.backends().items():
+        cases.append(Case(f"axpy_ normal K=1 {name} {size}", Passes(backend, [w]).axpy(), n, 4, copy, compiled))
+    group = measure(run, Group(f"axpy_ and torch.compile (as eager), {size}", cases, timer_of(run)), 30, 8)
+    for name in run.backends():
+        run.figure(f"axpy_ {name} / compile", group.ratio(compiled, f"axpy_ normal K=1 {name} {size}"))
+    return None
 
 
 def perturb_large(run: Run, n: int) -> None:
@@ -189,8 +197,8 @@ def lists(run: Run, count: int, each: int) -> None:
 
 
 def dense(run: Run) -> None:
-    """Everything above, the goals' lines first; sizes follow the memory that is free."""
-    n = 1 << 16 if run.quick else 1 << 30 if free_bytes(run.device) > 24e9 else 1 << 27
+    """Everything but torch.compile, the goals' lines first."""
+    n = large(run)
     for body in (
         lambda: axpy_large(run, n),
         lambda: perturb_large(run, n),
