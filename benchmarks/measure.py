@@ -57,16 +57,19 @@ class Group:
             case.times.append(self.timer(case.call))
         self.rounds += 1
 
-    def warm(self) -> None:
-        """A round that is not counted."""
+    def drop(self, name: str) -> None:
+        """Leaves a case out; what was compared with it is compared with nothing."""
+        self.cases.remove(self.by_name.pop(name))
+        for case in self.cases:
+            case.yardstick = "" if case.yardstick == name else case.yardstick
+            case.eager = "" if case.eager == name else case.eager
+
+    def run(self, benchmark, rounds: int) -> Group:
+        """All rounds, through pytest-benchmark's runner (its own table times a whole round); the first one warms up."""
         self.round(warming=True)
         self.rounds = 0
         for case in self.cases:
             case.times.clear()
-
-    def run(self, benchmark, rounds: int) -> Group:
-        """All rounds, through pytest-benchmark's runner (its own table times a whole round); the first one warms up."""
-        self.warm()
         benchmark.group = self.title
         benchmark.pedantic(self.round, rounds=rounds, iterations=1, warmup_rounds=0)
         return self

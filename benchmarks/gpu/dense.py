@@ -16,7 +16,7 @@ from ..measure import Case, Group
 from . import randn
 from .checks import DTYPES
 from .run import Run, free_bytes
-from .timing import measure, timer_of
+from .timing import figure, measure, timer_of
 
 EPS = 1e-3
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -81,10 +81,9 @@ def axpy_large(run: Run, n: int) -> None:
     group = measure(run, Group(f"axpy_, one tensor, {size}", cases, timer_of(run)), 30, 12)
     for name in run.backends():
         ours = f"axpy_ normal K=1 {name} {size}"
-        run.figure(f"axpy_ {name} / copy", 100 * group.ratio(copy, ours))
-        run.figure(f"axpy_ {name} / eager", group.ratio(loop, ours))
-        if f"tl.randn axpy {size}" in group.by_name:
-            run.figure(f"axpy_ {name} / tl.randn", group.ratio(f"tl.randn axpy {size}", ours))
+        figure(run, group, f"axpy_ {name} / copy", copy, ours, 100)
+        figure(run, group, f"axpy_ {name} / eager", loop, ours)
+        figure(run, group, f"axpy_ {name} / tl.randn", f"tl.randn axpy {size}", ours)
 
 
 def compiled(run: Run) -> None:
@@ -102,7 +101,7 @@ def compiled(run: Run) -> None:
         cases.append(Case(f"axpy_ normal K=1 {name} {size}", Passes(backend, [w]).axpy(), n, 4, copy, compiled))
     group = measure(run, Group(f"axpy_ and torch.compile (as eager), {size}", cases, timer_of(run)), 30, 8)
     for name in run.backends():
-        run.figure(f"axpy_ {name} / compile", group.ratio(compiled, f"axpy_ normal K=1 {name} {size}"))
+        figure(run, group, f"axpy_ {name} / compile", compiled, f"axpy_ normal K=1 {name} {size}")
     return None
 
 
@@ -119,8 +118,7 @@ def perturb_large(run: Run, n: int) -> None:
         cases.append(Case(f"draw normal {name} {size}", passes.draw([outs[1]]), n, 2, copy))
     group = measure(run, Group(f"perturb and draw, one tensor, {size}", cases, timer_of(run)), 30, 8)
     for name in run.backends():
-        row = next(row for row in group.rows() if row["name"] == f"perturb +- {name} {size}")
-        run.figure(f"perturb pair {name} / copy", row["percent_of_copy"])
+        figure(run, group, f"perturb pair {name} / copy", copy, f"perturb +- {name} {size}", 150)  # 6 bytes to the copy's 4
 
 
 def draws(run: Run, n: int) -> None:
@@ -143,7 +141,7 @@ def draws(run: Run, n: int) -> None:
         cases.append(Case(f"K={DRAWS} passes {name}", passes_of(passes.axpy(), DRAWS), n, 4 * DRAWS, "copy"))
     group = measure(run, Group(f"axpy_ normal, K draws, bf16 n={n}", cases, timer_of(run)), 20, 8)
     for name in run.backends():
-        run.figure(f"K={DRAWS} {name}, passes / one", group.ratio(f"K={DRAWS} passes {name}", f"K={DRAWS} in one pass {name}"))
+        figure(run, group, f"K={DRAWS} {name}, passes / one", f"K={DRAWS} passes {name}", f"K={DRAWS} in one pass {name}")
 
 
 def dtypes(run: Run, n: int) -> None:
@@ -199,17 +197,17 @@ def lists(run: Run, count: int, each: int) -> None:
 def dense(run: Run) -> None:
     """Everything but torch.compile, the goals' lines first."""
     n = large(run)
-    for body in (
-        lambda: axpy_large(run, n),
-        lambda: perturb_large(run, n),
-        lambda: draws(run, n >> 1),
-        lambda: dtypes(run, n >> 2),
-        lambda: lists(run, 50 if run.quick else 2000, 4096),
-        lambda: sizes(run, tuple(n >> k for k in (14, 10, 6, 3))),
+    for name, body in (
+        ("axpy_, one tensor", lambda: axpy_large(run, n)),
+        ("perturb and draw", lambda: perturb_large(run, n)),
+        ("K draws", lambda: draws(run, n >> 1)),
+        ("dtypes and roundings", lambda: dtypes(run, n >> 2)),
+        ("a list", lambda: lists(run, 50 if run.quick else 2000, 4096)),
+        ("sizes", lambda: sizes(run, tuple(n >> k for k in (14, 10, 6, 3)))),
     ):
         if run.left < 3:
-            return run.skip("the rest of the verbs' times", "the part's time was up")
-        body()
+            run.skip(f"times of {name}", "the part's time was up")
+            continue
+        run.attempt(f"times of {name}", body)
         if run.device == "cuda":
             torch.cuda.empty_cache()
-    return None

@@ -14,7 +14,7 @@ from zokern.backends import Backend, Span
 from ..measure import Case, Group
 from .dense import EPS, weights
 from .run import Run
-from .timing import measure, timer_of
+from .timing import figure, measure, timer_of
 
 SHAPES = ((4096, 4096), (4096, 14336))
 RANKS = (8, 16, 32, 64, 128)
@@ -29,8 +29,7 @@ def ours(backend: Backend, ws: list[Tensor], us: list[Tensor], vs: list[Tensor])
 def factored(run: Run, shapes: tuple = SHAPES, ranks: tuple = RANKS, matrices: int = MATRICES) -> None:
     if run.quick:
         shapes, ranks, matrices = ((64, 96),), (8, 16), 2
-    copies: dict[str, list[float]] = {}
-    addmms: dict[str, list[float]] = {}
+    shares: dict[str, list[float]] = {}
     for m, n in shapes:
         count, size = matrices * m * n, f"{matrices} x {m}x{n}"
         flat = weights(run, count, torch.bfloat16)
@@ -42,17 +41,20 @@ def factored(run: Run, shapes: tuple = SHAPES, ranks: tuple = RANKS, matrices: i
             group = one(run, ws, stacked, rank, size, Case(copy, lambda o=other, f=flat: o.copy_(f), count, 4))
             for name in run.backends():
                 line = f"lowrank_ r={rank} {name} {size}"
-                copies.setdefault(name, []).append(100 * group.ratio(copy, line))
-                addmms.setdefault(name, []).append(group.ratio(f"addmm_ r={rank} {size}", line))
-                figures(run, name, copies[name], addmms[name])
+                for other_line, what, scale in ((copy, "copy", 100), (f"addmm_ r={rank} {size}", "addmm_", 1)):
+                    if (found := figure(run, group, f"{line} / {what}", other_line, line, scale)) is not None:
+                        shares.setdefault(f"{name} {what}", []).append(found)
+                figures(run, name, shares)
     return None
 
 
-def figures(run: Run, name: str, copies: list[float], addmms: list[float]) -> None:
+def figures(run: Run, name: str, shares: dict[str, list[float]]) -> None:
     """Over the shapes and ranks so far; each is said anew, so that a part that is cut off has said what it had."""
-    run.figure(f"lowrank_ {name}, least / copy", min(copies))
-    run.figure(f"lowrank_ {name}, least / addmm_", min(addmms))
-    run.figure(f"lowrank_ {name}, median / addmm_", median(addmms))
+    if found := shares.get(f"{name} copy"):
+        run.figure(f"lowrank_ {name}, least / copy", min(found))
+    if found := shares.get(f"{name} addmm_"):
+        run.figure(f"lowrank_ {name}, least / addmm_", min(found))
+        run.figure(f"lowrank_ {name}, median / addmm_", median(found))
 
 
 def one(run: Run, ws: list[Tensor], stacked: Tensor, rank: int, size: str, copy: Case) -> Group:
@@ -84,5 +86,4 @@ def one(run: Run, ws: list[Tensor], stacked: Tensor, rank: int, size: str, copy:
         cases.append(
             Case(f"lowrank_ r={rank} {name} one of them", ours(backend, ws[:1], us[:1], vs[:1]), count // len(ws), 4, copy.name)
         )
-    copy.times.clear()
     return measure(run, Group(f"lowrank_, rank {rank}, bf16 {size}", cases, timer_of(run)), 15, 2.5)

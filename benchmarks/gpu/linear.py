@@ -12,7 +12,7 @@ import zokern
 from ..measure import Case, Group
 from .dense import EPS, weights
 from .run import Run
-from .timing import measure, timer_of
+from .timing import figure, measure, timer_of
 
 SHAPE = (14336, 4096)  # of W: rows are what a token becomes
 TOKENS = (16, 128, 512, 2048)  # of one side
@@ -41,7 +41,7 @@ def linears(run: Run, tokens: tuple[int, ...] = TOKENS) -> None:
             cases.append(Case(f"linear +- rank {RANK} {name}, {rows} tokens", ours((left, right), name), m * n, 2, eager=bound))
         group = measure(run, Group(f"linear, {m}x{n} bf16, {rows} tokens a side (eager: two F.linear)", cases, timer), 20, 2)
         for case in cases[1:]:
-            run.figure(f"{case.name} / two F.linear", group.ratio(case.name, bound))
+            figure(run, group, f"{case.name} / two F.linear", case.name, bound)
 
 
 def sketches(run: Run) -> None:

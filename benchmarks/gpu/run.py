@@ -20,8 +20,6 @@ from torch import Tensor
 from zokern import backends
 from zokern.backends import Backend
 
-from ..measure import Group
-
 
 @dataclass
 class Run:
@@ -54,14 +52,24 @@ class Run:
         self.say("check", name=name, problem=problem, seconds=round(time.monotonic() - start, 2))
         return problem is None
 
+    def attempt(self, name: str, body: Callable[[], object]) -> bool:
+        """Whether `body` ran, for what is measured: no memory for it is said, and any other exception is a failed check."""
+        try:
+            body()
+            synchronize(self.device)
+        except torch.OutOfMemoryError as error:
+            self.skip(name, str(error).split(". ")[0])
+        except Exception as error:
+            self.say("check", name=f"{name}: runs", problem=f"{type(error).__name__}: {error}"[:2000], seconds=0)
+        else:
+            return True
+        return False
+
     def skip(self, name: str, why: str) -> None:
         self.say("skip", name=name, why=why)
 
     def figure(self, key: str, value: float) -> None:
         self.say("figure", key=key, value=value)
-
-    def group(self, group: Group) -> None:
-        self.say("group", title=group.title, rows=group.rows())
 
     def backend(self, name: str) -> Backend | None:
         """The backend; None where it is off, which is a failure: what was to be checked on it was not."""

@@ -22,7 +22,7 @@ from .. import eager
 from ..measure import Case, Group
 from ..models import loss_of, on_device, same_weights
 from .run import Run, free_bytes, synchronize
-from .timing import idle_to_idle, measure
+from .timing import figure, idle_to_idle, measure
 
 LR, EPS = 1e-6, 1e-3
 BOUND, LOOP = "two forwards", "eager MeZO"
@@ -42,7 +42,7 @@ def optimizer(name: str, module: nn.Module) -> zokern.MeZO | zokern.SubZero:
     return made
 
 
-def methods(run: Run) -> tuple[str, ...]:
+def methods() -> tuple[str, ...]:
     return ("MeZO scratch", "MeZO walk", "MeZO paired")[: 3 if meeting.greenlet is not None else 2]
 
 
@@ -82,16 +82,19 @@ def cost(run: Run, module: nn.Module, batch: int, length: int, label: str) -> di
     forwards = forwards_of(loss_of(module, batch, length))
     forwards()
     base, counted = peak(run, forwards), {BOUND: kernels(run, forwards)}
-    for name in (*methods(run), "SubZero"):
+
+    def one(name: str) -> None:
         own = same_weights(module)
         made, loss = optimizer(name, own), loss_of(own, batch, length)
         zokern.step(made, loss)
         scratch = zokern.step(made, loss).scratch_bytes
-        extra = peak(run, lambda m=made, c=loss: zokern.step(m, c)) - base
+        extra = peak(run, lambda: zokern.step(made, loss)) - base
         run.say("memory", name=f"{name}, {label}", forward=base, extra=extra, scratch=scratch)
         run.figure(f"memory of a step, {name} {label}", extra / MIB)
-        counted[name] = kernels(run, lambda m=made, c=loss: zokern.step(m, c))
-        del made, own
+        counted[name] = kernels(run, lambda: zokern.step(made, loss))
+
+    for name in (*methods(), "SubZero"):
+        run.attempt(f"memory of {name}, {label}", lambda name=name: one(name))
         clean(run)
     return counted
 
@@ -110,15 +113,15 @@ def times(run: Run, module: nn.Module, batch: int, length: int, label: str) -> d
     def group(title: str, cases: list[Case], rounds: int, seconds: float) -> None:
         found = measure(run, Group(f"{title}, {label}", [Case(BOUND, forwards), *cases], timer), rounds, seconds)
         for case in cases:
-            ratios[case.name] = found.ratio(case.name, BOUND)
-            run.figure(f"{case.name} {label} / forwards", ratios[case.name])
+            if (ratio := figure(run, found, f"{case.name} {label} / forwards", case.name, BOUND)) is not None:
+                ratios[case.name] = ratio
 
     def steps(name: str, own: nn.Module) -> Case:
         made, closure = optimizer(name, own), loss_of(own, batch, length)
         return Case(name, lambda: zokern.step(made, closure))
 
     rounds = 2 if run.quick else 15
-    group("dense steps", [steps(name, module) for name in methods(run)], rounds, 6)
+    group("dense steps", [steps(name, module) for name in methods()], rounds, 6)
     group("a factored step", [steps("SubZero", same_weights(module))], rounds, 3)
     clean(run)
     parameters, seeds = [p for p in module.parameters() if p.requires_grad], itertools.count()
@@ -152,9 +155,6 @@ def steps(run: Run, model: str, cells: tuple = CELLS) -> None:
         if run.left < 8:
             run.skip(label, "the part's time was up")
             continue
-        try:
-            cell(run, model, batch, length, at < 2)
-        except torch.OutOfMemoryError as error:
-            run.skip(label, str(error).split(". ")[0])
+        run.attempt(label, lambda batch=batch, length=length, at=at: cell(run, model, batch, length, at < 2))
         clean(run)
     return None

@@ -74,8 +74,14 @@ def timer_of(run: Run) -> Callable[[Callable[[], Any]], float]:
 
 
 def measure(run: Run, group: Group, rounds: int, seconds: float) -> Group:
-    """A warming round, then rounds until there are enough or the time is up; three at least. The group is said, with its GB/s."""
-    group.warm()
+    """Rounds until there are enough or the time is up; three at least. The group is said, with its GB/s.
+
+    Every case is called once before that; one that cannot run is said and left out, and the others are measured."""
+    for case in list(group.cases):
+        if not run.attempt(f"{group.title}: {case.name}", lambda case=case: group.timer(case.call)):
+            group.drop(case.name)
+    if not group.cases:
+        return group
     stop = time.monotonic() + min(seconds, max(0.0, run.left))
     while group.rounds < 3 or (group.rounds < rounds and time.monotonic() < stop):
         group.round()
@@ -88,3 +94,11 @@ def measure(run: Run, group: Group, rounds: int, seconds: float) -> Group:
             row["host_ms"] = host[case.call] * 1e3
     run.say("group", title=group.title, rows=rows)
     return group
+
+
+def figure(run: Run, group: Group, key: str, over: str, under: str, scale: float = 1.0) -> float | None:
+    """Says the ratio of two cases' times, where both ran."""
+    if over not in group.by_name or under not in group.by_name:
+        return None
+    run.figure(key, value := scale * group.ratio(over, under))
+    return value

@@ -75,10 +75,10 @@ def rows(at: Setting) -> None:
     at.backend.perturb(thetas, spans, resolve("normal"), SEED, STEP, 0, [1e-3, -1e-3], outs, None)
 
 
-def whole(value: float, *shape: int) -> Tensor:
+def whole(value: int, *shape: int) -> Tensor:
     """Small integers: their products and sums are exact in every order and in bfloat16, so matrix units give the CPU's bits too."""
     count = torch.Size(shape).numel()
-    return ((torch.arange(count) * 7919 + int(value)) % 17 - 8).float().view(shape)
+    return ((torch.arange(count) * 7919 + value) % 17 - 8).float().view(shape)
 
 
 def lowrank(rank: int, rounding: str = "nearest", decay: float = 1.0) -> Callable[[Setting], None]:
