@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -27,7 +28,8 @@ from wrong.addressing import ClockOnce  # noqa: E402
 
 import benchmarks.gpu  # noqa: E402
 from benchmarks.gpu import __main__ as command  # noqa: E402
-from benchmarks.gpu import checks, dense, device, factors, graphs, large, linear, memcheck, page, pool, replay, steps, timing  # noqa: E402
+from benchmarks.gpu import checks, counters, dense, device, factors, graphs, large, linear  # noqa: E402
+from benchmarks.gpu import memcheck, page, pool, replay, steps, timing  # noqa: E402
 from benchmarks.gpu.goals import GOALS  # noqa: E402
 from benchmarks.gpu.plan import STAGES, Part, Stage  # noqa: E402
 from benchmarks.gpu.pool import Outcome  # noqa: E402
@@ -357,6 +359,37 @@ def test_memcheck_runs_what_is_there(quick, said, monkeypatch, tmp_path) -> None
     assert "3 errors" in said.problems()["cpu: compute-sanitizer memcheck"]
     asked = (tmp_path / "asked").read_text()
     assert asked.startswith("--tool memcheck --error-exitcode 9") and "memcheck:smoke" in asked
+
+
+NCU = """==PROF== Connected to process 7
+"ID","Process ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value","Rule Name"
+"0","7","void at::native::fill<long>","LaunchStats","Duration","us","1.5",""
+"1","7","void axpy<0>(Job)","SpeedOfLight","Duration","us","310.2",""
+"1","7","void axpy<0>(Job)","SpeedOfLight","","","","SOLBottleneck"
+"10","7","perturb","SpeedOfLight","Duration","us","400",""
+"""
+
+
+def test_counters(quick, said, monkeypatch, tmp_path) -> None:
+    both = counters.parse(NCU, ["one", "two"])
+    assert (
+        both[0] == {"name": "one: void axpy<0>(Job)", "metrics": {"Duration": "310.2 us"}} and both[1]["name"] == "two: perturb"
+    )
+    assert counters.parse(NCU, ["one"])[0]["name"] == "void axpy<0>(Job)" and counters.parse("==ERROR== no", []) == []
+    counters.probe(quick)
+    assert len(said.of("probe")) == 8
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(counters.shutil, "which", lambda name, which=shutil.which: which(name) if "/" not in name else None)
+    counters.counters(quick)
+    tool = tmp_path / "ncu"
+    tool.write_text(f"#!/bin/sh\necho \"$@\" > {tmp_path}/asked\necho '{NCU}'\n")
+    tool.chmod(0o755)
+    counters.counters(quick)
+    assert "ncu (Nsight Compute) is not installed here" in said.of("skip")[0]["why"] and len(said.of("counters")) == 2
+    assert "--clock-control none --profile-from-start off" in (tmp_path / "asked").read_text()
+    tool.write_text("#!/bin/sh\necho 'Failed to initialize the profiler: LibraryNotLoaded'\nexit 1\n")
+    counters.counters(quick)
+    assert "LibraryNotLoaded" in said.of("skip")[1]["why"]
 
 
 # Times: the arithmetic ------------------------------------------------------------------------------------------------------------
@@ -775,6 +808,7 @@ def made_up() -> Record:
         ("figure", dict(key="MeZO scratch OPT-1.3B 1x16 / forwards", value=2.5)),
         ("figure", dict(key="another", value=3.0)),
         ("step", dict(model="OPT-1.3B", batch=1, length=16, tokens=16, ratios={"MeZO scratch": 2.5}, kernels={"MeZO scratch": 77})),
+        ("counters", dict(name="axpy_ normal cuda: axpy<0>", metrics={"Duration": "310 us", "Warp Cycles": "9"})),
         ("memory", dict(name="MeZO scratch, OPT-1.3B 1x16", forward=3 << 30, extra=64 << 20, scratch=60 << 20)),
     ]  # fmt: skip
     record.add("correctness", Outcome(Part("all", "everything", ""), "done", "", 3, lines))
@@ -792,6 +826,7 @@ def test_page() -> None:
     assert "- steps of OPT-13B: needs 36 GB" in lines and "![verbs](verbs.png)" in lines
     assert "| axpy_ normal cuda | 1 [0.9 1.2] | 9 | 3000 | 91 | 5.50 | 4 |" in lines and "| another | 3.00 |" in lines
     assert "| OPT-1.3B | 1x16 | 77 |" in lines and "| MeZO scratch, OPT-1.3B 1x16 | 3072 | 64 | 60 |" in lines
+    assert "| axpy_ normal cuda: axpy<0> | 310 us |  |  |  |  |  |" in lines
     assert lines.index("| goal | must reach | measured |  |") < lines.index("## Correctness")
 
 

@@ -14,7 +14,7 @@ import torch
 import zokern
 
 from ..report import commit
-from .run import Run
+from .run import Run, judge
 
 PACKAGES = ("torch", "triton", "transformers", "greenlet", "matplotlib")
 QUERY = (
@@ -66,7 +66,7 @@ def facts(run: Run) -> None:
         "python": platform.python_version(), "zokern": zokern.__version__, "commit": commit(), "date": date.today().isoformat(),
         "cuda": torch.version.cuda or "none", **{package: version(package) for package in PACKAGES},
     }  # fmt: skip
-    found["torch"] = torch.__version__
+    found |= {"torch": torch.__version__, "judge": judge().name}
     if run.device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         found |= {

@@ -25,7 +25,7 @@ def page(record: Record, pictures: Sequence[str] = ()) -> str:
     text = [*head(record), *goals(record), *checks(record)]
     for name in pictures:
         text += ["", f"![{name.removesuffix('.png')}]({name})"]
-    text += [*steps(record), *groups(record), *others(record), *course(record)]
+    text += [*steps(record), *groups(record), *counters(record), *others(record), *course(record)]
     return "\n".join(text) + "\n"
 
 
@@ -43,6 +43,7 @@ def head(record: Record) -> list[str]:
         f"`make gpu`{' --quick' if record.quick else ''}, {d['date']}, commit {d['commit']}. {d['multiprocessors']} multiprocessors, "
         f"{d['memory_gb']} GB, L2 {d['l2_mb']} MB, compute capability {d['capability']}; clocks {clocks}; driver {d.get('driver_version', '?')}, "
         f"CUDA {d['cuda']}; {versions}.",
+        f"Bits are judged by backend `{d.get('judge', '?')}`. "
         "Medians of rounds in which the cases of a group take turns; a ratio is the median of the rounds' ratios. Caches are flushed before a "
         "verb; GB/s count the bytes that the work must move (z moves none).",
     ]
@@ -115,6 +116,14 @@ def groups(record: Record) -> list[str]:
         head = ("case", "median ms [p10 p90]", "rounds", *(title for _, title, _ in shown))
         text += ["", f"## {group['title']}", "", *table(head, rows)]
     return text
+
+
+def counters(record: Record) -> list[str]:
+    from .counters import SHOWN
+
+    rows = [(kernel["name"], *(kernel["metrics"].get(name, "") for name in SHOWN)) for kernel in record.counters]
+    text = ["", "## Hardware counters (ncu; all of them: gpu.json)", "", *table(("kernel", *SHOWN), rows)]
+    return text if rows else []
 
 
 def others(record: Record) -> list[str]:

@@ -12,7 +12,7 @@ from . import ROOT
 from .goals import GOALS
 from .pool import Outcome
 
-LISTS = {"check": "checks", "skip": "skips", "group": "groups", "step": "steps", "memory": "memory"}
+LISTS = {"check": "checks", "skip": "skips", "group": "groups", "step": "steps", "memory": "memory", "counters": "counters"}
 
 
 class Record:
@@ -26,6 +26,7 @@ class Record:
         self.groups: list[dict[str, Any]] = []
         self.steps: list[dict[str, Any]] = []
         self.memory: list[dict[str, Any]] = []
+        self.counters: list[dict[str, Any]] = []
 
     def add(self, stage: str, outcome: Outcome) -> None:
         part = outcome.part
