@@ -28,8 +28,22 @@ from wrong.addressing import ClockOnce  # noqa: E402
 
 import benchmarks.gpu  # noqa: E402
 from benchmarks.gpu import __main__ as command  # noqa: E402
-from benchmarks.gpu import checks, counters, dense, device, factors, graphs, large, linear  # noqa: E402
-from benchmarks.gpu import memcheck, page, pool, replay, steps, timing  # noqa: E402
+from benchmarks.gpu import (  # noqa: E402
+    checks,
+    counters,
+    dense,
+    device,
+    factors,
+    graphs,
+    large,
+    linear,
+    memcheck,
+    page,
+    pool,
+    replay,
+    steps,
+    timing,
+)
 from benchmarks.gpu.goals import GOALS  # noqa: E402
 from benchmarks.gpu.plan import STAGES, Part, Stage  # noqa: E402
 from benchmarks.gpu.pool import Outcome  # noqa: E402

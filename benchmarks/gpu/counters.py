@@ -19,6 +19,7 @@ import torch
 from . import ROOT
 from .dense import DRAWS, Passes, weights
 from .factors import ours
+from .pool import read
 from .run import Run
 
 SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "SchedulerStats", "Occupancy", "LaunchStats", "MemoryWorkloadAnalysis")
@@ -111,11 +112,7 @@ def counters(run: Run) -> None:
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(1.0, min(run.left, 1e6)))
         except subprocess.TimeoutExpired:
             return run.skip("hardware counters", "ncu did not finish in the time that was left")
-        labels = (
-            [line.split('"name": "')[1].split('"')[0] for line in said.read_text().splitlines() if '"probe"' in line]
-            if said.exists()
-            else []
-        )
+        labels = [fields["name"] for kind, fields in read(said) if kind == "probe"]
     found = parse(done.stdout, labels)
     if not found:
         return run.skip(
