@@ -844,6 +844,12 @@ def test_page() -> None:
     assert lines.index("| goal | must reach | measured |  |") < lines.index("## Correctness")
 
 
+def test_page_without_plots_says_why() -> None:
+    record = made_up()
+    record.device["matplotlib"] = "absent"
+    assert "No plots: matplotlib is not installed here." in page.page(record)
+
+
 def test_page_of_nothing() -> None:
     text = page.page(Record())
     assert text.startswith("# No device") and text.count("not measured") == len(GOALS) and "Nothing was checked." in text

@@ -84,6 +84,8 @@ def one(run: Run, ws: list[Tensor], stacked: Tensor, rank: int, size: str, copy:
     for name, backend in run.backends().items():
         cases.append(Case(f"lowrank_ r={rank} {name} {size}", ours(backend, ws, us, vs), count, 4, copy.name, loop))
         cases.append(
-            Case(f"lowrank_ r={rank} {name} one of them", ours(backend, ws[:1], us[:1], vs[:1]), count // len(ws), 4, copy.name)
+            Case(
+                f"lowrank_ r={rank} {name} one of {size}", ours(backend, ws[:1], us[:1], vs[:1]), count // len(ws), 4, copy.name
+            )
         )
     return measure(run, Group(f"lowrank_, rank {rank}, bf16 {size}", cases, timer_of(run)), 15, 2.5)

@@ -23,6 +23,8 @@ def cell(text: str) -> str:
 
 def page(record: Record, pictures: Sequence[str] = ()) -> str:
     text = [*head(record), *goals(record), *checks(record)]
+    if record.device.get("matplotlib") == "absent":
+        text += ["", "No plots: matplotlib is not installed here."]
     for name in pictures:
         text += ["", f"![{name.removesuffix('.png')}]({name})"]
     text += [*steps(record), *groups(record), *counters(record), *others(record), *course(record)]

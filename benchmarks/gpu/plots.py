@@ -44,9 +44,9 @@ def verbs(record: Record, path: Path) -> bool:
         return False
     figure, axis = plt.subplots(figsize=(11, 1.5 + 0.19 * len(rows)))
     ours = [any(name.endswith(f" {b}") or f" {b} " in name for b in ("cuda", "triton", "cpu")) for name, _ in rows]
-    axis.barh(
-        [name for name, _ in rows], [share for _, share in rows], color=["#4c78a8" if mine else "#bab0ac" for mine in ours]
-    )
+    places = range(len(rows))  # by place: names may come twice
+    axis.barh(places, [share for _, share in rows], color=["#4c78a8" if mine else "#bab0ac" for mine in ours])
+    axis.set_yticks(places, [name for name, _ in rows])
     axis.axvline(100, color="black", linewidth=0.8)
     axis.set_xlim(0, 125)
     axis.invert_yaxis()
