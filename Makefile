@@ -11,7 +11,7 @@ PIP = $(PYTHON) -m pip install -qq --disable-pip-version-check
 ENVIRONMENT = $(if $(filter .venv/bin/python,$(PYTHON)),.venv/.ready,installed)
 
 .DEFAULT_GOAL := help
-.PHONY: help install build demo test bench lint format wheel quality clean installed
+.PHONY: help install build demo test bench gpu lint format wheel quality clean installed
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' Makefile
@@ -54,6 +54,13 @@ test: build ## the whole test suite
 
 bench: build ## the benchmarks, each against eager PyTorch and against a copy
 	$(PYTHON) -m pytest -q benchmarks --benchmark-only --benchmark-quiet
+
+# Builds for the architecture of the GPU at hand alone, and takes a source tree as it is: PYTHON need not have zokern installed.
+gpu: $(filter .venv/%,$(ENVIRONMENT)) ## check and time the kernels on this GPU (GPU="--quick --out DIR"); without one, say what that is
+	@since=$$(date +%s); \
+	here=$$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -E '^[0-9]+\.[0-9]$$' | sort -u | tr '\n' ' '); \
+	ZOKERN_CUDA_ARCHITECTURES="$${ZOKERN_CUDA_ARCHITECTURES:-$$here}" $(PYTHON) setup.py --quiet build_ext --inplace && \
+	$(PYTHON) -m benchmarks.gpu --since $$since $(GPU)
 
 lint: $(ENVIRONMENT) ## ruff, mypy and clang-format
 	$(PYTHON) -m ruff check .

@@ -34,9 +34,18 @@ class Case:
         return [t for t in self.times if t is not None]
 
 
+def wall(call: Callable[[], Any]) -> float:
+    """Seconds of a call that is through when it returns."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
 class Group:
-    def __init__(self, title: str, cases: list[Case]) -> None:
-        self.title, self.cases = title, cases
+    """Cases that take turns; `timer` gives the seconds of one call."""
+
+    def __init__(self, title: str, cases: list[Case], timer: Callable[[Callable[[], Any]], float] = wall) -> None:
+        self.title, self.cases, self.timer = title, cases, timer
         self.by_name = {case.name: case for case in cases}
         self.rounds = 0
 
@@ -45,10 +54,15 @@ class Group:
             if self.rounds % case.every or (warming and not case.warm):
                 case.times.append(None)
                 continue
-            start = time.perf_counter()
-            case.call()
-            case.times.append(time.perf_counter() - start)
+            case.times.append(self.timer(case.call))
         self.rounds += 1
+
+    def drop(self, name: str) -> None:
+        """Leaves a case out; what was compared with it is compared with nothing."""
+        self.cases.remove(self.by_name.pop(name))
+        for case in self.cases:
+            case.yardstick = "" if case.yardstick == name else case.yardstick
+            case.eager = "" if case.eager == name else case.eager
 
     def run(self, benchmark, rounds: int) -> Group:
         """All rounds, through pytest-benchmark's runner (its own table times a whole round); the first one warms up."""

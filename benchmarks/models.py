@@ -32,12 +32,32 @@ def _build(name: str) -> nn.Module:
         return OPTForCausalLM(
             OPTConfig(hidden_size=128, num_hidden_layers=2, ffn_dim=512, num_attention_heads=4, vocab_size=4096)
         )
-    raise ValueError(f"no model {name!r}; expected OPT-125M, OPT-350M, Qwen2-0.5B or OPT-tiny")
+    if name == "OPT-1.3B":
+        return OPTForCausalLM(OPTConfig(hidden_size=2048, num_hidden_layers=24, ffn_dim=8192, num_attention_heads=32))
+    if name == "OPT-13B":
+        return OPTForCausalLM(OPTConfig(hidden_size=5120, num_hidden_layers=40, ffn_dim=20480, num_attention_heads=40))
+    if name == "Llama-7B":
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        return LlamaForCausalLM(LlamaConfig())  # transformers' default
+    raise ValueError(f"no model {name!r}; expected OPT-125M, OPT-350M, Qwen2-0.5B, OPT-tiny, OPT-1.3B, Llama-7B or OPT-13B")
 
 
 def model(name: str, dtype: str) -> nn.Module:
     torch.manual_seed(0)
     return _build(name).to(DTYPES[dtype]).eval()
+
+
+def on_device(name: str, dtype: torch.dtype, device: str) -> nn.Module:
+    """The same, made where it is used: its weights are drawn there and pass through no other memory."""
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return _build(name).eval()
+    finally:
+        torch.set_default_dtype(before)
 
 
 def opt_125m(dtype: str) -> nn.Module:
@@ -50,5 +70,7 @@ def same_weights(module: nn.Module) -> nn.Module:
 
 
 def loss_of(model, batch: int, length: int):
-    ids = torch.randint(4, model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(4, model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(1)).to(
+        model.device
+    )
     return lambda: model(input_ids=ids, labels=ids).loss

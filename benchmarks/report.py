@@ -33,7 +33,7 @@ def _cpu() -> tuple[str, str]:
     return re.sub(r"\((R|TM)\)", "", name), clock
 
 
-def _commit() -> str:
+def commit() -> str:
     def git(*args: str) -> str:
         return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
@@ -41,7 +41,7 @@ def _commit() -> str:
         changed = git("status", "--porcelain", "--", "zokern", "csrc", "benchmarks/*.py")
         return git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return "no commit"
+        return "unknown"
 
 
 def machine() -> dict[str, str]:
@@ -57,7 +57,7 @@ def machine() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "zokern": zokern.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "date": date.today().isoformat(),
         "load": " ".join(f"{x:.1f}" for x in os.getloadavg()),
     }

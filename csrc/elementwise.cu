@@ -7,7 +7,7 @@
 //          perturb: normal 26.1 (16-bit), rademacher 7.9; stochastic rounding to bf16 8.6 more, residual 12.6 more; decay
 //          1.1 more. Many terms: 21.2 each and 10.6 around them; a replay of steps of one term 28.8 a step, stochastic 36.3.
 //          At most 64 registers (perturb, stochastic, residual, many terms: 80; both of these: 128), no spill, sm_80 to sm_120:
-//          `python tests/test_sass.py build/cubins`, `python -m benchmarks.predict`, nvcc 13.0
+//          `python tests/test_sass.py`, `python -m benchmarks.predict`, nvcc 13.0
 // launch   one persistent grid per list, blocks of 256 threads. A block takes a chunk or, when chunks are few, part of one; a
 //          thread takes whole units, with one 16-byte load and store for 16-bit types and two for float32. A warp that has
 //          4096 signs to make shares their Philox blocks through 512 bytes of shared memory (sign_tiles). Elements outside

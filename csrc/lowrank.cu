@@ -15,7 +15,7 @@
 // traffic  bf16: 2 B read and 2 B written an element; beside it the factors, which the caches hold
 // work     the loop over strips, instructions per element on sm_90 at rank 16, 32, 64, 128: 11.9, 14.4, 12.4, 15.6 for bfloat16
 // and
-//          14.4, 18.9, 27.9, 29.9 for float32, no spill on sm_80 to sm_120: `python tests/test_lowrank_sass.py build/cubins`,
+//          14.4, 18.9, 27.9, 29.9 for float32, no spill on sm_80 to sm_120: `python tests/test_lowrank_sass.py`,
 //          nvcc 13.0. Not timed on a GPU.
 // source   Chen et al. 2024, LOZO; Henry, Tang and Heinecke 2019 (arXiv 1904.06376) for sums of bfloat16 products
 #include <cuda_runtime.h>

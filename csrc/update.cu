@@ -5,7 +5,7 @@
 // work     whole loop per element, sm_90, one term, nearest: momentum normal 33.9 instructions (16-bit), 32.4 (float32), of
 //          signs 21.1, 19.6; adam normal 66.1, 65.0, of signs 53.1, 51.9, with the calls of subroutines that only operands at
 //          the ends of the range take. Momentum has 80 registers, adam at most 116, no spill on sm_80 to sm_120; memory
-//          leaves time for 83 and 138 (bf16, H200): `python tests/test_update_sass.py build/cubins`, nvcc 13.0
+//          leaves time for 83 and 138 (bf16, H200): `python tests/test_update_sass.py`, nvcc 13.0
 // launch   as elementwise.cu: one persistent grid per list, a thread takes whole units with 16-byte loads and stores, and
 //          the rest goes one element at a time. The numbers of the rule and the coefficients are in device memory.
 // equal    bit for bit to zokern/backends/reference.py for every grid; root and quotient are the correctly rounded ones

@@ -2,7 +2,7 @@
 
 Covers tables, chunks, alignment, tails, strides, rows, slices of columns, every dtype, rounding and number of draws, and that
 no result depends on the grid or on the order of blocks and threads. What only nvcc sees is the subject of test_ptx.py and
-test_sass.py; with a GPU, the same suite also runs on it.
+test_sass.py; on a GPU, `make gpu` runs the same suite.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import host
 import pytest
 import torch
 
-from zokern.backends import cuda, why_off
+from zokern.backends import cuda
 
 
 class OnHost(cuda.Cuda):
@@ -125,12 +125,6 @@ def test_wrong_kernels_are_right_otherwise(mistaken, monkeypatch) -> None:
         "axpy_sizes": None,
         "perturb_rows": None,
     }
-
-
-@pytest.mark.skipif(why_off("cuda") is not None, reason=f"backend cuda is off: {why_off('cuda')}")
-@pytest.mark.parametrize("check", conformance.CHECKS)
-def test_gpu_is_the_reference(check) -> None:
-    conformance.CHECKS[check](cuda.Cuda(), "cuda", "full")
 
 
 # What happens where there is no GPU

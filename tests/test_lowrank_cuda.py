@@ -15,7 +15,6 @@ import pytest
 import torch
 from test_cuda import OnHost
 
-from zokern.backends import cuda, why_off
 from zokern.backends.base import Span
 
 
@@ -128,19 +127,3 @@ def test_a_rank_too_high_is_refused(on_host) -> None:
     with pytest.raises(ValueError, match=r"ranks are \[129\].*1 to 128.*cpu"):
         OnHost(on_host).lowrank_([theta], [Span(0)], [left], [right], [1.0], 1.0, "nearest", None)
     assert not theta.any()
-
-
-@pytest.mark.skipif(why_off("cuda") is not None, reason=f"backend cuda is off: {why_off('cuda')}")
-@pytest.mark.parametrize("check", conformance.LOWRANK)
-def test_gpu_is_the_reference_where_sums_are_exact(check) -> None:
-    with conformance.small_integers():
-        conformance.LOWRANK[check](cuda.Cuda(), "cuda", "full")
-
-
-@pytest.mark.skipif(why_off("cuda") is not None, reason=f"backend cuda is off: {why_off('cuda')}")
-@pytest.mark.parametrize("dtype", conformance.DTYPES, ids=str)
-@pytest.mark.parametrize("rank", [1, 8, 16, 32, 64, 128])
-def test_gpu_bound(rank, dtype) -> None:
-    share = lowrank_bound.share(cuda.Cuda(), "cuda", (1024, 1024), rank, dtype)
-    print(f"rank {rank} {dtype}: {100 * share:.1f} % of the bound")
-    assert 0 < share <= 1

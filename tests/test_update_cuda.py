@@ -10,7 +10,6 @@ import pytest
 import torch
 from test_cuda import OnHost
 
-from zokern.backends import cuda, why_off
 from zokern.backends.base import Span
 from zokern.directions import resolve
 
@@ -103,9 +102,3 @@ def test_wrong_kernel_is_rejected(on_host, monkeypatch, mistake: str) -> None:
             assert "AssertionError" in problem
             return
     raise AssertionError(f"no check rejects {mistake!r}")
-
-
-@pytest.mark.skipif(why_off("cuda") is not None, reason=f"backend cuda is off: {why_off('cuda')}")
-@pytest.mark.parametrize("check", conformance_update.CHECKS)
-def test_gpu_is_the_reference(check: str) -> None:
-    conformance_update.CHECKS[check](cuda.Cuda(), "cuda", "full")

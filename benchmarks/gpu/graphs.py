@@ -1,0 +1,87 @@
+"""CUDA graphs: axpy_ and perturb captured once; every replay, after the clock was advanced, must have its own step's z."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from guarded import equal
+
+from zokern.backends import Backend, Span
+from zokern.directions import resolve
+
+from .checks import DTYPES
+from .run import Run, judge
+from .verbs import SEED, STEP
+
+REPLAYS = 4
+
+
+class Captured:
+    """A call as a CUDA graph, after one call that uploads its tables. On a CPU, where there is no graph, the call itself."""
+
+    def __init__(self, call: Callable[[], object], device: str) -> None:
+        self.replay = call
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                call()
+            self.replay = graph.replay
+
+
+def check_axpy(backend: Backend, device: str, dtype: torch.dtype, count: int) -> None:
+    """K = 2 and a decay, coefficients changed in device memory between replays."""
+    generator = torch.Generator().manual_seed(3)
+    mine = [(0.02 * torch.randn(n, generator=generator)).to(dtype) for n in (count, 1001)]
+    right, spans, draws = [t.clone() for t in mine], [Span(1), Span(2, 5)], [(STEP, 0), (2**32 - 2, 1)]
+    mine = [t.to(device) for t in mine]
+    clock, coeffs = torch.zeros(1, dtype=torch.int64, device=device), torch.tensor([1e-3, 0.5], device=device)
+
+    def call() -> None:
+        backend.axpy_(mine, spans, resolve("normal"), SEED, draws, coeffs, 0.999, "stochastic", None, clock=clock)
+
+    graph = Captured(call, device)
+    for time in range(REPLAYS + 1):  # the first was the call before the capture
+        if time:
+            clock.add_(1)
+            coeffs.mul_(0.5)
+            graph.replay()
+        late = [((step + time) % 2**32, draw) for step, draw in draws]
+        a = torch.tensor([1e-3, 0.5]) * 0.5**time
+        judge().axpy_(right, spans, resolve("normal"), SEED, late, a, 0.999, "stochastic", None)
+        for got, expected in zip(mine, right):
+            equal(got, expected, f"axpy_ after {time} replays")
+
+
+def check_perturb(backend: Backend, device: str, dtype: torch.dtype, count: int) -> None:
+    theta = (0.02 * torch.randn(count, generator=torch.Generator().manual_seed(4))).to(dtype)
+    there, spans = theta.to(device), [Span(1, 3)]
+    sides = [torch.empty_like(there) for _ in "+-"]
+    clock = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def call() -> None:
+        outs = [[side] for side in sides]
+        backend.perturb([there], spans, resolve("normal"), SEED, STEP, 1, [1e-3, -1e-3], outs, None, clock=clock)
+
+    graph, seen = Captured(call, device), []
+    for time in range(1, REPLAYS + 1):
+        clock.add_(1)
+        graph.replay()
+        expected = [[torch.empty_like(theta)] for _ in "+-"]
+        judge().perturb([theta], spans, resolve("normal"), SEED, STEP + time, 1, [1e-3, -1e-3], expected, None)
+        for got, (right,) in zip(sides, expected):
+            equal(got, right, f"perturb, replay {time}")
+        seen.append(sides[0].cpu().clone())
+    assert not any(torch.equal(a, b) for a, b in zip(seen, seen[1:])), "perturb: two replays had the same z"
+
+
+def graphs(run: Run, backend: str) -> None:
+    """Both verbs in every dtype."""
+    if (found := run.backend(backend)) is None:
+        return
+    count = 4099 if run.quick else (1 << 20) + 3
+    for dtype in DTYPES.values():
+        for verb, check in (("axpy_", check_axpy), ("perturb", check_perturb)):
+            run.check(f"{backend}: {verb} in a CUDA graph, {dtype}", lambda c=check, d=dtype: c(found, run.device, d, count))

@@ -1,0 +1,187 @@
+"""The verbs as data: what is checked on a device. A new verb, or a new form of one, is a function and a line of VERBS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from zokern import products
+from zokern.backends import Backend, Span
+from zokern.backends.base import STATES
+from zokern.directions import resolve
+
+SEED, STEP = 0x9E3779B97F4A7C15, 11
+
+
+@dataclass
+class Setting:
+    """What a verb is given: a backend, the tensors of one launch on its device, their Spans and low bits, and a place for results.
+
+    Whatever a verb writes beside thetas and lows it puts into `results`; all three are compared.
+    """
+
+    backend: Backend
+    device: str
+    thetas: list[Tensor]
+    spans: list[Span]
+    lows: list[Tensor]
+    results: list[Tensor] = field(default_factory=list)
+
+    def tensor(self, values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=self.device)
+
+    def outs(self, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """A place for results, poisoned: an element that is not written is seen."""
+        made = [torch.full_like(t, -77.0, dtype=dtype, memory_format=torch.contiguous_format) for t in self.thetas]
+        self.results += made
+        return made
+
+
+def draw(direction: str) -> Callable[[Setting], None]:
+    return lambda at: at.backend.draw(at.outs(), at.spans, resolve(direction), SEED, STEP, 1)
+
+
+def axpy(
+    direction: str = "normal", terms: int = 1, decay: float = 1.0, rounding: str = "nearest", each: int = 0
+) -> Callable[[Setting], None]:
+    def verb(at: Setting) -> None:
+        draws, coeffs = [(STEP + k // 2, k % 2) for k in range(terms)], at.tensor([1e-3 * (-0.7) ** k for k in range(terms)])
+        low = at.lows if rounding == "residual" else None
+        chosen = resolve(direction)
+        at.results.append(at.backend.axpy_(at.thetas, at.spans, chosen, SEED, draws, coeffs, decay, rounding, low, None, each))
+
+    return verb
+
+
+# Scalars of a rule, in the order of SCALARS in zokern/backends/base.py.
+NUMBERS = {"momentum": (0.999, 1e-3, 0.9, 0.1), "adam": (0.999, 2e-3, 0.9, 0.1, 0.99, 0.01, 0.0, 1.25, 1e-6)}
+
+
+def update(rule: str, terms: int = 1, rounding: str = "nearest") -> Callable[[Setting], None]:
+    def verb(at: Setting) -> None:
+        draws, coeffs = [(STEP + k, k % 2) for k in range(terms)], at.tensor([(-0.7) ** k for k in range(terms)])
+        states = [[torch.full(t.shape, 1e-3, device=at.device) for t in at.thetas] for _ in STATES[rule]]
+        low, scalars = at.lows if rounding == "residual" else None, at.tensor(NUMBERS[rule])
+        at.results += [tensor for kept in states for tensor in kept]
+        count = at.backend.update_(
+            at.thetas, at.spans, resolve("normal"), SEED, draws, coeffs, rule, scalars, states, rounding, low
+        )
+        at.results.append(count)
+
+    return verb
+
+
+def perturb(
+    direction: str = "normal", sides: int = 2, dtype: torch.dtype | None = None, residual: bool = False
+) -> Callable[[Setting], None]:
+    def verb(at: Setting) -> None:
+        outs, low = [at.outs(dtype) for _ in range(sides)], at.lows if residual else None
+        at.backend.perturb(at.thetas, at.spans, resolve(direction), SEED, STEP, 0, [1e-3, -1e-3][:sides], outs, low)
+
+    return verb
+
+
+def rows(at: Setting) -> None:
+    """Looked-up rows of the matrices of a list, some of them twice."""
+    found = [i for i, t in enumerate(at.thetas) if t.dim() == 2]
+    thetas = [at.thetas[i] for i in found]
+    picked = [torch.arange(3 * len(t), device=at.device) * 7 % len(t) for t in thetas]
+    outs = [
+        [torch.full((len(p), t.shape[1]), -77.0, dtype=t.dtype, device=at.device) for t, p in zip(thetas, picked)] for _ in "+-"
+    ]
+    at.results += [out for side in outs for out in side]
+    spans = [at.spans[i]._replace(rows=p) for i, p in zip(found, picked)]
+    at.backend.perturb(thetas, spans, resolve("normal"), SEED, STEP, 0, [1e-3, -1e-3], outs, None)
+
+
+def whole(value: int, *shape: int) -> Tensor:
+    """Small integers: their products and sums are exact in every order and in bfloat16, so matrix units give the CPU's bits too."""
+    count = torch.Size(shape).numel()
+    return ((torch.arange(count) * 7919 + value) % 17 - 8).float().view(shape)
+
+
+def lowrank(rank: int, rounding: str = "nearest", decay: float = 1.0) -> Callable[[Setting], None]:
+    def verb(at: Setting) -> None:
+        columns = [t.shape[-1] for t in at.thetas]
+        lefts = [whole(1, -(-(s.first + t.numel()) // n), rank).to(at.device) for t, s, n in zip(at.thetas, at.spans, columns)]
+        rights = [whole(5, n, rank).to(at.device) for n in columns]
+        spans, low = at.spans, at.lows if rounding == "residual" else None
+        scales = [0.125] * len(columns)
+        at.results.append(at.backend.lowrank_(at.thetas, spans, lefts, rights, scales, decay, rounding, low, SEED, STEP))
+
+    return verb
+
+
+def linear(at: Setting) -> None:
+    """y = x (W +- a z)^T with one-hot rows x: the product picks columns of the perturbed tiles, and is exact."""
+    i = next(i for i, t in enumerate(at.thetas) if t.dim() == 2 and t.is_contiguous())
+    weight, span = at.thetas[i][:200], at.spans[i]
+    x = torch.eye(weight.shape[1], dtype=weight.dtype, device=at.device)
+
+    def fill(view: Tensor, here: Span, sides: Sequence[int], tiles: Sequence[Tensor], low: Tensor | None) -> None:
+        scales = [(1e-3, -1e-3)[j] for j in sides]
+        at.backend.perturb([view], [here], resolve("normal"), SEED, STEP, 0, scales, [[tile] for tile in tiles], None)
+
+    def take(shape: tuple[int, ...]) -> Tensor:
+        return torch.empty(shape, dtype=weight.dtype, device=at.device)
+
+    at.results += products.tiled_linear([x, x], weight, span, [None, None], None, [[0, 1]], fill, take, lambda: None, 37)
+
+
+def linear_factored(at: Setting) -> None:
+    """y = x W^T +- (x V) C U^T beside it, of small integers."""
+    m, n, rank = 72, 40, 8
+    weight, x = (whole(k, rows, n).to(at.thetas[0].dtype).to(at.device) for k, rows in ((3, m), (4, 5)))
+    left, right = (whole(k, count, rank).to(at.device) / 4 for k, count in ((1, m), (2, n)))
+    middles = torch.stack([torch.eye(rank), -torch.eye(rank)]).to(at.device)
+    part = products.Part([0, 1], right.t().contiguous(), middles, left)
+    at.results += products.factored_linear(at.backend, [x, x], weight, [part], 1.0, [None, None])
+
+
+def sketch(at: Setting) -> None:
+    """(sum_k c_k z_k) Omega with one-hot columns Omega."""
+    omega, draws = torch.eye(96, device=at.device)[:, ::5].contiguous(), [(STEP, 0), (STEP, 1)]
+    for transposed, shape in ((False, (50, 96)), (True, (96, 50))):
+        y = products.sketch_of(
+            at.backend, resolve("normal"), SEED, Span(5, 3), shape, draws, [0.5, -2.0], omega, transposed, 777
+        )
+        at.results.append(y)
+
+
+# Name, and what is done; a new verb, or a new form of one, is one line. Names that start with lowrank_ get the matrices of a launch only.
+VERBS: dict[str, Callable[[Setting], None]] = {
+    "draw normal": draw("normal"),
+    "draw rademacher": draw("rademacher"),
+    "axpy_ normal K=1": axpy(),
+    "axpy_ normal K=1, decay": axpy(decay=0.999),
+    "axpy_ normal K=5": axpy(terms=5),
+    "axpy_ normal K=1, stochastic": axpy(rounding="stochastic"),
+    "axpy_ normal K=3, stochastic": axpy(terms=3, rounding="stochastic"),
+    "axpy_ normal K=1, residual": axpy(rounding="residual"),
+    "axpy_ normal K=2, residual, decay": axpy(terms=2, rounding="residual", decay=0.999),
+    "axpy_ rademacher K=1": axpy("rademacher"),
+    "axpy_ rademacher K=3, stochastic": axpy("rademacher", terms=3, rounding="stochastic"),
+    "axpy_ normal K=4, each=1": axpy(terms=4, each=1),
+    "axpy_ normal K=4, each=2, stochastic": axpy(terms=4, rounding="stochastic", each=2),
+    "axpy_ normal K=4, each=2, residual": axpy(terms=4, rounding="residual", each=2),
+    "update_ momentum": update("momentum"),
+    "update_ momentum, residual": update("momentum", 1, "residual"),
+    "update_ adam K=2, stochastic": update("adam", 2, "stochastic"),
+    "update_ adam": update("adam"),
+    "perturb one side": perturb(sides=1),
+    "perturb both sides": perturb(),
+    "perturb both sides, rademacher": perturb("rademacher"),
+    "perturb both sides to float32": perturb(dtype=torch.float32),
+    "perturb both sides, residual": perturb(residual=True),
+    "perturb rows": rows,
+    "linear": linear,
+    "linear, factored": linear_factored,
+    "sketch": sketch,
+    "lowrank_ rank 5": lowrank(5),
+    "lowrank_ rank 16, stochastic": lowrank(16, "stochastic"),
+    "lowrank_ rank 32, residual, decay": lowrank(32, "residual", 0.5),
+    "lowrank_ rank 128": lowrank(128),
+}
