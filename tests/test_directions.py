@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import zokern
 from zokern.directions import Lazy, orthonormal
-from zokern.evaluation import plan
+from zokern.evaluation import Group, plan
 from zokern.stream import BASIS, draw_word
 
 IDS = batch()
@@ -95,7 +95,11 @@ def test_one_sequential_stream_is_rejected() -> None:
         with patch.object(zokern.methods.lozo, "Lazy", Sequential):
             return METHODS["lozo"](model, **options)
 
-    found = cosines(make, eps=1e-2)
+    def again(group: Group, plan, query: int) -> list[torch.Tensor]:  # as the references do: the update draws once more
+        return plan.factored.draws(group.matrices, group.source(plan.seed), plan.step, plan.draw(query))
+
+    with patch.object(Group, "draws", again):
+        found = cosines(make, eps=1e-2)
     assert all(abs(found[step]) < 0.9 for step in (0, 3)), found
     assert all(found[step] > 0.9999 for step in (1, 2, 4)), found
 

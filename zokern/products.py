@@ -15,9 +15,9 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from . import matmul
 from .backends import Backend, Span
 
 JOIN = 1024  # rows of all sides above which a joint product is slower than one a side (benchmarks/)
@@ -49,23 +49,24 @@ def tiled_linear(
 
     def multiply(side: int, matrix: Tensor, start: int, stop: int) -> None:
         x, bias, out = xs[side], biases[side], outs[side]
-        right = matrix if transposed else matrix.t()
+        rows = matrix.t() if transposed else matrix  # y = x rows^T
         if stop - start == total and not transposed:
-            outs[side] = F.linear(x, matrix, bias)
+            outs[side] = matmul.linear(x, rows, bias)
             return
         part_bias = bias[start:stop] if bias is not None else None
-        if plain:  # straight into its columns: a product of its own would be a second copy of the result
+        flat = x.reshape(-1, width)
+        if plain and not matmul.chooses(flat, rows):  # straight into its columns: a product of its own would be a second copy
             if out is None:
-                outs[side] = out = x.new_empty((x.numel() // width, total))
+                outs[side] = out = x.new_empty((flat.shape[0], total))
             if part_bias is None:
-                torch.mm(x.reshape(-1, width), right, out=out[:, start:stop])
+                torch.mm(flat, rows.t(), out=out[:, start:stop])
             else:
-                torch.addmm(part_bias, x.reshape(-1, width), right, out=out[:, start:stop])
+                torch.addmm(part_bias, flat, rows.t(), out=out[:, start:stop])
             return
-        if transposed and part_bias is not None:
-            part = torch.addmm(part_bias, x.reshape(-1, width), right)
+        if transposed and part_bias is not None and not plain:
+            part = torch.addmm(part_bias, flat, rows.t())
         else:
-            part = F.linear(x.reshape(-1, width), right.t(), part_bias)
+            part = matmul.linear(flat, rows, part_bias)
         if out is None:
             outs[side] = out = part.new_empty((part.shape[0], total))
         out[:, start:stop] = part
@@ -137,7 +138,7 @@ def factored_linear(
     cast = torch.is_autocast_enabled(device)
     if len(xs) > 1 and sum(counts) <= JOIN and not cast and all(x.dtype == weight.dtype for x in xs):
         x = joined(flat)
-        y = F.linear(x if shrink == 1.0 else x * shrink, matrix)
+        y = matmul.linear(x if shrink == 1.0 else x * shrink, matrix)
         begin = [0, *accumulate(counts)]
         left = set(range(len(xs)))
         for part in parts:
@@ -151,7 +152,7 @@ def factored_linear(
             if (bias := biases[j]) is not None:
                 y[begin[j] : begin[j + 1]] += bias
         return [out.view(*x.shape[:-1], columns) for out, x in zip(y.split(counts), xs)]
-    outs = [F.linear(x if shrink == 1.0 else x * shrink, matrix, bias) for x, bias in zip(flat, biases)]
+    outs = [matmul.linear(x if shrink == 1.0 else x * shrink, matrix, bias) for x, bias in zip(flat, biases)]
     with torch.autocast(device, enabled=False) if cast else nullcontext():
         for part in parts:
             for at, j in enumerate(part.sides):
@@ -165,19 +166,24 @@ def _add_thin(
     """y += (x first^T) middle last^T + bias for the rows of each side, which lie one after the other; y's dtype is rounded to once."""
     x = x if x.dtype == torch.float32 else x.float()
     rank = part.first.shape[0]
-    thin = torch.mm(part.first, x.t()).t() if rank < 16 else torch.mm(x, part.first.t())
+    thin = torch.mm(part.first, x.t()).t() if rank < 16 else matmul.linear(x, part.first)
     if len(set(counts)) == 1:
         thin = torch.bmm(thin.reshape(len(counts), counts[0], rank), middles).view(len(x), -1)
     else:
         thin = torch.cat([t @ middle for t, middle in zip(thin.split(list(counts)), middles)])
     last = part.last
-    if biases[0] is not None:  # one more column a side: its bias, and a one in its own rows
+    if biases[0] is not None and (len(x) < rank and y.dtype == torch.float32):  # a copy of `last` would cost more than y
+        for piece, bias in zip(y.split(list(counts)), biases):
+            piece += bias
+    elif biases[0] is not None:  # one more column a side: its bias, and a one in its own rows
         thin = torch.cat([thin, _own_rows(tuple(counts), x.device)], 1)
         last = torch.cat([last, torch.stack([bias.float() for bias in biases], 1)], 1)  # type: ignore[union-attr]
-    if y.dtype == torch.float32:
-        y.addmm_(thin, last.t())
-    else:  # float32 inside, rounded once
+    if y.dtype != torch.float32:  # float32 inside, rounded once
         backend.lowrank_([y], _ORIGIN, [thin], [last], _ONE, 1.0, "nearest", None)
+    elif matmul.chooses(thin, last) and rank >= 16:
+        y += matmul.linear(thin, last)
+    else:
+        y.addmm_(thin, last.t())
 
 
 @lru_cache(maxsize=64)

@@ -59,18 +59,28 @@ class Aligned(Subspace):
             (one,) = source([shared], [(1,)], step, draw_word(draw % 2**24, RADIUS))
             signs = [1.0 if float(one) >= 0.0 else -1.0] * len(matrices)
         reach = math.sqrt(self.delta_at(step))
-        return [align(core, m.extra.get("spectrum"), xi * reach) * self.scale(m) for core, m, xi in zip(cores, matrices, signs)]
+        spectra = [m.extra.get("spectrum") for m in matrices]
+        align_([core for core, s in zip(cores, spectra) if s is not None], [s for s in spectra if s is not None],
+               [xi * reach for xi, s in zip(signs, spectra) if s is not None])  # fmt: skip
+        return list(torch._foreach_mul(cores, [self.scale(m) for m in matrices]))
 
 
-def align(core: Tensor, spectrum: Tensor | None, reach: float) -> Tensor:
-    """Z of Z0, with <diag(S), Z> = reach ||S||; Z0 itself where there is no estimate."""
-    if spectrum is None:
-        return core
-    s = spectrum.double()
-    square = float(tree_sum((s * s).unsqueeze(-1)))
-    along = float(tree_sum((s * torch.diagonal(core).double()).unsqueeze(-1)))
-    alpha = (along - reach * math.sqrt(square)) / (square + 1e-12)
-    return core - torch.diag((s * alpha).float())
+def align_(cores: Sequence[Tensor], spectra: Sequence[Tensor], reaches: Sequence[float]) -> None:
+    """Z of Z0 in place, with <diag(S), Z> = reach ||S||. Matrices of one rank are worked on together: a few operations in all."""
+    by_size: dict[tuple[int, torch.device], list[int]] = {}
+    for i, s in enumerate(spectra):
+        by_size.setdefault((len(s), s.device), []).append(i)
+    for (_, device), members in by_size.items():
+        s = torch.stack([spectra[i] for i in members], 1).double()  # a column for each matrix
+        diagonals = [torch.diagonal(cores[i]) for i in members]
+        square, along = tree_sum(s * s), tree_sum(s * torch.stack(diagonals, 1).double())
+        reach = torch.tensor([reaches[i] for i in members], dtype=torch.float64, device=device)
+        root = square.sqrt()
+        root = torch.where(
+            root > 0.0, 0.5 * (root + square / root), root
+        )  # Newton's step: elementwise IEEE, as in orthonormal.py
+        alpha = (along - reach * root) / (square + 1e-12)
+        torch._foreach_sub_(diagonals, list((s * alpha).float().unbind(1)))
 
 
-__all__ = ["Aligned", "align"]
+__all__ = ["Aligned", "align_"]

@@ -21,7 +21,6 @@ class Factors:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.points: list[Point] = []
-        self.drawn: dict[tuple[int, int], list[Tensor]] = {}  # (group, query) -> a draw for each matrix
         self.middles: list[
             dict[int, list[Tensor]]
         ] = []  # side -> group -> pending + offset eps draw, where that is not nothing
@@ -42,9 +41,7 @@ class Factors:
                     if waits:
                         self.middles[side][g] = pending  # type: ignore[assignment]
                     continue
-                if (g, query) not in self.drawn:
-                    self.drawn[g, query] = group.draws(self.plan, query)
-                moved = torch._foreach_mul(self.drawn[g, query], offset * group.eps)
+                moved = torch._foreach_mul(group.draws(self.plan, query), offset * group.eps)
                 self.middles[side][g] = list(torch._foreach_add(pending, moved) if waits else moved)  # type: ignore[arg-type]
 
     def of(self, group: Group, i: int, side: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
@@ -86,7 +83,7 @@ class Factors:
         unit = torch.eye(matrix.rank, device=right.device)
         for query, members in by_query.items():
             pending = [] if matrix.pending is None else [matrix.pending]
-            drawn = [self.drawn[g, query][i]] if query >= 0 else []
+            drawn = [group.draws(self.plan, query)[i]] if query >= 0 else []
             wide = torch.cat([*pending, *drawn], 1) if pending and drawn else [*pending, *drawn][0]
             scales = [self.points[sides[j]].offset * group.eps for j in members]
             blocks = [torch.cat([unit] * len(pending) + [unit * s] * len(drawn), 1) for s in scales]  # r x (r or 2 r)

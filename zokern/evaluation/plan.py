@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -33,6 +33,9 @@ class Group:
     options: dict  # the optimizer's param group: lr, weight_decay, ...
     backend: Backend
     matrices: list[Matrix] | None = None  # factored tensors, aligned with tensors; None: z is dense
+    drawn: dict[int, list[Tensor]] = field(
+        default_factory=dict, repr=False
+    )  # draw word -> a draw for each matrix, of this step
 
     def residual(self, i: int) -> Tensor | None:
         """The low bits of tensor i, where it has any."""
@@ -69,9 +72,12 @@ class Group:
         return normals
 
     def draws(self, plan: Plan, query: int) -> list[Tensor]:
-        """The draw of a query for every matrix, in its small space."""
+        """The draw of a query for every matrix, in its small space; made once a step, for the reading and the update."""
         assert self.matrices is not None and plan.factored is not None
-        return plan.factored.draws(self.matrices, self.source(plan.seed), plan.step, plan.draw(query))
+        word = plan.draw(query)
+        if word not in self.drawn:
+            self.drawn[word] = plan.factored.draws(self.matrices, self.source(plan.seed), plan.step, word)
+        return self.drawn[word]
 
     def write(self, seed: int, step: int, rounding: str) -> Tensor | int:
         """W <- shrink W + left pending right^T for every matrix with waiting updates, one rounding; they wait no longer."""

@@ -31,8 +31,7 @@ def deposit(plan: Plan, group: Group, updates: Sequence[Tensor], decay: float, d
     if not defer:
         return group.write(plan.seed, plan.step, plan.rounding)
     waiting = [m.pending for m in group.matrices if m.pending is not None]
-    largest = torch._foreach_norm(waiting, float("inf"))  # inf and NaN show in the largest magnitude
-    if bool(torch.isfinite(torch.stack(largest)).all()):
+    if bool(torch.isfinite(torch.stack(torch._foreach_norm(waiting))).all()):  # inf and NaN show in it; so may a large sum
         return 0
     return sum(int((~torch.isfinite(pending)).sum()) for pending in waiting)
 
