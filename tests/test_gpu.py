@@ -119,6 +119,11 @@ class Around:
         self.after(thetas)
         return count
 
+    def update_(self, thetas, *rest, **named):
+        count = RIGHT.update_(thetas, *rest, **named)
+        self.after(thetas)
+        return count
+
     def perturb(self, thetas, spans, direction, seed, step, draw, scales, outs, *rest, **named):
         RIGHT.perturb(thetas, spans, direction, seed, step, draw, scales, outs, *rest, **named)
         self.after(outs[-1])

@@ -76,6 +76,9 @@ def test_left_to_torch(every_way) -> None:
     assert not matmul.chooses(x.double(), weight.double())
     assert not matmul.chooses(x.expand(200, 2, 4, 6), weight)  # many rows
     assert not matmul.chooses(x[:, :0], weight) and not matmul.chooses(x[0, 0], weight)
+    assert not matmul.chooses(x[..., :5], weight)  # shapes that do not fit: torch raises
+    with pytest.raises(RuntimeError, match="shape"):
+        matmul.linear(x[..., :5], weight)
     with torch.autocast("cpu"):
         assert not matmul.chooses(x, weight)
     assert not matmul.chooses(x.clone().requires_grad_(), weight)  # oneDNN's product has no derivative

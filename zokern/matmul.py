@@ -44,6 +44,8 @@ def chooses(x: Tensor, weight: Tensor) -> bool:
         or not weight.numel()
     ):
         return False
+    if x.shape[-1] != weight.shape[1]:  # torch says what is wrong
+        return False
     if torch.is_autocast_enabled("cpu") or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
         return False
     rows = x.numel() // x.shape[-1]
