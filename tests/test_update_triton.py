@@ -152,7 +152,7 @@ if sass.tool("nvdisasm") is not None:
 
     def test_compiled_rejects_approximation(compiler, tmp_path) -> None:
         line = ("update", "tl.div_rn(m, ", "tl.fdiv(m, ")
-        wrong = sys.modules[changed(tmp_path / "approximate", *line).__name__.replace("elementwise", "update")]
+        wrong = sys.modules[changed(tmp_path / "approximate_update", *line).__name__.replace("elementwise", "update")]
         text, function = compiler("adam bf16", "90", wrong)
         assert unnamed(text, True) and sum(i.name.startswith("FCHK") for i in function.code) == 0
 
