@@ -335,3 +335,10 @@ def test_autocast_around_a_step_is_autocast_in_its_closure(name: str, evaluation
         ends.append((result.losses, snapshot(model)))
     assert ends[0][0] == ends[1][0]
     assert all(same_bits(ends[1][1][n], t) for n, t in ends[0][1].items())
+
+
+def test_no_draw_is_kept_between_steps() -> None:
+    model = tiny(width=16)
+    optimizer = METHODS["lozo"](model, seed=1, queries=2)
+    zokern.step(optimizer, lambda: next_token_loss(model(IDS), IDS))
+    assert optimizer._groups and not any(group.drawn for group in optimizer._groups)

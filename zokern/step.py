@@ -121,6 +121,8 @@ def _update(optimizer: Any, plan: Plan, reading: Reading, coefficients: list[lis
         decay = 1.0 - lr * group.options["weight_decay"]
         weights = [sign * c / plan.queries for c in coefficients[g]]
         counts.append(optimizer.rule.update(plan, group, weights, lr, decay, restore, optimizer.state, optimizer.defers(plan)))
+    for group in plan.groups:
+        group.drawn.clear()  # the optimizer keeps the groups until the next step, and z need not be kept
     if optimizer.nonfinite == "ignore" or coefficients is None:
         return 0
     return sum(int(count) for count in counts)
