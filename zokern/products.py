@@ -20,7 +20,9 @@ from torch import Tensor
 from . import matmul
 from .backends import Backend, Span
 
-JOIN = 1024  # rows of all sides above which a joint product is slower than one a side (benchmarks/)
+JOIN = 512  # rows of all sides above which a joint product is slower than one a side (benchmarks/)
+CACHED = 1 << 19  # elements of a result that the caches hold from one product into it to the next
+NARROW = 16  # columns below which a thin product is faster from MKL's kernels, and turned
 
 
 def tiled_linear(
@@ -138,52 +140,106 @@ def factored_linear(
     cast = torch.is_autocast_enabled(device)
     if len(xs) > 1 and sum(counts) <= JOIN and not cast and all(x.dtype == weight.dtype for x in xs):
         x = joined(flat)
-        y = matmul.linear(x if shrink == 1.0 else x * shrink, matrix)
         begin = [0, *accumulate(counts)]
-        left = set(range(len(xs)))
+        left = set(range(len(xs)))  # sides whose bias is not in a thin product
+        thins = []
         for part in parts:
             first, last = part.sides[0], part.sides[-1] + 1
             assert list(part.sides) == list(range(first, last)), "sides of a part follow one another"
             here = slice(begin[first], begin[last])
-            given = [biases[j] for j in part.sides]
-            _add_thin(backend, x[here], y[here], part, part.middles, counts[first:last], given)
-            left -= set(part.sides)
+            thin = _Thin(here, _rows_of(x[here], part.first, part.middles, counts[first:last]), part.last)
+            if biases[first] is not None and (thin.rows.shape[0] >= part.first.shape[0] or weight.dtype != torch.float32):
+                thin = _with_bias(thin, counts[first:last], biases[first:last])
+                left -= set(part.sides)
+            thins.append(thin)
+        y = _sum(backend, x if shrink == 1.0 else x * shrink, matrix, None, thins)
         for j in left:
             if (bias := biases[j]) is not None:
                 y[begin[j] : begin[j + 1]] += bias
         return [out.view(*x.shape[:-1], columns) for out, x in zip(y.split(counts), xs)]
-    outs = [matmul.linear(x if shrink == 1.0 else x * shrink, matrix, bias) for x, bias in zip(flat, biases)]
-    with torch.autocast(device, enabled=False) if cast else nullcontext():
-        for part in parts:
-            for at, j in enumerate(part.sides):
-                _add_thin(backend, flat[j], outs[j], part, part.middles[at : at + 1], counts[j : j + 1], [None])
+    outs = []
+    for j, (x, bias) in enumerate(zip(flat, biases)):
+        with torch.autocast(device, enabled=False) if cast else nullcontext():
+            mine = [(part, list(part.sides).index(j)) for part in parts if j in part.sides]
+            thins = [
+                _Thin(slice(None), _rows_of(x, part.first, part.middles[at : at + 1], counts[j : j + 1]), part.last)
+                for part, at in mine
+            ]
+        outs.append(_sum(backend, x if shrink == 1.0 else x * shrink, matrix, bias, thins))
     return [out.view(*x.shape[:-1], columns) for out, x in zip(outs, xs)]
 
 
-def _add_thin(
-    backend: Backend, x: Tensor, y: Tensor, part: Part, middles: Tensor, counts: Sequence[int], biases: Sequence[Tensor | None]
-) -> None:
-    """y += (x first^T) middle last^T + bias for the rows of each side, which lie one after the other; y's dtype is rounded to once."""
+def is_long(xs: Sequence[Tensor], weight: Tensor) -> bool:
+    """Whether every side has so many rows that W + z, a tile at a time, costs less than thin products beside x W^T.
+
+    2 m n r flops against 2 rows (m + n) r, and a tile's are half as fast (benchmarks/bench_methods.py, 2048 tokens). Only in float32: 16
+    bits would lose the perturbation."""
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return False
+    m, n = weight.shape
+    return all(x.dtype == torch.float32 and x.numel() // max(1, x.shape[-1]) * (m + n) > 2 * m * n for x in xs)
+
+
+class _Thin(NamedTuple):
+    """y[here] += rows last^T, float32."""
+
+    here: slice
+    rows: Tensor  # (rows of y[here], q)
+    last: Tensor  # (columns of y, q)
+
+
+def _rows_of(x: Tensor, first: Tensor, middles: Tensor, counts: Sequence[int]) -> Tensor:
+    """(x first^T) middle, with the rows of each side, which lie one after the other, by its own middle."""
     x = x if x.dtype == torch.float32 else x.float()
-    rank = part.first.shape[0]
-    thin = torch.mm(part.first, x.t()).t() if rank < 16 else matmul.linear(x, part.first)
+    rank = first.shape[0]
+    thin = torch.mm(first, x.t()).t() if rank < NARROW else matmul.linear(x, first)
     if len(set(counts)) == 1:
-        thin = torch.bmm(thin.reshape(len(counts), counts[0], rank), middles).view(len(x), -1)
+        return torch.bmm(thin.reshape(len(counts), counts[0], rank), middles).view(len(x), -1)
+    return torch.cat([t @ middle for t, middle in zip(thin.split(list(counts)), middles)])
+
+
+def _with_bias(thin: _Thin, counts: Sequence[int], biases: Sequence[Tensor | None]) -> _Thin:
+    """One more column a side: its bias, and a one in its own rows."""
+    rows = torch.cat([thin.rows, _own_rows(tuple(counts), thin.rows.device)], 1)
+    last = torch.cat([thin.last, torch.stack([bias.float() for bias in biases], 1)], 1)  # type: ignore[union-attr]
+    return _Thin(thin.here, rows, last)
+
+
+def _sum(backend: Backend, x: Tensor, matrix: Tensor, bias: Tensor | None, thins: Sequence[_Thin]) -> Tensor:
+    """y = x matrix^T + bias + the thin products. Where y is larger than the caches, a block of its columns at a time: the thin
+    products would read and write all of it once more."""
+    rows, columns = x.shape[0], matrix.shape[0]
+    device = x.device.type
+    cast = torch.is_autocast_enabled(device)
+    blocks = device == "cpu" and x.dtype == matrix.dtype == torch.float32 and rows * columns > 2 * CACHED
+    if not (blocks and thins) or cast or matmul.chooses(x, matrix):
+        y = matmul.linear(x, matrix, bias)
+        with torch.autocast(device, enabled=False) if cast else nullcontext():
+            for thin in thins:
+                _add(backend, y[thin.here], thin)
+        return y
+    y = x.new_empty(rows, columns)
+    step = max(512, CACHED // rows)
+    for start in range(0, columns, step):
+        here = slice(start, min(columns, start + step))
+        block = y[:, here]
+        if bias is None:
+            torch.mm(x, matrix[here].t(), out=block)
+        else:
+            torch.addmm(bias[here], x, matrix[here].t(), out=block)
+        for thin in thins:
+            block[thin.here].addmm_(thin.rows, thin.last[here].t())
+    return y
+
+
+def _add(backend: Backend, y: Tensor, thin: _Thin) -> None:
+    """y += rows last^T, summed in float32; y's dtype is rounded to once."""
+    if y.dtype != torch.float32:
+        backend.lowrank_([y], _ORIGIN, [thin.rows], [thin.last], _ONE, 1.0, "nearest", None)
+    elif thin.rows.shape[1] >= NARROW and matmul.chooses(thin.rows, thin.last):
+        y += matmul.linear(thin.rows, thin.last)
     else:
-        thin = torch.cat([t @ middle for t, middle in zip(thin.split(list(counts)), middles)])
-    last = part.last
-    if biases[0] is not None and (len(x) < rank and y.dtype == torch.float32):  # a copy of `last` would cost more than y
-        for piece, bias in zip(y.split(list(counts)), biases):
-            piece += bias
-    elif biases[0] is not None:  # one more column a side: its bias, and a one in its own rows
-        thin = torch.cat([thin, _own_rows(tuple(counts), x.device)], 1)
-        last = torch.cat([last, torch.stack([bias.float() for bias in biases], 1)], 1)  # type: ignore[union-attr]
-    if y.dtype != torch.float32:  # float32 inside, rounded once
-        backend.lowrank_([y], _ORIGIN, [thin], [last], _ONE, 1.0, "nearest", None)
-    elif matmul.chooses(thin, last) and rank >= 16:
-        y += matmul.linear(thin, last)
-    else:
-        y.addmm_(thin, last.t())
+        y.addmm_(thin.rows, thin.last.t())
 
 
 @lru_cache(maxsize=64)

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from .. import products
 from . import meeting
 from .paired import Paired
 from .plan import Plan, Reading
 from .scratch import MIB, Scratch
 
-ROWS = 512  # rows of a product, one side, up to which `paired` is chosen
+ROWS = 512  # rows of a product, one side, up to which `paired` is chosen for a dense z: it is generated once for both sides
+FACTORED = products.JOIN // 2  # the same where z is factored: up to there W is read once
 
 
 class Auto:
@@ -46,7 +48,8 @@ class Auto:
             reading = self.chosen.read(plan, closure, repeat_first)
             return replace(reading, evaluation=reading.evaluation or self.chosen.name)
         reading = self.scratch.read(plan, closure, repeat_first)
-        self.chosen = Paired(self.scratch.arena.budget) if reading.rows <= ROWS else self.scratch
+        most = ROWS if plan.factored is None else FACTORED
+        self.chosen = Paired(self.scratch.arena.budget) if reading.rows <= most else self.scratch
         return replace(reading, evaluation="scratch")
 
 

@@ -194,6 +194,11 @@ class Copies:
         def fill(view: Tensor, span: Span, members: Sequence[int], tiles: Sequence[Tensor], residual: Tensor | None) -> None:
             if group.matrices is None:
                 self.pieces(group, i, view, span, [sides[j] for j in members], tiles, residual)
+            elif residual is None and not transposed and group.matrices[i].shape == tuple(weight.shape):
+                start = (span.first - group.spans[i].first) // weight.shape[1]  # the left factor of this tile's rows only
+                left, right, shrink = self.factors.of(group, i, sides[members[0]], slice(start, start + len(view)))
+                here = [Span(span.who)]
+                group.backend.lowrank_([view], here, [left], [right], [1.0], shrink, "nearest", None, outs=[tiles[0]])
             else:
                 self.piece(group, i, view, span, tiles[0], residual, sides[members[0]])
 

@@ -9,6 +9,7 @@ nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ class Factors:
                 moved = torch._foreach_mul(group.draws(self.plan, query), offset * group.eps)
                 self.middles[side][g] = list(torch._foreach_add(pending, moved) if waits else moved)  # type: ignore[arg-type]
 
-    def of(self, group: Group, i: int, side: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
+    def of(self, group: Group, i: int, side: int, rows: Tensor | slice | None = None) -> tuple[Tensor, Tensor, float]:
         """(L, right, shrink) of one side; L of some rows only where they are given."""
         assert group.matrices is not None
         matrix, g = group.matrices[i], self.number[id(group)]
@@ -80,7 +81,7 @@ class Factors:
             point = self.points[sides[j]]
             by_query.setdefault(point.query if point.offset else -1, []).append(j)
         parts = []
-        unit = torch.eye(matrix.rank, device=right.device)
+        unit = _unit(matrix.rank, right.device)
         for query, members in by_query.items():
             pending = [] if matrix.pending is None else [matrix.pending]
             drawn = [group.draws(self.plan, query)[i]] if query >= 0 else []
@@ -93,3 +94,8 @@ class Factors:
             else:
                 parts.append(Part(members, matrix.thin("right"), middles, wide))
         return parts
+
+
+@lru_cache(maxsize=64)
+def _unit(rank: int, device: torch.device) -> Tensor:
+    return torch.eye(rank, device=device)

@@ -80,7 +80,8 @@ def _product(copies: Copies, weight: Tensor, uses: Sequence[tuple[int, _Product]
     try:
         biases = [copies.bias(use.bias, side) for side, use in uses]
         # with low bits beside them, 16-bit weights are read as copies of the float32 that they are
-        if group.matrices is not None and residual is None and group.matrices[i].shape == tuple(source.shape):
+        whole = group.matrices is not None and residual is None and group.matrices[i].shape == tuple(source.shape)
+        if group.matrices is not None and whole and (transposed or not products.is_long(xs, source)):
             parts = copies.factors.parts(group, i, sides, transposed)
             return products.factored_linear(group.backend, xs, source, parts, group.matrices[i].shrink, biases, transposed)
         return copies.tiled(group, i, sides, xs, biases, transposed)

@@ -1,0 +1,131 @@
+"""Products with factored weights: results larger than the caches in blocks, and matrices with so many rows of x that W + z is made in tiles."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from unittest.mock import Mock, patch
+
+import models
+import pytest
+import torch
+from recipes import METHODS
+from torch import Tensor
+
+import zokern
+from zokern import backends, matmul, products
+from zokern.evaluation import copies
+
+COLUMNS, WIDTH, RANK = 1300, 40, 5
+
+
+def wrong(owner: object, name: str, right: str, instead: str) -> Callable:
+    """owner.name with one expression replaced."""
+    source = inspect.getsource(getattr(owner, name))
+    assert source.count(right) == 1, f"{name} holds {right!r} {source.count(right)} times"
+    space: dict = {}
+    exec(inspect.cleandoc("\n" + source).replace(right, instead), vars(inspect.getmodule(getattr(owner, name))), space)
+    return space[name]
+
+
+# A result in blocks of its columns ----------------------------------------------------------------------------------------
+
+
+def numbers(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64).float()
+
+
+def check_blocks(counts: list[int], bias: bool, join: bool, transposed: bool = False) -> None:
+    """factored_linear of three sides, the first without thin products, against float64; the result spans several blocks."""
+    weight, xs = numbers(COLUMNS, WIDTH) * 0.3, [numbers(count, WIDTH) for count in counts]
+    first, last, middles = numbers(RANK, WIDTH), numbers(COLUMNS, RANK), numbers(2, RANK, RANK)
+    biases = [numbers(COLUMNS) if bias else None for _ in xs]
+    parts = [products.Part([1, 2], first, middles, last)]
+    given = weight.t().contiguous() if transposed else weight
+    kept = given.clone()
+    with (
+        patch.object(products, "CACHED", 1 << 8),
+        patch.object(products, "JOIN", 1 << 20 if join else 0),
+        patch.object(matmul, "chooses", lambda x, weight: False),
+    ):
+        outs = products.factored_linear(backends.resolve(None, torch.device("cpu")), xs, given, parts, 0.9, biases, transposed)
+    assert torch.equal(given, kept)
+    for j, (x, out) in enumerate(zip(xs, outs)):
+        expected = x.double() @ weight.double().t() * 0.9
+        if j:
+            expected += x.double() @ first.double().t() @ middles[j - 1].double() @ last.double().t()
+        if biases[j] is not None:
+            expected += biases[j].double()
+        assert out.shape == (counts[j], COLUMNS)
+        assert (out.double() - expected).abs().max() < 2e-4
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "transposed"])
+@pytest.mark.parametrize("join", [False, True], ids=["apart", "joined"])
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("counts", [[7, 7, 7], [3, 9, 6]], ids=["even", "uneven"])
+def test_a_result_in_blocks(counts: list[int], bias: bool, join: bool, transposed: bool) -> None:
+    check_blocks(counts, bias, join, transposed)
+
+
+@pytest.mark.parametrize("right, instead", [
+    ("thin.last[here]", "thin.last[: block.shape[1]]"), ("block[thin.here]", "block[: len(thin.rows)]"), ("bias[here]", "bias[: block.shape[1]]"),
+    ("start + step)", "start + step - 1)"),
+], ids=["columns of the first block", "rows of the first side", "bias of the first block", "a column left out"])  # fmt: skip
+def test_wrong_blocks_are_rejected(right: str, instead: str) -> None:
+    broken = wrong(products, "_sum", right, instead)
+    with patch.object(products, "_sum", broken), pytest.raises(AssertionError):
+        for join in (True, False):
+            check_blocks([7, 7, 7], True, join)
+
+
+# W + z in tiles -----------------------------------------------------------------------------------------------------------
+
+
+def losses(method: str, long: bool, evaluation: str) -> list[tuple[float, ...]]:
+    """A short run, read with every matrix in tiles or none; updates wait in it, with decay."""
+    model, inputs = models.build(models.ARCHITECTURES["opt"], torch.float32), models.inputs("opt")
+    chosen = {"scratch": zokern.Scratch, "paired": lambda: zokern.Paired(check=False)}[evaluation]()
+    optimizer = METHODS[method](model, lr=3e-3, eps=1e-2, weight_decay=0.5, seed=3, evaluation=chosen)
+    with (
+        warnings.catch_warnings(),
+        patch.object(products, "is_long", lambda xs, weight: long),
+        patch.object(copies, "TILE", 600),
+        patch.object(products, "tiled_linear", Mock(wraps=products.tiled_linear)) as tiled,
+    ):
+        warnings.filterwarnings("ignore", "the loss did not read")
+        found = [zokern.step(optimizer, lambda: model(**inputs).loss).losses[0] for _ in range(3)]
+    assert bool(tiled.call_count) == long
+    return found
+
+
+def check_tiles(method: str, evaluation: str = "scratch") -> None:
+    for one, two in zip(losses(method, True, evaluation), losses(method, False, evaluation)):
+        assert max(abs(a - b) / abs(a) for a, b in zip(one, two)) < 4e-6, (one, two)
+        assert abs((one[0] - one[1]) - (two[0] - two[1])) < 0.02 * abs(two[0] - two[1]), (one, two)
+
+
+@pytest.mark.parametrize("evaluation", ["scratch", "paired"])
+@pytest.mark.parametrize("method", ["subzero", "lozo", "tezo", "pgap"])
+def test_tiles_give_the_losses_of_thin_products(method: str, evaluation: str) -> None:
+    check_tiles(method, evaluation)
+
+
+@pytest.mark.parametrize("right, instead", [
+    ("slice(start, start + len(view))", "slice(0, len(view))"), ('shrink, "nearest"', '1.0, "nearest"'),
+], ids=["the factor of the first tile", "no decay"])  # fmt: skip
+def test_wrong_tiles_are_rejected(right: str, instead: str) -> None:
+    broken = wrong(copies.Copies, "tiled", right, instead)
+    with patch.object(copies.Copies, "tiled", broken), pytest.raises(AssertionError):
+        check_tiles("subzero")
+
+
+def test_which_matrices_are_long() -> None:
+    weight = torch.zeros(60, 30)  # 2 m n / (m + n) = 40 rows
+    assert products.is_long([torch.zeros(41, 30), torch.zeros(3, 14, 30)], weight)
+    assert not products.is_long([torch.zeros(40, 30)], weight)
+    assert not products.is_long([torch.zeros(41, 30), torch.zeros(4, 30)], weight)
+    assert not products.is_long([torch.zeros(90, 30, dtype=torch.bfloat16)], weight.bfloat16())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not products.is_long([torch.zeros(90, 30)], weight)
