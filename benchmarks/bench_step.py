@@ -25,7 +25,7 @@ def bench_step(benchmark, report, dtype: str, batch: int, length: int) -> None:
     model = opt_125m(dtype)
     twin = copy.deepcopy(model)  # the eager loop's own: its weights drift
     loss, twin_loss = loss_of(model, batch, length), loss_of(twin, batch, length)
-    scratch, walk = zokern.MeZO(model, lr=LR, eps=EPS), zokern.MeZO(model, lr=LR, eps=EPS, evaluation="walk")
+    scratch, auto, walk = (zokern.MeZO(model, lr=LR, eps=EPS, evaluation=name) for name in ("scratch", "auto", "walk"))
     parameters, seeds = [p for p in twin.parameters() if p.requires_grad], itertools.count()
     n = sum(p.numel() for p in parameters)
     flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
@@ -40,17 +40,21 @@ def bench_step(benchmark, report, dtype: str, batch: int, length: int) -> None:
         Case(f"w += c over the {n / 1e6:.0f}M weights", lambda: flat.add_(0.0), n, 2 * flat.element_size()),
         Case("two forwards: the bound", forwards),
         Case("zokern.step: scratch", lambda: zokern.step(scratch, loss), eager="eager step: MeZO loop"),
+        Case("zokern.step auto: paired", lambda: zokern.step(auto, loss), eager="eager step: MeZO loop"),
         Case("zokern.step walk: in place", lambda: zokern.step(walk, loss), eager="eager step: MeZO loop", every=slow),
         Case("eager step: MeZO loop", lambda: eager.step(parameters, twin_loss, next(seeds), LR, EPS), every=slow),
     ]
     what = f"{dtype} {batch}x{length}"
     group = Group(f"step, OPT-125M {what}", cases).run(benchmark, 2 if report.quick else 12)
-    step, bound, loop = "zokern.step: scratch", "two forwards: the bound", "eager step: MeZO loop"
+    step, paired, bound, loop = (cases[i].name for i in (2, 3, 1, 5))
+    assert auto.result is not None and auto.result.evaluation == "paired"
     report.add(
         group,
         **{
             f"step {what} / forwards": group.ratio(step, bound),
             f"eager step {what} / forwards": group.ratio(loop, bound),
             f"step {what} / eager": group.ratio(loop, step),
+            f"step auto {what} / forwards": group.ratio(paired, bound),
+            f"step auto {what} / eager": group.ratio(loop, paired),
         },
     )

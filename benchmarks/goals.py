@@ -29,7 +29,9 @@ GOALS = (
     Goal("perturb pair fp32 / two", "perturb, both signs at once over two single ones, fp32", 1.5),
     Goal("perturb pair bf16 / two", "perturb, both signs at once over two single ones, bf16", 1.5),
     Goal("step fp32 4x128 / forwards", "MeZO step, OPT-125M fp32 4x128, time over its two forwards", 1.15, at_least=False),
+    Goal("step auto fp32 4x128 / forwards", "the same with evaluation='auto'", 1.15, at_least=False),
     Goal("step bf16 1x128 / eager", "MeZO step over the eager loop's, OPT-125M bf16 1x128", 12),
+    Goal("step auto bf16 1x128 / eager", "the same with evaluation='auto'", 12),
     Goal(
         "memory fp32 64 MB",
         "extra peak memory of a step over weights and one forward, fp32 4x128, budget 64 MB",
