@@ -398,13 +398,14 @@ def test_without_greenlet() -> None:
                 assert zokern.step(optimizer, lambda: next_token_loss(model(IDS), IDS)).evaluation == "scratch"
 
 
-def test_auto_chooses_by_rows() -> None:
+@pytest.mark.parametrize("method, most", [(zokern.MeZO, auto.ROWS), (zokern.LOZO, auto.FACTORED)], ids=["dense", "factored"])
+def test_auto_chooses_by_rows(method: Callable, most: int) -> None:
     """By the first batch, for good: the losses are those of what it chose."""
-    for rows, expected in ((auto.ROWS // 16, "paired"), (auto.ROWS // 16 + 1, "scratch")):
+    for rows, expected in ((most // 16, "paired"), (most // 16 + 1, "scratch")):
         ids, losses = models.batch(rows, 16), {}
         for evaluation in ("auto", "paired", "scratch"):
             model = tiny(width=16)
-            optimizer = zokern.LOZO(model, lr=0.0, eps=1e-2, seed=4, evaluation=evaluation)
+            optimizer = method(model, lr=0.0, eps=1e-2, seed=4, evaluation=evaluation)
             with large():
                 results = [zokern.step(optimizer, lambda m=model, ids=ids: next_token_loss(m(ids), ids)) for _ in range(3)]
             losses[evaluation] = [r.losses for r in results]

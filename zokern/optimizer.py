@@ -14,8 +14,9 @@ from .evaluation import Group, Plan, Reading
 from .evaluation.surroundings import check_structure
 from .factorized import Factorized
 from .rule import Rule, Sgd
-from .step import StepResult, finite_number, run, warn
+from .step import StepResult, finite_number, run
 from .stream import VERSION, check_seed
+from .warning import warn
 
 SAMPLE = 512  # elements per tensor in the samples that detect dead perturbations and dead updates
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import numbers
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -126,11 +125,6 @@ def _update(optimizer: Any, plan: Plan, reading: Reading, coefficients: list[lis
     if optimizer.nonfinite == "ignore" or coefficients is None:
         return 0
     return sum(int(count) for count in counts)
-
-
-def warn(message: str) -> None:
-    """Warnings of a step point at the user's loop, not at the library."""
-    warnings.warn(message, RuntimeWarning, stacklevel=5)
 
 
 def finite_number(name: str, value: Any, *, minimum: float | None = None, above: float | None = None) -> float:

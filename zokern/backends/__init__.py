@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import warnings
 from functools import cache
 
 import torch
 
+from ..warning import warn
 from .base import DTYPES, ROUNDINGS, SCALARS, STATES, Backend, Span
 
 BACKENDS = {"reference": "Reference", "cpu": "Cpu", "cuda": "Cuda", "triton": "Triton"}
@@ -39,10 +39,9 @@ def default(device_type: str) -> Backend:
     for name in DEFAULTS.get(device_type, ("reference",)):
         if why_off(name) is None:
             if name == "reference" and device_type in DEFAULTS:
-                warnings.warn(
+                warn(
                     f"zokern runs its reference backend on {device_type}, which is exact and slow: "
-                    + "; ".join(f"{other} is off: {why_off(other)}" for other in DEFAULTS[device_type][:-1]),
-                    stacklevel=3,
+                    + "; ".join(f"{other} is off: {why_off(other)}" for other in DEFAULTS[device_type][:-1])
                 )
             return get(name)
     raise AssertionError("the reference backend runs everywhere")

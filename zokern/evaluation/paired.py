@@ -16,10 +16,10 @@ sides that run interleaved. So the first step is read both ways and compared, an
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
+from ..warning import warn
 from . import meeting, stacked
 from .arena import Arena
 from .copies import Copies
@@ -135,11 +135,7 @@ class Paired:
     def _refuse(self, way: str, why: str) -> None:
         self.refused[way] = why
         if way == "met":
-            warnings.warn(
-                f"evaluation 'paired' goes on as 'scratch': the closure cannot be interleaved ({why})",
-                RuntimeWarning,
-                stacklevel=6,
-            )
+            warn(f"evaluation 'paired' goes on as 'scratch': the closure cannot be interleaved ({why})")
 
 
 def _compare(together: Reading, apart: Reading) -> None:
