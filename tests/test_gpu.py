@@ -41,6 +41,7 @@ from benchmarks.gpu import (  # noqa: E402
     page,
     pool,
     replay,
+    rules,
     steps,
     timing,
 )
@@ -548,6 +549,17 @@ def test_no_compiler_is_said(quick, said, monkeypatch) -> None:
 def test_the_rest_is_said_when_the_time_is_up(said) -> None:
     dense.dense(Run(said, "cpu", True, until=time.monotonic()))
     assert [skip["why"] for skip in said.of("skip")] == ["the part's time was up"] * 6 and not said.of("group")
+
+
+def test_figures_of_rules(quick, said, monkeypatch) -> None:
+    """With eight milliseconds for eight passes, five for the eager loop and one for the rest."""
+    monkeypatch.setattr(rules, "timer_of", lambda run: Ticks({"passes": 8e-3, "eagerly": 5e-3}))
+    rules.rules(quick)
+    assert said.figures == pytest.approx({
+        "update_ momentum cpu / copy": 300, "update_ adam cpu / copy": 500, "update_ momentum cpu / torch.optim": 5,
+        "update_ adam cpu / torch.optim": 5, "replay nearest cpu, passes / one": 8, "replay stochastic cpu, passes / one": 8,
+    })  # fmt: skip
+    assert len(said.of("group")) == 4 and not said.of("skip")
 
 
 def test_factored_figures(quick, said, monkeypatch) -> None:
