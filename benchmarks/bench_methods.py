@@ -50,6 +50,7 @@ QUICK = [Shape("OPT-tiny", "fp32", 1, 4), Shape("OPT-tiny", "fp32", 1, 32), Shap
 DEFAULT = [
     Shape("OPT-125M", "fp32", 1, 4), Shape("OPT-125M", "fp32", 1, 32, False), Shape("OPT-125M", "fp32", 1, 128, False),
     Shape("OPT-125M", "fp32", 4, 128, False), Shape("OPT-125M", "bf16", 1, 128),
+    Shape("OPT-350M", "fp32", 1, 32, False), Shape("Qwen2-0.5B", "fp32", 1, 32, False),
 ]  # fmt: skip
 BATCHES = {4: (1, 4), 32: (1, 32), 128: (1, 128), 512: (4, 128), 2048: (4, 512), 4096: (8, 512)}
 ALL = [
@@ -95,7 +96,7 @@ def bench_methods(benchmark, report, shape: Shape) -> None:
         loss()
         loss()
 
-    rounds = 2 if report.quick else ROUNDS[shape.tokens]
+    rounds = 2 if report.quick else min(ROUNDS[shape.tokens], 12 if shape.model == "OPT-125M" else 5)
     seldom = max(1, rounds // 2)
     cases = [Case(BOUND, forwards)]
     for evaluation in ("walk", "scratch", "paired"):
