@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from collections.abc import Callable
 from unittest.mock import Mock, patch
 
 import models
 import pytest
 import torch
+from mutant import mutant
 from recipes import METHODS
 from torch import Tensor
 
@@ -18,15 +17,6 @@ from zokern import backends, matmul, products
 from zokern.evaluation import copies
 
 COLUMNS, WIDTH, RANK = 1300, 40, 5
-
-
-def wrong(owner: object, name: str, right: str, instead: str) -> Callable:
-    """owner.name with one expression replaced."""
-    source = inspect.getsource(getattr(owner, name))
-    assert source.count(right) == 1, f"{name} holds {right!r} {source.count(right)} times"
-    space: dict = {}
-    exec(inspect.cleandoc("\n" + source).replace(right, instead), vars(inspect.getmodule(getattr(owner, name))), space)
-    return space[name]
 
 
 # A result in blocks of its columns ----------------------------------------------------------------------------------------
@@ -74,7 +64,7 @@ def test_a_result_in_blocks(counts: list[int], bias: bool, join: bool, transpose
     ("start + step)", "start + step - 1)"),
 ], ids=["columns of the first block", "rows of the first side", "bias of the first block", "a column left out"])  # fmt: skip
 def test_wrong_blocks_are_rejected(right: str, instead: str) -> None:
-    broken = wrong(products, "_sum", right, instead)
+    broken = mutant(products, "_sum", right, instead)
     with patch.object(products, "_sum", broken), pytest.raises(AssertionError):
         for join in (True, False):
             check_blocks([7, 7, 7], True, join)
@@ -116,7 +106,7 @@ def test_tiles_give_the_losses_of_thin_products(method: str, evaluation: str) ->
     ("slice(start, start + len(view))", "slice(0, len(view))"), ('shrink, "nearest"', '1.0, "nearest"'),
 ], ids=["the factor of the first tile", "no decay"])  # fmt: skip
 def test_wrong_tiles_are_rejected(right: str, instead: str) -> None:
-    broken = wrong(copies.Copies, "tiled", right, instead)
+    broken = mutant(copies.Copies, "tiled", right, instead)
     with patch.object(copies.Copies, "tiled", broken), pytest.raises(AssertionError):
         check_tiles("subzero")
 

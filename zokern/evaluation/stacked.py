@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from .copies import Copies
 from .meeting import Unpairable
 from .objective import Objective, part, repeated, run
-from .substitution import Substitution
+from .substitution import Substitution, is_taped
 from .surroundings import Surroundings
 from .uses import DATA_ATTRIBUTES, METADATA, stacked_product
 
@@ -37,7 +37,7 @@ class Stacked(TorchFunctionMode):
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")
         if name in METADATA or (name == "__get__" and attribute not in DATA_ATTRIBUTES):
             return func(*args, **kwargs)
-        done = stacked_product(self.copies, func, args, kwargs, self.sides)
+        done = None if is_taped(table, args, kwargs) else stacked_product(self.copies, func, args, kwargs, self.sides)
         return done if done is not None else self._each(func, name, args, kwargs)
 
     def _mine(self, value) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -48,13 +50,18 @@ class Substitution(TorchFunctionMode):
             if id(target) in self.copies.table:
                 self.copies.refuse_write(target, name)
         handler = HANDLERS.get(func)
+        taped = is_taped(self.copies.table, args, kwargs)
         try:
-            if handler is not None and (result := handler(self.copies, func, args, kwargs)) is not NotImplemented:
-                return result
-            keep = func in FRESH  # the result cannot alias its arguments, so the copies may lie in the arena
-            cast = self._upcast(func, args, kwargs)
-            swapped = tuple(self._swap(a, keep, cast) for a in args)
-            result = func(*swapped, **{k: self._swap(v, keep, cast) for k, v in kwargs.items()})
+            with torch.no_grad() if torch.is_grad_enabled() else nullcontext():  # copies have no history
+                if handler is not None and not taped:
+                    if (result := handler(self.copies, func, args, kwargs)) is not NotImplemented:
+                        return result
+                # the result of a fresh function cannot alias its arguments, so the copies may lie in the arena, where no tape keeps them
+                keep = func in FRESH and not taped
+                cast = self._upcast(func, args, kwargs)
+                swapped = tuple(self._swap(a, keep, cast) for a in args)
+                named = {k: self._swap(v, keep, cast) for k, v in kwargs.items()}
+            result = func(*swapped, **named)
         finally:
             self.copies.arena.release()
         if cast is not None and isinstance(result, Tensor) and result.is_floating_point():
@@ -104,6 +111,14 @@ class Substitution(TorchFunctionMode):
         if watched and isinstance(result, Tensor) and (name in VIEWS or name == "__get__"):
             self.copies.watch(result)
         return result
+
+
+def is_taped(table: dict[int, tuple[int, int]], args: Sequence, kwargs: dict[str, Any]) -> bool:
+    """Whether autograd follows the call for something else than trained parameters: a closure that differentiates by its inputs."""
+    if not torch.is_grad_enabled():
+        return False
+    values = [v for value in (*args, *kwargs.values()) for v in (value if isinstance(value, (list, tuple)) else [value])]
+    return any(isinstance(v, Tensor) and v.requires_grad and id(v) not in table for v in values)
 
 
 def _written(name: str, args: tuple, kwargs: dict[str, Any]) -> list:
