@@ -110,6 +110,7 @@ class Copies:
         """Whether the weights themselves are what this side reads."""
         return self.points[side].offset == 0.0 and (group.matrices is None or group.matrices[i].pending is None)
 
+    @torch.no_grad()
     def copy(self, tensor: Tensor, keep: bool = True, cast: torch.dtype | None = None, side: int | None = None) -> Tensor:
         """The whole parameter, perturbed: resident, from the arena (keep: until the call returns), or its own memory."""
         side = self.side if side is None else side

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -52,16 +51,13 @@ class Substitution(TorchFunctionMode):
         handler = HANDLERS.get(func)
         taped = is_taped(self.copies.table, args, kwargs)
         try:
-            with torch.no_grad() if torch.is_grad_enabled() else nullcontext():  # copies have no history
-                if handler is not None and not taped:
-                    if (result := handler(self.copies, func, args, kwargs)) is not NotImplemented:
-                        return result
-                # the result of a fresh function cannot alias its arguments, so the copies may lie in the arena, where no tape keeps them
-                keep = func in FRESH and not taped
-                cast = self._upcast(func, args, kwargs)
-                swapped = tuple(self._swap(a, keep, cast) for a in args)
-                named = {k: self._swap(v, keep, cast) for k, v in kwargs.items()}
-            result = func(*swapped, **named)
+            if handler is not None and not taped and (result := handler(self.copies, func, args, kwargs)) is not NotImplemented:
+                return result
+            # the result of a fresh function cannot alias its arguments, so the copies may lie in the arena, where no tape keeps them
+            keep = func in FRESH and not taped
+            cast = self._upcast(func, args, kwargs)
+            swapped = tuple(self._swap(a, keep, cast) for a in args)
+            result = func(*swapped, **{k: self._swap(v, keep, cast) for k, v in kwargs.items()})
         finally:
             self.copies.arena.release()
         if cast is not None and isinstance(result, Tensor) and result.is_floating_point():

@@ -72,6 +72,7 @@ def stacked_product(copies: Copies, func, args: tuple, kwargs: dict, sides: int)
     return products.joined(_product(copies, weight, uses, transposed))
 
 
+@torch.no_grad()  # where the closure turned autograd on: copies have no history
 def _product(copies: Copies, weight: Tensor, uses: Sequence[tuple[int, _Product]], transposed: bool) -> list[Tensor]:
     group, i = copies.find(weight)
     source, residual = group.tensors[i], group.residual(i)
@@ -89,6 +90,7 @@ def _product(copies: Copies, weight: Tensor, uses: Sequence[tuple[int, _Product]
         copies.arena.release()
 
 
+@torch.no_grad()
 def _rows(copies: Copies, weight: Tensor, index: Tensor) -> Tensor:
     """Rows of a perturbed matrix: only those."""
     group, i = copies.find(weight)
@@ -113,6 +115,7 @@ def _embedding(copies: Copies, func, args: tuple, kwargs: dict):
     return _rows(copies, weight, names["input"])
 
 
+@torch.no_grad()
 def _getitem(copies: Copies, func, args: tuple, kwargs: dict):
     """One expert of a stack, a block of rows, or looked-up rows."""
     weight, index = args
