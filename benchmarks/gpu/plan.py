@@ -71,7 +71,7 @@ STAGES = (
         Part("factored", "lowrank_ at ranks 8 to 128, 4096 x 4096 and 4096 x 14336, bfloat16", "factors:factored", {}, 80),
         Part("compiled", "axpy_ beside torch.compile of the eager perturb", "dense:compiled", {}, 75),
         Part("counters", "hardware counters of one launch of each kernel, by ncu, where it is installed", "counters:counters", {}, 60),
-        Part("products", "linear at both signs, 16 to 2048 tokens, against two products, tiles made ahead and on one stream; sketch", "linear:products", {}, 30),
+        Part("products", "linear at both signs on one and two streams, against two products; sketch", "linear:products", {}, 30),
     )),
     Stage("steps", "a step over its two forwards: scratch, walk, paired, SubZero, the eager loop; memory and kernels", 1.0, tuple(
         Part(model, f"{model} shapes, random bfloat16 weights, 16x256, 1x16, 4x128 and 16x512 tokens", "steps:steps", {"model": model}, 150)
