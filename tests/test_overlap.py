@@ -1,11 +1,12 @@
-"""Tiles made ahead on a second stream (zokern/overlap.py), without a GPU: what would be queued is recorded, then played in every legal order.
+"""Tiles made ahead on a second stream (zokern/overlap.py), without a GPU: what would be queued is recorded and played in all orders.
 
-A device made of two queues stands in for CUDA: `wait_stream` is kept as an edge, fills and products are kept as operations with the memory that
-they read and write. Then
+A device made of two queues stands in for CUDA: `wait_stream` is kept as an edge, fills and products are kept as operations with the
+memory that they read and write. Then
     races      two operations of different streams that share memory, one of which writes it, must be ordered by edges
     orders     every order that the edges allow is played on real memory and must give the bits of one stream
     overlap    a fill must be free to run beside the product before it, or the second stream is for nothing
-and every line of the order is taken out of the source once, which one of the three must notice. Streams, drivers and times are not shown here.
+and every line of the order is taken out of the source once, which one of the three must notice. Streams, drivers and times are not
+shown here.
 """
 
 from __future__ import annotations

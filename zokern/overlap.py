@@ -3,10 +3,11 @@
     side      fill 0 | fill 1 | -> fill 2 | -> fill 3 ...        -> waits for the current stream: the use that read this slot
     current          -> use 0 | -> use 1  | -> use 2 ...         -> waits for the side stream: the fill of this tile
 
-Two slots of memory take turns, so fill k + 1 runs beside use k and no slot is written while it is read. The order is kept by events,
-the host waits for nothing, and a CUDA graph captures it as a fork that joins. A side stream works for one stream alone: it waits for
-that one before every fill and is waited for at the end, whatever raised, so that memory of either is free for the other again when
-ahead() returns, as if all of it had run on one stream. That is what torch's allocator goes by, and no tensor has to be recorded.
+Two slots of memory take turns, so fill k + 1 runs beside use k and no slot is written while it is read. The order is kept by
+events, the host waits for nothing, and a CUDA graph captures it as a fork that joins. A side stream works for one stream alone: it
+waits for that one before every fill and is waited for at the end, whatever raised, so that memory of either is free for the other
+again when ahead() returns, as if all of it had run on one stream. That is what torch's allocator goes by, and no tensor has to be
+recorded.
 """
 
 from __future__ import annotations

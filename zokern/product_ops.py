@@ -41,7 +41,8 @@ def linear(
     scales     one float per side, in units of W
     bias       (m,), added as it is;  first  number of W's first element in the unsharded parameter
     residual   int16 low bits of a bfloat16 W: W plus its low bits is then what is perturbed (dense z)
-    tile       elements of a tile of W (two tiles for two signs); on a CUDA device half as many twice, to make one beside a product
+    tile       elements of a tile of W (two tiles for two signs); on a CUDA device half as many, twice: one is made
+               while the other is multiplied
     Returns a list of (..., m), in W's dtype. The products are torch's, so their sums are not equal bit for bit between backends; the
     perturbed tiles are. Raises ValueError for shapes, dtypes or devices that do not fit.
     Malladi et al. 2023; Chen et al. 2025 for factored z."""

@@ -1,4 +1,4 @@
-"""CUDA graphs: axpy_, perturb and linear captured once; every replay, after the clock was advanced, must have its own step's z."""
+"""CUDA graphs: axpy_, perturb and linear captured once; each replay, after the clock was advanced, must have its own step's z."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def check_perturb(backend: Backend, device: str, dtype: torch.dtype, count: int)
 
 
 def check_linear(backend: Backend, device: str, dtype: torch.dtype, count: int) -> None:
-    """Several tiles, made ahead on a device: the graph has both streams. One-hot rows x, so that the product is the perturbed W."""
+    """Several tiles, made ahead on a device, so the graph has both streams. One-hot rows x: the product is the perturbed W."""
     weight = (0.02 * torch.randn(count // 8, 8, generator=torch.Generator().manual_seed(5))).to(dtype)
     there, x, span, arena = weight.to(device), torch.eye(8, dtype=dtype, device=device), Span(1, 3), Arena(8 << 20)
     clock = torch.zeros(1, dtype=torch.int64, device=device)
