@@ -20,7 +20,7 @@ import conformance
 import pytest
 import torch
 
-from zokern import backends
+from zokern import backends, overlap
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -336,7 +336,7 @@ class LastBitOnce(LastBit):
         pass
 
 
-@pytest.mark.parametrize("check", [graphs.check_axpy, graphs.check_perturb])
+@pytest.mark.parametrize("check", [graphs.check_axpy, graphs.check_perturb, graphs.check_linear])
 def test_graphs(check) -> None:
     """On a CPU the call stands for the graph: a clock that is read once is the mistake that a graph can make."""
     check(RIGHT, "cpu", torch.bfloat16, 301)
@@ -573,11 +573,22 @@ def test_factored_figures(quick, said, monkeypatch) -> None:
 
 
 def test_products(quick, said, monkeypatch) -> None:
-    monkeypatch.setattr(linear, "timer_of", lambda run: Ticks({"bare": 2e-3}))
+    monkeypatch.setattr(linear, "timer_of", lambda run: Ticks({"bare": 2e-3, "alone": 4e-3}))
     linear.products(quick)
-    names = ("linear +- dense cpu, 16 tokens", "linear +- rank 8 cpu, 16 tokens")
-    assert said.figures == pytest.approx({f"{name} / two F.linear": 0.5 for name in names})
+    dense, alone = "linear +- dense cpu, 16 tokens", [", one stream", ", one stream, tiles twice as large"]
+    ahead = {f"{name} / two F.linear": 0.5 for name in (dense, "linear +- rank 8 cpu, 16 tokens")}
+    turns = {f"{dense}{how} / two F.linear": 2.0 for how in alone} | {f"{dense}{how} / made ahead": 4.0 for how in alone}
+    assert said.figures == pytest.approx(ahead | turns)
     assert len(said.of("group")) == 2 and said.of("group")[0]["rows"][1]["times_eager"] == pytest.approx(2)
+
+
+def test_the_comparison_runs_on_one_stream() -> None:
+    """And leaves the switch as it was, whatever the call does."""
+    cuda = torch.device("cuda")
+    assert linear.on_one_stream(lambda: overlap.slots(cuda, 2))() == 1 and overlap.slots(cuda, 2) == 2
+    with pytest.raises(ZeroDivisionError):
+        linear.on_one_stream(lambda: 1 / 0)()
+    assert overlap.slots(cuda, 2) == 2
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, directions, ops
+from . import backends, directions, ops, overlap
 from .backends import Span
 from .products import Part, factored_linear, sketch_of, tiled_linear
 from .stream import INDEX_LIMIT, check_seed, check_word, parameter_id
@@ -41,7 +41,8 @@ def linear(
     scales     one float per side, in units of W
     bias       (m,), added as it is;  first  number of W's first element in the unsharded parameter
     residual   int16 low bits of a bfloat16 W: W plus its low bits is then what is perturbed (dense z)
-    tile       elements of a tile of W (two tiles for two signs)
+    tile       elements of a tile of W (two tiles for two signs); on a CUDA device half as many, twice: one is made
+               while the other is multiplied
     Returns a list of (..., m), in W's dtype. The products are torch's, so their sums are not equal bit for bit between backends; the
     perturbed tiles are. Raises ValueError for shapes, dtypes or devices that do not fit.
     Malladi et al. 2023; Chen et al. 2025 for factored z."""
@@ -116,6 +117,7 @@ def _linear(
         return torch.empty(shape, dtype=weight.dtype, device=weight.device)
 
     rows = max(1, tile // max(1, weight.shape[1]))
+    rows = max(1, rows // overlap.slots(weight.device, -(-weight.shape[0] // rows)))
     biases = [bias] * len(xs)
     return tiled_linear(xs, weight, span, biases, residual, fills, fill, take, lambda: None, rows)
 

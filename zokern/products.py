@@ -17,8 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import matmul
+from . import matmul, overlap
 from .backends import Backend, Span
+from .overlap import Job
 
 JOIN = 512  # rows of all sides above which a joint product is slower than one a side (benchmarks/)
 CACHED = 1 << 19  # elements of a result that the caches hold from one product into it to the next
@@ -42,7 +43,7 @@ def tiled_linear(
 
     fills  lists of sides whose tiles are made together; a side in none of them reads W itself
     fill(view, span, sides, tiles, residual) writes them; take(shape) gives scratch memory of W's dtype for one tile, release()
-    takes all of it back. W is only read."""
+    takes all of it back. On a CUDA device `overlap.slots` tiles of a side exist at a time. W is only read."""
     dimension = 1 if transposed else 0
     total, width = weight.shape[dimension], weight.shape[1 - dimension]
     plain = all(x.dtype == weight.dtype for x in xs) and not torch.is_autocast_enabled(weight.device.type)
@@ -73,23 +74,34 @@ def tiled_linear(
             outs[side] = out = part.new_empty((part.shape[0], total))
         out[:, start:stop] = part
 
-    for start in range(0, total, tile):
-        stop = min(total, start + tile)
-        view = weight.narrow(dimension, start, stop - start)
-        low = None if residual is None else residual.narrow(dimension, start, stop - start)
+    def piece(matrix: Tensor, job: Job) -> Tensor:
+        return matrix.narrow(dimension, job.start, job.stop - job.start)
+
+    def make(job: Job, tiles: list[Tensor]) -> None:
+        if not tiles:
+            return
         if transposed:
-            here = Span(span.who, span.first + start, pitch=total)
+            here = Span(span.who, span.first + job.start, pitch=total)
         else:
-            here = Span(span.who, span.first + start * width)
-        for sides in fills:
-            tiles = [take(tuple(view.shape)) for _ in sides]
-            fill(view, here, sides, tiles, low)
-            for side, matrix in zip(sides, tiles):
-                multiply(side, matrix, start, stop)
-            del tiles
-            release()
-        for side in untouched:
-            multiply(side, view, start, stop)
+            here = Span(span.who, span.first + job.start * width)
+        fill(piece(weight, job), here, job.sides, tiles, None if residual is None else piece(residual, job))
+
+    def use(job: Job, tiles: list[Tensor]) -> None:
+        for side, matrix in zip(job.sides, tiles):
+            multiply(side, matrix, job.start, job.stop)
+        if job.sides is last:
+            for side in untouched:
+                multiply(side, piece(weight, job), job.start, job.stop)
+
+    each = fills or [[]]
+    last = each[-1]
+    bounds = [(start, min(total, start + tile)) for start in range(0, total, tile)]
+    shapes = [(width, stop - start) if transposed else (stop - start, width) for start, stop in bounds]
+    jobs = [Job(*bound, sides, shape) for bound, shape in zip(bounds, shapes) for sides in each]
+    if fills and overlap.slots(weight.device, len(bounds)) > 1:
+        overlap.ahead(jobs, make, use, take, release, weight.device)
+    else:
+        overlap.in_turn(jobs, make, use, take, release)
     return [_shaped(out, x, total) for out, x in zip(outs, xs)]
 
 

@@ -1,14 +1,17 @@
-"""CUDA graphs: axpy_ and perturb captured once; every replay, after the clock was advanced, must have its own step's z."""
+"""CUDA graphs: axpy_, perturb and linear captured once; each replay, after the clock was advanced, must have its own step's z."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from guarded import equal
+from torch import Tensor
 
+from zokern import products
 from zokern.backends import Backend, Span
 from zokern.directions import resolve
+from zokern.evaluation.arena import Arena
 
 from .checks import DTYPES
 from .run import Run, judge
@@ -77,11 +80,41 @@ def check_perturb(backend: Backend, device: str, dtype: torch.dtype, count: int)
     assert not any(torch.equal(a, b) for a, b in zip(seen, seen[1:])), "perturb: two replays had the same z"
 
 
+def check_linear(backend: Backend, device: str, dtype: torch.dtype, count: int) -> None:
+    """Several tiles, made ahead on a device, so the graph has both streams. One-hot rows x: the product is the perturbed W."""
+    weight = (0.02 * torch.randn(count // 8, 8, generator=torch.Generator().manual_seed(5))).to(dtype)
+    there, x, span, arena = weight.to(device), torch.eye(8, dtype=dtype, device=device), Span(1, 3), Arena(8 << 20)
+    clock = torch.zeros(1, dtype=torch.int64, device=device)
+    results: list[Tensor] = []
+
+    def fill(view: Tensor, here: Span, sides: Sequence[int], tiles: Sequence[Tensor], low: Tensor | None) -> None:
+        scales, outs = [(1e-3, -1e-3)[j] for j in sides], [[tile] for tile in tiles]
+        backend.perturb([view], [here], resolve("normal"), SEED, STEP, 1, scales, outs, None, clock=clock)
+
+    def take(shape: tuple[int, ...]) -> Tensor:
+        tile = arena.take(shape, dtype, there.device)
+        assert tile is not None
+        return tile
+
+    def call() -> None:
+        tile = -(-len(weight) // 5)
+        results[:] = products.tiled_linear([x, x], there, span, [None, None], None, [[0, 1]], fill, take, arena.release, tile)
+
+    graph = Captured(call, device)
+    for time in range(1, REPLAYS + 1):
+        clock.add_(1)
+        graph.replay()
+        expected = [[torch.empty_like(weight)] for _ in "+-"]
+        judge().perturb([weight], [span], resolve("normal"), SEED, STEP + time, 1, [1e-3, -1e-3], expected, None)
+        for got, (right,) in zip(results, expected):
+            equal(got.t() + 0.0, right + 0.0, f"linear, replay {time}")  # a sum of products makes +0 of -0
+
+
 def graphs(run: Run, backend: str) -> None:
-    """Both verbs in every dtype."""
+    """All of them in every dtype."""
     if (found := run.backend(backend)) is None:
         return
     count = 4099 if run.quick else (1 << 20) + 3
     for dtype in DTYPES.values():
-        for verb, check in (("axpy_", check_axpy), ("perturb", check_perturb)):
+        for verb, check in (("axpy_", check_axpy), ("perturb", check_perturb), ("linear", check_linear)):
             run.check(f"{backend}: {verb} in a CUDA graph, {dtype}", lambda c=check, d=dtype: c(found, run.device, d, count))

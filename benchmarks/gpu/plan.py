@@ -57,7 +57,7 @@ def correctness(backend: str) -> tuple[Part, ...]:
              "large:large", of),
         Part(f"{backend} replay", "20 MeZO steps of a transformer, replayed on the CPU from (seed, step, coefficients) to the same bits",
              "replay:replay", of),
-        Part(f"{backend} graphs", "axpy_ and perturb captured in a CUDA graph; each replay has the z of its own step", "graphs:graphs", of),
+        Part(f"{backend} graphs", "axpy_, perturb and linear captured in a CUDA graph; each replay has the z of its own step", "graphs:graphs", of),
         Part(f"{backend} memcheck", "every verb, small, under compute-sanitizer, where it is installed", "memcheck:memcheck", of, 150),
     )  # fmt: skip
 
@@ -72,7 +72,7 @@ STAGES = (
         Part("compiled", "axpy_ beside torch.compile of the eager perturb", "dense:compiled", {}, 75),
         Part("counters", "hardware counters of one launch of each kernel, by ncu, where it is installed", "counters:counters", {}, 60),
         Part("rules", "update_ beside torch.optim on an eager gradient; a replay of 8 steps in one pass, beside 8 passes", "rules:rules", {}, 30),
-        Part("products", "linear at both signs, 16 to 2048 tokens, against two products; sketch", "linear:products", {}, 30),
+        Part("products", "linear at both signs on one and two streams, against two products; sketch", "linear:products", {}, 30),
     )),
     Stage("steps", "a step over its two forwards: scratch, walk, paired, SubZero, the eager loop; memory and kernels", 1.0, tuple(
         Part(model, f"{model} shapes, random bfloat16 weights, 16x256, 1x16, 4x128 and 16x512 tokens", "steps:steps", {"model": model}, 150)

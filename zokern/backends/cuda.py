@@ -3,8 +3,9 @@ torch's current stream.
 
 A verb is one launch. The table of its list is packed and uploaded once and found on the device afterwards (`tables`); the
 coefficients and the clock are read where they lie. So no call waits for the device, a repeated call copies nothing to it, and a
-call can be captured in a CUDA graph. Everything a launch reads is allocated and freed on the stream that it runs on, which is
-what torch's allocators order by: nothing has to be kept alive after the call.
+call can be captured in a CUDA graph. Everything a call allocates is allocated and freed on the stream that it launches on, which
+is what torch's allocators order by: nothing has to be kept alive after the call. Whoever gives it tensors of another stream has to
+order the two, as zokern/overlap.py does.
 """
 
 from __future__ import annotations

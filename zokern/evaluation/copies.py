@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .. import products
+from .. import overlap, products
 from ..backends import Span
 from .arena import ALIGN, Arena
 from .factors import Factors
@@ -226,11 +226,16 @@ class Copies:
     def tile_rows(self, weight: Tensor, dimension: int, sides: int = 1) -> int:
         """How many slices along a dimension of a matrix make a tile, where `sides` tiles exist at a time.
 
-        As many as TILE elements and what is left of the arena hold, in tiles of nearly the same size."""
+        As many as TILE elements and what is left of the arena hold, in tiles of nearly the same size; where one of them is made
+        while another is used, both have to fit."""
         total = max(1, weight.shape[dimension])
         size = max(1, weight.numel() // total * weight.element_size())
-        most = max(1, min(self.arena.left(weight.device) // sides, TILE * weight.element_size()) // size)
-        return -(-total // -(-total // most))
+        room, most = self.arena.left(weight.device) // sides, TILE * weight.element_size()
+        rows = max(1, min(room, most) // size)
+        slots = overlap.slots(weight.device, -(-total // rows))
+        if slots > 1:
+            rows = max(1, min(room // slots - ALIGN, most) // size)
+        return -(-total // -(-total // rows))
 
     def watch(self, view: Tensor) -> None:
         """A result that shares memory with a perturbed copy: writing to it would have been writing to the weights."""
