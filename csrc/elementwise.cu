@@ -108,16 +108,21 @@ struct Ready {
 
 constexpr int kTogether = 2;  // units that a thread adds a term to: what does not depend on the unit costs half
 
-// kPlain: one term, and where kDecay a decay; otherwise any number of both
-template <Direction kDirection, Rounding kRounding, bool kPlain, bool kDecay>
+// What a call adds: one term, one with a decay, any number of terms in sums of any length, or several sums of one term each
+enum class Sum : int32_t { kTerm = 0, kDecayedTerm = 1, kTerms = 2, kSteps = 3 };
+
+constexpr bool is_plain(Sum sum) { return sum == Sum::kTerm || sum == Sum::kDecayedTerm; }
+
+template <Direction kDirection, Rounding kRounding, Sum kSum>
 struct AxpyVerb {
+  static constexpr bool kPlain = is_plain(kSum);
   const Keys& keys;
   const Terms terms;
   float coefficient;   // of a plain sum
   uint32_t nonfinite;  // of this thread
 
   __device__ __forceinline__ uint32_t last_step() const { return terms.last.step + terms.clock; }
-  __device__ __forceinline__ float decayed(float x) const { return kDecay ? mul_rn(terms.last.decay, x) : x; }
+  __device__ __forceinline__ float decayed(float x) const { return kSum == Sum::kDecayedTerm ? mul_rn(terms.last.decay, x) : x; }
 
   template <Type kType>
   struct Body {
@@ -176,6 +181,42 @@ struct AxpyVerb {
       }
     }
 
+    // Of steps: what v is between two of them, in the words that are stored, or a float32 where it has its low bits
+    using Kept = Stored<kJoin ? Type::kFloat32 : kType>;
+
+    __device__ __forceinline__ void load(uint32_t i, Kept& kept) const {
+      if constexpr (kJoin) {
+        float v[kUnit];
+        load(i, v);
+        kept = nearest<Type::kFloat32>(v);
+      } else {
+        load_stored<kType>(place.theta, i, kept);
+      }
+    }
+
+    __device__ __forceinline__ void finish(uint32_t i, const Kept& kept) {
+      if constexpr (kJoin) {
+        float v[kUnit];
+        unpack(kept, v);
+        store(i, v);
+      } else {
+        store(i, kept);
+      }
+    }
+
+    __device__ __forceinline__ void step(uint32_t i, const Ready& term, const Name& random, const float (&z)[kUnit],
+                                         Kept& kept) const {
+      float v[kUnit];
+      unpack(kept, v);
+#pragma unroll
+      for (int j = 0; j < kUnit; ++j) v[j] = fma_rn(term.coefficient, z[j], mul_rn(term.decay, v[j]));
+      if constexpr (kRandom) {
+        kept = stochastic<kType>(v, philox_named(place.begin + i, random, verb.keys));
+      } else {
+        kept = nearest<kJoin ? Type::kFloat32 : kType>(v);
+      }
+    }
+
     // The end of a sum: what storing v and loading it again would make of it. A float32 with its low bits is exact.
     __device__ __forceinline__ void round(uint32_t i, const Name& random, float (&v)[kUnit]) const {
       if constexpr (kRandom) {
@@ -185,9 +226,16 @@ struct AxpyVerb {
       }
     }
 
-    __device__ __forceinline__ static void unpack(const Stored<kType>& unit, float (&v)[kUnit]) {
+    template <Type kOf>
+    __device__ __forceinline__ static void unpack(const Stored<kOf>& unit, float (&v)[kUnit]) {
 #pragma unroll
-      for (int j = 0; j < unit.kWords; ++j) unpack_pair<kType>(unit.w[j], v[2 * j], v[2 * j + 1]);
+      for (int j = 0; j < unit.kWords; ++j) {
+        if constexpr (kOf == Type::kFloat32) {
+          v[j] = as_float(unit.w[j]);
+        } else {
+          unpack_pair<kOf>(unit.w[j], v[2 * j], v[2 * j + 1]);
+        }
+      }
     }
 
     // The loop only watches whether a result was not finite; if one was, the thread reads its results again and counts.
@@ -213,8 +261,10 @@ struct AxpyVerb {
     Body<kType> body{*this, place, random, {}};
     if constexpr (kPlain) {
       each_unit<kDirection>(place, turn, Name(place.who, last_step(), terms.last.draw, keys), keys, body);
-    } else {
+    } else if constexpr (kSum == Sum::kTerms) {
       many(place, turn, body);
+    } else {
+      steps(place, turn, body);
     }
     return true;
   }
@@ -281,6 +331,58 @@ struct AxpyVerb {
 #pragma unroll
       for (int u = 0; u < kTogether; ++u) {
         if (i + u * turn.lanes < place.count) body.store(i + u * turn.lanes, v[u]);
+      }
+    }
+    body.settle(turn.lane, place.count, turn.lanes);
+  }
+
+  // Sums of one term each, as many() adds them: where each term decays v, adds and rounds, nothing is to be decided between two.
+  template <class Body>
+  __device__ __forceinline__ void steps(const Place& place, const Turn& turn, Body& body) {
+    __shared__ Ready all[kThreads];
+    __shared__ uint4 all_random[Body::kRandom ? kThreads : 1];
+    const uint32_t lane = threadIdx.x % kWarp;
+    Ready* const terms_of_warp = all + (threadIdx.x - lane);
+    const auto ready = [&](int32_t k) {
+      __syncwarp();  // the 32 before have been used
+      k += static_cast<int32_t>(lane);
+      if (k < terms.count) {
+        all[threadIdx.x] = Ready(terms.at(k), terms.coefficients[k], place.who, terms.clock, keys);
+        if constexpr (Body::kRandom) {
+          all_random[threadIdx.x] = Name(place.who, terms.at(k).step + terms.clock, kRoundingDraw, keys).words();
+        }
+      }
+      __syncwarp();
+    };
+    if (terms.count <= kWarp) ready(0);
+#pragma unroll 1
+    for (uint32_t i = turn.lane; i - lane < place.count; i += kTogether * turn.lanes) {
+      typename Body::Kept kept[kTogether] = {};
+      uint64_t first[kTogether];
+#pragma unroll
+      for (int u = 0; u < kTogether; ++u) {
+        if (i + u * turn.lanes < place.count) body.load(i + u * turn.lanes, kept[u]);
+        first[u] = first_product<kDirection>(place.begin + i + u * turn.lanes);
+      }
+#pragma unroll 1
+      for (int32_t k = 0; k < terms.count; k += kWarp) {
+        if (terms.count > kWarp) ready(k);
+        const Ready* term = terms_of_warp;
+        const Ready* const end = term + (terms.count - k < kWarp ? terms.count - k : kWarp);
+#pragma unroll 2
+        for (; term != end; ++term) {
+          const Name name(term->name), random(all_random[Body::kRandom ? term - all : 0]);
+#pragma unroll
+          for (int u = 0; u < kTogether; ++u) {
+            float z[kUnit];
+            values<kDirection>(first[u], place.begin + i + u * turn.lanes, name, keys, z);
+            body.step(i + u * turn.lanes, *term, random, z, kept[u]);
+          }
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kTogether; ++u) {
+        if (i + u * turn.lanes < place.count) body.finish(i + u * turn.lanes, kept[u]);
       }
     }
     body.settle(turn.lane, place.count, turn.lanes);
@@ -440,17 +542,18 @@ __global__ void __launch_bounds__(kThreads, kResident) draw_kernel(const List li
   run(verb, list.entries, list.chunks, list.chunk_count, list.parts_log2);
 }
 
-constexpr int resident(Rounding rounding, bool plain) {
-  if (plain) return rounding == Rounding::kNearest ? kResident : kResidentMore;
+constexpr int resident(Rounding rounding, Sum sum) {
+  if (is_plain(sum)) return rounding == Rounding::kNearest ? kResident : kResidentMore;
   return rounding == Rounding::kNearest ? kResidentMore : kResidentMost;
 }
 
-template <Direction kDirection, Rounding kRounding, bool kPlain, bool kDecay>
-__global__ void __launch_bounds__(kThreads, resident(kRounding, kPlain))
+template <Direction kDirection, Rounding kRounding, Sum kSum>
+__global__ void __launch_bounds__(kThreads, resident(kRounding, kSum))
     axpy_kernel(const List list, const Draw* draws, const float* coefficients, int32_t draw_count, int32_t each, Draw last,
                 unsigned long long* nonfinite) {
   const Terms terms = {draws, coefficients, draw_count, each, clock_of(list), last};
-  AxpyVerb<kDirection, kRounding, kPlain, kDecay> verb{list.keys, terms, kPlain ? coefficients[0] : 0.0f, 0};
+  using Verb = AxpyVerb<kDirection, kRounding, kSum>;
+  Verb verb{list.keys, terms, Verb::kPlain ? coefficients[0] : 0.0f, 0};
   run(verb, list.entries, list.chunks, list.chunk_count, list.parts_log2);
   if (verb.nonfinite != 0) atomicAdd(nonfinite, static_cast<unsigned long long>(verb.nonfinite));  // rare: no reduction first
 }
@@ -477,10 +580,10 @@ __global__ void __launch_bounds__(kThreads, kResident)
 template <Direction kDirection, Rounding kRounding>
 void start_axpy(const Launch& launch, const Draw* draws, int32_t draw_count, int32_t each, unsigned long long* nonfinite) {
   // the common calls have no instruction for what they do without
-  auto* kernel = axpy_kernel<kDirection, kRounding, false, false>;
+  auto* kernel = each == 1 ? axpy_kernel<kDirection, kRounding, Sum::kSteps> : axpy_kernel<kDirection, kRounding, Sum::kTerms>;
   if (draw_count == 1) {
-    kernel = draws[0].decay == 1.0f ? axpy_kernel<kDirection, kRounding, true, false>
-                                    : axpy_kernel<kDirection, kRounding, true, true>;
+    kernel = draws[0].decay == 1.0f ? axpy_kernel<kDirection, kRounding, Sum::kTerm>
+                                    : axpy_kernel<kDirection, kRounding, Sum::kDecayedTerm>;
   }
   start("axpy_", kernel, launch, launch.draws, launch.coefficients, draw_count, each, draws[draw_count - 1], nonfinite);
 }

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "csrc" / "elementwise.cu"
 MODULE = ROOT / "zokern" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
+TERM, DECAYED_TERM, TERMS, STEPS = range(4)  # Sum of elementwise.cu
 NVCC_FLAGS = ("-std=c++17", "-O3", "-fmad=false")  # what setup.py compiles with, as far as code generation goes
 
 # Instructions that the stream's arithmetic must not contain, and why. Each pattern is matched at the start of an instruction.
@@ -298,11 +299,11 @@ def disassemble(cubin: Path) -> dict[str, Function]:
     return functions
 
 
-def symbol(verb: str, direction: int = 0, rounding: int | None = None, plain: bool = True, decay: bool = False) -> str:
-    """The start of a kernel's mangled name: zo::kernels::axpy_kernel<Direction 0, Rounding 0, true, false>."""
+def symbol(verb: str, direction: int = 0, rounding: int | None = None, sum: int = TERM) -> str:
+    """The start of a kernel's mangled name: zo::kernels::axpy_kernel<Direction 0, Rounding 0, Sum 0>."""
     arguments = f"LNS_9DirectionE{direction}E"
     if rounding is not None:
-        arguments += f"LNS_8RoundingE{rounding}ELb{int(plain)}ELb{int(decay)}E"
+        arguments += f"LNS_8RoundingE{rounding}ELNS0_3SumE{sum}E"
     stem = f"{verb}_kernel"
     return f"_ZN2zo7kernels{len(stem)}{stem}" + ("" if verb == "philox" else f"I{arguments}E")
 
