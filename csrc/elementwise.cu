@@ -336,7 +336,9 @@ struct AxpyVerb {
     body.settle(turn.lane, place.count, turn.lanes);
   }
 
-  // Sums of one term each, as many() adds them: where each term decays v, adds and rounds, nothing is to be decided between two.
+  // Sums of one term each, from terms made ready as many() makes them: every term decays v, adds and rounds, so that nothing is
+  // to be decided between two. What a term shares with the next is shared by four terms of one unit and not by units: v is then
+  // one unit, the rounding's words, and half the registers.
   template <class Body>
   __device__ __forceinline__ void steps(const Place& place, const Turn& turn, Body& body) {
     __shared__ Ready all[kThreads];
@@ -347,43 +349,35 @@ struct AxpyVerb {
       __syncwarp();  // the 32 before have been used
       k += static_cast<int32_t>(lane);
       if (k < terms.count) {
-        all[threadIdx.x] = Ready(terms.at(k), terms.coefficients[k], place.who, terms.clock, keys);
+        const Draw term = terms.at(k);
+        all[threadIdx.x] = Ready(term, terms.coefficients[k], place.who, terms.clock, keys);
         if constexpr (Body::kRandom) {
-          all_random[threadIdx.x] = Name(place.who, terms.at(k).step + terms.clock, kRoundingDraw, keys).words();
+          all_random[threadIdx.x] = Name(place.who, term.step + terms.clock, kRoundingDraw, keys).words();
         }
       }
       __syncwarp();
     };
     if (terms.count <= kWarp) ready(0);
+    // the same number of turns for all lanes of a warp
 #pragma unroll 1
-    for (uint32_t i = turn.lane; i - lane < place.count; i += kTogether * turn.lanes) {
-      typename Body::Kept kept[kTogether] = {};
-      uint64_t first[kTogether];
-#pragma unroll
-      for (int u = 0; u < kTogether; ++u) {
-        if (i + u * turn.lanes < place.count) body.load(i + u * turn.lanes, kept[u]);
-        first[u] = first_product<kDirection>(place.begin + i + u * turn.lanes);
-      }
+    for (uint32_t i = turn.lane; i - lane < place.count; i += turn.lanes) {
+      typename Body::Kept kept = {};
+      if (i < place.count) body.load(i, kept);
+      const uint64_t first = first_product<kDirection>(place.begin + i);
 #pragma unroll 1
       for (int32_t k = 0; k < terms.count; k += kWarp) {
         if (terms.count > kWarp) ready(k);
         const Ready* term = terms_of_warp;
         const Ready* const end = term + (terms.count - k < kWarp ? terms.count - k : kWarp);
-#pragma unroll 2
+#pragma unroll 4
         for (; term != end; ++term) {
           const Name name(term->name), random(all_random[Body::kRandom ? term - all : 0]);
-#pragma unroll
-          for (int u = 0; u < kTogether; ++u) {
-            float z[kUnit];
-            values<kDirection>(first[u], place.begin + i + u * turn.lanes, name, keys, z);
-            body.step(i + u * turn.lanes, *term, random, z, kept[u]);
-          }
+          float z[kUnit];
+          values<kDirection>(first, place.begin + i, name, keys, z);
+          body.step(i, *term, random, z, kept);
         }
       }
-#pragma unroll
-      for (int u = 0; u < kTogether; ++u) {
-        if (i + u * turn.lanes < place.count) body.finish(i + u * turn.lanes, kept[u]);
-      }
+      if (i < place.count) body.finish(i, kept);
     }
     body.settle(turn.lane, place.count, turn.lanes);
   }
