@@ -336,48 +336,50 @@ struct AxpyVerb {
     body.settle(turn.lane, place.count, turn.lanes);
   }
 
-  // Sums of one term each, from terms made ready as many() makes them: every term decays v, adds and rounds, so that nothing is
-  // to be decided between two. What a term shares with the next is shared by four terms of one unit and not by units: v is then
-  // one unit, the rounding's words, and half the registers.
+  // Sums of one term each, from terms made ready as many() makes them. A term decays, adds and rounds, so that what is stored after
+  // one is all that the next needs: every 32 terms are a pass of their own over the chunk, which the caches hold, and the loops
+  // over units and terms have nothing to decide. What a term shares with the next is shared by four terms of one unit and not
+  // by units: between terms v is the words that are stored, and one unit of them takes half the registers.
   template <class Body>
   __device__ __forceinline__ void steps(const Place& place, const Turn& turn, Body& body) {
     __shared__ Ready all[kThreads];
     __shared__ uint4 all_random[Body::kRandom ? kThreads : 1];
     const uint32_t lane = threadIdx.x % kWarp;
-    Ready* const terms_of_warp = all + (threadIdx.x - lane);
-    const auto ready = [&](int32_t k) {
+#pragma unroll 1
+    for (int32_t k = 0; k < terms.count; k += kWarp) {
+      const int32_t mine = k + static_cast<int32_t>(lane);
       __syncwarp();  // the 32 before have been used
-      k += static_cast<int32_t>(lane);
-      if (k < terms.count) {
-        const Draw term = terms.at(k);
-        all[threadIdx.x] = Ready(term, terms.coefficients[k], place.who, terms.clock, keys);
+      if (mine < terms.count) {
+        const Draw term = terms.at(mine);
+        all[threadIdx.x] = Ready(term, terms.coefficients[mine], place.who, terms.clock, keys);
         if constexpr (Body::kRandom) {
           all_random[threadIdx.x] = Name(place.who, term.step + terms.clock, kRoundingDraw, keys).words();
         }
       }
       __syncwarp();
-    };
-    if (terms.count <= kWarp) ready(0);
-    // the same number of turns for all lanes of a warp
+      const Ready* const begin = all + (threadIdx.x - lane);
+      const Ready* const end = begin + (terms.count - k < kWarp ? terms.count - k : kWarp);
 #pragma unroll 1
-    for (uint32_t i = turn.lane; i - lane < place.count; i += turn.lanes) {
-      typename Body::Kept kept = {};
-      if (i < place.count) body.load(i, kept);
-      const uint64_t first = first_product<kDirection>(place.begin + i);
-#pragma unroll 1
-      for (int32_t k = 0; k < terms.count; k += kWarp) {
-        if (terms.count > kWarp) ready(k);
-        const Ready* term = terms_of_warp;
-        const Ready* const end = term + (terms.count - k < kWarp ? terms.count - k : kWarp);
-#pragma unroll 4
-        for (; term != end; ++term) {
+      for (uint32_t i = turn.lane; i < place.count; i += turn.lanes) {
+        typename Body::Kept kept;
+        body.load(i, kept);
+        const uint64_t first = first_product<kDirection>(place.begin + i);
+        const auto add = [&](const Ready* term) {
           const Name name(term->name), random(all_random[Body::kRandom ? term - all : 0]);
           float z[kUnit];
           values<kDirection>(first, place.begin + i, name, keys, z);
           body.step(i, *term, random, z, kept);
+        };
+        const Ready* term = begin;
+#pragma unroll 1
+        for (; term + 4 <= end; term += 4) {
+#pragma unroll
+          for (int n = 0; n < 4; ++n) add(term + n);
         }
+#pragma unroll 1
+        for (; term != end; ++term) add(term);
+        body.finish(i, kept);
       }
-      if (i < place.count) body.finish(i, kept);
     }
     body.settle(turn.lane, place.count, turn.lanes);
   }
