@@ -1,13 +1,15 @@
 // elementwise.cu: draw, axpy_ and perturb for a list of tensors, on a GPU
 //
 // math     as elementwise.h: float32 inside, fma in draw order, one rounding; unit u is elements 8 u .. 8 u + 7 of the stream
-// traffic  bf16 axpy_: 2 B read + 2 B written per element for any K; perturb: 2 B read + one write per side; z moves no bytes
+// traffic  bf16 axpy_: 2 B read + 2 B written per element for any K (a replay of steps of one term: for every 32 of them);
+//          perturb: 2 B read + one write per side; z moves no bytes
 // work     whole loop per element, sm_90, one draw, no decay: normal 24.4 instructions (16-bit), 23.9 (float32), of which
 //          143 of 195 for eight elements are products and float arithmetic of the stream; rademacher 7.0, 6.0; both signs of
-//          perturb: normal 26.1 (16-bit), rademacher 7.9; stochastic rounding to bf16 8.6 more, residual 12.6 more; decay
-//          1.1 more. Many terms: 21.2 each and 10.6 around them; a replay of steps of one term 28.8 a step, stochastic 36.3.
-//          At most 64 registers (perturb, stochastic, residual, many terms: 80; both of these: 128), no spill, sm_80 to sm_120:
-//          `python tests/test_sass.py`, `python -m benchmarks.predict`, nvcc 13.0
+//          perturb: normal 26.1 (16-bit), rademacher 7.9; stochastic rounding to bf16 7.1 more, residual 12.6 more; decay
+//          1.1 more. Many terms: 21.2 each and 10.6 around them; a replay of steps of one term 23.7 a step, stochastic 31.1,
+//          where steps come in fours (a step that is left 24.5, 32.9), and 3.4, 4.5 around every 32.
+//          At most 64 registers (perturb, stochastic, residual, many terms or steps: 80; both of these: 128), no spill, sm_80
+//          to sm_120: `python tests/test_sass.py`, `python -m benchmarks.predict`, nvcc 13.0
 // launch   one persistent grid per list, blocks of 256 threads. A block takes a chunk or, when chunks are few, part of one; a
 //          thread takes whole units, with one 16-byte load and store for 16-bit types and two for float32. A warp that has
 //          4096 signs to make shares their Philox blocks through 512 bytes of shared memory (sign_tiles). Elements outside
@@ -122,7 +124,9 @@ struct AxpyVerb {
   uint32_t nonfinite;  // of this thread
 
   __device__ __forceinline__ uint32_t last_step() const { return terms.last.step + terms.clock; }
-  __device__ __forceinline__ float decayed(float x) const { return kSum == Sum::kDecayedTerm ? mul_rn(terms.last.decay, x) : x; }
+  __device__ __forceinline__ float decayed(float x) const {
+    return kSum == Sum::kDecayedTerm ? mul_rn(terms.last.decay, x) : x;
+  }
 
   template <Type kType>
   struct Body {
@@ -336,10 +340,10 @@ struct AxpyVerb {
     body.settle(turn.lane, place.count, turn.lanes);
   }
 
-  // Sums of one term each, from terms made ready as many() makes them. A term decays, adds and rounds, so that what is stored after
-  // one is all that the next needs: every 32 terms are a pass of their own over the chunk, which the caches hold, and the loops
-  // over units and terms have nothing to decide. What a term shares with the next is shared by four terms of one unit and not
-  // by units: between terms v is the words that are stored, and one unit of them takes half the registers.
+  // Sums of one term each, from terms made ready as many() makes them. What is stored after a term is all that the next needs,
+  // so every 32 terms are a pass of their own over the chunk, 4 bytes for some 760 instructions, and the loops have nothing to
+  // decide. Constants, keys and the branch are shared by four terms of one unit: two units that share two terms cost as much
+  // and spill.
   template <class Body>
   __device__ __forceinline__ void steps(const Place& place, const Turn& turn, Body& body) {
     __shared__ Ready all[kThreads];
