@@ -23,7 +23,7 @@ ZO_FN uint16_t bf16_nearest(float value) {
   return static_cast<uint16_t>((x + 0x7fffu + ((x >> 16) & 1u)) >> 16);
 }
 
-// random: 16 uniform bits
+// value: what arithmetic made; random: 16 uniform bits
 ZO_FN uint16_t bf16_stochastic(float value, uint32_t random) {
   // the low half of an infinity is 0, so that random never carries out of it; only a NaN needs a case of its own
 #if defined(__CUDA_ARCH__)
