@@ -139,19 +139,19 @@ class Case:
     loads: int
     stores: int
     rounding: int = 0
-    plain: bool = True
-    draws: int = 0
-    each: int = 0  # terms of a sum; several sums are a replay
-    decay: bool = False  # of a plain sum
+    terms: int = sass.TERM
+    draws: int = 0  # of TERMS, one sum, and of STEPS
     longer: int = 0  # loops of another type with the same accesses, all of them shorter
 
     def work(self, functions: dict[str, sass.Function]) -> Work:
         rounding = self.rounding if self.verb == "axpy" else None
-        function = sass.kernel(functions, sass.symbol(self.verb, self.direction, rounding, self.plain, self.decay))
+        function = sass.kernel(functions, sass.symbol(self.verb, self.direction, rounding, self.terms))
         if self.direction == 1:
             return tile_work(function, self.loads, self.stores)
-        if not self.plain:
-            return Work.of(*sass.terms(function, 2 * self.loads).instructions(self.draws, self.each))
+        if self.terms == sass.TERMS:
+            return Work.of(*sass.terms(function, 2 * self.loads).instructions(self.draws, self.draws))
+        if self.terms == sass.STEPS:
+            return Work.of(*sass.steps(function, self.loads).instructions(self.draws))
         return loop_work(function, self.loads, self.stores, self.longer)
 
 
@@ -160,10 +160,10 @@ CASES = (
     Case("axpy_ normal, float32", 8, "axpy", 0, 2, 2),
     Case("axpy_ normal stochastic, bf16", 4, "axpy", 0, 1, 1, 1),
     Case("axpy_ normal residual, bf16", 8, "axpy", 0, 2, 2, 2, longer=1),
-    Case("axpy_ normal with decay, 16 bits", 4, "axpy", 0, 1, 1, decay=True),
-    Case(f"axpy_ normal K={DRAWS}, 16 bits", 4, "axpy", 0, 1, 1, 0, False, DRAWS, DRAWS),
-    Case(f"axpy_ normal replay of {DRAWS} steps, 16 bits", 4, "axpy", 0, 1, 1, 0, False, DRAWS, 1),
-    Case(f"axpy_ normal replay of {DRAWS} steps, stochastic", 4, "axpy", 0, 1, 1, 1, False, DRAWS, 1),
+    Case("axpy_ normal with decay, 16 bits", 4, "axpy", 0, 1, 1, terms=sass.DECAYED_TERM),
+    Case(f"axpy_ normal K={DRAWS}, 16 bits", 4, "axpy", 0, 1, 1, 0, sass.TERMS, DRAWS),
+    Case(f"axpy_ normal replay of {DRAWS} steps, 16 bits", 4, "axpy", 0, 1, 1, 0, sass.STEPS, DRAWS),
+    Case(f"axpy_ normal replay of {DRAWS} steps, stochastic", 4, "axpy", 0, 1, 1, 1, sass.STEPS, DRAWS),
     Case("axpy_ rademacher, 16 bits", 4, "axpy", 1, 1, 1),
     Case("axpy_ rademacher, float32", 8, "axpy", 1, 2, 2),
     Case("perturb both signs normal, 16 bits", 6, "perturb", 0, 1, 2),

@@ -1,13 +1,15 @@
 // elementwise.cu: draw, axpy_ and perturb for a list of tensors, on a GPU
 //
 // math     as elementwise.h: float32 inside, fma in draw order, one rounding; unit u is elements 8 u .. 8 u + 7 of the stream
-// traffic  bf16 axpy_: 2 B read + 2 B written per element for any K; perturb: 2 B read + one write per side; z moves no bytes
+// traffic  bf16 axpy_: 2 B read + 2 B written per element for any K (a replay of steps of one term: for every 32 of them);
+//          perturb: 2 B read + one write per side; z moves no bytes
 // work     whole loop per element, sm_90, one draw, no decay: normal 24.4 instructions (16-bit), 23.9 (float32), of which
 //          143 of 195 for eight elements are products and float arithmetic of the stream; rademacher 7.0, 6.0; both signs of
-//          perturb: normal 26.1 (16-bit), rademacher 7.9; stochastic rounding to bf16 8.6 more, residual 12.6 more; decay
-//          1.1 more. Many terms: 21.2 each and 10.6 around them; a replay of steps of one term 28.8 a step, stochastic 36.3.
-//          At most 64 registers (perturb, stochastic, residual, many terms: 80; both of these: 128), no spill, sm_80 to sm_120:
-//          `python tests/test_sass.py`, `python -m benchmarks.predict`, nvcc 13.0
+//          perturb: normal 26.1 (16-bit), rademacher 7.9; stochastic rounding to bf16 7.1 more, residual 12.6 more; decay
+//          1.1 more. Many terms: 21.2 each and 10.6 around them; a replay of steps of one term 23.7 a step, stochastic 31.1,
+//          where steps come in fours (a step that is left 24.5, 32.9), and 3.4, 4.5 around every 32.
+//          At most 64 registers (perturb, stochastic, residual, many terms or steps: 80; both of these: 128), no spill, sm_80
+//          to sm_120: `python tests/test_sass.py`, `python -m benchmarks.predict`, nvcc 13.0
 // launch   one persistent grid per list, blocks of 256 threads. A block takes a chunk or, when chunks are few, part of one; a
 //          thread takes whole units, with one 16-byte load and store for 16-bit types and two for float32. A warp that has
 //          4096 signs to make shares their Philox blocks through 512 bytes of shared memory (sign_tiles). Elements outside
@@ -108,16 +110,23 @@ struct Ready {
 
 constexpr int kTogether = 2;  // units that a thread adds a term to: what does not depend on the unit costs half
 
-// kPlain: one term, and where kDecay a decay; otherwise any number of both
-template <Direction kDirection, Rounding kRounding, bool kPlain, bool kDecay>
+// What a call adds: one term, one with a decay, any number of terms in sums of any length, or several sums of one term each
+enum class Sum : int32_t { kTerm = 0, kDecayedTerm = 1, kTerms = 2, kSteps = 3 };
+
+constexpr bool is_plain(Sum sum) { return sum == Sum::kTerm || sum == Sum::kDecayedTerm; }
+
+template <Direction kDirection, Rounding kRounding, Sum kSum>
 struct AxpyVerb {
+  static constexpr bool kPlain = is_plain(kSum);
   const Keys& keys;
   const Terms terms;
   float coefficient;   // of a plain sum
   uint32_t nonfinite;  // of this thread
 
   __device__ __forceinline__ uint32_t last_step() const { return terms.last.step + terms.clock; }
-  __device__ __forceinline__ float decayed(float x) const { return kDecay ? mul_rn(terms.last.decay, x) : x; }
+  __device__ __forceinline__ float decayed(float x) const {
+    return kSum == Sum::kDecayedTerm ? mul_rn(terms.last.decay, x) : x;
+  }
 
   template <Type kType>
   struct Body {
@@ -176,6 +185,42 @@ struct AxpyVerb {
       }
     }
 
+    // Of steps: what v is between two of them, in the words that are stored, or a float32 where it has its low bits
+    using Kept = Stored<kJoin ? Type::kFloat32 : kType>;
+
+    __device__ __forceinline__ void load(uint32_t i, Kept& kept) const {
+      if constexpr (kJoin) {
+        float v[kUnit];
+        load(i, v);
+        kept = nearest<Type::kFloat32>(v);
+      } else {
+        load_stored<kType>(place.theta, i, kept);
+      }
+    }
+
+    __device__ __forceinline__ void finish(uint32_t i, const Kept& kept) {
+      if constexpr (kJoin) {
+        float v[kUnit];
+        unpack(kept, v);
+        store(i, v);
+      } else {
+        store(i, kept);
+      }
+    }
+
+    __device__ __forceinline__ void step(uint32_t i, const Ready& term, const Name& random, const float (&z)[kUnit],
+                                         Kept& kept) const {
+      float v[kUnit];
+      unpack(kept, v);
+#pragma unroll
+      for (int j = 0; j < kUnit; ++j) v[j] = fma_rn(term.coefficient, z[j], mul_rn(term.decay, v[j]));
+      if constexpr (kRandom) {
+        kept = stochastic<kType>(v, philox_named(place.begin + i, random, verb.keys));
+      } else {
+        kept = nearest<kJoin ? Type::kFloat32 : kType>(v);
+      }
+    }
+
     // The end of a sum: what storing v and loading it again would make of it. A float32 with its low bits is exact.
     __device__ __forceinline__ void round(uint32_t i, const Name& random, float (&v)[kUnit]) const {
       if constexpr (kRandom) {
@@ -185,9 +230,16 @@ struct AxpyVerb {
       }
     }
 
-    __device__ __forceinline__ static void unpack(const Stored<kType>& unit, float (&v)[kUnit]) {
+    template <Type kOf>
+    __device__ __forceinline__ static void unpack(const Stored<kOf>& unit, float (&v)[kUnit]) {
 #pragma unroll
-      for (int j = 0; j < unit.kWords; ++j) unpack_pair<kType>(unit.w[j], v[2 * j], v[2 * j + 1]);
+      for (int j = 0; j < unit.kWords; ++j) {
+        if constexpr (kOf == Type::kFloat32) {
+          v[j] = as_float(unit.w[j]);
+        } else {
+          unpack_pair<kOf>(unit.w[j], v[2 * j], v[2 * j + 1]);
+        }
+      }
     }
 
     // The loop only watches whether a result was not finite; if one was, the thread reads its results again and counts.
@@ -213,8 +265,10 @@ struct AxpyVerb {
     Body<kType> body{*this, place, random, {}};
     if constexpr (kPlain) {
       each_unit<kDirection>(place, turn, Name(place.who, last_step(), terms.last.draw, keys), keys, body);
-    } else {
+    } else if constexpr (kSum == Sum::kTerms) {
       many(place, turn, body);
+    } else {
+      steps(place, turn, body);
     }
     return true;
   }
@@ -281,6 +335,54 @@ struct AxpyVerb {
 #pragma unroll
       for (int u = 0; u < kTogether; ++u) {
         if (i + u * turn.lanes < place.count) body.store(i + u * turn.lanes, v[u]);
+      }
+    }
+    body.settle(turn.lane, place.count, turn.lanes);
+  }
+
+  // Sums of one term each, from terms made ready as many() makes them. What is stored after a term is all that the next needs,
+  // so every 32 terms are a pass of their own over the chunk, 4 bytes for some 760 instructions, and the loops have nothing to
+  // decide. Constants, keys and the branch are shared by four terms of one unit: two units that share two terms cost as much
+  // and spill.
+  template <class Body>
+  __device__ __forceinline__ void steps(const Place& place, const Turn& turn, Body& body) {
+    __shared__ Ready all[kThreads];
+    __shared__ uint4 all_random[Body::kRandom ? kThreads : 1];
+    const uint32_t lane = threadIdx.x % kWarp;
+#pragma unroll 1
+    for (int32_t k = 0; k < terms.count; k += kWarp) {
+      const int32_t mine = k + static_cast<int32_t>(lane);
+      __syncwarp();  // the 32 before have been used
+      if (mine < terms.count) {
+        const Draw term = terms.at(mine);
+        all[threadIdx.x] = Ready(term, terms.coefficients[mine], place.who, terms.clock, keys);
+        if constexpr (Body::kRandom) {
+          all_random[threadIdx.x] = Name(place.who, term.step + terms.clock, kRoundingDraw, keys).words();
+        }
+      }
+      __syncwarp();
+      const Ready* const begin = all + (threadIdx.x - lane);
+      const Ready* const end = begin + (terms.count - k < kWarp ? terms.count - k : kWarp);
+#pragma unroll 1
+      for (uint32_t i = turn.lane; i < place.count; i += turn.lanes) {
+        typename Body::Kept kept;
+        body.load(i, kept);
+        const uint64_t first = first_product<kDirection>(place.begin + i);
+        const auto add = [&](const Ready* term) {
+          const Name name(term->name), random(all_random[Body::kRandom ? term - all : 0]);
+          float z[kUnit];
+          values<kDirection>(first, place.begin + i, name, keys, z);
+          body.step(i, *term, random, z, kept);
+        };
+        const Ready* term = begin;
+#pragma unroll 1
+        for (; term + 4 <= end; term += 4) {
+#pragma unroll
+          for (int n = 0; n < 4; ++n) add(term + n);
+        }
+#pragma unroll 1
+        for (; term != end; ++term) add(term);
+        body.finish(i, kept);
       }
     }
     body.settle(turn.lane, place.count, turn.lanes);
@@ -440,17 +542,18 @@ __global__ void __launch_bounds__(kThreads, kResident) draw_kernel(const List li
   run(verb, list.entries, list.chunks, list.chunk_count, list.parts_log2);
 }
 
-constexpr int resident(Rounding rounding, bool plain) {
-  if (plain) return rounding == Rounding::kNearest ? kResident : kResidentMore;
+constexpr int resident(Rounding rounding, Sum sum) {
+  if (is_plain(sum)) return rounding == Rounding::kNearest ? kResident : kResidentMore;
   return rounding == Rounding::kNearest ? kResidentMore : kResidentMost;
 }
 
-template <Direction kDirection, Rounding kRounding, bool kPlain, bool kDecay>
-__global__ void __launch_bounds__(kThreads, resident(kRounding, kPlain))
+template <Direction kDirection, Rounding kRounding, Sum kSum>
+__global__ void __launch_bounds__(kThreads, resident(kRounding, kSum))
     axpy_kernel(const List list, const Draw* draws, const float* coefficients, int32_t draw_count, int32_t each, Draw last,
                 unsigned long long* nonfinite) {
   const Terms terms = {draws, coefficients, draw_count, each, clock_of(list), last};
-  AxpyVerb<kDirection, kRounding, kPlain, kDecay> verb{list.keys, terms, kPlain ? coefficients[0] : 0.0f, 0};
+  using Verb = AxpyVerb<kDirection, kRounding, kSum>;
+  Verb verb{list.keys, terms, Verb::kPlain ? coefficients[0] : 0.0f, 0};
   run(verb, list.entries, list.chunks, list.chunk_count, list.parts_log2);
   if (verb.nonfinite != 0) atomicAdd(nonfinite, static_cast<unsigned long long>(verb.nonfinite));  // rare: no reduction first
 }
@@ -477,10 +580,10 @@ __global__ void __launch_bounds__(kThreads, kResident)
 template <Direction kDirection, Rounding kRounding>
 void start_axpy(const Launch& launch, const Draw* draws, int32_t draw_count, int32_t each, unsigned long long* nonfinite) {
   // the common calls have no instruction for what they do without
-  auto* kernel = axpy_kernel<kDirection, kRounding, false, false>;
+  auto* kernel = each == 1 ? axpy_kernel<kDirection, kRounding, Sum::kSteps> : axpy_kernel<kDirection, kRounding, Sum::kTerms>;
   if (draw_count == 1) {
-    kernel = draws[0].decay == 1.0f ? axpy_kernel<kDirection, kRounding, true, false>
-                                    : axpy_kernel<kDirection, kRounding, true, true>;
+    kernel = draws[0].decay == 1.0f ? axpy_kernel<kDirection, kRounding, Sum::kTerm>
+                                    : axpy_kernel<kDirection, kRounding, Sum::kDecayedTerm>;
   }
   start("axpy_", kernel, launch, launch.draws, launch.coefficients, draw_count, each, draws[draw_count - 1], nonfinite);
 }

@@ -47,7 +47,7 @@ def bits(value: Any) -> Any:
 
 
 def fma(a: Any, b: Any, c: Any) -> Any:
-    """round(a b + c), rounded once: exact product in float64, sum rounded to odd there, then cut to float32."""
+    """round(a b + c), rounded once: exact product in float64, sum rounded to odd there, then cut to float32. A NaN is the GPU's."""
     product, c = f32(a).astype(np.float64) * f32(b).astype(np.float64), f32(c).astype(np.float64)
     total = np.asarray(product + c)
     part = total - product
@@ -55,7 +55,8 @@ def fma(a: Any, b: Any, c: Any) -> Any:
     word = total.view(np.int64)
     inexact_even = (error != 0) & (word & 1 == 0) & np.isfinite(total)
     odd = np.where(inexact_even, np.where((error < 0) == (total > 0), word - 1, word + 1), word)
-    return bits(odd.view(np.float64).astype(np.float32))
+    result = odd.view(np.float64).astype(np.float32)
+    return np.where(np.isnan(result), U32(0x7FFFFFFF), bits(result))
 
 
 def to_bf16(word: Any) -> Any:

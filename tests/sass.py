@@ -22,6 +22,7 @@ SOURCE = ROOT / "csrc" / "elementwise.cu"
 MODULE = ROOT / "zokern" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 NVCC_FLAGS = ("-std=c++17", "-O3", "-fmad=false")  # what setup.py compiles with, as far as code generation goes
+TERM, DECAYED_TERM, TERMS, STEPS = range(4)  # Sum of elementwise.cu
 
 # Instructions that the stream's arithmetic must not contain, and why. Each pattern is matched at the start of an instruction.
 FORBIDDEN = {
@@ -268,6 +269,31 @@ def terms(function: Function, accesses: int = 2) -> Terms:
     return found
 
 
+@dataclass
+class Steps:
+    """The loops of `steps` in elementwise.cu, by how often an instruction runs for the 8 elements of a unit."""
+
+    unit: list[Instruction]  # once for every 32 steps
+    four: list[Instruction]  # once for four steps
+    one: list[Instruction]  # once for each step that is left
+
+    def instructions(self, count: int) -> list[tuple[list[Instruction], float]]:
+        """What runs for `count` steps, and how often for each element. Terms made ready, once for all units, are left out."""
+        fours, ones = sum(min(32, count - k) // 4 for k in range(0, count, 32)), count % 4
+        return [(self.unit, -(-count // 32) / 8), (self.four, fours / 8), (self.one, ones / 8)]
+
+
+def steps(function: Function, accesses: int = 1) -> Steps:
+    """With this many 16-byte loads and stores a unit."""
+    outer = vector_loop(function, accesses, accesses)
+    inner = [body for body in function.loops() if outer[0].address < body[0].address and body[-1].address < outer[-1].address]
+    if len(inner) != 2 or arithmetic(inner[1]) != {name: 4 * count for name, count in arithmetic(inner[0]).items()}:
+        raise LookupError(f"{function.name}: no loop over four steps and one over the steps that are left")
+    one, four = inner
+    unit = [i for i in outer if not any(body[0].address <= i.address <= body[-1].address for body in inner)]
+    return Steps(unit, four, one)
+
+
 def per_lane(function: Function, loads: int, stores: int, steps: int = 16, unrolled: int = 4) -> float:
     """Instructions for each unit of eight elements in a tile. Code around the steps is counted whole, also what is only run
     after a result that is inf."""
@@ -298,11 +324,11 @@ def disassemble(cubin: Path) -> dict[str, Function]:
     return functions
 
 
-def symbol(verb: str, direction: int = 0, rounding: int | None = None, plain: bool = True, decay: bool = False) -> str:
-    """The start of a kernel's mangled name: zo::kernels::axpy_kernel<Direction 0, Rounding 0, true, false>."""
+def symbol(verb: str, direction: int = 0, rounding: int | None = None, terms: int = TERM) -> str:
+    """The start of a kernel's mangled name: zo::kernels::axpy_kernel<Direction 0, Rounding 0, Sum 0>."""
     arguments = f"LNS_9DirectionE{direction}E"
     if rounding is not None:
-        arguments += f"LNS_8RoundingE{rounding}ELb{int(plain)}ELb{int(decay)}E"
+        arguments += f"LNS_8RoundingE{rounding}ELNS0_3SumE{terms}E"
     stem = f"{verb}_kernel"
     return f"_ZN2zo7kernels{len(stem)}{stem}" + ("" if verb == "philox" else f"I{arguments}E")
 

@@ -89,6 +89,11 @@ MISTAKES = [
         "if (slot == 0 && terms.count > kWarp) ready(k);",
         "if (slot == 0 && terms.count > kWarp) ready({wrong} ? 0 : k);",
     ),
+    ("contracted fma of a step", "mul_rn(term.decay, v[j])", "mul_rn(term.decay, {wrong} ? v[j] + 1e-8f : v[j])"),
+    ("random bits of the step before", "Name(place.who, term.step + terms", "Name(place.who, term.step - {wrong} + terms"),
+    ("the first 32 steps for all", "mine = k + static_cast", "mine = ({wrong} ? 0 : k) + static_cast"),
+    ("two steps of four twice", "add(term + n);", "add(term + ({wrong} ? n & 2 : n));"),
+    ("the steps that are left", "for (; term != end; ++term) add(term);", "for (; !{wrong} && term != end; ++term) add(term);"),
     (
         "a lane's second unit",
         "first_product<kDirection>(place.begin + i + u * turn.lanes)",

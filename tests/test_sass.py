@@ -21,6 +21,7 @@ UNIT = 8  # elements of one turn of a loop
 # Instructions of the whole loop per element, the most of any architecture that ships, with nvcc 13.0. A bf16 pass on an H200 stays
 # under its memory floor up to 27.6 (4 bytes per element at 4.3 TB/s).
 PLAIN_16_BIT, PLAIN_FLOAT32 = 24.75, 24.125
+STEP = {NEAREST: 23.75, STOCHASTIC: 31.25}
 SIGNS = {
     ("axpy", 1, 1): 7.2,
     ("axpy", 2, 2): 6.1,
@@ -42,8 +43,8 @@ def test_no_spills_and_nothing_inexact(machine, arch) -> None:
     for name, function in machine[arch].items():
         assert not function.spilled(), f"{name}: stack {function.stack}, local {function.local}"
         assert not function.forbidden(), f"{name}: {function.forbidden()}"
-        limit = 80 if re.search(r"perturb_kernel|RoundingE[12]E|RoundingE0ELb0E", name) else 64
-        limit = 128 if re.search(r"RoundingE[12]ELb0E", name) else limit  # many terms
+        limit = 80 if re.search(r"perturb_kernel|RoundingE[12]E|RoundingE0ELNS0_3SumE[23]E", name) else 64
+        limit = 128 if re.search(r"RoundingE[12]ELNS0_3SumE[23]E", name) else limit  # many terms, many steps
         assert 0 < function.registers <= limit, (
             f"{name}: {function.registers} registers; {65536 // 256 // limit} blocks must fit"
         )
@@ -57,7 +58,7 @@ def test_vector_loops(machine, arch) -> None:
         sass.vector_loop(plain, loads=1, stores=1)
         sass.vector_loop(plain, loads=2, stores=2)
         sass.vector_loop(sass.kernel(machine[arch], sass.symbol("axpy", direction, STOCHASTIC)), loads=1, stores=1)
-        sass.vector_loop(sass.kernel(machine[arch], sass.symbol("axpy", direction, STOCHASTIC, False)), loads=2, stores=2)
+        sass.vector_loop(sass.kernel(machine[arch], sass.symbol("axpy", direction, STOCHASTIC, sass.TERMS)), loads=2, stores=2)
         sass.vector_loop(sass.kernel(machine[arch], sass.symbol("axpy", direction, RESIDUAL)), loads=2, stores=2)
 
 
@@ -83,22 +84,32 @@ def test_instructions_per_element(machine, arch) -> None:
 
 @pytest.mark.parametrize("arch", sass.ARCHITECTURES)
 def test_instructions_of_many_terms(machine, arch) -> None:
-    """A further term of a sum, a step of a replay (one term, its decay, its rounding), and the decay of a single term."""
-    for rounding, accesses, step in ((NEAREST, 2, 29), (STOCHASTIC, 2, 37)):
-        terms = sass.terms(sass.kernel(machine[arch], sass.symbol("axpy", NORMAL, rounding, False)), accesses)
+    """A further term of a sum, and the decay of a single term."""
+    for rounding in (NEAREST, STOCHASTIC):
+        terms = sass.terms(sass.kernel(machine[arch], sass.symbol("axpy", NORMAL, rounding, sass.TERMS)))
         assert sass.arithmetic(terms.pair) == {"FFMA": 4 * (4 * 16 + UNIT), "FMUL": 4 * 4 * 7, "FADD": 4 * 4}
         assert not [i.text for i in terms.pair if i.name.startswith(("LDG", "STG", "BAR"))]
-        cost = {count: per_element(terms, count, each=1) for count in (100, 101)}
-        print(
-            f"sm_{arch}: {len(terms.pair) / 2 / 16:.2f} a term, {cost[101] - cost[100]:.2f} a step, K = 8: {per_element(terms, 8, 8):.1f}"
-        )
-        assert len(terms.pair) / 2 / 16 <= 21.25 and cost[101] - cost[100] <= step
-    decayed = sass.kernel(machine[arch], sass.symbol("axpy", NORMAL, NEAREST, True, True))
+        print(f"sm_{arch}: {len(terms.pair) / 2 / 16:.2f} a term, K = 8: {per_element(terms.instructions(8, 8)):.1f}")
+        assert len(terms.pair) / 2 / 16 <= 21.25
+    decayed = sass.kernel(machine[arch], sass.symbol("axpy", NORMAL, NEAREST, sass.DECAYED_TERM))
     assert len(sass.vector_loop(decayed, 1, 1)) / UNIT <= PLAIN_16_BIT + 1
 
 
-def per_element(terms: sass.Terms, count: int, each: int) -> float:
-    return sum(len(code) * often for code, often in terms.instructions(count, each))
+@pytest.mark.parametrize("arch", sass.ARCHITECTURES)
+def test_instructions_of_steps(machine, arch) -> None:
+    """A step of a replay in 16 bits (a decay, one term, a rounding), and eight steps with all that is around them."""
+    for rounding in (NEAREST, STOCHASTIC):
+        kernel = sass.kernel(machine[arch], sass.symbol("axpy", NORMAL, rounding, sass.STEPS))
+        steps = sass.steps(kernel)
+        assert sass.arithmetic(steps.four) == {"FFMA": 4 * (4 * 16 + UNIT), "FMUL": 4 * (4 * 7 + UNIT), "FADD": 4 * 4}
+        assert not [i.text for i in steps.four if i.name.startswith(("LDG", "STG", "BAR"))]
+        step, eight = len(steps.four) / 4 / UNIT, per_element(steps.instructions(8))
+        print(f"sm_{arch}: {step:.2f} a step, 8 steps: {eight:.1f}, {kernel.registers} registers")
+        assert step <= STEP[rounding] and eight <= 8 * step + 5
+
+
+def per_element(instructions: list[tuple[list[sass.Instruction], float]]) -> float:
+    return sum(len(code) * often for code, often in instructions)
 
 
 # The checks above reject what they are for.
@@ -110,7 +121,10 @@ REDUNDANT = (
 )
 
 
-ANEW = ("const Name name(term->name);", "const Name name(place.who, term->step, term->name.x, keys);")
+ANEW = (
+    ("const Name name(term->name);", "const Name name(place.who, term->step, term->name.x, keys);"),
+    ("const Name name(term->name), ", "const Name name(place.who, term->step, term->name.x, keys), "),
+)
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +134,10 @@ def mistaken(tmp_path_factory) -> dict[str, sass.Function]:
     assert REDUNDANT[0] in text
     (folder / "units.h").write_text(text.replace(*REDUNDANT))
     source = sass.SOURCE.read_text()
-    assert ANEW[0] in source
-    (folder / "mistaken.cu").write_text(source.replace(*ANEW))
+    for right, wrong in ANEW:
+        assert right in source
+        source = source.replace(right, wrong)
+    (folder / "mistaken.cu").write_text(source)
     cubin = sass.compile_to(folder / "mistaken.cubin", "90", "-use_fast_math", source=folder / "mistaken.cu")
     return sass.disassemble(cubin)
 
@@ -130,8 +146,17 @@ def test_terms_limit_can_fail(machine, mistaken) -> None:
     """Names made anew for every unit are over the limit of a term, and a kernel of one term has no such loop."""
     with pytest.raises(LookupError):
         sass.terms(sass.kernel(machine["90"], sass.symbol("axpy", NORMAL, NEAREST)), 1)
-    terms = sass.terms(sass.kernel(mistaken, sass.symbol("axpy", NORMAL, NEAREST, False)))
+    terms = sass.terms(sass.kernel(mistaken, sass.symbol("axpy", NORMAL, NEAREST, sass.TERMS)))
     assert len(terms.pair) / 2 / 16 > 21.25
+
+
+def test_steps_limit_can_fail(machine, mistaken) -> None:
+    """The same of a step, and a kernel whose sums may have any length has no such loops."""
+    with pytest.raises(LookupError):
+        sass.steps(sass.kernel(machine["90"], sass.symbol("axpy", NORMAL, NEAREST, sass.TERMS)), 2)
+    for rounding in (NEAREST, STOCHASTIC):
+        steps = sass.steps(sass.kernel(mistaken, sass.symbol("axpy", NORMAL, rounding, sass.STEPS)))
+        assert len(steps.four) / 4 / UNIT > STEP[rounding]
 
 
 def test_fast_math_is_rejected(mistaken) -> None:
@@ -171,7 +196,7 @@ def test_forbidden_instructions_are_found(tmp_path) -> None:
 
 def test_instruction_limit_can_fail(machine) -> None:
     """The residual loop does more work than the plain limit allows; the counter sees it."""
-    loop = sass.vector_loop(sass.kernel(machine["90"], sass.symbol("axpy", NORMAL, STOCHASTIC, True, True)), 1, 1)
+    loop = sass.vector_loop(sass.kernel(machine["90"], sass.symbol("axpy", NORMAL, STOCHASTIC, sass.DECAYED_TERM)), 1, 1)
     assert len(loop) / UNIT > PLAIN_16_BIT and sass.arithmetic(loop)["FMUL"] > 0
 
 

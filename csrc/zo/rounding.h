@@ -23,10 +23,15 @@ ZO_FN uint16_t bf16_nearest(float value) {
   return static_cast<uint16_t>((x + 0x7fffu + ((x >> 16) & 1u)) >> 16);
 }
 
-// random: 16 uniform bits
+// value: what arithmetic made; random: 16 uniform bits
 ZO_FN uint16_t bf16_stochastic(float value, uint32_t random) {
   // the low half of an infinity is 0, so that random never carries out of it; only a NaN needs a case of its own
+#if defined(__CUDA_ARCH__)
+  // arithmetic of a GPU has one NaN, the largest integer: a minimum, where a comparison and a selection would be two
+  return static_cast<uint16_t>((static_cast<uint32_t>(min(__float_as_int(value), 0x7fc00000)) + random) >> 16);
+#else
   return static_cast<uint16_t>((value != value ? 0x7fc00000u : as_bits(value) + random) >> 16);
+#endif
 }
 
 ZO_FN float residual_join(uint16_t high, int16_t low) {
