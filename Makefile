@@ -8,6 +8,9 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 1)
 
 # -qq: pip says nothing but errors; what is being installed is said here.
 PIP = $(PYTHON) -m pip install -qq --disable-pip-version-check
+# The suite's workers, of one thread each, take whole files. An environment of yours that lacks pytest-xdist has one process do it all.
+WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 1); echo $$((cores < 4 ? cores : 4)))
+PARALLEL = $(if $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo yes),-n $(WORKERS) --dist loadfile --no-loadscope-reorder)
 ENVIRONMENT = $(if $(filter .venv/bin/python,$(PYTHON)),.venv/.ready,installed)
 
 .DEFAULT_GOAL := help
@@ -50,7 +53,7 @@ demo: build ## fine-tune SmolLM2-135M on film reviews: accuracy before and after
 	$(PYTHON) -m zokern demo
 
 test: build ## the whole test suite
-	$(PYTHON) -m pytest -q --durations=15
+	$(PYTHON) -m pytest -q --durations=15 $(PARALLEL)
 
 bench: build ## the benchmarks, each against eager PyTorch and against a copy
 	$(PYTHON) -m pytest -q benchmarks --benchmark-only --benchmark-quiet

@@ -12,8 +12,41 @@ import pytest
 # Read when OpenMP is loaded. A thread that waits by spinning takes the core from the one it waits for as soon as anything else runs:
 # with one other busy process on two cores, small parallel loops take ten times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if WORKER:  # the others have the other cores; a test that is about threads sets their number
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch  # noqa: E402
+
+# The files that take longest, longest first. A worker takes the next file when it has done one: a long one must not be the last.
+LONGEST = (
+    "test_triton",
+    "test_wheel",
+    "test_lowrank_triton",
+    "test_cuda",
+    "test_sass",
+    "test_ptx",
+    "test_lowrank_sass",
+    "test_conformance",
+    "test_update_sass",
+    "test_deferred",
+    "test_update_triton",
+    "test_step",
+    "test_methods",
+    "test_paired",
+    "test_wrong",
+    "test_update_cuda",
+    "test_lowrank_cuda",
+    "test_gpu",
+    "test_demo",
+    "test_directions",
+    "test_predict",
+    "test_meeting",
+    "test_update",
+    "test_ops",
+    "test_models",
+    "test_statistics",
+)
 
 
 def pytest_configure(config) -> None:
@@ -21,9 +54,15 @@ def pytest_configure(config) -> None:
         config.option.reportchars += "s"  # a test that cannot run here says why
 
 
+def pytest_collection_modifyitems(items) -> None:
+    if WORKER:
+        place = {name: number for number, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
+
 def pytest_runtestloop(session) -> None:
     """Interpreters run beside the tests that do not need them."""
-    if not session.config.option.collectonly:
+    if not session.config.option.collectonly and not WORKER:
         for module in {item.module for item in session.items if "interpreted" in getattr(item, "fixturenames", ())}:
             module.CHILD.start()
 

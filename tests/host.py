@@ -1,8 +1,14 @@
-"""csrc/*.cu as a Python module for the host: g++ compiles them through tests/cuda_shim, each object once a session."""
+"""csrc/*.cu as a Python module for the host: g++ compiles them through tests/cuda_shim, each object once a session.
+
+The workers of a session share the objects: they inherit the folder from the process that started them.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import importlib.util
+import os
 import shutil
 import subprocess
 import sysconfig
@@ -18,7 +24,10 @@ NAME = "zokern_on_host"
 FLAGS = "-std=c++17 -O1 -ffp-contract=off -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas"
 FLAGS += f" -DZOKERN_MODULE={NAME} -DZOKERN_LOWRANK_CUDA -DZOKERN_UPDATE"
 SHARED = "units.h"  # a mistake in it is made in every source that includes it
-FOLDER = TemporaryDirectory(prefix=f"{NAME}-")
+if "ZOKERN_ON_HOST" not in os.environ:
+    OWN = TemporaryDirectory(prefix=f"{NAME}-")
+    os.environ["ZOKERN_ON_HOST"] = OWN.name
+FOLDER = Path(os.environ["ZOKERN_ON_HOST"])
 
 Edits = tuple[tuple[str, str], ...]  # (text of a source, what stands in its place)
 
@@ -37,7 +46,6 @@ def call(*command: str | Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@cache
 def compiled(source: str, edits: Edits) -> Path:
     """The object of a file of csrc/, with edits."""
     import pybind11
@@ -46,20 +54,32 @@ def compiled(source: str, edits: Edits) -> Path:
     for right, wrong in edits:
         assert any(right in text for text in texts.values()), f"{source} and {SHARED} no longer have {right!r}"
         texts = {name: text.replace(right, wrong) for name, text in texts.items()}
-    folder = Path(mkdtemp(dir=FOLDER.name))
-    for name, text in texts.items():  # a header is looked for beside the file that includes it
-        (folder / name).write_text(text)
-    path = folder / source
-    folders = [ROOT / "tests" / "cuda_shim", ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
-    call("g++", *FLAGS.split(), *(f"-I{folder}" for folder in folders), "-x", "c++", "-c", path, "-o", f"{path}.o")
-    return Path(f"{path}.o")
+    key = hashlib.sha256(repr((source, texts)).encode()).hexdigest()[:16]
+    folder = FOLDER / f"{Path(source).stem}-{key}"
+    folder.mkdir(exist_ok=True)
+    path, done = folder / source, folder / "object.o"
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # whoever comes second finds it done
+        if not done.exists():
+            for name, text in texts.items():  # a header is looked for beside the file that includes it
+                (folder / name).write_text(text)
+            places = [
+                folder,
+                ROOT / "tests" / "cuda_shim",
+                ROOT / "csrc",
+                pybind11.get_include(),
+                sysconfig.get_path("include"),
+            ]
+            call("g++", *FLAGS.split(), *(f"-I{place}" for place in places), "-x", "c++", "-c", path, "-o", f"{path}.o")
+            Path(f"{path}.o").rename(done)
+    return done
 
 
 @cache
 def _built(edits: tuple[Edits, ...]) -> types.ModuleType:
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compiled, SOURCES, edits))
-    path = Path(mkdtemp(dir=FOLDER.name)) / f"{NAME}.so"
+    path = Path(mkdtemp(dir=FOLDER)) / f"{NAME}.so"
     call("g++", "-shared", *objects, "-o", path)
     # pybind11 answers with the module that it already has of a name: each is in a package of its own
     spec = importlib.util.spec_from_file_location(f"{path.parent.name}.{NAME}", path)

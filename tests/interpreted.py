@@ -1,7 +1,8 @@
 """Triton's interpreter in a process of its own, beside the tests that do not need what it finds.
 
 Interpretation has to be chosen before triton is imported. A test file that makes an ``Interpreted`` of itself is run once more, as
-``TRITON_INTERPRET=1 python file folder``, and leaves folder/verdicts.json; conftest.py starts it before the first test.
+``TRITON_INTERPRET=1 python file folder``, and leaves folder/verdicts.json. conftest.py starts it before the first test; a worker of
+pytest-xdist, which has another worker beside it, when it comes to the file.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ class Interpreted:
     def verdicts(self) -> dict[str, str | None]:
         """What the process found, when it has ended."""
         if self.found is None:
+            if self.process is None:
+                self.start()
             assert self.process is not None
             status = self.process.wait()
             assert status == 0, (Path(self.folder.name) / "said").read_text()[-4000:]

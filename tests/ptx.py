@@ -25,6 +25,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -138,10 +139,12 @@ def operands(text: str) -> list[Any]:
     return found
 
 
+@cache
 def size(kind: str) -> int:
     return 1 if kind == "pred" else int(re.sub(r"\D", "", kind.split("x")[0])) // 8
 
 
+@lru_cache(64)  # a text is megabytes, and is launched many times
 def parse(text: str, name: str | None) -> Kernel:
     text = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.S)
     text = re.sub(r"^\s*\.(loc|file)\b[^\n]*$", "", text, flags=re.M)

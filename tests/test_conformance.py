@@ -46,10 +46,12 @@ def target(request) -> Iterator[tuple[backends.Backend, str]]:
 
     if isa not in _cpu.architectures():
         pytest.skip(f"this machine cannot run {isa}; it runs {_cpu.architectures()}")
-    before = _cpu.implementation()
+    before, threads = _cpu.implementation(), torch.get_num_threads()
     _cpu.select(isa)
+    torch.set_num_threads(2)  # whatever the environment says: one thread would not notice a chunk that another must do
     yield backends.get(name), name
     _cpu.select(before)
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("check", conformance.CHECKS)

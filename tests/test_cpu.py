@@ -23,10 +23,12 @@ WIDTH = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16:
 
 @pytest.fixture(params=PATHS)
 def path(request):
-    before = cpu.isa()
+    before, threads = cpu.isa(), torch.get_num_threads()
     cpu.select(request.param)
+    torch.set_num_threads(2)  # whatever the environment says: one thread would not notice a chunk that another must do
     yield request.param
     cpu.select(before)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
