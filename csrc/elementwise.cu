@@ -1,13 +1,14 @@
 // elementwise.cu: draw, axpy_ and perturb for a list of tensors, on a GPU
 //
 // math     as elementwise.h: float32 inside, fma in draw order, one rounding; unit u is elements 8 u .. 8 u + 7 of the stream
-// traffic  bf16 axpy_: 2 B read + 2 B written per element for any K (a replay of steps of one term: for every 32 of them);
+// traffic  bf16 axpy_: 2 B read + 2 B written per element for any K (a replay: for as many whole sums as fit into 32 terms);
 //          perturb: 2 B read + one write per side; z moves no bytes
 // work     whole loop per element, sm_90, one draw, no decay: normal 24.4 instructions (16-bit), 23.9 (float32), of which
 //          143 of 195 for eight elements are products and float arithmetic of the stream; rademacher 7.0, 6.0; both signs of
 //          perturb: normal 26.1 (16-bit), rademacher 7.9; stochastic rounding to bf16 7.1 more, residual 12.6 more; decay
-//          1.1 more. Many terms: 21.2 each and 10.6 around them; a replay of steps of one term 23.7 a step, stochastic 31.1,
-//          where steps come in fours (a step that is left 24.5, 32.9), and 3.4, 4.5 around every 32.
+//          1.1 more. Many terms, where they come in fours: 21.0 each (one that is left 21.9) and 7.1 around a sum, stochastic
+//          13.8; a replay of steps of one term 23.7 a step, stochastic 31.1, where steps come in fours (a step that is left
+//          24.5, 32.9), and 3.4, 4.5 around every 32.
 //          At most 64 registers (perturb, stochastic, residual, many terms or steps: 80; both of these: 128), no spill, sm_80
 //          to sm_120: `python tests/test_sass.py`, `python -m benchmarks.predict`, nvcc 13.0
 // launch   one persistent grid per list, blocks of 256 threads. A block takes a chunk or, when chunks are few, part of one; a

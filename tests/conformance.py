@@ -399,7 +399,10 @@ def check_axpy_many_draws(backend, device="cpu", scale="full") -> None:
                 versus.axpy(thetas, spans, direction, draws, coeffs, decay)
     for count in (4, 8, 11, 32, 33, 70):  # of many units too: more than a turn of all threads of a block
         size = 5000 if scale == "full" and count in (11, 70) else 67
-        thetas, spans = [theta_of(generator, (size,), dtype, 0) for dtype in DTYPES], [Span(who, 8) for who in ids(generator, 3)]
+        thetas, spans = (
+            [theta_of(generator, (size,), dtype, 0) for dtype in DTYPES],
+            [Span(who, 8) for who in ids(generator, 3)],
+        )
         coeffs = (torch.randn(count, generator=generator) / 100).tolist()
         versus.axpy(thetas, spans, "normal", [(3, k) for k in range(count)], coeffs, 0.999)
     for coeffs in ((0.0, -0.0), (1e-40, -3e-39), (1e38, -1e38), (1e-30, 1.0)):
