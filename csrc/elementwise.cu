@@ -280,8 +280,7 @@ struct AxpyVerb {
     __shared__ Ready all[kThreads];
     __shared__ uint4 all_random[Body::kRandom ? kThreads : 1];
     if (terms.each <= kWarp) {
-      int32_t pass = terms.each;
-      while (pass <= kWarp - terms.each) pass += terms.each;
+      const int32_t pass = static_cast<int32_t>(divide(kWarp, terms.each)) * terms.each;
 #pragma unroll 1
       for (int32_t k = 0; k < terms.count; k += pass) {
         sums<false>(k, terms.count - k < pass ? terms.count - k : pass, all, all_random, place, turn, body);

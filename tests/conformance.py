@@ -397,8 +397,8 @@ def check_axpy_many_draws(backend, device="cpu", scale="full") -> None:
                 draws = [(7 + k // 2, k % 2 if k < 4 else 1 << 24 | 9) for k in range(count)]
                 coeffs = (torch.randn(count, generator=generator) * 10.0 ** -torch.arange(count)).tolist()
                 versus.axpy(thetas, spans, direction, draws, coeffs, decay)
-    for count in (4, 8, 11, 32, 33, 70):  # of many units too: more than a turn of all threads of a block
-        size = 5000 if scale == "full" and count in (11, 70) else 67
+    for count in (4, 8, 11, 32, 33, 70):
+        size = {11: 4500 if scale == "full" else 67, 33: 2100}.get(count, 67)  # more than one turn of all threads of a block
         thetas, spans = (
             [theta_of(generator, (size,), dtype, 0) for dtype in DTYPES],
             [Span(who, 8) for who in ids(generator, 3)],
