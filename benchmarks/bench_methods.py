@@ -80,6 +80,7 @@ def stepper(name: str, module: nn.Module, shape: Shape, **options: Any) -> Calla
     from .models import loss_of
 
     optimizer, loss = method(name, module, shape, **options), loss_of(module, shape.batch, shape.length)
+    zokern.step(optimizer, loss)  # `auto` chooses in the first step and compares both ways in the second, the warming round
     return lambda: zokern.step(optimizer, loss)
 
 
