@@ -21,7 +21,7 @@ from . import matmul, overlap
 from .backends import Backend, Span
 from .overlap import Job
 
-JOIN = 512  # rows of all sides above which a joint product is slower than one a side (benchmarks/)
+JOIN = 512  # rows of all sides above which joining them gains nothing
 CACHED = 1 << 19  # elements of a result that the caches hold from one product into it to the next
 NARROW = 16  # columns below which a thin product is faster from MKL's kernels, and turned
 
@@ -184,8 +184,7 @@ def factored_linear(
 def is_long(xs: Sequence[Tensor], weight: Tensor) -> bool:
     """Whether every side has so many rows that W + z, a tile at a time, costs less than thin products beside x W^T.
 
-    2 m n r flops against 2 rows (m + n) r, and a tile's are half as fast (benchmarks/bench_methods.py, 2048 tokens). Only in float32: 16
-    bits would lose the perturbation."""
+    2 m n r flops against 2 rows (m + n) r; a tile's are taken to be half as fast. Only in float32: 16 bits would lose the perturbation."""
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return False
     m, n = weight.shape

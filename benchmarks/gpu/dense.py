@@ -16,7 +16,7 @@ from ..measure import Case, Group
 from . import randn
 from .checks import DTYPES
 from .run import Run, free_bytes
-from .timing import figure, measure, timer_of
+from .timing import figure, in_time, measure, timer_of
 
 EPS = 1e-3
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -197,17 +197,11 @@ def lists(run: Run, count: int, each: int) -> None:
 def dense(run: Run) -> None:
     """Everything but torch.compile, the goals' lines first."""
     n = large(run)
-    for name, body in (
-        ("axpy_, one tensor", lambda: axpy_large(run, n)),
-        ("perturb and draw", lambda: perturb_large(run, n)),
-        ("K draws", lambda: draws(run, n >> 1)),
-        ("dtypes and roundings", lambda: dtypes(run, n >> 2)),
-        ("a list", lambda: lists(run, 50 if run.quick else 2000, 4096)),
-        ("sizes", lambda: sizes(run, tuple(n >> k for k in (14, 10, 6, 3)))),
-    ):
-        if run.left < 3:
-            run.skip(f"times of {name}", "the part's time was up")
-            continue
-        run.attempt(f"times of {name}", body)
-        if run.device == "cuda":
-            torch.cuda.empty_cache()
+    in_time(run, {
+        "axpy_, one tensor": lambda: axpy_large(run, n),
+        "perturb and draw": lambda: perturb_large(run, n),
+        "K draws": lambda: draws(run, n >> 1),
+        "dtypes and roundings": lambda: dtypes(run, n >> 2),
+        "a list": lambda: lists(run, 50 if run.quick else 2000, 4096),
+        "sizes": lambda: sizes(run, tuple(n >> k for k in (14, 10, 6, 3))),
+    })  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from .. import eager
 from ..measure import Case, Group
 from .dense import large, weights
 from .run import Run
-from .timing import figure, measure, timer_of
+from .timing import figure, in_time, measure, timer_of
 
 LR, COEFFICIENT, STEPS = 1e-6, 0.5, 8
 RULES = {"momentum": (zokern.Momentum(0.9, dampening=0.0), 1), "adam": (zokern.Adam(), 2)}
@@ -84,16 +85,7 @@ def replay(run: Run, rounding: str, n: int) -> None:
 
 def rules(run: Run) -> None:
     n = large(run) >> 3
-    for name, body in (
-        *((f"update_ {rule}", lambda rule=rule: update(run, rule, n)) for rule in RULES),
-        *(
-            (f"a replay, {rounding}", lambda rounding=rounding: replay(run, rounding, n))
-            for rounding in ("nearest", "stochastic")
-        ),
-    ):
-        if run.left < 3:
-            run.skip(f"times of {name}", "the part's time was up")
-            continue
-        run.attempt(f"times of {name}", body)
-        if run.device == "cuda":
-            torch.cuda.empty_cache()
+    in_time(run, {
+        **{f"update_ {rule}": partial(update, run, rule, n) for rule in RULES},
+        **{f"a replay, {rounding}": partial(replay, run, rounding, n) for rounding in ("nearest", "stochastic")},
+    })  # fmt: skip

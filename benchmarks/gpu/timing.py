@@ -10,7 +10,7 @@ A call that waits for the device itself, as a step does, is timed by the wall cl
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -94,6 +94,17 @@ def measure(run: Run, group: Group, rounds: int, seconds: float) -> Group:
             row["host_ms"] = host[case.call] * 1e3
     run.say("group", title=group.title, rows=rows)
     return group
+
+
+def in_time(run: Run, bodies: Mapping[str, Callable[[], Any]]) -> None:
+    """Groups one after the other; one that cannot run is said, and so is what there is no time for."""
+    for name, body in bodies.items():
+        if run.left < 3:
+            run.skip(f"times of {name}", "the part's time was up")
+            continue
+        run.attempt(f"times of {name}", body)
+        if run.device == "cuda":
+            torch.cuda.empty_cache()
 
 
 def figure(run: Run, group: Group, key: str, over: str, under: str, scale: float = 1.0) -> float | None:
