@@ -50,6 +50,8 @@ ISA_FLAGS = {
 NVCC_FLAGS = "-std=c++17 -O3 --fmad=false -Xcompiler -fPIC,-fvisibility=hidden,-ffp-contract=off"
 CPU_SOURCES = CUDA_SOURCES = ("elementwise", "update", "lowrank")
 CUDA_ARCHITECTURES = ["80", "86", "89", "90", "100", "120"]
+# PTX of the first of a family is the machine code of all of it: the slower half of the compiler runs three times and not six.
+FAMILY = {"86": "80", "89": "80", "120": "100"}
 
 
 class Missing(Exception):
@@ -146,16 +148,22 @@ def cuda() -> Part:
     architectures = [a for a in asked or CUDA_ARCHITECTURES if f"sm_{a}" in known]
     if not architectures or (asked and architectures != asked):
         raise Missing(f"nvcc {release[3]} compiles for {' '.join(known)}; asked for {' '.join(asked or CUDA_ARCHITECTURES)}")
-    # The last architecture's PTX is what a newer device compiles when it loads the module.
-    targets = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in architectures)
-    targets += f" -gencode arch=compute_{architectures[-1]},code=compute_{architectures[-1]}"
+    codes: dict[str, list[str]] = {}
+    for a in architectures:
+        codes.setdefault(FAMILY.get(a, a), []).append(f"sm_{a}")
+    # The last family's PTX is what a newer device compiles when it loads the module.
+    newest = f"compute_{list(codes)[-1]}"
+    codes[list(codes)[-1]].append(newest)
+    targets = " ".join(f"-gencode arch=compute_{family},code=[{','.join(names)}]" for family, names in codes.items())
+    commas = r"\,"  # nvcc takes a bare one for the end of the definition
+    targets += f" '-DZOKERN_ARCHITECTURES={commas.join(re.findall('sm_([0-9]+)', targets))}'"
     small = "--compress-mode=size" if (int(release[1]), int(release[2])) >= (12, 8) else ""
     verbose = subprocess.run([nvcc, "--dryrun", "-c", "any.cu"], capture_output=True, text=True, timeout=300).stderr
     folders = re.search(r"^#\$ LIBRARIES=(.*)$", verbose, re.M)
     record = {
         "compiler": f"nvcc {release[3]}",
         "flags": f"{NVCC_FLAGS} {small}".strip(),
-        "architectures": [f"sm_{a}" for a in architectures] + [f"compute_{architectures[-1]}"],
+        "architectures": [f"sm_{a}" for a in architectures] + [newest],
         "left_out": [f"sm_{a}" for a in CUDA_ARCHITECTURES if a not in architectures],
     }
     part = Part("cuda", record, [])

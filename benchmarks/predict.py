@@ -148,10 +148,8 @@ class Case:
         function = sass.kernel(functions, sass.symbol(self.verb, self.direction, rounding, self.terms))
         if self.direction == 1:
             return tile_work(function, self.loads, self.stores)
-        if self.terms == sass.TERMS:
-            return Work.of(*sass.terms(function, 2 * self.loads).instructions(self.draws, self.draws))
-        if self.terms == sass.STEPS:
-            return Work.of(*sass.steps(function, self.loads).instructions(self.draws))
+        if self.terms in (sass.TERMS, sass.STEPS):
+            return Work.of(*sass.many(function, self.loads).instructions(self.draws))
         return loop_work(function, self.loads, self.stores, self.longer)
 
 

@@ -1,13 +1,14 @@
 // elementwise.cu: draw, axpy_ and perturb for a list of tensors, on a GPU
 //
 // math     as elementwise.h: float32 inside, fma in draw order, one rounding; unit u is elements 8 u .. 8 u + 7 of the stream
-// traffic  bf16 axpy_: 2 B read + 2 B written per element for any K (a replay of steps of one term: for every 32 of them);
+// traffic  bf16 axpy_: 2 B read + 2 B written per element for any K (a replay: for every 17 to 32 terms of whole sums);
 //          perturb: 2 B read + one write per side; z moves no bytes
 // work     whole loop per element, sm_90, one draw, no decay: normal 24.4 instructions (16-bit), 23.9 (float32), of which
 //          143 of 195 for eight elements are products and float arithmetic of the stream; rademacher 7.0, 6.0; both signs of
 //          perturb: normal 26.1 (16-bit), rademacher 7.9; stochastic rounding to bf16 7.1 more, residual 12.6 more; decay
-//          1.1 more. Many terms: 21.2 each and 10.6 around them; a replay of steps of one term 23.7 a step, stochastic 31.1,
-//          where steps come in fours (a step that is left 24.5, 32.9), and 3.4, 4.5 around every 32.
+//          1.1 more. Many terms, where they come in fours: 21.0 each (one that is left 21.9) and 7.1 around a sum, stochastic
+//          13.8; a replay of steps of one term 23.7 a step, stochastic 31.1, where steps come in fours (a step that is left
+//          24.5, 32.9), and 3.4, 4.5 around every 32.
 //          At most 64 registers (perturb, stochastic, residual, many terms or steps: 80; both of these: 128), no spill, sm_80
 //          to sm_120: `python tests/test_sass.py`, `python -m benchmarks.predict`, nvcc 13.0
 // launch   one persistent grid per list, blocks of 256 threads. A block takes a chunk or, when chunks are few, part of one; a
@@ -108,7 +109,12 @@ struct Ready {
         reserved(0) {}
 };
 
-constexpr int kTogether = 2;  // units that a thread adds a term to: what does not depend on the unit costs half
+// Of a turn: units that share the terms, and terms that share a unit. Constants, keys and the branch are shared by all of them.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kTogether = 1, kUnrolled = 4;  // two units spill
+#else
+constexpr int kTogether = 2, kUnrolled = 4;
+#endif
 
 // What a call adds: one term, one with a decay, any number of terms in sums of any length, or several sums of one term each
 enum class Sum : int32_t { kTerm = 0, kDecayedTerm = 1, kTerms = 2, kSteps = 3 };
@@ -185,7 +191,7 @@ struct AxpyVerb {
       }
     }
 
-    // Of steps: what v is between two of them, in the words that are stored, or a float32 where it has its low bits
+    // What v is between two sums: the words that are stored, or a float32 where it has its low bits
     using Kept = Stored<kJoin ? Type::kFloat32 : kType>;
 
     __device__ __forceinline__ void load(uint32_t i, Kept& kept) const {
@@ -208,25 +214,17 @@ struct AxpyVerb {
       }
     }
 
-    __device__ __forceinline__ void step(uint32_t i, const Ready& term, const Name& random, const float (&z)[kUnit],
-                                         Kept& kept) const {
-      float v[kUnit];
+    __device__ __forceinline__ static void begin(const Kept& kept, float decay, float (&v)[kUnit]) {
       unpack(kept, v);
 #pragma unroll
-      for (int j = 0; j < kUnit; ++j) v[j] = fma_rn(term.coefficient, z[j], mul_rn(term.decay, v[j]));
+      for (int j = 0; j < kUnit; ++j) v[j] = mul_rn(decay, v[j]);
+    }
+
+    __device__ __forceinline__ void end(uint32_t i, const Name& random, const float (&v)[kUnit], Kept& kept) const {
       if constexpr (kRandom) {
         kept = stochastic<kType>(v, philox_named(place.begin + i, random, verb.keys));
       } else {
         kept = nearest<kJoin ? Type::kFloat32 : kType>(v);
-      }
-    }
-
-    // The end of a sum: what storing v and loading it again would make of it. A float32 with its low bits is exact.
-    __device__ __forceinline__ void round(uint32_t i, const Name& random, float (&v)[kUnit]) const {
-      if constexpr (kRandom) {
-        unpack(stochastic<kType>(v, philox_named(place.begin + i, random, verb.keys)), v);
-      } else if constexpr (kType != Type::kFloat32 && !kJoin) {
-        unpack(nearest<kType>(v), v);
       }
     }
 
@@ -273,71 +271,107 @@ struct AxpyVerb {
     return true;
   }
 
-  // Any number of terms. A warp makes 32 of them ready at a time, one a lane, in its own part of shared memory: what a name
-  // needs before it meets a block is then computed once in 32 lanes and not by each thread for each unit.
+  // Sums of any length. A warp makes 32 terms ready at a time, one a lane, in its own part of shared memory: what a name needs
+  // before it meets a block is then computed once in 32 lanes and not by each thread for each unit. One, two, four or more
+  // sums, as fit into 32 terms, are a pass over the chunk, so that their terms stay for all units. A longer sum makes its terms
+  // ready anew for each turn of a warp.
   template <class Body>
   __device__ __forceinline__ void many(const Place& place, const Turn& turn, Body& body) {
     __shared__ Ready all[kThreads];
+    __shared__ uint4 all_random[Body::kRandom ? kThreads : 1];
+    if (terms.each <= kWarp) {
+      int32_t pass = terms.each;
+#pragma unroll 1
+      while (pass <= kWarp / 2) pass *= 2;  // one sum more at a time is a division to nvcc, by MUFU.RCP
+#pragma unroll 1
+      for (int32_t k = 0; k < terms.count; k += pass) {
+        sums<false>(k, terms.count - k < pass ? terms.count - k : pass, all, all_random, place, turn, body);
+      }
+    } else {
+#pragma unroll 1
+      for (int32_t k = 0; k < terms.count; k += terms.each) sums<true>(k, terms.each, all, all_random, place, turn, body);
+    }
+    body.settle(turn.lane, place.count, turn.lanes);
+  }
+
+  // Terms k .. k + here - 1: whole sums, or one that is longer than 32 terms
+  template <bool kLong, class Body>
+  __device__ __forceinline__ void sums(int32_t k, int32_t here, Ready* all, uint4* all_random, const Place& place,
+                                       const Turn& turn, Body& body) {
+    constexpr int kUnits = kLong ? 1 : kTogether;
     const uint32_t lane = threadIdx.x % kWarp;
-    Ready* const terms_of_warp = all + (threadIdx.x - lane);
-    const auto ready = [&](int32_t k) {
+    const Ready* const begin = all + (threadIdx.x - lane);
+    const auto ready = [&](int32_t done) {
+      done += static_cast<int32_t>(lane);
       __syncwarp();  // the 32 before have been used
-      k += static_cast<int32_t>(lane);
-      if (k < terms.count) all[threadIdx.x] = Ready(terms.at(k), terms.coefficients[k], place.who, terms.clock, keys);
+      if (done < here) {
+        const Draw term = terms.at(k + done);
+        all[threadIdx.x] = Ready(term, terms.coefficients[k + done], place.who, terms.clock, keys);
+        if constexpr (Body::kRandom) {
+          all_random[threadIdx.x] = Name(place.who, term.step + terms.clock, kRoundingDraw, keys).words();
+        }
+      }
       __syncwarp();
     };
-    if (terms.count <= kWarp) ready(0);
-    // the same number of turns for all lanes of a warp
+    if constexpr (!kLong) ready(0);
+    // of a long sum, the same number of turns for all lanes of a warp
 #pragma unroll 1
-    for (uint32_t i = turn.lane; i - lane < place.count; i += kTogether * turn.lanes) {
-      float v[kTogether][kUnit] = {};
-      uint64_t first[kTogether];
+    for (uint32_t i = turn.lane; i - (kLong ? lane : 0) < place.count; i += kUnits * turn.lanes) {
+      const auto inside = [&](int u) { return (!kLong && u == 0) || i + u * turn.lanes < place.count; };
+      typename Body::Kept kept[kUnits] = {};
+      uint64_t first[kUnits];
 #pragma unroll
-      for (int u = 0; u < kTogether; ++u) {
-        if (i + u * turn.lanes < place.count) body.load(i + u * turn.lanes, v[u]);
+      for (int u = 0; u < kUnits; ++u) {
+        if (inside(u)) body.load(i + u * turn.lanes, kept[u]);
         first[u] = first_product<kDirection>(place.begin + i + u * turn.lanes);
       }
-      int32_t left = 0;  // terms of the sum that has begun
+      const Ready* term = begin;
 #pragma unroll 1
-      for (int32_t k = 0; k < terms.count;) {
-        const int32_t slot = k % kWarp;
-        if (slot == 0 && terms.count > kWarp) ready(k);
-        const Ready* term = terms_of_warp + slot;
-        if (left == 0) {
-          left = terms.each;
+      do {
+        if constexpr (kLong) ready(0);
+        float v[kUnits][kUnit];
 #pragma unroll
-          for (int u = 0; u < kTogether; ++u) {
-#pragma unroll
-            for (int j = 0; j < kUnit; ++j) v[u][j] = mul_rn(term->decay, v[u][j]);
-          }
-        }
-        const int32_t here = slot + left < kWarp ? left : kWarp - slot;
-        const Ready* const end = term + here;
-#pragma unroll 2
-        for (; term != end; ++term) {
+        for (int u = 0; u < kUnits; ++u) body.begin(kept[u], term->decay, v[u]);
+        const auto add = [&](const Ready* term) {
           const Name name(term->name);
           const float factor = term->coefficient;
 #pragma unroll
-          for (int u = 0; u < kTogether; ++u) {
+          for (int u = 0; u < kUnits; ++u) {
             float z[kUnit];
             values<kDirection>(first[u], place.begin + i + u * turn.lanes, name, keys, z);
 #pragma unroll
             for (int j = 0; j < kUnit; ++j) v[u][j] = fma_rn(factor, z[j], v[u][j]);
           }
-        }
-        k += here, left -= here;
-        if (left == 0 && (Body::kRandom || k < terms.count)) {
-          const Name random(place.who, (term - 1)->step, kRoundingDraw, keys);
+        };
+        const auto add_until = [&](const Ready* stop) {
+#pragma unroll 1
+          for (; term + kUnrolled <= stop; term += kUnrolled) {
 #pragma unroll
-          for (int u = 0; u < kTogether; ++u) body.round(i + u * turn.lanes, random, v[u]);
+            for (int n = 0; n < kUnrolled; ++n) add(term + n);
+          }
+#pragma unroll 1
+          for (; term != stop; ++term) add(term);
+        };
+        if constexpr (kLong) {
+          add_until(begin + kWarp);
+#pragma unroll 1
+          for (int32_t done = kWarp; done < here; done += kWarp) {
+            ready(done);
+            term = begin;
+            add_until(begin + (here - done < kWarp ? here - done : kWarp));
+          }
+        } else {
+          add_until(term + terms.each);
         }
-      }
+        const Name random(all_random[Body::kRandom ? term - 1 - all : 0]);
 #pragma unroll
-      for (int u = 0; u < kTogether; ++u) {
-        if (i + u * turn.lanes < place.count) body.store(i + u * turn.lanes, v[u]);
+        for (int u = 0; u < kUnits; ++u) body.end(i + u * turn.lanes, random, v[u], kept[u]);
+      } while (!kLong && term != begin + here);
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) {
+        if (inside(u)) body.finish(i + u * turn.lanes, kept[u]);
       }
     }
-    body.settle(turn.lane, place.count, turn.lanes);
   }
 
   // Sums of one term each, from terms made ready as many() makes them. What is stored after a term is all that the next needs,
@@ -370,9 +404,12 @@ struct AxpyVerb {
         const uint64_t first = first_product<kDirection>(place.begin + i);
         const auto add = [&](const Ready* term) {
           const Name name(term->name), random(all_random[Body::kRandom ? term - all : 0]);
-          float z[kUnit];
+          float v[kUnit], z[kUnit];
+          body.begin(kept, term->decay, v);
           values<kDirection>(first, place.begin + i, name, keys, z);
-          body.step(i, *term, random, z, kept);
+#pragma unroll
+          for (int j = 0; j < kUnit; ++j) v[j] = fma_rn(term->coefficient, z[j], v[j]);
+          body.end(i, random, v, kept);
         };
         const Ready* term = begin;
 #pragma unroll 1
@@ -658,9 +695,9 @@ void select(const std::string& name) {
 }
 
 std::vector<std::string> architectures() {
-#if defined(__CUDA_ARCH_LIST__)
+#if defined(ZOKERN_ARCHITECTURES)
   std::vector<std::string> names;
-  for (const int arch : {__CUDA_ARCH_LIST__}) names.push_back("sm_" + std::to_string(arch / 10));
+  for (const int arch : {ZOKERN_ARCHITECTURES}) names.push_back("sm_" + std::to_string(arch));
   return names;
 #else
   return {"host"};

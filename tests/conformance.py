@@ -397,6 +397,14 @@ def check_axpy_many_draws(backend, device="cpu", scale="full") -> None:
                 draws = [(7 + k // 2, k % 2 if k < 4 else 1 << 24 | 9) for k in range(count)]
                 coeffs = (torch.randn(count, generator=generator) * 10.0 ** -torch.arange(count)).tolist()
                 versus.axpy(thetas, spans, direction, draws, coeffs, decay)
+    for count in (4, 8, 11, 32, 33, 70):
+        size = {11: 4500 if scale == "full" else 67, 33: 2100}.get(count, 67)  # more than one turn of all threads of a block
+        thetas, spans = (
+            [theta_of(generator, (size,), dtype, 0) for dtype in DTYPES],
+            [Span(who, 8) for who in ids(generator, 3)],
+        )
+        coeffs = (torch.randn(count, generator=generator) / 100).tolist()
+        versus.axpy(thetas, spans, "normal", [(3, k) for k in range(count)], coeffs, 0.999)
     for coeffs in ((0.0, -0.0), (1e-40, -3e-39), (1e38, -1e38), (1e-30, 1.0)):
         for decay in (1.0, 0.0, -1.5, 1e-40):
             thetas = [theta_of(generator, (137,), dtype) for dtype in DTYPES]
@@ -430,8 +438,8 @@ def check_axpy_each(backend, device="cpu", scale="full") -> None:
             thetas = [theta_of(generator, (43,), dtype) for dtype in DTYPES]
             lows = [low_of(generator, t) for t in thetas] if rounding == "residual" else []
             spans = [Span(who, 8) for who in ids(generator, 3)]
-            for each in (1, 2):
-                versus.axpy(thetas, spans, "normal", *replay(generator, 70, each), rounding, lows, each)
+            for count, each in ((70, 1), (70, 2), (36, 12), (66, 33)):
+                versus.axpy(thetas, spans, "normal", *replay(generator, count, each), rounding, lows, each)
         for dtype in DTYPES:  # overflow, inf and NaN in the middle of a run stay; subnormal results are kept
             size, tiny, most = 67, torch.finfo(dtype).smallest_normal, torch.finfo(dtype).max
             broken = weights((size,), dtype, generator)

@@ -176,18 +176,25 @@ def arithmetic(code: list[Instruction]) -> dict[str, int]:
     return {name: sum(re.match(rf"{name}\b", i.name) is not None for i in code) for name in ("FFMA", "FMUL", "FADD")}
 
 
-def vector_loop(function: Function, loads: int, stores: int, longer: int = 0) -> list[Instruction]:
-    """The shortest loop with this many 16-byte loads and stores and no narrower store, a fast path; `longer` passes over as many."""
+def vector_loops(function: Function, loads: int, stores: int) -> list[list[Instruction]]:
+    """The loops with this many 16-byte loads and stores and no narrower store, fast paths, shortest first."""
+    found = []
     for body in function.loops():
         names = [i.name for i in body]
         wide_loads = sum(n.startswith("LDG") and ".128" in n for n in names)
         wide_stores = sum(n.startswith("STG") and ".128" in n for n in names)
         all_stores = sum(n.startswith("STG") for n in names)
         if (wide_loads, wide_stores, all_stores) == (loads, stores, stores):
-            if longer == 0:
-                return body
-            longer -= 1
-    raise LookupError(f"{function.name}: no loop with {loads} 16-byte loads and {stores} 16-byte stores")
+            found.append(body)
+    return found
+
+
+def vector_loop(function: Function, loads: int, stores: int, longer: int = 0) -> list[Instruction]:
+    """The shortest of them; `longer` passes over as many."""
+    found = vector_loops(function, loads, stores)
+    if len(found) <= longer:
+        raise LookupError(f"{function.name}: no loop with {loads} 16-byte loads and {stores} 16-byte stores")
+    return found[longer]
 
 
 def tile(function: Function, loads: int, stores: int, unrolled: int = 4) -> tuple[list[Instruction], list[Instruction]]:
@@ -209,89 +216,44 @@ def tile(function: Function, loads: int, stores: int, unrolled: int = 4) -> tupl
 
 
 @dataclass
-class Terms:
-    """The loops of `many` in elementwise.cu over normal terms, by how often an instruction runs for the 16 elements of a turn."""
+class Run:
+    """The loops of `sums` or `steps` in elementwise.cu over normal terms, by how often an instruction runs for a thread's units."""
 
-    turn: list[Instruction]  # once
-    sum: list[Instruction]  # once a sum, the decay too
-    rounding: list[Instruction]  # between two sums, to nearest; other roundings are in `sum`
-    pair: list[Instruction]  # once for two terms
-    odd: list[Instruction]  # once for the last of an odd number of terms
-    ready: list[Instruction]  # by one lane for each term
+    units: int  # of eight elements, that a thread has in a turn
+    turn: list[Instruction]  # once for one sum, or for every 32 steps
+    four: list[Instruction]  # once for four terms
+    one: list[Instruction]  # once for each term that is left
 
-    def instructions(self, count: int, each: int) -> list[tuple[list[Instruction], float]]:
-        """What runs for `count` terms in sums of `each`, and how often for each element."""
-        sums = count // each
-        often = (1, sums, sums - 1, sums * (each // 2), sums * (each % 2))
-        parts = (self.turn, self.sum, self.rounding, self.pair, self.odd)
-        return [(code, times / 16) for code, times in zip(parts, often)]
-
-
-def terms(function: Function, accesses: int = 2) -> Terms:
-    """With this many 16-byte loads and stores a turn. Ready terms of a long list are left out of `instructions`: 1/32 of a warp's."""
-
-    def holds(code, name: str) -> int:
-        return sum(i.name.startswith(name) for i in code)
-
-    outer = vector_loop(function, accesses, accesses)
-    inside = [b for b in function.loops() if outer[0].address <= b[0].address and b[-1].address <= outer[-1].address]
-    pairs = [body for body in inside if holds(body, "STS") == 0 and holds(body, "FFMA") >= 2 * 2 * 72]
-    if not pairs:
-        pairs = [body for body in inside if holds(body, "STS") == 0 and holds(body, "FFMA2") >= 2 * 72]
-    if len(pairs) != 1:
-        raise LookupError(f"{function.name}: {len(pairs)} loops over two normal terms")
-    pair = pairs[0]
-    sums = min((body for body in inside if body is not pair and body is not outer and body[0].address <= pair[0].address
-                and pair[-1].address < body[-1].address), key=len, default=None)  # fmt: skip
-    if sums is None:
-        raise LookupError(f"{function.name}: no loop over sums around the loop over terms")
-    starts = {function.code[at].address for at in function.labels.values() if at < len(function.code)}
-    blocks: list[list[Instruction]] = [[]]
-    for instruction in outer:
-        if instruction.address in starts and blocks[-1]:
-            blocks.append([])
-        blocks[-1].append(instruction)
-        if instruction.name.startswith(("BRA", "EXIT")):
-            blocks.append([])
-    found = Terms([], [], [], pair, [], [])
-    for block in filter(None, blocks):
-        if pair[0].address <= block[0].address <= pair[-1].address:
-            continue
-        if not sums[0].address <= block[0].address <= sums[-1].address:
-            # before the turns the same code makes the first terms ready
-            (found.ready if holds(block, "STS") else found.turn).extend(block)
-        elif holds(block, "STS"):
-            found.ready.extend(block)
-        elif holds(block, "FFMA") >= 2 * 72:
-            found.odd.extend(block)
-        else:
-            (found.rounding if holds(block, "F2FP") else found.sum).extend(block)
-    return found
-
-
-@dataclass
-class Steps:
-    """The loops of `steps` in elementwise.cu, by how often an instruction runs for the 8 elements of a unit."""
-
-    unit: list[Instruction]  # once for every 32 steps
-    four: list[Instruction]  # once for four steps
-    one: list[Instruction]  # once for each step that is left
+    def term(self) -> float:
+        """Instructions for each element and each of four terms."""
+        return len(self.four) / 4 / 8 / self.units
 
     def instructions(self, count: int) -> list[tuple[list[Instruction], float]]:
-        """What runs for `count` steps, and how often for each element. Terms made ready, once for all units, are left out."""
+        """What runs for a sum of `count` <= 32 terms, or for any number of steps, and how often for each element. Terms made
+        ready, once for all units, are left out."""
         fours, ones = sum(min(32, count - k) // 4 for k in range(0, count, 32)), count % 4
-        return [(self.unit, -(-count // 32) / 8), (self.four, fours / 8), (self.one, ones / 8)]
+        often = ((self.turn, -(-count // 32)), (self.four, fours), (self.one, ones))
+        return [(code, times / 8 / self.units) for code, times in often]
 
 
-def steps(function: Function, accesses: int = 1) -> Steps:
-    """With this many 16-byte loads and stores a unit."""
-    outer = vector_loop(function, accesses, accesses)
-    inner = [body for body in function.loops() if outer[0].address < body[0].address and body[-1].address < outer[-1].address]
-    if len(inner) != 2 or arithmetic(inner[1]) != {name: 4 * count for name, count in arithmetic(inner[0]).items()}:
-        raise LookupError(f"{function.name}: no loop over four steps and one over the steps that are left")
-    one, four = inner
-    unit = [i for i in outer if not any(body[0].address <= i.address <= body[-1].address for body in inner)]
-    return Steps(unit, four, one)
+def many(function: Function, accesses: int = 1) -> Run:
+    """Of TERMS or STEPS, with this many 16-byte loads and stores a unit. Sums of more than 32 terms have more loops inside."""
+
+    def within(inner: list[Instruction], outer: list[Instruction]) -> bool:
+        return inner is not outer and outer[0].address <= inner[0].address and inner[-1].address <= outer[-1].address
+
+    loops = function.loops()
+    for units in (2, 1):
+        for outer in vector_loops(function, units * accesses, units * accesses):
+            inside = [body for body in loops if within(body, outer)]
+            inner = [body for body in inside if not any(within(other, body) for other in inside)]
+            counts = [arithmetic(body) for body in inner]
+            if len(inner) != 2 or counts[0]["FFMA"] != 72 * units or any(4 * counts[0][n] != counts[1][n] for n in counts[0]):
+                continue
+            one, four = inner
+            turn = [i for i in outer if not any(body[0].address <= i.address <= body[-1].address for body in inner)]
+            return Run(units, turn, four, one)
+    raise LookupError(f"{function.name}: no loop over four terms and one over the terms that are left")
 
 
 def per_lane(function: Function, loads: int, stores: int, steps: int = 16, unrolled: int = 4) -> float:

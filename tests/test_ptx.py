@@ -105,6 +105,7 @@ def test_replay(text) -> None:
     versus.axpy(thetas, [Span(5, 8), Span(6, 16)], "normal", draws, coeffs, decays, "stochastic", each=2)
     versus.axpy(thetas, [Span(5, 8), Span(6, 16)], "rademacher", draws[:2], coeffs[:2], [1.0, 0.9], each=1)
     versus.axpy(thetas, [Span(5, 8), Span(6, 16)], "normal", draws, coeffs, 2 * decays, "stochastic", each=1)
+    versus.axpy(thetas, [Span(5, 8), Span(6, 16)], "normal", draws, coeffs, [0.9], "stochastic", each=34)
 
 
 def rejected(text: str, check: str) -> str:
