@@ -76,10 +76,11 @@ def method(name: str, module: nn.Module, shape: Shape, **options: Any) -> zokern
     return getattr(zokern, name)(module, lr=LR, eps=EPS, dead_limit=None, **options)
 
 
-def stepper(name: str, module: nn.Module, shape: Shape, **options: Any) -> Callable[[], Any]:
-    from .models import loss_of
+def stepper(name: str, module: nn.Module, shape: Shape, objective: bool = False, **options: Any) -> Callable[[], Any]:
+    from .models import loss_of, objective_of
 
-    optimizer, loss = method(name, module, shape, **options), loss_of(module, shape.batch, shape.length)
+    optimizer = method(name, module, shape, **options)
+    loss = (objective_of if objective else loss_of)(module, shape.batch, shape.length)
     zokern.step(optimizer, loss)  # `auto` chooses in the first step and compares both ways in the second, the warming round
     return lambda: zokern.step(optimizer, loss)
 
@@ -152,15 +153,12 @@ def eager_cases(module: nn.Module, shape: Shape, every: int, names: list[str]) -
 
 
 def bench_queries(benchmark, report) -> None:
-    """K queries in one pass, each weight read once, against K steps of one query."""
+    """K queries in one pass, each weight read once, against K steps of one query; for a closure, and for an Objective."""
     pytest.importorskip("transformers")
     from .models import model
 
     shape = Shape("OPT-tiny" if report.quick else "OPT-125M", "fp32", 1, 4)
     module = model(shape.model, shape.dtype)
-    signs = dict(direction="rademacher", stencil="forward", evaluation="paired")
-    one = stepper("SubZero", copy.deepcopy(module), shape)
-    sign = stepper("MeZO", module, shape, **signs)
 
     def times(call: Callable[[], Any]) -> Callable[[], None]:
         def repeat() -> None:
@@ -170,20 +168,21 @@ def bench_queries(benchmark, report) -> None:
         return repeat
 
     k = f"K={QUERIES}"
-    cases = [
-        Case(f"SubZero {k} in one pass", stepper("SubZero", copy.deepcopy(module), shape, queries=QUERIES)),
-        Case(f"SubZero, {QUERIES} steps", times(one)),
-        Case(f"FZOO {k} in one pass", stepper("FZOO", module, shape, queries=QUERIES)),
-        Case(f"MeZO rademacher one-sided, {QUERIES} steps", times(sign)),
-    ]
+    signs = dict(direction="rademacher", stencil="forward", evaluation="paired")
+    single = {"SubZero": ("SubZero", {}), "FZOO": ("MeZO", signs)}  # FZOO's signs, read one at a time
+    cases, pairs = [], {}
+    for name, (one, options) in single.items():
+        for objective in (False, True):
+            form = ", Objective" if objective else ""
+            own = copy.deepcopy(module) if name == "SubZero" else module
+            many = Case(f"{name} {k} in one pass{form}", stepper(name, own, shape, objective, queries=QUERIES))
+            own = copy.deepcopy(module) if name == "SubZero" else module
+            label = name if one == name else f"{one} rademacher one-sided"
+            steps = Case(f"{label}, {QUERIES} steps{form}", times(stepper(one, own, shape, objective, **options)))
+            cases += [many, steps]
+            pairs[f"{name} {k} {shape}{form} / steps"] = many.name, steps.name
     group = Group(f"methods, {k} queries, {shape}", cases).run(benchmark, 2 if report.quick else 8)
-    report.add(
-        group,
-        **{
-            f"SubZero {k} {shape} / steps": group.ratio(cases[0].name, cases[1].name),
-            f"FZOO {k} {shape} / steps": group.ratio(cases[2].name, cases[3].name),
-        },
-    )
+    report.add(group, **{figure: group.ratio(*pair) for figure, pair in pairs.items()})
 
 
 def bench_estimate(benchmark, report, shape: Shape) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import ARCHITECTURES, inputs, same_bits, snapshot
+from mutant import mutant
 from torch import nn
 
 import zokern
@@ -65,11 +66,59 @@ def test_stacked_losses_are_those_of_scratch(architecture: str, method: str, lar
     assert ("stacked" in optimizer.evaluation.refused) == (architecture not in STACKABLE), optimizer.evaluation.refused
 
 
-def test_stacked_in_bfloat16() -> None:
-    mine, optimizer, _ = steps("opt", "dense", zokern.Paired(), dtype=torch.bfloat16)
-    right, _, _ = steps("opt", "dense", "scratch", dtype=torch.bfloat16)
+@pytest.mark.parametrize("method", ["dense", "rademacher, one-sided"])
+@pytest.mark.parametrize("architecture", ["opt", "llama"])
+def test_stacked_in_bfloat16(architecture: str, method: str) -> None:
+    mine, optimizer, _ = steps(architecture, method, zokern.Paired(), dtype=torch.bfloat16)
+    right, _, _ = steps(architecture, method, "scratch", dtype=torch.bfloat16)
     check_losses(mine, right, 0.02)
     assert not optimizer.evaluation.refused
+
+
+class Vectors(nn.Module):
+    """Every use of a vector that is done for all sides at once, and some that are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.table, self.norm, self.bare = nn.Embedding(9, 6), nn.LayerNorm(6, eps=0.1), nn.LayerNorm(6, bias=False)
+        self.scale, self.shift, self.number = (nn.Parameter(torch.randn(size)) for size in (6, 6, 1))
+        for vector in (self.norm.weight, self.norm.bias, self.bare.weight):
+            nn.init.normal_(vector)
+
+    def forward(self, ids):
+        x = self.bare(self.norm(self.table(ids)) * self.scale)
+        return torch.add(self.shift, (self.scale * x).transpose(1, 2).transpose(1, 2)) + self.number
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_vectors_of_all_sides_in_one_call(dtype: torch.dtype) -> None:
+    ids = torch.randint(0, 9, (3, 5), generator=torch.Generator().manual_seed(0))
+    calls: list = []
+    read = stacked.Stacked._vectors
+
+    def seen(self, func, args, kwargs):
+        result = read(self, func, args, kwargs)
+        calls.append((func, result is not None))
+        return result
+
+    def losses(evaluation):
+        model = Vectors().to(dtype)
+        target = zokern.Objective(model, (ids,), lambda y, b: (y.float() * torch.linspace(-1, 2, 6)).square().mean())
+        optimizer = zokern.MeZO(model, lr=0.0, eps=0.1, seed=3, queries=2, evaluation=evaluation)
+        result = zokern.step(optimizer, target)
+        assert not result.unseen
+        return [result]
+
+    right, bound = losses("scratch"), 1e-5 if dtype == torch.float32 else 0.02
+    with patch.object(stacked.Stacked, "_vectors", seen):
+        check_losses(losses(zokern.Paired(check=False)), right, bound)
+    assert [done for func, done in calls if func is F.layer_norm] == [True, True]
+    assert [done for func, done in calls if func is not F.layer_norm and func is not F.embedding] == [True, True, True, False]
+    for true, false in (("side=side", "side=0"), ("stacks[-1]", "stacks[0]"), (', eps=names.get("eps", 1e-5)', "")):
+        with patch.object(stacked.Stacked, "_vectors", mutant(stacked.Stacked, "_vectors", true, false)):
+            with pytest.raises(AssertionError):
+                check_losses(losses(zokern.Paired(check=False)), right, bound)
 
 
 class Counted(nn.Module):
