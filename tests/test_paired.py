@@ -13,12 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import build, changed, next_token_loss, one_thread, snapshot, tiny  # noqa: F401 (a fixture)
+from mutant import mutant
 from recipes import METHODS
 from torch import Tensor, nn
 
 import zokern
 from zokern import products
-from zokern.evaluation import copies, meeting
+from zokern.evaluation import copies, factors, meeting
+from zokern.evaluation.plan import Point
 
 greenlet = pytest.importorskip("greenlet")
 IDS = models.batch()
@@ -131,6 +133,56 @@ def test_updates_that_wait_are_read(direction: str) -> None:
     for one, two in zip(*ends):
         assert all(abs(a - b) <= 1e-5 * abs(a) for x, y in zip(one, two) for a, b in zip(x, y)), (one, two)
     assert abs(ends[0][0][0][0] - ends[0][3][0][0]) > 1e-3
+
+
+def check_cores(direction: str, waits: bool, resting: bool) -> None:
+    """The cores of each side are pending + offset eps draw, bit for bit, and those of a product the ones of its sides in order."""
+    model, closure = of_architecture("opt", torch.float32)
+    with large():
+        optimizer = DIRECTIONS[direction](model, lr=1e-2, seed=2, queries=2, eps=1e-2, evaluation=zokern.Paired(check=False))
+        zokern.step(optimizer, closure)
+    if not waits:
+        optimizer.flush()
+    plan = optimizer.plan()
+    points = [Point(0, 1.0), Point(1, 1.0), Point(0, -1.0), Point(1, -0.5)] + ([Point(1, 0.0)] if resting else [])
+    made = factors.Factors(plan)
+    made.prepare(points)
+    group = next(group for group in plan.groups if group.matrices is not None)
+    g = plan.groups.index(group)
+    for i, matrix in enumerate(group.matrices):
+        assert (matrix.pending is not None) == waits
+        middles = []
+        for side, (query, offset) in enumerate(points):
+            expected = group.draws(plan, query)[i] * (offset * group.eps)
+            if waits:
+                expected = matrix.pending + expected
+            if not waits and offset == 0.0:
+                assert g not in made.middles[side]
+                continue
+            assert torch.equal(made.middles[side][g][i], expected)
+            middles.append(expected)
+        for order in ([0, 1, 2, 3], [3, 1], list(range(len(points)))):
+            (part,) = made.parts(group, i, order, transposed=True)
+            assert torch.equal(part.middles, torch.stack([middles[side] for side in order if side < len(middles)]))
+
+
+@pytest.mark.parametrize("resting", [False, True], ids=["all_move", "one_rests"])
+@pytest.mark.parametrize("waits", [False, True], ids=["written", "waiting"])
+@pytest.mark.parametrize("direction", ["subzero", "tezo", "pgap"])
+def test_cores_of_all_sides(direction: str, waits: bool, resting: bool) -> None:
+    check_cores(direction, waits, resting)
+
+
+@pytest.mark.parametrize("name, right, instead", [
+    ("_prepare_cores", "zip(moving, cores.unbind(1))", "zip(moving, cores.flip(1).unbind(1))"),
+    ("_prepare_cores", "(offset * group.eps)", "(abs(offset) * group.eps)"),
+    ("_prepare_cores", "pending + moved", "moved"),
+    ("_prepare_cores", "draws[query] *", "draws[0] *"),
+    ("parts", "list(sides) == list(range(len(self.points)))", "len(sides) > 1"),
+], ids=["sides turned round", "no sign", "what waits", "the draw of the first query", "sides in any order"])  # fmt: skip
+def test_wrong_cores_are_rejected(name: str, right: str, instead: str) -> None:
+    with patch.object(factors.Factors, name, mutant(factors.Factors, name, right, instead)), pytest.raises(AssertionError):
+        check_cores("subzero", True, False)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

@@ -26,10 +26,10 @@ def numbers(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64).float()
 
 
-def check_blocks(counts: list[int], bias: bool, join: bool, transposed: bool = False) -> None:
+def check_blocks(counts: list[int], bias: bool, join: bool, transposed: bool = False, rank: int = RANK) -> None:
     """factored_linear of three sides, the first without thin products, against float64; the result spans several blocks."""
     weight, xs = numbers(COLUMNS, WIDTH) * 0.3, [numbers(count, WIDTH) for count in counts]
-    first, last, middles = numbers(RANK, WIDTH), numbers(COLUMNS, RANK), numbers(2, RANK, RANK)
+    first, last, middles = numbers(rank, WIDTH), numbers(COLUMNS, rank), numbers(2, rank, rank)
     biases = [numbers(COLUMNS) if bias else None for _ in xs]
     parts = [products.Part([1, 2], first, middles, last)]
     given = weight.t().contiguous() if transposed else weight
@@ -57,6 +57,16 @@ def check_blocks(counts: list[int], bias: bool, join: bool, transposed: bool = F
 @pytest.mark.parametrize("counts", [[7, 7, 7], [3, 9, 6]], ids=["even", "uneven"])
 def test_a_result_in_blocks(counts: list[int], bias: bool, join: bool, transposed: bool) -> None:
     check_blocks(counts, bias, join, transposed)
+
+
+@pytest.mark.parametrize("counts", [[7, 7, 7], [3, 9, 6]], ids=["even", "uneven"])
+def test_biases_of_more_sides_than_ranks(counts: list[int]) -> None:
+    """They are added to the result, and not columns of the thin products."""
+    check_blocks(counts, True, True, rank=1)
+    broken = mutant(products, "factored_linear", "own = [biases[j] for j in left]", "own = [biases[0] for j in left]")
+    broken = mutant(products, "factored_linear", "+= bias", "+= biases[0]") if len(set(counts)) > 1 else broken
+    with patch.object(products, "factored_linear", broken), pytest.raises(AssertionError):
+        check_blocks(counts, True, True, rank=1)
 
 
 @pytest.mark.parametrize("right, instead", [

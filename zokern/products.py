@@ -153,18 +153,23 @@ def factored_linear(
     if len(xs) > 1 and sum(counts) <= JOIN and not cast and all(x.dtype == weight.dtype for x in xs):
         x = joined(flat)
         begin = [0, *accumulate(counts)]
-        left = set(range(len(xs)))  # sides whose bias is not in a thin product
+        left = list(range(len(xs)))  # sides whose bias is not in a thin product
         thins = []
         for part in parts:
             first, last = part.sides[0], part.sides[-1] + 1
             assert list(part.sides) == list(range(first, last)), "sides of a part follow one another"
             here = slice(begin[first], begin[last])
             thin = _Thin(here, _rows_of(x[here], part.first, part.middles, counts[first:last]), part.last)
-            if biases[first] is not None and (thin.rows.shape[0] >= part.first.shape[0] or weight.dtype != torch.float32):
+            columns_pay = thin.rows.shape[0] >= part.first.shape[0] >= len(part.sides)
+            if biases[first] is not None and (columns_pay or weight.dtype != torch.float32):
                 thin = _with_bias(thin, counts[first:last], biases[first:last])
-                left -= set(part.sides)
+                left = [j for j in left if j not in part.sides]
             thins.append(thin)
         y = _sum(backend, x if shrink == 1.0 else x * shrink, matrix, None, thins)
+        own = [biases[j] for j in left]
+        if len(left) == len(xs) and len(set(counts)) == 1 and all(bias is not None for bias in own):
+            y.view(len(xs), counts[0], -1).add_(torch.stack(own).unsqueeze(1))  # type: ignore[arg-type]
+            left = []
         for j in left:
             if (bias := biases[j]) is not None:
                 y[begin[j] : begin[j + 1]] += bias

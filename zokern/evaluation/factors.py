@@ -25,18 +25,22 @@ class Factors:
         self.middles: list[
             dict[int, list[Tensor]]
         ] = []  # side -> group -> pending + offset eps draw, where that is not nothing
+        self.cores: dict[int, Tensor] = {}  # group -> those of all sides (matrix, side, r, r), where they have one size
         self.lefts: dict[tuple[int, int, int], Tensor] = {}
         self.number = {id(group): g for g, group in enumerate(plan.groups)}
 
     def prepare(self, points: Sequence[Point]) -> None:
         """Draw the factors of every query that the points use: one launch per query and group."""
-        self.points, self.lefts = list(points), {}
+        self.points, self.lefts, self.cores = list(points), {}, {}
         self.middles = [{} for _ in points]
         for g, group in enumerate(self.plan.groups):
             if group.matrices is None:
                 continue
             pending = [matrix.pending for matrix in group.matrices]
             waits = pending[0] is not None
+            if all(matrix.left is not None and matrix.rank == group.matrices[0].rank for matrix in group.matrices):
+                self._prepare_cores(g, group, torch.stack(pending) if waits else None)  # type: ignore[arg-type]
+                continue
             for side, (query, offset) in enumerate(self.points):
                 if not offset:
                     if waits:
@@ -44,6 +48,28 @@ class Factors:
                     continue
                 moved = torch._foreach_mul(group.draws(self.plan, query), offset * group.eps)
                 self.middles[side][g] = list(torch._foreach_add(pending, moved) if waits else moved)  # type: ignore[arg-type]
+
+    def _prepare_cores(self, g: int, group: Group, pending: Tensor | None) -> None:
+        """The same for cores of one size: a few operations a side, and not as many as there are matrices."""
+        moving = [side for side, point in enumerate(self.points) if point.offset or pending is not None]
+        draws: dict[int, Tensor] = {}
+        found = []
+        for query, offset in (self.points[side] for side in moving):
+            if not offset:
+                assert pending is not None
+                found.append(pending)
+                continue
+            if query not in draws:
+                draws[query] = torch.stack(group.draws(self.plan, query))
+            moved = draws[query] * (offset * group.eps)
+            found.append(moved if pending is None else pending + moved)
+        if not found:
+            return
+        cores = torch.stack(found, 1)
+        if len(moving) == len(self.points):
+            self.cores[g] = cores
+        for side, middles in zip(moving, cores.unbind(1)):
+            self.middles[side][g] = list(middles.unbind(0))
 
     def of(self, group: Group, i: int, side: int, rows: Tensor | slice | None = None) -> tuple[Tensor, Tensor, float]:
         """(L, right, shrink) of one side; L of some rows only where they are given."""
@@ -71,7 +97,8 @@ class Factors:
         if not moved:
             return []
         if matrix.left is not None:  # L = left middle
-            middles = torch.stack([self.middles[sides[j]][g][i] for j in moved])
+            everyone = g in self.cores and list(sides) == list(range(len(self.points)))
+            middles = self.cores[g][i] if everyone else torch.stack([self.middles[sides[j]][g][i] for j in moved])
             if transposed:
                 return [Part(moved, matrix.thin("left"), middles, right)]
             return [Part(moved, matrix.thin("right"), middles.mT, matrix.left)]
