@@ -9,22 +9,23 @@ one warp instruction a clock; 32 lanes at 16, 8 or 4 a clock take 2, 4 or 8 cloc
     heavy   IMAD                                           2      (IMAD.WIDE, IMAD.HI: 4)
     fma     FFMA FMUL FADD HFMA2                           2 on one of two pipes, `heavy` being one of them; on sm_80 there is one
     xu      MUFU POPC FLO F2I I2F; FCHK by assumption      8
-    compute = max(issue, alu, heavy, (heavy + fma) / pipes, xu) / (4 quarters * multiprocessors * clock)
+    mma     HMMA.16816                                     8, 16 or 32, by device
+    compute = max(issue, alu, heavy, (heavy + fma) / pipes, xu, mma) / (4 quarters * multiprocessors * clock)
     memory  = bytes that must move / bandwidth of a copy
     time    = max(compute, memory)
 
-The pipes' rates are the stall counts that ptxas writes between independent instructions of one warp. Latency, launch and the tail of
-the last wave are not in the model: a kernel with enough loads in flight should come within some 5 % of it, no kernel beats it.
+The pipes' rates are the stall counts that ptxas writes between independent instructions of one warp; that of the matrix unit follows
+from the dense 16-bit peak in the data sheet, half of it for H200, H100 and B200, where single-warp products do not reach the peak.
+Latency, launch and the tail of the last wave are not in the model: a kernel with enough loads in flight should come within some 5 %
+of it, no kernel beats it.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,7 @@ DRAWS = 8
 PIPES = {
     "wide": r"IMAD\.(WIDE|HI)",
     "heavy": r"IMAD|IDP",
+    "mma": r"HMMA\.16816",
     "xu": r"MUFU|FCHK|POPC|FLO|F2I|I2F\b|I2F\.",
     "fma": r"FFMA|FMUL|FADD|HFMA2|HADD2|HMUL2",
     "alu": r"LOP3|IADD|VIADD|SHF|PRMT|LEA|ISETP|FSETP|SEL|FSEL|I2FP|F2FP|MOV|FMNMX|IMNMX|VIMNMX|SGXT|IABS|PLOP3|R2P|P2R|CS2R|BMSK",
@@ -62,6 +64,7 @@ class Device:
     multiprocessors: int
     clock: float  # GHz under load
     bandwidth: float  # TB/s of a copy: measured on H200 and H100, about 90 % of the peak elsewhere
+    mma: int  # clocks of a quarter for a warp's m16n8k16 in 16 bits with float32 sums
 
     @property
     def fma_pipes(self) -> int:
@@ -73,13 +76,13 @@ class Device:
 
 
 DEVICES = (
-    Device("H200", "90", 132, 1.755, 4.3),
-    Device("H100", "90", 132, 1.755, 3.0),
-    Device("A100", "80", 108, 1.41, 1.75),
-    Device("B200", "100", 148, 1.85, 7.2),
-    Device("L40S", "89", 142, 2.52, 0.82),
-    Device("RTX 4090", "89", 128, 2.52, 0.93),
-    Device("RTX 5090", "120", 170, 2.41, 1.6),
+    Device("H200", "90", 132, 1.755, 4.3, 8),
+    Device("H100", "90", 132, 1.755, 3.0, 8),
+    Device("A100", "80", 108, 1.41, 1.75, 8),
+    Device("B200", "100", 148, 1.85, 7.2, 8),
+    Device("L40S", "89", 142, 2.52, 0.82, 16),
+    Device("RTX 4090", "89", 128, 2.52, 0.93, 32),
+    Device("RTX 5090", "120", 170, 2.41, 1.6, 32),
 )
 
 
@@ -107,7 +110,8 @@ class Work:
         busy = {pipe: self.pipes[pipe] * clocks for pipe, clocks in CLOCKS.items()}
         heavy = busy["wide"] + busy["heavy"]
         fma = (heavy + busy["fma"]) / device.fma_pipes
-        return {"issue": self.instructions, "alu": busy["alu"], "heavy": heavy, "fma": fma, "xu": busy["xu"]}
+        mma = self.pipes["mma"] * device.mma
+        return {"issue": self.instructions, "alu": busy["alu"], "heavy": heavy, "fma": fma, "xu": busy["xu"], "mma": mma}
 
     def milliseconds(self, device: Device) -> tuple[float, str]:
         """Time per 1e9 elements, and what limits it."""
@@ -198,17 +202,41 @@ UPDATES = (
 )
 
 
-def functions_of(arch: str) -> dict[str, sass.Function]:
-    with tempfile.TemporaryDirectory() as folder:
-        sources = [sass.SOURCE, sass.SOURCE.with_name("update.cu")]
-        cubins = [sass.compile_to(Path(folder) / f"{source.stem}.cubin", arch, source=source) for source in sources]
-        return {name: function for cubin in cubins for name, function in sass.disassemble(cubin).items()}
+@dataclass(frozen=True)
+class ProductCase:
+    """The loop of csrc/lowrank.cu over strips, of a matrix whose shape is whole tiles; factors come from the caches."""
+
+    name: str
+    traffic: int
+    kind: int  # of theta: 0 float32, 1 bfloat16
+    rank: int
+
+    def work(self, functions: dict[str, sass.Function]) -> Work:
+        loop = sass.strip_loop(sass.kernel(functions, sass.lowrank_symbol(self.kind, self.rank)))
+        return Work.of((loop, 1 / 16))  # eight columns of two rows a lane
+
+
+PRODUCTS = tuple(
+    ProductCase(f"lowrank_ rank {rank}, {name}", traffic, kind, rank)
+    for kind, name, traffic in ((1, "bf16", 4), (0, "float32", 8))
+    for rank in (16, 32, 64, 128)
+)
+SOURCES = {"elementwise": "kernels", "update": "updates", "lowrank": "products"}  # and the namespace of each one's kernels
+
+
+def code_of_the_tree() -> dict[str, dict[str, sass.Function]]:
+    """Every kernel by architecture: from the built module where it is newer than the sources, compiled otherwise."""
+    code: dict[str, dict[str, sass.Function]] = {}
+    for stem, namespace in SOURCES.items():
+        for arch, functions in sass.machine_code(sass.SOURCE.with_name(f"{stem}.cu"), namespace).items():
+            code.setdefault(arch, {}).update(functions)
+    return code
 
 
 def table(
     code: dict[str, dict[str, sass.Function]],
     devices: Iterable[Device] = DEVICES,
-    cases: Iterable[Case | UpdateCase] = CASES,
+    cases: Iterable[Case | UpdateCase | ProductCase] = CASES,
 ) -> list[str]:
     lines = []
     for device in devices:
@@ -234,10 +262,7 @@ def table(
 def main() -> None:
     if (reason := sass.missing()) is not None:
         raise SystemExit(f"benchmarks.predict reads machine code: {reason}")
-    architectures = sorted({device.arch for device in DEVICES})
-    with ThreadPoolExecutor(2) as pool:
-        code = dict(zip(architectures, pool.map(functions_of, architectures)))
-    print("\n".join(table(code, cases=[*CASES, *UPDATES])))
+    print("\n".join(table(code_of_the_tree(), cases=[*CASES, *UPDATES, *PRODUCTS])))
 
 
 if __name__ == "__main__":

@@ -300,6 +300,25 @@ def update_symbol(direction: int, rule: int, rounding: int) -> str:
     return f"_ZN2zo7updates13update_kernelILNS_9DirectionE{direction}ELNS_4RuleE{rule}ELNS_8RoundingE{rounding}E"
 
 
+# bfloat16 terms that lowrank.cu splits a float32 factor into, by the type of theta and the rank
+SPLITS = {0: {16: 3, 32: 3, 64: 3, 128: 2}, 1: {16: 2, 32: 2, 64: 1, 128: 1}}
+SPLITS[2] = SPLITS[1]
+
+
+def lowrank_symbol(kind: int, rank: int, simple: bool = True, whole: bool = True) -> str:
+    """The same of csrc/lowrank.cu."""
+    arguments = f"ILi{rank // 16}ELi{SPLITS[kind][rank]}ELNS_4TypeE{kind}ELb{simple:d}ELb{whole:d}E"
+    return f"_ZN2zo8products14lowrank_kernel{arguments}"
+
+
+def strip_loop(function: Function) -> list[Instruction]:
+    """The loop of lowrank.cu over the strips of a tile: the innermost one with matrix products."""
+    for body in function.loops():
+        if any(i.name.startswith("HMMA") for i in body):
+            return body
+    raise LookupError(f"{function.name}: no loop with matrix products")
+
+
 def kernel(functions: dict[str, Function], prefix: str) -> Function:
     found = [f for name, f in functions.items() if name.startswith(prefix)]
     if len(found) != 1:

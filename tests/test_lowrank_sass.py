@@ -6,17 +6,21 @@
 from __future__ import annotations
 
 import re
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import sass
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks import predict  # noqa: E402
 
 pytestmark = pytest.mark.skipif(sass.missing() is not None, reason=sass.missing() or "")
 
 SOURCE = sass.ROOT / "csrc" / "lowrank.cu"
 ELEMENTS = 16  # of a lane in one turn of a loop: eight columns of two rows
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
-TERMS = {FLOAT32: {16: 3, 32: 3, 64: 3, 128: 2}, BFLOAT16: {16: 2, 32: 2, 64: 1, 128: 1}}
-TERMS[FLOAT16] = TERMS[BFLOAT16]
 # Instructions per element of the whole loop on sm_90, measured with nvcc 13.0, and what they may not exceed; the paths that count
 # non-finite results are in it and do not run. A bf16 pass on an H200 stays under its memory floor up to 27.6, a float32 pass up to 55.
 LIMITS = {BFLOAT16: {16: 12.5, 32: 15.5, 64: 13.0, 128: 17.0}, FLOAT32: {16: 15.0, 32: 20.0, 64: 31.0, 128: 33.0}}
@@ -28,16 +32,7 @@ def machine() -> dict[str, dict[str, sass.Function]]:
 
 
 def kernel(functions: dict[str, sass.Function], kind: int, rank: int, simple: bool = True, whole: bool = True) -> sass.Function:
-    arguments = f"ILi{rank // 16}ELi{TERMS[kind][rank]}ELNS_4TypeE{kind}ELb{simple:d}ELb{whole:d}E"
-    return sass.kernel(functions, f"_ZN2zo8products14lowrank_kernel{arguments}")
-
-
-def strip_loop(function: sass.Function) -> list[sass.Instruction]:
-    """The loop over the strips of a tile: the innermost one with matrix products."""
-    for body in function.loops():
-        if any(i.name.startswith("HMMA") for i in body):
-            return body
-    raise LookupError(f"{function.name}: no loop with matrix products")
+    return sass.kernel(functions, sass.lowrank_symbol(kind, rank, simple, whole))
 
 
 @pytest.mark.parametrize("arch", sass.ARCHITECTURES)
@@ -55,10 +50,10 @@ def test_no_spills_and_nothing_inexact(machine, arch) -> None:
 @pytest.mark.parametrize("arch", sass.ARCHITECTURES)
 def test_loops(machine, arch) -> None:
     """Every matrix product of a strip and no other; 16-byte accesses of theta only: one a row, or two in float32."""
-    for kind, by_rank in TERMS.items():
+    for kind, by_rank in sass.SPLITS.items():
         for rank, terms in by_rank.items():
             for whole in (True, False):
-                loop = strip_loop(kernel(machine[arch], kind, rank, whole=whole))
+                loop = sass.strip_loop(kernel(machine[arch], kind, rank, whole=whole))
                 names = [i.name for i in loop]
                 assert sum(n.startswith("HMMA.16816.F32.BF16") for n in names) == 4 * rank // 16 * terms * (terms + 1) // 2
                 each = 4 if kind == FLOAT32 else 2
@@ -71,16 +66,31 @@ def test_instructions_per_element(machine) -> None:
     for kind, limits in LIMITS.items():
         for rank, limit in limits.items():
             function = kernel(machine["90"], kind, rank)
-            per_element = len(strip_loop(function)) / ELEMENTS
+            per_element = len(sass.strip_loop(function)) / ELEMENTS
             print(f"type {kind} rank {rank}: {per_element:.2f} instructions per element, {function.registers} registers")
             assert per_element <= limit
 
 
+def test_predicted_times(machine) -> None:
+    """Every rank is bound by memory on an H200, and not where a matrix product takes four times as long."""
+    cases = predict.PRODUCTS
+    lines = predict.table(machine, predict.DEVICES[:1], cases)
+    assert [line.split()[-1] for line in lines[-len(cases) :]] == ["memory"] * len(cases)
+    slow = replace(predict.DEVICES[0], mma=4 * predict.DEVICES[0].mma)
+    assert predict.table(machine, [slow], cases)[-1].endswith(" mma")
+    for case in cases:
+        function = kernel(machine["90"], case.kind, case.rank)
+        terms = sass.SPLITS[case.kind][case.rank]
+        work = case.work(machine["90"])
+        assert work.instructions == len(sass.strip_loop(function)) / ELEMENTS
+        assert work.pipes["mma"] == 4 * case.rank // 16 * terms * (terms + 1) // 2 / ELEMENTS
+
+
 def test_the_checks_can_fail(machine, tmp_path) -> None:
     """One term more is seen by the count of products, narrow stores and a spill by theirs."""
-    loop = strip_loop(kernel(machine["90"], BFLOAT16, 32))
+    loop = sass.strip_loop(kernel(machine["90"], BFLOAT16, 32))
     assert sum(i.name.startswith("HMMA") for i in loop) != 4 * 2 * 6
-    assert len(strip_loop(kernel(machine["90"], FLOAT32, 16))) / ELEMENTS > LIMITS[BFLOAT16][16]
+    assert len(sass.strip_loop(kernel(machine["90"], FLOAT32, 16))) / ELEMENTS > LIMITS[BFLOAT16][16]
     text = SOURCE.read_text()
     right = "constexpr int resident(int fragments, bool loop) { return fragments > (loop ? kRoom : 5) ? 1 : 2; }"
     assert right in text
@@ -92,10 +102,10 @@ def test_the_checks_can_fail(machine, tmp_path) -> None:
 
 def main() -> None:
     for arch, functions in sass.machine_code(SOURCE, "products").items():
-        for kind, by_rank in TERMS.items():
+        for kind, by_rank in sass.SPLITS.items():
             for rank in by_rank:
                 function = kernel(functions, kind, rank)
-                per_element = len(strip_loop(function)) / ELEMENTS
+                per_element = len(sass.strip_loop(function)) / ELEMENTS
                 spilled = "SPILLED" if function.spilled() else ""
                 print(
                     f"sm_{arch:4} type {kind} rank {rank:3} {function.registers:4} registers {per_element:6.2f} /element {spilled}"

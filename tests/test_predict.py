@@ -22,7 +22,8 @@ H200, A100 = predict.DEVICES[0], predict.DEVICES[2]
     [
         ("IMAD.WIDE.U32", "wide"), ("IMAD.HI.U32", "wide"), ("IMAD.MOV.U32", "heavy"), ("IMAD.SHL.U32", "heavy"), ("FFMA", "fma"),
         ("HFMA2.MMA", "fma"), ("FFMA2", "fma"), ("LOP3.LUT", "alu"), ("I2FP.F32.S32", "alu"), ("F2FP.BF16.F32.PACK_AB", "alu"),
-        ("I2F.U16", "xu"), ("MUFU.EX2", "xu"), ("POPC", "xu"), ("LDG.E.128", "other"), ("UIADD3", "other"), ("BRA", "other"),
+        ("I2F.U16", "xu"), ("MUFU.EX2", "xu"), ("POPC", "xu"), ("HMMA.16816.F32.BF16", "mma"),
+        ("LDG.E.128", "other"), ("UIADD3", "other"), ("BRA", "other"),
     ],
 )  # fmt: skip
 def test_pipes(name, pipe) -> None:
@@ -47,10 +48,11 @@ def clocks(device: predict.Device, **pipes: float) -> dict[str, float]:
 
 def test_limits() -> None:
     """One kind of instruction after the other as the limit; a multiplier on the wrong pipe would move each of them."""
-    assert clocks(H200, fma=10) == {"issue": 10, "alu": 0, "heavy": 0, "fma": 10, "xu": 0}
+    assert clocks(H200, fma=10) == {"issue": 10, "alu": 0, "heavy": 0, "fma": 10, "xu": 0, "mma": 0}
     assert clocks(A100, fma=10)["fma"] == 20  # one pipe
     assert clocks(H200, wide=10)["heavy"] == 40 and clocks(H200, heavy=10)["heavy"] == 20
     assert clocks(H200, alu=10)["alu"] == 20 and clocks(H200, xu=10)["xu"] == 80
+    assert clocks(H200, mma=10)["mma"] == 80 and clocks(predict.DEVICES[5], mma=10)["mma"] == 320
     assert clocks(H200, wide=2, heavy=1, fma=15)["fma"] == (8 + 2 + 30) / 2
     work = predict.Work(Counter(wide=10, other=5))
     time, limit = work.milliseconds(H200)
