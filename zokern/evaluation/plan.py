@@ -65,10 +65,7 @@ class Group:
         """Normals for this group's factors."""
 
         def normals(matrices: Sequence[Matrix], shapes: Sequence[tuple[int, ...]], step: int, draw: int) -> list[Tensor]:
-            if len({*shapes, *(matrix.device for matrix in matrices)}) == 2:  # one allocation for all
-                outs = list(torch.empty(len(shapes), *shapes[0], device=matrices[0].device).unbind())
-            else:
-                outs = [torch.empty(shape, device=matrix.device) for shape, matrix in zip(shapes, matrices)]
+            outs = [torch.empty(shape, device=matrix.device) for shape, matrix in zip(shapes, matrices)]
             self.backend.draw(outs, [Span(matrix.who) for matrix in matrices], Normal(), seed, step, draw)
             return outs
 
