@@ -48,7 +48,8 @@ ISA_FLAGS = {
     "scalar": "",
 }
 NVCC_FLAGS = "-std=c++17 -O3 --fmad=false -Xcompiler -fPIC,-fvisibility=hidden,-ffp-contract=off"
-CPU_SOURCES = CUDA_SOURCES = ("elementwise", "update", "lowrank")
+CUDA_SOURCES = ("elementwise", "update", "lowrank")
+CPU_SOURCES = (*CUDA_SOURCES, "linear")
 CUDA_ARCHITECTURES = ["80", "86", "89", "90", "100", "120"]
 # PTX of the first of a family is the machine code of all of it: the slower half of the compiler runs three times and not six.
 FAMILY = {"86": "80", "89": "80", "120": "100"}
@@ -126,7 +127,10 @@ def cpu() -> Part:
     isas = list(ISA_FLAGS) if platform.machine().lower() in ("x86_64", "amd64") else ["scalar"]
     part = Part("cpu", {"compiler": run(cxx, "--version").splitlines()[0], "flags": CXX_FLAGS, "instruction_sets": isas}, [])
     objects = [f"{OBJECTS}/cpu/bind.o", f"{OBJECTS}/cpu/isa.o"]
-    part.rules += [part.bind_rule() + " -DZOKERN_LOWRANK_CPU -DZOKERN_UPDATE", f"build {objects[1]}: cxx csrc/isa.cpp"]
+    part.rules += [
+        part.bind_rule() + " -DZOKERN_LOWRANK_CPU -DZOKERN_UPDATE -DZOKERN_LINEAR",
+        f"build {objects[1]}: cxx csrc/isa.cpp",
+    ]
     for source in CPU_SOURCES:
         objects.append(f"{OBJECTS}/cpu/{source}.o")
         part.rules.append(f"build {objects[-1]}: cxx csrc/{source}.cpp")

@@ -8,9 +8,11 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <tuple>
 #include <vector>
 
 #include "elementwise.h"
+#include "linear.h"
 #include "lowrank.h"
 #include "update.h"
 
@@ -130,6 +132,43 @@ void lowrank_one(uintptr_t theta, uintptr_t out, uintptr_t residual, int64_t siz
 }
 #endif
 
+#if defined(ZOKERN_LINEAR)
+using SideRow = std::tuple<uintptr_t, int64_t, uintptr_t, uintptr_t, float, int64_t>;  // linear.h: Side
+using ThinRow = std::tuple<int64_t, uintptr_t, uintptr_t, int64_t, int64_t>;           // linear.h: Thin
+
+void linear(uintptr_t weight, int32_t type, int64_t m, int64_t n, int32_t direction, uint64_t seed, uint64_t first,
+            uint32_t who, uint32_t step, const std::vector<SideRow>& sides, const std::vector<ThinRow>& thins,
+            int64_t workers) {
+  check(m >= 0 && n >= 0 && (m * n == 0 || weight != 0), "weight is a null address, or m or n is negative");
+  check(type >= 0 && type <= 2, "type is not one of 0 (float32), 1 (bfloat16), 2 (float16)");
+  check(direction >= 0 && direction <= 1, "direction is not one of 0 (normal), 1 (rademacher)");
+  zo::Linear product{at<void>(weight),
+                     static_cast<zo::Type>(type),
+                     m,
+                     n,
+                     static_cast<zo::Direction>(direction),
+                     seed,
+                     first,
+                     who,
+                     step,
+                     {},
+                     {},
+                     workers};
+  for (const auto& [x, rows, y, bias, scale, draw] : sides) {
+    check(rows >= 0 && (rows == 0 || (x != 0 && y != 0)) && draw < int64_t{1} << 32,
+          "a side's rows, x, y or draw is out of range");
+    product.sides.push_back({at<float>(x), rows, at<void>(y), at<float>(bias), scale, draw});
+  }
+  for (const auto& [side, x, last, rank, stride] : thins) {
+    check(side >= 0 && side < static_cast<int64_t>(sides.size()) && rank >= 0 && stride >= rank && x != 0 && last != 0,
+          "a thin product's side, rank, stride, x or last is out of range");
+    product.thins.push_back({side, at<float>(x), at<float>(last), rank, stride});
+  }
+  pybind11::gil_scoped_release unlocked;
+  zo::linear(product);
+}
+#endif
+
 #if defined(ZOKERN_LOWRANK_CUDA)
 void lowrank_tiles(uintptr_t entries, uintptr_t tiles, int64_t tile_count, uintptr_t frames, uintptr_t factors,
                    int64_t max_rank, bool general, int32_t types, bool simple, bool whole, uint64_t seed, uint32_t step,
@@ -168,6 +207,10 @@ PYBIND11_MODULE(ZOKERN_MODULE, module) {
              arg("factor_count"), arg("seed"), arg("step"), arg("decay"), arg("rounding"), arg("nonfinite"), arg("workers"),
              arg("stream"));
   module.def("lowrank_one", &lowrank_one, Free());
+#endif
+#if defined(ZOKERN_LINEAR)
+  module.def("linear", &linear);
+  module.def("linear_memory", &zo::linear_memory, Free(), arg("rows"));
 #endif
 #if defined(ZOKERN_LOWRANK_CUDA)
   module.def("lowrank_tiles", &lowrank_tiles, Free());

@@ -22,26 +22,7 @@
 // clang-format off
 #include "simd/namespace.h"  // first: it renames the namespace of the others
 // clang-format on
-#include "elementwise.h"
-#include "isa.h"
-
-namespace zo {
-
-enum class Verb : int32_t { kDraw, kAxpy, kPerturb };
-
-struct Job {
-  Verb verb;
-  Rounding rounding;
-  Direction direction;
-  int32_t draw_count, each;
-  const Entry* entries;
-  const Chunk* chunks;
-  const Draw* draws;    // one for draw and perturb
-  const float* scales;  // perturb
-  alignas(64) Keys keys;
-};
-
-}  // namespace zo
+#include "job.h"
 
 #if defined(ZOKERN_ISA)
 

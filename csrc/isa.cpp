@@ -12,6 +12,8 @@
   int64_t zokern_chunk_##isa(const void* job, int64_t chunk);   \
   int64_t zokern_lowrank_##isa(const void* job, int64_t chunk); \
   int64_t zokern_update_##isa(const void* job, int64_t chunk);  \
+  void zokern_linear_##isa(const void*, int64_t, char*);        \
+  int64_t zokern_linear_memory_##isa();                         \
   void zokern_panel_##isa(const float*, int64_t, int64_t, int64_t, int64_t, float*);
 extern "C" {
 ZO_DECLARE(scalar)
@@ -31,11 +33,14 @@ std::vector<Path>& paths() {  // best first
       {"avx512",
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"),
-       zokern_chunk_avx512, zokern_lowrank_avx512, zokern_update_avx512, zokern_panel_avx512},
+       zokern_chunk_avx512, zokern_lowrank_avx512, zokern_update_avx512, zokern_linear_avx512, zokern_linear_memory_avx512,
+       zokern_panel_avx512},
       {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"),
-       zokern_chunk_avx2, zokern_lowrank_avx2, zokern_update_avx2, zokern_panel_avx2},
+       zokern_chunk_avx2, zokern_lowrank_avx2, zokern_update_avx2, zokern_linear_avx2, zokern_linear_memory_avx2,
+       zokern_panel_avx2},
 #endif
-      {"scalar", true, zokern_chunk_scalar, zokern_lowrank_scalar, zokern_update_scalar, zokern_panel_scalar},
+      {"scalar", true, zokern_chunk_scalar, zokern_lowrank_scalar, zokern_update_scalar, zokern_linear_scalar,
+       zokern_linear_memory_scalar, zokern_panel_scalar},
   };
   return list;
 }

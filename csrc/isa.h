@@ -16,9 +16,11 @@ namespace zo {
 struct Path {
   const char* name;
   bool usable;
-  int64_t (*elementwise)(const void* job, int64_t chunk);  // how many results of the chunk are inf or NaN
-  int64_t (*lowrank)(const void* job, int64_t chunk);      // the same
-  int64_t (*update)(const void* job, int64_t chunk);       // the same
+  int64_t (*elementwise)(const void* job, int64_t chunk);        // how many results of the chunk are inf or NaN
+  int64_t (*lowrank)(const void* job, int64_t chunk);            // the same
+  int64_t (*update)(const void* job, int64_t chunk);             // the same
+  void (*linear)(const void* job, int64_t group, char* memory);  // some columns of y
+  int64_t (*linear_memory)();                                    // bytes of it, beside the sums
   void (*panel)(const float* right, int64_t rank, int64_t columns, int64_t begin, int64_t end, float* panel);
 };
 

@@ -73,6 +73,25 @@ def _seeded(request) -> None:
     torch.manual_seed(zlib.crc32(request.node.name.encode()))
 
 
+@pytest.fixture
+def by_tiles(monkeypatch) -> None:
+    """z in tiles and products by torch, whatever the processor."""
+    from zokern import matmul
+
+    monkeypatch.setattr(matmul, "yields", lambda dtype: False)
+
+
+@pytest.fixture(params=[False, True], ids=["tiles", "fused"])
+def both_products(request, monkeypatch) -> None:
+    """That, and z made beside the product by csrc/linear.cpp, whatever the processor."""
+    from zokern import matmul
+    from zokern.backends import cpu
+
+    if request.param and cpu.why_off() is not None:
+        pytest.skip(f"no compiled product: {cpu.why_off()}")
+    monkeypatch.setattr(matmul, "yields", lambda dtype: request.param)
+
+
 @pytest.fixture(autouse=True)
 def grad_mode():
     """A deliberately wrong version may leave its grad mode on the thread; the next test starts from this one's."""

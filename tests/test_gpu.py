@@ -197,7 +197,7 @@ class Wraps(Around):
 
 
 @pytest.mark.parametrize("name", VERBS)
-def test_verb_passes_and_a_bit_is_noticed(name) -> None:
+def test_verb_passes_and_a_bit_is_noticed(by_tiles, name) -> None:
     """Every line of VERBS, in turns over the dtypes: the right backend passes, the last bit of the last element that it wrote does not."""
     dtype = list(checks.DTYPES.values())[list(VERBS).index(name) % 3]
     if name == "linear, factored":  # float32 takes torch's own product, and no verb

@@ -15,6 +15,8 @@ from torch.func import functional_call, jvp
 
 import zokern
 
+pytestmark = pytest.mark.usefixtures("both_products")
+
 ATTENTION = [
     (name, attention) for name in models.ARCHITECTURES for attention in (("eager",) if name == "t5" else ("eager", "sdpa"))
 ]

@@ -157,6 +157,7 @@ class Program(TorchDispatchMode):
 def torch_products(monkeypatch) -> None:
     """As on a device: no product of the CPU's own."""
     monkeypatch.setattr(matmul, "chooses", lambda x, weight: False)
+    monkeypatch.setattr(matmul, "yields", lambda dtype: False)
 
 
 class Recorded:

@@ -17,6 +17,7 @@ from zokern import backends, matmul, products
 from zokern.evaluation import copies
 
 COLUMNS, WIDTH, RANK = 1300, 40, 5
+pytestmark = pytest.mark.usefixtures("by_tiles")
 
 
 # A result in blocks of its columns ----------------------------------------------------------------------------------------

@@ -455,7 +455,7 @@ def test_small_budget_tiles(kind: str, dtype: torch.dtype) -> None:
     assert abs(losses[1][0] - expected) <= bound * abs(expected)
 
 
-def test_tiles_are_checked() -> None:
+def test_tiles_are_checked(by_tiles) -> None:
     """A tile that starts at the wrong number of the stream is noticed."""
     from zokern.evaluation.copies import Copies
 
@@ -489,8 +489,11 @@ def test_record_names_what_was_not_tiled(use: Callable) -> None:
 MEASURE = """
 import sys, torch, zokern
 from torch import nn
+from zokern import matmul
 from zokern.evaluation.copies import Copies
 torch.set_num_threads(1)
+if sys.argv[1] != "fused":
+    matmul.yields = lambda dtype: False
 if sys.argv[1] == "wrong":
     Copies.tile_rows = lambda self, weight, dimension, sides=1: weight.shape[dimension]
 def status(name):
@@ -520,7 +523,8 @@ def test_measured_memory_keeps_the_budget() -> None:
         assert run.returncode == 0, run.stderr
         return int(run.stdout)
 
-    right = extra("right")
-    print(f"extra peak of a step: {right / 2**20:.1f} MB at a budget of 16 MB")
-    assert right <= (16 + 8) << 20
+    for kind in ("tiles", "fused"):
+        right = extra(kind)
+        print(f"extra peak of a step, {kind}: {right / 2**20:.1f} MB at a budget of 16 MB")
+        assert right <= (16 + 8) << 20
     assert extra("wrong") > 40 << 20  # a step that copies the whole matrix is noticed

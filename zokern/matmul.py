@@ -54,6 +54,15 @@ def chooses(x: Tensor, weight: Tensor) -> bool:
     return rows >= WIDE and x.dtype in (torch.bfloat16, torch.float16) and not has_half(x.dtype)
 
 
+def yields(dtype: torch.dtype) -> bool:
+    """Whether csrc/linear.cpp's product is faster here than torch's, so that products with a z in them are its own from end to end.
+
+    Measured with AVX2 on an AMD processor (benchmarks/bench_matmul.py); where MKL or instructions for 16 bits are on their fast path it is not."""
+    from .backends import cpu
+
+    return cpu.why_off() is None and cpu.isa() != "scalar" and has_onednn() and (dtype == torch.float32 or not has_half(dtype))
+
+
 def _widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A block of W's rows at a time, in float32."""
     flat = x.reshape(-1, x.shape[-1]).float()

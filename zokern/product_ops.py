@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import backends, directions, ops, overlap
 from .backends import Span
-from .products import Part, factored_linear, sketch_of, tiled_linear
+from .products import Part, factored_linear, fused_linear, fuses, sketch_of, tiled_linear
 from .stream import INDEX_LIMIT, check_seed, check_word, parameter_id
 
 
@@ -107,6 +107,9 @@ def _linear(
 ):
     run = backends.get(backend)
     moved = [j for j, scale in enumerate(scales) if scale]
+    if residual is None and direction.name in directions.DIRECTIONS and fuses(run, xs, weight):
+        draws = [draw if scale else -1 for scale in scales]
+        return fused_linear(xs, weight, span, direction, seed, step, draws, scales, [bias] * len(xs))
     fills = [moved[part : part + 2] for part in range(0, len(moved), 2)]
 
     def fill(view: Tensor, here: Span, members: Sequence[int], tiles: Sequence[Tensor], low: Tensor | None) -> None:

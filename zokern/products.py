@@ -18,12 +18,51 @@ import torch
 from torch import Tensor
 
 from . import matmul, overlap
-from .backends import Backend, Span
+from .backends import Backend, Span, cpu
 from .overlap import Job
 
 JOIN = 512  # rows of all sides above which joining them gains nothing
 CACHED = 1 << 19  # elements of a result that the caches hold from one product into it to the next
 NARROW = 16  # columns below which a thin product is faster from MKL's kernels, and turned
+
+
+def fuses(backend: Backend, xs: Sequence[Tensor], weight: Tensor, room: int | None = None) -> bool:
+    """Whether linear() of the CPU's kernels takes these products, z and all, from torch. room: bytes of scratch memory."""
+    return (
+        backend.name == "cpu"
+        and matmul.yields(weight.dtype)
+        and weight.is_contiguous()
+        and not torch.is_autocast_enabled("cpu")
+        and all(
+            x.dtype == weight.dtype
+            and x.device.type == "cpu"
+            and x.dim() > 0
+            and x.shape[-1] == weight.shape[1]
+            and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+            for x in xs
+        )
+        and (room is None or cpu.linear_bytes(sum(map(_rows, xs)), room) <= room)
+    )
+
+
+def fused_linear(
+    xs: Sequence[Tensor],
+    weight: Tensor,
+    span: Span,
+    direction: object,
+    seed: int,
+    step: int,
+    draws: Sequence[int],
+    scales: Sequence[float],
+    biases: Sequence[Tensor | None],
+    room: int | None = None,
+) -> list[Tensor]:
+    """y_j = x_j (W + scales[j] z(draws[j]))^T + b_j where fuses(): z is made beside the product.
+
+    No tile of W + z exists, and the sums do not depend on how sides and threads are joined. draws[j] < 0: side j reads W itself."""
+    flat = [x.reshape(-1, weight.shape[1]) for x in xs]
+    outs = cpu.linear(flat, weight, span, direction, seed, step, draws, scales, biases, (), room)
+    return [_shaped(out, x, weight.shape[0]) for out, x in zip(outs, xs)]
 
 
 def tiled_linear(
@@ -105,6 +144,10 @@ def tiled_linear(
     return [_shaped(out, x, total) for out, x in zip(outs, xs)]
 
 
+def _rows(x: Tensor) -> int:
+    return x.numel() // max(1, x.shape[-1])
+
+
 def _shaped(out: Tensor | None, x: Tensor, columns: int) -> Tensor:
     assert out is not None
     return out.view(*x.shape[:-1], columns)
@@ -139,18 +182,21 @@ def factored_linear(
     shrink: float,
     biases: Sequence[Tensor | None],
     transposed: bool = False,
+    room: int | None = None,
 ) -> list[Tensor]:
     """y_j = x_j (shrink W)^T + b_j + the thin products of side j; transposed: x_j (shrink W).
 
     One product for the rows of all sides while they are few. The thin products are float32 whatever x and W are, and their sum with
-    x W^T is rounded to y's dtype once more: 16 bits would lose the perturbation. W is only read."""
+    x W^T is rounded to y's dtype once more: 16 bits would lose the perturbation. W is only read. room: bytes of scratch memory."""
     width, columns = weight.shape if transposed else weight.shape[::-1]
     matrix = weight.t() if transposed else weight
     flat = [x.reshape(-1, width) for x in xs]
     counts = [x.shape[0] for x in flat]
     device = weight.device.type
     cast = torch.is_autocast_enabled(device)
-    if len(xs) > 1 and sum(counts) <= JOIN and not cast and all(x.dtype == weight.dtype for x in xs):
+    fused = not transposed and fuses(backend, flat, weight, room)
+    few = sum(counts) <= JOIN and not cast and all(x.dtype == weight.dtype for x in xs)
+    if len(xs) > 1 and (few or fused):
         x = joined(flat)
         begin = [0, *accumulate(counts)]
         left = list(range(len(xs)))  # sides whose bias is not in a thin product
@@ -165,7 +211,7 @@ def factored_linear(
                 thin = _with_bias(thin, counts[first:last], biases[first:last])
                 left = [j for j in left if j not in part.sides]
             thins.append(thin)
-        y = _sum(backend, x if shrink == 1.0 else x * shrink, matrix, None, thins)
+        y = _sum(backend, x if shrink == 1.0 else x * shrink, matrix, None, thins, fused, room)
         own = [biases[j] for j in left]
         if len(left) == len(xs) and len(set(counts)) == 1 and all(bias is not None for bias in own):
             y.view(len(xs), counts[0], -1).add_(torch.stack(own).unsqueeze(1))  # type: ignore[arg-type]
@@ -182,7 +228,7 @@ def factored_linear(
                 _Thin(slice(None), _rows_of(x, part.first, part.middles[at : at + 1], counts[j : j + 1]), part.last)
                 for part, at in mine
             ]
-        outs.append(_sum(backend, x if shrink == 1.0 else x * shrink, matrix, bias, thins))
+        outs.append(_sum(backend, x if shrink == 1.0 else x * shrink, matrix, bias, thins, fused, room))
     return [out.view(*x.shape[:-1], columns) for out, x in zip(outs, xs)]
 
 
@@ -193,7 +239,7 @@ def is_long(xs: Sequence[Tensor], weight: Tensor) -> bool:
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return False
     m, n = weight.shape
-    return all(x.dtype == torch.float32 and x.numel() // max(1, x.shape[-1]) * (m + n) > 2 * m * n for x in xs)
+    return all(x.dtype == torch.float32 and _rows(x) * (m + n) > 2 * m * n for x in xs)
 
 
 class _Thin(NamedTuple):
@@ -221,10 +267,14 @@ def _with_bias(thin: _Thin, counts: Sequence[int], biases: Sequence[Tensor | Non
     return _Thin(thin.here, rows, last)
 
 
-def _sum(backend: Backend, x: Tensor, matrix: Tensor, bias: Tensor | None, thins: Sequence[_Thin]) -> Tensor:
-    """y = x matrix^T + bias + the thin products. Where y is larger than the caches, a block of its columns at a time: the thin
-    products would read and write all of it once more."""
+def _sum(
+    backend: Backend, x: Tensor, matrix: Tensor, bias: Tensor | None, thins: Sequence[_Thin], fused: bool, room: int | None
+) -> Tensor:
+    """y = x matrix^T + bias + the thin products, in one kernel where it fuses(). Elsewhere, where y is larger than the caches, a block
+    of its columns at a time: the thin products would read and write all of it once more."""
     rows, columns = x.shape[0], matrix.shape[0]
+    if fused:
+        return _fused_sum(x, matrix, bias, thins, room)
     device = x.device.type
     cast = torch.is_autocast_enabled(device)
     blocks = device == "cpu" and x.dtype == matrix.dtype == torch.float32 and rows * columns > 2 * CACHED
@@ -245,6 +295,20 @@ def _sum(backend: Backend, x: Tensor, matrix: Tensor, bias: Tensor | None, thins
             torch.addmm(bias[here], x, matrix[here].t(), out=block)
         for thin in thins:
             block[thin.here].addmm_(thin.rows, thin.last[here].t())
+    return y
+
+
+def _fused_sum(x: Tensor, matrix: Tensor, bias: Tensor | None, thins: Sequence[_Thin], room: int | None) -> Tensor:
+    """The rows between two ends of thin products are a side."""
+    spans = [range(len(x))[thin.here] for thin in thins]
+    ends = sorted({0, len(x), *(end for span in spans for end in (span.start, span.stop))})
+    sides = list(zip(ends, ends[1:]))
+    parts = [
+        (sides.index((span.start, span.stop)), thin.rows, thin.last) for span, thin in zip(spans, thins) if len(span)
+    ]  # they do not overlap
+    y = x.new_empty(len(x), matrix.shape[0])
+    xs, ys = ([t[begin:end] for begin, end in sides] for t in (x, y))
+    cpu.linear(xs, matrix, _ORIGIN[0], None, 0, 0, [-1] * len(xs), [0.0] * len(xs), [bias] * len(xs), parts, room, ys)
     return y
 
 

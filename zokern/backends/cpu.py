@@ -1,4 +1,4 @@
-"""Backend ``cpu``: the compiled kernels of csrc/elementwise.cpp, update.cpp and lowrank.cpp; AVX-512, AVX2 or scalar, chosen when the
+"""Backend ``cpu``: the compiled kernels of csrc/elementwise.cpp, update.cpp, lowrank.cpp and linear.cpp; AVX-512, AVX2 or scalar, chosen when the
 module is loaded.
 
 One call is one parallel region over the chunks of a table, on ``torch.get_num_threads()`` threads. The environment variable
@@ -177,10 +177,54 @@ class Cpu:
         return nonfinite
 
 
+def linear(xs: Sequence[Tensor], weight: Tensor, span: Span, direction, seed: int, step: int, draws: Sequence[int], scales: Sequence[float],
+           biases: Sequence[Tensor | None], thins: Sequence[tuple[int, Tensor, Tensor]] = (), room: int | None = None, outs: Sequence[Tensor] | None = None) -> list[Tensor]:  # fmt: skip
+    """y_j = x_j (W + scales[j] z_j)^T + biases[j] + thin products, in W's dtype, with z made beside the product (csrc/linear.cpp).
+
+    xs      (rows, n) each, of W's dtype;  weight (m, n), contiguous;  draws[j] names z_j, negative: side j reads W itself
+    thins   (j, rows, last): y_j += rows last^T, float32 (rows of x_j, q) and (m, q)
+    room    bytes that the threads may take for what they work in (linear_bytes); fewer of them run where it is scarce
+    outs    contiguous (rows, m) each, of W's dtype, which take the results
+    W + scales[j] z_j is rounded to W's dtype, as perturb writes it; the sums are float32 in a fixed order, rounded once."""
+    number = 0 if max(draws) < 0 else _direction(direction)
+    _check("xs, weight and biases", [*xs, weight, *(bias for bias in biases if bias is not None)])
+    _check("thins", [t for _, rows, last in thins for t in (rows, last)])
+    flat = [x.float().contiguous() for x in xs]  # kept until the call returns, as all below
+    wide = {id(bias): bias.float().contiguous() for bias in biases if bias is not None}
+    ys = list(outs) if outs is not None else [weight.new_empty(len(x), weight.shape[0]) for x in xs]
+    order = sorted(range(len(xs)), key=lambda j: draws[j])
+    place = {j: at for at, j in enumerate(order)}
+    sides = [
+        (flat[j].data_ptr(), len(xs[j]), ys[j].data_ptr(), 0 if (b := biases[j]) is None else wide[id(b)].data_ptr(), scales[j], draws[j])
+        for j in order
+    ]  # fmt: skip
+    rows = [r.contiguous() for _, r, _ in thins]
+    lasts = {id(last): last if last.stride(1) == 1 else last.contiguous() for _, _, last in thins}
+    parts = [
+        (place[j], r.data_ptr(), (t := lasts[id(last)]).data_ptr(), t.shape[1], t.stride(0))
+        for (j, _, last), r in zip(thins, rows)
+    ]
+    _module().linear(
+        weight.data_ptr(), table.TYPES[weight.dtype], *weight.shape, number, seed, span.first, span.who, step, sides, parts,
+        _linear_threads(sum(map(len, xs)), room),
+    )  # fmt: skip
+    return ys
+
+
+def linear_bytes(rows: int, room: int | None = None) -> int:
+    """Memory that linear() takes for so many rows of all sides, beside its results: more than `room` only where one thread does."""
+    return _linear_threads(rows, room) * int(_module().linear_memory(rows))
+
+
+def _linear_threads(rows: int, room: int | None) -> int:
+    threads = torch.get_num_threads()
+    return threads if room is None else max(1, min(threads, room // int(_module().linear_memory(rows))))
+
+
 def _elements(rights: Sequence[Tensor]) -> int:
     """Elements of a chunk of lowrank_: at high ranks about 32 rows, which share the part of `right` that the first cache holds."""
     longest = max([right.shape[0] for right in rights if right.shape[1] > ARITHMETIC_RANK], default=0)
     return min(max(table.CHUNK_ELEMENTS, 32 * longest // table.ALIGN * table.ALIGN), 8 * table.CHUNK_ELEMENTS)
 
 
-__all__ = ["Cpu", "architectures", "isa", "select", "why_off"]
+__all__ = ["Cpu", "architectures", "isa", "linear", "linear_bytes", "select", "why_off"]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import overlap, products
-from ..backends import Span
+from ..backends import Span, cpu
+from ..directions import DIRECTIONS
 from .arena import ALIGN, Arena
 from .factors import Factors
 from .plan import Group, Plan, Point
@@ -186,6 +187,15 @@ class Copies:
         """The product of each side's rows with its own perturbed matrix, a tile of it at a time."""
         weight = group.tensors[i]
         moved = [j for j, side in enumerate(sides) if not self.untouched(group, i, side)]
+        room = self.arena.left(weight.device)
+        if group.matrices is None and not transposed and self.fuses(group, i, xs, room):
+            plan = self.plan
+            draws = [plan.draw(self.points[side].query) if j in moved else -1 for j, side in enumerate(sides)]
+            scales = [self.points[side].offset * group.eps for side in sides]
+            rows = sum(x.numel() for x in xs) // max(1, weight.shape[1])
+            self.largest = max(self.largest, self.arena.top.get(weight.device, 0) + cpu.linear_bytes(rows, room))
+            span, direction = group.spans[i], plan.direction
+            return products.fused_linear(xs, weight, span, direction, plan.seed, plan.step, draws, scales, biases, room)
         if group.matrices is None:
             fills = [[sides.index(side) for side in pair] for pair in self.by_query([sides[j] for j in moved])]
         else:
@@ -211,6 +221,11 @@ class Copies:
         return products.tiled_linear(
             xs, weight, group.spans[i], biases, group.residual(i), fills, fill, take, self.arena.release, step, transposed
         )  # fmt: skip
+
+    def fuses(self, group: Group, i: int, xs: Sequence[Tensor], room: int) -> bool:
+        """Whether one kernel makes z and multiplies; low bits, which it does not read, and directions that it lacks go by tiles."""
+        known = group.residual(i) is None and self.plan.direction.name in DIRECTIONS
+        return known and products.fuses(group.backend, xs, group.tensors[i], room)
 
     def bias(self, bias: Tensor | None, side: int) -> Tensor | None:
         """The bias of a product as this side reads it."""

@@ -82,9 +82,13 @@ def _product(copies: Copies, weight: Tensor, uses: Sequence[tuple[int, _Product]
         biases = [copies.bias(use.bias, side) for side, use in uses]
         # with low bits beside them, 16-bit weights are read as copies of the float32 that they are
         whole = group.matrices is not None and residual is None and group.matrices[i].shape == tuple(source.shape)
-        if group.matrices is not None and whole and (transposed or not products.is_long(xs, source)):
+        room = copies.arena.left(source.device)
+        thin = transposed or products.fuses(group.backend, xs, source, room) or not products.is_long(xs, source)
+        if group.matrices is not None and whole and thin:
             parts = copies.factors.parts(group, i, sides, transposed)
-            return products.factored_linear(group.backend, xs, source, parts, group.matrices[i].shrink, biases, transposed)
+            return products.factored_linear(
+                group.backend, xs, source, parts, group.matrices[i].shrink, biases, transposed, room
+            )
         return copies.tiled(group, i, sides, xs, biases, transposed)
     finally:
         copies.arena.release()

@@ -1,0 +1,45 @@
+// linear.h: products with perturbed weights, for several sides at once; what linear.cpp implements
+//
+// math     y = x (W + scale z)^T + sum_t x_t last_t^T + bias, rounded to W's type once; W is m x n, row-major, only read.
+//          W + scale z is rounded to W's type first: it is what `perturb` writes, bit for bit. Sums are float32.
+// source   Malladi et al. 2023, Algorithm 1 (dense z); Chen et al. 2024, LOZO (the thin products)
+#pragma once
+
+#include <vector>
+
+#include "elementwise.h"
+
+namespace zo {
+
+struct Side {         // one product; those with the same draw lie next to one another
+  const float* x;     // rows x n, contiguous
+  int64_t rows;       //
+  void* y;            // rows x m, contiguous, of W's type
+  const float* bias;  // m, or null
+  float scale;        //
+  int64_t draw;       // number of z in the step, or -1: W itself
+};
+
+struct Thin {         // one more product of a side; those with the same `last` lie next to one another
+  int64_t side;       //
+  const float* x;     // rows x rank, contiguous
+  const float* last;  // m x rank, rows `stride` apart
+  int64_t rank, stride;
+};
+
+struct Linear {
+  const void* weight;
+  Type type;
+  int64_t m, n;
+  Direction direction;
+  uint64_t seed, first;  // number of W's first element in the unsharded parameter
+  uint32_t who, step;
+  std::vector<Side> sides;
+  std::vector<Thin> thins;
+  int64_t workers;  // threads
+};
+
+void linear(const Linear& product);
+int64_t linear_memory(int64_t rows);  // bytes of a thread, for so many rows of all sides
+
+}  // namespace zo

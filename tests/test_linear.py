@@ -1,0 +1,288 @@
+"""Products with perturbed weights in one kernel (csrc/linear.cpp): against float64 with the weights that `perturb` writes, on every path."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+from unittest.mock import patch
+
+import models
+import pytest
+import torch
+from recipes import METHODS
+from torch import Tensor
+
+import zokern
+from zokern import backends, matmul, products
+from zokern.backends import Span, cpu
+from zokern.directions import Normal, Rademacher
+
+pytestmark = pytest.mark.skipif(cpu.why_off() is not None, reason=f"no compiled kernels: {cpu.why_off()}")
+ISAS = cpu.architectures() if cpu.why_off() is None else []
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DEPTH, COLUMNS, BLOCK = 384, 96, 256  # of csrc/linear.cpp: a panel's depth and columns, and a block of rows
+SEED, STEP, SPAN = 11, 5, Span(77, 1003)
+
+
+class Case(NamedTuple):
+    """A product of several sides: two of one draw, W itself, one of another draw, and W itself again."""
+
+    m: int
+    n: int
+    rows: int
+    dtype: torch.dtype
+    direction: object
+
+    def inputs(self) -> dict:
+        draw = lambda *shape: torch.randn(*shape, dtype=torch.float64).float()  # noqa: E731
+        rows = [self.rows, self.rows + 3, 1, self.rows, 2]
+        last = draw(self.m, 9)
+        bias = draw(self.m).to(self.dtype)
+        return {
+            "xs": [draw(r, self.n).to(self.dtype) for r in rows],
+            "weight": (draw(self.m, self.n) * 0.1).to(self.dtype),
+            "draws": [3, 3, -1, 8, -1],
+            "scales": [0.05, -0.05, 0.0, 0.03, 0.0],
+            "biases": [bias, None, draw(self.m).to(self.dtype), bias, None],
+            "thins": [(j, draw(rows[j], 7), last[:, 1:8]) for j in (0, 1, 4)] + [(0, draw(rows[0], 400), draw(self.m, 400))],
+        }
+
+
+SHAPES = [
+    (1, 1, 1), (7, 401, 9), (24, 16, 4), (25, DEPTH, 5), (COLUMNS + 1, DEPTH + 1, 7), (100, 30, 3), (2 * COLUMNS, 2 * DEPTH, BLOCK + 1),
+]  # fmt: skip
+
+
+def run(case: Case, given: dict, threads: int | None = None) -> list[Tensor]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        thins = given["thins"]
+        return cpu.linear(
+            given["xs"],
+            given["weight"],
+            SPAN,
+            case.direction,
+            SEED,
+            STEP,
+            given["draws"],
+            given["scales"],
+            given["biases"],
+            thins,
+        )
+    finally:
+        torch.set_num_threads(before)
+
+
+def check(case: Case, found: Callable = run) -> None:
+    """Every element within the rounding of its own sum, of the weights that perturb() writes; nothing else is written."""
+    given = case.inputs()
+    kept = {name: [t.clone() for t in given[name]] for name in ("xs",)} | {"weight": given["weight"].clone()}
+    ys = found(case, given)
+    assert torch.equal(kept["weight"], given["weight"]) and all(map(torch.equal, kept["xs"], given["xs"]))
+    for j, (x, y) in enumerate(zip(given["xs"], ys)):
+        (weight,), bias = [given["weight"]], given["biases"][j]
+        if given["draws"][j] >= 0:
+            outs = [[torch.empty_like(weight)]]
+            backends.get("reference").perturb(
+                [weight], [SPAN], case.direction, SEED, STEP, given["draws"][j], [given["scales"][j]], outs, None
+            )
+            weight = outs[0][0]
+        exact, size = x.double() @ weight.double().t(), x.double().abs() @ weight.double().abs().t()
+        for side, rows, last in given["thins"]:
+            if side == j:
+                exact, size = exact + rows.double() @ last.double().t(), size + rows.double().abs() @ last.double().abs().t()
+        if bias is not None:
+            exact, size = exact + bias.double(), size + bias.double().abs()
+        assert y.shape == exact.shape and y.dtype == case.dtype
+        unit = 0.0 if case.dtype == torch.float32 else torch.finfo(case.dtype).eps / 2
+        small = 2.0**-25 if case.dtype == torch.float16 else 0.0  # half of its smallest number
+        bound = size * 2.0**-21 + exact.abs() * unit + small
+        worst = float(((y.double() - exact).abs() / bound).max())
+        assert worst < 1.1, f"side {j}: {worst:.3g} times the bound"
+
+
+def isa_of(name: str) -> Iterator[None]:
+    before = cpu.isa()
+    cpu.select(name)
+    yield
+    cpu.select(before)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request) -> Iterator[None]:
+    yield from isa_of(request.param)
+
+
+@pytest.mark.parametrize("direction", [Normal(), Rademacher()], ids=["normal", "rademacher"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m, n, rows", SHAPES)
+def test_equal_to_rounding(isa, m: int, n: int, rows: int, dtype: torch.dtype, direction) -> None:
+    check(Case(m, n, rows, dtype, direction))
+
+
+def wrong_draw(case: Case, given: dict) -> list[Tensor]:
+    return run(case, given | {"draws": [3, 3, -1, 3, -1]})
+
+
+def wrong_sign(case: Case, given: dict) -> list[Tensor]:
+    return run(case, given | {"scales": [0.05, 0.05, 0.0, 0.03, 0.0]})
+
+
+def wrong_offset(case: Case, given: dict) -> list[Tensor]:
+    with patch(f"{__name__}.SPAN", SPAN._replace(first=SPAN.first + 1)):
+        return run(case, given)
+
+
+def wrong_bias(case: Case, given: dict) -> list[Tensor]:
+    return run(case, given | {"biases": given["biases"][:1] * 5})
+
+
+def wrong_thin(case: Case, given: dict) -> list[Tensor]:
+    return run(case, given | {"thins": [(j, rows, last.roll(1, 0)) for j, rows, last in given["thins"]]})
+
+
+def wrong_depth(case: Case, given: dict) -> list[Tensor]:
+    """The last element of every sum is left out."""
+    return run(case, given | {"xs": [torch.cat([x[:, :-1], torch.zeros_like(x[:, -1:])], 1) for x in given["xs"]]})
+
+
+def wrong_rounding(case: Case, given: dict) -> list[Tensor]:
+    """The result is rounded before the bias is added, and again after it."""
+    ys = run(case, given | {"biases": [None] * 5})
+    return [y if bias is None else y + bias for y, bias in zip(ys, given["biases"])]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [wrong_draw, wrong_sign, wrong_offset, wrong_bias, wrong_thin, wrong_depth, wrong_rounding],
+    ids=lambda f: f.__name__,
+)
+def test_wrong_products_are_rejected(wrong: Callable) -> None:
+    dtype = torch.bfloat16 if wrong is wrong_rounding else torch.float32
+    with pytest.raises(AssertionError, match="times the bound"):
+        check(Case(COLUMNS + 1, DEPTH + 1, 7, dtype, Normal()), wrong)
+
+
+def test_unrounded_weights_are_rejected() -> None:
+    """In 16 bits W + scale z is rounded to W's type, as every other reading rounds it."""
+
+    def unrounded(case: Case, given: dict) -> list[Tensor]:
+        wide = given | {"weight": given["weight"].float(), "xs": [x.float() for x in given["xs"]]}
+        return [y.to(case.dtype) for y in run(case, wide)]
+
+    with pytest.raises(AssertionError, match="times the bound"):
+        check(Case(COLUMNS + 1, DEPTH + 1, 7, torch.bfloat16, Normal()), unrounded)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_same_bits_however_it_is_run(dtype: torch.dtype) -> None:
+    """Any instruction set, any number of threads, alone or beside other sides: sums run over k in order."""
+    case = Case(4 * COLUMNS + 5, DEPTH + 9, 6, dtype, Normal())
+    given = case.inputs()
+    expected = run(case, given, 1)
+    for threads, name in itertools.product((1, 2, 3), ISAS):
+        for _ in isa_of(name):
+            assert all(map(torch.equal, expected, run(case, given, threads))), (threads, name)
+    for j, y in enumerate(expected):
+        alone = {name: given[name][j : j + 1] for name in ("xs", "draws", "scales", "biases")}
+        alone |= {"weight": given["weight"], "thins": [(0, rows, last) for side, rows, last in given["thins"] if side == j]}
+        assert torch.equal(y, run(case, alone)[0]), j
+    few = cpu.linear([given["xs"][0][:2]], given["weight"], SPAN, case.direction, SEED, STEP, [3], [0.05], [None])[0]
+    many = cpu.linear([given["xs"][0]], given["weight"], SPAN, case.direction, SEED, STEP, [3], [0.05], [None])[0]
+    assert torch.equal(few, many[:2])
+
+
+def test_a_shard_of_rows_reads_its_own_numbers() -> None:
+    given = Case(60, 50, 4, torch.float32, Normal()).inputs()
+    x, weight = given["xs"][0], given["weight"]
+    whole = cpu.linear([x], weight, SPAN, Normal(), SEED, STEP, [3], [0.05], [None])[0]
+    part = cpu.linear([x], weight[20:], SPAN._replace(first=SPAN.first + 20 * 50), Normal(), SEED, STEP, [3], [0.05], [None])[0]
+    assert torch.equal(whole[:, 20:], part)
+
+
+def test_room_bounds_the_threads() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        one = cpu.linear_bytes(100, 1)
+        assert cpu.linear_bytes(100) == 3 * one == cpu.linear_bytes(100, 10 * one)
+        assert cpu.linear_bytes(100, 2 * one + 1) == 2 * one
+        assert cpu.linear_bytes(200) - cpu.linear_bytes(100) == 3 * 100 * COLUMNS * 4
+        weight, xs = torch.zeros(60, 30), [torch.zeros(2, 50, 30)]
+        with patch.object(matmul, "yields", lambda dtype: True):
+            assert products.fuses(backends.get("cpu"), xs, weight, one)
+            assert not products.fuses(backends.get("cpu"), xs, weight, one - 1)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_left_to_tiles() -> None:
+    """What the kernel does not take goes the other way."""
+    weight, x, on = torch.zeros(60, 30), torch.zeros(4, 30), backends.get("cpu")
+    with patch.object(matmul, "yields", lambda dtype: True):
+        assert products.fuses(on, [x, x[None]], weight)
+        assert not products.fuses(backends.get("reference"), [x], weight)
+        assert not products.fuses(on, [x], weight.t().contiguous().t())
+        assert not products.fuses(on, [x.double()], weight) and not products.fuses(on, [x, x.bfloat16()], weight)
+        assert not products.fuses(on, [x[:, :29]], weight) and not products.fuses(on, [torch.tensor(1.0)], weight)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert not products.fuses(on, [x], weight)
+        seen = []
+        torch.vmap(lambda one: (seen.append(products.fuses(on, [one], weight)), one)[1])(x[None])
+        assert seen == [False]
+
+
+@pytest.mark.parametrize("maker, half, expected", [
+    ("AuthenticAMD", False, (True, True)), ("AuthenticAMD", True, (True, False)), ("GenuineIntel", False, (False, False)),
+    ("", False, (False, False)),
+])  # fmt: skip
+def test_the_choice_is_the_processor_s(maker: str, half: bool, expected: tuple[bool, bool], monkeypatch) -> None:
+    monkeypatch.setattr(matmul, "maker", lambda: maker)
+    monkeypatch.setattr(matmul, "has_onednn", matmul.has_onednn.__wrapped__)
+    monkeypatch.setattr(matmul, "has_half", lambda dtype: half)
+    assert (matmul.yields(torch.float32), matmul.yields(torch.bfloat16)) == expected or cpu.isa() == "scalar"
+    for _ in isa_of("scalar"):
+        assert not matmul.yields(torch.float32)
+
+
+# In a step ----------------------------------------------------------------------------------------------------------------
+
+
+def losses(make: Callable, fused: bool, evaluation: str, dtype: torch.dtype) -> list[tuple[float, ...]]:
+    model, inputs = models.build(models.ARCHITECTURES["opt"], dtype), models.inputs("opt")
+    chosen = {"scratch": zokern.Scratch, "paired": lambda: zokern.Paired(check=False)}[evaluation]()
+    optimizer = make(model, lr=3e-3, eps=1e-2, weight_decay=0.5, seed=3, queries=2, evaluation=chosen)
+    calls = []
+    right = cpu.linear
+    with (
+        warnings.catch_warnings(),
+        patch.object(matmul, "yields", lambda dtype: fused),
+        patch("zokern.evaluation.copies.RESIDENT", 64),
+        patch.object(cpu, "linear", lambda *args: (calls.append(1), right(*args))[1]),
+    ):
+        warnings.filterwarnings("ignore", "the loss did not read|rounding to nearest|a perturbation of eps")
+        found = [zokern.step(optimizer, lambda: model(**inputs).loss).losses for _ in range(2)]
+    assert bool(calls) == fused
+    return [pair for step in found for pair in step]
+
+
+@pytest.mark.parametrize("evaluation", ["scratch", "paired"])
+@pytest.mark.parametrize("method", ["dense", "subzero", "lozo", "tezo"])
+def test_a_step_reads_the_losses_of_tiles(method: str, evaluation: str) -> None:
+    if evaluation == "paired":
+        pytest.importorskip("greenlet")
+    make = zokern.MeZO if method == "dense" else METHODS[method]
+    both = [losses(make, fused, evaluation, torch.float32) for fused in (True, False)]
+    for one, two in zip(*both):
+        assert max(abs(a - b) / abs(a) for a, b in zip(one, two)) < 4e-6, (one, two)
+        assert abs((one[0] - one[1]) - (two[0] - two[1])) < 0.02 * abs(two[0] - two[1]), (one, two)
+
+
+def test_paired_reads_the_bits_of_scratch() -> None:
+    """A row's sums do not depend on the rows beside it, so joining sides changes no bit of a product."""
+    pytest.importorskip("greenlet")
+    scratch, paired = (losses(zokern.MeZO, True, evaluation, torch.float32) for evaluation in ("scratch", "paired"))
+    assert max(abs(a - b) / abs(a) for one, two in zip(scratch, paired) for a, b in zip(one, two)) < 1e-6
