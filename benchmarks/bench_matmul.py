@@ -1,6 +1,8 @@
 """The products of a step against torch's own F.linear: what zokern/matmul.py chooses on this processor, and what it does not.
 
-A case runs a product over matrices of about 40 million elements together, so that W comes from memory as it does in a model.
+A case runs a product over matrices of about 40 million elements together (4 million from 64 rows on), so that W comes from memory as it
+does in a model. bench_perturbed has the reading of a dense z: both signs of it beside two plain products, as tiles that torch multiplies
+and in one kernel (csrc/linear.cpp); and what that kernel's product is worth without z, at which zokern/matmul.py's yields() goes.
 """
 
 from __future__ import annotations
@@ -9,9 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import zokern
 from zokern import matmul
+from zokern.backends import Span, cpu
 
-from .bench_elementwise import DTYPES
+from .bench_elementwise import DTYPES, EPS
 from .measure import Case, Group
 
 SHAPES = [(768, 768), (3072, 768), (50272, 768)]
@@ -34,3 +38,42 @@ def bench_matmul(benchmark, report, dtype: str) -> None:
             figures.append((f"matmul {size} / F.linear", own, name))
     group = Group(f"products, {dtype}", cases).run(benchmark, 2 if report.quick else 5)
     report.add(group, **{figure: group.ratio(own, name) for figure, own, name in figures})
+
+
+@pytest.mark.parametrize("dtype, rows", [("fp32", 4), ("fp32", 32), ("fp32", 128), ("fp32", 512), ("bf16", 4), ("bf16", 128)])
+def bench_perturbed(benchmark, report, dtype: str, rows: int, monkeypatch) -> None:
+    if cpu.why_off() is not None:
+        pytest.skip(f"no compiled kernels: {cpu.why_off()}")
+
+    def both(fused: bool, x, ws) -> None:
+        monkeypatch.setattr(matmul, "yields", lambda dtype: fused)
+        for w in ws:
+            zokern.linear(x, w, scales=(EPS, -EPS), who=1, step=2, backend="cpu")
+
+    def plain(x, ws) -> None:
+        for w in ws:
+            cpu.linear([x, x], w, Span(0), None, 0, 0, [-1, -1], [0.0, 0.0], [None, None])
+
+    def bound(x, ws) -> None:
+        for w in ws:
+            F.linear(x, w)
+            F.linear(x, w)
+
+    chosen = "in one kernel" if matmul.yields(DTYPES[dtype]) else "as tiles"
+    shapes = [(768, 768)] if report.quick else [(768, 768), (3072, 768), (768, 3072)]
+    cases, figures = [], []
+    for m, k in shapes:
+        elements = 4_000_000 if rows > 32 or report.quick else 40_000_000
+        ws = [torch.randn(m, k).to(DTYPES[dtype]) for _ in range(max(1, elements // (m * k)))]
+        x, size = torch.randn(rows, k).to(DTYPES[dtype]), f"{dtype} {rows} rows, {m}x{k}"
+        named = {
+            f"two F.linear {size}": lambda x=x, ws=ws: bound(x, ws),
+            f"both signs of z as tiles {size}": lambda x=x, ws=ws: both(False, x, ws),
+            f"both signs of z in one kernel {size}": lambda x=x, ws=ws: both(True, x, ws),
+            f"W itself, twice, in one kernel {size}": lambda x=x, ws=ws: plain(x, ws),
+        }
+        cases += [Case(name, call, eager=f"two F.linear {size}") for name, call in named.items()]
+        figures += [(f"{name} / two F.linear", name, f"two F.linear {size}") for name in list(named)[1:]]
+    group = Group(f"perturbed products, {dtype} {rows} rows (chosen here: {chosen})", cases)
+    group.run(benchmark, 3 if report.quick else 9)
+    report.add(group, **{figure: group.ratio(over, under) for figure, over, under in figures})

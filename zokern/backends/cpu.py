@@ -177,8 +177,11 @@ class Cpu:
         return nonfinite
 
 
-def linear(xs: Sequence[Tensor], weight: Tensor, span: Span, direction, seed: int, step: int, draws: Sequence[int], scales: Sequence[float],
-           biases: Sequence[Tensor | None], thins: Sequence[tuple[int, Tensor, Tensor]] = (), room: int | None = None, outs: Sequence[Tensor] | None = None) -> list[Tensor]:  # fmt: skip
+def linear(
+    xs: Sequence[Tensor], weight: Tensor, span: Span, direction, seed: int, step: int, draws: Sequence[int], scales: Sequence[float],
+    biases: Sequence[Tensor | None], thins: Sequence[tuple[int, Tensor, Tensor]] = (), room: int | None = None,
+    outs: Sequence[Tensor] | None = None,
+) -> list[Tensor]:  # fmt: skip
     """y_j = x_j (W + scales[j] z_j)^T + biases[j] + thin products, in W's dtype, with z made beside the product (csrc/linear.cpp).
 
     xs      (rows, n) each, of W's dtype;  weight (m, n), contiguous;  draws[j] names z_j, negative: side j reads W itself
