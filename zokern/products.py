@@ -1,6 +1,7 @@
-"""Verbs that hold a matrix product: `linear`, with weights that are never written, and `sketch`. The products are torch's.
+"""Verbs that hold a matrix product: `linear`, with weights that are never written, and `sketch`. The products are torch's, but where fuses().
 
 linear   y_j = x_j (W + a_j z_j)^T + b_j, j = 1 .. sides
+         fuses()       one kernel of the CPU's makes z beside the product, thin products included, for the rows of all sides
          dense z       a tile of W + a z at a time, both signs of a z from one read of W and one evaluation of the generator
          factored z    x (shrink W + left right^T)^T: one product for the rows of all sides, and two thin ones beside it
 sketch   Y = (sum_k c_k z_k) Omega, or its transpose's, a tile of rows at a time: no m x n buffer
@@ -16,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from . import matmul, overlap
 from .backends import Backend, Span, cpu
@@ -32,9 +34,11 @@ def fuses(backend: Backend, xs: Sequence[Tensor], weight: Tensor, room: int | No
         backend.name == "cpu"
         and matmul.yields(weight.dtype)
         and weight.is_contiguous()
+        and weight.numel() > 0
         and not torch.is_autocast_enabled("cpu")
         and all(
             x.dtype == weight.dtype
+            and type(x) in (Tensor, Parameter)
             and x.device.type == "cpu"
             and x.dim() > 0
             and x.shape[-1] == weight.shape[1]

@@ -5,7 +5,8 @@ copy takes its place for that one call: nothing in the model is replaced, so the
 raises, and a parameter is found wherever it is used, through a module, a tie, or by hand.
 
     small tensors (norms, biases)   perturbed once per draw, both signs in one launch, and kept for the reading
-    linear, addmm (Conv1D)          tile by tile through one reused piece of memory, so the budget holds for any size
+    linear, addmm (Conv1D)          tile by tile through one reused piece of memory, so the budget holds for any size; linear on a CPU
+                                    whose own kernel is the faster one: z made beside the product, no tile at all
     embedding, indexing             only the rows that are looked up
     everything else                 the whole tensor, for that call; the record names it in `whole`
 
