@@ -136,14 +136,15 @@ void lowrank_one(uintptr_t theta, uintptr_t out, uintptr_t residual, int64_t siz
 using SideRow = std::tuple<uintptr_t, int64_t, uintptr_t, uintptr_t, float, int64_t>;  // linear.h: Side
 using ThinRow = std::tuple<int64_t, uintptr_t, uintptr_t, int64_t, int64_t>;           // linear.h: Thin
 
-void linear(uintptr_t weight, int32_t type, int64_t m, int64_t n, int32_t direction, uint64_t seed, uint64_t first,
-            uint32_t who, uint32_t step, const std::vector<SideRow>& sides, const std::vector<ThinRow>& thins,
+void linear(uintptr_t weight, int32_t type, bool transposed, int64_t m, int64_t n, int32_t direction, uint64_t seed,
+            uint64_t first, uint32_t who, uint32_t step, const std::vector<SideRow>& sides, const std::vector<ThinRow>& thins,
             int64_t workers) {
   check(m >= 0 && n >= 0 && (m * n == 0 || weight != 0), "weight is a null address, or m or n is negative");
   check(type >= 0 && type <= 2, "type is not one of 0 (float32), 1 (bfloat16), 2 (float16)");
   check(direction >= 0 && direction <= 1, "direction is not one of 0 (normal), 1 (rademacher)");
   zo::Linear product{at<void>(weight),
                      static_cast<zo::Type>(type),
+                     transposed,
                      m,
                      n,
                      static_cast<zo::Direction>(direction),

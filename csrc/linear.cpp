@@ -1,11 +1,11 @@
 // linear.cpp: y = x (W + scale z)^T + thin products + bias on the CPU
 //
-// math     linear.h; a sum runs over k from 0 up, by fma, `depth` of them at a time in registers: the same bits for any number
+// math     linear.h; a sum runs over k from 0 up, by fma, kDepth of them at a time in registers: the same bits for any number
 //          of threads, for any rows beside a row and for any way to share the columns out
-// panel    some columns of y are done at a time: their rows of W + scale z, `depth` wide, come from the elementwise verb into
-// the
-//          first cache and are turned into panels of kWide columns, k-major, in the second. There every row of x meets them:
-//          kRows x kVectors sums in registers, x as broadcasts from where it lies. No tile of W + scale z is ever in memory
+// panel    kColumns columns of y are done at a time. Their rows of W + scale z, kDepth wide, come from the elementwise verb
+//          into the first cache, kStrip at a time, and are turned into panels of kWide columns, k-major, in the second. There
+//          all rows of x meet them: kRows x kVectors sums in registers, x as broadcasts from where it lies. No tile of
+//          W + scale z is ever in memory
 // sides    both signs of a draw are made from one evaluation of z, and sides that read W itself share its panels; the thin
 //          products go on in the same sums, so that y is written once, rounded once
 // edges    columns that W does not have are zeros in the panel and are not written
@@ -32,7 +32,8 @@ constexpr int64_t kBlock = 256;   // rows of x that meet all panels before the n
 
 struct LinearJob {
   const Linear* product;
-  int64_t columns;  // of y at a time: kColumns, or half as many where there are few
+  int64_t columns;               // of y at a time: kColumns, or half as many where there are few
+  std::vector<int64_t> offsets;  // of every side in a thread's sums
   int64_t (*elementwise)(const void* job, int64_t chunk);
   Job piece;  // the elementwise verb, but for its entry, draw and scales
 };
@@ -85,57 +86,85 @@ void widen_row(Type type, const uint16_t* half, int64_t n, float* value) {
   for (int64_t i = whole; i < n; ++i) value[i] = load(half, type, i);
 }
 
-struct Strip {  // some rows of the matrix on their way into a panel
-  int64_t column, row, q, rows, count, k;
-};
+// `rows` rows of a matrix in float32: where they lie, or widened into rows of n
+const float* in_float(Type type, const void* from, int64_t stride, int64_t rows, int64_t n, Memory& memory) {
+  if (type == Type::kFloat32) return static_cast<const float*>(from);
+  const uint16_t* half = static_cast<const uint16_t*>(from);
+  for (int64_t i = 0; i < rows; ++i) widen_row(type, half + i * stride, n, memory.wide + i * n);
+  return memory.wide;
+}
 
-void turn_rows(const Linear& product, const void* from, int64_t stride, const Strip& strip, Memory& memory, float* panels) {
-  const float* values = static_cast<const float*>(from);
-  if (product.type != Type::kFloat32) {
-    const uint16_t* half = static_cast<const uint16_t*>(from);
-    for (int64_t i = 0; i < strip.rows; ++i) {
-      widen_row(product.type, half + i * stride, strip.k, memory.wide + i * strip.k);
-    }
-    values = memory.wide, stride = strip.k;
-  }
-  turn(values, stride, strip.q, strip.count, strip.k, panels);
+void* address(const Linear& product, int64_t offset) {
+  char* weight = static_cast<char*>(const_cast<void*>(product.weight));
+  return weight + offset * (product.type == Type::kFloat32 ? 4 : 2);
+}
+
+// W + scale z for one or two sides of a draw, into raw: `rows` rows of n elements, from `offset` on, `pitch` apart
+void make_rows(const LinearJob& job, const Side* sides, int many, int64_t offset, int64_t rows, int64_t n, int64_t pitch,
+               Job& piece, Memory& memory) {
+  const Linear& product = *job.product;
+  const Draw draw{product.step, static_cast<uint32_t>(sides->draw), 0.0f, 1.0f};
+  const float scales[2] = {sides[0].scale, many == 2 ? sides[1].scale : 0.0f};
+  const int32_t type = static_cast<int32_t>(product.type);
+  const Entry entry{address(product, offset),
+                    {memory.raw[0], many == 2 ? memory.raw[1] : nullptr},
+                    nullptr,
+                    nullptr,
+                    rows,
+                    n,
+                    pitch,
+                    1,
+                    product.first + static_cast<uint64_t>(offset),
+                    static_cast<uint64_t>(pitch),
+                    product.who,
+                    type,
+                    type,
+                    0};
+  const Chunk chunk{0, rows * n, 0};
+  piece.entries = &entry, piece.chunks = &chunk, piece.draws = &draw, piece.scales = scales;
+  job.elementwise(&piece, 0);
 }
 
 // W, or W + scale z for one or two sides of a draw, into panels: `count` rows from `row` on, columns [column, column + k)
 void make_panels(const LinearJob& job, const Side* sides, int many, int64_t row, int64_t count, int64_t column, int64_t k,
                  Job& piece, Memory& memory) {
   const Linear& product = *job.product;
-  const int64_t width = product.type == Type::kFloat32 ? 4 : 2, padded = (count + kWide - 1) / kWide * kWide;
-  const Draw draw{product.step, static_cast<uint32_t>(sides->draw), 0.0f, 1.0f};
-  const float scales[2] = {sides[0].scale, many == 2 ? sides[1].scale : 0.0f};
+  const int64_t padded = (count + kWide - 1) / kWide * kWide;
   for (int64_t q = 0; q < padded; q += kStrip) {
-    const Strip strip{column, row, q, std::max<int64_t>(0, std::min<int64_t>(kStrip, count - q)), count, k};
-    const int64_t offset = (row + q) * product.n + column;
-    char* theta = static_cast<char*>(const_cast<void*>(product.weight)) + offset * width;
-    if (sides->draw < 0) {
-      turn_rows(product, theta, product.n, strip, memory, memory.panel[0]);
-      continue;
+    const int64_t rows = std::max<int64_t>(0, std::min<int64_t>(kStrip, count - q)), offset = (row + q) * product.n + column;
+    if (sides->draw >= 0 && rows > 0) make_rows(job, sides, many, offset, rows, k, product.n, piece, memory);
+    for (int side = 0; side < many; ++side) {
+      const void* from = memory.raw[side];
+      int64_t stride = k;
+      if (sides->draw < 0) from = address(product, offset), stride = product.n;
+      const float* values = in_float(product.type, from, stride, rows, k, memory);
+      turn(values, product.type == Type::kFloat32 ? stride : k, q, count, k, memory.panel[side]);
     }
-    if (strip.rows > 0) {
-      const Entry entry{theta,
-                        {memory.raw[0], many == 2 ? memory.raw[1] : nullptr},
-                        nullptr,
-                        nullptr,
-                        strip.rows,
-                        k,
-                        product.n,
-                        1,
-                        product.first + static_cast<uint64_t>(offset),
-                        static_cast<uint64_t>(product.n),
-                        product.who,
-                        static_cast<int32_t>(product.type),
-                        static_cast<int32_t>(product.type),
-                        0};
-      const Chunk chunk{0, strip.rows * k, 0};
-      piece.entries = &entry, piece.chunks = &chunk, piece.draws = &draw, piece.scales = scales;
-      job.elementwise(&piece, 0);
+  }
+}
+
+// The same for a transposed W, whose rows are those of the panels: kStrip of them at a time.
+void make_panels_of_columns(const LinearJob& job, const Side* sides, int many, int64_t row, int64_t count, int64_t column,
+                            int64_t k, Job& piece, Memory& memory) {
+  const Linear& product = *job.product;
+  for (int64_t j = 0; j < k; j += kStrip) {
+    const int64_t rows = std::min<int64_t>(kStrip, k - j), offset = (column + j) * product.m + row;
+    if (sides->draw >= 0) make_rows(job, sides, many, offset, rows, count, product.m, piece, memory);
+    for (int side = 0; side < many; ++side) {
+      const void* from = memory.raw[side];
+      int64_t stride = count;
+      if (sides->draw < 0) from = address(product, offset), stride = product.m;
+      const float* values = in_float(product.type, from, stride, rows, count, memory);
+      if (product.type != Type::kFloat32) stride = count;
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t q = 0; q < count; q += kWide) {
+          float* to = memory.panel[side] + q * k + (j + i) * kWide;
+          const int64_t some = std::min<int64_t>(kWide, count - q);
+          std::memcpy(to, values + i * stride + q, static_cast<size_t>(some) * 4);
+          for (int64_t c = some; c < kWide; ++c) to[c] = 0.0f;
+        }
+      }
     }
-    for (int side = 0; side < many; ++side) turn_rows(product, memory.raw[side], k, strip, memory, memory.panel[side]);
   }
 }
 
@@ -213,9 +242,7 @@ extern "C" void ZO_JOIN(zokern_linear_, ZOKERN_ISA)(const void* address, int64_t
   Job piece = job.piece;
   const int64_t row = group * job.columns, count = std::min(job.columns, product.m - row);
   const int64_t sides = static_cast<int64_t>(product.sides.size()), thins = static_cast<int64_t>(product.thins.size());
-  std::vector<float*> of(product.sides.size());
-  float* next = sums;
-  for (size_t s = 0; s < of.size(); ++s) of[s] = next, next += product.sides[s].rows * kColumns;
+  const auto of = [&](int64_t side) { return sums + job.offsets[static_cast<size_t>(side)]; };
   for (int64_t column = 0; column < product.n; column += kDepth) {
     const int64_t k = std::min(kDepth, product.n - column);
     for (int64_t s = 0; s < sides;) {
@@ -223,11 +250,12 @@ extern "C" void ZO_JOIN(zokern_linear_, ZOKERN_ISA)(const void* address, int64_t
       int64_t end = s + 1;
       const auto same = [&](int64_t other) { return product.sides[static_cast<size_t>(other)].draw == side.draw; };
       while (end < sides && same(end) && (side.draw < 0 || end < s + 2)) ++end;
-      make_panels(job, &side, side.draw < 0 ? 1 : static_cast<int>(end - s), row, count, column, k, piece, memory);
+      const auto make = product.transposed ? make_panels_of_columns : make_panels;
+      make(job, &side, side.draw < 0 ? 1 : static_cast<int>(end - s), row, count, column, k, piece, memory);
       for (int64_t one = s; one < end; ++one) {
         const Side& now = product.sides[static_cast<size_t>(one)];
-        sweep_rows(now.x + column, now.rows, product.n, k, memory.panel[side.draw < 0 ? 0 : one - s], count,
-                   of[static_cast<size_t>(one)], column == 0);
+        sweep_rows(now.x + column, now.rows, product.n, k, memory.panel[side.draw < 0 ? 0 : one - s], count, of(one),
+                   column == 0);
       }
       s = end;
     }
@@ -235,7 +263,10 @@ extern "C" void ZO_JOIN(zokern_linear_, ZOKERN_ISA)(const void* address, int64_t
   for (int64_t t = 0; t < thins;) {
     const Thin& thin = product.thins[static_cast<size_t>(t)];
     int64_t end = t + 1;
-    while (end < thins && product.thins[static_cast<size_t>(end)].last == thin.last) ++end;
+    const auto same = [&](const Thin& other) {
+      return other.last == thin.last && other.rank == thin.rank && other.stride == thin.stride;
+    };
+    while (end < thins && same(product.thins[static_cast<size_t>(end)])) ++end;
     for (int64_t column = 0; column < thin.rank; column += kDepth) {
       const int64_t k = std::min(kDepth, thin.rank - column), padded = (count + kWide - 1) / kWide * kWide;
       for (int64_t q = 0; q < padded; q += kStrip) {
@@ -244,13 +275,13 @@ extern "C" void ZO_JOIN(zokern_linear_, ZOKERN_ISA)(const void* address, int64_t
       for (int64_t one = t; one < end; ++one) {
         const Thin& now = product.thins[static_cast<size_t>(one)];
         const Side& side = product.sides[static_cast<size_t>(now.side)];
-        sweep_rows(now.x + column, side.rows, now.rank, k, memory.panel[0], count, of[static_cast<size_t>(now.side)], false);
+        sweep_rows(now.x + column, side.rows, now.rank, k, memory.panel[0], count, of(now.side), false);
       }
     }
     t = end;
   }
   for (int64_t s = 0; s < sides; ++s) {
-    finish(product, product.sides[static_cast<size_t>(s)], row, count, of[static_cast<size_t>(s)], memory.half);
+    finish(product, product.sides[static_cast<size_t>(s)], row, count, of(s), memory.half);
   }
 }
 
@@ -276,7 +307,7 @@ struct Free {
 
 }  // namespace
 
-int64_t linear_memory(int64_t rows) { return active().linear_memory() + rows * kColumns * 4; }
+int64_t linear_memory(int64_t rows) { return active().linear_memory() + rows * kColumns * 4; }  // a multiple of 64
 
 void linear(const Linear& product) {
   LinearJob job;
@@ -289,15 +320,17 @@ void linear(const Linear& product) {
   job.columns = product.m < 4 * workers * kColumns ? kColumns / 2 : kColumns;
   const int64_t groups = (product.m + job.columns - 1) / job.columns;
   int64_t rows = 0;
-  for (const Side& side : product.sides) rows += side.rows;
+  for (const Side& side : product.sides) job.offsets.push_back(rows * kColumns), rows += side.rows;
   const size_t bytes = static_cast<size_t>(linear_memory(rows));
+  const std::unique_ptr<char[], Free> memory(  // here: what throws in a parallel region ends the process
+      static_cast<char*>(::operator new[](bytes* static_cast<size_t>(workers), std::align_val_t(64))));
   const auto path = active().linear;
 #pragma omp parallel num_threads(workers) if (workers > 1)
   {
     DefaultMode mode;
-    const std::unique_ptr<char[], Free> memory(static_cast<char*>(::operator new[](bytes, std::align_val_t(64))));
+    char* const own = memory.get() + bytes * static_cast<size_t>(omp_get_thread_num());
 #pragma omp for schedule(dynamic)
-    for (int64_t group = 0; group < groups; ++group) path(&job, group, memory.get());
+    for (int64_t group = 0; group < groups; ++group) path(&job, group, own);
   }
 }
 

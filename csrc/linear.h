@@ -1,6 +1,7 @@
 // linear.h: products with perturbed weights, for several sides at once; what linear.cpp implements
 //
 // math     y = x (W + scale z)^T + sum_t x_t last_t^T + bias, rounded to W's type once; W is m x n, row-major, only read.
+//          Transposed: W is n x m, and y = x (W + scale z) + the same.
 //          W + scale z is rounded to W's type first: it is what `perturb` writes, bit for bit. Sums are float32.
 // source   Malladi et al. 2023, Algorithm 1 (dense z); Chen et al. 2024, LOZO (the thin products)
 #pragma once
@@ -30,7 +31,8 @@ struct Thin {         // one more product of a side; those with the same `last` 
 struct Linear {
   const void* weight;
   Type type;
-  int64_t m, n;
+  bool transposed;
+  int64_t m, n;  // columns of y and of x
   Direction direction;
   uint64_t seed, first;  // number of W's first element in the unsharded parameter
   uint32_t who, step;

@@ -34,6 +34,7 @@ class Case(NamedTuple):
     rows: int
     dtype: torch.dtype
     direction: object
+    transposed: bool = False
 
     def inputs(self) -> dict:
         draw = lambda *shape: torch.randn(*shape, dtype=torch.float64).float()  # noqa: E731
@@ -42,11 +43,12 @@ class Case(NamedTuple):
         bias = draw(self.m).to(self.dtype)
         return {
             "xs": [draw(r, self.n).to(self.dtype) for r in rows],
-            "weight": (draw(self.m, self.n) * 0.1).to(self.dtype),
+            "weight": (draw(*((self.n, self.m) if self.transposed else (self.m, self.n))) * 0.1).to(self.dtype),
             "draws": [3, 3, -1, 8, -1],
             "scales": [0.05, -0.05, 0.0, 0.03, 0.0],
             "biases": [bias, None, draw(self.m).to(self.dtype), bias, None],
-            "thins": [(j, draw(rows[j], 7), last[:, 1:8]) for j in (0, 1, 4)] + [(0, draw(rows[0], 400), draw(self.m, 400))],
+            "thins": [(j, draw(rows[j], 7), last[:, 1:8]) for j in (0, 1, 4)]
+            + [(1, draw(rows[1], 3), last[:, 1:4]), (0, draw(rows[0], 400), draw(self.m, 400))],
         }
 
 
@@ -59,19 +61,10 @@ def run(case: Case, given: dict, threads: int | None = None) -> list[Tensor]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        thins = given["thins"]
         return cpu.linear(
-            given["xs"],
-            given["weight"],
-            SPAN,
-            case.direction,
-            SEED,
-            STEP,
-            given["draws"],
-            given["scales"],
-            given["biases"],
-            thins,
-        )
+            given["xs"], given["weight"], SPAN, case.direction, SEED, STEP, given["draws"], given["scales"], given["biases"], given["thins"],
+            transposed=case.transposed,
+        )  # fmt: skip
     finally:
         torch.set_num_threads(before)
 
@@ -90,6 +83,8 @@ def check(case: Case, found: Callable = run) -> None:
                 [weight], [SPAN], case.direction, SEED, STEP, given["draws"][j], [given["scales"][j]], outs, None
             )
             weight = outs[0][0]
+        if case.transposed:
+            weight = weight.t()
         exact, size = x.double() @ weight.double().t(), x.double().abs() @ weight.double().abs().t()
         for side, rows, last in given["thins"]:
             if side == j:
@@ -116,11 +111,12 @@ def isa(request) -> Iterator[None]:
     yield from isa_of(request.param)
 
 
+@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "transposed"])
 @pytest.mark.parametrize("direction", [Normal(), Rademacher()], ids=["normal", "rademacher"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("m, n, rows", SHAPES)
-def test_equal_to_rounding(isa, m: int, n: int, rows: int, dtype: torch.dtype, direction) -> None:
-    check(Case(m, n, rows, dtype, direction))
+def test_equal_to_rounding(isa, m: int, n: int, rows: int, dtype: torch.dtype, direction, transposed: bool) -> None:
+    check(Case(m, n, rows, dtype, direction, transposed))
 
 
 def wrong_draw(case: Case, given: dict) -> list[Tensor]:
@@ -213,8 +209,8 @@ def test_room_bounds_the_threads() -> None:
         assert cpu.linear_bytes(200) - cpu.linear_bytes(100) == 3 * 100 * COLUMNS * 4
         weight, xs = torch.zeros(60, 30), [torch.zeros(2, 50, 30)]
         with patch.object(matmul, "yields", lambda dtype: True):
-            assert products.fuses(backends.get("cpu"), xs, weight, one)
-            assert not products.fuses(backends.get("cpu"), xs, weight, one - 1)
+            assert products.fuses(backends.get("cpu"), xs, weight, room=one)
+            assert not products.fuses(backends.get("cpu"), xs, weight, room=one - 1)
     finally:
         torch.set_num_threads(before)
 
@@ -223,7 +219,8 @@ def test_left_to_tiles() -> None:
     """What the kernel does not take goes the other way."""
     weight, x, on = torch.zeros(60, 30), torch.zeros(4, 30), backends.get("cpu")
     with patch.object(matmul, "yields", lambda dtype: True):
-        assert products.fuses(on, [x, x[None]], weight)
+        assert products.fuses(on, [x, x[None]], weight) and products.fuses(on, [x], weight.t().contiguous(), True)
+        assert not products.fuses(on, [x], weight, True)
         assert not products.fuses(backends.get("reference"), [x], weight)
         assert not products.fuses(on, [x], weight.t().contiguous().t())
         assert not products.fuses(on, [x.double()], weight) and not products.fuses(on, [x, x.bfloat16()], weight)

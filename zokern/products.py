@@ -28,7 +28,7 @@ CACHED = 1 << 19  # elements of a result that the caches hold from one product i
 NARROW = 16  # columns below which a thin product is faster from MKL's kernels, and turned
 
 
-def fuses(backend: Backend, xs: Sequence[Tensor], weight: Tensor, room: int | None = None) -> bool:
+def fuses(backend: Backend, xs: Sequence[Tensor], weight: Tensor, transposed: bool = False, room: int | None = None) -> bool:
     """Whether linear() of the CPU's kernels takes these products, z and all, from torch. room: bytes of scratch memory."""
     return (
         backend.name == "cpu"
@@ -41,7 +41,7 @@ def fuses(backend: Backend, xs: Sequence[Tensor], weight: Tensor, room: int | No
             and type(x) in (Tensor, Parameter)
             and x.device.type == "cpu"
             and x.dim() > 0
-            and x.shape[-1] == weight.shape[1]
+            and x.shape[-1] == weight.shape[0 if transposed else 1]
             and not torch._C._functorch.is_functorch_wrapped_tensor(x)
             for x in xs
         )
@@ -59,14 +59,16 @@ def fused_linear(
     draws: Sequence[int],
     scales: Sequence[float],
     biases: Sequence[Tensor | None],
+    transposed: bool = False,
     room: int | None = None,
 ) -> list[Tensor]:
-    """y_j = x_j (W + scales[j] z(draws[j]))^T + b_j where fuses(): z is made beside the product.
+    """y_j = x_j (W + scales[j] z(draws[j]))^T + b_j (transposed: x_j (W + ...)) where fuses(): z is made beside the product.
 
     No tile of W + z exists, and the sums do not depend on how sides and threads are joined. draws[j] < 0: side j reads W itself."""
-    flat = [x.reshape(-1, weight.shape[1]) for x in xs]
-    outs = cpu.linear(flat, weight, span, direction, seed, step, draws, scales, biases, (), room)
-    return [_shaped(out, x, weight.shape[0]) for out, x in zip(outs, xs)]
+    width, columns = weight.shape if transposed else weight.shape[::-1]
+    flat = [x.reshape(-1, width) for x in xs]
+    outs = cpu.linear(flat, weight, span, direction, seed, step, draws, scales, biases, (), room, None, transposed)
+    return [_shaped(out, x, columns) for out, x in zip(outs, xs)]
 
 
 def tiled_linear(
@@ -198,7 +200,7 @@ def factored_linear(
     counts = [x.shape[0] for x in flat]
     device = weight.device.type
     cast = torch.is_autocast_enabled(device)
-    fused = not transposed and fuses(backend, flat, weight, room)
+    fused = fuses(backend, flat, weight, transposed, room)
     few = sum(counts) <= JOIN and not cast and all(x.dtype == weight.dtype for x in xs)
     if len(xs) > 1 and (few or fused):
         x = joined(flat)
@@ -312,7 +314,9 @@ def _fused_sum(x: Tensor, matrix: Tensor, bias: Tensor | None, thins: Sequence[_
     ]  # they do not overlap
     y = x.new_empty(len(x), matrix.shape[0])
     xs, ys = ([t[begin:end] for begin, end in sides] for t in (x, y))
-    cpu.linear(xs, matrix, _ORIGIN[0], None, 0, 0, [-1] * len(xs), [0.0] * len(xs), [bias] * len(xs), parts, room, ys)
+    many, transposed = len(xs), not matrix.is_contiguous()
+    weight = matrix.t() if transposed else matrix
+    cpu.linear(xs, weight, _ORIGIN[0], None, 0, 0, [-1] * many, [0.0] * many, [bias] * many, parts, room, ys, transposed)
     return y
 
 

@@ -180,21 +180,22 @@ class Cpu:
 def linear(
     xs: Sequence[Tensor], weight: Tensor, span: Span, direction, seed: int, step: int, draws: Sequence[int], scales: Sequence[float],
     biases: Sequence[Tensor | None], thins: Sequence[tuple[int, Tensor, Tensor]] = (), room: int | None = None,
-    outs: Sequence[Tensor] | None = None,
+    outs: Sequence[Tensor] | None = None, transposed: bool = False,
 ) -> list[Tensor]:  # fmt: skip
     """y_j = x_j (W + scales[j] z_j)^T + biases[j] + thin products, in W's dtype, with z made beside the product (csrc/linear.cpp).
 
     xs      (rows, n) each, of W's dtype;  weight (m, n), contiguous;  draws[j] names z_j, negative: side j reads W itself
     thins   (j, rows, last): y_j += rows last^T, float32 (rows of x_j, q) and (m, q)
     room    bytes that the threads may take for what they work in (linear_bytes); fewer of them run where it is scarce
-    outs    contiguous (rows, m) each, of W's dtype, which take the results
+    outs    contiguous (rows, m) each, of W's dtype, which take the results;  transposed  y_j = x_j (W + scales[j] z_j), W (n, m)
     W + scales[j] z_j is rounded to W's dtype, as perturb writes it; the sums are float32 in a fixed order, rounded once."""
     number = 0 if max(draws) < 0 else _direction(direction)
     _check("xs, weight and biases", [*xs, weight, *(bias for bias in biases if bias is not None)])
     _check("thins", [t for _, rows, last in thins for t in (rows, last)])
     flat = [x.float().contiguous() for x in xs]  # kept until the call returns, as all below
     wide = {id(bias): bias.float().contiguous() for bias in biases if bias is not None}
-    ys = list(outs) if outs is not None else [weight.new_empty(len(x), weight.shape[0]) for x in xs]
+    m, n = weight.shape[::-1] if transposed else weight.shape
+    ys = list(outs) if outs is not None else [weight.new_empty(len(x), m) for x in xs]
     order = sorted(range(len(xs)), key=lambda j: draws[j])
     place = {j: at for at, j in enumerate(order)}
     sides = [
@@ -208,7 +209,7 @@ def linear(
         for (j, _, last), r in zip(thins, rows)
     ]
     _module().linear(
-        weight.data_ptr(), table.TYPES[weight.dtype], *weight.shape, number, seed, span.first, span.who, step, sides, parts,
+        weight.data_ptr(), table.TYPES[weight.dtype], transposed, m, n, number, seed, span.first, span.who, step, sides, parts,
         _linear_threads(sum(map(len, xs)), room),
     )  # fmt: skip
     return ys

@@ -188,14 +188,16 @@ class Copies:
         weight = group.tensors[i]
         moved = [j for j, side in enumerate(sides) if not self.untouched(group, i, side)]
         room = self.arena.left(weight.device)
-        if group.matrices is None and not transposed and self.fuses(group, i, xs, room):
+        if group.matrices is None and self.fuses(group, i, xs, transposed, room):
             plan = self.plan
             draws = [plan.draw(self.points[side].query) if j in moved else -1 for j, side in enumerate(sides)]
             scales = [self.points[side].offset * group.eps for side in sides]
-            rows = sum(x.numel() for x in xs) // max(1, weight.shape[1])
+            rows = sum(x.numel() // max(1, x.shape[-1]) for x in xs)
             self.largest = max(self.largest, self.arena.top.get(weight.device, 0) + cpu.linear_bytes(rows, room))
             span, direction = group.spans[i], plan.direction
-            return products.fused_linear(xs, weight, span, direction, plan.seed, plan.step, draws, scales, biases, room)
+            return products.fused_linear(
+                xs, weight, span, direction, plan.seed, plan.step, draws, scales, biases, transposed, room
+            )
         if group.matrices is None:
             fills = [[sides.index(side) for side in pair] for pair in self.by_query([sides[j] for j in moved])]
         else:
@@ -222,10 +224,10 @@ class Copies:
             xs, weight, group.spans[i], biases, group.residual(i), fills, fill, take, self.arena.release, step, transposed
         )  # fmt: skip
 
-    def fuses(self, group: Group, i: int, xs: Sequence[Tensor], room: int) -> bool:
+    def fuses(self, group: Group, i: int, xs: Sequence[Tensor], transposed: bool, room: int) -> bool:
         """Whether one kernel makes z and multiplies; low bits, which it does not read, and directions that it lacks go by tiles."""
         known = group.residual(i) is None and self.plan.direction.name in DIRECTIONS
-        return known and products.fuses(group.backend, xs, group.tensors[i], room)
+        return known and products.fuses(group.backend, xs, group.tensors[i], transposed, room)
 
     def bias(self, bias: Tensor | None, side: int) -> Tensor | None:
         """The bias of a product as this side reads it."""
