@@ -199,6 +199,19 @@ def test_a_shard_of_rows_reads_its_own_numbers() -> None:
     assert torch.equal(whole[:, 20:], part)
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["torch", "fused"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "transposed"])
+def test_no_rows(transposed: bool, fused: bool) -> None:
+    """An expert that no token was sent to."""
+    weight, bias, x = torch.randn((30, 20) if transposed else (20, 30)), torch.randn(20), torch.zeros(2, 0, 30)
+    part = products.Part([0], torch.randn(3, 30), torch.randn(1, 3, 3), torch.randn(20, 3))
+    with patch.object(matmul, "yields", lambda dtype: fused):
+        assert products.fuses(backends.get("cpu"), [x], weight, transposed) == fused
+        (thin,) = products.factored_linear(backends.get("cpu"), [x], weight, [part], 1.0, [bias], transposed)
+        (dense,) = products.fused_linear([x], weight, SPAN, Normal(), SEED, STEP, [3], [0.05], [bias], transposed)
+    assert thin.shape == dense.shape == (2, 0, 20)
+
+
 def test_room_bounds_the_threads() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(3)

@@ -262,7 +262,7 @@ def _rows_of(x: Tensor, first: Tensor, middles: Tensor, counts: Sequence[int]) -
     rank = first.shape[0]
     thin = torch.mm(first, x.t()).t() if rank < NARROW else matmul.linear(x, first)
     if len(set(counts)) == 1:
-        return torch.bmm(thin.reshape(len(counts), counts[0], rank), middles).view(len(x), -1)
+        return torch.bmm(thin.reshape(len(counts), counts[0], rank), middles).view(len(x), middles.shape[-1])
     return torch.cat([t @ middle for t, middle in zip(thin.split(list(counts)), middles)])
 
 
@@ -308,7 +308,7 @@ def _fused_sum(x: Tensor, matrix: Tensor, bias: Tensor | None, thins: Sequence[_
     """The rows between two ends of thin products are a side."""
     spans = [range(len(x))[thin.here] for thin in thins]
     ends = sorted({0, len(x), *(end for span in spans for end in (span.start, span.stop))})
-    sides = list(zip(ends, ends[1:]))
+    sides = list(zip(ends, ends[1:])) or [(0, 0)]
     parts = [
         (sides.index((span.start, span.stop)), thin.rows, thin.last) for span, thin in zip(spans, thins) if len(span)
     ]  # they do not overlap
