@@ -212,20 +212,67 @@ def test_no_rows(transposed: bool, fused: bool) -> None:
     assert thin.shape == dense.shape == (2, 0, 20)
 
 
-def test_room_bounds_the_threads() -> None:
+def test_room_bounds_the_threads(monkeypatch) -> None:
+    """What is short of memory multiplies some rows at a time, and then on fewer threads; the record's bytes say so."""
+    monkeypatch.setattr(cpu, "SHARED_ROWS", 20)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        one = cpu.linear_bytes(100, 1)
-        assert cpu.linear_bytes(100) == 3 * one == cpu.linear_bytes(100, 10 * one)
-        assert cpu.linear_bytes(100, 2 * one + 1) == 2 * one
-        assert cpu.linear_bytes(200) - cpu.linear_bytes(100) == 3 * 100 * COLUMNS * 4
-        weight, xs = torch.zeros(60, 30), [torch.zeros(2, 50, 30)]
+        one = cpu.linear_bytes([100], 1)
+        row = COLUMNS * 4
+        assert one == cpu.linear_bytes([20]) // 3
+        assert cpu.linear_bytes([100]) - cpu.linear_bytes([40]) == 3 * 60 * row
+        whole = cpu.linear_bytes([60, 40])
+        assert cpu.linear_bytes([60, 40], whole) == whole
+        assert cpu.linear_bytes([60, 40], whole - 1) == whole - 3 * 50 * row  # two parts
+        assert cpu.linear_bytes([60, 40], whole - 3 * 50 * row - 1) == whole - 3 * 66 * row  # three: 20 and 14 rows
+        least = whole // 3 - 80 * row  # five parts, one thread
+        assert cpu.linear_bytes([60, 40], 1) == least and cpu.linear_bytes([60, 40], 2 * least) == 2 * least
+        weight, xs = torch.zeros(60, 30), [torch.zeros(2, 30, 30), torch.zeros(40, 30)]
         with patch.object(matmul, "yields", lambda dtype: True):
-            assert products.fuses(backends.get("cpu"), xs, weight, room=one)
-            assert not products.fuses(backends.get("cpu"), xs, weight, room=one - 1)
+            assert products.fuses(backends.get("cpu"), xs, weight, room=least)
+            assert not products.fuses(backends.get("cpu"), xs, weight, room=least - 1)
     finally:
         torch.set_num_threads(before)
+
+
+def test_parts_of_the_rows_give_the_same_bits(monkeypatch) -> None:
+    monkeypatch.setattr(cpu, "SHARED_ROWS", 16)
+    case = Case(COLUMNS + 5, 50, 40, torch.float32, Normal())
+    given = case.inputs()
+    arguments = [
+        given["xs"],
+        given["weight"],
+        SPAN,
+        case.direction,
+        SEED,
+        STEP,
+        given["draws"],
+        given["scales"],
+        given["biases"],
+    ]
+    calls = []
+    right = cpu._module()
+    monkeypatch.setattr(cpu, "_module", lambda: Counted(right, calls))
+    expected = cpu.linear(*arguments, given["thins"])
+    assert len(calls) == 1
+    found = cpu.linear(*arguments, given["thins"], room=1)
+    assert len(calls) == 1 + sum(len(x) for x in given["xs"]) // 16
+    assert all(map(torch.equal, expected, found))
+
+
+class Counted:
+    """The compiled module, with its products counted."""
+
+    def __init__(self, module, calls: list) -> None:
+        self.module, self.calls = module, calls
+
+    def __getattr__(self, name: str):
+        return getattr(self.module, name)
+
+    def linear(self, *arguments) -> None:
+        self.calls.append(arguments)
+        self.module.linear(*arguments)
 
 
 def test_left_to_tiles() -> None:

@@ -45,7 +45,7 @@ def fuses(backend: Backend, xs: Sequence[Tensor], weight: Tensor, transposed: bo
             and not torch._C._functorch.is_functorch_wrapped_tensor(x)
             for x in xs
         )
-        and (room is None or cpu.linear_bytes(sum(map(_rows, xs)), room) <= room)
+        and (room is None or cpu.linear_bytes(list(map(_rows, xs)), room) <= room)
     )
 
 

@@ -25,6 +25,7 @@ except ImportError as error:
     _error = str(error)
 
 ARITHMETIC_RANK = 32  # above it lowrank_ is bound by arithmetic, and a panel in the first cache is worth a longer chunk
+SHARED_ROWS = 512  # rows of all sides that are worth a z of their own: its making is a twentieth of their products
 SMALL = 1 << 16  # elements of a launch below which waking a second thread costs more than it saves
 
 
@@ -186,7 +187,8 @@ def linear(
 
     xs      (rows, n) each, of W's dtype;  weight (m, n), contiguous;  draws[j] names z_j, negative: side j reads W itself
     thins   (j, rows, last): y_j += rows last^T, float32 (rows of x_j, q) and (m, q)
-    room    bytes that the threads may take for what they work in (linear_bytes); fewer of them run where it is scarce
+    room    bytes that the threads may take for what they work in (linear_bytes); where it is scarce, some rows at a time are
+            multiplied, each time with z made anew, and where that does not help, by fewer threads
     outs    contiguous (rows, m) each, of W's dtype, which take the results;  transposed  y_j = x_j (W + scales[j] z_j), W (n, m)
     W + scales[j] z_j is rounded to W's dtype, as perturb writes it; the sums are float32 in a fixed order, rounded once."""
     number = 0 if max(draws) < 0 else _direction(direction)
@@ -196,33 +198,48 @@ def linear(
     wide = {id(bias): bias.float().contiguous() for bias in biases if bias is not None}
     m, n = weight.shape[::-1] if transposed else weight.shape
     ys = list(outs) if outs is not None else [weight.new_empty(len(x), m) for x in xs]
+    rows = [r.contiguous() for _, r, _ in thins]
+    lasts = [last if last.stride(1) == 1 else last.contiguous() for _, _, last in thins]
+    threads, parts = _linear_plan([len(x) for x in xs], room)
     order = sorted(range(len(xs)), key=lambda j: draws[j])
     place = {j: at for at, j in enumerate(order)}
-    sides = [
-        (flat[j].data_ptr(), len(xs[j]), ys[j].data_ptr(), 0 if (b := biases[j]) is None else wide[id(b)].data_ptr(), scales[j], draws[j])
-        for j in order
-    ]  # fmt: skip
-    rows = [r.contiguous() for _, r, _ in thins]
-    lasts = {id(last): last if last.stride(1) == 1 else last.contiguous() for _, _, last in thins}
-    parts = [
-        (place[j], r.data_ptr(), (t := lasts[id(last)]).data_ptr(), t.shape[1], t.stride(0))
-        for (j, _, last), r in zip(thins, rows)
-    ]
-    _module().linear(
-        weight.data_ptr(), table.TYPES[weight.dtype], transposed, m, n, number, seed, span.first, span.who, step, sides, parts,
-        _linear_threads(sum(map(len, xs)), room),
-    )  # fmt: skip
+    for part in range(parts):
+        begins, ends = ([len(x) * at // parts for x in xs] for at in (part, part + 1))
+        sides = []
+        for j in order:
+            begin, bias = begins[j], biases[j]
+            where = flat[j][begin:].data_ptr(), ends[j] - begin, ys[j][begin:].data_ptr()
+            sides.append((*where, 0 if bias is None else wide[id(bias)].data_ptr(), scales[j], draws[j]))
+        products = [
+            (place[j], r[begins[j] :].data_ptr(), last.data_ptr(), last.shape[1], last.stride(0))
+            for (j, _, _), r, last in zip(thins, rows, lasts)
+            if ends[j] > begins[j]
+        ]
+        _module().linear(
+            weight.data_ptr(), table.TYPES[weight.dtype], transposed, m, n, number, seed, span.first, span.who, step, sides, products,
+            threads,
+        )  # fmt: skip
     return ys
 
 
-def linear_bytes(rows: int, room: int | None = None) -> int:
-    """Memory that linear() takes for so many rows of all sides, beside its results: more than `room` only where one thread does."""
-    return _linear_threads(rows, room) * int(_module().linear_memory(rows))
+def linear_bytes(counts: Sequence[int], room: int | None = None) -> int:
+    """Memory that linear() takes for so many rows of each side, beside its results: more than `room` only where one thread does."""
+    threads, parts = _linear_plan(counts, room)
+    return threads * _linear_memory(counts, parts)
 
 
-def _linear_threads(rows: int, room: int | None) -> int:
+def _linear_memory(counts: Sequence[int], parts: int) -> int:
+    return int(_module().linear_memory(sum([-(-count // parts) for count in counts])))
+
+
+def _linear_plan(counts: Sequence[int], room: int | None) -> tuple[int, int]:
+    """Threads, and in how many parts the rows are multiplied: so few that making z again is little beside the products."""
     threads = torch.get_num_threads()
-    return threads if room is None else max(1, min(threads, room // int(_module().linear_memory(rows))))
+    if room is None or threads * _linear_memory(counts, 1) <= room:
+        return threads, 1
+    most = max(1, sum(counts) // SHARED_ROWS)
+    parts = next((parts for parts in range(2, most + 1) if threads * _linear_memory(counts, parts) <= room), most)
+    return max(1, min(threads, room // _linear_memory(counts, parts))), parts
 
 
 def _elements(rights: Sequence[Tensor]) -> int:

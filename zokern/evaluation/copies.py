@@ -192,7 +192,7 @@ class Copies:
             plan = self.plan
             draws = [plan.draw(self.points[side].query) if j in moved else -1 for j, side in enumerate(sides)]
             scales = [self.points[side].offset * group.eps for side in sides]
-            rows = sum(x.numel() // max(1, x.shape[-1]) for x in xs)
+            rows = [x.numel() // max(1, x.shape[-1]) for x in xs]
             self.largest = max(self.largest, self.arena.top.get(weight.device, 0) + cpu.linear_bytes(rows, room))
             span, direction = group.spans[i], plan.direction
             return products.fused_linear(
