@@ -45,6 +45,8 @@ def bench_perturbed(benchmark, report, dtype: str, rows: int, monkeypatch) -> No
     if cpu.why_off() is not None:
         pytest.skip(f"no compiled kernels: {cpu.why_off()}")
 
+    on = cpu.Cpu()
+
     def both(fused: bool, x, ws) -> None:
         monkeypatch.setattr(matmul, "yields", lambda dtype: fused)
         for w in ws:
@@ -52,7 +54,7 @@ def bench_perturbed(benchmark, report, dtype: str, rows: int, monkeypatch) -> No
 
     def plain(x, ws) -> None:
         for w in ws:
-            cpu.linear([x, x], w, Span(0), None, 0, 0, [-1, -1], [0.0, 0.0], [None, None])
+            on.linear([x, x], w, Span(0), None, 0, 0, [-1, -1], [0.0, 0.0], [None, None])
 
     def bound(x, ws) -> None:
         for w in ws:

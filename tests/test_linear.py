@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 from unittest.mock import patch
 
 import models
 import pytest
 import torch
+from mutant import mutant
 from recipes import METHODS
 from torch import Tensor
 
@@ -21,6 +23,7 @@ from zokern.directions import Normal, Rademacher
 
 pytestmark = pytest.mark.skipif(cpu.why_off() is not None, reason=f"no compiled kernels: {cpu.why_off()}")
 ISAS = cpu.architectures() if cpu.why_off() is None else []
+ON = cpu.Cpu()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DEPTH, COLUMNS, BLOCK = 384, 96, 256  # of csrc/linear.cpp: a panel's depth and columns, and a block of rows
 SEED, STEP, SPAN = 11, 5, Span(77, 1003)
@@ -61,7 +64,7 @@ def run(case: Case, given: dict, threads: int | None = None) -> list[Tensor]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        return cpu.linear(
+        return ON.linear(
             given["xs"], given["weight"], SPAN, case.direction, SEED, STEP, given["draws"], given["scales"], given["biases"], given["thins"],
             transposed=case.transposed,
         )  # fmt: skip
@@ -99,16 +102,20 @@ def check(case: Case, found: Callable = run) -> None:
         assert worst < 1.1, f"side {j}: {worst:.3g} times the bound"
 
 
+@contextmanager
 def isa_of(name: str) -> Iterator[None]:
     before = cpu.isa()
     cpu.select(name)
-    yield
-    cpu.select(before)
+    try:
+        yield
+    finally:
+        cpu.select(before)
 
 
 @pytest.fixture(params=ISAS)
 def isa(request) -> Iterator[None]:
-    yield from isa_of(request.param)
+    with isa_of(request.param):
+        yield
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["linear", "transposed"])
@@ -156,10 +163,11 @@ def wrong_rounding(case: Case, given: dict) -> list[Tensor]:
     [wrong_draw, wrong_sign, wrong_offset, wrong_bias, wrong_thin, wrong_depth, wrong_rounding],
     ids=lambda f: f.__name__,
 )
-def test_wrong_products_are_rejected(wrong: Callable) -> None:
+@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "transposed"])
+def test_wrong_products_are_rejected(wrong: Callable, transposed: bool) -> None:
     dtype = torch.bfloat16 if wrong is wrong_rounding else torch.float32
     with pytest.raises(AssertionError, match="times the bound"):
-        check(Case(COLUMNS + 1, DEPTH + 1, 7, dtype, Normal()), wrong)
+        check(Case(COLUMNS + 1, DEPTH + 1, 7, dtype, Normal(), transposed), wrong)
 
 
 def test_unrounded_weights_are_rejected() -> None:
@@ -180,23 +188,25 @@ def test_the_same_bits_however_it_is_run(dtype: torch.dtype) -> None:
     given = case.inputs()
     expected = run(case, given, 1)
     for threads, name in itertools.product((1, 2, 3), ISAS):
-        for _ in isa_of(name):
+        with isa_of(name):
             assert all(map(torch.equal, expected, run(case, given, threads))), (threads, name)
     for j, y in enumerate(expected):
         alone = {name: given[name][j : j + 1] for name in ("xs", "draws", "scales", "biases")}
         alone |= {"weight": given["weight"], "thins": [(0, rows, last) for side, rows, last in given["thins"] if side == j]}
         assert torch.equal(y, run(case, alone)[0]), j
-    few = cpu.linear([given["xs"][0][:2]], given["weight"], SPAN, case.direction, SEED, STEP, [3], [0.05], [None])[0]
-    many = cpu.linear([given["xs"][0]], given["weight"], SPAN, case.direction, SEED, STEP, [3], [0.05], [None])[0]
+    few = ON.linear([given["xs"][0][:2]], given["weight"], SPAN, case.direction, SEED, STEP, [3], [0.05], [None])[0]
+    many = ON.linear([given["xs"][0]], given["weight"], SPAN, case.direction, SEED, STEP, [3], [0.05], [None])[0]
     assert torch.equal(few, many[:2])
 
 
 def test_a_shard_of_rows_reads_its_own_numbers() -> None:
     given = Case(60, 50, 4, torch.float32, Normal()).inputs()
     x, weight = given["xs"][0], given["weight"]
-    whole = cpu.linear([x], weight, SPAN, Normal(), SEED, STEP, [3], [0.05], [None])[0]
-    part = cpu.linear([x], weight[20:], SPAN._replace(first=SPAN.first + 20 * 50), Normal(), SEED, STEP, [3], [0.05], [None])[0]
+    whole = ON.linear([x], weight, SPAN, Normal(), SEED, STEP, [3], [0.05], [None])[0]
+    part = ON.linear([x], weight[20:], SPAN._replace(first=SPAN.first + 20 * 50), Normal(), SEED, STEP, [3], [0.05], [None])[0]
     assert torch.equal(whole[:, 20:], part)
+    unaware = ON.linear([x], weight[20:], SPAN, Normal(), SEED, STEP, [3], [0.05], [None])[0]
+    assert not torch.equal(whole[:, 20:], unaware)
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["torch", "fused"])
@@ -208,7 +218,7 @@ def test_no_rows(transposed: bool, fused: bool) -> None:
     with patch.object(matmul, "yields", lambda dtype: fused):
         assert products.fuses(backends.get("cpu"), [x], weight, transposed) == fused
         (thin,) = products.factored_linear(backends.get("cpu"), [x], weight, [part], 1.0, [bias], transposed)
-        (dense,) = products.fused_linear([x], weight, SPAN, Normal(), SEED, STEP, [3], [0.05], [bias], transposed)
+        (dense,) = products.fused_linear(ON, [x], weight, SPAN, Normal(), SEED, STEP, [3], [0.05], [bias], transposed)
     assert thin.shape == dense.shape == (2, 0, 20)
 
 
@@ -218,16 +228,16 @@ def test_room_bounds_the_threads(monkeypatch) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        one = cpu.linear_bytes([100], 1)
+        one = ON.linear_bytes([100], 1)
         row = COLUMNS * 4
-        assert one == cpu.linear_bytes([20]) // 3
-        assert cpu.linear_bytes([100]) - cpu.linear_bytes([40]) == 3 * 60 * row
-        whole = cpu.linear_bytes([60, 40])
-        assert cpu.linear_bytes([60, 40], whole) == whole
-        assert cpu.linear_bytes([60, 40], whole - 1) == whole - 3 * 50 * row  # two parts
-        assert cpu.linear_bytes([60, 40], whole - 3 * 50 * row - 1) == whole - 3 * 66 * row  # three: 20 and 14 rows
+        assert one == ON.linear_bytes([20]) // 3
+        assert ON.linear_bytes([100]) - ON.linear_bytes([40]) == 3 * 60 * row
+        whole = ON.linear_bytes([60, 40])
+        assert ON.linear_bytes([60, 40], whole) == whole
+        assert ON.linear_bytes([60, 40], whole - 1) == whole - 3 * 50 * row  # two parts
+        assert ON.linear_bytes([60, 40], whole - 3 * 50 * row - 1) == whole - 3 * 66 * row  # three: 20 and 14 rows
         least = whole // 3 - 80 * row  # five parts, one thread
-        assert cpu.linear_bytes([60, 40], 1) == least and cpu.linear_bytes([60, 40], 2 * least) == 2 * least
+        assert ON.linear_bytes([60, 40], 1) == least and ON.linear_bytes([60, 40], 2 * least) == 2 * least
         weight, xs = torch.zeros(60, 30), [torch.zeros(2, 30, 30), torch.zeros(40, 30)]
         with patch.object(matmul, "yields", lambda dtype: True):
             assert products.fuses(backends.get("cpu"), xs, weight, room=least)
@@ -254,11 +264,15 @@ def test_parts_of_the_rows_give_the_same_bits(monkeypatch) -> None:
     calls = []
     right = cpu._module()
     monkeypatch.setattr(cpu, "_module", lambda: Counted(right, calls))
-    expected = cpu.linear(*arguments, given["thins"])
+    expected = ON.linear(*arguments, given["thins"])
     assert len(calls) == 1
-    found = cpu.linear(*arguments, given["thins"], room=1)
+    found = ON.linear(*arguments, given["thins"], room=1)
     assert len(calls) == 1 + sum(len(x) for x in given["xs"]) // 16
     assert all(map(torch.equal, expected, found))
+    for piece, instead in (("r[begins[j] :]", "r"), ("flat[j][begin:]", "flat[j]")):
+        broken = mutant(cpu.Cpu, "linear", piece, instead)
+        found = broken(ON, *arguments, given["thins"], room=1)
+        assert not all(map(torch.equal, expected, found)), instead
 
 
 class Counted:
@@ -301,7 +315,7 @@ def test_the_choice_is_the_processor_s(maker: str, half: bool, expected: tuple[b
     monkeypatch.setattr(matmul, "has_onednn", matmul.has_onednn.__wrapped__)
     monkeypatch.setattr(matmul, "has_half", lambda dtype: half)
     assert (matmul.yields(torch.float32), matmul.yields(torch.bfloat16)) == expected or cpu.isa() == "scalar"
-    for _ in isa_of("scalar"):
+    with isa_of("scalar"):
         assert not matmul.yields(torch.float32)
 
 
@@ -313,12 +327,12 @@ def losses(make: Callable, fused: bool, evaluation: str, dtype: torch.dtype) -> 
     chosen = {"scratch": zokern.Scratch, "paired": lambda: zokern.Paired(check=False)}[evaluation]()
     optimizer = make(model, lr=3e-3, eps=1e-2, weight_decay=0.5, seed=3, queries=2, evaluation=chosen)
     calls = []
-    right = cpu.linear
+    right = cpu.Cpu.linear
     with (
         warnings.catch_warnings(),
         patch.object(matmul, "yields", lambda dtype: fused),
         patch("zokern.evaluation.copies.RESIDENT", 64),
-        patch.object(cpu, "linear", lambda *args: (calls.append(1), right(*args))[1]),
+        patch.object(cpu.Cpu, "linear", lambda *args: (calls.append(1), right(*args))[1]),
     ):
         warnings.filterwarnings("ignore", "the loss did not read|rounding to nearest|a perturbation of eps")
         found = [zokern.step(optimizer, lambda: model(**inputs).loss).losses for _ in range(2)]
@@ -342,4 +356,4 @@ def test_paired_reads_the_bits_of_scratch() -> None:
     """A row's sums do not depend on the rows beside it, so joining sides changes no bit of a product."""
     pytest.importorskip("greenlet")
     scratch, paired = (losses(zokern.MeZO, True, evaluation, torch.float32) for evaluation in ("scratch", "paired"))
-    assert max(abs(a - b) / abs(a) for one, two in zip(scratch, paired) for a, b in zip(one, two)) < 1e-6
+    assert scratch == paired

@@ -251,8 +251,8 @@ def one_middle_for_all() -> Iterator[None]:
 def one_sign_for_all() -> Iterator[None]:
     right = products.fused_linear
 
-    def fused(xs, weight, span, direction, seed, step, draws, scales, biases, *rest):
-        return right(xs, weight, span, direction, seed, step, draws, scales[:1] * len(xs), biases, *rest)
+    def fused(backend, xs, weight, span, direction, seed, step, draws, scales, biases, *rest):
+        return right(backend, xs, weight, span, direction, seed, step, draws, scales[:1] * len(xs), biases, *rest)
 
     with patch.object(products, "fused_linear", fused):
         yield

@@ -57,7 +57,8 @@ def chooses(x: Tensor, weight: Tensor) -> bool:
 def yields(dtype: torch.dtype) -> bool:
     """Whether csrc/linear.cpp's product is faster here than torch's, so that products with a z in them are its own from end to end.
 
-    Measured with AVX2 on an AMD processor (benchmarks/bench_matmul.py); where MKL or instructions for 16 bits are on their fast path it is not."""
+    Measured with AVX2 on an AMD processor (benchmarks/bench_matmul.py); Intel's, and 16 bits with instructions
+    for them, are left to torch, unmeasured."""
     from .backends import cpu
 
     return cpu.why_off() is None and cpu.isa() != "scalar" and has_onednn() and (dtype == torch.float32 or not has_half(dtype))

@@ -109,7 +109,7 @@ def _linear(
     moved = [j for j, scale in enumerate(scales) if scale]
     if residual is None and direction.name in directions.DIRECTIONS and fuses(run, xs, weight):
         draws = [draw if scale else -1 for scale in scales]
-        return fused_linear(xs, weight, span, direction, seed, step, draws, scales, [bias] * len(xs))
+        return fused_linear(run, xs, weight, span, direction, seed, step, draws, scales, [bias] * len(xs))
     fills = [moved[part : part + 2] for part in range(0, len(moved), 2)]
 
     def fill(view: Tensor, here: Span, members: Sequence[int], tiles: Sequence[Tensor], low: Tensor | None) -> None:

@@ -9,6 +9,7 @@ sketch   Y = (sum_k c_k z_k) Omega, or its transpose's, a tile of rows at a time
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import matmul, overlap
-from .backends import Backend, Span, cpu
+from .backends import Backend, Multiplies, Span
 from .overlap import Job
 
 JOIN = 512  # rows of all sides above which joining them gains nothing
@@ -31,7 +32,7 @@ NARROW = 16  # columns below which a thin product is faster from MKL's kernels, 
 def fuses(backend: Backend, xs: Sequence[Tensor], weight: Tensor, transposed: bool = False, room: int | None = None) -> bool:
     """Whether linear() of the CPU's kernels takes these products, z and all, from torch. room: bytes of scratch memory."""
     return (
-        backend.name == "cpu"
+        hasattr(backend, "linear")
         and matmul.yields(weight.dtype)
         and weight.is_contiguous()
         and weight.numel() > 0
@@ -45,11 +46,12 @@ def fuses(backend: Backend, xs: Sequence[Tensor], weight: Tensor, transposed: bo
             and not torch._C._functorch.is_functorch_wrapped_tensor(x)
             for x in xs
         )
-        and (room is None or cpu.linear_bytes(list(map(_rows, xs)), room) <= room)
+        and (room is None or own(backend).linear_bytes(counts_of(xs), room) <= room)
     )
 
 
 def fused_linear(
+    backend: Backend,
     xs: Sequence[Tensor],
     weight: Tensor,
     span: Span,
@@ -67,7 +69,7 @@ def fused_linear(
     No tile of W + z exists, and the sums do not depend on how sides and threads are joined. draws[j] < 0: side j reads W itself."""
     width, columns = weight.shape if transposed else weight.shape[::-1]
     flat = [x.reshape(-1, width) for x in xs]
-    outs = cpu.linear(flat, weight, span, direction, seed, step, draws, scales, biases, (), room, None, transposed)
+    outs = own(backend).linear(flat, weight, span, direction, seed, step, draws, scales, biases, (), room, None, transposed)
     return [_shaped(out, x, columns) for out, x in zip(outs, xs)]
 
 
@@ -148,6 +150,16 @@ def tiled_linear(
     else:
         overlap.in_turn(jobs, make, use, take, release)
     return [_shaped(out, x, total) for out, x in zip(outs, xs)]
+
+
+def own(backend: Backend) -> Multiplies:
+    """The same backend, where fuses() said that it multiplies."""
+    return typing.cast(Multiplies, backend)
+
+
+def counts_of(xs: Sequence[Tensor]) -> list[int]:
+    """Rows of each side."""
+    return [_rows(x) for x in xs]
 
 
 def _rows(x: Tensor) -> int:
@@ -280,7 +292,7 @@ def _sum(
     of its columns at a time: the thin products would read and write all of it once more."""
     rows, columns = x.shape[0], matrix.shape[0]
     if fused:
-        return _fused_sum(x, matrix, bias, thins, room)
+        return _fused_sum(backend, x, matrix, bias, thins, room)
     device = x.device.type
     cast = torch.is_autocast_enabled(device)
     blocks = device == "cpu" and x.dtype == matrix.dtype == torch.float32 and rows * columns > 2 * CACHED
@@ -304,7 +316,9 @@ def _sum(
     return y
 
 
-def _fused_sum(x: Tensor, matrix: Tensor, bias: Tensor | None, thins: Sequence[_Thin], room: int | None) -> Tensor:
+def _fused_sum(
+    backend: Backend, x: Tensor, matrix: Tensor, bias: Tensor | None, thins: Sequence[_Thin], room: int | None
+) -> Tensor:
     """The rows between two ends of thin products are a side."""
     spans = [range(len(x))[thin.here] for thin in thins]
     ends = sorted({0, len(x), *(end for span in spans for end in (span.start, span.stop))})
@@ -316,7 +330,9 @@ def _fused_sum(x: Tensor, matrix: Tensor, bias: Tensor | None, thins: Sequence[_
     xs, ys = ([t[begin:end] for begin, end in sides] for t in (x, y))
     many, transposed = len(xs), not matrix.is_contiguous()
     weight = matrix.t() if transposed else matrix
-    cpu.linear(xs, weight, _ORIGIN[0], None, 0, 0, [-1] * many, [0.0] * many, [bias] * many, parts, room, ys, transposed)
+    own(backend).linear(
+        xs, weight, _ORIGIN[0], None, 0, 0, [-1] * many, [0.0] * many, [bias] * many, parts, room, ys, transposed
+    )
     return y
 
 

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 
 from ..warning import warn
-from .base import DTYPES, ROUNDINGS, SCALARS, STATES, Backend, Span
+from .base import DTYPES, ROUNDINGS, SCALARS, STATES, Backend, Multiplies, Span
 
 BACKENDS = {"reference": "Reference", "cpu": "Cpu", "cuda": "Cuda", "triton": "Triton"}
 DEFAULTS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}  # by device, best first
@@ -58,4 +58,17 @@ def resolve(backend: str | Backend | None, device: torch.device) -> Backend:
     return backend
 
 
-__all__ = ["BACKENDS", "DTYPES", "ROUNDINGS", "SCALARS", "STATES", "Backend", "Span", "default", "get", "resolve", "why_off"]
+__all__ = [
+    "BACKENDS",
+    "DTYPES",
+    "ROUNDINGS",
+    "SCALARS",
+    "STATES",
+    "Backend",
+    "Multiplies",
+    "Span",
+    "default",
+    "get",
+    "resolve",
+    "why_off",
+]

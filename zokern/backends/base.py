@@ -173,6 +173,31 @@ class Backend(Protocol):
         """
 
 
+class Multiplies(Backend, Protocol):
+    """A backend with products of its own, z and all, for those that zokern/products.py hands it: see Cpu."""
+
+    def linear(
+        self,
+        xs: Sequence[Tensor],
+        weight: Tensor,
+        span: Span,
+        direction,
+        seed: int,
+        step: int,
+        draws: Sequence[int],
+        scales: Sequence[float],
+        biases: Sequence[Tensor | None],
+        thins: Sequence[tuple[int, Tensor, Tensor]] = (),
+        room: int | None = None,
+        outs: Sequence[Tensor] | None = None,
+        transposed: bool = False,
+    ) -> list[Tensor]:
+        """y_j = x_j (W + scales[j] z_j)^T + biases[j] + thin products."""
+
+    def linear_bytes(self, counts: Sequence[int], room: int | None = None) -> int:
+        """Memory that linear() takes for so many rows of each side, beside its results."""
+
+
 def check_rows(spans: Sequence[Span], outs: Sequence[Tensor] | None, verb: str = "lowrank_") -> None:
     """A row that is looked up twice would be changed twice: looked-up rows are written to outs only."""
     for i, span in enumerate(spans):

@@ -25,7 +25,7 @@ except ImportError as error:
     _error = str(error)
 
 ARITHMETIC_RANK = 32  # above it lowrank_ is bound by arithmetic, and a panel in the first cache is worth a longer chunk
-SHARED_ROWS = 512  # rows of all sides that are worth a z of their own: its making is a twentieth of their products
+SHARED_ROWS = 512  # rows of all sides that are worth a z of their own: about a tenth of their products (bench_matmul.py)
 SMALL = 1 << 16  # elements of a launch below which waking a second thread costs more than it saves
 
 
@@ -177,55 +177,53 @@ class Cpu:
                           nonfinite.data_ptr(), _workers(entries, chunks), 0)  # fmt: skip
         return nonfinite
 
+    def linear(
+        self, xs: Sequence[Tensor], weight: Tensor, span: Span, direction, seed: int, step: int, draws: Sequence[int], scales: Sequence[float],
+        biases: Sequence[Tensor | None], thins: Sequence[tuple[int, Tensor, Tensor]] = (), room: int | None = None,
+        outs: Sequence[Tensor] | None = None, transposed: bool = False,
+    ) -> list[Tensor]:  # fmt: skip
+        """y_j = x_j (W + scales[j] z_j)^T + biases[j] + thin products, in W's dtype, with z made beside the product (csrc/linear.cpp).
 
-def linear(
-    xs: Sequence[Tensor], weight: Tensor, span: Span, direction, seed: int, step: int, draws: Sequence[int], scales: Sequence[float],
-    biases: Sequence[Tensor | None], thins: Sequence[tuple[int, Tensor, Tensor]] = (), room: int | None = None,
-    outs: Sequence[Tensor] | None = None, transposed: bool = False,
-) -> list[Tensor]:  # fmt: skip
-    """y_j = x_j (W + scales[j] z_j)^T + biases[j] + thin products, in W's dtype, with z made beside the product (csrc/linear.cpp).
+        xs      (rows, n) each, of W's dtype;  weight (m, n), contiguous;  draws[j] names z_j, negative: side j reads W itself
+        thins   (j, rows, last): y_j += rows last^T, float32 (rows of x_j, q) and (m, q)
+        room    bytes that the threads may take for what they work in (linear_bytes); where it is scarce, some rows at a time are
+                multiplied, each time with z made anew, and where that does not help, by fewer threads
+        outs    contiguous (rows, m) each, of W's dtype, which take the results;  transposed  y_j = x_j (W + scales[j] z_j), W (n, m)
+        W + scales[j] z_j is rounded to W's dtype, as perturb writes it; the sums are float32 in a fixed order, rounded once."""
+        number = 0 if max(draws) < 0 else _direction(direction)
+        _check("xs, weight and biases", [*xs, weight, *(bias for bias in biases if bias is not None)])
+        _check("thins", [t for _, rows, last in thins for t in (rows, last)])
+        flat = [x.float().contiguous() for x in xs]  # kept until the call returns, as all below
+        wide = {id(bias): bias.float().contiguous() for bias in biases if bias is not None}
+        m, n = weight.shape[::-1] if transposed else weight.shape
+        ys = list(outs) if outs is not None else [weight.new_empty(len(x), m) for x in xs]
+        rows = [r.contiguous() for _, r, _ in thins]
+        lasts = [last if last.stride(1) == 1 else last.contiguous() for _, _, last in thins]
+        threads, parts = _linear_plan([len(x) for x in xs], room)
+        order = sorted(range(len(xs)), key=lambda j: draws[j])
+        place = {j: at for at, j in enumerate(order)}
+        for part in range(parts):
+            begins, ends = ([len(x) * at // parts for x in xs] for at in (part, part + 1))
+            sides = []
+            for j in order:
+                begin, bias = begins[j], biases[j]
+                where = flat[j][begin:].data_ptr(), ends[j] - begin, ys[j][begin:].data_ptr()
+                sides.append((*where, 0 if bias is None else wide[id(bias)].data_ptr(), scales[j], draws[j]))
+            products = [
+                (place[j], r[begins[j] :].data_ptr(), last.data_ptr(), last.shape[1], last.stride(0))
+                for (j, _, _), r, last in zip(thins, rows, lasts)
+                if ends[j] > begins[j]
+            ]
+            _module().linear(
+                weight.data_ptr(), table.TYPES[weight.dtype], transposed, m, n, number, seed, span.first, span.who, step, sides, products,
+                threads,
+            )  # fmt: skip
+        return ys
 
-    xs      (rows, n) each, of W's dtype;  weight (m, n), contiguous;  draws[j] names z_j, negative: side j reads W itself
-    thins   (j, rows, last): y_j += rows last^T, float32 (rows of x_j, q) and (m, q)
-    room    bytes that the threads may take for what they work in (linear_bytes); where it is scarce, some rows at a time are
-            multiplied, each time with z made anew, and where that does not help, by fewer threads
-    outs    contiguous (rows, m) each, of W's dtype, which take the results;  transposed  y_j = x_j (W + scales[j] z_j), W (n, m)
-    W + scales[j] z_j is rounded to W's dtype, as perturb writes it; the sums are float32 in a fixed order, rounded once."""
-    number = 0 if max(draws) < 0 else _direction(direction)
-    _check("xs, weight and biases", [*xs, weight, *(bias for bias in biases if bias is not None)])
-    _check("thins", [t for _, rows, last in thins for t in (rows, last)])
-    flat = [x.float().contiguous() for x in xs]  # kept until the call returns, as all below
-    wide = {id(bias): bias.float().contiguous() for bias in biases if bias is not None}
-    m, n = weight.shape[::-1] if transposed else weight.shape
-    ys = list(outs) if outs is not None else [weight.new_empty(len(x), m) for x in xs]
-    rows = [r.contiguous() for _, r, _ in thins]
-    lasts = [last if last.stride(1) == 1 else last.contiguous() for _, _, last in thins]
-    threads, parts = _linear_plan([len(x) for x in xs], room)
-    order = sorted(range(len(xs)), key=lambda j: draws[j])
-    place = {j: at for at, j in enumerate(order)}
-    for part in range(parts):
-        begins, ends = ([len(x) * at // parts for x in xs] for at in (part, part + 1))
-        sides = []
-        for j in order:
-            begin, bias = begins[j], biases[j]
-            where = flat[j][begin:].data_ptr(), ends[j] - begin, ys[j][begin:].data_ptr()
-            sides.append((*where, 0 if bias is None else wide[id(bias)].data_ptr(), scales[j], draws[j]))
-        products = [
-            (place[j], r[begins[j] :].data_ptr(), last.data_ptr(), last.shape[1], last.stride(0))
-            for (j, _, _), r, last in zip(thins, rows, lasts)
-            if ends[j] > begins[j]
-        ]
-        _module().linear(
-            weight.data_ptr(), table.TYPES[weight.dtype], transposed, m, n, number, seed, span.first, span.who, step, sides, products,
-            threads,
-        )  # fmt: skip
-    return ys
-
-
-def linear_bytes(counts: Sequence[int], room: int | None = None) -> int:
-    """Memory that linear() takes for so many rows of each side, beside its results: more than `room` only where one thread does."""
-    threads, parts = _linear_plan(counts, room)
-    return threads * _linear_memory(counts, parts)
+    def linear_bytes(self, counts: Sequence[int], room: int | None = None) -> int:
+        """Memory that linear() takes for so many rows of each side, beside its results: more than `room` only where one thread does."""
+        threads, parts = _linear_plan(counts, room)
+        return threads * _linear_memory(counts, parts)
 
 
 def _linear_memory(counts: Sequence[int], parts: int) -> int:
@@ -248,4 +246,4 @@ def _elements(rights: Sequence[Tensor]) -> int:
     return min(max(table.CHUNK_ELEMENTS, 32 * longest // table.ALIGN * table.ALIGN), 8 * table.CHUNK_ELEMENTS)
 
 
-__all__ = ["Cpu", "architectures", "isa", "linear", "linear_bytes", "select", "why_off"]
+__all__ = ["Cpu", "architectures", "isa", "select", "why_off"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import overlap, products
-from ..backends import Span, cpu
+from ..backends import Backend, Span
 from ..directions import DIRECTIONS
 from .arena import ALIGN, Arena
 from .factors import Factors
@@ -192,11 +192,10 @@ class Copies:
             plan = self.plan
             draws = [plan.draw(self.points[side].query) if j in moved else -1 for j, side in enumerate(sides)]
             scales = [self.points[side].offset * group.eps for side in sides]
-            rows = [x.numel() // max(1, x.shape[-1]) for x in xs]
-            self.largest = max(self.largest, self.arena.top.get(weight.device, 0) + cpu.linear_bytes(rows, room))
+            backend = self.working(group, xs, room)
             span, direction = group.spans[i], plan.direction
             return products.fused_linear(
-                xs, weight, span, direction, plan.seed, plan.step, draws, scales, biases, transposed, room
+                backend, xs, weight, span, direction, plan.seed, plan.step, draws, scales, biases, transposed, room
             )
         if group.matrices is None:
             fills = [[sides.index(side) for side in pair] for pair in self.by_query([sides[j] for j in moved])]
@@ -228,6 +227,12 @@ class Copies:
         """Whether one kernel makes z and multiplies; low bits, which it does not read, and directions that it lacks go by tiles."""
         known = group.residual(i) is None and self.plan.direction.name in DIRECTIONS
         return known and products.fuses(group.backend, xs, group.tensors[i], transposed, room)
+
+    def working(self, group: Group, xs: Sequence[Tensor], room: int) -> Backend:
+        """The group's backend, which multiplies; the record counts the memory that it works in."""
+        size = products.own(group.backend).linear_bytes(products.counts_of(xs), room)
+        self.largest = max(self.largest, self.arena.top.get(xs[0].device, 0) + size)
+        return group.backend
 
     def bias(self, bias: Tensor | None, side: int) -> Tensor | None:
         """The bias of a product as this side reads it."""

@@ -83,8 +83,10 @@ def _product(copies: Copies, weight: Tensor, uses: Sequence[tuple[int, _Product]
         # with low bits beside them, 16-bit weights are read as copies of the float32 that they are
         whole = group.matrices is not None and residual is None and group.matrices[i].shape == tuple(source.shape)
         room = copies.arena.left(source.device)
-        thin = transposed or products.fuses(group.backend, xs, source, transposed, room) or not products.is_long(xs, source)
-        if group.matrices is not None and whole and thin:
+        fused = products.fuses(group.backend, xs, source, transposed, room)
+        if group.matrices is not None and whole and (transposed or fused or not products.is_long(xs, source)):
+            if fused:
+                copies.working(group, xs, room)
             parts = copies.factors.parts(group, i, sides, transposed)
             return products.factored_linear(
                 group.backend, xs, source, parts, group.matrices[i].shrink, biases, transposed, room
