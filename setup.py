@@ -47,6 +47,7 @@ ISA_FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "scalar": "",
 }
+LINEAR_FLAGS = {"avx512bf16": f"{ISA_FLAGS['avx512']} -mavx512bf16"}  # instructions that only products have a use for
 NVCC_FLAGS = "-std=c++17 -O3 --fmad=false -Xcompiler -fPIC,-fvisibility=hidden,-ffp-contract=off"
 CUDA_SOURCES = ("elementwise", "update", "lowrank")
 CPU_SOURCES = (*CUDA_SOURCES, "linear")
@@ -121,22 +122,32 @@ def find_nvcc() -> str:
     return nvcc
 
 
+def knows(cxx: str, flags: str) -> bool:
+    """Whether the compiler has these instructions: GCC 10 and Clang 9 are the first with avx512bf16."""
+    return not subprocess.run(
+        [cxx, *flags.split(), "-E", "-x", "c++", os.devnull], cwd=ROOT, capture_output=True, timeout=300
+    ).returncode
+
+
 def cpu() -> Part:
     """bind.cpp and isa.cpp; each verb's source once per instruction set, and once more for the part that shares the work out."""
     cxx = find_cxx()
-    isas = list(ISA_FLAGS) if platform.machine().lower() in ("x86_64", "amd64") else ["scalar"]
-    part = Part("cpu", {"compiler": run(cxx, "--version").splitlines()[0], "flags": CXX_FLAGS, "instruction_sets": isas}, [])
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    isas = ISA_FLAGS if x86 else {"scalar": ""}
+    products = {isa: flags for isa, flags in LINEAR_FLAGS.items() if x86 and knows(cxx, flags)}
+    record = {"compiler": run(cxx, "--version").splitlines()[0], "flags": CXX_FLAGS, "instruction_sets": [*products, *isas]}
+    part = Part("cpu", record, [])
     objects = [f"{OBJECTS}/cpu/bind.o", f"{OBJECTS}/cpu/isa.o"]
     part.rules += [
         part.bind_rule() + " -DZOKERN_LOWRANK_CPU -DZOKERN_UPDATE -DZOKERN_LINEAR",
-        f"build {objects[1]}: cxx csrc/isa.cpp",
+        f"build {objects[1]}: cxx csrc/isa.cpp\n  flags = {' '.join(f'-DZOKERN_{isa.upper()}' for isa in products)}",
     ]
     for source in CPU_SOURCES:
         objects.append(f"{OBJECTS}/cpu/{source}.o")
         part.rules.append(f"build {objects[-1]}: cxx csrc/{source}.cpp")
-        for isa in isas:
+        for isa, flags in {**isas, **(products if source == "linear" else {})}.items():
             objects.append(f"{OBJECTS}/cpu/{source}.{isa}.o")
-            part.rules.append(f"build {objects[-1]}: cxx csrc/{source}.cpp\n  flags = -DZOKERN_ISA={isa} {ISA_FLAGS[isa]}")
+            part.rules.append(f"build {objects[-1]}: cxx csrc/{source}.cpp\n  flags = -DZOKERN_ISA={isa} {flags}")
     part.rules.append(f"build {part.output}: link {' '.join(objects)}")
     return part
 

@@ -158,7 +158,7 @@ void linear(uintptr_t weight, int32_t type, bool transposed, int64_t m, int64_t 
   for (const auto& [x, rows, y, bias, scale, draw] : sides) {
     check(rows >= 0 && (rows == 0 || (x != 0 && y != 0)) && draw < int64_t{1} << 32,
           "a side's rows, x, y or draw is out of range");
-    product.sides.push_back({at<float>(x), rows, at<void>(y), at<float>(bias), scale, draw});
+    product.sides.push_back({at<void>(x), rows, at<void>(y), at<float>(bias), scale, draw});
   }
   for (const auto& [side, x, last, rank, stride] : thins) {
     check(side >= 0 && side < static_cast<int64_t>(sides.size()) && rank >= 0 && stride >= rank && x != 0 && last != 0,
@@ -211,6 +211,7 @@ PYBIND11_MODULE(ZOKERN_MODULE, module) {
 #endif
 #if defined(ZOKERN_LINEAR)
   module.def("linear", &linear);
+  module.def("linear_pairs", &zo::linear_pairs);
   module.def("linear_memory", &zo::linear_memory, Free(), arg("rows"));
 #endif
 #if defined(ZOKERN_LOWRANK_CUDA)

@@ -8,39 +8,52 @@
 
 #include "elementwise.h"
 
+#define ZO_DECLARE_LINEAR(isa)                           \
+  void zokern_linear_##isa(const void*, int64_t, char*); \
+  int64_t zokern_linear_memory_##isa();                  \
+  bool zokern_linear_pairs_##isa();
 #define ZO_DECLARE(isa)                                         \
   int64_t zokern_chunk_##isa(const void* job, int64_t chunk);   \
   int64_t zokern_lowrank_##isa(const void* job, int64_t chunk); \
   int64_t zokern_update_##isa(const void* job, int64_t chunk);  \
-  void zokern_linear_##isa(const void*, int64_t, char*);        \
-  int64_t zokern_linear_memory_##isa();                         \
   void zokern_panel_##isa(const float*, int64_t, int64_t, int64_t, int64_t, float*);
+// the functions of a path: the verbs of one instruction set, the products of it or of one that adds to it
+#define ZO_FUNCTIONS(isa, products)                                                                                         \
+  zokern_chunk_##isa, zokern_lowrank_##isa, zokern_update_##isa, zokern_linear_##products, zokern_linear_memory_##products, \
+      zokern_linear_pairs_##products, zokern_panel_##isa
 extern "C" {
 ZO_DECLARE(scalar)
+ZO_DECLARE_LINEAR(scalar)
 #if defined(__x86_64__)
 ZO_DECLARE(avx2)
+ZO_DECLARE_LINEAR(avx2)
 ZO_DECLARE(avx512)
+ZO_DECLARE_LINEAR(avx512)
+ZO_DECLARE_LINEAR(avx512bf16)  // where the compiler has it: setup.py
 #endif
 }
-#undef ZO_DECLARE
 
 namespace zo {
 namespace {
 
+#if defined(__x86_64__)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+#endif
+
 std::vector<Path>& paths() {  // best first
   static std::vector<Path> list = {
 #if defined(__x86_64__)
-      {"avx512",
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"),
-       zokern_chunk_avx512, zokern_lowrank_avx512, zokern_update_avx512, zokern_linear_avx512, zokern_linear_memory_avx512,
-       zokern_panel_avx512},
-      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"),
-       zokern_chunk_avx2, zokern_lowrank_avx2, zokern_update_avx2, zokern_linear_avx2, zokern_linear_memory_avx2,
-       zokern_panel_avx2},
+#if defined(ZOKERN_AVX512BF16)
+      {"avx512bf16", has_avx512() && __builtin_cpu_supports("avx512bf16"), ZO_FUNCTIONS(avx512, avx512bf16)},
 #endif
-      {"scalar", true, zokern_chunk_scalar, zokern_lowrank_scalar, zokern_update_scalar, zokern_linear_scalar,
-       zokern_linear_memory_scalar, zokern_panel_scalar},
+      {"avx512", has_avx512(), ZO_FUNCTIONS(avx512, avx512)},
+      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"),
+       ZO_FUNCTIONS(avx2, avx2)},
+#endif
+      {"scalar", true, ZO_FUNCTIONS(scalar, scalar)},
   };
   return list;
 }

@@ -13,7 +13,7 @@
 namespace zo {
 
 struct Side {         // one product; those with the same draw lie next to one another
-  const float* x;     // rows x n, contiguous
+  const void* x;      // rows x n, contiguous; float32, but bfloat16 where W is and linear_pairs()
   int64_t rows;       //
   void* y;            // rows x m, contiguous, of W's type
   const float* bias;  // m, or null
@@ -42,6 +42,7 @@ struct Linear {
 };
 
 void linear(const Linear& product);
+bool linear_pairs();                  // whether x is read in bfloat16 where W is
 int64_t linear_memory(int64_t rows);  // bytes of a thread, for so many rows of all sides
 
 }  // namespace zo

@@ -26,11 +26,11 @@ ISAS = cpu.architectures() if cpu.why_off() is None else []
 ON = cpu.Cpu()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DEPTH, COLUMNS, BLOCK = 384, 96, 256  # of csrc/linear.cpp: a panel's depth and columns, and a block of rows
-SEED, STEP, SPAN = 11, 5, Span(77, 1003)
+SEED, STEP = 11, 5
 
 
 class Case(NamedTuple):
-    """A product of several sides: two of one draw, W itself, one of another draw, and W itself again."""
+    """A product of several sides: two of one draw, W itself, one of another draw, W itself again, and one more draw."""
 
     m: int
     n: int
@@ -38,18 +38,23 @@ class Case(NamedTuple):
     dtype: torch.dtype
     direction: object
     transposed: bool = False
+    first: int = 1003  # number of W's first element: no row begins with a block of the stream
+
+    @property
+    def span(self) -> Span:
+        return Span(77, self.first)
 
     def inputs(self) -> dict:
         draw = lambda *shape: torch.randn(*shape, dtype=torch.float64).float()  # noqa: E731
-        rows = [self.rows, self.rows + 3, 1, self.rows, 2]
+        rows = [self.rows, self.rows + 3, 1, self.rows, 2, 3]
         last = draw(self.m, 9)
         bias = draw(self.m).to(self.dtype)
         return {
             "xs": [draw(r, self.n).to(self.dtype) for r in rows],
             "weight": (draw(*((self.n, self.m) if self.transposed else (self.m, self.n))) * 0.1).to(self.dtype),
-            "draws": [3, 3, -1, 8, -1],
-            "scales": [0.05, -0.05, 0.0, 0.03, 0.0],
-            "biases": [bias, None, draw(self.m).to(self.dtype), bias, None],
+            "draws": [3, 3, -1, 8, -1, 9],
+            "scales": [0.05, -0.05, 0.0, 0.03, 0.0, -0.04],
+            "biases": [bias, None, draw(self.m).to(self.dtype), bias, None, None],
             "thins": [(j, draw(rows[j], 7), last[:, 1:8]) for j in (0, 1, 4)]
             + [(1, draw(rows[1], 3), last[:, 1:4]), (0, draw(rows[0], 400), draw(self.m, 400))],
         }
@@ -58,6 +63,8 @@ class Case(NamedTuple):
 SHAPES = [
     (1, 1, 1), (7, 401, 9), (24, 16, 4), (25, DEPTH, 5), (COLUMNS + 1, DEPTH + 1, 7), (100, 30, 3), (2 * COLUMNS, 2 * DEPTH, BLOCK + 1),
 ]  # fmt: skip
+BATCH = 128  # of csrc/linear.cpp: columns that are made at a time where every row begins with a block
+ALIGNED = [(1, BATCH, 1), (17, 2 * BATCH, 4), (COLUMNS + 15, 2 * DEPTH + BATCH, 3), (50, 40, 5), (25, DEPTH + 72, 2)]
 
 
 def run(case: Case, given: dict, threads: int | None = None) -> list[Tensor]:
@@ -65,7 +72,7 @@ def run(case: Case, given: dict, threads: int | None = None) -> list[Tensor]:
     torch.set_num_threads(threads or before)
     try:
         return ON.linear(
-            given["xs"], given["weight"], SPAN, case.direction, SEED, STEP, given["draws"], given["scales"], given["biases"], given["thins"],
+            given["xs"], given["weight"], case.span, case.direction, SEED, STEP, given["draws"], given["scales"], given["biases"], given["thins"],
             transposed=case.transposed,
         )  # fmt: skip
     finally:
@@ -83,7 +90,7 @@ def check(case: Case, found: Callable = run) -> None:
         if given["draws"][j] >= 0:
             outs = [[torch.empty_like(weight)]]
             backends.get("reference").perturb(
-                [weight], [SPAN], case.direction, SEED, STEP, given["draws"][j], [given["scales"][j]], outs, None
+                [weight], [case.span], case.direction, SEED, STEP, given["draws"][j], [given["scales"][j]], outs, None
             )
             weight = outs[0][0]
         if case.transposed:
@@ -126,21 +133,53 @@ def test_equal_to_rounding(isa, m: int, n: int, rows: int, dtype: torch.dtype, d
     check(Case(m, n, rows, dtype, direction, transposed))
 
 
+@pytest.mark.parametrize("direction", [Normal(), Rademacher()], ids=["normal", "rademacher"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m, n, rows", ALIGNED)
+def test_equal_to_rounding_where_rows_begin_with_a_block(isa, m: int, n: int, rows: int, dtype: torch.dtype, direction) -> None:
+    check(Case(m, n, rows, dtype, direction, first=1024))
+
+
+@pytest.mark.parametrize(
+    "m, n, first", [(*shape[:2], 1024) for shape in ALIGNED] + [(33, 2 * BATCH, 1024 + 64), (7, 401, 0), (3, 40, 8)]
+)
+@pytest.mark.parametrize("direction", [Normal(), Rademacher()], ids=["normal", "rademacher"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_weights_of_perturb_bit_for_bit(isa, m: int, n: int, first: int, dtype: torch.dtype, direction) -> None:
+    """Where z is made beside the product and where perturb's weights are given to it, the results are the same."""
+    case = Case(m, n, 2, dtype, direction, first=first)
+    given = case.inputs() | {"thins": []}
+    weight = given["weight"]
+    weight.view(-1)[:: max(1, m * n // 5)] = float("inf")
+    weight.view(-1)[m * n // 2] = float("nan")
+    for x, y, draw, scale, bias in zip(given["xs"], run(case, given), given["draws"], given["scales"], given["biases"]):
+        read = weight
+        if draw >= 0:
+            (read,) = outs = [torch.empty_like(weight)]
+            backends.get("reference").perturb([weight], [case.span], direction, SEED, STEP, draw, [scale], [outs], None)
+        (expected,) = ON.linear([x], read, case.span, None, 0, 0, [-1], [0.0], [bias])
+        assert torch.equal(expected.nan_to_num(7.0), y.nan_to_num(7.0))
+        assert torch.equal(expected.isnan(), y.isnan())
+
+
 def wrong_draw(case: Case, given: dict) -> list[Tensor]:
-    return run(case, given | {"draws": [3, 3, -1, 3, -1]})
+    return run(case, given | {"draws": [3, 3, -1, 3, -1, 9]})
+
+
+def swapped_draws(case: Case, given: dict) -> list[Tensor]:
+    return run(case, given | {"draws": [3, 3, -1, 9, -1, 8]})
 
 
 def wrong_sign(case: Case, given: dict) -> list[Tensor]:
-    return run(case, given | {"scales": [0.05, 0.05, 0.0, 0.03, 0.0]})
+    return run(case, given | {"scales": [0.05, 0.05, 0.0, 0.03, 0.0, -0.04]})
 
 
 def wrong_offset(case: Case, given: dict) -> list[Tensor]:
-    with patch(f"{__name__}.SPAN", SPAN._replace(first=SPAN.first + 1)):
-        return run(case, given)
+    return run(case._replace(first=case.first + 8), given)
 
 
 def wrong_bias(case: Case, given: dict) -> list[Tensor]:
-    return run(case, given | {"biases": given["biases"][:1] * 5})
+    return run(case, given | {"biases": given["biases"][:1] * 6})
 
 
 def wrong_thin(case: Case, given: dict) -> list[Tensor]:
@@ -154,20 +193,23 @@ def wrong_depth(case: Case, given: dict) -> list[Tensor]:
 
 def wrong_rounding(case: Case, given: dict) -> list[Tensor]:
     """The result is rounded before the bias is added, and again after it."""
-    ys = run(case, given | {"biases": [None] * 5})
+    ys = run(case, given | {"biases": [None] * 6})
     return [y if bias is None else y + bias for y, bias in zip(ys, given["biases"])]
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [wrong_draw, wrong_sign, wrong_offset, wrong_bias, wrong_thin, wrong_depth, wrong_rounding],
+    [wrong_draw, swapped_draws, wrong_sign, wrong_offset, wrong_bias, wrong_thin, wrong_depth, wrong_rounding],
     ids=lambda f: f.__name__,
 )
-@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "transposed"])
-def test_wrong_products_are_rejected(wrong: Callable, transposed: bool) -> None:
+@pytest.mark.parametrize("form", ["linear", "transposed", "aligned"])
+def test_wrong_products_are_rejected(wrong: Callable, form: str) -> None:
     dtype = torch.bfloat16 if wrong is wrong_rounding else torch.float32
+    case = Case(COLUMNS + 1, DEPTH + 1, 7, dtype, Normal(), form == "transposed")
+    if form == "aligned":
+        case = case._replace(n=DEPTH + BATCH, first=1024)
     with pytest.raises(AssertionError, match="times the bound"):
-        check(Case(COLUMNS + 1, DEPTH + 1, 7, dtype, Normal(), transposed), wrong)
+        check(case, wrong)
 
 
 def test_unrounded_weights_are_rejected() -> None:
@@ -181,10 +223,12 @@ def test_unrounded_weights_are_rejected() -> None:
         check(Case(COLUMNS + 1, DEPTH + 1, 7, torch.bfloat16, Normal()), unrounded)
 
 
+@pytest.mark.parametrize("aligned", [False, True], ids=["", "aligned"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "transposed"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_same_bits_however_it_is_run(dtype: torch.dtype) -> None:
-    """Any instruction set, any number of threads, alone or beside other sides: sums run over k in order."""
-    case = Case(4 * COLUMNS + 5, DEPTH + 9, 6, dtype, Normal())
+def test_the_same_bits_however_it_is_run(dtype: torch.dtype, transposed: bool, aligned: bool) -> None:
+    """Any instruction set, any number of threads, alone or beside other sides: sums run over k in a fixed order."""
+    case = Case(4 * COLUMNS + 5, DEPTH + (BATCH if aligned else 9), 6, dtype, Normal(), transposed, 1024 if aligned else 1003)
     given = case.inputs()
     expected = run(case, given, 1)
     for threads, name in itertools.product((1, 2, 3), ISAS):
@@ -194,19 +238,34 @@ def test_the_same_bits_however_it_is_run(dtype: torch.dtype) -> None:
         alone = {name: given[name][j : j + 1] for name in ("xs", "draws", "scales", "biases")}
         alone |= {"weight": given["weight"], "thins": [(0, rows, last) for side, rows, last in given["thins"] if side == j]}
         assert torch.equal(y, run(case, alone)[0]), j
-    few = ON.linear([given["xs"][0][:2]], given["weight"], SPAN, case.direction, SEED, STEP, [3], [0.05], [None])[0]
-    many = ON.linear([given["xs"][0]], given["weight"], SPAN, case.direction, SEED, STEP, [3], [0.05], [None])[0]
+    alone = {name: given[name][:1] for name in ("draws", "scales", "biases")} | {"weight": given["weight"], "thins": []}
+    few, many = (run(case, alone | {"xs": [given["xs"][0][:rows]]})[0] for rows in (2, 6))
     assert torch.equal(few, many[:2])
 
 
-def test_a_shard_of_rows_reads_its_own_numbers() -> None:
-    given = Case(60, 50, 4, torch.float32, Normal()).inputs()
-    x, weight = given["xs"][0], given["weight"]
-    whole = ON.linear([x], weight, SPAN, Normal(), SEED, STEP, [3], [0.05], [None])[0]
-    part = ON.linear([x], weight[20:], SPAN._replace(first=SPAN.first + 20 * 50), Normal(), SEED, STEP, [3], [0.05], [None])[0]
-    assert torch.equal(whole[:, 20:], part)
-    unaware = ON.linear([x], weight[20:], SPAN, Normal(), SEED, STEP, [3], [0.05], [None])[0]
-    assert not torch.equal(whole[:, 20:], unaware)
+@pytest.mark.parametrize("n, first", [(50, 1003), (2 * BATCH, 1024)])
+def test_a_shard_of_rows_reads_its_own_numbers(n: int, first: int) -> None:
+    case = Case(60, n, 4, torch.float32, Normal(), first=first)
+    given = case.inputs()
+    alone = {name: given[name][:1] for name in ("xs", "draws", "scales")} | {
+        "weight": given["weight"],
+        "thins": [],
+        "biases": [None],
+    }
+    rows = alone | {"weight": given["weight"][20:]}
+    whole = run(case, alone)[0]
+    assert torch.equal(whole[:, 20:], run(case._replace(first=first + 20 * n), rows)[0])
+    assert not torch.equal(whole[:, 20:], run(case, rows)[0])
+
+
+def test_bfloat16_takes_its_pairs_the_odd_one_first() -> None:
+    """The order of the processor's dot product of pairs, whether it has one or not; to it, numbers under 2^-126 are zero."""
+    x = torch.ones(1, 4).bfloat16()
+    weight = torch.tensor([[2.0**24, 0.0, 1.0, -(2.0**24)], [2.0**-130, 0.0, 0.0, 0.0]]).bfloat16()
+    for name in ISAS:
+        with isa_of(name):
+            (y,) = ON.linear([x], weight, Span(0), None, 0, 0, [-1], [0.0], [None])
+            assert y.tolist() == [[1.0, 0.0 if cpu.pairs() else 2.0**-130]], name  # from k = 0 up the first would be 0
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["torch", "fused"])
@@ -218,7 +277,7 @@ def test_no_rows(transposed: bool, fused: bool) -> None:
     with patch.object(matmul, "yields", lambda dtype: fused):
         assert products.fuses(backends.get("cpu"), [x], weight, transposed) == fused
         (thin,) = products.factored_linear(backends.get("cpu"), [x], weight, [part], 1.0, [bias], transposed)
-        (dense,) = products.fused_linear(ON, [x], weight, SPAN, Normal(), SEED, STEP, [3], [0.05], [bias], transposed)
+        (dense,) = products.fused_linear(ON, [x], weight, Span(77, 1003), Normal(), SEED, STEP, [3], [0.05], [bias], transposed)
     assert thin.shape == dense.shape == (2, 0, 20)
 
 
@@ -253,7 +312,7 @@ def test_parts_of_the_rows_give_the_same_bits(monkeypatch) -> None:
     arguments = [
         given["xs"],
         given["weight"],
-        SPAN,
+        case.span,
         case.direction,
         SEED,
         STEP,
@@ -306,15 +365,17 @@ def test_left_to_tiles() -> None:
         assert seen == [False]
 
 
-@pytest.mark.parametrize("maker, half, expected", [
-    ("AuthenticAMD", False, (True, True)), ("AuthenticAMD", True, (True, False)), ("GenuineIntel", False, (False, False)),
-    ("", False, (False, False)),
+@pytest.mark.parametrize("maker, half, pairs, expected", [
+    ("AuthenticAMD", False, False, (True, True, True)), ("AuthenticAMD", True, False, (True, False, False)),
+    ("AuthenticAMD", True, True, (True, True, False)), ("GenuineIntel", False, True, (False, False, False)),
+    ("", False, True, (False, False, False)),
 ])  # fmt: skip
-def test_the_choice_is_the_processor_s(maker: str, half: bool, expected: tuple[bool, bool], monkeypatch) -> None:
+def test_the_choice_is_the_processor_s(maker: str, half: bool, pairs: bool, expected: tuple[bool, ...], monkeypatch) -> None:
     monkeypatch.setattr(matmul, "maker", lambda: maker)
     monkeypatch.setattr(matmul, "has_onednn", matmul.has_onednn.__wrapped__)
     monkeypatch.setattr(matmul, "has_half", lambda dtype: half)
-    assert (matmul.yields(torch.float32), matmul.yields(torch.bfloat16)) == expected or cpu.isa() == "scalar"
+    monkeypatch.setattr(cpu, "pairs", lambda: pairs)
+    assert tuple(map(matmul.yields, DTYPES)) == expected or cpu.isa() == "scalar"
     with isa_of("scalar"):
         assert not matmul.yields(torch.float32)
 

@@ -57,11 +57,12 @@ def chooses(x: Tensor, weight: Tensor) -> bool:
 def yields(dtype: torch.dtype) -> bool:
     """Whether csrc/linear.cpp's product is faster here than torch's, so that products with a z in them are its own from end to end.
 
-    Measured with AVX2 on an AMD processor (benchmarks/bench_matmul.py); Intel's, and 16 bits with instructions
-    for them, are left to torch, unmeasured."""
+    Measured on AMD processors, with AVX2 and with AVX-512 (benchmarks/bench_matmul.py); Intel's are left to torch, unmeasured."""
     from .backends import cpu
 
-    return cpu.why_off() is None and cpu.isa() != "scalar" and has_onednn() and (dtype == torch.float32 or not has_half(dtype))
+    if cpu.why_off() is not None or cpu.isa() == "scalar" or not has_onednn():
+        return False
+    return dtype == torch.float32 or not has_half(dtype) or (dtype == torch.bfloat16 and cpu.pairs())
 
 
 def _widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -37,7 +37,7 @@ def overlaps_itself(tensor: Tensor) -> bool:
 def shared_memory(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
     """The positions of two tensors that have an element in common, or None."""
     starts = np.array([t.data_ptr() for t in tensors])
-    sizes = np.array([t.numel() * t.element_size() if t.is_contiguous() else _reach(t) for t in tensors])
+    sizes = np.array([t.nbytes if t.is_contiguous() else _reach(t) for t in tensors])
     order = np.argsort(starts)
     if np.all((starts + sizes)[order][:-1] <= starts[order][1:]):
         return None

@@ -19,9 +19,11 @@ struct Simd {
   static F floats(U x) { return (F)x; }
   static F from_int(U x) { return _mm256_cvtepi32_ps((__m256i)x); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static constexpr bool kPairs = false;
   static F root(F x) { return _mm256_sqrt_ps(x); }
   static U lane() { return U{0, 1, 2, 3, 4, 5, 6, 7}; }
 
+  static void store(uint32_t* p, U x) { _mm256_store_si256((__m256i*)p, (__m256i)x); }
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
   static U load(const uint32_t* p) { return (U)_mm256_load_si256((const __m256i*)p); }
@@ -53,6 +55,15 @@ struct Simd {
   static W counters(uint32_t block) {
     const W order = kUnpack ? _mm256_setr_epi64x(0, 1, 2, 3) : _mm256_setr_epi64x(0, 2, 1, 3);
     return _mm256_add_epi64(_mm256_set1_epi64x(block), order);
+  }
+  // Blocks of eight rows `pitch` blocks apart, four of them in each half: those that split() puts in order.
+  static W rows(uint32_t block, uint32_t pitch, int half) {
+    const W row = _mm256_add_epi64(_mm256_setr_epi64x(0, 1, 4, 5), _mm256_set1_epi64x(2 * half));
+    return add(_mm256_mul_epu32(row, _mm256_set1_epi64x(pitch)), block);
+  }
+  static W add(W x, uint32_t y) { return _mm256_add_epi64(x, _mm256_set1_epi64x(y)); }
+  static void split(W first, W second, U& low, U& high) {
+    low = (U)_mm256_shuffle_ps((F)first, (F)second, 0x88), high = (U)_mm256_shuffle_ps((F)first, (F)second, 0xdd);
   }
   static W wide(uint32_t x) { return _mm256_set1_epi64x(x); }
   static W multiply(W x, uint32_t constant) { return _mm256_mul_epu32(x, _mm256_set1_epi64x(constant)); }

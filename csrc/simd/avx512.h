@@ -19,9 +19,21 @@ struct Simd {
   static F floats(U x) { return (F)x; }
   static F from_int(U x) { return _mm512_cvtepi32_ps((__m512i)x); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+#if defined(__AVX512BF16__)
+  static constexpr bool kPairs = true;
+  static F dot(F x, F w, F sum) { return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)w); }
+  // rounded to nearest; numbers under 2^-126 to zero, for which dot() takes them in any case
+  static F pair(F even, F odd) {
+    const U order = lane() | (lane() + 16u) << 16;
+    return (F)_mm512_permutexvar_epi16((__m512i)order, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+  }
+#else
+  static constexpr bool kPairs = false;
+#endif
   static F root(F x) { return _mm512_sqrt_ps(x); }
   static U lane() { return U{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
 
+  static void store(uint32_t* p, U x) { _mm512_store_si512(p, (__m512i)x); }
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
   static U load(const uint32_t* p) { return (U)_mm512_load_si512(p); }
@@ -50,6 +62,15 @@ struct Simd {
   static W counters(uint32_t block) {
     const W order = kUnpack ? _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7) : _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
     return _mm512_add_epi64(_mm512_set1_epi64(block), order);
+  }
+  // Blocks of sixteen rows `pitch` blocks apart, eight of them in each half: those that split() puts in order.
+  static W rows(uint32_t block, uint32_t pitch, int half) {
+    const W row = _mm512_add_epi64(_mm512_setr_epi64(0, 1, 4, 5, 8, 9, 12, 13), _mm512_set1_epi64(2 * half));
+    return add(_mm512_mul_epu32(row, _mm512_set1_epi64(pitch)), block);
+  }
+  static W add(W x, uint32_t y) { return _mm512_add_epi64(x, _mm512_set1_epi64(y)); }
+  static void split(W first, W second, U& low, U& high) {
+    low = (U)_mm512_shuffle_ps((F)first, (F)second, 0x88), high = (U)_mm512_shuffle_ps((F)first, (F)second, 0xdd);
   }
   static W wide(uint32_t x) { return _mm512_set1_epi64(x); }
   static W multiply(W x, uint32_t constant) { return _mm512_mul_epu32(x, _mm512_set1_epi64(constant)); }

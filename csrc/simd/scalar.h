@@ -16,11 +16,13 @@ struct Simd {
   static F floats(U x) { return as_float(x); }
   static F from_int(U x) { return zo::from_int(static_cast<int32_t>(x)); }
   static F fma(F a, F b, F c) { return fma_rn(a, b, c); }
+  static constexpr bool kPairs = false;  // of bfloat16: dot(x, w, sum) = sum + odd x odd w, + even x even w
   static F root(F x) { return sqrt_rn(x); }
   static U lane() { return 0; }
 
   static F load(const float* p) { return *p; }
   static void store(float* p, F x) { *p = x; }
+  static void store(uint32_t* p, U x) { *p = x; }
   static U load(const uint32_t* p) { return *p; }
   // two 16-bit elements a word
   static U load_pairs(const uint16_t* p) { return p[0] | static_cast<uint32_t>(p[1]) << 16; }
@@ -43,6 +45,12 @@ struct Simd {
   template <bool kUnpack>
   static W counters(uint32_t block) {
     return block;
+  }
+  // Blocks of kLanes rows `pitch` blocks apart, in two halves: those that split() puts in order. One lane has no use for them.
+  static W rows(uint32_t block, uint32_t pitch, int half) { return block + static_cast<uint64_t>(half) * pitch; }
+  static W add(W x, uint32_t y) { return x + y; }
+  static void split(W first, W, U& low, U& high) {
+    low = static_cast<uint32_t>(first), high = static_cast<uint32_t>(first >> 32);
   }
   static W wide(uint32_t x) { return x; }
   static W multiply(W x, uint32_t constant) { return static_cast<uint64_t>(static_cast<uint32_t>(x)) * constant; }

@@ -9,22 +9,48 @@ struct Name {
   const uint32_t (*keys)[16];
 };
 
+// kChains groups of blocks on their way through the rounds, side by side: the rounds of one wait for one another
+template <int kChains>
+struct Rounds {
+  Simd::W a[kChains], c[kChains], e[kChains], g[kChains];
+
+  ZO_INLINE void start(const Name& name) {  // a: the counters
+#pragma GCC unroll 4
+    for (int i = 0; i < kChains; ++i) c[i] = Simd::wide(name.step), e[i] = Simd::wide(name.who), g[i] = Simd::wide(name.draw);
+  }
+  // rounds [kFrom, kTo), but for the last one of all
+  template <int kFrom, int kTo>
+  ZO_INLINE void run(const Name& name) {
+#pragma GCC unroll 9
+    for (int round = kFrom; round < kTo; ++round) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kChains; ++i) {
+        const auto p = Simd::multiply(a[i], kPhiloxM0), q = Simd::multiply(c[i], kPhiloxM1);
+        a[i] = Simd::mix(q, e[i], name.keys[2 * round]), e[i] = q;
+        c[i] = Simd::mix(p, g[i], name.keys[2 * round + 1]), g[i] = p;
+      }
+    }
+  }
+  ZO_INLINE void finish(const Name& name, Simd::W (&w01)[kChains], Simd::W (&w23)[kChains]) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kChains; ++i) {
+      const auto p = Simd::multiply(a[i], kPhiloxM0), q = Simd::multiply(c[i], kPhiloxM1);
+      w01[i] = Simd::last(q, e[i], name.keys[18]), w23[i] = Simd::last(p, g[i], name.keys[19]);
+    }
+  }
+};
+
 // The words of `blocks` blocks (rounded up to groups). kUnpack: in the order that interleave() undoes.
 template <bool kUnpack, int kAhead>
 ZO_INLINE void make_words(uint32_t block, int blocks, const Name& name, uint32_t* words, const char* ahead) {
-  const auto x1 = Simd::wide(name.who), x2 = Simd::wide(name.step), x3 = Simd::wide(name.draw);
   for (int b = 0; b < blocks; b += Simd::kGroup) {
     for (int byte = 0; byte < kAhead; byte += 64) __builtin_prefetch(ahead + byte);
     ahead += kAhead;
-    auto a = Simd::counters<kUnpack>(block + static_cast<uint32_t>(b)), c = x2, e = x1, g = x3;
-#pragma GCC unroll 9
-    for (int round = 0; round < kPhiloxRounds - 1; ++round) {
-      const auto p = Simd::multiply(a, kPhiloxM0), q = Simd::multiply(c, kPhiloxM1);
-      a = Simd::mix(q, e, name.keys[2 * round]), e = q;
-      c = Simd::mix(p, g, name.keys[2 * round + 1]), g = p;
-    }
-    const auto p = Simd::multiply(a, kPhiloxM0), q = Simd::multiply(c, kPhiloxM1);
-    Simd::store_words<kUnpack>(Simd::last(q, e, name.keys[18]), Simd::last(p, g, name.keys[19]), words + 4 * b);
+    Rounds<1> rounds;
+    Simd::W w01[1], w23[1];
+    rounds.a[0] = Simd::counters<kUnpack>(block + static_cast<uint32_t>(b));
+    rounds.start(name), rounds.run<0, kPhiloxRounds - 1>(name), rounds.finish(name, w01, w23);
+    Simd::store_words<kUnpack>(w01[0], w23[0], words + 4 * b);
   }
 }
 

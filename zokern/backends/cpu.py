@@ -2,7 +2,7 @@
 module is loaded.
 
 One call is one parallel region over the chunks of a table, on ``torch.get_num_threads()`` threads. The environment variable
-``ZOKERN_CPU_ISA`` (avx512, avx2 or scalar) forces one of the paths that this machine can run; all give the same bits.
+``ZOKERN_CPU_ISA`` (avx512bf16, avx512, avx2 or scalar) forces one of the paths that this machine can run; all give the same bits.
 """
 
 from __future__ import annotations
@@ -40,8 +40,13 @@ def why_off() -> str | None:
 
 
 def isa() -> str:
-    """The instruction set in use: 'avx512', 'avx2' or 'scalar'."""
+    """The instruction set in use: 'avx512bf16', 'avx512', 'avx2' or 'scalar'."""
     return str(_module().implementation())
+
+
+def pairs() -> bool:
+    """Whether linear() multiplies bfloat16 by the processor's dot product of pairs, and not in float32."""
+    return bool(_module().linear_pairs())
 
 
 def select(name: str) -> None:
@@ -193,7 +198,8 @@ class Cpu:
         number = 0 if max(draws) < 0 else _direction(direction)
         _check("xs, weight and biases", [*xs, weight, *(bias for bias in biases if bias is not None)])
         _check("thins", [t for _, rows, last in thins for t in (rows, last)])
-        flat = [x.float().contiguous() for x in xs]  # kept until the call returns, as all below
+        as_it_is = weight.dtype == torch.bfloat16 and pairs()
+        flat = [(x if as_it_is else x.float()).contiguous() for x in xs]  # kept until the call returns, as all below
         wide = {id(bias): bias.float().contiguous() for bias in biases if bias is not None}
         m, n = weight.shape[::-1] if transposed else weight.shape
         ys = list(outs) if outs is not None else [weight.new_empty(len(x), m) for x in xs]
