@@ -64,7 +64,7 @@ def test_a_result_in_blocks(counts: list[int], bias: bool, join: bool, transpose
 def test_biases_of_more_sides_than_ranks(counts: list[int]) -> None:
     """They are added to the result, and not columns of the thin products."""
     check_blocks(counts, True, True, rank=1)
-    broken = mutant(products, "factored_linear", "own = [biases[j] for j in left]", "own = [biases[0] for j in left]")
+    broken = mutant(products, "factored_linear", "others = [biases[j] for j in left]", "others = [biases[0] for j in left]")
     broken = mutant(products, "factored_linear", "+= bias", "+= biases[0]") if len(set(counts)) > 1 else broken
     with patch.object(products, "factored_linear", broken), pytest.raises(AssertionError):
         check_blocks(counts, True, True, rank=1)

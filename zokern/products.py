@@ -210,11 +210,13 @@ def factored_linear(
     matrix = weight.t() if transposed else weight
     flat = [x.reshape(-1, width) for x in xs]
     counts = [x.shape[0] for x in flat]
+    if fuses(backend, flat, weight, transposed, room):
+        ys = _fused(own(backend), flat, counts, weight, parts, shrink, biases, transposed, room)
+        return [y.view(*x.shape[:-1], columns) for y, x in zip(ys, xs)]
     device = weight.device.type
     cast = torch.is_autocast_enabled(device)
-    fused = fuses(backend, flat, weight, transposed, room)
     few = sum(counts) <= JOIN and not cast and all(x.dtype == weight.dtype for x in xs)
-    if len(xs) > 1 and (few or fused):
+    if len(xs) > 1 and few:
         x = joined(flat)
         begin = [0, *accumulate(counts)]
         left = list(range(len(xs)))  # sides whose bias is not in a thin product
@@ -229,10 +231,10 @@ def factored_linear(
                 thin = _with_bias(thin, counts[first:last], biases[first:last])
                 left = [j for j in left if j not in part.sides]
             thins.append(thin)
-        y = _sum(backend, x if shrink == 1.0 else x * shrink, matrix, None, thins, fused, room)
-        own = [biases[j] for j in left]
-        if len(left) == len(xs) and len(set(counts)) == 1 and all(bias is not None for bias in own):
-            y.view(len(xs), counts[0], -1).add_(torch.stack(own).unsqueeze(1))  # type: ignore[arg-type]
+        y = _sum(backend, x if shrink == 1.0 else x * shrink, matrix, None, thins)
+        others = [biases[j] for j in left]
+        if len(left) == len(xs) and len(set(counts)) == 1 and all(bias is not None for bias in others):
+            y.view(len(xs), counts[0], -1).add_(torch.stack(others).unsqueeze(1))  # type: ignore[arg-type]
             left = []
         for j in left:
             if (bias := biases[j]) is not None:
@@ -246,7 +248,7 @@ def factored_linear(
                 _Thin(slice(None), _rows_of(x, part.first, part.middles[at : at + 1], counts[j : j + 1]), part.last)
                 for part, at in mine
             ]
-        outs.append(_sum(backend, x if shrink == 1.0 else x * shrink, matrix, bias, thins, fused, room))
+        outs.append(_sum(backend, x if shrink == 1.0 else x * shrink, matrix, bias, thins))
     return [out.view(*x.shape[:-1], columns) for out, x in zip(outs, xs)]
 
 
@@ -285,14 +287,10 @@ def _with_bias(thin: _Thin, counts: Sequence[int], biases: Sequence[Tensor | Non
     return _Thin(thin.here, rows, last)
 
 
-def _sum(
-    backend: Backend, x: Tensor, matrix: Tensor, bias: Tensor | None, thins: Sequence[_Thin], fused: bool, room: int | None
-) -> Tensor:
-    """y = x matrix^T + bias + the thin products, in one kernel where it fuses(). Elsewhere, where y is larger than the caches, a block
-    of its columns at a time: the thin products would read and write all of it once more."""
+def _sum(backend: Backend, x: Tensor, matrix: Tensor, bias: Tensor | None, thins: Sequence[_Thin]) -> Tensor:
+    """y = x matrix^T + bias + the thin products; where y is larger than the caches, a block of its columns at a time: the thin products
+    would read and write all of it once more."""
     rows, columns = x.shape[0], matrix.shape[0]
-    if fused:
-        return _fused_sum(backend, x, matrix, bias, thins, room)
     device = x.device.type
     cast = torch.is_autocast_enabled(device)
     blocks = device == "cpu" and x.dtype == matrix.dtype == torch.float32 and rows * columns > 2 * CACHED
@@ -316,24 +314,31 @@ def _sum(
     return y
 
 
-def _fused_sum(
-    backend: Backend, x: Tensor, matrix: Tensor, bias: Tensor | None, thins: Sequence[_Thin], room: int | None
-) -> Tensor:
-    """The rows between two ends of thin products are a side."""
-    spans = [range(len(x))[thin.here] for thin in thins]
-    ends = sorted({0, len(x), *(end for span in spans for end in (span.start, span.stop))})
-    sides = list(zip(ends, ends[1:])) or [(0, 0)]
-    parts = [
-        (sides.index((span.start, span.stop)), thin.rows, thin.last) for span, thin in zip(spans, thins) if len(span)
-    ]  # they do not overlap
-    y = x.new_empty(len(x), matrix.shape[0])
-    xs, ys = ([t[begin:end] for begin, end in sides] for t in (x, y))
-    many, transposed = len(xs), not matrix.is_contiguous()
-    weight = matrix.t() if transposed else matrix
-    own(backend).linear(
-        xs, weight, _ORIGIN[0], None, 0, 0, [-1] * many, [0.0] * many, [bias] * many, parts, room, ys, transposed
-    )
-    return y
+def _fused(
+    backend: Multiplies, xs: Sequence[Tensor], counts: Sequence[int], weight: Tensor, parts: Sequence[Part], shrink: float,
+    biases: Sequence[Tensor | None], transposed: bool, room: int | None,
+) -> Sequence[Tensor]:  # fmt: skip
+    """factored_linear() where it fuses(): all sides, their thin products and biases in one kernel; the results lie one below the other."""
+    thins = []
+    for part in parts:
+        for sides in [part.sides] if sum(counts) <= JOIN else [[j] for j in part.sides]:
+            middles = part.middles if sides is part.sides else part.middles[list(part.sides).index(sides[0])][None]
+            some = [counts[j] for j in sides]
+            rows = _rows_of(_wide([xs[j] for j in sides]), part.first, middles, some)
+            thins += [(j, piece, part.last) for j, piece in zip(sides, rows.split(some)) if len(piece)]
+    if shrink != 1.0:
+        xs = [x * shrink for x in xs]
+    y = weight.new_empty(sum(counts), weight.shape[1 if transposed else 0])
+    ys, many = y.split(list(counts)), len(xs)
+    backend.linear(xs, weight, _ORIGIN[0], None, 0, 0, [-1] * many, [0.0] * many, biases, thins, room, ys, transposed)
+    return ys
+
+
+def _wide(pieces: Sequence[Tensor]) -> Tensor:
+    """Rows of all pieces one below the other, in float32."""
+    if pieces[0].dtype == torch.float32 or len(pieces) == 1:
+        return joined(pieces).float()
+    return torch.cat(list(pieces), out=pieces[0].new_empty(sum(map(len, pieces)), pieces[0].shape[1], dtype=torch.float32))
 
 
 def _add(backend: Backend, y: Tensor, thin: _Thin) -> None:
