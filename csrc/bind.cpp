@@ -134,11 +134,11 @@ void lowrank_one(uintptr_t theta, uintptr_t out, uintptr_t residual, int64_t siz
 
 #if defined(ZOKERN_LINEAR)
 using SideRow = std::tuple<uintptr_t, int64_t, uintptr_t, uintptr_t, float, int64_t>;  // linear.h: Side
-using ThinRow = std::tuple<int64_t, uintptr_t, uintptr_t, int64_t, int64_t>;           // linear.h: Thin
+using ThinRow = std::tuple<int64_t, uintptr_t, int64_t, uintptr_t, int64_t, int64_t, uintptr_t, int64_t, int64_t>;  // Thin
 
 void linear(uintptr_t weight, int32_t type, bool transposed, int64_t m, int64_t n, int32_t direction, uint64_t seed,
-            uint64_t first, uint32_t who, uint32_t step, const std::vector<SideRow>& sides, const std::vector<ThinRow>& thins,
-            int64_t workers) {
+            uint64_t first, uint32_t who, uint32_t step, float shrink, const std::vector<SideRow>& sides,
+            const std::vector<ThinRow>& thins, int64_t workers) {
   check(m >= 0 && n >= 0 && (m * n == 0 || weight != 0), "weight is a null address, or m or n is negative");
   check(type >= 0 && type <= 2, "type is not one of 0 (float32), 1 (bfloat16), 2 (float16)");
   check(direction >= 0 && direction <= 1, "direction is not one of 0 (normal), 1 (rademacher)");
@@ -152,6 +152,7 @@ void linear(uintptr_t weight, int32_t type, bool transposed, int64_t m, int64_t 
                      first,
                      who,
                      step,
+                     shrink,
                      {},
                      {},
                      workers};
@@ -160,10 +161,12 @@ void linear(uintptr_t weight, int32_t type, bool transposed, int64_t m, int64_t 
           "a side's rows, x, y or draw is out of range");
     product.sides.push_back({at<void>(x), rows, at<void>(y), at<float>(bias), scale, draw});
   }
-  for (const auto& [side, x, last, rank, stride] : thins) {
-    check(side >= 0 && side < static_cast<int64_t>(sides.size()) && rank >= 0 && stride >= rank && x != 0 && last != 0,
-          "a thin product's side, rank, stride, x or last is out of range");
-    product.thins.push_back({side, at<float>(x), at<float>(last), rank, stride});
+  for (const auto& [side, first_factor, inner, middle, row_stride, column_stride, last, rank, stride] : thins) {
+    check(side >= 0 && side < static_cast<int64_t>(sides.size()) && inner >= 0 && rank >= 0 && stride >= rank,
+          "a thin product's side, inner, rank or stride is out of range");
+    check(inner * rank == 0 || (first_factor != 0 && middle != 0 && last != 0), "a thin product's factor is a null address");
+    product.thins.push_back(
+        {side, at<float>(first_factor), inner, at<float>(middle), row_stride, column_stride, at<float>(last), rank, stride});
   }
   pybind11::gil_scoped_release unlocked;
   zo::linear(product);

@@ -8,9 +8,10 @@
 
 #include "elementwise.h"
 
-#define ZO_DECLARE_LINEAR(isa)                           \
-  void zokern_linear_##isa(const void*, int64_t, char*); \
-  int64_t zokern_linear_memory_##isa();                  \
+#define ZO_DECLARE_LINEAR(isa)                                   \
+  void zokern_linear_##isa(const void*, int64_t, char*);         \
+  void zokern_linear_thin_##isa(void*, int64_t, int64_t, char*); \
+  int64_t zokern_linear_memory_##isa();                          \
   bool zokern_linear_pairs_##isa();
 #define ZO_DECLARE(isa)                                         \
   int64_t zokern_chunk_##isa(const void* job, int64_t chunk);   \
@@ -18,9 +19,9 @@
   int64_t zokern_update_##isa(const void* job, int64_t chunk);  \
   void zokern_panel_##isa(const float*, int64_t, int64_t, int64_t, int64_t, float*);
 // the functions of a path: the verbs of one instruction set, the products of it or of one that adds to it
-#define ZO_FUNCTIONS(isa, products)                                                                                         \
-  zokern_chunk_##isa, zokern_lowrank_##isa, zokern_update_##isa, zokern_linear_##products, zokern_linear_memory_##products, \
-      zokern_linear_pairs_##products, zokern_panel_##isa
+#define ZO_FUNCTIONS(isa, products)                                                                                       \
+  zokern_chunk_##isa, zokern_lowrank_##isa, zokern_update_##isa, zokern_linear_##products, zokern_linear_thin_##products, \
+      zokern_linear_memory_##products, zokern_linear_pairs_##products, zokern_panel_##isa
 extern "C" {
 ZO_DECLARE(scalar)
 ZO_DECLARE_LINEAR(scalar)

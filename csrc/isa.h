@@ -20,8 +20,9 @@ struct Path {
   int64_t (*lowrank)(const void* job, int64_t chunk);            // the same
   int64_t (*update)(const void* job, int64_t chunk);             // the same
   void (*linear)(const void* job, int64_t group, char* memory);  // some columns of y
-  int64_t (*linear_memory)();                                    // bytes of it, beside the sums
-  bool (*linear_pairs)();                                        // whether x is read in bfloat16 where W is
+  void (*linear_thin)(void* job, int64_t worker, int64_t workers, char* memory);  // what its thin products start from
+  int64_t (*linear_memory)();                                                     // bytes of it, beside the sums
+  bool (*linear_pairs)();                                                         // whether x is read in bfloat16 where W is
   void (*panel)(const float* right, int64_t rank, int64_t columns, int64_t begin, int64_t end, float* panel);
 };
 

@@ -1,4 +1,4 @@
-// linear.cpp: y = x (W + scale z)^T + thin products + bias on the CPU
+// linear.cpp: y = shrink x (W + scale z)^T + thin products + bias on the CPU
 //
 // math     linear.h; a sum runs over k from 0 up, by fma, in registers over a panel's depth: the same bits for any number of
 //          threads, for any rows beside a row and for any way to share the columns out
@@ -11,8 +11,9 @@
 // aligned  where rows of W begin with a block of the stream, a lane of the generator is a row, so that z comes out turned; W is
 //          turned once for two sides, kBatch columns at a time, in the first cache
 // else     rows come from the elementwise verb into the first cache, a few at a time, and are turned there
-// sides    both signs of a draw are made from one evaluation of z, and sides that read W itself share its panels; the thin
-//          products go on in the same sums, so that y is written once, rounded once
+// sides    both signs of a draw are made from one evaluation of z, and sides that read W itself share its panels
+// thin     x first^T middle comes first, rows shared out among the threads, in float32 by the same panels; its product with
+//          last^T goes on in y's sums, so that y is written once, rounded once
 // edges    what a panel holds for columns that W does not have is not written
 // traffic  W once, 4 or 2 B an element, for all sides; y once; x from the caches, once for every 96 columns
 // build    once per instruction set with -DZOKERN_ISA=avx512bf16 | avx512 | avx2 | scalar over the trait simd/<isa>.h, and
@@ -35,10 +36,16 @@ constexpr int64_t kDepth = 384;   // of a panel, in words: numbers, or pairs of 
 constexpr int64_t kColumns = 96;  // columns of y at a time, at most: a multiple of every path's kWide
 constexpr int64_t kBlock = 256;   // rows of x that meet all panels before the next rows are fetched
 
+struct ThinRows {                  // of a thin product, for all rows of its side
+  std::vector<float> inner, rows;  // x first^T, and that times middle
+};
+
 struct LinearJob {
   const Linear* product;
+  std::vector<ThinRows> thins;
   int64_t columns;               // of y at a time: kColumns, or half as many where there are few
   std::vector<int64_t> offsets;  // of every side in a thread's sums
+  int64_t rows;                  // of all sides
   int64_t (*elementwise)(const void* job, int64_t chunk);
   Job piece;  // the elementwise verb, but for its entry, draw and scales
 };
@@ -75,9 +82,9 @@ Order order_of(Type type) {
 
 struct Memory {  // of a thread
   alignas(64) float panel[2][kColumns * kDepth];
-  alignas(64) float raw[2][kStrip * kDepth];  // of W's type
-  alignas(64) float wide[kStrip * kDepth];    // a 16-bit one in float32, or in whole pairs
-  alignas(64) float turned[kLanes * kBatch];  // W, k-major; a bfloat16 one in pairs
+  alignas(64) float raw[2][kStrip * kDepth];                 // of W's type
+  alignas(64) float wide[std::max(kStrip, kRows) * kDepth];  // rows of 16 bits in float32, or in whole pairs
+  alignas(64) float turned[kLanes * kBatch];                 // W, k-major; a bfloat16 one in pairs
   alignas(64) uint16_t half[kColumns];
   // then rows x kColumns sums of every side
 };
@@ -390,23 +397,23 @@ ZO_INLINE F plus(F x, F w, F sum) {
 }
 
 // R rows of x with one panel: sums += x panel, or = where they are the first
-template <int R, Order O>
+template <int R, Order O, int V>
 ZO_INLINE void block(const void* rows, int64_t stride, int64_t k, const float* panel, float* sums, bool first) {
-  F sum[R][kVectors];
+  F sum[R][V];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 3
-    for (int v = 0; v < kVectors; ++v) sum[i][v] = first ? Simd::all(0.0f) : Simd::load(sums + i * kColumns + v * kLanes);
+    for (int v = 0; v < V; ++v) sum[i][v] = first ? Simd::all(0.0f) : Simd::load(sums + i * kColumns + v * kLanes);
   }
   const auto add = [&](const float* words, auto&& one_of) ZO_INLINE_LAMBDA {
-    F right[kVectors];
+    F right[V];
 #pragma GCC unroll 3
-    for (int v = 0; v < kVectors; ++v) right[v] = Simd::load(words + v * kLanes);
+    for (int v = 0; v < V; ++v) right[v] = Simd::load(words + v * kLanes);
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
       const F one = Simd::all(one_of(i));
 #pragma GCC unroll 3
-      for (int v = 0; v < kVectors; ++v) sum[i][v] = plus<O>(one, right[v], sum[i][v]);
+      for (int v = 0; v < V; ++v) sum[i][v] = plus<O>(one, right[v], sum[i][v]);
     }
   };
   if constexpr (O == Order::kPairs) {
@@ -432,18 +439,18 @@ ZO_INLINE void block(const void* rows, int64_t stride, int64_t k, const float* p
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 3
-    for (int v = 0; v < kVectors; ++v) Simd::store(sums + i * kColumns + v * kLanes, sum[i][v]);
+    for (int v = 0; v < V; ++v) Simd::store(sums + i * kColumns + v * kLanes, sum[i][v]);
   }
 }
 
-template <Order O, int R = kRows>
+template <Order O, int V, int R = kRows>
 void rest(int64_t rows, const void* x, int64_t stride, int64_t k, const float* panel, float* sums, bool first) {
-  if (rows == R) return block<R, O>(x, stride, k, panel, sums, first);
-  if constexpr (R > 1) rest<O, R - 1>(rows, x, stride, k, panel, sums, first);
+  if (rows == R) return block<R, O, V>(x, stride, k, panel, sums, first);
+  if constexpr (R > 1) rest<O, V, R - 1>(rows, x, stride, k, panel, sums, first);
 }
 
-// Every row of x with every panel, from x's column `column` on
-template <Order O>
+// Every row of x with every panel, from x's column `column` on; of a panel, V vectors of columns
+template <Order O, int V = kVectors>
 void sweep_rows(const void* x, int64_t rows, int64_t stride, int64_t column, int64_t k, const float* panels, int64_t count,
                 float* sums, bool first) {
   const int64_t words = O == Order::kPairs ? (k + 1) / 2 : k;
@@ -455,9 +462,89 @@ void sweep_rows(const void* x, int64_t rows, int64_t stride, int64_t column, int
     for (int64_t q = 0; q < count; q += kWide) {
       int64_t i = begin;
       for (; i + kRows <= end; i += kRows) {
-        block<kRows, O>(row(i), stride, k, panels + q * words, sums + i * kColumns + q, first);
+        block<kRows, O, V>(row(i), stride, k, panels + q * words, sums + i * kColumns + q, first);
       }
-      if (i < end) rest<O>(end - i, row(i), stride, k, panels + q * words, sums + i * kColumns + q, first);
+      if (i < end) rest<O, V>(end - i, row(i), stride, k, panels + q * words, sums + i * kColumns + q, first);
+    }
+  }
+}
+
+// float32 rows with the panels of a thin product, whose columns may be few
+void sweep_thin(const float* x, int64_t rows, int64_t stride, int64_t k, const float* panels, int64_t count, float* sums,
+                bool first) {
+  const auto sweep = count <= kLanes ? sweep_rows<Order::kUp, 1> : sweep_rows<Order::kUp>;
+  sweep(x, rows, stride, 0, k, panels, count, sums, first);
+}
+
+// The rows of x that a worker takes in the first part of a thin product
+struct Share {
+  int64_t begin, end;
+};
+
+Share share_of(const Side& side, int64_t worker, int64_t workers) {
+  return {side.rows * worker / workers, side.rows * (worker + 1) / workers};
+}
+
+// inner <- x first^T, for the thin products [t, end) of one `first`
+void start_thin(LinearJob& job, int64_t t, int64_t end, int64_t worker, int64_t workers, Memory& memory, float* sums) {
+  const Linear& product = *job.product;
+  const Thin& thin = product.thins[static_cast<size_t>(t)];
+  const bool half = order_of(product.type) == Order::kPairs;  // x is in bfloat16
+  for (int64_t c = 0; c < thin.inner; c += kColumns) {
+    const int64_t count = std::min(kColumns, thin.inner - c);
+    for (int64_t column = 0; column < product.n; column += kDepth) {
+      const int64_t k = std::min(kDepth, product.n - column);
+      for (int64_t q = 0; q < count; q += kStrip) {
+        float* const to = memory.panel[0] + q / kWide * kWide * k + q % kWide;
+        turn({thin.first + (c + q) * product.n + column, product.n, k}, std::min<int64_t>(kStrip, count - q), to, kWide);
+      }
+      float* own = sums;
+      for (int64_t one = t; one < end; ++one) {
+        const Side& side = product.sides[static_cast<size_t>(product.thins[static_cast<size_t>(one)].side)];
+        const Share share = share_of(side, worker, workers);
+        for (int64_t i = share.begin; i < share.end; i += kRows) {
+          const int64_t rows = std::min<int64_t>(kRows, share.end - i), at = i * product.n + column;
+          const float* x = static_cast<const float*>(side.x) + at;
+          if (half) x = in_float(product.type, static_cast<const uint16_t*>(side.x) + at, product.n, rows, k, memory);
+          sweep_thin(x, rows, half ? k : product.n, k, memory.panel[0], count, own, column == 0);
+          own += rows * kColumns;
+        }
+      }
+    }
+    float* own = sums;
+    for (int64_t one = t; one < end; ++one) {
+      const Share share =
+          share_of(product.sides[static_cast<size_t>(product.thins[static_cast<size_t>(one)].side)], worker, workers);
+      float* const to = job.thins[static_cast<size_t>(one)].inner.data() + c;
+      for (int64_t i = share.begin; i < share.end; ++i) {
+        std::memcpy(to + i * thin.inner, own + (i - share.begin) * kColumns, static_cast<size_t>(count) * 4);
+      }
+      own += (share.end - share.begin) * kColumns;
+    }
+  }
+}
+
+// rows <- inner middle, for the rows of one worker
+void turn_thin(LinearJob& job, int64_t t, int64_t worker, int64_t workers, Memory& memory, float* sums) {
+  const Thin& thin = job.product->thins[static_cast<size_t>(t)];
+  ThinRows& rows = job.thins[static_cast<size_t>(t)];
+  const Share share = share_of(job.product->sides[static_cast<size_t>(thin.side)], worker, workers);
+  const int64_t many = share.end - share.begin;
+  for (int64_t c = 0; c < thin.rank; c += kColumns) {
+    const int64_t count = std::min(kColumns, thin.rank - c);
+    for (int64_t column = 0; column < thin.inner; column += kDepth) {
+      const int64_t k = std::min(kDepth, thin.inner - column);
+      for (int64_t j = 0; j < k; ++j) {
+        const float* from = thin.middle + (column + j) * thin.row_stride + c * thin.column_stride;
+        for (int64_t q = 0; q < count; ++q) {
+          memory.panel[0][q / kWide * kWide * k + j * kWide + q % kWide] = from[q * thin.column_stride];
+        }
+      }
+      sweep_thin(rows.inner.data() + share.begin * thin.inner + column, many, thin.inner, k, memory.panel[0], count, sums,
+                 column == 0);
+    }
+    for (int64_t i = 0; i < many; ++i) {
+      std::memcpy(rows.rows.data() + (share.begin + i) * thin.rank + c, sums + i * kColumns, static_cast<size_t>(count) * 4);
     }
   }
 }
@@ -491,10 +578,8 @@ extern "C" void ZO_JOIN(zokern_linear_, ZOKERN_ISA)(const void* address, int64_t
   const auto of = [&](int64_t side) { return sums + job.offsets[static_cast<size_t>(side)]; };
   const Order order = order_of(product.type);
   const Make aligned = aligned_of(product);
-  const auto sweep = order == Order::kUp         ? sweep_rows<Order::kUp>
-                     : order == Order::kOddFirst ? sweep_rows<Order::kOddFirst>
-                     : sweep_rows < Simd::kPairs ? Order::kPairs
-                                                 : Order::kUp > ;
+  constexpr Order kBfloat16 = Simd::kPairs ? Order::kPairs : Order::kOddFirst;
+  const auto sweep = order == Order::kUp ? sweep_rows<Order::kUp> : sweep_rows<kBfloat16>;
   const int64_t depth = order == Order::kPairs ? 2 * kDepth : kDepth;
   for (int64_t column = 0; column < product.n; column += depth) {
     const int64_t k = std::min(depth, product.n - column);
@@ -516,6 +601,9 @@ extern "C" void ZO_JOIN(zokern_linear_, ZOKERN_ISA)(const void* address, int64_t
       s = end;
     }
   }
+  if (product.shrink != 1.0f) {
+    for (float* sum = sums; sum < of(sides - 1) + product.sides.back().rows * kColumns; ++sum) *sum *= product.shrink;
+  }
   for (int64_t t = 0; t < thins;) {
     const Thin& thin = product.thins[static_cast<size_t>(t)];
     int64_t end = t + 1;
@@ -533,13 +621,32 @@ extern "C" void ZO_JOIN(zokern_linear_, ZOKERN_ISA)(const void* address, int64_t
       for (int64_t one = t; one < end; ++one) {
         const Thin& now = product.thins[static_cast<size_t>(one)];
         const Side& side = product.sides[static_cast<size_t>(now.side)];
-        sweep_rows<Order::kUp>(now.x, side.rows, now.rank, column, k, memory.panel[0], count, of(now.side), false);
+        const float* x = job.thins[static_cast<size_t>(one)].rows.data();
+        sweep_rows<Order::kUp>(x, side.rows, now.rank, column, k, memory.panel[0], count, of(now.side), false);
       }
     }
     t = end;
   }
   for (int64_t s = 0; s < sides; ++s) {
     finish(product, product.sides[static_cast<size_t>(s)], row, count, of(s), memory.half);
+  }
+}
+
+// What the thin products start from, for the rows of one worker
+extern "C" void ZO_JOIN(zokern_linear_thin_, ZOKERN_ISA)(void* address, int64_t worker, int64_t workers, char* bytes) {
+  LinearJob& job = *static_cast<LinearJob*>(address);
+  const std::vector<Thin>& all = job.product->thins;
+  Memory& memory = *reinterpret_cast<Memory*>(bytes);
+  float* const sums = reinterpret_cast<float*>(bytes + sizeof(Memory));
+  for (size_t t = 0; t < all.size();) {
+    size_t end = t;
+    int64_t rows = 0;  // no more than there are sums for: a side may come twice
+    do {
+      rows += job.product->sides[static_cast<size_t>(all[end++].side)].rows;
+    } while (end < all.size() && all[end].first == all[t].first && all[end].inner == all[t].inner &&
+             rows + job.product->sides[static_cast<size_t>(all[end].side)].rows <= job.rows);
+    start_thin(job, static_cast<int64_t>(t), static_cast<int64_t>(end), worker, workers, memory, sums);
+    for (; t < end; ++t) turn_thin(job, static_cast<int64_t>(t), worker, workers, memory, sums);
   }
 }
 
@@ -582,18 +689,27 @@ void linear(const Linear& product) {
   const int workers = product.m * product.n < kSmall ? 1 : static_cast<int>(std::max<int64_t>(1, product.workers));
   job.columns = product.m < 4 * workers * kColumns ? kColumns / 2 : kColumns;
   const int64_t groups = (product.m + job.columns - 1) / job.columns;
-  int64_t rows = 0;
-  for (const Side& side : product.sides) job.offsets.push_back(rows * kColumns), rows += side.rows;
-  const size_t bytes = static_cast<size_t>(linear_memory(rows));
+  job.rows = 0;
+  for (const Side& side : product.sides) job.offsets.push_back(job.rows * kColumns), job.rows += side.rows;
+  const size_t bytes = static_cast<size_t>(linear_memory(job.rows));
   const std::unique_ptr<char[], Free> memory(  // here: what throws in a parallel region ends the process
       static_cast<char*>(::operator new[](bytes* static_cast<size_t>(workers), std::align_val_t(64))));
-  const auto path = active().linear;
+  for (const Thin& thin : product.thins) {
+    const size_t many = static_cast<size_t>(product.sides[static_cast<size_t>(thin.side)].rows);
+    const size_t inner = static_cast<size_t>(thin.inner), rank = static_cast<size_t>(thin.rank);
+    job.thins.push_back({std::vector<float>(many * inner), std::vector<float>(many * rank)});
+  }
+  const Path& path = active();
 #pragma omp parallel num_threads(workers) if (workers > 1)
   {
     DefaultMode mode;
     char* const own = memory.get() + bytes * static_cast<size_t>(omp_get_thread_num());
+    if (!product.thins.empty()) {
+#pragma omp for schedule(static)
+      for (int worker = 0; worker < workers; ++worker) path.linear_thin(&job, worker, workers, own);
+    }
 #pragma omp for schedule(dynamic)
-    for (int64_t group = 0; group < groups; ++group) path(&job, group, own);
+    for (int64_t group = 0; group < groups; ++group) path.linear(&job, group, own);
   }
 }
 

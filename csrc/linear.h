@@ -1,6 +1,8 @@
 // linear.h: products with perturbed weights, for several sides at once; what linear.cpp implements
 //
-// math     y = x (W + scale z)^T + sum_t x_t last_t^T + bias, rounded to W's type once; W is m x n, row-major, only read.
+// math     y = shrink x (W + scale z)^T + sum_t x first_t^T middle_t last_t^T + bias, rounded to W's type once; W is m x n,
+// row-major,
+//          only read.
 //          Transposed: W is n x m, and y = x (W + scale z) + the same.
 //          W + scale z is rounded to W's type first: it is what `perturb` writes, bit for bit. Sums are float32.
 // source   Malladi et al. 2023, Algorithm 1 (dense z); Chen et al. 2024, LOZO (the thin products)
@@ -21,9 +23,12 @@ struct Side {         // one product; those with the same draw lie next to one a
   int64_t draw;       // number of z in the step, or -1: W itself
 };
 
-struct Thin {         // one more product of a side; those with the same `last` lie next to one another
-  int64_t side;       //
-  const float* x;     // rows x rank, contiguous
+struct Thin {           // one more product of a side; those with the same `first` or `last` lie next to one another
+  int64_t side;         //
+  const float* first;   // inner x n, contiguous
+  int64_t inner;        //
+  const float* middle;  // inner x rank, an element every row_stride and column_stride
+  int64_t row_stride, column_stride;
   const float* last;  // m x rank, rows `stride` apart
   int64_t rank, stride;
 };
@@ -36,6 +41,7 @@ struct Linear {
   Direction direction;
   uint64_t seed, first;  // number of W's first element in the unsharded parameter
   uint32_t who, step;
+  float shrink;
   std::vector<Side> sides;
   std::vector<Thin> thins;
   int64_t workers;  // threads

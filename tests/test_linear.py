@@ -48,15 +48,18 @@ class Case(NamedTuple):
         draw = lambda *shape: torch.randn(*shape, dtype=torch.float64).float()  # noqa: E731
         rows = [self.rows, self.rows + 3, 1, self.rows, 2, 3]
         last = draw(self.m, 9)
-        bias = draw(self.m).to(self.dtype)
+        bias, first = draw(self.m).to(self.dtype), draw(5, self.n) * 0.1
         return {
             "xs": [draw(r, self.n).to(self.dtype) for r in rows],
             "weight": (draw(*((self.n, self.m) if self.transposed else (self.m, self.n))) * 0.1).to(self.dtype),
             "draws": [3, 3, -1, 8, -1, 9],
             "scales": [0.05, -0.05, 0.0, 0.03, 0.0, -0.04],
             "biases": [bias, None, draw(self.m).to(self.dtype), bias, None, None],
-            "thins": [(j, draw(rows[j], 7), last[:, 1:8]) for j in (0, 1, 4)]
-            + [(1, draw(rows[1], 3), last[:, 1:4]), (0, draw(rows[0], 400), draw(self.m, 400))],
+            "thins": [(j, first, draw(5, 7) * 0.2, last[:, 1:8]) for j in (0, 1, 4)]
+            + [
+                (1, first, draw(3, 5).mT * 0.2, last[:, 1:4]),
+                (0, draw(390, self.n) * 0.1, draw(390, 400) * 0.1, draw(self.m, 400)),
+            ],
         }
 
 
@@ -73,7 +76,7 @@ def run(case: Case, given: dict, threads: int | None = None) -> list[Tensor]:
     try:
         return ON.linear(
             given["xs"], given["weight"], case.span, case.direction, SEED, STEP, given["draws"], given["scales"], given["biases"], given["thins"],
-            transposed=case.transposed,
+            transposed=case.transposed, shrink=given.get("shrink", 1.0),
         )  # fmt: skip
     finally:
         torch.set_num_threads(before)
@@ -95,10 +98,13 @@ def check(case: Case, found: Callable = run) -> None:
             weight = outs[0][0]
         if case.transposed:
             weight = weight.t()
-        exact, size = x.double() @ weight.double().t(), x.double().abs() @ weight.double().abs().t()
-        for side, rows, last in given["thins"]:
+        weight = weight.double() * given.get("shrink", 1.0)
+        exact, size = x.double() @ weight.t(), x.double().abs() @ weight.abs().t()
+        for side, *factors in given["thins"]:
             if side == j:
-                exact, size = exact + rows.double() @ last.double().t(), size + rows.double().abs() @ last.double().abs().t()
+                first, middle, last = (factor.double() for factor in factors)
+                exact = exact + x.double() @ first.t() @ middle @ last.t()
+                size = size + x.double().abs() @ first.abs().t() @ middle.abs() @ last.abs().t()
         if bias is not None:
             exact, size = exact + bias.double(), size + bias.double().abs()
         assert y.shape == exact.shape and y.dtype == case.dtype
@@ -183,7 +189,13 @@ def wrong_bias(case: Case, given: dict) -> list[Tensor]:
 
 
 def wrong_thin(case: Case, given: dict) -> list[Tensor]:
-    return run(case, given | {"thins": [(j, rows, last.roll(1, 0)) for j, rows, last in given["thins"]]})
+    return run(case, given | {"thins": [(j, first, middle, last.roll(1, 0)) for j, first, middle, last in given["thins"]]})
+
+
+def wrong_middle(case: Case, given: dict) -> list[Tensor]:
+    """One side's for another."""
+    one, (j, first, _, last), *others = given["thins"]
+    return run(case, given | {"thins": [one, (j, first, one[2], last), *others]})
 
 
 def wrong_depth(case: Case, given: dict) -> list[Tensor]:
@@ -199,7 +211,7 @@ def wrong_rounding(case: Case, given: dict) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     "wrong",
-    [wrong_draw, swapped_draws, wrong_sign, wrong_offset, wrong_bias, wrong_thin, wrong_depth, wrong_rounding],
+    [wrong_draw, swapped_draws, wrong_sign, wrong_offset, wrong_bias, wrong_thin, wrong_middle, wrong_depth, wrong_rounding],
     ids=lambda f: f.__name__,
 )
 @pytest.mark.parametrize("form", ["linear", "transposed", "aligned"])
@@ -210,6 +222,15 @@ def test_wrong_products_are_rejected(wrong: Callable, form: str) -> None:
         case = case._replace(n=DEPTH + BATCH, first=1024)
     with pytest.raises(AssertionError, match="times the bound"):
         check(case, wrong)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_shrunk_matrix(isa, dtype: torch.dtype) -> None:
+    """The decay that waits with an update is W's alone."""
+    case = Case(COLUMNS + 1, DEPTH + 9, 5, dtype, Normal())
+    check(case, lambda case, given: run(case, given.setdefault("shrink", 0.75) and given))
+    with pytest.raises(AssertionError, match="times the bound"):
+        check(case, lambda case, given: run(case, given.setdefault("shrink", 0.75) and given | {"shrink": 1.0}))
 
 
 def test_unrounded_weights_are_rejected() -> None:
@@ -236,7 +257,7 @@ def test_the_same_bits_however_it_is_run(dtype: torch.dtype, transposed: bool, a
             assert all(map(torch.equal, expected, run(case, given, threads))), (threads, name)
     for j, y in enumerate(expected):
         alone = {name: given[name][j : j + 1] for name in ("xs", "draws", "scales", "biases")}
-        alone |= {"weight": given["weight"], "thins": [(0, rows, last) for side, rows, last in given["thins"] if side == j]}
+        alone |= {"weight": given["weight"], "thins": [(0, *factors) for side, *factors in given["thins"] if side == j]}
         assert torch.equal(y, run(case, alone)[0]), j
     alone = {name: given[name][:1] for name in ("draws", "scales", "biases")} | {"weight": given["weight"], "thins": []}
     few, many = (run(case, alone | {"xs": [given["xs"][0][:rows]]})[0] for rows in (2, 6))
@@ -328,10 +349,9 @@ def test_parts_of_the_rows_give_the_same_bits(monkeypatch) -> None:
     found = ON.linear(*arguments, given["thins"], room=1)
     assert len(calls) == 1 + sum(len(x) for x in given["xs"]) // 16
     assert all(map(torch.equal, expected, found))
-    for piece, instead in (("r[begins[j] :]", "r"), ("flat[j][begin:]", "flat[j]")):
-        broken = mutant(cpu.Cpu, "linear", piece, instead)
-        found = broken(ON, *arguments, given["thins"], room=1)
-        assert not all(map(torch.equal, expected, found)), instead
+    broken = mutant(cpu.Cpu, "linear", "flat[j][begin:]", "flat[j]")
+    found = broken(ON, *arguments, given["thins"], room=1)
+    assert not all(map(torch.equal, expected, found))
 
 
 class Counted:

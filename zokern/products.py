@@ -319,26 +319,16 @@ def _fused(
     biases: Sequence[Tensor | None], transposed: bool, room: int | None,
 ) -> Sequence[Tensor]:  # fmt: skip
     """factored_linear() where it fuses(): all sides, their thin products and biases in one kernel; the results lie one below the other."""
-    thins = []
-    for part in parts:
-        for sides in [part.sides] if sum(counts) <= JOIN else [[j] for j in part.sides]:
-            middles = part.middles if sides is part.sides else part.middles[list(part.sides).index(sides[0])][None]
-            some = [counts[j] for j in sides]
-            rows = _rows_of(_wide([xs[j] for j in sides]), part.first, middles, some)
-            thins += [(j, piece, part.last) for j, piece in zip(sides, rows.split(some)) if len(piece)]
-    if shrink != 1.0:
-        xs = [x * shrink for x in xs]
+    thins = [
+        (j, part.first, middle, part.last)
+        for part in parts
+        for j, middle in zip(part.sides, part.middles.unbind(0))
+        if counts[j]
+    ]
     y = weight.new_empty(sum(counts), weight.shape[1 if transposed else 0])
     ys, many = y.split(list(counts)), len(xs)
-    backend.linear(xs, weight, _ORIGIN[0], None, 0, 0, [-1] * many, [0.0] * many, biases, thins, room, ys, transposed)
+    backend.linear(xs, weight, _ORIGIN[0], None, 0, 0, [-1] * many, [0.0] * many, biases, thins, room, ys, transposed, shrink)
     return ys
-
-
-def _wide(pieces: Sequence[Tensor]) -> Tensor:
-    """Rows of all pieces one below the other, in float32."""
-    if pieces[0].dtype == torch.float32 or len(pieces) == 1:
-        return joined(pieces).float()
-    return torch.cat(list(pieces), out=pieces[0].new_empty(sum(map(len, pieces)), pieces[0].shape[1], dtype=torch.float32))
 
 
 def _add(backend: Backend, y: Tensor, thin: _Thin) -> None:

@@ -187,12 +187,13 @@ class Multiplies(Backend, Protocol):
         draws: Sequence[int],
         scales: Sequence[float],
         biases: Sequence[Tensor | None],
-        thins: Sequence[tuple[int, Tensor, Tensor]] = (),
+        thins: Sequence[tuple[int, Tensor, Tensor, Tensor]] = (),
         room: int | None = None,
         outs: Sequence[Tensor] | None = None,
         transposed: bool = False,
+        shrink: float = 1.0,
     ) -> list[Tensor]:
-        """y_j = x_j (W + scales[j] z_j)^T + biases[j] + thin products."""
+        """y_j = shrink x_j (W + scales[j] z_j)^T + biases[j] + thin products."""
 
     def linear_bytes(self, counts: Sequence[int], room: int | None = None) -> int:
         """Memory that linear() takes for so many rows of each side, beside its results."""

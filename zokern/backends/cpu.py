@@ -184,30 +184,43 @@ class Cpu:
 
     def linear(
         self, xs: Sequence[Tensor], weight: Tensor, span: Span, direction, seed: int, step: int, draws: Sequence[int], scales: Sequence[float],
-        biases: Sequence[Tensor | None], thins: Sequence[tuple[int, Tensor, Tensor]] = (), room: int | None = None,
-        outs: Sequence[Tensor] | None = None, transposed: bool = False,
+        biases: Sequence[Tensor | None], thins: Sequence[tuple[int, Tensor, Tensor, Tensor]] = (), room: int | None = None,
+        outs: Sequence[Tensor] | None = None, transposed: bool = False, shrink: float = 1.0,
     ) -> list[Tensor]:  # fmt: skip
-        """y_j = x_j (W + scales[j] z_j)^T + biases[j] + thin products, in W's dtype, with z made beside the product (csrc/linear.cpp).
+        """y_j = shrink x_j (W + scales[j] z_j)^T + biases[j] + thin products, in W's dtype, with z made beside the product (csrc/linear.cpp).
 
         xs      (rows, n) each, of W's dtype;  weight (m, n), contiguous;  draws[j] names z_j, negative: side j reads W itself
-        thins   (j, rows, last): y_j += rows last^T, float32 (rows of x_j, q) and (m, q)
+        thins   (j, first, middle, last): y_j += x_j first^T middle last^T, float32 (r, n), (r, q) and (m, q)
         room    bytes that the threads may take for what they work in (linear_bytes); where it is scarce, some rows at a time are
                 multiplied, each time with z made anew, and where that does not help, by fewer threads
         outs    contiguous (rows, m) each, of W's dtype, which take the results;  transposed  y_j = x_j (W + scales[j] z_j), W (n, m)
         W + scales[j] z_j is rounded to W's dtype, as perturb writes it; the sums are float32 in a fixed order, rounded once."""
         number = 0 if max(draws) < 0 else _direction(direction)
         _check("xs, weight and biases", [*xs, weight, *(bias for bias in biases if bias is not None)])
-        _check("thins", [t for _, rows, last in thins for t in (rows, last)])
+        _check("thins", [t for _, *factors in thins for t in factors])
         as_it_is = weight.dtype == torch.bfloat16 and pairs()
         flat = [(x if as_it_is else x.float()).contiguous() for x in xs]  # kept until the call returns, as all below
         wide = {id(bias): bias.float().contiguous() for bias in biases if bias is not None}
         m, n = weight.shape[::-1] if transposed else weight.shape
         ys = list(outs) if outs is not None else [weight.new_empty(len(x), m) for x in xs]
-        rows = [r.contiguous() for _, r, _ in thins]
-        lasts = [last if last.stride(1) == 1 else last.contiguous() for _, _, last in thins]
+        firsts = [first.contiguous() for _, first, _, _ in thins]
+        lasts = [last if last.stride(1) == 1 else last.contiguous() for *_, last in thins]
         threads, parts = _linear_plan([len(x) for x in xs], room)
         order = sorted(range(len(xs)), key=lambda j: draws[j])
         place = {j: at for at, j in enumerate(order)}
+        products = [
+            (
+                place[j],
+                first.data_ptr(),
+                first.shape[0],
+                middle.data_ptr(),
+                *middle.stride(),
+                last.data_ptr(),
+                last.shape[1],
+                last.stride(0),
+            )
+            for (j, _, middle, _), first, last in zip(thins, firsts, lasts)
+        ]
         for part in range(parts):
             begins, ends = ([len(x) * at // parts for x in xs] for at in (part, part + 1))
             sides = []
@@ -215,13 +228,9 @@ class Cpu:
                 begin, bias = begins[j], biases[j]
                 where = flat[j][begin:].data_ptr(), ends[j] - begin, ys[j][begin:].data_ptr()
                 sides.append((*where, 0 if bias is None else wide[id(bias)].data_ptr(), scales[j], draws[j]))
-            products = [
-                (place[j], r[begins[j] :].data_ptr(), last.data_ptr(), last.shape[1], last.stride(0))
-                for (j, _, _), r, last in zip(thins, rows, lasts)
-                if ends[j] > begins[j]
-            ]
             _module().linear(
-                weight.data_ptr(), table.TYPES[weight.dtype], transposed, m, n, number, seed, span.first, span.who, step, sides, products,
+                weight.data_ptr(), table.TYPES[weight.dtype], transposed, m, n, number, seed, span.first, span.who, step, shrink, sides,
+                products,
                 threads,
             )  # fmt: skip
         return ys
