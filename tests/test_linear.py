@@ -289,6 +289,18 @@ def test_bfloat16_takes_its_pairs_the_odd_one_first() -> None:
             assert y.tolist() == [[1.0, 0.0 if cpu.pairs() else 2.0**-130]], name  # from k = 0 up the first would be 0
 
 
+def test_many_thin_products_of_one_side() -> None:
+    """More rows than there are sums for at a time."""
+    case = Case(30, 50, 40, torch.float32, Normal())
+    given = case.inputs()
+    first = given["thins"][0][1]
+    thins = [(0, first, torch.randn(5, 7), torch.randn(30, 7)) for _ in range(6)]
+    (y,) = ON.linear([given["xs"][0]], given["weight"], case.span, None, 0, 0, [-1], [0.0], [None], thins)
+    x = given["xs"][0].double()
+    exact = x @ given["weight"].double().t() + sum(x @ a.double().t() @ b.double() @ c.double().t() for _, a, b, c in thins)
+    assert float((y - exact).abs().max() / exact.abs().max()) < 1e-6
+
+
 @pytest.mark.parametrize("fused", [False, True], ids=["torch", "fused"])
 @pytest.mark.parametrize("transposed", [False, True], ids=["linear", "transposed"])
 def test_no_rows(transposed: bool, fused: bool) -> None:

@@ -236,7 +236,8 @@ class Cpu:
         return ys
 
     def linear_bytes(self, counts: Sequence[int], room: int | None = None) -> int:
-        """Memory that linear() takes for so many rows of each side, beside its results: more than `room` only where one thread does."""
+        """Memory that linear() takes for so many rows of each side, beside results and rows of thin products: more than `room` only
+        where one thread does."""
         threads, parts = _linear_plan(counts, room)
         return threads * _linear_memory(counts, parts)
 
