@@ -31,23 +31,21 @@ NARROW = 16  # columns below which a thin product is faster from MKL's kernels, 
 
 def fuses(backend: Backend, xs: Sequence[Tensor], weight: Tensor, transposed: bool = False, room: int | None = None) -> bool:
     """Whether linear() of the CPU's kernels takes these products, z and all, from torch. room: bytes of scratch memory."""
-    return (
-        hasattr(backend, "linear")
-        and matmul.yields(weight.dtype)
-        and weight.is_contiguous()
-        and weight.numel() > 0
-        and not torch.is_autocast_enabled("cpu")
-        and all(
-            x.dtype == weight.dtype
-            and type(x) in (Tensor, Parameter)
-            and x.device.type == "cpu"
-            and x.dim() > 0
-            and x.shape[-1] == weight.shape[0 if transposed else 1]
-            and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-            for x in xs
-        )
-        and (room is None or own(backend).linear_bytes(counts_of(xs), room) <= room)
-    )
+    if not (hasattr(backend, "linear") and matmul.yields(weight.dtype) and weight.is_contiguous() and weight.numel()):
+        return False
+    dtype, width = weight.dtype, weight.shape[0 if transposed else 1]
+    for x in xs:
+        if (
+            x.dtype != dtype
+            or x.device.type != "cpu"
+            or not x.dim()
+            or x.shape[-1] != width
+            or type(x) not in (Tensor, Parameter)
+        ):
+            return False
+        if torch._C._functorch.is_functorch_wrapped_tensor(x):
+            return False
+    return not torch.is_autocast_enabled("cpu") and (room is None or own(backend).linear_bytes(counts_of(xs), room) <= room)
 
 
 def fused_linear(
@@ -201,8 +199,9 @@ def factored_linear(
     biases: Sequence[Tensor | None],
     transposed: bool = False,
     room: int | None = None,
+    fused: bool | None = None,
 ) -> list[Tensor]:
-    """y_j = x_j (shrink W)^T + b_j + the thin products of side j; transposed: x_j (shrink W).
+    """y_j = x_j (shrink W)^T + b_j + the thin products of side j; transposed: x_j (shrink W). fused: what fuses() says, if it is known.
 
     One product for the rows of all sides while they are few. The thin products are float32 whatever x and W are, and their sum with
     x W^T is rounded to y's dtype once more: 16 bits would lose the perturbation. W is only read. room: bytes of scratch memory."""
@@ -210,7 +209,7 @@ def factored_linear(
     matrix = weight.t() if transposed else weight
     flat = [x.reshape(-1, width) for x in xs]
     counts = [x.shape[0] for x in flat]
-    if fuses(backend, flat, weight, transposed, room):
+    if fuses(backend, flat, weight, transposed, room) if fused is None else fused:
         ys = _fused(own(backend), flat, counts, weight, parts, shrink, biases, transposed, room)
         return [y.view(*x.shape[:-1], columns) for y, x in zip(ys, xs)]
     device = weight.device.type

@@ -8,6 +8,7 @@ One call is one parallel region over the chunks of a table, on ``torch.get_num_t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -205,7 +206,7 @@ class Cpu:
         ys = list(outs) if outs is not None else [weight.new_empty(len(x), m) for x in xs]
         firsts = [first.contiguous() for _, first, _, _ in thins]
         lasts = [last if last.stride(1) == 1 else last.contiguous() for *_, last in thins]
-        threads, parts = _linear_plan([len(x) for x in xs], room)
+        threads, parts, _ = _linear_plan([x.shape[0] for x in xs], room)
         order = sorted(range(len(xs)), key=lambda j: draws[j])
         place = {j: at for at, j in enumerate(order)}
         products = [
@@ -222,12 +223,12 @@ class Cpu:
             for (j, _, middle, _), first, last in zip(thins, firsts, lasts)
         ]
         for part in range(parts):
-            begins, ends = ([len(x) * at // parts for x in xs] for at in (part, part + 1))
             sides = []
             for j in order:
-                begin, bias = begins[j], biases[j]
-                where = flat[j][begin:].data_ptr(), ends[j] - begin, ys[j][begin:].data_ptr()
-                sides.append((*where, 0 if bias is None else wide[id(bias)].data_ptr(), scales[j], draws[j]))
+                x, y, bias = flat[j], ys[j], biases[j]
+                begin, end = x.shape[0] * part // parts, x.shape[0] * (part + 1) // parts
+                here = x.data_ptr() + begin * n * x.element_size(), end - begin, y.data_ptr() + begin * m * y.element_size()
+                sides.append((*here, 0 if bias is None else wide[id(bias)].data_ptr(), scales[j], draws[j]))
             _module().linear(
                 weight.data_ptr(), table.TYPES[weight.dtype], transposed, m, n, number, seed, span.first, span.who, step, shrink, sides,
                 products,
@@ -238,22 +239,28 @@ class Cpu:
     def linear_bytes(self, counts: Sequence[int], room: int | None = None) -> int:
         """Memory that linear() takes for so many rows of each side, beside results and rows of thin products: more than `room` only
         where one thread does."""
-        threads, parts = _linear_plan(counts, room)
-        return threads * _linear_memory(counts, parts)
+        threads, _, memory = _linear_plan(counts, room)
+        return threads * memory
 
 
-def _linear_memory(counts: Sequence[int], parts: int) -> int:
-    return int(_module().linear_memory(sum([-(-count // parts) for count in counts])))
+def _linear_plan(counts: Sequence[int], room: int | None) -> tuple[int, int, int]:
+    """Threads, in how many parts the rows are multiplied, and the memory of a thread."""
+    base = _module().linear_memory(0)
+    return _plan_of(tuple(counts), room, torch.get_num_threads(), base, _module().linear_memory(1) - base, SHARED_ROWS)
 
 
-def _linear_plan(counts: Sequence[int], room: int | None) -> tuple[int, int]:
-    """Threads, and in how many parts the rows are multiplied: so few that making z again is little beside the products."""
-    threads = torch.get_num_threads()
-    if room is None or threads * _linear_memory(counts, 1) <= room:
-        return threads, 1
-    most = max(1, sum(counts) // SHARED_ROWS)
-    parts = next((parts for parts in range(2, most + 1) if threads * _linear_memory(counts, parts) <= room), most)
-    return max(1, min(threads, room // _linear_memory(counts, parts))), parts
+@lru_cache(maxsize=1024)
+def _plan_of(counts: tuple[int, ...], room: int | None, threads: int, base: int, row: int, shared: int) -> tuple[int, int, int]:
+    """So few parts that making z again is little beside the products."""
+
+    def memory(parts: int) -> int:
+        return base + row * sum([-(-count // parts) for count in counts])
+
+    if room is None or threads * memory(1) <= room:
+        return threads, 1, memory(1)
+    most = max(1, sum(counts) // shared)
+    parts = next((parts for parts in range(2, most + 1) if threads * memory(parts) <= room), most)
+    return max(1, min(threads, room // memory(parts))), parts, memory(parts)
 
 
 def _elements(rights: Sequence[Tensor]) -> int:

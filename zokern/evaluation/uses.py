@@ -89,7 +89,7 @@ def _product(copies: Copies, weight: Tensor, uses: Sequence[tuple[int, _Product]
                 copies.working(group, xs, room)
             parts = copies.factors.parts(group, i, sides, transposed)
             return products.factored_linear(
-                group.backend, xs, source, parts, group.matrices[i].shrink, biases, transposed, room
+                group.backend, xs, source, parts, group.matrices[i].shrink, biases, transposed, room, fused
             )
         return copies.tiled(group, i, sides, xs, biases, transposed)
     finally:
