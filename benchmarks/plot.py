@@ -60,23 +60,47 @@ def plot(report, path: Path) -> None:
 
 
 def plot_steps(report, path: Path) -> None:
-    """A step over its two forwards against the tokens of its batch: where walk, scratch, paired and the factored methods cross."""
-    kinds = sorted({(s["model"], s["dtype"]) for s in report.steps})
-    if not kinds:
+    """A step over its two forwards against the tokens of its batch, where walk, scratch, paired and the factored methods cross; shapes of
+    which one batch was measured stand side by side."""
+    shapes: dict[str, list[dict]] = {}
+    for step in sorted(report.steps, key=lambda step: step["tokens"]):
+        shapes.setdefault(f"{step['model']} {step['dtype']}", []).append(step)
+    if not shapes:
         return
-    figure, axes = plt.subplots(1, len(kinds), figsize=(6 * len(kinds), 5), squeeze=False)
-    for axis, (model, dtype) in zip(axes[0], kinds):
-        points = sorted((s for s in report.steps if (s["model"], s["dtype"]) == (model, dtype)), key=lambda s: s["tokens"])
-        names = [n for n in points[0]["ratios"] if not n.startswith("eager") and "refresh" not in n]
-        for name in names:
+    lines = {title: points for title, points in shapes.items() if len(points) > 1}
+    alone = {f"{title}\n{points[0]['tokens']} tokens": points[0] for title, points in shapes.items() if len(points) == 1}
+    names = list(
+        dict.fromkeys(n for step in report.steps for n in step["ratios"] if not n.startswith("eager") and "refresh" not in n)
+    )
+    panels = len(lines) + bool(alone)
+    figure, axes = plt.subplots(1, panels, figsize=(7 * panels, 5), squeeze=False, sharey=True)
+    for axis, (title, points) in zip(axes[0], lines.items()):
+        for k, name in enumerate(names):
+            some = [p for p in points if name in p["ratios"]]
             style = "-o" if name.startswith("MeZO") else "--s"
-            axis.plot([p["tokens"] for p in points], [p["ratios"][name] for p in points], style, label=name, markersize=4)
-        axis.axhline(1, color="black", linewidth=0.8)
+            axis.plot(
+                [p["tokens"] for p in some], [p["ratios"][name] for p in some], style, color=f"C{k}", label=name, markersize=4
+            )
         axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:.0f}")
         axis.set_xlabel("tokens of a batch")
-        axis.set_ylabel("time of a step / two bare forwards")
-        axis.set_title(f"{model} {dtype}")
-        axis.legend(fontsize=7)
+        axis.set_title(title)
+    if alone:
+        axis = axes[0][-1]
+        for k, name in enumerate(names):
+            some = [(i, step["ratios"][name]) for i, step in enumerate(alone.values()) if name in step["ratios"]]
+            mark = "o" if name.startswith("MeZO") else "s"
+            axis.plot([i + 0.07 * (k - len(names) / 2) for i, _ in some], [y for _, y in some], mark, color=f"C{k}", label=name)
+        axis.set_xticks(range(len(alone)), list(alone))
+        axis.set_xlim(-0.5, len(alone) - 0.5)
+        axis.set_title("one batch each")
+    for axis in axes[0]:
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_yscale("log", base=2)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.grid(axis="y", alpha=0.3)
+    axes[0][0].set_ylabel("time of a step / two bare forwards")
+    axes[0][0].legend(fontsize=7)
     figure.suptitle(report.where(), fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
