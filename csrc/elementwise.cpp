@@ -4,7 +4,8 @@
 //          the latency chain of the ten rounds. The transpose is of the four words: which block sits in which lane is free.
 // build    once per instruction set with -DZOKERN_ISA=avx512 | avx2 | scalar over the trait simd/<isa>.h, and once without:
 //          that part chooses a path at run time (ZOKERN_CPU_ISA forces one) and shares the chunks out with OpenMP
-// fast     contiguous, one term, rounding nearest, whole vectors from a block boundary. Prefetches theta one piece ahead;
+// fast     contiguous, one term or one sum of up to eight, rounding nearest, whole vectors from a block boundary. Prefetches
+// theta one piece ahead;
 //          a bfloat16 word holds the sine and the cosine element of one Philox word, so nothing is widened or packed
 // general  everything else, 512 elements at a time: gather, add the terms in draw order, round, scatter; theta moves once, and
 //          the roundings between the sums of a replay happen in the registers that add a sum's last term
@@ -112,6 +113,51 @@ int64_t fast(const Job& job, const Run& run, const Element<T>* theta, Element<O>
 // A coefficient that is NaN becomes the canonical one: then the lower half of every NaN that reaches bf16_round is zero.
 float quiet(float x) { return x == x ? x : as_float(0x7fc00000u); }
 
+// ---- the same for one sum of a few terms: theta moves once, and a sum stays in registers
+constexpr int kTerms = 8;
+
+// Whether the terms of an update are one sum whose terms do not decay
+bool is_short_sum(const Job& job) {
+  if (job.verb != Verb::kAxpy || job.each != job.draw_count || job.draw_count > kTerms) return false;
+  for (int k = 1; k < job.draw_count; ++k) {
+    if (job.draws[k].decay != 1.0f) return false;
+  }
+  return true;
+}
+
+template <Direction D, Type T>
+int64_t fast_sum(const Job& job, const Run& run, Element<T>* theta) {
+  constexpr bool kPaired = T == Type::kBfloat16;
+  constexpr int kSpan = kBlocks * per_block(D);
+  alignas(64) uint32_t words[kTerms][4 * kBlocks];
+  F c[kTerms];
+  for (int k = 0; k < job.draw_count; ++k) c[k] = Simd::all(quiet(job.draws[k].coefficient));
+  const F decay = Simd::all(quiet(job.draws[0].decay));
+  Flag flag{Simd::all(0.0f), Simd::all(0.0f)};
+  for (int64_t done = 0; done < run.n; done += kSpan) {
+    const int n = static_cast<int>(run.n - done < kSpan ? run.n - done : kSpan);
+    const uint64_t block = (run.number + static_cast<uint64_t>(done)) / per_block(D);
+    for (int k = 0; k < job.draw_count; ++k) {
+      const Name name{run.entry->who, job.draws[k].step, job.draws[k].draw, job.keys};
+      make_words<D == Direction::kNormal && !kPaired, 0>(static_cast<uint32_t>(block), (n + per_block(D) - 1) / per_block(D),
+                                                         name, words[k], nullptr);
+    }
+    for (int unit = 0; unit < n / kUnit; ++unit) {
+      Element<T>* const at = theta + done + unit * kUnit;
+      F x, y;
+      load_unit<T, kPaired>(at, x, y);
+      x = decay * x, y = decay * y;
+      for (int k = 0; k < job.draw_count; ++k) {
+        F a, b;
+        unit_values<D, kPaired>(words[k], unit, a, b);
+        x = Simd::fma(c[k], a, x), y = Simd::fma(c[k], b, y);
+      }
+      store_unit<T, kPaired>(at, x, y, flag);
+    }
+  }
+  return Simd::any_nan(flag.a + flag.b) ? 1 : 0;
+}
+
 template <Direction D, Type T, Type O>
 int64_t fast_verb(const Job& job, const Run& run) {
   const auto* theta = static_cast<const Element<T>*>(run.theta);
@@ -135,8 +181,9 @@ int64_t fast_verb(const Job& job, const Run& run) {
   if constexpr (T == O) {
     auto* here = static_cast<Element<O>*>(const_cast<void*>(run.theta));
     const float c = quiet(job.draws[0].coefficient);
-    const int64_t flag = job.draws[0].decay == 1.0f ? fast<D, T, O, 1, false>(job, run, theta, here, nullptr, c, 0.0f)
-                                                    : fast<D, T, O, 1, true>(job, run, theta, here, nullptr, c, 0.0f);
+    const int64_t flag = job.draw_count > 1           ? fast_sum<D, T>(job, run, here)
+                         : job.draws[0].decay == 1.0f ? fast<D, T, O, 1, false>(job, run, theta, here, nullptr, c, 0.0f)
+                                                      : fast<D, T, O, 1, true>(job, run, theta, here, nullptr, c, 0.0f);
     if (flag != 0) return count_nonfinite<T>(here, run.n);
   }
   return 0;
@@ -327,7 +374,8 @@ int64_t consecutive(const Job& job, const Run& run) {
   const bool keep = type == Type::kBfloat16 && run.entry->residual != nullptr && job.verb == Verb::kPerturb;
   const bool nearest = type == Type::kFloat32 || job.rounding == Rounding::kNearest ||
                        (job.rounding == Rounding::kResidual && type != Type::kBfloat16);
-  if (run.column_stride != 1 || job.draw_count != 1 || keep || !nearest) return general(job, run);
+  const bool few = job.draw_count == 1 || is_short_sum(job);
+  if (run.column_stride != 1 || !few || keep || !nearest) return general(job, run);
   int64_t head = static_cast<int64_t>((width - run.number % width) % width);
   if (head > run.n) head = run.n;
   const int64_t tail = head + (run.n - head) / kUnit * kUnit;
