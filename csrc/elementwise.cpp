@@ -116,13 +116,8 @@ float quiet(float x) { return x == x ? x : as_float(0x7fc00000u); }
 // ---- the same for one sum of a few terms: theta moves once, and a sum stays in registers
 constexpr int kTerms = 8;
 
-// Whether the terms of an update are one sum whose terms do not decay
 bool is_short_sum(const Job& job) {
-  if (job.verb != Verb::kAxpy || job.each != job.draw_count || job.draw_count > kTerms) return false;
-  for (int k = 1; k < job.draw_count; ++k) {
-    if (job.draws[k].decay != 1.0f) return false;
-  }
-  return true;
+  return job.verb == Verb::kAxpy && job.each == job.draw_count && job.draw_count <= kTerms;
 }
 
 template <Direction D, Type T>
