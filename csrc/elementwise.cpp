@@ -116,9 +116,7 @@ float quiet(float x) { return x == x ? x : as_float(0x7fc00000u); }
 // ---- the same for one sum of a few terms: theta moves once, and a sum stays in registers
 constexpr int kTerms = 8;
 
-bool is_short_sum(const Job& job) {
-  return job.verb == Verb::kAxpy && job.each == job.draw_count && job.draw_count <= kTerms;
-}
+bool is_short_sum(const Job& job) { return job.verb == Verb::kAxpy && job.each == job.draw_count && job.draw_count <= kTerms; }
 
 template <Direction D, Type T>
 int64_t fast_sum(const Job& job, const Run& run, Element<T>* theta) {
