@@ -4,9 +4,9 @@
 //          the latency chain of the ten rounds. The transpose is of the four words: which block sits in which lane is free.
 // build    once per instruction set with -DZOKERN_ISA=avx512 | avx2 | scalar over the trait simd/<isa>.h, and once without:
 //          that part chooses a path at run time (ZOKERN_CPU_ISA forces one) and shares the chunks out with OpenMP
-// fast     contiguous, one term or one sum of up to eight, rounding nearest, whole vectors from a block boundary. Prefetches
-// theta one piece ahead;
-//          a bfloat16 word holds the sine and the cosine element of one Philox word, so nothing is widened or packed
+// fast     contiguous, one term or one sum of up to eight, rounding nearest, whole vectors from a block boundary. With one
+//          term theta is prefetched a piece ahead. A bfloat16 word holds the sine and the cosine element of one Philox word,
+//          so nothing is widened or packed
 // general  everything else, 512 elements at a time: gather, add the terms in draw order, round, scatter; theta moves once, and
 //          the roundings between the sums of a replay happen in the registers that add a sum's last term
 // traffic  float32: 4 B read and 4 B written an element, bfloat16 and float16: 2 B and 2 B, for any number of terms

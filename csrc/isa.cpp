@@ -33,6 +33,8 @@ ZO_DECLARE_LINEAR(avx512)
 ZO_DECLARE_LINEAR(avx512bf16)  // where the compiler has it: setup.py
 #endif
 }
+#undef ZO_DECLARE
+#undef ZO_DECLARE_LINEAR
 
 namespace zo {
 namespace {

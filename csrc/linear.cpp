@@ -125,6 +125,7 @@ const float* in_float(Type type, const void* from, int64_t stride, int64_t rows,
   return memory.wide;
 }
 
+// The same as what a panel is turned from: float32, or whole pairs of bfloat16
 Strip in_strip(Type type, const void* from, int64_t stride, int64_t rows, int64_t n, Memory& memory) {
   if (order_of(type) != Order::kPairs) {
     const float* values = in_float(type, from, stride, rows, n, memory);

@@ -23,7 +23,6 @@ struct Simd {
   static F root(F x) { return _mm256_sqrt_ps(x); }
   static U lane() { return U{0, 1, 2, 3, 4, 5, 6, 7}; }
 
-  static void store(uint32_t* p, U x) { _mm256_store_si256((__m256i*)p, (__m256i)x); }
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
   static U load(const uint32_t* p) { return (U)_mm256_load_si256((const __m256i*)p); }

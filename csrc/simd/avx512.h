@@ -33,7 +33,6 @@ struct Simd {
   static F root(F x) { return _mm512_sqrt_ps(x); }
   static U lane() { return U{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
 
-  static void store(uint32_t* p, U x) { _mm512_store_si512(p, (__m512i)x); }
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
   static U load(const uint32_t* p) { return (U)_mm512_load_si512(p); }

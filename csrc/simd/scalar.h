@@ -22,7 +22,6 @@ struct Simd {
 
   static F load(const float* p) { return *p; }
   static void store(float* p, F x) { *p = x; }
-  static void store(uint32_t* p, U x) { *p = x; }
   static U load(const uint32_t* p) { return *p; }
   // two 16-bit elements a word
   static U load_pairs(const uint16_t* p) { return p[0] | static_cast<uint32_t>(p[1]) << 16; }

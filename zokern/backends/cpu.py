@@ -231,8 +231,7 @@ class Cpu:
                 sides.append((*here, 0 if bias is None else wide[id(bias)].data_ptr(), scales[j], draws[j]))
             _module().linear(
                 weight.data_ptr(), table.TYPES[weight.dtype], transposed, m, n, number, seed, span.first, span.who, step, shrink, sides,
-                products,
-                threads,
+                products, threads,
             )  # fmt: skip
         return ys
 
