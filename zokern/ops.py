@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import backends, directions
-from .backends import DTYPES, ROUNDINGS, Span
+from .backends import DTYPES, ROUNDINGS, Span, SpanList, TensorList
 from .stream import INDEX_LIMIT, ROUNDS, check_seed, check_word, parameter_id
 
 _FLOATS = tuple(getattr(torch, name) for name in DTYPES)
@@ -36,8 +36,13 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 def shared_memory(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
     """The positions of two tensors that have an element in common, or None."""
-    starts = np.array([t.data_ptr() for t in tensors])
-    sizes = np.array([t.nbytes if t.is_contiguous() else _reach(t) for t in tensors])
+    tensors = TensorList.of(tensors)
+    starts = tensors.pointers.astype(np.int64)
+    sizes = (
+        np.array([_reach(t) for t in tensors])
+        if not tensors.contiguous
+        else tensors.sizes * [d.itemsize for d in tensors.dtypes]
+    )
     order = np.argsort(starts)
     if np.all((starts + sizes)[order][:-1] <= starts[order][1:]):
         return None
@@ -88,7 +93,7 @@ def check_tensor(verb: str, what: str, tensor: Tensor, first: int = 0, hint: str
         )
 
 
-def _spans(verb: str, tensors: Sequence[Tensor], who, first) -> Sequence[Span]:
+def _spans(verb: str, tensors: Sequence[Tensor], who, first) -> SpanList:
     whos = [who] * len(tensors) if isinstance(who, (str, int)) else list(who)
     if isinstance(who, (str, int)) and len(tensors) > 1:
         raise ValueError(
@@ -103,31 +108,29 @@ def _spans(verb: str, tensors: Sequence[Tensor], who, first) -> Sequence[Span]:
 
 
 @lru_cache(maxsize=256)
-def _span_list(whos: tuple, firsts: tuple) -> tuple[Span, ...]:
+def _span_list(whos: tuple, firsts: tuple) -> SpanList:
     """A loop names the same list of parameters at every step."""
-    return tuple(Span(parameter_id(w) if isinstance(w, str) else check_word("who", w), f) for w, f in zip(whos, firsts))
+    return SpanList(Span(parameter_id(w) if isinstance(w, str) else check_word("who", w), f) for w, f in zip(whos, firsts))
 
 
-def _check_list(verb: str, tensors: Sequence[Tensor], spans: Sequence[Span]) -> torch.device:
+def _check_list(verb: str, tensors: TensorList, spans: SpanList) -> torch.device:
     if not tensors:
         raise ValueError(f"{verb}: tensors is empty; expected at least one tensor")
     device = tensors[0].device
-    plain = {t.dtype for t in tensors} <= _FLOAT_SET and all([t.is_contiguous() for t in tensors])
-    if {s.first for s in spans} == {0}:
-        inside = max([t.numel() for t in tensors]) <= INDEX_LIMIT
-    else:
-        inside = all([s.first >= 0 and s.first + t.numel() <= INDEX_LIMIT for s, t in zip(spans, tensors)])
-    if not plain or not inside:
+    plain = set(tensors.dtypes) <= _FLOAT_SET and tensors.contiguous
+    if not plain or not spans.at_zero or tensors.sizes.max() > INDEX_LIMIT:
         for i, (tensor, span) in enumerate(zip(tensors, spans)):
             check_tensor(verb, f"tensors[{i}]", tensor, span.first)
-    if {t.device for t in tensors} != {device}:
+    if tensors.devices != {device}:
         i, other = next((i, t.device) for i, t in enumerate(tensors) if t.device != device)
         raise ValueError(f"{verb}: tensors[{i}] is on {other} and tensors[0] on {device}; expected one device a call")
     return device
 
 
-def _list(tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    found = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+def _list(tensors: Tensor | Sequence[Tensor]) -> TensorList:
+    found = TensorList([tensors] if isinstance(tensors, Tensor) else tensors)
+    if set(map(type, found)) <= {Tensor, torch.nn.Parameter}:
+        return found
     for i, tensor in enumerate(found):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"tensors[{i}] is {type(tensor).__name__} {tensor!r:.80}; expected a torch.Tensor")

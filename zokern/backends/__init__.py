@@ -9,6 +9,7 @@ import torch
 
 from ..warning import warn
 from .base import DTYPES, ROUNDINGS, SCALARS, STATES, Backend, Multiplies, Span
+from .columns import SpanList, TensorList
 
 BACKENDS = {"reference": "Reference", "cpu": "Cpu", "cuda": "Cuda", "triton": "Triton"}
 DEFAULTS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}  # by device, best first
@@ -67,6 +68,8 @@ __all__ = [
     "Backend",
     "Multiplies",
     "Span",
+    "SpanList",
+    "TensorList",
     "default",
     "get",
     "resolve",

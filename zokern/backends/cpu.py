@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import table
 from .base import Span, check_rows, rounded_sums, step_at
+from .columns import TensorList
 
 _cpu: Any = None
 _error = ""
@@ -27,6 +28,7 @@ except ImportError as error:
 
 ARITHMETIC_RANK = 32  # above it lowrank_ is bound by arithmetic, and a panel in the first cache is worth a longer chunk
 SHARED_ROWS = 512  # rows of all sides that are worth a z of their own: about a tenth of their products (bench_matmul.py)
+_HERE = {torch.device("cpu")}
 SMALL = 1 << 16  # elements of a launch below which waking a second thread costs more than it saves
 
 
@@ -77,6 +79,8 @@ def _direction(direction) -> int:
 
 
 def _check(name: str, tensors: Sequence[Tensor]) -> None:
+    if isinstance(tensors, TensorList) and tensors.devices == _HERE:
+        return
     for i, tensor in enumerate(tensors):
         if not tensor.is_cpu:
             raise ValueError(f"backend 'cpu': {name}[{i}] is on {tensor.device}; expected a CPU tensor")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..stream import INDEX_LIMIT
 from .base import ROUNDINGS, STATES, Span
+from .columns import SpanList, TensorList
 
 ENTRY = np.dtype(
     [("theta", "u8"), ("out", "u8", 2), ("residual", "u8"), ("rows", "u8"), ("row_count", "i8"), ("columns", "i8"),
@@ -63,9 +64,11 @@ def pack(
     """Entries and chunks (of about `elements`) of a launch; `numbered` entries know the positions of their tensors in it.
 
     Empty tensors take no entry; a tensor of more than two strided dimensions takes several."""
-    if thetas is not None and len(thetas) > 8 and residuals is None and not outs and _plain(thetas, spans):
-        entries = _pack_plain(thetas, spans, numbered)
-        return entries, chunks(entries, elements)
+    if thetas is not None and len(thetas) > 8 and residuals is None and not outs:
+        thetas, spans = TensorList.of(thetas), SpanList.of(spans)
+        if thetas.contiguous and spans.plain:
+            entries = _pack_plain(thetas, spans, numbered)
+            return entries, chunks(entries, elements)
     words: list[int] = []  # an entry is 13 of 64 bits; one flat list is the fastest way from Python to NumPy
     sides: list[Sequence[Tensor]] = list(outs)
     shapes = thetas if thetas is not None else sides[0]
@@ -111,22 +114,17 @@ def pack(
     return entries, chunks(entries, elements)
 
 
-def _plain(thetas: Sequence[Tensor], spans: Sequence[Span]) -> bool:
-    return all([t.is_contiguous() for t in thetas]) and all([s.rows is None and s.pitch is None for s in spans])
-
-
-def _pack_plain(thetas: Sequence[Tensor], spans: Sequence[Span], numbered: bool) -> np.ndarray:
+def _pack_plain(thetas: TensorList, spans: SpanList, numbered: bool) -> np.ndarray:
     """pack() for a long list of contiguous tensors that are updated in place: column by column, which NumPy does faster."""
     entries = np.zeros(len(thetas), dtype=ENTRY)
-    entries["theta"] = [t.data_ptr() for t in thetas]
+    entries["theta"] = thetas.pointers
     entries["tensor"] = np.arange(len(thetas)) if numbered else 0
-    entries["columns"] = entries["pitch"] = [t.numel() for t in thetas]
+    entries["columns"] = entries["pitch"] = thetas.sizes
     entries["row_count"], entries["column_stride"] = 1, 1
-    entries["first"] = [s.first for s in spans]
-    entries["who"] = [s.who for s in spans]
-    dtypes = [t.dtype for t in thetas]
+    entries["first"], entries["who"] = spans.firsts, spans.whos
+    dtypes = thetas.dtypes
     entries["type"] = entries["out_type"] = TYPES[dtypes[0]] if len(set(dtypes)) == 1 else [TYPES[dtype] for dtype in dtypes]
-    return entries[entries["columns"] > 0]
+    return entries if thetas.sizes.all() else entries[thetas.sizes > 0]
 
 
 @lru_cache(maxsize=4096)
@@ -143,6 +141,10 @@ def chunks(entries: np.ndarray, elements: int = CHUNK_ELEMENTS) -> np.ndarray:
     """Cut every entry's logical elements [0, row_count * columns) into pieces of about `elements`, a multiple of ALIGN."""
     count = entries["row_count"] * entries["columns"]
     skew = (entries["first"] % ALIGN).astype(np.int64)  # pieces are aligned in the stream's numbering, not in memory
+    if len(entries) and (count + skew).max() <= elements:  # a piece each
+        table = np.zeros(len(entries), dtype=CHUNK)
+        table["end"], table["entry"] = count, np.arange(len(entries))
+        return table
     pieces = np.maximum(1, -(-(count + skew) // elements))
     entry = np.repeat(np.arange(len(entries)), pieces)
     piece = np.arange(len(entry)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
