@@ -361,7 +361,7 @@ def test_parts_of_the_rows_give_the_same_bits(monkeypatch) -> None:
     found = ON.linear(*arguments, given["thins"], room=1)
     assert len(calls) == 1 + sum(len(x) for x in given["xs"]) // 16
     assert all(map(torch.equal, expected, found))
-    broken = mutant(cpu.Cpu, "linear", "begin * n * x.element_size()", "0")
+    broken = mutant(cpu.Cpu, "linear", "begin * pitch", "0")
     found = broken(ON, *arguments, given["thins"], room=1)
     assert not all(map(torch.equal, expected, found))
 

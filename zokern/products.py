@@ -31,17 +31,11 @@ NARROW = 16  # columns below which a thin product is faster from MKL's kernels, 
 
 def fuses(backend: Backend, xs: Sequence[Tensor], weight: Tensor, transposed: bool = False, room: int | None = None) -> bool:
     """Whether linear() of the CPU's kernels takes these products, z and all, from torch. room: bytes of scratch memory."""
-    if not (hasattr(backend, "linear") and matmul.yields(weight.dtype) and weight.is_contiguous() and weight.numel()):
-        return False
     dtype, width = weight.dtype, weight.shape[0 if transposed else 1]
+    if not (hasattr(backend, "linear") and matmul.yields(dtype) and weight.is_contiguous() and weight.numel()):
+        return False
     for x in xs:
-        if (
-            x.dtype != dtype
-            or x.device.type != "cpu"
-            or not x.dim()
-            or x.shape[-1] != width
-            or type(x) not in (Tensor, Parameter)
-        ):
+        if x.dtype != dtype or not x.is_cpu or not x.dim() or x.shape[-1] != width or type(x) not in (Tensor, Parameter):
             return False
         if torch._C._functorch.is_functorch_wrapped_tensor(x):
             return False
@@ -325,7 +319,7 @@ def _fused(
         if counts[j]
     ]
     y = weight.new_empty(sum(counts), weight.shape[1 if transposed else 0])
-    ys, many = y.split(list(counts)), len(xs)
+    ys, many = torch.split_with_sizes(y, list(counts)), len(xs)
     backend.linear(xs, weight, _ORIGIN[0], None, 0, 0, [-1] * many, [0.0] * many, biases, thins, room, ys, transposed, shrink)
     return ys
 

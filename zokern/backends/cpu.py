@@ -200,39 +200,41 @@ class Cpu:
                 multiplied, each time with z made anew, and where that does not help, by fewer threads
         outs    contiguous (rows, m) each, of W's dtype, which take the results;  transposed  y_j = x_j (W + scales[j] z_j), W (n, m)
         W + scales[j] z_j is rounded to W's dtype, as perturb writes it; the sums are float32 in a fixed order, rounded once."""
-        number = 0 if max(draws) < 0 else _direction(direction)
-        _check("xs, weight and biases", [*xs, weight, *(bias for bias in biases if bias is not None)])
-        _check("thins", [t for _, *factors in thins for t in factors])
-        as_it_is = weight.dtype == torch.bfloat16 and pairs()
-        flat = [(x if as_it_is else x.float()).contiguous() for x in xs]  # kept until the call returns, as all below
-        wide = {id(bias): bias.float().contiguous() for bias in biases if bias is not None}
         m, n = weight.shape[::-1] if transposed else weight.shape
-        ys = list(outs) if outs is not None else [weight.new_empty(len(x), m) for x in xs]
-        firsts = [first.contiguous() for _, first, _, _ in thins]
-        lasts = [last if last.stride(1) == 1 else last.contiguous() for *_, last in thins]
-        threads, parts, _ = _linear_plan([x.shape[0] for x in xs], room)
-        order = sorted(range(len(xs)), key=lambda j: draws[j])
-        place = {j: at for at, j in enumerate(order)}
-        products = [
-            (
-                place[j],
-                first.data_ptr(),
-                first.shape[0],
-                middle.data_ptr(),
-                *middle.stride(),
-                last.data_ptr(),
-                last.shape[1],
-                last.stride(0),
-            )
-            for (j, _, middle, _), first, last in zip(thins, firsts, lasts)
-        ]
+        dense = max(draws) >= 0
+        number = _direction(direction) if dense else 0
+        order = sorted(range(len(xs)), key=draws.__getitem__) if dense else range(len(xs))  # sides of a draw follow one another
+        ys = list(outs) if outs is not None else [weight.new_empty(x.shape[0], m) for x in xs]
+        counts = [x.shape[0] for x in xs]
+        threads, parts, _ = _linear_plan(counts, room)
+        read = torch.bfloat16 if weight.dtype == torch.bfloat16 and pairs() else torch.float32
+        held = [weight, *ys]  # what the kernel reads and writes lives until the call returns
+
+        def hold(what: str, tensor: Tensor, dtype: torch.dtype, is_flat: bool) -> Tensor:
+            if tensor.dtype != dtype or not is_flat:
+                tensor = tensor.to(dtype).contiguous()
+            if not tensor.is_cpu:
+                _check(what, [tensor])
+            held.append(tensor)
+            return tensor
+
+        _check("weight and outs", held)
+        rows = [hold("xs", x, read, x.is_contiguous()).data_ptr() for x in xs]
+        added = [0 if b is None else hold("biases", b, torch.float32, b.is_contiguous()).data_ptr() for b in biases]
+        products = []
+        for j, first, middle, last in thins:
+            first = hold("first factors", first, torch.float32, first.is_contiguous())
+            last = hold("last factors", last, torch.float32, last.stride(1) == 1)
+            middle = hold("middles", middle, torch.float32, True)
+            ends = last.data_ptr(), last.shape[1], last.stride(0)
+            products.append((order.index(j), first.data_ptr(), first.shape[0], middle.data_ptr(), *middle.stride(), *ends))
+        pitch, out_pitch = n * read.itemsize, m * weight.element_size()
         for part in range(parts):
             sides = []
             for j in order:
-                x, y, bias = flat[j], ys[j], biases[j]
-                begin, end = x.shape[0] * part // parts, x.shape[0] * (part + 1) // parts
-                here = x.data_ptr() + begin * n * x.element_size(), end - begin, y.data_ptr() + begin * m * y.element_size()
-                sides.append((*here, 0 if bias is None else wide[id(bias)].data_ptr(), scales[j], draws[j]))
+                begin, end = counts[j] * part // parts, counts[j] * (part + 1) // parts
+                y = ys[j].data_ptr() + begin * out_pitch
+                sides.append((rows[j] + begin * pitch, end - begin, y, added[j], scales[j], draws[j]))
             _module().linear(
                 weight.data_ptr(), table.TYPES[weight.dtype], transposed, m, n, number, seed, span.first, span.who, step, shrink, sides,
                 products, threads,
@@ -248,8 +250,9 @@ class Cpu:
 
 def _linear_plan(counts: Sequence[int], room: int | None) -> tuple[int, int, int]:
     """Threads, in how many parts the rows are multiplied, and the memory of a thread."""
-    base = _module().linear_memory(0)
-    return _plan_of(tuple(counts), room, torch.get_num_threads(), base, _module().linear_memory(1) - base, SHARED_ROWS)
+    module = _module()
+    base = module.linear_memory(0)
+    return _plan_of(tuple(counts), room, torch.get_num_threads(), base, module.linear_memory(1) - base, SHARED_ROWS)
 
 
 @lru_cache(maxsize=1024)

@@ -236,12 +236,19 @@ class Copies:
 
     def bias(self, bias: Tensor | None, side: int) -> Tensor | None:
         """The bias of a product as this side reads it."""
-        return self.copy(bias, keep=False, side=side) if bias is not None and id(bias) in self.table else bias
+        if bias is None or (key := self.table.get(id(bias))) is None:
+            return bias
+        small = self.resident[side].get(key)
+        if small is None or small.dtype != bias.dtype:
+            return self.copy(bias, keep=False, side=side)
+        self.used.add(key)
+        return small
 
     def note(self, group: Group, i: int, xs: Sequence[Tensor]) -> None:
         """What the record and the choice of an evaluation want to know of a product."""
-        self.rows = max(self.rows, *(x.numel() // max(1, x.shape[-1]) for x in xs))
-        self.coarse |= any(x.dtype != torch.float32 for x in xs)
+        for x in xs:
+            self.rows = max(self.rows, x.numel() // max(1, x.shape[-1]))
+            self.coarse = self.coarse or x.dtype != torch.float32
         if self.meet is not None and len(xs) < len(self.points):
             self.alone.add(group.names[i])
 

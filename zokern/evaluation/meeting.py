@@ -63,19 +63,15 @@ class _Thread:
         if self.generators[1] is not None:
             torch.cuda.set_rng_state_all(self.generators[1])
 
-    def modes(self) -> tuple:
-        """What the sides must agree on for a joint computation."""
-        return self.grad, self.guard is not None, tuple(self.autocast)
-
 
 class Meeting:
     """Runs bodies side by side. `select(side)` is told which one runs."""
 
     def __init__(self, select: Callable[[int], None]) -> None:
         self.select = select
-        self.requests: dict[int, tuple[Hashable, Any, Callable]] = {}
+        self.requests: dict[int, tuple[Hashable, Any, Callable, tuple]] = {}
         self.passed: list[list[Hashable]] = []  # per side, the uses that it made alone since it last met the others
-        self.states: list[_Thread] = []
+        self.kinds = ["cpu", *(["cuda"] if torch.cuda.is_initialized() else [])]
         self.depths = self._depths()
 
     @staticmethod
@@ -87,29 +83,40 @@ class Meeting:
         if self._depths() != self.depths:
             raise Unpairable("it runs under a torch function or dispatch mode of its own")
         hub = greenlet.getcurrent().parent
-        return hub.switch((key, use, compute))
+        return hub.switch((key, use, compute, self._modes()))
+
+    def _modes(self) -> tuple:
+        """What the sides must agree on for a joint computation."""
+        autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in self.kinds]
+        return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), tuple(autocast)
 
     def run(self, bodies: Sequence[Callable[[], Any]]) -> list[Any]:
         """The results of all bodies. An exception of one ends the others and is raised."""
-        kinds = ["cpu", *(["cuda"] if torch.cuda.is_initialized() else [])]
-        base = _Thread(kinds)
+        base = _Thread(self.kinds)
         base.leave()
         inference = base.guard is not None  # the caller's mode, which leave() took off
         sides = [greenlet.greenlet(torch.inference_mode()(body) if inference else body) for body in bodies]
-        states = self.states = [_Thread(kinds) for _ in bodies]
+        states = [_Thread(self.kinds) for _ in bodies]
         results: list[Any] = [None] * len(bodies)
         self.passed = [[] for _ in bodies]
         for side, state in zip(sides, states):
             side.gr_context = contextvars.copy_context()
             state.grad, state.autocast, state.cache, state.generators = base.grad, base.autocast, base.cache, base.generators
 
+        there = -1  # whose state is on the thread: it stays until another side needs the place
+
+        def enter(i: int) -> None:
+            nonlocal there
+            if i != there:
+                if there >= 0:
+                    states[there].leave()
+                there = i
+                states[i].enter()
+                self.select(i)
+
         def go(i: int, value: Any = None, error: BaseException | None = None) -> None:
-            states[i].enter()
-            self.select(i)
-            try:
-                outcome = sides[i].throw(error) if error is not None else sides[i].switch(*(() if value is None else (value,)))
-            finally:
-                states[i].leave()
+            enter(i)
+            outcome = sides[i].throw(error) if error is not None else sides[i].switch(*(() if value is None else (value,)))
             if sides[i].dead:
                 results[i] = outcome
             else:
@@ -120,35 +127,34 @@ class Meeting:
                 go(i)
             while self.requests:
                 members = self._next()
-                key, _, compute = self.requests[members[0]]
+                key, _, compute, _ = self.requests[members[0]]
                 waiting = [(i, self.requests.pop(i)[1]) for i in members]
                 if len(members) < len(bodies):
                     for i in members:
                         self.passed[i].append(key)
                 else:
                     self.passed = [[] for _ in bodies]
-                states[members[0]].enter()
+                enter(there if there in members else members[0])
                 try:
                     found, error = compute(waiting), None
                 except Exception as problem:  # raised again where the side stands, so that the traceback shows the user's line
                     found, error = [None] * len(members), problem
-                finally:
-                    states[members[0]].leave()
-                for i, value in zip(members, found):
+                for i, value in sorted(
+                    zip(members, found), key=lambda served: served[0] != there
+                ):  # who is on the thread first
                     go(i, value, error)
             return results
         finally:
             for i, side in enumerate(sides):
                 if not side.dead:  # an exception elsewhere: unwind this side's own `with` and `finally`
-                    states[i].enter()
-                    self.select(i)
+                    enter(i)
                     try:
                         side.throw(greenlet.GreenletExit)
                     except BaseException:  # noqa: B036 - the first exception is the one that the user should see
                         pass
-                    finally:
-                        states[i].leave()
             self.requests.clear()
+            if there >= 0:
+                states[there].leave()
             base.enter()
 
     def _next(self) -> list[int]:
@@ -165,6 +171,6 @@ class Meeting:
                 behind or waiting, key=lambda i: len(self.passed[i])
             )  # or the first would run to the end of the model alone
             members = groups[self.requests[least][0]]
-        modes = self.states[members[0]].modes()
-        members = [i for i in members if self.states[i].modes() == modes]
+        modes = self.requests[members[0]][3]
+        members = [i for i in members if self.requests[i][3] == modes]
         return members
