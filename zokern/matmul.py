@@ -60,14 +60,9 @@ def yields(dtype: torch.dtype) -> bool:
     Measured on AMD processors, with AVX2 and with AVX-512 (benchmarks/bench_matmul.py); Intel's are left to torch, unmeasured."""
     from .backends import cpu
 
-    return cpu.why_off() is None and _yields(dtype, cpu.isa(), cpu.pairs())
-
-
-@cache
-def _yields(dtype: torch.dtype, isa: str, pairs: bool) -> bool:
-    if isa == "scalar" or not has_onednn():
+    if cpu.why_off() is not None or cpu.isa() == "scalar" or not has_onednn():
         return False
-    return dtype == torch.float32 or not has_half(dtype) or (dtype == torch.bfloat16 and pairs)
+    return dtype == torch.float32 or not has_half(dtype) or (dtype == torch.bfloat16 and cpu.pairs())
 
 
 def _widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
