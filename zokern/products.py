@@ -37,7 +37,7 @@ def fuses(backend: Backend, xs: Sequence[Tensor], weight: Tensor, transposed: bo
     for x in xs:
         if x.dtype != dtype or not x.is_cpu or not x.dim() or x.shape[-1] != width or type(x) not in (Tensor, Parameter):
             return False
-        if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if x.is_neg() or torch._C._functorch.is_functorch_wrapped_tensor(x):
             return False
     return not torch.is_autocast_enabled("cpu") and (room is None or own(backend).linear_bytes(counts_of(xs), room) <= room)
 

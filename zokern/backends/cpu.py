@@ -210,7 +210,9 @@ class Cpu:
         read = torch.bfloat16 if weight.dtype == torch.bfloat16 and pairs() else torch.float32
         held = [weight, *ys]  # what the kernel reads and writes lives until the call returns
 
-        def hold(what: str, tensor: Tensor, dtype: torch.dtype, is_flat: bool) -> Tensor:
+        def hold(what: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, is_flat: bool) -> Tensor:
+            if tensor.shape != shape:
+                raise ValueError(f"backend 'cpu': linear: {what} is {list(tensor.shape)}; expected {list(shape)}")
             if tensor.dtype != dtype or not is_flat:
                 tensor = tensor.to(dtype).contiguous()
             if not tensor.is_cpu:
@@ -219,22 +221,25 @@ class Cpu:
             return tensor
 
         _check("weight and outs", held)
-        rows = [hold("xs", x, read, x.is_contiguous()).data_ptr() for x in xs]
-        added = [0 if b is None else hold("biases", b, torch.float32, b.is_contiguous()).data_ptr() for b in biases]
+        for y, count in zip(ys, counts):
+            hold("an out", y, (count, m), weight.dtype, y.is_contiguous())
+        rows = [hold("an x", x, (count, n), read, x.is_contiguous()).data_ptr() for x, count in zip(xs, counts)]
+        added = [0 if b is None else hold("a bias", b, (m,), torch.float32, b.is_contiguous()).data_ptr() for b in biases]
         products = []
         for j, first, middle, last in thins:
-            first = hold("first factors", first, torch.float32, first.is_contiguous())
-            last = hold("last factors", last, torch.float32, last.stride(1) == 1)
-            middle = hold("middles", middle, torch.float32, True)
-            ends = last.data_ptr(), last.shape[1], last.stride(0)
-            products.append((order.index(j), first.data_ptr(), first.shape[0], middle.data_ptr(), *middle.stride(), *ends))
+            r, q = middle.shape
+            first = hold("a first factor", first, (r, n), torch.float32, first.is_contiguous())
+            last = hold("a last factor", last, (m, q), torch.float32, last.stride(1) == 1)
+            middle = hold("a middle", middle, (r, q), torch.float32, True)
+            ends = last.data_ptr(), q, last.stride(0)
+            products.append((order.index(j), first.data_ptr(), r, middle.data_ptr(), *middle.stride(), *ends))
         pitch, out_pitch = n * read.itemsize, m * weight.element_size()
         for part in range(parts):
             sides = []
             for j in order:
                 begin, end = counts[j] * part // parts, counts[j] * (part + 1) // parts
-                y = ys[j].data_ptr() + begin * out_pitch
-                sides.append((rows[j] + begin * pitch, end - begin, y, added[j], scales[j], draws[j]))
+                into = ys[j].data_ptr() + begin * out_pitch
+                sides.append((rows[j] + begin * pitch, end - begin, into, added[j], scales[j], draws[j]))
             _module().linear(
                 weight.data_ptr(), table.TYPES[weight.dtype], transposed, m, n, number, seed, span.first, span.who, step, shrink, sides,
                 products, threads,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from .. import overlap, products
 from ..backends import Backend, Span
@@ -35,6 +36,7 @@ class Copies:
         self.meet: Callable | None = None  # how the sides of a paired reading wait for one another: Meeting.join
         self.coarse = False  # whether a product was in 16 bits
         self.rows = 0  # most rows of x that a product of one side has seen
+        self.beside = 0  # bytes of the copies outside the arena that the call under way was given
         self.largest = 0
         self.views: dict[int, weakref.ref] = {}
         self.side = 0
@@ -111,9 +113,15 @@ class Copies:
         """Whether the weights themselves are what this side reads."""
         return self.points[side].offset == 0.0 and (group.matrices is None or group.matrices[i].pending is None)
 
-    @torch.no_grad()
     def copy(self, tensor: Tensor, keep: bool = True, cast: torch.dtype | None = None, side: int | None = None) -> Tensor:
         """The whole parameter, perturbed: resident, from the arena (keep: until the call returns), or its own memory."""
+        if torch._C._functorch.peek_interpreter_stack() is None:
+            return self._copy(tensor, keep, cast, side)
+        with temporarily_clear_interpreter_stack():  # inside torch.func, new tensors are wrapped, and kernels need their memory
+            return self._copy(tensor, keep, cast, side)
+
+    @torch.no_grad()
+    def _copy(self, tensor: Tensor, keep: bool, cast: torch.dtype | None, side: int | None) -> Tensor:
         side = self.side if side is None else side
         group, i = self.find(tensor)
         small = self.resident[side].get(self.table[id(tensor)])
@@ -134,10 +142,16 @@ class Copies:
         source = group.tensors[i]
         out = torch.empty(shape, dtype=source.dtype, device=source.device)
         size = out.numel() * out.element_size()
-        self.largest = max(self.largest, self.arena.top.get(source.device, 0) + size)
+        self.beside += size
+        self.largest = max(self.largest, self.arena.top.get(source.device, 0) + self.beside)
         if size > self.arena.left(source.device) or out.shape == source.shape:
             self.whole.add(group.names[i])
         return out
+
+    def release(self) -> None:
+        """A call has returned."""
+        self.arena.release()
+        self.beside = 0
 
     def single(self, group: Group, i: int) -> None:
         """Note that a parameter was read for one side alone where several are read together."""

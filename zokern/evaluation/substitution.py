@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from .copies import Copies
-from .uses import DATA_ATTRIBUTES, FRESH, HANDLERS, METADATA, NORMS, PRODUCTS, VIEWS, writes
+from .uses import CONVERSIONS, DATA_ATTRIBUTES, EXPORTS, FRESH, HANDLERS, METADATA, NORMS, PRODUCTS, VIEWS, writes
 
 
 class Substitution(TorchFunctionMode):
@@ -30,7 +31,7 @@ class Substitution(TorchFunctionMode):
             if not kwargs or not any(
                 id(v) in table or (type(v) in (list, tuple) and any(id(u) in table for u in v)) for v in kwargs.values()
             ):
-                if self.copies.views and args and id(args[0]) in self.copies.views:
+                if self.copies.views:
                     return self._on_view(func, args, kwargs)
                 return func(*args, **kwargs)
         return self._substitute(func, args, kwargs)
@@ -59,29 +60,31 @@ class Substitution(TorchFunctionMode):
             swapped = tuple(self._swap(a, keep, cast) for a in args)
             result = func(*swapped, **{k: self._swap(v, keep, cast) for k, v in kwargs.items()})
         finally:
-            self.copies.arena.release()
+            self.copies.release()
         if cast is not None and isinstance(result, Tensor) and result.is_floating_point():
-            return result.to(cast)
-        if (
-            isinstance(result, Tensor)
-            and func not in FRESH
-            and any(result is s for s in swapped) | (name in VIEWS or name == "__get__")
-        ):
-            self.copies.watch(result)
+            return result.clone() if any(result is s for s in swapped) else result.to(cast)
+        if func not in FRESH and (name in VIEWS or name == "__get__" or any(result is s for s in swapped)):
+            self._watch(result)
         return result
+
+    def _watch(self, result: Any) -> None:
+        """A view, or the pieces of a split."""
+        for view in result if isinstance(result, (list, tuple)) else [result]:
+            if isinstance(view, Tensor):
+                self.copies.watch(view)
 
     def _swap(self, value, keep: bool, cast: torch.dtype | None):
         if id(value) in self.copies.table:
             return self.copies.copy(value, keep, cast)
         if type(value) in (list, tuple) and any(id(v) in self.copies.table for v in value):
             return type(value)(self._swap(v, keep, cast) for v in value)
-        if cast is not None and isinstance(value, Tensor) and value.dtype == cast:
+        if cast is not None and cast.itemsize < 4 and isinstance(value, Tensor) and value.dtype == cast:
             return value.float()
         return value
 
     def _upcast(self, func, args: tuple, kwargs: dict) -> torch.dtype | None:
-        """The 16-bit dtype to come back to when a norm or an elementwise product runs in float32 for its small weight's sake."""
-        if func not in NORMS and func not in PRODUCTS:
+        """The dtype of the result, where a norm, an elementwise product or a conversion is done in float32 for its small weight's sake."""
+        if func not in NORMS and func not in PRODUCTS and func not in CONVERSIONS:
             return None
         values = [*args, *kwargs.values()]
         wide = any(
@@ -90,27 +93,46 @@ class Substitution(TorchFunctionMode):
             and copy.dtype != v.dtype
             for v in values
         )
+        if not wide:
+            return None
+        if func in CONVERSIONS:
+            like = func(args[0].new_empty(0), *args[1:], **kwargs)
+            return like.dtype if isinstance(like, Tensor) and like.dtype.itemsize > 2 and like.is_floating_point() else None
         kinds = {v.dtype for v in values if isinstance(v, Tensor) and v.is_floating_point()}
-        return kinds.pop() if wide and len(kinds) == 1 else None
+        if len(kinds) > 1 and func in PRODUCTS and len(args) == 2:
+            return torch.result_type(*args)
+        return kinds.pop() if len(kinds) == 1 else None
 
     def _on_view(self, func, args: tuple, kwargs: dict[str, Any]):
-        """A call on a view of a copy: further views are watched too, writes are refused."""
+        """A call while there are views of copies: views of those are watched too, writes to them are refused."""
         name = getattr(func, "__name__", "")
-        reference = self.copies.views.get(id(args[0]))
-        watched = reference is not None and reference() is args[0]
-        if watched and writes(name):
+        if any(map(self._is_view, _written(name, args, kwargs))):
             raise RuntimeError(
                 f"the closure writes to a view of a trained parameter ({name}): the loss of a step must only read the weights; "
                 "the step was abandoned and no weight has changed"
             )
+        if not args or not self._is_view(args[0]):
+            return func(*args, **kwargs)
+        if name in EXPORTS:
+            return func(args[0].clone(), *args[1:], **kwargs)
+        if name == "__iter__":
+            rows = args[0].unbind(0)
+            self._watch(rows)
+            return iter(rows)
         result = func(*args, **kwargs)
-        if watched and isinstance(result, Tensor) and (name in VIEWS or name == "__get__"):
-            self.copies.watch(result)
+        if name in VIEWS or name == "__get__":
+            self._watch(result)
         return result
+
+    def _is_view(self, value: Any) -> bool:
+        reference = self.copies.views.get(id(value))
+        return reference is not None and reference() is value
 
 
 def is_taped(table: dict[int, tuple[int, int]], args: Sequence, kwargs: dict[str, Any]) -> bool:
     """Whether autograd follows the call for something else than trained parameters: a closure that differentiates by its inputs."""
+    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
     if not torch.is_grad_enabled():
         return False
     values = [v for value in (*args, *kwargs.values()) for v in (value if isinstance(value, (list, tuple)) else [value])]

@@ -29,19 +29,30 @@ def _linear(copies: Copies, func, args: tuple, kwargs: dict):
     """y = x W^T + b, W perturbed a few rows at a time."""
     names = dict(zip(("input", "weight", "bias"), args)) | kwargs
     x, weight, bias = names["input"], names["weight"], names.get("bias")
-    if id(weight) not in copies.table or id(x) in copies.table or copies.is_resident(weight) or weight.dim() != 2:
+    if not _is_product(copies, x, weight, bias, 0):
         return NotImplemented
     return _meet(copies, weight, _Product(x, bias), transposed=False)
 
 
 def _addmm(copies: Copies, func, args: tuple, kwargs: dict):
     """y = b + x W (transformers' Conv1D), W perturbed a few columns at a time."""
-    if len(args) != 3 or kwargs or id(args[2]) not in copies.table or id(args[1]) in copies.table:
+    if len(args) != 3 or kwargs or not _is_product(copies, args[1], args[2], args[0], 1):
         return NotImplemented
     bias, x, weight = args
-    if copies.is_resident(weight) or weight.dim() != 2 or bias.dim() != 1:
-        return NotImplemented
     return _meet(copies, weight, _Product(x, bias), transposed=True)
+
+
+def _is_product(copies: Copies, x: Any, weight: Any, bias: Any, dimension: int) -> bool:
+    """Whether these are rows, a large trained matrix and a bias of one number for each of its columns of results.
+
+    Everything else that torch takes, or refuses, is left to torch: other biases, nested rows, mixed dtypes."""
+    if id(weight) not in copies.table or id(x) in copies.table or copies.is_resident(weight) or weight.dim() != 2:
+        return False
+    if not isinstance(x, Tensor) or x.is_nested or x.layout != torch.strided or not x.dim():
+        return False
+    if x.shape[-1] != weight.shape[1 - dimension] or (dimension and x.dim() != 2):
+        return False
+    return bias is None or (bias.shape == weight.shape[dimension : dimension + 1] and bias.dtype == weight.dtype)
 
 
 def _meet(copies: Copies, weight: Tensor, use: _Product, transposed: bool) -> Tensor:
@@ -64,9 +75,7 @@ def stacked_product(copies: Copies, func, args: tuple, kwargs: dict, sides: int)
         bias, x, weight, transposed = args[0], args[1], args[2], True
     else:
         return None
-    if id(weight) not in copies.table or id(x) in copies.table or copies.is_resident(weight) or weight.dim() != 2:
-        return None
-    if x.shape[0] % sides or (transposed and (bias is None or bias.dim() != 1)):
+    if not _is_product(copies, x, weight, bias, int(transposed)) or x.shape[0] % sides:
         return None
     uses = [(side, _Product(piece, bias)) for side, piece in enumerate(x.chunk(sides))]
     return products.joined(_product(copies, weight, uses, transposed))
@@ -93,7 +102,7 @@ def _product(copies: Copies, weight: Tensor, uses: Sequence[tuple[int, _Product]
             )
         return copies.tiled(group, i, sides, xs, biases, transposed)
     finally:
-        copies.arena.release()
+        copies.release()
 
 
 @torch.no_grad()
@@ -156,6 +165,20 @@ def _getitem(copies: Copies, func, args: tuple, kwargs: dict):
     return out
 
 
+def _iterate(copies: Copies, func, args: tuple, kwargs: dict):
+    """Row by row, from one copy; writes to a row are seen like those to any other view."""
+    whole = copies.copy(args[0], keep=False)
+    rows = whole.unbind(0)
+    for row in rows:
+        copies.watch(row)
+    return iter(rows)
+
+
+def _export(copies: Copies, func, args: tuple, kwargs: dict):
+    """Memory that leaves torch is the closure's own: what is written to it stays there."""
+    return func(copies.copy(args[0], keep=False).clone(), *args[1:], **kwargs)
+
+
 HANDLERS: dict[Any, Callable] = {
     F.linear: _linear,
     torch.addmm: _addmm,
@@ -164,7 +187,13 @@ HANDLERS: dict[Any, Callable] = {
         _embedding(copies, func, (args[1], args[0]), {}) if len(args) >= 2 else NotImplemented
     ),
     Tensor.__getitem__: _getitem,
+    Tensor.__iter__: _iterate,
+    Tensor.numpy: _export,
+    Tensor.__array__: _export,
+    Tensor.__dlpack__: _export,
 }
+EXPORTS = {"numpy", "__array__", "__dlpack__"}
+CONVERSIONS = {Tensor.to, Tensor.float, Tensor.double, Tensor.type, Tensor.type_as}
 
 NORMS = {F.layer_norm, F.group_norm, F.rms_norm, F.instance_norm, F.batch_norm, torch.layer_norm, torch.group_norm}
 PRODUCTS = {Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul, Tensor.add, Tensor.__add__, Tensor.__radd__, torch.add}
@@ -179,14 +208,15 @@ FRESH |= {f for f in (getattr(torch, "_grouped_mm", None), getattr(F, "grouped_m
 DATA_ATTRIBUTES = {"data", "T", "mT", "H", "mH", "real", "imag"}
 VIEWS = {
     "detach", "view", "view_as", "reshape", "t", "transpose", "permute", "unsqueeze", "squeeze", "flatten", "expand", "narrow", "select",
-    "__getitem__", "chunk", "split", "unbind", "diagonal", "swapaxes", "movedim",
+    "__getitem__", "chunk", "split", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split", "hsplit", "vsplit", "unbind", "diagonal",
+    "swapaxes", "swapdims", "moveaxis", "movedim", "unflatten", "ravel", "unfold", "as_strided", "squeeze_", "view_as_real", "expand_as", "adjoint",
 }  # fmt: skip
 METADATA = {
     "size", "stride", "dim", "ndimension", "numel", "nelement", "element_size", "storage_offset", "is_contiguous", "is_floating_point",
     "is_complex", "is_signed", "is_inference", "is_pinned", "is_same_size", "is_set_to", "is_shared", "get_device", "data_ptr", "has_names",
-    "storage", "untyped_storage", "storage_type", "type", "requires_grad_", "register_hook", "register_post_accumulate_grad_hook", "retain_grad",
+    "storage", "untyped_storage", "storage_type", "requires_grad_", "register_hook", "register_post_accumulate_grad_hook", "retain_grad",
     "__len__", "__hash__", "__repr__", "__format__", "__dir__", "__reduce_ex__", "has_torch_function", "is_tensor", "result_type",
-    "is_nonzero", "is_storage", "can_cast", "_is_zerotensor", "is_conj", "is_neg", "_has_compatible_shallow_copy_type",
+    "is_storage", "can_cast", "_is_zerotensor", "is_conj", "is_neg", "_has_compatible_shallow_copy_type",
 }  # fmt: skip
 
 

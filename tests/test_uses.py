@@ -1,0 +1,216 @@
+"""Uses of a parameter that are rare, each read as the walk reads it: with theta + eps z, and nothing of the closure's stays in a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import build, same_bits
+from mutant import mutant
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+import zokern
+from zokern.backends import cpu
+from zokern.evaluation import copies, substitution, uses
+
+X = torch.linspace(-1, 1, 4 * 300).view(4, 300)
+EPS = 1e-2
+
+
+def matrix() -> nn.Parameter:
+    """Too large to be copied ahead of the reading."""
+    weight = nn.Parameter(torch.linspace(-1, 1, 400 * 300).sin().view(400, 300) * 0.05)
+    assert weight.numel() > copies.RESIDENT
+    return weight
+
+
+def squared(y: Tensor) -> Tensor:
+    return y.square().mean()
+
+
+def dual(w: Tensor) -> float | Tensor:
+    with forward_ad.dual_level():
+        y = forward_ad.unpack_dual(squared(F.linear(forward_ad.make_dual(X, X), w)))
+        return 0.0 if y.tangent is None else y.tangent
+
+
+def nested(w: Tensor) -> Tensor:
+    return squared(F.linear(torch.nested.nested_tensor([X[:1], X[1:]], layout=torch.jagged), w).values())
+
+
+PRODUCTS: dict[str, Callable[[Tensor], float | Tensor]] = {
+    "a bias of one number": lambda w: squared(F.linear(X, w, torch.ones(1))),
+    "a bias without dimensions": lambda w: squared(F.linear(X, w, torch.tensor(2.0))),
+    "a bias for each row": lambda w: squared(F.linear(X, w, torch.ones(4, 400) * X[:, :1])),
+    "addmm with a bias of one number": lambda w: squared(torch.addmm(torch.ones(1), X @ torch.ones(300, 400), w)),
+    "a negative view": lambda w: F.linear(torch._neg_view(X), w).exp().mean(),
+    "nested rows": nested,
+    "torch.func.grad": lambda w: squared(torch.func.grad(lambda x: squared(F.linear(x, w)))(X)) * 1e3,
+    "torch.func.jvp": lambda w: torch.func.jvp(lambda x: squared(F.linear(x, w)), (X,), (X,))[1],
+    "torch.vmap": lambda w: torch.vmap(lambda x: squared(F.linear(x, w)))(X).sum(),
+    "forward mode": dual,
+}
+
+
+def reading(loss: Callable[[Tensor], float | Tensor], evaluation, weight: nn.Parameter) -> tuple[float, ...]:
+    optimizer = zokern.MeZO([("w", weight)], lr=0.0, eps=EPS, seed=5, evaluation=evaluation)
+    return zokern.step(optimizer, lambda: loss(weight)).losses[0]
+
+
+def check(loss: Callable[[Tensor], float | Tensor], evaluation) -> None:
+    found, expected = reading(loss, evaluation, matrix()), reading(loss, "walk", matrix())
+    assert found == pytest.approx(expected, rel=1e-5) and found[0] != found[1]
+    assert found[0] - found[1] == pytest.approx(expected[0] - expected[1], rel=0.05)
+
+
+@pytest.mark.parametrize("evaluation", ["scratch", "paired"])
+@pytest.mark.parametrize("use", PRODUCTS)
+def test_products(use: str, evaluation: str) -> None:
+    check(PRODUCTS[use], zokern.Paired(check=False) if evaluation == "paired" else evaluation)
+
+
+@pytest.mark.parametrize("use, where, name, right, instead", [
+    ("a bias of one number", uses, "_is_product", "bias.shape == weight.shape[dimension : dimension + 1]", "True"),
+    ("nested rows", uses, "_is_product", "x.is_nested or x.layout != torch.strided or ", ""),
+    ("forward mode", substitution, "is_taped", "forward_ad._current_level >= 0 or ", ""),
+    ("torch.func.grad", copies.Copies, "copy", "torch._C._functorch.peek_interpreter_stack() is None", "True"),
+])  # fmt: skip
+def test_wrong_versions_of_products_are_rejected(use: str, where, name: str, right: str, instead: str) -> None:
+    broken = mutant(where, name, right, instead)
+    with patch.object(where, name, broken), pytest.raises((AssertionError, RuntimeError, ValueError, NotImplementedError)):
+        check(PRODUCTS[use], "scratch")
+
+
+@pytest.mark.parametrize("size, dtype", [(399, torch.float32), (401, torch.float32), (400, torch.float64)])
+def test_what_torch_refuses_stays_refused(size: int, dtype: torch.dtype) -> None:
+    with pytest.raises(RuntimeError):
+        reading(lambda w: squared(F.linear(X, w, torch.ones(size, dtype=dtype))), "scratch", matrix())
+
+
+@pytest.mark.skipif(cpu.why_off() is not None, reason="the compiled module is missing")
+@pytest.mark.parametrize("what", ["x", "bias", "out", "first", "middle", "last"])
+def test_the_kernel_is_handed_no_other_shape(what: str) -> None:
+    given = {
+        "x": torch.ones(3, 20), "bias": torch.ones(30), "out": torch.ones(3, 30), "first": torch.ones(5, 20), "middle": torch.ones(5, 7),
+        "last": torch.ones(30, 7),
+    }  # fmt: skip
+    given[what] = given[what][..., :-1].contiguous()
+    thin = (0, given["first"], given["middle"], given["last"])
+    with pytest.raises(ValueError, match=r"expected \["):
+        cpu.Cpu().linear(
+            [given["x"]], torch.ones(30, 20), zokern.backends.Span(0), None, 0, 0, [-1], [0.0], [given["bias"]], [thin], None, [given["out"]]
+        )  # fmt: skip
+
+
+# Small 16-bit weights ---------------------------------------------------------------------------------------------------------------
+
+V = torch.linspace(-1, 1, 64).sin()
+CONVERTED: dict[str, Callable[[Tensor], Tensor]] = {
+    "times float32": lambda w: w * V, "float32 times": lambda w: V * w, "mul": lambda w: V.mul(w), "torch.add": lambda w: torch.add(w, V),
+    "float": lambda w: w.float(), "to dtype": lambda w: w.to(torch.float32), "to tensor": lambda w: w.to(V),
+    "to keyword": lambda w: w.to(dtype=torch.float32),
+    "type": lambda w: w.type(torch.float32), "type name": lambda w: w.type("torch.FloatTensor"), "type_as": lambda w: w.type_as(V),
+    "double": lambda w: w.double(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("evaluation", ["scratch", "paired"])
+@pytest.mark.parametrize("use", CONVERTED)
+def test_small_16_bit_weights_meet_float32_unrounded(use: str, evaluation: str) -> None:
+    """eps is below half an ulp of bfloat16: rounded to it, no difference would be left."""
+    weight, eps = nn.Parameter(torch.ones(64, dtype=torch.bfloat16)), 2.0**-11
+    optimizer = zokern.MeZO([("w", weight)], lr=0.0, eps=eps, seed=5, evaluation=evaluation)
+    result = zokern.step(optimizer, lambda: (CONVERTED[use](weight) * V * V.sign()).sum())
+    z = zokern.draw("normal", (64,), seed=5, who="w", step=0)
+    scale = V if "times" in use or use == "mul" else 1.0
+    assert result.coefficients[0] == pytest.approx(float((z * scale * V.abs()).sum()), rel=1e-2)
+
+
+def test_conversions_keep_their_dtype_and_share_nothing() -> None:
+    weight = nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
+    seen = []
+
+    def loss() -> Tensor:
+        wide = weight.float()
+        seen.append(
+            (
+                wide.dtype,
+                weight.to("cpu").dtype,
+                (weight * V).dtype,
+                (weight * weight).dtype,
+                weight.half().dtype,
+                weight.type(),
+            )
+        )
+        wide.zero_()
+        return (weight * V).sum()
+
+    result = zokern.step(zokern.MeZO([("w", weight)], lr=0.0, eps=EPS), loss)
+    kinds = torch.float32, torch.bfloat16, torch.float32, torch.bfloat16, torch.float16, "torch.BFloat16Tensor"
+    assert set(seen) == {kinds} and result.losses[0][0] != result.losses[0][1]
+    exact = (weight.double() * V.double()).to(torch.float64)
+    found = []
+    zokern.step(zokern.MeZO([("w", weight)], lr=0.0, eps=EPS), lambda: (found.append(weight * V.double()), exact.sum())[1])
+    assert {y.dtype for y in found} == {torch.float64} and not same_bits(found[0], found[0].float().double())
+
+
+def test_a_rounded_copy_is_rejected() -> None:
+    broken = mutant(substitution.Substitution, "_upcast", "len(kinds) > 1 and func in PRODUCTS", "False")
+    with patch.object(substitution.Substitution, "_upcast", broken), pytest.raises(AssertionError):
+        test_small_16_bit_weights_meet_float32_unrounded("times float32", "scratch")
+
+
+# Writes -----------------------------------------------------------------------------------------------------------------------------
+
+WRITES: dict[str, Callable[[Tensor], object]] = {
+    "chunk": lambda p: p.chunk(2)[0].mul_(2), "split": lambda p: p.split(2)[0].mul_(2), "split_with_sizes": lambda p: p.split([2, 4])[0].mul_(2),
+    "tensor_split": lambda p: p.tensor_split(2)[1].zero_(), "unbind": lambda p: p.unbind()[0].zero_(), "rows": lambda p: [row.zero_() for row in p],
+    "rows of a view": lambda p: [row.zero_() for row in p.t()], "foreach": lambda p: torch._foreach_mul_([p.detach()], 0.5),
+    "out": lambda p: torch.add(p[0], 1, out=p[0]), "a view of a view": lambda p: p.view(-1)[:3].unsqueeze(0).fill_(1.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("use", WRITES)
+def test_writes_to_views_are_refused(use: str) -> None:
+    weight = nn.Parameter(torch.linspace(-1, 1, 30).view(6, 5))
+    before = weight.detach().clone()
+
+    def loss() -> Tensor:
+        WRITES[use](weight)
+        return weight.sum()
+
+    with pytest.raises(RuntimeError, match="writes to a view of a trained parameter"):
+        zokern.step(zokern.MeZO([("w", weight)], lr=0.0), loss)
+    assert same_bits(weight, before)
+
+
+@pytest.mark.parametrize("out", [lambda p: p.detach().numpy(), lambda p: p.numpy(), lambda p: p.view(-1).__array__()])
+def test_memory_that_leaves_torch_is_the_closure_s_own(out: Callable) -> None:
+    weight = nn.Parameter(torch.linspace(-1, 1, 30).view(6, 5))
+    sums = []
+
+    def loss() -> Tensor:
+        sums.append(float(weight.sum()))
+        out(weight)[...] = 0.0
+        return weight.sum()
+
+    result = zokern.step(zokern.MeZO([("w", weight)], lr=0.0), loss)
+    assert result.losses[0] == tuple(sums) and 0.0 not in sums
+
+
+def test_rows_are_read_one_by_one() -> None:
+    weight = build(lambda: nn.Linear(5, 6)).weight
+    found = [reading(lambda w: sum(row.square().sum() for row in w), e, weight) for e in ("scratch", "walk")]
+    assert found[0] == pytest.approx(found[1], rel=1e-5) and found[0][0] != found[0][1]
+
+
+def test_the_record_counts_copies_that_live_at_once() -> None:
+    lstm = build(lambda: nn.LSTM(300, 300, 2))
+    optimizer = zokern.MeZO(lstm, lr=0.0, evaluation=zokern.Scratch(budget=1 << 20))
+    result = zokern.step(optimizer, lambda: lstm(X)[0].sum())
+    whole = sum(p.nbytes for n, p in lstm.named_parameters() if n in result.whole)
+    assert len(result.whole) == 4 and whole <= result.scratch_bytes < whole + (1 << 20)
