@@ -22,9 +22,8 @@ class Factors:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.points: list[Point] = []
-        self.middles: list[
-            dict[int, list[Tensor]]
-        ] = []  # side -> group -> pending + offset eps draw, where that is not nothing
+        # side -> group -> pending + offset eps draw of every matrix, where that is not nothing
+        self.middles: list[dict[int, Sequence[Tensor] | Tensor]] = []
         self.cores: dict[int, Tensor] = {}  # group -> those of all sides (matrix, side, r, r), where they have one size
         self.lefts: dict[tuple[int, int, int], Tensor] = {}
         self.number = {id(group): g for g, group in enumerate(plan.groups)}
@@ -69,7 +68,7 @@ class Factors:
         if len(moving) == len(self.points):
             self.cores[g] = cores
         for side, middles in zip(moving, cores.unbind(1)):
-            self.middles[side][g] = list(middles.unbind(0))
+            self.middles[side][g] = middles
 
     def of(self, group: Group, i: int, side: int, rows: Tensor | slice | None = None) -> tuple[Tensor, Tensor, float]:
         """(L, right, shrink) of one side; L of some rows only where they are given."""
