@@ -161,6 +161,7 @@ def test_check_rejects_a_write_after_the_basis_changed() -> None:
     """What waits belongs to the old basis."""
     with (
         patch.object(zokern.optimizer.ZerothOrder, "defers", lambda self, p: self.defer),
+        patch.object(zokern.optimizer.ZerothOrder, "settle", lambda self, p: None),
         pytest.raises((AssertionError, RuntimeError)),
     ):
         check_deferred("subzero")

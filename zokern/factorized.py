@@ -1,7 +1,8 @@
 """What an optimizer keeps for a factored direction: the bases of its matrices, and the updates that wait for the next write of W.
 
 While U and V of a basis stay, updates are summed in its small space (Matrix.pending) and W is not written; the last step of an
-interval writes it. In between, whoever else looks at the module is shown theta: its forward and its state_dict flush first.
+interval writes it. In between, whoever else looks at the module is shown theta: the forward, the state_dict and the load_state_dict of
+every module in it flush first, and so do a copy and a pickle of it.
 """
 
 from __future__ import annotations
@@ -38,15 +39,47 @@ class Factorized:
     _groups: list[Group]  # of the last plan
     _lock: threading.Lock
     _busy = False  # somebody looks without a write
+    _parts: tuple[nn.Module, ...] = ()  # the modules of the model
+
+    waiting: weakref.WeakSet[Factorized] = weakref.WeakSet()  # optimizers whose updates wait
 
     def plan(self) -> Plan:
         raise NotImplementedError
 
+    def _known(self) -> dict[str, torch.Tensor]:
+        raise NotImplementedError
+
     def watch(self, model: nn.Module) -> None:
-        """Flush before somebody else runs the module or saves it."""
-        hook = _Flush(self)
-        model.register_forward_pre_hook(hook)
-        model.register_state_dict_pre_hook(hook)
+        """Flush before somebody else runs the module, or a part of it, saves it or loads into it."""
+        self._parts = tuple(model.modules())
+        for module in self._parts:
+            module.register_state_dict_pre_hook(_Flush(self, saves=True))
+            module.register_load_state_dict_pre_hook(_Flush(self))
+
+    def open(self) -> None:
+        """Before a step: its own readings of the model write nothing, and what waits elsewhere for the same modules is written now."""
+        if self._busy:
+            raise RuntimeError("a step inside evaluating(): what waits is shown to the model there; leave the context first")
+        for other in [*Factorized.waiting]:
+            mine = {*map(id, self._known().values())}
+            if other is not self and not (mine.isdisjoint(other.matrices) and {*self._parts}.isdisjoint(other._parts)):
+                other.flush()
+        self._release()
+
+    def close(self) -> None:
+        """After a step: while updates wait, the forward of any part of the model writes them first."""
+        if any(m.pending is not None for m in self.matrices.values()):
+            Factorized.waiting.add(self)
+            hook = _Flush(self)
+            for module in self._parts:
+                module._forward_pre_hooks[-id(self)] = hook  # register_forward_pre_hook's own numbers are positive
+
+    def _release(self) -> None:
+        """Nothing waits, or a step begins, whose calls of the modules look at what waits by themselves: no hook is in their way."""
+        if self in Factorized.waiting:
+            Factorized.waiting.discard(self)
+            for module in self._parts:
+                module._forward_pre_hooks.pop(-id(self), None)
 
     def _matrix(self, entry: parameters.Trained) -> directions.Matrix | None:
         """What the factored direction keeps of a parameter; None where z is dense."""
@@ -61,6 +94,7 @@ class Factorized:
         """Draw the bases that this step needs. Nothing is written: the last step of an interval wrote what waited."""
         if self.factored is None:
             return
+        self.settle(plan)
         for group in plan.groups:
             for step in (plan.step - 1, plan.step):  # after loading a state, the basis that its momentum belongs to comes first
                 if group.matrices is None or step < 0:
@@ -75,22 +109,52 @@ class Factorized:
                     if right is not None:
                         self.rule.rebase(group, matrix, left, right, self.state[tensor])
 
+    def settle(self, plan: Plan) -> None:
+        """Before a new basis: write what still waits in the old one, because the step that should have written it was skipped."""
+        assert self.factored is not None
+        born = self.factored.basis_step(plan.step)
+        for group in plan.groups:
+            if any(matrix.pending is not None and matrix.born != born for matrix in group.matrices or ()):
+                group.write(plan.seed, max(0, plan.step - 1), self.rounding)
+
     def defers(self, plan: Plan) -> bool:
         """Whether this step's updates of matrices wait: not in the last step of a basis, nor where nobody would see to the write."""
         if self.factored is None or not self.rule.defers or self.evaluation.name == "walk":
             return False
-        wanted = self.model is not None if self.defer is None else self.defer
+        # peft merges adapters by reading them, which no hook sees, and writing them costs little
+        wanted = self.model is not None and not hasattr(self.model, "peft_config") if self.defer is None else self.defer
         return wanted and self.factored.basis_step(plan.step) == self.factored.basis_step(plan.step + 1)
 
     @torch.no_grad()
     def flush(self) -> None:
         """Write the updates that wait in factored matrices into the weights: W <- W + U C V^T, one rounding.
 
-        The module's own forward (outside a step) and its state_dict do this by themselves; reading a parameter directly, copying the
-        module or handing its tensors to other code does not. Raises RuntimeError if the weights were written in between."""
+        The forward (outside a step), state_dict and load_state_dict of the module and of every part of it, a copy and a pickle do this by
+        themselves; reading a parameter directly or handing its tensors to other code does not.
+        Raises RuntimeError if the weights were written in between, or inside evaluating()."""
+        if self._busy:
+            raise RuntimeError("flush() or state_dict() inside evaluating(), which writes nothing: leave the context first")
         for group in self._groups:
             if group.matrices is not None:
                 group.write(self.seed, max(0, self.steps - 1), self.rounding)
+        self._release()
+
+    def copied(self) -> None:
+        """The module is being copied or pickled: the weights of its parts are read after this, its own were read before."""
+        if self.model is not None and any(
+            (matrix := self.matrices.get(id(p))) is not None and matrix.pending is not None
+            for p in self.model._parameters.values()
+        ):
+            raise RuntimeError(
+                "the module is being copied while updates wait for its own parameters: call optimizer.flush() first"
+            )
+        self.flush()
+
+    def discard(self) -> None:
+        """Forget the updates that wait: the run goes on from the weights as they are now, loaded or edited by hand."""
+        for matrix in self.matrices.values():
+            matrix.pending, matrix.shrink = None, 1.0
+        self._release()
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -110,19 +174,25 @@ class Factorized:
 
 
 class _Flush:
-    """Hook of the module: whoever runs it or saves it outside a step sees the weights with all their updates."""
+    """Hook of a module: whoever runs it, saves it or loads into it outside a step sees the weights with all their updates.
 
-    def __init__(self, optimizer: Factorized) -> None:
-        self.optimizer = weakref.ref(optimizer)
+    saves  a look at the weights themselves, which evaluating() cannot show: refused there"""
+
+    def __init__(self, optimizer: Factorized, saves: bool = False) -> None:
+        self.optimizer, self.saves = weakref.ref(optimizer), saves
 
     @_disable_dynamo  # torch.compile would trace the write into the module's graph; torch.optim keeps itself out the same way
     def __call__(self, *_: Any) -> None:
         optimizer = self.optimizer()
-        if optimizer is not None and not optimizer._busy and not optimizer._lock.locked():
+        if optimizer is not None and not optimizer._lock.locked() and (self.saves or not optimizer._busy):
             optimizer.flush()
 
     def __reduce__(self) -> tuple:
-        return _nothing, ()  # a saved or copied module has no optimizer
+        """A saved or copied module has no optimizer; its weights, which are copied after its hooks, have every update."""
+        optimizer = self.optimizer()
+        if optimizer is not None and not optimizer._lock.locked():
+            optimizer.copied()
+        return _nothing, ()
 
 
 def _nothing() -> Callable[..., None]:

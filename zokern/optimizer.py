@@ -148,6 +148,7 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
             for key, value in values.items():
                 if isinstance(value, Tensor):
                     self.state[order[index]][key] = value.to(order[index].device, copy=True)
+        self.discard()
         self.matrices.clear()
         self._groups = []  # what waited belongs to the run that is left
         self.seed, self.steps, self.skips, self.dead = own["seed"], own["step"], own["skips"], own["dead"]
@@ -163,9 +164,11 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
         if not self._lock.acquire(blocking=False):
             raise RuntimeError("step in progress: a step was started inside the closure of another, or in a second thread")
         try:
+            self.open()
             self.result = run(self, closure)
             self.steps += 1
         finally:
+            self.close()
             self._lock.release()
         return self.result.loss
 
@@ -225,6 +228,8 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
         if [group.names for group in self._groups] != [group.names for group in groups]:
             self.flush()  # what is trained has changed: the updates that wait belong to the old groups
         self._groups = groups
+        for group in groups:
+            group.check_waiting()
         self._tie(plan)
         if self.result is None:
             self._check_dead_perturbation(plan)

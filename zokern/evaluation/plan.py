@@ -79,15 +79,20 @@ class Group:
             self.drawn[word] = plan.factored.draws(self.matrices, self.source(plan.seed), plan.step, word)
         return self.drawn[word]
 
-    def write(self, seed: int, step: int, rounding: str) -> Tensor | int:
-        """W <- shrink W + left pending right^T for every matrix with waiting updates, one rounding; they wait no longer."""
-        waiting = [(i, m, m.pending) for i, m in enumerate(self.matrices or ()) if m.pending is not None]
-        for i, matrix, _ in waiting:
-            if self.tensors[i]._version != matrix.version:
+    def check_waiting(self) -> None:
+        """Raise if somebody wrote weights that updates wait for."""
+        for tensor, matrix in zip(self.tensors, self.matrices or ()):
+            if matrix.pending is not None and tensor._version != matrix.version:
                 raise RuntimeError(
                     f"the weights of {matrix.name!r} were written while updates waited for them; call optimizer.flush() before "
-                    "weights are loaded or edited, or build the optimizer with defer=False"
+                    "weights are loaded or edited, or optimizer.discard() to go on from what they are now, or build the optimizer "
+                    "with defer=False"
                 )
+
+    def write(self, seed: int, step: int, rounding: str) -> Tensor | int:
+        """W <- shrink W + left pending right^T for every matrix with waiting updates, one rounding; they wait no longer."""
+        self.check_waiting()
+        waiting = [(i, m, m.pending) for i, m in enumerate(self.matrices or ()) if m.pending is not None]
         members = [(i, m, p) for i, m, p in waiting if m.shrink != 1.0 or bool(p.any())]
         count: Tensor | int = 0
         if members:

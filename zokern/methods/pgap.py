@@ -78,19 +78,32 @@ class PGAP(ZerothOrder):
         """Probe and decompose where this step needs a new basis. Weights are read, not written (evaluation 'walk': up to rounding)."""
         assert self.factored is not None
         born = self.factored.basis_step(plan.step)
-        groups = [group for group in plan.groups if group.matrices is not None]
-        if all(matrix.born == born for group in groups for matrix in group.matrices or ()):
+        self.settle(plan)
+        if all(matrix.born == born for group in plan.groups for matrix in group.matrices or ()):
             return
+        if (
+            self.probed is not None and not self.rule.linear
+        ):  # after loading a state, the basis that its momentum belongs to comes first
+            self._renew(plan)
         if self.probed is None or self.probed[0] != born:
             if plan.step != born:
                 raise RuntimeError(
                     f"step {plan.step} needs the basis of step {born}, whose probes are not known: load the state_dict of that run"
                 )
             self.probed = (born, self._probe(plan, closure))
-        for group in groups:
+        self._renew(plan)
+
+    def _renew(self, plan: Plan) -> None:
+        """Bases from the probes that are known, for matrices that have others or none; what a rule keeps is carried over."""
+        assert self.probed is not None
+        born, found = self.probed
+        for group in plan.groups:
             for i, matrix in enumerate(group.matrices or ()):
                 if matrix.born != born:
-                    self._decompose(group, i, matrix, plan.seed, born, self.probed[1])
+                    left, right = matrix.left, matrix.right
+                    self._decompose(group, i, matrix, plan.seed, born, found)
+                    if right is not None:
+                        self.rule.rebase(group, matrix, left, right, self.state[group.tensors[i]])
 
     def _probe(self, plan: Plan, closure: Callable[[], Any]) -> list[float]:
         """h central differences along dense normals, in units of loss per weight, with the first group's eps."""
@@ -102,7 +115,7 @@ class PGAP(ZerothOrder):
         if any(reading.restore):  # evaluation 'walk' stands beside the weights
             for group in dense:
                 distances = [r * group.eps for r in reading.restore]
-                group.axpy_(probe.direction, probe.seed, probe.draws(), distances, 1.0, "nearest")
+                group.axpy_(probe.direction, probe.seed, probe.draws(), distances, 1.0, plan.rounding)
         found = [coefficient(sides, CENTRAL, plan.groups[0].eps) for sides in reading.losses]
         return [c if math.isfinite(c) else 0.0 for c in found]
 
