@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
+import sys
 import threading
 import warnings
 from collections.abc import Callable
+from fractions import Fraction
 
 import numpy as np
 import oracle
@@ -433,12 +435,61 @@ def test_row_28_loss_is_not_finite(sides: tuple, evaluation: str) -> None:
     assert not good.skipped and optimizer.skips == 0 and good.step == 3 and not unchanged()
 
 
-def test_row_29_overflowing_coefficient() -> None:
-    model = two_layers()
-    numbers = iter([3e38, -3e38])
+HUGE = sys.float_info.max
+OVERFLOWS = {
+    "coefficient": ((3e38, -3e38), {"lr": 1e-30}),
+    "lr times coefficient": ((1e35, -1e35), {"lr": 10.0}),
+    "lr times coefficient of a later group": ((1e35, -1e35), {"lr": 10.0, "later": True}),
+    "decay": ((1.0, 0.5), {"lr": 1e30, "weight_decay": 1e30}),
+    "difference": ((HUGE, -HUGE), {}),
+    "difference of a forward stencil": ((HUGE, -HUGE), {"stencil": "forward"}),
+    "integer": ((10**400, 1.0), {}),
+    "negative integer": ((1.0, -(10**400)), {}),
+    "fraction": ((Fraction(10**400), 1.0), {}),
+}
+
+
+@pytest.mark.parametrize("evaluation", ["scratch", "walk"])
+@pytest.mark.parametrize("case", OVERFLOWS)
+def test_row_29_overflow_of_finite_numbers(case: str, evaluation: str) -> None:
+    """In float64 or in the float32 of the kernels: a step that is skipped, as with a loss that is not finite."""
+    sides, options = OVERFLOWS[case]
+    model, numbers = two_layers(), iter(sides)
     before = snapshot(model)
-    result = step_on(model, lambda: (model(X).mean(), next(numbers))[1], lr=1e-30)
-    assert result.skipped and changed(model, before) == []
+    given = {"weight_decay": 0.1, "lr": 0.1} | options
+    groups: list[dict] | nn.Module = model
+    if given.pop("later", False):
+        groups = [{"params": [("0.weight", model[0].weight)], "lr": 1e-30}, {"params": [("2.weight", model[2].weight)]}]
+    optimizer = zokern.MeZO(groups, evaluation=evaluation, **given)
+    result = zokern.step(optimizer, lambda: (model(X), next(numbers))[1])
+    assert result.skipped and optimizer.skips == 1 and optimizer.steps == 1
+    assert all((p - before[n]).abs().max() <= (0.0 if evaluation == "scratch" else 1e-6) for n, p in model.named_parameters())
+
+
+def test_row_29_spread_of_large_losses() -> None:
+    """FZOO squares the losses' distances from their mean."""
+    model, numbers = two_layers(), itertools.cycle([1e200, -1e200, 3e200])
+    result = zokern.step(zokern.FZOO(model, queries=2, evaluation="scratch"), lambda: (model(X), next(numbers))[1])
+    assert result.skipped
+
+
+def test_row_29_equal_losses_up_to_the_largest_are_a_step() -> None:
+    """Their mean does not overflow, and nothing is raised after the weights have moved."""
+    model = two_layers()
+    optimizer = zokern.MeZO(model, lr=0.1, weight_decay=0.1, queries=3)
+    result = zokern.step(optimizer, lambda: (model(X), HUGE)[1])
+    assert result.loss == HUGE and not result.skipped and optimizer.steps == 1 and optimizer.result is result
+
+
+def test_a_warning_that_is_an_error_does_not_hide_an_update() -> None:
+    """The one sentence that can only be said after the update: the step counts, and its z is not used again."""
+    model = two_layers(torch.bfloat16)
+    optimizer = zokern.MeZO(model, lr=1e-9, eps=1e-2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeWarning, match="half an ulp"):
+            zokern.step(optimizer, lambda: model(X.bfloat16()).float().mean())
+    assert optimizer.steps == 1
 
 
 def test_row_30_clipped_coefficient() -> None:
@@ -662,6 +713,15 @@ def test_row_41_no_z_is_used_twice() -> None:
 
 
 # Beside the numbered rows: one step at a time --------------------------------------------------------------------------------------
+
+
+def test_unread_parameters_are_named_with_causes_and_ways_out() -> None:
+    model = two_layers()
+    with pytest.warns(RuntimeWarning) as caught:
+        step_on(model, lambda: model[0](X).square().mean())
+    (message,) = [str(w.message) for w in caught]
+    words = ["2 trained parameters", "2.weight", "requires_grad_(False)", "Experts", "TorchScript", "graph", "thread", "evaluation='walk'"]
+    assert [word for word in words if word not in message] == []
 
 
 def test_step_inside_a_step_and_in_a_second_thread() -> None:

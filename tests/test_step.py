@@ -295,6 +295,31 @@ def test_lr_zero_changes_no_bit(dtype: torch.dtype, rounding: str, steps: int) -
     assert optimizer.steps == steps
 
 
+ZEROS = {
+    "lr": {"lr": 0.0, "weight_decay": 0.1},
+    "dead": {"lr": 0.1},
+    "underflow": {"lr": 1e-50},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ["MeZO", "SubZero", "LOZO", "TeZO"])
+@pytest.mark.parametrize("case", ["lr", "dead", "underflow"])
+@pytest.mark.parametrize("defer", [False, True])
+def test_a_step_of_nothing_keeps_negative_zeros(case: str, method: str, dtype: torch.dtype, defer: bool) -> None:
+    """Pruned weights have many. An update of 0 z, by lr or by equal losses, is no launch; nor is the write of what waits."""
+    model = build(lambda: nn.Linear(40, 30), dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(-0.0)
+    before, x = snapshot(model), torch.ones(2, 40, dtype=dtype)
+    optimizer = getattr(zokern, method)(model, force=True, seed=1, defer=defer, **ZEROS[case])
+    for _ in range(3):
+        zokern.step(optimizer, lambda: (model(x), 1.0)[1] if case == "dead" else model(x).float().sum())
+    optimizer.flush()
+    assert changed(model, before) == []
+
+
 def test_dropout_is_paired() -> None:
     """Both sides see one mask: it adds next to nothing to the spread of the coefficients, and steps differ in their masks."""
 

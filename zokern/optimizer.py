@@ -271,8 +271,9 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
         if reading.unseen and self.result is None:
             names = ", ".join(reading.unseen[:3]) + (", ..." if len(reading.unseen) > 3 else "")
             warn(
-                f"the loss did not read {len(reading.unseen)} trained parameters ({names}); they move along z all the same: freeze "
-                "them, unless later batches use them (experts of a mixture do)"
+                f"the loss did not read {len(reading.unseen)} trained parameters ({names}); they move along z all the same. A branch that "
+                "is not used: freeze it with requires_grad_(False). Experts without tokens in this batch: nothing is wrong. Read where "
+                "torch functions do not show it (TorchScript, a fused or exported graph, another thread): use evaluation='walk'"
             )
         self.skips = 0 if finite else self.skips + 1
         if self.max_skips and self.skips >= self.max_skips:
