@@ -19,6 +19,7 @@ from models import batch, build, changed, next_token_loss, one_thread, same_bits
 from torch import nn
 
 import zokern
+from zokern.evaluation import surroundings
 
 IDS = batch()
 X = torch.linspace(-1, 1, 18).view(3, 6)
@@ -346,6 +347,62 @@ def test_row_20_batch_norm_statistics() -> None:
         assert all(same_bits(b, statistics[name]) for name, b in model.named_buffers()), evaluation
         model(X)
         assert not same_bits(model[1].running_mean, statistics["1.running_mean"])  # and outside a step they do move
+
+
+class Buffers(nn.Module):
+    """Forward registers, deletes, fills or replaces buffers; those that it registers are computed from a weight."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.weight, self.gain = how, nn.Parameter(torch.randn(5, 6)), nn.Parameter(torch.ones(5))
+        self.register_buffer("empty", None)
+        self.register_buffer("first", torch.ones(1))
+        self.register_buffer("last", torch.ones(2), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.how == "register" and not hasattr(self, "normed"):
+            self.register_buffer("normed", nn.functional.normalize(self.weight.detach(), dim=1), persistent=False)
+        elif self.how == "delete" and hasattr(self, "first"):
+            del self.first
+        elif self.how == "fill" and self.empty is None:
+            self.empty = nn.functional.normalize(self.weight.detach(), dim=1)
+        elif self.how == "replace":
+            self.first = self.weight.detach().sum()[None]
+        normed = {"register": "normed", "fill": "empty"}.get(self.how)
+        return nn.functional.linear(x, getattr(self, normed) if normed else self.weight) * self.gain
+
+
+@pytest.mark.parametrize("evaluation", ["scratch", "walk", "paired"])
+@pytest.mark.parametrize("how", ["register", "delete", "fill", "replace"])
+def test_row_20_registered_buffers(how: str, evaluation: str) -> None:
+    """Every reading finds the buffers of the start, and leaves them: nothing stays that was computed from theta + eps z."""
+    model = build(lambda: Buffers(how))
+    buffers, hidden, state = list(model._buffers.items()), set(model._non_persistent_buffers_set), list(model.state_dict())
+    sides = []
+    optimizer = zokern.MeZO(model, lr=0.0, evaluation=evaluation)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "evaluation 'paired' goes on")
+        result = zokern.step(optimizer, lambda: (sides.append(model(X).square().mean()), sides[-1])[1])
+    now = list(model._buffers.items())
+    assert [name for name, _ in now] == [name for name, _ in buffers] and all(a is b for (_, a), (_, b) in zip(now, buffers))
+    assert model._non_persistent_buffers_set == hidden and list(model.state_dict()) == state
+    assert result.unseen == () and result.losses[0][0] != result.losses[0][1]
+    if evaluation == "paired":
+        assert result.evaluation == ("paired" if how == "replace" else "scratch")
+
+
+@pytest.mark.parametrize("evaluation", ["scratch", "walk"])
+def test_row_20_buffer_above_the_budget(evaluation: str) -> None:
+    """It is watched only: reading it is fine, and writing to it is refused before the update."""
+    model = two_layers()
+    model.register_buffer("large", torch.zeros(surroundings.BUFFER_BUDGET // 4 + 1))
+    before = snapshot(model)
+    optimizer = zokern.MeZO(model, lr=0.1, evaluation=evaluation)
+    with pytest.raises(RuntimeError, match="changed buffers \\['large'\\].*4 MB.*eval mode"):
+        zokern.step(optimizer, lambda: (model.large[:1].add_(1.0), model[:3](X).mean())[1])
+    assert optimizer.steps == 0
+    assert all((p - before[n]).abs().max() <= (0.0 if evaluation == "scratch" else 1e-6) for n, p in model.named_parameters())
+    zokern.step(optimizer, lambda: (model[:3](X) + model.large[0]).mean())
 
 
 def test_row_21_random_streams() -> None:
