@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from fractions import Fraction
+from unittest.mock import patch
 
 import numpy as np
 import oracle
@@ -290,6 +291,87 @@ def test_row_18_parameter_added_removed_or_replaced() -> None:
             assert all(same_bits(p, before) for p, before in kept.values()) and optimizer.steps == 0
 
 
+GIVEN = {  # ways to give an optimizer a model's parameters without the model
+    "named": lambda model: model.named_parameters(),
+    "other_names": lambda model: [(f"mine.{i}", p) for i, p in enumerate(model.parameters())],
+    "tensors": lambda model: model.parameters(),
+    "groups": lambda model: [{"params": [p]} for p in model.parameters()],
+    "one": lambda model: [model[0].weight],
+}
+
+
+@pytest.mark.parametrize("evaluation", ["scratch", "walk"])
+@pytest.mark.parametrize("given", GIVEN)
+def test_row_18_without_the_model(given: str, evaluation: str) -> None:
+    """Modules that hold the parameters are found, and what is replaced in them is refused, whatever the parameters are called."""
+    changes: dict[str, tuple[Callable, str]] = {
+        "replaced": (lambda model: setattr(model[0], "weight", nn.Parameter(torch.ones(5, 6))), "'weight' of Linear"),
+        "removed": (lambda model: delattr(model[0], "weight"), "'weight' of Linear"),
+        "module replaced": (lambda model: model.__setitem__(0, nn.Linear(6, 5)), "'0' of Sequential"),
+        "parent replaced": (lambda model: setattr(model.around[0], "model", two_layers()), "'model' of Module"),
+    }
+    for what, (change, where) in changes.items():
+        model = two_layers()
+        outer = nn.Module()
+        outer.model = model
+        model.__dict__["around"] = [outer]
+        optimizer = zokern.MeZO(GIVEN[given](model), lr=0.1, evaluation=evaluation)
+        old = dict(model.named_parameters())
+        zokern.step(optimizer, lambda model=model: model(X).mean())
+        before = {name: p.detach().clone() for name, p in old.items()}
+        change(model)
+        with pytest.raises(RuntimeError, match=f"{where}.* was {what.split()[-1]} .*build a new optimizer"):
+            zokern.step(optimizer, lambda model=model: model(X).mean())
+        assert all(same_bits(p, before[name]) for name, p in old.items()), what
+
+
+def test_row_18_without_the_model_wrappers_come_and_go() -> None:
+    """A module around the model, then another, and a model that is taken out of a container: all are the model that was found."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5)).train()
+    container = nn.ModuleList([two_layers(), model])
+    optimizer = zokern.MeZO(model.named_parameters(), lr=0.1)
+
+    def guarded() -> bool:
+        zokern.step(optimizer, lambda: model.eval()(X).pow(3).mean())
+        return model.training and model[1].training and container[0].training
+
+    assert guarded()
+    container.pop(1)
+    assert guarded()
+    del container
+    container = [two_layers()]
+    with patch("gc.get_objects", side_effect=AssertionError("one look is enough")):
+        assert guarded()
+        model[0] = nn.Sequential(model[0])  # stands in for the layer, and holds it
+        assert guarded()
+    more = nn.BatchNorm1d(5)
+    optimizer.add_param_group({"params": [("more", more.weight)]})
+    zokern.step(optimizer, lambda: more.eval()(model(X)).pow(3).mean())
+    assert more.training and guarded()
+
+
+def test_parameters_without_a_module() -> None:
+    """Tensors that no module holds, and those of a module that is gone, are trained as they are."""
+    loose = [nn.Parameter(torch.ones(5, 6)), *nn.Linear(5, 1).parameters()]
+    optimizer = zokern.MeZO(loose, lr=0.1)
+    for _ in range(3):
+        zokern.step(optimizer, lambda: nn.functional.linear(X @ loose[0].t(), *loose[1:]).mean())
+
+
+def test_lazy_proxies_are_left_alone() -> None:
+    """The look for modules runs no code of the objects that it passes."""
+
+    class Proxy:
+        @property
+        def __class__(self):
+            raise AssertionError("touched")
+
+    proxies = [Proxy() for _ in range(3)]
+    model = two_layers()
+    zokern.step(zokern.MeZO(model.named_parameters(), lr=0.1), lambda: model(X).mean())
+    assert len(proxies) == 3
+
+
 WRITES = {
     "add_": lambda p: p.add_(1.0), "iadd": lambda p: p.__iadd__(1.0), "setitem": lambda p: p.__setitem__(0, 2.0),
     "data_mul": lambda p: p.data.mul_(0.5), "data_assigned": lambda p: setattr(p, "data", torch.zeros_like(p)),
@@ -337,13 +419,16 @@ def test_row_19_training_step_in_the_closure() -> None:
     refuse(model, lambda: step_on(model, closure), RuntimeError, "closure")
 
 
-def test_row_20_batch_norm_statistics() -> None:
+@pytest.mark.parametrize("given", ["model", *GIVEN])
+def test_row_20_batch_norm_statistics(given: str) -> None:
     for evaluation in ("scratch", "walk"):
         model = build(lambda: nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 1))).train()
         statistics = {name: b.clone() for name, b in model.named_buffers()}
-        optimizer = zokern.MeZO(model, lr=0.1, evaluation=evaluation, queries=2)
+        optimizer = zokern.MeZO(GIVEN.get(given, lambda model: model)(model), lr=0.1, evaluation=evaluation, queries=2)
         for _ in range(3):
             zokern.step(optimizer, lambda model=model: model(X).square().mean())
+            zokern.step(optimizer, lambda model=model: model.eval()(X).square().mean())
+        assert all(module.training for module in model.modules()), evaluation
         assert all(same_bits(b, statistics[name]) for name, b in model.named_buffers()), evaluation
         model(X)
         assert not same_bits(model[1].running_mean, statistics["1.running_mean"])  # and outside a step they do move
@@ -777,7 +862,16 @@ def test_unread_parameters_are_named_with_causes_and_ways_out() -> None:
     with pytest.warns(RuntimeWarning) as caught:
         step_on(model, lambda: model[0](X).square().mean())
     (message,) = [str(w.message) for w in caught]
-    words = ["2 trained parameters", "2.weight", "requires_grad_(False)", "Experts", "TorchScript", "graph", "thread", "evaluation='walk'"]
+    words = [
+        "2 trained parameters",
+        "2.weight",
+        "requires_grad_(False)",
+        "Experts",
+        "TorchScript",
+        "graph",
+        "thread",
+        "evaluation='walk'",
+    ]
     assert [word for word in words if word not in message] == []
 
 

@@ -64,7 +64,7 @@ def loss_value(loss: Any) -> float:
     try:
         return float(loss)
     except OverflowError:  # an integer or a fraction beyond the floats
-        return math.inf if loss > 0 else -math.inf
+        return math.inf if loss > 0 else -math.inf  # type: ignore[operator]
 
 
 def mean(values: Sequence[float], count: int | None = None) -> float:

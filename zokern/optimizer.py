@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import backends, directions, estimator, evaluation, parameters
 from .evaluation import Group, Plan, Reading
+from .evaluation.owners import Owners
 from .evaluation.surroundings import check_structure
 from .factorized import Factorized
 from .rule import Rule, Sgd
@@ -85,6 +86,7 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
             [name for name, _ in self.model.named_parameters()] if self.model is not None else []
         )
         self._lock = threading.Lock()
+        self._owners = Owners()
         self._entries: list[list[parameters.Trained]] = []
         self._checked: set[int] = set()
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
@@ -175,6 +177,7 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
             raise ValueError(f"step number {self.steps} does not fit the stream's 32 bits; continue with another seed")
         if self.model is not None:
             check_structure(self.model, self._known())
+        roots = [self.model] if self.model is not None else self._owners.roots(self._known().values())
         groups: list[Group] = []
         aliases: dict[int, tuple[int, int]] = {}
         for options, entries in zip(self.param_groups, self._entries):
@@ -218,7 +221,7 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
             self.seed,
             self.steps,
             self.rounding,
-            self.model,
+            roots,
             aliases,
             self.factored,
         )

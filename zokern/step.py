@@ -75,7 +75,9 @@ def run(optimizer: Any, closure: Callable[[], Any]) -> StepResult:
             for group in plan.groups
         ]
         moves = [_move(optimizer, plan, group, found) for group, found in zip(plan.groups, coefficients)]
-        finite = all(fits([*found, lr, decay, *(lr * w for w in weights)]) for found, (weights, lr, decay) in zip(coefficients, moves))
+        finite = all(
+            fits([*found, lr, decay, *(lr * w for w in weights)]) for found, (weights, lr, decay) in zip(coefficients, moves)
+        )
         result = StepResult(
             loss=estimator.mean([loss for sides in reading.losses for loss in sides]),
             losses=tuple(reading.losses),

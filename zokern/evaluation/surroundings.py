@@ -1,9 +1,10 @@
 """Surroundings: what a step must leave as it found it, and what must not change under it.
 
 The user's RNG streams (torch on every device in use, `random`, NumPy), train/eval flags, buffers and module tree are put back
-after every reading of the loss. A buffer that a reading registers is removed again, as one that it deletes or replaces comes
-back: what it was computed from was theta + eps z, and the next reading computes its own. Within a step every reading starts from the same RNG state, drawn from (seed, step), so that
-all of them see the same dropout masks and no two steps do. Weights are watched through their version counters.
+after every reading of the loss. A buffer that a reading registers is removed again, and one that it deletes or replaces comes back:
+what it was computed from was theta + eps z, and the next reading computes its own. Within a step every reading starts from the same
+RNG state, drawn from (seed, step), so that all of them see the same dropout masks and no two steps do. Weights are watched through
+their version counters.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Surroundings:
         self.plan = plan
         digest = hashlib.sha256(f"dropout {plan.seed} {plan.step}".encode()).digest()
         self.seed = int.from_bytes(digest[:8], "little")
-        modules = list(plan.model.modules()) if plan.model is not None else []
+        modules = list(dict.fromkeys(module for root in plan.roots for module in root.modules()))
         self.modes = [(module, module.training) for module in modules]
         # TorchScript (walk takes it) makes new Python objects at every look: only its modes can be compared
         modules = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
