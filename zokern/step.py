@@ -12,6 +12,7 @@ import torch
 
 from . import estimator
 from .evaluation import Group, Plan, Reading
+from .evaluation.objective import under_inference
 from .ops import fits
 from .rule import Sgd
 
@@ -62,8 +63,15 @@ def step(optimizer: Any, closure: Callable[[], Any]) -> StepResult:
     return optimizer.result
 
 
-@torch.no_grad()
 def run(optimizer: Any, closure: Callable[[], Any]) -> StepResult:
+    """The line, outside of a torch.inference_mode() around it: what it keeps is used by later steps, whatever they are in. The closure
+    is called inside, where the user wrote it."""
+    inside = torch.is_inference_mode_enabled()
+    with torch.inference_mode(False), torch.no_grad():
+        return _run(optimizer, under_inference(closure) if inside else closure)
+
+
+def _run(optimizer: Any, closure: Callable[[], Any]) -> StepResult:
     """The line itself; `optimizer` gives the plan, keeps the counters and holds the lock."""
     plan: Plan = optimizer.plan()
     optimizer.refresh(plan, closure)
