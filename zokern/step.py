@@ -25,7 +25,7 @@ class StepResult:
     losses        per query, the losses at the stencil's offsets: (L(theta + eps z), L(theta - eps z)) for the central one
     coefficients  per query, the projected gradient c_k in units of loss per weight, float32 (with the first group's eps)
     seed, step    the run's seed and this step's number: with the draw k they name z_k
-    skipped       True when a loss or coefficient was inf or NaN: the weights are as they were
+    skipped       True when a loss, a coefficient, or lr times one, was NaN or infinite in float32: the weights are as they were
     evaluation, backend   what ran
     scratch_bytes most extra memory that the evaluation held at once
     unseen        trained parameters that the loss never read (they were updated all the same)

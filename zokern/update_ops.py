@@ -87,7 +87,7 @@ def _numbers(what: str, given: Sequence[float] | Tensor, count: int, device: tor
     """Floats that the kernels read where they lie."""
     if not isinstance(given, Tensor):
         if len(given) != count or not ops.fits(given):
-            raise ValueError(f"update_: {what} is {list(given)}; expected {count} numbers, finite in float32{names}")
+            raise ValueError(f"update_: {what} is {list(given)}; expected {count} finite numbers{names} (in float32)")
         return torch.tensor(list(given), dtype=torch.float32, device=device)
     if given.dtype != torch.float32 or given.device != device or given.shape != (count,):
         raise ValueError(
