@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
+import sys
 import threading
 import warnings
 from collections.abc import Callable
+from fractions import Fraction
+from unittest.mock import patch
 
 import numpy as np
 import oracle
@@ -17,6 +20,7 @@ from models import batch, build, changed, next_token_loss, one_thread, same_bits
 from torch import nn
 
 import zokern
+from zokern.evaluation import surroundings
 
 IDS = batch()
 X = torch.linspace(-1, 1, 18).view(3, 6)
@@ -287,6 +291,87 @@ def test_row_18_parameter_added_removed_or_replaced() -> None:
             assert all(same_bits(p, before) for p, before in kept.values()) and optimizer.steps == 0
 
 
+GIVEN = {  # ways to give an optimizer a model's parameters without the model
+    "named": lambda model: model.named_parameters(),
+    "other_names": lambda model: [(f"mine.{i}", p) for i, p in enumerate(model.parameters())],
+    "tensors": lambda model: model.parameters(),
+    "groups": lambda model: [{"params": [p]} for p in model.parameters()],
+    "one": lambda model: [model[0].weight],
+}
+
+
+@pytest.mark.parametrize("evaluation", ["scratch", "walk"])
+@pytest.mark.parametrize("given", GIVEN)
+def test_row_18_without_the_model(given: str, evaluation: str) -> None:
+    """Modules that hold the parameters are found, and what is replaced in them is refused, whatever the parameters are called."""
+    changes: dict[str, tuple[Callable, str]] = {
+        "replaced": (lambda model: setattr(model[0], "weight", nn.Parameter(torch.ones(5, 6))), "'weight' of Linear"),
+        "removed": (lambda model: delattr(model[0], "weight"), "'weight' of Linear"),
+        "module replaced": (lambda model: model.__setitem__(0, nn.Linear(6, 5)), "'0' of Sequential"),
+        "parent replaced": (lambda model: setattr(model.around[0], "model", two_layers()), "'model' of Module"),
+    }
+    for what, (change, where) in changes.items():
+        model = two_layers()
+        outer = nn.Module()
+        outer.model = model
+        model.__dict__["around"] = [outer]
+        optimizer = zokern.MeZO(GIVEN[given](model), lr=0.1, evaluation=evaluation)
+        old = dict(model.named_parameters())
+        zokern.step(optimizer, lambda model=model: model(X).mean())
+        before = {name: p.detach().clone() for name, p in old.items()}
+        change(model)
+        with pytest.raises(RuntimeError, match=f"{where}.* was {what.split()[-1]} .*build a new optimizer"):
+            zokern.step(optimizer, lambda model=model: model(X).mean())
+        assert all(same_bits(p, before[name]) for name, p in old.items()), what
+
+
+def test_row_18_without_the_model_wrappers_come_and_go() -> None:
+    """A module around the model, then another, and a model that is taken out of a container: all are the model that was found."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5)).train()
+    container = nn.ModuleList([two_layers(), model])
+    optimizer = zokern.MeZO(model.named_parameters(), lr=0.1)
+
+    def guarded() -> bool:
+        zokern.step(optimizer, lambda: model.eval()(X).pow(3).mean())
+        return model.training and model[1].training and container[0].training
+
+    assert guarded()
+    container.pop(1)
+    assert guarded()
+    del container
+    container = [two_layers()]
+    with patch("gc.get_objects", side_effect=AssertionError("one look is enough")):
+        assert guarded()
+        model[0] = nn.Sequential(model[0])  # stands in for the layer, and holds it
+        assert guarded()
+    more = nn.BatchNorm1d(5)
+    optimizer.add_param_group({"params": [("more", more.weight)]})
+    zokern.step(optimizer, lambda: more.eval()(model(X)).pow(3).mean())
+    assert more.training and guarded()
+
+
+def test_parameters_without_a_module() -> None:
+    """Tensors that no module holds, and those of a module that is gone, are trained as they are."""
+    loose = [nn.Parameter(torch.ones(5, 6)), *nn.Linear(5, 1).parameters()]
+    optimizer = zokern.MeZO(loose, lr=0.1)
+    for _ in range(3):
+        zokern.step(optimizer, lambda: nn.functional.linear(X @ loose[0].t(), *loose[1:]).mean())
+
+
+def test_lazy_proxies_are_left_alone() -> None:
+    """The look for modules runs no code of the objects that it passes."""
+
+    class Proxy:
+        @property
+        def __class__(self):
+            raise AssertionError("touched")
+
+    proxies = [Proxy() for _ in range(3)]
+    model = two_layers()
+    zokern.step(zokern.MeZO(model.named_parameters(), lr=0.1), lambda: model(X).mean())
+    assert len(proxies) == 3
+
+
 WRITES = {
     "add_": lambda p: p.add_(1.0), "iadd": lambda p: p.__iadd__(1.0), "setitem": lambda p: p.__setitem__(0, 2.0),
     "data_mul": lambda p: p.data.mul_(0.5), "data_assigned": lambda p: setattr(p, "data", torch.zeros_like(p)),
@@ -334,16 +419,75 @@ def test_row_19_training_step_in_the_closure() -> None:
     refuse(model, lambda: step_on(model, closure), RuntimeError, "closure")
 
 
-def test_row_20_batch_norm_statistics() -> None:
+@pytest.mark.parametrize("given", ["model", *GIVEN])
+def test_row_20_batch_norm_statistics(given: str) -> None:
     for evaluation in ("scratch", "walk"):
         model = build(lambda: nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 1))).train()
         statistics = {name: b.clone() for name, b in model.named_buffers()}
-        optimizer = zokern.MeZO(model, lr=0.1, evaluation=evaluation, queries=2)
+        optimizer = zokern.MeZO(GIVEN.get(given, lambda model: model)(model), lr=0.1, evaluation=evaluation, queries=2)
         for _ in range(3):
             zokern.step(optimizer, lambda model=model: model(X).square().mean())
+            zokern.step(optimizer, lambda model=model: model.eval()(X).square().mean())
+        assert all(module.training for module in model.modules()), evaluation
         assert all(same_bits(b, statistics[name]) for name, b in model.named_buffers()), evaluation
         model(X)
         assert not same_bits(model[1].running_mean, statistics["1.running_mean"])  # and outside a step they do move
+
+
+class Buffers(nn.Module):
+    """Forward registers, deletes, fills or replaces buffers; those that it registers are computed from a weight."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.weight, self.gain = how, nn.Parameter(torch.randn(5, 6)), nn.Parameter(torch.ones(5))
+        self.register_buffer("empty", None)
+        self.register_buffer("first", torch.ones(1))
+        self.register_buffer("last", torch.ones(2), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.how == "register" and not hasattr(self, "normed"):
+            self.register_buffer("normed", nn.functional.normalize(self.weight.detach(), dim=1), persistent=False)
+        elif self.how == "delete" and hasattr(self, "first"):
+            del self.first
+        elif self.how == "fill" and self.empty is None:
+            self.empty = nn.functional.normalize(self.weight.detach(), dim=1)
+        elif self.how == "replace":
+            self.first = self.weight.detach().sum()[None]
+        normed = {"register": "normed", "fill": "empty"}.get(self.how)
+        return nn.functional.linear(x, getattr(self, normed) if normed else self.weight) * self.gain
+
+
+@pytest.mark.parametrize("evaluation", ["scratch", "walk", "paired"])
+@pytest.mark.parametrize("how", ["register", "delete", "fill", "replace"])
+def test_row_20_registered_buffers(how: str, evaluation: str) -> None:
+    """Every reading finds the buffers of the start, and leaves them: nothing stays that was computed from theta + eps z."""
+    model = build(lambda: Buffers(how))
+    buffers, hidden, state = list(model._buffers.items()), set(model._non_persistent_buffers_set), list(model.state_dict())
+    sides = []
+    optimizer = zokern.MeZO(model, lr=0.0, evaluation=evaluation)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "evaluation 'paired' goes on")
+        result = zokern.step(optimizer, lambda: (sides.append(model(X).square().mean()), sides[-1])[1])
+    now = list(model._buffers.items())
+    assert [name for name, _ in now] == [name for name, _ in buffers] and all(a is b for (_, a), (_, b) in zip(now, buffers))
+    assert model._non_persistent_buffers_set == hidden and list(model.state_dict()) == state
+    assert result.unseen == () and result.losses[0][0] != result.losses[0][1]
+    if evaluation == "paired":
+        assert result.evaluation == ("paired" if how == "replace" else "scratch")
+
+
+@pytest.mark.parametrize("evaluation", ["scratch", "walk"])
+def test_row_20_buffer_above_the_budget(evaluation: str) -> None:
+    """It is watched only: reading it is fine, and writing to it is refused before the update."""
+    model = two_layers()
+    model.register_buffer("large", torch.zeros(surroundings.BUFFER_BUDGET // 4 + 1))
+    before = snapshot(model)
+    optimizer = zokern.MeZO(model, lr=0.1, evaluation=evaluation)
+    with pytest.raises(RuntimeError, match="changed buffers \\['large'\\].*4 MB.*eval mode"):
+        zokern.step(optimizer, lambda: (model.large[:1].add_(1.0), model[:3](X).mean())[1])
+    assert optimizer.steps == 0
+    assert all((p - before[n]).abs().max() <= (0.0 if evaluation == "scratch" else 1e-6) for n, p in model.named_parameters())
+    zokern.step(optimizer, lambda: (model[:3](X) + model.large[0]).mean())
 
 
 def test_row_21_random_streams() -> None:
@@ -433,12 +577,61 @@ def test_row_28_loss_is_not_finite(sides: tuple, evaluation: str) -> None:
     assert not good.skipped and optimizer.skips == 0 and good.step == 3 and not unchanged()
 
 
-def test_row_29_overflowing_coefficient() -> None:
-    model = two_layers()
-    numbers = iter([3e38, -3e38])
+HUGE = sys.float_info.max
+OVERFLOWS = {
+    "coefficient": ((3e38, -3e38), {"lr": 1e-30}),
+    "lr times coefficient": ((1e35, -1e35), {"lr": 10.0}),
+    "lr times coefficient of a later group": ((1e35, -1e35), {"lr": 10.0, "later": True}),
+    "decay": ((1.0, 0.5), {"lr": 1e30, "weight_decay": 1e30}),
+    "difference": ((HUGE, -HUGE), {}),
+    "difference of a forward stencil": ((HUGE, -HUGE), {"stencil": "forward"}),
+    "integer": ((10**400, 1.0), {}),
+    "negative integer": ((1.0, -(10**400)), {}),
+    "fraction": ((Fraction(10**400), 1.0), {}),
+}
+
+
+@pytest.mark.parametrize("evaluation", ["scratch", "walk"])
+@pytest.mark.parametrize("case", OVERFLOWS)
+def test_row_29_overflow_of_finite_numbers(case: str, evaluation: str) -> None:
+    """In float64 or in the float32 of the kernels: a step that is skipped, as with a loss that is not finite."""
+    sides, options = OVERFLOWS[case]
+    model, numbers = two_layers(), iter(sides)
     before = snapshot(model)
-    result = step_on(model, lambda: (model(X).mean(), next(numbers))[1], lr=1e-30)
-    assert result.skipped and changed(model, before) == []
+    given = {"weight_decay": 0.1, "lr": 0.1} | options
+    groups: list[dict] | nn.Module = model
+    if given.pop("later", False):
+        groups = [{"params": [("0.weight", model[0].weight)], "lr": 1e-30}, {"params": [("2.weight", model[2].weight)]}]
+    optimizer = zokern.MeZO(groups, evaluation=evaluation, **given)
+    result = zokern.step(optimizer, lambda: (model(X), next(numbers))[1])
+    assert result.skipped and optimizer.skips == 1 and optimizer.steps == 1
+    assert all((p - before[n]).abs().max() <= (0.0 if evaluation == "scratch" else 1e-6) for n, p in model.named_parameters())
+
+
+def test_row_29_spread_of_large_losses() -> None:
+    """FZOO squares the losses' distances from their mean."""
+    model, numbers = two_layers(), itertools.cycle([1e200, -1e200, 3e200])
+    result = zokern.step(zokern.FZOO(model, queries=2, evaluation="scratch"), lambda: (model(X), next(numbers))[1])
+    assert result.skipped
+
+
+def test_row_29_equal_losses_up_to_the_largest_are_a_step() -> None:
+    """Their mean does not overflow, and nothing is raised after the weights have moved."""
+    model = two_layers()
+    optimizer = zokern.MeZO(model, lr=0.1, weight_decay=0.1, queries=3)
+    result = zokern.step(optimizer, lambda: (model(X), HUGE)[1])
+    assert result.loss == HUGE and not result.skipped and optimizer.steps == 1 and optimizer.result is result
+
+
+def test_a_warning_that_is_an_error_does_not_hide_an_update() -> None:
+    """The one sentence that can only be said after the update: the step counts, and its z is not used again."""
+    model = two_layers(torch.bfloat16)
+    optimizer = zokern.MeZO(model, lr=1e-9, eps=1e-2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeWarning, match="half an ulp"):
+            zokern.step(optimizer, lambda: model(X.bfloat16()).float().mean())
+    assert optimizer.steps == 1
 
 
 def test_row_30_clipped_coefficient() -> None:
@@ -662,6 +855,24 @@ def test_row_41_no_z_is_used_twice() -> None:
 
 
 # Beside the numbered rows: one step at a time --------------------------------------------------------------------------------------
+
+
+def test_unread_parameters_are_named_with_causes_and_ways_out() -> None:
+    model = two_layers()
+    with pytest.warns(RuntimeWarning) as caught:
+        step_on(model, lambda: model[0](X).square().mean())
+    (message,) = [str(w.message) for w in caught]
+    words = [
+        "2 trained parameters",
+        "2.weight",
+        "requires_grad_(False)",
+        "Experts",
+        "TorchScript",
+        "graph",
+        "thread",
+        "evaluation='walk'",
+    ]
+    assert [word for word in words if word not in message] == []
 
 
 def test_step_inside_a_step_and_in_a_second_thread() -> None:

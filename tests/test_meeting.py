@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import warnings
 from collections.abc import Callable, Iterator
@@ -74,7 +75,12 @@ def test_sides_that_are_not_unwound_are_rejected() -> None:
                 greenlet.greenlet.throw(side, greenlet.GreenletExit)
 
 
-def check_thread_after(outer: Callable, side: int, error: type[BaseException]) -> None:
+def read(optimizer: zokern.MeZO, closure: Callable) -> None:
+    """A step's reading alone: the step around it restores modes of its own."""
+    optimizer.evaluation.read(optimizer.plan(), closure)
+
+
+def check_thread_after(outer: Callable, side: int, error: type[BaseException], call: Callable = read) -> None:
     """An exception in the middle of a model that has changed the thread's modes: all of them are as before."""
     model = tiny(width=16)
     calls: list[bool] = []
@@ -101,7 +107,7 @@ def check_thread_after(outer: Callable, side: int, error: type[BaseException]) -
     with outer(), large():
         before = thread()
         with pytest.raises(error, match="planned"):
-            zokern.step(optimizer, closure)
+            call(optimizer, closure)
         after = thread()
     assert after == before, f"the thread is {after[:5]}, it was {before[:5]}"
 
@@ -115,8 +121,8 @@ OUTER = {
 @pytest.mark.parametrize("side", [0, 1, 3])
 @pytest.mark.parametrize("outer", OUTER)
 def test_thread_after_an_exception(outer: str, side: int) -> None:
-    for error in (RuntimeError, KeyboardInterrupt):
-        check_thread_after(OUTER[outer], side, error)
+    for error, call in itertools.product((RuntimeError, KeyboardInterrupt), (read, zokern.step)):
+        check_thread_after(OUTER[outer], side, error, call)
 
 
 def test_thread_that_is_not_put_back_is_rejected() -> None:

@@ -455,6 +455,37 @@ def test_errors_name_argument_value_and_way_out() -> None:
         assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
 
 
+FLOAT32 = {  # every argument that the kernels use in float32, and the part of the message that names it
+    "coeffs of axpy_": (lambda x: GOOD["axpy_"](coeffs=[x]), "coeffs"),
+    "decay of axpy_": (lambda x: GOOD["axpy_"](decay=x), "decay"),
+    "scales of perturb": (lambda x: GOOD["perturb"](scales=(x,)), "scales"),
+    "scale of lowrank_": (lambda x: GOOD["lowrank_"](scale=x), "scale"),
+    "decay of lowrank_": (lambda x: GOOD["lowrank_"](decay=x), "decay"),
+    "scales of linear": (lambda x: zokern.linear(torch.ones(3, 5), torch.ones(4, 5), scales=(x,)), "scales"),
+    "coeffs of sketch": (
+        lambda x: zokern.sketch("normal", (4, 5), torch.ones(5, 2), seed=0, who="w", draws=[(0, 0)], coeffs=[x]),
+        "coeffs",
+    ),
+    "coeffs of update_": (lambda x: momentum(coeffs=[x]), "coeffs"),
+    "scalars of update_": (lambda x: momentum(scalars=(1.0, x, 0.9, 0.1)), "scalars"),
+}
+
+
+def momentum(**options):
+    given = dict(seed=1, who="w", draws=[(0, 0)], coeffs=[0.1], states=[torch.zeros(50)], scalars=(1.0, 0.1, 0.9, 0.1))
+    return zokern.update_(theta(), "normal", "momentum", **given | options)
+
+
+@pytest.mark.parametrize("value", [1e39, -1e39, 2.0**128 - 2.0**103, 10**400], ids=["1e39", "-1e39", "halfway", "10**400"])
+@pytest.mark.parametrize("name", FLOAT32)
+def test_numbers_are_checked_as_float32(name: str, value) -> None:
+    """What is finite as a Python number and infinite in float32 is refused; the largest float32 is not."""
+    call, word = FLOAT32[name]
+    with pytest.raises(ValueError, match=f"{word} .*finite"):
+        call(value)
+    call(torch.finfo(torch.float32).max)
+
+
 def test_shared_memory_is_refused() -> None:
     """Two tensors of one call on the same elements would be written twice."""
     base = theta(40)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 import subprocess
 import sys
@@ -295,6 +297,31 @@ def test_lr_zero_changes_no_bit(dtype: torch.dtype, rounding: str, steps: int) -
     assert optimizer.steps == steps
 
 
+ZEROS = {
+    "lr": {"lr": 0.0, "weight_decay": 0.1},
+    "dead": {"lr": 0.1},
+    "underflow": {"lr": 1e-50},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ["MeZO", "SubZero", "LOZO", "TeZO"])
+@pytest.mark.parametrize("case", ["lr", "dead", "underflow"])
+@pytest.mark.parametrize("defer", [False, True])
+def test_a_step_of_nothing_keeps_negative_zeros(case: str, method: str, dtype: torch.dtype, defer: bool) -> None:
+    """Pruned weights have many. An update of 0 z, by lr or by equal losses, is no launch; nor is the write of what waits."""
+    model = build(lambda: nn.Linear(40, 30), dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(-0.0)
+    before, x = snapshot(model), torch.ones(2, 40, dtype=dtype)
+    optimizer = getattr(zokern, method)(model, force=True, seed=1, defer=defer, **ZEROS[case])
+    for _ in range(3):
+        zokern.step(optimizer, lambda: (model(x), 1.0)[1] if case == "dead" else model(x).float().sum())
+    optimizer.flush()
+    assert changed(model, before) == []
+
+
 def test_dropout_is_paired() -> None:
     """Both sides see one mask: it adds next to nothing to the spread of the coefficients, and steps differ in their masks."""
 
@@ -363,6 +390,50 @@ def test_tied_weights_are_one_tensor_with_one_z() -> None:
     for embed, head in seen:
         assert same_bits(embed, head)
     check_step(tied=True)
+
+
+INFERENCE: dict[str, Callable] = {
+    "mezo": zokern.MeZO,
+    "residual": lambda model, **o: zokern.MeZO(model, rounding="residual", **o),
+    "adam": lambda model, **o: zokern.MeZO(model, rule=zokern.Adam(), **o),
+    "walk": lambda model, **o: zokern.MeZO(model, evaluation="walk", **o),
+    "paired": lambda model, **o: zokern.MeZO(model, evaluation="paired", **o),
+    "subzero": zokern.SubZero,
+    "lozo": lambda model, **o: zokern.LOZO(model, momentum=0.9, interval=2, **o),
+    "tezo": lambda model, **o: zokern.TeZO(model, rule="adam", **o),
+}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("method", "where"), [*itertools.product(INFERENCE, ["step", "closure"]), ("paired", "objective")])
+def test_inference_mode(method: str, where: str, backend: str) -> None:
+    """Around steps or in the closure it changes no bit, nor what later steps outside of it find. A step in it may write the closure's
+    own inference tensors."""
+    dtype, ids = torch.bfloat16 if method == "residual" else torch.float32, torch.arange(6).view(2, 3)
+    ends = []
+    for inside in (False, True):
+        model = build(lambda: nn.Sequential(nn.Embedding(260, 256), nn.Linear(256, 20), nn.LayerNorm(20)), dtype)
+        optimizer = INFERENCE[method](model, lr=1e-3, eps=1e-2, seed=1, backend=backend, force=True)
+        with torch.inference_mode(inside and where != "closure"):
+            cache = torch.zeros(2, 3, 20)
+
+        def loss(out: torch.Tensor, _: object = None, cache: torch.Tensor = cache) -> torch.Tensor:
+            cache.copy_(out)
+            return out.float().square().mean()
+
+        def closure(model: nn.Module = model, loss: Callable = loss, inside: bool = inside) -> torch.Tensor:
+            with torch.inference_mode() if inside and where == "closure" else contextlib.nullcontext():
+                return loss(model(ids))
+
+        with torch.inference_mode(inside and where != "closure"):
+            read = zokern.Objective(model, ids, loss) if where == "objective" else closure
+            results = [zokern.step(optimizer, read) for _ in range(3)]
+        results.append(zokern.step(optimizer, lambda model=model: model(ids).float().square().mean()))
+        optimizer.flush()
+        model(ids).float().sum().backward()
+        ends.append(([result.losses for result in results], snapshot(model)))
+    assert ends[0][0] == ends[1][0]
+    assert all(same_bits(ends[0][1][name], ends[1][1][name]) for name in ends[0][1])
 
 
 # Walk ----------------------------------------------------------------------------------------------------------------------------

@@ -61,14 +61,28 @@ def loss_value(loss: Any) -> float:
         loss = loss.item()  # NumPy
     if isinstance(loss, bool) or not isinstance(loss, numbers.Real):
         raise TypeError(f"the closure returned {type(loss).__name__} {loss!r:.80}; {expected}")
-    return float(loss)
+    try:
+        return float(loss)
+    except OverflowError:  # an integer or a fraction beyond the floats
+        return math.inf if loss > 0 else -math.inf  # type: ignore[operator]
+
+
+def mean(values: Sequence[float], count: int | None = None) -> float:
+    """The sum of the values, rounded once, over `count` (None: how many there are); NaN where a value is not finite.
+
+    A sum that is too large on its way is taken in units of 2**64, so the mean of finite values is finite."""
+    count = len(values) if count is None else count
+    if not all(map(math.isfinite, values)):
+        return math.nan
+    try:
+        return math.fsum(values) / count
+    except OverflowError:
+        return math.fsum([value * 2.0**-64 for value in values]) / count * 2.0**64
 
 
 def coefficient(losses: Sequence[float], stencil: Stencil, eps: float, clip: float | None = None) -> float:
     """The projected gradient of one query, rounded to float32; inf or NaN when the losses or the division are."""
-    difference = (
-        math.fsum(w * loss for w, loss in zip(stencil.weights, losses)) if all(map(math.isfinite, losses)) else math.nan
-    )
+    difference = mean([w * loss for w, loss in zip(stencil.weights, losses)], 1)
     value = torch.tensor(difference / eps, dtype=torch.float32).item()
     if clip is not None and abs(value) > clip:
         value = math.copysign(clip, value)
@@ -84,9 +98,14 @@ def coefficients(
     are 0 where sigma is 0."""
     if normalize == "none":
         return [coefficient(sides, stencil, eps, clip) for sides in losses]
-    moved = [loss for sides in losses for loss, offset in zip(sides, stencil.offsets) if offset]
-    if not all(map(math.isfinite, moved)):
+    sigma = deviation([loss for sides in losses for loss, offset in zip(sides, stencil.offsets) if offset])
+    if not math.isfinite(sigma):
         return [math.nan] * len(losses)
-    mean = math.fsum(moved) / len(moved)
-    sigma = math.sqrt(math.fsum((loss - mean) ** 2 for loss in moved) / len(moved))
     return [0.0 if sigma == 0.0 else coefficient(sides, stencil, sigma, clip) for sides in losses]
+
+
+def deviation(values: Sequence[float]) -> float:
+    """The population standard deviation; inf or NaN where a square is too large for a float or a value is not finite."""
+    middle = mean(values)
+    squares = [(value - middle) * (value - middle) for value in values]
+    return math.sqrt(mean(squares)) if all(map(math.isfinite, squares)) else math.inf

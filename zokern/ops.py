@@ -5,8 +5,7 @@ The step calls the backends directly with checked lists; these functions are the
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -20,6 +19,12 @@ from .stream import INDEX_LIMIT, ROUNDS, check_seed, check_word, parameter_id
 _FLOATS = tuple(getattr(torch, name) for name in DTYPES)
 _FLOAT_SET = set(_FLOATS)
 _SIGN = 1 << 63  # torch.library integers are signed: seeds travel as two's complement
+_TOO_LARGE = 2.0**128 - 2.0**103  # halfway from the largest float32 to 2**128: from here on float32 is infinite
+
+
+def fits(numbers: Iterable[float]) -> bool:
+    """Whether all numbers are finite as float32, in which the kernels use them."""
+    return all([-_TOO_LARGE < number < _TOO_LARGE for number in numbers])
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
@@ -271,8 +276,8 @@ def axpy_(
     if not draws or len(draws) != len(coeffs):
         raise ValueError(f"axpy_: {len(draws)} draws and {len(coeffs)} coefficients; expected as many of each, at least one")
     if not isinstance(coeffs, Tensor):
-        if not all(math.isfinite(c) for c in coeffs):
-            raise ValueError(f"axpy_: coeffs is {list(coeffs)}; expected finite numbers")
+        if not fits(coeffs):
+            raise ValueError(f"axpy_: coeffs is {list(coeffs)}; expected finite numbers in float32")
         coeffs = torch.tensor(list(coeffs), dtype=torch.float32, device=device)
     elif coeffs.dtype != torch.float32 or coeffs.device != device or coeffs.dim() != 1:
         raise ValueError(
@@ -311,8 +316,8 @@ def _check_each(each: bool | int, decay: float | Sequence[float], count: int) ->
     if len(decays) != sums:
         how = f"each is {each}" if each else "without each they are one sum"
         raise ValueError(f"axpy_: decay has {len(decays)} numbers for {count} draws ({how}); expected one number, or {sums}")
-    if not all(map(math.isfinite, decays)):
-        raise ValueError(f"axpy_: decay is {decay}; expected finite numbers")
+    if not fits(decays):
+        raise ValueError(f"axpy_: decay is {decay}; expected finite numbers in float32")
     return each, decays
 
 
@@ -367,8 +372,8 @@ def perturb(
     tensors, direction = _list(tensors), directions.resolve(direction)
     spans = _spans("perturb", tensors, who, first)
     device = _check_list("perturb", tensors, spans)
-    if len(scales) not in (1, 2) or not all(math.isfinite(s) for s in scales):
-        raise ValueError(f"perturb: scales is {scales}; expected one or two finite numbers")
+    if len(scales) not in (1, 2) or not fits(scales):
+        raise ValueError(f"perturb: scales is {scales}; expected one or two finite numbers in float32")
     if dtype is not None and any(dtype not in (t.dtype, torch.float32) for t in tensors):
         raise ValueError(f"perturb: dtype is {dtype}; expected the tensors' dtype or torch.float32")
     low = [] if residuals is None else _list(residuals)
@@ -437,10 +442,12 @@ def lowrank_(
     lefts, rights = _one_each("left", left, tensors), _one_each("right", right, tensors)
     cores = [None] * len(tensors) if core is None else _one_each("core", core, tensors)
     scales = [scale] * len(tensors) if isinstance(scale, (int, float)) else list(scale)
-    if len(scales) != len(tensors) or not all(math.isfinite(s) for s in scales):
-        raise ValueError(f"lowrank_: scale is {scale}; expected a finite number, or one for each of {len(tensors)} tensors")
-    if not math.isfinite(decay):
-        raise ValueError(f"lowrank_: decay is {decay}; expected a finite number")
+    if len(scales) != len(tensors) or not fits(scales):
+        raise ValueError(
+            f"lowrank_: scale is {scale}; expected a number that is finite in float32, or one for each of {len(tensors)} tensors"
+        )
+    if not fits([decay]):
+        raise ValueError(f"lowrank_: decay is {decay}; expected a finite number in float32")
     for i, (tensor, span) in enumerate(zip(tensors, spans)):
         _check_factors(i, tensor, span, lefts[i], cores[i], rights[i])
     low = [] if residuals is None else _list(residuals)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import backends, directions, estimator, evaluation, parameters
 from .evaluation import Group, Plan, Reading
+from .evaluation.owners import Owners
 from .evaluation.surroundings import check_structure
 from .factorized import Factorized
 from .rule import Rule, Sgd
@@ -85,6 +86,7 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
             [name for name, _ in self.model.named_parameters()] if self.model is not None else []
         )
         self._lock = threading.Lock()
+        self._owners = Owners()
         self._entries: list[list[parameters.Trained]] = []
         self._checked: set[int] = set()
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
@@ -178,6 +180,7 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
             raise ValueError(f"step number {self.steps} does not fit the stream's 32 bits; continue with another seed")
         if self.model is not None:
             check_structure(self.model, self._known())
+        roots = [self.model] if self.model is not None else self._owners.roots(self._known().values())
         groups: list[Group] = []
         aliases: dict[int, tuple[int, int]] = {}
         for options, entries in zip(self.param_groups, self._entries):
@@ -221,7 +224,7 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
             self.seed,
             self.steps,
             self.rounding,
-            self.model,
+            roots,
             aliases,
             self.factored,
         )
@@ -276,8 +279,9 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
         if reading.unseen and self.result is None:
             names = ", ".join(reading.unseen[:3]) + (", ..." if len(reading.unseen) > 3 else "")
             warn(
-                f"the loss did not read {len(reading.unseen)} trained parameters ({names}); they move along z all the same: freeze "
-                "them, unless later batches use them (experts of a mixture do)"
+                f"the loss did not read {len(reading.unseen)} trained parameters ({names}); they move along z all the same. A branch that "
+                "is not used: freeze it with requires_grad_(False). Experts without tokens in this batch: nothing is wrong. Read where "
+                "torch functions do not show it (TorchScript, a fused or exported graph, another thread): use evaluation='walk'"
             )
         self.skips = 0 if finite else self.skips + 1
         if self.max_skips and self.skips >= self.max_skips:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,8 +46,10 @@ def linear(
     perturbed tiles are. Raises ValueError for shapes, dtypes or devices that do not fit.
     Malladi et al. 2023; Chen et al. 2025 for factored z."""
     sides = [xs] * len(scales) if isinstance(xs, Tensor) else list(xs)
-    if not scales or len(sides) != len(scales) or not all(math.isfinite(s) for s in scales):
-        raise ValueError(f"linear: {len(sides)} xs and scales {list(scales)}; expected a finite scale for each, at least one")
+    if not scales or len(sides) != len(scales) or not ops.fits(scales):
+        raise ValueError(
+            f"linear: {len(sides)} xs and scales {list(scales)}; expected a finite scale for each (in float32), at least one"
+        )
     ops.check_tensor("linear", "weight", weight, first)
     if weight.dim() != 2 or not weight.is_contiguous():
         raise ValueError(
@@ -155,8 +156,10 @@ def sketch(
     if min(rows, columns) < 1 or first < 0 or first + rows * columns > INDEX_LIMIT:
         raise ValueError(f"sketch: shape is {shape} from {first}; expected positive sizes and first + m n <= 2**35")
     pairs = [(check_word("step", step), check_word("draw", number)) for step, number in draws]
-    if not pairs or len(pairs) != len(coeffs) or not all(math.isfinite(c) for c in coeffs):
-        raise ValueError(f"sketch: {len(pairs)} draws and coeffs {list(coeffs)}; expected as many finite numbers, at least one")
+    if not pairs or len(pairs) != len(coeffs) or not ops.fits(coeffs):
+        raise ValueError(
+            f"sketch: {len(pairs)} draws and coeffs {list(coeffs)}; expected as many numbers, finite in float32, at least one"
+        )
     if not isinstance(tile, int) or tile < 1:
         raise ValueError(f"sketch: tile is {tile!r}; expected a number of elements, at least 1")
     word = parameter_id(who) if isinstance(who, str) else check_word("who", who)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from . import estimator
-from .evaluation import Plan, Reading
+from .evaluation import Group, Plan, Reading
+from .evaluation.objective import under_inference
+from .ops import fits
 from .rule import Sgd
 
 
@@ -23,7 +25,7 @@ class StepResult:
     losses        per query, the losses at the stencil's offsets: (L(theta + eps z), L(theta - eps z)) for the central one
     coefficients  per query, the projected gradient c_k in units of loss per weight, float32 (with the first group's eps)
     seed, step    the run's seed and this step's number: with the draw k they name z_k
-    skipped       True when a loss or coefficient was inf or NaN: the weights are as they were
+    skipped       True when a loss, a coefficient, or lr times one, was NaN or infinite in float32: the weights are as they were
     evaluation, backend   what ran
     scratch_bytes most extra memory that the evaluation held at once
     unseen        trained parameters that the loss never read (they were updated all the same)
@@ -61,68 +63,88 @@ def step(optimizer: Any, closure: Callable[[], Any]) -> StepResult:
     return optimizer.result
 
 
-@torch.no_grad()
 def run(optimizer: Any, closure: Callable[[], Any]) -> StepResult:
+    """The line, outside of a torch.inference_mode() around it: what it keeps is used by later steps, whatever they are in. The closure
+    is called inside, where the user wrote it."""
+    inside = torch.is_inference_mode_enabled()
+    with torch.inference_mode(False), torch.no_grad():
+        return _run(optimizer, under_inference(closure) if inside else closure)
+
+
+def _run(optimizer: Any, closure: Callable[[], Any]) -> StepResult:
     """The line itself; `optimizer` gives the plan, keeps the counters and holds the lock."""
     plan: Plan = optimizer.plan()
     optimizer.refresh(plan, closure)
     check = optimizer.paired_check and plan.step % optimizer.paired_check == 0
     reading: Reading = optimizer.evaluation.read(plan, closure, repeat_first=bool(check))
-    try:
+    try:  # whatever can raise comes before the update
         coefficients = [
             estimator.coefficients(reading.losses, plan.stencil, group.eps, optimizer.clip, optimizer.normalize)
             for group in plan.groups
         ]
-        finite = all(math.isfinite(c) for group in coefficients for c in group)
+        moves = [_move(optimizer, plan, group, found) for group, found in zip(plan.groups, coefficients)]
+        finite = all(
+            fits([*found, lr, decay, *(lr * w for w in weights)]) for found, (weights, lr, decay) in zip(coefficients, moves)
+        )
+        result = StepResult(
+            loss=estimator.mean([loss for sides in reading.losses for loss in sides]),
+            losses=tuple(reading.losses),
+            coefficients=tuple(coefficients[0]),
+            seed=plan.seed,
+            step=plan.step,
+            skipped=not finite,
+            evaluation=reading.evaluation or optimizer.evaluation.name,
+            backend=plan.groups[0].backend.name,
+            scratch_bytes=reading.scratch_bytes,
+            unseen=reading.unseen,
+            whole=reading.whole,
+            unpaired=reading.unpaired,
+        )
         optimizer.count(finite, reading)
         sample = optimizer.sample(plan) if finite else None
     except BaseException:
         _update(optimizer, plan, reading, None)  # an evaluation in place still stands beside the weights
         raise
-    nonfinite = _update(optimizer, plan, reading, coefficients if finite else None)
-    flat = [loss for sides in reading.losses for loss in sides]
-    result = StepResult(
-        loss=math.fsum(flat) / len(flat) if all(map(math.isfinite, flat)) else math.nan,
-        losses=tuple(reading.losses),
-        coefficients=tuple(coefficients[0]),
-        seed=plan.seed,
-        step=plan.step,
-        skipped=not finite,
-        evaluation=reading.evaluation or optimizer.evaluation.name,
-        backend=plan.groups[0].backend.name,
-        scratch_bytes=reading.scratch_bytes,
-        unseen=reading.unseen,
-        whole=reading.whole,
-        unpaired=reading.unpaired,
-        dead_updates=sample() if sample is not None else None,
-    )
-    if nonfinite:
-        optimizer.steps += 1
-        raise RuntimeError(
-            f"step {plan.step}: {nonfinite} weights are inf or NaN after the update (coefficients {result.coefficients}); "
-            "lower lr, or raise eps; nonfinite='ignore' keeps going"
-        )
+    nonfinite = _update(optimizer, plan, reading, moves if finite else None)
+    try:
+        if sample is not None:
+            result = replace(result, dead_updates=sample())
+        if nonfinite:
+            raise RuntimeError(
+                f"step {plan.step}: {nonfinite} weights are inf or NaN after the update (coefficients {result.coefficients}); "
+                "lower lr, or raise eps; nonfinite='ignore' keeps going"
+            )
+    except BaseException:
+        optimizer.steps += 1  # the weights have moved, and a warning may be an error
+        raise
     return result
 
 
-def _update(optimizer: Any, plan: Plan, reading: Reading, coefficients: list[list[float]] | None) -> int:
+Move = tuple[list[float], float, float]
+
+
+def _move(optimizer: Any, plan: Plan, group: Group, coefficients: list[float]) -> Move:
+    """What a group's rule is told: the weight of each draw, lr and decay."""
+    lr = float(group.options["lr"])
+    sign = 1.0 if optimizer.maximize else -1.0
+    return [sign * c / plan.queries for c in coefficients], lr, 1.0 - lr * group.options["weight_decay"]
+
+
+def _update(optimizer: Any, plan: Plan, reading: Reading, moves: list[Move] | None) -> int:
     """The only write: decay, direction and whatever the evaluation left to restore, one rounding. Returns non-finite results."""
     counts = []
-    sign = 1.0 if optimizer.maximize else -1.0
     for g, group in enumerate(plan.groups):
         restore = [distance * group.eps for distance in reading.restore]
-        if any(restore) and (coefficients is None or not optimizer.rule.linear):
+        if any(restore) and (moves is None or not optimizer.rule.linear):
             Sgd().update(plan, group, [0.0] * plan.queries, 0.0, 1.0, restore, optimizer.state, defer=False)
             restore = [0.0] * plan.queries
-        if coefficients is None:
+        if moves is None:
             continue
-        lr = float(group.options["lr"])
-        decay = 1.0 - lr * group.options["weight_decay"]
-        weights = [sign * c / plan.queries for c in coefficients[g]]
+        weights, lr, decay = moves[g]
         counts.append(optimizer.rule.update(plan, group, weights, lr, decay, restore, optimizer.state, optimizer.defers(plan)))
     for group in plan.groups:
         group.drawn.clear()  # the optimizer keeps the groups until the next step, and z need not be kept
-    if optimizer.nonfinite == "ignore" or coefficients is None:
+    if optimizer.nonfinite == "ignore" or moves is None:
         return 0
     return sum(int(count) for count in counts)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -87,8 +86,8 @@ def update_(
 def _numbers(what: str, given: Sequence[float] | Tensor, count: int, device: torch.device, names: str = "") -> Tensor:
     """Floats that the kernels read where they lie."""
     if not isinstance(given, Tensor):
-        if len(given) != count or not all(math.isfinite(x) for x in given):
-            raise ValueError(f"update_: {what} is {list(given)}; expected {count} finite numbers{names}")
+        if len(given) != count or not ops.fits(given):
+            raise ValueError(f"update_: {what} is {list(given)}; expected {count} finite numbers{names} (in float32)")
         return torch.tensor(list(given), dtype=torch.float32, device=device)
     if given.dtype != torch.float32 or given.device != device or given.shape != (count,):
         raise ValueError(

@@ -34,15 +34,20 @@ class Arena:
         end = start + count * dtype.itemsize
         if end > self.budget:
             return None
-        if device not in self.memory:
-            self.memory[device] = torch.empty(self.budget, dtype=torch.uint8, device=device)  # pages come when they are used
         self.top[device] = end
         self.peak = max(self.peak, end)
         key = (start, shape, dtype, device)  # a step takes the same pieces as the one before
         if key not in self.pieces:
             if len(self.pieces) > 4096:
                 self.pieces.clear()
-            self.pieces[key] = self.memory[device][start:end].view(dtype).view(shape)
+            with torch.inference_mode(
+                False
+            ):  # whatever the closure is in: the next one may not be, and its copies lie here too
+                if device not in self.memory:
+                    self.memory[device] = torch.empty(
+                        self.budget, dtype=torch.uint8, device=device
+                    )  # pages come when they are used
+                self.pieces[key] = self.memory[device][start:end].view(dtype).view(shape)
         return self.pieces[key]
 
     def settle(self) -> None:

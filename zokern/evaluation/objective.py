@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -31,6 +32,23 @@ class Objective:
     def rows(self) -> int:
         """Rows of the batch: the first dimension of its first tensor that has one; 0 if there is none."""
         return next((t.shape[0] for t in tensors(self.batch) if t.dim() > 0), 0)
+
+
+def under_inference(closure: Callable[[], Any]) -> Callable[[], Any]:
+    """The closure in torch.inference_mode(); an Objective stays one."""
+
+    def within(call: Callable[..., Any]) -> Any:
+        def inside(*args: Any, **kwargs: Any) -> Any:
+            with torch.inference_mode():
+                return call(*args, **kwargs)
+
+        return inside
+
+    if not isinstance(closure, Objective):
+        return within(closure)
+    inner = copy.copy(closure)
+    inner.model, inner.loss_fn = within(closure.model), within(closure.loss_fn)
+    return inner
 
 
 def run(model: nn.Module, batch: Any) -> Any:

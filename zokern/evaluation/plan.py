@@ -128,7 +128,7 @@ class Plan:
     seed: int
     step: int
     rounding: str
-    model: nn.Module | None
+    roots: list[nn.Module]  # the modules that a step leaves as they are: the model, or those that hold the trained tensors
     aliases: dict[int, tuple[int, int]]  # id of every tensor object that stands for a trained tensor -> (group, position)
     factored: Factored | None = None  # the direction of groups with matrices
     first_draw: int = 0  # draw word of query 0

@@ -1,8 +1,10 @@
 """Surroundings: what a step must leave as it found it, and what must not change under it.
 
 The user's RNG streams (torch on every device in use, `random`, NumPy), train/eval flags, buffers and module tree are put back
-after every reading of the loss. Within a step every reading starts from the same RNG state, drawn from (seed, step), so that
-all of them see the same dropout masks and no two steps do. Weights are watched through their version counters.
+after every reading of the loss. A buffer that a reading registers is removed again, and one that it deletes or replaces comes back:
+what it was computed from was theta + eps z, and the next reading computes its own. Within a step every reading starts from the same
+RNG state, drawn from (seed, step), so that all of them see the same dropout masks and no two steps do. Weights are watched through
+their version counters.
 """
 
 from __future__ import annotations
@@ -27,12 +29,13 @@ class Surroundings:
         self.plan = plan
         digest = hashlib.sha256(f"dropout {plan.seed} {plan.step}".encode()).digest()
         self.seed = int.from_bytes(digest[:8], "little")
-        modules = list(plan.model.modules()) if plan.model is not None else []
+        modules = list(dict.fromkeys(module for root in plan.roots for module in root.modules()))
         self.modes = [(module, module.training) for module in modules]
         # TorchScript (walk takes it) makes new Python objects at every look: only its modes can be compared
         modules = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
         self.slots = [(module, name, p) for module in modules for name, p in module._parameters.items()]
-        self.buffers = [(module, name, b) for module in modules for name, b in module._buffers.items() if b is not None]
+        self.registered = [(module, dict(module._buffers), set(module._non_persistent_buffers_set)) for module in modules]
+        self.buffers = [(module, name, b) for module, found, _ in self.registered for name, b in found.items() if b is not None]
         self.children = [(module, dict(module._modules)) for module in modules]
         self.versions = [(name, t, t._version) for group in plan.groups for name, t in zip(group.names, group.tensors)]
         self.buffer_versions = [0 if b.is_inference() else b._version for _, _, b in self.buffers]
@@ -73,9 +76,10 @@ class Surroundings:
         for module, training in self.modes:
             if module.training != training:
                 module.training = training
+        for module, found, hidden in self.registered:
+            if module._buffers or found:
+                self._register_again(module, found, hidden)
         for module, name, buffer in self.buffers:
-            if module._buffers.get(name) is not buffer:
-                module._buffers[name] = buffer
             if id(buffer) in self.saved and not torch.equal(buffer, self.saved[id(buffer)]):
                 if not isinstance(module, nn.modules.batchnorm._NormBase):  # statistics that a loss in train mode does not read
                     self.written.add(name)
@@ -87,6 +91,17 @@ class Surroundings:
             if not b.is_inference() and b._version != version and id(b) not in self.saved
         ]
         self.buffer_versions = [0 if b.is_inference() else b._version for _, _, b in self.buffers]
+
+    def _register_again(self, module: nn.Module, found: dict[str, torch.Tensor | None], hidden: set[str]) -> None:
+        """The module's buffers as they were, in their order."""
+        now = module._buffers
+        if len(now) == len(found) and all([now.get(name, module) is buffer for name, buffer in found.items()]):
+            return
+        filled, before = ({name for name, buffer in some.items() if buffer is not None} for some in (now, found))
+        self.written |= filled ^ before
+        now.clear()
+        now.update(found)
+        module._non_persistent_buffers_set = set(hidden)
 
     def check(self) -> None:
         """Raise if the closure changed a weight, a module or a buffer that cannot be put back; the update has not begun."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..directions import Matrix
@@ -19,9 +20,16 @@ class Sgd:
         self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, restore: Sequence[float], states: Any, defer: bool
     ) -> Tensor | int:  # fmt: skip
         amounts = [lr * w + decay * r for w, r in zip(weights, restore)]
+        if is_nothing(amounts, decay):
+            return group.write(plan.seed, plan.step, plan.rounding) if group.matrices is not None and not defer else 0
         if group.matrices is None:
             return group.axpy_(plan.direction, plan.seed, plan.draws(), amounts, decay, plan.rounding)
         return deposit(plan, group, total(plan, group, amounts), decay, defer)
 
     def rebase(self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor, state: Any) -> None:
         """Nothing is kept."""
+
+
+def is_nothing(amounts: Sequence[float], decay: float) -> bool:
+    """Whether, in float32, theta <- decay theta + sum_k amounts[k] z_k leaves theta as it is: a launch would turn -0.0 into +0.0."""
+    return torch.tensor([decay, *amounts], dtype=torch.float32).tolist() == [1.0] + [0.0] * len(amounts)
