@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import backends, directions, estimator, evaluation, parameters
+from . import backends, directions, estimator, evaluation, parameters, saved
 from .evaluation import Group, Plan, Reading
 from .evaluation.owners import Owners
 from .evaluation.surroundings import check_structure
 from .factorized import Factorized
 from .rule import Rule, Sgd
-from .step import StepResult, finite_number, run
-from .stream import VERSION, check_seed
+from .step import StepResult, finite_number, run, whole_number
+from .stream import check_seed
 from .warning import warn
 
+TINY = float(torch.finfo(torch.float32).tiny)  # the kernels take eps in float32, where less than this is nothing
 SAMPLE = 512  # elements per tensor in the samples that detect dead perturbations and dead updates
 
 
@@ -52,13 +53,14 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
         nonfinite: str = "raise",
         force: bool = False,
     ) -> None:
+        params = (
+            getattr(params, "_orig_mod", params) if isinstance(params, nn.Module) else params
+        )  # of torch.compile: names are its own
         self.model = params if isinstance(params, nn.Module) else None
         if self.model is not None and _resolve_evaluation(evaluation).name != "walk":
             parameters.check_model(self.model)
         self.seed = check_seed(seed)
-        self.queries = queries
-        if not isinstance(queries, int) or isinstance(queries, bool) or not 1 <= queries < 2**24:
-            raise ValueError(f"queries is {queries!r}; expected an integer, 1 <= queries < 2**24")
+        self.queries = whole_number("queries", queries, 1, 2**24 - 1)
         if rounding not in backends.ROUNDINGS:
             raise ValueError(f"rounding is {rounding!r}; expected one of {list(backends.ROUNDINGS)}")
         if normalize not in ("none", "std"):
@@ -68,19 +70,25 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
         self.rounding, self.normalize = rounding, normalize
         self.evaluation = _resolve_evaluation(evaluation)
         self.backend = backend
-        if isinstance(backend, str):
-            backends.get(backend)
+        if backend is not None:
+            backends.resolve(backend, torch.device("cpu"))
         factored = not isinstance(direction, str) and hasattr(direction, "draws")
         self.factored: directions.Factored | None = direction if factored else None  # type: ignore[assignment]
         self.direction = directions.resolve(direction.dense if factored else direction)  # type: ignore[union-attr,arg-type]
         self.rule: Rule = Sgd() if rule is None else rule
+        if isinstance(self.rule, type) or not hasattr(self.rule, "update"):
+            raise TypeError(f"rule is {rule!r}; expected None, zokern.Momentum(), zokern.Adam() or another Rule object")
         self.defer = defer
         self.matrices: dict[int, directions.Matrix] = {}
         self._groups: list[Group] = []
         self.stencil = estimator.resolve(stencil)
-        self.maximize, self.force, self.nonfinite = bool(maximize), force, nonfinite
+        if not isinstance(maximize, bool):
+            raise TypeError(f"maximize is {maximize!r}; expected True or False")
+        self.maximize, self.force, self.nonfinite = maximize, force, nonfinite
         self.clip = None if clip is None else finite_number("clip", clip, above=0.0)
-        self.paired_check, self.max_skips, self.dead_limit = paired_check, max_skips, dead_limit
+        self.paired_check = whole_number("paired_check", paired_check, 0)  # 0: never
+        self.max_skips = whole_number("max_skips", max_skips, 0)  # 0: any number
+        self.dead_limit = None if dead_limit is None else whole_number("dead_limit", dead_limit, 1)
         self.steps = self.skips = self.dead = 0
         self.ids, self.salted = parameters.ids(
             [name for name, _ in self.model.named_parameters()] if self.model is not None else []
@@ -88,7 +96,15 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
         self._lock = threading.Lock()
         self._owners = Owners()
         self._entries: list[list[parameters.Trained]] = []
-        self._checked: set[int] = set()
+        self._checked: dict[int, tuple] = {}  # by id of the tensor: where it lay and what it was when it was checked
+        self._ties: list[
+            tuple[Tensor, Tensor]
+        ] = []  # tensor objects of the modules that are the elements of a trained one, and that one
+        self._stale: dict[int, str] = {}  # by id: tensor objects of the modules that show some of a trained one's elements
+        self._eps: list[float] | None = None  # of the groups, when the perturbation was last looked at
+        self._written: dict[
+            int, int
+        ] = {}  # by id: version counters after the last update, where low bits belong to the weights
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
         groups = parameters.named_groups(params)
         if not any(group["params"] for group in groups):
@@ -122,37 +138,23 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """torch's state_dict plus ``zokern``: stream version, seed and step, so that a resumed run draws the same z."""
         self.flush()
-        state = super().state_dict()
-        state["zokern"] = {
-            "stream": VERSION, "seed": self.seed, "step": self.steps, "skips": self.skips, "dead": self.dead,
-            "evaluation": getattr(self.evaluation, "choice", None),
-        }  # fmt: skip
-        return state
+        return {**super().state_dict(), "zokern": saved.own_entry(self)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume: options, seed, step number and residuals. Refuses another stream version and other parameter names."""
-        state_dict = dict(state_dict)
-        own = state_dict.pop("zokern", None)
-        if own is None:
-            raise ValueError("state_dict has no entry 'zokern'; expected the state_dict of a zokern optimizer")
-        if own["stream"] != VERSION:
-            raise ValueError(f"state_dict was written with stream version {own['stream']}; this zokern draws version {VERSION}")
-        saved = [name for group in state_dict["param_groups"] for name in group.get("param_names", [])]
-        here = [name for group in self.param_groups for name in group["param_names"]]
-        if saved != here:
-            missing, extra = sorted(set(saved) - set(here)), sorted(set(here) - set(saved))
-            raise ValueError(
-                f"state_dict names other parameters: missing here {missing}, not in it {extra}, or in another order"
-            )
+        """Resume: options, seed, step number, and what residuals and rules keep. Refuses, before anything has changed, another stream
+        version, other parameter names, another recipe (method, rule, rounding, queries, stencil, rank, interval) and state of other shapes."""
+        own = saved.check(self, state_dict)
+        state_dict = {key: value for key, value in state_dict.items() if key != "zokern"}
         super().load_state_dict(state_dict)
         order = [p for group in self.param_groups for p in group["params"]]
         for index, values in state_dict["state"].items():  # torch casts state to the parameter's dtype
             for key, value in values.items():
                 if isinstance(value, Tensor):
-                    self.state[order[index]][key] = value.to(order[index].device, copy=True)
+                    self.state[order[index]][key] = value.to(order[index].device, copy=True).contiguous()
         self.discard()
         self.matrices.clear()
         self._groups = []  # what waited belongs to the run that is left
+        self._written = {}
         self.seed, self.steps, self.skips, self.dead = own["seed"], own["step"], own["skips"], own["dead"]
         if hasattr(self.evaluation, "choice"):
             self.evaluation.choice = own.get("evaluation")
@@ -171,6 +173,8 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
             self.steps += 1
         finally:
             self.close()
+            if self.rounding == "residual":
+                self._written = {id(t): t._version for group in self._groups for t in group.tensors}
             self._lock.release()
         return self.result.loss
 
@@ -183,6 +187,7 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
         roots = [self.model] if self.model is not None else self._owners.roots(self._known().values())
         groups: list[Group] = []
         aliases: dict[int, tuple[int, int]] = {}
+        self._recheck(roots)
         for options, entries in zip(self.param_groups, self._entries):
             _check_options(options)
             by_device: dict[torch.device, list[parameters.Trained]] = {}
@@ -190,10 +195,6 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
                 if entry.tensor.requires_grad:
                     by_device.setdefault(entry.tensor.device, []).append(entry)
             for device, everything in by_device.items():
-                for entry in everything:
-                    if id(entry.tensor) not in self._checked:
-                        parameters.check_parameter(entry.name, entry.tensor)
-                        self._checked.add(id(entry.tensor))
                 found = [self._matrix(entry) for entry in everything]
                 dense = [entry for entry, matrix in zip(everything, found) if matrix is None]
                 factored = [(entry, matrix) for entry, matrix in zip(everything, found) if matrix is not None]
@@ -201,7 +202,8 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
                     if not members:
                         continue
                     for i, entry in enumerate(members):
-                        aliases[id(entry.tensor)] = (len(groups), i)
+                        for tensor in (entry.tensor, *(alias for _, alias in entry.aliases)):
+                            aliases[id(tensor)] = (len(groups), i)
                     groups.append(
                         Group(
                             [e.name for e in members],
@@ -233,10 +235,41 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
         self._groups = groups
         for group in groups:
             group.check_waiting()
-        self._tie(plan)
-        if self.result is None:
+        for tensor, owner in self._ties:  # other tensor objects of the same elements see the same perturbation
+            if id(owner) in aliases:
+                aliases.setdefault(id(tensor), aliases[id(owner)])
+        plan.stale.update({key: name for key, name in self._stale.items() if key not in aliases})
+        if (eps := [group.eps for group in groups]) != self._eps:
             self._check_dead_perturbation(plan)
+            self._eps = eps
         return plan
+
+    def _recheck(self, roots: Sequence[nn.Module]) -> None:
+        """Check what is new, or has moved or changed its dtype, shape or strides since it was checked (`p.data = ...`, `model.to(...)`)."""
+        moved = False
+        for options, entries in zip(self.param_groups, self._entries):
+            if [id(p) for p in options["params"]] != [id(entry.tensor) for entry in entries]:
+                raise RuntimeError(
+                    "param_groups[...]['params'] was edited by hand; expected the parameters that the optimizer was given: use "
+                    "add_param_group, freeze parameters with requires_grad_(False), or build a new optimizer"
+                )
+            for entry in entries:
+                if not entry.tensor.requires_grad:
+                    continue
+                key, known = parameters.place_of(entry.tensor), self._checked.get(id(entry.tensor))
+                if key == known:
+                    continue
+                parameters.check_parameter(entry.name, entry.tensor)
+                if known is not None and known[2] != key[2]:
+                    raise ValueError(
+                        f"parameter {entry.name!r} had shape {list(known[2])} and has {list(key[2])} now; its elements' numbers, and what "
+                        "is kept of them, belong to the old shape: build a new optimizer"
+                    )
+                moved, self._checked[id(entry.tensor)] = True, key
+        if moved:
+            parameters.check_overlap([(e.name, e.tensor) for entries in self._entries for e in entries])
+            everyone = {e.name: e.tensor for entries in self._entries for e in entries}
+            self._ties, self._stale = parameters.ties(everyone, roots)
 
     def _known(self) -> dict[str, Tensor]:
         """Every name that the optimizer was given, with the tensor object that it stood for."""
@@ -249,27 +282,16 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
                 raise ValueError("rounding='residual' needs bfloat16 or float32 parameters; float16: use rounding='stochastic'")
             return torch.empty(0, dtype=torch.int16)  # never read: float32 has no low bits to keep
         state = self.state[tensor]
-        if "residual" not in state:
+        # weights that somebody else wrote since the last update are exact as they are: the old low bits are not theirs
+        if "residual" not in state or self._written.get(id(tensor), tensor._version) != tensor._version:
             state["residual"] = torch.zeros(tensor.shape, dtype=torch.int16, device=tensor.device)
         return state["residual"]
 
-    def _tie(self, plan: Plan) -> None:
-        """Other tensor objects of the model that are the same elements see the same perturbation."""
-        if self.model is None:
-            return
-        views = {
-            parameters.view_of(t): (g, i)
-            for g, group in enumerate(plan.groups)
-            for i, t in enumerate(group.tensors)
-            if t.numel()
-        }
-        for _, tensor in self.model.named_parameters(remove_duplicate=False):
-            if (
-                id(tensor) not in plan.aliases
-                and tensor.numel()
-                and (where := views.get(parameters.view_of(tensor))) is not None
-            ):
-                plan.aliases[id(tensor)] = where
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "an optimizer cannot be copied or pickled: it belongs to its parameters and their module; copy the model, build an optimizer "
+            "for the copy, and load_state_dict(optimizer.state_dict())"
+        )
 
     # Guards -------------------------------------------------------------------------------------------------------------
 
@@ -304,32 +326,35 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
             )
 
     def _pieces(self, plan: Plan, group: Group) -> list[tuple[int, Tensor]]:
+        """About SAMPLE elements, the first in the stream's numbering, of every 16-bit tensor that is not a vector."""
         return [
-            (i, t.detach().view(-1)[:SAMPLE])
+            (i, t.detach().view(-1)[:SAMPLE] if t.is_contiguous() else t.detach()[: max(1, SAMPLE * t.shape[0] // t.numel())])
             for i, t in enumerate(group.tensors)
-            if group.matrices is None and t.dtype != torch.float32 and t.dim() > 1 and t.numel() and t.is_contiguous()
+            if group.matrices is None and t.dtype != torch.float32 and t.dim() > 1 and t.numel()
         ]
 
     def _check_dead_perturbation(self, plan: Plan) -> None:
-        """Refuse an eps below half an ulp of the weights: rounding would swallow the perturbation. On a sample, once."""
-        dead = total = 0.0
+        """Refuse an eps below half an ulp of a group's weights: rounding would swallow the perturbation. On a sample, for every new eps."""
         for group in plan.groups:
+            dead = total = 0.0
             pieces = self._pieces(plan, group)
             if not pieces or group.residuals is not None:
                 continue
-            outs = [torch.empty_like(piece) for _, piece in pieces]
+            outs = [torch.empty(piece.shape, dtype=piece.dtype, device=piece.device) for _, piece in pieces]
             tensors, spans = [piece for _, piece in pieces], [group.spans[i] for i, _ in pieces]
             group.backend.perturb(tensors, spans, plan.direction, plan.seed, plan.step, 0, [group.eps], [outs], None)
             for (i, piece), out in zip(pieces, outs):
                 weight = group.tensors[i].numel()
                 dead += float((out == piece).float().mean()) * weight
                 total += weight
-        share = dead / total if total else 0.0
-        message = f"a perturbation of eps = {plan.groups[0].eps} leaves {share:.0%} of the 16-bit weights where they are (half an ulp)"
-        if share > 0.5 and not self.force:
-            raise ValueError(f"{message}: raise eps, train in float32, or pass force=True")
-        if share > 0.1:
-            warn(f"{message}: consider a larger eps or float32 weights")
+            share = dead / total if total else 0.0
+            message = (
+                f"a perturbation of eps = {group.eps} leaves {share:.0%} of the 16-bit weights where they are (half an ulp)"
+            )
+            if share > 0.5 and not self.force:
+                raise ValueError(f"{message}: raise eps, train in float32, or pass force=True")
+            if share > 0.1:
+                warn(f"{message}: consider a larger eps or float32 weights")
 
     def sample(self, plan: Plan) -> Callable[[], float | None] | None:
         """Before the update: a function that tells, after it, which share of sampled 16-bit weights did not move."""
@@ -360,7 +385,8 @@ def _check_options(options: dict[str, Any]) -> None:
     lr = finite_number("lr", options["lr"])
     if lr < 0:
         raise ValueError(f"lr is {options['lr']!r}; expected lr >= 0 (to ascend, pass maximize=True)")
-    finite_number("eps", options["eps"], above=0.0)
+    if finite_number("eps", options["eps"], above=0.0) < TINY:
+        raise ValueError(f"eps is {options['eps']!r}, which is 0 in float32; expected a finite number >= {TINY:.2g}")
     finite_number("weight_decay", options["weight_decay"], minimum=0.0)
 
 

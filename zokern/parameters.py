@@ -34,10 +34,21 @@ def named_groups(source: Any) -> list[dict[str, Any]]:
         return [{"params": [(name, p) for name, p in source.named_parameters() if p.requires_grad]}]
     if isinstance(source, Tensor):
         raise TypeError("params is a tensor; expected a module, or an iterable of tensors, (name, tensor) pairs or groups")
-    items = list(source)
+    if isinstance(source, dict):
+        raise TypeError(
+            "params is a dict; expected a module, or an iterable such as model.named_parameters() or a list of groups"
+        )
+    try:
+        items = list(source)
+    except TypeError:
+        raise TypeError(
+            f"params is {source!r:.60}; expected a module, or an iterable of tensors, (name, tensor) pairs or groups"
+        ) from None
     groups = items if items and isinstance(items[0], dict) else [{"params": items}]
     count, named = 0, []
     for group in groups:
+        if not isinstance(group, dict) or "params" not in group:
+            raise ValueError(f"params holds the group {group!r:.60}; expected a dict with 'params'")
         params = group["params"]
         if isinstance(params, nn.Module):
             params = [(name, p) for name, p in params.named_parameters() if p.requires_grad]
@@ -46,6 +57,8 @@ def named_groups(source: Any) -> list[dict[str, Any]]:
         pairs = []
         for position, item in enumerate(params):
             if isinstance(item, tuple):
+                if len(item) != 2 or not isinstance(item[0], str):
+                    raise TypeError(f"params holds {item!r:.60}; expected (name, tensor) pairs, tensors or groups")
                 pairs.append(item)
             else:
                 pairs.append((names[position] if names else f"param.{count}", item))
@@ -78,10 +91,46 @@ def view_of(tensor: Tensor) -> tuple:
     return (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
+def place_of(tensor: Tensor) -> tuple:
+    """Where a tensor lies and what it is: all that was true of it when it was checked still is while this is the same."""
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device
+
+
+def ties(trained: dict[str, Tensor], roots: Iterable[nn.Module]) -> tuple[list[tuple[Tensor, Tensor]], dict[int, str]]:
+    """Tensor objects of the modules (parameters, buffers, attributes) that share elements with trained ones.
+
+    Those with the same elements in the same order, each with the trained one; and, by id, those with some of the elements, or in another
+    order (a transpose, a block of rows), which no perturbed copy can stand for: what they are, for an error when one is used."""
+    owners = {view_of(t): t for t in trained.values() if t.numel()}
+    names = {id(t): name for name, t in trained.items()}
+    by_storage: dict[int, list[Tensor]] = {}
+    for t in owners.values():
+        by_storage.setdefault(t.untyped_storage().data_ptr(), []).append(t)
+    same: list[tuple[Tensor, Tensor]] = []
+    stale: dict[int, str] = {}
+    for module in dict.fromkeys(module for root in roots for module in root.modules()):
+        for where in (module._parameters, module._buffers, vars(module)):
+            for attribute, found in list(where.items()):
+                if not isinstance(found, Tensor) or id(found) in names or found.layout != torch.strided or found.is_meta:
+                    continue
+                near = by_storage.get(found.untyped_storage().data_ptr(), ()) if found.numel() else ()
+                if near and (owner := owners.get(view_of(found))) is not None:
+                    same.append((found, owner))
+                elif (other := next((t for t in near if shared_memory([t, found]) is not None), None)) is not None:
+                    stale[id(found)] = (
+                        f"attribute {attribute!r} of {type(module).__name__}, a view of parameter {names[id(other)]!r}"
+                    )
+    return same, stale
+
+
 def check_parameter(name: str, tensor: Tensor) -> None:
     """Refuse what cannot be trained exactly, by name, with the way out."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"parameter {name!r} is {type(tensor).__name__}; expected a tensor")
+    if nn.parameter.is_lazy(tensor):
+        raise ValueError(
+            f"parameter {name!r} of a lazy module has no shape yet; run the model once before the optimizer is built"
+        )
     if type(tensor).__name__ == "DTensor" or hasattr(tensor, "full_tensor"):
         raise TypeError(f"parameter {name!r} is a DTensor; sharded parameters are not supported yet: use the local tensor")
     if tensor.is_meta:
@@ -95,7 +144,11 @@ def trained(named: Iterable[tuple[str, Tensor]], who: dict[str, int]) -> list[Tr
     """Entries for named tensors; identical views merge into one, tensors that overlap in part are refused."""
     entries: dict[tuple, Trained] = {}
     for name, tensor in named:
-        check_parameter(name, tensor)
+        if not isinstance(tensor, nn.Parameter) or tensor.requires_grad:
+            check_parameter(name, tensor)
+        elif tensor.layout != torch.strided or tensor.is_meta:  # frozen: packed weights of any kind may stay as they are
+            entries[(name,)] = Trained(name, tensor, who[name])
+            continue
         key = view_of(tensor) if tensor.numel() else (name,)
         if key in entries:
             entries[key].aliases.append((name, tensor))
@@ -106,9 +159,14 @@ def trained(named: Iterable[tuple[str, Tensor]], who: dict[str, int]) -> list[Tr
 
 
 def check_overlap(named: list[tuple[str, Tensor]]) -> None:
-    """Refuse distinct tensors that share memory in part."""
+    """Refuse distinct tensors that share memory."""
+    named = [(name, t) for name, t in named if t.layout == torch.strided and not t.is_meta]
     if (pair := shared_memory([tensor for _, tensor in named])) is not None:
         first, second = (named[i][0] for i in pair)
+        if view_of(named[pair[0]][1]) == view_of(named[pair[1]][1]):
+            raise ValueError(
+                f"parameters {first!r} and {second!r} are the same elements in two groups; expected them in one group"
+            )
         raise ValueError(
             f"parameters {first!r} and {second!r} overlap in memory but are not the same view; "
             "an update of one would change the other: clone one of them"
@@ -132,4 +190,15 @@ def check_model(model: nn.Module) -> None:
             raise TypeError(f"{where} is DataParallel, whose replicas would not see the perturbation: train the wrapped module")
 
 
-__all__ = ["Trained", "check_model", "check_overlap", "check_parameter", "ids", "named_groups", "trained", "view_of"]
+__all__ = [
+    "Trained",
+    "check_model",
+    "check_overlap",
+    "check_parameter",
+    "ids",
+    "named_groups",
+    "place_of",
+    "ties",
+    "trained",
+    "view_of",
+]

@@ -151,10 +151,20 @@ def _update(optimizer: Any, plan: Plan, reading: Reading, moves: list[Move] | No
 
 def finite_number(name: str, value: Any, *, minimum: float | None = None, above: float | None = None) -> float:
     """A finite Python float within bounds, or a ValueError that says so."""
-    accepted = isinstance(value, (numbers.Real, torch.Tensor)) and type(value) is not bool
+    one = not isinstance(value, torch.Tensor) or value.numel() == 1
+    accepted = one and isinstance(value, (numbers.Real, torch.Tensor)) and type(value) is not bool
     number = float(value) if accepted else math.nan
     low = number if minimum is None else minimum
     if not math.isfinite(number) or number < low or (above is not None and number <= above):
         bound = f" > {above}" if above is not None else f" >= {minimum}" if minimum is not None else ""
         raise ValueError(f"{name} is {value!r}; expected a finite number{bound}")
+    return number
+
+
+def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """An integer within bounds, or a ValueError that says so."""
+    number = least - 1 if isinstance(value, bool) or not isinstance(value, numbers.Integral) else int(value)
+    if number < least or (most is not None and number > most):
+        bound = f"at least {least}" if most is None else f"{least} <= {name} <= {most}"
+        raise ValueError(f"{name} is {value!r}; expected an integer, {bound}")
     return number

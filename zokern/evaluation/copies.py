@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class Copies:
 
     def __init__(self, plan: Plan, arena: Arena) -> None:
         self.plan, self.arena = plan, arena
-        self.table = plan.aliases
+        self.table = plan.aliases | dict.fromkeys(plan.stale, (-1, -1)) if plan.stale else plan.aliases
         self.points: list[Point] = []
         self.resident: list[dict[tuple[int, int], Tensor]] = []
         self.small: set[tuple[int, int]] = set()
@@ -288,6 +289,16 @@ class Copies:
             self.views.pop(key, None)
 
         self.views[key] = weakref.ref(view, forget)
+
+    def refuse_stale(self, values: Iterable[Any]) -> None:
+        """Where the modules keep views of trained tensors that no copy can stand for: their use is an error, and no silent no-op."""
+        for value in values:
+            for one in value if type(value) in (list, tuple) else [value]:
+                if id(one) in self.plan.stale:
+                    raise RuntimeError(
+                        f"the closure uses {self.plan.stale[id(one)]}, made before the step: it would see unperturbed weights; compute it "
+                        "from the parameter in the forward, or use evaluation='walk'"
+                    )
 
     def refuse_write(self, tensor: Tensor, name: str) -> None:
         g, i = self.table[id(tensor)]

@@ -132,6 +132,9 @@ class Plan:
     aliases: dict[int, tuple[int, int]]  # id of every tensor object that stands for a trained tensor -> (group, position)
     factored: Factored | None = None  # the direction of groups with matrices
     first_draw: int = 0  # draw word of query 0
+    stale: dict[int, str] = field(
+        default_factory=dict
+    )  # id of tensor objects that show a trained tensor's elements otherwise: what they are
 
     def draw(self, query: int) -> int:
         return self.first_draw + query

@@ -39,6 +39,7 @@ class Stacked(TorchFunctionMode):
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")
         if name in METADATA or (name == "__get__" and attribute not in DATA_ATTRIBUTES):
             return func(*args, **kwargs)
+        self.copies.refuse_stale(values)
         done = None
         if not is_taped(table, args, kwargs):
             done = stacked_product(self.copies, func, args, kwargs, self.sides)

@@ -46,6 +46,8 @@ class Substitution(TorchFunctionMode):
                 return func(*args, **kwargs)
         elif name in METADATA:
             return func(*args, **kwargs)
+        if self.copies.plan.stale:
+            self.copies.refuse_stale([*args, *kwargs.values()])
         for target in _written(name, args, kwargs):
             if id(target) in self.copies.table:
                 self.copies.refuse_write(target, name)

@@ -35,7 +35,14 @@ class Surroundings:
         modules = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
         self.slots = [(module, name, p) for module in modules for name, p in module._parameters.items()]
         self.registered = [(module, dict(module._buffers), set(module._non_persistent_buffers_set)) for module in modules]
-        self.buffers = [(module, name, b) for module, found, _ in self.registered for name, b in found.items() if b is not None]
+        # a buffer on the memory of a trained weight moves with it in a walk
+        weights = {t.untyped_storage().data_ptr() for group in plan.groups for t in group.tensors}
+        self.buffers = [
+            (module, name, b)
+            for module, found, _ in self.registered
+            for name, b in found.items()
+            if b is not None and (b.layout != torch.strided or b.is_meta or b.untyped_storage().data_ptr() not in weights)
+        ]
         self.children = [(module, dict(module._modules)) for module in modules]
         self.versions = [(name, t, t._version) for group in plan.groups for name, t in zip(group.names, group.tensors)]
         self.buffer_versions = [0 if b.is_inference() else b._version for _, _, b in self.buffers]
