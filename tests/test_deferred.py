@@ -302,6 +302,173 @@ def test_an_edit_while_updates_wait_is_refused(name: str, edit: Callable) -> Non
                 zokern.step(optimizer, given(model, iter(losses())))
 
 
+@pytest.mark.parametrize("name", SOME)
+def test_discard_goes_on_from_edited_weights(name: str) -> None:
+    model, optimizer = run(name, 1)
+    with torch.no_grad():
+        model.up.weight.mul_(1.5)
+    with pytest.raises(RuntimeError, match=r"'up.weight'.*discard\(\)"):
+        zokern.step(optimizer, closure_of(model))  # at once, not at the end of the interval
+    before = snapshot(model)
+    optimizer.discard()
+    assert waits(optimizer) == []
+    optimizer.flush()
+    assert changed(model, before) == []
+    assert not zokern.step(optimizer, closure_of(model)).skipped
+
+
+# A skipped step -----------------------------------------------------------------------------------------------------------------
+
+
+def check_skipped_end(name: str, skipped: int) -> None:
+    """A loss that is NaN in the last step of an interval: what waits is still written with the basis that it belongs to."""
+    ends = []
+    for defer in (True, False):
+        model = tiny(width=16)
+        optimizer = METHODS[name](model, seed=3, defer=defer, **FAST)
+        for step, number in enumerate(losses()[:14]):
+            zokern.step(optimizer, given(model, iter([float("nan")] * 2 if step == skipped else [number, number + 1e-3] * 20)))
+        optimizer.flush()
+        ends.append(snapshot(model))
+    for key, weight in ends[0].items():
+        assert (weight - ends[1][key]).abs().max() <= 14 * 2.0**-24 * weight.abs().max(), (
+            f"{key} is not that of immediate updates"
+        )
+
+
+@pytest.mark.parametrize("skipped", [2, 5, 6])
+@pytest.mark.parametrize("name", ["subzero", "lozo", "lozo_m"])
+def test_a_skipped_last_step_loses_nothing(name: str, skipped: int) -> None:
+    check_skipped_end(name, skipped)
+
+
+def test_check_rejects_a_basis_that_changes_under_what_waits() -> None:
+    with (
+        patch.object(zokern.optimizer.ZerothOrder, "settle", lambda self, p: None),
+        pytest.raises(AssertionError, match="is not that of"),
+    ):
+        check_skipped_end("subzero", 2)
+
+
+# Parts of a module, copies, and other optimizers --------------------------------------------------------------------------------
+
+
+class Body(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = tiny(width=16)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.body(ids)
+
+
+def as_pickled(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+LOOKS: dict[str, Callable[[nn.Module], Tensor]] = {
+    "a part": lambda m: m.body.up(torch.ones(2, 16)), "the parts of a part": lambda m: m.body(IDS),
+    "its state": lambda m: m.body.up.state_dict()["weight"],
+    "a copy": lambda m: copy.deepcopy(m).body.up.weight, "a pickle": lambda m: as_pickled(m).body.up.weight,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_whoever_looks_at_a_part_sees_every_update(look: str) -> None:
+    found = []
+    for flushed in (True, False):
+        torch.manual_seed(0)
+        model = Body()
+        _, optimizer = run("subzero", 1, model=model)
+        assert waits(optimizer)
+        if flushed:
+            optimizer.flush()
+        with torch.no_grad():
+            found.append(LOOKS[look](model).clone())
+        assert waits(optimizer) == []
+        assert all(not m._forward_pre_hooks for m in model.modules())  # nothing stands in the way of later calls
+    assert same_bits(*found)
+
+
+@pytest.mark.parametrize("look", ["a part", "its state", "a copy"])
+def test_check_rejects_hooks_of_the_root_alone(look: str) -> None:
+    def root_alone(self, model: nn.Module) -> None:
+        self._parts = (model,)
+
+    with patch.object(zokern.optimizer.ZerothOrder, "watch", root_alone), pytest.raises(AssertionError):
+        if look == "a copy":
+            with patch.object(zokern.factorized.Factorized, "copied", lambda self: None):
+                test_whoever_looks_at_a_part_sees_every_update(look)
+        test_whoever_looks_at_a_part_sees_every_update(look)
+
+
+def test_a_copy_that_would_be_stale_is_refused() -> None:
+    """The weights of the module itself are read before its hooks."""
+    model = nn.Linear(16, 16)
+    optimizer = zokern.SubZero(model, rank=2, lr=1e-2)
+    zokern.step(optimizer, lambda: model(torch.ones(2, 16)).square().mean())
+    with pytest.raises(RuntimeError, match=r"flush\(\) first"):
+        copy.deepcopy(model)
+    optimizer.flush()
+    assert torch.equal(copy.deepcopy(model).weight, model.weight)
+
+
+@pytest.mark.parametrize("part", [False, True])
+def test_loading_weights_while_updates_wait(part: bool) -> None:
+    """What waited belonged to the weights before: the loaded ones are exactly those of the file, and the run goes on."""
+    model, other = Body(), Body()
+    _, optimizer = run("subzero", 1, model=model)
+    (model.body if part else model).load_state_dict((other.body if part else other).state_dict())
+    assert waits(optimizer) == [] and changed(model, snapshot(other)) == []
+    assert not zokern.step(optimizer, lambda: next_token_loss(model(IDS), IDS)).skipped
+
+
+def test_two_optimizers_on_one_model() -> None:
+    """What the one keeps waiting is written before the other's step reads the model."""
+    model = Body()
+    names = [n for n, _ in model.named_parameters()]
+    first = zokern.SubZero([(n, p) for n, p in model.named_parameters()], rank=2, lr=1e-2, defer=True)
+    for build in (lambda: zokern.SubZero(model, rank=2, lr=1e-2), lambda: zokern.MeZO(model.named_parameters(), lr=1e-4)):
+        second = build()
+        for _ in range(2):
+            zokern.step(first, lambda: next_token_loss(model(IDS), IDS))
+            assert waits(first)
+            zokern.step(second, lambda: next_token_loss(model(IDS), IDS))
+            assert waits(first) == []
+        second.flush()
+    assert names
+
+
+def test_a_step_or_a_save_inside_evaluating_is_refused() -> None:
+    model, optimizer = run("subzero", 1)
+    before = snapshot(model)
+    step = lambda: zokern.step(optimizer, closure_of(model))  # noqa: E731
+    for call in (step, optimizer.state_dict, optimizer.flush, model.state_dict, model.up.state_dict):
+        with optimizer.evaluating(), pytest.raises(RuntimeError, match=r"inside evaluating\(\)"):
+            call()
+        assert changed(model, before) == [] and waits(optimizer)
+
+
+def test_adapters_of_peft_do_not_wait() -> None:
+    """merge_and_unload reads them where no hook sees it."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), peft.LoraConfig(r=4, target_modules=["0"]))
+    with torch.no_grad():
+        model.base_model.model[0].lora_B["default"].weight.normal_()
+    optimizer = zokern.SubZero(model, rank=2, lr=0.1, eps=1e-2)
+    x = torch.ones(2, 16)
+    for _ in range(3):
+        zokern.step(optimizer, lambda: model(x).square().mean())
+        assert waits(optimizer) == []
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.allclose(model.merge_and_unload()(x), expected, rtol=1e-5, atol=1e-6)
+
+
 # Exceptions -----------------------------------------------------------------------------------------------------------------------
 
 

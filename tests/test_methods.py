@@ -333,3 +333,56 @@ def test_loss_falls(name: str) -> None:
     right = estimator.coefficients
     with patch.object(estimator, "coefficients", lambda *a, **k: [-c for c in right(*a, **k)]):
         assert fall(name, "opt", 12) < 0.0
+
+
+def test_momentum_of_pgap_is_carried_over() -> None:
+    """To the new basis as far as that holds it: U_new U_new^T M V_new V_new^T, and not as numbers of another space."""
+    model = tiny(width=16)
+    optimizer = METHODS["pgap"](model, seed=5, rule=zokern.Momentum(0.9), defer=False)
+    moved = []
+    right = momentum.Momentum.rebase
+
+    def rebase(self, group, matrix, left, old, state):
+        before = left.double() @ state["momentum"].double() @ old.double().mT
+        right(self, group, matrix, left, old, state)
+        u, v = matrix.left.double(), matrix.right.double()
+        assert torch.allclose(state["momentum"].double(), u.mT @ before @ v, atol=1e-5 * float(before.abs().max()))
+        moved.append(matrix.name)
+
+    with patch.object(momentum.Momentum, "rebase", rebase):
+        for _ in range(7):
+            zokern.step(optimizer, lambda: loss_of(model))
+    assert len(moved) == 2 * len(optimizer.matrices)
+
+
+@pytest.mark.parametrize("after", [2, 3, 4])
+def test_a_resumed_run_of_pgap_carries_the_same_momentum(after: int) -> None:
+    ends = []
+    for resumed in (False, True):
+        model = tiny(width=16)
+        make = lambda m: METHODS["pgap"](m, seed=5, rule=zokern.Momentum(0.9), evaluation="scratch")  # noqa: E731
+        optimizer = make(model)
+        for step in range(7):
+            if step == after:
+                state = optimizer.state_dict()
+                if resumed:
+                    optimizer = make(model)
+                    optimizer.load_state_dict(copy.deepcopy(state))
+            zokern.step(optimizer, lambda model=model: loss_of(model))
+        optimizer.flush()
+        ends.append(snapshot(model))
+    assert all(same_bits(ends[0][n], ends[1][n]) for n in ends[0])
+
+
+@pytest.mark.parametrize("rounding", ["residual", "stochastic", "nearest"])
+def test_walking_probes_come_back(rounding: str) -> None:
+    """In 16 bits, with their low bits, to the bit."""
+    model = nn.Linear(64, 64).bfloat16()
+    x, before = torch.randn(4, 64).bfloat16(), model.weight.detach().clone()
+    optimizer = zokern.PGAP(
+        model, lr=0.0, eps=1e-2, rank=4, interval=2, probes=4, rounding=rounding, evaluation="walk", force=True
+    )
+    for _ in range(6):
+        zokern.step(optimizer, lambda: model(x).float().square().mean())
+    share = float((model.weight != before).float().mean())
+    assert share == 0.0 if rounding == "residual" else share < 1.0

@@ -16,7 +16,7 @@ from mutant import mutant
 from torch import nn
 
 import zokern
-from zokern.evaluation import auto, copies, objective, stacked
+from zokern.evaluation import auto, copies, objective, paired, stacked
 
 STACKABLE = {"opt", "llama", "gpt2", "bert"}
 METHODS: dict[str, Callable] = {
@@ -186,9 +186,89 @@ def test_a_model_that_mixes_rows_is_not_stacked(kind: str) -> None:
     (right, _), (mine, optimizer) = run("scratch"), run(zokern.Paired())
     check_losses(mine, right, 1e-6)
     assert "stacked" in optimizer.evaluation.refused and optimizer.evaluation.alone is None
-    if kind != "its own loss":
+    if kind not in ("its own loss", "dropout"):  # which are noticed without it
         with pytest.raises(AssertionError):
             check_losses(run(zokern.Paired(check=False))[0], right, 1e-6)
+
+
+class Dropping(nn.Module):
+    """In 16 bits the comparison of a first step does not see a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.a, self.drop, self.head = (
+            nn.Embedding(64, 320),
+            nn.Linear(320, 320),
+            nn.Dropout(0.1),
+            nn.Linear(320, 64),
+        )
+
+    def forward(self, ids):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.head(self.drop(torch.relu(self.a(self.rows(ids)))))
+
+
+def check_masks(training: tuple[bool, ...]) -> None:
+    ids = torch.randint(0, 64, (16, 8), generator=torch.Generator().manual_seed(0))
+    found = []
+    for evaluation in ("scratch", "paired"):
+        torch.manual_seed(0)
+        model = Dropping()
+        optimizer = zokern.SubZero(model, lr=0.0, seed=1, evaluation=evaluation)
+        target = zokern.Objective(model, (ids,), lambda y, b: F.cross_entropy(y.float().flatten(0, 1), b[0].flatten()))
+        found.append([])
+        for flag in training:
+            model.train(flag)
+            found[-1].append(zokern.step(optimizer, target))
+        assert evaluation == "scratch" or "random" in optimizer.evaluation.refused["stacked"]
+    check_losses(found[1], found[0], 2e-3)
+
+
+@pytest.mark.parametrize("training", [(True, True), (False, True, True)])
+def test_sides_of_a_stack_see_the_same_masks(training: tuple[bool, ...]) -> None:
+    """Also where the first step was read without dropout, and whatever the dtype."""
+    check_masks(training)
+
+
+def test_masks_of_their_own_are_rejected() -> None:
+    with patch.object(paired, "device_streams", lambda: ()), pytest.raises((AssertionError, KeyError)):
+        check_masks((True, True))
+
+
+@pytest.mark.parametrize("way", ["objective", "closure"])
+def test_other_modes_are_compared_again(way: str) -> None:
+    """A model that mixes rows in train mode only, as batch normalisation does."""
+    model = Leaky("none")
+    model.forward = lambda x: {"logits": model.layer(x) - model.training * model.layer(x).mean(0)}
+    optimizer = zokern.MeZO(model, lr=0.0, eps=1e-2, evaluation=zokern.Paired())
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(3))
+    target = zokern.Objective(model, (x,), loss_of)
+    closure = target if way == "objective" else lambda: target()
+    for flag, refused in ((False, False), (True, way == "objective")):
+        model.train(flag)
+        model.norm.eval()
+        zokern.step(optimizer, closure)
+        assert ("stacked" in optimizer.evaluation.refused) == refused
+
+
+def test_the_record_names_what_a_stack_reads_apart() -> None:
+    class Apart(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows, self.wide, self.by_hand = (
+                nn.Embedding(300, 300),
+                nn.Conv1d(300, 300, 3),
+                nn.Parameter(torch.randn(300, 300) * 0.05),
+            )
+
+        def forward(self, ids):
+            return self.wide(self.rows(ids).mT).mT @ self.by_hand
+
+    torch.manual_seed(0)
+    model, ids = Apart(), torch.arange(16).view(2, 8)
+    target = zokern.Objective(model, (ids,), lambda y, _: y.square().mean())
+    found = [zokern.step(zokern.MeZO(model, lr=0.0, evaluation="paired"), closure) for closure in (target, lambda: target())]
+    assert found[0].unpaired == found[1].unpaired == ("by_hand", "rows.weight", "wide.weight")
 
 
 def test_wrong_sides_are_rejected() -> None:
@@ -250,3 +330,38 @@ def test_auto_without_greenlet_is_scratch() -> None:
         model = nn.Linear(3, 3)
         optimizer = zokern.MeZO(model, evaluation="auto")
         assert zokern.step(optimizer, lambda: model(torch.ones(2, 3)).square().mean()).evaluation == "scratch"
+
+
+@pytest.mark.parametrize("rows, expected", [(256, "paired"), (257, "scratch")])
+@pytest.mark.parametrize("name", ["SubZero", "PGAP", "LOZO"])
+def test_auto_goes_by_factored_rows(name: str, rows: int, expected: str) -> None:
+    """P-GAP's probes are dense, and no measure for its steps."""
+    model = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 300))
+    options = {"probes": 2, "rank": 4} if name == "PGAP" else {"rank": 4}
+    optimizer = getattr(zokern, name)(model, lr=0.0, **options)
+    x = torch.ones(rows, 300)
+    records = [zokern.step(optimizer, lambda: model(x).square().mean()).evaluation for _ in range(2)]
+    assert records == ["scratch", expected]
+
+
+def test_probes_hold_no_more_sides_than_a_step() -> None:
+    """Activations of two sides live at once, however many probes there are."""
+    inside, most = [0], [0]
+
+    class Watched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(300, 300), nn.Linear(300, 300)
+
+        def forward(self, x):
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+            y = self.b(self.a(x))
+            inside[0] -= 1
+            return y
+
+    model, x = Watched(), torch.ones(2, 300)
+    optimizer = zokern.PGAP(model, rank=4, probes=5, interval=2, evaluation=zokern.Paired(check=False))
+    for _ in range(3):
+        zokern.step(optimizer, lambda: model(x).square().mean())
+    assert most[0] == 2

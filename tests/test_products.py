@@ -10,10 +10,11 @@ import pytest
 import torch
 from mutant import mutant
 from recipes import METHODS
-from torch import Tensor
+from torch import Tensor, nn
 
 import zokern
 from zokern import backends, matmul, products
+from zokern.backends.reference import Reference
 from zokern.evaluation import copies
 
 COLUMNS, WIDTH, RANK = 1300, 40, 5
@@ -130,3 +131,28 @@ def test_which_matrices_are_long() -> None:
     assert not products.is_long([torch.zeros(90, 30, dtype=torch.bfloat16)], weight.bfloat16())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not products.is_long([torch.zeros(90, 30)], weight)
+
+
+class Limited(Reference):
+    """As the GPU's backends: thin products of up to some number of columns."""
+
+    most_rank = 8
+
+    def lowrank_(self, thetas, spans, lefts, rights, *rest, **options):
+        assert max(right.shape[1] for right in rights) <= self.most_rank
+        return super().lowrank_(thetas, spans, lefts, rights, *rest, **options)
+
+
+@pytest.mark.parametrize("name, rank", [("PGAP", 8), ("SubZero", 8), ("LOZO", 7)])
+def test_columns_beyond_a_backend_s_most_are_several_products(name: str, rank: int) -> None:
+    """In 16 bits a bias is a column beside those of the rank, and updates that wait are more of them."""
+    found = []
+    for backend in ("reference", Limited()):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(32, 300), nn.Linear(300, 32)).bfloat16()
+        options = {"evaluation": "paired", "force": True} | ({"probes": 2} if name == "PGAP" else {})
+        optimizer = getattr(zokern, name)(model, lr=1e-3, eps=1e-2, rank=rank, interval=9, backend=backend, **options)
+        x = torch.linspace(-1, 1, 64).view(2, 32).bfloat16()
+        found.append([zokern.step(optimizer, lambda m=model, x=x: m(x).float().square().mean()).losses[0] for _ in range(3)])
+    for right, mine in zip(*found):
+        assert mine == pytest.approx(right, rel=1e-2)

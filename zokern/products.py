@@ -327,7 +327,9 @@ def _fused(
 def _add(backend: Backend, y: Tensor, thin: _Thin) -> None:
     """y += rows last^T, summed in float32; y's dtype is rounded to once."""
     if y.dtype != torch.float32:
-        backend.lowrank_([y], _ORIGIN, [thin.rows], [thin.last], _ONE, 1.0, "nearest", None)
+        most = getattr(backend, "most_rank", None) or thin.rows.shape[1]
+        for rows, last in zip(thin.rows.split(most, 1), thin.last.split(most, 1)):  # a rounding for each
+            backend.lowrank_([y], _ORIGIN, [rows.contiguous()], [last.contiguous()], _ONE, 1.0, "nearest", None)
     elif thin.rows.shape[1] >= NARROW and matmul.chooses(thin.rows, thin.last):
         y += matmul.linear(thin.rows, thin.last)
     else:

@@ -57,6 +57,7 @@ class Backend(Protocol):
     """
 
     name: str
+    most_rank: int | None = None  # of the factors that lowrank_ takes
 
     def philox4x32(self, counter: Tensor, key: tuple[int, int], rounds: int) -> Tensor:
         """int64[n, 4] counters to int64[n, 4] words."""

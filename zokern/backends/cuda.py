@@ -62,6 +62,7 @@ class Cuda:
     """base.Backend on the tensors of one CUDA device."""
 
     name = "cuda"
+    most_rank = 128
     device_type = "cuda"
 
     def __init__(self) -> None:
@@ -178,7 +179,7 @@ class Cuda:
         device = self._device(thetas=thetas, lefts=lefts, rights=rights, outs=sides, residuals=low)
         check_rows(spans, outs)
         ranks = {right.shape[1] for right in rights}
-        if ranks and not 1 <= min(ranks) <= max(ranks) <= 128:
+        if ranks and not 1 <= min(ranks) <= max(ranks) <= self.most_rank:
             raise ValueError(
                 f"lowrank_: ranks are {sorted(ranks)}; backend 'cuda' has 1 to 128, backends 'cpu' and 'reference' any"
             )

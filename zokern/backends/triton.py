@@ -137,6 +137,7 @@ def _guard(device: torch.device):
 
 class Triton:
     name = "triton"
+    most_rank = 128
 
     def __init__(self) -> None:
         self.tables = tables.Tables()
@@ -256,7 +257,7 @@ class Triton:
         """To the bound of triton_kernels/lowrank.py; ranks 1 to 128."""
         check_rows(spans, outs)
         ranks = {right.shape[1] for right in rights}
-        if ranks and not 1 <= min(ranks) <= max(ranks) <= 128:
+        if ranks and not 1 <= min(ranks) <= max(ranks) <= self.most_rank:
             raise ValueError(
                 f"lowrank_: ranks are {sorted(ranks)}; backend 'triton' has 1 to 128, backends 'cpu' and 'reference' any"
             )

@@ -48,6 +48,8 @@ class Auto:
             reading = self.chosen.read(plan, closure, repeat_first)
             return replace(reading, evaluation=reading.evaluation or self.chosen.name)
         reading = self.scratch.read(plan, closure, repeat_first)
+        if plan.probe:  # its z is dense where the steps' may be factored
+            return replace(reading, evaluation="scratch")
         most = ROWS if plan.factored is None else FACTORED
         self.chosen = Paired(self.scratch.arena.budget) if reading.rows <= most else self.scratch
         return replace(reading, evaluation="scratch")

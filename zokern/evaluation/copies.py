@@ -34,6 +34,7 @@ class Copies:
         self.used: set[tuple[int, int]] = set()
         self.whole: set[str] = set()
         self.alone: set[str] = set()  # read for each side alone although several are read together
+        self.together = False  # whether the points are read in one pass
         self.meet: Callable | None = None  # how the sides of a paired reading wait for one another: Meeting.join
         self.coarse = False  # whether a product was in 16 bits
         self.rows = 0  # most rows of x that a product of one side has seen
@@ -156,7 +157,7 @@ class Copies:
 
     def single(self, group: Group, i: int) -> None:
         """Note that a parameter was read for one side alone where several are read together."""
-        if self.meet is not None:
+        if self.together:
             self.alone.add(group.names[i])
 
     def piece(
@@ -264,7 +265,7 @@ class Copies:
         for x in xs:
             self.rows = max(self.rows, x.numel() // max(1, x.shape[-1]))
             self.coarse = self.coarse or x.dtype != torch.float32
-        if self.meet is not None and len(xs) < len(self.points):
+        if self.together and len(xs) < len(self.points):
             self.alone.add(group.names[i])
 
     def tile_rows(self, weight: Tensor, dimension: int, sides: int = 1) -> int:

@@ -132,6 +132,7 @@ class Plan:
     aliases: dict[int, tuple[int, int]]  # id of every tensor object that stands for a trained tensor -> (group, position)
     factored: Factored | None = None  # the direction of groups with matrices
     first_draw: int = 0  # draw word of query 0
+    probe: bool = False  # readings for a basis (P-GAP) and not of a step
     stale: dict[int, str] = field(
         default_factory=dict
     )  # id of tensor objects that show a trained tensor's elements otherwise: what they are

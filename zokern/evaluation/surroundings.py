@@ -160,6 +160,12 @@ def host_streams() -> tuple:
     return random.getstate(), state and (state[1].tobytes(), *state[2:])
 
 
+def device_streams() -> tuple[bytes, ...]:
+    """The states of torch's generators, which every side of a pair has to start from."""
+    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ())]
+    return tuple(state.numpy().tobytes() for state in states)
+
+
 def _load_rng(state: tuple) -> None:
     cpu, cuda, python, numpy_state = state
     torch.set_rng_state(cpu)

@@ -109,7 +109,14 @@ class PGAP(ZerothOrder):
         """h central differences along dense normals, in units of loss per weight, with the first group's eps."""
         dense = [replace(group, matrices=None, eps=plan.groups[0].eps) for group in plan.groups]
         probe = replace(
-            plan, groups=dense, direction=Normal(), stencil=CENTRAL, queries=self.probes, factored=None, first_draw=PROBE
+            plan,
+            groups=dense,
+            direction=Normal(),
+            stencil=CENTRAL,
+            queries=self.probes,
+            factored=None,
+            first_draw=PROBE,
+            probe=True,
         )
         reading = self.evaluation.read(probe, closure)
         if any(reading.restore):  # evaluation 'walk' stands beside the weights
