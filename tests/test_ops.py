@@ -325,6 +325,25 @@ def test_lowrank_of_shards_and_lists_is_that_of_the_whole() -> None:
     assert same_bits(listed[0], whole) and same_bits(listed[1], alone)
 
 
+@pytest.mark.parametrize(
+    ("shape", "left", "right", "words"),
+    [
+        ((6, 8), 8, 6, [r"tensors\[0\] is \[6, 8\]", "8 x 6", "left and right are swapped", r"\.view\(-1\)"]),
+        ((6, 8), 6, 80, [r"tensors\[0\] is \[6, 8\]", "6 x 80", r"expected right \(8, 2\)"]),
+    ],
+)
+def test_lowrank_refuses_factors_of_another_matrix(shape, left: int, right: int, words: list[str]) -> None:
+    """Flattened, the same elements are what they say; rows of W, and W in another near-square form, stay legal too."""
+    w, u, v = torch.zeros(shape), torch.ones(left, 2), torch.ones(right, 2)
+    with pytest.raises(ValueError, match=".*".join(words)):
+        zokern.lowrank_(w, u, v)
+    assert not w.any()
+    zokern.lowrank_(w.view(-1), u, v)
+    for legal in (torch.zeros(3, right), torch.zeros(left // 2, 2 * right), torch.zeros(left, right)):
+        zokern.lowrank_(legal, u, v)
+        assert (legal == 2).all()
+
+
 def test_torch_compile_sees_the_operation() -> None:
     def update(x):
         zokern.axpy_(x, "normal", seed=1, who="w", draws=[(0, 0)], coeffs=[0.5])

@@ -411,7 +411,8 @@ def lowrank_(
     """W <- decay * W + scale * U C V^T, in place, one launch for the whole list; no product is ever stored.
 
     tensors   one tensor or a list on one device: float32, bfloat16 or float16, any shape, strides and alignment. Element e of
-              the unsharded m x n matrix is row e div n, column e mod n: a flattened or reshaped W is the same W
+              the unsharded m x n matrix is row e div n, column e mod n: a flattened or reshaped W is the same W, but what looks
+              like a mistake, a matrix (n, m) or one with m rows of another length than n, has to be flattened
     left      U, float32 (m, r), contiguous: one, or one per tensor
     right     V, float32 (n, r), or (n, s) beside a core (r, s), contiguous
     core      C: None (the identity), float32[r] (a diagonal) or float32[r, s]
@@ -422,8 +423,8 @@ def lowrank_(
     round(fma(scale, s, round(decay * W))), float32 inside. Equal bit for bit on 'reference' and 'cpu'; 'cuda' and 'triton' use
     the matrix units and hold the error bounds that their kernels state.
     Returns int64[1]: how many results are inf or NaN.
-    Raises ValueError, before anything is written, for factors of another dtype, layout, shape or device, elements beyond m n,
-    and what axpy_ refuses."""
+    Raises ValueError, before anything is written, for factors of another dtype, layout, shape or device, factors that are
+    swapped, elements beyond m n, and what axpy_ refuses."""
     tensors = _list(tensors)
     if who is None:
         if rounding == "stochastic":
@@ -493,6 +494,13 @@ def _check_factors(i: int, tensor: Tensor, span: Span, left: Tensor, core: Tenso
         raise ValueError(
             f"lowrank_: tensors[{i}] spans elements {span.first} to {span.first + tensor.numel()}; expected at most "
             f"{left.shape[0]} x {right.shape[0]}, the rows of left times the rows of right"
+        )
+    m, n = left.shape[0], right.shape[0]
+    if tensor.dim() == 2 and span.first == 0 and tensor.shape[1] != n and (tensor.shape[0] == m or tensor.shape == (n, m)):
+        how = "left and right are swapped" if tensor.shape == (n, m) else f"expected right ({tensor.shape[1]}, {right.shape[1]})"
+        raise ValueError(
+            f"lowrank_: tensors[{i}] is {list(tensor.shape)} and left times right {m} x {n}; {how}; a reshaped matrix, or a shard of "
+            "one, is flattened first: .view(-1)"
         )
 
 
