@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from unittest.mock import patch
 
 import models
@@ -86,6 +87,17 @@ MODES: dict[str, dict] = {
 )
 def test_method_equals_formula(case: str, mode: str) -> None:
     check_method(**CASES[case], **MODES[mode])
+
+
+@pytest.mark.parametrize(
+    "method", [zokern.SubZero, zokern.PGAP, partial(zokern.MeZO, direction=Lazy(2))], ids=["subzero", "pgap", "lazy"]
+)
+def test_adam_is_refused_where_the_basis_changes(method: Callable) -> None:
+    """Before a step, not at the first change of the basis. TeZO's does not change."""
+    with pytest.raises(ValueError, match="rule is 'adam' with direction .*expected zokern.Sgd.*zokern.TeZO"):
+        method(tiny(), rule=zokern.Adam())
+    method(tiny(), rule=zokern.Sgd())
+    zokern.MeZO(tiny(), direction=Diagonal(2), rule=zokern.Adam())
 
 
 def test_tensors_that_squeeze_to_matrices_are_factored() -> None:

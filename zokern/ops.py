@@ -497,7 +497,9 @@ def _check_factors(i: int, tensor: Tensor, span: Span, left: Tensor, core: Tenso
         )
     m, n = left.shape[0], right.shape[0]
     if tensor.dim() == 2 and span.first == 0 and tensor.shape[1] != n and (tensor.shape[0] == m or tensor.shape == (n, m)):
-        how = "left and right are swapped" if tensor.shape == (n, m) else f"expected right ({tensor.shape[1]}, {right.shape[1]})"
+        how = (
+            "left and right are swapped" if tensor.shape == (n, m) else f"expected right ({tensor.shape[1]}, {right.shape[1]})"
+        )
         raise ValueError(
             f"lowrank_: tensors[{i}] is {list(tensor.shape)} and left times right {m} x {n}; {how}; a reshaped matrix, or a shard of "
             "one, is flattened first: .view(-1)"

@@ -13,7 +13,7 @@ from . import backends, directions, estimator, evaluation, parameters
 from .evaluation import Group, Plan, Reading
 from .evaluation.surroundings import check_structure
 from .factorized import Factorized
-from .rule import Rule, Sgd
+from .rule import Rule, Sgd, check_basis
 from .step import StepResult, finite_number, run
 from .stream import VERSION, check_seed
 from .warning import warn
@@ -73,6 +73,7 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
         self.factored: directions.Factored | None = direction if factored else None  # type: ignore[assignment]
         self.direction = directions.resolve(direction.dense if factored else direction)  # type: ignore[union-attr,arg-type]
         self.rule: Rule = Sgd() if rule is None else rule
+        check_basis(self.rule, self.factored)
         self.defer = defer
         self.matrices: dict[int, directions.Matrix] = {}
         self._groups: list[Group] = []

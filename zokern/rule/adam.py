@@ -34,6 +34,7 @@ TILE = 1 << 20  # elements of a quotient that exist at a time
 
 class Adam:
     name, linear, defers = "adam", False, False
+    bases = ("diagonal",)  # directions with a basis that lasts, and whose draws are numbers along it
 
     def __init__(
         self,
