@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,16 +27,24 @@ FILE = re.compile(r"[\w.-]+\.(?:py|h|cpp|cu|def|md|json|csv|png|toml|txt|in)")
 MACHINE = re.compile("/" + r"(?:work|root|home/\w+|opt/\w+|Users/\w+)/")
 
 
+class Output(dict):
+    """A mapping with attributes, as transformers' outputs are."""
+
+    __getattr__ = dict.__getitem__
+
+
 class Tiny(nn.Module):
-    """As a transformers model is called: batch by keyword, an object with a loss back."""
+    """As a transformers model is called: batch by keyword, an object with a loss back where there are labels."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.head = nn.Embedding(17, 8), nn.Linear(8, 17)
 
-    def forward(self, input_ids, labels):
+    def forward(self, input_ids, labels=None):
         logits = self.head(self.embed(input_ids))
-        return SimpleNamespace(logits=logits, loss=nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()))
+        if labels is None:
+            return Output(logits=logits)
+        return Output(logits=logits, loss=nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()))
 
 
 def python_blocks(text: str) -> list[tuple[int, str]]:
@@ -50,12 +57,13 @@ def python_blocks(text: str) -> list[tuple[int, str]]:
     ]
 
 
-def run_blocks(text: str) -> None:
+def run_blocks(text: str) -> dict:
     torch.manual_seed(0)
     tokens = torch.randint(0, 17, (3, 2, 5))
     names = {"torch": torch, "zokern": zokern, "model": Tiny(), "loader": [{"input_ids": t, "labels": t} for t in tokens]}
     for line, source in python_blocks(text):
         exec(compile("\n" * (line - 1) + source, "document", "exec"), names)
+    return names
 
 
 def code(text: str) -> list[str]:
@@ -109,6 +117,12 @@ def test_document(document, tmp_path, monkeypatch):
     assert missing_commands(text) == []
     monkeypatch.chdir(tmp_path)
     run_blocks(text)
+
+
+def test_the_objective_of_the_documents_is_read_in_one_call():
+    names = run_blocks((ROOT / "docs/factored.md").read_text())
+    paired = names["opt"].evaluation.chosen
+    assert paired.checked >= {"stacked"} and paired.refused == {}
 
 
 def test_no_file_names_one_machine():
