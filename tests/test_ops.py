@@ -5,10 +5,12 @@ Equality of the values over backends is the business of tests/conformance.py.
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
 import torch
+from guarded import GUARD, filled, guarded
 from models import same_bits
 
 import zokern
@@ -232,6 +234,91 @@ def test_draw_is_what_axpy_adds_and_perturb_shows(direction: str) -> None:
     assert torch.equal(plus[0], z) and torch.equal(minus[0], -z)
     assert same_bits(z, zokern.draw(direction, (63,), seed=3, who=parameter_id("w"), step=2, draw=1).view(7, 9))
     assert same_bits(z.half(), zokern.draw(direction, (7, 9), seed=3, who="w", step=2, draw=1, dtype=torch.float16))
+
+
+NAMES = {"direction": "normal", "seed": 3, "step": 2, "draw": 1}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("dtype", "wide"), [(torch.float32, False), (torch.bfloat16, False), (torch.float16, True)])
+def test_out_is_written_whole(dtype: torch.dtype, wide: bool, backend: str) -> None:
+    """The bits of the call without `out`, in poisoned tensors that begin anywhere, and no byte beside them."""
+    kind = torch.float32 if wide else dtype
+    shapes, calls = [(7, 9), (130,), (0,)], NAMES | {"backend": backend}
+    tensors, who = [theta(math.prod(shape), dtype).view(shape) for shape in shapes], ["a", "b", "c"]
+    for scales in ((1e-2, -1e-2), (0.5,)):
+        right = zokern.perturb(tensors, who=who, scales=scales, dtype=kind, **calls)
+        poisoned = [[guarded(shape, kind, offset=2 + j) for shape in shapes] for j, _ in enumerate(scales)]
+        out = [[g.view for g in side] for side in poisoned]
+        versions = [t._version for side in out for t in side]
+        got = zokern.perturb(tensors, who=who, scales=scales, dtype=kind, out=out, **calls)
+        for mine, side, expected, guards in zip(got, out, right, poisoned):
+            assert all(a is b for a, b in zip(mine, side))
+            for value, guard in zip(expected, guards):
+                assert same_bits(guard.buffer, filled(value, guard.offset - GUARD).buffer)
+        assert all(t._version > v for t, v in zip((t for side in out for t in side), versions))
+    guard, right = guarded((5, 3), dtype, offset=1), zokern.draw(shape=(5, 3), who="a", dtype=dtype, **calls)
+    out = guard.view
+    assert zokern.draw(shape=(5, 3), who="a", dtype=dtype, out=out, **calls) is out
+    assert same_bits(guard.buffer, filled(right, offset=1).buffer)
+
+
+def test_out_of_one_tensor_and_of_a_parameter() -> None:
+    weight = torch.nn.Parameter(theta())
+    right = zokern.perturb(weight, who="w", **NAMES)
+    plus, minus = torch.nn.Parameter(torch.empty(50)), torch.empty(50)
+    assert zokern.perturb(weight, who="w", out=(plus, minus), **NAMES) == [[plus], [minus]]
+    assert same_bits(plus, right[0][0]) and same_bits(minus, right[1][0])
+    zokern.draw(shape=50, who="w", out=plus, **NAMES)
+    assert same_bits(plus, zokern.draw(shape=50, who="w", **NAMES))
+
+
+def test_out_under_torch_compile() -> None:
+    def both(x, plus, minus):
+        zokern.perturb([x], who=["w"], out=[[plus], [minus]], **NAMES)
+        return zokern.draw(shape=(50,), who="w", out=torch.empty(50), **NAMES) + plus - minus
+
+    eager, compiled = ([torch.empty(50), torch.empty(50)] for _ in range(2))
+    right = both(theta(), *eager)
+    assert same_bits(torch.compile(both, backend="eager")(theta(), *compiled), right)
+    assert all(same_bits(a, b) for a, b in zip(eager, compiled))
+
+
+W, ROOM = theta(), torch.empty(200)
+BAD_OUT = {
+    "one list": ([torch.empty(50)], "out is list for 2 scales; expected for each scale a tensor, or a list of one"),
+    "a tensor": (torch.empty(2, 50), "out is Tensor for 2 scales"),
+    "two in a side": ([[torch.empty(50)] * 2, [torch.empty(50)]], r"out\[0\] is list for 1 tensors"),
+    "None": ([torch.empty(50), None], r"out\[1\] is NoneType for 1 tensors"),
+    "a number": ([torch.empty(50), [3]], r"out\[1\]\[0\] is int 3; expected a torch.Tensor"),
+    "shape": (
+        [torch.empty(50), torch.empty(49)],
+        r"out\[1\]\[0\] is torch.float32\[49\] on cpu; expected contiguous torch.float32\[50\]",
+    ),
+    "dtype": ([torch.empty(50).half(), torch.empty(50)], r"out\[0\]\[0\] is torch.float16\[50\]"),
+    "device": ([torch.empty(50, device="meta"), torch.empty(50)], "on meta"),
+    "strides": ([torch.empty(100)[::2], torch.empty(50)], "not contiguous"),
+    "the weight": ([W, torch.empty(50)], r"out\[0\]\[0\] and a tensor that is read share memory"),
+    "each other": ([ROOM[:50], ROOM[49:99]], r"out\[0\]\[0\] and out\[1\]\[0\] share memory"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OUT)
+def test_bad_out_is_refused(case: str) -> None:
+    out, message = BAD_OUT[case]
+    before, _ = W.clone(), ROOM.fill_(7.0)
+    with pytest.raises((ValueError, TypeError), match=message):
+        zokern.perturb(W, who="w", out=out, **NAMES)
+    if case in ("shape", "dtype", "device", "strides"):
+        with pytest.raises(ValueError, match="draw: out is "):
+            zokern.draw(shape=50, who="w", out=out[case == "shape"], **NAMES)
+    assert same_bits(W, before) and (ROOM == 7.0).all()
+
+
+def test_inputs_that_share_memory_are_still_compared_with_out() -> None:
+    with pytest.raises(ValueError, match="a tensor that is read share memory"):
+        zokern.perturb([W, W], who=["a", "b"], scales=(1.0,), out=[[torch.empty(50), W]], **NAMES)
+    zokern.perturb([W, W], who=["a", "b"], scales=(1.0,), out=[[torch.empty(50), torch.empty(50)]], **NAMES)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

@@ -190,6 +190,7 @@ def draw(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     clock: Tensor | None = None,
+    out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """z(seed, who, step, draw), elements [first, first + n), as a tensor.
@@ -200,22 +201,38 @@ def draw(
     first      number of the result's first element in the unsharded parameter
     dtype      float32 (exactly the z that every verb uses), or bfloat16 / float16 (that z, rounded to nearest)
     clock      int64[1] on the device, or None: added to step when the kernel runs (see axpy_)
-    Returns a new contiguous tensor. Equal bit for bit on every backend.
-    Raises ValueError for names out of range, other dtypes, first + n > 2**35; RuntimeError for a backend that is off."""
+    out        contiguous, of that shape and dtype on that device: written and returned. None: a new tensor
+    Equal bit for bit on every backend.
+    Raises ValueError for names out of range, other dtypes, first + n > 2**35, another `out`; RuntimeError for a backend that is off."""
     direction, device = directions.resolve(direction), torch.device(device)
     if dtype not in _FLOATS:
         raise ValueError(f"draw: dtype is {dtype}; expected torch.float32, torch.bfloat16 or torch.float16")
-    out = torch.empty(shape, dtype=dtype, device=device)
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=device)
+    else:
+        _check_out("draw", "out", out, torch.Size((shape,) if isinstance(shape, int) else shape), dtype, device)
     (span,) = _spans("draw", [out], who, first)
     check_tensor("draw", "the result", out, first)
     name, seed = _backend(backend, device), check_seed(seed)
     step, draw = check_word("step", step), check_word("draw", draw)
     _check_clock("draw", clock, device)
-    if direction.name not in directions.DIRECTIONS:
-        backends.get(name).draw([out], [span], direction, seed, step, draw, clock)
-    else:
-        torch.ops.zokern.draw_(out, span.who, first, step, draw, direction.name, wrap_seed(seed), name, clock)
+    with torch.no_grad():
+        if direction.name not in directions.DIRECTIONS:
+            backends.get(name).draw([out], [span], direction, seed, step, draw, clock)
+            torch.autograd.graph.increment_version([out])  # the kernels write through raw pointers
+        else:
+            torch.ops.zokern.draw_(out, span.who, first, step, draw, direction.name, wrap_seed(seed), name, clock)
     return out
+
+
+def _check_out(verb: str, what: str, out: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+    """A tensor that is written as it lies."""
+    if not isinstance(out, Tensor):
+        raise TypeError(f"{verb}: {what} is {type(out).__name__} {out!r:.80}; expected a torch.Tensor")
+    there = out.device == device or (out.device.type == device.type and device.index is None)
+    if out.shape != shape or out.dtype != dtype or not there or out.layout != torch.strided or not out.is_contiguous():
+        where = f"{out.dtype}{list(out.shape)} on {out.device}" + ("" if out.is_contiguous() else " and not contiguous")
+        raise ValueError(f"{verb}: {what} is {where}; expected contiguous {dtype}{list(shape)} on {device}")
 
 
 def _check_clock(verb: str, clock: Tensor | None, device: torch.device) -> None:
@@ -356,14 +373,19 @@ def perturb(
     residuals: Sequence[Tensor] | Tensor | None = None,
     dtype: torch.dtype | None = None,
     clock: Tensor | None = None,
+    out: Sequence[Tensor] | Sequence[Sequence[Tensor]] | None = None,
     backend: str | None = None,
 ) -> list[list[Tensor]]:
     """theta + scales[j] * z(seed, who, step, draw) for one or two scales, from one evaluation of z; theta is only read.
 
     Arguments as for axpy_. scales: one or two floats in units of theta. dtype: of the results, theta's (default) or float32.
     residuals: int16 low bits of bfloat16 tensors; theta plus its low bits is then what is perturbed. clock as for axpy_.
-    Returns, for each scale, the list of new contiguous tensors: round(fma(scale, z, theta)). Equal bit for bit on every backend.
-    Raises ValueError as axpy_ does."""
+    out: for each scale a list of contiguous tensors (one tensor, where `tensors` is one), shaped like theta, of the results' dtype, apart
+    in memory from each other and from what is read: written and returned. A loop that keeps them saves the allocation, which takes
+    longer than the kernel. None: new tensors. Under torch.compile the results are made and copied.
+    Returns, for each scale, the list of results: round(fma(scale, z, theta)). Equal bit for bit on every backend.
+    Raises ValueError as axpy_ does, and for another `out`, before anything is written."""
+    single = isinstance(tensors, Tensor)
     tensors, direction = _list(tensors), directions.resolve(direction)
     spans = _spans("perturb", tensors, who, first)
     device = _check_list("perturb", tensors, spans)
@@ -378,18 +400,49 @@ def perturb(
     name = _backend(backend, device)
     step, draw, wide = check_word("step", step), check_word("draw", draw), dtype == torch.float32
     seed = check_seed(seed)
+    outs = None if out is None else _outs(out, single, tensors, low, len(scales), dtype, device)
     if direction.name not in directions.DIRECTIONS or not _traced():
-        outs = [[torch.empty(t.shape, dtype=dtype or t.dtype, device=device) for t in tensors] for _ in scales]
-        backends.get(name).perturb(
-            [t.detach() for t in tensors], spans, direction, seed, step, draw, scales, outs, low or None, clock
-        )
-        return outs
+        made = outs or [[torch.empty(t.shape, dtype=dtype or t.dtype, device=device) for t in tensors] for _ in scales]
+        with torch.no_grad():
+            backends.get(name).perturb(
+                [t.detach() for t in tensors], spans, direction, seed, step, draw, scales, made, low or None, clock
+            )
+        if outs is not None:
+            torch.autograd.graph.increment_version([t for side in outs for t in side])  # written through raw pointers
+        return made
     who_ids, firsts = [s.who for s in spans], [s.first for s in spans]
     with torch.no_grad():
         flat = torch.ops.zokern.perturb(
             tensors, low, who_ids, firsts, step, draw, direction.name, wrap_seed(seed), list(scales), wide, name, clock
         )
-    return [flat[: len(tensors)], flat[len(tensors) :]][: len(scales)]
+        found = [flat[: len(tensors)], flat[len(tensors) :]][: len(scales)]
+        for mine, side in zip(outs or [], found):
+            for to, made in zip(mine, side):
+                to.copy_(made)
+    return outs or found
+
+
+def _outs(
+    out, single: bool, tensors: TensorList, low: Sequence[Tensor], sides: int, dtype: torch.dtype | None, device: torch.device
+) -> list[list[Tensor]]:
+    """The lists that perturb writes, for each scale, checked."""
+    what = "for each scale " + ("a tensor, or a list of one" if single else f"a list of {len(tensors)} tensors")
+    if not isinstance(out, (list, tuple)) or len(out) != sides:
+        raise ValueError(f"perturb: out is {type(out).__name__} for {sides} scales; expected {what}")
+    outs = [[side] if single and isinstance(side, Tensor) else side for side in out]
+    for j, side in enumerate(outs):
+        if not isinstance(side, (list, tuple)) or len(side) != len(tensors):
+            raise ValueError(f"perturb: out[{j}] is {type(side).__name__} for {len(tensors)} tensors; expected {what}")
+        for i, (result, tensor) in enumerate(zip(side, tensors)):
+            _check_out("perturb", f"out[{j}][{i}]", result, tensor.shape, dtype or tensor.dtype, device)
+    flat, read = [result for side in outs for result in side], [*tensors, *low]
+    names = [f"out[{j}][{i}]" for j in range(sides) for i in range(len(tensors))]
+    # tensors that are only read may share memory, and then each is compared on its own
+    for inputs in [read] if shared_memory(read) is None else [[t] for t in read]:
+        if (pair := shared_memory([*flat, *inputs])) is not None:
+            a, b = (names[i] if i < len(flat) else "a tensor that is read" for i in sorted(pair))
+            raise ValueError(f"perturb: {a} and {b} share memory; expected results apart from each other and from what is read")
+    return [list(side) for side in outs]
 
 
 def lowrank_(
