@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from guarded import GUARD, filled, guarded
@@ -164,7 +165,7 @@ def test_sketch(transposed: bool, tile: int) -> None:
 
 BAD_PRODUCTS = [
     (lambda w, b, x: zokern.linear(x, w, scales=()), "expected a finite scale"),
-    (lambda w, b, x: zokern.linear(x, w, scales=(NAN, 1.0)), "expected a finite scale"),
+    (lambda w, b, x: zokern.linear(x, w, scales=(NAN, 1.0)), "expected finite scales"),
     (lambda w, b, x: zokern.linear(x, w.t(), scales=(1.0, 1.0)), "expected a contiguous matrix"),
     (lambda w, b, x: zokern.linear(x[0].double(), w, scales=(1.0,)), r"xs\[0\] is torch.float64"),
     (lambda w, b, x: zokern.linear(x, w, scales=(1.0, 1.0), bias=b[:3]), "bias is"),
@@ -551,14 +552,46 @@ def test_errors_name_argument_value_and_way_out() -> None:
         (lambda: GOOD["lowrank_"](who=None, rounding="stochastic"), ["who", "None", "stochastic"]),
         (lambda: GOOD["draw"](seed=2**64), ["seed", str(2**64), "2**64"]),
         (lambda: GOOD["draw"](direction="uniform"), ["direction", "'uniform'", "normal", "rademacher"]),
+        (lambda: GOOD["draw"](dtype="float32"), ["dtype is 'float32'", "torch.float32"]),
+        (lambda: GOOD["axpy_"](coeffs=0.1), ["axpy_: coeffs is 0.1", "sequence of finite numbers"]),
+        (lambda: GOOD["axpy_"](coeffs=["1"]), ["axpy_: coeffs is ['1']", "finite numbers"]),
+        (lambda: GOOD["axpy_"](decay=None), ["axpy_: decay is None", "finite numbers"]),
+        (lambda: GOOD["axpy_"](who=None), ["axpy_: who is None", "one name per tensor"]),
+        (lambda: GOOD["axpy_"](first=None), ["axpy_: first is None", "number of the first element"]),
+        (lambda: GOOD["axpy_"](draws=[0]), ["axpy_: draws is [0]", "pairs (step, draw)"]),
+        (lambda: GOOD["axpy_"](draws=None), ["axpy_: draws is None", "pairs (step, draw)"]),
+        (lambda: GOOD["perturb"](scales=0.1), ["perturb: scales is 0.1", "one or two finite numbers"]),
+        (lambda: GOOD["perturb"](residuals=[None]), ["residuals[0] is NoneType", "torch.Tensor"]),
+        (lambda: GOOD["perturb"](tensors=3), ["tensors is int 3", "torch.Tensor"]),
+        (lambda: GOOD["lowrank_"](scale="1"), ["lowrank_: scale is ['1']", "a finite number, or one for each of 1"]),
+        (lambda: GOOD["lowrank_"](decay=None), ["lowrank_: decay is [None]", "a finite number"]),
+        (lambda: GOOD["philox4x32"](key=[0]), ["philox4x32: key is [0]", "two words"]),
+        (lambda: zokern.linear(W.view(5, 10), W.view(5, 10), scales=0.1), ["linear: scales is 0.1", "sequence of finite scales"]),
+        (lambda: zokern.sketch("normal", (2, 5, 5), W.view(5, 10), seed=0, who="w", draws=[(0, 0)], coeffs=[1.0]), ["shape is (2, 5, 5)", "(m, n)"]),
+        (lambda: zokern.sketch("normal", (2, 5), W.view(5, 10), seed=0, who="w", draws=[0], coeffs=[1.0]), ["sketch: draws is [0]", "pairs"]),
+        (lambda: zokern.sketch("normal", (2, 5), W.view(5, 10), seed=0, who="w", draws=[(0, 0)], coeffs=1.0), ["sketch: coeffs is 1.0"]),
         (lambda: GOOD["draw"](backend="gpu"), ["backend", "'gpu'", "reference"]),
         (lambda: GOOD["draw"](first=2**35), ["first", "2**35"]),
         (lambda: GOOD["philox4x32"](rounds=17), ["rounds", "17", "1 to 16"]),
     ]  # fmt: skip
     for call, words in cases:
-        with pytest.raises((ValueError, RuntimeError)) as caught:
+        with pytest.raises((ValueError, TypeError, RuntimeError)) as caught:
             call()
         assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64, torch.tensor], ids=["float32", "float64", "0-d tensor"])
+def test_numbers_of_numpy_and_torch_are_numbers(number) -> None:
+    """As decay and scale, one or in a list, and as coefficients; and NumPy's integers as names and offsets."""
+    given = {"decay": 0.5, "coeffs": [0.25], "who": 7, "first": 16}
+    kinds = {"decay": number(0.5), "coeffs": [number(0.25)], "who": np.int64(7), "first": np.int64(16)}
+    a, b = theta(), theta()
+    GOOD["axpy_"](tensors=a, **given), GOOD["axpy_"](tensors=b, **kinds)
+    assert same_bits(a, b)
+    for scale in (number(0.5), [number(0.5)]):
+        a, b = theta(), theta()
+        GOOD["lowrank_"](tensors=a, scale=0.5, decay=0.25), GOOD["lowrank_"](tensors=b, scale=scale, decay=number(0.25))
+        assert same_bits(a, b)
 
 
 def test_shared_memory_is_refused() -> None:

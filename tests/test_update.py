@@ -198,6 +198,11 @@ BAD = [
     ({"scalars": (NAN,) * 9}, "expected 9 finite numbers"),
     ({"scalars": torch.zeros(9, dtype=torch.float64)}, r"scalars is torch.float64\[9\] on cpu; expected float32\[9\] on cpu"),
     ({"scalars": torch.zeros(4)}, r"scalars is torch.float32\[4\]"),
+    ({"states": (M, [None])}, r"states\[1\]\[0\] is NoneType"),
+    ({"states": None}, r"states is NoneType; expected \(\[m, ...\],\)"),
+    ({"coeffs": 0.1}, "coeffs is 0.1; expected a sequence"),
+    ({"scalars": 0.1}, "scalars is 0.1; expected a sequence of 9 finite numbers: decay"),
+    ({"draws": [0]}, r"draws is \[0\]; expected pairs"),
     ({"coeffs": []}, "1 draws and 0 coefficients"),
     ({"coeffs": [NAN]}, "coeffs is"),
     ({"draws": []}, "0 draws"),
@@ -215,7 +220,7 @@ BAD = [
 def test_refuses_and_writes_nothing(change: dict, message: str) -> None:
     before = THETA.clone()
     given = {"rule": "adam", "states": (M, V), "theta": THETA} | change
-    with pytest.raises((ValueError, RuntimeError), match=message):
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
         call(given.pop("theta"), given.pop("rule"), given.pop("states"), **given)
     assert same_bits(THETA, before) and not M.any() and not V.any()
 

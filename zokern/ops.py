@@ -5,15 +5,15 @@ The step calls the backends directly with checked lists; these functions are the
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import numbers
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from . import backends, directions
+from . import arguments, backends, directions
 from .backends import DTYPES, ROUNDINGS, Span, SpanList, TensorList
 from .stream import INDEX_LIMIT, ROUNDS, check_seed, check_word, parameter_id
 
@@ -94,12 +94,17 @@ def check_tensor(verb: str, what: str, tensor: Tensor, first: int = 0, hint: str
 
 
 def _spans(verb: str, tensors: Sequence[Tensor], who, first) -> SpanList:
-    whos = [who] * len(tensors) if isinstance(who, (str, int)) else list(who)
-    if isinstance(who, (str, int)) and len(tensors) > 1:
+    one = isinstance(who, (str, numbers.Integral))
+    if not one and not isinstance(who, Iterable):
+        raise ValueError(f"{verb}: who is {who!r}; expected the parameter's name, or a list with one name per tensor")
+    if not isinstance(first, (numbers.Integral, Iterable)):
+        raise ValueError(f"{verb}: first is {first!r}; expected the number of the first element, or a list with one per tensor")
+    whos = [who] * len(tensors) if one else list(who)
+    if one and len(tensors) > 1:
         raise ValueError(
             f"{verb}: who is {who!r} for {len(tensors)} tensors; expected one name per tensor, or they would share one z"
         )
-    firsts = [first] * len(tensors) if isinstance(first, int) else list(first)
+    firsts = [int(first)] * len(tensors) if isinstance(first, numbers.Integral) else list(first)
     if len(whos) != len(tensors) or len(firsts) != len(tensors):
         raise ValueError(
             f"{verb}: {len(tensors)} tensors, {len(whos)} names and {len(firsts)} offsets; expected as many of each"
@@ -125,16 +130,6 @@ def _check_list(verb: str, tensors: TensorList, spans: SpanList) -> torch.device
         i, other = next((i, t.device) for i, t in enumerate(tensors) if t.device != device)
         raise ValueError(f"{verb}: tensors[{i}] is on {other} and tensors[0] on {device}; expected one device a call")
     return device
-
-
-def _list(tensors: Tensor | Sequence[Tensor]) -> TensorList:
-    found = TensorList([tensors] if isinstance(tensors, Tensor) else tensors)
-    if set(map(type, found)) <= {Tensor, torch.nn.Parameter}:
-        return found
-    for i, tensor in enumerate(found):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"tensors[{i}] is {type(tensor).__name__} {tensor!r:.80}; expected a torch.Tensor")
-    return found
 
 
 def _integers(what: str, words) -> Tensor:
@@ -170,7 +165,10 @@ def philox4x32(counter, key, rounds: int = ROUNDS, backend: str | None = None) -
         raise ValueError(f"philox4x32: counter has shape {tuple(counter.shape)}; expected [..., 4]")
     if counter.numel() and not (0 <= int(counter.min()) and int(counter.max()) < 2**32):
         raise ValueError("philox4x32: counter has words outside [0, 2**32)")
-    low, high = (check_word(f"key[{i}]", word) for i, word in enumerate(_integers("key", key).tolist()))
+    words = _integers("key", key)
+    if words.shape != (2,):
+        raise ValueError(f"philox4x32: key is {key!r:.80}; expected two words in [0, 2**32)")
+    low, high = (check_word(f"key[{i}]", word) for i, word in enumerate(words.tolist()))
     if not 1 <= rounds <= 16:
         raise ValueError(f"philox4x32: rounds is {rounds}; expected 1 to 16")
     flat = counter.reshape(-1, 4).contiguous()
@@ -206,7 +204,7 @@ def draw(
     Raises ValueError for names out of range, other dtypes, first + n > 2**35, another `out`; RuntimeError for a backend that is off."""
     direction, device = directions.resolve(direction), torch.device(device)
     if dtype not in _FLOATS:
-        raise ValueError(f"draw: dtype is {dtype}; expected torch.float32, torch.bfloat16 or torch.float16")
+        raise ValueError(f"draw: dtype is {dtype!r}; expected torch.float32, torch.bfloat16 or torch.float16")
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=device)
     else:
@@ -281,22 +279,20 @@ def axpy_(
     Raises ValueError, before anything is written, for other dtypes, overlapping elements, mixed devices, K = 0, an `each` that does
     not divide K, coefficients or decays that are not finite, first + n > 2**35, residuals that are missing or misshapen.
     Malladi et al. 2023, Algorithm 1 (perturb, restore and update are this call)."""
-    tensors, direction = _list(tensors), directions.resolve(direction)
+    tensors, direction = arguments.tensor_list("tensors", tensors), directions.resolve(direction)
     spans = _spans("axpy_", tensors, who, first)
     device = _check_list("axpy_", tensors, spans)
-    draws = [(check_word("step", step), check_word("draw", number)) for step, number in draws]
-    if not draws or len(draws) != len(coeffs):
-        raise ValueError(f"axpy_: {len(draws)} draws and {len(coeffs)} coefficients; expected as many of each, at least one")
+    draws = _draws("axpy_", draws)
     if not isinstance(coeffs, Tensor):
-        if not all(math.isfinite(c) for c in coeffs):
-            raise ValueError(f"axpy_: coeffs is {list(coeffs)}; expected finite numbers")
-        coeffs = torch.tensor(list(coeffs), dtype=torch.float32, device=device)
+        coeffs = torch.tensor(arguments.finite("axpy_", "coeffs", coeffs), dtype=torch.float32, device=device)
     elif coeffs.dtype != torch.float32 or coeffs.device != device or coeffs.dim() != 1:
         raise ValueError(
             f"axpy_: coeffs is {coeffs.dtype}{list(coeffs.shape)} on {coeffs.device}; expected float32[K] on {device}"
         )
+    if not draws or len(draws) != len(coeffs):
+        raise ValueError(f"axpy_: {len(draws)} draws and {len(coeffs)} coefficients; expected as many of each, at least one")
     each, decays = _check_each(each, decay, len(draws))
-    low = [] if residuals is None else _list(residuals)
+    low = [] if residuals is None else arguments.tensor_list("residuals", residuals)
     _check_rounding("axpy_", tensors, rounding, low)
     _check_clock("axpy_", clock, device)
     if (pair := shared_memory(tensors)) is not None:
@@ -324,13 +320,16 @@ def _check_each(each: bool | int, decay: float | Sequence[float], count: int) ->
     if each and count % each:
         raise ValueError(f"axpy_: each is {each} for {count} draws; expected a divisor of {count}: every sum has as many terms")
     sums = count // each if each else 1
-    decays = [decay] * sums if isinstance(decay, (int, float)) else list(decay)
+    decays = arguments.one_or_each("axpy_", "decay", decay, sums)
     if len(decays) != sums:
         how = f"each is {each}" if each else "without each they are one sum"
         raise ValueError(f"axpy_: decay has {len(decays)} numbers for {count} draws ({how}); expected one number, or {sums}")
-    if not all(map(math.isfinite, decays)):
-        raise ValueError(f"axpy_: decay is {decay}; expected finite numbers")
     return each, decays
+
+
+def _draws(verb: str, draws: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Pairs (step, draw) as words of the counter."""
+    return [(check_word("step", step), check_word("draw", number)) for step, number in arguments.pairs(verb, "draws", draws)]
 
 
 def _traced() -> bool:
@@ -386,14 +385,15 @@ def perturb(
     Returns, for each scale, the list of results: round(fma(scale, z, theta)). Equal bit for bit on every backend.
     Raises ValueError as axpy_ does, and for another `out`, before anything is written."""
     single = isinstance(tensors, Tensor)
-    tensors, direction = _list(tensors), directions.resolve(direction)
+    tensors, direction = arguments.tensor_list("tensors", tensors), directions.resolve(direction)
     spans = _spans("perturb", tensors, who, first)
     device = _check_list("perturb", tensors, spans)
-    if len(scales) not in (1, 2) or not all(math.isfinite(s) for s in scales):
+    scales = arguments.finite("perturb", "scales", scales, "one or two finite numbers")
+    if len(scales) not in (1, 2):
         raise ValueError(f"perturb: scales is {scales}; expected one or two finite numbers")
     if dtype is not None and any(dtype not in (t.dtype, torch.float32) for t in tensors):
-        raise ValueError(f"perturb: dtype is {dtype}; expected the tensors' dtype or torch.float32")
-    low = [] if residuals is None else _list(residuals)
+        raise ValueError(f"perturb: dtype is {dtype!r}; expected the tensors' dtype or torch.float32")
+    low = [] if residuals is None else arguments.tensor_list("residuals", residuals)
     if low:
         _check_rounding("perturb", tensors, "residual", low)
     _check_clock("perturb", clock, device)
@@ -478,7 +478,7 @@ def lowrank_(
     Returns int64[1]: how many results are inf or NaN.
     Raises ValueError, before anything is written, for factors of another dtype, layout, shape or device, factors that are
     swapped, elements beyond m n, and what axpy_ refuses."""
-    tensors = _list(tensors)
+    tensors = arguments.tensor_list("tensors", tensors)
     if who is None:
         if rounding == "stochastic":
             raise ValueError(
@@ -490,14 +490,14 @@ def lowrank_(
     device = _check_list("lowrank_", tensors, spans)
     lefts, rights = _one_each("left", left, tensors), _one_each("right", right, tensors)
     cores = [None] * len(tensors) if core is None else _one_each("core", core, tensors)
-    scales = [scale] * len(tensors) if isinstance(scale, (int, float)) else list(scale)
-    if len(scales) != len(tensors) or not all(math.isfinite(s) for s in scales):
-        raise ValueError(f"lowrank_: scale is {scale}; expected a finite number, or one for each of {len(tensors)} tensors")
-    if not math.isfinite(decay):
-        raise ValueError(f"lowrank_: decay is {decay}; expected a finite number")
+    each = f"a finite number, or one for each of {len(tensors)} tensors"
+    scales = arguments.one_or_each("lowrank_", "scale", scale, len(tensors), each)
+    if len(scales) != len(tensors):
+        raise ValueError(f"lowrank_: scale is {scale}; expected {each}")
+    (decay,) = arguments.finite("lowrank_", "decay", [decay], "a finite number")
     for i, (tensor, span) in enumerate(zip(tensors, spans)):
         _check_factors(i, tensor, span, lefts[i], cores[i], rights[i])
-    low = [] if residuals is None else _list(residuals)
+    low = [] if residuals is None else arguments.tensor_list("residuals", residuals)
     _check_rounding("lowrank_", tensors, rounding, low)
     if (pair := shared_memory(tensors)) is not None:
         raise ValueError(f"lowrank_: tensors[{pair[0]}] and tensors[{pair[1]}] share memory; expected distinct tensors")
