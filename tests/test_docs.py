@@ -6,6 +6,7 @@ above it is `<!-- not run: the reason -->`.
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 from pathlib import Path
@@ -16,6 +17,8 @@ from torch import nn
 
 import zokern
 from zokern.cli import COMMANDS
+from zokern.evaluation import EVALUATIONS
+from zokern.optimizer import ZerothOrder
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted(path for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")] if path.is_file())
@@ -123,6 +126,18 @@ def test_the_objective_of_the_documents_is_read_in_one_call():
     names = run_blocks((ROOT / "docs/factored.md").read_text())
     paired = names["opt"].evaluation.chosen
     assert paired.checked >= {"stacked"} and paired.refused == {}
+
+
+@pytest.mark.parametrize("name", [name for name in zokern.__all__ if callable(getattr(zokern, name))])
+def test_what_is_exported_has_a_docstring_of_its_own(name):
+    exported = getattr(zokern, name)
+    assert vars(exported)["__doc__"] if isinstance(exported, type) else exported.__doc__
+
+
+def test_every_option_and_evaluation_is_documented():
+    """Those that all methods share, in the docstring of MeZO, to which the others refer."""
+    names = [*inspect.signature(ZerothOrder).parameters, *EVALUATIONS]
+    assert [name for name in names if not re.search(rf"\b{name}\b", zokern.MeZO.__doc__)] == []
 
 
 def test_no_file_names_one_machine():

@@ -33,6 +33,18 @@ TILE = 1 << 20  # elements of a quotient that exist at a time
 
 
 class Adam:
+    """theta <- decay theta + lr (M / c1) / (sqrt(V / c2) + eps), with M, V the averages of g and g^2, g = sum_k weights[k] z_k.
+
+    betas            of M and V: (0.9, 0.999) by default, each 0 <= beta < 1
+    eps              1e-8, in units of g; with inside=True of g^2
+    bias_correction  c1 = 1 - beta1^t and c2 = 1 - beta2^t in a parameter's update number t; False: 1, TeZO's form
+    inside           eps stands under the root: sqrt(V / c2 + eps), TeZO's form
+
+    Keeps `first`, `second` and `updates` in the optimizer's state, float32: two moments shaped like the parameter where z is dense (8 bytes a
+    weight), 2 r numbers for a matrix with z = U diag(tau) V^T (zokern.TeZO). Updates never wait.
+    Raises ValueError for betas or eps out of range; an optimizer refuses it with a direction whose basis changes (SubZero, P-GAP, LOZO).
+    Kingma and Ba 2015; Zhang et al. 2024 (ZO-Bench's ZO-Adam); Sun et al. 2025 (TeZO-Adam)."""
+
     name, linear, defers = "adam", False, False
     bases = ("diagonal",)  # directions with a basis that lasts, and whose draws are numbers along it
 
