@@ -128,6 +128,15 @@ def test_the_objective_of_the_documents_is_read_in_one_call():
     assert paired.checked >= {"stacked"} and paired.refused == {}
 
 
+def test_the_cost_of_the_stream_is_the_benchmark_s():
+    """docs/stream.md quotes nanoseconds an element: those of the results page that it names, in its order."""
+    section = (ROOT / "docs/stream.md").read_text().split("## What it costs")[1].split("\n## ")[0]
+    page = (ROOT / re.search(r"benchmarks/results/\S+\.md", section)[0]).read_text()
+    lines = [f"{case} {kind} n=67108864" for case in ("axpy_ normal K=1", "w += c") for kind in ("fp32", "bf16")]
+    printed = [re.search(rf"^\| {re.escape(line)} \|[^|]*\| ([\d.]+) \|", page, re.M)[1] for line in lines]
+    assert re.findall(r"\d\.\d+", section) == printed
+
+
 @pytest.mark.parametrize("name", [name for name in zokern.__all__ if callable(getattr(zokern, name))])
 def test_what_is_exported_has_a_docstring_of_its_own(name):
     exported = getattr(zokern, name)
