@@ -398,6 +398,20 @@ def test_numbers_of_the_rules() -> None:
     assert zokern.Momentum(0.9, dampening=0.0).scalars(1e-3, updates=7) == (1.0, 1e-3, 0.9, 1.0)
     got = zokern.Adam().scalars(1e-3, updates=3)
     assert got == pytest.approx((1.0, 1e-3 / (1 - 0.9**3), 0.9, 0.1, 0.999, 0.001, 0.0, 1 / math.sqrt(1 - 0.999**3), 1e-8))
-    for wrong in (lambda: zokern.Momentum(1.0), lambda: zokern.Momentum(0.9, dampening=1.5), lambda: zokern.Adam(eps=0.0)):
-        with pytest.raises(ValueError):
-            wrong()
+
+
+BAD_RULES = [
+    (lambda: zokern.Momentum(1.0), "beta is 1.0"),
+    (lambda: zokern.Momentum(0.9, dampening=1.5), "dampening is 1.5"),
+    (lambda: zokern.Adam(eps=0.0), "eps is 0.0"),
+    (lambda: zokern.Adam(0.9), "betas is 0.9; expected two numbers"),
+    (lambda: zokern.Adam(betas=(0.9, 1.0)), r"betas is \(0.9, 1.0\)"),
+    (lambda: zokern.Adam().scalars(1e-3, updates=0), "updates is 0; expected .* counted from 1"),
+    (lambda: zokern.Momentum().scalars(1e-3, updates=0), "updates is 0"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), BAD_RULES)
+def test_bad_numbers_of_a_rule_are_refused(wrong, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        wrong()

@@ -55,7 +55,7 @@ class Adam:
         bias_correction: bool = True,
         inside: bool = False,
     ) -> None:
-        if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
             raise ValueError(f"betas is {betas!r}; expected two numbers, 0 <= beta < 1")
         if not eps > 0.0:
             raise ValueError(f"adam_eps is {eps!r}; expected a number above 0")
@@ -63,6 +63,8 @@ class Adam:
 
     def scalars(self, lr: float, decay: float = 1.0, updates: int = 1) -> tuple[float, ...]:
         """The numbers of zokern.update_ for a parameter's update number `updates`, counted from 1."""
+        if updates < 1:
+            raise ValueError(f"updates is {updates!r}; expected the number of the update, counted from 1")
         c1, c2 = self._corrections(updates)
         beta1, beta2 = self.betas
         # sqrt(V / c2 + eps) = sqrt(V + eps c2) / sqrt(c2)

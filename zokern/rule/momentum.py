@@ -47,6 +47,8 @@ class Momentum:
 
     def scalars(self, lr: float, decay: float = 1.0, updates: int = 1) -> tuple[float, ...]:
         """The numbers of zokern.update_ for a parameter's update number `updates`, counted from 1."""
+        if updates < 1:
+            raise ValueError(f"updates is {updates!r}; expected the number of the update, counted from 1")
         beta, alpha = (0.0, 1.0) if updates == 1 else (self.beta, 1.0 - self.dampening)
         return decay, lr, beta, alpha
 
