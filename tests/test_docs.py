@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import zokern
-from zokern.cli import COMMANDS
+from zokern.cli import COMMANDS, main
 from zokern.evaluation import EVALUATIONS
 from zokern.optimizer import ZerothOrder
 
@@ -159,6 +159,12 @@ def test_no_file_names_one_machine():
         if lines:
             found[str(path.relative_to(ROOT))] = lines
     assert found == {}
+
+
+def test_the_command_line_says_its_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0 and capsys.readouterr().out == f"zokern {zokern.__version__}\n"
 
 
 def test_every_target_of_make_help_exists():
