@@ -87,7 +87,9 @@ class Factorized:
         """Write the updates that wait in factored matrices into the weights: W <- W + U C V^T, one rounding.
 
         The module's own forward (outside a step) and its state_dict do this by themselves; reading a parameter directly, copying the
-        module or handing its tensors to other code does not. Raises RuntimeError if the weights were written in between."""
+        module or handing its tensors to other code does not. It adds a rounding of W: a run that was flushed, or saved, within an
+        interval is equal to rounding to one that was not, and has the bits of one that resumed from there. Raises RuntimeError if the
+        weights were written in between."""
         for group in self._groups:
             if group.matrices is not None:
                 group.write(self.seed, max(0, self.steps - 1), self.rounding)

@@ -119,7 +119,9 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
         self._entries.append(entries)
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's state_dict plus ``zokern``: stream version, seed and step, so that a resumed run draws the same z."""
+        """torch's state_dict plus ``zokern``: stream version, seed and step, so that a resumed run draws the same z.
+
+        Writes what waits (see flush): a run that resumes from it has the bits of the run that saved and went on."""
         self.flush()
         state = super().state_dict()
         state["zokern"] = {
