@@ -591,6 +591,24 @@ def check_resume(name: str, after: int, forget: Callable[[dict], None] | None = 
     assert changed(second, snapshot(whole)) == []
 
 
+@pytest.mark.parametrize(("after", "options", "same"), [(2, {}, False), (3, {}, True), (2, {"defer": False}, True)])
+@pytest.mark.parametrize("name", ["subzero", "lozo", "pgap"])
+def test_saving_is_one_more_rounding_within_an_interval(name: str, after: int, options: dict, same: bool) -> None:
+    """As docs/factored.md says: at an interval's end, and where nothing waits, it changes no bit."""
+    ends = []
+    for saves in (False, True):
+        model = tiny(width=16)
+        optimizer = METHODS[name](model, seed=3, evaluation="scratch", **options)
+        for step in range(5):
+            if saves and step == after:
+                optimizer.state_dict()
+            zokern.step(optimizer, closure_of(model))
+        optimizer.flush()
+        ends.append(snapshot(model))
+    assert all(same_bits(ends[0][n], t) for n, t in ends[1].items()) == same
+    assert name == "pgap" or all(torch.allclose(ends[0][n], t, rtol=1e-4, atol=1e-5) for n, t in ends[1].items())
+
+
 FORGOTTEN = {
     "momentum": ("lozo_m", lambda state: state["state"].clear()),
     "moments": ("tezo_adam", lambda state: state["state"].clear()),

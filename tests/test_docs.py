@@ -6,17 +6,19 @@ above it is `<!-- not run: the reason -->`.
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 import zokern
-from zokern.cli import COMMANDS
+from zokern.cli import COMMANDS, main
+from zokern.evaluation import EVALUATIONS
+from zokern.optimizer import ZerothOrder
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted(path for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")] if path.is_file())
@@ -28,16 +30,24 @@ FILE = re.compile(r"[\w.-]+\.(?:py|h|cpp|cu|def|md|json|csv|png|toml|txt|in)")
 MACHINE = re.compile("/" + r"(?:work|root|home/\w+|opt/\w+|Users/\w+)/")
 
 
+class Output(dict):
+    """A mapping with attributes, as transformers' outputs are."""
+
+    __getattr__ = dict.__getitem__
+
+
 class Tiny(nn.Module):
-    """As a transformers model is called: batch by keyword, an object with a loss back."""
+    """As a transformers model is called: batch by keyword, an object with a loss back where there are labels."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.head = nn.Embedding(17, 8), nn.Linear(8, 17)
 
-    def forward(self, input_ids, labels):
+    def forward(self, input_ids, labels=None):
         logits = self.head(self.embed(input_ids))
-        return SimpleNamespace(logits=logits, loss=nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()))
+        if labels is None:
+            return Output(logits=logits)
+        return Output(logits=logits, loss=nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()))
 
 
 def python_blocks(text: str) -> list[tuple[int, str]]:
@@ -50,12 +60,13 @@ def python_blocks(text: str) -> list[tuple[int, str]]:
     ]
 
 
-def run_blocks(text: str) -> None:
+def run_blocks(text: str) -> dict:
     torch.manual_seed(0)
     tokens = torch.randint(0, 17, (3, 2, 5))
     names = {"torch": torch, "zokern": zokern, "model": Tiny(), "loader": [{"input_ids": t, "labels": t} for t in tokens]}
     for line, source in python_blocks(text):
         exec(compile("\n" * (line - 1) + source, "document", "exec"), names)
+    return names
 
 
 def code(text: str) -> list[str]:
@@ -111,6 +122,33 @@ def test_document(document, tmp_path, monkeypatch):
     run_blocks(text)
 
 
+def test_the_objective_of_the_documents_is_read_in_one_call():
+    names = run_blocks((ROOT / "docs/factored.md").read_text())
+    paired = names["opt"].evaluation.chosen
+    assert paired.checked >= {"stacked"} and paired.refused == {}
+
+
+def test_the_cost_of_the_stream_is_the_benchmark_s():
+    """docs/stream.md quotes nanoseconds an element: those of the results page that it names, in its order."""
+    section = (ROOT / "docs/stream.md").read_text().split("## What it costs")[1].split("\n## ")[0]
+    page = (ROOT / re.search(r"benchmarks/results/\S+\.md", section)[0]).read_text()
+    lines = [f"{case} {kind} n=67108864" for case in ("axpy_ normal K=1", "w += c") for kind in ("fp32", "bf16")]
+    printed = [re.search(rf"^\| {re.escape(line)} \|[^|]*\| ([\d.]+) \|", page, re.M)[1] for line in lines]
+    assert re.findall(r"\d\.\d+", section) == printed
+
+
+@pytest.mark.parametrize("name", [name for name in zokern.__all__ if callable(getattr(zokern, name))])
+def test_what_is_exported_has_a_docstring_of_its_own(name):
+    exported = getattr(zokern, name)
+    assert vars(exported)["__doc__"] if isinstance(exported, type) else exported.__doc__
+
+
+def test_every_option_and_evaluation_is_documented():
+    """Those that all methods share, in the docstring of MeZO, to which the others refer."""
+    names = [*inspect.signature(ZerothOrder).parameters, *EVALUATIONS]
+    assert [name for name in names if not re.search(rf"\b{name}\b", zokern.MeZO.__doc__)] == []
+
+
 def test_no_file_names_one_machine():
     found = {}
     for path in sources():
@@ -121,6 +159,12 @@ def test_no_file_names_one_machine():
         if lines:
             found[str(path.relative_to(ROOT))] = lines
     assert found == {}
+
+
+def test_the_command_line_says_its_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0 and capsys.readouterr().out == f"zokern {zokern.__version__}\n"
 
 
 def test_every_target_of_make_help_exists():

@@ -666,6 +666,7 @@ def test_row_31_update_overflows_a_weight() -> None:
 LOSSES = {
     "float": 0.5, "int": 1, "float32": torch.tensor(0.5), "shape_1": torch.tensor([0.5]), "float64": torch.tensor(0.5, dtype=torch.float64),
     "bfloat16": torch.tensor(0.5).bfloat16(), "numpy": np.float32(0.5), "numpy64": np.float64(0.5), "numpy_int": np.int64(1),
+    "int_tensor": torch.tensor(1), "int_of_bool": torch.tensor(True), "uint8_int": torch.tensor([1], dtype=torch.uint8),
 }  # fmt: skip
 
 
@@ -679,7 +680,7 @@ def test_row_32_scalar_losses_are_accepted(kind: str) -> None:
 
 NO_LOSSES = {
     "vector": (torch.ones(2), "shape (2,)"), "matrix_1x1": (torch.ones(1, 1), "shape (1, 1)"), "empty": (torch.ones(0), "shape (0,)"),
-    "complex": (torch.tensor(1j), "complex64"), "int_tensor": (torch.tensor(1), "int64"), "bool_tensor": (torch.tensor(True), "bool"),
+    "complex": (torch.tensor(1j), "complex64"),
     "bool": (True, "bool"), "None": (None, "None"), "string": ("0.5", "str"), "python_complex": (1j, "complex"), "list": ([0.5], "list"),
     "graph": (torch.tensor(1.0, requires_grad=True), "graph"), "numpy_vector": (np.ones(2), "ndarray"),
 }  # fmt: skip

@@ -18,7 +18,7 @@ LAYERS = {
     "kernels": ["warning", "stream", "triton_kernels", "_cpu", "_cuda"],
     "directions": ["directions"],
     "backends": ["backends"],
-    "operations": ["matmul", "overlap", "products", "ops", "product_ops", "update_ops"],
+    "operations": ["matmul", "overlap", "products", "arguments", "ops", "product_ops", "update_ops"],
     "parts": ["estimator", "parameters", "evaluation"],
     "rules": ["rule"],
     "step": ["step"],

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from unittest.mock import patch
 
 import models
@@ -86,6 +87,48 @@ MODES: dict[str, dict] = {
 )
 def test_method_equals_formula(case: str, mode: str) -> None:
     check_method(**CASES[case], **MODES[mode])
+
+
+@pytest.mark.parametrize(
+    "method", [zokern.SubZero, zokern.PGAP, partial(zokern.MeZO, direction=Lazy(2))], ids=["subzero", "pgap", "lazy"]
+)
+def test_adam_is_refused_where_the_basis_changes(method: Callable) -> None:
+    """Before a step, not at the first change of the basis. TeZO's does not change."""
+    with pytest.raises(ValueError, match="rule is 'adam' with direction .*expected zokern.Sgd.*zokern.TeZO"):
+        method(tiny(), rule=zokern.Adam())
+    method(tiny(), rule=zokern.Sgd())
+    zokern.MeZO(tiny(), direction=Diagonal(2), rule=zokern.Adam())
+
+
+BAD_METHODS = {
+    "rank": (partial(zokern.TeZO, rank=2.0), r"rank is 2.0; expected an integer, at least 1, or a mapping"),
+    "rank 0": (partial(zokern.TeZO, rank=0), "rank is 0"),
+    "misspelt": (partial(zokern.TeZO, rank={"misspelt": 4, "up.weight": 2}), r"rank names \['misspelt'\].*'up.weight'"),
+    "rule": (partial(zokern.TeZO, rule="adma"), "rule is 'adma'; expected 'sgd', 'momentum' or 'adam', or a rule"),
+    "rule's class": (partial(zokern.TeZO, rule=zokern.Adam), "rule is <class .*zokern.Adam\\(\\)"),
+    "stencil": (partial(zokern.FZOO, stencil="central"), "stencil is 'central'; zokern.FZOO reads one side.*zokern.MeZO"),
+    "normalize": (partial(zokern.FZOO, normalize="none"), "normalize is 'none'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_METHODS)
+def test_bad_arguments_are_refused_by_name(case: str) -> None:
+    method, message = BAD_METHODS[case]
+    with pytest.raises(ValueError, match=message):
+        method(tiny())
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [("sgd", zokern.Sgd()), ("momentum", zokern.Momentum(0.9)), ("adam", zokern.Adam(inside=True, bias_correction=False))],
+)
+def test_tezo_takes_a_rule_as_it_takes_its_name(name: str, rule) -> None:
+    ends = []
+    for given in (name, rule):
+        model = tiny()
+        optimizer = zokern.TeZO(model, rank={"up.weight": 2}, rule=given, lr=1e-3, seed=1)
+        ends.append([zokern.step(optimizer, lambda model=model: loss_of(model)).losses for _ in range(3)])
+    assert ends[0] == ends[1]
 
 
 def test_tensors_that_squeeze_to_matrices_are_factored() -> None:

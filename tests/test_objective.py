@@ -142,6 +142,48 @@ def test_the_model_runs_once_for_all_sides() -> None:
     assert model.calls == 1 + 6
 
 
+def shifted(outputs, batch):
+    return F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+
+
+def with_labels(withhold) -> tuple:
+    torch.manual_seed(0)
+    model = ARCHITECTURES["llama"]().eval()
+    ids = inputs("llama")["input_ids"]
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    optimizer = zokern.SubZero(Counted(model), rank=4, queries=2, evaluation=zokern.Paired())
+    return optimizer, zokern.Objective(optimizer.model, batch, shifted, withhold=withhold)
+
+
+@pytest.mark.parametrize("withhold", ["labels", ("labels",)])
+def test_labels_are_kept_from_the_model(withhold, recwarn) -> None:
+    """A transformers model that is not given them has no loss of its own: one call of it reads all four sides."""
+    optimizer, target = with_labels(withhold)
+    zokern.step(optimizer, target)
+    assert optimizer.evaluation.refused == {} and not recwarn.list
+    before = optimizer.model.calls
+    result = zokern.step(optimizer, target)
+    assert optimizer.model.calls == before + 1
+    model = ARCHITECTURES["llama"]().eval()
+    model.load_state_dict(optimizer.model.inner.state_dict())
+    loss = float(model(**target.batch).loss)
+    assert abs(result.loss - loss) < 0.02 * loss  # the labels are shifted as transformers shifts them
+
+
+def test_a_model_with_a_loss_of_its_own_is_not_stacked_with_a_warning() -> None:
+    optimizer, target = with_labels(())
+    with pytest.warns(RuntimeWarning, match="read side by side .*loss of its own.*withhold='labels'") as caught:
+        for _ in range(2):
+            assert zokern.step(optimizer, target).evaluation == "paired"
+    assert len(caught) == 1 and caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("batch", [{"input_ids": torch.zeros(1, 2)}, (torch.zeros(1, 2),)])
+def test_only_keys_of_the_batch_are_withheld(batch) -> None:
+    with pytest.raises(ValueError, match=r"withhold names \['label'\]; expected keys of a mapping"):
+        zokern.Objective(nn.Identity(), batch, shifted, withhold="label")
+
+
 class Leaky(nn.Module):
     """Rows that are not independent, or a loss of its own."""
 

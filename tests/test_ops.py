@@ -5,10 +5,13 @@ Equality of the values over backends is the business of tests/conformance.py.
 
 from __future__ import annotations
 
+import math
 import random
 
+import numpy as np
 import pytest
 import torch
+from guarded import GUARD, filled, guarded
 from models import same_bits
 
 import zokern
@@ -162,7 +165,7 @@ def test_sketch(transposed: bool, tile: int) -> None:
 
 BAD_PRODUCTS = [
     (lambda w, b, x: zokern.linear(x, w, scales=()), "expected a finite scale"),
-    (lambda w, b, x: zokern.linear(x, w, scales=(NAN, 1.0)), "expected a finite scale"),
+    (lambda w, b, x: zokern.linear(x, w, scales=(NAN, 1.0)), "expected finite scales"),
     (lambda w, b, x: zokern.linear(x, w.t(), scales=(1.0, 1.0)), "expected a contiguous matrix"),
     (lambda w, b, x: zokern.linear(x[0].double(), w, scales=(1.0,)), r"xs\[0\] is torch.float64"),
     (lambda w, b, x: zokern.linear(x, w, scales=(1.0, 1.0), bias=b[:3]), "bias is"),
@@ -232,6 +235,91 @@ def test_draw_is_what_axpy_adds_and_perturb_shows(direction: str) -> None:
     assert torch.equal(plus[0], z) and torch.equal(minus[0], -z)
     assert same_bits(z, zokern.draw(direction, (63,), seed=3, who=parameter_id("w"), step=2, draw=1).view(7, 9))
     assert same_bits(z.half(), zokern.draw(direction, (7, 9), seed=3, who="w", step=2, draw=1, dtype=torch.float16))
+
+
+NAMES = {"direction": "normal", "seed": 3, "step": 2, "draw": 1}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("dtype", "wide"), [(torch.float32, False), (torch.bfloat16, False), (torch.float16, True)])
+def test_out_is_written_whole(dtype: torch.dtype, wide: bool, backend: str) -> None:
+    """The bits of the call without `out`, in poisoned tensors that begin anywhere, and no byte beside them."""
+    kind = torch.float32 if wide else dtype
+    shapes, calls = [(7, 9), (130,), (0,)], NAMES | {"backend": backend}
+    tensors, who = [theta(math.prod(shape), dtype).view(shape) for shape in shapes], ["a", "b", "c"]
+    for scales in ((1e-2, -1e-2), (0.5,)):
+        right = zokern.perturb(tensors, who=who, scales=scales, dtype=kind, **calls)
+        poisoned = [[guarded(shape, kind, offset=2 + j) for shape in shapes] for j, _ in enumerate(scales)]
+        out = [[g.view for g in side] for side in poisoned]
+        versions = [t._version for side in out for t in side]
+        got = zokern.perturb(tensors, who=who, scales=scales, dtype=kind, out=out, **calls)
+        for mine, side, expected, guards in zip(got, out, right, poisoned):
+            assert all(a is b for a, b in zip(mine, side))
+            for value, guard in zip(expected, guards):
+                assert same_bits(guard.buffer, filled(value, guard.offset - GUARD).buffer)
+        assert all(t._version > v for t, v in zip((t for side in out for t in side), versions))
+    guard, right = guarded((5, 3), dtype, offset=1), zokern.draw(shape=(5, 3), who="a", dtype=dtype, **calls)
+    out = guard.view
+    assert zokern.draw(shape=(5, 3), who="a", dtype=dtype, out=out, **calls) is out
+    assert same_bits(guard.buffer, filled(right, offset=1).buffer)
+
+
+def test_out_of_one_tensor_and_of_a_parameter() -> None:
+    weight = torch.nn.Parameter(theta())
+    right = zokern.perturb(weight, who="w", **NAMES)
+    plus, minus = torch.nn.Parameter(torch.empty(50)), torch.empty(50)
+    assert zokern.perturb(weight, who="w", out=(plus, minus), **NAMES) == [[plus], [minus]]
+    assert same_bits(plus, right[0][0]) and same_bits(minus, right[1][0])
+    zokern.draw(shape=50, who="w", out=plus, **NAMES)
+    assert same_bits(plus, zokern.draw(shape=50, who="w", **NAMES))
+
+
+def test_out_under_torch_compile() -> None:
+    def both(x, plus, minus):
+        zokern.perturb([x], who=["w"], out=[[plus], [minus]], **NAMES)
+        return zokern.draw(shape=(50,), who="w", out=torch.empty(50), **NAMES) + plus - minus
+
+    eager, compiled = ([torch.empty(50), torch.empty(50)] for _ in range(2))
+    right = both(theta(), *eager)
+    assert same_bits(torch.compile(both, backend="eager")(theta(), *compiled), right)
+    assert all(same_bits(a, b) for a, b in zip(eager, compiled))
+
+
+W, ROOM = theta(), torch.empty(200)
+BAD_OUT = {
+    "one list": ([torch.empty(50)], "out is list for 2 scales; expected for each scale a tensor, or a list of one"),
+    "a tensor": (torch.empty(2, 50), "out is Tensor for 2 scales"),
+    "two in a side": ([[torch.empty(50)] * 2, [torch.empty(50)]], r"out\[0\] is list for 1 tensors"),
+    "None": ([torch.empty(50), None], r"out\[1\] is NoneType for 1 tensors"),
+    "a number": ([torch.empty(50), [3]], r"out\[1\]\[0\] is int 3; expected a torch.Tensor"),
+    "shape": (
+        [torch.empty(50), torch.empty(49)],
+        r"out\[1\]\[0\] is torch.float32\[49\] on cpu; expected contiguous torch.float32\[50\]",
+    ),
+    "dtype": ([torch.empty(50).half(), torch.empty(50)], r"out\[0\]\[0\] is torch.float16\[50\]"),
+    "device": ([torch.empty(50, device="meta"), torch.empty(50)], "on meta"),
+    "strides": ([torch.empty(100)[::2], torch.empty(50)], "not contiguous"),
+    "the weight": ([W, torch.empty(50)], r"out\[0\]\[0\] and a tensor that is read share memory"),
+    "each other": ([ROOM[:50], ROOM[49:99]], r"out\[0\]\[0\] and out\[1\]\[0\] share memory"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OUT)
+def test_bad_out_is_refused(case: str) -> None:
+    out, message = BAD_OUT[case]
+    before, _ = W.clone(), ROOM.fill_(7.0)
+    with pytest.raises((ValueError, TypeError), match=message):
+        zokern.perturb(W, who="w", out=out, **NAMES)
+    if case in ("shape", "dtype", "device", "strides"):
+        with pytest.raises(ValueError, match="draw: out is "):
+            zokern.draw(shape=50, who="w", out=out[case == "shape"], **NAMES)
+    assert same_bits(W, before) and (ROOM == 7.0).all()
+
+
+def test_inputs_that_share_memory_are_still_compared_with_out() -> None:
+    with pytest.raises(ValueError, match="a tensor that is read share memory"):
+        zokern.perturb([W, W], who=["a", "b"], scales=(1.0,), out=[[torch.empty(50), W]], **NAMES)
+    zokern.perturb([W, W], who=["a", "b"], scales=(1.0,), out=[[torch.empty(50), torch.empty(50)]], **NAMES)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -323,6 +411,25 @@ def test_lowrank_of_shards_and_lists_is_that_of_the_whole() -> None:
     zokern.lowrank_(alone, left, right, scale=0.2, who="b", seed=3, step=2, rounding="stochastic")
     zokern.lowrank_(listed, [left] * 2, [right] * 2, scale=[0.1, 0.2], who=["a", "b"], seed=3, step=2, rounding="stochastic")
     assert same_bits(listed[0], whole) and same_bits(listed[1], alone)
+
+
+@pytest.mark.parametrize(
+    ("shape", "left", "right", "words"),
+    [
+        ((6, 8), 8, 6, [r"tensors\[0\] is \[6, 8\]", "8 x 6", "left and right are swapped", r"\.view\(-1\)"]),
+        ((6, 8), 6, 80, [r"tensors\[0\] is \[6, 8\]", "6 x 80", r"expected right \(8, 2\)"]),
+    ],
+)
+def test_lowrank_refuses_factors_of_another_matrix(shape, left: int, right: int, words: list[str]) -> None:
+    """Flattened, the same elements are what they say; rows of W, and W in another near-square form, stay legal too."""
+    w, u, v = torch.zeros(shape), torch.ones(left, 2), torch.ones(right, 2)
+    with pytest.raises(ValueError, match=".*".join(words)):
+        zokern.lowrank_(w, u, v)
+    assert not w.any()
+    zokern.lowrank_(w.view(-1), u, v)
+    for legal in (torch.zeros(3, right), torch.zeros(left // 2, 2 * right), torch.zeros(left, right)):
+        zokern.lowrank_(legal, u, v)
+        assert (legal == 2).all()
 
 
 def test_torch_compile_sees_the_operation() -> None:
@@ -445,12 +552,30 @@ def test_errors_name_argument_value_and_way_out() -> None:
         (lambda: GOOD["lowrank_"](who=None, rounding="stochastic"), ["who", "None", "stochastic"]),
         (lambda: GOOD["draw"](seed=2**64), ["seed", str(2**64), "2**64"]),
         (lambda: GOOD["draw"](direction="uniform"), ["direction", "'uniform'", "normal", "rademacher"]),
+        (lambda: GOOD["draw"](dtype="float32"), ["dtype is 'float32'", "torch.float32"]),
+        (lambda: GOOD["axpy_"](coeffs=0.1), ["axpy_: coeffs is 0.1", "sequence of finite numbers"]),
+        (lambda: GOOD["axpy_"](coeffs=["1"]), ["axpy_: coeffs is ['1']", "finite numbers"]),
+        (lambda: GOOD["axpy_"](decay=None), ["axpy_: decay is None", "finite numbers"]),
+        (lambda: GOOD["axpy_"](who=None), ["axpy_: who is None", "one name per tensor"]),
+        (lambda: GOOD["axpy_"](first=None), ["axpy_: first is None", "number of the first element"]),
+        (lambda: GOOD["axpy_"](draws=[0]), ["axpy_: draws is [0]", "pairs (step, draw)"]),
+        (lambda: GOOD["axpy_"](draws=None), ["axpy_: draws is None", "pairs (step, draw)"]),
+        (lambda: GOOD["perturb"](scales=0.1), ["perturb: scales is 0.1", "one or two finite numbers"]),
+        (lambda: GOOD["perturb"](residuals=[None]), ["residuals[0] is NoneType", "torch.Tensor"]),
+        (lambda: GOOD["perturb"](tensors=3), ["tensors is int 3", "torch.Tensor"]),
+        (lambda: GOOD["lowrank_"](scale="1"), ["lowrank_: scale is ['1']", "a finite number, or one for each of 1"]),
+        (lambda: GOOD["lowrank_"](decay=None), ["lowrank_: decay is [None]", "a finite number"]),
+        (lambda: GOOD["philox4x32"](key=[0]), ["philox4x32: key is [0]", "two words"]),
+        (lambda: zokern.linear(W.view(5, 10), W.view(5, 10), scales=0.1), ["linear: scales is 0.1", "sequence of finite scales"]),
+        (lambda: zokern.sketch("normal", (2, 5, 5), W.view(5, 10), seed=0, who="w", draws=[(0, 0)], coeffs=[1.0]), ["shape is (2, 5, 5)", "(m, n)"]),
+        (lambda: zokern.sketch("normal", (2, 5), W.view(5, 10), seed=0, who="w", draws=[0], coeffs=[1.0]), ["sketch: draws is [0]", "pairs"]),
+        (lambda: zokern.sketch("normal", (2, 5), W.view(5, 10), seed=0, who="w", draws=[(0, 0)], coeffs=1.0), ["sketch: coeffs is 1.0"]),
         (lambda: GOOD["draw"](backend="gpu"), ["backend", "'gpu'", "reference"]),
         (lambda: GOOD["draw"](first=2**35), ["first", "2**35"]),
         (lambda: GOOD["philox4x32"](rounds=17), ["rounds", "17", "1 to 16"]),
     ]  # fmt: skip
     for call, words in cases:
-        with pytest.raises((ValueError, RuntimeError)) as caught:
+        with pytest.raises((ValueError, TypeError, RuntimeError)) as caught:
             call()
         assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
 
@@ -484,6 +609,20 @@ def test_numbers_are_checked_as_float32(name: str, value) -> None:
     with pytest.raises(ValueError, match=f"{word} .*finite"):
         call(value)
     call(torch.finfo(torch.float32).max)
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64, torch.tensor], ids=["float32", "float64", "0-d tensor"])
+def test_numbers_of_numpy_and_torch_are_numbers(number) -> None:
+    """As decay and scale, one or in a list, and as coefficients; and NumPy's integers as names and offsets."""
+    given = {"decay": 0.5, "coeffs": [0.25], "who": 7, "first": 16}
+    kinds = {"decay": number(0.5), "coeffs": [number(0.25)], "who": np.int64(7), "first": np.int64(16)}
+    a, b = theta(), theta()
+    GOOD["axpy_"](tensors=a, **given), GOOD["axpy_"](tensors=b, **kinds)
+    assert same_bits(a, b)
+    for scale in (number(0.5), [number(0.5)]):
+        a, b = theta(), theta()
+        GOOD["lowrank_"](tensors=a, scale=0.5, decay=0.25), GOOD["lowrank_"](tensors=b, scale=scale, decay=number(0.25))
+        assert same_bits(a, b)
 
 
 def test_shared_memory_is_refused() -> None:

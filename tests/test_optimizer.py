@@ -214,6 +214,57 @@ def test_step_of_the_optimizer_itself() -> None:
         optimizer.step()
 
 
+class Wrapper(torch.optim.Optimizer):
+    """As accelerate's AcceleratedOptimizer: hands everything on, and is no zokern optimizer."""
+
+    def __init__(self, optimizer) -> None:
+        self.optimizer = optimizer
+
+    def step(self, closure=None) -> None:
+        self.optimizer.step(closure)
+
+
+def accelerated(optimizer):
+    return pytest.importorskip("accelerate").Accelerator(cpu=True).prepare(optimizer)
+
+
+@pytest.mark.parametrize("wrap", [Wrapper, accelerated])
+def test_step_of_a_wrapped_optimizer(wrap) -> None:
+    model, right = tiny(), tiny()
+    optimizer = zokern.MeZO(model, lr=0.1, seed=1)
+    losses = run(model, wrap(optimizer), 2)
+    assert losses == run(right, zokern.MeZO(right, lr=0.1, seed=1), 2)
+    assert all(same_bits(a, b) for a, b in zip(model.parameters(), right.parameters()))
+
+
+OTHERS = {
+    "module": lambda model: model,
+    "SGD": lambda model: torch.optim.SGD(model.parameters(), lr=1.0),
+    "scheduler": lambda model: torch.optim.lr_scheduler.LinearLR(zokern.MeZO(model, lr=1.0)),
+    "wrapped SGD": lambda model: Wrapper(torch.optim.SGD(model.parameters(), lr=1.0)),
+    "None": lambda model: None,
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_step_refuses_other_optimizers(other: str) -> None:
+    """Before the loss is read or anything moves."""
+    model = tiny()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    weights, calls = snapshot(model), []
+    with pytest.raises(
+        TypeError, match=r"optimizer is \w+; expected a zokern optimizer: zokern.step\(zokern.MeZO\(model\), closure\)"
+    ):
+        zokern.step(OTHERS[other](model), lambda: calls.append(0) or 0.0)
+    assert changed(model, weights) == [] and not calls
+
+
+def test_step_refuses_a_loss_in_place_of_a_closure() -> None:
+    with pytest.raises(TypeError, match=r"closure is Tensor tensor\(1.\); expected a function .*lambda: model"):
+        zokern.step(zokern.MeZO(tiny()), torch.tensor(1.0))
+
+
 BAD_OPTIONS = {
     "queries": [0, -1, 1.5, True, 2**24],
     "rounding": ["up", None],

@@ -198,6 +198,11 @@ BAD = [
     ({"scalars": (NAN,) * 9}, "expected 9 finite numbers"),
     ({"scalars": torch.zeros(9, dtype=torch.float64)}, r"scalars is torch.float64\[9\] on cpu; expected float32\[9\] on cpu"),
     ({"scalars": torch.zeros(4)}, r"scalars is torch.float32\[4\]"),
+    ({"states": (M, [None])}, r"states\[1\]\[0\] is NoneType"),
+    ({"states": None}, r"states is NoneType; expected \(\[m, ...\],\)"),
+    ({"coeffs": 0.1}, "coeffs is 0.1; expected a sequence"),
+    ({"scalars": 0.1}, "scalars is 0.1; expected a sequence of 9 finite numbers: decay"),
+    ({"draws": [0]}, r"draws is \[0\]; expected pairs"),
     ({"coeffs": []}, "1 draws and 0 coefficients"),
     ({"coeffs": [NAN]}, "coeffs is"),
     ({"draws": []}, "0 draws"),
@@ -215,7 +220,7 @@ BAD = [
 def test_refuses_and_writes_nothing(change: dict, message: str) -> None:
     before = THETA.clone()
     given = {"rule": "adam", "states": (M, V), "theta": THETA} | change
-    with pytest.raises((ValueError, RuntimeError), match=message):
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
         call(given.pop("theta"), given.pop("rule"), given.pop("states"), **given)
     assert same_bits(THETA, before) and not M.any() and not V.any()
 
@@ -393,6 +398,20 @@ def test_numbers_of_the_rules() -> None:
     assert zokern.Momentum(0.9, dampening=0.0).scalars(1e-3, updates=7) == (1.0, 1e-3, 0.9, 1.0)
     got = zokern.Adam().scalars(1e-3, updates=3)
     assert got == pytest.approx((1.0, 1e-3 / (1 - 0.9**3), 0.9, 0.1, 0.999, 0.001, 0.0, 1 / math.sqrt(1 - 0.999**3), 1e-8))
-    for wrong in (lambda: zokern.Momentum(1.0), lambda: zokern.Momentum(0.9, dampening=1.5), lambda: zokern.Adam(eps=0.0)):
-        with pytest.raises(ValueError):
-            wrong()
+
+
+BAD_RULES = [
+    (lambda: zokern.Momentum(1.0), "beta is 1.0"),
+    (lambda: zokern.Momentum(0.9, dampening=1.5), "dampening is 1.5"),
+    (lambda: zokern.Adam(eps=0.0), "eps is 0.0"),
+    (lambda: zokern.Adam(0.9), "betas is 0.9; expected two numbers"),
+    (lambda: zokern.Adam(betas=(0.9, 1.0)), r"betas is \(0.9, 1.0\)"),
+    (lambda: zokern.Adam().scalars(1e-3, updates=0), "updates is 0; expected .* counted from 1"),
+    (lambda: zokern.Momentum().scalars(1e-3, updates=0), "updates is 0"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), BAD_RULES)
+def test_bad_numbers_of_a_rule_are_refused(wrong, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        wrong()

@@ -9,6 +9,8 @@ import argparse
 import importlib
 import sys
 
+from . import __version__
+
 COMMANDS = {
     "info": "versions, backends and, for each that is off, why",
     "demo": "fine-tune a small language model on film reviews, before and after",
@@ -18,6 +20,7 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; its exit status."""
     parser = argparse.ArgumentParser(prog="zokern", description="Zeroth-order fine-tuning kernels.")
+    parser.add_argument("--version", action="version", version=f"zokern {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
         # The options, --help among them, are the command's own to read.

@@ -45,14 +45,14 @@ def resolve(stencil: str | Stencil) -> Stencil:
 def loss_value(loss: Any) -> float:
     """The closure's loss as a float; refused unless it is one real number.
 
-    A 0-d or one-element floating tensor, a Python number or a NumPy scalar. Vectors, integer and boolean tensors, complex
-    numbers, None and losses that carry an autograd graph are refused: each has meant a bug in somebody's closure.
+    A 0-d or one-element tensor (of integers or booleans too: a count of right answers is one), a Python number or a NumPy scalar.
+    Vectors, complex numbers, None and losses that carry an autograd graph are refused: each has meant a bug in somebody's closure.
     """
-    expected = "expected a scalar: a 0-d or [1] floating tensor, or a Python number"
+    expected = "expected a scalar: a 0-d or [1] tensor of real numbers, or a Python number"
     if isinstance(loss, Tensor):
         if loss.shape not in ((), (1,)):
             raise ValueError(f"the closure returned a tensor of shape {tuple(loss.shape)}; {expected} (reduce it with .mean())")
-        if not loss.is_floating_point():
+        if loss.is_complex():
             raise TypeError(f"the closure returned a {loss.dtype} tensor; {expected} (is this the loss?)")
         if loss.requires_grad:
             raise ValueError(f"the closure returned a loss with an autograd graph; {expected}: drop enable_grad() or backward")

@@ -130,7 +130,8 @@ class Factorized:
         """Write the updates that wait in factored matrices into the weights: W <- W + U C V^T, one rounding.
 
         The forward (outside a step), state_dict and load_state_dict of the module and of every part of it, a copy and a pickle do this by
-        themselves; reading a parameter directly or handing its tensors to other code does not.
+        themselves; reading a parameter directly or handing its tensors to other code does not. It adds a rounding of W: a run that was
+        flushed, or saved, within an interval is equal to rounding to one that was not, and has the bits of one that resumed from there.
         Raises RuntimeError if the weights were written in between, or inside evaluating()."""
         if self._busy:
             raise RuntimeError("flush() or state_dict() inside evaluating(), which writes nothing: leave the context first")

@@ -5,6 +5,7 @@ The step calls the backends directly with checked lists; these functions are the
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
@@ -12,19 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import backends, directions
+from . import arguments, backends, directions
 from .backends import DTYPES, ROUNDINGS, Span, SpanList, TensorList
 from .stream import INDEX_LIMIT, ROUNDS, check_seed, check_word, parameter_id
 
 _FLOATS = tuple(getattr(torch, name) for name in DTYPES)
 _FLOAT_SET = set(_FLOATS)
 _SIGN = 1 << 63  # torch.library integers are signed: seeds travel as two's complement
-_TOO_LARGE = 2.0**128 - 2.0**103  # halfway from the largest float32 to 2**128: from here on float32 is infinite
-
-
-def fits(numbers: Iterable[float]) -> bool:
-    """Whether all numbers are finite as float32, in which the kernels use them."""
-    return all([-_TOO_LARGE < number < _TOO_LARGE for number in numbers])
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
@@ -99,12 +94,17 @@ def check_tensor(verb: str, what: str, tensor: Tensor, first: int = 0, hint: str
 
 
 def _spans(verb: str, tensors: Sequence[Tensor], who, first) -> SpanList:
-    whos = [who] * len(tensors) if isinstance(who, (str, int)) else list(who)
-    if isinstance(who, (str, int)) and len(tensors) > 1:
+    one = isinstance(who, (str, numbers.Integral))
+    if not one and not isinstance(who, Iterable):
+        raise ValueError(f"{verb}: who is {who!r}; expected the parameter's name, or a list with one name per tensor")
+    if not isinstance(first, (numbers.Integral, Iterable)):
+        raise ValueError(f"{verb}: first is {first!r}; expected the number of the first element, or a list with one per tensor")
+    whos = [who] * len(tensors) if one else list(who)
+    if one and len(tensors) > 1:
         raise ValueError(
             f"{verb}: who is {who!r} for {len(tensors)} tensors; expected one name per tensor, or they would share one z"
         )
-    firsts = [first] * len(tensors) if isinstance(first, int) else list(first)
+    firsts = [int(first)] * len(tensors) if isinstance(first, numbers.Integral) else list(first)
     if len(whos) != len(tensors) or len(firsts) != len(tensors):
         raise ValueError(
             f"{verb}: {len(tensors)} tensors, {len(whos)} names and {len(firsts)} offsets; expected as many of each"
@@ -130,16 +130,6 @@ def _check_list(verb: str, tensors: TensorList, spans: SpanList) -> torch.device
         i, other = next((i, t.device) for i, t in enumerate(tensors) if t.device != device)
         raise ValueError(f"{verb}: tensors[{i}] is on {other} and tensors[0] on {device}; expected one device a call")
     return device
-
-
-def _list(tensors: Tensor | Sequence[Tensor]) -> TensorList:
-    found = TensorList([tensors] if isinstance(tensors, Tensor) else tensors)
-    if set(map(type, found)) <= {Tensor, torch.nn.Parameter}:
-        return found
-    for i, tensor in enumerate(found):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"tensors[{i}] is {type(tensor).__name__} {tensor!r:.80}; expected a torch.Tensor")
-    return found
 
 
 def _integers(what: str, words) -> Tensor:
@@ -175,7 +165,10 @@ def philox4x32(counter, key, rounds: int = ROUNDS, backend: str | None = None) -
         raise ValueError(f"philox4x32: counter has shape {tuple(counter.shape)}; expected [..., 4]")
     if counter.numel() and not (0 <= int(counter.min()) and int(counter.max()) < 2**32):
         raise ValueError("philox4x32: counter has words outside [0, 2**32)")
-    low, high = (check_word(f"key[{i}]", word) for i, word in enumerate(_integers("key", key).tolist()))
+    words = _integers("key", key)
+    if words.shape != (2,):
+        raise ValueError(f"philox4x32: key is {key!r:.80}; expected two words in [0, 2**32)")
+    low, high = (check_word(f"key[{i}]", word) for i, word in enumerate(words.tolist()))
     if not 1 <= rounds <= 16:
         raise ValueError(f"philox4x32: rounds is {rounds}; expected 1 to 16")
     flat = counter.reshape(-1, 4).contiguous()
@@ -195,6 +188,7 @@ def draw(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     clock: Tensor | None = None,
+    out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """z(seed, who, step, draw), elements [first, first + n), as a tensor.
@@ -205,22 +199,38 @@ def draw(
     first      number of the result's first element in the unsharded parameter
     dtype      float32 (exactly the z that every verb uses), or bfloat16 / float16 (that z, rounded to nearest)
     clock      int64[1] on the device, or None: added to step when the kernel runs (see axpy_)
-    Returns a new contiguous tensor. Equal bit for bit on every backend.
-    Raises ValueError for names out of range, other dtypes, first + n > 2**35; RuntimeError for a backend that is off."""
+    out        contiguous, of that shape and dtype on that device: written and returned. None: a new tensor
+    Equal bit for bit on every backend.
+    Raises ValueError for names out of range, other dtypes, first + n > 2**35, another `out`; RuntimeError for a backend that is off."""
     direction, device = directions.resolve(direction), torch.device(device)
     if dtype not in _FLOATS:
-        raise ValueError(f"draw: dtype is {dtype}; expected torch.float32, torch.bfloat16 or torch.float16")
-    out = torch.empty(shape, dtype=dtype, device=device)
+        raise ValueError(f"draw: dtype is {dtype!r}; expected torch.float32, torch.bfloat16 or torch.float16")
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=device)
+    else:
+        _check_out("draw", "out", out, torch.Size((shape,) if isinstance(shape, int) else shape), dtype, device)
     (span,) = _spans("draw", [out], who, first)
     check_tensor("draw", "the result", out, first)
     name, seed = _backend(backend, device), check_seed(seed)
     step, draw = check_word("step", step), check_word("draw", draw)
     _check_clock("draw", clock, device)
-    if direction.name not in directions.DIRECTIONS:
-        backends.get(name).draw([out], [span], direction, seed, step, draw, clock)
-    else:
-        torch.ops.zokern.draw_(out, span.who, first, step, draw, direction.name, wrap_seed(seed), name, clock)
+    with torch.no_grad():
+        if direction.name not in directions.DIRECTIONS:
+            backends.get(name).draw([out], [span], direction, seed, step, draw, clock)
+            torch.autograd.graph.increment_version([out])  # the kernels write through raw pointers
+        else:
+            torch.ops.zokern.draw_(out, span.who, first, step, draw, direction.name, wrap_seed(seed), name, clock)
     return out
+
+
+def _check_out(verb: str, what: str, out: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+    """A tensor that is written as it lies."""
+    if not isinstance(out, Tensor):
+        raise TypeError(f"{verb}: {what} is {type(out).__name__} {out!r:.80}; expected a torch.Tensor")
+    there = out.device == device or (out.device.type == device.type and device.index is None)
+    if out.shape != shape or out.dtype != dtype or not there or out.layout != torch.strided or not out.is_contiguous():
+        where = f"{out.dtype}{list(out.shape)} on {out.device}" + ("" if out.is_contiguous() else " and not contiguous")
+        raise ValueError(f"{verb}: {what} is {where}; expected contiguous {dtype}{list(shape)} on {device}")
 
 
 def _check_clock(verb: str, clock: Tensor | None, device: torch.device) -> None:
@@ -269,22 +279,22 @@ def axpy_(
     Raises ValueError, before anything is written, for other dtypes, overlapping elements, mixed devices, K = 0, an `each` that does
     not divide K, coefficients or decays that are not finite, first + n > 2**35, residuals that are missing or misshapen.
     Malladi et al. 2023, Algorithm 1 (perturb, restore and update are this call)."""
-    tensors, direction = _list(tensors), directions.resolve(direction)
+    tensors, direction = arguments.tensor_list("tensors", tensors), directions.resolve(direction)
     spans = _spans("axpy_", tensors, who, first)
     device = _check_list("axpy_", tensors, spans)
-    draws = [(check_word("step", step), check_word("draw", number)) for step, number in draws]
-    if not draws or len(draws) != len(coeffs):
-        raise ValueError(f"axpy_: {len(draws)} draws and {len(coeffs)} coefficients; expected as many of each, at least one")
+    draws = _draws("axpy_", draws)
     if not isinstance(coeffs, Tensor):
-        if not fits(coeffs):
-            raise ValueError(f"axpy_: coeffs is {list(coeffs)}; expected finite numbers in float32")
-        coeffs = torch.tensor(list(coeffs), dtype=torch.float32, device=device)
+        coeffs = torch.tensor(arguments.finite("axpy_", "coeffs", coeffs), dtype=torch.float32, device=device)
     elif coeffs.dtype != torch.float32 or coeffs.device != device or coeffs.dim() != 1:
         raise ValueError(
             f"axpy_: coeffs is {coeffs.dtype}{list(coeffs.shape)} on {coeffs.device}; expected float32[K] on {device}"
         )
+    elif coeffs.is_cpu and not _traced():  # looking at numbers of a GPU would wait for it
+        arguments.finite("axpy_", "coeffs", coeffs)
+    if not draws or len(draws) != len(coeffs):
+        raise ValueError(f"axpy_: {len(draws)} draws and {len(coeffs)} coefficients; expected as many of each, at least one")
     each, decays = _check_each(each, decay, len(draws))
-    low = [] if residuals is None else _list(residuals)
+    low = [] if residuals is None else arguments.tensor_list("residuals", residuals)
     _check_rounding("axpy_", tensors, rounding, low)
     _check_clock("axpy_", clock, device)
     if (pair := shared_memory(tensors)) is not None:
@@ -312,13 +322,16 @@ def _check_each(each: bool | int, decay: float | Sequence[float], count: int) ->
     if each and count % each:
         raise ValueError(f"axpy_: each is {each} for {count} draws; expected a divisor of {count}: every sum has as many terms")
     sums = count // each if each else 1
-    decays = [decay] * sums if isinstance(decay, (int, float)) else list(decay)
+    decays = arguments.one_or_each("axpy_", "decay", decay, sums)
     if len(decays) != sums:
         how = f"each is {each}" if each else "without each they are one sum"
         raise ValueError(f"axpy_: decay has {len(decays)} numbers for {count} draws ({how}); expected one number, or {sums}")
-    if not fits(decays):
-        raise ValueError(f"axpy_: decay is {decay}; expected finite numbers in float32")
     return each, decays
+
+
+def _draws(verb: str, draws: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Pairs (step, draw) as words of the counter."""
+    return [(check_word("step", step), check_word("draw", number)) for step, number in arguments.pairs(verb, "draws", draws)]
 
 
 def _traced() -> bool:
@@ -361,40 +374,77 @@ def perturb(
     residuals: Sequence[Tensor] | Tensor | None = None,
     dtype: torch.dtype | None = None,
     clock: Tensor | None = None,
+    out: Sequence[Tensor] | Sequence[Sequence[Tensor]] | None = None,
     backend: str | None = None,
 ) -> list[list[Tensor]]:
     """theta + scales[j] * z(seed, who, step, draw) for one or two scales, from one evaluation of z; theta is only read.
 
     Arguments as for axpy_. scales: one or two floats in units of theta. dtype: of the results, theta's (default) or float32.
     residuals: int16 low bits of bfloat16 tensors; theta plus its low bits is then what is perturbed. clock as for axpy_.
-    Returns, for each scale, the list of new contiguous tensors: round(fma(scale, z, theta)). Equal bit for bit on every backend.
-    Raises ValueError as axpy_ does."""
-    tensors, direction = _list(tensors), directions.resolve(direction)
+    out: for each scale a list of contiguous tensors (one tensor, where `tensors` is one), shaped like theta, of the results' dtype, apart
+    in memory from each other and from what is read: written and returned. A loop that keeps them saves the allocation, which takes
+    longer than the kernel. None: new tensors. Under torch.compile the results are made and copied.
+    Returns, for each scale, the list of results: round(fma(scale, z, theta)). Equal bit for bit on every backend.
+    Raises ValueError as axpy_ does, and for another `out`, before anything is written."""
+    single = isinstance(tensors, Tensor)
+    tensors, direction = arguments.tensor_list("tensors", tensors), directions.resolve(direction)
     spans = _spans("perturb", tensors, who, first)
     device = _check_list("perturb", tensors, spans)
-    if len(scales) not in (1, 2) or not fits(scales):
-        raise ValueError(f"perturb: scales is {scales}; expected one or two finite numbers in float32")
+    scales = arguments.finite("perturb", "scales", scales, "one or two finite numbers")
+    if len(scales) not in (1, 2):
+        raise ValueError(f"perturb: scales is {scales}; expected one or two finite numbers")
     if dtype is not None and any(dtype not in (t.dtype, torch.float32) for t in tensors):
-        raise ValueError(f"perturb: dtype is {dtype}; expected the tensors' dtype or torch.float32")
-    low = [] if residuals is None else _list(residuals)
+        raise ValueError(f"perturb: dtype is {dtype!r}; expected the tensors' dtype or torch.float32")
+    low = [] if residuals is None else arguments.tensor_list("residuals", residuals)
     if low:
         _check_rounding("perturb", tensors, "residual", low)
     _check_clock("perturb", clock, device)
     name = _backend(backend, device)
     step, draw, wide = check_word("step", step), check_word("draw", draw), dtype == torch.float32
     seed = check_seed(seed)
+    outs = None if out is None else _outs(out, single, tensors, low, len(scales), dtype, device)
     if direction.name not in directions.DIRECTIONS or not _traced():
-        outs = [[torch.empty(t.shape, dtype=dtype or t.dtype, device=device) for t in tensors] for _ in scales]
-        backends.get(name).perturb(
-            [t.detach() for t in tensors], spans, direction, seed, step, draw, scales, outs, low or None, clock
-        )
-        return outs
+        made = outs or [[torch.empty(t.shape, dtype=dtype or t.dtype, device=device) for t in tensors] for _ in scales]
+        with torch.no_grad():
+            backends.get(name).perturb(
+                [t.detach() for t in tensors], spans, direction, seed, step, draw, scales, made, low or None, clock
+            )
+        if outs is not None:
+            torch.autograd.graph.increment_version([t for side in outs for t in side])  # written through raw pointers
+        return made
     who_ids, firsts = [s.who for s in spans], [s.first for s in spans]
     with torch.no_grad():
         flat = torch.ops.zokern.perturb(
             tensors, low, who_ids, firsts, step, draw, direction.name, wrap_seed(seed), list(scales), wide, name, clock
         )
-    return [flat[: len(tensors)], flat[len(tensors) :]][: len(scales)]
+        found = [flat[: len(tensors)], flat[len(tensors) :]][: len(scales)]
+        for mine, side in zip(outs or [], found):
+            for to, made in zip(mine, side):
+                to.copy_(made)
+    return outs or found
+
+
+def _outs(
+    out, single: bool, tensors: TensorList, low: Sequence[Tensor], sides: int, dtype: torch.dtype | None, device: torch.device
+) -> list[list[Tensor]]:
+    """The lists that perturb writes, for each scale, checked."""
+    what = "for each scale " + ("a tensor, or a list of one" if single else f"a list of {len(tensors)} tensors")
+    if not isinstance(out, (list, tuple)) or len(out) != sides:
+        raise ValueError(f"perturb: out is {type(out).__name__} for {sides} scales; expected {what}")
+    outs = [[side] if single and isinstance(side, Tensor) else side for side in out]
+    for j, side in enumerate(outs):
+        if not isinstance(side, (list, tuple)) or len(side) != len(tensors):
+            raise ValueError(f"perturb: out[{j}] is {type(side).__name__} for {len(tensors)} tensors; expected {what}")
+        for i, (result, tensor) in enumerate(zip(side, tensors)):
+            _check_out("perturb", f"out[{j}][{i}]", result, tensor.shape, dtype or tensor.dtype, device)
+    flat, read = [result for side in outs for result in side], [*tensors, *low]
+    names = [f"out[{j}][{i}]" for j in range(sides) for i in range(len(tensors))]
+    # tensors that are only read may share memory, and then each is compared on its own
+    for inputs in [read] if shared_memory(read) is None else [[t] for t in read]:
+        if (pair := shared_memory([*flat, *inputs])) is not None:
+            a, b = (names[i] if i < len(flat) else "a tensor that is read" for i in sorted(pair))
+            raise ValueError(f"perturb: {a} and {b} share memory; expected results apart from each other and from what is read")
+    return [list(side) for side in outs]
 
 
 def lowrank_(
@@ -416,7 +466,8 @@ def lowrank_(
     """W <- decay * W + scale * U C V^T, in place, one launch for the whole list; no product is ever stored.
 
     tensors   one tensor or a list on one device: float32, bfloat16 or float16, any shape, strides and alignment. Element e of
-              the unsharded m x n matrix is row e div n, column e mod n: a flattened or reshaped W is the same W
+              the unsharded m x n matrix is row e div n, column e mod n: a flattened or reshaped W is the same W, but what looks
+              like a mistake, a matrix (n, m) or one with m rows of another length than n, has to be flattened
     left      U, float32 (m, r), contiguous: one, or one per tensor
     right     V, float32 (n, r), or (n, s) beside a core (r, s), contiguous
     core      C: None (the identity), float32[r] (a diagonal) or float32[r, s]
@@ -427,9 +478,9 @@ def lowrank_(
     round(fma(scale, s, round(decay * W))), float32 inside. Equal bit for bit on 'reference' and 'cpu'; 'cuda' and 'triton' use
     the matrix units and hold the error bounds that their kernels state.
     Returns int64[1]: how many results are inf or NaN.
-    Raises ValueError, before anything is written, for factors of another dtype, layout, shape or device, elements beyond m n,
-    and what axpy_ refuses."""
-    tensors = _list(tensors)
+    Raises ValueError, before anything is written, for factors of another dtype, layout, shape or device, factors that are
+    swapped, elements beyond m n, and what axpy_ refuses."""
+    tensors = arguments.tensor_list("tensors", tensors)
     if who is None:
         if rounding == "stochastic":
             raise ValueError(
@@ -441,16 +492,14 @@ def lowrank_(
     device = _check_list("lowrank_", tensors, spans)
     lefts, rights = _one_each("left", left, tensors), _one_each("right", right, tensors)
     cores = [None] * len(tensors) if core is None else _one_each("core", core, tensors)
-    scales = [scale] * len(tensors) if isinstance(scale, (int, float)) else list(scale)
-    if len(scales) != len(tensors) or not fits(scales):
-        raise ValueError(
-            f"lowrank_: scale is {scale}; expected a number that is finite in float32, or one for each of {len(tensors)} tensors"
-        )
-    if not fits([decay]):
-        raise ValueError(f"lowrank_: decay is {decay}; expected a finite number in float32")
+    each = f"a finite number, or one for each of {len(tensors)} tensors"
+    scales = arguments.one_or_each("lowrank_", "scale", scale, len(tensors), each)
+    if len(scales) != len(tensors):
+        raise ValueError(f"lowrank_: scale is {scale}; expected {each}")
+    (decay,) = arguments.finite("lowrank_", "decay", [decay], "a finite number")
     for i, (tensor, span) in enumerate(zip(tensors, spans)):
         _check_factors(i, tensor, span, lefts[i], cores[i], rights[i])
-    low = [] if residuals is None else _list(residuals)
+    low = [] if residuals is None else arguments.tensor_list("residuals", residuals)
     _check_rounding("lowrank_", tensors, rounding, low)
     if (pair := shared_memory(tensors)) is not None:
         raise ValueError(f"lowrank_: tensors[{pair[0]}] and tensors[{pair[1]}] share memory; expected distinct tensors")
@@ -500,6 +549,15 @@ def _check_factors(i: int, tensor: Tensor, span: Span, left: Tensor, core: Tenso
         raise ValueError(
             f"lowrank_: tensors[{i}] spans elements {span.first} to {span.first + tensor.numel()}; expected at most "
             f"{left.shape[0]} x {right.shape[0]}, the rows of left times the rows of right"
+        )
+    m, n = left.shape[0], right.shape[0]
+    if tensor.dim() == 2 and span.first == 0 and tensor.shape[1] != n and (tensor.shape[0] == m or tensor.shape == (n, m)):
+        how = (
+            "left and right are swapped" if tensor.shape == (n, m) else f"expected right ({tensor.shape[1]}, {right.shape[1]})"
+        )
+        raise ValueError(
+            f"lowrank_: tensors[{i}] is {list(tensor.shape)} and left times right {m} x {n}; {how}; a reshaped matrix, or a shard of "
+            "one, is flattened first: .view(-1)"
         )
 
 

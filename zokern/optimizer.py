@@ -14,7 +14,7 @@ from .evaluation import Group, Plan, Reading
 from .evaluation.owners import Owners
 from .evaluation.surroundings import check_structure
 from .factorized import Factorized
-from .rule import Rule, Sgd
+from .rule import Rule, Sgd, check_basis
 from .step import StepResult, finite_number, run, whole_number
 from .stream import check_seed
 from .warning import warn
@@ -78,6 +78,7 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
         self.rule: Rule = Sgd() if rule is None else rule
         if isinstance(self.rule, type) or not hasattr(self.rule, "update"):
             raise TypeError(f"rule is {rule!r}; expected None, zokern.Momentum(), zokern.Adam() or another Rule object")
+        check_basis(self.rule, self.factored)
         self.defer = defer
         self.matrices: dict[int, directions.Matrix] = {}
         self._groups: list[Group] = []
@@ -136,7 +137,9 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
         self._entries.append(entries)
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's state_dict plus ``zokern``: stream version, seed and step, so that a resumed run draws the same z."""
+        """torch's state_dict plus ``zokern``: stream version, seed and step, so that a resumed run draws the same z.
+
+        Writes what waits (see flush): a run that resumes from it has the bits of the run that saved and went on."""
         self.flush()
         return {**super().state_dict(), "zokern": saved.own_entry(self)}
 

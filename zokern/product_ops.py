@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, directions, ops, overlap
+from . import arguments, backends, directions, ops, overlap
 from .backends import Span
 from .products import Part, factored_linear, fused_linear, fuses, sketch_of, tiled_linear
 from .stream import INDEX_LIMIT, check_seed, check_word, parameter_id
@@ -45,11 +45,10 @@ def linear(
     Returns a list of (..., m), in W's dtype. The products are torch's, so their sums are not equal bit for bit between backends; the
     perturbed tiles are. Raises ValueError for shapes, dtypes or devices that do not fit.
     Malladi et al. 2023; Chen et al. 2025 for factored z."""
+    scales = arguments.finite("linear", "scales", scales, "finite scales, one for each x")
     sides = [xs] * len(scales) if isinstance(xs, Tensor) else list(xs)
-    if not scales or len(sides) != len(scales) or not ops.fits(scales):
-        raise ValueError(
-            f"linear: {len(sides)} xs and scales {list(scales)}; expected a finite scale for each (in float32), at least one"
-        )
+    if not scales or len(sides) != len(scales):
+        raise ValueError(f"linear: {len(sides)} xs and scales {scales}; expected a finite scale for each, at least one")
     ops.check_tensor("linear", "weight", weight, first)
     if weight.dim() != 2 or not weight.is_contiguous():
         raise ValueError(
@@ -75,7 +74,7 @@ def linear(
     with torch.no_grad():
         if isinstance(direction, (tuple, list)):
             left, right, core = _check_thin(weight, direction)
-            return torch.ops.zokern.linear_factored(sides, weight, bias, left, core, right, list(map(float, scales)), name)
+            return torch.ops.zokern.linear_factored(sides, weight, bias, left, core, right, scales, name)
         resolved = directions.resolve(direction)
         word = parameter_id(who) if isinstance(who, str) else check_word("who", who)
         step, draw = check_word("step", step), check_word("draw", draw)
@@ -84,7 +83,7 @@ def linear(
                 sides, weight, bias, residual, resolved, check_seed(seed), Span(word, first), step, draw, scales, tile, name
             )
         return torch.ops.zokern.linear(
-            sides, weight, bias, residual, word, first, step, draw, resolved.name, ops.wrap_seed(seed), list(map(float, scales)), tile, name
+            sides, weight, bias, residual, word, first, step, draw, resolved.name, ops.wrap_seed(seed), scales, tile, name
         )  # fmt: skip
 
 
@@ -149,17 +148,17 @@ def sketch(
     Returns float32 (m, p), or (n, p). G is exact, as axpy_ draws it; the product is torch's.
     Raises ValueError for shapes and dtypes that do not fit. Halko et al. 2011, "Finding structure with randomness" (range finder)."""
     resolved = directions.resolve(direction)
+    if not isinstance(shape, (tuple, list)) or len(shape) != 2:
+        raise ValueError(f"sketch: shape is {shape!r}; expected (m, n), the rows and columns of G")
     rows, columns = shape
     inner = rows if transposed else columns
     if omega.dtype != torch.float32 or omega.dim() != 2 or omega.shape[0] != inner or not omega.is_contiguous():
         raise ValueError(f"sketch: omega is {omega.dtype}{list(omega.shape)}; expected contiguous float32[{inner}, p]")
     if min(rows, columns) < 1 or first < 0 or first + rows * columns > INDEX_LIMIT:
         raise ValueError(f"sketch: shape is {shape} from {first}; expected positive sizes and first + m n <= 2**35")
-    pairs = [(check_word("step", step), check_word("draw", number)) for step, number in draws]
-    if not pairs or len(pairs) != len(coeffs) or not ops.fits(coeffs):
-        raise ValueError(
-            f"sketch: {len(pairs)} draws and coeffs {list(coeffs)}; expected as many numbers, finite in float32, at least one"
-        )
+    pairs, coeffs = ops._draws("sketch", draws), arguments.finite("sketch", "coeffs", coeffs)
+    if not pairs or len(pairs) != len(coeffs):
+        raise ValueError(f"sketch: {len(pairs)} draws and coeffs {coeffs}; expected as many finite numbers, at least one")
     if not isinstance(tile, int) or tile < 1:
         raise ValueError(f"sketch: tile is {tile!r}; expected a number of elements, at least 1")
     word = parameter_id(who) if isinstance(who, str) else check_word("who", who)
@@ -169,7 +168,7 @@ def sketch(
             run, seed = backends.get(name), check_seed(seed)
             return sketch_of(run, resolved, seed, Span(word, first), (rows, columns), pairs, coeffs, omega, transposed, tile)
         return torch.ops.zokern.sketch(
-            omega, rows, columns, word, first, [s for s, _ in pairs], [d for _, d in pairs], list(map(float, coeffs)), resolved.name,
+            omega, rows, columns, word, first, [s for s, _ in pairs], [d for _, d in pairs], coeffs, resolved.name,
             ops.wrap_seed(seed), transposed, tile, name,
         )  # fmt: skip
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from . import estimator
+from .arguments import fits
 from .evaluation import Group, Plan, Reading
 from .evaluation.objective import under_inference
-from .ops import fits
 from .rule import Sgd
 
 
@@ -52,15 +52,33 @@ class StepResult:
 def step(optimizer: Any, closure: Callable[[], Any]) -> StepResult:
     """One zeroth-order step: theta <- (1 - lr wd) theta - lr (1/q) sum_k c_k z_k.
 
-    optimizer  a zokern optimizer (zokern.MeZO, ...)
+    optimizer  a zokern optimizer (zokern.MeZO, ...), also as accelerate's prepare() returns it: in a wrapper with `.optimizer`
     closure    computes the loss of one batch: returns a 0-d or [1] tensor or a Python number. It is called once per query and
                offset, under no_grad, on the same batch each time.
     Returns a StepResult. Writes the trained parameters, once, and nothing else: RNG streams, train/eval flags, buffers and the
     module tree are as they were. If the closure raises, the weights are as they were (evaluation 'walk': up to rounding).
-    Raises RuntimeError when the closure changed the weights, when the loss never used them, after too many skipped or dead
-    steps in a row, and when the update made weights inf or NaN. Malladi et al. 2023, Algorithm 1."""
+    Raises TypeError, before anything is read, for another optimizer and for what is no closure; RuntimeError when the closure
+    changed the weights, when the loss never used them, after too many skipped or dead steps in a row, and when the update made
+    weights inf or NaN. Malladi et al. 2023, Algorithm 1."""
+    optimizer = _unwrapped(optimizer)
+    if not callable(closure):
+        raise TypeError(
+            f"closure is {type(closure).__name__} {closure!r:.80}; expected a function without arguments that computes the loss, which "
+            "is read at more than one point: zokern.step(optimizer, lambda: model(**batch).loss)"
+        )
     optimizer.step(closure)
     return optimizer.result
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    """The zokern optimizer itself, also from a wrapper that is an optimizer; TypeError for everything else."""
+    for found in (optimizer, getattr(optimizer, "optimizer", None)):
+        if isinstance(optimizer, torch.optim.Optimizer) and hasattr(found, "plan") and hasattr(found, "result"):
+            return found
+    name = type(optimizer).__name__
+    raise TypeError(
+        f"optimizer is {name}; expected a zokern optimizer: zokern.step(zokern.MeZO(model), closure); nothing was read or moved"
+    )
 
 
 def run(optimizer: Any, closure: Callable[[], Any]) -> StepResult:

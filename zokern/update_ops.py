@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import backends, directions, ops
+from . import arguments, backends, directions, ops
 from .backends import SCALARS, STATES, Span
-from .stream import check_seed, check_word
+from .stream import check_seed
 
 
 def update_(
@@ -49,19 +49,22 @@ def update_(
     Raises ValueError, before anything is written, for another rule, states that are missing, misshapen or shared, scalars that
     are not finite, and what axpy_ refuses.
     Polyak 1964; Kingma and Ba 2015; Zhang et al. 2024 (ZO-Bench): ZO-SGD-MMT and ZO-Adam are this call."""
-    tensors, direction = ops._list(tensors), directions.resolve(direction)
+    tensors, direction = arguments.tensor_list("tensors", tensors), directions.resolve(direction)
     spans = ops._spans("update_", tensors, who, first)
     device = ops._check_list("update_", tensors, spans)
     if rule not in STATES:
         raise ValueError(f"update_: rule is {rule!r}; expected one of {list(STATES)}")
-    draws = [(check_word("step", step), check_word("draw", number)) for step, number in draws]
-    if not draws or len(draws) != len(coeffs):
+    draws = ops._draws("update_", draws)
+    coeffs = coeffs if isinstance(coeffs, Tensor) else arguments.finite("update_", "coeffs", coeffs)
+    if not draws or (isinstance(coeffs, list) and len(draws) != len(coeffs)):
         raise ValueError(f"update_: {len(draws)} draws and {len(coeffs)} coefficients; expected as many of each, at least one")
     coeffs = _numbers("coeffs", coeffs, len(draws), device)
     scalars = _numbers("scalars", scalars, len(SCALARS[rule]), device, f": {', '.join(SCALARS[rule])}")
-    kept = [ops._list(state) for state in states]
+    if not isinstance(states, (list, tuple)):
+        raise TypeError(f"update_: states is {type(states).__name__}; expected ([m, ...],) or ([m, ...], [v, ...])")
+    kept = [arguments.tensor_list(f"states[{i}]", state) for i, state in enumerate(states)]
     _check_states(rule, tensors, kept)
-    low = [] if residuals is None else ops._list(residuals)
+    low = [] if residuals is None else arguments.tensor_list("residuals", residuals)
     ops._check_rounding("update_", tensors, rounding, low)
     ops._check_clock("update_", clock, device)
     flat = [tensor for state in kept for tensor in state]
@@ -86,9 +89,10 @@ def update_(
 def _numbers(what: str, given: Sequence[float] | Tensor, count: int, device: torch.device, names: str = "") -> Tensor:
     """Floats that the kernels read where they lie."""
     if not isinstance(given, Tensor):
-        if len(given) != count or not ops.fits(given):
-            raise ValueError(f"update_: {what} is {list(given)}; expected {count} finite numbers{names} (in float32)")
-        return torch.tensor(list(given), dtype=torch.float32, device=device)
+        found = arguments.finite("update_", what, given, f"{count} finite numbers{names}")
+        if len(found) != count:
+            raise ValueError(f"update_: {what} is {found}; expected {count} finite numbers{names}")
+        return torch.tensor(found, dtype=torch.float32, device=device)
     if given.dtype != torch.float32 or given.device != device or given.shape != (count,):
         raise ValueError(
             f"update_: {what} is {given.dtype}{list(given.shape)} on {given.device}; expected float32[{count}] on {device}{names}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,25 +13,34 @@ from torch import Tensor, nn
 class Objective:
     """The closure ``loss_fn(model(batch), batch)``, for loops that keep the model's call and the loss apart.
 
-    model    called once a reading: with keywords for a mapping, with positions for a tuple or list, else with the batch itself
-    batch    tensors, or a mapping or sequence of them; those whose first dimension is the batch's are repeated for every side
-    loss_fn  (outputs, batch) -> a scalar tensor or a Python number. It gets one side's rows of the outputs at a time, and must compute
-             the loss itself: a loss that the model averages over its batch would average over the sides
+    model     called once a reading: with keywords for a mapping, with positions for a tuple or list, else with the batch itself
+    batch     tensors, or a mapping or sequence of them; those whose first dimension is the batch's are repeated for every side
+    loss_fn   (outputs, batch) -> a scalar tensor or a Python number. It gets one side's rows of the outputs at a time, and must compute
+              the loss itself: a loss that the model averages over its batch would average over the sides
+    withhold  keys of a mapping that loss_fn reads and the model is not given: withhold="labels" keeps a transformers model from computing a
+              loss of its own
 
     Any evaluation takes it as an ordinary closure. `paired` runs the model once over the rows of all sides, which saves the second
     pass through its Python code. The model must treat the rows of a batch independently and keep their order (attention and norms do;
     routing tokens among experts and batch normalisation do not): the first step is compared with separate readings, and a model that
     does otherwise is read side by side instead."""
 
-    def __init__(self, model: nn.Module, batch: Any, loss_fn: Callable[[Any, Any], Any]) -> None:
+    def __init__(
+        self, model: nn.Module, batch: Any, loss_fn: Callable[[Any, Any], Any], *, withhold: str | Sequence[str] = ()
+    ) -> None:
         self.model, self.batch, self.loss_fn = model, batch, loss_fn
+        withhold = (withhold,) if isinstance(withhold, str) else tuple(withhold)
+        keys = list(batch) if isinstance(batch, Mapping) else []
+        if unknown := [key for key in withhold if key not in keys]:
+            raise ValueError(f"Objective: withhold names {unknown}; expected keys of a mapping, and this batch has {keys}")
+        self.inputs = {key: batch[key] for key in keys if key not in withhold} if withhold else batch
 
     def __call__(self) -> Any:
-        return self.loss_fn(run(self.model, self.batch), self.batch)
+        return self.loss_fn(run(self.model, self.inputs), self.batch)
 
     def rows(self) -> int:
         """Rows of the batch: the first dimension of its first tensor that has one; 0 if there is none."""
-        return next((t.shape[0] for t in tensors(self.batch) if t.dim() > 0), 0)
+        return next((t.shape[0] for t in tensors(self.inputs) if t.dim() > 0), 0)
 
 
 def under_inference(closure: Callable[[], Any]) -> Callable[[], Any]:

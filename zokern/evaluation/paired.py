@@ -143,7 +143,9 @@ class Paired:
 
     def _refuse(self, way: str, why: str) -> None:
         self.refused[way] = why
-        if way == "met":
+        if way == "stacked":
+            warn(f"the Objective is read side by side and not in one call of its model for all sides ({why})")
+        else:
             warn(f"evaluation 'paired' goes on as 'scratch': the closure cannot be interleaved ({why})")
 
 

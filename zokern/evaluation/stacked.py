@@ -107,9 +107,11 @@ def read(copies: Copies, objective: Objective) -> list[float]:
     if rows == 0:
         raise Unpairable("its batch has no rows")
     with torch.no_grad(), Stacked(copies, rows):
-        outputs = run(objective.model, repeated(objective.batch, rows, sides))
+        outputs = run(objective.model, repeated(objective.inputs, rows, sides))
     if isinstance(outputs, Mapping) and outputs.get("loss") is not None:
-        raise Unpairable("the model computes a loss of its own, over the rows of all sides: leave the labels to loss_fn")
+        raise Unpairable(
+            "the model computes a loss of its own, over the rows of all sides: keep the labels from it with withhold='labels'"
+        )
     losses = []
     for side in range(sides):
         copies.side = side

@@ -28,6 +28,12 @@ class FZOO(ZerothOrder):
     ) -> None:  # fmt: skip
         if not isinstance(queries, int) or queries < 2:
             raise ValueError(f"queries is {queries!r}; expected an integer, at least 2: one loss has no spread")
+        for name in ("stencil", "normalize"):
+            if name in options:
+                raise ValueError(
+                    f"{name} is {options[name]!r}; zokern.FZOO reads one side and divides by the spread of the losses: leave it out, or pass "
+                    f"it to zokern.MeZO"
+                )
         super().__init__(
             params, lr=lr, eps=eps, queries=queries, direction=direction, stencil="forward", normalize="std", evaluation=evaluation, **options
         )  # fmt: skip

@@ -22,7 +22,8 @@ class MeZO(ZerothOrder):
     queries       q: draws per step, averaged
     seed          of the run, in [0, 2**64); (seed, parameter name, step, query) name every z
     rounding      of 16-bit weights in the update: 'nearest', 'stochastic', or 'residual' (bfloat16: exact float32 master, +2 B a weight)
-    evaluation    'scratch' (weights untouched until the update), 'walk' (in place), or an instance: zokern.Scratch(budget=...)
+    evaluation    'scratch' (weights untouched until the update), 'paired' (the same, with all sides in one pass of the model), 'auto'
+                  ('paired' for short batches, else 'scratch'), 'walk' (in place), or an instance: zokern.Scratch(budget=...)
     backend       None chooses by device: 'cpu', 'cuda', then 'triton', then 'reference'
     rule          None: SGD, the formula above. zokern.Momentum(0.9, dampening=0.0) moves along M <- 0.9 M + g in place of
                   g = sum_k c_k z_k / q (ZO-Bench's ZO-SGD-MMT; without dampening=0.0, along the average); zokern.Adam() along the
@@ -30,6 +31,9 @@ class MeZO(ZerothOrder):
     direction     'normal' or 'rademacher';  stencil 'central' (two losses a query) or 'forward' (one, plus one shared)
     maximize      ascend: the closure returns a reward
     clip          bound on |c_k|
+    normalize     'none', or 'std': c_k is a difference of losses in standard deviations of the step's perturbed losses, not over eps (zokern.FZOO)
+    defer         of directions that are low-rank (zokern.SubZero, ...): whether updates wait in their core. None, the default, where they can;
+                  z of 'normal' and 'rademacher' is dense, and its updates never wait
     paired_check  every n steps, read the first loss twice and refuse a closure that is not repeatable (0: never)
     max_skips     raise after so many steps in a row with an inf or NaN loss; dead_limit: with equal losses (None: never)
     nonfinite     'raise' or 'ignore' weights that the update made inf or NaN

@@ -26,8 +26,8 @@ class TeZO(ZerothOrder):
     rank      r of every matrix, or a mapping from parameter name to r for those that differ from 32 (spectral_ranks makes one)
     rule      'sgd'; 'momentum' (TeZO-m): tau_M <- b1 tau_M + (1 - b1) c tau, from the first c tau on; 'adam' (TeZO-Adam): also
               tau_V <- b2 tau_V + (1 - b2) c^2 tau^2 and W <- W - lr (U diag(tau_M) V^T) / sqrt(U^2 diag(tau_V) (V^2)^T + adam_eps), squares
-              elementwise
-    betas, adam_eps, bias_correction   of momentum (its first beta) and Adam; the paper's form has no bias correction
+              elementwise. Or a rule, taken as it is: zokern.Adam(inside=True, bias_correction=False) is 'adam'
+    betas, adam_eps, bias_correction   of 'momentum' (its first beta) and 'adam'; the paper's form has no bias correction
     defer     updates wait in the core until flush(); the basis never changes. Not with 'adam', which is no low-rank update
     options   those of zokern.MeZO; evaluation is 'auto' by default
 
@@ -40,20 +40,25 @@ class TeZO(ZerothOrder):
         eps: float = 1e-3,
         *,
         rank: int | Mapping[str, int] = 32,
-        rule: str = "sgd",
+        rule: str | Rule = "sgd",
         betas: tuple[float, float] = (0.9, 0.999),
         adam_eps: float = 1e-8,
         bias_correction: bool = False,
         evaluation: Any = "auto",
         **options: Any,
     ) -> None:
-        if rule not in ("sgd", "momentum", "adam"):
-            raise ValueError(f"rule is {rule!r}; expected 'sgd', 'momentum' or 'adam'")
-        direction = Diagonal(rank) if isinstance(rank, int) else Diagonal(ranks=rank)
-        chosen: Rule = Sgd()
-        if rule != "sgd":
-            chosen = Momentum(betas[0]) if rule == "momentum" else Adam(betas, adam_eps, bias_correction, inside=True)
+        if not isinstance(rank, Mapping) and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+            raise ValueError(f"rank is {rank!r}; expected an integer, at least 1, or a mapping from parameter names to such")
+        direction = Diagonal(ranks=rank) if isinstance(rank, Mapping) else Diagonal(rank)
+        adam = Adam(betas, adam_eps, bias_correction, inside=True)
+        named: dict[str, Rule] = {"sgd": Sgd(), "momentum": Momentum(adam.betas[0]), "adam": adam}
+        known = rule in named if isinstance(rule, str) else hasattr(rule, "rebase") and not isinstance(rule, type)
+        if not known:
+            raise ValueError(f"rule is {rule!r}; expected 'sgd', 'momentum' or 'adam', or a rule such as zokern.Adam()")
+        chosen = named[rule] if isinstance(rule, str) else rule
         super().__init__(params, lr=lr, eps=eps, direction=direction, rule=chosen, evaluation=evaluation, **options)
+        if unknown := sorted(direction.ranks.keys() - self.ids.keys()):
+            raise ValueError(f"rank names {unknown}, which no parameter is called; the parameters are {sorted(self.ids)}")
 
 
 @torch.no_grad()

@@ -33,7 +33,20 @@ TILE = 1 << 20  # elements of a quotient that exist at a time
 
 
 class Adam:
+    """theta <- decay theta + lr (M / c1) / (sqrt(V / c2) + eps), with M, V the averages of g and g^2, g = sum_k weights[k] z_k.
+
+    betas            of M and V: (0.9, 0.999) by default, each 0 <= beta < 1
+    eps              1e-8, in units of g; with inside=True of g^2
+    bias_correction  c1 = 1 - beta1^t and c2 = 1 - beta2^t in a parameter's update number t; False: 1, TeZO's form
+    inside           eps stands under the root: sqrt(V / c2 + eps), TeZO's form
+
+    Keeps `first`, `second` and `updates` in the optimizer's state, float32: two moments shaped like the parameter where z is dense (8 bytes a
+    weight), 2 r numbers for a matrix with z = U diag(tau) V^T (zokern.TeZO). Updates never wait.
+    Raises ValueError for betas or eps out of range; an optimizer refuses it with a direction whose basis changes (SubZero, P-GAP, LOZO).
+    Kingma and Ba 2015; Zhang et al. 2024 (ZO-Bench's ZO-Adam); Sun et al. 2025 (TeZO-Adam)."""
+
     name, linear, defers = "adam", False, False
+    bases = ("diagonal",)  # directions with a basis that lasts, and whose draws are numbers along it
 
     def __init__(
         self,
@@ -42,7 +55,7 @@ class Adam:
         bias_correction: bool = True,
         inside: bool = False,
     ) -> None:
-        if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
             raise ValueError(f"betas is {betas!r}; expected two numbers, 0 <= beta < 1")
         if not eps > 0.0:
             raise ValueError(f"adam_eps is {eps!r}; expected a number above 0")
@@ -50,6 +63,8 @@ class Adam:
 
     def scalars(self, lr: float, decay: float = 1.0, updates: int = 1) -> tuple[float, ...]:
         """The numbers of zokern.update_ for a parameter's update number `updates`, counted from 1."""
+        if updates < 1:
+            raise ValueError(f"updates is {updates!r}; expected the number of the update, counted from 1")
         c1, c2 = self._corrections(updates)
         beta1, beta2 = self.betas
         # sqrt(V / c2 + eps) = sqrt(V + eps c2) / sqrt(c2)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..directions import Matrix
+from ..directions import Factored, Matrix
 from ..evaluation import Group, Plan
 
 
@@ -35,4 +35,14 @@ class Rule(Protocol):
         """The basis of a matrix has changed from (left, right) to its present one: carry the state over."""
 
 
-__all__ = ["Rule"]
+def check_basis(rule: Rule, direction: Factored | None) -> None:
+    """Refuse a rule whose state belongs to one basis with a direction that changes its basis."""
+    lasting = getattr(rule, "bases", None)
+    if direction is not None and lasting is not None and direction.name not in lasting:
+        raise ValueError(
+            f"rule is {rule.name!r} with direction {direction.name!r}, whose basis changes or is no diagonal; its moments belong to "
+            f"one basis of {list(lasting)}: expected zokern.Sgd() or zokern.Momentum(), or take zokern.TeZO, or zokern.MeZO (dense z)"
+        )
+
+
+__all__ = ["Rule", "check_basis"]

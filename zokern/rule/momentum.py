@@ -25,6 +25,17 @@ from .waiting import deposit, total
 
 
 class Momentum:
+    """M <- beta M + (1 - dampening) g,   theta <- decay theta + lr M,   g = sum_k weights[k] z_k, M = g in a parameter's first update.
+
+    beta       0.9 by default, 0 <= beta < 1
+    dampening  None: beta, so that M is an exponential average and lr keeps its meaning. 0: Polyak's heavy ball, torch.optim.SGD's momentum
+               and ZO-Bench's ZO-SGD-MMT; its steps are up to 1 / (1 - beta) times as long
+
+    Keeps `momentum` in the optimizer's state, float32: shaped like the parameter where z is dense (4 bytes a weight), in the small space of
+    a factored matrix (r x r, or m x r), carried over when its basis changes. `updates` counts those of a dense parameter.
+    Raises ValueError for a beta or dampening outside [0, 1).
+    Polyak 1964; Zhang et al. 2024 (ZO-Bench); Chen et al. 2025 (LOZO-M); Sun et al. 2025 (TeZO-m)."""
+
     name, linear, defers = "momentum", False, True
 
     def __init__(self, beta: float = 0.9, dampening: float | None = None) -> None:
@@ -36,6 +47,8 @@ class Momentum:
 
     def scalars(self, lr: float, decay: float = 1.0, updates: int = 1) -> tuple[float, ...]:
         """The numbers of zokern.update_ for a parameter's update number `updates`, counted from 1."""
+        if updates < 1:
+            raise ValueError(f"updates is {updates!r}; expected the number of the update, counted from 1")
         beta, alpha = (0.0, 1.0) if updates == 1 else (self.beta, 1.0 - self.dampening)
         return decay, lr, beta, alpha
 

@@ -14,6 +14,11 @@ from .waiting import deposit, total
 
 
 class Sgd:
+    """theta <- decay theta + lr g, g = sum_k weights[k] z_k, the rule of every method by default. One rounding to the weights' dtype.
+
+    It has no arguments and keeps no state. The updates of a factored matrix may wait in its core (r x r, or m x r): there they are summed in
+    float32, and W is written once. Malladi et al. 2023, Algorithm 1."""
+
     name, linear, defers = "sgd", True, True
 
     def update(

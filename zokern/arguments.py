@@ -1,0 +1,67 @@
+"""Arguments of the verbs as plain values: numbers, pairs and lists, each refused with its name and its value where it is something else."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import TensorList
+
+_TOO_LARGE = 2.0**128 - 2.0**103  # halfway from the largest float32 to 2**128: from here on float32 is infinite
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is one real number: Python's, NumPy's, or a tensor without dimensions."""
+    if type(value) in (float, int):
+        return True
+    if isinstance(value, Tensor):
+        return value.dim() == 0 and not value.is_complex()
+    return isinstance(value, numbers.Real)
+
+
+def fits(found: Iterable[float]) -> bool:
+    """Whether all numbers are finite as float32, in which the kernels use them."""
+    return all([-_TOO_LARGE < number < _TOO_LARGE for number in found])
+
+
+def finite(verb: str, what: str, given: Any, expected: str = "finite numbers") -> list[float]:
+    """A sequence of real numbers, finite in float32, as floats."""
+    if not isinstance(given, Iterable) or (isinstance(given, Tensor) and given.dim() == 0):
+        raise ValueError(f"{verb}: {what} is {given!r:.80}; expected a sequence of {expected}")
+    found = list(given)
+    if not (all(map(is_number, found)) and fits(found)):
+        raise ValueError(f"{verb}: {what} is {found!r:.200}; expected {expected} (in float32)")
+    return [float(x) for x in found]
+
+
+def one_or_each(verb: str, what: str, given: Any, count: int, expected: str = "finite numbers") -> list[float]:
+    """One finite number for all, or a sequence of them; its length is the caller's to check."""
+    return finite(verb, what, [given] * count if is_number(given) else given, expected)
+
+
+def pairs(verb: str, what: str, given: Any) -> list[tuple[Any, Any]]:
+    """A sequence of two numbers each."""
+    try:
+        return [(a, b) for a, b in given]
+    except (TypeError, ValueError):
+        raise ValueError(f"{verb}: {what} is {given!r:.80}; expected pairs (step, draw), such as [(7, 0), (8, 0)]") from None
+
+
+def tensor_list(what: str, given: Any) -> TensorList:
+    """One tensor, or a sequence of them."""
+    if not isinstance(given, (Tensor, Iterable)):
+        raise TypeError(f"{what} is {type(given).__name__} {given!r:.80}; expected a torch.Tensor, or a list of them")
+    found = TensorList([given] if isinstance(given, Tensor) else given)
+    if set(map(type, found)) <= {Tensor, torch.nn.Parameter}:
+        return found
+    for i, tensor in enumerate(found):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{what}[{i}] is {type(tensor).__name__} {tensor!r:.80}; expected a torch.Tensor")
+    return found
+
+
+__all__ = ["finite", "fits", "is_number", "one_or_each", "pairs", "tensor_list"]
