@@ -250,6 +250,22 @@ def test_whoever_looks_sees_every_update(name: str, look: str) -> None:
     assert waits(optimizer) == [] and changed(model, snapshot(expected)) == []
 
 
+@pytest.mark.parametrize("traced", [False, True])
+def test_module_that_was_compiled_first_shows_every_update(traced: bool) -> None:
+    """Also where its graph is older than the hook of its inner module; so does the inner module itself."""
+    for outer in (False, True):
+        model = tiny(width=16)
+        compiled = torch.compile(model, backend="eager")
+        with torch.no_grad():
+            if traced:
+                compiled(IDS)
+            optimizer = zokern.SubZero(compiled, rank=3, evaluation="scratch")
+            zokern.step(optimizer, closure_of(compiled))
+            assert waits(optimizer)
+            seen = (compiled if outer else model)(IDS)
+            assert waits(optimizer) == [] and torch.equal(seen, model(IDS))
+
+
 def test_check_rejects_a_module_without_hooks() -> None:
     with patch.object(zokern.factorized._Flush, "__call__", lambda *_: None), pytest.raises(AssertionError):
         test_whoever_looks_sees_every_update("subzero", "forward")
@@ -395,7 +411,7 @@ def test_whoever_looks_at_a_part_sees_every_update(look: str) -> None:
 
 @pytest.mark.parametrize("look", ["a part", "its state", "a copy"])
 def test_check_rejects_hooks_of_the_root_alone(look: str) -> None:
-    def root_alone(self, model: nn.Module) -> None:
+    def root_alone(self, model: nn.Module, given: nn.Module) -> None:
         self._parts = (model,)
 
     with patch.object(zokern.optimizer.ZerothOrder, "watch", root_alone), pytest.raises(AssertionError):

@@ -85,10 +85,91 @@ def test_row_02_two_parameters_on_one_storage() -> None:
     step_on(columns, lambda: (columns.a + columns.b).sum())
 
 
+@pytest.mark.parametrize("source", [lambda m: m, lambda m: list(m.named_parameters()), lambda m: [{"params": [m.a, m.b]}]])
+def test_row_02_tie_without_the_module(source: Callable) -> None:
+    """The other tensor object of the same elements is perturbed too, whatever the optimizer was given."""
+    model, seen = nn.Module(), []
+    model.a = nn.Parameter(torch.linspace(-1, 1, 36).view(6, 6))
+    model.b = nn.Parameter(model.a.data)
+    zokern.step(
+        zokern.MeZO(source(model), lr=0.0),
+        lambda: (seen.append((model.a + 0, model.b + 0)), nn.functional.linear(X @ model.a, model.b).square().mean())[1],
+    )
+    assert len(seen) == 2 and all(same_bits(a, b) for a, b in seen)
+
+
+@pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
+def test_row_02_tie_of_which_one_is_frozen(order: tuple[str, str]) -> None:
+    """As with the module, the name that requires a gradient is trained, in whichever order they come."""
+    tied = {"a": nn.Parameter(torch.ones(3))}
+    tied["b"] = nn.Parameter(tied["a"].data, requires_grad=False)
+    optimizer = zokern.MeZO([(name, tied[name]) for name in order], lr=1.0)
+    result = zokern.step(optimizer, lambda: (tied["a"] + tied["b"]).sum())
+    oracle.check_update("a", torch.ones(3), tied["a"], 0, 0, [-result.coefficients[0]])
+
+
+def test_row_02_tie_that_is_cut_later() -> None:
+    model = nn.Module()
+    model.a = nn.Parameter(torch.ones(3, 6))
+    model.b = nn.Parameter(model.a.data)
+    optimizer = zokern.MeZO(model, eps=0.1)
+
+    def again() -> None:
+        zokern.step(optimizer, lambda: (X * model.a).sum() + model.b.float().square().sum())
+
+    again()
+    model.bfloat16()  # gives each its own storage
+    refuse(model, again, RuntimeError, "'a'", "'b'", "same elements", "new optimizer")
+    model.b.data = model.a.data
+    again()
+    both = nn.ParameterDict({"a": torch.ones(3), "b": torch.ones(3)})
+    optimizer = zokern.MeZO(both)
+    zokern.step(optimizer, lambda: (both["a"] + both["b"]).sum())
+    both["b"].data = both["a"].data
+    refuse(both, lambda: zokern.step(optimizer, lambda: (both["a"] + both["b"]).sum()), ValueError, "'a'", "'b'", "clone")
+
+
 def test_row_03_expanded_parameter() -> None:
     model = nn.Module()
     model.wide = nn.Parameter(torch.ones(1, 4).expand(3, 4))
     refuse(model, lambda: zokern.MeZO(model), ValueError, "'wide'", "overlapping", ".clone()")
+
+
+OTHER_MEMORY = {
+    "expanded": (lambda m: setattr(m[0].weight, "data", torch.ones(1, 6).expand(5, 6)), ("'0.weight'", ".clone()")),
+    "double": (lambda m: m.double(), ("'0.weight'", "float64", "float32, bfloat16 or float16", "cast")),
+    "shared": (lambda m: setattr(m[2].weight, "data", m[0].weight.data[:1, :5]), ("'0.weight'", "'2.weight'", "overlap")),
+}
+
+
+@pytest.mark.parametrize("change", OTHER_MEMORY)
+@pytest.mark.parametrize("source", [lambda m: m, lambda m: list(m.named_parameters())])
+def test_rows_02_03_14_parameter_that_becomes_other_memory(source: Callable, change: str) -> None:
+    """Under the same Parameter: what was refused when the optimizer was built is refused at the next step, and after it."""
+    model = two_layers()
+    optimizer = zokern.MeZO(source(model), lr=0.1)
+
+    def again() -> zokern.StepResult:
+        return zokern.step(optimizer, lambda: model(X.to(model[0].bias.dtype)).square().mean())
+
+    again()
+    swap, words = OTHER_MEMORY[change]
+    swap(model)
+    for _ in range(2):
+        refuse(model, again, ValueError, *words)
+    model.float()
+    model[0].weight.data, model[2].weight.data = torch.ones(5, 6), torch.ones(1, 5)
+    assert again().step == 1
+
+
+def test_row_18_weights_replaced_while_updates_wait() -> None:
+    model = two_layers()
+    optimizer = zokern.SubZero(model, rank=2, evaluation="scratch")
+    closure = lambda: model(X).square().mean()  # noqa: E731
+    zokern.step(optimizer, closure)
+    model[0].weight.data = torch.ones(7, 6)
+    for call in (optimizer.flush, lambda: zokern.step(optimizer, closure)):
+        refuse(nn.Module(), call, RuntimeError, "'0.weight'", "optimizer.flush()", "defer=False")
 
 
 def test_row_04_any_memory_layout_has_the_same_z() -> None:
@@ -221,15 +302,26 @@ def test_row_14_float64_parameter() -> None:
     refuse(model, lambda: zokern.MeZO(model), ValueError, "'wide'", "float64", "float32, bfloat16 or float16", "cast", "freeze")
 
 
-def test_row_15_frozen_quantised_parameters_are_skipped() -> None:
+@pytest.mark.parametrize("source", [lambda m: m, lambda m: m.named_parameters(), lambda m: [{"params": list(m.parameters())}]])
+def test_row_15_frozen_quantised_parameters_are_skipped(source: Callable) -> None:
     model = two_layers()
     for dtype in (torch.float8_e4m3fn, torch.int8, torch.uint8):
         setattr(model, str(dtype)[6:], nn.Parameter(torch.ones(4).to(dtype), requires_grad=False))
-    before = {name: p.view(torch.uint8).clone() for name, p in model.named_parameters() if not p.requires_grad}
-    step_on(model, lambda: model[:3](X).mean(), lr=1.0)
-    assert len(before) == 3 and all(
-        torch.equal(dict(model.named_parameters())[n].view(torch.uint8), b) for n, b in before.items()
-    )
+    model.later = nn.Parameter(torch.ones(4, device="meta"), requires_grad=False)
+    kept = [p for p in model.parameters() if not p.requires_grad and not p.is_meta]
+    before = [p.view(torch.uint8).clone() for p in kept]
+    optimizer = zokern.MeZO(source(model), lr=1.0)
+    zokern.step(optimizer, lambda: model[:3](X).mean())
+    assert len(kept) == 3 and all(torch.equal(p.view(torch.uint8), b) for p, b in zip(kept, before))
+
+
+def test_lazy_parameter() -> None:
+    model = nn.Sequential(nn.LazyLinear(5), nn.Linear(5, 1))
+    for source in (model, model.named_parameters()):
+        with pytest.raises(ValueError, match="'0.weight' of a lazy module.*run the module once"):
+            zokern.MeZO(source)
+    model(X)
+    step_on(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.int64, torch.bool, torch.complex64])
@@ -237,7 +329,8 @@ def test_row_16_parameter_that_cannot_be_trained(dtype: torch.dtype) -> None:
     model = two_layers()
     tensor = torch.ones(4).to(dtype)
     selected = [*model.named_parameters(), ("odd", tensor)]
-    refuse(model, lambda: zokern.MeZO(selected), ValueError, "'odd'", str(dtype)[6:], "expected float32, bfloat16 or float16")
+    words = "'odd'", str(dtype)[6:], "expected float32, bfloat16 or float16", "leave it out"
+    refuse(model, lambda: zokern.MeZO(selected), ValueError, *words)
 
 
 def test_row_17_requires_grad_toggled_between_steps() -> None:
@@ -729,7 +822,7 @@ def test_row_34_loss_on_another_device() -> None:
 NOT_A_NUMBER = [float("nan"), float("inf"), -float("inf"), "1e-3", None, True]
 
 
-@pytest.mark.parametrize("eps", [0.0, -1e-3, *NOT_A_NUMBER])
+@pytest.mark.parametrize("eps", [0.0, -1e-3, *NOT_A_NUMBER, 1e-60, 1e-40, 1e40])
 def test_row_35_eps(eps) -> None:
     model = two_layers()
     refuse(model, lambda: zokern.MeZO(model, eps=eps), ValueError, f"eps is {eps!r}", "finite number > 0")
@@ -757,6 +850,54 @@ def test_row_36_eps_below_half_an_ulp() -> None:
         model.float()
         x = x.float()
         step(1e-6)  # float32 is not concerned
+
+
+def weight(dtype: torch.dtype, rows: int = 64, columns: int = 64) -> nn.Parameter:
+    values = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * 0.02
+    return nn.Parameter(values.to(dtype))
+
+
+def test_row_36_names_the_group_and_its_eps() -> None:
+    model = nn.ParameterDict(
+        {"wide": weight(torch.float32), "many": weight(torch.bfloat16, 512), "few": weight(torch.bfloat16)}
+    )
+    groups = [{"params": [(n, model[n])], "eps": eps} for n, eps in (("wide", 0.5), ("many", 1e-2), ("few", 1e-6))]
+    optimizer = zokern.MeZO(groups, lr=0.0)
+    words = "eps = 1e-06 leaves 9", "'few'", "raise eps", "force=True"
+    refuse(model, lambda: zokern.step(optimizer, lambda: sum(p.float().sum() for p in model.values())), ValueError, *words)
+
+
+@pytest.mark.parametrize("rows", [600, 2])  # the sample is less than a row, or many of them
+def test_row_36_weights_with_gaps(rows: int) -> None:
+    model = nn.Module()
+    model.w = nn.Parameter(
+        weight(torch.bfloat16, 600, rows).data.t() if rows == 2 else weight(torch.bfloat16, rows, 20).data[:, ::2]
+    )
+    assert not model.w.is_contiguous()
+    refuse(
+        model, lambda: step_on(model, lambda: model.w.float().sum(), eps=1e-6), ValueError, "eps = 1e-06", "'w'", "half an ulp"
+    )
+    with pytest.warns(RuntimeWarning, match="update is below half an ulp"):
+        result = step_on(model, lambda: model.w.float().sum(), eps=1e-2, lr=1e-9)
+    assert result.dead_updates is not None and result.dead_updates > 0.9
+
+
+def test_row_36_eps_is_checked_whenever_it_changes() -> None:
+    model = nn.ParameterDict({"w": weight(torch.bfloat16)})
+    optimizer = zokern.MeZO(model, lr=0.0, eps=1e-2)
+    closure = lambda: model["w"].float().sum()  # noqa: E731
+    zokern.step(optimizer, closure)
+    optimizer.param_groups[0]["eps"] = 1e-6
+    for _ in range(2):
+        refuse(model, lambda: zokern.step(optimizer, closure), ValueError, "eps = 1e-06")
+    optimizer.param_groups[0]["eps"] = 1e-2
+    zokern.step(optimizer, closure)
+    optimizer.force = True
+    optimizer.param_groups[0]["eps"] = 1e-6
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        zokern.step(optimizer, closure), zokern.step(optimizer, closure)
+    assert sum("eps = 1e-06" in str(w.message) for w in caught) == 1  # once for an eps
 
 
 @pytest.mark.parametrize("lr", [-1e-3, *NOT_A_NUMBER])

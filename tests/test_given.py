@@ -12,12 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import build, changed, same_bits, snapshot
-from mutant import mutant
 from torch import Tensor, nn
 
 import zokern
-from zokern import optimizer as optimizers
-from zokern import parameters, saved
+from zokern import factorized, memory, parameters
 
 X = torch.linspace(-1, 1, 18).view(3, 6)
 
@@ -41,24 +39,17 @@ def refuse(model: nn.Module, call: Callable, error, *words: str) -> None:
 # Parameters that change between steps -------------------------------------------------------------------------------------------
 
 
-def shared_rows(p: nn.Parameter) -> None:
-    p.data = torch.ones(1, 6).expand(5, 6)
-
-
 def larger(p: nn.Parameter) -> None:
     p.data = torch.ones(50, 6, dtype=p.dtype)
 
 
 @pytest.mark.parametrize("options", [{}, {"rule": zokern.Momentum()}, {"rule": zokern.Adam()}], ids=["sgd", "momentum", "adam"])
-@pytest.mark.parametrize(
-    "change, words", [(shared_rows, ("overlapping elements",)), (larger, ("[5, 6]", "[50, 6]", "new optimizer"))]
-)
-def test_data_that_was_swapped(change: Callable, words: tuple[str, ...], options: dict) -> None:
+def test_data_whose_rows_are_one(options: dict) -> None:
     model = layers()
     optimizer = zokern.MeZO(model, lr=0.1, **options)
     zokern.step(optimizer, loss_of(model))
-    change(model[0].weight)
-    refuse(model, lambda: zokern.step(optimizer, loss_of(model)), ValueError, "'0.weight'", *words)
+    model[0].weight.data = torch.ones(1, 6).expand(5, 6)
+    refuse(model, lambda: zokern.step(optimizer, loss_of(model)), ValueError, "'0.weight'", "overlapping elements")
 
 
 def test_residuals_do_not_outlive_their_shape() -> None:
@@ -87,10 +78,24 @@ def test_data_that_overlaps_another_parameter() -> None:
     refuse(model, lambda: zokern.step(optimizer, loss_of(model)), ValueError, "'0.weight'", "'0.bias'", "overlap")
 
 
+@pytest.mark.parametrize("evaluation", ["scratch", "paired", "walk"])
+def test_data_that_the_closure_swaps(evaluation: str) -> None:
+    """Kernels that restore or update would reach beyond smaller data."""
+    model = layers()
+
+    def closure() -> float:
+        model[0].bias.data = torch.ones(2)
+        return 1.0
+
+    with pytest.raises(RuntimeError, match="closure.*'0.bias'"):
+        zokern.step(zokern.MeZO(model, lr=0.1, evaluation=evaluation), closure)
+
+
 def test_a_check_that_is_made_once_is_rejected() -> None:
-    once = mutant(optimizers.ZerothOrder, "_recheck", "if key == known:", "if known is not None:")
-    with patch.object(optimizers.ZerothOrder, "_recheck", once), pytest.raises(pytest.fail.Exception):
-        test_data_that_was_swapped(shared_rows, ("overlapping elements",), {})
+    once = lambda self, entries: [] if self.settled else right(self, entries)  # noqa: E731
+    right = memory.Memory.moved
+    with patch.object(memory.Memory, "moved", once), pytest.raises(pytest.fail.Exception):
+        test_data_whose_rows_are_one({})
 
 
 def test_param_groups_that_were_edited_by_hand() -> None:
@@ -218,7 +223,7 @@ def test_lazy_parameters_are_named() -> None:
     (lambda m: dict(m.named_parameters()), TypeError, "params is a dict"), (lambda m: None, TypeError, "params is None"),
     (lambda m: [{"parameters": list(m.parameters())}], ValueError, "expected a dict with 'params'"),
     (lambda m: [(p, name) for name, p in m.named_parameters()], TypeError, r"expected \(name, tensor\) pairs"),
-    (lambda m: [{"params": [m[0].weight]}, {"params": [m[0].weight]}], ValueError, "same elements in two groups"),
+    (lambda m: [{"params": [m[0].weight]}, {"params": [m[0].weight]}], ValueError, "same elements.*one group"),
 ])  # fmt: skip
 def test_params_of_other_forms(given: Callable, error, words: str) -> None:
     with pytest.raises(error, match=words):
@@ -229,11 +234,11 @@ def test_params_of_other_forms(given: Callable, error, words: str) -> None:
     ({"paired_check": -5}, ValueError, "paired_check is -5"), ({"paired_check": 1.5}, ValueError, "paired_check is 1.5"),
     ({"paired_check": "3"}, ValueError, "paired_check is '3'"), ({"max_skips": -1}, ValueError, "max_skips is -1"),
     ({"dead_limit": 0}, ValueError, "dead_limit is 0"), ({"dead_limit": True}, ValueError, "dead_limit is True"),
-    ({"maximize": "no"}, TypeError, "maximize is 'no'"), ({"rule": "adam"}, TypeError, "rule is 'adam'"),
+    ({"maximize": "no"}, ValueError, "maximize is 'no'"), ({"rule": "adam"}, TypeError, "rule is 'adam'"),
     ({"rule": zokern.Adam}, TypeError, "rule is"),
     ({"backend": 3}, TypeError, "backend is 3"), ({"queries": 2.0}, ValueError, "queries is 2.0"),
     ({"lr": torch.ones(2)}, ValueError, "lr is tensor"),
-    ({"eps": 1e-60}, ValueError, "eps is 1e-60, which is 0 in float32"),
+    ({"eps": 1e-60}, ValueError, "eps is 1e-60; expected a finite number"),
 ])  # fmt: skip
 def test_options_of_other_kinds(options: dict, error, words: str) -> None:
     with pytest.raises(error, match=words):
@@ -307,7 +312,7 @@ def test_state_of_another_shape_is_refused(options: dict, dtype: torch.dtype, ke
     state = copy.deepcopy(optimizer.state_dict())
     break_it(state)
     kept = copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(ValueError, match=rf"holds '{key}' of parameter '0.weight'.*expected torch"):
+    with pytest.raises(ValueError, match=rf"state '{key}' of parameter '0.weight'.*needs a contiguous"):
         optimizer.load_state_dict(state)
     now = optimizer.state_dict()
     assert now["zokern"] == kept["zokern"]
@@ -319,7 +324,7 @@ def test_state_of_another_shape_is_refused(options: dict, dtype: torch.dtype, ke
 
 
 def test_a_load_without_the_check_is_rejected() -> None:
-    with patch.object(saved, "_check_fits", lambda *_: None), pytest.raises(pytest.fail.Exception):
+    with patch.object(factorized, "check_state", lambda *_: None), pytest.raises(pytest.fail.Exception):
         test_state_of_another_shape_is_refused({"rule": zokern.Momentum()}, torch.float32, "momentum", other_shape)
 
 
@@ -351,7 +356,7 @@ def test_another_recipe_is_refused(which: str) -> None:
         assert other.steps == 1 and not zokern.step(other, loss_of(model)).skipped
 
 
-@pytest.mark.parametrize("entry, value", [("seed", 2**64), ("step", -3), ("step", 2**32)])
+@pytest.mark.parametrize("entry, value", [("seed", 2**64), ("step", -3), ("step", 2**32 + 1)])
 def test_seed_and_step_of_a_state_are_checked(entry: str, value: int) -> None:
     optimizer = zokern.MeZO(layers())
     state = optimizer.state_dict()

@@ -22,7 +22,7 @@ LAYERS = {
     "parts": ["estimator", "parameters", "evaluation"],
     "rules": ["rule"],
     "step": ["step"],
-    "optimizer": ["saved", "factorized", "optimizer"],
+    "optimizer": ["memory", "saved", "factorized", "optimizer"],
     "methods": ["methods"],
     "applications": ["__init__", "hf", "demo", "info", "cli", "__main__", "_build"],
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -105,6 +106,185 @@ def test_load_state_dict_refuses_other_runs() -> None:
     optimizer.load_state_dict(good)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", 2**64),
+        ("seed", -1),
+        ("seed", 1.5),
+        ("step", -3),
+        ("step", 2**32 + 1),
+        ("step", True),
+        ("dead", None),
+        ("skips", -1),
+    ],
+)
+def test_numbers_of_a_state_are_checked(key: str, value) -> None:
+    optimizer = zokern.MeZO(tiny(), seed=3, lr=0.1)
+    state = optimizer.state_dict()
+    for wrong in ({**state["zokern"], key: value}, {k: v for k, v in state["zokern"].items() if k != key}):
+        shown = wrong.get(key)
+        state["param_groups"][0]["lr"] = 0.5
+        with pytest.raises(ValueError, match=f"{key} = {shown!r}; expected an integer, 0 <= {key} < "):
+            optimizer.load_state_dict({**state, "zokern": wrong})
+        assert optimizer.seed == 3 and optimizer.steps == 0 and optimizer.param_groups[0]["lr"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [({"direction": "rademacher"}, "direction"), ({"queries": 3}, "queries"), ({"stencil": "forward"}, "stencil")],
+)
+def test_state_of_other_draws_is_not_loaded(options: dict, key: str) -> None:
+    state = saved(zokern.MeZO(tiny()).state_dict())
+    other = zokern.MeZO(tiny(), seed=5, **options)
+    with pytest.raises(ValueError, match=f"with {key}=.*recipe"):
+        other.load_state_dict(state)
+    assert other.seed == 5
+    with pytest.raises(ValueError, match="direction='normal'.*'subspace and normal'"):
+        zokern.SubZero(tiny()).load_state_dict(state)
+    zokern.MeZO(tiny()).load_state_dict(state)
+    del state["zokern"]["recipe"]
+    other.load_state_dict(state)  # as an older version wrote it
+    assert other.seed == 0
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps, lambda o: torch.save(o, io.BytesIO())])
+def test_optimizer_is_not_copied(copied) -> None:
+    with pytest.raises(TypeError, match="MeZO cannot be copied or pickled.*load_state_dict"):
+        copied(zokern.MeZO(tiny()))
+
+
+KEEPS = {
+    "residual": lambda model: zokern.MeZO(model, lr=1e-3, eps=0.1, rounding="residual"),
+    "momentum": lambda model: zokern.MeZO(model, lr=1e-3, eps=0.1, rule=zokern.Momentum()),
+    "second": lambda model: zokern.MeZO(model, lr=1e-3, eps=0.1, rule=zokern.Adam()),
+}
+FACTORED = {
+    "subzero": lambda model, rank: zokern.SubZero(model, eps=0.1, rank=rank, reshape="none", rule=zokern.Momentum()),
+    "lozo": lambda model, rank: zokern.LOZO(model, eps=0.1, rank=rank, momentum=0.9),
+    "tezo": lambda model, rank: zokern.TeZO(model, eps=0.1, rank=rank, rule="adam"),
+}
+
+
+def matrix(rows: int, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    model = nn.Module()
+    model.w = nn.Parameter(torch.ones(rows, 8, dtype=dtype))
+    return model
+
+
+def square(model: nn.Module, optimizer) -> zokern.StepResult:
+    return zokern.step(optimizer, lambda: model.w.float().square().sum())
+
+
+@pytest.mark.parametrize("key", KEEPS)
+def test_state_of_another_shape_is_not_loaded(key: str) -> None:
+    """Kernels get its address alone; nothing of the optimizer has changed when it is refused."""
+    small, large = matrix(8), matrix(16)
+    optimizer = KEEPS[key](small)
+    square(small, optimizer)
+    other = KEEPS[key](large)
+    with pytest.raises(ValueError, match=r"state.*'w'.*\[8, 8\].*\[16, 8\].*state_dict\['state'\]\.clear"):
+        other.load_state_dict(optimizer.state_dict())
+    assert other.steps == 0 and not other.state
+    state = optimizer.state_dict()
+    state["state"][0][key] = state["state"][0][key].double()
+    with pytest.raises(ValueError, match=f"'{key}'.*'w'.*float64"):
+        KEEPS[key](matrix(8)).load_state_dict(state)
+    state["state"] = {3: {}}
+    with pytest.raises(ValueError, match=r"number \[3\].*\[0\]"):
+        KEEPS[key](matrix(8)).load_state_dict(state)
+    state["state"].clear()
+    square(large, other)
+    other.load_state_dict(state)  # the way out
+
+
+@pytest.mark.parametrize("rule", ["momentum", "second"])
+@pytest.mark.parametrize(
+    "change", [lambda s: s.update(updates=-1), lambda s: s.pop("updates"), lambda s: s.update(updates=1.5)]
+)
+def test_count_of_updates_is_checked(rule: str, change) -> None:
+    model = matrix(8)
+    optimizer = KEEPS[rule](model)
+    square(model, optimizer)
+    change(optimizer.state[model.w])
+    with pytest.raises(ValueError, match="'w'.*updates"):
+        KEEPS[rule](matrix(8)).load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("name", FACTORED)
+def test_state_of_another_rank_is_not_loaded(name: str) -> None:
+    model = matrix(16, torch.float32)
+    optimizer = FACTORED[name](model, 4)
+    square(model, optimizer)
+    FACTORED[name](matrix(16, torch.float32), 4).load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="rank=4"):
+        FACTORED[name](matrix(16, torch.float32), 2).load_state_dict(optimizer.state_dict())
+    state = optimizer.state_dict()
+    state["zokern"]["recipe"] = None
+    with pytest.raises(ValueError, match="state.*'w'.*needs a contiguous"):
+        FACTORED[name](matrix(16, torch.float32), 2).load_state_dict(state)
+    optimizer.flush()
+    model.w.data = torch.ones(24, 8)
+    if name == "lozo":  # whose momentum has a row for each of the matrix
+        with pytest.raises(ValueError, match=r"'momentum'.*'w'.*\[16, 4\].*\[24, 4\].*del optimizer.state"):
+            square(model, optimizer)
+        del optimizer.state[model.w]
+    square(model, optimizer)
+    assert optimizer.matrices[id(model.w)].rows == 24
+
+
+OTHER_STATES = {
+    "float64": lambda t: t.double(),
+    "with strides": lambda t: t.t().contiguous().t(),
+    "[7, 8]": lambda t: t[1:],
+    "on meta": lambda t: t.to("meta"),
+    "NoneType": lambda t: None,
+    "sparse_coo": lambda t: t.to_sparse(),
+}
+
+
+@pytest.mark.parametrize("shown", OTHER_STATES)
+@pytest.mark.parametrize("key", KEEPS)
+def test_state_that_was_replaced_is_checked_at_the_next_step(key: str, shown: str) -> None:
+    model = matrix(8)
+    optimizer = KEEPS[key](model)
+    for _ in range(2):
+        square(model, optimizer)
+    before = snapshot(model)
+    good = optimizer.state[model.w][key]
+    optimizer.state[model.w][key] = OTHER_STATES[shown](good)
+    with pytest.raises(ValueError, match=f"state '{key}' of parameter 'w'.*del optimizer.state") as caught:
+        square(model, optimizer)
+    assert shown in str(caught.value) and changed(model, before) == []
+    optimizer.state[model.w][key] = good.clone()
+    square(model, optimizer)
+
+
+def test_state_that_was_replaced_while_its_parameter_was_frozen() -> None:
+    model = tiny()
+    optimizer = zokern.MeZO(model, lr=0.1, rule=zokern.Momentum())
+    run(model, optimizer, 2)
+    model.up.weight.requires_grad_(False)
+    optimizer.state[model.up.weight]["momentum"] = torch.zeros(3)
+    run(model, optimizer, 2)
+    model.up.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="'up.weight'"):
+        run(model, optimizer, 1)
+
+
+@pytest.mark.parametrize("key", KEEPS)
+def test_parameter_of_another_shape_does_not_get_its_old_state(key: str) -> None:
+    model = matrix(8)
+    optimizer = KEEPS[key](model)
+    square(model, optimizer)
+    model.w.data = torch.ones(16, 8, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=rf"'{key}|state.*'w'.*\[8, 8\].*\[16, 8\].*del optimizer.state"):
+        square(model, optimizer)
+    assert (model.w == 1).all()
+    del optimizer.state[model.w]  # the way out
+    square(model, optimizer)
+
+
 def test_names() -> None:
     """From a module, from (name, tensor) pairs, from groups of them, or made up in order; a name decides z, so it is unique."""
     model = tiny()
@@ -126,6 +306,39 @@ def test_names() -> None:
         run(model, zokern.MeZO(source(model), lr=0.1, seed=1), 2)
         ends.append(snapshot(model))
     assert all(same_bits(end[name], ends[0][name]) for end in ends for name in names)
+
+
+COMPILED = {
+    "whole": lambda model, whole: whole,
+    "pairs": lambda model, whole: list(whole.named_parameters()),
+    "group": lambda model, whole: [{"params": whole}],
+    "part": lambda model, whole: (setattr(model, "up", torch.compile(model.up, backend="eager")), model)[1],
+}
+
+
+@pytest.mark.parametrize("given", COMPILED)
+def test_compiled_module_has_the_names_of_its_inner_one(given: str) -> None:
+    """The same z and the same states as without torch.compile, whichever module is handed over."""
+    model, other = tiny(), tiny()
+    eager = zokern.MeZO(model, lr=0.1, rule=zokern.Momentum())
+    optimizer = zokern.MeZO(COMPILED[given](other, torch.compile(other, backend="eager")), lr=0.1, rule=zokern.Momentum())
+    assert run(model, eager, 2) == run(other, optimizer, 2)
+    if given in ("whole", "group"):
+        assert optimizer.param_groups[0]["param_names"] == eager.param_groups[0]["param_names"]
+    optimizer.load_state_dict(saved(eager.state_dict()))
+    eager.load_state_dict(saved(optimizer.state_dict()))
+    assert run(model, eager, 1) == run(other, optimizer, 1)
+
+
+def test_ranks_of_a_compiled_module() -> None:
+    from zokern.methods.tezo import spectral_ranks
+
+    model = tiny()
+    compiled = torch.compile(model, backend="eager")
+    assert spectral_ranks(compiled) == spectral_ranks(model)
+    optimizer = zokern.TeZO(compiled, rank={"_orig_mod.up.weight": 3})
+    run(model, optimizer, 1)
+    assert {m.name: m.rank for m in optimizer.matrices.values()}["up.weight"] == 3
 
 
 def test_colliding_ids_are_resolved_the_same_way_in_any_order() -> None:
@@ -154,12 +367,37 @@ def test_add_param_group() -> None:
     assert changed(model, snapshot(together)) == []
     with pytest.raises(ValueError, match="not unique|more than one"):
         optimizer.add_param_group({"params": [("gain", model.gain)]})
-    with pytest.raises(ValueError, match="same elements in two groups|more than one"):
-        optimizer.add_param_group({"params": [("again", model.gain)]})
+    for same in (model.gain, nn.Parameter(model.gain.data)):
+        with pytest.raises(ValueError, match="'gain' and 'again' are the same elements.*one group"):
+            optimizer.add_param_group({"params": [("again", same)]})
     with pytest.raises(ValueError, match="eps is 0"):
         optimizer.add_param_group({"params": [("up.bias", model.up.bias)], "eps": 0.0})
     assert run(model, optimizer, 1) == run(together, other, 1)  # the refused groups left nothing behind
     assert len(optimizer.param_groups) == 2
+
+
+EDITS = {
+    "removed": lambda groups, p: groups[0]["params"].pop(),
+    "added": lambda groups, p: groups[0]["params"].append(p),
+    "replaced": lambda groups, p: groups[0]["params"].__setitem__(0, p),
+    "reordered": lambda groups, p: groups[0]["params"].reverse(),
+    "group_added": lambda groups, p: groups.append({**groups[0], "params": [p]}),
+    "group_removed": lambda groups, p: groups.pop(),
+    "groups_reordered": lambda groups, p: groups.reverse(),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_edited_lists_of_parameters_are_refused(edit: str) -> None:
+    model = tiny()
+    named = list(model.named_parameters())
+    optimizer = zokern.MeZO([{"params": named[:2]}, {"params": named[2:-1]}], lr=0.1)
+    run(model, optimizer, 1)
+    before = snapshot(model)
+    EDITS[edit](optimizer.param_groups, named[-1][1])
+    with pytest.raises(RuntimeError, match=r"param_groups\[\d\]\['params'\].*edited.*add_param_group.*new optimizer"):
+        run(model, optimizer, 1)
+    assert changed(model, before) == [] and optimizer.steps == 1
 
 
 def test_thawed_parameter_joins_under_its_own_name() -> None:
@@ -275,6 +513,13 @@ BAD_OPTIONS = {
     "clip": [0.0, -1.0, float("nan")],
     "nonfinite": ["keep"],
     "weight_decay": [-0.1, float("inf"), "no"],
+    "lr": [torch.tensor([0.1, 0.2]), torch.tensor(1j), 10**39],
+    "eps": [torch.ones(2), 1e-60, 1e-39, 1e39],
+    "paired_check": [-5, 1.5, "3", True],
+    "max_skips": [-1, 0.5, "10"],
+    "dead_limit": [0, -1, 20.0, False],
+    "maximize": ["no", 1, None],
+    "force": ["no", 0],
 }
 
 
@@ -282,7 +527,7 @@ BAD_OPTIONS = {
 def test_bad_option_is_refused_by_name(name: str, value) -> None:
     with pytest.raises((ValueError, TypeError), match=name) as caught:
         zokern.MeZO(tiny(), **{name: value})
-    shown = value if isinstance(value, str) else getattr(value, "name", repr(value))
+    shown = value if isinstance(value, str) else getattr(value, "name", None) or repr(value)
     assert shown in str(caught.value)
 
 

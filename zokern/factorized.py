@@ -20,6 +20,7 @@ from torch._compile import _disable_dynamo
 from . import directions, parameters
 from .evaluation import Evaluation, Group, Plan
 from .evaluation.reading import theta
+from .memory import START_ANEW, Memory, check_state
 from .rule import Rule
 
 
@@ -36,6 +37,8 @@ class Factorized:
     seed: int
     steps: int
     rounding: str
+    memory: Memory
+    _entries: list[list[parameters.Trained]]  # of every parameter group
     _groups: list[Group]  # of the last plan
     _lock: threading.Lock
     _busy = False  # somebody looks without a write
@@ -49,9 +52,12 @@ class Factorized:
     def _known(self) -> dict[str, torch.Tensor]:
         raise NotImplementedError
 
-    def watch(self, model: nn.Module) -> None:
+    def watch(self, model: nn.Module, given: nn.Module) -> None:
         """Flush before somebody else runs the module, or a part of it, saves it or loads into it."""
-        self._parts = tuple(model.modules())
+        self._parts = (
+            *model.modules(),
+            *([given] if given is not model else []),
+        )  # torch.compile's wrapper, which was traced as it was
         for module in self._parts:
             module.register_state_dict_pre_hook(_Flush(self, saves=True))
             module.register_load_state_dict_pre_hook(_Flush(self))
@@ -83,12 +89,46 @@ class Factorized:
 
     def _matrix(self, entry: parameters.Trained) -> directions.Matrix | None:
         """What the factored direction keeps of a parameter; None where z is dense."""
-        if self.factored is None or (shape := self.factored.shape(entry.tensor)) is None or not entry.tensor.numel():
+        if self.factored is None or (shape := self._shape(entry)) is None:
             return None
         if id(entry.tensor) not in self.matrices:
-            rank = min(self.factored.rank_of(entry.name), *shape)
+            rank = min(self.factored.rank_of(parameters.plain(entry.name)), *shape)
             self.matrices[id(entry.tensor)] = directions.Matrix(entry.name, entry.who, *shape, rank, entry.tensor.device)
         return self.matrices[id(entry.tensor)]
+
+    def _shape(self, entry: parameters.Trained) -> tuple[int, int] | None:
+        """Rows and columns of a parameter that the direction factors; None where z is dense."""
+        return self.factored.shape(entry.tensor) if self.factored is not None and entry.tensor.numel() else None
+
+    def _check_memory(self, active: list[parameters.Trained]) -> bool:
+        """Check parameters and state again where they are other memory than at the last step, and whether they are; raises before
+        anything is touched."""
+        moved = self.memory.moved(active)
+        for entry in moved:
+            if (matrix := self.matrices.get(id(entry.tensor))) is not None:
+                self._check_waiting(matrix, entry.tensor)
+                if (matrix.shape, matrix.device) != (self._shape(entry), entry.tensor.device):
+                    del self.matrices[id(entry.tensor)]
+        settled = self.memory.settled and not moved
+        if not settled or self.memory.states_are_new(self.state):
+            for entry in active:
+                if state := self.state.get(entry.tensor):
+                    self._check_state(entry, state, START_ANEW)
+            self.memory.accept_states(self.state)
+        if not settled:
+            self.memory.accept(active, [entry for group in self._entries for entry in group])
+        return not settled
+
+    def _check_state(self, entry: parameters.Trained, state: Any, way_out: str, loading: bool = False) -> None:
+        core = not isinstance(self.factored, directions.Lazy)
+        check_state(entry, state, self.rule.name, self._matrix(entry), core, way_out, loading)
+
+    def _check_waiting(self, matrix: directions.Matrix, tensor: torch.Tensor) -> None:
+        if matrix.pending is not None and self.memory.is_other(tensor):
+            raise RuntimeError(
+                f"the weights of {matrix.name!r} were replaced while updates waited for them; call optimizer.flush() before weights are "
+                "replaced, cast or moved, or optimizer.discard() to go on from what they are now, or build the optimizer with defer=False"
+            )
 
     def refresh(self, plan: Plan, closure: Callable[[], Any]) -> None:
         """Draw the bases that this step needs. Nothing is written: the last step of an interval wrote what waited."""
@@ -137,6 +177,8 @@ class Factorized:
             raise RuntimeError("flush() or state_dict() inside evaluating(), which writes nothing: leave the context first")
         for group in self._groups:
             if group.matrices is not None:
+                for matrix, tensor in zip(group.matrices, group.tensors):
+                    self._check_waiting(matrix, tensor)
                 group.write(self.seed, max(0, self.steps - 1), self.rounding)
         self._release()
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -14,12 +15,16 @@ from .evaluation import Group, Plan, Reading
 from .evaluation.owners import Owners
 from .evaluation.surroundings import check_structure
 from .factorized import Factorized
+from .memory import Memory
 from .rule import Rule, Sgd, check_basis
 from .step import StepResult, finite_number, run, whole_number
 from .stream import check_seed
 from .warning import warn
 
-TINY = float(torch.finfo(torch.float32).tiny)  # the kernels take eps in float32, where less than this is nothing
+SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+OTHER_STATE = (
+    "load it into an optimizer of the parameters that it was saved with, or start anew with `state_dict['state'].clear()`"
+)
 SAMPLE = 512  # elements per tensor in the samples that detect dead perturbations and dead updates
 
 
@@ -47,16 +52,13 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
         maximize: bool = False,
         clip: float | None = None,
         normalize: str = "none",
-        paired_check: int = 0,
-        max_skips: int = 10,
+        paired_check: int | None = 0,
+        max_skips: int | None = 10,
         dead_limit: int | None = 20,
         nonfinite: str = "raise",
         force: bool = False,
     ) -> None:
-        params = (
-            getattr(params, "_orig_mod", params) if isinstance(params, nn.Module) else params
-        )  # of torch.compile: names are its own
-        self.model = params if isinstance(params, nn.Module) else None
+        self.model = parameters.inner(params) if isinstance(params, nn.Module) else None
         if self.model is not None and _resolve_evaluation(evaluation).name != "walk":
             parameters.check_model(self.model)
         self.seed = check_seed(seed)
@@ -83,13 +85,14 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
         self.matrices: dict[int, directions.Matrix] = {}
         self._groups: list[Group] = []
         self.stencil = estimator.resolve(stencil)
-        if not isinstance(maximize, bool):
-            raise TypeError(f"maximize is {maximize!r}; expected True or False")
+        for name, flag in (("maximize", maximize), ("force", force)):
+            if not isinstance(flag, bool):
+                raise ValueError(f"{name} is {flag!r}; expected True or False")
         self.maximize, self.force, self.nonfinite = maximize, force, nonfinite
         self.clip = None if clip is None else finite_number("clip", clip, above=0.0)
-        self.paired_check = whole_number("paired_check", paired_check, 0)  # 0: never
-        self.max_skips = whole_number("max_skips", max_skips, 0)  # 0: any number
-        self.dead_limit = None if dead_limit is None else whole_number("dead_limit", dead_limit, 1)
+        self.paired_check = _check_count("paired_check", paired_check, 0, "no check")
+        self.max_skips = _check_count("max_skips", max_skips, 0, "no limit")
+        self.dead_limit = _check_count("dead_limit", dead_limit, 1, "no limit")
         self.steps = self.skips = self.dead = 0
         self.ids, self.salted = parameters.ids(
             [name for name, _ in self.model.named_parameters()] if self.model is not None else []
@@ -97,12 +100,12 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
         self._lock = threading.Lock()
         self._owners = Owners()
         self._entries: list[list[parameters.Trained]] = []
-        self._checked: dict[int, tuple] = {}  # by id of the tensor: where it lay and what it was when it was checked
+        self.memory = Memory()
         self._ties: list[
             tuple[Tensor, Tensor]
         ] = []  # tensor objects of the modules that are the elements of a trained one, and that one
         self._stale: dict[int, str] = {}  # by id: tensor objects of the modules that show some of a trained one's elements
-        self._eps: list[float] | None = None  # of the groups, when the perturbation was last looked at
+        self._eps: list[float] = []  # of the groups whose perturbation was found to survive rounding
         self._written: dict[
             int, int
         ] = {}  # by id: version counters after the last update, where low bits belong to the weights
@@ -112,7 +115,7 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
             raise ValueError("params holds no trainable parameter; set requires_grad on what is to be trained")
         super().__init__(groups, defaults)
         if self.factored is not None and self.model is not None:
-            self.watch(self.model)
+            self.watch(self.model, params)
 
     # Groups and state ---------------------------------------------------------------------------------------------------
 
@@ -147,13 +150,16 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
         """Resume: options, seed, step number, and what residuals and rules keep. Refuses, before anything has changed, another stream
         version, other parameter names, another recipe (method, rule, rounding, queries, stencil, rank, interval) and state of other shapes."""
         own = saved.check(self, state_dict)
+        held = self._held(state_dict)
+        for entry, values in held:
+            self._check_state(entry, values, OTHER_STATE, loading=True)
         state_dict = {key: value for key, value in state_dict.items() if key != "zokern"}
         super().load_state_dict(state_dict)
-        order = [p for group in self.param_groups for p in group["params"]]
-        for index, values in state_dict["state"].items():  # torch casts state to the parameter's dtype
+        for entry, values in held:  # torch casts state to the parameter's dtype
             for key, value in values.items():
                 if isinstance(value, Tensor):
-                    self.state[order[index]][key] = value.to(order[index].device, copy=True).contiguous()
+                    here = value.to(entry.tensor.device, copy=True, memory_format=torch.contiguous_format)
+                    self.state[entry.tensor][key] = here
         self.discard()
         self.matrices.clear()
         self._groups = []  # what waited belongs to the run that is left
@@ -161,6 +167,15 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
         self.seed, self.steps, self.skips, self.dead = own["seed"], own["step"], own["skips"], own["dead"]
         if hasattr(self.evaluation, "choice"):
             self.evaluation.choice = own.get("evaluation")
+
+    def _held(self, state_dict: dict[str, Any]) -> list[tuple[parameters.Trained, dict[str, Any]]]:
+        """The entries that a state_dict holds state of, with that state."""
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        entries = dict(zip(numbers, (entry for group in self._entries for entry in group)))
+        unknown = [number for number in state_dict["state"] if number not in entries]
+        if unknown:
+            raise ValueError(f"state_dict has state of parameters number {unknown}; expected numbers among {numbers}")
+        return [(entries[number], values) for number, values in state_dict["state"].items()]
 
     # One step -----------------------------------------------------------------------------------------------------------
 
@@ -190,13 +205,17 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
         roots = [self.model] if self.model is not None else self._owners.roots(self._known().values())
         groups: list[Group] = []
         aliases: dict[int, tuple[int, int]] = {}
-        self._recheck(roots)
-        for options, entries in zip(self.param_groups, self._entries):
+        self._check_groups()
+        for options in self.param_groups:
             _check_options(options)
+        active = [[entry for entry in entries if entry.tensor.requires_grad] for entries in self._entries]
+        if self._check_memory([entry for entries in active for entry in entries]):
+            everyone = {entry.name: entry.tensor for entries in self._entries for entry in entries}
+            self._ties, self._stale = parameters.ties(everyone, roots)
+        for options, entries in zip(self.param_groups, active):
             by_device: dict[torch.device, list[parameters.Trained]] = {}
             for entry in entries:
-                if entry.tensor.requires_grad:
-                    by_device.setdefault(entry.tensor.device, []).append(entry)
+                by_device.setdefault(entry.tensor.device, []).append(entry)
             for device, everything in by_device.items():
                 found = [self._matrix(entry) for entry in everything]
                 dense = [entry for entry, matrix in zip(everything, found) if matrix is None]
@@ -242,37 +261,20 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
             if id(owner) in aliases:
                 aliases.setdefault(id(tensor), aliases[id(owner)])
         plan.stale.update({key: name for key, name in self._stale.items() if key not in aliases})
-        if (eps := [group.eps for group in groups]) != self._eps:
+        if [group.eps for group in groups] != self._eps:
             self._check_dead_perturbation(plan)
-            self._eps = eps
         return plan
 
-    def _recheck(self, roots: Sequence[nn.Module]) -> None:
-        """Check what is new, or has moved or changed its dtype, shape or strides since it was checked (`p.data = ...`, `model.to(...)`)."""
-        moved = False
-        for options, entries in zip(self.param_groups, self._entries):
-            if [id(p) for p in options["params"]] != [id(entry.tensor) for entry in entries]:
+    def _check_groups(self) -> None:
+        """Raise if somebody edited the lists of param_groups: what the optimizer trains, it was given through add_param_group."""
+        for i, (group, entries) in enumerate(zip_longest(self.param_groups, self._entries, fillvalue=())):
+            params = group["params"] if group else []
+            if len(params) != len(entries) or not all(p is entry.tensor for p, entry in zip(params, entries)):
                 raise RuntimeError(
-                    "param_groups[...]['params'] was edited by hand; expected the parameters that the optimizer was given: use "
-                    "add_param_group, freeze parameters with requires_grad_(False), or build a new optimizer"
+                    f"param_groups[{i}]['params'] has {len(params)} parameters that are not the {len(entries)} given to the optimizer: "
+                    "the list was edited; put it back and use add_param_group, freeze with requires_grad_(False), or build a new "
+                    "optimizer"
                 )
-            for entry in entries:
-                if not entry.tensor.requires_grad:
-                    continue
-                key, known = parameters.place_of(entry.tensor), self._checked.get(id(entry.tensor))
-                if key == known:
-                    continue
-                parameters.check_parameter(entry.name, entry.tensor)
-                if known is not None and known[2] != key[2]:
-                    raise ValueError(
-                        f"parameter {entry.name!r} had shape {list(known[2])} and has {list(key[2])} now; its elements' numbers, and what "
-                        "is kept of them, belong to the old shape: build a new optimizer"
-                    )
-                moved, self._checked[id(entry.tensor)] = True, key
-        if moved:
-            parameters.check_overlap([(e.name, e.tensor) for entries in self._entries for e in entries])
-            everyone = {e.name: e.tensor for entries in self._entries for e in entries}
-            self._ties, self._stale = parameters.ties(everyone, roots)
 
     def _known(self) -> dict[str, Tensor]:
         """Every name that the optimizer was given, with the tensor object that it stood for."""
@@ -291,9 +293,10 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
         return state["residual"]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        """Neither copied nor pickled: torch's way would lose the module, its hooks, waiting updates and the names that decide z."""
         raise TypeError(
-            "an optimizer cannot be copied or pickled: it belongs to its parameters and their module; copy the model, build an optimizer "
-            "for the copy, and load_state_dict(optimizer.state_dict())"
+            f"{type(self).__name__} cannot be copied or pickled: it belongs to the parameters that it trains; copy the model, build "
+            "another optimizer for the copy and load_state_dict(optimizer.state_dict()) into it"
         )
 
     # Guards -------------------------------------------------------------------------------------------------------------
@@ -328,47 +331,46 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
                 "coarse objective"
             )
 
-    def _pieces(self, plan: Plan, group: Group) -> list[tuple[int, Tensor]]:
-        """About SAMPLE elements, the first in the stream's numbering, of every 16-bit tensor that is not a vector."""
-        return [
-            (i, t.detach().view(-1)[:SAMPLE] if t.is_contiguous() else t.detach()[: max(1, SAMPLE * t.shape[0] // t.numel())])
-            for i, t in enumerate(group.tensors)
-            if group.matrices is None and t.dtype != torch.float32 and t.dim() > 1 and t.numel()
-        ]
+    @staticmethod
+    def _sampled(group: Group) -> list[int]:
+        """Positions of the 16-bit weights that are sampled: matrices with a dense z."""
+        if group.matrices is not None:
+            return []
+        return [i for i, t in enumerate(group.tensors) if t.dtype != torch.float32 and t.dim() > 1 and t.numel()]
 
     def _check_dead_perturbation(self, plan: Plan) -> None:
-        """Refuse an eps below half an ulp of a group's weights: rounding would swallow the perturbation. On a sample, for every new eps."""
+        """Refuse an eps below half an ulp of the weights: rounding would swallow the perturbation. On a sample, once an eps."""
+        self._eps = [group.eps for group in plan.groups]
         for group in plan.groups:
-            dead = total = 0.0
-            pieces = self._pieces(plan, group)
-            if not pieces or group.residuals is not None:
-                continue
-            outs = [torch.empty(piece.shape, dtype=piece.dtype, device=piece.device) for _, piece in pieces]
-            tensors, spans = [piece for _, piece in pieces], [group.spans[i] for i, _ in pieces]
-            group.backend.perturb(tensors, spans, plan.direction, plan.seed, plan.step, 0, [group.eps], [outs], None)
-            for (i, piece), out in zip(pieces, outs):
-                weight = group.tensors[i].numel()
-                dead += float((out == piece).float().mean()) * weight
-                total += weight
-            share = dead / total if total else 0.0
-            message = (
-                f"a perturbation of eps = {group.eps} leaves {share:.0%} of the 16-bit weights where they are (half an ulp)"
-            )
-            if share > 0.5 and not self.force:
-                raise ValueError(f"{message}: raise eps, train in float32, or pass force=True")
-            if share > 0.1:
-                warn(f"{message}: consider a larger eps or float32 weights")
+            if group.residuals is None and (members := self._sampled(group)):
+                self._check_dead_group(plan, group, members)
+
+    def _check_dead_group(self, plan: Plan, group: Group, members: list[int]) -> None:
+        tensors = [_head(group.tensors[i]).contiguous() for i in members]
+        outs = [torch.empty_like(tensor) for tensor in tensors]
+        spans = [group.spans[i] for i in members]
+        group.backend.perturb(tensors, spans, plan.direction, plan.seed, plan.step, 0, [group.eps], [outs], None)
+        sizes = [group.tensors[i].numel() for i in members]
+        dead = sum(float((out == tensor).float().mean()) * size for tensor, out, size in zip(tensors, outs, sizes))
+        share = dead / sum(sizes)
+        names = f"{group.names[members[0]]!r}" + (f" and {len(members) - 1} others of its group" if len(members) > 1 else "")
+        message = f"a perturbation of eps = {group.eps} leaves {share:.0%} of the 16-bit weights of {names} where they are (half an ulp)"
+        if share > 0.5 and not self.force:
+            self._eps = []  # a step that goes on all the same is checked again
+            raise ValueError(f"{message}: raise eps, train in float32, or pass force=True")
+        if share > 0.1:
+            warn(f"{message}: consider a larger eps or float32 weights")
 
     def sample(self, plan: Plan) -> Callable[[], float | None] | None:
         """Before the update: a function that tells, after it, which share of sampled 16-bit weights did not move."""
         if plan.rounding != "nearest" or (plan.step >= 10 and plan.step % 100):
             return None
-        before = [(piece, piece.clone()) for group in plan.groups for _, piece in self._pieces(plan, group)]
+        before = [(t, _head(t).clone()) for group in plan.groups for t in (group.tensors[i] for i in self._sampled(group))]
         if not before or not any(float(group.options["lr"]) for group in plan.groups):
             return None
 
         def after() -> float:
-            still = sum(int((now == old).sum()) for now, old in before) / sum(old.numel() for _, old in before)
+            still = sum(int((_head(now) == old).sum()) for now, old in before) / sum(old.numel() for _, old in before)
             if still > 0.5 and plan.step == 0:
                 warn(
                     f"rounding to nearest left {still:.0%} of the 16-bit weights where they were: the update is below half an ulp; "
@@ -379,18 +381,43 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
         return after
 
 
+def _head(tensor: Tensor) -> Tensor:
+    """The first SAMPLE elements, row-major, as a vector: a view, or of a tensor with gaps a copy of no more than a few rows."""
+    part = tensor.detach()
+    while part.dim() > 1 and part[0].numel() >= SAMPLE:
+        part = part[0]
+    rows = -(-SAMPLE // max(1, part[0].numel())) if part.dim() > 1 else SAMPLE
+    return part[:rows].reshape(-1)[:SAMPLE]
+
+
 def _resolve_evaluation(chosen):
     return evaluation.resolve(chosen)
 
 
 def _check_options(options: dict[str, Any]) -> None:
     """lr, eps and weight decay of a group, checked at every step because schedulers and users write them."""
+    for name in ("lr", "eps", "weight_decay"):
+        _check_scalar(name, options[name])
     lr = finite_number("lr", options["lr"])
     if lr < 0:
         raise ValueError(f"lr is {options['lr']!r}; expected lr >= 0 (to ascend, pass maximize=True)")
-    if finite_number("eps", options["eps"], above=0.0) < TINY:
-        raise ValueError(f"eps is {options['eps']!r}, which is 0 in float32; expected a finite number >= {TINY:.2g}")
+    eps = finite_number("eps", options["eps"], above=0.0)
+    if not SMALLEST <= eps <= LARGEST:
+        raise ValueError(f"eps is {options['eps']!r}; expected a finite number > 0 that float32 holds: 2**-126 <= eps < 2**128")
     finite_number("weight_decay", options["weight_decay"], minimum=0.0)
+
+
+def _check_scalar(name: str, value: Any) -> None:
+    """Refuse what float() has no word for: tensors of several elements, and integers beyond a float."""
+    if isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex() or value.is_meta):
+        raise ValueError(f"{name} is {value!r}; expected a finite number")
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise ValueError(f"{name} is {value!r:.40}; expected a finite number below 2**128")
+
+
+def _check_count(name: str, value: Any, least: int, none: str) -> int | None:
+    """An integer from `least` on, or None, which means `none`."""
+    return None if value is None else whole_number(name, value, least, none=none)
 
 
 __all__ = ["ZerothOrder"]

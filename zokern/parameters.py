@@ -31,7 +31,7 @@ def named_groups(source: Any) -> list[dict[str, Any]]:
             on that order; pass the module or ``module.named_parameters()`` to make it depend on names alone.
     """
     if isinstance(source, nn.Module):
-        return [{"params": [(name, p) for name, p in source.named_parameters() if p.requires_grad]}]
+        return [{"params": [(name, p) for name, p in inner(source).named_parameters() if p.requires_grad]}]
     if isinstance(source, Tensor):
         raise TypeError("params is a tensor; expected a module, or an iterable of tensors, (name, tensor) pairs or groups")
     if isinstance(source, dict):
@@ -51,7 +51,7 @@ def named_groups(source: Any) -> list[dict[str, Any]]:
             raise ValueError(f"params holds the group {group!r:.60}; expected a dict with 'params'")
         params = group["params"]
         if isinstance(params, nn.Module):
-            params = [(name, p) for name, p in params.named_parameters() if p.requires_grad]
+            params = [(name, p) for name, p in inner(params).named_parameters() if p.requires_grad]
         params = [params] if isinstance(params, Tensor) else list(params)
         names = group.get("param_names")
         pairs = []
@@ -67,6 +67,18 @@ def named_groups(source: Any) -> list[dict[str, Any]]:
     return named
 
 
+def inner(module: nn.Module) -> nn.Module:
+    """The module itself where it comes wrapped by torch.compile, whose wrapper puts a prefix before every name."""
+    while type(module).__name__ == "OptimizedModule" and (wrapped := module._modules.get("_orig_mod")) is not None:
+        module = wrapped
+    return module
+
+
+def plain(name: str) -> str:
+    """A parameter's name in the module that was not compiled: the name that decides its z."""
+    return name.replace("_orig_mod.", "")
+
+
 def ids(names: Iterable[str], taken: dict[str, int] | None = None) -> tuple[dict[str, int], dict[str, str]]:
     """Ids of parameter names, and the collisions that had to be resolved (name -> the salted name that gave its id).
 
@@ -76,24 +88,29 @@ def ids(names: Iterable[str], taken: dict[str, int] | None = None) -> tuple[dict
     found = dict(taken or {})
     used, salted = set(found.values()), {}
     for name in sorted(set(names) - found.keys()):
-        salt, who = 0, parameter_id(name)
+        salt, who = 0, parameter_id(plain(name))
         while who in used:
             salt += 1
             salted[name] = f"{name}#{salt}"
-            who = parameter_id(salted[name])
+            who = parameter_id(plain(salted[name]))
         found[name] = who
         used.add(who)
     return found, salted
 
 
+def storage_of(tensor: Tensor) -> int:
+    """What tensors on one piece of memory have in common."""
+    return tensor.untyped_storage().data_ptr()
+
+
 def view_of(tensor: Tensor) -> tuple:
     """What makes two tensors the same elements: storage, offset, shape, strides."""
-    return (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+    return (storage_of(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
-def place_of(tensor: Tensor) -> tuple:
-    """Where a tensor lies and what it is: all that was true of it when it was checked still is while this is the same."""
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device
+def memory_of(tensors: Iterable[Tensor]) -> list[tuple]:
+    """What kernels take from each tensor: where it lies and how it is read."""
+    return [(t.data_ptr(), t.dtype, t.shape, t.stride(), t.device) for t in tensors]
 
 
 def ties(trained: dict[str, Tensor], roots: Iterable[nn.Module]) -> tuple[list[tuple[Tensor, Tensor]], dict[int, str]]:
@@ -105,7 +122,7 @@ def ties(trained: dict[str, Tensor], roots: Iterable[nn.Module]) -> tuple[list[t
     names = {id(t): name for name, t in trained.items()}
     by_storage: dict[int, list[Tensor]] = {}
     for t in owners.values():
-        by_storage.setdefault(t.untyped_storage().data_ptr(), []).append(t)
+        by_storage.setdefault(storage_of(t), []).append(t)
     same: list[tuple[Tensor, Tensor]] = []
     stale: dict[int, str] = {}
     for module in dict.fromkeys(module for root in roots for module in root.modules()):
@@ -113,7 +130,7 @@ def ties(trained: dict[str, Tensor], roots: Iterable[nn.Module]) -> tuple[list[t
             for attribute, found in list(where.items()):
                 if not isinstance(found, Tensor) or id(found) in names or found.layout != torch.strided or found.is_meta:
                     continue
-                near = by_storage.get(found.untyped_storage().data_ptr(), ()) if found.numel() else ()
+                near = by_storage.get(storage_of(found), ()) if found.numel() else ()
                 if near and (owner := owners.get(view_of(found))) is not None:
                     same.append((found, owner))
                 elif (other := next((t for t in near if shared_memory([t, found]) is not None), None)) is not None:
@@ -129,7 +146,7 @@ def check_parameter(name: str, tensor: Tensor) -> None:
         raise TypeError(f"parameter {name!r} is {type(tensor).__name__}; expected a tensor")
     if nn.parameter.is_lazy(tensor):
         raise ValueError(
-            f"parameter {name!r} of a lazy module has no shape yet; run the model once before the optimizer is built"
+            f"parameter {name!r} of a lazy module has no shape yet; run the module once before the optimizer is built"
         )
     if type(tensor).__name__ == "DTensor" or hasattr(tensor, "full_tensor"):
         raise TypeError(f"parameter {name!r} is a DTensor; sharded parameters are not supported yet: use the local tensor")
@@ -137,20 +154,32 @@ def check_parameter(name: str, tensor: Tensor) -> None:
         raise ValueError(f"parameter {name!r} is on the meta device; materialise it (model.to_empty, load weights) first")
     if tensor.is_inference():
         raise ValueError(f"parameter {name!r} was created under torch.inference_mode; clone it outside to train it")
-    check_tensor("optimizer", f"parameter {name!r}", tensor, hint="cast it, or freeze it with requires_grad_(False)")
+    way_out = "freeze it with requires_grad_(False)" if tensor.requires_grad else "leave it out"
+    check_tensor("optimizer", f"parameter {name!r}", tensor, hint="cast it, or " + way_out)
+
+
+def is_set_aside(tensor: Tensor) -> bool:
+    """Whether a parameter is frozen and could not be trained either: quantised weights, which stay as they are."""
+    if not isinstance(tensor, nn.Parameter) or tensor.requires_grad or nn.parameter.is_lazy(tensor):
+        return False
+    try:
+        check_parameter("", tensor)
+    except (TypeError, ValueError):
+        return True
+    return False
 
 
 def trained(named: Iterable[tuple[str, Tensor]], who: dict[str, int]) -> list[Trained]:
     """Entries for named tensors; identical views merge into one, tensors that overlap in part are refused."""
     entries: dict[tuple, Trained] = {}
     for name, tensor in named:
-        if not isinstance(tensor, nn.Parameter) or tensor.requires_grad:
+        aside = is_set_aside(tensor)
+        if not aside:
             check_parameter(name, tensor)
-        elif tensor.layout != torch.strided or tensor.is_meta:  # frozen: packed weights of any kind may stay as they are
-            entries[(name,)] = Trained(name, tensor, who[name])
-            continue
-        key = view_of(tensor) if tensor.numel() else (name,)
-        if key in entries:
+        key = (name,) if aside or not tensor.numel() else view_of(tensor)
+        if key in entries and tensor.requires_grad and not (first := entries[key]).tensor.requires_grad:
+            entries[key] = Trained(name, tensor, who[name], [(first.name, first.tensor), *first.aliases])
+        elif key in entries:
             entries[key].aliases.append((name, tensor))
         else:
             entries[key] = Trained(name, tensor, who[name])
@@ -160,17 +189,28 @@ def trained(named: Iterable[tuple[str, Tensor]], who: dict[str, int]) -> list[Tr
 
 def check_overlap(named: list[tuple[str, Tensor]]) -> None:
     """Refuse distinct tensors that share memory."""
-    named = [(name, t) for name, t in named if t.layout == torch.strided and not t.is_meta]
+    named = [(name, tensor) for name, tensor in named if not is_set_aside(tensor)]
     if (pair := shared_memory([tensor for _, tensor in named])) is not None:
         first, second = (named[i][0] for i in pair)
         if view_of(named[pair[0]][1]) == view_of(named[pair[1]][1]):
             raise ValueError(
-                f"parameters {first!r} and {second!r} are the same elements in two groups; expected them in one group"
+                f"parameters {first!r} and {second!r} are the same elements, which would be moved twice: give them to one group, or "
+                "clone one of them"
             )
         raise ValueError(
             f"parameters {first!r} and {second!r} overlap in memory but are not the same view; "
             "an update of one would change the other: clone one of them"
         )
+
+
+def check_tie(entry: Trained) -> None:
+    """Refuse an entry whose names have come to stand for different elements: only those of the first would be trained."""
+    for name, tensor in entry.aliases:
+        if view_of(tensor) != view_of(entry.tensor):
+            raise RuntimeError(
+                f"parameters {entry.name!r} and {name!r} were the same elements when the optimizer was built and are no longer (a cast "
+                "or a move unties tensors): tie them again, or build a new optimizer"
+            )
 
 
 def check_model(model: nn.Module) -> None:
@@ -191,14 +231,6 @@ def check_model(model: nn.Module) -> None:
 
 
 __all__ = [
-    "Trained",
-    "check_model",
-    "check_overlap",
-    "check_parameter",
-    "ids",
-    "named_groups",
-    "place_of",
-    "ties",
-    "trained",
-    "view_of",
-]
+    "Trained", "check_model", "check_overlap", "check_parameter", "check_tie", "ids", "inner", "memory_of", "named_groups", "plain", "storage_of",
+    "ties", "trained", "view_of",
+]  # fmt: skip

@@ -179,10 +179,10 @@ def finite_number(name: str, value: Any, *, minimum: float | None = None, above:
     return number
 
 
-def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
+def whole_number(name: str, value: Any, least: int, most: int | None = None, none: str = "") -> int:
     """An integer within bounds, or a ValueError that says so."""
     number = least - 1 if isinstance(value, bool) or not isinstance(value, numbers.Integral) else int(value)
     if number < least or (most is not None and number > most):
         bound = f"at least {least}" if most is None else f"{least} <= {name} <= {most}"
-        raise ValueError(f"{name} is {value!r}; expected an integer, {bound}")
+        raise ValueError(f"{name} is {value!r}; expected an integer, {bound}" + (f", or None for {none}" if none else ""))
     return number

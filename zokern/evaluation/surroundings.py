@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ..estimator import loss_value
+from ..parameters import memory_of, storage_of
 from .plan import Plan
 
 BUFFER_BUDGET = 4 << 20  # bytes of buffers that a step snapshots; larger ones are only watched
@@ -36,15 +37,16 @@ class Surroundings:
         self.slots = [(module, name, p) for module in modules for name, p in module._parameters.items()]
         self.registered = [(module, dict(module._buffers), set(module._non_persistent_buffers_set)) for module in modules]
         # a buffer on the memory of a trained weight moves with it in a walk
-        weights = {t.untyped_storage().data_ptr() for group in plan.groups for t in group.tensors}
+        weights = {storage_of(t) for group in plan.groups for t in group.tensors}
         self.buffers = [
             (module, name, b)
             for module, found, _ in self.registered
             for name, b in found.items()
-            if b is not None and (b.layout != torch.strided or b.is_meta or b.untyped_storage().data_ptr() not in weights)
+            if b is not None and (b.layout != torch.strided or b.is_meta or storage_of(b) not in weights)
         ]
         self.children = [(module, dict(module._modules)) for module in modules]
         self.versions = [(name, t, t._version) for group in plan.groups for name, t in zip(group.names, group.tensors)]
+        self.memory = memory_of(t for _, t, _ in self.versions)
         self.buffer_versions = [0 if b.is_inference() else b._version for _, _, b in self.buffers]
         self.saved: dict[int, torch.Tensor] = {}
         self.written: set[str] = set()  # buffers that a reading changed
@@ -112,8 +114,9 @@ class Surroundings:
 
     def check(self) -> None:
         """Raise if the closure changed a weight, a module or a buffer that cannot be put back; the update has not begun."""
-        for name, tensor, version in self.versions:
-            if tensor._version != version:
+        now = memory_of(t for _, t, _ in self.versions)
+        for (name, tensor, version), place, before in zip(self.versions, now, self.memory):
+            if tensor._version != version or place != before:
                 raise RuntimeError(f"the closure changed the weights of {name!r}: the loss of a step must only read them")
         for module, name, parameter in self.slots:
             if module._parameters.get(name) is not parameter:

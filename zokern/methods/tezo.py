@@ -12,6 +12,7 @@ from torch import nn
 from ..directions import Diagonal
 from ..directions.lowrank import matrix_shape
 from ..optimizer import ZerothOrder
+from ..parameters import inner, plain
 from ..rule import Adam, Momentum, Rule, Sgd
 
 
@@ -49,7 +50,9 @@ class TeZO(ZerothOrder):
     ) -> None:
         if not isinstance(rank, Mapping) and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
             raise ValueError(f"rank is {rank!r}; expected an integer, at least 1, or a mapping from parameter names to such")
-        direction = Diagonal(ranks=rank) if isinstance(rank, Mapping) else Diagonal(rank)
+        direction = (
+            Diagonal(ranks={plain(name): r for name, r in rank.items()}) if isinstance(rank, Mapping) else Diagonal(rank)
+        )
         adam = Adam(betas, adam_eps, bias_correction, inside=True)
         named: dict[str, Rule] = {"sgd": Sgd(), "momentum": Momentum(adam.betas[0]), "adam": adam}
         known = rule in named if isinstance(rule, str) else hasattr(rule, "rebase") and not isinstance(rule, type)
@@ -57,7 +60,7 @@ class TeZO(ZerothOrder):
             raise ValueError(f"rule is {rule!r}; expected 'sgd', 'momentum' or 'adam', or a rule such as zokern.Adam()")
         chosen = named[rule] if isinstance(rule, str) else rule
         super().__init__(params, lr=lr, eps=eps, direction=direction, rule=chosen, evaluation=evaluation, **options)
-        if unknown := sorted(direction.ranks.keys() - self.ids.keys()):
+        if unknown := sorted(direction.ranks.keys() - {plain(name) for name in self.ids}):
             raise ValueError(f"rank names {unknown}, which no parameter is called; the parameters are {sorted(self.ids)}")
 
 
@@ -70,10 +73,10 @@ def spectral_ranks(model: nn.Module, energy: float = 0.25, largest: int = 64) ->
     if not 0.0 < energy <= 1.0:
         raise ValueError(f"energy is {energy!r}; expected 0 < energy <= 1")
     ranks = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in inner(model).named_parameters():
         shape = matrix_shape(parameter)
         if parameter.requires_grad and shape is not None:
             square = torch.linalg.svdvals(parameter.detach().float().reshape(shape)).double() ** 2
             share = square.cumsum(0) / square.sum()
-            ranks[name] = max(1, min(largest, int((share < energy).sum()) + 1))
+            ranks[plain(name)] = max(1, min(largest, int((share < energy).sum()) + 1))
     return ranks
