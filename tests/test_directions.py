@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import zokern
 from zokern.directions import Lazy, orthonormal
 from zokern.evaluation import Group, plan
+from zokern.rule import sgd
 from zokern.stream import BASIS, draw_word
 
 IDS = batch()
@@ -138,7 +139,8 @@ def test_a_write_at_rest_is_rejected() -> None:
                 matrix.pending = matrix.pending + 1e-3
         return right(self, *rest)
 
-    with patch.object(plan.Group, "write", write), pytest.raises(AssertionError):
+    moves = patch.object(sgd, "is_nothing", lambda amounts, decay: False)  # or nothing would be deposited, and nothing written
+    with moves, patch.object(plan.Group, "write", write), pytest.raises(AssertionError):
         check_rest("lozo", torch.float32)
 
 

@@ -54,10 +54,8 @@ class Factorized:
 
     def watch(self, model: nn.Module, given: nn.Module) -> None:
         """Flush before somebody else runs the module, or a part of it, saves it or loads into it."""
-        self._parts = (
-            *model.modules(),
-            *([given] if given is not model else []),
-        )  # torch.compile's wrapper, which was traced as it was
+        wrapper = [given] if given is not model else []  # torch.compile's, which may have been traced before
+        self._parts = (*model.modules(), *wrapper)
         for module in self._parts:
             module.register_state_dict_pre_hook(_Flush(self, saves=True))
             module.register_load_state_dict_pre_hook(_Flush(self))

@@ -103,12 +103,10 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
         self.memory = Memory()
         self._ties: list[
             tuple[Tensor, Tensor]
-        ] = []  # tensor objects of the modules that are the elements of a trained one, and that one
+        ] = []  # tensor objects of the modules on the elements of a trained one, and that one
         self._stale: dict[int, str] = {}  # by id: tensor objects of the modules that show some of a trained one's elements
         self._eps: list[float] = []  # of the groups whose perturbation was found to survive rounding
-        self._written: dict[
-            int, int
-        ] = {}  # by id: version counters after the last update, where low bits belong to the weights
+        self._written: dict[int, int] = {}  # by id: version counters after the last update, which low bits belong to
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
         groups = parameters.named_groups(params)
         if not any(group["params"] for group in groups):

@@ -43,10 +43,8 @@ class Arena:
             with torch.inference_mode(
                 False
             ):  # whatever the closure is in: the next one may not be, and its copies lie here too
-                if device not in self.memory:
-                    self.memory[device] = torch.empty(
-                        self.budget, dtype=torch.uint8, device=device
-                    )  # pages come when they are used
+                if device not in self.memory:  # pages come when they are used
+                    self.memory[device] = torch.empty(self.budget, dtype=torch.uint8, device=device)
                 self.pieces[key] = self.memory[device][start:end].view(dtype).view(shape)
         return self.pieces[key]
 

@@ -55,9 +55,7 @@ class Paired:
         self.scratch = Scratch(budget)
         self.arena: Arena = self.scratch.arena
         self.sides, self.check = sides, check
-        self.checked: dict[
-            str, tuple[bool, ...]
-        ] = {}  # ways that were compared with scratch, and the train/eval flags they were in
+        self.checked: dict[str, tuple[bool, ...]] = {}  # ways that were compared with scratch, and train/eval flags then
         self.refused: dict[str, str] = {}  # ways that this closure cannot be read in, and why
 
     @property
