@@ -148,3 +148,12 @@ def inputs(architecture: str) -> dict[str, Tensor]:
     ids = batch(3, 9, 64).clamp(min=1)
     labels = torch.tensor([0, 2, 1]) if architecture == "bert" else ids
     return {"input_ids": ids, "labels": labels}
+
+
+def refuse(model: nn.Module, call: Callable, error, *words: str) -> None:
+    """The call raises, says every word, and no bit of the model has changed."""
+    before = snapshot(model)
+    with pytest.raises(error) as caught:
+        call()
+    assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
+    assert changed(model, before) == []

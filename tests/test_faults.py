@@ -16,7 +16,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from models import batch, build, changed, next_token_loss, one_thread, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
+from models import batch, build, changed, next_token_loss, one_thread, refuse, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
 from torch import nn
 
 import zokern
@@ -28,15 +28,6 @@ X = torch.linspace(-1, 1, 18).view(3, 6)
 
 def two_layers(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     return build(lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1)), dtype)
-
-
-def refuse(model: nn.Module, call: Callable, error, *words: str) -> None:
-    """The call raises, says every word, and no bit of the model has changed."""
-    before = snapshot(model)
-    with pytest.raises(error) as caught:
-        call()
-    assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
-    assert changed(model, before) == []
 
 
 def step_on(model: nn.Module, closure: Callable | None = None, **options) -> zokern.StepResult:
