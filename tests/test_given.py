@@ -197,6 +197,37 @@ def test_frozen_weights_of_any_kind_may_be_named() -> None:
     assert not result.skipped
 
 
+class Wrapper(torch.Tensor):
+    """As quantisation libraries wrap their weights: a tensor around others, without memory of its own."""
+
+    inside: Tensor
+
+    @staticmethod
+    def __new__(cls, inside: Tensor):
+        return torch.Tensor._make_wrapper_subclass(cls, inside.shape, dtype=inside.dtype)
+
+    def __init__(self, inside: Tensor) -> None:
+        self.inside = inside
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].inside)
+        return func(*(a.inside if isinstance(a, cls) else a for a in args), **(kwargs or {}))
+
+
+@pytest.mark.parametrize("given", [lambda m: m, lambda m: m.named_parameters()], ids=["module", "named"])
+def test_wrapped_weights_may_be_there_and_not_be_trained(given: Callable) -> None:
+    model = layers()
+    model.packed = nn.Parameter(Wrapper(torch.ones(5)), requires_grad=False)
+    model.register_buffer("scale", Wrapper(torch.ones(5)))
+    loss = lambda: (model[0](X) * model.packed * model.scale).square().mean()  # noqa: E731
+    result = zokern.step(zokern.MeZO(given(model), lr=0.1), loss)
+    assert not result.skipped and result.losses[0][0] != result.losses[0][1]
+    with pytest.raises(TypeError, match="'w' is Wrapper.*plain tensor"):
+        zokern.MeZO([("w", nn.Parameter(Wrapper(torch.ones(5))))])
+
+
 def test_a_compiled_model_has_the_z_of_the_model() -> None:
     model = layers()
     results = [

@@ -417,15 +417,13 @@ def test_a_resumed_run_of_pgap_carries_the_same_momentum(after: int) -> None:
     assert all(same_bits(ends[0][n], ends[1][n]) for n in ends[0])
 
 
-@pytest.mark.parametrize("rounding", ["residual", "stochastic", "nearest"])
-def test_walking_probes_come_back(rounding: str) -> None:
-    """In 16 bits, with their low bits, to the bit."""
+def test_walking_probes_come_back() -> None:
+    """With the low bits of 16-bit weights, to the bit."""
     model = nn.Linear(64, 64).bfloat16()
     x, before = torch.randn(4, 64).bfloat16(), model.weight.detach().clone()
     optimizer = zokern.PGAP(
-        model, lr=0.0, eps=1e-2, rank=4, interval=2, probes=4, rounding=rounding, evaluation="walk", force=True
+        model, lr=0.0, eps=1e-2, rank=4, interval=2, probes=4, rounding="residual", evaluation="walk", force=True
     )
     for _ in range(6):
         zokern.step(optimizer, lambda: model(x).float().square().mean())
-    share = float((model.weight != before).float().mean())
-    assert share == 0.0 if rounding == "residual" else share < 1.0
+    assert same_bits(model.weight, before)

@@ -92,15 +92,20 @@ def test_what_torch_refuses_stays_refused(size: int, dtype: torch.dtype) -> None
 
 
 @pytest.mark.skipif(cpu.why_off() is not None, reason="the compiled module is missing")
-@pytest.mark.parametrize("what", ["x", "bias", "out", "first", "middle", "last"])
+@pytest.mark.parametrize("what", ["x", "bias", "out", "first", "middle", "last", "strides of out", "dtype of out"])
 def test_the_kernel_is_handed_no_other_shape(what: str) -> None:
     given = {
         "x": torch.ones(3, 20), "bias": torch.ones(30), "out": torch.ones(3, 30), "first": torch.ones(5, 20), "middle": torch.ones(5, 7),
         "last": torch.ones(30, 7),
     }  # fmt: skip
-    given[what] = given[what][..., :-1].contiguous()
+    if what == "strides of out":
+        given["out"] = torch.ones(30, 3).t()
+    elif what == "dtype of out":
+        given["out"] = torch.ones(3, 30).bfloat16()
+    else:
+        given[what] = given[what][..., :-1].contiguous()
     thin = (0, given["first"], given["middle"], given["last"])
-    with pytest.raises(ValueError, match=r"expected \["):
+    with pytest.raises(ValueError, match=r"expected (\[|contiguous)"):
         cpu.Cpu().linear(
             [given["x"]], torch.ones(30, 20), zokern.backends.Span(0), None, 0, 0, [-1], [0.0], [given["bias"]], [thin], None, [given["out"]]
         )  # fmt: skip

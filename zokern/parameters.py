@@ -99,8 +99,11 @@ def ids(names: Iterable[str], taken: dict[str, int] | None = None) -> tuple[dict
 
 
 def storage_of(tensor: Tensor) -> int:
-    """What tensors on one piece of memory have in common."""
-    return tensor.untyped_storage().data_ptr()
+    """What tensors on one piece of memory have in common; a wrapper around others has no memory of its own, and nothing in common."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return -id(tensor)
 
 
 def view_of(tensor: Tensor) -> tuple:
@@ -154,6 +157,10 @@ def check_parameter(name: str, tensor: Tensor) -> None:
         raise ValueError(f"parameter {name!r} is on the meta device; materialise it (model.to_empty, load weights) first")
     if tensor.is_inference():
         raise ValueError(f"parameter {name!r} was created under torch.inference_mode; clone it outside to train it")
+    if storage_of(tensor) < 0:
+        raise TypeError(
+            f"parameter {name!r} is {type(tensor).__name__}, a wrapper without memory of its own; train a plain tensor"
+        )
     way_out = "freeze it with requires_grad_(False)" if tensor.requires_grad else "leave it out"
     check_tensor("optimizer", f"parameter {name!r}", tensor, hint="cast it, or " + way_out)
 

@@ -41,7 +41,7 @@ def check(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
                 "optimizer as it was saved"
             )
     here = recipe(optimizer)
-    for what, value in (own.get("recipe") or {}).items():  # version 0.1.0 wrote none at first
+    for what, value in (own.get("recipe") or {}).items():  # states of older versions do not say
         if here.get(what) != value:
             raise ValueError(
                 f"state_dict was written with {what}={value!r} and this optimizer has {here.get(what)!r}; build it alike, or, to go on "

@@ -28,8 +28,8 @@ except ImportError as error:
 
 ARITHMETIC_RANK = 32  # above it lowrank_ is bound by arithmetic, and a panel in the first cache is worth a longer chunk
 SHARED_ROWS = 512  # rows of all sides that are worth a z of their own: about a tenth of their products (bench_matmul.py)
-_HERE = {torch.device("cpu")}
 SMALL = 1 << 16  # elements of a launch below which waking a second thread costs more than it saves
+_HERE = {torch.device("cpu")}
 
 
 def why_off() -> str | None:
@@ -222,7 +222,10 @@ class Cpu:
 
         _check("weight and outs", held)
         for y, count in zip(ys, counts):
-            hold("an out", y, (count, m), weight.dtype, y.is_contiguous())
+            if y.shape != (count, m) or y.dtype != weight.dtype or not y.is_contiguous():
+                raise ValueError(
+                    f"backend 'cpu': linear: an out is {y.dtype}{list(y.shape)}; expected contiguous {weight.dtype}[{count}, {m}]"
+                )
         rows = [hold("an x", x, (count, n), read, x.is_contiguous()).data_ptr() for x, count in zip(xs, counts)]
         added = [0 if b is None else hold("a bias", b, (m,), torch.float32, b.is_contiguous()).data_ptr() for b in biases]
         products = []
