@@ -25,7 +25,7 @@ from .measure import Case, Group
 
 LR, EPS = 1e-6, 1e-3
 QUERIES = 8
-ROUNDS = {4: 12, 32: 10, 128: 4, 512: 4, 2048: 3, 4096: 3}  # by tokens: fewer where a round takes minutes
+ROUNDS = {4: 12, 32: 10, 128: 8, 512: 4, 2048: 3, 4096: 3}  # by tokens: fewer where a round takes minutes
 SMALL = 2048  # tokens from which sides run two at a time: 16 of them would hold 16 sets of logits
 BOUND = "two forwards: the bound"
 
@@ -85,6 +85,7 @@ def stepper(name: str, module: nn.Module, shape: Shape, objective: bool = False,
     return lambda: zokern.step(optimizer, loss)
 
 
+@pytest.mark.alone
 @pytest.mark.filterwarnings("ignore:rounding to nearest")
 def bench_methods(benchmark, report, shape: Shape) -> None:
     pytest.importorskip("transformers")

@@ -16,6 +16,7 @@ from .measure import Case, Group
 LR, EPS = 1e-6, 1e-3
 
 
+@pytest.mark.alone
 @pytest.mark.filterwarnings("ignore:rounding to nearest")
 @pytest.mark.parametrize("dtype, batch, length", [("fp32", 4, 128), ("fp32", 1, 32), ("bf16", 1, 128)])
 def bench_step(benchmark, report, dtype: str, batch: int, length: int) -> None:

@@ -15,22 +15,33 @@ os.environ["OMP_NUM_THREADS"] = str(THREADS)  # read when torch is loaded, below
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from . import alone  # noqa: E402
 from .report import Report  # noqa: E402
 
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--quick", action="store_true", help="small tensors and few rounds, nothing recorded")
     parser.addoption("--all", action="store_true", help="every model, dtype and batch of the step benchmarks")
+    parser.addoption("--part", help="a file for what was measured, and no page: this is a process of one benchmark (alone.py)")
 
 
 def pytest_configure(config) -> None:
     config.addinivalue_line("python_functions", "bench_")
+    config.addinivalue_line("markers", "alone: in a process of its own")
     torch.set_num_threads(THREADS)
     quick, everything = (
         config.getoption(f"--{name}") or os.environ.get(f"ZOKERN_BENCH_{name.upper()}", "0") not in ("", "0")
         for name in ("quick", "all")
     )
     config.zokern_report = Report(quick, everything)
+
+
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """A benchmark marked `alone` runs in another process, unless this is that process."""
+    if pyfuncitem.get_closest_marker("alone") is None or pyfuncitem.config.getoption("--part"):
+        return None
+    alone.run(pyfuncitem, pyfuncitem.config.zokern_report)
+    return True
 
 
 @pytest.fixture
@@ -41,6 +52,9 @@ def report(request) -> Report:
 def pytest_terminal_summary(terminalreporter, config) -> None:
     report: Report = config.zokern_report
     if not report.groups and not report.memory:
+        return
+    if part := config.getoption("--part"):
+        report.write_part(part)
         return
     folder = report.write()
     for line in report.lines():

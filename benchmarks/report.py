@@ -181,17 +181,31 @@ class Report:
             / re.sub(r"[^a-z0-9]+", "-", f"{m['cpu']} {m['threads']} threads {m['isa']}".lower()).strip("-")
         )
 
-    def write(self) -> Path:
-        folder = self.folder()
-        folder.mkdir(parents=True, exist_ok=True)
-        content = {
-            "machine": self.machine,
+    def measured(self) -> dict[str, Any]:
+        """All that was measured, as JSON holds it."""
+        return {
             "groups": self.groups,
             "memory_mb": self.memory,
             "figures": self.figures,
             "steps": self.steps,
             "notes": self.notes,
         }
+
+    def write_part(self, file: str) -> None:
+        """For the process that shares its report out; merge() is the other end."""
+        Path(file).write_text(json.dumps(self.measured()))
+
+    def merge(self, part: dict[str, Any]) -> None:
+        self.groups += part["groups"]
+        self.memory += [tuple(row) for row in part["memory_mb"]]
+        self.figures |= part["figures"]
+        self.steps += part["steps"]
+        self.notes += part["notes"]
+
+    def write(self) -> Path:
+        folder = self.folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {"machine": self.machine, **self.measured()}
         (folder / "bench.json").write_text(json.dumps(content, indent=1) + "\n")
         (folder / "README.md").write_text(self.markdown())
         try:

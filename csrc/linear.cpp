@@ -665,10 +665,27 @@ extern "C" bool ZO_JOIN(zokern_linear_pairs_, ZOKERN_ISA)() { return Simd::kPair
 
 #include <new>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace zo {
 namespace {
 
 constexpr int64_t kSmall = 1 << 15;  // elements of W below which waking a second thread costs more than it saves
+
+constexpr uintptr_t kHuge = 1 << 21;  // a huge page: 512 faults in one
+
+// Asks for huge pages under new memory, where a large result is about to be written; a hint, and no more
+void enlarge_pages(const void* from, size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(from) + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(from) + bytes) / kHuge * kHuge;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  static_cast<void>(from), static_cast<void>(bytes);
+#endif
+}
 
 struct Free {
   void operator()(char* p) const { ::operator delete[](p, std::align_val_t(64)); }
@@ -691,7 +708,11 @@ void linear(const Linear& product) {
   job.columns = product.m < 4 * workers * kColumns ? kColumns / 2 : kColumns;
   const int64_t groups = (product.m + job.columns - 1) / job.columns;
   job.rows = 0;
-  for (const Side& side : product.sides) job.offsets.push_back(job.rows * kColumns), job.rows += side.rows;
+  for (const Side& side : product.sides) {
+    job.offsets.push_back(job.rows * kColumns), job.rows += side.rows;
+    const size_t size = static_cast<size_t>(side.rows * product.m) * (product.type == Type::kFloat32 ? 4 : 2);
+    enlarge_pages(side.y, size);
+  }
   const size_t bytes = static_cast<size_t>(linear_memory(job.rows));
   const std::unique_ptr<char[], Free> memory(  // here: what throws in a parallel region ends the process
       static_cast<char*>(::operator new[](bytes* static_cast<size_t>(workers), std::align_val_t(64))));

@@ -21,7 +21,7 @@ LAYERS = {
     "operations": ["matmul", "overlap", "products", "arguments", "ops", "product_ops", "update_ops"],
     "parts": ["estimator", "parameters", "evaluation"],
     "rules": ["rule"],
-    "step": ["step"],
+    "step": ["underflow", "step"],
     "optimizer": ["memory", "saved", "factorized", "optimizer"],
     "methods": ["methods"],
     "applications": ["__init__", "hf", "demo", "info", "cli", "__main__", "_build"],

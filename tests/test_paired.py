@@ -230,7 +230,11 @@ def stale_sides() -> Iterator[None]:
 @contextmanager
 def first_bias_for_all() -> Iterator[None]:
     right = copies.Copies.bias
-    with patch.object(copies.Copies, "bias", lambda self, bias, side: right(self, bias, 0 if self.meet else side)):
+
+    def bias(self, bias, side, wide):
+        return right(self, bias, 0 if self.meet else side, wide)
+
+    with patch.object(copies.Copies, "bias", bias):
         yield
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import zokern
+from zokern import matmul
 from zokern.backends import cpu
 from zokern.evaluation import copies, substitution, uses
 
@@ -167,6 +168,82 @@ def test_a_rounded_copy_is_rejected() -> None:
     broken = mutant(substitution.Substitution, "_upcast", "len(kinds) > 1 and func in PRODUCTS", "False")
     with patch.object(substitution.Substitution, "_upcast", broken), pytest.raises(AssertionError):
         test_small_16_bit_weights_meet_float32_unrounded("times float32", "scratch")
+
+
+NORMED = {
+    "both trained": (True, True), "bias frozen": (True, False), "weight frozen": (False, True),
+    "no bias": (True, None), "no weight": (None, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("which", NORMED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_layer_norm_of_16_bits_reads_float32_vectors(dtype: torch.dtype, which: str) -> None:
+    """eps is below half an ulp of both vectors; the sum is float32 and rounded once, whoever does it."""
+    eps, x = torch.finfo(dtype).eps / 16, torch.randn(5, 7, 64, generator=torch.Generator().manual_seed(3)).to(dtype)
+    trained = dict(zip(("weight", "bias"), NORMED[which]))
+    vectors = {
+        name: nn.Parameter(torch.full((64,), 1.0 + i, dtype=dtype))
+        for i, name in enumerate(trained)
+        if trained[name] is not None
+    }
+    seen: list[Tensor] = []
+
+    def loss() -> Tensor:
+        seen.append(F.layer_norm(x, (64,), vectors.get("weight"), vectors.get("bias")))
+        return seen[-1].float().square().sum()
+
+    zokern.step(
+        zokern.MeZO([(n, p) for n, p in vectors.items() if trained[n]], lr=0.0, eps=eps, seed=5, dead_limit=None, force=True),
+        loss,
+    )
+    for y, sign in zip(seen[:2], (1, -1)):
+        moved = {n: p.detach().float() for n, p in vectors.items()}
+        for n in moved:
+            if trained[n]:
+                moved[n] = moved[n] + sign * eps * zokern.draw("normal", (64,), seed=5, who=n, step=0)
+        right = F.layer_norm(x.float(), (64,), moved.get("weight"), moved.get("bias")).to(dtype)
+        still = F.layer_norm(x.float(), (64,), *(vectors[n].detach().float() if n in vectors else None for n in trained)).to(
+            dtype
+        )
+        assert y.dtype == dtype and (y != right).float().mean() < 0.01 < 0.03 < (y != still).float().mean()
+
+
+def test_rounded_or_mixed_vectors_are_rejected() -> None:
+    rounds = mutant(substitution.Substitution, "_upcast", "not any(map(self._is_wide, values))", "True")
+    with patch.object(substitution.Substitution, "_upcast", rounds), pytest.raises(AssertionError):
+        test_a_layer_norm_of_16_bits_reads_float32_vectors(torch.bfloat16, "both trained")
+    mixes = mutant(substitution.Substitution, "_mixes", "tensors[1:]", "tensors[1:2]")
+    with patch.object(substitution.Substitution, "_mixes", mixes), pytest.raises(RuntimeError, match="mixed dtype"):
+        test_a_layer_norm_of_16_bits_reads_float32_vectors(torch.bfloat16, "bias frozen")
+
+
+@pytest.mark.skipif(cpu.why_off() is not None, reason="the compiled kernels are off")
+@pytest.mark.parametrize("evaluation", ["scratch", "paired"])
+def test_a_16_bit_bias_is_added_in_float32(evaluation: str, monkeypatch) -> None:
+    """x picks a column of -1, which is too coarse for eps; what it leaves of the bias, which is 1, is eps z."""
+    monkeypatch.setattr(matmul, "yields", lambda dtype: True)
+    eps, weight = 2.0**-11, torch.zeros(400, 300, dtype=torch.bfloat16)
+    weight[:, 0] = -1.0
+    x, w, b = torch.eye(1, 300).bfloat16(), nn.Parameter(weight), nn.Parameter(torch.ones(400).bfloat16())
+    seen: list[Tensor] = []
+
+    def loss() -> Tensor:
+        seen.append(F.linear(x, w, b).flatten())
+        return seen[-1].float().sum()
+
+    optimizer = zokern.MeZO([("w", w), ("b", b)], lr=0.0, eps=eps, seed=5, evaluation=evaluation, force=True)
+    zokern.step(optimizer, loss)
+    z = zokern.draw("normal", (400,), seed=5, who="b", step=0)
+    both = sorted((y.float() for y in seen[:2]), key=lambda y: -float(y @ z))  # sides that meet may go on in another order
+    torch.testing.assert_close(torch.stack(both), eps * torch.stack([z, -z]), rtol=2.0**-8, atol=2.0**-22)
+
+
+def test_a_bias_rounded_to_16_bits_is_rejected(monkeypatch) -> None:
+    right = copies.Copies.bias
+    monkeypatch.setattr(copies.Copies, "bias", lambda self, bias, side, wide: right(self, bias, side, False))
+    with pytest.raises(AssertionError):
+        test_a_16_bit_bias_is_added_in_float32("scratch", monkeypatch)
 
 
 # Writes -----------------------------------------------------------------------------------------------------------------------------

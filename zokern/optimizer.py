@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backends, directions, estimator, evaluation, parameters, saved
+from . import backends, directions, estimator, evaluation, parameters, saved, underflow
 from .evaluation import Group, Plan, Reading
 from .evaluation.owners import Owners
 from .evaluation.surroundings import check_structure
@@ -25,7 +25,6 @@ SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).
 OTHER_STATE = (
     "load it into an optimizer of the parameters that it was saved with, or start anew with `state_dict['state'].clear()`"
 )
-SAMPLE = 512  # elements per tensor in the samples that detect dead perturbations and dead updates
 
 
 class ZerothOrder(Factorized, torch.optim.Optimizer):
@@ -260,7 +259,9 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
                 aliases.setdefault(id(tensor), aliases[id(owner)])
         plan.stale.update({key: name for key, name in self._stale.items() if key not in aliases})
         if [group.eps for group in groups] != self._eps:
-            self._check_dead_perturbation(plan)
+            self._eps = []  # after a refusal it is looked at again
+            underflow.check_perturbation(plan, self.force)
+            self._eps = [group.eps for group in groups]
         return plan
 
     def _check_groups(self) -> None:
@@ -328,64 +329,6 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
                 "reach the loss; raise eps, give the optimizer the model that the closure runs, or pass dead_limit=None for a "
                 "coarse objective"
             )
-
-    @staticmethod
-    def _sampled(group: Group) -> list[int]:
-        """Positions of the 16-bit weights that are sampled: matrices with a dense z."""
-        if group.matrices is not None:
-            return []
-        return [i for i, t in enumerate(group.tensors) if t.dtype != torch.float32 and t.dim() > 1 and t.numel()]
-
-    def _check_dead_perturbation(self, plan: Plan) -> None:
-        """Refuse an eps below half an ulp of the weights: rounding would swallow the perturbation. On a sample, once an eps."""
-        self._eps = [group.eps for group in plan.groups]
-        for group in plan.groups:
-            if group.residuals is None and (members := self._sampled(group)):
-                self._check_dead_group(plan, group, members)
-
-    def _check_dead_group(self, plan: Plan, group: Group, members: list[int]) -> None:
-        tensors = [_head(group.tensors[i]).contiguous() for i in members]
-        outs = [torch.empty_like(tensor) for tensor in tensors]
-        spans = [group.spans[i] for i in members]
-        group.backend.perturb(tensors, spans, plan.direction, plan.seed, plan.step, 0, [group.eps], [outs], None)
-        sizes = [group.tensors[i].numel() for i in members]
-        dead = sum(float((out == tensor).float().mean()) * size for tensor, out, size in zip(tensors, outs, sizes))
-        share = dead / sum(sizes)
-        names = f"{group.names[members[0]]!r}" + (f" and {len(members) - 1} others of its group" if len(members) > 1 else "")
-        message = f"a perturbation of eps = {group.eps} leaves {share:.0%} of the 16-bit weights of {names} where they are (half an ulp)"
-        if share > 0.5 and not self.force:
-            self._eps = []  # a step that goes on all the same is checked again
-            raise ValueError(f"{message}: raise eps, train in float32, or pass force=True")
-        if share > 0.1:
-            warn(f"{message}: consider a larger eps or float32 weights")
-
-    def sample(self, plan: Plan) -> Callable[[], float | None] | None:
-        """Before the update: a function that tells, after it, which share of sampled 16-bit weights did not move."""
-        if plan.rounding != "nearest" or (plan.step >= 10 and plan.step % 100):
-            return None
-        before = [(t, _head(t).clone()) for group in plan.groups for t in (group.tensors[i] for i in self._sampled(group))]
-        if not before or not any(float(group.options["lr"]) for group in plan.groups):
-            return None
-
-        def after() -> float:
-            still = sum(int((_head(now) == old).sum()) for now, old in before) / sum(old.numel() for _, old in before)
-            if still > 0.5 and plan.step == 0:
-                warn(
-                    f"rounding to nearest left {still:.0%} of the 16-bit weights where they were: the update is below half an ulp; "
-                    "use rounding='stochastic' or rounding='residual'"
-                )
-            return still
-
-        return after
-
-
-def _head(tensor: Tensor) -> Tensor:
-    """The first SAMPLE elements, row-major, as a vector: a view, or of a tensor with gaps a copy of no more than a few rows."""
-    part = tensor.detach()
-    while part.dim() > 1 and part[0].numel() >= SAMPLE:
-        part = part[0]
-    rows = -(-SAMPLE // max(1, part[0].numel())) if part.dim() > 1 else SAMPLE
-    return part[:rows].reshape(-1)[:SAMPLE]
 
 
 def _resolve_evaluation(chosen):

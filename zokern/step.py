@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import estimator
+from . import estimator, underflow
 from .arguments import fits
 from .evaluation import Group, Plan, Reading
 from .evaluation.objective import under_inference
@@ -119,14 +119,14 @@ def _run(optimizer: Any, closure: Callable[[], Any]) -> StepResult:
             unpaired=reading.unpaired,
         )
         optimizer.count(finite, reading)
-        sample = optimizer.sample(plan) if finite else None
+        still = underflow.watch_update(plan) if finite else None
     except BaseException:
         _update(optimizer, plan, reading, None)  # an evaluation in place still stands beside the weights
         raise
     nonfinite = _update(optimizer, plan, reading, moves if finite else None)
     try:
-        if sample is not None:
-            result = replace(result, dead_updates=sample())
+        if still is not None:
+            result = replace(result, dead_updates=still())
         if nonfinite:
             raise RuntimeError(
                 f"step {plan.step}: {nonfinite} weights are inf or NaN after the update (coefficients {result.coefficients}); "

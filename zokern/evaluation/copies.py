@@ -117,6 +117,11 @@ class Copies:
 
     def copy(self, tensor: Tensor, keep: bool = True, cast: torch.dtype | None = None, side: int | None = None) -> Tensor:
         """The whole parameter, perturbed: resident, from the arena (keep: until the call returns), or its own memory."""
+        key = self.table[id(tensor)]
+        small = self.resident[self.side if side is None else side].get(key)
+        if small is not None and (small.dtype == tensor.dtype or cast is not None):
+            self.used.add(key)
+            return small
         if torch._C._functorch.peek_interpreter_stack() is None:
             return self._copy(tensor, keep, cast, side)
         with temporarily_clear_interpreter_stack():  # inside torch.func, new tensors are wrapped, and kernels need their memory
@@ -128,7 +133,7 @@ class Copies:
         group, i = self.find(tensor)
         small = self.resident[side].get(self.table[id(tensor)])
         if small is not None:
-            return small if small.dtype == tensor.dtype or cast is not None else small.to(tensor.dtype)
+            return small.to(tensor.dtype)
         source = group.tensors[i]
         if self.untouched(group, i, side):
             return source
@@ -203,16 +208,6 @@ class Copies:
         """The product of each side's rows with its own perturbed matrix, a tile of it at a time."""
         weight = group.tensors[i]
         moved = [j for j, side in enumerate(sides) if not self.untouched(group, i, side)]
-        room = self.arena.left(weight.device)
-        if group.matrices is None and self.fuses(group, i, xs, transposed, room):
-            plan = self.plan
-            draws = [plan.draw(self.points[side].query) if j in moved else -1 for j, side in enumerate(sides)]
-            scales = [self.points[side].offset * group.eps for side in sides]
-            backend = self.working(group, xs, room)
-            span, direction = group.spans[i], plan.direction
-            return products.fused_linear(
-                backend, xs, weight, span, direction, plan.seed, plan.step, draws, scales, biases, transposed, room
-            )
         if group.matrices is None:
             fills = [[sides.index(side) for side in pair] for pair in self.by_query([sides[j] for j in moved])]
         else:
@@ -239,9 +234,28 @@ class Copies:
             xs, weight, group.spans[i], biases, group.residual(i), fills, fill, take, self.arena.release, step, transposed
         )  # fmt: skip
 
+    def fused(
+        self,
+        group: Group,
+        i: int,
+        sides: Sequence[int],
+        xs: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        transposed: bool,
+        room: int,
+    ) -> list[Tensor]:
+        """The same for a dense z where fuses(): z is made beside the product."""
+        plan = self.plan
+        draws = [-1 if self.untouched(group, i, side) else plan.draw(self.points[side].query) for side in sides]
+        scales = [self.points[side].offset * group.eps for side in sides]
+        backend, weight, span = self.working(group, xs, room), group.tensors[i], group.spans[i]
+        return products.fused_linear(
+            backend, xs, weight, span, plan.direction, plan.seed, plan.step, draws, scales, biases, transposed, room
+        )
+
     def fuses(self, group: Group, i: int, xs: Sequence[Tensor], transposed: bool, room: int) -> bool:
         """Whether one kernel makes z and multiplies; low bits, which it does not read, and directions that it lacks go by tiles."""
-        known = group.residual(i) is None and self.plan.direction.name in DIRECTIONS
+        known = group.residual(i) is None and (group.matrices is not None or self.plan.direction.name in DIRECTIONS)
         return known and products.fuses(group.backend, xs, group.tensors[i], transposed, room)
 
     def working(self, group: Group, xs: Sequence[Tensor], room: int) -> Backend:
@@ -250,15 +264,11 @@ class Copies:
         self.largest = max(self.largest, self.arena.top.get(xs[0].device, 0) + size)
         return group.backend
 
-    def bias(self, bias: Tensor | None, side: int) -> Tensor | None:
-        """The bias of a product as this side reads it."""
-        if bias is None or (key := self.table.get(id(bias))) is None:
+    def bias(self, bias: Tensor | None, side: int, wide: bool) -> Tensor | None:
+        """The bias of a product as this side reads it; wide: a kernel adds it in float32, which a small one's copy is."""
+        if bias is None or id(bias) not in self.table:
             return bias
-        small = self.resident[side].get(key)
-        if small is None or small.dtype != bias.dtype:
-            return self.copy(bias, keep=False, side=side)
-        self.used.add(key)
-        return small
+        return self.copy(bias, keep=False, cast=torch.float32 if wide else None, side=side)
 
     def note(self, group: Group, i: int, xs: Sequence[Tensor]) -> None:
         """What the record and the choice of an evaluation want to know of a product."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
@@ -59,8 +60,9 @@ class Substitution(TorchFunctionMode):
             # the result of a fresh function cannot alias its arguments, so the copies may lie in the arena, where no tape keeps them
             keep = func in FRESH and not taped
             cast = self._upcast(func, args, kwargs)
-            swapped = tuple(self._swap(a, keep, cast) for a in args)
-            result = func(*swapped, **{k: self._swap(v, keep, cast) for k, v in kwargs.items()})
+            others = cast is not None and not self._mixes(func, args, kwargs)  # whether they are widened too
+            swapped = tuple([self._swap(a, keep, cast, others) for a in args])
+            result = func(*swapped, **{k: self._swap(v, keep, cast, others) for k, v in kwargs.items()})
         finally:
             self.copies.release()
         if cast is not None and isinstance(result, Tensor) and result.is_floating_point():
@@ -75,12 +77,12 @@ class Substitution(TorchFunctionMode):
             if isinstance(view, Tensor):
                 self.copies.watch(view)
 
-    def _swap(self, value, keep: bool, cast: torch.dtype | None):
+    def _swap(self, value, keep: bool, cast: torch.dtype | None, others: bool):
         if id(value) in self.copies.table:
             return self.copies.copy(value, keep, cast)
         if type(value) in (list, tuple) and any(id(v) in self.copies.table for v in value):
-            return type(value)(self._swap(v, keep, cast) for v in value)
-        if cast is not None and cast.itemsize < 4 and isinstance(value, Tensor) and value.dtype == cast:
+            return type(value)(self._swap(v, keep, cast, others) for v in value)
+        if others and cast is not None and cast.itemsize < 4 and isinstance(value, Tensor) and value.dtype == cast:
             return value.float()
         return value
 
@@ -89,13 +91,7 @@ class Substitution(TorchFunctionMode):
         if func not in NORMS and func not in PRODUCTS and func not in CONVERSIONS:
             return None
         values = [*args, *kwargs.values()]
-        wide = any(
-            id(v) in self.copies.table
-            and (copy := self.copies.resident[self.copies.side].get(self.copies.table[id(v)])) is not None
-            and copy.dtype != v.dtype
-            for v in values
-        )
-        if not wide:
+        if not any(map(self._is_wide, values)):
             return None
         if func in CONVERSIONS:
             like = func(args[0].new_empty(0), *args[1:], **kwargs)
@@ -104,6 +100,19 @@ class Substitution(TorchFunctionMode):
         if len(kinds) > 1 and func in PRODUCTS and len(args) == 2:
             return torch.result_type(*args)
         return kinds.pop() if len(kinds) == 1 else None
+
+    def _is_wide(self, value: Any) -> bool:
+        """Whether this is a small 16-bit parameter, whose copy is float32."""
+        key = self.copies.table.get(id(value))
+        copy = None if key is None else self.copies.resident[self.copies.side].get(key)
+        return copy is not None and copy.dtype != value.dtype
+
+    def _mixes(self, func, args: tuple, kwargs: dict) -> bool:
+        """Whether torch itself does this in float32 and rounds once: a layer norm of 16 bits with float32 vectors, on the CPU."""
+        if func is not F.layer_norm and func is not torch.layer_norm:
+            return False
+        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+        return tensors[0].is_cpu and all(map(self._is_wide, tensors[1:]))
 
     def _on_view(self, func, args: tuple, kwargs: dict[str, Any]):
         """A call while there are views of copies: views of those are watched too, writes to them are refused."""

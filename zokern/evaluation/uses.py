@@ -88,11 +88,13 @@ def _product(copies: Copies, weight: Tensor, uses: Sequence[tuple[int, _Product]
     sides, xs = [side for side, _ in uses], [use.x for _, use in uses]
     copies.note(group, i, xs)
     try:
-        biases = [copies.bias(use.bias, side) for side, use in uses]
         # with low bits beside them, 16-bit weights are read as copies of the float32 that they are
-        whole = group.matrices is not None and residual is None and group.matrices[i].shape == tuple(source.shape)
+        whole = group.matrices is None or (residual is None and group.matrices[i].shape == tuple(source.shape))
         room = copies.arena.left(source.device)
-        fused = products.fuses(group.backend, xs, source, transposed, room)
+        fused = whole and copies.fuses(group, i, xs, transposed, room)
+        biases = [copies.bias(use.bias, side, wide=fused) for side, use in uses]
+        if fused and group.matrices is None:
+            return copies.fused(group, i, sides, xs, biases, transposed, room)
         if group.matrices is not None and whole and (transposed or fused or not products.is_long(xs, source)):
             if fused:
                 copies.working(group, xs, room)

@@ -1,0 +1,77 @@
+"""Underflow: whether rounding to 16 bits swallows a perturbation or an update, told from a sample of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .evaluation import Group, Plan
+from .warning import warn
+
+SAMPLE = 512  # elements per tensor
+
+
+def check_perturbation(plan: Plan, force: bool) -> None:
+    """Refuse an eps below half an ulp of the 16-bit weights of a group; warn where a tenth of them stay where they are."""
+    for group in plan.groups:
+        if group.residuals is None and (members := _sampled(group)):
+            _check_group(plan, group, members, force)
+
+
+def _check_group(plan: Plan, group: Group, members: list[int], force: bool) -> None:
+    tensors = [_head(group.tensors[i]).contiguous() for i in members]
+    outs = [torch.empty_like(tensor) for tensor in tensors]
+    spans = [group.spans[i] for i in members]
+    group.backend.perturb(tensors, spans, plan.direction, plan.seed, plan.step, 0, [group.eps], [outs], None)
+    sizes = [group.tensors[i].numel() for i in members]
+    dead = sum(float((out == tensor).float().mean()) * size for tensor, out, size in zip(tensors, outs, sizes))
+    share = dead / sum(sizes)
+    names = f"{group.names[members[0]]!r}" + (f" and {len(members) - 1} others of its group" if len(members) > 1 else "")
+    message = (
+        f"a perturbation of eps = {group.eps} leaves {share:.0%} of the 16-bit weights of {names} where they are (half an ulp)"
+    )
+    if share > 0.5 and not force:
+        raise ValueError(f"{message}: raise eps, train in float32, or pass force=True")
+    if share > 0.1:
+        warn(f"{message}: consider a larger eps or float32 weights")
+
+
+def watch_update(plan: Plan) -> Callable[[], float | None] | None:
+    """Before the update: a function that tells, after it, which share of sampled 16-bit weights did not move."""
+    if plan.rounding != "nearest" or (plan.step >= 10 and plan.step % 100):
+        return None
+    before = [(t, _head(t).clone()) for group in plan.groups for t in (group.tensors[i] for i in _sampled(group))]
+    if not before or not any(float(group.options["lr"]) for group in plan.groups):
+        return None
+
+    def after() -> float:
+        still = sum(int((_head(now) == old).sum()) for now, old in before) / sum(old.numel() for _, old in before)
+        if still > 0.5 and plan.step == 0:
+            warn(
+                f"rounding to nearest left {still:.0%} of the 16-bit weights where they were: the update is below half an ulp; "
+                "use rounding='stochastic' or rounding='residual'"
+            )
+        return still
+
+    return after
+
+
+def _sampled(group: Group) -> list[int]:
+    """Positions of the 16-bit weights that are sampled: matrices with a dense z."""
+    if group.matrices is not None:
+        return []
+    return [i for i, t in enumerate(group.tensors) if t.dtype != torch.float32 and t.dim() > 1 and t.numel()]
+
+
+def _head(tensor: Tensor) -> Tensor:
+    """The first SAMPLE elements, row-major, as a vector: a view, or of a tensor with gaps a copy of no more than a few rows."""
+    part = tensor.detach()
+    while part.dim() > 1 and part[0].numel() >= SAMPLE:
+        part = part[0]
+    rows = -(-SAMPLE // max(1, part[0].numel())) if part.dim() > 1 else SAMPLE
+    return part[:rows].reshape(-1)[:SAMPLE]
+
+
+__all__ = ["check_perturbation", "watch_update"]
