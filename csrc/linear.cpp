@@ -12,8 +12,9 @@
 //          turned once for two sides, kBatch columns at a time, in the first cache
 // else     rows come from the elementwise verb into the first cache, a few at a time, and are turned there
 // sides    both signs of a draw are made from one evaluation of z, and sides that read W itself share its panels
-// thin     x first^T middle comes first, rows shared out among the threads, in float32 by the same panels; its product with
-//          last^T goes on in y's sums, so that y is written once, rounded once
+// thin     x first^T middle comes first, rows shared out among the threads, by the same panels; its product with last^T goes on
+//          in y's sums, so that y is written once, rounded once. Where W is bfloat16 all that is multiplied is: first, last and
+//          the rows between them are rounded, each by 2^-8 of itself or less, as y is; the sums are float32
 // edges    what a panel holds for columns that W does not have is not written
 // traffic  W once, 4 or 2 B an element, for all sides; y once; x from the caches, once for every 96 columns
 // build    once per instruction set with -DZOKERN_ISA=avx512bf16 | avx512 | avx2 | scalar over the trait simd/<isa>.h, and
@@ -38,6 +39,7 @@ constexpr int64_t kBlock = 256;   // rows of x that meet all panels before the n
 
 struct ThinRows {                  // of a thin product, for all rows of its side
   std::vector<float> inner, rows;  // x first^T, and that times middle
+  std::vector<uint16_t> half;      // the latter rounded, where W is bfloat16
 };
 
 struct LinearJob {
@@ -110,11 +112,26 @@ void turn(const Strip& strip, int64_t rows, float* to, int64_t pitch) {
   }
 }
 
+// How many columns of x a panel takes
+int64_t depth_of(Order order) { return order == Order::kPairs ? 2 * kDepth : kDepth; }
+
 // 16 bits to float32, n of them
 void widen_row(Type type, const uint16_t* half, int64_t n, float* value) {
   const int64_t whole = n / kUnit * kUnit;
   widen(type, half, static_cast<int>(n / kUnit), value);
   for (int64_t i = whole; i < n; ++i) value[i] = load(half, type, i);
+}
+
+// float32 to bfloat16, n of them
+void narrow_row(const float* value, int64_t n, uint16_t* half) {
+  const int64_t whole = n / kUnit * kUnit;
+  narrow(Type::kBfloat16, value, static_cast<int>(n / kUnit), half);
+  if (whole == n) return;
+  float last[kUnit] = {};
+  uint16_t rounded[kUnit];
+  std::memcpy(last, value + whole, static_cast<size_t>(n - whole) * 4);
+  narrow(Type::kBfloat16, last, 1, rounded);
+  std::memcpy(half + whole, rounded, static_cast<size_t>(n - whole) * 2);
 }
 
 // `rows` rows of a matrix in float32: where they lie, or widened into rows of n
@@ -141,6 +158,21 @@ Strip in_strip(Type type, const void* from, int64_t stride, int64_t rows, int64_
     std::memcpy(memory.wide + i * words, half + i * stride, static_cast<size_t>(n) * 2);
   }
   return {memory.wide, words, words};
+}
+
+// `count` rows of a factor, k columns of them, into panels: rounded to bfloat16 where W is one
+void make_factor_panels(Type type, const float* from, int64_t stride, int64_t count, int64_t k, Memory& memory) {
+  const int64_t padded = (count + kWide - 1) / kWide * kWide;
+  for (int64_t q = 0; q < padded; q += kStrip) {
+    const int64_t rows = std::max<int64_t>(0, std::min<int64_t>(kStrip, count - q));
+    Strip strip{from + q * stride, stride, k};
+    if (type == Type::kBfloat16) {
+      uint16_t* const half = reinterpret_cast<uint16_t*>(memory.raw[0]);
+      for (int64_t i = 0; i < rows; ++i) narrow_row(from + (q + i) * stride, k, half + i * k);
+      strip = in_strip(type, half, k, rows, k, memory);
+    }
+    turn(strip, rows, memory.panel[0] + q / kWide * kWide * strip.n + q % kWide, kWide);
+  }
 }
 
 void* address(const Linear& product, int64_t offset) {
@@ -470,11 +502,21 @@ void sweep_rows(const void* x, int64_t rows, int64_t stride, int64_t column, int
   }
 }
 
-// float32 rows with the panels of a thin product, whose columns may be few
-void sweep_thin(const float* x, int64_t rows, int64_t stride, int64_t k, const float* panels, int64_t count, float* sums,
-                bool first) {
-  const auto sweep = count <= kLanes ? sweep_rows<Order::kUp, 1> : sweep_rows<Order::kUp>;
-  sweep(x, rows, stride, 0, k, panels, count, sums, first);
+// Rows with the panels of a thin product, whose columns may be few
+void sweep_thin(Order order, const void* x, int64_t rows, int64_t stride, int64_t column, int64_t k, const float* panels,
+                int64_t count, float* sums, bool first) {
+  const int64_t rest = count % kWide, whole = count - rest, words = order == Order::kPairs ? (k + 1) / 2 : k;
+  const auto sweep = [&](auto one, auto two, auto three) {
+    if (whole > 0) three(x, rows, stride, column, k, panels, whole, sums, first);
+    const auto some = rest <= kLanes ? one : rest <= 2 * kLanes ? two : three;
+    if (rest > 0) some(x, rows, stride, column, k, panels + whole * words, rest, sums + whole, first);
+  };
+  constexpr Order kBfloat16 = Simd::kPairs ? Order::kPairs : Order::kOddFirst;
+  if (order == Order::kUp) {
+    sweep(sweep_rows<Order::kUp, 1>, sweep_rows<Order::kUp, 2>, sweep_rows<Order::kUp, 3>);
+  } else {
+    sweep(sweep_rows<kBfloat16, 1>, sweep_rows<kBfloat16, 2>, sweep_rows<kBfloat16, 3>);
+  }
 }
 
 // The rows of x that a worker takes in the first part of a thin product
@@ -490,42 +532,36 @@ Share share_of(const Side& side, int64_t worker, int64_t workers) {
 void start_thin(LinearJob& job, int64_t t, int64_t end, int64_t worker, int64_t workers, Memory& memory, float* sums) {
   const Linear& product = *job.product;
   const Thin& thin = product.thins[static_cast<size_t>(t)];
-  const bool half = order_of(product.type) == Order::kPairs;  // x is in bfloat16
-  for (int64_t c = 0; c < thin.inner; c += kColumns) {
-    const int64_t count = std::min(kColumns, thin.inner - c);
-    for (int64_t column = 0; column < product.n; column += kDepth) {
-      const int64_t k = std::min(kDepth, product.n - column);
-      for (int64_t q = 0; q < count; q += kStrip) {
-        float* const to = memory.panel[0] + q / kWide * kWide * k + q % kWide;
-        turn({thin.first + (c + q) * product.n + column, product.n, k}, std::min<int64_t>(kStrip, count - q), to, kWide);
-      }
-      float* own = sums;
-      for (int64_t one = t; one < end; ++one) {
-        const Side& side = product.sides[static_cast<size_t>(product.thins[static_cast<size_t>(one)].side)];
-        const Share share = share_of(side, worker, workers);
-        for (int64_t i = share.begin; i < share.end; i += kRows) {
-          const int64_t rows = std::min<int64_t>(kRows, share.end - i), at = i * product.n + column;
-          const float* x = static_cast<const float*>(side.x) + at;
-          if (half) x = in_float(product.type, static_cast<const uint16_t*>(side.x) + at, product.n, rows, k, memory);
-          sweep_thin(x, rows, half ? k : product.n, k, memory.panel[0], count, own, column == 0);
-          own += rows * kColumns;
-        }
-      }
-    }
+  const Order order = order_of(product.type);
+  const auto each = [&](auto&& call) {  // thin product, its side, the worker's share of it, where its sums are
     float* own = sums;
     for (int64_t one = t; one < end; ++one) {
-      const Share share =
-          share_of(product.sides[static_cast<size_t>(product.thins[static_cast<size_t>(one)].side)], worker, workers);
+      const Side& side = product.sides[static_cast<size_t>(product.thins[static_cast<size_t>(one)].side)];
+      const Share share = share_of(side, worker, workers);
+      call(one, side, share, own);
+      own += (share.end - share.begin) * kColumns;
+    }
+  };
+  for (int64_t c = 0; c < thin.inner; c += kColumns) {
+    const int64_t count = std::min(kColumns, thin.inner - c);
+    for (int64_t column = 0; column < product.n; column += depth_of(order)) {
+      const int64_t k = std::min(depth_of(order), product.n - column);
+      make_factor_panels(product.type, thin.first + c * product.n + column, product.n, count, k, memory);
+      each([&](int64_t, const Side& side, Share share, float* own) {
+        const char* x = static_cast<const char*>(side.x) + share.begin * product.n * (order == Order::kPairs ? 2 : 4);
+        sweep_thin(order, x, share.end - share.begin, product.n, column, k, memory.panel[0], count, own, column == 0);
+      });
+    }
+    each([&](int64_t one, const Side&, Share share, float* own) {
       float* const to = job.thins[static_cast<size_t>(one)].inner.data() + c;
       for (int64_t i = share.begin; i < share.end; ++i) {
         std::memcpy(to + i * thin.inner, own + (i - share.begin) * kColumns, static_cast<size_t>(count) * 4);
       }
-      own += (share.end - share.begin) * kColumns;
-    }
+    });
   }
 }
 
-// rows <- inner middle, for the rows of one worker
+// rows <- inner middle, for the rows of one worker, as the last product reads them
 void turn_thin(LinearJob& job, int64_t t, int64_t worker, int64_t workers, Memory& memory, float* sums) {
   const Thin& thin = job.product->thins[static_cast<size_t>(t)];
   ThinRows& rows = job.thins[static_cast<size_t>(t)];
@@ -541,11 +577,18 @@ void turn_thin(LinearJob& job, int64_t t, int64_t worker, int64_t workers, Memor
           memory.panel[0][q / kWide * kWide * k + j * kWide + q % kWide] = from[q * thin.column_stride];
         }
       }
-      sweep_thin(rows.inner.data() + share.begin * thin.inner + column, many, thin.inner, k, memory.panel[0], count, sums,
-                 column == 0);
+      sweep_thin(Order::kUp, rows.inner.data() + share.begin * thin.inner, many, thin.inner, column, k, memory.panel[0], count,
+                 sums, column == 0);
     }
     for (int64_t i = 0; i < many; ++i) {
-      std::memcpy(rows.rows.data() + (share.begin + i) * thin.rank + c, sums + i * kColumns, static_cast<size_t>(count) * 4);
+      const float* const from = sums + i * kColumns;
+      const int64_t at = (share.begin + i) * thin.rank + c;
+      if (job.product->type == Type::kBfloat16) narrow_row(from, count, rows.half.data() + at);
+      if (order_of(job.product->type) == Order::kOddFirst) {
+        widen_row(Type::kBfloat16, rows.half.data() + at, count, rows.rows.data() + at);
+      } else if (job.product->type != Type::kBfloat16) {
+        std::memcpy(rows.rows.data() + at, from, static_cast<size_t>(count) * 4);
+      }
     }
   }
 }
@@ -581,7 +624,7 @@ extern "C" void ZO_JOIN(zokern_linear_, ZOKERN_ISA)(const void* address, int64_t
   const Make aligned = aligned_of(product);
   constexpr Order kBfloat16 = Simd::kPairs ? Order::kPairs : Order::kOddFirst;
   const auto sweep = order == Order::kUp ? sweep_rows<Order::kUp> : sweep_rows<kBfloat16>;
-  const int64_t depth = order == Order::kPairs ? 2 * kDepth : kDepth;
+  const int64_t depth = depth_of(order);
   for (int64_t column = 0; column < product.n; column += depth) {
     const int64_t k = std::min(depth, product.n - column);
     for (int64_t s = 0; s < sides;) {
@@ -612,18 +655,15 @@ extern "C" void ZO_JOIN(zokern_linear_, ZOKERN_ISA)(const void* address, int64_t
       return other.last == thin.last && other.rank == thin.rank && other.stride == thin.stride;
     };
     while (end < thins && same(product.thins[static_cast<size_t>(end)])) ++end;
-    for (int64_t column = 0; column < thin.rank; column += kDepth) {
-      const int64_t k = std::min(kDepth, thin.rank - column), padded = (count + kWide - 1) / kWide * kWide;
-      for (int64_t q = 0; q < padded; q += kStrip) {
-        const int64_t some = std::max<int64_t>(0, std::min<int64_t>(kStrip, count - q));
-        float* const to = memory.panel[0] + q / kWide * kWide * k + q % kWide;
-        turn({thin.last + (row + q) * thin.stride + column, thin.stride, k}, some, to, kWide);
-      }
+    for (int64_t column = 0; column < thin.rank; column += depth) {
+      const int64_t k = std::min(depth, thin.rank - column);
+      make_factor_panels(product.type, thin.last + row * thin.stride + column, thin.stride, count, k, memory);
       for (int64_t one = t; one < end; ++one) {
         const Thin& now = product.thins[static_cast<size_t>(one)];
-        const Side& side = product.sides[static_cast<size_t>(now.side)];
-        const float* x = job.thins[static_cast<size_t>(one)].rows.data();
-        sweep_rows<Order::kUp>(x, side.rows, now.rank, column, k, memory.panel[0], count, of(now.side), false);
+        const ThinRows& rows = job.thins[static_cast<size_t>(one)];
+        const void* const x = order == Order::kPairs ? static_cast<const void*>(rows.half.data()) : rows.rows.data();
+        sweep(x, product.sides[static_cast<size_t>(now.side)].rows, now.rank, column, k, memory.panel[0], count, of(now.side),
+              false);
       }
     }
     t = end;
@@ -719,7 +759,8 @@ void linear(const Linear& product) {
   for (const Thin& thin : product.thins) {
     const size_t many = static_cast<size_t>(product.sides[static_cast<size_t>(thin.side)].rows);
     const size_t inner = static_cast<size_t>(thin.inner), rank = static_cast<size_t>(thin.rank);
-    job.thins.push_back({std::vector<float>(many * inner), std::vector<float>(many * rank)});
+    const size_t rounded = product.type == Type::kBfloat16 ? many * rank : 0;
+    job.thins.push_back({std::vector<float>(many * inner), std::vector<float>(many * rank), std::vector<uint16_t>(rounded)});
   }
   const Path& path = active();
 #pragma omp parallel num_threads(workers) if (workers > 1)

@@ -5,6 +5,7 @@
 //          only read.
 //          Transposed: W is n x m, and y = x (W + scale z) + the same.
 //          W + scale z is rounded to W's type first: it is what `perturb` writes, bit for bit. Sums are float32.
+//          Where W is bfloat16, so are first, last and x first^T middle when they are multiplied
 // source   Malladi et al. 2023, Algorithm 1 (dense z); Chen et al. 2024, LOZO (the thin products)
 #pragma once
 

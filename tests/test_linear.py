@@ -99,18 +99,23 @@ def check(case: Case, found: Callable = run) -> None:
         if case.transposed:
             weight = weight.t()
         weight = weight.double() * given.get("shrink", 1.0)
-        exact, size = x.double() @ weight.t(), x.double().abs() @ weight.abs().t()
+        unit = 0.0 if case.dtype == torch.float32 else torch.finfo(case.dtype).eps / 2
+        exact, size, rounded = x.double() @ weight.t(), x.double().abs() @ weight.abs().t(), 0.0
         for side, *factors in given["thins"]:
             if side == j:
                 first, middle, last = (factor.double() for factor in factors)
-                exact = exact + x.double() @ first.t() @ middle @ last.t()
+                if case.dtype == torch.bfloat16:  # what is multiplied is, too
+                    first, last = (factor.bfloat16().double() for factor in (first, last))
+                rows = x.double() @ first.t() @ middle
+                exact = exact + rows @ last.t()
                 size = size + x.double().abs() @ first.abs().t() @ middle.abs() @ last.abs().t()
+                if case.dtype == torch.bfloat16:
+                    rounded = rounded + rows.abs() @ last.abs().t() * unit
         if bias is not None:
             exact, size = exact + bias.double(), size + bias.double().abs()
         assert y.shape == exact.shape and y.dtype == case.dtype
-        unit = 0.0 if case.dtype == torch.float32 else torch.finfo(case.dtype).eps / 2
         small = 2.0**-25 if case.dtype == torch.float16 else 0.0  # half of its smallest number
-        bound = size * 2.0**-21 + exact.abs() * unit + small
+        bound = size * 2.0**-21 + rounded + exact.abs() * unit + small
         worst = float(((y.double() - exact).abs() / bound).max())
         assert worst < 1.1, f"side {j}: {worst:.3g} times the bound"
 
@@ -222,6 +227,24 @@ def test_wrong_products_are_rejected(wrong: Callable, form: str) -> None:
         case = case._replace(n=DEPTH + BATCH, first=1024)
     with pytest.raises(AssertionError, match="times the bound"):
         check(case, wrong)
+
+
+@pytest.mark.parametrize("rank", [1, 8, 128])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_measured_direction_is_the_one_of_the_factors(isa, dtype: torch.dtype, rank: int) -> None:
+    """Rows of x pick the rows of middle products: what stands beside W, here zero, against U Z V^T in float64."""
+    m, n = 200, 150
+    first, middle, last = torch.randn(rank, n), torch.randn(rank, rank) * 1e-3, torch.randn(m, rank)
+    x, weight = torch.eye(n).to(dtype), torch.zeros(m, n, dtype=dtype)
+    (y,) = ON.linear([x], weight, Span(1), None, 0, 0, [-1], [0.0], [None], [(0, first, middle, last)])
+    exact = first.double().t() @ middle.double() @ last.double().t()
+    assert torch.cosine_similarity(y.double().flatten(), exact.flatten(), dim=0) > 0.9999
+
+
+@pytest.mark.parametrize("wrong", [wrong_thin, wrong_middle], ids=lambda f: f.__name__)
+def test_wrong_thin_products_of_bfloat16_are_rejected(isa, wrong: Callable) -> None:
+    with pytest.raises(AssertionError, match="times the bound"):
+        check(Case(COLUMNS + 1, DEPTH + 1, 7, torch.bfloat16, Normal()), wrong)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -197,7 +197,7 @@ def factored_linear(
 ) -> list[Tensor]:
     """y_j = x_j (shrink W)^T + b_j + the thin products of side j; transposed: x_j (shrink W). fused: what fuses() says, if it is known.
 
-    One product for the rows of all sides while they are few. The thin products are float32 whatever x and W are, and their sum with
+    One product for the rows of all sides while they are few. The thin products are summed in float32 whatever x and W are, and their sum with
     x W^T is rounded to y's dtype once more: 16 bits would lose the perturbation. W is only read. room: bytes of scratch memory."""
     width, columns = weight.shape if transposed else weight.shape[::-1]
     matrix = weight.t() if transposed else weight

@@ -195,7 +195,8 @@ class Cpu:
         """y_j = shrink x_j (W + scales[j] z_j)^T + biases[j] + thin products, in W's dtype, with z made beside the product (csrc/linear.cpp).
 
         xs      (rows, n) each, of W's dtype;  weight (m, n), contiguous;  draws[j] names z_j, negative: side j reads W itself
-        thins   (j, first, middle, last): y_j += x_j first^T middle last^T, float32 (r, n), (r, q) and (m, q)
+        thins   (j, first, middle, last): y_j += x_j first^T middle last^T, float32 (r, n), (r, q) and (m, q); of bfloat16 weights, first,
+                last and x_j first^T middle are rounded to bfloat16 before they are multiplied
         room    bytes that the threads may take for what they work in (linear_bytes); where it is scarce, some rows at a time are
                 multiplied, each time with z made anew, and where that does not help, by fewer threads
         outs    contiguous (rows, m) each, of W's dtype, which take the results;  transposed  y_j = x_j (W + scales[j] z_j), W (n, m)
