@@ -113,9 +113,12 @@ def bench_axpy_list(benchmark, report, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def bench_perturb(benchmark, report, dtype: str) -> None:
-    """Into memory that is there already, as the step does; the public function allocates its results."""
-    n = 1 << (22 if report.quick else 25)
+@pytest.mark.parametrize("what", ["large", "layer"])
+def bench_perturb(benchmark, report, dtype: str, what: str) -> None:
+    """Into memory that is there already, as the step does; the public function allocates its results.
+
+    A step perturbs matrices, or tiles of large ones, which stay in the caches for their product; what is larger than these is bound by memory."""
+    n = 1 << (20 if what == "layer" else 22 if report.quick else 25)
     w = weights(n, dtype)
     plus, minus = torch.empty_like(w), torch.empty_like(w)
     backend, direction, spans = backends.resolve(None, w.device), directions.resolve("normal"), [Span(7)]
@@ -137,8 +140,8 @@ def bench_perturb(benchmark, report, dtype: str) -> None:
             f"zokern.perturb +- {size}", lambda: zokern.perturb(w, "normal", seed=7, who="w", step=0), n, 3 * width, yardstick
         ),
     ]
-    group = Group(f"perturb, {dtype}", cases).run(benchmark, 5 if report.quick else 15)
-    report.add(group, **{f"perturb pair {dtype} / two": group.ratio(cases[2].name, cases[1].name)})
+    group = Group(f"perturb, {what}, {dtype}", cases).run(benchmark, 5 if report.quick else 15)
+    report.add(group, **{f"perturb pair {what} {dtype} / two": group.ratio(cases[2].name, cases[1].name)})
 
 
 @pytest.mark.parametrize(

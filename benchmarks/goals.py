@@ -26,8 +26,12 @@ GOALS = (
     Goal("axpy_ list fp32 / eager", "axpy_ Normal over the eager loop, fp32, 500 tensors of 4096", 8),
     Goal("axpy_ list bf16 / eager", "axpy_ Normal over the eager loop, bf16, 500 tensors of 4096", 8),
     Goal("axpy_ rademacher fp32 / w += c", "axpy_ Rademacher, time over `w += c`, fp32", 1.15, at_least=False),
-    Goal("perturb pair fp32 / two", "perturb, both signs at once over two single ones, fp32", 1.5),
-    Goal("perturb pair bf16 / two", "perturb, both signs at once over two single ones, bf16", 1.5),
+    Goal(
+        "perturb pair layer fp32 / two", "perturb, both signs at once over two single ones, fp32, a matrix of 1024 x 1024", 1.5
+    ),
+    Goal("perturb pair layer bf16 / two", "the same, bf16", 1.5),
+    Goal("perturb pair large fp32 / two", "the same, fp32, one large tensor", 1.5),
+    Goal("perturb pair large bf16 / two", "the same, bf16, one large tensor", 1.5),
     Goal("step fp32 4x128 / forwards", "MeZO step, OPT-125M fp32 4x128, time over its two forwards", 1.15, at_least=False),
     Goal("step auto fp32 4x128 / forwards", "the same with evaluation='auto'", 1.15, at_least=False),
     Goal("step bf16 1x128 / eager", "MeZO step over the eager loop's, OPT-125M bf16 1x128", 12),
