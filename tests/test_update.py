@@ -21,7 +21,7 @@ from zokern import backends
 from zokern.backends import SCALARS, STATES
 from zokern.backends.reference import Reference
 from zokern.evaluation import Group
-from zokern.rule import dense
+from zokern.rule import dense, waiting
 
 IDS = batch()
 NAN = float("nan")
@@ -415,3 +415,33 @@ BAD_RULES = [
 def test_bad_numbers_of_a_rule_are_refused(wrong, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         wrong()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [*RULES, "tezo_adam"])
+def test_steps_of_lr_0_keep_up_the_states_and_no_more(name: str, dtype: torch.dtype, monkeypatch) -> None:
+    """Not even -0.0 moves, and the states have the bits of a run whose weights were read as they are."""
+    monkeypatch.setattr(dense, "PIECE", 1000)
+    left, right = tiny().to(dtype), tiny().to(dtype)
+    for model in (left, right):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.view(-1)[::5] = -0.0
+    before = [p.detach().clone() for p in left.parameters()]
+    optimizers = [
+        zokern.TeZO(model, rule="adam", lr=0.0, eps=1e-2, seed=5) if name == "tezo_adam"
+        else zokern.MeZO(model, rule=RULES[name](), lr=0.0, eps=1e-2, seed=5, force=True) for model in (left, right)
+    ]  # fmt: skip
+    for _ in range(2):
+        zokern.step(optimizers[0], lambda: models.next_token_loss(left(IDS), IDS))
+        with patch.object(waiting, "is_nothing", lambda *_: False), patch.object(dense, "is_nothing", lambda *_: False):
+            with torch.no_grad():  # what the launch makes of -0.0 is put back
+                zokern.step(optimizers[1], lambda: models.next_token_loss(right(IDS), IDS))
+                assert not all(map(same_bits, right.parameters(), before))
+                for p, q in zip(right.parameters(), before):
+                    p.copy_(q)
+        assert all(map(same_bits, left.parameters(), before))
+    for p, q in zip(left.parameters(), right.parameters()):
+        kept, other = (optimizer.state[t] for optimizer, t in zip(optimizers, (p, q)))
+        assert kept.keys() == other.keys() and kept
+        assert all(same_bits(kept[k], other[k]) if isinstance(kept[k], Tensor) else kept[k] == other[k] for k in kept)

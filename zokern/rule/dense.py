@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from ..evaluation import Group, Plan
+from .waiting import is_nothing
+
+PIECE = 1 << 20  # elements of the memory that stands for weights which do not move
 
 
 def advance(
@@ -29,8 +32,31 @@ def advance(
     count: Tensor | int = 0
     for updates, members in launches.items():
         kept = [[states[group.tensors[i]][key] for i in members] for key in keys]
-        count = count + group.update_(plan, members, weights, rule, scalars(updates), kept)
+        decay, lr, *_ = numbers = scalars(updates)
+        if is_nothing([lr], decay):
+            _keep_up(plan, group, members, weights, rule, numbers, kept)
+        else:
+            count = count + group.update_(plan, members, weights, rule, numbers, kept)
     return count
+
+
+def _keep_up(
+    plan: Plan, group: Group, members: Sequence[int], weights: Sequence[float], rule: str, scalars: Sequence[float],
+    kept: Sequence[Sequence[Tensor]],
+) -> None:  # fmt: skip
+    """The states alone, where lr is 0: theta + 0 would turn -0.0 into +0.0, so zeros take the place of the weights, a piece at a time."""
+    device = group.tensors[members[0]].device
+    coeffs, numbers = (torch.tensor(x, dtype=torch.float32, device=device) for x in (weights, scalars))
+    zeros = torch.zeros(min(PIECE, max(group.tensors[i].numel() for i in members)), device=device)
+    for i, *states in zip(members, *kept):
+        span, size = group.spans[i], group.tensors[i].numel()
+        for start in range(0, size, PIECE):
+            stop = min(size, start + PIECE)
+            parts = [[state.view(-1)[start:stop]] for state in states]
+            here = [span._replace(first=span.first + start)]
+            group.backend.update_(
+                [zeros[: stop - start]], here, plan.direction, plan.seed, plan.draws(), coeffs, rule, numbers, parts, "nearest", None
+            )  # fmt: skip
 
 
 __all__ = ["advance"]

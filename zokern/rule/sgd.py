@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..directions import Matrix
 from ..evaluation import Group, Plan
-from .waiting import deposit, total
+from .waiting import deposit, is_nothing, total
 
 
 class Sgd:
@@ -33,8 +32,3 @@ class Sgd:
 
     def rebase(self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor, state: Any) -> None:
         """Nothing is kept."""
-
-
-def is_nothing(amounts: Sequence[float], decay: float) -> bool:
-    """Whether, in float32, theta <- decay theta + sum_k amounts[k] z_k leaves theta as it is: a launch would turn -0.0 into +0.0."""
-    return torch.tensor([decay, *amounts], dtype=torch.float32).tolist() == [1.0] + [0.0] * len(amounts)

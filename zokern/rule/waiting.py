@@ -42,7 +42,7 @@ def add_(plan: Plan, group: Group, i: int, values: Tensor, scale: float, decay: 
     values is float32 and contiguous; start is a multiple of its size. The verb is lowrank_ with a row of ones: rank 1, exact."""
     tensor = group.tensors[i]
     size = values.numel()
-    if size == 0:
+    if size == 0 or is_nothing([scale], decay):
         return 0
     row = start // size
     assert start == row * size and tensor.is_contiguous()
@@ -58,4 +58,9 @@ def add_(plan: Plan, group: Group, i: int, values: Tensor, scale: float, decay: 
     return count
 
 
-__all__ = ["add_", "deposit", "total"]
+def is_nothing(amounts: Sequence[float], decay: float) -> bool:
+    """Whether, in float32, theta <- decay theta + sum_k amounts[k] z_k leaves theta as it is: a launch would turn -0.0 into +0.0."""
+    return torch.tensor([decay, *amounts], dtype=torch.float32).tolist() == [1.0] + [0.0] * len(amounts)
+
+
+__all__ = ["add_", "deposit", "is_nothing", "total"]
