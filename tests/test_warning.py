@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import zokern
-from zokern import backends, optimizer
+from zokern import backends, underflow
 from zokern.evaluation import paired
 
 IDS = models.batch()
@@ -63,7 +63,7 @@ def test_a_fixed_level_is_rejected() -> None:
     def fixed(message: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=6)
 
-    for module, cause in ((optimizer, dead_update), (paired, not_paired)):
+    for module, cause in ((underflow, dead_update), (paired, not_paired)):
         with patch.object(module, "warn", fixed), pytest.raises(AssertionError):
             for way in WAYS.values():
                 check(cause, way)
