@@ -77,10 +77,9 @@ static_assert(kColumns / 2 % kWide == 0 && kWide % kStrip == 0 && kStrip % Simd:
 
 enum class Order { kUp, kOddFirst, kPairs };  // of k: one at a time, the odd one of two first, or both in one instruction
 
-Order order_of(Type type) {
-  if (type != Type::kBfloat16) return Order::kUp;
-  return Simd::kPairs ? Order::kPairs : Order::kOddFirst;
-}
+constexpr Order kBfloat16 = Simd::kPairs ? Order::kPairs : Order::kOddFirst;
+
+Order order_of(Type type) { return type == Type::kBfloat16 ? kBfloat16 : Order::kUp; }
 
 struct Memory {  // of a thread
   alignas(64) float panel[2][kColumns * kDepth];
@@ -511,7 +510,6 @@ void sweep_thin(Order order, const void* x, int64_t rows, int64_t stride, int64_
     const auto some = rest <= kLanes ? one : rest <= 2 * kLanes ? two : three;
     if (rest > 0) some(x, rows, stride, column, k, panels + whole * words, rest, sums + whole, first);
   };
-  constexpr Order kBfloat16 = Simd::kPairs ? Order::kPairs : Order::kOddFirst;
   if (order == Order::kUp) {
     sweep(sweep_rows<Order::kUp, 1>, sweep_rows<Order::kUp, 2>, sweep_rows<Order::kUp, 3>);
   } else {
@@ -566,6 +564,7 @@ void turn_thin(LinearJob& job, int64_t t, int64_t worker, int64_t workers, Memor
   const Thin& thin = job.product->thins[static_cast<size_t>(t)];
   ThinRows& rows = job.thins[static_cast<size_t>(t)];
   const Share share = share_of(job.product->sides[static_cast<size_t>(thin.side)], worker, workers);
+  const Order order = order_of(job.product->type);
   const int64_t many = share.end - share.begin;
   for (int64_t c = 0; c < thin.rank; c += kColumns) {
     const int64_t count = std::min(kColumns, thin.rank - c);
@@ -583,11 +582,11 @@ void turn_thin(LinearJob& job, int64_t t, int64_t worker, int64_t workers, Memor
     for (int64_t i = 0; i < many; ++i) {
       const float* const from = sums + i * kColumns;
       const int64_t at = (share.begin + i) * thin.rank + c;
-      if (job.product->type == Type::kBfloat16) narrow_row(from, count, rows.half.data() + at);
-      if (order_of(job.product->type) == Order::kOddFirst) {
-        widen_row(Type::kBfloat16, rows.half.data() + at, count, rows.rows.data() + at);
-      } else if (job.product->type != Type::kBfloat16) {
+      if (order == Order::kUp) {
         std::memcpy(rows.rows.data() + at, from, static_cast<size_t>(count) * 4);
+      } else {
+        narrow_row(from, count, rows.half.data() + at);
+        if (order == Order::kOddFirst) widen_row(Type::kBfloat16, rows.half.data() + at, count, rows.rows.data() + at);
       }
     }
   }
@@ -622,7 +621,6 @@ extern "C" void ZO_JOIN(zokern_linear_, ZOKERN_ISA)(const void* address, int64_t
   const auto of = [&](int64_t side) { return sums + job.offsets[static_cast<size_t>(side)]; };
   const Order order = order_of(product.type);
   const Make aligned = aligned_of(product);
-  constexpr Order kBfloat16 = Simd::kPairs ? Order::kPairs : Order::kOddFirst;
   const auto sweep = order == Order::kUp ? sweep_rows<Order::kUp> : sweep_rows<kBfloat16>;
   const int64_t depth = depth_of(order);
   for (int64_t column = 0; column < product.n; column += depth) {
