@@ -1,7 +1,7 @@
 """Memory: kernels take raw pointers, so what they are handed is checked when it is first seen, and again once it is other memory.
 
 Of a parameter that is its address, dtype, shape, strides and device: `p.data = ...`, module.to(...) and module.double() change them
-under the same Parameter. Of the optimizer's state it is the tensor objects: they are read by the names in FITS and KEPT.
+under the same Parameter. Of the optimizer's state it is the tensor objects: they are read by the names in _fits() and KEPT.
 """
 
 from __future__ import annotations
