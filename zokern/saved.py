@@ -49,9 +49,13 @@ def check(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
             )
     saved = [name for group in state_dict["param_groups"] for name in group.get("param_names", [])]
     names = [name for group in optimizer.param_groups for name in group["param_names"]]
-    if list(map(plain, saved)) != list(map(plain, names)):
+    saved, names = list(map(plain, saved)), list(map(plain, names))  # with or without torch.compile and its like, it is the same run
+    if saved != names:
         missing, extra = sorted(set(saved) - set(names)), sorted(set(names) - set(saved))
-        raise ValueError(f"state_dict names other parameters: missing here {missing}, not in it {extra}, or in another order")
+        way_out = "pass the same model to the optimizer, itself or all of its named_parameters()"
+        if missing or extra:
+            raise ValueError(f"state_dict names other parameters: missing here {missing}, not in it {extra}; {way_out}")
+        raise ValueError(f"state_dict names the same parameters in another order: {saved} in it, {names} here; {way_out}")
     return own
 
 

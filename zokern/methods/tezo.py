@@ -12,7 +12,7 @@ from torch import nn
 from ..directions import Diagonal
 from ..directions.lowrank import matrix_shape
 from ..optimizer import ZerothOrder
-from ..parameters import inner, plain
+from ..parameters import inner, is_wrapped, plain, plain_names
 from ..rule import Adam, Momentum, Rule, Sgd
 
 
@@ -50,9 +50,7 @@ class TeZO(ZerothOrder):
     ) -> None:
         if not isinstance(rank, Mapping) and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
             raise ValueError(f"rank is {rank!r}; expected an integer, at least 1, or a mapping from parameter names to such")
-        direction = (
-            Diagonal(ranks={plain(name): r for name, r in rank.items()}) if isinstance(rank, Mapping) else Diagonal(rank)
-        )
+        direction = Diagonal(ranks=_by_plain_name(params, rank)) if isinstance(rank, Mapping) else Diagonal(rank)
         adam = Adam(betas, adam_eps, bias_correction, inside=True)
         named: dict[str, Rule] = {"sgd": Sgd(), "momentum": Momentum(adam.betas[0]), "adam": adam}
         known = rule in named if isinstance(rule, str) else hasattr(rule, "rebase") and not isinstance(rule, type)
@@ -64,6 +62,15 @@ class TeZO(ZerothOrder):
             raise ValueError(f"rank names {unknown}, which no parameter is called; the parameters are {sorted(self.ids)}")
 
 
+def _by_plain_name(params: Any, rank: Mapping[str, int]) -> dict[str, int]:
+    """Return the ranks under the names that decide z, whether they were given under those or under a wrapper's."""
+    if isinstance(params, nn.Module):
+        names = plain_names(inner(params)) | plain_names(params)
+        return {names.get(name, plain(name)): r for name, r in rank.items()}
+    strips = is_wrapped(rank)
+    return {plain(name).removeprefix("module.") if strips else plain(name): r for name, r in rank.items()}
+
+
 @torch.no_grad()
 def spectral_ranks(model: nn.Module, energy: float = 0.25, largest: int = 64) -> dict[str, int]:
     """A rank for every trained matrix: the fewest singular values that hold a share `energy` of its squared norm, at most `largest`.
@@ -72,11 +79,11 @@ def spectral_ranks(model: nn.Module, energy: float = 0.25, largest: int = 64) ->
     Cost: a singular value decomposition per matrix."""
     if not 0.0 < energy <= 1.0:
         raise ValueError(f"energy is {energy!r}; expected 0 < energy <= 1")
-    ranks = {}
+    ranks, names = {}, plain_names(inner(model))
     for name, parameter in inner(model).named_parameters():
         shape = matrix_shape(parameter)
         if parameter.requires_grad and shape is not None:
             square = torch.linalg.svdvals(parameter.detach().float().reshape(shape)).double() ** 2
             share = square.cumsum(0) / square.sum()
-            ranks[plain(name)] = max(1, min(largest, int((share < energy).sum()) + 1))
+            ranks[names[name]] = max(1, min(largest, int((share < energy).sum()) + 1))
     return ranks
