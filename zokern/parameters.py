@@ -80,7 +80,7 @@ def named_groups(source: Any, names: Mapping[str, str] | None = None) -> list[di
             count += 1
         named.append({**{k: v for k, v in group.items() if k != "param_names"}, "params": pairs})
     _settle(named, names, looks=names is not None or not is_grouped or len(groups) > 1)
-    if not is_grouped:
+    if not is_grouped:  # a group that is added later may be frozen
         check_trained(named)
     return named
 

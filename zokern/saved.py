@@ -49,7 +49,7 @@ def check(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
             )
     saved = [name for group in state_dict["param_groups"] for name in group.get("param_names", [])]
     names = [name for group in optimizer.param_groups for name in group["param_names"]]
-    saved, names = list(map(plain, saved)), list(map(plain, names))  # with or without torch.compile and its like, it is the same run
+    saved, names = list(map(plain, saved)), list(map(plain, names))  # wrapped or not, it is the same run
     if saved != names:
         missing, extra = sorted(set(saved) - set(names)), sorted(set(names) - set(saved))
         way_out = "pass the same model to the optimizer, itself or all of its named_parameters()"
