@@ -6,6 +6,7 @@ import csv
 import json
 import math
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
@@ -315,6 +316,23 @@ def test_refused_before_anything_is_read(arguments, sentence, monkeypatch, capsy
     monkeypatch.setattr(demo, "read_reviews", lambda: pytest.fail("rows were read"))
     assert demo.main(arguments) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_what_is_missing_is_named_at_once_with_commands_that_install_it_all(monkeypatch, capsys) -> None:
+    """The extra, which pyproject.toml has, and beside it the model and the rows, which it has not."""
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    monkeypatch.setattr(hf, "MODEL_PACKAGE", "no-such-package-of-zokern")
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None if name == "gguf" else object())
+    monkeypatch.setattr(demo, "read_reviews", lambda: pytest.fail("rows were read"))
+    assert demo.main(["--quiet"]) == 2
+    sentence, _, commands = capsys.readouterr().err.strip().partition("; ")
+    named = sentence.removeprefix("zokern demo: not installed: ").split(", ")
+    missing = {"gguf", "no-such-package-of-zokern"}
+    assert missing <= {*named} <= missing | {hf.REVIEWS_PACKAGE}
+    first, second = commands.split(" && ")
+    assert first == f"pip install 'zokern[{hf.EXTRA}]'" and "gguf" in project["optional-dependencies"][hf.EXTRA]
+    assert second.split()[-2:] == ["no-such-package-of-zokern", hf.REVIEWS_PACKAGE]
 
 
 def _installed(package: str) -> bool:

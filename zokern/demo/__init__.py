@@ -20,13 +20,14 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .. import __version__
+from .. import __version__, hf
 from ..hf import LabelWords, Split, load_model, read_reviews, split
 from ..stream import check_seed
 from .cost import cost
@@ -169,11 +170,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     """What can be refused before minutes are spent is refused here."""
-    for name in ("transformers", "gguf", "tqdm", "matplotlib"):
-        if importlib.util.find_spec(name) is None:
-            raise ModuleNotFoundError(f"{name} is not installed; pip install 'zokern[demo]'")
     if check_seed(options.seed) == check_seed(options.second_seed):
         raise ValueError(f"--second-seed is {options.second_seed}, as --seed; expected another one, or it checks nothing")
     for path in (options.json, options.plot):
         if path and not path.absolute().parent.is_dir():
             raise FileNotFoundError(f"the folder {path.absolute().parent} does not exist; make it, or name another file")
+    modules = ("transformers", "gguf", "tqdm", "matplotlib")
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    for package in (hf.MODEL_PACKAGE, hf.REVIEWS_PACKAGE):
+        try:
+            metadata.version(package)
+        except metadata.PackageNotFoundError:
+            missing.append(package)
+    if missing:
+        raise ModuleNotFoundError(f"not installed: {', '.join(missing)}; {hf.way_out()}")
