@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import threading
 from collections.abc import Callable
 from itertools import zip_longest
@@ -11,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, directions, estimator, evaluation, parameters, saved, underflow
-from .evaluation import Group, Plan, Reading
-from .evaluation.owners import Owners
-from .evaluation.surroundings import check_structure
-from .factorized import Factorized
-from .memory import Memory
+from .deferred import Deferred
+from .evaluation import Tree
+from .fingerprint import memory_of, versions_of
+from .memory import START_ANEW, check_state
+from .plan import Group, Plan
 from .rule import Rule, Sgd, check_basis
 from .step import StepResult, finite_number, run, whole_number
 from .stream import check_seed
@@ -25,9 +27,13 @@ SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).
 OTHER_STATE = (
     "load it into an optimizer of the parameters that it was saved with, or start anew with `state_dict['state'].clear()`"
 )
+HINTS = {
+    "momentum": "rule=zokern.Momentum(0.9)", "betas": "rule=zokern.Adam(betas=...)", "epsilon": "eps=...", "mu": "eps=...",
+    "beta": "rule=zokern.Momentum(...)", "nesterov": "rule=zokern.Momentum(...)", "wd": "weight_decay=...",
+}  # fmt: skip
 
 
-class ZerothOrder(Factorized, torch.optim.Optimizer):
+class ZerothOrder(Deferred, torch.optim.Optimizer):
     """What all methods share: names and ids, the plan of a step, counters, state. Methods are files in zokern/methods."""
 
     result: StepResult | None = None  # of the last step
@@ -42,7 +48,7 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
         queries: int = 1,
         seed: int = 0,
         rounding: str = "nearest",
-        evaluation: str | evaluation.Evaluation = "scratch",
+        evaluation: str | evaluation.Evaluation = "auto",
         backend: str | backends.Backend | None = None,
         direction: str | directions.Direction | directions.Factored = "normal",
         rule: Rule | None = None,
@@ -51,14 +57,18 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
         maximize: bool = False,
         clip: float | None = None,
         normalize: str = "none",
-        paired_check: int | None = 0,
+        paired_check: int | str | None = "first",
         max_skips: int | None = 10,
         dead_limit: int | None = 20,
         nonfinite: str = "raise",
         force: bool = False,
+        **unknown: Any,
     ) -> None:
+        if unknown:
+            raise _unknown(type(self), next(iter(unknown)))
         self.model = parameters.inner(params) if isinstance(params, nn.Module) else None
-        if self.model is not None and _resolve_evaluation(evaluation).name != "walk":
+        self.evaluation = _resolve_evaluation(evaluation)
+        if self.model is not None and self.evaluation.name in ("paired", "scratch"):
             parameters.check_model(self.model)
         self.seed = check_seed(seed)
         self.queries = whole_number("queries", queries, 1, 2**24 - 1)
@@ -69,7 +79,6 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
         if nonfinite not in ("raise", "ignore"):
             raise ValueError(f"nonfinite is {nonfinite!r}; expected 'raise' or 'ignore'")
         self.rounding, self.normalize = rounding, normalize
-        self.evaluation = _resolve_evaluation(evaluation)
         self.backend = backend
         if backend is not None:
             backends.resolve(backend, torch.device("cpu"))
@@ -80,46 +89,61 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
         if isinstance(self.rule, type) or not hasattr(self.rule, "update"):
             raise TypeError(f"rule is {rule!r}; expected None, zokern.Momentum(), zokern.Adam() or another Rule object")
         check_basis(self.rule, self.factored)
+        if defer not in (None, True, False) or isinstance(defer, (int, float)) and not isinstance(defer, bool):
+            raise ValueError(f"defer is {defer!r}; expected True, False or None")
         self.defer = defer
         self.matrices: dict[int, directions.Matrix] = {}
-        self._groups: list[Group] = []
         self.stencil = estimator.resolve(stencil)
         for name, flag in (("maximize", maximize), ("force", force)):
             if not isinstance(flag, bool):
                 raise ValueError(f"{name} is {flag!r}; expected True or False")
         self.maximize, self.force, self.nonfinite = maximize, force, nonfinite
         self.clip = None if clip is None else finite_number("clip", clip, above=0.0)
-        self.paired_check = _check_count("paired_check", paired_check, 0, "no check")
+        if normalize == "std" and self.queries * sum(1 for offset in self.stencil.offsets if offset) < 2:
+            raise ValueError(
+                f"normalize is 'std' with queries={queries} and stencil {self.stencil.name!r}, which read one perturbed loss; its spread is 0 "
+                "and nothing would move: expected queries of at least 2"
+            )
+        if isinstance(paired_check, str) and paired_check != "first":
+            raise ValueError(f"paired_check is {paired_check!r}; expected 'first', or an integer, at least 0, or None for no check")
+        self.paired_check = (
+            paired_check if isinstance(paired_check, str) else _check_count("paired_check", paired_check, 0, "no check")
+        )
         self.max_skips = _check_count("max_skips", max_skips, 0, "no limit")
         self.dead_limit = _check_count("dead_limit", dead_limit, 1, "no limit")
         self.steps = self.skips = self.dead = 0
-        self.ids, self.salted = parameters.ids(
-            [name for name, _ in self.model.named_parameters()] if self.model is not None else []
-        )
+        self.drawn = False  # whether the step under way has used its number
+        names = parameters.plain_names(self.model) if self.model is not None else {}
+        self.ids, self.salted = parameters.ids(names.values())
+        self._names = names
         self._lock = threading.Lock()
-        self._owners = Owners()
+        self._tree = Tree([self.model] if self.model is not None else [], is_open=self.model is None)
+        self._several = _spread(params)
         self._entries: list[list[parameters.Trained]] = []
-        self.memory = Memory()
-        self._ties: list[
-            tuple[Tensor, Tensor]
-        ] = []  # tensor objects of the modules on the elements of a trained one, and that one
-        self._stale: dict[int, str] = {}  # by id: tensor objects of the modules that show some of a trained one's elements
+        self._groups: list[Group] = []  # of the last plan
+        self._key: list[Any] = []  # what they were built from
+        self._kept: list[Any] = []  # tensors of the optimizer's state that were checked
         self._eps: list[float] = []  # of the groups whose perturbation was found to survive rounding
         self._written: dict[int, int] = {}  # by id: version counters after the last update, which low bits belong to
+        self._losses, self._start, self._mean, self._best = 0, 0.0, 0.0, 0.0  # of this process: how the loss goes
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
-        groups = parameters.named_groups(params)
+        groups = parameters.named_groups(params, names)
         if not any(group["params"] for group in groups):
             raise ValueError("params holds no trainable parameter; set requires_grad on what is to be trained")
         super().__init__(groups, defaults)
+        parameters.check_trained(self._pairs())
         if self.factored is not None and self.model is not None:
             self.watch(self.model, params)
+
+    def _pairs(self) -> list[dict[str, Any]]:
+        return [{"params": [(entry.name, entry.tensor) for entry in entries]} for entries in self._entries]
 
     # Groups and state ---------------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; a group without names continues the numbering param.N. Refuses what cannot be trained, by name."""
-        (group,) = parameters.named_groups([param_group])
-        names_of = {id(p): name for name, p in self.model.named_parameters()} if self.model is not None else {}
+        (group,) = parameters.named_groups([param_group], self._names)
+        names_of = {id(p): self._names[name] for name, p in self.model.named_parameters()} if self.model is not None else {}
         known = sum(len(entries) for entries in self._entries)
         if known and all(name == f"param.{i}" for i, (name, _) in enumerate(group["params"])):
             group["params"] = [(names_of.get(id(p), f"param.{known + i}"), p) for i, (_, p) in enumerate(group["params"])]
@@ -139,7 +163,7 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """torch's state_dict plus ``zokern``: stream version, seed and step, so that a resumed run draws the same z.
 
-        Writes what waits (see flush): a run that resumes from it has the bits of the run that saved and went on."""
+        Writes deferred updates (see flush): a run that resumes from it has the bits of the run that saved and went on."""
         self.flush()
         return {**super().state_dict(), "zokern": saved.own_entry(self)}
 
@@ -159,8 +183,7 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
                     self.state[entry.tensor][key] = here
         self.discard()
         self.matrices.clear()
-        self._groups = []  # what waited belongs to the run that is left
-        self._written = {}
+        self._groups, self._key, self._written = [], [], {}
         self.seed, self.steps, self.skips, self.dead = own["seed"], own["step"], own["skips"], own["dead"]
         if hasattr(self.evaluation, "choice"):
             self.evaluation.choice = own.get("evaluation")
@@ -176,96 +199,148 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
 
     # One step -----------------------------------------------------------------------------------------------------------
 
-    def step(self, closure: Callable[[], Any] | None = None) -> float:  # type: ignore[override]
-        """One step; returns the mean loss. zokern.step(optimizer, closure) returns the whole record."""
+    def step(self, closure: Callable[[], Any] | None = None) -> float | None:  # type: ignore[override]
+        """One step; returns the mean loss. zokern.step(optimizer, closure) returns the whole record.
+
+        Without a closure it does nothing while every lr is 0: torch.distributed.checkpoint probes an optimizer so."""
         if closure is None:
+            if all(float(group["lr"]) == 0.0 for group in self.param_groups):
+                return None
             raise TypeError("step() needs a closure that computes the loss: it is read at more than one point")
         if not self._lock.acquire(blocking=False):
             raise RuntimeError("step in progress: a step was started inside the closure of another, or in a second thread")
+        planned = False
         try:
+            self.drawn = False
             self.open()
+            self._prepared = False
             self.result = run(self, closure)
-            self.steps += 1
+            self.drawn = True
         finally:
+            planned = self._prepared
+            self.steps += self.drawn  # the only place where the number advances
+            if planned:
+                self.accept()
             self.close()
-            if self.rounding == "residual":
-                self._written = {id(t): t._version for group in self._groups for t in group.tensors}
             self._lock.release()
         return self.result.loss
 
+    _prepared = False  # whether the step under way has checked what was written before it
+
     def plan(self) -> Plan:
-        """The checked work of this step. Raises before anything is touched."""
+        """Returns the checked work of this step. Raises before anything is touched."""
         if self.steps >= 2**32:
             raise ValueError(f"step number {self.steps} does not fit the stream's 32 bits; continue with another seed")
-        if self.model is not None:
-            check_structure(self.model, self._known())
-        roots = [self.model] if self.model is not None else self._owners.roots(self._known().values())
-        groups: list[Group] = []
-        aliases: dict[int, tuple[int, int]] = {}
+        if self._several and parameters.processes() > 1:
+            raise RuntimeError(
+                f"the model is wrapped in DistributedDataParallel and {parameters.processes()} processes run: each would move along its own "
+                "losses, and the weights would drift apart. Give the optimizer model.module, and average the loss over the processes "
+                "inside the closure (torch.distributed.all_reduce)"
+            )
+        self._check_tree()
         self._check_groups()
         for options in self.param_groups:
             _check_options(options)
         active = [[entry for entry in entries if entry.tensor.requires_grad] for entries in self._entries]
-        if self._check_memory([entry for entries in active for entry in entries]):
-            everyone = {entry.name: entry.tensor for entries in self._entries for entry in entries}
-            self._ties, self._stale = parameters.ties(everyone, roots)
+        self._build(active)
+        for group in self._groups:
+            group.eps = float(group.options["eps"])
+        if not self._groups:
+            raise ValueError("no parameter requires a gradient any more: nothing to train in this step")
+        plan = Plan(
+            self._groups, self.direction, self.stencil, self.queries, self.seed, self.steps, self.rounding, self._tree, self.factored
+        )
+        for group in self._groups:
+            group.check_waiting()
+        if [group.eps for group in self._groups] != self._eps:
+            self._eps = []  # after a refusal it is looked at again
+            underflow.check_perturbation(plan, self.force)
+            self._eps = [group.eps for group in self._groups]
+        self._drop_low_bits()
+        self._prepared = True
+        return plan
+
+    def _check_tree(self) -> None:
+        """Raises if a parameter of the modules was replaced, removed or added for training since the optimizer saw it."""
+        tree = self._tree
+        if tree.found and tree.is_open:
+            tree = self._tree = Tree(tree.found)
+        if tree.stands():
+            return
+        known = {id(t): name for name, t in self._known().items()}
+        now = {id(p): name for root in tree.roots for name, p in root.named_parameters()}
+        names = {name: number for number, name in now.items()}
+        before = {number for number in tree.slots if number in known}
+        for number in before - now.keys():
+            name = known[number]
+            here = next((full for full in names if parameters.plain(full) == name or full.endswith(name)), None)
+            raise RuntimeError(
+                f"parameter {name!r} was {'removed' if here is None else 'replaced'} after the optimizer was built; build a new optimizer "
+                "for the new model"
+            )
+        added = [n for root in tree.roots for n, p in root.named_parameters() if p.requires_grad and id(p) not in known]
+        if added and self.model is not None:
+            raise RuntimeError(
+                f"parameters {added} were added after the optimizer was built; pass them to add_param_group, or freeze them"
+            )
+        self._tree = Tree(tree.roots, is_open=tree.is_open)
+
+    def _build(self, active: list[list[parameters.Trained]]) -> None:
+        """Makes the groups of a step, once for a list of tensors: again when one was moved, frozen, cast or added."""
+        everything = [entry for entries in active for entry in entries]
+        tensors = [t for entry in everything for t in (entry.tensor, *(t for _, t in entry.aliases))]
+        try:
+            key: list[Any] = [*map(id, tensors), *memory_of(tensors)]
+        except RuntimeError:  # a tensor without an address, which the check below names
+            key = []
+        kept = [v for state in self.state.values() for v in state.values()]
+        is_new = not key or key != self._key
+        if is_new:
+            self._key = []
+            for entry in everything:
+                parameters.check_parameter(entry.name, entry.tensor)
+                parameters.check_tie(entry)
+                self._check_matrix(entry)
+            parameters.check_overlap([(entry.name, entry.tensor) for entries in self._entries for entry in entries])
+        if is_new or len(kept) != len(self._kept) or any(a is not b for a, b in zip(kept, self._kept)):
+            for entry in everything:
+                if state := self.state.get(entry.tensor):
+                    self._check_state(entry, state, START_ANEW)
+            self._kept = kept
+        if is_new:
+            self.leave(self._groups)
+            self._groups = self._made(active)
+            self._key = key
+
+    def _made(self, active: list[list[parameters.Trained]]) -> list[Group]:
+        groups: list[Group] = []
         for options, entries in zip(self.param_groups, active):
             by_device: dict[torch.device, list[parameters.Trained]] = {}
             for entry in entries:
                 by_device.setdefault(entry.tensor.device, []).append(entry)
-            for device, everything in by_device.items():
-                found = [self._matrix(entry) for entry in everything]
-                dense = [entry for entry, matrix in zip(everything, found) if matrix is None]
-                factored = [(entry, matrix) for entry, matrix in zip(everything, found) if matrix is not None]
+            for device, here in by_device.items():
+                found = [(entry, self._matrix(entry)) for entry in here]
+                dense = [entry for entry, matrix in found if matrix is None]
+                factored = [(entry, matrix) for entry, matrix in found if matrix is not None]
                 for members, matrices in ((dense, None), ([e for e, _ in factored], [m for _, m in factored])):
-                    if not members:
-                        continue
-                    for i, entry in enumerate(members):
-                        for tensor in (entry.tensor, *(alias for _, alias in entry.aliases)):
-                            aliases[id(tensor)] = (len(groups), i)
-                    groups.append(
-                        Group(
-                            [e.name for e in members],
-                            [e.tensor for e in members],
-                            [backends.Span(e.who) for e in members],
-                            [self._residual(e.tensor) for e in members] if self.rounding == "residual" else None,
-                            float(options["eps"]),
-                            options,
-                            backends.resolve(self.backend, device),
-                            matrices,
+                    if members:
+                        groups.append(
+                            Group(
+                                [e.name for e in members],
+                                [e.tensor for e in members],
+                                backends.SpanList([backends.Span(e.who) for e in members]),
+                                [self._residual(e.tensor) for e in members] if self.rounding == "residual" else None,
+                                float(options["eps"]),
+                                options,
+                                backends.resolve(self.backend, device),
+                                matrices,
+                                objects=[[e.tensor, *(t for _, t in e.aliases)] for e in members],
+                            )
                         )
-                    )
-        if not groups:
-            raise ValueError("no parameter requires a gradient any more: nothing to train in this step")
-        plan = Plan(
-            groups,
-            self.direction,
-            self.stencil,
-            self.queries,
-            self.seed,
-            self.steps,
-            self.rounding,
-            roots,
-            aliases,
-            self.factored,
-        )
-        if [group.names for group in self._groups] != [group.names for group in groups]:
-            self.flush()  # what is trained has changed: the updates that wait belong to the old groups
-        self._groups = groups
-        for group in groups:
-            group.check_waiting()
-        for tensor, owner in self._ties:  # other tensor objects of the same elements see the same perturbation
-            if id(owner) in aliases:
-                aliases.setdefault(id(tensor), aliases[id(owner)])
-        plan.stale.update({key: name for key, name in self._stale.items() if key not in aliases})
-        if [group.eps for group in groups] != self._eps:
-            self._eps = []  # after a refusal it is looked at again
-            underflow.check_perturbation(plan, self.force)
-            self._eps = [group.eps for group in groups]
-        return plan
+        return groups
 
     def _check_groups(self) -> None:
-        """Raise if somebody edited the lists of param_groups: what the optimizer trains, it was given through add_param_group."""
+        """Raises if the lists of param_groups were edited: what the optimizer trains, it was given through add_param_group."""
         for i, (group, entries) in enumerate(zip_longest(self.param_groups, self._entries, fillvalue=())):
             params = group["params"] if group else []
             if len(params) != len(entries) or not all(p is entry.tensor for p, entry in zip(params, entries)):
@@ -280,19 +355,38 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
         entries = [entry for group in self._entries for entry in group]
         return {name: tensor for e in entries for name, tensor in ((e.name, e.tensor), *e.aliases)}
 
+    # Low bits of 16-bit weights -------------------------------------------------------------------------------------------
+
     def _residual(self, tensor: Tensor) -> Tensor:
         if tensor.dtype != torch.bfloat16:
             if tensor.dtype == torch.float16:
                 raise ValueError("rounding='residual' needs bfloat16 or float32 parameters; float16: use rounding='stochastic'")
-            return torch.empty(0, dtype=torch.int16)  # never read: float32 has no low bits to keep
+            return torch.empty(0, dtype=torch.int16, device="cpu")  # never read: float32 has no low bits to keep
         state = self.state[tensor]
-        # weights that somebody else wrote since the last update are exact as they are: the old low bits are not theirs
-        if "residual" not in state or self._written.get(id(tensor), tensor._version) != tensor._version:
+        if "residual" not in state:
             state["residual"] = torch.zeros(tensor.shape, dtype=torch.int16, device=tensor.device)
         return state["residual"]
 
+    def _drop_low_bits(self) -> None:
+        """Clears the low bits of weights that others wrote since the last update: those are exact as they are."""
+        if self.rounding != "residual":
+            return
+        for group in self._groups:
+            for tensor, low in zip(group.tensors, group.residuals or ()):
+                if self._written.get(id(tensor), tensor._version) != tensor._version:
+                    low.zero_()
+
+    def accept(self) -> None:
+        """Takes the weights as this optimizer left them: deferred updates and low bits belong to them."""
+        for group in self._groups:
+            for tensor, matrix in zip(group.tensors, group.matrices or ()):
+                if matrix.pending is not None:
+                    matrix.version = tensor._version
+            if self.rounding == "residual":
+                self._written.update(zip(map(id, group.tensors), versions_of(group.tensors)))
+
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Neither copied nor pickled: torch's way would lose the module, its hooks, waiting updates and the names that decide z."""
+        """Neither copied nor pickled: torch's way would lose the module, its hooks, deferred updates and the names that decide z."""
         raise TypeError(
             f"{type(self).__name__} cannot be copied or pickled: it belongs to the parameters that it trains; copy the model, build "
             "another optimizer for the copy and load_state_dict(optimizer.state_dict()) into it"
@@ -300,35 +394,74 @@ class ZerothOrder(Factorized, torch.optim.Optimizer):
 
     # Guards -------------------------------------------------------------------------------------------------------------
 
-    def count(self, finite: bool, reading: Reading) -> None:
-        """Skipped and dead steps in a row; raises when there are too many. The weights are still as they were."""
-        losses = reading.losses
-        if reading.unseen and self.result is None:
-            names = ", ".join(reading.unseen[:3]) + (", ..." if len(reading.unseen) > 3 else "")
+    def count(self, finite: bool, result: StepResult) -> None:
+        """Counts skipped and dead steps in a row; raises when there are too many. The weights are still as they were."""
+        losses = result.losses
+        if result.unseen and self.result is None:
+            names = ", ".join(result.unseen[:3]) + (", ..." if len(result.unseen) > 3 else "")
             warn(
-                f"the loss did not read {len(reading.unseen)} trained parameters ({names}); they move along z all the same. A branch that "
-                "is not used: freeze it with requires_grad_(False). Experts without tokens in this batch: nothing is wrong. Read where "
-                "torch functions do not show it (TorchScript, a fused or exported graph, another thread): use evaluation='walk'"
+                f"the loss did not read {len(result.unseen)} trained parameters ({names}); they move along z all the same. A branch that "
+                "is not used: freeze it with requires_grad_(False). Experts without tokens in this batch: nothing is wrong"
             )
         self.skips = 0 if finite else self.skips + 1
         if self.max_skips and self.skips >= self.max_skips:
-            self.steps += 1
+            self.drawn = True
             raise RuntimeError(
                 f"{self.skips} steps in a row had a loss or coefficient that is inf or NaN (last losses {losses}); no weight changed "
                 "in them: lower lr, check the data, or compute the loss in float32"
             )
         same = finite and all(len(set(sides)) == 1 for sides in losses)
         self.dead = self.dead + 1 if same else 0
+        grown = self._watch_loss(result.loss) if finite else False
         if self.dead == 3:
-            warn(
-                "the losses on both sides were equal 3 steps in a row: the perturbation may not reach the loss (eps too small?)"
-            )
+            cause = "lr too large: the loss has grown since the start" if grown else "eps too small?"
+            warn(f"the losses on both sides were equal 3 steps in a row: the perturbation may not reach the loss ({cause})")
         if self.dead_limit is not None and self.dead >= self.dead_limit:
             raise RuntimeError(
                 f"the losses on both sides were equal {self.dead} steps in a row (last losses {losses}): the perturbation does not "
                 "reach the loss; raise eps, give the optimizer the model that the closure runs, or pass dead_limit=None for a "
                 "coarse objective"
             )
+
+    def _watch_loss(self, loss: float) -> bool:
+        """Warns once when the loss has grown to three times its first, and its best running mean; returns whether it has."""
+        if self._losses == 0:
+            self._start = self._mean = self._best = loss
+        self._losses += 1
+        self._mean += 0.2 * (loss - self._mean)
+        grown = not self.maximize and self._best > 0.0 and loss > 3.0 * max(self._best, self._start)
+        self._best = min(self._best, self._mean)
+        if grown and not self._warned:
+            self._warned = True
+            lr = ", ".join(str(float(group["lr"])) for group in self.param_groups)
+            warn(f"the loss has grown from {self._start:.4g} to {loss:.4g} within {self._losses} steps: lr = {lr} may be too large")
+        return grown
+
+    _warned = False
+
+
+def _spread(params: Any) -> bool:
+    """Whether a module, or one inside it, is wrapped for data parallelism over several processes."""
+    if not isinstance(params, nn.Module):
+        return False
+    return any(cls.__name__ == "DistributedDataParallel" for module in params.modules() for cls in type(module).__mro__)
+
+
+def _unknown(cls: type, option: str) -> TypeError:
+    """An error that names the class that the user called, and what is near."""
+    options = [
+        name
+        for owner in cls.__mro__
+        if issubclass(owner, ZerothOrder)
+        for name, p in inspect.signature(owner.__init__).parameters.items()  # type: ignore[misc]
+        if name != "self" and p.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
+    known = sorted(set(options))
+    near = difflib.get_close_matches(option, known, 1)
+    hint = HINTS.get(option) or (f"{near[0]}=..." if near else "")
+    return TypeError(
+        f"{cls.__name__} has no option {option!r}" + (f"; did you mean {hint}?" if hint else ";") + f" The options are {', '.join(known)}"
+    )
 
 
 def _resolve_evaluation(chosen):
@@ -345,7 +478,12 @@ def _check_options(options: dict[str, Any]) -> None:
     eps = finite_number("eps", options["eps"], above=0.0)
     if not SMALLEST <= eps <= LARGEST:
         raise ValueError(f"eps is {options['eps']!r}; expected a finite number > 0 that float32 holds: 2**-126 <= eps < 2**128")
-    finite_number("weight_decay", options["weight_decay"], minimum=0.0)
+    decay = finite_number("weight_decay", options["weight_decay"], minimum=0.0)
+    if lr * decay > 1.0:
+        raise ValueError(
+            f"weight_decay is {decay!r} and lr is {lr!r}; expected lr * weight_decay of at most 1, beyond which weights change their sign "
+            "in every step"
+        )
 
 
 def _check_scalar(name: str, value: Any) -> None:

@@ -9,29 +9,32 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import estimator, underflow
 from .arguments import fits
-from .evaluation import Group, Plan, Reading
-from .evaluation.objective import under_inference
-from .rule import Sgd
+from .evaluation import THETA, Point, unrepeatable
+from .firstlook import Watch, distance, repeats
+from .plan import Group, Plan
 
 
 @dataclass(frozen=True)
 class StepResult:
     """What one step measured and did.
 
-    loss          mean of the losses that were read (a float)
+    loss          mean of the losses that were read, a float: of theta + eps z and theta - eps z, and so above the loss of theta
+                  where the loss is convex
     losses        per query, the losses at the stencil's offsets: (L(theta + eps z), L(theta - eps z)) for the central one
     coefficients  per query, the projected gradient c_k in units of loss per weight, float32 (with the first group's eps)
     seed, step    the run's seed and this step's number: with the draw k they name z_k
     skipped       True when a loss, a coefficient, or lr times one, was NaN or infinite in float32: the weights are as they were
-    evaluation, backend   what ran
+    evaluation    the way in which the losses were read;  why: evaluation 'auto': the reason for the choice
+    backend       what ran the kernels
     scratch_bytes most extra memory that the evaluation held at once
-    unseen        trained parameters that the loss never read (they were updated all the same)
-    whole         parameters that were perturbed in one piece because their use cannot be tiled
-    unpaired      evaluation 'paired': parameters that were read for some side alone
-    dead_updates  share of 16-bit weights in a sample that rounding to nearest left where they were; None when not measured
+    unseen        first step: trained parameters that the loss did not read (they are updated all the same)
+    whole         parameters that were copied in one piece because their use cannot be tiled
+    swallowed     evaluation 'master': share of sampled 16-bit weights that the perturbation left as they were; None: not measured
+    dead_updates  share of 16-bit weights in a sample that rounding to nearest left where they were; None: not measured
     """
 
     loss: float
@@ -45,20 +48,22 @@ class StepResult:
     scratch_bytes: int = 0
     unseen: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
-    unpaired: tuple[str, ...] = ()
     dead_updates: float | None = None
+    why: str = ""
+    swallowed: float | None = None
 
 
 def step(optimizer: Any, closure: Callable[[], Any]) -> StepResult:
     """One zeroth-order step: theta <- (1 - lr wd) theta - lr (1/q) sum_k c_k z_k.
 
-    optimizer  a zokern optimizer (zokern.MeZO, ...), also as accelerate's prepare() returns it: in a wrapper with `.optimizer`
-    closure    computes the loss of one batch: returns a 0-d or [1] tensor or a Python number. It is called once per query and
-               offset, under no_grad, on the same batch each time.
-    Returns a StepResult. Writes the trained parameters, once, and nothing else: RNG streams, train/eval flags, buffers and the
-    module tree are as they were. If the closure raises, the weights are as they were (evaluation 'walk': up to rounding).
-    Raises TypeError, before anything is read, for another optimizer and for what is no closure; RuntimeError when the closure
-    changed the weights, when the loss never used them, after too many skipped or dead steps in a row, and when the update made
+    optimizer  a zokern optimizer (zokern.MeZO, ...), also in a wrapper with `.optimizer` (accelerate's prepare(), Lightning)
+    closure    computes the loss of one batch: returns a 0-d or [1] tensor or a Python number. It reads the same batch at every
+               call. Evaluations 'master', 'scratch' and 'inplace' call it once per point, under no_grad; 'paired' calls it once
+    Returns a StepResult. Writes the trained parameters, once, and nothing else: RNG streams, train/eval flags, buffers, attributes
+    of modules and the module tree are as they were. If the closure raises, the weights are as they were (evaluation 'inplace': up
+    to rounding). The first step reads its first loss twice, and the loss of theta.
+    Raises TypeError, before anything is read, for another optimizer and for what is no closure; RuntimeError when the closure is
+    not repeatable, changed the weights or never used them, after too many skipped or dead steps in a row, and when the update made
     weights inf or NaN. Malladi et al. 2023, Algorithm 1."""
     optimizer = _unwrapped(optimizer)
     if not callable(closure):
@@ -71,9 +76,10 @@ def step(optimizer: Any, closure: Callable[[], Any]) -> StepResult:
 
 
 def _unwrapped(optimizer: Any) -> Any:
-    """The zokern optimizer itself, also from a wrapper that is an optimizer; TypeError for everything else."""
-    for found in (optimizer, getattr(optimizer, "optimizer", None)):
-        if isinstance(optimizer, torch.optim.Optimizer) and hasattr(found, "plan") and hasattr(found, "result"):
+    """Returns the zokern optimizer itself, also from a wrapper that is an optimizer; TypeError for everything else."""
+    # a wrapper may be a subclass of what it wraps (Lightning's), so its inside is looked at first
+    for found in (getattr(optimizer, "optimizer", None), optimizer):
+        if isinstance(optimizer, torch.optim.Optimizer) and hasattr(found, "plan") and hasattr(found, "evaluation"):
             return found
     name = type(optimizer).__name__
     raise TypeError(
@@ -82,93 +88,108 @@ def _unwrapped(optimizer: Any) -> Any:
 
 
 def run(optimizer: Any, closure: Callable[[], Any]) -> StepResult:
-    """The line, outside of a torch.inference_mode() around it: what it keeps is used by later steps, whatever they are in. The closure
-    is called inside, where the user wrote it."""
+    """Runs the step outside of a torch.inference_mode() around it: its tensors are used by later steps, in other modes.
+
+    The closure is called in the mode in which the user wrote it."""
     inside = torch.is_inference_mode_enabled()
     with torch.inference_mode(False), torch.no_grad():
-        return _run(optimizer, under_inference(closure) if inside else closure)
+        return _run(optimizer, torch.inference_mode()(closure) if inside else closure)
 
 
 def _run(optimizer: Any, closure: Callable[[], Any]) -> StepResult:
-    """The line itself; `optimizer` gives the plan, keeps the counters and holds the lock."""
+    """The step; `optimizer` gives the plan, keeps the counters and holds the lock."""
     plan: Plan = optimizer.plan()
     optimizer.refresh(plan, closure)
-    check = optimizer.paired_check and plan.step % optimizer.paired_check == 0
-    reading: Reading = optimizer.evaluation.read(plan, closure, repeat_first=bool(check))
-    try:  # whatever can raise comes before the update
-        coefficients = [
-            estimator.coefficients(reading.losses, plan.stencil, group.eps, optimizer.clip, optimizer.normalize)
-            for group in plan.groups
-        ]
-        moves = [_move(optimizer, plan, group, found) for group, found in zip(plan.groups, coefficients)]
-        finite = all(
-            fits([*found, lr, decay, *(lr * w for w in weights)]) for found, (weights, lr, decay) in zip(coefficients, moves)
+    sides = [[Point(((plan.draw(k), o),)) if o else THETA for o in plan.stencil.offsets] for k in range(plan.queries)]
+    points = [point for each in sides for point in each]
+    read = optimizer.evaluation.losses(plan, points, closure)
+    unseen = _check(optimizer, plan, points, read, closure)
+    found = read.tolist()
+    many = len(plan.stencil.offsets)
+    losses = tuple(tuple(found[k * many : (k + 1) * many]) for k in range(plan.queries))
+    # whatever can raise comes before the update
+    coefficients = [
+        estimator.coefficients(losses, plan.stencil, group.eps, optimizer.clip, optimizer.normalize) for group in plan.groups
+    ]
+    moves = [_move(optimizer, plan, group, c) for group, c in zip(plan.groups, coefficients)]
+    finite = all(fits([*c, lr, decay, *(lr * w for w in weights)]) for c, (weights, lr, decay) in zip(coefficients, moves))
+    record = optimizer.evaluation.record
+    result = StepResult(
+        loss=estimator.mean(found),
+        losses=losses,
+        coefficients=tuple(coefficients[0]),
+        seed=plan.seed,
+        step=plan.step,
+        skipped=not finite,
+        evaluation=record.evaluation,
+        backend=plan.groups[0].backend.name,
+        scratch_bytes=record.scratch_bytes,
+        unseen=unseen,
+        whole=record.whole,
+        why=record.why,
+        swallowed=record.swallowed,
+    )
+    optimizer.count(finite, result)
+    if not finite:
+        return result
+    still = underflow.watch_update(plan)
+    optimizer.drawn = True  # from here on the step has its number, whatever is raised
+    nonfinite = _update(optimizer, plan, moves)
+    if still is not None:
+        result = replace(result, dead_updates=still())
+    if nonfinite:
+        raise RuntimeError(
+            f"step {plan.step}: {nonfinite} weights are inf or NaN after the update (coefficients {result.coefficients}); "
+            "lower lr, or raise eps; nonfinite='ignore' keeps going"
         )
-        result = StepResult(
-            loss=estimator.mean([loss for sides in reading.losses for loss in sides]),
-            losses=tuple(reading.losses),
-            coefficients=tuple(coefficients[0]),
-            seed=plan.seed,
-            step=plan.step,
-            skipped=not finite,
-            evaluation=reading.evaluation or optimizer.evaluation.name,
-            backend=plan.groups[0].backend.name,
-            scratch_bytes=reading.scratch_bytes,
-            unseen=reading.unseen,
-            whole=reading.whole,
-            unpaired=reading.unpaired,
-        )
-        optimizer.count(finite, reading)
-        still = underflow.watch_update(plan) if finite else None
-    except BaseException:
-        _update(optimizer, plan, reading, None)  # an evaluation in place still stands beside the weights
-        raise
-    nonfinite = _update(optimizer, plan, reading, moves if finite else None)
-    try:
-        if still is not None:
-            result = replace(result, dead_updates=still())
-        if nonfinite:
-            raise RuntimeError(
-                f"step {plan.step}: {nonfinite} weights are inf or NaN after the update (coefficients {result.coefficients}); "
-                "lower lr, or raise eps; nonfinite='ignore' keeps going"
-            )
-    except BaseException:
-        optimizer.steps += 1  # the weights have moved, and a warning may be an error
-        raise
     return result
+
+
+def _check(optimizer: Any, plan: Plan, points: list[Point], read: Tensor, closure: Callable[[], Any]) -> tuple[str, ...]:
+    """First step, and every `paired_check` steps: reads the first loss again, and that of theta. Returns parameters that were not read."""
+    every = optimizer.paired_check
+    first = optimizer.result is None
+    if not every or (every == "first" and not first) or (every != "first" and plan.step % every and not first):
+        return ()
+    with Watch(plan) as watch:
+        again, base = optimizer.evaluation.losses(plan, [points[0], THETA], closure).tolist()
+    found = read.tolist()
+    if not repeats(plan, found[0], again):
+        raise unrepeatable(found[0], again)
+    if first:
+        distance(plan, found, base)
+    return watch.unseen(plan, found)
 
 
 Move = tuple[list[float], float, float]
 
 
 def _move(optimizer: Any, plan: Plan, group: Group, coefficients: list[float]) -> Move:
-    """What a group's rule is told: the weight of each draw, lr and decay."""
+    """Returns what a group's rule is told: the weight of each draw, lr and decay."""
     lr = float(group.options["lr"])
+    decay = 1.0 - lr * group.options["weight_decay"]
+    if decay < 0.0:
+        raise ValueError(
+            f"lr * weight_decay is {lr} * {group.options['weight_decay']} = {1.0 - decay:.4g}; expected at most 1: weights would change "
+            "their sign in every step"
+        )
     sign = 1.0 if optimizer.maximize else -1.0
-    return [sign * c / plan.queries for c in coefficients], lr, 1.0 - lr * group.options["weight_decay"]
+    return [sign * c / plan.queries for c in coefficients], lr, decay
 
 
-def _update(optimizer: Any, plan: Plan, reading: Reading, moves: list[Move] | None) -> int:
-    """The only write: decay, direction and whatever the evaluation left to restore, one rounding. Returns non-finite results."""
+def _update(optimizer: Any, plan: Plan, moves: list[Move]) -> int:
+    """Writes the weights, the only time: decay and direction, one rounding. Returns how many results are not finite."""
     counts = []
-    for g, group in enumerate(plan.groups):
-        restore = [distance * group.eps for distance in reading.restore]
-        if any(restore) and (moves is None or not optimizer.rule.linear):
-            Sgd().update(plan, group, [0.0] * plan.queries, 0.0, 1.0, restore, optimizer.state, defer=False)
-            restore = [0.0] * plan.queries
-        if moves is None:
-            continue
-        weights, lr, decay = moves[g]
-        counts.append(optimizer.rule.update(plan, group, weights, lr, decay, restore, optimizer.state, optimizer.defers(plan)))
-    for group in plan.groups:
+    for group, (weights, lr, decay) in zip(plan.groups, moves):
+        counts.append(optimizer.rule.update(plan, group, weights, lr, decay, optimizer.state, optimizer.defers(plan)))
         group.drawn.clear()  # the optimizer keeps the groups until the next step, and z need not be kept
-    if optimizer.nonfinite == "ignore" or moves is None:
+    if optimizer.nonfinite == "ignore":
         return 0
     return sum(int(count) for count in counts)
 
 
 def finite_number(name: str, value: Any, *, minimum: float | None = None, above: float | None = None) -> float:
-    """A finite Python float within bounds, or a ValueError that says so."""
+    """Returns a finite Python float within bounds, or raises a ValueError that says so."""
     one = not isinstance(value, torch.Tensor) or value.numel() == 1
     accepted = one and isinstance(value, (numbers.Real, torch.Tensor)) and type(value) is not bool
     number = float(value) if accepted else math.nan
@@ -180,7 +201,7 @@ def finite_number(name: str, value: Any, *, minimum: float | None = None, above:
 
 
 def whole_number(name: str, value: Any, least: int, most: int | None = None, none: str = "") -> int:
-    """An integer within bounds, or a ValueError that says so."""
+    """Returns an integer within bounds, or raises a ValueError that says so."""
     number = least - 1 if isinstance(value, bool) or not isinstance(value, numbers.Integral) else int(value)
     if number < least or (most is not None and number > most):
         bound = f"at least {least}" if most is None else f"{least} <= {name} <= {most}"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .evaluation import Group, Plan
+from .plan import Group, Plan
 from .warning import warn
 
 SAMPLE = 512  # elements per tensor
@@ -21,10 +21,15 @@ def check_perturbation(plan: Plan, force: bool) -> None:
 
 
 def _check_group(plan: Plan, group: Group, members: list[int], force: bool) -> None:
-    tensors = [_head(group.tensors[i]).contiguous() for i in members]
-    outs = [torch.empty_like(tensor) for tensor in tensors]
+    tensors = [heads(group.tensors[i]).contiguous() for i in members]
     spans = [group.spans[i] for i in members]
-    group.backend.perturb(tensors, spans, plan.direction, plan.seed, plan.step, 0, [group.eps], [outs], None)
+    if group.matrices is None:
+        outs = [torch.empty_like(tensor) for tensor in tensors]
+        group.backend.perturb(tensors, spans, plan.direction, plan.seed, plan.step, 0, [group.eps], [outs], None)
+    else:  # a bound on the typical size of U C V^T serves as its distribution: normals of the same root mean square
+        outs = [tensor.clone() for tensor in tensors]
+        scale = group.eps * plan.factored.spread(group.matrices[members[0]])  # type: ignore[union-attr]
+        group.backend.perturb(tensors, spans, NORMAL, plan.seed, plan.step, 0, [scale], [outs], None)
     sizes = [group.tensors[i].numel() for i in members]
     dead = sum(float((out == tensor).float().mean()) * size for tensor, out, size in zip(tensors, outs, sizes))
     share = dead / sum(sizes)
@@ -42,12 +47,12 @@ def watch_update(plan: Plan) -> Callable[[], float | None] | None:
     """Before the update: a function that tells, after it, which share of sampled 16-bit weights did not move."""
     if plan.rounding != "nearest" or (plan.step >= 10 and plan.step % 100):
         return None
-    before = [(t, _head(t).clone()) for group in plan.groups for t in (group.tensors[i] for i in _sampled(group))]
+    before = [(t, heads(t).clone()) for group in plan.groups for t in (group.tensors[i] for i in _sampled(group))]
     if not before or not any(float(group.options["lr"]) for group in plan.groups):
         return None
 
     def after() -> float:
-        still = sum(int((_head(now) == old).sum()) for now, old in before) / sum(old.numel() for _, old in before)
+        still = sum(int((heads(now) == old).sum()) for now, old in before) / sum(old.numel() for _, old in before)
         if still > 0.5 and plan.step == 0:
             warn(
                 f"rounding to nearest left {still:.0%} of the 16-bit weights where they were: the update is below half an ulp; "
@@ -65,7 +70,7 @@ def _sampled(group: Group) -> list[int]:
     return [i for i, t in enumerate(group.tensors) if t.dtype != torch.float32 and t.dim() > 1 and t.numel()]
 
 
-def _head(tensor: Tensor) -> Tensor:
+def heads(tensor: Tensor) -> Tensor:
     """The first SAMPLE elements, row-major, as a vector: a view, or of a tensor with gaps a copy of no more than a few rows."""
     part = tensor.detach()
     while part.dim() > 1 and part[0].numel() >= SAMPLE:
@@ -74,4 +79,4 @@ def _head(tensor: Tensor) -> Tensor:
     return part[:rows].reshape(-1)[:SAMPLE]
 
 
-__all__ = ["check_perturbation", "watch_update"]
+__all__ = ["check_perturbation", "heads", "watch_update"]

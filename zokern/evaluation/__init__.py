@@ -1,36 +1,34 @@
-"""Evaluations: how the loss at theta + offset eps z is read. One file each."""
+"""Evaluations: how the losses at theta + eps sum_k a_k z_k are read. One file each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
-
 from .auto import Auto
+from .base import THETA, Evaluation, Point, Record, Refused
+from .inplace import InPlace
+from .isolation import Isolation, Tree
+from .master import Master
 from .objective import Objective
 from .paired import Paired
-from .plan import Group, Plan, Reading
 from .scratch import Scratch
-from .walk import Walk
+from .trust import unrepeatable
 
-
-class Evaluation(Protocol):
-    name: str
-
-    def read(self, plan: Plan, closure: Callable[[], object], repeat_first: bool = False) -> Reading: ...
-
-
-EVALUATIONS: dict[str, type] = {"auto": Auto, "paired": Paired, "scratch": Scratch, "walk": Walk}
+EVALUATIONS: dict[str, type] = {"auto": Auto, "inplace": InPlace, "master": Master, "paired": Paired, "scratch": Scratch}
+ALIASES = {"walk": "inplace"}  # for one release
 
 
 def resolve(evaluation: str | Evaluation) -> Evaluation:
-    """An evaluation from its name, or the evaluation itself."""
+    """Returns an evaluation from its name, or the evaluation itself."""
     if isinstance(evaluation, str):
-        if evaluation not in EVALUATIONS:
+        name = ALIASES.get(evaluation, evaluation)
+        if name not in EVALUATIONS:
             raise ValueError(f"unknown evaluation {evaluation!r}; expected one of {sorted(EVALUATIONS)} or an Evaluation")
-        return EVALUATIONS[evaluation]()
-    if not hasattr(evaluation, "read"):
-        raise TypeError(f"evaluation is {evaluation!r}; expected one of {sorted(EVALUATIONS)} or an Evaluation")
+        return EVALUATIONS[name]()
+    if isinstance(evaluation, type) or not hasattr(evaluation, "losses"):
+        raise TypeError(f"evaluation is {evaluation!r}; expected one of {sorted(EVALUATIONS)} or an Evaluation object")
     return evaluation
 
 
-__all__ = ["EVALUATIONS", "Auto", "Evaluation", "Group", "Objective", "Paired", "Plan", "Reading", "Scratch", "Walk", "resolve"]
+__all__ = [
+    "EVALUATIONS", "THETA", "Auto", "Evaluation", "InPlace", "Isolation", "Master", "Objective", "Paired", "Point", "Record", "Refused",
+    "Scratch", "Tree", "resolve", "unrepeatable",
+]  # fmt: skip

@@ -1,319 +1,272 @@
-"""Copies: theta + offset eps z for one parameter, a tile of it, or its looked-up rows, in memory of the arena where that is safe."""
+"""Copies: theta + eps sum_k a_k z_k of the trained parameters at one or more points, whole, by tiles or by rows.
+
+    small tensors, or all where the budget holds them   resident: made before the reading, for all sides in one launch per group
+    large matrices                                      made at their use: z beside the product, a tile, looked-up rows, or whole
+
+16-bit vectors (norm weights, biases) are resident in float32: at 1.0 a step of eps = 1e-3 is below half an ulp of bfloat16.
+"""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-from .. import overlap, products
-from ..backends import Backend, Span
+from .. import products
+from ..backends import Span, TensorList
 from ..directions import DIRECTIONS
 from .arena import ALIGN, Arena
+from .base import Point, Refused
 from .factors import Factors
-from .plan import Group, Plan, Point
+from ..plan import Group, Plan
 
 RESIDENT = 1 << 16  # elements: tensors up to this size are perturbed together, ahead of the reading
 TILE = 1 << 21  # elements: larger tiles leave the caches before they are read, smaller ones starve the product (benchmarks/)
 
 
 class Copies:
-    """Perturbed copies of the trained parameters at one or more points; `side` is the point that is being read now."""
+    """Perturbed copies for the sides of one pass; a side is a point.
 
-    def __init__(self, plan: Plan, arena: Arena) -> None:
-        self.plan, self.arena = plan, arena
-        self.table = plan.aliases | dict.fromkeys(plan.stale, (-1, -1)) if plan.stale else plan.aliases
-        self.points: list[Point] = []
-        self.resident: list[dict[tuple[int, int], Tensor]] = []
-        self.small: set[tuple[int, int]] = set()
-        self.factors = Factors(plan)
-        self.used: set[tuple[int, int]] = set()
+    level  of torch.vmap, whose mapped dimension is the sides; None: one side alone, without a mapped dimension"""
+
+    def __init__(self, plan: Plan, points: Sequence[Point], arena: Arena) -> None:
+        self.plan, self.points, self.arena = plan, list(points), arena
+        self.sides = len(self.points)
+        self.level: int | None = None
         self.whole: set[str] = set()
-        self.alone: set[str] = set()  # read for each side alone although several are read together
-        self.together = False  # whether the points are read in one pass
-        self.meet: Callable | None = None  # how the sides of a paired reading wait for one another: Meeting.join
-        self.coarse = False  # whether a product was in 16 bits
-        self.rows = 0  # most rows of x that a product of one side has seen
-        self.beside = 0  # bytes of the copies outside the arena that the call under way was given
-        self.largest = 0
-        self.views: dict[int, weakref.ref] = {}
-        self.side = 0
+        self.largest = 0  # bytes of copies outside the arena
+        self.resident: dict[tuple[int, int], Tensor] = {}  # (group, position) -> copies of all sides, stacked
+        arena.reset()
+        self.factors = Factors(plan, self.points)
+        everything = sum(self._size(t) for group in plan.groups for t in group.theta) * self.sides
+        most = None if everything <= arena.budget // 2 else RESIDENT
+        for g, group in enumerate(plan.groups):
+            self._make_resident(g, group, most)
+        arena.settle()
 
-    def prepare(self, points: Sequence[Point]) -> None:
-        """Perturb the small tensors at every point, both signs of a query in one launch per group."""
-        self.points = list(points)
-        self.resident = [{} for _ in points]
-        self.small = set()
-        self.factors.prepare(self.points)
-        moved = [side for side, point in enumerate(self.points) if point.offset]
-        for g, group in enumerate(self.plan.groups):
-            if group.matrices is not None:
+    @staticmethod
+    def _size(tensor: Tensor) -> int:
+        return tensor.numel() * tensor.element_size() + ALIGN
+
+    def _make_resident(self, g: int, group: Group, most: int | None) -> None:
+        device = group.theta[0].device
+        members, launches, top = self._places(group, most, self.arena.top.get(device, 0))
+        self.arena.top[device] = max(top, self.arena.top.get(device, 0))
+        self.arena.peak = max(self.arena.peak, top)
+        self.resident.update({(g, i): stack for i, stack in members})
+        for positions, thetas, spans, outs in launches:
+            low = None if group.residuals is None else [group.residuals[i] for i in positions]
+            if group.matrices is None:
+                self._fill(group, thetas, spans, range(self.sides), outs, low)
+            else:
+                self._fill_matrices(group, positions, thetas, spans, outs, low)
+
+    def _places(self, group: Group, most: int | None, start: int) -> tuple:
+        """Returns resident members with their stacks, and launches that fill them; prepared once for a list of tensors."""
+        key = "resident", self.sides, most, start
+        known = group.memo.get(key)
+        if known is not None and known[0] is self.arena:
+            return known[1]
+        device, half = group.theta[0].device, self.arena.budget // 2
+        members: list[tuple[int, Tensor]] = []
+        by_kind: dict[bool, list[int]] = {}
+        for i, tensor in enumerate(group.theta):
+            if most is not None and (group.matrices is not None or tensor.numel() > most):
                 continue
-            kept: list[int] = []
-            for i, tensor in enumerate(group.tensors):
-                if tensor.numel() > RESIDENT:
-                    continue
-                dtype = torch.float32 if tensor.dim() <= 1 else tensor.dtype
-                needed = len(moved) * (tensor.numel() * dtype.itemsize + ALIGN)
-                if self.arena.left(tensor.device) - needed < self.arena.budget // 2:
-                    break  # half of the budget stays free for tiles
-                kept.append(i)
-                self.small.add((g, i))
-                for side in moved:
-                    copy = self.arena.take(tuple(tensor.shape), dtype, tensor.device)
-                    assert copy is not None
-                    self.resident[side][g, i] = copy
-            for sides in self.by_query(moved):
-                for wide in (False, True):  # a launch writes one output type per entry, theta's or float32
-                    members = [i for i in kept if (self.resident[sides[0]][g, i].dtype != group.tensors[i].dtype) == wide]
-                    if members:
-                        views, spans = [group.tensors[i] for i in members], [group.spans[i] for i in members]
-                        low = [group.residuals[i] for i in members] if group.residuals is not None else None
-                        outs = [[self.resident[side][g, i] for i in members] for side in sides]
-                        self._perturb(group, views, spans, sides, outs, low)
-        self.arena.settle()
+            wide = tensor.dim() <= 1 and tensor.dtype != torch.float32 and group.matrices is None
+            dtype = torch.float32 if wide else tensor.dtype
+            if self.arena.left(device) - self.sides * (tensor.numel() * dtype.itemsize + ALIGN) < half:
+                break  # half of the budget stays free for tiles
+            stack = self.arena.take((self.sides, *tensor.shape), dtype, device)
+            assert stack is not None
+            members.append((i, stack))
+            by_kind.setdefault(wide, []).append(i)  # a launch writes one type of result: theta's, or float32
+        stacks = dict(members)
+        launches = []
+        for positions in by_kind.values():
+            thetas, spans = TensorList([group.theta[i] for i in positions]), [group.spans[i] for i in positions]
+            outs = [TensorList([stacks[i][side] for i in positions]) for side in range(self.sides)]
+            launches.append((positions, thetas, type(group.spans)(spans), outs))
+        found = members, launches, self.arena.top.get(device, 0)
+        group.memo[key] = self.arena, found
+        return found
 
-    def by_query(self, sides: Sequence[int]) -> list[list[int]]:
-        """Sides in lists of one or two that share a z, so that one evaluation of the generator serves both."""
-        found: dict[int, list[int]] = {}
-        for side in sides:
-            found.setdefault(self.points[side].query, []).append(side)
-        return [members[part : part + 2] for members in found.values() for part in range(0, len(members), 2)]
+    def _fill_matrices(self, group: Group, members, thetas, spans, outs, low) -> None:
+        moved = [side for side in range(self.sides) if not self.factors.untouched(group, 0, side)]
+        for side in set(range(self.sides)) - set(moved):
+            self._fill(group, thetas, spans, [side], [outs[side]], low)
+        if moved:
+            self.factors.prepare_lefts(group, members, moved)
+            parts = [self.factors.of(group, i, side) for side in moved for i in members]
+            lefts, rights, shrinks = zip(*parts)
+            many = len(moved)
+            group.backend.lowrank_(
+                list(thetas) * many, list(spans) * many, lefts, rights, [1.0] * len(parts), shrinks[0], "nearest",
+                None if low is None else list(low) * many, outs=[out for side in moved for out in outs[side]],
+            )  # fmt: skip
 
-    def _perturb(self, group: Group, views, spans, sides: Sequence[int], outs, residuals) -> None:
-        scales = [self.points[side].offset * group.eps for side in sides]
-        draw = self.plan.draw(self.points[sides[0]].query)
-        group.backend.perturb(views, spans, self.plan.direction, self.plan.seed, self.plan.step, draw, scales, outs, residuals)
+    def _fill(self, group: Group, thetas, spans, sides: Sequence[int], outs: Sequence[Sequence[Tensor]], low) -> None:
+        """Dense z: outs[j] <- theta at the point of sides[j]; sides of one draw share its z, two in a launch."""
+        plan, by_draw = self.plan, dict[int, list[int]]()
+        for j, side in enumerate(sides):
+            terms = self.points[side].terms
+            if len(terms) == 1:
+                by_draw.setdefault(terms[0][0], []).append(j)
+            elif not terms and low is None and all(span.rows is None for span in spans):
+                torch._foreach_copy_(list(outs[j]), list(thetas))
+            elif not terms:
+                by_draw.setdefault(0, []).append(j)  # at the scale 0: low bits are added and rows are looked up
+            else:
+                torch._foreach_copy_(list(outs[j]), list(thetas))
+                table = torch.tensor([a * group.eps for _, a in terms], dtype=torch.float32, device=outs[j][0].device)
+                draws = [(plan.step, word) for word, _ in terms]
+                group.backend.axpy_(outs[j], spans, plan.direction, plan.seed, draws, table, 1.0, "nearest", None)
+        for word, members in by_draw.items():
+            for part in range(0, len(members), 2):
+                pair = members[part : part + 2]
+                scales = [sum(a for _, a in self.points[sides[j]].terms) * group.eps for j in pair]
+                group.backend.perturb(
+                    thetas, spans, plan.direction, plan.seed, plan.step, word, scales, [outs[j] for j in pair], low
+                )
 
-    def check_used(self) -> None:
-        if not self.used:
-            raise RuntimeError(
-                "the loss never used a trained parameter: the closure runs another model, or code that reads weights outside torch "
-                "(a frozen, folded or exported graph); give the optimizer the model that the closure runs, or use evaluation='walk'"
-            )
+    # One parameter at its use --------------------------------------------------------------------------------------------
 
-    def report(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        unseen = [
-            name for g, group in enumerate(self.plan.groups) for i, name in enumerate(group.names) if (g, i) not in self.used
-        ]
-        return tuple(sorted(self.whole)), tuple(unseen)
-
-    def find(self, tensor: Tensor) -> tuple[Group, int]:
-        g, i = self.table[id(tensor)]
-        self.used.add((g, i))
-        return self.plan.groups[g], i
-
-    def is_resident(self, tensor: Tensor) -> bool:
-        """Whether the sides that move read copies that were made ahead of the reading."""
-        return self.table[id(tensor)] in self.small
+    def is_simple(self) -> bool:
+        """Whether every point lies along one draw at most: the product kernel, and rows, know no other."""
+        return all(len(point.terms) <= 1 for point in self.points)
 
     def untouched(self, group: Group, i: int, side: int) -> bool:
-        """Whether the weights themselves are what this side reads."""
-        return self.points[side].offset == 0.0 and (group.matrices is None or group.matrices[i].pending is None)
+        """Whether this side reads the weights themselves."""
+        if group.matrices is not None:
+            return self.factors.untouched(group, i, side)
+        return not self.points[side].terms and group.residual(i) is None
 
-    def copy(self, tensor: Tensor, keep: bool = True, cast: torch.dtype | None = None, side: int | None = None) -> Tensor:
-        """The whole parameter, perturbed: resident, from the arena (keep: until the call returns), or its own memory."""
-        key = self.table[id(tensor)]
-        small = self.resident[self.side if side is None else side].get(key)
-        if small is not None and (small.dtype == tensor.dtype or cast is not None):
-            self.used.add(key)
-            return small
-        if torch._C._functorch.peek_interpreter_stack() is None:
-            return self._copy(tensor, keep, cast, side)
-        with temporarily_clear_interpreter_stack():  # inside torch.func, new tensors are wrapped, and kernels need their memory
-            return self._copy(tensor, keep, cast, side)
-
-    @torch.no_grad()
-    def _copy(self, tensor: Tensor, keep: bool, cast: torch.dtype | None, side: int | None) -> Tensor:
-        side = self.side if side is None else side
-        group, i = self.find(tensor)
-        small = self.resident[side].get(self.table[id(tensor)])
-        if small is not None:
-            return small.to(tensor.dtype)
-        source = group.tensors[i]
-        if self.untouched(group, i, side):
-            return source
-        out = self.arena.take(tuple(source.shape), source.dtype, source.device) if keep else None
-        if out is None:
-            out = self.outside(group, i, tuple(source.shape))
-        self.piece(group, i, source, group.spans[i], out, group.residual(i), side)
-        self.single(group, i)
-        return out
-
-    def outside(self, group: Group, i: int, shape: tuple[int, ...]) -> Tensor:
-        """Memory of its own for a copy that may outlive the call; the record tells when that is more than a tile."""
-        source = group.tensors[i]
-        out = torch.empty(shape, dtype=source.dtype, device=source.device)
-        size = out.numel() * out.element_size()
-        self.beside += size
-        self.largest = max(self.largest, self.arena.top.get(source.device, 0) + self.beside)
-        if size > self.arena.left(source.device) or out.shape == source.shape:
-            self.whole.add(group.names[i])
-        return out
-
-    def release(self) -> None:
-        """A call has returned."""
-        self.arena.release()
-        self.beside = 0
-
-    def single(self, group: Group, i: int) -> None:
-        """Note that a parameter was read for one side alone where several are read together."""
-        if self.together:
-            self.alone.add(group.names[i])
-
-    def piece(
-        self, group: Group, i: int, view: Tensor, span: Span, out: Tensor, residual: Tensor | None, side: int | None = None
+    def fill(
+        self, group: Group, i: int, view: Tensor, span: Span, sides: Sequence[int], outs: Sequence[Tensor], low: Tensor | None
     ) -> None:
-        """out <- view + offset eps z, for a view of tensor i of the group."""
-        side = self.side if side is None else side
+        """outs[j] <- a view of tensor i at the point of sides[j]."""
+        residuals = None if low is None else [low]
         if group.matrices is None:
-            self.pieces(group, i, view, span, [side], [out], residual)
-        elif self.untouched(group, i, side):
-            out.copy_(view if span.rows is None else view[span.rows])
-        elif span.rows is not None and residual is None and group.matrices[i].shape == tuple(view.shape):
-            left, right, shrink = self.factors.of(group, i, side, span.rows)
-            torch.index_select(view, 0, span.rows, out=out)
-            group.backend.lowrank_([out], [Span(span.who)], [left], [right], [1.0], shrink, "nearest", None)
-        else:
+            self._fill(group, [view], [span], sides, [[out] for out in outs], residuals)
+            return
+        for side, out in zip(sides, outs):
+            if self.untouched(group, i, side):
+                out.copy_(view if span.rows is None else view[span.rows])
+                continue
             left, right, shrink = self.factors.of(group, i, side)
-            low = None if residual is None else [residual]
-            group.backend.lowrank_([view], [span], [left], [right], [1.0], shrink, "nearest", low, outs=[out])
-
-    def pieces(
-        self,
-        group: Group,
-        i: int,
-        view: Tensor,
-        span: Span,
-        sides: Sequence[int],
-        outs: Sequence[Tensor],
-        residual: Tensor | None,
-    ) -> None:
-        """Dense: outs[j] <- view + offset eps z for one or two sides of a query, from one evaluation of z."""
-        self._perturb(group, [view], [span], sides, [[out] for out in outs], [residual] if residual is not None else None)
-
-    def tiled(
-        self,
-        group: Group,
-        i: int,
-        sides: Sequence[int],
-        xs: Sequence[Tensor],
-        biases: Sequence[Tensor | None],
-        transposed: bool,
-    ) -> list[Tensor]:
-        """The product of each side's rows with its own perturbed matrix, a tile of it at a time."""
-        weight = group.tensors[i]
-        moved = [j for j, side in enumerate(sides) if not self.untouched(group, i, side)]
-        if group.matrices is None:
-            fills = [[sides.index(side) for side in pair] for pair in self.by_query([sides[j] for j in moved])]
-        else:
-            fills = [[j] for j in moved]
-        many = max(map(len, fills), default=1)
-
-        def fill(view: Tensor, span: Span, members: Sequence[int], tiles: Sequence[Tensor], residual: Tensor | None) -> None:
-            if group.matrices is None:
-                self.pieces(group, i, view, span, [sides[j] for j in members], tiles, residual)
-            elif residual is None and not transposed and group.matrices[i].shape == tuple(weight.shape):
-                start = (span.first - group.spans[i].first) // weight.shape[1]  # the left factor of this tile's rows only
-                left, right, shrink = self.factors.of(group, i, sides[members[0]], slice(start, start + len(view)))
-                here = [Span(span.who)]
-                group.backend.lowrank_([view], here, [left], [right], [1.0], shrink, "nearest", None, outs=[tiles[0]])
+            args = [1.0], shrink, "nearest"
+            if span.rows is not None and low is None and group.matrices[i].shape == tuple(view.shape):
+                left, right, shrink = self.factors.of(group, i, side, span.rows)
+                torch.index_select(view, 0, span.rows, out=out)
+                group.backend.lowrank_([out], [Span(span.who)], [left], [right], *args, None)
             else:
-                self.piece(group, i, view, span, tiles[0], residual, sides[members[0]])
+                group.backend.lowrank_([view], [span], [left], [right], *args, residuals, outs=[out])
 
-        def take(shape: tuple[int, ...]) -> Tensor:
-            tile = self.arena.take(shape, weight.dtype, weight.device)
-            return tile if tile is not None else torch.empty(shape, dtype=weight.dtype, device=weight.device)
+    def stack(self, g: int, i: int) -> Tensor:
+        """Returns the whole tensor at every point, (sides, *shape): resident, or in memory of its own."""
+        if (g, i) in self.resident:
+            return self.resident[g, i]
+        group = self.plan.groups[g]
+        theta = group.theta[i]
+        out = self.own(group, i, (self.sides, *theta.shape))
+        self.whole.add(group.names[i])
+        self.fill(group, i, theta, group.spans[i], range(self.sides), list(out.unbind(0)), group.residual(i))
+        return out
 
-        step = self.tile_rows(weight, 1 if transposed else 0, many)
-        return products.tiled_linear(
-            xs, weight, group.spans[i], biases, group.residual(i), fills, fill, take, self.arena.release, step, transposed
-        )  # fmt: skip
+    def own(self, group: Group, i: int, shape: tuple[int, ...]) -> Tensor:
+        """Returns memory for copies of tensor i that may outlive the call."""
+        theta = group.theta[i]
+        out = torch.empty(shape, dtype=theta.dtype, device=theta.device)
+        self.largest = max(self.largest, self.arena.top.get(theta.device, 0) + out.numel() * out.element_size())
+        return out
 
-    def fused(
-        self,
-        group: Group,
-        i: int,
-        sides: Sequence[int],
-        xs: Sequence[Tensor],
-        biases: Sequence[Tensor | None],
-        transposed: bool,
-        room: int,
-    ) -> list[Tensor]:
-        """The same for a dense z where fuses(): z is made beside the product."""
-        plan = self.plan
-        draws = [-1 if self.untouched(group, i, side) else plan.draw(self.points[side].query) for side in sides]
-        scales = [self.points[side].offset * group.eps for side in sides]
-        backend, weight, span = self.working(group, xs, room), group.tensors[i], group.spans[i]
-        return products.fused_linear(
-            backend, xs, weight, span, plan.direction, plan.seed, plan.step, draws, scales, biases, transposed, room
-        )
+    def rows(self, g: int, i: int, indices: Sequence[Tensor]) -> Tensor:
+        """Returns looked-up rows of a matrix, (sides, number of rows, columns); an index for each side."""
+        group = self.plan.groups[g]
+        theta, span = group.theta[i], group.spans[i]
+        out = self.own(group, i, (self.sides, indices[0].numel(), theta.shape[1]))
+        same = all(index is indices[0] for index in indices)
+        for sides in [list(range(self.sides))] if same else [[side] for side in range(self.sides)]:
+            rows = indices[sides[0]].reshape(-1).to(device=theta.device, dtype=torch.int64)
+            if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= theta.shape[0]):
+                raise IndexError(f"index out of range: {group.names[i]!r} has {theta.shape[0]} rows")
+            here = Span(span.who, span.first, rows=rows.contiguous())
+            self.fill(group, i, theta, here, sides, [out[side] for side in sides], group.residual(i))
+        return out
 
-    def fuses(self, group: Group, i: int, xs: Sequence[Tensor], transposed: bool, room: int) -> bool:
-        """Whether one kernel makes z and multiplies; low bits, which it does not read, and directions that it lacks go by tiles."""
-        known = group.residual(i) is None and (group.matrices is not None or self.plan.direction.name in DIRECTIONS)
-        return known and products.fuses(group.backend, xs, group.tensors[i], transposed, room)
+    def product(self, g: int, i: int, xs: list[Tensor], biases: list[Tensor | None], transposed: bool) -> Tensor:
+        """Returns y_j = x_j W_j^T + b_j of every side, one below the other: (rows of all sides, columns). Transposed: x_j W_j."""
+        group = self.plan.groups[g]
+        weight, low, span = group.theta[i], group.residual(i), group.spans[i]
+        sides, room = range(self.sides), self.arena.left(weight.device)
+        factored = group.matrices is not None and low is None and group.matrices[i].shape == tuple(weight.shape)
+        fused = low is None and (factored or group.matrices is None) and self.is_simple()
+        fused = fused and (factored or self.plan.direction.name in DIRECTIONS)
+        fused = fused and products.fuses(group.backend, xs, weight, transposed, room)
+        if fused:
+            size = products.own(group.backend).linear_bytes(products.counts_of(xs), room)
+            self.largest = max(self.largest, self.arena.top.get(weight.device, 0) + size)
+        else:
+            biases = [b if b is None or b.dtype == weight.dtype else b.to(weight.dtype) for b in biases]
+        if fused and not factored:
+            terms = [point.terms[0] if point.terms else (-1, 0.0) for point in self.points]
+            draws, scales = [word for word, _ in terms], [amount * group.eps for _, amount in terms]
+            return products.fused_linear(
+                group.backend, xs, weight, span, self.plan.direction, self.plan.seed, self.plan.step, draws, scales, biases, transposed,
+                room,
+            )  # fmt: skip
+        if factored and (transposed or fused or not products.is_long(xs, weight)):
+            assert group.matrices is not None
+            parts = self.factors.parts(group, i, sides, transposed)
+            return products.factored_linear(
+                group.backend, xs, weight, parts, group.matrices[i].shrink, biases, transposed, room, fused
+            )
+        moved = [side for side in sides if not self.untouched(group, i, side)]
+        return products.tiled_linear(xs, weight, biases, self._tiles(group, i, moved, transposed), transposed)
 
-    def working(self, group: Group, xs: Sequence[Tensor], room: int) -> Backend:
-        """The group's backend, which multiplies; the record counts the memory that it works in."""
-        size = products.own(group.backend).linear_bytes(products.counts_of(xs), room)
-        self.largest = max(self.largest, self.arena.top.get(xs[0].device, 0) + size)
-        return group.backend
+    def _tiles(self, group: Group, i: int, moved: Sequence[int], transposed: bool) -> Iterator[tuple[int, int, dict[int, Tensor]]]:
+        """Yields (start, stop, the tile of each side that moved): some rows of a matrix, or columns where it is transposed.
 
-    def bias(self, bias: Tensor | None, side: int, wide: bool) -> Tensor | None:
-        """The bias of a product as this side reads it; wide: a kernel adds it in float32, which a small one's copy is."""
-        if bias is None or id(bias) not in self.table:
-            return bias
-        return self.copy(bias, keep=False, cast=torch.float32 if wide else None, side=side)
+        Tiles have nearly the same size: TILE elements at most, and what is left of the arena holds two of them."""
+        theta, span, low = group.theta[i], group.spans[i], group.residual(i)
+        dimension = 1 if transposed else 0
+        total, width = theta.shape[dimension], theta.shape[1 - dimension]
+        size, many = width * theta.element_size(), max(1, len(moved))
+        most = max(1, min(self.arena.left(theta.device) // many - ALIGN, TILE * theta.element_size()) // max(1, size))
+        step = -(-total // -(-total // most))
+        for start in range(0, total, step):
+            stop = min(total, start + step)
+            shape = (width, stop - start) if transposed else (stop - start, width)
+            tiles = {}
+            for side in moved:
+                tile = self.arena.take(shape, theta.dtype, theta.device)
+                tiles[side] = tile if tile is not None else torch.empty(shape, dtype=theta.dtype, device=theta.device)
+            view = theta.narrow(dimension, start, stop - start)
+            part = None if low is None else low.narrow(dimension, start, stop - start)
+            if transposed:
+                here = Span(span.who, span.first + start, pitch=total)
+            else:
+                here = Span(span.who, span.first + start * width)
+            self.fill(group, i, view, here, moved, list(tiles.values()), part)
+            yield start, stop, tiles
+            self.arena.release()
 
-    def note(self, group: Group, i: int, xs: Sequence[Tensor]) -> None:
-        """What the record and the choice of an evaluation want to know of a product."""
-        for x in xs:
-            self.rows = max(self.rows, x.numel() // max(1, x.shape[-1]))
-            self.coarse = self.coarse or x.dtype != torch.float32
-        if self.together and len(xs) < len(self.points):
-            self.alone.add(group.names[i])
+    # Sides as a mapped dimension -----------------------------------------------------------------------------------------
 
-    def tile_rows(self, weight: Tensor, dimension: int, sides: int = 1) -> int:
-        """How many slices along a dimension of a matrix make a tile, where `sides` tiles exist at a time.
+    def parts(self, x: Tensor | None) -> list:
+        """Returns the tensor of each side: pieces of one that is mapped over the sides, or the same for all."""
+        functorch = torch._C._functorch
+        if self.level is None or x is None:
+            if x is not None and functorch.is_functorch_wrapped_tensor(x):
+                raise Refused("the closure uses torch.func transforms of its own around a large parameter: use evaluation='master'")
+            return [x] * self.sides
+        if not functorch.is_functorch_wrapped_tensor(x):
+            return [x] * self.sides
+        if not functorch.is_batchedtensor(x) or functorch.maybe_get_level(x) != self.level:
+            raise Refused("the closure uses torch.func transforms of its own around a large parameter: use evaluation='master'")
+        return list(functorch.get_unwrapped(x).movedim(functorch.maybe_get_bdim(x), 0).unbind(0))
 
-        As many as TILE elements and what is left of the arena hold, in tiles of nearly the same size; where one of them is made
-        while another is used, both have to fit."""
-        total = max(1, weight.shape[dimension])
-        size = max(1, weight.numel() // total * weight.element_size())
-        room, most = self.arena.left(weight.device) // sides, TILE * weight.element_size()
-        rows = max(1, min(room, most) // size)
-        slots = overlap.slots(weight.device, -(-total // rows))
-        if slots > 1:
-            rows = max(1, min(room // slots - ALIGN, most) // size)
-        return -(-total // -(-total // rows))
-
-    def watch(self, view: Tensor) -> None:
-        """A result that shares memory with a perturbed copy: writing to it would have been writing to the weights."""
-        key = id(view)
-
-        def forget(_: object) -> None:
-            self.views.pop(key, None)
-
-        self.views[key] = weakref.ref(view, forget)
-
-    def refuse_stale(self, values: Iterable[Any]) -> None:
-        """Where the modules keep views of trained tensors that no copy can stand for: their use is an error, and no silent no-op."""
-        for value in values:
-            for one in value if type(value) in (list, tuple) else [value]:
-                if id(one) in self.plan.stale:
-                    raise RuntimeError(
-                        f"the closure uses {self.plan.stale[id(one)]}, made before the step: it would see unperturbed weights; compute it "
-                        "from the parameter in the forward, or use evaluation='walk'"
-                    )
-
-    def refuse_write(self, tensor: Tensor, name: str) -> None:
-        g, i = self.table[id(tensor)]
-        raise RuntimeError(
-            f"the closure writes to the trained parameter {self.plan.groups[g].names[i]!r} ({name}): the loss of a step must only read "
-            "the weights; the step was abandoned and no weight has changed"
-        )
+    def mapped(self, stack: Tensor) -> Tensor:
+        """Returns (sides, ...) as one tensor mapped over the sides, or the tensor of the one side."""
+        return stack[0] if self.level is None else torch._C._functorch._add_batch_dim(stack, 0, self.level)

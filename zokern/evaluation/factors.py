@@ -1,9 +1,8 @@
-"""Factors: the low-rank part of theta + offset eps z for one matrix, at each of the points that are read together.
+"""Factors: the low-rank part of theta + eps sum_k a_k z_k for one matrix, at each of the points that are read together.
 
-    theta + offset eps z = shrink W + L right^T,   L = left (pending + offset eps draw), or pending + offset eps draw
+    theta + eps sum_k a_k z_k = shrink W + L right^T,   L = left M or M,   M = pending + eps sum_k a_k draw_k
 
-Waiting updates and the draw of a point are added in the small space, float32, so that an update that waits costs a reading
-nothing.
+Deferred updates and the draws of a point are added in the small space, in float32.
 """
 
 from __future__ import annotations
@@ -15,79 +14,88 @@ import torch
 from torch import Tensor
 
 from ..products import Part
-from .plan import Group, Plan, Point, left_of
+from .base import Point
+from ..plan import Group, Plan, lefts_of
 
 
 class Factors:
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.points: list[Point] = []
-        # side -> group -> pending + offset eps draw of every matrix, where that is not nothing
-        self.middles: list[dict[int, Sequence[Tensor] | Tensor]] = []
-        self.cores: dict[int, Tensor] = {}  # group -> those of all sides (matrix, side, r, r), where they have one size
-        self.lefts: dict[tuple[int, int, int], Tensor] = {}
+    """The middle factors M of every matrix at every point."""
+
+    def __init__(self, plan: Plan, points: Sequence[Point]) -> None:
+        self.plan, self.points = plan, list(points)
         self.number = {id(group): g for g, group in enumerate(plan.groups)}
+        # side -> group -> M of every matrix; a group is missing where M is zero
+        self.middles: list[dict[int, Sequence[Tensor] | Tensor]] = [{} for _ in points]
+        self.cores: dict[int, Tensor] = {}  # group -> M of all sides (matrix, side, r, r), where they have one size
+        self.lefts: dict[tuple[int, int, int], Tensor] = {}
+        for g, group in enumerate(plan.groups):
+            if group.matrices is not None:
+                self._prepare(g, group)
 
-    def prepare(self, points: Sequence[Point]) -> None:
-        """Draw the factors of every query that the points use: one launch per query and group."""
-        self.points, self.lefts, self.cores = list(points), {}, {}
-        self.middles = [{} for _ in points]
-        for g, group in enumerate(self.plan.groups):
-            if group.matrices is None:
-                continue
-            pending = [matrix.pending for matrix in group.matrices]
-            waits = pending[0] is not None
-            if all(matrix.left is not None and matrix.rank == group.matrices[0].rank for matrix in group.matrices):
-                self._prepare_cores(g, group, torch.stack(pending) if waits else None)  # type: ignore[arg-type]
-                continue
-            for side, (query, offset) in enumerate(self.points):
-                if not offset:
-                    if waits:
-                        self.middles[side][g] = pending  # type: ignore[assignment]
-                    continue
-                moved = torch._foreach_mul(group.draws(self.plan, query), offset * group.eps)
-                self.middles[side][g] = list(torch._foreach_add(pending, moved) if waits else moved)  # type: ignore[arg-type]
-
-    def _prepare_cores(self, g: int, group: Group, pending: Tensor | None) -> None:
-        """The same for cores of one size: a few operations a side, and not as many as there are matrices."""
-        moving = [side for side, point in enumerate(self.points) if point.offset or pending is not None]
-        draws: dict[int, Tensor] = {}
+    def _prepare(self, g: int, group: Group) -> None:
+        assert group.matrices is not None
+        first = group.matrices[0]
+        even = all(matrix.left is not None and matrix.rank == first.rank for matrix in group.matrices)
+        pending = [matrix.pending for matrix in group.matrices if matrix.pending is not None]
+        assert not pending or len(pending) == len(group.matrices), "matrices of a group are deferred together"
+        # cores of one size are stacked: a few operations a side, and not as many as there are matrices
+        waiting = [torch.stack(pending)] if even and pending else list(pending)
+        moving = [side for side, point in enumerate(self.points) if point.terms or pending]
         found = []
-        for query, offset in (self.points[side] for side in moving):
-            if not offset:
-                assert pending is not None
-                found.append(pending)
-                continue
-            if query not in draws:
-                draws[query] = torch.stack(group.draws(self.plan, query))
-            moved = draws[query] * (offset * group.eps)
-            found.append(moved if pending is None else pending + moved)
-        if not found:
-            return
-        cores = torch.stack(found, 1)
-        if len(moving) == len(self.points):
-            self.cores[g] = cores
-        for side, middles in zip(moving, cores.unbind(1)):
-            self.middles[side][g] = middles
+        for side in moving:
+            sums = list(waiting)
+            for word, amount in self.points[side].terms:
+                moved = torch._foreach_mul(self._draws(group, word, even), amount * group.eps)
+                sums = list(torch._foreach_add(sums, moved)) if sums else list(moved)
+            found.append(sums)
+        if even and found:
+            cores = torch.stack([sums[0] for sums in found], 1)
+            if len(moving) == len(self.points):
+                self.cores[g] = cores
+            for side, middles in zip(moving, cores.unbind(1)):
+                self.middles[side][g] = middles
+        else:
+            for side, sums in zip(moving, found):
+                self.middles[side][g] = sums
+
+    def _draws(self, group: Group, word: int, even: bool) -> list[Tensor]:
+        draws = group.draws(self.plan, word)
+        if not even:
+            return draws
+        key = "stacked", self.plan.step, word
+        if key not in group.drawn:
+            group.drawn[key] = [torch.stack(draws)]  # type: ignore[index]
+        return group.drawn[key]  # type: ignore[index]
+
+    def untouched(self, group: Group, i: int, side: int) -> bool:
+        """Whether W itself is theta at this point."""
+        return self.number[id(group)] not in self.middles[side]
 
     def of(self, group: Group, i: int, side: int, rows: Tensor | slice | None = None) -> tuple[Tensor, Tensor, float]:
-        """(L, right, shrink) of one side; L of some rows only where they are given."""
+        """Returns (L, right, shrink) of one side; of L some rows only, where they are given."""
         assert group.matrices is not None
         matrix, g = group.matrices[i], self.number[id(group)]
         assert matrix.right is not None
         middle = self.middles[side][g][i]
         if rows is not None:
-            with torch.autocast(
-                middle.device.type, enabled=False
-            ):  # the verbs take float32, whatever the closure's products are in
+            with torch.autocast(middle.device.type, enabled=False):  # the verbs take float32
                 left = middle[rows] if matrix.left is None else matrix.left[rows] @ middle
             return left, matrix.right, matrix.shrink
         if (g, i, side) not in self.lefts:
-            self.lefts[g, i, side] = left_of(matrix, middle, group.backend)
+            self.prepare_lefts(group, [i], [side])
         return self.lefts[g, i, side], matrix.right, matrix.shrink
 
+    def prepare_lefts(self, group: Group, members: Sequence[int], sides: Sequence[int]) -> None:
+        """Makes L of several matrices and sides in one launch."""
+        assert group.matrices is not None
+        g = self.number[id(group)]
+        keys = [(g, i, side) for side in sides for i in members]
+        matrices = [group.matrices[i] for _, i, _ in keys]
+        middles = [self.middles[side][g][i] for _, i, side in keys]
+        self.lefts.update(zip(keys, lefts_of(matrices, middles, group.backend)))
+
     def parts(self, group: Group, i: int, sides: Sequence[int], transposed: bool) -> list[Part]:
-        """The thin products beside x W^T (transposed: x W) for these sides, those that share a factor in one part."""
+        """Returns the thin products beside x W^T (transposed: x W), those of sides that share a factor in one part."""
         assert group.matrices is not None
         matrix, g = group.matrices[i], self.number[id(group)]
         right = matrix.right
@@ -95,25 +103,26 @@ class Factors:
         moved = [j for j, side in enumerate(sides) if g in self.middles[side]]
         if not moved:
             return []
-        if matrix.left is not None:  # L = left middle
+        if matrix.left is not None:  # L = left M
             everyone = g in self.cores and list(sides) == list(range(len(self.points)))
             middles = self.cores[g][i] if everyone else torch.stack([self.middles[sides[j]][g][i] for j in moved])
             if transposed:
                 return [Part(moved, matrix.thin("left"), middles, right)]
             return [Part(moved, matrix.thin("right"), middles.mT, matrix.left)]
-        # L = pending + s draw = (pending draw) (1; s): sides of one query share the wide factor
-        by_query: dict[int, list[int]] = {}
+        # L = pending + sum_k s_k draw_k = (pending draw_1 ...) (1; s_1; ...): sides of the same draws share the wide factor
+        by_draws: dict[tuple[int, ...], list[int]] = {}
         for j in moved:
-            point = self.points[sides[j]]
-            by_query.setdefault(point.query if point.offset else -1, []).append(j)
+            by_draws.setdefault(tuple(word for word, _ in self.points[sides[j]].terms), []).append(j)
         parts = []
         unit = _unit(matrix.rank, right.device)
-        for query, members in by_query.items():
+        for words, members in by_draws.items():
             pending = [] if matrix.pending is None else [matrix.pending]
-            drawn = [group.draws(self.plan, query)[i]] if query >= 0 else []
-            wide = torch.cat([*pending, *drawn], 1) if pending and drawn else [*pending, *drawn][0]
-            scales = [self.points[sides[j]].offset * group.eps for j in members]
-            blocks = [torch.cat([unit] * len(pending) + [unit * s] * len(drawn), 1) for s in scales]  # r x (r or 2 r)
+            drawn = [group.draws(self.plan, word)[i] for word in words]
+            wide = torch.cat([*pending, *drawn], 1) if len(pending) + len(drawn) > 1 else [*pending, *drawn][0]
+            blocks = []
+            for j in members:
+                amounts = [amount * group.eps for _, amount in self.points[sides[j]].terms]
+                blocks.append(torch.cat([unit] * len(pending) + [unit * amount for amount in amounts], 1))
             middles = torch.stack(blocks)
             if transposed:
                 parts.append(Part(members, wide.t().contiguous(), middles.mT, right))
@@ -124,4 +133,4 @@ class Factors:
 
 @lru_cache(maxsize=64)
 def _unit(rank: int, device: torch.device) -> Tensor:
-    return torch.eye(rank, device=device)
+    return torch.eye(rank, dtype=torch.float32, device=device)

@@ -1,75 +1,69 @@
-"""Evaluation ``scratch``: the loss at theta + offset eps z, with weights that nobody touches.
+"""Evaluation ``scratch``: the loss at theta + eps sum_k a_k z_k, a side at a time, from copies within a fixed budget of memory.
 
-While the closure runs, a TorchFunctionMode looks at every call into torch. Where a trained parameter is an argument, a perturbed
-copy takes its place for that one call: nothing in the model is replaced, so there is nothing to put back, whatever the closure
-raises, and a parameter is found wherever it is used, through a module, a tie, or by hand.
+Perturbed copies stand in the parameters' place while the closure runs (standin.py), so the weights are never written:
 
-    small tensors (norms, biases)   perturbed once per draw, both signs in one launch, and kept for the reading
-    linear, addmm (Conv1D)          tile by tile through one reused piece of memory, so the budget holds for any size; linear on a CPU
-                                    whose own kernel is the faster one: z made beside the product, no tile at all
-    embedding, indexing             only the rows that are looked up
-    everything else                 the whole tensor, for that call; the record names it in `whole`
-
-16-bit norm weights and biases are perturbed in float32: at 1.0 a step of eps = 1e-3 is below half an ulp of bfloat16.
+    small tensors                   copied before the reading, in one launch per group
+    linear, addmm (Conv1D)          a CPU kernel that makes z beside the product, or a tile of the weights at a time
+    embedding, indexing             the rows that are looked up
+    other functions                 the whole tensor, for that call; the record names it in `whole`
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
 
 from .arena import Arena
+from .base import Point, Record, distinct
 from .copies import Copies
-from .plan import Plan, Point, Reading, unrepeatable
-from .substitution import Substitution
-from .surroundings import Surroundings
+from .isolation import Isolation
+from ..plan import Plan
+from .standin import standing_in
+from .trust import Trust
 
 MIB = 1 << 20
 
 
 class Scratch:
-    """Evaluation through perturbed copies, never through the weights.
+    """Evaluation through perturbed copies, a side at a time.
 
-    budget  bytes of reused memory per device (default 64 MB). A use that cannot be tiled takes its own parameter's size if that
-            is more; the step's record lists such parameters in ``whole``.
-    """
+    budget  bytes of reused memory per device (default 64 MB). A use that cannot be tiled takes its own parameter's size if that is
+            more; the step's record lists such parameters in ``whole``
+    check   compare with 'master' in the first step, when flags or shapes change, and every 500 steps; a difference is an error
 
-    name = "scratch"
+    Raises Refused where a use cannot be followed: TorchScript modules, parameters of a class of their own."""
 
-    def __init__(self, budget: int = 64 * MIB) -> None:
+    name, defers = "scratch", True
+
+    def __init__(self, budget: int = 64 * MIB, check: bool = True) -> None:
         if not isinstance(budget, int) or budget < MIB:
-            raise ValueError(f"Scratch: budget is {budget!r} bytes; expected an integer, at least {MIB} (1 MB)")
+            raise ValueError(f"{type(self).__name__}: budget is {budget!r} bytes; expected an integer, at least {MIB} (1 MB)")
         self.arena = Arena(budget)
+        self.trust = Trust(check)
+        self.record = Record(self.name)
 
-    def read(self, plan: Plan, closure: Callable[[], object], repeat_first: bool = False) -> Reading:
-        surroundings = Surroundings(plan)
-        copies = Copies(plan, self.arena)
-        substitution = Substitution(copies)
-        base: float | None = None
-        losses = []
-        for query in range(plan.queries):
-            self.arena.reset()
-            copies.prepare([Point(query, offset) for offset in plan.stencil.offsets])
-            sides: list[float] = []
-            for side, offset in enumerate(plan.stencil.offsets):
-                if offset == 0.0 and base is not None:
-                    sides.append(base)
-                    continue
-                copies.side = side
-                # without deferred updates the loss at offset 0 is the closure's own
-                loss = surroundings.read(closure, substitution if offset or plan.deferred else None)
-                sides.append(loss)
-                if offset == 0.0:
-                    base = loss
-                    continue
-                copies.check_used()
-                if (
-                    repeat_first
-                    and query == 0
-                    and len(sides) == 1
-                    and (again := surroundings.read(closure, substitution)) != loss
-                ):
-                    raise unrepeatable(loss, again)
-            losses.append(tuple(sides))
-        whole, unseen = copies.report()
-        scratch_bytes = max(self.arena.peak, copies.largest)
-        return Reading(losses, [0.0] * plan.queries, scratch_bytes, unseen, whole, rows=copies.rows, coarse=copies.coarse)
+    def losses(self, plan: Plan, points: Sequence[Point], closure: Callable[[], object]) -> Tensor:
+        """Returns the losses at the points, float64 [len(points)]; see Evaluation.losses."""
+        isolation = Isolation(plan)
+        found = self.read(plan, points, closure, isolation)
+        self.trust.verify(self, plan, points, closure, isolation)
+        return found
+
+    def read(self, plan: Plan, points: Sequence[Point], closure: Callable[[], object], isolation: Isolation) -> Tensor:
+        """Returns the losses without a comparison."""
+        read: dict[Point, Tensor] = {}
+        whole: set[str] = set()
+        largest = 0
+        with isolation.session(eager=True):
+            for point in distinct(points):
+                copies = Copies(plan, [point], self.arena)
+                read[point] = isolation.read(closure, standing_in(copies))
+                whole |= copies.whole
+                largest = max(largest, self.arena.peak, copies.largest)
+        self.record = Record(self.name, scratch_bytes=largest, whole=tuple(sorted(whole)))
+        return torch.stack([read[point] for point in points])
+
+
+__all__ = ["MIB", "Scratch"]

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import products
 from ..directions import Aligned, Matrix, Normal
 from ..estimator import CENTRAL, coefficient
-from ..evaluation import Group, Plan
+from ..plan import Group, Plan
 from ..optimizer import ZerothOrder
 from ..stream import BASIS, draw_word
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..backends import Span
 from ..directions import Matrix
-from ..evaluation import Group, Plan
+from ..plan import Group, Plan
 from .dense import advance
 from .waiting import add_, total
 
@@ -45,7 +45,7 @@ class Adam:
     Raises ValueError for betas or eps out of range; an optimizer refuses it with a direction whose basis changes (SubZero, P-GAP, LOZO).
     Kingma and Ba 2015; Zhang et al. 2024 (ZO-Bench's ZO-Adam); Sun et al. 2025 (TeZO-Adam)."""
 
-    name, linear, defers = "adam", False, False
+    name, defers = "adam", False
     bases = ("diagonal",)  # directions with a basis that lasts, and whose draws are numbers along it
 
     def __init__(
@@ -76,7 +76,7 @@ class Adam:
         return c1, c2
 
     def update(
-        self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, restore: Sequence[float], states: Any, defer: bool
+        self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any, defer: bool
     ) -> Tensor | int:  # fmt: skip
         if group.matrices is None:
             return advance(

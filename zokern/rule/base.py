@@ -8,28 +8,24 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ..directions import Factored, Matrix
-from ..evaluation import Group, Plan
+from ..plan import Group, Plan
 
 
 class Rule(Protocol):
     """theta <- rule(theta, g), g = sum_k weights[k] z_k the descent direction: weights[k] = -c_k / q (+c_k / q to maximize).
 
-    linear  whether the new weights are decay theta + lr g, so that what an evaluation in place left to restore is undone by the
-            same write
     defers  whether updates of factored matrices stay in their small space, and may wait there
     """
 
     name: str
-    linear: bool
     defers: bool
 
     def update(
-        self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, restore: Sequence[float], states: Any, defer: bool
+        self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any, defer: bool
     ) -> Tensor | int:  # fmt: skip
         """Write the group's parameters; how many results are inf or NaN. states[tensor] is the optimizer's state of a parameter.
 
-        restore: amounts of z_k that an evaluation in place still owes the weights (zeros for a rule that is not linear).
-        defer: the updates of factored matrices wait in `pending` instead."""
+        defer: the updates of factored matrices are kept in `pending` instead."""
 
     def rebase(self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor, state: Any) -> None:
         """The basis of a matrix has changed from (left, right) to its present one: carry the state over."""

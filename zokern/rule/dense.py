@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..evaluation import Group, Plan
+from ..plan import Group, Plan
 from .waiting import is_nothing
 
 PIECE = 1 << 20  # elements of the memory that stands for weights which do not move

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..backends import Span
 from ..directions import Matrix
 from ..directions.orthonormal import tree_sum
-from ..evaluation import Group, Plan
+from ..plan import Group, Plan
 from .dense import advance
 from .waiting import deposit, total
 
@@ -36,7 +36,7 @@ class Momentum:
     Raises ValueError for a beta or dampening outside [0, 1).
     Polyak 1964; Zhang et al. 2024 (ZO-Bench); Chen et al. 2025 (LOZO-M); Sun et al. 2025 (TeZO-m)."""
 
-    name, linear, defers = "momentum", False, True
+    name, defers = "momentum", True
 
     def __init__(self, beta: float = 0.9, dampening: float | None = None) -> None:
         if not 0.0 <= beta < 1.0:
@@ -53,7 +53,7 @@ class Momentum:
         return decay, lr, beta, alpha
 
     def update(
-        self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, restore: Sequence[float], states: Any, defer: bool
+        self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any, defer: bool
     ) -> Tensor | int:  # fmt: skip
         if group.matrices is not None:
             averages = []

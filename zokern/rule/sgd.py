@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..directions import Matrix
-from ..evaluation import Group, Plan
+from ..plan import Group, Plan
 from .waiting import deposit, is_nothing, total
 
 
@@ -18,12 +18,12 @@ class Sgd:
     It has no arguments and keeps no state. The updates of a factored matrix may wait in its core (r x r, or m x r): there they are summed in
     float32, and W is written once. Malladi et al. 2023, Algorithm 1."""
 
-    name, linear, defers = "sgd", True, True
+    name, defers = "sgd", True
 
     def update(
-        self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, restore: Sequence[float], states: Any, defer: bool
+        self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any, defer: bool
     ) -> Tensor | int:  # fmt: skip
-        amounts = [lr * w + decay * r for w, r in zip(weights, restore)]
+        amounts = [lr * w for w in weights]
         if is_nothing(amounts, decay):
             return group.write(plan.seed, plan.step, plan.rounding) if group.matrices is not None and not defer else 0
         if group.matrices is None:

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..evaluation import Group, Plan
+from ..plan import Group, Plan
 
 
 def total(plan: Plan, group: Group, amounts: Sequence[float]) -> list[Tensor]:
     """sum_k amounts[k] draw_k of each matrix, in the small space, float32, in the order of the queries."""
     sums: list[Tensor] = []
     for query, amount in enumerate(amounts):
-        terms = torch._foreach_mul(group.draws(plan, query), float(torch.tensor(amount, dtype=torch.float32)))
+        terms = torch._foreach_mul(group.draws(plan, plan.draw(query)), float(torch.tensor(amount, dtype=torch.float32)))
         sums = list(terms) if not sums else list(torch._foreach_add(sums, terms))
     return sums
 

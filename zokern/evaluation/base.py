@@ -1,0 +1,75 @@
+"""The contract of an evaluation: points in, losses out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from ..plan import Plan
+
+WAY_OUT = "use evaluation='master'"
+
+
+class Point(NamedTuple):
+    """Where a loss is read: theta + eps sum_k amount_k z_k, with eps of each parameter group.
+
+    terms  pairs (draw word, amount); without terms the point is theta itself"""
+
+    terms: tuple[tuple[int, float], ...] = ()
+
+    def scaled(self, factor: float) -> Point:
+        """Returns the point `factor` times as far from theta."""
+        return Point(tuple((draw, amount * factor) for draw, amount in self.terms))
+
+
+THETA = Point()
+
+
+class Refused(RuntimeError):
+    """An evaluation cannot read this closure right; the message says why. Evaluation 'auto' goes on with another."""
+
+
+@dataclass
+class Record:
+    """How the losses of the last call were obtained.
+
+    evaluation     the way that ran
+    why            evaluation 'auto': the reason for the choice
+    scratch_bytes  most extra memory that was held at once
+    whole          large parameters that were copied in one piece because their use cannot be tiled
+    swallowed      share of sampled 16-bit weights that the perturbation left as they were; None: nothing is in 16 bits"""
+
+    evaluation: str
+    why: str = ""
+    scratch_bytes: int = 0
+    whole: tuple[str, ...] = ()
+    swallowed: float | None = None
+
+
+class Evaluation(Protocol):
+    """How the loss at theta + eps sum_k a_k z_k is obtained.
+
+    defers  whether updates of factored matrices may wait in their small space between steps
+    record  how the last call went"""
+
+    name: str
+    defers: bool
+    record: Record
+
+    def losses(self, plan: Plan, points: Sequence[Point], closure: Callable[[], object]) -> Tensor:
+        """Returns the losses at the points, float64 [len(points)], in order, on the device of the losses.
+
+        Afterwards the weights, the RNG streams, flags, buffers and attributes of the modules are as before, also when the closure
+        raised. Raises Refused when the closure cannot be read right in this way, and what the closure raises."""
+
+
+def distinct(points: Sequence[Point]) -> list[Point]:
+    """Returns each point once, theta first: it needs no copy of a weight that was moved."""
+    found = list(dict.fromkeys(points))
+    return sorted(found, key=lambda point: bool(point.terms))
+
+
+__all__ = ["THETA", "WAY_OUT", "Evaluation", "Point", "Record", "Refused", "distinct"]

@@ -1,0 +1,65 @@
+"""Evaluation ``inplace``: the weights themselves move to each point and back, by arithmetic; no memory beside them.
+
+In 16 bits every move rounds: at lr = 0 and eps = 1e-3, bfloat16 weights of size 0.02 drift by 12 % in 1000 steps. Float32 weights
+come back to the last bit or the one before. An exception in the loss restores by the same arithmetic. Evaluation 'master' is exact.
+Malladi et al. 2023, Algorithm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .base import THETA, Point, Record, distinct
+from .isolation import Isolation
+from ..plan import Plan, lefts_of
+
+
+class InPlace:
+    """In-place evaluation: no extra memory, drift in 16 bits."""
+
+    name, defers = "inplace", False
+
+    def __init__(self) -> None:
+        self.record = Record(self.name)
+
+    def losses(self, plan: Plan, points: Sequence[Point], closure: Callable[[], object]) -> Tensor:
+        """Returns the losses at the points, float64 [len(points)]; see Evaluation.losses."""
+        isolation = Isolation(plan)
+        rounding = "residual" if plan.rounding == "residual" else "nearest"
+        read: dict[Point, Tensor] = {}
+        at = THETA
+        try:
+            with isolation.session(eager=False):
+                for point in distinct(points):
+                    at = _move(plan, at, point, rounding)
+                    isolation.weights.written()
+                    read[point] = isolation.read(closure)
+        finally:
+            _move(plan, at, THETA, rounding)
+            torch.clear_autocast_cache()
+        return torch.stack([read[point] for point in points])
+
+
+def _move(plan: Plan, start: Point, end: Point, rounding: str) -> Point:
+    """Moves the weights from one point to another; returns where they are."""
+    ways = dict(end.terms)
+    for word, amount in start.terms:
+        ways[word] = ways.get(word, 0.0) - amount
+    ways = {word: amount for word, amount in ways.items() if amount}
+    if not ways:
+        return end
+    for group in plan.groups:
+        scales = [amount * group.eps for amount in ways.values()]
+        if group.matrices is None:
+            group.axpy_(plan.direction, plan.seed, [(plan.step, word) for word in ways], scales, 1.0, rounding)
+            continue
+        for word, scale in zip(ways, scales):
+            lefts = lefts_of(group.matrices, torch._foreach_mul(group.draws(plan, word), scale), group.backend)
+            group.add_lowrank(lefts, rounding, plan)
+    return end
+
+
+__all__ = ["InPlace"]

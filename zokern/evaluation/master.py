@@ -1,0 +1,162 @@
+"""Evaluation ``master``: the parameters themselves hold theta + eps sum_k a_k z_k while a loss is read; a copy holds theta.
+
+The copy is taken when a reading begins, so weights that others wrote between steps are theta. One launch per group writes the
+parameters from the copy. At the end, also after an exception, they are written back bit for bit. The model runs as it is: compiled
+graphs, TorchScript, custom kernels, views of weights and caches that look at versions all see real parameters.
+
+Memory: one copy of what is trained. In 16 bits a perturbation below half an ulp does nothing; the record's `swallowed` is the share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ..backends import TensorList
+from ..fingerprint import announce
+from ..underflow import heads
+from ..warning import warn
+from .base import Point, Record, distinct
+from .factors import Factors
+from .isolation import Isolation
+from ..plan import Group, Plan
+
+
+class Master:
+    """Evaluation through the parameters themselves, exact, with a copy of what is trained.
+
+    rounding  of the perturbed 16-bit weights: 'nearest', or 'stochastic', which keeps small perturbations in expectation (both sides
+              of a pair spend the same random bits)"""
+
+    name, defers = "master", False
+
+    def __init__(self, rounding: str = "nearest") -> None:
+        if rounding not in ("nearest", "stochastic"):
+            raise ValueError(f"Master: rounding is {rounding!r}; expected 'nearest' or 'stochastic'")
+        self.rounding = rounding
+        self.record = Record(self.name)
+        self.said = False
+
+    def losses(self, plan: Plan, points: Sequence[Point], closure: Callable[[], object]) -> Tensor:
+        """Returns the losses at the points, float64 [len(points)]; see Evaluation.losses."""
+        found = self.read(plan, points, closure, Isolation(plan))
+        share = self.record.swallowed
+        if share is not None and share > 0.1 and not self.said and self.rounding == "nearest":
+            self.said = True
+            warn(
+                f"evaluation 'master': rounding to 16 bits swallows {share:.0%} of the perturbation (eps = {plan.groups[0].eps}); raise eps, "
+                "or use zokern.Master(rounding='stochastic')"
+            )
+        return found
+
+    def read(self, plan: Plan, points: Sequence[Point], closure: Callable[[], object], isolation: Isolation) -> Tensor:
+        """Returns the losses, without a word about rounding."""
+        each = distinct(points)
+        read: dict[Point, Tensor] = {}
+        swallowed: float | None = None
+        with isolation.session(eager=False), self.holding(plan, each) as move:
+            for side, point in enumerate(each):
+                if move(side):
+                    isolation.weights.written()
+                if point.terms and swallowed is None:
+                    swallowed = _swallowed(plan)
+                read[point] = isolation.read(closure)
+        size = sum(t.numel() * t.element_size() for group in plan.groups for t in self._masters(group))
+        self.record = Record(self.name, scratch_bytes=size, swallowed=swallowed)
+        return torch.stack([read[point] for point in points])
+
+    @contextmanager
+    def holding(self, plan: Plan, points: Sequence[Point]) -> Iterator[Callable[[int], bool]]:
+        """Yields a function that writes the parameters at one of the points, and returns whether it wrote; at the end they hold theta."""
+        factors = Factors(plan, points)
+        exact = not plan.deferred and plan.rounding != "residual"  # whether the parameters themselves are theta
+        written = False
+
+        def move(side: int) -> bool:
+            nonlocal written
+            if not (points[side].terms or written or not exact):
+                return False
+            if not written:
+                for group in plan.groups:
+                    torch._foreach_copy_(list(self._masters(group)), list(group.theta))
+                written = True
+            for group in plan.groups:
+                self._write(plan, group, self._masters(group), points[side], factors, side)
+                announce(group.theta)
+            return True
+
+        try:
+            yield move
+        finally:
+            if written:
+                for group in plan.groups:
+                    with torch.no_grad():
+                        torch._foreach_copy_(list(group.theta), list(self._masters(group)))
+                torch.clear_autocast_cache()
+
+    def _masters(self, group: Group) -> TensorList:
+        """Returns memory for the copy, which stays from step to step."""
+        if "masters" not in group.memo:
+            made = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in group.theta]
+            group.memo["masters"] = TensorList(made)
+            group.memo["loose"] = [i for i, t in enumerate(group.theta) if not t.is_contiguous()]
+        return group.memo["masters"]
+
+    def _write(self, plan: Plan, group: Group, kept: TensorList, point: Point, factors: Factors, side: int) -> None:
+        """theta <- the copy, moved to a point."""
+        low = group.residuals if plan.rounding == "residual" else None
+        moved = group.matrices is not None and not factors.untouched(group, 0, side)
+        scales = [amount * group.eps for _, amount in point.terms]
+        if group.matrices is not None and not moved:
+            scales = []
+        in_place = self.rounding == "stochastic" or (group.matrices is None and len(scales) > 1)
+        outs = list(group.theta)
+        for i in group.memo["loose"]:
+            outs[i] = torch.empty_like(kept[i])
+        if in_place or not (scales or low or moved):
+            torch._foreach_copy_(list(group.theta), list(kept))
+        if moved:
+            assert group.matrices is not None
+            members = range(len(kept))
+            factors.prepare_lefts(group, members, [side])
+            lefts, rights, shrinks = zip(*[factors.of(group, i, side) for i in members])
+            source, target = (group.theta, None) if in_place else (kept, outs)
+            rounding = self.rounding if in_place else "nearest"
+            low = None if in_place else low
+            group.backend.lowrank_(
+                source, group.spans, lefts, rights, [1.0] * len(lefts), shrinks[0], rounding, low, plan.seed, plan.step, outs=target
+            )
+        elif in_place and scales:
+            table = torch.tensor(scales, dtype=torch.float32, device=kept[0].device)
+            spent = None if low is None else [bits.clone() for bits in low]
+            rounding = "residual" if spent is not None else self.rounding
+            draws = [(plan.step, word) for word, _ in point.terms]
+            group.backend.axpy_(group.theta, group.spans, plan.direction, plan.seed, draws, table, 1.0, rounding, spent)
+            return
+        elif not in_place and (scales or low):
+            word, scale = (point.terms[0][0], scales[0]) if scales else (0, 0.0)
+            low = None if low is None else list(low)
+            group.backend.perturb(kept, group.spans, plan.direction, plan.seed, plan.step, word, [scale], [outs], low)
+        if not in_place:
+            for i in group.memo["loose"]:
+                if scales or low or moved:
+                    group.theta[i].copy_(outs[i])
+
+
+def _swallowed(plan: Plan) -> float | None:
+    """Returns the share of sampled 16-bit weights that are where they were; measured in the first steps and now and then."""
+    if plan.step >= 10 and plan.step % 100:
+        return None
+    still = total = 0.0
+    for group in plan.groups:
+        for now, before in zip(group.theta, group.memo["masters"]):
+            if now.dtype != torch.float32 and now.numel():
+                same = (heads(now) == heads(before)).double().mean()
+                still, total = still + float(same) * now.numel(), total + now.numel()
+    return still / total if total else None
+
+
+__all__ = ["Master"]
