@@ -83,7 +83,7 @@ def mean(values: Sequence[float], count: int | None = None) -> float:
 def coefficient(losses: Sequence[float], stencil: Stencil, eps: float, clip: float | None = None) -> float:
     """The projected gradient of one query, rounded to float32; inf or NaN when the losses or the division are."""
     difference = mean([w * loss for w, loss in zip(stencil.weights, losses)], 1)
-    value = torch.tensor(difference / eps, dtype=torch.float32).item()
+    value = torch.tensor(difference / eps, dtype=torch.float32, device="cpu").item()
     if clip is not None and abs(value) > clip:
         value = math.copysign(clip, value)
     return value

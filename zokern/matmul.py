@@ -71,7 +71,7 @@ def _widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows, width = weight.shape
     out = x.new_empty((flat.shape[0], rows))
     step = max(1, min(rows, BLOCK // width))
-    buffer = torch.empty((step, width))
+    buffer = torch.empty((step, width), dtype=torch.float32, device=weight.device)
     wide = None if bias is None else bias.float()
     for start in range(0, rows, step):
         stop = min(rows, start + step)

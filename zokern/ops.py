@@ -68,9 +68,9 @@ def _interleaved(a: Tensor, b: Tensor) -> bool:
         return False
 
     def addresses(t: Tensor) -> Tensor:
-        index = torch.zeros((), dtype=torch.int64)
+        index = torch.zeros((), dtype=torch.int64, device="cpu")
         for size, stride in zip(t.shape, t.stride()):
-            index = index.unsqueeze(-1) + torch.arange(size) * stride * t.element_size()
+            index = index.unsqueeze(-1) + torch.arange(size, dtype=torch.int64, device="cpu") * stride * t.element_size()
         return index.flatten() + t.data_ptr()
 
     return not bool(torch.isin(addresses(a), addresses(b)).any())
@@ -134,10 +134,14 @@ def _check_list(verb: str, tensors: TensorList, spans: SpanList) -> torch.device
 
 def _integers(what: str, words) -> Tensor:
     """Counter words as int64; refuses what would have to be cut to an integer."""
-    found = torch.as_tensor(words)
-    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
-        raise ValueError(f"philox4x32: {what} is {found.dtype}; expected integers in [0, 2**32)")
-    return found.to(torch.int64)
+    if not isinstance(words, Tensor):
+        listed = np.asarray(words)
+        if listed.size and listed.dtype.kind not in "iu":
+            raise ValueError(f"philox4x32: {what} is {words!r:.80}; expected integers in [0, 2**32)")
+        return torch.tensor(listed.astype(np.int64), dtype=torch.int64, device="cpu")
+    if words.is_floating_point() or words.is_complex() or words.dtype == torch.bool:
+        raise ValueError(f"philox4x32: {what} is {words.dtype}; expected integers in [0, 2**32)")
+    return words.to(torch.int64)
 
 
 def _backend(backend: str | None, device: torch.device) -> str:
@@ -566,7 +570,7 @@ def _times_core(left: Tensor, core: Tensor, name: str) -> Tensor:
     if core.dim() == 1:
         return left * core
     rows, columns = left.shape[0], core.shape[1]
-    zero, right = torch.zeros(rows, columns, device=left.device), core.t().contiguous()
+    zero, right = torch.zeros(rows, columns, dtype=torch.float32, device=left.device), core.t().contiguous()
     if _traced():
         torch.ops.zokern.lowrank_([zero], [], [left], [right], [1.0], [0], [0], 0, 0, 1.0, "nearest", name)
     else:

@@ -92,7 +92,7 @@ def _check_thin(weight: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, Tens
         raise ValueError(f"linear: direction has {len(factors)} factors; expected (U, V) or (U, V, C)")
     left, right = factors[:2]
     rank = left.shape[-1]
-    core = factors[2] if len(factors) == 3 else torch.eye(rank, device=left.device)
+    core = factors[2] if len(factors) == 3 else torch.eye(rank, dtype=torch.float32, device=left.device)
     shapes = {"U": (left, (weight.shape[0], rank)), "V": (right, (weight.shape[1], rank)), "C": (core, (rank, rank))}
     for what, (factor, shape) in shapes.items():
         if factor.dtype != torch.float32 or tuple(factor.shape) != shape or factor.device != weight.device:

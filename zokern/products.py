@@ -123,7 +123,8 @@ def tiled_linear(
             here = Span(span.who, span.first + job.start, pitch=total)
         else:
             here = Span(span.who, span.first + job.start * width)
-        fill(piece(weight, job), here, job.sides, tiles, None if residual is None else piece(residual, job))
+        low = None if residual is None else piece(residual, job).contiguous()  # kernels read low bits one after the other
+        fill(piece(weight, job), here, job.sides, tiles, low)
 
     def use(job: Job, tiles: list[Tensor]) -> None:
         for side, matrix in zip(job.sides, tiles):
@@ -339,7 +340,8 @@ def _add(backend: Backend, y: Tensor, thin: _Thin) -> None:
 @lru_cache(maxsize=64)
 def _own_rows(counts: tuple[int, ...], device: torch.device) -> Tensor:
     """(sum of counts, sides): 1 where a row belongs to a side."""
-    return torch.repeat_interleave(torch.eye(len(counts), device=device), torch.tensor(counts, device=device), dim=0)
+    unit = torch.eye(len(counts), dtype=torch.float32, device=device)
+    return torch.repeat_interleave(unit, torch.tensor(counts, dtype=torch.int64, device=device), dim=0)
 
 
 _ORIGIN, _ONE = [Span(0)], [1.0]
@@ -353,9 +355,9 @@ def sketch_of(
     rows, columns = shape
     device = omega.device
     table = torch.tensor(list(coeffs), dtype=torch.float32, device=device)
-    result = torch.zeros(columns if transposed else rows, omega.shape[1], device=device)
+    result = torch.zeros(columns if transposed else rows, omega.shape[1], dtype=torch.float32, device=device)
     step = max(1, min(rows, tile // columns))
-    buffer = torch.empty(step, columns, device=device)
+    buffer = torch.empty(step, columns, dtype=torch.float32, device=device)
     for start in range(0, rows, step):
         stop = min(rows, start + step)
         part = buffer[: stop - start].zero_()

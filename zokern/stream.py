@@ -25,6 +25,7 @@ from __future__ import annotations
 import hashlib
 import operator
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,9 +117,8 @@ def fma(a: Tensor | float, b: Tensor | float, c: Tensor | float) -> Tensor:
     Knuth's two-sum, says in which direction), so that the cut to float32 is the only rounding that shows.
     """
     a, b, c = (x.double() if isinstance(x, Tensor) else x for x in (a, b, c))
-    product = torch.as_tensor(a * b, dtype=torch.float64)
-    c = torch.as_tensor(c, dtype=torch.float64, device=product.device)
-    total = product + c
+    product: Any = a * b
+    total: Tensor = product + c
     part = total - product
     error = (product - (total - part)) + (c - part)
     bits = total.view(torch.int64)

@@ -112,7 +112,7 @@ class Adam:
         count: Tensor | int = 0
         for start in range(0, matrix.rows, rows):
             here = Span(matrix.who, start * matrix.columns)
-            quotient = torch.zeros(rows, matrix.columns, device=matrix.device)
+            quotient = torch.zeros(rows, matrix.columns, dtype=torch.float32, device=matrix.device)
             spread = torch.full_like(quotient, self.eps if self.inside else 0.0)
             group.backend.lowrank_(
                 [quotient, spread], [here, here], [left, square], [matrix.right, squared], [1.0, 1.0], 1.0, "nearest", None

@@ -83,6 +83,6 @@ def _gram(a: Tensor, b: Tensor) -> Tensor:
 
 def _times(group: Group, a: Tensor, b: Tensor) -> Tensor:
     """a b by the lowrank_ verb."""
-    out = torch.zeros(a.shape[0], b.shape[1], device=a.device)
+    out = torch.zeros(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
     group.backend.lowrank_([out], [Span(0)], [a.contiguous()], [b.t().contiguous()], [1.0], 1.0, "nearest", None)
     return out

@@ -14,7 +14,8 @@ def total(plan: Plan, group: Group, amounts: Sequence[float]) -> list[Tensor]:
     """sum_k amounts[k] draw_k of each matrix, in the small space, float32, in the order of the queries."""
     sums: list[Tensor] = []
     for query, amount in enumerate(amounts):
-        terms = torch._foreach_mul(group.draws(plan, query), float(torch.tensor(amount, dtype=torch.float32)))
+        rounded = float(torch.tensor(amount, dtype=torch.float32, device="cpu"))
+        terms = torch._foreach_mul(group.draws(plan, query), rounded)
         sums = list(terms) if not sums else list(torch._foreach_add(sums, terms))
     return sums
 
@@ -49,7 +50,7 @@ def add_(plan: Plan, group: Group, i: int, values: Tensor, scale: float, decay: 
     part = tensor.view(-1)[start : start + size]
     residual = group.residual(i) if plan.rounding == "residual" else None
     low = None if residual is None else [residual.view(-1)[start : start + size]]
-    ones = torch.ones(row + 1, 1, device=tensor.device)
+    ones = torch.ones(row + 1, 1, dtype=torch.float32, device=tensor.device)
     span = group.spans[i]._replace(first=group.spans[i].first + start)
     count = group.backend.lowrank_(
         [part], [span], [ones], [values.view(-1, 1)], [scale], decay, plan.rounding, low, plan.seed, plan.step
@@ -60,7 +61,7 @@ def add_(plan: Plan, group: Group, i: int, values: Tensor, scale: float, decay: 
 
 def is_nothing(amounts: Sequence[float], decay: float) -> bool:
     """Whether, in float32, theta <- decay theta + sum_k amounts[k] z_k leaves theta as it is: a launch would turn -0.0 into +0.0."""
-    return torch.tensor([decay, *amounts], dtype=torch.float32).tolist() == [1.0] + [0.0] * len(amounts)
+    return torch.tensor([decay, *amounts], dtype=torch.float32, device="cpu").tolist() == [1.0] + [0.0] * len(amounts)
 
 
 __all__ = ["add_", "deposit", "is_nothing", "total"]
