@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import is_number
+
 
 @dataclass(frozen=True)
 class Stencil:
@@ -33,13 +35,29 @@ STENCILS = {stencil.name: stencil for stencil in (CENTRAL, FORWARD)}
 
 def resolve(stencil: str | Stencil) -> Stencil:
     if isinstance(stencil, Stencil):
-        first = sum(w * o for w, o in zip(stencil.weights, stencil.offsets))
-        if len(stencil.offsets) != len(stencil.weights) or abs(sum(stencil.weights)) > 1e-9 or abs(first - 1) > 1e-9:
-            raise ValueError(f"stencil is {stencil}; expected weights that sum to 0 and sum weights*offsets = 1")
+        figures = [*stencil.offsets, *stencil.weights]
+        sound = (
+            len(stencil.offsets) == len(stencil.weights) and all(map(is_number, figures)) and all(map(math.isfinite, figures))
+        )
+        first = sum(w * o for w, o in zip(stencil.weights, stencil.offsets)) if sound else 0.0
+        if not sound or abs(sum(stencil.weights)) > 1e-9 or abs(first - 1) > 1e-9:
+            raise ValueError(
+                f"stencil is {stencil}; expected finite numbers, as many weights as offsets, weights that sum to 0 and sum "
+                "weights*offsets = 1"
+            )
         return stencil
-    if stencil not in STENCILS:
+    if not isinstance(stencil, str) or stencil not in STENCILS:
         raise ValueError(f"unknown stencil {stencil!r}; expected one of {sorted(STENCILS)} or a Stencil")
     return STENCILS[stencil]
+
+
+def check_spread(normalize: str, stencil: Stencil, queries: int) -> None:
+    """Refuses normalize='std' where a step reads one perturbed loss only: its spread is 0 in every step, and nothing would ever move."""
+    if normalize == "std" and (perturbed := queries * sum(offset != 0.0 for offset in stencil.offsets)) < 2:
+        raise ValueError(
+            f"queries is {queries} with normalize='std' and stencil {stencil.name!r}, which read {perturbed} perturbed loss a step, and one "
+            "loss has no spread; expected queries of at least 2, stencil='central', or normalize='none'"
+        )
 
 
 def loss_value(loss: Any) -> float:
@@ -98,6 +116,7 @@ def coefficients(
     are 0 where sigma is 0."""
     if normalize == "none":
         return [coefficient(sides, stencil, eps, clip) for sides in losses]
+    check_spread(normalize, stencil, len(losses))
     sigma = deviation([loss for sides in losses for loss, offset in zip(sides, stencil.offsets) if offset])
     if not math.isfinite(sigma):
         return [math.nan] * len(losses)

@@ -142,6 +142,8 @@ def tiled_linear(
         overlap.ahead(jobs, make, use, take, release, weight.device)
     else:
         overlap.in_turn(jobs, make, use, take, release)
+    if not total:  # a matrix without rows has no tile, and its products no columns
+        return [x.new_empty((*x.shape[:-1], 0)) for x in xs]
     return [_shaped(out, x, total) for out, x in zip(outs, xs)]
 
 
@@ -199,7 +201,7 @@ def factored_linear(
     """y_j = x_j (shrink W)^T + b_j + the thin products of side j; transposed: x_j (shrink W). fused: what fuses() says, if it is known.
 
     One product for the rows of all sides while they are few. The thin products are summed in float32 whatever x and W are, and their sum with
-    x W^T is rounded to y's dtype once more: 16 bits would lose the perturbation. W is only read. room: bytes of scratch memory."""
+    x W^T is rounded to y's dtype once more: 16 bits would lose the perturbation, and shrink. W is only read. room: bytes of scratch memory."""
     width, columns = weight.shape if transposed else weight.shape[::-1]
     matrix = weight.t() if transposed else weight
     flat = [x.reshape(-1, width) for x in xs]
@@ -209,6 +211,11 @@ def factored_linear(
         return [y.view(*x.shape[:-1], columns) for y, x in zip(ys, xs)]
     device = weight.device.type
     cast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if cast else weight.dtype
+    if shrink != 1.0 and dtype != torch.float32 and (cast or all(x.dtype == dtype for x in xs)):
+        with torch.autocast(device, enabled=False):
+            ys = _shrunk(flat, counts, matrix, parts, shrink, biases, dtype)
+        return [y.view(*x.shape[:-1], columns) for y, x in zip(ys, xs)]
     few = sum(counts) <= JOIN and not cast and all(x.dtype == weight.dtype for x in xs)
     if len(xs) > 1 and few:
         x = joined(flat)
@@ -244,6 +251,26 @@ def factored_linear(
             ]
         outs.append(_sum(backend, x if shrink == 1.0 else x * shrink, matrix, bias, thins))
     return [out.view(*x.shape[:-1], columns) for out, x in zip(outs, xs)]
+
+
+def _shrunk(
+    xs: Sequence[Tensor], counts: Sequence[int], matrix: Tensor, parts: Sequence[Part], shrink: float, biases: Sequence[Tensor | None],
+    dtype: torch.dtype,
+) -> Sequence[Tensor]:  # fmt: skip
+    """factored_linear() of 16-bit operands with a decay that waits, summed in float32 and rounded to 16 bits once.
+
+    A decay is far smaller than a rounding to 16 bits: multiplied into x, or into a product that was rounded before, it would be lost."""
+    begin = [0, *accumulate(counts)]
+    x = joined(xs) if len(xs) > 1 else xs[0]
+    y = matmul.wide(x.to(dtype), matrix, dtype).mul_(shrink)
+    for part in parts:
+        for j, middle in zip(part.sides, part.middles.unbind(0)):
+            here = slice(begin[j], begin[j + 1])
+            y[here].addmm_(_rows_of(x[here], part.first, middle.unsqueeze(0), counts[j : j + 1]), part.last.t())
+    for j, bias in enumerate(biases):
+        if bias is not None:
+            y[begin[j] : begin[j + 1]] += bias.float()
+    return y.to(dtype).split(list(counts))
 
 
 def is_long(xs: Sequence[Tensor], weight: Tensor) -> bool:

@@ -70,8 +70,8 @@ def check_word(name: str, value: int) -> int:
     try:
         number = operator.index(value)
     except TypeError:
-        raise ValueError(f"{name} is {value!r}; expected an integer, 0 <= {name} < 2**32") from None
-    if not 0 <= number < 2**32:
+        raise ValueError(f"{name} is {value!r:.80}; expected an integer, 0 <= {name} < 2**32") from None
+    if isinstance(value, bool) or not 0 <= number < 2**32:
         raise ValueError(f"{name} is {value!r}; expected an integer, 0 <= {name} < 2**32")
     return number
 

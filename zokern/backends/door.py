@@ -29,9 +29,9 @@ def _named(dtypes: Iterable[torch.dtype]) -> str:
 def described(tensor: Tensor) -> str:
     """Returns what an error says of a tensor: dtype, shape, device, and strides where it is not contiguous."""
     if tensor.layout != torch.strided:
-        return f"{_named([tensor.dtype])}{list(tensor.shape)} with layout {tensor.layout} on {tensor.device}"
+        return f"{tensor.dtype}{list(tensor.shape)} with layout {tensor.layout} on {tensor.device}"
     how = "" if tensor.is_contiguous() else f" with strides {tensor.stride()}"
-    return f"{_named([tensor.dtype])}{list(tensor.shape)}{how} on {tensor.device}"
+    return f"{tensor.dtype}{list(tensor.shape)}{how} on {tensor.device}"
 
 
 class Door:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import whole
 from .lowrank import LEFT, RIGHT, Matrix, Source, matrix_shape
 from .normal import Normal
 
@@ -25,10 +26,8 @@ class Diagonal:
     name = "diagonal"
 
     def __init__(self, rank: int = 32, ranks: Mapping[str, int] | None = None, dense: Any = None) -> None:
-        for what, number in (("rank", rank), *((f"ranks[{name!r}]", r) for name, r in (ranks or {}).items())):
-            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-                raise ValueError(f"{what} is {number!r}; expected an integer, at least 1")
-        self.rank, self.ranks = rank, dict(ranks or {})
+        self.rank = whole("rank", rank)
+        self.ranks = {name: whole(f"ranks[{name!r}]", r) for name, r in (ranks or {}).items()}
         self.dense = Normal() if dense is None else dense
 
     def shape(self, tensor: Tensor) -> tuple[int, int] | None:

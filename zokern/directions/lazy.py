@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..arguments import whole
 from .lowrank import RIGHT, Matrix, Source, matrix_shape
 from .normal import Normal
 
@@ -25,9 +26,7 @@ class Lazy:
     name = "lazy"
 
     def __init__(self, rank: int = 2, interval: int = 50, dense: Any = None) -> None:
-        for what, number in (("rank", rank), ("interval", interval)):
-            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-                raise ValueError(f"{what} is {number!r}; expected an integer, at least 1")
+        rank, interval = whole("rank", rank), whole("interval", interval)
         self.rank, self.interval = rank, interval
         self.dense = Normal() if dense is None else dense
 

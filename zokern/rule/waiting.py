@@ -40,14 +40,21 @@ def deposit(plan: Plan, group: Group, updates: Sequence[Tensor], decay: float, d
 def add_(plan: Plan, group: Group, i: int, values: Tensor, scale: float, decay: float, start: int = 0) -> Tensor | int:
     """theta <- decay theta + scale values for `values.numel()` elements of tensor i from number `start` on, one rounding.
 
-    values is float32 and contiguous; start is a multiple of its size. The verb is lowrank_ with a row of ones: rank 1, exact."""
+    values is float32 and contiguous; start is a multiple of its size, and of a row's where the tensor is a matrix that is not contiguous.
+    The verb is lowrank_ with a row of ones: rank 1, exact."""
     tensor = group.tensors[i]
     size = values.numel()
     if size == 0 or is_nothing([scale], decay):
         return 0
     row = start // size
-    assert start == row * size and tensor.is_contiguous()
-    part = tensor.view(-1)[start : start + size]
+    assert start == row * size, f"start is {start}; expected a multiple of {size}"
+    if tensor.is_contiguous():
+        part = tensor.view(-1)[start : start + size]
+    else:
+        matrix = tensor.squeeze()
+        columns = matrix.shape[1]
+        assert start % columns == size % columns == 0, f"start is {start}, size {size}; expected multiples of {columns}"
+        part = matrix[start // columns : (start + size) // columns]
     residual = group.residual(i) if plan.rounding == "residual" else None
     low = None if residual is None else [residual.view(-1)[start : start + size]]
     ones = torch.ones(row + 1, 1, dtype=torch.float32, device=tensor.device)
