@@ -192,7 +192,7 @@ def test_refusals():
 
     with pytest.raises(NotImplementedError, match="laplace.*normal.*reference"):
         cpu.Cpu().draw([torch.empty(4)], [Span(1)], Unknown(), 0, 0, 0)
-    with pytest.raises(ValueError, match=r"outs\[0\] is on meta"):
+    with pytest.raises(ValueError, match=r"outs\[0\] is torch.float32\[4\] on meta"):
         cpu.Cpu().draw([torch.empty(4, device="meta")], [Span(1)], resolve("normal"), 0, 0, 0)
     with pytest.raises(ValueError, match="chunk_count"):
         cpu._cpu.draw(0, 0, -1, 0, 0, 0, 0, 1, 0)

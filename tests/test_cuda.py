@@ -172,7 +172,7 @@ def test_a_verb_without_the_module_says_so(monkeypatch) -> None:
 
 
 def test_tensors_elsewhere_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"outs\[0\] is on cpu; expected a cuda tensor"):
+    with pytest.raises(ValueError, match=r"outs\[0\] is torch.float32\[.*\] on cpu; expected a cuda tensor"):
         cuda.Cuda().draw([torch.empty(3)], [conformance.Span(1)], conformance.resolve("normal"), 0, 0, 0)
 
 

@@ -7,7 +7,8 @@ for batch in loader:
 
 from .directions import Normal, Rademacher
 from .estimator import Stencil
-from .evaluation import Auto, Objective, Paired, Scratch, Walk
+from .evaluation import Auto, InPlace, Master, Objective, Paired, Refused, Scratch
+from .evaluation import InPlace as Walk
 from .methods import FZOO, LOZO, PGAP, MeZO, SubZero, TeZO
 from .ops import axpy_, draw, lowrank_, perturb, philox4x32
 from .product_ops import linear, sketch
@@ -18,7 +19,7 @@ from .update_ops import update_
 __version__ = "0.1.0"
 
 __all__ = [
-    "Adam", "Auto", "FZOO", "LOZO", "MeZO", "Momentum", "Normal", "Objective", "PGAP", "Paired", "Rademacher", "Scratch", "Sgd",
+    "Adam", "Auto", "FZOO", "InPlace", "LOZO", "Master", "MeZO", "Momentum", "Normal", "Objective", "PGAP", "Paired", "Rademacher", "Refused", "Scratch", "Sgd",
     "Stencil", "StepResult", "SubZero", "TeZO", "Walk", "__version__", "axpy_", "draw", "linear", "lowrank_", "perturb",
     "philox4x32", "sketch", "step", "update_",
 ]  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import torch
@@ -15,12 +15,46 @@ _TOO_LARGE = 2.0**128 - 2.0**103  # halfway from the largest float32 to 2**128: 
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is one real number: Python's, NumPy's, or a tensor without dimensions."""
+    """Whether it is one real number: Python's, NumPy's, or a tensor without dimensions. True and False are none."""
     if type(value) in (float, int):
         return True
     if isinstance(value, Tensor):
-        return value.dim() == 0 and not value.is_complex()
-    return isinstance(value, numbers.Real)
+        return value.dim() == 0 and not value.is_complex() and value.dtype != torch.bool
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def within(what: str, value: Any, low: float, high: float, expected: str, least: bool = True) -> float:
+    """A number of [low, high) as a float, of (low, high) without `least`; ValueError names the argument, its value and what is expected."""
+    number = float(value) if is_number(value) else low - 1.0
+    if not low <= number < high or (number == low and not least):
+        raise ValueError(f"{what} is {value!r:.80}; expected {expected}")
+    return number
+
+
+def flag(what: str, value: Any) -> bool:
+    """True or False, and nothing that only counts as one."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{what} is {value!r:.80}; expected True or False")
+    return value
+
+
+def whole(what: str, value: Any, expected: str = "an integer, at least 1", least: int = 1) -> int:
+    """An integer from `least` on."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+        raise ValueError(f"{what} is {value!r:.80}; expected {expected}")
+    return int(value)
+
+
+def tensor(verb: str, what: str, value: Any, way_out: str = "") -> Tensor:
+    """The tensor itself; TypeError for anything else."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{verb}: {what} is {type(value).__name__} {value!r:.80}; expected a torch.Tensor{way_out}")
+    return value
+
+
+def is_text(value: Any) -> bool:
+    """Whether it is a sequence whose members are not what a list of numbers holds, though Python counts them: bytes, a mapping, a set."""
+    return isinstance(value, (str, bytes, bytearray, memoryview, Mapping, Set))
 
 
 def fits(found: Iterable[float]) -> bool:
@@ -30,7 +64,11 @@ def fits(found: Iterable[float]) -> bool:
 
 def finite(verb: str, what: str, given: Any, expected: str = "finite numbers") -> list[float]:
     """A sequence of real numbers, finite in float32, as floats."""
-    if not isinstance(given, Iterable) or (isinstance(given, Tensor) and given.dim() == 0):
+    if (
+        not isinstance(given, Iterable)
+        or (is_text(given) and not isinstance(given, str))
+        or (isinstance(given, Tensor) and given.dim() == 0)
+    ):
         raise ValueError(f"{verb}: {what} is {given!r:.80}; expected a sequence of {expected}")
     found = list(given)
     if not (all(map(is_number, found)) and fits(found)):
@@ -46,6 +84,8 @@ def one_or_each(verb: str, what: str, given: Any, count: int, expected: str = "f
 def pairs(verb: str, what: str, given: Any) -> list[tuple[Any, Any]]:
     """A sequence of two numbers each."""
     try:
+        if is_text(given):
+            raise TypeError
         return [(a, b) for a, b in given]
     except (TypeError, ValueError):
         raise ValueError(f"{verb}: {what} is {given!r:.80}; expected pairs (step, draw), such as [(7, 0), (8, 0)]") from None
@@ -58,10 +98,10 @@ def tensor_list(what: str, given: Any) -> TensorList:
     found = TensorList([given] if isinstance(given, Tensor) else given)
     if set(map(type, found)) <= {Tensor, torch.nn.Parameter}:
         return found
-    for i, tensor in enumerate(found):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{what}[{i}] is {type(tensor).__name__} {tensor!r:.80}; expected a torch.Tensor")
+    for i, one in enumerate(found):
+        if not isinstance(one, Tensor):
+            raise TypeError(f"{what}[{i}] is {type(one).__name__} {one!r:.80}; expected a torch.Tensor")
     return found
 
 
-__all__ = ["finite", "fits", "is_number", "one_or_each", "pairs", "tensor_list"]
+__all__ = ["finite", "fits", "flag", "is_number", "is_text", "one_or_each", "pairs", "tensor", "tensor_list", "whole", "within"]

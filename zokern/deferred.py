@@ -22,7 +22,7 @@ from .evaluation import THETA, Evaluation, Master, Tree
 from .fingerprint import memory_of
 from .memory import check_state
 from .plan import Group, Plan
-from .rule import Rule
+from .rule import Rule, renew
 
 
 class Deferred:
@@ -146,18 +146,8 @@ class Deferred:
             return
         self.settle(plan)
         for group in plan.groups:
-            for step in (plan.step - 1, plan.step):  # after loading a state, the basis that its momentum belongs to comes first
-                if group.matrices is None or step < 0:
-                    continue
-                born = self.factored.basis_step(step)
-                stale = [(matrix, tensor) for matrix, tensor in zip(group.matrices, group.tensors) if matrix.born != born]
-                if not stale or (step < plan.step and any(matrix.born >= 0 for matrix, _ in stale)):
-                    continue
-                old = [(matrix.left, matrix.right) for matrix, _ in stale]
-                self.factored.refresh([matrix for matrix, _ in stale], group.source(plan.seed), born)
-                for (matrix, tensor), (left, right) in zip(stale, old):
-                    if right is not None:
-                        self.rule.rebase(group, matrix, left, right, self.state[tensor])
+            if group.matrices is not None:
+                renew(self.rule, self.factored, group, self.state, plan.seed, plan.step)
 
     def settle(self, plan: Plan) -> None:
         """Writes updates of parameters that are trained no more, and updates in an old basis: the step that should have was skipped."""

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import is_number
+
 
 @dataclass(frozen=True)
 class Stencil:
@@ -33,20 +35,36 @@ STENCILS = {stencil.name: stencil for stencil in (CENTRAL, FORWARD)}
 
 def resolve(stencil: str | Stencil) -> Stencil:
     if isinstance(stencil, Stencil):
-        first = sum(w * o for w, o in zip(stencil.weights, stencil.offsets))
-        if len(stencil.offsets) != len(stencil.weights) or abs(sum(stencil.weights)) > 1e-9 or abs(first - 1) > 1e-9:
-            raise ValueError(f"stencil is {stencil}; expected weights that sum to 0 and sum weights*offsets = 1")
+        figures = [*stencil.offsets, *stencil.weights]
+        sound = (
+            len(stencil.offsets) == len(stencil.weights) and all(map(is_number, figures)) and all(map(math.isfinite, figures))
+        )
+        first = sum(w * o for w, o in zip(stencil.weights, stencil.offsets)) if sound else 0.0
+        if not sound or abs(sum(stencil.weights)) > 1e-9 or abs(first - 1) > 1e-9:
+            raise ValueError(
+                f"stencil is {stencil}; expected finite numbers, as many weights as offsets, weights that sum to 0 and sum "
+                "weights*offsets = 1"
+            )
         return stencil
-    if stencil not in STENCILS:
+    if not isinstance(stencil, str) or stencil not in STENCILS:
         raise ValueError(f"unknown stencil {stencil!r}; expected one of {sorted(STENCILS)} or a Stencil")
     return STENCILS[stencil]
 
 
-def loss_value(loss: Any) -> float:
-    """The closure's loss as a float; refused unless it is one real number.
+def check_spread(normalize: str, stencil: Stencil, queries: int) -> None:
+    """Refuses normalize='std' where a step reads one perturbed loss only: its spread is 0 in every step, and nothing would ever move."""
+    if normalize == "std" and (perturbed := queries * sum(offset != 0.0 for offset in stencil.offsets)) < 2:
+        raise ValueError(
+            f"queries is {queries} with normalize='std' and stencil {stencil.name!r}, which read {perturbed} perturbed loss a step, and one "
+            "loss has no spread; expected queries of at least 2, stencil='central', or normalize='none'"
+        )
+
+
+def loss_tensor(loss: Any) -> Tensor:
+    """Returns the closure's loss as a 0-d float64 tensor, on its device; refused unless it is one real number.
 
     A 0-d or one-element tensor (of integers or booleans too: a count of right answers is one), a Python number or a NumPy scalar.
-    Vectors, complex numbers, None and losses that carry an autograd graph are refused: each has meant a bug in somebody's closure.
+    Vectors, complex numbers, None and losses that carry an autograd graph are refused: each has meant a bug in a closure.
     """
     expected = "expected a scalar: a 0-d or [1] tensor of real numbers, or a Python number"
     if isinstance(loss, Tensor):
@@ -55,16 +73,20 @@ def loss_value(loss: Any) -> float:
         if loss.is_complex():
             raise TypeError(f"the closure returned a {loss.dtype} tensor; {expected} (is this the loss?)")
         if loss.requires_grad:
-            raise ValueError(f"the closure returned a loss with an autograd graph; {expected}: drop enable_grad() or backward")
-        return float(loss.item())
+            raise ValueError(
+                f"the closure returned a loss with an autograd graph; {expected}: the loss was computed before the step, or under "
+                "enable_grad(): call the model inside the closure, without backward()"
+            )
+        return loss.reshape(()).to(torch.float64)
     if hasattr(loss, "dtype") and getattr(loss, "shape", None) == ():
         loss = loss.item()  # NumPy
     if isinstance(loss, bool) or not isinstance(loss, numbers.Real):
         raise TypeError(f"the closure returned {type(loss).__name__} {loss!r:.80}; {expected}")
     try:
-        return float(loss)
+        value = float(loss)
     except OverflowError:  # an integer or a fraction beyond the floats
-        return math.inf if loss > 0 else -math.inf  # type: ignore[operator]
+        value = math.inf if loss > 0 else -math.inf  # type: ignore[operator]
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 def mean(values: Sequence[float], count: int | None = None) -> float:
@@ -83,7 +105,7 @@ def mean(values: Sequence[float], count: int | None = None) -> float:
 def coefficient(losses: Sequence[float], stencil: Stencil, eps: float, clip: float | None = None) -> float:
     """The projected gradient of one query, rounded to float32; inf or NaN when the losses or the division are."""
     difference = mean([w * loss for w, loss in zip(stencil.weights, losses)], 1)
-    value = torch.tensor(difference / eps, dtype=torch.float32).item()
+    value = torch.tensor(difference / eps, dtype=torch.float32, device="cpu").item()
     if clip is not None and abs(value) > clip:
         value = math.copysign(clip, value)
     return value
@@ -98,6 +120,7 @@ def coefficients(
     are 0 where sigma is 0."""
     if normalize == "none":
         return [coefficient(sides, stencil, eps, clip) for sides in losses]
+    check_spread(normalize, stencil, len(losses))
     sigma = deviation([loss for sides in losses for loss, offset in zip(sides, stencil.offsets) if offset])
     if not math.isfinite(sigma):
         return [math.nan] * len(losses)

@@ -115,7 +115,7 @@ class LabelWords:
             if len(ids) != 1:
                 raise ValueError(f"label word {word!r} is {len(ids)} tokens; expected one, whose logit stands for the label")
         self.tokenizer, self.template = tokenizer, template
-        self.ids = torch.tensor([ids[0] for ids in tokens])
+        self.ids = torch.tensor([ids[0] for ids in tokens], dtype=torch.int64, device="cpu")
 
     def lengths(self, rows: Sequence[Row]) -> list[int]:
         """Tokens per row, template included."""
@@ -126,7 +126,7 @@ class LabelWords:
         texts = [self.template.format(row.text) for row in rows]
         inputs = self.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
         kept = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        return kept, torch.tensor([row.label for row in rows])
+        return kept, torch.tensor([row.label for row in rows], dtype=torch.int64, device="cpu")
 
     def logits(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         """float [rows, labels]: next-token logits of the label words."""

@@ -22,6 +22,7 @@ from torch import Tensor
 FEW = 256  # rows of x above which MKL is not slower
 WIDE = 8  # rows of x from which 16-bit blocks of W are worth being widened
 BLOCK = 1 << 18  # elements of such a block: 1 MB in float32
+WIDE_BLOCK = 1 << 25  # elements of one on another device, where a launch costs more than memory
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -71,13 +72,25 @@ def _widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows, width = weight.shape
     out = x.new_empty((flat.shape[0], rows))
     step = max(1, min(rows, BLOCK // width))
-    buffer = torch.empty((step, width))
+    buffer = torch.empty((step, width), dtype=torch.float32, device=weight.device)
     wide = None if bias is None else bias.float()
     for start in range(0, rows, step):
         stop = min(rows, start + step)
         block = buffer[: stop - start].copy_(weight[start:stop])
         out[:, start:stop] = linear(flat, block, None if wide is None else wide[start:stop])
     return out.view(*x.shape[:-1], rows)
+
+
+def wide(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """x weight^T in float32 of operands rounded to a 16-bit dtype, x (rows, k): no rounding of the sums. Widened, the operands are exact, in
+    TF32 too."""
+    rows, width = weight.shape
+    flat, step = x.to(dtype).float(), max(1, min(rows, (BLOCK if weight.is_cpu else WIDE_BLOCK) // max(1, width)))
+    out = torch.empty((x.shape[0], rows), dtype=torch.float32, device=x.device)
+    for start in range(0, rows, step):
+        block = weight[start : start + step]
+        out[:, start : start + step] = linear(flat, block.to(dtype).float())
+    return out
 
 
 @cache
@@ -106,4 +119,4 @@ def maker() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
-__all__ = ["linear"]
+__all__ = ["linear", "wide"]

@@ -1,78 +1,21 @@
-"""Memory: kernels take raw pointers, so what they are handed is checked when it is first seen, and again once it is other memory.
+"""The optimizer's state: kernels take raw pointers, so its tensors are checked when a step first finds them.
 
-Of a parameter that is its address, dtype, shape, strides and device: `p.data = ...`, module.to(...) and module.double() change them
-under the same Parameter. Of the optimizer's state it is the tensor objects: they are read by the names in _fits() and KEPT.
+They are read by the names in _fits() and KEPT.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .directions import Matrix
-from .parameters import Trained, check_overlap, check_parameter, check_tie, memory_of
+from .parameters import Trained
 
 KEPT = {"momentum": ("momentum",), "adam": ("first", "second")}  # what a rule keeps of a parameter with a dense z
 START_ANEW = "`del optimizer.state[parameter]` starts it anew"
-
-
-class Memory:
-    """What was found sound, until a step finds something else in its place."""
-
-    def __init__(self) -> None:
-        self._seen: dict[int, tuple] = {}  # by id of the parameter, which the optimizer keeps alive
-        self._order: list[tuple] = []  # of one step: lists compare faster than entries
-        self._states: list[Any] = []
-
-    @property
-    def settled(self) -> bool:
-        """Whether the last entries asked about were accepted, in this order."""
-        return bool(self._order)
-
-    def is_other(self, tensor: Tensor) -> bool:
-        """Whether a parameter that a step has worked on is other memory than it was then."""
-        return [self._seen.get(id(tensor))] != memory_of([tensor])
-
-    def moved(self, entries: Sequence[Trained]) -> list[Trained]:
-        """Entries that were not accepted as they are now, with all their aliases; checked each for itself."""
-        try:
-            now = memory_of(_tensors(entries))
-        except RuntimeError:  # a tensor without an address, which the check below names
-            now = []
-        if now and now == self._order:
-            return []
-        self._order = []
-        for entry in entries:
-            check_parameter(entry.name, entry.tensor)
-            check_tie(entry)
-        return [entry for entry in entries if any(self.is_other(t) for t in (entry.tensor, *(t for _, t in entry.aliases)))]
-
-    def accept(self, entries: Sequence[Trained], everything: Sequence[Trained]) -> None:
-        """Remember them, unless two parameters have come to share memory."""
-        check_overlap([(entry.name, entry.tensor) for entry in everything])
-        tensors = _tensors(entries)
-        self._order = memory_of(tensors)
-        self._seen.update(zip(map(id, tensors), self._order))
-
-    def states_are_new(self, states: Mapping[Tensor, Mapping[str, Any]]) -> bool:
-        """Whether the optimizer's state holds other objects than those accepted; counts of updates change at every step."""
-        now = self._objects(states)
-        return len(now) != len(self._states) or not all(map(is_, now, self._states))
-
-    def accept_states(self, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
-        self._states = self._objects(states)
-
-    @staticmethod
-    def _objects(states: Mapping[Tensor, Mapping[str, Any]]) -> list[Any]:
-        return [x for tensor, state in states.items() for x in (tensor, *state.values()) if x.__class__ is not int]
-
-
-def _tensors(entries: Sequence[Trained]) -> list[Tensor]:
-    return [entry.tensor for entry in entries] + [tensor for entry in entries if entry.aliases for _, tensor in entry.aliases]
 
 
 def check_state(
@@ -126,4 +69,4 @@ def _described(value: Any) -> str:
     return f"{_kind(value.dtype, value.shape)}{how} on {value.device}"
 
 
-__all__ = ["START_ANEW", "Memory", "check_state"]
+__all__ = ["START_ANEW", "check_state"]

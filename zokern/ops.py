@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import arguments, backends, directions
+from .arguments import is_text
 from .backends import DTYPES, ROUNDINGS, Span, SpanList, TensorList
 from .stream import INDEX_LIMIT, ROUNDS, check_seed, check_word, parameter_id
 
@@ -68,9 +69,9 @@ def _interleaved(a: Tensor, b: Tensor) -> bool:
         return False
 
     def addresses(t: Tensor) -> Tensor:
-        index = torch.zeros((), dtype=torch.int64)
+        index = torch.zeros((), dtype=torch.int64, device="cpu")
         for size, stride in zip(t.shape, t.stride()):
-            index = index.unsqueeze(-1) + torch.arange(size) * stride * t.element_size()
+            index = index.unsqueeze(-1) + torch.arange(size, dtype=torch.int64, device="cpu") * stride * t.element_size()
         return index.flatten() + t.data_ptr()
 
     return not bool(torch.isin(addresses(a), addresses(b)).any())
@@ -78,6 +79,10 @@ def _interleaved(a: Tensor, b: Tensor) -> bool:
 
 def check_tensor(verb: str, what: str, tensor: Tensor, first: int = 0, hint: str = "cast it first") -> None:
     """What every verb asks of a tensor that it reads or writes."""
+    if tensor.device.type == "meta":
+        raise ValueError(
+            f"{verb}: {what} is on the meta device and has no elements; expected a tensor with memory: materialise it"
+        )
     if tensor.dtype not in _FLOATS:
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise ValueError(f"{verb}: {what} is {dtype} on {tensor.device}; expected float32, bfloat16 or float16: {hint}")
@@ -95,16 +100,24 @@ def check_tensor(verb: str, what: str, tensor: Tensor, first: int = 0, hint: str
 
 def _spans(verb: str, tensors: Sequence[Tensor], who, first) -> SpanList:
     one = isinstance(who, (str, numbers.Integral))
-    if not one and not isinstance(who, Iterable):
+    if isinstance(who, bool) or (not one and (is_text(who) or not isinstance(who, Iterable))):
         raise ValueError(f"{verb}: who is {who!r}; expected the parameter's name, or a list with one name per tensor")
-    if not isinstance(first, (numbers.Integral, Iterable)):
+    several = isinstance(first, Iterable) and not is_text(first)
+    if not several and (isinstance(first, bool) or not isinstance(first, numbers.Integral)):
         raise ValueError(f"{verb}: first is {first!r}; expected the number of the first element, or a list with one per tensor")
     whos = [who] * len(tensors) if one else list(who)
     if one and len(tensors) > 1:
         raise ValueError(
             f"{verb}: who is {who!r} for {len(tensors)} tensors; expected one name per tensor, or they would share one z"
         )
-    firsts = [int(first)] * len(tensors) if isinstance(first, numbers.Integral) else list(first)
+    firsts = list(first) if several else [int(first)] * len(tensors)
+    for f in firsts if several else ():
+        if isinstance(f, bool) or not isinstance(f, numbers.Integral):
+            raise ValueError(
+                f"{verb}: first is {first!r:.80}; expected the numbers of the first elements, one integer per tensor"
+            )
+    if several:
+        firsts = list(map(int, firsts))
     if len(whos) != len(tensors) or len(firsts) != len(tensors):
         raise ValueError(
             f"{verb}: {len(tensors)} tensors, {len(whos)} names and {len(firsts)} offsets; expected as many of each"
@@ -122,7 +135,7 @@ def _check_list(verb: str, tensors: TensorList, spans: SpanList) -> torch.device
     if not tensors:
         raise ValueError(f"{verb}: tensors is empty; expected at least one tensor")
     device = tensors[0].device
-    plain = set(tensors.dtypes) <= _FLOAT_SET and tensors.contiguous
+    plain = set(tensors.dtypes) <= _FLOAT_SET and tensors.contiguous and device.type != "meta"
     if not plain or not spans.at_zero or tensors.sizes.max() > INDEX_LIMIT:
         for i, (tensor, span) in enumerate(zip(tensors, spans)):
             check_tensor(verb, f"tensors[{i}]", tensor, span.first)
@@ -134,10 +147,14 @@ def _check_list(verb: str, tensors: TensorList, spans: SpanList) -> torch.device
 
 def _integers(what: str, words) -> Tensor:
     """Counter words as int64; refuses what would have to be cut to an integer."""
-    found = torch.as_tensor(words)
-    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
-        raise ValueError(f"philox4x32: {what} is {found.dtype}; expected integers in [0, 2**32)")
-    return found.to(torch.int64)
+    if not isinstance(words, Tensor):
+        listed = np.asarray(words)
+        if listed.size and listed.dtype.kind not in "iu":
+            raise ValueError(f"philox4x32: {what} is {words!r:.80}; expected integers in [0, 2**32)")
+        return torch.tensor(listed.astype(np.int64), dtype=torch.int64, device="cpu")
+    if words.is_floating_point() or words.is_complex() or words.dtype == torch.bool:
+        raise ValueError(f"philox4x32: {what} is {words.dtype}; expected integers in [0, 2**32)")
+    return words.to(torch.int64)
 
 
 def _backend(backend: str | None, device: torch.device) -> str:
@@ -169,8 +186,8 @@ def philox4x32(counter, key, rounds: int = ROUNDS, backend: str | None = None) -
     if words.shape != (2,):
         raise ValueError(f"philox4x32: key is {key!r:.80}; expected two words in [0, 2**32)")
     low, high = (check_word(f"key[{i}]", word) for i, word in enumerate(words.tolist()))
-    if not 1 <= rounds <= 16:
-        raise ValueError(f"philox4x32: rounds is {rounds}; expected 1 to 16")
+    if not isinstance(rounds, int) or type(rounds) is bool or not 1 <= rounds <= 16:
+        raise ValueError(f"philox4x32: rounds is {rounds!r:.80}; expected an integer, 1 to 16")
     flat = counter.reshape(-1, 4).contiguous()
     name = _backend(backend, counter.device)
     return torch.ops.zokern.philox4x32(flat, low, high, rounds, name).view(counter.shape)
@@ -236,6 +253,7 @@ def _check_out(verb: str, what: str, out: Tensor, shape: torch.Size, dtype: torc
 def _check_clock(verb: str, clock: Tensor | None, device: torch.device) -> None:
     if clock is None:
         return
+    arguments.tensor(verb, "clock", clock, ", int64[1], or None")
     if clock.dtype != torch.int64 or clock.numel() != 1 or clock.device.type != device.type:
         raise ValueError(f"{verb}: clock is {clock.dtype}{list(clock.shape)} on {clock.device}; expected int64[1] on {device}")
 
@@ -316,7 +334,7 @@ def axpy_(
 
 def _check_each(each: bool | int, decay: float | Sequence[float], count: int) -> tuple[int, list[float]]:
     """Terms of a sum, 0 for all of them, and the decay of every sum."""
-    if not isinstance(each, int) or each < 0:
+    if not isinstance(each, (bool, numbers.Integral)) or each < 0:
         raise ValueError(f"axpy_: each is {each!r}; expected False, True or the number of terms that a sum has")
     each = int(each)
     if each and count % each:
@@ -518,6 +536,8 @@ def lowrank_(
 
 def _one_each(what: str, given, tensors: Sequence[Tensor]) -> list:
     """A factor for each tensor."""
+    if is_text(given) or not isinstance(given, Iterable):
+        raise TypeError(f"lowrank_: {what} is {type(given).__name__} {given!r:.80}; expected a torch.Tensor, or a list of them")
     found = [given] if isinstance(given, Tensor) else list(given)
     if len(found) != len(tensors):
         raise ValueError(f"lowrank_: {len(found)} {what} for {len(tensors)} tensors; expected one for each")
@@ -566,7 +586,7 @@ def _times_core(left: Tensor, core: Tensor, name: str) -> Tensor:
     if core.dim() == 1:
         return left * core
     rows, columns = left.shape[0], core.shape[1]
-    zero, right = torch.zeros(rows, columns, device=left.device), core.t().contiguous()
+    zero, right = torch.zeros(rows, columns, dtype=torch.float32, device=left.device), core.t().contiguous()
     if _traced():
         torch.ops.zokern.lowrank_([zero], [], [left], [right], [1.0], [0], [0], 0, 0, 1.0, "nearest", name)
     else:
@@ -598,7 +618,10 @@ def _draw_op(
 ) -> None:
     if not out.is_contiguous():
         raise ValueError(f"draw_: out has strides {out.stride()}; expected a contiguous tensor")
-    backends.get(backend).draw([out], [Span(who, first)], directions.resolve(direction), seed % (2 * _SIGN), step, draw, clock)
+    tensors, spans = _listed("draw_", [out], [who], [first])
+    step, draw = check_word("step", step), check_word("draw", draw)
+    _check_clock("draw_", clock, out.device)
+    backends.get(backend).draw(tensors, spans, directions.resolve(direction), seed % (2 * _SIGN), step, draw, clock)
 
 
 @torch.library.custom_op("zokern::axpy_", mutates_args=("thetas", "residuals"))
@@ -618,20 +641,43 @@ def _axpy_op(
     clock: Tensor | None = None,
     each: int = 0,
 ) -> Tensor:
-    spans = [Span(w, f) for w, f in zip(who, first)]
+    tensors, spans = _listed("axpy_", thetas, who, first)
+    terms = _terms("axpy_", steps, draws)
+    if not terms or coeffs.dim() != 1 or len(coeffs) != len(terms):
+        raise ValueError(f"axpy_: {len(terms)} draws and coeffs {list(coeffs.shape)}; expected as many of each, at least one")
+    each, decays = _check_each(each, decay, len(terms))
+    _check_rounding("axpy_", tensors, rounding, residuals)
+    _check_clock("axpy_", clock, tensors[0].device)
     return backends.get(backend).axpy_(
-        thetas,
+        tensors,
         spans,
         directions.resolve(direction),
         seed % (2 * _SIGN),
-        list(zip(steps, draws)),
+        terms,
         coeffs,
-        decay,
+        decays,
         rounding,
         residuals or None,
         clock,
         each,
     )
+
+
+def _listed(verb: str, thetas: Sequence[Tensor], who: Sequence[int], first: Sequence[int]) -> tuple[TensorList, SpanList]:
+    """Tensors and spans of a registered operation, which is called past its verb: by a compiled graph, or by hand."""
+    tensors = TensorList(thetas)
+    spans = _spans(verb, tensors, list(who), list(first))
+    _check_list(verb, tensors, spans)
+    if (pair := shared_memory(tensors)) is not None:
+        raise ValueError(f"{verb}: tensors[{pair[0]}] and tensors[{pair[1]}] share memory; expected distinct tensors")
+    return tensors, spans
+
+
+def _terms(verb: str, steps: Sequence[int], draws: Sequence[int]) -> list[tuple[int, int]]:
+    """Pairs (step, draw) of a registered operation."""
+    if len(steps) != len(draws):
+        raise ValueError(f"{verb}: {len(steps)} steps and {len(draws)} draws; expected as many of each")
+    return _draws(verb, list(zip(steps, draws)))
 
 
 @_axpy_op.register_fake
@@ -654,10 +700,17 @@ def _perturb_op(
     backend: str,
     clock: Tensor | None = None,
 ) -> list[Tensor]:
-    outs = [[torch.empty(t.shape, dtype=torch.float32 if wide else t.dtype, device=t.device) for t in thetas] for _ in scales]
-    spans = [Span(w, f) for w, f in zip(who, first)]
+    tensors = TensorList(thetas)  # which may share memory: they are only read
+    spans = _spans("perturb", tensors, who, first)
+    _check_list("perturb", tensors, spans)
+    scales = arguments.finite("perturb", "scales", scales, "one or two finite numbers")
+    if residuals:
+        _check_rounding("perturb", tensors, "residual", residuals)
+    step, draw = check_word("step", step), check_word("draw", draw)
+    _check_clock("perturb", clock, tensors[0].device)
+    outs = [[torch.empty(t.shape, dtype=torch.float32 if wide else t.dtype, device=t.device) for t in tensors] for _ in scales]
     backends.get(backend).perturb(
-        thetas, spans, directions.resolve(direction), seed % (2 * _SIGN), step, draw, scales, outs, residuals or None, clock
+        tensors, spans, directions.resolve(direction), seed % (2 * _SIGN), step, draw, scales, outs, residuals or None, clock
     )
     return [out for side in outs for out in side]
 
@@ -682,9 +735,18 @@ def _lowrank_op(
     rounding: str,
     backend: str,
 ) -> Tensor:
-    spans = [Span(w, f) for w, f in zip(who, first)]
+    tensors, spans = _listed("lowrank_", thetas, who, first)
+    if not len(tensors) == len(lefts) == len(rights) == len(scales):
+        counts = f"{len(lefts)} left, {len(rights)} right and {len(scales)} scales"
+        raise ValueError(f"lowrank_: {counts} for {len(tensors)} tensors; expected one for each")
+    for i, (tensor, span) in enumerate(zip(tensors, spans)):
+        _check_factors(i, tensor, span, lefts[i], None, rights[i])
+    scales = arguments.finite("lowrank_", "scale", scales)
+    (decay,) = arguments.finite("lowrank_", "decay", [decay], "a finite number")
+    _check_rounding("lowrank_", tensors, rounding, residuals)
+    step = check_word("step", step)
     return backends.get(backend).lowrank_(
-        thetas, spans, lefts, rights, scales, decay, rounding, residuals or None, seed % (2 * _SIGN), step
+        tensors, spans, lefts, rights, scales, decay, rounding, residuals or None, seed % (2 * _SIGN), step
     )
 
 

@@ -154,6 +154,12 @@ def _hides(wrapper: nn.Module) -> bool:
     return any(cls.__name__ == "FullyShardedDataParallel" for cls in type(wrapper).__mro__)
 
 
+def processes() -> int:
+    """Return how many processes torch.distributed runs."""
+    running = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if running else 1
+
+
 def plain(name: str) -> str:
     """Return a parameter's name in the module that was not wrapped: the name that decides its z.
 
@@ -186,20 +192,29 @@ def plain_names(module: nn.Module) -> dict[str, str]:
 def ids(names: Iterable[str], taken: dict[str, int] | None = None) -> tuple[dict[str, int], dict[str, str]]:
     """Ids of parameter names, and the collisions that had to be resolved (name -> the salted name that gave its id).
 
-    Two names share a 32-bit id once in about n^2 / 2^33 models of n tensors. Names are resolved in sorted order, so the
-    outcome depends on the set of names and not on their order or on what is frozen; ids that are ``taken`` stay.
+    Two names share a 32-bit id once in about n^2 / 2^33 models of n tensors. Names are resolved in sorted order, those that are ``taken``
+    among them, so the outcome depends on the set of names and not on their order, on the groups that they came in, or on what is frozen.
+    Raises ValueError where a taken name would have had another id, had the new ones been known: z of a run must not change on its way.
     """
-    found = dict(taken or {})
-    used, salted = set(found.values()), {}
-    for name in sorted(set(names) - found.keys()):
+    taken = taken or {}
+    found: dict[str, int] = {}
+    used: set[int] = set()
+    salted: dict[str, str] = {}
+    for name in sorted({*names, *taken}):
         salt, who = 0, parameter_id(plain(name))
         while who in used:
             salt += 1
             salted[name] = f"{name}#{salt}"
             who = parameter_id(plain(salted[name]))
+        if taken.get(name, who) != who:
+            rival = next(other for other, number in found.items() if number == taken[name])
+            raise ValueError(
+                f"the name {rival!r} has the 32-bit id of {name!r}, which was there before it and would have drawn another z beside it; give "
+                "both to the optimizer when it is built (in any order, in one group or several), or rename one of them"
+            )
         found[name] = who
         used.add(who)
-    return found, salted
+    return found, {name: other for name, other in salted.items() if name not in taken}
 
 
 def storage_of(tensor: Tensor) -> int:
@@ -349,5 +364,5 @@ def check_model(model: nn.Module) -> None:
 
 __all__ = [
     "Trained", "check_model", "check_overlap", "check_parameter", "check_tie", "check_trained", "ids", "inner", "is_wrapped", "memory_of",
-    "named_groups", "plain", "plain_names", "storage_of", "ties", "trained", "view_of", "wrapped",
+    "named_groups", "plain", "plain_names", "processes", "storage_of", "ties", "trained", "view_of", "wrapped",
 ]  # fmt: skip

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import arguments, backends, directions, ops, overlap
+from . import arguments, backends, directions, ops
 from .backends import Span
-from .products import Part, factored_linear, fused_linear, fuses, sketch_of, tiled_linear
+from .backends.door import described
+from .products import Part, counts_of, factored_linear, fused_linear, fuses, sketch_of, tiled_linear
 from .stream import INDEX_LIMIT, check_seed, check_word, parameter_id
 
 
@@ -46,30 +47,9 @@ def linear(
     perturbed tiles are. Raises ValueError for shapes, dtypes or devices that do not fit.
     Malladi et al. 2023; Chen et al. 2025 for factored z."""
     scales = arguments.finite("linear", "scales", scales, "finite scales, one for each x")
-    sides = [xs] * len(scales) if isinstance(xs, Tensor) else list(xs)
-    if not scales or len(sides) != len(scales):
-        raise ValueError(f"linear: {len(sides)} xs and scales {scales}; expected a finite scale for each, at least one")
-    ops.check_tensor("linear", "weight", weight, first)
-    if weight.dim() != 2 or not weight.is_contiguous():
-        raise ValueError(
-            f"linear: weight has shape {tuple(weight.shape)}, strides {weight.stride()}; expected a contiguous matrix"
-        )
-    rows, columns = weight.shape
-    for j, x in enumerate(sides):
-        if x.dim() == 0 or x.shape[-1] != columns or x.dtype != weight.dtype or x.device != weight.device:
-            raise ValueError(
-                f"linear: xs[{j}] is {x.dtype}{list(x.shape)} on {x.device}; expected {weight.dtype}[..., {columns}] on {weight.device}"
-            )
-    if bias is not None and (bias.shape != (rows,) or bias.device != weight.device):
-        raise ValueError(
-            f"linear: bias is {bias.dtype}{list(bias.shape)} on {bias.device}; expected [{rows}] on {weight.device}"
-        )
-    if residual is not None and (
-        residual.dtype != torch.int16 or residual.shape != weight.shape or weight.dtype != torch.bfloat16
-    ):
-        raise ValueError("linear: residual goes with a bfloat16 weight and is int16 of its shape")
-    if not isinstance(tile, int) or tile < 1:
-        raise ValueError(f"linear: tile is {tile!r}; expected a number of elements, at least 1")
+    sides = [xs] * len(scales) if isinstance(xs, Tensor) else arguments.tensor_list("linear: xs", xs)
+    first = arguments.whole("linear: first", first, "the number of W's first element, an integer from 0", 0)
+    _check_operands(sides, weight, bias, residual, scales, first, tile)
     name = backends.resolve(backend, weight.device).name
     with torch.no_grad():
         if isinstance(direction, (tuple, list)):
@@ -87,19 +67,53 @@ def linear(
         )  # fmt: skip
 
 
+def _check_operands(
+    sides: Sequence[Tensor], weight: Tensor, bias: Tensor | None, residual: Tensor | None, scales: Sequence[float], first: int, tile: int
+) -> None:  # fmt: skip
+    if not scales or len(sides) != len(scales):
+        raise ValueError(f"linear: {len(sides)} xs and scales {scales}; expected a finite scale for each, at least one")
+    ops.check_tensor("linear", "weight", arguments.tensor("linear", "weight", weight, ", a matrix"), first)
+    if weight.dim() != 2 or not weight.is_contiguous():
+        raise ValueError(
+            f"linear: weight has shape {tuple(weight.shape)}, strides {weight.stride()}; expected a contiguous matrix"
+        )
+    rows, columns = weight.shape
+    for j, x in enumerate(sides):
+        fits = x.dim() and x.shape[-1] == columns and x.dtype == weight.dtype and x.layout == torch.strided
+        if not fits or x.device != weight.device:
+            raise ValueError(f"linear: xs[{j}] is {described(x)}; expected {weight.dtype}[..., {columns}] on {weight.device}")
+    if bias is not None:
+        arguments.tensor("linear", "bias", bias, f", {weight.dtype}[{rows}], or None")
+        if bias.shape != (rows,) or bias.device != weight.device or bias.dtype != weight.dtype:
+            raise ValueError(f"linear: bias is {described(bias)}; expected {weight.dtype}[{rows}] on {weight.device}")
+    if residual is not None:
+        arguments.tensor("linear", "residual", residual, ", the int16 low bits of a bfloat16 weight, or None")
+        if weight.dtype != torch.bfloat16:
+            raise ValueError(f"linear: residual goes with a bfloat16 weight; weight is {described(weight)}: leave it out")
+        sound = residual.dtype == torch.int16 and residual.shape == weight.shape and residual.layout == torch.strided
+        if not sound or not residual.is_contiguous() or residual.device != weight.device:
+            raise ValueError(
+                f"linear: residual is {described(residual)}; expected a contiguous int16{list(weight.shape)} on {weight.device}, one low "
+                "half for each weight: .contiguous() it"
+            )
+    arguments.whole("linear: tile", tile, "a number of elements, at least 1")
+
+
 def _check_thin(weight: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     if len(factors) not in (2, 3):
         raise ValueError(f"linear: direction has {len(factors)} factors; expected (U, V) or (U, V, C)")
+    for i, factor in enumerate(factors):
+        arguments.tensor("linear", f"direction[{i}]", factor, ", a factor of (U, V) or (U, V, C)")
     left, right = factors[:2]
+    if left.dim() != 2:
+        raise ValueError(f"linear: U is {described(left)}; expected float32[{weight.shape[0]}, r] on {weight.device}")
     rank = left.shape[-1]
-    core = factors[2] if len(factors) == 3 else torch.eye(rank, device=left.device)
+    core = factors[2] if len(factors) == 3 else torch.eye(rank, dtype=torch.float32, device=left.device)
     shapes = {"U": (left, (weight.shape[0], rank)), "V": (right, (weight.shape[1], rank)), "C": (core, (rank, rank))}
     for what, (factor, shape) in shapes.items():
         if factor.dtype != torch.float32 or tuple(factor.shape) != shape or factor.device != weight.device:
-            raise ValueError(
-                f"linear: {what} is {factor.dtype}{list(factor.shape)} on {factor.device}; expected float32{list(shape)} on {weight.device}"
-            )
-    return left, right, core
+            raise ValueError(f"linear: {what} is {described(factor)}; expected float32{list(shape)} on {weight.device}")
+    return left.contiguous(), right.contiguous(), core.contiguous()
 
 
 def _linear(
@@ -107,22 +121,32 @@ def _linear(
 ):
     run = backends.get(backend)
     moved = [j for j, scale in enumerate(scales) if scale]
+    biases = [bias] * len(xs)
     if residual is None and direction.name in directions.DIRECTIONS and fuses(run, xs, weight):
         draws = [draw if scale else -1 for scale in scales]
-        return fused_linear(run, xs, weight, span, direction, seed, step, draws, scales, [bias] * len(xs))
-    fills = [moved[part : part + 2] for part in range(0, len(moved), 2)]
+        y = fused_linear(run, xs, weight, span, direction, seed, step, draws, scales, biases)
+    else:
+        rows = max(1, tile // max(1, weight.shape[1]))
 
-    def fill(view: Tensor, here: Span, members: Sequence[int], tiles: Sequence[Tensor], low: Tensor | None) -> None:
-        amounts = [scales[j] for j in members]
-        run.perturb([view], [here], direction, seed, step, draw, amounts, [[t] for t in tiles], None if low is None else [low])
+        def tiles() -> Iterator[tuple[int, int, dict[int, Tensor]]]:
+            for start in range(0, weight.shape[0], rows):
+                view = weight[start : start + rows]
+                here = Span(span.who, span.first + start * weight.shape[1])
+                low = None if residual is None else [residual[start : start + rows]]
+                made = {j: torch.empty_like(view) for j in moved}
+                for part in range(0, len(moved), 2):
+                    pair = moved[part : part + 2]
+                    amounts, outs = [scales[j] for j in pair], [[made[j]] for j in pair]
+                    run.perturb([view], [here], direction, seed, step, draw, amounts, outs, low)
+                yield start, start + len(view), made
 
-    def take(shape: tuple[int, ...]) -> Tensor:
-        return torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        y = tiled_linear(xs, weight, biases, tiles())
+    return _apart(y, xs)
 
-    rows = max(1, tile // max(1, weight.shape[1]))
-    rows = max(1, rows // overlap.slots(weight.device, -(-weight.shape[0] // rows)))
-    biases = [bias] * len(xs)
-    return tiled_linear(xs, weight, span, biases, residual, fills, fill, take, lambda: None, rows)
+
+def _apart(y: Tensor, xs: Sequence[Tensor]) -> list[Tensor]:
+    """Returns the rows of each side in the shape of its x."""
+    return [part.view(*x.shape[:-1], y.shape[1]) for part, x in zip(y.split(counts_of(xs)), xs)]
 
 
 def sketch(
@@ -150,17 +174,23 @@ def sketch(
     resolved = directions.resolve(direction)
     if not isinstance(shape, (tuple, list)) or len(shape) != 2:
         raise ValueError(f"sketch: shape is {shape!r}; expected (m, n), the rows and columns of G")
-    rows, columns = shape
+    rows, columns = (arguments.whole(f"sketch: shape[{i}]", size, "a positive integer") for i, size in enumerate(shape))
+    arguments.flag("sketch: transposed", transposed)
+    first = arguments.whole("sketch: first", first, "the number of G's first element, an integer from 0", 0)
     inner = rows if transposed else columns
+    arguments.tensor("sketch", "omega", omega, f", float32[{inner}, p]")
+    if omega.device.type == "meta":
+        raise ValueError(
+            f"sketch: omega is {described(omega)} and has no elements; expected a tensor with memory: materialise it"
+        )
     if omega.dtype != torch.float32 or omega.dim() != 2 or omega.shape[0] != inner or not omega.is_contiguous():
-        raise ValueError(f"sketch: omega is {omega.dtype}{list(omega.shape)}; expected contiguous float32[{inner}, p]")
-    if min(rows, columns) < 1 or first < 0 or first + rows * columns > INDEX_LIMIT:
+        raise ValueError(f"sketch: omega is {described(omega)}; expected contiguous float32[{inner}, p]")
+    if first + rows * columns > INDEX_LIMIT:
         raise ValueError(f"sketch: shape is {shape} from {first}; expected positive sizes and first + m n <= 2**35")
     pairs, coeffs = ops._draws("sketch", draws), arguments.finite("sketch", "coeffs", coeffs)
     if not pairs or len(pairs) != len(coeffs):
         raise ValueError(f"sketch: {len(pairs)} draws and coeffs {coeffs}; expected as many finite numbers, at least one")
-    if not isinstance(tile, int) or tile < 1:
-        raise ValueError(f"sketch: tile is {tile!r}; expected a number of elements, at least 1")
+    tile = arguments.whole("sketch: tile", tile, "a number of elements, at least 1")
     word = parameter_id(who) if isinstance(who, str) else check_word("who", who)
     name = backends.resolve(backend, omega.device).name
     with torch.no_grad():
@@ -179,8 +209,11 @@ def _linear_op(
     direction: str, seed: int, scales: list[float], tile: int, backend: str,
 ) -> list[Tensor]:  # fmt: skip
     resolved = directions.resolve(direction)
+    scales = arguments.finite("linear", "scales", scales, "finite scales, one for each x")
+    _check_operands(xs, weight, bias, residual, scales, first, tile)
+    who, step, draw = (check_word(what, word) for what, word in (("who", who), ("step", step), ("draw", draw)))
     outs = _linear(xs, weight, bias, residual, resolved, seed % 2**64, Span(who, first), step, draw, scales, tile, backend)
-    return [out.contiguous() for out in outs]
+    return [out.clone() for out in outs]  # views of one product may not be results of an operation
 
 
 @_linear_op.register_fake
@@ -192,13 +225,16 @@ def _(xs, weight, bias, residual, who, first, step, draw, direction, seed, scale
 def _linear_factored_op(
     xs: list[Tensor], weight: Tensor, bias: Tensor | None, left: Tensor, core: Tensor, right: Tensor, scales: list[float], backend: str
 ) -> list[Tensor]:  # fmt: skip
+    scales = arguments.finite("linear", "scales", scales, "finite scales, one for each x")
+    _check_operands(xs, weight, bias, None, scales, 0, 1)
+    left, right, core = _check_thin(weight, (left, right, core))
     moved = [j for j, scale in enumerate(scales) if scale]
     parts = []
     if moved == list(range(len(scales))):
         parts = [Part(moved, right.t().contiguous(), torch.stack([(core * scale).t() for scale in scales]), left)]
     else:
         parts = [Part([j], right.t().contiguous(), (core * scales[j]).t().unsqueeze(0), left) for j in moved]
-    outs = factored_linear(backends.get(backend), xs, weight, parts, 1.0, [bias] * len(xs))
+    outs = _apart(factored_linear(backends.get(backend), xs, weight, parts, 1.0, [bias] * len(xs)), xs)
     return [out.clone() for out in outs]  # views of one product may not be results of an operation
 
 
@@ -212,7 +248,17 @@ def _sketch_op(
     omega: Tensor, rows: int, columns: int, who: int, first: int, steps: list[int], draws: list[int], coeffs: list[float], direction: str,
     seed: int, transposed: bool, tile: int, backend: str,
 ) -> Tensor:  # fmt: skip
-    run, resolved, pairs = backends.get(backend), directions.resolve(direction), list(zip(steps, draws))
+    run, resolved, pairs = backends.get(backend), directions.resolve(direction), ops._terms("sketch", steps, draws)
+    inner = rows if transposed else columns
+    if omega.dtype != torch.float32 or omega.dim() != 2 or omega.shape[0] != inner or min(rows, columns, tile) < 1:
+        raise ValueError(
+            f"sketch: omega is {described(omega)}, shape ({rows}, {columns}); expected float32[{inner}, p], tile >= 1"
+        )
+    if len(pairs) != len(coeffs) or not pairs or not 0 <= first <= INDEX_LIMIT - rows * columns:
+        raise ValueError(
+            f"sketch: {len(pairs)} draws, {len(coeffs)} coeffs, first {first}; expected as many, at least one, first >= 0"
+        )
+    omega, who = omega.contiguous(), check_word("who", who)
     return sketch_of(run, resolved, seed % 2**64, Span(who, first), (rows, columns), pairs, coeffs, omega, transposed, tile)
 
 

@@ -10,7 +10,7 @@ sketch   Y = (sum_k c_k z_k) Omega, or its transpose's, a tile of rows at a time
 from __future__ import annotations
 
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from itertools import accumulate
@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import matmul, overlap
+from . import matmul
 from .backends import Backend, Multiplies, Span
-from .overlap import Job
 
 JOIN = 512  # rows of all sides above which joining them gains nothing
 CACHED = 1 << 19  # elements of a result that the caches hold from one product into it to the next
@@ -55,93 +54,60 @@ def fused_linear(
     biases: Sequence[Tensor | None],
     transposed: bool = False,
     room: int | None = None,
-) -> list[Tensor]:
-    """y_j = x_j (W + scales[j] z(draws[j]))^T + b_j (transposed: x_j (W + ...)) where fuses(): z is made beside the product.
+) -> Tensor:
+    """Returns y_j = x_j (W + scales[j] z(draws[j]))^T + b_j, one below the other (transposed: x_j (W + ...)), where fuses().
 
-    No tile of W + z exists, and the sums do not depend on how sides and threads are joined. draws[j] < 0: side j reads W itself."""
+    z is made beside the product: no tile of W + z exists, and the sums do not depend on how sides and threads are joined. draws[j] < 0: side j reads W itself."""
     width, columns = weight.shape if transposed else weight.shape[::-1]
     flat = [x.reshape(-1, width) for x in xs]
-    outs = own(backend).linear(flat, weight, span, direction, seed, step, draws, scales, biases, (), room, None, transposed)
-    return [_shaped(out, x, columns) for out, x in zip(outs, xs)]
+    y = weight.new_empty(sum(counts_of(xs)), columns)
+    outs = torch.split_with_sizes(y, counts_of(xs))
+    own(backend).linear(flat, weight, span, direction, seed, step, draws, scales, biases, (), room, outs, transposed)
+    return y
 
 
 def tiled_linear(
     xs: Sequence[Tensor],
     weight: Tensor,
-    span: Span,
     biases: Sequence[Tensor | None],
-    residual: Tensor | None,
-    fills: Sequence[Sequence[int]],
-    fill: Callable[[Tensor, Span, Sequence[int], Sequence[Tensor], Tensor | None], None],
-    take: Callable[[tuple[int, ...]], Tensor],
-    release: Callable[[], None],
-    tile: int,
+    tiles: Iterable[tuple[int, int, Mapping[int, Tensor]]],
     transposed: bool = False,
-) -> list[Tensor]:
-    """y_j = x_j W_j^T + b_j for perturbed W_j, `tile` rows of W at a time; transposed: y_j = b_j + x_j W_j, `tile` columns.
+) -> Tensor:
+    """Returns y_j = x_j W_j^T + b_j for perturbed W_j, one below the other; transposed: y_j = b_j + x_j W_j.
 
-    fills  lists of sides whose tiles are made together; a side in none of them reads W itself
-    fill(view, span, sides, tiles, residual) writes them; take(shape) gives scratch memory of W's dtype for one tile, release()
-    takes all of it back. On a CUDA device `overlap.slots` tiles of a side exist at a time. W is only read."""
+    tiles  (start, stop, {side: rows start .. stop of its W_j}); columns where it is transposed. A side that is missing reads W itself"""
     dimension = 1 if transposed else 0
     total, width = weight.shape[dimension], weight.shape[1 - dimension]
-    plain = all(x.dtype == weight.dtype for x in xs) and not torch.is_autocast_enabled(weight.device.type)
-    outs: list[Tensor | None] = [None] * len(xs)
-    untouched = set(range(len(xs))) - {side for sides in fills for side in sides}
-
-    def multiply(side: int, matrix: Tensor, start: int, stop: int) -> None:
-        x, bias, out = xs[side], biases[side], outs[side]
-        rows = matrix.t() if transposed else matrix  # y = x rows^T
-        if stop - start == total and not transposed:
-            outs[side] = matmul.linear(x, rows, bias)
-            return
-        part_bias = bias[start:stop] if bias is not None else None
-        flat = x.reshape(-1, width)
-        if plain and not matmul.chooses(flat, rows):  # straight into its columns: a product of its own would be a second copy
-            if out is None:
-                outs[side] = out = x.new_empty((flat.shape[0], total))
-            if part_bias is None:
-                torch.mm(flat, rows.t(), out=out[:, start:stop])
+    cast = torch.is_autocast_enabled(weight.device.type)
+    flat = [x.reshape(-1, width) for x in xs]
+    counts = counts_of(xs)
+    begin = [0, *accumulate(counts)]
+    out: Tensor | None = None
+    for start, stop, moved in tiles:
+        for side, x in enumerate(flat):
+            matrix = moved[side] if side in moved else weight.narrow(dimension, start, stop - start)
+            rows = matrix.t() if transposed else matrix  # y = x rows^T
+            bias = biases[side]
+            part_bias = None if bias is None else bias[start:stop]
+            plain = not cast and x.dtype == weight.dtype and not matmul.chooses(x, rows)
+            if out is None and plain:
+                out = x.new_empty((begin[-1], total))
+            if plain and out is not None:  # straight into its place
+                here = out[begin[side] : begin[side + 1], start:stop]
+                if part_bias is None:
+                    torch.mm(x, rows.t(), out=here)
+                else:
+                    torch.addmm(part_bias, x, rows.t(), out=here)
+                continue
+            if transposed and part_bias is not None:
+                part = torch.addmm(part_bias, x, rows.t())
             else:
-                torch.addmm(part_bias, flat, rows.t(), out=out[:, start:stop])
-            return
-        if transposed and part_bias is not None and not plain:
-            part = torch.addmm(part_bias, flat, rows.t())
-        else:
-            part = matmul.linear(flat, rows, part_bias)
-        if out is None:
-            outs[side] = out = part.new_empty((part.shape[0], total))
-        out[:, start:stop] = part
-
-    def piece(matrix: Tensor, job: Job) -> Tensor:
-        return matrix.narrow(dimension, job.start, job.stop - job.start)
-
-    def make(job: Job, tiles: list[Tensor]) -> None:
-        if not tiles:
-            return
-        if transposed:
-            here = Span(span.who, span.first + job.start, pitch=total)
-        else:
-            here = Span(span.who, span.first + job.start * width)
-        fill(piece(weight, job), here, job.sides, tiles, None if residual is None else piece(residual, job))
-
-    def use(job: Job, tiles: list[Tensor]) -> None:
-        for side, matrix in zip(job.sides, tiles):
-            multiply(side, matrix, job.start, job.stop)
-        if job.sides is last:
-            for side in untouched:
-                multiply(side, piece(weight, job), job.start, job.stop)
-
-    each = fills or [[]]
-    last = each[-1]
-    bounds = [(start, min(total, start + tile)) for start in range(0, total, tile)]
-    shapes = [(width, stop - start) if transposed else (stop - start, width) for start, stop in bounds]
-    jobs = [Job(*bound, sides, shape) for bound, shape in zip(bounds, shapes) for sides in each]
-    if fills and overlap.slots(weight.device, len(bounds)) > 1:
-        overlap.ahead(jobs, make, use, take, release, weight.device)
-    else:
-        overlap.in_turn(jobs, make, use, take, release)
-    return [_shaped(out, x, total) for out, x in zip(outs, xs)]
+                part = matmul.linear(x, rows, part_bias)
+            if out is None:
+                out = part.new_empty((begin[-1], total))
+            out[begin[side] : begin[side + 1], start:stop] = part
+    assert out is not None
+    return out
 
 
 def own(backend: Backend) -> Multiplies:
@@ -156,11 +122,6 @@ def counts_of(xs: Sequence[Tensor]) -> list[int]:
 
 def _rows(x: Tensor) -> int:
     return x.numel() // max(1, x.shape[-1])
-
-
-def _shaped(out: Tensor | None, x: Tensor, columns: int) -> Tensor:
-    assert out is not None
-    return out.view(*x.shape[:-1], columns)
 
 
 def joined(pieces: Sequence[Tensor]) -> Tensor:
@@ -194,20 +155,25 @@ def factored_linear(
     transposed: bool = False,
     room: int | None = None,
     fused: bool | None = None,
-) -> list[Tensor]:
-    """y_j = x_j (shrink W)^T + b_j + the thin products of side j; transposed: x_j (shrink W). fused: what fuses() says, if it is known.
+) -> Tensor:
+    """Returns y_j = x_j (shrink W)^T + b_j + the thin products of side j, one below the other; transposed: x_j (shrink W).
+
+    fused: what fuses() says, if it is known.
 
     One product for the rows of all sides while they are few. The thin products are summed in float32 whatever x and W are, and their sum with
-    x W^T is rounded to y's dtype once more: 16 bits would lose the perturbation. W is only read. room: bytes of scratch memory."""
-    width, columns = weight.shape if transposed else weight.shape[::-1]
+    x W^T is rounded to y's dtype once more: 16 bits would lose the perturbation, and shrink. W is only read. room: bytes of scratch memory."""
+    width = weight.shape[0 if transposed else 1]
     matrix = weight.t() if transposed else weight
     flat = [x.reshape(-1, width) for x in xs]
     counts = [x.shape[0] for x in flat]
     if fuses(backend, flat, weight, transposed, room) if fused is None else fused:
-        ys = _fused(own(backend), flat, counts, weight, parts, shrink, biases, transposed, room)
-        return [y.view(*x.shape[:-1], columns) for y, x in zip(ys, xs)]
+        return _fused(own(backend), flat, counts, weight, parts, shrink, biases, transposed, room)
     device = weight.device.type
     cast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if cast else weight.dtype
+    if shrink != 1.0 and dtype != torch.float32 and (cast or all(x.dtype == dtype for x in xs)):
+        with torch.autocast(device, enabled=False):
+            return _shrunk(flat, counts, matrix, parts, shrink, biases, dtype)
     few = sum(counts) <= JOIN and not cast and all(x.dtype == weight.dtype for x in xs)
     if len(xs) > 1 and few:
         x = joined(flat)
@@ -232,7 +198,7 @@ def factored_linear(
         for j in left:
             if (bias := biases[j]) is not None:
                 y[begin[j] : begin[j + 1]] += bias
-        return [out.view(*x.shape[:-1], columns) for out, x in zip(y.split(counts), xs)]
+        return y
     outs = []
     for j, (x, bias) in enumerate(zip(flat, biases)):
         with torch.autocast(device, enabled=False) if cast else nullcontext():
@@ -242,7 +208,27 @@ def factored_linear(
                 for part, at in mine
             ]
         outs.append(_sum(backend, x if shrink == 1.0 else x * shrink, matrix, bias, thins))
-    return [out.view(*x.shape[:-1], columns) for out, x in zip(outs, xs)]
+    return joined(outs)
+
+
+def _shrunk(
+    xs: Sequence[Tensor], counts: Sequence[int], matrix: Tensor, parts: Sequence[Part], shrink: float, biases: Sequence[Tensor | None],
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """factored_linear() of 16-bit operands with a decay that waits, summed in float32 and rounded to 16 bits once.
+
+    A decay is far smaller than a rounding to 16 bits: multiplied into x, or into a product that was rounded before, it would be lost."""
+    begin = [0, *accumulate(counts)]
+    x = joined(xs) if len(xs) > 1 else xs[0]
+    y = matmul.wide(x.to(dtype), matrix, dtype).mul_(shrink)
+    for part in parts:
+        for j, middle in zip(part.sides, part.middles.unbind(0)):
+            here = slice(begin[j], begin[j + 1])
+            y[here].addmm_(_rows_of(x[here], part.first, middle.unsqueeze(0), counts[j : j + 1]), part.last.t())
+    for j, bias in enumerate(biases):
+        if bias is not None:
+            y[begin[j] : begin[j + 1]] += bias.float()
+    return y.to(dtype)
 
 
 def is_long(xs: Sequence[Tensor], weight: Tensor) -> bool:
@@ -310,7 +296,7 @@ def _sum(backend: Backend, x: Tensor, matrix: Tensor, bias: Tensor | None, thins
 def _fused(
     backend: Multiplies, xs: Sequence[Tensor], counts: Sequence[int], weight: Tensor, parts: Sequence[Part], shrink: float,
     biases: Sequence[Tensor | None], transposed: bool, room: int | None,
-) -> Sequence[Tensor]:  # fmt: skip
+) -> Tensor:  # fmt: skip
     """factored_linear() where it fuses(): all sides, their thin products and biases in one kernel; the results lie one below the other."""
     thins = [
         (j, part.first, middle, part.last)
@@ -321,7 +307,7 @@ def _fused(
     y = weight.new_empty(sum(counts), weight.shape[1 if transposed else 0])
     ys, many = torch.split_with_sizes(y, list(counts)), len(xs)
     backend.linear(xs, weight, _ORIGIN[0], None, 0, 0, [-1] * many, [0.0] * many, biases, thins, room, ys, transposed, shrink)
-    return ys
+    return y
 
 
 def _add(backend: Backend, y: Tensor, thin: _Thin) -> None:
@@ -339,7 +325,8 @@ def _add(backend: Backend, y: Tensor, thin: _Thin) -> None:
 @lru_cache(maxsize=64)
 def _own_rows(counts: tuple[int, ...], device: torch.device) -> Tensor:
     """(sum of counts, sides): 1 where a row belongs to a side."""
-    return torch.repeat_interleave(torch.eye(len(counts), device=device), torch.tensor(counts, device=device), dim=0)
+    unit = torch.eye(len(counts), dtype=torch.float32, device=device)
+    return torch.repeat_interleave(unit, torch.tensor(counts, dtype=torch.int64, device=device), dim=0)
 
 
 _ORIGIN, _ONE = [Span(0)], [1.0]
@@ -353,9 +340,9 @@ def sketch_of(
     rows, columns = shape
     device = omega.device
     table = torch.tensor(list(coeffs), dtype=torch.float32, device=device)
-    result = torch.zeros(columns if transposed else rows, omega.shape[1], device=device)
+    result = torch.zeros(columns if transposed else rows, omega.shape[1], dtype=torch.float32, device=device)
     step = max(1, min(rows, tile // columns))
-    buffer = torch.empty(step, columns, device=device)
+    buffer = torch.empty(step, columns, dtype=torch.float32, device=device)
     for start in range(0, rows, step):
         stop = min(rows, start + step)
         part = buffer[: stop - start].zero_()

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import numbers
+from collections.abc import Mapping
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from .parameters import plain
 from .stream import VERSION
@@ -17,13 +23,56 @@ def own_entry(optimizer: Any) -> dict[str, Any]:
 
 
 def recipe(optimizer: Any) -> dict[str, Any]:
-    """The parts of a run that its options do not hold."""
-    factored, dense = optimizer.factored, optimizer.direction.name
+    """The parts of a run that its options do not hold, as plain values.
+
+    The parts describe themselves (`described`), so that a new number of theirs is compared without a word here. A method with numbers of its
+    own has a method `described()` that returns them."""
+    factored, dense = optimizer.factored, optimizer.direction
     kept = {what: getattr(factored, what) for what in ("rank", "interval") if isinstance(getattr(factored, what, None), int)}
+    parts = {"direction": dense if factored is None else factored, "dense": dense, "rule": optimizer.rule}
+    own = getattr(optimizer, "described", None)
     return {
-        "direction": dense if factored is None else f"{factored.name} and {dense}", "rule": getattr(optimizer.rule, "name", "?"),
-        "queries": optimizer.queries, "stencil": list(optimizer.stencil.offsets), "rounding": optimizer.rounding, **kept,
-    }  # fmt: skip
+        "direction": dense.name if factored is None else f"{factored.name} and {dense.name}",
+        "rule": getattr(optimizer.rule, "name", "?"),
+        "queries": optimizer.queries,
+        "stencil": list(optimizer.stencil.offsets),
+        "rounding": optimizer.rounding,
+        **kept,
+        **{f"{part}.{key}": value for part, it in parts.items() for key, value in described(it).items()},
+        "stencil.weights": plain_value(optimizer.stencil.weights),
+        **{what: plain_value(getattr(optimizer, what)) for what in ("normalize", "clip", "maximize")},
+        "method": type(optimizer).__name__,
+        **({} if own is None else {what: plain_value(value) for what, value in own().items()}),
+    }
+
+
+def described(part: Any) -> dict[str, Any]:
+    """What a direction or a rule is, as plain values: what its method `described()` returns, else its class and all of its attributes."""
+    own = getattr(part, "described", None)
+    found = own() if own is not None else {key: value for key, value in vars(part).items() if not key.startswith("_")}
+    return {"kind": type(part).__name__, **{str(key): plain_value(value) for key, value in found.items()}}
+
+
+def plain_value(value: Any) -> Any:
+    """A value that a state_dict can hold and compare after it was saved: numbers, strings, and lists and dicts of them."""
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, Tensor):
+        flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return f"{value.dtype}{list(value.shape)} {hashlib.sha256(flat).hexdigest()}"
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain_value(value[key]) for key in sorted(value, key=str)}
+    if isinstance(value, (list, tuple)):
+        return [plain_value(one) for one in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    if hasattr(value, "described") or hasattr(value, "__dict__") and not callable(value):
+        return described(value)
+    return getattr(value, "__qualname__", type(value).__name__)
 
 
 def check(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from __future__ import annotations
 import hashlib
 import operator
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,8 +70,8 @@ def check_word(name: str, value: int) -> int:
     try:
         number = operator.index(value)
     except TypeError:
-        raise ValueError(f"{name} is {value!r}; expected an integer, 0 <= {name} < 2**32") from None
-    if not 0 <= number < 2**32:
+        raise ValueError(f"{name} is {value!r:.80}; expected an integer, 0 <= {name} < 2**32") from None
+    if isinstance(value, bool) or not 0 <= number < 2**32:
         raise ValueError(f"{name} is {value!r}; expected an integer, 0 <= {name} < 2**32")
     return number
 
@@ -116,9 +117,8 @@ def fma(a: Tensor | float, b: Tensor | float, c: Tensor | float) -> Tensor:
     Knuth's two-sum, says in which direction), so that the cut to float32 is the only rounding that shows.
     """
     a, b, c = (x.double() if isinstance(x, Tensor) else x for x in (a, b, c))
-    product = torch.as_tensor(a * b, dtype=torch.float64)
-    c = torch.as_tensor(c, dtype=torch.float64, device=product.device)
-    total = product + c
+    product: Any = a * b
+    total: Tensor = product + c
     part = total - product
     error = (product - (total - part)) + (c - part)
     bits = total.view(torch.int64)

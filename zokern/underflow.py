@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .directions import Normal
 from .plan import Group, Plan
 from .warning import warn
 
@@ -21,23 +22,22 @@ def check_perturbation(plan: Plan, force: bool) -> None:
 
 
 def _check_group(plan: Plan, group: Group, members: list[int], force: bool) -> None:
-    tensors = [heads(group.tensors[i]).contiguous() for i in members]
+    tensors = [heads(group.theta[i]).contiguous() for i in members]
+    outs = [torch.empty_like(tensor) for tensor in tensors]
     spans = [group.spans[i] for i in members]
-    if group.matrices is None:
-        outs = [torch.empty_like(tensor) for tensor in tensors]
-        group.backend.perturb(tensors, spans, plan.direction, plan.seed, plan.step, 0, [group.eps], [outs], None)
-    else:  # a bound on the typical size of U C V^T serves as its distribution: normals of the same root mean square
-        outs = [tensor.clone() for tensor in tensors]
-        scale = group.eps * plan.factored.spread(group.matrices[members[0]])  # type: ignore[union-attr]
-        group.backend.perturb(tensors, spans, NORMAL, plan.seed, plan.step, 0, [scale], [outs], None)
-    sizes = [group.tensors[i].numel() for i in members]
-    dead = sum(float((out == tensor).float().mean()) * size for tensor, out, size in zip(tensors, outs, sizes))
+    # a factored z is not drawn yet: normals of the root mean square of its elements stand for it
+    factored = group.matrices is not None
+    scale = group.eps * (plan.factored.spread(group.matrices[members[0]]) if factored else 1.0)  # type: ignore[union-attr,index]
+    direction = Normal() if factored else plan.direction
+    group.backend.perturb(tensors, spans, direction, plan.seed, plan.step, 0, [scale], [outs], None)
+    sizes = [group.theta[i].numel() for i in members]
+    dead = sum(float((out == tensor).to(torch.float64).mean()) * size for tensor, out, size in zip(tensors, outs, sizes))
     share = dead / sum(sizes)
     names = f"{group.names[members[0]]!r}" + (f" and {len(members) - 1} others of its group" if len(members) > 1 else "")
     message = (
-        f"a perturbation of eps = {group.eps} leaves {share:.0%} of the 16-bit weights of {names} where they are (half an ulp)"
+        f"eps = {group.eps} is below half an ulp for {share:.0%} of the 16-bit weights of {names}: their perturbation rounds to zero"
     )
-    if share > 0.5 and not force:
+    if share > 0.5 and not force and not factored:  # products of a factored z are summed in float32, other uses are not
         raise ValueError(f"{message}: raise eps, train in float32, or pass force=True")
     if share > 0.1:
         warn(f"{message}: consider a larger eps or float32 weights")
@@ -47,7 +47,8 @@ def watch_update(plan: Plan) -> Callable[[], float | None] | None:
     """Before the update: a function that tells, after it, which share of sampled 16-bit weights did not move."""
     if plan.rounding != "nearest" or (plan.step >= 10 and plan.step % 100):
         return None
-    before = [(t, heads(t).clone()) for group in plan.groups for t in (group.tensors[i] for i in _sampled(group))]
+    dense = [group for group in plan.groups if group.matrices is None]
+    before = [(t, heads(t).clone()) for group in dense for t in (group.theta[i] for i in _sampled(group))]
     if not before or not any(float(group.options["lr"]) for group in plan.groups):
         return None
 
@@ -64,10 +65,8 @@ def watch_update(plan: Plan) -> Callable[[], float | None] | None:
 
 
 def _sampled(group: Group) -> list[int]:
-    """Positions of the 16-bit weights that are sampled: matrices with a dense z."""
-    if group.matrices is not None:
-        return []
-    return [i for i, t in enumerate(group.tensors) if t.dtype != torch.float32 and t.dim() > 1 and t.numel()]
+    """Returns the positions of the 16-bit weights that are sampled: matrices."""
+    return [i for i, t in enumerate(group.theta) if t.dtype != torch.float32 and t.dim() > 1 and t.numel()]
 
 
 def heads(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import arguments, backends, directions, ops
-from .backends import SCALARS, STATES, Span
+from .backends import SCALARS, STATES
 from .stream import check_seed
 
 
@@ -52,7 +52,7 @@ def update_(
     tensors, direction = arguments.tensor_list("tensors", tensors), directions.resolve(direction)
     spans = ops._spans("update_", tensors, who, first)
     device = ops._check_list("update_", tensors, spans)
-    if rule not in STATES:
+    if not isinstance(rule, str) or rule not in STATES:
         raise ValueError(f"update_: rule is {rule!r}; expected one of {list(STATES)}")
     draws = ops._draws("update_", draws)
     coeffs = coeffs if isinstance(coeffs, Tensor) else arguments.finite("update_", "coeffs", coeffs)
@@ -134,13 +134,22 @@ def _update_op(
     backend: str,
     clock: Tensor | None = None,
 ) -> Tensor:
+    tensors, spans = ops._listed("update_", thetas, who, first)
+    if rule not in STATES or len(states) != len(thetas) * len(STATES[rule]):
+        kinds = {name: list(kinds) for name, kinds in STATES.items()}
+        raise ValueError(
+            f"update_: rule is {rule!r} with {len(states)} states for {len(thetas)} tensors; expected one of {kinds}, of each as many"
+        )
     kept = [states[i * len(thetas) : (i + 1) * len(thetas)] for i in range(len(STATES[rule]))]
+    _check_states(rule, tensors, kept)
+    ops._check_rounding("update_", tensors, rounding, residuals)
+    ops._check_clock("update_", clock, tensors[0].device)
     return backends.get(backend).update_(
-        thetas,
-        [Span(w, f) for w, f in zip(who, first)],
+        tensors,
+        spans,
         directions.resolve(direction),
         seed % (2 * ops._SIGN),
-        list(zip(steps, draws)),
+        ops._terms("update_", steps, draws),
         coeffs,
         rule,
         scalars,

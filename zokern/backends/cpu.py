@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import table
 from .base import Span, check_rows, rounded_sums, step_at
-from .columns import TensorList
+from .door import Door, described
 
 _cpu: Any = None
 _error = ""
@@ -29,7 +29,7 @@ except ImportError as error:
 ARITHMETIC_RANK = 32  # above it lowrank_ is bound by arithmetic, and a panel in the first cache is worth a longer chunk
 SHARED_ROWS = 512  # rows of all sides that are worth a z of their own: about a tenth of their products (bench_matmul.py)
 SMALL = 1 << 16  # elements of a launch below which waking a second thread costs more than it saves
-_HERE = {torch.device("cpu")}
+DOOR = Door("cpu", "cpu")
 
 
 def why_off() -> str | None:
@@ -78,12 +78,32 @@ def _direction(direction) -> int:
     return number
 
 
-def _check(name: str, tensors: Sequence[Tensor]) -> None:
-    if isinstance(tensors, TensorList) and tensors.devices == _HERE:
-        return
-    for i, tensor in enumerate(tensors):
-        if not tensor.is_cpu:
-            raise ValueError(f"backend 'cpu': {name}[{i}] is on {tensor.device}; expected a CPU tensor")
+def _is_sound(
+    thetas: Sequence[Tensor],
+    spans: Sequence[Span],
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    scales: Sequence[float],
+    rounding: str,
+    residuals: Sequence[Tensor] | None,
+    outs: Sequence[Tensor] | None,
+) -> bool:
+    """Whether the door has nothing to ask of a call of lowrank_: the common one of a forward pass, in a tenth of the door's time."""
+    if not 1 == len(thetas) == len(spans) == len(lefts) == len(rights) == len(scales):
+        return False
+    if residuals is not None or rounding != "nearest" or (outs is not None and len(outs) != 1):
+        return False
+    theta, left, right, (_, first, pitch, rows) = thetas[0], lefts[0], rights[0], spans[0]
+    out = theta if outs is None else outs[0]
+    if not (theta.is_cpu and left.is_cpu and right.is_cpu and out.is_cpu) or pitch is not None or rows is not None:
+        return False
+    if theta.dtype not in table.TYPES or (out is not theta and out.dtype != theta.dtype):
+        return False
+    if left.dtype != torch.float32 or right.dtype != torch.float32 or left.dim() != 2 or right.dim() != 2:
+        return False
+    size, ((m, r), (n, s)) = theta.numel(), (left.shape, right.shape)
+    flat = left.is_contiguous() and right.is_contiguous() and (out is theta or (out.is_contiguous() and out.numel() == size))
+    return flat and r == s > 0 and first + size <= m * n
 
 
 def _tables(entries: np.ndarray, chunks: np.ndarray) -> tuple[int, int, int]:
@@ -105,7 +125,7 @@ class Cpu:
     name = "cpu"
 
     def philox4x32(self, counter: Tensor, key: tuple[int, int], rounds: int) -> Tensor:
-        _check("counter", [counter])
+        DOOR.philox4x32(counter)
         given = np.ascontiguousarray(counter.numpy().astype(np.uint32))
         words = np.empty_like(given)
         _module().philox(given.ctypes.data, len(given), key[0], key[1], rounds, words.ctypes.data, 1, 0)
@@ -113,8 +133,9 @@ class Cpu:
 
     def draw(self, outs: Sequence[Tensor], spans: Sequence[Span], direction, seed: int, step: int, draw: int,
              clock: Tensor | None = None) -> None:  # fmt: skip
-        number, step = _direction(direction), step_at(step, clock)
-        _check("outs", outs)
+        number = _direction(direction)
+        DOOR.draw(outs, spans, clock)
+        step = step_at(step, clock)
         entries, chunks = table.pack(None, spans, (outs,))
         _module().draw(*_tables(entries, chunks), number, seed, step, draw, _workers(entries, chunks), 0)
 
@@ -122,9 +143,8 @@ class Cpu:
               coeffs: Tensor, decay: float | Sequence[float], rounding: str, residuals: Sequence[Tensor] | None,
               clock: Tensor | None = None, each: int = 0) -> Tensor:  # fmt: skip
         number = _direction(direction)
-        _check("thetas", thetas)
-        _check("coeffs", [coeffs])
-        nonfinite = torch.zeros(1, dtype=torch.int64)
+        DOOR.axpy_(thetas, spans, draws, coeffs, rounding, residuals, clock)
+        nonfinite = torch.zeros(1, dtype=torch.int64, device="cpu")
         entries, chunks = table.pack(thetas, spans, residuals=residuals)
         each, decays = rounded_sums(decay, len(draws), each)
         terms = table.pack_draws([(step_at(step, clock), draw) for step, draw in draws], coeffs.detach().numpy(), decays)
@@ -137,10 +157,8 @@ class Cpu:
                 residuals: Sequence[Tensor] | None, clock: Tensor | None = None) -> Tensor:  # fmt: skip
         number = _direction(direction)
         check_rows(spans, None, "update_")
-        for state in (thetas, *states):
-            _check("thetas and states", state)
-        _check("coeffs and scalars", [coeffs, scalars])
-        nonfinite, scalars = torch.zeros(1, dtype=torch.int64), scalars.contiguous()
+        DOOR.update_(thetas, spans, draws, coeffs, rule, scalars, states, rounding, residuals, clock)
+        nonfinite, scalars = torch.zeros(1, dtype=torch.int64, device="cpu"), scalars.contiguous()
         entries, chunks = table.pack(thetas, spans, states, residuals)
         terms = table.pack_draws(
             [(step_at(step, clock), draw) for step, draw in draws], coeffs.detach().numpy(), [1.0] * len(draws)
@@ -153,10 +171,9 @@ class Cpu:
     def perturb(self, thetas: Sequence[Tensor], spans: Sequence[Span], direction, seed: int, step: int, draw: int,
                 scales: Sequence[float], outs: Sequence[Sequence[Tensor]], residuals: Sequence[Tensor] | None,
                 clock: Tensor | None = None) -> None:  # fmt: skip
-        number, step = _direction(direction), step_at(step, clock)
-        _check("thetas", thetas)
-        for side in outs:
-            _check("outs", side)
+        number = _direction(direction)
+        DOOR.perturb(thetas, spans, scales, outs, residuals, clock)
+        step = step_at(step, clock)
         entries, chunks = table.pack(thetas, spans, outs, residuals)
         sides = np.zeros(2, dtype=np.float32)
         sides[: len(scales)] = scales
@@ -165,21 +182,20 @@ class Cpu:
     def lowrank_(self, thetas: Sequence[Tensor], spans: Sequence[Span], lefts: Sequence[Tensor], rights: Sequence[Tensor],
                  scales: Sequence[float], decay: float, rounding: str, residuals: Sequence[Tensor] | None, seed: int = 0, step: int = 0,
                  outs: Sequence[Tensor] | None = None) -> Tensor:  # fmt: skip
+        check_rows(spans, outs)
+        if not _is_sound(thetas, spans, lefts, rights, scales, rounding, residuals, outs):
+            DOOR.lowrank_(thetas, spans, lefts, rights, scales, rounding, residuals, outs)
         if len(thetas) == 1 and spans[0].rows is None and spans[0].pitch is None and thetas[0].is_contiguous():
             theta, out, left, right = thetas[0], thetas[0] if outs is None else outs[0], lefts[0], rights[0]
-            if theta.is_cpu and out.is_cpu and left.is_cpu and right.is_cpu:  # the call of a forward pass: no table, no NumPy
-                nonfinite = torch.empty(1, dtype=torch.int64)
-                _module().lowrank_one(
-                    theta.data_ptr(), 0 if outs is None else out.data_ptr(), 0 if residuals is None else residuals[0].data_ptr(),
-                    theta.numel(), spans[0].first, spans[0].who, table.TYPES[theta.dtype], table.TYPES[out.dtype], left.data_ptr(),
-                    right.data_ptr(), right.shape[1], right.shape[0], scales[0], _elements(rights), seed, step, decay,
-                    table.ROUNDING[rounding], nonfinite.data_ptr(), torch.get_num_threads(),
-                )  # fmt: skip
-                return nonfinite
-        for name, tensors in (("thetas", thetas), ("lefts", lefts), ("rights", rights), ("outs", outs or ())):
-            _check(name, tensors)
-        check_rows(spans, outs)
-        nonfinite = torch.zeros(1, dtype=torch.int64)
+            nonfinite = torch.empty(1, dtype=torch.int64, device="cpu")  # the call of a forward pass: no table, no NumPy
+            _module().lowrank_one(
+                theta.data_ptr(), 0 if outs is None else out.data_ptr(), 0 if residuals is None else residuals[0].data_ptr(),
+                theta.numel(), spans[0].first, spans[0].who, table.TYPES[theta.dtype], table.TYPES[out.dtype], left.data_ptr(),
+                right.data_ptr(), right.shape[1], right.shape[0], scales[0], _elements(rights), seed, step, decay,
+                table.ROUNDING[rounding], nonfinite.data_ptr(), torch.get_num_threads(),
+            )  # fmt: skip
+            return nonfinite
+        nonfinite = torch.zeros(1, dtype=torch.int64, device="cpu")
         sides = () if outs is None else (outs,)
         entries, chunks = table.pack(thetas, spans, sides, residuals, _elements(rights), numbered=True)
         factors = table.pack_factors(lefts, rights, scales)
@@ -201,6 +217,7 @@ class Cpu:
                 multiplied, each time with z made anew, and where that does not help, by fewer threads
         outs    contiguous (rows, m) each, of W's dtype, which take the results;  transposed  y_j = x_j (W + scales[j] z_j), W (n, m)
         W + scales[j] z_j is rounded to W's dtype, as perturb writes it; the sums are float32 in a fixed order, rounded once."""
+        DOOR.linear(xs, weight, draws, scales, biases, thins)
         m, n = weight.shape[::-1] if transposed else weight.shape
         dense = max(draws) >= 0
         number = _direction(direction) if dense else 0
@@ -212,20 +229,17 @@ class Cpu:
         held = [weight, *ys]  # what the kernel reads and writes lives until the call returns
 
         def hold(what: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, is_flat: bool) -> Tensor:
-            if tensor.shape != shape:
-                raise ValueError(f"backend 'cpu': linear: {what} is {list(tensor.shape)}; expected {list(shape)}")
+            if tensor.shape != shape or not tensor.is_cpu:
+                raise ValueError(f"backend 'cpu': linear: {what} is {described(tensor)}; expected {list(shape)} on cpu")
             if tensor.dtype != dtype or not is_flat:
                 tensor = tensor.to(dtype).contiguous()
-            if not tensor.is_cpu:
-                _check(what, [tensor])
             held.append(tensor)
             return tensor
 
-        _check("weight and outs", held)
         for y, count in zip(ys, counts):
-            if y.shape != (count, m) or y.dtype != weight.dtype or not y.is_contiguous():
+            if y.shape != (count, m) or not y.is_cpu or y.dtype != weight.dtype or not y.is_contiguous():
                 raise ValueError(
-                    f"backend 'cpu': linear: an out is {y.dtype}{list(y.shape)}; expected contiguous {weight.dtype}[{count}, {m}]"
+                    f"backend 'cpu': linear: an out is {described(y)}; expected contiguous {weight.dtype}[{count}, {m}] on cpu"
                 )
         rows = [hold("an x", x, (count, n), read, x.is_contiguous()).data_ptr() for x, count in zip(xs, counts)]
         added = [0 if b is None else hold("a bias", b, (m,), torch.float32, b.is_contiguous()).data_ptr() for b in biases]

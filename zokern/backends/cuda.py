@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import table, tables
 from .base import Span, check_rows, rounded_sums
+from .door import Door, given
 
 _cuda: Any = None
 _error = ""
@@ -67,6 +68,7 @@ class Cuda:
 
     def __init__(self) -> None:
         self.tables = tables.Tables()
+        self.door = Door(self.name, self.device_type)
 
     def _call(self, verb: str, device: torch.device, tensors: Sequence[Tensor], *arguments: Any, **named: int) -> None:
         """One function of the module on the device's current stream; `tensors` is everything that the arguments point to."""
@@ -75,15 +77,8 @@ class Cuda:
         with torch.cuda.device(device):
             getattr(_cuda, verb)(*arguments, 0, torch.cuda.current_stream(device).cuda_stream, **named)
 
-    def _device(self, **groups: Sequence[Tensor]) -> torch.device:
-        """The one device of all tensors."""
-        device = None
-        for name, tensors in groups.items():
-            for i, tensor in enumerate(tensors):
-                device = device or tensor.device
-                if tensor.device.type != self.device_type or tensor.device != device:
-                    wanted = f"a {self.device_type} tensor" if device.type != self.device_type else f"{device}, as the others"
-                    raise ValueError(f"backend 'cuda': {name}[{i}] is on {tensor.device}; expected {wanted}")
+    def _or_any(self, device: torch.device | None) -> torch.device:
+        """The device of a call; of one without tensors, the current one."""
         return device or torch.device(self.device_type)
 
     def _table(self, device: torch.device, thetas, spans, outs=(), residuals=None) -> tuple[list[Tensor], tuple[int, int, int]]:
@@ -106,7 +101,7 @@ class Cuda:
         return self.tables.get(("terms", terms.tobytes()), device, lambda: ((terms,), None)).buffer
 
     def philox4x32(self, counter: Tensor, key: tuple[int, int], rounds: int) -> Tensor:
-        device = self._device(counter=[counter])
+        device = self._or_any(self.door.philox4x32(counter))
         given = counter.contiguous().view(torch.int32)[..., ::2].contiguous()  # the low half of each int64
         words = torch.empty_like(given)
         if len(given):
@@ -115,17 +110,18 @@ class Cuda:
 
     def draw(self, outs: Sequence[Tensor], spans: Sequence[Span], direction, seed: int, step: int, draw: int,
              clock: Tensor | None = None) -> None:  # fmt: skip
-        number, device = _direction(direction), self._device(outs=outs, clock=_given(clock))
+        number, device = _direction(direction), self._or_any(self.door.draw(outs, spans, clock))
         kept, place = self._table(device, None, spans, (outs,))
         if kept:
-            self._call("draw", device, [*kept, *outs, *_rows(spans), *_given(clock)], *place, number, seed, step, draw,
+            self._call("draw", device, [*kept, *outs, *_rows(spans), *given(clock)], *place, number, seed, step, draw,
                        clock=_address(clock))  # fmt: skip
 
     def axpy_(self, thetas: Sequence[Tensor], spans: Sequence[Span], direction, seed: int, draws: Sequence[tuple[int, int]],
               coeffs: Tensor, decay: float | Sequence[float], rounding: str, residuals: Sequence[Tensor] | None,
               clock: Tensor | None = None, each: int = 0) -> Tensor:  # fmt: skip
-        number, low, coeffs = _direction(direction), residuals or (), coeffs.contiguous()
-        device = self._device(thetas=thetas, coeffs=[coeffs], residuals=low, clock=_given(clock))
+        number, low = _direction(direction), residuals or ()
+        device = self._or_any(self.door.axpy_(thetas, spans, draws, coeffs, rounding, residuals, clock))
+        coeffs = coeffs.contiguous()
         nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
         kept, place = self._table(device, thetas, spans, (), residuals)
         if not kept:
@@ -133,7 +129,7 @@ class Cuda:
         each, decays = rounded_sums(decay, len(draws), each)
         terms = table.pack_draws(draws, 0.0, decays)
         uploaded = self._terms(device, terms)
-        tensors = [*kept, *_given(uploaded), coeffs, nonfinite, *thetas, *low, *_rows(spans), *_given(clock)]
+        tensors = [*kept, *given(uploaded), coeffs, nonfinite, *thetas, *low, *_rows(spans), *given(clock)]
         self._call("axpy", device, tensors, *place, number, seed, table.address(terms), len(draws), each, table.ROUNDING[rounding],
                    nonfinite.data_ptr(), clock=_address(clock), device_draws=_address(uploaded),
                    coefficients=coeffs.data_ptr())  # fmt: skip
@@ -144,17 +140,15 @@ class Cuda:
                 residuals: Sequence[Tensor] | None, clock: Tensor | None = None) -> Tensor:  # fmt: skip
         number, low, flat = _direction(direction), residuals or (), [tensor for state in states for tensor in state]
         check_rows(spans, None, "update_")
-        coeffs, scalars = coeffs.contiguous(), scalars.contiguous()
-        device = self._device(
-            thetas=thetas, coeffs=[coeffs], scalars=[scalars], states=flat, residuals=low, clock=_given(clock)
-        )
+        found = self.door.update_(thetas, spans, draws, coeffs, rule, scalars, states, rounding, residuals, clock)
+        device, coeffs, scalars = self._or_any(found), coeffs.contiguous(), scalars.contiguous()
         nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
         kept, place = self._table(device, thetas, spans, states, residuals)
         if not kept:
             return nonfinite
         terms = table.pack_draws(draws, 0.0, [1.0] * len(draws))
         uploaded = self._terms(device, terms)
-        tensors = [*kept, *_given(uploaded), coeffs, scalars, nonfinite, *thetas, *flat, *low, *_given(clock)]
+        tensors = [*kept, *given(uploaded), coeffs, scalars, nonfinite, *thetas, *flat, *low, *given(clock)]
         self._call("update", device, tensors, *place, number, seed, table.address(terms), len(draws), table.RULES[rule],
                    scalars.data_ptr(), table.ROUNDING[rounding], nonfinite.data_ptr(), clock=_address(clock),
                    device_draws=_address(uploaded), coefficients=coeffs.data_ptr())  # fmt: skip
@@ -164,11 +158,11 @@ class Cuda:
                 scales: Sequence[float], outs: Sequence[Sequence[Tensor]], residuals: Sequence[Tensor] | None,
                 clock: Tensor | None = None) -> None:  # fmt: skip
         number, low, sides = _direction(direction), residuals or (), [tensor for side in outs for tensor in side]
-        device = self._device(thetas=thetas, outs=sides, residuals=low, clock=_given(clock))
+        device = self._or_any(self.door.perturb(thetas, spans, scales, outs, residuals, clock))
         kept, place = self._table(device, thetas, spans, outs, residuals)
         if kept:
             both = np.array([*scales, 0.0][:2], dtype=np.float32)
-            self._call("perturb", device, [*kept, *thetas, *sides, *low, *_rows(spans), *_given(clock)], *place, number, seed, step,
+            self._call("perturb", device, [*kept, *thetas, *sides, *low, *_rows(spans), *given(clock)], *place, number, seed, step,
                        draw, both.ctypes.data, clock=_address(clock))  # fmt: skip
 
     def lowrank_(self, thetas: Sequence[Tensor], spans: Sequence[Span], lefts: Sequence[Tensor], rights: Sequence[Tensor],
@@ -176,7 +170,7 @@ class Cuda:
                  outs: Sequence[Tensor] | None = None) -> Tensor:  # fmt: skip
         """To the bound that csrc/lowrank.cu states; ranks 1 to 128."""
         low, sides = residuals or (), outs or ()
-        device = self._device(thetas=thetas, lefts=lefts, rights=rights, outs=sides, residuals=low)
+        device = self._or_any(self.door.lowrank_(thetas, spans, lefts, rights, scales, rounding, residuals, outs))
         check_rows(spans, outs)
         ranks = {right.shape[1] for right in rights}
         if ranks and not 1 <= min(ranks) <= max(ranks) <= self.most_rank:
@@ -202,10 +196,6 @@ class Cuda:
                    len(tiles), at[2], at[3], rank, bool((~fast).any()), types, simple, whole, seed, step, decay,
                    table.ROUNDING[rounding], nonfinite.data_ptr())  # fmt: skip
         return nonfinite
-
-
-def _given(tensor: Tensor | None) -> list[Tensor]:
-    return [] if tensor is None else [tensor]
 
 
 def _address(tensor: Tensor | None) -> int:

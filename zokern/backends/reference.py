@@ -10,18 +10,20 @@ from torch import Tensor
 from .. import stream
 from ..stream import fma, to_bits, to_float
 from .base import Span, check_rows, rounded_sums, step_at
+from .door import Door
 
 CHUNK = 1 << 20  # elements at a time, so that the float64 temporaries stay small
+DOOR = Door("reference", None)
 
 
 def numbers(theta: Tensor, span: Span) -> Tensor:
     """The stream's element numbers of a tensor, int64, row-major and flat."""
     if span.rows is None and span.pitch is None:
-        return torch.arange(span.first, span.first + theta.numel(), device=theta.device)
+        return torch.arange(span.first, span.first + theta.numel(), dtype=torch.int64, device=theta.device)
     columns = theta.shape[-1]
-    rows = torch.arange(theta.shape[0], device=theta.device) if span.rows is None else span.rows.to(theta.device)
+    rows = torch.arange(theta.shape[0], dtype=torch.int64, device=theta.device) if span.rows is None else span.rows
     pitch = columns if span.pitch is None else span.pitch
-    return (span.first + rows[:, None] * pitch + torch.arange(columns, device=theta.device)).flatten()
+    return (span.first + rows[:, None] * pitch + torch.arange(columns, dtype=torch.int64, device=theta.device)).flatten()
 
 
 def z(direction, index: Tensor, who: int, step: int, draw: int, seed: int) -> Tensor:
@@ -75,7 +77,7 @@ def split(value: Tensor) -> tuple[Tensor, Tensor]:
 def contract(left: Tensor, right: Tensor, index: Tensor) -> Tensor:
     """(left right^T) at these element numbers: fma over k in order, from zero."""
     row, column = index // right.shape[0], index % right.shape[0]
-    total = torch.zeros(index.numel(), device=index.device)
+    total = torch.zeros(index.numel(), dtype=torch.float32, device=index.device)
     for k in range(right.shape[1]):
         total = fma(left[row, k], right[column, k], total)
     return total
@@ -101,9 +103,11 @@ class Reference:
     name = "reference"
 
     def philox4x32(self, counter: Tensor, key: tuple[int, int], rounds: int) -> Tensor:
+        DOOR.philox4x32(counter)
         return stream.philox4x32(counter, key, rounds)
 
     def draw(self, outs, spans, direction, seed, step, draw, clock=None) -> None:
+        DOOR.draw(outs, spans, clock)
         step = step_at(step, clock)
         for out, span in zip(outs, spans):
             index = numbers(out, span)
@@ -114,6 +118,7 @@ class Reference:
             out.copy_(values.view(out.shape))
 
     def axpy_(self, thetas, spans, direction, seed, draws, coeffs, decay, rounding, residuals, clock=None, each=0) -> Tensor:
+        DOOR.axpy_(thetas, spans, draws, coeffs, rounding, residuals, clock)
         draws = [(step_at(step, clock), draw) for step, draw in draws]
         nonfinite = torch.zeros(1, dtype=torch.int64, device=coeffs.device)
         each, decays = rounded_sums(decay, len(draws), each)
@@ -122,7 +127,7 @@ class Reference:
             index = numbers(theta, span)
             old = theta.flatten()  # row-major order for any stride
             keep = residuals is not None and rounding == "residual" and theta.dtype == torch.bfloat16
-            low = residuals[i].flatten() if keep else torch.empty(0)
+            low = residuals[i].flatten() if keep else old
             new = torch.empty_like(old)
             for part in range(0, index.numel(), CHUNK):
                 here = slice(part, part + CHUNK)
@@ -149,6 +154,7 @@ class Reference:
         self, thetas, spans, direction, seed, draws, coeffs, rule, scalars, states, rounding, residuals, clock=None
     ) -> Tensor:
         check_rows(spans, None, "update_")
+        DOOR.update_(thetas, spans, draws, coeffs, rule, scalars, states, rounding, residuals, clock)
         draws = [(step_at(step, clock), draw) for step, draw in draws]
         nonfinite = torch.zeros(1, dtype=torch.int64, device=coeffs.device)
         decay, lr, *rest = scalars
@@ -156,11 +162,11 @@ class Reference:
             index = numbers(theta, span)
             old, kept = theta.flatten(), [state[i].view(-1) for state in states]
             keep = residuals is not None and rounding == "residual" and theta.dtype == torch.bfloat16
-            low = residuals[i].flatten() if keep else torch.empty(0)
+            low = residuals[i].flatten() if keep else old
             new = torch.empty_like(old)
             for part in range(0, index.numel(), CHUNK):
                 here = slice(part, part + CHUNK)
-                g = torch.zeros(index[here].numel(), device=theta.device)
+                g = torch.zeros(index[here].numel(), dtype=torch.float32, device=theta.device)
                 for (step, draw), coefficient in zip(draws, coeffs):
                     g = fma(coefficient, z(direction, index[here], span.who, step, draw, seed), g)
                 if rule == "momentum":
@@ -181,6 +187,7 @@ class Reference:
         return nonfinite
 
     def perturb(self, thetas, spans, direction, seed, step, draw, scales, outs, residuals, clock=None) -> None:
+        DOOR.perturb(thetas, spans, scales, outs, residuals, clock)
         step = step_at(step, clock)
         for i, (theta, span) in enumerate(zip(thetas, spans)):
             index = numbers(theta, span)
@@ -197,14 +204,15 @@ class Reference:
 
     def lowrank_(self, thetas, spans, lefts, rights, scales, decay, rounding, residuals, seed=0, step=0, outs=None) -> Tensor:
         check_rows(spans, outs)
-        nonfinite = torch.zeros(1, dtype=torch.int64, device=thetas[0].device if thetas else "cpu")
+        device = DOOR.lowrank_(thetas, spans, lefts, rights, scales, rounding, residuals, outs)
+        nonfinite = torch.zeros(1, dtype=torch.int64, device=device or "cpu")
         decay = torch.tensor(decay, dtype=torch.float32, device=nonfinite.device)
         for i, (theta, span, left, right) in enumerate(zip(thetas, spans, lefts, rights)):
             index = numbers(theta, span)
             scale = torch.tensor(scales[i], dtype=torch.float32, device=theta.device)
             keep = residuals is not None and rounding == "residual" and theta.dtype == torch.bfloat16
             old = (theta if span.rows is None else theta[span.rows]).flatten()
-            low = (residuals[i] if span.rows is None else residuals[i][span.rows]).flatten() if keep else torch.empty(0)
+            low = (residuals[i] if span.rows is None else residuals[i][span.rows]).flatten() if keep else old
             new = torch.empty_like(old, dtype=theta.dtype if outs is None else outs[i].dtype)
             for part in range(0, index.numel(), CHUNK):
                 here = slice(part, part + CHUNK)

@@ -96,7 +96,7 @@ def size(kept: Kept) -> int:
 def upload(parts: Sequence[np.ndarray], device: torch.device) -> Tensor | None:
     """Arrays end to end on the device, by one copy that is ordered on the current stream; nothing waits for it."""
     words = [np.ascontiguousarray(part).view(np.uint8).reshape(-1) for part in parts]
-    host = torch.from_numpy(np.concatenate(words)) if words else torch.empty(0, dtype=torch.uint8)
+    host = torch.from_numpy(np.concatenate(words)) if words else torch.empty(0, dtype=torch.uint8, device="cpu")
     if not host.numel():
         return None
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host

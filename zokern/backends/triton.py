@@ -19,6 +19,7 @@ from torch import Tensor
 from ..stream import ROUNDS
 from . import table, tables
 from .base import Span, check_rows, rounded_sums
+from .door import Door
 
 _missing = ""
 try:
@@ -85,16 +86,6 @@ def _number(direction) -> int:
     return table.DIRECTIONS[direction.name]
 
 
-def _device(tensors: Sequence[Tensor]) -> torch.device:
-    """The one device of a launch."""
-    expected = "cpu" if interpreted() else "cuda"
-    devices = {t.device for t in tensors}
-    if len(devices) > 1 or any(device.type != expected for device in devices):
-        how = "under TRITON_INTERPRET=1" if expected == "cpu" else "compiled"
-        raise ValueError(f"backend 'triton' {how} got tensors on {sorted(map(str, devices))}; expected one {expected} device")
-    return devices.pop()
-
-
 def _groups(entries: np.ndarray) -> np.ndarray:
     """1 where an entry can take the group path: contiguous, whole Philox blocks, 16-byte addresses."""
     addresses = entries["theta"] | entries["out"][:, 0] | entries["out"][:, 1] | entries["residual"]
@@ -141,6 +132,7 @@ class Triton:
 
     def __init__(self) -> None:
         self.tables = tables.Tables()
+        self.door = Door("triton", "cpu" if interpreted() else "cuda")  # interpreted under TRITON_INTERPRET=1
 
     def _table(self, device: torch.device, thetas, spans, outs=(), residuals=None) -> tables.Kept:
         def make():
@@ -171,8 +163,9 @@ class Triton:
             kernel[grid](entries, chunks, *arguments, **meta, num_warps=WARPS, enable_fp_fusion=False)
 
     def philox4x32(self, counter: Tensor, key: tuple[int, int], rounds: int) -> Tensor:
-        device = _device([counter])
-        counter = counter.to(torch.int64).contiguous()
+        device = self.door.philox4x32(counter)
+        assert device is not None
+        counter = counter.contiguous()
         words = torch.empty_like(counter)
         count = counter.shape[0]
         if count:
@@ -184,9 +177,10 @@ class Triton:
 
     def draw(self, outs, spans: Sequence[Span], direction, seed, step, draw, clock: Tensor | None = None) -> None:
         _number(direction)
+        device = self.door.draw(outs, spans, clock)
         if not outs:
             return
-        device = _device([*outs, *_given(clock)])
+        assert device is not None
         kept = self._table(device, None, spans, (outs,))
         if kept.buffer is not None:
             self._launch(device, elementwise.draw, kept, direction, _signed(step), _signed(draw), _keys_of(seed), clock,
@@ -195,10 +189,11 @@ class Triton:
     def axpy_(self, thetas, spans: Sequence[Span], direction, seed, draws, coeffs, decay, rounding, residuals,
               clock: Tensor | None = None, each: int = 0) -> Tensor:  # fmt: skip
         _number(direction)
-        nonfinite = torch.zeros(1, dtype=torch.int64, device=coeffs.device)
+        device = self.door.axpy_(thetas, spans, draws, coeffs, rounding, residuals, clock)
+        assert device is not None
+        nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
         if not thetas:
             return nonfinite
-        device = _device([*thetas, coeffs, *(residuals or ()), *_given(clock)])
         kept = self._table(device, thetas, spans, (), residuals if rounding == "residual" else None)
         if kept.buffer is None:
             return nonfinite
@@ -214,11 +209,11 @@ class Triton:
                 clock: Tensor | None = None) -> Tensor:  # fmt: skip
         _number(direction)
         check_rows(spans, None, "update_")
-        nonfinite = torch.zeros(1, dtype=torch.int64, device=coeffs.device)
+        device = self.door.update_(thetas, spans, draws, coeffs, rule, scalars, states, rounding, residuals, clock)
+        assert device is not None
+        nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
         if not thetas:
             return nonfinite
-        flat = [tensor for state in states for tensor in state]
-        device = _device([*thetas, *flat, coeffs, scalars, *(residuals or ()), *_given(clock)])
         kept = self._table(device, thetas, spans, states, residuals if rounding == "residual" else None)
         if kept.buffer is None:
             return nonfinite
@@ -242,9 +237,10 @@ class Triton:
     def perturb(self, thetas, spans: Sequence[Span], direction, seed, step, draw, scales, outs, residuals,
                 clock: Tensor | None = None) -> None:  # fmt: skip
         _number(direction)
+        device = self.door.perturb(thetas, spans, scales, outs, residuals, clock)
         if not thetas:
             return
-        device = _device([*thetas, *(t for side in outs for t in side), *(residuals or ()), *_given(clock)])
+        assert device is not None
         kept = self._table(device, thetas, spans, outs, residuals)
         if kept.buffer is not None:
             self._launch(device, elementwise.perturb, kept, direction, _signed(step), _signed(draw), float(scales[0]),
@@ -261,8 +257,8 @@ class Triton:
             raise ValueError(
                 f"lowrank_: ranks are {sorted(ranks)}; backend 'triton' has 1 to 128, backends 'cpu' and 'reference' any"
             )
-        tensors = [*thetas, *lefts, *rights, *(outs or ())]
-        device = _device(tensors) if tensors else torch.device("cpu" if interpreted() else "cuda")
+        found = self.door.lowrank_(thetas, spans, lefts, rights, scales, rounding, residuals, outs)
+        device = found or torch.device("cpu" if interpreted() else "cuda")
         nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
         entries, _ = table.pack(thetas, spans, () if outs is None else (outs,), residuals, numbered=True)
         if not len(entries):
@@ -302,10 +298,6 @@ class Triton:
                     block = table.PIECE if interpreted() else TAIL
                     kernel[grid](rows, element_tiles, factor, *names, **common, BLOCK=block, num_warps=WARPS)
         return nonfinite
-
-
-def _given(tensor: Tensor | None) -> list[Tensor]:
-    return [] if tensor is None else [tensor]
 
 
 __all__ = ["Triton", "interpreted", "triton_kernels", "why_off"]

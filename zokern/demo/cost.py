@@ -34,9 +34,9 @@ class EagerMeZO:
         self.random = random.Random(seed)
 
     def move(self, seed: int, distance: float) -> None:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         for parameter in self.parameters:
-            z = torch.normal(0.0, 1.0, parameter.shape, generator=generator, dtype=parameter.dtype)
+            z = torch.normal(0.0, 1.0, parameter.shape, generator=generator, dtype=parameter.dtype, device="cpu")
             parameter.add_(z, alpha=distance)
 
     @torch.no_grad()

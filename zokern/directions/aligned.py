@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import whole, within
 from ..stream import RADIUS, draw_word
 from .lowrank import Matrix, Source
 from .orthonormal import tree_sum
@@ -37,10 +38,8 @@ class Aligned(Subspace):
         reshape: str = "none", dense: Any = None,
     ) -> None:  # fmt: skip
         super().__init__(rank, interval, norm, reshape, dense)
-        if not (math.isfinite(delta) and delta >= 0.0):
-            raise ValueError(f"delta is {delta!r}; expected a finite number, at least 0")
-        if steps is not None and (not isinstance(steps, int) or steps < 1):
-            raise ValueError(f"steps is {steps!r}; expected None or an integer, at least 1")
+        delta = within("delta", delta, 0.0, math.inf, "a finite number, at least 0")
+        steps = None if steps is None else whole("steps", steps, "None or an integer, at least 1")
         if sign not in SIGNS:
             raise ValueError(f"sign is {sign!r}; expected one of {list(SIGNS)}")
         self.delta, self.steps, self.sign = delta, steps, sign

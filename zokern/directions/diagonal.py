@@ -5,12 +5,14 @@ E||z||_F^2 = m n r. Sun et al. 2025, "TeZO: Empowering the Low-Rankness on the T
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..arguments import whole
 from .lowrank import LEFT, RIGHT, Matrix, Source, matrix_shape
 from .normal import Normal
 
@@ -25,10 +27,8 @@ class Diagonal:
     name = "diagonal"
 
     def __init__(self, rank: int = 32, ranks: Mapping[str, int] | None = None, dense: Any = None) -> None:
-        for what, number in (("rank", rank), *((f"ranks[{name!r}]", r) for name, r in (ranks or {}).items())):
-            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-                raise ValueError(f"{what} is {number!r}; expected an integer, at least 1")
-        self.rank, self.ranks = rank, dict(ranks or {})
+        self.rank = whole("rank", rank)
+        self.ranks = {name: whole(f"ranks[{name!r}]", r) for name, r in (ranks or {}).items()}
         self.dense = Normal() if dense is None else dense
 
     def shape(self, tensor: Tensor) -> tuple[int, int] | None:
@@ -46,6 +46,10 @@ class Diagonal:
             for matrix, factor in zip(matrices, source(matrices, shapes, step, word)):
                 setattr(matrix, side, factor)
                 matrix.born = step
+
+    def spread(self, matrix: Matrix) -> float:
+        """Returns the root mean square of an element of z."""
+        return math.sqrt(matrix.rank)
 
     def draws(self, matrices: Sequence[Matrix], source: Source, step: int, draw: int) -> list[Tensor]:
         return [torch.diag(tau) for tau in source(matrices, [(m.rank,) for m in matrices], step, draw)]

@@ -6,11 +6,13 @@ Language Models with Low-Rank Structures" (LOZO).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
+from ..arguments import whole
 from .lowrank import RIGHT, Matrix, Source, matrix_shape
 from .normal import Normal
 
@@ -25,9 +27,7 @@ class Lazy:
     name = "lazy"
 
     def __init__(self, rank: int = 2, interval: int = 50, dense: Any = None) -> None:
-        for what, number in (("rank", rank), ("interval", interval)):
-            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-                raise ValueError(f"{what} is {number!r}; expected an integer, at least 1")
+        rank, interval = whole("rank", rank), whole("interval", interval)
         self.rank, self.interval = rank, interval
         self.dense = Normal() if dense is None else dense
 
@@ -43,6 +43,10 @@ class Lazy:
     def refresh(self, matrices: Sequence[Matrix], source: Source, step: int) -> None:
         for matrix, right in zip(matrices, source(matrices, [(m.columns, m.rank) for m in matrices], step, RIGHT)):
             matrix.right, matrix.born = right, step
+
+    def spread(self, matrix: Matrix) -> float:
+        """Returns the root mean square of an element of z."""
+        return math.sqrt(matrix.rank)
 
     def draws(self, matrices: Sequence[Matrix], source: Source, step: int, draw: int) -> list[Tensor]:
         return source(matrices, [(m.rows, m.rank) for m in matrices], step, draw)

@@ -80,6 +80,9 @@ class Factored(Protocol):
     def refresh(self, matrices: Sequence[Matrix], source: Source, step: int) -> None:
         """Draw the basis of a basis step, a function of (seed, names, step) alone."""
 
+    def spread(self, matrix: Matrix) -> float:
+        """The root mean square of an element of z, which says whether rounding swallows it."""
+
     def draws(self, matrices: Sequence[Matrix], source: Source, step: int, draw: int) -> list[Tensor]:
         """For each matrix the core (rank, rank), or the left factor (rows, rank) where the basis has none; float32."""
 

@@ -47,7 +47,7 @@ def orthonormal(xs: list[Tensor]) -> list[Tensor]:
 
     Of a matrix of standard normals this is Haar distributed (Mezzadri 2007). Equal bits on every device and thread count.
     """
-    results: list[Tensor] = [torch.empty(0)] * len(xs)
+    results = list(xs)
     by_shape: dict[tuple, list[int]] = {}
     for i, x in enumerate(xs):
         by_shape.setdefault((*x.shape, x.device), []).append(i)

@@ -17,5 +17,5 @@ class Rademacher:
 
     def values(self, words: Tensor) -> Tensor:
         """int64[n, 4] words to float32[n, 128] values."""
-        bit = torch.arange(32, device=words.device)
+        bit = torch.arange(32, dtype=torch.int64, device=words.device)
         return (1 - 2 * (words.unsqueeze(-1) >> bit & 1)).float().flatten(-2)

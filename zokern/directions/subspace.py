@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..arguments import whole
 from .lowrank import LEFT, RIGHT, Matrix, Source, matrix_shape, near_square
 from .normal import Normal
 from .orthonormal import orthonormal
@@ -35,9 +36,7 @@ class Subspace:
         for what, value, choices in (("norm", norm, ("matched", "unit")), ("reshape", reshape, ("adapters", "all", "none"))):
             if value not in choices:
                 raise ValueError(f"{what} is {value!r}; expected one of {list(choices)}")
-        for what, number in (("rank", rank), ("interval", interval)):
-            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-                raise ValueError(f"{what} is {number!r}; expected an integer, at least 1")
+        rank, interval = whole("rank", rank), whole("interval", interval)
         self.rank, self.interval, self.norm, self.reshape = rank, interval, norm, reshape
         self.dense = Normal() if dense is None else dense
 
@@ -62,6 +61,10 @@ class Subspace:
 
     def scale(self, matrix: Matrix) -> float:
         return math.sqrt(matrix.rows * matrix.columns) / matrix.rank if self.norm == "matched" else 1.0
+
+    def spread(self, matrix: Matrix) -> float:
+        """Returns the root mean square of an element of z."""
+        return self.scale(matrix) * matrix.rank / math.sqrt(matrix.rows * matrix.columns)
 
     def draws(self, matrices: Sequence[Matrix], source: Source, step: int, draw: int) -> list[Tensor]:
         cores = source(matrices, [(m.rank, m.rank) for m in matrices], step, draw)

@@ -53,7 +53,7 @@ class MeZO(ZerothOrder):
         queries: int = 1,
         seed: int = 0,
         rounding: str = "nearest",
-        evaluation: str | Evaluation = "scratch",
+        evaluation: str | Evaluation = "auto",
         backend: str | Backend | None = None,
         *,
         direction: str | Direction = "normal",

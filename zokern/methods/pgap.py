@@ -14,8 +14,10 @@ from torch import Tensor
 from .. import products
 from ..directions import Aligned, Matrix, Normal
 from ..estimator import CENTRAL, coefficient
-from ..plan import Group, Plan
 from ..optimizer import ZerothOrder
+from ..evaluation import Point
+from ..plan import Group, Plan
+from ..rule import basis_of
 from ..stream import BASIS, draw_word
 
 PROBE = draw_word(2, BASIS)  # draw word of the first probe; words 0 and 1 belong to the basis
@@ -71,6 +73,7 @@ class PGAP(ZerothOrder):
                 raise ValueError(f"{what} is {number!r}; expected an integer, at least {least}")
         self.probes, self.oversample, self.power = probes, oversample, power
         self.probed: tuple[int, list[float]] | None = None  # step and coefficients of the basis in use
+        self.former: dict[int, list[float]] = {}  # those of earlier bases that momentum still belongs to
         direction = Aligned(rank, interval, delta, steps, sign, norm)
         super().__init__(params, lr=lr, eps=eps, direction=direction, evaluation=evaluation, **options)
 
@@ -81,17 +84,35 @@ class PGAP(ZerothOrder):
         self.settle(plan)
         if all(matrix.born == born for group in plan.groups for matrix in group.matrices or ()):
             return
-        if (
-            self.probed is not None and not self.rule.linear
-        ):  # after loading a state, the basis that its momentum belongs to comes first
-            self._renew(plan)
+        self._recall(plan)
         if self.probed is None or self.probed[0] != born:
             if plan.step != born:
                 raise RuntimeError(
                     f"step {plan.step} needs the basis of step {born}, whose probes are not known: load the state_dict of that run"
                 )
+            if self.probed is not None:
+                self.former[self.probed[0]] = self.probed[1]
             self.probed = (born, self._probe(plan, closure))
         self._renew(plan)
+        needed = {basis_of(self.rule, self.state, tensor) for tensor in [*self.state]}
+        self.former = {step: found for step, found in self.former.items() if step in needed}
+
+    def _recall(self, plan: Plan) -> None:
+        """After loading a state, the bases that its momentum belongs to come first: those of matrices that were frozen may differ."""
+        known = self.former if self.probed is None else {**self.former, self.probed[0]: self.probed[1]}
+        for group in plan.groups:
+            for i, (matrix, tensor) in enumerate(zip(group.matrices or (), group.tensors)):
+                kept = basis_of(self.rule, self.state, tensor) if matrix.born < 0 else None
+                if kept is not None and kept < 0 and self.probed is not None:
+                    kept = self.probed[0]  # states of older versions do not say
+                if kept is None:
+                    continue
+                if kept not in known:
+                    raise RuntimeError(
+                        f"the momentum of {matrix.name!r} belongs to the basis of step {kept}, whose probes are not known (those of "
+                        f"{sorted(known)} are): load the state_dict of that run, or start it anew with `del optimizer.state[parameter]`"
+                    )
+                self._decompose(group, i, matrix, plan.seed, kept, known[kept])
 
     def _renew(self, plan: Plan) -> None:
         """Bases from the probes that are known, for matrices that have others or none; what a rule keeps is carried over."""
@@ -107,23 +128,13 @@ class PGAP(ZerothOrder):
 
     def _probe(self, plan: Plan, closure: Callable[[], Any]) -> list[float]:
         """h central differences along dense normals, in units of loss per weight, with the first group's eps."""
-        dense = [replace(group, matrices=None, eps=plan.groups[0].eps) for group in plan.groups]
-        probe = replace(
-            plan,
-            groups=dense,
-            direction=Normal(),
-            stencil=CENTRAL,
-            queries=self.probes,
-            factored=None,
-            first_draw=PROBE,
-            probe=True,
-        )
-        reading = self.evaluation.read(probe, closure)
-        if any(reading.restore):  # evaluation 'walk' stands beside the weights
-            for group in dense:
-                distances = [r * group.eps for r in reading.restore]
-                group.axpy_(probe.direction, probe.seed, probe.draws(), distances, 1.0, plan.rounding)
-        found = [coefficient(sides, CENTRAL, plan.groups[0].eps) for sides in reading.losses]
+        dense = [replace(group, matrices=None, eps=plan.groups[0].eps, memo={}) for group in plan.groups]
+        probe = replace(plan, groups=dense, direction=Normal(), factored=None)
+        found = []
+        for k in range(self.probes):  # two sides at a time: no more activations than a step's
+            pair = [Point(((PROBE + k, offset),)) for offset in CENTRAL.offsets]
+            losses = self.evaluation.losses(probe, pair, closure).tolist()
+            found.append(coefficient(losses, CENTRAL, plan.groups[0].eps))
         return [c if math.isfinite(c) else 0.0 for c in found]
 
     def _decompose(self, group: Group, i: int, matrix: Matrix, seed: int, born: int, coefficients: Sequence[float]) -> None:
@@ -157,11 +168,17 @@ class PGAP(ZerothOrder):
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
         state["zokern"]["probed"] = self.probed
+        state["zokern"]["former"] = dict(self.former)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.probed = state_dict["zokern"].get("probed")
+        self.former = dict(state_dict["zokern"].get("former") or {})
+
+    def described(self) -> dict[str, Any]:
+        """The numbers of the method itself, which decide a run beside those of its parts."""
+        return {"probes": self.probes, "oversample": self.oversample, "power": self.power}
 
 
 @contextmanager

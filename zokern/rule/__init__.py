@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from .adam import Adam
-from .base import Rule, check_basis
+from .base import Rule, basis_of, check_basis, renew
 from .momentum import Momentum
 from .sgd import Sgd
 
-__all__ = ["Adam", "Momentum", "Rule", "Sgd", "check_basis"]
+__all__ = ["Adam", "Momentum", "Rule", "Sgd", "basis_of", "check_basis", "renew"]

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import flag, is_number, within
 from ..backends import Span
 from ..directions import Matrix
 from ..plan import Group, Plan
@@ -30,6 +31,7 @@ from .dense import advance
 from .waiting import add_, total
 
 TILE = 1 << 20  # elements of a quotient that exist at a time
+SMALLEST, LARGEST = 2.0**-149, 2.0**128  # above 0 and finite in float32
 
 
 class Adam:
@@ -55,11 +57,12 @@ class Adam:
         bias_correction: bool = True,
         inside: bool = False,
     ) -> None:
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
-            raise ValueError(f"betas is {betas!r}; expected two numbers, 0 <= beta < 1")
-        if not eps > 0.0:
-            raise ValueError(f"adam_eps is {eps!r}; expected a number above 0")
-        self.betas, self.eps, self.bias_correction, self.inside = betas, eps, bias_correction, inside
+        pair = isinstance(betas, (tuple, list)) and len(betas) == 2
+        if not pair or not all(is_number(beta) and 0.0 <= beta < 1.0 for beta in betas):
+            raise ValueError(f"betas is {betas!r:.80}; expected two numbers, 0 <= beta < 1")
+        self.betas = float(betas[0]), float(betas[1])
+        self.eps = within("adam_eps", eps, SMALLEST, LARGEST, "a number above 0, finite in float32")
+        self.bias_correction, self.inside = flag("bias_correction", bias_correction), flag("inside", inside)
 
     def scalars(self, lr: float, decay: float = 1.0, updates: int = 1) -> tuple[float, ...]:
         """The numbers of zokern.update_ for a parameter's update number `updates`, counted from 1."""
@@ -112,7 +115,7 @@ class Adam:
         count: Tensor | int = 0
         for start in range(0, matrix.rows, rows):
             here = Span(matrix.who, start * matrix.columns)
-            quotient = torch.zeros(rows, matrix.columns, device=matrix.device)
+            quotient = torch.zeros(rows, matrix.columns, dtype=torch.float32, device=matrix.device)
             spread = torch.full_like(quotient, self.eps if self.inside else 0.0)
             group.backend.lowrank_(
                 [quotient, spread], [here, here], [left, square], [matrix.right, squared], [1.0, 1.0], 1.0, "nearest", None
@@ -120,6 +123,10 @@ class Adam:
             root = _root(spread) if self.inside else _root(spread) + self.eps
             count = count + add_(plan, group, i, quotient / root, lr, decay, start * matrix.columns)
         return count
+
+    def basis(self, state: Any) -> int | None:
+        """None: the basis lasts, so there is one only."""
+        return None
 
     def rebase(self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor, state: Any) -> None:
         raise NotImplementedError(

@@ -27,8 +27,44 @@ class Rule(Protocol):
 
         defer: the updates of factored matrices are kept in `pending` instead."""
 
+    def basis(self, state: Any) -> int | None:
+        """The step of the basis that a factored matrix' state belongs to; -1 where it does not say, None where it belongs to none."""
+
     def rebase(self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor, state: Any) -> None:
         """The basis of a matrix has changed from (left, right) to its present one: carry the state over."""
+
+
+def renew(rule: Rule, factored: Factored, group: Group, states: Any, seed: int, step: int) -> None:
+    """Gives the matrices of a group the basis of `step`, and carries over what the rule keeps. Nothing is written to the weights.
+
+    A matrix that has no basis yet, because its state was loaded, first gets the one that this state belongs to, however long it was frozen
+    since: bases are functions of (seed, names, step)."""
+    assert group.matrices is not None
+    born, source = factored.basis_step(step), group.source(seed)
+    lost: dict[int, list[Matrix]] = {}
+    for matrix, tensor in zip(group.matrices, group.tensors):
+        if matrix.born < 0 and (kept := basis_of(rule, states, tensor)) is not None:
+            kept = (
+                factored.basis_step(max(0, step - 1)) if kept < 0 else kept
+            )  # states of older versions do not say: the last step's
+            if kept != born:
+                lost.setdefault(kept, []).append(matrix)
+    for kept, members in sorted(lost.items()):
+        factored.refresh(members, source, kept)
+    stale = [(matrix, tensor) for matrix, tensor in zip(group.matrices, group.tensors) if matrix.born != born]
+    if not stale:
+        return
+    old = [(matrix.left, matrix.right) for matrix, _ in stale]
+    factored.refresh([matrix for matrix, _ in stale], source, born)
+    for (matrix, tensor), (left, right) in zip(stale, old):
+        if right is not None:
+            rule.rebase(group, matrix, left, right, states[tensor])
+
+
+def basis_of(rule: Rule, states: Any, tensor: Tensor) -> int | None:
+    """The step of the basis that a parameter's state belongs to, -1 where it does not say; a rule that does not tell keeps none."""
+    tell = getattr(rule, "basis", None)
+    return None if tell is None or tensor not in states else tell(states[tensor])
 
 
 def check_basis(rule: Rule, direction: Factored | None) -> None:
@@ -41,4 +77,4 @@ def check_basis(rule: Rule, direction: Factored | None) -> None:
         )
 
 
-__all__ = ["Rule", "check_basis"]
+__all__ = ["Rule", "basis_of", "check_basis", "renew"]

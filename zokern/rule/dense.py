@@ -47,7 +47,7 @@ def _keep_up(
     """The states alone, where lr is 0: theta + 0 would turn -0.0 into +0.0, so zeros take the place of the weights, a piece at a time."""
     device = group.tensors[members[0]].device
     coeffs, numbers = (torch.tensor(x, dtype=torch.float32, device=device) for x in (weights, scalars))
-    zeros = torch.zeros(min(PIECE, max(group.tensors[i].numel() for i in members)), device=device)
+    zeros = torch.zeros(min(PIECE, max(group.tensors[i].numel() for i in members)), dtype=torch.float32, device=device)
     for i, *states in zip(members, *kept):
         span, size = group.spans[i], group.tensors[i].numel()
         for start in range(0, size, PIECE):

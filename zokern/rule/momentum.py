@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import within
 from ..backends import Span
 from ..directions import Matrix
 from ..directions.orthonormal import tree_sum
@@ -32,18 +33,17 @@ class Momentum:
                and ZO-Bench's ZO-SGD-MMT; its steps are up to 1 / (1 - beta) times as long
 
     Keeps `momentum` in the optimizer's state, float32: shaped like the parameter where z is dense (4 bytes a weight), in the small space of
-    a factored matrix (r x r, or m x r), carried over when its basis changes. `updates` counts those of a dense parameter.
+    a factored matrix (r x r, or m x r), carried over when its basis changes; `basis` is the step of the basis that these numbers belong to.
+    `updates` counts those of a dense parameter.
     Raises ValueError for a beta or dampening outside [0, 1).
     Polyak 1964; Zhang et al. 2024 (ZO-Bench); Chen et al. 2025 (LOZO-M); Sun et al. 2025 (TeZO-m)."""
 
     name, defers = "momentum", True
 
     def __init__(self, beta: float = 0.9, dampening: float | None = None) -> None:
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"beta is {beta!r}; expected 0 <= beta < 1")
-        if dampening is not None and not 0.0 <= dampening < 1.0:
-            raise ValueError(f"dampening is {dampening!r}; expected 0 <= dampening < 1, or None for beta")
-        self.beta, self.dampening = beta, beta if dampening is None else dampening
+        self.beta = self.dampening = within("beta", beta, 0.0, 1.0, "0 <= beta < 1")
+        if dampening is not None:
+            self.dampening = within("dampening", dampening, 0.0, 1.0, "0 <= dampening < 1, or None for beta")
 
     def scalars(self, lr: float, decay: float = 1.0, updates: int = 1) -> tuple[float, ...]:
         """The numbers of zokern.update_ for a parameter's update number `updates`, counted from 1."""
@@ -57,17 +57,24 @@ class Momentum:
     ) -> Tensor | int:  # fmt: skip
         if group.matrices is not None:
             averages = []
-            for tensor, new in zip(group.tensors, total(plan, group, weights)):
-                old = states[tensor].get("momentum")
-                states[tensor]["momentum"] = average = new if old is None else old * self.beta + new * (1.0 - self.dampening)
+            for tensor, matrix, new in zip(group.tensors, group.matrices, total(plan, group, weights)):
+                state = states[tensor]
+                old = state.get("momentum")
+                state["momentum"] = average = new if old is None else old * self.beta + new * (1.0 - self.dampening)
+                state["basis"] = matrix.born
                 averages.append(average)
             return deposit(plan, group, [average * lr for average in averages], decay, defer)
         return advance(plan, group, weights, "momentum", ["momentum"], lambda updates: self.scalars(lr, decay, updates), states)
+
+    def basis(self, state: Any) -> int | None:
+        """The step of the basis that `momentum` belongs to; -1 where a state of an older version does not say."""
+        return state.get("basis", -1) if "momentum" in state else None
 
     def rebase(self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor, state: Any) -> None:
         if "momentum" not in state:
             return
         assert matrix.right is not None
+        state["basis"] = matrix.born
         overlap = _gram(right, matrix.right)
         if left is None:
             state["momentum"] = _times(group, state["momentum"], overlap / matrix.columns)
@@ -83,6 +90,6 @@ def _gram(a: Tensor, b: Tensor) -> Tensor:
 
 def _times(group: Group, a: Tensor, b: Tensor) -> Tensor:
     """a b by the lowrank_ verb."""
-    out = torch.zeros(a.shape[0], b.shape[1], device=a.device)
+    out = torch.zeros(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
     group.backend.lowrank_([out], [Span(0)], [a.contiguous()], [b.t().contiguous()], [1.0], 1.0, "nearest", None)
     return out

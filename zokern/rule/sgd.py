@@ -30,5 +30,9 @@ class Sgd:
             return group.axpy_(plan.direction, plan.seed, plan.draws(), amounts, decay, plan.rounding)
         return deposit(plan, group, total(plan, group, amounts), decay, defer)
 
+    def basis(self, state: Any) -> int | None:
+        """None: nothing is kept."""
+        return None
+
     def rebase(self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor, state: Any) -> None:
         """Nothing is kept."""

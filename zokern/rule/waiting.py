@@ -14,7 +14,8 @@ def total(plan: Plan, group: Group, amounts: Sequence[float]) -> list[Tensor]:
     """sum_k amounts[k] draw_k of each matrix, in the small space, float32, in the order of the queries."""
     sums: list[Tensor] = []
     for query, amount in enumerate(amounts):
-        terms = torch._foreach_mul(group.draws(plan, plan.draw(query)), float(torch.tensor(amount, dtype=torch.float32)))
+        rounded = float(torch.tensor(amount, dtype=torch.float32, device="cpu"))
+        terms = torch._foreach_mul(group.draws(plan, plan.draw(query)), rounded)
         sums = list(terms) if not sums else list(torch._foreach_add(sums, terms))
     return sums
 
@@ -39,17 +40,24 @@ def deposit(plan: Plan, group: Group, updates: Sequence[Tensor], decay: float, d
 def add_(plan: Plan, group: Group, i: int, values: Tensor, scale: float, decay: float, start: int = 0) -> Tensor | int:
     """theta <- decay theta + scale values for `values.numel()` elements of tensor i from number `start` on, one rounding.
 
-    values is float32 and contiguous; start is a multiple of its size. The verb is lowrank_ with a row of ones: rank 1, exact."""
-    tensor = group.tensors[i]
+    values is float32 and contiguous; start is a multiple of its size, and of a row's where the tensor is a matrix that is not contiguous.
+    The verb is lowrank_ with a row of ones: rank 1, exact."""
+    tensor = group.theta[i]
     size = values.numel()
     if size == 0 or is_nothing([scale], decay):
         return 0
     row = start // size
-    assert start == row * size and tensor.is_contiguous()
-    part = tensor.view(-1)[start : start + size]
+    assert start == row * size, f"start is {start}; expected a multiple of {size}"
+    if tensor.is_contiguous():
+        part = tensor.view(-1)[start : start + size]
+    else:
+        matrix = tensor.squeeze()
+        columns = matrix.shape[1]
+        assert start % columns == size % columns == 0, f"start is {start}, size {size}; expected multiples of {columns}"
+        part = matrix[start // columns : (start + size) // columns]
     residual = group.residual(i) if plan.rounding == "residual" else None
     low = None if residual is None else [residual.view(-1)[start : start + size]]
-    ones = torch.ones(row + 1, 1, device=tensor.device)
+    ones = torch.ones(row + 1, 1, dtype=torch.float32, device=tensor.device)
     span = group.spans[i]._replace(first=group.spans[i].first + start)
     count = group.backend.lowrank_(
         [part], [span], [ones], [values.view(-1, 1)], [scale], decay, plan.rounding, low, plan.seed, plan.step
@@ -60,7 +68,7 @@ def add_(plan: Plan, group: Group, i: int, values: Tensor, scale: float, decay: 
 
 def is_nothing(amounts: Sequence[float], decay: float) -> bool:
     """Whether, in float32, theta <- decay theta + sum_k amounts[k] z_k leaves theta as it is: a launch would turn -0.0 into +0.0."""
-    return torch.tensor([decay, *amounts], dtype=torch.float32).tolist() == [1.0] + [0.0] * len(amounts)
+    return torch.tensor([decay, *amounts], dtype=torch.float32, device="cpu").tolist() == [1.0] + [0.0] * len(amounts)
 
 
 __all__ = ["add_", "deposit", "is_nothing", "total"]

@@ -1,0 +1,333 @@
+"""The door of every backend: what a call was handed is looked at once more before a pointer is taken.
+
+The kernels take addresses and read them as the types and sizes that the contract names (base.py), so a tensor of another dtype, device or
+size would be read wrongly, or beyond its end. The verbs check their arguments with better words; a step, a rule and torch.ops.zokern come
+straight here. What is right costs a comparison of columns; what is wrong is then looked for, tensor by tensor, and named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from .base import ROUNDINGS, SCALARS, STATES, Span
+from .columns import SpanList
+
+FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16))
+_SINGLE = frozenset((torch.float32,))
+_LOW = frozenset((torch.int16,))
+_CPU = torch.device("cpu")
+
+
+def _named(dtypes: Iterable[torch.dtype]) -> str:
+    return " or ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+
+
+def described(tensor: Tensor) -> str:
+    """Returns what an error says of a tensor: dtype, shape, device, and strides where it is not contiguous."""
+    if tensor.layout != torch.strided:
+        return f"{tensor.dtype}{list(tensor.shape)} with layout {tensor.layout} on {tensor.device}"
+    how = "" if tensor.is_contiguous() else f" with strides {tensor.stride()}"
+    return f"{tensor.dtype}{list(tensor.shape)}{how} on {tensor.device}"
+
+
+class Door:
+    """The checks of one backend.
+
+    name         of the backend, for its errors
+    device_type  of the tensors that it takes ('cpu', 'cuda'); None: any that has memory
+    """
+
+    def __init__(self, name: str, device_type: str | None) -> None:
+        self.name, self.device_type = name, device_type
+
+    def _refuse(self, verb: str, what: str, tensor: Tensor, expected: str) -> NoReturn:
+        raise ValueError(f"backend {self.name!r}: {verb}: {what} is {described(tensor)}; expected {expected}")
+
+    def device(self, verb: str, **groups: Sequence[Tensor]) -> torch.device | None:
+        """Returns the one device of all tensors, None where there are none."""
+        tensors = [tensor for group in groups.values() for tensor in group]
+        if self.device_type == "cpu" and all([tensor.is_cpu for tensor in tensors]):
+            return _CPU
+        found = {tensor.device for tensor in tensors}
+        if len(found) == 1:
+            (device,) = found
+            if device.type == self.device_type or (self.device_type is None and device.type != "meta"):
+                return device
+        first: torch.device | None = None
+        for what, group in groups.items():
+            for i, tensor in enumerate(group):
+                kind = tensor.device.type
+                if kind == "meta" or (self.device_type is not None and kind != self.device_type):
+                    wanted = "a tensor with memory" if self.device_type is None else f"a {self.device_type} tensor"
+                    self._refuse(verb, f"{what}[{i}]", tensor, wanted)
+                first = first or tensor.device
+                if tensor.device != first:
+                    self._refuse(verb, f"{what}[{i}]", tensor, f"{first}, as the others")
+        return first
+
+    def dtypes(self, verb: str, what: str, tensors: Sequence[Tensor], allowed: frozenset[torch.dtype], flat: bool) -> None:
+        """Refuses other dtypes, and, where `flat`, tensors that are not contiguous."""
+        if all([t.dtype in allowed for t in tensors]) and (not flat or all([t.is_contiguous() for t in tensors])):
+            return
+        for i, tensor in enumerate(tensors):
+            if tensor.dtype not in allowed or (flat and not tensor.is_contiguous()):
+                self._refuse(verb, f"{what}[{i}]", tensor, ("a contiguous " if flat else "") + _named(allowed))
+
+    def sizes(self, verb: str, what: str, tensors: Sequence[Tensor], wanted: Sequence[int]) -> None:
+        """Refuses a list of other tensors than one for each number of elements."""
+        found = list(map(Tensor.numel, tensors))
+        if found == wanted:
+            return
+        if len(found) != len(wanted):
+            raise ValueError(
+                f"backend {self.name!r}: {verb}: {what} has {len(found)} tensors for {len(wanted)}; expected one for each"
+            )
+        i = next(i for i, (a, b) in enumerate(zip(found, wanted)) if a != b)
+        self._refuse(verb, f"{what}[{i}]", tensors[i], f"{wanted[i]} elements, as many as the tensor that it goes with")
+
+    def clock(self, verb: str, clock: Tensor | None) -> None:
+        if clock is not None and (clock.dtype != torch.int64 or clock.numel() != 1):
+            self._refuse(verb, "clock", clock, "int64[1]")
+
+    def rows(self, verb: str, spans: Sequence[Span], thetas: Sequence[Tensor]) -> list[Tensor]:
+        """Returns the lists of looked-up rows, checked; a Span with rows or a pitch goes with a matrix."""
+        if spans.plain if isinstance(spans, SpanList) else all([s.rows is None and s.pitch is None for s in spans]):
+            return []
+        found = []
+        for i, (span, theta) in enumerate(zip(spans, thetas)):
+            if span.rows is None and span.pitch is None:
+                continue
+            if theta.dim() != 2:
+                self._refuse(verb, f"tensors[{i}]", theta, "a matrix, because its span has rows or a pitch")
+            if span.rows is not None:
+                if span.rows.dtype != torch.int64 or not span.rows.is_contiguous():
+                    self._refuse(verb, f"spans[{i}].rows", span.rows, "contiguous int64 row numbers")
+                found.append(span.rows)
+        return found
+
+    def numbers(self, verb: str, what: str, tensor: Tensor, count: int) -> None:
+        """Refuses anything but float32[count]."""
+        if tensor.dtype != torch.float32 or tensor.numel() != count or tensor.dim() != 1:
+            self._refuse(verb, what, tensor, f"float32[{count}]")
+
+    def _list(
+        self, verb: str, thetas: Sequence[Tensor], spans: Sequence[Span], rounding: str, residuals: Sequence[Tensor] | None
+    ) -> tuple[list[int], Sequence[Tensor]]:
+        """Checks what every verb is given; returns the elements of each tensor, and the low bits that a kernel would read."""
+        if len(spans) != len(thetas):
+            raise ValueError(
+                f"backend {self.name!r}: {verb}: {len(spans)} spans for {len(thetas)} tensors; expected one for each"
+            )
+        if rounding not in ROUNDINGS:
+            raise ValueError(f"backend {self.name!r}: {verb}: rounding is {rounding!r}; expected one of {list(ROUNDINGS)}")
+        self.dtypes(verb, "tensors", thetas, FLOATS, flat=False)
+        sizes = list(map(Tensor.numel, thetas))
+        if residuals is None:
+            return sizes, ()
+        if len(residuals) != len(thetas):
+            raise ValueError(
+                f"backend {self.name!r}: {verb}: residuals has {len(residuals)} tensors for {len(thetas)}; expected one for each"
+            )
+        mine = [i for i, theta in enumerate(thetas) if theta.dtype == torch.bfloat16]  # others have no low bits
+        low = [residuals[i] for i in mine]
+        self.dtypes(verb, "residuals", low, _LOW, flat=True)
+        self.sizes(verb, "residuals", low, [sizes[i] for i in mine])
+        return sizes, low
+
+    def _written(self, spans: Sequence[Span], thetas: Sequence[Tensor], sizes: list[int], rows: list[Tensor]) -> list[int]:
+        """Returns the elements of each result: those of the rows that are looked up, where there are any."""
+        if not rows:
+            return sizes
+        pairs = zip(spans, thetas, sizes)
+        return [size if s.rows is None else s.rows.numel() * t.shape[1] for s, t, size in pairs]
+
+    def _is_sound(self, thetas: Sequence[Tensor], spans: Sequence[Span], results: Sequence[Sequence[Tensor]]) -> bool:
+        """Whether whole tensors on the CPU, and results of the same dtypes, are all that a call was given: the common one, asked fast."""
+        if self.device_type != "cpu" or len(spans) != len(thetas):
+            return False
+        if not all([t.is_cpu and t.dtype in FLOATS for t in thetas]):
+            return False
+        for side in results:
+            if len(side) != len(thetas):
+                return False
+            for t, o in zip(thetas, side):
+                if not (o.is_cpu and o.dtype == t.dtype and o.is_contiguous() and o.numel() == t.numel()):
+                    return False
+        return spans.plain if isinstance(spans, SpanList) else all([s.rows is None and s.pitch is None for s in spans])
+
+    # The verbs ----------------------------------------------------------------------------------------------------------------------
+
+    def draw(self, outs: Sequence[Tensor], spans: Sequence[Span], clock: Tensor | None) -> torch.device | None:
+        self._list("draw", outs, spans, "nearest", None)
+        self.dtypes("draw", "outs", outs, FLOATS, flat=True)
+        self.clock("draw", clock)
+        return self.device("draw", outs=outs, clock=given(clock), rows=self.rows("draw", spans, outs))
+
+    def axpy_(
+        self,
+        thetas: Sequence[Tensor],
+        spans: Sequence[Span],
+        draws: Sequence[tuple[int, int]],
+        coeffs: Tensor,
+        rounding: str,
+        residuals: Sequence[Tensor] | None,
+        clock: Tensor | None,
+    ) -> torch.device | None:
+        self.numbers("axpy_", "coeffs", coeffs, len(draws))
+        simple = residuals is None and clock is None and rounding in ROUNDINGS
+        if simple and coeffs.is_cpu and self._is_sound(thetas, spans, ()):
+            return _CPU
+        _, low = self._list("axpy_", thetas, spans, rounding, residuals)
+        self.clock("axpy_", clock)
+        rows = self.rows("axpy_", spans, thetas)
+        return self.device("axpy_", tensors=thetas, coeffs=[coeffs], residuals=low, clock=given(clock), rows=rows)
+
+    def update_(
+        self,
+        thetas: Sequence[Tensor],
+        spans: Sequence[Span],
+        draws: Sequence[tuple[int, int]],
+        coeffs: Tensor,
+        rule: str,
+        scalars: Tensor,
+        states: Sequence[Sequence[Tensor]],
+        rounding: str,
+        residuals: Sequence[Tensor] | None,
+        clock: Tensor | None,
+    ) -> torch.device | None:
+        sizes, low = self._list("update_", thetas, spans, rounding, residuals)
+        if rule not in STATES or len(states) != len(STATES[rule]):
+            kept = {name: list(names) for name, names in STATES.items()}
+            raise ValueError(
+                f"backend {self.name!r}: update_: rule is {rule!r} with {len(states)} lists of states; expected one of {kept}"
+            )
+        self.numbers("update_", "coeffs", coeffs, len(draws))
+        self.numbers("update_", "scalars", scalars, len(SCALARS[rule]))
+        for name, state in zip(STATES[rule], states):
+            self.dtypes("update_", name, state, _SINGLE, flat=True)
+            self.sizes("update_", name, state, sizes)
+        self.clock("update_", clock)
+        self.rows("update_", spans, thetas)
+        flat = [tensor for state in states for tensor in state]
+        beside = {"coeffs": [coeffs], "scalars": [scalars], "residuals": low, "clock": given(clock)}
+        return self.device("update_", tensors=thetas, states=flat, **beside)
+
+    def perturb(
+        self,
+        thetas: Sequence[Tensor],
+        spans: Sequence[Span],
+        scales: Sequence[float],
+        outs: Sequence[Sequence[Tensor]],
+        residuals: Sequence[Tensor] | None,
+        clock: Tensor | None,
+    ) -> torch.device | None:
+        if not 1 <= len(scales) == len(outs) <= 2:
+            raise ValueError(
+                f"backend {self.name!r}: perturb: {len(scales)} scales and {len(outs)} outs; expected one or two, as many of each"
+            )
+        if residuals is None and clock is None and self._is_sound(thetas, spans, outs):
+            return _CPU
+        sizes, low = self._list("perturb", thetas, spans, "nearest", residuals)
+        rows = self.rows("perturb", spans, thetas)
+        wanted = self._written(spans, thetas, sizes, rows)
+        for j, side in enumerate(outs):
+            self._results("perturb", f"outs[{j}]", side, thetas, wanted)
+        if len(outs) == 2 and [t.dtype for t in outs[0]] != [t.dtype for t in outs[1]]:
+            raise ValueError(
+                f"backend {self.name!r}: perturb: outs[0] and outs[1] differ in dtype; expected the same for both scales"
+            )
+        self.clock("perturb", clock)
+        flat = [tensor for side in outs for tensor in side]
+        return self.device("perturb", tensors=thetas, outs=flat, residuals=low, clock=given(clock), rows=rows)
+
+    def lowrank_(
+        self,
+        thetas: Sequence[Tensor],
+        spans: Sequence[Span],
+        lefts: Sequence[Tensor],
+        rights: Sequence[Tensor],
+        scales: Sequence[float],
+        rounding: str,
+        residuals: Sequence[Tensor] | None,
+        outs: Sequence[Tensor] | None,
+    ) -> torch.device | None:
+        sizes, low = self._list("lowrank_", thetas, spans, rounding, residuals)
+        if not len(lefts) == len(rights) == len(scales) == len(thetas):
+            counts = f"{len(lefts)} left, {len(rights)} right and {len(scales)} scales"
+            raise ValueError(f"backend {self.name!r}: lowrank_: {counts} for {len(thetas)} tensors; expected one for each")
+        self.dtypes("lowrank_", "left", lefts, _SINGLE, flat=True)
+        self.dtypes("lowrank_", "right", rights, _SINGLE, flat=True)
+        rows = self.rows("lowrank_", spans, thetas)
+        for i, (theta, span, left, right, size) in enumerate(zip(thetas, spans, lefts, rights, sizes)):
+            (m, r), (n, s) = _matrix(left), _matrix(right)
+            if r != s or r < 1:
+                self._refuse(
+                    "lowrank_", f"right[{i}]", right, f"a matrix with the columns of left, {list(left.shape)}, at least one"
+                )
+            if size and reach(span, theta, size) > m * n:
+                self._refuse(
+                    "lowrank_", f"tensors[{i}]", theta, f"elements {span.first} and on within the {m} x {n} of left and right"
+                )
+        if outs is not None:
+            self._results("lowrank_", "outs", outs, thetas, self._written(spans, thetas, sizes, rows))
+        beside = {"outs": outs or (), "residuals": low, "rows": rows}
+        return self.device("lowrank_", tensors=thetas, left=lefts, right=rights, **beside)
+
+    def linear(
+        self,
+        xs: Sequence[Tensor],
+        weight: Tensor,
+        draws: Sequence[int],
+        scales: Sequence[float],
+        biases: Sequence[Tensor | None],
+        thins: Sequence[tuple[int, Tensor, Tensor, Tensor]],
+    ) -> None:
+        """Checks dtypes, devices and numbers of operands; the product checks the shapes, which it derives."""
+        if not xs or not len(xs) == len(draws) == len(scales) == len(biases):
+            counts = f"{len(draws)} draws, {len(scales)} scales and {len(biases)} biases"
+            raise ValueError(f"backend {self.name!r}: linear: {counts} for {len(xs)} xs; expected one for each, at least one")
+        self.dtypes("linear", "weight", [weight], FLOATS, flat=True)
+        self.dtypes("linear", "xs", xs, frozenset((weight.dtype,)), flat=False)
+        added = [bias for bias in biases if bias is not None]
+        self.dtypes("linear", "biases", added, FLOATS, flat=False)
+        factors = [factor for _, *three in thins for factor in three]
+        self.dtypes("linear", "factors of thin products", factors, _SINGLE, flat=False)
+        self.device("linear", xs=xs, weight=[weight], biases=added, factors=factors)
+
+    def _results(self, verb: str, what: str, outs: Sequence[Tensor], thetas: Sequence[Tensor], wanted: list[int]) -> None:
+        self.sizes(verb, what, outs, wanted)
+        if all([(o.dtype == t.dtype or o.dtype == torch.float32) and o.is_contiguous() for o, t in zip(outs, thetas)]):
+            return
+        for i, (out, theta) in enumerate(zip(outs, thetas)):
+            if out.dtype not in (theta.dtype, torch.float32) or not out.is_contiguous():
+                self._refuse(verb, f"{what}[{i}]", out, f"a contiguous {_named({theta.dtype, torch.float32})}")
+
+    def philox4x32(self, counter: Tensor) -> torch.device | None:
+        if counter.dtype != torch.int64 or counter.dim() != 2 or counter.shape[1] != 4:
+            self._refuse("philox4x32", "counter", counter, "int64[n, 4]")
+        return self.device("philox4x32", counter=[counter])
+
+
+def given(tensor: Tensor | None) -> list[Tensor]:
+    """Returns the tensor in a list, or an empty one."""
+    return [] if tensor is None else [tensor]
+
+
+def reach(span: Span, theta: Tensor, size: int) -> int:
+    """Returns the number behind the last element that a tensor stands for; looked-up rows are the caller's to check."""
+    if span.rows is not None:
+        return 0
+    if span.pitch is None:
+        return span.first + size
+    return span.first + (theta.shape[0] - 1) * span.pitch + theta.shape[1]
+
+
+def _matrix(factor: Tensor) -> tuple[int, int]:
+    return (factor.shape[0], factor.shape[1]) if factor.dim() == 2 else (0, 0)
+
+
+__all__ = ["FLOATS", "Door", "described", "given"]
