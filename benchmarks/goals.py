@@ -77,6 +77,22 @@ GOALS = (
     Goal("FZOO K=8 OPT-125M fp32 1x4, Objective / steps", "the same, both with an Objective", 0.35, at_least=False),
     Goal("SubZero OPT-125M bf16 1x128 / eager", "SubZero step over its eager loop, OPT-125M bf16 1x128", 4),
     Goal(
+        "host MeZO paired / forwards",
+        "host time: MeZO paired over two forwards, Llama of 28 narrow layers",
+        1.1,
+        at_least=False,
+    ),
+    Goal("host MeZO master / forwards", "the same with evaluation='master'", 1.2, at_least=False),
+    Goal("host MeZO inplace / forwards", "the same with evaluation='inplace'", 1.15, at_least=False),
+    Goal("host MeZO scratch / forwards", "the same with evaluation='scratch'", 2.0, at_least=False),
+    Goal("host SubZero / forwards", "host time: SubZero over two forwards, Llama of 28 narrow layers", 1.25, at_least=False),
+    Goal(
+        "host generate OPT-125M / generations",
+        "MeZO step over two greedy generations of 24 tokens, OPT-125M fp32",
+        1.2,
+        at_least=False,
+    ),
+    Goal(
         "memory SubZero beyond activations",
         "SubZero paired, fp32 1x128: extra beyond the doubled batch's activations",
         72,

@@ -33,6 +33,12 @@ def _build(name: str) -> nn.Module:
         return OPTForCausalLM(
             OPTConfig(hidden_size=128, num_hidden_layers=2, ffn_dim=512, num_attention_heads=4, vocab_size=4096)
         )
+    if name == "Llama-narrow":  # host time: many layers of next to no arithmetic
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        return LlamaForCausalLM(
+            LlamaConfig(hidden_size=64, intermediate_size=172, num_hidden_layers=28, num_attention_heads=4, vocab_size=512)
+        )
     if name == "OPT-1.3B":
         return OPTForCausalLM(OPTConfig(hidden_size=2048, num_hidden_layers=24, ffn_dim=8192, num_attention_heads=32))
     if name == "OPT-13B":
@@ -41,7 +47,9 @@ def _build(name: str) -> nn.Module:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         return LlamaForCausalLM(LlamaConfig())  # transformers' default
-    raise ValueError(f"no model {name!r}; expected OPT-125M, OPT-350M, Qwen2-0.5B, OPT-tiny, OPT-1.3B, Llama-7B or OPT-13B")
+    raise ValueError(
+        f"no model {name!r}; expected OPT-125M, OPT-350M, Qwen2-0.5B, OPT-tiny, Llama-narrow, OPT-1.3B, Llama-7B or OPT-13B"
+    )
 
 
 def model(name: str, dtype: str) -> nn.Module:
