@@ -14,10 +14,11 @@ import io
 import logging
 import os
 import random
+import re
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -999,7 +1000,7 @@ def compare(one: Case, got: Tensor, want: Tensor) -> None:
 
 def refuses(one: Case, way: str, error: Exception) -> None:
     """A refusal is right where the report allows one, or where the evaluation was named and another one reads it."""
-    if one.refused is not None and importlib.import_module("re").search(one.refused, str(error)):
+    if one.refused is not None and re.search(one.refused, str(error)):
         assert isinstance(error, readings.REFUSALS)
         return
     if way in ("default", "auto", "master"):
@@ -1082,3 +1083,665 @@ def last_look(one: Case, setup: Setup, theta: dict[str, Tensor]) -> None:
     right = at(one, theta, STEPS - 1, 0, 0.0)
     bound = one.ulps * 2.0**-24 * abs(right) * (1 if one.exact else 2.0**8)
     assert abs(now - right) <= bound, f"the model reads {now} afterwards, a new one {right}"
+
+
+# Reports that are about more than one reading ---------------------------------------------------------------------
+
+ways = pytest.mark.parametrize("way", WAYS)
+
+
+def plain(seed: int = 7, sizes: tuple[int, ...] = (8, 8, 1)) -> tuple[nn.Sequential, Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return line(*sizes), torch.randn(4, sizes[0])
+
+
+def said(caught: list[warnings.WarningMessage], pattern: str) -> list[str]:
+    """Warnings whose text matches."""
+    return [str(w.message) for w in caught if re.search(pattern, str(w.message))]
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[warnings.WarningMessage]]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield caught
+
+
+def test_auto_is_the_default_of_every_method() -> None:
+    assert readings.defaults() == dict.fromkeys(readings.METHODS, "auto")
+
+
+@pytest.mark.parametrize("method", readings.METHODS)
+def test_old_name_is_an_alias(method: str) -> None:
+    """'walk' and 'inplace' are one evaluation under two names."""
+    runs = []
+    for name in ("walk", "inplace"):
+        net, x = plain()
+        opt = optimizer(method, net, name, lr=1e-3, eps=1e-3)
+        runs.append([(r.losses, r.evaluation) for r in (zokern.step(opt, square(net, x)) for _ in range(2))])
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("way", ["master", "paired", "scratch", "inplace"])
+def test_the_record_names_the_evaluation(way: str) -> None:
+    """An evaluation that was asked for by name is the one that ran: nothing is exchanged silently."""
+    net, x = plain()
+    opt = optimizer("MeZO", net, way)
+    assert [zokern.step(opt, square(net, x)).evaluation for _ in range(STEPS)] == [way] * STEPS
+
+
+DEFAULTS = {
+    "bfloat16": lambda: swapped(torch.get_default_dtype, torch.set_default_dtype, torch.bfloat16),
+    "float16": lambda: swapped(torch.get_default_dtype, torch.set_default_dtype, torch.float16),
+    "float64": lambda: swapped(torch.get_default_dtype, torch.set_default_dtype, torch.float64),
+    "meta": lambda: torch.device("meta"),
+}
+RECIPES: dict[str, dict[str, Any]] = {
+    "MeZO": {},
+    "FZOO": dict(queries=2),
+    "SubZero": dict(interval=2),
+    "LOZO": dict(interval=2),
+    "TeZO": {},
+    "PGAP": dict(interval=2, probes=2),
+    "MeZO momentum": dict(rule=zokern.Momentum(0.9)),
+    "MeZO Adam": dict(rule=zokern.Adam()),
+    "TeZO adam": dict(rule="adam"),
+}
+
+
+def run_of(method: str, way: str, around: Callable[[], Any]) -> tuple[list[Any], dict[str, Tensor]]:
+    """Losses and weights of a few steps; the optimizer is built and runs inside the context, the model's forward does not."""
+    net, x = plain(sizes=(300, 300))
+
+    def loss() -> float:
+        with torch.device("cpu"), swapped(torch.get_default_dtype, torch.set_default_dtype, torch.float32):
+            return net(x).square().mean()
+
+    with around():
+        opt = optimizer(method.split()[0], net, way, lr=1e-4, eps=1e-3, seed=1, **RECIPES[method])
+        losses = [zokern.step(opt, loss).losses for _ in range(4)]
+        opt.flush()
+    return losses, clones(net)
+
+
+ORDINARY: dict[tuple[str, str], Any] = {}
+
+
+@ways
+@pytest.mark.parametrize("default", DEFAULTS)
+@pytest.mark.parametrize("method", RECIPES)
+def test_m23_defaults_of_the_process_change_nothing(method: str, default: str, way: str) -> None:
+    """Another default dtype or device, as loading code leaves it, around the step: the bits of the ordinary run."""
+    if (method, way) not in ORDINARY:
+        ORDINARY[method, way] = run_of(method, way, contextlib.nullcontext)
+    losses, weights = run_of(method, way, DEFAULTS[default])
+    right, moved = ORDINARY[method, way]
+    assert losses == right
+    assert all(torch.isfinite(w).all() and torch.equal(w, moved[name]) for name, w in weights.items())
+
+
+@ways
+def test_m28_flags_that_write_are_treated_alike(way: str) -> None:
+    """max_norm of two layers and inplace=True: all are read right, or all are refused."""
+    outcomes = {}
+    for one in CASES:
+        if one.name in ("m28 max_norm Embedding", "m28 max_norm EmbeddingBag", "m28 inplace relu"):
+            setup = built(one)
+            try:
+                zokern.step(optimizer("MeZO", setup.params, way, lr=0.0, eps=one.eps), setup.loss)
+                outcomes[one.name] = "read"
+            except RuntimeError as error:
+                assert re.search(WRITES, str(error)), error
+                outcomes[one.name] = "refused"
+    assert len(outcomes) == 3 and len(set(outcomes.values())) == 1, outcomes
+
+
+@ways
+def test_m29_a_padding_row_stays_or_is_named(way: str) -> None:
+    """torch never moves a padding row; here it stays too, or a warning says that it moves."""
+    emb, head = nn.Embedding(30, 8, padding_idx=0), nn.Linear(8, 2)
+    net, ids = nn.ModuleList([emb, head]), torch.randint(0, 10, (8, 6))
+    mask = (ids > 0).float()[..., None]
+    with recorded() as caught:
+        opt = optimizer("MeZO", net, way, lr=1e-2, eps=1e-3)
+        for _ in range(STEPS):
+            zokern.step(opt, lambda: F.cross_entropy(head((emb(ids) * mask).sum(1)), ids.sum(1) % 2))
+    assert emb.weight[1:].abs().max() > 0
+    assert bool((emb.weight[0] == 0).all()) or said(caught, "padding"), "the row moved without a word"
+
+
+NORMS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
+    "BatchNorm1d": (lambda: nn.BatchNorm1d(8), True),
+    "InstanceNorm": (lambda: nn.Sequential(nn.Unflatten(1, (2, 4)), nn.InstanceNorm1d(2, track_running_stats=True),
+                                           nn.Flatten()), True),
+    "no statistics": (lambda: nn.BatchNorm1d(8, track_running_stats=False), False),
+    "eval mode": (lambda: nn.BatchNorm1d(8).eval(), False),
+    "LayerNorm": (lambda: nn.LayerNorm(8), False),
+}  # fmt: skip
+
+
+@ways
+@pytest.mark.parametrize("norm", NORMS)
+def test_m30_statistics_that_never_move_are_named_once(norm: str, way: str) -> None:
+    make, warns = NORMS[norm]
+    net, x = nn.Sequential(nn.Linear(16, 8), make(), nn.ReLU(), nn.Linear(8, 4)), torch.randn(12, 16)
+    with recorded() as caught:
+        opt = optimizer("MeZO", net, way, lr=1e-3)
+        with contextlib.suppress(*(readings.REFUSALS if way in ("paired", "scratch") else ())):
+            for _ in range(STEPS):
+                zokern.step(opt, square(net, x))
+    found = said(caught, "(?i)statistic|update_bn")
+    if opt.result is not None:  # else the evaluation has refused it by name, which the table looks at
+        assert len(found) == warns and all("update_bn" in text for text in found), [str(w.message) for w in caught]
+
+
+@ways
+def test_m32_13_after_a_step_the_parameters_hold_theta(way: str) -> None:
+    """Whoever reads parameters without a hook sees every update; where updates wait, `optimizer.waiting` says so."""
+    from torch.nn.utils import parameters_to_vector as vector
+    from torch.optim.swa_utils import AveragedModel
+
+    net, x = plain(sizes=(32, 64, 4))
+    traced, exported = torch.jit.trace(net, x), torch.export.export(net, (x,)).module()
+    try:
+        opt = optimizer("SubZero", net, way, lr=3e-2, rank=4, interval=100)
+        average = AveragedModel(net, avg_fn=lambda old, new, n: new)
+        for _ in range(4):
+            zokern.step(opt, square(net, x))
+    except readings.REFUSALS as error:
+        assert way in ("paired", "scratch")
+        return check_refusal(error)
+    waits = way not in ("master", "inplace") and bool(getattr(opt, "waiting", False))
+    with torch.no_grad():
+        average.update_parameters(net)
+        looks = {
+            "vector": lambda: vector(net.parameters()),
+            "average": lambda: vector(average.module.parameters()),
+            "norm": lambda: torch.stack([p.norm() for p in net.parameters()]),
+            "traced": lambda: traced(x),
+            "exported": lambda: exported(x),
+        }
+        before = {name: look().clone() for name, look in looks.items()}
+        opt.flush()
+        average.update_parameters(net)
+        late = [name for name, look in looks.items() if (look() - before[name]).abs().max() > 1e-6]
+    assert not late or (waits and not opt.waiting), f"{late} were shown old weights"
+
+
+@ways
+def test_m34_two_optimizers_on_one_model(way: str) -> None:
+    """Each reads the other's updates, whether or not they wait."""
+    found = []
+    for defer in (True, False):
+        net, x = plain(sizes=(32, 64, 32, 4))
+        pair = [
+            optimizer("SubZero", [(n, net[i].weight)], way, lr=1e-2, rank=4, interval=50, seed=1, defer=defer)
+            for n, i in (("first", 0), ("second", 2))
+        ]
+        found.append([zokern.step(opt, square(net, x)).coefficients[0] for _ in range(4) for opt in pair])
+    waited, written = (torch.tensor(c) for c in found)
+    assert (waited - written).abs().max() <= 1e-3 + 1e-3 * written.abs().max(), found
+
+
+# K11, several processes -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A process group of this process alone."""
+    store = tmp_path_factory.mktemp("group") / "store"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def inside(wrap: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
+    """Wrap the model's first part."""
+
+    def wrapped(net: nn.Module) -> nn.Module:
+        net[0] = wrap(net[0])  # type: ignore[operator,index]
+        return net
+
+    return wrapped
+
+
+def eager(net: nn.Module) -> nn.Module:
+    return torch.compile(net, backend="eager")  # type: ignore[return-value]
+
+
+def checkpointed(net: nn.Module) -> nn.Module:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    return checkpoint_wrapper(net)
+
+
+def parallel(net: nn.Module) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(net)
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "compile": eager,
+    "parallel": parallel,
+    "checkpoint": checkpointed,
+    "checkpoint inside": inside(checkpointed),
+    "compile inside": inside(eager),
+    "compile of parallel": lambda net: eager(parallel(net)),
+    "parallel of compile": lambda net: parallel(eager(net)),
+    "parallel of checkpoint inside": lambda net: parallel(inside(checkpointed)(net)),
+    "both inside": inside(lambda layer: eager(checkpointed(layer))),
+}
+
+
+def wrapped_run(wrap: Callable[[nn.Module], nn.Module], method: str, way: str) -> tuple[list[Any], Any, dict[str, Any]]:
+    net, x = plain(sizes=(16, 16, 2))
+    net = wrap(net)
+    options = dict(rank=4) if method == "SubZero" else {}
+    opt = optimizer(method, net, way, lr=1e-2, eps=1e-2, seed=5, **options)
+    coefficients = [zokern.step(opt, square(net, x)).coefficients[0] for _ in range(2)]
+    return coefficients, optimizer(method, net, way, lr=1e-2, seed=5, **options), opt.state_dict()
+
+
+@ways
+@pytest.mark.parametrize("method", ["MeZO", "SubZero"])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_m35_a_wrapper_never_changes_z(wrapper: str, method: str, way: str, group: None) -> None:
+    """The same coefficients wrapped and plain, and the state goes from one to the other and back."""
+    try:
+        wrapped, opt, state = wrapped_run(WRAPPERS[wrapper], method, way)
+    except readings.REFUSALS as error:
+        assert way in ("paired", "scratch"), error
+        return check_refusal(error)
+    right, other, own = wrapped_run(lambda net: net, method, way)
+    error = max(abs(a - b) for a, b in zip(wrapped, right))
+    assert error <= 2e-3 * max(map(abs, right)), (wrapped, right)
+    opt.load_state_dict(own)
+    other.load_state_dict(state)
+    assert (opt.steps, other.steps) == (2, 2)
+
+
+def one_of_two(rank: int, store: str, results: str) -> None:
+    """A process of two that have other batches; what each way did goes into a file."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    lines = []
+    for way in WAYS:
+        net, _ = plain()
+        net = parallel(net)
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(rank))
+        try:
+            with recorded() as caught:
+                opt = optimizer("MeZO", net, way, lr=1e-2, eps=1e-3)
+                zokern.step(opt, square(net, x))
+            outcome = "; ".join(str(w.message) for w in caught)
+        except Exception as error:
+            outcome = f"{type(error).__name__}: {error}"
+        mine = torch.cat([p.detach().flatten() for p in net.parameters()])
+        both = [torch.zeros_like(mine) for _ in range(2)]
+        torch.distributed.all_gather(both, mine)
+        lines.append(f"{way}\t{float((both[0] - both[1]).abs().max())}\t{outcome}".replace("\n", " "))
+    if rank == 0:
+        with open(results, "w") as file:
+            file.write("\n".join(lines))
+    torch.distributed.destroy_process_group()
+
+
+def test_m36_several_processes_never_drift_silently(tmp_path: Any) -> None:
+    """Two processes under DistributedDataParallel: equal weights after the step, or an error or warning about processes."""
+    results = tmp_path / "results"
+    torch.multiprocessing.spawn(one_of_two, (str(tmp_path / "store"), str(results)), nprocs=2)
+    lines = [text.split("\t") for text in results.read_text().splitlines()]
+    assert [way for way, _, _ in lines] == list(WAYS)
+    bad = [entry for entry in lines if float(entry[1]) > 0 and not re.search("(?i)process|rank|distributed", entry[2])]
+    assert not bad, bad
+
+
+def test_11_a_sharded_parameter_is_refused_without_advice_that_fails(group: None) -> None:
+    """Its local tensor is no leaf: torch refuses it. 'Not supported yet' is the whole truth."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    w = nn.Parameter(distribute_tensor(torch.randn(4, 4), init_device_mesh("cpu", (1,)), [Replicate()]))
+    try:
+        zokern.step(zokern.MeZO([("w", w)], lr=0.0), lambda: w.square().mean().full_tensor())
+    except (TypeError, ValueError, NotImplementedError) as error:
+        assert "'w'" in str(error) and "not supported yet" in str(error), error
+        assert "use the local tensor" not in str(error), error
+
+
+# The audit: state around the arithmetic ----------------------------------------------------------------------------
+
+
+def looks() -> dict[str, Callable[[Any, nn.Module, Tensor], Any]]:
+    """Ways to look at a model or an optimizer between two steps."""
+    return {
+        "forward": lambda opt, net, x: net(x),
+        "state_dict": lambda opt, net, x: net.state_dict(),
+        "optimizer's state_dict": lambda opt, net, x: opt.state_dict(),
+        "deepcopy": lambda opt, net, x: copy.deepcopy(net),
+        "flush": lambda opt, net, x: opt.flush(),
+        "part of it": lambda opt, net, x: net[0](x),
+    }
+
+
+@ways
+@pytest.mark.parametrize("look", looks())
+@pytest.mark.parametrize("method", ["SubZero", "LOZO", "TeZO", "PGAP"])
+def test_D2_a_look_keeps_the_low_bits(method: str, look: str, way: str) -> None:
+    """Steps far below bfloat16's resolution add up in the low bits, which a look in between must not forget."""
+    options: dict[str, Any] = dict(rank=4, lr=1e-6, eps=1e-2, rounding="residual")
+    options |= dict(interval=100) if method != "TeZO" else {}
+    options |= dict(probes=2) if method == "PGAP" else {}
+    found = []
+    for looked in (True, False):
+        net, x = plain(sizes=(40, 40))
+        net, x = net.bfloat16(), x.bfloat16()
+        net[0].bias.requires_grad_(False)
+        before = net[0].weight.detach().clone()
+        try:
+            opt = optimizer(method, net, way, **options)
+            for step in range(6):
+                zokern.step(opt, lambda net=net, x=x: net(x).float().square().mean() * 1000)
+                if looked and step in (2, 4):
+                    looks()[look](opt, net, x)
+            opt.flush()
+        except readings.REFUSALS as error:
+            assert way in ("paired", "scratch"), error
+            return check_refusal(error)
+        low = opt.state[net[0].weight]["residual"]
+        found.append(((net[0].weight - before).float(), low.clone()))
+    (moved, low), (right, low_right) = found
+    assert (low_right != 0).float().mean() > 0.5, "the run that is not looked at has no low bits: the case says nothing"
+    assert (low != 0).float().mean() > 0.5, "low bits were lost"
+    assert torch.equal(moved, right)
+
+
+@ways
+def test_D3_a_matrix_of_any_strides(way: str) -> None:
+    """All parameters of a step move, or none."""
+    a, b, c = (nn.Parameter(t) for t in (torch.randn(20, 30), torch.randn(20, 30).t(), torch.randn(7)))
+    named = [("a", a), ("b", b), ("c", c)]
+    start = clones(named)
+    opt = optimizer("TeZO", named, way, lr=1e-3, rule="adam")
+    try:
+        zokern.step(opt, lambda: (a @ b).square().mean() + c.square().mean())
+    except readings.REFUSALS as error:
+        assert "'b'" in str(error), error
+        return check_weights(named, start, way)
+    opt.flush()
+    assert [bool((p != start[name]).any()) for name, p in named] == [True, True, True]
+    assert opt.steps == 1
+
+
+MOMENTS: dict[str, dict[str, Any]] = {
+    "SubZero": dict(rule=zokern.Momentum(0.9), rank=3, interval=2),
+    "LOZO": dict(momentum=0.9, rank=3, interval=2),
+    "PGAP": dict(rule=zokern.Momentum(0.9), rank=3, interval=2, probes=2),
+}
+
+
+@ways
+@pytest.mark.parametrize("method", MOMENTS)
+def test_D4_momentum_of_a_matrix_that_was_frozen(method: str, way: str) -> None:
+    """A run that is saved after a matrix was frozen across a refresh goes on as the run that was not saved."""
+    ends = []
+    for resumed in (False, True):
+        net, x = plain(sizes=(40, 40, 30))
+        opt = optimizer(method, net, way, lr=1e-3, eps=1e-2, defer=False, **MOMENTS[method])
+        for step in range(9):
+            if step in (3, 6):
+                net[0].weight.requires_grad_(step == 6)
+            if step == 6 and resumed:
+                state = copy.deepcopy(opt.state_dict())
+                opt = optimizer(method, net, way, lr=1e-3, eps=1e-2, defer=False, **MOMENTS[method])
+                opt.load_state_dict(state)
+            zokern.step(opt, lambda net=net, x=x: net(x).square().mean() * 10)
+        ends.append(clones(net))
+    moved = (ends[0]["0.weight"] - plain(sizes=(40, 40, 30))[0][0].weight).abs().max()
+    error = max(float((ends[0][name] - ends[1][name]).detach().abs().max()) for name in ends[0])
+    assert error <= 1e-4 * float(moved.detach()), f"{error:.3g} apart after moves of {float(moved.detach()):.3g}"
+
+
+@ways
+@pytest.mark.parametrize("method", ["MeZO", "SubZero", "LOZO"])
+def test_D5_a_perturbation_that_rounding_swallows_is_named(method: str, way: str) -> None:
+    """bfloat16 rows of size 1 do not see most of eps z: a refusal, a warning, or a difference that is right all the same."""
+    emb = nn.Embedding(50, 40)
+    head, ids = torch.randn(40, 4), torch.randint(0, 50, (6, 8))
+    emb.weight.data = torch.randn(50, 40).bfloat16()
+    options = {} if method == "MeZO" else dict(rank=4)
+    seen: list[Tensor] = []
+
+    def loss() -> Tensor:
+        rows = emb(ids)
+        seen.append(rows)
+        return (rows.float().mean(1) @ head).tanh().square().mean()
+
+    with recorded() as caught:
+        try:
+            zokern.step(optimizer(method, emb, way, lr=0.0, eps=3e-4, **options), loss)
+        except (ValueError, RuntimeError) as error:
+            assert re.search("(?i)eps|round", str(error)), error
+            return
+    if said(caught, "(?i)eps|round"):
+        return
+    ahead, behind = (t.detach().double() for t in seen[-2:])
+    moved = ((ahead - behind) / 2).flatten()  # under torch.vmap a look like this is refused: then it was read in full
+    theta = emb.weight.detach().double()[ids].flatten()
+    rounded = (moved.abs() > 0).double().mean()
+    assert rounded > 0.95 and theta.numel() == moved.numel(), f"{1 - rounded:.0%} of the rows did not move, without a word"
+
+
+@ways
+@pytest.mark.parametrize("how", ["refused", "frozen"])
+def test_D7a_low_bits_are_not_kept_for_weights_that_the_user_wrote(how: str, way: str) -> None:
+    net, x = plain(sizes=(50, 50))
+    net, x = net.bfloat16(), x.bfloat16()
+    opt = optimizer("MeZO", net, way, lr=1e-4, eps=1e-2, rounding="residual")
+    closure = lambda: net(x).float().square().mean() * 10  # noqa: E731
+    for _ in range(3):
+        zokern.step(opt, closure)
+    w = net[0].weight
+    assert (opt.state[w]["residual"] != 0).float().mean() > 0.5
+    if how == "frozen":
+        w.requires_grad_(False)
+    with torch.no_grad():
+        w.copy_(torch.randn(50, 50))
+    lr = opt.param_groups[0]["lr"]
+    if how == "refused":
+        opt.param_groups[0]["lr"] = float("nan")
+        with pytest.raises(ValueError, match="lr"):
+            zokern.step(opt, closure)
+    else:
+        zokern.step(opt, closure)
+        w.requires_grad_(True)
+    opt.param_groups[0]["lr"] = 0.0
+    zokern.step(opt, closure)
+    opt.param_groups[0]["lr"] = lr
+    assert int((opt.state[w]["residual"] != 0).sum()) == 0, "the user's weights were given old low bits"
+
+
+# Frictions: what is said, and when ---------------------------------------------------------------------------------
+
+
+@ways
+@pytest.mark.parametrize("method", ["MeZO", "SubZero", "TeZO"])
+def test_4_divergence_is_named(method: str, way: str) -> None:
+    """A loss that grows quickly: a RuntimeWarning about lr within 20 steps, none that blames a small eps."""
+    net, x = plain(sizes=(16, 16, 1))
+    with recorded() as caught:
+        opt = optimizer(method, net, way, lr=3.0, eps=1e-3, max_skips=None, nonfinite="ignore")
+        losses = [zokern.step(opt, lambda: (net(x) - 1).square().mean()).loss for _ in range(20)]
+    assert max(v for v in losses if v == v) > 10 * losses[0], "the loss did not grow: the case says nothing"
+    about = [w for w in caught if w.category is RuntimeWarning and re.search(r"\blr\b", str(w.message))]
+    assert about, [str(w.message) for w in caught]
+    assert not said(caught, "eps too small"), "a loss that grows does not ask for a larger eps"
+
+
+def test_4_an_ordinary_run_is_not_called_divergent() -> None:
+    """Noise from batch to batch, and a loss that falls, are no divergence."""
+    net, _ = plain(sizes=(16, 16, 1))
+    g = torch.Generator().manual_seed(3)
+    with recorded() as caught:
+        opt = zokern.MeZO(net, lr=1e-3, eps=1e-3)
+        for _ in range(60):
+            x = torch.randn(4, 16, generator=g) * torch.rand(1, generator=g)
+            zokern.step(opt, lambda x=x: (net(x) - 1).square().mean())
+    assert not said(caught, r"\blr\b"), said(caught, r"\blr\b")
+
+
+class Wrapper:
+    """What a training framework hands out: of the wrapped class and its state, but another object, with `.optimizer`."""
+
+    def __init__(self, opt: Any) -> None:
+        self.__class__ = type("Wrapped" + type(opt).__name__, (Wrapper, type(opt)), {})
+        self.__dict__.update({k: v for k, v in opt.__dict__.items() if k not in ("step", "result")})
+        self.optimizer = opt
+
+    def step(self, closure: Callable[[], Any] | None = None, **_: Any) -> Any:
+        return self.optimizer.step(closure)
+
+
+@ways
+def test_7_a_wrapper_of_the_optimizers_own_class(way: str) -> None:
+    """The result is that of the step, and the wrapped optimizer's counter moves."""
+    net, x = plain()
+    opt = optimizer("MeZO", net, way, lr=0.0, eps=1e-2)
+    wrapper = Wrapper(opt)
+    results = [zokern.step(wrapper, square(net, x)) for _ in range(2)]
+    assert all(isinstance(r, zokern.StepResult) for r in results) and opt.steps == 2
+    assert [r.step for r in results] == [0, 1] and opt.result is results[1]
+
+
+NEAREST = {"momentum": "Momentum", "betas": "Adam", "epsilon": "eps", "querys": "queries", "evaluations": "evaluation"}
+
+
+@pytest.mark.parametrize("method", readings.METHODS)
+@pytest.mark.parametrize("option", NEAREST)
+def test_14_an_unknown_option_names_the_class_and_the_nearest(option: str, method: str) -> None:
+    if (method, option) in (("LOZO", "momentum"), ("TeZO", "betas")):
+        pytest.skip(f"{method} has the option {option!r}")
+    net, _ = plain()
+    with pytest.raises(TypeError) as caught:
+        readings.METHODS[method](net, **{option: 1})
+    text = str(caught.value)
+    assert method in text and repr(option) in text and NEAREST[option] in text, text
+    assert "ZerothOrder" not in text, text
+
+
+@ways
+@pytest.mark.parametrize("what", ["backward", "accelerate", "grad"])
+def test_15_m40_backward_in_the_closure(what: str, way: str) -> None:
+    """One line of zokern's own: no backward here."""
+    net, x = plain()
+    start = clones(net)
+
+    def closure() -> Tensor:
+        loss = net(x).square().mean()
+        if what == "backward":
+            loss.backward()
+        elif what == "accelerate":
+            torch.autograd.backward([loss])
+        else:
+            torch.autograd.grad(loss, list(net.parameters()))
+        return loss
+
+    with pytest.raises(RuntimeError) as caught:
+        zokern.step(optimizer("MeZO", net, way), closure)
+    assert "backward" in str(caught.value) and re.search("(?i)not need|no need|needs no|none", str(caught.value))
+    check_weights(net, start, way)
+
+
+@ways
+@pytest.mark.parametrize("graph", [True, False])
+def test_16_a_loss_that_was_computed_before_the_step(graph: bool, way: str) -> None:
+    net, x = plain()
+    start = clones(net)
+    with torch.set_grad_enabled(graph):
+        loss = net(x).square().mean()
+    with pytest.raises((RuntimeError, ValueError), match="before the step"):
+        zokern.step(optimizer("MeZO", net, way), lambda: loss)
+    check_weights(net, start, way)
+
+
+CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "pop": lambda batch: batch.pop("x"),
+    "next": lambda batch: next(batch["once"]),
+    "del": lambda batch: (batch["x"], batch.__delitem__("x"))[0],
+}
+
+
+@ways
+@pytest.mark.parametrize("change", CHANGES)
+def test_17_an_exception_says_which_reading_failed(change: str, way: str) -> None:
+    """The second call finds the batch changed; the model's own error carries a note about it, and the weights their bits."""
+    net, x = plain()
+    start, batch = clones(net), {"x": x, "once": iter([x])}
+    with pytest.raises((KeyError, StopIteration, RuntimeError)) as caught:
+        zokern.step(optimizer("MeZO", net, way), lambda: net(CHANGES[change](batch)).square().mean())
+    notes = " ".join(getattr(caught.value, "__notes__", ()))
+    assert re.search(r"reading\D*2", notes) and "batch" in notes, f"{caught.value!r} with notes {notes!r}"
+    check_weights(net, start, way)
+
+
+def test_17_the_first_reading_is_not_blamed_on_the_batch() -> None:
+    net, x = plain()
+    with pytest.raises(ZeroDivisionError) as caught:
+        zokern.step(zokern.MeZO(net, evaluation="scratch"), lambda: net(x).sum() * (1 / 0))
+    assert "batch" not in " ".join(getattr(caught.value, "__notes__", ()))
+
+
+@ways
+def test_18_a_step_without_closure_is_a_probe(way: str) -> None:
+    """While every lr is 0 it does nothing, as torch.distributed.checkpoint expects; otherwise it is an error."""
+    net, x = plain()
+    opt = optimizer("MeZO", net, way, lr=1e-3, eps=1e-2)
+    start = clones(net)
+    with pytest.raises(TypeError, match="closure"):
+        opt.step()
+    opt.param_groups[0]["lr"] = 0.0
+    assert opt.step() is None and opt.steps == 0 and opt.result is None
+    check_weights(net, start, "master")
+    opt.param_groups[0]["lr"] = 1e-3
+    other, _ = plain()
+    right = zokern.step(optimizer("MeZO", other, way, lr=1e-3, eps=1e-2), square(other, x))
+    assert zokern.step(opt, square(net, x)).coefficients == right.coefficients
+
+
+@pytest.mark.parametrize("method", readings.METHODS)
+def test_18_distributed_checkpoint_takes_the_state(method: str) -> None:
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    net, x = plain(sizes=(16, 16, 1))
+    opt = readings.METHODS[method](net, lr=1e-3)
+    start = clones(net)
+    weights, state = get_state_dict(net, opt)
+    assert set(weights) == set(start) and "param_groups" in state
+    assert opt.steps == 0 and opt.param_groups[0]["lr"] == 1e-3
+    check_weights(net, start, "master")
+    zokern.step(opt, square(net, x))
+    get_state_dict(net, opt)
+    assert opt.steps == 1
+
+
+def test_21_frozen_parameters_are_refused_when_the_optimizer_is_built() -> None:
+    net, _ = plain()
+    net.requires_grad_(False)
+    texts = []
+    for params in (net, net.parameters(), list(net.named_parameters()), [{"params": net.parameters()}]):
+        with pytest.raises(ValueError, match="requires_grad") as caught:
+            zokern.MeZO(params)
+        texts.append(str(caught.value))
+    assert not any("any more" in text for text in texts), texts
+
+
+@ways
+def test_22_an_eps_that_is_too_large_is_named(way: str) -> None:
+    """The losses' second difference dwarfs the first: the loss of the record is not that of the model."""
+    net, x = plain(sizes=(16, 32, 1))
+    for eps, warns in ((1.0, True), (1e-3, False)):
+        with recorded() as caught:
+            opt = optimizer("MeZO", net, way, lr=0.0, eps=eps)
+            for _ in range(STEPS):
+                zokern.step(opt, lambda: (net(x) - 1).square().mean())
+        assert bool(said(caught, r"\beps\b.*large|large.*\beps\b")) == warns, [str(w.message) for w in caught]
