@@ -1,0 +1,1706 @@
+"""Reports of users, each a small model and closure whose right value is known: read right in every evaluation, or refused by name.
+
+A case is built anew for every point of the oracle, so nothing that a reading leaves behind can reach the next one.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import copy
+import functools
+import importlib
+import io
+import logging
+import os
+import random
+import re
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import readings
+import torch
+import torch.nn.functional as F
+from models import one_thread  # noqa: F401 (a fixture)
+from readings import WAYS, check_refusal, check_weights, clones, optimizer, write
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import zokern
+
+STEPS = 3  # 'auto' may choose in the first and change in the second
+
+
+class Setup(NamedTuple):
+    """What a case trains and reads. `each` is called before a step; what `look` returns is the same before and after it."""
+
+    params: Any
+    loss: Callable[[], Any]
+    each: Callable[[int], Any] = lambda step: None
+    look: Callable[[], Any] = lambda: None
+
+
+@dataclass
+class Case:
+    """A report. The losses and their differences are right to `tol` of the differences and `ulps` of the losses.
+
+    exact    compare losses too, and not only their differences
+    refused  also 'master' and 'auto' may refuse it, in words that match this
+    must     every evaluation refuses it
+    """
+
+    name: str
+    make: Callable[[], Setup]
+    method: str = "MeZO"
+    options: dict[str, Any] = field(default_factory=dict)
+    eps: float = 1e-2
+    lr: float = 0.0
+    tol: float = 0.02
+    ulps: float = 32.0
+    exact: bool = True
+    refused: str | None = None
+    must: bool = False
+    around: Callable[[], Any] = contextlib.nullcontext
+
+
+CASES: list[Case] = []
+
+
+def case(name: str, **options: Any) -> Callable:
+    """Put a maker of setups in the table, under one name or, where it is given `over`, under one for each key."""
+    over = options.pop("over", None)
+
+    def add(make: Callable[..., Setup]) -> Callable[..., Setup]:
+        makers = {name: make} if over is None else {f"{name} {k}": functools.partial(make, v) for k, v in over.items()}
+        CASES.extend(Case(title, maker, **options) for title, maker in makers.items())
+        return make
+
+    return add
+
+
+def built(one: Case) -> Setup:
+    """The case from its own seed; nobody else's streams move."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        return one.make()
+
+
+def line(*sizes: int) -> nn.Sequential:
+    """Linear layers with tanh between them."""
+    layers = [m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.Tanh())]
+    return nn.Sequential(*layers[:-1])
+
+
+def square(net: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    return lambda: net(x).float().square().mean()
+
+
+# K1: the point that is theta itself, and what torch keeps of it ---------------------------------------------------
+
+
+def encoder() -> Setup:
+    net = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True), 2).eval()
+    x, pad = torch.randn(4, 10, 32), torch.arange(10) >= torch.tensor([10, 8, 7, 5])[:, None]
+    return Setup(net, lambda: net(x, src_key_padding_mask=pad).square().mean())
+
+
+# torch's fast path writes zeros where the padding is: a way without it reads another loss with nearly the same slope
+for stencil in ("central", "forward"):
+    CASES.append(Case(f"m01 fast path {stencil}", encoder, "MeZO", dict(stencil=stencil, seed=1), 1e-3, tol=0.3,
+                      ulps=200, exact=False))  # fmt: skip
+CASES.append(Case("m01 fast path FZOO", encoder, "FZOO", dict(queries=4), 1e-3, tol=0.3, ulps=200, exact=False))
+
+
+@case("m03 autocast around the step", method="FZOO", options=dict(queries=4, seed=1), lr=1e-2, tol=0.1, ulps=2.0**15,
+      around=lambda: torch.autocast("cpu", dtype=torch.bfloat16))  # fmt: skip
+def autocast_around() -> Setup:
+    net, x, y = line(16, 32, 4), torch.randn(8, 16) * 3, torch.randint(0, 4, (8,))
+    return Setup(net, lambda: F.cross_entropy(net(x).float(), y))
+
+
+@case("m03 the user writes weights under autocast", options=dict(stencil="forward"), eps=5e-2, tol=0.1, ulps=2.0**15,
+      around=lambda: torch.autocast("cpu", dtype=torch.bfloat16))  # fmt: skip
+def autocast_written() -> Setup:
+    net, x, y = line(16, 32, 4), torch.randn(8, 16) * 3, torch.randint(0, 4, (8,))
+    start = clones(net)
+
+    def each(step: int) -> None:
+        for name, p in net.named_parameters():
+            p.data.copy_(start[name] * (1 + 0.5 * step))
+
+    return Setup(net, lambda: F.cross_entropy(net(x).float(), y), each)
+
+
+@case("m03 autocast inside the closure", options=dict(queries=2), eps=5e-2, tol=0.1, ulps=2.0**15)
+def autocast_inside() -> Setup:
+    net, x, y = line(16, 32, 4), torch.randn(8, 16) * 3, torch.randint(0, 4, (8,))
+
+    def loss() -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return F.cross_entropy(net(x).float(), y)
+
+    return Setup(net, loss)
+
+
+# K2: what a module keeps of theta + eps z -------------------------------------------------------------------------
+
+
+class Keeps(nn.Linear):
+    """A layer that keeps its normalised weight in one of many places, while it is in eval mode."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__(8, 8)
+        self.place, self.holder, self.table = place, Holder(), {}
+        self.rows: list[Tensor] = []
+        if place == "buffer":
+            self.register_buffer("unit", torch.zeros(8, 8), persistent=False)
+            self.ready = False
+        elif place == "attribute":
+            self.unit = None
+
+    def kept(self) -> Tensor | None:
+        if self.place == "holder":
+            return self.holder.value
+        if self.place == "dictionary":
+            return self.table.get("unit")
+        if self.place == "list":
+            return self.rows[0] if self.rows else None
+        if self.place == "buffer":
+            return self.unit if self.ready else None
+        return getattr(self, "unit", None)
+
+    def keep(self, unit: Tensor) -> None:
+        if self.place == "holder":
+            self.holder.value = unit
+        elif self.place == "dictionary":
+            self.table["unit"] = unit
+        elif self.place == "list":
+            self.rows.append(unit)
+        elif self.place == "buffer":
+            self.unit.copy_(unit)
+            self.ready = True
+        elif self.place == "setattr":
+            object.__setattr__(self, "unit", unit)
+        else:
+            self.unit = unit
+
+    def forward(self, x: Tensor) -> Tensor:
+        unit = self.kept()
+        if self.training or unit is None:
+            unit = F.normalize(self.weight, dim=1)
+            self.keep(unit)
+        return F.linear(x, unit, self.bias)
+
+
+class Holder:
+    value: Tensor | None = None
+
+
+# a container inside an attribute is beyond a look at attributes: there a refusal that names it, or 'not repeatable', is right
+PLACES = ("attribute", "absent attribute", "setattr", "buffer")
+INSIDE = ("holder", "dictionary", "list")
+
+
+def keeps(place: str) -> Setup:
+    net, x = nn.Sequential(Keeps(place), nn.Tanh(), Keeps(place), nn.Linear(8, 1)).eval(), torch.randn(4, 8)
+    return Setup(net, square(net, x))
+
+
+case("m04 cached weight:", over={p: p for p in PLACES}, refused="unit|ready")(keeps)
+case("m04 cached weight:", over={p: p for p in INSIDE}, refused="holder|table|rows|unit|Keeps|repeat")(keeps)
+
+
+@case("m04 cached property", refused="unit")
+def cached_property() -> Setup:
+    class Lazily(nn.Linear):
+        @functools.cached_property
+        def unit(self) -> Tensor:
+            return F.normalize(self.weight, dim=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.unit, self.bias)
+
+    net, x = nn.Sequential(Lazily(8, 8), nn.Tanh(), Lazily(8, 1)), torch.randn(4, 8)
+    return Setup(net, square(net, x))
+
+
+@case("m04 a scale from the first batch", refused="fresh|scale")
+def first_batch() -> Setup:
+    class ActNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fresh = True
+            self.register_buffer("scale", torch.ones(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.fresh:
+                self.scale.copy_(1 / (x.std(0) + 0.1))
+                self.fresh = False
+            return x * self.scale
+
+    net, x = (nn.Sequential(nn.Linear(8, 8), ActNorm(), nn.Linear(8, 8), ActNorm(), nn.Linear(8, 1)), torch.randn(6, 8))
+    return Setup(net, lambda: net(x).tanh().square().mean())
+
+
+KEYS: dict[str, Callable[[Tensor], Any]] = {
+    "address and version": lambda w: (w.data_ptr(), w._version),
+    "version": lambda w: w._version,
+    "identity and version": lambda w: (id(w), w._version),
+    "sum": lambda w: float(w.double().sum()),
+}
+
+
+@case("m07 cache by", over=KEYS)
+def cache_by_key(key: Callable[[Tensor], Any]) -> Setup:
+    net, x, cache = nn.Linear(8, 8), torch.randn(4, 8), {}
+
+    def loss() -> Tensor:
+        k = key(net.weight)
+        if k not in cache:
+            cache[k] = net.weight.t().contiguous()
+        return (x @ cache[k] + net.bias).square().mean()
+
+    return Setup(net, loss)
+
+
+def llama(**options: Any) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    net = LlamaForCausalLM(LlamaConfig(**{**sizes, "num_key_value_heads": 4, "max_position_embeddings": 64, **options}))
+    for name, p in net.named_parameters():
+        p.data.mul_(5.0 if "proj" in name else 20.0 if p.dim() > 1 else 1.0)
+    return net.eval()
+
+
+@case("m09 dynamic rope", eps=1e-3, ulps=64, over={"new": False, "used": True})
+def dynamic_rope(used: bool) -> Setup:
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    net, ids = llama(max_position_embeddings=16, rope_parameters=rope), torch.randint(0, 64, (2, 40))
+    if used:
+        with torch.no_grad():
+            net(input_ids=ids, labels=ids)
+    return Setup(net, lambda: net(input_ids=ids, labels=ids).loss)
+
+
+@case("m09 frequencies grow with the text", eps=1e-3, ulps=64)
+def growing_text() -> Setup:
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    net, text = llama(max_position_embeddings=16, rope_parameters=rope), torch.randint(0, 64, (2, 48))
+    now = {"ids": text[:, :12]}
+
+    def each(step: int) -> None:
+        now["ids"] = text[:, : 12 + 16 * step]
+
+    return Setup(net, lambda: net(input_ids=now["ids"], labels=now["ids"]).loss, each)
+
+
+@case("m09 a mask that grows with the text")
+def growing_mask() -> Setup:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix, self.size = nn.Linear(8, 8), 0
+            self.register_buffer("mask", torch.zeros(0, 0), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[1] > self.size:
+                self.size = x.shape[1]
+                self.register_buffer("mask", torch.ones(self.size, self.size).tril(), persistent=False)
+            return self.mix(self.mask[: x.shape[1], : x.shape[1]] @ x)
+
+    net, x, now = Masked(), torch.randn(2, 9, 8), {"length": 3}
+    return Setup(net, lambda: net(x[:, : now["length"]]).square().mean(), lambda step: now.update(length=3 + 3 * step))
+
+
+# K7: closures that do not repeat ----------------------------------------------------------------------------------
+
+repeats = functools.partial(case, refused="repeat|same weights", must=True)
+
+
+def denoising(draw: Callable[[], Tensor]) -> Setup:
+    net, x = line(9, 16, 8), torch.randn(8, 8)
+
+    def loss() -> Tensor:
+        e = draw()
+        return (net(torch.cat([x + e, x[:, :1]], 1)) - e).square().mean()
+
+    return Setup(net, loss)
+
+
+def streams() -> dict[str, Callable[[], Callable[[], Tensor]]]:
+    """Sources of noise that a closure owns, each made anew."""
+
+    def torch_stream() -> Callable[[], Tensor]:
+        g = torch.Generator().manual_seed(0)
+        return lambda: torch.randn(8, 8, generator=g)
+
+    def numpy_stream() -> Callable[[], Tensor]:
+        g = np.random.default_rng(0)
+        return lambda: torch.tensor(g.normal(size=(8, 8)), dtype=torch.float32)
+
+    def python_stream() -> Callable[[], Tensor]:
+        g = random.Random(0)
+        return lambda: torch.full((8, 8), g.random())
+
+    def batches() -> Callable[[], Tensor]:
+        it = iter(torch.linspace(0, 1, 500))
+        return lambda: next(it).expand(8, 8)
+
+    def count() -> Callable[[], Tensor]:
+        calls = [0]
+        return lambda: torch.full((8, 8), float(calls.append(0) or len(calls)))  # type: ignore[func-returns-value]
+
+    return {f.__name__: f for f in (torch_stream, numpy_stream, python_stream, batches, count)}
+
+
+@repeats("m12 K7 3 own stream:", over=streams())
+def own_stream(make: Callable[[], Callable[[], Tensor]]) -> Setup:
+    return denoising(make())
+
+
+def in_place() -> dict[str, Callable[[Tensor], Tensor]]:
+    return {"div_": lambda x: x.div_(2), "index": lambda x: x[:, :1].add_(1) * x, "copy_": lambda x: x.copy_(x * 0.9)}
+
+
+@repeats("m13 batch in place:", over=in_place())
+def batch_in_place(change: Callable[[Tensor], Tensor]) -> Setup:
+    net, x = nn.Linear(8, 1), torch.randn(4, 8)
+    return Setup(net, lambda: net(change(x)).square().mean())
+
+
+def prefix(how: str) -> Setup:
+    net, a, b = llama(), torch.randint(0, 64, (2, 12)), torch.randint(0, 64, (2, 8))
+    with torch.no_grad():
+        cache = net(a, use_cache=True).past_key_values
+
+    def loss() -> Tensor:
+        if how == "whole text":
+            out = net(torch.cat([a, b], 1))
+        else:
+            out = net(b, past_key_values=cache if how == "the cache itself" else copy.deepcopy(cache))
+        return F.cross_entropy(out.logits[:, -8:-1].flatten(0, 1), b[:, 1:].flatten())
+
+    return Setup(net, loss)
+
+
+case("m14", over={n: n for n in ("whole text", "copy of the cache")}, eps=1e-3, ulps=64)(prefix)
+repeats("m14", over={"the cache itself": "the cache itself"}, eps=1e-3)(prefix)
+
+
+@repeats("m14 a memory of batches")
+def memory_bank() -> Setup:
+    net, x, bank = nn.Linear(8, 8), torch.randn(4, 8), [torch.zeros(4, 8)]
+
+    def loss() -> Tensor:
+        out = net(x)
+        bank.append(x * len(bank))
+        return (out @ torch.cat(bank[-3:]).T).square().mean()
+
+    return Setup(net, loss)
+
+
+# K3: what is global to the process or the thread ------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def swapped(get: Callable[[], Any], put: Callable[[Any], Any], value: Any):
+    old = get()
+    put(value)
+    try:
+        yield
+    finally:
+        put(old)
+
+
+LOG = logging.getLogger("zokern.test_reports")
+LOCAL, STACK = threading.local(), ["bottom"]
+LOCAL.depth = 0
+DECIMAL = importlib.import_module("decimal")
+VARIABLE = importlib.import_module("contextvars").ContextVar("where", default="outside")
+
+
+@contextlib.contextmanager
+def deeper():
+    LOCAL.depth += 1
+    STACK.append(f"level {LOCAL.depth}")
+    mine = STACK[-1]
+    yield
+    if STACK.pop() != mine:
+        raise AssertionError("contexts were left in another order than they were entered")
+    LOCAL.depth -= 1
+
+
+@contextlib.contextmanager
+def named():
+    token = VARIABLE.set("inside")
+    yield
+    VARIABLE.reset(token)
+
+
+def contexts() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
+    """A context manager, and a look at what it changes."""
+    sdp = torch.nn.attention
+    env = lambda: os.environ.get("ZOKERN_TEST_REPORTS")  # noqa: E731
+    return {
+        "sdpa_kernel": (lambda: sdp.sdpa_kernel(sdp.SDPBackend.MATH), torch.backends.cuda.flash_sdp_enabled),
+        "catch_warnings": (lambda: warnings.catch_warnings(action="ignore") if sys.version_info >= (3, 11)
+                           else warnings.catch_warnings(), lambda: list(warnings.filters)),
+        "default dtype": (lambda: swapped(torch.get_default_dtype, torch.set_default_dtype, torch.float64),
+                          torch.get_default_dtype),
+        "default device": (lambda: torch.device("cpu"), lambda: torch.get_default_device()),
+        "mkldnn": (lambda: torch.backends.mkldnn.flags(enabled=False), lambda: torch.backends.mkldnn.enabled),
+        "stdout": (lambda: contextlib.redirect_stdout(io.StringIO()), lambda: id(sys.stdout)),
+        "autocast": (lambda: torch.autocast("cpu", enabled=False), lambda: torch.is_autocast_enabled("cpu")),
+        "enable_grad": (torch.enable_grad, torch.is_grad_enabled),
+        "inference_mode": (torch.inference_mode, torch.is_inference_mode_enabled),
+        "deterministic": (lambda: swapped(torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms,
+                                          True), torch.are_deterministic_algorithms_enabled),
+        "matmul precision": (lambda: swapped(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision,
+                                             "high"), torch.get_float32_matmul_precision),
+        "fork_rng": (lambda: torch.random.fork_rng(devices=[]), lambda: torch.get_rng_state().tolist()),
+        "detect_anomaly": (lambda: torch.autograd.set_detect_anomaly(True), torch.is_anomaly_enabled),
+        "saved tensors": (lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t), lambda: None),
+        "numpy errors": (lambda: np.errstate(all="ignore"), np.geterr),
+        "log level": (lambda: swapped(lambda: LOG.level, LOG.setLevel, logging.ERROR), lambda: LOG.level),
+        "environment": (lambda: swapped(env, lambda v: os.environ.pop("ZOKERN_TEST_REPORTS", None) if v is None
+                                        else os.environ.update(ZOKERN_TEST_REPORTS=v), "1"), env),
+        "recursion limit": (lambda: swapped(sys.getrecursionlimit, sys.setrecursionlimit, 5000), sys.getrecursionlimit),
+        "decimal": (DECIMAL.localcontext, lambda: id(DECIMAL.getcontext())),
+        "context variable": (named, VARIABLE.get),
+        "thread's own stack": (deeper, lambda: (LOCAL.depth, *STACK)),
+    }  # fmt: skip
+
+
+def in_context(layers: int, what: tuple[Callable[[], Any], Callable[[], Any]]) -> Setup:
+    context, look = what
+    net, x = line(*[300] * (layers + 1)), torch.randn(4, 300)
+
+    def loss() -> Tensor:
+        with context():
+            return net(x).float().square().mean().detach()
+
+    return Setup(net, loss, look=look)
+
+
+for layers in (1, 2):  # with greenlets, an odd number of large matrices hid what an even one showed
+    case(f"m15 {layers} in", over=contexts(), method="SubZero", options=dict(reshape="none"), eps=1e-3, ulps=64)(
+        functools.partial(in_context, layers)
+    )
+
+
+@case("m15 a module's own depth", refused="depth")
+def depth() -> Setup:
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.depth = line(300, 300), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.depth += 1
+            out = self.body(x) * self.depth
+            self.depth -= 1
+            return out
+
+    net, x = Deep(), torch.randn(4, 300)
+    return Setup(net, square(net, x), look=lambda: net.depth)
+
+
+@case("m16", over={f.__name__: f for f in (threading.Lock, threading.RLock, threading.Semaphore, threading.Condition)},
+      method="SubZero", options=dict(reshape="none"), eps=1e-3, ulps=64)  # fmt: skip
+def locked(make: Callable[[], Any]) -> Setup:
+    lock, net, x = make(), nn.Linear(300, 300), torch.randn(4, 300)
+
+    def loss() -> Tensor:
+        if not lock.acquire(timeout=2):
+            raise AssertionError("the lock is held by the same step")
+        try:
+            return net(x).square().mean()
+        finally:
+            lock.release()
+
+    return Setup(net, loss)
+
+
+# K4, D1: the rows of a batch --------------------------------------------------------------------------------------
+
+
+class ByBatch(nn.Module):
+    """One norm for the whole batch."""
+
+    def __init__(self, scale: float = 20.0) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * x / x.norm()
+
+
+@case("m18 rows mix in 16 bits", options=dict(queries=4), tol=0.2, ulps=2.0**13)
+def rows_mix_in_16_bits() -> Setup:
+    net = nn.Sequential(nn.Linear(64, 1100), ByBatch(200.0), nn.Tanh(), nn.Linear(1100, 2)).bfloat16()
+    x, y = torch.randn(32, 64).bfloat16(), torch.randint(0, 2, (32,))
+    return Setup(net, zokern.Objective(net, x, lambda out, _: F.cross_entropy(out.float(), y)))
+
+
+@case("m18 rows mix", options=dict(queries=2), over={"by a norm": ByBatch, "by batch statistics": lambda: nn.BatchNorm1d(32)})
+def rows_mix(layer: Callable[[], nn.Module]) -> Setup:
+    net = nn.Sequential(nn.Linear(16, 32), layer(), nn.Tanh(), nn.Linear(32, 2))
+    x, y = torch.randn(8, 16), torch.randint(0, 2, (8,))
+    return Setup(net, zokern.Objective(net, x, lambda out, _: F.cross_entropy(out, y)))
+
+
+@case("K4 rows mix from the second batch on", options=dict(queries=2), over={"mode": "mode", "length": "length"})
+def rows_mix_later(by: str) -> Setup:
+    class Later(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            mixes = self.training if by == "mode" else x.shape[0] > 4
+            return 4 * x / x.norm() if mixes else x / 2
+
+    net, x, now = (nn.Sequential(nn.Linear(16, 32), Later(), nn.Tanh(), nn.Linear(32, 2)).eval(), torch.randn(16, 16), {})
+
+    def each(step: int) -> None:
+        now["x"] = x[: 4 + 4 * step] if by == "length" else x
+        net.train(by == "mode" and step > 0)
+
+    each(0)
+    return Setup(net, lambda: zokern.Objective(net, now["x"], lambda out, _: out.square().mean())(), each)
+
+
+class Shelf(nn.Module):
+    """A forward that leaves an activation on the module and reads it back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.o = nn.Linear(300, 300), nn.Linear(300, 300), nn.Linear(300, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = torch.tanh(self.a(x))
+        return self.o(torch.tanh(self.b(x)) + self.kept)
+
+
+def shelf(dtype: torch.dtype) -> Setup:
+    net, x, y = Shelf().to(dtype), torch.randn(16, 300).to(dtype), torch.randint(0, 10, (16,))
+    return Setup(net, lambda: F.cross_entropy(8 * net(x).float(), y), look=lambda: "kept" in vars(net))
+
+
+case("m19 shelf in 16 bits", eps=1e-2, tol=0.1, ulps=2.0**13)(functools.partial(shelf, torch.bfloat16))
+case("m19 shelf", eps=1e-3, ulps=64)(functools.partial(shelf, torch.float32))
+
+
+class Positions(nn.Module):
+    """Words and positions added, as in nanoGPT; `length` positions have nothing to do with the rows of the batch."""
+
+    def __init__(self, length: int, width: int = 96) -> None:
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(80, width), nn.Embedding(length, width)
+        self.mid, self.out = nn.Linear(width, width), nn.Linear(width, 80)
+        self.length = length
+
+    def forward(self, idx: Tensor, position: Tensor | None = None) -> Tensor:
+        p = self.wpe(torch.arange(self.length) if position is None else position)
+        return self.out(torch.tanh(self.mid(self.wte(idx) + p)))
+
+
+def batch_of(order: str, idx: Tensor, length: int) -> Any:
+    position = {"(1, T)": torch.arange(length)[None], "(T,)": torch.arange(length)}
+    return {"position": position[order], "idx": idx} if order in position else {"idx": idx}
+
+
+@case("D1 positions", method="MeZO", eps=1e-3, ulps=64, over={o: o for o in ("inside", "(1, T)", "(T,)")})
+@case("D1 SubZero positions", method="SubZero", options=dict(reshape="none", seed=2), eps=3e-3, ulps=64,
+      over={o: o for o in ("inside", "(1, T)", "(T,)")})  # fmt: skip
+def positions(order: str) -> Setup:
+    net, idx = Positions(64), torch.randint(0, 80, (4, 64))
+    batch = batch_of(order, idx, 64)
+    return Setup(net, zokern.Objective(net, batch, lambda out, b: F.cross_entropy(out.flatten(0, 1), b["idx"].flatten())))
+
+
+TABLES: dict[str, Callable[[Tensor, nn.Linear, Tensor], Tensor]] = {
+    "a table through a layer": lambda h, layer, table: torch.tanh(h @ layer(table).T),
+    "a table that is added": lambda h, layer, table: layer(h) @ table.T + table.sum(1),
+    "a mean of a table": lambda h, layer, table: layer(h) * layer(table).mean(0),
+    "a block of rows": lambda h, layer, table: layer(h[: h.shape[0] // 2]) * layer(table).mean(0),
+}
+
+
+@case("D1", method="SubZero", options=dict(reshape="none"), over=TABLES, eps=3e-3, ulps=64)
+@case("D1 MeZO", options=dict(seed=1), over=TABLES, eps=3e-3, ulps=64)
+def table(use: Callable[[Tensor, nn.Linear, Tensor], Tensor]) -> Setup:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.layer, self.table = (nn.Linear(64, 300), nn.Linear(300, 300), nn.Parameter(torch.randn(10, 300)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return use(torch.tanh(self.a(x)), self.layer, self.table)
+
+    net, x = Net(), torch.randn(8, 64)
+    return Setup(net, zokern.Objective(net, x, lambda out, _: out.square().mean()))
+
+
+# K5: Python that torch calls while one of its functions runs ------------------------------------------------------
+
+
+class Act(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, t, w):
+        ctx.save_for_backward(t, w)
+        return (t * w).tanh()
+
+    @staticmethod
+    def backward(ctx, g):
+        t, w = ctx.saved_tensors
+        return g * w / (t * w).cosh() ** 2, None
+
+
+def kept_on_disk(t: Tensor, w: Tensor) -> Tensor:
+    with torch.autograd.graph.saved_tensors_hooks(lambda s: s.numpy().copy(), torch.from_numpy):
+        return (t * w).tanh()
+
+
+def hooked(t: Tensor, w: Tensor) -> Tensor:
+    out = (t * 1.3).tanh()
+    out.register_hook(lambda g: g * w)
+    return out
+
+
+GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "plain": lambda t, w: (t * w).tanh(),
+    "checkpoint": lambda t, w: checkpoint(lambda u: (u * w).tanh(), t, use_reentrant=False),
+    "own Function": Act.apply,
+    "saved tensors hooks": kept_on_disk,
+    "gradient hook": hooked,
+}
+
+
+@case("m25 gradient by inputs:", over=GRADIENTS)
+def gradient_by_inputs(f: Callable[[Tensor, Tensor], Tensor]) -> Setup:
+    w, x = nn.Parameter(torch.rand(8) + 0.5), torch.randn(4, 8)
+
+    def loss() -> Tensor:
+        with torch.enable_grad():
+            t = x.clone().requires_grad_()
+            (g,) = torch.autograd.grad(f(t, w).sum(), t)
+        return (g + 0 * w.detach()).square().mean()
+
+    return Setup([("w", w)], loss)
+
+
+FUNCTIONAL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "grad": lambda t, w: torch.func.grad(lambda u: (u * w).tanh().sum())(t),
+    "jvp": lambda t, w: torch.func.jvp(lambda u: (u * w).tanh(), (t,), (torch.ones_like(t),))[1],
+    "jacobian": lambda t, w: torch.autograd.functional.jacobian(lambda u: (u * w).tanh().sum(0), t).sum((0, 1)),
+    "vmap": lambda t, w: torch.vmap(lambda row: (row * w).tanh())(t),
+}
+
+
+@case("m25 torch.func by inputs:", over=FUNCTIONAL)
+def functional_by_inputs(f: Callable[[Tensor, Tensor], Tensor]) -> Setup:
+    w, x = nn.Parameter(torch.rand(8) + 0.5), torch.randn(4, 8)
+    return Setup([("w", w)], lambda: f(x, w).square().mean())
+
+
+def captured() -> dict[str, Callable[..., Tensor]]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def distance(a: Tensor, b: Tensor, w: Tensor) -> Tensor:
+        return ((a - b) * w).square().sum(-1)
+
+    return {
+        "flex_attention": lambda q, k, v, w, b: flex_attention(q, k, v, score_mod=lambda s, n, h, i, j: s + b[i - j + 15]),
+        "vmap over the parameter": lambda q, k, v, w, b: torch.vmap(lambda r: (q * r).sum())(w).tanh() + b[:16],
+        "grad by the parameter": lambda q, k, v, w, b: torch.func.grad(lambda t: (q * t).tanh().sum())(w) + b[:16],
+        "jacrev by the parameter": lambda q, k, v, w, b: (
+            torch.func.jacrev(lambda t: (q[0, 0] * t).tanh().sum(0))(w).sum(0) + b[:16]
+        ),
+        "distance function": lambda q, k, v, w, b: (
+            F.triplet_margin_with_distance_loss(q, k, v, distance_function=lambda s, t: distance(s, t, w), reduction="none")
+            + b[0]
+        ),
+    }
+
+
+@case("m26", over=captured())
+def captured_use(f: Callable[..., Tensor]) -> Setup:
+    q, k, v = (torch.randn(1, 2, 16, 16) for _ in range(3))
+    b, w = nn.Parameter(torch.randn(31) * 0.3), nn.Parameter(torch.rand(16) + 0.5)
+    u = torch.linspace(0.5, 2, 16)
+    return Setup([("bias", b), ("w", w)], lambda: (f(q, k, v, w, b) * u).square().mean() + 0 * w.sum())
+
+
+# K6: a parameter that leaves torch's sight, and is also read in it -------------------------------------------------
+
+Pair = collections.namedtuple("Pair", "first second")
+
+
+@torch.jit.script
+def scripted(h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return h @ w.t()
+
+
+def sparse(w: Tensor) -> Tensor:
+    return w.to_sparse().to_dense()
+
+
+LEAVES: dict[str, Callable[[Tensor], Tensor]] = {
+    "plain": lambda w: w,
+    "Parameter": lambda w: nn.Parameter(w),
+    "as_subclass": lambda w: w.as_subclass(torch.Tensor),
+    "torch.Tensor": lambda w: torch.Tensor(w),
+    "dlpack": lambda w: torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(w.detach())),
+    "named tuple": lambda w: torch.stack(Pair(w, w))[0],
+    "nested tensor": lambda w: torch.nested.nested_tensor([w]).to_padded_tensor(0)[0],
+    "data": lambda w: w.data,
+    "detach": lambda w: w.detach(),
+    "numpy": lambda w: torch.from_numpy(w.detach().numpy()),
+    "tolist": lambda w: torch.tensor(w.tolist()),
+    "deepcopy": lambda w: copy.deepcopy(w),
+    "as_tensor": lambda w: torch.as_tensor(w),
+    "asarray": lambda w: torch.tensor(np.asarray(w.detach())),
+    "list of rows": lambda w: torch.stack(list(w)),
+    "save and load": lambda w: reloaded(w),
+    "sparse": sparse,
+    "set_": lambda w: torch.empty(0).set_(w.detach()),
+    "as_strided": lambda w: torch.as_strided(w, (20, 8), (8, 1)),
+    "storage": lambda w: torch.empty(0).set_(w.untyped_storage(), w.storage_offset(), (20, 8)),
+}
+
+
+def reloaded(w: Tensor) -> Tensor:
+    file = io.BytesIO()
+    torch.save(w.detach(), file)
+    return torch.load(io.BytesIO(file.getvalue()))
+
+
+@case("m27 tied, as", over=LEAVES)
+def leaves(f: Callable[[Tensor], Tensor]) -> Setup:
+    w, ids = nn.Parameter(torch.randn(20, 8) * 0.5), torch.randint(0, 20, (6,))
+    return Setup([("w", w)], lambda: F.cross_entropy(F.linear(torch.tanh(F.embedding(ids, w)), f(w)), ids.flip(0)))
+
+
+@case("m27 tied, in a scripted function")
+def leaves_scripted() -> Setup:
+    w, ids = nn.Parameter(torch.randn(20, 8) * 0.5), torch.randint(0, 20, (6,))
+    return Setup([("w", w)], lambda: F.cross_entropy(scripted(torch.tanh(F.embedding(ids, w)), w), ids.flip(0)))
+
+
+@case("m27 a TorchScript module", over={"scripted": torch.jit.script, "traced": lambda n: torch.jit.trace(n, torch.ones(4, 8))})
+def script_module(convert: Callable[[nn.Module], nn.Module]) -> Setup:
+    net, x = line(8, 8, 1), torch.randn(4, 8)
+    whole = nn.ModuleDict({"a": convert(net), "b": nn.Linear(8, 1)})
+    return Setup(whole, lambda: (whole["a"](x) * whole["b"](x)).square().mean())
+
+
+# K10, K12, K13: buffers, flags that write, modules that touch themselves ------------------------------------------
+
+WRITES = r"writ|chang|in.?place|max_norm"
+
+
+def layers() -> dict[str, Callable[[], nn.Module]]:
+    return {
+        "Embedding": lambda: nn.Embedding(50, 8, max_norm=1.0),
+        "EmbeddingBag": lambda: nn.EmbeddingBag(50, 8, mode="sum", max_norm=1.0),
+    }
+
+
+@case("m28 max_norm", over=layers(), refused=WRITES)
+def max_norm(make: Callable[[], nn.Module]) -> Setup:
+    ids, net, u = torch.randint(0, 50, (6, 4)), make(), torch.linspace(0.5, 2, 8)
+    return Setup(net, lambda: (net(ids) * u).tanh().square().mean())
+
+
+@case("m28 inplace", over={"relu": F.relu, "leaky_relu": F.leaky_relu, "elu": F.elu, "dropout": F.dropout}, refused=WRITES)
+def inplace_flag(f: Callable[..., Tensor]) -> Setup:
+    w, x = nn.Parameter(torch.randn(8, 8)), torch.randn(4, 8)
+    options = dict(inplace=True) if f is not F.dropout else dict(inplace=True, p=0.0)
+    return Setup([("w", w)], lambda: (x @ f(w, **options)).square().mean())
+
+
+@case("K10 batch statistics in train mode", over={"BatchNorm": lambda: nn.BatchNorm1d(8), "InstanceNorm": lambda: nn.Sequential(
+      nn.Unflatten(1, (2, 4)), nn.InstanceNorm1d(2, track_running_stats=True), nn.Flatten())})  # fmt: skip
+def statistics(layer: Callable[[], nn.Module]) -> Setup:
+    net, x = nn.Sequential(nn.Linear(16, 8), layer(), nn.Tanh(), nn.Linear(8, 1)), torch.randn(12, 16) * 3 + 5
+    return Setup(net, square(net, x), look=lambda: [b.tolist() for b in net.buffers()])
+
+
+@case("K10 spectral norm", over={"parametrization": nn.utils.parametrizations.spectral_norm, "hook": nn.utils.spectral_norm})
+def spectral(norm: Callable[[nn.Module], nn.Module]) -> Setup:
+    net, x = nn.Sequential(norm(nn.Linear(8, 8)), nn.Tanh(), nn.Linear(8, 1)), torch.randn(4, 8)
+    return Setup(net, square(net, x), look=lambda: [b.tolist() for b in net.buffers()])
+
+
+@case("m37 offloaded frozen weights")
+def offloaded() -> Setup:
+    accelerate = pytest.importorskip("accelerate", reason="the report is about accelerate's hooks")
+    net, x = (nn.Sequential(nn.Linear(8, 8).requires_grad_(False), nn.Tanh(), nn.Linear(8, 1)), torch.randn(4, 8))
+    accelerate.cpu_offload(net[0], execution_device="cpu")
+    return Setup(net, square(net, x))
+
+
+SELF: dict[str, Callable[[nn.Linear, Tensor], Any]] = {
+    "to(dtype)": lambda layer, x: layer.to(x.dtype),
+    "to(device)": lambda layer, x: layer.to(x.device),
+    "float()": lambda layer, x: layer.float(),
+    "cpu()": lambda layer, x: layer.cpu(),
+    "train and eval": lambda layer, x: layer.eval().train(),
+    "share_memory": lambda layer, x: layer.requires_grad_(True),
+}
+
+
+@case("m38 a module that casts itself:", over=SELF)
+def router(cast: Callable[[nn.Linear, Tensor], Any]) -> Setup:
+    class Router(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.classifier = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.classifier = cast(self.classifier, x)
+            return self.classifier(x)
+
+    net, x = Router(), torch.randn(4, 8)
+    return Setup(net, square(net, x))
+
+
+@case("K13 a frozen weight that is loaded at each forward")
+def frozen_loaded() -> Setup:
+    net, x = (nn.Sequential(nn.Linear(8, 8).requires_grad_(False), nn.Tanh(), nn.Linear(8, 1)), torch.randn(4, 8))
+    disk = net[0].weight.detach().clone()
+
+    def load(module: nn.Module, _: Any) -> None:
+        module.weight = nn.Parameter(disk.clone(), requires_grad=False)
+
+    net[0].register_forward_pre_hook(load)
+    return Setup(net, square(net, x))
+
+
+@case("m42 a model that rescales its weights", refused=WRITES + "|rescale", eps=3e-3, ulps=64)
+def rescaled() -> Setup:
+    from transformers import RwkvConfig, RwkvForCausalLM
+
+    sizes = dict(vocab_size=100, hidden_size=32, num_hidden_layers=4, rescale_every=2, attention_hidden_size=32)
+    net, ids = (RwkvForCausalLM(RwkvConfig(**sizes, intermediate_size=64)).eval(), torch.randint(0, 100, (2, 9)))
+    return Setup(net, lambda: net(input_ids=ids, labels=ids).loss)
+
+
+# K11 and the names of z -------------------------------------------------------------------------------------------
+
+
+@case("K11 a child that is called as a wrapper's is")
+def called_module() -> Setup:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module, self.head = nn.Linear(8, 8), nn.Linear(8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.module(x)))
+
+    net, x = Net(), torch.randn(4, 8)
+    return Setup(net, square(net, x))
+
+
+# The test of the table ---------------------------------------------------------------------------------------------
+
+
+def seed_of(one: Case) -> int:
+    return one.options.get("seed", 0)
+
+
+def offsets_of(one: Case) -> tuple[float, float]:
+    return readings.OFFSETS["forward" if one.method == "FZOO" else one.options.get("stencil", "central")]
+
+
+def at(one: Case, theta: dict[str, Tensor], step: int, query: int, offset: float) -> float:
+    """The loss of a new setup whose weights are theta + offset eps z."""
+    setup = built(one)
+    for earlier in range(step + 1):
+        setup.each(earlier)
+    z = readings.direction(one.method, {k: v for k, v in one.options.items() if k in ("rank", "direction")})
+    write(setup.params, theta, offset * one.eps, z, seed_of(one), step, query)
+    with one.around(), torch.no_grad():
+        return float(setup.loss())
+
+
+ORACLE: dict[tuple[str, int], Tensor] = {}
+
+
+def expected(one: Case, theta: dict[str, Tensor], step: int) -> Tensor:
+    """The losses of a step, a row for each query; remembered where theta does not move."""
+    key = one.name, step
+    if one.lr or key not in ORACLE:
+        queries = one.options.get("queries", 8 if one.method == "FZOO" else 1)
+        ORACLE[key] = torch.tensor(
+            [[at(one, theta, step, k, offset) for offset in offsets_of(one)] for k in range(queries)], dtype=torch.float64
+        )
+    return ORACLE[key]
+
+
+def compare(one: Case, got: Tensor, want: Tensor) -> None:
+    """Differences of losses as a vector over queries, and the losses."""
+    rounding = one.ulps * 2.0**-24 * float(want.abs().max())
+    change, right = got[:, 0] - got[:, 1], want[:, 0] - want[:, 1]
+    assert right.norm() > 4 * rounding, f"the case says nothing: differences {right.tolist()}, rounding {rounding:.3g}"
+    bound = one.tol * float(right.norm()) + rounding
+    error = float((change - right).norm())
+    assert error <= bound, f"differences {change.tolist()}, right {right.tolist()}; {error:.3g} > {bound:.3g}"
+    if one.exact:
+        error = float((got - want).abs().max())
+        assert error <= bound, f"losses {got.tolist()}, right {want.tolist()}; {error:.3g} > {bound:.3g}"
+
+
+def refuses(one: Case, way: str, error: Exception) -> None:
+    """A refusal is right where the report allows one, or where the evaluation was named and another one reads it."""
+    if one.refused is not None and re.search(one.refused, str(error)):
+        assert isinstance(error, readings.REFUSALS)
+        return
+    if way in ("default", "auto", "master"):
+        raise AssertionError(f"{way} must read {one.name!r} and refused it: {error}") from error
+    check_refusal(error)
+
+
+@pytest.fixture(autouse=True)
+def repaired(one_thread):  # noqa: F811 (the fixture by its name)
+    """What a wrong version left behind is not the next test's fault."""
+    stdout, limit = sys.stdout, sys.getrecursionlimit()
+    yield
+    sys.stdout = stdout
+    sys.setrecursionlimit(limit)
+    os.environ.pop("ZOKERN_TEST_REPORTS", None)
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+    torch.use_deterministic_algorithms(False)
+    torch.set_float32_matmul_precision("highest")
+    torch.autograd.set_detect_anomaly(False)
+    torch.set_autocast_enabled("cpu", False)
+    torch.backends.mkldnn.enabled = True
+    for backend in ("flash", "mem_efficient", "math"):
+        getattr(torch.backends.cuda, f"enable_{backend}_sdp")(True)
+    np.seterr(all="warn")
+    LOG.setLevel(logging.NOTSET)
+    LOCAL.depth, STACK[:] = 0, ["bottom"]
+    VARIABLE.set("outside")
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("one", CASES, ids=lambda one: one.name.replace(" ", "_"))
+def test_report(one: Case, way: str) -> None:
+    setup = built(one)
+    start = clones(setup.params)
+    written = one.name.startswith(("m28", "m42"))  # in place, what the closure writes stays
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            run(one, setup, way)
+            assert not one.must, f"{way} read a closure that does not repeat"
+        except AssertionError:
+            raise
+        except Exception as error:
+            if not isinstance(error, readings.REFUSALS):
+                raise
+            refuses(one, way, error)
+    if not one.lr and "writes weights" not in one.name and not (written and way == "inplace"):
+        check_weights(setup.params, start, way, 2 * STEPS)
+    assert len(readings.fallbacks(caught)) <= 1, readings.fallbacks(caught)
+
+
+def run(one: Case, setup: Setup, way: str) -> None:
+    """Some steps, each against the oracle; the surroundings are the same after each."""
+    opt = optimizer(one.method, setup.params, way, lr=one.lr, eps=one.eps, **one.options)
+    with one.around():
+        for step in range(STEPS):
+            setup.each(step)
+            theta, seen = clones(setup.params), setup.look()
+            stream = torch.get_rng_state()
+            result = zokern.step(opt, setup.loss)
+            assert setup.look() == seen, f"step {step} under {result.evaluation} left {setup.look()}, found {seen}"
+            assert torch.equal(stream, torch.get_rng_state()), "the step moved torch's stream"
+            got = torch.tensor(result.losses, dtype=torch.float64)
+            with outside(one):
+                compare(one, got, expected(one, theta, step))
+    if not one.lr:
+        last_look(one, setup, clones(setup.params))
+
+
+def outside(one: Case) -> contextlib.AbstractContextManager:
+    """The oracle opens the context of its own."""
+    return torch.autocast("cpu", enabled=False) if one.around is not contextlib.nullcontext else contextlib.nullcontext()
+
+
+def last_look(one: Case, setup: Setup, theta: dict[str, Tensor]) -> None:
+    """After steps that moved nothing, the model reads as a new one does."""
+    with one.around(), torch.no_grad():
+        now = float(setup.loss())
+    right = at(one, theta, STEPS - 1, 0, 0.0)
+    bound = one.ulps * 2.0**-24 * abs(right) * (1 if one.exact else 2.0**8)
+    assert abs(now - right) <= bound, f"the model reads {now} afterwards, a new one {right}"
+
+
+# Reports that are about more than one reading ---------------------------------------------------------------------
+
+ways = pytest.mark.parametrize("way", WAYS)
+
+
+def plain(seed: int = 7, sizes: tuple[int, ...] = (8, 8, 1)) -> tuple[nn.Sequential, Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return line(*sizes), torch.randn(4, sizes[0])
+
+
+def said(caught: list[warnings.WarningMessage], pattern: str) -> list[str]:
+    """Warnings whose text matches."""
+    return [str(w.message) for w in caught if re.search(pattern, str(w.message))]
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[warnings.WarningMessage]]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield caught
+
+
+def test_auto_is_the_default_of_every_method() -> None:
+    assert readings.defaults() == dict.fromkeys(readings.METHODS, "auto")
+
+
+@pytest.mark.parametrize("method", readings.METHODS)
+def test_old_name_is_an_alias(method: str) -> None:
+    """'walk' and 'inplace' are one evaluation under two names."""
+    runs = []
+    for name in ("walk", "inplace"):
+        net, x = plain()
+        opt = optimizer(method, net, name, lr=1e-3, eps=1e-3)
+        runs.append([(r.losses, r.evaluation) for r in (zokern.step(opt, square(net, x)) for _ in range(2))])
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("way", ["master", "paired", "scratch", "inplace"])
+def test_the_record_names_the_evaluation(way: str) -> None:
+    """An evaluation that was asked for by name is the one that ran: nothing is exchanged silently."""
+    net, x = plain()
+    opt = optimizer("MeZO", net, way)
+    assert [zokern.step(opt, square(net, x)).evaluation for _ in range(STEPS)] == [way] * STEPS
+
+
+DEFAULTS = {
+    "bfloat16": lambda: swapped(torch.get_default_dtype, torch.set_default_dtype, torch.bfloat16),
+    "float16": lambda: swapped(torch.get_default_dtype, torch.set_default_dtype, torch.float16),
+    "float64": lambda: swapped(torch.get_default_dtype, torch.set_default_dtype, torch.float64),
+    "meta": lambda: torch.device("meta"),
+}
+RECIPES: dict[str, dict[str, Any]] = {
+    "MeZO": {},
+    "FZOO": dict(queries=2),
+    "SubZero": dict(interval=2),
+    "LOZO": dict(interval=2),
+    "TeZO": {},
+    "PGAP": dict(interval=2, probes=2),
+    "MeZO momentum": dict(rule=zokern.Momentum(0.9)),
+    "MeZO Adam": dict(rule=zokern.Adam()),
+    "TeZO adam": dict(rule="adam"),
+}
+
+
+def run_of(method: str, way: str, around: Callable[[], Any]) -> tuple[list[Any], dict[str, Tensor]]:
+    """Losses and weights of a few steps; the optimizer is built and runs inside the context, the model's forward does not."""
+    net, x = plain(sizes=(300, 300))
+
+    def loss() -> float:
+        with torch.device("cpu"), swapped(torch.get_default_dtype, torch.set_default_dtype, torch.float32):
+            return net(x).square().mean()
+
+    with around():
+        opt = optimizer(method.split()[0], net, way, lr=1e-4, eps=1e-3, seed=1, **RECIPES[method])
+        losses = [zokern.step(opt, loss).losses for _ in range(4)]
+        opt.flush()
+    return losses, clones(net)
+
+
+ORDINARY: dict[tuple[str, str], Any] = {}
+
+
+@ways
+@pytest.mark.parametrize("default", DEFAULTS)
+@pytest.mark.parametrize("method", RECIPES)
+def test_m23_defaults_of_the_process_change_nothing(method: str, default: str, way: str) -> None:
+    """Another default dtype or device, as loading code leaves it, around the step: the bits of the ordinary run."""
+    if (method, way) not in ORDINARY:
+        ORDINARY[method, way] = run_of(method, way, contextlib.nullcontext)
+    losses, weights = run_of(method, way, DEFAULTS[default])
+    right, moved = ORDINARY[method, way]
+    assert losses == right
+    assert all(torch.isfinite(w).all() and torch.equal(w, moved[name]) for name, w in weights.items())
+
+
+@ways
+def test_m28_flags_that_write_are_treated_alike(way: str) -> None:
+    """max_norm of two layers and inplace=True: all are read right, or all are refused."""
+    outcomes = {}
+    for one in CASES:
+        if one.name in ("m28 max_norm Embedding", "m28 max_norm EmbeddingBag", "m28 inplace relu"):
+            setup = built(one)
+            try:
+                zokern.step(optimizer("MeZO", setup.params, way, lr=0.0, eps=one.eps), setup.loss)
+                outcomes[one.name] = "read"
+            except RuntimeError as error:
+                assert re.search(WRITES, str(error)), error
+                outcomes[one.name] = "refused"
+    assert len(outcomes) == 3 and len(set(outcomes.values())) == 1, outcomes
+
+
+@ways
+def test_m29_a_padding_row_stays_or_is_named(way: str) -> None:
+    """torch never moves a padding row; here it stays too, or a warning says that it moves."""
+    emb, head = nn.Embedding(30, 8, padding_idx=0), nn.Linear(8, 2)
+    net, ids = nn.ModuleList([emb, head]), torch.randint(0, 10, (8, 6))
+    mask = (ids > 0).float()[..., None]
+    with recorded() as caught:
+        opt = optimizer("MeZO", net, way, lr=1e-2, eps=1e-3)
+        for _ in range(STEPS):
+            zokern.step(opt, lambda: F.cross_entropy(head((emb(ids) * mask).sum(1)), ids.sum(1) % 2))
+    assert emb.weight[1:].abs().max() > 0
+    assert bool((emb.weight[0] == 0).all()) or said(caught, "padding"), "the row moved without a word"
+
+
+NORMS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
+    "BatchNorm1d": (lambda: nn.BatchNorm1d(8), True),
+    "InstanceNorm": (lambda: nn.Sequential(nn.Unflatten(1, (2, 4)), nn.InstanceNorm1d(2, track_running_stats=True),
+                                           nn.Flatten()), True),
+    "no statistics": (lambda: nn.BatchNorm1d(8, track_running_stats=False), False),
+    "eval mode": (lambda: nn.BatchNorm1d(8).eval(), False),
+    "LayerNorm": (lambda: nn.LayerNorm(8), False),
+}  # fmt: skip
+
+
+@ways
+@pytest.mark.parametrize("norm", NORMS)
+def test_m30_statistics_that_never_move_are_named_once(norm: str, way: str) -> None:
+    make, warns = NORMS[norm]
+    net, x = nn.Sequential(nn.Linear(16, 8), make(), nn.ReLU(), nn.Linear(8, 4)), torch.randn(12, 16)
+    with recorded() as caught:
+        opt = optimizer("MeZO", net, way, lr=1e-3)
+        with contextlib.suppress(*(readings.REFUSALS if way in ("paired", "scratch") else ())):
+            for _ in range(STEPS):
+                zokern.step(opt, square(net, x))
+    found = said(caught, "(?i)statistic|update_bn")
+    if opt.result is not None:  # else the evaluation has refused it by name, which the table looks at
+        assert len(found) == warns and all("update_bn" in text for text in found), [str(w.message) for w in caught]
+
+
+@ways
+def test_m32_13_after_a_step_the_parameters_hold_theta(way: str) -> None:
+    """Whoever reads parameters without a hook sees every update; where updates wait, `optimizer.waiting` says so."""
+    from torch.nn.utils import parameters_to_vector as vector
+    from torch.optim.swa_utils import AveragedModel
+
+    net, x = plain(sizes=(32, 64, 4))
+    traced, exported = torch.jit.trace(net, x), torch.export.export(net, (x,)).module()
+    try:
+        opt = optimizer("SubZero", net, way, lr=3e-2, rank=4, interval=100)
+        average = AveragedModel(net, avg_fn=lambda old, new, n: new)
+        for _ in range(4):
+            zokern.step(opt, square(net, x))
+    except readings.REFUSALS as error:
+        assert way in ("paired", "scratch")
+        return check_refusal(error)
+    waits = way not in ("master", "inplace") and getattr(opt, "waiting", None) is True
+    with torch.no_grad():
+        average.update_parameters(net)
+        looks = {
+            "vector": lambda: vector(net.parameters()),
+            "average": lambda: vector(average.module.parameters()),
+            "norm": lambda: torch.stack([p.norm() for p in net.parameters()]),
+            "traced": lambda: traced(x),
+            "exported": lambda: exported(x),
+        }
+        before = {name: look().clone() for name, look in looks.items()}
+        opt.flush()
+        average.update_parameters(net)
+        late = [name for name, look in looks.items() if (look() - before[name]).abs().max() > 1e-6]
+    assert not late or (waits and not opt.waiting), f"{late} were shown old weights"
+
+
+@ways
+def test_m34_two_optimizers_on_one_model(way: str) -> None:
+    """Each reads the other's updates, whether or not they wait."""
+    found = []
+    for defer in (True, False):
+        net, x = plain(sizes=(32, 64, 32, 4))
+        pair = [
+            optimizer("SubZero", [(n, net[i].weight)], way, lr=1e-2, rank=4, interval=50, seed=1, defer=defer)
+            for n, i in (("first", 0), ("second", 2))
+        ]
+        found.append([zokern.step(opt, square(net, x)).coefficients[0] for _ in range(4) for opt in pair])
+    waited, written = (torch.tensor(c) for c in found)
+    assert (waited - written).abs().max() <= 1e-3 + 1e-3 * written.abs().max(), found
+
+
+# K11, several processes -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A process group of this process alone."""
+    store = tmp_path_factory.mktemp("group") / "store"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def inside(wrap: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
+    """Wrap the model's first part."""
+
+    def wrapped(net: nn.Module) -> nn.Module:
+        net[0] = wrap(net[0])  # type: ignore[operator,index]
+        return net
+
+    return wrapped
+
+
+def eager(net: nn.Module) -> nn.Module:
+    return torch.compile(net, backend="eager")  # type: ignore[return-value]
+
+
+def checkpointed(net: nn.Module) -> nn.Module:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    return checkpoint_wrapper(net)
+
+
+def parallel(net: nn.Module) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(net)
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "compile": eager,
+    "parallel": parallel,
+    "checkpoint": checkpointed,
+    "checkpoint inside": inside(checkpointed),
+    "compile inside": inside(eager),
+    "compile of parallel": lambda net: eager(parallel(net)),
+    "parallel of compile": lambda net: parallel(eager(net)),
+    "parallel of checkpoint inside": lambda net: parallel(inside(checkpointed)(net)),
+    "both inside": inside(lambda layer: eager(checkpointed(layer))),
+}
+
+
+def wrapped_run(wrap: Callable[[nn.Module], nn.Module], method: str, way: str) -> tuple[list[Any], Any, dict[str, Any]]:
+    net, x = plain(sizes=(16, 16, 2))
+    net = wrap(net)
+    options = dict(rank=4) if method == "SubZero" else {}
+    opt = optimizer(method, net, way, lr=1e-2, eps=1e-2, seed=5, **options)
+    coefficients = [zokern.step(opt, square(net, x)).coefficients[0] for _ in range(2)]
+    return coefficients, optimizer(method, net, way, lr=1e-2, seed=5, **options), opt.state_dict()
+
+
+@ways
+@pytest.mark.parametrize("method", ["MeZO", "SubZero"])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_m35_a_wrapper_never_changes_z(wrapper: str, method: str, way: str, group: None) -> None:
+    """The same coefficients wrapped and plain, and the state goes from one to the other and back."""
+    try:
+        wrapped, opt, state = wrapped_run(WRAPPERS[wrapper], method, way)
+    except readings.REFUSALS as error:
+        assert way in ("paired", "scratch"), error
+        return check_refusal(error)
+    right, other, own = wrapped_run(lambda net: net, method, way)
+    error = max(abs(a - b) for a, b in zip(wrapped, right))
+    assert error <= 2e-3 * max(map(abs, right)), (wrapped, right)
+    opt.load_state_dict(own)
+    other.load_state_dict(state)
+    assert (opt.steps, other.steps) == (2, 2)
+
+
+def one_of_two(rank: int, store: str, results: str) -> None:
+    """A process of two that have other batches; what each way did goes into a file."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    lines = []
+    for way in WAYS:
+        net, _ = plain()
+        net = parallel(net)
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(rank))
+        try:
+            with recorded() as caught:
+                opt = optimizer("MeZO", net, way, lr=1e-2, eps=1e-3)
+                zokern.step(opt, square(net, x))
+            outcome = "; ".join(str(w.message) for w in caught)
+        except Exception as error:
+            outcome = f"{type(error).__name__}: {error}"
+        mine = torch.cat([p.detach().flatten() for p in net.parameters()])
+        both = [torch.zeros_like(mine) for _ in range(2)]
+        torch.distributed.all_gather(both, mine)
+        lines.append(f"{way}\t{float((both[0] - both[1]).abs().max())}\t{outcome}".replace("\n", " "))
+    if rank == 0:
+        with open(results, "w") as file:
+            file.write("\n".join(lines))
+    torch.distributed.destroy_process_group()
+
+
+def test_m36_several_processes_never_drift_silently(tmp_path: Any) -> None:
+    """Two processes under DistributedDataParallel: equal weights after the step, or an error or warning about processes."""
+    results = tmp_path / "results"
+    torch.multiprocessing.spawn(one_of_two, (str(tmp_path / "store"), str(results)), nprocs=2)
+    lines = [text.split("\t") for text in results.read_text().splitlines()]
+    assert [way for way, _, _ in lines] == list(WAYS)
+    bad = [entry for entry in lines if float(entry[1]) > 0 and not re.search("(?i)process|rank|distributed", entry[2])]
+    assert not bad, bad
+
+
+def test_11_a_sharded_parameter_is_refused_without_advice_that_fails(group: None) -> None:
+    """Its local tensor is no leaf: torch refuses it. 'Not supported yet' is the whole truth."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    w = nn.Parameter(distribute_tensor(torch.randn(4, 4), init_device_mesh("cpu", (1,)), [Replicate()]))
+    try:
+        zokern.step(zokern.MeZO([("w", w)], lr=0.0), lambda: w.square().mean().full_tensor())
+    except (TypeError, ValueError, NotImplementedError) as error:
+        assert "'w'" in str(error) and "not supported yet" in str(error), error
+        assert "use the local tensor" not in str(error), error
+
+
+# The audit: state around the arithmetic ----------------------------------------------------------------------------
+
+
+def looks() -> dict[str, Callable[[Any, nn.Module, Tensor], Any]]:
+    """Ways to look at a model or an optimizer between two steps."""
+    return {
+        "forward": lambda opt, net, x: net(x),
+        "state_dict": lambda opt, net, x: net.state_dict(),
+        "optimizer's state_dict": lambda opt, net, x: opt.state_dict(),
+        "deepcopy": lambda opt, net, x: copy.deepcopy(net),
+        "flush": lambda opt, net, x: opt.flush(),
+        "part of it": lambda opt, net, x: net[0](x),
+    }
+
+
+@ways
+@pytest.mark.parametrize("look", looks())
+@pytest.mark.parametrize("method", ["SubZero", "LOZO", "TeZO", "PGAP"])
+def test_D2_a_look_keeps_the_low_bits(method: str, look: str, way: str) -> None:
+    """Steps far below bfloat16's resolution add up in the low bits, which a look in between must not forget."""
+    options: dict[str, Any] = dict(rank=4, lr=1e-6, eps=1e-2, rounding="residual")
+    options |= dict(interval=100) if method != "TeZO" else {}
+    options |= dict(probes=2) if method == "PGAP" else {}
+    found = []
+    for looked in (True, False):
+        net, x = plain(sizes=(40, 40))
+        net, x = net.bfloat16(), x.bfloat16()
+        net[0].bias.requires_grad_(False)
+        before = net[0].weight.detach().clone()
+        try:
+            opt = optimizer(method, net, way, **options)
+            for step in range(6):
+                zokern.step(opt, lambda net=net, x=x: net(x).float().square().mean() * 1000)
+                if looked and step in (2, 4):
+                    looks()[look](opt, net, x)
+            opt.flush()
+        except readings.REFUSALS as error:
+            assert way in ("paired", "scratch"), error
+            return check_refusal(error)
+        low = opt.state[net[0].weight]["residual"]
+        found.append(((net[0].weight - before).float(), low.clone()))
+    (moved, low), (right, low_right) = found
+    assert (low_right != 0).float().mean() > 0.5, "the run that is not looked at has no low bits: the case says nothing"
+    assert (low != 0).float().mean() > 0.5, "low bits were lost"
+    assert (moved != right).float().mean() <= 0.01, "the run that is looked at goes elsewhere"
+
+
+@ways
+def test_D3_a_matrix_of_any_strides(way: str) -> None:
+    """All parameters of a step move, or none."""
+    a, b, c = (nn.Parameter(t) for t in (torch.randn(20, 30), torch.randn(20, 30).t(), torch.randn(7)))
+    named = [("a", a), ("b", b), ("c", c)]
+    start = clones(named)
+    opt = optimizer("TeZO", named, way, lr=1e-3, rule="adam")
+    try:
+        zokern.step(opt, lambda: (a @ b).square().mean() + c.square().mean())
+    except readings.REFUSALS as error:
+        assert "'b'" in str(error), error
+        return check_weights(named, start, way)
+    opt.flush()
+    assert [bool((p != start[name]).any()) for name, p in named] == [True, True, True]
+    assert opt.steps == 1
+
+
+MOMENTS: dict[str, dict[str, Any]] = {
+    "SubZero": dict(rule=zokern.Momentum(0.9), rank=3, interval=2),
+    "LOZO": dict(momentum=0.9, rank=3, interval=2),
+    "PGAP": dict(rule=zokern.Momentum(0.9), rank=3, interval=2, probes=2),
+}
+
+
+@ways
+@pytest.mark.parametrize("method", MOMENTS)
+def test_D4_momentum_of_a_matrix_that_was_frozen(method: str, way: str) -> None:
+    """A run that is saved after a matrix was frozen across a refresh goes on as the run that was not saved."""
+    ends = []
+    for resumed in (False, True):
+        net, x = plain(sizes=(40, 40, 30))
+        opt = optimizer(method, net, way, lr=1e-3, eps=1e-2, defer=False, **MOMENTS[method])
+        for step in range(9):
+            if step in (3, 6):
+                net[0].weight.requires_grad_(step == 6)
+            if step == 6 and resumed:
+                state = copy.deepcopy(opt.state_dict())
+                opt = optimizer(method, net, way, lr=1e-3, eps=1e-2, defer=False, **MOMENTS[method])
+                opt.load_state_dict(state)
+            zokern.step(opt, lambda net=net, x=x: net(x).square().mean() * 10)
+        ends.append(clones(net))
+    moved = (ends[0]["0.weight"] - plain(sizes=(40, 40, 30))[0][0].weight).abs().max()
+    error = max(float((ends[0][name] - ends[1][name]).detach().abs().max()) for name in ends[0])
+    assert error <= 1e-4 * float(moved.detach()), f"{error:.3g} apart after moves of {float(moved.detach()):.3g}"
+
+
+@ways
+@pytest.mark.parametrize("method", ["MeZO", "SubZero", "LOZO"])
+def test_D5_a_perturbation_that_rounding_swallows_is_named(method: str, way: str) -> None:
+    """bfloat16 rows of size 1 do not see most of eps z: a refusal, a warning, or a difference that is right all the same."""
+    emb, head, ids = nn.Embedding(50, 40), torch.randn(40, 4), torch.randint(0, 50, (6, 8))
+    emb.weight.data = torch.randn(50, 40).bfloat16()
+    options = {} if method == "MeZO" else dict(rank=4)
+    eps = 3e-4
+
+    def loss(rows: Tensor) -> Tensor:
+        return (rows.mean(1) @ head.to(rows.dtype)).tanh().square().mean()
+
+    with recorded() as caught:
+        try:
+            result = zokern.step(
+                optimizer(method, emb, way, lr=0.0, eps=eps, **options), lambda: loss(F.embedding(ids, emb.weight).float())
+            )
+        except (ValueError, RuntimeError) as error:
+            assert re.search("(?i)eps|round", str(error)), error
+            return
+    if said(caught, "(?i)eps|round"):
+        return
+    z = readings.direction(method, options)("weight", (50, 40), 0, 0, 0)
+    ahead, behind = (float(loss((emb.weight.detach().double() + a * eps * z)[ids])) for a in (1, -1))
+    right = (ahead - behind) / (2 * eps)
+    error = abs(result.coefficients[0] - right)
+    assert error <= 0.03 * abs(right) + 1e-3, f"{result.coefficients[0]} is read, {right} is right, without a word"
+
+
+@ways
+@pytest.mark.parametrize("how", ["refused", "frozen"])
+def test_D7a_low_bits_are_not_kept_for_weights_that_the_user_wrote(how: str, way: str) -> None:
+    net, x = plain(sizes=(50, 50))
+    net, x = net.bfloat16(), x.bfloat16()
+    opt = optimizer("MeZO", net, way, lr=1e-4, eps=1e-2, rounding="residual")
+    closure = lambda: net(x).float().square().mean() * 10  # noqa: E731
+    for _ in range(3):
+        zokern.step(opt, closure)
+    w = net[0].weight
+    assert (opt.state[w]["residual"] != 0).float().mean() > 0.5
+    if how == "frozen":
+        w.requires_grad_(False)
+    with torch.no_grad():
+        w.copy_(torch.randn(50, 50))
+    lr = opt.param_groups[0]["lr"]
+    if how == "refused":
+        opt.param_groups[0]["lr"] = float("nan")
+        with pytest.raises(ValueError, match="lr"):
+            zokern.step(opt, closure)
+    else:
+        zokern.step(opt, closure)
+        w.requires_grad_(True)
+    opt.param_groups[0]["lr"] = 0.0
+    zokern.step(opt, closure)
+    opt.param_groups[0]["lr"] = lr
+    assert int((opt.state[w]["residual"] != 0).sum()) == 0, "the user's weights were given old low bits"
+
+
+# Frictions: what is said, and when ---------------------------------------------------------------------------------
+
+
+@ways
+@pytest.mark.parametrize("method", ["MeZO", "SubZero", "TeZO"])
+def test_4_divergence_is_named(method: str, way: str) -> None:
+    """A loss that grows quickly: a RuntimeWarning about lr within 20 steps, none that blames a small eps."""
+    net, x = plain(sizes=(16, 16, 1))
+    with recorded() as caught:
+        opt = optimizer(method, net, way, lr=3.0, eps=1e-3, max_skips=None, nonfinite="ignore")
+        losses = [zokern.step(opt, lambda: (net(x) - 1).square().mean()).loss for _ in range(20)]
+    assert max(v for v in losses if v == v) > 10 * losses[0], "the loss did not grow: the case says nothing"
+    about = [w for w in caught if w.category is RuntimeWarning and re.search(r"\blr\b", str(w.message))]
+    assert about, [str(w.message) for w in caught]
+    assert not said(caught, "eps too small"), "a loss that grows does not ask for a larger eps"
+
+
+def test_4_an_ordinary_run_is_not_called_divergent() -> None:
+    """Noise from batch to batch, and a loss that falls, are no divergence."""
+    net, _ = plain(sizes=(16, 16, 1))
+    g = torch.Generator().manual_seed(3)
+    with recorded() as caught:
+        opt = zokern.MeZO(net, lr=1e-3, eps=1e-3)
+        for _ in range(60):
+            x = torch.randn(4, 16, generator=g) * torch.rand(1, generator=g)
+            zokern.step(opt, lambda x=x: (net(x) - 1).square().mean())
+    assert not said(caught, r"\blr\b"), said(caught, r"\blr\b")
+
+
+class Wrapper:
+    """What a training framework hands out: of the wrapped class and its state, but another object, with `.optimizer`."""
+
+    def __init__(self, opt: Any) -> None:
+        self.__class__ = type("Wrapped" + type(opt).__name__, (Wrapper, type(opt)), {})
+        self.__dict__.update({k: v for k, v in opt.__dict__.items() if k not in ("step", "result")})
+        self.optimizer = opt
+
+    def step(self, closure: Callable[[], Any] | None = None, **_: Any) -> Any:
+        return self.optimizer.step(closure)
+
+
+@ways
+def test_7_a_wrapper_of_the_optimizers_own_class(way: str) -> None:
+    """The result is that of the step, and the wrapped optimizer's counter moves."""
+    net, x = plain()
+    opt = optimizer("MeZO", net, way, lr=0.0, eps=1e-2)
+    wrapper = Wrapper(opt)
+    results = [zokern.step(wrapper, square(net, x)) for _ in range(2)]
+    assert all(isinstance(r, zokern.StepResult) for r in results) and opt.steps == 2
+    assert [r.step for r in results] == [0, 1] and opt.result is results[1]
+
+
+NEAREST = {"momentum": "Momentum", "betas": "Adam", "epsilon": "eps", "querys": "queries", "evaluations": "evaluation"}
+
+
+@pytest.mark.parametrize("method", readings.METHODS)
+@pytest.mark.parametrize("option", NEAREST)
+def test_14_an_unknown_option_names_the_class_and_the_nearest(option: str, method: str) -> None:
+    if (method, option) in (("LOZO", "momentum"), ("TeZO", "betas")):
+        pytest.skip(f"{method} has the option {option!r}")
+    net, _ = plain()
+    with pytest.raises(TypeError) as caught:
+        readings.METHODS[method](net, **{option: 1})
+    text = str(caught.value)
+    assert method in text and repr(option) in text and NEAREST[option] in text, text
+    assert "ZerothOrder" not in text, text
+
+
+@ways
+@pytest.mark.parametrize("what", ["backward", "accelerate", "grad"])
+def test_15_m40_backward_in_the_closure(what: str, way: str) -> None:
+    """One line of zokern's own: no backward here."""
+    net, x = plain()
+    start = clones(net)
+
+    def closure() -> Tensor:
+        loss = net(x).square().mean()
+        if what == "backward":
+            loss.backward()
+        elif what == "accelerate":
+            torch.autograd.backward([loss])
+        else:
+            torch.autograd.grad(loss, list(net.parameters()))
+        return loss
+
+    with pytest.raises(RuntimeError) as caught:
+        zokern.step(optimizer("MeZO", net, way), closure)
+    assert "backward" in str(caught.value) and re.search("(?i)not need|no need|needs no|none", str(caught.value))
+    check_weights(net, start, way)
+
+
+@ways
+@pytest.mark.parametrize("graph", [True, False])
+def test_16_a_loss_that_was_computed_before_the_step(graph: bool, way: str) -> None:
+    net, x = plain()
+    start = clones(net)
+    with torch.set_grad_enabled(graph):
+        loss = net(x).square().mean()
+    with pytest.raises((RuntimeError, ValueError), match="before the step"):
+        zokern.step(optimizer("MeZO", net, way), lambda: loss)
+    check_weights(net, start, way)
+
+
+CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "pop": lambda batch: batch.pop("x"),
+    "next": lambda batch: next(batch["once"]),
+    "del": lambda batch: (batch["x"], batch.__delitem__("x"))[0],
+}
+
+
+@ways
+@pytest.mark.parametrize("change", CHANGES)
+def test_17_an_exception_says_which_reading_failed(change: str, way: str) -> None:
+    """The second call finds the batch changed; the model's own error carries a note about it, and the weights their bits."""
+    net, x = plain()
+    start, batch = clones(net), {"x": x, "once": iter([x])}
+    with pytest.raises((KeyError, StopIteration, RuntimeError)) as caught:
+        zokern.step(optimizer("MeZO", net, way), lambda: net(CHANGES[change](batch)).square().mean())
+    notes = " ".join(getattr(caught.value, "__notes__", ()))
+    assert re.search(r"(?i)reading (number )?2|second (reading|time)", notes) and "batch" in notes, (
+        f"{caught.value!r} with notes {notes!r}"
+    )
+    check_weights(net, start, way)
+
+
+def test_17_the_first_reading_is_not_blamed_on_the_batch() -> None:
+    net, x = plain()
+    with pytest.raises(ZeroDivisionError) as caught:
+        zokern.step(zokern.MeZO(net, evaluation="scratch"), lambda: net(x).sum() * (1 / 0))
+    assert "batch" not in " ".join(getattr(caught.value, "__notes__", ()))
+
+
+@ways
+def test_18_a_step_without_closure_is_a_probe(way: str) -> None:
+    """While every lr is 0 it does nothing, as torch.distributed.checkpoint expects; otherwise it is an error."""
+    net, x = plain()
+    opt = optimizer("MeZO", net, way, lr=1e-3, eps=1e-2)
+    start = clones(net)
+    with pytest.raises(TypeError, match="closure"):
+        opt.step()
+    opt.param_groups[0]["lr"] = 0.0
+    assert opt.step() is None and opt.steps == 0 and opt.result is None
+    check_weights(net, start, "master")
+    opt.param_groups[0]["lr"] = 1e-3
+    other, _ = plain()
+    right = zokern.step(optimizer("MeZO", other, way, lr=1e-3, eps=1e-2), square(other, x))
+    assert zokern.step(opt, square(net, x)).coefficients == right.coefficients
+
+
+@pytest.mark.parametrize("method", readings.METHODS)
+def test_18_distributed_checkpoint_takes_the_state(method: str) -> None:
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    net, x = plain(sizes=(16, 16, 1))
+    opt = readings.METHODS[method](net, lr=1e-3)
+    start = clones(net)
+    weights, state = get_state_dict(net, opt)
+    assert set(weights) == set(start) and "param_groups" in state
+    assert opt.steps == 0 and opt.param_groups[0]["lr"] == 1e-3
+    check_weights(net, start, "master")
+    zokern.step(opt, square(net, x))
+    get_state_dict(net, opt)
+    assert opt.steps == 1
+
+
+def test_21_frozen_parameters_are_refused_when_the_optimizer_is_built() -> None:
+    net, _ = plain()
+    net.requires_grad_(False)
+    texts = []
+    for params in (net, net.parameters(), list(net.named_parameters()), [{"params": net.parameters()}]):
+        with pytest.raises(ValueError, match="requires_grad") as caught:
+            zokern.MeZO(params)
+        texts.append(str(caught.value))
+    assert not any("any more" in text for text in texts), texts
+
+
+@ways
+def test_22_an_eps_that_is_too_large_is_named(way: str) -> None:
+    """The losses' second difference dwarfs the first: the loss of the record is not that of the model."""
+    net, x = plain(sizes=(16, 32, 1))
+    for eps, warns in ((1.0, True), (1e-3, False)):
+        with recorded() as caught:
+            opt = optimizer("MeZO", net, way, lr=0.0, eps=eps)
+            for _ in range(STEPS):
+                zokern.step(opt, lambda: (net(x) - 1).square().mean())
+        assert bool(said(caught, r"\beps\b.*large|large.*\beps\b")) == warns, [str(w.message) for w in caught]
