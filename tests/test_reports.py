@@ -1196,7 +1196,7 @@ def test_m30_statistics_that_never_move_are_named_once(norm: str, way: str) -> N
 
 @ways
 def test_m32_13_after_a_step_the_parameters_hold_theta(way: str) -> None:
-    """Whoever reads parameters without a hook sees every update; where updates wait, `optimizer.waiting` says so."""
+    """Whoever reads parameters without a hook sees every update; where updates wait, `optimizer.pending` says so."""
     from torch.nn.utils import parameters_to_vector as vector
     from torch.optim.swa_utils import AveragedModel
 
@@ -1210,7 +1210,7 @@ def test_m32_13_after_a_step_the_parameters_hold_theta(way: str) -> None:
     except readings.REFUSALS as error:
         assert way in ("paired", "scratch")
         return check_refusal(error)
-    waits = way not in ("master", "inplace") and getattr(opt, "waiting", None) is True
+    waits = way not in ("master", "inplace") and getattr(opt, "pending", None) is True
     with torch.no_grad():
         average.update_parameters(net)
         looks = {
@@ -1224,7 +1224,7 @@ def test_m32_13_after_a_step_the_parameters_hold_theta(way: str) -> None:
         opt.flush()
         average.update_parameters(net)
         late = [name for name, look in looks.items() if (look() - before[name]).abs().max() > 1e-6]
-    assert not late or (waits and not opt.waiting), f"{late} were shown old weights"
+    assert not late or (waits and not opt.pending), f"{late} were shown old weights"
 
 
 @ways

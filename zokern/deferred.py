@@ -230,11 +230,21 @@ class _Flush:
         if optimizer is not None and optimizer.pending and not optimizer._lock.locked() and (self.saves or not optimizer._busy):
             optimizer.flush()
 
+    def __deepcopy__(self, memo: dict) -> Callable[..., None]:
+        """A copied module has no optimizer. Its parts are copied after its hooks: they have the updates that are written here."""
+        optimizer = self.optimizer()
+        if optimizer is not None and optimizer.pending and not optimizer._lock.locked():
+            own = optimizer.model._parameters.values() if optimizer.model is not None else ()
+            if any((matrix := optimizer.matrices.get(id(p))) is not None and matrix.pending is not None for p in own):
+                raise RuntimeError("the module is being copied while updates of its own weights are deferred: call optimizer.flush() first")
+            optimizer.flush()
+        return _ignore
+
     def __reduce__(self) -> tuple:
-        """A saved or copied module has no optimizer. Raises while updates are deferred: the copy would lack them."""
+        """A pickled module has no optimizer. Raises while updates are deferred, which it would lack; a pickle writes no weights."""
         optimizer = self.optimizer()
         if optimizer is not None and optimizer.pending:
-            raise RuntimeError("the module is being copied or pickled while updates are deferred: call optimizer.flush() first")
+            raise RuntimeError("the module is being pickled while updates are deferred: call optimizer.flush() first")
         return _nothing, ()
 
 

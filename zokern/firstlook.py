@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
+from .evaluation import Isolation
 from .plan import Plan
 from .warning import warn
 
@@ -17,28 +20,50 @@ class Watch(TorchFunctionMode):
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
-        groups = plan.groups
-        self.names = {id(t): name for g in groups for name, each in zip(g.names, g.objects) for t in each}
+        self.names = {id(t): name for g in plan.groups for name, each in zip(g.names, g.objects) for t in each}
         self.seen: set[str] = set()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        for value in (*args, *kwargs.values()):
-            for one in value if type(value) in (list, tuple) else (value,):
-                if id(one) in self.names:
-                    self.seen.add(self.names[id(one)])
+        for value in tree_leaves((args, kwargs)):
+            if id(value) in self.names:
+                self.seen.add(self.names[id(value)])
         return func(*args, **kwargs)
 
-    def unseen(self, plan: Plan, losses: Sequence[float]) -> tuple[str, ...]:
-        """Returns the parameters that were not read. Raises if none was and no loss moved: the closure runs another model."""
-        if self.seen:
-            return tuple(name for name in plan.names if name not in self.seen)
-        if len(set(losses)) == 1:
-            raise RuntimeError(
-                "the loss never used a trained parameter: the closure runs another model, or a loss that was computed before the step; "
-                "give the optimizer the model that the closure runs, and call the model inside the closure"
-            )
-        return ()  # read by code that torch functions do not show: compiled or scripted
+
+def unseen(plan: Plan, losses: Sequence[float], closure: Callable[[], Any]) -> tuple[str, ...]:
+    """Reads the loss of the weights once more, and returns the trained parameters that it does not read.
+
+    Raises RuntimeError if it reads none, and the losses of the step are equal: the closure runs another model."""
+    watch, isolation = Watch(plan), Isolation(plan)
+    with isolation.session(eager=True):
+        isolation.read(closure, watch)
+    if watch.seen:
+        return tuple(name for name in plan.names if name not in watch.seen)
+    if len(set(losses)) == 1:
+        raise RuntimeError(
+            "the loss never used a trained parameter: the closure runs another model, or the loss was computed before the step; give the "
+            "optimizer the model that the closure runs, and call the model inside the closure"
+        )
+    return ()  # read by code that torch functions do not show: compiled or scripted
+
+
+def name_statistics(plan: Plan) -> None:
+    """Warns once of what gradient training would do and a step does not: running statistics never move, padding rows do."""
+    modules, trained = plan.tree.modules, {id(t) for t in plan.tensors}
+    norms = [m for m in modules if getattr(m, "running_mean", None) is not None and m.training]
+    norms += [m for m in modules if type(m).__name__ == "_SpectralNorm" and m.training]
+    if norms:
+        warn(
+            f"{len(norms)} modules such as {type(norms[0]).__name__} keep running statistics, which never move: a step puts buffers back. "
+            "Before the model is used in eval mode, renew them: torch.optim.swa_utils.update_bn(loader, model)"
+        )
+    padded = [m for m in modules if getattr(m, "padding_idx", None) is not None and id(getattr(m, "weight", None)) in trained]
+    if padded:
+        warn(
+            f"the padding row of {len(padded)} modules such as {type(padded[0]).__name__} moves along z, unlike under gradients, which are 0 "
+            "there. It matters where a loss reads it; to keep it, write it back after each step"
+        )
 
 
 def repeats(plan: Plan, first: float, again: float) -> bool:
@@ -61,4 +86,4 @@ def distance(plan: Plan, losses: Sequence[float], base: float) -> None:
         )
 
 
-__all__ = ["Watch", "distance", "repeats"]
+__all__ = ["distance", "name_statistics", "repeats", "unseen"]

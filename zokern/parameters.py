@@ -349,7 +349,7 @@ def check_model(model: nn.Module) -> None:
         if isinstance(module, torch.jit.ScriptModule):
             raise TypeError(
                 f"{where} is a TorchScript module, whose interpreter reads weights where no perturbation can reach; "
-                "pass the eager module, or evaluation='walk'"
+                "pass the eager module, or use evaluation='master'"
             )
         if type(module).__name__ in ("FullyShardedDataParallel", "FSDPModule"):
             raise TypeError(

@@ -149,7 +149,8 @@ class Plan:
     """The checked work of one step.
 
     tree        the modules that a step leaves as they are
-    first_draw  draw word of query 0"""
+    first_draw  draw word of query 0
+    readings    how often the closure was called"""
 
     groups: list[Group]
     direction: Direction
@@ -161,6 +162,7 @@ class Plan:
     tree: Tree
     factored: Factored | None = None  # the direction of groups with matrices
     first_draw: int = 0
+    readings: int = 0
     tensors: list[Tensor] = field(default_factory=list)  # of all groups
     names: list[str] = field(default_factory=list)
 

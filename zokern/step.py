@@ -13,8 +13,8 @@ from torch import Tensor
 
 from . import estimator, underflow
 from .arguments import fits
-from .evaluation import THETA, Point, unrepeatable
-from .firstlook import Watch, distance, repeats
+from .evaluation import THETA, NotRepeatable, Point
+from .firstlook import distance, name_statistics, repeats, unseen
 from .plan import Group, Plan
 
 
@@ -146,19 +146,19 @@ def _run(optimizer: Any, closure: Callable[[], Any]) -> StepResult:
 
 
 def _check(optimizer: Any, plan: Plan, points: list[Point], read: Tensor, closure: Callable[[], Any]) -> tuple[str, ...]:
-    """First step, and every `paired_check` steps: reads the first loss again, and that of theta. Returns parameters that were not read."""
-    every = optimizer.paired_check
-    first = optimizer.result is None
-    if not every or (every == "first" and not first) or (every != "first" and plan.step % every and not first):
+    """First step, and every `paired_check` steps: reads the first loss again. Returns the parameters that the first step did not read."""
+    every, first = optimizer.paired_check, optimizer.result is None
+    if not every or not (first or (every != "first" and plan.step % every == 0)):
         return ()
-    with Watch(plan) as watch:
-        again, base = optimizer.evaluation.losses(plan, [points[0], THETA], closure).tolist()
     found = read.tolist()
+    again, base = optimizer.evaluation.losses(plan, [points[0], THETA], closure).tolist()
     if not repeats(plan, found[0], again):
-        raise unrepeatable(found[0], again)
-    if first:
-        distance(plan, found, base)
-    return watch.unseen(plan, found)
+        raise NotRepeatable(found[0], again)
+    if not first:
+        return ()
+    distance(plan, found, base)
+    name_statistics(plan)
+    return unseen(plan, found, closure)
 
 
 Move = tuple[list[float], float, float]
@@ -168,11 +168,6 @@ def _move(optimizer: Any, plan: Plan, group: Group, coefficients: list[float]) -
     """Returns what a group's rule is told: the weight of each draw, lr and decay."""
     lr = float(group.options["lr"])
     decay = 1.0 - lr * group.options["weight_decay"]
-    if decay < 0.0:
-        raise ValueError(
-            f"lr * weight_decay is {lr} * {group.options['weight_decay']} = {1.0 - decay:.4g}; expected at most 1: weights would change "
-            "their sign in every step"
-        )
     sign = 1.0 if optimizer.maximize else -1.0
     return [sign * c / plan.queries for c in coefficients], lr, decay
 

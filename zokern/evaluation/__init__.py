@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from .auto import Auto
-from .base import THETA, Evaluation, Point, Record, Refused
+from .base import THETA, Evaluation, NotRepeatable, Point, Record, Refused
 from .inplace import InPlace
 from .isolation import Isolation, Tree
 from .master import Master
 from .objective import Objective
 from .paired import Paired
 from .scratch import Scratch
-from .trust import unrepeatable
 
 EVALUATIONS: dict[str, type] = {"auto": Auto, "inplace": InPlace, "master": Master, "paired": Paired, "scratch": Scratch}
 ALIASES = {"walk": "inplace"}  # for one release
@@ -29,6 +28,6 @@ def resolve(evaluation: str | Evaluation) -> Evaluation:
 
 
 __all__ = [
-    "EVALUATIONS", "THETA", "Auto", "Evaluation", "InPlace", "Isolation", "Master", "Objective", "Paired", "Point", "Record", "Refused",
-    "Scratch", "Tree", "resolve", "unrepeatable",
+    "EVALUATIONS", "THETA", "Auto", "Evaluation", "InPlace", "Isolation", "Master", "NotRepeatable", "Objective", "Paired", "Point", "Record", "Refused",
+    "Scratch", "Tree", "resolve",
 ]  # fmt: skip

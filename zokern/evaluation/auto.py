@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import products
 from ..warning import warn
-from .base import Point, Record
+from .base import NotRepeatable, Point, Record
 from .isolation import Isolation
 from .master import Master
 from .paired import Paired
@@ -42,17 +42,20 @@ class Auto:
     def __init__(self, budget: int = 64 * MIB) -> None:
         self.ways: dict[str, Any] = {"paired": Paired(budget), "scratch": Scratch(budget), "master": Master()}
         self.order: list[str] = []  # ways that are left, the one in use first
+        self.began = 0
+        self.seen: tuple[int, int] | None = None  # first step: rows of the inputs, and forwards; None once a way is chosen
         self.why = ""
         self.record = Record(self.name)
 
     @property
     def choice(self) -> str | None:
         """The way in use, for a state_dict: a resumed run reads as the run that it continues."""
-        return self.order[0] if self.order else None
+        return self.order[0] if self.order and self.seen is None else None
 
     @choice.setter
     def choice(self, name: str | None) -> None:
-        self.order = [] if name not in self.ways else [name, *(way for way in self.ways if way != name)]
+        self.order = [] if name not in self.ways else list(dict.fromkeys([name, "scratch", "master"]))
+        self.seen = None
         self.why = f"{name!r}, as in the run that was resumed" if self.order else ""
 
     @property
@@ -62,67 +65,54 @@ class Auto:
     def losses(self, plan: Plan, points: Sequence[Point], closure: Callable[[], object]) -> Tensor:
         """Returns the losses at the points, float64 [len(points)]; see Evaluation.losses."""
         if not self.order:
-            return self._first(plan, points, closure)
+            self._begin(plan)
+        elif self.seen is not None and plan.step != self.began:
+            self.order, self.why = _choose(plan, *self.seen, self.order[0])
+            self.seen = None
+        failed: list[tuple[str, Exception]] = []
         while True:
             way = self.ways[self.order[0]]
             try:
-                found = way.losses(plan, points, closure)
-                self.record = replace(way.record, why=self.why)
-                return found
-            except Exception as problem:
-                if len(self.order) == 1 or way.name == "master":
-                    raise
-                found = self._without(way.name, problem, plan, points, closure)
-                if found is not None:
-                    return found
-
-    def _without(
-        self, name: str, problem: Exception, plan: Plan, points: Sequence[Point], closure: Callable[[], object]
-    ) -> Tensor | None:
-        """Goes on with the next way, if that reads what this one could not; else the closure is at fault and its error is raised."""
-        left = [way for way in self.order[1:] if way != "master" or fits(plan)]
-        if not left:
-            raise problem
-        way = self.ways["master" if "master" in left else left[0]]
-        found = way.losses(plan, points, closure)
-        left.sort(key=lambda way: way == "master")
-        self.order = left
-        self.why = f"{left[0]!r}: {name!r} failed ({_first_line(problem)})"
-        warn(f"evaluation {name!r} cannot read this closure; the run goes on with {left[0]!r}. {_first_line(problem)}")
-        self.record = replace(way.record, why=self.why)
-        return found
-
-    def _first(self, plan: Plan, points: Sequence[Point], closure: Callable[[], object]) -> Tensor:
-        safe = self.ways["master" if fits(plan) else "scratch"]
-        isolation = Isolation(plan)
-        found = safe.read(plan, points, closure, isolation)
-        self.order, self.why = _choose(plan, isolation, safe.name)
-        self.record = replace(safe.record, why=f"the first step is read by {safe.name!r}; then {self.why}")
-        while self.ways[self.order[0]] is not safe:
-            way = self.ways[self.order[0]]
-            try:
-                way.trust.verify(way, plan, points, closure, isolation)
+                if self.seen is not None:
+                    isolation = Isolation(plan)
+                    found = way.read(plan, points, closure, isolation)
+                    self.seen = max(self.seen[0], isolation.rows), max(self.seen[1], isolation.calls)
+                else:
+                    found = way.losses(plan, points, closure)
                 break
-            except Exception as problem:
-                self.order = self.order[1:]
-                self.why = f"{self.order[0]!r}: {way.name!r} failed ({_first_line(problem)})"
-                warn(f"evaluation {way.name!r} cannot read this closure; the run goes on with {self.order[0]!r}. {_first_line(problem)}")
+            except (RuntimeError, ValueError, TypeError, NotImplementedError) as problem:
+                left = [name for name in self.order[1:] if name != "master" or fits(plan)]
+                if isinstance(problem, NotRepeatable) or not left:
+                    raise
+                failed.append((way.name, problem))
+                self.order = left
+        self.record = replace(way.record, why=self.why)
+        if failed:  # the next way could read what these could not: the closure is not at fault
+            causes = "; ".join(f"{name!r}: {_first_line(problem)}" for name, problem in failed)
+            self.why = f"{way.name!r}, because others failed: {causes}"
+            self.record = replace(way.record, why=self.why)
+            warn(f"this closure is read by evaluation {way.name!r} from now on, because others cannot: {causes}")
         return found
 
+    def _begin(self, plan: Plan) -> None:
+        safe = "master" if fits(plan) else "scratch"
+        self.order, self.began, self.seen = [safe], plan.step, (0, 0)
+        self.why = f"{safe!r} reads the first step"
 
-def _choose(plan: Plan, isolation: Isolation, safe: str) -> tuple[list[str], str]:
+
+def _choose(plan: Plan, rows: int, calls: int, safe: str) -> tuple[list[str], str]:
     """Returns the ways in the order in which they are tried, and the reason."""
     rest = [safe] if safe == "master" else ["scratch"]
-    if isolation.calls > 2 and safe == "master":
-        return rest, f"'master': {isolation.calls} forwards in one closure"
+    if calls > 2 and safe == "master":
+        return rest, f"'master': {calls} forwards in one closure"
     on_cpu = plan.groups[0].theta[0].device.type == "cpu"
     most = ROWS if plan.factored is None else FACTORED
-    if isolation.elements <= most:
+    if rows <= most:
         order = ["paired", *(["scratch"] if on_cpu else []), *rest]
-        return list(dict.fromkeys(order)), f"'paired': inputs of {isolation.elements} elements, up to {most}"
+        return list(dict.fromkeys(order)), f"'paired': inputs of {rows} rows, up to {most}"
     if on_cpu or safe != "master":
-        return list(dict.fromkeys(["scratch", *rest])), f"'scratch': inputs of {isolation.elements} elements, more than {most}"
-    return rest, f"'master': inputs of {isolation.elements} elements, more than {most}, on a GPU"
+        return list(dict.fromkeys(["scratch", *rest])), f"'scratch': inputs of {rows} rows, more than {most}"
+    return rest, f"'master': inputs of {rows} rows, more than {most}, on a GPU"
 
 
 def _first_line(problem: Exception) -> str:

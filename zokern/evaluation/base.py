@@ -32,6 +32,17 @@ class Refused(RuntimeError):
     """An evaluation cannot read this closure right; the message says why. Evaluation 'auto' goes on with another."""
 
 
+class NotRepeatable(RuntimeError):
+    """The closure returned two losses for the same weights."""
+
+    def __init__(self, first: float, again: float) -> None:
+        super().__init__(
+            f"the closure returned {first!r} and then {again!r} for the same weights: it advances a data iterator, a cache or a "
+            "random generator of its own, or changes its batch, so the two sides of a pair do not measure the same loss; take the "
+            "batch, and what changes, outside the closure"
+        )
+
+
 @dataclass
 class Record:
     """How the losses of the last call were obtained.
@@ -72,4 +83,4 @@ def distinct(points: Sequence[Point]) -> list[Point]:
     return sorted(found, key=lambda point: bool(point.terms))
 
 
-__all__ = ["THETA", "WAY_OUT", "Evaluation", "Point", "Record", "Refused", "distinct"]
+__all__ = ["THETA", "WAY_OUT", "Evaluation", "NotRepeatable", "Point", "Record", "Refused", "distinct"]

@@ -102,7 +102,8 @@ class Copies:
             lefts, rights, shrinks = zip(*parts)
             many = len(moved)
             group.backend.lowrank_(
-                list(thetas) * many, list(spans) * many, lefts, rights, [1.0] * len(parts), shrinks[0], "nearest",
+                list(thetas) * many, list(spans) * many, lefts, rights, [1.0] * len(parts), shrinks[0],
+                "nearest" if low is None else "residual",
                 None if low is None else list(low) * many, outs=[out for side in moved for out in outs[side]],
             )  # fmt: skip
 
@@ -155,7 +156,7 @@ class Copies:
                 out.copy_(view if span.rows is None else view[span.rows])
                 continue
             left, right, shrink = self.factors.of(group, i, side)
-            args = [1.0], shrink, "nearest"
+            args = [1.0], shrink, "nearest" if low is None else "residual"
             if span.rows is not None and low is None and group.matrices[i].shape == tuple(view.shape):
                 left, right, shrink = self.factors.of(group, i, side, span.rows)
                 torch.index_select(view, 0, span.rows, out=out)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from operator import is_
+from types import FunctionType, ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from ..plan import Plan
 
 BUDGET = 4 << 20  # bytes of buffers that are copied to be put back; larger ones are only watched
 CONTAINERS = (list, dict, set)
+BACKWARD = ("does not require grad and does not have a grad_fn", "backward() called inside a functorch transform")
 STANDARD = frozenset(vars(nn.Module())) - {"training"}  # kept by nn.Module itself, and no place for a model's own state
 
 
@@ -47,6 +50,8 @@ class Tree:
         self.owned = [(d, key) for d in self.dicts for key in d if key not in STANDARD]
         self.size = self._size()
         self.slots, self.links = self._slots(), self._links()
+        self._known: list = []  # values that containers() has looked at
+        self._containers: list = []
         self.copies: dict[int, tuple[Tensor, int, Tensor]] = {}  # by id of a buffer: it, its version then, and its copy
 
     def _size(self) -> int:
@@ -62,6 +67,17 @@ class Tree:
         """Whether the same modules hold the same parameters and have as many attributes as when the tree was built."""
         return self._size() == self.size and self._links() == self.links and self._slots() == self.slots
 
+    def containers(self, values: list) -> list:
+        """Lists, dicts and sets among the values, and the attributes of plain objects there; found once for the same values."""
+        if len(values) != len(self._known) or not all(map(is_, values, self._known)):
+            found: dict[int, Any] = {}
+            for value in values:
+                inside = value if type(value) in CONTAINERS else _attributes(value)
+                if inside is not None:
+                    found[id(inside)] = inside
+            self._known, self._containers = values, list(found.values())
+        return self._containers
+
     def values(self) -> list:
         """The values of the modules' own attributes, train/eval flags among them."""
         return [d.get(key, STANDARD) for d, key in self.owned]
@@ -75,12 +91,12 @@ class Isolation:
         self.seed = rng.seed_of(plan.seed, plan.step)
         self.weights = Fingerprint(plan.tensors)
         self.trained = {id(t) for t in plan.tensors}
-        self.elements = 0  # of the largest input that a root module got
+        self.rows = 0  # of the largest input that a root module got: tokens, or vectors along the last dimension
         self.calls = 0  # of root modules in the last reading
         self.inside: list[Isolation] = []  # of roots that were found in this call
         tree = self.tree
         self.values = tree.values()
-        self.contents = [(v, v.copy()) for v in self.values if type(v) in CONTAINERS and v]
+        self.contents = [(v, v.copy()) for v in tree.containers(self.values)]
         self.buffers = [(held, held.copy()) for held, _ in tree.holders if held]
         self.bare = [held for held, _ in tree.holders if not held]
         self.hidden = [(kept, kept.copy()) for kept in tree.hidden if kept]
@@ -136,8 +152,10 @@ class Isolation:
 
     def _measure(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.calls += 1
-        sizes = [v.numel() for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
-        self.elements = max(self.elements, *sizes, 0)
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor) and value.dim():
+                width = value.shape[-1] if value.is_floating_point() else 1
+                self.rows = max(self.rows, value.numel() // max(1, width))
 
     def read(self, closure: Callable[[], object], inside: AbstractContextManager | None = None) -> Tensor:
         """Returns the loss of one reading, a 0-d float64 tensor; everything is put back and checked."""
@@ -146,14 +164,21 @@ class Isolation:
     def run(self, body: Callable[[], Tensor], inside: AbstractContextManager | None = None) -> Tensor:
         """Runs a body under no_grad and a context, from the step's random state."""
         self.calls = 0
+        self.plan.readings += 1
         rng.seed(self.seed)
         torch.clear_autocast_cache()  # an autocast region around the step would reuse casts of other weights
         try:
             with torch.no_grad(), inside or nullcontext():
                 loss = body()
+        except Exception as problem:
+            _explain(problem, self.plan.readings)
+            raise
         finally:
             for isolation in (self, *self.inside):
                 isolation._put_back()
+        if changed := self.weights.changes():
+            names = [self.plan.names[i] for i in changed]
+            raise RuntimeError(f"the closure changed the weights of {names[0]!r}: the loss of a step must only read them")
         for isolation in (self, *self.inside):
             isolation._check()
         return loss
@@ -212,10 +237,7 @@ class Isolation:
                     del d[key]
 
     def _check(self) -> None:
-        """Raises if the closure changed a weight, a module that holds one, or a buffer that cannot be put back."""
-        if changed := self.weights.changes():
-            names = [self.plan.names[i] for i in changed]
-            raise RuntimeError(f"the closure changed the weights of {names[0]!r}: the loss of a step must only read them")
+        """Raises if the closure replaced a weight or a module that holds one, or changed a buffer that cannot be put back."""
         tree = self.tree
         if tree._slots() != tree.slots and any(before in self.trained for before in set(tree.slots) - set(tree._slots())):
             raise RuntimeError(
@@ -232,6 +254,23 @@ class Isolation:
             raise RuntimeError(
                 f"the closure changed {self.lost}, too large for the {BUDGET >> 20} MB that a step copies: put its module in eval mode"
             )
+
+
+def _explain(problem: Exception, reading: int) -> None:
+    """Adds what a step knows to an exception of the closure."""
+    if isinstance(problem, RuntimeError) and any(words in str(problem) for words in BACKWARD):
+        raise RuntimeError(
+            "the closure called backward(), or torch.autograd.grad by trained parameters: a zeroth-order step needs none; return the loss"
+        ) from problem
+    if reading > 1 and hasattr(problem, "add_note"):
+        problem.add_note(f"This was reading {reading} of the step, and reading 1 went well: did the closure change its batch?")
+
+
+def _attributes(value: Any) -> dict | None:
+    """The attributes of an object of a class written in Python; modules, tensors, functions and classes have places of their own."""
+    if isinstance(value, (nn.Module, Tensor, type, ModuleType, FunctionType)) or not hasattr(value, "__dict__"):
+        return None
+    return vars(value)
 
 
 def _items(held: list | dict | set) -> list:

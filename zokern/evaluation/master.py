@@ -124,8 +124,8 @@ class Master:
             factors.prepare_lefts(group, members, [side])
             lefts, rights, shrinks = zip(*[factors.of(group, i, side) for i in members])
             source, target = (group.theta, None) if in_place else (kept, outs)
-            rounding = self.rounding if in_place else "nearest"
             low = None if in_place else low
+            rounding = self.rounding if in_place else "nearest" if low is None else "residual"
             group.backend.lowrank_(
                 source, group.spans, lefts, rights, [1.0] * len(lefts), shrinks[0], rounding, low, plan.seed, plan.step, outs=target
             )

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..estimator import loss_tensor
-from .base import Point, Record, Refused, distinct
+from .base import WAY_OUT, Point, Record, Refused, distinct
 from .copies import Copies
 from .isolation import Isolation
 from ..plan import Plan
@@ -76,8 +77,21 @@ def _pass(copies: Copies, closure: Callable[[], object]) -> Tensor:
         finally:
             copies.level = None
 
-    device = copies.plan.tensors[0].device
-    return torch.vmap(body, randomness="same")(torch.arange(copies.sides, device=device, dtype=torch.int64))
+    sides = torch.arange(copies.sides, device=copies.plan.groups[0].theta[0].device, dtype=torch.int64)
+    try:
+        return torch.vmap(body, randomness="same")(sides)
+    except (KeyError, AssertionError, AttributeError) as problem:
+        if not _is_inside_torch(problem):
+            raise
+        raise Refused(f"torch.vmap cannot map the closure ({type(problem).__name__}: {problem}): {WAY_OUT}") from problem
+
+
+def _is_inside_torch(problem: BaseException) -> bool:
+    """Whether an exception was raised by torch's own Python code."""
+    at = problem.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    return at is not None and at.tb_frame.f_code.co_filename.startswith(str(Path(torch.__file__).parent))
 
 
 @contextmanager

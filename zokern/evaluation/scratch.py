@@ -46,9 +46,13 @@ class Scratch:
 
     def losses(self, plan: Plan, points: Sequence[Point], closure: Callable[[], object]) -> Tensor:
         """Returns the losses at the points, float64 [len(points)]; see Evaluation.losses."""
+        if self.trust.is_new(plan):
+            self.trust.verify(self, plan, points, closure)
         isolation = Isolation(plan)
         found = self.read(plan, points, closure, isolation)
-        self.trust.verify(self, plan, points, closure, isolation)
+        if isolation.rows > self.trust.rows and self.trust.check:
+            self.trust.verify(self, plan, points, closure)
+        self.trust.rows = max(self.trust.rows, isolation.rows)
         return found
 
     def read(self, plan: Plan, points: Sequence[Point], closure: Callable[[], object], isolation: Isolation) -> Tensor:

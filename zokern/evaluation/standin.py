@@ -10,6 +10,7 @@ the same for Module.to). So a use by hand, through a list or through a tie sees 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -283,6 +284,7 @@ def standing_in(copies: Copies) -> Iterator[None]:
                     parameter.__class__ = Copy if resident else Perturbed
                     if not resident:
                         parameter._use = Use(copies, g, i)
+        _number([parameter for parameter, _, _ in done])
         versions = {key: stack._version for key, stack in copies.resident.items()}
         yield
         for key, stack in copies.resident.items():
@@ -298,6 +300,15 @@ def standing_in(copies: Copies) -> Iterator[None]:
                 del parameter._use
             parameter.__class__ = kind
             swap(parameter, stand_in)
+
+
+_count = itertools.count(1 << 30)
+
+
+def _number(tensors: list[Tensor]) -> None:
+    """Gives stand-ins a version of their own: a cache of the closure that goes by versions finds nothing of another reading."""
+    version = next(_count) % (1 << 32)
+    torch._C._autograd._unsafe_set_version_counter(tuple(tensors), (version,) * len(tensors))  # type: ignore[attr-defined]
 
 
 def _bodiless(group: Any, i: int, k: int) -> Tensor:
