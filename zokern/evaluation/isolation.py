@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from operator import is_
 from types import FunctionType, ModuleType
 from typing import Any
@@ -84,13 +83,16 @@ class Tree:
 
 
 class Isolation:
-    """What is put back after every reading of one call of an evaluation, and checked."""
+    """What is put back after every reading of one call of an evaluation, and checked.
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan, self.tree = plan, plan.tree
-        self.seed = rng.seed_of(plan.seed, plan.step)
-        self.weights = Fingerprint(plan.tensors)
+    root  a module that was found during a reading; None: the modules of the plan, and the weights"""
+
+    def __init__(self, plan: Plan, root: nn.Module | None = None) -> None:
+        self.plan, self.tree = plan, plan.tree if root is None else Tree([root])
         self.trained = {id(t) for t in plan.tensors}
+        if root is None:
+            self.seed = rng.seed_of(plan.seed, plan.step)
+            self.weights = Fingerprint(plan.tensors)
         self.rows = 0  # of the largest input that a root module got: tokens, or vectors along the last dimension
         self.calls = 0  # of root modules in the last reading
         self.inside: list[Isolation] = []  # of roots that were found in this call
@@ -106,7 +108,7 @@ class Isolation:
         """Copies buffers, and tensors that are plain attributes, smallest first, to the budget."""
         found = [(b, norm) for held, norm in self.tree.holders for b in held.values() if b is not None]
         found += [(v, False) for v in self.values if isinstance(v, Tensor)]
-        weights = {t.untyped_storage().data_ptr() for t in self.plan.tensors} if found else set()
+        weights = {t.untyped_storage().data_ptr() for group in self.plan.groups for t in group.theta} if found else set()
         self.watched: list[tuple[Tensor, int, Tensor | None]] = []
         left = BUDGET
         for buffer, norm in sorted(found, key=lambda item: item[0].numel()):
@@ -147,7 +149,7 @@ class Isolation:
             return
         if any(id(p) in self.trained for p in module.parameters()) and _takes_hooks(module):
             self.tree.found = [root for root in self.tree.found if root not in set(module.modules())] + [module]
-            self.inside.append(Isolation(replace(self.plan, tree=Tree([module]))))
+            self.inside.append(Isolation(self.plan, module))
         self._measure(module, args, {})
 
     def _measure(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
