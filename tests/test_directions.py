@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from unittest.mock import patch
 
@@ -352,6 +353,51 @@ def test_autocast_around_a_step_is_autocast_in_its_closure(name: str, evaluation
         ends.append((result.losses, snapshot(model)))
     assert ends[0][0] == ends[1][0]
     assert all(same_bits(ends[1][1][n], t) for n, t in ends[0][1].items())
+
+
+class Adapted(nn.Module):
+    """A frozen body in bfloat16 with a trained float32 adapter beside its products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = tiny(torch.bfloat16, width=16).requires_grad_(False)
+        self.adapter = build(lambda: nn.Linear(16, 16))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.body.embed(ids)
+        h = h + self.body.down(F.gelu(self.body.up(self.body.norm(h))))
+        return self.body.head(h + self.adapter(h.float()).bfloat16())
+
+
+def coarse_run(evaluation, autocast: bool) -> None:
+    """Steps of losses that pass through 16 bits while every trained weight is float32."""
+    model = build(lambda: tiny(width=16) if autocast else Adapted())
+
+    def closure() -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            return next_token_loss(model(IDS), IDS)
+
+    optimizer = zokern.MeZO(model, seed=3, eps=1e-2, lr=1e-3, evaluation=evaluation)
+    assert all(not zokern.step(optimizer, closure).skipped for _ in range(3))
+
+
+@pytest.mark.parametrize("evaluation", ["auto", "paired", "scratch"])
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "frozen bfloat16"])
+def test_rounding_to_16_bits_is_no_misreading(evaluation: str, autocast: bool) -> None:
+    """Each evaluation rounds elsewhere, so losses differ by far more than float32 does; nothing is refused for it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        coarse_run(evaluation, autocast)
+
+
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "frozen bfloat16"])
+def test_a_misreading_beside_rounding_is_refused(autocast: bool) -> None:
+    class Halves(zokern.Paired):
+        def read(self, plan, points, closure, isolation):
+            return super().read(plan, [point.scaled(0.5) for point in points], closure, isolation)
+
+    with pytest.raises(zokern.Refused, match="cannot follow"):
+        coarse_run(Halves(), autocast)
 
 
 def test_no_draw_is_kept_between_steps() -> None:

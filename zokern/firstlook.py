@@ -70,9 +70,8 @@ def repeats(plan: Plan, first: float, again: float) -> bool:
     """Whether two readings of the same point agree, to the rounding of sums in another order."""
     if not (math.isfinite(first) and math.isfinite(again)):
         return True
-    coarse = any(t.dtype != torch.float32 for group in plan.groups for t in group.theta)
     on_device = any(t.device.type != "cpu" for group in plan.groups for t in group.theta)
-    return abs(first - again) <= (4e-3 if coarse else 1e-4 if on_device else 1e-5) * max(abs(first), abs(again))
+    return abs(first - again) <= (4e-3 if plan.is_coarse else 1e-4 if on_device else 1e-5) * max(abs(first), abs(again))
 
 
 def distance(plan: Plan, losses: Sequence[float], base: float) -> None:

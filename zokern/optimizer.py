@@ -118,7 +118,7 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
         self._names = names
         self._lock = threading.Lock()
         self._tree = Tree([self.model] if self.model is not None else [], is_open=self.model is None)
-        self._others: list[Tensor] | None = None  # parameters of the modules that the optimizer was not given; found once for a tree
+        self._others: list[Tensor] | None = None  # of the modules, not given to the optimizer; found once for a tree
         self._several = _spread(params)
         self._entries: list[list[parameters.Trained]] = []
         self._groups: list[Group] = []  # of the last plan

@@ -175,6 +175,14 @@ class Plan:
         return [(self.step, self.draw(query)) for query in range(self.queries)]
 
     @property
+    def is_coarse(self) -> bool:
+        """Whether losses are rounded to 16 bits on their way: by weights, trained or frozen, or by autocast around the step."""
+        if any(torch.is_autocast_enabled(kind) for kind in {t.device.type for t in self.tensors}):
+            return True
+        held = (p for module in self.tree.modules for p in module._parameters.values() if p is not None)
+        return any(p.is_floating_point() and p.dtype.itemsize < 4 for p in [*self.tensors, *held])
+
+    @property
     def deferred(self) -> bool:
         """Whether updates wait in some matrix, so that the weights alone are not theta."""
         return any(matrix.pending is not None for group in self.groups for matrix in group.matrices or ())
