@@ -23,8 +23,8 @@ from zokern.backends import Span, get
 from zokern.directions import Aligned, Diagonal, Lazy, Matrix, Normal, Subspace
 from zokern.directions.orthonormal import orthonormal
 from zokern.evaluation import Tree
-from zokern.plan import Group, Plan
 from zokern.methods.tezo import spectral_ranks
+from zokern.plan import Group, Plan
 from zokern.rule import renew
 
 ROOT = Path(__file__).parents[1]

@@ -65,7 +65,8 @@ class Case(NamedTuple):
 
 
 SHAPES = [
-    (1, 1, 1), (7, 401, 9), (24, 16, 4), (25, DEPTH, 5), (COLUMNS + 1, DEPTH + 1, 7), (100, 30, 3), (2 * COLUMNS, 2 * DEPTH, BLOCK + 1),
+    (1, 1, 1), (7, 401, 9), (24, 16, 4), (25, DEPTH, 5), (COLUMNS + 1, DEPTH + 1, 7), (100, 30, 3), (2 * COLUMNS, 2 * DEPTH, 5),
+    (25, DEPTH + 8, BLOCK + 1),
 ]  # fmt: skip
 BATCH = 128  # of csrc/linear.cpp: columns that are made at a time where every row begins with a block
 ALIGNED = [(1, BATCH, 1), (17, 2 * BATCH, 4), (COLUMNS + 15, 2 * DEPTH + BATCH, 3), (50, 40, 5), (25, DEPTH + 72, 2)]
