@@ -35,7 +35,7 @@ import zokern
 
 
 class Setup(NamedTuple):
-    """What a case trains and reads. `each` is called before a step; what `look` returns is the same before and after it."""
+    """What a case trains and reads. `each` is called before a step. What `look` returns stays the same in a step."""
 
     params: Any
     loss: Callable[[], Any]
@@ -45,7 +45,7 @@ class Setup(NamedTuple):
 
 @dataclass
 class Case:
-    """A report. The losses and their differences are right to `tol` of the differences and `ulps` of the losses.
+    """A report. Losses and their differences are right to `tol` of the differences and `ulps` of the losses.
 
     exact    compare losses too, and not only their differences
     refused  also 'master' and 'auto' may refuse it, in words that match this
@@ -70,7 +70,7 @@ CASES: list[Case] = []
 
 
 def case(name: str, **options: Any) -> Callable:
-    """Put a maker of setups in the table, under one name or, where it is given `over`, under one for each key."""
+    """Put a maker of setups in the table: under one name or, with `over`, under one for each key."""
     over = options.pop("over", None)
 
     def add(make: Callable[..., Setup]) -> Callable[..., Setup]:
@@ -98,7 +98,7 @@ def square(net: nn.Module, x: Tensor) -> Callable[[], Tensor]:
     return lambda: net(x).float().square().mean()
 
 
-# K1: the point that is theta itself, and what torch keeps of it ---------------------------------------------------
+# K1: the point that is theta itself, and what torch keeps of it ---------------------------------------------
 
 
 def encoder() -> Setup:
@@ -107,7 +107,7 @@ def encoder() -> Setup:
     return Setup(net, lambda: net(x, src_key_padding_mask=pad).square().mean())
 
 
-# torch's fast path writes zeros where the padding is: a way without it reads another loss with nearly the same slope
+# torch's fast path writes zeros into the padding. A way without it reads another loss, of nearly the same slope.
 for stencil in ("central", "forward"):
     CASES.append(Case(f"m01 fast path {stencil}", encoder, "MeZO", dict(stencil=stencil, seed=1), 1e-3, tol=0.3,
                       ulps=200, exact=False))  # fmt: skip
@@ -145,7 +145,7 @@ def autocast_inside() -> Setup:
     return Setup(net, loss)
 
 
-# K2: what a module keeps of theta + eps z -------------------------------------------------------------------------
+# K2: what a module keeps of theta + eps z -------------------------------------------------------------------
 
 
 class Keeps(nn.Linear):
@@ -199,7 +199,7 @@ class Holder:
     value: Tensor | None = None
 
 
-# a container inside an attribute is beyond a look at attributes: there a refusal that names it, or 'not repeatable', is right
+# A container keeps its identity while its content changes. A refusal that names it is right too.
 PLACES = ("attribute", "absent attribute", "setattr", "buffer")
 INSIDE = ("holder", "dictionary", "list")
 
@@ -316,7 +316,7 @@ def growing_mask() -> Setup:
     return Setup(net, lambda: net(x[:, : now["length"]]).square().mean(), lambda step: now.update(length=3 + 3 * step))
 
 
-# K7: closures that do not repeat ----------------------------------------------------------------------------------
+# K7: closures that do not repeat ----------------------------------------------------------------------------
 
 repeats = functools.partial(case, refused="repeat|same weights", must=True)
 
@@ -403,7 +403,7 @@ def memory_bank() -> Setup:
     return Setup(net, loss)
 
 
-# K3: what is global to the process or the thread ------------------------------------------------------------------
+# K3: what is global to the process or the thread ------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -525,7 +525,7 @@ def locked(make: Callable[[], Any]) -> Setup:
     return Setup(net, loss)
 
 
-# K4, D1: the rows of a batch --------------------------------------------------------------------------------------
+# K4, D1: the rows of a batch --------------------------------------------------------------------------------
 
 
 class ByBatch(nn.Module):
@@ -592,7 +592,7 @@ case("m19 shelf", eps=1e-3, ulps=64)(functools.partial(shelf, torch.float32))
 
 
 class Positions(nn.Module):
-    """Words and positions added, as in nanoGPT; `length` positions have nothing to do with the rows of the batch."""
+    """Words and positions added, as in nanoGPT. The positions have nothing to do with the rows of the batch."""
 
     def __init__(self, length: int, width: int = 96) -> None:
         super().__init__()
@@ -642,7 +642,7 @@ def table(use: Callable[[Tensor, nn.Linear, Tensor], Tensor]) -> Setup:
     return Setup(net, zokern.Objective(net, x, lambda out, _: out.square().mean()))
 
 
-# K5: Python that torch calls while one of its functions runs ------------------------------------------------------
+# K5: Python that torch calls while one of its functions runs ------------------------------------------------
 
 
 class Act(torch.autograd.Function):
@@ -732,7 +732,7 @@ def captured_use(f: Callable[..., Tensor]) -> Setup:
     return Setup([("bias", b), ("w", w)], lambda: (f(q, k, v, w, b) * u).square().mean() + 0 * w.sum())
 
 
-# K6: a parameter that leaves torch's sight, and is also read in it -------------------------------------------------
+# K6: a parameter that leaves torch's sight, and is also read in it ------------------------------------------
 
 Pair = collections.namedtuple("Pair", "first second")
 
@@ -795,7 +795,7 @@ def script_module(convert: Callable[[nn.Module], nn.Module]) -> Setup:
     return Setup(whole, lambda: (whole["a"](x) * whole["b"](x)).square().mean())
 
 
-# K10, K12, K13: buffers, flags that write, modules that touch themselves ------------------------------------------
+# K10, K12, K13: buffers, flags that write, modules that touch themselves ------------------------------------
 
 WRITES = r"writ|chang|in.?place|max_norm"
 
@@ -887,7 +887,7 @@ def rescaled() -> Setup:
     return Setup(net, lambda: net(input_ids=ids, labels=ids).loss)
 
 
-# K11 and the names of z -------------------------------------------------------------------------------------------
+# K11 and the names of z -------------------------------------------------------------------------------------
 
 
 @case("K11 a child that is called as a wrapper's is")

@@ -1,4 +1,4 @@
-"""Reports of users: read right in every evaluation, or refused by name. The table of single readings is in reports.py.
+"""Reports of users: read right in every evaluation, or refused by name. reports.py has the table of readings.
 
 A case is built anew for every point of the oracle, so nothing that a reading leaves behind can reach the next one.
 """
@@ -31,7 +31,7 @@ import zokern
 STEPS = 3  # 'auto' may choose in the first and change in the second
 
 
-# The test of the table ---------------------------------------------------------------------------------------------
+# The test of the table --------------------------------------------------------------------------------------
 
 
 def seed_of(one: Case) -> int:
@@ -81,7 +81,7 @@ def compare(one: Case, got: Tensor, want: Tensor) -> None:
 
 
 def refuses(one: Case, way: str, error: Exception) -> None:
-    """A refusal is right where the report allows one, or where the evaluation was named and another one reads it."""
+    """A refusal is right where the report allows one, or where another evaluation reads the case."""
     if one.refused is not None and re.search(one.refused, str(error)):
         assert isinstance(error, readings.REFUSALS)
         return
@@ -154,7 +154,7 @@ def run(one: Case, setup: Setup, way: str) -> None:
         last_look(one, setup, clones(setup.params))
 
 
-# That the comparison rejects ----------------------------------------------------------------------------------------
+# That the comparison rejects --------------------------------------------------------------------------------
 
 
 def altered(result: Any, losses: Any) -> Any:
@@ -217,7 +217,7 @@ def test_what_a_step_must_not_do_is_rejected(what: str, monkeypatch: pytest.Monk
 
 
 def test_refusals_without_a_name_are_rejected() -> None:
-    """A short text, another kind of exception, and an error of zokern's that does not say which way reads everything."""
+    """A short text, another kind of exception, and zokern's own error that does not name the way out."""
     net, _ = plain()
     with pytest.raises(ValueError) as ours:
         zokern.MeZO(net, lr=-1.0)
@@ -241,7 +241,7 @@ def last_look(one: Case, setup: Setup, theta: dict[str, Tensor]) -> None:
     assert abs(now - right) <= bound, f"the model reads {now} afterwards, a new one {right}"
 
 
-# Reports that are about more than one reading ---------------------------------------------------------------------
+# Reports that are about more than one reading ---------------------------------------------------------------
 
 ways = pytest.mark.parametrize("way", WAYS)
 
@@ -307,7 +307,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def run_of(method: str, way: str, around: Callable[[], Any]) -> tuple[list[Any], dict[str, Tensor]]:
-    """Losses and weights of a few steps; the optimizer is built and runs inside the context, the model's forward does not."""
+    """Losses and weights of a few steps. All but the model's forward is inside the context."""
     net, x = plain(sizes=(300, 300))
 
     def loss() -> float:
@@ -328,7 +328,7 @@ ORDINARY: dict[tuple[str, str], Any] = {}
 @pytest.mark.parametrize("default", DEFAULTS)
 @pytest.mark.parametrize("method", RECIPES)
 def test_m23_defaults_of_the_process_change_nothing(method: str, default: str, way: str) -> None:
-    """Another default dtype or device, as loading code leaves it, around the step: the bits of the ordinary run."""
+    """Another default dtype or device around the step, as loading code leaves it: the bits of the ordinary run."""
     if (method, way) not in ORDINARY:
         ORDINARY[method, way] = run_of(method, way, contextlib.nullcontext)
     losses, weights = run_of(method, way, DEFAULTS[default])
@@ -394,7 +394,7 @@ def test_m30_statistics_that_never_move_are_named_once(norm: str, way: str) -> N
 
 @ways
 def test_m32_13_after_a_step_the_parameters_hold_theta(way: str) -> None:
-    """Whoever reads parameters without a hook sees every update; where updates wait, `optimizer.waiting` says so."""
+    """What reads parameters without a hook sees every update. Where updates wait, `optimizer.waiting` is True."""
     from torch.nn.utils import parameters_to_vector as vector
     from torch.optim.swa_utils import AveragedModel
 
@@ -440,7 +440,7 @@ def test_m34_two_optimizers_on_one_model(way: str) -> None:
     assert (waited - written).abs().max() <= 1e-3 + 1e-3 * written.abs().max(), found
 
 
-# K11, several processes -------------------------------------------------------------------------------------------
+# K11, several processes -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -543,7 +543,7 @@ def one_of_two(rank: int, store: str, results: str) -> None:
 
 
 def test_m36_several_processes_never_drift_silently(tmp_path: Any) -> None:
-    """Two processes under DistributedDataParallel: equal weights after the step, or an error or warning about processes."""
+    """Two processes under DistributedDataParallel: equal weights after the step, or a word about processes."""
     results = tmp_path / "results"
     torch.multiprocessing.spawn(one_of_two, (str(tmp_path / "store"), str(results)), nprocs=2)
     lines = [text.split("\t") for text in results.read_text().splitlines()]
@@ -565,7 +565,7 @@ def test_11_a_sharded_parameter_is_refused_without_advice_that_fails(group: None
         assert "use the local tensor" not in str(error), error
 
 
-# The audit: state around the arithmetic ----------------------------------------------------------------------------
+# The audit: state around the arithmetic ---------------------------------------------------------------------
 
 
 def looks() -> dict[str, Callable[[Any, nn.Module, Tensor], Any]]:
@@ -584,7 +584,7 @@ def looks() -> dict[str, Callable[[Any, nn.Module, Tensor], Any]]:
 @pytest.mark.parametrize("look", looks())
 @pytest.mark.parametrize("method", ["SubZero", "LOZO", "TeZO", "PGAP"])
 def test_D2_a_look_keeps_the_low_bits(method: str, look: str, way: str) -> None:
-    """Steps far below bfloat16's resolution add up in the low bits, which a look in between must not forget."""
+    """Steps far below bfloat16's resolution add up in the low bits. A look in between keeps them."""
     options: dict[str, Any] = dict(rank=4, lr=2e-7, eps=1e-2, rounding="residual")
     options |= dict(interval=100) if method != "TeZO" else {}
     options |= dict(probes=2) if method == "PGAP" else {}
@@ -609,8 +609,8 @@ def test_D2_a_look_keeps_the_low_bits(method: str, look: str, way: str) -> None:
     (moved, low), (right, low_right) = found
     assert (low_right != 0).float().mean() > 0.5, "the run that is not looked at has no low bits: the case says nothing"
     assert (low != 0).float().mean() > 0.5, "low bits were lost"
-    # a look rounds W, so that later readings differ by bfloat16's rounding: at most 7 % of the weights were seen to differ then,
-    # and at least 21 % where each look forgot the low bits
+    # A look rounds W, so later readings differ by bfloat16's rounding: 7 % of the weights at most were seen to differ,
+    # and at least 21 % where each look forgot the low bits.
     differ = float((moved != right).float().mean())
     assert differ <= 0.13, f"{differ:.0%} of the weights are elsewhere in the run that is looked at"
 
@@ -642,7 +642,7 @@ MOMENTS: dict[str, dict[str, Any]] = {
 @ways
 @pytest.mark.parametrize("method", MOMENTS)
 def test_D4_momentum_of_a_matrix_that_was_frozen(method: str, way: str) -> None:
-    """A run that is saved after a matrix was frozen across a refresh goes on as the run that was not saved."""
+    """A matrix is frozen across a refresh, and the run is saved: it goes on as the run that was not saved."""
     ends = []
     for resumed in (False, True):
         net, x = plain(sizes=(40, 40, 30))
@@ -664,7 +664,7 @@ def test_D4_momentum_of_a_matrix_that_was_frozen(method: str, way: str) -> None:
 @ways
 @pytest.mark.parametrize("method", ["MeZO", "SubZero", "LOZO"])
 def test_D5_a_perturbation_that_rounding_swallows_is_named(method: str, way: str) -> None:
-    """bfloat16 rows of size 1 do not see most of eps z: a refusal, a warning, or a difference that is right all the same."""
+    """bfloat16 rows of size 1 do not see most of eps z: a refusal, a warning, or a right difference."""
     emb, head, ids = nn.Embedding(50, 40), torch.randn(40, 4), torch.randint(0, 50, (6, 8))
     emb.weight.data = torch.randn(50, 40).bfloat16()
     options = {} if method == "MeZO" else dict(rank=4)
@@ -721,7 +721,7 @@ def test_D7a_low_bits_are_not_kept_for_weights_that_the_user_wrote(how: str, way
     assert int(low.max()) <= most, f"the user's weights were given old low bits, up to {int(low.max())}"
 
 
-# Frictions: what is said, and when ---------------------------------------------------------------------------------
+# Frictions: what is said, and when --------------------------------------------------------------------------
 
 
 @ways
@@ -751,7 +751,7 @@ def test_4_an_ordinary_run_is_not_called_divergent() -> None:
 
 
 class Wrapper:
-    """What a training framework hands out: of the wrapped class and its state, but another object, with `.optimizer`."""
+    """What a training framework hands out: another object of the wrapped class, with `.optimizer`."""
 
     def __init__(self, opt: Any) -> None:
         self.__class__ = type("Wrapped" + type(opt).__name__, (Wrapper, type(opt)), {})
@@ -834,7 +834,7 @@ CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
 @ways
 @pytest.mark.parametrize("change", CHANGES)
 def test_17_an_exception_says_which_reading_failed(change: str, way: str) -> None:
-    """The second call finds the batch changed; the model's own error carries a note about it, and the weights their bits."""
+    """The second call finds the batch changed. The model's own error carries a note about it."""
     net, x = plain()
     start, batch = clones(net), {"x": x, "once": iter([x])}
     with pytest.raises((KeyError, StopIteration, RuntimeError)) as caught:
@@ -855,7 +855,7 @@ def test_17_the_first_reading_is_not_blamed_on_the_batch() -> None:
 
 @ways
 def test_18_a_step_without_closure_is_a_probe(way: str) -> None:
-    """While every lr is 0 it does nothing, as torch.distributed.checkpoint expects; otherwise it is an error."""
+    """While every lr is 0 it does nothing, as torch.distributed.checkpoint expects. Else it is an error."""
     net, x = plain()
     opt = optimizer("MeZO", net, way, lr=1e-3, eps=1e-2)
     start = clones(net)
