@@ -35,7 +35,7 @@ import zokern
 
 
 class Setup(NamedTuple):
-    """What a case trains and reads. `each` is called before a step. What `look` returns stays the same in a step."""
+    """What a case trains and reads. `each` is called before a step. `look` is the same after it."""
 
     params: Any
     loss: Callable[[], Any]
@@ -107,7 +107,7 @@ def encoder() -> Setup:
     return Setup(net, lambda: net(x, src_key_padding_mask=pad).square().mean())
 
 
-# torch's fast path writes zeros into the padding. A way without it reads another loss, of nearly the same slope.
+# torch's fast path writes zeros into the padding. Without it the loss is another, of nearly the same slope.
 for stencil in ("central", "forward"):
     CASES.append(Case(f"m01 fast path {stencil}", encoder, "MeZO", dict(stencil=stencil, seed=1), 1e-3, tol=0.3,
                       ulps=200, exact=False))  # fmt: skip
@@ -592,7 +592,7 @@ case("m19 shelf", eps=1e-3, ulps=64)(functools.partial(shelf, torch.float32))
 
 
 class Positions(nn.Module):
-    """Words and positions added, as in nanoGPT. The positions have nothing to do with the rows of the batch."""
+    """Words and positions added, as in nanoGPT. The positions are no rows of the batch."""
 
     def __init__(self, length: int, width: int = 96) -> None:
         super().__init__()

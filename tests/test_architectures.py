@@ -71,7 +71,7 @@ def right(name: str, method: str, step: int) -> Right:
 
 
 def wrong(got: zokern.StepResult, want: Right) -> str | None:
-    """What is wrong with a step, if anything: a loss by more than rounding, or c by more than that over eps."""
+    """What is wrong with a step, if anything: a loss beyond rounding, or c beyond that over eps."""
     bound = want.rounding / EPS
     if abs(got.coefficients[0] - want.coefficient) > bound:
         return f"coefficient {got.coefficients[0]}, right {want.coefficient} +- {bound:.2g}"
@@ -82,7 +82,7 @@ def wrong(got: zokern.StepResult, want: Right) -> str | None:
 
 @functools.cache
 def outcome(name: str, way: str) -> str:
-    """'read' or 'refused'. Raises AssertionError for a wrong reading, a nameless refusal, or changed weights."""
+    """'read' or 'refused'. Raises for a wrong reading, a nameless refusal, or changed weights."""
     refused = 0
     for method, options in METHODS.items():
         net, loss = ARCHITECTURES[name]()

@@ -328,7 +328,7 @@ ORDINARY: dict[tuple[str, str], Any] = {}
 @pytest.mark.parametrize("default", DEFAULTS)
 @pytest.mark.parametrize("method", RECIPES)
 def test_m23_defaults_of_the_process_change_nothing(method: str, default: str, way: str) -> None:
-    """Another default dtype or device around the step, as loading code leaves it: the bits of the ordinary run."""
+    """Another default dtype or device around the step: the bits of the ordinary run."""
     if (method, way) not in ORDINARY:
         ORDINARY[method, way] = run_of(method, way, contextlib.nullcontext)
     losses, weights = run_of(method, way, DEFAULTS[default])
@@ -394,7 +394,7 @@ def test_m30_statistics_that_never_move_are_named_once(norm: str, way: str) -> N
 
 @ways
 def test_m32_13_after_a_step_the_parameters_hold_theta(way: str) -> None:
-    """What reads parameters without a hook sees every update. Where updates wait, `optimizer.waiting` is True."""
+    """What reads parameters without a hook sees every update, or `optimizer.waiting` is True."""
     from torch.nn.utils import parameters_to_vector as vector
     from torch.optim.swa_utils import AveragedModel
 
@@ -543,7 +543,7 @@ def one_of_two(rank: int, store: str, results: str) -> None:
 
 
 def test_m36_several_processes_never_drift_silently(tmp_path: Any) -> None:
-    """Two processes under DistributedDataParallel: equal weights after the step, or a word about processes."""
+    """Two processes under DistributedDataParallel: equal weights, or a word about processes."""
     results = tmp_path / "results"
     torch.multiprocessing.spawn(one_of_two, (str(tmp_path / "store"), str(results)), nprocs=2)
     lines = [text.split("\t") for text in results.read_text().splitlines()]
@@ -609,8 +609,8 @@ def test_D2_a_look_keeps_the_low_bits(method: str, look: str, way: str) -> None:
     (moved, low), (right, low_right) = found
     assert (low_right != 0).float().mean() > 0.5, "the run that is not looked at has no low bits: the case says nothing"
     assert (low != 0).float().mean() > 0.5, "low bits were lost"
-    # A look rounds W, so later readings differ by bfloat16's rounding: 7 % of the weights at most were seen to differ,
-    # and at least 21 % where each look forgot the low bits.
+    # A look rounds W, so later readings differ by bfloat16's rounding. 7 % of the weights at most were seen to
+    # differ then, and at least 21 % where each look forgot the low bits.
     differ = float((moved != right).float().mean())
     assert differ <= 0.13, f"{differ:.0%} of the weights are elsewhere in the run that is looked at"
 
