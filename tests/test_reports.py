@@ -609,7 +609,7 @@ def test_D2_a_look_keeps_the_low_bits(method: str, look: str, way: str) -> None:
     (moved, low), (right, low_right) = found
     assert (low_right != 0).float().mean() > 0.5, "the run that is not looked at has no low bits: the case says nothing"
     assert (low != 0).float().mean() > 0.5, "low bits were lost"
-    # A look rounds W, so later readings differ by bfloat16's rounding. 7 % of the weights at most were seen to
+    # A look rounds W, so later losses differ by bfloat16's rounding. At most 7 % of the weights were seen to
     # differ then, and at least 21 % where each look forgot the low bits.
     differ = float((moved != right).float().mean())
     assert differ <= 0.13, f"{differ:.0%} of the weights are elsewhere in the run that is looked at"
