@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from itertools import accumulate
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -60,7 +61,7 @@ def fused_linear(
 
     No tile of W + z exists, and the sums do not depend on how sides and threads are joined. draws[j] < 0: side j reads W itself."""
     width, columns = weight.shape if transposed else weight.shape[::-1]
-    flat = [x.reshape(-1, width) for x in xs]
+    flat = list(map(_flat, xs))
     outs = own(backend).linear(flat, weight, span, direction, seed, step, draws, scales, biases, (), room, None, transposed)
     return [_shaped(out, x, columns) for out, x in zip(outs, xs)]
 
@@ -96,7 +97,7 @@ def tiled_linear(
             outs[side] = matmul.linear(x, rows, bias)
             return
         part_bias = bias[start:stop] if bias is not None else None
-        flat = x.reshape(-1, width)
+        flat = _flat(x)
         if plain and not matmul.chooses(flat, rows):  # straight into its columns: a product of its own would be a second copy
             if out is None:
                 outs[side] = out = x.new_empty((flat.shape[0], total))
@@ -158,7 +159,12 @@ def counts_of(xs: Sequence[Tensor]) -> list[int]:
 
 
 def _rows(x: Tensor) -> int:
-    return x.numel() // max(1, x.shape[-1])
+    return prod(x.shape[:-1])
+
+
+def _flat(x: Tensor) -> Tensor:
+    """x as a matrix; -1 rows would not do for a width of 0."""
+    return x if x.dim() == 2 else x.reshape(_rows(x), x.shape[-1])
 
 
 def _shaped(out: Tensor | None, x: Tensor, columns: int) -> Tensor:
@@ -204,7 +210,7 @@ def factored_linear(
     x W^T is rounded to y's dtype once more: 16 bits would lose the perturbation, and shrink. W is only read. room: bytes of scratch memory."""
     width, columns = weight.shape if transposed else weight.shape[::-1]
     matrix = weight.t() if transposed else weight
-    flat = [x.reshape(-1, width) for x in xs]
+    flat = list(map(_flat, xs))
     counts = [x.shape[0] for x in flat]
     if fuses(backend, flat, weight, transposed, room) if fused is None else fused:
         ys = _fused(own(backend), flat, counts, weight, parts, shrink, biases, transposed, room)
