@@ -279,6 +279,11 @@ def drawn(**other: Any) -> Any:
     return OPS.draw_(*(given | other).values())
 
 
+def words(**other: Any) -> Any:
+    given = dict(counter=torch.zeros(2, 4, dtype=torch.int64), low=1, high=2, rounds=10, backend="cpu")
+    return OPS.philox4x32(*(given | other).values())
+
+
 REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (axpy, dict(coeffs=torch.ones(1)), "coeffs"), (axpy, dict(coeffs=torch.ones(3).double()), "coeffs"), (axpy, dict(steps=[0]), "steps"),
     (axpy, dict(who=[]), "names"), (axpy, dict(who=[-1]), "who"), (axpy, dict(first=[-1]), "elements"), (axpy, dict(steps=[0, 0, -1]), "step"),
@@ -296,6 +301,8 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (product, dict(scales=[0.1, 0.2]), "scales"), (product, dict(weight=W.bfloat16()[:, :3]), "weight"), (product, dict(step=-1), "step"),
     (thin, dict(left=torch.randn(5, 2)), "U is"), (thin, dict(core=torch.eye(3)), "C is"), (thin, dict(weight=W.t()), "weight"),
     (sketched, dict(omega=torch.randn(3, 2)), "omega"), (sketched, dict(coeffs=[1.0, 2.0]), "coeffs"), (sketched, dict(first=-1), "first"),
+    (words, dict(counter=torch.zeros(8, dtype=torch.int64)), "counter"), (words, dict(counter=torch.zeros(2, 4)), "counter"),
+    (words, dict(rounds=0), "rounds"), (words, dict(low=-1), "key"),
     (drawn, dict(out=torch.empty(8).double()), "float64"), (drawn, dict(first=2**35), "elements"), (drawn, dict(who=-1), "who"),
 ]  # fmt: skip
 

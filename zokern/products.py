@@ -23,6 +23,7 @@ from torch.nn import Parameter
 
 from . import matmul, overlap
 from .backends import Backend, Multiplies, Span
+from .backends.door import described
 from .overlap import Job
 
 JOIN = 512  # rows of all sides above which joining them gains nothing
@@ -387,6 +388,8 @@ def sketch_of(
     """Y = G Omega, or G^T Omega, of G = sum_k coeffs[k] z(*draws[k]), m x n: float32, about `tile` elements of G at a time."""
     rows, columns = shape
     device = omega.device
+    if omega.dtype != torch.float32:
+        raise ValueError(f"sketch: omega is {described(omega)}; expected float32: .float() it")
     table = torch.tensor(list(coeffs), dtype=torch.float32, device=device)
     result = torch.zeros(columns if transposed else rows, omega.shape[1], dtype=torch.float32, device=device)
     step = max(1, min(rows, tile // columns))
