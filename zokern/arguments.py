@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
@@ -10,39 +9,9 @@ import torch
 from torch import Tensor
 
 from .backends import TensorList
+from .checks import flag, is_number, whole, within
 
 _TOO_LARGE = 2.0**128 - 2.0**103  # halfway from the largest float32 to 2**128: from here on float32 is infinite
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is one real number: Python's, NumPy's, or a tensor without dimensions. True and False are none."""
-    if type(value) in (float, int):
-        return True
-    if isinstance(value, Tensor):
-        return value.dim() == 0 and not value.is_complex() and value.dtype != torch.bool
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def within(what: str, value: Any, low: float, high: float, expected: str, least: bool = True) -> float:
-    """A number of [low, high) as a float, of (low, high) without `least`; ValueError names the argument, its value and what is expected."""
-    number = float(value) if is_number(value) else low - 1.0
-    if not low <= number < high or (number == low and not least):
-        raise ValueError(f"{what} is {value!r:.80}; expected {expected}")
-    return number
-
-
-def flag(what: str, value: Any) -> bool:
-    """True or False, and nothing that only counts as one."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{what} is {value!r:.80}; expected True or False")
-    return value
-
-
-def whole(what: str, value: Any, expected: str = "an integer, at least 1", least: int = 1) -> int:
-    """An integer from `least` on."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        raise ValueError(f"{what} is {value!r:.80}; expected {expected}")
-    return int(value)
 
 
 def tensor(verb: str, what: str, value: Any, way_out: str = "") -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import is_number
+from .checks import is_number
 
 
 @dataclass(frozen=True)

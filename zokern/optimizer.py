@@ -16,7 +16,7 @@ from . import backends, directions, estimator, evaluation, parameters, saved, un
 from .deferred import Deferred
 from .evaluation import Tree
 from .fingerprint import memory_of, versions_of
-from .memory import START_ANEW, check_state
+from .memory import START_ANEW
 from .plan import Group, Plan
 from .rule import Rule, Sgd, check_basis
 from .step import StepResult, finite_number, run, whole_number

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import whole, within
+from ..checks import whole, within
 from ..stream import RADIUS, draw_word
 from .lowrank import Matrix, Source
 from .orthonormal import tree_sum

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import whole
+from ..checks import whole
 from .lowrank import LEFT, RIGHT, Matrix, Source, matrix_shape
 from .normal import Normal
 

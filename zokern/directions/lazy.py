@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..arguments import whole
+from ..checks import whole
 from .lowrank import RIGHT, Matrix, Source, matrix_shape
 from .normal import Normal
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..arguments import whole
+from ..checks import whole
 from .lowrank import LEFT, RIGHT, Matrix, Source, matrix_shape, near_square
 from .normal import Normal
 from .orthonormal import orthonormal

@@ -19,12 +19,12 @@ from typing import Any
 from torch import Tensor
 
 from .. import products
+from ..plan import Plan
 from ..warning import warn
 from .base import NotRepeatable, Point, Record
 from .isolation import Isolation
 from .master import Master
 from .paired import Paired
-from ..plan import Plan
 from .scratch import MIB, Scratch
 from .trust import fits
 

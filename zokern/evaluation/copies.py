@@ -16,10 +16,10 @@ from torch import Tensor
 from .. import products
 from ..backends import Span, TensorList
 from ..directions import DIRECTIONS
+from ..plan import Group, Plan
 from .arena import ALIGN, Arena
 from .base import Point, Refused
 from .factors import Factors
-from ..plan import Group, Plan
 
 RESIDENT = 1 << 16  # elements: tensors up to this size are perturbed together, ahead of the reading
 TILE = 1 << 21  # elements: larger tiles leave the caches before they are read, smaller ones starve the product (benchmarks/)
@@ -235,7 +235,7 @@ class Copies:
         total, width = theta.shape[dimension], theta.shape[1 - dimension]
         size, many = width * theta.element_size(), max(1, len(moved))
         most = max(1, min(self.arena.left(theta.device) // many - ALIGN, TILE * theta.element_size()) // max(1, size))
-        step = -(-total // -(-total // most))
+        step = -(-total // -(-total // most)) if total else 1
         for start in range(0, total, step):
             stop = min(total, start + step)
             shape = (width, stop - start) if transposed else (stop - start, width)
@@ -244,7 +244,7 @@ class Copies:
                 tile = self.arena.take(shape, theta.dtype, theta.device)
                 tiles[side] = tile if tile is not None else torch.empty(shape, dtype=theta.dtype, device=theta.device)
             view = theta.narrow(dimension, start, stop - start)
-            part = None if low is None else low.narrow(dimension, start, stop - start)
+            part = None if low is None else low.narrow(dimension, start, stop - start).contiguous()  # kernels read them in a row
             if transposed:
                 here = Span(span.who, span.first + start, pitch=total)
             else:

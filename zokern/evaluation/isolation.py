@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from ..estimator import loss_tensor
 from ..fingerprint import Fingerprint
-from . import rng
 from ..plan import Plan
+from . import rng
 
 BUDGET = 4 << 20  # bytes of buffers that are copied to be put back; larger ones are only watched
 CONTAINERS = (list, dict, set)

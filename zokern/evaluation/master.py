@@ -17,12 +17,12 @@ from torch import Tensor
 
 from ..backends import TensorList
 from ..fingerprint import announce
+from ..plan import Group, Plan
 from ..underflow import heads
 from ..warning import warn
 from .base import Point, Record, distinct
 from .factors import Factors
 from .isolation import Isolation
-from ..plan import Group, Plan
 
 
 class Master:

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from ..estimator import loss_tensor
+from ..plan import Plan
 from .base import WAY_OUT, Point, Record, Refused, distinct
 from .copies import Copies
 from .isolation import Isolation
-from ..plan import Plan
 from .scratch import MIB, Scratch
 from .standin import standing_in
 

@@ -13,10 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..plan import Plan
 from .base import THETA, WAY_OUT, NotRepeatable, Point, Refused
 from .isolation import Isolation
 from .master import Master
-from ..plan import Plan
 
 EVERY = 500  # steps
 FARTHEST = 0.25  # largest offset of a comparison, in weights per unit of z

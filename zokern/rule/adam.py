@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import flag, is_number, within
 from ..backends import Span
+from ..checks import flag, is_number, within
 from ..directions import Matrix
 from ..plan import Group, Plan
 from .dense import advance

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import within
 from ..backends import Span
+from ..checks import within
 from ..directions import Matrix
 from ..directions.orthonormal import tree_sum
 from ..plan import Group, Plan
