@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
 
-def memory_of(tensors: Iterable[Tensor]) -> list[tuple]:
-    """Returns what a kernel takes from each tensor: address, dtype, shape, strides, device."""
-    return [(t.data_ptr(), t.dtype, t.shape, t.stride(), t.device) for t in tensors]
+_dtype, _device, _version = attrgetter("dtype"), attrgetter("device"), attrgetter("_version")
+
+
+def memory_of(tensors: Sequence[Tensor]) -> tuple[list, ...]:
+    """Returns what a kernel takes from each tensor: addresses, strides, shapes, dtypes, devices."""
+    maps = Tensor.data_ptr, Tensor.stride, Tensor.size, _dtype, _device
+    return tuple([list(map(question, tensors)) for question in maps])
 
 
 def versions_of(tensors: Iterable[Tensor]) -> list[int]:
     """Returns the version counters: torch's operations, and this package's launches, add to them when they write."""
-    return [t._version for t in tensors]
+    return list(map(_version, tensors))
 
 
 class Fingerprint:
@@ -32,10 +37,11 @@ class Fingerprint:
 
     def changes(self) -> list[int]:
         """Returns the positions of tensors that were written, moved or replaced since."""
-        if versions_of(self.tensors) == self.versions and memory_of(self.tensors) == self.memory:
+        versions, memory = versions_of(self.tensors), memory_of(self.tensors)
+        if versions == self.versions and memory == self.memory:
             return []
-        now = zip(memory_of(self.tensors), versions_of(self.tensors))
-        return [i for i, at in enumerate(now) if at != (self.memory[i], self.versions[i])]
+        columns = zip(zip(versions, *memory), zip(self.versions, *self.memory))
+        return [i for i, (now, before) in enumerate(columns) if now != before]
 
 
 def announce(tensors: Sequence[Tensor]) -> None:

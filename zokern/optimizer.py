@@ -6,7 +6,8 @@ import difflib
 import inspect
 import threading
 from collections.abc import Callable
-from itertools import zip_longest
+from itertools import chain, zip_longest
+from operator import is_
 from typing import Any
 
 import torch
@@ -270,7 +271,7 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
         known = {id(t): name for name, t in self._known().items()}
         now = {id(p): name for root in tree.roots for name, p in root.named_parameters()}
         names = {name: number for number, name in now.items()}
-        before = {number for number in tree.slots if number in known}
+        before = {id(p) for p in tree.slots if id(p) in known}
         for number in before - now.keys():
             name = known[number]
             here = next((full for full in names if parameters.plain(full) == name or full.endswith(name)), None)
@@ -290,10 +291,10 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
         everything = [entry for entries in active for entry in entries]
         tensors = [t for entry in everything for t in (entry.tensor, *(t for _, t in entry.aliases))]
         try:
-            key: list[Any] = [*map(id, tensors), *memory_of(tensors)]
+            key: list[Any] = [*map(id, tensors), memory_of(tensors)]
         except RuntimeError:  # a tensor without an address, which the check below names
             key = []
-        kept = [v for state in self.state.values() for v in state.values()]
+        kept = list(chain.from_iterable(map(dict.values, self.state.values())))
         is_new = not key or key != self._key
         if is_new:
             self._key = []
@@ -302,7 +303,7 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
                 parameters.check_tie(entry)
                 self._check_matrix(entry)
             parameters.check_overlap([(entry.name, entry.tensor) for entries in self._entries for entry in entries])
-        if is_new or len(kept) != len(self._kept) or any(a is not b for a, b in zip(kept, self._kept)):
+        if is_new or len(kept) != len(self._kept) or not all(map(is_, kept, self._kept)):
             for entry in everything:
                 if state := self.state.get(entry.tensor):
                     self._check_state(entry, state, START_ANEW)

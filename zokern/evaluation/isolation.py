@@ -8,8 +8,9 @@ reading starts from the same random state. The weights are watched through their
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
 from operator import is_
 from types import FunctionType, ModuleType
 from typing import Any
@@ -26,6 +27,11 @@ BUDGET = 4 << 20  # bytes of buffers that are copied to be put back; larger ones
 CONTAINERS = (list, dict, set)
 BACKWARD = ("does not require grad and does not have a grad_fn", "backward() called inside a functorch transform")
 STANDARD = frozenset(vars(nn.Module())) - {"training"}  # kept by nn.Module itself, and no place for a model's own state
+
+
+def same(now: Collection, before: Collection) -> bool:
+    """Whether two collections hold the same objects in the same order."""
+    return len(now) == len(before) and all(map(is_, now, before))
 
 
 class Tree:
@@ -46,7 +52,8 @@ class Tree:
         self.children = [d["_modules"] for d in self.dicts]
         self.holders = [(d["_buffers"], isinstance(m, nn.modules.batchnorm._NormBase)) for m, d in zip(plain, self.dicts)]
         self.hidden = [d["_non_persistent_buffers_set"] for d in self.dicts]
-        self.owned = [(d, key) for d in self.dicts for key in d if key not in STANDARD]
+        owned = [(d, key) for d in self.dicts for key in d if key not in STANDARD]
+        self.owners, self.keys = [d for d, _ in owned], [key for _, key in owned]
         self.size = self._size()
         self.slots, self.links = self._slots(), self._links()
         self._known: list = []  # values that containers() has looked at
@@ -56,19 +63,19 @@ class Tree:
     def _size(self) -> int:
         return sum(map(len, self.dicts))
 
-    def _slots(self) -> list[int]:
-        return [id(p) for held in self.parameters for p in held.values()]
+    def _slots(self) -> list[Any]:
+        return list(chain.from_iterable(map(dict.values, self.parameters)))
 
-    def _links(self) -> list[int]:
-        return [id(child) for held in self.children for child in held.values()]
+    def _links(self) -> list[Any]:
+        return list(chain.from_iterable(map(dict.values, self.children)))
 
     def stands(self) -> bool:
         """Whether the same modules hold the same parameters and have as many attributes as when the tree was built."""
-        return self._size() == self.size and self._links() == self.links and self._slots() == self.slots
+        return self._size() == self.size and same(self._links(), self.links) and same(self._slots(), self.slots)
 
     def containers(self, values: list) -> list:
         """Lists, dicts and sets among the values, and the attributes of plain objects there; found once for the same values."""
-        if len(values) != len(self._known) or not all(map(is_, values, self._known)):
+        if not same(values, self._known):
             found: dict[int, Any] = {}
             for value in values:
                 inside = value if type(value) in CONTAINERS else _attributes(value)
@@ -79,7 +86,7 @@ class Tree:
 
     def values(self) -> list:
         """The values of the modules' own attributes, train/eval flags among them."""
-        return [d.get(key, STANDARD) for d, key in self.owned]
+        return list(map(dict.get, self.owners, self.keys))
 
 
 class Isolation:
@@ -188,7 +195,7 @@ class Isolation:
     def _put_back(self) -> None:
         tree = self.tree
         for held, before in self.buffers:
-            if len(held) != len(before) or not all(map(is_, held.values(), before.values())):
+            if not same(held.values(), before.values()):
                 held.clear()
                 held.update(before)
         for held in self.bare:
@@ -199,10 +206,10 @@ class Isolation:
                 kept.clear()
                 kept |= before
         now = tree.values()
-        if tree._size() != tree.size or not all(map(is_, now, self.values)):
+        if tree._size() != tree.size or not same(now, self.values):
             self._put_back_attributes(now)
         for held, before in self.contents:
-            if len(held) != len(before) or not all(map(is_, _items(held), _items(before))):
+            if not same(_items(held), _items(before)):
                 held.clear()
                 held.extend(before) if isinstance(held, list) else held.update(before)
         self.lost = ""
@@ -229,11 +236,11 @@ class Isolation:
         self.watched = renewed
 
     def _put_back_attributes(self, now: list) -> None:
-        for (d, key), value, before in zip(self.tree.owned, now, self.values):
-            if value is not before:
+        for d, key, value, before in zip(self.tree.owners, self.tree.keys, now, self.values):
+            if value is not before or key not in d:
                 d[key] = before
         if self.tree._size() != self.tree.size:
-            known = {(id(d), key) for d, key in self.tree.owned}
+            known = {(id(d), key) for d, key in zip(self.tree.owners, self.tree.keys)}
             for d in self.tree.dicts:
                 for key in [key for key in d if key not in STANDARD and (id(d), key) not in known]:
                     del d[key]
@@ -241,12 +248,14 @@ class Isolation:
     def _check(self) -> None:
         """Raises if the closure replaced a weight or a module that holds one, or changed a buffer that cannot be put back."""
         tree = self.tree
-        if tree._slots() != tree.slots and any(before in self.trained for before in set(tree.slots) - set(tree._slots())):
-            raise RuntimeError(
-                "the closure replaced a trained parameter of the model: build the optimizer after the model has its final parameters"
-            )
-        if tree._links() != tree.links:
-            gone = set(tree.links) - set(tree._links())
+        if not same(slots := tree._slots(), tree.slots):
+            gone = {*map(id, tree.slots)} - {*map(id, slots)}
+            if gone & self.trained:
+                raise RuntimeError(
+                    "the closure replaced a trained parameter of the model: build the optimizer after the model has its final parameters"
+                )
+        if not same(links := tree._links(), tree.links):
+            gone = {*map(id, tree.links)} - {*map(id, links)}
             for module in tree.modules:
                 if id(module) in gone and any(id(p) in self.trained for p in module.parameters()):
                     raise RuntimeError(

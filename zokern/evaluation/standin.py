@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..backends import Span
 from .base import Refused
 from .copies import Copies
 
@@ -30,6 +31,38 @@ class Copy(nn.Parameter):
     """The class of a parameter while a resident copy is inside it."""
 
     requires_grad = property(lambda self: True)  # type: ignore[assignment]
+
+
+class Mapped(Copy):
+    """The class of a matrix whose copies are mapped by torch.vmap: torch's rules do all but F.linear, which is one batched product."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is F.linear and not kwargs and (y := _batched_linear(*args)) is not None:
+                return y
+            return func(*args, **(kwargs or {}))
+
+
+def _batched_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """Returns y_j = x_j W_j^T + b_j of all sides by one torch.bmm, or None where that is not what it is."""
+    functorch = torch._C._functorch
+    level = functorch.maybe_get_level(weight)
+    if functorch.maybe_get_level(x) != level or not functorch.is_batchedtensor(x) or functorch.maybe_current_level() != level:
+        return None
+    if torch.is_autocast_enabled(x.device.type) or x.dtype != weight.dtype or _is_taped(x, bias):
+        return None
+    xs, at, ws = functorch.get_unwrapped(x), functorch.maybe_get_bdim(x), functorch.get_unwrapped(weight)
+    if functorch.is_functorch_wrapped_tensor(xs) or xs.shape[-1] != ws.shape[-1] or at == xs.dim() - 1:
+        return None
+    xs = xs if at == 0 else xs.movedim(at, 0)
+    flat = xs.reshape(xs.shape[0], -1, xs.shape[-1])
+    if bias is None:
+        y = torch.bmm(flat, ws.mT)
+    else:
+        b = functorch.get_unwrapped(bias).unsqueeze(1) if functorch.is_batchedtensor(bias) else bias
+        y = torch.baddbmm(b, flat, ws.mT)
+    return functorch._add_batch_dim(y.view(*xs.shape[:-1], ws.shape[1]), 0, level)
 
 
 class Use(NamedTuple):
@@ -281,7 +314,8 @@ def standing_in(copies: Copies) -> Iterator[None]:
                         stand_in = _bodiless(group, i, k)
                     swap(parameter, stand_in)
                     done.append((parameter, stand_in, kind))
-                    parameter.__class__ = Copy if resident else Perturbed
+                    is_matrix = resident and copies.level is not None and stack.dim() == 3  # type: ignore[union-attr]
+                    parameter.__class__ = Mapped if is_matrix else Copy if resident else Perturbed
                     if not resident:
                         parameter._use = Use(copies, g, i)
         _number([parameter for parameter, _, _ in done])
