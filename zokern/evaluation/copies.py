@@ -57,10 +57,7 @@ class Copies:
         self.resident.update({(g, i): stack for i, stack in members})
         for positions, thetas, spans, outs in launches:
             low = None if group.residuals is None else [group.residuals[i] for i in positions]
-            if group.matrices is None:
-                self._fill(group, thetas, spans, range(self.sides), outs, low)
-            else:
-                self._fill_matrices(group, positions, thetas, spans, outs, low)
+            self._fill(group, thetas, spans, range(self.sides), outs, low)
 
     def _places(self, group: Group, most: int | None, start: int) -> tuple:
         """Returns resident members with their stacks, and launches that fill them; prepared once for a list of tensors."""
@@ -72,7 +69,7 @@ class Copies:
         members: list[tuple[int, Tensor]] = []
         by_kind: dict[bool, list[int]] = {}
         for i, tensor in enumerate(group.theta):
-            if most is not None and (group.matrices is not None or tensor.numel() > most):
+            if group.matrices is not None or (most is not None and tensor.numel() > most):
                 continue
             wide = tensor.dim() <= 1 and tensor.dtype != torch.float32 and group.matrices is None
             dtype = torch.float32 if wide else tensor.dtype
@@ -91,21 +88,6 @@ class Copies:
         found = members, launches, self.arena.top.get(device, 0)
         group.memo[key] = self.arena, found
         return found
-
-    def _fill_matrices(self, group: Group, members, thetas, spans, outs, low) -> None:
-        moved = [side for side in range(self.sides) if not self.factors.untouched(group, 0, side)]
-        for side in set(range(self.sides)) - set(moved):
-            self._fill(group, thetas, spans, [side], [outs[side]], low)
-        if moved:
-            self.factors.prepare_lefts(group, members, moved)
-            parts = [self.factors.of(group, i, side) for side in moved for i in members]
-            lefts, rights, shrinks = zip(*parts)
-            many = len(moved)
-            group.backend.lowrank_(
-                list(thetas) * many, list(spans) * many, lefts, rights, [1.0] * len(parts), shrinks[0],
-                "nearest" if low is None else "residual",
-                None if low is None else list(low) * many, outs=[out for side in moved for out in outs[side]],
-            )  # fmt: skip
 
     def _fill(self, group: Group, thetas, spans, sides: Sequence[int], outs: Sequence[Sequence[Tensor]], low) -> None:
         """Dense z: outs[j] <- theta at the point of sides[j]; sides of one draw share its z, two in a launch."""
@@ -196,6 +178,25 @@ class Copies:
             self.fill(group, i, theta, here, sides, [out[side] for side in sides], group.residual(i))
         return out
 
+    def thin(self, g: int, i: int, x: Tensor) -> Tensor | None:
+        """Returns x_j W_j^T for a small factored matrix by a few torch products, x and the result (sides, rows, ...); None where unfit.
+
+        x W^T of all sides is one product; beside it (x V) M_j^T U^T, or (x V) M_j^T where a draw is the left factor."""
+        group = self.plan.groups[g]
+        weight, matrices = group.theta[i], group.matrices
+        if matrices is None or weight.numel() > RESIDENT or weight.dtype != torch.float32 or x.dtype != torch.float32:
+            return None
+        if matrices[i].shape != tuple(weight.shape) or any(g not in middles for middles in self.factors.middles):
+            return None
+        matrix, (sides, rows, width) = matrices[i], x.shape
+        middles = self.factors.cores[g][i] if g in self.factors.cores else torch.stack([m[g][i] for m in self.factors.middles])
+        flat = x.reshape(-1, width)
+        y = flat @ weight.t()
+        thin = torch.bmm((flat @ matrix.right).view(sides, rows, -1), middles.mT)  # type: ignore[operator]
+        if matrix.left is None:
+            return y.view(sides, rows, -1).mul_(matrix.shrink).add_(thin) if matrix.shrink != 1.0 else y.view(thin.shape).add_(thin)
+        return y.addmm_(thin.view(flat.shape[0], -1), matrix.left.t(), beta=matrix.shrink).view(sides, rows, -1)
+
     def product(self, g: int, i: int, xs: list[Tensor], biases: list[Tensor | None], transposed: bool) -> Tensor:
         """Returns y_j = x_j W_j^T + b_j of every side, one below the other: (rows of all sides, columns). Transposed: x_j W_j."""
         group = self.plan.groups[g]
@@ -255,18 +256,23 @@ class Copies:
 
     # Sides as a mapped dimension -----------------------------------------------------------------------------------------
 
-    def parts(self, x: Tensor | None) -> list:
-        """Returns the tensor of each side: pieces of one that is mapped over the sides, or the same for all."""
+    def stacked(self, x: Tensor) -> Tensor:
+        """Returns (sides, *shape) of a tensor that is mapped over the sides, or the same for all."""
         functorch = torch._C._functorch
-        if self.level is None or x is None:
-            if x is not None and functorch.is_functorch_wrapped_tensor(x):
-                raise Refused("the closure uses torch.func transforms of its own around a large parameter: use evaluation='master'")
+        if functorch.is_functorch_wrapped_tensor(x):
+            if self.level is None or not functorch.is_batchedtensor(x) or functorch.maybe_get_level(x) != self.level:
+                raise Refused(
+                    "the closure uses torch.func transforms of its own around a large parameter: use evaluation='master'"
+                )
+            at, x = functorch.maybe_get_bdim(x), functorch.get_unwrapped(x)
+            return x if at == 0 else x.movedim(at, 0)
+        return x.unsqueeze(0) if self.sides == 1 else x.expand(self.sides, *x.shape)
+
+    def parts(self, x: Tensor | None) -> list:
+        """Returns the tensor of each side, or the same for all."""
+        if x is None or not torch._C._functorch.is_functorch_wrapped_tensor(x):
             return [x] * self.sides
-        if not functorch.is_functorch_wrapped_tensor(x):
-            return [x] * self.sides
-        if not functorch.is_batchedtensor(x) or functorch.maybe_get_level(x) != self.level:
-            raise Refused("the closure uses torch.func transforms of its own around a large parameter: use evaluation='master'")
-        return list(functorch.get_unwrapped(x).movedim(functorch.maybe_get_bdim(x), 0).unbind(0))
+        return list(self.stacked(x).unbind(0))
 
     def mapped(self, stack: Tensor) -> Tensor:
         """Returns (sides, ...) as one tensor mapped over the sides, or the tensor of the one side."""

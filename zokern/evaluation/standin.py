@@ -205,6 +205,11 @@ def _product(x: Any, weight: Any, bias: Any, transposed: bool):
     if bias is not None and (bias.shape != (columns,) or bias.dtype != weight.dtype):
         return NotImplemented
     with torch.no_grad():
+        if bias is None and not transposed and not torch.is_autocast_enabled(x.device.type):
+            stack = copies.stacked(x)
+            y = copies.thin(g, i, stack if stack.dim() == 3 else stack.reshape(copies.sides, -1, width))
+            if y is not None:
+                return copies.mapped(y.view(*stack.shape[:-1], columns))
         if isinstance(bias, Perturbed):
             biases = list(bias._use.stack().unbind(0))
         else:
