@@ -91,7 +91,7 @@ def missing_paths(text: str, folder: Path = ROOT) -> list[str]:
 
 def missing_commands(text: str) -> list[str]:
     """`make x` and `python -m zokern x` that do not exist."""
-    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
     shown = "\n".join(code(text))
     missing = [f"make {name}" for name in re.findall(r"\bmake ([a-z]+(?:-[a-z]+)*)\b", shown) if name not in targets]
     return missing + [f"zokern {name}" for name in re.findall(r"-m zokern ([a-z]+)\b", shown) if name not in COMMANDS]
