@@ -15,11 +15,12 @@ PARALLEL = $(if $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo yes),-n 
 AS_avx2 = ZOKERN_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 AS_scalar = ZOKERN_CPU_ISA=scalar ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
 ISAS = $(filter avx2 scalar,$(shell $(PYTHON) -c "from zokern.backends import cpu; print(*[] if cpu.why_off() else cpu.architectures())"))
+ISA_PART = not avx512 and not measured_memory
 ISA_TESTS = $(patsubst %,tests/test_%.py,conformance linear cpu step deferred)
 ENVIRONMENT = $(if $(filter .venv/bin/python,$(PYTHON)),.venv/.ready,installed)
 
 .DEFAULT_GOAL := help
-.PHONY: help install build demo test bench gpu lint format wheel quality clean installed test-isa as-avx2 as-scalar
+.PHONY: help install build demo test bench gpu lint format wheel quality clean installed test-isa
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' Makefile
@@ -60,14 +61,11 @@ demo: build ## fine-tune SmolLM2-135M on film reviews: accuracy before and after
 test: build ## the whole test suite
 	$(PYTHON) -m pytest -q --durations=15 $(PARALLEL)
 
-test-isa: build ## what depends on the processor, as on one with AVX2 only and as on one without
-	@$(if $(ISAS),$(MAKE) -j 1 --no-print-directory $(ISAS:%=as-%),echo "no compiled CPU kernels here: nothing depends on the processor")
-
 # `make test` has the tests that select another instruction set for themselves, and memory is the same on every processor.
-as-avx2: SELECTED = not avx512 and not scalar and not measured_memory
-as-scalar: SELECTED = not avx512 and not avx2 and not measured_memory
-as-avx2 as-scalar: as-%: build
-	$(AS_$*) $(PYTHON) -m pytest -q -k "$(SELECTED)" $(PARALLEL) $(ISA_TESTS)
+test-isa: build ## what depends on the processor, as on one with AVX2 only and as on one without
+	@$(if $(ISAS),,echo "no compiled CPU kernels here: nothing depends on the processor")
+	$(if $(filter avx2,$(ISAS)),$(AS_avx2) $(PYTHON) -m pytest -q -k "$(ISA_PART) and not scalar" $(PARALLEL) $(ISA_TESTS))
+	$(if $(filter scalar,$(ISAS)),$(AS_scalar) $(PYTHON) -m pytest -q -k "$(ISA_PART) and not avx2" $(PARALLEL) $(ISA_TESTS))
 
 bench: build ## the benchmarks, each against eager PyTorch and against a copy
 	$(PYTHON) -m pytest -q benchmarks --benchmark-only --benchmark-quiet

@@ -91,9 +91,9 @@ def missing_paths(text: str, folder: Path = ROOT) -> list[str]:
 
 def missing_commands(text: str) -> list[str]:
     """`make x` and `python -m zokern x` that do not exist."""
-    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
     shown = "\n".join(code(text))
-    missing = [f"make {name}" for name in re.findall(r"\bmake ([a-z]+)\b", shown) if name not in targets]
+    missing = [f"make {name}" for name in re.findall(r"\bmake ([a-z]+(?:-[a-z]+)*)\b", shown) if name not in targets]
     return missing + [f"zokern {name}" for name in re.findall(r"-m zokern ([a-z]+)\b", shown) if name not in COMMANDS]
 
 
@@ -170,7 +170,7 @@ def test_the_command_line_says_its_version(capsys):
 def test_every_target_of_make_help_exists():
     text = (ROOT / "Makefile").read_text()
     phony = re.search(r"^\.PHONY: (.*)$", text, re.M)[1].split()
-    assert sorted(phony) == sorted(re.findall(r"^([a-z]+):", text, re.M))
+    assert sorted(phony) == sorted(re.findall(r"^([a-z-]+):", text, re.M))
 
 
 @pytest.mark.parametrize(
@@ -180,6 +180,7 @@ def test_every_target_of_make_help_exists():
         (missing_paths, "see `nowhere.h`", "nowhere.h"),
         (missing_paths, "see [the page](docs-nowhere.md)", "docs-nowhere.md"),
         (missing_commands, "run `make coffee`", "make coffee"),
+        (missing_commands, "run `make test-coffee`", "make test-coffee"),
         (missing_commands, "```\nOMP_NUM_THREADS=1 python -m zokern fly\n```", "zokern fly"),
         (machine_paths, "cd " + "/" + "work/main", "1: cd " + "/" + "work/main"),
     ],
