@@ -19,7 +19,7 @@ from .update_ops import update_
 __version__ = "0.1.0"
 
 __all__ = [
-    "Adam", "Auto", "FZOO", "InPlace", "LOZO", "Master", "MeZO", "Momentum", "Normal", "Objective", "PGAP", "Paired", "Rademacher", "Refused", "Scratch", "Sgd",
-    "Stencil", "StepResult", "SubZero", "TeZO", "Walk", "__version__", "axpy_", "draw", "linear", "lowrank_", "perturb",
+    "Adam", "Auto", "FZOO", "InPlace", "LOZO", "Master", "MeZO", "Momentum", "Normal", "Objective", "PGAP", "Paired", "Rademacher",
+    "Refused", "Scratch", "Sgd", "Stencil", "StepResult", "SubZero", "TeZO", "Walk", "__version__", "axpy_", "draw", "linear", "lowrank_", "perturb",
     "philox4x32", "sketch", "step", "update_",
 ]  # fmt: skip

@@ -244,7 +244,9 @@ class _Flush:
         if optimizer is not None and optimizer.pending and not optimizer._lock.locked():
             own = optimizer.model._parameters.values() if optimizer.model is not None else ()
             if any((matrix := optimizer.matrices.get(id(p))) is not None and matrix.pending is not None for p in own):
-                raise RuntimeError("the module is being copied while updates of its own weights are deferred: call optimizer.flush() first")
+                raise RuntimeError(
+                    "the module is being copied while updates of its own weights are deferred: call optimizer.flush() first"
+                )
             optimizer.flush()
         return _ignore
 

@@ -8,7 +8,6 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-
 _dtype, _device, _version = attrgetter("dtype"), attrgetter("device"), attrgetter("_version")
 
 

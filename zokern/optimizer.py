@@ -70,7 +70,7 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
         self.model = parameters.inner(params) if isinstance(params, nn.Module) else None
         self.evaluation = _resolve_evaluation(evaluation)
         if self.model is not None and self.evaluation.name in ("paired", "scratch"):
-            parameters.check_model(self.model)
+            parameters.check_model(params)
         self.seed = check_seed(seed)
         self.queries = whole_number("queries", queries, 1, 2**24 - 1)
         if rounding not in backends.ROUNDINGS:
@@ -90,7 +90,7 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
         if isinstance(self.rule, type) or not hasattr(self.rule, "update"):
             raise TypeError(f"rule is {rule!r}; expected None, zokern.Momentum(), zokern.Adam() or another Rule object")
         check_basis(self.rule, self.factored)
-        if defer not in (None, True, False) or isinstance(defer, (int, float)) and not isinstance(defer, bool):
+        if defer is not None and not isinstance(defer, bool):
             raise ValueError(f"defer is {defer!r}; expected True, False or None")
         self.defer = defer
         self.matrices: dict[int, directions.Matrix] = {}
@@ -100,13 +100,11 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
                 raise ValueError(f"{name} is {flag!r}; expected True or False")
         self.maximize, self.force, self.nonfinite = maximize, force, nonfinite
         self.clip = None if clip is None else finite_number("clip", clip, above=0.0)
-        if normalize == "std" and self.queries * sum(1 for offset in self.stencil.offsets if offset) < 2:
-            raise ValueError(
-                f"normalize is 'std' with queries={queries} and stencil {self.stencil.name!r}, which read one perturbed loss; its spread is 0 "
-                "and nothing would move: expected queries of at least 2"
-            )
+        estimator.check_spread(normalize, self.stencil, self.queries)
         if isinstance(paired_check, str) and paired_check != "first":
-            raise ValueError(f"paired_check is {paired_check!r}; expected 'first', or an integer, at least 0, or None for no check")
+            raise ValueError(
+                f"paired_check is {paired_check!r}; expected 'first', or an integer, at least 0, or None for no check"
+            )
         self.paired_check = (
             paired_check if isinstance(paired_check, str) else _check_count("paired_check", paired_check, 0, "no check")
         )
@@ -114,9 +112,9 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
         self.dead_limit = _check_count("dead_limit", dead_limit, 1, "no limit")
         self.steps = self.skips = self.dead = 0
         self.drawn = False  # whether the step under way has used its number
-        names = parameters.plain_names(self.model) if self.model is not None else {}
-        self.ids, self.salted = parameters.ids(names.values())
-        self._names = names
+        self._names = parameters.plain_names(self.model) if self.model is not None else {}
+        if self.model is not None:
+            self._names = {**parameters.plain_names(params), **self._names}
         self._lock = threading.Lock()
         self._tree = Tree([self.model] if self.model is not None else [], is_open=self.model is None)
         self._several = _spread(params)
@@ -128,23 +126,20 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
         self._written: dict[int, int] = {}  # by id: version counters after the last update, which low bits belong to
         self._losses, self._start, self._mean, self._best = 0, 0.0, 0.0, 0.0  # of this process: how the loss goes
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
-        groups = parameters.named_groups(params, names)
-        if not any(group["params"] for group in groups):
-            raise ValueError("params holds no trainable parameter; set requires_grad on what is to be trained")
+        groups = parameters.named_groups(params, self._names)
+        parameters.check_trained(groups)
+        given = [name for group in groups for name, _ in group["params"]]
+        self.ids, self.salted = parameters.ids([*self._names.values(), *given])
         super().__init__(groups, defaults)
-        parameters.check_trained(self._pairs())
         if self.factored is not None and self.model is not None:
             self.watch(self.model, params)
-
-    def _pairs(self) -> list[dict[str, Any]]:
-        return [{"params": [(entry.name, entry.tensor) for entry in entries]} for entries in self._entries]
 
     # Groups and state ---------------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; a group without names continues the numbering param.N. Refuses what cannot be trained, by name."""
         (group,) = parameters.named_groups([param_group], self._names)
-        names_of = {id(p): self._names[name] for name, p in self.model.named_parameters()} if self.model is not None else {}
+        names_of = {id(p): self._names[n] for n, p in self.model.named_parameters()} if self.model is not None else {}
         known = sum(len(entries) for entries in self._entries)
         if known and all(name == f"param.{i}" for i, (name, _) in enumerate(group["params"])):
             group["params"] = [(names_of.get(id(p), f"param.{known + i}"), p) for i, (_, p) in enumerate(group["params"])]
@@ -249,7 +244,15 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
         if not self._groups:
             raise ValueError("no parameter requires a gradient any more: nothing to train in this step")
         plan = Plan(
-            self._groups, self.direction, self.stencil, self.queries, self.seed, self.steps, self.rounding, self._tree, self.factored
+            self._groups,
+            self.direction,
+            self.stencil,
+            self.queries,
+            self.seed,
+            self.steps,
+            self.rounding,
+            self._tree,
+            self.factored,
         )
         for group in self._groups:
             group.check_waiting()
@@ -435,7 +438,9 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
         if grown and not self._warned:
             self._warned = True
             lr = ", ".join(str(float(group["lr"])) for group in self.param_groups)
-            warn(f"the loss has grown from {self._start:.4g} to {loss:.4g} within {self._losses} steps: lr = {lr} may be too large")
+            warn(
+                f"the loss has grown from {self._start:.4g} to {loss:.4g} within {self._losses} steps: lr = {lr} may be too large"
+            )
         return grown
 
     _warned = False
@@ -461,7 +466,9 @@ def _unknown(cls: type, option: str) -> TypeError:
     near = difflib.get_close_matches(option, known, 1)
     hint = HINTS.get(option) or (f"{near[0]}=..." if near else "")
     return TypeError(
-        f"{cls.__name__} has no option {option!r}" + (f"; did you mean {hint}?" if hint else ";") + f" The options are {', '.join(known)}"
+        f"{cls.__name__} has no option {option!r}"
+        + (f"; did you mean {hint}?" if hint else ";")
+        + f" The options are {', '.join(known)}"
     )
 
 

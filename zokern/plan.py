@@ -35,7 +35,9 @@ class Group:
     matrices: list[Matrix] | None = None  # factored tensors, aligned with tensors; None: z is dense
     theta: TensorList = field(default_factory=TensorList)
     objects: list[list[Tensor]] = field(default_factory=list)  # every tensor object that stands for tensor i, itself first
-    drawn: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict, repr=False)  # (step, draw word) -> draws of the matrices
+    drawn: dict[tuple[int, int], list[Tensor]] = field(
+        default_factory=dict, repr=False
+    )  # (step, draw word) -> draws of the matrices
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)  # what evaluations prepare once for these tensors
 
     def __post_init__(self) -> None:

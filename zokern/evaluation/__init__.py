@@ -28,6 +28,6 @@ def resolve(evaluation: str | Evaluation) -> Evaluation:
 
 
 __all__ = [
-    "EVALUATIONS", "THETA", "Auto", "Evaluation", "InPlace", "Isolation", "Master", "NotRepeatable", "Objective", "Paired", "Point", "Record", "Refused",
-    "Scratch", "Tree", "resolve",
+    "EVALUATIONS", "THETA", "Auto", "Evaluation", "InPlace", "Isolation", "Master", "NotRepeatable", "Objective", "Paired", "Point",
+    "Record", "Refused", "Scratch", "Tree", "resolve",
 ]  # fmt: skip

@@ -28,7 +28,9 @@ from .paired import Paired
 from .scratch import MIB, Scratch
 from .trust import fits
 
-ROWS = 512  # tokens or other inputs of the model up to which 'paired' is chosen for a dense z: it is generated once for both sides
+ROWS = (
+    512  # tokens or other inputs of the model up to which 'paired' is chosen for a dense z: it is generated once for both sides
+)
 FACTORED = products.JOIN // 2  # the same where z is factored: up to there W is read once
 
 

@@ -194,7 +194,11 @@ class Copies:
         y = flat @ weight.t()
         thin = torch.bmm((flat @ matrix.right).view(sides, rows, -1), middles.mT)  # type: ignore[operator]
         if matrix.left is None:
-            return y.view(sides, rows, -1).mul_(matrix.shrink).add_(thin) if matrix.shrink != 1.0 else y.view(thin.shape).add_(thin)
+            return (
+                y.view(sides, rows, -1).mul_(matrix.shrink).add_(thin)
+                if matrix.shrink != 1.0
+                else y.view(thin.shape).add_(thin)
+            )
         return y.addmm_(thin.view(flat.shape[0], -1), matrix.left.t(), beta=matrix.shrink).view(sides, rows, -1)
 
     def product(self, g: int, i: int, xs: list[Tensor], biases: list[Tensor | None], transposed: bool) -> Tensor:
@@ -227,7 +231,9 @@ class Copies:
         moved = [side for side in sides if not self.untouched(group, i, side)]
         return products.tiled_linear(xs, weight, biases, self._tiles(group, i, moved, transposed), transposed)
 
-    def _tiles(self, group: Group, i: int, moved: Sequence[int], transposed: bool) -> Iterator[tuple[int, int, dict[int, Tensor]]]:
+    def _tiles(
+        self, group: Group, i: int, moved: Sequence[int], transposed: bool
+    ) -> Iterator[tuple[int, int, dict[int, Tensor]]]:
         """Yields (start, stop, the tile of each side that moved): some rows of a matrix, or columns where it is transposed.
 
         Tiles have nearly the same size: TILE elements at most, and what is left of the arena holds two of them."""
@@ -245,7 +251,9 @@ class Copies:
                 tile = self.arena.take(shape, theta.dtype, theta.device)
                 tiles[side] = tile if tile is not None else torch.empty(shape, dtype=theta.dtype, device=theta.device)
             view = theta.narrow(dimension, start, stop - start)
-            part = None if low is None else low.narrow(dimension, start, stop - start).contiguous()  # kernels read them in a row
+            part = (
+                None if low is None else low.narrow(dimension, start, stop - start).contiguous()
+            )  # kernels read them in a row
             if transposed:
                 here = Span(span.who, span.first + start, pitch=total)
             else:

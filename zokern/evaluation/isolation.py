@@ -139,7 +139,9 @@ class Isolation:
         """Surrounds the readings of one call: streams are put back, and inputs of the root modules are measured.
 
         eager  run torch.compile'd modules as the Python that they were compiled from"""
-        hooks = [root.register_forward_pre_hook(self._measure, with_kwargs=True) for root in self.tree.roots if _takes_hooks(root)]
+        hooks = [
+            root.register_forward_pre_hook(self._measure, with_kwargs=True) for root in self.tree.roots if _takes_hooks(root)
+        ]
         if self.tree.is_open:
             hooks.append(nn.modules.module.register_module_forward_pre_hook(self._discover))
         try:
@@ -214,14 +216,11 @@ class Isolation:
                 held.extend(before) if isinstance(held, list) else held.update(before)
         self.lost = ""
         for buffer, version, copy in self.watched:
-            if version == -1:
-                if not torch.equal(buffer, copy):
+            if copy is not None:
+                if buffer._version != version if version >= 0 else not torch.equal(buffer, copy):
                     _write(buffer, copy)
-            elif buffer._version != version:
-                if copy is None:
-                    self.lost = f"a buffer or attribute of shape {list(buffer.shape)}"
-                else:
-                    _write(buffer, copy)
+            elif version >= 0 and buffer._version != version:
+                self.lost = f"a buffer or attribute of shape {list(buffer.shape)}"
         if any(copy is not None and version >= 0 and b._version != version for b, version, copy in self.watched):
             self._accept_buffers()
 
