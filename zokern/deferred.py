@@ -19,9 +19,10 @@ from torch._compile import _disable_dynamo
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from . import directions, parameters
-from .evaluation import THETA, Evaluation, Master, Tree
+from .evaluation import THETA, Evaluation, Master
 from .fingerprint import memory_of
 from .memory import check_state
+from .modules import Tree
 from .plan import Group, Plan
 from .rule import Rule, renew
 

@@ -23,11 +23,11 @@ def versions_of(tensors: Iterable[Tensor]) -> list[int]:
 
 
 class Fingerprint:
-    """The state of some tensors at one moment: where they lie, how they are read, and how often they were written."""
+    """Where some tensors lie and how often they were written, at one moment."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = tensors
-        self.memory = memory_of(tensors)
+        self.places = list(map(Tensor.data_ptr, tensors))
         self.versions = versions_of(tensors)
 
     def written(self) -> None:
@@ -36,11 +36,11 @@ class Fingerprint:
 
     def changes(self) -> list[int]:
         """Returns the positions of tensors that were written, moved or replaced since."""
-        versions, memory = versions_of(self.tensors), memory_of(self.tensors)
-        if versions == self.versions and memory == self.memory:
+        versions, places = versions_of(self.tensors), list(map(Tensor.data_ptr, self.tensors))
+        if versions == self.versions and places == self.places:
             return []
-        columns = zip(zip(versions, *memory), zip(self.versions, *self.memory))
-        return [i for i, (now, before) in enumerate(columns) if now != before]
+        before = zip(self.versions, self.places)
+        return [i for i, (now, then) in enumerate(zip(zip(versions, places), before)) if now != then]
 
 
 def announce(tensors: Sequence[Tensor]) -> None:

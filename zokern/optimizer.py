@@ -7,7 +7,6 @@ import inspect
 import threading
 from collections.abc import Callable
 from itertools import chain, zip_longest
-from operator import is_
 from typing import Any
 
 import torch
@@ -15,9 +14,9 @@ from torch import Tensor, nn
 
 from . import backends, directions, estimator, evaluation, parameters, saved, underflow
 from .deferred import Deferred
-from .evaluation import Tree
 from .fingerprint import memory_of, versions_of
 from .memory import START_ANEW
+from .modules import Tree, same
 from .plan import Group, Plan
 from .rule import Rule, Sgd, check_basis
 from .step import StepResult, finite_number, run, whole_number
@@ -120,7 +119,10 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
         self._several = _spread(params)
         self._entries: list[list[parameters.Trained]] = []
         self._groups: list[Group] = []  # of the last plan
-        self._key: list[Any] = []  # what they were built from
+        self._flags: list[bool] = []  # which entries are trained
+        self._active: list[parameters.Trained] = []  # those that are
+        self._all: list[Tensor] = []  # their tensors, with all aliases
+        self._key: tuple | None = None  # the memory that the groups were built from
         self._kept: list[Any] = []  # tensors of the optimizer's state that were checked
         self._eps: list[float] = []  # of the groups whose perturbation was found to survive rounding
         self._written: dict[int, int] = {}  # by id: version counters after the last update, which low bits belong to
@@ -179,7 +181,7 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
                     self.state[entry.tensor][key] = here
         self.discard()
         self.matrices.clear()
-        self._groups, self._key, self._written = [], [], {}
+        self._groups, self._key, self._written = [], None, {}
         self.seed, self.steps, self.skips, self.dead = own["seed"], own["step"], own["skips"], own["dead"]
         if hasattr(self.evaluation, "choice"):
             self.evaluation.choice = own.get("evaluation")
@@ -237,8 +239,7 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
         self._check_groups()
         for options in self.param_groups:
             _check_options(options)
-        active = [[entry for entry in entries if entry.tensor.requires_grad] for entries in self._entries]
-        self._build(active)
+        self._build()
         for group in self._groups:
             group.eps = float(group.options["eps"])
         if not self._groups:
@@ -289,31 +290,36 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
             )
         self._tree = Tree(tree.roots, is_open=tree.is_open)
 
-    def _build(self, active: list[list[parameters.Trained]]) -> None:
+    def _build(self) -> None:
         """Makes the groups of a step, once for a list of tensors: again when one was moved, frozen, cast or added."""
-        everything = [entry for entries in active for entry in entries]
-        tensors = [t for entry in everything for t in (entry.tensor, *(t for _, t in entry.aliases))]
+        entries = [entry for group in self._entries for entry in group]
+        flags = [entry.tensor.requires_grad for entry in entries]
+        if flags != self._flags:
+            self._flags, self._key = flags, None
+            self._active = [entry for entry, trained in zip(entries, flags) if trained]
+            self._all = [t for entry in self._active for t in (entry.tensor, *(t for _, t in entry.aliases))]
         try:
-            key: list[Any] = [*map(id, tensors), memory_of(tensors)]
+            key = memory_of(self._all)
         except RuntimeError:  # a tensor without an address, which the check below names
-            key = []
+            key = None
         kept = list(chain.from_iterable(map(dict.values, self.state.values())))
-        is_new = not key or key != self._key
+        is_new = key is None or key != self._key
         if is_new:
-            self._key = []
-            for entry in everything:
+            self._key = None
+            for entry in self._active:
                 parameters.check_parameter(entry.name, entry.tensor)
                 parameters.check_tie(entry)
                 self._check_matrix(entry)
-            parameters.check_overlap([(entry.name, entry.tensor) for entries in self._entries for entry in entries])
-        if is_new or len(kept) != len(self._kept) or not all(map(is_, kept, self._kept)):
-            for entry in everything:
+            parameters.check_overlap([(entry.name, entry.tensor) for entry in entries])
+        if is_new or not same(kept, self._kept):
+            for entry in self._active:
                 if state := self.state.get(entry.tensor):
                     self._check_state(entry, state, START_ANEW)
+            is_new = is_new or self.rounding == "residual"  # groups hold the low bits
             self._kept = kept
         if is_new:
             self.leave(self._groups)
-            self._groups = self._made(active)
+            self._groups = self._made([[e for e in group if e.tensor.requires_grad] for group in self._entries])
             self._key = key
 
     def _made(self, active: list[list[parameters.Trained]]) -> list[Group]:
@@ -459,7 +465,7 @@ def _unknown(cls: type, option: str) -> TypeError:
         name
         for owner in cls.__mro__
         if issubclass(owner, ZerothOrder)
-        for name, p in inspect.signature(owner.__init__).parameters.items()  # type: ignore[misc]
+        for name, p in inspect.signature(owner.__init__).parameters.items()
         if name != "self" and p.kind is not inspect.Parameter.VAR_KEYWORD
     ]
     known = sorted(set(options))

@@ -15,7 +15,7 @@ from .estimator import Stencil
 from .fingerprint import announce
 
 if TYPE_CHECKING:
-    from .evaluation.isolation import Tree
+    from .modules import Tree
 
 
 @dataclass

@@ -68,7 +68,9 @@ def compare(fast: Reads, safe: Reads, plan: Plan, points: Sequence[Point], closu
         pair = [point.scaled(factor) for point in ends]
         right = safe.read(plan, pair, closure, Isolation(plan)).tolist()
         size, spread = max(map(abs, right)), abs(right[0] - right[1])
-        if factor == 1.0 and not _repeats(again, right[0], coarse):  # seen before a faster way leaves traces in what the closure keeps
+        if factor == 1.0 and not _repeats(
+            again, right[0], coarse
+        ):  # seen before a faster way leaves traces in what the closure keeps
             raise NotRepeatable(right[0], again)
         if not size < float("inf"):
             return 0
