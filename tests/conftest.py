@@ -41,7 +41,6 @@ LONGEST = (
     "test_demo",
     "test_directions",
     "test_predict",
-    "test_meeting",
     "test_update",
     "test_ops",
     "test_models",

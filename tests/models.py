@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zokern.evaluation.arena import Arena
+
 VOCABULARY = 37
 
 
@@ -77,6 +79,12 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """Bit for bit: NaN equals itself and -0.0 differs from 0.0."""
     a, b = a.detach().contiguous(), b.detach().contiguous()
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))
+
+
+def at_use(evaluation, budget: int = 1 << 16):
+    """The evaluation with a budget that does not hold the model: its matrices are copied, or z beside them made, at their use."""
+    evaluation.arena = Arena(budget)
+    return evaluation
 
 
 # Architectures of transformers, from configurations small enough for a few milliseconds a forward ------------------------------

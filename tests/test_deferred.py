@@ -16,13 +16,16 @@ from recipes import METHODS
 from torch import Tensor, nn
 
 import zokern
-from zokern.evaluation import factors
 from zokern.rule import momentum, sgd, waiting
 
 IDS = batch()
 DEFER = [name for name in METHODS if "adam" not in name and name != "fzoo"]  # those whose updates of matrices can wait
 SOME = ("subzero", "lozo", "lozo_m", "tezo_m", "pgap")
-FAST = {"evaluation": "scratch"}
+
+
+def given_alone() -> dict:
+    """Options for losses that are given one after the other: each is read once, and no two readings are compared."""
+    return {"evaluation": zokern.Scratch(check=False), "paired_check": None}
 
 
 def closure_of(model: nn.Module) -> Callable[[], Tensor]:
@@ -44,7 +47,7 @@ def waits(optimizer) -> list[str]:
 
 def run(name: str, steps: int, dtype: torch.dtype = torch.float32, model=None, **options):
     model = tiny(dtype, width=16) if model is None else model
-    optimizer = METHODS[name](model, **{"seed": 3, "force": True, **FAST, **options})
+    optimizer = METHODS[name](model, **{"seed": 3, "force": True, **given_alone(), **options})
     numbers = iter(losses())
     for _ in range(steps):
         zokern.step(optimizer, given(model, numbers))
@@ -104,7 +107,7 @@ def test_small_steps_are_not_lost_in_bfloat16() -> None:
     def way(dtype: torch.dtype, defer: bool) -> Tensor:
         model = tiny(torch.bfloat16, width=16).to(dtype)
         before = snapshot(model)
-        optimizer = zokern.LOZO(model, lr=1e-4, interval=30, seed=1, defer=defer, force=True, evaluation="scratch")
+        optimizer = zokern.LOZO(model, lr=1e-4, interval=30, seed=1, defer=defer, force=True, **given_alone())
         numbers = iter(losses())
         for _ in range(30):
             zokern.step(optimizer, given(model, numbers))
@@ -173,10 +176,11 @@ def test_check_rejects_a_write_after_the_basis_changed() -> None:
 @pytest.mark.parametrize("name", DEFER)
 def test_flush_is_idempotent(name: str) -> None:
     model, optimizer = run(name, 4)
-    assert waits(optimizer)
+    assert waits(optimizer) and optimizer.pending
     before = snapshot(model)
     optimizer.flush()
     assert waits(optimizer) == [] and {"up.weight", "embed.weight"} <= set(changed(model, before))
+    assert not optimizer.pending
     flushed = snapshot(model)
     optimizer.flush()
     assert changed(model, flushed) == []
@@ -267,7 +271,7 @@ def test_module_that_was_compiled_first_shows_every_update(traced: bool) -> None
 
 
 def test_check_rejects_a_module_without_hooks() -> None:
-    with patch.object(zokern.factorized._Flush, "__call__", lambda *_: None), pytest.raises(AssertionError):
+    with patch.object(zokern.deferred._Flush, "__call__", lambda *_: None), pytest.raises(AssertionError):
         test_whoever_looks_sees_every_update("subzero", "forward")
 
 
@@ -281,6 +285,42 @@ def test_parameters_without_a_module_do_not_wait_by_themselves() -> None:
     optimizer = zokern.SubZero(model.named_parameters(), rank=3, evaluation="scratch", defer=True)
     zokern.step(optimizer, closure_of(model))
     assert waits(optimizer)
+
+
+WHEN = {
+    "scratch": [True, True],
+    "paired": [True, True],
+    "auto": [False, True],
+    "master": [False, False],
+    "inplace": [False, False],
+}
+
+
+def check_when_updates_wait(name: str, evaluation, expected: list[bool]) -> None:
+    """In the first two steps of a basis."""
+    model = tiny(width=16)
+    optimizer = METHODS[name](model, seed=3, evaluation=evaluation)
+    found = []
+    for _ in expected:
+        zokern.step(optimizer, closure_of(model))
+        assert optimizer.pending == bool(waits(optimizer))
+        found.append(optimizer.pending)
+    assert found == expected
+
+
+@pytest.mark.parametrize("evaluation", WHEN)
+@pytest.mark.parametrize("name", SOME)
+def test_updates_wait_where_weights_are_copied_and_nowhere_else(name: str, evaluation: str) -> None:
+    """Where the parameters themselves are written, updates are too. The first step of 'auto' is read by 'master'."""
+    check_when_updates_wait(name, evaluation, WHEN[evaluation])
+
+
+def test_check_rejects_a_master_that_defers() -> None:
+    class Defers(zokern.Master):
+        defers = True
+
+    with pytest.raises(AssertionError):
+        check_when_updates_wait("subzero", Defers(), WHEN["master"])
 
 
 def test_a_copy_of_the_module_has_no_hook_left() -> None:
@@ -341,7 +381,7 @@ def check_skipped_end(name: str, skipped: int) -> None:
     ends = []
     for defer in (True, False):
         model = tiny(width=16)
-        optimizer = METHODS[name](model, seed=3, defer=defer, **FAST)
+        optimizer = METHODS[name](model, seed=3, defer=defer, **given_alone())
         for step, number in enumerate(losses()[:14]):
             zokern.step(optimizer, given(model, iter([float("nan")] * 2 if step == skipped else [number, number + 1e-3] * 20)))
         optimizer.flush()
@@ -388,7 +428,7 @@ def as_pickled(model: nn.Module) -> nn.Module:
 LOOKS: dict[str, Callable[[nn.Module], Tensor]] = {
     "a part": lambda m: m.body.up(torch.ones(2, 16)), "the parts of a part": lambda m: m.body(IDS),
     "its state": lambda m: m.body.up.state_dict()["weight"],
-    "a copy": lambda m: copy.deepcopy(m).body.up.weight, "a pickle": lambda m: as_pickled(m).body.up.weight,
+    "a copy": lambda m: copy.deepcopy(m).body.up.weight,
 }  # fmt: skip
 
 
@@ -409,23 +449,41 @@ def test_whoever_looks_at_a_part_sees_every_update(look: str) -> None:
     assert same_bits(*found)
 
 
-@pytest.mark.parametrize("look", ["a part", "its state", "a copy"])
+@pytest.mark.parametrize("look", ["a part", "its state"])
 def test_check_rejects_hooks_of_the_root_alone(look: str) -> None:
     def root_alone(self, model: nn.Module, given: nn.Module) -> None:
         self._parts = (model,)
 
     with patch.object(zokern.optimizer.ZerothOrder, "watch", root_alone), pytest.raises(AssertionError):
-        if look == "a copy":
-            with patch.object(zokern.factorized.Factorized, "copied", lambda self: None):
-                test_whoever_looks_at_a_part_sees_every_update(look)
         test_whoever_looks_at_a_part_sees_every_update(look)
+
+
+def test_check_rejects_a_copy_without_a_write() -> None:
+    def without(self, memo: dict) -> Callable[..., None]:
+        return lambda *_: None
+
+    with patch.object(zokern.deferred._Flush, "__deepcopy__", without), pytest.raises(AssertionError):
+        test_whoever_looks_at_a_part_sees_every_update("a copy")
+
+
+def test_a_pickle_is_refused_and_writes_nothing() -> None:
+    """It would lack what waits; after a flush it holds the weights as they are."""
+    for model in (Body(), tiny(width=16)):
+        _, optimizer = run("subzero", 1, model=model)
+        before = everything(model, optimizer)
+        with pytest.raises(RuntimeError, match=r"flush\(\) first"):
+            as_pickled(model)
+        assert everything(model, optimizer) == before
+        optimizer.flush()
+        assert changed(as_pickled(model), snapshot(model)) == []
 
 
 def test_a_copy_that_would_be_stale_is_refused() -> None:
     """The weights of the module itself are read before its hooks."""
     model = nn.Linear(16, 16)
-    optimizer = zokern.SubZero(model, rank=2, lr=1e-2)
+    optimizer = zokern.SubZero(model, rank=2, lr=1e-2, evaluation="scratch")
     zokern.step(optimizer, lambda: model(torch.ones(2, 16)).square().mean())
+    assert optimizer.pending
     with pytest.raises(RuntimeError, match=r"flush\(\) first"):
         copy.deepcopy(model)
     optimizer.flush()
@@ -445,7 +503,7 @@ def test_loading_weights_while_updates_wait(part: bool) -> None:
 def test_two_optimizers_on_one_model() -> None:
     """What the one keeps waiting is written before the other's step reads the model."""
     model = Body()
-    first = zokern.SubZero([(n, p) for n, p in model.named_parameters()], rank=2, lr=1e-2, defer=True)
+    first = zokern.SubZero([(n, p) for n, p in model.named_parameters()], rank=2, lr=1e-2, defer=True, evaluation="scratch")
     for build in (lambda: zokern.SubZero(model, rank=2, lr=1e-2), lambda: zokern.MeZO(model.named_parameters(), lr=1e-4)):
         second = build()
         for _ in range(2):
@@ -501,14 +559,15 @@ def everything(model: nn.Module, optimizer) -> dict:
 @pytest.mark.parametrize("evaluation", ["scratch", "paired"])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("name", SOME)
-def test_exceptions_leave_what_waits(name: str, error: type, evaluation: str) -> None:
+def test_exceptions_leave_what_waits(name: str, error: type, evaluation) -> None:
     """In the first step, between, at the last step of a basis and at the first of a new one; the run that goes on is the run without them."""
     ends = []
     for failing in (False, True):
         model = tiny(width=16, dropout=0.1)
         optimizer = METHODS[name](model, seed=3, weight_decay=0.5, evaluation=evaluation)
         for step in range(6):
-            for at in range(4 if failing and step in (0, 1, 2, 3) else 0):
+            calls_of_a_step = 1 if evaluation == "paired" and step else 2  # the first step also reads the points by 'master'
+            for at in range(2 * calls_of_a_step if failing and step in (0, 1, 2, 3) else 0):
                 calls: list[bool] = []
 
                 def closure(calls: list = calls, at: int = at, model: nn.Module = model) -> Tensor:
@@ -536,18 +595,15 @@ def test_exceptions_leave_what_waits(name: str, error: type, evaluation: str) ->
     assert all(same_bits(ends[1][n], t) for n, t in ends[0].items())
 
 
-def test_check_rejects_a_deposit_before_the_reading() -> None:
-    right = factors.Factors.prepare
+def test_check_rejects_a_reading_that_changes_what_waits() -> None:
+    class Changes(zokern.Scratch):
+        def losses(self, plan, points, closure):
+            for matrix in (m for group in plan.groups for m in group.matrices or () if m.pending is not None):
+                matrix.pending = matrix.pending + 1e-3
+            return super().losses(plan, points, closure)
 
-    def prepare(self, points):
-        for group in self.plan.groups:
-            for matrix in group.matrices or ():
-                if matrix.pending is not None:
-                    matrix.pending = matrix.pending + 1e-3
-        right(self, points)
-
-    with patch.object(factors.Factors, "prepare", prepare), pytest.raises(AssertionError, match="waiting changed"):
-        test_exceptions_leave_what_waits("subzero", RuntimeError, "scratch")
+    with pytest.raises(AssertionError, match="waiting changed"):
+        test_exceptions_leave_what_waits("subzero", RuntimeError, Changes())
 
 
 # Resuming -------------------------------------------------------------------------------------------------------------------------
@@ -611,7 +667,7 @@ def check_saving(name: str, after: int, options: dict, same: bool, save: Callabl
     for saves in (False, True):
         model = tiny(width=16)
         began = snapshot(model)
-        optimizer = METHODS[name](model, seed=3, evaluation="scratch", **options)
+        optimizer = METHODS[name](model, seed=3, **given_alone(), **options)
         numbers = iter(losses())
         for step in range(5):
             if saves and step == after:
@@ -697,7 +753,7 @@ def test_loading_drops_what_waits_in_the_loading_optimizer() -> None:
     assert changed(model, weights) == [] and optimizer.steps == 4
 
 
-def frozen_midway(flushes: bool) -> tuple[Tensor, Tensor]:
+def frozen_midway(settles: bool) -> tuple[Tensor, Tensor]:
     """A matrix that is frozen while its update waits: what it is worth before and after, read through the module."""
     model = tiny(width=16)
     optimizer = METHODS["subzero"](model, seed=1, evaluation="scratch")
@@ -707,7 +763,7 @@ def frozen_midway(flushes: bool) -> tuple[Tensor, Tensor]:
     assert waiting.pending is not None
     expected = matrix.detach() + waiting.left @ waiting.pending @ waiting.right.T
     matrix.requires_grad_(False)
-    with patch.object(type(optimizer), "flush", type(optimizer).flush if flushes else lambda self: None):
+    with patch.object(type(optimizer), "settle", type(optimizer).settle if settles else lambda self, plan: None):
         zokern.step(optimizer, closure_of(model))
     return matrix.detach(), expected
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from unittest.mock import patch
 
@@ -13,28 +14,43 @@ from recipes import METHODS, ONE_EACH
 from torch import Tensor, nn
 
 import zokern
+from zokern import plan
 from zokern.directions import Lazy, orthonormal
-from zokern.evaluation import Group, plan
 from zokern.rule import sgd
 from zokern.stream import BASIS, draw_word
 
 IDS = batch()
 
 
+def given_alone() -> dict:
+    """Options for losses that are given one after the other: each is read once, and no two readings are compared."""
+    return {"evaluation": zokern.Scratch(check=False), "paired_check": None}
+
+
 # Measured and moved along ---------------------------------------------------------------------------------------------------------
+
+
+def sides(tensor: Tensor) -> tuple[Tensor, ...]:
+    """What a closure computed: at one point, or at all points of a step, which torch.vmap maps."""
+    functorch = torch._C._functorch
+    if not functorch.is_batchedtensor(tensor):
+        return (tensor,)
+    return functorch.get_unwrapped(tensor).movedim(functorch.maybe_get_bdim(tensor), 0).unbind(0)
 
 
 def cosines(make: Callable, steps: int = 5, **options) -> list[float]:
     """Per step, the smallest cosine over matrices between the z that the closure saw and the change of the weights."""
     model = tiny(width=16)
-    options = {"evaluation": zokern.Paired(check=False), **options}
-    optimizer = make(model, seed=4, weight_decay=0.0, **options)
+    evaluation = options.pop("evaluation", zokern.Paired)
+    options["evaluation"] = evaluation() if evaluation is zokern.InPlace else evaluation(check=False)
+    optimizer = make(model, seed=4, weight_decay=0.0, paired_check=None, **options)
     found = []
     for _ in range(steps):
         seen: list[dict[str, Tensor]] = []
 
         def closure(seen: list = seen) -> Tensor:
-            seen.append({name: p + 0 for name, p in model.named_parameters()})
+            found = {name: sides(p + 0) for name, p in model.named_parameters()}
+            seen.extend(dict(zip(found, each)) for each in zip(*found.values()))
             return next_token_loss(model(IDS), IDS)
 
         optimizer.flush()
@@ -53,8 +69,8 @@ LINEAR = [name for name in METHODS if not name.startswith(("lozo_m", "tezo_", "f
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"evaluation": "scratch"}, {"evaluation": "walk"}, {"defer": False}],
-    ids=lambda o: str(*o.values()) or "paired",
+    [{}, {"evaluation": zokern.Scratch}, {"evaluation": zokern.InPlace}, {"defer": False}],
+    ids=["paired", "scratch", "inplace", "immediate"],
 )
 @pytest.mark.parametrize("name", LINEAR)
 def test_step_moves_along_what_it_measured(name: str, options: dict) -> None:
@@ -96,10 +112,10 @@ def test_one_sequential_stream_is_rejected() -> None:
         with patch.object(zokern.methods.lozo, "Lazy", Sequential):
             return METHODS["lozo"](model, **options)
 
-    def again(group: Group, plan, query: int) -> list[torch.Tensor]:  # as the references do: the update draws once more
+    def again(group: plan.Group, plan, query: int) -> list[torch.Tensor]:  # as the references do: the update draws once more
         return plan.factored.draws(group.matrices, group.source(plan.seed), plan.step, plan.draw(query))
 
-    with patch.object(Group, "draws", again):
+    with patch.object(plan.Group, "draws", again):
         found = cosines(make, eps=1e-2)
     assert all(abs(found[step]) < 0.9 for step in (0, 3)), found
     assert all(found[step] > 0.9999 for step in (1, 2, 4)), found
@@ -155,7 +171,7 @@ def run(name: str, threads: int, losses: Sequence[float], **options) -> tuple[di
     torch.set_num_threads(threads)
     try:
         model = build(lambda: nn.ParameterList([nn.Parameter(torch.randn(shape) * 0.1) for shape in SHAPES]))
-        optimizer = METHODS[name](model, seed=7, **{"weight_decay": 0.1, "evaluation": "scratch", **options})
+        optimizer = METHODS[name](model, seed=7, **{"weight_decay": 0.1, **given_alone(), **options})
         numbers = iter(losses)
         for _ in range(5):
             zokern.step(optimizer, lambda: (sum((p + 0).sum() for p in model) * 0).item() + next(numbers))
@@ -223,7 +239,7 @@ def check_shards(
 ) -> None:
     """An interval's write of each matrix, from the factors that wait in the run, done by shards that know their place."""
     model = build(lambda: nn.ParameterList([nn.Parameter(torch.randn(shape) * 0.1) for shape in SHAPES]), dtype)
-    optimizer = METHODS[name](model, seed=7, weight_decay=0.1, defer=True, evaluation="scratch", rounding=rounding, force=True)
+    optimizer = METHODS[name](model, seed=7, weight_decay=0.1, defer=True, rounding=rounding, force=True, **given_alone())
     numbers = iter(LOSSES)
     for _ in range(2):
         zokern.step(optimizer, lambda: (sum((p + 0).float().sum() for p in model) * 0).item() + next(numbers))
@@ -337,6 +353,51 @@ def test_autocast_around_a_step_is_autocast_in_its_closure(name: str, evaluation
         ends.append((result.losses, snapshot(model)))
     assert ends[0][0] == ends[1][0]
     assert all(same_bits(ends[1][1][n], t) for n, t in ends[0][1].items())
+
+
+class Adapted(nn.Module):
+    """A frozen body in bfloat16 with a trained float32 adapter beside its products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = tiny(torch.bfloat16, width=16).requires_grad_(False)
+        self.adapter = build(lambda: nn.Linear(16, 16))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.body.embed(ids)
+        h = h + self.body.down(F.gelu(self.body.up(self.body.norm(h))))
+        return self.body.head(h + self.adapter(h.float()).bfloat16())
+
+
+def coarse_run(evaluation, autocast: bool) -> None:
+    """Steps of losses that pass through 16 bits while every trained weight is float32."""
+    model = build(lambda: tiny(width=16) if autocast else Adapted())
+
+    def closure() -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            return next_token_loss(model(IDS), IDS)
+
+    optimizer = zokern.MeZO(model, seed=3, eps=1e-2, lr=1e-3, evaluation=evaluation)
+    assert all(not zokern.step(optimizer, closure).skipped for _ in range(3))
+
+
+@pytest.mark.parametrize("evaluation", ["auto", "paired", "scratch"])
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "frozen bfloat16"])
+def test_rounding_to_16_bits_is_no_misreading(evaluation: str, autocast: bool) -> None:
+    """Each evaluation rounds elsewhere, so losses differ by far more than float32 does; nothing is refused for it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        coarse_run(evaluation, autocast)
+
+
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "frozen bfloat16"])
+def test_a_misreading_beside_rounding_is_refused(autocast: bool) -> None:
+    class Halves(zokern.Paired):
+        def read(self, plan, points, closure, isolation):
+            return super().read(plan, [point.scaled(0.5) for point in points], closure, isolation)
+
+    with pytest.raises(zokern.Refused, match="cannot follow"):
+        coarse_run(Halves(), autocast)
 
 
 def test_no_draw_is_kept_between_steps() -> None:

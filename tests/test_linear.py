@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
@@ -333,9 +334,9 @@ def test_no_rows(transposed: bool, fused: bool) -> None:
     part = products.Part([0], torch.randn(3, 30), torch.randn(1, 3, 3), torch.randn(20, 3))
     with patch.object(matmul, "yields", lambda dtype: fused):
         assert products.fuses(backends.get("cpu"), [x], weight, transposed) == fused
-        (thin,) = products.factored_linear(backends.get("cpu"), [x], weight, [part], 1.0, [bias], transposed)
-        (dense,) = products.fused_linear(ON, [x], weight, Span(77, 1003), Normal(), SEED, STEP, [3], [0.05], [bias], transposed)
-    assert thin.shape == dense.shape == (2, 0, 20)
+        thin = products.factored_linear(backends.get("cpu"), [x], weight, [part], 1.0, [bias], transposed)
+        dense = products.fused_linear(ON, [x], weight, Span(77, 1003), Normal(), SEED, STEP, [3], [0.05], [bias], transposed)
+    assert thin.shape == dense.shape == (0, 20)
 
 
 def test_room_bounds_the_threads(monkeypatch) -> None:
@@ -438,39 +439,58 @@ def test_the_choice_is_the_processor_s(maker: str, half: bool, pairs: bool, expe
 
 # In a step ----------------------------------------------------------------------------------------------------------------
 
+EVALUATIONS = {"scratch": zokern.Scratch, "paired": zokern.Paired}
 
-def losses(make: Callable, fused: bool, evaluation: str, dtype: torch.dtype) -> list[tuple[float, ...]]:
-    model, inputs = models.build(models.ARCHITECTURES["opt"], dtype), models.inputs("opt")
-    chosen = {"scratch": zokern.Scratch, "paired": lambda: zokern.Paired(check=False)}[evaluation]()
+
+def counted(calls: list, fused: bool) -> contextlib.ExitStack:
+    """Large parameters beside the kernel, or all of them by tiles; the calls of the kernel are noted."""
+    right, stack = cpu.Cpu.linear, contextlib.ExitStack()
+    stack.enter_context(warnings.catch_warnings())
+    warnings.filterwarnings("ignore", "the loss did not read|rounding to nearest|the padding row")
+    stack.enter_context(patch.object(matmul, "yields", lambda dtype: fused))
+    stack.enter_context(patch("zokern.evaluation.copies.RESIDENT", 64))
+    stack.enter_context(patch.object(cpu.Cpu, "linear", lambda *args: (calls.append(1), right(*args))[1]))
+    return stack
+
+
+def losses(make: Callable, fused: bool, evaluation: str) -> list[tuple[float, ...]]:
+    model, ids = models.tiny(width=120), models.batch()
+    chosen = models.at_use(EVALUATIONS[evaluation](check=False), 1 << 19)
     optimizer = make(model, lr=3e-3, eps=1e-2, weight_decay=0.5, seed=3, queries=2, evaluation=chosen)
-    calls = []
-    right = cpu.Cpu.linear
-    with (
-        warnings.catch_warnings(),
-        patch.object(matmul, "yields", lambda dtype: fused),
-        patch("zokern.evaluation.copies.RESIDENT", 64),
-        patch.object(cpu.Cpu, "linear", lambda *args: (calls.append(1), right(*args))[1]),
-    ):
-        warnings.filterwarnings("ignore", "the loss did not read|rounding to nearest|a perturbation of eps")
-        found = [zokern.step(optimizer, lambda: model(**inputs).loss).losses for _ in range(2)]
+    calls: list = []
+    with counted(calls, fused):
+        found = [zokern.step(optimizer, lambda: models.next_token_loss(model(ids), ids)).losses for _ in range(2)]
     assert bool(calls) == fused
     return [pair for step in found for pair in step]
 
 
-@pytest.mark.parametrize("evaluation", ["scratch", "paired"])
+@pytest.mark.parametrize("evaluation", EVALUATIONS)
 @pytest.mark.parametrize("method", ["dense", "subzero", "lozo", "tezo"])
 def test_a_step_reads_the_losses_of_tiles(method: str, evaluation: str) -> None:
-    if evaluation == "paired":
-        pytest.importorskip("greenlet")
     make = zokern.MeZO if method == "dense" else METHODS[method]
-    both = [losses(make, fused, evaluation, torch.float32) for fused in (True, False)]
+    both = [losses(make, fused, evaluation) for fused in (True, False)]
     for one, two in zip(*both):
         assert max(abs(a - b) / abs(a) for a, b in zip(one, two)) < 4e-6, (one, two)
         assert abs((one[0] - one[1]) - (two[0] - two[1])) < 0.02 * abs(two[0] - two[1]), (one, two)
 
 
-def test_paired_reads_the_bits_of_scratch() -> None:
+def products_of_a_step(evaluation: str, rows: Callable = lambda x: x) -> list[tuple[float, ...]]:
+    """Elements of x W^T on both sides."""
+    model, x = models.build(lambda: torch.nn.Linear(400, 300)), torch.randn(5, 400, generator=torch.Generator().manual_seed(3))
+    calls: list = []
+    with counted(calls, True):
+        found = []
+        for element in (0, 333, 1499):
+            optimizer = zokern.MeZO(
+                model, lr=0.0, eps=1e-2, evaluation=models.at_use(EVALUATIONS[evaluation](check=False), 1 << 19)
+            )
+            found.append(zokern.step(optimizer, lambda i=element: model(rows(x)).flatten()[i]).losses[0])
+    assert calls
+    return found
+
+
+def test_paired_multiplies_with_the_bits_of_scratch() -> None:
     """A row's sums do not depend on the rows beside it, so joining sides changes no bit of a product."""
-    pytest.importorskip("greenlet")
-    scratch, paired = (losses(zokern.MeZO, True, evaluation, torch.float32) for evaluation in ("scratch", "paired"))
-    assert scratch == paired
+    scratch = products_of_a_step("scratch")
+    assert products_of_a_step("paired") == scratch
+    assert products_of_a_step("paired", lambda x: x + 1e-6) != scratch

@@ -125,8 +125,13 @@ def test_what_accelerate_prepares_is_the_same_run() -> None:
         check_same_run(lambda: prepare(make()), given)
 
 
+def as_given(module: nn.Module) -> dict[str, str]:
+    return {name: name for name, _ in module.named_parameters()}
+
+
 @pytest.mark.parametrize(("given", "wrong"), [
-    ("module", {"inner": lambda module: module}), ("pairs", {"is_wrapped": lambda names: False}), ("module", {"plain": lambda name: name}),
+    ("module", {"plain_names": as_given, "inner": lambda module: module}), ("pairs", {"is_wrapped": lambda names: False}),
+    ("module", {"plain_names": as_given, "plain": lambda name: name}),
 ])  # fmt: skip
 def test_check_rejects_names_with_prefixes(given: str, wrong: dict[str, Callable]) -> None:
     with (

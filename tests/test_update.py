@@ -20,7 +20,7 @@ import zokern
 from zokern import backends
 from zokern.backends import SCALARS, STATES
 from zokern.backends.reference import Reference
-from zokern.evaluation import Group
+from zokern.plan import Group
 from zokern.rule import dense, waiting
 
 IDS = batch()
@@ -245,7 +245,7 @@ def check_rule(
     optimizer = zokern.MeZO(model, rule=RULES[name](), **options)
     lr = options["lr"]
     theta = {n: p.detach().double() for n, p in model.named_parameters()}
-    size = {n: t.abs() + (4e-3 if evaluation == "walk" else 0.0) for n, t in theta.items()}
+    size = {n: t.abs() + (4e-3 if evaluation == "inplace" else 0.0) for n, t in theta.items()}
     m = {n: torch.zeros_like(t) for n, t in theta.items()}
     v, spread = copy.deepcopy(m), copy.deepcopy(m)
     for t in range(1, steps + 1):
@@ -281,9 +281,9 @@ def test_rule_equals_formula(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["zo_sgd_mmt", "zo_adam"])
-def test_rule_after_walk(name: str) -> None:
+def test_rule_in_place(name: str) -> None:
     """An evaluation in place is undone before the rule moves the weights."""
-    check_rule(name, evaluation="walk", steps=2)
+    check_rule(name, evaluation="inplace", steps=2)
 
 
 def with_scalars(change: Callable):

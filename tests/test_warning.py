@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import warnings
 from collections.abc import Callable
 from unittest.mock import patch
@@ -12,8 +11,8 @@ import pytest
 import torch
 
 import zokern
-from zokern import backends, underflow
-from zokern.evaluation import paired
+from zokern import backends, firstlook, underflow
+from zokern.evaluation import auto, master
 
 IDS = models.batch()
 
@@ -23,15 +22,22 @@ def dead_update(step: Callable) -> None:
     step(zokern.MeZO(model, lr=1e-9, eps=1e-2, force=True), lambda: models.next_token_loss(model(IDS), IDS))
 
 
-def not_paired(step: Callable) -> None:
-    pytest.importorskip("greenlet")
+def other_evaluation(step: Callable) -> None:
+    """A loss that is a Python number is no loss of all sides: 'auto' goes on with another way after the first step."""
     model = models.tiny()
+    optimizer = zokern.MeZO(model, lr=0.0, eps=1e-3)
+    for _ in range(2):
+        step(optimizer, lambda: models.next_token_loss(model(IDS), IDS).item())
 
-    def closure() -> torch.Tensor:
-        random.random()
-        return models.next_token_loss(model(IDS), IDS)
 
-    step(zokern.MeZO(model, lr=0.0, eps=1e-3, evaluation="paired"), closure)
+def statistics(step: Callable) -> None:
+    model, x = torch.nn.BatchNorm1d(4), torch.randn(8, 4)
+    step(zokern.MeZO(model, lr=0.0, eps=1e-3), lambda: model(x)[0].square().sum())
+
+
+def swallowed(step: Callable) -> None:
+    model, x = torch.nn.LayerNorm(64, dtype=torch.bfloat16), torch.randn(4, 64)
+    step(zokern.MeZO(model, lr=0.0, eps=1e-3, evaluation="master"), lambda: model(x.bfloat16()).float()[:, :9].sum())
 
 
 def slow_backend(step: Callable) -> None:
@@ -54,7 +60,9 @@ def check(cause: Callable, way: Callable) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-@pytest.mark.parametrize("cause", [dead_update, not_paired, slow_backend], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "cause", [dead_update, other_evaluation, statistics, swallowed, slow_backend], ids=lambda f: f.__name__
+)
 def test_warnings_point_at_the_user(cause: Callable, way: Callable) -> None:
     check(cause, way)
 
@@ -63,7 +71,7 @@ def test_a_fixed_level_is_rejected() -> None:
     def fixed(message: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=6)
 
-    for module, cause in ((underflow, dead_update), (paired, not_paired)):
+    for module, cause in ((underflow, dead_update), (auto, other_evaluation), (master, swallowed), (firstlook, statistics)):
         with patch.object(module, "warn", fixed), pytest.raises(AssertionError):
             for way in WAYS.values():
                 check(cause, way)

@@ -212,14 +212,15 @@ class Deferred:
         if not self.pending:
             yield
             return
-        with Master().holding(self.plan(), [THETA]) as move:
-            move(0)
-            self._busy = True
-            try:
+        plan = self.plan()
+        try:
+            with Master().holding(plan, [THETA]) as move:
+                move(0)
+                self._busy = True
                 yield
-            finally:
-                self._busy = False
-        self.accept()
+        finally:
+            self._busy = False
+            self.accept()
 
 
 class _Flush:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -66,13 +65,13 @@ def name_statistics(plan: Plan) -> None:
         )
 
 
-def repeats(plan: Plan, first: float, again: float) -> bool:
-    """Whether two readings of the same point agree, to the rounding of sums in another order."""
+def repeats(plan: Plan, first: float, again: float, in_place: bool = False) -> bool:
+    """Whether two readings of the same point agree, to the rounding of sums in another order; in place, to that of weights that moved."""
     if not (math.isfinite(first) and math.isfinite(again)):
         return True
-    coarse = any(t.dtype != torch.float32 for group in plan.groups for t in group.theta)
     on_device = any(t.device.type != "cpu" for group in plan.groups for t in group.theta)
-    return abs(first - again) <= (4e-3 if coarse else 1e-4 if on_device else 1e-5) * max(abs(first), abs(again))
+    coarse = 3e-2 if in_place else 4e-3
+    return abs(first - again) <= (coarse if plan.is_coarse else 1e-4 if on_device else 1e-5) * max(abs(first), abs(again))
 
 
 def distance(plan: Plan, losses: Sequence[float], base: float) -> None:

@@ -116,6 +116,7 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
             self._names = {**parameters.plain_names(params), **self._names}
         self._lock = threading.Lock()
         self._tree = Tree([self.model] if self.model is not None else [], is_open=self.model is None)
+        self._others: list[Tensor] | None = None  # of the modules, not given to the optimizer; found once for a tree
         self._several = _spread(params)
         self._entries: list[list[parameters.Trained]] = []
         self._groups: list[Group] = []  # of the last plan
@@ -157,6 +158,7 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
         group["params"] = [(entry.name, entry.tensor) for entry in entries]
         super().add_param_group(group)
         self._entries.append(entries)
+        self._others = None
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state_dict plus ``zokern``: stream version, seed and step, so that a resumed run draws the same z.
@@ -266,11 +268,16 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
         return plan
 
     def _check_tree(self) -> None:
-        """Raises if a parameter of the modules was replaced, removed or added for training since the optimizer saw it."""
+        """Raises if a parameter of the modules was replaced, removed, added or thawed since the optimizer saw it."""
         tree = self._tree
         if tree.found and tree.is_open:
             tree = self._tree = Tree(tree.found)
-        if tree.stands():
+            self._others = None
+        if self._others is None:
+            given = set(map(id, self._known().values()))
+            self._others = [p for held in tree.parameters for p in held.values() if p is not None and id(p) not in given]
+        thawed = self.model is not None and any(p.requires_grad for p in self._others)
+        if tree.stands() and not thawed:
             return
         known = {id(t): name for name, t in self._known().items()}
         now = {id(p): name for root in tree.roots for name, p in root.named_parameters()}
@@ -288,7 +295,7 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
             raise RuntimeError(
                 f"parameters {added} were added after the optimizer was built; pass them to add_param_group, or freeze them"
             )
-        self._tree = Tree(tree.roots, is_open=tree.is_open)
+        self._tree, self._others = Tree(tree.roots, is_open=tree.is_open), None
 
     def _build(self) -> None:
         """Makes the groups of a step, once for a list of tensors: again when one was moved, frozen, cast or added."""

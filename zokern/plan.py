@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,9 +35,7 @@ class Group:
     matrices: list[Matrix] | None = None  # factored tensors, aligned with tensors; None: z is dense
     theta: TensorList = field(default_factory=TensorList)
     objects: list[list[Tensor]] = field(default_factory=list)  # every tensor object that stands for tensor i, itself first
-    drawn: dict[tuple[int, int], list[Tensor]] = field(
-        default_factory=dict, repr=False
-    )  # (step, draw word) -> draws of the matrices
+    drawn: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict, repr=False)  # by step and draw word
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)  # what evaluations prepare once for these tensors
 
     def __post_init__(self) -> None:
@@ -150,7 +148,7 @@ def lefts_of(matrices: Sequence[Matrix], middles: Sequence[Tensor], backend: Bac
 class Plan:
     """The checked work of one step.
 
-    tree        the modules that a step leaves as they are
+    tree        evaluation.Tree: the modules that a step leaves as they are
     first_draw  draw word of query 0
     readings    how often the closure was called"""
 
@@ -161,7 +159,7 @@ class Plan:
     seed: int
     step: int
     rounding: str
-    tree: Tree
+    tree: Any
     factored: Factored | None = None  # the direction of groups with matrices
     first_draw: int = 0
     readings: int = 0
@@ -178,6 +176,14 @@ class Plan:
 
     def draws(self) -> list[tuple[int, int]]:
         return [(self.step, self.draw(query)) for query in range(self.queries)]
+
+    @property
+    def is_coarse(self) -> bool:
+        """Whether losses are rounded to 16 bits on their way: by weights, trained or frozen, or by autocast around the step."""
+        if any(torch.is_autocast_enabled(kind) for kind in {t.device.type for t in self.tensors}):
+            return True
+        held = (p for module in self.tree.modules for p in module._parameters.values() if p is not None)
+        return any(p.is_floating_point() and p.dtype.itemsize < 4 for p in [*self.tensors, *held])
 
     @property
     def deferred(self) -> bool:

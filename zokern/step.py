@@ -152,7 +152,8 @@ def _check(optimizer: Any, plan: Plan, points: list[Point], read: Tensor, closur
         return ()
     found = read.tolist()
     again, base = optimizer.evaluation.losses(plan, [points[0], THETA], closure).tolist()
-    if not repeats(plan, found[0], again):
+    in_place = optimizer.evaluation.record.evaluation == "inplace"
+    if not repeats(plan, found[0], again, in_place):
         raise NotRepeatable(found[0], again)
     if not first:
         return ()

@@ -16,7 +16,7 @@ import zokern
 from ..report import commit
 from .run import Run, judge
 
-PACKAGES = ("torch", "triton", "transformers", "greenlet", "matplotlib")
+PACKAGES = ("torch", "triton", "transformers", "matplotlib")
 QUERY = (
     "name",
     "driver_version",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 from guarded import equal
@@ -81,24 +81,24 @@ def check_perturb(backend: Backend, device: str, dtype: torch.dtype, count: int)
 
 
 def check_linear(backend: Backend, device: str, dtype: torch.dtype, count: int) -> None:
-    """Several tiles, made ahead on a device, so the graph has both streams. One-hot rows x: the product is the perturbed W."""
+    """Several tiles. One-hot rows x: the product is the perturbed W."""
     weight = (0.02 * torch.randn(count // 8, 8, generator=torch.Generator().manual_seed(5))).to(dtype)
     there, x, span, arena = weight.to(device), torch.eye(8, dtype=dtype, device=device), Span(1, 3), Arena(8 << 20)
     clock = torch.zeros(1, dtype=torch.int64, device=device)
     results: list[Tensor] = []
 
-    def fill(view: Tensor, here: Span, sides: Sequence[int], tiles: Sequence[Tensor], low: Tensor | None) -> None:
-        scales, outs = [(1e-3, -1e-3)[j] for j in sides], [[tile] for tile in tiles]
-        backend.perturb([view], [here], resolve("normal"), SEED, STEP, 1, scales, outs, None, clock=clock)
-
-    def take(shape: tuple[int, ...]) -> Tensor:
-        tile = arena.take(shape, dtype, there.device)
-        assert tile is not None
-        return tile
+    def tiles() -> Iterator[tuple[int, int, dict[int, Tensor]]]:
+        rows = -(-len(weight) // 5)
+        for start in range(0, len(weight), rows):
+            view, here = there[start : start + rows], Span(span.who, span.first + start * 8)
+            pair = [arena.take(tuple(view.shape), dtype, there.device) for _ in "+-"]
+            outs = [[tile] for tile in pair if tile is not None]
+            backend.perturb([view], [here], resolve("normal"), SEED, STEP, 1, [1e-3, -1e-3], outs, None, clock=clock)
+            yield start, start + len(view), {side: tile for side, (tile,) in enumerate(outs)}
+            arena.release()
 
     def call() -> None:
-        tile = -(-len(weight) // 5)
-        results[:] = products.tiled_linear([x, x], there, span, [None, None], None, [[0, 1]], fill, take, arena.release, tile)
+        results[:] = products.tiled_linear([x, x], there, [None, None], tiles()).split(len(x))
 
     graph = Captured(call, device)
     for time in range(1, REPLAYS + 1):

@@ -36,9 +36,7 @@ def head(record: Record) -> list[str]:
     if not d:
         return ["# No device", "", "The part that reads the device's name did not end; see the last table."]
     clocks = f"{d.get('clocks_sm', '?')} of {d.get('clocks_max_sm', '?')} SM, {d.get('clocks_mem', '?')} memory under load"
-    versions = ", ".join(
-        f"{name} {d.get(name, '?')}" for name in ("torch", "triton", "transformers", "greenlet", "python", "zokern")
-    )
+    versions = ", ".join(f"{name} {d.get(name, '?')}" for name in ("torch", "triton", "transformers", "python", "zokern"))
     lines = [
         f"# {d['name']}",
         "",

@@ -74,7 +74,7 @@ STAGES = (
         Part("rules", "update_ beside torch.optim on an eager gradient; a replay of 8 steps in one pass, beside 8 passes", "rules:rules", {}, 30),
         Part("products", "linear at both signs on one and two streams, against two products; sketch", "linear:products", {}, 30),
     )),
-    Stage("steps", "a step over its two forwards: scratch, walk, paired, SubZero, the eager loop; memory and kernels", 1.0, tuple(
+    Stage("steps", "a step over its two forwards: scratch, in place, paired, master, SubZero, the eager loop; memory and kernels", 1.0, tuple(
         Part(model, f"{model} shapes, random bfloat16 weights, 16x256, 1x16, 4x128 and 16x512 tokens", "steps:steps", {"model": model}, 150)
         for model in ("OPT-1.3B", "Llama-7B", "OPT-13B")
     )),

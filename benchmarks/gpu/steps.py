@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 import zokern
-from zokern.evaluation import meeting
 
 from .. import eager
 from ..measure import Case, Group
@@ -29,21 +28,19 @@ BOUND, LOOP = "two forwards", "eager MeZO"
 CELLS = ((16, 256), (1, 16), (4, 128), (16, 512))  # batch and length: those that the goals name come first
 MIB = 1 << 20
 ROOM = 10e9  # bytes beside the weights, for activations and two sets of logits
+WAYS: dict[str, Callable[[], Any]] = {
+    "MeZO scratch": lambda: zokern.Scratch(check=False), "MeZO inplace": zokern.InPlace, "MeZO paired": lambda: zokern.Paired(check=False),
+    "MeZO master": zokern.Master,
+}  # fmt: skip
 
 
 def optimizer(name: str, module: nn.Module) -> zokern.MeZO | zokern.SubZero:
     if name == "SubZero":
-        evaluation: Any = zokern.Paired(check=False) if meeting.greenlet is not None else "scratch"
-        made: Any = zokern.SubZero(module, lr=LR, eps=EPS, dead_limit=None, evaluation=evaluation)
+        made: Any = zokern.SubZero(module, lr=LR, eps=EPS, dead_limit=None, evaluation=zokern.Paired(check=False))
     else:
-        chosen: Any = zokern.Paired(check=False) if name == "MeZO paired" else name.removeprefix("MeZO ")
-        made = zokern.MeZO(module, lr=LR, eps=EPS, dead_limit=None, evaluation=chosen)
+        made = zokern.MeZO(module, lr=LR, eps=EPS, dead_limit=None, evaluation=WAYS[name]())
     made.steps = 10  # the ten steps in which it also samples the weights for dead updates are not what a run is made of
     return made
-
-
-def methods() -> tuple[str, ...]:
-    return ("MeZO scratch", "MeZO walk", "MeZO paired")[: 3 if meeting.greenlet is not None else 2]
 
 
 def peak(run: Run, call: Callable[[], Any]) -> int:
@@ -93,7 +90,7 @@ def cost(run: Run, module: nn.Module, batch: int, length: int, label: str) -> di
         run.figure(f"memory of a step, {name} {label}", extra / MIB)
         counted[name] = kernels(run, lambda: zokern.step(made, loss))
 
-    for name in (*methods(), "SubZero"):
+    for name in (*WAYS, "SubZero"):
         run.attempt(f"memory of {name}, {label}", lambda name=name: one(name))
         clean(run)
     return counted
@@ -121,7 +118,7 @@ def times(run: Run, module: nn.Module, batch: int, length: int, label: str) -> d
         return Case(name, lambda: zokern.step(made, closure))
 
     rounds = 2 if run.quick else 15
-    group("dense steps", [steps(name, module) for name in methods()], rounds, 6)
+    group("dense steps", [steps(name, module) for name in WAYS], rounds, 6)
     group("a factored step", [steps("SubZero", same_weights(module))], rounds, 3)
     clean(run)
     parameters, seeds = [p for p in module.parameters() if p.requires_grad], itertools.count()
@@ -143,8 +140,6 @@ def steps(run: Run, model: str, cells: tuple = CELLS) -> None:
     """A model at every batch, as far as memory and time go."""
     if run.quick:
         model, cells = "OPT-tiny", ((1, 16), (2, 32))
-    if meeting.greenlet is None:
-        run.skip(f"MeZO paired and a paired SubZero, {model}", "greenlet is not installed here")
     size = sum(p.numel() for p in on_device(model, torch.bfloat16, "meta").parameters()) * 2
     if size + ROOM > free_bytes(run.device):
         return run.skip(

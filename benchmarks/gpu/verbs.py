@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -121,14 +121,15 @@ def linear(at: Setting) -> None:
     weight, span = at.thetas[i][:200], at.spans[i]
     x = torch.eye(weight.shape[1], dtype=weight.dtype, device=at.device)
 
-    def fill(view: Tensor, here: Span, sides: Sequence[int], tiles: Sequence[Tensor], low: Tensor | None) -> None:
-        scales = [(1e-3, -1e-3)[j] for j in sides]
-        at.backend.perturb([view], [here], resolve("normal"), SEED, STEP, 0, scales, [[tile] for tile in tiles], None)
+    def tiles() -> Iterator[tuple[int, int, dict[int, Tensor]]]:
+        for start in range(0, len(weight), 37):
+            view, here = weight[start : start + 37], Span(span.who, span.first + start * weight.shape[1])
+            pair = [torch.empty_like(view) for _ in "+-"]
+            outs = [[tile] for tile in pair]
+            at.backend.perturb([view], [here], resolve("normal"), SEED, STEP, 0, [1e-3, -1e-3], outs, None)
+            yield start, start + len(view), dict(enumerate(pair))
 
-    def take(shape: tuple[int, ...]) -> Tensor:
-        return torch.empty(shape, dtype=weight.dtype, device=at.device)
-
-    at.results += products.tiled_linear([x, x], weight, span, [None, None], None, [[0, 1]], fill, take, lambda: None, 37)
+    at.results.append(products.tiled_linear([x, x], weight, [None, None], tiles()))
 
 
 def linear_factored(at: Setting) -> None:
@@ -138,7 +139,7 @@ def linear_factored(at: Setting) -> None:
     left, right = (whole(k, count, rank).to(at.device) / 4 for k, count in ((1, m), (2, n)))
     middles = torch.stack([torch.eye(rank), -torch.eye(rank)]).to(at.device)
     part = products.Part([0, 1], right.t().contiguous(), middles, left)
-    at.results += products.factored_linear(at.backend, [x, x], weight, [part], 1.0, [None, None])
+    at.results.append(products.factored_linear(at.backend, [x, x], weight, [part], 1.0, [None, None]))
 
 
 def sketch(at: Setting) -> None:

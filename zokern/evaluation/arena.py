@@ -40,12 +40,12 @@ class Arena:
         if key not in self.pieces:
             if len(self.pieces) > 4096:
                 self.pieces.clear()
-            with torch.inference_mode(
-                False
-            ):  # whatever the closure is in: the next one may not be, and its copies lie here too
+            # whatever mode the closure is in, the next one may be in another, and its copies lie here too
+            with torch.inference_mode(False):
                 if device not in self.memory:  # pages come when they are used
                     self.memory[device] = torch.empty(self.budget, dtype=torch.uint8, device=device)
-                self.pieces[key] = self.memory[device][start:end].view(dtype).view(shape)
+                piece = self.memory[device][start:end].view(dtype).view(shape)
+                self.pieces[key] = piece.data  # with a version counter of its own: a write to a tile is none to its neighbours
         return self.pieces[key]
 
     def settle(self) -> None:

@@ -52,25 +52,28 @@ class Trust:
         self.flags, self.step = [module.training for module in plan.tree.modules], plan.step
 
 
-def compare(fast: Reads, safe: Reads, plan: Plan, points: Sequence[Point], closure: Callable[[], object]) -> int:
+def compare(
+    fast: Reads, safe: Reads, plan: Plan, points: Sequence[Point], closure: Callable[[], object], coarse: bool | None = None
+) -> int:
     """Raises Refused if two evaluations disagree on the losses of a pair of points; returns the rows of the inputs.
 
     The pair moves away from theta until its losses differ by more than rounding does: in 16 bits by the difference between rounding the
-    weights to nearest and stochastically, in float32 by a few units in the last place."""
+    weights to nearest and stochastically, in float32 by a few units in the last place.
+
+    coarse  whether losses are rounded to 16 bits on their way; None: as the plan says, and as they are found to be"""
     ends = [point for point in dict.fromkeys(points) if point.terms][:2]
     if not ends:
         return 0
     ends = ends if len(ends) == 2 else [*ends, THETA]
-    coarse = any(t.dtype != torch.float32 for group in plan.groups for t in group.theta)
+    refine, coarse = coarse is None, plan.is_coarse if coarse is None else coarse
     eps, factor = max(group.eps for group in plan.groups), 1.0
     again = safe.read(plan, ends[:1], closure, Isolation(plan)).item()
     while True:
         pair = [point.scaled(factor) for point in ends]
         right = safe.read(plan, pair, closure, Isolation(plan)).tolist()
         size, spread = max(map(abs, right)), abs(right[0] - right[1])
-        if factor == 1.0 and not _repeats(
-            again, right[0], coarse
-        ):  # seen before a faster way leaves traces in what the closure keeps
+        # before a faster way leaves traces in what the closure keeps
+        if factor == 1.0 and not _repeats(again, right[0], coarse):
             raise NotRepeatable(right[0], again)
         if not size < float("inf"):
             return 0
@@ -86,6 +89,8 @@ def compare(fast: Reads, safe: Reads, plan: Plan, points: Sequence[Point], closu
     allowed = (0.25 if coarse else 0.02) * spread + 4 * noise
     for a, b in zip(mine, right):
         if not abs(a - b) <= allowed:
+            if refine and not coarse and _rounds(fast, safe, plan, pair[0], abs(a - b), closure):
+                return compare(fast, safe, plan, points, closure, coarse=True)
             raise Refused(
                 f"evaluation {fast.name!r} reads the loss {a:.6g} where {safe.name!r} reads {b:.6g} (offset {factor * eps:.3g}): the "
                 f"closure reads a trained parameter in a way that {fast.name!r} cannot follow; {WAY_OUT}"
@@ -95,6 +100,15 @@ def compare(fast: Reads, safe: Reads, plan: Plan, points: Sequence[Point], closu
 
 def _repeats(a: float, b: float, coarse: bool) -> bool:
     return not (abs(a) < float("inf") and abs(b) < float("inf")) or abs(a - b) <= (4e-3 if coarse else 1e-4) * abs(b)
+
+
+def _rounds(fast: Reads, safe: Reads, plan: Plan, point: Point, apart: float, closure: Callable[[], object]) -> bool:
+    """Whether two evaluations are `apart` at a point by rounding to 16 bits, as in an autocast region inside the closure.
+
+    A misreading shrinks with the offset, and rounding does not."""
+    near = [THETA, point.scaled(2.0**-6), point.scaled(-(2.0**-6))]
+    mine, right = (way.read(plan, near, closure, Isolation(plan)).tolist() for way in (fast, safe))
+    return any(abs(a - b) > apart / 8 for a, b in zip(mine, right))
 
 
 def fits(plan: Plan) -> bool:

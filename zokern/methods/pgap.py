@@ -78,7 +78,7 @@ class PGAP(ZerothOrder):
         super().__init__(params, lr=lr, eps=eps, direction=direction, evaluation=evaluation, **options)
 
     def refresh(self, plan: Plan, closure: Callable[[], Any]) -> None:
-        """Probe and decompose where this step needs a new basis. Weights are read, not written (evaluation 'walk': up to rounding)."""
+        """Probe and decompose where this step needs a new basis. Weights are read, not written (evaluation 'inplace': up to rounding)."""
         assert self.factored is not None
         born = self.factored.basis_step(plan.step)
         self.settle(plan)
