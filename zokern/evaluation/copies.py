@@ -244,7 +244,7 @@ class Copies:
                 tile = self.arena.take(shape, theta.dtype, theta.device)
                 tiles[side] = tile if tile is not None else torch.empty(shape, dtype=theta.dtype, device=theta.device)
             view = theta.narrow(dimension, start, stop - start)
-            part = None if low is None else low.narrow(dimension, start, stop - start)
+            part = None if low is None else low.narrow(dimension, start, stop - start).contiguous()
             if transposed:
                 here = Span(span.who, span.first + start, pitch=total)
             else:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..backends import Span
 from .base import Refused
 from .copies import Copies
 
@@ -105,17 +106,21 @@ def _with_copies(func, name: str, args: tuple, kwargs: dict, cast: torch.dtype |
         if isinstance(value, Perturbed):
             wide = cast is not None and value._use.is_wide()
             values[k] = copy = value._use.copy(torch.float32 if wide else None)
-            copies.append((value, copy, copy._version))
+            copies.append((value, copy, _version(copy)))
         elif others and isinstance(value, Tensor) and value.dtype == cast:
             values[k] = value.float()
     args, kwargs = tree_unflatten(values, spec)
     result = func(*args, **kwargs)
     for value, copy, version in copies:
-        if copy._version != version:
+        if _version(copy) != version:
             raise _writes(value, name)
     if cast is not None and isinstance(result, Tensor) and result.is_floating_point():
         return result.to(cast)
     return result
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _upcast(func, args: tuple, kwargs: dict) -> torch.dtype | None:
@@ -211,8 +216,8 @@ def _getitem(func, args: tuple, kwargs: dict):
     group = copies.plan.groups[g]
     theta, span, low = group.theta[i], group.spans[i], group.residual(i)
     if isinstance(index, slice):
-        start, _, step = index.indices(theta.shape[0])
-        if step != 1:
+        start, stop, step = index.indices(theta.shape[0])
+        if step != 1 or stop - start >= theta.shape[0]:  # all of it is a whole copy, which the record names
             return NotImplemented
     elif type(index) is int:
         start = index + theta.shape[0] if index < 0 else index
