@@ -35,9 +35,15 @@ def unseen(plan: Plan, losses: Sequence[float], closure: Callable[[], Any]) -> t
     """Reads the loss of the weights once more, and returns the trained parameters that it does not read.
 
     Raises RuntimeError if it reads none, and the losses of the step are equal: the closure runs another model."""
-    watch, isolation = Watch(plan), Isolation(plan)
+    watch, isolation, before = Watch(plan), Isolation(plan), _sums(plan)
     with isolation.session(eager=True):
         isolation.read(closure, watch)
+    if changed := [name for name, a, b in zip(plan.names, before, _sums(plan)) if a != b]:
+        _put_back(plan)
+        raise RuntimeError(
+            f"the closure changed the weights of {changed[0]!r} where no version counter tells, as through .data: the loss of a step must "
+            "only read them"
+        )
     if watch.seen:
         return tuple(name for name in plan.names if name not in watch.seen)
     if len(set(losses)) == 1:
@@ -46,6 +52,19 @@ def unseen(plan: Plan, losses: Sequence[float], closure: Callable[[], Any]) -> t
             "optimizer the model that the closure runs, and call the model inside the closure"
         )
     return ()  # read by code that torch functions do not show: compiled or scripted
+
+
+def _sums(plan: Plan) -> list[int]:
+    """Returns the sum of the bits of each trained tensor."""
+    kinds = {2: torch.int16, 4: torch.int32}
+    return torch.stack([t.view(kinds[t.element_size()]).sum().cpu() for group in plan.groups for t in group.theta]).tolist()
+
+
+def _put_back(plan: Plan) -> None:
+    """Writes the copies that evaluation 'master' took in this step, where there are any."""
+    for group in plan.groups:
+        for tensor, copy in zip(group.theta, group.memo.get("masters", ())):
+            tensor.copy_(copy)
 
 
 def name_statistics(plan: Plan) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..estimator import loss_tensor
-from ..fingerprint import Fingerprint
+from ..fingerprint import Fingerprint, memory_of
 from . import rng
 from ..plan import Plan
 
@@ -178,7 +178,11 @@ class Isolation:
         finally:
             for isolation in (self, *self.inside):
                 isolation._put_back()
-        if changed := self.weights.changes():
+            changed = self.weights.changes()
+            for i in changed:  # a parameter that the closure gave other memory, or another shape, gets its own back
+                if memory_of([self.plan.tensors[i]]) != [self.weights.memory[i]]:
+                    self.plan.tensors[i].data = [t for group in self.plan.groups for t in group.theta][i]
+        if changed:
             names = [self.plan.names[i] for i in changed]
             raise RuntimeError(f"the closure changed the weights of {names[0]!r}: the loss of a step must only read them")
         for isolation in (self, *self.inside):
