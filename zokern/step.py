@@ -152,7 +152,7 @@ def _check(optimizer: Any, plan: Plan, points: list[Point], read: Tensor, closur
         return ()
     found = read.tolist()
     again, base = optimizer.evaluation.losses(plan, [points[0], THETA], closure).tolist()
-    if not repeats(plan, found[0], again):
+    if not repeats(plan, found, again):
         raise NotRepeatable(found[0], again)
     if not first:
         return ()
