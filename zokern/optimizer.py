@@ -159,6 +159,8 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
         group["params"] = [(entry.name, entry.tensor) for entry in entries]
         super().add_param_group(group)
         self._entries.append(entries)
+        if not {id(entry.tensor) for entry in entries} <= set(self._tree.slots):
+            self._tree = Tree(self._tree.roots, is_open=True)  # a module of its own, which its first forward shows
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state_dict plus ``zokern``: stream version, seed and step, so that a resumed run draws the same z.
@@ -215,6 +217,8 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
             self.open()
             self._prepared = False
             self.result = run(self, closure)
+            if self._tree.found:  # as they are now: what is replaced in them before the next step is noticed there
+                self._tree = Tree([*self._tree.roots, *self._tree.found])
             self.drawn = True
         finally:
             planned = self._prepared
@@ -263,8 +267,6 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
     def _check_tree(self) -> None:
         """Raises if a parameter of the modules was replaced, removed or added for training since the optimizer saw it."""
         tree = self._tree
-        if tree.found and tree.is_open:
-            tree = self._tree = Tree(tree.found)
         if tree.stands():
             return
         known = {id(t): name for name, t in self._known().items()}
@@ -278,8 +280,8 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
                 f"parameter {name!r} was {'removed' if here is None else 'replaced'} after the optimizer was built; build a new optimizer "
                 "for the new model"
             )
-        added = [n for root in tree.roots for n, p in root.named_parameters() if p.requires_grad and id(p) not in known]
-        if added and self.model is not None:
+        model = self.model if self.model is not None else nn.Module()
+        if added := [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in known]:
             raise RuntimeError(
                 f"parameters {added} were added after the optimizer was built; pass them to add_param_group, or freeze them"
             )
