@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -260,7 +260,7 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
             self._eps = []  # after a refusal it is looked at again
             underflow.check_perturbation(plan, self.force)
             self._eps = [group.eps for group in self._groups]
-        self._drop_low_bits()
+        self.drop_low_bits()
         self._prepared = True
         return plan
 
@@ -369,7 +369,7 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
             state["residual"] = torch.zeros(tensor.shape, dtype=torch.int16, device=tensor.device)
         return state["residual"]
 
-    def _drop_low_bits(self) -> None:
+    def drop_low_bits(self) -> None:
         """Clears the low bits of weights that others wrote since the last update: those are exact as they are."""
         if self.rounding != "residual":
             return
@@ -378,14 +378,18 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
                 if self._written.get(id(tensor), tensor._version) != tensor._version:
                     low.zero_()
 
-    def accept(self) -> None:
-        """Takes the weights as this optimizer left them: deferred updates and low bits belong to them."""
+    def accept(self, also: Sequence[Tensor] = ()) -> None:
+        """Takes the weights as this optimizer left them: deferred updates and low bits belong to them.
+
+        also  tensors that it wrote and trains no more"""
         for group in self._groups:
             for tensor, matrix in zip(group.tensors, group.matrices or ()):
                 if matrix.pending is not None:
                     matrix.version = tensor._version
             if self.rounding == "residual":
                 self._written.update(zip(map(id, group.tensors), versions_of(group.tensors)))
+        if self.rounding == "residual":
+            self._written.update(zip(map(id, also), versions_of(also)))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Neither copied nor pickled: torch's way would lose the module, its hooks, deferred updates and the names that decide z."""
