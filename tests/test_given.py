@@ -100,8 +100,11 @@ def test_param_groups_that_were_edited_by_hand() -> None:
     refuse(model, lambda: zokern.step(optimizer, loss_of(model)), RuntimeError, "param_groups", "add_param_group")
 
 
+@pytest.mark.parametrize(
+    "look", [lambda o: None, lambda o: o.state_dict(), lambda o: o.flush()], ids=["step", "state_dict", "flush"]
+)
 @pytest.mark.parametrize("edit", [lambda p: p.zero_(), lambda p: p.clamp_(-0.1, 0.1)], ids=["zero", "clamp"])
-def test_low_bits_belong_to_the_weights_that_were_updated(edit: Callable) -> None:
+def test_low_bits_belong_to_the_weights_that_were_updated(edit: Callable, look: Callable) -> None:
     """Weights that somebody wrote are exact as they are: the residuals of the old ones are not added to them."""
     model = layers(torch.bfloat16)
     optimizer = zokern.MeZO(model, lr=1e-2, eps=1e-2, rounding="residual")
@@ -113,6 +116,7 @@ def test_low_bits_belong_to_the_weights_that_were_updated(edit: Callable) -> Non
     low = optimizer.state[other]["residual"].clone()
     with torch.no_grad():
         edit(weight)
+    look(optimizer)
     optimizer.param_groups[0]["lr"] = 0.0
     zokern.step(optimizer, loss_of(model))
     assert int(optimizer.state[weight]["residual"].count_nonzero()) == 0 and same_bits(optimizer.state[other]["residual"], low)
