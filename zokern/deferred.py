@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,7 +55,10 @@ class Deferred:
     def plan(self) -> Plan:
         raise NotImplementedError
 
-    def accept(self) -> None:
+    def accept(self, also: Sequence[torch.Tensor] = ()) -> None:
+        raise NotImplementedError
+
+    def drop_low_bits(self) -> None:
         raise NotImplementedError
 
     @property
@@ -160,15 +163,21 @@ class Deferred:
         assert self.factored is not None
         trained = {id(t) for t in plan.tensors}
         step = max(0, plan.step - 1)
+        also = []
         for group in self._left:
             if not {id(t) for t in group.tensors} <= trained:
+                also += _waiting(group)
                 group.write(plan.seed, step, self.rounding)
         self._left = ()
         born = self.factored.basis_step(plan.step)
         for group in plan.groups:
-            if any(matrix.pending is not None and matrix.born != born for matrix in group.matrices or ()):
+            waiting = [matrix for matrix in group.matrices or () if matrix.pending is not None]
+            thawed = waiting and len(waiting) < len(
+                group.matrices or ()
+            )  # a matrix that joins has no updates and no decay to wait for
+            if thawed or any(matrix.born != born for matrix in waiting):
                 group.write(plan.seed, step, self.rounding)
-        self.accept()
+        self.accept(also)
 
     def defers(self, plan: Plan) -> bool:
         """Whether this step's updates of matrices are deferred: not in the last step of a basis, nor where nothing would flush them."""
@@ -188,13 +197,15 @@ class Deferred:
         Raises RuntimeError if the weights were written in between, or inside evaluating()."""
         if self._busy:
             raise RuntimeError("flush() or state_dict() inside evaluating(), which writes nothing: leave the context first")
+        self.drop_low_bits()
+        also = [tensor for group in self._left for tensor in _waiting(group)]
         for group in (*self._left, *self._groups):
             if group.matrices is not None:
                 for matrix, tensor in zip(group.matrices, group.tensors):
                     self._check_waiting(matrix, tensor)
                 group.write(self.seed, max(0, self.steps - 1), self.rounding)
         self._left = ()
-        self.accept()
+        self.accept(also)
         self._release()
 
     def discard(self) -> None:
@@ -221,6 +232,10 @@ class Deferred:
         finally:
             self._busy = False
             self.accept()
+
+
+def _waiting(group: Group) -> list[torch.Tensor]:
+    return [tensor for tensor, matrix in zip(group.tensors, group.matrices or ()) if matrix.pending is not None]
 
 
 class _Flush:

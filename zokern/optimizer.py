@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain, zip_longest
 from typing import Any
 
@@ -159,6 +159,8 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
         super().add_param_group(group)
         self._entries.append(entries)
         self._others = None
+        if not {id(entry.tensor) for entry in entries} <= {*map(id, self._tree.slots)}:
+            self._tree = Tree(self._tree.roots, is_open=True)  # a module of its own, which its first forward shows
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state_dict plus ``zokern``: stream version, seed and step, so that a resumed run draws the same z.
@@ -215,6 +217,8 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
             self.open()
             self._prepared = False
             self.result = run(self, closure)
+            if self._tree.found:  # as they are now: what is replaced in them before the next step is noticed there
+                self._tree, self._others = Tree([*self._tree.roots, *self._tree.found]), None
             self.drawn = True
         finally:
             planned = self._prepared
@@ -263,16 +267,13 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
             self._eps = []  # after a refusal it is looked at again
             underflow.check_perturbation(plan, self.force)
             self._eps = [group.eps for group in self._groups]
-        self._drop_low_bits()
+        self.drop_low_bits()
         self._prepared = True
         return plan
 
     def _check_tree(self) -> None:
         """Raises if a parameter of the modules was replaced, removed, added or thawed since the optimizer saw it."""
         tree = self._tree
-        if tree.found and tree.is_open:
-            tree = self._tree = Tree(tree.found)
-            self._others = None
         if self._others is None:
             given = set(map(id, self._known().values()))
             self._others = [p for held in tree.parameters for p in held.values() if p is not None and id(p) not in given]
@@ -290,8 +291,8 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
                 f"parameter {name!r} was {'removed' if here is None else 'replaced'} after the optimizer was built; build a new optimizer "
                 "for the new model"
             )
-        added = [n for root in tree.roots for n, p in root.named_parameters() if p.requires_grad and id(p) not in known]
-        if added and self.model is not None:
+        model = self.model if self.model is not None else nn.Module()
+        if added := [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in known]:
             raise RuntimeError(
                 f"parameters {added} were added after the optimizer was built; pass them to add_param_group, or freeze them"
             )
@@ -384,7 +385,7 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
             state["residual"] = torch.zeros(tensor.shape, dtype=torch.int16, device=tensor.device)
         return state["residual"]
 
-    def _drop_low_bits(self) -> None:
+    def drop_low_bits(self) -> None:
         """Clears the low bits of weights that others wrote since the last update: those are exact as they are."""
         if self.rounding != "residual":
             return
@@ -393,14 +394,18 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
                 if self._written.get(id(tensor), tensor._version) != tensor._version:
                     low.zero_()
 
-    def accept(self) -> None:
-        """Takes the weights as this optimizer left them: deferred updates and low bits belong to them."""
+    def accept(self, also: Sequence[Tensor] = ()) -> None:
+        """Takes the weights as this optimizer left them: deferred updates and low bits belong to them.
+
+        also  tensors that it wrote and trains no more"""
         for group in self._groups:
             for tensor, matrix in zip(group.tensors, group.matrices or ()):
                 if matrix.pending is not None:
                     matrix.version = tensor._version
             if self.rounding == "residual":
                 self._written.update(zip(map(id, group.tensors), versions_of(group.tensors)))
+        if self.rounding == "residual":
+            self._written.update(zip(map(id, also), versions_of(also)))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Neither copied nor pickled: torch's way would lose the module, its hooks, deferred updates and the names that decide z."""

@@ -15,7 +15,7 @@ from .estimator import Stencil
 from .fingerprint import announce
 
 if TYPE_CHECKING:
-    from .modules import Tree
+    pass
 
 
 @dataclass

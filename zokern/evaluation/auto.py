@@ -72,6 +72,7 @@ class Auto:
             self.order, self.why = _choose(plan, *self.seen, self.order[0])
             self.seen = None
         failed: list[tuple[str, Exception]] = []
+        order = self.order
         while True:
             way = self.ways[self.order[0]]
             try:
@@ -85,6 +86,7 @@ class Auto:
             except (RuntimeError, ValueError, TypeError, NotImplementedError) as problem:
                 left = [name for name in self.order[1:] if name != "master" or fits(plan)]
                 if isinstance(problem, NotRepeatable) or not left:
+                    self.order = order  # no way could read it: the closure is at fault
                     raise
                 failed.append((way.name, problem))
                 self.order = left

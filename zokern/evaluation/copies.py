@@ -23,6 +23,7 @@ from .factors import Factors
 
 RESIDENT = 1 << 16  # elements: tensors up to this size are perturbed together, ahead of the reading
 TILE = 1 << 21  # elements: larger tiles leave the caches before they are read, smaller ones starve the product (benchmarks/)
+TRANSFORMED = "the closure uses torch.func transforms of its own around a large parameter: use evaluation='master'"
 
 
 class Copies:
@@ -159,10 +160,17 @@ class Copies:
 
     def own(self, group: Group, i: int, shape: tuple[int, ...]) -> Tensor:
         """Returns memory for copies of tensor i that may outlive the call."""
+        inner = torch._C._functorch.peek_interpreter_stack()
+        if (None if inner is None else inner.level()) != self.level:
+            raise Refused(TRANSFORMED)
         theta = group.theta[i]
         out = torch.empty(shape, dtype=theta.dtype, device=theta.device)
-        self.largest = max(self.largest, self.arena.top.get(theta.device, 0) + out.numel() * out.element_size())
+        self.hold(theta.device, out.nbytes)
         return out
+
+    def hold(self, device: torch.device, size: int) -> None:
+        """Notes copies outside the arena that live at once."""
+        self.largest = max(self.largest, self.arena.top.get(device, 0) + size)
 
     def rows(self, g: int, i: int, indices: Sequence[Tensor]) -> Tensor:
         """Returns looked-up rows of a matrix, (sides, number of rows, columns); an index for each side."""
@@ -251,9 +259,7 @@ class Copies:
                 tile = self.arena.take(shape, theta.dtype, theta.device)
                 tiles[side] = tile if tile is not None else torch.empty(shape, dtype=theta.dtype, device=theta.device)
             view = theta.narrow(dimension, start, stop - start)
-            part = (
-                None if low is None else low.narrow(dimension, start, stop - start).contiguous()
-            )  # kernels read them in a row
+            part = None if low is None else low.narrow(dimension, start, stop - start).contiguous()
             if transposed:
                 here = Span(span.who, span.first + start, pitch=total)
             else:
@@ -269,9 +275,7 @@ class Copies:
         functorch = torch._C._functorch
         if functorch.is_functorch_wrapped_tensor(x):
             if self.level is None or not functorch.is_batchedtensor(x) or functorch.maybe_get_level(x) != self.level:
-                raise Refused(
-                    "the closure uses torch.func transforms of its own around a large parameter: use evaluation='master'"
-                )
+                raise Refused(TRANSFORMED)
             at, x = functorch.maybe_get_bdim(x), functorch.get_unwrapped(x)
             return x if at == 0 else x.movedim(at, 0)
         return x.unsqueeze(0) if self.sides == 1 else x.expand(self.sides, *x.shape)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..estimator import loss_tensor
-from ..fingerprint import Fingerprint
+from ..fingerprint import Fingerprint, memory_of
 from ..modules import STANDARD, Tree, flat, items, refill, same
 from ..plan import Plan
 from . import rng
@@ -119,7 +119,12 @@ class Isolation:
         finally:
             for isolation in (self, *self.found):
                 isolation._put_back()
-        if changed := self.weights.changes():
+            changed = self.weights.changes()
+            for i in changed:  # a parameter that the closure gave other memory, or another shape, gets its own back
+                theta = [t for group in self.plan.groups for t in group.theta][i]
+                if memory_of([self.plan.tensors[i]]) != memory_of([theta]):
+                    self.plan.tensors[i].data = theta
+        if changed:
             name = self.plan.names[changed[0]]
             raise RuntimeError(f"the closure changed the weights of {name!r}: the loss of a step must only read them")
         for isolation in (self, *self.found):

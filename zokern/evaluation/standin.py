@@ -81,6 +81,9 @@ class Use(NamedTuple):
     def stack(self) -> Tensor:
         return self.copies.stack(self.group, self.position)
 
+    def is_resident(self) -> bool:
+        return (self.group, self.position) in self.copies.resident
+
     def is_wide(self) -> bool:
         """Whether the resident copy of a 16-bit vector is float32."""
         found = self.copies.resident.get((self.group, self.position))
@@ -139,22 +142,31 @@ def _with_copies(func, name: str, args: tuple, kwargs: dict, cast: torch.dtype |
     """Calls the function with whole copies. cast: in float32 for a small vector's sake, with a result of this dtype."""
     values, spec = tree_flatten((args, kwargs))
     others = cast is not None and cast.itemsize < 4 and not _mixes(func, values)
-    copies = []
+    copies, held = [], 0
     for k, value in enumerate(values):
         if isinstance(value, Perturbed):
             wide = cast is not None and value._use.is_wide()
             values[k] = copy = value._use.copy(torch.float32 if wide else None)
-            copies.append((value, copy, copy._version))
+            copies.append((value, copy, _version(copy)))
+            held += 0 if value._use.is_resident() else copy.nbytes * value._use.copies.sides
         elif others and isinstance(value, Tensor) and value.dtype == cast:
             values[k] = value.float()
+    if held:
+        copies[0][0]._use.copies.hold(copies[0][1].device, held)
     args, kwargs = tree_unflatten(values, spec)
     result = func(*args, **kwargs)
     for value, copy, version in copies:
-        if copy._version != version:
+        if _version(copy) != version:
             raise _writes(value, name)
+    if any(result is copy for _, copy, _ in copies):
+        result = result.clone()  # a conversion from 16 bits makes a tensor of its own, which the closure may write to
     if cast is not None and isinstance(result, Tensor) and result.is_floating_point():
         return result.to(cast)
     return result
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _upcast(func, args: tuple, kwargs: dict) -> torch.dtype | None:
@@ -166,7 +178,8 @@ def _upcast(func, args: tuple, kwargs: dict) -> torch.dtype | None:
         return None
     if func in CONVERSIONS:
         like = func(torch.empty(0, dtype=args[0].dtype, device=args[0].device), *args[1:], **kwargs)
-        return like.dtype if like.dtype.itemsize > 2 and like.is_floating_point() else None
+        wide = isinstance(like, Tensor) and like.dtype.itemsize > 2 and like.is_floating_point()
+        return like.dtype if wide else None
     kinds = {v.dtype for v in values if v.is_floating_point()}
     if len(kinds) > 1 and func in PRODUCTS and len(args) == 2:
         return torch.result_type(*args)
@@ -260,8 +273,8 @@ def _getitem(func, args: tuple, kwargs: dict):
     group = copies.plan.groups[g]
     theta, span, low = group.theta[i], group.spans[i], group.residual(i)
     if isinstance(index, slice):
-        start, _, step = index.indices(theta.shape[0])
-        if step != 1:
+        start, stop, step = index.indices(theta.shape[0])
+        if step != 1 or stop - start >= theta.shape[0]:  # all of it is a whole copy, which the record names
             return NotImplemented
     elif type(index) is int:
         start = index + theta.shape[0] if index < 0 else index
