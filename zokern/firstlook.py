@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
