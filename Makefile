@@ -11,13 +11,19 @@ PIP = $(PYTHON) -m pip install -qq --disable-pip-version-check
 # The suite's workers, of one thread each, take whole files. An environment of yours that lacks pytest-xdist has one process do it all.
 WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 1); echo $$((cores < 4 ? cores : 4)))
 PARALLEL = $(if $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo yes),-n $(WORKERS) --dist loadfile --no-loadscope-reorder)
+# Lesser processors that this one can stand for: zokern's kernels, torch's, oneDNN's and MKL's, each by a switch of its own.
+AS_avx2 = ZOKERN_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+AS_scalar = ZOKERN_CPU_ISA=scalar ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
+ISAS = $(filter avx2 scalar,$(shell $(PYTHON) -c "from zokern.backends import cpu; print(*[] if cpu.why_off() else cpu.architectures())"))
+ISA_PART = not avx512 and not measured_memory
+ISA_TESTS = $(patsubst %,tests/test_%.py,conformance linear cpu step deferred)
 ENVIRONMENT = $(if $(filter .venv/bin/python,$(PYTHON)),.venv/.ready,installed)
 
 .DEFAULT_GOAL := help
-.PHONY: help install build demo test bench gpu lint format wheel quality clean installed
+.PHONY: help install build demo test bench gpu lint format wheel quality clean installed test-isa
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' Makefile
 
 # torch comes first and by its exact version: left to itself, pip would resolve the newest build, and a machine that keeps a
 # CPU build of this version at hand would download gigabytes of CUDA libraries instead.
@@ -54,6 +60,12 @@ demo: build ## fine-tune SmolLM2-135M on film reviews: accuracy before and after
 
 test: build ## the whole test suite
 	$(PYTHON) -m pytest -q --durations=15 $(PARALLEL)
+
+# `make test` has the tests that select another instruction set for themselves, and memory is the same on every processor.
+test-isa: build ## what depends on the processor, as on one with AVX2 only and as on one without
+	@$(if $(ISAS),,echo "no compiled CPU kernels here: nothing depends on the processor")
+	$(if $(filter avx2,$(ISAS)),$(AS_avx2) $(PYTHON) -m pytest -q -k "$(ISA_PART) and not scalar" $(PARALLEL) $(ISA_TESTS))
+	$(if $(filter scalar,$(ISAS)),$(AS_scalar) $(PYTHON) -m pytest -q -k "$(ISA_PART) and not avx2" $(PARALLEL) $(ISA_TESTS))
 
 bench: build ## the benchmarks, each against eager PyTorch and against a copy
 	$(PYTHON) -m pytest -q benchmarks --benchmark-only --benchmark-quiet

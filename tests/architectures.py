@@ -1,4 +1,4 @@
-"""Tiny models of many kinds, with weights that matter to the loss: architectures of transformers, and plain torch ones.
+"""Tiny models whose weights matter to the loss: architectures of transformers, and plain torch ones.
 
 Each maker returns a model and the keyword arguments of its call, or a model and a function that computes its loss.
 Weights are seeded, matrices are scaled up from the small values of an initialisation, and no model has 200 000 of them.
@@ -160,7 +160,7 @@ def wav2vec2() -> Made:
     return model, lambda: model(input_values=sound, labels=labels).loss
 
 
-# Plain torch ------------------------------------------------------------------------------------------------------
+# Plain torch ------------------------------------------------------------------------------------------------
 
 
 class Words(nn.Module):

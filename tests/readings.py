@@ -1,4 +1,4 @@
-"""What the evaluations are called, and what a reading must be: losses at theta + a z that were written by hand, or a refusal by name.
+"""The names of the evaluations, and what a reading must be: right against hand-written weights, or refused.
 
 Only `zokern.draw` is taken from the library, whose stream has tests of its own.
 """
@@ -50,7 +50,7 @@ def clones(params: Any) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in trained(params).items()}
 
 
-# The oracle -------------------------------------------------------------------------------------------------------
+# The oracle -------------------------------------------------------------------------------------------------
 
 
 def orthonormal(x: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def dense(name: str, shape: Sequence[int], seed: int, step: int, query: int, dir
 
 
 def subspace(name: str, shape: Sequence[int], seed: int, step: int, query: int, rank: int = 8) -> Tensor:
-    """SubZero's z in the first interval, with reshape='none': sqrt(m n) / r U Z V^T for a matrix, dense for the rest."""
+    """SubZero's z in the first interval: sqrt(m n) / r U Z V^T for a matrix, dense for the rest."""
     long = [side for side in shape if side != 1]
     if len(long) != 2:
         return dense(name, shape, seed, step, query)
@@ -84,7 +84,7 @@ def lazy(name: str, shape: Sequence[int], seed: int, step: int, query: int, rank
 
 
 def direction(method: str, options: Mapping[str, Any]) -> Callable[..., Tensor]:
-    """z of a method with these options (rank; or direction), as a function of name, shape, seed, step and query."""
+    """z of a method with these options, as a function of name, shape, seed, step and query."""
     if method in ("SubZero", "LOZO"):
         return functools.partial(subspace if method == "SubZero" else lazy, **options)
     kind = options.get("direction", "rademacher" if method == "FZOO" else "normal")
@@ -101,7 +101,7 @@ def write(params: Any, theta: Mapping[str, Tensor], amount: float, z: Callable[.
         p.copy_(moved.to(p.dtype))
 
 
-# Refusals ---------------------------------------------------------------------------------------------------------
+# Refusals ---------------------------------------------------------------------------------------------------
 
 
 def raised_by_zokern(error: BaseException) -> bool:
@@ -122,7 +122,7 @@ def check_refusal(error: Exception) -> None:
 
 
 def check_weights(params: Any, before: Mapping[str, Tensor], way: str, steps: int = 1) -> None:
-    """Every trained weight has its bits; in place, where they come back by arithmetic, a few roundings of what passed by."""
+    """Every trained weight has its bits. In place they come back by arithmetic, up to a few roundings."""
     for name, p in trained(params).items():
         now, old = p.detach(), before[name]
         assert now.dtype == old.dtype and now.shape == old.shape, name

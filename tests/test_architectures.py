@@ -1,4 +1,4 @@
-"""Architectures of many kinds: every evaluation reads the losses at theta + a z that are written by hand, or refuses by name.
+"""Architectures of many kinds: every evaluation reads the losses of hand-written weights, or refuses by name.
 
 Which pairs are refused is written nowhere: 'master' and 'auto' read all of them, and the faster ways a good share.
 """
@@ -55,7 +55,7 @@ def jittered(theta: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
 
 @functools.cache
 def right(name: str, method: str, step: int) -> Right:
-    """theta + a z in the weights of a model, read, and put back. Rounding is what a last bit of every weight does."""
+    """theta + a z in the weights, read, and put back. Rounding is what a last bit of every weight does."""
     net, loss, theta = model(name)
     z, losses, rounding = readings.direction(method, {}), [], 0.0
     with torch.no_grad():
@@ -71,7 +71,7 @@ def right(name: str, method: str, step: int) -> Right:
 
 
 def wrong(got: zokern.StepResult, want: Right) -> str | None:
-    """What is wrong with a step, if anything is: a loss by more than rounding, or the coefficient by more than that over eps."""
+    """What is wrong with a step, if anything: a loss beyond rounding, or c beyond that over eps."""
     bound = want.rounding / EPS
     if abs(got.coefficients[0] - want.coefficient) > bound:
         return f"coefficient {got.coefficients[0]}, right {want.coefficient} +- {bound:.2g}"
@@ -82,7 +82,7 @@ def wrong(got: zokern.StepResult, want: Right) -> str | None:
 
 @functools.cache
 def outcome(name: str, way: str) -> str:
-    """'read' or 'refused'; an AssertionError for a wrong reading, a refusal without a name, or weights that changed."""
+    """'read' or 'refused'. Raises for a wrong reading, a nameless refusal, or changed weights."""
     refused = 0
     for method, options in METHODS.items():
         net, loss = ARCHITECTURES[name]()
@@ -127,7 +127,7 @@ def test_most_architectures_are_read(way: str) -> None:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_comparison_rejects(name: str) -> None:
-    """The bound is far below what it must see: a side left out, the wrong step's z, and one parameter that does not move."""
+    """The bound sees a side left out, the wrong step's z, and one parameter that does not move."""
     net, loss, theta = model(name)
     for method in METHODS:
         want, other = right(name, method, 0), right(name, method, 1)

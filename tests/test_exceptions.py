@@ -1,7 +1,9 @@
-"""500 exceptions: whatever the loss raises and wherever, the step leaves no trace."""
+"""500 exceptions in every evaluation: whatever the loss raises and wherever, the step leaves no trace."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import random
 from unittest.mock import patch
 
@@ -12,7 +14,7 @@ from models import batch, build, changed, next_token_loss, one_thread, same_bits
 from torch import nn
 
 import zokern
-from zokern.evaluation import surroundings
+from zokern.evaluation import Isolation, rng
 
 VOCABULARY, WIDTH = 19, 8
 
@@ -58,10 +60,6 @@ def noisy(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return next_token_loss(model(ids), ids)
 
 
-def quiet(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    return next_token_loss(model(ids), ids)
-
-
 def state(model: nn.Module) -> dict:
     """Everything beside weights and buffers that a step must leave alone."""
     return {
@@ -85,18 +83,15 @@ WHERE = [
 assert len(WHERE) * len(ERRORS) < 500  # the rest are raised by the closure itself: before, between and after its forwards
 
 
-def raise_everywhere(evaluation, per_error: int, make=zokern.MeZO, interleaved: bool = False) -> int:
-    """How many exceptions were raised; AssertionError at the first trace that one leaves.
-
-    interleaved: a loss that two readings can share, without `random`, NumPy and statistics that move."""
-    ids, count = batch(2, 4, VOCABULARY), 0
-    model = build(Transformer)
+def raise_everywhere(evaluation, per_error: int, dtype: torch.dtype = torch.float32, make=zokern.MeZO) -> int:
+    """How many exceptions were raised; AssertionError at the first trace that one leaves."""
+    ids, count, together = batch(2, 4, VOCABULARY), 0, getattr(evaluation, "name", evaluation) == "paired"
+    model = build(Transformer, dtype)
     model.blocks[1].eval()  # train and eval mixed
-    run = quiet if interleaved else noisy
-    if interleaved:
-        model.blocks[0].batchnorm.eval()
-    optimizer = make(model, lr=0.01, eps=1e-3, seed=6, evaluation=evaluation)
-    zokern.step(optimizer, lambda: run(model, ids))
+    if together:
+        model.blocks[0].batchnorm.eval()  # statistics that are written cannot be mapped
+    optimizer = make(model, lr=0.01, eps=1e-2, seed=6, evaluation=evaluation, force=True)
+    zokern.step(optimizer, lambda: noisy(model, ids))
     modules = dict(model.named_modules())
     weights, around = snapshot(model), None
     for error in ERRORS:
@@ -104,6 +99,7 @@ def raise_everywhere(evaluation, per_error: int, make=zokern.MeZO, interleaved: 
             name, when, side = (
                 WHERE[place] if place < len(WHERE) else ("closure", ("before", "after")[place % 2], place // 2 % 2)
             )
+            side = 0 if together else side  # both are read in one call
             calls, armed = [], []
 
             def fire(*_, error=error, armed=armed):
@@ -115,11 +111,11 @@ def raise_everywhere(evaluation, per_error: int, make=zokern.MeZO, interleaved: 
                     armed.append(True)
                 calls.append(True)
                 if name == "closure" and when == "before":
-                    if not interleaved:
+                    if not together:
                         model.train()
                     torch.rand(3)
                     fire()
-                result = run(model, ids)
+                result = noisy(model, ids)
                 fire()
                 return result
 
@@ -138,47 +134,71 @@ def raise_everywhere(evaluation, per_error: int, make=zokern.MeZO, interleaved: 
                 assert after[key] == value, f"{error.__name__} {when} {name!r}, side {side}: {key} changed"
             assert optimizer.steps == 1
             names = changed(model, weights)
-            if evaluation == "walk":
+            if evaluation == "inplace":
                 now = dict(model.named_parameters())
-                names = [n for n in names if n not in now or (now[n] - weights[n]).abs().max() > 1e-5]
+                names = [n for n in names if n not in now or (now[n] - weights[n]).abs().max() > 1e-4]
             assert names == [], f"{error.__name__} {when} {name!r}, side {side}: {names} changed"
     return count
 
 
-def test_500_exceptions_leave_no_trace() -> None:
-    assert raise_everywhere("scratch", 125) == 500
+@pytest.mark.parametrize(
+    ("evaluation", "dtype"),
+    [
+        ("inplace", torch.float32),  # by arithmetic; in 16 bits it drifts
+        *itertools.product(["auto", "master", "paired", "scratch"], [torch.float32, torch.bfloat16, torch.float16]),
+    ],
+)
+def test_exceptions_leave_no_trace(evaluation: str, dtype: torch.dtype) -> None:
+    each = 25 if evaluation == "inplace" else 125  # in place every move rounds
+    assert raise_everywhere(evaluation, each, dtype) == 4 * each
 
 
-def test_exceptions_in_walk_restore_up_to_rounding() -> None:
-    assert raise_everywhere("walk", 20) == 80
+class StaysMoved:
+    """Leaves the weights moved after an exception."""
+
+    name, defers = "wrong", False
+
+    def __init__(self) -> None:
+        self.inside = zokern.Master()
+
+    @property
+    def record(self):
+        return self.inside.record
+
+    def losses(self, plan, points, closure):
+        try:
+            return self.inside.losses(plan, points, closure)
+        except BaseException:
+            for group in plan.groups:
+                group.axpy_(plan.direction, plan.seed, [(plan.step, 0)], [group.eps], 1.0, "nearest")
+            raise
 
 
 def test_missing_restore_is_rejected() -> None:
     """Without each of the things that a step puts back, the check above fails."""
-    from zokern.evaluation import Scratch, Walk
-
-    def no_load(state) -> None:
-        pass
-
-    def no_put_back(self) -> None:
-        self.buffer_changed = []
-
-    with patch.object(surroundings, "_load_rng", no_load), pytest.raises(AssertionError, match="torch changed"):
+    with patch.object(rng, "preserved", contextlib.nullcontext), pytest.raises(AssertionError, match="torch changed"):
         raise_everywhere("scratch", 1)
-    with patch.object(surroundings.Surroundings, "_put_back", no_put_back), pytest.raises(AssertionError, match="changed"):
+    with patch.object(Isolation, "_put_back", lambda self: None), pytest.raises((AssertionError, AttributeError)):
         raise_everywhere("scratch", len(WHERE) + 2)
-
-    class Forgets(Walk):
-        """Moves the weights and does not come back."""
-
-        def read(self, plan, closure, repeat_first=False):
-            for group in plan.groups:
-                group.axpy_(plan.direction, plan.seed, [(plan.step, 0)], [group.eps], 1.0, "nearest")
-            return Scratch.read(scratch, plan, closure, repeat_first)
-
-    scratch = Scratch()
     with pytest.raises(AssertionError, match="weight"):
-        raise_everywhere(Forgets(), 1)
+        raise_everywhere(StaysMoved(), 1)
+
+
+@pytest.mark.filterwarnings("ignore:.* modules such as BatchNorm1d keep running statistics")
+def test_a_way_is_not_blamed_for_an_exception_of_the_closure() -> None:
+    """Evaluation 'auto' tries the other ways; where none can read the loss, it goes on as before."""
+    model = build(lambda: nn.Linear(6, 5))
+    x, optimizer = torch.ones(2, 6), zokern.MeZO(model)
+
+    def fails() -> torch.Tensor:
+        raise RuntimeError("planned")
+
+    read = []
+    for _ in range(4):
+        read.append(zokern.step(optimizer, lambda: model(x).square().mean()).evaluation)
+        with pytest.raises(RuntimeError, match="planned"):
+            zokern.step(optimizer, fails)
+    assert read == ["master", "paired", "paired", "paired"]
 
 
 def test_step_after_a_failed_one_is_the_step_that_never_failed() -> None:
@@ -186,7 +206,7 @@ def test_step_after_a_failed_one_is_the_step_that_never_failed() -> None:
     ends = []
     for failures in ([], [(0, KeyboardInterrupt), (1, RuntimeError), (2, SystemExit)]):
         model = build(Transformer)
-        optimizer = zokern.MeZO(model, lr=0.1, seed=1, queries=2)
+        optimizer = zokern.MeZO(model, lr=0.1, seed=1, queries=2, evaluation="master")
         results = []
         for _ in range(3):
             for side, error in failures:
@@ -207,11 +227,12 @@ def test_step_after_a_failed_one_is_the_step_that_never_failed() -> None:
     assert all(same_bits(ends[1][1][name], t) for name, t in ends[0][1].items())
 
 
-def test_successful_step_leaves_surroundings_alone() -> None:
+@pytest.mark.parametrize("evaluation", ["auto", "master", "scratch", "inplace"])
+def test_successful_step_leaves_surroundings_alone(evaluation: str) -> None:
     ids = batch(2, 4, VOCABULARY)
     model = build(Transformer)
     model.blocks[1].eval()
-    optimizer = zokern.MeZO(model, lr=0.01, seed=6)
+    optimizer = zokern.MeZO(model, lr=0.01, seed=6, evaluation=evaluation)
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     for _ in range(3):
         around = state(model)

@@ -20,14 +20,21 @@ from models import batch, build, changed, next_token_loss, one_thread, refuse, s
 from torch import nn
 
 import zokern
-from zokern.evaluation import surroundings
+from zokern.evaluation import isolation
 
 IDS = batch()
+EXPLICIT = ("master", "paired", "scratch", "inplace")
+EXACT_OR_NOT = ("master", "scratch", "inplace")  # by real numbers too, which 'paired' refuses
 X = torch.linspace(-1, 1, 18).view(3, 6)
 
 
 def two_layers(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     return build(lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1)), dtype)
+
+
+def told(evaluation: str = "master") -> dict:
+    """Options for a closure that returns given losses, one at a reading: none is read twice or for a comparison."""
+    return {"evaluation": zokern.Scratch(check=False) if evaluation == "scratch" else evaluation, "paired_check": None}
 
 
 def step_on(model: nn.Module, closure: Callable | None = None, **options) -> zokern.StepResult:
@@ -83,7 +90,7 @@ def test_row_02_tie_without_the_module(source: Callable) -> None:
     model.a = nn.Parameter(torch.linspace(-1, 1, 36).view(6, 6))
     model.b = nn.Parameter(model.a.data)
     zokern.step(
-        zokern.MeZO(source(model), lr=0.0),
+        zokern.MeZO(source(model), lr=0.0, **told("scratch")),
         lambda: (seen.append((model.a + 0, model.b + 0)), nn.functional.linear(X @ model.a, model.b).square().mean())[1],
     )
     assert len(seen) == 2 and all(same_bits(a, b) for a, b in seen)
@@ -178,7 +185,7 @@ def test_row_05_gaps_of_a_slice_are_not_touched(dtype: torch.dtype) -> None:
     storage = torch.full((7, 12), 3.0, dtype=dtype)
     model = nn.Module()
     model.w = nn.Parameter(storage[1:6, 1::2])
-    for evaluation in ("scratch", "walk"):
+    for evaluation in EXACT_OR_NOT:
         step_on(model, lambda: model.w.float().sum(), lr=0.1, eps=0.1, evaluation=evaluation)
     mask = torch.zeros(7, 12, dtype=torch.bool)
     mask[1:6, 1::2] = True
@@ -283,7 +290,9 @@ def test_row_13_mixed_dtypes_share_z() -> None:
         model.w = nn.Parameter(torch.zeros(33, dtype=dtype))
         model.other = nn.Parameter(torch.zeros(5, dtype=torch.float16 if dtype == torch.float32 else torch.float32))
         losses = iter([1.0, 0.0])  # coefficient 1 at eps 1/2
-        step_on(model, lambda losses=losses: (model.w.sum() + model.other.sum(), next(losses))[1], lr=1.0, eps=0.5, seed=4)
+        step_on(
+            model, lambda losses=losses: (model.w.sum() + model.other.sum(), next(losses))[1], lr=1.0, eps=0.5, seed=4, **told()
+        )
         assert same_bits(model.w, (-oracle.z("w", model.w, 4)).to(dtype)), dtype
 
 
@@ -328,7 +337,7 @@ def test_row_17_requires_grad_toggled_between_steps() -> None:
     ends = []
     for freeze in (False, True):
         model = tiny()
-        optimizer = zokern.MeZO(model, lr=0.1, seed=2)
+        optimizer = zokern.MeZO(model, lr=0.1, seed=2, **told())
         numbers = iter([1.0, 0.9, 0.8, 0.75, 0.5, 0.4])
         frozen = []
         for step in range(3):
@@ -360,7 +369,7 @@ def test_row_18_parameter_added_removed_or_replaced() -> None:
         (add, "'more'"),
         (module, "replaced"),
     ):
-        for evaluation in ("scratch", "walk"):
+        for evaluation in EXACT_OR_NOT:
             model = two_layers()  # between steps
             optimizer = zokern.MeZO(model, lr=0.1, evaluation=evaluation)
             zokern.step(optimizer, lambda model=model: model(X).mean())
@@ -384,27 +393,23 @@ GIVEN = {  # ways to give an optimizer a model's parameters without the model
 }
 
 
-@pytest.mark.parametrize("evaluation", ["scratch", "walk"])
+@pytest.mark.parametrize("evaluation", EXACT_OR_NOT)
 @pytest.mark.parametrize("given", GIVEN)
 def test_row_18_without_the_model(given: str, evaluation: str) -> None:
-    """Modules that hold the parameters are found, and what is replaced in them is refused, whatever the parameters are called."""
-    changes: dict[str, tuple[Callable, str]] = {
-        "replaced": (lambda model: setattr(model[0], "weight", nn.Parameter(torch.ones(5, 6))), "'weight' of Linear"),
-        "removed": (lambda model: delattr(model[0], "weight"), "'weight' of Linear"),
-        "module replaced": (lambda model: model.__setitem__(0, nn.Linear(6, 5)), "'0' of Sequential"),
-        "parent replaced": (lambda model: setattr(model.around[0], "model", two_layers()), "'model' of Module"),
+    """The first step finds the modules that hold the parameters, and what is replaced in them later is refused."""
+    changes: dict[str, Callable] = {
+        "replaced": lambda model: setattr(model[0], "weight", nn.Parameter(torch.ones(5, 6))),
+        "removed": lambda model: delattr(model[0], "weight"),
+        "module replaced": lambda model: model.__setitem__(0, nn.Linear(6, 5)),
     }
-    for what, (change, where) in changes.items():
+    for what, change in changes.items():
         model = two_layers()
-        outer = nn.Module()
-        outer.model = model
-        model.__dict__["around"] = [outer]
         optimizer = zokern.MeZO(GIVEN[given](model), lr=0.1, evaluation=evaluation)
         old = dict(model.named_parameters())
         zokern.step(optimizer, lambda model=model: model(X).mean())
         before = {name: p.detach().clone() for name, p in old.items()}
         change(model)
-        with pytest.raises(RuntimeError, match=f"{where}.* was {what.split()[-1]} .*build a new optimizer"):
+        with pytest.raises(RuntimeError, match="parameter .* was (replaced|removed) after .*build a new optimizer"):
             zokern.step(optimizer, lambda model=model: model(X).mean())
         assert all(same_bits(p, before[name]) for name, p in old.items()), what
 
@@ -419,19 +424,28 @@ def test_row_18_without_the_model_wrappers_come_and_go() -> None:
         zokern.step(optimizer, lambda: model.eval()(X).pow(3).mean())
         return model.training and model[1].training and container[0].training
 
-    assert guarded()
-    container.pop(1)
-    assert guarded()
-    del container
-    container = [two_layers()]
-    with patch("gc.get_objects", side_effect=AssertionError("one look is enough")):
+    with patch("gc.get_objects", side_effect=AssertionError("modules are found by their forwards")):
+        zokern.step(optimizer, lambda: model(X).pow(3).mean())
+        assert guarded()
+        container.pop(1)
         assert guarded()
         model[0] = nn.Sequential(model[0])  # stands in for the layer, and holds it
         assert guarded()
-    more = nn.BatchNorm1d(5)
+
+
+@pytest.mark.parametrize("given", ["model", "named"])
+def test_row_18_a_module_that_is_added(given: str) -> None:
+    """Its flags and statistics are put back as those of the first one are."""
+    model, more = two_layers(), nn.BatchNorm1d(1).train()
+    optimizer = zokern.MeZO(model if given == "model" else model.named_parameters(), lr=0.1)
+    closure = lambda: more(model(X)).pow(3).mean()  # noqa: E731
+    zokern.step(optimizer, lambda: model(X).pow(3).mean())
     optimizer.add_param_group({"params": [("more", more.weight)]})
-    zokern.step(optimizer, lambda: more.eval()(model(X)).pow(3).mean())
-    assert more.training and guarded()
+    before = snapshot(more)
+    zokern.step(optimizer, closure)
+    assert changed(more, before) == ["weight"]
+    zokern.step(optimizer, lambda: (more.eval(), closure())[1])
+    assert more.training and changed(more, before) == ["weight"]
 
 
 def test_parameters_without_a_module() -> None:
@@ -462,29 +476,47 @@ WRITES = {
     "detach": lambda p: p.detach().zero_(), "view": lambda p: p.view(-1)[0:2].fill_(3.0), "foreach": lambda p: torch._foreach_mul_([p], 0.5),
     "init": lambda p: nn.init.normal_(p), "init_zeros": lambda p: nn.init.zeros_(p), "out": lambda p: torch.mul(X[:1, :1], 2.0, out=p),
     "copy_": lambda p: p.copy_(torch.zeros_like(p)), "row": lambda p: p[0].fill_(1.0),
+    "smaller": lambda p: setattr(p, "data", torch.zeros(2, 6)), "numpy": lambda p: p.detach().numpy().fill(0.5),
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("stencil", ["central", "forward"])  # forward: theta itself is read first
+@pytest.mark.parametrize("evaluation", ["auto", "master", "paired", "scratch"])
 @pytest.mark.parametrize("write", WRITES)
-def test_row_19_closure_writes_to_a_weight(write: str) -> None:
+def test_row_19_closure_writes_to_a_weight(write: str, evaluation: str, stencil: str) -> None:
+    """It is refused, and no bit of a weight has changed."""
     model = two_layers()
-    optimizer = zokern.MeZO(model, lr=0.1)
+    optimizer = zokern.MeZO(model, lr=0.1, evaluation=evaluation, stencil=stencil)
     refuse(
         model,
         lambda: zokern.step(optimizer, lambda: (WRITES[write](model[0].weight), model(X).mean())[1]),
-        RuntimeError,
-        "closure writes to",
-        "trained parameter",
+        (RuntimeError, TypeError),
     )
     assert optimizer.steps == 0
 
 
+@pytest.mark.parametrize("write", ["add_", "data_assigned", "detach"])
+def test_row_19_the_closure_is_named(write: str) -> None:
+    model = two_layers()
+    call = lambda: step_on(model, lambda: (WRITES[write](model[0].weight), model(X).mean())[1])  # noqa: E731
+    refuse(model, call, RuntimeError, "the closure changed the weights of '0.weight'", "must only read them")
+
+
+def test_row_19_writes_in_place_are_noticed() -> None:
+    """Without a copy nothing can be put back, but no update is added to the damage."""
+    for write in WRITES:
+        model = two_layers()
+        optimizer = zokern.MeZO(model, lr=0.1, evaluation="inplace")
+        with pytest.raises((RuntimeError, TypeError)):
+            zokern.step(optimizer, lambda model=model, write=write: (WRITES[write](model[0].weight), model(X).mean())[1])
+        assert optimizer.steps == 0
+
+
 def test_row_19_closure_writes_through_a_view_made_outside() -> None:
-    """Nothing can be put back here, but the version counter tells, and no update is added to the damage."""
     model = two_layers()
     view = model[0].weight.detach()[0]
-    with pytest.raises(RuntimeError, match="changed the weights of '0.weight'"):
-        step_on(model, lambda: (view.add_(1.0), model(X).mean())[1])
+    words = "changed the weights of '0.weight'"
+    refuse(model, lambda: step_on(model, lambda: (view.add_(1.0), model(X).mean())[1]), RuntimeError, words)
 
 
 def test_row_19_training_step_in_the_closure() -> None:
@@ -505,7 +537,7 @@ def test_row_19_training_step_in_the_closure() -> None:
 
 @pytest.mark.parametrize("given", ["model", *GIVEN])
 def test_row_20_batch_norm_statistics(given: str) -> None:
-    for evaluation in ("scratch", "walk"):
+    for evaluation in EXACT_OR_NOT:
         model = build(lambda: nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 1))).train()
         statistics = {name: b.clone() for name, b in model.named_buffers()}
         optimizer = zokern.MeZO(GIVEN.get(given, lambda model: model)(model), lr=0.1, evaluation=evaluation, queries=2)
@@ -541,7 +573,7 @@ class Buffers(nn.Module):
         return nn.functional.linear(x, getattr(self, normed) if normed else self.weight) * self.gain
 
 
-@pytest.mark.parametrize("evaluation", ["scratch", "walk", "paired"])
+@pytest.mark.parametrize("evaluation", EXPLICIT)
 @pytest.mark.parametrize("how", ["register", "delete", "fill", "replace"])
 def test_row_20_registered_buffers(how: str, evaluation: str) -> None:
     """Every reading finds the buffers of the start, and leaves them: nothing stays that was computed from theta + eps z."""
@@ -549,28 +581,25 @@ def test_row_20_registered_buffers(how: str, evaluation: str) -> None:
     buffers, hidden, state = list(model._buffers.items()), set(model._non_persistent_buffers_set), list(model.state_dict())
     sides = []
     optimizer = zokern.MeZO(model, lr=0.0, evaluation=evaluation)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "evaluation 'paired' goes on")
-        result = zokern.step(optimizer, lambda: (sides.append(model(X).square().mean()), sides[-1])[1])
+    result = zokern.step(optimizer, lambda: (sides.append(model(X).square().mean()), sides[-1])[1])
     now = list(model._buffers.items())
     assert [name for name, _ in now] == [name for name, _ in buffers] and all(a is b for (_, a), (_, b) in zip(now, buffers))
     assert model._non_persistent_buffers_set == hidden and list(model.state_dict()) == state
     assert result.unseen == () and result.losses[0][0] != result.losses[0][1]
-    if evaluation == "paired":
-        assert result.evaluation == ("paired" if how == "replace" else "scratch")
+    assert result.evaluation == evaluation
 
 
-@pytest.mark.parametrize("evaluation", ["scratch", "walk"])
+@pytest.mark.parametrize("evaluation", EXACT_OR_NOT)
 def test_row_20_buffer_above_the_budget(evaluation: str) -> None:
     """It is watched only: reading it is fine, and writing to it is refused before the update."""
     model = two_layers()
-    model.register_buffer("large", torch.zeros(surroundings.BUFFER_BUDGET // 4 + 1))
+    model.register_buffer("large", torch.zeros(isolation.BUDGET // 4 + 1))
     before = snapshot(model)
     optimizer = zokern.MeZO(model, lr=0.1, evaluation=evaluation)
-    with pytest.raises(RuntimeError, match="changed buffers \\['large'\\].*4 MB.*eval mode"):
+    with pytest.raises(RuntimeError, match=r"changed a buffer or attribute of shape \[1048577\].*4 MB.*eval mode"):
         zokern.step(optimizer, lambda: (model.large[:1].add_(1.0), model[:3](X).mean())[1])
     assert optimizer.steps == 0
-    assert all((p - before[n]).abs().max() <= (0.0 if evaluation == "scratch" else 1e-6) for n, p in model.named_parameters())
+    assert all((p - before[n]).abs().max() <= (1e-6 if evaluation == "inplace" else 0.0) for n, p in model.named_parameters())
     zokern.step(optimizer, lambda: (model[:3](X) + model.large[0]).mean())
 
 
@@ -579,20 +608,21 @@ def test_row_21_random_streams() -> None:
     model, seen = two_layers(), []
 
     def closure():
-        seen.append((torch.rand(2).tolist(), random.random(), np.random.rand()))
+        seen[-1].append((torch.rand(2).tolist(), random.random(), np.random.rand()))
         return model(X).mean()
 
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     expected = torch.rand(2).tolist(), random.random(), np.random.rand()
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     optimizer = zokern.MeZO(model, queries=2)
-    zokern.step(optimizer, closure)
-    zokern.step(optimizer, closure)
+    for _ in range(2):
+        seen.append([])
+        zokern.step(optimizer, closure)
     assert (torch.rand(2).tolist(), random.random(), np.random.rand()) == expected and torch.initial_seed() == 1
-    assert all(s == seen[0] for s in seen[:4]) and all(s == seen[4] for s in seen[4:]) and seen[0] != seen[4]
+    assert all(s == step[0] for step in seen for s in step) and seen[0][0] != seen[1][0]
 
 
-@pytest.mark.parametrize("evaluation", ["scratch", "walk"])
+@pytest.mark.parametrize("evaluation", EXACT_OR_NOT)
 @pytest.mark.parametrize("row", ["22_cache_in_the_closure", "23_next_batch_in_the_closure"])
 def test_rows_22_23_closure_that_is_not_repeatable(row: str, evaluation: str) -> None:
     model, calls = two_layers(), itertools.count()
@@ -615,7 +645,6 @@ def test_rows_22_23_closure_that_is_not_repeatable(row: str, evaluation: str) ->
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, torch.OutOfMemoryError, GeneratorExit])
 def test_row_24_exception_in_the_closure(error: type, side: int) -> None:
-    """500 more, at every module, in test_exceptions.py."""
     model, calls = two_layers(), []
 
     def closure():
@@ -625,7 +654,7 @@ def test_row_24_exception_in_the_closure(error: type, side: int) -> None:
             raise error("planned")
         return loss
 
-    optimizer = zokern.MeZO(model, lr=0.1)
+    optimizer = zokern.MeZO(model, lr=0.1)  # 'master'; 500 of them in every evaluation in test_exceptions.py
     stream = torch.get_rng_state()
     refuse(model, lambda: zokern.step(optimizer, closure), error, "planned")
     assert torch.equal(torch.get_rng_state(), stream) and optimizer.steps == 0
@@ -634,16 +663,16 @@ def test_row_24_exception_in_the_closure(error: type, side: int) -> None:
 # Which losses ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("evaluation", ["scratch", "walk"])
+@pytest.mark.parametrize("evaluation", EXACT_OR_NOT)
 @pytest.mark.parametrize("sides", [(1.0, float("nan")), (float("inf"), 1.0), (float("inf"), float("inf")), (float("nan"),) * 2])
 def test_row_28_loss_is_not_finite(sides: tuple, evaluation: str) -> None:
     model = two_layers()
-    optimizer = zokern.MeZO(model, lr=0.1, max_skips=3, evaluation=evaluation)
+    optimizer = zokern.MeZO(model, lr=0.1, max_skips=3, **told(evaluation))
     before = snapshot(model)
 
     def unchanged() -> bool:
         return all(
-            (p - before[name]).abs().max() <= (0.0 if evaluation == "scratch" else 1e-6) for name, p in model.named_parameters()
+            (p - before[name]).abs().max() <= (1e-6 if evaluation == "inplace" else 0.0) for name, p in model.named_parameters()
         )
 
     def bad():
@@ -666,7 +695,6 @@ OVERFLOWS = {
     "coefficient": ((3e38, -3e38), {"lr": 1e-30}),
     "lr times coefficient": ((1e35, -1e35), {"lr": 10.0}),
     "lr times coefficient of a later group": ((1e35, -1e35), {"lr": 10.0, "later": True}),
-    "decay": ((1.0, 0.5), {"lr": 1e30, "weight_decay": 1e30}),
     "difference": ((HUGE, -HUGE), {}),
     "difference of a forward stencil": ((HUGE, -HUGE), {"stencil": "forward"}),
     "integer": ((10**400, 1.0), {}),
@@ -675,7 +703,7 @@ OVERFLOWS = {
 }
 
 
-@pytest.mark.parametrize("evaluation", ["scratch", "walk"])
+@pytest.mark.parametrize("evaluation", EXACT_OR_NOT)
 @pytest.mark.parametrize("case", OVERFLOWS)
 def test_row_29_overflow_of_finite_numbers(case: str, evaluation: str) -> None:
     """In float64 or in the float32 of the kernels: a step that is skipped, as with a loss that is not finite."""
@@ -686,16 +714,16 @@ def test_row_29_overflow_of_finite_numbers(case: str, evaluation: str) -> None:
     groups: list[dict] | nn.Module = model
     if given.pop("later", False):
         groups = [{"params": [("0.weight", model[0].weight)], "lr": 1e-30}, {"params": [("2.weight", model[2].weight)]}]
-    optimizer = zokern.MeZO(groups, evaluation=evaluation, **given)
+    optimizer = zokern.MeZO(groups, **told(evaluation), **given)
     result = zokern.step(optimizer, lambda: (model(X), next(numbers))[1])
     assert result.skipped and optimizer.skips == 1 and optimizer.steps == 1
-    assert all((p - before[n]).abs().max() <= (0.0 if evaluation == "scratch" else 1e-6) for n, p in model.named_parameters())
+    assert all((p - before[n]).abs().max() <= (1e-6 if evaluation == "inplace" else 0.0) for n, p in model.named_parameters())
 
 
 def test_row_29_spread_of_large_losses() -> None:
     """FZOO squares the losses' distances from their mean."""
     model, numbers = two_layers(), itertools.cycle([1e200, -1e200, 3e200])
-    result = zokern.step(zokern.FZOO(model, queries=2, evaluation="scratch"), lambda: (model(X), next(numbers))[1])
+    result = zokern.step(zokern.FZOO(model, queries=2, **told()), lambda: (model(X), next(numbers))[1])
     assert result.skipped
 
 
@@ -722,7 +750,9 @@ def test_row_30_clipped_coefficient() -> None:
     for sides, expected in (((1.0, 0.0), 0.25), ((0.0, 1.0), -0.25), ((1e-5, 0.0), 0.005)):
         model, numbers = two_layers(), iter(sides)
         before = model[0].weight.detach().clone()
-        result = step_on(model, lambda model=model, numbers=numbers: (model(X).mean(), next(numbers))[1], lr=0.1, clip=0.25)
+        result = step_on(
+            model, lambda model=model, numbers=numbers: (model(X).mean(), next(numbers))[1], lr=0.1, clip=0.25, **told()
+        )
         assert result.coefficients[0] == pytest.approx(expected)
         oracle.check_update("0.weight", before, model[0].weight, 0, 0, [-0.1 * result.coefficients[0]])
 
@@ -733,7 +763,7 @@ def test_row_31_update_overflows_a_weight() -> None:
         with torch.no_grad():
             model[0].weight.fill_(65000.0)
         numbers = iter([1.0, 0.0])
-        optimizer = zokern.MeZO(model, lr=100.0, nonfinite=policy, force=True)
+        optimizer = zokern.MeZO(model, lr=100.0, nonfinite=policy, force=True, **told())
 
         def closure(model=model, numbers=numbers):
             model(X.half() * 1e-5)
@@ -854,7 +884,7 @@ def test_row_36_names_the_group_and_its_eps() -> None:
     )
     groups = [{"params": [(n, model[n])], "eps": eps} for n, eps in (("wide", 0.5), ("many", 1e-2), ("few", 1e-6))]
     optimizer = zokern.MeZO(groups, lr=0.0)
-    words = "eps = 1e-06 leaves 9", "'few'", "raise eps", "force=True"
+    words = "eps = 1e-06 is below half an ulp for 9", "'few'", "raise eps", "force=True"
     refuse(model, lambda: zokern.step(optimizer, lambda: sum(p.float().sum() for p in model.values())), ValueError, *words)
 
 
@@ -914,7 +944,7 @@ def test_row_38_update_below_half_an_ulp() -> None:
     for rounding in ("nearest", "stochastic", "residual"):
         with torch.no_grad():
             model.weight.copy_(start)
-        optimizer = zokern.MeZO(model, lr=1e-6, rounding=rounding)
+        optimizer = zokern.MeZO(model, lr=1e-6, rounding=rounding, **told())
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for _ in range(20):
@@ -932,7 +962,7 @@ def test_row_38_update_below_half_an_ulp() -> None:
     assert moved["nearest"] < 0.5 and abs(moved["stochastic"] - 1) < 0.5 and abs(moved["residual"] - 1) < 1e-2
 
 
-@pytest.mark.parametrize("evaluation", ["scratch", "walk"])
+@pytest.mark.parametrize("evaluation", EXACT_OR_NOT)
 def test_row_39_dead_perturbation(evaluation: str) -> None:
     model = two_layers()
     before = snapshot(model)
@@ -950,7 +980,7 @@ def test_row_39_dead_perturbation(evaluation: str) -> None:
     with pytest.raises(RuntimeError, match="20 steps in a row.*raise eps.*dead_limit=None"):
         dead()
     assert all(
-        (p - before[name]).abs().max() <= (0.0 if evaluation == "scratch" else 1e-5) for name, p in model.named_parameters()
+        (p - before[name]).abs().max() <= (1e-5 if evaluation == "inplace" else 0.0) for name, p in model.named_parameters()
     )
     zokern.step(optimizer, lambda: model(X).square().mean())
     assert optimizer.dead == 0
@@ -976,7 +1006,7 @@ def test_row_41_no_z_is_used_twice() -> None:
         z = zokern.draw("normal", (8,), seed=seed, who=who, step=step, draw=draw)
         seen.add(hashlib.sha256(z.numpy().tobytes()).digest())
     assert len(seen) == 3 * 2 * 40 * 4
-    optimizer, updates = zokern.MeZO(two_layers(), lr=0.0), []
+    optimizer, updates = zokern.MeZO(two_layers(), lr=0.0, **told()), []
     for _ in range(5):
         zokern.step(
             optimizer, lambda: (updates.append((optimizer.model[0].weight + 0).sum().item()), optimizer.model(X).mean())[1]
@@ -1000,10 +1030,6 @@ def test_unread_parameters_are_named_with_causes_and_ways_out() -> None:
         "2.weight",
         "requires_grad_(False)",
         "Experts",
-        "TorchScript",
-        "graph",
-        "thread",
-        "evaluation='walk'",
     ]
     assert [word for word in words if word not in message] == []
 
@@ -1032,7 +1058,7 @@ def test_step_inside_a_step_and_in_a_second_thread() -> None:
         return model(X).mean()
 
     zokern.step(optimizer, closure)
-    assert len(errors) == 2 and all("step in progress" in str(error) for error in errors)
+    assert len(errors) > 2 and all("step in progress" in str(error) for error in errors)
 
 
 def test_inference_parameter_is_refused() -> None:

@@ -27,6 +27,7 @@ from guarded import filled
 from interpreted import Interpreted
 
 from zokern.backends.base import Span
+from zokern.backends.door import Door
 
 triton = pytest.importorskip("triton")
 
@@ -476,8 +477,9 @@ def on_ptx(directory, monkeypatch):
         monkeypatch.setattr(ptx._Machine, "step", step)
         monkeypatch.setattr(backend, "elementwise", executed)
         monkeypatch.setattr(backend, "interpreted", lambda: False)
-        monkeypatch.setattr(backend, "_device", lambda tensors: torch.device("cpu"))
-        return OnPtx(executed)
+        mine = OnPtx(executed)
+        mine.door = Door("triton", "cpu")
+        return mine
 
     return make
 

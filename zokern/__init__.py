@@ -7,9 +7,10 @@ for batch in loader:
 
 from .directions import Normal, Rademacher
 from .estimator import Stencil
-from .evaluation import Auto, InPlace, Master, Objective, Paired, Refused, Scratch
+from .evaluation import Auto, InPlace, Master, Paired, Refused, Scratch
 from .evaluation import InPlace as Walk
 from .methods import FZOO, LOZO, PGAP, MeZO, SubZero, TeZO
+from .objective import Objective
 from .ops import axpy_, draw, lowrank_, perturb, philox4x32
 from .product_ops import linear, sketch
 from .rule import Adam, Momentum, Sgd
@@ -19,7 +20,7 @@ from .update_ops import update_
 __version__ = "0.1.0"
 
 __all__ = [
-    "Adam", "Auto", "FZOO", "InPlace", "LOZO", "Master", "MeZO", "Momentum", "Normal", "Objective", "PGAP", "Paired", "Rademacher", "Refused", "Scratch", "Sgd",
-    "Stencil", "StepResult", "SubZero", "TeZO", "Walk", "__version__", "axpy_", "draw", "linear", "lowrank_", "perturb",
+    "Adam", "Auto", "FZOO", "InPlace", "LOZO", "Master", "MeZO", "Momentum", "Normal", "Objective", "PGAP", "Paired", "Rademacher",
+    "Refused", "Scratch", "Sgd", "Stencil", "StepResult", "SubZero", "TeZO", "Walk", "__version__", "axpy_", "draw", "linear", "lowrank_", "perturb",
     "philox4x32", "sketch", "step", "update_",
 ]  # fmt: skip

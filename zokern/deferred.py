@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch._compile import _disable_dynamo
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from . import directions, parameters
-from .evaluation import THETA, Evaluation, Master, Tree
+from .evaluation import THETA, Evaluation, Master
 from .fingerprint import memory_of
 from .memory import check_state
+from .modules import Tree
 from .plan import Group, Plan
 from .rule import Rule, renew
 
@@ -44,7 +46,8 @@ class Deferred:
     _lock: threading.Lock
     _busy = False  # inside evaluating()
     _parts: tuple[nn.Module, ...] = ()  # the modules of the model
-    _hooks: tuple[Any, ...] = ()  # of their forwards, while updates are deferred
+    _members: tuple[Any, set[int]] | None = None  # those modules, and their ids
+    _hook: Any = None  # of all forwards, between steps while updates are deferred
     _left: tuple[Group, ...] = ()  # earlier groups, with deferred updates of parameters that are frozen now
 
     waiting: weakref.WeakSet[Deferred] = weakref.WeakSet()  # optimizers with deferred updates
@@ -52,7 +55,10 @@ class Deferred:
     def plan(self) -> Plan:
         raise NotImplementedError
 
-    def accept(self) -> None:
+    def accept(self, also: Sequence[torch.Tensor] = ()) -> None:
+        raise NotImplementedError
+
+    def drop_low_bits(self) -> None:
         raise NotImplementedError
 
     @property
@@ -76,28 +82,31 @@ class Deferred:
         for other in [*Deferred.waiting]:
             if other is not self and (self._tree.is_open or other._tree.is_open or self._shares(other)):
                 other.flush()
+        self._unhook()  # the readings of a step add deferred updates themselves
 
     def _shares(self, other: Deferred) -> bool:
         return not {*map(id, self._tree.modules)}.isdisjoint(map(id, other._tree.modules))
 
     def close(self) -> None:
-        """After a step: while updates are deferred, the forward of any part of the model writes them first."""
+        """After a step: while updates are deferred, the next forward of any part of the model writes them first."""
         if not self.pending:
             self._release()
-        elif self not in Deferred.waiting:
-            Deferred.waiting.add(self)
-            hook = _Flush(self)
-            parts = self._parts or tuple(self._tree.modules)
-            self._hooks = tuple(
-                module.register_forward_pre_hook(hook) for module in parts if not isinstance(module, torch.jit.ScriptModule)
-            )
+            return
+        Deferred.waiting.add(self)
+        parts = self._parts or self._tree.modules
+        if self._members is None or self._members[0] is not parts:
+            self._members = parts, {*map(id, parts)}
+        self._hook = register_module_forward_pre_hook(_Flush(self, modules=self._members[1]))
+
+    def _unhook(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     def _release(self) -> None:
-        """Nothing is deferred any more: takes the forward hooks off."""
+        """Nothing is deferred any more."""
         Deferred.waiting.discard(self)
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = ()
+        self._unhook()
 
     def leave(self, groups: list[Group]) -> None:
         """Remembers groups that a plan replaces: refresh() writes their deferred updates if a parameter is trained no more."""
@@ -154,15 +163,21 @@ class Deferred:
         assert self.factored is not None
         trained = {id(t) for t in plan.tensors}
         step = max(0, plan.step - 1)
+        also = []
         for group in self._left:
             if not {id(t) for t in group.tensors} <= trained:
+                also += _waiting(group)
                 group.write(plan.seed, step, self.rounding)
         self._left = ()
         born = self.factored.basis_step(plan.step)
         for group in plan.groups:
-            if any(matrix.pending is not None and matrix.born != born for matrix in group.matrices or ()):
+            waiting = [matrix for matrix in group.matrices or () if matrix.pending is not None]
+            thawed = waiting and len(waiting) < len(
+                group.matrices or ()
+            )  # a matrix that joins has no updates and no decay to wait for
+            if thawed or any(matrix.born != born for matrix in waiting):
                 group.write(plan.seed, step, self.rounding)
-        self.accept()
+        self.accept(also)
 
     def defers(self, plan: Plan) -> bool:
         """Whether this step's updates of matrices are deferred: not in the last step of a basis, nor where nothing would flush them."""
@@ -182,13 +197,15 @@ class Deferred:
         Raises RuntimeError if the weights were written in between, or inside evaluating()."""
         if self._busy:
             raise RuntimeError("flush() or state_dict() inside evaluating(), which writes nothing: leave the context first")
+        self.drop_low_bits()
+        also = [tensor for group in self._left for tensor in _waiting(group)]
         for group in (*self._left, *self._groups):
             if group.matrices is not None:
                 for matrix, tensor in zip(group.matrices, group.tensors):
                     self._check_waiting(matrix, tensor)
                 group.write(self.seed, max(0, self.steps - 1), self.rounding)
         self._left = ()
-        self.accept()
+        self.accept(also)
         self._release()
 
     def discard(self) -> None:
@@ -217,16 +234,23 @@ class Deferred:
             self.accept()
 
 
+def _waiting(group: Group) -> list[torch.Tensor]:
+    return [tensor for tensor, matrix in zip(group.tensors, group.matrices or ()) if matrix.pending is not None]
+
+
 class _Flush:
-    """Hook of a module: a forward, save or load outside a step finds the weights with all their updates.
+    """Hook of modules: a forward, save or load outside a step finds the weights with all their updates.
 
-    saves  the caller reads the weights themselves: not allowed inside evaluating()"""
+    saves    the caller reads the weights themselves: not allowed inside evaluating()
+    modules  ids of the modules that it is for; None: of any"""
 
-    def __init__(self, optimizer: Deferred, saves: bool = False) -> None:
-        self.optimizer, self.saves = weakref.ref(optimizer), saves
+    def __init__(self, optimizer: Deferred, saves: bool = False, modules: set[int] | None = None) -> None:
+        self.optimizer, self.saves, self.modules = weakref.ref(optimizer), saves, modules
 
     @_disable_dynamo  # torch.compile would trace the write into the module's graph; torch.optim keeps itself out the same way
-    def __call__(self, *_: Any) -> None:
+    def __call__(self, module: nn.Module, *_: Any) -> None:
+        if self.modules is not None and id(module) not in self.modules:
+            return
         optimizer = self.optimizer()
         if optimizer is not None and optimizer.pending and not optimizer._lock.locked() and (self.saves or not optimizer._busy):
             optimizer.flush()
@@ -237,7 +261,9 @@ class _Flush:
         if optimizer is not None and optimizer.pending and not optimizer._lock.locked():
             own = optimizer.model._parameters.values() if optimizer.model is not None else ()
             if any((matrix := optimizer.matrices.get(id(p))) is not None and matrix.pending is not None for p in own):
-                raise RuntimeError("the module is being copied while updates of its own weights are deferred: call optimizer.flush() first")
+                raise RuntimeError(
+                    "the module is being copied while updates of its own weights are deferred: call optimizer.flush() first"
+                )
             optimizer.flush()
         return _ignore
 

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
+_dtype, _device, _version = attrgetter("dtype"), attrgetter("device"), attrgetter("_version")
 
-def memory_of(tensors: Iterable[Tensor]) -> list[tuple]:
-    """Returns what a kernel takes from each tensor: address, dtype, shape, strides, device."""
-    return [(t.data_ptr(), t.dtype, t.shape, t.stride(), t.device) for t in tensors]
+
+def memory_of(tensors: Sequence[Tensor]) -> tuple[list, ...]:
+    """Returns what a kernel takes from each tensor: addresses, strides, shapes, dtypes, devices."""
+    maps = Tensor.data_ptr, Tensor.stride, Tensor.size, _dtype, _device
+    return tuple([list(map(question, tensors)) for question in maps])
 
 
 def versions_of(tensors: Iterable[Tensor]) -> list[int]:
     """Returns the version counters: torch's operations, and this package's launches, add to them when they write."""
-    return [t._version for t in tensors]
+    return list(map(_version, tensors))
 
 
 class Fingerprint:
-    """The state of some tensors at one moment: where they lie, how they are read, and how often they were written."""
+    """Where some tensors lie and how often they were written, at one moment."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = tensors
-        self.memory = memory_of(tensors)
+        self.places = list(map(Tensor.data_ptr, tensors))
         self.versions = versions_of(tensors)
 
     def written(self) -> None:
@@ -32,10 +36,11 @@ class Fingerprint:
 
     def changes(self) -> list[int]:
         """Returns the positions of tensors that were written, moved or replaced since."""
-        if versions_of(self.tensors) == self.versions and memory_of(self.tensors) == self.memory:
+        versions, places = versions_of(self.tensors), list(map(Tensor.data_ptr, self.tensors))
+        if versions == self.versions and places == self.places:
             return []
-        now = zip(memory_of(self.tensors), versions_of(self.tensors))
-        return [i for i, at in enumerate(now) if at != (self.memory[i], self.versions[i])]
+        before = zip(self.versions, self.places)
+        return [i for i, (now, then) in enumerate(zip(zip(versions, places), before)) if now != then]
 
 
 def announce(tensors: Sequence[Tensor]) -> None:

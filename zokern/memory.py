@@ -36,6 +36,11 @@ def check_state(
                 f"state {key!r} of parameter {entry.name!r} is {_described(kept)}; the parameter, {_described(tensor)}, needs a "
                 f"contiguous {_kind(dtype, shape)} on {tensor.device}: {way_out}"
             )
+    basis = state.get("basis", 0)
+    if type(basis) is not int or basis < 0:
+        raise ValueError(
+            f"state of parameter {entry.name!r} has basis = {basis!r}; expected the step of a basis, an integer from 0: {way_out}"
+        )
     kept = [key for key in KEPT.get(rule, ()) if key in state] if matrix is None or rule == "adam" else []
     lacks = [key for key in (*KEPT.get(rule, ()), "updates") if kept and key not in state]
     updates = state.get("updates", 0)

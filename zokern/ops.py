@@ -596,6 +596,9 @@ def _times_core(left: Tensor, core: Tensor, name: str) -> Tensor:
 
 @torch.library.custom_op("zokern::philox4x32", mutates_args=())
 def _philox_op(counter: Tensor, low: int, high: int, rounds: int, backend: str) -> Tensor:
+    low, high = check_word("key[0]", low), check_word("key[1]", high)
+    if not 1 <= rounds <= 16:
+        raise ValueError(f"philox4x32: rounds is {rounds}; expected an integer, 1 to 16")
     return backends.get(backend).philox4x32(counter, (low, high), rounds)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import inspect
 import threading
-from collections.abc import Callable
-from itertools import zip_longest
+from collections.abc import Callable, Sequence
+from itertools import chain, zip_longest
 from typing import Any
 
 import torch
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from . import backends, directions, estimator, evaluation, parameters, saved, underflow
 from .deferred import Deferred
-from .evaluation import Tree
 from .fingerprint import memory_of, versions_of
-from .memory import START_ANEW, check_state
+from .memory import START_ANEW
+from .modules import Tree, same
 from .plan import Group, Plan
 from .rule import Rule, Sgd, check_basis
 from .step import StepResult, finite_number, run, whole_number
@@ -69,7 +69,7 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
         self.model = parameters.inner(params) if isinstance(params, nn.Module) else None
         self.evaluation = _resolve_evaluation(evaluation)
         if self.model is not None and self.evaluation.name in ("paired", "scratch"):
-            parameters.check_model(self.model)
+            parameters.check_model(params)
         self.seed = check_seed(seed)
         self.queries = whole_number("queries", queries, 1, 2**24 - 1)
         if rounding not in backends.ROUNDINGS:
@@ -89,7 +89,7 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
         if isinstance(self.rule, type) or not hasattr(self.rule, "update"):
             raise TypeError(f"rule is {rule!r}; expected None, zokern.Momentum(), zokern.Adam() or another Rule object")
         check_basis(self.rule, self.factored)
-        if defer not in (None, True, False) or isinstance(defer, (int, float)) and not isinstance(defer, bool):
+        if defer is not None and not isinstance(defer, bool):
             raise ValueError(f"defer is {defer!r}; expected True, False or None")
         self.defer = defer
         self.matrices: dict[int, directions.Matrix] = {}
@@ -99,13 +99,11 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
                 raise ValueError(f"{name} is {flag!r}; expected True or False")
         self.maximize, self.force, self.nonfinite = maximize, force, nonfinite
         self.clip = None if clip is None else finite_number("clip", clip, above=0.0)
-        if normalize == "std" and self.queries * sum(1 for offset in self.stencil.offsets if offset) < 2:
-            raise ValueError(
-                f"normalize is 'std' with queries={queries} and stencil {self.stencil.name!r}, which read one perturbed loss; its spread is 0 "
-                "and nothing would move: expected queries of at least 2"
-            )
+        estimator.check_spread(normalize, self.stencil, self.queries)
         if isinstance(paired_check, str) and paired_check != "first":
-            raise ValueError(f"paired_check is {paired_check!r}; expected 'first', or an integer, at least 0, or None for no check")
+            raise ValueError(
+                f"paired_check is {paired_check!r}; expected 'first', or an integer, at least 0, or None for no check"
+            )
         self.paired_check = (
             paired_check if isinstance(paired_check, str) else _check_count("paired_check", paired_check, 0, "no check")
         )
@@ -113,38 +111,38 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
         self.dead_limit = _check_count("dead_limit", dead_limit, 1, "no limit")
         self.steps = self.skips = self.dead = 0
         self.drawn = False  # whether the step under way has used its number
-        names = parameters.plain_names(self.model) if self.model is not None else {}
-        self.ids, self.salted = parameters.ids(names.values())
-        self._names = names
+        self._names = parameters.plain_names(self.model) if self.model is not None else {}
+        if self.model is not None:
+            self._names = {**parameters.plain_names(params), **self._names}
         self._lock = threading.Lock()
         self._tree = Tree([self.model] if self.model is not None else [], is_open=self.model is None)
         self._others: list[Tensor] | None = None  # of the modules, not given to the optimizer; found once for a tree
         self._several = _spread(params)
         self._entries: list[list[parameters.Trained]] = []
         self._groups: list[Group] = []  # of the last plan
-        self._key: list[Any] = []  # what they were built from
+        self._flags: list[bool] = []  # which entries are trained
+        self._active: list[parameters.Trained] = []  # those that are
+        self._all: list[Tensor] = []  # their tensors, with all aliases
+        self._key: tuple | None = None  # the memory that the groups were built from
         self._kept: list[Any] = []  # tensors of the optimizer's state that were checked
         self._eps: list[float] = []  # of the groups whose perturbation was found to survive rounding
         self._written: dict[int, int] = {}  # by id: version counters after the last update, which low bits belong to
         self._losses, self._start, self._mean, self._best = 0, 0.0, 0.0, 0.0  # of this process: how the loss goes
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
-        groups = parameters.named_groups(params, names)
-        if not any(group["params"] for group in groups):
-            raise ValueError("params holds no trainable parameter; set requires_grad on what is to be trained")
+        groups = parameters.named_groups(params, self._names)
+        parameters.check_trained(groups)
+        given = [name for group in groups for name, _ in group["params"]]
+        self.ids, self.salted = parameters.ids([*self._names.values(), *given])
         super().__init__(groups, defaults)
-        parameters.check_trained(self._pairs())
         if self.factored is not None and self.model is not None:
             self.watch(self.model, params)
-
-    def _pairs(self) -> list[dict[str, Any]]:
-        return [{"params": [(entry.name, entry.tensor) for entry in entries]} for entries in self._entries]
 
     # Groups and state ---------------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; a group without names continues the numbering param.N. Refuses what cannot be trained, by name."""
         (group,) = parameters.named_groups([param_group], self._names)
-        names_of = {id(p): self._names[name] for name, p in self.model.named_parameters()} if self.model is not None else {}
+        names_of = {id(p): self._names[n] for n, p in self.model.named_parameters()} if self.model is not None else {}
         known = sum(len(entries) for entries in self._entries)
         if known and all(name == f"param.{i}" for i, (name, _) in enumerate(group["params"])):
             group["params"] = [(names_of.get(id(p), f"param.{known + i}"), p) for i, (_, p) in enumerate(group["params"])]
@@ -161,6 +159,8 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
         super().add_param_group(group)
         self._entries.append(entries)
         self._others = None
+        if not {id(entry.tensor) for entry in entries} <= {*map(id, self._tree.slots)}:
+            self._tree = Tree(self._tree.roots, is_open=True)  # a module of its own, which its first forward shows
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state_dict plus ``zokern``: stream version, seed and step, so that a resumed run draws the same z.
@@ -185,7 +185,7 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
                     self.state[entry.tensor][key] = here
         self.discard()
         self.matrices.clear()
-        self._groups, self._key, self._written = [], [], {}
+        self._groups, self._key, self._written = [], None, {}
         self.seed, self.steps, self.skips, self.dead = own["seed"], own["step"], own["skips"], own["dead"]
         if hasattr(self.evaluation, "choice"):
             self.evaluation.choice = own.get("evaluation")
@@ -217,6 +217,8 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
             self.open()
             self._prepared = False
             self.result = run(self, closure)
+            if self._tree.found:  # as they are now: what is replaced in them before the next step is noticed there
+                self._tree, self._others = Tree([*self._tree.roots, *self._tree.found]), None
             self.drawn = True
         finally:
             planned = self._prepared
@@ -243,14 +245,21 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
         self._check_groups()
         for options in self.param_groups:
             _check_options(options)
-        active = [[entry for entry in entries if entry.tensor.requires_grad] for entries in self._entries]
-        self._build(active)
+        self._build()
         for group in self._groups:
             group.eps = float(group.options["eps"])
         if not self._groups:
             raise ValueError("no parameter requires a gradient any more: nothing to train in this step")
         plan = Plan(
-            self._groups, self.direction, self.stencil, self.queries, self.seed, self.steps, self.rounding, self._tree, self.factored
+            self._groups,
+            self.direction,
+            self.stencil,
+            self.queries,
+            self.seed,
+            self.steps,
+            self.rounding,
+            self._tree,
+            self.factored,
         )
         for group in self._groups:
             group.check_waiting()
@@ -258,16 +267,13 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
             self._eps = []  # after a refusal it is looked at again
             underflow.check_perturbation(plan, self.force)
             self._eps = [group.eps for group in self._groups]
-        self._drop_low_bits()
+        self.drop_low_bits()
         self._prepared = True
         return plan
 
     def _check_tree(self) -> None:
         """Raises if a parameter of the modules was replaced, removed, added or thawed since the optimizer saw it."""
         tree = self._tree
-        if tree.found and tree.is_open:
-            tree = self._tree = Tree(tree.found)
-            self._others = None
         if self._others is None:
             given = set(map(id, self._known().values()))
             self._others = [p for held in tree.parameters for p in held.values() if p is not None and id(p) not in given]
@@ -277,7 +283,7 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
         known = {id(t): name for name, t in self._known().items()}
         now = {id(p): name for root in tree.roots for name, p in root.named_parameters()}
         names = {name: number for number, name in now.items()}
-        before = {number for number in tree.slots if number in known}
+        before = {id(p) for p in tree.slots if id(p) in known}
         for number in before - now.keys():
             name = known[number]
             here = next((full for full in names if parameters.plain(full) == name or full.endswith(name)), None)
@@ -285,38 +291,43 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
                 f"parameter {name!r} was {'removed' if here is None else 'replaced'} after the optimizer was built; build a new optimizer "
                 "for the new model"
             )
-        added = [n for root in tree.roots for n, p in root.named_parameters() if p.requires_grad and id(p) not in known]
-        if added and self.model is not None:
+        model = self.model if self.model is not None else nn.Module()
+        if added := [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in known]:
             raise RuntimeError(
                 f"parameters {added} were added after the optimizer was built; pass them to add_param_group, or freeze them"
             )
         self._tree, self._others = Tree(tree.roots, is_open=tree.is_open), None
 
-    def _build(self, active: list[list[parameters.Trained]]) -> None:
+    def _build(self) -> None:
         """Makes the groups of a step, once for a list of tensors: again when one was moved, frozen, cast or added."""
-        everything = [entry for entries in active for entry in entries]
-        tensors = [t for entry in everything for t in (entry.tensor, *(t for _, t in entry.aliases))]
+        entries = [entry for group in self._entries for entry in group]
+        flags = [entry.tensor.requires_grad for entry in entries]
+        if flags != self._flags:
+            self._flags, self._key = flags, None
+            self._active = [entry for entry, trained in zip(entries, flags) if trained]
+            self._all = [t for entry in self._active for t in (entry.tensor, *(t for _, t in entry.aliases))]
         try:
-            key: list[Any] = [*map(id, tensors), *memory_of(tensors)]
+            key = memory_of(self._all)
         except RuntimeError:  # a tensor without an address, which the check below names
-            key = []
-        kept = [v for state in self.state.values() for v in state.values()]
-        is_new = not key or key != self._key
+            key = None
+        kept = list(chain.from_iterable(map(dict.values, self.state.values())))
+        is_new = key is None or key != self._key
         if is_new:
-            self._key = []
-            for entry in everything:
+            self._key = None
+            for entry in self._active:
                 parameters.check_parameter(entry.name, entry.tensor)
                 parameters.check_tie(entry)
                 self._check_matrix(entry)
-            parameters.check_overlap([(entry.name, entry.tensor) for entries in self._entries for entry in entries])
-        if is_new or len(kept) != len(self._kept) or any(a is not b for a, b in zip(kept, self._kept)):
-            for entry in everything:
+            parameters.check_overlap([(entry.name, entry.tensor) for entry in entries])
+        if is_new or not same(kept, self._kept):
+            for entry in self._active:
                 if state := self.state.get(entry.tensor):
                     self._check_state(entry, state, START_ANEW)
+            is_new = is_new or self.rounding == "residual"  # groups hold the low bits
             self._kept = kept
         if is_new:
             self.leave(self._groups)
-            self._groups = self._made(active)
+            self._groups = self._made([[e for e in group if e.tensor.requires_grad] for group in self._entries])
             self._key = key
 
     def _made(self, active: list[list[parameters.Trained]]) -> list[Group]:
@@ -374,7 +385,7 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
             state["residual"] = torch.zeros(tensor.shape, dtype=torch.int16, device=tensor.device)
         return state["residual"]
 
-    def _drop_low_bits(self) -> None:
+    def drop_low_bits(self) -> None:
         """Clears the low bits of weights that others wrote since the last update: those are exact as they are."""
         if self.rounding != "residual":
             return
@@ -383,14 +394,18 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
                 if self._written.get(id(tensor), tensor._version) != tensor._version:
                     low.zero_()
 
-    def accept(self) -> None:
-        """Takes the weights as this optimizer left them: deferred updates and low bits belong to them."""
+    def accept(self, also: Sequence[Tensor] = ()) -> None:
+        """Takes the weights as this optimizer left them: deferred updates and low bits belong to them.
+
+        also  tensors that it wrote and trains no more"""
         for group in self._groups:
             for tensor, matrix in zip(group.tensors, group.matrices or ()):
                 if matrix.pending is not None:
                     matrix.version = tensor._version
             if self.rounding == "residual":
                 self._written.update(zip(map(id, group.tensors), versions_of(group.tensors)))
+        if self.rounding == "residual":
+            self._written.update(zip(map(id, also), versions_of(also)))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Neither copied nor pickled: torch's way would lose the module, its hooks, deferred updates and the names that decide z."""
@@ -441,7 +456,9 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
         if grown and not self._warned:
             self._warned = True
             lr = ", ".join(str(float(group["lr"])) for group in self.param_groups)
-            warn(f"the loss has grown from {self._start:.4g} to {loss:.4g} within {self._losses} steps: lr = {lr} may be too large")
+            warn(
+                f"the loss has grown from {self._start:.4g} to {loss:.4g} within {self._losses} steps: lr = {lr} may be too large"
+            )
         return grown
 
     _warned = False
@@ -460,14 +477,16 @@ def _unknown(cls: type, option: str) -> TypeError:
         name
         for owner in cls.__mro__
         if issubclass(owner, ZerothOrder)
-        for name, p in inspect.signature(owner.__init__).parameters.items()  # type: ignore[misc]
+        for name, p in inspect.signature(owner.__init__).parameters.items()
         if name != "self" and p.kind is not inspect.Parameter.VAR_KEYWORD
     ]
     known = sorted(set(options))
     near = difflib.get_close_matches(option, known, 1)
     hint = HINTS.get(option) or (f"{near[0]}=..." if near else "")
     return TypeError(
-        f"{cls.__name__} has no option {option!r}" + (f"; did you mean {hint}?" if hint else ";") + f" The options are {', '.join(known)}"
+        f"{cls.__name__} has no option {option!r}"
+        + (f"; did you mean {hint}?" if hint else ";")
+        + f" The options are {', '.join(known)}"
     )
 
 

@@ -13,6 +13,7 @@ from .backends import Backend, Span, SpanList, TensorList
 from .directions import Direction, Factored, Matrix, Normal, Source
 from .estimator import Stencil
 from .fingerprint import announce
+from .modules import Tree
 
 
 @dataclass
@@ -145,7 +146,7 @@ def lefts_of(matrices: Sequence[Matrix], middles: Sequence[Tensor], backend: Bac
 class Plan:
     """The checked work of one step.
 
-    tree        evaluation.Tree: the modules that a step leaves as they are
+    tree        the modules that a step leaves as they are
     first_draw  draw word of query 0
     readings    how often the closure was called"""
 
@@ -156,7 +157,7 @@ class Plan:
     seed: int
     step: int
     rounding: str
-    tree: Any
+    tree: Tree
     factored: Factored | None = None  # the direction of groups with matrices
     first_draw: int = 0
     readings: int = 0

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from itertools import accumulate
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from torch.nn import Parameter
 
 from . import matmul
 from .backends import Backend, Multiplies, Span
+from .backends.door import described
 
 JOIN = 512  # rows of all sides above which joining them gains nothing
 CACHED = 1 << 19  # elements of a result that the caches hold from one product into it to the next
@@ -57,9 +59,10 @@ def fused_linear(
 ) -> Tensor:
     """Returns y_j = x_j (W + scales[j] z(draws[j]))^T + b_j, one below the other (transposed: x_j (W + ...)), where fuses().
 
-    z is made beside the product: no tile of W + z exists, and the sums do not depend on how sides and threads are joined. draws[j] < 0: side j reads W itself."""
-    width, columns = weight.shape if transposed else weight.shape[::-1]
-    flat = [x.reshape(-1, width) for x in xs]
+    z is made beside the product: no tile of W + z exists, and the sums do not depend on how sides and threads are joined.
+    draws[j] < 0: side j reads W itself."""
+    columns = weight.shape[1 if transposed else 0]
+    flat = list(map(_flat, xs))
     y = weight.new_empty(sum(counts_of(xs)), columns)
     outs = torch.split_with_sizes(y, counts_of(xs))
     own(backend).linear(flat, weight, span, direction, seed, step, draws, scales, biases, (), room, outs, transposed)
@@ -77,9 +80,9 @@ def tiled_linear(
 
     tiles  (start, stop, {side: rows start .. stop of its W_j}); columns where it is transposed. A side that is missing reads W itself"""
     dimension = 1 if transposed else 0
-    total, width = weight.shape[dimension], weight.shape[1 - dimension]
+    total = weight.shape[dimension]
     cast = torch.is_autocast_enabled(weight.device.type)
-    flat = [x.reshape(-1, width) for x in xs]
+    flat = list(map(_flat, xs))
     counts = counts_of(xs)
     begin = [0, *accumulate(counts)]
     out: Tensor | None = None
@@ -106,8 +109,7 @@ def tiled_linear(
             if out is None:
                 out = part.new_empty((begin[-1], total))
             out[begin[side] : begin[side + 1], start:stop] = part
-    assert out is not None
-    return out
+    return flat[0].new_empty((begin[-1], total)) if out is None else out  # W without rows has no tile
 
 
 def own(backend: Backend) -> Multiplies:
@@ -121,7 +123,12 @@ def counts_of(xs: Sequence[Tensor]) -> list[int]:
 
 
 def _rows(x: Tensor) -> int:
-    return x.numel() // max(1, x.shape[-1])
+    return prod(x.shape[:-1])
+
+
+def _flat(x: Tensor) -> Tensor:
+    """x as a matrix; -1 rows would not do for a width of 0."""
+    return x if x.dim() == 2 else x.reshape(_rows(x), x.shape[-1])
 
 
 def joined(pieces: Sequence[Tensor]) -> Tensor:
@@ -162,9 +169,8 @@ def factored_linear(
 
     One product for the rows of all sides while they are few. The thin products are summed in float32 whatever x and W are, and their sum with
     x W^T is rounded to y's dtype once more: 16 bits would lose the perturbation, and shrink. W is only read. room: bytes of scratch memory."""
-    width = weight.shape[0 if transposed else 1]
     matrix = weight.t() if transposed else weight
-    flat = [x.reshape(-1, width) for x in xs]
+    flat = list(map(_flat, xs))
     counts = [x.shape[0] for x in flat]
     if fuses(backend, flat, weight, transposed, room) if fused is None else fused:
         return _fused(own(backend), flat, counts, weight, parts, shrink, biases, transposed, room)
@@ -339,6 +345,8 @@ def sketch_of(
     """Y = G Omega, or G^T Omega, of G = sum_k coeffs[k] z(*draws[k]), m x n: float32, about `tile` elements of G at a time."""
     rows, columns = shape
     device = omega.device
+    if omega.dtype != torch.float32:
+        raise ValueError(f"sketch: omega is {described(omega)}; expected float32: .float() it")
     table = torch.tensor(list(coeffs), dtype=torch.float32, device=device)
     result = torch.zeros(columns if transposed else rows, omega.shape[1], dtype=torch.float32, device=device)
     step = max(1, min(rows, tile // columns))

@@ -148,12 +148,13 @@ def _run(optimizer: Any, closure: Callable[[], Any]) -> StepResult:
 def _check(optimizer: Any, plan: Plan, points: list[Point], read: Tensor, closure: Callable[[], Any]) -> tuple[str, ...]:
     """First step, and every `paired_check` steps: reads the first loss again. Returns the parameters that the first step did not read."""
     every, first = optimizer.paired_check, optimizer.result is None
+    if plan.step and optimizer.evaluation.name == "inplace":
+        first = False  # a resumed run would move, and round, more often than the run that it continues
     if not every or not (first or (every != "first" and plan.step % every == 0)):
         return ()
     found = read.tolist()
     again, base = optimizer.evaluation.losses(plan, [points[0], THETA], closure).tolist()
-    in_place = optimizer.evaluation.record.evaluation == "inplace"
-    if not repeats(plan, found[0], again, in_place):
+    if not repeats(plan, found, again):
         raise NotRepeatable(found[0], again)
     if not first:
         return ()

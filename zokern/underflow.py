@@ -34,9 +34,7 @@ def _check_group(plan: Plan, group: Group, members: list[int], force: bool) -> N
     dead = sum(float((out == tensor).to(torch.float64).mean()) * size for tensor, out, size in zip(tensors, outs, sizes))
     share = dead / sum(sizes)
     names = f"{group.names[members[0]]!r}" + (f" and {len(members) - 1} others of its group" if len(members) > 1 else "")
-    message = (
-        f"eps = {group.eps} is below half an ulp for {share:.0%} of the 16-bit weights of {names}: their perturbation rounds to zero"
-    )
+    message = f"eps = {group.eps} is below half an ulp for {share:.0%} of the 16-bit weights of {names}: their perturbation rounds to zero"
     if share > 0.5 and not force and not factored:  # products of a factored z are summed in float32, other uses are not
         raise ValueError(f"{message}: raise eps, train in float32, or pass force=True")
     if share > 0.1:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from .auto import Auto
 from .base import THETA, Evaluation, NotRepeatable, Point, Record, Refused
 from .inplace import InPlace
-from .isolation import Isolation, Tree
+from .isolation import Isolation
 from .master import Master
-from .objective import Objective
 from .paired import Paired
 from .scratch import Scratch
 
@@ -28,6 +27,6 @@ def resolve(evaluation: str | Evaluation) -> Evaluation:
 
 
 __all__ = [
-    "EVALUATIONS", "THETA", "Auto", "Evaluation", "InPlace", "Isolation", "Master", "NotRepeatable", "Objective", "Paired", "Point", "Record", "Refused",
-    "Scratch", "Tree", "resolve",
+    "EVALUATIONS", "THETA", "Auto", "Evaluation", "InPlace", "Isolation", "Master", "NotRepeatable", "Paired", "Point",
+    "Record", "Refused", "Scratch", "resolve",
 ]  # fmt: skip

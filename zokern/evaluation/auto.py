@@ -19,16 +19,18 @@ from typing import Any
 from torch import Tensor
 
 from .. import products
+from ..plan import Plan
 from ..warning import warn
 from .base import NotRepeatable, Point, Record
 from .isolation import Isolation
 from .master import Master
 from .paired import Paired
-from ..plan import Plan
 from .scratch import MIB, Scratch
 from .trust import fits
 
-ROWS = 512  # tokens or other inputs of the model up to which 'paired' is chosen for a dense z: it is generated once for both sides
+ROWS = (
+    512  # tokens or other inputs of the model up to which 'paired' is chosen for a dense z: it is generated once for both sides
+)
 FACTORED = products.JOIN // 2  # the same where z is factored: up to there W is read once
 
 
@@ -70,6 +72,7 @@ class Auto:
             self.order, self.why = _choose(plan, *self.seen, self.order[0])
             self.seen = None
         failed: list[tuple[str, Exception]] = []
+        order = self.order
         while True:
             way = self.ways[self.order[0]]
             try:
@@ -83,6 +86,7 @@ class Auto:
             except (RuntimeError, ValueError, TypeError, NotImplementedError) as problem:
                 left = [name for name in self.order[1:] if name != "master" or fits(plan)]
                 if isinstance(problem, NotRepeatable) or not left:
+                    self.order = order  # no way could read it: the closure is at fault
                     raise
                 failed.append((way.name, problem))
                 self.order = left

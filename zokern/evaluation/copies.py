@@ -16,13 +16,14 @@ from torch import Tensor
 from .. import products
 from ..backends import Span, TensorList
 from ..directions import DIRECTIONS
+from ..plan import Group, Plan
 from .arena import ALIGN, Arena
 from .base import Point, Refused
 from .factors import Factors
-from ..plan import Group, Plan
 
 RESIDENT = 1 << 16  # elements: tensors up to this size are perturbed together, ahead of the reading
 TILE = 1 << 21  # elements: larger tiles leave the caches before they are read, smaller ones starve the product (benchmarks/)
+TRANSFORMED = "the closure uses torch.func transforms of its own around a large parameter: use evaluation='master'"
 
 
 class Copies:
@@ -57,10 +58,7 @@ class Copies:
         self.resident.update({(g, i): stack for i, stack in members})
         for positions, thetas, spans, outs in launches:
             low = None if group.residuals is None else [group.residuals[i] for i in positions]
-            if group.matrices is None:
-                self._fill(group, thetas, spans, range(self.sides), outs, low)
-            else:
-                self._fill_matrices(group, positions, thetas, spans, outs, low)
+            self._fill(group, thetas, spans, range(self.sides), outs, low)
 
     def _places(self, group: Group, most: int | None, start: int) -> tuple:
         """Returns resident members with their stacks, and launches that fill them; prepared once for a list of tensors."""
@@ -72,7 +70,7 @@ class Copies:
         members: list[tuple[int, Tensor]] = []
         by_kind: dict[bool, list[int]] = {}
         for i, tensor in enumerate(group.theta):
-            if most is not None and (group.matrices is not None or tensor.numel() > most):
+            if group.matrices is not None or (most is not None and tensor.numel() > most):
                 continue
             wide = tensor.dim() <= 1 and tensor.dtype != torch.float32 and group.matrices is None
             dtype = torch.float32 if wide else tensor.dtype
@@ -91,21 +89,6 @@ class Copies:
         found = members, launches, self.arena.top.get(device, 0)
         group.memo[key] = self.arena, found
         return found
-
-    def _fill_matrices(self, group: Group, members, thetas, spans, outs, low) -> None:
-        moved = [side for side in range(self.sides) if not self.factors.untouched(group, 0, side)]
-        for side in set(range(self.sides)) - set(moved):
-            self._fill(group, thetas, spans, [side], [outs[side]], low)
-        if moved:
-            self.factors.prepare_lefts(group, members, moved)
-            parts = [self.factors.of(group, i, side) for side in moved for i in members]
-            lefts, rights, shrinks = zip(*parts)
-            many = len(moved)
-            group.backend.lowrank_(
-                list(thetas) * many, list(spans) * many, lefts, rights, [1.0] * len(parts), shrinks[0],
-                "nearest" if low is None else "residual",
-                None if low is None else list(low) * many, outs=[out for side in moved for out in outs[side]],
-            )  # fmt: skip
 
     def _fill(self, group: Group, thetas, spans, sides: Sequence[int], outs: Sequence[Sequence[Tensor]], low) -> None:
         """Dense z: outs[j] <- theta at the point of sides[j]; sides of one draw share its z, two in a launch."""
@@ -177,10 +160,17 @@ class Copies:
 
     def own(self, group: Group, i: int, shape: tuple[int, ...]) -> Tensor:
         """Returns memory for copies of tensor i that may outlive the call."""
+        inner = torch._C._functorch.peek_interpreter_stack()
+        if (None if inner is None else inner.level()) != self.level:
+            raise Refused(TRANSFORMED)
         theta = group.theta[i]
         out = torch.empty(shape, dtype=theta.dtype, device=theta.device)
-        self.largest = max(self.largest, self.arena.top.get(theta.device, 0) + out.numel() * out.element_size())
+        self.hold(theta.device, out.nbytes)
         return out
+
+    def hold(self, device: torch.device, size: int) -> None:
+        """Notes copies outside the arena that live at once."""
+        self.largest = max(self.largest, self.arena.top.get(device, 0) + size)
 
     def rows(self, g: int, i: int, indices: Sequence[Tensor]) -> Tensor:
         """Returns looked-up rows of a matrix, (sides, number of rows, columns); an index for each side."""
@@ -195,6 +185,29 @@ class Copies:
             here = Span(span.who, span.first, rows=rows.contiguous())
             self.fill(group, i, theta, here, sides, [out[side] for side in sides], group.residual(i))
         return out
+
+    def thin(self, g: int, i: int, x: Tensor) -> Tensor | None:
+        """Returns x_j W_j^T for a small factored matrix by a few torch products, x and the result (sides, rows, ...); None where unfit.
+
+        x W^T of all sides is one product; beside it (x V) M_j^T U^T, or (x V) M_j^T where a draw is the left factor."""
+        group = self.plan.groups[g]
+        weight, matrices = group.theta[i], group.matrices
+        if matrices is None or weight.numel() > RESIDENT or weight.dtype != torch.float32 or x.dtype != torch.float32:
+            return None
+        if matrices[i].shape != tuple(weight.shape) or any(g not in middles for middles in self.factors.middles):
+            return None
+        matrix, (sides, rows, width) = matrices[i], x.shape
+        middles = self.factors.cores[g][i] if g in self.factors.cores else torch.stack([m[g][i] for m in self.factors.middles])
+        flat = x.reshape(-1, width)
+        y = flat @ weight.t()
+        thin = torch.bmm((flat @ matrix.right).view(sides, rows, -1), middles.mT)  # type: ignore[operator]
+        if matrix.left is None:
+            return (
+                y.view(sides, rows, -1).mul_(matrix.shrink).add_(thin)
+                if matrix.shrink != 1.0
+                else y.view(thin.shape).add_(thin)
+            )
+        return y.addmm_(thin.view(flat.shape[0], -1), matrix.left.t(), beta=matrix.shrink).view(sides, rows, -1)
 
     def product(self, g: int, i: int, xs: list[Tensor], biases: list[Tensor | None], transposed: bool) -> Tensor:
         """Returns y_j = x_j W_j^T + b_j of every side, one below the other: (rows of all sides, columns). Transposed: x_j W_j."""
@@ -226,7 +239,9 @@ class Copies:
         moved = [side for side in sides if not self.untouched(group, i, side)]
         return products.tiled_linear(xs, weight, biases, self._tiles(group, i, moved, transposed), transposed)
 
-    def _tiles(self, group: Group, i: int, moved: Sequence[int], transposed: bool) -> Iterator[tuple[int, int, dict[int, Tensor]]]:
+    def _tiles(
+        self, group: Group, i: int, moved: Sequence[int], transposed: bool
+    ) -> Iterator[tuple[int, int, dict[int, Tensor]]]:
         """Yields (start, stop, the tile of each side that moved): some rows of a matrix, or columns where it is transposed.
 
         Tiles have nearly the same size: TILE elements at most, and what is left of the arena holds two of them."""
@@ -235,7 +250,7 @@ class Copies:
         total, width = theta.shape[dimension], theta.shape[1 - dimension]
         size, many = width * theta.element_size(), max(1, len(moved))
         most = max(1, min(self.arena.left(theta.device) // many - ALIGN, TILE * theta.element_size()) // max(1, size))
-        step = -(-total // -(-total // most))
+        step = -(-total // -(-total // most)) if total else 1
         for start in range(0, total, step):
             stop = min(total, start + step)
             shape = (width, stop - start) if transposed else (stop - start, width)
@@ -244,7 +259,7 @@ class Copies:
                 tile = self.arena.take(shape, theta.dtype, theta.device)
                 tiles[side] = tile if tile is not None else torch.empty(shape, dtype=theta.dtype, device=theta.device)
             view = theta.narrow(dimension, start, stop - start)
-            part = None if low is None else low.narrow(dimension, start, stop - start)
+            part = None if low is None else low.narrow(dimension, start, stop - start).contiguous()
             if transposed:
                 here = Span(span.who, span.first + start, pitch=total)
             else:
@@ -255,18 +270,21 @@ class Copies:
 
     # Sides as a mapped dimension -----------------------------------------------------------------------------------------
 
-    def parts(self, x: Tensor | None) -> list:
-        """Returns the tensor of each side: pieces of one that is mapped over the sides, or the same for all."""
+    def stacked(self, x: Tensor) -> Tensor:
+        """Returns (sides, *shape) of a tensor that is mapped over the sides, or the same for all."""
         functorch = torch._C._functorch
-        if self.level is None or x is None:
-            if x is not None and functorch.is_functorch_wrapped_tensor(x):
-                raise Refused("the closure uses torch.func transforms of its own around a large parameter: use evaluation='master'")
+        if functorch.is_functorch_wrapped_tensor(x):
+            if self.level is None or not functorch.is_batchedtensor(x) or functorch.maybe_get_level(x) != self.level:
+                raise Refused(TRANSFORMED)
+            at, x = functorch.maybe_get_bdim(x), functorch.get_unwrapped(x)
+            return x if at == 0 else x.movedim(at, 0)
+        return x.unsqueeze(0) if self.sides == 1 else x.expand(self.sides, *x.shape)
+
+    def parts(self, x: Tensor | None) -> list:
+        """Returns the tensor of each side, or the same for all."""
+        if x is None or not torch._C._functorch.is_functorch_wrapped_tensor(x):
             return [x] * self.sides
-        if not functorch.is_functorch_wrapped_tensor(x):
-            return [x] * self.sides
-        if not functorch.is_batchedtensor(x) or functorch.maybe_get_level(x) != self.level:
-            raise Refused("the closure uses torch.func transforms of its own around a large parameter: use evaluation='master'")
-        return list(functorch.get_unwrapped(x).movedim(functorch.maybe_get_bdim(x), 0).unbind(0))
+        return list(self.stacked(x).unbind(0))
 
     def mapped(self, stack: Tensor) -> Tensor:
         """Returns (sides, ...) as one tensor mapped over the sides, or the tensor of the one side."""

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..plan import Plan, lefts_of
 from .base import THETA, Point, Record, distinct
 from .isolation import Isolation
-from ..plan import Plan, lefts_of
 
 
 class InPlace:

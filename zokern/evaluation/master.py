@@ -17,12 +17,12 @@ from torch import Tensor
 
 from ..backends import TensorList
 from ..fingerprint import announce
+from ..plan import Group, Plan
 from ..underflow import heads
 from ..warning import warn
 from .base import Point, Record, distinct
 from .factors import Factors
 from .isolation import Isolation
-from ..plan import Group, Plan
 
 
 class Master:
@@ -73,16 +73,16 @@ class Master:
         """Yields a function that writes the parameters at one of the points, and returns whether it wrote; at the end they hold theta."""
         factors = Factors(plan, points)
         exact = not plan.deferred and plan.rounding != "residual"  # whether the parameters themselves are theta
-        written = False
+        copied, written = not exact or any(point.terms for point in points), False
+        if copied:  # before a reading of theta too: it may write where no version counter tells
+            for group in plan.groups:
+                torch._foreach_copy_(list(self._masters(group)), list(group.theta))
 
         def move(side: int) -> bool:
             nonlocal written
             if not (points[side].terms or written or not exact):
                 return False
-            if not written:
-                for group in plan.groups:
-                    torch._foreach_copy_(list(self._masters(group)), list(group.theta))
-                written = True
+            written = True
             for group in plan.groups:
                 self._write(plan, group, self._masters(group), points[side], factors, side)
                 announce(group.theta)
@@ -91,7 +91,7 @@ class Master:
         try:
             yield move
         finally:
-            if written:
+            if copied:
                 for group in plan.groups:
                     with torch.no_grad():
                         torch._foreach_copy_(list(group.theta), list(self._masters(group)))
@@ -127,7 +127,17 @@ class Master:
             low = None if in_place else low
             rounding = self.rounding if in_place else "nearest" if low is None else "residual"
             group.backend.lowrank_(
-                source, group.spans, lefts, rights, [1.0] * len(lefts), shrinks[0], rounding, low, plan.seed, plan.step, outs=target
+                source,
+                group.spans,
+                lefts,
+                rights,
+                [1.0] * len(lefts),
+                shrinks[0],
+                rounding,
+                low,
+                plan.seed,
+                plan.step,
+                outs=target,
             )
         elif in_place and scales:
             table = torch.tensor(scales, dtype=torch.float32, device=kept[0].device)

@@ -13,16 +13,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..estimator import loss_tensor
+from ..plan import Plan
+from . import standin
 from .base import WAY_OUT, Point, Record, Refused, distinct
 from .copies import Copies
 from .isolation import Isolation
-from ..plan import Plan
 from .scratch import MIB, Scratch
 from .standin import standing_in
 
@@ -52,7 +56,7 @@ class Paired(Scratch):
             for part in range(0, len(each), self.sides):
                 here = each[part : part + self.sides]
                 copies = Copies(plan, here, self.arena)
-                found = isolation.run(lambda copies=copies: _pass(copies, closure))
+                found = isolation.run(partial(_pass, copies, closure))
                 read.update(zip(here, found.unbind(0)))
                 whole |= copies.whole
                 largest = max(largest, self.arena.peak, copies.largest)
@@ -80,24 +84,27 @@ def _pass(copies: Copies, closure: Callable[[], object]) -> Tensor:
     sides = torch.arange(copies.sides, device=copies.plan.groups[0].theta[0].device, dtype=torch.int64)
     try:
         return torch.vmap(body, randomness="same")(sides)
-    except (KeyError, AssertionError, AttributeError) as problem:
-        if not _is_inside_torch(problem):
+    except Refused:
+        raise
+    except Exception as problem:
+        if not _is_inside(problem, (torch, standin)):
             raise
         raise Refused(f"torch.vmap cannot map the closure ({type(problem).__name__}: {problem}): {WAY_OUT}") from problem
 
 
-def _is_inside_torch(problem: BaseException) -> bool:
-    """Whether an exception was raised by torch's own Python code."""
+def _is_inside(problem: BaseException, packages: Sequence[ModuleType]) -> bool:
+    """Whether an exception was raised by Python code of some packages, and not by the closure's."""
     at = problem.__traceback__
     while at is not None and at.tb_next is not None:
         at = at.tb_next
-    return at is not None and at.tb_frame.f_code.co_filename.startswith(str(Path(torch.__file__).parent))
+    file = at.tb_frame.f_code.co_filename if at is not None else ""
+    return file.startswith(tuple(str(Path(str(package.__file__)).parent) for package in packages))
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps torch from warning about operations that it maps in a loop."""
-    functorch = torch._C._functorch
+    functorch: Any = torch._C._functorch
     functorch._set_vmap_fallback_warning_enabled(False)
     try:
         yield

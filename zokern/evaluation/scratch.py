@@ -15,11 +15,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..plan import Plan
 from .arena import Arena
 from .base import Point, Record, distinct
 from .copies import Copies
 from .isolation import Isolation
-from ..plan import Plan
 from .standin import standing_in
 from .trust import Trust
 
@@ -48,6 +48,9 @@ class Scratch:
         """Returns the losses at the points, float64 [len(points)]; see Evaluation.losses."""
         if self.trust.is_new(plan):
             self.trust.verify(self, plan, points, closure)
+        elif plan.step != self.trust.step:
+            for group in plan.groups:
+                group.memo.pop("masters", None)  # of a comparison, or of another evaluation: a copy of all weights
         isolation = Isolation(plan)
         found = self.read(plan, points, closure, isolation)
         if isolation.rows > self.trust.rows and self.trust.check:

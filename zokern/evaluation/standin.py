@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..backends import Span
 from .base import Refused
 from .copies import Copies
 
@@ -29,7 +30,43 @@ swap = torch._C._swap_tensor_impl
 class Copy(nn.Parameter):
     """The class of a parameter while a resident copy is inside it."""
 
-    requires_grad = property(lambda self: True)  # type: ignore[assignment]
+    requires_grad = property(lambda self: True)
+
+
+class Mapped(Copy):
+    """The class of a matrix whose copies are mapped by torch.vmap: torch's rules do all but F.linear, which is one batched product."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is F.linear and not kwargs:
+                args = tuple([a._use.copy() if type(a) is Perturbed else a for a in args])  # a bias in 16 bits
+                if (y := _batched_linear(*args)) is not None:
+                    return y
+            elif Perturbed in types:
+                return Perturbed.__torch_function__(func, types, args, kwargs)
+            return func(*args, **(kwargs or {}))
+
+
+def _batched_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """Returns y_j = x_j W_j^T + b_j of all sides by one torch.bmm, or None where that is not what it is."""
+    functorch = torch._C._functorch
+    level = functorch.maybe_get_level(weight)
+    if functorch.maybe_get_level(x) != level or not functorch.is_batchedtensor(x) or functorch.maybe_current_level() != level:
+        return None
+    if torch.is_autocast_enabled(x.device.type) or x.dtype != weight.dtype or _is_taped(x, bias):
+        return None
+    xs, at, ws = functorch.get_unwrapped(x), functorch.maybe_get_bdim(x), functorch.get_unwrapped(weight)
+    if functorch.is_functorch_wrapped_tensor(xs) or xs.shape[-1] != ws.shape[-1] or at == xs.dim() - 1:
+        return None
+    xs = xs if at == 0 else xs.movedim(at, 0)
+    flat = xs.reshape(xs.shape[0], -1, xs.shape[-1])
+    if bias is None:
+        y = torch.bmm(flat, ws.mT)
+    else:
+        b = functorch.get_unwrapped(bias).unsqueeze(1) if functorch.is_batchedtensor(bias) else bias
+        y = torch.baddbmm(b, flat, ws.mT)
+    return functorch._add_batch_dim(y.view(*xs.shape[:-1], ws.shape[1]), 0, level)
 
 
 class Use(NamedTuple):
@@ -44,6 +81,9 @@ class Use(NamedTuple):
     def stack(self) -> Tensor:
         return self.copies.stack(self.group, self.position)
 
+    def is_resident(self) -> bool:
+        return (self.group, self.position) in self.copies.resident
+
     def is_wide(self) -> bool:
         """Whether the resident copy of a 16-bit vector is float32."""
         found = self.copies.resident.get((self.group, self.position))
@@ -57,6 +97,8 @@ class Use(NamedTuple):
 
 class Perturbed(Copy):
     """The class of a parameter that is perturbed at its use."""
+
+    _use: Any  # Use, while it stands in
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -77,7 +119,7 @@ class Perturbed(Copy):
             return _with_copies(func, name, args, kwargs, cast)
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         """A use below torch's Python functions: C++ code, a TorchScript function, a subclass made of the parameter."""
         values, spec = tree_flatten((args, kwargs or {}))
         found = next(v for v in values if isinstance(v, Perturbed))
@@ -100,22 +142,31 @@ def _with_copies(func, name: str, args: tuple, kwargs: dict, cast: torch.dtype |
     """Calls the function with whole copies. cast: in float32 for a small vector's sake, with a result of this dtype."""
     values, spec = tree_flatten((args, kwargs))
     others = cast is not None and cast.itemsize < 4 and not _mixes(func, values)
-    copies = []
+    copies, held = [], 0
     for k, value in enumerate(values):
         if isinstance(value, Perturbed):
             wide = cast is not None and value._use.is_wide()
             values[k] = copy = value._use.copy(torch.float32 if wide else None)
-            copies.append((value, copy, copy._version))
+            copies.append((value, copy, _version(copy)))
+            held += 0 if value._use.is_resident() else copy.nbytes * value._use.copies.sides
         elif others and isinstance(value, Tensor) and value.dtype == cast:
             values[k] = value.float()
+    if held:
+        copies[0][0]._use.copies.hold(copies[0][1].device, held)
     args, kwargs = tree_unflatten(values, spec)
     result = func(*args, **kwargs)
     for value, copy, version in copies:
-        if copy._version != version:
+        if _version(copy) != version:
             raise _writes(value, name)
+    if any(result is copy for _, copy, _ in copies):
+        result = result.clone()  # a conversion from 16 bits makes a tensor of its own, which the closure may write to
     if cast is not None and isinstance(result, Tensor) and result.is_floating_point():
         return result.to(cast)
     return result
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _upcast(func, args: tuple, kwargs: dict) -> torch.dtype | None:
@@ -127,7 +178,8 @@ def _upcast(func, args: tuple, kwargs: dict) -> torch.dtype | None:
         return None
     if func in CONVERSIONS:
         like = func(torch.empty(0, dtype=args[0].dtype, device=args[0].device), *args[1:], **kwargs)
-        return like.dtype if like.dtype.itemsize > 2 and like.is_floating_point() else None
+        wide = isinstance(like, Tensor) and like.dtype.itemsize > 2 and like.is_floating_point()
+        return like.dtype if wide else None
     kinds = {v.dtype for v in values if v.is_floating_point()}
     if len(kinds) > 1 and func in PRODUCTS and len(args) == 2:
         return torch.result_type(*args)
@@ -172,6 +224,11 @@ def _product(x: Any, weight: Any, bias: Any, transposed: bool):
     if bias is not None and (bias.shape != (columns,) or bias.dtype != weight.dtype):
         return NotImplemented
     with torch.no_grad():
+        if bias is None and not transposed and not torch.is_autocast_enabled(x.device.type):
+            stack = copies.stacked(x)
+            y = copies.thin(g, i, stack if stack.dim() == 3 else stack.reshape(copies.sides, -1, width))
+            if y is not None:
+                return copies.mapped(y.view(*stack.shape[:-1], columns))
         if isinstance(bias, Perturbed):
             biases = list(bias._use.stack().unbind(0))
         else:
@@ -206,13 +263,18 @@ def _getitem(func, args: tuple, kwargs: dict):
     copies, g, i = weight._use
     if (g, i) in copies.resident or weight.dim() < 2:
         return NotImplemented
-    if isinstance(index, Tensor) and not isinstance(index, Perturbed) and index.dtype in (torch.int64, torch.int32) and index.dim():
+    if (
+        isinstance(index, Tensor)
+        and not isinstance(index, Perturbed)
+        and index.dtype in (torch.int64, torch.int32)
+        and index.dim()
+    ):
         return _lookup(weight, torch.where(index < 0, index + weight.shape[0], index)) if weight.dim() == 2 else NotImplemented
     group = copies.plan.groups[g]
     theta, span, low = group.theta[i], group.spans[i], group.residual(i)
     if isinstance(index, slice):
-        start, _, step = index.indices(theta.shape[0])
-        if step != 1:
+        start, stop, step = index.indices(theta.shape[0])
+        if step != 1 or stop - start >= theta.shape[0]:  # all of it is a whole copy, which the record names
             return NotImplemented
     elif type(index) is int:
         start = index + theta.shape[0] if index < 0 else index
@@ -229,7 +291,9 @@ def _is_taped(x: Tensor, bias: Any) -> bool:
     """Whether autograd follows the call: a closure that differentiates by its inputs. Torch's own operations then do it."""
     if torch.autograd.forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and (x.requires_grad or (isinstance(bias, Tensor) and not isinstance(bias, Copy) and bias.requires_grad))
+    return torch.is_grad_enabled() and (
+        x.requires_grad or (isinstance(bias, Tensor) and not isinstance(bias, Copy) and bias.requires_grad)
+    )
 
 
 HANDLERS: dict[Any, Callable] = {
@@ -260,7 +324,9 @@ def check_objects(copies: Copies) -> None:
         for name, objects in zip(group.names, group.objects):
             for parameter in objects:
                 if type(parameter) not in (Tensor, nn.Parameter):
-                    raise Refused(f"parameter {name!r} is {type(parameter).__name__}, a class of its own: use evaluation='master'")
+                    raise Refused(
+                        f"parameter {name!r} is {type(parameter).__name__}, a class of its own: use evaluation='master'"
+                    )
 
 
 @contextmanager
@@ -281,9 +347,10 @@ def standing_in(copies: Copies) -> Iterator[None]:
                         stand_in = _bodiless(group, i, k)
                     swap(parameter, stand_in)
                     done.append((parameter, stand_in, kind))
-                    parameter.__class__ = Copy if resident else Perturbed
+                    is_matrix = resident and copies.level is not None and stack.dim() == 3  # type: ignore[union-attr]
+                    parameter.__class__ = Mapped if is_matrix else Copy if resident else Perturbed
                     if not resident:
-                        parameter._use = Use(copies, g, i)
+                        parameter._use = Use(copies, g, i)  # type: ignore[attr-defined]
         _number([parameter for parameter, _, _ in done])
         versions = {key: stack._version for key, stack in copies.resident.items()}
         yield
@@ -308,7 +375,7 @@ _count = itertools.count(1 << 30)
 def _number(tensors: list[Tensor]) -> None:
     """Gives stand-ins a version of their own: a cache of the closure that goes by versions finds nothing of another reading."""
     version = next(_count) % (1 << 32)
-    torch._C._autograd._unsafe_set_version_counter(tuple(tensors), (version,) * len(tensors))  # type: ignore[attr-defined]
+    torch._C._autograd._unsafe_set_version_counter(tuple(tensors), (version,) * len(tensors))
 
 
 def _bodiless(group: Any, i: int, k: int) -> Tensor:
@@ -316,7 +383,7 @@ def _bodiless(group: Any, i: int, k: int) -> Tensor:
     key = "bodiless", i, k
     if key not in group.memo:
         t = group.theta[i]
-        made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made = torch.Tensor._make_wrapper_subclass(
             Perturbed, t.shape, strides=t.stride(), dtype=t.dtype, device=t.device, requires_grad=False
         )
         torch._C._set_throw_on_mutable_data_ptr(made)

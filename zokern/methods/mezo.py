@@ -22,8 +22,10 @@ class MeZO(ZerothOrder):
     queries       q: draws per step, averaged
     seed          of the run, in [0, 2**64); (seed, parameter name, step, query) name every z
     rounding      of 16-bit weights in the update: 'nearest', 'stochastic', or 'residual' (bfloat16: exact float32 master, +2 B a weight)
-    evaluation    'scratch' (weights untouched until the update), 'paired' (the same, with all sides in one pass of the model), 'auto'
-                  ('paired' for short batches, else 'scratch'), 'walk' (in place), or an instance: zokern.Scratch(budget=...)
+    evaluation    'auto' (the first step by 'master', then the fastest that reads the same losses), 'master' (the parameters hold
+                  theta +- eps z while a loss is read, a copy holds theta: right for any model), 'paired' (all sides in one pass of
+                  the model), 'scratch' (a side at a time, within a budget of memory), 'inplace' (the weights move and come back by
+                  arithmetic, which 16 bits round), or an instance: zokern.Scratch(budget=...)
     backend       None chooses by device: 'cpu', 'cuda', then 'triton', then 'reference'
     rule          None: SGD, the formula above. zokern.Momentum(0.9, dampening=0.0) moves along M <- 0.9 M + g in place of
                   g = sum_k c_k z_k / q (ZO-Bench's ZO-SGD-MMT; without dampening=0.0, along the average); zokern.Adam() along the
@@ -34,7 +36,8 @@ class MeZO(ZerothOrder):
     normalize     'none', or 'std': c_k is a difference of losses in standard deviations of the step's perturbed losses, not over eps (zokern.FZOO)
     defer         of directions that are low-rank (zokern.SubZero, ...): whether updates wait in their core. None, the default, where they can;
                   z of 'normal' and 'rademacher' is dense, and its updates never wait
-    paired_check  every n steps, read the first loss twice and refuse a closure that is not repeatable (0: never)
+    paired_check  'first': read the first loss of the first step twice and refuse a closure that is not repeatable; n: every n steps too;
+                  0 or None: never
     max_skips     raise after so many steps in a row with an inf or NaN loss; dead_limit: with equal losses (None: never)
     nonfinite     'raise' or 'ignore' weights that the update made inf or NaN
     force         accept an eps that rounding swallows for more than half of the 16-bit weights

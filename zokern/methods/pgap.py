@@ -14,8 +14,8 @@ from torch import Tensor
 from .. import products
 from ..directions import Aligned, Matrix, Normal
 from ..estimator import CENTRAL, coefficient
-from ..optimizer import ZerothOrder
 from ..evaluation import Point
+from ..optimizer import ZerothOrder
 from ..plan import Group, Plan
 from ..rule import basis_of
 from ..stream import BASIS, draw_word

@@ -1,0 +1,111 @@
+"""Modules: the tree below some roots, and what a step must leave in it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from itertools import chain
+from operator import is_
+from types import FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CONTAINERS = (list, dict, set)
+STANDARD = frozenset(vars(nn.Module())) - {"training"}  # kept by nn.Module itself, and no place for a model's own state
+
+
+def same(now: Collection, before: Collection) -> bool:
+    """Whether two collections hold the same objects in the same order."""
+    return len(now) == len(before) and all(map(is_, now, before))
+
+
+def flat(dicts: list[dict]) -> list[Any]:
+    return list(chain.from_iterable(map(dict.values, dicts)))
+
+
+class Tree:
+    """The modules below some roots. Built once, and again when the tree has changed.
+
+    is_open  the roots are not known yet: the optimizer was given parameters without their module. The first readings find them"""
+
+    def __init__(self, roots: list[nn.Module], is_open: bool = False) -> None:
+        self.roots, self.is_open = roots, is_open
+        self.found: list[nn.Module] = []  # roots that the first readings called, where is_open
+        self.modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
+        self.members = set(self.modules)
+        # TorchScript makes new Python objects at every look, and torch.compile's wrapper keeps its own state
+        plain = [m for m in self.modules if not isinstance(m, torch.jit.ScriptModule) and type(m).__name__ != "OptimizedModule"]
+        self.dicts = [vars(m) for m in plain]
+        self.parameters, self.children = [d["_parameters"] for d in self.dicts], [d["_modules"] for d in self.dicts]
+        self.buffers = [d["_buffers"] for d in self.dicts]
+        self.norms = [d["_buffers"] for m, d in zip(plain, self.dicts) if isinstance(m, nn.modules.batchnorm._NormBase)]
+        owned = [(d, key) for d in self.dicts for key in d if key not in STANDARD]
+        self.owners, self.keys = [d for d, _ in owned], [key for _, key in owned]
+        self.size, self.slots, self.links = self.count(), flat(self.parameters), flat(self.children)
+        self._state: list[Any] | None = None
+        self._inside: tuple[list[Any], list[tuple[Tensor, bool]]] = [], []
+        self.copies: dict[int, tuple[Tensor, int, Tensor]] = {}  # by id of a buffer: it, its version then, and its copy
+
+    def count(self) -> int:
+        """Returns the number of attributes of all modules."""
+        return sum(map(len, self.dicts))
+
+    def stands(self) -> bool:
+        """Whether the same modules hold the same parameters and have as many attributes as when the tree was built."""
+        return self.count() == self.size and same(flat(self.children), self.links) and same(flat(self.parameters), self.slots)
+
+    def values(self) -> list:
+        """Returns the values of the modules' own attributes, train/eval flags among them."""
+        return list(map(dict.get, self.owners, self.keys))
+
+    def inside(self, values: list[Any]) -> tuple[list[Any], list[tuple[Tensor, bool]]]:
+        """Returns containers, and (tensor, whether a norm writes it) of buffers and tensors that are plain attributes.
+
+        Containers are lists, dicts and sets, attributes of plain objects, and the modules' registers of buffers. Found once for the same
+        values and buffers."""
+        state = [*values, *flat(self.buffers)]
+        if self._state is None or not same(state, self._state):
+            found: dict[int, Any] = {}
+            for value in values:
+                held = value if type(value) in CONTAINERS else _attributes(value)
+                if held is not None:
+                    found[id(held)] = held
+            for d in self.dicts:
+                if d["_buffers"]:
+                    found[id(d["_buffers"])] = d["_buffers"]
+                    found[id(d["_non_persistent_buffers_set"])] = d["_non_persistent_buffers_set"]
+            norms = {id(b) for held in self.norms for b in held.values()}
+            tensors = [(v, id(v) in norms) for v in {id(v): v for v in state if isinstance(v, Tensor)}.values()]
+            tensors = [(t, norm) for t, norm in tensors if not t.is_meta and t.layout == torch.strided and _has_memory(t)]
+            self._state, self._inside = state, (list(found.values()), sorted(tensors, key=lambda item: item[0].numel()))
+        return self._inside
+
+
+def items(held: list | dict | set) -> list:
+    """Returns keys and values of a container."""
+    return [*held, *held.values()] if isinstance(held, dict) else list(held)
+
+
+def refill(held: list | dict | set, before: Any) -> None:
+    """Gives a container the contents of its copy."""
+    held.clear()
+    held.extend(before) if isinstance(held, list) else held.update(before)
+
+
+def _attributes(value: Any) -> dict | None:
+    """Returns the attributes of an object of a class written in Python; modules, tensors, functions and classes are left alone."""
+    if isinstance(value, (nn.Module, Tensor, type, ModuleType, FunctionType)) or not hasattr(value, "__dict__"):
+        return None
+    return vars(value)
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether a tensor has memory of its own: wrappers around others, as quantisation libraries make, have none."""
+    try:
+        return tensor.untyped_storage().data_ptr() != 0
+    except (RuntimeError, NotImplementedError):
+        return False
+
+
+__all__ = ["STANDARD", "Tree", "flat", "items", "refill", "same"]
