@@ -106,7 +106,8 @@ def test_losses_of_an_architecture(name: str, way: str, dtype: torch.dtype, both
 
 
 OPTIONS = [
-    {"queries": 3}, {"queries": 3, "join": 0}, {"queries": 2, "stencil": "forward"}, {"queries": 3, "way": lambda: zokern.Paired(sides=2, check=False)},
+    {"queries": 3}, {"queries": 3, "join": 0}, {"queries": 2, "stencil": "forward"},
+    {"queries": 3, "way": lambda: zokern.Paired(sides=2, check=False)},
     {"queries": 3, "stencil": "forward", "way": lambda: zokern.Paired(sides=3, check=False)}, {"way": lambda: zokern.Paired(1 << 20, check=False)},
     {"way": WAYS["scratch"]}, {"queries": 2, "stencil": "forward", "way": WAYS["scratch"]}, {"queries": 2, "way": zokern.InPlace, "bound": 2e-5},
 ]  # fmt: skip
@@ -422,7 +423,7 @@ def test_everything_is_as_before(evaluation: str) -> None:
 
 # Resume ----------------------------------------------------------------------------------------------------------------------------------
 
-RULES = {"sgd": lambda: {}, "momentum": lambda: {"rule": zokern.Momentum(0.9)}, "adam": lambda: {"rule": zokern.Adam()}}
+RULES = {"sgd": dict, "momentum": lambda: {"rule": zokern.Momentum(0.9)}, "adam": lambda: {"rule": zokern.Adam()}}
 OWN = {("LOZO", "momentum"): {"momentum": 0.6}, ("TeZO", "momentum"): {"rule": "momentum"}, ("TeZO", "adam"): {"rule": "adam"}}
 RUNS = {
     "MeZO": lambda m, **o: zokern.MeZO(m, **o), "FZOO": lambda m, **o: zokern.FZOO(m, **{"queries": 2, **o}),
