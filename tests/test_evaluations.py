@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import itertools
 import random
 import warnings
@@ -494,6 +495,24 @@ def test_master_holds_one_copy() -> None:
     model = tiny()
     result = zokern.step(zokern.MeZO(model, lr=0.0, evaluation="master"), lambda: next_token_loss(model(IDS), IDS))
     assert result.scratch_bytes == sum(p.nbytes for p in model.parameters())
+
+
+@pytest.mark.parametrize("way", ["auto", "paired", "scratch"])
+def test_the_copy_of_a_comparison_is_let_go(way: str) -> None:
+    """From the third step on a run holds its budget, and the copy of the weights no more."""
+    model = build(lambda: nn.Linear(301, 299, bias=False))
+    x = torch.ones(2, 301)
+
+    def held() -> int:
+        mine = [t for t in gc.get_objects() if type(t) in (Tensor, nn.Parameter) and t.shape == (299, 301)]
+        return len({t.untyped_storage().data_ptr() for t in mine if t.untyped_storage().nbytes() == 4 * 299 * 301})
+
+    optimizer = zokern.MeZO(model, lr=0.0, evaluation=way)
+    counts = []
+    for _ in range(4):
+        zokern.step(optimizer, lambda: model(x).square().mean())
+        counts.append(held())
+    assert counts[0] == 2 and counts[2:] == [1, 1], counts
 
 
 def swallowed(rounding: str) -> tuple[zokern.StepResult, Tensor, Tensor, list[Tensor]]:
