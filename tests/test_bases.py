@@ -14,7 +14,8 @@ import zokern
 from zokern import estimator
 from zokern.backends import Span, get
 from zokern.directions import Diagonal, Lazy, Matrix, Normal, Subspace
-from zokern.evaluation import Group, Plan
+from zokern.modules import Tree
+from zokern.plan import Group, Plan
 from zokern.rule import basis_of, renew
 
 CPU = torch.device("cpu")
@@ -39,7 +40,7 @@ class Run:
     def step(self, step: int, active: list[int]) -> list[Tensor]:
         members = [self.tensors[i] for i in active], [Span(i) for i in active], [self.matrices[i] for i in active]
         group = Group([m.name for m in members[2]], members[0], members[1], None, 1e-3, {}, get("cpu"), members[2])
-        plan = Plan([group], Normal(), estimator.CENTRAL, 1, 3, step, "nearest", [], {}, self.direction)
+        plan = Plan([group], Normal(), estimator.CENTRAL, 1, 3, step, "nearest", Tree([]), self.direction)
         renew(self.rule, self.direction, group, self.states, 3, step)
         self.rule.update(plan, group, [0.5], 0.1, 1.0, [0.0], self.states, defer=True)
         found = [m.pending for m in members[2] if m.pending is not None]

@@ -20,17 +20,17 @@ LAYERS = {
     "directions": ["directions"],
     "backends": ["backends"],
     "operations": ["matmul", "products", "arguments", "ops", "product_ops", "update_ops"],
-    "parts": ["fingerprint", "estimator", "parameters", "plan", "underflow", "evaluation"],
+    "parts": ["fingerprint", "modules", "estimator", "parameters", "plan", "underflow", "evaluation"],
     "rules": ["rule"],
     "step": ["firstlook", "step"],
     "optimizer": ["memory", "saved", "deferred", "optimizer"],
-    "methods": ["methods"],
+    "methods": ["methods", "objective"],
     "applications": ["__init__", "hf", "demo", "info", "cli", "__main__", "_build"],
 }
 RANK = {stem: rank for rank, stems in enumerate(LAYERS.values()) for stem in stems}
 NATIVE = {"_cpu", "_cuda", "triton_kernels"}
 # data_ptr() tells two tensors apart that share memory; these files compare addresses and hand none on.
-COMPARES_ADDRESSES = {"zokern.ops", "zokern.parameters", "zokern.fingerprint", "zokern.evaluation.isolation"}
+COMPARES_ADDRESSES = {"zokern.ops", "zokern.parameters", "zokern.fingerprint", "zokern.modules", "zokern.evaluation.isolation"}
 
 
 @functools.cache
@@ -166,7 +166,7 @@ def test_imports_point_one_way():
         ("zokern.step", "from . import _cpu", "only backends/ calls kernels"),
         ("zokern.evaluation.inplace", "from ..triton_kernels import normal", "only backends/ calls kernels"),
         ("zokern.estimator", "from .evaluation import master", "go round in a circle"),
-        ("zokern.plan", "if TYPE_CHECKING:\n    from .evaluation.isolation import Tree", "go round in a circle"),
+        ("zokern.plan", "if TYPE_CHECKING:\n    from .evaluation import Isolation", "go round in a circle"),
         ("zokern.surprise", "", "zokern.surprise is in no layer"),
     ],
 )

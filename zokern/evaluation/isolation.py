@@ -145,12 +145,12 @@ class Isolation:
         now = tree.values()
         if tree.count() != tree.size or not same(now, self.values):
             self._put_back_attributes(now)
-        self.lost = 0
+        self.lost = ""
         for i, (buffer, version, copy) in enumerate(self.buffers):
             if buffer._version == version if version >= 0 else torch.equal(buffer, copy):  # type: ignore[arg-type]
                 continue
             if copy is None:
-                self.lost = buffer.numel() * buffer.element_size()
+                self.lost = f"of shape {list(buffer.shape)}"
                 continue
             with torch.inference_mode(buffer.is_inference()):
                 buffer.copy_(copy)
@@ -184,7 +184,7 @@ class Isolation:
                     )
         if self.lost:
             raise RuntimeError(
-                f"the closure changed a buffer or attribute of {self.lost} bytes, and a step copies {BUDGET >> 20} MB at most: put its "
+                f"the closure changed a buffer or attribute {self.lost}, too large for the {BUDGET >> 20} MB that a step copies: put its "
                 "module in eval mode"
             )
 

@@ -81,21 +81,25 @@ def compare(
         if coarse:
             other = Master("stochastic").read(plan, pair, closure, Isolation(plan)).tolist()
             noise = max(abs(a - b) for a, b in zip(right, other)) + 1e-4 * size
-        if spread > (8 if coarse else 250) * noise or factor * 8 * eps > FARTHEST:
-            break
-        factor *= 8
-    isolation = Isolation(plan)
-    mine = fast.read(plan, pair, closure, isolation).tolist()
-    allowed = (0.25 if coarse else 0.02) * spread + 4 * noise
-    for a, b in zip(mine, right):
-        if not abs(a - b) <= allowed:
+        last = factor * 8 * eps > FARTHEST
+        if last or spread > (8 if coarse else 250) * noise:
+            isolation = Isolation(plan)
+            mine = fast.read(plan, pair, closure, isolation).tolist()
+            allowed = (0.25 if coarse else 0.02) * spread + 4 * noise
+            wrong = [(a, b) for a, b in zip(mine, right) if not abs(a - b) <= allowed]
+            if not wrong:
+                return isolation.rows
+            a, b = wrong[0]
             if refine and not coarse and _rounds(fast, safe, plan, pair[0], abs(a - b), closure):
                 return compare(fast, safe, plan, points, closure, coarse=True)
-            raise Refused(
-                f"evaluation {fast.name!r} reads the loss {a:.6g} where {safe.name!r} reads {b:.6g} (offset {factor * eps:.3g}): the "
-                f"closure reads a trained parameter in a way that {fast.name!r} cannot follow; {WAY_OUT}"
-            )
-    return isolation.rows
+            if (
+                last or not coarse
+            ):  # in 16 bits 'master' loses perturbations that a faster way reads in float32: not so farther away
+                raise Refused(
+                    f"evaluation {fast.name!r} reads the loss {a:.6g} where {safe.name!r} reads {b:.6g} (offset {factor * eps:.3g}): the "
+                    f"closure reads a trained parameter in a way that {fast.name!r} cannot follow; {WAY_OUT}"
+                )
+        factor *= 8
 
 
 def _repeats(a: float, b: float, coarse: bool) -> bool:
