@@ -150,7 +150,7 @@ def test_low_bits_of_a_tile(transposed: bool, monkeypatch) -> None:
     optimizer = zokern.MeZO([("w", weight)], rounding="residual", eps=1e-2)
     plan = optimizer.plan()
     plan.groups[0].residuals[0].random_(-(2**15), 2**15)
-    made = copies.Copies(plan, [Point(((0, 1.0),))], Arena(1 << 20))
+    made = copies.Copies(plan, [Point(((0, 1.0),))], Arena(1 << 18))
     tiles = [tile[0].clone() for _, _, tile in made._tiles(plan.groups[0], 0, [0], transposed)]
     whole = made.stack(0, 0)[0]
     assert len(tiles) > 3 and torch.equal(torch.cat(tiles, 1 if transposed else 0), whole)

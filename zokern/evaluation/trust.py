@@ -53,66 +53,85 @@ class Trust:
 
 
 def compare(
-    fast: Reads, safe: Reads, plan: Plan, points: Sequence[Point], closure: Callable[[], object], coarse: bool | None = None
+    fast: Reads, safe: Reads, plan: Plan, points: Sequence[Point], closure: Callable[[], object], floor: float | None = None
 ) -> int:
     """Raises Refused if two evaluations disagree on the losses of a pair of points; returns the rows of the inputs.
 
-    The pair moves away from theta until its losses differ by more than rounding does: in 16 bits by the difference between rounding the
-    weights to nearest and stochastically, in float32 by a few units in the last place.
+    The pair moves away from theta until its losses differ by far more than rounding does: in 16 bits by the difference between rounding
+    the weights to nearest and stochastically, in float32 by a few units in the last place.
 
-    coarse  whether losses are rounded to 16 bits on their way; None: as the plan says, and as they are found to be"""
+    floor  noise that was measured: rounding to 16 bits inside the closure; None: none is known"""
     ends = [point for point in dict.fromkeys(points) if point.terms][:2]
     if not ends:
         return 0
     ends = ends if len(ends) == 2 else [*ends, THETA]
-    refine, coarse = coarse is None, plan.is_coarse if coarse is None else coarse
-    eps, factor = max(group.eps for group in plan.groups), 1.0
+    coarse, eps, factor = plan.is_coarse or floor is not None, max(group.eps for group in plan.groups), 1.0
+    share, enough = (0.25, 32) if coarse else (0.02, 250)
     again = safe.read(plan, ends[:1], closure, Isolation(plan)).item()
-    while True:
+    tried: list[tuple[float, float, list[Point], list[float]]] = []  # how far the losses stand out, noise, points, losses
+    refusal: Refused | None = None
+    while factor == 1.0 or factor * eps <= FARTHEST:
         pair = [point.scaled(factor) for point in ends]
         right = safe.read(plan, pair, closure, Isolation(plan)).tolist()
-        size, spread = max(map(abs, right)), abs(right[0] - right[1])
+        size = max(map(abs, right))
         # before a faster way leaves traces in what the closure keeps
         if factor == 1.0 and not _repeats(again, right[0], coarse):
             raise NotRepeatable(right[0], again)
         if not size < float("inf"):
-            return 0
+            break
         noise = 4e-6 * size
         if coarse:
             other = Master("stochastic").read(plan, pair, closure, Isolation(plan)).tolist()
-            noise = max(abs(a - b) for a, b in zip(right, other)) + 1e-4 * size
-        last = factor * 8 * eps > FARTHEST
-        if last or spread > (8 if coarse else 250) * noise:
-            isolation = Isolation(plan)
-            mine = fast.read(plan, pair, closure, isolation).tolist()
-            allowed = (0.25 if coarse else 0.02) * spread + 4 * noise
-            wrong = [(a, b) for a, b in zip(mine, right) if not abs(a - b) <= allowed]
-            if not wrong:
-                return isolation.rows
-            a, b = wrong[0]
-            if refine and not coarse and _rounds(fast, safe, plan, pair[0], abs(a - b), closure):
-                return compare(fast, safe, plan, points, closure, coarse=True)
-            if (
-                last or not coarse
-            ):  # in 16 bits 'master' loses perturbations that a faster way reads in float32: not so farther away
-                raise Refused(
-                    f"evaluation {fast.name!r} reads the loss {a:.6g} where {safe.name!r} reads {b:.6g} (offset {factor * eps:.3g}): the "
-                    f"closure reads a trained parameter in a way that {fast.name!r} cannot follow; {WAY_OUT}"
-                )
+            noise = max(floor or 1e-4 * size, *(abs(a - b) for a, b in zip(right, other)))
+        tried.append((abs(right[0] - right[1]) / max(noise, 1e-300), noise, pair, right))
+        if tried[-1][0] > enough:
+            rows, apart = _agree(fast, plan, tried[-1], share, closure)
+            if not apart:
+                return rows
+            if floor is None and not plan.is_coarse and (found := _rounding(fast, safe, plan, pair[0], closure)) > apart / 8:
+                return compare(fast, safe, plan, points, closure, found)
+            if refusal is not None or not coarse:
+                raise _refused(fast, safe, apart, factor * eps)
+            # in 16 bits 'master' loses perturbations that a faster way reads in float32: less so farther away
+            refusal = _refused(fast, safe, apart, factor * eps)
         factor *= 8
+    if refusal is not None:
+        raise refusal
+    if not tried:
+        return 0
+    rows, apart = _agree(fast, plan, max(tried), share, closure)
+    if apart:
+        raise _refused(fast, safe, apart, eps)
+    return rows
+
+
+def _agree(fast: Reads, plan: Plan, case: tuple, share: float, closure: Callable[[], object]) -> tuple[int, float]:
+    """Returns the rows of the inputs, and by how much the losses are apart where that is too much; else 0."""
+    _, noise, pair, right = case
+    isolation = Isolation(plan)
+    mine = fast.read(plan, pair, closure, isolation).tolist()
+    apart = max(abs(a - b) if a == a else float("inf") for a, b in zip(mine, right))
+    return isolation.rows, 0.0 if apart <= share * abs(right[0] - right[1]) + 2 * noise else apart
+
+
+def _refused(fast: Reads, safe: Reads, apart: float, offset: float) -> Refused:
+    return Refused(
+        f"evaluation {fast.name!r} reads losses that differ by {apart:.3g} from those of {safe.name!r} at the same weights (offset "
+        f"{offset:.3g}): the closure reads a trained parameter in a way that {fast.name!r} cannot follow; {WAY_OUT}"
+    )
 
 
 def _repeats(a: float, b: float, coarse: bool) -> bool:
     return not (abs(a) < float("inf") and abs(b) < float("inf")) or abs(a - b) <= (4e-3 if coarse else 1e-4) * abs(b)
 
 
-def _rounds(fast: Reads, safe: Reads, plan: Plan, point: Point, apart: float, closure: Callable[[], object]) -> bool:
-    """Whether two evaluations are `apart` at a point by rounding to 16 bits, as in an autocast region inside the closure.
+def _rounding(fast: Reads, safe: Reads, plan: Plan, point: Point, closure: Callable[[], object]) -> float:
+    """Returns by how much two evaluations are apart close to theta: rounding to 16 bits, as in an autocast region inside the closure.
 
     A misreading shrinks with the offset, and rounding does not."""
     near = [THETA, point.scaled(2.0**-6), point.scaled(-(2.0**-6))]
     mine, right = (way.read(plan, near, closure, Isolation(plan)).tolist() for way in (fast, safe))
-    return any(abs(a - b) > apart / 8 for a, b in zip(mine, right))
+    return max(abs(a - b) for a, b in zip(mine, right))
 
 
 def fits(plan: Plan) -> bool:
