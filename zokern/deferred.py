@@ -166,7 +166,9 @@ class Deferred:
         born = self.factored.basis_step(plan.step)
         for group in plan.groups:
             waiting = [matrix for matrix in group.matrices or () if matrix.pending is not None]
-            thawed = waiting and len(waiting) < len(group.matrices or ())  # a matrix that joins has no updates and no decay to wait for
+            thawed = waiting and len(waiting) < len(
+                group.matrices or ()
+            )  # a matrix that joins has no updates and no decay to wait for
             if thawed or any(matrix.born != born for matrix in waiting):
                 group.write(plan.seed, step, self.rounding)
         self.accept(also)
@@ -249,7 +251,9 @@ class _Flush:
         if optimizer is not None and optimizer.pending and not optimizer._lock.locked():
             own = optimizer.model._parameters.values() if optimizer.model is not None else ()
             if any((matrix := optimizer.matrices.get(id(p))) is not None and matrix.pending is not None for p in own):
-                raise RuntimeError("the module is being copied while updates of its own weights are deferred: call optimizer.flush() first")
+                raise RuntimeError(
+                    "the module is being copied while updates of its own weights are deferred: call optimizer.flush() first"
+                )
             optimizer.flush()
         return _ignore
 

@@ -16,7 +16,7 @@ from . import backends, directions, estimator, evaluation, parameters, saved, un
 from .deferred import Deferred
 from .evaluation import Tree
 from .fingerprint import memory_of, versions_of
-from .memory import START_ANEW, check_state
+from .memory import START_ANEW
 from .plan import Group, Plan
 from .rule import Rule, Sgd, check_basis
 from .step import StepResult, finite_number, run, whole_number
@@ -105,7 +105,9 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
                 "and nothing would move: expected queries of at least 2"
             )
         if isinstance(paired_check, str) and paired_check != "first":
-            raise ValueError(f"paired_check is {paired_check!r}; expected 'first', or an integer, at least 0, or None for no check")
+            raise ValueError(
+                f"paired_check is {paired_check!r}; expected 'first', or an integer, at least 0, or None for no check"
+            )
         self.paired_check = (
             paired_check if isinstance(paired_check, str) else _check_count("paired_check", paired_check, 0, "no check")
         )
@@ -252,7 +254,15 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
         if not self._groups:
             raise ValueError("no parameter requires a gradient any more: nothing to train in this step")
         plan = Plan(
-            self._groups, self.direction, self.stencil, self.queries, self.seed, self.steps, self.rounding, self._tree, self.factored
+            self._groups,
+            self.direction,
+            self.stencil,
+            self.queries,
+            self.seed,
+            self.steps,
+            self.rounding,
+            self._tree,
+            self.factored,
         )
         for group in self._groups:
             group.check_waiting()
@@ -440,7 +450,9 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
         if grown and not self._warned:
             self._warned = True
             lr = ", ".join(str(float(group["lr"])) for group in self.param_groups)
-            warn(f"the loss has grown from {self._start:.4g} to {loss:.4g} within {self._losses} steps: lr = {lr} may be too large")
+            warn(
+                f"the loss has grown from {self._start:.4g} to {loss:.4g} within {self._losses} steps: lr = {lr} may be too large"
+            )
         return grown
 
     _warned = False
@@ -459,14 +471,16 @@ def _unknown(cls: type, option: str) -> TypeError:
         name
         for owner in cls.__mro__
         if issubclass(owner, ZerothOrder)
-        for name, p in inspect.signature(owner.__init__).parameters.items()  # type: ignore[misc]
+        for name, p in inspect.signature(owner.__init__).parameters.items()
         if name != "self" and p.kind is not inspect.Parameter.VAR_KEYWORD
     ]
     known = sorted(set(options))
     near = difflib.get_close_matches(option, known, 1)
     hint = HINTS.get(option) or (f"{near[0]}=..." if near else "")
     return TypeError(
-        f"{cls.__name__} has no option {option!r}" + (f"; did you mean {hint}?" if hint else ";") + f" The options are {', '.join(known)}"
+        f"{cls.__name__} has no option {option!r}"
+        + (f"; did you mean {hint}?" if hint else ";")
+        + f" The options are {', '.join(known)}"
     )
 
 

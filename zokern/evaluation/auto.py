@@ -19,16 +19,18 @@ from typing import Any
 from torch import Tensor
 
 from .. import products
+from ..plan import Plan
 from ..warning import warn
 from .base import NotRepeatable, Point, Record
 from .isolation import Isolation
 from .master import Master
 from .paired import Paired
-from ..plan import Plan
 from .scratch import MIB, Scratch
 from .trust import fits
 
-ROWS = 512  # tokens or other inputs of the model up to which 'paired' is chosen for a dense z: it is generated once for both sides
+ROWS = (
+    512  # tokens or other inputs of the model up to which 'paired' is chosen for a dense z: it is generated once for both sides
+)
 FACTORED = products.JOIN // 2  # the same where z is factored: up to there W is read once
 
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from .. import products
 from ..backends import Span, TensorList
 from ..directions import DIRECTIONS
+from ..plan import Group, Plan
 from .arena import ALIGN, Arena
 from .base import Point, Refused
 from .factors import Factors
-from ..plan import Group, Plan
 
 RESIDENT = 1 << 16  # elements: tensors up to this size are perturbed together, ahead of the reading
 TILE = 1 << 21  # elements: larger tiles leave the caches before they are read, smaller ones starve the product (benchmarks/)
@@ -234,7 +234,9 @@ class Copies:
         moved = [side for side in sides if not self.untouched(group, i, side)]
         return products.tiled_linear(xs, weight, biases, self._tiles(group, i, moved, transposed), transposed)
 
-    def _tiles(self, group: Group, i: int, moved: Sequence[int], transposed: bool) -> Iterator[tuple[int, int, dict[int, Tensor]]]:
+    def _tiles(
+        self, group: Group, i: int, moved: Sequence[int], transposed: bool
+    ) -> Iterator[tuple[int, int, dict[int, Tensor]]]:
         """Yields (start, stop, the tile of each side that moved): some rows of a matrix, or columns where it is transposed.
 
         Tiles have nearly the same size: TILE elements at most, and what is left of the arena holds two of them."""

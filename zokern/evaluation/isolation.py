@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from ..estimator import loss_tensor
 from ..fingerprint import Fingerprint, memory_of
-from . import rng
 from ..plan import Plan
+from . import rng
 
 BUDGET = 4 << 20  # bytes of buffers that are copied to be put back; larger ones are only watched
 CONTAINERS = (list, dict, set)
@@ -132,7 +132,9 @@ class Isolation:
         """Surrounds the readings of one call: streams are put back, and inputs of the root modules are measured.
 
         eager  run torch.compile'd modules as the Python that they were compiled from"""
-        hooks = [root.register_forward_pre_hook(self._measure, with_kwargs=True) for root in self.tree.roots if _takes_hooks(root)]
+        hooks = [
+            root.register_forward_pre_hook(self._measure, with_kwargs=True) for root in self.tree.roots if _takes_hooks(root)
+        ]
         if self.tree.is_open:
             hooks.append(nn.modules.module.register_module_forward_pre_hook(self._discover))
         try:
@@ -212,6 +214,7 @@ class Isolation:
         self.lost = ""
         for buffer, version, copy in self.watched:
             if version == -1:
+                assert copy is not None
                 if not torch.equal(buffer, copy):
                     _write(buffer, copy)
             elif buffer._version != version:

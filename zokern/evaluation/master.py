@@ -17,12 +17,12 @@ from torch import Tensor
 
 from ..backends import TensorList
 from ..fingerprint import announce
+from ..plan import Group, Plan
 from ..underflow import heads
 from ..warning import warn
 from .base import Point, Record, distinct
 from .factors import Factors
 from .isolation import Isolation
-from ..plan import Group, Plan
 
 
 class Master:
@@ -127,7 +127,17 @@ class Master:
             low = None if in_place else low
             rounding = self.rounding if in_place else "nearest" if low is None else "residual"
             group.backend.lowrank_(
-                source, group.spans, lefts, rights, [1.0] * len(lefts), shrinks[0], rounding, low, plan.seed, plan.step, outs=target
+                source,
+                group.spans,
+                lefts,
+                rights,
+                [1.0] * len(lefts),
+                shrinks[0],
+                rounding,
+                low,
+                plan.seed,
+                plan.step,
+                outs=target,
             )
         elif in_place and scales:
             table = torch.tensor(scales, dtype=torch.float32, device=kept[0].device)

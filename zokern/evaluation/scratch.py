@@ -15,11 +15,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..plan import Plan
 from .arena import Arena
 from .base import Point, Record, distinct
 from .copies import Copies
 from .isolation import Isolation
-from ..plan import Plan
 from .standin import standing_in
 from .trust import Trust
 

@@ -30,7 +30,7 @@ swap = torch._C._swap_tensor_impl
 class Copy(nn.Parameter):
     """The class of a parameter while a resident copy is inside it."""
 
-    requires_grad = property(lambda self: True)  # type: ignore[assignment]
+    requires_grad = property(lambda self: True)
 
 
 class Use(NamedTuple):
@@ -62,6 +62,8 @@ class Use(NamedTuple):
 class Perturbed(Copy):
     """The class of a parameter that is perturbed at its use."""
 
+    _use: Use
+
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -81,7 +83,7 @@ class Perturbed(Copy):
             return _with_copies(func, name, args, kwargs, cast)
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         """A use below torch's Python functions: C++ code, a TorchScript function, a subclass made of the parameter."""
         values, spec = tree_flatten((args, kwargs or {}))
         found = next(v for v in values if isinstance(v, Perturbed))
@@ -187,7 +189,7 @@ def _product(x: Any, weight: Any, bias: Any, transposed: bool):
         return NotImplemented
     with torch.no_grad():
         if isinstance(bias, Perturbed):
-            biases = list(bias._use.stack().unbind(0))
+            biases: list[Tensor | None] = list(bias._use.stack().unbind(0))
         else:
             biases = copies.parts(bias)
         y = copies.product(g, i, copies.parts(x), biases, transposed)
@@ -220,7 +222,12 @@ def _getitem(func, args: tuple, kwargs: dict):
     copies, g, i = weight._use
     if (g, i) in copies.resident or weight.dim() < 2:
         return NotImplemented
-    if isinstance(index, Tensor) and not isinstance(index, Perturbed) and index.dtype in (torch.int64, torch.int32) and index.dim():
+    if (
+        isinstance(index, Tensor)
+        and not isinstance(index, Perturbed)
+        and index.dtype in (torch.int64, torch.int32)
+        and index.dim()
+    ):
         return _lookup(weight, torch.where(index < 0, index + weight.shape[0], index)) if weight.dim() == 2 else NotImplemented
     group = copies.plan.groups[g]
     theta, span, low = group.theta[i], group.spans[i], group.residual(i)
@@ -243,7 +250,9 @@ def _is_taped(x: Tensor, bias: Any) -> bool:
     """Whether autograd follows the call: a closure that differentiates by its inputs. Torch's own operations then do it."""
     if torch.autograd.forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and (x.requires_grad or (isinstance(bias, Tensor) and not isinstance(bias, Copy) and bias.requires_grad))
+    return torch.is_grad_enabled() and (
+        x.requires_grad or (isinstance(bias, Tensor) and not isinstance(bias, Copy) and bias.requires_grad)
+    )
 
 
 HANDLERS: dict[Any, Callable] = {
@@ -274,7 +283,9 @@ def check_objects(copies: Copies) -> None:
         for name, objects in zip(group.names, group.objects):
             for parameter in objects:
                 if type(parameter) not in (Tensor, nn.Parameter):
-                    raise Refused(f"parameter {name!r} is {type(parameter).__name__}, a class of its own: use evaluation='master'")
+                    raise Refused(
+                        f"parameter {name!r} is {type(parameter).__name__}, a class of its own: use evaluation='master'"
+                    )
 
 
 @contextmanager
@@ -297,7 +308,7 @@ def standing_in(copies: Copies) -> Iterator[None]:
                     done.append((parameter, stand_in, kind))
                     parameter.__class__ = Copy if resident else Perturbed
                     if not resident:
-                        parameter._use = Use(copies, g, i)
+                        parameter._use = Use(copies, g, i)  # type: ignore[attr-defined]
         _number([parameter for parameter, _, _ in done])
         versions = {key: stack._version for key, stack in copies.resident.items()}
         yield
@@ -322,7 +333,7 @@ _count = itertools.count(1 << 30)
 def _number(tensors: list[Tensor]) -> None:
     """Gives stand-ins a version of their own: a cache of the closure that goes by versions finds nothing of another reading."""
     version = next(_count) % (1 << 32)
-    torch._C._autograd._unsafe_set_version_counter(tuple(tensors), (version,) * len(tensors))  # type: ignore[attr-defined]
+    torch._C._autograd._unsafe_set_version_counter(tuple(tensors), (version,) * len(tensors))
 
 
 def _bodiless(group: Any, i: int, k: int) -> Tensor:
@@ -330,7 +341,7 @@ def _bodiless(group: Any, i: int, k: int) -> Tensor:
     key = "bodiless", i, k
     if key not in group.memo:
         t = group.theta[i]
-        made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Any = torch.Tensor._make_wrapper_subclass(
             Perturbed, t.shape, strides=t.stride(), dtype=t.dtype, device=t.device, requires_grad=False
         )
         torch._C._set_throw_on_mutable_data_ptr(made)
