@@ -230,7 +230,7 @@ def _product(x: Any, weight: Any, bias: Any, transposed: bool):
             if y is not None:
                 return copies.mapped(y.view(*stack.shape[:-1], columns))
         if isinstance(bias, Perturbed):
-            biases = list(bias._use.stack().unbind(0))
+            biases: list[Tensor | None] = list(bias._use.stack().unbind(0))
         else:
             biases = copies.parts(bias)
         y = copies.product(g, i, copies.parts(x), biases, transposed)
