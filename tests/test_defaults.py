@@ -22,8 +22,8 @@ from zokern import estimator, matmul, products
 from zokern.backends import Span, get
 from zokern.directions import Aligned, Diagonal, Lazy, Matrix, Normal, Subspace
 from zokern.directions.orthonormal import orthonormal
-from zokern.evaluation import Tree
 from zokern.methods.tezo import spectral_ranks
+from zokern.modules import Tree
 from zokern.plan import Group, Plan
 from zokern.rule import renew
 

@@ -20,7 +20,7 @@ LAYERS = {
     "directions": ["directions"],
     "backends": ["backends"],
     "operations": ["matmul", "products", "arguments", "ops", "product_ops", "update_ops"],
-    "parts": ["fingerprint", "estimator", "parameters", "plan", "underflow", "evaluation"],
+    "parts": ["fingerprint", "modules", "objective", "estimator", "parameters", "plan", "underflow", "evaluation"],
     "rules": ["rule"],
     "step": ["firstlook", "step"],
     "optimizer": ["memory", "saved", "deferred", "optimizer"],
@@ -30,7 +30,7 @@ LAYERS = {
 RANK = {stem: rank for rank, stems in enumerate(LAYERS.values()) for stem in stems}
 NATIVE = {"_cpu", "_cuda", "triton_kernels"}
 # data_ptr() tells two tensors apart that share memory; these files compare addresses and hand none on.
-COMPARES_ADDRESSES = {"zokern.ops", "zokern.parameters", "zokern.fingerprint", "zokern.evaluation.isolation"}
+COMPARES_ADDRESSES = {"zokern.ops", "zokern.parameters", "zokern.fingerprint", "zokern.modules", "zokern.evaluation.isolation"}
 
 
 @functools.cache
