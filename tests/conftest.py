@@ -33,7 +33,7 @@ LONGEST = (
     "test_update_triton",
     "test_step",
     "test_methods",
-    "test_paired",
+    "test_evaluations",
     "test_wrong",
     "test_update_cuda",
     "test_lowrank_cuda",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import itertools
 import random
 import warnings
@@ -106,7 +107,8 @@ def test_losses_of_an_architecture(name: str, way: str, dtype: torch.dtype, both
 
 
 OPTIONS = [
-    {"queries": 3}, {"queries": 3, "join": 0}, {"queries": 2, "stencil": "forward"}, {"queries": 3, "way": lambda: zokern.Paired(sides=2, check=False)},
+    {"queries": 3}, {"queries": 3, "join": 0}, {"queries": 2, "stencil": "forward"},
+    {"queries": 3, "way": lambda: zokern.Paired(sides=2, check=False)},
     {"queries": 3, "stencil": "forward", "way": lambda: zokern.Paired(sides=3, check=False)}, {"way": lambda: zokern.Paired(1 << 20, check=False)},
     {"way": WAYS["scratch"]}, {"queries": 2, "stencil": "forward", "way": WAYS["scratch"]}, {"queries": 2, "way": zokern.InPlace, "bound": 2e-5},
 ]  # fmt: skip
@@ -422,7 +424,7 @@ def test_everything_is_as_before(evaluation: str) -> None:
 
 # Resume ----------------------------------------------------------------------------------------------------------------------------------
 
-RULES = {"sgd": lambda: {}, "momentum": lambda: {"rule": zokern.Momentum(0.9)}, "adam": lambda: {"rule": zokern.Adam()}}
+RULES = {"sgd": dict, "momentum": lambda: {"rule": zokern.Momentum(0.9)}, "adam": lambda: {"rule": zokern.Adam()}}
 OWN = {("LOZO", "momentum"): {"momentum": 0.6}, ("TeZO", "momentum"): {"rule": "momentum"}, ("TeZO", "adam"): {"rule": "adam"}}
 RUNS = {
     "MeZO": lambda m, **o: zokern.MeZO(m, **o), "FZOO": lambda m, **o: zokern.FZOO(m, **{"queries": 2, **o}),
@@ -493,6 +495,24 @@ def test_master_holds_one_copy() -> None:
     model = tiny()
     result = zokern.step(zokern.MeZO(model, lr=0.0, evaluation="master"), lambda: next_token_loss(model(IDS), IDS))
     assert result.scratch_bytes == sum(p.nbytes for p in model.parameters())
+
+
+@pytest.mark.parametrize("way", ["auto", "paired", "scratch"])
+def test_the_copy_of_a_comparison_is_let_go(way: str) -> None:
+    """From the third step on a run holds its budget, and the copy of the weights no more."""
+    model = build(lambda: nn.Linear(301, 299, bias=False))
+    x = torch.ones(2, 301)
+
+    def held() -> int:
+        mine = [t for t in gc.get_objects() if type(t) in (Tensor, nn.Parameter) and t.shape == (299, 301)]
+        return len({t.untyped_storage().data_ptr() for t in mine if t.untyped_storage().nbytes() == 4 * 299 * 301})
+
+    optimizer = zokern.MeZO(model, lr=0.0, evaluation=way)
+    counts = []
+    for _ in range(4):
+        zokern.step(optimizer, lambda: model(x).square().mean())
+        counts.append(held())
+    assert counts[0] == 2 and counts[2:] == [1, 1], counts
 
 
 def swallowed(rounding: str) -> tuple[zokern.StepResult, Tensor, Tensor, list[Tensor]]:
