@@ -42,7 +42,7 @@ class Run:
         group = Group([m.name for m in members[2]], members[0], members[1], None, 1e-3, {}, get("cpu"), members[2])
         plan = Plan([group], Normal(), estimator.CENTRAL, 1, 3, step, "nearest", Tree([]), self.direction)
         renew(self.rule, self.direction, group, self.states, 3, step)
-        self.rule.update(plan, group, [0.5], 0.1, 1.0, [0.0], self.states, defer=True)
+        self.rule.update(plan, group, [0.5], 0.1, 1.0, self.states, defer=True)
         found = [m.pending for m in members[2] if m.pending is not None]
         for matrix in members[2]:
             matrix.pending = None

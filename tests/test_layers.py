@@ -166,7 +166,6 @@ def test_imports_point_one_way():
         ("zokern.step", "from . import _cpu", "only backends/ calls kernels"),
         ("zokern.evaluation.inplace", "from ..triton_kernels import normal", "only backends/ calls kernels"),
         ("zokern.estimator", "from .evaluation import master", "go round in a circle"),
-        ("zokern.plan", "if TYPE_CHECKING:\n    from .evaluation import Isolation", "go round in a circle"),
         ("zokern.surprise", "", "zokern.surprise is in no layer"),
     ],
 )
