@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch._compile import _disable_dynamo
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from . import directions, parameters
 from .evaluation import THETA, Evaluation, Master
@@ -46,8 +45,7 @@ class Deferred:
     _lock: threading.Lock
     _busy = False  # inside evaluating()
     _parts: tuple[nn.Module, ...] = ()  # the modules of the model
-    _members: tuple[Any, set[int]] | None = None  # those modules, and their ids
-    _hook: Any = None  # of all forwards, between steps while updates are deferred
+    _hooks: tuple[Any, ...] = ()  # of their forwards, while updates are deferred
     _left: tuple[Group, ...] = ()  # earlier groups, with deferred updates of parameters that are frozen now
 
     waiting: weakref.WeakSet[Deferred] = weakref.WeakSet()  # optimizers with deferred updates
@@ -82,31 +80,26 @@ class Deferred:
         for other in [*Deferred.waiting]:
             if other is not self and (self._tree.is_open or other._tree.is_open or self._shares(other)):
                 other.flush()
-        self._unhook()  # the readings of a step add deferred updates themselves
 
     def _shares(self, other: Deferred) -> bool:
         return not {*map(id, self._tree.modules)}.isdisjoint(map(id, other._tree.modules))
 
     def close(self) -> None:
-        """After a step: while updates are deferred, the next forward of any part of the model writes them first."""
+        """After a step: while updates are deferred, a forward of any part of the model outside a step writes them first."""
         if not self.pending:
             self._release()
-            return
-        Deferred.waiting.add(self)
-        parts = self._parts or self._tree.modules
-        if self._members is None or self._members[0] is not parts:
-            self._members = parts, {*map(id, parts)}
-        self._hook = register_module_forward_pre_hook(_Flush(self, modules=self._members[1]))
-
-    def _unhook(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        elif self not in Deferred.waiting:
+            Deferred.waiting.add(self)
+            hook = _Flush(self)
+            parts = [part for part in self._parts or self._tree.modules if not isinstance(part, torch.jit.ScriptModule)]
+            self._hooks = tuple(part.register_forward_pre_hook(hook) for part in parts)
 
     def _release(self) -> None:
-        """Nothing is deferred any more."""
+        """Takes the forward hooks off: nothing is deferred any more."""
         Deferred.waiting.discard(self)
-        self._unhook()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = ()
 
     def leave(self, groups: list[Group]) -> None:
         """Remembers groups that a plan replaces: refresh() writes their deferred updates if a parameter is trained no more."""
@@ -241,18 +234,19 @@ def _waiting(group: Group) -> list[torch.Tensor]:
 class _Flush:
     """Hook of modules: a forward, save or load outside a step finds the weights with all their updates.
 
-    saves    the caller reads the weights themselves: not allowed inside evaluating()
-    modules  ids of the modules that it is for; None: of any"""
+    saves  the caller reads the weights themselves: not allowed inside evaluating()"""
 
-    def __init__(self, optimizer: Deferred, saves: bool = False, modules: set[int] | None = None) -> None:
-        self.optimizer, self.saves, self.modules = weakref.ref(optimizer), saves, modules
+    def __init__(self, optimizer: Deferred, saves: bool = False) -> None:
+        self.optimizer, self.saves = weakref.ref(optimizer), saves
+
+    def __call__(self, *_: Any) -> None:
+        optimizer = self.optimizer()
+        if optimizer is not None and not optimizer._lock.locked():  # a step's own readings add deferred updates themselves
+            self._write(optimizer)
 
     @_disable_dynamo  # torch.compile would trace the write into the module's graph; torch.optim keeps itself out the same way
-    def __call__(self, module: nn.Module, *_: Any) -> None:
-        if self.modules is not None and id(module) not in self.modules:
-            return
-        optimizer = self.optimizer()
-        if optimizer is not None and optimizer.pending and not optimizer._lock.locked() and (self.saves or not optimizer._busy):
+    def _write(self, optimizer: Deferred) -> None:
+        if optimizer.pending and (self.saves or not optimizer._busy):
             optimizer.flush()
 
     def __deepcopy__(self, memo: dict) -> Callable[..., None]:

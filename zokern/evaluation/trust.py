@@ -88,7 +88,7 @@ def compare(
             rows, apart = _agree(fast, plan, tried[-1], share, closure)
             if not apart:
                 return rows
-            if floor is None and not plan.is_coarse and (found := _rounding(fast, safe, plan, pair[0], closure)) > apart / 8:
+            if floor is None and (found := _rounding(fast, safe, plan, pair[0], closure)) > apart / 8:
                 return compare(fast, safe, plan, points, closure, found)
             if refusal is not None or not coarse:
                 raise _refused(fast, safe, apart, factor * eps)
@@ -100,6 +100,8 @@ def compare(
     if not tried:
         return 0
     rows, apart = _agree(fast, plan, max(tried), share, closure)
+    if apart and floor is None and (found := _rounding(fast, safe, plan, max(tried)[2][0], closure)) > apart / 8:
+        return compare(fast, safe, plan, points, closure, found)
     if apart:
         raise _refused(fast, safe, apart, eps)
     return rows
