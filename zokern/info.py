@@ -17,7 +17,7 @@ import torch
 
 from . import backends, stream
 
-PACKAGES = ("zokern", "torch", "triton", "transformers", "peft", "numpy", "greenlet")
+PACKAGES = ("zokern", "torch", "triton", "transformers", "peft", "numpy")
 VARIABLES = (
     "OMP_NUM_THREADS",
     "CUDA_VISIBLE_DEVICES",
