@@ -76,12 +76,13 @@ def method(name: str, module: nn.Module, shape: Shape, **options: Any) -> zokern
     return getattr(zokern, name)(module, lr=LR, eps=EPS, dead_limit=None, **options)
 
 
-def stepper(name: str, module: nn.Module, shape: Shape, objective: bool = False, **options: Any) -> Callable[[], Any]:
-    from .models import loss_of, objective_of
+def stepper(name: str, module: nn.Module, shape: Shape, **options: Any) -> Callable[[], Any]:
+    from .models import loss_of
 
     optimizer = method(name, module, shape, **options)
-    loss = (objective_of if objective else loss_of)(module, shape.batch, shape.length)
-    zokern.step(optimizer, loss)  # `auto` chooses in the first step and compares both ways in the second, the warming round
+    loss = loss_of(module, shape.batch, shape.length)
+    for _ in range(2):  # the first step looks at the closure, the second compares the evaluation that was chosen
+        zokern.step(optimizer, loss)
     return lambda: zokern.step(optimizer, loss)
 
 
@@ -102,7 +103,7 @@ def bench_methods(benchmark, report, shape: Shape) -> None:
     rounds = 2 if report.quick else min(ROUNDS[shape.tokens], 12 if shape.model == "OPT-125M" else 5)
     seldom = max(1, rounds // 2)
     cases = [Case(BOUND, forwards)]
-    for evaluation in ("walk", "scratch", "paired"):
+    for evaluation in ("inplace", "master", "scratch", "paired"):
         chosen = zokern.Paired(sides=2) if evaluation == "paired" and shape.tokens >= SMALL else evaluation
         loop = "eager MeZO" if shape.eager else ""
         cases.append(Case(f"MeZO {evaluation}", stepper("MeZO", module, shape, evaluation=chosen), eager=loop))
@@ -128,7 +129,10 @@ def bench_methods(benchmark, report, shape: Shape) -> None:
         group.derive(line, share, name, f"{name}, a step that refreshes and writes")
         figures[f"{line}, {shape} / forwards"] = group.ratio(line, BOUND)
     ratios = {case.name: group.ratio(case.name, BOUND) for case in group.cases if case.name != BOUND}
-    figures |= {f"{name} {shape} / forwards": ratios[name] for name in ("MeZO walk", "MeZO scratch", "MeZO paired", *LOOPS)}
+    figures |= {
+        f"{name} {shape} / forwards": ratios[name]
+        for name in ("MeZO inplace", "MeZO master", "MeZO scratch", "MeZO paired", *LOOPS)
+    }
     if shape.eager:
         figures |= {
             f"{name} {shape} / eager": group.ratio(f"eager {name}", name) for name in LOOPS if f"eager {name}" in group.by_name
@@ -155,7 +159,7 @@ def eager_cases(module: nn.Module, shape: Shape, every: int, names: list[str]) -
 
 
 def bench_queries(benchmark, report) -> None:
-    """K queries in one pass, each weight read once, against K steps of one query; for a closure, and for an Objective."""
+    """K queries in one pass, each weight read once, against K steps of one query."""
     pytest.importorskip("transformers")
     from .models import model
 
@@ -174,15 +178,13 @@ def bench_queries(benchmark, report) -> None:
     single = {"SubZero": ("SubZero", {}), "FZOO": ("MeZO", signs)}  # FZOO's signs, read one at a time
     cases, pairs = [], {}
     for name, (one, options) in single.items():
-        for objective in (False, True):
-            form = ", Objective" if objective else ""
-            own = copy.deepcopy(module) if name == "SubZero" else module
-            many = Case(f"{name} {k} in one pass{form}", stepper(name, own, shape, objective, queries=QUERIES))
-            own = copy.deepcopy(module) if name == "SubZero" else module
-            label = name if one == name else f"{one} rademacher one-sided"
-            steps = Case(f"{label}, {QUERIES} steps{form}", times(stepper(one, own, shape, objective, **options)))
-            cases += [many, steps]
-            pairs[f"{name} {k} {shape}{form} / steps"] = many.name, steps.name
+        own = copy.deepcopy(module) if name == "SubZero" else module
+        many = Case(f"{name} {k} in one pass", stepper(name, own, shape, queries=QUERIES))
+        own = copy.deepcopy(module) if name == "SubZero" else module
+        label = name if one == name else f"{one} rademacher one-sided"
+        steps = Case(f"{label}, {QUERIES} steps", times(stepper(one, own, shape, **options)))
+        cases += [many, steps]
+        pairs[f"{name} {k} {shape} / steps"] = many.name, steps.name
     group = Group(f"methods, {k} queries, {shape}", cases).run(benchmark, 2 if report.quick else 8)
     report.add(group, **{figure: group.ratio(*pair) for figure, pair in pairs.items()})
 

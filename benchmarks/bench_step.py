@@ -18,7 +18,7 @@ LR, EPS = 1e-6, 1e-3
 
 @pytest.mark.alone
 @pytest.mark.filterwarnings("ignore:rounding to nearest")
-@pytest.mark.parametrize("dtype, batch, length", [("fp32", 4, 128), ("fp32", 1, 32), ("bf16", 1, 128)])
+@pytest.mark.parametrize("dtype, batch, length", [("fp32", 4, 128), ("fp32", 1, 32), ("fp32", 1, 4), ("bf16", 1, 128)])
 def bench_step(benchmark, report, dtype: str, batch: int, length: int) -> None:
     pytest.importorskip("transformers")
     from .models import loss_of, opt_125m
@@ -26,7 +26,9 @@ def bench_step(benchmark, report, dtype: str, batch: int, length: int) -> None:
     model = opt_125m(dtype)
     twin = copy.deepcopy(model)  # the eager loop's own: its weights drift
     loss, twin_loss = loss_of(model, batch, length), loss_of(twin, batch, length)
-    scratch, auto, walk = (zokern.MeZO(model, lr=LR, eps=EPS, evaluation=name) for name in ("scratch", "auto", "walk"))
+    scratch, auto, inplace, master = (
+        zokern.MeZO(model, lr=LR, eps=EPS, evaluation=name) for name in ("scratch", "auto", "inplace", "master")
+    )
     parameters, seeds = [p for p in twin.parameters() if p.requires_grad], itertools.count()
     n = sum(p.numel() for p in parameters)
     flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
@@ -36,8 +38,9 @@ def bench_step(benchmark, report, dtype: str, batch: int, length: int) -> None:
         loss()
         loss()
 
-    for _ in range(2):  # `auto` chooses in its first step and compares both ways in its second
-        zokern.step(auto, loss)
+    for optimizer in (scratch, auto, inplace, master):  # choices and comparisons are made in the first steps
+        for _ in range(3):
+            zokern.step(optimizer, loss)
     short = batch * length <= 128
     slow = 1 if report.quick else 4 if short else 3
     cases = [
@@ -45,12 +48,13 @@ def bench_step(benchmark, report, dtype: str, batch: int, length: int) -> None:
         Case("two forwards: the bound", forwards),
         Case("zokern.step: scratch", lambda: zokern.step(scratch, loss), eager="eager step: MeZO loop"),
         Case("zokern.step auto: paired", lambda: zokern.step(auto, loss), eager="eager step: MeZO loop"),
-        Case("zokern.step walk: in place", lambda: zokern.step(walk, loss), eager="eager step: MeZO loop", every=slow),
+        Case("zokern.step: inplace", lambda: zokern.step(inplace, loss), eager="eager step: MeZO loop", every=slow),
+        Case("zokern.step: master", lambda: zokern.step(master, loss), eager="eager step: MeZO loop", every=slow),
         Case("eager step: MeZO loop", lambda: eager.step(parameters, twin_loss, next(seeds), LR, EPS), every=slow),
     ]
     what = f"{dtype} {batch}x{length}"
     group = Group(f"step, OPT-125M {what}", cases).run(benchmark, 2 if report.quick else 24 if short else 12)
-    step, paired, bound, loop = (cases[i].name for i in (2, 3, 1, 5))
+    step, paired, bound, loop = (cases[i].name for i in (2, 3, 1, 6))
     assert auto.result is not None and auto.result.evaluation == "paired"
     report.add(
         group,

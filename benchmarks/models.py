@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -81,16 +80,6 @@ def same_weights(module: nn.Module) -> nn.Module:
 def loss_of(model, batch: int, length: int):
     ids = _ids(model, batch, length)
     return lambda: model(input_ids=ids, labels=ids).loss
-
-
-def objective_of(model, batch: int, length: int):
-    """The same loss in the form that lets a step run the model once for all sides."""
-    import zokern
-
-    def loss(outputs, batch):
-        return F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1).float(), batch["input_ids"][:, 1:].flatten())
-
-    return zokern.Objective(model, {"input_ids": _ids(model, batch, length)}, loss)
 
 
 def _ids(model, batch: int, length: int):

@@ -60,7 +60,7 @@ def plot(report, path: Path) -> None:
 
 
 def plot_steps(report, path: Path) -> None:
-    """A step over its two forwards against the tokens of its batch, where walk, scratch, paired and the factored methods cross; shapes of
+    """A step over its two forwards against the tokens of its batch, where inplace, master, scratch, paired and the factored methods cross; shapes of
     which one batch was measured stand side by side."""
     shapes: dict[str, list[dict]] = {}
     for step in sorted(report.steps, key=lambda step: step["tokens"]):
