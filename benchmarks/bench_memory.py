@@ -18,7 +18,8 @@ from .goals import MIB
 from .report import ROOT
 
 CASES = [
-    ("fp32", 4, 128, "64"), ("fp32", 4, 128, "16"), ("bf16", 1, 128, "64"), ("fp32", 4, 128, "inplace"), ("fp32", 4, 128, "master"), ("fp32", 4, 128, "eager"),
+    ("fp32", 4, 128, "64"), ("fp32", 4, 128, "16"), ("bf16", 1, 128, "64"), ("fp32", 4, 128, "inplace"), ("fp32", 4, 128, "master"),
+    ("fp32", 4, 128, "eager"),
     ("fp32", 1, 128, "doubled"), ("fp32", 1, 128, "SubZero"), ("fp32", 1, 128, "LOZO"), ("fp32", 1, 128, "TeZO"),
     ("fp32", 1, 128, "eager SubZero"), ("fp32", 1, 128, "eager LOZO"),
 ]  # fmt: skip

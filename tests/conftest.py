@@ -21,6 +21,8 @@ import torch  # noqa: E402
 # The files that take longest, longest first. A worker takes the next file when it has done one: a long one must not be the last.
 LONGEST = (
     "test_triton",
+    "test_reports",
+    "test_architectures",
     "test_wheel",
     "test_lowrank_triton",
     "test_cuda",

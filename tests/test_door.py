@@ -307,7 +307,11 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("call, other, named", REFUSED, ids=lambda value: getattr(value, "__name__", None) or str(value)[:24])
+@pytest.mark.parametrize(
+    "call, other, named",
+    REFUSED,
+    ids=lambda value: getattr(value, "__name__", None) or (value if isinstance(value, str) else "-".join(value)),
+)
 def test_a_registered_operation_checks_what_it_is_given(call: Callable[..., Any], other: dict[str, Any], named: str) -> None:
     call()
     with pytest.raises(ValueError, match=named):
