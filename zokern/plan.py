@@ -39,6 +39,7 @@ class Group:
     def __post_init__(self) -> None:
         if not self.theta:
             self.theta = TensorList([t.detach() for t in self.tensors])
+            self.theta.kept = {}
 
     def residual(self, i: int) -> Tensor | None:
         """The low bits of tensor i, where it has any."""

@@ -17,7 +17,11 @@ from .base import Span
 
 
 class TensorList(list):
-    """Tensors, and for all of them, in their order, what each says of itself."""
+    """Tensors, and for all of them, in their order, what each says of itself.
+
+    kept  tables of launches on this list, for a caller that hands over the same lists at every step; None: made at every call"""
+
+    kept: dict | None = None
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> TensorList:

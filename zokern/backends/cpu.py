@@ -7,8 +7,8 @@ One call is one parallel region over the chunks of a table, on ``torch.get_num_t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -119,6 +119,22 @@ def _workers(entries: np.ndarray, chunks: np.ndarray) -> int:
     return torch.get_num_threads()
 
 
+def _prepared(
+    verb: str, thetas: Sequence[Tensor], spans: Sequence[Span], outs: Sequence[Sequence[Tensor]], check: Callable[[], Any]
+) -> tuple:
+    """Returns entries and chunks of a launch without residuals; checked and packed once for lists that the caller keeps."""
+    kept = getattr(thetas, "kept", None)
+    if kept is None or any(getattr(side, "kept", None) is None for side in outs):
+        check()
+        return table.pack(thetas, spans, outs)
+    key = verb, id(spans), *map(id, outs)
+    known = kept.get(key)
+    if known is None or known[0] is not spans or any(a is not b for a, b in zip(known[1], outs)):
+        check()
+        known = kept[key] = spans, tuple(outs), table.pack(thetas, spans, outs)
+    return known[2]
+
+
 class Cpu:
     """base.Backend on CPU tensors."""
 
@@ -143,9 +159,14 @@ class Cpu:
               coeffs: Tensor, decay: float | Sequence[float], rounding: str, residuals: Sequence[Tensor] | None,
               clock: Tensor | None = None, each: int = 0) -> Tensor:  # fmt: skip
         number = _direction(direction)
-        DOOR.axpy_(thetas, spans, draws, coeffs, rounding, residuals, clock)
+        check = partial(DOOR.axpy_, thetas, spans, draws, coeffs, rounding, residuals, clock)
         nonfinite = torch.zeros(1, dtype=torch.int64, device="cpu")
-        entries, chunks = table.pack(thetas, spans, residuals=residuals)
+        if residuals is None and clock is None and rounding in table.ROUNDING:
+            DOOR.numbers("axpy_", "coeffs", coeffs, len(draws))
+            entries, chunks = _prepared("axpy_", thetas, spans, (), check)
+        else:
+            check()
+            entries, chunks = table.pack(thetas, spans, residuals=residuals)
         each, decays = rounded_sums(decay, len(draws), each)
         terms = table.pack_draws([(step_at(step, clock), draw) for step, draw in draws], coeffs.detach().numpy(), decays)
         _module().axpy(*_tables(entries, chunks), number, seed, table.address(terms), len(terms), each, table.ROUNDING[rounding],
@@ -172,9 +193,13 @@ class Cpu:
                 scales: Sequence[float], outs: Sequence[Sequence[Tensor]], residuals: Sequence[Tensor] | None,
                 clock: Tensor | None = None) -> None:  # fmt: skip
         number = _direction(direction)
-        DOOR.perturb(thetas, spans, scales, outs, residuals, clock)
+        check = partial(DOOR.perturb, thetas, spans, scales, outs, residuals, clock)
+        if residuals is None and clock is None and len(scales) == len(outs):
+            entries, chunks = _prepared("perturb", thetas, spans, outs, check)
+        else:
+            check()
+            entries, chunks = table.pack(thetas, spans, outs, residuals)
         step = step_at(step, clock)
-        entries, chunks = table.pack(thetas, spans, outs, residuals)
         sides = np.zeros(2, dtype=np.float32)
         sides[: len(scales)] = scales
         _module().perturb(*_tables(entries, chunks), number, seed, step, draw, sides.ctypes.data, _workers(entries, chunks), 0)

@@ -85,6 +85,8 @@ class Copies:
         for positions in by_kind.values():
             thetas, spans = TensorList([group.theta[i] for i in positions]), [group.spans[i] for i in positions]
             outs = [TensorList([stacks[i][side] for i in positions]) for side in range(self.sides)]
+            for kept in (thetas, *outs):
+                kept.kept = {}
             launches.append((positions, thetas, type(group.spans)(spans), outs))
         found = members, launches, self.arena.top.get(device, 0)
         group.memo[key] = self.arena, found

@@ -101,7 +101,8 @@ class Master:
         """Returns memory for the copy, which stays from step to step."""
         if "masters" not in group.memo:
             made = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in group.theta]
-            group.memo["masters"] = TensorList(made)
+            group.memo["masters"] = masters = TensorList(made)
+            masters.kept = {}
             group.memo["loose"] = [i for i, t in enumerate(group.theta) if not t.is_contiguous()]
         return group.memo["masters"]
 
@@ -113,7 +114,7 @@ class Master:
         if group.matrices is not None and not moved:
             scales = []
         in_place = self.rounding == "stochastic" or (group.matrices is None and len(scales) > 1)
-        outs = list(group.theta)
+        outs = TensorList(group.theta) if group.memo["loose"] else group.theta
         for i in group.memo["loose"]:
             outs[i] = torch.empty_like(kept[i])
         if in_place or not (scales or low or moved):

@@ -24,6 +24,7 @@ from torch import Tensor
 from ..estimator import loss_tensor
 from ..plan import Plan
 from . import standin
+from .attention import folding
 from .base import WAY_OUT, Point, Record, Refused, distinct
 from .copies import Copies
 from .isolation import Isolation
@@ -70,7 +71,7 @@ def _pass(copies: Copies, closure: Callable[[], object]) -> Tensor:
     def body(side: Tensor) -> Tensor:
         copies.level = torch._C._functorch.maybe_get_level(side)
         try:
-            with standing_in(copies):
+            with standing_in(copies), folding():
                 loss = closure()
             if not isinstance(loss, Tensor):
                 raise Refused(
