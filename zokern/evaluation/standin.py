@@ -318,39 +318,41 @@ METADATA = {
 # Exchange ---------------------------------------------------------------------------------------------------------------------
 
 
-def check_objects(copies: Copies) -> None:
-    """Raises Refused for parameters that cannot hold another tensor."""
-    for group in copies.plan.groups:
-        for name, objects in zip(group.names, group.objects):
-            for parameter in objects:
-                if type(parameter) not in (Tensor, nn.Parameter):
-                    raise Refused(
-                        f"parameter {name!r} is {type(parameter).__name__}, a class of its own: use evaluation='master'"
-                    )
+def _places(copies: Copies) -> list[tuple]:
+    """Returns (parameter, class, group, position, what stands in: a stack, or a tensor without memory); prepared once.
+
+    Raises Refused for parameters that cannot hold another tensor."""
+    memo, key = copies.plan.groups[0].memo, ("places", copies.level is not None, *(id(s) for s in copies.resident.values()))
+    if memo.get("places", (None,))[0] != key:
+        places = []
+        for g, group in enumerate(copies.plan.groups):
+            for i, objects in enumerate(group.objects):
+                stack = copies.resident.get((g, i))
+                resident = stack is not None and stack.dtype == group.theta[i].dtype
+                for parameter in objects:
+                    if type(parameter) not in (Tensor, nn.Parameter):
+                        raise Refused(
+                            f"parameter {group.names[i]!r} is {type(parameter).__name__}, a class of its own: use evaluation='master'"
+                        )
+                    is_matrix = resident and copies.level is not None and group.theta[i].dim() == 2
+                    kind = Mapped if is_matrix else Copy if resident else Perturbed
+                    places.append((parameter, kind, g, i, stack if resident else _bodiless(group.theta[i])))
+        memo["places"] = key, places
+    return memo["places"][1]
 
 
 @contextmanager
 def standing_in(copies: Copies) -> Iterator[None]:
     """Puts the copies into the trained parameters; on the way out takes them back and looks whether the closure wrote to one."""
-    check_objects(copies)
     done: list[tuple[Any, Tensor, type]] = []
     try:
-        for g, group in enumerate(copies.plan.groups):
-            for i, objects in enumerate(group.objects):
-                stack = copies.resident.get((g, i))
-                resident = stack is not None and stack.dtype == group.theta[i].dtype
-                for k, parameter in enumerate(objects):
-                    kind = type(parameter)
-                    if resident:
-                        stand_in = copies.mapped(stack)  # type: ignore[arg-type]
-                    else:
-                        stand_in = _bodiless(group, i, k)
-                    swap(parameter, stand_in)
-                    done.append((parameter, stand_in, kind))
-                    is_matrix = resident and copies.level is not None and stack.dim() == 3  # type: ignore[union-attr]
-                    parameter.__class__ = Mapped if is_matrix else Copy if resident else Perturbed
-                    if not resident:
-                        parameter._use = Use(copies, g, i)  # type: ignore[attr-defined]
+        for parameter, kind, g, i, inside in _places(copies):
+            stand_in = inside if kind is Perturbed else copies.mapped(inside)
+            swap(parameter, stand_in)
+            done.append((parameter, stand_in, type(parameter)))
+            parameter.__class__ = kind
+            if kind is Perturbed:
+                parameter._use = Use(copies, g, i)
         _number([parameter for parameter, _, _ in done])
         versions = {key: stack._version for key, stack in copies.resident.items()}
         yield
@@ -378,17 +380,13 @@ def _number(tensors: list[Tensor]) -> None:
     torch._C._autograd._unsafe_set_version_counter(tuple(tensors), (version,) * len(tensors))
 
 
-def _bodiless(group: Any, i: int, k: int) -> Tensor:
-    """Returns a tensor with the shape, strides, dtype and device of a parameter and without memory; made once."""
-    key = "bodiless", i, k
-    if key not in group.memo:
-        t = group.theta[i]
-        made = torch.Tensor._make_wrapper_subclass(
-            Perturbed, t.shape, strides=t.stride(), dtype=t.dtype, device=t.device, requires_grad=False
-        )
-        torch._C._set_throw_on_mutable_data_ptr(made)
-        group.memo[key] = made
-    return group.memo[key]
+def _bodiless(theta: Tensor) -> Tensor:
+    """Returns a tensor with the shape, strides, dtype and device of a parameter and without memory."""
+    made = torch.Tensor._make_wrapper_subclass(
+        Perturbed, theta.shape, strides=theta.stride(), dtype=theta.dtype, device=theta.device, requires_grad=False
+    )
+    torch._C._set_throw_on_mutable_data_ptr(made)
+    return made
 
 
 __all__ = ["Perturbed", "standing_in"]
