@@ -217,6 +217,7 @@ class Deferred:
             yield
             return
         plan = self.plan()
+        self.drop_low_bits()
         try:
             with Master().holding(plan, [THETA]) as move:
                 move(0)

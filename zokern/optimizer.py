@@ -267,7 +267,6 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
             self._eps = []  # after a refusal it is looked at again
             underflow.check_perturbation(plan, self.force)
             self._eps = [group.eps for group in self._groups]
-        self.drop_low_bits()
         self._prepared = True
         return plan
 

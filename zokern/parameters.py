@@ -230,38 +230,6 @@ def view_of(tensor: Tensor) -> tuple:
     return (storage_of(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
-def memory_of(tensors: Iterable[Tensor]) -> list[tuple]:
-    """What kernels take from each tensor: where it lies and how it is read."""
-    return [(t.data_ptr(), t.dtype, t.shape, t.stride(), t.device) for t in tensors]
-
-
-def ties(trained: dict[str, Tensor], roots: Iterable[nn.Module]) -> tuple[list[tuple[Tensor, Tensor]], dict[int, str]]:
-    """Tensor objects of the modules (parameters, buffers, attributes) that share elements with trained ones.
-
-    Those with the same elements in the same order, each with the trained one; and, by id, those with some of the elements, or in another
-    order (a transpose, a block of rows), which no perturbed copy can stand for: what they are, for an error when one is used."""
-    owners = {view_of(t): t for t in trained.values() if t.numel()}
-    names = {id(t): name for name, t in trained.items()}
-    by_storage: dict[int, list[Tensor]] = {}
-    for t in owners.values():
-        by_storage.setdefault(storage_of(t), []).append(t)
-    same: list[tuple[Tensor, Tensor]] = []
-    stale: dict[int, str] = {}
-    for module in dict.fromkeys(module for root in roots for module in root.modules()):
-        for where in (module._parameters, module._buffers, vars(module)):
-            for attribute, found in list(where.items()):
-                if not isinstance(found, Tensor) or id(found) in names or found.layout != torch.strided or found.is_meta:
-                    continue
-                near = by_storage.get(storage_of(found), ()) if found.numel() else ()
-                if near and (owner := owners.get(view_of(found))) is not None:
-                    same.append((found, owner))
-                elif (other := next((t for t in near if shared_memory([t, found]) is not None), None)) is not None:
-                    stale[id(found)] = (
-                        f"attribute {attribute!r} of {type(module).__name__}, a view of parameter {names[id(other)]!r}"
-                    )
-    return same, stale
-
-
 def check_parameter(name: str, tensor: Tensor) -> None:
     """Refuse what cannot be trained exactly, by name, with the way out."""
     if not isinstance(tensor, Tensor):
@@ -363,6 +331,6 @@ def check_model(model: nn.Module) -> None:
 
 
 __all__ = [
-    "Trained", "check_model", "check_overlap", "check_parameter", "check_tie", "check_trained", "ids", "inner", "is_wrapped", "memory_of",
-    "named_groups", "plain", "plain_names", "processes", "storage_of", "ties", "trained", "view_of", "wrapped",
+    "Trained", "check_model", "check_overlap", "check_parameter", "check_tie", "check_trained", "ids", "inner", "is_wrapped",
+    "named_groups", "plain", "plain_names", "processes", "storage_of", "trained", "view_of", "wrapped",
 ]  # fmt: skip

@@ -122,11 +122,6 @@ class Group:
         return count
 
 
-def left_of(matrix: Matrix, middle: Tensor, backend: Backend) -> Tensor:
-    """Returns U middle, or the middle itself where a draw is the left factor."""
-    return lefts_of([matrix], [middle], backend)[0]
-
-
 def lefts_of(matrices: Sequence[Matrix], middles: Sequence[Tensor], backend: Backend) -> list[Tensor]:
     """Returns U middle for each matrix, in one launch, summed in the order of lowrank_; the middle itself where it is the left factor."""
     found = list(middles)

@@ -99,6 +99,7 @@ def run(optimizer: Any, closure: Callable[[], Any]) -> StepResult:
 def _run(optimizer: Any, closure: Callable[[], Any]) -> StepResult:
     """The step; `optimizer` gives the plan, keeps the counters and holds the lock."""
     plan: Plan = optimizer.plan()
+    optimizer.drop_low_bits()
     optimizer.refresh(plan, closure)
     sides = [[Point(((plan.draw(k), o),)) if o else THETA for o in plan.stencil.offsets] for k in range(plan.queries)]
     points = [point for each in sides for point in each]
