@@ -62,6 +62,20 @@ def test_one_call_has_the_values_of_each(case: str, monkeypatch) -> None:
     assert F.scaled_dot_product_attention is before
 
 
+@pytest.mark.parametrize("mask", [None, torch.randn(LENGTH, LENGTH, generator=torch.Generator().manual_seed(1))])
+def test_autocast_is_applied(mask: Tensor | None) -> None:
+    """Under torch.vmap as outside of it: operands of several dtypes are multiplied in the autocast one."""
+    q, v = torch.randn(SIDES, BATCH, HEADS, LENGTH, WIDTH), torch.randn(SIDES, BATCH, HEADS, LENGTH, WIDTH).bfloat16()
+
+    def run(q: Tensor, v: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return F.scaled_dot_product_attention(q, q, v, mask)
+
+    with attention.folding():
+        found = torch.vmap(run)(q, v)
+    assert torch.equal(found, torch.stack([run(*side) for side in zip(q, v)])) and found.dtype == torch.bfloat16
+
+
 def test_check_rejects_sides_that_share_keys(monkeypatch) -> None:
     """A wrong folding: every side attends to the first one's keys."""
 

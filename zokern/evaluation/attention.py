@@ -27,7 +27,9 @@ def folded(
 ) -> Tensor:
     """F.scaled_dot_product_attention of (batch, heads, length, width) that is mapped over the sides; anything else goes to torch."""
     functorch: Any = torch._C._functorch
-    level = functorch.maybe_current_level()
+    level, device = functorch.maybe_current_level(), query.device.type
+    if level is not None and torch.is_autocast_enabled(device):  # which torch does not apply to attention under torch.vmap
+        query, key, value, attn_mask = (_cast(t, torch.get_autocast_dtype(device)) for t in (query, key, value, attn_mask))  # type: ignore
 
     def is_mapped(t: Tensor) -> bool:
         return t.dim() == 4 and functorch.is_batchedtensor(t) and functorch.maybe_get_level(t) == level
@@ -40,6 +42,10 @@ def folded(
     q, k, v = (functorch.get_unwrapped(t).movedim(functorch.maybe_get_bdim(t), 0).flatten(0, 1) for t in (query, key, value))
     y = _attention(q, k, v, attn_mask, dropout_p, *args, **kwargs)
     return functorch._add_batch_dim(y.unflatten(0, (-1, query.shape[0])), 0, level)
+
+
+def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype)
 
 
 @contextmanager
