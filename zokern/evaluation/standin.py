@@ -376,8 +376,12 @@ _count = itertools.count(1 << 30)
 
 def _number(tensors: list[Tensor]) -> None:
     """Gives stand-ins a version of their own: a cache of the closure that goes by versions finds nothing of another reading."""
-    version = next(_count) % (1 << 32)
-    torch._C._autograd._unsafe_set_version_counter(tuple(tensors), (version,) * len(tensors))
+    version, number = next(_count) % (1 << 32), torch._C._autograd._unsafe_set_version_counter
+    try:
+        number(tuple(tensors), (version,) * len(tensors))
+    except TypeError:  # earlier versions of torch take one tensor at a time
+        for tensor in tensors:
+            number(tensor, version)  # type: ignore[arg-type]
 
 
 def _bodiless(theta: Tensor) -> Tensor:
