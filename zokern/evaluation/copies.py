@@ -140,14 +140,15 @@ class Copies:
             if self.untouched(group, i, side):
                 out.copy_(view if span.rows is None else view[span.rows])
                 continue
-            left, right, shrink = self.factors.of(group, i, side)
-            args = [1.0], shrink, "nearest" if low is None else "residual"
-            if span.rows is not None and low is None and group.matrices[i].shape == tuple(view.shape):
+            matrix = group.matrices[i]
+            if span.rows is not None and low is None and matrix.shape == tuple(view.shape):
                 left, right, shrink = self.factors.of(group, i, side, span.rows)
                 torch.index_select(view, 0, span.rows, out=out)
-                group.backend.lowrank_([out], [Span(span.who)], [left], [right], *args, None)
+                group.backend.lowrank_([out], [Span(span.who)], [left], [right], [1.0], shrink, "nearest", None)
             else:
-                group.backend.lowrank_([view], [span], [left], [right], *args, residuals, outs=[out])
+                left, right, shrink = self.factors.of(group, i, side)
+                rounding = "nearest" if low is None else "residual"
+                group.backend.lowrank_([view], [span], [left], [right], [1.0], shrink, rounding, residuals, outs=[out])
 
     def stack(self, g: int, i: int) -> Tensor:
         """Returns the whole tensor at every point, (sides, *shape): resident, or in memory of its own."""
