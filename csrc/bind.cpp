@@ -188,10 +188,26 @@ void lowrank_tiles(uintptr_t entries, uintptr_t tiles, int64_t tile_count, uintp
 }
 #endif
 
+// Returns whether the values of some dicts, one dict after another, are the very objects of a list. Compares addresses only: no
+// method of an object is called. A step asks it of every attribute of a model.
+bool same_values(const pybind11::list& dicts, const pybind11::list& kept) {
+  size_t k = 0;
+  const size_t count = kept.size();
+  for (const pybind11::handle held : dicts) {
+    check(PyDict_Check(held.ptr()), "dicts holds something that is no dict");
+    PyObject *key, *value;
+    for (Py_ssize_t at = 0; PyDict_Next(held.ptr(), &at, &key, &value); ++k) {
+      if (k == count || PyList_GET_ITEM(kept.ptr(), k) != value) return false;
+    }
+  }
+  return k == count;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(ZOKERN_MODULE, module) {
   using pybind11::arg;
+  module.def("same_values", &same_values, arg("dicts"), arg("kept"));
   module.def("philox", &philox, Free(), arg("counters"), arg("count"), arg("k0"), arg("k1"), arg("rounds"), arg("words"),
              arg("workers"), arg("stream"));
   module.def("draw", &draw, Free(), arg("entries"), arg("chunks"), arg("chunk_count"), arg("direction"), arg("seed"),

@@ -277,7 +277,7 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
             given = set(map(id, self._known().values()))
             self._others = [p for held in tree.parameters for p in held.values() if p is not None and id(p) not in given]
         thawed = self.model is not None and any(p.requires_grad for p in self._others)
-        if tree.stands() and not thawed:
+        if tree.state().stands and not thawed:
             return
         known = {id(t): name for name, t in self._known().items()}
         now = {id(p): name for root in tree.roots for name, p in root.named_parameters()}

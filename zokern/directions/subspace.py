@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..checks import whole
@@ -68,4 +69,4 @@ class Subspace:
 
     def draws(self, matrices: Sequence[Matrix], source: Source, step: int, draw: int) -> list[Tensor]:
         cores = source(matrices, [(m.rank, m.rank) for m in matrices], step, draw)
-        return [core * self.scale(matrix) for core, matrix in zip(cores, matrices)]
+        return list(torch._foreach_mul(cores, [self.scale(matrix) for matrix in matrices]))

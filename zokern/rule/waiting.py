@@ -23,15 +23,18 @@ def total(plan: Plan, group: Group, amounts: Sequence[float]) -> list[Tensor]:
 def deposit(plan: Plan, group: Group, updates: Sequence[Tensor], decay: float, defer: bool) -> Tensor | int:
     """pending <- decay pending + update, shrink <- decay shrink; written at once unless it may wait. Counts inf and NaN."""
     assert group.matrices is not None
+    earlier = [matrix.pending for matrix in group.matrices if matrix.pending is not None]
+    assert len(earlier) in (0, len(group.matrices)), "matrices of a group are deferred together"
+    if earlier:
+        updates = torch._foreach_add(earlier if decay == 1.0 else torch._foreach_mul(earlier, decay), list(updates))
     for matrix, tensor, update in zip(group.matrices, group.tensors, updates):
         if matrix.pending is None:
-            matrix.pending, matrix.version = update, tensor._version
-        else:
-            matrix.pending = (matrix.pending if decay == 1.0 else matrix.pending * decay) + update
+            matrix.version = tensor._version
+        matrix.pending = update
         matrix.shrink *= decay
     if not defer:
         return group.write(plan.seed, plan.step, plan.rounding)
-    waiting = [m.pending for m in group.matrices if m.pending is not None]
+    waiting = list(updates)
     if bool(torch.isfinite(torch.stack(torch._foreach_norm(waiting))).all()):  # inf and NaN show in it; so may a large sum
         return 0
     return sum(int((~torch.isfinite(pending)).sum()) for pending in waiting)
