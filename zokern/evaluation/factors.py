@@ -13,8 +13,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..gemm import Part
 from ..plan import Group, Plan, lefts_of
-from ..products import Part
 from .base import Point
 
 
