@@ -1,8 +1,8 @@
-"""The products of a step against torch's own F.linear: what zokern/matmul.py chooses on this processor, and what it does not.
+"""The products of a step against torch's own F.linear: what zokern/gemm/library.py chooses on this processor, and what it does not.
 
 A case runs a product over matrices of about 40 million elements together (4 million from 64 rows on), so that W comes from memory as it
 does in a model. bench_perturbed has the reading of a dense z: both signs of it beside two plain products, as tiles that torch multiplies
-and in one kernel (csrc/linear.cpp); and what that kernel's product is worth without z, at which zokern/matmul.py's yields() goes.
+and in one kernel (csrc/linear.cpp); and what that kernel's product is worth without z, at which zokern/gemm/library.py's yields() goes.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 import zokern
-from zokern import matmul
 from zokern.backends import Span, cpu
+from zokern.gemm import library
 
 from .bench_elementwise import DTYPES, EPS
 from .measure import Case, Group
@@ -32,9 +32,9 @@ def bench_matmul(benchmark, report, dtype: str) -> None:
             x = torch.randn(rows, k).to(DTYPES[dtype])
             size = f"{dtype} {rows} rows, {m}x{k}"
             own = f"F.linear {size}"
-            name = f"matmul.linear {size}, {'another product' if matmul.chooses(x, weights[0]) else 'the same'}"
+            name = f"matmul.linear {size}, {'another product' if library.chooses(x, weights[0]) else 'the same'}"
             cases.append(Case(own, lambda x=x, ws=weights: [F.linear(x, w) for w in ws]))
-            cases.append(Case(name, lambda x=x, ws=weights: [matmul.linear(x, w) for w in ws], eager=own))
+            cases.append(Case(name, lambda x=x, ws=weights: [library.linear(x, w) for w in ws], eager=own))
             figures.append((f"matmul {size} / F.linear", own, name))
     group = Group(f"products, {dtype}", cases).run(benchmark, 2 if report.quick else 5)
     report.add(group, **{figure: group.ratio(own, name) for figure, own, name in figures})
@@ -48,7 +48,7 @@ def bench_perturbed(benchmark, report, dtype: str, rows: int, monkeypatch) -> No
     on = cpu.Cpu()
 
     def both(fused: bool, x, ws) -> None:
-        monkeypatch.setattr(matmul, "yields", lambda dtype: fused)
+        monkeypatch.setattr(library, "yields", lambda dtype: fused)
         for w in ws:
             zokern.linear(x, w, scales=(EPS, -EPS), who=1, step=2, backend="cpu")
 
@@ -61,7 +61,7 @@ def bench_perturbed(benchmark, report, dtype: str, rows: int, monkeypatch) -> No
             F.linear(x, w)
             F.linear(x, w)
 
-    chosen = "in one kernel" if matmul.yields(DTYPES[dtype]) else "as tiles"
+    chosen = "in one kernel" if library.yields(DTYPES[dtype]) else "as tiles"
     shapes = [(768, 768)] if report.quick else [(768, 768), (3072, 768), (768, 3072)]
     cases, figures = [], []
     for m, k in shapes:

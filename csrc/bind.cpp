@@ -1,7 +1,7 @@
 // bind.cpp: elementwise.h for Python; compiled once with elementwise.cpp (zokern._cpu) and once with elementwise.cu
 // (zokern._cuda)
 //
-// Addresses are Python integers: zokern/backends/table.py makes them, the backends own what they point to. The interpreter's
+// Addresses are Python integers: zokern/backends/pack.py makes them, the backends own what they point to. The interpreter's
 // lock is released while a kernel runs; a C++ exception becomes a Python exception.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

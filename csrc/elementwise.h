@@ -7,7 +7,7 @@
 //                   would write
 //          perturb  out_j <- round(theta + s_j z), j = 1 or 2, from one evaluation of z; theta is only read
 // table    one Entry per tensor, one launch per table. An entry is a 2-D view of any stride; a tensor of higher rank that
-//          does not collapse to 2-D becomes several entries (zokern/backends/table.py). Outputs are contiguous.
+//          does not collapse to 2-D becomes several entries (zokern/backends/pack.py). Outputs are contiguous.
 // index    element (r, c) of an entry is number first + R pitch + c of its tensor, R = rows ? rows[r] : r, and lies at
 //          theta + R row_stride + c column_stride. 64 bits throughout; the block number must fit 32: first + n <= 2^35.
 // equal    bit for bit to zokern/backends/reference.py
@@ -27,7 +27,7 @@ namespace zo {
 enum class Type : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 enum class Direction : int32_t { kNormal = 0, kRademacher = 1 };
 
-struct Entry {            // 104 bytes; backends/table.py packs the same layout
+struct Entry {            // 104 bytes; backends/pack.py packs the same layout
   void* theta;            // null for draw
   void* out[2];           // draw: out[0]; perturb: out[0], out[1] (null when there is one side); update_: m and v
   int16_t* residual;      // low bits of a bfloat16 theta, at R columns + c, or null
@@ -43,7 +43,7 @@ struct Entry {            // 104 bytes; backends/table.py packs the same layout
   int32_t out_type;       // Type of out
   int32_t tensor;         // position of the tensor in the launch
 };
-static_assert(sizeof(Entry) == 104, "zokern/backends/table.py packs 104 bytes");
+static_assert(sizeof(Entry) == 104, "zokern/backends/pack.py packs 104 bytes");
 
 struct Chunk {  // logical elements [begin, end) of entry `entry`, element p being (p / columns, p % columns)
   int64_t begin;

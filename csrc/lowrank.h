@@ -22,27 +22,27 @@ struct Factors {
   float scale;
   int32_t reserved;
 };
-static_assert(sizeof(Factors) == 40, "zokern/backends/table.py packs 40 bytes");
+static_assert(sizeof(Factors) == 40, "zokern/backends/pack_lowrank.py packs 40 bytes");
 
 // *nonfinite += results that are inf or NaN. launch.direction is not read; step names the bits of stochastic rounding.
 void lowrank(const Launch& launch, const Factors* factors, int64_t factor_count, float decay, Rounding rounding, uint32_t step,
              int64_t* nonfinite);
 
-// What lowrank.cu works on instead of chunks, beside Factors; both are made by zokern/backends/table.py.
+// What lowrank.cu works on instead of chunks, beside Factors; both are made by zokern/backends/pack_lowrank.py.
 struct Tile {  // rows [begin, end) of the matrix from `column` on, or, where that is -1, elements [begin, end) of the entry
   int64_t begin;
   int64_t end;
   int32_t entry;
   int32_t column;
 };
-static_assert(sizeof(Tile) == 24, "zokern/backends/table.py packs 24 bytes");
+static_assert(sizeof(Tile) == 24, "zokern/backends/pack_lowrank.py packs 24 bytes");
 
 struct Frame {                    // of an entry that is a rectangle of the matrix, on 16-byte boundaries
   int64_t stride, shift;          // element (i, j) of the matrix lies at theta + i stride + j + shift
   int64_t out_stride, out_shift;  // and at i out_stride + j + out_shift of out and residual
   int64_t last;                   // columns end here
 };
-static_assert(sizeof(Frame) == 40, "zokern/backends/table.py packs 40 bytes");
+static_assert(sizeof(Frame) == 40, "zokern/backends/pack_lowrank.py packs 40 bytes");
 
 struct TileList {  // and what a launch has to know about it before it reads it
   const Tile* tiles;

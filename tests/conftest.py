@@ -77,20 +77,20 @@ def _seeded(request) -> None:
 @pytest.fixture
 def by_tiles(monkeypatch) -> None:
     """z in tiles and products by torch, whatever the processor."""
-    from zokern import matmul
+    from zokern.gemm import library
 
-    monkeypatch.setattr(matmul, "yields", lambda dtype: False)
+    monkeypatch.setattr(library, "yields", lambda dtype: False)
 
 
 @pytest.fixture(params=[False, True], ids=["tiles", "fused"])
 def both_products(request, monkeypatch) -> None:
     """That, and z made beside the product by csrc/linear.cpp, whatever the processor."""
-    from zokern import matmul
     from zokern.backends import cpu
+    from zokern.gemm import library
 
     if request.param and cpu.why_off() is not None:
         pytest.skip(f"no compiled product: {cpu.why_off()}")
-    monkeypatch.setattr(matmul, "yields", lambda dtype: request.param)
+    monkeypatch.setattr(library, "yields", lambda dtype: request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from zokern.backends import cpu, table
+from zokern.backends import cpu, pack
 from zokern.backends.base import Span
 from zokern.backends.reference import Reference
 from zokern.directions import resolve
@@ -156,12 +156,12 @@ def test_chunks_cover_every_element_once():
     spans = [Span(i, first) for i, first in enumerate((0, 5, 127, 0, 2**32 + 1))]
     tensors.append(torch.zeros(5, 40, 60).transpose(0, 1)[:, :, ::2])
     spans.append(Span(5))
-    entries, chunks = table.pack(tensors, spans)
+    entries, chunks = pack.pack(tensors, spans)
     for number, entry in enumerate(entries):
         own = chunks[chunks["entry"] == number]
         total = int(entry["row_count"] * entry["columns"])
         assert own["begin"][0] == 0 and own["end"][-1] == total and (own["begin"][1:] == own["end"][:-1]).all()
-        cuts = (own["begin"][1:] + np.int64(entry["first"])) % table.ALIGN
+        cuts = (own["begin"][1:] + np.int64(entry["first"])) % pack.ALIGN
         assert (cuts == 0).all() and (own["end"] > own["begin"]).all()
     assert int((entries["row_count"] * entries["columns"]).sum()) == sum(tensor.numel() for tensor in tensors)
 

@@ -18,10 +18,11 @@ from recipes import METHODS
 from torch import Tensor, nn
 
 import zokern
-from zokern import estimator, matmul, products
+from zokern import estimator, gemm
 from zokern.backends import Span, get
 from zokern.directions import Aligned, Diagonal, Lazy, Matrix, Normal, Subspace
 from zokern.directions.orthonormal import orthonormal
+from zokern.gemm import library
 from zokern.methods.tezo import spectral_ranks
 from zokern.modules import Tree
 from zokern.plan import Group, Plan
@@ -202,13 +203,13 @@ def parts() -> Iterator[Any]:
     yield estimator.coefficients([(1.25, 1.5), (1.0, 0.75)], estimator.CENTRAL, 1e-3, None, "std")
     for dtype in (torch.float32, torch.bfloat16):
         yield (
-            matmul.linear(data(20, 10, dtype=dtype), data(12, 10, dtype=dtype)),
-            matmul.wide(data(20, 10), data(12, 10), dtype),
+            library.linear(data(20, 10, dtype=dtype), data(12, 10, dtype=dtype)),
+            library.wide(data(20, 10), data(12, 10), dtype),
         )
-        part = products.Part([0, 1], data(3, 10), data(2, 3, 3), data(12, 3))
+        part = gemm.Part([0, 1], data(3, 10), data(2, 3, 3), data(12, 3))
         xs, weight = [data(4, 10, dtype=dtype), data(5, 10, dtype=dtype)], data(12, 10, dtype=dtype)
         for biases in ([None, None], [data(12, dtype=dtype)] * 2):
-            yield products.factored_linear(get("reference"), xs, weight, [part], 0.99, biases)
+            yield gemm.factored_linear(get("reference"), xs, weight, [part], 0.99, biases)
     model = nn.Linear(10, 12, **FLOAT)
     with torch.no_grad():
         model.weight.copy_(data(12, 10))

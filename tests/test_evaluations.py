@@ -22,8 +22,9 @@ from recipes import METHODS
 from torch import Tensor, nn
 
 import zokern
-from zokern import products
+from zokern import gemm
 from zokern.evaluation import THETA, Point, copies
+from zokern.gemm import lowrank
 
 IDS = models.batch()
 WAYS: dict[str, Callable] = {
@@ -51,10 +52,10 @@ def large(join: int | None = None) -> Iterator[None]:
         with patch.object(copies.Copies, "_size", staticmethod(lambda tensor: arena.budget)):
             places(self, plan, points, arena)
 
-    joined = products.JOIN if join is None else join
+    joined = gemm.JOIN if join is None else join
     with (
         patch.object(copies, "RESIDENT", 64),
-        patch.object(products, "JOIN", joined),
+        patch.object(lowrank, "JOIN", joined),
         patch.object(copies.Copies, "__init__", small_budget),
     ):
         yield

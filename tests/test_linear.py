@@ -18,9 +18,10 @@ from recipes import METHODS
 from torch import Tensor
 
 import zokern
-from zokern import backends, matmul, products
+from zokern import backends, gemm
 from zokern.backends import Span, cpu
 from zokern.directions import Normal, Rademacher
+from zokern.gemm import library
 
 pytestmark = pytest.mark.skipif(cpu.why_off() is not None, reason=f"no compiled kernels: {cpu.why_off()}")
 ISAS = cpu.architectures() if cpu.why_off() is None else []
@@ -332,11 +333,11 @@ def test_many_thin_products_of_one_side() -> None:
 def test_no_rows(transposed: bool, fused: bool) -> None:
     """An expert that no token was sent to."""
     weight, bias, x = torch.randn((30, 20) if transposed else (20, 30)), torch.randn(20), torch.zeros(2, 0, 30)
-    part = products.Part([0], torch.randn(3, 30), torch.randn(1, 3, 3), torch.randn(20, 3))
-    with patch.object(matmul, "yields", lambda dtype: fused):
-        assert products.fuses(backends.get("cpu"), [x], weight, transposed) == fused
-        thin = products.factored_linear(backends.get("cpu"), [x], weight, [part], 1.0, [bias], transposed)
-        dense = products.fused_linear(ON, [x], weight, Span(77, 1003), Normal(), SEED, STEP, [3], [0.05], [bias], transposed)
+    part = gemm.Part([0], torch.randn(3, 30), torch.randn(1, 3, 3), torch.randn(20, 3))
+    with patch.object(library, "yields", lambda dtype: fused):
+        assert gemm.fuses(backends.get("cpu"), [x], weight, transposed) == fused
+        thin = gemm.factored_linear(backends.get("cpu"), [x], weight, [part], 1.0, [bias], transposed)
+        dense = gemm.fused_linear(ON, [x], weight, Span(77, 1003), Normal(), SEED, STEP, [3], [0.05], [bias], transposed)
     assert thin.shape == dense.shape == (0, 20)
 
 
@@ -357,9 +358,9 @@ def test_room_bounds_the_threads(monkeypatch) -> None:
         least = whole // 3 - 80 * row  # five parts, one thread
         assert ON.linear_bytes([60, 40], 1) == least and ON.linear_bytes([60, 40], 2 * least) == 2 * least
         weight, xs = torch.zeros(60, 30), [torch.zeros(2, 30, 30), torch.zeros(40, 30)]
-        with patch.object(matmul, "yields", lambda dtype: True):
-            assert products.fuses(backends.get("cpu"), xs, weight, room=least)
-            assert not products.fuses(backends.get("cpu"), xs, weight, room=least - 1)
+        with patch.object(library, "yields", lambda dtype: True):
+            assert gemm.fuses(backends.get("cpu"), xs, weight, room=least)
+            assert not gemm.fuses(backends.get("cpu"), xs, weight, room=least - 1)
     finally:
         torch.set_num_threads(before)
 
@@ -409,17 +410,17 @@ class Counted:
 def test_left_to_tiles() -> None:
     """What the kernel does not take goes the other way."""
     weight, x, on = torch.zeros(60, 30), torch.zeros(4, 30), backends.get("cpu")
-    with patch.object(matmul, "yields", lambda dtype: True):
-        assert products.fuses(on, [x, x[None]], weight) and products.fuses(on, [x], weight.t().contiguous(), True)
-        assert not products.fuses(on, [x], weight, True)
-        assert not products.fuses(backends.get("reference"), [x], weight)
-        assert not products.fuses(on, [x], weight.t().contiguous().t())
-        assert not products.fuses(on, [x.double()], weight) and not products.fuses(on, [x, x.bfloat16()], weight)
-        assert not products.fuses(on, [x[:, :29]], weight) and not products.fuses(on, [torch.tensor(1.0)], weight)
+    with patch.object(library, "yields", lambda dtype: True):
+        assert gemm.fuses(on, [x, x[None]], weight) and gemm.fuses(on, [x], weight.t().contiguous(), True)
+        assert not gemm.fuses(on, [x], weight, True)
+        assert not gemm.fuses(backends.get("reference"), [x], weight)
+        assert not gemm.fuses(on, [x], weight.t().contiguous().t())
+        assert not gemm.fuses(on, [x.double()], weight) and not gemm.fuses(on, [x, x.bfloat16()], weight)
+        assert not gemm.fuses(on, [x[:, :29]], weight) and not gemm.fuses(on, [torch.tensor(1.0)], weight)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert not products.fuses(on, [x], weight)
+            assert not gemm.fuses(on, [x], weight)
         seen = []
-        torch.vmap(lambda one: (seen.append(products.fuses(on, [one], weight)), one)[1])(x[None])
+        torch.vmap(lambda one: (seen.append(gemm.fuses(on, [one], weight)), one)[1])(x[None])
         assert seen == [False]
 
 
@@ -429,13 +430,13 @@ def test_left_to_tiles() -> None:
     ("", False, True, (False, False, False)),
 ])  # fmt: skip
 def test_the_choice_is_the_processor_s(maker: str, half: bool, pairs: bool, expected: tuple[bool, ...], monkeypatch) -> None:
-    monkeypatch.setattr(matmul, "maker", lambda: maker)
-    monkeypatch.setattr(matmul, "has_onednn", matmul.has_onednn.__wrapped__)
-    monkeypatch.setattr(matmul, "has_half", lambda dtype: half)
+    monkeypatch.setattr(library, "maker", lambda: maker)
+    monkeypatch.setattr(library, "has_onednn", library.has_onednn.__wrapped__)
+    monkeypatch.setattr(library, "has_half", lambda dtype: half)
     monkeypatch.setattr(cpu, "pairs", lambda: pairs)
-    assert tuple(map(matmul.yields, DTYPES)) == expected or cpu.isa() == "scalar"
+    assert tuple(map(library.yields, DTYPES)) == expected or cpu.isa() == "scalar"
     with isa_of("scalar"):
-        assert not matmul.yields(torch.float32)
+        assert not library.yields(torch.float32)
 
 
 # In a step ----------------------------------------------------------------------------------------------------------------
@@ -448,7 +449,7 @@ def counted(calls: list, fused: bool) -> contextlib.ExitStack:
     right, stack = cpu.Cpu.linear, contextlib.ExitStack()
     stack.enter_context(warnings.catch_warnings())
     warnings.filterwarnings("ignore", "the loss did not read|rounding to nearest|the padding row")
-    stack.enter_context(patch.object(matmul, "yields", lambda dtype: fused))
+    stack.enter_context(patch.object(library, "yields", lambda dtype: fused))
     stack.enter_context(patch("zokern.evaluation.copies.RESIDENT", 64))
     stack.enter_context(patch.object(cpu.Cpu, "linear", lambda *args: (calls.append(1), right(*args))[1]))
     return stack

@@ -310,12 +310,12 @@ def test_basis_of_pgap_by_range_finder() -> None:
 
 
 def sketch(change: Callable):
-    """products.sketch_of other draws and coefficients."""
+    """gemm.sketch_of other draws and coefficients."""
 
     def wrong(right, backend, direction, seed, span, shape, draws, coeffs, *rest):
         return right(backend, direction, seed, span, shape, *change(draws, coeffs), *rest)
 
-    return replaced(pgap.products, "sketch_of", wrong)
+    return replaced(pgap.gemm, "sketch_of", wrong)
 
 
 class OneProbe(zokern.Scratch):
@@ -328,9 +328,9 @@ class OneProbe(zokern.Scratch):
 
 WRONG_BASES: dict[str, tuple[dict, Callable]] = {
     "no_power_or_extra": ({"width": 40, "tolerance": 0.01, "power": 0, "oversample": 0}, nullcontext),
-    "transposed_sketch": ({}, lambda: replaced(pgap.products, "sketch_of", lambda right, *a: right(*a).flip(0))),
+    "transposed_sketch": ({}, lambda: replaced(pgap.gemm, "sketch_of", lambda right, *a: right(*a).flip(0))),
     "a_probe_too_few": ({}, lambda: sketch(lambda draws, coeffs: (draws[:-1], coeffs[:-1]))),
-    "random_basis": ({}, lambda: replaced(pgap.products, "sketch_of", lambda right, *a: torch.randn(right(*a).shape))),
+    "random_basis": ({}, lambda: replaced(pgap.gemm, "sketch_of", lambda right, *a: torch.randn(right(*a).shape))),
     "probes_share_a_draw": ({"evaluation": OneProbe()}, nullcontext),
     "spectrum_forgotten": ({}, lambda: replaced(torch.linalg, "svd", lambda right, *a, **k: (lambda u, s, v: (u, s.sqrt(), v))(*right(*a, **k)))),
 }  # fmt: skip

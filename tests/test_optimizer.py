@@ -343,9 +343,10 @@ def test_ranks_of_a_compiled_module() -> None:
 
 def test_colliding_ids_are_resolved_the_same_way_in_any_order() -> None:
     from zokern import parameters
+    from zokern.parameters import names
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parameters, "parameter_id", lambda name: len(name))
+        patch.setattr(names, "parameter_id", lambda name: len(name))
         first, salted = parameters.ids(["bb", "aa", "c"])
         assert first == parameters.ids(["c", "aa", "bb"])[0] and len(set(first.values())) == 3
         assert salted == {"bb": "bb#1"}

@@ -27,7 +27,7 @@ from guarded import filled
 from interpreted import Interpreted
 
 from zokern.backends.base import Span
-from zokern.backends.door import Door
+from zokern.backends.validation import Validator
 
 triton = pytest.importorskip("triton")
 
@@ -478,7 +478,7 @@ def on_ptx(directory, monkeypatch):
         monkeypatch.setattr(backend, "elementwise", executed)
         monkeypatch.setattr(backend, "interpreted", lambda: False)
         mine = OnPtx(executed)
-        mine.door = Door("triton", "cpu")
+        mine.valid = Validator("triton", "cpu")
         return mine
 
     return make

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import zokern
-from zokern import matmul
 from zokern.backends import cpu
 from zokern.evaluation import copies, standin
+from zokern.gemm import library
 
 X = torch.linspace(-1, 1, 4 * 300).view(4, 300)
 EPS = 1e-2
@@ -277,7 +277,7 @@ def test_rounded_or_mixed_vectors_are_rejected(monkeypatch) -> None:
 @pytest.mark.skipif(cpu.why_off() is not None, reason="the compiled kernels are off")
 def test_a_16_bit_bias_is_added_in_float32(monkeypatch) -> None:
     """x picks a column of -1, which is too coarse for eps; what it leaves of the bias, which is 1, is eps z."""
-    monkeypatch.setattr(matmul, "yields", lambda dtype: True)
+    monkeypatch.setattr(library, "yields", lambda dtype: True)
     eps, weight = 2.0**-11, torch.zeros(900, 300, dtype=torch.bfloat16)
     weight[:, 0] = -1.0
     x, w, b = torch.eye(1, 300).bfloat16(), nn.Parameter(weight), nn.Parameter(torch.ones(900).bfloat16())

@@ -8,11 +8,10 @@ from recipes import METHODS, ONE_EACH
 from torch import Tensor
 
 import zokern
-from zokern import matmul, products
 from zokern.backends import get
 from zokern.evaluation import Point, copies
 from zokern.evaluation.arena import Arena
-from zokern.products import Part, factored_linear
+from zokern.gemm import Part, factored_linear, library, lowrank
 
 # Weights of any strides ---------------------------------------------------------------------------------------------------------------
 
@@ -125,17 +124,17 @@ def test_a_decay_multiplied_into_16_bits_is_seen(monkeypatch, by_tiles) -> None:
     def rounded(xs, counts, matrix, parts, shrink, biases, dtype):
         return right([x * shrink for x in xs], counts, matrix, parts, 1.0, biases, dtype)
 
-    right = products._shrunk
-    monkeypatch.setattr(products, "_shrunk", rounded)
+    right = lowrank._shrunk
+    monkeypatch.setattr(lowrank, "_shrunk", rounded)
     with pytest.raises(AssertionError):
         test_a_decay_that_waits_is_read_as_it_is(0.999, torch.bfloat16, False, False, None)
 
 
 @pytest.mark.parametrize("few", [True, False])
 def test_a_wide_product_is_one_of_float32(few: bool, monkeypatch) -> None:
-    monkeypatch.setattr(matmul, "BLOCK", 500)
+    monkeypatch.setattr(library, "BLOCK", 500)
     x, weight = torch.randn(3 if few else 300, 70).bfloat16(), torch.randn(90, 70).bfloat16()
-    found, exact = matmul.wide(x, weight, torch.bfloat16), x.double() @ weight.double().t()
+    found, exact = library.wide(x, weight, torch.bfloat16), x.double() @ weight.double().t()
     assert found.dtype == torch.float32 and (found - exact).abs().max() < 1e-4
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import zokern
-from zokern import backends, firstlook, underflow
+from zokern import backends, first_step, underflow
 from zokern.evaluation import auto, master
 
 IDS = models.batch()
@@ -71,7 +71,7 @@ def test_a_fixed_level_is_rejected() -> None:
     def fixed(message: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=6)
 
-    for module, cause in ((underflow, dead_update), (auto, other_evaluation), (master, swallowed), (firstlook, statistics)):
+    for module, cause in ((underflow, dead_update), (auto, other_evaluation), (master, swallowed), (first_step, statistics)):
         with patch.object(module, "warn", fixed), pytest.raises(AssertionError):
             for way in WAYS.values():
                 check(cause, way)

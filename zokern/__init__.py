@@ -11,11 +11,10 @@ from .evaluation import Auto, InPlace, Master, Paired, Refused, Scratch
 from .evaluation import InPlace as Walk
 from .methods import FZOO, LOZO, PGAP, MeZO, SubZero, TeZO
 from .objective import Objective
-from .ops import axpy_, draw, lowrank_, perturb, philox4x32
-from .product_ops import linear, sketch
+from .ops import axpy_, draw, lowrank_, perturb, philox4x32, update_
+from .ops.linear import linear, sketch
 from .rule import Adam, Momentum, Sgd
 from .step import StepResult, step
-from .update_ops import update_
 
 __version__ = "0.1.0"
 

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backends, directions, estimator, evaluation, parameters, saved, underflow
+from . import backends, checkpoint, directions, estimator, evaluation, parameters, underflow
+from .checks import finite_number, whole_number
 from .deferred import Deferred
 from .fingerprint import memory_of, versions_of
 from .memory import START_ANEW
 from .modules import Tree, same
 from .plan import Group, Plan
 from .rule import Rule, Sgd, check_basis
-from .step import StepResult, finite_number, run, whole_number
+from .step import StepResult, run
 from .stream import check_seed
 from .warning import warn
 
@@ -167,12 +168,12 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
 
         Writes deferred updates (see flush): a run that resumes from it has the bits of the run that saved and went on."""
         self.flush()
-        return {**super().state_dict(), "zokern": saved.own_entry(self)}
+        return {**super().state_dict(), "zokern": checkpoint.own_entry(self)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume: options, seed, step number, and what residuals and rules keep. Refuses, before anything has changed, another stream
         version, other parameter names, another recipe (method, rule, rounding, queries, stencil, rank, interval) and state of other shapes."""
-        own = saved.check(self, state_dict)
+        own = checkpoint.check(self, state_dict)
         held = self._held(state_dict)
         for entry, values in held:
             self._check_state(entry, values, OTHER_STATE, loading=True)
@@ -521,7 +522,11 @@ def _check_scalar(name: str, value: Any) -> None:
 
 def _check_count(name: str, value: Any, least: int, none: str) -> int | None:
     """An integer from `least` on, or None, which means `none`."""
-    return None if value is None else whole_number(name, value, least, none=none)
+    return (
+        None
+        if value is None
+        else whole_number(name, value, least, expected=f"an integer, at least {least}, or None for {none}")
+    )
 
 
 __all__ = ["ZerothOrder"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,9 +10,9 @@ import torch
 from torch import Tensor
 
 from . import estimator, underflow
-from .arguments import fits
+from .checks import fits
 from .evaluation import THETA, NotRepeatable, Point
-from .firstlook import distance, name_statistics, repeats, unseen
+from .first_step import distance, name_statistics, repeats, unseen
 from .plan import Group, Plan
 
 
@@ -184,24 +182,3 @@ def _update(optimizer: Any, plan: Plan, moves: list[Move]) -> int:
     if optimizer.nonfinite == "ignore":
         return 0
     return sum(int(count) for count in counts)
-
-
-def finite_number(name: str, value: Any, *, minimum: float | None = None, above: float | None = None) -> float:
-    """Returns a finite Python float within bounds, or raises a ValueError that says so."""
-    one = not isinstance(value, torch.Tensor) or value.numel() == 1
-    accepted = one and isinstance(value, (numbers.Real, torch.Tensor)) and type(value) is not bool
-    number = float(value) if accepted else math.nan
-    low = number if minimum is None else minimum
-    if not math.isfinite(number) or number < low or (above is not None and number <= above):
-        bound = f" > {above}" if above is not None else f" >= {minimum}" if minimum is not None else ""
-        raise ValueError(f"{name} is {value!r}; expected a finite number{bound}")
-    return number
-
-
-def whole_number(name: str, value: Any, least: int, most: int | None = None, none: str = "") -> int:
-    """Returns an integer within bounds, or raises a ValueError that says so."""
-    number = least - 1 if isinstance(value, bool) or not isinstance(value, numbers.Integral) else int(value)
-    if number < least or (most is not None and number > most):
-        bound = f"at least {least}" if most is None else f"{least} <= {name} <= {most}"
-        raise ValueError(f"{name} is {value!r}; expected an integer, {bound}" + (f", or None for {none}" if none else ""))
-    return number

@@ -8,7 +8,7 @@ import torch
 from guarded import equal
 from torch import Tensor
 
-from zokern import products
+from zokern import gemm
 from zokern.backends import Backend, Span
 from zokern.directions import resolve
 from zokern.evaluation.arena import Arena
@@ -98,7 +98,7 @@ def check_linear(backend: Backend, device: str, dtype: torch.dtype, count: int) 
             arena.release()
 
     def call() -> None:
-        results[:] = products.tiled_linear([x, x], there, [None, None], tiles()).split(len(x))
+        results[:] = gemm.tiled_linear([x, x], there, [None, None], tiles()).split(len(x))
 
     graph = Captured(call, device)
     for time in range(1, REPLAYS + 1):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from zokern import products
+from zokern import gemm
 from zokern.backends import Backend, Span
 from zokern.backends.base import STATES
 from zokern.directions import resolve
@@ -129,7 +129,7 @@ def linear(at: Setting) -> None:
             at.backend.perturb([view], [here], resolve("normal"), SEED, STEP, 0, [1e-3, -1e-3], outs, None)
             yield start, start + len(view), dict(enumerate(pair))
 
-    at.results.append(products.tiled_linear([x, x], weight, [None, None], tiles()))
+    at.results.append(gemm.tiled_linear([x, x], weight, [None, None], tiles()))
 
 
 def linear_factored(at: Setting) -> None:
@@ -138,17 +138,15 @@ def linear_factored(at: Setting) -> None:
     weight, x = (whole(k, rows, n).to(at.thetas[0].dtype).to(at.device) for k, rows in ((3, m), (4, 5)))
     left, right = (whole(k, count, rank).to(at.device) / 4 for k, count in ((1, m), (2, n)))
     middles = torch.stack([torch.eye(rank), -torch.eye(rank)]).to(at.device)
-    part = products.Part([0, 1], right.t().contiguous(), middles, left)
-    at.results.append(products.factored_linear(at.backend, [x, x], weight, [part], 1.0, [None, None]))
+    part = gemm.Part([0, 1], right.t().contiguous(), middles, left)
+    at.results.append(gemm.factored_linear(at.backend, [x, x], weight, [part], 1.0, [None, None]))
 
 
 def sketch(at: Setting) -> None:
     """(sum_k c_k z_k) Omega with one-hot columns Omega."""
     omega, draws = torch.eye(96, device=at.device)[:, ::5].contiguous(), [(STEP, 0), (STEP, 1)]
     for transposed, shape in ((False, (50, 96)), (True, (96, 50))):
-        y = products.sketch_of(
-            at.backend, resolve("normal"), SEED, Span(5, 3), shape, draws, [0.5, -2.0], omega, transposed, 777
-        )
+        y = gemm.sketch_of(at.backend, resolve("normal"), SEED, Span(5, 3), shape, draws, [0.5, -2.0], omega, transposed, 777)
         at.results.append(y)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from ..warning import warn
 from .base import DTYPES, ROUNDINGS, SCALARS, STATES, Backend, Multiplies, Span
-from .columns import SpanList, TensorList
+from .lists import SpanList, TensorList
 
 BACKENDS = {"reference": "Reference", "cpu": "Cpu", "cuda": "Cuda", "triton": "Triton"}
 DEFAULTS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}  # by device, best first

@@ -16,9 +16,9 @@ import numpy as np
 import torch  # before _cpu: both then share one OpenMP runtime, and torch's threads are not oversubscribed
 from torch import Tensor
 
-from . import table
+from . import pack, pack_lowrank
 from .base import Span, check_rows, rounded_sums, step_at
-from .door import Door, described
+from .validation import Validator, described
 
 _cpu: Any = None
 _error = ""
@@ -30,7 +30,7 @@ except ImportError as error:
 ARITHMETIC_RANK = 32  # above it lowrank_ is bound by arithmetic, and a panel in the first cache is worth a longer chunk
 SHARED_ROWS = 512  # rows of all sides that are worth a z of their own: about a tenth of their products (bench_matmul.py)
 SMALL = 1 << 16  # elements of a launch below which waking a second thread costs more than it saves
-DOOR = Door("cpu", "cpu")
+VALID = Validator("cpu", "cpu")
 
 
 def why_off() -> str | None:
@@ -78,10 +78,10 @@ def _module() -> Any:
 
 
 def _direction(direction) -> int:
-    number = table.DIRECTIONS.get(direction.name)
+    number = pack.DIRECTIONS.get(direction.name)
     if number is None:
         raise NotImplementedError(
-            f"direction {direction.name!r} has no compiled kernel; backend 'cpu' has {sorted(table.DIRECTIONS)}, "
+            f"direction {direction.name!r} has no compiled kernel; backend 'cpu' has {sorted(pack.DIRECTIONS)}, "
             "backend 'reference' takes any direction"
         )
     return number
@@ -97,7 +97,7 @@ def _is_sound(
     residuals: Sequence[Tensor] | None,
     outs: Sequence[Tensor] | None,
 ) -> bool:
-    """Whether the door has nothing to ask of a call of lowrank_: the common one of a forward pass, in a tenth of the door's time."""
+    """Tells whether a call of lowrank_ is the common one of a forward pass, and right: in a tenth of the time of VALID.lowrank_."""
     if not 1 == len(thetas) == len(spans) == len(lefts) == len(rights) == len(scales):
         return False
     if residuals is not None or rounding != "nearest" or (outs is not None and len(outs) != 1):
@@ -106,7 +106,7 @@ def _is_sound(
     out = theta if outs is None else outs[0]
     if not (theta.is_cpu and left.is_cpu and right.is_cpu and out.is_cpu) or pitch is not None or rows is not None:
         return False
-    if theta.dtype not in table.TYPES or (out is not theta and out.dtype != theta.dtype):
+    if theta.dtype not in pack.TYPES or (out is not theta and out.dtype != theta.dtype):
         return False
     if left.dtype != torch.float32 or right.dtype != torch.float32 or left.dim() != 2 or right.dim() != 2:
         return False
@@ -116,7 +116,7 @@ def _is_sound(
 
 
 def _tables(entries: np.ndarray, chunks: np.ndarray) -> tuple[int, int, int]:
-    return table.address(entries), table.address(chunks), len(chunks)
+    return pack.address(entries), pack.address(chunks), len(chunks)
 
 
 def _workers(entries: np.ndarray, chunks: np.ndarray) -> int:
@@ -135,12 +135,12 @@ def _prepared(
     kept = getattr(thetas, "kept", None)
     if kept is None or any(getattr(side, "kept", None) is None for side in outs):
         check()
-        return table.pack(thetas, spans, outs)
+        return pack.pack(thetas, spans, outs)
     key = verb, id(spans), *map(id, outs)
     known = kept.get(key)
     if known is None or known[0] is not spans or any(a is not b for a, b in zip(known[1], outs)):
         check()
-        known = kept[key] = spans, tuple(outs), table.pack(thetas, spans, outs)
+        known = kept[key] = spans, tuple(outs), pack.pack(thetas, spans, outs)
     return known[2]
 
 
@@ -150,7 +150,7 @@ class Cpu:
     name = "cpu"
 
     def philox4x32(self, counter: Tensor, key: tuple[int, int], rounds: int) -> Tensor:
-        DOOR.philox4x32(counter)
+        VALID.philox4x32(counter)
         given = np.ascontiguousarray(counter.numpy().astype(np.uint32))
         words = np.empty_like(given)
         _module().philox(given.ctypes.data, len(given), key[0], key[1], rounds, words.ctypes.data, 1, 0)
@@ -159,26 +159,26 @@ class Cpu:
     def draw(self, outs: Sequence[Tensor], spans: Sequence[Span], direction, seed: int, step: int, draw: int,
              clock: Tensor | None = None) -> None:  # fmt: skip
         number = _direction(direction)
-        DOOR.draw(outs, spans, clock)
+        VALID.draw(outs, spans, clock)
         step = step_at(step, clock)
-        entries, chunks = table.pack(None, spans, (outs,))
+        entries, chunks = pack.pack(None, spans, (outs,))
         _module().draw(*_tables(entries, chunks), number, seed, step, draw, _workers(entries, chunks), 0)
 
     def axpy_(self, thetas: Sequence[Tensor], spans: Sequence[Span], direction, seed: int, draws: Sequence[tuple[int, int]],
               coeffs: Tensor, decay: float | Sequence[float], rounding: str, residuals: Sequence[Tensor] | None,
               clock: Tensor | None = None, each: int = 0) -> Tensor:  # fmt: skip
         number = _direction(direction)
-        check = partial(DOOR.axpy_, thetas, spans, draws, coeffs, rounding, residuals, clock)
+        check = partial(VALID.axpy_, thetas, spans, draws, coeffs, rounding, residuals, clock)
         nonfinite = torch.zeros(1, dtype=torch.int64, device="cpu")
-        if residuals is None and clock is None and rounding in table.ROUNDING:
-            DOOR.numbers("axpy_", "coeffs", coeffs, len(draws))
+        if residuals is None and clock is None and rounding in pack.ROUNDING:
+            VALID.numbers("axpy_", "coeffs", coeffs, len(draws))
             entries, chunks = _prepared("axpy_", thetas, spans, (), check)
         else:
             check()
-            entries, chunks = table.pack(thetas, spans, residuals=residuals)
+            entries, chunks = pack.pack(thetas, spans, residuals=residuals)
         each, decays = rounded_sums(decay, len(draws), each)
-        terms = table.pack_draws([(step_at(step, clock), draw) for step, draw in draws], coeffs.detach().numpy(), decays)
-        _module().axpy(*_tables(entries, chunks), number, seed, table.address(terms), len(terms), each, table.ROUNDING[rounding],
+        terms = pack.pack_draws([(step_at(step, clock), draw) for step, draw in draws], coeffs.detach().numpy(), decays)
+        _module().axpy(*_tables(entries, chunks), number, seed, pack.address(terms), len(terms), each, pack.ROUNDING[rounding],
                        nonfinite.data_ptr(), _workers(entries, chunks), 0)  # fmt: skip
         return nonfinite
 
@@ -187,14 +187,14 @@ class Cpu:
                 residuals: Sequence[Tensor] | None, clock: Tensor | None = None) -> Tensor:  # fmt: skip
         number = _direction(direction)
         check_rows(spans, None, "update_")
-        DOOR.update_(thetas, spans, draws, coeffs, rule, scalars, states, rounding, residuals, clock)
+        VALID.update_(thetas, spans, draws, coeffs, rule, scalars, states, rounding, residuals, clock)
         nonfinite, scalars = torch.zeros(1, dtype=torch.int64, device="cpu"), scalars.contiguous()
-        entries, chunks = table.pack(thetas, spans, states, residuals)
-        terms = table.pack_draws(
+        entries, chunks = pack.pack(thetas, spans, states, residuals)
+        terms = pack.pack_draws(
             [(step_at(step, clock), draw) for step, draw in draws], coeffs.detach().numpy(), [1.0] * len(draws)
         )
-        _module().update(*_tables(entries, chunks), number, seed, table.address(terms), len(terms), table.RULES[rule],
-                         scalars.data_ptr(), table.ROUNDING[rounding], nonfinite.data_ptr(), _workers(entries, chunks),
+        _module().update(*_tables(entries, chunks), number, seed, pack.address(terms), len(terms), pack.RULES[rule],
+                         scalars.data_ptr(), pack.ROUNDING[rounding], nonfinite.data_ptr(), _workers(entries, chunks),
                          0)  # fmt: skip
         return nonfinite
 
@@ -202,12 +202,12 @@ class Cpu:
                 scales: Sequence[float], outs: Sequence[Sequence[Tensor]], residuals: Sequence[Tensor] | None,
                 clock: Tensor | None = None) -> None:  # fmt: skip
         number = _direction(direction)
-        check = partial(DOOR.perturb, thetas, spans, scales, outs, residuals, clock)
+        check = partial(VALID.perturb, thetas, spans, scales, outs, residuals, clock)
         if residuals is None and clock is None and len(scales) == len(outs):
             entries, chunks = _prepared("perturb", thetas, spans, outs, check)
         else:
             check()
-            entries, chunks = table.pack(thetas, spans, outs, residuals)
+            entries, chunks = pack.pack(thetas, spans, outs, residuals)
         step = step_at(step, clock)
         sides = np.zeros(2, dtype=np.float32)
         sides[: len(scales)] = scales
@@ -218,22 +218,22 @@ class Cpu:
                  outs: Sequence[Tensor] | None = None) -> Tensor:  # fmt: skip
         check_rows(spans, outs)
         if not _is_sound(thetas, spans, lefts, rights, scales, rounding, residuals, outs):
-            DOOR.lowrank_(thetas, spans, lefts, rights, scales, rounding, residuals, outs)
+            VALID.lowrank_(thetas, spans, lefts, rights, scales, rounding, residuals, outs)
         if len(thetas) == 1 and spans[0].rows is None and spans[0].pitch is None and thetas[0].is_contiguous():
             theta, out, left, right = thetas[0], thetas[0] if outs is None else outs[0], lefts[0], rights[0]
             nonfinite = torch.empty(1, dtype=torch.int64, device="cpu")  # the call of a forward pass: no table, no NumPy
             _module().lowrank_one(
                 theta.data_ptr(), 0 if outs is None else out.data_ptr(), 0 if residuals is None else residuals[0].data_ptr(),
-                theta.numel(), spans[0].first, spans[0].who, table.TYPES[theta.dtype], table.TYPES[out.dtype], left.data_ptr(),
+                theta.numel(), spans[0].first, spans[0].who, pack.TYPES[theta.dtype], pack.TYPES[out.dtype], left.data_ptr(),
                 right.data_ptr(), right.shape[1], right.shape[0], scales[0], _elements(rights), seed, step, decay,
-                table.ROUNDING[rounding], nonfinite.data_ptr(), torch.get_num_threads(),
+                pack.ROUNDING[rounding], nonfinite.data_ptr(), torch.get_num_threads(),
             )  # fmt: skip
             return nonfinite
         nonfinite = torch.zeros(1, dtype=torch.int64, device="cpu")
         sides = () if outs is None else (outs,)
-        entries, chunks = table.pack(thetas, spans, sides, residuals, _elements(rights), numbered=True)
-        factors = table.pack_factors(lefts, rights, scales)
-        _module().lowrank(*_tables(entries, chunks), table.address(factors), len(factors), seed, step, decay, table.ROUNDING[rounding],
+        entries, chunks = pack.pack(thetas, spans, sides, residuals, _elements(rights), numbered=True)
+        factors = pack_lowrank.pack_factors(lefts, rights, scales)
+        _module().lowrank(*_tables(entries, chunks), pack.address(factors), len(factors), seed, step, decay, pack.ROUNDING[rounding],
                           nonfinite.data_ptr(), _workers(entries, chunks), 0)  # fmt: skip
         return nonfinite
 
@@ -251,7 +251,7 @@ class Cpu:
                 multiplied, each time with z made anew, and where that does not help, by fewer threads
         outs    contiguous (rows, m) each, of W's dtype, which take the results;  transposed  y_j = x_j (W + scales[j] z_j), W (n, m)
         W + scales[j] z_j is rounded to W's dtype, as perturb writes it; the sums are float32 in a fixed order, rounded once."""
-        DOOR.linear(xs, weight, draws, scales, biases, thins)
+        VALID.linear(xs, weight, draws, scales, biases, thins)
         m, n = weight.shape[::-1] if transposed else weight.shape
         dense = max(draws) >= 0
         number = _direction(direction) if dense else 0
@@ -293,7 +293,7 @@ class Cpu:
                 into = ys[j].data_ptr() + begin * out_pitch
                 sides.append((rows[j] + begin * pitch, end - begin, into, added[j], scales[j], draws[j]))
             _module().linear(
-                weight.data_ptr(), table.TYPES[weight.dtype], transposed, m, n, number, seed, span.first, span.who, step, shrink, sides,
+                weight.data_ptr(), pack.TYPES[weight.dtype], transposed, m, n, number, seed, span.first, span.who, step, shrink, sides,
                 products, threads,
             )  # fmt: skip
         return ys
@@ -329,7 +329,7 @@ def _plan_of(counts: tuple[int, ...], room: int | None, threads: int, base: int,
 def _elements(rights: Sequence[Tensor]) -> int:
     """Elements of a chunk of lowrank_: at high ranks about 32 rows, which share the part of `right` that the first cache holds."""
     longest = max([right.shape[0] for right in rights if right.shape[1] > ARITHMETIC_RANK], default=0)
-    return min(max(table.CHUNK_ELEMENTS, 32 * longest // table.ALIGN * table.ALIGN), 8 * table.CHUNK_ELEMENTS)
+    return min(max(pack.CHUNK_ELEMENTS, 32 * longest // pack.ALIGN * pack.ALIGN), 8 * pack.CHUNK_ELEMENTS)
 
 
 __all__ = ["Cpu", "architectures", "isa", "select", "why_off"]

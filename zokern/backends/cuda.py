@@ -1,7 +1,7 @@
 """Backend ``cuda``: the compiled kernels of csrc/elementwise.cu, update.cu and lowrank.cu, for tensors of one CUDA device and on
 torch's current stream.
 
-A verb is one launch. The table of its list is packed and uploaded once and found on the device afterwards (`tables`); the
+A verb is one launch. The table of its list is packed and uploaded once and found on the device afterwards (`device_tables`); the
 coefficients and the clock are read where they lie. So no call waits for the device, a repeated call copies nothing to it, and a
 call can be captured in a CUDA graph. Everything a call allocates is allocated and freed on the stream that it launches on, which
 is what torch's allocators order by: nothing has to be kept alive after the call. Whoever gives it tensors of another stream has to
@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import table, tables
+from . import device_tables, pack, pack_lowrank
 from .base import Span, check_rows, rounded_sums
-from .door import Door, given
+from .validation import Validator, given
 
 _cuda: Any = None
 _error = ""
@@ -50,10 +50,10 @@ def why_off() -> str | None:
 
 
 def _direction(direction) -> int:
-    number = table.DIRECTIONS.get(direction.name)
+    number = pack.DIRECTIONS.get(direction.name)
     if number is None:
         raise NotImplementedError(
-            f"direction {direction.name!r} has no compiled kernel; backend 'cuda' has {sorted(table.DIRECTIONS)}, "
+            f"direction {direction.name!r} has no compiled kernel; backend 'cuda' has {sorted(pack.DIRECTIONS)}, "
             "backend 'reference' takes any direction"
         )
     return number
@@ -67,8 +67,8 @@ class Cuda:
     device_type = "cuda"
 
     def __init__(self) -> None:
-        self.tables = tables.Tables()
-        self.door = Door(self.name, self.device_type)
+        self.tables = device_tables.Tables()
+        self.valid = Validator(self.name, self.device_type)
 
     def _call(self, verb: str, device: torch.device, tensors: Sequence[Tensor], *arguments: Any, **named: int) -> None:
         """One function of the module on the device's current stream; `tensors` is everything that the arguments point to."""
@@ -85,10 +85,10 @@ class Cuda:
         """The table of a list, and the module's first three arguments."""
 
         def make():
-            entries, chunks = table.pack(thetas, spans, outs, residuals)
+            entries, chunks = pack.pack(thetas, spans, outs, residuals)
             return (entries, chunks) if len(chunks) else (), (entries.nbytes, len(chunks))
 
-        kept = self.tables.get(tables.key_of(thetas, spans, outs, residuals), device, make)
+        kept = self.tables.get(device_tables.key_of(thetas, spans, outs, residuals), device, make)
         if kept.buffer is None:
             return [], (0, 0, 0)
         (entries_bytes, chunks), start = kept.facts, kept.buffer.data_ptr()
@@ -101,7 +101,7 @@ class Cuda:
         return self.tables.get(("terms", terms.tobytes()), device, lambda: ((terms,), None)).buffer
 
     def philox4x32(self, counter: Tensor, key: tuple[int, int], rounds: int) -> Tensor:
-        device = self._or_any(self.door.philox4x32(counter))
+        device = self._or_any(self.valid.philox4x32(counter))
         given = counter.contiguous().view(torch.int32)[..., ::2].contiguous()  # the low half of each int64
         words = torch.empty_like(given)
         if len(given):
@@ -110,7 +110,7 @@ class Cuda:
 
     def draw(self, outs: Sequence[Tensor], spans: Sequence[Span], direction, seed: int, step: int, draw: int,
              clock: Tensor | None = None) -> None:  # fmt: skip
-        number, device = _direction(direction), self._or_any(self.door.draw(outs, spans, clock))
+        number, device = _direction(direction), self._or_any(self.valid.draw(outs, spans, clock))
         kept, place = self._table(device, None, spans, (outs,))
         if kept:
             self._call("draw", device, [*kept, *outs, *_rows(spans), *given(clock)], *place, number, seed, step, draw,
@@ -120,17 +120,17 @@ class Cuda:
               coeffs: Tensor, decay: float | Sequence[float], rounding: str, residuals: Sequence[Tensor] | None,
               clock: Tensor | None = None, each: int = 0) -> Tensor:  # fmt: skip
         number, low = _direction(direction), residuals or ()
-        device = self._or_any(self.door.axpy_(thetas, spans, draws, coeffs, rounding, residuals, clock))
+        device = self._or_any(self.valid.axpy_(thetas, spans, draws, coeffs, rounding, residuals, clock))
         coeffs = coeffs.contiguous()
         nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
         kept, place = self._table(device, thetas, spans, (), residuals)
         if not kept:
             return nonfinite
         each, decays = rounded_sums(decay, len(draws), each)
-        terms = table.pack_draws(draws, 0.0, decays)
+        terms = pack.pack_draws(draws, 0.0, decays)
         uploaded = self._terms(device, terms)
         tensors = [*kept, *given(uploaded), coeffs, nonfinite, *thetas, *low, *_rows(spans), *given(clock)]
-        self._call("axpy", device, tensors, *place, number, seed, table.address(terms), len(draws), each, table.ROUNDING[rounding],
+        self._call("axpy", device, tensors, *place, number, seed, pack.address(terms), len(draws), each, pack.ROUNDING[rounding],
                    nonfinite.data_ptr(), clock=_address(clock), device_draws=_address(uploaded),
                    coefficients=coeffs.data_ptr())  # fmt: skip
         return nonfinite
@@ -140,17 +140,17 @@ class Cuda:
                 residuals: Sequence[Tensor] | None, clock: Tensor | None = None) -> Tensor:  # fmt: skip
         number, low, flat = _direction(direction), residuals or (), [tensor for state in states for tensor in state]
         check_rows(spans, None, "update_")
-        found = self.door.update_(thetas, spans, draws, coeffs, rule, scalars, states, rounding, residuals, clock)
+        found = self.valid.update_(thetas, spans, draws, coeffs, rule, scalars, states, rounding, residuals, clock)
         device, coeffs, scalars = self._or_any(found), coeffs.contiguous(), scalars.contiguous()
         nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
         kept, place = self._table(device, thetas, spans, states, residuals)
         if not kept:
             return nonfinite
-        terms = table.pack_draws(draws, 0.0, [1.0] * len(draws))
+        terms = pack.pack_draws(draws, 0.0, [1.0] * len(draws))
         uploaded = self._terms(device, terms)
         tensors = [*kept, *given(uploaded), coeffs, scalars, nonfinite, *thetas, *flat, *low, *given(clock)]
-        self._call("update", device, tensors, *place, number, seed, table.address(terms), len(draws), table.RULES[rule],
-                   scalars.data_ptr(), table.ROUNDING[rounding], nonfinite.data_ptr(), clock=_address(clock),
+        self._call("update", device, tensors, *place, number, seed, pack.address(terms), len(draws), pack.RULES[rule],
+                   scalars.data_ptr(), pack.ROUNDING[rounding], nonfinite.data_ptr(), clock=_address(clock),
                    device_draws=_address(uploaded), coefficients=coeffs.data_ptr())  # fmt: skip
         return nonfinite
 
@@ -158,7 +158,7 @@ class Cuda:
                 scales: Sequence[float], outs: Sequence[Sequence[Tensor]], residuals: Sequence[Tensor] | None,
                 clock: Tensor | None = None) -> None:  # fmt: skip
         number, low, sides = _direction(direction), residuals or (), [tensor for side in outs for tensor in side]
-        device = self._or_any(self.door.perturb(thetas, spans, scales, outs, residuals, clock))
+        device = self._or_any(self.valid.perturb(thetas, spans, scales, outs, residuals, clock))
         kept, place = self._table(device, thetas, spans, outs, residuals)
         if kept:
             both = np.array([*scales, 0.0][:2], dtype=np.float32)
@@ -170,7 +170,7 @@ class Cuda:
                  outs: Sequence[Tensor] | None = None) -> Tensor:  # fmt: skip
         """To the bound that csrc/lowrank.cu states; ranks 1 to 128."""
         low, sides = residuals or (), outs or ()
-        device = self._or_any(self.door.lowrank_(thetas, spans, lefts, rights, scales, rounding, residuals, outs))
+        device = self._or_any(self.valid.lowrank_(thetas, spans, lefts, rights, scales, rounding, residuals, outs))
         check_rows(spans, outs)
         ranks = {right.shape[1] for right in rights}
         if ranks and not 1 <= min(ranks) <= max(ranks) <= self.most_rank:
@@ -178,13 +178,13 @@ class Cuda:
                 f"lowrank_: ranks are {sorted(ranks)}; backend 'cuda' has 1 to 128, backends 'cpu' and 'reference' any"
             )
         nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
-        entries, _ = table.pack(thetas, spans, () if outs is None else (outs,), residuals, numbered=True)
+        entries, _ = pack.pack(thetas, spans, () if outs is None else (outs,), residuals, numbered=True)
         if not len(entries):
             return nonfinite
-        factors = table.pack_factors(lefts, rights, scales)
-        tiles, frames = table.pack_tiles(entries, factors)
+        factors = pack_lowrank.pack_factors(lefts, rights, scales)
+        tiles, frames = pack_lowrank.pack_tiles(entries, factors)
         parts = [array.view(np.uint8).reshape(-1) for array in (entries, tiles, frames, factors)]
-        both = tables.upload(parts, device)
+        both = device_tables.upload(parts, device)
         assert both is not None
         at = [both.data_ptr() + sum(part.size for part in parts[:i]) for i in range(4)]
         fast = tiles["column"] >= 0
@@ -194,7 +194,7 @@ class Cuda:
         whole = ranks <= {16, 32, 64, 128} and len(ranks) == 1
         self._call("lowrank_tiles", device, [both, nonfinite, *thetas, *lefts, *rights, *sides, *low, *_rows(spans)], at[0], at[1],
                    len(tiles), at[2], at[3], rank, bool((~fast).any()), types, simple, whole, seed, step, decay,
-                   table.ROUNDING[rounding], nonfinite.data_ptr())  # fmt: skip
+                   pack.ROUNDING[rounding], nonfinite.data_ptr())  # fmt: skip
         return nonfinite
 
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from .. import stream
 from ..stream import fma, to_bits, to_float
 from .base import Span, check_rows, rounded_sums, step_at
-from .door import Door
+from .validation import Validator
 
 CHUNK = 1 << 20  # elements at a time, so that the float64 temporaries stay small
-DOOR = Door("reference", None)
+VALID = Validator("reference", None)
 
 
 def numbers(theta: Tensor, span: Span) -> Tensor:
@@ -103,11 +103,11 @@ class Reference:
     name = "reference"
 
     def philox4x32(self, counter: Tensor, key: tuple[int, int], rounds: int) -> Tensor:
-        DOOR.philox4x32(counter)
+        VALID.philox4x32(counter)
         return stream.philox4x32(counter, key, rounds)
 
     def draw(self, outs, spans, direction, seed, step, draw, clock=None) -> None:
-        DOOR.draw(outs, spans, clock)
+        VALID.draw(outs, spans, clock)
         step = step_at(step, clock)
         for out, span in zip(outs, spans):
             index = numbers(out, span)
@@ -118,7 +118,7 @@ class Reference:
             out.copy_(values.view(out.shape))
 
     def axpy_(self, thetas, spans, direction, seed, draws, coeffs, decay, rounding, residuals, clock=None, each=0) -> Tensor:
-        DOOR.axpy_(thetas, spans, draws, coeffs, rounding, residuals, clock)
+        VALID.axpy_(thetas, spans, draws, coeffs, rounding, residuals, clock)
         draws = [(step_at(step, clock), draw) for step, draw in draws]
         nonfinite = torch.zeros(1, dtype=torch.int64, device=coeffs.device)
         each, decays = rounded_sums(decay, len(draws), each)
@@ -154,7 +154,7 @@ class Reference:
         self, thetas, spans, direction, seed, draws, coeffs, rule, scalars, states, rounding, residuals, clock=None
     ) -> Tensor:
         check_rows(spans, None, "update_")
-        DOOR.update_(thetas, spans, draws, coeffs, rule, scalars, states, rounding, residuals, clock)
+        VALID.update_(thetas, spans, draws, coeffs, rule, scalars, states, rounding, residuals, clock)
         draws = [(step_at(step, clock), draw) for step, draw in draws]
         nonfinite = torch.zeros(1, dtype=torch.int64, device=coeffs.device)
         decay, lr, *rest = scalars
@@ -187,7 +187,7 @@ class Reference:
         return nonfinite
 
     def perturb(self, thetas, spans, direction, seed, step, draw, scales, outs, residuals, clock=None) -> None:
-        DOOR.perturb(thetas, spans, scales, outs, residuals, clock)
+        VALID.perturb(thetas, spans, scales, outs, residuals, clock)
         step = step_at(step, clock)
         for i, (theta, span) in enumerate(zip(thetas, spans)):
             index = numbers(theta, span)
@@ -204,7 +204,7 @@ class Reference:
 
     def lowrank_(self, thetas, spans, lefts, rights, scales, decay, rounding, residuals, seed=0, step=0, outs=None) -> Tensor:
         check_rows(spans, outs)
-        device = DOOR.lowrank_(thetas, spans, lefts, rights, scales, rounding, residuals, outs)
+        device = VALID.lowrank_(thetas, spans, lefts, rights, scales, rounding, residuals, outs)
         nonfinite = torch.zeros(1, dtype=torch.int64, device=device or "cpu")
         decay = torch.tensor(decay, dtype=torch.float32, device=nonfinite.device)
         for i, (theta, span, left, right) in enumerate(zip(thetas, spans, lefts, rights)):

@@ -1,6 +1,6 @@
 """Backend ``triton``: zokern.triton_kernels on CUDA tensors, or interpreted on CPU tensors under TRITON_INTERPRET=1.
 
-The table of a list is packed and uploaded once and found on the device afterwards (`tables`); kernels run on the current stream,
+The table of a list is packed and uploaded once and found on the device afterwards (`device_tables`); kernels run on the current stream,
 and nothing waits for the device, so a repeated call can be captured in a CUDA graph. Addresses in the table are raw, so a tensor
 on the wrong device is refused here: Triton itself could not notice.
 """
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ..stream import ROUNDS
-from . import table, tables
+from . import device_tables, pack, pack_lowrank
 from .base import Span, check_rows, rounded_sums
-from .door import Door
+from .validation import Validator
 
 _missing = ""
 try:
@@ -78,12 +78,12 @@ def _keys_of(seed: int) -> tuple[int, ...]:
 
 
 def _number(direction) -> int:
-    if direction.name not in table.DIRECTIONS:
+    if direction.name not in pack.DIRECTIONS:
         raise NotImplementedError(
-            f"backend 'triton' has no kernel for direction {direction.name!r}; it has {sorted(table.DIRECTIONS)}; "
+            f"backend 'triton' has no kernel for direction {direction.name!r}; it has {sorted(pack.DIRECTIONS)}; "
             "backend 'reference' runs any Direction"
         )
-    return table.DIRECTIONS[direction.name]
+    return pack.DIRECTIONS[direction.name]
 
 
 def _groups(entries: np.ndarray) -> np.ndarray:
@@ -103,7 +103,7 @@ def _rows(entries: np.ndarray) -> np.ndarray:
     """int64[E, 16]: the entries, then what elementwise.py wants to know beside them."""
     columns = entries["columns"].tolist()
     factors, shifts = zip(*map(_divisor, columns)) if columns else ((), ())
-    words = entries.view(np.int64).reshape(-1, table.ENTRY.itemsize // 8)
+    words = entries.view(np.int64).reshape(-1, pack.ENTRY.itemsize // 8)
     return np.column_stack([words, _groups(entries), factors, shifts]).astype(np.int64)
 
 
@@ -131,21 +131,21 @@ class Triton:
     most_rank = 128
 
     def __init__(self) -> None:
-        self.tables = tables.Tables()
-        self.door = Door("triton", "cpu" if interpreted() else "cuda")  # interpreted under TRITON_INTERPRET=1
+        self.tables = device_tables.Tables()
+        self.valid = Validator("triton", "cpu" if interpreted() else "cuda")  # interpreted under TRITON_INTERPRET=1
 
-    def _table(self, device: torch.device, thetas, spans, outs=(), residuals=None) -> tables.Kept:
+    def _table(self, device: torch.device, thetas, spans, outs=(), residuals=None) -> device_tables.Kept:
         def make():
-            entries, chunks = table.pack(thetas, spans, outs, residuals)
+            entries, chunks = pack.pack(thetas, spans, outs, residuals)
             rows = _rows(entries).reshape(-1)
             kinds = entries["type"], entries["out_type"], 3 * entries["type"] + entries["out_type"]
             widest = int((chunks["end"] - chunks["begin"]).max(initial=1))
             facts = _Facts(rows.nbytes, len(chunks), widest, *map(_bits, kinds))
             return (rows, chunks) if len(chunks) else (), facts
 
-        return self.tables.get(tables.key_of(thetas, spans, outs, residuals), device, make)
+        return self.tables.get(device_tables.key_of(thetas, spans, outs, residuals), device, make)
 
-    def _launch(self, device: torch.device, kernel, kept: tables.Kept, direction, *arguments, **constants) -> None:
+    def _launch(self, device: torch.device, kernel, kept: device_tables.Kept, direction, *arguments, **constants) -> None:
         facts: _Facts = kept.facts
         assert kept.buffer is not None
         entries, chunks = (part.view(torch.int64) for part in kept.buffer.split([facts.entries, 24 * facts.chunks]))
@@ -157,13 +157,13 @@ class Triton:
         else:
             split = 1 if facts.chunks >= FEW_CHUNKS else SPLIT
             meta = dict(BLOCK=BLOCK[direction.name], TAIL=TAIL, SPLIT=split)
-        meta |= dict(DIRECTION=table.DIRECTIONS[direction.name], **constants)
+        meta |= dict(DIRECTION=pack.DIRECTIONS[direction.name], **constants)
         with _guard(device):
             grid = (facts.chunks * meta["SPLIT"],)
             kernel[grid](entries, chunks, *arguments, **meta, num_warps=WARPS, enable_fp_fusion=False)
 
     def philox4x32(self, counter: Tensor, key: tuple[int, int], rounds: int) -> Tensor:
-        device = self.door.philox4x32(counter)
+        device = self.valid.philox4x32(counter)
         assert device is not None
         counter = counter.contiguous()
         words = torch.empty_like(counter)
@@ -177,7 +177,7 @@ class Triton:
 
     def draw(self, outs, spans: Sequence[Span], direction, seed, step, draw, clock: Tensor | None = None) -> None:
         _number(direction)
-        device = self.door.draw(outs, spans, clock)
+        device = self.valid.draw(outs, spans, clock)
         if not outs:
             return
         assert device is not None
@@ -189,7 +189,7 @@ class Triton:
     def axpy_(self, thetas, spans: Sequence[Span], direction, seed, draws, coeffs, decay, rounding, residuals,
               clock: Tensor | None = None, each: int = 0) -> Tensor:  # fmt: skip
         _number(direction)
-        device = self.door.axpy_(thetas, spans, draws, coeffs, rounding, residuals, clock)
+        device = self.valid.axpy_(thetas, spans, draws, coeffs, rounding, residuals, clock)
         assert device is not None
         nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
         if not thetas:
@@ -201,7 +201,7 @@ class Triton:
         replay, first = each < len(draws), float(np.float32(decays[0]))
         names = self._names(device, draws, decays) if replay else self._names(device, draws[:-1])
         self._launch(device, elementwise.axpy, kept, direction, names, coeffs.contiguous(), nonfinite, len(draws), each,
-                     *map(_signed, draws[-1]), first, _keys_of(seed), clock, ROUNDING=table.ROUNDING[rounding],
+                     *map(_signed, draws[-1]), first, _keys_of(seed), clock, ROUNDING=pack.ROUNDING[rounding],
                      DECAY=not replay and first != 1.0, EACH=replay, KINDS=kept.facts.types)  # fmt: skip
         return nonfinite
 
@@ -209,7 +209,7 @@ class Triton:
                 clock: Tensor | None = None) -> Tensor:  # fmt: skip
         _number(direction)
         check_rows(spans, None, "update_")
-        device = self.door.update_(thetas, spans, draws, coeffs, rule, scalars, states, rounding, residuals, clock)
+        device = self.valid.update_(thetas, spans, draws, coeffs, rule, scalars, states, rounding, residuals, clock)
         assert device is not None
         nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
         if not thetas:
@@ -219,7 +219,7 @@ class Triton:
             return nonfinite
         names = self._names(device, draws[:-1])
         self._launch(device, update.update, kept, direction, names, coeffs.contiguous(), scalars.contiguous(), nonfinite, len(draws),
-                     *map(_signed, draws[-1]), _keys_of(seed), clock, RULE=table.RULES[rule], ROUNDING=table.ROUNDING[rounding],
+                     *map(_signed, draws[-1]), _keys_of(seed), clock, RULE=pack.RULES[rule], ROUNDING=pack.ROUNDING[rounding],
                      KINDS=kept.facts.types)  # fmt: skip
         return nonfinite
 
@@ -237,7 +237,7 @@ class Triton:
     def perturb(self, thetas, spans: Sequence[Span], direction, seed, step, draw, scales, outs, residuals,
                 clock: Tensor | None = None) -> None:  # fmt: skip
         _number(direction)
-        device = self.door.perturb(thetas, spans, scales, outs, residuals, clock)
+        device = self.valid.perturb(thetas, spans, scales, outs, residuals, clock)
         if not thetas:
             return
         assert device is not None
@@ -257,16 +257,16 @@ class Triton:
             raise ValueError(
                 f"lowrank_: ranks are {sorted(ranks)}; backend 'triton' has 1 to 128, backends 'cpu' and 'reference' any"
             )
-        found = self.door.lowrank_(thetas, spans, lefts, rights, scales, rounding, residuals, outs)
+        found = self.valid.lowrank_(thetas, spans, lefts, rights, scales, rounding, residuals, outs)
         device = found or torch.device("cpu" if interpreted() else "cuda")
         nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
-        entries, _ = table.pack(thetas, spans, () if outs is None else (outs,), residuals, numbered=True)
+        entries, _ = pack.pack(thetas, spans, () if outs is None else (outs,), residuals, numbered=True)
         if not len(entries):
             return nonfinite
-        factors = table.pack_factors(lefts, rights, scales)
+        factors = pack_lowrank.pack_factors(lefts, rights, scales)
         rank = next(padded for padded in (16, 32, 64, 128) if max(ranks) <= padded)
         bm, bn = TILES[rank][bool((entries["type"] == 0).any())]
-        tiles, frames = table.pack_tiles(entries, factors, STRIPS * bm, bn)
+        tiles, frames = pack_lowrank.pack_tiles(entries, factors, STRIPS * bm, bn)
         whole = ranks == {rank} and not ((factors["left"] | factors["right"]) % 16).any()
         fast = tiles["column"] >= 0
         scale_bits = factors["scale"].view(np.uint32).astype(np.int64)
@@ -280,7 +280,7 @@ class Triton:
             buffer = buffer.pin_memory().to(device, non_blocking=True)
         rows, frame, factor, product_tiles, element_tiles = buffer.split([part.size for part in flat])
         common = {
-            "ROUNDING": table.ROUNDING[rounding], "OUTSIDE": outs is not None, "JOIN": residuals is not None and rounding == "residual",
+            "ROUNDING": pack.ROUNDING[rounding], "OUTSIDE": outs is not None, "JOIN": residuals is not None and rounding == "residual",
             "EXACT": interpreted(), "enable_fp_fusion": False,
         }  # fmt: skip
         names = nonfinite, float(decay), _signed(step), _keys_of(seed)
@@ -295,7 +295,7 @@ class Triton:
                     constants = dict(RANK=rank, WHOLE=whole, BM=bm, BN=bn, num_warps=PRODUCT_WARPS, num_stages=1)
                     kernel[grid](rows, product_tiles, frame, factor, *names, **common, **constants)
                 else:
-                    block = table.PIECE if interpreted() else TAIL
+                    block = pack_lowrank.PIECE if interpreted() else TAIL
                     kernel[grid](rows, element_tiles, factor, *names, **common, BLOCK=block, num_warps=WARPS)
         return nonfinite
 

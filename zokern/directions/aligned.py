@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import whole, within
+from ..checks import whole_number, within
 from ..stream import RADIUS, draw_word
 from .lowrank import Matrix, Source
 from .orthonormal import tree_sum
@@ -39,7 +39,7 @@ class Aligned(Subspace):
     ) -> None:  # fmt: skip
         super().__init__(rank, interval, norm, reshape, dense)
         delta = within("delta", delta, 0.0, math.inf, "a finite number, at least 0")
-        steps = None if steps is None else whole("steps", steps, "None or an integer, at least 1")
+        steps = None if steps is None else whole_number("steps", steps, expected="None or an integer, at least 1")
         if sign not in SIGNS:
             raise ValueError(f"sign is {sign!r}; expected one of {list(SIGNS)}")
         self.delta, self.steps, self.sign = delta, steps, sign

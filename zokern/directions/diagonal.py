@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import whole
+from ..checks import whole_number
 from .lowrank import LEFT, RIGHT, Matrix, Source, matrix_shape
 from .normal import Normal
 
@@ -27,8 +27,8 @@ class Diagonal:
     name = "diagonal"
 
     def __init__(self, rank: int = 32, ranks: Mapping[str, int] | None = None, dense: Any = None) -> None:
-        self.rank = whole("rank", rank)
-        self.ranks = {name: whole(f"ranks[{name!r}]", r) for name, r in (ranks or {}).items()}
+        self.rank = whole_number("rank", rank)
+        self.ranks = {name: whole_number(f"ranks[{name!r}]", r) for name, r in (ranks or {}).items()}
         self.dense = Normal() if dense is None else dense
 
     def shape(self, tensor: Tensor) -> tuple[int, int] | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checks import whole
+from ..checks import whole_number
 from .lowrank import RIGHT, Matrix, Source, matrix_shape
 from .normal import Normal
 
@@ -27,7 +27,7 @@ class Lazy:
     name = "lazy"
 
     def __init__(self, rank: int = 2, interval: int = 50, dense: Any = None) -> None:
-        rank, interval = whole("rank", rank), whole("interval", interval)
+        rank, interval = whole_number("rank", rank), whole_number("interval", interval)
         self.rank, self.interval = rank, interval
         self.dense = Normal() if dense is None else dense
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import whole
+from ..checks import whole_number
 from .lowrank import LEFT, RIGHT, Matrix, Source, matrix_shape, near_square
 from .normal import Normal
 from .orthonormal import orthonormal
@@ -37,7 +37,7 @@ class Subspace:
         for what, value, choices in (("norm", norm, ("matched", "unit")), ("reshape", reshape, ("adapters", "all", "none"))):
             if value not in choices:
                 raise ValueError(f"{what} is {value!r}; expected one of {list(choices)}")
-        rank, interval = whole("rank", rank), whole("interval", interval)
+        rank, interval = whole_number("rank", rank), whole_number("interval", interval)
         self.rank, self.interval, self.norm, self.reshape = rank, interval, norm, reshape
         self.dense = Normal() if dense is None else dense
 

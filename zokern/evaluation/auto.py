@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import products
+from .. import gemm
 from ..plan import Plan
 from ..warning import warn
 from .base import NotRepeatable, Point, Record
@@ -31,7 +31,7 @@ from .trust import fits
 ROWS = (
     512  # tokens or other inputs of the model up to which 'paired' is chosen for a dense z: it is generated once for both sides
 )
-FACTORED = products.JOIN // 2  # the same where z is factored: up to there W is read once
+FACTORED = gemm.JOIN // 2  # the same where z is factored: up to there W is read once
 
 
 class Auto:

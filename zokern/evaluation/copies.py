@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .. import products
+from .. import gemm
 from ..backends import Span, TensorList
 from ..directions import DIRECTIONS
 from ..plan import Group, Plan
@@ -226,27 +226,27 @@ class Copies:
         factored = group.matrices is not None and low is None and group.matrices[i].shape == tuple(weight.shape)
         fused = low is None and (factored or group.matrices is None) and self.is_simple()
         fused = fused and (factored or self.plan.direction.name in DIRECTIONS)
-        fused = fused and products.fuses(group.backend, xs, weight, transposed, room)
+        fused = fused and gemm.fuses(group.backend, xs, weight, transposed, room)
         if fused:
-            size = products.own(group.backend).linear_bytes(products.counts_of(xs), room)
+            size = gemm.own(group.backend).linear_bytes(gemm.counts_of(xs), room)
             self.largest = max(self.largest, self.arena.top.get(weight.device, 0) + size)
         else:
             biases = [b if b is None or b.dtype == weight.dtype else b.to(weight.dtype) for b in biases]
         if fused and not factored:
             terms = [point.terms[0] if point.terms else (-1, 0.0) for point in self.points]
             draws, scales = [word for word, _ in terms], [amount * group.eps for _, amount in terms]
-            return products.fused_linear(
+            return gemm.fused_linear(
                 group.backend, xs, weight, span, self.plan.direction, self.plan.seed, self.plan.step, draws, scales, biases, transposed,
                 room,
             )  # fmt: skip
-        if factored and (transposed or fused or not products.is_long(xs, weight)):
+        if factored and (transposed or fused or not gemm.is_long(xs, weight)):
             assert group.matrices is not None
             parts = self.factors.parts(group, i, sides, transposed)
-            return products.factored_linear(
+            return gemm.factored_linear(
                 group.backend, xs, weight, parts, group.matrices[i].shrink, biases, transposed, room, fused
             )
         moved = [side for side in sides if not self.untouched(group, i, side)]
-        return products.tiled_linear(xs, weight, biases, self._tiles(group, i, moved, transposed), transposed)
+        return gemm.tiled_linear(xs, weight, biases, self._tiles(group, i, moved, transposed), transposed)
 
     def _tiles(
         self, group: Group, i: int, moved: Sequence[int], transposed: bool

@@ -13,9 +13,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..gemm import Part
 from ..modules import same
 from ..plan import Group, Plan, lefts_of
-from ..products import Part
 from .base import Point
 
 

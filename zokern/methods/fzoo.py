@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..checks import whole_number
 from ..optimizer import ZerothOrder
 
 
@@ -26,8 +27,7 @@ class FZOO(ZerothOrder):
         self, params: Any, lr: float = 5e-5, eps: float = 1e-4, *, queries: int = 8, direction: Any = "rademacher", evaluation: Any = "auto",
         **options: Any,
     ) -> None:  # fmt: skip
-        if not isinstance(queries, int) or queries < 2:
-            raise ValueError(f"queries is {queries!r}; expected an integer, at least 2: one loss has no spread")
+        queries = whole_number("queries", queries, 2, expected="an integer, at least 2: one loss has no spread")
         for name in ("stencil", "normalize"):
             if name in options:
                 raise ValueError(

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import products
+from .. import gemm
+from ..checks import whole_number
 from ..directions import Aligned, Matrix, Normal
 from ..estimator import CENTRAL, coefficient
 from ..evaluation import Point
@@ -68,10 +69,8 @@ class PGAP(ZerothOrder):
         evaluation: Any = "auto",
         **options: Any,
     ) -> None:
-        for what, number, least in (("probes", probes, 1), ("oversample", oversample, 0), ("power", power, 0)):
-            if not isinstance(number, int) or isinstance(number, bool) or number < least:
-                raise ValueError(f"{what} is {number!r}; expected an integer, at least {least}")
-        self.probes, self.oversample, self.power = probes, oversample, power
+        self.probes = whole_number("probes", probes)
+        self.oversample, self.power = whole_number("oversample", oversample, 0), whole_number("power", power, 0)
         self.probed: tuple[int, list[float]] | None = None  # step and coefficients of the basis in use
         self.former: dict[int, list[float]] = {}  # those of earlier bases that momentum still belongs to
         direction = Aligned(rank, interval, delta, steps, sign, norm)
@@ -151,7 +150,7 @@ class PGAP(ZerothOrder):
 
         def times(omega: Tensor, transposed: bool = False) -> Tensor:
             span = group.spans[i]
-            return products.sketch_of(group.backend, Normal(), seed, span, matrix.shape, draws, weights, omega, transposed)
+            return gemm.sketch_of(group.backend, Normal(), seed, span, matrix.shape, draws, weights, omega, transposed)
 
         with _one_thread(), torch.autocast(matrix.device.type, enabled=False):
             (omega,) = source([matrix], [(matrix.columns, width)], born, draw_word(1, BASIS))

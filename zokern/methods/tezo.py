@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checks import whole_number
 from ..directions import Diagonal
 from ..directions.lowrank import matrix_shape
 from ..optimizer import ZerothOrder
@@ -48,8 +49,8 @@ class TeZO(ZerothOrder):
         evaluation: Any = "auto",
         **options: Any,
     ) -> None:
-        if not isinstance(rank, Mapping) and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
-            raise ValueError(f"rank is {rank!r}; expected an integer, at least 1, or a mapping from parameter names to such")
+        if not isinstance(rank, Mapping):
+            rank = whole_number("rank", rank, expected="an integer, at least 1, or a mapping from parameter names to such")
         direction = Diagonal(ranks=_by_plain_name(params, rank)) if isinstance(rank, Mapping) else Diagonal(rank)
         adam = Adam(betas, adam_eps, bias_correction, inside=True)
         named: dict[str, Rule] = {"sgd": Sgd(), "momentum": Momentum(adam.betas[0]), "adam": adam}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import zokern
 from zokern.backends import Span, get
-from zokern.backends.door import Door
+from zokern.backends.validation import Validator
 from zokern.directions import Normal
 
 N = Normal()
@@ -202,14 +202,14 @@ def test_another_backend_has_the_same_door() -> None:
         ValueError, match=r"backend 'cuda': axpy_: tensors\[0\] is torch.bfloat16\[6, 4\] on cpu; expected a cuda tensor"
     ):
         given = good("axpy_")
-        Door("cuda", "cuda").axpy_(
+        Validator("cuda", "cuda").axpy_(
             *(given[name] for name in ("thetas", "spans", "draws", "coeffs", "rounding", "residuals")), None
         )
 
 
 def test_an_open_door_is_seen(monkeypatch) -> None:
     """Without the check, coefficients of another dtype are taken for numbers of float32, or fail without a name."""
-    monkeypatch.setattr(Door, "axpy_", lambda self, *_: torch.device("cpu"))
+    monkeypatch.setattr(Validator, "axpy_", lambda self, *_: torch.device("cpu"))
     with pytest.raises(pytest.fail.Exception):
         test_a_backend_refuses_by_name_before_it_writes("axpy_ coeffs dtype", "cpu")
 

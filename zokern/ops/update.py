@@ -1,4 +1,4 @@
-"""The public operation of rules with state: checks, then the backend; registered with torch.library as zokern::update_."""
+"""The verb of rules with state, `update_`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import arguments, backends, directions, ops
-from .backends import SCALARS, STATES
-from .stream import check_seed
+from .. import backends, directions
+from ..backends import SCALARS, STATES
+from ..stream import check_seed
+from . import arguments
+from .aliasing import shared_memory
+from .operands import check_clock, check_list, check_rounding, spans_of
+from .registered import listed, terms_of, traced, unwrap_seed, wrap_seed
 
 
 def update_(
@@ -50,11 +54,11 @@ def update_(
     are not finite, and what axpy_ refuses.
     Polyak 1964; Kingma and Ba 2015; Zhang et al. 2024 (ZO-Bench): ZO-SGD-MMT and ZO-Adam are this call."""
     tensors, direction = arguments.tensor_list("tensors", tensors), directions.resolve(direction)
-    spans = ops._spans("update_", tensors, who, first)
-    device = ops._check_list("update_", tensors, spans)
+    spans = spans_of("update_", tensors, who, first)
+    device = check_list("update_", tensors, spans)
     if not isinstance(rule, str) or rule not in STATES:
         raise ValueError(f"update_: rule is {rule!r}; expected one of {list(STATES)}")
-    draws = ops._draws("update_", draws)
+    draws = arguments.draws("update_", draws)
     coeffs = coeffs if isinstance(coeffs, Tensor) else arguments.finite("update_", "coeffs", coeffs)
     if not draws or (isinstance(coeffs, list) and len(draws) != len(coeffs)):
         raise ValueError(f"update_: {len(draws)} draws and {len(coeffs)} coefficients; expected as many of each, at least one")
@@ -65,15 +69,15 @@ def update_(
     kept = [arguments.tensor_list(f"states[{i}]", state) for i, state in enumerate(states)]
     _check_states(rule, tensors, kept)
     low = [] if residuals is None else arguments.tensor_list("residuals", residuals)
-    ops._check_rounding("update_", tensors, rounding, low)
-    ops._check_clock("update_", clock, device)
+    check_rounding("update_", tensors, rounding, low)
+    check_clock("update_", clock, device)
     flat = [tensor for state in kept for tensor in state]
-    if (pair := ops.shared_memory([*tensors, *flat])) is not None:
+    if (pair := shared_memory([*tensors, *flat])) is not None:
         names = [f"tensors[{i}]" if i < len(tensors) else f"state {i - len(tensors)}" for i in pair]
         raise ValueError(f"update_: {names[0]} and {names[1]} share memory; expected distinct tensors")
-    name, seed = ops._backend(backend, device), check_seed(seed)
+    name, seed = backends.resolve(backend, device).name, check_seed(seed)
     with torch.no_grad():
-        if direction.name not in directions.DIRECTIONS or not ops._traced():
+        if direction.name not in directions.DIRECTIONS or not traced():
             count = backends.get(name).update_(
                 tensors, spans, direction, seed, draws, coeffs, rule, scalars, kept, rounding, low or None, clock
             )
@@ -82,7 +86,7 @@ def update_(
         whos, firsts = [s.who for s in spans], [s.first for s in spans]
         return torch.ops.zokern.update_(
             tensors, flat, low, coeffs, scalars, whos, firsts, [s for s, _ in draws], [d for _, d in draws], direction.name, rule,
-            ops.wrap_seed(seed), rounding, name, clock,
+            wrap_seed(seed), rounding, name, clock,
         )  # fmt: skip
 
 
@@ -134,7 +138,7 @@ def _update_op(
     backend: str,
     clock: Tensor | None = None,
 ) -> Tensor:
-    tensors, spans = ops._listed("update_", thetas, who, first)
+    tensors, spans = listed("update_", thetas, who, first)
     if rule not in STATES or len(states) != len(thetas) * len(STATES[rule]):
         kinds = {name: list(kinds) for name, kinds in STATES.items()}
         raise ValueError(
@@ -142,14 +146,14 @@ def _update_op(
         )
     kept = [states[i * len(thetas) : (i + 1) * len(thetas)] for i in range(len(STATES[rule]))]
     _check_states(rule, tensors, kept)
-    ops._check_rounding("update_", tensors, rounding, residuals)
-    ops._check_clock("update_", clock, tensors[0].device)
+    check_rounding("update_", tensors, rounding, residuals)
+    check_clock("update_", clock, tensors[0].device)
     return backends.get(backend).update_(
         tensors,
         spans,
         directions.resolve(direction),
-        seed % (2 * ops._SIGN),
-        ops._terms("update_", steps, draws),
+        unwrap_seed(seed),
+        terms_of("update_", steps, draws),
         coeffs,
         rule,
         scalars,
@@ -165,6 +169,3 @@ def _(
     thetas, states, residuals, coeffs, scalars, who, first, steps, draws, direction, rule, seed, rounding, backend, clock=None
 ):
     return torch.empty(1, dtype=torch.int64, device=coeffs.device)
-
-
-__all__ = ["update_"]

@@ -13,9 +13,10 @@ from recipes import METHODS
 from torch import Tensor, nn
 
 import zokern
-from zokern import backends, matmul, products
+from zokern import backends, gemm
 from zokern.backends.reference import Reference
 from zokern.evaluation import copies
+from zokern.gemm import library, lowrank
 
 COLUMNS, WIDTH, RANK = 1300, 40, 5
 pytestmark = pytest.mark.usefixtures("by_tiles")
@@ -33,15 +34,15 @@ def check_blocks(counts: list[int], bias: bool, join: bool, transposed: bool = F
     weight, xs = numbers(COLUMNS, WIDTH) * 0.3, [numbers(count, WIDTH) for count in counts]
     first, last, middles = numbers(rank, WIDTH), numbers(COLUMNS, rank), numbers(2, rank, rank)
     biases = [numbers(COLUMNS) if bias else None for _ in xs]
-    parts = [products.Part([1, 2], first, middles, last)]
+    parts = [gemm.Part([1, 2], first, middles, last)]
     given = weight.t().contiguous() if transposed else weight
     kept = given.clone()
     with (
-        patch.object(products, "CACHED", 1 << 8),
-        patch.object(products, "JOIN", 1 << 20 if join else 0),
-        patch.object(matmul, "chooses", lambda x, weight: False),
+        patch.object(lowrank, "CACHED", 1 << 8),
+        patch.object(lowrank, "JOIN", 1 << 20 if join else 0),
+        patch.object(library, "chooses", lambda x, weight: False),
     ):
-        y = products.factored_linear(backends.resolve(None, torch.device("cpu")), xs, given, parts, 0.9, biases, transposed)
+        y = gemm.factored_linear(backends.resolve(None, torch.device("cpu")), xs, given, parts, 0.9, biases, transposed)
     assert torch.equal(given, kept) and y.shape == (sum(counts), COLUMNS)
     for j, (x, out) in enumerate(zip(xs, y.split(counts))):
         expected = x.double() @ weight.double().t() * 0.9
@@ -86,10 +87,10 @@ WRONG: dict[str, Callable] = {
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("rank", [RANK, 1])
 def test_wrong_products_are_rejected(wrong: str, rank: int) -> None:
-    right = products.factored_linear
+    right = gemm.factored_linear
     for join in (True, False):
         with (
-            patch.object(products, "factored_linear", lambda *given: WRONG[wrong](right, *given)),
+            patch.object(gemm, "factored_linear", lambda *given: WRONG[wrong](right, *given)),
             pytest.raises(AssertionError),
         ):
             check_blocks([7, 7, 7], True, join, rank=rank)
@@ -105,9 +106,9 @@ def losses(method: str, long: bool, evaluation: str, **options) -> list[tuple[fl
     optimizer = METHODS[method](model, lr=3e-3, eps=1e-2, weight_decay=0.5, seed=3, evaluation=chosen, **options)
     with (
         warnings.catch_warnings(),
-        patch.object(products, "is_long", lambda xs, weight: long),
+        patch.object(gemm, "is_long", lambda xs, weight: long),
         patch.object(copies, "TILE", 600),
-        patch.object(products, "tiled_linear", Mock(wraps=products.tiled_linear)) as tiled,
+        patch.object(gemm, "tiled_linear", Mock(wraps=gemm.tiled_linear)) as tiled,
     ):
         warnings.filterwarnings("ignore", "the loss did not read|the padding row|zokern runs its reference")
         found = [zokern.step(optimizer, lambda: model(**inputs).loss).losses[0]]
@@ -162,12 +163,12 @@ def test_wrong_tiles_are_rejected(wrong: type) -> None:
 
 def test_which_matrices_are_long() -> None:
     weight = torch.zeros(60, 30)  # 2 m n / (m + n) = 40 rows
-    assert products.is_long([torch.zeros(41, 30), torch.zeros(3, 14, 30)], weight)
-    assert not products.is_long([torch.zeros(40, 30)], weight)
-    assert not products.is_long([torch.zeros(41, 30), torch.zeros(4, 30)], weight)
-    assert not products.is_long([torch.zeros(90, 30, dtype=torch.bfloat16)], weight.bfloat16())
+    assert gemm.is_long([torch.zeros(41, 30), torch.zeros(3, 14, 30)], weight)
+    assert not gemm.is_long([torch.zeros(40, 30)], weight)
+    assert not gemm.is_long([torch.zeros(41, 30), torch.zeros(4, 30)], weight)
+    assert not gemm.is_long([torch.zeros(90, 30, dtype=torch.bfloat16)], weight.bfloat16())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not products.is_long([torch.zeros(90, 30)], weight)
+        assert not gemm.is_long([torch.zeros(90, 30)], weight)
 
 
 class Limited(Reference):

@@ -1,4 +1,4 @@
-"""The door of every backend: what a call was handed is looked at once more before a pointer is taken.
+"""Validation of a launch: every backend checks dtypes, devices and sizes once more before it takes a pointer.
 
 The kernels take addresses and read them as the types and sizes that the contract names (base.py), so a tensor of another dtype, device or
 size would be read wrongly, or beyond its end. The verbs check their arguments with better words; a step, a rule and torch.ops.zokern come
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .base import ROUNDINGS, SCALARS, STATES, Span
-from .columns import SpanList
+from .lists import SpanList
 
 FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _SINGLE = frozenset((torch.float32,))
@@ -34,7 +34,7 @@ def described(tensor: Tensor) -> str:
     return f"{tensor.dtype}{list(tensor.shape)}{how} on {tensor.device}"
 
 
-class Door:
+class Validator:
     """The checks of one backend.
 
     name         of the backend, for its errors
@@ -330,4 +330,4 @@ def _matrix(factor: Tensor) -> tuple[int, int]:
     return (factor.shape[0], factor.shape[1]) if factor.dim() == 2 else (0, 0)
 
 
-__all__ = ["FLOATS", "Door", "described", "given"]
+__all__ = ["FLOATS", "Validator", "described", "given"]

@@ -1,4 +1,4 @@
-"""The public operations `linear` and `sketch`: checks, then products.py. Registered with torch.library as zokern::*."""
+"""The verbs that hold a matrix product, `linear` and `sketch`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import arguments, backends, directions, ops
-from .backends import Span
-from .backends.door import described
-from .products import Part, counts_of, factored_linear, fused_linear, fuses, sketch_of, tiled_linear
-from .stream import INDEX_LIMIT, check_seed, check_word, parameter_id
+from .. import backends, directions
+from ..backends import Span
+from ..backends.validation import described
+from ..checks import flag, whole_number
+from ..gemm import Part, counts_of, factored_linear, fused_linear, fuses, sketch_of, tiled_linear
+from ..stream import INDEX_LIMIT, check_seed, check_word, parameter_id
+from . import arguments
+from .operands import check_tensor
+from .registered import terms_of, unwrap_seed, wrap_seed
 
 
 def linear(
@@ -48,7 +52,7 @@ def linear(
     Malladi et al. 2023; Chen et al. 2025 for factored z."""
     scales = arguments.finite("linear", "scales", scales, "finite scales, one for each x")
     sides = [xs] * len(scales) if isinstance(xs, Tensor) else arguments.tensor_list("linear: xs", xs)
-    first = arguments.whole("linear: first", first, "the number of W's first element, an integer from 0", 0)
+    first = whole_number("linear: first", first, 0, expected="the number of W's first element, an integer from 0")
     _check_operands(sides, weight, bias, residual, scales, first, tile)
     name = backends.resolve(backend, weight.device).name
     with torch.no_grad():
@@ -63,7 +67,7 @@ def linear(
                 sides, weight, bias, residual, resolved, check_seed(seed), Span(word, first), step, draw, scales, tile, name
             )
         return torch.ops.zokern.linear(
-            sides, weight, bias, residual, word, first, step, draw, resolved.name, ops.wrap_seed(seed), scales, tile, name
+            sides, weight, bias, residual, word, first, step, draw, resolved.name, wrap_seed(seed), scales, tile, name
         )  # fmt: skip
 
 
@@ -72,7 +76,7 @@ def _check_operands(
 ) -> None:  # fmt: skip
     if not scales or len(sides) != len(scales):
         raise ValueError(f"linear: {len(sides)} xs and scales {scales}; expected a finite scale for each, at least one")
-    ops.check_tensor("linear", "weight", arguments.tensor("linear", "weight", weight, ", a matrix"), first)
+    check_tensor("linear", "weight", arguments.tensor("linear", "weight", weight, ", a matrix"), first)
     if weight.dim() != 2 or not weight.is_contiguous():
         raise ValueError(
             f"linear: weight has shape {tuple(weight.shape)}, strides {weight.stride()}; expected a contiguous matrix"
@@ -96,7 +100,7 @@ def _check_operands(
                 f"linear: residual is {described(residual)}; expected a contiguous int16{list(weight.shape)} on {weight.device}, one low "
                 "half for each weight: .contiguous() it"
             )
-    arguments.whole("linear: tile", tile, "a number of elements, at least 1")
+    whole_number("linear: tile", tile, expected="a number of elements, at least 1")
 
 
 def _check_thin(weight: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -174,9 +178,9 @@ def sketch(
     resolved = directions.resolve(direction)
     if not isinstance(shape, (tuple, list)) or len(shape) != 2:
         raise ValueError(f"sketch: shape is {shape!r}; expected (m, n), the rows and columns of G")
-    rows, columns = (arguments.whole(f"sketch: shape[{i}]", size, "a positive integer") for i, size in enumerate(shape))
-    arguments.flag("sketch: transposed", transposed)
-    first = arguments.whole("sketch: first", first, "the number of G's first element, an integer from 0", 0)
+    rows, columns = (whole_number(f"sketch: shape[{i}]", size, expected="a positive integer") for i, size in enumerate(shape))
+    flag("sketch: transposed", transposed)
+    first = whole_number("sketch: first", first, 0, expected="the number of G's first element, an integer from 0")
     inner = rows if transposed else columns
     arguments.tensor("sketch", "omega", omega, f", float32[{inner}, p]")
     if omega.device.type == "meta":
@@ -187,10 +191,10 @@ def sketch(
         raise ValueError(f"sketch: omega is {described(omega)}; expected contiguous float32[{inner}, p]")
     if first + rows * columns > INDEX_LIMIT:
         raise ValueError(f"sketch: shape is {shape} from {first}; expected positive sizes and first + m n <= 2**35")
-    pairs, coeffs = ops._draws("sketch", draws), arguments.finite("sketch", "coeffs", coeffs)
+    pairs, coeffs = arguments.draws("sketch", draws), arguments.finite("sketch", "coeffs", coeffs)
     if not pairs or len(pairs) != len(coeffs):
         raise ValueError(f"sketch: {len(pairs)} draws and coeffs {coeffs}; expected as many finite numbers, at least one")
-    tile = arguments.whole("sketch: tile", tile, "a number of elements, at least 1")
+    tile = whole_number("sketch: tile", tile, expected="a number of elements, at least 1")
     word = parameter_id(who) if isinstance(who, str) else check_word("who", who)
     name = backends.resolve(backend, omega.device).name
     with torch.no_grad():
@@ -199,7 +203,7 @@ def sketch(
             return sketch_of(run, resolved, seed, Span(word, first), (rows, columns), pairs, coeffs, omega, transposed, tile)
         return torch.ops.zokern.sketch(
             omega, rows, columns, word, first, [s for s, _ in pairs], [d for _, d in pairs], coeffs, resolved.name,
-            ops.wrap_seed(seed), transposed, tile, name,
+            wrap_seed(seed), transposed, tile, name,
         )  # fmt: skip
 
 
@@ -212,7 +216,7 @@ def _linear_op(
     scales = arguments.finite("linear", "scales", scales, "finite scales, one for each x")
     _check_operands(xs, weight, bias, residual, scales, first, tile)
     who, step, draw = (check_word(what, word) for what, word in (("who", who), ("step", step), ("draw", draw)))
-    outs = _linear(xs, weight, bias, residual, resolved, seed % 2**64, Span(who, first), step, draw, scales, tile, backend)
+    outs = _linear(xs, weight, bias, residual, resolved, unwrap_seed(seed), Span(who, first), step, draw, scales, tile, backend)
     return [out.clone() for out in outs]  # views of one product may not be results of an operation
 
 
@@ -248,7 +252,7 @@ def _sketch_op(
     omega: Tensor, rows: int, columns: int, who: int, first: int, steps: list[int], draws: list[int], coeffs: list[float], direction: str,
     seed: int, transposed: bool, tile: int, backend: str,
 ) -> Tensor:  # fmt: skip
-    run, resolved, pairs = backends.get(backend), directions.resolve(direction), ops._terms("sketch", steps, draws)
+    run, resolved, pairs = backends.get(backend), directions.resolve(direction), terms_of("sketch", steps, draws)
     inner = rows if transposed else columns
     if omega.dtype != torch.float32 or omega.dim() != 2 or omega.shape[0] != inner or min(rows, columns, tile) < 1:
         raise ValueError(
@@ -259,7 +263,9 @@ def _sketch_op(
             f"sketch: {len(pairs)} draws, {len(coeffs)} coeffs, first {first}; expected as many, at least one, first >= 0"
         )
     omega, who = omega.contiguous(), check_word("who", who)
-    return sketch_of(run, resolved, seed % 2**64, Span(who, first), (rows, columns), pairs, coeffs, omega, transposed, tile)
+    return sketch_of(
+        run, resolved, unwrap_seed(seed), Span(who, first), (rows, columns), pairs, coeffs, omega, transposed, tile
+    )
 
 
 @_sketch_op.register_fake

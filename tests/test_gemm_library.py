@@ -8,15 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from zokern import matmul
+from zokern.gemm import library
 
-pytestmark = pytest.mark.skipif(not matmul._has("_linear_pointwise"), reason="this torch has no oneDNN product")
+pytestmark = pytest.mark.skipif(not library._has("_linear_pointwise"), reason="this torch has no oneDNN product")
 
 
 @pytest.fixture
 def every_way():
     """The choice of a processor of another maker, without 16-bit instructions, wherever the suite runs."""
-    with patch.object(matmul, "has_onednn", lambda: True), patch.object(matmul, "has_half", lambda dtype: False):
+    with patch.object(library, "has_onednn", lambda: True), patch.object(library, "has_half", lambda dtype: False):
         yield
 
 
@@ -43,13 +43,13 @@ def error(found: torch.Tensor, x, weight, bias) -> float:
 @pytest.mark.parametrize("transposed, bias", [(False, True), (True, False)])
 def test_equal_to_rounding(every_way, dtype, rows, m, k, transposed, bias) -> None:
     x, weight, b = case(rows, m, k, dtype, transposed, bias)
-    found = matmul.linear(x, weight, b)
+    found = library.linear(x, weight, b)
     assert found.shape == (2, rows, m) and found.dtype == dtype
     assert error(found, x, weight, b) < LIMIT
 
 
 WRONG = {
-    "rounded_factors": lambda x, w, b: matmul._widened(x, w.to(torch.float8_e4m3fn).to(w.dtype), b),
+    "rounded_factors": lambda x, w, b: library._widened(x, w.to(torch.float8_e4m3fn).to(w.dtype), b),
     "bias_in_the_first_block": lambda x, w, b: F.linear(x, w, torch.cat([b[:256], torch.zeros_like(b[256:])])),
     "rounded_twice": lambda x, w, b: F.linear(x.float(), w.float()).to(x.dtype) + b,
 }
@@ -64,28 +64,28 @@ def test_a_wrong_product_is_rejected(every_way, name: str) -> None:
 def test_blocks_cover_the_matrix(every_way) -> None:
     """More than one block of rows, the last one short, and the choice really taken."""
     x, weight, b = case(16, 700, 1024, torch.bfloat16, False, True)
-    assert weight.numel() > 2 * matmul.BLOCK and matmul.chooses(x, weight)
-    with patch.object(matmul, "BLOCK", 1 << 30):
-        whole = matmul.linear(x, weight, b)
-    assert torch.allclose(matmul.linear(x, weight, b).float(), whole.float(), rtol=2**-7, atol=1e-3)
+    assert weight.numel() > 2 * library.BLOCK and library.chooses(x, weight)
+    with patch.object(library, "BLOCK", 1 << 30):
+        whole = library.linear(x, weight, b)
+    assert torch.allclose(library.linear(x, weight, b).float(), whole.float(), rtol=2**-7, atol=1e-3)
 
 
 def test_left_to_torch(every_way) -> None:
     x, weight, _ = case(4, 8, 6, torch.float32, False, False)
-    assert matmul.chooses(x, weight)
-    assert not matmul.chooses(x.double(), weight.double())
-    assert not matmul.chooses(x.expand(200, 2, 4, 6), weight)  # many rows
-    assert not matmul.chooses(x[:, :0], weight) and not matmul.chooses(x[0, 0], weight)
-    assert not matmul.chooses(x[..., :5], weight)  # shapes that do not fit: torch raises
+    assert library.chooses(x, weight)
+    assert not library.chooses(x.double(), weight.double())
+    assert not library.chooses(x.expand(200, 2, 4, 6), weight)  # many rows
+    assert not library.chooses(x[:, :0], weight) and not library.chooses(x[0, 0], weight)
+    assert not library.chooses(x[..., :5], weight)  # shapes that do not fit: torch raises
     with pytest.raises(RuntimeError, match="shape"):
-        matmul.linear(x[..., :5], weight)
+        library.linear(x[..., :5], weight)
     with torch.autocast("cpu"):
-        assert not matmul.chooses(x, weight)
-    assert not matmul.chooses(x.clone().requires_grad_(), weight)  # oneDNN's product has no derivative
+        assert not library.chooses(x, weight)
+    assert not library.chooses(x.clone().requires_grad_(), weight)  # oneDNN's product has no derivative
     small = x.bfloat16()
-    assert matmul.chooses(small, weight.bfloat16()) and not matmul.chooses(small[:, :1], weight.bfloat16())
+    assert library.chooses(small, weight.bfloat16()) and not library.chooses(small[:, :1], weight.bfloat16())
     grown = x.clone().requires_grad_()
-    matmul.linear(grown, weight).sum().backward()
+    library.linear(grown, weight).sum().backward()
     assert grown.grad is not None
 
 
@@ -96,6 +96,6 @@ def test_the_choice_is_the_processor_s(monkeypatch) -> None:
         ("", True, False),
         ("AuthenticAMD", False, False),
     ):
-        monkeypatch.setattr(matmul, "maker", lambda maker=maker: maker)
+        monkeypatch.setattr(library, "maker", lambda maker=maker: maker)
         monkeypatch.setattr(torch.backends.mkl, "is_available", lambda mkl=mkl: mkl)
-        assert matmul.has_onednn.__wrapped__() is expected
+        assert library.has_onednn.__wrapped__() is expected

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import TensorList
-from .checks import flag, is_number, whole, within
-
-_TOO_LARGE = 2.0**128 - 2.0**103  # halfway from the largest float32 to 2**128: from here on float32 is infinite
+from ..backends import TensorList
+from ..checks import fits, is_number
+from ..stream import check_word
 
 
 def tensor(verb: str, what: str, value: Any, way_out: str = "") -> Tensor:
@@ -24,11 +23,6 @@ def tensor(verb: str, what: str, value: Any, way_out: str = "") -> Tensor:
 def is_text(value: Any) -> bool:
     """Whether it is a sequence whose members are not what a list of numbers holds, though Python counts them: bytes, a mapping, a set."""
     return isinstance(value, (str, bytes, bytearray, memoryview, Mapping, Set))
-
-
-def fits(found: Iterable[float]) -> bool:
-    """Whether all numbers are finite as float32, in which the kernels use them."""
-    return all([-_TOO_LARGE < number < _TOO_LARGE for number in found])
 
 
 def finite(verb: str, what: str, given: Any, expected: str = "finite numbers") -> list[float]:
@@ -50,14 +44,15 @@ def one_or_each(verb: str, what: str, given: Any, count: int, expected: str = "f
     return finite(verb, what, [given] * count if is_number(given) else given, expected)
 
 
-def pairs(verb: str, what: str, given: Any) -> list[tuple[Any, Any]]:
-    """A sequence of two numbers each."""
+def draws(verb: str, given: Any) -> list[tuple[int, int]]:
+    """Pairs (step, draw) as words of the counter."""
     try:
         if is_text(given):
             raise TypeError
-        return [(a, b) for a, b in given]
+        pairs = [(step, draw) for step, draw in given]
     except (TypeError, ValueError):
-        raise ValueError(f"{verb}: {what} is {given!r:.80}; expected pairs (step, draw), such as [(7, 0), (8, 0)]") from None
+        raise ValueError(f"{verb}: draws is {given!r:.80}; expected pairs (step, draw), such as [(7, 0), (8, 0)]") from None
+    return [(check_word("step", step), check_word("draw", draw)) for step, draw in pairs]
 
 
 def tensor_list(what: str, given: Any) -> TensorList:
@@ -73,4 +68,4 @@ def tensor_list(what: str, given: Any) -> TensorList:
     return found
 
 
-__all__ = ["finite", "fits", "flag", "is_number", "is_text", "one_or_each", "pairs", "tensor", "tensor_list", "whole", "within"]
+__all__ = ["draws", "finite", "is_text", "one_or_each", "tensor", "tensor_list"]

@@ -33,7 +33,7 @@ def key_of(
     outs: Sequence[Sequence[Tensor]] = (),
     residuals: Sequence[Tensor] | None = None,
 ) -> Hashable:
-    """All that table.pack() reads of a list."""
+    """All that pack.pack() reads of a list."""
     lists = [() if thetas is None else thetas, *outs, residuals or ()]
     where = [[(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors] for tensors in lists]
     rows = [(i, s.rows.data_ptr(), s.rows.numel()) for i, s in enumerate(spans) if s.rows is not None]

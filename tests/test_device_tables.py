@@ -12,7 +12,7 @@ import torch
 from guarded import equal
 from test_cuda import OnHost
 
-from zokern.backends import tables
+from zokern.backends import device_tables
 from zokern.backends.base import Span
 from zokern.backends.reference import Reference
 from zokern.directions import resolve
@@ -76,7 +76,7 @@ def test_a_changed_list_has_another_table(backend, change) -> None:
     thetas, spans = [torch.ones(300), torch.ones(7, 9)], [Span(1), Span(2, 40)]
     same_as_reference(backend, thetas, spans)
     thetas, spans = CHANGES[change](thetas, spans)
-    assert tables.key_of(thetas, spans) != next(iter(backend.tables.kept))[0][0]
+    assert device_tables.key_of(thetas, spans) != next(iter(backend.tables.kept))[0][0]
     same_as_reference(backend, thetas, spans)
     assert backend.tables.built == 2
 
@@ -87,7 +87,7 @@ def test_a_key_without_addresses_is_rejected(backend, monkeypatch) -> None:
     def by_shape(thetas, spans, outs=(), residuals=None):
         return tuple(t.shape for t in thetas), tuple(spans)
 
-    monkeypatch.setattr(tables, "key_of", by_shape)
+    monkeypatch.setattr(device_tables, "key_of", by_shape)
     thetas, spans = [torch.ones(300)], [Span(1)]
     same_as_reference(backend, thetas, spans)
     with pytest.raises(AssertionError):
@@ -98,30 +98,30 @@ def test_outs_residuals_and_rows_are_part_of_the_key() -> None:
     theta, low = torch.ones(6, 8, dtype=torch.bfloat16), torch.zeros(6, 8, dtype=torch.int16)
     out, other, rows = torch.empty_like(theta), torch.empty_like(theta), torch.tensor([1, 2])
     keys = [
-        tables.key_of([theta], [Span(1)]),
-        tables.key_of([theta], [Span(1)], ([out],)),
-        tables.key_of([theta], [Span(1)], ([other],)),
-        tables.key_of([theta], [Span(1)], ([out], [other])),
-        tables.key_of([theta], [Span(1)], ([out],), [low]),
-        tables.key_of([theta], [Span(1)], ([out],), [low.clone()]),
-        tables.key_of([theta], [Span(1, rows=rows)], ([out],)),
-        tables.key_of([theta], [Span(1, rows=rows.clone())], ([out],)),
-        tables.key_of(None, [Span(1)], ([out],)),
+        device_tables.key_of([theta], [Span(1)]),
+        device_tables.key_of([theta], [Span(1)], ([out],)),
+        device_tables.key_of([theta], [Span(1)], ([other],)),
+        device_tables.key_of([theta], [Span(1)], ([out], [other])),
+        device_tables.key_of([theta], [Span(1)], ([out],), [low]),
+        device_tables.key_of([theta], [Span(1)], ([out],), [low.clone()]),
+        device_tables.key_of([theta], [Span(1, rows=rows)], ([out],)),
+        device_tables.key_of([theta], [Span(1, rows=rows.clone())], ([out],)),
+        device_tables.key_of(None, [Span(1)], ([out],)),
     ]
     assert len(set(keys)) == len(keys)
 
 
 def test_the_oldest_table_is_dropped_first() -> None:
-    kept = tables.Tables(tables=3)
+    kept = device_tables.Tables(tables=3)
 
-    def get(name: int) -> tables.Kept:
+    def get(name: int) -> device_tables.Kept:
         return kept.get(name, HERE, lambda: ((torch.full((4,), name).numpy(),), name))
 
     for name in (0, 1, 2, 0, 3):
         assert get(name).facts == name
     assert [key[0][0] for key in kept.kept] == [2, 0, 3] and kept.built == 4
     assert kept.bytes == 3 * 32
-    small = tables.Tables(bytes=40)
+    small = device_tables.Tables(bytes=40)
     for name in (0, 1):
         small.get(name, HERE, lambda: ((torch.zeros(4).numpy(),), None))
     assert len(small.kept) == 2
@@ -131,8 +131,8 @@ def test_the_oldest_table_is_dropped_first() -> None:
 
 def test_streams_have_their_own_uploads(monkeypatch) -> None:
     """The copy to the device is ordered on one stream: another one may not rely on it."""
-    kept, stream = tables.Tables(), 1
-    monkeypatch.setattr(tables, "stream_of", lambda device: stream)
+    kept, stream = device_tables.Tables(), 1
+    monkeypatch.setattr(device_tables, "stream_of", lambda device: stream)
     first = kept.get("list", HERE, lambda: ((torch.zeros(4).numpy(),), None))
     stream = 2
     assert kept.get("list", HERE, lambda: ((torch.zeros(4).numpy(),), None)) is not first and kept.built == 2
@@ -141,9 +141,9 @@ def test_streams_have_their_own_uploads(monkeypatch) -> None:
 def test_nothing_is_uploaded_in_a_capture(backend, monkeypatch) -> None:
     thetas, spans, clock = [torch.ones(300)], [Span(1)], torch.zeros(1, dtype=torch.int64)
     update(backend, thetas, spans, clock)
-    monkeypatch.setattr(tables, "capturing", lambda device: True)
-    monkeypatch.setattr(tables, "stream_of", lambda device: 7)
-    monkeypatch.setattr(tables, "upload", lambda parts, device: pytest.fail("an upload while a graph is captured"))
+    monkeypatch.setattr(device_tables, "capturing", lambda device: True)
+    monkeypatch.setattr(device_tables, "stream_of", lambda device: 7)
+    monkeypatch.setattr(device_tables, "upload", lambda parts, device: pytest.fail("an upload while a graph is captured"))
     update(backend, thetas, spans, clock)
     assert backend.tables.captured == list(backend.tables.kept.values())
     with pytest.raises(RuntimeError, match="once before the capture"):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import zokern
-from zokern import parameters, saved
+from zokern import checkpoint, parameters
 from zokern.directions import Aligned, Diagonal, Lazy, Rademacher, Subspace
 from zokern.stream import parameter_id
 
@@ -96,13 +96,13 @@ def test_another_recipe_is_refused_and_the_same_one_is_not(which: str) -> None:
 
 def test_a_recipe_of_fewer_words_is_rejected(monkeypatch) -> None:
     """As it was: without what the parts say of themselves."""
-    monkeypatch.setattr(saved, "described", lambda part: {})
+    monkeypatch.setattr(checkpoint, "described", lambda part: {})
     with pytest.raises(pytest.fail.Exception):
         test_another_recipe_is_refused_and_the_same_one_is_not("norm")
 
 
 class Tilted(Diagonal):
-    """A new direction, which saved.py has not heard of."""
+    """A new direction, which checkpoint.py has not heard of."""
 
     def __init__(self, tilt: Any) -> None:
         super().__init__(4)

@@ -59,7 +59,7 @@ def yields(dtype: torch.dtype) -> bool:
     """Whether csrc/linear.cpp's product is faster here than torch's, so that products with a z in them are its own from end to end.
 
     Measured on AMD processors, with AVX2 and with AVX-512 (benchmarks/bench_matmul.py); Intel's are left to torch, unmeasured."""
-    from .backends import cpu
+    from ..backends import cpu
 
     if cpu.why_off() is not None or cpu.isa() == "scalar" or not has_onednn():
         return False

@@ -1,0 +1,86 @@
+"""Tables of lowrank_: the factors of each tensor, and the tiles of csrc/lowrank.h, packed with NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+FACTORS = np.dtype([("left", "u8"), ("right", "u8"), ("rank", "i8"), ("columns", "i8"), ("scale", "f4"), ("reserved", "i4")])
+TILE = np.dtype([("begin", "i8"), ("end", "i8"), ("entry", "i4"), ("column", "i4")])
+FRAME = np.dtype([("stride", "i8"), ("shift", "i8"), ("out_stride", "i8"), ("out_shift", "i8"), ("last", "i8")])
+assert FACTORS.itemsize == 40 and TILE.itemsize == 24 and FRAME.itemsize == 40
+
+TILE_ROWS, TILE_COLUMNS = 128, 256  # of a block of lowrank.cu: eight warps of 32 columns, and eight strips of 16 rows
+PIECE = 4096  # elements of a tile that go one at a time
+
+
+def pack_factors(lefts: Sequence[Tensor], rights: Sequence[Tensor], scales: Sequence[float]) -> np.ndarray:
+    """The factors of each tensor of a launch, contiguous float32: left (m, rank) and right (columns, rank)."""
+    table = np.zeros(len(lefts), dtype=FACTORS)
+    for i, (left, right, scale) in enumerate(zip(lefts, rights, scales)):
+        table[i] = left.data_ptr(), right.data_ptr(), right.shape[1], right.shape[0], scale, 0
+    return table
+
+
+def pack_tiles(
+    entries: np.ndarray, factors: np.ndarray, tile_rows: int = TILE_ROWS, tile_columns: int = TILE_COLUMNS
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tiles and frames of csrc/lowrank.h for packed, numbered entries.
+
+    The whole rows of an entry that is contiguous in the stream, and an entry that is a slice of the matrix's columns, are cut into
+    tiles of tile_rows x tile_columns if every eighth column lies on 16 bytes; everything else goes one element at a time."""
+    known = factors[entries["tensor"]]
+    n, first = known["columns"], entries["first"].astype(np.int64)
+    size, columns = entries["row_count"] * entries["columns"], entries["columns"]
+    width, out_width = np.where(entries["type"] == 0, 4, 2), np.where(entries["out_type"] == 0, 4, 2)
+    dense = (entries["rows"] == 0) & (entries["column_stride"] == 1) & (n % 8 == 0)
+    flat = dense & (
+        (entries["row_count"] == 1) | ((entries["pitch"] == columns.astype(np.uint64)) & (entries["row_stride"] == columns))
+    )
+    cut = dense & ~flat & (entries["pitch"] == n.astype(np.uint64)) & (first % n + columns <= n)
+    top, left = first // n, first % n
+    begin, end = np.where(flat, -(-first // n), top), np.where(flat, (first + size) // n, top + entries["row_count"])
+    frames = np.zeros(len(entries), dtype=FRAME)
+    frames["stride"] = np.where(flat, n, entries["row_stride"])
+    frames["shift"] = np.where(flat, -first, -top * entries["row_stride"] - left)
+    frames["out_stride"] = np.where(flat, n, columns)
+    frames["out_shift"] = np.where(flat, -first, -top * columns - left)
+    frames["last"] = np.where(flat, n, left + columns)
+    start = np.where(flat, 0, left)
+    lies = cut & (left % 8 == 0) & (columns % 8 == 0) & (entries["row_stride"] % 8 == 0) | flat
+    for address, bytes_each, shift in (
+        (entries["theta"], width, frames["shift"]),
+        (entries["out"][:, 0], out_width, frames["out_shift"]),
+        (entries["residual"], 2, frames["out_shift"]),
+    ):  # of element (0, 0) of the matrix, modulo 16
+        lies &= (address == 0) | ((address.astype(np.int64) + shift * bytes_each) % 16 == 0)
+    lies &= (end > begin) & (frames["stride"] < 1 << 26) & (end - begin < 1 << 31)
+    rows, wide = np.where(lies, end - begin, 0), np.where(lies, -(-(frames["last"] - start) // tile_columns), 0)
+    down = -(-rows // tile_rows)
+    # rectangles, then what is before and behind them, then entries that have none
+    head = np.where(lies & flat, begin * n - first, np.where(lies, 0, size))
+    tail = np.where(lies & flat, end * n - first, size)
+    which = np.concatenate(
+        [np.repeat(np.arange(len(entries)), count) for count in (down * wide, -(-head // PIECE), -(-(size - tail) // PIECE))]
+    )
+    tiles = np.zeros(len(which), dtype=TILE)
+    tiles["entry"], tiles["column"] = which, -1
+    done = 0
+    for part, count in enumerate((down * wide, -(-head // PIECE), -(-(size - tail) // PIECE))):
+        own = tiles[done : done + count.sum()]
+        e = own["entry"]
+        place = np.arange(len(own)) - np.repeat(np.cumsum(count) - count, count)
+        if part == 0:  # row by row of tiles: blocks that run together share their rows of `left`
+            own["begin"] = begin[e] + place // wide[e] * tile_rows
+            own["end"] = np.minimum(own["begin"] + tile_rows, end[e])
+            own["column"] = start[e] + place % wide[e] * tile_columns
+        else:
+            own["begin"] = place * PIECE + (0 if part == 1 else tail[e])
+            own["end"] = np.minimum(own["begin"] + PIECE, (head if part == 1 else size)[e])
+        done += len(own)
+    return tiles, frames
+
+
+__all__ = ["FACTORS", "FRAME", "PIECE", "TILE", "pack_factors", "pack_tiles"]

@@ -1,0 +1,181 @@
+"""The verb of factored matrices, `lowrank_`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..backends import Span
+from ..stream import check_seed, check_word
+from . import arguments
+from .aliasing import shared_memory
+from .arguments import is_text
+from .operands import check_list, check_rounding, spans_of
+from .registered import listed, traced, unwrap_seed, wrap_seed
+
+
+def lowrank_(
+    tensors: Tensor | Sequence[Tensor],
+    left: Tensor | Sequence[Tensor],
+    right: Tensor | Sequence[Tensor],
+    *,
+    core: Tensor | Sequence[Tensor | None] | None = None,
+    scale: float | Sequence[float] = 1.0,
+    decay: float = 1.0,
+    who: str | int | Sequence[str | int] | None = None,
+    seed: int = 0,
+    step: int = 0,
+    first: int | Sequence[int] = 0,
+    rounding: str = "nearest",
+    residuals: Sequence[Tensor] | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """W <- decay * W + scale * U C V^T, in place, one launch for the whole list; no product is ever stored.
+
+    tensors   one tensor or a list on one device: float32, bfloat16 or float16, any shape, strides and alignment. Element e of
+              the unsharded m x n matrix is row e div n, column e mod n: a flattened or reshaped W is the same W, but what looks
+              like a mistake, a matrix (n, m) or one with m rows of another length than n, has to be flattened
+    left      U, float32 (m, r), contiguous: one, or one per tensor
+    right     V, float32 (n, r), or (n, s) beside a core (r, s), contiguous
+    core      C: None (the identity), float32[r] (a diagonal) or float32[r, s]
+    scale     factor of the product, in units of W: one float, or one per tensor;  decay  factor of the old weights
+    first     number of each tensor's first element in its unsharded matrix: one int, or one per tensor
+    rounding, residuals  as for axpy_; 'stochastic' spends the bits of (seed, who, step, purpose rounding) and needs `who`
+    Arithmetic: L = U C, itself by this verb; s = fma(L[i, k], V[j, k], s) over k in order from 0; then
+    round(fma(scale, s, round(decay * W))), float32 inside. Equal bit for bit on 'reference' and 'cpu'; 'cuda' and 'triton' use
+    the matrix units and hold the error bounds that their kernels state.
+    Returns int64[1]: how many results are inf or NaN.
+    Raises ValueError, before anything is written, for factors of another dtype, layout, shape or device, factors that are
+    swapped, elements beyond m n, and what axpy_ refuses."""
+    tensors = arguments.tensor_list("tensors", tensors)
+    if who is None:
+        if rounding == "stochastic":
+            raise ValueError(
+                "lowrank_: who is None with rounding='stochastic'; expected the parameters' names, whose bits are spent"
+            )
+        spans = spans_of("lowrank_", tensors, [0] * len(tensors), first)
+    else:
+        spans = spans_of("lowrank_", tensors, who, first)
+    device = check_list("lowrank_", tensors, spans)
+    lefts, rights = _one_each("left", left, tensors), _one_each("right", right, tensors)
+    cores = [None] * len(tensors) if core is None else _one_each("core", core, tensors)
+    each = f"a finite number, or one for each of {len(tensors)} tensors"
+    scales = arguments.one_or_each("lowrank_", "scale", scale, len(tensors), each)
+    if len(scales) != len(tensors):
+        raise ValueError(f"lowrank_: scale is {scale}; expected {each}")
+    (decay,) = arguments.finite("lowrank_", "decay", [decay], "a finite number")
+    for i, (tensor, span) in enumerate(zip(tensors, spans)):
+        _check_factors(i, tensor, span, lefts[i], cores[i], rights[i])
+    low = [] if residuals is None else arguments.tensor_list("residuals", residuals)
+    check_rounding("lowrank_", tensors, rounding, low)
+    if (pair := shared_memory(tensors)) is not None:
+        raise ValueError(f"lowrank_: tensors[{pair[0]}] and tensors[{pair[1]}] share memory; expected distinct tensors")
+    name, seed, step = backends.resolve(backend, device).name, check_seed(seed), check_word("step", step)
+    with torch.no_grad():
+        lefts = [u if c is None else _times_core(u, c, name) for u, c in zip(lefts, cores)]
+        if not traced():
+            count = backends.get(name).lowrank_(tensors, spans, lefts, rights, scales, decay, rounding, low or None, seed, step)
+            torch.autograd.graph.increment_version([*tensors, *low])  # the kernels write through raw pointers
+            return count
+        whos, firsts = [s.who for s in spans], [s.first for s in spans]
+        return torch.ops.zokern.lowrank_(
+            tensors, low, lefts, rights, scales, whos, firsts, wrap_seed(seed), step, decay, rounding, name
+        )  # fmt: skip
+
+
+def _one_each(what: str, given, tensors: Sequence[Tensor]) -> list:
+    """A factor for each tensor."""
+    if is_text(given) or not isinstance(given, Iterable):
+        raise TypeError(f"lowrank_: {what} is {type(given).__name__} {given!r:.80}; expected a torch.Tensor, or a list of them")
+    found = [given] if isinstance(given, Tensor) else list(given)
+    if len(found) != len(tensors):
+        raise ValueError(f"lowrank_: {len(found)} {what} for {len(tensors)} tensors; expected one for each")
+    return found
+
+
+def _check_factors(i: int, tensor: Tensor, span: Span, left: Tensor, core: Tensor | None, right: Tensor) -> None:
+    for what, factor in (("left", left), ("right", right), ("core", core)):
+        if factor is None and what == "core":
+            continue
+        if not isinstance(factor, Tensor):
+            raise TypeError(f"lowrank_: {what}[{i}] is {type(factor).__name__}; expected a torch.Tensor")
+        where = f"lowrank_: {what}[{i}] is {str(factor.dtype).removeprefix('torch.')}{list(factor.shape)} on {factor.device}"
+        if factor.dtype != torch.float32:
+            raise ValueError(f"{where}; expected float32: .float() it")
+        if factor.device != tensor.device:
+            raise ValueError(f"{where}; expected {tensor.device}, as its tensor")
+        if factor.layout != torch.strided or not factor.is_contiguous():
+            raise ValueError(f"{where} and not contiguous; expected rows that follow one another: .contiguous() it")
+        if factor.dim() != 2 and not (what == "core" and factor.dim() == 1):
+            raise ValueError(f"{where}; expected a matrix" + (" or its diagonal" if what == "core" else ""))
+    inner = left.shape[1] if core is None else core.shape[-1]
+    if left.shape[1] < 1 or right.shape[1] != inner or (core is not None and core.shape[0] != left.shape[1]):
+        shapes = f"left {list(left.shape)}, core {None if core is None else list(core.shape)}, right {list(right.shape)}"
+        raise ValueError(
+            f"lowrank_: {shapes} of tensors[{i}] do not multiply; expected (m, r), core r or (r, s), (n, s), r and s > 0"
+        )
+    if span.first + tensor.numel() > left.shape[0] * right.shape[0]:
+        raise ValueError(
+            f"lowrank_: tensors[{i}] spans elements {span.first} to {span.first + tensor.numel()}; expected at most "
+            f"{left.shape[0]} x {right.shape[0]}, the rows of left times the rows of right"
+        )
+    m, n = left.shape[0], right.shape[0]
+    if tensor.dim() == 2 and span.first == 0 and tensor.shape[1] != n and (tensor.shape[0] == m or tensor.shape == (n, m)):
+        how = (
+            "left and right are swapped" if tensor.shape == (n, m) else f"expected right ({tensor.shape[1]}, {right.shape[1]})"
+        )
+        raise ValueError(
+            f"lowrank_: tensors[{i}] is {list(tensor.shape)} and left times right {m} x {n}; {how}; a reshaped matrix, or a shard of "
+            "one, is flattened first: .view(-1)"
+        )
+
+
+def _times_core(left: Tensor, core: Tensor, name: str) -> Tensor:
+    """U C in float32, with the verb's own sum, so that its bits are as independent of the backend as the verb's."""
+    if core.dim() == 1:
+        return left * core
+    rows, columns = left.shape[0], core.shape[1]
+    zero, right = torch.zeros(rows, columns, dtype=torch.float32, device=left.device), core.t().contiguous()
+    if traced():
+        torch.ops.zokern.lowrank_([zero], [], [left], [right], [1.0], [0], [0], 0, 0, 1.0, "nearest", name)
+    else:
+        backends.get(name).lowrank_([zero], [Span(0)], [left], [right], [1.0], 1.0, "nearest", None)
+    return zero
+
+
+@torch.library.custom_op("zokern::lowrank_", mutates_args=("thetas", "residuals"))
+def _lowrank_op(
+    thetas: list[Tensor],
+    residuals: list[Tensor],
+    lefts: list[Tensor],
+    rights: list[Tensor],
+    scales: list[float],
+    who: list[int],
+    first: list[int],
+    seed: int,
+    step: int,
+    decay: float,
+    rounding: str,
+    backend: str,
+) -> Tensor:
+    tensors, spans = listed("lowrank_", thetas, who, first)
+    if not len(tensors) == len(lefts) == len(rights) == len(scales):
+        counts = f"{len(lefts)} left, {len(rights)} right and {len(scales)} scales"
+        raise ValueError(f"lowrank_: {counts} for {len(tensors)} tensors; expected one for each")
+    for i, (tensor, span) in enumerate(zip(tensors, spans)):
+        _check_factors(i, tensor, span, lefts[i], None, rights[i])
+    scales = arguments.finite("lowrank_", "scale", scales)
+    (decay,) = arguments.finite("lowrank_", "decay", [decay], "a finite number")
+    check_rounding("lowrank_", tensors, rounding, residuals)
+    step = check_word("step", step)
+    return backends.get(backend).lowrank_(
+        tensors, spans, lefts, rights, scales, decay, rounding, residuals or None, unwrap_seed(seed), step
+    )
+
+
+@_lowrank_op.register_fake
+def _(thetas, residuals, lefts, rights, scales, who, first, seed, step, decay, rounding, backend):
+    return torch.empty(1, dtype=torch.int64, device=thetas[0].device)

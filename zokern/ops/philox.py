@@ -1,0 +1,59 @@
+"""The raw block function of the stream, `philox4x32`."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..checks import whole_number
+from ..stream import ROUNDS, check_word
+
+
+def philox4x32(counter, key, rounds: int = ROUNDS, backend: str | None = None) -> Tensor:
+    """Philox4x32-R, the raw block function: counters (x0, x1, x2, x3) and key (k0, k1) to words.
+
+    counter  int64[..., 4] tensor (or nested sequence of ints), each word in [0, 2**32)
+    key      two words in [0, 2**32)
+    rounds   1 to 16; the stream uses 10
+    Returns int64[..., 4] on the counter's device. Equal on every backend.
+    Raises ValueError for words out of range, another last dimension, or rounds out of range.
+    Salmon et al. 2011; known answers of Random123 in tests/vectors/philox4x32.txt."""
+    counter = _integers("counter", counter)
+    if counter.dim() == 0 or counter.shape[-1] != 4:
+        raise ValueError(f"philox4x32: counter has shape {tuple(counter.shape)}; expected [..., 4]")
+    if counter.numel() and not (0 <= int(counter.min()) and int(counter.max()) < 2**32):
+        raise ValueError("philox4x32: counter has words outside [0, 2**32)")
+    words = _integers("key", key)
+    if words.shape != (2,):
+        raise ValueError(f"philox4x32: key is {key!r:.80}; expected two words in [0, 2**32)")
+    low, high = (check_word(f"key[{i}]", word) for i, word in enumerate(words.tolist()))
+    rounds = whole_number("philox4x32: rounds", rounds, 1, 16, "an integer, 1 to 16")
+    flat = counter.reshape(-1, 4).contiguous()
+    name = backends.resolve(backend, counter.device).name
+    return torch.ops.zokern.philox4x32(flat, low, high, rounds, name).view(counter.shape)
+
+
+def _integers(what: str, words) -> Tensor:
+    """Counter words as int64; refuses what would have to be cut to an integer."""
+    if not isinstance(words, Tensor):
+        listed = np.asarray(words)
+        if listed.size and listed.dtype.kind not in "iu":
+            raise ValueError(f"philox4x32: {what} is {words!r:.80}; expected integers in [0, 2**32)")
+        return torch.tensor(listed.astype(np.int64), dtype=torch.int64, device="cpu")
+    if words.is_floating_point() or words.is_complex() or words.dtype == torch.bool:
+        raise ValueError(f"philox4x32: {what} is {words.dtype}; expected integers in [0, 2**32)")
+    return words.to(torch.int64)
+
+
+@torch.library.custom_op("zokern::philox4x32", mutates_args=())
+def _philox_op(counter: Tensor, low: int, high: int, rounds: int, backend: str) -> Tensor:
+    low, high = check_word("key[0]", low), check_word("key[1]", high)
+    rounds = whole_number("philox4x32: rounds", rounds, 1, 16, "an integer, 1 to 16")
+    return backends.get(backend).philox4x32(counter, (low, high), rounds)
+
+
+@_philox_op.register_fake
+def _(counter, low, high, rounds, backend):
+    return torch.empty_like(counter)

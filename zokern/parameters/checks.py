@@ -1,0 +1,56 @@
+"""Checks of one parameter: what cannot be trained exactly is refused before any weight is touched."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..ops.operands import check_tensor
+
+
+def storage_of(tensor: Tensor) -> int:
+    """What tensors on one piece of memory have in common; a wrapper around others has no memory of its own, and nothing in common."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return -id(tensor)
+
+
+def view_of(tensor: Tensor) -> tuple:
+    """What makes two tensors the same elements: storage, offset, shape, strides."""
+    return (storage_of(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+
+def check_parameter(name: str, tensor: Tensor) -> None:
+    """Refuse what cannot be trained exactly, by name, with the way out."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"parameter {name!r} is {type(tensor).__name__}; expected a tensor")
+    if nn.parameter.is_lazy(tensor):
+        raise ValueError(
+            f"parameter {name!r} of a lazy module has no shape yet; run the module once before the optimizer is built"
+        )
+    if type(tensor).__name__ == "DTensor" or hasattr(tensor, "full_tensor"):
+        raise TypeError(
+            f"parameter {name!r} is a DTensor; expected a plain tensor. Sharded parameters (fully_shard, tensor parallelism) are not "
+            "supported yet: leave the model unsharded, or freeze this parameter with requires_grad_(False)"
+        )
+    if tensor.is_meta:
+        raise ValueError(f"parameter {name!r} is on the meta device; materialise it (model.to_empty, load weights) first")
+    if tensor.is_inference():
+        raise ValueError(f"parameter {name!r} was created under torch.inference_mode; clone it outside to train it")
+    if storage_of(tensor) < 0:
+        raise TypeError(
+            f"parameter {name!r} is {type(tensor).__name__}, a wrapper without memory of its own; train a plain tensor"
+        )
+    way_out = "freeze it with requires_grad_(False)" if tensor.requires_grad else "leave it out"
+    check_tensor("optimizer", f"parameter {name!r}", tensor, hint="cast it, or " + way_out)
+
+
+def is_set_aside(tensor: Tensor) -> bool:
+    """Whether a parameter is frozen and could not be trained either: quantised weights, which stay as they are."""
+    if not isinstance(tensor, nn.Parameter) or tensor.requires_grad or nn.parameter.is_lazy(tensor):
+        return False
+    try:
+        check_parameter("", tensor)
+    except (TypeError, ValueError):
+        return True
+    return False

@@ -1,0 +1,67 @@
+"""Wrappers that hold a module inside: torch.compile, DistributedDataParallel and others."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+# Wrappers: the class that torch.nn.Module.named_parameters meets, and the attribute that holds the module inside.
+WRAPPERS = {
+    "OptimizedModule": "_orig_mod",  # torch.compile
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "ActivationWrapper": "_checkpoint_wrapped_module",  # checkpoint_wrapper, offload_wrapper
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+}
+
+
+def wrapped(module: nn.Module) -> str | None:
+    """Return the attribute under which a wrapper of torch's holds the module inside; None for any other module.
+
+    The class decides, so an attribute of the user's own that is called ``module`` is not taken for one."""
+    for cls in type(module).__mro__:
+        if (attribute := WRAPPERS.get(cls.__name__)) is not None and cls.__module__.partition(".")[0] == "torch":
+            return attribute if module._modules.get(attribute) is not None else None
+    return None
+
+
+def inner(module: nn.Module) -> nn.Module:
+    """Return the module itself where it comes in wrappers that call it as it is, one inside another in any order.
+
+    DataParallel on several devices calls replicas, and FullyShardedDataParallel holds flat parameters: they stay, for check_model."""
+    while (attribute := wrapped(module)) is not None and not _hides(module):
+        module = module._modules[attribute]  # type: ignore[assignment]
+    return module
+
+
+def _hides(wrapper: nn.Module) -> bool:
+    """Whether a wrapper's forward reads something else than the parameters of the module inside."""
+    if isinstance(wrapper, nn.DataParallel):
+        return len(getattr(wrapper, "device_ids", None) or ()) > 1
+    return any(cls.__name__ == "FullyShardedDataParallel" for cls in type(wrapper).__mro__)
+
+
+def processes() -> int:
+    """Return how many processes torch.distributed runs."""
+    running = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if running else 1
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse wrappers under which a perturbation would be lost without a sign."""
+    for name, module in model.named_modules():
+        where = f"module {name!r}" if name else "the model"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(
+                f"{where} is a TorchScript module, whose interpreter reads weights where no perturbation can reach; "
+                "pass the eager module, or use evaluation='master'"
+            )
+        if type(module).__name__ in ("FullyShardedDataParallel", "FSDPModule"):
+            raise TypeError(
+                f"{where} is {type(module).__name__}; its flat parameters hide the weights: train the wrapped module"
+            )
+        if isinstance(module, nn.DataParallel) and _hides(module):
+            raise TypeError(
+                f"{where} is DataParallel on devices {module.device_ids}, whose replicas would not see the perturbation: train the "
+                "wrapped module, or give DataParallel one device"
+            )
