@@ -719,7 +719,7 @@ FORGOTTEN = {
     "momentum": ("lozo_m", lambda state: state["state"].clear()),
     "moments": ("tezo_adam", lambda state: state["state"].clear()),
     "updates": ("tezo_adam_corrected", lambda state: [v.update(updates=0) for v in state["state"].values()]),
-    "probes": ("pgap", lambda state: state["zokern"].update(probed=(state["zokern"]["probed"][0], [1.0, 0.5, 0.25]))),
+    "probes": ("pgap", lambda state: state["zokern"]["state"]["direction"].update({3: [1.0, 0.5, 0.25]})),
     "step": ("subzero", lambda state: state["zokern"].update(step=0)),
 }
 
@@ -733,7 +733,7 @@ def test_check_rejects_a_state_that_forgets(what: str) -> None:
 
 def test_probes_that_are_not_known_are_refused() -> None:
     def forget(state: dict) -> None:
-        state["zokern"]["probed"] = None
+        state["zokern"]["state"]["direction"] = {}
 
     with pytest.raises(RuntimeError, match="step 4 needs the basis of step 3"):
         check_resume("pgap", 4, forget)

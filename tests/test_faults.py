@@ -751,7 +751,11 @@ def test_row_30_clipped_coefficient() -> None:
         model, numbers = two_layers(), iter(sides)
         before = model[0].weight.detach().clone()
         result = step_on(
-            model, lambda model=model, numbers=numbers: (model(X).mean(), next(numbers))[1], lr=0.1, clip=0.25, **told()
+            model,
+            lambda model=model, numbers=numbers: (model(X).mean(), next(numbers))[1],
+            lr=0.1,
+            estimator=zokern.Spsa(clip=0.25),
+            **told(),
         )
         assert result.coefficients[0] == pytest.approx(expected)
         oracle.check_update("0.weight", before, model[0].weight, 0, 0, [-0.1 * result.coefficients[0]])

@@ -373,8 +373,8 @@ RECIPES: dict[str, tuple[Callable, Callable, str]] = {
     "rank": (lambda m: zokern.SubZero(m, rank=2), lambda m: zokern.SubZero(m, rank=3), "rank"),
     "interval": (lambda m: zokern.LOZO(m, interval=5), lambda m: zokern.LOZO(m, interval=6), "interval"),
     "rule": (lambda m: zokern.MeZO(m, rule=zokern.Adam()), lambda m: zokern.MeZO(m, rule=zokern.Momentum()), "rule"),
-    "queries": (lambda m: zokern.MeZO(m, queries=4), lambda m: zokern.MeZO(m), "queries"),
-    "stencil": (lambda m: zokern.MeZO(m), lambda m: zokern.MeZO(m, stencil="forward"), "stencil"),
+    "queries": (lambda m: zokern.MeZO(m, queries=4), lambda m: zokern.MeZO(m), "estimator.queries"),
+    "stencil": (lambda m: zokern.MeZO(m), lambda m: zokern.MeZO(m, stencil="forward"), "estimator.stencil"),
     "rounding": (lambda m: zokern.MeZO(m, rounding="stochastic"), lambda m: zokern.MeZO(m), "rounding"),
 }
 

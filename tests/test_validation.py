@@ -401,9 +401,9 @@ NAN = float("nan")
     (lambda: zokern.Adam(eps=1e-60), "adam_eps is 1e-60"), (lambda: zokern.Adam(eps="x"), "adam_eps is 'x'"),
     (lambda: zokern.directions.Aligned(delta="x"), "delta is 'x'"), (lambda: zokern.directions.Aligned(steps=True), "steps is True"),
     (lambda: zokern.directions.Aligned(delta=float("inf")), "delta is inf"), (lambda: zokern.directions.Lazy(rank=True), "rank is True"),
-    (lambda: zokern.estimator.resolve(zokern.Stencil("s", (1.0, -1.0), (NAN, NAN))), "stencil is"),
-    (lambda: zokern.estimator.resolve(zokern.Stencil("s", ("a", "b"), (0.5, -0.5))), "stencil is"),
-    (lambda: zokern.estimator.resolve([]), "stencil"),
+    (lambda: zokern.Spsa(1, zokern.Stencil("s", (1.0, -1.0), (NAN, NAN))), "stencil is"),
+    (lambda: zokern.Spsa(1, zokern.Stencil("s", ("a", "b"), (0.5, -0.5))), "stencil is"),
+    (lambda: zokern.Spsa(1, []), "stencil"),
 ])  # fmt: skip
 def test_arguments_are_refused_with_their_names(call: Callable[[], Any], named: str) -> None:
     with pytest.raises((ValueError, TypeError), match=named):

@@ -18,19 +18,20 @@ from torch import nn
 from torch._compile import _disable_dynamo
 
 from . import directions, parameters
+from .estimator import Oracle
 from .evaluation import THETA, Evaluation, Master
 from .fingerprint import memory_of
 from .memory import check_state
 from .modules import Tree
 from .plan import Group, Plan
-from .rule import Rule, renew
+from .rule import Rule, basis_of, renew
 
 
 class Deferred:
     """Part of ZerothOrder, which has the attributes below."""
 
     model: nn.Module | None
-    factored: directions.Factored | None
+    factored: directions.LowRank | None
     rule: Rule
     evaluation: Evaluation
     defer: bool | None
@@ -127,8 +128,9 @@ class Deferred:
                 del self.matrices[id(entry.tensor)]
 
     def _check_state(self, entry: parameters.Trained, state: Any, way_out: str, loading: bool = False) -> None:
-        core = not isinstance(self.factored, directions.Lazy)
-        check_state(entry, state, self.rule.name, self._matrix(entry), core, way_out, loading)
+        matrix = self._matrix(entry)
+        draw = self.factored.draw_shape(matrix) if self.factored is not None and matrix is not None else None
+        check_state(entry, state, self.rule.name, matrix, draw, way_out, loading)
 
     def _check_waiting(self, matrix: directions.Matrix, tensor: torch.Tensor) -> None:
         if matrix.pending is None:
@@ -142,14 +144,18 @@ class Deferred:
                         "optimizer with defer=False"
                     )
 
-    def refresh(self, plan: Plan, closure: Callable[[], Any]) -> None:
+    def refresh(self, plan: Plan, oracle: Oracle) -> None:
         """Draws the bases that this step needs; before, writes deferred updates that belong to other bases or groups."""
         if self.factored is None:
             return
         self.settle(plan)
+        if isinstance(self.factored, directions.Measured):
+            self.factored.measure(oracle, plan)
         for group in plan.groups:
             if group.matrices is not None:
                 renew(self.rule, self.factored, group, self.state, plan.seed, plan.step)
+        if isinstance(self.factored, directions.Measured):
+            self.factored.forget({basis_of(self.rule, self.state, tensor) for tensor in [*self.state]})
 
     def settle(self, plan: Plan) -> None:
         """Writes updates of parameters that are trained no more, and updates in an old basis: the step that should have was skipped."""

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backends, checkpoint, directions, estimator, evaluation, parameters, underflow
+from . import backends, checkpoint, directions, evaluation, parameters, underflow
 from .checks import finite_number, whole_number
 from .deferred import Deferred
+from .estimator import Estimator, Spsa, Stencil
 from .fingerprint import memory_of, versions_of
 from .memory import START_ANEW
 from .modules import Tree, same
@@ -31,6 +32,7 @@ OTHER_STATE = (
 HINTS = {
     "momentum": "rule=zokern.Momentum(0.9)", "betas": "rule=zokern.Adam(betas=...)", "epsilon": "eps=...", "mu": "eps=...",
     "beta": "rule=zokern.Momentum(...)", "nesterov": "rule=zokern.Momentum(...)", "wd": "weight_decay=...",
+    "clip": "estimator=zokern.Spsa(clip=...)", "normalize": "estimator=zokern.Spread(...)",
 }  # fmt: skip
 
 
@@ -46,18 +48,17 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
         lr: float,
         eps: float,
         weight_decay: float = 0.0,
-        queries: int = 1,
+        queries: int | None = None,
         seed: int = 0,
         rounding: str = "nearest",
         evaluation: str | evaluation.Evaluation = "auto",
         backend: str | backends.Backend | None = None,
-        direction: str | directions.Direction | directions.Factored = "normal",
+        direction: str | directions.Direction | directions.LowRank = "normal",
         rule: Rule | None = None,
         defer: bool | None = None,
-        stencil: str | estimator.Stencil = "central",
+        stencil: str | Stencil | None = None,
+        estimator: Estimator | None = None,
         maximize: bool = False,
-        clip: float | None = None,
-        normalize: str = "none",
         paired_check: int | str | None = "first",
         max_skips: int | None = 10,
         dead_limit: int | None = 20,
@@ -72,20 +73,17 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
         if self.model is not None and self.evaluation.name in ("paired", "scratch"):
             parameters.check_model(params)
         self.seed = check_seed(seed)
-        self.queries = whole_number("queries", queries, 1, 2**24 - 1)
+        self.estimator = _estimator(estimator, queries, stencil)
         if rounding not in backends.ROUNDINGS:
             raise ValueError(f"rounding is {rounding!r}; expected one of {list(backends.ROUNDINGS)}")
-        if normalize not in ("none", "std"):
-            raise ValueError(f"normalize is {normalize!r}; expected 'none' or 'std'")
         if nonfinite not in ("raise", "ignore"):
             raise ValueError(f"nonfinite is {nonfinite!r}; expected 'raise' or 'ignore'")
-        self.rounding, self.normalize = rounding, normalize
+        self.rounding = rounding
         self.backend = backend
         if backend is not None:
             backends.resolve(backend, torch.device("cpu"))
-        factored = not isinstance(direction, str) and hasattr(direction, "draws")
-        self.factored: directions.Factored | None = direction if factored else None  # type: ignore[assignment]
-        self.direction = directions.resolve(direction.dense if factored else direction)  # type: ignore[union-attr,arg-type]
+        self.factored = direction if isinstance(direction, directions.LowRank) else None
+        self.direction = directions.resolve(direction.dense if isinstance(direction, directions.LowRank) else direction)
         self.rule: Rule = Sgd() if rule is None else rule
         if isinstance(self.rule, type) or not hasattr(self.rule, "update"):
             raise TypeError(f"rule is {rule!r}; expected None, zokern.Momentum(), zokern.Adam() or another Rule object")
@@ -94,13 +92,10 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
             raise ValueError(f"defer is {defer!r}; expected True, False or None")
         self.defer = defer
         self.matrices: dict[int, directions.Matrix] = {}
-        self.stencil = estimator.resolve(stencil)
         for name, flag in (("maximize", maximize), ("force", force)):
             if not isinstance(flag, bool):
                 raise ValueError(f"{name} is {flag!r}; expected True or False")
         self.maximize, self.force, self.nonfinite = maximize, force, nonfinite
-        self.clip = None if clip is None else finite_number("clip", clip, above=0.0)
-        estimator.check_spread(normalize, self.stencil, self.queries)
         if isinstance(paired_check, str) and paired_check != "first":
             raise ValueError(
                 f"paired_check is {paired_check!r}; expected 'first', or an integer, at least 0, or None for no check"
@@ -121,6 +116,7 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
         self._several = _spread(params)
         self._entries: list[list[parameters.Trained]] = []
         self._groups: list[Group] = []  # of the last plan
+        self._scopes: dict = {}  # parts of it
         self._flags: list[bool] = []  # which entries are trained
         self._active: list[parameters.Trained] = []  # those that are
         self._all: list[Tensor] = []  # their tensors, with all aliases
@@ -188,6 +184,7 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
         self.matrices.clear()
         self._groups, self._key, self._written = [], None, {}
         self.seed, self.steps, self.skips, self.dead = own["seed"], own["step"], own["skips"], own["dead"]
+        checkpoint.load_parts(self, own)
         if hasattr(self.evaluation, "choice"):
             self.evaluation.choice = own.get("evaluation")
 
@@ -254,13 +251,12 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
         plan = Plan(
             self._groups,
             self.direction,
-            self.stencil,
-            self.queries,
             self.seed,
             self.steps,
             self.rounding,
             self._tree,
             self.factored,
+            scopes=self._scopes,
         )
         for group in self._groups:
             group.check_waiting()
@@ -328,7 +324,7 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
         if is_new:
             self.leave(self._groups)
             self._groups = self._made([[e for e in group if e.tensor.requires_grad] for group in self._entries])
-            self._key = key
+            self._key, self._scopes = key, {}
 
     def _made(self, active: list[list[parameters.Trained]]) -> list[Group]:
         groups: list[Group] = []
@@ -469,6 +465,20 @@ def _spread(params: Any) -> bool:
     if not isinstance(params, nn.Module):
         return False
     return any(cls.__name__ == "DistributedDataParallel" for module in params.modules() for cls in type(module).__mro__)
+
+
+def _estimator(given: Estimator | None, queries: int | None, stencil: str | Stencil | None) -> Estimator:
+    """Returns the estimator; without one, SPSA with the queries and the stencil."""
+    if given is None:
+        return Spsa(1 if queries is None else queries, "central" if stencil is None else stencil)
+    for name, value in (("queries", queries), ("stencil", stencil)):
+        if value is not None:
+            raise ValueError(
+                f"{name} is {value!r} beside an estimator; give it to the estimator: zokern.Spsa({name}={value!r})"
+            )
+    if isinstance(given, type) or not callable(given) or not hasattr(given, "queries"):
+        raise TypeError(f"estimator is {given!r}; expected None, zokern.Spsa() or another Estimator object")
+    return given
 
 
 def _unknown(cls: type, option: str) -> TypeError:

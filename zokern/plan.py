@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import gemm
 from .backends import Backend, Span, SpanList, TensorList
-from .directions import Direction, Factored, Matrix, Normal, Source
-from .estimator import Stencil
+from .directions import Direction, LowRank, Matrix, Normal, Source
 from .fingerprint import announce
 from .modules import Tree
 
@@ -40,6 +40,28 @@ class Group:
         if not self.theta:
             self.theta = TensorList([t.detach() for t in self.tensors])
             self.theta.kept = {}
+        self.objects = self.objects or [[t] for t in self.tensors]
+
+    def only(self, members: Sequence[int]) -> Group:
+        """Returns a group of some of the tensors."""
+
+        def some(values: Any) -> Any:
+            return None if values is None else type(values)([values[i] for i in members])
+
+        theta = some(self.theta)
+        theta.kept = {}
+        return replace(
+            self,
+            names=some(self.names),
+            tensors=some(self.tensors),
+            spans=some(self.spans),
+            residuals=some(self.residuals),
+            matrices=some(self.matrices),
+            theta=theta,
+            objects=some(self.objects),
+            drawn={},
+            memo={},
+        )
 
     def residual(self, i: int) -> Tensor | None:
         """The low bits of tensor i, where it has any."""
@@ -74,14 +96,8 @@ class Group:
         announce(self.theta)
 
     def source(self, seed: int) -> Source:
-        """Normals for this group's factors."""
-
-        def normals(matrices: Sequence[Matrix], shapes: Sequence[tuple[int, ...]], step: int, draw: int) -> list[Tensor]:
-            outs = [torch.empty(shape, dtype=torch.float32, device=matrix.device) for shape, matrix in zip(shapes, matrices)]
-            self.backend.draw(outs, [Span(matrix.who) for matrix in matrices], Normal(), seed, step, draw)
-            return outs
-
-        return normals
+        """Returns the stream's numbers for this group's matrices."""
+        return _Stream(self, seed)
 
     def draws(self, plan: Plan, word: int) -> list[Tensor]:
         """Returns a draw for every matrix, in its small space; made once a step, for the readings and the update."""
@@ -122,6 +138,24 @@ class Group:
         return count
 
 
+class _Stream:
+    """Numbers of the stream for the matrices of a group (directions.Source)."""
+
+    def __init__(self, group: Group, seed: int) -> None:
+        self.group, self.seed = group, seed
+
+    def __call__(self, matrices: Sequence[Matrix], shapes: Sequence[tuple[int, ...]], step: int, draw: int) -> list[Tensor]:
+        outs = [torch.empty(shape, dtype=torch.float32, device=matrix.device) for shape, matrix in zip(shapes, matrices)]
+        self.group.backend.draw(outs, [Span(matrix.who) for matrix in matrices], Normal(), self.seed, step, draw)
+        return outs
+
+    def sketch(
+        self, matrix: Matrix, draws: Sequence[tuple[int, int]], weights: Sequence[float], omega: Tensor, transposed: bool = False
+    ) -> Tensor:  # fmt: skip
+        span = next(span for span, one in zip(self.group.spans, self.group.matrices or ()) if one is matrix)
+        return gemm.sketch_of(self.group.backend, Normal(), self.seed, span, matrix.shape, draws, weights, omega, transposed)
+
+
 def lefts_of(matrices: Sequence[Matrix], middles: Sequence[Tensor], backend: Backend) -> list[Tensor]:
     """Returns U middle for each matrix, in one launch, summed in the order of lowrank_; the middle itself where it is the left factor."""
     found = list(middles)
@@ -142,34 +176,55 @@ def lefts_of(matrices: Sequence[Matrix], middles: Sequence[Tensor], backend: Bac
 class Plan:
     """The checked work of one step.
 
-    tree        the modules that a step leaves as they are
-    first_draw  draw word of query 0
-    readings    how often the closure was called"""
+    tree      the modules that a step leaves as they are
+    words     draw words of the estimate that is applied
+    first     draw word of query 0
+    readings  how often the closure was called
+    scopes    by names: the groups of a part of the plan, each with the group that it is a part of; kept from step to step"""
 
     groups: list[Group]
     direction: Direction
-    stencil: Stencil
-    queries: int
     seed: int
     step: int
     rounding: str
     tree: Tree
-    factored: Factored | None = None  # the direction of groups with matrices
-    first_draw: int = 0
+    factored: LowRank | None = None  # the direction of groups with matrices
+    words: tuple[int, ...] = ()
+    first: int = 0
     readings: int = 0
-    tensors: list[Tensor] = field(default_factory=list)  # of all groups
-    names: list[str] = field(default_factory=list)
+    scopes: dict[tuple[str, ...], list[tuple[Group, Group]]] = field(default_factory=dict, repr=False)
+    tensors: list[Tensor] = field(init=False)  # of all groups
+    names: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        if not self.tensors:
-            self.tensors = [t for group in self.groups for t in group.tensors]
-            self.names = [name for group in self.groups for name in group.names]
+        self.tensors = [t for group in self.groups for t in group.tensors]
+        self.names = [name for group in self.groups for name in group.names]
+
+    def only(self, scope: Collection[str] | None) -> Plan:
+        """Returns the same step of some parameters; None: of all. Raises ValueError if none of them is trained."""
+        if scope is None:
+            return self
+        key = tuple(scope)
+        if key not in self.scopes:
+            members = [[i for i, name in enumerate(group.names) if name in key] for group in self.groups]
+            self.scopes[key] = [(group.only(some), group) for some, group in zip(members, self.groups) if some]
+        if not self.scopes[key]:
+            raise ValueError(f"scope is {key!r:.200}; expected names of trained parameters, such as {self.names[:2]}")
+        for part, whole in self.scopes[key]:
+            part.eps = whole.eps
+        return replace(self, groups=[part for part, _ in self.scopes[key]], scopes={})
+
+    def along(self, words: tuple[int, ...]) -> Plan:
+        """Returns the same step with the draws of an estimate."""
+        return replace(self, words=words)
 
     def draw(self, query: int) -> int:
-        return self.first_draw + query
+        """Returns the draw word of a query."""
+        return self.first + query
 
     def draws(self) -> list[tuple[int, int]]:
-        return [(self.step, self.draw(query)) for query in range(self.queries)]
+        """Returns (step, draw word) of every draw of the estimate."""
+        return [(self.step, word) for word in self.words]
 
     @property
     def is_coarse(self) -> bool:

@@ -104,7 +104,7 @@ class Factors:
         known = group.memo.get(("bases", positions[0]))
         if known is None or not same([*lefts, *rights], known[0]):
             left = None if first.left is None else torch.stack(lefts)  # type: ignore[arg-type]
-            index = torch.tensor(positions, device=group.theta[0].device)
+            index = torch.tensor(positions, dtype=torch.int64, device=group.theta[0].device)
             known = group.memo["bases", positions[0]] = [*lefts, *rights], left, torch.stack(rights).mT, index  # type: ignore[arg-type]
         _, left, right, index = known
         weights = torch.stack([group.theta[i] for i in positions]).view(len(positions), *first.shape)

@@ -14,11 +14,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from ..estimator import loss_tensor
 from ..fingerprint import Fingerprint, memory_of
 from ..modules import STANDARD, Tree, flat, items, refill, same
 from ..plan import Plan
 from . import rng
+from .loss import loss_tensor
 
 BUDGET = 4 << 20  # bytes of buffers that are copied to be put back; larger ones are only watched
 BACKWARD = ("does not require grad and does not have a grad_fn", "backward() called inside a functorch transform")

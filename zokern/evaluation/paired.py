@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..estimator import loss_tensor
 from ..plan import Plan
 from . import standin
 from .attention import folding
 from .base import WAY_OUT, Point, Record, Refused, distinct
 from .copies import Copies
 from .isolation import Isolation
+from .loss import loss_tensor
 from .scratch import MIB, Scratch
 from .standin import standing_in
 

@@ -48,7 +48,7 @@ class Adam:
     Kingma and Ba 2015; Zhang et al. 2024 (ZO-Bench's ZO-Adam); Sun et al. 2025 (TeZO-Adam)."""
 
     name, defers = "adam", False
-    bases = ("diagonal",)  # directions with a basis that lasts, and whose draws are numbers along it
+    diagonal = True  # of low-rank directions it goes with those whose draws are numbers along a basis that lasts
 
     def __init__(
         self,

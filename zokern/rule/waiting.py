@@ -13,9 +13,9 @@ from ..plan import Group, Plan
 def total(plan: Plan, group: Group, amounts: Sequence[float]) -> list[Tensor]:
     """sum_k amounts[k] draw_k of each matrix, in the small space, float32, in the order of the queries."""
     sums: list[Tensor] = []
-    for query, amount in enumerate(amounts):
+    for word, amount in zip(plan.words, amounts):
         rounded = float(torch.tensor(amount, dtype=torch.float32, device="cpu"))
-        terms = torch._foreach_mul(group.draws(plan, plan.draw(query)), rounded)
+        terms = torch._foreach_mul(group.draws(plan, word), rounded)
         sums = list(terms) if not sums else list(torch._foreach_add(sums, terms))
     return sums
 
