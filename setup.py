@@ -49,8 +49,8 @@ ISA_FLAGS = {
 }
 LINEAR_FLAGS = {"avx512bf16": f"{ISA_FLAGS['avx512']} -mavx512bf16"}  # instructions that only products have a use for
 NVCC_FLAGS = "-std=c++17 -O3 --fmad=false -Xcompiler -fPIC,-fvisibility=hidden,-ffp-contract=off"
-CUDA_SOURCES = ("elementwise", "update", "lowrank")
-CPU_SOURCES = (*CUDA_SOURCES, "linear")
+CUDA_SOURCES = ("axpy", "update", "elementwise", "lowrank")
+CPU_SOURCES = ("elementwise", "update", "lowrank", "linear")
 CUDA_ARCHITECTURES = ["80", "86", "89", "90", "100", "120"]
 # PTX of the first of a family is the machine code of all of it: the slower half of the compiler runs three times and not six.
 FAMILY = {"86": "80", "89": "80", "120": "100"}
