@@ -13,8 +13,8 @@
 //            replay        one-term steps: 23.7 a step in groups of four, 24.5 for each step that is left
 //                          over. With stochastic rounding 31.1 and 32.9. Every 32 steps add 3.4, or 4.5
 // registers  at most 64. Stochastic or residual rounding takes 80, and so do many terms or steps. Both
-//            together take 128. No spill on sm_80 to sm_120: `python tests/test_sass.py`, `python -m
-//            benchmarks.predict`, nvcc 13.0
+//            together take 128. No spill on sm_80 to sm_120 (nvcc 13.0): `python tests/test_sass.py`,
+//            `python -m benchmarks.predict`
 // launch     walk.h
 // equal      bit for bit to zokern/backends/reference.py for every grid. A value depends on its stream number
 //            alone, and the count of non-finite results is an integer sum. cvt.rn rounds as zo/rounding.h
@@ -458,7 +458,8 @@ __global__ void __launch_bounds__(kThreads, resident(kRounding, kSum))
   using Verb = AxpyVerb<kDirection, kRounding, kSum>;
   Verb verb{list.keys, terms, Verb::kPlain ? coefficients[0] : 0.0f, 0};
   run(verb, list.entries, list.chunks, list.chunk_count, list.parts_log2);
-  if (verb.nonfinite != 0) atomicAdd(nonfinite, static_cast<unsigned long long>(verb.nonfinite));  // rare, so one by one
+  // This is rare, so every thread adds for itself.
+  if (verb.nonfinite != 0) atomicAdd(nonfinite, static_cast<unsigned long long>(verb.nonfinite));
 }
 
 template <Direction kDirection, Rounding kRounding>

@@ -136,8 +136,9 @@ void lowrank_one(uintptr_t theta, uintptr_t out, uintptr_t residual, int64_t siz
 #endif
 
 #if defined(ZOKERN_LINEAR)
-using SideRow = std::tuple<uintptr_t, int64_t, uintptr_t, uintptr_t, float, int64_t>;  // linear.h: Side
-using ThinRow = std::tuple<int64_t, uintptr_t, int64_t, uintptr_t, int64_t, int64_t, uintptr_t, int64_t, int64_t>;  // Thin
+// The fields of Side and Thin in linear.h.
+using SideRow = std::tuple<uintptr_t, int64_t, uintptr_t, uintptr_t, float, int64_t>;
+using ThinRow = std::tuple<int64_t, uintptr_t, int64_t, uintptr_t, int64_t, int64_t, uintptr_t, int64_t, int64_t>;
 
 void linear(uintptr_t weight, int32_t type, bool transposed, int64_t m, int64_t n, int32_t direction, uint64_t seed,
             uint64_t first, uint32_t who, uint32_t step, float shrink, const std::vector<SideRow>& sides,

@@ -32,8 +32,8 @@ __device__ __forceinline__ T* global(T* pointer) {
   return pointer;
 }
 
-// numerator / divisor, by shift and subtract. nvcc divides integers through MUFU.RCP, which is approximate.
-// The tests look for approximate instructions in the machine code, and this way there is none to allow.
+// numerator / divisor, by shift and subtract. nvcc would divide integers through the approximate MUFU.RCP,
+// and the tests allow no approximate instruction in the machine code.
 __device__ __forceinline__ int64_t divide(int64_t numerator, int64_t divisor) {
   uint64_t left = static_cast<uint64_t>(numerator), quotient = 0;
   int shift = 0;

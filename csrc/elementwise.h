@@ -1,7 +1,7 @@
 // elementwise.h: the table of a launch, and the elementwise verbs for one element. elementwise.cpp,
 // elementwise.cu and axpy.cu implement the verbs
 //
-// verbs    draw out <- T(z)
+// verbs    draw      out <- T(z)
 //          axpy_     theta <- round(decay theta + sum_k a_k z_k): float32 inside, fma in draw order, one
 //                    rounding to T. A replay is several such sums of `each` terms, one after the other in
 //                    registers. It gives the results of K / each calls
@@ -31,7 +31,7 @@ enum class Direction : int32_t { kNormal = 0, kRademacher = 1 };
 
 struct Entry {            // 104 bytes; backends/table.py packs the same layout
   void* theta;            // null for draw
-  void* out[2];           // draw: out[0]; perturb: out[0], out[1] (null when there is one side); update_: m and v
+  void* out[2];           // draw: out[0]; perturb: out[0], out[1] (or null); update_: m and v
   int16_t* residual;      // low bits of a bfloat16 theta, at R columns + c, or null
   const int64_t* rows;    // row numbers, or null for 0, 1, 2, ...
   int64_t row_count;      // r runs over [0, row_count)

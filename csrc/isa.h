@@ -18,13 +18,16 @@ namespace zo {
 struct Path {
   const char* name;
   bool usable;
-  int64_t (*elementwise)(const void* job, int64_t chunk);        // returns the number of results that are inf or NaN
-  int64_t (*lowrank)(const void* job, int64_t chunk);            // the same
-  int64_t (*update)(const void* job, int64_t chunk);             // the same
-  void (*linear)(const void* job, int64_t group, char* memory);  // computes some columns of y
-  void (*linear_thin)(void* job, int64_t worker, int64_t workers, char* memory);  // the first part of thin products
-  int64_t (*linear_memory)();                                                     // bytes of `memory` without the sums
-  bool (*linear_pairs)();                                                         // linear.h
+  // These run one chunk of a job. They return the number of results that are inf or NaN.
+  int64_t (*elementwise)(const void* job, int64_t chunk);
+  int64_t (*lowrank)(const void* job, int64_t chunk);
+  int64_t (*update)(const void* job, int64_t chunk);
+  // linear.cpp: some columns of y, the first part of thin products, the size of `memory` without sums,
+  // linear_pairs().
+  void (*linear)(const void* job, int64_t group, char* memory);
+  void (*linear_thin)(void* job, int64_t worker, int64_t workers, char* memory);
+  int64_t (*linear_memory)();
+  bool (*linear_pairs)();
   void (*panel)(const float* right, int64_t rank, int64_t columns, int64_t begin, int64_t end, float* panel);
 };
 

@@ -1,55 +1,59 @@
 // linear.cpp: y = shrink x (W + scale z)^T + thin products + bias on the CPU
 //
-// math     linear.h; a sum runs over k from 0 up, by fma, in registers over a panel's depth: the same bits for any number of
-//          threads, for any rows beside a row and for any way to share the columns out
-// bfloat16 k runs over pairs, the odd one first, as the processor's dot product of pairs does it (VDPBF16PS; the products are
-//          exact). Where there is one, x and W + scale z stay in 16 bits, two in a word: half the memory and half the
-//          instructions for the same bits, but for numbers under 2^-126, which it takes for zero
-// panel    kColumns columns of y are done at a time. Their rows of W + scale z, kDepth wide, are turned into panels of kWide
-//          columns, k-major, in the second cache. There all rows of x meet them: kRows x kVectors sums in registers, x as
-//          broadcasts from where it lies. No tile of W + scale z is ever in memory
-// aligned  where rows of W begin with a block of the stream, a lane of the generator is a row, so that z comes out turned; W is
-//          turned once for two sides, kBatch columns at a time, in the first cache
-// else     rows come from the elementwise verb into the first cache, a few at a time, and are turned there
-// sides    both signs of a draw are made from one evaluation of z, and sides that read W itself share its panels
-// thin     x first^T middle comes first, rows shared out among the threads, by the same panels; its product with last^T goes on
-//          in y's sums, so that y is written once, rounded once. Where W is bfloat16 all that is multiplied is: first, last and
-//          the rows between them are rounded, each by 2^-8 of itself or less, as y is; the sums are float32
-// edges    what a panel holds for columns that W does not have is not written
-// traffic  W once, 4 or 2 B an element, for all sides; y once; x from the caches, once for every 96 columns
-// build    once per instruction set with -DZOKERN_ISA=avx512bf16 | avx512 | avx2 | scalar over the trait simd/<isa>.h, and
-//          once without
-// source   Goto and van de Geijn 2008 for the panel and the register block; stream: zokern/stream.py, version 1
+// math     linear.h. A sum runs over k from 0 up, by fma, in registers for a panel's depth. Its bits do not
+//          depend on the number of threads, on the other rows of x, or on the division of columns among
+//          threads
+// pairs    in bfloat16, k runs over pairs, the odd one first. The processor's dot product of pairs (VDPBF16PS)
+//          does the same, and its products are exact. With this instruction x and W + scale z stay in 16
+//          bits, two in a word. That takes half the memory and half the instructions. It gives the same
+//          bits, except that it takes numbers under 2^-126 for zero
+// panel    y is made kColumns columns at a time. Their rows of W + scale z, kDepth wide, are turned into
+//          panels of kWide columns in the second cache (simd/panels.h). All rows of x meet a panel there,
+//          with kRows x kVectors sums in registers (simd/sweep.h). No tile of W + scale z is ever in memory
+// rows     if rows of W begin with a block of the stream, z is made in the order of a panel (simd/aligned.h).
+//          If not, the elementwise verb writes a few rows into the first cache, and they are turned there
+// sides    both signs of a draw come from one evaluation of z. Sides that read W itself share its panels
+// thin     x first^T middle comes first, by the same panels, its rows divided among the threads. Its product
+//          with last^T is added to y's sums, so y is written once and rounded once. For a bfloat16 W the
+//          factors first and last and the rows between them are rounded to bfloat16, each by 2^-8 of itself
+//          or less. The sums are float32
+// edges    a panel may hold more columns than W has. Their sums are not written
+// traffic  W once for all sides, 4 or 2 B an element. y once. x comes from the caches, once for every 96
+//          columns
+// build    once per instruction set with -DZOKERN_ISA=avx512bf16 | avx512 | avx2 | scalar over the trait
+//          simd/<isa>.h, and once without
+// source   Goto and van de Geijn 2008 for the panel and the register block;
+//          stream: zokern/stream.py, version 1
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <memory>
 
 // clang-format off
-#include "simd/namespace.h"  // first: it renames the namespace of the others
+#include "simd/namespace.h"  // comes first, because it renames the namespace of the others
 // clang-format on
 #include "job.h"
 #include "linear.h"
 
 namespace zo {
 
-constexpr int64_t kDepth = 384;   // of a panel, in words: numbers, or pairs of them; 36 KB for 24 columns
-constexpr int64_t kColumns = 96;  // columns of y at a time, at most: a multiple of every path's kWide
-constexpr int64_t kBlock = 256;   // rows of x that meet all panels before the next rows are fetched
+constexpr int64_t kDepth = 384;   // words in a column of a panel: 36 KB for 24 columns
+constexpr int64_t kColumns = 96;  // most columns of y at a time; a multiple of kWide on every path
+constexpr int64_t kBlock = 256;   // rows of x that meet all panels before the next rows
 
-struct ThinRows {                  // of a thin product, for all rows of its side
-  std::vector<float> inner, rows;  // x first^T, and that times middle
-  std::vector<uint16_t> half;      // the latter rounded, where W is bfloat16
+struct ThinRows {                  // intermediate results of a thin product, for all rows of its side
+  std::vector<float> inner, rows;  // x first^T, and x first^T middle
+  std::vector<uint16_t> half;      // rows, rounded, if W is bfloat16
 };
 
 struct LinearJob {
   const Linear* product;
   std::vector<ThinRows> thins;
-  int64_t columns;               // of y at a time: kColumns, or half as many where there are few
-  std::vector<int64_t> offsets;  // of every side in a thread's sums
-  int64_t rows;                  // of all sides
+  int64_t columns;               // of y at a time: kColumns, or half as many if y has few
+  std::vector<int64_t> offsets;  // of each side's sums in a thread's memory
+  int64_t rows;                  // of all sides together
   int64_t (*elementwise)(const void* job, int64_t chunk);
-  Job piece;  // the elementwise verb, but for its entry, draw and scales
+  Job piece;  // for the elementwise verb; each call adds entry, draw and scales
 };
 
 }  // namespace zo
@@ -69,7 +73,7 @@ struct LinearJob {
 namespace zo {
 namespace {
 
-// The rows of x that a worker takes in the first part of a thin product
+// A worker's rows of x in the first part of a thin product.
 struct Share {
   int64_t begin, end;
 };
@@ -78,12 +82,12 @@ Share share_of(const Side& side, int64_t worker, int64_t workers) {
   return {side.rows * worker / workers, side.rows * (worker + 1) / workers};
 }
 
-// inner <- x first^T, for the thin products [t, end) of one `first`
+// inner <- x first^T, for thin products [t, end), which have the same `first`.
 void start_thin(LinearJob& job, int64_t t, int64_t end, int64_t worker, int64_t workers, Memory& memory, float* sums) {
   const Linear& product = *job.product;
   const Thin& thin = product.thins[static_cast<size_t>(t)];
   const Order order = order_of(product.type);
-  const auto each = [&](auto&& call) {  // thin product, its side, the worker's share of it, where its sums are
+  const auto each = [&](auto&& call) {  // of a thin product, its side, the worker's share and its sums
     float* own = sums;
     for (int64_t one = t; one < end; ++one) {
       const Side& side = product.sides[static_cast<size_t>(product.thins[static_cast<size_t>(one)].side)];
@@ -111,7 +115,7 @@ void start_thin(LinearJob& job, int64_t t, int64_t end, int64_t worker, int64_t 
   }
 }
 
-// rows <- inner middle, for the rows of one worker, as the last product reads them
+// rows <- inner middle, for the rows of one worker, in the form that the last product reads.
 void turn_thin(LinearJob& job, int64_t t, int64_t worker, int64_t workers, Memory& memory, float* sums) {
   const Thin& thin = job.product->thins[static_cast<size_t>(t)];
   ThinRows& rows = job.thins[static_cast<size_t>(t)];
@@ -144,7 +148,7 @@ void turn_thin(LinearJob& job, int64_t t, int64_t worker, int64_t workers, Memor
   }
 }
 
-// y <- sums + bias for columns [begin, begin + count)
+// y <- sums + bias for columns [begin, begin + count).
 void finish(const Linear& product, const Side& side, int64_t begin, int64_t count, float* sums, uint16_t* half) {
   for (int64_t i = 0; i < side.rows; ++i, sums += kColumns) {
     if (side.bias != nullptr) {
@@ -223,7 +227,7 @@ extern "C" void ZO_JOIN(zokern_linear_, ZOKERN_ISA)(const void* address, int64_t
   }
 }
 
-// What the thin products start from, for the rows of one worker
+// The first part of all thin products, for the rows of one worker.
 extern "C" void ZO_JOIN(zokern_linear_thin_, ZOKERN_ISA)(void* address, int64_t worker, int64_t workers, char* bytes) {
   LinearJob& job = *static_cast<LinearJob*>(address);
   const std::vector<Thin>& all = job.product->thins;
@@ -231,7 +235,7 @@ extern "C" void ZO_JOIN(zokern_linear_thin_, ZOKERN_ISA)(void* address, int64_t 
   float* const sums = reinterpret_cast<float*>(bytes + sizeof(Memory));
   for (size_t t = 0; t < all.size();) {
     size_t end = t;
-    int64_t rows = 0;  // no more than there are sums for: a side may come twice
+    int64_t rows = 0;  // at most job.rows: there is no room for more sums, and a side may come twice
     do {
       rows += job.product->sides[static_cast<size_t>(all[end++].side)].rows;
     } while (end < all.size() && all[end].first == all[t].first && all[end].inner == all[t].inner &&
@@ -241,15 +245,15 @@ extern "C" void ZO_JOIN(zokern_linear_thin_, ZOKERN_ISA)(void* address, int64_t 
   }
 }
 
-// Bytes of a thread, but for the sums
+// Bytes of a thread's memory without the sums.
 extern "C" int64_t ZO_JOIN(zokern_linear_memory_, ZOKERN_ISA)() { return sizeof(Memory); }
 
-// Whether x is read in bfloat16 where W is
+// Whether a bfloat16 W takes x in bfloat16.
 extern "C" bool ZO_JOIN(zokern_linear_pairs_, ZOKERN_ISA)() { return Simd::kPairs; }
 
 }  // namespace zo
 
-#else  // the part that is compiled once: share the columns out
+#else  // this part is compiled once: it divides the columns among threads
 
 #include <omp.h>
 
@@ -262,11 +266,11 @@ extern "C" bool ZO_JOIN(zokern_linear_pairs_, ZOKERN_ISA)() { return Simd::kPair
 namespace zo {
 namespace {
 
-constexpr int64_t kSmall = 1 << 15;  // elements of W below which waking a second thread costs more than it saves
+constexpr int64_t kSmall = 1 << 15;  // below as many elements of W one thread is faster
 
 constexpr uintptr_t kHuge = 1 << 21;  // a huge page: 512 faults in one
 
-// Asks for huge pages under new memory, where a large result is about to be written; a hint, and no more
+// Asks for huge pages under the memory of a large result that is written next. It is only a hint.
 void enlarge_pages(const void* from, size_t bytes) {
 #if defined(MADV_HUGEPAGE)
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(from) + kHuge - 1) / kHuge * kHuge;
@@ -285,7 +289,7 @@ struct Free {
 
 bool linear_pairs() { return active().linear_pairs(); }
 
-int64_t linear_memory(int64_t rows) { return active().linear_memory() + rows * kColumns * 4; }  // a multiple of 64
+int64_t linear_memory(int64_t rows) { return active().linear_memory() + rows * kColumns * 4; }
 
 void linear(const Linear& product) {
   LinearJob job;
@@ -304,7 +308,7 @@ void linear(const Linear& product) {
     enlarge_pages(side.y, size);
   }
   const size_t bytes = static_cast<size_t>(linear_memory(job.rows));
-  const std::unique_ptr<char[], Free> memory(  // here: what throws in a parallel region ends the process
+  const std::unique_ptr<char[], Free> memory(  // not in parallel: an exception there ends the process
       static_cast<char*>(::operator new[](bytes* static_cast<size_t>(workers), std::align_val_t(64))));
   for (const Thin& thin : product.thins) {
     const size_t many = static_cast<size_t>(product.sides[static_cast<size_t>(thin.side)].rows);

@@ -1,8 +1,8 @@
 // lowrank.cu: theta <- decay theta + scale left right^T for a list of tensors, on the matrix units of a GPU
 //
 // math     lowrank.h. The sum comes from mma.m16n8k16: bfloat16 inputs, float32 sums. A factor x is split
-//          into T bfloat16 terms, x = x_0 + x_1 + ... + e with |e| <= 2^-8T |x|. The products x_p y_q with p
-//          + q < T are summed, small ones first. A float32 theta has T = 3, and 2 above rank 64. A 16-bit
+//          into T bfloat16 terms, x = x_0 + x_1 + ... + e with |e| <= 2^-8T |x|. The products x_p y_q with
+//          p + q < T are summed, small ones first. A float32 theta has T = 3, and 2 above rank 64. A 16-bit
 //          theta has T = 2, and 1 above rank 32
 // bound    |s - exact| <= ((T + 2) 2^-8T + N 2^-20) sum_k |left[i, k] right[j, k]|, where N = T (T + 1) / 2
 //          ceil(rank / 16) is the number of the unit's products: tests/lowrank_bound.py derives it. A factor
@@ -389,7 +389,8 @@ __global__ void __launch_bounds__(kThreads, resident(kSteps* kTerms, kSimple&& k
     if (tile.column < 0) continue;
     nonfinite += matrix<kSteps, kTerms, kType, kSimple, kWhole>(work, tile, e, work.frames[tile.entry], f);
   }
-  if (nonfinite != 0) atomicAdd(work.nonfinite, static_cast<unsigned long long>(nonfinite));  // rare, so one by one
+  // This is rare, so every thread adds for itself.
+  if (nonfinite != 0) atomicAdd(work.nonfinite, static_cast<unsigned long long>(nonfinite));
 }
 
 __global__ void __launch_bounds__(kThreads, 1) general_kernel(const Work work) {

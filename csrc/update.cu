@@ -26,8 +26,8 @@ namespace updates {  // named, so that a kernel has the same symbol in every bui
 
 using namespace kernels;
 
-// Blocks per multiprocessor that the registers must allow. Adam loads 80 to 96 bytes at once in each thread, so 16
-// warps cover the latency of memory. With 80 registers it would spill.
+// Blocks per multiprocessor that the registers must allow. Adam loads 80 to 96 bytes at once in each thread,
+// so 16 warps cover the latency of memory. With 80 registers it would spill.
 constexpr int resident(Rule rule) { return rule == Rule::kAdam ? 2 : kResidentMore; }
 
 // The terms of g. The last name comes by value too, so that a sum of one term reads no list of names.
@@ -205,7 +205,8 @@ __global__ void __launch_bounds__(kThreads, resident(kRule))
   const Sum sum = {draws, coefficients, draw_count, clock_of(list), last};
   UpdateVerb<kDirection, kRule, kRounding> verb{list.keys, sum, scalars_at<kRule>(scalars), 0};
   run(verb, list.entries, list.chunks, list.chunk_count, list.parts_log2);
-  if (verb.nonfinite != 0) atomicAdd(nonfinite, static_cast<unsigned long long>(verb.nonfinite));  // rare, so one by one
+  // This is rare, so every thread adds for itself.
+  if (verb.nonfinite != 0) atomicAdd(nonfinite, static_cast<unsigned long long>(verb.nonfinite));
 }
 
 template <Direction kDirection, Rule kRule>

@@ -2,8 +2,8 @@
 //
 // math     g = sum_k a_k z_k from 0, by fma in draw order
 //          momentum  m <- fma(alpha, g, round(beta m)), move = m
-//          adam      m <- fma(alpha1, g, round(beta1 m)), v <- fma(alpha2, round(g g), round(beta2 v)), move
-//                    = m / fma(sqrt(v + inside), correction, eps). Each operation is rounded once
+//          adam      m <- fma(alpha1, g, round(beta1 m)), v <- fma(alpha2, round(g g), round(beta2 v)),
+//                    move = m / fma(sqrt(v + inside), correction, eps). Each operation is rounded once
 //          theta <- round(fma(lr, move, round(decay theta))): float32 inside, one rounding to theta's type
 // table    the Entry and Chunk of elementwise.h. out[0] is m and out[1] is v, contiguous float32. residual is
 //          as for axpy_

@@ -20,7 +20,7 @@ namespace kernels {
 constexpr int kResident = 4;      // 64 registers a thread
 constexpr int kResidentMore = 3;  // 80 registers: perturb, stochastic and residual rounding
 constexpr int kResidentMost = 2;  // 128 registers: many terms with stochastic or residual rounding
-constexpr int kPartsLog2 = 4;     // a chunk of 32768 elements is 16 turns of 256 threads; more parts would be empty
+constexpr int kPartsLog2 = 4;     // a chunk of 32768 elements is 16 turns of 256 threads, so it has 16 parts
 
 // How threads divide a chunk. This thread takes units lane, lane + lanes, ... If `alone`, one block has the
 // whole chunk.
@@ -29,7 +29,7 @@ struct Turn {
   bool alone;
 };
 
-constexpr int kWarp = 32, kSteps = 16;      // a tile is 32 blocks of signs; 32 lanes use it in 16 steps of one unit each
+constexpr int kWarp = 32, kSteps = 16;      // a tile: 32 blocks of signs, used in 16 steps by 32 lanes
 constexpr int kTileUnits = kWarp * kSteps;  // 4096 elements
 
 // Signs for whole tiles. Lane l computes block l of the tile. The warp keeps the tile's 4096 signs in 512
@@ -97,7 +97,7 @@ __device__ __forceinline__ void pieces(Verb& verb, const Entry& e, const Chunk& 
   const int64_t columns = merged ? e.row_count * e.columns : e.columns;
   const int64_t first_row = merged ? 0 : divide(chunk.begin, columns);
   const int64_t last_row = merged ? 0 : divide(chunk.end - 1, columns);
-  const uint32_t rows = static_cast<uint32_t>(last_row - first_row) + 1;  // a chunk has less than 2^28 elements
+  const uint32_t rows = static_cast<uint32_t>(last_row - first_row) + 1;  // a chunk has under 2^28 elements
   const bool edges = whole.begin < whole.end;
   // A row of c columns touches at most c / 8 + 2 units. If it has whole units, only one before and one after
   // are left. Each row gets a power of two of turns, so that no turn needs a division. Some turns are empty.
@@ -115,7 +115,7 @@ __device__ __forceinline__ void pieces(Verb& verb, const Entry& e, const Chunk& 
     const uint64_t number = e.first + static_cast<uint64_t>(source) * e.pitch;
     const uint64_t unit =
         edges ? (slot == 0 ? whole.begin - 1 : whole.end) : (number + static_cast<uint64_t>(begin)) / kUnit + slot;
-    const int64_t column = static_cast<int64_t>(unit * kUnit - number);  // of the unit's element 0; may lie outside the row
+    const int64_t column = static_cast<int64_t>(unit * kUnit - number);  // of the unit's element 0
     Piece piece;
     piece.low = static_cast<int>(begin > column ? (begin - column < kUnit ? begin - column : kUnit) : 0);
     piece.high = static_cast<int>(end - column < kUnit ? end - column : kUnit);

@@ -1,15 +1,16 @@
-// simd/aligned.h: panels of W + scale z where each row of W begins with a block of the stream; part of linear.cpp
+// simd/aligned.h: panels of W + scale z, if each row of W begins with a block of the stream. linear.cpp
+// includes it
 //
-// lanes    a lane of the random number generator is a row of W, so z comes out turned already
+// lanes    a lane of the random number generator is a row of W, so z is made in the order of a panel
 // memory   W is turned once for two sides, kBatch columns at a time, in the first cache
 #pragma once
 
 namespace zo {
 namespace {
 
-// The rows of W that are turned next, fetched a part at a time
+// The next rows of W. fetch() brings a part of them into the cache.
 struct Ahead {
-  const char* from;  // null: none
+  const char* from;  // null if there are none
   int64_t stride, bytes, rows;
 
   ZO_INLINE void fetch(int64_t part, int64_t parts) const {
@@ -20,7 +21,7 @@ struct Ahead {
   }
 };
 
-// Columns 2 i and 2 i + 1 of kLanes rows of W
+// Loads columns 2 i and 2 i + 1 of kLanes rows of W.
 template <Type T>
 ZO_INLINE void load_two(const float* turned, int64_t i, F& even, F& odd) {
   if constexpr (T == Type::kBfloat16) {
@@ -31,7 +32,7 @@ ZO_INLINE void load_two(const float* turned, int64_t i, F& even, F& odd) {
   }
 }
 
-// The same of a panel, rounded to W's type
+// Stores the same columns into a panel, rounded to W's type.
 template <Type T, class S = Simd>
 ZO_INLINE void store_two(float* panel, int64_t i, F even, F odd) {
   if constexpr (T == Type::kBfloat16 && S::kPairs) return S::store(panel + i * kWide, S::pair(even, odd));
@@ -42,8 +43,9 @@ ZO_INLINE void store_two(float* panel, int64_t i, F even, F odd) {
   Simd::store(panel + 2 * i * kWide, even), Simd::store(panel + (2 * i + 1) * kWide, odd);
 }
 
-// W + scale z of one draw into the panels of one or two sides: n columns of kLanes rows, whose z begins with `block`. Where
-// there are registers for both, the rounds of the next block run beside the values of this one.
+// Puts W + scale z of one draw into the panels of one or two sides: n columns of kLanes rows. Their z begins
+// with `block`. With enough registers (kBeside) the rounds of the next block run beside the values of this
+// one.
 template <Direction D, Type T, int kSides>
 void add_turned(uint32_t block, uint32_t pitch, const Name& name, int64_t n, const float* turned, const F (&scales)[2],
                 float* const (&panels)[2], const Ahead& ahead) {
@@ -86,7 +88,7 @@ void add_turned(uint32_t block, uint32_t pitch, const Name& name, int64_t n, con
       if constexpr (kBeside) rounds.template run<7, kPhiloxRounds - 1>(name);
       values(3);
     } else {
-      for (int w = 0; w < 4; ++w) {  // from its last bit down: the sign is the uppermost one
+      for (int w = 0; w < 4; ++w) {  // from the last sign to the first: the next sign moves to the top bit
         U word = words[w];
         const int64_t begin = 64 * b + 16 * w;
         for (int64_t i = begin + 15; i >= begin; --i, word = word << 2) {
@@ -98,14 +100,14 @@ void add_turned(uint32_t block, uint32_t pitch, const Name& name, int64_t n, con
   }
 }
 
-// make_panels() where every row begins with a block: lanes are rows. Both sides may have a draw of their own.
+// make_panels() for rows that begin with a block. The two sides may have different draws.
 template <Direction D, Type T>
 void make_aligned(const LinearJob& job, const Side* sides, int many, int64_t row, int64_t count, int64_t column, int64_t k,
                   Job& piece, Memory& memory) {
   constexpr int64_t width = per_block(D);
   const Linear& product = *job.product;
-  const int64_t words_of = T == Type::kBfloat16 ? 2 : 1;                          // elements of W in a word of `turned`
-  const auto quiet = [](float x) { return x == x ? x : as_float(0x7fc00000u); };  // as perturb does
+  const int64_t words_of = T == Type::kBfloat16 ? 2 : 1;                          // elements in a word
+  const auto quiet = [](float x) { return x == x ? x : as_float(0x7fc00000u); };  // as in elementwise.cpp
   const F scales[2] = {Simd::all(quiet(sides[0].scale)), Simd::all(many == 2 ? quiet(sides[1].scale) : 0.0f)};
   const bool shared = many == 2 && sides[0].draw == sides[1].draw;
   for (int64_t q = 0; q < count; q += kLanes) {
@@ -121,7 +123,7 @@ void make_aligned(const LinearJob& job, const Side* sides, int many, int64_t row
       }
       const uint32_t block = static_cast<uint32_t>((product.first + static_cast<uint64_t>(offset)) / width);
       const uint32_t pitch = static_cast<uint32_t>(product.n / width);
-      const bool last = j + kBatch >= k;  // of these rows: the next ones follow
+      const bool last = j + kBatch >= k;  // of these rows; other rows follow
       const int64_t size = T == Type::kFloat32 ? 4 : 2, there = last ? offset - j + kLanes * product.n : offset + kBatch;
       const int64_t next = last ? std::min<int64_t>(kLanes, count - q - rows) : rows;
       const Ahead ahead{next > 0 ? static_cast<const char*>(address(product, there)) : nullptr, product.n * size, kBatch * size,
@@ -142,7 +144,7 @@ void make_aligned(const LinearJob& job, const Side* sides, int many, int64_t row
   }
 }
 
-// make_aligned(), or null where it does not apply
+// make_aligned() for this product, or null if its rows are not aligned.
 Make aligned_of(const Linear& product) {
   if constexpr (kLanes == 1) return nullptr;
   const auto width = static_cast<uint64_t>(product.direction == Direction::kNormal ? kNormalPerBlock : kRademacherPerBlock);

@@ -1,42 +1,42 @@
-// simd/panels.h: rows of a matrix, turned into panels for a matrix product; part of linear.cpp, which includes it
+// simd/panels.h: rows of a matrix, turned into panels for a matrix product. linear.cpp includes it
 //
 // panel    kWide columns of y. For each k it holds kWide numbers, one for each column: the rows of W, turned
-// pairs    in bfloat16 a word of a panel may hold two numbers, those of k and k + 1 (Order::kPairs)
+// pairs    a word of a bfloat16 panel may hold two numbers, those of k and k + 1 (Order::kPairs)
 #pragma once
 
 namespace zo {
 namespace {
 
-constexpr int kRows = kLanes == 16 ? 8 : 4;  // with kVectors: 24 of 32, or 12 of 16 registers hold sums
+constexpr int kRows = kLanes == 16 ? 8 : 4;  // with kVectors, sums take 24 of 32 or 12 of 16 registers
 constexpr int kVectors = 3;
 constexpr int kWide = kVectors * kLanes;
 constexpr int kStrip = kLanes == 1 ? kWide : 8;  // rows of W that are turned at a time
-constexpr int kBatch = 128;  // columns of W that are turned and made at a time where rows are aligned: 16 or 1 blocks of z
+constexpr int kBatch = 128;                      // columns of W at a time in aligned.h: 16 blocks of z, or 1
 static_assert(kDepth % kBatch == 0 && kBatch % kNormalPerBlock == 0 && kBatch % kRademacherPerBlock == 0);
 static_assert(kColumns / 2 % kWide == 0 && kWide % kStrip == 0 && kStrip % Simd::kTranspose == 0 && kColumns % kUnit == 0 &&
               kDepth % 2 == 0);
 
-enum class Order { kUp, kOddFirst, kPairs };  // of k: one at a time, the odd one of two first, or both in one instruction
+// The order of k: up, the odd one of two first, or both in one instruction.
+enum class Order { kUp, kOddFirst, kPairs };
 
 constexpr Order kBfloat16 = Simd::kPairs ? Order::kPairs : Order::kOddFirst;
 
 Order order_of(Type type) { return type == Type::kBfloat16 ? kBfloat16 : Order::kUp; }
 
-struct Memory {  // of a thread
+struct Memory {  // of one thread; the sums follow it: rows x kColumns for each side
   alignas(64) float panel[2][kColumns * kDepth];
-  alignas(64) float raw[2][kStrip * kDepth];                 // of W's type
-  alignas(64) float wide[std::max(kStrip, kRows) * kDepth];  // rows of 16 bits in float32, or in whole pairs
-  alignas(64) float turned[kLanes * kBatch];                 // W, k-major; a bfloat16 one in pairs
+  alignas(64) float raw[2][kStrip * kDepth];                 // rows in W's type
+  alignas(64) float wide[std::max(kStrip, kRows) * kDepth];  // 16-bit rows, widened or in whole pairs
+  alignas(64) float turned[kLanes * kBatch];                 // W, turned; in pairs if bfloat16
   alignas(64) uint16_t half[kColumns];
-  // then rows x kColumns sums of every side
 };
 
-struct Strip {  // rows of `n` words: numbers, or pairs of bfloat16
+struct Strip {  // rows of `n` words; a word is a number, or a pair of bfloat16
   const float* from;
   int64_t stride, n;
 };
 
-// kStrip rows to kStrip columns of rows `pitch` long; zeros where there are fewer rows
+// Turns kStrip rows into kStrip columns of `to`, whose rows are `pitch` long. Missing rows become zeros.
 void turn(const Strip& strip, int64_t rows, float* to, int64_t pitch) {
   const auto [from, stride, n] = strip;
   for (int64_t c = 0; c < kStrip; c += Simd::kTranspose) {
@@ -52,17 +52,17 @@ void turn(const Strip& strip, int64_t rows, float* to, int64_t pitch) {
   }
 }
 
-// How many columns of x a panel takes
+// The number of columns of x that meet one panel.
 int64_t depth_of(Order order) { return order == Order::kPairs ? 2 * kDepth : kDepth; }
 
-// 16 bits to float32, n of them
+// Converts n numbers of a 16-bit type to float32.
 void widen_row(Type type, const uint16_t* half, int64_t n, float* value) {
   const int64_t whole = n / kUnit * kUnit;
   widen(type, half, static_cast<int>(n / kUnit), value);
   for (int64_t i = whole; i < n; ++i) value[i] = load(half, type, i);
 }
 
-// float32 to bfloat16, n of them
+// Rounds n float32 to bfloat16.
 void narrow_row(const float* value, int64_t n, uint16_t* half) {
   const int64_t whole = n / kUnit * kUnit;
   narrow(Type::kBfloat16, value, static_cast<int>(n / kUnit), half);
@@ -74,7 +74,7 @@ void narrow_row(const float* value, int64_t n, uint16_t* half) {
   std::memcpy(half + whole, rounded, static_cast<size_t>(n - whole) * 2);
 }
 
-// `rows` rows of a matrix in float32: where they lie, or widened into rows of n
+// Rows of a matrix in float32: in their place, or widened into memory.wide as rows of n.
 const float* in_float(Type type, const void* from, int64_t stride, int64_t rows, int64_t n, Memory& memory) {
   if (type == Type::kFloat32) return static_cast<const float*>(from);
   const uint16_t* half = static_cast<const uint16_t*>(from);
@@ -82,7 +82,7 @@ const float* in_float(Type type, const void* from, int64_t stride, int64_t rows,
   return memory.wide;
 }
 
-// The same as what a panel is turned from: float32, or whole pairs of bfloat16
+// Rows of a matrix in the form that turn() takes: float32, or whole pairs of bfloat16.
 Strip in_strip(Type type, const void* from, int64_t stride, int64_t rows, int64_t n, Memory& memory) {
   if (order_of(type) != Order::kPairs) {
     const float* values = in_float(type, from, stride, rows, n, memory);
@@ -94,13 +94,13 @@ Strip in_strip(Type type, const void* from, int64_t stride, int64_t rows, int64_
   }
   const uint16_t* half = static_cast<const uint16_t*>(from);
   for (int64_t i = 0; i < rows; ++i) {
-    memory.wide[(i + 1) * words - 1] = 0.0f;  // the odd one of the last pair
+    memory.wide[(i + 1) * words - 1] = 0.0f;  // the last pair may have no odd number
     std::memcpy(memory.wide + i * words, half + i * stride, static_cast<size_t>(n) * 2);
   }
   return {memory.wide, words, words};
 }
 
-// `count` rows of a factor, k columns of them, into panels: rounded to bfloat16 where W is one
+// Turns `count` rows and k columns of a factor into panels. It rounds them to bfloat16 if W is bfloat16.
 void make_factor_panels(Type type, const float* from, int64_t stride, int64_t count, int64_t k, Memory& memory) {
   const int64_t padded = (count + kWide - 1) / kWide * kWide;
   for (int64_t q = 0; q < padded; q += kStrip) {
@@ -120,7 +120,8 @@ void* address(const Linear& product, int64_t offset) {
   return weight + offset * (product.type == Type::kFloat32 ? 4 : 2);
 }
 
-// W + scale z for one or two sides of a draw, into raw: `rows` rows of n elements, from `offset` on, `pitch` apart
+// Writes W + scale z into memory.raw, for one or two sides of a draw: `rows` rows of n elements, from element
+// `offset` on, `pitch` apart.
 void make_rows(const LinearJob& job, const Side* sides, int many, int64_t offset, int64_t rows, int64_t n, int64_t pitch,
                Job& piece, Memory& memory) {
   const Linear& product = *job.product;
@@ -146,7 +147,8 @@ void make_rows(const LinearJob& job, const Side* sides, int many, int64_t offset
   job.elementwise(&piece, 0);
 }
 
-// W, or W + scale z for one or two sides of a draw, into panels: `count` rows from `row` on, columns [column, column + k)
+// Turns W, or W + scale z for one or two sides of a draw, into panels: `count` rows from `row` on, columns
+// [column, column + k).
 void make_panels(const LinearJob& job, const Side* sides, int many, int64_t row, int64_t count, int64_t column, int64_t k,
                  Job& piece, Memory& memory) {
   const Linear& product = *job.product;
@@ -164,14 +166,14 @@ void make_panels(const LinearJob& job, const Side* sides, int many, int64_t row,
   }
 }
 
-// Rows j and j + 1 of a panel of pairs; a row that does not exist is zeros.
+// One row of a panel of pairs, from two rows of bfloat16. If `odd` is null it is zeros.
 void interleave(const uint16_t* even, const uint16_t* odd, int64_t count, float* to) {
   for (int64_t c = 0; c < count; ++c) {
     to[c] = as_float(even[c] | static_cast<uint32_t>(odd != nullptr ? odd[c] : 0) << 16);
   }
 }
 
-// The same for a transposed W, whose rows are those of the panels: kStrip of them at a time.
+// make_panels() for a transposed W: a row of W is a row of the panels. It takes kStrip of them at a time.
 void make_panels_of_columns(const LinearJob& job, const Side* sides, int many, int64_t row, int64_t count, int64_t column,
                             int64_t k, Job& piece, Memory& memory) {
   const Linear& product = *job.product;

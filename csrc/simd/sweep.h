@@ -1,13 +1,14 @@
-// simd/sweep.h: the products of rows of x with panels, summed in registers; part of linear.cpp
+// simd/sweep.h: the products of rows of x with panels, summed in registers. linear.cpp includes it
 //
-// block    kRows rows of x and one panel: kRows x kVectors vectors of sums stay in registers for the panel's depth
-// order    a sum runs over k in one order (Order), so its bits do not depend on the rows beside it
+// block    kRows rows of x meet one panel: kRows x kVectors vectors of sums stay in registers for the panel's
+//          depth
+// order    each sum runs over k in the same order (Order), so its bits do not depend on the other rows
 #pragma once
 
 namespace zo {
 namespace {
 
-// sum + x w, a word of each
+// sum + x w for one word of each: a number, or a pair.
 template <Order O, class S = Simd>
 ZO_INLINE F plus(F x, F w, F sum) {
   if constexpr (O == Order::kPairs) {
@@ -17,7 +18,7 @@ ZO_INLINE F plus(F x, F w, F sum) {
   }
 }
 
-// R rows of x with one panel: sums += x panel, or = where they are the first
+// R rows of x with V vectors of one panel: sums += x panel, or sums = x panel if `first`.
 template <int R, Order O, int V>
 ZO_INLINE void block(const void* rows, int64_t stride, int64_t k, const float* panel, float* sums, bool first) {
   F sum[R][V];
@@ -70,7 +71,7 @@ void rest(int64_t rows, const void* x, int64_t stride, int64_t k, const float* p
   if constexpr (R > 1) rest<O, V, R - 1>(rows, x, stride, k, panel, sums, first);
 }
 
-// Every row of x with every panel, from x's column `column` on; of a panel, V vectors of columns
+// All rows of x with all panels, from x's column `column` on, and with V vectors of each panel.
 template <Order O, int V = kVectors>
 void sweep_rows(const void* x, int64_t rows, int64_t stride, int64_t column, int64_t k, const float* panels, int64_t count,
                 float* sums, bool first) {
@@ -90,7 +91,7 @@ void sweep_rows(const void* x, int64_t rows, int64_t stride, int64_t column, int
   }
 }
 
-// Rows with the panels of a thin product, whose columns may be few
+// All rows with the panels of a thin product, which may have few columns.
 void sweep_thin(Order order, const void* x, int64_t rows, int64_t stride, int64_t column, int64_t k, const float* panels,
                 int64_t count, float* sums, bool first) {
   const int64_t rest = count % kWide, whole = count - rest, words = order == Order::kPairs ? (k + 1) / 2 : k;
