@@ -1,10 +1,8 @@
 // axpy.cu: axpy_ for a list of tensors, on a GPU
 //
-// math       theta <- round(decay theta + sum_k a_k z_k): float32 inside, fma in draw order, one rounding
-//            (elementwise.h)
-// traffic    bf16: 2 B read and 2 B written per element, for any number of terms. A replay moves them again
-//            for every 17 to 32 terms
-// work       instructions of the whole loop per element, on sm_90:
+// math       theta <- round(decay theta + sum_k a_k z_k), as in elementwise.h
+// traffic    bf16: 2 B read and 2 B written per element, again for every 17 to 32 terms of a replay
+// work       instructions of the whole loop per element, on sm_90, nvcc 13.0:
 //            one term      normal 24.4 (16-bit) and 23.9 (float32), rademacher 7.0 and 6.0. Eight normals
 //                          take 195, and 143 of these are products and float arithmetic of the stream
 //            more          a decay adds 1.1, stochastic rounding to bf16 adds 7.1, residual adds 12.6
@@ -12,13 +10,11 @@
 //                          7.1, or 13.8 if its rounding is stochastic
 //            replay        one-term steps: 23.7 a step in groups of four, 24.5 for each step that is left
 //                          over. With stochastic rounding 31.1 and 32.9. Every 32 steps add 3.4, or 4.5
-// registers  at most 64. Stochastic or residual rounding takes 80, and so do many terms or steps. Both
-//            together take 128. No spill on sm_80 to sm_120 (nvcc 13.0): `python tests/test_sass.py`,
-//            `python -m benchmarks.predict`
+// registers  at most 64; 80 with stochastic or residual rounding, or with many terms or steps; 128 with both.
+//            No spill on sm_80 to sm_120: `python tests/test_sass.py`, `python -m benchmarks.predict`
 // launch     walk.h
 // equal      bit for bit to zokern/backends/reference.py for every grid. A value depends on its stream number
-//            alone, and the count of non-finite results is an integer sum. cvt.rn rounds as zo/rounding.h
-//            does
+//            alone, and the non-finite results are counted in integers. cvt.rn rounds as zo/rounding.h does
 // source     Malladi et al. 2023, Algorithm 1; stream: zokern/stream.py, version 1
 #include <cuda_runtime.h>
 
@@ -27,9 +23,9 @@
 namespace zo {
 namespace kernels {
 
-// The terms a_k z_k. Coefficients, names and decays lie in device memory. The last name and decay also come
-// by value, so that a sum of one term reads no list of names. Every `each` terms form a sum, which begins
-// with a decay and ends with a rounding. The launch adds `clock` to every step number.
+// The terms a_k z_k. The last name and decay also come by value, so that a sum of one term reads no list of
+// names. Every `each` terms form a sum, which begins with a decay and ends with a rounding. The launch adds
+// `clock` to every step number. The pointers are to device memory.
 struct Terms {
   const Draw* draws;
   const float* coefficients;
@@ -40,8 +36,7 @@ struct Terms {
   __device__ __forceinline__ Draw at(int32_t k) const { return k + 1 < count ? draws[k] : last; }
 };
 
-// A term in the form that the loops of `sums` and `steps` read: 32 bytes of shared memory, the same for all
-// lanes.
+// A term in the form that sums() and steps() read: 32 bytes of shared memory, the same for all lanes.
 struct Ready {
   uint4 name;
   float coefficient, decay;
@@ -56,16 +51,14 @@ struct Ready {
         reserved(0) {}
 };
 
-// kTogether units read the same terms in one turn of a loop, and kUnrolled terms meet the same unit. They
-// share the constants, the keys and the branch.
+// kTogether units share kUnrolled terms in a turn, and with them constants, keys and the branch.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr int kTogether = 1, kUnrolled = 4;  // two units would spill here
 #else
 constexpr int kTogether = 2, kUnrolled = 4;
 #endif
 
-// The form of a call: one term, one term with a decay, any number of terms in sums of any length, or several
-// sums of one term each
+// The form of a call: one term, one with a decay, sums of any length, or several sums of one term each.
 enum class Sum : int32_t { kTerm = 0, kDecayedTerm = 1, kTerms = 2, kSteps = 3 };
 
 constexpr bool is_plain(Sum sum) { return sum == Sum::kTerm || sum == Sum::kDecayedTerm; }
@@ -187,7 +180,16 @@ struct AxpyVerb {
     __device__ __forceinline__ void settle(uint32_t i, uint32_t end, uint32_t stride) {
       if (!watch.seen()) return;
       watch.state = 0;
-      count_nonfinite<kType>(place.theta, i, end, stride, verb.nonfinite);
+#pragma unroll 1
+      for (; i < end; i += stride) {
+        Stored<kType> result;
+        load_stored<kType>(place.theta, i, result);
+#pragma unroll
+        for (int j = 0; j < result.kWords; ++j) {
+          verb.nonfinite += is_nonfinite(kType, result.w[j]);
+          if (kType != Type::kFloat32) verb.nonfinite += is_nonfinite(kType, result.w[j] >> 16);
+        }
+      }
     }
   };
 
@@ -205,11 +207,10 @@ struct AxpyVerb {
     return true;
   }
 
-  // Sums of any length. A warp makes 32 terms ready at a time, one in each lane, in its own part of shared
-  // memory. So the part of a name that does not depend on the block is computed once in 32 lanes, not by each
-  // thread for each unit. A pass over the chunk takes 1, 2, 4, ... whole sums, as many as fit into 32 terms,
-  // and their terms stay for all units. A sum of more than 32 terms makes its terms ready again for each turn
-  // of a warp.
+  // Sums of any length. A warp makes 32 terms ready at a time, one in each lane, in its own shared memory. So
+  // the part of a name that does not depend on the block is computed once, not for each unit. A pass over the
+  // chunk takes 1, 2, 4, ... whole sums, as many as fit into 32 terms, and their terms stay for all units. A
+  // sum of more than 32 terms makes its terms ready again for each turn of a warp.
   template <class Body>
   __device__ __forceinline__ void many(const Place& place, const Turn& turn, Body& body) {
     __shared__ Ready all[kThreads];
@@ -309,10 +310,10 @@ struct AxpyVerb {
     }
   }
 
-  // Sums of one term each, from terms made ready as in many(). The next term needs nothing but the weights
-  // stored after this one. So every 32 terms are a pass of their own over the chunk, and the loops have no
-  // case to decide. A pass moves 4 bytes an element for about 760 instructions. Four terms of one unit share
-  // constants, keys and the branch. Two units with two shared terms would cost as much, and spill.
+  // Sums of one term each, from terms made ready as in many(). The next term needs nothing but the stored
+  // weights. So every 32 terms are a pass over the chunk, 4 bytes an element for about 760 instructions. The
+  // loops decide nothing. Four terms of one unit share constants, keys and the branch. Two units with two
+  // shared terms would cost as much, and spill.
   template <class Body>
   __device__ __forceinline__ void steps(const Place& place, const Turn& turn, Body& body) {
     __shared__ Ready all[kThreads];
@@ -484,8 +485,7 @@ void axpy_rounded(const Launch& launch, const Draw* draws, int32_t draw_count, i
   unknown("axpy_", launch.direction);
 }
 
-// setup.py compiles this file once for each rounding, so that the compilers run side by side. elementwise.cu
-// calls the three.
+// setup.py compiles this file once for each rounding, side by side.
 #define ZO_AXPY(rounding) \
   template void axpy_rounded<Rounding::rounding>(const Launch&, const Draw*, int32_t, int32_t, unsigned long long*);
 #if defined(ZOKERN_ROUNDING)

@@ -228,8 +228,9 @@ __device__ __forceinline__ Stored<Type::kBfloat16> split(const float (&v)[kUnit]
 }
 
 // Reads the results of a thread's units i, i + stride, ... again and counts the values that are inf or NaN.
-template <Type kType, class Count>
-__device__ __forceinline__ void count_nonfinite(const void* base, uint32_t i, uint32_t end, uint32_t stride, Count& count) {
+template <Type kType>
+__device__ __forceinline__ uint64_t count_nonfinite(const void* base, uint32_t i, uint32_t end, uint32_t stride) {
+  uint64_t count = 0;
 #pragma unroll 1
   for (; i < end; i += stride) {
     Stored<kType> result;
@@ -240,6 +241,7 @@ __device__ __forceinline__ void count_nonfinite(const void* base, uint32_t i, ui
       if (kType != Type::kFloat32) count += is_nonfinite(kType, result.w[j] >> 16);
     }
   }
+  return count;
 }
 
 }  // namespace kernels

@@ -120,9 +120,7 @@ struct UpdateVerb {
     __device__ __forceinline__ void settle(uint32_t i, uint32_t end, uint32_t stride) {
       if (!watch.seen()) return;
       watch.state = 0;
-      uint64_t count = 0;
-      count_nonfinite<kType>(place.theta, i, end, stride, count);
-      verb.nonfinite += count;
+      verb.nonfinite += count_nonfinite<kType>(place.theta, i, end, stride);
     }
   };
 
