@@ -20,10 +20,10 @@ LAYERS = {
     "directions": ["directions"],
     "backends": ["backends"],
     "operations": ["gemm", "ops"],
-    "parts": ["fingerprint", "modules", "parameters", "plan", "underflow", "evaluation", "estimator"],
+    "parts": ["fingerprint", "modules", "parameters", "plan", "underflow", "evaluation", "estimator", "guards"],
     "rules": ["rule"],
     "step": ["first_step", "step"],
-    "optimizer": ["memory", "checkpoint", "deferred", "optimizer"],
+    "optimizer": ["memory", "low_bits", "bases", "deferred", "work", "checkpoint", "optimizer"],
     "methods": ["methods", "objective"],
     "applications": ["__init__", "hf", "demo", "info", "cli", "__main__", "_build"],
 }

@@ -140,6 +140,7 @@ class LowRank:
         self.rank = whole_number("rank", rank)
         self.u, self.c, self.v, self.matched, self.reshape = u, c, v, matched, reshape
         self.dense = Normal() if dense is None else dense
+        self.state: dict[Any, Any] = {}  # what a resumed run needs beside the stream
 
     @property
     def is_diagonal(self) -> bool:
@@ -200,8 +201,6 @@ class LowRank:
 
 class Measured(LowRank):
     """A low-rank direction whose kept factors come from losses, as P-GAP's. `state` is what a resumed run needs of them."""
-
-    state: dict[Any, Any]
 
     def measure(self, oracle: Any, plan: Any) -> None:
         """Reads what the basis of this step needs; called before the bases of a step are drawn."""
