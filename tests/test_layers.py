@@ -23,7 +23,7 @@ LAYERS = {
     "parts": ["fingerprint", "modules", "parameters", "plan", "underflow", "evaluation", "estimator", "guards"],
     "rules": ["rule"],
     "step": ["first_step", "step"],
-    "optimizer": ["memory", "low_bits", "bases", "deferred", "work", "checkpoint", "optimizer"],
+    "optimizer": ["low_bits", "bases", "deferred", "work", "checkpoint", "optimizer"],
     "methods": ["methods", "objective"],
     "applications": ["__init__", "hf", "demo", "info", "cli", "__main__", "_build"],
 }
@@ -167,7 +167,7 @@ def test_imports_point_one_way():
         ("zokern.plan", "from .rule import Sgd", "zokern.rule.__init__, which stands above it"),
         ("zokern.evaluation.auto", "from ..first_step import unseen", "zokern.first_step, which stands above it"),
         ("zokern.rule.sgd", "from ..deferred import Deferred", "zokern.deferred, which stands above it"),
-        ("zokern.fingerprint", "from .memory import check_state", "zokern.memory, which stands above it"),
+        ("zokern.fingerprint", "from .work import Work", "zokern.work, which stands above it"),
         ("zokern.methods.pgap", "from .. import _cpu", "only backends/ calls kernels"),
         ("zokern.step", "from . import _cpu", "only backends/ calls kernels"),
         ("zokern.evaluation.inplace", "from ..triton_kernels import normal", "only backends/ calls kernels"),
