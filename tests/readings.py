@@ -20,7 +20,7 @@ import zokern
 from zokern.stream import BASIS, draw_word
 
 EXPLICIT = ("master", "paired", "scratch", "inplace")
-METHODS = {name: getattr(zokern, name) for name in ("MeZO", "FZOO", "SubZero", "LOZO", "TeZO", "PGAP")}
+METHODS = dict(zokern.methods.METHODS)
 OFFSETS = {"central": (1.0, -1.0), "forward": (1.0, 0.0)}
 REFUSALS = (RuntimeError, TypeError, ValueError, NotImplementedError)
 OURS = str(Path(zokern.__file__).parent)
