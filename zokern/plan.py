@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import Backend, Span, SpanList, TensorList
+from .backends import Backend, Batch, LowRank, Noise, Span, SpanList, TensorList, Terms, Update
 from .directions import Direction, Factored, Matrix, Normal, Source
 from .estimator import Stencil
 from .fingerprint import announce
@@ -48,7 +48,8 @@ class Group:
     def axpy_(self, direction, seed: int, draws, coeffs: Sequence[float], decay: float, rounding: str) -> Tensor:
         table = torch.tensor(coeffs, dtype=torch.float32, device=self.theta[0].device)
         residuals = self.residuals if rounding == "residual" else None
-        count = self.backend.axpy_(self.theta, self.spans, direction, seed, draws, table, decay, rounding, residuals)
+        batch = Batch(self.theta, self.spans, rounding, residuals)
+        count = self.backend.axpy_(batch, Noise(direction, seed, draws), Terms(table, decay))
         announce(self.theta)
         return count
 
@@ -59,9 +60,8 @@ class Group:
         tensors, spans = [self.theta[i] for i in members], [self.spans[i] for i in members]
         both = [torch.tensor(x, dtype=torch.float32, device=tensors[0].device) for x in (coeffs, scalars)]
         low = [self.residuals[i] for i in members] if self.residuals is not None and plan.rounding == "residual" else None
-        count = self.backend.update_(
-            tensors, spans, plan.direction, plan.seed, plan.draws(), both[0], rule, both[1], states, plan.rounding, low
-        )
+        batch, noise = Batch(tensors, spans, plan.rounding, low), Noise(plan.direction, plan.seed, plan.draws())
+        count = self.backend.update_(batch, noise, Update(both[0], rule, both[1], states))
         announce(tensors)
         return count
 
@@ -70,7 +70,8 @@ class Group:
         rights = [m.right for m in self.matrices or ()]
         low = self.residuals if rounding == "residual" else None
         ones = [1.0] * len(lefts)
-        self.backend.lowrank_(self.theta, self.spans, lefts, rights, ones, 1.0, rounding, low, plan.seed, plan.step)  # type: ignore[arg-type]
+        noise = Noise(None, plan.seed, [(plan.step, 0)])
+        self.backend.lowrank_(Batch(self.theta, self.spans, rounding, low), LowRank(lefts, rights, ones), noise)  # type: ignore[arg-type]
         announce(self.theta)
 
     def source(self, seed: int) -> Source:
@@ -78,7 +79,8 @@ class Group:
 
         def normals(matrices: Sequence[Matrix], shapes: Sequence[tuple[int, ...]], step: int, draw: int) -> list[Tensor]:
             outs = [torch.empty(shape, dtype=torch.float32, device=matrix.device) for shape, matrix in zip(shapes, matrices)]
-            self.backend.draw(outs, [Span(matrix.who) for matrix in matrices], Normal(), seed, step, draw)
+            batch = Batch(outs, [Span(matrix.who) for matrix in matrices])
+            self.backend.draw(batch, Noise(Normal(), seed, [(step, draw)]))
             return outs
 
         return normals
@@ -115,7 +117,8 @@ class Group:
             shrink = {m.shrink for _, m, _ in members}
             assert len(shrink) == 1, "matrices of a group decay together"
             scales = [1.0] * len(members)
-            count = self.backend.lowrank_(tensors, spans, lefts, rights, scales, shrink.pop(), rounding, low, seed, step)
+            factors, noise = LowRank(lefts, rights, scales, shrink.pop()), Noise(None, seed, [(step, 0)])
+            count = self.backend.lowrank_(Batch(tensors, spans, rounding, low), factors, noise)
             announce(tensors)
         for _, matrix, _ in waiting:
             matrix.pending, matrix.shrink = None, 1.0
@@ -132,7 +135,7 @@ def lefts_of(matrices: Sequence[Matrix], middles: Sequence[Tensor], backend: Bac
         ]
         lefts = [matrices[i].left for i in with_left]
         rights = [middles[i].t().contiguous() for i in with_left]
-        backend.lowrank_(outs, [Span(0)] * len(outs), lefts, rights, [1.0] * len(outs), 1.0, "nearest", None)  # type: ignore[arg-type]
+        backend.lowrank_(Batch(outs, [Span(0)] * len(outs)), LowRank(lefts, rights, [1.0] * len(outs)))  # type: ignore[arg-type]
         for i, out in zip(with_left, outs):
             found[i] = out
     return found

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import gemm
-from ..backends import Span, TensorList
+from ..backends import Batch, LowRank, Noise, Sides, Span, TensorList, Terms, Weight
 from ..directions import DIRECTIONS
 from ..plan import Group, Plan
 from .arena import ALIGN, Arena
@@ -107,14 +107,13 @@ class Copies:
                 torch._foreach_copy_(list(outs[j]), list(thetas))
                 table = torch.tensor([a * group.eps for _, a in terms], dtype=torch.float32, device=outs[j][0].device)
                 draws = [(plan.step, word) for word, _ in terms]
-                group.backend.axpy_(outs[j], spans, plan.direction, plan.seed, draws, table, 1.0, "nearest", None)
+                group.backend.axpy_(Batch(outs[j], spans), Noise(plan.direction, plan.seed, draws), Terms(table))
         for word, members in by_draw.items():
             for part in range(0, len(members), 2):
                 pair = members[part : part + 2]
                 scales = [sum(a for _, a in self.points[sides[j]].terms) * group.eps for j in pair]
-                group.backend.perturb(
-                    thetas, spans, plan.direction, plan.seed, plan.step, word, scales, [outs[j] for j in pair], low
-                )
+                noise = Noise(plan.direction, plan.seed, [(plan.step, word)])
+                group.backend.perturb(Batch(thetas, spans, residuals=low), noise, scales, [outs[j] for j in pair])
 
     # One parameter at its use --------------------------------------------------------------------------------------------
 
@@ -144,11 +143,12 @@ class Copies:
             if span.rows is not None and low is None and matrix.shape == tuple(view.shape):
                 left, right, shrink = self.factors.of(group, i, side, span.rows)
                 torch.index_select(view, 0, span.rows, out=out)
-                group.backend.lowrank_([out], [Span(span.who)], [left], [right], [1.0], shrink, "nearest", None)
+                group.backend.lowrank_(Batch([out], [Span(span.who)]), LowRank([left], [right], [1.0], shrink))
             else:
                 left, right, shrink = self.factors.of(group, i, side)
                 rounding = "nearest" if low is None else "residual"
-                group.backend.lowrank_([view], [span], [left], [right], [1.0], shrink, rounding, residuals, outs=[out])
+                batch = Batch([view], [span], rounding, residuals)
+                group.backend.lowrank_(batch, LowRank([left], [right], [1.0], shrink), outs=[out])
 
     def stack(self, g: int, i: int) -> Tensor:
         """Returns the whole tensor at every point, (sides, *shape): resident, or in memory of its own."""
@@ -227,18 +227,15 @@ class Copies:
         else:
             biases = [b if b is None or b.dtype == weight.dtype else b.to(weight.dtype) for b in biases]
         if fused and not factored:
-            terms = [point.terms[0] if point.terms else (-1, 0.0) for point in self.points]
-            draws, scales = [word for word, _ in terms], [amount * group.eps for _, amount in terms]
-            return gemm.fused_linear(
-                group.backend, xs, weight, span, self.plan.direction, self.plan.seed, self.plan.step, draws, scales, biases, transposed,
-                room,
-            )  # fmt: skip
+            terms = [point.terms[0] if point.terms else (0, 0.0) for point in self.points]
+            noise = Noise(self.plan.direction, self.plan.seed, [(self.plan.step, word) for word, _ in terms])
+            operands = Sides(xs, biases, [amount * group.eps for _, amount in terms])
+            return gemm.fused_linear(group.backend, Weight(weight, span, transposed), operands, noise, room)
         if factored and (transposed or fused or not gemm.is_long(xs, weight)):
             assert group.matrices is not None
             parts = self.factors.parts(group, i, sides, transposed)
-            return gemm.factored_linear(
-                group.backend, xs, weight, parts, group.matrices[i].shrink, biases, transposed, room, fused
-            )
+            matrix = Weight(weight, span, transposed, group.matrices[i].shrink)
+            return gemm.factored_linear(group.backend, matrix, Sides(xs, biases, thins=parts), room, fused)
         moved = [side for side in sides if not self.untouched(group, i, side)]
         return gemm.tiled_linear(xs, weight, biases, self._tiles(group, i, moved, transposed), transposed)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import gemm
+from ..backends import Noise
 from ..checks import whole_number
 from ..directions import Aligned, Matrix, Normal
 from ..estimator import CENTRAL, coefficient
@@ -150,7 +151,8 @@ class PGAP(ZerothOrder):
 
         def times(omega: Tensor, transposed: bool = False) -> Tensor:
             span = group.spans[i]
-            return gemm.sketch_of(group.backend, Normal(), seed, span, matrix.shape, draws, weights, omega, transposed)
+            noise = Noise(Normal(), seed, draws)
+            return gemm.sketch_of(group.backend, noise, weights, span, matrix.shape, omega, transposed)
 
         with _one_thread(), torch.autocast(matrix.device.type, enabled=False):
             (omega,) = source([matrix], [(matrix.columns, width)], born, draw_word(1, BASIS))
