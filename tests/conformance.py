@@ -19,7 +19,7 @@ import torch
 from guarded import Guarded, equal, filled, guarded
 from torch import Tensor
 
-from zokern.backends import ROUNDINGS, Batch, LowRank, Noise, Span, Terms
+from zokern.backends import ROUNDINGS, Batch, Noise, Outer, Span, Terms
 from zokern.backends.reference import Reference
 from zokern.directions import resolve
 from zokern.stream import INDEX_LIMIT
@@ -105,7 +105,7 @@ class Versus:
         def call(backend, groups, device):
             theta, low, out = groups
             lefts, rights = ([pair[side].to(device) for pair in factors] for side in (0, 1))
-            products = LowRank(lefts, rights, list(scales or [0.37] * len(theta)), decay)
+            products = Outer(lefts, rights, list(scales or [0.37] * len(theta)), decay)
             batch = Batch(theta, located(spans, device), rounding, low or None)
             return backend.lowrank_(batch, products, Noise(None, SEED, [(step, 0)]), out or None)
 
@@ -818,7 +818,7 @@ def check_lowrank_rows(backend, device="cpu", scale="full") -> None:
         outs = [out_like(t, dtype, s.rows) for t, s in zip(thetas, spans)]
         versus.lowrank(thetas, spans, factors, outs=outs, rounding=rounding, residuals=lows)
     try:
-        backend.lowrank_(Batch([thetas[1].view], spans[1:2]), LowRank(*([f] for f in factors[1]), [1.0]))
+        backend.lowrank_(Batch([thetas[1].view], spans[1:2]), Outer(*([f] for f in factors[1]), [1.0]))
     except ValueError:
         return
     raise AssertionError("lowrank_ wrote looked-up rows in place")
@@ -888,7 +888,7 @@ def check_lowrank_empty(backend, device="cpu", scale="full") -> None:
     for shapes in ([], [(0,)], [(3, 0), (0, 3)]):
         tensors = [torch.empty(shape, device=device) for shape in shapes]
         factors = [torch.ones(3, 2, device=device) for _ in shapes]
-        count = backend.lowrank_(Batch(tensors, [Span(1)] * len(shapes)), LowRank(factors, factors, [1.0] * len(shapes)))
+        count = backend.lowrank_(Batch(tensors, [Span(1)] * len(shapes)), Outer(factors, factors, [1.0] * len(shapes)))
         equal(count, torch.zeros(1, dtype=torch.int64), "lowrank_ of nothing")
 
 
@@ -909,7 +909,7 @@ def check_lowrank_shards(backend, device="cpu", scale="full") -> None:
                 parts = list(torch.tensor_split(whole.view(-1), cut))
                 spans = [Span(77, p.storage_offset()) for p in parts]
             many = len(parts)
-            factors = LowRank([left] * many, [right] * many, [0.3] * many, 0.99)
+            factors = Outer([left] * many, [right] * many, [0.3] * many, 0.99)
             backend.lowrank_(Batch(parts, spans, rounding), factors, Noise(None, SEED, [(3, 0)]))
             expected = whole.cpu() if expected is None else expected
             equal(whole, expected, f"lowrank_ {dtype} {rounding}, shards: {cut}")

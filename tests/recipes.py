@@ -162,7 +162,7 @@ class Formula:
         if self.name == "fzoo":
             ahead = torch.tensor([sides[0] for sides in losses], dtype=torch.float64)
             return [(sides[0] - sides[1]) / float(ahead.std(correction=0)) for sides in losses]
-        offsets = self.optimizer.stencil.offsets
+        offsets = self.optimizer.estimator.stencil.offsets
         return [(sides[0] - sides[1]) / ((offsets[0] - offsets[1]) * eps) for sides in losses]
 
     def update(self, coefficients: Sequence[float], step: int, lr: float, weight_decay: float = 0.0) -> None:

@@ -33,7 +33,7 @@ MeZO, SubZero, LOZO, TeZO, PGAP, FZOO = zokern.MeZO, zokern.SubZero, zokern.LOZO
 WIDE = zokern.Stencil("central", (2.0, -2.0), (0.25, -0.25))
 ONE_SIDED = zokern.Stencil("three", (1.0, -1.0, 0.0), (0.5, -0.5, 0.0))
 OTHER_WEIGHTS = zokern.Stencil("three", (1.0, -1.0, 0.0), (1.0, 0.0, -1.0))
-SPREAD: dict[str, Any] = dict(queries=8, direction="rademacher", stencil="forward", normalize="std", lr=5e-5, eps=1e-4)
+SPREAD: dict[str, Any] = dict(estimator=zokern.Spread(8), direction="rademacher", lr=5e-5, eps=1e-4)
 
 
 def with_momentum(**numbers: Any) -> dict[str, Any]:
@@ -49,19 +49,21 @@ PAIRS: dict[str, tuple[Callable, dict, Callable, dict, str]] = {
     "method back": (MeZO, SPREAD, FZOO, {}, "method"),
     "ranks": (TeZO, dict(rank={"0.weight": 5}), TeZO, dict(rank={"0.weight": 6}), "direction.ranks"),
     "no ranks": (TeZO, dict(rank={"0.weight": 5}), TeZO, {}, "direction.ranks"),
-    "norm": (SubZero, dict(norm="unit"), SubZero, {}, "direction.norm"),
+    "norm": (SubZero, dict(norm="unit"), SubZero, {}, "direction.matched"),
     "reshape": (SubZero, dict(reshape="all"), SubZero, {}, "direction.reshape"),
     "delta": (PGAP, dict(rank=3, delta=1.0), PGAP, dict(rank=3), "direction.delta"),
     "delta's fall": (PGAP, dict(rank=3, steps=9), PGAP, dict(rank=3), "direction.steps"),
     "sign": (PGAP, dict(rank=3, sign="step"), PGAP, dict(rank=3), "direction.sign"),
-    "probes": (PGAP, dict(rank=3, probes=4), PGAP, dict(rank=3, probes=5), "probes"),
-    "oversample": (PGAP, dict(rank=3, oversample=2), PGAP, dict(rank=3), "oversample"),
-    "power": (PGAP, dict(rank=3, power=2), PGAP, dict(rank=3), "power"),
-    "normalize": (MeZO, dict(normalize="std"), MeZO, {}, "normalize"),
-    "clip": (MeZO, dict(clip=1.0), MeZO, {}, "clip"),
+    "probes": (PGAP, dict(rank=3, probes=4), PGAP, dict(rank=3, probes=5), "direction.probes"),
+    "oversample": (PGAP, dict(rank=3, oversample=2), PGAP, dict(rank=3), "direction.oversample"),
+    "power": (PGAP, dict(rank=3, power=2), PGAP, dict(rank=3), "direction.power"),
+    "estimator": (MeZO, dict(estimator=zokern.Sign()), MeZO, {}, "estimator.kind"),
+    "clip": (MeZO, dict(estimator=zokern.Spsa(clip=1.0)), MeZO, {}, "estimator.clip"),
+    "inner": (MeZO, dict(estimator=zokern.Blockwise(zokern.Sign())), MeZO, dict(estimator=zokern.Blockwise()), "estimator.inner"),
+    "scale": (MeZO, dict(estimator=zokern.Kernel(scale=4.0)), MeZO, dict(estimator=zokern.Kernel()), "estimator.scale"),
     "maximize": (MeZO, dict(maximize=True), MeZO, {}, "maximize"),
-    "offsets": (MeZO, dict(stencil=WIDE), MeZO, {}, "stencil"),
-    "weights": (MeZO, dict(stencil=ONE_SIDED), MeZO, dict(stencil=OTHER_WEIGHTS), "stencil.weights"),
+    "offsets": (MeZO, dict(stencil=WIDE), MeZO, {}, "estimator.stencil"),
+    "weights": (MeZO, dict(stencil=ONE_SIDED), MeZO, dict(stencil=OTHER_WEIGHTS), "estimator.stencil"),
     "beta": (MeZO, with_momentum(beta=0.8), MeZO, with_momentum(), "rule.beta"),
     "dampening": (MeZO, with_momentum(dampening=0.0), MeZO, with_momentum(), "rule.dampening"),
     "betas": (MeZO, with_adam(betas=(0.8, 0.99)), MeZO, with_adam(), "rule.betas"),
@@ -69,7 +71,7 @@ PAIRS: dict[str, tuple[Callable, dict, Callable, dict, str]] = {
     "correction": (MeZO, with_adam(bias_correction=False), MeZO, with_adam(), "rule.bias_correction"),
     "inside": (TeZO, dict(rule="adam"), TeZO, with_adam(bias_correction=False), "rule.inside"),
     "dense": (MeZO, dict(direction=Lazy(dense=Rademacher())), MeZO, dict(direction=Lazy()), "direction"),
-    "queries": (MeZO, dict(queries=2), MeZO, {}, "queries"),
+    "queries": (MeZO, dict(queries=2), MeZO, {}, "estimator.queries"),
     "rounding": (MeZO, dict(rounding="stochastic"), MeZO, {}, "rounding"),
     "a factored direction's class": (MeZO, dict(direction=Subspace(4)), MeZO, dict(direction=Aligned(4, 2000)), "direction"),
 }  # fmt: skip
@@ -134,12 +136,11 @@ def test_a_new_part_describes_itself() -> None:
 
 
 def test_a_state_without_the_new_words_is_loaded() -> None:
-    """As the version before this one wrote it: direction, rule, queries, stencil, rounding, rank and interval."""
+    """With fewer words than this version writes: direction, rule, rounding, rank and interval."""
     state = PGAP(layers(), rank=3, interval=7, rule=zokern.Momentum()).state_dict()
     state["zokern"]["recipe"] = {
-        "direction": "aligned and normal", "rule": "momentum", "queries": 1, "stencil": [1.0, -1.0], "rounding": "nearest", "rank": 3, "interval": 7,
+        "direction": "aligned and normal", "rule": "momentum", "rounding": "nearest", "rank": 3, "interval": 7,
     }  # fmt: skip
-    del state["zokern"]["former"]
     optimizer = PGAP(layers(), rank=3, interval=7, rule=zokern.Momentum())
     optimizer.load_state_dict(state)
     state["zokern"]["recipe"]["interval"] = 8
@@ -151,7 +152,10 @@ def test_a_recipe_is_made_of_plain_values() -> None:
     import numpy as np
 
     recipe = MeZO(
-        layers(), rule=zokern.Momentum(np.float64(0.5)), clip=np.float32(2.0), direction=Tilted(np.int64(3))
+        layers(),
+        rule=zokern.Momentum(np.float64(0.5)),
+        estimator=zokern.Spsa(clip=np.float32(2.0)),
+        direction=Tilted(np.int64(3)),
     ).state_dict()["zokern"]["recipe"]
     assert recipe["rule.beta"] == 0.5 and recipe["direction.tilt"] == 3
 
@@ -204,16 +208,13 @@ def test_groups_in_another_order_have_the_same_ids_or_are_refused() -> None:
 # A spread of one loss -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "options", [dict(stencil="forward", queries=1), dict(stencil=zokern.Stencil("one", (2.0, 0.0), (0.5, -0.5)))]
-)
+@pytest.mark.parametrize("options", [dict(stencil="forward"), dict(stencil=zokern.Stencil("one", (2.0, 0.0), (0.5, -0.5)))])
 def test_a_spread_of_one_loss_is_refused(options: dict) -> None:
     """It is 0 in every step, and nothing would ever move."""
     model = layers()
     before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(ValueError, match="queries is 1 with normalize='std'.*no spread"):
-        zokern.step(zokern.MeZO(model, normalize="std", **options), loss_of(model))
-    assert all(map(torch.equal, before, model.parameters()))
-    moved = zokern.MeZO(model, normalize="std", lr=1e-3, **(options | {"queries": 2}))
+    with pytest.raises(ValueError, match="queries is 1 with stencil.*no spread"):
+        zokern.Spread(1, **options)
+    moved = zokern.MeZO(model, estimator=zokern.Spread(2, **options), lr=1e-3)
     assert not zokern.step(moved, loss_of(model)).skipped and not torch.equal(before[0], model[0].weight)
-    zokern.step(zokern.MeZO(model, normalize="std", lr=1e-3), loss_of(model))  # two sides are a spread
+    zokern.step(zokern.MeZO(model, estimator=zokern.Spread(1, "central"), lr=1e-3), loss_of(model))  # two sides are a spread

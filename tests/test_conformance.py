@@ -16,7 +16,7 @@ import torch
 from guarded import equal
 
 from zokern import backends
-from zokern.backends import Batch, LowRank, Noise, Span, Terms
+from zokern.backends import Batch, Noise, Outer, Span, Terms
 from zokern.directions import resolve
 
 # checks that compare the backend with itself or with published answers, so they say something about the reference too
@@ -104,7 +104,7 @@ def test_thread_counts(target) -> None:
                 Batch([theta], [Span(6, 3)], "stochastic"), Noise(resolve("normal"), 1, [(2, 0)]), Terms(coeffs, 0.99)
             )
             backend.lowrank_(
-                Batch([matrix], [Span(6, 3)], "stochastic"), LowRank([left], [right], [0.1], 0.99), Noise(None, 1, [(2, 0)])
+                Batch([matrix], [Span(6, 3)], "stochastic"), Outer([left], [right], [0.1], 0.99), Noise(None, 1, [(2, 0)])
             )
             results.append((theta.cpu(), matrix.cpu()))
     finally:

@@ -199,3 +199,18 @@ def test_refusals():
         cpu._cpu.draw(0, 0, -1, 0, 0, 0, 0, 1, 0)
     with pytest.raises(ValueError, match="null"):
         cpu._cpu.draw(0, 0, 1, 0, 0, 0, 0, 1, 0)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_same_values_compares_objects_and_not_what_they_equal(compiled: bool, monkeypatch) -> None:
+    """An equal object in the place of another, one more, one less and another order are found; no __eq__ is called."""
+    if not compiled:
+        monkeypatch.setattr(cpu, "_cpu", None)
+    first, second = torch.ones(2), torch.ones(2)
+    dicts = [{"a": first, "b": 1}, {}, {"c": None}]
+    kept = [first, 1, None]
+    assert cpu.same_values(dicts, kept)
+    assert not cpu.same_values(dicts, [second, 1, None])
+    assert not cpu.same_values(dicts, kept[:-1]) and not cpu.same_values(dicts, [*kept, None])
+    assert not cpu.same_values(dicts, [1, first, None])
+    assert not cpu.same_values(dicts[:-1], kept) and cpu.same_values([], [])

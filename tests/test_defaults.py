@@ -18,7 +18,7 @@ from recipes import METHODS
 from torch import Tensor, nn
 
 import zokern
-from zokern import estimator, gemm
+from zokern import gemm
 from zokern.backends import Batch, Noise, Sides, Span, Thin, Weight, get
 from zokern.directions import Aligned, Diagonal, Lazy, Matrix, Normal, Subspace
 from zokern.directions.orthonormal import orthonormal
@@ -179,7 +179,7 @@ def stepped(rule, factored) -> Iterator[Any]:
     group = OnOurs(["a", "b"], tensors, [Span(0), Span(1)], None, 1e-3, {}, get("cpu"), found)
     states: dict[Tensor, dict] = {tensor: {} for tensor in tensors}
     for step in (4, 5):
-        plan = Plan([group], Normal(), estimator.CENTRAL, 2, 3, step, "nearest", Tree([]), factored)
+        plan = Plan([group], Normal(), 3, step, "nearest", Tree([]), factored, words=(0, 1))
         if factored is not None:
             for matrix in found or ():
                 matrix.pending = None
@@ -188,6 +188,21 @@ def stepped(rule, factored) -> Iterator[Any]:
             rule.update(plan, group, [0.3, -0.2], lr, 0.99, states, defer=True)
         group.drawn.clear()
     yield tensors, [dict(state) for state in states.values()], [matrix.pending for matrix in found or ()]
+
+
+def estimated() -> Iterator[Any]:
+    """What every estimator makes of losses that are a function of the points."""
+    group = Group(["a"], [data(12, 10)], [Span(0)], None, 1e-3, {"lr": 0.1}, get("cpu"))
+    plan = Plan([group], Normal(), 3, 4, "nearest", Tree([]))
+
+    class Given:
+        def losses(self, points, scope=None):
+            return torch.tensor(
+                [1.0 + sum((1 + word) * a for word, a in p.terms) for p in points], dtype=torch.float64, device="cpu"
+            )
+
+    for name in ("Spsa", "Spread", "Sign", "Kernel", "Conservative", "Blockwise", "Bayesian"):
+        yield [(e.draws, e.coefficients, e.losses) for e in getattr(zokern, name)()(Given(), plan)]
 
 
 def parts() -> Iterator[Any]:
@@ -200,7 +215,7 @@ def parts() -> Iterator[Any]:
         yield from stepped(rule, FACTORED["lazy"])
     yield from stepped(zokern.Adam(inside=True, bias_correction=False), FACTORED["diagonal"])
     yield orthonormal([data(9, 3), data(9, 3, seed=2), data(7, 2)])
-    yield estimator.coefficients([(1.25, 1.5), (1.0, 0.75)], estimator.CENTRAL, 1e-3, None, "std")
+    yield from estimated()
     for dtype in (torch.float32, torch.bfloat16):
         yield (
             library.linear(data(20, 10, dtype=dtype), data(12, 10, dtype=dtype)),

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 import zokern
 from zokern import gemm
-from zokern.evaluation import copies
+from zokern.estimator import Oracle
+from zokern.evaluation import THETA, Point, copies
 from zokern.gemm import lowrank
 
 IDS = models.batch()
@@ -279,7 +280,7 @@ def test_real_parameters_serve_any_model(kind: str, way: str) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "this closure is read by evaluation|torch.jit")
         result = zokern.step(optimizer, closure)
-        optimizer.steps = 0
+        optimizer.run.step = 0
         assert zokern.step(optimizer, closure).losses[0] == pytest.approx(expected, rel=1e-5)
     assert result.losses[0] == pytest.approx(expected, rel=1e-6) and expected[0] != expected[1]
     assert way == "inplace" or changed(model, before) == []
@@ -517,6 +518,36 @@ def test_the_copy_of_a_comparison_is_let_go(way: str) -> None:
     assert counts[0] == 2 and counts[2:] == [1, 1], counts
 
 
+@pytest.mark.parametrize("size", [(24, 40), (700, 600)], ids=["resident", "large"])
+@pytest.mark.parametrize("method", ["MeZO", "SubZero", "LOZO"])
+@pytest.mark.parametrize("way", [zokern.Scratch, zokern.Paired])
+def test_low_bits_are_read_at_every_point(way: type, method: str, size: tuple[int, int]) -> None:
+    """Under rounding='residual' a whole copy and looked-up rows have the bits that 'master' writes: at theta, along one draw and two."""
+    weight = nn.Parameter(torch.linspace(-0.3, 0.4, size[0] * size[1]).view(size).bfloat16())
+    probe, rows = torch.rand(size, dtype=torch.float64), torch.tensor([3, 0, 17, 3])
+
+    def closure() -> Tensor:
+        return (weight.double() * probe).sum() + (F.embedding(rows, weight).double() * probe[:4]).sum()
+
+    options = {"lr": 1e-3, "eps": 1e-2, "rounding": "residual", "paired_check": None, "queries": 2}
+    optimizer = getattr(zokern, method)([("w", weight)], evaluation="master", **options)
+    for _ in range(3):
+        zokern.step(optimizer, closure)
+    assert optimizer.state[weight]["residual"].any()
+    plan = optimizer.plan()
+    optimizer.prepare(plan, Oracle(optimizer.evaluation, plan, closure))
+    one, two = plan.draw(0), plan.draw(1)
+    points = [THETA, Point(((one, 1.0),)), Point(((one, 1.0), (two, -0.5)))]
+    right = zokern.Master().losses(plan, points, closure)
+    found = way(budget=1 << 20, check=False).losses(plan, points, closure)
+    assert torch.allclose(found, right, rtol=1e-12), (found - right).tolist()
+    low = plan.groups[0].residuals
+    plan.groups[0].residuals = None
+    without = way(budget=1 << 20, check=False).losses(plan, points, closure)
+    plan.groups[0].residuals = low
+    assert not torch.isclose(without, right, rtol=1e-12)[1:].any(), "the low bits decide nothing here"
+
+
 def swallowed(rounding: str) -> tuple[zokern.StepResult, Tensor, Tensor, list[Tensor]]:
     weight = nn.Parameter(torch.linspace(0.2, 3.0, 500).view(20, 25).bfloat16())
     before, seen = weight.detach().float().clone(), []
@@ -620,7 +651,7 @@ def test_other_flags_and_larger_inputs_are_compared_again(way: str, change: str)
 class Wrong:
     """Evaluation 'master' with one promise broken."""
 
-    name, defers = "master", False
+    name, defers, exact, stands_in, state = "master", False, True, False, {}
 
     def __init__(self, how: str = "") -> None:
         self.how, self.inside = how, zokern.Master()

@@ -15,7 +15,7 @@ import pytest
 import torch
 from test_cuda import OnHost
 
-from zokern.backends import Batch, LowRank, Span
+from zokern.backends import Batch, Outer, Span
 
 
 @pytest.mark.parametrize("check", conformance.LOWRANK)
@@ -55,7 +55,7 @@ def matrix(backend, m: int, n: int, rank: int, dtype: torch.dtype, **options) ->
     results = []
     for one in (backend, conformance.Reference()):
         theta = start.clone()
-        one.lowrank_(Batch([theta], [Span(3)]), LowRank([left], [right], [0.25], options.get("decay", 1.0)))
+        one.lowrank_(Batch([theta], [Span(3)]), Outer([left], [right], [0.25], options.get("decay", 1.0)))
         results.append(theta)
     return results[0], results[1]
 
@@ -90,7 +90,7 @@ def mistaken() -> types.ModuleType:
     if reason := host.missing():
         pytest.skip(reason)
     edits = [(right, wrong.replace("{wrong}", f"(shim_mistake == {k})")) for k, (_, right, wrong) in enumerate(MISTAKES, 1)]
-    return host.build({"lowrank.cu": tuple(edits)})
+    return host.build(tuple(edits))
 
 
 def problems(backend) -> str | None:
@@ -125,5 +125,5 @@ def test_wrong_kernels_are_right_otherwise(mistaken, monkeypatch) -> None:
 def test_a_rank_too_high_is_refused(on_host) -> None:
     theta, left, right = torch.zeros(2, 3), torch.ones(2, 129), torch.ones(3, 129)
     with pytest.raises(ValueError, match=r"ranks are \[129\].*1 to 128.*cpu"):
-        OnHost(on_host).lowrank_(Batch([theta], [Span(0)]), LowRank([left], [right], [1.0]))
+        OnHost(on_host).lowrank_(Batch([theta], [Span(0)]), Outer([left], [right], [1.0]))
     assert not theta.any()

@@ -20,7 +20,7 @@ import sass
 import torch
 from interpreted import Interpreted
 
-from zokern.backends import Batch, LowRank, Noise, Span
+from zokern.backends import Batch, Noise, Outer, Span
 
 triton = pytest.importorskip("triton")
 
@@ -60,7 +60,7 @@ def whole(mine) -> None:
         for decay in (1.0, 0.5):
             counts = [
                 one.lowrank_(
-                    Batch(tensors, spans, "stochastic"), LowRank(lefts, rights, [0.25] * 3, decay), Noise(None, 1, [(2, 0)])
+                    Batch(tensors, spans, "stochastic"), Outer(lefts, rights, [0.25] * 3, decay), Noise(None, 1, [(2, 0)])
                 )
                 for one, tensors in ((mine, thetas), (conformance.Reference(), expected))
             ]

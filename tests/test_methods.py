@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import zokern
-from zokern import estimator, plan
-from zokern.directions import Aligned, Diagonal, Lazy, Subspace, aligned, orthonormal, subspace
+from zokern import plan
+from zokern.directions import Aligned, Diagonal, Lazy, Subspace, aligned, lowrank, orthonormal
+from zokern.estimator import Spread, Spsa
 from zokern.evaluation import Point
 from zokern.methods import pgap
 from zokern.rule import adam, momentum, sgd
@@ -46,7 +47,7 @@ def check_method(name: str, steps: int = 5, weight_decay: float = 0.0, width: in
         formula.size = {n: size + 4 * group["eps"] for n, size in formula.size.items()}
     for step in range(steps):
         result = zokern.step(optimizer, lambda: loss_of(model))
-        offsets = optimizer.stencil.offsets
+        offsets = optimizer.estimator.stencil.offsets
         for query, sides in enumerate(result.losses):
             for offset, got in zip(offsets, sides):
                 with torch.no_grad():
@@ -106,8 +107,7 @@ BAD_METHODS = {
     "misspelt": (partial(zokern.TeZO, rank={"misspelt": 4, "up.weight": 2}), r"rank names \['misspelt'\].*'up.weight'"),
     "rule": (partial(zokern.TeZO, rule="adma"), "rule is 'adma'; expected 'sgd', 'momentum' or 'adam', or a rule"),
     "rule's class": (partial(zokern.TeZO, rule=zokern.Adam), "rule is <class .*zokern.Adam\\(\\)"),
-    "stencil": (partial(zokern.FZOO, stencil="central"), "stencil is 'central'; zokern.FZOO reads one side.*zokern.MeZO"),
-    "normalize": (partial(zokern.FZOO, normalize="none"), "normalize is 'none'"),
+    "stencil": (partial(zokern.FZOO, stencil="central"), "stencil is 'central' beside an estimator.*zokern.Spsa"),
 }
 
 
@@ -184,16 +184,12 @@ def draws_of_step(kind: type, of: Callable):
 
 def spread(factor: float):
     """sigma times a factor."""
-    return replaced(estimator, "coefficient", lambda right, sides, s, eps, clip=None: right(sides, s, eps * factor, clip))
+    return replaced(Spread, "slopes", lambda right, *rest: right(*rest) / factor)
 
 
 def losses_of_step(change: Callable):
-    """Coefficients from changed losses; change gives the arguments of estimator.coefficients."""
-    return replaced(
-        estimator,
-        "coefficients",
-        lambda right, losses, s, eps, clip, normalize: right(*change(losses, s, eps, clip, normalize)),
-    )
+    """Differences of changed losses."""
+    return replaced(Spsa, "differences", lambda right, self, losses: right(self, change(losses)))
 
 
 def adam_options(change: Callable):
@@ -206,15 +202,15 @@ WRONG: dict[str, tuple[str, Callable]] = {
     "update_scaled_twice": ("subzero", doubled_writes),
     "scale_forgotten": ("subzero", lambda: patch.object(Subspace, "scale", lambda self, matrix: 1.0)),
     "scale_of_ranks": ("subzero", lambda: patch.object(Subspace, "scale", lambda self, m: math.sqrt(m.rows * m.columns / m.rank))),
-    "basis_not_orthonormal": ("subzero", lambda: patch.object(subspace, "orthonormal", lambda xs: [x.contiguous() for x in xs])),
-    "negative_diagonal": ("subzero", lambda: patch.object(subspace, "orthonormal", lambda xs: [torch.linalg.qr(x)[0].contiguous() for x in xs])),
+    "basis_not_orthonormal": ("subzero", lambda: patch.object(lowrank, "orthonormal", lambda xs: [x.contiguous() for x in xs])),
+    "negative_diagonal": ("subzero", lambda: patch.object(lowrank, "orthonormal", lambda xs: [torch.linalg.qr(x)[0].contiguous() for x in xs])),
     "basis_of_every_step": ("subzero", lambda: patch.object(Subspace, "basis_step", lambda self, step: step)),
     "basis_of_the_first_step": ("subzero", lambda: patch.object(Subspace, "basis_step", lambda self, step: 0)),
-    "sides_swapped": ("subzero", lambda: patch.multiple(subspace, LEFT=subspace.RIGHT, RIGHT=subspace.LEFT)),
+    "sides_swapped": ("subzero", lambda: patch.multiple(lowrank, LEFT=lowrank.RIGHT, RIGHT=lowrank.LEFT)),
     "one_core_for_all_steps": ("subzero", lambda: draws_of_step(Subspace, lambda self, step: 0)),
     "core_transposed": ("subzero", lambda: replaced(Subspace, "draws", lambda right, *rest: [c.mT.contiguous() for c in right(*rest)])),
-    "adapters_not_reshaped": ("subzero_all", lambda: patch.object(Subspace, "shape", lambda self, t: subspace.matrix_shape(t))),
-    "far_from_square": ("subzero_all", lambda: patch.object(subspace, "near_square", lambda count: (2, count // 2))),
+    "adapters_not_reshaped": ("subzero_all", lambda: patch.object(Subspace, "shape", lambda self, t: lowrank.matrix_shape(t))),
+    "far_from_square": ("subzero_all", lambda: patch.object(lowrank, "near_square", lambda count: (2, count // 2))),
     "left_kept_for_the_interval": ("lozo", lambda: draws_of_step(Lazy, lambda self, step: self.basis_step(step))),
     "right_kept_for_ever": ("lozo", lambda: patch.object(Lazy, "basis_step", lambda self, step: 0)),
     "paper_scale": ("lozo", lambda: replaced(Lazy, "draws", lambda right, self, *rest: [u / self.rank for u in right(self, *rest)])),
@@ -237,8 +233,8 @@ WRONG: dict[str, tuple[str, Callable]] = {
     "delta_too_fast": ("pgap_matched", lambda: replaced(Aligned, "delta_at", lambda right, self, step: right(self, step + 1))),
     "always_positive": ("pgap", lambda: replaced(aligned, "align_", lambda right, cores, s, reaches: right(cores, s, [abs(r) for r in reaches]))),
     "sample_deviation": ("fzoo", lambda: spread(math.sqrt(1.5))),
-    "eps_in_place_of_the_spread": ("fzoo", lambda: losses_of_step(lambda losses, s, eps, clip, normalize: (losses, s, eps, clip))),
-    "loss_at_the_weights_doubled": ("fzoo", lambda: losses_of_step(lambda losses, *rest: ([(a, 2 * b) for a, b in losses], *rest))),
+    "eps_in_place_of_the_spread": ("fzoo", lambda: patch.object(Spread, "slopes", Spsa.slopes)),
+    "loss_at_the_weights_doubled": ("fzoo", lambda: losses_of_step(lambda losses: losses * torch.tensor([1.0, 2.0]).double())),
 }  # fmt: skip
 
 
@@ -263,19 +259,19 @@ def check_basis(width: int = 11, tolerance: float = 1e-5, rank: int = 3, probes:
     )
     for _ in range(3):
         zokern.step(optimizer, lambda: loss_of(model))
-    assert optimizer.probed is not None and optimizer.probed[0] == born
+    assert list(optimizer.factored.state) == [born]
     z = {
         (n, k): zokern.draw("normal", t.shape, seed=9, who=n, step=born, draw=draw_word(2 + k, BASIS)).double()
         for n, t in start.items() for k in range(probes)
     }  # fmt: skip
-    for k, got in enumerate(optimizer.probed[1]):
+    for k, got in enumerate(optimizer.factored.state[born]):
         ahead, behind = ({n: t + sign * eps * z[n, k] for n, t in start.items()} for sign in (1, -1))
         sides = [loss_of(lambda ids, w=w: functional_call(double, w, (ids,))) for w in (ahead, behind)]
         want = float((sides[0] - sides[1]) / (2 * eps))
         assert abs(got - want) <= 2e-6 * float(sides[0].detach()) / eps, f"probe {k}: {got} against {want}"
     assert {m.name for m in optimizer.matrices.values()} == {n for n, t in start.items() if t.dim() == 2}
     for matrix in optimizer.matrices.values():
-        gradient = sum(c / probes * z[matrix.name, k] for k, c in enumerate(optimizer.probed[1]))
+        gradient = sum(c / probes * z[matrix.name, k] for k, c in enumerate(optimizer.factored.state[born]))
         u, s, v = matrix.left.double(), matrix.extra["spectrum"].double(), matrix.right.double()
         assert u.shape == (matrix.rows, rank) and v.shape == (matrix.columns, rank) and (s[:-1] >= s[1:]).all()
         for side in (u, v):
@@ -316,22 +312,24 @@ def sketch(change: Callable):
         draws, coeffs = change(noise.draws, coeffs)
         return right(backend, noise._replace(draws=draws), coeffs, *rest)
 
-    return replaced(pgap.gemm, "sketch_of", wrong)
+    return replaced(plan.gemm, "sketch_of", wrong)
 
 
 class OneProbe(zokern.Scratch):
     """Reads every probe along the first one."""
 
     def losses(self, plan, points, closure):
-        first = [Point(tuple((min(word, pgap.PROBE), amount) for word, amount in point.terms)) for point in points]
+        first = [
+            Point(tuple((min(word, draw_word(pgap.PROBE, BASIS)), amount) for word, amount in point.terms)) for point in points
+        ]
         return super().losses(plan, first, closure)
 
 
 WRONG_BASES: dict[str, tuple[dict, Callable]] = {
     "no_power_or_extra": ({"width": 40, "tolerance": 0.01, "power": 0, "oversample": 0}, nullcontext),
-    "transposed_sketch": ({}, lambda: replaced(pgap.gemm, "sketch_of", lambda right, *a: right(*a).flip(0))),
+    "transposed_sketch": ({}, lambda: replaced(plan.gemm, "sketch_of", lambda right, *a: right(*a).flip(0))),
     "a_probe_too_few": ({}, lambda: sketch(lambda draws, coeffs: (draws[:-1], coeffs[:-1]))),
-    "random_basis": ({}, lambda: replaced(pgap.gemm, "sketch_of", lambda right, *a: torch.randn(right(*a).shape))),
+    "random_basis": ({}, lambda: replaced(plan.gemm, "sketch_of", lambda right, *a: torch.randn(right(*a).shape))),
     "probes_share_a_draw": ({"evaluation": OneProbe()}, nullcontext),
     "spectrum_forgotten": ({}, lambda: replaced(torch.linalg, "svd", lambda right, *a, **k: (lambda u, s, v: (u, s.sqrt(), v))(*right(*a, **k)))),
 }  # fmt: skip
@@ -382,8 +380,7 @@ def fall(name: str, architecture: str, steps: int) -> float:
 def test_loss_falls(name: str) -> None:
     """On a batch, by about 0.1 in 25 steps; and by nothing where the sign of a step is wrong."""
     assert fall(name, "opt", 25) > 0.04
-    right = estimator.coefficients
-    with patch.object(estimator, "coefficients", lambda *a, **k: [-c for c in right(*a, **k)]):
+    with replaced(Spsa, "differences", lambda right, *rest: -right(*rest)):
         assert fall(name, "opt", 12) < 0.0
 
 

@@ -132,7 +132,11 @@ def test_numbers_of_a_state_are_checked(key: str, value) -> None:
 
 @pytest.mark.parametrize(
     ("options", "key"),
-    [({"direction": "rademacher"}, "direction"), ({"queries": 3}, "queries"), ({"stencil": "forward"}, "stencil")],
+    [
+        ({"direction": "rademacher"}, "direction"),
+        ({"queries": 3}, "estimator.queries"),
+        ({"stencil": "forward"}, "estimator.stencil"),
+    ],
 )
 def test_state_of_other_draws_is_not_loaded(options: dict, key: str) -> None:
     state = saved(zokern.MeZO(tiny()).state_dict())
@@ -511,7 +515,7 @@ BAD_OPTIONS = {
     "backend": ["gpu"],
     "direction": ["uniform", 3],
     "stencil": ["backward", zokern.Stencil("wrong", (1.0, -1.0), (1.0, -0.5))],
-    "clip": [0.0, -1.0, float("nan")],
+    "estimator": [3, zokern.Spsa, "spsa"],
     "nonfinite": ["keep"],
     "weight_decay": [-0.1, float("inf"), "no"],
     "lr": [torch.tensor([0.1, 0.2]), torch.tensor(1j), 10**39],

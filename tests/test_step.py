@@ -19,7 +19,7 @@ from models import batch, build, changed, next_token_loss, one_thread, same_bits
 from torch import nn
 
 import zokern
-from zokern import estimator, plan
+from zokern import plan
 from zokern.evaluation import rng
 
 IDS = batch()
@@ -31,7 +31,17 @@ def closure_of(model: nn.Module) -> Callable:
 
 
 def check_step(
-    evaluation="scratch", lr=0.1, eps=1e-3, weight_decay=0.0, queries=1, seed=5, clip=None, steps=2, tied=False, **options
+    evaluation="scratch",
+    lr=0.1,
+    eps=1e-3,
+    weight_decay=0.0,
+    queries=1,
+    seed=5,
+    stencil="central",
+    clip=None,
+    steps=2,
+    tied=False,
+    **options,
 ):
     """Steps of a float32 model against the oracle; AssertionError when anything differs."""
     model = tiny(tied=tied)
@@ -40,13 +50,12 @@ def check_step(
         lr=lr,
         eps=eps,
         weight_decay=weight_decay,
-        queries=queries,
         seed=seed,
-        clip=clip,
+        estimator=zokern.Spsa(queries, stencil, clip),
         evaluation=evaluation,
         **options,
     )
-    direction, stencil = options.get("direction", "normal"), options.get("stencil", "central")
+    direction = options.get("direction", "normal")
     offsets = {"central": (1.0, -1.0), "forward": (1.0, 0.0)}[stencil]
     for step in range(steps):
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -119,6 +128,7 @@ def wrong_perturb(change: Callable):
     return patch.object(Cpu, "perturb", perturb)
 
 
+SLOPES = zokern.Spsa.slopes
 WRONG_STEPS = {
     "sign_flip": lambda: wrong_axpy(lambda draws, coeffs, decay: (draws, [-c for c in coeffs], decay)),
     "mean_forgotten": lambda: wrong_axpy(lambda draws, coeffs, decay: (draws, [len(coeffs) * c for c in coeffs], decay)),
@@ -130,7 +140,7 @@ WRONG_STEPS = {
     "half_eps": lambda: wrong_perturb(lambda draw, scales: (draw, [s / 2 for s in scales])),
     "one_query_only": lambda: wrong_perturb(lambda draw, scales: (0, scales)),
     "coefficient_doubled": lambda: patch.object(
-        estimator, "coefficient", lambda sides, s, eps, clip: (sides[0] - sides[1]) / eps
+        zokern.Spsa, "slopes", lambda self, d, losses, plan: 2.0 * SLOPES(self, d, losses, plan)
     ),
     "name_ignored": lambda: patch("zokern.optimizer.parameters.ids", lambda names, taken=None: (dict.fromkeys(names, 7), {})),
 }
@@ -273,11 +283,11 @@ def test_residual_reaches_the_forward() -> None:
     model = tiny(torch.bfloat16)
     optimizer = zokern.MeZO(model, lr=0.0, seed=2, rounding="residual", dead_limit=None)
     zokern.step(optimizer, closure_of(model))
-    optimizer.steps = 0
+    optimizer.run.step = 0
     low = optimizer.state[model.up.weight]["residual"]
     first = zokern.step(optimizer, closure_of(model)).losses
     low.fill_(32000)
-    optimizer.steps = 0
+    optimizer.run.step = 0
     assert zokern.step(optimizer, closure_of(model)).losses != first
 
 

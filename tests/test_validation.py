@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import zokern
-from zokern.backends import Batch, LowRank, Noise, Sides, Span, Terms, Thin, Update, Weight, get
+from zokern.backends import Batch, Noise, Outer, Sides, Span, Terms, Thin, Update, Weight, get
 from zokern.backends.validation import Validator
 from zokern.directions import Normal
 
@@ -44,7 +44,7 @@ def good(verb: str) -> dict[str, Any]:
 
 
 TUPLES = {"draw": (Batch, Noise), "axpy_": (Batch, Noise, Terms), "update_": (Batch, Noise, Update), "perturb": (Batch, Noise),
-          "lowrank_": (Batch, LowRank)}  # fmt: skip
+          "lowrank_": (Batch, Outer)}  # fmt: skip
 
 
 def arguments(verb: str, given: dict[str, Any]) -> list[Any]:
@@ -150,7 +150,7 @@ def test_one_matrix_of_a_forward_pass_is_looked_at_too(dtype: torch.dtype) -> No
     theta, left, right = torch.zeros(6, 4), torch.randn(6, 3), torch.randn(4, 3)
 
     def run(*factors: Tensor, outs: Any = None) -> None:
-        get("cpu").lowrank_(Batch([theta], [Span(0)]), LowRank(*([f] for f in factors), [1.0]), outs=outs)
+        get("cpu").lowrank_(Batch([theta], [Span(0)]), Outer(*([f] for f in factors), [1.0]), outs=outs)
 
     run(left, right)
     for wrong in ((left.to(dtype), right), (left, right.to(dtype)), (left[:5], right), (left, right[:, :2].contiguous())):
@@ -369,9 +369,9 @@ NAN = float("nan")
     (lambda: zokern.Adam(eps=1e-60), "adam_eps is 1e-60"), (lambda: zokern.Adam(eps="x"), "adam_eps is 'x'"),
     (lambda: zokern.directions.Aligned(delta="x"), "delta is 'x'"), (lambda: zokern.directions.Aligned(steps=True), "steps is True"),
     (lambda: zokern.directions.Aligned(delta=float("inf")), "delta is inf"), (lambda: zokern.directions.Lazy(rank=True), "rank is True"),
-    (lambda: zokern.estimator.resolve(zokern.Stencil("s", (1.0, -1.0), (NAN, NAN))), "stencil is"),
-    (lambda: zokern.estimator.resolve(zokern.Stencil("s", ("a", "b"), (0.5, -0.5))), "stencil is"),
-    (lambda: zokern.estimator.resolve([]), "stencil"),
+    (lambda: zokern.Spsa(1, zokern.Stencil("s", (1.0, -1.0), (NAN, NAN))), "stencil is"),
+    (lambda: zokern.Spsa(1, zokern.Stencil("s", ("a", "b"), (0.5, -0.5))), "stencil is"),
+    (lambda: zokern.Spsa(1, []), "stencil"),
 ])  # fmt: skip
 def test_arguments_are_refused_with_their_names(call: Callable[[], Any], named: str) -> None:
     with pytest.raises((ValueError, TypeError), match=named):

@@ -6,7 +6,7 @@ for batch in loader:
 """
 
 from .directions import Normal, Rademacher
-from .estimator import Stencil
+from .estimator import Bayesian, Blockwise, Conservative, Kernel, Sign, Spread, Spsa, Stencil
 from .evaluation import Auto, InPlace, Master, Paired, Refused, Scratch
 from .evaluation import InPlace as Walk
 from .methods import FZOO, LOZO, PGAP, MeZO, SubZero, TeZO
@@ -19,7 +19,9 @@ from .step import StepResult, step
 __version__ = "0.1.0"
 
 __all__ = [
-    "Adam", "Auto", "FZOO", "InPlace", "LOZO", "Master", "MeZO", "Momentum", "Normal", "Objective", "PGAP", "Paired", "Rademacher",
-    "Refused", "Scratch", "Sgd", "Stencil", "StepResult", "SubZero", "TeZO", "Walk", "__version__", "axpy_", "draw", "linear", "lowrank_", "perturb",
-    "philox4x32", "sketch", "step", "update_",
+    "Adam", "Auto", "Bayesian", "Blockwise", "Conservative", "FZOO", "InPlace", "Kernel", "LOZO",
+    "Master", "MeZO", "Momentum", "Normal", "Objective", "PGAP", "Paired", "Rademacher", "Refused",
+    "Scratch", "Sgd", "Sign", "Spread", "Spsa", "Stencil", "StepResult", "SubZero", "TeZO", "Walk",
+    "__version__", "axpy_", "draw", "linear", "lowrank_", "perturb", "philox4x32", "sketch", "step",
+    "update_",
 ]  # fmt: skip

@@ -19,14 +19,19 @@ START_ANEW = "`del optimizer.state[parameter]` starts it anew"
 
 
 def check_state(
-    entry: Trained, state: Mapping[str, Any], rule: str, matrix: Matrix | None, core: bool, way_out: str, loading: bool = False
+    entry: Trained,
+    state: Mapping[str, Any],
+    rule: str,
+    matrix: Matrix | None,
+    draw: tuple[int, int] | None,
+    way_out: str,
+    loading: bool = False,
 ) -> None:
     """Refuse a state that kernels would read or write past its end, by the parameter's name.
 
-    matrix, core   of a factored parameter, and whether its draws are r x r cores. loading: the device and the strides are still to be
-    adapted."""
+    matrix, draw   of a factored parameter, and the shape of its draws. loading: the device and the strides are still to be adapted."""
     tensor = entry.tensor
-    for key, (dtype, shape) in _fits(tensor, matrix, core).items():
+    for key, (dtype, shape) in _fits(tensor, matrix, draw).items():
         if key not in state:
             continue
         kept = state[key]
@@ -51,14 +56,15 @@ def check_state(
         )
 
 
-def _fits(tensor: Tensor, matrix: Matrix | None, core: bool) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def _fits(
+    tensor: Tensor, matrix: Matrix | None, draw: tuple[int, int] | None
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """dtype and shape of every state that the library itself keeps of a parameter."""
     whole = tuple(tensor.shape)
     low = {"residual": (torch.int16, whole)}
-    if matrix is None:
+    if matrix is None or draw is None:
         return low | dict.fromkeys(("momentum", "first", "second"), (torch.float32, whole))
-    running = (matrix.rank if core else matrix.rows, matrix.rank)
-    return low | {"momentum": (torch.float32, running)} | dict.fromkeys(("first", "second"), (torch.float32, (matrix.rank,)))
+    return low | {"momentum": (torch.float32, draw)} | dict.fromkeys(("first", "second"), (torch.float32, (matrix.rank,)))
 
 
 def _kind(dtype: torch.dtype, shape: Sequence[int]) -> str:

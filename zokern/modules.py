@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .backends.cpu import same_values
+
 CONTAINERS = (list, dict, set)
 STANDARD = frozenset(vars(nn.Module())) - {"training"}  # kept by nn.Module itself, and no place for a model's own state
 
@@ -22,6 +24,39 @@ def same(now: Collection, before: Collection) -> bool:
 
 def flat(dicts: list[dict]) -> list[Any]:
     return list(chain.from_iterable(map(dict.values, dicts)))
+
+
+class State:
+    """What the modules of a tree hold at one moment.
+
+    held        every attribute, parameter, part and buffer of every module
+    values      the modules' own attributes, train/eval flags among them
+    stands      whether parameters and parts are those that the tree was built with
+    registers   pairs of a module's register of buffers, and its contents
+    containers  lists, dicts and sets that are attributes, and the attributes of plain objects
+    tensors     pairs of a buffer, or of a tensor that is an attribute, and whether a norm writes it; the smallest first"""
+
+    def __init__(self, tree: Tree) -> None:
+        self.watched = tree.watched
+        self.held = flat(tree.watched)
+        self.values = tree.values()
+        self.stands = (
+            tree.count() == tree.size and same(flat(tree.children), tree.links) and same(flat(tree.parameters), tree.slots)
+        )
+        found = [value if type(value) in CONTAINERS else _attributes(value) for value in self.values]
+        self.containers = list({id(held): held for held in found if held is not None}.values())
+        registers = [d[key] for d in tree.dicts if d["_buffers"] for key in ("_buffers", "_non_persistent_buffers_set")]
+        self.registers = [(held, held.copy()) for held in registers]
+        buffers = flat(tree.buffers)
+        self.registered = len(buffers)
+        norms = {id(b) for held in tree.norms for b in held.values()}
+        tensors = {id(v): v for v in (*self.values, *buffers) if isinstance(v, Tensor)}.values()
+        plain = [t for t in tensors if not t.is_meta and t.layout == torch.strided and _has_memory(t)]
+        self.tensors = sorted([(t, id(t) in norms) for t in plain], key=lambda item: item[0].numel())
+
+    def is_present(self) -> bool:
+        """Whether the modules hold the very objects of this state."""
+        return same_values(self.watched, self.held)
 
 
 class Tree:
@@ -39,47 +74,27 @@ class Tree:
         self.dicts = [vars(m) for m in plain]
         self.parameters, self.children = [d["_parameters"] for d in self.dicts], [d["_modules"] for d in self.dicts]
         self.buffers = [d["_buffers"] for d in self.dicts]
+        self.watched = [*self.dicts, *self.parameters, *self.children, *self.buffers]
         self.norms = [d["_buffers"] for m, d in zip(plain, self.dicts) if isinstance(m, nn.modules.batchnorm._NormBase)]
         owned = [(d, key) for d in self.dicts for key in d if key not in STANDARD]
         self.owners, self.keys = [d for d, _ in owned], [key for _, key in owned]
         self.size, self.slots, self.links = self.count(), flat(self.parameters), flat(self.children)
-        self._state: list[Any] | None = None
-        self._inside: tuple[list[Any], list[tuple[Tensor, bool]]] = [], []
+        self._state: State | None = None
         self.copies: dict[int, tuple[Tensor, int, Tensor]] = {}  # by id of a buffer: it, its version then, and its copy
 
     def count(self) -> int:
         """Returns the number of attributes of all modules."""
         return sum(map(len, self.dicts))
 
-    def stands(self) -> bool:
-        """Whether the same modules hold the same parameters and have as many attributes as when the tree was built."""
-        return self.count() == self.size and same(flat(self.children), self.links) and same(flat(self.parameters), self.slots)
-
     def values(self) -> list:
-        """Returns the values of the modules' own attributes, train/eval flags among them."""
+        """Returns the values of the modules' own attributes."""
         return list(map(dict.get, self.owners, self.keys))
 
-    def inside(self, values: list[Any]) -> tuple[list[Any], list[tuple[Tensor, bool]]]:
-        """Returns containers, and (tensor, whether a norm writes it) of buffers and tensors that are plain attributes.
-
-        Containers are lists, dicts and sets, attributes of plain objects, and the modules' registers of buffers. Found once for the same
-        values and buffers."""
-        state = [*values, *flat(self.buffers)]
-        if self._state is None or not same(state, self._state):
-            found: dict[int, Any] = {}
-            for value in values:
-                held = value if type(value) in CONTAINERS else _attributes(value)
-                if held is not None:
-                    found[id(held)] = held
-            for d in self.dicts:
-                if d["_buffers"]:
-                    found[id(d["_buffers"])] = d["_buffers"]
-                    found[id(d["_non_persistent_buffers_set"])] = d["_non_persistent_buffers_set"]
-            norms = {id(b) for held in self.norms for b in held.values()}
-            tensors = [(v, id(v) in norms) for v in {id(v): v for v in state if isinstance(v, Tensor)}.values()]
-            tensors = [(t, norm) for t, norm in tensors if not t.is_meta and t.layout == torch.strided and _has_memory(t)]
-            self._state, self._inside = state, (list(found.values()), sorted(tensors, key=lambda item: item[0].numel()))
-        return self._inside
+    def state(self) -> State:
+        """Returns the present state: the same object until a module has changed."""
+        if self._state is None or not self._state.is_present():
+            self._state = State(self)
+        return self._state
 
 
 def items(held: list | dict | set) -> list:
@@ -108,4 +123,4 @@ def _has_memory(tensor: Tensor) -> bool:
         return False
 
 
-__all__ = ["STANDARD", "Tree", "flat", "items", "refill", "same"]
+__all__ = ["STANDARD", "State", "Tree", "flat", "items", "refill", "same"]

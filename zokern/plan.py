@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .backends import Backend, Batch, LowRank, Noise, Span, SpanList, TensorList, Terms, Update
-from .directions import Direction, Factored, Matrix, Normal, Source
-from .estimator import Stencil
+from . import gemm
+from .backends import Backend, Batch, Noise, Outer, Span, SpanList, TensorList, Terms, Update
+from .directions import Direction, LowRank, Matrix, Normal, Source
 from .fingerprint import announce
 from .modules import Tree
 
@@ -40,6 +40,28 @@ class Group:
         if not self.theta:
             self.theta = TensorList([t.detach() for t in self.tensors])
             self.theta.kept = {}
+        self.objects = self.objects or [[t] for t in self.tensors]
+
+    def only(self, members: Sequence[int]) -> Group:
+        """Returns a group of some of the tensors."""
+
+        def some(values: Any) -> Any:
+            return None if values is None else type(values)([values[i] for i in members])
+
+        theta = some(self.theta)
+        theta.kept = {}
+        return replace(
+            self,
+            names=some(self.names),
+            tensors=some(self.tensors),
+            spans=some(self.spans),
+            residuals=some(self.residuals),
+            matrices=some(self.matrices),
+            theta=theta,
+            objects=some(self.objects),
+            drawn={},
+            memo={},
+        )
 
     def residual(self, i: int) -> Tensor | None:
         """The low bits of tensor i, where it has any."""
@@ -71,19 +93,12 @@ class Group:
         low = self.residuals if rounding == "residual" else None
         ones = [1.0] * len(lefts)
         noise = Noise(None, plan.seed, [(plan.step, 0)])
-        self.backend.lowrank_(Batch(self.theta, self.spans, rounding, low), LowRank(lefts, rights, ones), noise)  # type: ignore[arg-type]
+        self.backend.lowrank_(Batch(self.theta, self.spans, rounding, low), Outer(lefts, rights, ones), noise)  # type: ignore[arg-type]
         announce(self.theta)
 
     def source(self, seed: int) -> Source:
-        """Normals for this group's factors."""
-
-        def normals(matrices: Sequence[Matrix], shapes: Sequence[tuple[int, ...]], step: int, draw: int) -> list[Tensor]:
-            outs = [torch.empty(shape, dtype=torch.float32, device=matrix.device) for shape, matrix in zip(shapes, matrices)]
-            batch = Batch(outs, [Span(matrix.who) for matrix in matrices])
-            self.backend.draw(batch, Noise(Normal(), seed, [(step, draw)]))
-            return outs
-
-        return normals
+        """Returns the stream's numbers for this group's matrices."""
+        return _Stream(self, seed)
 
     def draws(self, plan: Plan, word: int) -> list[Tensor]:
         """Returns a draw for every matrix, in its small space; made once a step, for the readings and the update."""
@@ -117,12 +132,32 @@ class Group:
             shrink = {m.shrink for _, m, _ in members}
             assert len(shrink) == 1, "matrices of a group decay together"
             scales = [1.0] * len(members)
-            factors, noise = LowRank(lefts, rights, scales, shrink.pop()), Noise(None, seed, [(step, 0)])
+            factors, noise = Outer(lefts, rights, scales, shrink.pop()), Noise(None, seed, [(step, 0)])
             count = self.backend.lowrank_(Batch(tensors, spans, rounding, low), factors, noise)
             announce(tensors)
         for _, matrix, _ in waiting:
             matrix.pending, matrix.shrink = None, 1.0
         return count
+
+
+class _Stream:
+    """Numbers of the stream for the matrices of a group (directions.Source)."""
+
+    def __init__(self, group: Group, seed: int) -> None:
+        self.group, self.seed = group, seed
+
+    def __call__(self, matrices: Sequence[Matrix], shapes: Sequence[tuple[int, ...]], step: int, draw: int) -> list[Tensor]:
+        outs = [torch.empty(shape, dtype=torch.float32, device=matrix.device) for shape, matrix in zip(shapes, matrices)]
+        batch = Batch(outs, [Span(matrix.who) for matrix in matrices])
+        self.group.backend.draw(batch, Noise(Normal(), self.seed, [(step, draw)]))
+        return outs
+
+    def sketch(
+        self, matrix: Matrix, draws: Sequence[tuple[int, int]], weights: Sequence[float], omega: Tensor, transposed: bool = False
+    ) -> Tensor:  # fmt: skip
+        span = next(span for span, one in zip(self.group.spans, self.group.matrices or ()) if one is matrix)
+        noise = Noise(Normal(), self.seed, draws)
+        return gemm.sketch_of(self.group.backend, noise, weights, span, matrix.shape, omega, transposed)
 
 
 def lefts_of(matrices: Sequence[Matrix], middles: Sequence[Tensor], backend: Backend) -> list[Tensor]:
@@ -135,44 +170,74 @@ def lefts_of(matrices: Sequence[Matrix], middles: Sequence[Tensor], backend: Bac
         ]
         lefts = [matrices[i].left for i in with_left]
         rights = [middles[i].t().contiguous() for i in with_left]
-        backend.lowrank_(Batch(outs, [Span(0)] * len(outs)), LowRank(lefts, rights, [1.0] * len(outs)))  # type: ignore[arg-type]
+        backend.lowrank_(Batch(outs, [Span(0)] * len(outs)), Outer(lefts, rights, [1.0] * len(outs)))  # type: ignore[arg-type]
         for i, out in zip(with_left, outs):
             found[i] = out
     return found
 
 
 @dataclass
+class Run:
+    """What names the random numbers of a run, and how it rounds. step: the number of the next step."""
+
+    seed: int
+    rounding: str
+    step: int = 0
+
+
+@dataclass
 class Plan:
     """The checked work of one step.
 
-    tree        the modules that a step leaves as they are
-    first_draw  draw word of query 0
-    readings    how often the closure was called"""
+    tree      the modules that a step leaves as they are
+    words     draw words of the estimate that is applied
+    first     draw word of query 0
+    readings  how often the closure was called
+    scopes    by names: the groups of a part of the plan, each with the group that it is a part of; kept from step to step"""
 
     groups: list[Group]
     direction: Direction
-    stencil: Stencil
-    queries: int
     seed: int
     step: int
     rounding: str
     tree: Tree
-    factored: Factored | None = None  # the direction of groups with matrices
-    first_draw: int = 0
+    factored: LowRank | None = None  # the direction of groups with matrices
+    words: tuple[int, ...] = ()
+    first: int = 0
     readings: int = 0
-    tensors: list[Tensor] = field(default_factory=list)  # of all groups
-    names: list[str] = field(default_factory=list)
+    scopes: dict[tuple[str, ...], list[tuple[Group, Group]]] = field(default_factory=dict, repr=False)
+    tensors: list[Tensor] = field(init=False)  # of all groups
+    names: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        if not self.tensors:
-            self.tensors = [t for group in self.groups for t in group.tensors]
-            self.names = [name for group in self.groups for name in group.names]
+        self.tensors = [t for group in self.groups for t in group.tensors]
+        self.names = [name for group in self.groups for name in group.names]
+
+    def only(self, scope: Collection[str] | None) -> Plan:
+        """Returns the same step of some parameters; None: of all. Raises ValueError if none of them is trained."""
+        if scope is None:
+            return self
+        key = tuple(scope)
+        if key not in self.scopes:
+            members = [[i for i, name in enumerate(group.names) if name in key] for group in self.groups]
+            self.scopes[key] = [(group.only(some), group) for some, group in zip(members, self.groups) if some]
+        if not self.scopes[key]:
+            raise ValueError(f"scope is {key!r:.200}; expected names of trained parameters, such as {self.names[:2]}")
+        for part, whole in self.scopes[key]:
+            part.eps = whole.eps
+        return replace(self, groups=[part for part, _ in self.scopes[key]], scopes={})
+
+    def along(self, words: tuple[int, ...]) -> Plan:
+        """Returns the same step with the draws of an estimate."""
+        return replace(self, words=words)
 
     def draw(self, query: int) -> int:
-        return self.first_draw + query
+        """Returns the draw word of a query."""
+        return self.first + query
 
     def draws(self) -> list[tuple[int, int]]:
-        return [(self.step, self.draw(query)) for query in range(self.queries)]
+        """Returns (step, draw word) of every draw of the estimate."""
+        return [(self.step, word) for word in self.words]
 
     @property
     def is_coarse(self) -> bool:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
-from . import estimator, underflow
+from . import underflow
 from .checks import fits
-from .evaluation import THETA, NotRepeatable, Point
+from .estimator import Estimate, Estimator, Oracle
+from .evaluation import THETA, Evaluation, NotRepeatable
 from .first_step import distance, name_statistics, repeats, unseen
+from .guards import Guards
 from .plan import Group, Plan
+from .rule import Rule
 
 
 @dataclass(frozen=True)
@@ -22,8 +25,8 @@ class StepResult:
 
     loss          mean of the losses that were read, a float: of theta + eps z and theta - eps z, and so above the loss of theta
                   where the loss is convex
-    losses        per query, the losses at the stencil's offsets: (L(theta + eps z), L(theta - eps z)) for the central one
-    coefficients  per query, the projected gradient c_k in units of loss per weight, float32 (with the first group's eps)
+    losses        per query, what the estimator read: (L(theta + eps z), L(theta - eps z)) for the central difference
+    coefficients  per query, the coefficient c_k of z_k in units of loss per weight, float32 (with the first group's eps)
     seed, step    the run's seed and this step's number: with the draw k they name z_k
     skipped       True when a loss, a coefficient, or lr times one, was NaN or infinite in float32: the weights are as they were
     evaluation    the way in which the losses were read;  why: evaluation 'auto': the reason for the choice
@@ -49,6 +52,25 @@ class StepResult:
     dead_updates: float | None = None
     why: str = ""
     swallowed: float | None = None
+
+
+class Steps(Protocol):
+    """What a step needs of an optimizer: its parts, the checked plan, and counters that can refuse.
+
+    drawn  whether the step has used its number"""
+
+    estimator: Estimator
+    evaluation: Evaluation
+    rule: Rule
+    guards: Guards
+    state: Any
+    result: StepResult | None
+    drawn: bool
+
+    def plan(self) -> Plan: ...
+    def prepare(self, plan: Plan, oracle: Oracle) -> None: ...
+    def count(self, finite: bool, result: StepResult) -> None: ...
+    def defers(self) -> bool: ...
 
 
 def step(optimizer: Any, closure: Callable[[], Any]) -> StepResult:
@@ -77,7 +99,7 @@ def _unwrapped(optimizer: Any) -> Any:
     """Returns the zokern optimizer itself, also from a wrapper that is an optimizer; TypeError for everything else."""
     # a wrapper may be a subclass of what it wraps (Lightning's), so its inside is looked at first
     for found in (getattr(optimizer, "optimizer", None), optimizer):
-        if isinstance(optimizer, torch.optim.Optimizer) and hasattr(found, "plan") and hasattr(found, "evaluation"):
+        if isinstance(optimizer, torch.optim.Optimizer) and hasattr(found, "plan") and hasattr(found, "prepare"):
             return found
     name = type(optimizer).__name__
     raise TypeError(
@@ -85,7 +107,7 @@ def _unwrapped(optimizer: Any) -> Any:
     )
 
 
-def run(optimizer: Any, closure: Callable[[], Any]) -> StepResult:
+def run(optimizer: Steps, closure: Callable[[], Any]) -> StepResult:
     """Runs the step outside of a torch.inference_mode() around it: its tensors are used by later steps, in other modes.
 
     The closure is called in the mode in which the user wrote it."""
@@ -94,91 +116,112 @@ def run(optimizer: Any, closure: Callable[[], Any]) -> StepResult:
         return _run(optimizer, torch.inference_mode()(closure) if inside else closure)
 
 
-def _run(optimizer: Any, closure: Callable[[], Any]) -> StepResult:
-    """The step; `optimizer` gives the plan, keeps the counters and holds the lock."""
+def _run(optimizer: Steps, closure: Callable[[], Any]) -> StepResult:
+    """The step: ask for losses, estimate the gradient, write the weights once for each estimate."""
     plan: Plan = optimizer.plan()
-    optimizer.drop_low_bits()
-    optimizer.refresh(plan, closure)
-    sides = [[Point(((plan.draw(k), o),)) if o else THETA for o in plan.stencil.offsets] for k in range(plan.queries)]
-    points = [point for each in sides for point in each]
-    read = optimizer.evaluation.losses(plan, points, closure)
-    unseen = _check(optimizer, plan, points, read, closure)
-    found = read.tolist()
-    many = len(plan.stencil.offsets)
-    losses = tuple(tuple(found[k * many : (k + 1) * many]) for k in range(plan.queries))
-    # whatever can raise comes before the update
-    coefficients = [
-        estimator.coefficients(losses, plan.stencil, group.eps, optimizer.clip, optimizer.normalize) for group in plan.groups
-    ]
-    moves = [_move(optimizer, plan, group, c) for group, c in zip(plan.groups, coefficients)]
-    finite = all(fits([*c, lr, decay, *(lr * w for w in weights)]) for c, (weights, lr, decay) in zip(coefficients, moves))
+    oracle = Oracle(optimizer.evaluation, plan, closure)
+    optimizer.prepare(plan, oracle)
+    result: StepResult | None = None
+    for estimate in optimizer.estimator(oracle, plan):
+        part = plan.only(estimate.scope).along(estimate.draws)
+        checked = _check(optimizer, oracle) if result is None else result.unseen
+        moves = [_move(optimizer, group, estimate, row.tolist()) for group, row in zip(part.groups, estimate.coefficients)]
+        finite = all(fits([*weights, lr, decay, *(lr * w for w in weights)]) for weights, lr, decay in moves)
+        result = _recorded(optimizer, part, estimate, finite, checked, result)
+        whole = estimate.scope is None
+        if whole or not finite:
+            optimizer.count(finite, result)
+        if not finite:
+            return result
+        result = _update(optimizer, part, moves, result, whole)
+    if result is None:
+        raise RuntimeError(f"estimator {type(optimizer.estimator).__name__} yielded no estimate; expected one or more a step")
+    if not whole:  # a part of the parameters may not reach the loss
+        optimizer.count(True, result)
+    return result
+
+
+def _recorded(
+    optimizer: Steps, plan: Plan, estimate: Estimate, finite: bool, unseen: tuple[str, ...], before: StepResult | None
+) -> StepResult:
+    """Returns the record of an estimate, joined to that of the step's estimates before it."""
     record = optimizer.evaluation.record
-    result = StepResult(
-        loss=estimator.mean(found),
+    losses = tuple(map(tuple, estimate.losses.tolist()))
+    coefficients = tuple(estimate.coefficients[0].tolist())
+    if before is not None:
+        losses, coefficients = before.losses + losses, before.coefficients + coefficients
+    return StepResult(
+        loss=mean([loss for sides in losses for loss in sides]),
         losses=losses,
-        coefficients=tuple(coefficients[0]),
+        coefficients=coefficients,
         seed=plan.seed,
         step=plan.step,
         skipped=not finite,
         evaluation=record.evaluation,
         backend=plan.groups[0].backend.name,
-        scratch_bytes=record.scratch_bytes,
+        scratch_bytes=max(record.scratch_bytes, before.scratch_bytes if before else 0),
         unseen=unseen,
         whole=record.whole,
         why=record.why,
         swallowed=record.swallowed,
     )
-    optimizer.count(finite, result)
-    if not finite:
-        return result
-    still = underflow.watch_update(plan)
-    optimizer.drawn = True  # from here on the step has its number, whatever is raised
-    nonfinite = _update(optimizer, plan, moves)
-    if still is not None:
-        result = replace(result, dead_updates=still())
-    if nonfinite:
-        raise RuntimeError(
-            f"step {plan.step}: {nonfinite} weights are inf or NaN after the update (coefficients {result.coefficients}); "
-            "lower lr, or raise eps; nonfinite='ignore' keeps going"
-        )
-    return result
 
 
-def _check(optimizer: Any, plan: Plan, points: list[Point], read: Tensor, closure: Callable[[], Any]) -> tuple[str, ...]:
-    """First step, and every `paired_check` steps: reads the first loss again. Returns the parameters that the first step did not read."""
-    every, first = optimizer.paired_check, optimizer.result is None
-    if plan.step and optimizer.evaluation.name == "inplace":
-        first = False  # a resumed run would move, and round, more often than the run that it continues
-    if not every or not (first or (every != "first" and plan.step % every == 0)):
+def mean(values: Sequence[float]) -> float:
+    """Returns the mean, its sum rounded once; NaN where a value is not finite. The mean of finite values is finite."""
+    if not all(map(math.isfinite, values)):
+        return math.nan
+    try:
+        return math.fsum(values) / len(values)
+    except OverflowError:  # in units of 2**64
+        return math.fsum([value * 2.0**-64 for value in values]) / len(values) * 2.0**64
+
+
+def _check(optimizer: Steps, oracle: Oracle) -> tuple[str, ...]:
+    """First step, and every `paired_check` steps: reads a loss again. Returns the parameters that the first step did not read."""
+    points, read, plan = oracle.asked
+    # a resumed run whose weights move would round more often than the run that it continues
+    first = optimizer.result is None and (plan.step == 0 or optimizer.evaluation.exact)
+    if not optimizer.guards.is_due(plan.step, first):
         return ()
     found = read.tolist()
-    again, base = optimizer.evaluation.losses(plan, [points[0], THETA], closure).tolist()
+    again, base = optimizer.evaluation.losses(plan, [points[0], THETA], oracle.closure).tolist()
     if not repeats(plan, found, again):
         raise NotRepeatable(found[0], again)
     if not first:
         return ()
     distance(plan, found, base)
     name_statistics(plan)
-    return unseen(plan, found, closure)
+    return unseen(plan, found, oracle.closure)
 
 
 Move = tuple[list[float], float, float]
 
 
-def _move(optimizer: Any, plan: Plan, group: Group, coefficients: list[float]) -> Move:
+def _move(optimizer: Steps, group: Group, estimate: Estimate, coefficients: list[float]) -> Move:
     """Returns what a group's rule is told: the weight of each draw, lr and decay."""
     lr = float(group.options["lr"])
     decay = 1.0 - lr * group.options["weight_decay"]
-    sign = 1.0 if optimizer.maximize else -1.0
-    return [sign * c / plan.queries for c in coefficients], lr, decay
+    sign = 1.0 if optimizer.guards.maximize else -1.0
+    return [sign * c / estimate.count for c in coefficients], lr, decay
 
 
-def _update(optimizer: Any, plan: Plan, moves: list[Move]) -> int:
-    """Writes the weights, the only time: decay and direction, one rounding. Returns how many results are not finite."""
+def _update(optimizer: Steps, plan: Plan, moves: list[Move], result: StepResult, whole: bool) -> StepResult:
+    """Writes the weights: decay and direction, one rounding. Returns the record with the share of weights that did not move.
+
+    whole  whether all trained parameters move, so that updates of low-rank directions may be deferred together"""
+    still = underflow.watch_update(plan)
+    optimizer.drawn = True  # from here on the step has its number, whatever is raised
     counts = []
     for group, (weights, lr, decay) in zip(plan.groups, moves):
-        counts.append(optimizer.rule.update(plan, group, weights, lr, decay, optimizer.state, optimizer.defers(plan)))
+        defer = whole and optimizer.defers()
+        counts.append(optimizer.rule.update(plan, group, weights, lr, decay, optimizer.state, defer))
         group.drawn.clear()  # the optimizer keeps the groups until the next step, and z need not be kept
-    if optimizer.nonfinite == "ignore":
-        return 0
-    return sum(int(count) for count in counts)
+    if still is not None:
+        result = replace(result, dead_updates=still())
+    if optimizer.guards.nonfinite != "ignore" and (nonfinite := sum(int(count) for count in counts)):
+        raise RuntimeError(
+            f"step {plan.step}: {nonfinite} weights are inf or NaN after the update (coefficients {result.coefficients}); "
+            "lower lr, or raise eps; nonfinite='ignore' keeps going"
+        )
+    return result

@@ -13,7 +13,7 @@ import torch
 from guarded import equal
 from torch import Tensor
 
-from zokern.backends import Backend, Batch, LowRank, Noise, Span, Terms
+from zokern.backends import Backend, Batch, Noise, Outer, Span, Terms
 from zokern.directions import resolve
 
 from .run import Run, free_bytes, judge
@@ -100,12 +100,12 @@ def check_matrix(backend: Backend, device: str, rows: int, columns: int) -> None
     rank, strip = 16, max(1, WINDOW // columns + 1)
     left, right = whole(1, rows, rank), whole(5, columns, rank)
     theta = torch.full((rows, columns), 0.0625, dtype=torch.bfloat16, device=device)
-    backend.lowrank_(Batch([theta], [Span(NAME)]), LowRank([left.to(device)], [right.to(device)], [0.125]))
+    backend.lowrank_(Batch([theta], [Span(NAME)]), Outer([left.to(device)], [right.to(device)], [0.125]))
     middles = [b // columns for b in BORDERS if b < rows * columns] or [rows // 2]
     for row in (0, *middles, rows - strip):
         stop = min(rows, row + strip)
         expected = torch.full((stop - row, columns), 0.0625, dtype=torch.bfloat16)
-        judge().lowrank_(Batch([expected], [Span(NAME, row * columns)]), LowRank([left], [right], [0.125]))
+        judge().lowrank_(Batch([expected], [Span(NAME, row * columns)]), Outer([left], [right], [0.125]))
         equal(theta[row:stop], expected, f"lowrank_, {rows} x {columns}, from row {row}")
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zokern import gemm
-from zokern.backends import STATES, Backend, Batch, LowRank, Noise, Sides, Span, Terms, Thin, Update, Weight
+from zokern.backends import STATES, Backend, Batch, Noise, Outer, Sides, Span, Terms, Thin, Update, Weight
 from zokern.directions import resolve
 
 SEED, STEP = 0x9E3779B97F4A7C15, 11
@@ -117,7 +117,7 @@ def lowrank(rank: int, rounding: str = "nearest", decay: float = 1.0) -> Callabl
         scales = [0.125] * len(columns)
         at.results.append(
             at.backend.lowrank_(
-                Batch(at.thetas, spans, rounding, low), LowRank(lefts, rights, scales, decay), Noise(None, SEED, [(STEP, 0)])
+                Batch(at.thetas, spans, rounding, low), Outer(lefts, rights, scales, decay), Noise(None, SEED, [(STEP, 0)])
             )
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from zokern import stream
-from zokern.backends import LowRank, reference
+from zokern.backends import Outer, reference
 
 from .patched import Patched, only
 
@@ -117,7 +117,7 @@ class RowOfOwnShape(Patched):
 
             self.replaced = {"contract": by_shape}
             lefts, rights, scales, decay = factors
-            mine = LowRank(lefts[i : i + 1], rights[i : i + 1], scales[i : i + 1], decay)
+            mine = Outer(lefts[i : i + 1], rights[i : i + 1], scales[i : i + 1], decay)
             count += super().lowrank_(only(batch, i), mine, noise, outs and outs[i : i + 1])
         return count
 

@@ -9,7 +9,7 @@ import torch
 
 from ..warning import warn
 from .base import DTYPES, ROUNDINGS, SCALARS, STATES, Backend, Multiplies
-from .launch import Batch, LowRank, Noise, Sides, Span, Terms, Thin, Update, Weight
+from .launch import Batch, Noise, Outer, Sides, Span, Terms, Thin, Update, Weight
 from .lists import SpanList, TensorList
 
 BACKENDS = {"reference": "Reference", "cpu": "Cpu", "cuda": "Cuda", "triton": "Triton"}
@@ -61,6 +61,6 @@ def resolve(backend: str | Backend | None, device: torch.device) -> Backend:
 
 
 __all__ = [
-    "BACKENDS", "DTYPES", "ROUNDINGS", "SCALARS", "STATES", "Backend", "Batch", "LowRank", "Multiplies", "Noise", "Sides", "Span",
+    "BACKENDS", "DTYPES", "ROUNDINGS", "SCALARS", "STATES", "Backend", "Batch", "Outer", "Multiplies", "Noise", "Sides", "Span",
     "SpanList", "TensorList", "Terms", "Thin", "Update", "Weight", "default", "get", "resolve", "why_off",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from .launch import Batch, LowRank, Noise, Sides, Span, Terms, Update, Weight
+from .launch import Batch, Noise, Outer, Sides, Span, Terms, Update, Weight
 
 DTYPES = ("float32", "bfloat16", "float16")
 DIRECTIONS = {"normal": 0, "rademacher": 1}  # those that the kernels know, and their numbers there
@@ -61,7 +61,7 @@ class Backend(Protocol):
         """
 
     def lowrank_(
-        self, batch: Batch, factors: LowRank, noise: Noise | None = None, outs: Sequence[Tensor] | None = None
+        self, batch: Batch, factors: Outer, noise: Noise | None = None, outs: Sequence[Tensor] | None = None
     ) -> Tensor:
         """theta <- decay * theta + scales[i] * left right^T in place; int64[1]: how many results are inf or NaN.
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import device_tables, pack, pack_lowrank
-from .launch import Batch, LowRank, Noise, Span, Terms, Update, rounding_bits
+from .launch import Batch, Noise, Outer, Span, Terms, Update, rounding_bits
 from .validation import Validator, given
 
 _cuda: Any = None
@@ -149,7 +149,7 @@ class Cuda:
                        both.ctypes.data, clock=_address(clock))  # fmt: skip
 
     def lowrank_(
-        self, batch: Batch, factors: LowRank, noise: Noise | None = None, outs: Sequence[Tensor] | None = None
+        self, batch: Batch, factors: Outer, noise: Noise | None = None, outs: Sequence[Tensor] | None = None
     ) -> Tensor:
         """Runs to the bound that csrc/lowrank.cu states; ranks 1 to 128."""
         device = self._or_any(self.valid.lowrank_(batch, factors, outs))

@@ -102,7 +102,7 @@ class Update(NamedTuple):
     states: Sequence[Sequence[Tensor]]
 
 
-class LowRank(NamedTuple):
+class Outer(NamedTuple):
     """Low-rank products, for lowrank_: decay * theta + scales[i] * lefts[i] rights[i]^T.
 
     lefts, rights  float32 (m, r) and (n, r) for each tensor, contiguous
@@ -158,4 +158,4 @@ def rounding_bits(noise: Noise | None) -> tuple[int, int]:
     return noise.seed, noise.draws[-1][0]
 
 
-__all__ = ["Batch", "LowRank", "Noise", "Sides", "Span", "Terms", "Thin", "Update", "Weight", "rounding_bits", "step_at"]
+__all__ = ["Batch", "Outer", "Noise", "Sides", "Span", "Terms", "Thin", "Update", "Weight", "rounding_bits", "step_at"]

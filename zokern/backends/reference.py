@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import stream
 from ..stream import fma, to_bits, to_float
-from .launch import Batch, LowRank, Noise, Span, Terms, Update, rounding_bits, step_at
+from .launch import Batch, Noise, Outer, Span, Terms, Update, rounding_bits, step_at
 from .validation import Validator
 
 CHUNK = 1 << 20  # elements at a time, so that the float64 temporaries stay small
@@ -206,7 +206,7 @@ class Reference:
                 out[i].copy_(fma(scale, direction_z, value).to(out[i].dtype).view(out[i].shape))
 
     def lowrank_(
-        self, batch: Batch, factors: LowRank, noise: Noise | None = None, outs: Sequence[Tensor] | None = None
+        self, batch: Batch, factors: Outer, noise: Noise | None = None, outs: Sequence[Tensor] | None = None
     ) -> Tensor:
         device = VALID.lowrank_(batch, factors, outs)
         thetas, spans, rounding, _ = batch

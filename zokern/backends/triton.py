@@ -19,7 +19,7 @@ from torch import Tensor
 from ..stream import ROUNDS
 from . import device_tables, pack, pack_lowrank
 from .base import DIRECTIONS
-from .launch import Batch, LowRank, Noise, Terms, Update, rounding_bits
+from .launch import Batch, Noise, Outer, Terms, Update, rounding_bits
 from .validation import Validator
 
 _missing = ""
@@ -242,7 +242,7 @@ class Triton:
                          float(scales[-1]), _keys_of(noise.seed), noise.clock, SIDES=len(outs),
                          JOIN=batch.residuals is not None, KINDS=kept.facts.both_types)  # fmt: skip
 
-    def lowrank_(self, batch: Batch, factors: LowRank, noise: Noise | None = None, outs=None) -> Tensor:
+    def lowrank_(self, batch: Batch, factors: Outer, noise: Noise | None = None, outs=None) -> Tensor:
         """Runs to the bound of triton_kernels/lowrank.py; ranks 1 to 128."""
         found = self.valid.lowrank_(batch, factors, outs)
         device = found or torch.device("cpu" if interpreted() else "cuda")
@@ -272,7 +272,7 @@ class Triton:
         return nonfinite
 
 
-def _product_tables(entries: np.ndarray, factors: LowRank) -> tuple[dict[str, Any], np.ndarray, list[np.ndarray]]:
+def _product_tables(entries: np.ndarray, factors: Outer) -> tuple[dict[str, Any], np.ndarray, list[np.ndarray]]:
     """Returns the constants of lowrank.product, the tiles, and what the kernels read: rows, frames, factors and both tiles."""
     products, ranks = pack_lowrank.pack_factors(*factors[:3]), {right.shape[1] for right in factors.rights}
     rank = next(padded for padded in (16, 32, 64, 128) if max(ranks) <= padded)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .base import DIRECTIONS, ROUNDINGS, SCALARS, STATES
-from .launch import Batch, LowRank, Noise, Sides, Span, Terms, Update, Weight
+from .launch import Batch, Noise, Outer, Sides, Span, Terms, Update, Weight
 from .lists import SpanList
 
 FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16))
@@ -234,7 +234,7 @@ class Validator:
         flat = [tensor for side in outs for tensor in side]
         return self.device("perturb", tensors=thetas, outs=flat, residuals=low, clock=given(noise.clock), rows=rows)
 
-    def lowrank_(self, batch: Batch, factors: LowRank, outs: Sequence[Tensor] | None) -> torch.device | None:
+    def lowrank_(self, batch: Batch, factors: Outer, outs: Sequence[Tensor] | None) -> torch.device | None:
         (thetas, spans, _, _), (lefts, rights, scales, _) = batch, factors
         check_rows("lowrank_", spans, outs)
         sizes, low = self._batch("lowrank_", batch)

@@ -7,12 +7,9 @@ from typing import Protocol
 from torch import Tensor
 
 from .aligned import Aligned
-from .diagonal import Diagonal
-from .lazy import Lazy
-from .lowrank import Factored, Matrix, Source
+from .lowrank import Diagonal, Drawn, Kept, Lazy, LowRank, Matrix, Measured, Source, Subspace
 from .normal import Normal
 from .rademacher import Rademacher
-from .subspace import Subspace
 
 
 class Direction(Protocol):
@@ -45,9 +42,12 @@ __all__ = [
     "Aligned",
     "Diagonal",
     "Direction",
-    "Factored",
+    "Drawn",
+    "Kept",
     "Lazy",
+    "LowRank",
     "Matrix",
+    "Measured",
     "Normal",
     "Rademacher",
     "Source",

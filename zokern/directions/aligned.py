@@ -17,9 +17,8 @@ from torch import Tensor
 
 from ..checks import whole_number, within
 from ..stream import RADIUS, draw_word
-from .lowrank import Matrix, Source
+from .lowrank import Matrix, Source, Subspace
 from .orthonormal import tree_sum
-from .subspace import Subspace
 
 SIGNS = ("matrix", "step", "positive")
 

@@ -1,20 +1,28 @@
-"""Factored directions: z = U C V^T for matrices, so that z is r (m + n) numbers, generated, and never m n.
+"""Low-rank directions: z = s U C V^T for matrices, so that z is r (m + n) numbers and never m n.
 
-Two shapes of them cover the published methods. Where U and V are a basis that is kept for an interval, a draw is the r x r core C
-(`subspace`: SubZero; `aligned`: P-GAP; `diagonal`: TeZO). Where only V is kept, a draw is the m x r left factor U itself and
-the core is the identity (`lazy`: LOZO). Parameters that are not matrices take a dense direction.
+Each factor is named, and is either kept for an interval or drawn at every step. The published methods are choices of the three:
+
+    Subspace   U, V kept, orthonormal    C drawn, normal      SubZero; zokern.methods.pgap adds measured U, V
+    Lazy       V kept, U drawn, normal   no C                 LOZO
+    Diagonal   U, V kept for the run     C drawn, diagonal    TeZO
+
+Parameters that are not matrices take a dense direction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ..checks import whole_number
 from ..stream import BASIS, draw_word
+from .normal import Normal
+from .orthonormal import orthonormal
 
 
 @dataclass
@@ -57,34 +65,33 @@ class Matrix:
 
 
 class Source(Protocol):
-    """Standard normals of (seed, each matrix's name, step, draw word), float32, one launch; the optimizer provides it."""
+    """Numbers of the stream for some matrices; the optimizer provides it."""
 
-    def __call__(self, matrices: Sequence[Matrix], shapes: Sequence[tuple[int, ...]], step: int, draw: int) -> list[Tensor]: ...
+    def __call__(self, matrices: Sequence[Matrix], shapes: Sequence[tuple[int, ...]], step: int, draw: int) -> list[Tensor]:
+        """Returns standard normals of (seed, each matrix's name, step, draw word), float32, in one launch."""
+
+    def sketch(
+        self, matrix: Matrix, draws: Sequence[tuple[int, int]], weights: Sequence[float], omega: Tensor, transposed: bool = False
+    ) -> Tensor:  # fmt: skip
+        """Returns G omega, or G^T omega, of G = sum_k weights[k] z_k with dense normal z_k of (step, draw word), float32."""
 
 
-class Factored(Protocol):
-    """A direction for matrices. `dense` names the direction of everything else; draws are named as in the stream."""
+@dataclass(frozen=True)
+class Kept:
+    """A factor that stays.
 
-    name: str
-    dense: Any
+    values  'normal', or 'orthonormal' columns
+    every   steps between two draws; None: one draw for the run"""
 
-    def rank_of(self, name: str) -> int:
-        """The rank asked for a parameter."""
+    values: str = "normal"
+    every: int | None = None
 
-    def shape(self, tensor: Tensor) -> tuple[int, int] | None:
-        """Rows and columns of the matrix that a parameter is for this direction; None: it takes a dense z."""
 
-    def basis_step(self, step: int) -> int:
-        """The step at which the basis in use at `step` was drawn."""
+@dataclass(frozen=True)
+class Drawn:
+    """A factor of normals that is drawn for every step and query. diagonal: of the core, its diagonal alone."""
 
-    def refresh(self, matrices: Sequence[Matrix], source: Source, step: int) -> None:
-        """Draw the basis of a basis step, a function of (seed, names, step) alone."""
-
-    def spread(self, matrix: Matrix) -> float:
-        """The root mean square of an element of z, which says whether rounding swallows it."""
-
-    def draws(self, matrices: Sequence[Matrix], source: Source, step: int, draw: int) -> list[Tensor]:
-        """For each matrix the core (rank, rank), or the left factor (rows, rank) where the basis has none; float32."""
+    diagonal: bool = False
 
 
 def matrix_shape(tensor: Tensor) -> tuple[int, int] | None:
@@ -102,5 +109,151 @@ def near_square(count: int) -> tuple[int, int]:
 
 
 LEFT, RIGHT = draw_word(0, BASIS), draw_word(1, BASIS)
+RESHAPES = ("adapters", "all", "none")
 
-__all__ = ["LEFT", "RIGHT", "Factored", "Matrix", "Source", "matrix_shape", "near_square"]
+
+class LowRank:
+    """z = s U C V^T of a matrix (m, n), with U (m, r), C (r, r) and V (n, r), float32.
+
+    u        Kept or Drawn;  c  Drawn, or None: the identity, where U is drawn;  v  Kept, as often as U
+    rank     r of every matrix, at most min(m, n)
+    matched  whether s makes E||z||_F^2 = m n, as for a dense z, so that eps and lr carry over; False: s = 1
+    reshape  'adapters': a matrix with a side of at most 4 r (a LoRA factor) is factored as the near-square view (a, b), a b = m n, of
+             its flattened elements; 'all'; 'none'
+    dense    the direction of everything else; None: normal
+
+    Every kept factor is a function of (seed, name, step of its draw), every drawn one of (seed, name, step, query).
+    Raises ValueError for factors that do not fit together, and for numbers out of range."""
+
+    name = "lowrank"
+
+    def __init__(
+        self, u: Kept | Drawn, c: Drawn | None, v: Kept, *, rank: int, matched: bool = False, reshape: str = "none", dense: Any = None
+    ) -> None:  # fmt: skip
+        if not isinstance(v, Kept) or isinstance(u, Kept) != (c is not None) or (isinstance(u, Kept) and u.every != v.every):
+            raise ValueError(
+                f"u is {u!r}, c is {c!r} and v is {v!r}; expected v Kept, and u Kept for as many steps with c Drawn, or u Drawn with c None"
+            )
+        if reshape not in RESHAPES:
+            raise ValueError(f"reshape is {reshape!r}; expected one of {list(RESHAPES)}")
+        self.interval = None if v.every is None else whole_number("interval", v.every)
+        self.rank = whole_number("rank", rank)
+        self.u, self.c, self.v, self.matched, self.reshape = u, c, v, matched, reshape
+        self.dense = Normal() if dense is None else dense
+        self.state: dict[Any, Any] = {}  # what a resumed run needs beside the stream
+
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether a draw is r numbers along a basis that lasts the whole run."""
+        return self.c is not None and self.c.diagonal and self.interval is None
+
+    def shape(self, tensor: Tensor) -> tuple[int, int] | None:
+        """Returns rows and columns of the matrix that a parameter is; None: it takes a dense z."""
+        shape = matrix_shape(tensor)
+        if shape is not None and (self.reshape == "all" or (self.reshape == "adapters" and min(shape) <= 4 * self.rank)):
+            return near_square(tensor.numel())
+        return shape
+
+    def rank_of(self, name: str) -> int:
+        """Returns the rank asked for a parameter."""
+        return self.rank
+
+    def draw_shape(self, matrix: Matrix) -> tuple[int, int]:
+        """Returns the shape of a draw: of C, or of U where that is drawn."""
+        return (matrix.rank if isinstance(self.u, Kept) else matrix.rows), matrix.rank
+
+    def basis_step(self, step: int) -> int:
+        """Returns the step at which the basis in use at `step` was drawn."""
+        return 0 if self.interval is None else step - step % self.interval
+
+    def refresh(self, matrices: Sequence[Matrix], source: Source, step: int) -> None:
+        """Draws the kept factors of a basis step."""
+        for side, factor, word in (("left", self.u, LEFT), ("right", self.v, RIGHT)):
+            if not isinstance(factor, Kept):
+                continue
+            found = source(matrices, [(m.rows if side == "left" else m.columns, m.rank) for m in matrices], step, word)
+            for matrix, values in zip(matrices, orthonormal(found) if factor.values == "orthonormal" else found):
+                setattr(matrix, side, values)
+        for matrix in matrices:
+            matrix.born = step
+
+    def spread(self, matrix: Matrix) -> float:
+        """Returns the root mean square of an element of z, which says whether rounding swallows it."""
+        terms = matrix.rank**2 if self.c is not None and not self.c.diagonal else matrix.rank
+        sides = ((self.u, matrix.rows), (self.v, matrix.columns))
+        orthonormal_sizes = [size for factor, size in sides if isinstance(factor, Kept) and factor.values == "orthonormal"]
+        return self.scale(matrix) * math.sqrt(terms / math.prod(orthonormal_sizes))
+
+    def scale(self, matrix: Matrix) -> float:
+        """Returns s."""
+        if not self.matched:
+            return 1.0
+        return math.sqrt(matrix.rows * matrix.columns) / matrix.rank if isinstance(self.u, Kept) else matrix.rank**-0.5
+
+    def draws(self, matrices: Sequence[Matrix], source: Source, step: int, draw: int) -> list[Tensor]:
+        """Returns, for each matrix, s C (or s U where U is drawn), float32."""
+        if self.c is not None and self.c.diagonal:
+            found = [torch.diag(tau) for tau in source(matrices, [(m.rank,) for m in matrices], step, draw)]
+        else:
+            found = source(matrices, [self.draw_shape(m) for m in matrices], step, draw)
+        return list(torch._foreach_mul(found, [self.scale(m) for m in matrices])) if self.matched else found
+
+
+class Measured(LowRank):
+    """A low-rank direction whose kept factors come from losses, as P-GAP's. `state` is what a resumed run needs of them."""
+
+    def measure(self, oracle: Any, plan: Any) -> None:
+        """Reads what the basis of this step needs; called before the bases of a step are drawn."""
+        raise NotImplementedError
+
+    def forget(self, needed: set[int | None]) -> None:
+        """Drops what belongs to other bases than those of the steps `needed` and the one in use."""
+        raise NotImplementedError
+
+
+class Subspace(LowRank):
+    """z = s U Z V^T: orthonormal U and V kept for an interval, Z drawn (Yu et al. 2025, SubZero).
+
+    interval  steps between two bases;  norm  'matched': s = sqrt(m n) / r, the reference's code; 'unit': s = 1, the paper's formula"""
+
+    name = "subspace"
+
+    def __init__(
+        self, rank: int = 8, interval: int = 2000, norm: str = "matched", reshape: str = "adapters", dense: Any = None
+    ) -> None:
+        if norm not in ("matched", "unit"):
+            raise ValueError(f"norm is {norm!r}; expected one of ['matched', 'unit']")
+        kept = Kept("orthonormal", whole_number("interval", interval))
+        super().__init__(kept, Drawn(), kept, rank=rank, matched=norm == "matched", reshape=reshape, dense=dense)
+
+
+class Lazy(LowRank):
+    """z = U V^T: U drawn, V kept for an interval, both normal, E||z||_F^2 = m n r (Chen et al. 2025, LOZO; its code).
+
+    interval  steps between two V (the paper's nu)"""
+
+    name = "lazy"
+
+    def __init__(self, rank: int = 2, interval: int = 50, dense: Any = None) -> None:
+        super().__init__(Drawn(), None, Kept(every=whole_number("interval", interval)), rank=rank, dense=dense)
+
+
+class Diagonal(LowRank):
+    """z = U diag(tau) V^T: normal U and V that last the run, tau drawn, E||z||_F^2 = m n r (Sun et al. 2025, TeZO).
+
+    ranks  r by parameter name, where it differs from `rank` (zokern.methods.tezo.spectral_ranks makes one)"""
+
+    name = "diagonal"
+
+    def __init__(self, rank: int = 32, ranks: Mapping[str, int] | None = None, dense: Any = None) -> None:
+        super().__init__(Kept(), Drawn(diagonal=True), Kept(), rank=rank, dense=dense)
+        self.ranks = {name: whole_number(f"ranks[{name!r}]", r) for name, r in (ranks or {}).items()}
+
+    def rank_of(self, name: str) -> int:
+        return self.ranks.get(name, self.rank)
+
+
+__all__ = [
+    "LEFT", "RIGHT", "Diagonal", "Drawn", "Kept", "Lazy", "LowRank", "Matrix", "Measured", "Source", "Subspace", "matrix_shape",
+    "near_square",
+]  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import gemm
-from ..backends import Batch, LowRank, Noise, Sides, Span, TensorList, Terms, Weight
+from ..backends import Batch, Noise, Outer, Sides, Span, TensorList, Terms, Weight
 from ..directions import DIRECTIONS
 from ..plan import Group, Plan
 from .arena import ALIGN, Arena
@@ -57,8 +57,11 @@ class Copies:
         self.arena.peak = max(self.arena.peak, top)
         self.resident.update({(g, i): stack for i, stack in members})
         for positions, thetas, spans, outs in launches:
+            if isinstance(outs, Tensor):
+                self.factors.stack(group, positions, outs)
+                continue
             low = None if group.residuals is None else [group.residuals[i] for i in positions]
-            self._fill(group, thetas, spans, range(self.sides), outs, low)
+            self._fill(group, positions, thetas, spans, range(self.sides), outs, low)
 
     def _places(self, group: Group, most: int | None, start: int) -> tuple:
         """Returns resident members with their stacks, and launches that fill them; prepared once for a list of tensors."""
@@ -68,11 +71,25 @@ class Copies:
             return known[1]
         device, half = group.theta[0].device, self.arena.budget // 2
         members: list[tuple[int, Tensor]] = []
+        launches: list[tuple] = []
         by_kind: dict[bool, list[int]] = {}
+        by_shape: dict[tuple, list[int]] = {}
+        if most is None and device.type == "cpu":
+            for i, matrix in enumerate(group.matrices or ()):
+                if group.theta[i].dtype == torch.float32:
+                    by_shape.setdefault((matrix.shape, matrix.rank, group.theta[i].shape), []).append(i)
+        for (*_, shape), positions in by_shape.items():
+            stack = self.arena.take((self.sides, len(positions), *shape), torch.float32, device)
+            assert stack is not None
+            members += [(i, stack[:, j].data) for j, i in enumerate(positions)]
+            launches.append((positions, None, None, stack))
+        stacks = dict(members)
         for i, tensor in enumerate(group.theta):
-            if group.matrices is not None or (most is not None and tensor.numel() > most):
+            if i in stacks:
                 continue
-            wide = tensor.dim() <= 1 and tensor.dtype != torch.float32 and group.matrices is None
+            if most is not None and (group.matrices is not None or tensor.numel() > most):
+                continue
+            wide = tensor.dim() <= 1 and tensor.dtype != torch.float32
             dtype = torch.float32 if wide else tensor.dtype
             if self.arena.left(device) - self.sides * (tensor.numel() * dtype.itemsize + ALIGN) < half:
                 break  # half of the budget stays free for tiles
@@ -81,7 +98,6 @@ class Copies:
             members.append((i, stack))
             by_kind.setdefault(wide, []).append(i)  # a launch writes one type of result: theta's, or float32
         stacks = dict(members)
-        launches = []
         for positions in by_kind.values():
             thetas, spans = TensorList([group.theta[i] for i in positions]), [group.spans[i] for i in positions]
             outs = [TensorList([stacks[i][side] for i in positions]) for side in range(self.sides)]
@@ -92,28 +108,54 @@ class Copies:
         group.memo[key] = self.arena, found
         return found
 
-    def _fill(self, group: Group, thetas, spans, sides: Sequence[int], outs: Sequence[Sequence[Tensor]], low) -> None:
-        """Dense z: outs[j] <- theta at the point of sides[j]; sides of one draw share its z, two in a launch."""
+    def _fill(self, group: Group, positions: Sequence[int], thetas, spans, sides: Sequence[int], outs, low) -> None:
+        """outs[j] <- tensors of a group at the point of sides[j]; sides of one draw share its z, two in a launch."""
         plan, by_draw = self.plan, dict[int, list[int]]()
         for j, side in enumerate(sides):
-            terms = self.points[side].terms
-            if len(terms) == 1:
+            terms = self.points[side].terms if group.matrices is None else ()
+            if group.matrices is not None and not self.factors.untouched(group, 0, side):
+                self._fill_factored(group, positions, thetas, spans, side, outs[j], low)
+            elif len(terms) == 1:
                 by_draw.setdefault(terms[0][0], []).append(j)
             elif not terms and low is None and all(span.rows is None for span in spans):
                 torch._foreach_copy_(list(outs[j]), list(thetas))
             elif not terms:
                 by_draw.setdefault(0, []).append(j)  # at the scale 0: low bits are added and rows are looked up
             else:
-                torch._foreach_copy_(list(outs[j]), list(thetas))
-                table = torch.tensor([a * group.eps for _, a in terms], dtype=torch.float32, device=outs[j][0].device)
-                draws = [(plan.step, word) for word, _ in terms]
-                group.backend.axpy_(Batch(outs[j], spans), Noise(plan.direction, plan.seed, draws), Terms(table))
+                self._fill_terms(group, thetas, spans, terms, outs[j], low)
         for word, members in by_draw.items():
             for part in range(0, len(members), 2):
                 pair = members[part : part + 2]
-                scales = [sum(a for _, a in self.points[sides[j]].terms) * group.eps for j in pair]
+                amounts = [sum(a for _, a in self.points[sides[j]].terms) if group.matrices is None else 0.0 for j in pair]
+                scales, targets = [amount * group.eps for amount in amounts], [outs[j] for j in pair]
                 noise = Noise(plan.direction, plan.seed, [(plan.step, word)])
-                group.backend.perturb(Batch(thetas, spans, residuals=low), noise, scales, [outs[j] for j in pair])
+                group.backend.perturb(Batch(thetas, spans, residuals=low), noise, scales, targets)
+
+    def _fill_terms(self, group: Group, thetas, spans, terms, outs, low) -> None:
+        """outs <- theta + eps sum_k a_k z_k of several draws."""
+        plan = self.plan
+        if low is not None and outs[0].dtype == torch.float32:  # which holds the low bits as well
+            still = Noise(plan.direction, plan.seed, [(plan.step, 0)])
+            group.backend.perturb(Batch(thetas, spans, residuals=low), still, [0.0], [outs])
+            low = None
+        else:
+            torch._foreach_copy_(list(outs), list(thetas))
+        spent = None if low is None else [bits.clone() for bits in low]
+        table = torch.tensor([a * group.eps for _, a in terms], dtype=torch.float32, device=outs[0].device)
+        draws = [(plan.step, word) for word, _ in terms]
+        rounding = "nearest" if spent is None else "residual"
+        batch, noise = Batch(outs, spans, rounding, spent), Noise(plan.direction, plan.seed, draws)
+        group.backend.axpy_(batch, noise, Terms(table))
+
+    def _fill_factored(self, group: Group, positions: Sequence[int], thetas, spans, side: int, outs, low) -> None:
+        """outs <- shrink theta + L right^T, in one launch."""
+        plan = self.plan
+        if len(positions) > 1:
+            self.factors.prepare_lefts(group, positions, [side])
+        lefts, rights, shrinks = zip(*[self.factors.of(group, i, side) for i in positions])
+        ones, rounding = [1.0] * len(lefts), "nearest" if low is None else "residual"
+        noise = Noise(None, plan.seed, [(plan.step, 0)])
+        group.backend.lowrank_(Batch(thetas, spans, rounding, low), Outer(lefts, rights, ones, shrinks[0]), noise, outs)
 
     # One parameter at its use --------------------------------------------------------------------------------------------
 
@@ -123,32 +165,23 @@ class Copies:
 
     def untouched(self, group: Group, i: int, side: int) -> bool:
         """Whether this side reads the weights themselves."""
-        if group.matrices is not None:
-            return self.factors.untouched(group, i, side)
-        return not self.points[side].terms and group.residual(i) is None
+        if group.residual(i) is not None:
+            return False
+        return self.factors.untouched(group, i, side) if group.matrices is not None else not self.points[side].terms
 
     def fill(
         self, group: Group, i: int, view: Tensor, span: Span, sides: Sequence[int], outs: Sequence[Tensor], low: Tensor | None
     ) -> None:
         """outs[j] <- a view of tensor i at the point of sides[j]."""
-        residuals = None if low is None else [low]
-        if group.matrices is None:
-            self._fill(group, [view], [span], sides, [[out] for out in outs], residuals)
+        matrix = None if group.matrices is None else group.matrices[i]
+        if matrix is None or span.rows is None or low is not None or matrix.shape != tuple(view.shape):
+            self._fill(group, [i], [view], [span], sides, [[out] for out in outs], None if low is None else [low])
             return
-        for side, out in zip(sides, outs):
-            if self.untouched(group, i, side):
-                out.copy_(view if span.rows is None else view[span.rows])
-                continue
-            matrix = group.matrices[i]
-            if span.rows is not None and low is None and matrix.shape == tuple(view.shape):
+        for side, out in zip(sides, outs):  # looked-up rows need their rows of the left factor alone
+            torch.index_select(view, 0, span.rows, out=out)
+            if not self.factors.untouched(group, i, side):
                 left, right, shrink = self.factors.of(group, i, side, span.rows)
-                torch.index_select(view, 0, span.rows, out=out)
-                group.backend.lowrank_(Batch([out], [Span(span.who)]), LowRank([left], [right], [1.0], shrink))
-            else:
-                left, right, shrink = self.factors.of(group, i, side)
-                rounding = "nearest" if low is None else "residual"
-                batch = Batch([view], [span], rounding, residuals)
-                group.backend.lowrank_(batch, LowRank([left], [right], [1.0], shrink), outs=[out])
+                group.backend.lowrank_(Batch([out], [Span(span.who)]), Outer([left], [right], [1.0], shrink))
 
     def stack(self, g: int, i: int) -> Tensor:
         """Returns the whole tensor at every point, (sides, *shape): resident, or in memory of its own."""
@@ -188,29 +221,6 @@ class Copies:
             here = Span(span.who, span.first, rows=rows.contiguous())
             self.fill(group, i, theta, here, sides, [out[side] for side in sides], group.residual(i))
         return out
-
-    def thin(self, g: int, i: int, x: Tensor) -> Tensor | None:
-        """Returns x_j W_j^T for a small factored matrix by a few torch products, x and the result (sides, rows, ...); None where unfit.
-
-        x W^T of all sides is one product; beside it (x V) M_j^T U^T, or (x V) M_j^T where a draw is the left factor."""
-        group = self.plan.groups[g]
-        weight, matrices = group.theta[i], group.matrices
-        if matrices is None or weight.numel() > RESIDENT or weight.dtype != torch.float32 or x.dtype != torch.float32:
-            return None
-        if matrices[i].shape != tuple(weight.shape) or any(g not in middles for middles in self.factors.middles):
-            return None
-        matrix, (sides, rows, width) = matrices[i], x.shape
-        middles = self.factors.cores[g][i] if g in self.factors.cores else torch.stack([m[g][i] for m in self.factors.middles])
-        flat = x.reshape(-1, width)
-        y = flat @ weight.t()
-        thin = torch.bmm((flat @ matrix.right).view(sides, rows, -1), middles.mT)  # type: ignore[operator]
-        if matrix.left is None:
-            return (
-                y.view(sides, rows, -1).mul_(matrix.shrink).add_(thin)
-                if matrix.shrink != 1.0
-                else y.view(thin.shape).add_(thin)
-            )
-        return y.addmm_(thin.view(flat.shape[0], -1), matrix.left.t(), beta=matrix.shrink).view(sides, rows, -1)
 
     def product(self, g: int, i: int, xs: list[Tensor], biases: list[Tensor | None], transposed: bool) -> Tensor:
         """Returns y_j = x_j W_j^T + b_j of every side, one below the other: (rows of all sides, columns). Transposed: x_j W_j."""

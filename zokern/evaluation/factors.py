@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Thin
+from ..modules import same
 from ..plan import Group, Plan, lefts_of
 from .base import Point
 
@@ -93,6 +94,27 @@ class Factors:
         matrices = [group.matrices[i] for _, i, _ in keys]
         middles = [self.middles[side][g][i] for _, i, side in keys]
         self.lefts.update(zip(keys, lefts_of(matrices, middles, group.backend)))
+
+    def stack(self, group: Group, positions: Sequence[int], out: Tensor) -> None:
+        """out[side, j] <- shrink W + L right^T of matrices of one shape, float32, by one batched product for each side.
+
+        out is (sides, matrices, *shape of W). A launch for hundreds of small matrices spends more on their addresses."""
+        matrices = [group.matrices[i] for i in positions]  # type: ignore[index]
+        lefts, rights, first, g = [m.left for m in matrices], [m.right for m in matrices], matrices[0], self.number[id(group)]
+        known = group.memo.get(("bases", positions[0]))
+        if known is None or not same([*lefts, *rights], known[0]):
+            left = None if first.left is None else torch.stack(lefts)  # type: ignore[arg-type]
+            index = torch.tensor(positions, dtype=torch.int64, device=group.theta[0].device)
+            known = group.memo["bases", positions[0]] = [*lefts, *rights], left, torch.stack(rights).mT, index  # type: ignore[arg-type]
+        _, left, right, index = known
+        weights = torch.stack([group.theta[i] for i in positions]).view(len(positions), *first.shape)
+        with torch.autocast(weights.device.type, enabled=False):
+            for middles, target in zip(self.middles, out.view(-1, *weights.shape).unbind(0)):
+                if (middle := middles.get(g)) is not None:
+                    some = middle[index] if isinstance(middle, Tensor) else torch.stack([middle[i] for i in positions])
+                    torch.baddbmm(weights, some if left is None else left @ some, right, beta=first.shrink, out=target)
+                else:
+                    target.copy_(weights)
 
     def parts(self, group: Group, i: int, sides: Sequence[int], transposed: bool) -> list[Thin]:
         """Returns the thin products beside x W^T (transposed: x W), those of sides that share a factor in one part."""

@@ -14,11 +14,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from ..estimator import loss_tensor
 from ..fingerprint import Fingerprint, memory_of
 from ..modules import STANDARD, Tree, flat, items, refill, same
 from ..plan import Plan
 from . import rng
+from .loss import loss_tensor
 
 BUDGET = 4 << 20  # bytes of buffers that are copied to be put back; larger ones are only watched
 BACKWARD = ("does not require grad and does not have a grad_fn", "backward() called inside a functorch transform")
@@ -39,12 +39,10 @@ class Isolation:
         if root is None:
             self.seed = rng.seed_of(plan.seed, plan.step)
             self.weights = Fingerprint(plan.tensors)
-        self.values = self.tree.values()
-        containers, tensors = self.tree.inside(self.values)
-        self.contents = [(held, held.copy()) for held in containers]
-        self.registered = sum(map(len, self.tree.buffers))
+        self.state = self.tree.state()
+        self.contents = [(held, held.copy()) for held in self.state.containers]
         self.buffers: list[tuple[Tensor, int, Tensor | None]] = []  # a tensor, its version (-1: compare), and its copy
-        self._copy(tensors)
+        self._copy(self.state.tensors)
 
     def _copy(self, tensors: list[tuple[Tensor, bool]]) -> None:
         """Copies buffers, smallest first, to the budget."""
@@ -132,19 +130,12 @@ class Isolation:
         return loss
 
     def _put_back(self) -> None:
-        tree = self.tree
-        for held, before in self.contents:
+        self.moved = not self.state.is_present()
+        for held, before in self.contents if not self.moved else (*self.contents, *self.state.registers):
             if not same(items(held), items(before)):
                 refill(held, before)
-        if sum(map(len, tree.buffers)) != self.registered:  # by modules that had none
-            known = {id(held) for held, _ in self.contents}
-            for d in tree.dicts:
-                if id(d["_buffers"]) not in known:
-                    d["_buffers"].clear()
-                    d["_non_persistent_buffers_set"].clear()
-        now = tree.values()
-        if tree.count() != tree.size or not same(now, self.values):
-            self._put_back_attributes(now)
+        if self.moved:
+            self._put_back_attributes()
         self.lost = ""
         for i, (buffer, version, copy) in enumerate(self.buffers):
             if buffer._version == version if version >= 0 else torch.equal(buffer, copy):  # type: ignore[arg-type]
@@ -157,19 +148,34 @@ class Isolation:
             if version >= 0:
                 self.buffers[i] = self.tree.copies[id(buffer)] = buffer, buffer._version, copy
 
-    def _put_back_attributes(self, now: list) -> None:
+    def _put_back_attributes(self) -> None:
         tree = self.tree
-        for d, key, value, before in zip(tree.owners, tree.keys, now, self.values):
+        if sum(map(len, tree.buffers)) != self.state.registered:  # by modules that had none
+            known = {id(held) for held, _ in self.state.registers}
+            for d in tree.dicts:
+                if id(d["_buffers"]) not in known:
+                    d["_buffers"].clear()
+                    d["_non_persistent_buffers_set"].clear()
+        for d, key, value, before in zip(tree.owners, tree.keys, tree.values(), self.state.values):
             if value is not before or key not in d:
                 d[key] = before
         if tree.count() != tree.size:
-            known = {(id(d), key) for d, key in zip(tree.owners, tree.keys)}
+            known_keys = {(id(d), key) for d, key in zip(tree.owners, tree.keys)}
             for d in tree.dicts:
-                for key in [key for key in d if key not in STANDARD and (id(d), key) not in known]:
+                for key in [key for key in d if key not in STANDARD and (id(d), key) not in known_keys]:
                     del d[key]
 
     def _check(self) -> None:
         """Raises if the closure replaced a weight or a module that holds one, or changed a buffer that cannot be put back."""
+        if self.moved:
+            self._check_modules()
+        if self.lost:
+            raise RuntimeError(
+                f"the closure changed a buffer or attribute {self.lost}, too large for the {BUDGET >> 20} MB that a step copies: put its "
+                "module in eval mode"
+            )
+
+    def _check_modules(self) -> None:
         tree = self.tree
         if not same(slots := flat(tree.parameters), tree.slots) and ({*map(id, tree.slots)} - {*map(id, slots)}) & self.trained:
             raise RuntimeError(
@@ -182,11 +188,6 @@ class Isolation:
                     raise RuntimeError(
                         f"the closure took {type(module).__name__} out of the model: the loss of a step must only read it"
                     )
-        if self.lost:
-            raise RuntimeError(
-                f"the closure changed a buffer or attribute {self.lost}, too large for the {BUDGET >> 20} MB that a step copies: put its "
-                "module in eval mode"
-            )
 
 
 def _explain(problem: Exception, reading: int) -> None:

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..estimator import loss_tensor
 from ..plan import Plan
 from . import standin
 from .attention import folding
 from .base import WAY_OUT, Point, Record, Refused, distinct
 from .copies import Copies
 from .isolation import Isolation
+from .loss import loss_tensor
 from .scratch import MIB, Scratch
 from .standin import standing_in
 
@@ -39,7 +39,7 @@ class Paired(Scratch):
     sides   most sides in one pass; more points take several passes
     check   as in Scratch"""
 
-    name, defers = "paired", True
+    name = "paired"
 
     def __init__(self, budget: int = 64 * MIB, sides: int = 32, check: bool = True) -> None:
         if not isinstance(sides, int) or sides < 2:

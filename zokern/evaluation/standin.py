@@ -33,42 +33,6 @@ class Copy(nn.Parameter):
     requires_grad = property(lambda self: True)
 
 
-class Mapped(Copy):
-    """The class of a matrix whose copies are mapped by torch.vmap: torch's rules do all but F.linear, which is one batched product."""
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        with torch._C.DisableTorchFunctionSubclass():
-            if func is F.linear and not kwargs:
-                args = tuple([a._use.copy() if type(a) is Perturbed else a for a in args])  # a bias in 16 bits
-                if (y := _batched_linear(*args)) is not None:
-                    return y
-            elif Perturbed in types:
-                return Perturbed.__torch_function__(func, types, args, kwargs)
-            return func(*args, **(kwargs or {}))
-
-
-def _batched_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    """Returns y_j = x_j W_j^T + b_j of all sides by one torch.bmm, or None where that is not what it is."""
-    functorch = torch._C._functorch
-    level = functorch.maybe_get_level(weight)
-    if functorch.maybe_get_level(x) != level or not functorch.is_batchedtensor(x) or functorch.maybe_current_level() != level:
-        return None
-    if torch.is_autocast_enabled(x.device.type) or x.dtype != weight.dtype or _is_taped(x, bias):
-        return None
-    xs, at, ws = functorch.get_unwrapped(x), functorch.maybe_get_bdim(x), functorch.get_unwrapped(weight)
-    if functorch.is_functorch_wrapped_tensor(xs) or xs.shape[-1] != ws.shape[-1] or at == xs.dim() - 1:
-        return None
-    xs = xs if at == 0 else xs.movedim(at, 0)
-    flat = xs.reshape(xs.shape[0], -1, xs.shape[-1])
-    if bias is None:
-        y = torch.bmm(flat, ws.mT)
-    else:
-        b = functorch.get_unwrapped(bias).unsqueeze(1) if functorch.is_batchedtensor(bias) else bias
-        y = torch.baddbmm(b, flat, ws.mT)
-    return functorch._add_batch_dim(y.view(*xs.shape[:-1], ws.shape[1]), 0, level)
-
-
 class Use(NamedTuple):
     copies: Copies
     group: int
@@ -224,11 +188,6 @@ def _product(x: Any, weight: Any, bias: Any, transposed: bool):
     if bias is not None and (bias.shape != (columns,) or bias.dtype != weight.dtype):
         return NotImplemented
     with torch.no_grad():
-        if bias is None and not transposed and not torch.is_autocast_enabled(x.device.type):
-            stack = copies.stacked(x)
-            y = copies.thin(g, i, stack if stack.dim() == 3 else stack.reshape(copies.sides, -1, width))
-            if y is not None:
-                return copies.mapped(y.view(*stack.shape[:-1], columns))
         if isinstance(bias, Perturbed):
             biases: list[Tensor | None] = list(bias._use.stack().unbind(0))
         else:
@@ -322,7 +281,7 @@ def _places(copies: Copies) -> list[tuple]:
     """Returns (parameter, class, group, position, what stands in: a stack, or a tensor without memory); prepared once.
 
     Raises Refused for parameters that cannot hold another tensor."""
-    memo, key = copies.plan.groups[0].memo, ("places", copies.level is not None, *(id(s) for s in copies.resident.values()))
+    memo, key = copies.plan.groups[0].memo, ("places", *map(id, copies.resident.values()))
     if memo.get("places", (None,))[0] != key:
         places = []
         for g, group in enumerate(copies.plan.groups):
@@ -334,9 +293,8 @@ def _places(copies: Copies) -> list[tuple]:
                         raise Refused(
                             f"parameter {group.names[i]!r} is {type(parameter).__name__}, a class of its own: use evaluation='master'"
                         )
-                    is_matrix = resident and copies.level is not None and group.theta[i].dim() == 2
-                    kind = Mapped if is_matrix else Copy if resident else Perturbed
-                    places.append((parameter, kind, g, i, stack if resident else _bodiless(group.theta[i])))
+                    inside = stack if resident else _bodiless(group.theta[i])
+                    places.append((parameter, Copy if resident else Perturbed, g, i, inside))
         memo["places"] = key, places
     return memo["places"][1]
 

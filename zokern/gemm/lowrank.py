@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import Backend, Batch, LowRank, Sides, Span, Weight
+from ..backends import Backend, Batch, Outer, Sides, Span, Weight
 from . import library
 from .fused import fused_linear, fuses
 from .rows import flatten, joined, rows_of
@@ -171,7 +171,7 @@ def _add(backend: Backend, y: Tensor, strip: _Strip) -> None:
     if y.dtype != torch.float32:
         most = getattr(backend, "most_rank", None) or strip.rows.shape[1]
         for rows, last in zip(strip.rows.split(most, 1), strip.last.split(most, 1)):  # a rounding for each
-            backend.lowrank_(Batch([y], _ORIGIN), LowRank([rows.contiguous()], [last.contiguous()], _ONE))
+            backend.lowrank_(Batch([y], _ORIGIN), Outer([rows.contiguous()], [last.contiguous()], _ONE))
     elif strip.rows.shape[1] >= NARROW and library.chooses(strip.rows, strip.last):
         y += library.linear(strip.rows, strip.last)
     else:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..checks import whole_number
+from ..estimator import Spread
 from ..optimizer import ZerothOrder
 
 
@@ -28,12 +29,6 @@ class FZOO(ZerothOrder):
         **options: Any,
     ) -> None:  # fmt: skip
         queries = whole_number("queries", queries, 2, expected="an integer, at least 2: one loss has no spread")
-        for name in ("stencil", "normalize"):
-            if name in options:
-                raise ValueError(
-                    f"{name} is {options[name]!r}; zokern.FZOO reads one side and divides by the spread of the losses: leave it out, or pass "
-                    f"it to zokern.MeZO"
-                )
         super().__init__(
-            params, lr=lr, eps=eps, queries=queries, direction=direction, stencil="forward", normalize="std", evaluation=evaluation, **options
-        )  # fmt: skip
+            params, lr=lr, eps=eps, direction=direction, estimator=Spread(queries), evaluation=evaluation, **options
+        )

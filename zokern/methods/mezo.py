@@ -19,7 +19,7 @@ class MeZO(ZerothOrder):
     lr            per step, in weights per unit of projected gradient. The paper: 1e-6 or 1e-7 for all weights, 1e-4 with LoRA
     eps           half-width of the difference, in weights; 1e-3 for all weights, 1e-2 with LoRA
     weight_decay  decoupled, scaled by lr; applies to the whole group (make a second group for norms and biases)
-    queries       q: draws per step, averaged
+    queries       q: draws per step, averaged (1)
     seed          of the run, in [0, 2**64); (seed, parameter name, step, query) name every z
     rounding      of 16-bit weights in the update: 'nearest', 'stochastic', or 'residual' (bfloat16: exact float32 master, +2 B a weight)
     evaluation    'auto' (the first step by 'master', then the fastest that reads the same losses), 'master' (the parameters hold
@@ -32,8 +32,8 @@ class MeZO(ZerothOrder):
                   corrected M / (sqrt(V) + 1e-8) of torch.optim.Adam (ZO-Adam)
     direction     'normal' or 'rademacher';  stencil 'central' (two losses a query) or 'forward' (one, plus one shared)
     maximize      ascend: the closure returns a reward
-    clip          bound on |c_k|
-    normalize     'none', or 'std': c_k is a difference of losses in standard deviations of the step's perturbed losses, not over eps (zokern.FZOO)
+    estimator     None: zokern.Spsa(queries, stencil), the formula above. Spsa(clip=...) bounds |c_k|; zokern.Sign, Kernel (KerZOO), Spread
+                  (FZOO), Conservative, Blockwise and Bayesian (BSZO) are others
     defer         of directions that are low-rank (zokern.SubZero, ...): whether updates wait in their core. None, the default, where they can;
                   z of 'normal' and 'rademacher' is dense, and its updates never wait
     paired_check  'first': read the first loss of the first step twice and refuse a closure that is not repeatable; n: every n steps too;
@@ -53,14 +53,14 @@ class MeZO(ZerothOrder):
         lr: float = 1e-6,
         eps: float = 1e-3,
         weight_decay: float = 0.0,
-        queries: int = 1,
+        queries: int | None = None,
         seed: int = 0,
         rounding: str = "nearest",
         evaluation: str | Evaluation = "auto",
         backend: str | Backend | None = None,
         *,
         direction: str | Direction = "normal",
-        stencil: str | Stencil = "central",
+        stencil: str | Stencil | None = None,
         **options: Any,
     ) -> None:
         super().__init__(

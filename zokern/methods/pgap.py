@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -11,18 +10,90 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import gemm
-from ..backends import Noise
 from ..checks import whole_number
-from ..directions import Aligned, Matrix, Normal
-from ..estimator import CENTRAL, coefficient
-from ..evaluation import Point
+from ..directions import Aligned, Matrix, Measured, Normal, Source
+from ..estimator import Oracle, Spsa
 from ..optimizer import ZerothOrder
-from ..plan import Group, Plan
-from ..rule import basis_of
+from ..plan import Plan
 from ..stream import BASIS, draw_word
 
-PROBE = draw_word(2, BASIS)  # draw word of the first probe; words 0 and 1 belong to the basis
+PROBE = 2  # query of the first probe; queries 0 and 1 of the purpose BASIS belong to random bases
+
+
+class Probed(Aligned, Measured):
+    """The direction of P-GAP: U, S, V of G = (1/h) sum_{i<=h} c_i z_i, from h central differences along dense normals.
+
+    probes             h
+    oversample, power  of the randomized range finder, which never holds G: extra columns, and power iterations
+
+    `state` holds the coefficients of the probes by step: a basis is a function of them and of the stream."""
+
+    def __init__(self, probes: int = 10, oversample: int = 8, power: int = 1, **options: Any) -> None:
+        super().__init__(**options)
+        self.probes = whole_number("probes", probes)
+        self.oversample, self.power = whole_number("oversample", oversample, 0), whole_number("power", power, 0)
+        self.newest = -1  # step of the basis in use
+
+    def measure(self, oracle: Oracle, plan: Plan) -> None:
+        """Probes where this step begins a basis. Weights are read, not written (evaluation 'inplace': up to rounding).
+
+        Raises RuntimeError where the step goes on with a basis whose probes are not known."""
+        self.newest = self.basis_step(plan.step)
+        if self.newest in self.state:
+            return
+        if plan.step != self.newest:
+            raise RuntimeError(
+                f"step {plan.step} needs the basis of step {self.newest}, whose probes are not known: load the state_dict of that run"
+            )
+        groups = [replace(group, matrices=None, eps=plan.groups[0].eps, memo={}) for group in plan.groups]
+        dense = replace(plan, groups=groups, direction=Normal(), factored=None, scopes={})
+        estimator, asks = Spsa(), Oracle(oracle.evaluation, dense, oracle.closure)
+        found = []
+        for k in range(self.probes):  # one at a time: no more activations than a step's
+            (estimate,) = estimator(asks, replace(dense, first=draw_word(PROBE + k, BASIS)))
+            found += estimate.coefficients[0].nan_to_num(0.0, 0.0, 0.0).tolist()
+        self.state[self.newest] = found
+
+    def forget(self, needed: set[int | None]) -> None:
+        """Drops the probes of bases that no momentum belongs to."""
+        self.state = {step: found for step, found in self.state.items() if step in needed or step == self.newest}
+
+    def refresh(self, matrices: Sequence[Matrix], source: Source, step: int) -> None:
+        """Sets the basis of a step from its probes; a random one where all of them are zero."""
+        if step not in self.state:
+            raise RuntimeError(
+                f"the momentum of {matrices[0].name!r} belongs to the basis of step {step}, whose probes are not known (those of "
+                f"{sorted(self.state)} are): load the state_dict of that run, or start it anew with `del optimizer.state[parameter]`"
+            )
+        found = self.state[step]
+        if any(found):
+            for matrix in matrices:
+                self._decompose(matrix, source, step, [(step, draw_word(PROBE + k, BASIS)) for k in range(len(found))], found)
+            return
+        super().refresh(matrices, source, step)
+        for matrix in matrices:
+            matrix.extra.pop("spectrum", None)
+
+    def _decompose(
+        self, matrix: Matrix, source: Source, step: int, draws: Sequence[tuple[int, int]], coefficients: Sequence[float]
+    ) -> None:
+        """Sets left, right and the spectrum of a matrix to the truncated decomposition of G."""
+        weights, width = [c / len(coefficients) for c in coefficients], min(matrix.rank + self.oversample, *matrix.shape)
+
+        def times(omega: Tensor, transposed: bool = False) -> Tensor:
+            return source.sketch(matrix, draws, weights, omega, transposed)
+
+        with _one_thread(), torch.autocast(matrix.device.type, enabled=False):
+            (omega,) = source([matrix], [(matrix.columns, width)], step, draw_word(1, BASIS))
+            q = torch.linalg.qr(times(omega))[0]
+            for _ in range(self.power):
+                q = torch.linalg.qr(times(torch.linalg.qr(times(q, True))[0]))[0]
+            b = times(q, True)  # G^T Q: n x width
+            right, spectrum, small = torch.linalg.svd(b.double(), full_matrices=False)
+            matrix.left = (q.double() @ small.mT[:, : matrix.rank]).float().contiguous()
+            matrix.right = right[:, : matrix.rank].float().contiguous()
+            matrix.extra["spectrum"] = spectrum[: matrix.rank].float()
+        matrix.born = step
 
 
 class PGAP(ZerothOrder):
@@ -70,116 +141,9 @@ class PGAP(ZerothOrder):
         evaluation: Any = "auto",
         **options: Any,
     ) -> None:
-        self.probes = whole_number("probes", probes)
-        self.oversample, self.power = whole_number("oversample", oversample, 0), whole_number("power", power, 0)
-        self.probed: tuple[int, list[float]] | None = None  # step and coefficients of the basis in use
-        self.former: dict[int, list[float]] = {}  # those of earlier bases that momentum still belongs to
-        direction = Aligned(rank, interval, delta, steps, sign, norm)
+        aligned = {"rank": rank, "interval": interval, "delta": delta, "steps": steps, "sign": sign, "norm": norm}
+        direction = Probed(probes, oversample, power, **aligned)
         super().__init__(params, lr=lr, eps=eps, direction=direction, evaluation=evaluation, **options)
-
-    def refresh(self, plan: Plan, closure: Callable[[], Any]) -> None:
-        """Probe and decompose where this step needs a new basis. Weights are read, not written (evaluation 'inplace': up to rounding)."""
-        assert self.factored is not None
-        born = self.factored.basis_step(plan.step)
-        self.settle(plan)
-        if all(matrix.born == born for group in plan.groups for matrix in group.matrices or ()):
-            return
-        self._recall(plan)
-        if self.probed is None or self.probed[0] != born:
-            if plan.step != born:
-                raise RuntimeError(
-                    f"step {plan.step} needs the basis of step {born}, whose probes are not known: load the state_dict of that run"
-                )
-            if self.probed is not None:
-                self.former[self.probed[0]] = self.probed[1]
-            self.probed = (born, self._probe(plan, closure))
-        self._renew(plan)
-        needed = {basis_of(self.rule, self.state, tensor) for tensor in [*self.state]}
-        self.former = {step: found for step, found in self.former.items() if step in needed}
-
-    def _recall(self, plan: Plan) -> None:
-        """After loading a state, the bases that its momentum belongs to come first: those of matrices that were frozen may differ."""
-        known = self.former if self.probed is None else {**self.former, self.probed[0]: self.probed[1]}
-        for group in plan.groups:
-            for i, (matrix, tensor) in enumerate(zip(group.matrices or (), group.tensors)):
-                kept = basis_of(self.rule, self.state, tensor) if matrix.born < 0 else None
-                if kept is not None and kept < 0 and self.probed is not None:
-                    kept = self.probed[0]  # states of older versions do not say
-                if kept is None:
-                    continue
-                if kept not in known:
-                    raise RuntimeError(
-                        f"the momentum of {matrix.name!r} belongs to the basis of step {kept}, whose probes are not known (those of "
-                        f"{sorted(known)} are): load the state_dict of that run, or start it anew with `del optimizer.state[parameter]`"
-                    )
-                self._decompose(group, i, matrix, plan.seed, kept, known[kept])
-
-    def _renew(self, plan: Plan) -> None:
-        """Bases from the probes that are known, for matrices that have others or none; what a rule keeps is carried over."""
-        assert self.probed is not None
-        born, found = self.probed
-        for group in plan.groups:
-            for i, matrix in enumerate(group.matrices or ()):
-                if matrix.born != born:
-                    left, right = matrix.left, matrix.right
-                    self._decompose(group, i, matrix, plan.seed, born, found)
-                    if right is not None:
-                        self.rule.rebase(group, matrix, left, right, self.state[group.tensors[i]])
-
-    def _probe(self, plan: Plan, closure: Callable[[], Any]) -> list[float]:
-        """h central differences along dense normals, in units of loss per weight, with the first group's eps."""
-        dense = [replace(group, matrices=None, eps=plan.groups[0].eps, memo={}) for group in plan.groups]
-        probe = replace(plan, groups=dense, direction=Normal(), factored=None)
-        found = []
-        for k in range(self.probes):  # two sides at a time: no more activations than a step's
-            pair = [Point(((PROBE + k, offset),)) for offset in CENTRAL.offsets]
-            losses = self.evaluation.losses(probe, pair, closure).tolist()
-            found.append(coefficient(losses, CENTRAL, plan.groups[0].eps))
-        return [c if math.isfinite(c) else 0.0 for c in found]
-
-    def _decompose(self, group: Group, i: int, matrix: Matrix, seed: int, born: int, coefficients: Sequence[float]) -> None:
-        """Set matrix.left, right and its spectrum to the truncated decomposition of G; a random basis where G is zero."""
-        draws = [(born, PROBE + k) for k in range(len(coefficients))]
-        weights = [c / len(coefficients) for c in coefficients]
-        width = min(matrix.rank + self.oversample, *matrix.shape)
-        source = group.source(seed)
-        assert self.factored is not None
-        if not any(weights):
-            self.factored.refresh([matrix], source, born)
-            matrix.extra.pop("spectrum", None)
-            return
-
-        def times(omega: Tensor, transposed: bool = False) -> Tensor:
-            span = group.spans[i]
-            noise = Noise(Normal(), seed, draws)
-            return gemm.sketch_of(group.backend, noise, weights, span, matrix.shape, omega, transposed)
-
-        with _one_thread(), torch.autocast(matrix.device.type, enabled=False):
-            (omega,) = source([matrix], [(matrix.columns, width)], born, draw_word(1, BASIS))
-            q = torch.linalg.qr(times(omega))[0]
-            for _ in range(self.power):
-                q = torch.linalg.qr(times(torch.linalg.qr(times(q, True))[0]))[0]
-            b = times(q, True)  # G^T Q: n x width
-            right, spectrum, small = torch.linalg.svd(b.double(), full_matrices=False)
-            matrix.left = (q.double() @ small.mT[:, : matrix.rank]).float().contiguous()
-            matrix.right = right[:, : matrix.rank].float().contiguous()
-            matrix.extra["spectrum"] = spectrum[: matrix.rank].float()
-        matrix.born = born
-
-    def state_dict(self) -> dict[str, Any]:
-        state = super().state_dict()
-        state["zokern"]["probed"] = self.probed
-        state["zokern"]["former"] = dict(self.former)
-        return state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self.probed = state_dict["zokern"].get("probed")
-        self.former = dict(state_dict["zokern"].get("former") or {})
-
-    def described(self) -> dict[str, Any]:
-        """The numbers of the method itself, which decide a run beside those of its parts."""
-        return {"probes": self.probes, "oversample": self.oversample, "power": self.power}
 
 
 @contextmanager

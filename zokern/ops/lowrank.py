@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends import Backend, Batch, LowRank, Noise, Span
+from ..backends import Backend, Batch, Noise, Outer, Span
 from ..stream import check_seed, check_word
 from . import arguments
 from .arguments import is_text
@@ -68,13 +68,13 @@ def lowrank_(
     chosen, named = backends.resolve(backend, found[0].device), traced(backend)
     with torch.no_grad():
         lefts = [u if c is None else _times_core(u, c, chosen, named) for u, c in zip(lefts, cores)]
-        count = _launch(batch, LowRank(lefts, rights, scales, decay), noise, chosen, named)
+        count = _launch(batch, Outer(lefts, rights, scales, decay), noise, chosen, named)
         if not named:
             wrote(batch)
         return count
 
 
-def _launch(batch: Batch, factors: LowRank, noise: Noise | None, backend: Backend, named: bool) -> Tensor:
+def _launch(batch: Batch, factors: Outer, noise: Noise | None, backend: Backend, named: bool) -> Tensor:
     """Runs the kernel, or calls the operation if `named`."""
     if not named:
         return backend.lowrank_(batch, factors, noise)
@@ -144,5 +144,5 @@ def _times_core(left: Tensor, core: Tensor, backend: Backend, named: bool) -> Te
     if core.dim() == 1:
         return left * core
     zero = torch.zeros(left.shape[0], core.shape[1], dtype=torch.float32, device=left.device)
-    _launch(Batch([zero], [Span(0)]), LowRank([left], [core.t().contiguous()], [1.0]), None, backend, named)
+    _launch(Batch([zero], [Span(0)]), Outer([left], [core.t().contiguous()], [1.0]), None, backend, named)
     return zero

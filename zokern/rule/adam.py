@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import Batch, LowRank, Span
+from ..backends import Batch, Outer, Span
 from ..checks import flag, is_number, within
 from ..directions import Matrix
 from ..plan import Group, Plan
@@ -48,7 +48,7 @@ class Adam:
     Kingma and Ba 2015; Zhang et al. 2024 (ZO-Bench's ZO-Adam); Sun et al. 2025 (TeZO-Adam)."""
 
     name, defers = "adam", False
-    bases = ("diagonal",)  # directions with a basis that lasts, and whose draws are numbers along it
+    diagonal = True  # of low-rank directions it goes with those whose draws are numbers along a basis that lasts
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class Adam:
             here = Span(matrix.who, start * matrix.columns)
             quotient = torch.zeros(rows, matrix.columns, dtype=torch.float32, device=matrix.device)
             spread = torch.full_like(quotient, self.eps if self.inside else 0.0)
-            factors = LowRank([left, square], [matrix.right, squared], [1.0, 1.0])
+            factors = Outer([left, square], [matrix.right, squared], [1.0, 1.0])
             group.backend.lowrank_(Batch([quotient, spread], [here, here]), factors)
             root = _root(spread) if self.inside else _root(spread) + self.eps
             count = count + add_(plan, group, i, quotient / root, lr, decay, start * matrix.columns)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..directions import Factored, Matrix
+from ..directions import LowRank, Matrix
 from ..plan import Group, Plan
 
 
@@ -34,7 +34,7 @@ class Rule(Protocol):
         """The basis of a matrix has changed from (left, right) to its present one: carry the state over."""
 
 
-def renew(rule: Rule, factored: Factored, group: Group, states: Any, seed: int, step: int) -> None:
+def renew(rule: Rule, factored: LowRank, group: Group, states: Any, seed: int, step: int) -> None:
     """Gives the matrices of a group the basis of `step`, and carries over what the rule keeps. Nothing is written to the weights.
 
     A matrix that has no basis yet, because its state was loaded, first gets the one that this state belongs to, however long it was frozen
@@ -67,13 +67,12 @@ def basis_of(rule: Rule, states: Any, tensor: Tensor) -> int | None:
     return None if tell is None or tensor not in states else tell(states[tensor])
 
 
-def check_basis(rule: Rule, direction: Factored | None) -> None:
+def check_basis(rule: Rule, direction: LowRank | None) -> None:
     """Refuse a rule whose state belongs to one basis with a direction that changes its basis."""
-    lasting = getattr(rule, "bases", None)
-    if direction is not None and lasting is not None and direction.name not in lasting:
+    if direction is not None and getattr(rule, "diagonal", False) and not direction.is_diagonal:
         raise ValueError(
             f"rule is {rule.name!r} with direction {direction.name!r}, whose basis changes or is no diagonal; its moments belong to "
-            f"one basis of {list(lasting)}: expected zokern.Sgd() or zokern.Momentum(), or take zokern.TeZO, or zokern.MeZO (dense z)"
+            "one basis, as that of 'diagonal': expected zokern.Sgd() or zokern.Momentum(), or take zokern.TeZO, or zokern.MeZO (dense z)"
         )
 
 

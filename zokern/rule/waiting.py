@@ -7,16 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..backends import Batch, LowRank, Noise
+from ..backends import Batch, Noise, Outer
 from ..plan import Group, Plan
 
 
 def total(plan: Plan, group: Group, amounts: Sequence[float]) -> list[Tensor]:
     """sum_k amounts[k] draw_k of each matrix, in the small space, float32, in the order of the queries."""
     sums: list[Tensor] = []
-    for query, amount in enumerate(amounts):
+    for word, amount in zip(plan.words, amounts):
         rounded = float(torch.tensor(amount, dtype=torch.float32, device="cpu"))
-        terms = torch._foreach_mul(group.draws(plan, plan.draw(query)), rounded)
+        terms = torch._foreach_mul(group.draws(plan, word), rounded)
         sums = list(terms) if not sums else list(torch._foreach_add(sums, terms))
     return sums
 
@@ -24,15 +24,18 @@ def total(plan: Plan, group: Group, amounts: Sequence[float]) -> list[Tensor]:
 def deposit(plan: Plan, group: Group, updates: Sequence[Tensor], decay: float, defer: bool) -> Tensor | int:
     """pending <- decay pending + update, shrink <- decay shrink; written at once unless it may wait. Counts inf and NaN."""
     assert group.matrices is not None
+    earlier = [matrix.pending for matrix in group.matrices if matrix.pending is not None]
+    assert len(earlier) in (0, len(group.matrices)), "matrices of a group are deferred together"
+    if earlier:
+        updates = torch._foreach_add(earlier if decay == 1.0 else torch._foreach_mul(earlier, decay), list(updates))
     for matrix, tensor, update in zip(group.matrices, group.tensors, updates):
         if matrix.pending is None:
-            matrix.pending, matrix.version = update, tensor._version
-        else:
-            matrix.pending = (matrix.pending if decay == 1.0 else matrix.pending * decay) + update
+            matrix.version = tensor._version
+        matrix.pending = update
         matrix.shrink *= decay
     if not defer:
         return group.write(plan.seed, plan.step, plan.rounding)
-    waiting = [m.pending for m in group.matrices if m.pending is not None]
+    waiting = list(updates)
     if bool(torch.isfinite(torch.stack(torch._foreach_norm(waiting))).all()):  # inf and NaN show in it; so may a large sum
         return 0
     return sum(int((~torch.isfinite(pending)).sum()) for pending in waiting)
@@ -61,7 +64,7 @@ def add_(plan: Plan, group: Group, i: int, values: Tensor, scale: float, decay: 
     ones = torch.ones(row + 1, 1, dtype=torch.float32, device=tensor.device)
     span = group.spans[i]._replace(first=group.spans[i].first + start)
     batch, noise = Batch([part], [span], plan.rounding, low), Noise(None, plan.seed, [(plan.step, 0)])
-    count = group.backend.lowrank_(batch, LowRank([ones], [values.view(-1, 1)], [scale], decay), noise)
+    count = group.backend.lowrank_(batch, Outer([ones], [values.view(-1, 1)], [scale], decay), noise)
     torch.autograd.graph.increment_version([tensor])
     return count
 

@@ -1,0 +1,368 @@
+"""Estimators against their formulas, written out in float64; each check is shown to reject a wrong estimator."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import zokern
+from zokern.estimator import Estimate
+from zokern.estimator.blocks import block_of
+from zokern.evaluation import THETA, Point
+from zokern.stream import RADIUS, draw_word, parameter_id
+
+EPS, SEED, STEPS = 0.05, 11, 3
+NAMES = ("embed.weight", "layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down", "head.weight")
+EVALUATIONS = ("master", "paired", "scratch", "inplace")
+
+
+def weights() -> dict[str, nn.Parameter]:
+    generator = torch.Generator().manual_seed(3)
+    return {name: nn.Parameter(0.5 * torch.randn(3, 4 + i, generator=generator)) for i, name in enumerate(NAMES)}
+
+
+def loss(theta: dict[str, Tensor]) -> Tensor:
+    """Smooth, with all derivatives, and with blocks that depend on one another."""
+    parts = [(t.double() * (1 + i)).sin().mean() + t.double().square().mean() for i, t in enumerate(theta.values())]
+    return torch.stack(parts).sum() + 0.3 * torch.stack(parts).prod() + 2.0
+
+
+class Hand:
+    """The weights of a run in float64, moved by hand."""
+
+    def __init__(self, params: dict[str, nn.Parameter]) -> None:
+        self.theta = {name: p.detach().double() for name, p in params.items()}
+
+    def z(self, name: str, step: int, query: int) -> Tensor:
+        return zokern.draw("normal", tuple(self.theta[name].shape), seed=SEED, who=name, step=step, draw=query).double()
+
+    def at(self, step: int, terms: list[tuple[int, float]], scope: tuple[str, ...] = NAMES) -> float:
+        """The loss at theta + sum_k a_k z_k of some parameters."""
+        moved = {n: t + sum(a * self.z(n, step, k) for k, a in terms) if n in scope else t for n, t in self.theta.items()}
+        return float(loss(moved))
+
+    def move(self, step: int, terms: list[tuple[int, float]], scope: tuple[str, ...] = NAMES) -> None:
+        self.theta = {n: t + sum(a * self.z(n, step, k) for k, a in terms) if n in scope else t for n, t in self.theta.items()}
+
+    def difference(self, step: int, query: int, radius: float = 1.0, scope: tuple[str, ...] = NAMES) -> float:
+        a, b = (self.at(step, [(query, sign * radius * EPS)], scope) for sign in (1, -1))
+        return (a - b) / (2 * EPS)
+
+
+def radius(step: int, query: int) -> float:
+    counter = torch.tensor([[0, parameter_id(""), step, draw_word(query, RADIUS)]])
+    return (float(zokern.philox4x32(counter, (SEED, 0))[0, 0]) + 0.5) / 2**31 - 1.0
+
+
+def by_kernel(hand: Hand, step: int, lr: float, scale: float = 1.0, width: float = 1.0) -> list[float]:
+    radii = [radius(step, k) * width for k in range(3)]
+    kernel = [scale / width**2 * 15 / 4 * r * (5 - 7 * (r / width) ** 2) for r in radii]
+    found = [hand.difference(step, k, r) * weight for k, (r, weight) in enumerate(zip(radii, kernel))]
+    hand.move(step, [(k, -lr * c / 3) for k, c in enumerate(found)])
+    return found
+
+
+def by_sign(hand: Hand, step: int, lr: float) -> list[float]:
+    found = [math.copysign(1.0, hand.difference(step, k)) for k in range(2)]
+    hand.move(step, [(k, -lr * c / 2) for k, c in enumerate(found)])
+    return found
+
+
+def by_the_best(hand: Hand, step: int, lr: float) -> list[float]:
+    found = [hand.difference(step, k) for k in range(2)]
+    terms = [(k, -lr * c / 2) for k, c in enumerate(found)]
+    losses = {0.0: hand.at(step, []), 1.0: hand.at(step, terms), -1.0: hand.at(step, [(k, -a) for k, a in terms])}
+    best = min(losses, key=lambda factor: losses[factor])
+    hand.move(step, [(k, best * a) for k, a in terms])
+    return [best * c for c in found]
+
+
+BLOCKS = (NAMES[:1], NAMES[1:3], NAMES[3:5], NAMES[5:])
+
+
+def by_blocks(hand: Hand, step: int, lr: float) -> list[float]:
+    found = []
+    for scope in BLOCKS:
+        found.append(hand.difference(step, 0, scope=scope))
+        hand.move(step, [(0, -lr * found[-1])], scope)
+    return found
+
+
+def by_filter(hand: Hand, step: int, lr: float, noise: list[float]) -> list[float]:
+    """A Kalman filter in its information form: the posterior of all observations at once."""
+    prior = sum(t.numel() for t in hand.theta.values()) / 1e6
+    noise[:] = noise or [prior]
+    base, mean, covariance = hand.at(step, []), torch.zeros(2).double(), torch.eye(2).double() * prior
+    for j in range(3):
+        along = torch.eye(2).double()[0] if j == 0 else torch.linalg.eigh(covariance)[1][:, -1]
+        along = along * along[along.abs().argmax()].sign()
+        y = (hand.at(step, [(k, EPS * float(d)) for k, d in enumerate(along)]) - base) / EPS
+        residual = y - float(along @ mean)
+        inverse = covariance.inverse()
+        covariance = (inverse + torch.outer(along, along) / noise[0]).inverse()
+        mean = covariance @ (inverse @ mean + along * y / noise[0])
+        noise[0] = max(0.9 * noise[0] + 0.1 * residual**2, 0.1 * prior)
+    hand.move(step, [(k, -lr * float(m)) for k, m in enumerate(mean)])
+    return mean.tolist()
+
+
+CASES: dict[str, tuple[Callable[[], Any], Callable, float]] = {
+    "kernel": (zokern.Kernel, by_kernel, 0.02),
+    "kernel, shrinking": (
+        lambda: zokern.Kernel(scale=4.0, width=lambda step: 1.0 / (1 + step)),
+        lambda hand, step, lr: by_kernel(hand, step, lr, 4.0, 1.0 / (1 + step)), 0.01,
+    ),
+    "sign": (lambda: zokern.Sign(2), by_sign, 0.02),
+    "conservative": (lambda: zokern.Conservative(2), by_the_best, 0.02),
+    "conservative, too far": (lambda: zokern.Conservative(2), by_the_best, 50.0),
+    "conservative, forward": (lambda: zokern.Conservative(2), by_the_best, 3.0),
+    "blocks": (zokern.Blockwise, by_blocks, 0.1),
+    "bayesian": (zokern.Bayesian, lambda hand, step, lr, noise=[]: by_filter(hand, step, lr, noise if step else noise.clear() or noise), 0.02),
+}  # fmt: skip
+
+
+def check(case: str, evaluation: str = "master", estimator: Any = None) -> None:
+    """Steps of a run against the formula; AssertionError names what differs."""
+    make, formula, lr = CASES[case]
+    params = weights()
+    hand = Hand(params)
+    optimizer = zokern.MeZO(
+        params.items(), lr=lr, eps=EPS, seed=SEED, evaluation=evaluation, estimator=make() if estimator is None else estimator
+    )
+    for step in range(STEPS):
+        result = zokern.step(optimizer, lambda: loss(params))
+        want = formula(hand, step, lr)
+        size = max(map(abs, want)) + 1e-3
+        assert len(result.coefficients) == len(want), f"{len(result.coefficients)} coefficients, not {len(want)}"
+        for got, right in zip(result.coefficients, want):
+            assert abs(got - right) <= 2e-4 * size, f"step {step}: coefficient {got}, not {right}"
+        for name, p in params.items():
+            bound = 1e-5 * (1 + lr * size) * (4 if evaluation == "inplace" else 1)
+            assert (p.double() - hand.theta[name]).abs().max() <= bound, f"step {step}: {name} is not where the formula is"
+
+
+@pytest.mark.parametrize("evaluation", EVALUATIONS)
+@pytest.mark.parametrize("case", CASES)
+def test_an_estimator_equals_its_formula(case: str, evaluation: str) -> None:
+    check(case, evaluation)
+
+
+class Jacobi(zokern.Blockwise):
+    """Reads all blocks before one moves."""
+
+    def __call__(self, oracle, plan):
+        yield from list(super().__call__(oracle, plan))
+
+
+class Typo(zokern.Kernel):
+    """5 - 7 r^3, as in a public re-implementation."""
+
+    def radii(self, plan):
+        return [(r, 3.75 * r * (5 - 7 * r**3)) for r, _ in super().radii(plan)]
+
+
+class Unweighted(zokern.Kernel):
+    def radii(self, plan):
+        return [(r, 1.0) for r, _ in super().radii(plan)]
+
+
+class Greedy(zokern.Conservative):
+    """Takes the step whatever the three losses are."""
+
+    def __call__(self, oracle, plan):
+        yield from zokern.Spsa.__call__(self, oracle, plan)
+
+
+class Fixed(zokern.Bayesian):
+    """A variance of the noise that does not follow the residuals."""
+
+    def __call__(self, oracle, plan):
+        self.state.clear()
+        yield from super().__call__(oracle, plan)
+
+
+class Summed(zokern.Sign):
+    """The sum of the queries in place of their mean."""
+
+    def __call__(self, oracle, plan):
+        for estimate in super().__call__(oracle, plan):
+            yield replace(estimate, count=1)
+
+
+WRONG = {
+    "typo": ("kernel", Typo), "unweighted": ("kernel", Unweighted), "magnitude": ("sign", lambda: zokern.Spsa(2)),
+    "summed": ("sign", lambda: Summed(2)), "greedy": ("conservative, too far", lambda: Greedy(2)), "jacobi": ("blocks", Jacobi),
+    "one block": ("blocks", lambda: zokern.Blockwise(block=lambda name: "")), "fixed noise": ("bayesian", Fixed),
+    "two draws alone": ("bayesian", lambda: zokern.Bayesian(observations=2)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_estimator_is_rejected(wrong: str) -> None:
+    case, make = WRONG[wrong]
+    with pytest.raises(AssertionError, match="coefficient|not where the formula is"):
+        check(case, estimator=make())
+
+
+def test_radii_have_the_moments_of_the_theorem() -> None:
+    """E[r K(r)] = C and E[r^3 K(r)] = 0, from 20,000 radii of the stream, within five standard errors."""
+    params = weights()
+    optimizer = zokern.MeZO(params.items(), estimator=zokern.Kernel(20_000, scale=2.0), seed=SEED)
+    pairs = torch.tensor(optimizer.estimator.radii(optimizer.plan()), dtype=torch.float64)
+    r, k = pairs.unbind(1)
+    assert r.abs().max() < 1.0 and abs(float(r.mean())) < 5 * 0.577 / len(r) ** 0.5
+    for power, want in ((1, 2.0), (3, 0.0)):
+        values = r**power * k
+        assert abs(float(values.mean()) - want) < 5 * float(values.std()) / len(r) ** 0.5, power
+
+
+def test_blocks_are_those_of_transformers() -> None:
+    names = (
+        "model.embed_tokens.weight",
+        "model.layers.11.mlp.up_proj.weight",
+        "model.layers.11.norm.bias",
+        "lm_head.weight",
+        "w",
+    )
+    assert [block_of(name) for name in names] == ["model.embed_tokens", "model.layers.11", "model.layers.11", "lm_head", ""]
+
+
+@pytest.mark.parametrize("rule", [zokern.Momentum(0.9), zokern.Adam()])
+def test_blocks_go_with_rules_that_keep_state(rule: Any) -> None:
+    """A block's state moves with the block: with one block it is the run without blocks, bit for bit."""
+    ends = []
+    for estimator in (zokern.Spsa(), zokern.Blockwise(block=lambda name: "all")):
+        params = weights()
+        optimizer = zokern.MeZO(params.items(), lr=1e-2, eps=EPS, rule=copy.deepcopy(rule), estimator=estimator)
+        for _ in range(3):
+            zokern.step(optimizer, lambda params=params: loss(params))
+        ends.append(params)
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in NAMES)
+
+
+@pytest.mark.parametrize("evaluation", EVALUATIONS)
+def test_a_low_rank_direction_in_blocks(evaluation: str) -> None:
+    """Updates of a block are written before the next is read, so none are deferred; the loss falls."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
+    x = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
+    optimizer = zokern.SubZero(model, lr=2e-2, eps=1e-2, rank=3, estimator=zokern.Blockwise(), evaluation=evaluation)
+    losses = []
+    for _ in range(40):
+        losses.append(zokern.step(optimizer, lambda: (model(x) - 1.0).square().mean()).loss)
+        assert not optimizer.pending
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("evaluation", EVALUATIONS)
+def test_what_an_estimator_learns_is_saved(evaluation: str) -> None:
+    def run(resumes: bool) -> dict[str, nn.Parameter]:
+        params = weights()
+        make = lambda: zokern.MeZO(params.items(), lr=0.02, eps=EPS, estimator=zokern.Bayesian(), evaluation=evaluation)  # noqa: E731
+        optimizer = make()
+        for step in range(4):
+            if step == 2 and resumes:
+                state = copy.deepcopy(optimizer.state_dict())
+                optimizer = make()
+                optimizer.load_state_dict(state)
+            zokern.step(optimizer, lambda: loss(params))
+        return params
+
+    straight, resumed = run(False), run(True)
+    assert all(torch.equal(straight[name], resumed[name]) for name in NAMES)
+    with patch("zokern.checkpoint.load_parts", lambda optimizer, own: None):
+        forgotten = run(True)
+    assert not all(torch.equal(straight[name], forgotten[name]) for name in NAMES)
+
+
+class Silent(zokern.Spsa):
+    def __call__(self, oracle, plan) -> Iterator[Estimate]:
+        return iter(())
+
+
+class Elsewhere(zokern.Spsa):
+    def __call__(self, oracle, plan) -> Iterator[Estimate]:
+        for estimate in super().__call__(oracle, plan):
+            yield replace(estimate, scope=("nothing.weight",))
+
+
+@pytest.mark.parametrize(
+    ("estimator", "message"), [(Silent(), "yielded no estimate"), (Elsewhere(), r"scope is \('nothing.weight',\)")]
+)
+def test_an_estimator_that_yields_nonsense_is_refused(estimator: Any, message: str) -> None:
+    params = weights()
+    before = {name: p.detach().clone() for name, p in params.items()}
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        zokern.step(zokern.MeZO(params.items(), estimator=estimator), lambda: loss(params))
+    assert all(torch.equal(before[name], params[name]) for name in NAMES)
+
+
+@pytest.mark.parametrize("evaluation", EVALUATIONS)
+def test_a_block_without_a_finite_loss_ends_the_step(evaluation: str) -> None:
+    params = weights()
+    optimizer = zokern.MeZO(
+        params.items(), lr=0.1, eps=EPS, estimator=zokern.Blockwise(), evaluation=evaluation, paired_check=None
+    )
+    first = params[NAMES[1]].detach().clone()
+    before = {name: p.detach().clone() for name, p in params.items()}
+
+    def closure() -> Tensor:
+        moved = (params[NAMES[1]] - first).abs().max() > 1e-3
+        return loss(params) + torch.where(moved, torch.nan, 0.0)
+
+    result = zokern.step(optimizer, closure)
+    assert result.skipped and len(result.coefficients) == 2
+    assert [name for name in NAMES if not torch.allclose(before[name], params[name], atol=1e-5)] == list(NAMES[:1])
+
+
+def test_an_oracle_reads_combinations_of_draws() -> None:
+    params = weights()
+    optimizer = zokern.MeZO(params.items(), eps=EPS, seed=SEED, evaluation="master")
+    found = []
+
+    class Asks(zokern.Spsa):
+        def __call__(self, oracle, plan):
+            points = [THETA, Point(((plan.draw(0), 0.5), (plan.draw(1), -2.0)))]
+            found.extend(oracle.losses(points).tolist())
+            yield from super().__call__(oracle, plan)
+
+    optimizer.estimator = Asks()
+    hand = Hand(params)
+    zokern.step(optimizer, lambda: loss(params))
+    want = [hand.at(0, []), hand.at(0, [(0, 0.5 * EPS), (1, -2.0 * EPS)])]
+    assert all(abs(a - b) < 1e-6 for a, b in zip(found, want)), (found, want)
+
+
+BAD = {
+    "queries": (lambda: zokern.Spsa(0), "queries is 0"), "clip": (lambda: zokern.Spsa(clip=-1.0), "clip is -1.0"),
+    "scale": (lambda: zokern.Kernel(scale=0.0), "scale is 0.0"), "width": (lambda: zokern.Kernel(width=-1.0), "width is -1.0"),
+    "observations": (lambda: zokern.Bayesian(observations=0), "observations is 0"),
+    "both": (
+        lambda: zokern.MeZO(weights().items(), queries=2, estimator=zokern.Spsa()),
+        r"queries is 2 beside an estimator.*zokern.Spsa\(queries=2\)",
+    ),
+    "kind": (lambda: zokern.MeZO(weights().items(), estimator="sign"), "estimator is 'sign'; expected None"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("which", BAD)
+def test_bad_arguments_are_refused_by_name(which: str) -> None:
+    make, message = BAD[which]
+    with pytest.raises((ValueError, TypeError), match=message), nullcontext():
+        make()
+
+
+def test_conservative_needs_one_lr_and_one_eps() -> None:
+    params = weights()
+    groups = [{"params": [item], "lr": 0.1 * (1 + i)} for i, item in enumerate(list(params.items())[:2])]
+    optimizer = zokern.MeZO(groups, estimator=zokern.Conservative(), evaluation="master")
+    with pytest.raises(ValueError, match=r"\(lr, eps\) = .*Conservative needs one pair"):
+        zokern.step(optimizer, lambda: loss(params))

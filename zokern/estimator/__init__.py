@@ -1,0 +1,27 @@
+"""Estimators: which points a step reads, and what their losses say of the gradient. One file each."""
+
+from .base import Estimate, Estimator, Oracle
+from .bayesian import Bayesian
+from .blocks import Blockwise
+from .conservative import Conservative
+from .kernel import Kernel
+from .sign import Sign
+from .spread import Spread
+from .spsa import CENTRAL, FORWARD, STENCILS, Spsa, Stencil
+
+__all__ = [
+    "CENTRAL",
+    "FORWARD",
+    "STENCILS",
+    "Bayesian",
+    "Blockwise",
+    "Conservative",
+    "Estimate",
+    "Estimator",
+    "Kernel",
+    "Oracle",
+    "Sign",
+    "Spread",
+    "Spsa",
+    "Stencil",
+]

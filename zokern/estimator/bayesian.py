@@ -1,0 +1,60 @@
+"""Estimator ``bayesian``: BSZO, a Kalman filter over the slopes along a few draws, read along combinations of them.
+
+    y_j = (L(theta + eps sum_k d_jk z_k) - L(theta)) / eps,   d_j the top eigenvector of the posterior covariance
+    g = sum_k mu_k z_k, mu the posterior mean
+
+The prior of the slopes is N(0, s^2 I), s = sqrt(weights / 1e6). The variance of the noise starts at s^2 and follows the squared
+residuals (average with 0.1, at least a tenth of its start). BSZO, version 4 of the published trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ..checks import whole_number
+from ..evaluation import THETA, Point
+from ..plan import Plan
+from .base import Estimate, Oracle
+
+KEEP, FLOOR = 0.9, 0.1  # of the noise's running variance
+
+
+class Bayesian:
+    """BSZO's estimator. A step reads 1 + `observations` losses, one question after another: each depends on those before.
+
+    queries       k: draws whose span is searched (published: 2)
+    observations  losses beside that of theta (published: 3)
+
+    Keeps the noise's variance in `state`."""
+
+    def __init__(self, queries: int = 2, observations: int = 3) -> None:
+        self.queries, self.observations = whole_number("queries", queries, 1), whole_number("observations", observations, 1)
+        self.state: dict[str, Any] = {}
+
+    def __call__(self, oracle: Oracle, plan: Plan) -> Iterator[Estimate]:
+        prior, eps = sum(t.numel() for t in plan.tensors) / 1e6, plan.groups[0].eps
+        draws = tuple(plan.draw(k) for k in range(self.queries))
+        (base,) = oracle.losses([THETA]).cpu()
+        noise = torch.as_tensor(self.state.get("noise", prior), dtype=torch.float64, device="cpu")
+        mean = torch.zeros(self.queries, dtype=torch.float64, device="cpu")
+        covariance = torch.eye(self.queries, dtype=torch.float64, device="cpu") * prior
+        rank = torch.arange(self.queries, 0, -1, dtype=torch.float64, device="cpu")
+        ties = torch.diag(rank * (1e-9 * prior))  # of equal variances the first wins
+        losses = [base]
+        for _ in range(self.observations):
+            along = torch.linalg.eigh(covariance + ties)[1][:, -1]
+            along = along * along[along.abs().argmax()].sign()
+            losses += oracle.losses([Point(tuple(zip(draws, along.tolist())))]).cpu().unbind(0)
+            residual = (losses[-1] - base) / eps - along @ mean
+            gain = covariance @ along / (along @ covariance @ along + noise)
+            mean, covariance = mean + gain * residual, covariance - torch.outer(gain, along @ covariance)
+            noise = torch.clamp(KEEP * noise + (1.0 - KEEP) * residual * residual, min=FLOOR * prior)
+        read = torch.stack(losses)
+        self.state["noise"] = float(noise) if bool(torch.isfinite(read).all()) else self.state.get("noise", prior)
+        yield Estimate(draws, mean.float().double().expand(len(plan.groups), -1), read.unsqueeze(0))
+
+
+__all__ = ["Bayesian"]

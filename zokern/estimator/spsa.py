@@ -1,0 +1,99 @@
+"""Estimator ``spsa``: a finite difference along each draw. The formula is data: offsets in units of eps, and weights.
+
+    c_k = (1 / eps) sum_j weights[j] L(theta + offsets[j] eps z_k)          g = (1 / q) sum_k c_k z_k
+
+Spall 1992 (central); Malladi et al. 2023, Definition 1 and Algorithm 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import finite_number, is_number, whole_number
+from ..evaluation import THETA, Point
+from ..plan import Plan
+from .base import Estimate, Oracle
+
+
+@dataclass(frozen=True)
+class Stencil:
+    """Where the loss is read along a draw, and how the readings are weighted. Weights sum to 0, sum w_j o_j = 1."""
+
+    name: str
+    offsets: tuple[float, ...]
+    weights: tuple[float, ...]
+
+
+CENTRAL = Stencil("central", (1.0, -1.0), (0.5, -0.5))
+FORWARD = Stencil("forward", (1.0, 0.0), (1.0, -1.0))
+STENCILS = {stencil.name: stencil for stencil in (CENTRAL, FORWARD)}
+
+
+def resolve(stencil: str | Stencil) -> Stencil:
+    if isinstance(stencil, Stencil):
+        figures = [*stencil.offsets, *stencil.weights]
+        sound = (
+            len(stencil.offsets) == len(stencil.weights) and all(map(is_number, figures)) and all(map(math.isfinite, figures))
+        )
+        first = sum(w * o for w, o in zip(stencil.weights, stencil.offsets)) if sound else 0.0
+        if not sound or abs(sum(stencil.weights)) > 1e-9 or abs(first - 1) > 1e-9:
+            raise ValueError(
+                f"stencil is {stencil}; expected finite numbers, as many weights as offsets, weights that sum to 0 and sum "
+                "weights*offsets = 1"
+            )
+        return stencil
+    if not isinstance(stencil, str) or stencil not in STENCILS:
+        raise ValueError(f"unknown stencil {stencil!r}; expected one of {sorted(STENCILS)} or a Stencil")
+    return STENCILS[stencil]
+
+
+class Spsa:
+    """g = (1/q) sum_k c_k z_k, c_k the stencil's difference along z_k. One question for all queries.
+
+    queries  q: draws a step, averaged
+    stencil  'central' (two losses a query), 'forward' (one, and that of theta, shared by all), or a Stencil
+    clip     bound on |c_k|, in units of loss per weight; None: no bound
+
+    Raises ValueError for arguments out of range. Spall 1992; Malladi et al. 2023, Algorithms 1 and 2."""
+
+    def __init__(self, queries: int = 1, stencil: str | Stencil = "central", clip: float | None = None) -> None:
+        self.queries = whole_number("queries", queries, 1, 2**24 - 1)
+        self.stencil = resolve(stencil)
+        self.clip = None if clip is None else finite_number("clip", clip, above=0.0)
+        self.state: dict[str, Any] = {}
+
+    def __call__(self, oracle: Oracle, plan: Plan) -> Iterator[Estimate]:
+        """Yields one estimate."""
+        draws, offsets = [plan.draw(k) for k in range(self.queries)], self.stencil.offsets
+        points = [Point(((draw, offset),)) if offset else THETA for draw in draws for offset in offsets]
+        losses = oracle.losses(points).view(self.queries, len(offsets))
+        yield self.estimate(plan, losses, self.differences(losses))
+
+    def differences(self, losses: Tensor) -> Tensor:
+        """Returns sum_j weights[j] losses[:, j], float64 [queries], summed in the order of the stencil."""
+        terms = [weight * losses[:, j] for j, weight in enumerate(self.stencil.weights)]
+        total = terms[0]
+        for term in terms[1:]:
+            total = total + term
+        return total
+
+    def slopes(self, differences: Tensor, losses: Tensor, plan: Plan) -> Tensor:
+        """Returns the differences over eps, float64 (groups, queries)."""
+        eps = torch.tensor([group.eps for group in plan.groups], dtype=torch.float64, device=losses.device)
+        return differences / eps.unsqueeze(1)
+
+    def estimate(self, plan: Plan, losses: Tensor, differences: Tensor) -> Estimate:
+        """Returns the estimate of some differences: coefficients rounded to float32, and clipped."""
+        found = self.slopes(differences, losses, plan).float().double()
+        if self.clip is not None:
+            found = found.clamp(-self.clip, self.clip)
+        return Estimate(tuple(plan.draw(k) for k in range(self.queries)), found, losses, self.queries)
+
+
+__all__ = ["CENTRAL", "FORWARD", "STENCILS", "Spsa", "Stencil", "resolve"]
