@@ -7,7 +7,7 @@ import torch
 
 import zokern
 from zokern import backends, directions
-from zokern.backends import Span
+from zokern.backends import Batch, Noise, Span
 
 from . import eager
 from .measure import Case, Group
@@ -126,7 +126,7 @@ def bench_perturb(benchmark, report, dtype: str, what: str) -> None:
     yardstick = f"copy out.copy_(w) {size}"
 
     def launch(scales: list[float], outs: list[torch.Tensor]) -> None:
-        backend.perturb([w], spans, direction, 7, 0, 0, scales, [[out] for out in outs], None)
+        backend.perturb(Batch([w], spans), Noise(direction, 7, [(0, 0)]), scales, [[out] for out in outs])
 
     def two() -> None:
         launch([EPS], [plus])

@@ -7,7 +7,7 @@ import torch
 
 import zokern
 from zokern import backends
-from zokern.backends import Span
+from zokern.backends import Batch, Outer, Span
 
 from .bench_elementwise import DTYPES, EPS, weights
 from .measure import Case, Group
@@ -66,7 +66,7 @@ def bench_lowrank_forward(benchmark, report, dtype: str) -> None:
         count, traffic, size = y.numel(), 2 * y.element_size(), f"{dtype} tokens={tokens}"
 
         def ours(y=y, t=t, u=u) -> None:
-            backend.lowrank_([y], [Span(0)], [t], [u], [EPS], 1.0, "nearest", None)
+            backend.lowrank_(Batch([y], [Span(0)]), Outer([t], [u], [EPS]))
 
         eager = f"torch y + s * (t @ U.T) {size}"
         cases.append(Case(f"y += c {size}", lambda y=y: y.add_(EPS), count, traffic))

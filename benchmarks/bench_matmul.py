@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import zokern
-from zokern.backends import Span, cpu
+from zokern.backends import Sides, Span, Weight, cpu
 from zokern.gemm import library
 
 from .bench_elementwise import DTYPES, EPS
@@ -54,7 +54,7 @@ def bench_perturbed(benchmark, report, dtype: str, rows: int, monkeypatch) -> No
 
     def plain(x, ws) -> None:
         for w in ws:
-            on.linear([x, x], w, Span(0), None, 0, 0, [-1, -1], [0.0, 0.0], [None, None])
+            on.linear(Weight(w, Span(0)), Sides([x, x], [None, None]))
 
     def bound(x, ws) -> None:
         for w in ws:

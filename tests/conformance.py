@@ -19,7 +19,7 @@ import torch
 from guarded import Guarded, equal, filled, guarded
 from torch import Tensor
 
-from zokern.backends.base import ROUNDINGS, Span
+from zokern.backends import ROUNDINGS, Batch, Noise, Outer, Span, Terms
 from zokern.backends.reference import Reference
 from zokern.directions import resolve
 from zokern.stream import INDEX_LIMIT
@@ -67,7 +67,7 @@ class Versus:
 
     def draw(self, outs: Sequence[Guarded], spans, direction: str, seed=SEED, step=3, draw=1) -> None:
         def call(backend, groups, device):
-            backend.draw(groups[0], located(spans, device), resolve(direction), seed, step, draw)
+            backend.draw(Batch(groups[0], located(spans, device)), Noise(resolve(direction), seed, [(step, draw)]))
 
         mine, right = self._both([outs], call)
         same(mine[0], right[0], f"draw {direction}, tensor")
@@ -79,8 +79,7 @@ class Versus:
         def call(backend, groups, device):
             theta, low, where, z = groups[0], groups[1] if residuals else None, located(spans, device), resolve(direction)
             a = torch.tensor(coeffs, dtype=torch.float32, device=device)
-            how = {"each": each} if each else {}
-            return backend.axpy_(theta, where, z, SEED, list(draws), a, decay, rounding, low, **how)
+            return backend.axpy_(Batch(theta, where, rounding, low), Noise(z, SEED, list(draws)), Terms(a, decay, each))
 
         mine, right = self._both([thetas, residuals], call)
         same(mine[0], right[0], f"axpy_ {direction} K={len(draws)} {rounding}, tensor")
@@ -91,7 +90,8 @@ class Versus:
         def call(backend, groups, device):
             theta, low, *sides = groups
             low = low if residuals else None
-            backend.perturb(theta, located(spans, device), resolve(direction), SEED, 3, 1, list(scales), sides, low)
+            batch, noise = Batch(theta, located(spans, device), residuals=low), Noise(resolve(direction), SEED, [(3, 1)])
+            backend.perturb(batch, noise, list(scales), sides)
 
         mine, right = self._both([thetas, residuals, *outs], call)
         same(mine[0], right[0], f"perturb {direction}, theta (only read), tensor")
@@ -105,10 +105,9 @@ class Versus:
         def call(backend, groups, device):
             theta, low, out = groups
             lefts, rights = ([pair[side].to(device) for pair in factors] for side in (0, 1))
-            return backend.lowrank_(
-                theta, located(spans, device), lefts, rights, list(scales or [0.37] * len(theta)), decay, rounding, low or None,
-                SEED, step, out or None,
-            )  # fmt: skip
+            products = Outer(lefts, rights, list(scales or [0.37] * len(theta)), decay)
+            batch = Batch(theta, located(spans, device), rounding, low or None)
+            return backend.lowrank_(batch, products, Noise(None, SEED, [(step, 0)]), out or None)
 
         mine, right = self._both([thetas, residuals, outs], call)
         same(mine[0], right[0], f"lowrank_ {what} {rounding}, tensor")
@@ -469,17 +468,16 @@ def check_axpy_each_is_calls(backend, device="cpu", scale="full") -> None:
                 draws, coeffs, decays = replay(generator, 6, each)
                 decay = decays if each == 1 else decays[0]
                 clock = torch.full((1,), 2**32 - 3, dtype=torch.int64, device=device) if rounding == "stochastic" else None
-                a, how = torch.tensor(coeffs, device=device), {} if clock is None else {"clock": clock}
+                a = torch.tensor(coeffs, device=device)
                 results = []
                 for step in (0, each):
                     theta, low = start.to(device, copy=True), [first_low.to(device, copy=True)]
                     for k in range(0, 6, step or 6):
                         here = slice(k, k + (step or 6))
                         factor = decay if not step or each == 2 else decays[k]
-                        count = backend.axpy_(
-                            [theta], [span], direction, SEED, draws[here], a[here], factor, rounding,
-                            low if rounding == "residual" else None, **how, **({} if step else {"each": each}),
-                        )  # fmt: skip
+                        batch = Batch([theta], [span], rounding, low if rounding == "residual" else None)
+                        noise = Noise(direction, SEED, draws[here], clock)
+                        count = backend.axpy_(batch, noise, Terms(a[here], factor, 0 if step else each))
                     results.append((theta.cpu(), low[0].cpu(), count.cpu()))
                 for got, expected, what in zip(*results, ("weights", "low bits", "count")):
                     equal(got, expected, f"axpy_ {direction.name} {dtype} {rounding} each={each} against single calls, {what}")
@@ -494,7 +492,7 @@ def check_axpy_one_rounding(backend, device="cpu", scale="full") -> None:
     versus = Versus(check_axpy_one_rounding, backend, device, scale)
     count = 1 << 14
     z = torch.empty(count)
-    Reference().draw([z], [Span(3)], resolve("normal"), SEED, 3, 1)
+    Reference().draw(Batch([z], [Span(3)]), Noise(resolve("normal"), SEED, [(3, 1)]))
     mantissa = (torch.frexp(z.double()).mantissa.abs() * 2**24).long()
     partner = (2**47 + mantissa - 1) // mantissa
     excess = mantissa * partner - 2**47
@@ -588,7 +586,7 @@ def check_shards(backend, device="cpu", scale="full") -> None:
                 whole = start.to(device, copy=True)
                 parts = list(torch.tensor_split(whole, shards))
                 spans = [Span(77, first + p.storage_offset()) for p in parts]
-                backend.axpy_(parts, spans, z, SEED, [(3, 1), (2, 0)], coeffs, 0.99, rounding, None)
+                backend.axpy_(Batch(parts, spans, rounding), Noise(z, SEED, [(3, 1), (2, 0)]), Terms(coeffs, 0.99))
                 expected = whole.cpu() if expected is None else expected
                 equal(whole, expected, f"axpy_ {direction} {rounding}, {shards} shards")
 
@@ -608,7 +606,7 @@ def check_order(backend, device="cpu", scale="full") -> None:
             thetas = [t.to(device, copy=True) for t in start]
             for batch in [[i] for i in range(count)] if order is None else [order]:
                 here = [thetas[i] for i in batch], [spans[i] for i in batch]
-                backend.axpy_(*here, z, SEED, [(3, 1)], coeffs, 1.0, "stochastic", None)
+                backend.axpy_(Batch(*here, "stochastic"), Noise(z, SEED, [(3, 1)]), Terms(coeffs))
             results.append(thetas)
         for other, how in ((results[1], "another order"), (results[2], "one by one")):
             for i, (got, expected) in enumerate(zip(other, results[0])):
@@ -620,7 +618,7 @@ def check_dtypes_share_z(backend, device="cpu", scale="full") -> None:
     for direction in DIRECTIONS:
         z = resolve(direction)
         drawn = [torch.empty(300, dtype=dtype, device=device) for dtype in DTYPES]
-        backend.draw(drawn, [Span(5, 12)] * 3, z, SEED, 3, 1)
+        backend.draw(Batch(drawn, [Span(5, 12)] * 3), Noise(z, SEED, [(3, 1)]))
         for out in drawn[1:]:
             equal(out, drawn[0].cpu().to(out.dtype), f"draw {direction} {out.dtype}")
 
@@ -630,9 +628,9 @@ def check_empty_launch(backend, device="cpu", scale="full") -> None:
     z, coeffs = resolve("normal"), torch.tensor([1.0], device=device)
     for tensors in ([], [torch.empty(0, device=device)], [torch.empty(3, 0, device=device)] * 2):
         spans = [Span(1)] * len(tensors)
-        backend.draw(tensors, spans, z, SEED, 0, 0)
-        backend.perturb(tensors, spans, z, SEED, 0, 0, [1.0], [tensors], None)
-        count = backend.axpy_(tensors, spans, z, SEED, [(0, 0)], coeffs, 1.0, "nearest", None)
+        backend.draw(Batch(tensors, spans), Noise(z, SEED, [(0, 0)]))
+        backend.perturb(Batch(tensors, spans), Noise(z, SEED, [(0, 0)]), [1.0], [tensors])
+        count = backend.axpy_(Batch(tensors, spans), Noise(z, SEED, [(0, 0)]), Terms(coeffs))
         equal(count, torch.zeros(1, dtype=torch.int64), "axpy_ of nothing")
 
 
@@ -681,20 +679,24 @@ def check_clock(backend, device="cpu", scale="full") -> None:
         late = [(step + time) % 2**32 for step in (3, 5)]
         for direction in map(resolve, DIRECTIONS):
             got, right = torch.empty(300, device=device), torch.empty(300)
-            backend.draw([got], spans, direction, SEED, 3, 1, clock=clock)
-            reference.draw([right], spans, direction, SEED, late[0], 1)
+            backend.draw(Batch([got], spans), Noise(direction, SEED, [(3, 1)], clock))
+            reference.draw(Batch([right], spans), Noise(direction, SEED, [(late[0], 1)]))
             equal(got, right, f"draw {direction.name} at clock {time}")
             for count, rounding in ((1, "nearest"), (2, "stochastic")):
                 got, right = values.clone().to(device), values.clone()
                 draws, a = [(3, 1), (5, 0)][:count], coeffs[:count]
-                backend.axpy_([got], spans, direction, SEED, draws, a.to(device), 1.0, rounding, None, clock=clock)
-                reference.axpy_([right], spans, direction, SEED, list(zip(late, (1, 0)))[:count], a, 1.0, rounding, None)
+                backend.axpy_(Batch([got], spans, rounding), Noise(direction, SEED, draws, clock), Terms(a.to(device)))
+                reference.axpy_(
+                    Batch([right], spans, rounding), Noise(direction, SEED, list(zip(late, (1, 0)))[:count]), Terms(a)
+                )
                 equal(got, right, f"axpy_ {direction.name} K={count} {rounding} at clock {time}")
             sides = [torch.empty(300, dtype=torch.bfloat16, device=device) for _ in range(2)]
             expected = [torch.empty(300, dtype=torch.bfloat16) for _ in range(2)]
             theta = values.clone().to(device)
-            backend.perturb([theta], spans, direction, SEED, 3, 1, [0.5, -0.5], [[s] for s in sides], None, clock=clock)
-            reference.perturb([values], spans, direction, SEED, late[0], 1, [0.5, -0.5], [[e] for e in expected], None)
+            backend.perturb(Batch([theta], spans), Noise(direction, SEED, [(3, 1)], clock), [0.5, -0.5], [[s] for s in sides])
+            reference.perturb(
+                Batch([values], spans), Noise(direction, SEED, [(late[0], 1)]), [0.5, -0.5], [[e] for e in expected]
+            )
             for j in range(2):
                 equal(sides[j], expected[j], f"perturb {direction.name} side {j} at clock {time}")
 
@@ -816,7 +818,7 @@ def check_lowrank_rows(backend, device="cpu", scale="full") -> None:
         outs = [out_like(t, dtype, s.rows) for t, s in zip(thetas, spans)]
         versus.lowrank(thetas, spans, factors, outs=outs, rounding=rounding, residuals=lows)
     try:
-        backend.lowrank_([thetas[1].view], spans[1:2], *([f] for f in factors[1]), [1.0], 1.0, "nearest", None)
+        backend.lowrank_(Batch([thetas[1].view], spans[1:2]), Outer(*([f] for f in factors[1]), [1.0]))
     except ValueError:
         return
     raise AssertionError("lowrank_ wrote looked-up rows in place")
@@ -886,7 +888,7 @@ def check_lowrank_empty(backend, device="cpu", scale="full") -> None:
     for shapes in ([], [(0,)], [(3, 0), (0, 3)]):
         tensors = [torch.empty(shape, device=device) for shape in shapes]
         factors = [torch.ones(3, 2, device=device) for _ in shapes]
-        count = backend.lowrank_(tensors, [Span(1)] * len(shapes), factors, factors, [1.0] * len(shapes), 1.0, "nearest", None)
+        count = backend.lowrank_(Batch(tensors, [Span(1)] * len(shapes)), Outer(factors, factors, [1.0] * len(shapes)))
         equal(count, torch.zeros(1, dtype=torch.int64), "lowrank_ of nothing")
 
 
@@ -907,7 +909,8 @@ def check_lowrank_shards(backend, device="cpu", scale="full") -> None:
                 parts = list(torch.tensor_split(whole.view(-1), cut))
                 spans = [Span(77, p.storage_offset()) for p in parts]
             many = len(parts)
-            backend.lowrank_(parts, spans, [left] * many, [right] * many, [0.3] * many, 0.99, rounding, None, SEED, 3)
+            factors = Outer([left] * many, [right] * many, [0.3] * many, 0.99)
+            backend.lowrank_(Batch(parts, spans, rounding), factors, Noise(None, SEED, [(3, 0)]))
             expected = whole.cpu() if expected is None else expected
             equal(whole, expected, f"lowrank_ {dtype} {rounding}, shards: {cut}")
 

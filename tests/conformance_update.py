@@ -12,7 +12,7 @@ import torch
 from conformance import DIRECTIONS, DTYPES, SEED, Versus, ids, located, low_of, same, source, theta_of, weights
 from guarded import Guarded, equal, filled
 
-from zokern.backends.base import SCALARS, STATES, Span
+from zokern.backends import SCALARS, STATES, Batch, Noise, Span, Update
 from zokern.backends.reference import Reference
 from zokern.directions import resolve
 
@@ -35,9 +35,8 @@ class Updates(Versus):
                 torch.tensor(x, dtype=torch.float32, device=device)
                 for x in (scalars or USUAL[rule], coeffs or COEFFS[: len(draws)])
             )
-            return backend.update_(
-                theta, located(spans, device), resolve(direction), SEED, list(draws), a, rule, numbers, kept, rounding, low or None
-            )  # fmt: skip
+            batch = Batch(theta, located(spans, device), rounding, low or None)
+            return backend.update_(batch, Noise(resolve(direction), SEED, list(draws)), Update(a, rule, numbers, kept))
 
         mine, right = self._both([thetas, residuals, *states], call)
         what = f"update_ {rule} {direction} K={len(draws)} {rounding}"
@@ -195,7 +194,9 @@ def check_update_shards(backend, device="cpu", scale="full") -> None:
                 spans = [Span(77, first + p.storage_offset()) for p in parts[0]]
                 numbers, coeffs = (torch.tensor(x, device=device) for x in (USUAL[rule], COEFFS))
                 backend.update_(
-                    parts[0], spans, resolve("normal"), SEED, list(DRAWS), coeffs, rule, numbers, pieces, rounding, None
+                    Batch(parts[0], spans, rounding),
+                    Noise(resolve("normal"), SEED, list(DRAWS)),
+                    Update(coeffs, rule, numbers, pieces),
                 )
                 found = [t.cpu() for t in (whole, *states)]
                 expected = found if expected is None else expected
@@ -218,10 +219,8 @@ def check_update_clock(backend, device="cpu", scale="full") -> None:
                     theta, states = values.clone().to(where), [[k.clone().to(where)] for k in kept]
                     moved = [((step + (0 if side is backend else time)) % 2**32, draw) for step, draw in DRAWS[:count]]
                     numbers, a = (torch.tensor(x, device=where) for x in (USUAL[rule], COEFFS[:count]))
-                    side.update_(
-                        [theta], [Span(who)], resolve("normal"), SEED, moved, a, rule, numbers, states, rounding, None,
-                        clock=clock if side is backend else None,
-                    )  # fmt: skip
+                    noise = Noise(resolve("normal"), SEED, moved, clock if side is backend else None)
+                    side.update_(Batch([theta], [Span(who)], rounding), noise, Update(a, rule, numbers, states))
                     results.append([theta, *(s[0] for s in states)])
                 for got, want in zip(*results):
                     equal(got, want, f"update_ {rule} K={count} {rounding} at clock {time}")
@@ -235,7 +234,7 @@ def check_update_empty(backend, device="cpu", scale="full") -> None:
             numbers, coeffs = (torch.tensor(x, device=device) for x in (USUAL[rule], COEFFS[:1]))
             spans = [Span(1)] * len(tensors)
             count = backend.update_(
-                tensors, spans, resolve("normal"), SEED, [(0, 0)], coeffs, rule, numbers, states, "nearest", None
+                Batch(tensors, spans), Noise(resolve("normal"), SEED, [(0, 0)]), Update(coeffs, rule, numbers, states)
             )
             equal(count, torch.zeros(1, dtype=torch.int64), "update_ of nothing")
 

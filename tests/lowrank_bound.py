@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import torch
 
-from zokern.backends.base import Span
+from zokern.backends import Batch, Outer, Span
 
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
@@ -49,6 +49,6 @@ def share(backend, device: str, shape: tuple[int, int], rank: int, dtype: torch.
     theta = torch.randn(shape, generator=generator).to(dtype)
     theta[::3] = 0
     result = theta.to(device, copy=True)
-    backend.lowrank_([result], [Span(1)], [left.to(device)], [right.to(device)], [0.37], 1.0, "nearest", None)
+    backend.lowrank_(Batch([result], [Span(1)]), Outer([left.to(device)], [right.to(device)], [0.37]))
     exact, error = bound(theta, left, right, 0.37, 1.0)
     return float(((result.cpu().double() - exact).abs() / error).max())

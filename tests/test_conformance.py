@@ -16,7 +16,7 @@ import torch
 from guarded import equal
 
 from zokern import backends
-from zokern.backends.base import Span
+from zokern.backends import Batch, Noise, Outer, Span, Terms
 from zokern.directions import resolve
 
 # checks that compare the backend with itself or with published answers, so they say something about the reference too
@@ -79,7 +79,10 @@ def test_two_to_the_26(target, direction: str) -> None:
     backend, device = target
     long = json.loads((conformance.VECTORS / f"{direction}-v1.json").read_text())["long"]
     out = torch.empty(long["count"], device=device)
-    backend.draw([out], [Span(long["who"], long["first"])], resolve(direction), long["seed"], long["step"], long["draw"])
+    backend.draw(
+        Batch([out], [Span(long["who"], long["first"])]),
+        Noise(resolve(direction), long["seed"], [(long["step"], long["draw"])]),
+    )
     digests = [hashlib.sha256(part.numpy()).hexdigest() for part in out.cpu().split(long["piece"])]
     assert out.numel() == 2**26 and digests == long["sha256"]
 
@@ -97,8 +100,12 @@ def test_thread_counts(target) -> None:
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
             theta, matrix = start.to(device, copy=True), start.to(device, copy=True)
-            backend.axpy_([theta], [Span(6, 3)], resolve("normal"), 1, [(2, 0)], coeffs, 0.99, "stochastic", None)
-            backend.lowrank_([matrix], [Span(6, 3)], [left], [right], [0.1], 0.99, "stochastic", None, 1, 2)
+            backend.axpy_(
+                Batch([theta], [Span(6, 3)], "stochastic"), Noise(resolve("normal"), 1, [(2, 0)]), Terms(coeffs, 0.99)
+            )
+            backend.lowrank_(
+                Batch([matrix], [Span(6, 3)], "stochastic"), Outer([left], [right], [0.1], 0.99), Noise(None, 1, [(2, 0)])
+            )
             results.append((theta.cpu(), matrix.cpu()))
     finally:
         torch.set_num_threads(before)

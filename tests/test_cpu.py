@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from zokern.backends import cpu, pack
-from zokern.backends.base import Span
+from zokern.backends import Batch, Noise, Span, Terms, cpu, pack
 from zokern.backends.reference import Reference
 from zokern.directions import resolve
 
@@ -48,7 +47,9 @@ def weights(n: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
 
 def axpy(backend, theta, direction="normal", first=0, draws=((3, 1),), coeffs=(0.3,), decay=1.0, rounding="nearest"):
     found = backend.axpy_(
-        [theta], [Span(77, first)], resolve(direction), 5, list(draws), torch.tensor(coeffs), decay, rounding, None
+        Batch([theta], [Span(77, first)], rounding),
+        Noise(resolve(direction), 5, list(draws)),
+        Terms(torch.tensor(coeffs), decay),
     )
     return int(found)
 
@@ -71,7 +72,7 @@ def test_nothing_outside_is_written(path, dtype):
     for n in (1, 31, 100, 1025):
         buffer = torch.full((n + 128,), 7.0, dtype=dtype)
         axpy(cpu.Cpu(), buffer[64 : 64 + n], first=3)
-        cpu.Cpu().draw([buffer[64 : 64 + n]], [Span(1, 5)], resolve("normal"), 1, 2, 3)
+        cpu.Cpu().draw(Batch([buffer[64 : 64 + n]], [Span(1, 5)]), Noise(resolve("normal"), 1, [(2, 3)]))
         assert (buffer[:64] == 7).all() and (buffer[64 + n :] == 7).all()
 
 
@@ -83,11 +84,11 @@ def test_paths_agree_on_many_values(direction):
     for name in PATHS:
         cpu.select(name)
         values[name] = torch.empty(n)
-        cpu.Cpu().draw([values[name]], [Span(9, 2**33 - 11)], resolve(direction), 2**63 + 1, 4, 5)
+        cpu.Cpu().draw(Batch([values[name]], [Span(9, 2**33 - 11)]), Noise(resolve(direction), 2**63 + 1, [(4, 5)]))
     cpu.select(before)
     assert all(torch.equal(bits(values["scalar"]), bits(value)) for value in values.values())
     expected = torch.empty(1 << 16)
-    Reference().draw([expected], [Span(9, 2**33 - 11)], resolve(direction), 2**63 + 1, 4, 5)
+    Reference().draw(Batch([expected], [Span(9, 2**33 - 11)]), Noise(resolve(direction), 2**63 + 1, [(4, 5)]))
     assert torch.equal(values["scalar"][: 1 << 16], expected)
 
 
@@ -129,10 +130,10 @@ def test_float16_overflow_at_the_boundary(path):
 def test_flush_to_zero_of_the_caller_changes_nothing(path):
     theta, coefficient, spans = torch.full((100,), 1e-41), torch.tensor([1e-41]), [Span(77)]
     expected = theta.clone()
-    Reference().axpy_([expected], spans, resolve("normal"), 5, [(3, 1)], coefficient, 1.0, "nearest", None)
+    Reference().axpy_(Batch([expected], spans), Noise(resolve("normal"), 5, [(3, 1)]), Terms(coefficient))
     flushes = torch.set_flush_denormal(True)
     try:
-        cpu.Cpu().axpy_([theta], spans, resolve("normal"), 5, [(3, 1)], coefficient, 1.0, "nearest", None)
+        cpu.Cpu().axpy_(Batch([theta], spans), Noise(resolve("normal"), 5, [(3, 1)]), Terms(coefficient))
         # the caller's mode is as it was
         assert not flushes or (torch.full((64,), 0.5) * 2e-38 == 0).all()
     finally:
@@ -143,10 +144,10 @@ def test_flush_to_zero_of_the_caller_changes_nothing(path):
 def test_a_wrong_stream_is_noticed():
     """The comparisons above can fail: another seed word, parameter or element number gives other bits."""
     base = torch.empty(64)
-    cpu.Cpu().draw([base], [Span(9)], resolve("normal"), 5, 4, 0)
+    cpu.Cpu().draw(Batch([base], [Span(9)]), Noise(resolve("normal"), 5, [(4, 0)]))
     for span, seed in ((Span(9), 5 + 2**32), (Span(10), 5), (Span(9, 1), 5)):
         other = torch.empty(64)
-        cpu.Cpu().draw([other], [span], resolve("normal"), seed, 4, 0)
+        cpu.Cpu().draw(Batch([other], [span]), Noise(resolve("normal"), seed, [(4, 0)]))
         assert (bits(base) != bits(other)).sum() > 60
 
 
@@ -191,9 +192,9 @@ def test_refusals():
         name, per_block = "laplace", 8
 
     with pytest.raises(NotImplementedError, match="laplace.*normal.*reference"):
-        cpu.Cpu().draw([torch.empty(4)], [Span(1)], Unknown(), 0, 0, 0)
+        cpu.Cpu().draw(Batch([torch.empty(4)], [Span(1)]), Noise(Unknown(), 0, [(0, 0)]))
     with pytest.raises(ValueError, match=r"outs\[0\] is torch.float32\[4\] on meta"):
-        cpu.Cpu().draw([torch.empty(4, device="meta")], [Span(1)], resolve("normal"), 0, 0, 0)
+        cpu.Cpu().draw(Batch([torch.empty(4, device="meta")], [Span(1)]), Noise(resolve("normal"), 0, [(0, 0)]))
     with pytest.raises(ValueError, match="chunk_count"):
         cpu._cpu.draw(0, 0, -1, 0, 0, 0, 0, 1, 0)
     with pytest.raises(ValueError, match="null"):

@@ -15,7 +15,7 @@ import host
 import pytest
 import torch
 
-from zokern.backends import cuda
+from zokern.backends import Batch, Noise, cuda
 
 
 class OnHost(cuda.Cuda):
@@ -168,12 +168,12 @@ def test_a_verb_without_the_module_says_so(monkeypatch) -> None:
     backend = OnHost(types.SimpleNamespace())
     backend._call = types.MethodType(cuda.Cuda._call, backend)
     with pytest.raises(RuntimeError, match="backend 'cuda' is off: the compiled module"):
-        backend.draw([torch.empty(3)], [conformance.Span(1)], conformance.resolve("normal"), 0, 0, 0)
+        backend.draw(Batch([torch.empty(3)], [conformance.Span(1)]), Noise(conformance.resolve("normal"), 0, [(0, 0)]))
 
 
 def test_tensors_elsewhere_are_refused() -> None:
     with pytest.raises(ValueError, match=r"outs\[0\] is torch.float32\[.*\] on cpu; expected a cuda tensor"):
-        cuda.Cuda().draw([torch.empty(3)], [conformance.Span(1)], conformance.resolve("normal"), 0, 0, 0)
+        cuda.Cuda().draw(Batch([torch.empty(3)], [conformance.Span(1)]), Noise(conformance.resolve("normal"), 0, [(0, 0)]))
 
 
 def test_a_bad_launch_raises(on_host) -> None:

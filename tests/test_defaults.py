@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import zokern
 from zokern import gemm
-from zokern.backends import Span, get
+from zokern.backends import Batch, Noise, Sides, Span, Thin, Weight, get
 from zokern.directions import Aligned, Diagonal, Lazy, Matrix, Normal, Subspace
 from zokern.directions.orthonormal import orthonormal
 from zokern.gemm import library
@@ -146,7 +146,7 @@ def test_every_verb(elsewhere, both_products) -> None:
 
 def normals(matrices, shapes, step: int, draw: int) -> list[Tensor]:
     outs = [torch.empty(shape, **FLOAT) for shape in shapes]
-    get("cpu").draw(outs, [Span(matrix.who) for matrix in matrices], Normal(), 3, step, draw)
+    get("cpu").draw(Batch(outs, [Span(matrix.who) for matrix in matrices]), Noise(Normal(), 3, [(step, draw)]))
     return outs
 
 
@@ -221,10 +221,10 @@ def parts() -> Iterator[Any]:
             library.linear(data(20, 10, dtype=dtype), data(12, 10, dtype=dtype)),
             library.wide(data(20, 10), data(12, 10), dtype),
         )
-        part = gemm.Part([0, 1], data(3, 10), data(2, 3, 3), data(12, 3))
+        thin = Thin([0, 1], data(3, 10), data(2, 3, 3), data(12, 3))
         xs, weight = [data(4, 10, dtype=dtype), data(5, 10, dtype=dtype)], data(12, 10, dtype=dtype)
         for biases in ([None, None], [data(12, dtype=dtype)] * 2):
-            yield gemm.factored_linear(get("reference"), xs, weight, [part], 0.99, biases)
+            yield gemm.factored_linear(get("reference"), Weight(weight, Span(0), shrink=0.99), Sides(xs, biases, thins=[thin]))
     model = nn.Linear(10, 12, **FLOAT)
     with torch.no_grad():
         model.weight.copy_(data(12, 10))

@@ -12,8 +12,7 @@ import torch
 from guarded import equal
 from test_cuda import OnHost
 
-from zokern.backends import device_tables
-from zokern.backends.base import Span
+from zokern.backends import Batch, Noise, Span, Terms, device_tables
 from zokern.backends.reference import Reference
 from zokern.directions import resolve
 
@@ -28,7 +27,7 @@ def backend(on_host):
 
 def update(backend, thetas, spans, clock=None, draws=((0, 0),)) -> None:
     coeffs = torch.full((len(draws),), 0.5)
-    backend.axpy_(thetas, spans, NORMAL, SEED, list(draws), coeffs, 1.0, "nearest", None, clock=clock)
+    backend.axpy_(Batch(thetas, spans), Noise(NORMAL, SEED, list(draws), clock), Terms(coeffs))
 
 
 def same_as_reference(backend, thetas, spans) -> None:
@@ -160,9 +159,9 @@ def test_the_same_call_later_gives_another_z(backend) -> None:
     out, clock = torch.empty(300), torch.zeros(1, dtype=torch.int64)
     seen = []
     for step in range(3):
-        backend.draw([out], [Span(1)], NORMAL, SEED, 0, 0, clock=clock)
+        backend.draw(Batch([out], [Span(1)]), Noise(NORMAL, SEED, [(0, 0)], clock))
         right = torch.empty(300)
-        Reference().draw([right], [Span(1)], NORMAL, SEED, step, 0)
+        Reference().draw(Batch([right], [Span(1)]), Noise(NORMAL, SEED, [(step, 0)]))
         equal(out, right, f"z at step {step}")
         seen.append(out.clone())
         clock += 1

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import zokern
 from zokern import backends, gemm
+from zokern.backends import Sides, Span, Thin, Weight
 from zokern.backends.reference import Reference
 from zokern.evaluation import copies
 from zokern.gemm import library, lowrank
@@ -34,7 +35,7 @@ def check_blocks(counts: list[int], bias: bool, join: bool, transposed: bool = F
     weight, xs = numbers(COLUMNS, WIDTH) * 0.3, [numbers(count, WIDTH) for count in counts]
     first, last, middles = numbers(rank, WIDTH), numbers(COLUMNS, rank), numbers(2, rank, rank)
     biases = [numbers(COLUMNS) if bias else None for _ in xs]
-    parts = [gemm.Part([1, 2], first, middles, last)]
+    thins = [Thin([1, 2], first, middles, last)]
     given = weight.t().contiguous() if transposed else weight
     kept = given.clone()
     with (
@@ -42,7 +43,8 @@ def check_blocks(counts: list[int], bias: bool, join: bool, transposed: bool = F
         patch.object(lowrank, "JOIN", 1 << 20 if join else 0),
         patch.object(library, "chooses", lambda x, weight: False),
     ):
-        y = gemm.factored_linear(backends.resolve(None, torch.device("cpu")), xs, given, parts, 0.9, biases, transposed)
+        matrix, sides = Weight(given, Span(0), transposed, 0.9), Sides(xs, biases, thins=thins)
+        y = gemm.factored_linear(backends.resolve(None, torch.device("cpu")), matrix, sides)
     assert torch.equal(given, kept) and y.shape == (sum(counts), COLUMNS)
     for j, (x, out) in enumerate(zip(xs, y.split(counts))):
         expected = x.double() @ weight.double().t() * 0.9
@@ -67,20 +69,24 @@ def test_biases_of_more_sides_than_ranks(counts: list[int]) -> None:
     check_blocks(counts, True, True, rank=1)
 
 
+def with_thins(sides: Sides, change: Callable[[Thin], Thin]) -> Sides:
+    return sides._replace(thins=[change(thin) for thin in sides.thins])
+
+
 # A mistake of factored_linear, in what it is given or in what it returns.
 WRONG: dict[str, Callable] = {
     "columns of the first block": lambda right, *given: (lambda y: y[:, torch.arange(COLUMNS) % 650])(right(*given)),
     "a column left out": lambda right, *given: (lambda y: torch.cat([y[:, :-1], 0 * y[:, -1:]], 1))(right(*given)),
-    "the middle of another side": lambda right, backend, xs, w, parts, *rest: right(
-        backend, xs, w, [part._replace(middles=part.middles.flip(0)) for part in parts], *rest
+    "the middle of another side": lambda right, backend, w, sides: right(
+        backend, w, with_thins(sides, lambda thin: thin._replace(middles=thin.middles.flip(0)))
     ),
-    "the parts of the sides before": lambda right, backend, xs, w, parts, *rest: right(
-        backend, xs, w, [part._replace(sides=[j - 1 for j in part.sides]) for part in parts], *rest
+    "the thin products of the sides before": lambda right, backend, w, sides: right(
+        backend, w, with_thins(sides, lambda thin: thin._replace(sides=[j - 1 for j in thin.sides]))
     ),
-    "the first side's bias": lambda right, backend, xs, w, parts, shrink, biases, *rest: right(
-        backend, xs, w, parts, shrink, biases[:1] * len(biases), *rest
+    "the first side's bias": lambda right, backend, w, sides: right(
+        backend, w, sides._replace(biases=sides.biases[:1] * len(sides.biases))
     ),
-    "no decay": lambda right, backend, xs, w, parts, shrink, *rest: right(backend, xs, w, parts, 1.0, *rest),
+    "no decay": lambda right, backend, w, sides: right(backend, w._replace(shrink=1.0), sides),
 }
 
 
@@ -140,19 +146,17 @@ def test_tiles_of_the_reference_backend(method: str) -> None:
 class FirstTile(Reference):
     """Every tile has the factor of the first."""
 
-    def lowrank_(self, thetas, spans, lefts, rights, *rest, outs=None, **options):
+    def lowrank_(self, batch, factors, noise=None, outs=None):
         if outs is not None:
-            lefts = [left.roll(1, 0) for left in lefts]
-        return super().lowrank_(thetas, spans, lefts, rights, *rest, outs=outs, **options)
+            factors = factors._replace(lefts=[left.roll(1, 0) for left in factors.lefts])
+        return super().lowrank_(batch, factors, noise, outs)
 
 
 class NoDecay(Reference):
     """Tiles lack the decay that waits."""
 
-    def lowrank_(self, thetas, spans, lefts, rights, scales, decay, *rest, outs=None, **options):
-        return super().lowrank_(
-            thetas, spans, lefts, rights, scales, 1.0 if outs is not None else decay, *rest, outs=outs, **options
-        )
+    def lowrank_(self, batch, factors, noise=None, outs=None):
+        return super().lowrank_(batch, factors if outs is None else factors._replace(decay=1.0), noise, outs)
 
 
 @pytest.mark.parametrize("wrong", [FirstTile, NoDecay])
@@ -176,9 +180,9 @@ class Limited(Reference):
 
     most_rank = 8
 
-    def lowrank_(self, thetas, spans, lefts, rights, *rest, **options):
-        assert max(right.shape[1] for right in rights) <= self.most_rank
-        return super().lowrank_(thetas, spans, lefts, rights, *rest, **options)
+    def lowrank_(self, batch, factors, *rest, **options):
+        assert max(right.shape[1] for right in factors.rights) <= self.most_rank
+        return super().lowrank_(batch, factors, *rest, **options)
 
 
 @pytest.mark.parametrize("name, rank", [("PGAP", 8), ("SubZero", 8), ("LOZO", 7)])

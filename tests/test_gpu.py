@@ -111,27 +111,27 @@ class Around:
     def spoil(self, written: list[torch.Tensor]) -> None:
         """Changes what a call wrote."""
 
-    def draw(self, outs, *rest, **named):
-        RIGHT.draw(outs, *rest, **named)
-        self.after(outs)
+    def draw(self, batch, noise):
+        RIGHT.draw(batch, noise)
+        self.after(batch.tensors)
 
-    def axpy_(self, thetas, *rest, **named):
-        count = RIGHT.axpy_(thetas, *rest, **named)
-        self.after(thetas)
+    def axpy_(self, batch, *rest):
+        count = RIGHT.axpy_(batch, *rest)
+        self.after(batch.tensors)
         return count
 
-    def update_(self, thetas, *rest, **named):
-        count = RIGHT.update_(thetas, *rest, **named)
-        self.after(thetas)
+    def update_(self, batch, *rest):
+        count = RIGHT.update_(batch, *rest)
+        self.after(batch.tensors)
         return count
 
-    def perturb(self, thetas, spans, direction, seed, step, draw, scales, outs, *rest, **named):
-        RIGHT.perturb(thetas, spans, direction, seed, step, draw, scales, outs, *rest, **named)
+    def perturb(self, batch, noise, scales, outs):
+        RIGHT.perturb(batch, noise, scales, outs)
         self.after(outs[-1])
 
-    def lowrank_(self, thetas, *rest, **named):
-        count = RIGHT.lowrank_(thetas, *rest, **named)
-        self.after(thetas)
+    def lowrank_(self, batch, *rest):
+        count = RIGHT.lowrank_(batch, *rest)
+        self.after(batch.tensors)
         return count
 
     def after(self, written) -> None:
@@ -177,20 +177,24 @@ class Wraps(Around):
         cut = max(0, min(flat.numel(), self.border - span.first))
         return [(flat[:cut], span), (flat[cut:], span._replace(first=max(0, span.first - self.border)))]
 
-    def draw(self, outs, spans, *rest, **named):
-        for part, span in self.parts(outs[0], spans[0]):
-            RIGHT.draw([part], [span], *rest, **named)
+    def batches(self, batch):
+        (tensor,), (span,) = batch.tensors, batch.spans
+        return [batch._replace(tensors=[part], spans=[span]) for part, span in self.parts(tensor, span)]
 
-    def axpy_(self, thetas, spans, *rest, **named):
-        return sum(RIGHT.axpy_([part], [span], *rest, **named) for part, span in self.parts(thetas[0], spans[0]))
+    def draw(self, batch, noise):
+        for part in self.batches(batch):
+            RIGHT.draw(part, noise)
 
-    def perturb(self, thetas, spans, direction, seed, step, draw, scales, outs, *rest, **named):
-        sides = [[part for part, _ in self.parts(out, spans[0])] for (out,) in outs]
-        for i, (part, span) in enumerate(self.parts(thetas[0], spans[0])):
-            RIGHT.perturb([part], [span], direction, seed, step, draw, scales, [[side[i]] for side in sides], *rest, **named)
+    def axpy_(self, batch, *rest):
+        return sum(RIGHT.axpy_(part, *rest) for part in self.batches(batch))
 
-    def lowrank_(self, thetas, spans, *rest, **named):
-        return sum(RIGHT.lowrank_([part], [span], *rest, **named) for part, span in self.parts(thetas[0], spans[0]))
+    def perturb(self, batch, noise, scales, outs):
+        sides = [[part for part, _ in self.parts(out, batch.spans[0])] for (out,) in outs]
+        for i, part in enumerate(self.batches(batch)):
+            RIGHT.perturb(part, noise, scales, [[side[i]] for side in sides])
+
+    def lowrank_(self, batch, *rest):
+        return sum(RIGHT.lowrank_(part, *rest) for part in self.batches(batch))
 
 
 # Correctness: the checks ------------------------------------------------------------------------------------------------------
@@ -327,10 +331,10 @@ def test_replay(course) -> None:
 class LastBitOnce(LastBit):
     """The update of the last step alone is wrong, in one weight."""
 
-    def axpy_(self, thetas, spans, direction, seed, draws, *rest, **named):
-        count = RIGHT.axpy_(thetas, spans, direction, seed, draws, *rest, **named)
-        if draws[0][0] == 2:
-            LastBit.spoil(self, [t.detach() for t in thetas])
+    def axpy_(self, batch, noise, terms):
+        count = RIGHT.axpy_(batch, noise, terms)
+        if noise.draws[0][0] == 2:
+            LastBit.spoil(self, [t.detach() for t in batch.tensors])
         return count
 
     def after(self, written) -> None:

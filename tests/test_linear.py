@@ -19,7 +19,7 @@ from torch import Tensor
 
 import zokern
 from zokern import backends, gemm
-from zokern.backends import Span, cpu
+from zokern.backends import Batch, Noise, Sides, Span, Thin, Weight, cpu
 from zokern.directions import Normal, Rademacher
 from zokern.gemm import library
 
@@ -73,14 +73,18 @@ BATCH = 128  # of csrc/linear.cpp: columns that are made at a time where every r
 ALIGNED = [(1, BATCH, 1), (17, 2 * BATCH, 4), (COLUMNS + 15, 2 * DEPTH + BATCH, 3), (50, 40, 5), (25, DEPTH + 72, 2)]
 
 
+def operands(case: Case, given: dict) -> tuple[Weight, Sides, Noise]:
+    thins = [Thin([j], first, middle[None], last) for j, first, middle, last in given["thins"]]
+    weight = Weight(given["weight"], case.span, case.transposed, given.get("shrink", 1.0))
+    noise = Noise(case.direction, SEED, [(STEP, draw) for draw in given["draws"]])
+    return weight, Sides(given["xs"], given["biases"], given["scales"], thins), noise
+
+
 def run(case: Case, given: dict, threads: int | None = None) -> list[Tensor]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        return ON.linear(
-            given["xs"], given["weight"], case.span, case.direction, SEED, STEP, given["draws"], given["scales"], given["biases"], given["thins"],
-            transposed=case.transposed, shrink=given.get("shrink", 1.0),
-        )  # fmt: skip
+        return ON.linear(*operands(case, given))
     finally:
         torch.set_num_threads(before)
 
@@ -95,9 +99,8 @@ def check(case: Case, found: Callable = run) -> None:
         (weight,), bias = [given["weight"]], given["biases"][j]
         if given["draws"][j] >= 0:
             outs = [[torch.empty_like(weight)]]
-            backends.get("reference").perturb(
-                [weight], [case.span], case.direction, SEED, STEP, given["draws"][j], [given["scales"][j]], outs, None
-            )
+            noise = Noise(case.direction, SEED, [(STEP, given["draws"][j])])
+            backends.get("reference").perturb(Batch([weight], [case.span]), noise, [given["scales"][j]], outs)
             weight = outs[0][0]
         if case.transposed:
             weight = weight.t()
@@ -170,8 +173,9 @@ def test_the_weights_of_perturb_bit_for_bit(isa, m: int, n: int, first: int, dty
         read = weight
         if draw >= 0:
             (read,) = outs = [torch.empty_like(weight)]
-            backends.get("reference").perturb([weight], [case.span], direction, SEED, STEP, draw, [scale], [outs], None)
-        (expected,) = ON.linear([x], read, case.span, None, 0, 0, [-1], [0.0], [bias])
+            noise = Noise(direction, SEED, [(STEP, draw)])
+            backends.get("reference").perturb(Batch([weight], [case.span]), noise, [scale], [outs])
+        (expected,) = ON.linear(Weight(read, case.span), Sides([x], [bias]))
         assert torch.equal(expected.nan_to_num(7.0), y.nan_to_num(7.0))
         assert torch.equal(expected.isnan(), y.isnan())
 
@@ -239,7 +243,7 @@ def test_the_measured_direction_is_the_one_of_the_factors(isa, dtype: torch.dtyp
     m, n = 200, 150
     first, middle, last = torch.randn(rank, n), torch.randn(rank, rank) * 1e-3, torch.randn(m, rank)
     x, weight = torch.eye(n).to(dtype), torch.zeros(m, n, dtype=dtype)
-    (y,) = ON.linear([x], weight, Span(1), None, 0, 0, [-1], [0.0], [None], [(0, first, middle, last)])
+    (y,) = ON.linear(Weight(weight, Span(1)), Sides([x], [None], thins=[Thin([0], first, middle[None], last)]))
     exact = first.double().t() @ middle.double() @ last.double().t()
     cosines = [torch.cosine_similarity(y.double().flatten(), z.flatten(), dim=0) for z in (exact, exact.roll(1, 0))]
     assert cosines[0] > 0.9999 and cosines[1] < 0.5
@@ -312,7 +316,7 @@ def test_bfloat16_takes_its_pairs_the_odd_one_first() -> None:
     weight = torch.tensor([[2.0**24, 0.0, 1.0, -(2.0**24)], [2.0**-130, 0.0, 0.0, 0.0]]).bfloat16()
     for name in ISAS:
         with isa_of(name):
-            (y,) = ON.linear([x], weight, Span(0), None, 0, 0, [-1], [0.0], [None])
+            (y,) = ON.linear(Weight(weight, Span(0)), Sides([x], [None]))
             assert y.tolist() == [[1.0, 0.0 if cpu.pairs() else 2.0**-130]], name  # from k = 0 up the first would be 0
 
 
@@ -321,10 +325,10 @@ def test_many_thin_products_of_one_side() -> None:
     case = Case(30, 50, 40, torch.float32, Normal())
     given = case.inputs()
     first = given["thins"][0][1]
-    thins = [(0, first, torch.randn(5, 7), torch.randn(30, 7)) for _ in range(6)]
-    (y,) = ON.linear([given["xs"][0]], given["weight"], case.span, None, 0, 0, [-1], [0.0], [None], thins)
+    thins = [Thin([0], first, torch.randn(1, 5, 7), torch.randn(30, 7)) for _ in range(6)]
+    (y,) = ON.linear(Weight(given["weight"], case.span), Sides(given["xs"][:1], [None], thins=thins))
     x = given["xs"][0].double()
-    exact = x @ given["weight"].double().t() + sum(x @ a.double().t() @ b.double() @ c.double().t() for _, a, b, c in thins)
+    exact = x @ given["weight"].double().t() + sum(x @ a.double().t() @ b[0].double() @ c.double().t() for _, a, b, c in thins)
     assert float((y - exact).abs().max() / exact.abs().max()) < 1e-6
 
 
@@ -333,12 +337,13 @@ def test_many_thin_products_of_one_side() -> None:
 def test_no_rows(transposed: bool, fused: bool) -> None:
     """An expert that no token was sent to."""
     weight, bias, x = torch.randn((30, 20) if transposed else (20, 30)), torch.randn(20), torch.zeros(2, 0, 30)
-    part = gemm.Part([0], torch.randn(3, 30), torch.randn(1, 3, 3), torch.randn(20, 3))
+    thin = Thin([0], torch.randn(3, 30), torch.randn(1, 3, 3), torch.randn(20, 3))
+    matrix, noise = Weight(weight, Span(77, 1003), transposed), Noise(Normal(), SEED, [(STEP, 3)])
     with patch.object(library, "yields", lambda dtype: fused):
         assert gemm.fuses(backends.get("cpu"), [x], weight, transposed) == fused
-        thin = gemm.factored_linear(backends.get("cpu"), [x], weight, [part], 1.0, [bias], transposed)
-        dense = gemm.fused_linear(ON, [x], weight, Span(77, 1003), Normal(), SEED, STEP, [3], [0.05], [bias], transposed)
-    assert thin.shape == dense.shape == (0, 20)
+        factored = gemm.factored_linear(backends.get("cpu"), matrix, Sides([x], [bias], thins=[thin]))
+        dense = gemm.fused_linear(ON, matrix, Sides([x], [bias], [0.05]), noise)
+    assert factored.shape == dense.shape == (0, 20)
 
 
 def test_room_bounds_the_threads(monkeypatch) -> None:
@@ -369,27 +374,17 @@ def test_parts_of_the_rows_give_the_same_bits(monkeypatch) -> None:
     monkeypatch.setattr(cpu, "SHARED_ROWS", 16)
     case = Case(COLUMNS + 5, 50, 40, torch.float32, Normal())
     given = case.inputs()
-    arguments = [
-        given["xs"],
-        given["weight"],
-        case.span,
-        case.direction,
-        SEED,
-        STEP,
-        given["draws"],
-        given["scales"],
-        given["biases"],
-    ]
+    arguments = operands(case, given)
     calls = []
     right = cpu._module()
     monkeypatch.setattr(cpu, "_module", lambda: Counted(right, calls))
-    expected = ON.linear(*arguments, given["thins"])
+    expected = ON.linear(*arguments)
     assert len(calls) == 1
-    found = ON.linear(*arguments, given["thins"], room=1)
+    found = ON.linear(*arguments, room=1)
     assert len(calls) == 1 + sum(len(x) for x in given["xs"]) // 16
     assert all(map(torch.equal, expected, found))
     broken = mutant(cpu.Cpu, "linear", "begin * pitch", "0")
-    found = broken(ON, *arguments, given["thins"], room=1)
+    found = broken(ON, *arguments, room=1)
     assert not all(map(torch.equal, expected, found))
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from test_cuda import OnHost
 
-from zokern.backends.base import Span
+from zokern.backends import Batch, Outer, Span
 
 
 @pytest.mark.parametrize("check", conformance.LOWRANK)
@@ -55,7 +55,7 @@ def matrix(backend, m: int, n: int, rank: int, dtype: torch.dtype, **options) ->
     results = []
     for one in (backend, conformance.Reference()):
         theta = start.clone()
-        one.lowrank_([theta], [Span(3)], [left], [right], [0.25], options.get("decay", 1.0), "nearest", None)
+        one.lowrank_(Batch([theta], [Span(3)]), Outer([left], [right], [0.25], options.get("decay", 1.0)))
         results.append(theta)
     return results[0], results[1]
 
@@ -125,5 +125,5 @@ def test_wrong_kernels_are_right_otherwise(mistaken, monkeypatch) -> None:
 def test_a_rank_too_high_is_refused(on_host) -> None:
     theta, left, right = torch.zeros(2, 3), torch.ones(2, 129), torch.ones(3, 129)
     with pytest.raises(ValueError, match=r"ranks are \[129\].*1 to 128.*cpu"):
-        OnHost(on_host).lowrank_([theta], [Span(0)], [left], [right], [1.0], 1.0, "nearest", None)
+        OnHost(on_host).lowrank_(Batch([theta], [Span(0)]), Outer([left], [right], [1.0]))
     assert not theta.any()

@@ -20,7 +20,7 @@ import sass
 import torch
 from interpreted import Interpreted
 
-from zokern.backends.base import Span
+from zokern.backends import Batch, Noise, Outer, Span
 
 triton = pytest.importorskip("triton")
 
@@ -59,7 +59,9 @@ def whole(mine) -> None:
         spans = [Span(1)] * 3
         for decay in (1.0, 0.5):
             counts = [
-                one.lowrank_(tensors, spans, lefts, rights, [0.25] * 3, decay, "stochastic", None, 1, 2)
+                one.lowrank_(
+                    Batch(tensors, spans, "stochastic"), Outer(lefts, rights, [0.25] * 3, decay), Noise(None, 1, [(2, 0)])
+                )
                 for one, tensors in ((mine, thetas), (conformance.Reference(), expected))
             ]
             conformance.equal(counts[0], counts[1], f"{m} x {n}, rank {rank}, count")

@@ -308,8 +308,9 @@ def test_basis_of_pgap_by_range_finder() -> None:
 def sketch(change: Callable):
     """gemm.sketch_of other draws and coefficients."""
 
-    def wrong(right, backend, direction, seed, span, shape, draws, coeffs, *rest):
-        return right(backend, direction, seed, span, shape, *change(draws, coeffs), *rest)
+    def wrong(right, backend, noise, coeffs, *rest):
+        draws, coeffs = change(noise.draws, coeffs)
+        return right(backend, noise._replace(draws=draws), coeffs, *rest)
 
     return replaced(plan.gemm, "sketch_of", wrong)
 

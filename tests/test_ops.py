@@ -27,10 +27,10 @@ def theta(n: int = 50, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 # Registration ---------------------------------------------------------------------------------------------------------------------
 
 
-def axpy_arguments(dtype: torch.dtype, rounding: str, backend: str) -> tuple:
+def two(dtype: torch.dtype, rounding: str, backend: str) -> dict:
     tensors = [theta(33, dtype), theta(64, dtype).view(8, 8).t()]
     low = [torch.arange(t.numel(), dtype=torch.int16).view(t.shape) for t in tensors] if rounding == "residual" else []
-    return tensors, low, torch.tensor([0.1, -0.2]), [1, 2], [0, 7], [3, 3], [0, 1], "normal", -5, [0.9], rounding, backend
+    return dict(tensors=tensors, who=[1, 2], first=[0, 7], rounding=rounding, residuals=low, backend=backend, seed=-5)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -38,26 +38,20 @@ def axpy_arguments(dtype: torch.dtype, rounding: str, backend: str) -> tuple:
     ("dtype", "rounding"), [(torch.float32, "nearest"), (torch.float16, "stochastic"), (torch.bfloat16, "residual")]
 )
 def test_axpy_passes_opcheck(dtype: torch.dtype, rounding: str, backend: str) -> None:
-    torch.library.opcheck(torch.ops.zokern.axpy_, axpy_arguments(dtype, rounding, backend))
-    tensors, low, coeffs, *names, direction, seed, _, rounding, backend = axpy_arguments(dtype, rounding, backend)
-    replayed = (tensors, low, coeffs, *names, direction, seed, [0.9, 0.8], rounding, backend, None, 1)
-    torch.library.opcheck(torch.ops.zokern.axpy_, replayed)
+    terms = dict(direction="normal", steps=[3, 3], draws=[0, 1], coeffs=torch.tensor([0.1, -0.2]), clock=None)
+    for decay, each in (([0.9], 0), ([0.9, 0.8], 1)):
+        given = two(dtype, rounding, backend) | terms | dict(decay=decay, each=each)
+        torch.library.opcheck(torch.ops.zokern.axpy_, (), given)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize(("dtype", "wide"), [(torch.float32, False), (torch.bfloat16, False), (torch.float16, True)])
-def test_perturb_passes_opcheck(dtype: torch.dtype, wide: bool, backend: str) -> None:
-    tensors = [theta(33, dtype), theta(64, dtype).view(8, 8).t()]
-    torch.library.opcheck(
-        torch.ops.zokern.perturb, (tensors, [], [1, 2], [0, 7], 3, 1, "rademacher", 5, [1e-3, -1e-3], wide, backend)
+@pytest.mark.parametrize(("dtype", "to"), [(torch.float32, None), (torch.bfloat16, None), (torch.float16, torch.float32)])
+def test_perturb_passes_opcheck(dtype: torch.dtype, to: torch.dtype | None, backend: str) -> None:
+    given = two(dtype, "nearest", backend) | dict(
+        direction="rademacher", step=3, draw=1, scales=[1e-3, -1e-3], dtype=to, clock=None
     )
-
-
-def lowrank_arguments(dtype: torch.dtype, rounding: str, backend: str) -> tuple:
-    tensors = [theta(33, dtype), theta(64, dtype).view(8, 8).t()]
-    low = [torch.arange(t.numel(), dtype=torch.int16).view(t.shape) for t in tensors] if rounding == "residual" else []
-    lefts, rights = [theta(12).view(6, 2), theta(24).view(8, 3)], [theta(20).view(10, 2), theta(27).view(9, 3)]
-    return tensors, low, lefts, rights, [0.1, -2.0], [1, 2], [0, 7], -5, 3, 0.9, rounding, backend
+    del given["rounding"]
+    torch.library.opcheck(torch.ops.zokern.perturb, (), given)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -65,20 +59,28 @@ def lowrank_arguments(dtype: torch.dtype, rounding: str, backend: str) -> tuple:
     ("dtype", "rounding"), [(torch.float32, "nearest"), (torch.float16, "stochastic"), (torch.bfloat16, "residual")]
 )
 def test_lowrank_passes_opcheck(dtype: torch.dtype, rounding: str, backend: str) -> None:
-    torch.library.opcheck(torch.ops.zokern.lowrank_, lowrank_arguments(dtype, rounding, backend))
+    left, right = [theta(12).view(6, 2), theta(24).view(8, 3)], [theta(20).view(10, 2), theta(27).view(9, 3)]
+    given = two(dtype, rounding, backend) | dict(left=left, right=right, scale=[0.1, -2.0], decay=0.9, step=3)
+    torch.library.opcheck(torch.ops.zokern.lowrank_, (), given)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_products_pass_opcheck(backend: str) -> None:
     w, x, b = theta(60).view(10, 6), theta(18).view(3, 6), theta(10)
-    u, v, c = theta(20).view(10, 2), theta(12).view(6, 2), theta(4).view(2, 2)
-    scales = [0.5, -0.5, 0.0]
-    torch.library.opcheck(torch.ops.zokern.linear, ([x] * 3, w, b, None, 5, 0, 1, 0, "normal", 3, scales, 24, backend))
-    torch.library.opcheck(torch.ops.zokern.linear_factored, ([x] * 3, w, b, u, c, v, scales, backend))
-    omega = theta(12).view(6, 2)
-    torch.library.opcheck(
-        torch.ops.zokern.sketch, (omega, 10, 6, 5, 0, [0, 1], [0, 2], [0.5, 2.0], "normal", 3, False, 24, backend)
+    factors = [theta(20).view(10, 2), theta(12).view(6, 2), theta(4).view(2, 2)]
+    given = dict(
+        xs=[x] * 3, weight=w, direction="normal", scales=[0.5, -0.5, 0.0], seed=3, who=5, step=1, draw=0, bias=b, first=0
     )
+    for thin in ([], factors):
+        rest = dict(factors=thin, residual=None, tile=24, backend=backend)
+        torch.library.opcheck(torch.ops.zokern.linear, (), given | rest)
+    given = dict(direction="normal", shape=[10, 6], omega=theta(12).view(6, 2), seed=3, who=5, steps=[0, 1], draws=[0, 2])
+    rest = dict(coeffs=[0.5, 2.0], transposed=False, first=0, tile=24, backend=backend)
+    torch.library.opcheck(torch.ops.zokern.sketch, (), given | rest)
+    drawn = dict(out=theta(), direction="normal", seed=3, who=5, step=1, draw=0, first=0, clock=None, backend=backend)
+    torch.library.opcheck(torch.ops.zokern.draw_, (), drawn)
+    words = dict(counter=torch.ones(3, 4, dtype=torch.int64), key=[1, 2], rounds=10, backend=backend)
+    torch.library.opcheck(torch.ops.zokern.philox4x32, (), words)
 
 
 # Products -------------------------------------------------------------------------------------------------------------------------
@@ -217,7 +219,9 @@ def test_clock_is_added_to_the_step() -> None:
     ((plus,), _) = zokern.perturb(torch.zeros(7, 9), "normal", step=2, scales=(1.0, -1.0), clock=clock, **names)
     assert torch.equal(plus, right)
     again, who = torch.zeros(7, 9), zokern.stream.parameter_id("w")
-    torch.ops.zokern.axpy_([again], [], torch.ones(1), [who], [0], [2], [0], "normal", 3, [1.0], "nearest", "reference", clock)
+    torch.ops.zokern.axpy_(
+        [again], "normal", 3, [who], [2], [0], torch.ones(1), [1.0], [0], "nearest", [], 0, clock, "reference"
+    )
     assert torch.equal(again, right)
     for wrong in (torch.tensor([4.0]), torch.tensor([4, 5])):
         with pytest.raises(ValueError, match="clock .* expected int64"):

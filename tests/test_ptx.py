@@ -18,8 +18,7 @@ import pytest
 import sass
 import torch
 
-from zokern.backends import cuda
-from zokern.backends.base import Span
+from zokern.backends import Span, cuda
 
 BLOCKS, THREADS = 2, 256
 M0, M1 = 0x9E3779B9, 0xBB67AE85

@@ -115,13 +115,15 @@ def wrong_axpy(change: Callable):
 
 
 def wrong_perturb(change: Callable):
-    """Backend perturb, as the evaluation calls it, with (step, draw, scales) changed first."""
+    """Backend perturb, as the evaluation calls it, with draw and scales changed first."""
     from zokern.backends.cpu import Cpu
 
     right = Cpu.perturb
 
-    def perturb(self, thetas, spans, direction, seed, step, draw, scales, outs, residuals):
-        return right(self, thetas, spans, direction, seed, *change(step, draw, scales), outs, residuals)
+    def perturb(self, batch, noise, scales, outs):
+        ((step, draw),) = noise.draws
+        draw, scales = change(draw, scales)
+        return right(self, batch, noise._replace(draws=[(step, draw)]), scales, outs)
 
     return patch.object(Cpu, "perturb", perturb)
 
@@ -134,9 +136,9 @@ WRONG_STEPS = {
     "one_draw_for_all": lambda: wrong_axpy(lambda draws, coeffs, decay: ([draws[0]] * len(draws), coeffs, decay)),
     "queries_in_reverse": lambda: wrong_axpy(lambda draws, coeffs, decay: (draws[::-1], coeffs, decay)),
     "last_step_number": lambda: wrong_axpy(lambda draws, coeffs, decay: ([(s + 1, d) for s, d in draws], coeffs, decay)),
-    "sides_swapped": lambda: wrong_perturb(lambda step, draw, scales: (step, draw, [-s for s in scales])),
-    "half_eps": lambda: wrong_perturb(lambda step, draw, scales: (step, draw, [s / 2 for s in scales])),
-    "one_query_only": lambda: wrong_perturb(lambda step, draw, scales: (step, 0, scales)),
+    "sides_swapped": lambda: wrong_perturb(lambda draw, scales: (draw, [-s for s in scales])),
+    "half_eps": lambda: wrong_perturb(lambda draw, scales: (draw, [s / 2 for s in scales])),
+    "one_query_only": lambda: wrong_perturb(lambda draw, scales: (0, scales)),
     "coefficient_doubled": lambda: patch.object(
         zokern.Spsa, "slopes", lambda self, d, losses, plan: 2.0 * SLOPES(self, d, losses, plan)
     ),

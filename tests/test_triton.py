@@ -26,7 +26,7 @@ import torch
 from guarded import filled
 from interpreted import Interpreted
 
-from zokern.backends.base import Span
+from zokern.backends import Batch, Noise, Span, Terms
 from zokern.backends.validation import Validator
 
 triton = pytest.importorskip("triton")
@@ -168,9 +168,7 @@ def one_table() -> str | None:
     mine, clock, coeffs = backend.Triton(), torch.zeros(1, dtype=torch.int64), torch.ones(2)
     theta = torch.ones(40)
     for t in (theta, theta, theta.clone()):
-        mine.axpy_(
-            [t], [Span(1)], conformance.resolve("normal"), 5, [(0, 0), (0, 1)], coeffs, 1.0, "nearest", None, clock=clock
-        )
+        mine.axpy_(Batch([t], [Span(1)]), Noise(conformance.resolve("normal"), 5, [(0, 0), (0, 1)], clock), Terms(coeffs))
         clock += 1
     return None if mine.tables.built == 3 else f"{mine.tables.built} tables; expected one for each list and one for the names"
 
@@ -454,17 +452,17 @@ class OnPtx(backend.Triton):
         arrays = {s.data_ptr(): torch.tensor([], dtype=torch.uint8).set_(s).numpy() for s in storages if s.nbytes()}
         self.executed.memory = arrays
 
-    def draw(self, outs, *rest, **named):
-        self._see(outs)
-        super().draw(outs, *rest, **named)
+    def draw(self, batch, noise):
+        self._see(batch.tensors)
+        super().draw(batch, noise)
 
-    def axpy_(self, thetas, spans, *rest, **named):
-        self._see(thetas, rest[-1] or ())
-        return super().axpy_(thetas, spans, *rest, **named)
+    def axpy_(self, batch, noise, terms):
+        self._see(batch.tensors, batch.residuals or ())
+        return super().axpy_(batch, noise, terms)
 
-    def perturb(self, thetas, spans, *rest, **named):
-        self._see(thetas, rest[-1] or (), *rest[-2])
-        super().perturb(thetas, spans, *rest, **named)
+    def perturb(self, batch, noise, scales, outs):
+        self._see(batch.tensors, batch.residuals or (), *outs)
+        super().perturb(batch, noise, scales, outs)
 
 
 @pytest.fixture

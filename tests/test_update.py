@@ -107,11 +107,9 @@ def test_passes_opcheck(rule: str, dtype: torch.dtype, rounding: str, backend: s
     states = [torch.linspace(0.1, 1, t.numel()).view(t.shape) for _ in STATES[rule] for t in tensors]
     low = [torch.arange(t.numel(), dtype=torch.int16).view(t.shape) for t in tensors] if rounding == "residual" else []
     numbers = torch.tensor(conformance_update.USUAL[rule])
-    names = [1, 2], [0, 7], [3, 3], [0, 1]
-    torch.library.opcheck(
-        torch.ops.zokern.update_,
-        (tensors, states, low, torch.tensor([0.1, -0.2]), numbers, *names, "normal", rule, -5, rounding, backend),
-    )  # fmt: skip
+    names = dict(direction="normal", rule=rule, seed=-5, who=[1, 2], steps=[3, 3], draws=[0, 1], first=[0, 7], clock=None)
+    rest = dict(coeffs=torch.tensor([0.1, -0.2]), scalars=numbers, rounding=rounding, residuals=low, backend=backend)
+    torch.library.opcheck(torch.ops.zokern.update_, (), dict(tensors=tensors, states=states) | names | rest)
 
 
 def on_paper(rule: str, scalars, theta: Tensor, g: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_cuda import OnHost
 
-from zokern.backends.base import Span
+from zokern.backends import Batch, Noise, Span, Update
 from zokern.directions import resolve
 
 # One module is the kernel and holds every mistake: ZO_SHIM_MISTAKE chooses which one it makes, and unset makes none.
@@ -68,18 +68,9 @@ def test_a_repeated_call_reads_new_numbers_and_uploads_nothing(on_host) -> None:
     results = []
     for _ in range(3):
         backend.update_(
-            thetas,
-            [Span(1), Span(2)],
-            resolve("normal"),
-            5,
-            [(0, 0), (0, 1)],
-            coeffs,
-            "adam",
-            scalars,
-            states,
-            "nearest",
-            None,
-            clock,
+            Batch(thetas, [Span(1), Span(2)]),
+            Noise(resolve("normal"), 5, [(0, 0), (0, 1)], clock),
+            Update(coeffs, "adam", scalars, states),
         )
         results.append(thetas[0].clone())
         scalars[0], scalars[1], coeffs[0] = 1.0, 0.0, 3.0  # no decay and no move any more

@@ -18,7 +18,7 @@ import sass
 import torch
 from interpreted import Interpreted
 
-from zokern.backends.base import Span
+from zokern.backends import Span
 
 pytest.importorskip("triton")
 from test_triton import changed, forbidden, made, needs_fma, unspecified  # noqa: E402

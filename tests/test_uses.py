@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import zokern
-from zokern.backends import cpu
+from zokern.backends import Sides, Span, Thin, Weight, cpu
 from zokern.evaluation import copies, standin
 from zokern.gemm import library
 
@@ -150,11 +150,9 @@ def test_the_kernel_is_handed_no_other_shape(what: str) -> None:
         given["out"] = torch.ones(3, 30).bfloat16()
     else:
         given[what] = given[what][..., :-1].contiguous()
-    thin = (0, given["first"], given["middle"], given["last"])
+    sides = Sides([given["x"]], [given["bias"]], thins=[Thin([0], given["first"], given["middle"][None], given["last"])])
     with pytest.raises(ValueError, match=r"expected (\[|contiguous)"):
-        cpu.Cpu().linear(
-            [given["x"]], torch.ones(30, 20), zokern.backends.Span(0), None, 0, 0, [-1], [0.0], [given["bias"]], [thin], None, [given["out"]]
-        )  # fmt: skip
+        cpu.Cpu().linear(Weight(torch.ones(30, 20), Span(0)), sides, outs=[given["out"]])
 
 
 # Small 16-bit weights ---------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The doors: what a backend or a registered operation is handed past the verbs is refused by name before a kernel takes an address."""
+"""Validation: a wrong call of a backend, or of a registered operation, is refused by name before a kernel takes an address."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import zokern
-from zokern.backends import Span, get
+from zokern.backends import Batch, Noise, Outer, Sides, Span, Terms, Thin, Update, Weight, get
 from zokern.backends.validation import Validator
 from zokern.directions import Normal
 
@@ -23,53 +23,35 @@ def low(*shape: int) -> Tensor:
 
 
 def good(verb: str) -> dict[str, Any]:
-    """Arguments of a backend's verb that fit, by name and in order."""
+    """Arguments of a backend's verb that fit, flat and by name."""
     bf16 = [torch.randn(6, 4).bfloat16(), torch.randn(24).bfloat16()]
-    spans = [Span(1), Span(2)]
-    draws, coeffs = [(0, 0), (1, 0), (2, 0)], torch.ones(3)
-    rest = {"rounding": "residual", "residuals": [low(6, 4), low(24)]}
+    batch = {"tensors": bf16, "spans": [Span(1), Span(2)], "rounding": "residual", "residuals": [low(6, 4), low(24)]}
+    noise = {"direction": N, "seed": 0, "draws": [(0, 0)], "clock": None}
+    several = {"draws": [(0, 0), (1, 0), (2, 0)], "coefficients": torch.ones(3)}
     if verb == "draw":
-        return dict(
-            outs=[torch.empty(6, 4)],
-            spans=[Span(1)],
-            direction=N,
-            seed=0,
-            step=0,
-            draw=0,
-            clock=torch.zeros(1, dtype=torch.int64),
-        )
+        return {"tensors": [torch.empty(6, 4)], "spans": [Span(1)], **noise, "clock": torch.zeros(1, dtype=torch.int64)}
     if verb == "axpy_":
-        return dict(thetas=bf16, spans=spans, direction=N, seed=0, draws=draws, coeffs=coeffs, decay=1.0, **rest)
+        return {**batch, **noise, **several, "decay": 1.0}
     if verb == "update_":
         states = [[torch.zeros(6, 4), torch.zeros(24)] for _ in range(2)]
         scalars = torch.tensor(zokern.Adam().scalars(0.1))
-        return dict(
-            thetas=bf16,
-            spans=spans,
-            direction=N,
-            seed=0,
-            draws=draws,
-            coeffs=coeffs,
-            rule="adam",
-            scalars=scalars,
-            states=states,
-            **rest,
-        )
+        return {**batch, **noise, **several, "rule": "adam", "scalars": scalars, "states": states}
     if verb == "perturb":
         outs = [[torch.empty(6, 4), torch.empty(24).bfloat16()] for _ in range(2)]
-        return dict(
-            thetas=bf16,
-            spans=spans,
-            direction=N,
-            seed=0,
-            step=0,
-            draw=0,
-            scales=[0.1, -0.1],
-            outs=outs,
-            residuals=rest["residuals"],
-        )
-    factors = dict(lefts=[torch.randn(6, 3), torch.randn(6, 2)], rights=[torch.randn(4, 3), torch.randn(4, 2)])
-    return dict(thetas=bf16, spans=spans, **factors, scales=[1.0, 1.0], decay=1.0, **rest)
+        return {**batch, **noise, "scales": [0.1, -0.1], "outs": outs}
+    factors = {"lefts": [torch.randn(6, 3), torch.randn(6, 2)], "rights": [torch.randn(4, 3), torch.randn(4, 2)]}
+    return {**batch, **factors, "scales": [1.0, 1.0], "decay": 1.0}
+
+
+TUPLES = {"draw": (Batch, Noise), "axpy_": (Batch, Noise, Terms), "update_": (Batch, Noise, Update), "perturb": (Batch, Noise),
+          "lowrank_": (Batch, Outer)}  # fmt: skip
+
+
+def arguments(verb: str, given: dict[str, Any]) -> list[Any]:
+    """The tuples of a launch from flat arguments, and what stands beside them."""
+    rest = dict(given)
+    tuples = [kind(**{name: rest.pop(name) for name in kind._fields if name in rest}) for kind in TUPLES[verb]]
+    return [*tuples, *rest.values()]
 
 
 def put(name: str, *path: int, make: Callable[[Any], Any]) -> Callable[[dict], dict]:
@@ -98,17 +80,17 @@ def strided(t: Tensor) -> Tensor:
 
 
 WRONG: dict[str, tuple[str, Callable[[dict], dict], str]] = {
-    "draw out dtype": ("draw", put("outs", 0, make=Tensor.double), r"outs\[0\]|tensors\[0\]"),
-    "draw out device": ("draw", put("outs", 0, make=lambda t: t.to("meta")), r"outs\[0\]"),
-    "draw out strides": ("draw", put("outs", 0, make=strided), r"outs\[0\]"),
+    "draw out dtype": ("draw", put("tensors", 0, make=Tensor.double), r"outs\[0\]|tensors\[0\]"),
+    "draw out device": ("draw", put("tensors", 0, make=lambda t: t.to("meta")), r"outs\[0\]"),
+    "draw out strides": ("draw", put("tensors", 0, make=strided), r"outs\[0\]"),
     "draw clock dtype": ("draw", put("clock", make=Tensor.int), "clock"),
     "draw clock size": ("draw", put("clock", make=lambda t: t.repeat(2)), "clock"),
     "draw spans": ("draw", put("spans", make=lambda s: s * 2), "spans"),
-    "axpy_ theta dtype": ("axpy_", put("thetas", 1, make=Tensor.double), r"tensors\[1\]"),
-    "axpy_ theta device": ("axpy_", put("thetas", 1, make=lambda t: t.to("meta")), r"tensors\[1\]"),
-    "axpy_ coeffs dtype": ("axpy_", put("coeffs", make=Tensor.double), "coeffs"),
-    "axpy_ coeffs count": ("axpy_", put("coeffs", make=lambda t: t[:1]), "coeffs"),
-    "axpy_ coeffs device": ("axpy_", put("coeffs", make=lambda t: t.to("meta")), "coeffs"),
+    "axpy_ theta dtype": ("axpy_", put("tensors", 1, make=Tensor.double), r"tensors\[1\]"),
+    "axpy_ theta device": ("axpy_", put("tensors", 1, make=lambda t: t.to("meta")), r"tensors\[1\]"),
+    "axpy_ coeffs dtype": ("axpy_", put("coefficients", make=Tensor.double), "coeffs"),
+    "axpy_ coeffs count": ("axpy_", put("coefficients", make=lambda t: t[:1]), "coeffs"),
+    "axpy_ coeffs device": ("axpy_", put("coefficients", make=lambda t: t.to("meta")), "coeffs"),
     "axpy_ residual dtype": ("axpy_", put("residuals", 1, make=Tensor.int), r"residuals\[1\]"),
     "axpy_ residual size": ("axpy_", put("residuals", 1, make=short), r"residuals\[1\]"),
     "axpy_ residual strides": ("axpy_", put("residuals", 1, make=strided), r"residuals\[1\]"),
@@ -123,7 +105,7 @@ WRONG: dict[str, tuple[str, Callable[[dict], dict], str]] = {
     "update_ states count": ("update_", put("states", make=lambda s: s[:1]), "rule"),
     "update_ scalars dtype": ("update_", put("scalars", make=Tensor.double), "scalars"),
     "update_ scalars count": ("update_", put("scalars", make=short), "scalars"),
-    "update_ coeffs count": ("update_", put("coeffs", make=lambda t: t[:1]), "coeffs"),
+    "update_ coeffs count": ("update_", put("coefficients", make=lambda t: t[:1]), "coeffs"),
     "perturb out dtype": ("perturb", put("outs", 1, 0, make=Tensor.half), r"outs\[1\]\[0\]"),
     "perturb out size": ("perturb", put("outs", 1, 0, make=short), r"outs\[1\]\[0\]"),
     "perturb out device": ("perturb", put("outs", 1, 0, make=lambda t: t.to("meta")), r"outs\[2\]"),
@@ -153,11 +135,11 @@ def tensors_of(given: Any) -> list[Tensor]:
 @pytest.mark.parametrize("which", WRONG)
 def test_a_backend_refuses_by_name_before_it_writes(which: str, backend: str) -> None:
     verb, change, named = WRONG[which]
-    getattr(get(backend), verb)(*good(verb).values())  # what fits is taken
+    getattr(get(backend), verb)(*arguments(verb, good(verb)))  # what fits is taken
     given = change(good(verb))
     kept = [t.clone() if not t.is_meta else t for t in tensors_of(given)]
     with pytest.raises(ValueError, match=f"backend '{backend}': {verb}: .*{named}"):
-        getattr(get(backend), verb)(*given.values())
+        getattr(get(backend), verb)(*arguments(verb, given))
     for before, now in zip(kept, tensors_of(given)):
         assert now.is_meta or torch.equal(before.nan_to_num(), now.nan_to_num())
 
@@ -168,7 +150,7 @@ def test_one_matrix_of_a_forward_pass_is_looked_at_too(dtype: torch.dtype) -> No
     theta, left, right = torch.zeros(6, 4), torch.randn(6, 3), torch.randn(4, 3)
 
     def run(*factors: Tensor, outs: Any = None) -> None:
-        get("cpu").lowrank_([theta], [Span(0)], *([f] for f in factors), [1.0], 1.0, "nearest", None, outs=outs)
+        get("cpu").lowrank_(Batch([theta], [Span(0)]), Outer(*([f] for f in factors), [1.0]), outs=outs)
 
     run(left, right)
     for wrong in ((left.to(dtype), right), (left, right.to(dtype)), (left[:5], right), (left, right[:, :2].contiguous())):
@@ -188,8 +170,9 @@ def test_a_product_refuses_other_operands(what: str, make: Callable[[Tensor], Te
     given = {"xs": torch.randn(3, 4), "weight": torch.randn(6, 4), "biases": torch.randn(6), "factors": torch.randn(2, 4)}
 
     def run() -> None:
-        thin = [(0, given["factors"], torch.randn(2, 2), torch.randn(6, 2))]
-        get("cpu").linear([given["xs"]], given["weight"], Span(0), N, 0, 0, [0], [0.1], [given["biases"]], thin)
+        thins = [Thin([0], given["factors"], torch.randn(1, 2, 2), torch.randn(6, 2))]
+        sides = Sides([given["xs"]], [given["biases"]], [0.1], thins)
+        get("cpu").linear(Weight(given["weight"], Span(0)), sides, Noise(N, 0, [(0, 0)]))
 
     run()
     given[what] = make(given[what])
@@ -197,17 +180,14 @@ def test_a_product_refuses_other_operands(what: str, make: Callable[[Tensor], Te
         run()
 
 
-def test_another_backend_has_the_same_door() -> None:
+def test_another_backend_has_the_same_checks() -> None:
     with pytest.raises(
         ValueError, match=r"backend 'cuda': axpy_: tensors\[0\] is torch.bfloat16\[6, 4\] on cpu; expected a cuda tensor"
     ):
-        given = good("axpy_")
-        Validator("cuda", "cuda").axpy_(
-            *(given[name] for name in ("thetas", "spans", "draws", "coeffs", "rounding", "residuals")), None
-        )
+        Validator("cuda", "cuda").axpy_(*arguments("axpy_", good("axpy_")))
 
 
-def test_an_open_door_is_seen(monkeypatch) -> None:
+def test_a_missing_check_is_seen(monkeypatch) -> None:
     """Without the check, coefficients of another dtype are taken for numbers of float32, or fail without a name."""
     monkeypatch.setattr(Validator, "axpy_", lambda self, *_: torch.device("cpu"))
     with pytest.raises(pytest.fail.Exception):
@@ -221,88 +201,76 @@ W = torch.zeros(6, 4)
 
 
 def axpy(**other: Any) -> Any:
-    given = dict(thetas=[W.clone()], residuals=[], coeffs=torch.ones(3), who=[1], first=[0], steps=[0, 1, 2], draws=[0, 0, 0])
-    rest = dict(direction="normal", seed=0, decay=[1.0], rounding="nearest", backend="cpu", clock=None, each=0)
-    return OPS.axpy_(*(given | rest | other).values())
+    given = dict(
+        tensors=[W.clone()], direction="normal", seed=0, who=[1], steps=[0, 1, 2], draws=[0, 0, 0], coeffs=torch.ones(3)
+    )
+    rest = dict(decay=[1.0], first=[0], rounding="nearest", residuals=[], each=0, clock=None, backend="cpu")
+    return OPS.axpy_(**(given | rest | other))
 
 
 def perturb(**other: Any) -> Any:
-    given = dict(thetas=[W.clone()], residuals=[], who=[1], first=[0], step=0, draw=0, direction="normal", seed=0, scales=[0.1])
-    return OPS.perturb(*(given | dict(wide=False, backend="cpu", clock=None) | other).values())
+    given = dict(tensors=[W.clone()], direction="normal", seed=0, who=[1], step=0, draw=0, scales=[0.1], first=[0])
+    return OPS.perturb(**(given | dict(residuals=[], dtype=None, clock=None, backend="cpu") | other))
 
 
 def lowrank(**other: Any) -> Any:
-    given = dict(
-        thetas=[W.clone()],
-        residuals=[],
-        lefts=[torch.randn(6, 2)],
-        rights=[torch.randn(4, 2)],
-        scales=[1.0],
-        who=[0],
-        first=[0],
-    )
-    return OPS.lowrank_(*(given | dict(seed=0, step=0, decay=1.0, rounding="nearest", backend="cpu") | other).values())
+    given = dict(tensors=[W.clone()], left=[torch.randn(6, 2)], right=[torch.randn(4, 2)], scale=[1.0], decay=1.0, who=[0])
+    return OPS.lowrank_(**(given | dict(seed=0, step=0, first=[0], rounding="nearest", residuals=[], backend="cpu") | other))
 
 
 def update(**other: Any) -> Any:
-    given = dict(
-        thetas=[W.clone()], states=[W.clone()], residuals=[], coeffs=torch.ones(1), scalars=torch.ones(4), who=[1], first=[0]
-    )
-    rest = dict(
-        steps=[0], draws=[0], direction="normal", rule="momentum", seed=0, rounding="nearest", backend="cpu", clock=None
-    )
-    return OPS.update_(*(given | rest | other).values())
+    given = dict(tensors=[W.clone()], direction="normal", rule="momentum", seed=0, who=[1], steps=[0], draws=[0])
+    rest = dict(coeffs=torch.ones(1), states=[W.clone()], scalars=torch.ones(4), first=[0], rounding="nearest")
+    return OPS.update_(**(given | rest | dict(residuals=[], clock=None, backend="cpu") | other))
 
 
 def product(**other: Any) -> Any:
-    given = dict(xs=[torch.randn(2, 4)], weight=W.bfloat16(), bias=None, residual=low(6, 4), who=1, first=0, step=0, draw=0)
-    rest = dict(direction="normal", seed=0, scales=[0.1], tile=4, backend="cpu")
-    return OPS.linear(*(given | {"xs": [torch.randn(2, 4).bfloat16()]} | rest | other).values())
+    xs, weight = [torch.randn(2, 4).bfloat16()], W.bfloat16()
+    given = dict(xs=xs, weight=weight, direction="normal", factors=[], scales=[0.1], seed=0, who=1, step=0, draw=0)
+    return OPS.linear(**(given | dict(bias=None, first=0, residual=low(6, 4), tile=4, backend="cpu") | other))
 
 
 def thin(**other: Any) -> Any:
-    given = dict(
-        xs=[torch.randn(2, 4)], weight=W, bias=None, left=torch.randn(6, 2), core=torch.eye(2), right=torch.randn(4, 2)
-    )
-    return OPS.linear_factored(*(given | dict(scales=[0.1], backend="cpu") | other).values())
+    factors = [torch.randn(6, 2), torch.randn(4, 2), torch.eye(2)]
+    factors = [other.pop(name, factor) for name, factor in zip(("left", "right", "core"), factors)]
+    return product(**(dict(xs=[torch.randn(2, 4)], weight=W, factors=factors, residual=None) | other))
 
 
 def sketched(**other: Any) -> Any:
-    given = dict(
-        omega=torch.randn(4, 2), rows=6, columns=4, who=1, first=0, steps=[0], draws=[0], coeffs=[1.0], direction="normal"
-    )
-    return OPS.sketch(*(given | dict(seed=0, transposed=False, tile=8, backend="cpu") | other).values())
+    given = dict(direction="normal", shape=[6, 4], omega=torch.randn(4, 2), seed=0, who=1, steps=[0], draws=[0], coeffs=[1.0])
+    return OPS.sketch(**(given | dict(transposed=False, first=0, tile=8, backend="cpu") | other))
 
 
 def drawn(**other: Any) -> Any:
-    given = dict(out=torch.empty(8), who=1, first=0, step=0, draw=0, direction="normal", seed=0, backend="cpu", clock=None)
-    return OPS.draw_(*(given | other).values())
+    given = dict(out=torch.empty(8), direction="normal", seed=0, who=1, step=0, draw=0, first=0, clock=None, backend="cpu")
+    return OPS.draw_(**(given | other))
 
 
 def words(**other: Any) -> Any:
-    given = dict(counter=torch.zeros(2, 4, dtype=torch.int64), low=1, high=2, rounds=10, backend="cpu")
-    return OPS.philox4x32(*(given | other).values())
+    given = dict(counter=torch.zeros(2, 4, dtype=torch.int64), key=[1, 2], rounds=10, backend="cpu")
+    return OPS.philox4x32(**(given | other))
 
 
 REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
-    (axpy, dict(coeffs=torch.ones(1)), "coeffs"), (axpy, dict(coeffs=torch.ones(3).double()), "coeffs"), (axpy, dict(steps=[0]), "steps"),
+    (axpy, dict(coeffs=torch.ones(1)), "coefficients"), (axpy, dict(coeffs=torch.ones(3).double()), "coeffs"), (axpy, dict(steps=[0]), "steps"),
     (axpy, dict(who=[]), "names"), (axpy, dict(who=[-1]), "who"), (axpy, dict(first=[-1]), "elements"), (axpy, dict(steps=[0, 0, -1]), "step"),
     (axpy, dict(decay=[1.0, 1.0]), "decay"), (axpy, dict(each=2), "each"), (axpy, dict(rounding="up"), "rounding"),
     (axpy, dict(residuals=[low(6, 4)]), "residual"), (axpy, dict(clock=torch.zeros(1)), "clock"),
-    (axpy, dict(thetas=[torch.zeros(1).expand(24)]), "overlapping"), (axpy, dict(thetas=[W, W], who=[1, 2], first=[0, 0]), "share memory"),
-    (axpy, dict(thetas=[W.bfloat16()], residuals=[low(5, 4)], rounding="residual"), "residuals"),
+    (axpy, dict(tensors=[torch.zeros(1).expand(24)]), "overlapping"), (axpy, dict(tensors=[W, W], who=[1, 2], first=[0, 0]), "share memory"),
+    (axpy, dict(tensors=[W.bfloat16()], residuals=[low(5, 4)], rounding="residual"), "residuals"),
     (perturb, dict(scales=[]), "scales"), (perturb, dict(scales=[float("nan")]), "scales"), (perturb, dict(residuals=[low(6, 4)]), "residual"),
-    (perturb, dict(thetas=[W.double()]), "float64"), (perturb, dict(first=[2**35]), "elements"), (perturb, dict(draw=-1), "draw"),
-    (lowrank, dict(lefts=[torch.randn(5, 2)]), "elements"), (lowrank, dict(lefts=[torch.randn(6, 2).double()]), "left"),
-    (lowrank, dict(lefts=[]), "left"), (lowrank, dict(scales=[1.0, 1.0]), "scales"), (lowrank, dict(rights=[torch.randn(4, 1)]), "right"),
+    (perturb, dict(tensors=[W.double()]), "float64"), (perturb, dict(first=[2**35]), "elements"), (perturb, dict(draw=-1), "draw"),
+    (lowrank, dict(left=[torch.randn(5, 2)]), "elements"), (lowrank, dict(left=[torch.randn(6, 2).double()]), "left"),
+    (lowrank, dict(left=[]), "left"), (lowrank, dict(scale=[1.0, 1.0]), "scale"), (lowrank, dict(right=[torch.randn(4, 1)]), "right"),
     (update, dict(states=[torch.zeros(5, 4)]), r"m\[0\]"), (update, dict(states=[]), "states"), (update, dict(scalars=torch.ones(3)), "scalars"),
-    (update, dict(rule="none"), "rule"), (update, dict(rule="adam"), "rule"), (update, dict(coeffs=torch.ones(2)), "coeffs"),
+    (update, dict(rule="none"), "rule"), (update, dict(rule="adam", scalars=torch.ones(9)), "rule"),
+    (update, dict(coeffs=torch.ones(2)), "coefficients"),
     (product, dict(residual=low(5, 4)), "residual"), (product, dict(residual=low(4, 6).t()), "residual"), (product, dict(tile=0), "tile"),
     (product, dict(scales=[0.1, 0.2]), "scales"), (product, dict(weight=W.bfloat16()[:, :3]), "weight"), (product, dict(step=-1), "step"),
     (thin, dict(left=torch.randn(5, 2)), "U is"), (thin, dict(core=torch.eye(3)), "C is"), (thin, dict(weight=W.t()), "weight"),
     (sketched, dict(omega=torch.randn(3, 2)), "omega"), (sketched, dict(coeffs=[1.0, 2.0]), "coeffs"), (sketched, dict(first=-1), "first"),
     (words, dict(counter=torch.zeros(8, dtype=torch.int64)), "counter"), (words, dict(counter=torch.zeros(2, 4)), "counter"),
-    (words, dict(rounds=0), "rounds"), (words, dict(low=-1), "key"),
+    (words, dict(rounds=0), "rounds"), (words, dict(key=[-1, 2]), "key"),
     (drawn, dict(out=torch.empty(8).double()), "float64"), (drawn, dict(first=2**35), "elements"), (drawn, dict(who=-1), "who"),
 ]  # fmt: skip
 

@@ -8,10 +8,10 @@ from recipes import METHODS, ONE_EACH
 from torch import Tensor
 
 import zokern
-from zokern.backends import get
+from zokern.backends import Sides, Span, Thin, Weight, get
 from zokern.evaluation import Point, copies
 from zokern.evaluation.arena import Arena
-from zokern.gemm import Part, factored_linear, library, lowrank
+from zokern.gemm import factored_linear, library, lowrank
 
 # Weights of any strides ---------------------------------------------------------------------------------------------------------------
 
@@ -93,10 +93,11 @@ def product(dtype: torch.dtype, shrink: float, transposed: bool, cast: bool) -> 
     given = torch.float32 if cast else dtype
     weight, bias = torch.randn(300, 200).to(given), torch.randn(300).to(given)
     xs = [torch.randn(40, 200).to(given), torch.randn(30, 200).to(given)]
-    part = Part([0, 1], torch.randn(4, 200) * 0.02, torch.randn(2, 4, 4) * 0.02, torch.randn(300, 4))
+    part = Thin([0, 1], torch.randn(4, 200) * 0.02, torch.randn(2, 4, 4) * 0.02, torch.randn(300, 4))
     with torch.autocast("cpu", dtype=dtype, enabled=cast):
         matrix = weight.t().contiguous() if transposed else weight
-        y = factored_linear(get("reference"), xs, matrix, [part], shrink, [bias, bias], transposed)
+        sides = Sides(xs, [bias, bias], thins=[part])
+        y = factored_linear(get("reference"), Weight(matrix, Span(0), transposed, shrink), sides)
     wide = torch.cat(xs).to(dtype).double() @ weight.to(dtype).double().t() * shrink
     thin = torch.cat(
         [x.double() @ part.first.double().t() @ middle.double() @ part.last.double().t() for x, middle in zip(xs, part.middles)]
@@ -121,8 +122,8 @@ def test_a_decay_that_waits_is_read_as_it_is(shrink: float, dtype: torch.dtype, 
 def test_a_decay_multiplied_into_16_bits_is_seen(monkeypatch, by_tiles) -> None:
     """As it was: into x, whose rounding swallows it."""
 
-    def rounded(xs, counts, matrix, parts, shrink, biases, dtype):
-        return right([x * shrink for x in xs], counts, matrix, parts, 1.0, biases, dtype)
+    def rounded(sides, counts, matrix, shrink, dtype):
+        return right(sides._replace(xs=[x * shrink for x in sides.xs]), counts, matrix, 1.0, dtype)
 
     right = lowrank._shrunk
     monkeypatch.setattr(lowrank, "_shrunk", rounded)

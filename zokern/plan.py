@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import gemm
-from .backends import Backend, Span, SpanList, TensorList
+from .backends import Backend, Batch, Noise, Outer, Span, SpanList, TensorList, Terms, Update
 from .directions import Direction, LowRank, Matrix, Normal, Source
 from .fingerprint import announce
 from .modules import Tree
@@ -70,7 +70,8 @@ class Group:
     def axpy_(self, direction, seed: int, draws, coeffs: Sequence[float], decay: float, rounding: str) -> Tensor:
         table = torch.tensor(coeffs, dtype=torch.float32, device=self.theta[0].device)
         residuals = self.residuals if rounding == "residual" else None
-        count = self.backend.axpy_(self.theta, self.spans, direction, seed, draws, table, decay, rounding, residuals)
+        batch = Batch(self.theta, self.spans, rounding, residuals)
+        count = self.backend.axpy_(batch, Noise(direction, seed, draws), Terms(table, decay))
         announce(self.theta)
         return count
 
@@ -81,9 +82,8 @@ class Group:
         tensors, spans = [self.theta[i] for i in members], [self.spans[i] for i in members]
         both = [torch.tensor(x, dtype=torch.float32, device=tensors[0].device) for x in (coeffs, scalars)]
         low = [self.residuals[i] for i in members] if self.residuals is not None and plan.rounding == "residual" else None
-        count = self.backend.update_(
-            tensors, spans, plan.direction, plan.seed, plan.draws(), both[0], rule, both[1], states, plan.rounding, low
-        )
+        batch, noise = Batch(tensors, spans, plan.rounding, low), Noise(plan.direction, plan.seed, plan.draws())
+        count = self.backend.update_(batch, noise, Update(both[0], rule, both[1], states))
         announce(tensors)
         return count
 
@@ -92,7 +92,8 @@ class Group:
         rights = [m.right for m in self.matrices or ()]
         low = self.residuals if rounding == "residual" else None
         ones = [1.0] * len(lefts)
-        self.backend.lowrank_(self.theta, self.spans, lefts, rights, ones, 1.0, rounding, low, plan.seed, plan.step)  # type: ignore[arg-type]
+        noise = Noise(None, plan.seed, [(plan.step, 0)])
+        self.backend.lowrank_(Batch(self.theta, self.spans, rounding, low), Outer(lefts, rights, ones), noise)  # type: ignore[arg-type]
         announce(self.theta)
 
     def source(self, seed: int) -> Source:
@@ -131,7 +132,8 @@ class Group:
             shrink = {m.shrink for _, m, _ in members}
             assert len(shrink) == 1, "matrices of a group decay together"
             scales = [1.0] * len(members)
-            count = self.backend.lowrank_(tensors, spans, lefts, rights, scales, shrink.pop(), rounding, low, seed, step)
+            factors, noise = Outer(lefts, rights, scales, shrink.pop()), Noise(None, seed, [(step, 0)])
+            count = self.backend.lowrank_(Batch(tensors, spans, rounding, low), factors, noise)
             announce(tensors)
         for _, matrix, _ in waiting:
             matrix.pending, matrix.shrink = None, 1.0
@@ -146,14 +148,16 @@ class _Stream:
 
     def __call__(self, matrices: Sequence[Matrix], shapes: Sequence[tuple[int, ...]], step: int, draw: int) -> list[Tensor]:
         outs = [torch.empty(shape, dtype=torch.float32, device=matrix.device) for shape, matrix in zip(shapes, matrices)]
-        self.group.backend.draw(outs, [Span(matrix.who) for matrix in matrices], Normal(), self.seed, step, draw)
+        batch = Batch(outs, [Span(matrix.who) for matrix in matrices])
+        self.group.backend.draw(batch, Noise(Normal(), self.seed, [(step, draw)]))
         return outs
 
     def sketch(
         self, matrix: Matrix, draws: Sequence[tuple[int, int]], weights: Sequence[float], omega: Tensor, transposed: bool = False
     ) -> Tensor:  # fmt: skip
         span = next(span for span, one in zip(self.group.spans, self.group.matrices or ()) if one is matrix)
-        return gemm.sketch_of(self.group.backend, Normal(), self.seed, span, matrix.shape, draws, weights, omega, transposed)
+        noise = Noise(Normal(), self.seed, draws)
+        return gemm.sketch_of(self.group.backend, noise, weights, span, matrix.shape, omega, transposed)
 
 
 def lefts_of(matrices: Sequence[Matrix], middles: Sequence[Tensor], backend: Backend) -> list[Tensor]:
@@ -166,7 +170,7 @@ def lefts_of(matrices: Sequence[Matrix], middles: Sequence[Tensor], backend: Bac
         ]
         lefts = [matrices[i].left for i in with_left]
         rights = [middles[i].t().contiguous() for i in with_left]
-        backend.lowrank_(outs, [Span(0)] * len(outs), lefts, rights, [1.0] * len(outs), 1.0, "nearest", None)  # type: ignore[arg-type]
+        backend.lowrank_(Batch(outs, [Span(0)] * len(outs)), Outer(lefts, rights, [1.0] * len(outs)))  # type: ignore[arg-type]
         for i, out in zip(with_left, outs):
             found[i] = out
     return found

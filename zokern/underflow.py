@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .backends import Batch, Noise
 from .directions import Normal
 from .plan import Group, Plan
 from .warning import warn
@@ -29,7 +30,7 @@ def _check_group(plan: Plan, group: Group, members: list[int], force: bool) -> N
     factored = group.matrices is not None
     scale = group.eps * (plan.factored.spread(group.matrices[members[0]]) if factored else 1.0)  # type: ignore[union-attr,index]
     direction = Normal() if factored else plan.direction
-    group.backend.perturb(tensors, spans, direction, plan.seed, plan.step, 0, [scale], [outs], None)
+    group.backend.perturb(Batch(tensors, spans), Noise(direction, plan.seed, [(plan.step, 0)]), [scale], [outs])
     sizes = [group.theta[i].numel() for i in members]
     dead = sum(float((out == tensor).to(torch.float64).mean()) * size for tensor, out, size in zip(tensors, outs, sizes))
     share = dead / sum(sizes)

@@ -20,7 +20,7 @@ import torch
 from guarded import Guarded, equal, guarded
 from torch import Tensor
 
-from zokern.backends import Backend, Span
+from zokern.backends import Backend, Batch, Noise, Span
 from zokern.directions import resolve
 
 from .run import Run, judge
@@ -122,7 +122,10 @@ def vectors(run: Run, backend: str) -> None:
     def held(direction: str) -> None:
         long = json.loads((conformance.VECTORS / f"{direction}-v1.json").read_text())["long"]
         out = torch.empty(long["count"], device=run.device)
-        found.draw([out], [Span(long["who"], long["first"])], resolve(direction), long["seed"], long["step"], long["draw"])
+        found.draw(
+            Batch([out], [Span(long["who"], long["first"])]),
+            Noise(resolve(direction), long["seed"], [(long["step"], long["draw"])]),
+        )
         digests = [hashlib.sha256(part.numpy()).hexdigest() for part in out.cpu().split(long["piece"])]
         wrong = [i for i, (got, right) in enumerate(zip(digests, long["sha256"])) if got != right]
         assert not wrong and len(digests) == len(long["sha256"]), f"pieces {wrong} of {len(digests)} have other digests"

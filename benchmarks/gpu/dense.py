@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import zokern
-from zokern.backends import Backend, Span
+from zokern.backends import Backend, Batch, Noise, Span, Terms
 from zokern.directions import resolve
 
 from .. import eager
@@ -41,14 +41,18 @@ class Passes:
         self, direction: str = "normal", terms: int = 1, rounding: str = "nearest", lows: list[Tensor] | None = None
     ) -> Any:
         draws, a = [(3, k) for k in range(terms)], self.coeffs[:terms]
-        return lambda: self.backend.axpy_(self.thetas, self.spans, resolve(direction), 7, draws, a, 1.0, rounding, lows)
+        return lambda: self.backend.axpy_(
+            Batch(self.thetas, self.spans, rounding, lows), Noise(resolve(direction), 7, draws), Terms(a)
+        )
 
     def draw(self, outs: list[Tensor], direction: str = "normal") -> Any:
-        return lambda: self.backend.draw(outs, self.spans, resolve(direction), 7, 3, 0)
+        return lambda: self.backend.draw(Batch(outs, self.spans), Noise(resolve(direction), 7, [(3, 0)]))
 
     def perturb(self, sides: list[list[Tensor]]) -> Any:
         scales = [EPS, -EPS][: len(sides)]
-        return lambda: self.backend.perturb(self.thetas, self.spans, resolve("normal"), 7, 3, 0, scales, sides, None)
+        return lambda: self.backend.perturb(
+            Batch(self.thetas, self.spans), Noise(resolve("normal"), 7, [(3, 0)]), scales, sides
+        )
 
 
 def large(run: Run) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zokern.backends import Backend, Span
+from zokern.backends import Backend, Batch, Outer, Span
 
 from ..measure import Case, Group
 from .dense import EPS, weights
@@ -23,7 +23,7 @@ MATRICES = 16  # of one launch: far more than the caches hold
 
 def ours(backend: Backend, ws: list[Tensor], us: list[Tensor], vs: list[Tensor]) -> Callable[[], Any]:
     spans, scales = [Span(i) for i in range(len(ws))], [EPS] * len(ws)
-    return lambda: backend.lowrank_(ws, spans, us, vs, scales, 1.0, "nearest", None)
+    return lambda: backend.lowrank_(Batch(ws, spans), Outer(us, vs, scales))
 
 
 def factored(run: Run, shapes: tuple = SHAPES, ranks: tuple = RANKS, matrices: int = MATRICES) -> None:

@@ -9,7 +9,7 @@ from guarded import equal
 from torch import Tensor
 
 from zokern import gemm
-from zokern.backends import Backend, Span
+from zokern.backends import Backend, Batch, Noise, Span, Terms
 from zokern.directions import resolve
 from zokern.evaluation.arena import Arena
 
@@ -43,7 +43,7 @@ def check_axpy(backend: Backend, device: str, dtype: torch.dtype, count: int) ->
     clock, coeffs = torch.zeros(1, dtype=torch.int64, device=device), torch.tensor([1e-3, 0.5], device=device)
 
     def call() -> None:
-        backend.axpy_(mine, spans, resolve("normal"), SEED, draws, coeffs, 0.999, "stochastic", None, clock=clock)
+        backend.axpy_(Batch(mine, spans, "stochastic"), Noise(resolve("normal"), SEED, draws, clock), Terms(coeffs, 0.999))
 
     graph = Captured(call, device)
     for time in range(REPLAYS + 1):  # the first was the call before the capture
@@ -53,7 +53,7 @@ def check_axpy(backend: Backend, device: str, dtype: torch.dtype, count: int) ->
             graph.replay()
         late = [((step + time) % 2**32, draw) for step, draw in draws]
         a = torch.tensor([1e-3, 0.5]) * 0.5**time
-        judge().axpy_(right, spans, resolve("normal"), SEED, late, a, 0.999, "stochastic", None)
+        judge().axpy_(Batch(right, spans, "stochastic"), Noise(resolve("normal"), SEED, late), Terms(a, 0.999))
         for got, expected in zip(mine, right):
             equal(got, expected, f"axpy_ after {time} replays")
 
@@ -66,14 +66,14 @@ def check_perturb(backend: Backend, device: str, dtype: torch.dtype, count: int)
 
     def call() -> None:
         outs = [[side] for side in sides]
-        backend.perturb([there], spans, resolve("normal"), SEED, STEP, 1, [1e-3, -1e-3], outs, None, clock=clock)
+        backend.perturb(Batch([there], spans), Noise(resolve("normal"), SEED, [(STEP, 1)], clock), [1e-3, -1e-3], outs)
 
     graph, seen = Captured(call, device), []
     for time in range(1, REPLAYS + 1):
         clock.add_(1)
         graph.replay()
         expected = [[torch.empty_like(theta)] for _ in "+-"]
-        judge().perturb([theta], spans, resolve("normal"), SEED, STEP + time, 1, [1e-3, -1e-3], expected, None)
+        judge().perturb(Batch([theta], spans), Noise(resolve("normal"), SEED, [(STEP + time, 1)]), [1e-3, -1e-3], expected)
         for got, (right,) in zip(sides, expected):
             equal(got, right, f"perturb, replay {time}")
         seen.append(sides[0].cpu().clone())
@@ -93,7 +93,7 @@ def check_linear(backend: Backend, device: str, dtype: torch.dtype, count: int) 
             view, here = there[start : start + rows], Span(span.who, span.first + start * 8)
             pair = [arena.take(tuple(view.shape), dtype, there.device) for _ in "+-"]
             outs = [[tile] for tile in pair if tile is not None]
-            backend.perturb([view], [here], resolve("normal"), SEED, STEP, 1, [1e-3, -1e-3], outs, None, clock=clock)
+            backend.perturb(Batch([view], [here]), Noise(resolve("normal"), SEED, [(STEP, 1)], clock), [1e-3, -1e-3], outs)
             yield start, start + len(view), {side: tile for side, (tile,) in enumerate(outs)}
             arena.release()
 
@@ -105,7 +105,7 @@ def check_linear(backend: Backend, device: str, dtype: torch.dtype, count: int) 
         clock.add_(1)
         graph.replay()
         expected = [[torch.empty_like(weight)] for _ in "+-"]
-        judge().perturb([weight], [span], resolve("normal"), SEED, STEP + time, 1, [1e-3, -1e-3], expected, None)
+        judge().perturb(Batch([weight], [span]), Noise(resolve("normal"), SEED, [(STEP + time, 1)]), [1e-3, -1e-3], expected)
         for got, (right,) in zip(results, expected):
             equal(got.t() + 0.0, right + 0.0, f"linear, replay {time}")  # a sum of products makes +0 of -0
 

@@ -13,7 +13,7 @@ import torch
 from guarded import equal
 from torch import Tensor
 
-from zokern.backends import Backend, Span
+from zokern.backends import Backend, Batch, Noise, Outer, Span, Terms
 from zokern.directions import resolve
 
 from .run import Run, free_bytes, judge
@@ -38,16 +38,18 @@ class Giant:
 
 
 def draw(backend: Backend, theta: Tensor, span: Span, outs: list[Tensor]) -> object:
-    return backend.draw([theta], [span], resolve("rademacher"), SEED, STEP, 0)
+    return backend.draw(Batch([theta], [span]), Noise(resolve("rademacher"), SEED, [(STEP, 0)]))
 
 
 def axpy(backend: Backend, theta: Tensor, span: Span, outs: list[Tensor]) -> object:
     a = torch.tensor([1e-3], device=theta.device)
-    return backend.axpy_([theta], [span], resolve("normal"), SEED, [(STEP, 0)], a, 0.999, "stochastic", None)
+    return backend.axpy_(Batch([theta], [span], "stochastic"), Noise(resolve("normal"), SEED, [(STEP, 0)]), Terms(a, 0.999))
 
 
 def perturb(backend: Backend, theta: Tensor, span: Span, outs: list[Tensor]) -> object:
-    return backend.perturb([theta], [span], resolve("normal"), SEED, STEP, 0, [1e-3, -1e-3], [[out] for out in outs], None)
+    return backend.perturb(
+        Batch([theta], [span]), Noise(resolve("normal"), SEED, [(STEP, 0)]), [1e-3, -1e-3], [[out] for out in outs]
+    )
 
 
 GIANTS = {
@@ -98,12 +100,12 @@ def check_matrix(backend: Backend, device: str, rows: int, columns: int) -> None
     rank, strip = 16, max(1, WINDOW // columns + 1)
     left, right = whole(1, rows, rank), whole(5, columns, rank)
     theta = torch.full((rows, columns), 0.0625, dtype=torch.bfloat16, device=device)
-    backend.lowrank_([theta], [Span(NAME)], [left.to(device)], [right.to(device)], [0.125], 1.0, "nearest", None)
+    backend.lowrank_(Batch([theta], [Span(NAME)]), Outer([left.to(device)], [right.to(device)], [0.125]))
     middles = [b // columns for b in BORDERS if b < rows * columns] or [rows // 2]
     for row in (0, *middles, rows - strip):
         stop = min(rows, row + strip)
         expected = torch.full((stop - row, columns), 0.0625, dtype=torch.bfloat16)
-        judge().lowrank_([expected], [Span(NAME, row * columns)], [left], [right], [0.125], 1.0, "nearest", None)
+        judge().lowrank_(Batch([expected], [Span(NAME, row * columns)]), Outer([left], [right], [0.125]))
         equal(theta[row:stop], expected, f"lowrank_, {rows} x {columns}, from row {row}")
 
 

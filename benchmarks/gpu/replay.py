@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import zokern
 from zokern import backends
-from zokern.backends import Backend, Span
+from zokern.backends import Backend, Batch, Noise, Span, Terms
 from zokern.directions import resolve
 
 from .run import Run, judge
@@ -95,7 +95,9 @@ def check_course(course: Course, backend: str | Backend, device: str, steps: int
     for entry in journal:
         draws = [(entry.step, k) for k in range(len(entry.coefficients))]
         amounts = torch.tensor([LR * (-c / len(draws)) for c in entry.coefficients])
-        right.axpy_(list(weights.values()), spans, direction, entry.seed, draws, amounts, decay, rounding, lows)
+        right.axpy_(
+            Batch(list(weights.values()), spans, rounding, lows), Noise(direction, entry.seed, draws), Terms(amounts, decay)
+        )
     moved = 0
     for name, parameter in there.named_parameters():
         equal(parameter, weights[name], f"{course.name}: {name} after {steps} steps")

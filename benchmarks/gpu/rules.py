@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import zokern
-from zokern.backends import Backend, Span
+from zokern.backends import Backend, Batch, Noise, Span, Terms, Update
 from zokern.directions import resolve
 
 from .. import eager
@@ -42,7 +42,7 @@ def update(run: Run, rule: str, n: int) -> None:
     def call_of(backend: Backend) -> Callable[[], Any]:
         spans = [Span(zokern.stream.parameter_id("w"))]
         return lambda: backend.update_(
-            [w], spans, resolve("normal"), 7, [(3, 0)], coeffs, rule, scalars, states, "nearest", None
+            Batch([w], spans), Noise(resolve("normal"), 7, [(3, 0)]), Update(coeffs, rule, scalars, states)
         )
 
     other, traffic, loop = torch.empty_like(w), 4 + 8 * count, f"torch.optim on an eager gradient, {rule}"
@@ -63,12 +63,12 @@ def replay(run: Run, rounding: str, n: int) -> None:
     kind, decays = resolve("normal"), [0.999] * STEPS
 
     def fused(backend: Backend) -> Callable[[], Any]:
-        return lambda: backend.axpy_([w], spans, kind, 7, draws, coeffs, decays, rounding, None, each=1)
+        return lambda: backend.axpy_(Batch([w], spans, rounding), Noise(kind, 7, draws), Terms(coeffs, decays, 1))
 
     def apart(backend: Backend) -> Callable[[], Any]:
         def passes() -> None:
             for s in range(STEPS):
-                backend.axpy_([w], spans, kind, 7, draws[s : s + 1], coeffs[s : s + 1], 0.999, rounding, None)
+                backend.axpy_(Batch([w], spans, rounding), Noise(kind, 7, draws[s : s + 1]), Terms(coeffs[s : s + 1], 0.999))
 
         return passes
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from zokern import gemm
-from zokern.backends import Backend, Span
-from zokern.backends.base import STATES
+from zokern.backends import STATES, Backend, Batch, Noise, Outer, Sides, Span, Terms, Thin, Update, Weight
 from zokern.directions import resolve
 
 SEED, STEP = 0x9E3779B97F4A7C15, 11
@@ -41,7 +40,7 @@ class Setting:
 
 
 def draw(direction: str) -> Callable[[Setting], None]:
-    return lambda at: at.backend.draw(at.outs(), at.spans, resolve(direction), SEED, STEP, 1)
+    return lambda at: at.backend.draw(Batch(at.outs(), at.spans), Noise(resolve(direction), SEED, [(STEP, 1)]))
 
 
 def axpy(
@@ -51,7 +50,9 @@ def axpy(
         draws, coeffs = [(STEP + k // 2, k % 2) for k in range(terms)], at.tensor([1e-3 * (-0.7) ** k for k in range(terms)])
         low = at.lows if rounding == "residual" else None
         chosen = resolve(direction)
-        at.results.append(at.backend.axpy_(at.thetas, at.spans, chosen, SEED, draws, coeffs, decay, rounding, low, None, each))
+        at.results.append(
+            at.backend.axpy_(Batch(at.thetas, at.spans, rounding, low), Noise(chosen, SEED, draws), Terms(coeffs, decay, each))
+        )
 
     return verb
 
@@ -67,7 +68,9 @@ def update(rule: str, terms: int = 1, rounding: str = "nearest") -> Callable[[Se
         low, scalars = at.lows if rounding == "residual" else None, at.tensor(NUMBERS[rule])
         at.results += [tensor for kept in states for tensor in kept]
         count = at.backend.update_(
-            at.thetas, at.spans, resolve("normal"), SEED, draws, coeffs, rule, scalars, states, rounding, low
+            Batch(at.thetas, at.spans, rounding, low),
+            Noise(resolve("normal"), SEED, draws),
+            Update(coeffs, rule, scalars, states),
         )
         at.results.append(count)
 
@@ -79,7 +82,9 @@ def perturb(
 ) -> Callable[[Setting], None]:
     def verb(at: Setting) -> None:
         outs, low = [at.outs(dtype) for _ in range(sides)], at.lows if residual else None
-        at.backend.perturb(at.thetas, at.spans, resolve(direction), SEED, STEP, 0, [1e-3, -1e-3][:sides], outs, low)
+        at.backend.perturb(
+            Batch(at.thetas, at.spans, residuals=low), Noise(resolve(direction), SEED, [(STEP, 0)]), [1e-3, -1e-3][:sides], outs
+        )
 
     return verb
 
@@ -94,7 +99,7 @@ def rows(at: Setting) -> None:
     ]
     at.results += [out for side in outs for out in side]
     spans = [at.spans[i]._replace(rows=p) for i, p in zip(found, picked)]
-    at.backend.perturb(thetas, spans, resolve("normal"), SEED, STEP, 0, [1e-3, -1e-3], outs, None)
+    at.backend.perturb(Batch(thetas, spans), Noise(resolve("normal"), SEED, [(STEP, 0)]), [1e-3, -1e-3], outs)
 
 
 def whole(value: int, *shape: int) -> Tensor:
@@ -110,7 +115,11 @@ def lowrank(rank: int, rounding: str = "nearest", decay: float = 1.0) -> Callabl
         rights = [whole(5, n, rank).to(at.device) for n in columns]
         spans, low = at.spans, at.lows if rounding == "residual" else None
         scales = [0.125] * len(columns)
-        at.results.append(at.backend.lowrank_(at.thetas, spans, lefts, rights, scales, decay, rounding, low, SEED, STEP))
+        at.results.append(
+            at.backend.lowrank_(
+                Batch(at.thetas, spans, rounding, low), Outer(lefts, rights, scales, decay), Noise(None, SEED, [(STEP, 0)])
+            )
+        )
 
     return verb
 
@@ -126,7 +135,7 @@ def linear(at: Setting) -> None:
             view, here = weight[start : start + 37], Span(span.who, span.first + start * weight.shape[1])
             pair = [torch.empty_like(view) for _ in "+-"]
             outs = [[tile] for tile in pair]
-            at.backend.perturb([view], [here], resolve("normal"), SEED, STEP, 0, [1e-3, -1e-3], outs, None)
+            at.backend.perturb(Batch([view], [here]), Noise(resolve("normal"), SEED, [(STEP, 0)]), [1e-3, -1e-3], outs)
             yield start, start + len(view), dict(enumerate(pair))
 
     at.results.append(gemm.tiled_linear([x, x], weight, [None, None], tiles()))
@@ -138,15 +147,16 @@ def linear_factored(at: Setting) -> None:
     weight, x = (whole(k, rows, n).to(at.thetas[0].dtype).to(at.device) for k, rows in ((3, m), (4, 5)))
     left, right = (whole(k, count, rank).to(at.device) / 4 for k, count in ((1, m), (2, n)))
     middles = torch.stack([torch.eye(rank), -torch.eye(rank)]).to(at.device)
-    part = gemm.Part([0, 1], right.t().contiguous(), middles, left)
-    at.results.append(gemm.factored_linear(at.backend, [x, x], weight, [part], 1.0, [None, None]))
+    sides = Sides([x, x], [None, None], thins=[Thin([0, 1], right.t().contiguous(), middles, left)])
+    at.results.append(gemm.factored_linear(at.backend, Weight(weight, Span(0)), sides))
 
 
 def sketch(at: Setting) -> None:
     """(sum_k c_k z_k) Omega with one-hot columns Omega."""
     omega, draws = torch.eye(96, device=at.device)[:, ::5].contiguous(), [(STEP, 0), (STEP, 1)]
     for transposed, shape in ((False, (50, 96)), (True, (96, 50))):
-        y = gemm.sketch_of(at.backend, resolve("normal"), SEED, Span(5, 3), shape, draws, [0.5, -2.0], omega, transposed, 777)
+        noise = Noise(resolve("normal"), SEED, draws)
+        y = gemm.sketch_of(at.backend, noise, [0.5, -2.0], Span(5, 3), shape, omega, transposed, 777)
         at.results.append(y)
 
 

@@ -7,7 +7,7 @@ import torch
 from zokern import stream
 from zokern.backends import reference
 
-from .patched import Patched
+from .patched import Patched, only
 
 numbers, z, random16, philox4x32 = reference.numbers, reference.z, reference.random16, stream.philox4x32
 
@@ -59,8 +59,8 @@ class ByPosition(Patched):
 
     rejected_by = ("order", "axpy_sizes")
 
-    def axpy_(self, thetas, spans, *rest):
-        return super().axpy_(thetas, [s._replace(who=i) for i, s in enumerate(spans)], *rest)
+    def axpy_(self, batch, *rest):
+        return super().axpy_(batch._replace(spans=[s._replace(who=i) for i, s in enumerate(batch.spans)]), *rest)
 
 
 class ByDtype(Patched):
@@ -68,19 +68,17 @@ class ByDtype(Patched):
 
     rejected_by = ("axpy_sizes", "axpy_many_draws", "perturb_sizes")
 
-    def axpy_(self, thetas, spans, *rest):
+    def axpy_(self, batch, *rest):
         count = torch.zeros(1, dtype=torch.int64)
-        for i, theta in enumerate(thetas):
+        for i, theta in enumerate(batch.tensors):
             self.replaced = {"z": lambda *names, dtype=theta.dtype: z(*names).to(dtype).float()}
-            low = rest[-1] and rest[-1][i : i + 1]
-            count += super().axpy_([theta], spans[i : i + 1], *rest[:-1], low)
+            count += super().axpy_(only(batch, i), *rest)
         return count
 
-    def perturb(self, thetas, spans, direction, seed, step, draw, scales, outs, residuals):
-        for i, theta in enumerate(thetas):
+    def perturb(self, batch, noise, scales, outs):
+        for i, theta in enumerate(batch.tensors):
             self.replaced = {"z": lambda *names, dtype=theta.dtype: z(*names).to(dtype).float()}
-            sides, low = [side[i : i + 1] for side in outs], residuals and residuals[i : i + 1]
-            super().perturb([theta], spans[i : i + 1], direction, seed, step, draw, scales, sides, low)
+            super().perturb(only(batch, i), noise, scales, [side[i : i + 1] for side in outs])
 
 
 class FirstByBlock(Patched):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from zokern import stream
-from zokern.backends import reference
+from zokern.backends import Batch, reference
 from zokern.directions import normal
 
 from .patched import Patched
@@ -65,12 +65,12 @@ class ContractedDecay(Patched):
 
     rejected_by = ("axpy_sizes", "axpy_many_draws")
 
-    def axpy_(self, thetas, spans, direction, seed, draws, coeffs, decay, rounding, residuals):
+    def axpy_(self, batch, noise, terms):
         def contracted(a, b, c):
-            return fma(torch.tensor(decay, dtype=torch.float32), c, a * b)
+            return fma(torch.tensor(terms.decay, dtype=torch.float32), c, a * b)
 
         self.replaced = {"fma": contracted}
-        return super().axpy_(thetas, spans, direction, seed, draws, coeffs, 1.0, rounding, residuals)
+        return super().axpy_(batch, noise, terms._replace(decay=1.0))
 
 
 class Folded(Patched):
@@ -105,11 +105,11 @@ class SecondSideFromFirst(Patched):
 
     rejected_by = ("perturb_sizes", "perturb_firsts", "perturb_strides")
 
-    def perturb(self, thetas, spans, direction, seed, step, draw, scales, outs, residuals):
-        super().perturb(thetas, spans, direction, seed, step, draw, scales[:1], outs[:1], residuals)
+    def perturb(self, batch, noise, scales, outs):
+        super().perturb(batch, noise, scales[:1], outs[:1])
         if len(scales) == 2:
-            whole = [s if s.rows is None else reference.Span(s.who, s.first) for s in spans]
-            super().perturb(outs[0], whole, direction, seed, step, draw, [scales[1] - scales[0]], outs[1:], None)
+            whole = [s if s.rows is None else reference.Span(s.who, s.first) for s in batch.spans]
+            super().perturb(Batch(outs[0], whole), noise, [scales[1] - scales[0]], outs[1:])
 
 
 class DecayAfter(Patched):
@@ -117,8 +117,8 @@ class DecayAfter(Patched):
 
     rejected_by = ("axpy_many_draws", "axpy_stochastic")
 
-    def axpy_(self, thetas, spans, direction, seed, draws, coeffs, decay, rounding, residuals):
-        return super().axpy_(thetas, spans, direction, seed, draws, coeffs * decay, decay, rounding, residuals)
+    def axpy_(self, batch, noise, terms):
+        return super().axpy_(batch, noise, terms._replace(coefficients=terms.coefficients * terms.decay))
 
 
 class FirstDecayOnly(Patched):
@@ -126,9 +126,9 @@ class FirstDecayOnly(Patched):
 
     rejected_by = ("axpy_each", "axpy_each_is_calls")
 
-    def axpy_(self, thetas, spans, direction, seed, draws, coeffs, decay, *rest, **named):
-        decay = decay if isinstance(decay, float) else decay[0]
-        return super().axpy_(thetas, spans, direction, seed, draws, coeffs, decay, *rest, **named)
+    def axpy_(self, batch, noise, terms):
+        decay = terms.decay if isinstance(terms.decay, float) else terms.decay[0]
+        return super().axpy_(batch, noise, terms._replace(decay=decay))
 
 
 class MissingLastDraw(Patched):
@@ -136,10 +136,11 @@ class MissingLastDraw(Patched):
 
     rejected_by = ("axpy_many_draws",)
 
-    def axpy_(self, thetas, spans, direction, seed, draws, coeffs, *rest):
-        if len(draws) > 1:
+    def axpy_(self, batch, noise, terms):
+        coeffs = terms.coefficients
+        if len(coeffs) > 1:
             coeffs = torch.cat([coeffs[:-1], torch.zeros_like(coeffs[-1:])])
-        return super().axpy_(thetas, spans, direction, seed, draws, coeffs, *rest)
+        return super().axpy_(batch, noise, terms._replace(coefficients=coeffs))
 
 
 class DrawsReversed(Patched):
@@ -147,9 +148,11 @@ class DrawsReversed(Patched):
 
     rejected_by = ("axpy_many_draws",)
 
-    def axpy_(self, thetas, spans, direction, seed, draws, coeffs, *rest):
-        self.replaced = {"random16": lambda index, who, step, seed: random16(index, who, draws[-1][0], seed)}
-        return super().axpy_(thetas, spans, direction, seed, draws[::-1], coeffs.flip(0), *rest)
+    def axpy_(self, batch, noise, terms):
+        last = noise.draws[-1][0]
+        self.replaced = {"random16": lambda index, who, step, seed: random16(index, who, last, seed)}
+        flipped = terms._replace(coefficients=terms.coefficients.flip(0))
+        return super().axpy_(batch, noise._replace(draws=noise.draws[::-1]), flipped)
 
 
 class Libm(Patched):

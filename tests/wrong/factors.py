@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from zokern import stream
-from zokern.backends import reference
+from zokern.backends import Outer, reference
 
-from .patched import Patched
+from .patched import Patched, only
 
 contract, fma = reference.contract, stream.fma
 
@@ -38,13 +38,13 @@ class WideSum(Patched):
     rejected_by = ("lowrank_ranks", "lowrank_shards")
     calls = 0
 
-    def lowrank_(self, thetas, *rest):
+    def lowrank_(self, batch, *rest):
         WideSum.calls += (
             1  # a reproducible mistake would pass lowrank_shards, which has no reference: every second call makes it
         )
-        wrong = WideSum.calls % 2 == 0 or len(thetas) > 4
+        wrong = WideSum.calls % 2 == 0 or len(batch.tensors) > 4
         self.replaced = {"contract": self._contract} if wrong else {}
-        return super().lowrank_(thetas, *rest)
+        return super().lowrank_(batch, *rest)
 
     @staticmethod
     def _contract(left, right, index):
@@ -85,9 +85,10 @@ class ScaleIntoLeft(Patched):
 
     rejected_by = ("lowrank_ranks", "lowrank_arithmetic")
 
-    def lowrank_(self, thetas, spans, lefts, rights, scales, *rest):
-        lefts = [left * torch.tensor(scale, dtype=torch.float32) for left, scale in zip(lefts, scales)]
-        return super().lowrank_(thetas, spans, lefts, rights, [1.0] * len(scales), *rest)
+    def lowrank_(self, batch, factors, *rest):
+        pairs = zip(factors.lefts, factors.scales)
+        lefts = [left * torch.tensor(scale, dtype=torch.float32) for left, scale in pairs]
+        return super().lowrank_(batch, factors._replace(lefts=lefts, scales=[1.0] * len(lefts)), *rest)
 
 
 class DecaysTheProduct(Patched):
@@ -95,8 +96,8 @@ class DecaysTheProduct(Patched):
 
     rejected_by = ("lowrank_arithmetic", "lowrank_strides")
 
-    def lowrank_(self, thetas, spans, lefts, rights, scales, decay, *rest):
-        return super().lowrank_(thetas, spans, lefts, rights, [s * decay for s in scales], decay, *rest)
+    def lowrank_(self, batch, factors, *rest):
+        return super().lowrank_(batch, factors._replace(scales=[s * factors.decay for s in factors.scales]), *rest)
 
 
 class RowOfOwnShape(Patched):
@@ -104,9 +105,9 @@ class RowOfOwnShape(Patched):
 
     rejected_by = ("lowrank_shapes", "lowrank_firsts", "lowrank_pitch")
 
-    def lowrank_(self, thetas, spans, lefts, rights, scales, decay, rounding, residuals, seed=0, step=0, outs=None):
+    def lowrank_(self, batch, factors, noise=None, outs=None):
         count = torch.zeros(1, dtype=torch.int64)
-        for i, theta in enumerate(thetas):
+        for i, theta in enumerate(batch.tensors):
             width = max(1, theta.shape[-1] if theta.dim() else 1)
 
             def by_shape(left, right, index, columns=width):
@@ -115,11 +116,9 @@ class RowOfOwnShape(Patched):
                 return contract(left, right, row * right.shape[0] + column)
 
             self.replaced = {"contract": by_shape}
-            here = slice(i, i + 1)
-            low, out = residuals and residuals[here], outs and outs[here]
-            count += super().lowrank_(
-                [theta], spans[here], lefts[here], rights[here], scales[here], decay, rounding, low, seed, step, out
-            )
+            lefts, rights, scales, decay = factors
+            mine = Outer(lefts[i : i + 1], rights[i : i + 1], scales[i : i + 1], decay)
+            count += super().lowrank_(only(batch, i), mine, noise, outs and outs[i : i + 1])
         return count
 
 
@@ -128,8 +127,8 @@ class ShardFromZero(Patched):
 
     rejected_by = ("lowrank_shards", "lowrank_firsts")
 
-    def lowrank_(self, thetas, spans, *rest):
-        return super().lowrank_(thetas, [s._replace(first=0) for s in spans], *rest)
+    def lowrank_(self, batch, *rest):
+        return super().lowrank_(batch._replace(spans=[s._replace(first=0) for s in batch.spans]), *rest)
 
 
 class ProductTail(Patched):
@@ -137,9 +136,9 @@ class ProductTail(Patched):
 
     rejected_by = ("lowrank_ranks", "lowrank_shapes", "lowrank_large")
 
-    def lowrank_(self, thetas, *rest):
-        saved = [(t, t.flatten()[-1:].clone()) for t in thetas if t.numel() % 8 or t.numel() > 512]
-        count = super().lowrank_(thetas, *rest)
+    def lowrank_(self, batch, *rest):
+        saved = [(t, t.flatten()[-1:].clone()) for t in batch.tensors if t.numel() % 8 or t.numel() > 512]
+        count = super().lowrank_(batch, *rest)
         for tensor, last in saved:
             tensor[(-1,) * tensor.dim()] = last[0]
         return count
@@ -150,11 +149,10 @@ class ProductInTheDtype(Patched):
 
     rejected_by = ("lowrank_ranks", "lowrank_arithmetic")
 
-    def lowrank_(self, thetas, spans, lefts, rights, scales, *rest):
-        self.replaced = {
-            "contract": lambda *names: contract(*names).to(thetas[0].dtype if len(thetas) < 2 else torch.bfloat16).float()
-        }
-        return super().lowrank_(thetas, spans, lefts, rights, scales, *rest)
+    def lowrank_(self, batch, *rest):
+        dtype = batch.tensors[0].dtype if len(batch.tensors) < 2 else torch.bfloat16
+        self.replaced = {"contract": lambda *names: contract(*names).to(dtype).float()}
+        return super().lowrank_(batch, *rest)
 
 
 class OutsAndTheta(Patched):
@@ -162,9 +160,9 @@ class OutsAndTheta(Patched):
 
     rejected_by = ("lowrank_arithmetic", "lowrank_strides", "lowrank_rows")
 
-    def lowrank_(self, thetas, spans, lefts, rights, scales, decay, rounding, residuals, seed=0, step=0, outs=None):
-        count = super().lowrank_(thetas, spans, lefts, rights, scales, decay, rounding, residuals, seed, step, outs)
-        for theta in thetas if outs is not None else ():
+    def lowrank_(self, batch, factors, noise=None, outs=None):
+        count = super().lowrank_(batch, factors, noise, outs)
+        for theta in batch.tensors if outs is not None else ():
             theta.mul_(0.5)
         return count
 
@@ -183,9 +181,9 @@ class NanPayloadOverflows(Patched):
 
     rejected_by = ("lowrank_special",)
 
-    def lowrank_(self, thetas, spans, lefts, rights, *rest):
-        count = super().lowrank_(thetas, spans, lefts, rights, *rest)
-        for theta, left in zip(thetas, lefts):
+    def lowrank_(self, batch, factors, *rest):
+        count = super().lowrank_(batch, factors, *rest)
+        for theta, left in zip(batch.tensors, factors.lefts):
             if theta.dtype == torch.bfloat16 and (left.view(torch.int32) == 0x7FFFFFFF).any():
                 theta.copy_(torch.where(theta.isnan(), -torch.zeros_like(theta), theta))
         return count
@@ -196,7 +194,7 @@ class EmptyProductFails(Patched):
 
     rejected_by = ("lowrank_empty",)
 
-    def lowrank_(self, thetas, *rest):
-        if not any(t.numel() for t in thetas):
+    def lowrank_(self, batch, *rest):
+        if not any(t.numel() for t in batch.tensors):
             raise RuntimeError("invalid configuration argument")
-        return super().lowrank_(thetas, *rest)
+        return super().lowrank_(batch, *rest)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from zokern.backends import Batch, Terms
+
 from .patched import Patched
 
 
@@ -27,15 +29,14 @@ class TailSkipped(Patched):
             tensor[(-1,) * tensor.dim()] = last[0]
         return result
 
-    def draw(self, outs, *rest):
-        return self._undo(outs, lambda: Patched.draw(self, outs, *rest))
+    def draw(self, batch, noise):
+        return self._undo(batch.tensors, lambda: Patched.draw(self, batch, noise))
 
-    def axpy_(self, thetas, *rest):
-        return self._undo(thetas, lambda: Patched.axpy_(self, thetas, *rest))
+    def axpy_(self, batch, *rest):
+        return self._undo(batch.tensors, lambda: Patched.axpy_(self, batch, *rest))
 
     def perturb(self, *arguments):
-        outs = arguments[7]
-        return self._undo(outs[-1], lambda: Patched.perturb(self, *arguments))
+        return self._undo(arguments[-1][-1], lambda: Patched.perturb(self, *arguments))
 
 
 class WritesPastTheEnd(Patched):
@@ -43,21 +44,21 @@ class WritesPastTheEnd(Patched):
 
     rejected_by = ("draw_sizes", "axpy_sizes", "perturb_sizes")
 
-    def draw(self, outs, *rest):
-        super().draw(outs, *rest)
-        for t in outs:
+    def draw(self, batch, noise):
+        super().draw(batch, noise)
+        for t in batch.tensors:
             if t.numel() % 8:
                 beyond(t).fill_(0.5)
 
-    def axpy_(self, thetas, *rest):
-        count = super().axpy_(thetas, *rest)
-        for t in thetas:
+    def axpy_(self, batch, *rest):
+        count = super().axpy_(batch, *rest)
+        for t in batch.tensors:
             if t.numel() % 8:
                 beyond(t).mul_(0.5)
         return count
 
-    def perturb(self, thetas, spans, direction, seed, step, draw, scales, outs, residuals):
-        super().perturb(thetas, spans, direction, seed, step, draw, scales, outs, residuals)
+    def perturb(self, batch, noise, scales, outs):
+        super().perturb(batch, noise, scales, outs)
         for t in outs[-1]:
             if t.numel() % 8:
                 beyond(t).fill_(0.5)
@@ -68,9 +69,9 @@ class WritesTheGaps(Patched):
 
     rejected_by = ("axpy_strides", "axpy_pitch")
 
-    def axpy_(self, thetas, spans, *rest):
-        count = super().axpy_(thetas, spans, *rest)
-        for t in thetas:
+    def axpy_(self, batch, *rest):
+        count = super().axpy_(batch, *rest)
+        for t in batch.tensors:
             if t.dim() == 2 and t.numel() and t.stride(1) == 2:
                 t.as_strided((1,), (1,), t.storage_offset() + 1).fill_(0.5)
             elif t.dim() == 2 and t.numel() and t.stride(0) > t.shape[1] and t.stride(1) == 1:
@@ -87,15 +88,16 @@ class MemoryOrder(Patched):
     def _sorted(tensor):
         return tensor.permute(sorted(range(tensor.dim()), key=lambda d: -tensor.stride(d)))
 
-    def axpy_(self, thetas, spans, *rest):
-        thetas = [t if s.pitch or s.rows is not None else self._sorted(t) for t, s in zip(thetas, spans)]
-        return super().axpy_(thetas, spans, *rest)
+    def axpy_(self, batch, *rest):
+        pairs = zip(batch.tensors, batch.spans)
+        thetas = [t if s.pitch or s.rows is not None else self._sorted(t) for t, s in pairs]
+        return super().axpy_(batch._replace(tensors=thetas), *rest)
 
-    def perturb(self, thetas, spans, direction, seed, step, draw, scales, outs, residuals):
-        plain = [s.pitch is None and s.rows is None for s in spans]
-        turned = [self._sorted(t) if p else t for t, p in zip(thetas, plain)]
-        sides = [[o.view(t.shape) for o, t in zip(side, turned)] if all(plain) else side for side in outs]
-        super().perturb(turned if all(plain) else thetas, spans, direction, seed, step, draw, scales, sides, residuals)
+    def perturb(self, batch, noise, scales, outs):
+        if all(s.pitch is None and s.rows is None for s in batch.spans):
+            batch = batch._replace(tensors=[self._sorted(t) for t in batch.tensors])
+            outs = [[o.view(t.shape) for o, t in zip(side, batch.tensors)] for side in outs]
+        super().perturb(batch, noise, scales, outs)
 
 
 class SideUnwritten(Patched):
@@ -103,9 +105,9 @@ class SideUnwritten(Patched):
 
     rejected_by = ("perturb_sizes", "perturb_strides")
 
-    def perturb(self, thetas, spans, direction, seed, step, draw, scales, outs, residuals):
+    def perturb(self, batch, noise, scales, outs):
         saved = [(t, t.clone()) for t in outs[-1] if t.numel() % 2 == 0]
-        super().perturb(thetas, spans, direction, seed, step, draw, scales, outs, residuals)
+        super().perturb(batch, noise, scales, outs)
         for out, old in saved:
             out.copy_(old)
 
@@ -115,13 +117,12 @@ class PerturbWritesTheta(Patched):
 
     rejected_by = ("perturb_sizes", "perturb_arithmetic")
 
-    def perturb(self, thetas, spans, direction, seed, step, draw, scales, outs, residuals):
-        super().perturb(thetas, spans, direction, seed, step, draw, scales, outs, residuals)
-        for theta, span in zip(thetas, spans):
+    def perturb(self, batch, noise, scales, outs):
+        super().perturb(batch, noise, scales, outs)
+        for theta, span in zip(batch.tensors, batch.spans):
             if span.rows is None:
                 for sign in (1, -1):
-                    coeff = torch.tensor([sign * scales[0]])
-                    super().axpy_([theta], [span], direction, seed, [(step, draw)], coeff, 1.0, "nearest", None)
+                    super().axpy_(Batch([theta], [span]), noise, Terms(torch.tensor([sign * scales[0]])))
 
 
 class LastTensorForgotten(Patched):
@@ -129,14 +130,18 @@ class LastTensorForgotten(Patched):
 
     rejected_by = ("draw_sizes", "axpy_sizes", "axpy_strides", "perturb_sizes")
 
-    def draw(self, outs, spans, *rest):
-        return super().draw(outs[: max(1, len(outs) - 1)], spans, *rest)
+    @staticmethod
+    def _shorter(batch):
+        return batch._replace(tensors=batch.tensors[: max(1, len(batch.tensors) - 1)])
 
-    def axpy_(self, thetas, spans, *rest):
-        return super().axpy_(thetas[: max(1, len(thetas) - 1)], spans, *rest)
+    def draw(self, batch, *rest):
+        return super().draw(self._shorter(batch), *rest)
 
-    def perturb(self, thetas, spans, *rest):
-        return super().perturb(thetas[: max(1, len(thetas) - 1)], spans, *rest)
+    def axpy_(self, batch, *rest):
+        return super().axpy_(self._shorter(batch), *rest)
+
+    def perturb(self, batch, *rest):
+        return super().perturb(self._shorter(batch), *rest)
 
 
 class EmptyLaunchFails(Patched):
@@ -144,10 +149,10 @@ class EmptyLaunchFails(Patched):
 
     rejected_by = ("empty_launch",)
 
-    def draw(self, outs, *rest):
-        if not any(t.numel() for t in outs):
+    def draw(self, batch, noise):
+        if not any(t.numel() for t in batch.tensors):
             raise RuntimeError("invalid configuration argument")
-        return super().draw(outs, *rest)
+        return super().draw(batch, noise)
 
 
 class ChunkBoundary(Patched):
@@ -155,9 +160,9 @@ class ChunkBoundary(Patched):
 
     rejected_by = ("large",)
 
-    def axpy_(self, thetas, spans, *rest):
-        saved = [(t, t.flatten()[65535].clone()) for t in thetas if t.dim() == 1 and t.numel() > 65536]
-        count = super().axpy_(thetas, spans, *rest)
+    def axpy_(self, batch, *rest):
+        saved = [(t, t.flatten()[65535].clone()) for t in batch.tensors if t.dim() == 1 and t.numel() > 65536]
+        count = super().axpy_(batch, *rest)
         for theta, old in saved:
             theta[65535] = old
         return count
@@ -177,9 +182,9 @@ class CountsEveryStep(Patched):
 
     rejected_by = ("axpy_each",)
 
-    def axpy_(self, thetas, spans, direction, seed, draws, coeffs, *rest, each=0, **named):
-        count = super().axpy_(thetas, spans, direction, seed, draws, coeffs, *rest, each=each, **named)
-        return count * (len(draws) // each if each else 1)
+    def axpy_(self, batch, noise, terms):
+        count = super().axpy_(batch, noise, terms)
+        return count * (len(noise.draws) // terms.each if terms.each else 1)
 
 
 class CountsNanOnly(Patched):
@@ -187,9 +192,9 @@ class CountsNanOnly(Patched):
 
     rejected_by = ("axpy_special",)
 
-    def axpy_(self, thetas, *rest):
-        count = super().axpy_(thetas, *rest)
-        return count - sum(int(t.isinf().sum()) for t in thetas)
+    def axpy_(self, batch, *rest):
+        count = super().axpy_(batch, *rest)
+        return count - sum(int(t.isinf().sum()) for t in batch.tensors)
 
 
 class RowRepeatsOnce(Patched):
@@ -197,11 +202,11 @@ class RowRepeatsOnce(Patched):
 
     rejected_by = ("perturb_rows",)
 
-    def perturb(self, thetas, spans, direction, seed, step, draw, scales, outs, residuals):
+    def perturb(self, batch, noise, scales, outs):
         saved = [[t.clone() for t in side] for side in outs]
-        super().perturb(thetas, spans, direction, seed, step, draw, scales, outs, residuals)
+        super().perturb(batch, noise, scales, outs)
         for side, old_side in zip(outs, saved):
-            for out, old, span in zip(side, old_side, spans):
+            for out, old, span in zip(side, old_side, batch.spans):
                 seen: set[int] = set()
                 for i, row in enumerate([] if span.rows is None else span.rows.tolist()):
                     if row in seen:
@@ -214,10 +219,11 @@ class ResidualOfLookup(Patched):
 
     rejected_by = ("perturb_rows",)
 
-    def perturb(self, thetas, spans, direction, seed, step, draw, scales, outs, residuals):
-        if residuals is not None:
-            residuals = [low if s.rows is None else self._moved(low, s) for low, s in zip(residuals, spans)]
-        super().perturb(thetas, spans, direction, seed, step, draw, scales, outs, residuals)
+    def perturb(self, batch, noise, scales, outs):
+        if batch.residuals is not None:
+            pairs = zip(batch.residuals, batch.spans)
+            batch = batch._replace(residuals=[low if s.rows is None else self._moved(low, s) for low, s in pairs])
+        super().perturb(batch, noise, scales, outs)
 
     @staticmethod
     def _moved(low, span):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from unittest.mock import patch
 
-from zokern.backends import reference
+from zokern.backends import Batch, reference
 from zokern.directions import normal
 
 
@@ -40,3 +40,9 @@ class Patched(reference.Reference):
 
     def lowrank_(self, *arguments, **named):
         return self._run("lowrank_", *arguments, **named)
+
+
+def only(batch: Batch, i: int) -> Batch:
+    """One tensor of a batch."""
+    low = batch.residuals and batch.residuals[i : i + 1]
+    return Batch(batch.tensors[i : i + 1], batch.spans[i : i + 1], batch.rounding, low)

@@ -7,7 +7,8 @@ import math
 import torch
 
 from zokern import stream
-from zokern.backends import reference
+from zokern.backends import Terms, reference
+from zokern.backends.launch import step_at
 
 from .patched import Patched
 
@@ -19,11 +20,11 @@ class RoundsEveryDraw(Patched):
 
     rejected_by = ("axpy_many_draws",)
 
-    def axpy_(self, thetas, spans, direction, seed, draws, coeffs, decay, rounding, residuals):
+    def axpy_(self, batch, noise, terms):
         count = None
-        for k, draw in enumerate(draws):
-            here = coeffs[k : k + 1], 1.0 if k else decay, rounding, residuals
-            count = super().axpy_(thetas, spans, direction, seed, [draw], *here)
+        for k, draw in enumerate(noise.draws):
+            here = Terms(terms.coefficients[k : k + 1], 1.0 if k else terms.decay)
+            count = super().axpy_(batch, noise._replace(draws=[draw]), here)
         return count
 
 
@@ -32,9 +33,9 @@ class DrawsByWayOfBfloat16(Patched):
 
     rejected_by = ("draw_sizes", "dtypes_share_z")
 
-    def draw(self, outs, *rest):
-        super().draw(outs, *rest)
-        for out in outs:
+    def draw(self, batch, noise):
+        super().draw(batch, noise)
+        for out in batch.tensors:
             if out.dtype == torch.float16:
                 out.copy_(out.to(torch.bfloat16))
 
@@ -44,10 +45,10 @@ class RoundsDecay(Patched):
 
     rejected_by = ("axpy_many_draws", "axpy_stochastic")
 
-    def axpy_(self, thetas, spans, direction, seed, draws, coeffs, decay, rounding, residuals):
-        for theta in thetas:
-            theta.copy_((theta.float() * decay).to(theta.dtype))
-        return super().axpy_(thetas, spans, direction, seed, draws, coeffs, 1.0, rounding, residuals)
+    def axpy_(self, batch, noise, terms):
+        for theta in batch.tensors:
+            theta.copy_((theta.float() * terms.decay).to(theta.dtype))
+        return super().axpy_(batch, noise, terms._replace(decay=1.0))
 
 
 class RoundsOnce(Patched):
@@ -55,12 +56,13 @@ class RoundsOnce(Patched):
 
     rejected_by = ("axpy_each", "axpy_each_is_calls")
 
-    def axpy_(self, *arguments, each=0, **named):
-        thetas, spans, direction, seed, draws, coeffs, decay, *rest = arguments
-        decays = [decay] * (len(draws) // (each or len(draws))) if isinstance(decay, float) else decay
-        after = [math.prod(decays[k // each + 1 :]) for k in range(len(draws))] if each else [1.0] * len(draws)
+    def axpy_(self, batch, noise, terms):
+        coeffs, decay, each = terms
+        count = len(coeffs)
+        decays = [decay] * (count // (each or count)) if isinstance(decay, float) else decay
+        after = [math.prod(decays[k // each + 1 :]) for k in range(count)] if each else [1.0] * count
         coeffs = coeffs * torch.tensor(after, device=coeffs.device)
-        return super().axpy_(thetas, spans, direction, seed, draws, coeffs, math.prod(decays), *rest, **named)
+        return super().axpy_(batch, noise, Terms(coeffs, math.prod(decays)))
 
 
 class BitsOfLastStep(Patched):
@@ -68,10 +70,10 @@ class BitsOfLastStep(Patched):
 
     rejected_by = ("axpy_each", "axpy_each_is_calls")
 
-    def axpy_(self, thetas, spans, direction, seed, draws, *rest, **named):
-        last = draws[-1][0] + int(named["clock"]) & 0xFFFFFFFF if "clock" in named else draws[-1][0]
+    def axpy_(self, batch, noise, terms):
+        last = step_at(noise.draws[-1][0], noise.clock)
         self.replaced = {"random16": lambda index, who, step, seed: random16(index, who, last, seed)}
-        return super().axpy_(thetas, spans, direction, seed, draws, *rest, **named)
+        return super().axpy_(batch, noise, terms)
 
 
 class ReusedBits(Patched):
@@ -99,9 +101,9 @@ class StepOfFirstDraw(Patched):
 
     rejected_by = ("axpy_stochastic",)
 
-    def axpy_(self, thetas, spans, direction, seed, draws, *rest):
-        self.replaced = {"random16": lambda index, who, step, seed: random16(index, who, draws[0][0], seed)}
-        return super().axpy_(thetas, spans, direction, seed, draws, *rest)
+    def axpy_(self, batch, noise, terms):
+        self.replaced = {"random16": lambda index, who, step, seed: random16(index, who, noise.draws[0][0], seed)}
+        return super().axpy_(batch, noise, terms)
 
 
 class NearestInstead(Patched):
@@ -152,8 +154,8 @@ class ResidualIgnored(Patched):
 
     rejected_by = ("perturb_arithmetic", "perturb_rows")
 
-    def perturb(self, thetas, spans, direction, seed, step, draw, scales, outs, residuals):
-        super().perturb(thetas, spans, direction, seed, step, draw, scales, outs, None)
+    def perturb(self, batch, *rest):
+        super().perturb(batch._replace(residuals=None), *rest)
 
 
 class Truncates(Patched):
@@ -161,10 +163,10 @@ class Truncates(Patched):
 
     rejected_by = ("axpy_sizes", "axpy_many_draws")
 
-    def axpy_(self, thetas, spans, direction, seed, draws, coeffs, decay, rounding, residuals):
+    def axpy_(self, batch, *rest):
         self.replaced = {"stochastic": lambda value, dtype, random: stochastic(value, dtype, torch.zeros_like(random))}
-        rounding = "stochastic" if rounding == "nearest" else rounding
-        return super().axpy_(thetas, spans, direction, seed, draws, coeffs, decay, rounding, residuals)
+        rounding = "stochastic" if batch.rounding == "nearest" else batch.rounding
+        return super().axpy_(batch._replace(rounding=rounding), *rest)
 
 
 class FlushesSubnormals(Patched):
@@ -172,9 +174,9 @@ class FlushesSubnormals(Patched):
 
     rejected_by = ("axpy_special",)
 
-    def axpy_(self, thetas, *rest):
-        count = super().axpy_(thetas, *rest)
-        for theta in thetas:
+    def axpy_(self, batch, *rest):
+        count = super().axpy_(batch, *rest)
+        for theta in batch.tensors:
             theta.masked_fill_(theta.abs() < torch.finfo(theta.dtype).tiny, 0)
         return count
 
@@ -184,9 +186,9 @@ class SaturatesOverflow(Patched):
 
     rejected_by = ("axpy_special",)
 
-    def axpy_(self, thetas, *rest):
-        before = [t.isfinite() for t in thetas]
-        count = super().axpy_(thetas, *rest)
-        for theta, finite in zip(thetas, before):
+    def axpy_(self, batch, *rest):
+        before = [t.isfinite() for t in batch.tensors]
+        count = super().axpy_(batch, *rest)
+        for theta, finite in zip(batch.tensors, before):
             theta.copy_(torch.where(finite & theta.isinf(), theta.sign() * torch.finfo(theta.dtype).max, theta))
         return count

@@ -89,9 +89,9 @@ class StateUnwritten(Wrong):
 
     rejected_by = ("update_sizes", "update_clock")
 
-    def update_(self, thetas, spans, direction, seed, draws, coeffs, rule, scalars, states, rounding, residuals, clock=None):
-        kept = [*states[:-1], [t.clone() for t in states[-1]]]
-        return super().update_(thetas, spans, direction, seed, draws, coeffs, rule, scalars, kept, rounding, residuals, clock)
+    def update_(self, batch, noise, update):
+        kept = [*update.states[:-1], [t.clone() for t in update.states[-1]]]
+        return super().update_(batch, noise, update._replace(states=kept))
 
 
 class StateInHalf(Wrong):
@@ -99,9 +99,9 @@ class StateInHalf(Wrong):
 
     rejected_by = ("update_sizes", "update_large")
 
-    def update_(self, thetas, spans, direction, seed, draws, coeffs, rule, scalars, states, *rest, **named):
-        count = super().update_(thetas, spans, direction, seed, draws, coeffs, rule, scalars, states, *rest, **named)
-        for state in states:
+    def update_(self, batch, noise, update):
+        count = super().update_(batch, noise, update)
+        for state in update.states:
             for t in state:
                 t.copy_(t.bfloat16())
         return count
@@ -112,13 +112,13 @@ class StateByMemory(Wrong):
 
     rejected_by = ("update_strides",)
 
-    def update_(self, thetas, spans, direction, seed, draws, coeffs, rule, scalars, states, rounding, residuals, clock=None):
-        turned = [t.dim() == 2 and t.stride(0) < t.stride(1) for t in thetas]
-        for state in states:
+    def update_(self, batch, noise, update):
+        turned = [t.dim() == 2 and t.stride(0) < t.stride(1) for t in batch.tensors]
+        for state in update.states:
             for t, turn in zip(state, turned):
                 if turn:
                     t.copy_(t.flatten().view(t.shape[1], t.shape[0]).t().clone())
-        return super().update_(thetas, spans, direction, seed, draws, coeffs, rule, scalars, states, rounding, residuals, clock)
+        return super().update_(batch, noise, update)
 
 
 class DecayForgotten(Wrong):
@@ -126,10 +126,10 @@ class DecayForgotten(Wrong):
 
     rejected_by = ("update_sizes", "update_clock")
 
-    def update_(self, thetas, spans, direction, seed, draws, coeffs, rule, scalars, *rest, **named):
-        scalars = scalars.clone()
+    def update_(self, batch, noise, update):
+        scalars = update.scalars.clone()
         scalars[0] = 1.0
-        return super().update_(thetas, spans, direction, seed, draws, coeffs, rule, scalars, *rest, **named)
+        return super().update_(batch, noise, update._replace(scalars=scalars))
 
 
 class OneDraw(Wrong):
@@ -137,8 +137,9 @@ class OneDraw(Wrong):
 
     rejected_by = ("update_roundings", "update_clock")
 
-    def update_(self, thetas, spans, direction, seed, draws, coeffs, *rest, **named):
-        return super().update_(thetas, spans, direction, seed, draws[-1:], coeffs[-1:], *rest, **named)
+    def update_(self, batch, noise, update):
+        last = update._replace(coefficients=update.coefficients[-1:])
+        return super().update_(batch, noise._replace(draws=noise.draws[-1:]), last)
 
 
 class TensorFirst(Wrong):
@@ -153,9 +154,9 @@ class FirstStepsBits(Wrong):
 
     rejected_by = ("update_roundings",)
 
-    def update_(self, thetas, spans, direction, seed, draws, *rest, **named):
-        self.replaced = {"random16": lambda index, who, step, seed: random16(index, who, draws[0][0], seed)}
-        return super().update_(thetas, spans, direction, seed, draws, *rest, **named)
+    def update_(self, batch, noise, update):
+        self.replaced = {"random16": lambda index, who, step, seed: random16(index, who, noise.draws[0][0], seed)}
+        return super().update_(batch, noise, update)
 
 
 class BitsOfDirection(Wrong):
@@ -176,9 +177,9 @@ class CountsStates(Wrong):
 
     rejected_by = ("update_special",)
 
-    def update_(self, thetas, spans, direction, seed, draws, coeffs, rule, scalars, states, *rest, **named):
-        count = super().update_(thetas, spans, direction, seed, draws, coeffs, rule, scalars, states, *rest, **named)
-        return count + sum(int((~t.isfinite()).sum()) for t in states[0])
+    def update_(self, batch, noise, update):
+        count = super().update_(batch, noise, update)
+        return count + sum(int((~t.isfinite()).sum()) for t in update.states[0])
 
 
 class EmptyFails(Wrong):
@@ -186,10 +187,10 @@ class EmptyFails(Wrong):
 
     rejected_by = ("update_empty",)
 
-    def update_(self, thetas, *rest, **named):
-        if not any(t.numel() for t in thetas):
+    def update_(self, batch, noise, update):
+        if not any(t.numel() for t in batch.tensors):
             raise RuntimeError("invalid configuration argument")
-        return super().update_(thetas, *rest, **named)
+        return super().update_(batch, noise, update)
 
 
 BACKENDS = [kind for kind in vars().copy().values() if isinstance(kind, type) and issubclass(kind, Wrong) and kind is not Wrong]

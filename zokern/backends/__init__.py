@@ -8,7 +8,8 @@ from functools import cache
 import torch
 
 from ..warning import warn
-from .base import DTYPES, ROUNDINGS, SCALARS, STATES, Backend, Multiplies, Span
+from .base import DTYPES, ROUNDINGS, SCALARS, STATES, Backend, Multiplies
+from .launch import Batch, Noise, Outer, Sides, Span, Terms, Thin, Update, Weight
 from .lists import SpanList, TensorList
 
 BACKENDS = {"reference": "Reference", "cpu": "Cpu", "cuda": "Cuda", "triton": "Triton"}
@@ -60,18 +61,6 @@ def resolve(backend: str | Backend | None, device: torch.device) -> Backend:
 
 
 __all__ = [
-    "BACKENDS",
-    "DTYPES",
-    "ROUNDINGS",
-    "SCALARS",
-    "STATES",
-    "Backend",
-    "Multiplies",
-    "Span",
-    "SpanList",
-    "TensorList",
-    "default",
-    "get",
-    "resolve",
-    "why_off",
-]
+    "BACKENDS", "DTYPES", "ROUNDINGS", "SCALARS", "STATES", "Backend", "Batch", "Outer", "Multiplies", "Noise", "Sides", "Span",
+    "SpanList", "TensorList", "Terms", "Thin", "Update", "Weight", "default", "get", "resolve", "why_off",
+]  # fmt: skip

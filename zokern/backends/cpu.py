@@ -7,17 +7,17 @@ One call is one parallel region over the chunks of a table, on ``torch.get_num_t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from operator import is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch  # before _cpu: both then share one OpenMP runtime, and torch's threads are not oversubscribed
 from torch import Tensor
 
 from . import pack, pack_lowrank
-from .base import Span, check_rows, rounded_sums, step_at
+from .launch import Batch, Noise, Outer, Sides, Span, Terms, Thin, Update, Weight, rounding_bits, step_at
 from .validation import Validator, described
 
 _cpu: Any = None
@@ -31,6 +31,7 @@ ARITHMETIC_RANK = 32  # above it lowrank_ is bound by arithmetic, and a panel in
 SHARED_ROWS = 512  # rows of all sides that are worth a z of their own: about a tenth of their products (bench_matmul.py)
 SMALL = 1 << 16  # elements of a launch below which waking a second thread costs more than it saves
 VALID = Validator("cpu", "cpu")
+_CPU = torch.device("cpu")
 
 
 def why_off() -> str | None:
@@ -77,27 +78,9 @@ def _module() -> Any:
     return _cpu
 
 
-def _direction(direction) -> int:
-    number = pack.DIRECTIONS.get(direction.name)
-    if number is None:
-        raise NotImplementedError(
-            f"direction {direction.name!r} has no compiled kernel; backend 'cpu' has {sorted(pack.DIRECTIONS)}, "
-            "backend 'reference' takes any direction"
-        )
-    return number
-
-
-def _is_sound(
-    thetas: Sequence[Tensor],
-    spans: Sequence[Span],
-    lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
-    scales: Sequence[float],
-    rounding: str,
-    residuals: Sequence[Tensor] | None,
-    outs: Sequence[Tensor] | None,
-) -> bool:
+def _is_sound(batch: Batch, factors: Outer, outs: Sequence[Tensor] | None) -> bool:
     """Tells whether a call of lowrank_ is the common one of a forward pass, and right: in a tenth of the time of VALID.lowrank_."""
+    (thetas, spans, rounding, residuals), (lefts, rights, scales, _) = batch, factors
     if not 1 == len(thetas) == len(spans) == len(lefts) == len(rights) == len(scales):
         return False
     if residuals is not None or rounding != "nearest" or (outs is not None and len(outs) != 1):
@@ -115,32 +98,41 @@ def _is_sound(
     return flat and r == s > 0 and first + size <= m * n
 
 
-def _tables(entries: np.ndarray, chunks: np.ndarray) -> tuple[int, int, int]:
-    return pack.address(entries), pack.address(chunks), len(chunks)
+class _Table(NamedTuple):
+    """The table of a launch."""
+
+    place: tuple[int, int, int]  # the module's first three arguments
+    threads: int  # 0: those of torch
+    arrays: tuple[np.ndarray, np.ndarray]  # the memory of the addresses
 
 
-def _workers(entries: np.ndarray, chunks: np.ndarray) -> int:
-    """Threads of a launch: one where waking a second costs more than it saves."""
-    if len(chunks) == 1:
-        return 1
-    if len(entries) > 1 and int((chunks["end"] - chunks["begin"]).sum()) < SMALL:
-        return 1
-    return torch.get_num_threads()
+def _table(
+    thetas: Sequence[Tensor] | None, spans: Sequence[Span], outs: Sequence[Sequence[Tensor]], residuals: Sequence[Tensor] | None = None,
+    elements: int = pack.CHUNK_ELEMENTS, numbered: bool = False,
+) -> _Table:  # fmt: skip
+    """Packs a launch. It has one thread if waking a second costs more than it saves."""
+    entries, chunks = arrays = pack.pack(thetas, spans, outs, residuals, elements, numbered)
+    count = len(chunks)
+    small = count == 1 or (len(entries) > 1 and int((chunks["end"] - chunks["begin"]).sum()) < SMALL)
+    return _Table((pack.address(entries), pack.address(chunks), count), 1 if small else 0, arrays)
 
 
-def _prepared(
-    verb: str, thetas: Sequence[Tensor], spans: Sequence[Span], outs: Sequence[Sequence[Tensor]], check: Callable[[], Any]
-) -> tuple:
-    """Returns entries and chunks of a launch without residuals; checked and packed once for lists that the caller keeps."""
+def _threads(table: _Table) -> int:
+    return table.threads or torch.get_num_threads()
+
+
+def _kept_table(verb: str, batch: Batch, outs: Sequence[Sequence[Tensor]], check: Callable[..., Any], *given: Any) -> _Table:
+    """Returns the table of a launch without residuals: checked and packed once for lists that the caller keeps."""
+    thetas, spans = batch.tensors, batch.spans
     kept = getattr(thetas, "kept", None)
-    if kept is None or any(getattr(side, "kept", None) is None for side in outs):
-        check()
-        return pack.pack(thetas, spans, outs)
+    if kept is None or any([getattr(side, "kept", None) is None for side in outs]):
+        check(batch, *given)
+        return _table(thetas, spans, outs)
     key = verb, id(spans), *map(id, outs)
     known = kept.get(key)
-    if known is None or known[0] is not spans or any(a is not b for a, b in zip(known[1], outs)):
-        check()
-        known = kept[key] = spans, tuple(outs), pack.pack(thetas, spans, outs)
+    if known is None or known[0] is not spans or any([a is not b for a, b in zip(known[1], outs)]):
+        check(batch, *given)
+        known = kept[key] = spans, tuple(outs), _table(thetas, spans, outs)
     return known[2]
 
 
@@ -156,72 +148,64 @@ class Cpu:
         _module().philox(given.ctypes.data, len(given), key[0], key[1], rounds, words.ctypes.data, 1, 0)
         return torch.from_numpy(words.astype(np.int64))
 
-    def draw(self, outs: Sequence[Tensor], spans: Sequence[Span], direction, seed: int, step: int, draw: int,
-             clock: Tensor | None = None) -> None:  # fmt: skip
-        number = _direction(direction)
-        VALID.draw(outs, spans, clock)
-        step = step_at(step, clock)
-        entries, chunks = pack.pack(None, spans, (outs,))
-        _module().draw(*_tables(entries, chunks), number, seed, step, draw, _workers(entries, chunks), 0)
+    def draw(self, batch: Batch, noise: Noise) -> None:
+        number = VALID.number(noise.direction)
+        VALID.draw(batch, noise)
+        ((step, draw),) = noise.draws
+        table = _table(None, batch.spans, (batch.tensors,))
+        _module().draw(*table.place, number, noise.seed, step_at(step, noise.clock), draw, _threads(table), 0)
 
-    def axpy_(self, thetas: Sequence[Tensor], spans: Sequence[Span], direction, seed: int, draws: Sequence[tuple[int, int]],
-              coeffs: Tensor, decay: float | Sequence[float], rounding: str, residuals: Sequence[Tensor] | None,
-              clock: Tensor | None = None, each: int = 0) -> Tensor:  # fmt: skip
-        number = _direction(direction)
-        check = partial(VALID.axpy_, thetas, spans, draws, coeffs, rounding, residuals, clock)
-        nonfinite = torch.zeros(1, dtype=torch.int64, device="cpu")
-        if residuals is None and clock is None and rounding in pack.ROUNDING:
-            VALID.numbers("axpy_", "coeffs", coeffs, len(draws))
-            entries, chunks = _prepared("axpy_", thetas, spans, (), check)
+    def axpy_(self, batch: Batch, noise: Noise, terms: Terms) -> Tensor:
+        number = VALID.number(noise.direction)
+        thetas, spans, rounding, residuals = batch
+        nonfinite = torch.zeros(1, dtype=torch.int64, device=_CPU)
+        if residuals is None and noise.clock is None and rounding in pack.ROUNDING:
+            VALID.numbers("axpy_", "coeffs", terms.coefficients, len(noise.draws))
+            table = _kept_table("axpy_", batch, (), VALID.axpy_, noise, terms)
         else:
-            check()
-            entries, chunks = pack.pack(thetas, spans, residuals=residuals)
-        each, decays = rounded_sums(decay, len(draws), each)
-        terms = pack.pack_draws([(step_at(step, clock), draw) for step, draw in draws], coeffs.detach().numpy(), decays)
-        _module().axpy(*_tables(entries, chunks), number, seed, pack.address(terms), len(terms), each, pack.ROUNDING[rounding],
-                       nonfinite.data_ptr(), _workers(entries, chunks), 0)  # fmt: skip
+            VALID.axpy_(batch, noise, terms)
+            table = _table(thetas, spans, (), residuals)
+        each, decays = terms.rounded()
+        summed = _summed(noise, terms.coefficients, decays)
+        _module().axpy(*table.place, number, noise.seed, pack.address(summed), len(summed), each, pack.ROUNDING[rounding],
+                       nonfinite.data_ptr(), _threads(table), 0)  # fmt: skip
         return nonfinite
 
-    def update_(self, thetas: Sequence[Tensor], spans: Sequence[Span], direction, seed: int, draws: Sequence[tuple[int, int]],
-                coeffs: Tensor, rule: str, scalars: Tensor, states: Sequence[Sequence[Tensor]], rounding: str,
-                residuals: Sequence[Tensor] | None, clock: Tensor | None = None) -> Tensor:  # fmt: skip
-        number = _direction(direction)
-        check_rows(spans, None, "update_")
-        VALID.update_(thetas, spans, draws, coeffs, rule, scalars, states, rounding, residuals, clock)
-        nonfinite, scalars = torch.zeros(1, dtype=torch.int64, device="cpu"), scalars.contiguous()
-        entries, chunks = pack.pack(thetas, spans, states, residuals)
-        terms = pack.pack_draws(
-            [(step_at(step, clock), draw) for step, draw in draws], coeffs.detach().numpy(), [1.0] * len(draws)
-        )
-        _module().update(*_tables(entries, chunks), number, seed, pack.address(terms), len(terms), pack.RULES[rule],
-                         scalars.data_ptr(), pack.ROUNDING[rounding], nonfinite.data_ptr(), _workers(entries, chunks),
-                         0)  # fmt: skip
+    def update_(self, batch: Batch, noise: Noise, update: Update) -> Tensor:
+        number = VALID.number(noise.direction)
+        VALID.update_(batch, noise, update)
+        thetas, spans, rounding, residuals = batch
+        nonfinite, scalars = torch.zeros(1, dtype=torch.int64, device=_CPU), update.scalars.contiguous()
+        table = _table(thetas, spans, update.states, residuals)
+        summed = _summed(noise, update.coefficients, [1.0] * len(noise.draws))
+        _module().update(*table.place, number, noise.seed, pack.address(summed), len(summed), pack.RULES[update.rule],
+                         scalars.data_ptr(), pack.ROUNDING[rounding], nonfinite.data_ptr(), _threads(table), 0)  # fmt: skip
         return nonfinite
 
-    def perturb(self, thetas: Sequence[Tensor], spans: Sequence[Span], direction, seed: int, step: int, draw: int,
-                scales: Sequence[float], outs: Sequence[Sequence[Tensor]], residuals: Sequence[Tensor] | None,
-                clock: Tensor | None = None) -> None:  # fmt: skip
-        number = _direction(direction)
-        check = partial(VALID.perturb, thetas, spans, scales, outs, residuals, clock)
-        if residuals is None and clock is None and len(scales) == len(outs):
-            entries, chunks = _prepared("perturb", thetas, spans, outs, check)
+    def perturb(self, batch: Batch, noise: Noise, scales: Sequence[float], outs: Sequence[Sequence[Tensor]]) -> None:
+        number = VALID.number(noise.direction)
+        if batch.residuals is None and noise.clock is None and len(scales) == len(outs):
+            table = _kept_table("perturb", batch, outs, VALID.perturb, noise, scales, outs)
         else:
-            check()
-            entries, chunks = pack.pack(thetas, spans, outs, residuals)
-        step = step_at(step, clock)
+            VALID.perturb(batch, noise, scales, outs)
+            table = _table(batch.tensors, batch.spans, outs, batch.residuals)
+        ((step, draw),) = noise.draws
         sides = np.zeros(2, dtype=np.float32)
         sides[: len(scales)] = scales
-        _module().perturb(*_tables(entries, chunks), number, seed, step, draw, sides.ctypes.data, _workers(entries, chunks), 0)
+        step = step_at(step, noise.clock)
+        _module().perturb(*table.place, number, noise.seed, step, draw, sides.ctypes.data, _threads(table), 0)
 
-    def lowrank_(self, thetas: Sequence[Tensor], spans: Sequence[Span], lefts: Sequence[Tensor], rights: Sequence[Tensor],
-                 scales: Sequence[float], decay: float, rounding: str, residuals: Sequence[Tensor] | None, seed: int = 0, step: int = 0,
-                 outs: Sequence[Tensor] | None = None) -> Tensor:  # fmt: skip
-        check_rows(spans, outs)
-        if not _is_sound(thetas, spans, lefts, rights, scales, rounding, residuals, outs):
-            VALID.lowrank_(thetas, spans, lefts, rights, scales, rounding, residuals, outs)
+    def lowrank_(
+        self, batch: Batch, factors: Outer, noise: Noise | None = None, outs: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        if not _is_sound(batch, factors, outs):
+            VALID.lowrank_(batch, factors, outs)
+        thetas, spans, rounding, residuals = batch
+        lefts, rights, scales, decay = factors
+        seed, step = rounding_bits(noise)
         if len(thetas) == 1 and spans[0].rows is None and spans[0].pitch is None and thetas[0].is_contiguous():
             theta, out, left, right = thetas[0], thetas[0] if outs is None else outs[0], lefts[0], rights[0]
-            nonfinite = torch.empty(1, dtype=torch.int64, device="cpu")  # the call of a forward pass: no table, no NumPy
+            nonfinite = torch.empty(1, dtype=torch.int64, device=_CPU)  # the call of a forward pass: no table, no NumPy
             _module().lowrank_one(
                 theta.data_ptr(), 0 if outs is None else out.data_ptr(), 0 if residuals is None else residuals[0].data_ptr(),
                 theta.numel(), spans[0].first, spans[0].who, pack.TYPES[theta.dtype], pack.TYPES[out.dtype], left.data_ptr(),
@@ -229,80 +213,95 @@ class Cpu:
                 pack.ROUNDING[rounding], nonfinite.data_ptr(), torch.get_num_threads(),
             )  # fmt: skip
             return nonfinite
-        nonfinite = torch.zeros(1, dtype=torch.int64, device="cpu")
-        sides = () if outs is None else (outs,)
-        entries, chunks = pack.pack(thetas, spans, sides, residuals, _elements(rights), numbered=True)
-        factors = pack_lowrank.pack_factors(lefts, rights, scales)
-        _module().lowrank(*_tables(entries, chunks), pack.address(factors), len(factors), seed, step, decay, pack.ROUNDING[rounding],
-                          nonfinite.data_ptr(), _workers(entries, chunks), 0)  # fmt: skip
+        nonfinite = torch.zeros(1, dtype=torch.int64, device=_CPU)
+        table = _table(thetas, spans, () if outs is None else (outs,), residuals, _elements(rights), numbered=True)
+        products = pack_lowrank.pack_factors(lefts, rights, scales)
+        _module().lowrank(*table.place, pack.address(products), len(products), seed, step, decay, pack.ROUNDING[rounding],
+                          nonfinite.data_ptr(), _threads(table), 0)  # fmt: skip
         return nonfinite
 
     def linear(
-        self, xs: Sequence[Tensor], weight: Tensor, span: Span, direction, seed: int, step: int, draws: Sequence[int], scales: Sequence[float],
-        biases: Sequence[Tensor | None], thins: Sequence[tuple[int, Tensor, Tensor, Tensor]] = (), room: int | None = None,
-        outs: Sequence[Tensor] | None = None, transposed: bool = False, shrink: float = 1.0,
+        self, weight: Weight, sides: Sides, noise: Noise | None = None, room: int | None = None,
+        outs: Sequence[Tensor] | None = None,
     ) -> list[Tensor]:  # fmt: skip
-        """y_j = shrink x_j (W + scales[j] z_j)^T + biases[j] + thin products, in W's dtype, with z made beside the product (csrc/linear.cpp).
+        """Computes y_j = shrink x_j (W + scales[j] z_j)^T + biases[j] + thin products, with z made beside the product.
 
-        xs      (rows, n) each, of W's dtype;  weight (m, n), contiguous;  draws[j] names z_j, negative: side j reads W itself
-        thins   (j, first, middle, last): y_j += x_j first^T middle last^T, float32 (r, n), (r, q) and (m, q); of bfloat16 weights, first,
-                last and x_j first^T middle are rounded to bfloat16 before they are multiplied
-        room    bytes that the threads may take for what they work in (linear_bytes); where it is scarce, some rows at a time are
-                multiplied, each time with z made anew, and where that does not help, by fewer threads
-        outs    contiguous (rows, m) each, of W's dtype, which take the results;  transposed  y_j = x_j (W + scales[j] z_j), W (n, m)
-        W + scales[j] z_j is rounded to W's dtype, as perturb writes it; the sums are float32 in a fixed order, rounded once."""
-        VALID.linear(xs, weight, draws, scales, biases, thins)
-        m, n = weight.shape[::-1] if transposed else weight.shape
-        dense = max(draws) >= 0
-        number = _direction(direction) if dense else 0
-        order = sorted(range(len(xs)), key=draws.__getitem__) if dense else range(len(xs))  # sides of a draw follow one another
-        ys = list(outs) if outs is not None else [weight.new_empty(x.shape[0], m) for x in xs]
+        xs      (rows, n) each, of W's dtype;  W (m, n), contiguous, or (n, m) transposed
+        thins   of bfloat16 weights, first, last and x_j first^T middle are rounded to bfloat16 before they are multiplied
+        room    bytes that the threads may take for what they work in (linear_bytes). Where it is scarce, some rows at a time
+                are multiplied, each time with z made anew, and where that does not help, by fewer threads
+        outs    contiguous (rows, m) each, of W's dtype, which take the results
+        W + scales[j] z_j is rounded to W's dtype, as perturb writes it. The sums are float32 in a fixed order, rounded once
+        (csrc/linear.cpp)."""
+        VALID.linear(weight, sides, noise)
+        tensor, span, transposed, shrink = weight
+        xs, biases, scales, thins = sides
+        m, n = tensor.shape[::-1] if transposed else tensor.shape
         counts = [x.shape[0] for x in xs]
-        threads, parts, _ = _linear_plan(counts, room)
-        read = torch.bfloat16 if weight.dtype == torch.bfloat16 and pairs() else torch.float32
-        held = [weight, *ys]  # what the kernel reads and writes lives until the call returns
-
-        def hold(what: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, is_flat: bool) -> Tensor:
-            if tensor.shape != shape or not tensor.is_cpu:
-                raise ValueError(f"backend 'cpu': linear: {what} is {described(tensor)}; expected {list(shape)} on cpu")
-            if tensor.dtype != dtype or not is_flat:
-                tensor = tensor.to(dtype).contiguous()
-            held.append(tensor)
-            return tensor
-
+        words = [-1] * len(xs) if noise is None else [word if a else -1 for (_, word), a in zip(noise.draws, scales)]
+        dense = noise is not None and max(words) >= 0
+        number, seed, step = (VALID.number(noise.direction), noise.seed, noise.draws[0][0]) if noise and dense else (0, 0, 0)
+        order = sorted(range(len(xs)), key=words.__getitem__) if dense else range(len(xs))  # sides of a draw follow one another
+        ys = list(outs) if outs is not None else [tensor.new_empty(count, m) for count in counts]
         for y, count in zip(ys, counts):
-            if y.shape != (count, m) or not y.is_cpu or y.dtype != weight.dtype or not y.is_contiguous():
-                raise ValueError(
-                    f"backend 'cpu': linear: an out is {described(y)}; expected contiguous {weight.dtype}[{count}, {m}] on cpu"
-                )
-        rows = [hold("an x", x, (count, n), read, x.is_contiguous()).data_ptr() for x, count in zip(xs, counts)]
-        added = [0 if b is None else hold("a bias", b, (m,), torch.float32, b.is_contiguous()).data_ptr() for b in biases]
-        products = []
-        for j, first, middle, last in thins:
-            r, q = middle.shape
-            first = hold("a first factor", first, (r, n), torch.float32, first.is_contiguous())
-            last = hold("a last factor", last, (m, q), torch.float32, last.stride(1) == 1)
-            middle = hold("a middle", middle, (r, q), torch.float32, True)
-            ends = last.data_ptr(), q, last.stride(0)
-            products.append((order.index(j), first.data_ptr(), r, middle.data_ptr(), *middle.stride(), *ends))
-        pitch, out_pitch = n * read.itemsize, m * weight.element_size()
+            if y.shape != (count, m) or not y.is_cpu or y.dtype != tensor.dtype or not y.is_contiguous():
+                wanted = f"contiguous {tensor.dtype}[{count}, {m}] on cpu"
+                raise ValueError(f"backend 'cpu': linear: an out is {described(y)}; expected {wanted}")
+        read = torch.bfloat16 if tensor.dtype == torch.bfloat16 and pairs() else torch.float32
+        held: list[Tensor] = []
+        rows = [_hold(held, "an x", x, (count, n), read, x.is_contiguous()).data_ptr() for x, count in zip(xs, counts)]
+        added = [
+            0 if b is None else _hold(held, "a bias", b, (m,), torch.float32, b.is_contiguous()).data_ptr() for b in biases
+        ]
+        products = [product for thin in thins for product in _thin_products(held, thin, m, n, counts, order)]
+        pitch, out_pitch = n * read.itemsize, m * tensor.element_size()
+        threads, parts, _ = _linear_plan(counts, room)
         for part in range(parts):
-            sides = []
+            operands = []
             for j in order:
                 begin, end = counts[j] * part // parts, counts[j] * (part + 1) // parts
-                into = ys[j].data_ptr() + begin * out_pitch
-                sides.append((rows[j] + begin * pitch, end - begin, into, added[j], scales[j], draws[j]))
-            _module().linear(
-                weight.data_ptr(), pack.TYPES[weight.dtype], transposed, m, n, number, seed, span.first, span.who, step, shrink, sides,
-                products, threads,
-            )  # fmt: skip
+                into, scale = ys[j].data_ptr() + begin * out_pitch, scales[j] if dense else 0.0
+                operands.append((rows[j] + begin * pitch, end - begin, into, added[j], scale, words[j]))
+            _module().linear(tensor.data_ptr(), pack.TYPES[tensor.dtype], transposed, m, n, number, seed, span.first, span.who,
+                             step, shrink, operands, products, threads)  # fmt: skip
         return ys
 
     def linear_bytes(self, counts: Sequence[int], room: int | None = None) -> int:
-        """Memory that linear() takes for so many rows of each side, beside results and rows of thin products: more than `room` only
-        where one thread does."""
+        """Returns the memory that linear() takes for so many rows of each side, beside results and rows of thin products.
+
+        It is more than `room` only where one thread takes more."""
         threads, _, memory = _linear_plan(counts, room)
         return threads * memory
+
+
+def _summed(noise: Noise, coefficients: Tensor, decays: Sequence[float]) -> np.ndarray:
+    """Returns the table of the terms of a sum, with the steps that the clock makes of theirs."""
+    draws = noise.draws if noise.clock is None else [(step_at(step, noise.clock), draw) for step, draw in noise.draws]
+    return pack.pack_draws(draws, coefficients.detach().numpy(), decays)
+
+
+def _hold(held: list[Tensor], what: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, is_flat: bool) -> Tensor:
+    """Returns an operand, or a copy in the dtype that the kernel reads; `held` keeps it alive until the call returns."""
+    if tensor.shape != shape or not tensor.is_cpu:
+        raise ValueError(f"backend 'cpu': linear: {what} is {described(tensor)}; expected {list(shape)} on cpu")
+    if tensor.dtype != dtype or not is_flat:
+        tensor = tensor.to(dtype).contiguous()
+    held.append(tensor)
+    return tensor
+
+
+def _thin_products(
+    held: list[Tensor], thin: Thin, m: int, n: int, counts: Sequence[int], order: Sequence[int]
+) -> Iterator[tuple]:
+    """Yields the thin products of the sides that have rows, as the kernel reads them."""
+    r, q = thin.middles.shape[1:]
+    first = _hold(held, "a first factor", thin.first, (r, n), torch.float32, thin.first.is_contiguous())
+    last = _hold(held, "a last factor", thin.last, (m, q), torch.float32, thin.last.stride(1) == 1)
+    for j, middle in zip(thin.sides, thin.middles.unbind(0)):
+        if counts[j]:
+            middle = _hold(held, "a middle", middle, (r, q), torch.float32, True)
+            ends = last.data_ptr(), q, last.stride(0)
+            yield order.index(j), first.data_ptr(), r, middle.data_ptr(), *middle.stride(), *ends
 
 
 def _linear_plan(counts: Sequence[int], room: int | None) -> tuple[int, int, int]:
@@ -327,7 +326,11 @@ def _plan_of(counts: tuple[int, ...], room: int | None, threads: int, base: int,
 
 
 def _elements(rights: Sequence[Tensor]) -> int:
-    """Elements of a chunk of lowrank_: at high ranks about 32 rows, which share the part of `right` that the first cache holds."""
+    """Returns the elements of a chunk of lowrank_.
+
+    At high ranks these are about 32 rows, which share the part of `right` that the first cache holds."""
+    if len(rights) == 1 and rights[0].shape[1] <= ARITHMETIC_RANK:
+        return pack.CHUNK_ELEMENTS
     longest = max([right.shape[0] for right in rights if right.shape[1] > ARITHMETIC_RANK], default=0)
     return min(max(pack.CHUNK_ELEMENTS, 32 * longest // pack.ALIGN * pack.ALIGN), 8 * pack.CHUNK_ELEMENTS)
 

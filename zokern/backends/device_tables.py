@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import Span
+from .launch import Span
 
 TABLES = 8192  # a model evaluated tensor by tensor has one for each tensor and side
 BYTES = 1 << 26

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import Span
+from .launch import Span
 
 
 class TensorList(list):

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import ROUNDINGS, STATES, Span
+from .base import ROUNDINGS, STATES
+from .launch import Span
 from .lists import SpanList, TensorList
 
 ENTRY = np.dtype(
@@ -25,7 +26,6 @@ DRAW = np.dtype([("step", "u4"), ("draw", "u4"), ("coefficient", "f4"), ("decay"
 assert ENTRY.itemsize == 104 and CHUNK.itemsize == 24 and DRAW.itemsize == 16
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-DIRECTIONS = {"normal": 0, "rademacher": 1}
 ROUNDING = {name: number for number, name in enumerate(ROUNDINGS)}
 RULES = {name: number for number, name in enumerate(STATES)}
 
@@ -164,5 +164,5 @@ def pack_draws(
 
 
 __all__ = [
-    "ALIGN", "CHUNK", "CHUNK_ELEMENTS", "DIRECTIONS", "DRAW", "ENTRY", "ROUNDING", "RULES", "TYPES", "address", "pack", "pack_draws",
+    "ALIGN", "CHUNK", "CHUNK_ELEMENTS", "DRAW", "ENTRY", "ROUNDING", "RULES", "TYPES", "address", "pack", "pack_draws",
 ]  # fmt: skip

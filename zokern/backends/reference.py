@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import stream
 from ..stream import fma, to_bits, to_float
-from .base import Span, check_rows, rounded_sums, step_at
+from .launch import Batch, Noise, Outer, Span, Terms, Update, rounding_bits, step_at
 from .validation import Validator
 
 CHUNK = 1 << 20  # elements at a time, so that the float64 temporaries stay small
@@ -106,10 +106,11 @@ class Reference:
         VALID.philox4x32(counter)
         return stream.philox4x32(counter, key, rounds)
 
-    def draw(self, outs, spans, direction, seed, step, draw, clock=None) -> None:
-        VALID.draw(outs, spans, clock)
+    def draw(self, batch: Batch, noise: Noise) -> None:
+        VALID.draw(batch, noise)
+        (direction, seed, ((step, draw),), clock) = noise
         step = step_at(step, clock)
-        for out, span in zip(outs, spans):
+        for out, span in zip(batch.tensors, batch.spans):
             index = numbers(out, span)
             values = torch.empty(index.numel(), dtype=out.dtype, device=out.device)
             for part in range(0, index.numel(), CHUNK):
@@ -117,52 +118,52 @@ class Reference:
                 values[here] = z(direction, index[here], span.who, step, draw, seed).to(out.dtype)
             out.copy_(values.view(out.shape))
 
-    def axpy_(self, thetas, spans, direction, seed, draws, coeffs, decay, rounding, residuals, clock=None, each=0) -> Tensor:
-        VALID.axpy_(thetas, spans, draws, coeffs, rounding, residuals, clock)
-        draws = [(step_at(step, clock), draw) for step, draw in draws]
+    def axpy_(self, batch: Batch, noise: Noise, terms: Terms) -> Tensor:
+        VALID.axpy_(batch, noise, terms)
+        thetas, spans, rounding, _ = batch
+        direction, seed, draws, clock = noise
+        draws, coeffs = [(step_at(step, clock), draw) for step, draw in draws], terms.coefficients
         nonfinite = torch.zeros(1, dtype=torch.int64, device=coeffs.device)
-        each, decays = rounded_sums(decay, len(draws), each)
+        each, decays = terms.rounded()
         decay = torch.tensor(decays, dtype=torch.float32, device=coeffs.device)
         for i, (theta, span) in enumerate(zip(thetas, spans)):
             index = numbers(theta, span)
             old = theta.flatten()  # row-major order for any stride
-            keep = residuals is not None and rounding == "residual" and theta.dtype == torch.bfloat16
-            low = residuals[i].flatten() if keep else old
+            low = old if (kept := batch.low_bits(i)) is None else kept.flatten()
             new = torch.empty_like(old)
             for part in range(0, index.numel(), CHUNK):
                 here = slice(part, part + CHUNK)
                 new[here] = old[here]
                 for k, (step, draw) in enumerate(draws):
                     if k % each == 0:
-                        value = decay[k] * (join(new[here], low[here]) if keep else new[here].float())
+                        value = decay[k] * (join(new[here], low[here]) if kept is not None else new[here].float())
                     value = fma(coeffs[k], z(direction, index[here], span.who, step, draw, seed), value)
                     if (k + 1) % each:
                         continue
-                    if keep:
+                    if kept is not None:
                         new[here], low[here] = split(value)
                     elif rounding == "stochastic" and theta.dtype != torch.float32:
                         new[here] = stochastic(value, theta.dtype, random16(index[here], span.who, step, seed))
                     else:
                         new[here] = value.to(theta.dtype)
             theta.copy_(new.view(theta.shape))
-            if keep:
-                residuals[i].copy_(low.view(residuals[i].shape))
+            if kept is not None:
+                kept.copy_(low.view(kept.shape))
             nonfinite += (~torch.isfinite(new)).sum()
         return nonfinite
 
-    def update_(
-        self, thetas, spans, direction, seed, draws, coeffs, rule, scalars, states, rounding, residuals, clock=None
-    ) -> Tensor:
-        check_rows(spans, None, "update_")
-        VALID.update_(thetas, spans, draws, coeffs, rule, scalars, states, rounding, residuals, clock)
+    def update_(self, batch: Batch, noise: Noise, update: Update) -> Tensor:
+        VALID.update_(batch, noise, update)
+        thetas, spans, rounding, _ = batch
+        direction, seed, draws, clock = noise
+        coeffs, rule, scalars, states = update
         draws = [(step_at(step, clock), draw) for step, draw in draws]
         nonfinite = torch.zeros(1, dtype=torch.int64, device=coeffs.device)
         decay, lr, *rest = scalars
         for i, (theta, span) in enumerate(zip(thetas, spans)):
             index = numbers(theta, span)
-            old, kept = theta.flatten(), [state[i].view(-1) for state in states]
-            keep = residuals is not None and rounding == "residual" and theta.dtype == torch.bfloat16
-            low = residuals[i].flatten() if keep else old
+            old, state = theta.flatten(), [member[i].view(-1) for member in states]
+            low = old if (kept := batch.low_bits(i)) is None else kept.flatten()
             new = torch.empty_like(old)
             for part in range(0, index.numel(), CHUNK):
                 here = slice(part, part + CHUNK)
@@ -170,24 +171,26 @@ class Reference:
                 for (step, draw), coefficient in zip(draws, coeffs):
                     g = fma(coefficient, z(direction, index[here], span.who, step, draw, seed), g)
                 if rule == "momentum":
-                    move = momentum(rest, g, kept[0][here])
+                    move = momentum(rest, g, state[0][here])
                 else:
-                    move = adam(rest, g, kept[0][here], kept[1][here])
-                value = fma(lr, move, decay * (join(old[here], low[here]) if keep else old[here].float()))
-                if keep:
+                    move = adam(rest, g, state[0][here], state[1][here])
+                value = fma(lr, move, decay * (join(old[here], low[here]) if kept is not None else old[here].float()))
+                if kept is not None:
                     new[here], low[here] = split(value)
                 elif rounding == "stochastic" and theta.dtype != torch.float32:
                     new[here] = stochastic(value, theta.dtype, random16(index[here], span.who, draws[-1][0], seed))
                 else:
                     new[here] = value.to(theta.dtype)
             theta.copy_(new.view(theta.shape))
-            if keep:
-                residuals[i].copy_(low.view(residuals[i].shape))
+            if kept is not None:
+                kept.copy_(low.view(kept.shape))
             nonfinite += (~torch.isfinite(new)).sum()
         return nonfinite
 
-    def perturb(self, thetas, spans, direction, seed, step, draw, scales, outs, residuals, clock=None) -> None:
-        VALID.perturb(thetas, spans, scales, outs, residuals, clock)
+    def perturb(self, batch: Batch, noise: Noise, scales: Sequence[float], outs: Sequence[Sequence[Tensor]]) -> None:
+        VALID.perturb(batch, noise, scales, outs)
+        thetas, spans, _, residuals = batch
+        (direction, seed, ((step, draw),), clock) = noise
         step = step_at(step, clock)
         for i, (theta, span) in enumerate(zip(thetas, spans)):
             index = numbers(theta, span)
@@ -198,27 +201,31 @@ class Reference:
                 value = join(value, low.flatten())
             value = value.float()
             direction_z = z(direction, index, span.who, step, draw, seed)
-            for scale, out in zip(scales, outs):
-                scale = torch.tensor(scale, dtype=torch.float32, device=theta.device)
+            for amount, out in zip(scales, outs):
+                scale = torch.tensor(amount, dtype=torch.float32, device=theta.device)
                 out[i].copy_(fma(scale, direction_z, value).to(out[i].dtype).view(out[i].shape))
 
-    def lowrank_(self, thetas, spans, lefts, rights, scales, decay, rounding, residuals, seed=0, step=0, outs=None) -> Tensor:
-        check_rows(spans, outs)
-        device = VALID.lowrank_(thetas, spans, lefts, rights, scales, rounding, residuals, outs)
+    def lowrank_(
+        self, batch: Batch, factors: Outer, noise: Noise | None = None, outs: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        device = VALID.lowrank_(batch, factors, outs)
+        thetas, spans, rounding, _ = batch
+        lefts, rights, scales, _ = factors
+        seed, step = rounding_bits(noise)
         nonfinite = torch.zeros(1, dtype=torch.int64, device=device or "cpu")
-        decay = torch.tensor(decay, dtype=torch.float32, device=nonfinite.device)
+        decay = torch.tensor(factors.decay, dtype=torch.float32, device=nonfinite.device)
         for i, (theta, span, left, right) in enumerate(zip(thetas, spans, lefts, rights)):
             index = numbers(theta, span)
             scale = torch.tensor(scales[i], dtype=torch.float32, device=theta.device)
-            keep = residuals is not None and rounding == "residual" and theta.dtype == torch.bfloat16
+            kept = batch.low_bits(i)
             old = (theta if span.rows is None else theta[span.rows]).flatten()
-            low = (residuals[i] if span.rows is None else residuals[i][span.rows]).flatten() if keep else old
+            low = old if kept is None else (kept if span.rows is None else kept[span.rows]).flatten()
             new = torch.empty_like(old, dtype=theta.dtype if outs is None else outs[i].dtype)
             for part in range(0, index.numel(), CHUNK):
                 here = slice(part, part + CHUNK)
-                value = decay * (join(old[here], low[here]) if keep else old[here].float())
+                value = decay * (join(old[here], low[here]) if kept is not None else old[here].float())
                 value = fma(scale, contract(left, right, index[here]), value)
-                if keep and outs is None:
+                if kept is not None and outs is None:
                     new[here], low[here] = split(value)
                 elif rounding == "stochastic" and new.dtype != torch.float32:
                     new[here] = stochastic(value, new.dtype, random16(index[here], span.who, step, seed))
@@ -226,7 +233,7 @@ class Reference:
                     new[here] = value.to(new.dtype)
             target = theta if outs is None else outs[i]
             target.copy_(new.view(target.shape))
-            if keep and outs is None:
-                residuals[i].copy_(low.view(residuals[i].shape))
+            if kept is not None and outs is None:
+                kept.copy_(low.view(kept.shape))
             nonfinite += (~torch.isfinite(new)).sum()
         return nonfinite

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..stream import ROUNDS
 from . import device_tables, pack, pack_lowrank
-from .base import Span, check_rows, rounded_sums
+from .base import DIRECTIONS
+from .launch import Batch, Noise, Outer, Terms, Update, rounding_bits
 from .validation import Validator
 
 _missing = ""
@@ -77,15 +78,6 @@ def _keys_of(seed: int) -> tuple[int, ...]:
     return _keys(seed & 0xFFFFFFFF, seed >> 32)
 
 
-def _number(direction) -> int:
-    if direction.name not in pack.DIRECTIONS:
-        raise NotImplementedError(
-            f"backend 'triton' has no kernel for direction {direction.name!r}; it has {sorted(pack.DIRECTIONS)}; "
-            "backend 'reference' runs any Direction"
-        )
-    return pack.DIRECTIONS[direction.name]
-
-
 def _groups(entries: np.ndarray) -> np.ndarray:
     """1 where an entry can take the group path: contiguous, whole Philox blocks, 16-byte addresses."""
     addresses = entries["theta"] | entries["out"][:, 0] | entries["out"][:, 1] | entries["residual"]
@@ -132,18 +124,21 @@ class Triton:
 
     def __init__(self) -> None:
         self.tables = device_tables.Tables()
-        self.valid = Validator("triton", "cpu" if interpreted() else "cuda")  # interpreted under TRITON_INTERPRET=1
+        self.valid = Validator("triton", "cpu" if interpreted() else "cuda", self.most_rank)
 
-    def _table(self, device: torch.device, thetas, spans, outs=(), residuals=None) -> device_tables.Kept:
+    def _table(self, device: torch.device, batch: Batch, outs=(), draws: bool = False) -> device_tables.Kept:
+        """Returns the table of a batch; draws: its tensors are results only."""
+        thetas, low = None if draws else batch.tensors, batch.residuals
+
         def make():
-            entries, chunks = pack.pack(thetas, spans, outs, residuals)
+            entries, chunks = pack.pack(thetas, batch.spans, outs, low)
             rows = _rows(entries).reshape(-1)
             kinds = entries["type"], entries["out_type"], 3 * entries["type"] + entries["out_type"]
             widest = int((chunks["end"] - chunks["begin"]).max(initial=1))
             facts = _Facts(rows.nbytes, len(chunks), widest, *map(_bits, kinds))
             return (rows, chunks) if len(chunks) else (), facts
 
-        return self.tables.get(device_tables.key_of(thetas, spans, outs, residuals), device, make)
+        return self.tables.get(device_tables.key_of(thetas, batch.spans, outs, low), device, make)
 
     def _launch(self, device: torch.device, kernel, kept: device_tables.Kept, direction, *arguments, **constants) -> None:
         facts: _Facts = kept.facts
@@ -157,7 +152,7 @@ class Triton:
         else:
             split = 1 if facts.chunks >= FEW_CHUNKS else SPLIT
             meta = dict(BLOCK=BLOCK[direction.name], TAIL=TAIL, SPLIT=split)
-        meta |= dict(DIRECTION=pack.DIRECTIONS[direction.name], **constants)
+        meta |= dict(DIRECTION=DIRECTIONS[direction.name], **constants)
         with _guard(device):
             grid = (facts.chunks * meta["SPLIT"],)
             kernel[grid](entries, chunks, *arguments, **meta, num_warps=WARPS, enable_fp_fusion=False)
@@ -175,53 +170,54 @@ class Triton:
                 elementwise.philox[(triton.cdiv(count, block),)](*arguments, num_warps=WARPS, enable_fp_fusion=False)
         return words
 
-    def draw(self, outs, spans: Sequence[Span], direction, seed, step, draw, clock: Tensor | None = None) -> None:
-        _number(direction)
-        device = self.valid.draw(outs, spans, clock)
-        if not outs:
+    def draw(self, batch: Batch, noise: Noise) -> None:
+        self.valid.number(noise.direction)
+        device = self.valid.draw(batch, noise)
+        if not batch.tensors:
             return
         assert device is not None
-        kept = self._table(device, None, spans, (outs,))
+        kept, ((step, draw),) = self._table(device, batch, (batch.tensors,), draws=True), noise.draws
         if kept.buffer is not None:
-            self._launch(device, elementwise.draw, kept, direction, _signed(step), _signed(draw), _keys_of(seed), clock,
-                         KINDS=kept.facts.out_types)  # fmt: skip
+            self._launch(device, elementwise.draw, kept, noise.direction, _signed(step), _signed(draw), _keys_of(noise.seed),
+                         noise.clock, KINDS=kept.facts.out_types)  # fmt: skip
 
-    def axpy_(self, thetas, spans: Sequence[Span], direction, seed, draws, coeffs, decay, rounding, residuals,
-              clock: Tensor | None = None, each: int = 0) -> Tensor:  # fmt: skip
-        _number(direction)
-        device = self.valid.axpy_(thetas, spans, draws, coeffs, rounding, residuals, clock)
+    def axpy_(self, batch: Batch, noise: Noise, terms: Terms) -> Tensor:
+        self.valid.number(noise.direction)
+        device = self.valid.axpy_(batch, noise, terms)
         assert device is not None
         nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
-        if not thetas:
+        kept = self._joined_table(device, batch)
+        if kept is None:
             return nonfinite
-        kept = self._table(device, thetas, spans, (), residuals if rounding == "residual" else None)
-        if kept.buffer is None:
-            return nonfinite
-        each, decays = rounded_sums(decay, len(draws), each)
+        draws, (each, decays) = noise.draws, terms.rounded()
         replay, first = each < len(draws), float(np.float32(decays[0]))
         names = self._names(device, draws, decays) if replay else self._names(device, draws[:-1])
-        self._launch(device, elementwise.axpy, kept, direction, names, coeffs.contiguous(), nonfinite, len(draws), each,
-                     *map(_signed, draws[-1]), first, _keys_of(seed), clock, ROUNDING=pack.ROUNDING[rounding],
-                     DECAY=not replay and first != 1.0, EACH=replay, KINDS=kept.facts.types)  # fmt: skip
-        return nonfinite
-
-    def update_(self, thetas, spans: Sequence[Span], direction, seed, draws, coeffs, rule, scalars, states, rounding, residuals,
-                clock: Tensor | None = None) -> Tensor:  # fmt: skip
-        _number(direction)
-        check_rows(spans, None, "update_")
-        device = self.valid.update_(thetas, spans, draws, coeffs, rule, scalars, states, rounding, residuals, clock)
-        assert device is not None
-        nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
-        if not thetas:
-            return nonfinite
-        kept = self._table(device, thetas, spans, states, residuals if rounding == "residual" else None)
-        if kept.buffer is None:
-            return nonfinite
-        names = self._names(device, draws[:-1])
-        self._launch(device, update.update, kept, direction, names, coeffs.contiguous(), scalars.contiguous(), nonfinite, len(draws),
-                     *map(_signed, draws[-1]), _keys_of(seed), clock, RULE=pack.RULES[rule], ROUNDING=pack.ROUNDING[rounding],
+        self._launch(device, elementwise.axpy, kept, noise.direction, names, terms.coefficients.contiguous(), nonfinite,
+                     len(draws), each, *map(_signed, draws[-1]), first, _keys_of(noise.seed), noise.clock,
+                     ROUNDING=pack.ROUNDING[batch.rounding], DECAY=not replay and first != 1.0, EACH=replay,
                      KINDS=kept.facts.types)  # fmt: skip
         return nonfinite
+
+    def update_(self, batch: Batch, noise: Noise, change: Update) -> Tensor:
+        self.valid.number(noise.direction)
+        device = self.valid.update_(batch, noise, change)
+        assert device is not None
+        nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
+        kept = self._joined_table(device, batch, change.states)
+        if kept is None:
+            return nonfinite
+        draws, coeffs, scalars = noise.draws, change.coefficients.contiguous(), change.scalars.contiguous()
+        self._launch(device, update.update, kept, noise.direction, self._names(device, draws[:-1]), coeffs, scalars, nonfinite,
+                     len(draws), *map(_signed, draws[-1]), _keys_of(noise.seed), noise.clock, RULE=pack.RULES[change.rule],
+                     ROUNDING=pack.ROUNDING[batch.rounding], KINDS=kept.facts.types)  # fmt: skip
+        return nonfinite
+
+    def _joined_table(self, device: torch.device, batch: Batch, outs=()) -> device_tables.Kept | None:
+        """Returns the table of a batch that is written, with low bits where the rounding reads them; None: no elements."""
+        if not batch.tensors:
+            return None
+        kept = self._table(device, batch if batch.rounding == "residual" else batch._replace(residuals=None), outs)
+        return None if kept.buffer is None else kept
 
     def _names(self, device: torch.device, draws: Sequence[tuple[int, int]], decays: Sequence[float] = ()) -> Tensor | None:
         """Names, and after them decays. A single sum lists all terms but the last, which the kernel gets as arguments."""
@@ -234,70 +230,71 @@ class Triton:
         assert buffer is not None
         return buffer.view(torch.int64)
 
-    def perturb(self, thetas, spans: Sequence[Span], direction, seed, step, draw, scales, outs, residuals,
-                clock: Tensor | None = None) -> None:  # fmt: skip
-        _number(direction)
-        device = self.valid.perturb(thetas, spans, scales, outs, residuals, clock)
-        if not thetas:
+    def perturb(self, batch: Batch, noise: Noise, scales, outs) -> None:
+        self.valid.number(noise.direction)
+        device = self.valid.perturb(batch, noise, scales, outs)
+        if not batch.tensors:
             return
         assert device is not None
-        kept = self._table(device, thetas, spans, outs, residuals)
+        kept, ((step, draw),) = self._table(device, batch, outs), noise.draws
         if kept.buffer is not None:
-            self._launch(device, elementwise.perturb, kept, direction, _signed(step), _signed(draw), float(scales[0]),
-                         float(scales[-1]), _keys_of(seed), clock, SIDES=len(outs), JOIN=residuals is not None,
-                         KINDS=kept.facts.both_types)  # fmt: skip
+            self._launch(device, elementwise.perturb, kept, noise.direction, _signed(step), _signed(draw), float(scales[0]),
+                         float(scales[-1]), _keys_of(noise.seed), noise.clock, SIDES=len(outs),
+                         JOIN=batch.residuals is not None, KINDS=kept.facts.both_types)  # fmt: skip
 
-    def lowrank_(
-        self, thetas, spans: Sequence[Span], lefts, rights, scales, decay, rounding, residuals, seed=0, step=0, outs=None
-    ) -> Tensor:
-        """To the bound of triton_kernels/lowrank.py; ranks 1 to 128."""
-        check_rows(spans, outs)
-        ranks = {right.shape[1] for right in rights}
-        if ranks and not 1 <= min(ranks) <= max(ranks) <= self.most_rank:
-            raise ValueError(
-                f"lowrank_: ranks are {sorted(ranks)}; backend 'triton' has 1 to 128, backends 'cpu' and 'reference' any"
-            )
-        found = self.valid.lowrank_(thetas, spans, lefts, rights, scales, rounding, residuals, outs)
+    def lowrank_(self, batch: Batch, factors: Outer, noise: Noise | None = None, outs=None) -> Tensor:
+        """Runs to the bound of triton_kernels/lowrank.py; ranks 1 to 128."""
+        found = self.valid.lowrank_(batch, factors, outs)
         device = found or torch.device("cpu" if interpreted() else "cuda")
         nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
-        entries, _ = pack.pack(thetas, spans, () if outs is None else (outs,), residuals, numbered=True)
+        thetas, spans, rounding, low = batch
+        entries, _ = pack.pack(thetas, spans, () if outs is None else (outs,), low, numbered=True)
         if not len(entries):
             return nonfinite
-        factors = pack_lowrank.pack_factors(lefts, rights, scales)
-        rank = next(padded for padded in (16, 32, 64, 128) if max(ranks) <= padded)
-        bm, bn = TILES[rank][bool((entries["type"] == 0).any())]
-        tiles, frames = pack_lowrank.pack_tiles(entries, factors, STRIPS * bm, bn)
-        whole = ranks == {rank} and not ((factors["left"] | factors["right"]) % 16).any()
-        fast = tiles["column"] >= 0
-        scale_bits = factors["scale"].view(np.uint32).astype(np.int64)
-        divisors = [_divisor(n) for n in factors["columns"].tolist()]
-        columns = (factors["left"], factors["right"], factors["rank"], factors["columns"], scale_bits, *zip(*divisors))
-        parts = [_rows(entries), frames.view(np.int64), np.column_stack([np.asarray(c).astype(np.int64) for c in columns])]
-        parts += [tiles[fast].view(np.int64), tiles[~fast].view(np.int64)]
-        flat = [np.ascontiguousarray(part).reshape(-1) for part in parts]
-        buffer = torch.from_numpy(np.concatenate(flat))
-        if device.type == "cuda":
-            buffer = buffer.pin_memory().to(device, non_blocking=True)
-        rows, frame, factor, product_tiles, element_tiles = buffer.split([part.size for part in flat])
+        seed, step = rounding_bits(noise)
+        shape, tiles, tables = _product_tables(entries, factors)
+        rows, frame, factor, product_tiles, element_tiles = _uploaded(tables, device)
         common = {
-            "ROUNDING": pack.ROUNDING[rounding], "OUTSIDE": outs is not None, "JOIN": residuals is not None and rounding == "residual",
+            "ROUNDING": pack.ROUNDING[rounding], "OUTSIDE": outs is not None, "JOIN": low is not None and rounding == "residual",
             "EXACT": interpreted(), "enable_fp_fusion": False,
         }  # fmt: skip
-        names = nonfinite, float(decay), _signed(step), _keys_of(seed)
+        names = nonfinite, float(factors.decay), _signed(step), _keys_of(seed)
         kinds = 3 * entries["type"] + entries["out_type"]
+        fast = tiles["column"] >= 0
         with _guard(device):
-            for some, kernel in ((fast, lowrank.product), (~fast, lowrank.element)):
-                if not some.any():
-                    continue
-                common["KINDS"] = _bits(kinds[tiles["entry"][some]])
-                grid = (int(some.sum()),)
-                if kernel is lowrank.product:
-                    constants = dict(RANK=rank, WHOLE=whole, BM=bm, BN=bn, num_warps=PRODUCT_WARPS, num_stages=1)
-                    kernel[grid](rows, product_tiles, frame, factor, *names, **common, **constants)
-                else:
-                    block = pack_lowrank.PIECE if interpreted() else TAIL
-                    kernel[grid](rows, element_tiles, factor, *names, **common, BLOCK=block, num_warps=WARPS)
+            if fast.any():
+                lowrank.product[(int(fast.sum()),)](rows, product_tiles, frame, factor, *names, **common, **shape,
+                    KINDS=_bits(kinds[tiles["entry"][fast]]), num_warps=PRODUCT_WARPS, num_stages=1)  # fmt: skip
+            if not fast.all():
+                block = pack_lowrank.PIECE if interpreted() else TAIL
+                lowrank.element[(int((~fast).sum()),)](rows, element_tiles, factor, *names, **common,
+                    KINDS=_bits(kinds[tiles["entry"][~fast]]), BLOCK=block, num_warps=WARPS)  # fmt: skip
         return nonfinite
+
+
+def _product_tables(entries: np.ndarray, factors: Outer) -> tuple[dict[str, Any], np.ndarray, list[np.ndarray]]:
+    """Returns the constants of lowrank.product, the tiles, and what the kernels read: rows, frames, factors and both tiles."""
+    products, ranks = pack_lowrank.pack_factors(*factors[:3]), {right.shape[1] for right in factors.rights}
+    rank = next(padded for padded in (16, 32, 64, 128) if max(ranks) <= padded)
+    bm, bn = TILES[rank][bool((entries["type"] == 0).any())]
+    tiles, frames = pack_lowrank.pack_tiles(entries, products, STRIPS * bm, bn)
+    whole = ranks == {rank} and not ((products["left"] | products["right"]) % 16).any()
+    scale_bits = products["scale"].view(np.uint32).astype(np.int64)
+    divisors = [_divisor(n) for n in products["columns"].tolist()]
+    columns = (products["left"], products["right"], products["rank"], products["columns"], scale_bits, *zip(*divisors))
+    parts = [_rows(entries), frames.view(np.int64), np.column_stack([np.asarray(c).astype(np.int64) for c in columns])]
+    fast = tiles["column"] >= 0
+    parts += [tiles[fast].view(np.int64), tiles[~fast].view(np.int64)]
+    return dict(RANK=rank, WHOLE=whole, BM=bm, BN=bn), tiles, parts
+
+
+def _uploaded(parts: Sequence[np.ndarray], device: torch.device) -> Sequence[Tensor]:
+    """Returns tables of int64 on the device, by one copy."""
+    flat = [np.ascontiguousarray(part).reshape(-1) for part in parts]
+    buffer = torch.from_numpy(np.concatenate(flat))
+    if device.type == "cuda":
+        buffer = buffer.pin_memory().to(device, non_blocking=True)
+    return buffer.split([part.size for part in flat])
 
 
 __all__ = ["Triton", "interpreted", "triton_kernels", "why_off"]

@@ -1,19 +1,20 @@
 """Validation of a launch: every backend checks dtypes, devices and sizes once more before it takes a pointer.
 
-The kernels take addresses and read them as the types and sizes that the contract names (base.py), so a tensor of another dtype, device or
-size would be read wrongly, or beyond its end. The verbs check their arguments with better words; a step, a rule and torch.ops.zokern come
-straight here. What is right costs a comparison of columns; what is wrong is then looked for, tensor by tensor, and named.
+Kernels read an address as the type and size that the contract names (base.py). A tensor of another dtype, device or size would be
+read wrongly, or beyond its end. The public verbs check their arguments with better words. A step, a rule and an operation of
+torch.ops.zokern come straight here. A right call costs a comparison of columns; a wrong one is searched tensor by tensor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from .base import ROUNDINGS, SCALARS, STATES, Span
+from .base import DIRECTIONS, ROUNDINGS, SCALARS, STATES
+from .launch import Batch, Noise, Outer, Sides, Span, Terms, Update, Weight
 from .lists import SpanList
 
 FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16))
@@ -35,14 +36,25 @@ def described(tensor: Tensor) -> str:
 
 
 class Validator:
-    """The checks of one backend.
+    """Checks the calls of one backend.
 
     name         of the backend, for its errors
     device_type  of the tensors that it takes ('cpu', 'cuda'); None: any that has memory
+    most_rank    of the factors that its lowrank_ takes; None: any
     """
 
-    def __init__(self, name: str, device_type: str | None) -> None:
-        self.name, self.device_type = name, device_type
+    def __init__(self, name: str, device_type: str | None, most_rank: int | None = None) -> None:
+        self.name, self.device_type, self.most_rank = name, device_type, most_rank
+
+    def number(self, direction: Any) -> int:
+        """Returns the number of a direction in the compiled kernels."""
+        number = DIRECTIONS.get(direction.name)
+        if number is None:
+            raise NotImplementedError(
+                f"direction {direction.name!r} has no compiled kernel; backend {self.name!r} has {sorted(DIRECTIONS)}, "
+                "backend 'reference' takes any direction"
+            )
+        return number
 
     def _refuse(self, verb: str, what: str, tensor: Tensor, expected: str) -> NoReturn:
         raise ValueError(f"backend {self.name!r}: {verb}: {what} is {described(tensor)}; expected {expected}")
@@ -114,29 +126,28 @@ class Validator:
         if tensor.dtype != torch.float32 or tensor.numel() != count or tensor.dim() != 1:
             self._refuse(verb, what, tensor, f"float32[{count}]")
 
-    def _list(
-        self, verb: str, thetas: Sequence[Tensor], spans: Sequence[Span], rounding: str, residuals: Sequence[Tensor] | None
-    ) -> tuple[list[int], Sequence[Tensor]]:
-        """Checks what every verb is given; returns the elements of each tensor, and the low bits that a kernel would read."""
-        if len(spans) != len(thetas):
-            raise ValueError(
-                f"backend {self.name!r}: {verb}: {len(spans)} spans for {len(thetas)} tensors; expected one for each"
-            )
+    def _batch(self, verb: str, batch: Batch) -> tuple[list[int], Sequence[Tensor]]:
+        """Checks what every verb is given. Returns the elements of each tensor, and the low bits that a kernel would read."""
+        thetas, spans, rounding, residuals = batch
+        self._count(verb, "spans", spans, thetas)
         if rounding not in ROUNDINGS:
             raise ValueError(f"backend {self.name!r}: {verb}: rounding is {rounding!r}; expected one of {list(ROUNDINGS)}")
         self.dtypes(verb, "tensors", thetas, FLOATS, flat=False)
         sizes = list(map(Tensor.numel, thetas))
         if residuals is None:
             return sizes, ()
-        if len(residuals) != len(thetas):
-            raise ValueError(
-                f"backend {self.name!r}: {verb}: residuals has {len(residuals)} tensors for {len(thetas)}; expected one for each"
-            )
+        self._count(verb, "residuals", residuals, thetas)
         mine = [i for i, theta in enumerate(thetas) if theta.dtype == torch.bfloat16]  # others have no low bits
         low = [residuals[i] for i in mine]
         self.dtypes(verb, "residuals", low, _LOW, flat=True)
         self.sizes(verb, "residuals", low, [sizes[i] for i in mine])
         return sizes, low
+
+    def _count(self, verb: str, what: str, found: Sequence, thetas: Sequence[Tensor]) -> None:
+        if len(found) != len(thetas):
+            raise ValueError(
+                f"backend {self.name!r}: {verb}: {what} has {len(found)} members for {len(thetas)} tensors; expected one for each"
+            )
 
     def _written(self, spans: Sequence[Span], thetas: Sequence[Tensor], sizes: list[int], rows: list[Tensor]) -> list[int]:
         """Returns the elements of each result: those of the rows that are looked up, where there are any."""
@@ -146,7 +157,7 @@ class Validator:
         return [size if s.rows is None else s.rows.numel() * t.shape[1] for s, t, size in pairs]
 
     def _is_sound(self, thetas: Sequence[Tensor], spans: Sequence[Span], results: Sequence[Sequence[Tensor]]) -> bool:
-        """Whether whole tensors on the CPU, and results of the same dtypes, are all that a call was given: the common one, asked fast."""
+        """Tells whether a call has whole tensors on the CPU and results of the same dtypes only: the common call, in less time."""
         if self.device_type != "cpu" or len(spans) != len(thetas):
             return False
         if not all([t.is_cpu and t.dtype in FLOATS for t in thetas]):
@@ -159,79 +170,58 @@ class Validator:
                     return False
         return spans.plain if isinstance(spans, SpanList) else all([s.rows is None and s.pitch is None for s in spans])
 
-    # The verbs ----------------------------------------------------------------------------------------------------------------------
+    # The verbs ------------------------------------------------------------------------------------------------------
 
-    def draw(self, outs: Sequence[Tensor], spans: Sequence[Span], clock: Tensor | None) -> torch.device | None:
-        self._list("draw", outs, spans, "nearest", None)
+    def draw(self, batch: Batch, noise: Noise) -> torch.device | None:
+        outs, spans = batch.tensors, batch.spans
+        self._count("draw", "spans", spans, outs)
         self.dtypes("draw", "outs", outs, FLOATS, flat=True)
-        self.clock("draw", clock)
-        return self.device("draw", outs=outs, clock=given(clock), rows=self.rows("draw", spans, outs))
+        self.clock("draw", noise.clock)
+        return self.device("draw", outs=outs, clock=given(noise.clock), rows=self.rows("draw", spans, outs))
 
-    def axpy_(
-        self,
-        thetas: Sequence[Tensor],
-        spans: Sequence[Span],
-        draws: Sequence[tuple[int, int]],
-        coeffs: Tensor,
-        rounding: str,
-        residuals: Sequence[Tensor] | None,
-        clock: Tensor | None,
-    ) -> torch.device | None:
-        self.numbers("axpy_", "coeffs", coeffs, len(draws))
+    def axpy_(self, batch: Batch, noise: Noise, terms: Terms) -> torch.device | None:
+        thetas, spans, rounding, residuals = batch
+        coeffs, clock = terms.coefficients, noise.clock
+        self.numbers("axpy_", "coeffs", coeffs, len(noise.draws))
         simple = residuals is None and clock is None and rounding in ROUNDINGS
         if simple and coeffs.is_cpu and self._is_sound(thetas, spans, ()):
             return _CPU
-        _, low = self._list("axpy_", thetas, spans, rounding, residuals)
+        _, low = self._batch("axpy_", batch)
         self.clock("axpy_", clock)
         rows = self.rows("axpy_", spans, thetas)
         return self.device("axpy_", tensors=thetas, coeffs=[coeffs], residuals=low, clock=given(clock), rows=rows)
 
-    def update_(
-        self,
-        thetas: Sequence[Tensor],
-        spans: Sequence[Span],
-        draws: Sequence[tuple[int, int]],
-        coeffs: Tensor,
-        rule: str,
-        scalars: Tensor,
-        states: Sequence[Sequence[Tensor]],
-        rounding: str,
-        residuals: Sequence[Tensor] | None,
-        clock: Tensor | None,
-    ) -> torch.device | None:
-        sizes, low = self._list("update_", thetas, spans, rounding, residuals)
+    def update_(self, batch: Batch, noise: Noise, update: Update) -> torch.device | None:
+        (thetas, spans, _, _), (coeffs, rule, scalars, states) = batch, update
+        check_rows("update_", spans, None)
+        sizes, low = self._batch("update_", batch)
         if rule not in STATES or len(states) != len(STATES[rule]):
             kept = {name: list(names) for name, names in STATES.items()}
             raise ValueError(
                 f"backend {self.name!r}: update_: rule is {rule!r} with {len(states)} lists of states; expected one of {kept}"
             )
-        self.numbers("update_", "coeffs", coeffs, len(draws))
+        self.numbers("update_", "coeffs", coeffs, len(noise.draws))
         self.numbers("update_", "scalars", scalars, len(SCALARS[rule]))
         for name, state in zip(STATES[rule], states):
             self.dtypes("update_", name, state, _SINGLE, flat=True)
             self.sizes("update_", name, state, sizes)
-        self.clock("update_", clock)
+        self.clock("update_", noise.clock)
         self.rows("update_", spans, thetas)
         flat = [tensor for state in states for tensor in state]
-        beside = {"coeffs": [coeffs], "scalars": [scalars], "residuals": low, "clock": given(clock)}
+        beside = {"coeffs": [coeffs], "scalars": [scalars], "residuals": low, "clock": given(noise.clock)}
         return self.device("update_", tensors=thetas, states=flat, **beside)
 
     def perturb(
-        self,
-        thetas: Sequence[Tensor],
-        spans: Sequence[Span],
-        scales: Sequence[float],
-        outs: Sequence[Sequence[Tensor]],
-        residuals: Sequence[Tensor] | None,
-        clock: Tensor | None,
+        self, batch: Batch, noise: Noise, scales: Sequence[float], outs: Sequence[Sequence[Tensor]]
     ) -> torch.device | None:
+        thetas, spans, _, residuals = batch
         if not 1 <= len(scales) == len(outs) <= 2:
             raise ValueError(
                 f"backend {self.name!r}: perturb: {len(scales)} scales and {len(outs)} outs; expected one or two, as many of each"
             )
-        if residuals is None and clock is None and self._is_sound(thetas, spans, outs):
+        if residuals is None and noise.clock is None and self._is_sound(thetas, spans, outs):
             return _CPU
-        sizes, low = self._list("perturb", thetas, spans, "nearest", residuals)
+        sizes, low = self._batch("perturb", batch)
         rows = self.rows("perturb", spans, thetas)
         wanted = self._written(spans, thetas, sizes, rows)
         for j, side in enumerate(outs):
@@ -240,63 +230,55 @@ class Validator:
             raise ValueError(
                 f"backend {self.name!r}: perturb: outs[0] and outs[1] differ in dtype; expected the same for both scales"
             )
-        self.clock("perturb", clock)
+        self.clock("perturb", noise.clock)
         flat = [tensor for side in outs for tensor in side]
-        return self.device("perturb", tensors=thetas, outs=flat, residuals=low, clock=given(clock), rows=rows)
+        return self.device("perturb", tensors=thetas, outs=flat, residuals=low, clock=given(noise.clock), rows=rows)
 
-    def lowrank_(
-        self,
-        thetas: Sequence[Tensor],
-        spans: Sequence[Span],
-        lefts: Sequence[Tensor],
-        rights: Sequence[Tensor],
-        scales: Sequence[float],
-        rounding: str,
-        residuals: Sequence[Tensor] | None,
-        outs: Sequence[Tensor] | None,
-    ) -> torch.device | None:
-        sizes, low = self._list("lowrank_", thetas, spans, rounding, residuals)
-        if not len(lefts) == len(rights) == len(scales) == len(thetas):
-            counts = f"{len(lefts)} left, {len(rights)} right and {len(scales)} scales"
-            raise ValueError(f"backend {self.name!r}: lowrank_: {counts} for {len(thetas)} tensors; expected one for each")
+    def lowrank_(self, batch: Batch, factors: Outer, outs: Sequence[Tensor] | None) -> torch.device | None:
+        (thetas, spans, _, _), (lefts, rights, scales, _) = batch, factors
+        check_rows("lowrank_", spans, outs)
+        sizes, low = self._batch("lowrank_", batch)
+        for what, found in (("left", lefts), ("right", rights), ("scales", scales)):
+            self._count("lowrank_", what, found, thetas)
         self.dtypes("lowrank_", "left", lefts, _SINGLE, flat=True)
         self.dtypes("lowrank_", "right", rights, _SINGLE, flat=True)
         rows = self.rows("lowrank_", spans, thetas)
         for i, (theta, span, left, right, size) in enumerate(zip(thetas, spans, lefts, rights, sizes)):
             (m, r), (n, s) = _matrix(left), _matrix(right)
             if r != s or r < 1:
-                self._refuse(
-                    "lowrank_", f"right[{i}]", right, f"a matrix with the columns of left, {list(left.shape)}, at least one"
-                )
+                wanted = f"a matrix with the columns of left, {list(left.shape)}, at least one"
+                self._refuse("lowrank_", f"right[{i}]", right, wanted)
             if size and reach(span, theta, size) > m * n:
-                self._refuse(
-                    "lowrank_", f"tensors[{i}]", theta, f"elements {span.first} and on within the {m} x {n} of left and right"
-                )
+                wanted = f"elements {span.first} and on within the {m} x {n} of left and right"
+                self._refuse("lowrank_", f"tensors[{i}]", theta, wanted)
+        ranks = {right.shape[1] for right in rights}
+        if self.most_rank is not None and ranks and max(ranks) > self.most_rank:
+            raise ValueError(
+                f"lowrank_: ranks are {sorted(ranks)}; backend {self.name!r} has 1 to {self.most_rank}, backends 'cpu' and "
+                "'reference' any"
+            )
         if outs is not None:
             self._results("lowrank_", "outs", outs, thetas, self._written(spans, thetas, sizes, rows))
         beside = {"outs": outs or (), "residuals": low, "rows": rows}
         return self.device("lowrank_", tensors=thetas, left=lefts, right=rights, **beside)
 
-    def linear(
-        self,
-        xs: Sequence[Tensor],
-        weight: Tensor,
-        draws: Sequence[int],
-        scales: Sequence[float],
-        biases: Sequence[Tensor | None],
-        thins: Sequence[tuple[int, Tensor, Tensor, Tensor]],
-    ) -> None:
+    def linear(self, weight: Weight, sides: Sides, noise: Noise | None) -> None:
         """Checks dtypes, devices and numbers of operands; the product checks the shapes, which it derives."""
-        if not xs or not len(xs) == len(draws) == len(scales) == len(biases):
+        xs, biases, scales, thins = sides
+        draws = () if noise is None else noise.draws
+        if not xs or len(biases) != len(xs) or (noise is not None and not len(xs) == len(scales) == len(draws)):
             counts = f"{len(draws)} draws, {len(scales)} scales and {len(biases)} biases"
             raise ValueError(f"backend {self.name!r}: linear: {counts} for {len(xs)} xs; expected one for each, at least one")
-        self.dtypes("linear", "weight", [weight], FLOATS, flat=True)
-        self.dtypes("linear", "xs", xs, frozenset((weight.dtype,)), flat=False)
-        added = [bias for bias in biases if bias is not None]
-        self.dtypes("linear", "biases", added, FLOATS, flat=False)
-        factors = [factor for _, *three in thins for factor in three]
-        self.dtypes("linear", "factors of thin products", factors, _SINGLE, flat=False)
-        self.device("linear", xs=xs, weight=[weight], biases=added, factors=factors)
+        if len(draws) > 1 and len({step for step, _ in draws}) > 1:
+            raise ValueError(f"backend {self.name!r}: linear: draws are {draws}; expected draws of one step")
+        tensor = weight.tensor
+        self.dtypes("linear", "weight", [tensor], FLOATS, flat=True)
+        self.dtypes("linear", "xs", xs, frozenset((tensor.dtype,)), flat=False)
+        if added := [bias for bias in biases if bias is not None]:
+            self.dtypes("linear", "biases", added, FLOATS, flat=False)
+        if factors := [factor for thin in thins for factor in thin[1:]]:
+            self.dtypes("linear", "factors of thin products", factors, _SINGLE, flat=False)
+        self.device("linear", xs=xs, weight=[tensor], biases=added, factors=factors)
 
     def _results(self, verb: str, what: str, outs: Sequence[Tensor], thetas: Sequence[Tensor], wanted: list[int]) -> None:
         self.sizes(verb, what, outs, wanted)
@@ -310,6 +292,15 @@ class Validator:
         if counter.dtype != torch.int64 or counter.dim() != 2 or counter.shape[1] != 4:
             self._refuse("philox4x32", "counter", counter, "int64[n, 4]")
         return self.device("philox4x32", counter=[counter])
+
+
+def check_rows(verb: str, spans: Sequence[Span], outs: Sequence[Tensor] | None) -> None:
+    """Refuses looked-up rows without outs: a row that is looked up twice would be changed twice."""
+    if outs is not None or (isinstance(spans, SpanList) and spans.plain):
+        return
+    for i, span in enumerate(spans):
+        if span.rows is not None:
+            raise ValueError(f"{verb}: spans[{i}] has rows and there are no outs; looked-up rows are written to outs only")
 
 
 def given(tensor: Tensor | None) -> list[Tensor]:
@@ -330,4 +321,4 @@ def _matrix(factor: Tensor) -> tuple[int, int]:
     return (factor.shape[0], factor.shape[1]) if factor.dim() == 2 else (0, 0)
 
 
-__all__ = ["FLOATS", "Validator", "described", "given"]
+__all__ = ["FLOATS", "Validator", "check_rows", "described", "given"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import gemm
-from ..backends import Span, TensorList
+from ..backends import Batch, Noise, Outer, Sides, Span, TensorList, Terms, Weight
 from ..directions import DIRECTIONS
 from ..plan import Group, Plan
 from .arena import ALIGN, Arena
@@ -128,13 +128,15 @@ class Copies:
                 pair = members[part : part + 2]
                 amounts = [sum(a for _, a in self.points[sides[j]].terms) if group.matrices is None else 0.0 for j in pair]
                 scales, targets = [amount * group.eps for amount in amounts], [outs[j] for j in pair]
-                group.backend.perturb(thetas, spans, plan.direction, plan.seed, plan.step, word, scales, targets, low)
+                noise = Noise(plan.direction, plan.seed, [(plan.step, word)])
+                group.backend.perturb(Batch(thetas, spans, residuals=low), noise, scales, targets)
 
     def _fill_terms(self, group: Group, thetas, spans, terms, outs, low) -> None:
         """outs <- theta + eps sum_k a_k z_k of several draws."""
         plan = self.plan
         if low is not None and outs[0].dtype == torch.float32:  # which holds the low bits as well
-            group.backend.perturb(thetas, spans, plan.direction, plan.seed, plan.step, 0, [0.0], [outs], low)
+            still = Noise(plan.direction, plan.seed, [(plan.step, 0)])
+            group.backend.perturb(Batch(thetas, spans, residuals=low), still, [0.0], [outs])
             low = None
         else:
             torch._foreach_copy_(list(outs), list(thetas))
@@ -142,7 +144,8 @@ class Copies:
         table = torch.tensor([a * group.eps for _, a in terms], dtype=torch.float32, device=outs[0].device)
         draws = [(plan.step, word) for word, _ in terms]
         rounding = "nearest" if spent is None else "residual"
-        group.backend.axpy_(outs, spans, plan.direction, plan.seed, draws, table, 1.0, rounding, spent)
+        batch, noise = Batch(outs, spans, rounding, spent), Noise(plan.direction, plan.seed, draws)
+        group.backend.axpy_(batch, noise, Terms(table))
 
     def _fill_factored(self, group: Group, positions: Sequence[int], thetas, spans, side: int, outs, low) -> None:
         """outs <- shrink theta + L right^T, in one launch."""
@@ -151,7 +154,8 @@ class Copies:
             self.factors.prepare_lefts(group, positions, [side])
         lefts, rights, shrinks = zip(*[self.factors.of(group, i, side) for i in positions])
         ones, rounding = [1.0] * len(lefts), "nearest" if low is None else "residual"
-        group.backend.lowrank_(thetas, spans, lefts, rights, ones, shrinks[0], rounding, low, plan.seed, plan.step, outs=outs)
+        noise = Noise(None, plan.seed, [(plan.step, 0)])
+        group.backend.lowrank_(Batch(thetas, spans, rounding, low), Outer(lefts, rights, ones, shrinks[0]), noise, outs)
 
     # One parameter at its use --------------------------------------------------------------------------------------------
 
@@ -177,7 +181,7 @@ class Copies:
             torch.index_select(view, 0, span.rows, out=out)
             if not self.factors.untouched(group, i, side):
                 left, right, shrink = self.factors.of(group, i, side, span.rows)
-                group.backend.lowrank_([out], [Span(span.who)], [left], [right], [1.0], shrink, "nearest", None)
+                group.backend.lowrank_(Batch([out], [Span(span.who)]), Outer([left], [right], [1.0], shrink))
 
     def stack(self, g: int, i: int) -> Tensor:
         """Returns the whole tensor at every point, (sides, *shape): resident, or in memory of its own."""
@@ -233,18 +237,15 @@ class Copies:
         else:
             biases = [b if b is None or b.dtype == weight.dtype else b.to(weight.dtype) for b in biases]
         if fused and not factored:
-            terms = [point.terms[0] if point.terms else (-1, 0.0) for point in self.points]
-            draws, scales = [word for word, _ in terms], [amount * group.eps for _, amount in terms]
-            return gemm.fused_linear(
-                group.backend, xs, weight, span, self.plan.direction, self.plan.seed, self.plan.step, draws, scales, biases, transposed,
-                room,
-            )  # fmt: skip
+            terms = [point.terms[0] if point.terms else (0, 0.0) for point in self.points]
+            noise = Noise(self.plan.direction, self.plan.seed, [(self.plan.step, word) for word, _ in terms])
+            operands = Sides(xs, biases, [amount * group.eps for _, amount in terms])
+            return gemm.fused_linear(group.backend, Weight(weight, span, transposed), operands, noise, room)
         if factored and (transposed or fused or not gemm.is_long(xs, weight)):
             assert group.matrices is not None
             parts = self.factors.parts(group, i, sides, transposed)
-            return gemm.factored_linear(
-                group.backend, xs, weight, parts, group.matrices[i].shrink, biases, transposed, room, fused
-            )
+            matrix = Weight(weight, span, transposed, group.matrices[i].shrink)
+            return gemm.factored_linear(group.backend, matrix, Sides(xs, biases, thins=parts), room, fused)
         moved = [side for side in sides if not self.untouched(group, i, side)]
         return gemm.tiled_linear(xs, weight, biases, self._tiles(group, i, moved, transposed), transposed)
 

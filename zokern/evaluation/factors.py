@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..gemm import Part
+from ..backends import Thin
 from ..modules import same
 from ..plan import Group, Plan, lefts_of
 from .base import Point
@@ -116,7 +116,7 @@ class Factors:
                 else:
                     target.copy_(weights)
 
-    def parts(self, group: Group, i: int, sides: Sequence[int], transposed: bool) -> list[Part]:
+    def parts(self, group: Group, i: int, sides: Sequence[int], transposed: bool) -> list[Thin]:
         """Returns the thin products beside x W^T (transposed: x W), those of sides that share a factor in one part."""
         assert group.matrices is not None
         matrix, g = group.matrices[i], self.number[id(group)]
@@ -129,8 +129,8 @@ class Factors:
             everyone = g in self.cores and list(sides) == list(range(len(self.points)))
             middles = self.cores[g][i] if everyone else torch.stack([self.middles[sides[j]][g][i] for j in moved])
             if transposed:
-                return [Part(moved, matrix.thin("left"), middles, right)]
-            return [Part(moved, matrix.thin("right"), middles.mT, matrix.left)]
+                return [Thin(moved, matrix.thin("left"), middles, right)]
+            return [Thin(moved, matrix.thin("right"), middles.mT, matrix.left)]
         # L = pending + sum_k s_k draw_k = (pending draw_1 ...) (1; s_1; ...): sides of the same draws share the wide factor
         by_draws: dict[tuple[int, ...], list[int]] = {}
         for j in moved:
@@ -147,9 +147,9 @@ class Factors:
                 blocks.append(torch.cat([unit] * len(pending) + [unit * amount for amount in amounts], 1))
             middles = torch.stack(blocks)
             if transposed:
-                parts.append(Part(members, wide.t().contiguous(), middles.mT, right))
+                parts.append(Thin(members, wide.t().contiguous(), middles.mT, right))
             else:
-                parts.append(Part(members, matrix.thin("right"), middles, wide))
+                parts.append(Thin(members, matrix.thin("right"), middles, wide))
         return parts
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import TensorList
+from ..backends import Batch, Noise, Outer, TensorList, Terms
 from ..fingerprint import announce
 from ..plan import Group, Plan
 from ..underflow import heads
@@ -130,16 +130,9 @@ class Master:
             low = None if in_place else low
             rounding = self.rounding if in_place else "nearest" if low is None else "residual"
             group.backend.lowrank_(
-                source,
-                group.spans,
-                lefts,
-                rights,
-                [1.0] * len(lefts),
-                shrinks[0],
-                rounding,
-                low,
-                plan.seed,
-                plan.step,
+                Batch(source, group.spans, rounding, low),
+                Outer(lefts, rights, [1.0] * len(lefts), shrinks[0]),
+                Noise(None, plan.seed, [(plan.step, 0)]),
                 outs=target,
             )
         elif in_place and scales:
@@ -147,12 +140,14 @@ class Master:
             spent = None if low is None else [bits.clone() for bits in low]
             rounding = "residual" if spent is not None else self.rounding
             draws = [(plan.step, word) for word, _ in point.terms]
-            group.backend.axpy_(group.theta, group.spans, plan.direction, plan.seed, draws, table, 1.0, rounding, spent)
+            batch, noise = Batch(group.theta, group.spans, rounding, spent), Noise(plan.direction, plan.seed, draws)
+            group.backend.axpy_(batch, noise, Terms(table))
             return
         elif not in_place and (scales or low):
             word, scale = (point.terms[0][0], scales[0]) if scales else (0, 0.0)
             low = None if low is None else list(low)
-            group.backend.perturb(kept, group.spans, plan.direction, plan.seed, plan.step, word, [scale], [outs], low)
+            batch = Batch(kept, group.spans, residuals=low)
+            group.backend.perturb(batch, Noise(plan.direction, plan.seed, [(plan.step, word)]), [scale], [outs])
         if not in_place:
             for i in group.memo["loose"]:
                 if scales or low or moved:

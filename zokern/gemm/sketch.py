@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..backends import Backend, Span
+from ..backends import Backend, Batch, Noise, Span, Terms
 from ..backends.validation import described
 
 
 def sketch_of(
-    backend: Backend, direction: object, seed: int, span: Span, shape: tuple[int, int], draws: Sequence[tuple[int, int]], coeffs: Sequence[float],
-    omega: Tensor, transposed: bool = False, tile: int = 1 << 20,
+    backend: Backend, noise: Noise, coeffs: Sequence[float], span: Span, shape: tuple[int, int], omega: Tensor,
+    transposed: bool = False, tile: int = 1 << 20,
 ) -> Tensor:  # fmt: skip
-    """Y = G Omega, or G^T Omega, of G = sum_k coeffs[k] z(*draws[k]), m x n: float32, about `tile` elements of G at a time."""
+    """Returns G Omega, or G^T Omega, of G = sum_k coeffs[k] z_k, m x n, float32, with about `tile` elements of G at a time."""
     rows, columns = shape
     device = omega.device
     if omega.dtype != torch.float32:
@@ -28,7 +28,7 @@ def sketch_of(
         stop = min(rows, start + step)
         part = buffer[: stop - start].zero_()
         here = Span(span.who, span.first + start * columns)
-        backend.axpy_([part], [here], direction, seed, draws, table, 1.0, "nearest", None)
+        backend.axpy_(Batch([part], [here]), noise, Terms(table))
         if transposed:
             result += part.t() @ omega[start:stop]
         else:

@@ -12,7 +12,7 @@ from ..backends import TensorList
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two elements of a strided tensor may share memory (expanded tensors do)."""
+    """Tells whether two elements of a strided tensor may share memory (those of expanded tensors do)."""
     if tensor.is_contiguous() or tensor.numel() == 0:
         return False
     reach = 0
@@ -24,7 +24,9 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 
 def shared_memory(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
-    """The positions of two tensors that have an element in common, or None."""
+    """Returns the positions of two tensors that have an element in common, or None."""
+    if len(tensors) == 1:
+        return None
     tensors = TensorList.of(tensors)
     starts = tensors.pointers.astype(np.int64)
     sizes = (
@@ -46,13 +48,13 @@ def shared_memory(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
 
 
 def _reach(tensor: Tensor) -> int:
-    """Bytes from a strided tensor's first element to behind its last."""
+    """Returns the bytes from a strided tensor's first element to the end of its last."""
     last = sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride()))
     return (last + 1) * tensor.element_size() if tensor.numel() else 0
 
 
 def _interleaved(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors with crossing extents share no element (columns of one matrix, say): decided exactly."""
+    """Tells whether two tensors with crossing extents share no element, as columns of one matrix do: decided exactly."""
     if (a.is_contiguous() and b.is_contiguous()) or a.element_size() != b.element_size() or a.numel() + b.numel() > 1 << 24:
         return False
 

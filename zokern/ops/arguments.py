@@ -1,4 +1,4 @@
-"""Arguments of the verbs as plain values: numbers, pairs and lists, each refused with its name and its value where it is something else."""
+"""Checks of a verb's plain arguments: numbers, pairs and lists. An error names the argument and its value."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from ..stream import check_word
 
 
 def tensor(verb: str, what: str, value: Any, way_out: str = "") -> Tensor:
-    """The tensor itself; TypeError for anything else."""
+    """Returns the tensor itself; TypeError for anything else."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{verb}: {what} is {type(value).__name__} {value!r:.80}; expected a torch.Tensor{way_out}")
     return value
 
 
 def is_text(value: Any) -> bool:
-    """Whether it is a sequence whose members are not what a list of numbers holds, though Python counts them: bytes, a mapping, a set."""
+    """Tells whether a value is a sequence that is no list of numbers, though Python counts its members: bytes, a mapping, a set."""
     return isinstance(value, (str, bytes, bytearray, memoryview, Mapping, Set))
 
 
 def finite(verb: str, what: str, given: Any, expected: str = "finite numbers") -> list[float]:
-    """A sequence of real numbers, finite in float32, as floats."""
+    """Returns a sequence of real numbers, finite in float32, as floats."""
     if (
         not isinstance(given, Iterable)
         or (is_text(given) and not isinstance(given, str))
         or (isinstance(given, Tensor) and given.dim() == 0)
     ):
         raise ValueError(f"{verb}: {what} is {given!r:.80}; expected a sequence of {expected}")
-    found = list(given)
+    found = given.tolist() if isinstance(given, Tensor) else list(given)
     if not (all(map(is_number, found)) and fits(found)):
         raise ValueError(f"{verb}: {what} is {found!r:.200}; expected {expected} (in float32)")
     return [float(x) for x in found]
 
 
 def one_or_each(verb: str, what: str, given: Any, count: int, expected: str = "finite numbers") -> list[float]:
-    """One finite number for all, or a sequence of them; its length is the caller's to check."""
+    """Returns one finite number for all as a list, or a sequence of them, whose length the caller checks."""
     return finite(verb, what, [given] * count if is_number(given) else given, expected)
 
 
 def draws(verb: str, given: Any) -> list[tuple[int, int]]:
-    """Pairs (step, draw) as words of the counter."""
+    """Returns pairs (step, draw) as words of the counter."""
     try:
         if is_text(given):
             raise TypeError
@@ -56,7 +56,7 @@ def draws(verb: str, given: Any) -> list[tuple[int, int]]:
 
 
 def tensor_list(what: str, given: Any) -> TensorList:
-    """One tensor, or a sequence of them."""
+    """Returns one tensor, or a sequence of them, as a list."""
     if not isinstance(given, (Tensor, Iterable)):
         raise TypeError(f"{what} is {type(given).__name__} {given!r:.80}; expected a torch.Tensor, or a list of them")
     found = TensorList([given] if isinstance(given, Tensor) else given)

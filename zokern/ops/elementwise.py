@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import backends, directions
-from ..backends import TensorList
+from .. import backends
+from ..backends import Batch, Terms
 from ..backends.validation import FLOATS
-from ..stream import check_seed, check_word
 from . import arguments
 from .aliasing import shared_memory
-from .operands import check_clock, check_list, check_out, check_rounding, check_tensor, spans_of
-from .registered import listed, terms_of, traced, unwrap_seed, wrap_seed
+from .operands import batch_of, check_out, check_tensor, noise_of, spans_of, wrote
+from .registered import count_of_nonfinite, lists_of, operation, register, traced
 
 
 def draw(
@@ -44,25 +44,37 @@ def draw(
     out        contiguous, of that shape and dtype on that device: written and returned. None: a new tensor
     Equal bit for bit on every backend.
     Raises ValueError for names out of range, other dtypes, first + n > 2**35, another `out`; RuntimeError for a backend that is off."""
-    direction, device = directions.resolve(direction), torch.device(device)
+    device = torch.device(device)
     if dtype not in FLOATS:
         raise ValueError(f"draw: dtype is {dtype!r}; expected torch.float32, torch.bfloat16 or torch.float16")
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=device)
     else:
         check_out("draw", "out", out, torch.Size((shape,) if isinstance(shape, int) else shape), dtype, device)
-    (span,) = spans_of("draw", [out], who, first)
+    spans = spans_of("draw", [out], who, first)
     check_tensor("draw", "the result", out, first)
-    name, seed = backends.resolve(backend, device).name, check_seed(seed)
-    step, draw = check_word("step", step), check_word("draw", draw)
-    check_clock("draw", clock, device)
+    noise, chosen = noise_of("draw", direction, seed, [(step, draw)], clock, device), backends.resolve(backend, device)
     with torch.no_grad():
-        if direction.name not in directions.DIRECTIONS:
-            backends.get(name).draw([out], [span], direction, seed, step, draw, clock)
-            torch.autograd.graph.increment_version([out])  # the kernels write through raw pointers
+        if traced(backend, noise.direction):
+            names: dict[str, Any] = {"who": spans[0].who, "first": spans[0].first, "step": step, "draw": draw}
+            operation("draw_", chosen, noise, out=out, clock=clock, **names)
         else:
-            torch.ops.zokern.draw_(out, span.who, first, step, draw, direction.name, wrap_seed(seed), name, clock)
+            batch = Batch([out], spans)
+            chosen.draw(batch, noise)
+            wrote(batch)
     return out
+
+
+def _drawn_into(out: Tensor, direction, **names: Any) -> None:
+    """Writes z to a tensor, whose shape and dtype it takes."""
+    draw(direction, out.shape, dtype=out.dtype, device=out.device, out=out, **names)
+
+
+register(
+    "draw_",
+    _drawn_into,
+    "(Tensor(a!) out, str direction, int seed, int who, int step, int draw, int first, Tensor? clock, str backend) -> ()",
+)
 
 
 def axpy_(
@@ -104,43 +116,45 @@ def axpy_(
     Raises ValueError, before anything is written, for other dtypes, overlapping elements, mixed devices, K = 0, an `each` that does
     not divide K, coefficients or decays that are not finite, first + n > 2**35, residuals that are missing or misshapen.
     Malladi et al. 2023, Algorithm 1 (perturb, restore and update are this call)."""
-    tensors, direction = arguments.tensor_list("tensors", tensors), directions.resolve(direction)
-    spans = spans_of("axpy_", tensors, who, first)
-    device = check_list("axpy_", tensors, spans)
-    draws = arguments.draws("axpy_", draws)
-    if not isinstance(coeffs, Tensor):
-        coeffs = torch.tensor(arguments.finite("axpy_", "coeffs", coeffs), dtype=torch.float32, device=device)
-    elif coeffs.dtype != torch.float32 or coeffs.device != device or coeffs.dim() != 1:
-        raise ValueError(
-            f"axpy_: coeffs is {coeffs.dtype}{list(coeffs.shape)} on {coeffs.device}; expected float32[K] on {device}"
-        )
-    elif coeffs.is_cpu and not traced():  # looking at numbers of a GPU would wait for it
-        arguments.finite("axpy_", "coeffs", coeffs)
-    if not draws or len(draws) != len(coeffs):
-        raise ValueError(f"axpy_: {len(draws)} draws and {len(coeffs)} coefficients; expected as many of each, at least one")
-    each, decays = _check_each(each, decay, len(draws))
-    low = [] if residuals is None else arguments.tensor_list("residuals", residuals)
-    check_rounding("axpy_", tensors, rounding, low)
-    check_clock("axpy_", clock, device)
-    if (pair := shared_memory(tensors)) is not None:
-        raise ValueError(f"axpy_: tensors[{pair[0]}] and tensors[{pair[1]}] share memory; expected distinct tensors")
-    name, seed = backends.resolve(backend, device).name, check_seed(seed)
+    batch = batch_of("axpy_", tensors, who, first, rounding, residuals)
+    device = batch.tensors[0].device
+    noise = noise_of("axpy_", direction, seed, draws, clock, device)
+    terms = Terms(coefficients_of("axpy_", coeffs, len(noise.draws), device), *_check_each(each, decay, len(noise.draws)))
+    chosen = backends.resolve(backend, device)
     with torch.no_grad():  # weights are leaves that require a gradient, and this is not an operation to differentiate
-        if direction.name not in directions.DIRECTIONS or not traced():
-            count = backends.get(name).axpy_(
-                tensors, spans, direction, seed, draws, coeffs, decays, rounding, low or None, clock, each
-            )
-            torch.autograd.graph.increment_version([*tensors, *low])  # the kernels write through raw pointers
-            return count
-        whos, firsts = [s.who for s in spans], [s.first for s in spans]
-        return torch.ops.zokern.axpy_(
-            tensors, low, coeffs, whos, firsts, [s for s, _ in draws], [d for _, d in draws],
-            direction.name, wrap_seed(seed), decays, rounding, name, clock, each,
-        )  # fmt: skip
+        if traced(backend, noise.direction):
+            sums = {"coeffs": terms.coefficients, "decay": terms.decay, "each": terms.each, "clock": clock}
+            return operation("axpy_", chosen, noise, batch, rounding=rounding, **lists_of(noise), **sums)
+        count = chosen.axpy_(batch, noise, terms)
+        wrote(batch)
+        return count
 
 
-def _check_each(each: bool | int, decay: float | Sequence[float], count: int) -> tuple[int, list[float]]:
-    """Terms of a sum, 0 for all of them, and the decay of every sum."""
+register(
+    "axpy_",
+    axpy_,
+    "(Tensor(a!)[] tensors, str direction, int seed, int[] who, int[] steps, int[] draws, Tensor coeffs, float[] decay, int[] first, "
+    "str rounding, Tensor(b!)[] residuals, int each, Tensor? clock, str backend) -> Tensor",
+    count_of_nonfinite,
+)
+
+
+def coefficients_of(verb: str, coeffs: Sequence[float] | Tensor, count: int, device: torch.device) -> Tensor:
+    """Returns the coefficients of a sum of `count` draws as float32[count] on the device."""
+    if not isinstance(coeffs, Tensor):
+        coeffs = torch.tensor(arguments.finite(verb, "coeffs", coeffs), dtype=torch.float32, device=device)
+    elif coeffs.dtype != torch.float32 or coeffs.device != device or coeffs.dim() != 1:
+        where = f"{coeffs.dtype}{list(coeffs.shape)} on {coeffs.device}"
+        raise ValueError(f"{verb}: coeffs is {where}; expected float32[K] on {device}")
+    elif coeffs.is_cpu and not traced(None):  # looking at numbers of a GPU would wait for it
+        arguments.finite(verb, "coeffs", coeffs)
+    if not count or count != coeffs.shape[0]:
+        raise ValueError(f"{verb}: {count} draws and {coeffs.shape[0]} coefficients; expected as many of each, at least one")
+    return coeffs
+
+
+def _check_each(each: bool | int, decay: float | Sequence[float], count: int) -> tuple[list[float], int]:
+    """Returns the decay of every sum, and the terms of a sum, 0 for all of them."""
     if not isinstance(each, (bool, numbers.Integral)) or each < 0:
         raise ValueError(f"axpy_: each is {each!r}; expected False, True or the number of terms that a sum has")
     each = int(each)
@@ -151,7 +165,7 @@ def _check_each(each: bool | int, decay: float | Sequence[float], count: int) ->
     if len(decays) != sums:
         how = f"each is {each}" if each else "without each they are one sum"
         raise ValueError(f"axpy_: decay has {len(decays)} numbers for {count} draws ({how}); expected one number, or {sums}")
-    return each, decays
+    return decays, each
 
 
 def perturb(
@@ -179,48 +193,53 @@ def perturb(
     longer than the kernel. None: new tensors. Under torch.compile the results are made and copied.
     Returns, for each scale, the list of results: round(fma(scale, z, theta)). Equal bit for bit on every backend.
     Raises ValueError as axpy_ does, and for another `out`, before anything is written."""
-    single = isinstance(tensors, Tensor)
-    tensors, direction = arguments.tensor_list("tensors", tensors), directions.resolve(direction)
-    spans = spans_of("perturb", tensors, who, first)
-    device = check_list("perturb", tensors, spans)
+    low = [] if residuals is None else arguments.tensor_list("residuals", residuals)
+    batch = batch_of("perturb", tensors, who, first, "residual" if low else "nearest", low, alone=False)
+    device = batch.tensors[0].device
     scales = arguments.finite("perturb", "scales", scales, "one or two finite numbers")
     if len(scales) not in (1, 2):
         raise ValueError(f"perturb: scales is {scales}; expected one or two finite numbers")
-    if dtype is not None and any(dtype not in (t.dtype, torch.float32) for t in tensors):
+    if dtype is not None and any(dtype not in (t.dtype, torch.float32) for t in batch.tensors):
         raise ValueError(f"perturb: dtype is {dtype!r}; expected the tensors' dtype or torch.float32")
-    low = [] if residuals is None else arguments.tensor_list("residuals", residuals)
-    if low:
-        check_rounding("perturb", tensors, "residual", low)
-    check_clock("perturb", clock, device)
-    name = backends.resolve(backend, device).name
-    step, draw, wide = check_word("step", step), check_word("draw", draw), dtype == torch.float32
-    seed = check_seed(seed)
-    outs = None if out is None else _outs(out, single, tensors, low, len(scales), dtype, device)
-    if direction.name not in directions.DIRECTIONS or not traced():
-        made = outs or [[torch.empty(t.shape, dtype=dtype or t.dtype, device=device) for t in tensors] for _ in scales]
-        with torch.no_grad():
-            backends.get(name).perturb(
-                [t.detach() for t in tensors], spans, direction, seed, step, draw, scales, made, low or None, clock
-            )
-        if outs is not None:
-            torch.autograd.graph.increment_version([t for side in outs for t in side])  # written through raw pointers
-        return made
-    who_ids, firsts = [s.who for s in spans], [s.first for s in spans]
+    noise, chosen = noise_of("perturb", direction, seed, [(step, draw)], clock, device), backends.resolve(backend, device)
+    outs = None if out is None else _outs(out, isinstance(tensors, Tensor), batch, len(scales), dtype)
     with torch.no_grad():
-        flat = torch.ops.zokern.perturb(
-            tensors, low, who_ids, firsts, step, draw, direction.name, wrap_seed(seed), list(scales), wide, name, clock
-        )
-        found = [flat[: len(tensors)], flat[len(tensors) :]][: len(scales)]
+        if not traced(backend, noise.direction):
+            made = outs or [_results(batch.tensors, dtype) for _ in scales]
+            chosen.perturb(batch._replace(tensors=[t.detach() for t in batch.tensors]), noise, scales, made)
+            if outs is not None:
+                torch.autograd.graph.increment_version([t for side in outs for t in side])  # written through raw pointers
+            return made
+        names = {"step": step, "draw": draw, "scales": scales, "dtype": dtype, "clock": clock}
+        flat, count = operation("perturb", chosen, noise, batch, **names), len(batch.tensors)
+        found = [flat[:count], flat[count:]][: len(scales)]
         for mine, side in zip(outs or [], found):
             for to, made in zip(mine, side):
                 to.copy_(made)
     return outs or found
 
 
-def _outs(
-    out, single: bool, tensors: TensorList, low: Sequence[Tensor], sides: int, dtype: torch.dtype | None, device: torch.device
-) -> list[list[Tensor]]:
-    """The lists that perturb writes, for each scale, checked."""
+def _results(tensors: Sequence[Tensor], dtype: torch.dtype | None) -> list[Tensor]:
+    return [torch.empty(t.shape, dtype=dtype or t.dtype, device=t.device) for t in tensors]
+
+
+def _perturbed(**names: Any) -> list[Tensor]:
+    """Returns the results of perturb() in one list."""
+    return [out for side in perturb(**names) for out in side]
+
+
+register(
+    "perturb",
+    _perturbed,
+    "(Tensor[] tensors, str direction, int seed, int[] who, int step, int draw, float[] scales, int[] first, Tensor[] residuals, "
+    "ScalarType? dtype, Tensor? clock, str backend) -> Tensor[]",
+    lambda given: [out for _ in given.scales for out in _results(given.tensors, given.dtype)],
+)
+
+
+def _outs(out, single: bool, batch: Batch, sides: int, dtype: torch.dtype | None) -> list[list[Tensor]]:
+    """Returns the lists that perturb writes, for each scale, checked."""
+    tensors, low = batch.tensors, batch.residuals or ()
     what = "for each scale " + ("a tensor, or a list of one" if single else f"a list of {len(tensors)} tensors")
     if not isinstance(out, (list, tuple)) or len(out) != sides:
         raise ValueError(f"perturb: out is {type(out).__name__} for {sides} scales; expected {what}")
@@ -229,7 +248,7 @@ def _outs(
         if not isinstance(side, (list, tuple)) or len(side) != len(tensors):
             raise ValueError(f"perturb: out[{j}] is {type(side).__name__} for {len(tensors)} tensors; expected {what}")
         for i, (result, tensor) in enumerate(zip(side, tensors)):
-            check_out("perturb", f"out[{j}][{i}]", result, tensor.shape, dtype or tensor.dtype, device)
+            check_out("perturb", f"out[{j}][{i}]", result, tensor.shape, dtype or tensor.dtype, tensor.device)
     flat, read = [result for side in outs for result in side], [*tensors, *low]
     names = [f"out[{j}][{i}]" for j in range(sides) for i in range(len(tensors))]
     # tensors that are only read may share memory, and then each is compared on its own
@@ -238,102 +257,3 @@ def _outs(
             a, b = (names[i] if i < len(flat) else "a tensor that is read" for i in sorted(pair))
             raise ValueError(f"perturb: {a} and {b} share memory; expected results apart from each other and from what is read")
     return [list(side) for side in outs]
-
-
-@torch.library.custom_op("zokern::draw_", mutates_args=("out",))
-def _draw_op(
-    out: Tensor,
-    who: int,
-    first: int,
-    step: int,
-    draw: int,
-    direction: str,
-    seed: int,
-    backend: str,
-    clock: Tensor | None = None,
-) -> None:
-    if not out.is_contiguous():
-        raise ValueError(f"draw_: out has strides {out.stride()}; expected a contiguous tensor")
-    tensors, spans = listed("draw_", [out], [who], [first])
-    step, draw = check_word("step", step), check_word("draw", draw)
-    check_clock("draw_", clock, out.device)
-    backends.get(backend).draw(tensors, spans, directions.resolve(direction), unwrap_seed(seed), step, draw, clock)
-
-
-@torch.library.custom_op("zokern::axpy_", mutates_args=("thetas", "residuals"))
-def _axpy_op(
-    thetas: list[Tensor],
-    residuals: list[Tensor],
-    coeffs: Tensor,
-    who: list[int],
-    first: list[int],
-    steps: list[int],
-    draws: list[int],
-    direction: str,
-    seed: int,
-    decay: list[float],
-    rounding: str,
-    backend: str,
-    clock: Tensor | None = None,
-    each: int = 0,
-) -> Tensor:
-    tensors, spans = listed("axpy_", thetas, who, first)
-    terms = terms_of("axpy_", steps, draws)
-    if not terms or coeffs.dim() != 1 or len(coeffs) != len(terms):
-        raise ValueError(f"axpy_: {len(terms)} draws and coeffs {list(coeffs.shape)}; expected as many of each, at least one")
-    each, decays = _check_each(each, decay, len(terms))
-    check_rounding("axpy_", tensors, rounding, residuals)
-    check_clock("axpy_", clock, tensors[0].device)
-    return backends.get(backend).axpy_(
-        tensors,
-        spans,
-        directions.resolve(direction),
-        unwrap_seed(seed),
-        terms,
-        coeffs,
-        decays,
-        rounding,
-        residuals or None,
-        clock,
-        each,
-    )
-
-
-@_axpy_op.register_fake
-def _(thetas, residuals, coeffs, who, first, steps, draws, direction, seed, decay, rounding, backend, clock=None, each=0):
-    return torch.empty(1, dtype=torch.int64, device=coeffs.device)
-
-
-@torch.library.custom_op("zokern::perturb", mutates_args=())
-def _perturb_op(
-    thetas: list[Tensor],
-    residuals: list[Tensor],
-    who: list[int],
-    first: list[int],
-    step: int,
-    draw: int,
-    direction: str,
-    seed: int,
-    scales: list[float],
-    wide: bool,
-    backend: str,
-    clock: Tensor | None = None,
-) -> list[Tensor]:
-    tensors = TensorList(thetas)  # which may share memory: they are only read
-    spans = spans_of("perturb", tensors, who, first)
-    check_list("perturb", tensors, spans)
-    scales = arguments.finite("perturb", "scales", scales, "one or two finite numbers")
-    if residuals:
-        check_rounding("perturb", tensors, "residual", residuals)
-    step, draw = check_word("step", step), check_word("draw", draw)
-    check_clock("perturb", clock, tensors[0].device)
-    outs = [[torch.empty(t.shape, dtype=torch.float32 if wide else t.dtype, device=t.device) for t in tensors] for _ in scales]
-    backends.get(backend).perturb(
-        tensors, spans, directions.resolve(direction), unwrap_seed(seed), step, draw, scales, outs, residuals or None, clock
-    )
-    return [out for side in outs for out in side]
-
-
-@_perturb_op.register_fake
-def _(thetas, residuals, who, first, step, draw, direction, seed, scales, wide, backend, clock=None):
-    return [torch.empty(t.shape, dtype=torch.float32 if wide else t.dtype, device=t.device) for _ in scales for t in thetas]

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backends, directions
-from ..backends import Span
+from ..backends import Backend, Batch, Noise, Sides, Span, Thin, Weight
 from ..backends.validation import described
 from ..checks import flag, whole_number
-from ..gemm import Part, counts_of, factored_linear, fused_linear, fuses, sketch_of, tiled_linear
-from ..stream import INDEX_LIMIT, check_seed, check_word, parameter_id
+from ..gemm import counts_of, factored_linear, fused_linear, fuses, sketch_of, tiled_linear
+from ..stream import INDEX_LIMIT
 from . import arguments
-from .operands import check_tensor
-from .registered import terms_of, unwrap_seed, wrap_seed
+from .operands import check_tensor, noise_of, word_of
+from .registered import lists_of, operation, register, traced
 
 
 def linear(
@@ -54,26 +55,43 @@ def linear(
     sides = [xs] * len(scales) if isinstance(xs, Tensor) else arguments.tensor_list("linear: xs", xs)
     first = whole_number("linear: first", first, 0, expected="the number of W's first element, an integer from 0")
     _check_operands(sides, weight, bias, residual, scales, first, tile)
-    name = backends.resolve(backend, weight.device).name
+    factors = _check_thin(weight, direction) if isinstance(direction, (tuple, list)) else None
+    noise = noise_of("linear", "normal" if factors else direction, seed, [(step, draw)], None, weight.device)
+    chosen = backends.resolve(backend, weight.device)
     with torch.no_grad():
-        if isinstance(direction, (tuple, list)):
-            left, right, core = _check_thin(weight, direction)
-            return torch.ops.zokern.linear_factored(sides, weight, bias, left, core, right, scales, name)
-        resolved = directions.resolve(direction)
-        word = parameter_id(who) if isinstance(who, str) else check_word("who", who)
-        step, draw = check_word("step", step), check_word("draw", draw)
-        if resolved.name not in directions.DIRECTIONS:
-            return _linear(
-                sides, weight, bias, residual, resolved, check_seed(seed), Span(word, first), step, draw, scales, tile, name
-            )
-        return torch.ops.zokern.linear(
-            sides, weight, bias, residual, word, first, step, draw, resolved.name, wrap_seed(seed), scales, tile, name
-        )  # fmt: skip
+        if traced(backend, noise.direction):
+            return operation(
+                "linear", chosen, noise, xs=sides, weight=weight, factors=factors or (), scales=scales, who=word_of(who), step=step,
+                draw=draw, bias=bias, first=first, residual=residual, tile=tile,
+            )  # fmt: skip
+        operands = Sides(sides, [bias] * len(sides), scales)
+        if factors is not None:
+            y = _with_factors(chosen, weight, factors, operands)
+        else:
+            y = _with_noise(chosen, weight, Span(word_of(who), first), residual, noise, operands, tile)
+        parts = zip(y.split(counts_of(sides)), sides)
+        return [part.view(*x.shape[:-1], y.shape[1]).clone() for part, x in parts]  # an operation returns no views
+
+
+def _of_either(direction: str, factors: Sequence[Tensor], **names: Any) -> list[Tensor]:
+    """Calls linear() with factors, where there are any, or a direction."""
+    return linear(direction=tuple(factors) or direction, **names)
+
+
+register(
+    "linear",
+    _of_either,
+    "(Tensor[] xs, Tensor weight, str direction, Tensor[] factors, float[] scales, int seed, int who, int step, int draw, Tensor? bias, "
+    "int first, Tensor? residual, int tile, str backend) -> Tensor[]",
+    lambda given: [x.new_empty((*x.shape[:-1], given.weight.shape[0])) for x in given.xs],
+)
 
 
 def _check_operands(
-    sides: Sequence[Tensor], weight: Tensor, bias: Tensor | None, residual: Tensor | None, scales: Sequence[float], first: int, tile: int
+    sides: Sequence[Tensor], weight: Tensor, bias: Tensor | None, residual: Tensor | None, scales: Sequence[float], first: int,
+    tile: int,
 ) -> None:  # fmt: skip
+    """Refuses operands of linear() whose dtypes, devices and shapes do not fit."""
     if not scales or len(sides) != len(scales):
         raise ValueError(f"linear: {len(sides)} xs and scales {scales}; expected a finite scale for each, at least one")
     check_tensor("linear", "weight", arguments.tensor("linear", "weight", weight, ", a matrix"), first)
@@ -104,6 +122,7 @@ def _check_operands(
 
 
 def _check_thin(weight: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns U, V and C, contiguous; an identity for a core that is not given."""
     if len(factors) not in (2, 3):
         raise ValueError(f"linear: direction has {len(factors)} factors; expected (U, V) or (U, V, C)")
     for i, factor in enumerate(factors):
@@ -120,37 +139,42 @@ def _check_thin(weight: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, Tens
     return left.contiguous(), right.contiguous(), core.contiguous()
 
 
-def _linear(
-    xs, weight, bias, residual, direction, seed: int, span: Span, step: int, draw: int, scales, tile: int, backend: str
-):
-    run = backends.get(backend)
-    moved = [j for j, scale in enumerate(scales) if scale]
-    biases = [bias] * len(xs)
-    if residual is None and direction.name in directions.DIRECTIONS and fuses(run, xs, weight):
-        draws = [draw if scale else -1 for scale in scales]
-        y = fused_linear(run, xs, weight, span, direction, seed, step, draws, scales, biases)
+def _with_factors(backend: Backend, weight: Tensor, factors: Sequence[Tensor], operands: Sides) -> Tensor:
+    """Returns the results for z = U C V^T, one below the other."""
+    left, right, core = factors
+    moved, first = [j for j, scale in enumerate(operands.scales) if scale], right.t().contiguous()
+    middles = [(core * operands.scales[j]).t() for j in moved]
+    if len(moved) == len(operands.scales):
+        thins = [Thin(moved, first, torch.stack(middles), left)]
     else:
-        rows = max(1, tile // max(1, weight.shape[1]))
-
-        def tiles() -> Iterator[tuple[int, int, dict[int, Tensor]]]:
-            for start in range(0, weight.shape[0], rows):
-                view = weight[start : start + rows]
-                here = Span(span.who, span.first + start * weight.shape[1])
-                low = None if residual is None else [residual[start : start + rows]]
-                made = {j: torch.empty_like(view) for j in moved}
-                for part in range(0, len(moved), 2):
-                    pair = moved[part : part + 2]
-                    amounts, outs = [scales[j] for j in pair], [[made[j]] for j in pair]
-                    run.perturb([view], [here], direction, seed, step, draw, amounts, outs, low)
-                yield start, start + len(view), made
-
-        y = tiled_linear(xs, weight, biases, tiles())
-    return _apart(y, xs)
+        thins = [Thin([j], first, middle.unsqueeze(0), left) for j, middle in zip(moved, middles)]
+    return factored_linear(backend, Weight(weight, Span(0)), operands._replace(scales=(), thins=thins))
 
 
-def _apart(y: Tensor, xs: Sequence[Tensor]) -> list[Tensor]:
-    """Returns the rows of each side in the shape of its x."""
-    return [part.view(*x.shape[:-1], y.shape[1]) for part, x in zip(y.split(counts_of(xs)), xs)]
+def _with_noise(
+    backend: Backend, weight: Tensor, span: Span, residual: Tensor | None, noise: Noise, operands: Sides, tile: int
+) -> Tensor:
+    """Returns the results for a dense z, one below the other."""
+    xs, biases, scales, _ = operands
+    if residual is None and noise.direction.name in directions.DIRECTIONS and fuses(backend, xs, weight):
+        same = noise._replace(draws=list(noise.draws) * len(xs))
+        return fused_linear(backend, Weight(weight, span), operands, same)
+    moved = [j for j, scale in enumerate(scales) if scale]
+    rows = max(1, tile // max(1, weight.shape[1]))
+
+    def tiles() -> Iterator[tuple[int, int, dict[int, Tensor]]]:
+        for start in range(0, weight.shape[0], rows):
+            view = weight[start : start + rows]
+            here = span._replace(first=span.first + start * weight.shape[1])
+            low = None if residual is None else [residual[start : start + rows]]
+            made = {j: torch.empty_like(view) for j in moved}
+            for part in range(0, len(moved), 2):
+                pair = moved[part : part + 2]
+                outs = [[made[j]] for j in pair]
+                backend.perturb(Batch([view], [here], residuals=low), noise, [scales[j] for j in pair], outs)
+            yield start, start + len(view), made
+
+    return tiled_linear(xs, weight, biases, tiles())
 
 
 def sketch(
@@ -175,7 +199,6 @@ def sketch(
     tile       elements of G that exist at a time
     Returns float32 (m, p), or (n, p). G is exact, as axpy_ draws it; the product is torch's.
     Raises ValueError for shapes and dtypes that do not fit. Halko et al. 2011, "Finding structure with randomness" (range finder)."""
-    resolved = directions.resolve(direction)
     if not isinstance(shape, (tuple, list)) or len(shape) != 2:
         raise ValueError(f"sketch: shape is {shape!r}; expected (m, n), the rows and columns of G")
     rows, columns = (whole_number(f"sketch: shape[{i}]", size, expected="a positive integer") for i, size in enumerate(shape))
@@ -191,83 +214,33 @@ def sketch(
         raise ValueError(f"sketch: omega is {described(omega)}; expected contiguous float32[{inner}, p]")
     if first + rows * columns > INDEX_LIMIT:
         raise ValueError(f"sketch: shape is {shape} from {first}; expected positive sizes and first + m n <= 2**35")
-    pairs, coeffs = arguments.draws("sketch", draws), arguments.finite("sketch", "coeffs", coeffs)
-    if not pairs or len(pairs) != len(coeffs):
-        raise ValueError(f"sketch: {len(pairs)} draws and coeffs {coeffs}; expected as many finite numbers, at least one")
+    noise, coeffs = noise_of("sketch", direction, seed, draws, None, omega.device), arguments.finite("sketch", "coeffs", coeffs)
+    if not noise.draws or len(noise.draws) != len(coeffs):
+        raise ValueError(f"sketch: {len(noise.draws)} draws and coeffs {coeffs}; expected as many finite numbers, at least one")
     tile = whole_number("sketch: tile", tile, expected="a number of elements, at least 1")
-    word = parameter_id(who) if isinstance(who, str) else check_word("who", who)
-    name = backends.resolve(backend, omega.device).name
+    word, chosen = word_of(who), backends.resolve(backend, omega.device)
     with torch.no_grad():
-        if resolved.name not in directions.DIRECTIONS:
-            run, seed = backends.get(name), check_seed(seed)
-            return sketch_of(run, resolved, seed, Span(word, first), (rows, columns), pairs, coeffs, omega, transposed, tile)
-        return torch.ops.zokern.sketch(
-            omega, rows, columns, word, first, [s for s, _ in pairs], [d for _, d in pairs], coeffs, resolved.name,
-            wrap_seed(seed), transposed, tile, name,
+        if not traced(backend, noise.direction):
+            return sketch_of(chosen, noise, coeffs, Span(word, first), (rows, columns), omega, transposed, tile)
+        return operation(
+            "sketch", chosen, noise, shape=[rows, columns], omega=omega, who=word, coeffs=coeffs, transposed=transposed, first=first,
+            tile=tile, **lists_of(noise),
         )  # fmt: skip
 
 
-@torch.library.custom_op("zokern::linear", mutates_args=())
-def _linear_op(
-    xs: list[Tensor], weight: Tensor, bias: Tensor | None, residual: Tensor | None, who: int, first: int, step: int, draw: int,
-    direction: str, seed: int, scales: list[float], tile: int, backend: str,
-) -> list[Tensor]:  # fmt: skip
-    resolved = directions.resolve(direction)
-    scales = arguments.finite("linear", "scales", scales, "finite scales, one for each x")
-    _check_operands(xs, weight, bias, residual, scales, first, tile)
-    who, step, draw = (check_word(what, word) for what, word in (("who", who), ("step", step), ("draw", draw)))
-    outs = _linear(xs, weight, bias, residual, resolved, unwrap_seed(seed), Span(who, first), step, draw, scales, tile, backend)
-    return [out.clone() for out in outs]  # views of one product may not be results of an operation
+def _of_any_strides(omega: Tensor, **names: Any) -> Tensor:
+    """Calls sketch() with an omega of any strides: a compiled graph may choose them."""
+    return sketch(omega=omega.contiguous(), **names)
 
 
-@_linear_op.register_fake
-def _(xs, weight, bias, residual, who, first, step, draw, direction, seed, scales, tile, backend):
-    return [x.new_empty((*x.shape[:-1], weight.shape[0])) for x in xs]
+def _sketched(given: SimpleNamespace) -> Tensor:
+    return given.omega.new_empty((given.shape[1 if given.transposed else 0], given.omega.shape[1]))
 
 
-@torch.library.custom_op("zokern::linear_factored", mutates_args=())
-def _linear_factored_op(
-    xs: list[Tensor], weight: Tensor, bias: Tensor | None, left: Tensor, core: Tensor, right: Tensor, scales: list[float], backend: str
-) -> list[Tensor]:  # fmt: skip
-    scales = arguments.finite("linear", "scales", scales, "finite scales, one for each x")
-    _check_operands(xs, weight, bias, None, scales, 0, 1)
-    left, right, core = _check_thin(weight, (left, right, core))
-    moved = [j for j, scale in enumerate(scales) if scale]
-    parts = []
-    if moved == list(range(len(scales))):
-        parts = [Part(moved, right.t().contiguous(), torch.stack([(core * scale).t() for scale in scales]), left)]
-    else:
-        parts = [Part([j], right.t().contiguous(), (core * scales[j]).t().unsqueeze(0), left) for j in moved]
-    outs = _apart(factored_linear(backends.get(backend), xs, weight, parts, 1.0, [bias] * len(xs)), xs)
-    return [out.clone() for out in outs]  # views of one product may not be results of an operation
-
-
-@_linear_factored_op.register_fake
-def _(xs, weight, bias, left, core, right, scales, backend):
-    return [x.new_empty((*x.shape[:-1], weight.shape[0])) for x in xs]
-
-
-@torch.library.custom_op("zokern::sketch", mutates_args=())
-def _sketch_op(
-    omega: Tensor, rows: int, columns: int, who: int, first: int, steps: list[int], draws: list[int], coeffs: list[float], direction: str,
-    seed: int, transposed: bool, tile: int, backend: str,
-) -> Tensor:  # fmt: skip
-    run, resolved, pairs = backends.get(backend), directions.resolve(direction), terms_of("sketch", steps, draws)
-    inner = rows if transposed else columns
-    if omega.dtype != torch.float32 or omega.dim() != 2 or omega.shape[0] != inner or min(rows, columns, tile) < 1:
-        raise ValueError(
-            f"sketch: omega is {described(omega)}, shape ({rows}, {columns}); expected float32[{inner}, p], tile >= 1"
-        )
-    if len(pairs) != len(coeffs) or not pairs or not 0 <= first <= INDEX_LIMIT - rows * columns:
-        raise ValueError(
-            f"sketch: {len(pairs)} draws, {len(coeffs)} coeffs, first {first}; expected as many, at least one, first >= 0"
-        )
-    omega, who = omega.contiguous(), check_word("who", who)
-    return sketch_of(
-        run, resolved, unwrap_seed(seed), Span(who, first), (rows, columns), pairs, coeffs, omega, transposed, tile
-    )
-
-
-@_sketch_op.register_fake
-def _(omega, rows, columns, who, first, steps, draws, coeffs, direction, seed, transposed, tile, backend):
-    return omega.new_empty((columns if transposed else rows, omega.shape[1]))
+register(
+    "sketch",
+    _of_any_strides,
+    "(str direction, int[] shape, Tensor omega, int seed, int who, int[] steps, int[] draws, float[] coeffs, bool transposed, int first, "
+    "int tile, str backend) -> Tensor",
+    _sketched,
+)

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends import Span
+from ..backends import Backend, Batch, Noise, Outer, Span
 from ..stream import check_seed, check_word
 from . import arguments
-from .aliasing import shared_memory
 from .arguments import is_text
-from .operands import check_list, check_rounding, spans_of
-from .registered import listed, traced, unwrap_seed, wrap_seed
+from .operands import batch_of, wrote
+from .registered import count_of_nonfinite, operation, register, traced
 
 
 def lowrank_(
@@ -50,40 +49,47 @@ def lowrank_(
     Returns int64[1]: how many results are inf or NaN.
     Raises ValueError, before anything is written, for factors of another dtype, layout, shape or device, factors that are
     swapped, elements beyond m n, and what axpy_ refuses."""
-    tensors = arguments.tensor_list("tensors", tensors)
-    if who is None:
-        if rounding == "stochastic":
-            raise ValueError(
-                "lowrank_: who is None with rounding='stochastic'; expected the parameters' names, whose bits are spent"
-            )
-        spans = spans_of("lowrank_", tensors, [0] * len(tensors), first)
-    else:
-        spans = spans_of("lowrank_", tensors, who, first)
-    device = check_list("lowrank_", tensors, spans)
-    lefts, rights = _one_each("left", left, tensors), _one_each("right", right, tensors)
-    cores = [None] * len(tensors) if core is None else _one_each("core", core, tensors)
-    each = f"a finite number, or one for each of {len(tensors)} tensors"
-    scales = arguments.one_or_each("lowrank_", "scale", scale, len(tensors), each)
-    if len(scales) != len(tensors):
-        raise ValueError(f"lowrank_: scale is {scale}; expected {each}")
+    if who is None and rounding == "stochastic":
+        raise ValueError(
+            "lowrank_: who is None with rounding='stochastic'; expected the parameters' names, whose bits are spent"
+        )
+    found = arguments.tensor_list("tensors", tensors)
+    batch = batch_of("lowrank_", found, [0] * len(found) if who is None else who, first, rounding, residuals)
+    lefts, rights = _one_each("left", left, found), _one_each("right", right, found)
+    cores = [None] * len(found) if core is None else _one_each("core", core, found)
+    wanted = f"a finite number, or one for each of {len(found)} tensors"
+    scales = arguments.one_or_each("lowrank_", "scale", scale, len(found), wanted)
+    if len(scales) != len(found):
+        raise ValueError(f"lowrank_: scale is {scale}; expected {wanted}")
     (decay,) = arguments.finite("lowrank_", "decay", [decay], "a finite number")
-    for i, (tensor, span) in enumerate(zip(tensors, spans)):
+    for i, (tensor, span) in enumerate(zip(found, batch.spans)):
         _check_factors(i, tensor, span, lefts[i], cores[i], rights[i])
-    low = [] if residuals is None else arguments.tensor_list("residuals", residuals)
-    check_rounding("lowrank_", tensors, rounding, low)
-    if (pair := shared_memory(tensors)) is not None:
-        raise ValueError(f"lowrank_: tensors[{pair[0]}] and tensors[{pair[1]}] share memory; expected distinct tensors")
-    name, seed, step = backends.resolve(backend, device).name, check_seed(seed), check_word("step", step)
+    noise = Noise(None, check_seed(seed), [(check_word("step", step), 0)])
+    chosen, named = backends.resolve(backend, found[0].device), traced(backend)
     with torch.no_grad():
-        lefts = [u if c is None else _times_core(u, c, name) for u, c in zip(lefts, cores)]
-        if not traced():
-            count = backends.get(name).lowrank_(tensors, spans, lefts, rights, scales, decay, rounding, low or None, seed, step)
-            torch.autograd.graph.increment_version([*tensors, *low])  # the kernels write through raw pointers
-            return count
-        whos, firsts = [s.who for s in spans], [s.first for s in spans]
-        return torch.ops.zokern.lowrank_(
-            tensors, low, lefts, rights, scales, whos, firsts, wrap_seed(seed), step, decay, rounding, name
-        )  # fmt: skip
+        lefts = [u if c is None else _times_core(u, c, chosen, named) for u, c in zip(lefts, cores)]
+        count = _launch(batch, Outer(lefts, rights, scales, decay), noise, chosen, named)
+        if not named:
+            wrote(batch)
+        return count
+
+
+def _launch(batch: Batch, factors: Outer, noise: Noise | None, backend: Backend, named: bool) -> Tensor:
+    """Runs the kernel, or calls the operation if `named`."""
+    if not named:
+        return backend.lowrank_(batch, factors, noise)
+    products = {"left": factors.lefts, "right": factors.rights, "scale": factors.scales, "decay": factors.decay}
+    noise = noise or Noise(None, 0, [(0, 0)])
+    return operation("lowrank_", backend, noise, batch, step=noise.draws[0][0], rounding=batch.rounding, **products)
+
+
+register(
+    "lowrank_",
+    lowrank_,
+    "(Tensor(a!)[] tensors, Tensor[] left, Tensor[] right, float[] scale, float decay, int[] who, int seed, int step, int[] first, "
+    "str rounding, Tensor(b!)[] residuals, str backend) -> Tensor",
+    count_of_nonfinite,
+)
 
 
 def _one_each(what: str, given, tensors: Sequence[Tensor]) -> list:
@@ -133,49 +139,10 @@ def _check_factors(i: int, tensor: Tensor, span: Span, left: Tensor, core: Tenso
         )
 
 
-def _times_core(left: Tensor, core: Tensor, name: str) -> Tensor:
-    """U C in float32, with the verb's own sum, so that its bits are as independent of the backend as the verb's."""
+def _times_core(left: Tensor, core: Tensor, backend: Backend, named: bool) -> Tensor:
+    """Returns U C in float32, with the verb's own sum, so that its bits are as independent of the backend as the verb's."""
     if core.dim() == 1:
         return left * core
-    rows, columns = left.shape[0], core.shape[1]
-    zero, right = torch.zeros(rows, columns, dtype=torch.float32, device=left.device), core.t().contiguous()
-    if traced():
-        torch.ops.zokern.lowrank_([zero], [], [left], [right], [1.0], [0], [0], 0, 0, 1.0, "nearest", name)
-    else:
-        backends.get(name).lowrank_([zero], [Span(0)], [left], [right], [1.0], 1.0, "nearest", None)
+    zero = torch.zeros(left.shape[0], core.shape[1], dtype=torch.float32, device=left.device)
+    _launch(Batch([zero], [Span(0)]), Outer([left], [core.t().contiguous()], [1.0]), None, backend, named)
     return zero
-
-
-@torch.library.custom_op("zokern::lowrank_", mutates_args=("thetas", "residuals"))
-def _lowrank_op(
-    thetas: list[Tensor],
-    residuals: list[Tensor],
-    lefts: list[Tensor],
-    rights: list[Tensor],
-    scales: list[float],
-    who: list[int],
-    first: list[int],
-    seed: int,
-    step: int,
-    decay: float,
-    rounding: str,
-    backend: str,
-) -> Tensor:
-    tensors, spans = listed("lowrank_", thetas, who, first)
-    if not len(tensors) == len(lefts) == len(rights) == len(scales):
-        counts = f"{len(lefts)} left, {len(rights)} right and {len(scales)} scales"
-        raise ValueError(f"lowrank_: {counts} for {len(tensors)} tensors; expected one for each")
-    for i, (tensor, span) in enumerate(zip(tensors, spans)):
-        _check_factors(i, tensor, span, lefts[i], None, rights[i])
-    scales = arguments.finite("lowrank_", "scale", scales)
-    (decay,) = arguments.finite("lowrank_", "decay", [decay], "a finite number")
-    check_rounding("lowrank_", tensors, rounding, residuals)
-    step = check_word("step", step)
-    return backends.get(backend).lowrank_(
-        tensors, spans, lefts, rights, scales, decay, rounding, residuals or None, unwrap_seed(seed), step
-    )
-
-
-@_lowrank_op.register_fake
-def _(thetas, residuals, lefts, rights, scales, who, first, seed, step, decay, rounding, backend):
-    return torch.empty(1, dtype=torch.int64, device=thetas[0].device)

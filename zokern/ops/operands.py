@@ -1,4 +1,4 @@
-"""Checks of the tensors of a verb, of their names in the stream, and of residuals, results and the clock."""
+"""The tuples of a launch from the arguments of a verb: checks of tensors, names in the stream, residuals, results and clock."""
 
 from __future__ import annotations
 
@@ -9,16 +9,48 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..backends import ROUNDINGS, Span, SpanList, TensorList
+from .. import directions
+from ..backends import ROUNDINGS, Batch, Noise, Span, SpanList, TensorList
 from ..backends.validation import FLOATS
-from ..stream import INDEX_LIMIT, check_word, parameter_id
+from ..stream import INDEX_LIMIT, check_seed, check_word, parameter_id
 from . import arguments
-from .aliasing import overlaps_itself
+from .aliasing import overlaps_itself, shared_memory
 from .arguments import is_text
+
+FEW = 4  # tensors up to which each is checked on its own
+
+
+def batch_of(verb: str, tensors, who, first, rounding: str, residuals, alone: bool = True) -> Batch:
+    """Returns the tensors of a launch, checked. alone: they have to be apart in memory."""
+    tensors = arguments.tensor_list("tensors", tensors)
+    spans = spans_of(verb, tensors, who, first)
+    check_list(verb, tensors, spans)
+    low = [] if residuals is None else arguments.tensor_list("residuals", residuals)
+    check_rounding(verb, tensors, rounding, low)
+    if alone and (pair := shared_memory(tensors)) is not None:
+        raise ValueError(f"{verb}: tensors[{pair[0]}] and tensors[{pair[1]}] share memory; expected distinct tensors")
+    return Batch(tensors, spans, rounding, low or None)
+
+
+def noise_of(verb: str, direction, seed: int, draws, clock: Tensor | None, device: torch.device) -> Noise:
+    """Returns the random numbers of a launch, checked."""
+    direction, draws = directions.resolve(direction), arguments.draws(verb, draws)
+    check_clock(verb, clock, device)
+    return Noise(direction, check_seed(seed), draws, clock)
+
+
+def word_of(who: str | int) -> int:
+    """Returns a parameter's id: that of a name, or the id itself."""
+    return parameter_id(who) if isinstance(who, str) else check_word("who", who)
+
+
+def wrote(batch: Batch, *others: Tensor) -> None:
+    """Adds to the version counters of tensors that a kernel wrote through raw pointers."""
+    torch.autograd.graph.increment_version([*batch.tensors, *(batch.residuals or ()), *others])
 
 
 def check_tensor(verb: str, what: str, tensor: Tensor, first: int = 0, hint: str = "cast it first") -> None:
-    """What every verb asks of a tensor that it reads or writes."""
+    """Refuses a tensor that no verb can read or write."""
     if tensor.device.type == "meta":
         raise ValueError(
             f"{verb}: {what} is on the meta device and has no elements; expected a tensor with memory: materialise it"
@@ -39,6 +71,7 @@ def check_tensor(verb: str, what: str, tensor: Tensor, first: int = 0, hint: str
 
 
 def spans_of(verb: str, tensors: Sequence[Tensor], who, first) -> SpanList:
+    """Returns the spans of tensors with these names, or ids, and these first elements: one for all, or a list."""
     one = isinstance(who, (str, numbers.Integral))
     if isinstance(who, bool) or (not one and (is_text(who) or not isinstance(who, Iterable))):
         raise ValueError(f"{verb}: who is {who!r}; expected the parameter's name, or a list with one name per tensor")
@@ -67,26 +100,31 @@ def spans_of(verb: str, tensors: Sequence[Tensor], who, first) -> SpanList:
 
 @lru_cache(maxsize=256)
 def _span_list(whos: tuple, firsts: tuple) -> SpanList:
-    """A loop names the same list of parameters at every step."""
-    return SpanList(Span(parameter_id(w) if isinstance(w, str) else check_word("who", w), f) for w, f in zip(whos, firsts))
+    """Keeps the spans: a loop names the same list of parameters at every step."""
+    return SpanList(Span(word_of(who), first) for who, first in zip(whos, firsts))
 
 
-def check_list(verb: str, tensors: TensorList, spans: SpanList) -> torch.device:
+def check_list(verb: str, tensors: TensorList, spans: SpanList) -> None:
+    """Refuses tensors that no verb takes, or that lie on several devices; a long right list costs a comparison of columns."""
     if not tensors:
         raise ValueError(f"{verb}: tensors is empty; expected at least one tensor")
     device = tensors[0].device
-    plain = set(tensors.dtypes) <= FLOATS and tensors.contiguous and device.type != "meta"
-    if not plain or not spans.at_zero or tensors.sizes.max() > INDEX_LIMIT:
+    if len(tensors) <= FEW or not _is_plain(tensors, spans):
         for i, (tensor, span) in enumerate(zip(tensors, spans)):
             check_tensor(verb, f"tensors[{i}]", tensor, span.first)
     if tensors.devices != {device}:
         i, other = next((i, t.device) for i, t in enumerate(tensors) if t.device != device)
         raise ValueError(f"{verb}: tensors[{i}] is on {other} and tensors[0] on {device}; expected one device a call")
-    return device
+
+
+def _is_plain(tensors: TensorList, spans: SpanList) -> bool:
+    """Tells whether every tensor of a list is right at a glance."""
+    kinds = set(tensors.dtypes) <= FLOATS and all([device.type != "meta" for device in tensors.devices])
+    return kinds and tensors.contiguous and spans.at_zero and tensors.sizes.max() <= INDEX_LIMIT
 
 
 def check_out(verb: str, what: str, out: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
-    """A tensor that is written as it lies."""
+    """Refuses a result of another shape, dtype or device, or one that is not contiguous."""
     if not isinstance(out, Tensor):
         raise TypeError(f"{verb}: {what} is {type(out).__name__} {out!r:.80}; expected a torch.Tensor")
     there = out.device == device or (out.device.type == device.type and device.index is None)

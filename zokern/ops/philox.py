@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import backends
 from ..checks import whole_number
 from ..stream import ROUNDS, check_word
+from .registered import operation, register, traced
 
 
 def philox4x32(counter, key, rounds: int = ROUNDS, backend: str | None = None) -> Tensor:
@@ -31,12 +32,14 @@ def philox4x32(counter, key, rounds: int = ROUNDS, backend: str | None = None) -
     low, high = (check_word(f"key[{i}]", word) for i, word in enumerate(words.tolist()))
     rounds = whole_number("philox4x32: rounds", rounds, 1, 16, "an integer, 1 to 16")
     flat = counter.reshape(-1, 4).contiguous()
-    name = backends.resolve(backend, counter.device).name
-    return torch.ops.zokern.philox4x32(flat, low, high, rounds, name).view(counter.shape)
+    chosen = backends.resolve(backend, counter.device)
+    if traced(backend):
+        return operation("philox4x32", chosen, None, counter=counter, key=[low, high], rounds=rounds)
+    return chosen.philox4x32(flat, (low, high), rounds).view(counter.shape)
 
 
 def _integers(what: str, words) -> Tensor:
-    """Counter words as int64; refuses what would have to be cut to an integer."""
+    """Returns counter words as int64; refuses those that are no integers."""
     if not isinstance(words, Tensor):
         listed = np.asarray(words)
         if listed.size and listed.dtype.kind not in "iu":
@@ -47,13 +50,9 @@ def _integers(what: str, words) -> Tensor:
     return words.to(torch.int64)
 
 
-@torch.library.custom_op("zokern::philox4x32", mutates_args=())
-def _philox_op(counter: Tensor, low: int, high: int, rounds: int, backend: str) -> Tensor:
-    low, high = check_word("key[0]", low), check_word("key[1]", high)
-    rounds = whole_number("philox4x32: rounds", rounds, 1, 16, "an integer, 1 to 16")
-    return backends.get(backend).philox4x32(counter, (low, high), rounds)
-
-
-@_philox_op.register_fake
-def _(counter, low, high, rounds, backend):
-    return torch.empty_like(counter)
+register(
+    "philox4x32",
+    philox4x32,
+    "(Tensor counter, int[] key, int rounds, str backend) -> Tensor",
+    lambda given: torch.empty_like(given.counter),
+)

@@ -1,49 +1,91 @@
-"""Helpers of the operations that torch.library registers: seeds are signed there, and lists of pairs are two lists."""
+"""Verbs as operations of torch.library, zokern::<verb>, which compiled graphs and dispatch modes see.
+
+An operation has its verb's arguments by the same names, in types that a schema knows:
+
+    tensors, who, first  lists
+    direction            its name
+    seed                 signed, as two's complement
+    draws                two lists, steps and draws
+    residuals            a list, empty for None
+    states               one list, rule state after rule state
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backends import SpanList, TensorList
-from ..stream import check_seed
-from . import arguments
-from .aliasing import shared_memory
-from .operands import check_list, spans_of
+from .. import backends, directions
+from ..backends import Backend, Batch, Noise
 
-_SIGN = 1 << 63  # torch.library integers are signed: seeds travel as two's complement
+_SEEDS = 1 << 64
 
 
-def wrap_seed(seed: int) -> int:
-    """A checked seed as the signed integer that torch.library takes."""
-    seed = check_seed(seed)
-    return seed - 2 * _SIGN if seed >= _SIGN else seed
+def register(name: str, verb: Callable, schema: str, fake: Callable[[SimpleNamespace], Any] | None = None) -> None:
+    """Registers an operation, which calls its verb: the verb checks what a graph or a user hands over.
+
+    schema  arguments and results; what is written is marked as in `Tensor(a!) out`
+    fake    the results for arguments without values; None: the operation has no result"""
+    names = re.findall(r"(\w+)[,)]", schema.partition("->")[0])
+
+    def run(*flat: Any) -> Any:
+        return verb(**_decoded(dict(zip(names, flat))))
+
+    written = re.findall(r"\(\w!\)\S* (\w+)", schema)
+    operation = torch.library.custom_op(f"zokern::{name}", run, mutates_args=written, schema=schema)
+    if fake is not None:
+        operation.register_fake(lambda *flat: fake(SimpleNamespace(**dict(zip(names, flat)))))
 
 
-def unwrap_seed(seed: int) -> int:
-    """The seed again."""
-    return seed % (2 * _SIGN)
+def _decoded(flat: dict[str, Any]) -> dict[str, Any]:
+    """Returns an operation's arguments as its verb takes them."""
+    if "seed" in flat:
+        flat["seed"] %= _SEEDS
+    if "steps" in flat:
+        steps = flat.pop("steps")
+        if len(steps) != len(flat["draws"]):
+            raise ValueError(f"{len(steps)} steps and {len(flat['draws'])} draws; expected as many of each")
+        flat["draws"] = list(zip(steps, flat["draws"]))
+    if "residuals" in flat:
+        flat["residuals"] = flat["residuals"] or None
+    # a backend itself, and not its name: the verb does not call the operation again
+    flat["backend"] = backends.get(flat["backend"])
+    return flat
 
 
-def traced() -> bool:
-    """Whether someone looks at operations rather than values: then the registered operation has to be called, not its kernel."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+def operation(verb: str, backend: Backend, noise: Noise | None, batch: Batch | None = None, **rest: Any) -> Any:
+    """Calls an operation with the arguments of a launch, and with those that the tuples do not hold."""
+    if noise is not None:
+        rest["seed"] = noise.seed - _SEEDS if noise.seed >= _SEEDS >> 1 else noise.seed
+        rest |= {} if noise.direction is None else {"direction": noise.direction.name}
+    if batch is not None:
+        rest |= {"tensors": list(batch.tensors), "residuals": list(batch.residuals or ())}
+        rest |= {"who": [span.who for span in batch.spans], "first": [span.first for span in batch.spans]}
+    return getattr(torch.ops.zokern, verb)(backend=backend.name, **rest)
 
 
-def listed(verb: str, thetas: Sequence[Tensor], who: Sequence[int], first: Sequence[int]) -> tuple[TensorList, SpanList]:
-    """Tensors and spans of a registered operation, which is called past its verb: by a compiled graph, or by hand."""
-    tensors = TensorList(thetas)
-    spans = spans_of(verb, tensors, list(who), list(first))
-    check_list(verb, tensors, spans)
-    if (pair := shared_memory(tensors)) is not None:
-        raise ValueError(f"{verb}: tensors[{pair[0]}] and tensors[{pair[1]}] share memory; expected distinct tensors")
-    return tensors, spans
+def lists_of(noise: Noise) -> dict[str, Any]:
+    """Returns the draws of a launch as two lists."""
+    return {"steps": [step for step, _ in noise.draws], "draws": [draw for _, draw in noise.draws]}
 
 
-def terms_of(verb: str, steps: Sequence[int], draws: Sequence[int]) -> list[tuple[int, int]]:
-    """Pairs (step, draw) of a registered operation."""
-    if len(steps) != len(draws):
-        raise ValueError(f"{verb}: {len(steps)} steps and {len(draws)} draws; expected as many of each")
-    return arguments.draws(verb, list(zip(steps, draws)))
+def traced(given: str | Backend | None, direction: Any = None) -> bool:
+    """Tells whether operations are looked at, and not values; then a verb calls its operation instead of a kernel.
+
+    An operation has no name for a backend that was given itself, or for a direction of the user's own."""
+    if not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0):
+        return False
+    return (given is None or isinstance(given, str)) and (direction is None or direction.name in directions.DIRECTIONS)
+
+
+def count_of_nonfinite(given: SimpleNamespace) -> Tensor:
+    """Returns the fake result of a verb that counts what is inf or NaN."""
+    return torch.empty(1, dtype=torch.int64, device=given.tensors[0].device)
+
+
+__all__ = ["count_of_nonfinite", "lists_of", "operation", "register", "traced"]

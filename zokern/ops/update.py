@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import backends, directions
-from ..backends import SCALARS, STATES
-from ..stream import check_seed
+from .. import backends
+from ..backends import SCALARS, STATES, Update
 from . import arguments
 from .aliasing import shared_memory
-from .operands import check_clock, check_list, check_rounding, spans_of
-from .registered import listed, terms_of, traced, unwrap_seed, wrap_seed
+from .elementwise import coefficients_of
+from .operands import batch_of, noise_of, wrote
+from .registered import count_of_nonfinite, lists_of, operation, register, traced
 
 
 def update_(
@@ -53,58 +54,61 @@ def update_(
     Raises ValueError, before anything is written, for another rule, states that are missing, misshapen or shared, scalars that
     are not finite, and what axpy_ refuses.
     Polyak 1964; Kingma and Ba 2015; Zhang et al. 2024 (ZO-Bench): ZO-SGD-MMT and ZO-Adam are this call."""
-    tensors, direction = arguments.tensor_list("tensors", tensors), directions.resolve(direction)
-    spans = spans_of("update_", tensors, who, first)
-    device = check_list("update_", tensors, spans)
+    batch = batch_of("update_", tensors, who, first, rounding, residuals, alone=False)
+    device = batch.tensors[0].device
     if not isinstance(rule, str) or rule not in STATES:
         raise ValueError(f"update_: rule is {rule!r}; expected one of {list(STATES)}")
-    draws = arguments.draws("update_", draws)
-    coeffs = coeffs if isinstance(coeffs, Tensor) else arguments.finite("update_", "coeffs", coeffs)
-    if not draws or (isinstance(coeffs, list) and len(draws) != len(coeffs)):
-        raise ValueError(f"update_: {len(draws)} draws and {len(coeffs)} coefficients; expected as many of each, at least one")
-    coeffs = _numbers("coeffs", coeffs, len(draws), device)
-    scalars = _numbers("scalars", scalars, len(SCALARS[rule]), device, f": {', '.join(SCALARS[rule])}")
+    noise = noise_of("update_", direction, seed, draws, clock, device)
+    coeffs = coefficients_of("update_", coeffs, len(noise.draws), device)
+    scalars = _scalars(rule, scalars, device)
     if not isinstance(states, (list, tuple)):
         raise TypeError(f"update_: states is {type(states).__name__}; expected ([m, ...],) or ([m, ...], [v, ...])")
     kept = [arguments.tensor_list(f"states[{i}]", state) for i, state in enumerate(states)]
-    _check_states(rule, tensors, kept)
-    low = [] if residuals is None else arguments.tensor_list("residuals", residuals)
-    check_rounding("update_", tensors, rounding, low)
-    check_clock("update_", clock, device)
-    flat = [tensor for state in kept for tensor in state]
-    if (pair := shared_memory([*tensors, *flat])) is not None:
-        names = [f"tensors[{i}]" if i < len(tensors) else f"state {i - len(tensors)}" for i in pair]
+    _check_states(rule, batch.tensors, kept)
+    flat, chosen = [tensor for state in kept for tensor in state], backends.resolve(backend, device)
+    if (pair := shared_memory([*batch.tensors, *flat])) is not None:
+        names = [f"tensors[{i}]" if i < len(batch.tensors) else f"state {i - len(batch.tensors)}" for i in pair]
         raise ValueError(f"update_: {names[0]} and {names[1]} share memory; expected distinct tensors")
-    name, seed = backends.resolve(backend, device).name, check_seed(seed)
     with torch.no_grad():
-        if direction.name not in directions.DIRECTIONS or not traced():
-            count = backends.get(name).update_(
-                tensors, spans, direction, seed, draws, coeffs, rule, scalars, kept, rounding, low or None, clock
-            )
-            torch.autograd.graph.increment_version([*tensors, *flat, *low])  # the kernels write through raw pointers
-            return count
-        whos, firsts = [s.who for s in spans], [s.first for s in spans]
-        return torch.ops.zokern.update_(
-            tensors, flat, low, coeffs, scalars, whos, firsts, [s for s, _ in draws], [d for _, d in draws], direction.name, rule,
-            wrap_seed(seed), rounding, name, clock,
-        )  # fmt: skip
+        if traced(backend, noise.direction):
+            given = {"rule": rule, "coeffs": coeffs, "scalars": scalars, "states": flat, "rounding": rounding, "clock": clock}
+            return operation("update_", chosen, noise, batch, **lists_of(noise), **given)
+        count = chosen.update_(batch, noise, Update(coeffs, rule, scalars, kept))
+        wrote(batch, *flat)
+        return count
 
 
-def _numbers(what: str, given: Sequence[float] | Tensor, count: int, device: torch.device, names: str = "") -> Tensor:
-    """Floats that the kernels read where they lie."""
+def _of_flat_states(tensors: Sequence[Tensor], states: Sequence[Tensor], **names: Any) -> Tensor:
+    """Calls update_() with states in one list, rule state after rule state."""
+    count = len(tensors)
+    return update_(tensors, states=[states[i : i + count] for i in range(0, len(states), max(1, count))], **names)
+
+
+register(
+    "update_",
+    _of_flat_states,
+    "(Tensor(a!)[] tensors, str direction, str rule, int seed, int[] who, int[] steps, int[] draws, Tensor coeffs, "
+    "Tensor(b!)[] states, Tensor scalars, int[] first, str rounding, Tensor(c!)[] residuals, Tensor? clock, str backend) -> Tensor",
+    count_of_nonfinite,
+)
+
+
+def _scalars(rule: str, given: Sequence[float] | Tensor, device: torch.device) -> Tensor:
+    """Returns the numbers of a rule, which the kernels read where they lie."""
+    count, names = len(SCALARS[rule]), ", ".join(SCALARS[rule])
     if not isinstance(given, Tensor):
-        found = arguments.finite("update_", what, given, f"{count} finite numbers{names}")
+        found = arguments.finite("update_", "scalars", given, f"{count} finite numbers: {names}")
         if len(found) != count:
-            raise ValueError(f"update_: {what} is {found}; expected {count} finite numbers{names}")
+            raise ValueError(f"update_: scalars is {found}; expected {count} finite numbers: {names}")
         return torch.tensor(found, dtype=torch.float32, device=device)
     if given.dtype != torch.float32 or given.device != device or given.shape != (count,):
-        raise ValueError(
-            f"update_: {what} is {given.dtype}{list(given.shape)} on {given.device}; expected float32[{count}] on {device}{names}"
-        )
+        where = f"{given.dtype}{list(given.shape)} on {given.device}"
+        raise ValueError(f"update_: scalars is {where}; expected float32[{count}] on {device}: {names}")
     return given
 
 
 def _check_states(rule: str, tensors: Sequence[Tensor], kept: Sequence[Sequence[Tensor]]) -> None:
+    """Refuses states that are not float32, contiguous and shaped like the tensors, one for each."""
     if len(kept) != len(STATES[rule]) or any([len(state) != len(tensors) for state in kept]):
         raise ValueError(
             f"update_: states has {[len(state) for state in kept]} tensors; rule {rule!r} keeps {', '.join(STATES[rule])}: expected "
@@ -120,52 +124,4 @@ def _check_states(rule: str, tensors: Sequence[Tensor], kept: Sequence[Sequence[
                 )
 
 
-@torch.library.custom_op("zokern::update_", mutates_args=("thetas", "states", "residuals"))
-def _update_op(
-    thetas: list[Tensor],
-    states: list[Tensor],
-    residuals: list[Tensor],
-    coeffs: Tensor,
-    scalars: Tensor,
-    who: list[int],
-    first: list[int],
-    steps: list[int],
-    draws: list[int],
-    direction: str,
-    rule: str,
-    seed: int,
-    rounding: str,
-    backend: str,
-    clock: Tensor | None = None,
-) -> Tensor:
-    tensors, spans = listed("update_", thetas, who, first)
-    if rule not in STATES or len(states) != len(thetas) * len(STATES[rule]):
-        kinds = {name: list(kinds) for name, kinds in STATES.items()}
-        raise ValueError(
-            f"update_: rule is {rule!r} with {len(states)} states for {len(thetas)} tensors; expected one of {kinds}, of each as many"
-        )
-    kept = [states[i * len(thetas) : (i + 1) * len(thetas)] for i in range(len(STATES[rule]))]
-    _check_states(rule, tensors, kept)
-    check_rounding("update_", tensors, rounding, residuals)
-    check_clock("update_", clock, tensors[0].device)
-    return backends.get(backend).update_(
-        tensors,
-        spans,
-        directions.resolve(direction),
-        unwrap_seed(seed),
-        terms_of("update_", steps, draws),
-        coeffs,
-        rule,
-        scalars,
-        kept,
-        rounding,
-        residuals or None,
-        clock,
-    )
-
-
-@_update_op.register_fake
-def _(
-    thetas, states, residuals, coeffs, scalars, who, first, steps, draws, direction, rule, seed, rounding, backend, clock=None
-):
-    return torch.empty(1, dtype=torch.int64, device=coeffs.device)
+__all__ = ["update_"]

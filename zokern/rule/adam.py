@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import Span
+from ..backends import Batch, Outer, Span
 from ..checks import flag, is_number, within
 from ..directions import Matrix
 from ..plan import Group, Plan
@@ -116,9 +116,8 @@ class Adam:
             here = Span(matrix.who, start * matrix.columns)
             quotient = torch.zeros(rows, matrix.columns, dtype=torch.float32, device=matrix.device)
             spread = torch.full_like(quotient, self.eps if self.inside else 0.0)
-            group.backend.lowrank_(
-                [quotient, spread], [here, here], [left, square], [matrix.right, squared], [1.0, 1.0], 1.0, "nearest", None
-            )  # fmt: skip
+            factors = Outer([left, square], [matrix.right, squared], [1.0, 1.0])
+            group.backend.lowrank_(Batch([quotient, spread], [here, here]), factors)
             root = _root(spread) if self.inside else _root(spread) + self.eps
             count = count + add_(plan, group, i, quotient / root, lr, decay, start * matrix.columns)
         return count

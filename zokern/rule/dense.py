@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import Batch, Noise, Update
 from ..plan import Group, Plan
 from .base import Rule
 from .waiting import is_nothing
@@ -56,10 +57,9 @@ def _keep_up(
         for start in range(0, size, PIECE):
             stop = min(size, start + PIECE)
             parts = [[state.view(-1)[start:stop]] for state in states]
-            here = [span._replace(first=span.first + start)]
-            group.backend.update_(
-                [zeros[: stop - start]], here, plan.direction, plan.seed, plan.draws(), coeffs, rule, numbers, parts, "nearest", None
-            )  # fmt: skip
+            batch = Batch([zeros[: stop - start]], [span._replace(first=span.first + start)])
+            noise = Noise(plan.direction, plan.seed, plan.draws())
+            group.backend.update_(batch, noise, Update(coeffs, rule, numbers, parts))
 
 
 __all__ = ["advance"]

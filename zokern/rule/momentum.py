@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import Span
+from ..backends import Batch, Outer, Span
 from ..checks import within
 from ..directions import Matrix
 from ..directions.orthonormal import tree_sum
@@ -96,5 +96,5 @@ def _gram(a: Tensor, b: Tensor) -> Tensor:
 def _times(group: Group, a: Tensor, b: Tensor) -> Tensor:
     """a b by the lowrank_ verb."""
     out = torch.zeros(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
-    group.backend.lowrank_([out], [Span(0)], [a.contiguous()], [b.t().contiguous()], [1.0], 1.0, "nearest", None)
+    group.backend.lowrank_(Batch([out], [Span(0)]), Outer([a.contiguous()], [b.t().contiguous()], [1.0]))
     return out

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..backends import Batch, Noise, Outer
 from ..plan import Group, Plan
 
 
@@ -62,9 +63,8 @@ def add_(plan: Plan, group: Group, i: int, values: Tensor, scale: float, decay: 
     low = None if residual is None else [residual.view(-1)[start : start + size]]
     ones = torch.ones(row + 1, 1, dtype=torch.float32, device=tensor.device)
     span = group.spans[i]._replace(first=group.spans[i].first + start)
-    count = group.backend.lowrank_(
-        [part], [span], [ones], [values.view(-1, 1)], [scale], decay, plan.rounding, low, plan.seed, plan.step
-    )  # fmt: skip
+    batch, noise = Batch([part], [span], plan.rounding, low), Noise(None, plan.seed, [(plan.step, 0)])
+    count = group.backend.lowrank_(batch, Outer([ones], [values.view(-1, 1)], [scale], decay), noise)
     torch.autograd.graph.increment_version([tensor])
     return count
 

@@ -1,0 +1,161 @@
+"""The arguments of a launch, as a few tuples: which tensors, which random numbers, and what is added to the tensors.
+
+Every backend takes the same tuples (base.py). They are made for one call and hold no checks: validation.py has those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Span(NamedTuple):
+    """The place of one tensor's elements in the random stream.
+
+    A shard, a tile, a slice or a set of looked-up rows reads the values that it would read as part of the whole parameter.
+
+    who    parameter id
+    first  number of the tensor's first element in the unsharded parameter (row-major)
+    pitch  for a slice of columns of a matrix: the distance of two rows in the unsharded parameter, in elements;
+           None: element j of the flattened tensor has number first + j
+    rows   int64 row numbers: the launch works on rows ``theta[rows]`` of a 2-D theta, which keep their own numbers
+    """
+
+    who: int
+    first: int = 0
+    pitch: int | None = None
+    rows: Tensor | None = None
+
+
+class Batch(NamedTuple):
+    """The tensors of a launch.
+
+    tensors    float32, bfloat16 or float16, on one device
+    spans      one for each tensor
+    rounding   'nearest'; 'stochastic', with 16 random bits of the stream; or 'residual', with the low bits of a float32
+    residuals  int16, one for each tensor: the low bits of bfloat16 tensors, read, and written where the tensors are;
+               those of other dtypes are ignored. None: there are none
+    """
+
+    tensors: Sequence[Tensor]
+    spans: Sequence[Span]
+    rounding: str = "nearest"
+    residuals: Sequence[Tensor] | None = None
+
+    def low_bits(self, i: int) -> Tensor | None:
+        """Returns the residual that the rounding of tensor i reads and writes."""
+        if self.residuals is None or self.rounding != "residual" or self.tensors[i].dtype != torch.bfloat16:
+            return None
+        return self.residuals[i]
+
+
+class Noise(NamedTuple):
+    """The random numbers of a launch: z_k(seed, who, *draws[k]), where `who` stands in each tensor's span.
+
+    direction  the distribution of z; None where a launch makes no z, but rounds at random
+    draws      pairs (step, draw). Stochastic rounding spends the bits of the last one's step
+    clock      int64[1] on the tensors' device, or None for 0. Its value when the kernel runs is added (mod 2^32) to every
+               step, so a call that was captured in a CUDA graph finds another z whenever the clock was advanced
+    """
+
+    direction: Any
+    seed: int
+    draws: Sequence[tuple[int, int]]
+    clock: Tensor | None = None
+
+
+class Terms(NamedTuple):
+    """A sum of draws, for axpy_: decay * theta + sum_k coefficients[k] z_k.
+
+    coefficients  float32[K] on the tensors' device, one for each draw
+    decay         factor of the old weights; a sequence with `each`
+    each          a divisor of K: K / each sums one after the other, each with its decay and rounding. 0: one sum
+    """
+
+    coefficients: Tensor
+    decay: float | Sequence[float] = 1.0
+    each: int = 0
+
+    def rounded(self) -> tuple[int, list[float]]:
+        """Returns the terms of a sum, and for each term of all sums the factor of the value before it is added."""
+        count = self.coefficients.shape[0]
+        terms = self.each or count
+        decays = [self.decay] * (count // terms) if isinstance(self.decay, (int, float)) else self.decay
+        rest = [1.0] * (terms - 1)
+        return terms, [number for decay in decays for number in (decay, *rest)]
+
+
+class Update(NamedTuple):
+    """A rule with state, for update_, on g = sum_k coefficients[k] z_k.
+
+    rule     a key of STATES
+    scalars  float32 on the tensors' device, SCALARS[rule] in order
+    states   a list of float32 tensors for each of STATES[rule], contiguous, shaped like the tensors of the launch
+    """
+
+    coefficients: Tensor
+    rule: str
+    scalars: Tensor
+    states: Sequence[Sequence[Tensor]]
+
+
+class Outer(NamedTuple):
+    """Low-rank products, for lowrank_: decay * theta + scales[i] * lefts[i] rights[i]^T.
+
+    lefts, rights  float32 (m, r) and (n, r) for each tensor, contiguous
+    """
+
+    lefts: Sequence[Tensor]
+    rights: Sequence[Tensor]
+    scales: Sequence[float]
+    decay: float = 1.0
+
+
+class Weight(NamedTuple):
+    """The matrix of a product, shrink * W, (m, n); transposed: (n, m), and the product is x W instead of x W^T."""
+
+    tensor: Tensor
+    span: Span
+    transposed: bool = False
+    shrink: float = 1.0
+
+
+class Thin(NamedTuple):
+    """Thin products beside x W^T: for sides[j], y += (x first^T) middles[j] last^T, float32."""
+
+    sides: Sequence[int]
+    first: Tensor  # (r, columns of x), contiguous: the products are several times faster from rows than from 8 columns
+    middles: Tensor  # (len(sides), r, q)
+    last: Tensor  # (columns of y, q)
+
+
+class Sides(NamedTuple):
+    """The operands of a product beside W, one of each for every side: y_j = x_j (W + scales[j] z_j)^T + biases[j].
+
+    thins  thin products that are added
+    """
+
+    xs: Sequence[Tensor]
+    biases: Sequence[Tensor | None]
+    scales: Sequence[float] = ()
+    thins: Sequence[Thin] = ()
+
+
+def step_at(step: int, clock: Tensor | None) -> int:
+    """Returns the step that a call means, for backends that run on the host."""
+    return step if clock is None else (step + int(clock)) & 0xFFFFFFFF
+
+
+def rounding_bits(noise: Noise | None) -> tuple[int, int]:
+    """Returns the seed and the step of the bits that stochastic rounding of lowrank_ spends."""
+    if noise is None:
+        return 0, 0
+    if noise.clock is not None:
+        raise ValueError("lowrank_: noise has a clock; expected None, because lowrank_ reads the step on the host")
+    return noise.seed, noise.draws[-1][0]
+
+
+__all__ = ["Batch", "Outer", "Noise", "Sides", "Span", "Terms", "Thin", "Update", "Weight", "rounding_bits", "step_at"]
