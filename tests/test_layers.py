@@ -22,7 +22,7 @@ LAYERS = {
     "operations": ["gemm", "ops"],
     "parts": ["fingerprint", "modules", "parameters", "plan", "underflow", "evaluation", "estimator"],
     "rules": ["rule"],
-    "step": ["first_step", "step"],
+    "step": ["first_step", "step", "prospect"],
     "optimizer": ["memory", "checkpoint", "deferred", "optimizer"],
     "methods": ["methods", "objective"],
     "applications": ["__init__", "hf", "demo", "info", "cli", "__main__", "_build"],

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from . import backends, checkpoint, directions, evaluation, parameters, underflow
 from .checks import finite_number, whole_number
 from .deferred import Deferred
-from .estimator import Estimator, Spsa, Stencil
+from .estimator import SLOPES, Estimator, Spsa, Stencil
 from .fingerprint import memory_of, versions_of
 from .memory import START_ANEW
 from .modules import Tree, same
 from .plan import Group, Plan
+from .prospect import Prospect
 from .rule import Rule, Sgd, check_basis
 from .step import StepResult, run
 from .stream import check_seed
@@ -45,7 +46,7 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
         self,
         params: Any,
         *,
-        lr: float,
+        lr: float | None,
         eps: float,
         weight_decay: float = 0.0,
         queries: int | None = None,
@@ -124,7 +125,10 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
         self._kept: list[Any] = []  # tensors of the optimizer's state that were checked
         self._eps: list[float] = []  # of the groups whose perturbation was found to survive rounding
         self._written: dict[int, int] = {}  # by id: version counters after the last update, which low bits belong to
+        self._prospect = Prospect()
         self._losses, self._start, self._mean, self._best = 0, 0.0, 0.0, 0.0  # of this process: how the loss goes
+        if lr is None:  # a rule whose steps have one length, whatever the slope, knows its own
+            lr = getattr(self.rule, "lr", None) or getattr(self.estimator, "lr", SLOPES)
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
         groups = parameters.named_groups(params, self._names)
         parameters.check_trained(groups)
@@ -431,6 +435,7 @@ class ZerothOrder(Deferred, torch.optim.Optimizer):
         same = finite and all(len(set(sides)) == 1 for sides in losses)
         self.dead = self.dead + 1 if same else 0
         grown = self._watch_loss(result.loss) if finite else False
+        self._prospect.see(result, float(self.param_groups[0]["lr"]))
         if self.dead == 3:
             cause = "lr too large: the loss has grown since the start" if grown else "eps too small?"
             warn(f"the losses on both sides were equal 3 steps in a row: the perturbation may not reach the loss ({cause})")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..evaluation import Point
 from ..plan import Plan
-from .base import Estimate, Estimator, Oracle
+from .base import SLOPES, Estimate, Estimator, Oracle
 from .spsa import Spsa
 
 
@@ -44,6 +44,10 @@ class Blockwise:
     def __init__(self, inner: Estimator | None = None, block: Callable[[str], str] = block_of) -> None:
         self.inner: Estimator = Spsa() if inner is None else inner
         self.block, self.queries, self.state = block, self.inner.queries, self.inner.state
+
+    @property
+    def lr(self) -> float:
+        return getattr(self.inner, "lr", SLOPES)
 
     def __call__(self, oracle: Oracle, plan: Plan) -> Iterator[Estimate]:
         blocks: dict[str, list[str]] = {}

@@ -25,7 +25,7 @@ class FZOO(ZerothOrder):
     Raises ValueError or TypeError, before any weight is touched, for arguments out of range."""
 
     def __init__(
-        self, params: Any, lr: float = 5e-5, eps: float = 1e-4, *, queries: int = 8, direction: Any = "rademacher", evaluation: Any = "auto",
+        self, params: Any, lr: float | None = None, eps: float = 1e-4, *, queries: int = 8, direction: Any = "rademacher", evaluation: Any = "auto",
         **options: Any,
     ) -> None:  # fmt: skip
         queries = whole_number("queries", queries, 2, expected="an integer, at least 2: one loss has no spread")

@@ -32,7 +32,7 @@ class LOZO(ZerothOrder):
     def __init__(
         self,
         params: Any,
-        lr: float = 1e-6,
+        lr: float | None = None,
         eps: float = 1e-3,
         *,
         rank: int = 2,

@@ -50,7 +50,7 @@ class MeZO(ZerothOrder):
     def __init__(
         self,
         params: Any,
-        lr: float = 1e-6,
+        lr: float | None = None,
         eps: float = 1e-3,
         weight_decay: float = 0.0,
         queries: int | None = None,

@@ -127,7 +127,7 @@ class PGAP(ZerothOrder):
     def __init__(
         self,
         params: Any,
-        lr: float = 1e-7,
+        lr: float | None = None,
         eps: float = 1e-3,
         *,
         rank: int = 128,

@@ -40,7 +40,7 @@ class TeZO(ZerothOrder):
     def __init__(
         self,
         params: Any,
-        lr: float = 1e-6,
+        lr: float | None = None,
         eps: float = 1e-3,
         *,
         rank: int | Mapping[str, int] = 32,
