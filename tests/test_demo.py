@@ -7,11 +7,12 @@ import json
 import math
 from importlib import metadata
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
-from zokern import demo, hf
+from zokern import demo, hf, methods
 from zokern.demo import significance
 from zokern.demo.cost import EagerMeZO
 from zokern.demo.report import FIELDS, plot, summary
@@ -255,6 +256,42 @@ def test_report_is_complete(tiny, tmp_path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'zokern[demo]'")
     plot(report, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes()[1:4] == b"PNG"
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "forwards"),
+    [
+        ("subzero", "SubZero", 2),
+        ("LOZO", "LOZO", 2),
+        ("tezo", "TeZO", 2),
+        ("pgap", "PGAP", 2),
+        ("Fzoo", "FZOO", 9),
+        ("mezo", "MeZO", 2),
+    ],
+)
+def test_every_method_with_its_own_numbers(tiny, name, method, forwards) -> None:
+    """Each is the class that was asked for, with its lr and eps; the report and its text name them."""
+    built = []
+    make = getattr(methods, method)
+    with patch.object(methods, method, lambda *args, **given: built.append(given) or make(*args, **given)):
+        report = _line(tiny, "--steps", "2", "--method", name)
+    made = make(torch.nn.Linear(2, 2))
+    assert len(built) == 4 and built[0] == {"seed": 0}
+    assert report["method"] == report["options"]["method"] == method and report["forwards"] == forwards
+    assert [report["options"][key] for key in ("lr", "eps")] == [made.param_groups[0][key] for key in ("lr", "eps")]
+    assert f"method     {method}, lr {report['options']['lr']:g}" in summary(report | {"seconds": 0.0})
+    assert report["loss_after"] != report["loss_before"], "the weights that are judged are those that were trained"
+
+
+def test_lr_and_eps_that_are_given_are_taken(tiny) -> None:
+    report = _line(tiny, "--steps", "1", "--method", "lozo", "--lr", "3e-4", "--eps", "2e-3", "--queries", "2")
+    assert [report["options"][key] for key in ("lr", "eps")] == [3e-4, 2e-3] and report["forwards"] == 4
+
+
+def test_unknown_method_is_refused(capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        demo.main(["--method", "adam"])
+    assert ended.value.code == 2 and "adam is no method; expected one of FZOO, LOZO, MeZO" in capsys.readouterr().err
 
 
 def test_both_seeds_start_from_the_same_weights(tiny) -> None:
