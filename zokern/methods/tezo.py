@@ -24,7 +24,7 @@ class TeZO(ZerothOrder):
     matrices take a dense normal z.
 
     params    a module, or parameters, (name, parameter) pairs or groups, as for zokern.MeZO
-    lr, eps   per step and in weights, of MeZO's size. No published numbers were found for all weights
+    lr, eps   per step and in weights, of MeZO's size; with 'adam' lr is in weights, 2e-4 by default. No published numbers were found
     rank      r of every matrix, or a mapping from parameter name to r for those that differ from 32 (spectral_ranks makes one)
     rule      'sgd'; 'momentum' (TeZO-m): tau_M <- b1 tau_M + (1 - b1) c tau, from the first c tau on; 'adam' (TeZO-Adam): also
               tau_V <- b2 tau_V + (1 - b2) c^2 tau^2 and W <- W - lr (U diag(tau_M) V^T) / sqrt(U^2 diag(tau_V) (V^2)^T + adam_eps), squares
