@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import warnings
 from importlib import metadata
 from pathlib import Path
 from unittest.mock import patch
@@ -12,11 +13,12 @@ from unittest.mock import patch
 import pytest
 import torch
 
+import zokern
 from zokern import demo, hf, methods
 from zokern.demo import significance
 from zokern.demo.cost import EagerMeZO
 from zokern.demo.report import FIELDS, plot, summary
-from zokern.demo.training import Batches, Score
+from zokern.demo.training import Batches, Score, Task
 from zokern.hf import LabelWords, Row, read_reviews, split
 
 GOOD, BAD = ["fine", "lovely", "warm", "bright"], ["dull", "poor", "cold", "grey"]
@@ -292,6 +294,24 @@ def test_unknown_method_is_refused(capsys) -> None:
     with pytest.raises(SystemExit) as ended:
         demo.main(["--method", "adam"])
     assert ended.value.code == 2 and "adam is no method; expected one of FZOO, LOZO, MeZO" in capsys.readouterr().err
+
+
+def test_all_points_of_a_step_are_read_in_one_pass(tiny) -> None:
+    """A closure that reads numbers of tensors cannot be mapped, and would be read a point at a time."""
+    model, words = tiny
+
+    class Noting(Task):
+        def __call__(self) -> torch.Tensor:
+            loss = super().__call__()
+            self.last = loss.item()
+            return loss
+
+    for kind, way in ((Task, "paired"), (Noting, "scratch")):
+        optimizer = zokern.MeZO(model, lr=0.0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ways = [zokern.step(optimizer, kind(model, words, sentences(8))).evaluation for _ in range(2)]
+        assert ways[-1] == way
 
 
 def test_both_seeds_start_from_the_same_weights(tiny) -> None:
