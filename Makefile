@@ -17,6 +17,9 @@ AS_scalar = ZOKERN_CPU_ISA=scalar ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA
 ISAS = $(filter avx2 scalar,$(shell $(PYTHON) -c "from zokern.backends import cpu; print(*[] if cpu.why_off() else cpu.architectures())"))
 ISA_PART = not avx512 and not measured_memory
 ISA_TESTS = $(patsubst %,tests/test_%.py,conformance linear cpu step deferred)
+# setup.py compiles for the GPUs of this machine unless it is asked for others.
+COMPILE = $(PYTHON) setup.py --quiet build_ext --inplace
+ALL = ZOKERN_CUDA_ARCHITECTURES="$${ZOKERN_CUDA_ARCHITECTURES:-all}"
 ENVIRONMENT = $(if $(filter .venv/bin/python,$(PYTHON)),.venv/.ready,installed)
 
 .DEFAULT_GOAL := help
@@ -52,13 +55,15 @@ installed:
 
 install: build ## make .venv with everything in it, and build the kernels
 
-build: $(ENVIRONMENT) ## compile the kernels that changed
-	@$(PYTHON) setup.py --quiet build_ext --inplace
+build: $(ENVIRONMENT) ## compile the kernels that changed: for this processor and for the GPUs of this machine
+	@$(COMPILE)
 
 demo: build ## fine-tune SmolLM2-135M on film reviews: accuracy before and after, time, memory, a plot
 	$(PYTHON) -m zokern demo
 
-test: build ## the whole test suite
+# The suite reads the machine code of all six architectures.
+test: $(ENVIRONMENT) ## the whole test suite, after a build for all GPUs
+	@$(ALL) $(COMPILE)
 	$(PYTHON) -m pytest -q --durations=15 $(PARALLEL)
 
 # `make test` has the tests that select another instruction set for themselves, and memory is the same on every processor.
@@ -70,12 +75,9 @@ test-isa: build ## what depends on the processor, as on one with AVX2 only and a
 bench: build ## the benchmarks, each against eager PyTorch and against a copy
 	$(PYTHON) -m pytest -q benchmarks --benchmark-only --benchmark-quiet
 
-# Builds for the architecture of the GPU at hand alone, and takes a source tree as it is: PYTHON need not have zokern installed.
+# Takes a source tree as it is: PYTHON need not have zokern installed.
 gpu: $(filter .venv/%,$(ENVIRONMENT)) ## check and time the kernels on this GPU (GPU="--quick --out DIR"); without one, say what that is
-	@since=$$(date +%s); \
-	here=$$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -E '^[0-9]+\.[0-9]$$' | sort -u | tr '\n' ' '); \
-	ZOKERN_CUDA_ARCHITECTURES="$${ZOKERN_CUDA_ARCHITECTURES:-$$here}" $(PYTHON) setup.py --quiet build_ext --inplace && \
-	$(PYTHON) -m benchmarks.gpu --since $$since $(GPU)
+	@since=$$(date +%s); $(COMPILE) && $(PYTHON) -m benchmarks.gpu --since $$since $(GPU)
 
 lint: $(ENVIRONMENT) ## ruff, mypy and clang-format
 	$(PYTHON) -m ruff check .
@@ -88,8 +90,8 @@ format: $(ENVIRONMENT) ## rewrite the sources as lint wants them
 	$(PYTHON) -m ruff format .
 	$(dir $(PYTHON))clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-wheel: $(ENVIRONMENT) ## a wheel in dist/, with what this machine can compile
-	$(PYTHON) -m pip wheel --no-build-isolation --no-deps -v -w dist .
+wheel: $(ENVIRONMENT) ## a wheel in dist/, for every processor and GPU that this machine can compile for
+	$(ALL) $(PYTHON) -m pip wheel --no-build-isolation --no-deps -v -w dist .
 
 quality: $(ENVIRONMENT) ## count the normals of all 2^32 words and hold their moments and tails to bounds
 	$(PYTHON) tests/native/quality.py

@@ -1,13 +1,13 @@
 """Builds what this machine can build, and says what it built.
 
-    nvcc and a C++ compiler   zokern._cpu and zokern._cuda (no GPU is needed)
-    a C++ compiler            zokern._cpu
-    neither                   pure Python: the PyTorch reference, and Triton where it is installed
+    nvcc, a C++ compiler, a GPU   zokern._cpu and, for the GPUs of this machine, zokern._cuda
+    a C++ compiler                zokern._cpu
+    neither                       pure Python: the PyTorch reference, and Triton where it is installed
 
 Environment
     ZOKERN_BUILD_CPU            0: leave the CPU kernels out; 1: fail when they cannot be built; unset: build them if possible
-    ZOKERN_BUILD_CUDA           the same for the CUDA kernels
-    ZOKERN_CUDA_ARCHITECTURES   such as "80;90": fewer architectures, for a quick build
+    ZOKERN_BUILD_CUDA           the same for the CUDA kernels; 1 on a machine without a GPU: all architectures
+    ZOKERN_CUDA_ARCHITECTURES   all, or numbers such as "80;90": compile for these, with or without a GPU; unset: the GPUs here
     CXX, NVCC, CUDA_HOME        compilers, where the ones on PATH are not meant
     MAX_JOBS                    how many compilers run at once; unset: one per core
 
@@ -49,9 +49,12 @@ ISA_FLAGS = {
 }
 LINEAR_FLAGS = {"avx512bf16": f"{ISA_FLAGS['avx512']} -mavx512bf16"}  # instructions that only products have a use for
 NVCC_FLAGS = "-std=c++17 -O3 --fmad=false -Xcompiler -fPIC,-fvisibility=hidden,-ffp-contract=off"
-CUDA_SOURCES = ("elementwise", "update", "lowrank")
-CPU_SOURCES = (*CUDA_SOURCES, "linear")
+CPU_SOURCES = ("elementwise", "update", "lowrank", "linear")
+# Objects of csrc/*.cu, the slowest first, and their definitions: axpy.cu is compiled once for each rounding.
+CUDA_OBJECTS = {f"axpy.{name.lower()}": f"-DZOKERN_ROUNDING=k{name}" for name in ("Residual", "Stochastic", "Nearest")}
+CUDA_OBJECTS |= {"update": "", "elementwise": "", "lowrank": ""}
 CUDA_ARCHITECTURES = ["80", "86", "89", "90", "100", "120"]
+OLDEST = 80  # the kernels have bfloat16 instructions, which older GPUs lack
 # PTX of the first of a family is the machine code of all of it: the slower half of the compiler runs three times and not six.
 FAMILY = {"86": "80", "89": "80", "120": "100"}
 
@@ -122,6 +125,37 @@ def find_nvcc() -> str:
     return nvcc
 
 
+def gpus() -> list[int]:
+    """Compute capabilities of this machine's GPUs, 90 for 9.0, as nvidia-smi names them."""
+    try:
+        answer = run("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return sorted({10 * int(major) + int(minor) for major, minor in re.findall(r"^(\d+)\.(\d)$", answer, re.M)})
+
+
+def architectures_for(known: list[str]) -> list[str]:
+    """What to compile for, of the architectures that nvcc knows: as the environment asks, or else for the GPUs here."""
+    asked, here = os.environ.get("ZOKERN_CUDA_ARCHITECTURES", "").strip(), gpus()
+    if not asked and not here and os.environ.get("ZOKERN_BUILD_CUDA") == "1":
+        asked = "all"
+    if asked:
+        every = [a for a in CUDA_ARCHITECTURES if a in known]
+        found = every if asked == "all" else re.findall(r"\d+[af]?", asked.replace(".", ""))
+        if not found or not set(found) <= set(known):
+            raise Missing(f"nvcc compiles for {' '.join(known)}; asked for {' '.join(found) or asked}")
+        return found
+    way_out = "ZOKERN_CUDA_ARCHITECTURES=all, or a number such as 90, compiles them all the same"
+    if not here:
+        raise Missing(f"nvidia-smi finds no GPU on this machine; {way_out}")
+    # A GPU that is newer than nvcc compiles the PTX of the newest architecture before it when it loads the module.
+    numbers = [int(a) for a in known if a.isdigit() and int(a) >= OLDEST]
+    able = {max(n for n in numbers if n <= gpu) for gpu in here if gpu >= min(numbers, default=gpu + 1)}
+    if not able:
+        raise Missing(f"the GPU here has compute capability {here[-1] / 10}, and the kernels need {OLDEST / 10}; {way_out}")
+    return list(map(str, sorted(able)))
+
+
 def knows(cxx: str, flags: str) -> bool:
     """Whether the compiler has these instructions: GCC 10 and Clang 9 are the first with avx512bf16."""
     return not subprocess.run(
@@ -147,22 +181,20 @@ def cpu() -> Part:
         part.rules.append(f"build {objects[-1]}: cxx csrc/{source}.cpp")
         for isa, flags in {**isas, **(products if source == "linear" else {})}.items():
             objects.append(f"{OBJECTS}/cpu/{source}.{isa}.o")
-            part.rules.append(f"build {objects[-1]}: cxx csrc/{source}.cpp\n  flags = -DZOKERN_ISA={isa} {flags}")
+            part.rules.append(
+                f"build {objects[-1]}: cxx csrc/{source}.cpp\n  flags = -DZOKERN_ISA={isa} {flags}\n  of = for {isa}"
+            )
     part.rules.append(f"build {part.output}: link {' '.join(objects)}")
     return part
 
 
 def cuda() -> Part:
-    """bind.cpp and CUDA_SOURCES for every architecture, with the CUDA runtime inside: it loads where no driver is."""
+    """bind.cpp and CUDA_OBJECTS for each architecture, with the CUDA runtime inside: the module loads without a driver."""
     cxx, nvcc = find_cxx(), find_nvcc()
     release = re.search(r"release (\d+)\.(\d+).*V([\d.]+)", run(nvcc, "--version"), re.S)
     if release is None:
         raise Missing(f"{nvcc} --version does not name a release; set NVCC to a CUDA compiler")
-    known = run(nvcc, "--list-gpu-code").split()
-    asked = re.findall(r"\d+[af]?", os.environ.get("ZOKERN_CUDA_ARCHITECTURES", "").replace(".", ""))
-    architectures = [a for a in asked or CUDA_ARCHITECTURES if f"sm_{a}" in known]
-    if not architectures or (asked and architectures != asked):
-        raise Missing(f"nvcc {release[3]} compiles for {' '.join(known)}; asked for {' '.join(asked or CUDA_ARCHITECTURES)}")
+    architectures = architectures_for(re.findall(r"sm_(\w+)", run(nvcc, "--list-gpu-code")))
     codes: dict[str, list[str]] = {}
     for a in architectures:
         codes.setdefault(FAMILY.get(a, a), []).append(f"sm_{a}")
@@ -182,17 +214,22 @@ def cuda() -> Part:
         "left_out": [f"sm_{a}" for a in CUDA_ARCHITECTURES if a not in architectures],
     }
     part = Part("cuda", record, [])
+    # A folder for each set of architectures: a build for another set leaves these objects as they are.
+    objects = {name: f"{OBJECTS}/cuda-{'-'.join(architectures)}/{name}.o" for name in CUDA_OBJECTS}
+    threads = -(-JOBS // len(objects))
+    of = f"for {' '.join(f'sm_{a}' for a in architectures)}"
     # --exclude-libs: the runtime inside must not be replaced by the one that torch may have loaded, of another version.
     libraries = shlex.split(folders[1]) if folders else []
     part.rules += [
-        f"rule nvcc\n  description = nvcc $out\n  command = {quote(nvcc)} -ccbin {quote(cxx)} $flags -MD -MF $out.d -c $in -o $out\n"
+        f"rule nvcc\n  description = nvcc $in $of\n  command = {quote(nvcc)} -ccbin {quote(cxx)} $flags -MD -MF $out.d -c $in -o $out\n"
         "  depfile = $out.d\n  deps = gcc",
         part.bind_rule() + " -DZOKERN_LOWRANK_CUDA -DZOKERN_UPDATE",
         *(
-            f"build {OBJECTS}/cuda/{source}.o: nvcc csrc/{source}.cu\n  flags = {record['flags']} {targets} --threads {JOBS}"
-            for source in CUDA_SOURCES
+            f"build {objects[name]}: nvcc csrc/{name.split('.')[0]}.cu\n"
+            f"  flags = {record['flags']} {targets} --threads {threads} {definition}\n  of = {definition} {of}"
+            for name, definition in CUDA_OBJECTS.items()
         ),
-        f"build {part.output}: link {OBJECTS}/cuda/bind.o {' '.join(f'{OBJECTS}/cuda/{source}.o' for source in CUDA_SOURCES)}\n"
+        f"build {part.output}: link {OBJECTS}/cuda/bind.o {' '.join(objects.values())}\n"
         f"  libraries = {' '.join(map(quote, libraries))} -lcudart_static -ldl -lpthread -lrt "
         "-Wl,--exclude-libs,ALL",
     ]
@@ -272,7 +309,7 @@ class BuildNative(build_ext):
             f"builddir = {OBJECTS}",
             f"cxx = {quote(find_cxx())}",
             f"python = {python}",
-            f"rule cxx\n  description = c++ $out\n  command = $cxx {CXX_FLAGS} $flags -MMD -MF $out.d -c $in -o $out\n"
+            f"rule cxx\n  description = c++ $in $of\n  command = $cxx {CXX_FLAGS} $flags -MMD -MF $out.d -c $in -o $out\n"
             "  depfile = $out.d\n  deps = gcc",
             "rule link\n  description = link $out\n  command = $cxx -shared -fopenmp $in $libraries -o $out",
             *(rule for part in reversed(PARTS) for rule in part.rules),  # nvcc takes longest, so it starts first
@@ -281,7 +318,8 @@ class BuildNative(build_ext):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(script) + "\n")
         command = [os.path.join(ninja.BIN_DIR, "ninja"), "-f", f"{OBJECTS}/build.ninja", "-j", str(JOBS)]
-        if subprocess.run(command, cwd=ROOT).returncode:
+        # [files compiled, of how many, seconds]; ninja writes a line when a file is done
+        if subprocess.run(command, cwd=ROOT, env={"NINJA_STATUS": "[%f of %t, %e s] ", **os.environ}).returncode:
             raise SystemExit("zokern: the kernels did not compile; ZOKERN_BUILD_CPU=0 and ZOKERN_BUILD_CUDA=0 leave them out")
 
     def get_outputs(self) -> list[str]:

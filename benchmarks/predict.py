@@ -221,14 +221,15 @@ PRODUCTS = tuple(
     for kind, name, traffic in ((1, "bf16", 4), (0, "float32", 8))
     for rank in (16, 32, 64, 128)
 )
-SOURCES = {"elementwise": "kernels", "update": "updates", "lowrank": "products"}  # and the namespace of each one's kernels
+# csrc/*.cu by the namespace of their kernels
+SOURCES = {"kernels": ("elementwise", "axpy"), "updates": ("update",), "products": ("lowrank",)}
 
 
 def code_of_the_tree() -> dict[str, dict[str, sass.Function]]:
     """Every kernel by architecture: from the built module where it is newer than the sources, compiled otherwise."""
     code: dict[str, dict[str, sass.Function]] = {}
-    for stem, namespace in SOURCES.items():
-        for arch, functions in sass.machine_code(sass.SOURCE.with_name(f"{stem}.cu"), namespace).items():
+    for namespace, stems in SOURCES.items():
+        for arch, functions in sass.machine_code(tuple(sass.CSRC / f"{stem}.cu" for stem in stems), namespace).items():
             code.setdefault(arch, {}).update(functions)
     return code
 

@@ -1,8 +1,10 @@
-// bind.cpp: elementwise.h for Python; compiled once with elementwise.cpp (zokern._cpu) and once with elementwise.cu
-// (zokern._cuda)
+// bind.cpp: the functions of elementwise.h, update.h, lowrank.h and linear.h for Python. setup.py compiles it
+// once for zokern._cpu and once for zokern._cuda
 //
-// Addresses are Python integers: zokern/backends/pack.py makes them, the backends own what they point to. The interpreter's
-// lock is released while a kernel runs; a C++ exception becomes a Python exception.
+// address  addresses are Python integers. zokern/backends/pack.py makes them, and the backends own the
+//          memory
+// threads  the interpreter's lock is released while a kernel runs
+// errors   a C++ exception becomes a Python exception
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -100,7 +102,8 @@ void lowrank(uintptr_t entries, uintptr_t chunks, int64_t chunk_count, uintptr_t
               static_cast<zo::Rounding>(rounding), step, at<int64_t>(nonfinite));
 }
 
-// One contiguous CPU tensor, whose table is made here: a linear layer calls this for every product
+// perturb for one contiguous CPU tensor. It makes the table itself, because a linear layer calls it for every
+// product.
 void lowrank_one(uintptr_t theta, uintptr_t out, uintptr_t residual, int64_t size, uint64_t first, uint32_t who, int32_t type,
                  int32_t out_type, uintptr_t left, uintptr_t right, int64_t rank, int64_t columns, float scale,
                  int64_t elements, uint64_t seed, uint32_t step, float decay, int32_t rounding, uintptr_t nonfinite,
@@ -133,8 +136,9 @@ void lowrank_one(uintptr_t theta, uintptr_t out, uintptr_t residual, int64_t siz
 #endif
 
 #if defined(ZOKERN_LINEAR)
-using SideRow = std::tuple<uintptr_t, int64_t, uintptr_t, uintptr_t, float, int64_t>;  // linear.h: Side
-using ThinRow = std::tuple<int64_t, uintptr_t, int64_t, uintptr_t, int64_t, int64_t, uintptr_t, int64_t, int64_t>;  // Thin
+// The fields of Side and Thin in linear.h.
+using SideRow = std::tuple<uintptr_t, int64_t, uintptr_t, uintptr_t, float, int64_t>;
+using ThinRow = std::tuple<int64_t, uintptr_t, int64_t, uintptr_t, int64_t, int64_t, uintptr_t, int64_t, int64_t>;
 
 void linear(uintptr_t weight, int32_t type, bool transposed, int64_t m, int64_t n, int32_t direction, uint64_t seed,
             uint64_t first, uint32_t who, uint32_t step, float shrink, const std::vector<SideRow>& sides,

@@ -1,16 +1,20 @@
 // elementwise.cpp: draw, axpy and perturb on the CPU
 //
-// math     elementwise.h; z in two stages: 64 Philox blocks to 1 KB of words on the stack, then words to values, which breaks
-//          the latency chain of the ten rounds. The transpose is of the four words: which block sits in which lane is free.
-// build    once per instruction set with -DZOKERN_ISA=avx512 | avx2 | scalar over the trait simd/<isa>.h, and once without:
-//          that part chooses a path at run time (ZOKERN_CPU_ISA forces one) and shares the chunks out with OpenMP
-// fast     contiguous, one term or one sum of up to eight, rounding nearest, whole vectors from a block boundary. With one
-//          term theta is prefetched a piece ahead. A bfloat16 word holds the sine and the cosine element of one Philox word,
-//          so nothing is widened or packed
-// general  everything else, 512 elements at a time: gather, add the terms in draw order, round, scatter; theta moves once, and
-//          the roundings between the sums of a replay happen in the registers that add a sum's last term
-// traffic  float32: 4 B read and 4 B written an element, bfloat16 and float16: 2 B and 2 B, for any number of terms
-// equal    bit for bit to zokern/backends/reference.py on every path (tests/test_cpu.py); no contraction, no fast-math
+// math     elementwise.h. z is made in two stages: first 64 Philox blocks, 1 KB of words on the stack, then
+//          values from words. This breaks the latency chain of the ten rounds. Blocks may sit in any lane, so
+//          the lanes are chosen to make the transpose of the four words short
+// build    once per instruction set with -DZOKERN_ISA=avx512 | avx2 | scalar over the trait simd/<isa>.h, and
+//          once without. The latter part chooses a path when it runs (ZOKERN_CPU_ISA forces one) and divides
+//          the chunks among OpenMP threads
+// fast     the path for contiguous tensors, to nearest, with one term or one sum of up to eight, for whole
+//          vectors from a block boundary. With one term it prefetches theta a piece ahead. A bfloat16 word
+//          holds the sine and the cosine of one Philox word, so nothing is widened or packed
+// general  the path for all other cases, 512 elements at a time: gather, add the terms in draw order, round,
+//          scatter. theta moves once. The roundings between the sums of a replay happen in registers
+// traffic  float32: 4 B read and 4 B written an element. bfloat16 and float16: 2 B and 2 B. The number of
+//          terms does not matter
+// equal    bit for bit to zokern/backends/reference.py on every path (tests/test_cpu.py), without contraction
+//          and fast-math
 // source   Malladi et al. 2023, Algorithm 1; stream: zokern/stream.py, version 1
 #include <cstddef>
 #include <cstdint>
@@ -21,7 +25,7 @@
 #include <vector>
 
 // clang-format off
-#include "simd/namespace.h"  // first: it renames the namespace of the others
+#include "simd/namespace.h"  // comes first, because it renames the namespace of the others
 // clang-format on
 #include "job.h"
 
@@ -51,7 +55,8 @@ ZO_INLINE void load_unit(const Element<T>* p, F& a, F& b) {
   }
 }
 
-// becomes NaN where a result is inf or NaN; two, so that Rademacher does not wait for a chain of fma
+// A lane becomes NaN after a result that is inf or NaN. There are two vectors, so that Rademacher does not
+// wait for one chain of fma.
 struct Flag {
   F a, b;
 };
@@ -64,7 +69,7 @@ ZO_INLINE void store_unit(Element<T>* p, F a, F b, Flag& flag) {
     flag.a = Simd::fma(a, zero, flag.a), flag.b = Simd::fma(b, zero, flag.b);
   } else if constexpr (T == Type::kFloat16) {
     Simd::store_fp16(p, a), Simd::store_fp16(p + kLanes, b);
-    // from 65504 (1 + 2^-12) = 65520 on, float16 overflows; a flag for a little less costs one count
+    // float16 overflows from 65504 (1 + 2^-12) = 65520 on. A flag for a little less only costs one count.
     const F scale = Simd::all(0x1.002p112f);
     flag.a = Simd::fma(a * scale, zero, flag.a), flag.b = Simd::fma(b * scale, zero, flag.b);
   } else {
@@ -78,7 +83,8 @@ ZO_INLINE void store_unit(Element<T>* p, F a, F b, Flag& flag) {
   }
 }
 
-// ---- whole units from a block boundary: one term, rounding nearest, contiguous. kSides 0: draw, 1: axpy or one side.
+// The fast path for one term. kSides is 0 for draw, 1 for axpy and for perturb with one side, 2 for perturb
+// with two.
 template <Direction D, Type T, Type O, int kSides, bool kDecay>
 int64_t fast(const Job& job, const Run& run, const Element<T>* theta, Element<O>* out0, Element<O>* out1, float scale0,
              float scale1) {
@@ -110,10 +116,10 @@ int64_t fast(const Job& job, const Run& run, const Element<T>* theta, Element<O>
   return Simd::any_nan(flag.a + flag.b) ? 1 : 0;
 }
 
-// A coefficient that is NaN becomes the canonical one: then the lower half of every NaN that reaches bf16_round is zero.
+// Replaces a NaN coefficient by the canonical NaN. Then the lower half of each NaN in bf16_round() is zero.
 float quiet(float x) { return x == x ? x : as_float(0x7fc00000u); }
 
-// ---- the same for one sum of a few terms: theta moves once, and a sum stays in registers
+// The fast path for one sum of a few terms: theta moves once, and the sum stays in registers.
 constexpr int kTerms = 8;
 
 bool is_short_sum(const Job& job) { return job.verb == Verb::kAxpy && job.each == job.draw_count && job.draw_count <= kTerms; }
@@ -191,7 +197,7 @@ int64_t fast_instance(const Job& job, const Run& run) {
   return 0;
 }
 
-// ---- everything else, at most kPiece elements with the head and tail of their blocks: gather, add terms, round, scatter
+// The general path. A piece has at most kPiece elements, with the head and tail of their blocks.
 struct Buffers {
   alignas(64) uint32_t words[4 * kBlocks];
   alignas(64) uint32_t random[4 * kBlocks];
@@ -200,7 +206,8 @@ struct Buffers {
   alignas(64) uint16_t half[kPiece];
 };
 
-// Roundings in registers: what storing x in a type and loading it again would make of it. `at` is x's place in the buffers.
+// Roundings in registers. They give the value that x would have after it is stored and loaded again. `at` is
+// the place of x in the buffers.
 struct Unrounded {
   F operator()(F x, int) const { return x; }
 };
@@ -209,28 +216,28 @@ template <Type T>
 struct Nearest {
   F operator()(F x, int) const {
     if constexpr (T == Type::kFloat16) return Simd::round_fp16(x);
-    return Simd::floats(bf16_round(x) & 0xffff0000u);  // of a NaN the lower half is zero: add_term() and fast() see to it
+    return Simd::floats(bf16_round(x) & 0xffff0000u);  // quiet() made the lower half of a NaN zero
   }
 };
 
 template <Type T>
-struct Stochastic {  // bf16_stochastic and fp16_stochastic of zo/rounding.h
+struct Stochastic {  // as bf16_stochastic and fp16_stochastic in zo/rounding.h
   const uint16_t* random;
 
   F operator()(F x, int at) const {
     const U bits = Simd::bits(x), r = Simd::load_half(random + at), a = bits & 0x7fffffffu, quiet = bits | 0x400000u;
     if constexpr (T == Type::kBfloat16) return Simd::floats((a > 0x7f800000u ? quiet : bits + r) & 0xffff0000u);
-    const U exponent = a >> 23, more = a + (r >> 3);  // normal float16: 13 bits go, and from 2^16 on it is inf
+    const U exponent = a >> 23, more = a + (r >> 3);  // a normal float16 loses 13 bits; 2^16 is inf
     const U large = more >= 0x47800000u ? U{} + 0x7f800000u : more & 0xffffe000u;
     const U magnitude = (a & 0x7fffffu) | (exponent != 0u ? U{} + 0x800000u : U{});
     const U shift = exponent > 95u ? (exponent < 113u ? 126u - exponent : U{} + 13u) : U{} + 31u;
-    const U units = (magnitude + ((r << 16) >> (32u - shift))) >> shift;  // subnormal: in units of 2^-24
+    const U units = (magnitude + ((r << 16) >> (32u - shift))) >> shift;  // subnormal, in units of 2^-24
     const U small = Simd::bits(Simd::from_int(units) * Simd::all(0x1p-24f));
     return Simd::floats(a > 0x7f800000u ? quiet : (bits & 0x80000000u) | (exponent >= 113u ? large : small));
   }
 };
 
-// to <- finish(c z + decay from), or finish(z)
+// to <- finish(c z + decay from), or finish(z) without kAdd.
 template <Direction D, bool kAdd, class Finish>
 void term(const Name& name, uint64_t block, int blocks, float c, float decay, const float* from, float* to, uint32_t* words,
           const Finish& finish) {
@@ -255,7 +262,7 @@ void add_term(const Job& job, const Draw& draw, uint32_t who, uint64_t block, in
   }
 }
 
-// A term that is the last of a sum
+// Adds the last term of a sum, with the rounding that follows it.
 void add_last(const Job& job, const Draw& draw, uint32_t who, Type type, uint64_t block, int blocks, int units,
               Buffers& buffers) {
   const auto add = [&](const auto& finish) {
@@ -266,7 +273,7 @@ void add_last(const Job& job, const Draw& draw, uint32_t who, Type type, uint64_
   const uint64_t first = block * (job.direction == Direction::kNormal ? kNormalPerBlock : kRademacherPerBlock) / 8;
   const Name name{who, draw.step, kRoundingDraw, job.keys};
   make_words<false, 0>(static_cast<uint32_t>(first), (units * kUnit + 7) / 8, name, buffers.random, nullptr);
-  const auto* random = reinterpret_cast<const uint16_t*>(buffers.random);  // half-words in their order: a little-endian machine
+  const auto* random = reinterpret_cast<const uint16_t*>(buffers.random);  // half-words in order
   return type == Type::kBfloat16 ? add(Stochastic<Type::kBfloat16>{random}) : add(Stochastic<Type::kFloat16>{random});
 }
 
@@ -302,7 +309,8 @@ int64_t general_piece(const Job& job, const Run& run, int64_t begin, int n, Buff
     const bool stochastic = job.rounding == Rounding::kStochastic;
     for (int k = 0; k < job.draw_count; ++k) {
       const Draw& draw = job.draws[k];
-      // the split of a float32 into a bfloat16 and its low bits is exact; narrow() below rounds the last sum to nearest
+      // The split of a float32 into a bfloat16 and low bits is exact. narrow() below rounds the last sum to
+      // nearest.
       const bool exact = type == Type::kFloat32 || keep || (k + 1) % job.each != 0;
       if (exact || (!stochastic && k + 1 == job.draw_count)) {
         add_term(job, draw, entry.who, block, blocks, draw.coefficient, value, value, buffers.words, Unrounded{});
@@ -381,7 +389,7 @@ int64_t consecutive(const Job& job, const Run& run) {
 
 }  // namespace
 
-// One chunk of a job; how many of its results are inf or NaN.
+// Runs one chunk of a job. Returns the number of results that are inf or NaN.
 extern "C" int64_t ZO_JOIN(zokern_chunk_, ZOKERN_ISA)(const void* address, int64_t which) {
   const Job& job = *static_cast<const Job*>(address);
   const Chunk& chunk = job.chunks[which];
@@ -393,7 +401,7 @@ extern "C" int64_t ZO_JOIN(zokern_chunk_, ZOKERN_ISA)(const void* address, int64
 
 }  // namespace zo
 
-#else  // the part that is compiled once: choose an instruction set, share the chunks out
+#else  // this part is compiled once: it divides the chunks among threads
 
 #include <omp.h>
 

@@ -1,15 +1,17 @@
-// elementwise.h: the table of a launch, and every elementwise verb for one element; shared by elementwise.cpp and
-// elementwise.cu
+// elementwise.h: the table of a launch, and the elementwise verbs for one element. elementwise.cpp,
+// elementwise.cu and axpy.cu implement the verbs
 //
-// verbs    draw     out <- T(z)
-//          axpy_    theta <- round(decay theta + sum_k a_k z_k): float32 inside, fma in draw order, one rounding to T.
-//                   A replay is several such sums of `each` terms, one after the other in registers: what K / each calls
-//                   would write
-//          perturb  out_j <- round(theta + s_j z), j = 1 or 2, from one evaluation of z; theta is only read
-// table    one Entry per tensor, one launch per table. An entry is a 2-D view of any stride; a tensor of higher rank that
-//          does not collapse to 2-D becomes several entries (zokern/backends/pack.py). Outputs are contiguous.
-// index    element (r, c) of an entry is number first + R pitch + c of its tensor, R = rows ? rows[r] : r, and lies at
-//          theta + R row_stride + c column_stride. 64 bits throughout; the block number must fit 32: first + n <= 2^35.
+// verbs    draw      out <- T(z)
+//          axpy_     theta <- round(decay theta + sum_k a_k z_k): float32 inside, fma in draw order, one
+//                    rounding to T. A replay is several such sums of `each` terms, one after the other in
+//                    registers. It gives the results of K / each calls
+//          perturb   out_j <- round(theta + s_j z), j = 1 or 2, from one evaluation of z. theta is only read
+// table    one Entry per tensor, one launch per table. An entry is a 2-D view of any stride. A tensor of
+//          higher rank that does not collapse to 2-D becomes several entries (zokern/backends/pack.py).
+//          Outputs are contiguous
+// index    element (r, c) of an entry is number first + R pitch + c of its tensor, with R = rows ? rows[r] :
+//          r. It lies at theta + R row_stride + c column_stride. All of this is 64 bits wide. The block
+//          number must fit 32 bits: first + n <= 2^35
 // equal    bit for bit to zokern/backends/reference.py
 // source   Malladi et al. 2023, Algorithm 1; stream: zokern/stream.py, version 1
 #pragma once
@@ -29,14 +31,14 @@ enum class Direction : int32_t { kNormal = 0, kRademacher = 1 };
 
 struct Entry {            // 104 bytes; backends/pack.py packs the same layout
   void* theta;            // null for draw
-  void* out[2];           // draw: out[0]; perturb: out[0], out[1] (null when there is one side); update_: m and v
+  void* out[2];           // draw: out[0]; perturb: out[0], out[1] (or null); update_: m and v
   int16_t* residual;      // low bits of a bfloat16 theta, at R columns + c, or null
   const int64_t* rows;    // row numbers, or null for 0, 1, 2, ...
   int64_t row_count;      // r runs over [0, row_count)
   int64_t columns;        // c runs over [0, columns)
   int64_t row_stride;     // in elements of theta
   int64_t column_stride;  // in elements of theta
-  uint64_t first;         // number of element (0, 0) in the tensor that the stream knows
+  uint64_t first;         // number of element (0, 0) in the unsharded tensor
   uint64_t pitch;         // numbers between rows
   uint32_t who;           // parameter id
   int32_t type;           // Type of theta
@@ -55,11 +57,12 @@ struct Draw {  // one term a z(step, draw) of a sum
   uint32_t step;
   uint32_t draw;
   float coefficient;
-  float decay;  // of what stands before this term, where it is the first of a sum; 1 elsewhere
+  float decay;  // factor of theta, or of the sum so far, before the first term of a sum; 1 for other terms
 };
 
-// What elementwise.cpp and elementwise.cu both implement and bind.cpp exposes. Entries and chunks lie in host memory for the
-// CPU and in device memory for CUDA; draws and scales that are arguments lie in host memory.
+// elementwise.cpp and elementwise.cu both implement the functions below, and bind.cpp exposes them. Entries
+// and chunks lie in host memory for the CPU and in device memory for CUDA. draws and scales lie in host
+// memory if they are arguments of a function.
 struct Launch {
   const Entry* entries;
   const Chunk* chunks;
@@ -68,7 +71,8 @@ struct Launch {
   uint64_t seed;
   int64_t workers;   // CPU: threads; CUDA: blocks of the persistent grid, 0 for the default
   uintptr_t stream;  // CUDA: cudaStream_t; CPU: unused
-  // CUDA, in device memory, so that the host need not know them and a captured graph reads them at each replay:
+  // For CUDA, in device memory. The host need not know these numbers, and a captured graph reads them anew at
+  // each replay.
   const Draw* draws = nullptr;          // the names and decays of several terms
   const float* coefficients = nullptr;  // the factors of a sum; on the CPU they are in the draws
   const int64_t* clock = nullptr;       // added to every step number; null for 0
@@ -77,18 +81,20 @@ struct Launch {
 void philox(const uint32_t* counters, int64_t count, uint32_t k0, uint32_t k1, int rounds, uint32_t* words,
             const Launch& launch);
 void draw(const Launch& launch, uint32_t step, uint32_t draw);
-// draw_count is a multiple of each, the terms between two roundings; *nonfinite += results that are inf or NaN at the end
+// `each` is the number of terms between two roundings, and draw_count is a multiple of it. Adds the number of
+// final results that are inf or NaN to *nonfinite.
 void axpy(const Launch& launch, const Draw* draws, int32_t draw_count, int32_t each, Rounding rounding, int64_t* nonfinite);
-// scales[1] is ignored by entries whose out[1] is null
+// An entry whose out[1] is null ignores scales[1].
 void perturb(const Launch& launch, uint32_t step, uint32_t draw, const float* scales);
 
-// Which code runs ("avx512", "sm_90"), the names that may be chosen here or were compiled, and the number of devices.
+// The name of the code in use ("avx512", "cuda"), a choice of another, the names that can be chosen here or
+// that were compiled, and the number of devices.
 std::string implementation();
 void select(const std::string& name);
 std::vector<std::string> architectures();
 int device_count();
 
-// Purpose `rounding` of the draw word: zokern/stream.py
+// The purpose `rounding` in a draw word (zokern/stream.py).
 constexpr uint32_t kRoundingDraw = 4u << 24;
 
 ZO_FN float value_at(const Words& words, Direction direction, uint32_t within) {
@@ -106,7 +112,8 @@ ZO_FN float value(Direction direction, uint64_t index, uint32_t who, uint32_t st
   return value_at(words, direction, static_cast<uint32_t>(index % per_block));
 }
 
-// the 16 bits that stochastic rounding spends on element `index`: half-word index mod 8 of block index / 8
+// The 16 random bits for the stochastic rounding of element `index`: half-word index mod 8 of block index /
+// 8.
 ZO_FN uint32_t rounding_bits(uint64_t index, uint32_t who, uint32_t step, uint32_t k0, uint32_t k1) {
   const Words words = philox4x32(static_cast<uint32_t>(index / 8u), who, step, kRoundingDraw, k0, k1);
   const uint32_t within = static_cast<uint32_t>(index % 8u);

@@ -1,4 +1,4 @@
-// isa.cpp: which instruction set runs; isa.h
+// isa.cpp: chooses the instruction set that runs (isa.h)
 #include "isa.h"
 
 #include <cstdlib>
@@ -18,7 +18,7 @@
   int64_t zokern_lowrank_##isa(const void* job, int64_t chunk); \
   int64_t zokern_update_##isa(const void* job, int64_t chunk);  \
   void zokern_panel_##isa(const float*, int64_t, int64_t, int64_t, int64_t, float*);
-// the functions of a path: the verbs of one instruction set, the products of it or of one that adds to it
+// The functions of a path. `products` is the same instruction set, or one that adds to it.
 #define ZO_FUNCTIONS(isa, products)                                                                                       \
   zokern_chunk_##isa, zokern_lowrank_##isa, zokern_update_##isa, zokern_linear_##products, zokern_linear_thin_##products, \
       zokern_linear_memory_##products, zokern_linear_pairs_##products, zokern_panel_##isa
@@ -30,7 +30,7 @@ ZO_DECLARE(avx2)
 ZO_DECLARE_LINEAR(avx2)
 ZO_DECLARE(avx512)
 ZO_DECLARE_LINEAR(avx512)
-ZO_DECLARE_LINEAR(avx512bf16)  // where the compiler has it: setup.py
+ZO_DECLARE_LINEAR(avx512bf16)  // if the compiler has it: setup.py
 #endif
 }
 #undef ZO_DECLARE

@@ -1,7 +1,9 @@
-// isa.h: the instruction sets of the CPU module. One choice holds for every verb.
+// isa.h: the instruction sets of the CPU module. One choice holds for every verb
 //
-// Each verb is compiled once per instruction set over a trait simd/<isa>.h; the parts that are compiled once call through
-// active(). ZOKERN_CPU_ISA forces a path that this machine can run; all give the same bits.
+// build    each verb is compiled once per instruction set, over a trait simd/<isa>.h. The parts that are
+//          compiled once call it through active()
+// choice   the best path that this machine can run. ZOKERN_CPU_ISA forces another one
+// equal    all paths give the same bits
 #pragma once
 
 #include <cstdint>
@@ -16,19 +18,23 @@ namespace zo {
 struct Path {
   const char* name;
   bool usable;
-  int64_t (*elementwise)(const void* job, int64_t chunk);        // how many results of the chunk are inf or NaN
-  int64_t (*lowrank)(const void* job, int64_t chunk);            // the same
-  int64_t (*update)(const void* job, int64_t chunk);             // the same
-  void (*linear)(const void* job, int64_t group, char* memory);  // some columns of y
-  void (*linear_thin)(void* job, int64_t worker, int64_t workers, char* memory);  // what its thin products start from
-  int64_t (*linear_memory)();                                                     // bytes of it, beside the sums
-  bool (*linear_pairs)();                                                         // whether x is read in bfloat16 where W is
+  // These run one chunk of a job. They return the number of results that are inf or NaN.
+  int64_t (*elementwise)(const void* job, int64_t chunk);
+  int64_t (*lowrank)(const void* job, int64_t chunk);
+  int64_t (*update)(const void* job, int64_t chunk);
+  // linear.cpp: some columns of y, the first part of thin products, the size of `memory` without sums,
+  // linear_pairs().
+  void (*linear)(const void* job, int64_t group, char* memory);
+  void (*linear_thin)(void* job, int64_t worker, int64_t workers, char* memory);
+  int64_t (*linear_memory)();
+  bool (*linear_pairs)();
   void (*panel)(const float* right, int64_t rank, int64_t columns, int64_t begin, int64_t end, float* panel);
 };
 
 const Path& active();
 
-// The caller's thread keeps its floating-point mode; the arithmetic runs in the default one (torch.set_flush_denormal).
+// Sets the default floating-point mode, and puts the caller's back at the end. torch.set_flush_denormal
+// changes it.
 struct DefaultMode {
 #if defined(__x86_64__)
   unsigned saved = _mm_getcsr();
@@ -37,7 +43,7 @@ struct DefaultMode {
 #endif
 };
 
-// round r of Philox adds keys[2 r] and keys[2 r + 1], one copy a lane
+// Round r of Philox uses the keys keys[2 r] and keys[2 r + 1]. There is one copy for each lane.
 using Keys = uint32_t[2 * kPhiloxRounds][16];
 
 inline void spread(uint64_t seed, Keys& keys) {

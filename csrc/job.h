@@ -1,4 +1,4 @@
-// job.h: what a chunk of elementwise.cpp works on; linear.cpp makes one for each piece of W
+// job.h: a job of elementwise.cpp: the arguments of all its chunks. linear.cpp makes one for each piece of W
 #pragma once
 
 #include "elementwise.h"
@@ -15,8 +15,8 @@ struct Job {
   int32_t draw_count, each;
   const Entry* entries;
   const Chunk* chunks;
-  const Draw* draws;    // one for draw and perturb
-  const float* scales;  // perturb
+  const Draw* draws;    // draw and perturb have one
+  const float* scales;  // for perturb
   alignas(64) Keys keys;
 };
 

@@ -1,11 +1,11 @@
-// linear.h: products with perturbed weights, for several sides at once; what linear.cpp implements
+// linear.h: products with perturbed weights, for several sides at once. linear.cpp implements it
 //
-// math     y = shrink x (W + scale z)^T + sum_t x first_t^T middle_t last_t^T + bias, rounded to W's type once; W is m x n,
-// row-major,
-//          only read.
-//          Transposed: W is n x m, and y = x (W + scale z) + the same.
-//          W + scale z is rounded to W's type first: it is what `perturb` writes, bit for bit. Sums are float32.
-//          Where W is bfloat16, so are first, last and x first^T middle when they are multiplied
+// math     y = shrink x (W + scale z)^T + sum_t x first_t^T middle_t last_t^T + bias, rounded to W's type
+//          once. W is m x n, row-major, and only read. If it is transposed, W is n x m and the first product
+//          is x (W + scale z)
+// rounded  W + scale z is first rounded to W's type: bit for bit the values that `perturb` writes. Sums are
+//          float32. For a bfloat16 W, first, last and x first^T middle are rounded to bfloat16 before they
+//          are multiplied
 // source   Malladi et al. 2023, Algorithm 1 (dense z); Chen et al. 2024, LOZO (the thin products)
 #pragma once
 
@@ -15,20 +15,20 @@
 
 namespace zo {
 
-struct Side {         // one product; those with the same draw lie next to one another
-  const void* x;      // rows x n, contiguous; float32, but bfloat16 where W is and linear_pairs()
-  int64_t rows;       //
+struct Side {     // one product; sides with the same draw follow one another
+  const void* x;  // rows x n, contiguous; float32, but bfloat16 if W is bfloat16 and linear_pairs()
+  int64_t rows;
   void* y;            // rows x m, contiguous, of W's type
   const float* bias;  // m, or null
-  float scale;        //
-  int64_t draw;       // number of z in the step, or -1: W itself
+  float scale;
+  int64_t draw;  // number of z in the step, or -1: W itself
 };
 
-struct Thin {           // one more product of a side; those with the same `first` or `last` lie next to one another
-  int64_t side;         //
-  const float* first;   // inner x n, contiguous
-  int64_t inner;        //
-  const float* middle;  // inner x rank, an element every row_stride and column_stride
+struct Thin {  // a thin product of a side; those with the same `first` or `last` follow one another
+  int64_t side;
+  const float* first;  // inner x n, contiguous
+  int64_t inner;
+  const float* middle;  // inner x rank, with strides row_stride and column_stride
   int64_t row_stride, column_stride;
   const float* last;  // m x rank, rows `stride` apart
   int64_t rank, stride;
@@ -49,7 +49,7 @@ struct Linear {
 };
 
 void linear(const Linear& product);
-bool linear_pairs();                  // whether x is read in bfloat16 where W is
-int64_t linear_memory(int64_t rows);  // bytes of a thread, for so many rows of all sides
+bool linear_pairs();                  // whether a bfloat16 W takes x in bfloat16
+int64_t linear_memory(int64_t rows);  // bytes of a thread for `rows` rows of all sides together
 
 }  // namespace zo

@@ -1,16 +1,22 @@
 // lowrank.cpp: theta <- decay theta + scale left right^T on the CPU
 //
-// math     lowrank.h, s summed by fma over k = 0 .. rank-1 from zero
-// panel    `right` is rewritten once a launch into tiles of kWide columns, k-major: the inner loop loads a tile's columns as
-//          vectors and the elements of `left` as broadcasts, and keeps kRows x kVectors sums in registers
-// pieces   a chunk is cut where a row of the matrix ends; pieces with the same columns are done kRows at a time, wherever they
-//          lie in memory: rows of a matrix, of a slice of columns, looked-up rows
-// blocks   high ranks are bound by arithmetic: there the tiles that fit the first cache are used by all pieces of a batch in
-//          turn; at low ranks the panel may come from the second cache, and theta is walked in long runs, which memory likes
-// edges    a tile that a piece covers in part, and every stride, residual and stochastic rounding, goes through rows of floats
-// traffic  float32: 4 B read and 4 B written an element, bfloat16 and float16: 2 B and 2 B; beside it 12 rank (m + n) B
-// build    once per instruction set with -DZOKERN_ISA=avx512 | avx2 | scalar over the trait simd/<isa>.h, and once without
-// equal    bit for bit to zokern/backends/reference.py on every path and number of threads; no contraction, no fast-math
+// math     lowrank.h. The sum is by fma over k = 0 .. rank - 1, from zero
+// panel    `right` is rewritten once a launch into tiles of kWide columns, k-major. The inner loop loads a
+//          tile's columns as vectors and the elements of `left` as broadcasts. It keeps kRows x kVectors sums
+//          in registers
+// pieces   a chunk is cut at the ends of matrix rows. Pieces with the same columns are done kRows at a time,
+//          wherever they lie in memory: rows of a matrix, rows of a slice of columns, looked-up rows
+// blocks   high ranks are limited by arithmetic. There all pieces of a batch use the tiles that fit the first
+//          cache, in turn. At low ranks the panel may come from the second cache, and theta is read in long
+//          runs, which suits memory
+// edges    tiles that a piece covers in part go through rows of floats. So do all other strides, residuals
+//          and stochastic rounding
+// traffic  float32: 4 B read and 4 B written an element. bfloat16 and float16: 2 B and 2 B. The panel adds 12
+//          rank (m + n) B
+// build    once per instruction set with -DZOKERN_ISA=avx512 | avx2 | scalar over the trait simd/<isa>.h, and
+//          once without
+// equal    bit for bit to zokern/backends/reference.py on every path and number of threads, without
+//          contraction and fast-math
 // source   Chen et al. 2024, LOZO; Goto and van de Geijn 2008 for the panel and the register block
 
 #include <algorithm>
@@ -21,7 +27,7 @@
 #include <vector>
 
 // clang-format off
-#include "simd/namespace.h"  // first: it renames the namespace of the others
+#include "simd/namespace.h"  // comes first, because it renames the namespace of the others
 // clang-format on
 #include "isa.h"
 #include "lowrank.h"
@@ -52,13 +58,13 @@ namespace {
 using F = Simd::F;
 using U = Simd::U;
 constexpr int kLanes = Simd::kLanes;
-constexpr int kRows = kLanes == 16 ? 8 : 4;  // with kVectors: 24 of 32, or 12 of 16 registers hold sums
+constexpr int kRows = kLanes == 16 ? 8 : 4;  // with kVectors, sums take 24 of 32 or 12 of 16 registers
 constexpr int kVectors = 3;
 constexpr int kWide = kVectors * kLanes;
 static_assert(48 % kWide == 0, "a panel is padded to 48 columns for every path");
-constexpr int kBatch = 32;  // pieces that use a block of tiles before the next one is fetched
+constexpr int kBatch = 32;  // pieces that use a block of tiles before the next block
 constexpr int64_t kArithmeticRank = 32;
-constexpr int64_t kFirstCache = 24 << 10, kSecondCache = 192 << 10;  // bytes of panel that a block may take
+constexpr int64_t kFirstCache = 24 << 10, kSecondCache = 192 << 10;  // most bytes of panel in a block
 
 template <Type T>
 using Element = std::conditional_t<T == Type::kFloat32, float, uint16_t>;
@@ -74,7 +80,7 @@ ZO_INLINE F load_vector(const Element<T>* p) {
   }
 }
 
-// flag becomes NaN where a result is inf or NaN (or, in float16, close below it)
+// A lane of flag becomes NaN after a result that is inf or NaN, or a float16 just below inf.
 template <Type T>
 ZO_INLINE void store_vector(Element<T>* p, F x, F& flag) {
   const F zero = Simd::all(0.0f);
@@ -87,9 +93,9 @@ ZO_INLINE void store_vector(Element<T>* p, F x, F& flag) {
   } else {
     const U bits = Simd::bits(x);
     const U nearest = bits + 0x7fffu + ((bits >> 16) & 1u);
-    const U half = x == x ? nearest : bits;  // a NaN that an fma returns is a quiet one: it stays a NaN when it is cut
+    const U half = x == x ? nearest : bits;  // an fma returns a quiet NaN, which stays a NaN when it is cut
     Simd::store_half(p, half >> 16);
-    flag = Simd::fma(Simd::floats(half), zero, flag);  // the lower half cannot make a finite number look like inf
+    flag = Simd::fma(Simd::floats(half), zero, flag);  // the lower half does not make a number inf
   }
 }
 
@@ -99,7 +105,7 @@ bool finite(Type type, const void* p, int64_t i) {
   return (static_cast<const uint16_t*>(p)[i] & exponent) != exponent;
 }
 
-struct Piece {  // elements of one row of the matrix, in the columns of its batch
+struct Piece {  // elements of one row of the matrix, in the columns of the batch
   const char* theta;
   char* out;
   int16_t* low;
@@ -114,8 +120,8 @@ struct Batch {
   const float* panel;
   Type type, out_type;
   int64_t stride, out_stride;  // between columns, in elements
-  bool keep;                   // low bits are read
-  bool direct;                 // whole tiles need no buffer
+  bool keep;                   // the pieces have low bits
+  bool direct;                 // whole tiles go without a buffer
   int64_t begin, end;          // columns
   int count;
   Piece pieces[kBatch];
@@ -136,7 +142,8 @@ ZO_INLINE void finish(const F (&sum)[R][kVectors], float scale, float decay, con
   }
 }
 
-// R rows of a tile: `at` elements after their first column. The order of the sum is the definition's, the rest is free.
+// R rows of a tile, which begin `at` elements after their first column. Only the order of each sum is
+// prescribed.
 template <int R, Type T, Type O>
 ZO_INLINE void tile(const float* panel, const Factors& factors, float decay, const float* const* left,
                     const Element<T>* const* theta, Element<O>* const* out, int64_t at, F* flags) {
@@ -165,7 +172,7 @@ ZO_INLINE void tile(const float* panel, const Factors& factors, float decay, con
   }
 }
 
-// ---- through rows of floats: columns [lo, hi) of the matrix, inside the tile that starts at `start`
+// The way through rows of floats: columns [lo, hi) of the matrix, inside the tile that starts at `start`.
 
 ZO_INLINE void read_row(const Batch& batch, const Piece& piece, int64_t from, int n, float* to) {
   const bool wide = batch.type == Type::kFloat32;
@@ -177,7 +184,7 @@ ZO_INLINE void read_row(const Batch& batch, const Piece& piece, int64_t from, in
   }
 }
 
-// whether every result is finite
+// Returns whether every result is finite.
 bool write_row(const Batch& batch, const Piece& piece, int64_t from, int n, const float* value) {
   const bool wide = batch.out_type == Type::kFloat32;
   char* p = piece.out + from * batch.out_stride * (wide ? 4 : 2);
@@ -190,7 +197,7 @@ bool write_row(const Batch& batch, const Piece& piece, int64_t from, int n, cons
     const int skip = static_cast<int>(number % 8);
     const Name name{batch.entry->who, batch.job->step, kRoundingDraw, batch.job->keys};
     make_words<false, 0>(static_cast<uint32_t>(number / 8), (skip + n + 7) / 8, name, words, nullptr);
-    uint16_t random[kWide];  // half-words in their order: a little-endian machine
+    uint16_t random[kWide];  // little-endian: half-words in order
     std::memcpy(random, reinterpret_cast<const char*>(words) + 2 * skip, static_cast<size_t>(n) * 2);
     for (int c = 0; c < n; ++c) {
       half[c * batch.out_stride] =
@@ -223,7 +230,7 @@ bool buffered(const Batch& batch, int first, int64_t start, int64_t lo, int64_t 
   return all;
 }
 
-// ---- R pieces from `first` on, tiles [t0, t1); whether every result is finite
+// R pieces from `first` on, tiles [t0, t1). Returns whether every result is finite.
 
 template <int R, Type T, Type O>
 bool rows(const Batch& batch, int first, int64_t t0, int64_t t1) {
@@ -237,7 +244,7 @@ bool rows(const Batch& batch, int first, int64_t t0, int64_t t1) {
     out[i] = reinterpret_cast<Element<O>*>(piece.out);
   }
   constexpr int64_t kAhead = 4 * kWide;
-  F flags[kVectors] = {};  // as many as a row has vectors: one would be a chain of fma that high rates wait for
+  F flags[kVectors] = {};  // one for each vector of a row: a single one would be a slow chain of fma
   bool all = true;
   for (int64_t t = t0; t < t1; ++t) {
     const int64_t start = t * kWide, lo = std::max(start, batch.begin), hi = std::min(start + kWide, batch.end);
@@ -301,7 +308,7 @@ int64_t flush(Batch& batch) {
 
 }  // namespace
 
-// Columns [begin, end) of the panel, in multiples of 48; zeros for those that `right` does not have.
+// Writes columns [begin, end) of the panel, in multiples of 48. Columns that `right` lacks are zeros.
 extern "C" void ZO_JOIN(zokern_panel_, ZOKERN_ISA)(const float* right, int64_t rank, int64_t columns, int64_t begin,
                                                    int64_t end, float* panel) {
   constexpr int kBlock = Simd::kTranspose;
@@ -323,7 +330,7 @@ extern "C" void ZO_JOIN(zokern_panel_, ZOKERN_ISA)(const float* right, int64_t r
   }
 }
 
-// One chunk of a job; how many of its results are inf or NaN.
+// Runs one chunk of a job. Returns the number of results that are inf or NaN.
 extern "C" int64_t ZO_JOIN(zokern_lowrank_, ZOKERN_ISA)(const void* address, int64_t which) {
   const LowrankJob& job = *static_cast<const LowrankJob*>(address);
   const Chunk& chunk = job.chunks[which];
@@ -338,7 +345,7 @@ extern "C" int64_t ZO_JOIN(zokern_lowrank_, ZOKERN_ISA)(const void* address, int
   const bool nearest = batch.out_type == Type::kFloat32 || job.rounding != Rounding::kStochastic;
   batch.direct = batch.stride == 1 && !batch.keep && nearest;
   const int64_t width = batch.type == Type::kFloat32 ? 4 : 2, out_width = batch.out_type == Type::kFloat32 ? 4 : 2;
-  // rows that follow one another in memory, in the stream and in the outputs are one row
+  // Rows are one row if they follow one another in memory, in the stream and in the outputs.
   const bool flat = entry.rows == nullptr && entry.pitch == static_cast<uint64_t>(entry.columns) &&
                     entry.row_stride == entry.columns * entry.column_stride;
   const int64_t columns = flat || entry.row_count == 1 ? entry.columns * entry.row_count : entry.columns;
@@ -363,7 +370,7 @@ extern "C" int64_t ZO_JOIN(zokern_lowrank_, ZOKERN_ISA)(const void* address, int
 
 }  // namespace zo
 
-#else  // the part that is compiled once: panels, and chunks for the instruction set in use
+#else  // this part is compiled once: it makes panels and divides the chunks among threads
 
 #include <omp.h>
 
@@ -373,8 +380,8 @@ namespace zo {
 namespace {
 
 constexpr int64_t kColumns = 48;           // a panel is padded to a multiple of every path's tile
-constexpr int64_t kPanelFloats = 1 << 20;  // panels that lie in memory at once, unless a single one is larger
-constexpr int64_t kSmallPanel = 1 << 16;   // floats that one thread writes before the others wait for it a second time
+constexpr int64_t kPanelFloats = 1 << 20;  // of all panels in memory, unless a single one is larger
+constexpr int64_t kSmallPanel = 1 << 16;   // up to as many floats, one thread writes the panels
 constexpr int64_t kColumnsAtOnce = 4 * kColumns;
 
 int64_t padded(const Factors& factors) { return (factors.columns + kColumns - 1) / kColumns * kColumns; }
@@ -397,7 +404,7 @@ void lowrank(const Launch& launch, const Factors* factors, int64_t factor_count,
   const int workers = static_cast<int>(launch.workers);
   int64_t total = 0;
   for (int64_t begin = 0; begin < launch.chunk_count;) {
-    // chunks [begin, end) of the tensors whose panels fit together
+    // Chunks [begin, end) belong to tensors whose panels fit into memory together.
     const auto tensor_of = [&](int64_t c) { return launch.entries[launch.chunks[c].entry].tensor; };
     std::vector<int32_t> tensors;
     int64_t floats = 0, end = begin;

@@ -1,23 +1,29 @@
 // lowrank.cu: theta <- decay theta + scale left right^T for a list of tensors, on the matrix units of a GPU
 //
-// math     lowrank.h, with s from mma.m16n8k16: bfloat16 inputs, float32 sums. A factor is split into bfloat16 terms,
-//          x = x_0 + x_1 + ... + e with |e| <= 2^-8T |x| for T terms, and the products x_p y_q with p + q < T are summed, small
-//          ones first: T = 3 for a float32 theta (2 above rank 64), 2 for a 16-bit theta (1 above rank 32: factors in bfloat16)
-// bound    |s - exact| <= ((T + 2) 2^-8T + N 2^-20) sum_k |left[i, k] right[j, k]|, N = T (T + 1) / 2 ceil(r / 16) products of
-//          the unit: tests/lowrank_bound.py derives it. A factor beyond the largest bfloat16, or inf, gives inf or NaN.
-// layout   a warp's step is 16 rows by 32 columns: four n-tiles, whose fragment columns are dealt out so that a lane's sixteen
-// sums
-//          are eight columns of two rows. 16-bit theta: column 2 t + e of n-tile j is column 8 t + 2 j + e, sixteen bytes in a
-//          row; float32: column 16 (j div 2) + 4 t + 2 (j mod 2) + e, twice sixteen bytes. No shared memory, no shuffle.
-// launch   one persistent grid per list and element width; a block's tile is up to 128 rows by 256 columns. The fragments of
-//          `right` stay in registers over the rows of a tile. Ranks are padded with zeros to 16, 32, 64 or 128.
-// general  elements that are not in an aligned rectangle of the matrix, one at a time, with the sum of lowrank.cpp, bit for bit
-// traffic  bf16: 2 B read and 2 B written an element; beside it the factors, which the caches hold
-// work     the loop over strips, instructions per element on sm_90 at rank 16, 32, 64, 128: 11.9, 14.4, 12.4, 15.6 for bfloat16
-// and
-//          14.4, 18.9, 27.9, 29.9 for float32, no spill on sm_80 to sm_120: `python tests/test_lowrank_sass.py`,
-//          nvcc 13.0. Not timed on a GPU.
-// source   Chen et al. 2024, LOZO; Henry, Tang and Heinecke 2019 (arXiv 1904.06376) for sums of bfloat16 products
+// math     lowrank.h. The sum comes from mma.m16n8k16: bfloat16 inputs, float32 sums. A factor x is split
+//          into T bfloat16 terms, x = x_0 + x_1 + ... + e with |e| <= 2^-8T |x|. The products x_p y_q with
+//          p + q < T are summed, small ones first. A float32 theta has T = 3, and 2 above rank 64. A 16-bit
+//          theta has T = 2, and 1 above rank 32
+// bound    |s - exact| <= ((T + 2) 2^-8T + N 2^-20) sum_k |left[i, k] right[j, k]|, where N = T (T + 1) / 2
+//          ceil(rank / 16) is the number of the unit's products: tests/lowrank_bound.py derives it. A factor
+//          that is inf, or beyond the largest bfloat16, gives inf or NaN
+// layout   a warp's step is 16 rows by 32 columns: four n-tiles. Their fragment columns are dealt out so that
+//          the sixteen sums of a lane are eight columns of two rows. Column 2 t + e of n-tile j is
+//          16-bit    column 8 t + 2 j + e of the step: sixteen bytes in a row
+//          float32   column 16 (j div 2) + 4 t + 2 (j mod 2) + e: twice sixteen bytes
+//          There is no shared memory and no shuffle
+// launch   one persistent grid per list and element width. A block's tile has up to 128 rows by 256 columns.
+//          The fragments of `right` stay in registers for all rows of a tile. Ranks are padded with zeros to
+//          16, 32, 64 or 128
+// general  elements outside the aligned rectangles of a matrix go one at a time. Their sum is that of
+//          lowrank.cpp, bit for bit
+// traffic  bf16: 2 B read and 2 B written an element. The factors come from the caches
+// work     instructions per element of the loop over strips, on sm_90, at rank 16, 32, 64, 128:
+//          bfloat16  11.9, 14.4, 12.4, 15.6
+//          float32   14.4, 18.9, 27.9, 29.9
+//          No spill on sm_80 to sm_120: `python tests/test_lowrank_sass.py`, nvcc 13.0. Not timed on a GPU
+// source   Chen et al. 2024, LOZO; Henry, Tang and Heinecke 2019 (arXiv 1904.06376) for sums of bfloat16
+//          products
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -25,58 +31,16 @@
 #include <string>
 #include <type_traits>
 
+#include "device.h"
 #include "lowrank.h"
-
-#ifndef ZO_LAUNCH  // tests run this file on the host, where a launch is a loop over warps
-#define ZO_LAUNCH(kernel, blocks, threads, stream, ...) kernel<<<blocks, threads, 0, stream>>>(__VA_ARGS__)
-#endif
 
 namespace zo {
 namespace products {  // named, so that a kernel has the same symbol in every build
 
-constexpr int kThreads = 256;
+using namespace device;
+
 constexpr int kStrip = 16;        // rows of a warp's step
 constexpr int kWarpColumns = 32;  // columns of a warp's step
-
-// A pointer read from a table, which the compiler must be told is global memory.
-template <class T>
-__device__ __forceinline__ T* global(T* pointer) {
-#if defined(__CUDA_ARCH__)
-  __builtin_assume(__isGlobal(pointer));
-#endif
-  return pointer;
-}
-
-// 64-bit numerator / divisor, by shift and subtract: nvcc divides integers through MUFU.RCP, and a file without any
-// approximation is a file whose machine code can be checked for it.
-__device__ __forceinline__ int64_t divide(int64_t numerator, int64_t divisor) {
-  uint64_t left = static_cast<uint64_t>(numerator), quotient = 0;
-  int shift = 0;
-  while (static_cast<uint64_t>(divisor) << shift <= left >> 1) ++shift;
-  for (; shift >= 0; --shift) {
-    const uint64_t part = static_cast<uint64_t>(divisor) << shift;
-    quotient <<= 1;
-    if (part <= left) left -= part, quotient |= 1;
-  }
-  return static_cast<int64_t>(quotient);
-}
-
-// Two float32 to two halves in one instruction; rounding.h says what it computes.
-template <Type kType>
-__device__ __forceinline__ uint32_t nearest_pair(float even, float odd) {
-#if defined(__CUDA_ARCH__)
-  uint32_t pair;
-  if constexpr (kType == Type::kBfloat16) {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(odd), "f"(even));
-  } else {
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(odd), "f"(even));
-  }
-  return pair;
-#else
-  if constexpr (kType == Type::kBfloat16) return bf16_nearest(even) | static_cast<uint32_t>(bf16_nearest(odd)) << 16;
-  return fp16_nearest(even) | static_cast<uint32_t>(fp16_nearest(odd)) << 16;
-#endif
-}
 
 __device__ __forceinline__ float half_to_float(uint32_t half) {
 #if defined(__CUDA_ARCH__)
@@ -88,7 +52,7 @@ __device__ __forceinline__ float half_to_float(uint32_t half) {
 #endif
 }
 
-// c += a b, one warp: a 16 x 16 row-major, b 16 x 8 column-major, in the fragments of PTX ISA 9.7.14
+// c += a b by one warp: a is 16 x 16 row-major, b is 16 x 8 column-major, in the fragments of PTX ISA 9.7.14.
 __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if defined(__CUDA_ARCH__)
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -97,11 +61,11 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const
 #elif defined(ZO_HOST_MMA)
   ZO_HOST_MMA(c, a, b);
 #else
-  (void)c, (void)a, (void)b;  // nvcc's host pass, which only needs a body
+  (void)c, (void)a, (void)b;  // nvcc compiles this body for the host, and nothing runs it
 #endif
 }
 
-// Two floats as terms of bfloat16 pairs, the largest first
+// Two float32, split into terms of bfloat16 pairs, the largest first.
 template <int kTerms>
 struct Split {
   uint32_t term[kTerms];
@@ -121,7 +85,7 @@ __device__ __forceinline__ Split<kTerms> split(float even, float odd) {
   return found;
 }
 
-// Elements k and k + 1 of a row of a factor, zero beyond its rank. kWhole: the rank is the padded one
+// Elements k and k + 1 of a row of a factor, zero beyond its rank. With kWhole the rank needs no padding.
 template <bool kWhole>
 __device__ __forceinline__ void load_two(const float* row, int k, int rank, float& even, float& odd) {
   if constexpr (kWhole) {
@@ -133,7 +97,7 @@ __device__ __forceinline__ void load_two(const float* row, int k, int rank, floa
   }
 }
 
-// Rows `low` and `low + 8` of a strip, columns 16 step .. 16 step + 15, as the fragments of a
+// Rows r (`low`) and r + 8 (`high`) of a factor, columns 16 step .. 16 step + 15, as the fragments of a.
 template <int kTerms, bool kWhole>
 __device__ __forceinline__ void load_left(const float* low, const float* high, int k, int rank, uint32_t (&a)[kTerms][4]) {
 #pragma unroll
@@ -158,12 +122,8 @@ struct Work {
   unsigned long long* nonfinite;
 };
 
-__device__ __forceinline__ bool is_nonfinite(Type type, uint32_t bits) {
-  const uint32_t exponent = type == Type::kFloat32 ? 0x7f800000u : type == Type::kBfloat16 ? 0x7f80u : 0x7c00u;
-  return (bits & exponent) == exponent;
-}
-
-// One value to its place, by every rule; whether it is inf or NaN. random: 16 bits, of stochastic rounding
+// Rounds one value, by any of the roundings, and stores it. `random` is 16 bits for stochastic rounding.
+// Returns whether the result is inf or NaN.
 __device__ __forceinline__ bool store_one(const Work& work, const Entry& e, bool outside, void* to, Type type, int64_t at,
                                           int64_t low_at, float value, uint32_t random) {
   if (type == Type::kFloat32) {
@@ -190,7 +150,7 @@ __device__ __forceinline__ float load_one(const Work& work, const Entry& e, int6
   return load(e.theta, type, at);
 }
 
-// ---- one element at a time, with the definition's sum
+// Elements one at a time, with the sum in the order of the definition.
 __device__ __forceinline__ uint32_t general(const Work& work, const Tile& tile, const Entry& e, const Factors& f) {
   const bool outside = e.out[0] != nullptr;
   const Type out_type = static_cast<Type>(e.out_type);
@@ -208,7 +168,7 @@ __device__ __forceinline__ uint32_t general(const Work& work, const Tile& tile, 
     const int64_t at = row * e.row_stride + c * e.column_stride, low_at = row * e.columns + c;
     const float value = fma_rn(f.scale, sum, mul_rn(work.decay, load_one(work, e, at, low_at)));
     uint32_t random = 0;
-    if (work.rounding == Rounding::kStochastic) {  // rounding_bits() of elementwise.h, without an indexed register
+    if (work.rounding == Rounding::kStochastic) {  // as rounding_bits(), without an indexed register
       const Words words = philox4x32(static_cast<uint32_t>(number / 8u), e.who, work.step, kRoundingDraw, work.k0, work.k1);
       const uint32_t within = static_cast<uint32_t>(number % 8u);
       const uint32_t low = within & 2u ? words.w[1] : words.w[0], high = within & 2u ? words.w[3] : words.w[2];
@@ -219,13 +179,14 @@ __device__ __forceinline__ uint32_t general(const Work& work, const Tile& tile, 
   return nonfinite;
 }
 
-// ---- eight columns of a row, in one or two pieces of sixteen bytes; `sums` in the order of the columns
+// Below, a lane has eight columns of a row, in one or two pieces of 16 bytes. `sums` is in the order of the
+// columns.
 
-struct Old {  // as it lies in memory
+struct Old {  // values of theta, as they lie in memory
   uint4 piece[2];
 };
 
-// Column of value v of a lane, from the lane's first one
+// The column of value v of a lane, relative to its first column.
 template <bool kFloat>
 __device__ __forceinline__ constexpr int column_of(int v) {
   return kFloat && v >= 4 ? 12 + v : v;
@@ -252,7 +213,8 @@ __device__ __forceinline__ void widen(const uint4& from, Type type, float (&v)[8
   }
 }
 
-// In place, nearest, no decay: the step of a loop over a model. Returns something that is not 0 where a result is inf or NaN.
+// The common case: in place, to nearest, no decay. Returns 0 if all results are finite, and another number if
+// not.
 template <Type kType>
 __device__ __forceinline__ uint32_t plain(const Old& old, const float (&sums)[8], float scale, void* theta, int values) {
   uint4* to = global(static_cast<uint4*>(theta));
@@ -287,7 +249,7 @@ __device__ __forceinline__ uint32_t plain(const Old& old, const float (&sums)[8]
   }
 }
 
-// How many of eight stored values are inf or NaN
+// The number of stored values that are inf or NaN, of eight.
 template <Type kType>
 __device__ __forceinline__ uint32_t count_stored(const void* theta, int values) {
   uint32_t count = 0;
@@ -300,7 +262,7 @@ __device__ __forceinline__ uint32_t count_stored(const void* theta, int values) 
   return count;
 }
 
-// Every other combination of decay, rounding, low bits and outputs
+// All other combinations of decay, rounding, low bits and outputs.
 template <bool kFloat>
 __device__ __forceinline__ uint32_t any(const Work& work, const Entry& e, const Frame& frame, float scale, int64_t i, int64_t j,
                                         int64_t n, int values, const float (&sums)[8]) {
@@ -309,7 +271,7 @@ __device__ __forceinline__ uint32_t any(const Work& work, const Entry& e, const 
   const uint64_t number = static_cast<uint64_t>(i) * static_cast<uint64_t>(n) + static_cast<uint64_t>(j);
   uint32_t nonfinite = 0;
   Words words = {};
-  if (!kFloat && work.rounding == Rounding::kStochastic) {  // n and j are multiples of 8: one block
+  if (!kFloat && work.rounding == Rounding::kStochastic) {  // one block: n and j are multiples of 8
     words = philox4x32(static_cast<uint32_t>(number / 8u), e.who, work.step, kRoundingDraw, work.k0, work.k1);
   }
 #pragma unroll
@@ -324,7 +286,7 @@ __device__ __forceinline__ uint32_t any(const Work& work, const Entry& e, const 
   return nonfinite;
 }
 
-// ---- a tile of the matrix
+// A tile of the matrix.
 
 template <int kSteps, int kTerms, Type kType, bool kSimple, bool kWhole>
 __device__ __forceinline__ uint32_t matrix(const Work& work, const Tile& tile, const Entry& e, const Frame& frame,
@@ -332,7 +294,7 @@ __device__ __forceinline__ uint32_t matrix(const Work& work, const Tile& tile, c
   constexpr bool kFloat = kType == Type::kFloat32;
   const int lane = static_cast<int>(threadIdx.x & 31u), g = lane >> 2, t = lane & 3;
   const int64_t start = tile.column + static_cast<int64_t>(threadIdx.x >> 5) * kWarpColumns;
-  if (start >= frame.last) return 0;  // the whole warp
+  if (start >= frame.last) return 0;  // all lanes of the warp return here
   const int rank = static_cast<int>(f.rank);
   const int64_t n = f.columns;
   uint32_t right[kSteps][4][kTerms][2];
@@ -353,8 +315,9 @@ __device__ __forceinline__ uint32_t matrix(const Work& work, const Tile& tile, c
       }
     }
   }
-  const int64_t column = start + (kFloat ? 4 : 8) * t;  // of the lane's first value
-  // values of the lane that the rectangle has: in float32 the second four lie 16 columns on
+  const int64_t column = start + (kFloat ? 4 : 8) * t;  // of the first value of the lane
+  // The rectangle has this many of the lane's values. In float32 the second four lie 16 columns after the
+  // first.
   const int ahead =
       static_cast<int>(frame.last - start < kWarpColumns ? frame.last - start : kWarpColumns) - (kFloat ? 4 : 8) * t;
   const int values = ahead <= 0 ? 0 : kFloat && ahead <= 16 ? 4 : 8;
@@ -371,7 +334,7 @@ __device__ __forceinline__ uint32_t matrix(const Work& work, const Tile& tile, c
       if (row <= last) old[0] = load_old<kFloat>(theta, values);
       if (row + 8 <= last) old[1] = load_old<kFloat>(theta + below, values);
     }
-    // a row of the matrix that the tile does not have is a row of sums that nobody stores
+    // Rows after the last one of the tile repeat it, and their sums are not stored.
     const float* low = left + static_cast<int64_t>(row <= last ? row : last) * rank;
     const float* high = left + static_cast<int64_t>(row + 8 <= last ? row + 8 : last) * rank;
     float sum[4][4] = {};
@@ -405,7 +368,8 @@ __device__ __forceinline__ uint32_t matrix(const Work& work, const Tile& tile, c
   return nonfinite;
 }
 
-// Two blocks a multiprocessor where the fragments of `right`, 8 terms steps registers, leave room in 128
+// The fragments of `right` take 8 terms steps registers. If they leave enough of 128, two blocks fit a
+// multiprocessor.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 1000
 constexpr int kRoom = 8;
 #else
@@ -425,7 +389,8 @@ __global__ void __launch_bounds__(kThreads, resident(kSteps* kTerms, kSimple&& k
     if (tile.column < 0) continue;
     nonfinite += matrix<kSteps, kTerms, kType, kSimple, kWhole>(work, tile, e, work.frames[tile.entry], f);
   }
-  if (nonfinite != 0) atomicAdd(work.nonfinite, static_cast<unsigned long long>(nonfinite));  // rare: no reduction first
+  // This is rare, so every thread adds for itself.
+  if (nonfinite != 0) atomicAdd(work.nonfinite, static_cast<unsigned long long>(nonfinite));
 }
 
 __global__ void __launch_bounds__(kThreads, 1) general_kernel(const Work work) {
@@ -439,23 +404,9 @@ __global__ void __launch_bounds__(kThreads, 1) general_kernel(const Work work) {
   if (nonfinite != 0) atomicAdd(work.nonfinite, static_cast<unsigned long long>(nonfinite));
 }
 
-inline void check(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error) + " (CUDA error " +
-                           std::to_string(static_cast<int>(error)) + ")");
-}
-
 void start(void (*kernel)(Work), const Launch& launch, const Work& work) {
-  int64_t blocks = launch.workers;
-  if (blocks <= 0) {
-    int device = 0, processors = 0, each = 0;
-    check(cudaGetDevice(&device), "cudaGetDevice");
-    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads, 0), "lowrank_");
-    blocks = std::max<int64_t>(1, static_cast<int64_t>(processors) * each);
-  }
-  const unsigned grid = static_cast<unsigned>(std::min({blocks, work.tile_count, int64_t{0x7fffffff}}));
-  ZO_LAUNCH(kernel, grid, kThreads, reinterpret_cast<cudaStream_t>(launch.stream), work);
+  const int64_t blocks = std::min(resident_blocks("lowrank_", kernel, launch.workers), work.tile_count);
+  ZO_LAUNCH(kernel, static_cast<unsigned>(blocks), kThreads, reinterpret_cast<cudaStream_t>(launch.stream), work);
   check(cudaGetLastError(), "lowrank_");
 }
 

@@ -1,17 +1,21 @@
-// update.cpp: a rule with state, momentum or Adam, on the CPU
+// update.cpp: an update rule with state, momentum or Adam, on the CPU
 //
-// math     update.h, 512 elements at a time: g into 2 KB of the first cache, then theta's values; the rule runs over whole
-//          vectors that read and write m and v where they lie, and the last elements of a row through a copy
-// traffic  momentum 8 B, adam 16 B an element for the state, beside 8 B (float32) or 4 B for theta, for any number of terms:
-//          memory is the limit, so one path serves every stride, rounding and number of terms
-// build    once per instruction set with -DZOKERN_ISA=avx512 | avx2 | scalar over the trait simd/<isa>.h, and once without
-// equal    bit for bit to zokern/backends/reference.py on every path and number of threads; no contraction, no fast-math
+// math     update.h, 512 elements at a time. g goes into 2 KB of the first cache, and then theta's values.
+//          The rule reads and writes m and v in place, in whole vectors. The last elements of a row go
+//          through a copy
+// traffic  bytes an element: 8 (momentum) or 16 (adam) for the state, 8 (float32) or 4 for theta, for any
+//          number of terms. Memory is the limit, so one path serves every stride, rounding and number of
+//          terms
+// build    once per instruction set with -DZOKERN_ISA=avx512 | avx2 | scalar over the trait simd/<isa>.h, and
+//          once without
+// equal    bit for bit to zokern/backends/reference.py on every path and number of threads, without
+//          contraction and fast-math
 // source   update.h; stream: zokern/stream.py, version 1
 #include <cstdint>
 #include <cstring>
 
 // clang-format off
-#include "simd/namespace.h"  // first: it renames the namespace of the others
+#include "simd/namespace.h"  // comes first, because it renames the namespace of the others
 // clang-format on
 #include "isa.h"
 #include "update.h"
@@ -51,7 +55,7 @@ struct Buffers {
   alignas(64) uint16_t half[kPiece];
 };
 
-// One vector: value is theta and then its successor
+// One vector. `value` is the old theta, and then the new one.
 template <Rule kRule>
 ZO_INLINE void advance(const Scalars& s, const float* g, float* m, float* v, float* value) {
   const F gradient = Simd::load(g);
@@ -80,7 +84,7 @@ void advance_all(const Scalars& s, const float* g, float* m, float* v, float* va
   if (kRule == Rule::kAdam) std::memcpy(v + i, rest[2], bytes);
 }
 
-// sum += c z for all elements of some blocks
+// sum += c z for all elements of some blocks.
 template <Direction D>
 void add_term(const UpdateJob& job, const Draw& draw, uint32_t who, uint64_t block, int blocks, Buffers& buffers) {
   const Name name{who, draw.step, draw.draw, job.keys};
@@ -143,7 +147,7 @@ int64_t piece(const UpdateJob& job, const Run& run, int skip, int n, Buffers& bu
 
 }  // namespace
 
-// One chunk of a job; how many of its new weights are inf or NaN.
+// Runs one chunk of a job. Returns the number of new weights that are inf or NaN.
 extern "C" int64_t ZO_JOIN(zokern_update_, ZOKERN_ISA)(const void* address, int64_t which) {
   const UpdateJob& job = *static_cast<const UpdateJob*>(address);
   const Chunk& chunk = job.chunks[which];
@@ -162,7 +166,7 @@ extern "C" int64_t ZO_JOIN(zokern_update_, ZOKERN_ISA)(const void* address, int6
 
 }  // namespace zo
 
-#else  // the part that is compiled once: share the chunks out
+#else  // this part is compiled once: it divides the chunks among threads
 
 #include <omp.h>
 

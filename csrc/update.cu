@@ -1,33 +1,36 @@
 // update.cu: a rule with state, momentum or Adam, for a list of tensors, on a GPU
 //
-// math     update.h; unit u is elements 8 u .. 8 u + 7 of the stream
-// traffic  momentum 8 B, adam 16 B an element for the state, beside 4 B (16-bit) or 8 B (float32) for theta; z moves no bytes
-// work     whole loop per element, sm_90, one term, nearest: momentum normal 33.9 instructions (16-bit), 32.4 (float32), of
-//          signs 21.1, 19.6; adam normal 66.1, 65.0, of signs 53.1, 51.9, with the calls of subroutines that only operands at
-//          the ends of the range take. Momentum has 80 registers, adam at most 116, no spill on sm_80 to sm_120; memory
-//          leaves time for 83 and 138 (bf16, H200): `python tests/test_update_sass.py`, nvcc 13.0
-// launch   as elementwise.cu: one persistent grid per list, a thread takes whole units with 16-byte loads and stores, and
-//          the rest goes one element at a time. The numbers of the rule and the coefficients are in device memory.
-// equal    bit for bit to zokern/backends/reference.py for every grid; root and quotient are the correctly rounded ones
+// math     update.h
+// traffic  bytes an element: 8 (momentum) or 16 (adam) for the state, 4 (16-bit) or 8 (float32) for theta. z
+//          moves no bytes
+// work     instructions of the whole loop per element, on sm_90, one term, rounding to nearest:
+//          momentum  normal 33.9 (16-bit) and 32.4 (float32), rademacher 21.1 and 19.6
+//          adam      normal 66.1 and 65.0, rademacher 53.1 and 51.9. This counts subroutines that only
+//                    operands at the ends of the range call
+//          Memory leaves time for 83 (momentum) and 138 (adam) on an H200, bf16. Momentum has 80 registers
+//          and adam at most 116. No spill on sm_80 to sm_120: `python tests/test_update_sass.py`, nvcc 13.0
+// launch   walk.h. The numbers of the rule and the coefficients lie in device memory
+// equal    bit for bit to zokern/backends/reference.py for every grid. Root and quotient are correctly
+//          rounded
 // source   update.h; stream: zokern/stream.py, version 1
 #include <cuda_runtime.h>
 
 #include <stdexcept>
 #include <string>
 
-#include "units.h"
 #include "update.h"
+#include "walk.h"
 
 namespace zo {
 namespace updates {  // named, so that a kernel has the same symbol in every build
 
 using namespace kernels;
 
-// Blocks per multiprocessor that registers must allow. Adam has 80 to 96 bytes of loads in flight per thread: 16 warps cover
-// the latency of memory, and 80 registers would spill.
+// Blocks per multiprocessor that the registers must allow. Adam loads 80 to 96 bytes at once in each thread,
+// so 16 warps cover the latency of memory. With 80 registers it would spill.
 constexpr int resident(Rule rule) { return rule == Rule::kAdam ? 2 : kResidentMore; }
 
-// The terms of g, as in elementwise.cu: the last name by value, so that a sum of one term reads no list of names
+// The terms of g. The last name comes by value too, so that a sum of one term reads no list of names.
 struct Sum {
   const Draw* draws;
   const float* coefficients;
@@ -36,7 +39,7 @@ struct Sum {
   Draw last;
 };
 
-// One element: the state steps forward, and the successor of theta comes back
+// One element: updates m and v, and returns the new theta.
 template <Rule kRule>
 __device__ __forceinline__ float advance(const Scalars& s, float g, float theta, float& m, float& v) {
   m = fma_rn(s.alpha1, g, mul_rn(s.beta1, m));
@@ -58,7 +61,8 @@ struct UpdateVerb {
 
   __device__ __forceinline__ uint32_t last_step() const { return sum.last.step + sum.clock; }
 
-  // Memory is the limit: there is time to evaluate every z unit by unit, also one that other units share a block with
+  // Evaluates z unit by unit, although up to 16 units of `rademacher` share a block. Memory is the limit, so
+  // there is time for it.
   __device__ __forceinline__ void gradient(uint32_t unit, uint32_t who, float (&g)[kUnit]) {
     float z[kUnit];
 #pragma unroll
@@ -111,7 +115,8 @@ struct UpdateVerb {
       for (int j = 0; j < result.kWords; ++j) watch.see(result.w[j]);
     }
 
-    // The loop only watches whether a result was not finite; if one was, the thread reads its results again and counts.
+    // The loop only notes that some result was not finite. Then the thread reads its results again and counts
+    // them.
     __device__ __forceinline__ void settle(uint32_t i, uint32_t end, uint32_t stride) {
       if (!watch.seen()) return;
       watch.state = 0;
@@ -198,7 +203,8 @@ __global__ void __launch_bounds__(kThreads, resident(kRule))
   const Sum sum = {draws, coefficients, draw_count, clock_of(list), last};
   UpdateVerb<kDirection, kRule, kRounding> verb{list.keys, sum, scalars_at<kRule>(scalars), 0};
   run(verb, list.entries, list.chunks, list.chunk_count, list.parts_log2);
-  if (verb.nonfinite != 0) atomicAdd(nonfinite, static_cast<unsigned long long>(verb.nonfinite));  // rare: no reduction first
+  // This is rare, so every thread adds for itself.
+  if (verb.nonfinite != 0) atomicAdd(nonfinite, static_cast<unsigned long long>(verb.nonfinite));
 }
 
 template <Direction kDirection, Rule kRule>

@@ -18,12 +18,14 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 
+import sass
+
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("bind.cpp", "elementwise.cu", "update.cu", "lowrank.cu")  # bind.cpp takes longest
+CSRC = ROOT / "csrc"
+SOURCES = ("bind.cpp", "axpy.cu", "elementwise.cu", "update.cu", "lowrank.cu")  # bind.cpp takes longest
 NAME = "zokern_on_host"
 FLAGS = "-std=c++17 -O1 -ffp-contract=off -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas"
 FLAGS += f" -DZOKERN_MODULE={NAME} -DZOKERN_LOWRANK_CUDA -DZOKERN_UPDATE"
-SHARED = "units.h"  # a mistake in it is made in every source that includes it
 if "ZOKERN_ON_HOST" not in os.environ:
     OWN = TemporaryDirectory(prefix=f"{NAME}-")
     os.environ["ZOKERN_ON_HOST"] = OWN.name
@@ -46,13 +48,17 @@ def call(*command: str | Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def texts_of(source: str) -> dict[str, str]:
+    """A file of csrc/ and the headers of that folder that it includes, by name."""
+    return {path.name: path.read_text() for path in sorted(sass.included(CSRC / source)) if path.parent == CSRC}
+
+
 def compiled(source: str, edits: Edits) -> Path:
-    """The object of a file of csrc/, with edits."""
+    """The object of a file of csrc/, with edits in it and in the headers of that folder that it includes."""
     import pybind11
 
-    texts = {name: (ROOT / "csrc" / name).read_text() for name in (source, SHARED)}
+    texts = texts_of(source)
     for right, wrong in edits:
-        assert any(right in text for text in texts.values()), f"{source} and {SHARED} no longer have {right!r}"
         texts = {name: text.replace(right, wrong) for name, text in texts.items()}
     key = hashlib.sha256(repr((source, texts)).encode()).hexdigest()[:16]
     folder = FOLDER / f"{Path(source).stem}-{key}"
@@ -66,7 +72,7 @@ def compiled(source: str, edits: Edits) -> Path:
             places = [
                 folder,
                 ROOT / "tests" / "cuda_shim",
-                ROOT / "csrc",
+                CSRC,
                 pybind11.get_include(),
                 sysconfig.get_path("include"),
             ]
@@ -89,9 +95,9 @@ def _built(edits: tuple[Edits, ...]) -> types.ModuleType:
     return module
 
 
-def build(edits: dict[str, Edits] | None = None) -> types.ModuleType:
-    """The module; `edits` of a source make a deliberately wrong one."""
-    edits, shared = edits or {}, (ROOT / "csrc" / SHARED).read_text()
-    common = tuple(edit for some in edits.values() for edit in some if edit[0] in shared)
-    every = {source: tuple(dict.fromkeys((*edits.get(source, ()), *common))) for source in ("elementwise.cu", "update.cu")}
-    return _built(tuple((edits | every).get(source, ()) for source in SOURCES))
+def build(edits: Edits = ()) -> types.ModuleType:
+    """The module. With edits it is a deliberately wrong one: each is made in every source that has its text, or includes it."""
+    texts = {source: "\0".join(texts_of(source).values()) for source in SOURCES}
+    for right, _ in edits:
+        assert any(right in text for text in texts.values()), f"no file of csrc/ has {right!r} any more"
+    return _built(tuple(tuple(edit for edit in edits if edit[0] in texts[source]) for source in SOURCES))

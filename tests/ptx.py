@@ -82,7 +82,7 @@ def join(low: Any, high: Any) -> Any:
 
 
 def watch(kind: str) -> Callable:
-    """fma.rn.{bf16x2,f16x2} where a factor is zero, which is how elementwise.cu uses it: NaN or the addend."""
+    """fma.rn.{bf16x2,f16x2} where a factor is zero, which is how axpy.cu uses it: NaN or the addend."""
     infinity = U16(0x7F80 if kind == "bf16x2" else 0x7C00)
 
     def one(a, b, c):

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sysconfig
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
@@ -18,11 +19,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE = ROOT / "csrc" / "elementwise.cu"
+CSRC = ROOT / "csrc"
+SOURCES = (CSRC / "elementwise.cu", CSRC / "axpy.cu")  # of draw, perturb and axpy_
 MODULE = ROOT / "zokern" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 NVCC_FLAGS = ("-std=c++17", "-O3", "-fmad=false")  # what setup.py compiles with, as far as code generation goes
-TERM, DECAYED_TERM, TERMS, STEPS = range(4)  # Sum of elementwise.cu
+TERM, DECAYED_TERM, TERMS, STEPS = range(4)  # Sum of axpy.cu
 
 # Instructions that the stream's arithmetic must not contain, and why. Each pattern is matched at the start of an instruction.
 FORBIDDEN = {
@@ -59,7 +61,7 @@ def missing() -> str | None:
     )
 
 
-def compile_to(output: Path, arch: str, *flags: str, kind: str = "cubin", source: Path = SOURCE) -> Path:
+def compile_to(output: Path, arch: str, *flags: str, kind: str = "cubin", source: Path) -> Path:
     """nvcc -cubin or -ptx of one source file for sm_<arch>; the path of the output."""
     nvcc = tool("nvcc")
     assert nvcc is not None
@@ -69,7 +71,7 @@ def compile_to(output: Path, arch: str, *flags: str, kind: str = "cubin", source
         f"-{kind}",
         f"-arch=sm_{arch}",
         "-I",
-        str(SOURCE.parent),
+        str(CSRC),
         *flags,
         "-o",
         str(output),
@@ -89,37 +91,45 @@ def included(source: Path) -> set[Path]:
         if path.exists() and path not in found:
             found.add(path)
             names = re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(), re.MULTILINE)
-            todo += [folder / name for name in names for folder in (path.parent, SOURCE.parent)]
+            todo += [folder / name for name in names for folder in (path.parent, CSRC)]
     return found
 
 
-def shipped(source: Path, namespace: str, folder: Path, module: Path = MODULE) -> dict[str, Path]:
-    """The cubins by architecture that zokern._cuda has of a source file, whose kernels are all in one namespace of zo.
+def shipped(sources: Sequence[Path], namespace: str, folder: Path, module: Path = MODULE) -> dict[str, list[Path]]:
+    """The cubins by architecture that zokern._cuda has of some source files, whose kernels are all in one namespace of zo.
 
-    None where a file that the source is made of is newer than the module.
+    None where a file that the sources are made of is newer than the module.
     """
     cuobjdump = tool("cuobjdump")
-    if cuobjdump is None or not module.exists() or module.stat().st_mtime < max(f.stat().st_mtime for f in included(source)):
+    files = set().union(*map(included, sources))
+    if cuobjdump is None or not module.exists() or module.stat().st_mtime < max(f.stat().st_mtime for f in files):
         return {}
     folder.mkdir(parents=True, exist_ok=True)
     subprocess.run([cuobjdump, "-xelf", "all", str(module)], cwd=folder, capture_output=True, check=True)
     symbols = f"_ZN2zo{len(namespace)}{namespace}".encode()
-    return {path.suffixes[-2][len(".sm_") :]: path for path in folder.glob("*.cubin") if symbols in path.read_bytes()}
+    found: dict[str, list[Path]] = {}
+    for path in folder.glob("*.cubin"):
+        if symbols in path.read_bytes():
+            found.setdefault(path.suffixes[-2][len(".sm_") :], []).append(path)
+    return found
 
 
 @cache
-def machine_code(source: Path = SOURCE, namespace: str = "kernels") -> dict[str, dict[str, Function]]:
-    """All kernels of a source file by architecture and symbol.
+def machine_code(sources: tuple[Path, ...] = SOURCES, namespace: str = "kernels") -> dict[str, dict[str, Function]]:
+    """All kernels of some source files by architecture and symbol.
 
-    They are read from zokern._cuda, so that what is checked is what ships and nothing is compiled twice; an architecture that the
-    module lacks, or a source that is newer than the module, is compiled here.
+    They are read from zokern._cuda, so that what is checked is what ships and nothing is compiled twice. An architecture that the
+    module lacks is compiled here, and so is every architecture where a source is newer than the module.
     """
     with TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
         folder = Path(name)
-        built = shipped(source, namespace, folder / "module")
+        built = shipped(sources, namespace, folder / "module")
 
         def one(arch: str) -> dict[str, Function]:
-            return disassemble(built.get(arch) or compile_to(folder / f"sm_{arch}.cubin", arch, source=source))
+            cubins = built.get(arch) or [
+                compile_to(folder / f"{source.stem}.sm_{arch}.cubin", arch, source=source) for source in sources
+            ]
+            return {name: function for cubin in cubins for name, function in disassemble(cubin).items()}
 
         return dict(zip(ARCHITECTURES, pool.map(one, ARCHITECTURES)))
 
@@ -198,7 +208,7 @@ def vector_loop(function: Function, loads: int, stores: int, longer: int = 0) ->
 
 
 def tile(function: Function, loads: int, stores: int, unrolled: int = 4) -> tuple[list[Instruction], list[Instruction]]:
-    """The loop over tiles of signs (elementwise.cu, sign_tiles) and the loop over steps inside it.
+    """The loop over tiles of signs (walk.h, sign_tiles) and the loop over steps inside it.
 
     The outer one writes shared memory; a turn of the inner one has `unrolled` steps, each with this many 16-byte loads and stores.
     """
@@ -217,7 +227,7 @@ def tile(function: Function, loads: int, stores: int, unrolled: int = 4) -> tupl
 
 @dataclass
 class Run:
-    """The loops of `sums` or `steps` in elementwise.cu over normal terms, by how often an instruction runs for a thread's units."""
+    """The loops of `sums` or `steps` in axpy.cu over normal terms, by how often an instruction runs for a thread's units."""
 
     units: int  # of eight elements, that a thread has in a turn
     turn: list[Instruction]  # once for one sum, or for every 32 steps

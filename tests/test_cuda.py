@@ -1,4 +1,4 @@
-"""csrc/elementwise.cu and units.h on the host: what nvcc compiles, compiled by g++ through tests/cuda_shim, bit for bit the reference.
+"""csrc/elementwise.cu and axpy.cu on the host: what nvcc compiles, compiled by g++ through tests/cuda_shim, bit for bit the reference.
 
 Covers tables, chunks, alignment, tails, strides, rows, slices of columns, every dtype, rounding and number of draws, and that
 no result depends on the grid or on the order of blocks and threads. What only nvcc sees is the subject of test_ptx.py and
@@ -45,7 +45,7 @@ def test_grid_changes_nothing(on_host, blocks) -> None:
 
 
 def test_order_and_parts_change_nothing(on_host, monkeypatch) -> None:
-    """Threads last to first, on a device so large that 32 blocks share a chunk."""
+    """Threads last to first, on a device so large that 16 blocks share a chunk."""
     monkeypatch.setenv("ZO_SHIM_ORDER", "1")
     monkeypatch.setenv("ZO_SHIM_PROCESSORS", "148")
     for check in ("axpy_sizes", "axpy_strides", "perturb_rows", "draw_firsts", "large"):
@@ -120,7 +120,7 @@ def mistaken() -> types.ModuleType:
     if reason := host.missing():
         pytest.skip(reason)
     edits = [(right, wrong.replace("{wrong}", f"(shim_mistake == {k})")) for k, (_, right, wrong) in enumerate(MISTAKES, 1)]
-    return host.build({"elementwise.cu": tuple(edits)})
+    return host.build(tuple(edits))
 
 
 @pytest.mark.parametrize("mistake", [name for name, *_ in MISTAKES])

@@ -163,8 +163,8 @@ def test_check_rejects_wrong_deposit(change: Callable) -> None:
 def test_check_rejects_a_write_after_the_basis_changed() -> None:
     """What waits belongs to the old basis."""
     with (
-        patch.object(zokern.optimizer.ZerothOrder, "defers", lambda self, p: self.defer),
-        patch.object(zokern.optimizer.ZerothOrder, "settle", lambda self, p: None),
+        patch.object(zokern.optimizer.ZerothOrder, "defers", lambda self: bool(self.deferred.wanted)),
+        patch.object(zokern.deferred.Deferred, "settle", lambda self, p: None),
         pytest.raises((AssertionError, RuntimeError)),
     ):
         check_deferred("subzero")
@@ -400,7 +400,7 @@ def test_a_skipped_last_step_loses_nothing(name: str, skipped: int) -> None:
 
 def test_check_rejects_a_basis_that_changes_under_what_waits() -> None:
     with (
-        patch.object(zokern.optimizer.ZerothOrder, "settle", lambda self, p: None),
+        patch.object(zokern.deferred.Deferred, "settle", lambda self, p: None),
         pytest.raises(AssertionError, match="is not that of"),
     ):
         check_skipped_end("subzero", 2)
@@ -454,7 +454,7 @@ def test_check_rejects_hooks_of_the_root_alone(look: str) -> None:
     def root_alone(self, model: nn.Module, given: nn.Module) -> None:
         self._parts = (model,)
 
-    with patch.object(zokern.optimizer.ZerothOrder, "watch", root_alone), pytest.raises(AssertionError):
+    with patch.object(zokern.deferred.Deferred, "watch", root_alone), pytest.raises(AssertionError):
         test_whoever_looks_at_a_part_sees_every_update(look)
 
 
@@ -552,7 +552,7 @@ def everything(model: nn.Module, optimizer) -> dict:
         },
         "rng": torch.get_rng_state().numpy().tobytes(),
         "tree": [(n, id(m), m.training) for n, m in model.named_modules()],
-        "steps": (optimizer.steps, optimizer.skips, optimizer.dead),
+        "steps": (optimizer.steps, optimizer.guards.skips, optimizer.guards.dead),
     }
 
 
@@ -763,7 +763,9 @@ def frozen_midway(settles: bool) -> tuple[Tensor, Tensor]:
     assert waiting.pending is not None
     expected = matrix.detach() + waiting.left @ waiting.pending @ waiting.right.T
     matrix.requires_grad_(False)
-    with patch.object(type(optimizer), "settle", type(optimizer).settle if settles else lambda self, plan: None):
+    with patch.object(
+        zokern.deferred.Deferred, "settle", zokern.deferred.Deferred.settle if settles else lambda self, plan: None
+    ):
         zokern.step(optimizer, closure_of(model))
     return matrix.detach(), expected
 

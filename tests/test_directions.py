@@ -406,7 +406,7 @@ def test_no_draw_is_kept_between_steps() -> None:
     model = tiny(width=16)
     optimizer = METHODS["lozo"](model, seed=1, queries=2)
     zokern.step(optimizer, lambda: next_token_loss(model(IDS), IDS))
-    assert optimizer._groups and not any(group.drawn for group in optimizer._groups)
+    assert optimizer.work.groups and not any(group.drawn for group in optimizer.work.groups)
 
 
 # One length -----------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ above it is `<!-- not run: the reason -->`.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 import subprocess
@@ -18,6 +19,7 @@ from torch import nn
 import zokern
 from zokern.cli import COMMANDS, main
 from zokern.evaluation import EVALUATIONS
+from zokern.guards import Guards
 from zokern.optimizer import ZerothOrder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,8 +146,8 @@ def test_what_is_exported_has_a_docstring_of_its_own(name):
 
 def test_every_option_and_evaluation_is_documented():
     """Those that all methods share, in the docstring of MeZO, to which the others refer."""
-    names = [*inspect.signature(ZerothOrder).parameters, *EVALUATIONS]
-    names.remove("unknown")  # what no method knows, for the message that says so
+    names = [*inspect.signature(ZerothOrder).parameters, *(option.name for option in dataclasses.fields(Guards)), *EVALUATIONS]
+    names.remove("guards")  # which are those of Guards
     assert [name for name in names if not re.search(rf"\b{name}\b", zokern.MeZO.__doc__)] == []
 
 

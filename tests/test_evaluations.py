@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import zokern
 from zokern import gemm
+from zokern.estimator import Oracle
 from zokern.evaluation import THETA, Point, copies
 from zokern.gemm import lowrank
 
@@ -279,7 +280,7 @@ def test_real_parameters_serve_any_model(kind: str, way: str) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "this closure is read by evaluation|torch.jit")
         result = zokern.step(optimizer, closure)
-        optimizer.steps = 0
+        optimizer.run.step = 0
         assert zokern.step(optimizer, closure).losses[0] == pytest.approx(expected, rel=1e-5)
     assert result.losses[0] == pytest.approx(expected, rel=1e-6) and expected[0] != expected[1]
     assert way == "inplace" or changed(model, before) == []
@@ -534,7 +535,7 @@ def test_low_bits_are_read_at_every_point(way: type, method: str, size: tuple[in
         zokern.step(optimizer, closure)
     assert optimizer.state[weight]["residual"].any()
     plan = optimizer.plan()
-    optimizer.refresh(plan, closure)
+    optimizer.prepare(plan, Oracle(optimizer.evaluation, plan, closure))
     one, two = plan.draw(0), plan.draw(1)
     points = [THETA, Point(((one, 1.0),)), Point(((one, 1.0), (two, -0.5)))]
     right = zokern.Master().losses(plan, points, closure)
@@ -650,7 +651,7 @@ def test_other_flags_and_larger_inputs_are_compared_again(way: str, change: str)
 class Wrong:
     """Evaluation 'master' with one promise broken."""
 
-    name, defers = "master", False
+    name, defers, exact, stands_in, state = "master", False, True, False, {}
 
     def __init__(self, how: str = "") -> None:
         self.how, self.inside = how, zokern.Master()

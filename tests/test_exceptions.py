@@ -156,7 +156,7 @@ def test_exceptions_leave_no_trace(evaluation: str, dtype: torch.dtype) -> None:
 class StaysMoved:
     """Leaves the weights moved after an exception."""
 
-    name, defers = "wrong", False
+    name, defers, exact, stands_in, state = "wrong", False, True, False, {}
 
     def __init__(self) -> None:
         self.inside = zokern.Master()

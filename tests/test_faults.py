@@ -638,7 +638,7 @@ def test_rows_22_23_closure_that_is_not_repeatable(row: str, evaluation: str) ->
     optimizer = zokern.MeZO(model, lr=0.0, paired_check=3, evaluation=evaluation)
     for _ in range(4):
         zokern.step(optimizer, lambda: model(X).square().mean())  # a good closure passes
-    optimizer.steps = 1
+    optimizer.run.step = 1
     zokern.step(optimizer, closure)  # between checks it cannot be told
 
 
@@ -682,12 +682,12 @@ def test_row_28_loss_is_not_finite(sides: tuple, evaluation: str) -> None:
     for step in range(2):
         result = bad()
         assert result.skipped and result.step == step and repr(result.losses[0]) == repr(sides) and unchanged()
-    assert optimizer.skips == 2
+    assert optimizer.guards.skips == 2
     with pytest.raises(RuntimeError, match="3 steps in a row.*no weight changed.*lower lr"):
         bad()
     assert unchanged()
     good = zokern.step(optimizer, lambda: model(X).square().mean())
-    assert not good.skipped and optimizer.skips == 0 and good.step == 3 and not unchanged()
+    assert not good.skipped and optimizer.guards.skips == 0 and good.step == 3 and not unchanged()
 
 
 HUGE = sys.float_info.max
@@ -716,7 +716,7 @@ def test_row_29_overflow_of_finite_numbers(case: str, evaluation: str) -> None:
         groups = [{"params": [("0.weight", model[0].weight)], "lr": 1e-30}, {"params": [("2.weight", model[2].weight)]}]
     optimizer = zokern.MeZO(groups, **told(evaluation), **given)
     result = zokern.step(optimizer, lambda: (model(X), next(numbers))[1])
-    assert result.skipped and optimizer.skips == 1 and optimizer.steps == 1
+    assert result.skipped and optimizer.guards.skips == 1 and optimizer.steps == 1
     assert all((p - before[n]).abs().max() <= (1e-6 if evaluation == "inplace" else 0.0) for n, p in model.named_parameters())
 
 
@@ -917,7 +917,7 @@ def test_row_36_eps_is_checked_whenever_it_changes() -> None:
         refuse(model, lambda: zokern.step(optimizer, closure), ValueError, "eps = 1e-06")
     optimizer.param_groups[0]["eps"] = 1e-2
     zokern.step(optimizer, closure)
-    optimizer.force = True
+    optimizer.guards.force = True
     optimizer.param_groups[0]["eps"] = 1e-6
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -987,7 +987,7 @@ def test_row_39_dead_perturbation(evaluation: str) -> None:
         (p - before[name]).abs().max() <= (1e-5 if evaluation == "inplace" else 0.0) for name, p in model.named_parameters()
     )
     zokern.step(optimizer, lambda: model(X).square().mean())
-    assert optimizer.dead == 0
+    assert optimizer.guards.dead == 0
     free = zokern.MeZO(model, lr=0.1, dead_limit=None)
     for _ in range(25):
         zokern.step(free, lambda: (model(X), 1.0)[1])
@@ -1016,7 +1016,7 @@ def test_row_41_no_z_is_used_twice() -> None:
             optimizer, lambda: (updates.append((optimizer.model[0].weight + 0).sum().item()), optimizer.model(X).mean())[1]
         )
     assert len(set(updates)) == 10
-    optimizer.steps = 2**32
+    optimizer.run.step = 2**32
     with pytest.raises(ValueError, match="32 bits.*another seed"):
         zokern.step(optimizer, lambda: optimizer.model(X).mean())
 

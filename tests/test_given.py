@@ -15,8 +15,7 @@ from models import build, refuse, same_bits
 from torch import Tensor, nn
 
 import zokern
-from zokern import deferred
-from zokern import optimizer as torch_face
+from zokern import work
 
 X = torch.linspace(-1, 1, 18).view(3, 6)
 
@@ -88,7 +87,7 @@ def test_data_that_the_closure_swaps(evaluation: str) -> None:
 
 def test_a_check_that_is_made_once_is_rejected() -> None:
     blind = lambda tensors: [t.dtype for t in tensors]  # noqa: E731
-    with patch.object(torch_face, "memory_of", blind), pytest.raises(pytest.fail.Exception):
+    with patch.object(work, "memory_of", blind), pytest.raises(pytest.fail.Exception):
         test_data_whose_rows_are_one({})
 
 
@@ -363,7 +362,7 @@ def test_state_of_another_shape_is_refused(options: dict, dtype: torch.dtype, ke
 
 
 def test_a_load_without_the_check_is_rejected() -> None:
-    with patch.object(deferred, "check_state", lambda *_: None), pytest.raises(pytest.fail.Exception):
+    with patch.object(work, "check_state", lambda *_: None), pytest.raises(pytest.fail.Exception):
         test_state_of_another_shape_is_refused({"rule": zokern.Momentum()}, torch.float32, "momentum", other_shape)
 
 

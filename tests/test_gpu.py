@@ -799,25 +799,6 @@ def test_a_source_tree_is_enough(monkeypatch) -> None:
         sys.modules.pop(module)  # the test's own; monkeypatch puts the others back
 
 
-def test_the_build_is_for_the_gpu_at_hand(tmp_path) -> None:
-    """make gpu asks nvidia-smi, and builds for nothing but a number that it gave."""
-    for answer, expected in (("9.0\n9.0\n", "9.0 "), ("No devices were found\n", ""), ("12.0\n", "12.0 ")):
-        tool = tmp_path / "nvidia-smi"
-        tool.write_text(f"#!/bin/sh\nprintf '{answer}'\n")
-        tool.chmod(0o755)
-        python = tmp_path / "python"
-        python.write_text(f'#!/bin/sh\necho "$* [$ZOKERN_CUDA_ARCHITECTURES]" >> {tmp_path}/asked\n')
-        python.chmod(0o755)
-        (tmp_path / "asked").write_text("")
-        environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-        environment.pop("ZOKERN_CUDA_ARCHITECTURES", None)
-        command_line = ["make", "gpu", f"PYTHON={python}", "GPU=--quick"]
-        subprocess.run(command_line, cwd=ROOT, env=environment, check=True, capture_output=True)
-        build, run = (tmp_path / "asked").read_text().splitlines()
-        assert build == f"setup.py --quiet build_ext --inplace [{expected}]"
-        assert run.startswith("-m benchmarks.gpu --since 1") and "--quick" in run
-
-
 # The page ---------------------------------------------------------------------------------------------------------------------------
 
 

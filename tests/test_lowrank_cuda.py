@@ -90,7 +90,7 @@ def mistaken() -> types.ModuleType:
     if reason := host.missing():
         pytest.skip(reason)
     edits = [(right, wrong.replace("{wrong}", f"(shim_mistake == {k})")) for k, (_, right, wrong) in enumerate(MISTAKES, 1)]
-    return host.build({"lowrank.cu": tuple(edits)})
+    return host.build(tuple(edits))
 
 
 def problems(backend) -> str | None:

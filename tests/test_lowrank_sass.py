@@ -28,7 +28,7 @@ LIMITS = {BFLOAT16: {16: 12.5, 32: 15.5, 64: 13.0, 128: 17.0}, FLOAT32: {16: 15.
 
 @pytest.fixture(scope="session")
 def machine() -> dict[str, dict[str, sass.Function]]:
-    return sass.machine_code(SOURCE, "products")
+    return sass.machine_code((SOURCE,), "products")
 
 
 def kernel(functions: dict[str, sass.Function], kind: int, rank: int, simple: bool = True, whole: bool = True) -> sass.Function:
@@ -101,7 +101,7 @@ def test_the_checks_can_fail(machine, tmp_path) -> None:
 
 
 def main() -> None:
-    for arch, functions in sass.machine_code(SOURCE, "products").items():
+    for arch, functions in sass.machine_code((SOURCE,), "products").items():
         for kind, by_rank in sass.SPLITS.items():
             for rank in by_rank:
                 function = kernel(functions, kind, rank)

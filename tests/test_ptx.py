@@ -1,4 +1,4 @@
-"""The PTX that nvcc makes of csrc/elementwise.cu, run by tests/ptx.py: bit for bit the reference, and no access out of place.
+"""The PTX that nvcc makes of csrc/elementwise.cu and axpy.cu, run by tests/ptx.py: bit for bit the reference, and no access out of place.
 
 This is the device side of the source (cvt.rn, the packed watch for inf and NaN, 16-byte accesses), which the host build
 replaces. What remains unseen is ptxas and the chip; test_sass.py reads what ptxas made.
@@ -77,10 +77,12 @@ class OnPtx(cuda.Cuda):
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory) -> str:
-    """PTX of csrc/elementwise.cu for sm_90."""
+    """PTX of csrc/elementwise.cu and axpy.cu for sm_90."""
     if sass.tool("nvcc") is None:
         pytest.skip("nvcc not found: install the CUDA toolkit")
-    return sass.compile_to(tmp_path_factory.mktemp("ptx") / "elementwise.ptx", "90", kind="ptx").read_text()
+    folder = tmp_path_factory.mktemp("ptx")
+    files = [sass.compile_to(folder / f"{source.stem}.ptx", "90", kind="ptx", source=source) for source in sass.SOURCES]
+    return "\n".join(file.read_text() for file in files)
 
 
 CHECKS = ("philox_known_answers", "draw_sizes", "axpy_sizes", "axpy_firsts", "perturb_sizes", "axpy_strides", "perturb_rows",

@@ -1,4 +1,4 @@
-"""The machine code of csrc/elementwise.cu for every architecture that ships: what it must have, must not have, and how much.
+"""The machine code of csrc/elementwise.cu and axpy.cu for every architecture that ships: what it must have, must not have, and how much.
 
 `python tests/test_sass.py` prints registers and instructions per element for every kernel and architecture.
 """
@@ -134,15 +134,16 @@ ANEW = (
 @pytest.fixture(scope="module")
 def mistaken(tmp_path_factory) -> dict[str, sass.Function]:
     """Fast math, tiles whose lanes compute a block for every unit, and names of terms made anew for every unit: one compilation."""
-    folder, text = tmp_path_factory.mktemp("mistaken"), (sass.ROOT / "csrc" / "units.h").read_text()
-    assert REDUNDANT[0] in text
-    (folder / "units.h").write_text(text.replace(*REDUNDANT))
-    source = sass.SOURCE.read_text()
+    folder = tmp_path_factory.mktemp("mistaken")
+    walk = (sass.CSRC / "walk.h").read_text()
+    assert REDUNDANT[0] in walk
+    (folder / "walk.h").write_text(walk.replace(*REDUNDANT))
+    axpy = (sass.CSRC / "axpy.cu").read_text()
     for right, wrong in ANEW:
-        assert right in source
-        source = source.replace(right, wrong)
-    (folder / "mistaken.cu").write_text(source)
-    cubin = sass.compile_to(folder / "mistaken.cubin", "90", "-use_fast_math", source=folder / "mistaken.cu")
+        assert right in axpy
+        axpy = axpy.replace(right, wrong)
+    (folder / "axpy.cu").write_text(axpy)
+    cubin = sass.compile_to(folder / "mistaken.cubin", "90", "-use_fast_math", source=folder / "axpy.cu")
     return sass.disassemble(cubin)
 
 
@@ -163,7 +164,7 @@ def test_steps_limit_can_fail(mistaken) -> None:
 
 
 def test_fast_math_is_rejected(mistaken) -> None:
-    normal = sass.kernel(mistaken, sass.symbol("draw", NORMAL))
+    normal = sass.kernel(mistaken, sass.symbol("axpy", NORMAL, NEAREST))
     assert "flush to zero" in normal.forbidden()
 
 
@@ -213,15 +214,16 @@ def test_tile_limit_can_fail(machine, mistaken) -> None:
 
 def test_an_older_module_is_not_read(tmp_path) -> None:
     """A module from before the last change of any header would hide that change."""
-    module, sources = tmp_path / "module.so", sass.included(sass.SOURCE)
-    assert {"elementwise.cu", "elementwise.h", "philox.h", "instances.def"} <= {path.name for path in sources}
+    module, sources = tmp_path / "module.so", set().union(*map(sass.included, sass.SOURCES))
+    expected = {"elementwise.cu", "axpy.cu", "walk.h", "elementwise.h", "philox.h", "instances.def"}
+    assert expected <= {path.name for path in sources}
     changed = max(path.stat().st_mtime for path in sources)
     module.write_bytes(b"not a module")
     os.utime(module, (changed - 1, changed - 1))
-    assert sass.shipped(sass.SOURCE, "kernels", tmp_path / "old", module) == {}
+    assert sass.shipped(sass.SOURCES, "kernels", tmp_path / "old", module) == {}
     os.utime(module, (changed + 1, changed + 1))
     with pytest.raises(subprocess.CalledProcessError):  # it is read now
-        sass.shipped(sass.SOURCE, "kernels", tmp_path / "new", module)
+        sass.shipped(sass.SOURCES, "kernels", tmp_path / "new", module)
 
 
 def main() -> None:

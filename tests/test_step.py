@@ -281,11 +281,11 @@ def test_residual_reaches_the_forward() -> None:
     model = tiny(torch.bfloat16)
     optimizer = zokern.MeZO(model, lr=0.0, seed=2, rounding="residual", dead_limit=None)
     zokern.step(optimizer, closure_of(model))
-    optimizer.steps = 0
+    optimizer.run.step = 0
     low = optimizer.state[model.up.weight]["residual"]
     first = zokern.step(optimizer, closure_of(model)).losses
     low.fill_(32000)
-    optimizer.steps = 0
+    optimizer.run.step = 0
     assert zokern.step(optimizer, closure_of(model)).losses != first
 
 

@@ -38,7 +38,7 @@ def on_host() -> types.ModuleType:
     if reason := host.missing():
         pytest.skip(reason)
     edits = [(right, wrong.replace("{wrong}", f"(shim_mistake == {k})")) for k, (_, right, wrong) in enumerate(MISTAKES, 1)]
-    return host.build({"update.cu": tuple(edits)})
+    return host.build(tuple(edits))
 
 
 @pytest.mark.parametrize("check", conformance_update.CHECKS)
@@ -53,7 +53,7 @@ def test_grid_changes_nothing(on_host, blocks: int) -> None:
 
 
 def test_order_and_parts_change_nothing(on_host, monkeypatch) -> None:
-    """Threads last to first, on a device so large that 32 blocks share a chunk."""
+    """Threads last to first, on a device so large that 16 blocks share a chunk."""
     monkeypatch.setenv("ZO_SHIM_ORDER", "1")
     monkeypatch.setenv("ZO_SHIM_PROCESSORS", "148")
     for check in ("update_sizes", "update_strides", "update_roundings", "update_large"):

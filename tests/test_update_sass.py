@@ -37,7 +37,7 @@ SLOW_PATHS = r"\$__internal_\d+_\$__cuda_sm\w+_(sqrt|div)_rn\w*_slowpath"
 
 @pytest.fixture(scope="session")
 def machine() -> dict[str, dict[str, sass.Function]]:
-    return sass.machine_code(SOURCE, "updates")
+    return sass.machine_code((SOURCE,), "updates")
 
 
 def loop(
@@ -158,7 +158,7 @@ def test_wrong_ptx_is_rejected(text: str, right: str, wrong: str, complaint: str
 
 
 def main() -> None:
-    for arch, functions in sass.machine_code(SOURCE, "updates").items():
+    for arch, functions in sass.machine_code((SOURCE,), "updates").items():
         for name, function in sorted(functions.items()):
             direction, rule, rounding = (int(n) for n in re.findall(r"E(\d)E", name)[:3])
             counts = [

@@ -206,7 +206,7 @@ def test_conversions_keep_their_dtype_and_share_nothing() -> None:
     assert set(seen) == {kinds} and result.losses[0][0] != result.losses[0][1]
     exact = (weight.double() * V.double()).to(torch.float64)
     found = []
-    optimizer.result, optimizer.dead = result, 0
+    optimizer.result, optimizer.guards.dead = result, 0
     zokern.step(optimizer, lambda: (found.append(weight * V.double()), exact.sum())[1])
     assert {y.dtype for y in found} == {torch.float64} and not same_bits(found[0], found[0].float().double())
 

@@ -196,6 +196,75 @@ def test_an_unknown_architecture_is_refused(build):
     assert wheel is None and "asked for 90 777" in said
 
 
+def answers(*lines: str) -> str:
+    """A program that prints the answer to its first argument, and leaves an empty file where -o asks for one."""
+    cases = "".join(f"{line} ;;\n" for line in lines)
+    return f'#!/bin/sh\ncase $1 in\n{cases}esac\nfor word; do [ "$before" = -o ] && : > "$word"; before=$word; done; exit 0\n'
+
+
+@pytest.fixture
+def choice(tmp_path):
+    """choice(answer of nvidia-smi, **switches): what setup.py says that it built, with compilers that compile nothing."""
+    copy, programs = tmp_path / "zokern", tmp_path / "programs"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "build", "tests", "benchmarks", "*.so", "*.egg-info"))
+    programs.mkdir()
+    known = " ".join(f"sm_{a}" for a in (75, 80, 86, 89, 90, 100, 103, 120))
+    for name, text in {
+        "c++": answers("--version) echo fake"),
+        "nvcc": answers("--version) echo release 13.0, V13.0.1", f"--list-gpu-code) echo {known}"),
+        "nvidia-smi": "#!/bin/sh\ncat $0.answer\n",
+    }.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+
+    def choose(answer: str, fails: bool = False, **variables: str) -> str:
+        (programs / "nvidia-smi.answer").write_text(answer)
+        variables |= {"PATH": f"{programs}:{os.environ['PATH']}", "CXX": "c++", "NVCC": "nvcc"}
+        said = call(sys.executable, "setup.py", "--quiet", "build_ext", "--inplace", cwd=copy, fails=fails, **variables)
+        if "zokern: built cuda" in said:
+            made = list((copy / "build").glob("native-*/cuda-*"))
+            assert all(len(list(folder.glob("*.o"))) == 6 for folder in made)
+        return next(line for line in said.splitlines()[::-1] if "cuda" in line.lower())
+
+    return choose
+
+
+def test_it_compiles_for_the_gpus_here_or_for_those_that_are_asked_for(choice):
+    """The PTX in a build is that of its newest architecture, by family: sm_86 and sm_89 are made of compute_80's."""
+    every = "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 compute_100"
+    for answer, asked, built in (
+        ("9.0\n9.0\n", {}, "sm_90 compute_90"),
+        ("8.6\n12.0\n", {}, "sm_86 sm_120 compute_100"),
+        ("10.4\n", {}, "sm_103 compute_103"),  # newer than this nvcc
+        ("7.5\n8.9\n", {}, "sm_89 compute_80"),  # the older one cannot run the kernels
+        ("9.0\n", {"ZOKERN_CUDA_ARCHITECTURES": "all"}, every),
+        ("9.0\n", {"ZOKERN_CUDA_ARCHITECTURES": "8.0;12.0"}, "sm_80 sm_120 compute_100"),
+        ("", {"ZOKERN_CUDA_ARCHITECTURES": "all"}, every),
+        ("No devices were found\n", {"ZOKERN_BUILD_CUDA": "1"}, every),
+    ):
+        said = choice(answer, **asked)
+        assert said == f"zokern: built cuda: {built} (nvcc 13.0.1)", (answer, asked, said)
+
+
+def test_without_a_gpu_one_line_says_how_to_ask_for_the_cuda_kernels(choice):
+    way_out = "ZOKERN_CUDA_ARCHITECTURES=all, or a number such as 90, compiles them all the same"
+    assert choice("") == f"zokern: left out cuda: nvidia-smi finds no GPU on this machine; {way_out}"
+    old = "the GPU here has compute capability 7.5, and the kernels need 8.0"
+    assert choice("7.5\n") == f"zokern: left out cuda: {old}; {way_out}"
+    assert choice("7.5\n", fails=True, ZOKERN_BUILD_CUDA="1") == f"zokern: ZOKERN_BUILD_CUDA is 1, but {old}; {way_out}"
+    assert choice("9.0\n", ZOKERN_CUDA_ARCHITECTURES="every").endswith("asked for every")
+
+
+def test_make_asks_for_all_architectures_where_they_are_needed():
+    """The suite reads the machine code of all of them, and a wheel is for any machine; the rest is for this one."""
+    for target, asks in (("build", False), ("demo", False), ("gpu", False), ("test", True), ("wheel", True)):
+        lines = call("make", "-n", target, f"PYTHON={sys.executable}", cwd=ROOT).splitlines()
+        builds = [line for line in lines if "build_ext" in line or "pip wheel" in line]
+        assert len(builds) == 1 and ('ZOKERN_CUDA_ARCHITECTURES="${ZOKERN_CUDA_ARCHITECTURES:-all}"' in builds[0]) is asks, (
+            builds
+        )
+
+
 def test_installed_in_place_the_kernels_are_found_in_the_package(tree, environment):
     install(environment, "-e", tree, ZOKERN_BUILD_CPU="0", ZOKERN_BUILD_CUDA="0")
     where = "import importlib.util; print(importlib.util.find_spec('zokern.triton_kernels').origin)"

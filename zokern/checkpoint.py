@@ -5,55 +5,73 @@ from __future__ import annotations
 import hashlib
 import numbers
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from .directions import Direction, LowRank
+from .estimator import Estimator
+from .evaluation import Evaluation
+from .guards import Guards
 from .parameters import plain
+from .plan import Run
+from .rule import Rule
 from .stream import VERSION
 
 LEARNT = ("state", "newest")  # attributes of a part that are no options
 
 
-def own_entry(optimizer: Any) -> dict[str, Any]:
+class Saved(Protocol):
+    """What a state_dict tells of an optimizer."""
+
+    run: Run
+    guards: Guards
+    estimator: Estimator
+    evaluation: Evaluation
+    rule: Rule
+    direction: Direction
+    factored: LowRank | None
+    param_groups: list[dict[str, Any]]
+
+
+def own_entry(optimizer: Saved) -> dict[str, Any]:
     """Stream version, seed and counters, and the recipe: what has to be the same for a resumed run to be the same run."""
+    run, guards = optimizer.run, optimizer.guards
     return {
-        "stream": VERSION, "seed": optimizer.seed, "step": optimizer.steps, "skips": optimizer.skips, "dead": optimizer.dead,
-        "evaluation": getattr(optimizer.evaluation, "choice", None), "recipe": recipe(optimizer),
-        "state": {name: dict(part.state) for name, part in _keepers(optimizer)},
+        "stream": VERSION, "seed": run.seed, "step": run.step, "skips": guards.skips, "dead": guards.dead,
+        "recipe": recipe(optimizer), "state": {name: dict(part.state) for name, part in _keepers(optimizer).items()},
     }  # fmt: skip
 
 
-def _keepers(optimizer: Any) -> list[tuple[str, Any]]:
+def _keepers(optimizer: Saved) -> dict[str, Any]:
     """Returns the parts that learn something which a resumed run needs."""
-    parts = [("estimator", optimizer.estimator), ("direction", optimizer.factored)]
-    return [(name, part) for name, part in parts if hasattr(part, "state")]
+    parts = {"estimator": optimizer.estimator, "evaluation": optimizer.evaluation}
+    return parts if optimizer.factored is None else {**parts, "direction": optimizer.factored}
 
 
-def load_parts(optimizer: Any, own: Mapping[str, Any]) -> None:
+def load_parts(optimizer: Saved, own: Mapping[str, Any]) -> None:
     """Gives the parts back what they had learned."""
-    for name, part in _keepers(optimizer):
-        part.state.clear()
-        part.state.update((own.get("state") or {}).get(name) or {})
+    for name, part in _keepers(optimizer).items():
+        part.state = dict((own.get("state") or {}).get(name) or {})
 
 
-def recipe(optimizer: Any) -> dict[str, Any]:
+def recipe(optimizer: Saved) -> dict[str, Any]:
     """The parts of a run that its options do not hold, as plain values.
 
     The parts describe themselves (`described`), so that a new number of theirs is compared without a word here."""
     factored, dense = optimizer.factored, optimizer.direction
-    kept = {what: getattr(factored, what) for what in ("rank", "interval") if isinstance(getattr(factored, what, None), int)}
+    kept = {} if factored is None else {"rank": factored.rank, "interval": factored.interval}
     parts = {
         "direction": dense if factored is None else factored, "dense": dense, "rule": optimizer.rule, "estimator": optimizer.estimator,
     }  # fmt: skip
     return {
         "direction": dense.name if factored is None else f"{factored.name} and {dense.name}",
-        "rule": getattr(optimizer.rule, "name", "?"),
-        "rounding": optimizer.rounding,
+        "rule": optimizer.rule.name,
+        "rounding": optimizer.run.rounding,
         **kept,
         **{f"{part}.{key}": value for part, it in parts.items() for key, value in described(it).items()},
-        "maximize": optimizer.maximize,
+        "maximize": optimizer.guards.maximize,
         "method": type(optimizer).__name__,
     }
 
@@ -91,7 +109,7 @@ def plain_value(value: Any) -> Any:
     return getattr(value, "__qualname__", type(value).__name__)
 
 
-def check(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+def check(optimizer: Saved, state_dict: dict[str, Any]) -> dict[str, Any]:
     """The entry 'zokern' of a state_dict that fits; ValueError says what does not, and the way out."""
     own = state_dict.get("zokern")
     if own is None:

@@ -1,4 +1,4 @@
-"""Deferred updates of low-rank directions, and the bases of their matrices.
+"""Deferred updates of low-rank directions, and who makes them visible.
 
 While U and V of a basis stay, updates are summed in its small space (Matrix.pending) and W is not written; the last step of an
 interval writes it. Meanwhile W lacks them, so other readers flush first: a forward, state_dict or load_state_dict of the module or of a
@@ -14,85 +14,78 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from . import directions, parameters
-from .estimator import Oracle
+from .bases import Bases
 from .evaluation import THETA, Evaluation, Master
 from .fingerprint import memory_of
-from .memory import check_state
+from .low_bits import LowBits
 from .modules import Tree
-from .plan import Group, Plan
-from .rule import Rule, basis_of, renew
+from .plan import Group, Plan, Run
+
+REPLACED = (
+    "the weights of {!r} were replaced while updates of them were deferred; call optimizer.flush() before weights are replaced, cast or "
+    "moved, or optimizer.discard() to go on from what they are now, or build the optimizer with defer=False"
+)
 
 
 class Deferred:
-    """Part of ZerothOrder, which has the attributes below."""
+    """The updates of one optimizer that are not in the weights yet.
 
-    model: nn.Module | None
-    factored: directions.LowRank | None
-    rule: Rule
-    evaluation: Evaluation
-    defer: bool | None
-    matrices: dict[int, directions.Matrix]  # by id of the parameter
-    state: Any
-    seed: int
-    steps: int
-    rounding: str
-    _tree: Tree
-    _entries: list[list[parameters.Trained]]  # of every parameter group
-    _groups: list[Group]  # of the last plan
-    _lock: threading.Lock
-    _busy = False  # inside evaluating()
-    _parts: tuple[nn.Module, ...] = ()  # the modules of the model
-    _hooks: tuple[Any, ...] = ()  # of their forwards, while updates are deferred
-    _left: tuple[Group, ...] = ()  # earlier groups, with deferred updates of parameters that are frozen now
+    wanted  whether updates may be deferred; None: where a module was given, whose hooks write them
+    lock    held while the optimizer steps: its own readings add the updates themselves
+    groups  of the last plan;  tree  the modules that they belong to"""
 
-    waiting: weakref.WeakSet[Deferred] = weakref.WeakSet()  # optimizers with deferred updates
+    waiting: weakref.WeakSet[Deferred] = weakref.WeakSet()  # those with updates
 
-    def plan(self) -> Plan:
-        raise NotImplementedError
-
-    def accept(self, also: Sequence[torch.Tensor] = ()) -> None:
-        raise NotImplementedError
-
-    def drop_low_bits(self) -> None:
-        raise NotImplementedError
+    def __init__(self, run: Run, bases: Bases, low_bits: LowBits, lock: threading.Lock, wanted: bool | None) -> None:
+        if wanted is not None and not isinstance(wanted, bool):
+            raise ValueError(f"defer is {wanted!r}; expected True, False or None")
+        self.run, self.bases, self.low_bits, self.lock, self.wanted = run, bases, low_bits, lock, wanted
+        self.model: nn.Module | None = None
+        self.groups: list[Group] = []
+        self.tree = Tree([])
+        self.is_shown = False  # inside shown()
+        self._parts: tuple[nn.Module, ...] = ()  # the modules of the model
+        self._hooks: tuple[Any, ...] = ()  # of their forwards, while updates are deferred
+        self._left: tuple[Group, ...] = ()  # earlier groups, with updates of parameters that are frozen now
 
     @property
     def pending(self) -> bool:
-        """Whether updates are deferred: the weights lack them until flush(). Then EMA, p.norm() and other code that reads weights
-        directly sees old weights; module forwards and state_dict() flush by themselves."""
-        return any(matrix.pending is not None for matrix in self.matrices.values())
+        """Whether updates are deferred."""
+        return any(matrix.pending is not None for matrix in self.bases.matrices.values())
 
     def watch(self, model: nn.Module, given: nn.Module) -> None:
         """Flushes before the module, or a part of it, is saved or loaded into."""
+        self.model = model
         wrapper = [given] if given is not model else []  # torch.compile's, which may have been traced before
         self._parts = (*model.modules(), *wrapper)
         for module in self._parts:
             module.register_state_dict_pre_hook(_Flush(self, saves=True))
             module.register_load_state_dict_pre_hook(_Flush(self))
 
-    def open(self) -> None:
+    def open(self, tree: Tree) -> None:
         """Before a step: writes what other optimizers of the same modules have deferred."""
-        if self._busy:
+        if self.is_shown:
             raise RuntimeError("a step inside evaluating(), which shows deferred updates to the model: leave the context first")
+        self.tree = tree
         for other in [*Deferred.waiting]:
-            if other is not self and (self._tree.is_open or other._tree.is_open or self._shares(other)):
+            if other is not self and (tree.is_open or other.tree.is_open or self._shares(other)):
                 other.flush()
 
     def _shares(self, other: Deferred) -> bool:
-        return not {*map(id, self._tree.modules)}.isdisjoint(map(id, other._tree.modules))
+        return not {*map(id, self.tree.modules)}.isdisjoint(map(id, other.tree.modules))
 
-    def close(self) -> None:
+    def close(self, tree: Tree) -> None:
         """After a step: while updates are deferred, a forward of any part of the model outside a step writes them first."""
+        self.tree = tree
         if not self.pending:
             self._release()
         elif self not in Deferred.waiting:
             Deferred.waiting.add(self)
             hook = _Flush(self)
-            parts = [part for part in self._parts or self._tree.modules if not isinstance(part, torch.jit.ScriptModule)]
+            parts = [part for part in self._parts or tree.modules if not isinstance(part, torch.jit.ScriptModule)]
             self._hooks = tuple(part.register_forward_pre_hook(hook) for part in parts)
 
     def _release(self) -> None:
@@ -102,139 +95,95 @@ class Deferred:
             hook.remove()
         self._hooks = ()
 
-    def leave(self, groups: list[Group]) -> None:
-        """Remembers groups that a plan replaces: refresh() writes their deferred updates if a parameter is trained no more."""
-        if any(m.pending is not None for group in groups for m in group.matrices or ()):
-            self._left = (*self._left, *groups)
+    def regroup(self, groups: list[Group]) -> None:
+        """Takes new groups; remembers those that they replace: settle() writes the updates of parameters that are trained no more."""
+        if any(m.pending is not None for group in self.groups for m in group.matrices or ()):
+            self._left = (*self._left, *self.groups)
+        self.groups = groups
 
-    def _matrix(self, entry: parameters.Trained) -> directions.Matrix | None:
-        """Returns what the factored direction keeps of a parameter; None where z is dense."""
-        if self.factored is None or (shape := self._shape(entry)) is None:
-            return None
-        if id(entry.tensor) not in self.matrices:
-            rank = min(self.factored.rank_of(parameters.plain(entry.name)), *shape)
-            self.matrices[id(entry.tensor)] = directions.Matrix(entry.name, entry.who, *shape, rank, entry.tensor.device)
-        return self.matrices[id(entry.tensor)]
-
-    def _shape(self, entry: parameters.Trained) -> tuple[int, int] | None:
-        return self.factored.shape(entry.tensor) if self.factored is not None and entry.tensor.numel() else None
-
-    def _check_matrix(self, entry: parameters.Trained) -> None:
-        """Forgets the basis of a parameter that has another shape or device now; raises if it has deferred updates."""
-        matrix = self.matrices.get(id(entry.tensor))
-        if matrix is not None:
-            self._check_waiting(matrix, entry.tensor)
-            if (matrix.shape, matrix.device) != (self._shape(entry), entry.tensor.device):
-                del self.matrices[id(entry.tensor)]
-
-    def _check_state(self, entry: parameters.Trained, state: Any, way_out: str, loading: bool = False) -> None:
-        matrix = self._matrix(entry)
-        draw = self.factored.draw_shape(matrix) if self.factored is not None and matrix is not None else None
-        check_state(entry, state, self.rule.name, matrix, draw, way_out, loading)
-
-    def _check_waiting(self, matrix: directions.Matrix, tensor: torch.Tensor) -> None:
-        if matrix.pending is None:
+    def check(self, tensor: Tensor) -> None:
+        """Raises RuntimeError if weights with deferred updates lie elsewhere now."""
+        matrix = self.bases.matrices.get(id(tensor))
+        if matrix is None or matrix.pending is None:
             return
-        for group in self._groups:
+        for group in self.groups:
             for known, theta in zip(group.tensors, group.theta):
                 if known is tensor and memory_of([tensor]) != memory_of([theta]):
-                    raise RuntimeError(
-                        f"the weights of {matrix.name!r} were replaced while updates of them were deferred; call optimizer.flush() before "
-                        "weights are replaced, cast or moved, or optimizer.discard() to go on from what they are now, or build the "
-                        "optimizer with defer=False"
-                    )
-
-    def refresh(self, plan: Plan, oracle: Oracle) -> None:
-        """Draws the bases that this step needs; before, writes deferred updates that belong to other bases or groups."""
-        if self.factored is None:
-            return
-        self.settle(plan)
-        if isinstance(self.factored, directions.Measured):
-            self.factored.measure(oracle, plan)
-        for group in plan.groups:
-            if group.matrices is not None:
-                renew(self.rule, self.factored, group, self.state, plan.seed, plan.step)
-        if isinstance(self.factored, directions.Measured):
-            self.factored.forget({basis_of(self.rule, self.state, tensor) for tensor in [*self.state]})
+                    raise RuntimeError(REPLACED.format(matrix.name))
 
     def settle(self, plan: Plan) -> None:
-        """Writes updates of parameters that are trained no more, and updates in an old basis: the step that should have was skipped."""
-        assert self.factored is not None
-        trained = {id(t) for t in plan.tensors}
-        step = max(0, plan.step - 1)
-        also = []
+        """Before the bases of a step: writes updates of parameters that are trained no more, and updates in an old basis."""
+        if self.bases.direction is None:
+            return
+        trained, step, also = {id(t) for t in plan.tensors}, max(0, plan.step - 1), list[Tensor]()
         for group in self._left:
             if not {id(t) for t in group.tensors} <= trained:
                 also += _waiting(group)
-                group.write(plan.seed, step, self.rounding)
+                group.write(plan.seed, step, plan.rounding)
         self._left = ()
-        born = self.factored.basis_step(plan.step)
+        born = self.bases.direction.basis_step(plan.step)
         for group in plan.groups:
             waiting = [matrix for matrix in group.matrices or () if matrix.pending is not None]
-            thawed = waiting and len(waiting) < len(
-                group.matrices or ()
-            )  # a matrix that joins has no updates and no decay to wait for
+            # a matrix that joins has no updates and no decay to wait for
+            thawed = waiting and len(waiting) < len(group.matrices or ())
             if thawed or any(matrix.born != born for matrix in waiting):
-                group.write(plan.seed, step, self.rounding)
+                group.write(plan.seed, step, plan.rounding)
         self.accept(also)
 
-    def defers(self, plan: Plan) -> bool:
-        """Whether this step's updates of matrices are deferred: not in the last step of a basis, nor where nothing would flush them."""
-        if self.factored is None or not self.rule.defers or not self.evaluation.defers:
+    def defers(self, step: int, evaluation: Evaluation) -> bool:
+        """Whether a step's updates are deferred: not in the last step of a basis, nor where nothing would flush them."""
+        if not (self.bases.rule.defers and evaluation.defers and self.bases.lasts(step)):
             return False
         # peft merges adapters by reading them, which no hook sees, and writing them costs little
-        wanted = self.model is not None and not hasattr(self.model, "peft_config") if self.defer is None else self.defer
-        return wanted and self.factored.basis_step(plan.step) == self.factored.basis_step(plan.step + 1)
+        return self.model is not None and not hasattr(self.model, "peft_config") if self.wanted is None else self.wanted
+
+    def accept(self, also: Sequence[Tensor] = ()) -> None:
+        """Takes the weights as they are now: deferred updates and low bits belong to them. also: tensors that are trained no more."""
+        for group in self.groups:
+            for tensor, matrix in zip(group.tensors, group.matrices or ()):
+                if matrix.pending is not None:
+                    matrix.version = tensor._version
+            self.low_bits.accept(group.tensors)
+        self.low_bits.accept(also)
 
     @torch.no_grad()
     def flush(self) -> None:
-        """Writes the deferred updates of factored matrices into the weights: W <- W + U C V^T, one rounding.
-
-        A forward (outside a step), state_dict and load_state_dict of the module and of every module in it do this by themselves; reading a
-        parameter directly, a copy or a pickle of the module does not. It adds a rounding of W: a run that was flushed, or saved, within an
-        interval is equal to rounding to one that was not, and has the bits of one that resumed from there.
-        Raises RuntimeError if the weights were written in between, or inside evaluating()."""
-        if self._busy:
+        """Writes the deferred updates. Raises RuntimeError if the weights were written in between, or inside shown()."""
+        if self.is_shown:
             raise RuntimeError("flush() or state_dict() inside evaluating(), which writes nothing: leave the context first")
-        self.drop_low_bits()
+        self.low_bits.drop(self.groups)
         also = [tensor for group in self._left for tensor in _waiting(group)]
-        for group in (*self._left, *self._groups):
+        for group in (*self._left, *self.groups):
+            for tensor in group.tensors if group.matrices is not None else ():
+                self.check(tensor)
             if group.matrices is not None:
-                for matrix, tensor in zip(group.matrices, group.tensors):
-                    self._check_waiting(matrix, tensor)
-                group.write(self.seed, max(0, self.steps - 1), self.rounding)
+                group.write(self.run.seed, max(0, self.run.step - 1), self.run.rounding)
         self._left = ()
         self.accept(also)
         self._release()
 
     def discard(self) -> None:
-        """Forgets the deferred updates: the run goes on from the weights as they are now, loaded or edited by hand."""
-        for matrix in self.matrices.values():
+        """Forgets the deferred updates."""
+        for matrix in self.bases.matrices.values():
             matrix.pending, matrix.shrink = None, 1.0
         self._left = ()
         self._release()
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Inside, the weights have the deferred updates; at the end they are put back, so the run goes on to the same bits.
-
-        Unlike flush(), which splits an interval's one rounding in two. Takes a copy of the weights meanwhile."""
-        if not self.pending:
-            yield
-            return
-        plan = self.plan()
-        self.drop_low_bits()
+    def shown(self, plan: Plan) -> Iterator[None]:
+        """Inside, the weights have the deferred updates; at the end they are put back."""
+        self.low_bits.drop(self.groups)
         try:
             with Master().holding(plan, [THETA]) as move:
                 move(0)
-                self._busy = True
+                self.is_shown = True
                 yield
         finally:
-            self._busy = False
+            self.is_shown = False
             self.accept()
 
 
-def _waiting(group: Group) -> list[torch.Tensor]:
+def _waiting(group: Group) -> list[Tensor]:
     return [tensor for tensor, matrix in zip(group.tensors, group.matrices or ()) if matrix.pending is not None]
 
 
@@ -243,35 +192,35 @@ class _Flush:
 
     saves  the caller reads the weights themselves: not allowed inside evaluating()"""
 
-    def __init__(self, optimizer: Deferred, saves: bool = False) -> None:
-        self.optimizer, self.saves = weakref.ref(optimizer), saves
+    def __init__(self, deferred: Deferred, saves: bool = False) -> None:
+        self.deferred, self.saves = weakref.ref(deferred), saves
 
     def __call__(self, *_: Any) -> None:
-        optimizer = self.optimizer()
-        if optimizer is not None and not optimizer._lock.locked():  # a step's own readings add deferred updates themselves
-            self._write(optimizer)
+        deferred = self.deferred()
+        if deferred is not None and not deferred.lock.locked():  # a step's own readings add deferred updates themselves
+            self._write(deferred)
 
     @_disable_dynamo  # torch.compile would trace the write into the module's graph; torch.optim keeps itself out the same way
-    def _write(self, optimizer: Deferred) -> None:
-        if optimizer.pending and (self.saves or not optimizer._busy):
-            optimizer.flush()
+    def _write(self, deferred: Deferred) -> None:
+        if deferred.pending and (self.saves or not deferred.is_shown):
+            deferred.flush()
 
     def __deepcopy__(self, memo: dict) -> Callable[..., None]:
         """A copied module has no optimizer. Its parts are copied after its hooks: they have the updates that are written here."""
-        optimizer = self.optimizer()
-        if optimizer is not None and optimizer.pending and not optimizer._lock.locked():
-            own = optimizer.model._parameters.values() if optimizer.model is not None else ()
-            if any((matrix := optimizer.matrices.get(id(p))) is not None and matrix.pending is not None for p in own):
+        deferred = self.deferred()
+        if deferred is not None and deferred.pending and not deferred.lock.locked():
+            own, matrices = deferred.model._parameters.values() if deferred.model is not None else (), deferred.bases.matrices
+            if any((matrix := matrices.get(id(p))) is not None and matrix.pending is not None for p in own):
                 raise RuntimeError(
                     "the module is being copied while updates of its own weights are deferred: call optimizer.flush() first"
                 )
-            optimizer.flush()
+            deferred.flush()
         return _ignore
 
     def __reduce__(self) -> tuple:
         """A pickled module has no optimizer. Raises while updates are deferred, which it would lack; a pickle writes no weights."""
-        optimizer = self.optimizer()
-        if optimizer is not None and optimizer.pending:
+        deferred = self.deferred()
+        if deferred is not None and deferred.pending:
             raise RuntimeError("the module is being pickled while updates are deferred: call optimizer.flush() first")
         return _nothing, ()
 
@@ -282,3 +231,6 @@ def _nothing() -> Callable[..., None]:
 
 def _ignore(*_: Any) -> None:
     """What is left of the hook in a copy."""
+
+
+__all__ = ["Deferred"]

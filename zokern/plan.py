@@ -173,6 +173,15 @@ def lefts_of(matrices: Sequence[Matrix], middles: Sequence[Tensor], backend: Bac
 
 
 @dataclass
+class Run:
+    """What names the random numbers of a run, and how it rounds. step: the number of the next step."""
+
+    seed: int
+    rounding: str
+    step: int = 0
+
+
+@dataclass
 class Plan:
     """The checked work of one step.
 

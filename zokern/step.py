@@ -14,6 +14,7 @@ from .checks import fits
 from .estimator import Estimate, Estimator, Oracle
 from .evaluation import THETA, Evaluation, NotRepeatable
 from .first_step import distance, name_statistics, repeats, unseen
+from .guards import Guards
 from .plan import Group, Plan
 from .rule import Rule
 
@@ -68,18 +69,15 @@ class Steps(Protocol):
     estimator: Estimator
     evaluation: Evaluation
     rule: Rule
+    guards: Guards
     state: Any
     result: StepResult | None
-    maximize: bool
-    nonfinite: str
-    paired_check: int | str | None
     drawn: bool
 
     def plan(self) -> Plan: ...
-    def drop_low_bits(self) -> None: ...
-    def refresh(self, plan: Plan, oracle: Oracle) -> None: ...
+    def prepare(self, plan: Plan, oracle: Oracle) -> None: ...
     def count(self, finite: bool, result: StepResult) -> None: ...
-    def defers(self, plan: Plan) -> bool: ...
+    def defers(self) -> bool: ...
 
 
 def step(optimizer: Any, closure: Callable[[], Any]) -> StepResult:
@@ -108,7 +106,7 @@ def _unwrapped(optimizer: Any) -> Any:
     """Returns the zokern optimizer itself, also from a wrapper that is an optimizer; TypeError for everything else."""
     # a wrapper may be a subclass of what it wraps (Lightning's), so its inside is looked at first
     for found in (getattr(optimizer, "optimizer", None), optimizer):
-        if isinstance(optimizer, torch.optim.Optimizer) and hasattr(found, "plan") and hasattr(found, "evaluation"):
+        if isinstance(optimizer, torch.optim.Optimizer) and hasattr(found, "plan") and hasattr(found, "prepare"):
             return found
     name = type(optimizer).__name__
     raise TypeError(
@@ -128,9 +126,8 @@ def run(optimizer: Steps, closure: Callable[[], Any]) -> StepResult:
 def _run(optimizer: Steps, closure: Callable[[], Any]) -> StepResult:
     """The step: ask for losses, estimate the gradient, write the weights once for each estimate."""
     plan: Plan = optimizer.plan()
-    optimizer.drop_low_bits()
     oracle = Oracle(optimizer.evaluation, plan, closure)
-    optimizer.refresh(plan, oracle)
+    optimizer.prepare(plan, oracle)
     result: StepResult | None = None
     for estimate in optimizer.estimator(oracle, plan):
         part = plan.only(estimate.scope).along(estimate.draws)
@@ -193,10 +190,9 @@ def mean(values: Sequence[float]) -> float:
 def _check(optimizer: Steps, oracle: Oracle) -> tuple[str, ...]:
     """First step, and every `paired_check` steps: reads a loss again. Returns the parameters that the first step did not read."""
     points, read, plan = oracle.asked
-    every, first = optimizer.paired_check, optimizer.result is None
-    if plan.step and optimizer.evaluation.name == "inplace":
-        first = False  # a resumed run would move, and round, more often than the run that it continues
-    if not every or not (first or (isinstance(every, int) and plan.step % every == 0)):
+    # a resumed run whose weights move would round more often than the run that it continues
+    first = optimizer.result is None and (plan.step == 0 or optimizer.evaluation.exact)
+    if not optimizer.guards.is_due(plan.step, first):
         return ()
     found = read.tolist()
     again, base = optimizer.evaluation.losses(plan, [points[0], THETA], oracle.closure).tolist()
@@ -216,7 +212,7 @@ def _move(optimizer: Steps, group: Group, estimate: Estimate, coefficients: list
     """Returns what a group's rule is told: the weight of each draw, lr and decay."""
     lr = float(group.options["lr"])
     decay = 1.0 - lr * group.options["weight_decay"]
-    sign = 1.0 if optimizer.maximize else -1.0
+    sign = 1.0 if optimizer.guards.maximize else -1.0
     return [sign * c / estimate.count for c in coefficients], lr, decay
 
 
@@ -241,12 +237,12 @@ def _update(optimizer: Steps, plan: Plan, moves: list[Move], result: StepResult,
     optimizer.drawn = True  # from here on the step has its number, whatever is raised
     counts = []
     for group, (weights, lr, decay) in zip(plan.groups, moves):
-        defer = whole and optimizer.defers(plan)
+        defer = whole and optimizer.defers()
         counts.append(optimizer.rule.update(plan, group, weights, lr, decay, optimizer.state, defer))
         group.drawn.clear()  # the optimizer keeps the groups until the next step, and z need not be kept
     if still is not None:
         result = replace(result, dead_updates=still())
-    if optimizer.nonfinite != "ignore" and (nonfinite := sum(int(count) for count in counts)):
+    if optimizer.guards.nonfinite != "ignore" and (nonfinite := sum(int(count) for count in counts)):
         raise RuntimeError(
             f"step {plan.step}: {nonfinite} weights are inf or NaN after the update (coefficients {result.coefficients}); "
             "lower lr, or raise eps; nonfinite='ignore' keeps going"

@@ -1,4 +1,4 @@
-// simd/avx2.h: eight lanes (AVX2, FMA, F16C); the trait is explained in simd/scalar.h
+// simd/avx2.h: eight lanes (AVX2, FMA, F16C). simd/scalar.h explains the trait
 #pragma once
 
 #include <immintrin.h>
@@ -49,13 +49,13 @@ struct Simd {
     transpose8(from, from_stride, to, to_stride);
   }
 
-  // Which block sits in which lane is free, so it is chosen to make store_words two instructions.
+  // A block may sit in any lane. This order of lanes makes store_words() two instructions.
   template <bool kUnpack>
   static W counters(uint32_t block) {
     const W order = kUnpack ? _mm256_setr_epi64x(0, 1, 2, 3) : _mm256_setr_epi64x(0, 2, 1, 3);
     return _mm256_add_epi64(_mm256_set1_epi64x(block), order);
   }
-  // Blocks of eight rows `pitch` blocks apart, four of them in each half: those that split() puts in order.
+  // The blocks of eight rows, `pitch` blocks apart, four rows in each half. split() puts them in order.
   static W rows(uint32_t block, uint32_t pitch, int half) {
     const W row = _mm256_add_epi64(_mm256_setr_epi64x(0, 1, 4, 5), _mm256_set1_epi64x(2 * half));
     return add(_mm256_mul_epu32(row, _mm256_set1_epi64x(pitch)), block);
@@ -73,7 +73,7 @@ struct Simd {
     const W low = _mm256_xor_si256(x, _mm256_load_si256((const __m256i*)key));
     return _mm256_xor_si256(_mm256_shuffle_epi32(product, 0xb1), _mm256_blend_epi32(low, _mm256_setzero_si256(), 0xaa));
   }
-  // kUnpack: 64-bit lanes (b0 b1 of w01, b0 b1 of w23), which interleave() puts in order
+  // With kUnpack the 64-bit lanes are (b0 b1 of w01, b0 b1 of w23), and interleave() puts them in order.
   template <bool kUnpack>
   static void store_words(W w01, W w23, uint32_t* words) {
     __m256i* out = (__m256i*)words;

@@ -1,4 +1,4 @@
-// simd/avx512.h: sixteen lanes (AVX-512 F, BW, DQ, VL); the trait is explained in simd/scalar.h
+// simd/avx512.h: sixteen lanes (AVX-512 F, BW, DQ, VL). simd/scalar.h explains the trait
 #pragma once
 
 #include <immintrin.h>
@@ -22,7 +22,7 @@ struct Simd {
 #if defined(__AVX512BF16__)
   static constexpr bool kPairs = true;
   static F dot(F x, F w, F sum) { return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)w); }
-  // rounded to nearest; numbers under 2^-126 to zero, for which dot() takes them in any case
+  // Rounds to nearest, and numbers under 2^-126 to zero. dot() takes these for zero too.
   static F pair(F even, F odd) {
     const U order = lane() | (lane() + 16u) << 16;
     return (F)_mm512_permutexvar_epi16((__m512i)order, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
@@ -56,13 +56,13 @@ struct Simd {
     transpose8(from, from_stride, to, to_stride);
   }
 
-  // Which block sits in which lane is free, so it is chosen to make store_words two instructions.
+  // A block may sit in any lane. This order of lanes makes store_words() two instructions.
   template <bool kUnpack>
   static W counters(uint32_t block) {
     const W order = kUnpack ? _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7) : _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
     return _mm512_add_epi64(_mm512_set1_epi64(block), order);
   }
-  // Blocks of sixteen rows `pitch` blocks apart, eight of them in each half: those that split() puts in order.
+  // The blocks of sixteen rows, `pitch` blocks apart, eight rows in each half. split() puts them in order.
   static W rows(uint32_t block, uint32_t pitch, int half) {
     const W row = _mm512_add_epi64(_mm512_setr_epi64(0, 1, 4, 5, 8, 9, 12, 13), _mm512_set1_epi64(2 * half));
     return add(_mm512_mul_epu32(row, _mm512_set1_epi64(pitch)), block);
@@ -80,7 +80,8 @@ struct Simd {
     return _mm512_mask_ternarylogic_epi32(_mm512_shuffle_epi32(product, _MM_PERM_CDAB), 0x5555, x, _mm512_load_si512(key),
                                           0x96);
   }
-  // kUnpack: 64-bit lanes (b0 b2 of w01, b0 b2 of w23, b1 b3 of w01, b1 b3 of w23), which interleave() puts in order
+  // With kUnpack the 64-bit lanes are (b0 b2 of w01, b0 b2 of w23, b1 b3 of w01, b1 b3 of w23), and
+  // interleave() puts them in order.
   template <bool kUnpack>
   static void store_words(W w01, W w23, uint32_t* words) {
     if (kUnpack) {

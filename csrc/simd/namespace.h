@@ -1,11 +1,11 @@
-// simd/namespace.h: what a source compiled once per instruction set starts with
+// simd/namespace.h: the first include of a source that is compiled once per instruction set
 #pragma once
 
 #define ZO_PASTE(a, b) a##b
 #define ZO_JOIN(a, b) ZO_PASTE(a, b)
 #if defined(ZOKERN_ISA)
-// Every instruction set has a namespace of its own: the linker would otherwise merge the inline functions of all of them,
-// and the scalar path might end up calling one that holds AVX-512 code.
+// Every instruction set has its own namespace. Otherwise the linker would merge the inline functions of all
+// of them, and the scalar path could call one with AVX-512 code.
 #define zo ZO_JOIN(zo_, ZOKERN_ISA)
 // clang-format off
 #define ZO_QUOTE(path) #path

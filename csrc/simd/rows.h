@@ -1,5 +1,5 @@
-// simd/rows.h: a chunk of an entry as runs of consecutive elements, and elements to float32 and back; included after
-// simd/values.h
+// simd/rows.h: divides a chunk into runs of consecutive elements, and converts elements to float32 and back.
+// It is included after simd/values.h
 #pragma once
 
 #include <cstddef>
@@ -12,7 +12,7 @@ namespace {
 template <Type T>
 using Element = std::conditional_t<T == Type::kFloat32, float, uint16_t>;
 
-// Upper half: the nearest bfloat16. A NaN whose lower half is zero stays a NaN here.
+// The upper half of the result is the nearest bfloat16. A NaN must have a lower half of zero to stay a NaN.
 ZO_INLINE U bf16_round(F x) {
   const U bits = Simd::bits(x);
   return bits + 0x7fffu + ((bits >> 16) & 1u);
@@ -54,7 +54,7 @@ void scatter(const X* from, int n, void* to, int64_t stride) {
   }
 }
 
-// kPiece values to 16-bit halves, nearest; any NaN stays a NaN
+// Rounds values to 16-bit halves, to nearest. Any NaN stays a NaN.
 inline void narrow(Type type, const float* value, int units, uint16_t* half) {
   for (int i = 0; i < units * kUnit; i += kLanes) {
     const F x = Simd::load(value + i);
@@ -73,12 +73,12 @@ inline void widen(Type type, const uint16_t* half, int units, float* value) {
   }
 }
 
-// value[i] is element `number` + i of the parameter that `name` says, whose draw is kRoundingDraw
+// value[i] is element `number` + i of a parameter. `name` has that parameter and the draw kRoundingDraw.
 inline void round_stochastic(const Name& name, uint64_t number, int n, Type type, const float* value, uint16_t* half,
                              uint32_t* words) {
   const int skip = static_cast<int>(number % 8);
   make_words<false, 0>(static_cast<uint32_t>(number / 8), (skip + n + 7) / 8, name, words, nullptr);
-  uint16_t random[kPiece];  // half-words in their order: a little-endian machine
+  uint16_t random[kPiece];  // little-endian: half-words in order
   std::memcpy(random, reinterpret_cast<const char*>(words) + 2 * skip, static_cast<size_t>(n) * 2);
   if (type == Type::kBfloat16) {
     for (int i = 0; i < n; ++i) half[i] = bf16_stochastic(value[i], random[i]);
@@ -89,11 +89,11 @@ inline void round_stochastic(const Name& name, uint64_t number, int n, Type type
 
 struct Run {  // consecutive elements of one row
   const Entry* entry;
-  const void* theta;  // the first of them
+  const void* theta;  // the first element
   int64_t column_stride;
-  int64_t position;  // of the first in the outputs
-  int64_t low;       // of the first in the residual
-  uint64_t number;   // of the first in the stream
+  int64_t position;  // of the first element in the outputs
+  int64_t low;       // of the first element in the residual
+  uint64_t number;   // of the first element in the stream
   int64_t n;
 };
 
@@ -105,8 +105,8 @@ inline Run part(const Run& run, int64_t begin, int64_t end) {
   return sub;
 }
 
-// Calls body(Run) for each row of a chunk; rows that follow one another in memory, in the stream and in the outputs are one
-// row.
+// Calls body(Run) for each row of a chunk. Rows are one row if they follow one another in memory, in the
+// stream and in the outputs.
 template <class Body>
 void each_run(const Entry& entry, const Chunk& chunk, Body&& body) {
   const int64_t width = static_cast<Type>(entry.type) == Type::kFloat32 ? 4 : 2;

@@ -1,4 +1,5 @@
-// simd/values.h: words to z over the trait, in units of two vectors; included after simd/words.h
+// simd/values.h: makes z from words over the trait, in units of two vectors. It is included after
+// simd/words.h
 //
 // equal    zo/normal.h and zo/rademacher.h, the same operations in the same order
 #pragma once
@@ -15,7 +16,7 @@ constexpr int kPiece = 8 * kBlocks;  // elements of the general path's buffers
 
 constexpr int per_block(Direction d) { return d == Direction::kNormal ? kNormalPerBlock : kRademacherPerBlock; }
 
-// ---- stage 2: a unit of z
+// The second stage: a unit of z.
 ZO_INLINE void box_muller(U word, F& even, F& odd) {  // normal.h, the same operations in the same order
   const F f = Simd::floats((word & 0xfffffu) | 0x4b000000u) + Simd::all(-8388607.5f);
   const U bits = Simd::bits(f);
@@ -47,7 +48,8 @@ ZO_INLINE void box_muller(U word, F& even, F& odd) {  // normal.h, the same oper
   even = r * sine, odd = r * cosine;
 }
 
-// kPaired: a holds the even and b the odd elements of a unit; otherwise a holds the first half and b the second
+// With kPaired, a is the even and b the odd elements of a unit. Without it, a is the first half and b the
+// second.
 template <Direction D, bool kPaired>
 ZO_INLINE void unit_values(const uint32_t* words, int unit, F& a, F& b) {
   if constexpr (D == Direction::kNormal) {

@@ -1,4 +1,4 @@
-// simd/words.h: Philox4x32-10 over the trait, many blocks at once; included after simd/<isa>.h
+// simd/words.h: Philox4x32-10 over the trait, many blocks at once. It is included after simd/<isa>.h
 #pragma once
 
 namespace zo {
@@ -9,16 +9,17 @@ struct Name {
   const uint32_t (*keys)[16];
 };
 
-// kChains groups of blocks on their way through the rounds, side by side: the rounds of one wait for one another
+// kChains groups of blocks pass through the rounds side by side, because each round of a group waits for the
+// one before.
 template <int kChains>
 struct Rounds {
   Simd::W a[kChains], c[kChains], e[kChains], g[kChains];
 
-  ZO_INLINE void start(const Name& name) {  // a: the counters
+  ZO_INLINE void start(const Name& name) {  // after the counters have been put into a
 #pragma GCC unroll 4
     for (int i = 0; i < kChains; ++i) c[i] = Simd::wide(name.step), e[i] = Simd::wide(name.who), g[i] = Simd::wide(name.draw);
   }
-  // rounds [kFrom, kTo), but for the last one of all
+  // Runs rounds [kFrom, kTo). finish() runs the last round.
   template <int kFrom, int kTo>
   ZO_INLINE void run(const Name& name) {
 #pragma GCC unroll 9
@@ -40,7 +41,8 @@ struct Rounds {
   }
 };
 
-// The words of `blocks` blocks (rounded up to groups). kUnpack: in the order that interleave() undoes.
+// Writes the words of `blocks` blocks, rounded up to groups. With kUnpack their order is the one that
+// interleave() undoes.
 template <bool kUnpack, int kAhead>
 ZO_INLINE void make_words(uint32_t block, int blocks, const Name& name, uint32_t* words, const char* ahead) {
   for (int b = 0; b < blocks; b += Simd::kGroup) {

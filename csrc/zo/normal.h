@@ -1,13 +1,18 @@
 // normal.h: direction `normal`, one Philox word to one Box-Muller pair, eight normals a block
 //
-// math     word x: u = ((x mod 2^20) + 1/2) 2^-20, phi = pi int32(x) 2^-31, r = sqrt(-2 ln u); z = (r sin phi, r cos phi).
-//          All 32 bits choose the angle, the low 20 the radius: the top 12 bits pick one of 4096 sectors and the low 20 sweep
-//          inside it, so no bit is masked off twice and both values stay equidistributed.
-// order    element 8 b + 2 j is r sin phi and 8 b + 2 j + 1 is r cos phi of word j of block b (consecutive mapping)
-// quality  over all 2^32 words (`make quality`; the figures stand in docs/stream.md)
-// work     16 fma, 7 mul, 1 add, 2 int-to-float, 4 integer operations a word; no division, no square root, no table, no libm
-// equal    the same bits from every compiler and device: only the operations of portable.h, in this order
-// source   Box and Muller 1958; polynomials: minimax fits of this project over the whole range, so there is no range reduction
+// math     of a word x: u = ((x mod 2^20) + 1/2) 2^-20, phi = pi int32(x) 2^-31, r = sqrt(-2 ln u),
+//          z = (r sin phi, r cos phi). All 32 bits choose the angle, and the low 20 bits choose the radius
+//          too. The top 12 bits choose one of 4096 sectors, and the low 20 bits run through it. So both
+//          values stay equidistributed
+// order    element 8 b + 2 j is r sin phi and 8 b + 2 j + 1 is r cos phi of word j of block b (consecutive
+//          mapping)
+// quality  `make quality` measures it over all 2^32 words. docs/stream.md has the figures
+// work     16 fma, 7 mul, 1 add, 2 int-to-float, 4 integer operations a word; no division, no square root, no
+//          table, no libm
+// equal    the same bits from every compiler and device, with nothing but the operations of portable.h, in
+//          this order
+// source   Box and Muller 1958. The polynomials are minimax fits of this project over the whole range,
+//          without range reduction
 #pragma once
 
 #include "portable.h"
@@ -16,20 +21,23 @@ namespace zo {
 
 constexpr int kNormalPerBlock = 8;
 
-// r = sqrt(-2 ln u) for the low 20 bits of a word; absolute error of r^2 below 1.4e-4, relative error of the root below 3e-5.
+// r = sqrt(-2 ln u) for the low 20 bits of a word. The absolute error of r^2 is below 1.4e-4, the relative
+// error of the root below 3e-5.
 ZO_FN float normal_radius(uint32_t word) {
-  // 2^23 + n read as a float, less 2^23 - 1/2: n + 1/2, exactly, without a conversion
+  // The bits of 2^23 + n as a float, minus 2^23 - 1/2, are n + 1/2 exactly, without a conversion.
   const float f = add_rn(as_float(insert_bits(word, 0xfffffu, 0x4b000000u)), -8388607.5f);
   const uint32_t bits = as_bits(f);
-  // log2 f = bits 2^-23 - 127 + g(m), g(m) = log2 m - (m - 1): the exponent comes from the integer, g from a polynomial
+  // log2 f = bits 2^-23 - 127 + g(m) with g(m) = log2 m - (m - 1). The exponent comes from the integer, and g
+  // from a polynomial.
   const float m = as_float(insert_bits(bits, 0x7fffffu, 0x3f800000u));
   float p = 0x1.cf6f9ap-4f;
   p = fma_rn(p, m, -0x1.c9e934p-1f);
   p = fma_rn(p, m, 0x1.784dfep+1f);
   p = fma_rn(p, m, -0x1.10631ep+2f);
   p = fma_rn(p, m, 0x1.9bc3dcp+7f);
-  const float square = fma_rn(from_int(static_cast<int32_t>(bits)), -0x1.62e430p-23f, p);  // -2 ln u > 0 for all 2^20 n
-  // reciprocal square root from the bit pattern, then one third-order step fused with the product: r = s (1 - e)^(-1/2)
+  const float square = fma_rn(from_int(static_cast<int32_t>(bits)), -0x1.62e430p-23f, p);  // -2 ln u > 0
+  // The reciprocal square root comes from the bit pattern. Then one third-order step, r = s (1 - e)^(-1/2),
+  // is fused with the product.
   const float y = as_float(0x5f375800u - (as_bits(square) >> 1));
   const float s = mul_rn(square, y);
   const float e = fma_rn(-s, y, 1.0f);
@@ -37,7 +45,7 @@ ZO_FN float normal_radius(uint32_t word) {
   return fma_rn(s, h, s);
 }
 
-// sin and cos of pi int32(word) 2^-31 on the full circle; absolute error below 6e-6 and 4.1e-5.
+// sin and cos of pi int32(word) 2^-31 on the full circle. Their absolute errors are below 6e-6 and 4.1e-5.
 ZO_FN void normal_angle(uint32_t word, float& sine, float& cosine) {
   const float t = mul_rn(from_int(static_cast<int32_t>(word)), 0x1p-31f);
   const float q = mul_rn(t, t);

@@ -1,9 +1,9 @@
 // philox.h: Philox4x32-R, the block function of the stream
 //
-// math     Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3": R rounds of
-//          (x0, x1, x2, x3) <- (hi(M1 x2) ^ x1 ^ k0, lo(M1 x2), hi(M0 x0) ^ x3 ^ k1, lo(M0 x0)); k0 += W0, k1 += W1
+// math     Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3": R rounds of (x0, x1, x2, x3) <-
+//          (hi(M1 x2) ^ x1 ^ k0, lo(M1 x2), hi(M0 x0) ^ x3 ^ k1, lo(M0 x0)); k0 += W0, k1 += W1
 // address  counter = (block, who, step, draw), key = the 64-bit seed of the run: zokern/stream.py, version 1
-// equal    tests/vectors/philox4x32.txt, the published Random123 known answers among them
+// equal    to tests/vectors/philox4x32.txt, which includes the known answers that Random123 publishes
 #pragma once
 
 #include "portable.h"

@@ -1,10 +1,12 @@
-// portable.h: the IEEE single-precision operations that the stream is written in, on a host and on a GPU
+// portable.h: the IEEE single-precision operations of the stream, on a host and on a GPU
 //
-// math     add, sub, mul, fma, div and sqrt, each rounded once to nearest-even; integer to float rounded once; bits <-> float.
-// equal    the same bits from g++ at any -O, AVX2, AVX-512 and nvcc, as long as this file is compiled without contraction
-//          (g++ -ffp-contract=off) and without fast-math; the checks below stop a build that asks for either.
-// why      a multiply that feeds an add may be fused by one compiler and not by the next. Every fusion that we want is
-//          therefore spelled fma_rn, and every product that must not be fused is spelled mul_rn.
+// math     add, sub, mul, fma, div and sqrt, each rounded once to nearest-even; integer to float rounded
+//          once; bits <-> float.
+// equal    the same bits from g++ at any -O, AVX2, AVX-512 and nvcc, if this file is compiled without
+//          contraction (g++ -ffp-contract=off) and without fast-math. The checks below stop a build with
+//          either
+// why      one compiler may fuse a multiply with the add after it, and another may not. So every fusion is
+//          written fma_rn, and every product that must not be fused is written mul_rn
 #pragma once
 
 #include <cstdint>
@@ -90,7 +92,8 @@ ZO_FN float from_int(int32_t value) {
 #endif
 }
 
-// (value & mask) | fill. Written out as one LOP3, because ptxas makes two of it when both constants are literals.
+// (value & mask) | fill. It is one LOP3 by hand, because ptxas makes two of it if both constants are
+// literals.
 ZO_FN uint32_t insert_bits(uint32_t value, uint32_t mask, uint32_t fill) {
 #if defined(__CUDA_ARCH__)
   uint32_t result;

@@ -150,6 +150,7 @@ class LowRank:
         self.rank = whole_number("rank", rank)
         self.u, self.c, self.v, self.norm, self.reshape = u, c, v, norm, reshape
         self.dense = Normal() if dense is None else dense
+        self.state: dict[Any, Any] = {}  # what a resumed run needs beside the stream
 
     @property
     def is_diagonal(self) -> bool:
@@ -214,8 +215,6 @@ class LowRank:
 
 class Measured(LowRank):
     """A low-rank direction whose kept factors come from losses, as P-GAP's. `state` is what a resumed run needs of them."""
-
-    state: dict[Any, Any]
 
     def measure(self, oracle: Any, plan: Any) -> None:
         """Reads what the basis of this step needs; called before the bases of a step are drawn."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -43,7 +44,16 @@ class Blockwise:
 
     def __init__(self, inner: Estimator | None = None, block: Callable[[str], str] = block_of) -> None:
         self.inner: Estimator = Spsa() if inner is None else inner
-        self.block, self.queries, self.state = block, self.inner.queries, self.inner.state
+        self.block, self.queries = block, self.inner.queries
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What the inner estimator learns."""
+        return self.inner.state
+
+    @state.setter
+    def state(self, kept: dict[str, Any]) -> None:
+        self.inner.state = kept
 
     @property
     def lr(self) -> float:

@@ -21,8 +21,11 @@ def resolve(evaluation: str | Evaluation) -> Evaluation:
         if name not in EVALUATIONS:
             raise ValueError(f"unknown evaluation {evaluation!r}; expected one of {sorted(EVALUATIONS)} or an Evaluation")
         return EVALUATIONS[name]()
-    if isinstance(evaluation, type) or not hasattr(evaluation, "losses"):
-        raise TypeError(f"evaluation is {evaluation!r}; expected one of {sorted(EVALUATIONS)} or an Evaluation object")
+    lacks = [name for name in ("losses", *Evaluation.__annotations__) if not hasattr(evaluation, name)]
+    if isinstance(evaluation, type) or lacks:
+        raise TypeError(
+            f"evaluation is {evaluation!r}; expected one of {sorted(EVALUATIONS)} or an Evaluation object, which has {lacks} as well"
+        )
     return evaluation
 
 

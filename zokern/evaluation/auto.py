@@ -39,7 +39,7 @@ class Auto:
 
     budget  bytes of reused memory per device for Paired and Scratch (default 64 MB)"""
 
-    name = "auto"
+    name, exact, stands_in = "auto", True, False
 
     def __init__(self, budget: int = 64 * MIB) -> None:
         self.ways: dict[str, Any] = {"paired": Paired(budget), "scratch": Scratch(budget), "master": Master()}
@@ -50,12 +50,13 @@ class Auto:
         self.record = Record(self.name)
 
     @property
-    def choice(self) -> str | None:
-        """The way in use, for a state_dict: a resumed run reads as the run that it continues."""
-        return self.order[0] if self.order and self.seen is None else None
+    def state(self) -> dict[str, Any]:
+        """The way in use: a resumed run reads as the run that it continues."""
+        return {"choice": self.order[0]} if self.order and self.seen is None else {}
 
-    @choice.setter
-    def choice(self, name: str | None) -> None:
+    @state.setter
+    def state(self, kept: dict[str, Any]) -> None:
+        name = kept.get("choice")
         self.order = [] if name not in self.ways else list(dict.fromkeys([name, "scratch", "master"]))
         self.seen = None
         self.why = f"{name!r}, as in the run that was resumed" if self.order else ""

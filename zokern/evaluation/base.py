@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -63,11 +63,17 @@ class Record:
 class Evaluation(Protocol):
     """How the loss at theta + eps sum_k a_k z_k is obtained.
 
-    defers  whether updates of factored matrices may wait in their small space between steps
-    record  how the last call went"""
+    defers     whether updates of factored matrices may wait in their small space between steps
+    exact      whether the weights have their bits again after a call
+    stands_in  whether copies stand in the parameters' place while the closure runs
+    state      what a resumed run continues with, as plain values
+    record     how the last call went"""
 
     name: str
     defers: bool
+    exact: bool
+    stands_in: bool
+    state: dict[str, Any]
     record: Record
 
     def losses(self, plan: Plan, points: Sequence[Point], closure: Callable[[], object]) -> Tensor:

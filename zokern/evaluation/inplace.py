@@ -8,6 +8,7 @@ Malladi et al. 2023, Algorithm 1.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +21,11 @@ from .isolation import Isolation
 class InPlace:
     """In-place evaluation: no extra memory, drift in 16 bits."""
 
-    name, defers = "inplace", False
+    name, defers, exact, stands_in = "inplace", False, False, False
 
     def __init__(self) -> None:
         self.record = Record(self.name)
+        self.state: dict[str, Any] = {}
 
     def losses(self, plan: Plan, points: Sequence[Point], closure: Callable[[], object]) -> Tensor:
         """Returns the losses at the points, float64 [len(points)]; see Evaluation.losses."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,13 +32,14 @@ class Master:
     rounding  of the perturbed 16-bit weights: 'nearest', or 'stochastic', which keeps small perturbations in expectation (both sides
               of a pair spend the same random bits)"""
 
-    name, defers = "master", False
+    name, defers, exact, stands_in = "master", False, True, False
 
     def __init__(self, rounding: str = "nearest") -> None:
         if rounding not in ("nearest", "stochastic"):
             raise ValueError(f"Master: rounding is {rounding!r}; expected 'nearest' or 'stochastic'")
         self.rounding = rounding
         self.record = Record(self.name)
+        self.state: dict[str, Any] = {}
         self.said = False
 
     def losses(self, plan: Plan, points: Sequence[Point], closure: Callable[[], object]) -> Tensor:

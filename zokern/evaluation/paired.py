@@ -39,7 +39,7 @@ class Paired(Scratch):
     sides   most sides in one pass; more points take several passes
     check   as in Scratch"""
 
-    name, defers = "paired", True
+    name = "paired"
 
     def __init__(self, budget: int = 64 * MIB, sides: int = 32, check: bool = True) -> None:
         if not isinstance(sides, int) or sides < 2:

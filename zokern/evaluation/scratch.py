@@ -11,6 +11,7 @@ Perturbed copies stand in the parameters' place while the closure runs (standin.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class Scratch:
 
     Raises Refused where a use cannot be followed: TorchScript modules, parameters of a class of their own."""
 
-    name, defers = "scratch", True
+    name, defers, exact, stands_in = "scratch", True, True, True
 
     def __init__(self, budget: int = 64 * MIB, check: bool = True) -> None:
         if not isinstance(budget, int) or budget < MIB:
@@ -43,6 +44,7 @@ class Scratch:
         self.arena = Arena(budget)
         self.trust = Trust(check)
         self.record = Record(self.name)
+        self.state: dict[str, Any] = {}
 
     def losses(self, plan: Plan, points: Sequence[Point], closure: Callable[[], object]) -> Tensor:
         """Returns the losses at the points, float64 [len(points)]; see Evaluation.losses."""

@@ -32,7 +32,6 @@ class Probed(Aligned, Measured):
         super().__init__(**options)
         self.probes = whole_number("probes", probes)
         self.oversample, self.power = whole_number("oversample", oversample, 0), whole_number("power", power, 0)
-        self.state: dict[int, list[float]] = {}
         self.newest = -1  # step of the basis in use
 
     def measure(self, oracle: Oracle, plan: Plan) -> None:

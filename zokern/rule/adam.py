@@ -29,6 +29,7 @@ from ..directions import Matrix
 from ..estimator.base import ONES
 from ..plan import Group, Plan
 from .dense import advance
+from .state import Keeps
 from .waiting import add_, total
 
 TILE = 1 << 20  # elements of a quotient that exist at a time
@@ -84,9 +85,7 @@ class Adam:
         self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any, defer: bool
     ) -> Tensor | int:  # fmt: skip
         if group.matrices is None:
-            return advance(
-                plan, group, weights, "adam", ["first", "second"], lambda updates: self.scalars(lr, decay, updates), states
-            )
+            return advance(self, plan, group, weights, lambda updates: self.scalars(lr, decay, updates), states)
         count: Tensor | int = 0
         for i, (tensor, tau) in enumerate(zip(group.tensors, total(plan, group, weights))):
             first, second = self._moments(states[tensor], torch.diagonal(tau))
@@ -125,6 +124,10 @@ class Adam:
             root = _root(spread) if self.inside else _root(spread) + self.eps
             count = count + add_(plan, group, i, quotient / root, lr, decay, start * matrix.columns)
         return count
+
+    def keeps(self, shape: tuple[int, ...], draw: tuple[int, int] | None) -> Keeps:
+        """Returns M and V: r numbers each of a matrix with a diagonal draw."""
+        return Keeps(dict.fromkeys(("first", "second"), shape if draw is None else draw[-1:]), True)
 
     def basis(self, state: Any) -> int | None:
         """None: the basis lasts, so there is one only."""
