@@ -25,7 +25,9 @@ METHODS: dict[str, Callable[..., Any]] = {
     "subzero_all": partial(zokern.SubZero, rank=3, interval=3, reshape="all", lr=3e-3),
     "lozo": partial(zokern.LOZO, rank=2, interval=3, lr=3e-3),
     "lozo_m": partial(zokern.LOZO, rank=2, interval=3, momentum=0.6, lr=3e-3),
+    "lozo_unit": partial(zokern.LOZO, rank=2, interval=3, norm="unit", lr=3e-3),
     "tezo": partial(zokern.TeZO, rank=3, lr=3e-3),
+    "tezo_unit": partial(zokern.TeZO, rank=3, norm="unit", lr=3e-3),
     "tezo_m": partial(zokern.TeZO, rank=3, rule="momentum", betas=(0.6, 0.9), lr=1e-3),
     "tezo_adam": partial(zokern.TeZO, rank=3, rule="adam", betas=(0.6, 0.9), lr=3e-3),
     "tezo_adam_corrected": partial(zokern.TeZO, rank=3, rule="adam", betas=(0.6, 0.9), bias_correction=True, lr=3e-3),
@@ -116,11 +118,12 @@ class Formula:
         """U, C and V of one draw."""
         (m, n), r, born = self.shape(name), self.rank(name), self.basis_step(step)  # type: ignore[misc]
         v = self.normals((n, r), name, born, draw_word(1, BASIS))
+        long = 1.0 if self.name.endswith("_unit") else 1.0 / math.sqrt(r)
         if self.name.startswith("lozo"):
-            return Factors(sized(self.normals((m, r), name, step, query)), sized(torch.eye(r)), sized(v))
+            return Factors(sized(self.normals((m, r), name, step, query) * long), sized(torch.eye(r)), sized(v))
         u = self.normals((m, r), name, born, draw_word(0, BASIS))
         if self.name.startswith("tezo"):
-            return Factors(sized(u), sized(torch.diag(self.normals((r,), name, step, query))), sized(v))
+            return Factors(sized(u), sized(torch.diag(self.normals((r,), name, step, query) * long)), sized(v))
         core = self.normals((r, r), name, step, query)
         if self.name.startswith("pgap"):
             matrix = next(x for x in self.optimizer.matrices.values() if x.name == name)

@@ -20,7 +20,7 @@ LAYERS = {
     "directions": ["directions"],
     "backends": ["backends"],
     "operations": ["gemm", "ops"],
-    "parts": ["fingerprint", "modules", "parameters", "plan", "underflow", "evaluation", "estimator", "guards"],
+    "parts": ["fingerprint", "modules", "parameters", "plan", "underflow", "evaluation", "estimator", "prospect", "guards"],
     "rules": ["rule"],
     "step": ["first_step", "step"],
     "optimizer": ["low_bits", "bases", "deferred", "work", "checkpoint", "optimizer"],

@@ -26,6 +26,7 @@ from torch import Tensor
 from ..backends import Batch, Outer, Span
 from ..checks import flag, is_number, within
 from ..directions import Matrix
+from ..estimator.base import ONES
 from ..plan import Group, Plan
 from .dense import advance
 from .state import Keeps
@@ -49,6 +50,7 @@ class Adam:
     Kingma and Ba 2015; Zhang et al. 2024 (ZO-Bench's ZO-Adam); Sun et al. 2025 (TeZO-Adam)."""
 
     name, defers = "adam", False
+    lr = ONES  # of an optimizer that is given none: steps have one length, whatever the slope
     diagonal = True  # of low-rank directions it goes with those whose draws are numbers along a basis that lasts
 
     def __init__(
