@@ -196,7 +196,7 @@ def _check(optimizer: Steps, oracle: Oracle) -> tuple[str, ...]:
         return ()
     found = read.tolist()
     again, base = optimizer.evaluation.losses(plan, [points[0], THETA], oracle.closure).tolist()
-    if not repeats(plan, found, again):
+    if not repeats(plan, found, again, optimizer.evaluation.exact):
         raise NotRepeatable(found[0], again)
     if not first:
         return ()
