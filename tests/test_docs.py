@@ -236,6 +236,30 @@ def test_the_cost_of_the_stream_is_the_benchmark_s():
     assert re.findall(r"\d\.\d+", section) == printed
 
 
+def rows(text: str, head: str) -> list[list[str]]:
+    """The cells of the table whose first line begins so."""
+    table = re.search(rf"^{re.escape(head)}.*\n\|[-|]+\|\n((?:\|.*\n)+)", text, re.M)[1]
+    return [[cell.strip() for cell in line.strip("| ").split("|")] for line in table.splitlines()]
+
+
+def check_results(readme: str, speed: str) -> None:
+    """A column of the README's table is a row of docs/speed.md."""
+    columns = [list(column) for column in zip(*rows(readme, "| tokens | MeZO |"))]
+    names = ("MeZO at its default (`paired`)", "SubZero", "LOZO", "P-GAP, rank 128", "TeZO", "FZOO")
+    measured = {name: figures for name, *figures in rows(speed, "| step | 1 x 4 tokens |")}
+    assert columns[1:7] == [measured[name] for name in names]
+    eager = next(cells[1] for cells in rows(speed, "| what (commit") if cells[0].startswith("the eager loop's step"))
+    assert columns[7] == eager.split(" / ")
+
+
+def test_the_results_of_the_readme_are_those_of_the_speed_page():
+    readme, speed = ((ROOT / name).read_text() for name in ("README.md", "docs/speed.md"))
+    check_results(readme, speed)
+    for figure in ("0.54", "2.8x"):
+        with pytest.raises(AssertionError):
+            check_results(readme.replace(f"| {figure} |", "| 0.11 |"), speed)
+
+
 @pytest.mark.parametrize("name", [name for name in zokern.__all__ if callable(getattr(zokern, name))])
 def test_what_is_exported_has_a_docstring_of_its_own(name):
     exported = getattr(zokern, name)
