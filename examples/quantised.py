@@ -26,7 +26,7 @@ def main():
     model = peft.get_peft_model(model, adapters).eval()
     data = batches(model, tokenizer, args.data)
     with torch.no_grad():
-        model(**next(data))  # bitsandbytes packs its weights in the first forward on a CPU
+        model(**next(data))  # needed on a CPU: bitsandbytes packs its weights in the first forward
     opt = zokern.MeZO(model, lr=args.lr, eps=args.eps, seed=0)  # trains what requires a gradient
     for step, batch in zip(range(args.steps), data):
         result = zokern.step(opt, lambda: model(**batch).loss)
