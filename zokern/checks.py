@@ -1,4 +1,4 @@
-"""Checks of single arguments: numbers, integers and flags. A ValueError names the argument, its value and what is accepted."""
+"""Checks of single numbers, integers and flags. A ValueError names the argument and its value."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TOO_LARGE = 2.0**128 - 2.0**103  # halfway from the largest float32 to 2**128: 
 
 
 def is_number(value: Any) -> bool:
-    """Tells whether a value is one real number: Python's, NumPy's, or a tensor without dimensions. True and False are none."""
+    """Tells whether a value is one real number: Python's, NumPy's, or a tensor without dimensions, but no bool."""
     if type(value) in (float, int):
         return True
     if isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""Backends: who runs the verbs. A backend that cannot run here says why; nothing else is run in its place."""
+"""Backends run the verbs. One that cannot run here says why, and no other takes its place."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEFAULTS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")
 
 
 def why_off(name: str) -> str | None:
-    """None when the backend can run here, else one sentence that says why not and what to do about it."""
+    """Returns None if the backend can run here, else a sentence: why not, and the way out."""
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; expected one of {sorted(BACKENDS)}")
     if name == "reference":
@@ -27,7 +27,7 @@ def why_off(name: str) -> str | None:
 
 @cache
 def get(name: str) -> Backend:
-    """The backend of this name; RuntimeError says why it is off and which ones are on."""
+    """Returns the backend of this name. RuntimeError says why it is off, and which ones are on."""
     reason = why_off(name)
     if reason is not None:
         on = [other for other in BACKENDS if why_off(other) is None]
@@ -37,7 +37,7 @@ def get(name: str) -> Backend:
 
 @cache
 def default(device_type: str) -> Backend:
-    """The best backend for a kind of device, chosen once per process."""
+    """Returns the best backend for a kind of device, chosen once per process."""
     for name in DEFAULTS.get(device_type, ("reference",)):
         if why_off(name) is None:
             if name == "reference" and device_type in DEFAULTS:
@@ -50,7 +50,7 @@ def default(device_type: str) -> Backend:
 
 
 def resolve(backend: str | Backend | None, device: torch.device) -> Backend:
-    """A backend from its name, the default of the device for None, or the backend itself."""
+    """Returns a backend from its name, the default of the device for None, or the backend itself."""
     if backend is None:
         return default(device.type)
     if isinstance(backend, str):
@@ -61,6 +61,6 @@ def resolve(backend: str | Backend | None, device: torch.device) -> Backend:
 
 
 __all__ = [
-    "BACKENDS", "DTYPES", "ROUNDINGS", "SCALARS", "STATES", "Backend", "Batch", "Outer", "Multiplies", "Noise", "Sides", "Span",
-    "SpanList", "TensorList", "Terms", "Thin", "Update", "Weight", "default", "get", "resolve", "why_off",
+    "BACKENDS", "DTYPES", "ROUNDINGS", "SCALARS", "STATES", "Backend", "Batch", "Multiplies", "Noise", "Outer", "Sides",
+    "Span", "SpanList", "TensorList", "Terms", "Thin", "Update", "Weight", "default", "get", "resolve", "why_off",
 ]  # fmt: skip

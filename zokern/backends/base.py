@@ -20,63 +20,73 @@ SCALARS = {  # and the numbers that it is told
 
 
 class Backend(Protocol):
-    """Runs the verbs. Elementwise verbs are equal bit for bit on every backend (a NaN's payload excepted)."""
+    """Runs the verbs. Elementwise verbs are equal bit for bit on every backend, but for NaN payloads.
+
+    A nonfinite count is int64[1]: how many results are inf or NaN.
+    """
 
     name: str
     most_rank: int | None = None  # of the factors that lowrank_ takes
 
     def philox4x32(self, counter: Tensor, key: tuple[int, int], rounds: int) -> Tensor:
-        """int64[n, 4] counters to int64[n, 4] words."""
+        """Returns int64[n, 4] words for int64[n, 4] counters."""
 
     def draw(self, batch: Batch, noise: Noise) -> None:
-        """tensors <- z of the one draw, rounded to their dtype (nearest); they are contiguous."""
+        """Writes z of the one draw to contiguous tensors, rounded to their dtype (nearest)."""
 
     def axpy_(self, batch: Batch, noise: Noise, terms: Terms) -> Tensor:
-        """theta <- decay * theta + sum_k coefficients[k] z_k in place; int64[1]: how many results are inf or NaN.
+        """Computes theta <- decay * theta + sum_k coefficients[k] z_k in place. Returns the nonfinite count.
 
-        float32 inside: t = round(decay * theta), then t = fma(coefficients[k], z_k, t) in order, then one rounding to the
-        dtype. ``stochastic`` spends the 16 bits of (who, step of the last draw, purpose rounding).
+        float32 inside: t = round(decay * theta), then t = fma(coefficients[k], z_k, t) in order, then one
+        rounding to the dtype. ``stochastic`` spends the 16 bits of (who, step of the last draw, purpose
+        rounding).
 
-        terms.each: the bits of K / each calls with `each` terms each, in one pass. Every group of terms multiplies by its
-        decay, adds, and rounds, with the bits of its own last step. The count is that of the last results.
+        terms.each: the bits of K / each calls with `each` terms each, in one pass. Every group of terms
+        multiplies by its decay, adds, and rounds, with the bits of its own last step. The count is that of
+        the last results.
         """
 
     def update_(self, batch: Batch, noise: Noise, update: Update) -> Tensor:
-        """A rule with state, in place, in one pass; int64[1]: how many new weights are inf or NaN.
+        """Computes a rule with state in place, in one pass. Returns how many new weights are inf or NaN.
 
-            g = sum_k coefficients[k] z_k           from 0, by fma in draw order
-            momentum  m <- fma(alpha, g, round(beta m))                                          move = m
-            adam      m <- fma(alpha1, g, round(beta1 m))   v <- fma(alpha2, round(g g), round(beta2 v))
-                      move = m / fma(sqrt(v + inside), correction, eps)                          each operation rounded once
+            g = sum_k coefficients[k] z_k          from 0, by fma in draw order
+            momentum  m <- fma(alpha, g, round(beta m))
+                      move = m
+            adam      m <- fma(alpha1, g, round(beta1 m))
+                      v <- fma(alpha2, round(g g), round(beta2 v))
+                      move = m / fma(sqrt(v + inside), correction, eps)
             theta <- round(fma(lr, move, round(decay theta)))
 
-        All float32 but the last rounding, which is that of axpy_ and spends the same bits. A call that was captured in a
-        CUDA graph reads new scalars at each replay. Division and square root are correctly rounded. No rows.
+        Everything is float32, and each operation is rounded once, root and quotient too. The last rounding
+        is that of axpy_ and spends the same bits. A call that was captured in a CUDA graph reads new scalars
+        at each replay. There are no looked-up rows.
         """
 
     def perturb(self, batch: Batch, noise: Noise, scales: Sequence[float], outs: Sequence[Sequence[Tensor]]) -> None:
-        """outs[j][i] <- round(theta_i + scales[j] z) for one or two scales and one draw; theta is only read, with its low bits.
+        """Computes outs[j][i] <- round(theta_i + scales[j] z) for one or two scales and one draw.
 
-        outs are contiguous, of theta's dtype or float32, shaped like theta (or like theta[rows]).
+        theta and its low bits are only read. outs are contiguous, of theta's dtype or float32, and shaped
+        like theta (or like theta[rows]).
         """
 
     def lowrank_(
         self, batch: Batch, factors: Outer, noise: Noise | None = None, outs: Sequence[Tensor] | None = None
     ) -> Tensor:
-        """theta <- decay * theta + scales[i] * left right^T in place; int64[1]: how many results are inf or NaN.
+        """Computes theta <- decay * theta + scales[i] * left right^T in place. Returns the nonfinite count.
 
-        Element number e of the unsharded matrix (spans[i]: first + position, or through pitch and rows) is row e div n and
-        column e mod n, whatever theta's own shape: a shard, a flattened adapter and a slice of columns read the values that
-        they would have read as part of the whole.
+        Element number e of the unsharded matrix (spans[i]: first + position, or through pitch and rows) is
+        row e div n and column e mod n, whatever theta's own shape. A shard, a flattened adapter and a slice
+        of columns read the values that they would read as part of the whole.
 
-        float32 inside: s = sum over k = 0 .. r-1 in this order of fma(left[e div n, k], right[e mod n, k], s) from s = 0;
-        then t = fma(scale, s, round(decay * theta)); then one rounding to the dtype, as in axpy_ (``stochastic`` spends the
-        bits of (who, step of the noise, purpose rounding)). Equal bit for bit on ``reference`` and ``cpu``; ``cuda`` and
-        ``triton`` sum on the matrix units, in another order and with factors rounded as their files say, to a bound.
+        float32 inside: s = fma(left[e div n, k], right[e mod n, k], s) for k = 0 .. r-1 from s = 0; then
+        t = fma(scale, s, round(decay * theta)); then one rounding to the dtype, as in axpy_. ``stochastic``
+        spends the bits of (who, step of the noise, purpose rounding). Equal bit for bit on ``reference`` and
+        ``cpu``. ``cuda`` and ``triton`` sum on the matrix units, in another order and with factors rounded
+        as their files say, to a bound.
 
-        outs, where given, take the results instead (contiguous, of theta's dtype or float32, shaped like theta or like
-        theta[rows]) and theta is only read; its low bits, too, with rounding ``residual``: outs are then rounded to nearest.
-        Rows need outs.
+        outs   take the results instead: contiguous, of theta's dtype or float32, shaped like theta or like
+               theta[rows]. theta is only read; with rounding ``residual`` its low bits are read too, and
+               outs are rounded to nearest. Looked-up rows need outs.
         """
 
 
@@ -91,13 +101,13 @@ class Multiplies(Backend, Protocol):
         room: int | None = None,
         outs: Sequence[Tensor] | None = None,
     ) -> list[Tensor]:
-        """y_j = shrink x_j (W + scales[j] z_j)^T + biases[j] + thin products, z_j of draws[j]; all draws have one step.
+        """Returns y_j = shrink x_j (W + scales[j] z_j)^T + biases[j] + thin products, with z_j of draws[j].
 
-        A side of scale 0 reads W itself, and so do all sides where there is no noise.
+        All draws have one step. A side of scale 0 reads W itself, and so do all sides without noise.
         """
 
     def linear_bytes(self, counts: Sequence[int], room: int | None = None) -> int:
-        """Memory that linear() takes for so many rows of each side, beside its results."""
+        """Returns the memory that linear() takes for so many rows of each side, beside its results."""
 
 
 __all__ = ["DIRECTIONS", "DTYPES", "ROUNDINGS", "SCALARS", "STATES", "Backend", "Multiplies", "Span"]

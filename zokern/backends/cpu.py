@@ -1,8 +1,8 @@
-"""Backend ``cpu``: the compiled kernels of csrc/elementwise.cpp, update.cpp, lowrank.cpp and linear.cpp; AVX-512, AVX2 or scalar, chosen when the
-module is loaded.
+"""Backend ``cpu``: the compiled kernels of csrc, for AVX-512, AVX2 or any processor.
 
-One call is one parallel region over the chunks of a table, on ``torch.get_num_threads()`` threads. The environment variable
-``ZOKERN_CPU_ISA`` (avx512bf16, avx512, avx2 or scalar) forces one of the paths that this machine can run; all give the same bits.
+One call is one parallel region over the chunks of a table, on ``torch.get_num_threads()`` threads. The
+environment variable ``ZOKERN_CPU_ISA`` (avx512bf16, avx512, avx2 or scalar) forces one of the paths that
+this machine can run; all give the same bits.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _CPU = torch.device("cpu")
 
 
 def why_off() -> str | None:
-    """None if this backend can run here; otherwise why not, and the way out."""
+    """Returns None if this backend can run here, else why not, and the way out."""
     if _cpu is not None:
         return None
     return (
@@ -45,7 +45,7 @@ def why_off() -> str | None:
 
 
 def same_values(dicts: list[dict], kept: list) -> bool:
-    """Whether the values of some dicts, one dict after another, are the very objects of a list."""
+    """Tells whether the values of some dicts, one dict after another, are the very objects of a list."""
     if _cpu is not None:
         return bool(_cpu.same_values(dicts, kept))
     now = [value for held in dicts for value in held.values()]
@@ -53,22 +53,22 @@ def same_values(dicts: list[dict], kept: list) -> bool:
 
 
 def isa() -> str:
-    """The instruction set in use: 'avx512bf16', 'avx512', 'avx2' or 'scalar'."""
+    """Returns the instruction set in use: 'avx512bf16', 'avx512', 'avx2' or 'scalar'."""
     return str(_module().implementation())
 
 
 def pairs() -> bool:
-    """Whether linear() multiplies bfloat16 by the processor's dot product of pairs, and not in float32."""
+    """Tells whether linear() multiplies bfloat16 by the processor's dot product of pairs."""
     return bool(_module().linear_pairs())
 
 
 def select(name: str) -> None:
-    """Use another of `architectures()`; ValueError when it cannot run here."""
+    """Selects another of `architectures()`. ValueError if it cannot run here."""
     _module().select(name)
 
 
 def architectures() -> list[str]:
-    """The instruction sets that this machine can run, best first."""
+    """Returns the instruction sets that this machine can run, best first."""
     return list(_module().architectures())
 
 
@@ -79,7 +79,9 @@ def _module() -> Any:
 
 
 def _is_sound(batch: Batch, factors: Outer, outs: Sequence[Tensor] | None) -> bool:
-    """Tells whether a call of lowrank_ is the common one of a forward pass, and right: in a tenth of the time of VALID.lowrank_."""
+    """Tells whether a call of lowrank_ is the common one of a forward pass, and right.
+
+    It takes a tenth of the time of VALID.lowrank_."""
     (thetas, spans, rounding, residuals), (lefts, rights, scales, _) = batch, factors
     if not 1 == len(thetas) == len(spans) == len(lefts) == len(rights) == len(scales):
         return False
@@ -122,7 +124,7 @@ def _threads(table: _Table) -> int:
 
 
 def _kept_table(verb: str, batch: Batch, outs: Sequence[Sequence[Tensor]], check: Callable[..., Any], *given: Any) -> _Table:
-    """Returns the table of a launch without residuals: checked and packed once for lists that the caller keeps."""
+    """Returns the table of a launch without residuals: made once for lists that the caller keeps."""
     thetas, spans = batch.tensors, batch.spans
     kept = getattr(thetas, "kept", None)
     if kept is None or any([getattr(side, "kept", None) is None for side in outs]):
@@ -137,7 +139,7 @@ def _kept_table(verb: str, batch: Batch, outs: Sequence[Sequence[Tensor]], check
 
 
 class Cpu:
-    """base.Backend on CPU tensors."""
+    """Runs the verbs on CPU tensors."""
 
     name = "cpu"
 
@@ -224,15 +226,19 @@ class Cpu:
         self, weight: Weight, sides: Sides, noise: Noise | None = None, room: int | None = None,
         outs: Sequence[Tensor] | None = None,
     ) -> list[Tensor]:  # fmt: skip
-        """Computes y_j = shrink x_j (W + scales[j] z_j)^T + biases[j] + thin products, with z made beside the product.
+        """Computes y_j = shrink x_j (W + scales[j] z_j)^T + biases[j] + thin products.
+
+        z is made beside the product.
 
         xs      (rows, n) each, of W's dtype;  W (m, n), contiguous, or (n, m) transposed
-        thins   of bfloat16 weights, first, last and x_j first^T middle are rounded to bfloat16 before they are multiplied
-        room    bytes that the threads may take for what they work in (linear_bytes). Where it is scarce, some rows at a time
-                are multiplied, each time with z made anew, and where that does not help, by fewer threads
+        thins   of bfloat16 weights, first, last and x_j first^T middle are rounded to bfloat16 before they
+                are multiplied
+        room    bytes that the threads may take for what they work in (linear_bytes). Where it is scarce,
+                some rows at a time are multiplied, each time with z made anew, and where that does not help,
+                by fewer threads
         outs    contiguous (rows, m) each, of W's dtype, which take the results
-        W + scales[j] z_j is rounded to W's dtype, as perturb writes it. The sums are float32 in a fixed order, rounded once
-        (csrc/linear.cpp)."""
+        W + scales[j] z_j is rounded to W's dtype, as perturb writes it. The sums are float32 in a fixed
+        order, rounded once (csrc/linear.cpp)."""
         VALID.linear(weight, sides, noise)
         tensor, span, transposed, shrink = weight
         xs, biases, scales, thins = sides
@@ -267,7 +273,9 @@ class Cpu:
         return ys
 
     def linear_bytes(self, counts: Sequence[int], room: int | None = None) -> int:
-        """Returns the memory that linear() takes for so many rows of each side, beside results and rows of thin products.
+        """Returns the memory that linear() takes for so many rows of each side.
+
+        Results and rows of thin products are not counted.
 
         It is more than `room` only where one thread takes more."""
         threads, _, memory = _linear_plan(counts, room)
@@ -281,7 +289,7 @@ def _summed(noise: Noise, coefficients: Tensor, decays: Sequence[float]) -> np.n
 
 
 def _hold(held: list[Tensor], what: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, is_flat: bool) -> Tensor:
-    """Returns an operand, or a copy in the dtype that the kernel reads; `held` keeps it alive until the call returns."""
+    """Returns an operand, or a copy in the dtype that the kernel reads; `held` keeps it."""
     if tensor.shape != shape or not tensor.is_cpu:
         raise ValueError(f"backend 'cpu': linear: {what} is {described(tensor)}; expected {list(shape)} on cpu")
     if tensor.dtype != dtype or not is_flat:
@@ -305,7 +313,7 @@ def _thin_products(
 
 
 def _linear_plan(counts: Sequence[int], room: int | None) -> tuple[int, int, int]:
-    """Threads, in how many parts the rows are multiplied, and the memory of a thread."""
+    """Returns the threads, the number of parts of the rows, and the memory of a thread."""
     module = _module()
     base = module.linear_memory(0)
     return _plan_of(tuple(counts), room, torch.get_num_threads(), base, module.linear_memory(1) - base, SHARED_ROWS)
@@ -313,7 +321,7 @@ def _linear_plan(counts: Sequence[int], room: int | None) -> tuple[int, int, int
 
 @lru_cache(maxsize=1024)
 def _plan_of(counts: tuple[int, ...], room: int | None, threads: int, base: int, row: int, shared: int) -> tuple[int, int, int]:
-    """So few parts that making z again is little beside the products."""
+    """Plans so few parts that making z again costs little beside the products."""
 
     def memory(parts: int) -> int:
         return base + row * sum([-(-count // parts) for count in counts])

@@ -1,9 +1,10 @@
-"""Backend ``cuda``: the compiled kernels of csrc/elementwise.cu, update.cu and lowrank.cu, on torch's current stream.
+"""Backend ``cuda``: the compiled kernels of csrc/*.cu, on torch's current stream.
 
-A verb is one launch, for tensors of one CUDA device. The table of its list is packed and uploaded once and found on the device
-afterwards (`device_tables`). Coefficients and clock are read where they lie. So no call waits for the device, a repeated call copies
-nothing to it, and a call can be captured in a CUDA graph. A call allocates and frees its memory on the stream of its launch, which
-torch's allocators order by, so nothing has to live longer than the call. A caller with tensors of another stream orders the two.
+A verb is one launch, for tensors of one CUDA device. The table of its list is packed and uploaded once and
+found on the device afterwards (`device_tables`). Coefficients and clock are read where they lie. So no call
+waits for the device, a repeated call copies nothing to it, and a call can be captured in a CUDA graph. A
+call allocates and frees its memory on the stream of its launch, which torch's allocators order by, so
+nothing has to live longer than the call. A caller with tensors of another stream orders the two.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ except ImportError as error:
 
 
 def why_off() -> str | None:
-    """None if this backend can run here; otherwise why not, and the way out."""
+    """Returns None if this backend can run here, else why not, and the way out."""
     if _cuda is None:
         return (
             f"the compiled module zokern._cuda is missing ({_error}); install a wheel that has it, or put nvcc on PATH and run "
@@ -48,7 +49,7 @@ def why_off() -> str | None:
 
 
 class Cuda:
-    """base.Backend on the tensors of one CUDA device."""
+    """Runs the verbs on the tensors of one CUDA device."""
 
     name = "cuda"
     most_rank = 128
@@ -59,20 +60,25 @@ class Cuda:
         self.valid = Validator(self.name, self.device_type, self.most_rank)
 
     def _call(self, verb: str, device: torch.device, tensors: Sequence[Tensor], *arguments: Any, **named: int) -> None:
-        """One function of the module on the device's current stream; `tensors` is everything that the arguments point to."""
+        """Calls the module on the device's current stream.
+
+        `tensors` are all tensors that the arguments point to."""
         if _cuda is None:
             raise RuntimeError(f"backend 'cuda' is off: {why_off()}")
         with torch.cuda.device(device):
             getattr(_cuda, verb)(*arguments, 0, torch.cuda.current_stream(device).cuda_stream, **named)
 
     def _or_any(self, device: torch.device | None) -> torch.device:
-        """The device of a call; of one without tensors, the current one."""
+        """Returns the device of a call; the current one if there are no tensors."""
         return device or torch.device(self.device_type)
 
     def _table(
         self, device: torch.device, batch: Batch, outs: Sequence[Sequence[Tensor]] = (), draws: bool = False
     ) -> tuple[list[Tensor], tuple[int, int, int]]:
-        """Returns the table of a batch, and the module's first three arguments. draws: its tensors are results only."""
+        """Returns the table of a batch, and the module's first three arguments.
+
+        draws  its tensors are results
+        """
         thetas = None if draws else batch.tensors
 
         def make():
@@ -86,7 +92,7 @@ class Cuda:
         return [kept.buffer], (start, start + entries_bytes, chunks)
 
     def _terms(self, device: torch.device, terms: np.ndarray) -> Tensor | None:
-        """The names and decays of a sum of several terms, on the device; their coefficients lie apart."""
+        """Returns the names and decays of a sum of several terms, on the device. Coefficients lie apart."""
         if len(terms) == 1:
             return None
         return self.tables.get(("terms", terms.tobytes()), device, lambda: ((terms,), None)).buffer

@@ -1,9 +1,9 @@
-"""Tables of launches kept on the device: a list of tensors is packed and uploaded once, and every later call finds it there.
+"""Tables of launches on the device: packed and uploaded once for a list, then found again.
 
-A table is a function of its key (where each tensor lies, its dtype, shape, strides and Span, and those of the results), and the
-key is made anew at each call, so a tensor that moved, was cast or reshaped has another key and can never meet an old table.
-Uploads are ordered by the stream that they were made on; the stream is therefore part of the key, except while a CUDA graph is
-captured: then nothing may be uploaded, and what was uploaded before is complete.
+The key of a table holds where each tensor lies, its dtype, shape, strides and Span, and those of the results.
+It is made anew at each call, so a tensor that moved, was cast or reshaped has another key, and never meets an
+old table. An upload is ordered by its stream, so the stream is part of the key. While a CUDA graph is captured
+nothing may be uploaded; then the stream does not matter, because earlier uploads are complete.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def key_of(
     outs: Sequence[Sequence[Tensor]] = (),
     residuals: Sequence[Tensor] | None = None,
 ) -> Hashable:
-    """All that pack.pack() reads of a list."""
+    """Returns all that pack.pack() reads of a list."""
     lists = [() if thetas is None else thetas, *outs, residuals or ()]
     where = [[(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors] for tensors in lists]
     rows = [(i, s.rows.data_ptr(), s.rows.numel()) for i, s in enumerate(spans) if s.rows is not None]
@@ -41,7 +41,7 @@ def key_of(
 
 
 class Tables:
-    """The tables of one backend, the least recently used dropped first."""
+    """Holds the tables of one backend, and drops the least recently used first."""
 
     def __init__(self, tables: int = TABLES, bytes: int = BYTES) -> None:
         self.limits = (tables, bytes)
@@ -51,7 +51,7 @@ class Tables:
         self.captured: list[Kept] = []  # a captured graph reads these at every replay: never dropped
 
     def get(self, key: Hashable, device: torch.device, make: Callable[[], tuple[Sequence[np.ndarray], Any]]) -> Kept:
-        """The table of this key; make() returns its parts, which are laid end to end, and its facts.
+        """Returns the table of this key. make() returns its parts, which are laid end to end, and its facts.
 
         Raises RuntimeError while a CUDA graph is captured and the table is not there yet."""
         key = (key, device)
@@ -94,7 +94,7 @@ def size(kept: Kept) -> int:
 
 
 def upload(parts: Sequence[np.ndarray], device: torch.device) -> Tensor | None:
-    """Arrays end to end on the device, by one copy that is ordered on the current stream; nothing waits for it."""
+    """Uploads arrays end to end by one copy, ordered on the current stream. It does not block."""
     words = [np.ascontiguousarray(part).view(np.uint8).reshape(-1) for part in parts]
     host = torch.from_numpy(np.concatenate(words)) if words else torch.empty(0, dtype=torch.uint8, device="cpu")
     if not host.numel():

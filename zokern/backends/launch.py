@@ -1,6 +1,7 @@
-"""The arguments of a launch, as a few tuples: which tensors, which random numbers, and what is added to the tensors.
+"""The arguments of a launch as tuples: its tensors, its random numbers, and the terms that it adds.
 
-Every backend takes the same tuples (base.py). They are made for one call and hold no checks: validation.py has those.
+Every backend takes the same tuples (base.py). They are made for one call and hold no checks: validation.py
+has those.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ from torch import Tensor
 class Span(NamedTuple):
     """The place of one tensor's elements in the random stream.
 
-    A shard, a tile, a slice or a set of looked-up rows reads the values that it would read as part of the whole parameter.
+    A shard, a tile, a slice or a set of looked-up rows reads the values that it would read as part of the
+    whole parameter.
 
     who    parameter id
     first  number of the tensor's first element in the unsharded parameter (row-major)
-    pitch  for a slice of columns of a matrix: the distance of two rows in the unsharded parameter, in elements;
-           None: element j of the flattened tensor has number first + j
-    rows   int64 row numbers: the launch works on rows ``theta[rows]`` of a 2-D theta, which keep their own numbers
+    pitch  for a slice of columns of a matrix: the distance of two rows in the unsharded parameter, in
+           elements; None: element j of the flattened tensor has number first + j
+    rows   int64 row numbers: the launch works on rows ``theta[rows]`` of a 2-D theta, which keep their own
+           numbers
     """
 
     who: int
@@ -35,9 +38,10 @@ class Batch(NamedTuple):
 
     tensors    float32, bfloat16 or float16, on one device
     spans      one for each tensor
-    rounding   'nearest'; 'stochastic', with 16 random bits of the stream; or 'residual', with the low bits of a float32
-    residuals  int16, one for each tensor: the low bits of bfloat16 tensors, read, and written where the tensors are;
-               those of other dtypes are ignored. None: there are none
+    rounding   'nearest'; 'stochastic', with 16 random bits of the stream; or 'residual', with the low bits
+               of a float32
+    residuals  int16, one for each tensor: the low bits of bfloat16 tensors. They are written if the tensors
+               are. Those of other dtypes are ignored. None: there are none
     """
 
     tensors: Sequence[Tensor]
@@ -53,12 +57,13 @@ class Batch(NamedTuple):
 
 
 class Noise(NamedTuple):
-    """The random numbers of a launch: z_k(seed, who, *draws[k]), where `who` stands in each tensor's span.
+    """The random numbers of a launch: z_k(seed, who, *draws[k]) with the `who` of each tensor's span.
 
-    direction  the distribution of z; None where a launch makes no z, but rounds at random
+    direction  the distribution of z. None: the launch makes no z, but rounds at random
     draws      pairs (step, draw). Stochastic rounding spends the bits of the last one's step
-    clock      int64[1] on the tensors' device, or None for 0. Its value when the kernel runs is added (mod 2^32) to every
-               step, so a call that was captured in a CUDA graph finds another z whenever the clock was advanced
+    clock      int64[1] on the tensors' device, or None for 0. Its value when the kernel runs is added to
+               every step (mod 2^32). A call that was captured in a CUDA graph finds another z after the
+               clock was advanced
     """
 
     direction: Any
@@ -72,7 +77,8 @@ class Terms(NamedTuple):
 
     coefficients  float32[K] on the tensors' device, one for each draw
     decay         factor of the old weights; a sequence with `each`
-    each          a divisor of K: K / each sums one after the other, each with its decay and rounding. 0: one sum
+    each          a divisor of K: K / each sums one after the other, each with its decay and rounding. 0: one
+                  sum
     """
 
     coefficients: Tensor
@@ -80,7 +86,7 @@ class Terms(NamedTuple):
     each: int = 0
 
     def rounded(self) -> tuple[int, list[float]]:
-        """Returns the terms of a sum, and for each term of all sums the factor of the value before it is added."""
+        """Returns the terms of a sum, and for every term the factor of the value before it is added."""
         count = self.coefficients.shape[0]
         terms = self.each or count
         decays = [self.decay] * (count // terms) if isinstance(self.decay, (int, float)) else self.decay
@@ -93,7 +99,8 @@ class Update(NamedTuple):
 
     rule     a key of STATES
     scalars  float32 on the tensors' device, SCALARS[rule] in order
-    states   a list of float32 tensors for each of STATES[rule], contiguous, shaped like the tensors of the launch
+    states   a list of float32 tensors for each of STATES[rule], contiguous, shaped like the tensors of the
+             launch
     """
 
     coefficients: Tensor
@@ -115,7 +122,10 @@ class Outer(NamedTuple):
 
 
 class Weight(NamedTuple):
-    """The matrix of a product, shrink * W, (m, n); transposed: (n, m), and the product is x W instead of x W^T."""
+    """The matrix of a product, shrink * W, (m, n).
+
+    transposed  W is (n, m), and the product is x W instead of x W^T
+    """
 
     tensor: Tensor
     span: Span
@@ -127,15 +137,15 @@ class Thin(NamedTuple):
     """Thin products beside x W^T: for sides[j], y += (x first^T) middles[j] last^T, float32."""
 
     sides: Sequence[int]
-    first: Tensor  # (r, columns of x), contiguous: the products are several times faster from rows than from 8 columns
+    first: Tensor  # (r, columns of x), contiguous: products from rows are several times faster than from 8 columns
     middles: Tensor  # (len(sides), r, q)
     last: Tensor  # (columns of y, q)
 
 
 class Sides(NamedTuple):
-    """The operands of a product beside W, one of each for every side: y_j = x_j (W + scales[j] z_j)^T + biases[j].
+    """The operands beside W of y_j = x_j (W + scales[j] z_j)^T + biases[j], one of each for a side.
 
-    thins  thin products that are added
+    thins  thin products that are added to y
     """
 
     xs: Sequence[Tensor]
@@ -158,4 +168,6 @@ def rounding_bits(noise: Noise | None) -> tuple[int, int]:
     return noise.seed, noise.draws[-1][0]
 
 
-__all__ = ["Batch", "Outer", "Noise", "Sides", "Span", "Terms", "Thin", "Update", "Weight", "rounding_bits", "step_at"]
+__all__ = [
+    "Batch", "Noise", "Outer", "Sides", "Span", "Terms", "Thin", "Update", "Weight", "rounding_bits", "step_at",
+]  # fmt: skip

@@ -1,7 +1,7 @@
-"""A list of tensors, or of Spans, by the column: what checks and tables ask of every member is asked once a call.
+"""Lists of tensors and of Spans that cache their columns: sizes, addresses, dtypes.
 
-With hundreds of small tensors the questions cost as much as the kernel, so a verb's checks and its table share the answers.
-Tensors may move or be reshaped between calls: a TensorList lives for one call and is never kept.
+With hundreds of small tensors these questions cost as much as the kernel, so the checks of a verb and its table
+share the answers. Tensors may move between calls: a TensorList lives for one call.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from .launch import Span
 
 
 class TensorList(list):
-    """Tensors, and for all of them, in their order, what each says of itself.
+    """A list of tensors, and the properties of all of them in order.
 
-    kept  tables of launches on this list, for a caller that hands over the same lists at every step; None: made at every call"""
+    kept  tables of launches on this list, for a caller that hands over the same lists at every step; None:
+          made at every call"""
 
     kept: dict | None = None
 
@@ -34,7 +35,7 @@ class TensorList(list):
 
     @cached_property
     def sizes(self) -> np.ndarray:
-        """Elements of each, int64."""
+        """Returns the number of elements of each, int64."""
         return np.fromiter(map(Tensor.numel, self), np.int64, len(self))
 
     @cached_property
@@ -43,7 +44,7 @@ class TensorList(list):
 
     @cached_property
     def contiguous(self) -> bool:
-        """Whether all are."""
+        """Tells whether all tensors are."""
         return all(map(Tensor.is_contiguous, self))
 
     @cached_property
@@ -52,7 +53,7 @@ class TensorList(list):
 
 
 class SpanList(tuple[Span, ...]):
-    """Spans that do not change, so that their columns serve every call that is made with them."""
+    """An unchanging list of Spans, whose columns serve every call."""
 
     @classmethod
     def of(cls, spans: Sequence[Span]) -> SpanList:
@@ -68,12 +69,12 @@ class SpanList(tuple[Span, ...]):
 
     @cached_property
     def at_zero(self) -> bool:
-        """Whether every tensor begins with the first element of its parameter."""
+        """Tells whether every tensor begins with the first element of its parameter."""
         return {span.first for span in self} <= {0}
 
     @cached_property
     def plain(self) -> bool:
-        """Whether no tensor is a slice of columns or a set of looked-up rows."""
+        """Tells whether no tensor is a slice of columns or a set of looked-up rows."""
         return all([span.rows is None and span.pitch is None for span in self])
 
 

@@ -1,4 +1,4 @@
-"""The table of a launch: the entries, chunks and draws that csrc/elementwise.h declares, packed with NumPy.
+"""The table of a launch: entries, chunks and draws of csrc/elementwise.h, packed with NumPy.
 
 Raw pointers exist from here down to the kernels and nowhere else.
 """
@@ -34,7 +34,7 @@ ALIGN = 128  # chunks end where both directions' blocks end, so no block is gene
 
 
 def collapse(shape: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]]:
-    """Dimensions (size, stride), outermost first, with every pair merged that one stride can walk."""
+    """Returns dimensions (size, stride), outermost first; pairs that one stride can walk are merged."""
     dims: list[tuple[int, int]] = []
     for size, stride in zip(shape, strides):
         if size == 1:
@@ -47,14 +47,12 @@ def collapse(shape: Sequence[int], strides: Sequence[int]) -> list[tuple[int, in
 
 
 def pack(
-    thetas: Sequence[Tensor] | None,
-    spans: Sequence[Span],
-    outs: Sequence[Sequence[Tensor]] = (),
-    residuals: Sequence[Tensor] | None = None,
-    elements: int = CHUNK_ELEMENTS,
-    numbered: bool = False,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Entries and chunks (of about `elements`) of a launch; `numbered` entries know the positions of their tensors in it.
+    thetas: Sequence[Tensor] | None, spans: Sequence[Span], outs: Sequence[Sequence[Tensor]] = (),
+    residuals: Sequence[Tensor] | None = None, elements: int = CHUNK_ELEMENTS, numbered: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Returns entries and chunks (of about `elements`) of a launch.
+
+    numbered  entries hold the positions of their tensors in it
 
     Empty tensors take no entry; a tensor of more than two strided dimensions takes several."""
     if thetas is not None and len(thetas) > 8 and residuals is None and not outs:
@@ -80,8 +78,8 @@ def pack(
             pitch = columns if span.pitch is None else span.pitch
             index = 0 if span.rows is None else span.rows.data_ptr()
             if count and columns:
-                words += (pointer, out0, out1, low, index, count, columns, tensor.stride(0), tensor.stride(1), span.first, pitch, who,
-                          out_kind)  # fmt: skip
+                words += (pointer, out0, out1, low, index, count, columns, tensor.stride(0), tensor.stride(1), span.first,
+                          pitch, who, out_kind)  # fmt: skip
             continue
         size = tensor.numel()
         if size == 0:
@@ -89,26 +87,38 @@ def pack(
         if thetas is None or tensor.is_contiguous():
             words += (pointer, out0, out1, low, 0, 1, size, 0, 1, span.first, size, who, out_kind)
             continue
-        dims = collapse(tensor.shape, tensor.stride())
-        # the innermost two dimensions make an entry; the outer ones are unrolled here
-        outer, inner = dims[:-2], dims[-2:]
-        (count, row_stride), (columns, column_stride) = inner if len(inner) == 2 else [(1, 0), *(inner or [(1, 1)])]
-        each, width, out_width = count * columns, tensor.element_size(), 4 if out_type == 0 else 2
-        offsets = np.zeros(1, dtype=np.int64)
-        for extent, stride in outer:
-            offsets = (offsets[:, None] + np.arange(extent) * stride).ravel()
-        for j, offset in enumerate(offsets.tolist()):
-            done = j * each
-            words += (pointer + offset * width, out0 and out0 + done * out_width, out1 and out1 + done * out_width, low and low + 2 * done,
-                      0, count, columns, row_stride, column_stride, span.first + done, columns, who, out_kind)  # fmt: skip
+        words += _strided(tensor, span, (pointer, out0, out1, low), 4 if out_type == 0 else 2, who, out_kind)
     entries = np.array(words, dtype=np.uint64).view(ENTRY)
     if len(words) == 13:  # one tensor: the common launch of an evaluation, called hundreds of times a step
         return entries, _chunks_of_one(words[5] * words[6], words[9] % ALIGN, elements)
     return entries, chunks(entries, elements)
 
 
+def _strided(
+    tensor: Tensor, span: Span, pointers: tuple[int, int, int, int], out_width: int, who: int, out_kind: int
+) -> list[int]:
+    """Returns the entries of a tensor with gaps.
+
+    The innermost two dimensions make an entry; the outer ones are unrolled."""
+    pointer, out0, out1, low = pointers
+    dims = collapse(tensor.shape, tensor.stride())
+    outer, inner = dims[:-2], dims[-2:]
+    (count, row_stride), (columns, column_stride) = inner if len(inner) == 2 else [(1, 0), *(inner or [(1, 1)])]
+    each, width = count * columns, tensor.element_size()
+    offsets = np.zeros(1, dtype=np.int64)
+    for extent, stride in outer:
+        offsets = (offsets[:, None] + np.arange(extent) * stride).ravel()
+    words: list[int] = []
+    for j, offset in enumerate(offsets.tolist()):
+        done = j * each
+        words += (pointer + offset * width, out0 and out0 + done * out_width, out1 and out1 + done * out_width,
+                  low and low + 2 * done, 0, count, columns, row_stride, column_stride, span.first + done, columns, who,
+                  out_kind)  # fmt: skip
+    return words
+
+
 def _pack_plain(thetas: TensorList, spans: SpanList, numbered: bool) -> np.ndarray:
-    """pack() for a long list of contiguous tensors that are updated in place: column by column, which NumPy does faster."""
+    """Returns entries of a long list of contiguous tensors that are updated in place, column by column."""
     entries = np.zeros(len(thetas), dtype=ENTRY)
     entries["theta"] = thetas.pointers
     entries["tensor"] = np.arange(len(thetas)) if numbered else 0
@@ -122,7 +132,7 @@ def _pack_plain(thetas: TensorList, spans: SpanList, numbered: bool) -> np.ndarr
 
 @lru_cache(maxsize=4096)
 def _chunks_of_one(count: int, skew: int, elements: int) -> np.ndarray:
-    """The chunks of a single entry depend on its size and on where it stands in the stream, not on where it lies."""
+    """Returns the chunks of a single entry. They depend on its size and place in the stream alone."""
     entry = np.zeros(1, dtype=ENTRY)
     entry["row_count"], entry["columns"], entry["first"] = 1, count, skew
     found = chunks(entry, elements)
@@ -131,7 +141,9 @@ def _chunks_of_one(count: int, skew: int, elements: int) -> np.ndarray:
 
 
 def chunks(entries: np.ndarray, elements: int = CHUNK_ELEMENTS) -> np.ndarray:
-    """Cut every entry's logical elements [0, row_count * columns) into pieces of about `elements`, a multiple of ALIGN."""
+    """Cuts every entry's elements [0, row_count * columns) into pieces of about `elements`.
+
+    Pieces begin at multiples of ALIGN in the stream."""
     count = entries["row_count"] * entries["columns"]
     skew = (entries["first"] % ALIGN).astype(np.int64)  # pieces are aligned in the stream's numbering, not in memory
     if len(entries) and (count + skew).max() <= elements:  # a piece each
@@ -149,14 +161,16 @@ def chunks(entries: np.ndarray, elements: int = CHUNK_ELEMENTS) -> np.ndarray:
 
 
 def address(array: np.ndarray) -> int:
-    """Where a table lies. Asked of a plain view, because NumPy describes every field of a structured array at each question."""
+    """Returns the address of a table.
+
+    NumPy describes every field of a structured array when it is asked, so a plain view is asked."""
     return array.view(np.uint64).__array_interface__["data"][0]
 
 
 def pack_draws(
     draws: Sequence[tuple[int, int]], coeffs: Sequence[float] | np.ndarray | float, decays: Sequence[float]
 ) -> np.ndarray:
-    """The terms of a sum, and the factor of what stands before each is added."""
+    """Returns the terms of a sum, and the factor of the value before each is added."""
     table = np.zeros(len(draws), dtype=DRAW)
     table["step"], table["draw"] = [s for s, _ in draws], [d for _, d in draws]
     table["coefficient"], table["decay"] = coeffs, decays

@@ -17,7 +17,7 @@ PIECE = 4096  # elements of a tile that go one at a time
 
 
 def pack_factors(lefts: Sequence[Tensor], rights: Sequence[Tensor], scales: Sequence[float]) -> np.ndarray:
-    """The factors of each tensor of a launch, contiguous float32: left (m, rank) and right (columns, rank)."""
+    """Returns the factors of each tensor, contiguous float32: left (m, rank), right (columns, rank)."""
     table = np.zeros(len(lefts), dtype=FACTORS)
     for i, (left, right, scale) in enumerate(zip(lefts, rights, scales)):
         table[i] = left.data_ptr(), right.data_ptr(), right.shape[1], right.shape[0], scale, 0
@@ -27,19 +27,14 @@ def pack_factors(lefts: Sequence[Tensor], rights: Sequence[Tensor], scales: Sequ
 def pack_tiles(
     entries: np.ndarray, factors: np.ndarray, tile_rows: int = TILE_ROWS, tile_columns: int = TILE_COLUMNS
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tiles and frames of csrc/lowrank.h for packed, numbered entries.
+    """Returns tiles and frames of csrc/lowrank.h for packed, numbered entries.
 
-    The whole rows of an entry that is contiguous in the stream, and an entry that is a slice of the matrix's columns, are cut into
-    tiles of tile_rows x tile_columns if every eighth column lies on 16 bytes; everything else goes one element at a time."""
-    known = factors[entries["tensor"]]
-    n, first = known["columns"], entries["first"].astype(np.int64)
+    The whole rows of an entry that is contiguous in the stream, and an entry that is a slice of the matrix's
+    columns, are cut into tiles of tile_rows x tile_columns if every eighth column lies on 16 bytes;
+    everything else goes one element at a time."""
+    n, first = factors[entries["tensor"]]["columns"], entries["first"].astype(np.int64)
     size, columns = entries["row_count"] * entries["columns"], entries["columns"]
-    width, out_width = np.where(entries["type"] == 0, 4, 2), np.where(entries["out_type"] == 0, 4, 2)
-    dense = (entries["rows"] == 0) & (entries["column_stride"] == 1) & (n % 8 == 0)
-    flat = dense & (
-        (entries["row_count"] == 1) | ((entries["pitch"] == columns.astype(np.uint64)) & (entries["row_stride"] == columns))
-    )
-    cut = dense & ~flat & (entries["pitch"] == n.astype(np.uint64)) & (first % n + columns <= n)
+    flat, cut = _forms(entries, n, first)
     top, left = first // n, first % n
     begin, end = np.where(flat, -(-first // n), top), np.where(flat, (first + size) // n, top + entries["row_count"])
     frames = np.zeros(len(entries), dtype=FRAME)
@@ -50,27 +45,18 @@ def pack_tiles(
     frames["last"] = np.where(flat, n, left + columns)
     start = np.where(flat, 0, left)
     lies = cut & (left % 8 == 0) & (columns % 8 == 0) & (entries["row_stride"] % 8 == 0) | flat
-    for address, bytes_each, shift in (
-        (entries["theta"], width, frames["shift"]),
-        (entries["out"][:, 0], out_width, frames["out_shift"]),
-        (entries["residual"], 2, frames["out_shift"]),
-    ):  # of element (0, 0) of the matrix, modulo 16
-        lies &= (address == 0) | ((address.astype(np.int64) + shift * bytes_each) % 16 == 0)
-    lies &= (end > begin) & (frames["stride"] < 1 << 26) & (end - begin < 1 << 31)
+    lies &= _aligned(entries, frames) & (end > begin) & (frames["stride"] < 1 << 26) & (end - begin < 1 << 31)
     rows, wide = np.where(lies, end - begin, 0), np.where(lies, -(-(frames["last"] - start) // tile_columns), 0)
-    down = -(-rows // tile_rows)
-    # rectangles, then what is before and behind them, then entries that have none
+    # rectangles, then the elements before and behind them, then entries that have none
     head = np.where(lies & flat, begin * n - first, np.where(lies, 0, size))
     tail = np.where(lies & flat, end * n - first, size)
-    which = np.concatenate(
-        [np.repeat(np.arange(len(entries)), count) for count in (down * wide, -(-head // PIECE), -(-(size - tail) // PIECE))]
-    )
-    tiles = np.zeros(len(which), dtype=TILE)
-    tiles["entry"], tiles["column"] = which, -1
+    counts = -(-rows // tile_rows) * wide, -(-head // PIECE), -(-(size - tail) // PIECE)
+    tiles = np.zeros(sum(int(count.sum()) for count in counts), dtype=TILE)
+    tiles["column"] = -1
     done = 0
-    for part, count in enumerate((down * wide, -(-head // PIECE), -(-(size - tail) // PIECE))):
-        own = tiles[done : done + count.sum()]
-        e = own["entry"]
+    for part, count in enumerate(counts):
+        own = tiles[done : done + int(count.sum())]
+        e = own["entry"] = np.repeat(np.arange(len(entries)), count)
         place = np.arange(len(own)) - np.repeat(np.cumsum(count) - count, count)
         if part == 0:  # row by row of tiles: blocks that run together share their rows of `left`
             own["begin"] = begin[e] + place // wide[e] * tile_rows
@@ -81,6 +67,27 @@ def pack_tiles(
             own["end"] = np.minimum(own["begin"] + PIECE, (head if part == 1 else size)[e])
         done += len(own)
     return tiles, frames
+
+
+def _forms(entries: np.ndarray, n: np.ndarray, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Tells whether an entry is contiguous in the stream, and whether it is a slice of columns."""
+    columns, pitch = entries["columns"], entries["pitch"].astype(np.int64)
+    dense = (entries["rows"] == 0) & (entries["column_stride"] == 1) & (n % 8 == 0)
+    flat = dense & ((entries["row_count"] == 1) | ((pitch == columns) & (entries["row_stride"] == columns)))
+    return flat, dense & ~flat & (pitch == n) & (first % n + columns <= n)
+
+
+def _aligned(entries: np.ndarray, frames: np.ndarray) -> np.ndarray:
+    """Tells whether element (0, 0) of an entry's matrix lies on 16 bytes in all of its memories."""
+    width, out_width = np.where(entries["type"] == 0, 4, 2), np.where(entries["out_type"] == 0, 4, 2)
+    lies = np.ones(len(entries), dtype=bool)
+    for address, bytes_each, shift in (
+        (entries["theta"], width, frames["shift"]),
+        (entries["out"][:, 0], out_width, frames["out_shift"]),
+        (entries["residual"], 2, frames["out_shift"]),
+    ):
+        lies &= (address == 0) | ((address.astype(np.int64) + shift * bytes_each) % 16 == 0)
+    return lies
 
 
 __all__ = ["FACTORS", "FRAME", "PIECE", "TILE", "pack_factors", "pack_tiles"]

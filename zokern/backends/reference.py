@@ -1,4 +1,4 @@
-"""Backend ``reference``: the definition, in plain PyTorch operations, on any device. It reads like the formula and is slow."""
+"""Backend ``reference``: the definition in plain PyTorch, on any device. It is slow."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VALID = Validator("reference", None)
 
 
 def numbers(theta: Tensor, span: Span) -> Tensor:
-    """The stream's element numbers of a tensor, int64, row-major and flat."""
+    """Returns the stream's element numbers of a tensor, int64, row-major and flat."""
     if span.rows is None and span.pitch is None:
         return torch.arange(span.first, span.first + theta.numel(), dtype=torch.int64, device=theta.device)
     columns = theta.shape[-1]
@@ -27,21 +27,21 @@ def numbers(theta: Tensor, span: Span) -> Tensor:
 
 
 def z(direction, index: Tensor, who: int, step: int, draw: int, seed: int) -> Tensor:
-    """float32 values of the elements with these numbers."""
+    """Returns float32 values of the elements with these numbers."""
     blocks, where = torch.unique(index // direction.per_block, return_inverse=True)
     values = direction.values(stream.words(blocks, who, step, draw, seed))
     return values[where, index % direction.per_block]
 
 
 def random16(index: Tensor, who: int, step: int, seed: int) -> Tensor:
-    """The 16 bits that stochastic rounding spends on each element."""
+    """Returns the 16 bits that stochastic rounding spends on each element."""
     blocks, where = torch.unique(index // 8, return_inverse=True)
     word = stream.words(blocks, who, step, stream.draw_word(0, stream.ROUNDING), seed)[where, index % 8 // 2]
     return word >> index % 2 * 16 & 0xFFFF
 
 
 def stochastic(value: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
-    """(|x| + r) cut towards zero, r uniform over the bits that go (csrc/zo/rounding.h)."""
+    """Returns (|x| + r) cut towards zero, r uniform over the bits that go (csrc/zo/rounding.h)."""
     x = to_bits(value)
     special = x & 0x7FFFFFFF >= 0x7F800000
     if dtype == torch.bfloat16:
@@ -58,13 +58,13 @@ def stochastic(value: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
 
 
 def join(high: Tensor, low: Tensor) -> Tensor:
-    """bfloat16 and its 16 low bits to the float32 that they are."""
+    """Joins bfloat16 and its 16 low bits to the float32 that they make."""
     bits = (high.view(torch.int16).to(torch.int64) << 16) + low.to(torch.int64)
     return to_float(bits & 0xFFFFFFFF)
 
 
 def split(value: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 to the nearest bfloat16, ties away from zero, and the signed low bits that join() needs."""
+    """Splits float32 into the nearest bfloat16, ties away from zero, and its signed low bits."""
     x = to_bits(value)
     special = x & 0x7FFFFFFF >= 0x7F800000
     high = (x + 0x8000) >> 16 & 0xFFFF
@@ -75,7 +75,7 @@ def split(value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def contract(left: Tensor, right: Tensor, index: Tensor) -> Tensor:
-    """(left right^T) at these element numbers: fma over k in order, from zero."""
+    """Returns (left right^T) at these element numbers: fma over k in order, from zero."""
     row, column = index // right.shape[0], index % right.shape[0]
     total = torch.zeros(index.numel(), dtype=torch.float32, device=index.device)
     for k in range(right.shape[1]):
@@ -84,14 +84,16 @@ def contract(left: Tensor, right: Tensor, index: Tensor) -> Tensor:
 
 
 def momentum(scalars: Sequence[Tensor], g: Tensor, m: Tensor) -> Tensor:
-    """What theta moves along; m is written."""
+    """Returns the move of theta; writes m."""
     beta, alpha = scalars
     m.copy_(fma(alpha, g, beta * m))
     return m
 
 
 def adam(scalars: Sequence[Tensor], g: Tensor, m: Tensor, v: Tensor) -> Tensor:
-    """The same; m and v are written. Through float64, single square roots and quotients are correctly rounded everywhere."""
+    """Returns the move of theta; writes m and v.
+
+    Square roots and quotients are rounded correctly everywhere, because they go through float64."""
     beta1, alpha1, beta2, alpha2, inside, correction, eps = scalars
     m.copy_(fma(alpha1, g, beta1 * m))
     v.copy_(fma(alpha2, g * g, beta2 * v))

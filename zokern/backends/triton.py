@@ -1,8 +1,9 @@
-"""Backend ``triton``: zokern.triton_kernels on CUDA tensors, or interpreted on CPU tensors under TRITON_INTERPRET=1.
+"""Backend ``triton``: zokern.triton_kernels on CUDA tensors, or interpreted under TRITON_INTERPRET=1.
 
-The table of a list is packed and uploaded once and found on the device afterwards (`device_tables`); kernels run on the current stream,
-and nothing waits for the device, so a repeated call can be captured in a CUDA graph. Addresses in the table are raw, so a tensor
-on the wrong device is refused here: Triton itself could not notice.
+The table of a list is packed and uploaded once and found on the device afterwards (`device_tables`); kernels
+run on the current stream, and nothing waits for the device, so a repeated call can be captured in a CUDA
+graph. Addresses in the table are raw, so a tensor on the wrong device is refused here: Triton itself could
+not notice.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ CAPABILITY = (8, 0)
 
 
 def interpreted() -> bool:
-    """Whether the kernels were defined under TRITON_INTERPRET=1; setting it later changes nothing."""
+    """Tells whether the kernels were defined under TRITON_INTERPRET=1; setting it later changes nothing."""
     return not isinstance(elementwise.axpy, triton.JITFunction)
 
 
@@ -64,13 +65,15 @@ def why_off() -> str | None:
 
 
 def _signed(word: int) -> int:
-    """A 32-bit word as the int32 with its bits: Triton would choose another argument type for large values and compile again."""
+    """Returns a 32-bit word as the int32 with its bits.
+
+    Triton would choose another argument type for large values, and compile again."""
     return (word & 0xFFFFFFFF) - ((word & 0x80000000) << 1)
 
 
 @lru_cache(maxsize=64)
 def _keys(k0: int, k1: int, rounds: int = ROUNDS) -> tuple[int, ...]:
-    """The keys of every round, k0 and k1 in turns (Salmon et al. 2011)."""
+    """Returns the keys of every round, k0 and k1 in turns (Salmon et al. 2011)."""
     return tuple(_signed(k + r * w) for r in range(rounds) for k, w in ((k0, 0x9E3779B9), (k1, 0xBB67AE85)))
 
 
@@ -79,20 +82,22 @@ def _keys_of(seed: int) -> tuple[int, ...]:
 
 
 def _groups(entries: np.ndarray) -> np.ndarray:
-    """1 where an entry can take the group path: contiguous, whole Philox blocks, 16-byte addresses."""
+    """Returns 1 for entries of the unit path: contiguous, whole Philox blocks, 16-byte addresses."""
     addresses = entries["theta"] | entries["out"][:, 0] | entries["out"][:, 1] | entries["residual"]
     flat = (entries["rows"] == 0) & (entries["row_count"] == 1) & (entries["column_stride"] == 1)
     return flat & (entries["first"] % 8 == 0) & (addresses % 16 == 0)
 
 
 def _divisor(d: int) -> tuple[int, int]:
-    """(m, s) with p // d = p m >> 41 + s for p < 2^40: s = ceil(log2 d), m = ceil(2^(41 + s) / d) (Granlund and Montgomery 1994)."""
+    """Returns (m, s) with p // d = p m >> 41 + s for p < 2^40 (Granlund and Montgomery 1994).
+
+    s = ceil(log2 d), m = ceil(2^(41 + s) / d)"""
     s = (d - 1).bit_length()
     return -(-(1 << 41 + s) // d), s
 
 
 def _rows(entries: np.ndarray) -> np.ndarray:
-    """int64[E, 16]: the entries, then what elementwise.py wants to know beside them."""
+    """Returns int64[E, 16]: the entries, then the columns that elementwise.py reads beside them."""
     columns = entries["columns"].tolist()
     factors, shifts = zip(*map(_divisor, columns)) if columns else ((), ())
     words = entries.view(np.int64).reshape(-1, pack.ENTRY.itemsize // 8)
@@ -100,7 +105,7 @@ def _rows(entries: np.ndarray) -> np.ndarray:
 
 
 class _Facts(NamedTuple):
-    """What the host wants to know of a table."""
+    """Facts of a table that the host uses."""
 
     entries: int  # bytes
     chunks: int
@@ -213,14 +218,16 @@ class Triton:
         return nonfinite
 
     def _joined_table(self, device: torch.device, batch: Batch, outs=()) -> device_tables.Kept | None:
-        """Returns the table of a batch that is written, with low bits where the rounding reads them; None: no elements."""
+        """Returns the table of a batch that is written, or None for no elements.
+
+        It has the low bits if the rounding reads them."""
         if not batch.tensors:
             return None
         kept = self._table(device, batch if batch.rounding == "residual" else batch._replace(residuals=None), outs)
         return None if kept.buffer is None else kept
 
     def _names(self, device: torch.device, draws: Sequence[tuple[int, int]], decays: Sequence[float] = ()) -> Tensor | None:
-        """Names, and after them decays. A single sum lists all terms but the last, which the kernel gets as arguments."""
+        """Returns draws, then decays. Of a single sum the kernel gets the last draw as an argument."""
         if not draws:
             return None
         words = np.array([step | draw << 32 for step, draw in draws], dtype=np.uint64)
@@ -273,7 +280,9 @@ class Triton:
 
 
 def _product_tables(entries: np.ndarray, factors: Outer) -> tuple[dict[str, Any], np.ndarray, list[np.ndarray]]:
-    """Returns the constants of lowrank.product, the tiles, and what the kernels read: rows, frames, factors and both tiles."""
+    """Returns the constants of lowrank.product, the tiles, and the five tables of the kernels.
+
+    The tables are rows, frames, factors, and tiles of products and of elements."""
     products, ranks = pack_lowrank.pack_factors(*factors[:3]), {right.shape[1] for right in factors.rights}
     rank = next(padded for padded in (16, 32, 64, 128) if max(ranks) <= padded)
     bm, bn = TILES[rank][bool((entries["type"] == 0).any())]

@@ -1,8 +1,9 @@
-"""Validation of a launch: every backend checks dtypes, devices and sizes once more before it takes a pointer.
+"""Validation of a launch: dtypes, devices and sizes are checked before a kernel takes a pointer.
 
-Kernels read an address as the type and size that the contract names (base.py). A tensor of another dtype, device or size would be
-read wrongly, or beyond its end. The public verbs check their arguments with better words. A step, a rule and an operation of
-torch.ops.zokern come straight here. A right call costs a comparison of columns; a wrong one is searched tensor by tensor.
+Kernels read an address as the type and size that the contract names (base.py). A tensor of another dtype,
+device or size would be read wrongly, or beyond its end. The public verbs check their arguments with better
+words. A step, a rule and an operation of torch.ops.zokern come straight here. A right call costs a
+comparison of columns; a wrong one is searched tensor by tensor.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def _named(dtypes: Iterable[torch.dtype]) -> str:
 
 
 def described(tensor: Tensor) -> str:
-    """Returns what an error says of a tensor: dtype, shape, device, and strides where it is not contiguous."""
+    """Returns dtype, shape and device of a tensor for an error, and strides if it is not contiguous."""
     if tensor.layout != torch.strided:
         return f"{tensor.dtype}{list(tensor.shape)} with layout {tensor.layout} on {tensor.device}"
     how = "" if tensor.is_contiguous() else f" with strides {tensor.stride()}"
@@ -127,7 +128,9 @@ class Validator:
             self._refuse(verb, what, tensor, f"float32[{count}]")
 
     def _batch(self, verb: str, batch: Batch) -> tuple[list[int], Sequence[Tensor]]:
-        """Checks what every verb is given. Returns the elements of each tensor, and the low bits that a kernel would read."""
+        """Checks the tuple that every verb has.
+
+        Returns the elements of each tensor, and the low bits that a kernel would read."""
         thetas, spans, rounding, residuals = batch
         self._count(verb, "spans", spans, thetas)
         if rounding not in ROUNDINGS:
@@ -157,7 +160,9 @@ class Validator:
         return [size if s.rows is None else s.rows.numel() * t.shape[1] for s, t, size in pairs]
 
     def _is_sound(self, thetas: Sequence[Tensor], spans: Sequence[Span], results: Sequence[Sequence[Tensor]]) -> bool:
-        """Tells whether a call has whole tensors on the CPU and results of the same dtypes only: the common call, in less time."""
+        """Tells whether a call has whole CPU tensors, and results of the same dtypes, only.
+
+        This is the common call, and the question takes less time than the checks."""
         if self.device_type != "cpu" or len(spans) != len(thetas):
             return False
         if not all([t.is_cpu and t.dtype in FLOATS for t in thetas]):
@@ -263,7 +268,7 @@ class Validator:
         return self.device("lowrank_", tensors=thetas, left=lefts, right=rights, **beside)
 
     def linear(self, weight: Weight, sides: Sides, noise: Noise | None) -> None:
-        """Checks dtypes, devices and numbers of operands; the product checks the shapes, which it derives."""
+        """Checks dtypes, devices and numbers of operands. The product checks the shapes."""
         xs, biases, scales, thins = sides
         draws = () if noise is None else noise.draws
         if not xs or len(biases) != len(xs) or (noise is not None and not len(xs) == len(scales) == len(draws)):
@@ -309,7 +314,7 @@ def given(tensor: Tensor | None) -> list[Tensor]:
 
 
 def reach(span: Span, theta: Tensor, size: int) -> int:
-    """Returns the number behind the last element that a tensor stands for; looked-up rows are the caller's to check."""
+    """Returns the number behind the last element of a tensor, 0 for looked-up rows."""
     if span.rows is not None:
         return 0
     if span.pitch is None:

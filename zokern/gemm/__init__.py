@@ -2,8 +2,10 @@
 
 linear   y_j = x_j (W + a_j z_j)^T + b_j, j = 1 .. sides
          fused    one kernel of the CPU makes z beside the product, for the rows of all sides
-         tiled    dense z: a tile of W + a z at a time, both signs of a z from one read of W and one evaluation of the generator
-         lowrank  factored z: x (shrink W + left right^T)^T, one product for the rows of all sides and two thin ones beside it
+         tiled    dense z: a tile of W + a z at a time, both signs of a z from one read of W and one
+                  evaluation of the generator
+         lowrank  factored z: x (shrink W + left right^T)^T, one product for the rows of all sides and two
+                  thin ones beside it
 sketch   Y = (sum_k c_k z_k) Omega, or its transpose's, a tile of rows at a time: no m x n buffer
 library  x W^T by the fastest product that torch ships; all but the fused products end there
 """

@@ -15,7 +15,9 @@ from .rows import counts_of, flatten
 
 
 def fuses(backend: Backend, xs: Sequence[Tensor], weight: Tensor, transposed: bool = False, room: int | None = None) -> bool:
-    """Tells whether the CPU's kernel computes these products, z and all, instead of torch. room: bytes of scratch memory."""
+    """Tells whether the CPU's kernel computes these products instead of torch.
+
+    room  bytes of scratch memory"""
     dtype, width = weight.dtype, weight.shape[0 if transposed else 1]
     if not (hasattr(backend, "linear") and library.yields(dtype) and weight.is_contiguous() and weight.numel()):
         return False
@@ -28,9 +30,10 @@ def fuses(backend: Backend, xs: Sequence[Tensor], weight: Tensor, transposed: bo
 
 
 def fused_linear(backend: Backend, weight: Weight, sides: Sides, noise: Noise | None = None, room: int | None = None) -> Tensor:
-    """Returns the results of Multiplies.linear() for all sides, one below the other. Call only if fuses() returned True.
+    """Returns Multiplies.linear() of all sides, one below the other. Call only if fuses() returned True.
 
-    z is made beside the product: no tile of W + z exists, and the sums do not depend on how sides and threads are joined."""
+    z is made beside the product: no tile of W + z exists, and the sums do not depend on how sides and
+    threads are joined."""
     flat, counts = list(map(flatten, sides.xs)), counts_of(sides.xs)
     y = weight.tensor.new_empty(sum(counts), weight.tensor.shape[1 if weight.transposed else 0])
     own(backend).linear(weight, Sides(flat, *sides[1:]), noise, room, torch.split_with_sizes(y, counts))

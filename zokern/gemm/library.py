@@ -1,13 +1,14 @@
 """x W^T on the CPU by the fastest of the products that torch ships; elsewhere torch's own choice.
 
-torch hands float32 products to MKL, which keeps its fast kernels for Intel's processors, and 16-bit ones to oneDNN where the processor
-has instructions for them, else to a plain loop. So, on x86:
+torch gives float32 products to MKL, which keeps its fast kernels for Intel's processors. It gives 16-bit
+products to oneDNN if the processor has instructions for them, else to a plain loop. So, on x86:
 
-    float32, another maker's processor, at most FEW rows    oneDNN's float32 product
-    bfloat16, float16 without instructions for them          float32 products of blocks of W in a buffer that the caches hold, rounded once
+    float32, another maker's processor, at most FEW rows   oneDNN's float32 product
+    bfloat16, float16 without instructions for them        float32 products of blocks of W in a buffer that
+                                                           the caches hold, rounded once
 
-The choice depends on the processor and on the shapes alone: the same bits on every run of a machine. benchmarks/bench_matmul.py prints
-what it is worth.
+The choice depends on the processor and on the shapes alone: the same bits on every run of a machine.
+benchmarks/bench_matmul.py prints what it is worth.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ WIDE_BLOCK = 1 << 25  # elements of one on another device, where a launch costs 
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x weight^T + bias, as torch.nn.functional.linear: x (..., k), weight (m, k) with any strides; float32 sums, one rounding."""
+    """Returns x weight^T + bias, as torch.nn.functional.linear: float32 sums, one rounding.
+
+    x (..., k), weight (m, k) with any strides"""
     if not chooses(x, weight):
         return F.linear(x, weight, bias)
     if x.dtype == torch.float32:
@@ -35,7 +38,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def chooses(x: Tensor, weight: Tensor) -> bool:
-    """Whether linear() takes another product than torch would."""
+    """Tells whether linear() takes another product than torch would."""
     if (
         x.dtype != weight.dtype
         or x.device.type != "cpu"
@@ -56,9 +59,10 @@ def chooses(x: Tensor, weight: Tensor) -> bool:
 
 
 def yields(dtype: torch.dtype) -> bool:
-    """Whether csrc/linear.cpp's product is faster here than torch's, so that products with a z in them are its own from end to end.
+    """Tells whether csrc/linear.cpp's product is faster here than torch's: then it computes products with z.
 
-    Measured on AMD processors, with AVX2 and with AVX-512 (benchmarks/bench_matmul.py); Intel's are left to torch, unmeasured."""
+    Measured on AMD processors, with AVX2 and with AVX-512 (benchmarks/bench_matmul.py); Intel's are left to
+    torch, unmeasured."""
     from ..backends import cpu
 
     if cpu.why_off() is not None or cpu.isa() == "scalar" or not has_onednn():
@@ -67,7 +71,7 @@ def yields(dtype: torch.dtype) -> bool:
 
 
 def _widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A block of W's rows at a time, in float32."""
+    """Returns x weight^T by float32 products of blocks of W's rows."""
     flat = x.reshape(-1, x.shape[-1]).float()
     rows, width = weight.shape
     out = x.new_empty((flat.shape[0], rows))
@@ -82,8 +86,9 @@ def _widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def wide(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """x weight^T in float32 of operands rounded to a 16-bit dtype, x (rows, k): no rounding of the sums. Widened, the operands are exact, in
-    TF32 too."""
+    """Returns x weight^T in float32 of operands that are rounded to a 16-bit dtype, x (rows, k).
+
+    The sums are not rounded. Widened operands are exact, in TF32 too."""
     rows, width = weight.shape
     flat, step = x.to(dtype).float(), max(1, min(rows, (BLOCK if weight.is_cpu else WIDE_BLOCK) // max(1, width)))
     out = torch.empty((x.shape[0], rows), dtype=torch.float32, device=x.device)
@@ -95,13 +100,13 @@ def wide(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 @cache
 def has_onednn() -> bool:
-    """Whether oneDNN's float32 product is there and MKL, which torch would take, is on its slow path."""
+    """Tells whether oneDNN's float32 product is there, and MKL, torch's choice, is on its slow path."""
     return torch.backends.mkl.is_available() and _has("_linear_pointwise") and maker() not in ("", "GenuineIntel")
 
 
 @cache
 def has_half(dtype: torch.dtype) -> bool:
-    """Whether torch's product of this 16-bit type is one of the processor's own; unknown counts as yes."""
+    """Tells whether the processor has instructions for torch's product of this type; unknown is yes."""
     question = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
     return not _has(question) or bool(getattr(torch.ops.mkldnn, question)())
 
@@ -111,7 +116,7 @@ def _has(name: str) -> bool:
 
 
 def maker() -> str:
-    """The processor's maker as it names itself; empty where the system does not tell."""
+    """Returns the processor's maker as it names itself; empty if the system does not tell."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

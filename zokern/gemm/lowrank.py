@@ -25,13 +25,16 @@ _ORIGIN, _ONE = [Span(0)], [1.0]  # of a sum that has no place in the stream
 def factored_linear(
     backend: Backend, weight: Weight, sides: Sides, room: int | None = None, fused: bool | None = None
 ) -> Tensor:
-    """Returns y_j = x_j (shrink W)^T + b_j + the thin products of side j, one below the other; transposed: x_j (shrink W).
+    """Returns y_j = x_j (shrink W)^T + b_j + the thin products of side j, one below the other.
+
+    transposed: x_j (shrink W)
 
     room   bytes of scratch memory
     fused  what fuses() says, if it is known
 
-    One product serves the rows of all sides while they are few. The thin products are summed in float32 whatever x and W are,
-    and their sum with x W^T is rounded to y's dtype once more: 16 bits would lose the perturbation, and shrink. W is only read."""
+    One product serves the rows of all sides while they are few. The thin products are summed in float32
+    whatever x and W are, and their sum with x W^T is rounded to y's dtype once more: 16 bits would lose the
+    perturbation, and shrink. W is only read."""
     tensor, _, transposed, shrink = weight
     flat = list(map(flatten, sides.xs))
     if fuses(backend, flat, tensor, transposed, room) if fused is None else fused:
@@ -87,9 +90,10 @@ def _together(backend: Backend, sides: Sides, counts: list[int], matrix: Tensor,
 
 
 def _shrunk(sides: Sides, counts: list[int], matrix: Tensor, shrink: float, dtype: torch.dtype) -> Tensor:
-    """Returns factored_linear() of 16-bit operands with a pending decay, summed in float32 and rounded to 16 bits once.
+    """Returns factored_linear() of 16-bit operands with a pending decay: float32 sums, rounded once.
 
-    A decay is far smaller than a rounding to 16 bits: multiplied into x, or into a rounded product, it would be lost."""
+    A decay is far smaller than a rounding to 16 bits: multiplied into x, or into a rounded product, it would
+    be lost."""
     xs, begin = sides.xs, [0, *accumulate(counts)]
     x = joined(xs) if len(xs) > 1 else xs[0]
     y = library.wide(x.to(dtype), matrix, dtype).mul_(shrink)
@@ -104,9 +108,10 @@ def _shrunk(sides: Sides, counts: list[int], matrix: Tensor, shrink: float, dtyp
 
 
 def is_long(xs: Sequence[Tensor], weight: Tensor) -> bool:
-    """Tells whether every side has so many rows that W + z, a tile at a time, costs less than thin products beside x W^T.
+    """Tells whether a tile of W + z at a time costs less than thin products beside x W^T, for every side.
 
-    2 m n r flops against 2 rows (m + n) r; a tile's are taken to be half as fast. Only in float32: 16 bits would lose z."""
+    2 m n r flops against 2 rows (m + n) r; a tile's are taken to be half as fast. Only in float32: 16 bits
+    would lose z."""
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return False
     m, n = weight.shape
@@ -122,7 +127,7 @@ class _Strip(NamedTuple):
 
 
 def _strip_rows(x: Tensor, first: Tensor, middles: Tensor, counts: Sequence[int]) -> Tensor:
-    """Returns (x first^T) middle; the rows of the sides follow one another, and each side has its own middle."""
+    """Returns (x first^T) middle. The rows of the sides follow one another; each side has its own middle."""
     x = x if x.dtype == torch.float32 else x.float()
     rank = first.shape[0]
     narrow = torch.mm(first, x.t()).t() if rank < NARROW else library.linear(x, first)
@@ -139,7 +144,7 @@ def _with_bias(strip: _Strip, counts: Sequence[int], biases: Sequence[Tensor | N
 
 
 def _sum(backend: Backend, x: Tensor, matrix: Tensor, bias: Tensor | None, strips: Sequence[_Strip]) -> Tensor:
-    """Returns x matrix^T + bias + the thin products, a block of columns at a time where y is larger than the caches.
+    """Returns x matrix^T + bias + the thin products, by blocks of columns if y is larger than the caches.
 
     The thin products would otherwise read and write all of y once more."""
     rows, columns = x.shape[0], matrix.shape[0]

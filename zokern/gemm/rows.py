@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def counts_of(xs: Sequence[Tensor]) -> list[int]:
-    """Rows of each side."""
+    """Returns the rows of each side."""
     return [rows_of(x) for x in xs]
 
 
@@ -19,12 +19,12 @@ def rows_of(x: Tensor) -> int:
 
 
 def flatten(x: Tensor) -> Tensor:
-    """x as a matrix; -1 rows would not do for a width of 0."""
+    """Returns x as a matrix. view(-1, width) fails for a width of 0."""
     return x if x.dim() == 2 else x.reshape(rows_of(x), x.shape[-1])
 
 
 def joined(pieces: Sequence[Tensor]) -> Tensor:
-    """Rows of all pieces one below the other: a copy only where they do not lie so already."""
+    """Returns the rows of all pieces one below the other; a copy only if they do not lie so already."""
     first = pieces[0]
     base = first._base
     if base is not None and base.is_contiguous() and all(piece._base is base and piece.is_contiguous() for piece in pieces):

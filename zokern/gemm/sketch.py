@@ -15,7 +15,9 @@ def sketch_of(
     backend: Backend, noise: Noise, coeffs: Sequence[float], span: Span, shape: tuple[int, int], omega: Tensor,
     transposed: bool = False, tile: int = 1 << 20,
 ) -> Tensor:  # fmt: skip
-    """Returns G Omega, or G^T Omega, of G = sum_k coeffs[k] z_k, m x n, float32, with about `tile` elements of G at a time."""
+    """Returns G Omega, or G^T Omega, of G = sum_k coeffs[k] z_k, m x n, in float32.
+
+    About `tile` elements of G exist at a time."""
     rows, columns = shape
     device = omega.device
     if omega.dtype != torch.float32:

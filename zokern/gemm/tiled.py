@@ -21,7 +21,8 @@ def tiled_linear(
 ) -> Tensor:
     """Returns y_j = x_j W_j^T + b_j for perturbed W_j, one below the other; transposed: y_j = b_j + x_j W_j.
 
-    tiles  (start, stop, {side: rows start .. stop of its W_j}), columns if transposed; a side that is missing reads W itself"""
+    tiles  (start, stop, {side: rows start .. stop of its W_j}), columns if transposed; a side that is
+           missing reads W itself"""
     dimension = 1 if transposed else 0
     total = weight.shape[dimension]
     cast = torch.is_autocast_enabled(weight.device.type)

@@ -1,6 +1,7 @@
-"""The public verbs: each checks its arguments and calls a backend, and is registered with torch.library as zokern::<verb>.
+"""The public verbs. Each checks its arguments, calls a backend, and is an operation of torch.library.
 
-A step calls the backends itself, with lists that it has checked; these functions are the same verbs for tools, tests and other loops.
+A step calls the backends itself, with lists that it has checked; these functions are the same verbs for
+tools, tests and other loops.
 """
 
 from .elementwise import axpy_, draw, perturb

@@ -1,4 +1,4 @@
-"""Whether tensors share memory: addresses are compared here, and handed on nowhere."""
+"""Questions of shared memory. Addresses are compared here, and given to no other file."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _reach(tensor: Tensor) -> int:
 
 
 def _interleaved(a: Tensor, b: Tensor) -> bool:
-    """Tells whether two tensors with crossing extents share no element, as columns of one matrix do: decided exactly."""
+    """Tells exactly whether two tensors with crossing extents share no element (columns of one matrix)."""
     if (a.is_contiguous() and b.is_contiguous()) or a.element_size() != b.element_size() or a.numel() + b.numel() > 1 << 24:
         return False
 

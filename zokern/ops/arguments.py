@@ -1,4 +1,4 @@
-"""Checks of a verb's plain arguments: numbers, pairs and lists. An error names the argument and its value."""
+"""Checks of a verb's plain arguments: numbers, pairs, lists. An error names argument and value."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def tensor(verb: str, what: str, value: Any, way_out: str = "") -> Tensor:
 
 
 def is_text(value: Any) -> bool:
-    """Tells whether a value is a sequence that is no list of numbers, though Python counts its members: bytes, a mapping, a set."""
+    """Tells whether a value is a sequence that is no list of numbers: bytes, a mapping, a set."""
     return isinstance(value, (str, bytes, bytearray, memoryview, Mapping, Set))
 
 

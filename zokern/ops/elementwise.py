@@ -19,31 +19,24 @@ from .registered import count_of_nonfinite, lists_of, operation, register, trace
 
 
 def draw(
-    direction,
-    shape: int | Sequence[int],
-    *,
-    seed: int,
-    who: str | int,
-    step: int,
-    draw: int = 0,
-    first: int = 0,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    clock: Tensor | None = None,
-    out: Tensor | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    """z(seed, who, step, draw), elements [first, first + n), as a tensor.
+    direction, shape: int | Sequence[int], *, seed: int, who: str | int, step: int, draw: int = 0, first: int = 0,
+    dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", clock: Tensor | None = None,
+    out: Tensor | None = None, backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    """Returns z(seed, who, step, draw), elements [first, first + n), as a tensor.
 
     direction  a name ('normal', 'rademacher') or a Direction
     shape      of the result; n elements in row-major order
-    seed, who, step, draw  the stream's names (zokern/stream.py): run seed, parameter name, step number, draw word
+    seed, who, step, draw  names in the stream (zokern/stream.py): run seed, parameter name, step number,
+                           draw word
     first      number of the result's first element in the unsharded parameter
-    dtype      float32 (exactly the z that every verb uses), or bfloat16 / float16 (that z, rounded to nearest)
+    dtype      float32 (exactly the z that every verb uses), or bfloat16 or float16 (that z, rounded to
+               nearest)
     clock      int64[1] on the device, or None: added to step when the kernel runs (see axpy_)
     out        contiguous, of that shape and dtype on that device: written and returned. None: a new tensor
     Equal bit for bit on every backend.
-    Raises ValueError for names out of range, other dtypes, first + n > 2**35, another `out`; RuntimeError for a backend that is off."""
+    Raises ValueError for names out of range, other dtypes, first + n > 2**35 or another `out`; RuntimeError
+    for a backend that is off."""
     device = torch.device(device)
     if dtype not in FLOATS:
         raise ValueError(f"draw: dtype is {dtype!r}; expected torch.float32, torch.bfloat16 or torch.float16")
@@ -53,7 +46,8 @@ def draw(
         check_out("draw", "out", out, torch.Size((shape,) if isinstance(shape, int) else shape), dtype, device)
     spans = spans_of("draw", [out], who, first)
     check_tensor("draw", "the result", out, first)
-    noise, chosen = noise_of("draw", direction, seed, [(step, draw)], clock, device), backends.resolve(backend, device)
+    noise = noise_of("draw", direction, seed, [(step, draw)], clock, device)
+    chosen = backends.resolve(backend, device)
     with torch.no_grad():
         if traced(backend, noise.direction):
             names: dict[str, Any] = {"who": spans[0].who, "first": spans[0].first, "step": step, "draw": draw}
@@ -78,63 +72,58 @@ register(
 
 
 def axpy_(
-    tensors: Tensor | Sequence[Tensor],
-    direction,
-    *,
-    seed: int,
-    who: str | int | Sequence[str | int],
-    draws: Sequence[tuple[int, int]],
-    coeffs: Sequence[float] | Tensor,
-    decay: float | Sequence[float] = 1.0,
-    first: int | Sequence[int] = 0,
-    rounding: str = "nearest",
-    residuals: Sequence[Tensor] | Tensor | None = None,
-    each: bool | int = False,
-    clock: Tensor | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    """theta <- decay * theta + sum_k coeffs[k] * z(seed, who, *draws[k]), in place, one launch for the whole list.
+    tensors: Tensor | Sequence[Tensor], direction, *, seed: int, who: str | int | Sequence[str | int],
+    draws: Sequence[tuple[int, int]], coeffs: Sequence[float] | Tensor, decay: float | Sequence[float] = 1.0,
+    first: int | Sequence[int] = 0, rounding: str = "nearest", residuals: Sequence[Tensor] | Tensor | None = None,
+    each: bool | int = False, clock: Tensor | None = None, backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    """Computes theta <- decay * theta + sum_k coeffs[k] * z(seed, who, *draws[k]) in place, in one launch.
 
-    tensors   one tensor or a list on one device: float32, bfloat16 or float16, any shape, strides and alignment
+    tensors   one tensor or a list on one device: float32, bfloat16 or float16, any shape, strides and
+              alignment
     who       the parameter's name, or a list with one name per tensor
-    draws     K pairs (step, draw) naming the directions
+    draws     K pairs (step, draw) that name the directions
     coeffs    K floats, or float32[K] on the tensors' device, in units of theta
-    decay     factor of the old weights, rounded to float32; with `each`, one for all sums or a sequence of one for each
+    decay     factor of the old weights, rounded to float32; with `each`, one for all sums or one for each
     first     number of each tensor's first element in its unsharded parameter: one int, or one per tensor
-    rounding  'nearest'; 'stochastic' (16 random bits from the stream: who, step of the last draw, purpose rounding);
-              'residual' (bfloat16 only; residuals hold the 16 low bits of an exact float32 master)
+    rounding  'nearest'; 'stochastic' (16 random bits of the stream: who, step of the last draw, purpose
+              rounding); 'residual' (bfloat16 only; residuals hold the 16 low bits of an exact float32
+              master)
     residuals int16 tensors, contiguous, shaped like the tensors, read and written; required by 'residual'
-    each      False: one sum of K terms. q, a divisor of K (True: 1): K / q sums of q terms, one after the other, each with its decay
-              and its rounding, in one pass over theta: the bits of K / q calls. A run of steps with q queries is replayed by its
-              triples (draws, coefficients, decays) so; K may be thousands
-    clock     int64[1] on the tensors' device, or None: its value when the kernel runs is added (mod 2^32) to every step number.
-              With a clock and coefficients in device memory, a call that was made once before can be captured in a CUDA graph,
-              and each replay after clock.add_(1) finds another z.
-    Arithmetic: t = round(decay * theta); t = fma(coeffs[k], z_k, t) in order, float32; one rounding to the dtype.
+    each      False: one sum of K terms. q, a divisor of K (True: 1): K / q sums of q terms in one pass over
+              theta, one after the other, each with its decay and its rounding: the bits of K / q calls. This
+              replays a run of steps with q queries from its (draws, coefficients, decays); K may be
+              thousands
+    clock     int64[1] on the tensors' device, or None. Its value when the kernel runs is added (mod 2^32) to
+              every step. With a clock and coefficients in device memory, a call that was made once before
+              can be captured in a CUDA graph, and each replay after clock.add_(1) finds another z
+    Arithmetic: t = round(decay * theta); t = fma(coeffs[k], z_k, t) in order, float32; one rounding at the end.
     Reads and writes theta once; z is regenerated. Equal bit for bit on every backend.
     Returns int64[1]: how many results are inf or NaN.
-    Raises ValueError, before anything is written, for other dtypes, overlapping elements, mixed devices, K = 0, an `each` that does
-    not divide K, coefficients or decays that are not finite, first + n > 2**35, residuals that are missing or misshapen.
+    Raises ValueError, before anything is written, for other dtypes, overlapping elements, mixed devices,
+    K = 0, an `each` that does not divide K, coefficients or decays that are not finite, first + n > 2**35,
+    and residuals that are missing or misshapen.
     Malladi et al. 2023, Algorithm 1 (perturb, restore and update are this call)."""
     batch = batch_of("axpy_", tensors, who, first, rounding, residuals)
     device = batch.tensors[0].device
     noise = noise_of("axpy_", direction, seed, draws, clock, device)
-    terms = Terms(coefficients_of("axpy_", coeffs, len(noise.draws), device), *_check_each(each, decay, len(noise.draws)))
+    count = len(noise.draws)
+    terms = Terms(coefficients_of("axpy_", coeffs, count, device), *_check_each(each, decay, count))
     chosen = backends.resolve(backend, device)
-    with torch.no_grad():  # weights are leaves that require a gradient, and this is not an operation to differentiate
+    with torch.no_grad():  # weights are leaves that require a gradient
         if traced(backend, noise.direction):
             sums = {"coeffs": terms.coefficients, "decay": terms.decay, "each": terms.each, "clock": clock}
             return operation("axpy_", chosen, noise, batch, rounding=rounding, **lists_of(noise), **sums)
-        count = chosen.axpy_(batch, noise, terms)
+        nonfinite = chosen.axpy_(batch, noise, terms)
         wrote(batch)
-        return count
+        return nonfinite
 
 
 register(
     "axpy_",
     axpy_,
-    "(Tensor(a!)[] tensors, str direction, int seed, int[] who, int[] steps, int[] draws, Tensor coeffs, float[] decay, int[] first, "
-    "str rounding, Tensor(b!)[] residuals, int each, Tensor? clock, str backend) -> Tensor",
+    "(Tensor(a!)[] tensors, str direction, int seed, int[] who, int[] steps, int[] draws, Tensor coeffs, "
+    "float[] decay, int[] first, str rounding, Tensor(b!)[] residuals, int each, Tensor? clock, str backend) -> Tensor",
     count_of_nonfinite,
 )
 
@@ -169,29 +158,23 @@ def _check_each(each: bool | int, decay: float | Sequence[float], count: int) ->
 
 
 def perturb(
-    tensors: Tensor | Sequence[Tensor],
-    direction,
-    *,
-    seed: int,
-    who: str | int | Sequence[str | int],
-    step: int,
-    draw: int = 0,
-    scales: Sequence[float] = (1e-3, -1e-3),
-    first: int | Sequence[int] = 0,
-    residuals: Sequence[Tensor] | Tensor | None = None,
-    dtype: torch.dtype | None = None,
-    clock: Tensor | None = None,
-    out: Sequence[Tensor] | Sequence[Sequence[Tensor]] | None = None,
-    backend: str | None = None,
-) -> list[list[Tensor]]:
-    """theta + scales[j] * z(seed, who, step, draw) for one or two scales, from one evaluation of z; theta is only read.
+    tensors: Tensor | Sequence[Tensor], direction, *, seed: int, who: str | int | Sequence[str | int], step: int,
+    draw: int = 0, scales: Sequence[float] = (1e-3, -1e-3), first: int | Sequence[int] = 0,
+    residuals: Sequence[Tensor] | Tensor | None = None, dtype: torch.dtype | None = None, clock: Tensor | None = None,
+    out: Sequence[Tensor] | Sequence[Sequence[Tensor]] | None = None, backend: str | None = None,
+) -> list[list[Tensor]]:  # fmt: skip
+    """Returns theta + scales[j] * z(seed, who, step, draw) for one or two scales, from one evaluation of z.
 
-    Arguments as for axpy_. scales: one or two floats in units of theta. dtype: of the results, theta's (default) or float32.
-    residuals: int16 low bits of bfloat16 tensors; theta plus its low bits is then what is perturbed. clock as for axpy_.
-    out: for each scale a list of contiguous tensors (one tensor, where `tensors` is one), shaped like theta, of the results' dtype, apart
-    in memory from each other and from what is read: written and returned. A loop that keeps them saves the allocation, which takes
-    longer than the kernel. None: new tensors. Under torch.compile the results are made and copied.
-    Returns, for each scale, the list of results: round(fma(scale, z, theta)). Equal bit for bit on every backend.
+    theta is only read. Arguments as for axpy_, and:
+    scales     one or two floats in units of theta
+    dtype      of the results: theta's (default) or float32
+    residuals  int16 low bits of bfloat16 tensors: theta plus its low bits is perturbed
+    out        for each scale a list of contiguous tensors (one tensor, if `tensors` is one), shaped like
+               theta, of the results' dtype, apart in memory from each other and from the inputs: written and
+               returned. A loop that keeps them saves the allocation, which takes longer than the kernel.
+               None: new tensors. Under torch.compile the results are made and copied
+    Returns, for each scale, the list of results: round(fma(scale, z, theta)).
+    Equal bit for bit on every backend.
     Raises ValueError as axpy_ does, and for another `out`, before anything is written."""
     low = [] if residuals is None else arguments.tensor_list("residuals", residuals)
     batch = batch_of("perturb", tensors, who, first, "residual" if low else "nearest", low, alone=False)
@@ -201,7 +184,8 @@ def perturb(
         raise ValueError(f"perturb: scales is {scales}; expected one or two finite numbers")
     if dtype is not None and any(dtype not in (t.dtype, torch.float32) for t in batch.tensors):
         raise ValueError(f"perturb: dtype is {dtype!r}; expected the tensors' dtype or torch.float32")
-    noise, chosen = noise_of("perturb", direction, seed, [(step, draw)], clock, device), backends.resolve(backend, device)
+    noise = noise_of("perturb", direction, seed, [(step, draw)], clock, device)
+    chosen = backends.resolve(backend, device)
     outs = None if out is None else _outs(out, isinstance(tensors, Tensor), batch, len(scales), dtype)
     with torch.no_grad():
         if not traced(backend, noise.direction):
@@ -231,8 +215,8 @@ def _perturbed(**names: Any) -> list[Tensor]:
 register(
     "perturb",
     _perturbed,
-    "(Tensor[] tensors, str direction, int seed, int[] who, int step, int draw, float[] scales, int[] first, Tensor[] residuals, "
-    "ScalarType? dtype, Tensor? clock, str backend) -> Tensor[]",
+    "(Tensor[] tensors, str direction, int seed, int[] who, int step, int draw, float[] scales, int[] first, "
+    "Tensor[] residuals, ScalarType? dtype, Tensor? clock, str backend) -> Tensor[]",
     lambda given: [out for _ in given.scales for out in _results(given.tensors, given.dtype)],
 )
 

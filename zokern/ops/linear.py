@@ -21,35 +21,25 @@ from .registered import lists_of, operation, register, traced
 
 
 def linear(
-    xs: Tensor | Sequence[Tensor],
-    weight: Tensor,
-    direction: Any = "normal",
-    *,
-    scales: Sequence[float],
-    seed: int = 0,
-    who: str | int = 0,
-    step: int = 0,
-    draw: int = 0,
-    bias: Tensor | None = None,
-    first: int = 0,
-    residual: Tensor | None = None,
-    tile: int = 1 << 21,
-    backend: str | None = None,
-) -> list[Tensor]:
-    """y_j = x_j (W + scales[j] z)^T + b for one or more sides, without writing W.
+    xs: Tensor | Sequence[Tensor], weight: Tensor, direction: Any = "normal", *, scales: Sequence[float], seed: int = 0,
+    who: str | int = 0, step: int = 0, draw: int = 0, bias: Tensor | None = None, first: int = 0,
+    residual: Tensor | None = None, tile: int = 1 << 21, backend: str | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """Returns y_j = x_j (W + scales[j] z)^T + b for one or more sides, without writing W.
 
     xs         a tensor (..., n) for every side, or a list with one per scale; each in W's dtype
     weight     W (m, n), contiguous float32, bfloat16 or float16, only read
-    direction  a name or a Direction: z = z(seed, who, step, draw), dense, as every verb draws it; a tile of W + a z exists at a
-               time, made for two signs from one evaluation of z. Or (U, V) or (U, V, C), float32 (m, r), (n, r) and (r, r):
-               z = U C V^T, as two thin float32 products beside one x W^T of all sides
+    direction  a name or a Direction: a dense z(seed, who, step, draw), as every verb draws it. A tile of W +
+               a z exists at a time, made for two signs from one evaluation of z. Or (U, V) or (U, V, C),
+               float32 (m, r), (n, r) and (r, r): z = U C V^T, as thin float32 products beside one x W^T of
+               all sides
     scales     one float per side, in units of W
     bias       (m,), added as it is;  first  number of W's first element in the unsharded parameter
-    residual   int16 low bits of a bfloat16 W: W plus its low bits is then what is perturbed (dense z)
-    tile       elements of a tile of W (two tiles for two signs); on a CUDA device half as many, twice: one is made
-               while the other is multiplied
-    Returns a list of (..., m), in W's dtype. The products are torch's, so their sums are not equal bit for bit between backends; the
-    perturbed tiles are. Raises ValueError for shapes, dtypes or devices that do not fit.
+    residual   int16 low bits of a bfloat16 W: W plus its low bits is perturbed (dense z)
+    tile       elements of a tile of W (two tiles for two signs)
+    Returns a list of (..., m), in W's dtype. The products are torch's, so their sums are not equal bit for
+    bit between backends; the perturbed tiles are.
+    Raises ValueError for shapes, dtypes or devices that do not fit.
     Malladi et al. 2023; Chen et al. 2025 for factored z."""
     scales = arguments.finite("linear", "scales", scales, "finite scales, one for each x")
     sides = [xs] * len(scales) if isinstance(xs, Tensor) else arguments.tensor_list("linear: xs", xs)
@@ -61,8 +51,8 @@ def linear(
     with torch.no_grad():
         if traced(backend, noise.direction):
             return operation(
-                "linear", chosen, noise, xs=sides, weight=weight, factors=factors or (), scales=scales, who=word_of(who), step=step,
-                draw=draw, bias=bias, first=first, residual=residual, tile=tile,
+                "linear", chosen, noise, xs=sides, weight=weight, factors=factors or (), scales=scales, who=word_of(who),
+                step=step, draw=draw, bias=bias, first=first, residual=residual, tile=tile,
             )  # fmt: skip
         operands = Sides(sides, [bias] * len(sides), scales)
         if factors is not None:
@@ -81,8 +71,8 @@ def _of_either(direction: str, factors: Sequence[Tensor], **names: Any) -> list[
 register(
     "linear",
     _of_either,
-    "(Tensor[] xs, Tensor weight, str direction, Tensor[] factors, float[] scales, int seed, int who, int step, int draw, Tensor? bias, "
-    "int first, Tensor? residual, int tile, str backend) -> Tensor[]",
+    "(Tensor[] xs, Tensor weight, str direction, Tensor[] factors, float[] scales, int seed, int who, int step, "
+    "int draw, Tensor? bias, int first, Tensor? residual, int tile, str backend) -> Tensor[]",
     lambda given: [x.new_empty((*x.shape[:-1], given.weight.shape[0])) for x in given.xs],
 )
 
@@ -115,8 +105,8 @@ def _check_operands(
         sound = residual.dtype == torch.int16 and residual.shape == weight.shape and residual.layout == torch.strided
         if not sound or not residual.is_contiguous() or residual.device != weight.device:
             raise ValueError(
-                f"linear: residual is {described(residual)}; expected a contiguous int16{list(weight.shape)} on {weight.device}, one low "
-                "half for each weight: .contiguous() it"
+                f"linear: residual is {described(residual)}; expected a contiguous int16{list(weight.shape)} on "
+                f"{weight.device}, one low half for each weight: .contiguous() it"
             )
     whole_number("linear: tile", tile, expected="a number of elements, at least 1")
 
@@ -178,27 +168,20 @@ def _with_noise(
 
 
 def sketch(
-    direction: Any,
-    shape: tuple[int, int],
-    omega: Tensor,
-    *,
-    seed: int,
-    who: str | int,
-    draws: Sequence[tuple[int, int]],
-    coeffs: Sequence[float],
-    transposed: bool = False,
-    first: int = 0,
-    tile: int = 1 << 20,
-    backend: str | None = None,
-) -> Tensor:
-    """Y = G Omega of G = sum_k coeffs[k] z(seed, who, *draws[k]), an m x n matrix that is never held; transposed: Y = G^T Omega.
+    direction: Any, shape: tuple[int, int], omega: Tensor, *, seed: int, who: str | int, draws: Sequence[tuple[int, int]],
+    coeffs: Sequence[float], transposed: bool = False, first: int = 0, tile: int = 1 << 20, backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    """Returns G Omega of G = sum_k coeffs[k] z(seed, who, *draws[k]), m x n, which is never held.
+
+    transposed  G^T Omega
 
     direction  a name or a Direction;  shape (m, n) of G, numbered row-major from `first`
     omega      float32 (n, p), or (m, p) when transposed, contiguous
     draws      K pairs (step, draw);  coeffs  K finite floats
     tile       elements of G that exist at a time
     Returns float32 (m, p), or (n, p). G is exact, as axpy_ draws it; the product is torch's.
-    Raises ValueError for shapes and dtypes that do not fit. Halko et al. 2011, "Finding structure with randomness" (range finder)."""
+    Raises ValueError for shapes and dtypes that do not fit. Halko et al. 2011, "Finding structure with
+    randomness" (range finder)."""
     if not isinstance(shape, (tuple, list)) or len(shape) != 2:
         raise ValueError(f"sketch: shape is {shape!r}; expected (m, n), the rows and columns of G")
     rows, columns = (whole_number(f"sketch: shape[{i}]", size, expected="a positive integer") for i, size in enumerate(shape))
@@ -214,7 +197,8 @@ def sketch(
         raise ValueError(f"sketch: omega is {described(omega)}; expected contiguous float32[{inner}, p]")
     if first + rows * columns > INDEX_LIMIT:
         raise ValueError(f"sketch: shape is {shape} from {first}; expected positive sizes and first + m n <= 2**35")
-    noise, coeffs = noise_of("sketch", direction, seed, draws, None, omega.device), arguments.finite("sketch", "coeffs", coeffs)
+    noise = noise_of("sketch", direction, seed, draws, None, omega.device)
+    coeffs = arguments.finite("sketch", "coeffs", coeffs)
     if not noise.draws or len(noise.draws) != len(coeffs):
         raise ValueError(f"sketch: {len(noise.draws)} draws and coeffs {coeffs}; expected as many finite numbers, at least one")
     tile = whole_number("sketch: tile", tile, expected="a number of elements, at least 1")
@@ -223,8 +207,8 @@ def sketch(
         if not traced(backend, noise.direction):
             return sketch_of(chosen, noise, coeffs, Span(word, first), (rows, columns), omega, transposed, tile)
         return operation(
-            "sketch", chosen, noise, shape=[rows, columns], omega=omega, who=word, coeffs=coeffs, transposed=transposed, first=first,
-            tile=tile, **lists_of(noise),
+            "sketch", chosen, noise, shape=[rows, columns], omega=omega, who=word, coeffs=coeffs, transposed=transposed,
+            first=first, tile=tile, **lists_of(noise),
         )  # fmt: skip
 
 
@@ -240,7 +224,7 @@ def _sketched(given: SimpleNamespace) -> Tensor:
 register(
     "sketch",
     _of_any_strides,
-    "(str direction, int[] shape, Tensor omega, int seed, int who, int[] steps, int[] draws, float[] coeffs, bool transposed, int first, "
-    "int tile, str backend) -> Tensor",
+    "(str direction, int[] shape, Tensor omega, int seed, int who, int[] steps, int[] draws, float[] coeffs, "
+    "bool transposed, int first, int tile, str backend) -> Tensor",
     _sketched,
 )

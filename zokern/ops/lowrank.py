@@ -17,38 +17,32 @@ from .registered import count_of_nonfinite, operation, register, traced
 
 
 def lowrank_(
-    tensors: Tensor | Sequence[Tensor],
-    left: Tensor | Sequence[Tensor],
-    right: Tensor | Sequence[Tensor],
-    *,
-    core: Tensor | Sequence[Tensor | None] | None = None,
-    scale: float | Sequence[float] = 1.0,
-    decay: float = 1.0,
-    who: str | int | Sequence[str | int] | None = None,
-    seed: int = 0,
-    step: int = 0,
-    first: int | Sequence[int] = 0,
-    rounding: str = "nearest",
-    residuals: Sequence[Tensor] | Tensor | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    """W <- decay * W + scale * U C V^T, in place, one launch for the whole list; no product is ever stored.
+    tensors: Tensor | Sequence[Tensor], left: Tensor | Sequence[Tensor], right: Tensor | Sequence[Tensor], *,
+    core: Tensor | Sequence[Tensor | None] | None = None, scale: float | Sequence[float] = 1.0, decay: float = 1.0,
+    who: str | int | Sequence[str | int] | None = None, seed: int = 0, step: int = 0, first: int | Sequence[int] = 0,
+    rounding: str = "nearest", residuals: Sequence[Tensor] | Tensor | None = None, backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    """Computes W <- decay * W + scale * U C V^T in place, in one launch. No product is stored.
 
-    tensors   one tensor or a list on one device: float32, bfloat16 or float16, any shape, strides and alignment. Element e of
-              the unsharded m x n matrix is row e div n, column e mod n: a flattened or reshaped W is the same W, but what looks
-              like a mistake, a matrix (n, m) or one with m rows of another length than n, has to be flattened
+    tensors   one tensor or a list on one device: float32, bfloat16 or float16, any shape, strides and
+              alignment. Element e of the unsharded m x n matrix is row e div n, column e mod n, so a
+              flattened or reshaped W is the same W. A shape that looks like a mistake, (n, m) or m rows of
+              another length than n, has to be flattened
     left      U, float32 (m, r), contiguous: one, or one per tensor
     right     V, float32 (n, r), or (n, s) beside a core (r, s), contiguous
     core      C: None (the identity), float32[r] (a diagonal) or float32[r, s]
-    scale     factor of the product, in units of W: one float, or one per tensor;  decay  factor of the old weights
+    scale     factor of the product, in units of W: one float, or one per tensor
+    decay     factor of the old weights
     first     number of each tensor's first element in its unsharded matrix: one int, or one per tensor
-    rounding, residuals  as for axpy_; 'stochastic' spends the bits of (seed, who, step, purpose rounding) and needs `who`
+    rounding, residuals  as for axpy_; 'stochastic' spends the bits of (seed, who, step, purpose rounding)
+                         and needs
+              `who`
     Arithmetic: L = U C, itself by this verb; s = fma(L[i, k], V[j, k], s) over k in order from 0; then
-    round(fma(scale, s, round(decay * W))), float32 inside. Equal bit for bit on 'reference' and 'cpu'; 'cuda' and 'triton' use
-    the matrix units and hold the error bounds that their kernels state.
+    round(fma(scale, s, round(decay * W))), float32 inside. Equal bit for bit on 'reference' and 'cpu';
+    'cuda' and 'triton' use the matrix units and hold the error bounds that their kernels state.
     Returns int64[1]: how many results are inf or NaN.
-    Raises ValueError, before anything is written, for factors of another dtype, layout, shape or device, factors that are
-    swapped, elements beyond m n, and what axpy_ refuses."""
+    Raises ValueError, before anything is written, for factors of another dtype, layout, shape or device,
+    factors that are swapped, elements beyond m n, and every argument that axpy_ refuses."""
     if who is None and rounding == "stochastic":
         raise ValueError(
             "lowrank_: who is None with rounding='stochastic'; expected the parameters' names, whose bits are spent"
@@ -57,10 +51,7 @@ def lowrank_(
     batch = batch_of("lowrank_", found, [0] * len(found) if who is None else who, first, rounding, residuals)
     lefts, rights = _one_each("left", left, found), _one_each("right", right, found)
     cores = [None] * len(found) if core is None else _one_each("core", core, found)
-    wanted = f"a finite number, or one for each of {len(found)} tensors"
-    scales = arguments.one_or_each("lowrank_", "scale", scale, len(found), wanted)
-    if len(scales) != len(found):
-        raise ValueError(f"lowrank_: scale is {scale}; expected {wanted}")
+    scales = _scales(scale, len(found))
     (decay,) = arguments.finite("lowrank_", "decay", [decay], "a finite number")
     for i, (tensor, span) in enumerate(zip(found, batch.spans)):
         _check_factors(i, tensor, span, lefts[i], cores[i], rights[i])
@@ -86,14 +77,23 @@ def _launch(batch: Batch, factors: Outer, noise: Noise | None, backend: Backend,
 register(
     "lowrank_",
     lowrank_,
-    "(Tensor(a!)[] tensors, Tensor[] left, Tensor[] right, float[] scale, float decay, int[] who, int seed, int step, int[] first, "
-    "str rounding, Tensor(b!)[] residuals, str backend) -> Tensor",
+    "(Tensor(a!)[] tensors, Tensor[] left, Tensor[] right, float[] scale, float decay, int[] who, int seed, int step, "
+    "int[] first, str rounding, Tensor(b!)[] residuals, str backend) -> Tensor",
     count_of_nonfinite,
 )
 
 
+def _scales(scale: float | Sequence[float], count: int) -> list[float]:
+    """Returns a scale for each tensor."""
+    wanted = f"a finite number, or one for each of {count} tensors"
+    scales = arguments.one_or_each("lowrank_", "scale", scale, count, wanted)
+    if len(scales) != count:
+        raise ValueError(f"lowrank_: scale is {scale}; expected {wanted}")
+    return scales
+
+
 def _one_each(what: str, given, tensors: Sequence[Tensor]) -> list:
-    """A factor for each tensor."""
+    """Returns a factor for each tensor."""
     if is_text(given) or not isinstance(given, Iterable):
         raise TypeError(f"lowrank_: {what} is {type(given).__name__} {given!r:.80}; expected a torch.Tensor, or a list of them")
     found = [given] if isinstance(given, Tensor) else list(given)
@@ -103,6 +103,7 @@ def _one_each(what: str, given, tensors: Sequence[Tensor]) -> list:
 
 
 def _check_factors(i: int, tensor: Tensor, span: Span, left: Tensor, core: Tensor | None, right: Tensor) -> None:
+    """Refuses factors of tensor i whose dtype, device, layout or shape does not fit."""
     for what, factor in (("left", left), ("right", right), ("core", core)):
         if factor is None and what == "core":
             continue
@@ -134,13 +135,13 @@ def _check_factors(i: int, tensor: Tensor, span: Span, left: Tensor, core: Tenso
             "left and right are swapped" if tensor.shape == (n, m) else f"expected right ({tensor.shape[1]}, {right.shape[1]})"
         )
         raise ValueError(
-            f"lowrank_: tensors[{i}] is {list(tensor.shape)} and left times right {m} x {n}; {how}; a reshaped matrix, or a shard of "
-            "one, is flattened first: .view(-1)"
+            f"lowrank_: tensors[{i}] is {list(tensor.shape)} and left times right {m} x {n}; {how}; a reshaped matrix, or a "
+            "shard of one, is flattened first: .view(-1)"
         )
 
 
 def _times_core(left: Tensor, core: Tensor, backend: Backend, named: bool) -> Tensor:
-    """Returns U C in float32, with the verb's own sum, so that its bits are as independent of the backend as the verb's."""
+    """Returns U C in float32 with the verb's own sum, whose bits depend on the backend no more."""
     if core.dim() == 1:
         return left * core
     zero = torch.zeros(left.shape[0], core.shape[1], dtype=torch.float32, device=left.device)

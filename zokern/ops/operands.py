@@ -1,4 +1,4 @@
-"""The tuples of a launch from the arguments of a verb: checks of tensors, names in the stream, residuals, results and clock."""
+"""The tuples of a launch from a verb's arguments: checked tensors, names, residuals, results, clock."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def check_tensor(verb: str, what: str, tensor: Tensor, first: int = 0, hint: str
 
 
 def spans_of(verb: str, tensors: Sequence[Tensor], who, first) -> SpanList:
-    """Returns the spans of tensors with these names, or ids, and these first elements: one for all, or a list."""
+    """Returns the spans of tensors. who: names or ids. first: one number for all, or a list."""
     one = isinstance(who, (str, numbers.Integral))
     if isinstance(who, bool) or (not one and (is_text(who) or not isinstance(who, Iterable))):
         raise ValueError(f"{verb}: who is {who!r}; expected the parameter's name, or a list with one name per tensor")
@@ -105,7 +105,9 @@ def _span_list(whos: tuple, firsts: tuple) -> SpanList:
 
 
 def check_list(verb: str, tensors: TensorList, spans: SpanList) -> None:
-    """Refuses tensors that no verb takes, or that lie on several devices; a long right list costs a comparison of columns."""
+    """Refuses tensors that no verb takes, or that lie on several devices.
+
+    A long right list costs a comparison of columns."""
     if not tensors:
         raise ValueError(f"{verb}: tensors is empty; expected at least one tensor")
     device = tensors[0].device
@@ -134,6 +136,7 @@ def check_out(verb: str, what: str, out: Tensor, shape: torch.Size, dtype: torch
 
 
 def check_clock(verb: str, clock: Tensor | None, device: torch.device) -> None:
+    """Refuses a clock that is not int64[1] on the device."""
     if clock is None:
         return
     arguments.tensor(verb, "clock", clock, ", int64[1], or None")
@@ -142,6 +145,7 @@ def check_clock(verb: str, clock: Tensor | None, device: torch.device) -> None:
 
 
 def check_rounding(verb: str, tensors: Sequence[Tensor], rounding: str, residuals: Sequence[Tensor]) -> None:
+    """Refuses another rounding, and residuals that are missing, misshapen or not asked for."""
     if rounding not in ROUNDINGS:
         raise ValueError(f"{verb}: rounding is {rounding!r}; expected one of {list(ROUNDINGS)}")
     if rounding != "residual":

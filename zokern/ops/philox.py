@@ -13,7 +13,7 @@ from .registered import operation, register, traced
 
 
 def philox4x32(counter, key, rounds: int = ROUNDS, backend: str | None = None) -> Tensor:
-    """Philox4x32-R, the raw block function: counters (x0, x1, x2, x3) and key (k0, k1) to words.
+    """Returns words of Philox4x32-R, the raw block function, of counters (x0, x1, x2, x3) and key (k0, k1).
 
     counter  int64[..., 4] tensor (or nested sequence of ints), each word in [0, 2**32)
     key      two words in [0, 2**32)

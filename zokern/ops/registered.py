@@ -27,7 +27,7 @@ _SEEDS = 1 << 64
 
 
 def register(name: str, verb: Callable, schema: str, fake: Callable[[SimpleNamespace], Any] | None = None) -> None:
-    """Registers an operation, which calls its verb: the verb checks what a graph or a user hands over.
+    """Registers an operation that calls its verb, which checks the arguments.
 
     schema  arguments and results; what is written is marked as in `Tensor(a!) out`
     fake    the results for arguments without values; None: the operation has no result"""
@@ -75,7 +75,7 @@ def lists_of(noise: Noise) -> dict[str, Any]:
 
 
 def traced(given: str | Backend | None, direction: Any = None) -> bool:
-    """Tells whether operations are looked at, and not values; then a verb calls its operation instead of a kernel.
+    """Tells whether a graph or a dispatch mode records operations, so that a verb has to call its own.
 
     An operation has no name for a backend that was given itself, or for a direction of the user's own."""
     if not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends import SCALARS, STATES, Update
+from ..backends import SCALARS, STATES, TensorList, Update
 from . import arguments
 from .aliasing import shared_memory
 from .elementwise import coefficients_of
@@ -18,41 +18,36 @@ from .registered import count_of_nonfinite, lists_of, operation, register, trace
 
 
 def update_(
-    tensors: Tensor | Sequence[Tensor],
-    direction,
-    rule: str,
-    *,
-    seed: int,
-    who: str | int | Sequence[str | int],
-    draws: Sequence[tuple[int, int]],
-    coeffs: Sequence[float] | Tensor,
-    states: Sequence[Tensor | Sequence[Tensor]],
-    scalars: Sequence[float] | Tensor,
-    first: int | Sequence[int] = 0,
-    rounding: str = "nearest",
-    residuals: Sequence[Tensor] | Tensor | None = None,
-    clock: Tensor | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    """theta <- decay theta + lr move, move by a rule with state on g = sum_k coeffs[k] z(seed, who, *draws[k]), in one launch.
+    tensors: Tensor | Sequence[Tensor], direction, rule: str, *, seed: int, who: str | int | Sequence[str | int],
+    draws: Sequence[tuple[int, int]], coeffs: Sequence[float] | Tensor, states: Sequence[Tensor | Sequence[Tensor]],
+    scalars: Sequence[float] | Tensor, first: int | Sequence[int] = 0, rounding: str = "nearest",
+    residuals: Sequence[Tensor] | Tensor | None = None, clock: Tensor | None = None, backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    """Computes theta <- decay theta + lr move in one launch, by a rule with state on g.
 
-        'momentum'  m <- beta m + alpha g                                          move = m
-        'adam'      m <- beta1 m + alpha1 g,   v <- beta2 v + alpha2 g g           move = m / (sqrt(v + inside) correction + eps)
+        g = sum_k coeffs[k] z(seed, who, *draws[k])
+        'momentum'  m <- beta m + alpha g
+                    move = m
+        'adam'      m <- beta1 m + alpha1 g,   v <- beta2 v + alpha2 g g
+                    move = m / (sqrt(v + inside) correction + eps)
 
-    tensors   one tensor or a list on one device: float32, bfloat16 or float16, any shape, strides and alignment
+    tensors   one tensor or a list on one device: float32, bfloat16 or float16, any shape, strides and
+              alignment
     rule      'momentum' or 'adam'
-    states    ([m, ...],) or ([m, ...], [v, ...]), a list of each for a list of tensors: float32, contiguous, shaped like them;
-              zeros to start with
-    scalars   (decay, lr, beta, alpha) or (decay, lr, beta1, alpha1, beta2, alpha2, inside, correction, eps), as floats or as float32
-              on the tensors' device, where a captured CUDA graph reads new ones. zokern.Momentum and zokern.Adam make them:
-              `.scalars(lr, decay, updates)`. Bias corrections are in lr and correction; g descends, so lr is positive
+    states    ([m, ...],) or ([m, ...], [v, ...]), a list of each for a list of tensors: float32, contiguous,
+              shaped like them; zeros to start with
+    scalars   (decay, lr, beta, alpha) or (decay, lr, beta1, alpha1, beta2, alpha2, inside, correction, eps):
+              floats, or float32 on the tensors' device, where a captured CUDA graph reads new ones.
+              zokern.Momentum and zokern.Adam make them: `.scalars(lr, decay, updates)`. lr and correction
+              hold the bias corrections; g descends, so lr is positive
     who, draws, coeffs, first, rounding, residuals, clock   as for axpy_
-    Arithmetic, float32: g by fma in draw order from 0; m = fma(alpha, g, round(beta m)); v = fma(alpha2, round(g g), round(beta2 v));
-    move = m / fma(sqrt(v + inside), correction, eps), root and quotient correctly rounded; fma(lr, move, round(decay theta)); one
-    rounding to the dtype. Equal bit for bit on every backend.
-    Reads and writes theta and the states once; z is regenerated. Returns int64[1]: how many new weights are inf or NaN.
-    Raises ValueError, before anything is written, for another rule, states that are missing, misshapen or shared, scalars that
-    are not finite, and what axpy_ refuses.
+    Arithmetic, float32: g by fma in draw order from 0; m = fma(alpha, g, round(beta m));
+    v = fma(alpha2, round(g g), round(beta2 v)); move = m / fma(sqrt(v + inside), correction, eps), root and
+    quotient correctly rounded; fma(lr, move, round(decay theta)); one rounding to the dtype.
+    Reads and writes theta and the states once; z is regenerated. Equal bit for bit on every backend.
+    Returns int64[1]: how many new weights are inf or NaN.
+    Raises ValueError, before anything is written, for another rule, states that are missing, misshapen or
+    shared, scalars that are not finite, and every argument that axpy_ refuses.
     Polyak 1964; Kingma and Ba 2015; Zhang et al. 2024 (ZO-Bench): ZO-SGD-MMT and ZO-Adam are this call."""
     batch = batch_of("update_", tensors, who, first, rounding, residuals, alone=False)
     device = batch.tensors[0].device
@@ -61,18 +56,12 @@ def update_(
     noise = noise_of("update_", direction, seed, draws, clock, device)
     coeffs = coefficients_of("update_", coeffs, len(noise.draws), device)
     scalars = _scalars(rule, scalars, device)
-    if not isinstance(states, (list, tuple)):
-        raise TypeError(f"update_: states is {type(states).__name__}; expected ([m, ...],) or ([m, ...], [v, ...])")
-    kept = [arguments.tensor_list(f"states[{i}]", state) for i, state in enumerate(states)]
-    _check_states(rule, batch.tensors, kept)
+    kept = _states_of(rule, batch.tensors, states)
     flat, chosen = [tensor for state in kept for tensor in state], backends.resolve(backend, device)
-    if (pair := shared_memory([*batch.tensors, *flat])) is not None:
-        names = [f"tensors[{i}]" if i < len(batch.tensors) else f"state {i - len(batch.tensors)}" for i in pair]
-        raise ValueError(f"update_: {names[0]} and {names[1]} share memory; expected distinct tensors")
     with torch.no_grad():
         if traced(backend, noise.direction):
-            given = {"rule": rule, "coeffs": coeffs, "scalars": scalars, "states": flat, "rounding": rounding, "clock": clock}
-            return operation("update_", chosen, noise, batch, **lists_of(noise), **given)
+            given = {"rule": rule, "coeffs": coeffs, "scalars": scalars, "states": flat, "clock": clock}
+            return operation("update_", chosen, noise, batch, rounding=rounding, **lists_of(noise), **given)
         count = chosen.update_(batch, noise, Update(coeffs, rule, scalars, kept))
         wrote(batch, *flat)
         return count
@@ -80,15 +69,16 @@ def update_(
 
 def _of_flat_states(tensors: Sequence[Tensor], states: Sequence[Tensor], **names: Any) -> Tensor:
     """Calls update_() with states in one list, rule state after rule state."""
-    count = len(tensors)
-    return update_(tensors, states=[states[i : i + count] for i in range(0, len(states), max(1, count))], **names)
+    count = max(1, len(tensors))
+    return update_(tensors, states=[states[i : i + count] for i in range(0, len(states), count)], **names)
 
 
 register(
     "update_",
     _of_flat_states,
     "(Tensor(a!)[] tensors, str direction, str rule, int seed, int[] who, int[] steps, int[] draws, Tensor coeffs, "
-    "Tensor(b!)[] states, Tensor scalars, int[] first, str rounding, Tensor(c!)[] residuals, Tensor? clock, str backend) -> Tensor",
+    "Tensor(b!)[] states, Tensor scalars, int[] first, str rounding, Tensor(c!)[] residuals, Tensor? clock, str backend) "
+    "-> Tensor",
     count_of_nonfinite,
 )
 
@@ -107,21 +97,28 @@ def _scalars(rule: str, given: Sequence[float] | Tensor, device: torch.device) -
     return given
 
 
-def _check_states(rule: str, tensors: Sequence[Tensor], kept: Sequence[Sequence[Tensor]]) -> None:
-    """Refuses states that are not float32, contiguous and shaped like the tensors, one for each."""
+def _states_of(rule: str, tensors: Sequence[Tensor], states: Any) -> list[TensorList]:
+    """Returns the states of a rule: float32, contiguous, shaped like the tensors, apart in memory."""
+    if not isinstance(states, (list, tuple)):
+        raise TypeError(f"update_: states is {type(states).__name__}; expected ([m, ...],) or ([m, ...], [v, ...])")
+    kept = [arguments.tensor_list(f"states[{i}]", state) for i, state in enumerate(states)]
     if len(kept) != len(STATES[rule]) or any([len(state) != len(tensors) for state in kept]):
+        counts = [len(state) for state in kept]
         raise ValueError(
-            f"update_: states has {[len(state) for state in kept]} tensors; rule {rule!r} keeps {', '.join(STATES[rule])}: expected "
-            f"{len(tensors)} of each, zeros to start with"
+            f"update_: states has {counts} tensors; rule {rule!r} keeps {', '.join(STATES[rule])}: expected {len(tensors)} "
+            "of each, zeros to start with"
         )
     for name, state in zip(STATES[rule], kept):
         for i, (t, tensor) in enumerate(zip(state, tensors)):
             plain = t.dtype == torch.float32 and t.layout == torch.strided and t.is_contiguous()
             if not plain or t.shape != tensor.shape or t.device != tensor.device:
-                raise ValueError(
-                    f"update_: {name}[{i}] is {str(t.dtype).removeprefix('torch.')}{list(t.shape)} on {t.device}; expected contiguous "
-                    f"float32{list(tensor.shape)} on {tensor.device}"
-                )
+                where = f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)} on {t.device}"
+                wanted = f"contiguous float32{list(tensor.shape)} on {tensor.device}"
+                raise ValueError(f"update_: {name}[{i}] is {where}; expected {wanted}")
+    if (pair := shared_memory([*tensors, *[t for state in kept for t in state]])) is not None:
+        names = [f"tensors[{i}]" if i < len(tensors) else f"state {i - len(tensors)}" for i in pair]
+        raise ValueError(f"update_: {names[0]} and {names[1]} share memory; expected distinct tensors")
+    return kept
 
 
 __all__ = ["update_"]

@@ -1,4 +1,4 @@
-"""Parameters: groups, names, ids, ties and checks. A wrong parameter is refused here, before any weight is touched."""
+"""Parameters: groups, names, ids, ties and checks, which refuse a wrong one before a weight is touched."""
 
 from .checks import check_parameter
 from .groups import check_trained, named_groups

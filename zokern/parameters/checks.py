@@ -1,4 +1,4 @@
-"""Checks of one parameter: what cannot be trained exactly is refused before any weight is touched."""
+"""Checks of one parameter, before any weight is touched."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from ..ops.operands import check_tensor
 
 
 def storage_of(tensor: Tensor) -> int:
-    """What tensors on one piece of memory have in common; a wrapper around others has no memory of its own, and nothing in common."""
+    """Returns what tensors on one piece of memory have in common.
+
+    A wrapper around other tensors has no memory of its own, and gets a negative number."""
     try:
         return tensor.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):
@@ -16,12 +18,12 @@ def storage_of(tensor: Tensor) -> int:
 
 
 def view_of(tensor: Tensor) -> tuple:
-    """What makes two tensors the same elements: storage, offset, shape, strides."""
+    """Returns what makes two tensors the same elements: storage, offset, shape, strides, dtype."""
     return (storage_of(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
 def check_parameter(name: str, tensor: Tensor) -> None:
-    """Refuse what cannot be trained exactly, by name, with the way out."""
+    """Refuses by name a parameter that cannot be trained exactly, with the way out."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"parameter {name!r} is {type(tensor).__name__}; expected a tensor")
     if nn.parameter.is_lazy(tensor):
@@ -46,7 +48,7 @@ def check_parameter(name: str, tensor: Tensor) -> None:
 
 
 def is_set_aside(tensor: Tensor) -> bool:
-    """Whether a parameter is frozen and could not be trained either: quantised weights, which stay as they are."""
+    """Tells whether a frozen parameter could not be trained either, as quantised weights."""
     if not isinstance(tensor, nn.Parameter) or tensor.requires_grad or nn.parameter.is_lazy(tensor):
         return False
     try:

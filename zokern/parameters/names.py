@@ -14,19 +14,23 @@ _PREFIX = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_checkpoint_wrapped_module|_fsd
 
 
 def plain(name: str) -> str:
-    """Return a parameter's name in the module that was not wrapped: the name that decides its z.
+    """Returns a parameter's name in the module without wrappers. This name decides its z.
 
     Where DistributedDataParallel stands does not show in one name; plain_names asks the module."""
     return _PREFIX.sub("", name)
 
 
 def is_wrapped(names: Collection[str]) -> bool:
-    """Whether names without their module are those of a model inside DistributedDataParallel: every one starts with ``module.``."""
+    """Tells whether names are those of a model inside DistributedDataParallel.
+
+    Then every one starts with ``module.``."""
     return bool(names) and all([plain(name).startswith("module.") for name in names])
 
 
 def plain_names(module: nn.Module) -> dict[str, str]:
-    """Return the plain name for each name of ``module.named_parameters()``: without the attributes in which wrappers hold modules."""
+    """Returns the plain name for each name of ``module.named_parameters()``.
+
+    The attributes in which wrappers hold modules are no part of it."""
     inside = {
         f"{path}.{attribute}" if path else attribute
         for path, part in module.named_modules()
@@ -43,11 +47,12 @@ def plain_names(module: nn.Module) -> dict[str, str]:
 
 
 def ids(names: Iterable[str], taken: dict[str, int] | None = None) -> tuple[dict[str, int], dict[str, str]]:
-    """Ids of parameter names, and the collisions that had to be resolved (name -> the salted name that gave its id).
+    """Returns ids of parameter names, and the collisions: name -> the salted name that gave its id.
 
-    Two names share a 32-bit id once in about n^2 / 2^33 models of n tensors. Names are resolved in sorted order, those that are ``taken``
-    among them, so the outcome depends on the set of names and not on their order, on the groups that they came in, or on what is frozen.
-    Raises ValueError where a taken name would have had another id, had the new ones been known: z of a run must not change on its way.
+    Two names share a 32-bit id once in about n^2 / 2^33 models of n tensors. Names are resolved in sorted
+    order, those that are ``taken`` among them, so the outcome depends on the set of names and not on their
+    order, on the groups that they came in, or on what is frozen. Raises ValueError where a taken name would
+    have had another id, had the new ones been known: z of a run must not change on its way.
     """
     taken = taken or {}
     found: dict[str, int] = {}

@@ -13,7 +13,7 @@ from .checks import check_parameter, is_set_aside, view_of
 
 @dataclass
 class Trained:
-    """One trained tensor: however many modules and names share it, it is one entry with one z."""
+    """One trained tensor: one entry with one z, whatever modules and names share it."""
 
     name: str
     tensor: Tensor
@@ -22,7 +22,7 @@ class Trained:
 
 
 def trained(named: Iterable[tuple[str, Tensor]], who: dict[str, int]) -> list[Trained]:
-    """Entries for named tensors; identical views merge into one, tensors that overlap in part are refused."""
+    """Returns entries for named tensors. Identical views merge; tensors that overlap in part are refused."""
     entries: dict[tuple, Trained] = {}
     for name, tensor in named:
         aside = is_set_aside(tensor)
@@ -40,7 +40,7 @@ def trained(named: Iterable[tuple[str, Tensor]], who: dict[str, int]) -> list[Tr
 
 
 def check_overlap(named: list[tuple[str, Tensor]]) -> None:
-    """Refuse distinct tensors that share memory."""
+    """Refuses distinct tensors that share memory."""
     named = [(name, tensor) for name, tensor in named if not is_set_aside(tensor)]
     if (pair := shared_memory([tensor for _, tensor in named])) is not None:
         first, second = (named[i][0] for i in pair)
@@ -56,7 +56,7 @@ def check_overlap(named: list[tuple[str, Tensor]]) -> None:
 
 
 def check_tie(entry: Trained) -> None:
-    """Refuse an entry whose names have come to stand for different elements: only those of the first would be trained."""
+    """Refuses an entry whose names stand for different elements now; only the first would be trained."""
     for name, tensor in entry.aliases:
         if view_of(tensor) != view_of(entry.tensor):
             raise RuntimeError(

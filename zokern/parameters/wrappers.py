@@ -16,7 +16,7 @@ WRAPPERS = {
 
 
 def wrapped(module: nn.Module) -> str | None:
-    """Return the attribute under which a wrapper of torch's holds the module inside; None for any other module.
+    """Returns the attribute in which a wrapper of torch's holds the module inside; None: no wrapper.
 
     The class decides, so an attribute of the user's own that is called ``module`` is not taken for one."""
     for cls in type(module).__mro__:
@@ -26,29 +26,30 @@ def wrapped(module: nn.Module) -> str | None:
 
 
 def inner(module: nn.Module) -> nn.Module:
-    """Return the module itself where it comes in wrappers that call it as it is, one inside another in any order.
+    """Returns the module inside wrappers that call it as it is, in any order.
 
-    DataParallel on several devices calls replicas, and FullyShardedDataParallel holds flat parameters: they stay, for check_model."""
+    DataParallel on several devices calls replicas, and FullyShardedDataParallel holds flat parameters: they
+    stay, for check_model."""
     while (attribute := wrapped(module)) is not None and not _hides(module):
         module = module._modules[attribute]  # type: ignore[assignment]
     return module
 
 
 def _hides(wrapper: nn.Module) -> bool:
-    """Whether a wrapper's forward reads something else than the parameters of the module inside."""
+    """Tells whether a wrapper's forward reads other tensors than the parameters of the module inside."""
     if isinstance(wrapper, nn.DataParallel):
         return len(getattr(wrapper, "device_ids", None) or ()) > 1
     return any(cls.__name__ == "FullyShardedDataParallel" for cls in type(wrapper).__mro__)
 
 
 def processes() -> int:
-    """Return how many processes torch.distributed runs."""
+    """Returns how many processes torch.distributed runs."""
     running = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if running else 1
 
 
 def check_model(model: nn.Module) -> None:
-    """Refuse wrappers under which a perturbation would be lost without a sign."""
+    """Refuses wrappers under which a perturbation would be lost without a sign."""
     for name, module in model.named_modules():
         where = f"module {name!r}" if name else "the model"
         if isinstance(module, torch.jit.ScriptModule):
