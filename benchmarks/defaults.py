@@ -1,7 +1,8 @@
 """Does every method learn at its defaults? The demo's model and rows, a constant lr, one seed: `python -m benchmarks.defaults`.
 
 Every case starts from the same weights and takes the constructor's lr and eps. A block-wise step reads 64 losses: it takes a tenth of the
-steps. --seconds ends a case early, at the steps that its row names.
+steps. --seconds ends a case early, at the steps that its row names. Two processes may share a page: on a busy machine two of one thread each
+(--threads 1) are several times as fast as one of two, whose threads wait for each other.
 Rows are printed as they are measured, and written to the folder of this machine under benchmarks/results: a case that is run again
 replaces its row. --only NAME ... runs some of them; --lr tries another one, which is printed and not written.
 """
@@ -71,7 +72,7 @@ def measure(name: str, model: Any, words: LabelWords, rows: Any, options: argpar
     after, group = score(model, words, rows.held_out), optimizer.param_groups[0]
     return {
         "lr": group["lr"], "eps": group["eps"], "losses": len(asked), "steps": len(seconds), "loss": after.loss, "accuracy": after.accuracy,
-        "seconds": statistics.median(seconds),
+        "seconds": statistics.median(seconds), "threads": torch.get_num_threads(),
     }  # fmt: skip
 
 
@@ -80,20 +81,20 @@ def line(name: str, row: dict[str, Any]) -> str:
     learns = "yes" if row["loss_before"] - row["loss"] >= LEAST else "no"
     return (
         f"| {name} | {row['lr']:g} | {row['eps']:g} | {row['steps']} x {row['losses']} | {row['loss_before']:.3f} -> {row['loss']:.3f} | "
-        f"{learns} | {row['accuracy_before']:.2f} -> {row['accuracy']:.2f} | {row['seconds']:.2f} | {row['commit']} |"
+        f"{learns} | {row['accuracy_before']:.2f} -> {row['accuracy']:.2f} | {row['seconds']:.2f} | {row['threads']} | {row['commit']} |"
     )
 
 
 HEAD = (
-    "| case | lr | eps | steps x losses | held-out loss | learns | accuracy | s a step | commit |\n"
-    "|---|---|---|---|---|---|---|---|---|"
+    "| case | lr | eps | steps x losses | held-out loss | learns | accuracy | s a step | threads | commit |\n"
+    "|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
 def page(machine: dict[str, str], found: dict[str, dict[str, Any]]) -> str:
     """Returns the Markdown page of all rows."""
     missing = [name for name in CASES if name not in found]
-    title = f"# Methods at their defaults: {machine['cpu']}, {machine['threads']} threads, {machine['isa']}"
+    title = f"# Methods at their defaults: {machine['cpu']}, {machine['isa']}"
     text = [
         title,
         "",
@@ -118,11 +119,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parse.add_argument(
         "--seconds", type=float, default=float("inf"), help="of training, after which a case ends (default: no bound)"
     )
+    parse.add_argument("--threads", type=int, help="of torch while training")
     parse.add_argument("--seed", type=int, default=0)
     parse.add_argument("--lr", type=float, help="in place of the default; nothing is written")
     options = parse.parse_args(argv)
     report = Report(quick=options.lr is not None or options.steps != STEPS or options.seed != 0)
-    torch.manual_seed(0)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     model, tokenizer = load_model()
     words = LabelWords(tokenizer, demo.TEMPLATE, demo.WORDS)
     every = read_reviews()
@@ -131,16 +134,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     before = score(model, words, rows.held_out)
     folder = report.folder()
     file = folder / "defaults.json"
-    known = json.loads(file.read_text())["rows"] if file.exists() else {}
     print(HEAD, flush=True)
     for name in options.only:
         model.load_state_dict(start)
         row = measure(name, model, words, rows, options)
         row |= {"loss_before": before.loss, "accuracy_before": before.accuracy, "commit": report.machine["commit"]}
         print(line(name, row), flush=True)
-        known[name] = row
         if not report.quick:
             folder.mkdir(parents=True, exist_ok=True)
+            known = {**(json.loads(file.read_text())["rows"] if file.exists() else {}), name: row}
             file.write_text(json.dumps({"machine": report.machine, "rows": known}, indent=1) + "\n")
             (folder / "defaults.md").write_text(page(report.machine, known))
 
