@@ -274,8 +274,8 @@ def test_report_is_complete(tiny, tmp_path) -> None:
 def test_every_method_with_its_own_numbers(tiny, name, method, forwards) -> None:
     """Each is the class that was asked for, with its lr and eps; the report and its text name them."""
     built = []
-    make = getattr(methods, method)
-    with patch.object(methods, method, lambda *args, **given: built.append(given) or make(*args, **given)):
+    make = methods.METHODS[method]
+    with patch.dict(methods.METHODS, {method: lambda *args, **given: built.append(given) or make(*args, **given)}):
         report = _line(tiny, "--steps", "2", "--method", name)
     made = make(torch.nn.Linear(2, 2))
     assert len(built) == 4 and built[0] == {"seed": 0}

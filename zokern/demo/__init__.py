@@ -38,7 +38,7 @@ from .training import Batches, build, score, train
 TEMPLATE, WORDS = "{} This movie is", (" terrible", " great")
 LEAST, MOST = 8, 20  # tokens of a row, template included: sentences long enough to judge, short enough for two cores
 STEPS, BATCH, HELD_OUT, ROUNDS = 100, 8, 300, 3
-METHODS = {name.lower(): name for name in methods.__all__}
+METHODS = {name.lower(): name for name in methods.METHODS}
 
 
 def run(model: nn.Module, words: LabelWords, rows: Split, options: argparse.Namespace) -> dict[str, Any]:

@@ -108,7 +108,7 @@ class Task:
 def build(model: nn.Module, seed: int, options: argparse.Namespace) -> ZerothOrder:
     """Returns the optimizer of options.method; what is not given is the method's default."""
     given = {name: getattr(options, name) for name in ("lr", "eps", "queries") if getattr(options, name) is not None}
-    return getattr(methods, options.method)(model, seed=seed, **given)
+    return methods.METHODS[options.method](model, seed=seed, **given)
 
 
 def train(
