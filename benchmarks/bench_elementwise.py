@@ -65,7 +65,7 @@ def bench_compiled(benchmark, report) -> None:
     try:
         compiled(w, 1.0, EPS)
     except Exception as error:  # no compiler on this machine, or none that inductor can use
-        report.notes.append(f"torch.compile of the eager perturb did not run here: {type(error).__name__}")
+        report.note(f"torch.compile of the eager perturb did not run here: {type(error).__name__}")
         pytest.skip(f"torch.compile: {error}")
     yardstick, loop = f"w += c fp32 n={n}", f"eager perturb fp32 n={n}"
     cases = [

@@ -1,7 +1,10 @@
-"""Extra peak memory of a step over the weights and one forward, each case in a fresh process.
+"""Measures the peak memory of a step, each in a fresh process.
 
-The processes return every large block to the system (a fixed MALLOC_MMAP_THRESHOLD_, glibc's): what is counted is memory in use. With
-glibc's moving threshold the peak of the same forward differs by 80 MB between processes, by which freed blocks were kept.
+The first group sets a step beside a bare forward, the eager loop, and back-propagation with AdamW.
+Model, batch and dtype are the same. The second group has the memory of steps over the weights and one forward.
+
+The processes return every large block to the system, by a fixed MALLOC_MMAP_THRESHOLD_ of glibc.
+So memory in use is counted. With glibc's moving threshold a forward's peak differs by 80 MB between processes.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -17,49 +21,54 @@ import torch
 from .goals import MIB
 from .report import ROOT
 
-CASES = [
-    ("fp32", 4, 128, "64"), ("fp32", 4, 128, "16"), ("bf16", 1, 128, "64"), ("fp32", 4, 128, "inplace"), ("fp32", 4, 128, "master"),
-    ("fp32", 4, 128, "eager"),
-    ("fp32", 1, 128, "doubled"), ("fp32", 1, 128, "SubZero"), ("fp32", 1, 128, "LOZO"), ("fp32", 1, 128, "TeZO"),
-    ("fp32", 1, 128, "eager SubZero"), ("fp32", 1, 128, "eager LOZO"),
+LARGE, SMALL, SIXTEEN = ("fp32", 4, 128), ("fp32", 1, 128), ("bf16", 1, 128)
+BESIDE = ("forward", "MeZO", "MeZO first steps", "eager MeZO", "AdamW")
+PEAKS = [(*shape, what) for shape in (LARGE, SIXTEEN) for what in BESIDE]
+EXTRA = [
+    (*LARGE, "MeZO scratch 64"), (*LARGE, "MeZO scratch 16"), (*SIXTEEN, "MeZO scratch 64"), (*LARGE, "MeZO inplace"),
+    (*LARGE, "MeZO master"), (*SMALL, "doubled"), (*SMALL, "SubZero"), (*SMALL, "LOZO"), (*SMALL, "TeZO"),
+    (*SMALL, "eager SubZero"), (*SMALL, "eager LOZO"),
 ]  # fmt: skip
+EXPLAINED = {
+    "forward": "bare forward",
+    "doubled": "a forward of twice the batch",
+    "AdamW": "backward + AdamW",
+}
 
 
-def bench_memory(benchmark, report) -> None:
+def peak(report, model: str, dtype: str, batch: int, length: int, what: str) -> dict[str, Any]:
+    """Returns the row of one process."""
+    arguments = [model, dtype, str(batch), str(length), what, str(torch.get_num_threads())]
+    command = [sys.executable, "-m", "benchmarks.memory", *arguments]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 17)}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr[-2000:]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    if not found["exact"]:
+        report.note("memory: the high-water mark could not be set back; what stays below the peak of loading is unseen")
+    return {
+        "name": f"{model} {dtype} {batch}x{length}, {EXPLAINED.get(what, what)}",
+        "peak_mb": found["step"] / MIB,
+        "forward_mb": found["forward"] / MIB,
+        "extra_mb": (found["step"] - found["forward"]) / MIB,
+        "scratch_mb": found["scratch_bytes"] / MIB,
+    }
+
+
+@pytest.mark.parametrize("title, cases", [("peak memory of a step", PEAKS), ("extra memory of a step", EXTRA)])
+def bench_memory(benchmark, report, title: str, cases: list[tuple[str, int, int, str]]) -> None:
     pytest.importorskip("transformers")
-    rows = []
+    rows, figures = [], {}
 
     def measure() -> None:
-        for dtype, batch, length, budget in CASES[:3] if report.quick else CASES:
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks.memory",
-                dtype,
-                str(batch),
-                str(length),
-                budget,
-                str(torch.get_num_threads()),
-            ]
-            exact = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 17)}
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=exact)
-            if done.returncode:
-                raise RuntimeError(f"{' '.join(command)}: {done.stderr[-2000:]}")
-            found = json.loads(done.stdout.splitlines()[-1])
-            extra = (found["step"] - found["forward"]) / MIB
-            label = "eager loop" if budget == "eager" else f"{budget} MB" if budget.isdecimal() else budget
-            report.figure(f"memory {dtype} {label}", extra)
-            rows.append(
-                (f"OPT-125M {dtype} {batch}x{length}, {label}", found["forward"] / MIB, extra, found["scratch_bytes"] / MIB)
-            )
-            if not found["exact"]:
-                report.notes.append(
-                    "memory: the high-water mark could not be set back here; extra memory below the loading peak is unseen"
-                )
+        for dtype, batch, length, what in cases:
+            rows.append(peak(report, "OPT-tiny" if report.quick else "OPT-125M", dtype, batch, length, what))
+            figures[f"memory {dtype} {batch}x{length} {what}"] = rows[-1]["extra_mb"]
 
     benchmark.group = "memory"
     benchmark.pedantic(measure, rounds=1, iterations=1)
-    if not report.quick:
-        twice, factored = (report.figures[f"memory fp32 {label}"] for label in ("doubled", "SubZero"))
-        report.figure("memory SubZero beyond activations", factored - twice)
-    report.memory = rows
+    if cases is EXTRA:
+        twice, factored = (figures[f"memory fp32 1x128 {what}"] for what in ("doubled", "SubZero"))
+        figures["memory SubZero beyond activations"] = factored - twice
+    report.rows(f"{title}, a fresh process each (MB, VmHWM)", rows, figures)

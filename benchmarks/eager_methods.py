@@ -1,4 +1,4 @@
-"""The eager loops of the other methods, as their public code does them: what bench_methods.py compares with.
+"""Holds the eager loops of the methods, as their public code does them. A loop has the name of its method.
 
 All of them make the whole z of a parameter, again from the step's seed in each of four passes (three where one side is read), and
 add it to the weights. Only the shape of z differs:
@@ -20,6 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from . import eager
 from .eager import normal_like
 
 Closure = Callable[[], Tensor]
@@ -67,6 +68,14 @@ class Loop:
     @torch.no_grad()
     def step(self, closure: Closure, seed: int) -> None:
         self.update(seed, self.difference(seed, closure))
+
+
+class MeZO(Loop):
+    """The published loop, with its term of weight decay: eager.step."""
+
+    @torch.no_grad()
+    def step(self, closure: Closure, seed: int) -> None:
+        eager.step(self.parameters, closure, seed, self.lr, self.eps)
 
 
 class SubZero(Loop):
@@ -190,4 +199,4 @@ class FZOO(Loop):
             self.update(each, (loss - base) / (self.queries * spread) if spread else 0.0)
 
 
-LOOPS = {loop.__name__: loop for loop in (SubZero, LOZO, PGAP, TeZO, FZOO)}
+LOOPS: dict[str, type[Loop]] = {loop.__name__: loop for loop in Loop.__subclasses__()}  # by the name of the method

@@ -16,7 +16,6 @@ class Case:
     elements, traffic   how many elements a call works on, and the bytes it must move for each (z moves none)
     yardstick, eager    names of cases in the same group: a copy kernel, and the eager PyTorch that does the same work
     every               run only in every n-th round (slow baselines)
-    warm                run in the warming round too; no for baselines whose first call does what every call does
     """
 
     name: str
@@ -26,7 +25,6 @@ class Case:
     yardstick: str = ""
     eager: str = ""
     every: int = 1
-    warm: bool = True
     times: list[float | None] = field(default_factory=list)  # seconds, one per round
 
     @property
@@ -49,12 +47,9 @@ class Group:
         self.by_name = {case.name: case for case in cases}
         self.rounds = 0
 
-    def round(self, warming: bool = False) -> None:
+    def round(self) -> None:
         for case in self.cases:
-            if self.rounds % case.every or (warming and not case.warm):
-                case.times.append(None)
-                continue
-            case.times.append(self.timer(case.call))
+            case.times.append(None if self.rounds % case.every else self.timer(case.call))
         self.rounds += 1
 
     def drop(self, name: str) -> None:
@@ -66,20 +61,13 @@ class Group:
 
     def run(self, benchmark, rounds: int) -> Group:
         """All rounds, through pytest-benchmark's runner (its own table times a whole round); the first one warms up."""
-        self.round(warming=True)
+        self.round()
         self.rounds = 0
         for case in self.cases:
             case.times.clear()
         benchmark.group = self.title
         benchmark.pedantic(self.round, rounds=rounds, iterations=1, warmup_rounds=0)
         return self
-
-    def derive(self, name: str, formula: Callable[..., float], *of: str, eager: str = "") -> None:
-        """A line that is computed, round by round, from the times of other cases."""
-        rounds = zip(*(self.by_name[one].times for one in of))
-        case = Case(name, lambda: None, eager=eager, times=[None if None in r else formula(*r) for r in rounds])
-        self.cases.append(case)
-        self.by_name[name] = case
 
     def ratio(self, over: str, under: str) -> float:
         """Median over the rounds of time(over) / time(under)."""

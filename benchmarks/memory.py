@@ -1,28 +1,42 @@
-"""Peak memory of one process: a forward, then steps. `python -m benchmarks.memory fp32 4 128 64` prints JSON, bytes.
+"""Measures the peak memory of one process: forwards, then steps. Prints JSON, in bytes.
 
-The kernel's high-water mark (VmHWM) is read after the forwards, set back (clear_refs) and read again after the steps, so that
-loading the model does not hide what a step takes. Scratch and Paired run without the comparison of a first step, which takes a copy of the
-weights for its time. budget 'eager' runs the eager loop, 'inplace' and 'master' step so; 'SubZero', 'LOZO', 'PGAP' and
-'TeZO' run that method paired, 'eager SubZero' and so on its eager loop. 'doubled' is a forward of twice the batch: its activations.
+`python -m benchmarks.memory OPT-125M fp32 4 128 MeZO 2`: model, dtype, batch, length, what steps, threads.
+
+The kernel's high-water mark (VmHWM) is read after the forwards, set back (clear_refs) and read after the steps.
+So loading the model does not hide what a step takes. What steps is one of
+
+    forward         bare forwards: nothing more
+    doubled         forwards of twice the batch: the activations of both sides of a pair
+    AdamW           back-propagation and torch.optim.AdamW; no checkpointing of activations
+    eager M         the eager loop of the method M
+    M               the method M at its defaults, without the comparison of losses in its first steps
+    M first steps   the same with the comparison, which holds a copy of the weights for its time
+    MeZO E          MeZO by the evaluation E, also without it; 'MeZO scratch 64' has a budget of 64 MB
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import json
 import re
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 import zokern
+from zokern.evaluation import EVALUATIONS
 
-from . import eager
 from .eager_methods import LOOPS
-from .models import loss_of, opt_125m
+from .models import loss_of, model
+
+LR, EPS = 1e-6, 1e-3
 
 
 def _high_water() -> int:
@@ -41,42 +55,59 @@ def _reset() -> bool:
     return True
 
 
-def main(dtype: str, batch: int, length: int, budget: str, threads: int) -> dict[str, object]:
+def optimizer(module: nn.Module, method: str, *words: str) -> Any:
+    if words == ("first", "steps"):
+        return getattr(zokern, method)(module, lr=LR, eps=EPS)
+    name = words[0] if words else "paired"
+    budget = {"budget": int(words[1]) << 20} if words[1:] else {}
+    unchecked = {} if name in ("inplace", "master") else {"check": False}
+    return getattr(zokern, method)(module, lr=LR, eps=EPS, evaluation=EVALUATIONS[name](**budget, **unchecked))
+
+
+def stepper(module: nn.Module, batch: int, length: int, what: str) -> Callable[[], int]:
+    """Returns a call that takes a step and says its scratch bytes."""
+    loss, seeds = loss_of(module, batch, length), itertools.count()
+    if what in ("forward", "doubled"):
+        read = torch.no_grad()(loss_of(module, 2 * batch if what == "doubled" else batch, length))
+        return lambda: 0 * read().numel()
+    if what == "AdamW":
+        adamw = torch.optim.AdamW(module.parameters(), lr=LR)
+
+        def descend() -> int:
+            adamw.zero_grad()
+            loss().backward()
+            adamw.step()
+            return 0
+
+        return descend
+    if what.startswith("eager "):
+        loop = LOOPS[what.removeprefix("eager ")]([p for p in module.parameters() if p.requires_grad], LR, EPS)
+
+        def walk() -> int:
+            loop.step(loss, next(seeds))
+            return 0
+
+        return walk
+    made = optimizer(module, *what.split())
+    return lambda: zokern.step(made, loss).scratch_bytes
+
+
+def main(name: str, dtype: str, batch: int, length: int, what: str, threads: int) -> dict[str, object]:
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")
-    model = opt_125m(dtype)
-    loss = loss_of(model, batch, length)
+    module = model(name, dtype)
+    loss = loss_of(module, batch, length)
     exact = _reset()
     with torch.no_grad():
         for _ in range(3):
             loss()
     forward = _high_water()
     _reset()
-    scratch = 0
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if budget == "doubled":
-        twice = loss_of(model, 2 * batch, length)
-        with torch.no_grad():
-            for _ in range(3):
-                twice()
-    elif budget == "eager":
-        for seed in range(2):
-            eager.step(parameters, loss, seed, 1e-6, 1e-3)
-    elif budget.startswith("eager "):
-        step = LOOPS[budget.removeprefix("eager ")](parameters, 1e-6, 1e-3).step
-        for seed in range(2):
-            step(loss, seed)
-    else:
-        if budget in LOOPS:
-            optimizer = getattr(zokern, budget)(model, lr=1e-6, eps=1e-3, evaluation=zokern.Paired(check=False))
-        else:
-            evaluation = budget if budget in ("inplace", "master") else zokern.Scratch(int(budget) << 20, check=False)
-            optimizer = zokern.MeZO(model, lr=1e-6, eps=1e-3, evaluation=evaluation)
-        for _ in range(3):
-            scratch = zokern.step(optimizer, loss).scratch_bytes
+    step = stepper(module, batch, length, what)
+    scratch = max(step() for _ in range(2 if what.startswith("eager") else 3))
     return {"forward": forward, "step": _high_water(), "scratch_bytes": scratch, "exact": exact}
 
 
 if __name__ == "__main__":
-    dtype, batch, length, budget, threads = sys.argv[1:6]
-    print(json.dumps(main(dtype, int(batch), int(length), budget, int(threads))))
+    name, dtype, batch, length, what, threads = sys.argv[1:]
+    print(json.dumps(main(name, dtype, int(batch), int(length), what, int(threads))))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -85,3 +87,17 @@ def loss_of(model, batch: int, length: int):
 def _ids(model, batch: int, length: int):
     ids = torch.randint(4, model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(1))
     return ids.to(model.device)
+
+
+def rating_of(module: Any, length: int, generated: int) -> Callable[[], Tensor]:
+    """Returns a closure that generates greedily after a prompt and rates the result: the share of even tokens."""
+    limits = {"max_new_tokens": generated, "min_new_tokens": generated, "do_sample": False, "pad_token_id": 1}
+    ids = _ids(module, 1, length)
+    mask = torch.ones_like(ids)
+
+    def rating() -> Tensor:
+        made = module.generate(input_ids=ids, attention_mask=mask, **limits)[:, length:]
+        assert made.shape[1] == generated
+        return (made % 2 == 0).double().mean()
+
+    return rating

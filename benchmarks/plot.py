@@ -1,107 +1,203 @@
-"""One picture: how much faster than eager, what K draws in one pass cost, and where a step's time goes."""
+"""Draws the plots of a page: bench.png has kernels, steps, memory and draws; steps.png has steps by tokens."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+BLUE, ORANGE, GREY, GREEN = "#4c78a8", "#f58518", "#9d9d9d", "#54a24b"
+COLORS = ["#1b7837", *plt.get_cmap("tab10").colors]
+PLAIN = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # behind a value, over the line at 1
+BARS = 12  # at most, in a panel
+KERNELS = {  # the label of two bars, and the row of each dtype
+    "axpy_, normal,\none large tensor": r"axpy_ normal K=1 {} n=\d+",
+    "axpy_, signs,\none large tensor": r"axpy_ rademacher K=1 {} n=\d+",
+    "axpy_, normal,\n500 small tensors": r"axpy_ normal K=1 {} \d+ x \d+",
+    "lowrank_, rank 8,\n3072 x 768": r"lowrank_ r=8 {} 3072x768",
+    "update_, momentum": r"update_ momentum normal {} n=\d+",
+    "update_, Adam": r"update_ adam normal {} n=\d+",
+}
+PEAKS = {  # by the end of a row's name
+    "bare forward": GREY,
+    "MeZO": BLUE,
+    "MeZO first steps": "#9ecae9",
+    "eager MeZO": ORANGE,
+    "backward + AdamW": GREEN,
+}
+
+
+def bars(axis, title: str, unit: str, rows: list[tuple[str, float, str]], form: str) -> None:
+    """Draws a bar for each label, value and colour. Equal labels that follow each other are one group."""
+    place, places, ticks = 0.0, [], {}
+    for i, (label, _, _) in enumerate(rows):
+        place += 1.0 if i and rows[i - 1][0] == label else 1.6
+        places.append(place)
+        ticks.setdefault(label, []).append(place)
+    axis.barh(places, [value for _, value, _ in rows], height=0.9, color=[color for *_, color in rows])
+    for y, (_, value, _) in zip(places, rows):
+        axis.text(value, y, f" {value:{form}}", va="center", fontsize=10, bbox=PLAIN)
+    axis.set_yticks([sum(at) / len(at) for at in ticks.values()], list(ticks), fontsize=10)
+    axis.invert_yaxis()
+    axis.margins(x=0.18)
+    frame(axis, title, unit)
+
+
+def frame(axis, title: str, unit: str) -> None:
+    axis.set_title(title, loc="left", fontweight="bold", pad=26)
+    axis.set_xlabel(unit)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def logarithmic(axis) -> None:
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("")
+    axis.axvline(1, color="black", linewidth=0.8)
+
+
+def legend(axis, colors: dict[str, str]) -> None:
+    """Names the colours between the title and the panel, which no bar reaches."""
+    patches = [plt.Rectangle((0, 0), 1, 1, color=color) for color in colors.values()]
+    look = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "ncols": len(colors), "frameon": False}
+    made = axis.legend(patches, list(colors), fontsize=9, handlelength=1, columnspacing=0.8, borderpad=0, **look)
+    made.set_in_layout(False)
+
+
+def kernels(axis, groups: list[dict[str, Any]]) -> None:
+    speed = {row["name"]: row["times_eager"] for group in groups for row in group["rows"] if "times_eager" in row}
+    rows = []
+    for label, pattern in KERNELS.items():
+        for dtype, color in (("fp32", BLUE), ("bf16", ORANGE)):
+            found = [name for name in speed if re.fullmatch(pattern.format(dtype), name)]
+            rows += [(label, speed[name], color) for name in found[:1]]
+    bars(axis, "Kernels", "times as fast as eager PyTorch (log)", rows, ".3g")
+    logarithmic(axis)
+    legend(axis, {"fp32": BLUE, "bf16": ORANGE})
+
+
+def ratios(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns each shape once, with time over two forwards by the name of the step."""
+    shapes: dict[str, dict[str, Any]] = {}
+    for group in groups:
+        if (shape := group.get("shape")) and "generated" not in shape["name"] and "narrow" not in shape["model"]:
+            found = {row["name"]: row["over_forwards"] for row in group["rows"] if "over_forwards" in row}
+            shapes.setdefault(shape["name"], shape | {"ratios": {}})["ratios"].update(found)
+    return sorted(shapes.values(), key=lambda shape: (shape["model"], shape["dtype"] != "fp32", shape["tokens"]))
+
+
+def steps(axis, groups: list[dict[str, Any]]) -> None:
+    kinds = {"MeZO": BLUE, "eager MeZO": ORANGE}
+    shapes = [shape for shape in ratios(groups) if kinds.keys() <= shape["ratios"].keys()][: BARS // len(kinds)]
+    rows = [
+        (shape["name"].replace(" ", "\n", 1), shape["ratios"][kind], color) for shape in shapes for kind, color in kinds.items()
+    ]
+    bars(axis, "A step", "time over its two bare forwards (log)", rows, ".2f")
+    logarithmic(axis)
+    legend(axis, {"zokern.MeZO": BLUE, "eager loop": ORANGE})
+
+
+def memory(axis, groups: list[dict[str, Any]]) -> None:
+    rows, seen = [], {}
+    for group in groups:
+        for row in group["rows"] if group["title"].startswith("peak memory") else ():
+            shape, kind = row["name"].split(", ", 1)
+            if kind in PEAKS:
+                rows.append((shape.replace(" ", "\n", 1), row["peak_mb"] / 1024, PEAKS[kind]))
+                seen[kind] = PEAKS[kind]
+    bars(axis, "Peak memory of a process", "GB, libraries and weights included", rows[:BARS], ".2f")
+    if seen:
+        legend(axis, seen)
+
+
+def draws(axis, groups: list[dict[str, Any]]) -> None:
+    names = {row["name"]: row for group in groups for row in group["rows"]}
+    for key, style, said in (("in one pass", "-o", "one pass"), ("passes", "--s", "K passes")):
+        for dtype, color in (("fp32", BLUE), ("bf16", ORANGE)):
+            found = [(k, row["ns_per_element"]) for k in range(1, 9) if (row := names.get(f"K={k} {dtype} {key}"))]
+            if found:
+                axis.plot(*zip(*found), style, color=color, label=f"{dtype}, {said}")
+    frame(axis, "axpy_ with K draws", "K")
+    axis.set_ylabel("ns per element")
+    axis.set_ylim(bottom=0)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=10)
+
 
 def plot(report, path: Path) -> None:
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 5), width_ratios=(2, 1, 1.3))
-    rows = [row for group in report.groups for row in group["rows"] if "times_eager" in row]
-    left.barh([row["name"] for row in rows], [row["times_eager"] for row in rows], color="#4c78a8")
-    left.axvline(1, color="black", linewidth=0.8)
-    left.set_xscale("log")
-    left.invert_yaxis()
-    left.set_xlabel("times as fast as eager PyTorch")
-    left.tick_params(axis="y", labelsize=7)
+    """Draws a panel for each subject that was measured, two in a row. Without one there is no file."""
+    figure = plt.figure(layout="constrained")
+    panels = [kernels, steps, memory, draws]
+    for panel in list(panels):
+        axis = figure.add_subplot()
+        panel(axis, report.groups)
+        if not axis.patches and not axis.get_legend_handles_labels()[0]:
+            panels.remove(panel)  # its benchmarks did not run
+        axis.remove()
+    if not panels:
+        plt.close(figure)
+        return
+    columns, rows = min(2, len(panels)), (len(panels) + 1) // 2
+    figure.set_size_inches(7.5 * columns, 5.5 * rows)
+    for place, panel in enumerate(panels, start=1):
+        panel(figure.add_subplot(rows, columns, place), report.groups)
+    save(figure, report, path)
 
-    for key, style in (("in one pass", "-o"), ("passes", "--s")):
-        for dtype, color in (("fp32", "#4c78a8"), ("bf16", "#f58518")):
-            names = {row["name"]: row for group in report.groups for row in group["rows"]}
-            points = [(k, names.get(f"K={k} {dtype} {key}")) for k in range(1, 9)]
-            found = [(k, row["ns_per_element"]) for k, row in points if row]
-            if found:
-                middle.plot(
-                    *zip(*found), style, color=color, label=f"{dtype}, {'one pass' if key == 'in one pass' else 'K passes'}"
-                )
-    middle.set_xlabel("K draws")
-    middle.set_ylabel("ns per element")
-    middle.set_ylim(bottom=0)
-    if middle.get_legend_handles_labels()[0]:
-        middle.legend(fontsize=8)
 
-    steps = [group for group in report.groups if group["title"].startswith("step")]
-    for i, group in enumerate(steps):
-        ms = {row["name"].split(":")[0]: row["ms"] for row in group["rows"]}
-        for j, name in enumerate(("zokern.step", "eager step")):
-            forwards = ms["two forwards"] / ms["eager step"]
-            whole = ms[name] / ms["eager step"]
-            right.barh(3 * i + j, forwards, color="#72b7b2", label="two forwards" if i == j == 0 else None)
-            right.barh(
-                3 * i + j, max(0, whole - forwards), left=forwards, color="#e45756", label="the rest" if i == j == 0 else None
-            )
-            right.text(whole, 3 * i + j, f" {ms[name]:.0f} ms", va="center", fontsize=7)
-    right.set_yticks([3 * i + j for i in range(len(steps)) for j in range(2)],
-                     [f"{name} {g['title'].removeprefix('step, ')}" for g in steps for name in ("zokern", "eager")], fontsize=7)  # fmt: skip
-    right.invert_yaxis()
-    right.set_xlim(0, 1.2)
-    right.set_xlabel("time of a MeZO step / eager step")
-    if steps:
-        right.legend(fontsize=8)
-    figure.suptitle(report.where(), fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+def save(figure, report, path: Path) -> None:
+    figure.suptitle(report.where(), fontsize=9)
+    figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
 def plot_steps(report, path: Path) -> None:
-    """A step over its two forwards against the tokens of its batch, where inplace, master, scratch, paired and the factored methods cross; shapes of
-    which one batch was measured stand side by side."""
-    shapes: dict[str, list[dict]] = {}
-    for step in sorted(report.steps, key=lambda step: step["tokens"]):
-        shapes.setdefault(f"{step['model']} {step['dtype']}", []).append(step)
-    if not shapes:
+    """Draws steps over two forwards against the tokens of a batch. Shapes with one batch stand side by side."""
+    models: dict[str, list[dict[str, Any]]] = {}
+    for shape in ratios(report.groups):
+        models.setdefault(f"{shape['model']} {shape['dtype']}", []).append(shape)
+    lines = {title: shapes for title, shapes in models.items() if len(shapes) > 1}
+    single = [shapes[0] for shapes in models.values() if len(shapes) == 1]
+    if not models:
         return
-    lines = {title: points for title, points in shapes.items() if len(points) > 1}
-    alone = {f"{title}\n{points[0]['tokens']} tokens": points[0] for title, points in shapes.items() if len(points) == 1}
-    names = list(
-        dict.fromkeys(n for step in report.steps for n in step["ratios"] if not n.startswith("eager") and "refresh" not in n)
-    )
-    panels = len(lines) + bool(alone)
-    figure, axes = plt.subplots(1, panels, figsize=(7 * panels, 5), squeeze=False, sharey=True)
-    for axis, (title, points) in zip(axes[0], lines.items()):
-        for k, name in enumerate(names):
-            some = [p for p in points if name in p["ratios"]]
-            style = "-o" if name.startswith("MeZO") else "--s"
-            axis.plot(
-                [p["tokens"] for p in some], [p["ratios"][name] for p in some], style, color=f"C{k}", label=name, markersize=4
-            )
+    # The tables have the rest: new bases, options, and the loops of the other methods.
+    names = list(dict.fromkeys(name for shapes in models.values() for shape in shapes for name in shape["ratios"]))
+    names = [n for n in names if not re.search(r"basis|=|MeZO paired|^eager (?!MeZO)", n)]
+    names.sort(key=lambda name: (not name.startswith("eager"), "MeZO" not in name))
+    looks = {
+        name: {"color": COLORS[k % len(COLORS)], "marker": "o" if "MeZO" in name else "s"}
+        for k, name in enumerate(names, start=1)
+    }
+    looks |= {"eager MeZO": {"color": "black", "marker": "D"}}
+    panels = len(lines) + bool(single)
+    figure, axes = plt.subplots(1, panels, figsize=(6 * panels + 2, 6), squeeze=False, sharey=True, layout="constrained")
+    for axis, (title, shapes) in zip(axes[0], lines.items()):
+        for name in names:
+            points = [(shape["tokens"], shape["ratios"][name]) for shape in shapes if name in shape["ratios"]]
+            style = "-" if "MeZO" in name else "--"
+            axis.plot([x for x, _ in points], [y for _, y in points], style, label=name, **looks[name])
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:.0f}")
         axis.set_xlabel("tokens of a batch")
         axis.set_title(title)
-    if alone:
+    if single:
         axis = axes[0][-1]
         for k, name in enumerate(names):
-            some = [(i, step["ratios"][name]) for i, step in enumerate(alone.values()) if name in step["ratios"]]
-            mark = "o" if name.startswith("MeZO") else "s"
-            axis.plot([i + 0.07 * (k - len(names) / 2) for i, _ in some], [y for _, y in some], mark, color=f"C{k}", label=name)
-        axis.set_xticks(range(len(alone)), list(alone))
-        axis.set_xlim(-0.5, len(alone) - 0.5)
+            points = [(i, shape["ratios"][name]) for i, shape in enumerate(single) if name in shape["ratios"]]
+            places = [i + 0.6 * ((k + 0.5) / len(names) - 0.5) for i, _ in points]
+            axis.plot(places, [y for _, y in points], linestyle="", label=name, **looks[name])
+        axis.set_xticks(range(len(single)), [f"{s['model']} {s['dtype']}\n{s['tokens']} tokens" for s in single])
+        axis.set_xlim(-0.5, len(single) - 0.5)
         axis.set_title("one batch each")
     for axis in axes[0]:
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_yscale("log", base=2)
         axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(axis="y", alpha=0.3)
-    axes[0][0].set_ylabel("time of a step / two bare forwards")
-    axes[0][0].legend(fontsize=7)
-    figure.suptitle(report.where(), fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    axes[0][0].set_ylabel("time of a step over two bare forwards (log)")
+    axes[0][-1].legend(fontsize=10, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    save(figure, report, path)

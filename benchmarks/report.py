@@ -1,4 +1,7 @@
-"""What was measured: printed lines, a JSON and a Markdown page for the repository, and a plot."""
+"""Writes what was measured: printed lines, and a JSON, a Markdown page and plots for the repository.
+
+A run of some benchmarks keeps the groups of the page that it did not measure. Each says its commit.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,12 @@ import zokern
 
 from .goals import GOALS
 from .measure import Group
+from .steps import Shape, disagreements
 
 ROOT = Path(__file__).resolve().parent.parent
+HOW = """Times are medians of rounds in which all cases of a group take turns; a ratio is the
+median of the rounds' ratios. A step has a process of its own, where it takes turns with two bare forwards.
+The ratio of two steps is the quotient of their ratios to these (`benchmarks/steps.py`)."""
 
 
 def _cpu() -> tuple[str, str]:
@@ -44,7 +51,7 @@ def commit() -> str:
         return "unknown"
 
 
-def machine() -> dict[str, str]:
+def machine(command: str) -> dict[str, str]:
     from zokern.backends import cpu
 
     name, clock = _cpu()
@@ -59,30 +66,121 @@ def machine() -> dict[str, str]:
         "zokern": zokern.__version__,
         "commit": commit(),
         "date": date.today().isoformat(),
+        "command": command,
+        "how": HOW,
         "load": " ".join(f"{x:.1f}" for x in os.getloadavg()),
     }
 
 
+# Columns of the tables, by the key of a row: heading and format. A table has those that its rows have.
+COLUMNS = {
+    "ms": ("median ms [p10 p90]", ""),
+    "ns_per_element": ("ns/el", ".3f"),
+    "bytes_per_element": ("B/el", "d"),
+    "percent_of_copy": ("% of copy", ".0f"),
+    "times_eager": ("x eager", ".2f"),
+    "over_forwards": ("over its two forwards", ".2f"),
+    "bound_ms": ("these, ms", ".4g"),
+    "evaluation": ("read by", "s"),
+    "peak_mb": ("peak of a step", ".0f"),
+    "forward_mb": ("peak of a forward", ".0f"),
+    "extra_mb": ("the step beyond it", ".1f"),
+    "scratch_mb": ("scratch_bytes", ".1f"),
+}
+
+MADE = (
+    "commit",
+    "date",
+    "command",
+    "torch",
+)  # of the machine's record: what a group says of its measurement
+
+
+def cell(row: dict[str, Any], key: str) -> str:
+    if key not in row:
+        return ""
+    return f"{row['ms']:.4g} [{row['p10']:.4g} {row['p90']:.4g}]" if key == "ms" else format(row[key], COLUMNS[key][1])
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
 class Report:
-    def __init__(self, quick: bool, everything: bool = False) -> None:
+    """Collects groups. A group has a title, rows, figures, notes, and the commit of its measurement."""
+
+    def __init__(self, quick: bool, everything: bool = False, command: str = "make bench") -> None:
         self.quick, self.all = quick, everything
-        self.machine = machine()
+        self.machine = machine(command)
         self.groups: list[dict[str, Any]] = []
-        self.figures: dict[str, float] = {}
-        self.notes: list[str] = []
-        self.steps: list[dict[str, Any]] = []  # model, dtype, tokens; ratios: case -> step over two forwards
-        self.memory: list[
-            tuple[str, float, float, float]
-        ] = []  # case; MB: peak of a forward, extra of a step, record's scratch
+        self.noted: list[str] = []  # for the next group
+
+    @classmethod
+    def load(cls, file: Path) -> Report:
+        """Returns the report that `write` has left in a folder."""
+        report = cls.__new__(cls)
+        report.quick = report.all = False
+        report.noted = []
+        content = json.loads(file.read_text())
+        report.machine, report.groups = content["machine"], content["groups"]
+        return report
 
     def add(self, group: Group, **figures: float) -> None:
-        self.groups.append({"title": group.title, "rows": group.rows()})
-        self.figures.update(figures)
+        self.rows(group.title, group.rows(), figures, getattr(group, "shape", None))
+
+    def rows(self, title: str, rows: list[dict[str, Any]], figures: dict[str, float], shape: Shape | None = None) -> None:
+        made = {key: self.machine[key] for key in MADE}
+        group: dict[str, Any] = {
+            "title": title,
+            "rows": rows,
+            "figures": dict(figures),
+            "notes": self.noted,
+            "made": made,
+        }
+        if shape is not None:
+            group["shape"] = {
+                "name": str(shape),
+                "model": shape.model,
+                "dtype": shape.dtype,
+                "tokens": shape.tokens,
+            }
+        self.groups.append(group)
+        self.noted = []
 
     def figure(self, key: str, value: float) -> None:
-        self.figures[key] = value
+        """Adds a figure to the group that was added last."""
+        self.groups[-1]["figures"][key] = value
 
-    # Text ---------------------------------------------------------------------------------------------------------------
+    def note(self, text: str) -> None:
+        """Adds a note to the group that is added next."""
+        self.noted.append(text)
+
+    def keep(self, earlier: Report) -> None:
+        """Takes over the groups of an earlier page that this run did not measure, in their old places."""
+        mine = {group["title"]: group for group in self.groups}
+        kept = [mine.pop(group["title"], group) for group in earlier.groups]
+        self.groups = kept + list(mine.values())
+
+    def is_kept(self, group: dict[str, Any]) -> bool:
+        return any(group["made"][key] != self.machine[key] for key in MADE)
+
+    def found(self) -> dict[str, tuple[float, dict[str, Any]]]:
+        """Returns every figure by its key, and the group that it is of."""
+        found = {}
+        for group in self.groups:
+            name = group.get("shape", {}).get("name")
+            for row in group["rows"] if name else ():
+                for key, of in (("over_forwards", "forwards"), ("times_eager", "eager")):
+                    if key in row:
+                        found[f"{row['name']} {name} / {of}"] = row[key], group
+            found |= {key: (value, group) for key, value in group["figures"].items()}
+        return found
+
+    def notes(self) -> list[str]:
+        noted = [note for group in self.groups for note in group["notes"]]
+        return list(dict.fromkeys(noted + disagreements(self.groups)))
+
+    # Text ------------------------------------------------------------------------------------------------
 
     def where(self) -> str:
         m = self.machine
@@ -92,127 +190,93 @@ class Report:
         )
 
     def lines(self) -> list[str]:
-        lines = []
+        lines = [self.where()]
         for group in self.groups:
             lines += ["", group["title"]]
             for row in group["rows"]:
-                parts = [row["name"], f"{row['ms']:.4g} ms [{row['p10']:.4g} {row['p90']:.4g}]"]
-                parts.append(f"{row['bytes_per_element']} B/el" if "bytes_per_element" in row else "-")
-                parts.append(f"{row['percent_of_copy']:.0f}% of copy" if "percent_of_copy" in row else "-")
-                parts.append(f"{row['times_eager']:.2f}x eager" if "times_eager" in row else "-")
-                lines.append(" | ".join([*parts, self.where()]))
-        if self.memory:
-            lines += ["", "memory, each in a fresh process"]
-        for name, forward, extra, scratch in self.memory:
-            lines.append(
-                f"{name} | forward peak {forward:.0f} MB | step +{extra:.1f} MB | scratch_bytes {scratch:.1f} MB | {self.where()}"
-            )
+                cells = [f"{heading} {cell(row, key)}" for key, (heading, _) in COLUMNS.items() if key in row]
+                lines.append(" | ".join([row["name"], *cells]))
         return lines
 
-    def goals(self) -> list[tuple[str, str, str, str]]:
-        rows = []
+    def goals(self) -> list[list[str]]:
+        """Returns what must be reached, by how much, what was measured, and a verdict."""
+        rows, found = [], self.found()
         for goal in GOALS:
-            sign = ">=" if goal.at_least else "<="
-            value = self.figures.get(goal.key)
-            verdict = "not measured" if value is None else "reached" if goal.reached(value) else "not reached"
-            shown = "-" if value is None else f"{value:.2f} {goal.unit}"
-            rows.append((goal.what, f"{sign} {goal.bound:g} {goal.unit}", shown, verdict))
+            must = f"{'>=' if goal.at_least else '<='} {goal.bound:g} {goal.unit}"
+            if goal.key not in found:
+                rows.append([goal.what, must, "-", "not measured"])
+                continue
+            value, group = found[goal.key]
+            verdict = "reached" if goal.reached(value) else "missed"
+            since = f" (commit {group['made']['commit']})" if self.is_kept(group) else ""
+            rows.append([goal.what, must, f"{value:.2f} {goal.unit}{since}", verdict])
         return rows
 
     def markdown(self) -> str:
         m = self.machine
+        kept = [group for group in self.groups if self.is_kept(group)]
+        earlier = f" {len(kept)} of its {len(self.groups)} groups are of other runs, and each says of which." if kept else ""
         text = [
+            f"Measured at commit {m['commit']} on {m['date']}; later changes of the code are not in it.{earlier}",
+            "",
             f"# {m['cpu']}, {m['threads']} threads, {m['isa']}",
             "",
-            f"`make bench`, {m['date']}: torch {m['torch']}, Python {m['python']}, zokern {m['zokern']}, commit {m['commit']}, "
-            f"{m['clock']}, {m['cores']} cores, load average before the run {m['load']}.",
-            "Medians of rounds in which all cases of a group take turns; a ratio is the median of the rounds' ratios.",
+            f"`{m['command']}`: torch {m['torch']}, Python {m['python']}, zokern {m['zokern']},",
+            f"{m['clock']}, {m['cores']} cores,",
+            f"load average before the run {m['load']}. {m['how']}",
             "",
-            "![plot](bench.png)",
-            *(["", "![step cost against tokens](steps.png)"] if self.steps else []),
-            "",
-            "| goal | must reach | measured | |",
-            "|---|---|---|---|",
-            *(f"| {' | '.join(row)} |" for row in self.goals()),
+            "![kernels, steps and memory](bench.png)",
         ]
+        if any("shape" in group for group in self.groups):
+            text += ["", "![step cost against tokens](steps.png)"]
+        text += ["", *table(["aim", "must reach", "measured", ""], self.goals())]
         for group in self.groups:
-            text += ["", f"## {group['title']}", "", "| case | median ms [p10 p90] | ns/el | B/el | % of copy | x eager |",
-                     "|---|---|---|---|---|---|"]  # fmt: skip
-            for row in group["rows"]:
-                cells = [row["name"], f"{row['ms']:.4g} [{row['p10']:.4g} {row['p90']:.4g}]"]
-                for key, form in (
-                    ("ns_per_element", ".3f"),
-                    ("bytes_per_element", "d"),
-                    ("percent_of_copy", ".0f"),
-                    ("times_eager", ".2f"),
-                ):
-                    cells.append(format(row[key], form) if key in row else "")
-                text.append(f"| {' | '.join(cells)} |")
-        if self.memory:
-            text += ["", "## memory, each in a fresh process (MB, VmHWM)", "", "| case | peak of a forward | extra of a step | scratch_bytes |",
-                     "|---|---|---|---|"]  # fmt: skip
-            text += [
-                f"| {name} | {forward:.0f} | {extra:.1f} | {scratch:.1f} |" for name, forward, extra, scratch in self.memory
-            ]
-        if self.notes:
-            text += ["", "## Notes", "", *(f"- {note}" for note in self.notes)]
-        others = {k: v for k, v in self.figures.items() if k not in {g.key for g in GOALS}}
+            text += ["", f"## {group['title']}", ""]
+            if self.is_kept(group):
+                made = group["made"]
+                text += [
+                    f"Of commit {made['commit']}, {made['date']}, torch {made['torch']}, `{made['command']}`.",
+                    "",
+                ]
+            columns = [key for key in COLUMNS if any(key in row for row in group["rows"])]
+            head = ["case", *(COLUMNS[key][0] for key in columns)]
+            text += table(head, [[row["name"], *(cell(row, key) for key in columns)] for row in group["rows"]])
+        if self.notes():
+            text += ["", "## Notes", "", *(f"- {note}" for note in self.notes())]
+        of_goals = {goal.key for goal in GOALS}
+        figures = {key: value for group in self.groups for key, value in group["figures"].items()}
+        others = [[key, f"{value:.2f}"] for key, value in figures.items() if key not in of_goals]
         if others:
-            text += [
-                "",
-                "## Other figures",
-                "",
-                "| figure | value |",
-                "|---|---|",
-                *(f"| {k} | {v:.2f} |" for k, v in others.items()),
-            ]
+            text += ["", "## Other figures", "", *table(["figure", "value"], others)]
         return "\n".join(text) + "\n"
 
-    # Files --------------------------------------------------------------------------------------------------------------
+    # Files -----------------------------------------------------------------------------------------------
 
     def folder(self) -> Path:
         if self.quick:
             return ROOT / "build" / "bench-quick"  # too few rounds for the record
         m = self.machine
-        return (
-            ROOT
-            / "benchmarks"
-            / "results"
-            / re.sub(r"[^a-z0-9]+", "-", f"{m['cpu']} {m['threads']} threads {m['isa']}".lower()).strip("-")
-        )
+        name = re.sub(r"[^a-z0-9]+", "-", f"{m['cpu']} {m['threads']} threads {m['isa']}".lower()).strip("-")
+        return ROOT / "benchmarks" / "results" / name
 
-    def measured(self) -> dict[str, Any]:
-        """All that was measured, as JSON holds it."""
-        return {
-            "groups": self.groups,
-            "memory_mb": self.memory,
-            "figures": self.figures,
-            "steps": self.steps,
-            "notes": self.notes,
-        }
-
-    def write_part(self, file: str) -> None:
-        """For the process that shares its report out; merge() is the other end."""
-        Path(file).write_text(json.dumps(self.measured()))
-
-    def merge(self, part: dict[str, Any]) -> None:
-        self.groups += part["groups"]
-        self.memory += [tuple(row) for row in part["memory_mb"]]
-        self.figures |= part["figures"]
-        self.steps += part["steps"]
-        self.notes += part["notes"]
-
-    def write(self) -> Path:
+    def write(self, anew: bool) -> Path:
+        """Writes JSON, page and plots. Unless `anew`, groups of the page that were not measured stay."""
         folder = self.folder()
         folder.mkdir(parents=True, exist_ok=True)
-        content = {"machine": self.machine, **self.measured()}
-        (folder / "bench.json").write_text(json.dumps(content, indent=1) + "\n")
+        file = folder / "bench.json"
+        if not anew and file.exists():
+            self.keep(Report.load(file))
+        file.write_text(json.dumps({"machine": self.machine, "groups": self.groups}, indent=1) + "\n")
+        self.show(folder)
+        return folder
+
+    def show(self, folder: Path) -> None:
+        """Writes the page and its plots."""
         (folder / "README.md").write_text(self.markdown())
         try:
             from .plot import plot, plot_steps
-        except ImportError as error:
-            self.notes.append(f"no plot: {error}")
+        except ImportError:
+            print("no plots: matplotlib is not installed")
         else:
             plot(self, folder / "bench.png")
             plot_steps(self, folder / "steps.png")
-        return folder

@@ -40,6 +40,7 @@ LONGEST = (
     "test_update_cuda",
     "test_lowrank_cuda",
     "test_gpu",
+    "test_bench",
     "test_demo",
     "test_directions",
     "test_predict",

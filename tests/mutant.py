@@ -1,10 +1,12 @@
-"""A function with one expression replaced: what a test of that function has to reject."""
+"""Wrong versions, which a test has to reject: a function with a mistake around it, or with one expression replaced."""
 
 from __future__ import annotations
 
 import inspect
 import textwrap
 from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
 
 
 def mutant(owner: object, name: str, right: str, instead: str) -> Callable:
@@ -15,3 +17,9 @@ def mutant(owner: object, name: str, right: str, instead: str) -> Callable:
     space: dict = {}
     exec("from __future__ import annotations\n" + source.replace(right, instead), vars(inspect.getmodule(function)), space)
     return space[name]
+
+
+def replaced(owner: Any, name: str, change: Callable) -> Any:
+    """owner.name with a mistake: change(right, *arguments)."""
+    right = getattr(owner, name)
+    return patch.object(owner, name, lambda *arguments, **keywords: change(right, *arguments, **keywords))

@@ -20,7 +20,7 @@ import zokern
 from zokern.stream import BASIS, draw_word
 
 EXPLICIT = ("master", "paired", "scratch", "inplace")
-METHODS = {name: getattr(zokern, name) for name in ("MeZO", "FZOO", "SubZero", "LOZO", "TeZO", "PGAP")}
+METHODS = dict(zokern.methods.METHODS)
 OFFSETS = {"central": (1.0, -1.0), "forward": (1.0, 0.0)}
 REFUSALS = (RuntimeError, TypeError, ValueError, NotImplementedError)
 OURS = str(Path(zokern.__file__).parent)
@@ -75,12 +75,12 @@ def subspace(name: str, shape: Sequence[int], seed: int, step: int, query: int, 
 
 
 def lazy(name: str, shape: Sequence[int], seed: int, step: int, query: int, rank: int = 2) -> Tensor:
-    """LOZO's z in the first interval: U V^T for a matrix, dense for the rest."""
+    """LOZO's z in the first interval: U V^T / sqrt(r) for a matrix, dense for the rest."""
     if len(shape) != 2:
         return dense(name, shape, seed, step, query)
     rank = min(rank, *shape)
     u = dense(name, (shape[0], rank), seed, step, query)
-    return u @ dense(name, (shape[1], rank), seed, 0, draw_word(1, BASIS)).T
+    return u @ dense(name, (shape[1], rank), seed, 0, draw_word(1, BASIS)).T / math.sqrt(rank)
 
 
 def direction(method: str, options: Mapping[str, Any]) -> Callable[..., Tensor]:

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import zokern
+from zokern.directions import Aligned, Diagonal, Drawn, Kept, Lazy, LowRank, Subspace
+from zokern.estimator import Spread, Spsa
+from zokern.methods.pgap import Probed
 from zokern.stream import BASIS, RADIUS, draw_word
 
 METHODS: dict[str, Callable[..., Any]] = {
@@ -25,7 +28,9 @@ METHODS: dict[str, Callable[..., Any]] = {
     "subzero_all": partial(zokern.SubZero, rank=3, interval=3, reshape="all", lr=3e-3),
     "lozo": partial(zokern.LOZO, rank=2, interval=3, lr=3e-3),
     "lozo_m": partial(zokern.LOZO, rank=2, interval=3, momentum=0.6, lr=3e-3),
+    "lozo_unit": partial(zokern.LOZO, rank=2, interval=3, norm="unit", lr=3e-3),
     "tezo": partial(zokern.TeZO, rank=3, lr=3e-3),
+    "tezo_unit": partial(zokern.TeZO, rank=3, norm="unit", lr=3e-3),
     "tezo_m": partial(zokern.TeZO, rank=3, rule="momentum", betas=(0.6, 0.9), lr=1e-3),
     "tezo_adam": partial(zokern.TeZO, rank=3, rule="adam", betas=(0.6, 0.9), lr=3e-3),
     "tezo_adam_corrected": partial(zokern.TeZO, rank=3, rule="adam", betas=(0.6, 0.9), bias_correction=True, lr=3e-3),
@@ -35,6 +40,13 @@ METHODS: dict[str, Callable[..., Any]] = {
     "pgap_positive": partial(zokern.PGAP, rank=3, interval=3, probes=3, sign="positive", norm="unit", lr=0.1, eps=1e-2),
     "fzoo": partial(zokern.FZOO, queries=3, lr=3e-3, eps=1e-3),
 }
+# Every method of the package that has no case above, with what it takes by default.
+METHODS |= {
+    name: partial(method, lr=3e-3)
+    for name, method in zokern.methods.METHODS.items()
+    if name.lower() not in METHODS and name != "MeZO"
+}
+METHODS["mezo"] = partial(zokern.MeZO, lr=3e-3)
 ONE_EACH = ("subzero", "lozo", "lozo_m", "tezo", "tezo_m", "tezo_adam", "pgap", "fzoo")
 
 
@@ -75,18 +87,24 @@ class Factors(NamedTuple):
 
 @dataclass
 class Formula:
-    """A method on paper: float64 weights that follow it, given the coefficients of each step."""
+    """A method on paper: float64 weights that follow it, given the coefficients of each step.
 
-    name: str
-    optimizer: Any  # options only; P-GAP's basis too, whose own checks are in test_methods.py
+    It is read off the names and options of the optimizer's parts, and takes no number from them; P-GAP's basis is the exception, whose
+    own checks are in test_methods.py. A part that it does not know is an AssertionError: write its formula here."""
+
+    optimizer: Any
     theta: dict[str, Tensor]
     size: dict[str, Tensor] = field(default_factory=dict)
-    kept: dict[str, Any] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, name: str, optimizer: Any, model: nn.Module) -> Formula:
+    def of(cls, optimizer: Any, model: nn.Module) -> Formula:
         theta = {n: p.detach().double() for n, p in model.named_parameters() if p.requires_grad}
-        return cls(name, optimizer, theta, {n: t.abs() for n, t in theta.items()})
+        direction, known = optimizer.factored, (Subspace, Lazy, Diagonal, LowRank, Aligned, Probed)
+        assert direction is None or type(direction) in known, (
+            f"the formula of direction {type(direction).__name__} is not known"
+        )
+        return cls(optimizer, theta, {n: t.abs() for n, t in theta.items()})
 
     # Directions
 
@@ -96,18 +114,19 @@ class Formula:
     def shape(self, name: str) -> tuple[int, int] | None:
         """Rows and columns of the matrix that a parameter is factored as."""
         long = [side for side in self.theta[name].shape if side != 1]
-        if self.name == "fzoo" or len(long) != 2:
-            return None
         direction, count = self.optimizer.factored, self.theta[name].numel()
+        if direction is None or len(long) != 2:
+            return None
         near = min(
             ((a, count // a) for a in range(1, count + 1) if count % a == 0 and a * a <= count), key=lambda p: p[1] - p[0]
         )
-        if self.name == "subzero_all" or (self.name == "subzero_adapters" and min(long) <= 4 * direction.rank):
+        if direction.reshape == "all" or (direction.reshape == "adapters" and min(long) <= 4 * direction.rank):
             return near
         return long[0], long[1]
 
     def basis_step(self, step: int) -> int:
-        return 0 if self.name.startswith("tezo") else step - step % self.optimizer.factored.interval
+        every = self.optimizer.factored.v.every
+        return 0 if every is None else step - step % every
 
     def rank(self, name: str) -> int:
         return min(self.optimizer.factored.rank_of(name), *self.shape(name))  # type: ignore[misc]
@@ -115,37 +134,46 @@ class Formula:
     def factors(self, name: str, step: int, query: int) -> Factors:
         """U, C and V of one draw."""
         (m, n), r, born = self.shape(name), self.rank(name), self.basis_step(step)  # type: ignore[misc]
-        v = self.normals((n, r), name, born, draw_word(1, BASIS))
-        if self.name.startswith("lozo"):
-            return Factors(sized(self.normals((m, r), name, step, query)), sized(torch.eye(r)), sized(v))
-        u = self.normals((m, r), name, born, draw_word(0, BASIS))
-        if self.name.startswith("tezo"):
-            return Factors(sized(u), sized(torch.diag(self.normals((r,), name, step, query))), sized(v))
-        core = self.normals((r, r), name, step, query)
-        if self.name.startswith("pgap"):
+        direction = self.optimizer.factored
+        v = self.kept(direction.v, (n, r), name, born, draw_word(1, BASIS))
+        if isinstance(direction.u, Drawn):
+            u, core = self.normals((m, r), name, step, query), torch.eye(r)
+        else:
+            u = self.kept(direction.u, (m, r), name, born, draw_word(0, BASIS))
+            numbers = self.normals((r,) if direction.c.diagonal else (r, r), name, step, query)
+            core = torch.diag(numbers) if direction.c.diagonal else numbers
+        if isinstance(direction, Aligned):
             matrix = next(x for x in self.optimizer.matrices.values() if x.name == name)
             core, u, v = self.aligned(core, matrix.extra["spectrum"].double(), name, step, query), matrix.left, matrix.right
-        else:
-            u, v = orthonormal(u), orthonormal(v)
-        matched = self.name not in ("subzero_unit", "pgap", "pgap_step", "pgap_positive")
-        return Factors(sized(u), sized(core * (math.sqrt(m * n) / r if matched else 1.0)), sized(v))
+        long = 1.0
+        if direction.norm == "matched":
+            long = math.sqrt(m * n) / r if direction.v.values == "orthonormal" else 1.0 / math.sqrt(r)
+        if isinstance(direction.u, Drawn):
+            return Factors(sized(u * long), sized(core), sized(v))
+        return Factors(sized(u), sized(core * long), sized(v))
+
+    def kept(self, factor: Kept, shape: tuple[int, int], name: str, born: int, word: int) -> Tensor:
+        found = self.normals(shape, name, born, word)
+        return orthonormal(found) if factor.values == "orthonormal" else found
 
     def aligned(self, core: Tensor, s: Tensor, name: str, step: int, query: int) -> Tensor:
         """Z0 - alpha diag(S), alpha = (sum_i S_i Z0_ii - xi sqrt(delta) ||S||) / ||S||^2."""
         word, xi = draw_word(query, RADIUS), 1.0
-        if self.name in ("pgap", "pgap_matched"):
+        direction = self.optimizer.factored
+        if direction.sign == "matrix":
             xi = 1.0 if float(self.normals((1,), name, step, word)) >= 0 else -1.0
-        elif self.name == "pgap_step":
+        elif direction.sign == "step":
             first = min(n for n in self.theta if self.shape(n) is not None)
             xi = 1.0 if float(self.normals((1,), first, step, word)) >= 0 else -1.0
-        delta = 2.0 * (1.0 - step / 8) if self.name == "pgap_matched" else 2.0
+        delta = direction.delta * (1.0 if direction.steps is None else 1.0 - step / direction.steps)
         alpha = ((s * core.diagonal()).sum() - xi * math.sqrt(delta) * s.norm()) / (s.norm() ** 2 + 1e-12)
         return core - alpha * torch.diag(s)
 
     def dense(self, name: str, step: int, query: int) -> Sized:
-        kind = "rademacher" if self.name == "fzoo" else "normal"
         shape = tuple(self.theta[name].shape)
-        return sized(zokern.draw(kind, shape, seed=self.optimizer.seed, who=name, step=step, draw=query))
+        return sized(
+            zokern.draw(self.optimizer.direction.name, shape, seed=self.optimizer.seed, who=name, step=step, draw=query)
+        )
 
     def z(self, name: str, step: int, query: int) -> Tensor:
         if self.shape(name) is None:
@@ -159,11 +187,14 @@ class Formula:
     # Coefficients and updates
 
     def coefficients(self, losses: Sequence[Sequence[float]], eps: float) -> list[float]:
-        if self.name == "fzoo":
-            ahead = torch.tensor([sides[0] for sides in losses], dtype=torch.float64)
-            return [(sides[0] - sides[1]) / float(ahead.std(correction=0)) for sides in losses]
-        offsets = self.optimizer.estimator.stencil.offsets
-        return [(sides[0] - sides[1]) / ((offsets[0] - offsets[1]) * eps) for sides in losses]
+        estimator = self.optimizer.estimator
+        assert type(estimator) in (Spsa, Spread), f"the formula of estimator {type(estimator).__name__} is not known"
+        offsets, weights = estimator.stencil.offsets, estimator.stencil.weights
+        unit = eps
+        if type(estimator) is Spread:
+            ahead = [loss for sides in losses for loss, offset in zip(sides, offsets) if offset]
+            unit = float(torch.tensor(ahead, dtype=torch.float64).std(correction=0))
+        return [math.fsum(w * loss for w, loss in zip(weights, sides)) / unit for sides in losses]
 
     def update(self, coefficients: Sequence[float], step: int, lr: float, weight_decay: float = 0.0) -> None:
         """theta <- (1 - lr wd) theta - lr times the method's average of c_k z_k."""
@@ -181,46 +212,54 @@ class Formula:
 
     @property
     def kind(self) -> str:
-        return {"lozo_m": "momentum", "tezo_m": "momentum", "tezo_adam": "adam", "tezo_adam_corrected": "adam"}.get(
-            self.name, "sgd"
+        rule = self.optimizer.rule
+        assert type(rule) in (zokern.Sgd, zokern.Momentum, zokern.Adam), (
+            f"the formula of rule {type(rule).__name__} is not known"
         )
+        return rule.name
 
     def averaged(self, name: str, gradient: Sized) -> Sized:
         """Momentum or Adam of a dense gradient, or the first moment in a small space."""
+        rule = self.optimizer.rule
         if self.kind == "momentum":
-            old = self.kept.get(name)
-            self.kept[name] = gradient if old is None else old * 0.6 + gradient * 0.4
-            return self.kept[name]
+            old = self.memory.get(name)
+            self.memory[name] = gradient if old is None else old * rule.beta + gradient * (1.0 - rule.dampening)
+            return self.memory[name]
         first, second = self.moments(name, gradient)
-        return first * (1.0 / (second.value + 1e-8).sqrt())
+        return first * (1.0 / self.root(second.value))
+
+    def root(self, second: Tensor) -> Tensor:
+        rule = self.optimizer.rule
+        return (second + rule.eps).sqrt() if rule.inside else second.sqrt() + rule.eps
 
     def moments(self, name: str, gradient: Sized) -> tuple[Sized, Sized]:
         zero = gradient * 0.0
-        first, second, count = self.kept.get(name, (zero, zero, 0))
-        squared = Sized(gradient.value**2, gradient.value**2)
-        first, second, count = first * 0.6 + gradient * 0.4, second * 0.9 + squared * 0.1, count + 1
-        self.kept[name] = first, second, count
-        if self.name == "tezo_adam_corrected":
-            return first * (1.0 / (1.0 - 0.6**count)), second * (1.0 / (1.0 - 0.9**count))
+        first, second, count = self.memory.get(name, (zero, zero, 0))
+        squared, (one, two) = Sized(gradient.value**2, gradient.value**2), self.optimizer.rule.betas
+        first, second, count = first * one + gradient * (1 - one), second * two + squared * (1 - two), count + 1
+        self.memory[name] = first, second, count
+        if self.optimizer.rule.bias_correction:
+            return first * (1.0 / (1.0 - one**count)), second * (1.0 / (1.0 - two**count))
         return first, second
 
     def matrix_move(self, name: str, draws: Sequence[Factors], weights: Sequence[float]) -> Sized:
         left, _, right = draws[0]
         if self.kind == "sgd":
             return sum_of([f.product() * w for f, w in zip(draws, weights)])
-        if self.name == "lozo_m":
-            old = self.kept.get(name + " V")
+        if isinstance(self.optimizer.factored.u, Drawn):
+            old = self.memory.get(name + " V")
             if old is not None and not torch.equal(old.value, right.value):
-                self.kept[name] = self.kept[name] @ (old.mT @ right) * (1.0 / len(right.value))
-            self.kept[name + " V"] = right
+                self.memory[name] = self.memory[name] @ (old.mT @ right) * (1.0 / len(right.value))
+            self.memory[name + " V"] = right
             return self.averaged(name, sum_of([f.left * w for f, w in zip(draws, weights)])) @ right.mT
+        assert self.optimizer.factored.is_diagonal, f"the formula of rule {self.kind!r} with this direction is not known"
         tau = sum_of([Sized(f.core.value.diagonal(), f.core.size.diagonal()) * w for f, w in zip(draws, weights)])
         if self.kind == "momentum":
             average = self.averaged(name, tau)
             return left @ Sized(torch.diag(average.value), torch.diag(average.size)) @ right.mT
         first, second = self.moments(name, tau)
         spread = left.value**2 @ torch.diag(second.value) @ (right.value**2).mT
-        return (left @ Sized(torch.diag(first.value), torch.diag(first.size)) @ right.mT) * (1.0 / (spread + 1e-8).sqrt())
+        return (left @ Sized(torch.diag(first.value), torch.diag(first.size)) @ right.mT) * (1.0 / self.root(spread))
 
 
 def sum_of(terms: Sequence[Sized]) -> Sized:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import csv
 import json
 import math
+import warnings
 from importlib import metadata
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
-from zokern import demo, hf
+import zokern
+from zokern import demo, hf, methods
 from zokern.demo import significance
 from zokern.demo.cost import EagerMeZO
 from zokern.demo.report import FIELDS, plot, summary
-from zokern.demo.training import Batches, Score
+from zokern.demo.training import Batches, Score, Task
 from zokern.hf import LabelWords, Row, read_reviews, split
 
 GOOD, BAD = ["fine", "lovely", "warm", "bright"], ["dull", "poor", "cold", "grey"]
@@ -255,6 +258,60 @@ def test_report_is_complete(tiny, tmp_path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'zokern[demo]'")
     plot(report, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes()[1:4] == b"PNG"
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "forwards"),
+    [
+        ("subzero", "SubZero", 2),
+        ("LOZO", "LOZO", 2),
+        ("tezo", "TeZO", 2),
+        ("pgap", "PGAP", 2),
+        ("Fzoo", "FZOO", 9),
+        ("mezo", "MeZO", 2),
+    ],
+)
+def test_every_method_with_its_own_numbers(tiny, name, method, forwards) -> None:
+    """Each is the class that was asked for, with its lr and eps; the report and its text name them."""
+    built = []
+    make = getattr(methods, method)
+    with patch.object(methods, method, lambda *args, **given: built.append(given) or make(*args, **given)):
+        report = _line(tiny, "--steps", "2", "--method", name)
+    made = make(torch.nn.Linear(2, 2))
+    assert len(built) == 4 and built[0] == {"seed": 0}
+    assert report["method"] == report["options"]["method"] == method and report["forwards"] == forwards
+    assert [report["options"][key] for key in ("lr", "eps")] == [made.param_groups[0][key] for key in ("lr", "eps")]
+    assert f"method     {method}, lr {report['options']['lr']:g}" in summary(report | {"seconds": 0.0})
+    assert report["loss_after"] != report["loss_before"], "the weights that are judged are those that were trained"
+
+
+def test_lr_and_eps_that_are_given_are_taken(tiny) -> None:
+    report = _line(tiny, "--steps", "1", "--method", "lozo", "--lr", "3e-4", "--eps", "2e-3", "--queries", "2")
+    assert [report["options"][key] for key in ("lr", "eps")] == [3e-4, 2e-3] and report["forwards"] == 4
+
+
+def test_unknown_method_is_refused(capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        demo.main(["--method", "adam"])
+    assert ended.value.code == 2 and "adam is no method; expected one of FZOO, LOZO, MeZO" in capsys.readouterr().err
+
+
+def test_all_points_of_a_step_are_read_in_one_pass(tiny) -> None:
+    """A closure that reads numbers of tensors cannot be mapped, and would be read a point at a time."""
+    model, words = tiny
+
+    class Noting(Task):
+        def __call__(self) -> torch.Tensor:
+            loss = super().__call__()
+            self.last = loss.item()
+            return loss
+
+    for kind, way in ((Task, "paired"), (Noting, "scratch")):
+        optimizer = zokern.MeZO(model, lr=0.0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ways = [zokern.step(optimizer, kind(model, words, sentences(8))).evaluation for _ in range(2)]
+        assert ways[-1] == way
 
 
 def test_both_seeds_start_from_the_same_weights(tiny) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 import zokern
 from zokern import plan
-from zokern.directions import Lazy, orthonormal
+from zokern.directions import Aligned, Diagonal, Lazy, Subspace, lowrank, orthonormal
 from zokern.rule import sgd
 from zokern.stream import BASIS, draw_word
 
@@ -405,3 +407,47 @@ def test_no_draw_is_kept_between_steps() -> None:
     optimizer = METHODS["lozo"](model, seed=1, queries=2)
     zokern.step(optimizer, lambda: next_token_loss(model(IDS), IDS))
     assert optimizer.work.groups and not any(group.drawn for group in optimizer.work.groups)
+
+
+# One length -----------------------------------------------------------------------------------------------------------------------
+
+LENGTHS: dict[str, Callable[..., Any]] = {
+    "subspace": partial(Subspace, 4, reshape="none"), "lazy": partial(Lazy, 4), "diagonal": partial(Diagonal, 4), "aligned": partial(Aligned, 4),
+    "orthonormal diagonal": partial(lowrank.LowRank, lowrank.Kept("orthonormal"), lowrank.Drawn(diagonal=True), lowrank.Kept("orthonormal"), rank=4),
+    "normal core": partial(lowrank.LowRank, lowrank.Kept(), lowrank.Drawn(), lowrank.Kept(), rank=4),
+    "one orthonormal": partial(lowrank.LowRank, lowrank.Drawn(), None, lowrank.Kept("orthonormal"), rank=4),
+}  # fmt: skip
+
+
+def mean_square(direction: Any, draws: int = 60, names: int = 20) -> float:
+    """E||z||_F^2 / (m n) of matrices of 24 x 30, over draws and bases."""
+
+    def source(matrices, shapes, step, draw):
+        return [zokern.draw("normal", shape, seed=2, who=m.name, step=step, draw=draw) for m, shape in zip(matrices, shapes)]
+
+    matrices = [lowrank.Matrix(f"w{i}", i, 24, 30, 4, torch.device("cpu")) for i in range(names)]
+    direction.refresh(matrices, source, 0)
+    total = 0.0
+    for step in range(draws):
+        for matrix, middle in zip(matrices, direction.draws(matrices, source, step, 0)):
+            left = middle if matrix.left is None else matrix.left @ middle
+            total += float((left @ matrix.right.T).double().square().sum())
+    return total / (draws * names * 24 * 30)
+
+
+def check_length(direction: Any) -> None:
+    assert mean_square(direction) == pytest.approx(1.0, rel=0.15)
+    assert direction.spread(lowrank.Matrix("w", 0, 24, 30, 4, torch.device("cpu"))) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_every_direction_has_the_length_of_a_dense_one(name: str) -> None:
+    """By default; with norm='unit' an element's root mean square is what `spread` says, and another one."""
+    check_length(LENGTHS[name]())
+    unit = LENGTHS[name](norm="unit")
+    spread = unit.spread(lowrank.Matrix("w", 0, 24, 30, 4, torch.device("cpu")))
+    assert mean_square(unit) == pytest.approx(spread**2, rel=0.15)
+    with pytest.raises(AssertionError):
+        check_length(unit)
+    with pytest.raises(ValueError, match="norm is 'paper'; expected one of"):
+        LENGTHS[name](norm="paper")

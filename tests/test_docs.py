@@ -1,12 +1,14 @@
 """The documents are true: their Python runs, the files, targets and commands they name exist, and no line names one machine.
 
 A Python block of a document is run, in order, with `model` and `loader` (a small one) and `torch` and `zokern` at hand, unless the line
-above it is `<!-- not run: the reason -->`.
+above it is `<!-- not run: the reason -->`. Below `<!-- needs: package, ... -->` it is left out where a package is missing, and the test
+is reported as skipped. Sentences and lines have a length that is counted here.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import inspect
 import re
 import subprocess
@@ -24,7 +26,7 @@ from zokern.optimizer import ZerothOrder
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted(path for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")] if path.is_file())
-FOLDERS = "zokern|csrc|triton_kernels|tests|benchmarks|docs"
+FOLDERS = "zokern|csrc|triton_kernels|tests|benchmarks|docs|examples"
 MADE_LATER = re.compile(
     r"zokern/_build\.py|benchmarks/results/.*|build/.*|dist/.*|\.venv/?.*"
 )  # by a build or a run, not by git
@@ -52,23 +54,32 @@ class Tiny(nn.Module):
         return Output(logits=logits, loss=nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()))
 
 
-def python_blocks(text: str) -> list[tuple[int, str]]:
-    """Line number and source of every Python block that is to be run."""
+def python_blocks(text: str) -> list[tuple[int, str, list[str]]]:
+    """Line number, source and packages of every Python block that is to be run."""
     blocks = re.finditer(r"^(?P<above>[^\n]*\n)?```python\n(?P<source>.*?)^```", text, re.M | re.S)
-    return [
-        (text[: match.start("source")].count("\n") + 1, match["source"])
-        for match in blocks
-        if not re.match(r"<!-- not run: \S.* -->", match["above"] or "")
-    ]
+    found = []
+    for match in blocks:
+        above = match["above"] or ""
+        if not re.match(r"<!-- not run: \S.* -->", above):
+            needs = re.match(r"<!-- needs: (\w+(?:, \w+)*) -->", above)
+            found.append(
+                (text[: match.start("source")].count("\n") + 1, match["source"], needs[1].split(", ") if needs else [])
+            )
+    return found
 
 
-def run_blocks(text: str) -> dict:
+def run_blocks(text: str) -> tuple[dict, list[str]]:
+    """The names that the blocks have left, and the blocks that were left out."""
     torch.manual_seed(0)
     tokens = torch.randint(0, 17, (3, 2, 5))
     names = {"torch": torch, "zokern": zokern, "model": Tiny(), "loader": [{"input_ids": t, "labels": t} for t in tokens]}
-    for line, source in python_blocks(text):
-        exec(compile("\n" * (line - 1) + source, "document", "exec"), names)
-    return names
+    left_out = []
+    for line, source, needs in python_blocks(text):
+        if missing := [name for name in needs if importlib.util.find_spec(name) is None]:
+            left_out.append(f"line {line} needs {', '.join(missing)}")
+        else:
+            exec(compile("\n" * (line - 1) + source, "document", "exec"), names)
+    return names, left_out
 
 
 def code(text: str) -> list[str]:
@@ -103,6 +114,46 @@ def machine_paths(text: str) -> list[str]:
     return [f"{number}: {line.strip()}" for number, line in enumerate(text.splitlines(), 1) if MACHINE.search(line)]
 
 
+# Words and lines ------------------------------------------------------------------------------------------------------------
+
+
+def paragraphs(text: str) -> list[str]:
+    """The prose of a document: no code, tables, headings, pictures or formulas. An item of a list is a paragraph."""
+    text = re.sub(r"^```.*?^```[^\n]*$", "", text, flags=re.M | re.S)
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.S)
+    found = []
+    for block in re.split(r"\n\s*\n", text):
+        lines = [line for line in block.split("\n") if line.strip() and not re.match(r"\s*(\||#|!\[)", line)]
+        if not all(line.startswith("    ") for line in lines):
+            found += re.split(r"\n(?=\s*(?:[-*]|\d+\.)\s)", "\n".join(lines))
+    return [re.sub(r"^\s*(?:[-*]|\d+\.)\s+", "", item) for item in found]
+
+
+def sentences(text: str) -> list[str]:
+    """A sentence ends with . ! or ?, a space behind it, and its paragraph. Code is one word."""
+    found = []
+    for paragraph in paragraphs(text):
+        plain = re.sub(r"`[^`]*`", "code", paragraph.replace("\n", " "))
+        plain = re.sub(r"\b(al|e\.g|i\.e|vs)\.", r"\1", plain)
+        found += re.split(r"(?<=[.!?])\s|(?<=[.!?][)\"*])\s", plain)
+    return [sentence for sentence in found if re.search(r"\w", sentence)]
+
+
+def words(sentence: str) -> int:
+    return len(re.findall(r"\S*\w\S*", sentence))
+
+
+def mean_words(text: str) -> float:
+    found = sentences(text)
+    return sum(map(words, found)) / max(1, len(found))
+
+
+def long_lines(text: str) -> list[int]:
+    """Numbers of the lines of more than 110 columns, but for rows of tables and links, which cannot be broken."""
+    lines = enumerate(text.splitlines(), 1)
+    return [n for n, line in lines if len(line) > 110 and not re.match(r"\s*\||\s*!?\[[^]]*\]\([^)]*\)\S*$", line)]
+
+
 def sources() -> list[Path]:
     """What git holds or would hold."""
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
@@ -121,11 +172,60 @@ def test_document(document, tmp_path, monkeypatch):
     assert missing_paths(text, document.parent) == []
     assert missing_commands(text) == []
     monkeypatch.chdir(tmp_path)
-    run_blocks(text)
+    _, left_out = run_blocks(text)
+    if left_out:
+        pytest.skip(f"every other block has been run: {'; '.join(left_out)}")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_the_lines_of_a_document(document):
+    assert long_lines(document.read_text()) == []
+
+
+@pytest.mark.parametrize("document", [path for path in DOCUMENTS if path.name != "CHANGELOG.md"], ids=lambda path: path.name)
+def test_the_sentences_of_a_document(document):
+    """18 words or fewer on average."""
+    assert mean_words(document.read_text()) <= 18
+
+
+LONG = "This sentence has nine words and is not long. " + "word " * 40 + "and its end."
+
+
+@pytest.mark.parametrize(
+    "text, mean",
+    [
+        ("One two three. Four five!", 2.5),
+        ("One `two three four`\nfive (six). Seven.", 2.5),
+        ("- one two\n- three four five six", 3.0),
+        ("# A heading of many words\n\n| a | table |\n|---|---|\n\n    c = a formula\n\nOne two 0.5 et al. 2024 six.", 7.0),
+        ("```\na fence. of code.\n```\n<!-- a comment. -->\nOne two.", 2.0),
+        ("1. one\n   two\n2. three", 1.5),
+    ],
+)
+def test_words_are_counted(text, mean):
+    assert mean_words(text) == mean
+
+
+def test_long_sentences_and_lines_are_rejected():
+    assert mean_words(LONG) > 18 and mean_words(LONG.replace("word word", "word. Word")) < 18
+    wide = "x" * 111
+    assert long_lines(f"short\n{wide}\n| {wide} |\n[{wide}](there)\n![{wide}](there)\nsee [{wide}](there)\n{wide[1:]}") == [
+        2,
+        6,
+    ]
+
+
+def test_a_block_without_its_package_is_reported():
+    text = "<!-- needs: torch, no_such_package -->\n```python\nassert False\n```\n"
+    assert run_blocks(text)[1] == ["line 3 needs no_such_package"]
+    with pytest.raises(AssertionError):  # it is run where the packages are there
+        run_blocks(text.replace(", no_such_package", ""))
+    with pytest.raises(AssertionError):  # a list without names leaves nothing out
+        run_blocks(text.replace("torch, no_such_package", ""))
 
 
 def test_the_objective_of_the_documents_is_read_in_one_call(recwarn):
-    names = run_blocks((ROOT / "docs/factored.md").read_text())
+    names, _ = run_blocks((ROOT / "docs/factored.md").read_text())
     assert names["opt"].result.evaluation == "paired" and not recwarn.list
 
 
@@ -136,6 +236,30 @@ def test_the_cost_of_the_stream_is_the_benchmark_s():
     lines = [f"{case} {kind} n=67108864" for case in ("axpy_ normal K=1", "w += c") for kind in ("fp32", "bf16")]
     printed = [re.search(rf"^\| {re.escape(line)} \|[^|]*\| ([\d.]+) \|", page, re.M)[1] for line in lines]
     assert re.findall(r"\d\.\d+", section) == printed
+
+
+def rows(text: str, head: str) -> list[list[str]]:
+    """The cells of the table whose first line begins so."""
+    table = re.search(rf"^{re.escape(head)}.*\n\|[-|]+\|\n((?:\|.*\n)+)", text, re.M)[1]
+    return [[cell.strip() for cell in line.strip("| ").split("|")] for line in table.splitlines()]
+
+
+def check_results(readme: str, speed: str) -> None:
+    """A column of the README's table is a row of docs/speed.md."""
+    columns = [list(column) for column in zip(*rows(readme, "| tokens | MeZO |"))]
+    names = ("MeZO at its default (`paired`)", "SubZero", "LOZO", "P-GAP, rank 128", "TeZO", "FZOO")
+    measured = {name: figures for name, *figures in rows(speed, "| step | 1 x 4 tokens |")}
+    assert columns[1:7] == [measured[name] for name in names]
+    eager = next(cells[1] for cells in rows(speed, "| what (commit") if cells[0].startswith("the eager loop's step"))
+    assert columns[7] == eager.split(" / ")
+
+
+def test_the_results_of_the_readme_are_those_of_the_speed_page():
+    readme, speed = ((ROOT / name).read_text() for name in ("README.md", "docs/speed.md"))
+    check_results(readme, speed)
+    for figure in ("0.54", "2.8x"):
+        with pytest.raises(AssertionError):
+            check_results(readme.replace(f"| {figure} |", "| 0.11 |"), speed)
 
 
 @pytest.mark.parametrize("name", [name for name in zokern.__all__ if callable(getattr(zokern, name))])

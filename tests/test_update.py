@@ -305,10 +305,10 @@ WRONG = {
 }  # fmt: skip
 
 
-def forgets(plan, group, weights, rule, keys, scalars, states):
+def forgets(rule, plan, group, weights, scalars, states):
     for tensor in group.tensors:
         states.pop(tensor, None)
-    return dense.advance(plan, group, weights, rule, keys, scalars, states)
+    return dense.advance(rule, plan, group, weights, scalars, states)
 
 
 @pytest.mark.parametrize("wrong", WRONG)

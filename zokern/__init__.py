@@ -9,7 +9,7 @@ from .directions import Normal, Rademacher
 from .estimator import Bayesian, Blockwise, Conservative, Kernel, Sign, Spread, Spsa, Stencil
 from .evaluation import Auto, InPlace, Master, Paired, Refused, Scratch
 from .evaluation import InPlace as Walk
-from .methods import FZOO, LOZO, PGAP, MeZO, SubZero, TeZO
+from .methods import FZOO, LOZO, METHODS, PGAP, MeZO, SubZero, TeZO
 from .objective import Objective
 from .ops import axpy_, draw, lowrank_, perturb, philox4x32, update_
 from .ops.linear import linear, sketch
@@ -25,3 +25,5 @@ __all__ = [
     "__version__", "axpy_", "draw", "linear", "lowrank_", "perturb", "philox4x32", "sketch", "step",
     "update_",
 ]  # fmt: skip
+__all__ += [name for name in METHODS if name not in __all__]
+globals().update(METHODS)

@@ -13,7 +13,7 @@ from . import __version__
 
 COMMANDS = {
     "info": "versions, backends and, for each that is off, why",
-    "demo": "fine-tune a small language model on film reviews, before and after",
+    "demo": "fine-tune a small language model on film reviews with a method, before and after",
 }
 
 

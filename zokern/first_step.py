@@ -86,7 +86,7 @@ def name_statistics(plan: Plan) -> None:
         )
 
 
-def repeats(plan: Plan, losses: Sequence[float], again: float) -> bool:
+def repeats(plan: Plan, losses: Sequence[float], again: float, exact: bool = True) -> bool:
     """Whether the first loss and another reading of its point agree, to the rounding of sums in another order.
 
     In 16 bits also to a quarter of the spread of the losses: evaluation 'inplace' rounds the weights in every move."""
@@ -95,7 +95,7 @@ def repeats(plan: Plan, losses: Sequence[float], again: float) -> bool:
         return True
     on_device = any(t.device.type != "cpu" for group in plan.groups for t in group.theta)
     coarse = plan.is_coarse
-    allowed = (4e-3 if coarse else 1e-4 if on_device else 1e-5) * max(abs(first), abs(again))
+    allowed = (1e-2 if coarse and not exact else 4e-3 if coarse else 1e-4 if on_device else 1e-5) * max(abs(first), abs(again))
     return abs(first - again) <= allowed + (0.25 * spread if coarse and math.isfinite(spread) else 0.0)
 
 

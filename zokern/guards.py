@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from .checks import flag, whole_number
+from .prospect import Prospect
 from .warning import warn
 
 
@@ -16,6 +17,8 @@ class Outcome(Protocol):
     def loss(self) -> float: ...
     @property
     def losses(self) -> tuple[tuple[float, ...], ...]: ...
+    @property
+    def predicted_fall(self) -> float | None: ...
 
 
 @dataclass
@@ -52,6 +55,7 @@ class Guards:
         self.dead_limit = _count("dead_limit", self.dead_limit, 1, "no limit")
         if self.nonfinite not in ("raise", "ignore"):
             raise ValueError(f"nonfinite is {self.nonfinite!r}; expected 'raise' or 'ignore'")
+        self._prospect = Prospect()
         flag("force", self.force)
         flag("maximize", self.maximize)
 
@@ -82,6 +86,7 @@ class Guards:
         self.skips = 0
         self.dead = self.dead + 1 if all(len(set(sides)) == 1 for sides in outcome.losses) else 0
         grown = self._watch(outcome.loss, lrs)
+        self._prospect.see(outcome, lrs[0])
         if self.dead == 3:
             cause = "lr too large: the loss has grown since the start" if grown else "eps too small?"
             warn(f"the losses on both sides were equal 3 steps in a row: the perturbation may not reach the loss ({cause})")

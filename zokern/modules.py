@@ -51,7 +51,7 @@ class State:
         self.registered = len(buffers)
         norms = {id(b) for held in tree.norms for b in held.values()}
         tensors = {id(v): v for v in (*self.values, *buffers) if isinstance(v, Tensor)}.values()
-        plain = [t for t in tensors if not t.is_meta and t.layout == torch.strided and _has_memory(t)]
+        plain = [t for t in tensors if not t.is_meta and t.layout == torch.strided and has_memory(t)]
         self.tensors = sorted([(t, id(t) in norms) for t in plain], key=lambda item: item[0].numel())
 
     def is_present(self) -> bool:
@@ -79,6 +79,7 @@ class Tree:
         owned = [(d, key) for d in self.dicts for key in d if key not in STANDARD]
         self.owners, self.keys = [d for d, _ in owned], [key for _, key in owned]
         self.size, self.slots, self.links = self.count(), flat(self.parameters), flat(self.children)
+        self.is_warm = False  # whether a step has run a forward of the modules
         self._state: State | None = None
         self.copies: dict[int, tuple[Tensor, int, Tensor]] = {}  # by id of a buffer: it, its version then, and its copy
 
@@ -115,7 +116,7 @@ def _attributes(value: Any) -> dict | None:
     return vars(value)
 
 
-def _has_memory(tensor: Tensor) -> bool:
+def has_memory(tensor: Tensor) -> bool:
     """Whether a tensor has memory of its own: wrappers around others, as quantisation libraries make, have none."""
     try:
         return tensor.untyped_storage().data_ptr() != 0
@@ -123,4 +124,4 @@ def _has_memory(tensor: Tensor) -> bool:
         return False
 
 
-__all__ = ["STANDARD", "State", "Tree", "flat", "items", "refill", "same"]
+__all__ = ["STANDARD", "State", "Tree", "flat", "has_memory", "items", "refill", "same"]

@@ -17,7 +17,7 @@ from . import backends, checkpoint, directions, evaluation, parameters, underflo
 from .bases import Bases
 from .checks import finite_number
 from .deferred import Deferred
-from .estimator import Estimator, Oracle, Spsa, Stencil
+from .estimator import SLOPES, Estimator, Oracle, Spsa, Stencil
 from .guards import Guards
 from .low_bits import LowBits
 from .plan import Plan, Run
@@ -49,7 +49,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self,
         params: Any,
         *,
-        lr: float,
+        lr: float | None,
         eps: float,
         weight_decay: float = 0.0,
         queries: int | None = None,
@@ -87,11 +87,13 @@ class ZerothOrder(torch.optim.Optimizer):
         self._several = _spread(params)
         self._eps: list[float] = []  # of the groups whose perturbation was found to survive rounding
         self.work = Work(params, backend)
+        if lr is None:  # a rule whose steps have one length, whatever the slope, knows its own
+            lr = getattr(self.rule, "lr", None) or getattr(self.estimator, "lr", SLOPES)
         super().__init__(self.work.given, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
         self.bases = Bases(self.factored, self.rule, self.state)
         self.low_bits = LowBits(rounding == "residual", self.state)
         self.deferred = Deferred(self.run, self.bases, self.low_bits, self._lock, defer)
-        self.work.parts(self.bases, self.low_bits, self.deferred, self.rule.name)
+        self.work.parts(self.bases, self.low_bits, self.deferred, self.rule)
         if self.factored is not None and self.work.model is not None:
             self.deferred.watch(self.work.model, params)
 

@@ -35,6 +35,12 @@ class StepResult:
     unseen        first step: trained parameters that the loss did not read (they are updated all the same)
     whole         parameters that were copied in one piece because their use cannot be tiled
     swallowed     evaluation 'master': share of sampled 16-bit weights that the perturbation left as they were; None: not measured
+    predicted_fall  first-order fall of the loss of this batch by this step, (lr / n) sum_k c_k s_k in the loss's unit, s_k the slope that
+                  was read along z_k (c_k itself for Spsa); summed over the parts of a step. It assumes rule SGD, and leaves weight decay,
+                  curvature and rounding out. One number was read for all groups, so it needs lr c_k / eps to be equal in them. The slope
+                  is the batch's: on other data the fall is less, as E[c^2] is |gradient|^2 plus the variance over batches and the noise
+                  of the losses. Its mean over draws with E[z z^T] = I is lr |gradient|^2. Bayesian takes its posterior mean for s_k.
+                  Negative with maximize. None: another rule, groups that differ, a skipped step, an estimator that tells no slopes
     dead_updates  share of 16-bit weights in a sample that rounding to nearest left where they were; None: not measured
     """
 
@@ -52,6 +58,7 @@ class StepResult:
     dead_updates: float | None = None
     why: str = ""
     swallowed: float | None = None
+    predicted_fall: float | None = None
 
 
 class Steps(Protocol):
@@ -127,7 +134,8 @@ def _run(optimizer: Steps, closure: Callable[[], Any]) -> StepResult:
         checked = _check(optimizer, oracle) if result is None else result.unseen
         moves = [_move(optimizer, group, estimate, row.tolist()) for group, row in zip(part.groups, estimate.coefficients)]
         finite = all(fits([*weights, lr, decay, *(lr * w for w in weights)]) for weights, lr, decay in moves)
-        result = _recorded(optimizer, part, estimate, finite, checked, result)
+        fall = predicted_fall(part, estimate, moves) if finite and getattr(optimizer.rule, "name", "") == "sgd" else None
+        result = _recorded(optimizer, part, estimate, finite, checked, result, fall)
         whole = estimate.scope is None
         if whole or not finite:
             optimizer.count(finite, result)
@@ -142,14 +150,15 @@ def _run(optimizer: Steps, closure: Callable[[], Any]) -> StepResult:
 
 
 def _recorded(
-    optimizer: Steps, plan: Plan, estimate: Estimate, finite: bool, unseen: tuple[str, ...], before: StepResult | None
-) -> StepResult:
+    optimizer: Steps, plan: Plan, estimate: Estimate, finite: bool, unseen: tuple[str, ...], before: StepResult | None, fall: float | None
+) -> StepResult:  # fmt: skip
     """Returns the record of an estimate, joined to that of the step's estimates before it."""
     record = optimizer.evaluation.record
     losses = tuple(map(tuple, estimate.losses.tolist()))
     coefficients = tuple(estimate.coefficients[0].tolist())
     if before is not None:
         losses, coefficients = before.losses + losses, before.coefficients + coefficients
+        fall = None if fall is None or before.predicted_fall is None else fall + before.predicted_fall
     return StepResult(
         loss=mean([loss for sides in losses for loss in sides]),
         losses=losses,
@@ -164,6 +173,7 @@ def _recorded(
         whole=record.whole,
         why=record.why,
         swallowed=record.swallowed,
+        predicted_fall=fall,
     )
 
 
@@ -186,7 +196,7 @@ def _check(optimizer: Steps, oracle: Oracle) -> tuple[str, ...]:
         return ()
     found = read.tolist()
     again, base = optimizer.evaluation.losses(plan, [points[0], THETA], oracle.closure).tolist()
-    if not repeats(plan, found, again):
+    if not repeats(plan, found, again, optimizer.evaluation.exact):
         raise NotRepeatable(found[0], again)
     if not first:
         return ()
@@ -204,6 +214,19 @@ def _move(optimizer: Steps, group: Group, estimate: Estimate, coefficients: list
     decay = 1.0 - lr * group.options["weight_decay"]
     sign = 1.0 if optimizer.guards.maximize else -1.0
     return [sign * c / estimate.count for c in coefficients], lr, decay
+
+
+def predicted_fall(plan: Plan, estimate: Estimate, moves: Sequence[Move]) -> float | None:
+    """Returns the first-order fall of the loss by an estimate under rule SGD; None where it cannot be told (StepResult).
+
+    What was read is the sum over groups of eps_g <gradient_g, z_k>. The fall sums lr_g c_gk <gradient_g, z_k>, and so it is known where
+    lr_g c_gk / eps_g has one value for all groups."""
+    if estimate.slopes is None:
+        return None
+    rates = [[lr * w / group.eps for w in weights] for group, (weights, lr, _) in zip(plan.groups, moves)]
+    if not all(math.isclose(a, b, rel_tol=1e-6) for others in rates[1:] for a, b in zip(rates[0], others)):
+        return None
+    return -plan.groups[0].eps * sum(rate * slope for rate, slope in zip(rates[0], estimate.slopes.tolist()))
 
 
 def _update(optimizer: Steps, plan: Plan, moves: list[Move], result: StepResult, whole: bool) -> StepResult:

@@ -14,10 +14,10 @@ from .bases import Bases
 from .deferred import Deferred
 from .fingerprint import memory_of
 from .low_bits import LowBits
-from .memory import START_ANEW, check_state
 from .modules import Tree, same
 from .parameters import Trained
 from .plan import Group
+from .rule import START_ANEW, Rule, check_state
 
 
 class Work:
@@ -51,7 +51,7 @@ class Work:
         self._key: tuple | None = None  # the memory that the groups were built from
         self._kept: list[Any] = []  # tensors of the optimizer's state that were checked
 
-    def parts(self, bases: Bases, low_bits: LowBits, deferred: Deferred, rule: str) -> None:
+    def parts(self, bases: Bases, low_bits: LowBits, deferred: Deferred, rule: Rule) -> None:
         """Takes what belongs to single parameters: bases, low bits, deferred updates, and the rule whose state is checked."""
         self.bases, self.low_bits, self.deferred, self.rule = bases, low_bits, deferred, rule
 
@@ -175,7 +175,8 @@ class Work:
 
     def check_state(self, entry: Trained, state: Any, way_out: str, loading: bool = False) -> None:
         """Raises ValueError for state that kernels would read past its end."""
-        check_state(entry, state, self.rule, self.bases.of(entry), self.bases.draw_shape(entry), way_out, loading)
+        keeps = self.rule.keeps(tuple(entry.tensor.shape), self.bases.draw_shape(entry))
+        check_state(entry, state, self.rule.name, keeps, way_out, loading)
 
     def _made(self, param_groups: list[dict[str, Any]]) -> list[Group]:
         """Returns a group for each parameter group, device and kind of direction: one launch per verb."""

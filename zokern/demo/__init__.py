@@ -1,7 +1,7 @@
 """The demo: SmolLM2-135M learns to judge film-review sentences from forward passes alone. `python -m zokern demo --help`.
 
     before    held-out rows: loss, accuracy
-    training  zokern.MeZO on all weights, one seed; then, from the same start, a second seed
+    training  a method on all weights, one seed; then, from the same start, a second seed
     after     held-out rows again; a paired test says whether the rise is beyond chance
     cost      rounds of one bare forward, one zokern step and one eager MeZO step, on the same batch: time and peak memory
 
@@ -27,22 +27,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import __version__, hf
+from .. import __version__, hf, methods
 from ..hf import LabelWords, Split, load_model, read_reviews, split
 from ..stream import check_seed
 from .cost import cost
 from .report import FIELDS, LEVEL, plot, share, summary
-from .training import Batches, score, train
+from .training import Batches, build, score, train
 
 # Label words of Malladi et al. 2023 for film-review sentences, in the order of the labels.
 TEMPLATE, WORDS = "{} This movie is", (" terrible", " great")
 LEAST, MOST = 8, 20  # tokens of a row, template included: sentences long enough to judge, short enough for two cores
-STEPS, LR, BATCH, HELD_OUT, ROUNDS = 100, 4e-5, 8, 300, 3
+STEPS, BATCH, HELD_OUT, ROUNDS = 100, 8, 300, 3
+METHODS = {name.lower(): name for name in methods.__all__}
 
 
 def run(model: nn.Module, words: LabelWords, rows: Split, options: argparse.Namespace) -> dict[str, Any]:
     """Before, train, after, again with the second seed, cost: the report as plain data (FIELDS says what is what)."""
     say = (lambda text: None) if options.quiet else functools.partial(print, flush=True)
+    given = build(model, options.seed, options).param_groups[0]
+    options.lr, options.eps = given["lr"], given["eps"]
+    say(f"{options.method}: lr {options.lr:g}, eps {options.eps:g}")
     start = [p.detach().clone() for p in model.parameters()]
     before = score(model, words, rows.held_out)
     say(f"before  accuracy {share(before.accuracy, before.interval)}  loss {before.loss:.3f}")
@@ -64,6 +68,7 @@ def run(model: nn.Module, words: LabelWords, rows: Split, options: argparse.Name
     measured = cost(model, words, rows.train, options)
     backend = measured.pop("backend")
     return {
+        "method": options.method,
         "accuracy_before": before.accuracy,
         "accuracy_after": first["accuracy"],
         "accuracy_before_interval": before.interval,
@@ -111,9 +116,10 @@ def parser() -> argparse.ArgumentParser:
     add("--steps", type=_count, default=STEPS, help="training steps per seed (default %(default)s)")
     add("--seed", type=int, default=0, help="of the draws and the batches (default %(default)s)")
     add("--second-seed", type=int, help="of the check (default: seed + 1)")
-    add("--lr", type=float, default=LR, help="at the first step, falling linearly to 0 (default %(default)s)")
-    add("--eps", type=float, default=1e-3, help="half-width of the difference, in weights (default %(default)s)")
-    add("--queries", type=_count, default=1, help="draws per step (default %(default)s)")
+    add("--method", type=_method, default="MeZO", metavar="NAME", help=f"{', '.join(METHODS.values())} (default %(default)s)")
+    add("--lr", type=float, help="at the first step, falling linearly to 0 (default: the method's)")
+    add("--eps", type=float, help="half-width of the difference, in weights (default: the method's)")
+    add("--queries", type=_count, help="draws per step (default: the method's)")
     add("--batch", type=_count, default=BATCH, help="rows per step, half of each label (default %(default)s)")
     add("--held-out", type=_count, default=HELD_OUT, help="rows to judge by, half of each label (default %(default)s)")
     add("--rounds", type=_count, default=ROUNDS, help="rounds of the cost comparison (default %(default)s)")
@@ -126,6 +132,12 @@ def _count(text: str) -> int:
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a number from 1 up")
     return number
+
+
+def _method(text: str) -> str:
+    if (name := METHODS.get(text.lower())) is None:
+        raise argparse.ArgumentTypeError(f"{text} is no method; expected one of {', '.join(METHODS.values())}")
+    return name
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""What a step costs: time and peak memory of a bare forward, a zokern step and an eager MeZO step."""
+"""What a step costs: time and peak memory of a bare forward, a step of the method and an eager MeZO step."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..hf import LabelWords, Row
-from ..methods import MeZO
 from ..step import StepResult, step
-from .training import Batches, Task
+from .training import Batches, Task, build
 
 
 class EagerMeZO:
@@ -76,8 +75,8 @@ def cost(model: nn.Module, words: LabelWords, rows: Sequence[Row], options: argp
     """Rounds of a bare forward, a zokern step and an eager step, all on one batch. Moves the weights."""
     from tqdm.auto import tqdm
 
-    zo = MeZO(model, lr=options.lr, eps=options.eps, seed=options.seed, queries=options.queries)
-    eager = EagerMeZO(model, options.lr, options.eps, options.seed)
+    zo = build(model, options.seed, options)
+    eager = EagerMeZO(model, 0.0, options.eps, options.seed)  # its cost does not depend on lr
     task = Task(model, words, Batches(rows, options.batch, options.seed).next())
     records: list[StepResult] = []
 
@@ -99,6 +98,7 @@ def cost(model: nn.Module, words: LabelWords, rows: Sequence[Row], options: argp
                 started = time.perf_counter()
                 run()
                 elapsed = time.perf_counter() - started
+            zo.flush()  # what waits is written now, and not by the next forward
             peaks[kind].append(peak.bytes)
             if n:  # the first round warms up: its first step brings in the pages of the scratch
                 seconds[kind].append(elapsed)
@@ -108,8 +108,11 @@ def cost(model: nn.Module, words: LabelWords, rows: Sequence[Row], options: argp
     bare = [peaks["forward"][0]] * len(peaks["step"])
     extra = [a - b for a, b in zip(peaks["step"], bare) if a is not None and b is not None]
     eager_extra = [a - b for a, b in zip(peaks["eager"], peaks["forward"]) if a is not None and b is not None]
-    forwards = 2 * options.queries
+    estimator: Any = zo.estimator
+    offsets = estimator.stencil.offsets
+    forwards = estimator.queries * sum(offset != 0.0 for offset in offsets) + (0.0 in offsets)
     return {
+        "forwards": forwards,
         "step_seconds": median["step"],
         "forward_seconds": median["forward"],
         "rest_seconds": median["step"] - forwards * median["forward"],

@@ -12,6 +12,7 @@ from .training import RECENT
 LEVEL = 0.001  # of the paired test, for each seed
 
 FIELDS = {
+    "method": "class of zokern that was trained with; options holds the lr and the eps that it had",
     "accuracy_before": "share of held-out rows with the larger logit on the right label word, before training",
     "accuracy_after": "the same after training with the first seed",
     "accuracy_before_interval": "Wilson 95 % interval of accuracy_before",
@@ -22,9 +23,10 @@ FIELDS = {
     "auc_after": "the same after training with the first seed",
     "loss_before": "mean cross-entropy over the label words on the held-out rows, nats, before training",
     "loss_after": "the same after training with the first seed",
-    "step_seconds": "one zokern step (two losses and the update), median of the rounds",
+    "forwards": "losses that a step of the method reads",
+    "step_seconds": "one step of the method (its losses and the update), median of the rounds",
     "forward_seconds": "one forward of the same batch with the weights as they are, outside a step, median of the rounds",
-    "rest_seconds": "step_seconds - 2 forward_seconds: perturbing, updating and bookkeeping",
+    "rest_seconds": "step_seconds - forwards forward_seconds: perturbing, updating and bookkeeping",
     "eager_step_seconds": "one eager MeZO step on the same batch, median of the rounds",
     "peak_extra_bytes": "resident memory: highest during zokern steps minus highest during a forward of that batch; or null",
     "eager_peak_extra_bytes": "the same for eager MeZO steps",
@@ -53,20 +55,21 @@ def summary(report: dict[str, Any]) -> str:
     before = report["accuracy_before"], report["accuracy_before_interval"]
     after = report["accuracy_after"], report["accuracy_after_interval"]
     check = second["accuracy"], second["interval"]
-    forwards = 2 * report["options"]["queries"]
-    bare, ours, eager = forwards * report["forward_seconds"], report["step_seconds"], report["eager_step_seconds"]
+    forwards, bare, ours = report["forwards"], report["forwards"] * report["forward_seconds"], report["step_seconds"]
+    eager, pair = report["eager_step_seconds"], 2 * report["forward_seconds"]
 
     def memory(size: float | None) -> str:
         return "unknown here" if size is None else f"{size / 2**20:.0f} MB"
 
     lines = {
+        "method": f"{report['method']}, lr {report['options']['lr']:g}, eps {report['options']['eps']:g}",
         "accuracy": f"{share(*before)} -> {share(*after)}",
         "": f"{report['rows']['held_out']} held-out rows; rise {low:.1%} to {high:.1%} (95 %), p = {report['p_value']:.1e}",
         "order": f"{report['auc_before']:.3f} -> {report['auc_after']:.3f} of (positive, negative) pairs in the right order",
         "loss": f"{report['loss_before']:.3f} -> {report['loss_after']:.3f} nats",
         f"seed {second['seed']}": f"{share(*check)}, loss {second['loss']:.3f}, p = {second['p_value']:.1e}",
         "step": f"{ours:.3f} s: {forwards} forwards {bare:.3f}, the rest {ours - bare:.3f}; {ours / bare:.2f} times its forwards",
-        "eager": f"{eager:.3f} s: the rest {eager - bare:.3f}; {eager / bare:.2f} times its forwards",
+        "eager": f"MeZO, {eager:.3f} s: the rest {eager - pair:.3f}; {eager / pair:.2f} times its 2 forwards",
         "memory": f"over weights and one forward {memory(report['peak_extra_bytes'])}; "
         f"eager {memory(report['eager_peak_extra_bytes'])}",
     }
@@ -81,7 +84,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 4), width_ratios=(2, 1.2, 1.2), layout="constrained")
-    figure.suptitle("zokern demo: SmolLM2-135M on film-review sentences, all weights, forward passes only")
+    figure.suptitle(f"zokern demo: SmolLM2-135M on film-review sentences, {report['method']}, all weights, forward passes only")
     losses = report["training_losses"]
     means = [statistics.fmean(losses[max(n - RECENT, 0) : n]) for n in range(1, len(losses) + 1)]
     left.plot(range(1, len(losses) + 1), losses, color="0.75", linewidth=0.8, label="batch")
@@ -101,13 +104,14 @@ def plot(report: dict[str, Any], path: Path) -> None:
     middle.axhline(50, color="0.3", linestyle=":", linewidth=1)
     middle.set(ylabel="accuracy (%), 95 % interval", ylim=(0, 100), title=f"{report['rows']['held_out']} held-out rows")
 
-    bare = 2 * report["options"]["queries"] * report["forward_seconds"]
+    bare = [n * report["forward_seconds"] for n in (report["forwards"], 2)]
     steps = [report["step_seconds"], report["eager_step_seconds"]]
-    right.bar(["zokern", "eager MeZO"], [bare, bare], color="0.6", label=f"{2 * report['options']['queries']} forwards")
-    right.bar(["zokern", "eager MeZO"], [max(s - bare, 0.0) for s in steps], bottom=[bare, bare], color="C1", label="the rest")
+    names = [f"zokern.{report['method']}\n{report['forwards']} forwards", "eager MeZO\n2 forwards"]
+    right.bar(names, bare, color="0.6", label="forwards")
+    right.bar(names, [max(s - b, 0.0) for s, b in zip(steps, bare)], bottom=bare, color="C1", label="the rest")
     for x, seconds in enumerate(steps):
-        right.text(x, max(seconds, bare), f"{seconds:.2f} s", ha="center", va="bottom")
-    right.set(ylabel="time per step (s)", ylim=(0, 1.15 * max(*steps, bare)), title=f"{report['versions']['threads']} threads")
+        right.text(x, max(seconds, bare[x]), f"{seconds:.2f} s", ha="center", va="bottom")
+    right.set(ylabel="time per step (s)", ylim=(0, 1.15 * max(*steps, *bare)), title=f"{report['versions']['threads']} threads")
     right.legend(loc="upper left")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import random
 import statistics
 import time
@@ -15,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import methods
 from ..hf import LabelWords, Row
-from ..methods import MeZO
+from ..optimizer import ZerothOrder
 from ..step import StepResult, step
 from .significance import mcnemar, rise_interval, wilson
 
-RECENT = 20  # steps in the running means of loss and accuracy
+RECENT = 20  # steps in the running mean of the loss
 
 
 @dataclass(frozen=True)
@@ -95,17 +95,20 @@ class Batches:
 
 
 class Task:
-    """The loss of one batch as a closure, and the share of right answers in its latest call."""
+    """The loss of one batch as a closure. It reads no number of a tensor, so that all points of a step can be mapped in one pass."""
 
     def __init__(self, model: nn.Module, words: LabelWords, rows: Sequence[Row]) -> None:
         self.model, self.words = model, words
         self.inputs, self.labels = words.batch(rows)
-        self.accuracy = math.nan
 
     def __call__(self) -> Tensor:
-        logits = self.words.logits(self.model, self.inputs)
-        self.accuracy = (logits.argmax(1) == self.labels).double().mean().item()
-        return F.cross_entropy(logits, self.labels)
+        return F.cross_entropy(self.words.logits(self.model, self.inputs), self.labels)
+
+
+def build(model: nn.Module, seed: int, options: argparse.Namespace) -> ZerothOrder:
+    """Returns the optimizer of options.method; what is not given is the method's default."""
+    given = {name: getattr(options, name) for name in ("lr", "eps", "queries") if getattr(options, name) is not None}
+    return getattr(methods, options.method)(model, seed=seed, **given)
 
 
 def train(
@@ -114,11 +117,10 @@ def train(
     """Fine-tunes all weights, learning rate falling linearly to 0. Returns loss and seconds of every step."""
     from tqdm.auto import tqdm
 
-    optimizer = MeZO(model, lr=options.lr, eps=options.eps, seed=seed, queries=options.queries)
+    optimizer = build(model, seed, options)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1 - n / options.steps)
     batches = Batches(rows, options.batch, seed)
     losses: list[float] = []
-    right: list[float] = []
     seconds: list[float] = []
     with tqdm(range(options.steps), desc=f"seed {seed}", unit="step", disable=options.quiet) as bar:
         for _ in bar:
@@ -128,8 +130,6 @@ def train(
             seconds.append(time.perf_counter() - started)
             schedule.step()
             losses.append(result.loss)
-            right.append(task.accuracy)
-            bar.set_postfix(
-                loss=f"{statistics.fmean(losses[-RECENT:]):.3f}", accuracy=f"{statistics.fmean(right[-RECENT:]):.2f}"
-            )
+            bar.set_postfix(loss=f"{statistics.fmean(losses[-RECENT:]):.3f}")
+    optimizer.flush()
     return losses, seconds

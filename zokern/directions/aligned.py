@@ -27,13 +27,14 @@ class Aligned(Subspace):
     """The draws of P-GAP. Its basis comes from measured losses, so the method (zokern.PGAP) sets left, right and the spectrum.
 
     delta   share of the estimate in a draw; steps: over how many steps it falls linearly to 0 (None: it stays)
+    norm    'matched': scale = sqrt(m n) / r, so that E||z||_F^2 is m n (r^2 + delta - 1) / r^2; 'unit': scale = 1, the paper's formula
     sign    xi: 'matrix' an independent sign for every matrix and draw, 'step' one for all matrices, 'positive' always +1
     """
 
     name = "aligned"
 
     def __init__(
-        self, rank: int = 128, interval: int = 100, delta: float = 2.0, steps: int | None = None, sign: str = "matrix", norm: str = "unit",
+        self, rank: int = 128, interval: int = 100, delta: float = 2.0, steps: int | None = None, sign: str = "matrix", norm: str = "matched",
         reshape: str = "none", dense: Any = None,
     ) -> None:  # fmt: skip
         super().__init__(rank, interval, norm, reshape, dense)

@@ -109,7 +109,7 @@ def near_square(count: int) -> tuple[int, int]:
 
 
 LEFT, RIGHT = draw_word(0, BASIS), draw_word(1, BASIS)
-RESHAPES = ("adapters", "all", "none")
+RESHAPES, NORMS = ("adapters", "all", "none"), ("matched", "unit")
 
 
 class LowRank:
@@ -117,7 +117,7 @@ class LowRank:
 
     u        Kept or Drawn;  c  Drawn, or None: the identity, where U is drawn;  v  Kept, as often as U
     rank     r of every matrix, at most min(m, n)
-    matched  whether s makes E||z||_F^2 = m n, as for a dense z, so that eps and lr carry over; False: s = 1
+    norm     'matched': s makes E||z||_F^2 = m n, as for a dense z, so that one eps and one lr fit all directions; 'unit': s = 1
     reshape  'adapters': a matrix with a side of at most 4 r (a LoRA factor) is factored as the near-square view (a, b), a b = m n, of
              its flattened elements; 'all'; 'none'
     dense    the direction of everything else; None: normal
@@ -128,17 +128,27 @@ class LowRank:
     name = "lowrank"
 
     def __init__(
-        self, u: Kept | Drawn, c: Drawn | None, v: Kept, *, rank: int, matched: bool = False, reshape: str = "none", dense: Any = None
-    ) -> None:  # fmt: skip
+        self,
+        u: Kept | Drawn,
+        c: Drawn | None,
+        v: Kept,
+        *,
+        rank: int,
+        norm: str = "matched",
+        reshape: str = "none",
+        dense: Any = None,
+    ) -> None:
         if not isinstance(v, Kept) or isinstance(u, Kept) != (c is not None) or (isinstance(u, Kept) and u.every != v.every):
             raise ValueError(
                 f"u is {u!r}, c is {c!r} and v is {v!r}; expected v Kept, and u Kept for as many steps with c Drawn, or u Drawn with c None"
             )
         if reshape not in RESHAPES:
             raise ValueError(f"reshape is {reshape!r}; expected one of {list(RESHAPES)}")
+        if norm not in NORMS:
+            raise ValueError(f"norm is {norm!r}; expected one of {list(NORMS)}")
         self.interval = None if v.every is None else whole_number("interval", v.every)
         self.rank = whole_number("rank", rank)
-        self.u, self.c, self.v, self.matched, self.reshape = u, c, v, matched, reshape
+        self.u, self.c, self.v, self.norm, self.reshape = u, c, v, norm, reshape
         self.dense = Normal() if dense is None else dense
         self.state: dict[Any, Any] = {}  # what a resumed run needs beside the stream
 
@@ -179,16 +189,20 @@ class LowRank:
 
     def spread(self, matrix: Matrix) -> float:
         """Returns the root mean square of an element of z, which says whether rounding swallows it."""
-        terms = matrix.rank**2 if self.c is not None and not self.c.diagonal else matrix.rank
-        sides = ((self.u, matrix.rows), (self.v, matrix.columns))
-        orthonormal_sizes = [size for factor, size in sides if isinstance(factor, Kept) and factor.values == "orthonormal"]
-        return self.scale(matrix) * math.sqrt(terms / math.prod(orthonormal_sizes))
+        return self.scale(matrix) / self._matching(matrix)
 
     def scale(self, matrix: Matrix) -> float:
         """Returns s."""
-        if not self.matched:
-            return 1.0
-        return math.sqrt(matrix.rows * matrix.columns) / matrix.rank if isinstance(self.u, Kept) else matrix.rank**-0.5
+        return self._matching(matrix) if self.norm == "matched" else 1.0
+
+    def _matching(self, matrix: Matrix) -> float:
+        """Returns the s with which z has the length of a dense one.
+
+        An element of U C V^T is a sum of r terms, or r^2. A term's mean square is 1 over the rows of each orthonormal factor."""
+        terms = matrix.rank**2 if self.c is not None and not self.c.diagonal else matrix.rank
+        sides = ((self.u, matrix.rows), (self.v, matrix.columns))
+        sizes = [size for factor, size in sides if isinstance(factor, Kept) and factor.values == "orthonormal"]
+        return math.sqrt(math.prod(sizes)) / math.sqrt(terms)
 
     def draws(self, matrices: Sequence[Matrix], source: Source, step: int, draw: int) -> list[Tensor]:
         """Returns, for each matrix, s C (or s U where U is drawn), float32."""
@@ -196,7 +210,7 @@ class LowRank:
             found = [torch.diag(tau) for tau in source(matrices, [(m.rank,) for m in matrices], step, draw)]
         else:
             found = source(matrices, [self.draw_shape(m) for m in matrices], step, draw)
-        return list(torch._foreach_mul(found, [self.scale(m) for m in matrices])) if self.matched else found
+        return found if self.norm == "unit" else list(torch._foreach_mul(found, [self.scale(m) for m in matrices]))
 
 
 class Measured(LowRank):
@@ -214,39 +228,42 @@ class Measured(LowRank):
 class Subspace(LowRank):
     """z = s U Z V^T: orthonormal U and V kept for an interval, Z drawn (Yu et al. 2025, SubZero).
 
-    interval  steps between two bases;  norm  'matched': s = sqrt(m n) / r, the reference's code; 'unit': s = 1, the paper's formula"""
+    interval  steps between two bases
+    norm      'matched': s = sqrt(m n) / r, the reference's code; 'unit': s = 1, the paper's formula"""
 
     name = "subspace"
 
     def __init__(
         self, rank: int = 8, interval: int = 2000, norm: str = "matched", reshape: str = "adapters", dense: Any = None
     ) -> None:
-        if norm not in ("matched", "unit"):
-            raise ValueError(f"norm is {norm!r}; expected one of ['matched', 'unit']")
         kept = Kept("orthonormal", whole_number("interval", interval))
-        super().__init__(kept, Drawn(), kept, rank=rank, matched=norm == "matched", reshape=reshape, dense=dense)
+        super().__init__(kept, Drawn(), kept, rank=rank, norm=norm, reshape=reshape, dense=dense)
 
 
 class Lazy(LowRank):
-    """z = U V^T: U drawn, V kept for an interval, both normal, E||z||_F^2 = m n r (Chen et al. 2025, LOZO; its code).
+    """z = s U V^T: U drawn, V kept for an interval, both normal (Chen et al. 2025, LOZO).
 
-    interval  steps between two V (the paper's nu)"""
+    interval  steps between two V (the paper's nu)
+    norm      'matched': s = 1 / sqrt(r); 'unit': s = 1, the reference's code, E||z||_F^2 = m n r (the paper: s = 1 / r)"""
 
     name = "lazy"
 
-    def __init__(self, rank: int = 2, interval: int = 50, dense: Any = None) -> None:
-        super().__init__(Drawn(), None, Kept(every=whole_number("interval", interval)), rank=rank, dense=dense)
+    def __init__(self, rank: int = 2, interval: int = 50, norm: str = "matched", dense: Any = None) -> None:
+        super().__init__(Drawn(), None, Kept(every=whole_number("interval", interval)), rank=rank, norm=norm, dense=dense)
 
 
 class Diagonal(LowRank):
-    """z = U diag(tau) V^T: normal U and V that last the run, tau drawn, E||z||_F^2 = m n r (Sun et al. 2025, TeZO).
+    """z = s U diag(tau) V^T: normal U and V that last the run, tau drawn (Sun et al. 2025, TeZO).
 
+    norm   'matched': s = 1 / sqrt(r); 'unit': s = 1, the paper's formula, E||z||_F^2 = m n r
     ranks  r by parameter name, where it differs from `rank` (zokern.methods.tezo.spectral_ranks makes one)"""
 
     name = "diagonal"
 
-    def __init__(self, rank: int = 32, ranks: Mapping[str, int] | None = None, dense: Any = None) -> None:
-        super().__init__(Kept(), Drawn(diagonal=True), Kept(), rank=rank, dense=dense)
+    def __init__(
+        self, rank: int = 32, ranks: Mapping[str, int] | None = None, norm: str = "matched", dense: Any = None
+    ) -> None:
+        super().__init__(Kept(), Drawn(diagonal=True), Kept(), rank=rank, norm=norm, dense=dense)
         self.ranks = {name: whole_number(f"ranks[{name!r}]", r) for name, r in (ranks or {}).items()}
 
     def rank_of(self, name: str) -> int:

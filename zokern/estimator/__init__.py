@@ -1,6 +1,6 @@
 """Estimators: which points a step reads, and what their losses say of the gradient. One file each."""
 
-from .base import Estimate, Estimator, Oracle
+from .base import SLOPES, Estimate, Estimator, Oracle
 from .bayesian import Bayesian
 from .blocks import Blockwise
 from .conservative import Conservative
@@ -12,6 +12,7 @@ from .spsa import CENTRAL, FORWARD, STENCILS, Spsa, Stencil
 __all__ = [
     "CENTRAL",
     "FORWARD",
+    "SLOPES",
     "STENCILS",
     "Bayesian",
     "Blockwise",

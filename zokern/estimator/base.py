@@ -19,6 +19,10 @@ from torch import Tensor
 from ..evaluation import Evaluation, Point
 from ..plan import Plan
 
+# lr of optimizers that are given none: for coefficients in units of loss per weight, and for coefficients of about 1.
+SLOPES: float = 2e-5
+ONES: float = 2e-4
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -28,13 +32,15 @@ class Estimate:
     coefficients  float64 (parameter groups of the plan, draws), in units of loss per weight
     losses        float64 (queries, losses of a query): what was read
     count         what the sum is divided by
-    scope         names of the parameters that move; None: all of the plan"""
+    scope         names of the parameters that move; None: all of the plan
+    slopes        float64 (draws): the loss's derivative along each z_k as read, with the first group's eps; None: not known"""
 
     draws: tuple[int, ...]
     coefficients: Tensor
     losses: Tensor
     count: int = 1
     scope: tuple[str, ...] | None = None
+    slopes: Tensor | None = None
 
 
 class Oracle:
@@ -58,6 +64,7 @@ class Estimator(Protocol):
     """An object that asks and yields. Its attributes are options, which a state_dict compares; `state` is what it learns.
 
     queries  draws of a step
+    lr       of an optimizer that is given none; SLOPES where an estimator has no such attribute
     state    plain values and tensors that a resumed run continues with; an empty dict where nothing is kept"""
 
     queries: int
@@ -67,4 +74,4 @@ class Estimator(Protocol):
         """Yields one estimate or several; each moves the weights before the next question."""
 
 
-__all__ = ["Estimate", "Estimator", "Oracle"]
+__all__ = ["ONES", "SLOPES", "Estimate", "Estimator", "Oracle"]

@@ -17,7 +17,7 @@ import torch
 from ..checks import whole_number
 from ..evaluation import THETA, Point
 from ..plan import Plan
-from .base import Estimate, Oracle
+from .base import SLOPES, Estimate, Oracle
 
 KEEP, FLOOR = 0.9, 0.1  # of the noise's running variance
 
@@ -29,6 +29,8 @@ class Bayesian:
     observations  losses beside that of theta (published: 3)
 
     Keeps the noise's variance in `state`."""
+
+    lr = SLOPES
 
     def __init__(self, queries: int = 2, observations: int = 3) -> None:
         self.queries, self.observations = whole_number("queries", queries, 1), whole_number("observations", observations, 1)
@@ -54,7 +56,7 @@ class Bayesian:
             noise = torch.clamp(KEEP * noise + (1.0 - KEEP) * residual * residual, min=FLOOR * prior)
         read = torch.stack(losses)
         self.state["noise"] = float(noise) if bool(torch.isfinite(read).all()) else self.state.get("noise", prior)
-        yield Estimate(draws, mean.float().double().expand(len(plan.groups), -1), read.unsqueeze(0))
+        yield Estimate(draws, mean.float().double().expand(len(plan.groups), -1), read.unsqueeze(0), slopes=mean)
 
 
 __all__ = ["Bayesian"]

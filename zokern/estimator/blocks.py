@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..evaluation import Point
 from ..plan import Plan
-from .base import Estimate, Estimator, Oracle
+from .base import SLOPES, Estimate, Estimator, Oracle
 from .spsa import Spsa
 
 
@@ -54,6 +54,10 @@ class Blockwise:
     @state.setter
     def state(self, kept: dict[str, Any]) -> None:
         self.inner.state = kept
+
+    @property
+    def lr(self) -> float:
+        return getattr(self.inner, "lr", SLOPES)
 
     def __call__(self, oracle: Oracle, plan: Plan) -> Iterator[Estimate]:
         blocks: dict[str, list[str]] = {}

@@ -9,6 +9,7 @@ KerZOO (arXiv 2505.18886, 2025); the kernel is Bach and Perchet's (2016). The pu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 
@@ -59,8 +60,10 @@ class Kernel(Spsa):
         radii = self.radii(plan)
         points = [Point(((plan.draw(k), sign * r),)) for k, (r, _) in enumerate(radii) for sign in (1.0, -1.0)]
         losses = oracle.losses(points).view(self.queries, 2)
-        weights = torch.tensor([weight for _, weight in radii], dtype=torch.float64, device=losses.device)
-        yield self.estimate(plan, losses, self.differences(losses) * weights)
+        where, weights = torch.tensor(radii, dtype=torch.float64, device=losses.device).T
+        estimate = self.estimate(plan, losses, self.differences(losses) * weights)
+        assert estimate.slopes is not None
+        yield replace(estimate, slopes=estimate.slopes / (weights * where))
 
 
 __all__ = ["Kernel"]

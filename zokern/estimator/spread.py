@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..directions.orthonormal import tree_sum
 from ..plan import Plan
+from .base import ONES
 from .spsa import Spsa, Stencil
 
 
@@ -14,6 +15,8 @@ class Spread(Spsa):
     """c_k = (sum_j weights[j] L_kj) / sigma, sigma the population standard deviation of the perturbed losses of all queries.
 
     A step whose losses are all equal moves nothing. Options as for Spsa; a step reads two perturbed losses or more."""
+
+    lr = ONES
 
     def __init__(self, queries: int = 8, stencil: str | Stencil = "forward", clip: float | None = None) -> None:
         super().__init__(queries, stencil, clip)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..checks import finite_number, is_number, whole_number
 from ..evaluation import THETA, Point
 from ..plan import Plan
-from .base import Estimate, Oracle
+from .base import SLOPES, Estimate, Oracle
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ class Spsa:
 
     Raises ValueError for arguments out of range. Spall 1992; Malladi et al. 2023, Algorithms 1 and 2."""
 
+    lr = SLOPES
+
     def __init__(self, queries: int = 1, stencil: str | Stencil = "central", clip: float | None = None) -> None:
         self.queries = whole_number("queries", queries, 1, 2**24 - 1)
         self.stencil = resolve(stencil)
@@ -93,7 +95,8 @@ class Spsa:
         found = self.slopes(differences, losses, plan).float().double()
         if self.clip is not None:
             found = found.clamp(-self.clip, self.clip)
-        return Estimate(tuple(plan.draw(k) for k in range(self.queries)), found, losses, self.queries)
+        draws, slopes = tuple(plan.draw(k) for k in range(self.queries)), differences / plan.groups[0].eps
+        return Estimate(draws, found, losses, self.queries, slopes=slopes)
 
 
 __all__ = ["CENTRAL", "FORWARD", "STENCILS", "Spsa", "Stencil", "resolve"]

@@ -51,14 +51,14 @@ class Auto:
 
     @property
     def state(self) -> dict[str, Any]:
-        """The way in use: a resumed run reads as the run that it continues."""
-        return {"choice": self.order[0]} if self.order and self.seen is None else {}
+        """The way in use, and what the first step saw: a resumed run reads as the run that it continues."""
+        return {"choice": self.order[0], "seen": None if self.seen is None else list(self.seen)} if self.order else {}
 
     @state.setter
     def state(self, kept: dict[str, Any]) -> None:
         name = kept.get("choice")
         self.order = [] if name not in self.ways else list(dict.fromkeys([name, "scratch", "master"]))
-        self.seen = None
+        self.began, self.seen = -1, tuple(kept["seen"]) if self.order and kept.get("seen") else None
         self.why = f"{name!r}, as in the run that was resumed" if self.order else ""
 
     @property

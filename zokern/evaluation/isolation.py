@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..fingerprint import Fingerprint, memory_of
-from ..modules import STANDARD, Tree, flat, items, refill, same
+from ..modules import STANDARD, Tree, flat, has_memory, items, refill, same
 from ..plan import Plan
 from . import rng
 from .loss import loss_tensor
@@ -41,8 +41,12 @@ class Isolation:
             self.weights = Fingerprint(plan.tensors)
         self.state = self.tree.state()
         self.contents = [(held, held.copy()) for held in self.state.containers]
+        self.frozen = None if self.tree.is_warm else Fingerprint([t for t in self.tree.slots if self._is_frozen(t)])
         self.buffers: list[tuple[Tensor, int, Tensor | None]] = []  # a tensor, its version (-1: compare), and its copy
         self._copy(self.state.tensors)
+
+    def _is_frozen(self, slot: object) -> bool:
+        return isinstance(slot, Tensor) and id(slot) not in self.trained and not slot.is_meta and has_memory(slot)
 
     def _copy(self, tensors: list[tuple[Tensor, bool]]) -> None:
         """Copies buffers, smallest first, to the budget."""
@@ -115,7 +119,8 @@ class Isolation:
             _explain(problem, self.plan.readings)
             raise
         finally:
-            for isolation in (self, *self.found):
+            converted = [isolation.frozen.changes() for isolation in (self, *self.found) if isolation.frozen is not None]
+            for isolation in (self, *self.found) if not any(converted) else ():
                 isolation._put_back()
             changed = self.weights.changes()
             for i in changed:  # a parameter that the closure gave other memory, or another shape, gets its own back
@@ -125,8 +130,14 @@ class Isolation:
         if changed:
             name = self.plan.names[changed[0]]
             raise RuntimeError(f"the closure changed the weights of {name!r}: the loss of a step must only read them")
+        if any(converted):
+            raise RuntimeError(
+                "the first forward of the model changed frozen weights, as quantised ones do that are repacked then: run one forward under "
+                "torch.no_grad() before the first step"
+            )
         for isolation in (self, *self.found):
             isolation._check()
+            isolation.tree.is_warm, isolation.frozen = True, None
         return loss
 
     def _put_back(self) -> None:

@@ -1,10 +1,37 @@
-"""Published methods, one file each: a method is a recipe that names its four parts."""
+"""Published methods, one file each: a method is a recipe that names its parts.
 
-from .fzoo import FZOO
-from .lozo import LOZO
-from .mezo import MeZO
-from .pgap import PGAP
-from .subzero import SubZero
-from .tezo import TeZO
+METHODS  name -> class, of every file in this folder; zokern exports them. A new file is found by itself"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING
+
+from ..optimizer import ZerothOrder
+
+if TYPE_CHECKING:  # for type checkers, which cannot look into a folder
+    from .fzoo import FZOO
+    from .lozo import LOZO
+    from .mezo import MeZO
+    from .pgap import PGAP
+    from .subzero import SubZero
+    from .tezo import TeZO
+
+
+def find() -> dict[str, type[ZerothOrder]]:
+    """Returns the optimizers that the files of this folder define, by name."""
+    found: dict[str, type[ZerothOrder]] = {}
+    for file in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{file.name}")
+        for name, value in vars(module).items():
+            if isinstance(value, type) and issubclass(value, ZerothOrder) and value.__module__ == module.__name__:
+                found[name] = value
+    return dict(sorted(found.items()))
+
+
+METHODS = find()
+globals().update(METHODS)
 
 __all__ = ["FZOO", "LOZO", "MeZO", "PGAP", "SubZero", "TeZO"]
+__all__ += [name for name in METHODS if name not in __all__]

@@ -106,14 +106,15 @@ class PGAP(ZerothOrder):
         Z = Z0 - (sum_i S_i Z0_ii - xi sqrt(delta) ||S||) / (||S||^2 + 1e-12) diag(S)
 
     params    a module, or parameters, (name, parameter) pairs or groups, as for zokern.MeZO
-    lr, eps   per step and in weights. Published for LoRA: lr 1e-2 to 5e-2, eps 0.1; for all weights nothing was found: with norm='unit'
-              ||z||_F^2 is about r^2, so MeZO's step length needs eps sqrt(m n) / r, and norm='matched' makes MeZO's eps and lr fit
+    lr, eps   per step and in weights, of MeZO's size with norm='matched'. Published for LoRA with norm='unit': lr 1e-2 to 5e-2, eps 0.1;
+              for all weights nothing was found. With norm='unit' ||z||_F^2 is about r^2, and a step of MeZO's length needs
+              eps sqrt(m n) / r and lr m n / r^2
     rank      r, at most min(m, n): 128 to 512 for all weights, 8 for LoRA
     interval  k, steps between two bases: 100 (another reading of the paper: 16 or 512)
     probes    h: 10
     delta     delta_0 = 2, falling linearly to 0 over `steps` steps (None: it does not fall)
     sign      xi: 'matrix' (the paper: random, here one per matrix and draw), 'step', 'positive' (a public re-implementation)
-    norm      s: 'unit' 1 (the paper's formula), 'matched' sqrt(m n) / r (SubZero's scale)
+    norm      s: 'matched' sqrt(m n) / r, SubZero's scale; 'unit' 1, the paper's formula
     dense     what parameters that are not matrices take: a dense normal z. The paper does not say
     oversample, power   of the range finder: extra columns, and power iterations
     defer, options      as for zokern.SubZero
@@ -126,7 +127,7 @@ class PGAP(ZerothOrder):
     def __init__(
         self,
         params: Any,
-        lr: float = 1e-7,
+        lr: float | None = None,
         eps: float = 1e-3,
         *,
         rank: int = 128,

@@ -16,8 +16,8 @@ class SubZero(ZerothOrder):
     Parameters that are not matrices take a dense normal z.
 
     params    a module, or parameters, (name, parameter) pairs or groups, as for zokern.MeZO
-    lr, eps   per step and in weights, as for MeZO: with norm='matched' they carry over (the reference: lr 1e-7, eps 1e-3 for all weights;
-              lr 1e-3, eps 1e-2 for prompts)
+    lr, eps   per step and in weights, as for MeZO: with norm='matched' they carry over. The reference: lr 1e-7, eps 1e-3 for all weights;
+              lr 1e-3, eps 1e-2 for prompts
     rank      r, at most min(m, n) of each matrix; the reference's code 8, the paper 8 to 128
     interval  steps between two bases (the paper's F or T0: 500 to 2000)
     norm      s: 'matched' sqrt(m n) / r, the reference's code, E||S||_F^2 = m n; 'unit' 1, the formula as printed
@@ -32,7 +32,7 @@ class SubZero(ZerothOrder):
     def __init__(
         self,
         params: Any,
-        lr: float = 1e-7,
+        lr: float | None = None,
         eps: float = 1e-3,
         *,
         rank: int = 8,

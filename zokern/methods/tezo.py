@@ -18,17 +18,19 @@ from ..rule import Adam, Momentum, Rule, Sgd
 
 
 class TeZO(ZerothOrder):
-    """W <- (1 - lr wd) W - (lr / q) sum_k c_k U diag(tau_k) V^T, c_k the central difference along U diag(tau_k) V^T.
+    """W <- (1 - lr wd) W - (lr / q) sum_k c_k z_k,   z_k = s U diag(tau_k) V^T, c_k the central difference along z_k.
 
     U (m x r) and V (n x r) are normal and drawn once for the run; a step draws r numbers tau per matrix. Parameters that are not
     matrices take a dense normal z.
 
     params    a module, or parameters, (name, parameter) pairs or groups, as for zokern.MeZO
-    lr, eps   per step and in weights; E||z||_F^2 = m n r. No published default was found for all weights: these are MeZO's
+    lr, eps   per step and in weights, of MeZO's size; with 'adam' lr is in weights, 2e-4 by default. No published numbers were found
     rank      r of every matrix, or a mapping from parameter name to r for those that differ from 32 (spectral_ranks makes one)
     rule      'sgd'; 'momentum' (TeZO-m): tau_M <- b1 tau_M + (1 - b1) c tau, from the first c tau on; 'adam' (TeZO-Adam): also
               tau_V <- b2 tau_V + (1 - b2) c^2 tau^2 and W <- W - lr (U diag(tau_M) V^T) / sqrt(U^2 diag(tau_V) (V^2)^T + adam_eps), squares
               elementwise. Or a rule, taken as it is: zokern.Adam(inside=True, bias_correction=False) is 'adam'
+    norm      s: 'matched' 1 / sqrt(r), E||z||_F^2 = m n as for a dense z; 'unit' 1, the paper's formula, E||z||_F^2 = m n r. tau stands for
+              s tau above
     betas, adam_eps, bias_correction   of 'momentum' (its first beta) and 'adam'; the paper's form has no bias correction
     defer     updates wait in the core until flush(); the basis never changes. Not with 'adam', which is no low-rank update
     options   those of zokern.MeZO; evaluation is 'auto' by default
@@ -38,7 +40,7 @@ class TeZO(ZerothOrder):
     def __init__(
         self,
         params: Any,
-        lr: float = 1e-6,
+        lr: float | None = None,
         eps: float = 1e-3,
         *,
         rank: int | Mapping[str, int] = 32,
@@ -46,12 +48,14 @@ class TeZO(ZerothOrder):
         betas: tuple[float, float] = (0.9, 0.999),
         adam_eps: float = 1e-8,
         bias_correction: bool = False,
+        norm: str = "matched",
         evaluation: Any = "auto",
         **options: Any,
     ) -> None:
         if not isinstance(rank, Mapping):
             rank = whole_number("rank", rank, expected="an integer, at least 1, or a mapping from parameter names to such")
-        direction = Diagonal(ranks=_by_plain_name(params, rank)) if isinstance(rank, Mapping) else Diagonal(rank)
+        ranks = {"ranks": _by_plain_name(params, rank)} if isinstance(rank, Mapping) else {"rank": rank}
+        direction = Diagonal(**ranks, norm=norm)
         adam = Adam(betas, adam_eps, bias_correction, inside=True)
         named: dict[str, Rule] = {"sgd": Sgd(), "momentum": Momentum(adam.betas[0]), "adam": adam}
         known = rule in named if isinstance(rule, str) else hasattr(rule, "rebase") and not isinstance(rule, type)

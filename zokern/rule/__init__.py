@@ -6,5 +6,6 @@ from .adam import Adam
 from .base import Rule, basis_of, check_basis, renew
 from .momentum import Momentum
 from .sgd import Sgd
+from .state import START_ANEW, Keeps, check_state
 
-__all__ = ["Adam", "Momentum", "Rule", "Sgd", "basis_of", "check_basis", "renew"]
+__all__ = ["START_ANEW", "Adam", "Keeps", "Momentum", "Rule", "Sgd", "basis_of", "check_basis", "check_state", "renew"]

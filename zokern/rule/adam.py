@@ -26,8 +26,10 @@ from torch import Tensor
 from ..backends import Batch, Outer, Span
 from ..checks import flag, is_number, within
 from ..directions import Matrix
+from ..estimator.base import ONES
 from ..plan import Group, Plan
 from .dense import advance
+from .state import Keeps
 from .waiting import add_, total
 
 TILE = 1 << 20  # elements of a quotient that exist at a time
@@ -48,6 +50,7 @@ class Adam:
     Kingma and Ba 2015; Zhang et al. 2024 (ZO-Bench's ZO-Adam); Sun et al. 2025 (TeZO-Adam)."""
 
     name, defers = "adam", False
+    lr = ONES  # of an optimizer that is given none: steps have one length, whatever the slope
     diagonal = True  # of low-rank directions it goes with those whose draws are numbers along a basis that lasts
 
     def __init__(
@@ -82,9 +85,7 @@ class Adam:
         self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any, defer: bool
     ) -> Tensor | int:  # fmt: skip
         if group.matrices is None:
-            return advance(
-                plan, group, weights, "adam", ["first", "second"], lambda updates: self.scalars(lr, decay, updates), states
-            )
+            return advance(self, plan, group, weights, lambda updates: self.scalars(lr, decay, updates), states)
         count: Tensor | int = 0
         for i, (tensor, tau) in enumerate(zip(group.tensors, total(plan, group, weights))):
             first, second = self._moments(states[tensor], torch.diagonal(tau))
@@ -122,6 +123,10 @@ class Adam:
             root = _root(spread) if self.inside else _root(spread) + self.eps
             count = count + add_(plan, group, i, quotient / root, lr, decay, start * matrix.columns)
         return count
+
+    def keeps(self, shape: tuple[int, ...], draw: tuple[int, int] | None) -> Keeps:
+        """Returns M and V: r numbers each of a matrix with a diagonal draw."""
+        return Keeps(dict.fromkeys(("first", "second"), shape if draw is None else draw[-1:]), True)
 
     def basis(self, state: Any) -> int | None:
         """None: the basis lasts, so there is one only."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..directions import LowRank, Matrix
 from ..plan import Group, Plan
+from .state import Keeps
 
 
 class Rule(Protocol):
@@ -26,6 +27,9 @@ class Rule(Protocol):
         """Write the group's parameters; how many results are inf or NaN. states[tensor] is the optimizer's state of a parameter.
 
         defer: the updates of factored matrices are kept in `pending` instead."""
+
+    def keeps(self, shape: tuple[int, ...], draw: tuple[int, int] | None) -> Keeps:
+        """Returns what the rule keeps of a parameter of this shape. draw: the shape of a draw of a low-rank one; None: its z is dense."""
 
     def basis(self, state: Any) -> int | None:
         """The step of the basis that a factored matrix' state belongs to; -1 where it does not say, None where it belongs to none."""

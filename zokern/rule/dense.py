@@ -10,24 +10,27 @@ from torch import Tensor
 
 from ..backends import Batch, Noise, Update
 from ..plan import Group, Plan
+from .base import Rule
 from .waiting import is_nothing
 
 PIECE = 1 << 20  # elements of the memory that stands for weights which do not move
 
 
 def advance(
-    plan: Plan, group: Group, weights: Sequence[float], rule: str, keys: Sequence[str], scalars: Callable[[int], Sequence[float]], states: Any
-) -> Tensor | int:  # fmt: skip
-    """The verb update_ over the group. keys name the states; scalars(t) are the rule's numbers in a tensor's t-th update.
+    rule: Rule, plan: Plan, group: Group, weights: Sequence[float], scalars: Callable[[int], Sequence[float]], states: Any
+) -> Tensor | int:
+    """The verb update_ over the group. scalars(t) are the rule's numbers in a tensor's t-th update.
 
     Tensors that were frozen for a while, or added later, have fewer updates behind them: each number of updates is a launch."""
     launches: dict[int, list[int]] = {}
+    keys: Sequence[str] = ()
     for i, tensor in enumerate(group.tensors):
-        state = states[tensor]
+        state, shapes = states[tensor], rule.keeps(tuple(tensor.shape), None).tensors
+        keys = [*shapes]
         if keys[0] not in state:
             state["updates"] = 0
-            for key in keys:
-                state[key] = torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device)
+            for key, shape in shapes.items():
+                state[key] = torch.zeros(shape, dtype=torch.float32, device=tensor.device)
         state["updates"] += 1
         launches.setdefault(state["updates"], []).append(i)
     count: Tensor | int = 0
@@ -35,9 +38,9 @@ def advance(
         kept = [[states[group.tensors[i]][key] for i in members] for key in keys]
         decay, lr, *_ = numbers = scalars(updates)
         if is_nothing([lr], decay):
-            _keep_up(plan, group, members, weights, rule, numbers, kept)
+            _keep_up(plan, group, members, weights, rule.name, numbers, kept)
         else:
-            count = count + group.update_(plan, members, weights, rule, numbers, kept)
+            count = count + group.update_(plan, members, weights, rule.name, numbers, kept)
     return count
 
 

@@ -22,6 +22,7 @@ from ..directions import Matrix
 from ..directions.orthonormal import tree_sum
 from ..plan import Group, Plan
 from .dense import advance
+from .state import Keeps
 from .waiting import deposit, total
 
 
@@ -64,7 +65,11 @@ class Momentum:
                 state["basis"] = matrix.born
                 averages.append(average)
             return deposit(plan, group, [average * lr for average in averages], decay, defer)
-        return advance(plan, group, weights, "momentum", ["momentum"], lambda updates: self.scalars(lr, decay, updates), states)
+        return advance(self, plan, group, weights, lambda updates: self.scalars(lr, decay, updates), states)
+
+    def keeps(self, shape: tuple[int, ...], draw: tuple[int, int] | None) -> Keeps:
+        """Returns M, in the space of a draw."""
+        return Keeps({"momentum": draw or shape}, draw is None)
 
     def basis(self, state: Any) -> int | None:
         """The step of the basis that `momentum` belongs to; -1 where a state of an older version does not say."""

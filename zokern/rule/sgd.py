@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..directions import Matrix
 from ..plan import Group, Plan
+from .state import Keeps
 from .waiting import deposit, is_nothing, total
 
 
@@ -29,6 +30,10 @@ class Sgd:
         if group.matrices is None:
             return group.axpy_(plan.direction, plan.seed, plan.draws(), amounts, decay, plan.rounding)
         return deposit(plan, group, total(plan, group, amounts), decay, defer)
+
+    def keeps(self, shape: tuple[int, ...], draw: tuple[int, int] | None) -> Keeps:
+        """Returns nothing."""
+        return Keeps({}, False)
 
     def basis(self, state: Any) -> int | None:
         """None: nothing is kept."""

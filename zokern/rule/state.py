@@ -1,37 +1,37 @@
-"""The optimizer's state: kernels take raw pointers, so its tensors are checked when a step first finds them.
-
-They are read by the names in _fits() and KEPT.
-"""
+"""What a rule keeps of a parameter, and the check of it: kernels take raw pointers, so state is checked when a step first finds it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .directions import Matrix
-from .parameters import Trained
+from ..parameters import Trained
 
-KEPT = {"momentum": ("momentum",), "adam": ("first", "second")}  # what a rule keeps of a parameter with a dense z
 START_ANEW = "`del optimizer.state[parameter]` starts it anew"
 
 
-def check_state(
-    entry: Trained,
-    state: Mapping[str, Any],
-    rule: str,
-    matrix: Matrix | None,
-    draw: tuple[int, int] | None,
-    way_out: str,
-    loading: bool = False,
-) -> None:
-    """Refuse a state that kernels would read or write past its end, by the parameter's name.
+class Keeps(NamedTuple):
+    """The state of a rule for one parameter.
 
-    matrix, draw   of a factored parameter, and the shape of its draws. loading: the device and the strides are still to be adapted."""
+    tensors  name -> shape, float32
+    counted  whether `updates` counts the parameter's updates, an integer"""
+
+    tensors: dict[str, tuple[int, ...]]
+    counted: bool
+
+
+def check_state(entry: Trained, state: Mapping[str, Any], rule: str, keeps: Keeps, way_out: str, loading: bool = False) -> None:
+    """Raises ValueError, by the parameter's name, for state that kernels would read or write past its end.
+
+    loading  the device and the strides are still to be adapted"""
     tensor = entry.tensor
-    for key, (dtype, shape) in _fits(tensor, matrix, draw).items():
+    kinds = {"residual": (torch.int16, tuple(tensor.shape))} | {
+        key: (torch.float32, shape) for key, shape in keeps.tensors.items()
+    }
+    for key, (dtype, shape) in kinds.items():
         if key not in state:
             continue
         kept = state[key]
@@ -46,25 +46,15 @@ def check_state(
         raise ValueError(
             f"state of parameter {entry.name!r} has basis = {basis!r}; expected the step of a basis, an integer from 0: {way_out}"
         )
-    kept = [key for key in KEPT.get(rule, ()) if key in state] if matrix is None or rule == "adam" else []
-    lacks = [key for key in (*KEPT.get(rule, ()), "updates") if kept and key not in state]
+    needed = [*keeps.tensors, "updates"] if keeps.counted else []
+    kept = [key for key in needed[:-1] if key in state]
+    lacks = [key for key in needed if kept and key not in state]
     updates = state.get("updates", 0)
     if lacks or type(updates) is not int or updates < 0:
         raise ValueError(
             f"state of parameter {entry.name!r} has {kept} and updates = {state.get('updates')!r}, and lacks {lacks}; rule {rule!r} "
-            f"needs all of {[*KEPT.get(rule, ()), 'updates']}, with updates an integer from 0: {way_out}"
+            f"needs all of {needed}, with updates an integer from 0: {way_out}"
         )
-
-
-def _fits(
-    tensor: Tensor, matrix: Matrix | None, draw: tuple[int, int] | None
-) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """dtype and shape of every state that the library itself keeps of a parameter."""
-    whole = tuple(tensor.shape)
-    low = {"residual": (torch.int16, whole)}
-    if matrix is None or draw is None:
-        return low | dict.fromkeys(("momentum", "first", "second"), (torch.float32, whole))
-    return low | {"momentum": (torch.float32, draw)} | dict.fromkeys(("first", "second"), (torch.float32, (matrix.rank,)))
 
 
 def _kind(dtype: torch.dtype, shape: Sequence[int]) -> str:
@@ -80,4 +70,4 @@ def _described(value: Any) -> str:
     return f"{_kind(value.dtype, value.shape)}{how} on {value.device}"
 
 
-__all__ = ["START_ANEW", "check_state"]
+__all__ = ["START_ANEW", "Keeps", "check_state"]

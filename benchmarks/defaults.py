@@ -1,0 +1,151 @@
+"""Does every method learn at its defaults? The demo's model and rows, a constant lr, one seed: `python -m benchmarks.defaults`.
+
+Every case starts from the same weights and takes the constructor's lr and eps. A block-wise step reads 64 losses: it takes a tenth of the
+steps. --seconds ends a case early, at the steps that its row names. Two processes may share a page: on a busy machine two of one thread each
+(--threads 1) are several times as fast as one of two, whose threads wait for each other.
+Rows are printed as they are measured, and written to the folder of this machine under benchmarks/results: a case that is run again
+replaces its row. --only NAME ... runs some of them; --lr tries another one, which is printed and not written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+import zokern
+from zokern import demo
+from zokern.demo.training import Batches, Task, score
+from zokern.estimator import Oracle
+from zokern.evaluation import Point
+from zokern.hf import LabelWords, load_model, read_reviews, split
+
+from .report import Report
+
+BATCH, HELD_OUT, STEPS, LEAST = 8, 100, 100, 0.1
+NOTE = (
+    f"A case learns where the held-out loss falls by {LEAST} nats or more. One seed and one task: this says that a default is of the "
+    "right size, not that one method is better than another."
+)
+
+# Constructor, and the share of the steps that it takes.
+CASES: dict[str, tuple[Callable[..., Any], float]] = {
+    "MeZO": (zokern.MeZO, 1.0),
+    "SubZero": (zokern.SubZero, 1.0),
+    "LOZO": (zokern.LOZO, 1.0),
+    "TeZO": (zokern.TeZO, 1.0),
+    "PGAP": (zokern.PGAP, 1.0),
+    "FZOO": (zokern.FZOO, 1.0),
+    "MeZO Kernel": (lambda m, **o: zokern.MeZO(m, estimator=zokern.Kernel(), **o), 1.0),
+    "MeZO Sign": (lambda m, **o: zokern.MeZO(m, estimator=zokern.Sign(), **o), 1.0),
+    "MeZO Conservative": (lambda m, **o: zokern.MeZO(m, estimator=zokern.Conservative(), **o), 1.0),
+    "MeZO Bayesian": (lambda m, **o: zokern.MeZO(m, estimator=zokern.Bayesian(), **o), 1.0),
+    "MeZO Blockwise": (lambda m, **o: zokern.MeZO(m, estimator=zokern.Blockwise(), **o), 0.1),
+    "MeZO Momentum": (lambda m, **o: zokern.MeZO(m, rule=zokern.Momentum(), **o), 1.0),
+    "MeZO Adam": (lambda m, **o: zokern.MeZO(m, rule=zokern.Adam(), **o), 1.0),
+    "LOZO-M": (partial(zokern.LOZO, momentum=0.9), 1.0),
+    "TeZO-m": (partial(zokern.TeZO, rule="momentum"), 1.0),
+    "TeZO-Adam": (partial(zokern.TeZO, rule="adam"), 1.0),
+}
+
+
+def measure(name: str, model: Any, words: LabelWords, rows: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """Trains one case from the weights as they are. Returns its row; the weights are then what it made of them."""
+    build, portion = CASES[name]
+    optimizer = build(model, seed=options.seed, **({} if options.lr is None else {"lr": options.lr}))
+    batches = Batches(rows.train, BATCH, options.seed)
+    seconds, right = [], Oracle.losses
+    with patch.object(Oracle, "losses", lambda self, points, *rest: asked.extend({*points}) or right(self, points, *rest)):
+        while len(seconds) < max(1, round(portion * options.steps)) and sum(seconds) < options.seconds:
+            task, asked = Task(model, words, batches.next()), list[Point]()
+            started = time.perf_counter()
+            zokern.step(optimizer, task)
+            seconds.append(time.perf_counter() - started)
+    optimizer.flush()
+    after, group = score(model, words, rows.held_out), optimizer.param_groups[0]
+    return {
+        "lr": group["lr"], "eps": group["eps"], "losses": len(asked), "steps": len(seconds), "loss": after.loss, "accuracy": after.accuracy,
+        "seconds": statistics.median(seconds), "threads": torch.get_num_threads(),
+    }  # fmt: skip
+
+
+def line(name: str, row: dict[str, Any]) -> str:
+    """Returns a row of the table."""
+    learns = "yes" if row["loss_before"] - row["loss"] >= LEAST else "no"
+    return (
+        f"| {name} | {row['lr']:g} | {row['eps']:g} | {row['steps']} x {row['losses']} | {row['loss_before']:.3f} -> {row['loss']:.3f} | "
+        f"{learns} | {row['accuracy_before']:.2f} -> {row['accuracy']:.2f} | {row['seconds']:.2f} | {row['threads']} | {row['commit']} |"
+    )
+
+
+HEAD = (
+    "| case | lr | eps | steps x losses | held-out loss | learns | accuracy | s a step | threads | commit |\n"
+    "|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def page(machine: dict[str, str], found: dict[str, dict[str, Any]]) -> str:
+    """Returns the Markdown page of all rows."""
+    missing = [name for name in CASES if name not in found]
+    title = f"# Methods at their defaults: {machine['cpu']}, {machine['isa']}"
+    text = [
+        title,
+        "",
+        f"`python -m benchmarks.defaults`, {machine['date']}: torch {machine['torch']}, Python {machine['python']}, zokern "
+        f"{machine['zokern']}, {machine['cores']} cores, load average {machine['load']} (seconds a step are those of a shared machine).",
+        f"SmolLM2-135M, all weights, float32, batch {BATCH}, sentences of {demo.LEAST} to {demo.MOST} tokens, constant lr, seed 0, "
+        f"{HELD_OUT} held-out rows. 'steps x losses' is what was run.",
+        NOTE,
+        *([f"Not measured: {', '.join(missing)}."] if missing else []),
+        "",
+        HEAD,
+        *(line(name, found[name]) for name in CASES if name in found),
+    ]
+    return "\n".join(text) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures the cases and writes the page."""
+    parse = argparse.ArgumentParser(prog="python -m benchmarks.defaults", description=(__doc__ or "").partition("\n")[0])
+    parse.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="NAME", help=", ".join(CASES))
+    parse.add_argument("--steps", type=int, default=STEPS)
+    parse.add_argument(
+        "--seconds", type=float, default=float("inf"), help="of training, after which a case ends (default: no bound)"
+    )
+    parse.add_argument("--threads", type=int, help="of torch while training")
+    parse.add_argument("--seed", type=int, default=0)
+    parse.add_argument("--lr", type=float, help="in place of the default; nothing is written")
+    options = parse.parse_args(argv)
+    report = Report(quick=options.lr is not None or options.steps != STEPS or options.seed != 0)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    model, tokenizer = load_model()
+    words = LabelWords(tokenizer, demo.TEMPLATE, demo.WORDS)
+    every = read_reviews()
+    rows = split([row for row, n in zip(every, words.lengths(every)) if demo.LEAST <= n <= demo.MOST], HELD_OUT)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    before = score(model, words, rows.held_out)
+    folder = report.folder()
+    file = folder / "defaults.json"
+    print(HEAD, flush=True)
+    for name in options.only:
+        model.load_state_dict(start)
+        row = measure(name, model, words, rows, options)
+        row |= {"loss_before": before.loss, "accuracy_before": before.accuracy, "commit": report.machine["commit"]}
+        print(line(name, row), flush=True)
+        if not report.quick:
+            folder.mkdir(parents=True, exist_ok=True)
+            known = {**(json.loads(file.read_text())["rows"] if file.exists() else {}), name: row}
+            file.write_text(json.dumps({"machine": report.machine, "rows": known}, indent=1) + "\n")
+            (folder / "defaults.md").write_text(page(report.machine, known))
+
+
+if __name__ == "__main__":
+    main()

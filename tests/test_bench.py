@@ -1,0 +1,324 @@
+"""The benchmark harness: groups share the bound of a step, pages say their commit, methods are discovered."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mutant import mutant
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import bench_methods, bench_step, steps  # noqa: E402
+from benchmarks.eager_methods import LOOPS, Loop  # noqa: E402
+from benchmarks.measure import Case, Group  # noqa: E402
+from benchmarks.report import HOW, Report  # noqa: E402
+from benchmarks.steps import BOUND, Shape, Step, Times  # noqa: E402
+
+PAGES = sorted((ROOT / "benchmarks" / "results").glob("*/bench.json"))
+TINY = Shape("OPT-tiny", "fp32", 1, 4, threads=1)
+STEPS = [
+    Step("MeZO"),
+    Step("MeZO", "master"),
+    Step("SubZero"),
+    Step("LOZO", refresh=True),
+    Step("MeZO", eager=True),
+]
+
+
+class Benchmark:
+    """Stands for pytest-benchmark's fixture, and runs what it is given once."""
+
+    def pedantic(self, call: Callable[[], Any], **_: Any) -> None:
+        call()
+
+
+# The bound ------------------------------------------------------------------------------------------------
+
+
+class Conditions:
+    """A timer whose seconds tell what the process holds: it counts trees of modules, sets of weights, and threads."""
+
+    def __init__(self) -> None:
+        gc.collect()
+        self.before = {id(m) for m in self.models()}
+        self.seen: list[tuple[int, int, int]] = []
+
+    def models(self) -> list[torch.nn.Module]:
+        return [m for m in gc.get_objects() if type(m).__name__ == "OPTForCausalLM"]
+
+    def __call__(self, call: Callable[[], Any]) -> float:
+        call()
+        models = [m for m in self.models() if id(m) not in self.before]
+        weights = {next(m.parameters()).data_ptr() for m in models}
+        self.seen.append((len(models), len(weights), torch.get_num_threads()))
+        return 1.0 + 0.3 * (len(models) - 2) + 0.3 * (len(weights) - 1)
+
+
+def check_conditions(measure: Callable[..., Times], step: Step) -> Times:
+    """Rejects a harness that takes a time while the process holds more or less than one set of weights and two modules."""
+    timer = Conditions()
+    found = measure(TINY, step, 0.0, timer)
+    assert set(timer.seen) == {(2, 1, TINY.threads)}, f"{step.name} was timed under {timer.seen}"
+    assert len(found.bound) == len(found.step) == len(timer.seen) / 2
+    return found
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def fresh():
+    """Nothing of an earlier test is in the cache."""
+    steps.times.cache_clear()
+    yield
+    steps.times.cache_clear()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
+def test_a_bound_and_its_step_have_equal_conditions(step: Step, threads) -> None:
+    pytest.importorskip("transformers")
+    check_conditions(steps.measure, step)
+
+
+WRONG = {
+    "the bound before the other module is built": (
+        "module = model(shape.model, shape.dtype)\n",
+        "module = model(shape.model, shape.dtype)\n    first = timer(torch.no_grad()(shape.closure(module)))\n",
+    ),
+    "a module that another step has left behind": (
+        "module = model(shape.model, shape.dtype)\n",
+        "module = model(shape.model, shape.dtype)\n    left = model(shape.model, shape.dtype)\n",
+    ),
+    "a copy of the weights for the bound": ("same_weights(module)", "__import__('copy').deepcopy(module)"),
+    "the threads of the parent": ("torch.set_num_threads(shape.threads)", "torch.set_num_threads(2)"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("why", WRONG)
+def test_unequal_conditions_are_rejected(why: str, threads) -> None:
+    pytest.importorskip("transformers")
+    wrong = mutant(steps, "measure", *WRONG[why])
+    with pytest.raises(AssertionError, match="MeZO was timed under"):
+        check_conditions(wrong, Step("MeZO"))
+
+
+def of_groups(monkeypatch, measure: Callable[..., Times]) -> Report:
+    """Two groups of one shape as the harness makes them, each step by `measure`, in this process."""
+    monkeypatch.setattr(steps, "times", lambda shape, step, seconds: measure(shape, step, seconds))
+    report = Report(quick=True)
+    steps.bench(Benchmark(), report, "evaluations", TINY, [Step("MeZO"), Step("MeZO", "scratch")])
+    steps.bench(Benchmark(), report, "methods", TINY, [Step("MeZO"), Step("SubZero"), Step("LOZO")])
+    return report
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_two_groups_have_one_bound(monkeypatch, threads) -> None:
+    """A harness that keeps all modules is rejected: its first bound is measured before the other modules are built."""
+    pytest.importorskip("transformers")
+    report = of_groups(monkeypatch, lambda *of: steps.measure(*of, timer=Conditions()))
+    first, second = ({row["name"]: row for row in group["rows"]} for group in report.groups)
+    assert first["MeZO"]["bound_ms"] == second["MeZO"]["bound_ms"] == 1000.0
+    assert first["MeZO"]["over_forwards"] == second["MeZO"]["over_forwards"]
+    assert report.notes() == []
+
+    kept: list[Any] = []
+    timer = Conditions()
+
+    def together(shape: Shape, step: Step, seconds: float) -> Times:
+        from benchmarks.models import model
+
+        kept.append(model(shape.model, shape.dtype))
+        return steps.measure(shape, step, seconds, timer)
+
+    assert any("OPT-tiny fp32 1x4 took" in note for note in of_groups(monkeypatch, together).notes())
+
+
+def processor(call: Callable[[], Any]) -> float:
+    """Seconds of this process on its processor: what other processes take does not count."""
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def test_processes_of_two_groups_measure_one_bound(fresh) -> None:
+    """Within noise: a bound of one forward, or of three, is not within it."""
+    pytest.importorskip("transformers")
+    bounds = [min(steps.times(TINY, step, 1.0, processor).bound) for step in (Step("MeZO", "scratch"), Step("SubZero"))]
+    assert max(bounds) < 1.4 * min(bounds)
+    assert steps.times(TINY, Step("SubZero"), 1.0, processor) is steps.times(TINY, Step("SubZero"), 1.0, processor)
+
+
+def test_a_failure_in_the_process_is_one_here(fresh) -> None:
+    pytest.importorskip("transformers")
+    with pytest.raises(ValueError, match="no model 'OPT-none'"):
+        steps.times(Shape("OPT-none", "fp32", 1, 4, threads=1), Step("MeZO"), 0.0)
+
+
+def group_of(ratios: dict[Step, float]) -> steps.Steps:
+    made = {step: Times([2.0, 1.0, 4.0], [2 * ratio, ratio, 4 * ratio], "paired") for step, ratio in ratios.items()}
+    return steps.Steps("methods", TINY, made)
+
+
+def test_ratios_go_over_the_bound_of_their_own_process() -> None:
+    group = group_of({Step("MeZO"): 0.5, Step("SubZero"): 1.0, Step("MeZO", eager=True): 4.0})
+    group.found["eager MeZO"].bound[:] = [
+        20.0,
+        10.0,
+        40.0,
+    ]  # a slower hour: its step is 10 times as slow there
+    group.found["eager MeZO"].step[:] = [80.0, 40.0, 160.0]
+    rows = {row["name"]: row for row in group.rows()}
+    assert rows["MeZO"]["times_eager"] == 8.0 and "times_eager" not in rows["SubZero"]
+    assert (rows["MeZO"]["over_forwards"], rows["eager MeZO"]["over_forwards"]) == (0.5, 4.0)
+    assert rows[BOUND]["rounds"] == 9 and "over_forwards" not in rows[BOUND]
+
+
+# Methods --------------------------------------------------------------------------------------------------
+
+
+def asked(monkeypatch, bench: Callable[..., None]) -> tuple[list[Step], Report]:
+    """The steps that a benchmark of the harness times, with made-up times."""
+    found: list[Step] = []
+
+    def times(shape: Shape, step: Step, seconds: float) -> Times:
+        found.append(step)
+        return Times([1.0, 1.0], [2.0, 2.0], "paired")
+
+    monkeypatch.setattr(steps, "times", times)
+    report = Report(quick=True)
+    bench(Benchmark(), report, TINY)
+    return found, report
+
+
+def test_every_file_of_methods_is_timed(monkeypatch) -> None:
+    pytest.importorskip("transformers")
+    files = {path.stem for path in (ROOT / "zokern" / "methods").glob("*.py")} - {"__init__"}
+    found, report = asked(monkeypatch, bench_methods.bench_methods)
+    assert {step.method.lower() for step in found if step == Step(step.method)} == files
+    assert Step("MeZO", eager=True) in found and Step("LOZO", refresh=True) in found and report.notes() == []
+    assert report.found()["LOZO, a new basis every 50 steps included, OPT-tiny fp32 1x4 / forwards"][0] == 2.0
+
+
+def test_a_method_without_a_loop_is_timed_and_noted(monkeypatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(bench_methods, "METHODS", ["TeZO", "MeZO"])
+    monkeypatch.delitem(LOOPS, "TeZO")
+    found, report = asked(monkeypatch, bench_methods.bench_methods)
+    assert Step("TeZO") in found and Step("TeZO", eager=True) not in found
+    assert report.notes() == ["TeZO has no eager loop in benchmarks/eager_methods.py: it is timed without one"]
+
+
+def test_every_evaluation_has_a_step_beside_the_eager_loop(monkeypatch) -> None:
+    pytest.importorskip("transformers")
+    found, _ = asked(monkeypatch, bench_step.bench_step)
+    assert {step.evaluation for step in found if not step.eager} == {
+        "",
+        "inplace",
+        "master",
+        "paired",
+        "scratch",
+    }
+    assert Step("MeZO", eager=True) in found
+
+
+def test_estimators_are_those_that_need_no_argument() -> None:
+    assert {"Bayesian", "Blockwise", "Conservative", "Kernel", "Sign", "Spread"} <= set(bench_methods.ESTIMATORS)
+    for name in bench_methods.ESTIMATORS:
+        Step("MeZO", options=(("estimator", name),)).optimizer(torch.nn.Linear(2, 2), TINY)
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_loop_descends(name: str) -> None:
+    """Towards a lower loss on average, and not under a loop that moves the other way."""
+
+    def descend(step: Callable[[Loop, Callable[[], torch.Tensor], int], Any]) -> float:
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(6, 5))
+        loop = LOOPS[name]([weight], lr=1e-4, eps=1e-3)
+        before = weight.detach().square().sum().item()
+        for seed in range(60):
+            step(loop, lambda: weight.square().sum(), seed)
+        return weight.detach().square().sum().item() - before
+
+    assert descend(lambda loop, closure, seed: loop.step(closure, seed)) < 0
+    assert descend(lambda loop, closure, seed: loop.step(lambda: -closure(), seed)) > 0
+
+
+# Pages ----------------------------------------------------------------------------------------------------
+
+
+def run(commit: str, title: str, seconds: float, folder: Path) -> Report:
+    report = Report(quick=False, command="python -m pytest benchmarks")
+    report.machine |= {"commit": commit, "date": "2026-01-02"}
+    report.folder = lambda: folder  # type: ignore[method-assign]
+    report.show = types.MethodType(lambda self, to: (to / "README.md").write_text(self.markdown()), report)  # type: ignore[method-assign]
+    report.note(f"a note of {title}")
+    figures = {"axpy_ normal fp32 / eager": 30.0, "other": 2.0} if title == "first" else {}
+    report.add(Group(title, [Case("one", lambda: None, times=[seconds])]), **figures)
+    return report
+
+
+def test_a_page_keeps_what_was_not_measured_with_its_commit(tmp_path) -> None:
+    run("aaaaaaa", "first", 1.0, tmp_path).write(anew=True)
+    run("aaaaaaa", "second", 2.0, tmp_path).write(anew=False)
+    before = (tmp_path / "README.md").read_text()
+    assert before.startswith("Measured at commit aaaaaaa on 2026-01-02;") and "Of commit" not in before
+    run("bbbbbbb", "second", 3.0, tmp_path).write(anew=False)
+    page = (tmp_path / "README.md").read_text()
+    first, second = page.split("## first")[1].split("## second")
+    assert "Of commit aaaaaaa, 2026-01-02, torch" in first and "1000" in first
+    assert "3000" in second and "Of commit" not in second and "2000" not in page
+    assert page.splitlines()[0] == (
+        "Measured at commit bbbbbbb on 2026-01-02; later changes of the code are not in it. "
+        "1 of its 2 groups are of other runs, and each says of which."
+    )
+    assert "30.00 x (commit aaaaaaa) | reached" in page and "- a note of first" in page and HOW in page
+    run("ccccccc", "second", 4.0, tmp_path).write(anew=True)
+    assert "## first" not in (tmp_path / "README.md").read_text()
+
+
+def test_what_is_loaded_is_what_was_written(tmp_path) -> None:
+    report = run("aaaaaaa", "first", 1.0, tmp_path)
+    report.write(anew=True)
+    assert Report.load(tmp_path / "bench.json").markdown() == report.markdown()
+
+
+@pytest.mark.parametrize("file", PAGES, ids=lambda file: file.parent.name)
+def test_a_page_says_its_commit_first_and_is_what_its_json_says(file: Path) -> None:
+    page = (file.parent / "README.md").read_text()
+    assert page.startswith(f"Measured at commit {json.loads(file.read_text())['machine']['commit']} on ")
+    assert page == Report.load(file).markdown()
+
+
+@pytest.mark.parametrize("file", PAGES, ids=lambda file: file.parent.name)
+def test_a_panel_has_twelve_bars_and_steps_have_the_eager_loop(file: Path, tmp_path, monkeypatch) -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks import plot
+
+    drawn: list[Any] = []
+    monkeypatch.setattr(plot.plt, "close", drawn.append)
+    report = Report.load(file)
+    plot.plot(report, tmp_path / "bench.png")
+    panels = [axis for figure in drawn for axis in figure.axes]
+    assert panels and all(len(axis.patches) <= plot.BARS for axis in panels)
+    drawn.clear()
+    plot.plot_steps(report, tmp_path / "steps.png")
+    for figure in drawn:
+        assert all("eager MeZO" in [line.get_label() for line in axis.lines] for axis in figure.axes)
+    plot.plt.close("all")
