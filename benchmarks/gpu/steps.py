@@ -39,7 +39,7 @@ def optimizer(name: str, module: nn.Module) -> zokern.MeZO | zokern.SubZero:
         made: Any = zokern.SubZero(module, lr=LR, eps=EPS, dead_limit=None, evaluation=zokern.Paired(check=False))
     else:
         made = zokern.MeZO(module, lr=LR, eps=EPS, dead_limit=None, evaluation=WAYS[name]())
-    made.steps = 10  # the ten steps in which it also samples the weights for dead updates are not what a run is made of
+    made.run.step = 10  # the ten steps in which it also samples the weights for dead updates are not what a run is made of
     return made
 
 

@@ -33,7 +33,7 @@ def why_off() -> str | None:
     if _cuda is None:
         return (
             f"the compiled module zokern._cuda is missing ({_error}); install a wheel that has it, or put nvcc on PATH and run "
-            "`pip install --no-build-isolation .`."
+            "`pip install --no-build-isolation .` (without a GPU, with ZOKERN_CUDA_ARCHITECTURES=all)."
         )
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch."

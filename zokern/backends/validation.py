@@ -276,13 +276,19 @@ class Validator:
             raise ValueError(f"backend {self.name!r}: linear: {counts} for {len(xs)} xs; expected one for each, at least one")
         if len(draws) > 1 and len({step for step, _ in draws}) > 1:
             raise ValueError(f"backend {self.name!r}: linear: draws are {draws}; expected draws of one step")
-        tensor = weight.tensor
+        tensor, added = weight.tensor, [bias for bias in biases if bias is not None]
+        factors = [factor for thin in thins for factor in thin[1:]]
+        if (
+            self.device_type == "cpu" and tensor.is_cpu and tensor.dtype in FLOATS and tensor.is_contiguous()
+            and all([x.is_cpu and x.dtype == tensor.dtype for x in xs])
+            and all([bias.is_cpu and bias.dtype in FLOATS for bias in added])
+            and all([factor.is_cpu and factor.dtype == torch.float32 for factor in factors])
+        ):  # fmt: skip
+            return
         self.dtypes("linear", "weight", [tensor], FLOATS, flat=True)
         self.dtypes("linear", "xs", xs, frozenset((tensor.dtype,)), flat=False)
-        if added := [bias for bias in biases if bias is not None]:
-            self.dtypes("linear", "biases", added, FLOATS, flat=False)
-        if factors := [factor for thin in thins for factor in thin[1:]]:
-            self.dtypes("linear", "factors of thin products", factors, _SINGLE, flat=False)
+        self.dtypes("linear", "biases", added, FLOATS, flat=False)
+        self.dtypes("linear", "factors of thin products", factors, _SINGLE, flat=False)
         self.device("linear", xs=xs, weight=[tensor], biases=added, factors=factors)
 
     def _results(self, verb: str, what: str, outs: Sequence[Tensor], thetas: Sequence[Tensor], wanted: list[int]) -> None:

@@ -33,5 +33,5 @@ def find() -> dict[str, type[ZerothOrder]]:
 METHODS = find()
 globals().update(METHODS)
 
-__all__ = ["FZOO", "LOZO", "METHODS", "PGAP", "MeZO", "SubZero", "TeZO"]
+__all__ = ["FZOO", "LOZO", "MeZO", "PGAP", "SubZero", "TeZO"]
 __all__ += [name for name in METHODS if name not in __all__]

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ..backends import TensorList
 
+FEW = 4  # tensors up to which questions are asked one by one, and not by NumPy
+
 
 def overlaps_itself(tensor: Tensor) -> bool:
     """Tells whether two elements of a strided tensor may share memory (those of expanded tensors do)."""
@@ -25,8 +27,10 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 def shared_memory(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
     """Returns the positions of two tensors that have an element in common, or None."""
-    if len(tensors) == 1:
-        return None
+    if len(tensors) <= FEW:
+        ends = sorted([(start := t.data_ptr(), start + _reach(t)) for t in tensors])
+        if all([end <= start for (_, end), (start, _) in zip(ends, ends[1:])]):
+            return None
     tensors = TensorList.of(tensors)
     starts = tensors.pointers.astype(np.int64)
     sizes = (
@@ -49,6 +53,8 @@ def shared_memory(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
 
 def _reach(tensor: Tensor) -> int:
     """Returns the bytes from a strided tensor's first element to the end of its last."""
+    if tensor.is_contiguous():
+        return tensor.numel() * tensor.element_size()
     last = sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride()))
     return (last + 1) * tensor.element_size() if tensor.numel() else 0
 

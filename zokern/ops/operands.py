@@ -14,10 +14,8 @@ from ..backends import ROUNDINGS, Batch, Noise, Span, SpanList, TensorList
 from ..backends.validation import FLOATS
 from ..stream import INDEX_LIMIT, check_seed, check_word, parameter_id
 from . import arguments
-from .aliasing import overlaps_itself, shared_memory
+from .aliasing import FEW, overlaps_itself, shared_memory
 from .arguments import is_text
-
-FEW = 4  # tensors up to which each is checked on its own
 
 
 def batch_of(verb: str, tensors, who, first, rounding: str, residuals, alone: bool = True) -> Batch:
@@ -111,17 +109,17 @@ def check_list(verb: str, tensors: TensorList, spans: SpanList) -> None:
     if not tensors:
         raise ValueError(f"{verb}: tensors is empty; expected at least one tensor")
     device = tensors[0].device
-    if len(tensors) <= FEW or not _is_plain(tensors, spans):
-        for i, (tensor, span) in enumerate(zip(tensors, spans)):
-            check_tensor(verb, f"tensors[{i}]", tensor, span.first)
     if tensors.devices != {device}:
         i, other = next((i, t.device) for i, t in enumerate(tensors) if t.device != device)
         raise ValueError(f"{verb}: tensors[{i}] is on {other} and tensors[0] on {device}; expected one device a call")
+    if len(tensors) <= FEW or not _is_plain(tensors, spans):
+        for i, (tensor, span) in enumerate(zip(tensors, spans)):
+            check_tensor(verb, f"tensors[{i}]", tensor, span.first)
 
 
 def _is_plain(tensors: TensorList, spans: SpanList) -> bool:
     """Tells whether every tensor of a list is right at a glance."""
-    kinds = set(tensors.dtypes) <= FLOATS and all([device.type != "meta" for device in tensors.devices])
+    kinds = set(tensors.dtypes) <= FLOATS and tensors[0].device.type != "meta"
     return kinds and tensors.contiguous and spans.at_zero and tensors.sizes.max() <= INDEX_LIMIT
 
 
