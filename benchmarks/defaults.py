@@ -98,10 +98,10 @@ def page(machine: dict[str, str], found: dict[str, dict[str, Any]]) -> str:
     text = [
         title,
         "",
-        f"`python -m benchmarks.defaults`, {machine['date']}: torch {machine['torch']}, Python {machine['python']}, zokern "
-        f"{machine['zokern']}, {machine['cores']} cores, load average {machine['load']} (seconds a step are those of a shared machine).",
+        f"`python -m benchmarks.defaults`, with --threads and --seconds where rows say so, {machine['date']}: torch {machine['torch']}, "
+        f"Python {machine['python']}, zokern {machine['zokern']}, {machine['cores']} cores, load average {machine['load']}.",
         f"SmolLM2-135M, all weights, float32, batch {BATCH}, sentences of {demo.LEAST} to {demo.MOST} tokens, constant lr, seed 0, "
-        f"{HELD_OUT} held-out rows. 'steps x losses' is what was run.",
+        f"{HELD_OUT} held-out rows. 'steps x losses' is what was run; seconds a step are those of a shared machine.",
         NOTE,
         *([f"Not measured: {', '.join(missing)}."] if missing else []),
         "",
