@@ -16,7 +16,7 @@ from .evaluation import THETA, Evaluation, NotRepeatable
 from .first_step import distance, name_statistics, repeats, unseen
 from .guards import Guards
 from .plan import Group, Plan
-from .rule import Rule
+from .rule import Rule, Sgd
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _run(optimizer: Steps, closure: Callable[[], Any]) -> StepResult:
         checked = _check(optimizer, oracle) if result is None else result.unseen
         moves = [_move(optimizer, group, estimate, row.tolist()) for group, row in zip(part.groups, estimate.coefficients)]
         finite = all(fits([*weights, lr, decay, *(lr * w for w in weights)]) for weights, lr, decay in moves)
-        fall = predicted_fall(part, estimate, moves) if finite and getattr(optimizer.rule, "name", "") == "sgd" else None
+        fall = predicted_fall(part, estimate, moves) if finite and isinstance(optimizer.rule, Sgd) else None
         result = _recorded(optimizer, part, estimate, finite, checked, result, fall)
         whole = estimate.scope is None
         if whole or not finite:
