@@ -19,7 +19,9 @@ import zokern
 from zokern.rule import momentum, sgd, waiting
 
 IDS = batch()
-DEFER = [name for name in METHODS if "adam" not in name and name != "fzoo"]  # those whose updates of matrices can wait
+DEFER = [
+    name for name in METHODS if "adam" not in name and name not in ("fzoo", "mezo")
+]  # those whose updates of matrices can wait
 SOME = ("subzero", "lozo", "lozo_m", "tezo_m", "pgap")
 
 

@@ -55,7 +55,12 @@ class Oracle:
     def losses(self, points: Sequence[Point], scope: Collection[str] | None = None) -> Tensor:
         """Returns the losses at the points, float64 [len(points)]. scope: names of the parameters that are moved; None: all."""
         plan = self.plan if scope is None else self.plan.only(scope)
-        found = self.evaluation.losses(plan, points, self.closure)
+        try:
+            found = self.evaluation.losses(plan, points, self.closure)
+        except StopIteration as problem:  # which would end the estimator, a generator, and lose its notes
+            error = RuntimeError(f"the closure raised {problem!r}, as an iterator at its end does")
+            error.__notes__ = list(getattr(problem, "__notes__", ()))  # type: ignore[attr-defined]
+            raise error from problem
         self.asked = list(points), found, plan
         return found
 

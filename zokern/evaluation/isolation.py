@@ -41,12 +41,15 @@ class Isolation:
             self.weights = Fingerprint(plan.tensors)
         self.state = self.tree.state()
         self.contents = [(held, held.copy()) for held in self.state.containers]
-        self.frozen = None if self.tree.is_warm else Fingerprint([t for t in self.tree.slots if self._is_frozen(t)])
+        self.frozen = None if self.tree.is_warm else self._frozen()
         self.buffers: list[tuple[Tensor, int, Tensor | None]] = []  # a tensor, its version (-1: compare), and its copy
         self._copy(self.state.tensors)
 
-    def _is_frozen(self, slot: object) -> bool:
-        return isinstance(slot, Tensor) and id(slot) not in self.trained and not slot.is_meta and has_memory(slot)
+    def _frozen(self) -> Fingerprint:
+        """Returns where the frozen weights lie now; tied names of trained ones hold copies while a closure runs."""
+        trained = {id(t) for group in self.plan.groups for objects in group.objects for t in objects}
+        slots = [t for t in self.tree.slots if isinstance(t, Tensor) and id(t) not in trained]
+        return Fingerprint([t for t in slots if not t.is_meta and has_memory(t)])
 
     def _copy(self, tensors: list[tuple[Tensor, bool]]) -> None:
         """Copies buffers, smallest first, to the budget."""
