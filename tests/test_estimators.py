@@ -323,6 +323,31 @@ def test_a_block_without_a_finite_loss_ends_the_step(evaluation: str) -> None:
     assert [name for name in NAMES if not torch.allclose(before[name], params[name], atol=1e-5)] == list(NAMES[:1])
 
 
+@pytest.mark.parametrize("evaluation", ["scratch", "paired"])
+def test_every_block_is_compared_with_master(evaluation: str) -> None:
+    """The second layer is read through memory that no copy stands in for. The first block alone would be read right."""
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4))
+    x, beside = torch.randn(8, 5, generator=torch.Generator().manual_seed(0)), model[2].weight.data
+
+    def closure() -> Tensor:
+        return (torch.tanh(model[0](x)) @ beside.t() + model[2].bias).square().mean()
+
+    with pytest.raises(zokern.Refused, match="differ.*evaluation='master'"):
+        zokern.step(zokern.MeZO(model, lr=0.0, eps=1e-2, evaluation=evaluation, estimator=zokern.Blockwise()), closure)
+    with pytest.warns(RuntimeWarning, match="read by evaluation 'master' from now on"):
+        optimizer = zokern.MeZO(model, lr=0.0, eps=1e-2, estimator=zokern.Blockwise(), paired_check=None)
+        for _ in range(2):
+            zokern.step(optimizer, closure)
+
+
+def test_parameters_that_a_step_did_not_read_are_named_in_every_block() -> None:
+    params = weights()
+    optimizer = zokern.MeZO(params.items(), lr=0.0, estimator=zokern.Blockwise(), evaluation="master")
+    with pytest.warns(RuntimeWarning, match="did not read 1 trained parameters"):
+        result = zokern.step(optimizer, lambda: loss({n: p for n, p in params.items() if n != "head.weight"}))
+    assert result.unseen == ("head.weight",)
+
+
 def test_an_oracle_reads_combinations_of_draws() -> None:
     params = weights()
     optimizer = zokern.MeZO(params.items(), eps=EPS, seed=SEED, evaluation="master")

@@ -432,7 +432,7 @@ OWN = {("LOZO", "momentum"): {"momentum": 0.6}, ("TeZO", "momentum"): {"rule": "
 RUNS = {
     "MeZO": lambda m, **o: zokern.MeZO(m, **o), "FZOO": lambda m, **o: zokern.FZOO(m, **{"queries": 2, **o}),
     "SubZero": lambda m, **o: zokern.SubZero(m, rank=2, interval=4, **o), "LOZO": lambda m, **o: zokern.LOZO(m, rank=2, interval=4, **o),
-    "TeZO": lambda m, **o: zokern.TeZO(m, rank=2, norm="unit", **o), "PGAP": lambda m, **o: zokern.PGAP(m, rank=2, interval=4, probes=2, **o),
+    "TeZO": lambda m, **o: zokern.TeZO(m, rank=2, **o), "PGAP": lambda m, **o: zokern.PGAP(m, rank=2, interval=4, probes=2, **o),
 }  # fmt: skip
 
 

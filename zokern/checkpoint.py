@@ -19,8 +19,6 @@ from .plan import Run
 from .rule import Rule
 from .stream import VERSION
 
-LEARNT = ("state", "newest")  # attributes of a part that are no options
-
 
 class Saved(Protocol):
     """What a state_dict tells of an optimizer."""
@@ -82,7 +80,7 @@ def described(part: Any) -> dict[str, Any]:
     found = (
         own()
         if own is not None
-        else {key: value for key, value in vars(part).items() if key not in LEARNT and not key.startswith("_")}
+        else {key: value for key, value in vars(part).items() if key != "state" and not key.startswith("_")}
     )
     return {"kind": type(part).__name__, **{str(key): plain_value(value) for key, value in found.items()}}
 

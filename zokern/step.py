@@ -201,8 +201,8 @@ def _check(optimizer: Steps, oracle: Oracle) -> tuple[str, ...]:
     if not first:
         return ()
     distance(plan, found, base)
-    name_statistics(plan)
-    return unseen(plan, found, oracle.closure)
+    name_statistics(oracle.plan)
+    return unseen(oracle.plan, found, oracle.closure)
 
 
 Move = tuple[list[float], float, float]

@@ -36,20 +36,25 @@ class Trust:
     def __init__(self, check: bool = True) -> None:
         self.check = check
         self.flags: list[bool] = []
+        self.names: set[str] = set()  # parameters that were moved in a comparison: a step may move one part after another
         self.step = -1
         self.rows = 0
 
     def is_new(self, plan: Plan) -> bool:
         """Whether a comparison is due before the next reading."""
+        return self.check and not (self._is_recent(plan) and self.names.issuperset(plan.names))
+
+    def _is_recent(self, plan: Plan) -> bool:
         flags = [module.training for module in plan.tree.modules]
-        recent = 0 <= plan.step - self.step < EVERY and self.step >= 0
-        return self.check and not (recent and flags == self.flags)
+        return self.step >= 0 and 0 <= plan.step - self.step < EVERY and flags == self.flags
 
     def verify(self, evaluation: Reads, plan: Plan, points: Sequence[Point], closure: Callable[[], object]) -> None:
         """Raises Refused if the evaluation reads other losses than 'master'; does nothing where no copy of the weights fits."""
         if fits(plan):
             self.rows = max(self.rows, compare(evaluation, Master(), plan, points, closure))
-        self.flags, self.step = [module.training for module in plan.tree.modules], plan.step
+        if not self._is_recent(plan):
+            self.names, self.flags, self.step = set(), [module.training for module in plan.tree.modules], plan.step
+        self.names.update(plan.names)
 
 
 def compare(

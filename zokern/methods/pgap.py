@@ -32,18 +32,18 @@ class Probed(Aligned, Measured):
         super().__init__(**options)
         self.probes = whole_number("probes", probes)
         self.oversample, self.power = whole_number("oversample", oversample, 0), whole_number("power", power, 0)
-        self.newest = -1  # step of the basis in use
+        self._newest = -1  # step of the basis in use
 
     def measure(self, oracle: Oracle, plan: Plan) -> None:
         """Probes where this step begins a basis. Weights are read, not written (evaluation 'inplace': up to rounding).
 
         Raises RuntimeError where the step goes on with a basis whose probes are not known."""
-        self.newest = self.basis_step(plan.step)
-        if self.newest in self.state:
+        self._newest = self.basis_step(plan.step)
+        if self._newest in self.state:
             return
-        if plan.step != self.newest:
+        if plan.step != self._newest:
             raise RuntimeError(
-                f"step {plan.step} needs the basis of step {self.newest}, whose probes are not known: load the state_dict of that run"
+                f"step {plan.step} needs the basis of step {self._newest}, whose probes are not known: load the state_dict of that run"
             )
         groups = [replace(group, matrices=None, eps=plan.groups[0].eps, memo={}) for group in plan.groups]
         dense = replace(plan, groups=groups, direction=Normal(), factored=None, scopes={})
@@ -52,11 +52,11 @@ class Probed(Aligned, Measured):
         for k in range(self.probes):  # one at a time: no more activations than a step's
             (estimate,) = estimator(asks, replace(dense, first=draw_word(PROBE + k, BASIS)))
             found += estimate.coefficients[0].nan_to_num(0.0, 0.0, 0.0).tolist()
-        self.state[self.newest] = found
+        self.state[self._newest] = found
 
     def forget(self, needed: set[int | None]) -> None:
         """Drops the probes of bases that no momentum belongs to."""
-        self.state = {step: found for step, found in self.state.items() if step in needed or step == self.newest}
+        self.state = {step: found for step, found in self.state.items() if step in needed or step == self._newest}
 
     def refresh(self, matrices: Sequence[Matrix], source: Source, step: int) -> None:
         """Sets the basis of a step from its probes; a random one where all of them are zero."""
