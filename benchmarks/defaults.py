@@ -21,11 +21,11 @@ from unittest.mock import patch
 import torch
 
 import zokern
-from zokern import demo
-from zokern.demo.training import Batches, Task, score
+from examples import demo
+from examples.demo.data import LabelWords, load_model, read_reviews, split
+from examples.demo.training import Batches, Task, score
 from zokern.estimator import Oracle
 from zokern.evaluation import Point
-from zokern.hf import LabelWords, load_model, read_reviews, split
 
 from .report import Report
 

@@ -39,13 +39,13 @@ from .models import loss_of, model
 LR, EPS = 1e-6, 1e-3
 
 
-def _high_water() -> int:
+def high_water() -> int:
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found.group(1)) * 1024
 
 
-def _reset() -> bool:
+def reset_high_water() -> bool:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     try:
@@ -97,15 +97,15 @@ def main(name: str, dtype: str, batch: int, length: int, what: str, threads: int
     warnings.simplefilter("ignore")
     module = model(name, dtype)
     loss = loss_of(module, batch, length)
-    exact = _reset()
+    exact = reset_high_water()
     with torch.no_grad():
         for _ in range(3):
             loss()
-    forward = _high_water()
-    _reset()
+    forward = high_water()
+    reset_high_water()
     step = stepper(module, batch, length, what)
     scratch = max(step() for _ in range(2 if what.startswith("eager") else 3))
-    return {"forward": forward, "step": _high_water(), "scratch_bytes": scratch, "exact": exact}
+    return {"forward": forward, "step": high_water(), "scratch_bytes": scratch, "exact": exact}
 
 
 if __name__ == "__main__":

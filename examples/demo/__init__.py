@@ -1,4 +1,4 @@
-"""The demo: SmolLM2-135M learns to judge film-review sentences from forward passes alone. `python -m zokern demo --help`.
+"""The demo: SmolLM2-135M learns to judge film-review sentences from forward passes alone. `python -m examples.demo --help`.
 
     before    held-out rows: loss, accuracy
     training  a method on all weights, one seed; then, from the same start, a second seed
@@ -27,10 +27,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import __version__, hf, methods
-from ..hf import LabelWords, Split, load_model, read_reviews, split
-from ..stream import check_seed
+from zokern import __version__, methods
+from zokern.stream import check_seed
+
+from . import data
 from .cost import cost
+from .data import LabelWords, Split, load_model, read_reviews, split
 from .report import FIELDS, LEVEL, plot, share, summary
 from .training import Batches, build, score, train
 
@@ -189,10 +191,10 @@ def _check(options: argparse.Namespace) -> None:
             raise FileNotFoundError(f"the folder {path.absolute().parent} does not exist; make it, or name another file")
     modules = ("transformers", "gguf", "tqdm", "matplotlib")
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    for package in (hf.MODEL_PACKAGE, hf.REVIEWS_PACKAGE):
+    for package in (data.MODEL_PACKAGE, data.REVIEWS_PACKAGE):
         try:
             metadata.version(package)
         except metadata.PackageNotFoundError:
             missing.append(package)
     if missing:
-        raise ModuleNotFoundError(f"not installed: {', '.join(missing)}; {hf.way_out()}")
+        raise ModuleNotFoundError(f"not installed: {', '.join(missing)}; {data.way_out()}")
