@@ -22,7 +22,7 @@ import torch
 
 import zokern
 from examples import demo
-from examples.demo.data import LabelWords, load_model, read_reviews, split
+from examples.demo.data import LabelWords
 from examples.demo.training import Batches, Task, score
 from zokern.estimator import Oracle
 from zokern.evaluation import Point
@@ -126,10 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = Report(quick=options.lr is not None or options.steps != STEPS or options.seed != 0)
     if options.threads:
         torch.set_num_threads(options.threads)
-    model, tokenizer = load_model()
-    words = LabelWords(tokenizer, demo.TEMPLATE, demo.WORDS)
-    every = read_reviews()
-    rows = split([row for row, n in zip(every, words.lengths(every)) if demo.LEAST <= n <= demo.MOST], HELD_OUT)
+    model, words, rows = demo.task(HELD_OUT)
     start = {name: value.clone() for name, value in model.state_dict().items()}
     before = score(model, words, rows.held_out)
     folder = report.folder()

@@ -24,8 +24,8 @@ LAYERS = {
     "rules": ["rule"],
     "step": ["first_step", "step"],
     "optimizer": ["low_bits", "bases", "deferred", "work", "checkpoint", "optimizer"],
-    "methods": ["methods", "objective"],
-    "applications": ["__init__", "info", "cli", "__main__", "_build"],
+    "methods": ["methods", "objective", "tuning"],
+    "applications": ["__init__", "info", "cli", "cli_tune", "__main__", "_build"],
 }
 RANK = {stem: rank for rank, stems in enumerate(LAYERS.values()) for stem in stems}
 NATIVE = {"_cpu", "_cuda", "triton_kernels"}

@@ -15,15 +15,16 @@ from .ops import axpy_, draw, lowrank_, perturb, philox4x32, update_
 from .ops.linear import linear, sketch
 from .rule import Adam, Momentum, Sgd
 from .step import StepResult, step
+from .tuning import Tuning, tune
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Adam", "Auto", "Bayesian", "Blockwise", "Conservative", "FZOO", "InPlace", "Kernel", "LOZO",
     "Master", "MeZO", "Momentum", "Normal", "Objective", "PGAP", "Paired", "Rademacher", "Refused",
-    "Scratch", "Sgd", "Sign", "Spread", "Spsa", "Stencil", "StepResult", "SubZero", "TeZO", "Walk",
+    "Scratch", "Sgd", "Sign", "Spread", "Spsa", "Stencil", "StepResult", "SubZero", "TeZO", "Tuning", "Walk",
     "__version__", "axpy_", "draw", "linear", "lowrank_", "perturb", "philox4x32", "sketch", "step",
-    "update_",
+    "tune", "update_",
 ]  # fmt: skip
 __all__ += [name for name in METHODS if name not in __all__]
 globals().update(METHODS)

@@ -1,7 +1,7 @@
 """The command line: `zokern COMMAND`, or `python -m zokern COMMAND`.
 
-A command is a module with `main(argv) -> int` and options of its own. It is imported when it is asked for. The demo is a
-folder of the source tree, examples/demo, and no part of an installed wheel.
+A command is a module with `main(argv) -> int` and options of its own. It is imported when it is asked for. The demo
+is a folder of the source tree, examples/demo, and no part of an installed wheel.
 """
 
 from __future__ import annotations
@@ -10,15 +10,27 @@ import argparse
 import importlib
 import sys
 from pathlib import Path
+from typing import Any
 
 from . import __version__
 
 COMMANDS = {
-    "info": "versions, backends and, for each that is off, why",
-    "demo": "fine-tune a small language model on film reviews with a method, before and after",
+    "info": ("zokern.info", "versions, backends and, for each that is off, why"),
+    "tune": ("zokern.cli_tune", "find eps and lr of a method for a model and a text, from a few dozen forwards"),
+    "demo": ("examples.demo", "fine-tune a small language model on film reviews with a method, before and after"),
 }
-
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def find(module: str) -> Any:
+    """Returns a module by name. FileNotFoundError: it is in the source tree, and this is an installed wheel."""
+    folder, _, rest = module.partition(".")
+    if folder != "zokern":
+        if not (ROOT / folder / rest.replace(".", "/")).exists():
+            raise FileNotFoundError(f"it is in {folder}/{rest.partition('.')[0]} of the source tree; there run `make demo`")
+        if str(ROOT) not in sys.path:
+            sys.path.insert(0, str(ROOT))
+    return importlib.import_module(module)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,15 +38,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="zokern", description="Zeroth-order fine-tuning kernels.")
     parser.add_argument("--version", action="version", version=f"zokern {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, summary in COMMANDS.items():
+    for name, (_, summary) in COMMANDS.items():
         # The options, --help among them, are the command's own to read.
         commands.add_parser(name, help=summary, add_help=False)
     arguments = sys.argv[1:] if argv is None else argv
     command = parser.parse_args(arguments[:1]).command
-    if command != "demo":
-        return importlib.import_module(f".{command}", __package__).main(arguments[1:]) or 0
-    if not (ROOT / "examples" / "demo").is_dir():
-        print("zokern demo: it is in examples/demo of the source tree; there run `make demo`", file=sys.stderr)
+    try:
+        module = find(COMMANDS[command][0])
+    except FileNotFoundError as error:
+        print(f"zokern {command}: {error}", file=sys.stderr)
         return 2
-    sys.path.insert(0, str(ROOT))
-    return importlib.import_module("examples.demo").main(arguments[1:])
+    return module.main(arguments[1:]) or 0

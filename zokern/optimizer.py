@@ -192,21 +192,27 @@ class ZerothOrder(torch.optim.Optimizer):
             if all(float(group["lr"]) == 0.0 for group in self.param_groups):
                 return None
             raise TypeError("step() needs a closure that computes the loss: it is read at more than one point")
+        with self.readings():
+            self.result = run(self, closure)
+            self.work.adopt()
+            self.drawn = True
+        return self.result.loss
+
+    @contextmanager
+    def readings(self) -> Iterator[None]:
+        """Inside, this thread alone reads losses, and modules take no deferred updates. Raises RuntimeError inside another one."""
         if not self._lock.acquire(blocking=False):
             raise RuntimeError("step in progress: a step was started inside the closure of another, or in a second thread")
         self.drawn = self._prepared = False
         try:
             self.deferred.open(self.work.tree)
-            self.result = run(self, closure)
-            self.work.adopt()
-            self.drawn = True
+            yield
         finally:
             self.run.step += self.drawn  # the only place where the number advances
             if self._prepared:
                 self.deferred.accept()
             self.deferred.close(self.work.tree)
             self._lock.release()
-        return self.result.loss
 
     _prepared = False  # whether the step under way has checked what was written before it
 

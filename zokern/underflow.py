@@ -23,6 +23,22 @@ def check_perturbation(plan: Plan, force: bool) -> None:
 
 
 def _check_group(plan: Plan, group: Group, members: list[int], force: bool) -> None:
+    share, factored = swallowed(plan, group, members), group.matrices is not None
+    names = f"{group.names[members[0]]!r}" + (f" and {len(members) - 1} others of its group" if len(members) > 1 else "")
+    message = f"eps = {group.eps} is below half an ulp for {share:.0%} of the 16-bit weights of {names}: their perturbation rounds to zero"
+    if share > 0.5 and not force and not factored:  # products of a factored z are summed in float32, other uses are not
+        raise ValueError(f"{message}: raise eps, train in float32, or pass force=True")
+    if share > 0.1:
+        warn(f"{message}: consider a larger eps or float32 weights")
+
+
+def swallowed(plan: Plan, group: Group, members: list[int] | None = None) -> float:
+    """Returns the share of a group's 16-bit weights that theta + eps z leaves as they are, from a sample; 0 where it has none.
+
+    members  positions of its 16-bit matrices; None: all of them"""
+    members = _sampled(group) if members is None else members
+    if not members or group.residuals is not None:
+        return 0.0
     tensors = [heads(group.theta[i]).contiguous() for i in members]
     outs = [torch.empty_like(tensor) for tensor in tensors]
     spans = [group.spans[i] for i in members]
@@ -33,13 +49,7 @@ def _check_group(plan: Plan, group: Group, members: list[int], force: bool) -> N
     group.backend.perturb(Batch(tensors, spans), Noise(direction, plan.seed, [(plan.step, 0)]), [scale], [outs])
     sizes = [group.theta[i].numel() for i in members]
     dead = sum(float((out == tensor).to(torch.float64).mean()) * size for tensor, out, size in zip(tensors, outs, sizes))
-    share = dead / sum(sizes)
-    names = f"{group.names[members[0]]!r}" + (f" and {len(members) - 1} others of its group" if len(members) > 1 else "")
-    message = f"eps = {group.eps} is below half an ulp for {share:.0%} of the 16-bit weights of {names}: their perturbation rounds to zero"
-    if share > 0.5 and not force and not factored:  # products of a factored z are summed in float32, other uses are not
-        raise ValueError(f"{message}: raise eps, train in float32, or pass force=True")
-    if share > 0.1:
-        warn(f"{message}: consider a larger eps or float32 weights")
+    return dead / sum(sizes)
 
 
 def watch_update(plan: Plan) -> Callable[[], float | None] | None:
@@ -77,4 +87,4 @@ def heads(tensor: Tensor) -> Tensor:
     return part[:rows].reshape(-1)[:SAMPLE]
 
 
-__all__ = ["check_perturbation", "heads", "watch_update"]
+__all__ = ["check_perturbation", "heads", "swallowed", "watch_update"]

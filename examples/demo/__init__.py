@@ -34,12 +34,13 @@ from . import data
 from .cost import cost
 from .data import LabelWords, Split, load_model, read_reviews, split
 from .report import FIELDS, LEVEL, plot, share, summary
-from .training import Batches, build, score, train
+from .training import Batches, Task, build, score, train
 
 # Label words of Malladi et al. 2023 for film-review sentences, in the order of the labels.
 TEMPLATE, WORDS = "{} This movie is", (" terrible", " great")
 LEAST, MOST = 8, 20  # tokens of a row, template included: sentences long enough to judge, short enough for two cores
 STEPS, BATCH, HELD_OUT, ROUNDS = 100, 8, 300, 3
+__all__ = ["Batches", "Task", "main", "run", "task"]
 METHODS = {name.lower(): name for name in methods.METHODS}
 
 
@@ -152,18 +153,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     try:
         _check(options)
-        rows = read_reviews()
-        model, tokenizer = load_model()
-        words = LabelWords(tokenizer, TEMPLATE, WORDS)
-        kept = [row for row, length in zip(rows, words.lengths(rows)) if LEAST <= length <= MOST]
-        parts = split(kept, options.held_out)
+        model, words, parts = task(options.held_out)
         Batches(parts.train, options.batch, options.seed)
     except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
         print(f"zokern demo: {error}", file=sys.stderr)
         return 2
     if not options.quiet:
         print(
-            f"read SmolLM2-135M and {len(rows)} labelled sentences in {time.perf_counter() - started:.0f} s; "
+            f"read SmolLM2-135M and its labelled sentences in {time.perf_counter() - started:.0f} s; "
             f"of {LEAST} to {MOST} tokens: {len(parts.train)} to train on, {len(parts.held_out)} held out",
             flush=True,
         )
@@ -180,6 +177,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
     return 0 if report["significant"] else 1
+
+
+def task(held_out: int = HELD_OUT) -> tuple[nn.Module, LabelWords, Split]:
+    """Returns the model, its label words, and the rows of LEAST to MOST tokens."""
+    rows = read_reviews()
+    model, tokenizer = load_model()
+    words = LabelWords(tokenizer, TEMPLATE, WORDS)
+    kept = [row for row, length in zip(rows, words.lengths(rows)) if LEAST <= length <= MOST]
+    return model, words, split(kept, held_out)
 
 
 def _check(options: argparse.Namespace) -> None:

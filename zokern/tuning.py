@@ -1,0 +1,271 @@
+"""Tuning: a workable eps and lr for an optimizer, from a few dozen forwards and before its first step.
+
+    eps   the slopes s_k = <gradient, z_k> are read at several eps along the same draws. Where eps is too small,
+          the rounding of the losses decides; where it is too large, their curvature does. Between them the slopes
+          agree from one eps to the next.
+    lr    = share L / f, with f the mean over probes of sum_k c_k s_k / n: the first-order fall of the loss L by a
+          step at lr = 1. A step at this lr is expected to take `share` of the loss off.
+
+An lr from curvature, (L(theta + eps z) + L(theta - eps z) - 2 L(theta)) / eps^2, is not offered: over eight probes
+its sign changed from run to run.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .checks import finite_number, whole_number
+from .estimator import Estimate, Estimator, Oracle, Spsa
+from .estimator.base import ONES
+from .estimator.spsa import CENTRAL
+from .evaluation import Evaluation, Master
+from .optimizer import ZerothOrder
+from .plan import Plan
+from .underflow import swallowed
+
+WIDTHS = (0.1, 10**-0.5, 1.0, 10**0.5, 10.0)  # the eps that are tried, in units of the optimizer's
+FEW = 4  # slopes that are compared at each eps
+AGREES = 0.1  # two eps agree where their slopes differ by less than this share of them
+Say = Callable[[str], None]
+
+
+class Width(NamedTuple):
+    """What was read at one eps.
+
+    slope      root mean square of the slopes, in units of loss per weight
+    change     rms of their change to the neighbouring eps, over `slope`: the larger one of both neighbours
+    swallowed  share of sampled 16-bit weights that rounding leaves as they are"""
+
+    eps: float
+    slope: float
+    change: float
+    swallowed: float
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether neither curvature nor rounding decides what is read here."""
+        return self.change < AGREES and self.swallowed < AGREES
+
+
+class Probe(NamedTuple):
+    """What one step's worth of losses says.
+
+    loss    their mean;  fall  of the loss at lr = 1, first order;  square  mean square of the coefficients"""
+
+    loss: float
+    fall: float
+    square: float
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """An eps and an lr, and what they were chosen from. str() is the report; apply() sets them.
+
+    eps, lr    of the first parameter group
+    old        (eps, lr) that the optimizer had
+    widths     what was read at each eps
+    loss       mean loss L over the probes
+    fall       first-order fall of the loss by a step at lr = 1, mean over the probes
+    error      its standard error over the probes, as a share of `fall`
+    probes     steps' worth of losses that lr is told from;  forwards  losses that were read in all"""
+
+    eps: float
+    lr: float
+    old: tuple[float, float]
+    widths: tuple[Width, ...]
+    loss: float
+    fall: float
+    error: float
+    share: float
+    probes: int
+    forwards: int
+
+    def apply(self, optimizer: torch.optim.Optimizer) -> None:
+        """Sets eps and lr of the first group, and those of other groups by the same factors."""
+        for name, value in (("eps", self.eps), ("lr", self.lr)):
+            first = float(optimizer.param_groups[0][name])
+            for group in optimizer.param_groups:
+                group[name] = value if not first else value * (float(group[name]) / first)
+
+    def __str__(self) -> str:
+        chosen = next(width for width in self.widths if width.eps == self.eps)
+        kept = "kept" if self.eps == self.old[0] else f"it was {self.old[0]:.2g}"
+        lines = ["eps       slope     change to its neighbours   swallowed by rounding"]
+        lines += [f"{w.eps:<9.2g} {w.slope:<9.3g} {w.change:<26.1%} {w.swallowed:.0%}" for w in self.widths]
+        lines.append(f"eps {self.eps:.2g} ({kept}): slopes change by {chosen.change:.1%} to the next eps")
+        if not chosen.is_sound:
+            lines.append(
+                "    No eps is sound: every one is decided by rounding or by curvature. Compute the loss in float32, or train in"
+                " float32."
+            )
+        lines.append(
+            f"lr {self.lr:.2g} (it was {self.old[1]:.2g}): a step is expected to take {self.share:.1%} off the loss of {self.loss:.3g};"
+            f" {self.probes} probes, standard error {self.error:.0%}; {self.forwards} forwards in all"
+        )
+        return "\n".join(lines)
+
+    def plot(self, path: str | Path) -> None:
+        """Draws the slopes' change and the swallowed share over eps, and the expected fall over lr, into a file."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+        eps = [w.eps for w in self.widths]
+        left.plot(eps, [max(w.change, 1e-6) for w in self.widths], "o-", label="change of the slopes to the next eps")
+        if any(w.swallowed for w in self.widths):
+            left.plot(eps, [max(w.swallowed, 1e-6) for w in self.widths], "s--", label="16-bit weights that do not move")
+        left.axvline(self.eps, color="C2", label=f"chosen: {self.eps:.2g}")
+        left.axhline(AGREES, color="0.7", linewidth=0.8)
+        left.set(xscale="log", yscale="log", xlabel="eps", ylabel="share", title="eps: between rounding and curvature")
+        rates = [self.lr * 10 ** (k / 8) for k in range(-16, 9)]
+        right.plot(rates, [rate * self.fall for rate in rates], color="C0")
+        for rate, name, color in ((self.lr, "chosen", "C2"), (self.old[1], "before", "0.5")):
+            right.axvline(rate, color=color, label=f"{name}: {rate:.2g}")
+        right.axhline(self.loss, color="0.7", linewidth=0.8, linestyle="--", label="the loss itself")
+        right.set(xscale="log", yscale="log", xlabel="lr", ylabel="loss", title="expected fall of the loss by one step")
+        left.legend(fontsize=8)
+        right.legend(fontsize=8)
+        figure.savefig(path, dpi=120)
+        pyplot.close(figure)
+
+
+class _Counted(Oracle):
+    """An oracle that counts the losses that it reads."""
+
+    read = 0
+
+    def losses(self, points: Any, scope: Any = None) -> torch.Tensor:
+        self.read += len(set(points))
+        return super().losses(points, scope)
+
+
+def tune(
+    optimizer: ZerothOrder,
+    closures: Callable[[], Any] | Sequence[Callable[[], Any]],
+    *,
+    probes: int = 8,
+    share: float = 0.02,
+    evaluation: Evaluation | None = None,
+    say: Say | None = None,
+) -> Tuning:
+    """Returns an eps and an lr for an optimizer. Writes nothing: weights, state, step number and options stay.
+
+    optimizer   a zokern optimizer at its options, whatever lr they have; deferred updates are flushed
+    closures    one or more, each computing the loss of its own batch as for zokern.step. The first one serves eps;
+                lr is told from all of them in turn, so several batches give a better lr
+    probes      draws that lr is told from. Its relative standard error is about sqrt(2 / probes)
+    share       of the loss that a step is expected to take off
+    evaluation  how losses are read; None: zokern.Master(), which takes one copy of the trained weights meanwhile
+    say         is called with a line of text for every stage
+    Reads 5 eps x 4 slopes x 2 losses and 2 losses a probe, 56 in all, with a central difference.
+    eps stays as it is where the slopes agree with those at its neighbours to 10 % and rounding swallows less than
+    10 % of the perturbation; else it is the one where the larger of both shares is least. lr of a rule whose steps have one length
+    (Adam, the sign of the update) is multiplied by the root mean square of the coefficients.
+    Raises ValueError for arguments out of range and where the losses show no slope."""
+    given = [closures] if callable(closures) else list(closures) if isinstance(closures, Sequence) else []
+    if not given or not all(map(callable, given)):
+        raise TypeError(
+            f"closures is {closures!r:.80}; expected a function that computes the loss of a batch, or a list of them"
+        )
+    probes, share = whole_number("probes", probes, 2), finite_number("share", share, above=0.0)
+    say = say or (lambda text: None)
+    with _borrowed(optimizer) as plan:
+        oracle = _Counted(Master() if evaluation is None else evaluation, plan, given[0])
+        optimizer.prepare(plan, oracle)
+        own = [group.eps for group in plan.groups]
+        widths = _widths(optimizer, oracle, plan, own, say)
+        best = min(widths, key=lambda w: (max(w.change, w.swallowed), -w.eps))
+        now = widths[WIDTHS.index(1.0)]
+        eps = now.eps if now.is_sound else best.eps
+        _set(plan, own, eps / own[0])
+        found = _probes(optimizer, oracle, plan, given, probes, say)
+    loss, fall, square = (math.fsum(values) / len(found) for values in zip(*found))
+    if not fall > 0.0 or not math.isfinite(loss):
+        raise ValueError(
+            f"the losses show no slope: the expected fall is {fall}, the mean loss {loss}. Look whether the closure runs the model"
+            " that is trained, and whether its loss is finite; the estimator has to tell slopes (zokern.Spsa() does)"
+        )
+    lr = share * abs(loss) / fall
+    if getattr(optimizer.rule, "lr", None) == ONES:
+        lr *= math.sqrt(square)
+    error = statistics.stdev(probe.fall for probe in found) / math.sqrt(len(found)) / fall
+    old = own[0], float(optimizer.param_groups[0]["lr"])
+    return Tuning(eps, lr, old, tuple(widths), loss, fall, error, share, len(found), oracle.read)
+
+
+@contextmanager
+def _borrowed(optimizer: ZerothOrder) -> Iterator[Plan]:
+    """Inside, losses may be read; what the optimizer's parts learn meanwhile is forgotten at the end."""
+    optimizer.flush()
+    parts = [part for part in (optimizer.estimator, optimizer.factored) if part is not None]
+    kept, force = [copy.deepcopy(part.state) for part in parts], optimizer.guards.force
+    with torch.inference_mode(False), torch.no_grad(), optimizer.readings():
+        optimizer.guards.force = True  # an eps that rounding swallows is what is looked for
+        try:
+            yield optimizer.plan()
+        finally:
+            optimizer.guards.force = force
+            optimizer.work.forget()
+            for part, state in zip(parts, kept):
+                part.state = state
+
+
+def _set(plan: Plan, own: Sequence[float], factor: float) -> None:
+    for group, eps in zip(plan.groups, own):
+        group.eps = eps * factor
+
+
+def _ask(estimator: Estimator, oracle: Oracle, plan: Plan, first: int) -> list[Estimate]:
+    """Returns the estimates of one step, along the draws from number `first` on."""
+    oracle.plan = replace(plan, first=plan.first + first)
+    return [*estimator(oracle, oracle.plan)]
+
+
+def _widths(optimizer: ZerothOrder, oracle: Oracle, plan: Plan, own: Sequence[float], say: Say) -> list[Width]:
+    """Returns what is read at each eps by the estimator's own difference, along the same draws of the first batch."""
+    spsa = Spsa(FEW, getattr(optimizer.estimator, "stencil", CENTRAL))
+    rows, shares = [], []
+    for factor in WIDTHS:
+        _set(plan, own, factor)
+        (found,) = _ask(spsa, oracle, plan, 0)
+        rows.append(found.coefficients[0].cpu())
+        shares.append(max(swallowed(plan, group) for group in plan.groups))
+        say(
+            f"eps {own[0] * factor:.2g}: slopes of {rows[-1].square().mean().sqrt():.3g}, {shares[-1]:.0%} swallowed by rounding"
+        )
+    slopes = torch.stack(rows)
+    size = slopes.square().mean(1).sqrt()
+    change = (slopes[1:] - slopes[:-1]).square().mean(1).sqrt() / torch.maximum(size[1:], size[:-1])
+    change = change.nan_to_num(math.inf, math.inf)
+    both = [max(change[max(0, i - 1) : i + 1].tolist()) for i in range(len(WIDTHS))]
+    return [Width(own[0] * f, float(s), c, share) for f, s, c, share in zip(WIDTHS, size, both, shares)]
+
+
+def _probes(
+    optimizer: ZerothOrder, oracle: Oracle, plan: Plan, closures: Sequence[Callable[[], Any]], count: int, say: Say
+) -> list[Probe]:
+    """Returns a probe for each step's worth of losses, over the closures in turn: `count` draws or more, two probes at least."""
+    found: list[Probe] = []
+    queries = optimizer.estimator.queries
+    while len(found) < 2 or len(found) * queries < count:
+        oracle.closure = closures[len(found) % len(closures)]
+        parts = _ask(optimizer.estimator, oracle, plan, FEW + len(found) * queries)
+        fall = math.fsum(float((e.coefficients[0] * e.slopes).sum()) / e.count for e in parts if e.slopes is not None)
+        square = math.fsum(float(e.coefficients[0].square().mean()) for e in parts) / len(parts)
+        found.append(Probe(math.fsum(float(e.losses.mean()) for e in parts) / len(parts), fall, square))
+        say(f"probe {len(found)}: loss {found[-1].loss:.4g}, coefficient {math.sqrt(square):.3g}")
+    return found
+
+
+__all__ = ["Tuning", "Width", "tune"]
