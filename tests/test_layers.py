@@ -25,7 +25,7 @@ LAYERS = {
     "step": ["first_step", "step"],
     "optimizer": ["low_bits", "bases", "deferred", "work", "checkpoint", "optimizer"],
     "methods": ["methods", "objective", "tuning"],
-    "applications": ["__init__", "info", "cli", "cli_tune", "__main__", "_build"],
+    "applications": ["__init__", "info", "cli", "cli_methods", "cli_tune", "__main__", "_build"],
 }
 RANK = {stem: rank for rank, stems in enumerate(LAYERS.values()) for stem in stems}
 NATIVE = {"_cpu", "_cuda", "triton_kernels"}

@@ -16,6 +16,7 @@ from . import __version__
 
 COMMANDS = {
     "info": ("zokern.info", "versions, backends and, for each that is off, why"),
+    "methods": ("zokern.cli_methods", "the table of methods, or one method's formula, paper, arguments and cost"),
     "tune": ("zokern.cli_tune", "find eps and lr of a method for a model and a text, from a few dozen forwards"),
     "demo": ("examples.demo", "fine-tune a small language model on film reviews with a method, before and after"),
 }

@@ -1,5 +1,5 @@
-"""LOZO and LOZO-M: low-rank zeroth-order SGD. Chen et al. 2025, "Enhancing Zeroth-Order Fine-Tuning for Language Models with Low-Rank
-Structures"."""
+"""LOZO and LOZO-M: SGD along products of two thin factors. Chen et al. 2025, "Enhancing Zeroth-Order Fine-Tuning for
+Language Models with Low-Rank Structures"."""
 
 from __future__ import annotations
 
@@ -11,11 +11,17 @@ from ..rule import Momentum, Sgd
 
 
 class LOZO(ZerothOrder):
-    """W <- (1 - lr wd) W - (lr / q) sum_k c_k z_k,   z_k = s U_k V^T,   c_k = (L(W + eps z_k) - L(W - eps z_k)) / (2 eps).
+    """W <- (1 - lr wd) W - (lr / q) sum_k c_k z_k,   z_k = s U_k V^T
+    c_k = (L(W + eps z_k) - L(W - eps z_k)) / (2 eps)
 
-    U_k (m x r) is drawn anew for every step and query, V (n x r) every `interval` steps. In the reference the step that draws a new V
-    measures one direction and moves along another, because both are cut from one sequential stream; here every number has an address.
-    Parameters that are not matrices take a dense normal z.
+    U_k (m x r) is drawn anew for every step and query, V (n x r) every `interval` steps. Parameters that are not
+    matrices take a dense normal z.
+
+    The reference measures one direction and moves along another in steps that draw a new V, because both are cut from
+    one sequential stream. Here every number has an address.
+
+    Use it where momentum has to be cheap: LOZO-M keeps it for an m x r factor. Its deferred updates write W once an
+    interval.
 
     params     a module, or parameters, (name, parameter) pairs or groups, as for zokern.MeZO
     lr, eps    per step and in weights, of MeZO's size. The reference has norm='unit', lr 1e-6 or 1e-7 and eps 1e-3 (OPT-13B)

@@ -1,4 +1,4 @@
-"""MeZO: memory-efficient zeroth-order SGD. Malladi et al. 2023, "Fine-Tuning Language Models with Just Forward Passes"."""
+"""MeZO: memory-efficient zeroth-order SGD along a dense draw. Malladi et al. 2023, "Fine-Tuning Language Models with Just Forward Passes"."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from ..optimizer import ZerothOrder
 
 
 class MeZO(ZerothOrder):
-    """theta <- (1 - lr wd) theta - (lr / q) sum_k c_k z_k,   c_k = (L(theta + eps z_k) - L(theta - eps z_k)) / (2 eps).
+    """theta <- (1 - lr wd) theta - (lr / q) sum_k c_k z_k
+    c_k = (L(theta + eps z_k) - L(theta - eps z_k)) / (2 eps)
+
+    Use it first. It keeps nothing beside the weights, and all parts can be exchanged: direction, estimator, rule,
+    evaluation.
 
     params        a module (what requires a gradient is trained), or parameters, (name, parameter) pairs or groups as in torch;
                   z depends on names, so pass the module or its named_parameters()

@@ -1,4 +1,4 @@
-"""P-GAP: projected gradient-aligned perturbations. Zhang et al. 2025, arXiv 2510.18228."""
+"""P-GAP: SGD along low-rank draws that are aligned with a probed gradient. Zhang et al. 2025, arXiv 2510.18228."""
 
 from __future__ import annotations
 
@@ -97,13 +97,17 @@ class Probed(Aligned, Measured):
 
 
 class PGAP(ZerothOrder):
-    """W <- (1 - lr wd) W - (lr / q) sum_k c_k s U Z_k V^T, with U, S, V of an estimated gradient and Z_k on a hyperplane.
+    """W <- (1 - lr wd) W - (lr / q) sum_k c_k s U Z_k V^T, with U, S, V of an estimated gradient
 
-    Every `interval` steps, before the step: G = (1/h) sum_{i<=h} c_i z_i from h dense central differences on the step's own batch, and
-    for every matrix U S V^T, the truncated singular value decomposition of its part of G, by a randomized range finder that never holds G.
-    A step draws Z0 (r x r) and moves its component along diag(S) to <diag(S), Z> = xi sqrt(delta) ||S||:
+    Every `interval` steps, before the step: G = (1/h) sum_{i<=h} c_i z_i from h dense central differences on the step's
+    own batch. Of every matrix' part of G a randomized range finder, which never holds G, finds the truncated singular
+    value decomposition U S V^T. A step draws Z0 (r x r) and moves its component along diag(S) to <diag(S), Z> = xi
+    sqrt(delta) ||S||:
 
         Z = Z0 - (sum_i S_i Z0_ii - xi sqrt(delta) ||S||) / (||S||^2 + 1e-12) diag(S)
+
+    Use it to compare with the paper. With h dense probes the estimate is dominated by noise for m, n above about 1000:
+    the basis is then close to a random one, and SubZero costs less.
 
     params    a module, or parameters, (name, parameter) pairs or groups, as for zokern.MeZO
     lr, eps   per step and in weights, of MeZO's size with norm='matched'. Published for LoRA with norm='unit': lr 1e-2 to 5e-2, eps 0.1;
@@ -121,7 +125,6 @@ class PGAP(ZerothOrder):
 
     The basis is a function of the probes' coefficients, which state_dict keeps: a resumed run draws the same. Its last bits depend on
     the machine's matrix products and LAPACK (one thread is used, so not on the thread count).
-    With h dense probes the estimate is dominated by noise for m, n above about 1000: the basis is then close to a random one, as in SubZero.
     Raises ValueError or TypeError, before any weight is touched, for arguments out of range."""
 
     def __init__(

@@ -1,4 +1,5 @@
-"""SubZero: zeroth-order SGD in random subspaces. Yu et al. 2025, "Zeroth-Order Fine-Tuning of LLMs in Random Subspaces"."""
+"""SubZero: SGD in random subspaces that change now and then. Yu et al. 2025, "Zeroth-Order Fine-Tuning of LLMs in
+Random Subspaces"."""
 
 from __future__ import annotations
 
@@ -9,11 +10,15 @@ from ..optimizer import ZerothOrder
 
 
 class SubZero(ZerothOrder):
-    """W <- (1 - lr wd) W - (lr / q) sum_k c_k S_k,   S_k = s U Z_k V^T,   c_k = (L(W + eps S_k) - L(W - eps S_k)) / (2 eps).
+    """W <- (1 - lr wd) W - (lr / q) sum_k c_k S_k,   S_k = s U Z_k V^T
+    c_k = (L(W + eps S_k) - L(W - eps S_k)) / (2 eps)
 
-    U (m x r) and V (n x r) are orthonormal, the Q factors of normals of (seed, name, refresh step): a run can be replayed from its seed and
-    coefficients, which the reference's ambient generator does not allow. Z_k is r x r, standard normal, anew for every step and query.
-    Parameters that are not matrices take a dense normal z.
+    U (m x r) and V (n x r) are orthonormal, the Q factors of normals of (seed, name, refresh step). So a run can be
+    replayed from its seed and coefficients, which the reference's ambient generator does not allow. Z_k is r x r,
+    standard normal, anew for every step and query. Parameters that are not matrices take a dense normal z.
+
+    Use it where forwards are short: a perturbed product is x W^T and two thin products, and W is written once an
+    interval.
 
     params    a module, or parameters, (name, parameter) pairs or groups, as for zokern.MeZO
     lr, eps   per step and in weights, as for MeZO: with norm='matched' they carry over. The reference: lr 1e-7, eps 1e-3 for all weights;

@@ -1,5 +1,5 @@
-"""TeZO, TeZO-m and TeZO-Adam. Sun et al. 2025, "TeZO: Empowering the Low-Rankness on the Temporal Dimension in the Zeroth-Order
-Optimization for Fine-tuning LLMs"."""
+"""TeZO, TeZO-m and TeZO-Adam: SGD, momentum and Adam of r numbers a matrix. Sun et al. 2025, "TeZO: Empowering the
+Low-Rankness on the Temporal Dimension in the Zeroth-Order Optimization for Fine-tuning LLMs"."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ from ..rule import Adam, Momentum, Rule, Sgd
 
 
 class TeZO(ZerothOrder):
-    """W <- (1 - lr wd) W - (lr / q) sum_k c_k z_k,   z_k = s U diag(tau_k) V^T, c_k the central difference along z_k.
+    """W <- (1 - lr wd) W - (lr / q) sum_k c_k z_k,   z_k = s U diag(tau_k) V^T
+    c_k = (L(W + eps z_k) - L(W - eps z_k)) / (2 eps)
 
-    U (m x r) and V (n x r) are normal and drawn once for the run; a step draws r numbers tau per matrix. Parameters that are not
-    matrices take a dense normal z.
+    U (m x r) and V (n x r) are normal and drawn once for the run; a step draws r numbers tau per matrix. Parameters
+    that are not matrices take a dense normal z.
+
+    Use it where Adam's moments have to be cheap: they are 2 r numbers a matrix. The run stays in a space of r
+    directions for each matrix.
 
     params    a module, or parameters, (name, parameter) pairs or groups, as for zokern.MeZO
     lr, eps   per step and in weights, of MeZO's size; with 'adam' lr is in weights, 2e-4 by default. No published numbers were found

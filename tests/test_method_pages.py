@@ -1,0 +1,86 @@
+"""The table and the pages of methods: printed from docstrings and runs, complete, and the same as in the documents."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import zokern
+from zokern import cli, cli_methods, methods
+from zokern.methods.mezo import MeZO
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "methods.md"
+HOW = "write it with: python -m zokern methods --markdown > docs/methods.md"
+
+
+def test_the_document_is_what_the_command_prints(capsys) -> None:
+    assert cli.main(["methods", "--markdown"]) == 0
+    assert PAGE.read_text() == capsys.readouterr().out, HOW
+
+
+def test_the_readme_has_the_table() -> None:
+    assert cli_methods.markdown_table() in (ROOT / "README.md").read_text(), "copy the table of docs/methods.md into README.md"
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_a_page_is_complete(name, capsys) -> None:
+    """Formula, paper with a year, when to use it, every argument of the constructor or where it is told, and short lines."""
+    page = cli_methods.page(name)
+    assert "<-" in page.formula[0] and any(c in page.paper for c in ("19", "20")) and page.use
+    assert {"params"} <= {names for names, _ in page.arguments} and all(text for _, text in page.arguments)
+    assert cli.main(["methods", name.upper()]) == 0 and capsys.readouterr().out.startswith(f"## {name}\n")
+
+
+def check_cost(cost) -> None:
+    """Losses and bytes that are counted by hand, of a matrix of SIZE x SIZE."""
+    side = cli_methods.SIZE
+    known = {
+        "MeZO": (2, 0.0),
+        "FZOO": (9, 0.0),
+        "LOZO": (2, 2 * 4 / side),
+        "SubZero": (2, 2 * 8 * 4 / side),
+        "TeZO": (2, 2 * 32 * 4 / side),
+    }
+    assert {name: tuple(cost(name)[:2]) for name in known} == known
+    assert cost("FZOO").lr == 2e-4 and cost("MeZO").eps == 1e-3
+
+
+def test_costs() -> None:
+    check_cost(cli_methods.cost)
+
+
+def test_state_of_a_rule_is_counted(monkeypatch) -> None:
+    monkeypatch.setitem(methods.METHODS, "WithAdam", lambda m, **o: MeZO(m, rule=zokern.Adam(), **o))
+    assert cli_methods.cost("WithAdam").state == 8.0
+
+
+@pytest.mark.parametrize("change", [{"losses": 3}, {"state": 4.0}, {"lr": 1e-6}], ids=str)
+def test_wrong_costs_are_rejected(change) -> None:
+    with pytest.raises(AssertionError):
+        check_cost(lambda name: cli_methods.cost(name)._replace(**change))
+
+
+@pytest.mark.parametrize(
+    "docstring, missing",
+    [
+        ("theta <- f\n\nUse it.\n\nparams  a module", None),
+        ("theta <- f\n\nText.\n\nparams  a module", "paragraph 'Use it ...'"),
+        ("theta <- f\n\nUse it.\n\nparams a module", "arguments"),
+    ],
+)
+def test_a_docstring_without_its_parts_is_refused(monkeypatch, docstring, missing) -> None:
+    made = type("Made", (MeZO,), {"__doc__": textwrap.dedent(docstring), "__module__": MeZO.__module__})
+    monkeypatch.setitem(methods.METHODS, "Made", made)
+    if missing is None:
+        assert cli_methods.page("Made").arguments == [("params", "a module")]
+        return
+    with pytest.raises(ValueError, match=missing):
+        cli_methods.page("Made")
+
+
+def test_an_unknown_name_is_refused(capsys) -> None:
+    assert cli.main(["methods", "nothing"]) == 2
+    assert "nothing is no method; expected one of FZOO, LOZO" in capsys.readouterr().err

@@ -1,0 +1,205 @@
+"""`python -m zokern methods`: the table of methods, or with a name one method's page; both come from docstrings and runs.
+
+    python -m zokern methods               # the table
+    python -m zokern methods SubZero       # formula, paper, arguments with units, what it keeps
+    python -m zokern methods --markdown    # docs/methods.md
+
+The file of a method opens with its name, what it does, and its paper. The class's docstring holds, in paragraphs: the
+formula, then text, of which one paragraph begins with "Use it" and says when, then a line for every argument. Losses a
+step and bytes a weight are measured here, on one matrix of SIZE x SIZE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+import sys
+import textwrap
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+
+from . import methods
+from .evaluation import Master
+from .step import step
+
+SIZE, COLUMNS = 512, 108
+ARGUMENT = re.compile(r"(?P<names>\*{0,2}\w+(?:, \w+)*) {2,}(?P<text>\S.*)")
+HEAD = ("method", "what it is", "losses a step", "bytes a weight", "default lr", "paper")
+
+
+class Cost(NamedTuple):
+    """What a step of a method takes, measured.
+
+    losses  that its second step reads;  state  bytes that it keeps for each weight of the matrix;  lr, eps  its defaults"""
+
+    losses: int
+    state: float
+    lr: float
+    eps: float
+
+
+@dataclass(frozen=True)
+class Page:
+    """A method's docstring, taken apart.
+
+    title, paper  of its file;  formula  lines;  text  paragraphs;  arguments  (names, meaning)"""
+
+    name: str
+    title: str
+    paper: str
+    formula: list[str]
+    text: list[str]
+    arguments: list[tuple[str, str]]
+
+    @property
+    def use(self) -> str:
+        """Returns the paragraph that says when to use it; empty where there is none."""
+        return next((text for text in self.text if text.startswith("Use it")), "")
+
+
+class _Counted(Master):
+    """Evaluation master, which counts the losses that it reads."""
+
+    asked = 0
+
+    def losses(self, plan: Any, points: Any, closure: Any) -> torch.Tensor:
+        self.asked += len(set(points))
+        return super().losses(plan, points, closure)
+
+
+@cache
+def cost(name: str) -> Cost:
+    """Measures a method at its defaults on one matrix: two steps, of which the second one is counted."""
+    model = torch.nn.Linear(SIZE, SIZE, bias=False, device="cpu")
+    torch.nn.init.normal_(model.weight, std=0.02, generator=torch.Generator("cpu").manual_seed(0))
+    x = torch.ones(1, SIZE, device="cpu")
+    evaluation = _Counted()
+    make: Any = methods.METHODS[name]
+    optimizer = make(model, evaluation=evaluation, paired_check=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(2):
+            evaluation.asked = 0
+            step(optimizer, lambda: model(x).square().mean())
+    kept = {
+        id(value): value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
+    }
+    for matrix in optimizer.matrices.values():
+        kept |= {id(value): value for value in (matrix.left, matrix.right) if value is not None}
+    group = optimizer.param_groups[0]
+    size = sum(value.numel() * value.element_size() for value in kept.values())
+    return Cost(evaluation.asked, size / SIZE**2, float(group["lr"]), float(group["eps"]))
+
+
+def page(name: str) -> Page:
+    """Takes the docstrings of a method apart. Raises ValueError where a part is missing."""
+    method = methods.METHODS[name]
+    file = " ".join((inspect.getdoc(inspect.getmodule(method)) or "").split("\n\n")[0].split())
+    title, _, paper = file.partition(". ")
+    title = title.partition(":")[2].strip() or title
+    blocks = (inspect.getdoc(method) or "").split("\n\n")
+    formula, text, arguments = blocks[0].split("\n"), list[str](), list[tuple[str, str]]()
+    for block in blocks[1:]:
+        if ARGUMENT.match(block):
+            arguments += _arguments(block)
+        elif block.startswith(" "):
+            formula += block.split("\n")
+        else:
+            text.append(" ".join(block.split()))
+    found = Page(name, title, paper.rstrip("."), formula, text, arguments)
+    for what, value in (("paper", found.paper), ("paragraph 'Use it ...'", found.use), ("arguments", found.arguments)):
+        if not value:
+            raise ValueError(f"the docstring of zokern.{name} has no {what}; {__name__} says how one is written")
+    return found
+
+
+def _arguments(block: str) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    for line in block.split("\n"):
+        if match := ARGUMENT.match(line):
+            found.append((match["names"], match["text"]))
+        elif line.startswith(" ") and found:
+            found[-1] = found[-1][0], f"{found[-1][1]} {line.strip()}"
+    return found
+
+
+def table() -> list[tuple[str, ...]]:
+    """Returns a row for each method, as HEAD says."""
+    rows = list[tuple[str, ...]]()
+    for name in methods.METHODS:
+        one, what = cost(name), page(name)
+        state = "0" if not one.state else f"{one.state:.2g}"
+        paper = re.split(r", (?=\"|arXiv)", what.paper)[0]
+        rows.append((f"`{name}`", what.title, str(one.losses), state, f"{one.lr:.0e}".replace("e-0", "e-"), paper))
+    return rows
+
+
+def markdown_table() -> str:
+    """Returns the table in Markdown."""
+    rows = [HEAD, ("---",) * len(HEAD), *table()]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _wrapped(text: str, indent: str = "") -> str:
+    return textwrap.fill(
+        text, COLUMNS, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def markdown_page(name: str) -> str:
+    """Returns one method's section in Markdown."""
+    what, one = page(name), cost(name)
+    parts = [
+        f"## {name}",
+        _wrapped(f"{what.title[0].upper()}{what.title[1:]}. {what.paper}."),
+        "```\n" + "\n".join(what.formula) + "\n```",
+    ]
+    state = "nothing" if not one.state else f"{one.state:.2g} bytes a weight (a {SIZE} x {SIZE} matrix)"
+    parts += [_wrapped(text) for text in [what.use, *(text for text in what.text if text != what.use)]]
+    parts.append(f"A step reads {one.losses} losses. It keeps {state}. Defaults: lr {one.lr:g}, eps {one.eps:g}.")
+    parts.append("| argument | |\n|---|---|\n" + "\n".join(f"| `{names}` | {_cell(text)} |" for names, text in what.arguments))
+    return "\n\n".join(parts)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def markdown() -> str:
+    """Returns docs/methods.md."""
+    head = (
+        "# Methods\n\n"
+        "`python -m zokern methods --markdown` wrote this page from the docstrings of `zokern/methods/`. Losses a step\n"
+        f"and bytes a weight are measured on a {SIZE} x {SIZE} matrix at a method's defaults. Bytes are beyond the weights.\n"
+    )
+    return "\n".join([head, markdown_table(), "", *(markdown_page(name) + "\n" for name in methods.METHODS)])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the table, a page, or the whole document."""
+    parse = argparse.ArgumentParser(
+        prog="zokern methods", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parse.add_argument("name", nargs="?", help="a method")
+    parse.add_argument("--markdown", action="store_true", help="all of docs/methods.md")
+    options = parse.parse_args(argv)
+    names = {name.lower(): name for name in methods.METHODS}
+    if options.name and options.name.lower() not in names:
+        print(f"zokern methods: {options.name} is no method; expected one of {', '.join(methods.METHODS)}", file=sys.stderr)
+        return 2
+    if options.markdown:
+        print(markdown(), end="")
+    elif options.name:
+        print(markdown_page(names[options.name.lower()]))
+    else:
+        rows = [HEAD, *table()]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD) - 1)]
+        for row in rows:
+            print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[-1]]))
+    return 0
