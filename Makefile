@@ -16,7 +16,7 @@ AS_avx2 = ZOKERN_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 M
 AS_scalar = ZOKERN_CPU_ISA=scalar ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
 ISAS = $(filter avx2 scalar,$(shell $(PYTHON) -c "from zokern.backends import cpu; print(*[] if cpu.why_off() else cpu.architectures())"))
 ISA_PART = not avx512 and not measured_memory
-ISA_TESTS = $(patsubst %,tests/test_%.py,conformance linear cpu step deferred)
+ISA_TESTS = $(patsubst %,tests/%.py,backends/test_conformance backends/test_cpu gemm/test_linear step/test_step optimizer/test_deferred)
 # setup.py compiles for the GPUs of this machine unless it is asked for others.
 COMPILE = $(PYTHON) setup.py --quiet build_ext --inplace
 ALL = ZOKERN_CUDA_ARCHITECTURES="$${ZOKERN_CUDA_ARCHITECTURES:-all}"
@@ -94,7 +94,7 @@ wheel: $(ENVIRONMENT) ## a wheel in dist/, for every processor and GPU that this
 	$(ALL) $(PYTHON) -m pip wheel --no-build-isolation --no-deps -v -w dist .
 
 quality: $(ENVIRONMENT) ## count the normals of all 2^32 words and hold their moments and tails to bounds
-	$(PYTHON) tests/native/quality.py
+	$(PYTHON) tests/support/native/quality.py
 
 clean: ## remove what was built, but keep .venv
 	rm -rf build dist zokern.egg-info zokern/_build.py zokern/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -29,8 +29,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-import sass  # noqa: E402  tests/sass.py reads machine code
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
+import sass  # noqa: E402  tests/support/sass.py reads machine code
 
 UNIT = 8  # elements of one turn of a loop
 WEIGHTS = 1e9

@@ -11,7 +11,7 @@
 //            replay        one-term steps: 23.7 a step in groups of four, 24.5 for each step that is left
 //                          over. With stochastic rounding 31.1 and 32.9. Every 32 steps add 3.4, or 4.5
 // registers  at most 64; 80 with stochastic or residual rounding, or with many terms or steps; 128 with both.
-//            No spill on sm_80 to sm_120: `python tests/test_sass.py`, `python -m benchmarks.predict`
+//            No spill on sm_80 to sm_120: tests/kernels_cuda/test_sass.py, `python -m benchmarks.predict`
 // launch     walk.h
 // equal      bit for bit to zokern/backends/reference.py for every grid. A value depends on its stream number
 //            alone, and the non-finite results are counted in integers. cvt.rn rounds as zo/rounding.h does

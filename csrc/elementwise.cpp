@@ -13,7 +13,7 @@
 //          scatter. theta moves once. The roundings between the sums of a replay happen in registers
 // traffic  float32: 4 B read and 4 B written an element. bfloat16 and float16: 2 B and 2 B. The number of
 //          terms does not matter
-// equal    bit for bit to zokern/backends/reference.py on every path (tests/test_cpu.py), without contraction
+// equal    bit for bit to zokern/backends/reference.py on every path (tests/backends/test_cpu.py), without contraction
 //          and fast-math
 // source   Malladi et al. 2023, Algorithm 1; stream: zokern/stream.py, version 1
 #include <cstddef>

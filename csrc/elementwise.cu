@@ -4,7 +4,7 @@
 // traffic  draw: one write per element. perturb: bf16 2 B read and one write for each side. z moves no bytes
 // work     perturb with both signs, instructions of the whole loop per element, on sm_90: normal 26.1
 //          (16-bit), rademacher 7.9. At most 64 registers, 80 for perturb. No spill on sm_80 to sm_120:
-//          `python tests/test_sass.py`, `python -m benchmarks.predict`, nvcc 13.0
+//          tests/kernels_cuda/test_sass.py, `python -m benchmarks.predict`, nvcc 13.0
 // launch   walk.h
 // equal    bit for bit to zokern/backends/reference.py for every grid. A value depends on its stream number
 //          alone. cvt.rn rounds as zo/rounding.h does

@@ -5,7 +5,7 @@
 //          p + q < T are summed, small ones first. A float32 theta has T = 3, and 2 above rank 64. A 16-bit
 //          theta has T = 2, and 1 above rank 32
 // bound    |s - exact| <= ((T + 2) 2^-8T + N 2^-20) sum_k |left[i, k] right[j, k]|, where N = T (T + 1) / 2
-//          ceil(rank / 16) is the number of the unit's products: tests/lowrank_bound.py derives it. A factor
+//          ceil(rank / 16) is the number of the unit's products: tests/support/lowrank_bound.py derives it. A factor
 //          that is inf, or beyond the largest bfloat16, gives inf or NaN
 // layout   a warp's step is 16 rows by 32 columns: four n-tiles. Their fragment columns are dealt out so that
 //          the sixteen sums of a lane are eight columns of two rows. Column 2 t + e of n-tile j is
@@ -21,7 +21,7 @@
 // work     instructions per element of the loop over strips, on sm_90, at rank 16, 32, 64, 128:
 //          bfloat16  11.9, 14.4, 12.4, 15.6
 //          float32   14.4, 18.9, 27.9, 29.9
-//          No spill on sm_80 to sm_120: `python tests/test_lowrank_sass.py`, nvcc 13.0. Not timed on a GPU
+//          No spill on sm_80 to sm_120: tests/kernels_cuda/test_lowrank_sass.py, nvcc 13.0. Not timed on a GPU
 // source   Chen et al. 2024, LOZO; Henry, Tang and Heinecke 2019 (arXiv 1904.06376) for sums of bfloat16
 //          products
 #include <cuda_runtime.h>

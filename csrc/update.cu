@@ -8,7 +8,7 @@
 //          adam      normal 66.1 and 65.0, rademacher 53.1 and 51.9. This counts subroutines that only
 //                    operands at the ends of the range call
 //          Memory leaves time for 83 (momentum) and 138 (adam) on an H200, bf16. Momentum has 80 registers
-//          and adam at most 116. No spill on sm_80 to sm_120: `python tests/test_update_sass.py`, nvcc 13.0
+//          and adam at most 116. No spill on sm_80 to sm_120: tests/kernels_cuda/test_update_sass.py, nvcc 13.0
 // launch   walk.h. The numbers of the rule and the coefficients lie in device memory
 // equal    bit for bit to zokern/backends/reference.py for every grid. Root and quotient are correctly
 //          rounded

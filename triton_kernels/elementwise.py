@@ -10,7 +10,8 @@ paths    unit     eight consecutive elements a Philox block: contiguous, first a
          element  everything else, and the last n mod 8 of a chunk: each element computes its own block.
 work     axpy_ normal, K = 1, instructions an element from sm_80 to sm_120: 16-bit 24.6 to 24.9, float32 19.5 to 25.7; of
          signs, 7.9 to 8.1 and 8.5; both signs of perturb in bfloat16 26.1
-         (`pytest tests/test_triton.py -k compiled -s`, Triton 3.9; 3.6 adds up to 0.6); the element path repeats z's block for each element
+         (`pytest tests/kernels_triton/test_triton.py -k compiled -s`, Triton 3.9; 3.6 adds up to 0.6); the element path repeats
+         z's block for each element
 launch   SPLIT programs a chunk. enable_fp_fusion=False is part of the definition: contraction would change bits.
 equal    bit for bit to zokern/backends/reference.py
 source   Malladi et al. 2023, Algorithm 1; stream: zokern/stream.py, version 1

@@ -1,7 +1,7 @@
 """lowrank: theta <- decay theta + scale left right^T in Triton, for a list of tensors (csrc/lowrank.h says what it computes)
 
 math     as csrc/lowrank.cu: factors as TERMS bfloat16 terms, tl.dot with float32 sums, small products first; then fma, decay and one
-         rounding. The bound is that of tests/lowrank_bound.py.
+         rounding. The bound is that of tests/support/lowrank_bound.py.
 table    int64 in device memory: entries[E, 16] as elementwise.py has them; tiles[T, 3] = begin, end, entry | column << 32;
          frames[E, 5]; factors[N, 7] = left, right, rank, n, bits of scale, and how to divide by n
 product  one program a tile of up to 4 BM x BN elements of an aligned rectangle, BM rows at a time; `right` is read and split once. The
@@ -11,7 +11,7 @@ types    16-bit floats are uint16 bit patterns in memory. EXACT, under the inter
          on bits, because its cast to bfloat16 truncates and its dot of bfloat16 is not one; the values are the same.
 work     the loop over row blocks, instructions per element on sm_90 at rank 16, 32, 64, 128: 14.4, 15.2, 14.8, 15.8 for bfloat16 and
          22.8, 28.3, 51.7, 56.2 for float32; from rank 64 on float32 has 122 to 134 on sm_80 and sm_120, where it will be bound by
-         instructions (`pytest tests/test_lowrank_triton.py -k compiled -s`, triton 3.9). Not timed on a GPU.
+         instructions (`pytest tests/kernels_triton/test_lowrank_triton.py -k compiled -s`, triton 3.9). Not timed on a GPU.
 source   Chen et al. 2024, LOZO; Henry, Tang and Heinecke 2019 (arXiv 1904.06376) for sums of bfloat16 products
 """
 

@@ -4,7 +4,8 @@ table    as elementwise.py: OUT and OUT + 1 of an entry are m and v, contiguous 
 paths    those of elementwise.py; a thread reads and writes the 32 bytes of a unit's m, and of its v, as two of 16 each
 work     whole loop per element, K = 1, nearest: momentum normal 34.4 instructions (bf16, sm_90), of signs 16.8; adam normal 70.9 (bf16,
          sm_80 to sm_120: to 72.9), 69.2 (float32), with the calls that only operands at the ends of the range take
-         (`pytest tests/test_update_triton.py -k compiled -s`, Triton 3.9); memory leaves time for 83 and 138 (bf16, H200)
+         (`pytest tests/kernels_triton/test_update_triton.py -k compiled -s`, Triton 3.9); memory leaves
+         time for 83 and 138 (bf16, H200)
 launch   SPLIT programs a chunk. enable_fp_fusion=False is part of the definition; root and quotient are the correctly rounded ones
 equal    bit for bit to zokern/backends/reference.py
 source   csrc/update.h; stream: zokern/stream.py, version 1

@@ -7,7 +7,7 @@
 `python -m benchmarks.gpu` runs the parts that plan.py lists, each in a process of its own (worker.py): a fault of one part leaves the
 others a device that works, and a part past its time is stopped with what it has said kept. After every part the record and the page
 are written anew (record.py, page.py). A part is a function of a Run (run.py): told a device, it says what it finds; so everything but the
-times can be run, and is tested, on a machine without a GPU (tests/test_gpu.py).
+times can be run, and is tested, on a machine without a GPU (tests/bench/test_gpu.py).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def use_tree() -> None:
-    """Makes this source tree importable as it is: tests/ on the path, and triton_kernels/ where an installed zokern has it."""
-    if str(ROOT / "tests") not in sys.path:
-        sys.path.insert(0, str(ROOT / "tests"))
+    """Makes this source tree importable as it is: tests/support/ on the path, and triton_kernels/ where an installed zokern has it."""
+    if str(ROOT / "tests" / "support") not in sys.path:
+        sys.path.insert(0, str(ROOT / "tests" / "support"))
     import zokern
 
     name, folder = "zokern.triton_kernels", ROOT / "triton_kernels"

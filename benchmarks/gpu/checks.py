@@ -1,6 +1,6 @@
 """Correctness of every verb: the conformance suite on the device, then tensors of realistic sizes against the CPU backend.
 
-The conformance suite (tests/conformance.py) judges by the reference, at every tail, offset, stride and rounding, with tensors that the
+The conformance suite (tests/support) judges by the reference, at every tail, offset, stride and rounding, with tensors that the
 reference can take. Here the CPU backend judges lists of millions of elements, and every call is made again: a second launch on equal
 inputs that gives other bits is a race. Both compare whole guarded buffers, so a write beside the tensor is found too.
 """
@@ -100,7 +100,7 @@ def suite(run: Run, backend: str, share: int = 0, of: int = 1) -> None:
 
 
 def bounds(run: Run, backend: str) -> None:
-    """lowrank_ with random factors: no element further from exact arithmetic than tests/lowrank_bound.py allows."""
+    """lowrank_ with random factors: no element further from exact arithmetic than tests/support/lowrank_bound.py allows."""
     if (found := run.backend(backend)) is None:
         return
     shape = (40, 72) if run.quick else (1024, 1040)

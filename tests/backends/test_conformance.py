@@ -1,6 +1,6 @@
-"""The conformance suite (tests/conformance.py) over the CPU backend, with each instruction set.
+"""The conformance suite (tests/support/conformance.py) over the CPU backend, with each instruction set.
 
-Triton's interpreter runs it in tests/test_triton.py, the CUDA sources on the host in tests/test_cuda.py, and a GPU in `make gpu`. A backend
+Triton's interpreter runs it in test_triton.py, the CUDA sources on the host in test_cuda.py, and a GPU in `make gpu`. A backend
 that is off is reported as skipped, with its own reason.
 """
 

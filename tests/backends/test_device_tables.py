@@ -1,6 +1,6 @@
 """The tables that the GPU backends keep on the device: built once for a list, never for another one, complete in a captured graph.
 
-The backends run here on the host: csrc/elementwise.cu through tests/cuda_shim. That a captured graph replays with a fresh z is the
+The backends run here on the host: csrc/elementwise.cu through cuda_shim. That a captured graph replays with a fresh z is the
 subject of a test that needs a GPU and is still to be written; what it depends on (no upload, same buffers, a clock in memory) is shown here.
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 import conformance
 import pytest
 import torch
+from cuda_backends import OnHost
 from guarded import equal
-from test_cuda import OnHost
 
 from zokern.backends import Batch, Noise, Span, Terms, device_tables
 from zokern.backends.reference import Reference

@@ -1,6 +1,6 @@
-"""Every deliberately wrong backend of tests/wrong/ is rejected, and the reference is not.
+"""Every deliberately wrong backend of tests/support/wrong/ is rejected, and the reference is not.
 
-`python tests/test_wrong.py` runs the whole suite over each and prints which checks reject it.
+`PYTHONPATH=tests/support python tests/backends/test_wrong.py` runs the whole suite over each and prints which checks reject it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def test_reference_passes(check: str) -> None:
 @pytest.mark.parametrize("check", conformance.EVERY)
 def test_check_rejects_something(check: str) -> None:
     """A check that no wrong backend names has not been shown to be able to fail."""
-    assert any(check in kind.rejected_by for kind in BACKENDS), f"no backend of tests/wrong/ is aimed at {check}"
+    assert any(check in kind.rejected_by for kind in BACKENDS), f"no backend of tests/support/wrong/ is aimed at {check}"
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from mutant import mutant
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import bench_methods, bench_step, steps  # noqa: E402

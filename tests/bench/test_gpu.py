@@ -22,7 +22,7 @@ import torch
 
 from zokern import backends
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from wrong.addressing import ClockOnce  # noqa: E402
 

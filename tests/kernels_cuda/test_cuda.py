@@ -1,4 +1,4 @@
-"""csrc/elementwise.cu and axpy.cu on the host: what nvcc compiles, compiled by g++ through tests/cuda_shim, bit for bit the reference.
+"""csrc/elementwise.cu and axpy.cu on the host: what nvcc compiles, compiled by g++ through cuda_shim, bit for bit the reference.
 
 Covers tables, chunks, alignment, tails, strides, rows, slices of columns, every dtype, rounding and number of draws, and that
 no result depends on the grid or on the order of blocks and threads. What only nvcc sees is the subject of test_ptx.py and
@@ -14,22 +14,9 @@ import conformance
 import host
 import pytest
 import torch
+from cuda_backends import OnHost
 
 from zokern.backends import Batch, Noise, cuda
-
-
-class OnHost(cuda.Cuda):
-    """The backend with a module for the host in the place of zokern._cuda; `blocks` asks for a grid."""
-
-    name = "cuda on the host"
-    device_type = "cpu"
-
-    def __init__(self, module: types.ModuleType, blocks: int = 0) -> None:
-        super().__init__()
-        self.module, self.blocks = module, blocks
-
-    def _call(self, verb, device, tensors, *arguments, **named) -> None:
-        getattr(self.module, verb)(*arguments, self.blocks, 0, **named)
 
 
 @pytest.mark.parametrize("check", conformance.CHECKS)

@@ -1,7 +1,7 @@
-"""csrc/lowrank.cu on the host: compiled by g++ through tests/cuda_shim, where a warp's matrix product is computed from its fragments.
+"""csrc/lowrank.cu on the host: compiled by g++ through cuda_shim, where a warp's matrix product is computed from its fragments.
 
 With factors that are small integers every sum is exact, so the conformance suite holds bit for bit: rows, columns, ranks, edges,
-shards, strides, rounding. With random factors the bound of tests/lowrank_bound.py holds. What only nvcc sees: test_lowrank_sass.py.
+shards, strides, rounding. With random factors the bound of lowrank_bound.py holds. What only nvcc sees: test_lowrank_sass.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import host
 import lowrank_bound
 import pytest
 import torch
-from test_cuda import OnHost
+from cuda_backends import OnHost
 
 from zokern.backends import Batch, Outer, Span
 

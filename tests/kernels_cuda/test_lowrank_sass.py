@@ -1,6 +1,7 @@
 """The machine code of csrc/lowrank.cu for every architecture that ships: registers, matrix units, 16-byte accesses, instructions.
 
-`python tests/test_lowrank_sass.py` prints them for every kernel and architecture.
+`PYTHONPATH=tests/support python tests/kernels_cuda/test_lowrank_sass.py`
+prints them for every kernel and architecture.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import sass
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks import predict  # noqa: E402
 
 pytestmark = pytest.mark.skipif(sass.missing() is not None, reason=sass.missing() or "")

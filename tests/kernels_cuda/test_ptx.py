@@ -1,4 +1,4 @@
-"""The PTX that nvcc makes of csrc/elementwise.cu and axpy.cu, run by tests/ptx.py: bit for bit the reference, and no access out of place.
+"""The PTX that nvcc makes of csrc/elementwise.cu and axpy.cu, run by ptx.py: bit for bit the reference, and no access out of place.
 
 This is the device side of the source (cvt.rn, the packed watch for inf and NaN, 16-byte accesses), which the host build
 replaces. What remains unseen is ptxas and the chip; test_sass.py reads what ptxas made.
@@ -6,9 +6,7 @@ replaces. What remains unseen is ptxas and the chip; test_sass.py reads what ptx
 
 from __future__ import annotations
 
-import ctypes
 import re
-import struct
 from fractions import Fraction
 
 import conformance
@@ -17,61 +15,9 @@ import ptx
 import pytest
 import sass
 import torch
+from cuda_backends import OnPtx
 
-from zokern.backends import Span, cuda
-
-BLOCKS, THREADS = 2, 256
-M0, M1 = 0x9E3779B9, 0xBB67AE85
-
-
-def storage(tensor: torch.Tensor) -> np.ndarray:
-    """All bytes that a tensor's storage has, at their address."""
-    whole = tensor.untyped_storage()
-    return torch.empty(0, dtype=torch.uint8).set_(whole, 0, (whole.nbytes(),)).numpy()
-
-
-class OnPtx(cuda.Cuda):
-    """The backend with the interpreter in the place of zokern._cuda. Only the tensors of a call may be touched."""
-
-    name = "cuda through PTX"
-    device_type = "cpu"
-
-    def __init__(self, text: str, parts_log2: int = 0) -> None:
-        super().__init__()
-        self.text, self.parts_log2, self.executed = text, parts_log2, 0
-
-    def _run(self, prefix: str, arguments: list, tensors) -> None:
-        memory = [storage(t) for t in tensors]
-        counts = ptx.run(self.text, prefix, BLOCKS, THREADS, arguments, memory)
-        self.executed += sum(counts.values())
-
-    def _call(self, verb, device, tensors, *arguments, clock=0, device_draws=0, coefficients=0) -> None:
-        if verb == "philox":
-            counters, count, k0, k1, rounds, words = arguments
-            return self._run(sass.symbol("philox"), [counters, count, k0, k1, rounds, words], tensors)
-        entries, chunks, count, direction, seed, *rest = arguments
-        keys = [(seed & 0xFFFFFFFF) + i * M0 & 0xFFFFFFFF for i in range(10)]
-        keys += [(seed >> 32) + i * M1 & 0xFFFFFFFF for i in range(10)]
-        table = struct.pack("<QQqi20I4xQ", entries, chunks, count, self.parts_log2, *keys, clock)  # struct List
-        if verb == "draw":
-            return self._run(sass.symbol(verb, direction), [table, *rest], tensors)
-        if verb == "perturb":
-            step, draw, scales = rest
-            both = np.frombuffer((ctypes.c_float * 2).from_address(scales), np.float32)
-            return self._run(sass.symbol(verb, direction), [table, step, draw, *both], tensors)
-        if verb == "update":
-            draws, draw_count, rule, scalars, rounding, nonfinite = rest
-            last = bytes((ctypes.c_char * 16).from_address(draws + 16 * (draw_count - 1)))
-            arguments = [table, device_draws, coefficients, draw_count, last, scalars, nonfinite]
-            return self._run(sass.update_symbol(direction, rule, rounding), arguments, tensors)
-        draws, draw_count, each, rounding, nonfinite = rest
-        last = bytes((ctypes.c_char * 16).from_address(draws + 16 * (draw_count - 1)))  # struct Draw
-        if draw_count == 1:
-            terms = sass.TERM if struct.unpack("<IIff", last)[3] == 1.0 else sass.DECAYED_TERM
-        else:
-            terms = sass.STEPS if each == 1 else sass.TERMS
-        arguments = [table, device_draws, coefficients, draw_count, each, last, nonfinite]
-        return self._run(sass.symbol("axpy", direction, rounding, terms), arguments, tensors)
+from zokern.backends import Span
 
 
 @pytest.fixture(scope="session")

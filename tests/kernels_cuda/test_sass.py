@@ -1,6 +1,7 @@
 """The machine code of csrc/elementwise.cu and axpy.cu for every architecture that ships: what it must have, must not have, and how much.
 
-`python tests/test_sass.py` prints registers and instructions per element for every kernel and architecture.
+`PYTHONPATH=tests/support python tests/kernels_cuda/test_sass.py`
+prints registers and instructions per element for every kernel and architecture.
 """
 
 from __future__ import annotations

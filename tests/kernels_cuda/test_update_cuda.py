@@ -1,4 +1,4 @@
-"""csrc/update.cu on the host, compiled by g++ through tests/cuda_shim, bit for bit the reference; and on a GPU where there is one."""
+"""csrc/update.cu on the host, compiled by g++ through cuda_shim, bit for bit the reference; and on a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import conformance_update
 import host
 import pytest
 import torch
-from test_cuda import OnHost
+from cuda_backends import OnHost
 
 from zokern.backends import Batch, Noise, Span, Update
 from zokern.directions import resolve

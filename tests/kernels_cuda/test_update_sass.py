@@ -1,6 +1,7 @@
 """The machine code and the PTX of csrc/update.cu: registers, 16-byte accesses, instructions, and what root and quotient are made of.
 
-`python tests/test_update_sass.py` prints registers and instructions per element for every kernel and architecture.
+`PYTHONPATH=tests/support python tests/kernels_cuda/test_update_sass.py`
+prints registers and instructions per element for every kernel and architecture.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 import conformance_update
 import pytest
 import sass
-from test_ptx import OnPtx
+from cuda_backends import OnPtx
 
 sys.path.insert(0, str(sass.ROOT))
 from benchmarks import predict  # noqa: E402

@@ -1,7 +1,7 @@
 """triton_kernels/lowrank.py without a GPU: interpreted in a child process, and compiled for four architectures and read.
 
 With factors that are small integers every sum is exact and the conformance suite holds bit for bit; with random ones the bound of
-tests/lowrank_bound.py. Wrong kernels are the file with one line changed.
+lowrank_bound.py. Wrong kernels are the file with one line changed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """triton_kernels/update.py without a GPU: interpreted and compared bit for bit, compiled and read, executed as PTX.
 
-As tests/test_triton.py, whose child process, compiler and readers these tests take. Wrong kernels are copies with one line changed.
+As test_triton.py. Wrong kernels are copies with one line changed.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from interpreted import Interpreted
 from zokern.backends import Span
 
 pytest.importorskip("triton")
-from test_triton import changed, forbidden, made, needs_fma, unspecified  # noqa: E402
-from test_triton import directory as directory  # noqa: E402, PLC0414
+from compiled import changed, forbidden, made, needs_fma, unspecified  # noqa: E402
+from compiled import directory as directory  # noqa: E402
 
 from zokern.backends import triton as backend  # noqa: E402
 

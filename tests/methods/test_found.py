@@ -6,8 +6,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import test_methods
+from method_check import check_method
 from mutant import replaced
+from recipes import METHODS
 
 import zokern
 from zokern import methods
@@ -51,14 +52,14 @@ def test_a_new_file_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     found = methods.find()
     assert found.keys() - methods.METHODS.keys() == {"Fourth"} and found["MeZO"] is zokern.MeZO
     assert found["Fourth"].__doc__ is None or "MeZO" not in found["Fourth"].__doc__
-    test_methods.METHODS["Fourth"] = partial(found["Fourth"], lr=3e-3, eps=2e-3)
+    METHODS["Fourth"] = partial(found["Fourth"], lr=3e-3, eps=2e-3)
     try:
-        test_methods.check_method("Fourth")
+        check_method("Fourth")
         wrong = replaced(zokern.Spsa, "differences", lambda right, self, losses: right(self, losses) * 12 / 8)
         with wrong, pytest.raises(AssertionError, match="coefficient"):
-            test_methods.check_method("Fourth")
+            check_method("Fourth")
     finally:
-        del test_methods.METHODS["Fourth"]
+        del METHODS["Fourth"]
 
 
 class Unknown(zokern.Spsa):
@@ -66,9 +67,9 @@ class Unknown(zokern.Spsa):
 
 
 def test_a_part_without_a_formula_is_not_passed_over() -> None:
-    test_methods.METHODS["unknown"] = partial(zokern.MeZO, lr=3e-3, estimator=Unknown())
+    METHODS["unknown"] = partial(zokern.MeZO, lr=3e-3, estimator=Unknown())
     try:
         with pytest.raises(AssertionError, match="the formula of estimator Unknown is not known"):
-            test_methods.check_method("unknown")
+            check_method("unknown")
     finally:
-        del test_methods.METHODS["unknown"]
+        del METHODS["unknown"]

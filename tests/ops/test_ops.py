@@ -1,6 +1,6 @@
 """Public operations: what they accept, what they refuse, and their registration with torch.library.
 
-Equality of the values over backends is the business of tests/conformance.py.
+Equality of the values over backends is the business of tests/support/conformance.py.
 """
 
 from __future__ import annotations

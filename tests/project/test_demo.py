@@ -379,7 +379,7 @@ def test_refused_before_anything_is_read(arguments, sentence, monkeypatch, capsy
 def test_what_is_missing_is_named_at_once_with_commands_that_install_it_all(monkeypatch, capsys) -> None:
     """The extra, which pyproject.toml has, and beside it the model and the rows, which it has not."""
     tomllib = pytest.importorskip("tomllib")
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     monkeypatch.setattr(data, "MODEL_PACKAGE", "no-such-package-of-zokern")
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None if name == "gguf" else object())
     monkeypatch.setattr(demo, "read_reviews", lambda: pytest.fail("rows were read"))

@@ -24,7 +24,7 @@ from zokern.evaluation import EVALUATIONS
 from zokern.guards import Guards
 from zokern.optimizer import ZerothOrder
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted(path for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")] if path.is_file())
 FOLDERS = "zokern|csrc|triton_kernels|tests|benchmarks|docs|examples"
 MADE_LATER = re.compile(

@@ -15,7 +15,7 @@ import zokern
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'zokern[hf]'")
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "examples"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "common")
 NEEDS = {"lora": "peft", "quantised": "peft", "accelerate_loop": "accelerate"}

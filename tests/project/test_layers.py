@@ -1,4 +1,4 @@
-"""Imports point one way, raw addresses stay below the backends, and one idea keeps one stem.
+"""Imports point one way, raw addresses stay below the backends, one idea keeps one stem, and tests stand after the rooms.
 
 The sources are read, not run. Every rule is a function of the sources, so that each is also given a tree that breaks it.
 """
@@ -8,11 +8,12 @@ from __future__ import annotations
 import ast
 import functools
 import re
-from pathlib import Path
+from collections import Counter
+from pathlib import Path, PurePosixPath
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 # A file imports from its own layer and from those above it in this list; within a layer, without going round in a circle.
 LAYERS = {
@@ -37,6 +38,9 @@ COMPARES_ADDRESSES = {
     "zokern.modules",
     "zokern.evaluation.isolation",
 }
+# Folders of tests that no part of zokern has the name of. tests/ is on Python's path: a folder with the name of a package, as `triton`,
+# would be imported where that package is missing.
+OTHER_ROOMS = {"kernels_cuda", "kernels_triton", "bench", "project"}
 
 
 @functools.cache
@@ -82,7 +86,7 @@ def wrong_imports(sources: dict[str, str]) -> list[str]:
     errors, graph = [], {}
     for module, source in sources.items():
         if stem(module) not in RANK:
-            errors.append(f"{module} is in no layer: add {stem(module)!r} to LAYERS in tests/test_layers.py")
+            errors.append(f"{module} is in no layer: add {stem(module)!r} to LAYERS in tests/project/test_layers.py")
             continue
         graph[module] = imported(module, source, set(sources)) - {module}
         for target in sorted(graph[module]):
@@ -226,3 +230,70 @@ def test_one_idea_keeps_one_stem():
     assert stems == {"normal", "rademacher"}
     assert stems <= {path.stem for path in (ROOT / "csrc" / "zo").glob("*.h")}
     assert stems <= {path.stem for path in (ROOT / "triton_kernels").glob("*.py")}
+
+
+def sources_of_tests() -> dict[str, str]:
+    """Path below tests/ to source; what writes the frozen vectors is no test."""
+    found = {path.relative_to(ROOT / "tests").as_posix(): path.read_text() for path in (ROOT / "tests").rglob("*.py")}
+    return {name: source for name, source in found.items() if not name.startswith("vectors/")}
+
+
+def misplaced(sources: dict[str, str]) -> list[str]:
+    """What breaks the order of the tests, one sentence each: their places, their names, their imports."""
+    errors, files = [], {name: PurePosixPath(name) for name in sources if name != "conftest.py"}
+    for name, file in files.items():
+        is_test, room = file.name.startswith("test_"), file.parts[0]
+        if room == "support":
+            if is_test:
+                errors.append(f"{name} is a test: move it to the folder of what it tests")
+        elif not is_test:
+            errors.append(f"{name} is no test: move it to support/")
+        elif len(file.parts) != 2 or room not in OTHER_ROOMS | RANK.keys():
+            errors.append(
+                f"{name} is in no room: move it to a folder named after a part of zokern, or one of {sorted(OTHER_ROOMS)}"
+            )
+    for name, source in sources.items():
+        modules = [m for node in nodes(source) for m in _named(node) if re.fullmatch(r"(.*\.)?test_\w+", m)]
+        errors += [f"{name} imports {module}: move what they share to support/" for module in modules]
+    names = Counter(file.name for file in files.values())
+    return errors + [
+        f"{count} files are called {name}" for name, count in names.items() if name.startswith("test_") and count > 1
+    ]
+
+
+def _named(node: ast.AST) -> list[str]:
+    """The modules that an import may name: in `from a import b`, a and a.b."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        return [*filter(None, [node.module]), *(f"{node.module or ''}.{alias.name}" for alias in node.names)]
+    return []
+
+
+def test_tests_stand_after_the_rooms():
+    sources = sources_of_tests()
+    assert len(sources) > 80 and "support/recipes.py" in sources
+    assert misplaced(sources) == []
+
+
+@pytest.mark.parametrize(
+    "name, source, complaint",
+    [
+        ("step/test_more.py", "import test_step", "step/test_more.py imports test_step: "),
+        ("step/test_more.py", "def f():\n    from test_step import loss_of", "step/test_more.py imports test_step: "),
+        ("step/test_more.py", "from . import test_step", "step/test_more.py imports .test_step: "),
+        ("support/more.py", "import models, test_step", "support/more.py imports test_step: "),
+        ("conftest.py", "from test_step import loss_of", "conftest.py imports test_step: "),
+        ("more.py", "", "more.py is no test: move it to support/"),
+        ("step/more.py", "", "step/more.py is no test: move it to support/"),
+        ("step/conftest.py", "", "step/conftest.py is no test: move it to support/"),
+        ("support/test_more.py", "", "support/test_more.py is a test"),
+        ("test_more.py", "", "test_more.py is in no room"),
+        ("triton/test_more.py", "", "triton/test_more.py is in no room"),
+        ("step/deep/test_more.py", "", "step/deep/test_more.py is in no room"),
+        ("evaluation/test_step.py", "", "2 files are called test_step.py"),
+    ],
+)
+def test_a_misplaced_test_is_rejected(name, source, complaint):
+    errors = misplaced({**sources_of_tests(), name: source})
+    assert len(errors) == 1 and errors[0].startswith(complaint)

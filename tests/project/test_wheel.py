@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 GXX = shutil.which("g++")
 NVCC = shutil.which("nvcc")
 SWITCHES = (
@@ -279,8 +279,11 @@ def test_installed_in_place_the_kernels_are_found_in_the_package(tree, environme
         (lambda names: names - {"zokern/triton_kernels/__init__.py"}, "lacks zokern/triton_kernels/__init__.py"),
         (lambda names: names - {"zokern-0.1.0.dist-info/licenses/LICENSE"}, "lacks LICENSE"),
         (lambda names: names | {"triton_kernels/__init__.py"}, "installs triton_kernels/__init__.py beside the package"),
-        (lambda names: names | {"tests/test_step.py"}, "installs tests/test_step.py beside the package"),
-        (lambda names: names | {"zokern/tests/test_step.py"}, "ships zokern/tests/test_step.py, which is for developers"),
+        (lambda names: names | {"tests/step/test_step.py"}, "installs tests/step/test_step.py beside the package"),
+        (
+            lambda names: names | {"zokern/tests/step/test_step.py"},
+            "ships zokern/tests/step/test_step.py, which is for developers",
+        ),
         (lambda names: names | {"zokern/csrc/bind.cpp"}, "ships zokern/csrc/bind.cpp, which is for developers"),
     ],
 )

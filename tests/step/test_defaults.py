@@ -28,7 +28,7 @@ from zokern.modules import Tree
 from zokern.plan import Group, Plan
 from zokern.rule import renew
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # What torch.set_default_dtype or torch.set_default_device decides, where a call does not.
 FACTORIES = frozenset(
     "empty empty_strided empty_permuted zeros ones full eye tensor as_tensor asarray scalar_tensor arange range linspace logspace rand randn "

@@ -7,16 +7,13 @@ that a right stream passes: sigmas of a sum below 5 or 5.5, p-values above 10^-6
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Callable
 
 import conformance
+import header as native
 import numpy as np
 import pytest
 from scipy import stats
-
-sys.path.insert(0, str(conformance.VECTORS.parent / "native"))
-import header as native
 
 pytestmark = pytest.mark.skipif(native.why_off() is not None, reason=str(native.why_off()))
 

@@ -5,21 +5,18 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import sys
 
 import conformance
+import header as native
 import numpy as np
 import pytest
+import quality
 import torch
 from guarded import equal
 
 from zokern import stream
 from zokern.backends import reference
 from zokern.directions import normal, resolve
-
-sys.path.insert(0, str(conformance.VECTORS.parent / "native"))
-import header as native
-import quality
 
 needs_compiler = pytest.mark.skipif(native.why_off() is not None, reason=str(native.why_off()))
 VECTORS = {

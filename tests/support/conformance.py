@@ -1,6 +1,6 @@
 """One suite for every backend: each ``check_*(backend, device, scale)`` raises AssertionError where it is not the reference.
 
-Verbs are compared bit for bit, whole guarded buffers at a time (tests/guarded.py); CHECKS holds on every backend, LOWRANK on those
+Verbs are compared bit for bit, whole guarded buffers at a time (guarded.py); CHECKS holds on every backend, LOWRANK on those
 that sum low-rank products in the definition's order. Cases come from a generator
 seeded with the check's name. ``scale`` is "full", or "quick" for a backend that is interpreted: the same checks with fewer and
 smaller cases.
@@ -24,7 +24,7 @@ from zokern.backends.reference import Reference
 from zokern.directions import resolve
 from zokern.stream import INDEX_LIMIT
 
-VECTORS = Path(__file__).parent / "vectors"
+VECTORS = Path(__file__).parents[1] / "vectors"
 DIRECTIONS = ("normal", "rademacher")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = {

@@ -1,6 +1,6 @@
 """update_ on every backend, bit for bit the reference: weights, states, low bits, memory around them, and the count.
 
-As tests/conformance.py, whose cases these checks take: each ``check_*(backend, device, scale)`` raises AssertionError.
+As conformance.py, whose cases these checks take: each ``check_*(backend, device, scale)`` raises AssertionError.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""csrc/*.cu as a Python module for the host: g++ compiles them through tests/cuda_shim, each object once a session.
+"""csrc/*.cu as a Python module for the host: g++ compiles them through cuda_shim, each object once a session.
 
 The workers of a session share the objects: they inherit the folder from the process that started them.
 """
@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory, mkdtemp
 
 import sass
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 SOURCES = ("bind.cpp", "axpy.cu", "elementwise.cu", "update.cu", "lowrank.cu")  # bind.cpp takes longest
 NAME = "zokern_on_host"
@@ -71,7 +71,7 @@ def compiled(source: str, edits: Edits) -> Path:
                 (folder / name).write_text(text)
             places = [
                 folder,
-                ROOT / "tests" / "cuda_shim",
+                Path(__file__).parent / "cuda_shim",
                 CSRC,
                 pybind11.get_include(),
                 sysconfig.get_path("include"),

@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 SOURCES = (CSRC / "elementwise.cu", CSRC / "axpy.cu")  # of draw, perturb and axpy_
 MODULE = ROOT / "zokern" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"

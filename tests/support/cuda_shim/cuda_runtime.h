@@ -88,7 +88,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, i
   return cudaSuccess;
 }
 
-inline int shim_mistake = 0;  // tests/test_cuda.py builds kernels with mistakes and chooses one by its number
+inline int shim_mistake = 0;  // tests/kernels_cuda/test_cuda.py builds kernels with mistakes and chooses one by its number
 
 constexpr unsigned kShimWarp = 32;
 

@@ -1,4 +1,4 @@
-// header.cpp: csrc/zo/*.h and csrc/elementwise.h behind plain C functions, for tests/native/header.py
+// header.cpp: csrc/zo/*.h and csrc/elementwise.h behind plain C functions, for header.py
 #include <cstddef>
 
 #include "elementwise.h"

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-CSRC = HERE.parent.parent / "csrc"
+CSRC = HERE.parents[2] / "csrc"
 CXX = os.environ.get("CXX", "g++")
 DIRECTIONS = {"normal": 0, "rademacher": 1}
 
@@ -24,7 +24,7 @@ def why_off() -> str | None:
 
 
 def compile_tool(source: str, target: Path, *flags: str) -> Path:
-    """tests/native/<source> to a program or shared library, without contraction."""
+    """A source of this folder to a program or shared library, without contraction."""
     command = [CXX, "-std=c++17", "-ffp-contract=off", f"-I{CSRC}", *flags, str(HERE / source), "-o", str(target)]
     subprocess.run(command, check=True)
     return target

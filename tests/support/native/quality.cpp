@@ -1,4 +1,4 @@
-// quality.cpp: what the map from words to normals does to *all* words; prints "name value" lines for tests/native/quality.py
+// quality.cpp: what the map from words to normals does to *all* words; prints "name value" lines for quality.py
 //
 // usage    quality [threads [sector_step]]: every sector_step-th of the 4096 values of a word's top 12 bits, 1 = all 2^32 words
 // math     z = r sin phi ("sin", even elements) and w = r cos phi ("cos", odd elements) of normal_pair; moments in float64,

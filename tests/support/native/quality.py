@@ -1,4 +1,4 @@
-"""Enumerates the map from words to normals and holds it to its bounds: `python tests/native/quality.py [sector_step]`.
+"""Enumerates the map from words to normals and holds it to its bounds: `python tests/support/native/quality.py [sector_step]`.
 
 With sector_step 1 (the default) all 2^32 words are counted, about 40 s on two cores; with a larger one, every sector_step-th of
 the 4096 sectors, each with all 2^20 radii. Prints the table of docs/stream.md, where the KS distance is that at every value, and
@@ -13,7 +13,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
 from header import compile_tool
 
 TAILS = ("3.0", "4.0", "4.5", "5.0")

@@ -15,7 +15,7 @@ class Patched(reference.Reference):
 
     replaced     functions by name: of zokern/backends/reference.py, or of zokern/directions/normal.py as "normal.<name>"
     verbs        the verbs that see the replacements
-    rejected_by  the checks of tests/conformance.py that must fail
+    rejected_by  the checks of tests/support/conformance.py that must fail
     """
 
     replaced: dict[str, Callable] = {}

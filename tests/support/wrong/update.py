@@ -1,4 +1,4 @@
-"""Mistakes in update_: its rules, its states, and what it shares with axpy_. tests/test_update.py runs them."""
+"""Mistakes in update_: its rules, its states, and what it shares with axpy_. tests/ops/test_update.py runs them."""
 
 from __future__ import annotations
 

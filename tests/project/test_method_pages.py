@@ -11,7 +11,7 @@ import zokern
 from zokern import cli, cli_methods, methods
 from zokern.methods.mezo import MeZO
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "methods.md"
 HOW = "write it with: python -m zokern methods --markdown > docs/methods.md"
 
