@@ -257,11 +257,15 @@ def _probes(
 ) -> list[Probe]:
     """Returns a probe for each step's worth of losses, over the closures in turn: `count` draws or more, two probes at least."""
     found: list[Probe] = []
-    queries = optimizer.estimator.queries
+    estimator, gain = optimizer.estimator, getattr(optimizer.estimator, "gain", None)
+    if gain is not None:  # c estimates a slope: the plain difference has its mean and less variance
+        estimator = Spsa(estimator.queries, getattr(estimator, "stencil", CENTRAL))
+    queries = estimator.queries
     while len(found) < 2 or len(found) * queries < count:
         oracle.closure = closures[len(found) % len(closures)]
-        parts = _ask(optimizer.estimator, oracle, plan, FEW + len(found) * queries)
+        parts = _ask(estimator, oracle, plan, FEW + len(found) * queries)
         fall = math.fsum(float((e.coefficients[0] * e.slopes).sum()) / e.count for e in parts if e.slopes is not None)
+        fall *= gain or 1.0
         square = math.fsum(float(e.coefficients[0].square().mean()) for e in parts) / len(parts)
         found.append(Probe(math.fsum(float(e.losses.mean()) for e in parts) / len(parts), fall, square))
         say(f"probe {len(found)}: loss {found[-1].loss:.4g}, coefficient {math.sqrt(square):.3g}")

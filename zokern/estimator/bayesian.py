@@ -30,7 +30,7 @@ class Bayesian:
 
     Keeps the noise's variance in `state`."""
 
-    lr = SLOPES
+    lr, gain = SLOPES, 1.0
 
     def __init__(self, queries: int = 2, observations: int = 3) -> None:
         self.queries, self.observations = whole_number("queries", queries, 1), whole_number("observations", observations, 1)

@@ -37,7 +37,7 @@ class Kernel(Spsa):
         clip: float | None = None,
     ) -> None:
         super().__init__(queries, "central", clip)
-        self.scale = finite_number("scale", scale, above=0.0)
+        self.gain = self.scale = finite_number("scale", scale, above=0.0)
         self.width = width if callable(width) else finite_number("width", width, above=0.0)
 
     def radii(self, plan: Plan) -> list[tuple[float, float]]:

@@ -14,7 +14,7 @@ class Sign(Spsa):
 
     ZO-Bench's form, where the sign is taken of the projected gradient and z stays normal. Options as for Spsa."""
 
-    lr = ONES
+    lr, gain = ONES, None
 
     def slopes(self, differences: Tensor, losses: Tensor, plan: Plan) -> Tensor:
         return super().slopes(differences, losses, plan).sign()

@@ -16,7 +16,7 @@ class Spread(Spsa):
 
     A step whose losses are all equal moves nothing. Options as for Spsa; a step reads two perturbed losses or more."""
 
-    lr = ONES
+    lr, gain = ONES, None
 
     def __init__(self, queries: int = 8, stencil: str | Stencil = "forward", clip: float | None = None) -> None:
         super().__init__(queries, stencil, clip)

@@ -63,6 +63,7 @@ class Spsa:
     Raises ValueError for arguments out of range. Spall 1992; Malladi et al. 2023, Algorithms 1 and 2."""
 
     lr = SLOPES
+    gain: float | None = 1.0  # of c over the slope along z, in expectation; None: c is no estimate of a slope
 
     def __init__(self, queries: int = 1, stencil: str | Stencil = "central", clip: float | None = None) -> None:
         self.queries = whole_number("queries", queries, 1, 2**24 - 1)

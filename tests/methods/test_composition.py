@@ -1,0 +1,204 @@
+"""Every direction with every estimator, rule and evaluation: the loss falls, or a sentence says which part lacks what.
+
+The parts are found in their folders, at their defaults. A cell takes lr from the gradient's length |g| and the size of its
+coefficients c, read at lr = 0: share L / (|c| |g|), or share L / |g| with a rule whose steps have one length whatever the slope.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+import re
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import zokern
+from zokern import directions, estimator, evaluation, rule
+from zokern.estimator.base import ONES
+from zokern.methods.pgap import Probed
+
+STEPS, SEED, SHARES = 60, 3, (0.01, 0.0025, 0.04, 0.0006)  # of the loss that a step is expected to take off
+# Low-rank directions with ranks that fit a small model; parts that have no defaults; what is the contract and no part.
+MADE: dict[str, Any] = {
+    "Subspace": lambda: directions.Subspace(rank=3, interval=7),
+    "Lazy": lambda: directions.Lazy(rank=3, interval=7),
+    "Diagonal": lambda: directions.Diagonal(rank=8),
+    "Aligned": lambda: Probed(rank=3, interval=7, probes=3),
+}
+CONTRACTS = {
+    "LowRank",
+    "Measured",
+    "Rule",
+    "Estimator",
+    "Direction",
+    "Evaluation",
+    "Source",
+    "Matrix",
+    "Kept",
+    "Drawn",
+    "Keeps",
+}
+CONTRACTS |= {"Isolation", "Estimate", "Oracle", "Stencil", "Point", "Record", "Refused", "NotRepeatable"}
+
+REFUSALS = (ValueError, TypeError, NotImplementedError, zokern.Refused)
+
+
+def parts(module: Any) -> dict[str, Any]:
+    """Returns name to constructor of every part that a package exports."""
+    found = {}
+    for name in module.__all__:
+        value = getattr(module, name)
+        if inspect.isclass(value) and name not in CONTRACTS and not getattr(value, "_is_protocol", False):
+            found[name] = MADE.get(name, value)
+    return found
+
+
+DIRECTIONS, ESTIMATORS, RULES, EVALUATIONS = (parts(module) for module in (directions, estimator, rule, evaluation))
+
+
+class Tiny(nn.Module):
+    """A regression that a step can improve: an embedding, a matrix, a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(12, 8), nn.Linear(8, 4)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.embed(tokens)))
+
+
+def model() -> Tiny:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        return Tiny()
+
+
+CELLS = [*itertools.product(DIRECTIONS, ESTIMATORS)]
+TOKENS, TARGET = torch.arange(12), torch.sin(torch.arange(48.0)).view(12, 4)
+
+
+def loss_of(net: Tiny) -> torch.Tensor:
+    return (net(TOKENS) - TARGET).square().mean()
+
+
+def gradient() -> float:
+    """|g| of the model as it starts."""
+    net = model()
+    grads = torch.autograd.grad(loss_of(net), list(net.parameters()))
+    return float(torch.cat([g.flatten() for g in grads]).double().norm())
+
+
+LENGTH = gradient()
+
+
+def build(net: Tiny, direction: str, estimate: str, update: Any, read: str) -> Any:
+    """Returns the optimizer of a cell, with lr = 0."""
+    made = DIRECTIONS[direction](), ESTIMATORS[estimate](), update() if callable(update) else RULES[update]()
+    return zokern.MeZO(
+        net, lr=0.0, eps=1e-3, seed=SEED, direction=made[0], estimator=made[1], rule=made[2], evaluation=EVALUATIONS[read]()
+    )
+
+
+def outcome(direction: str, estimate: str, update: Any) -> str:
+    """Returns 'descends', 'stands', or the sentence of a refusal."""
+    for share in SHARES:
+        net = model()
+        before, read = float(loss_of(net)), list[float]()
+        try:
+            optimizer = build(net, direction, estimate, update, "Master")
+            for _ in range(8):
+                read += zokern.step(optimizer, partial(loss_of, net)).coefficients
+            read = read[len(read) // 2 :]  # what estimators learn has settled
+            size = math.sqrt(math.fsum(c * c for c in read) / len(read)) or LENGTH
+            one_length = getattr(optimizer.rule, "lr", None) == ONES
+            optimizer.param_groups[0]["lr"] = share * before / (LENGTH if one_length else size * LENGTH)
+            for _ in range(STEPS):
+                zokern.step(optimizer, partial(loss_of, net))
+        except REFUSALS as error:
+            return str(error)
+        except RuntimeError:  # a guard: the loss is far away
+            continue
+        optimizer.flush()
+        if float(loss_of(net)) < 0.985 * before:
+            return "descends"
+    return "stands"
+
+
+def check(direction: str, estimate: str, update: str, found: str) -> None:
+    """The cell descends, or a sentence names one of its parts and what that needs."""
+    if found != "descends":
+        named = [part for part in (direction, estimate, update) if re.search(part, found, re.I)]
+        assert found != "stands" and named and re.search(r"expected|needs|goes with|takes|use |without", found), found
+
+
+def losses(direction: str, estimate: str, update: str, read: str) -> list[float] | None:
+    """Returns the losses of three steps; None where a part is refused."""
+    net = model()
+    try:
+        optimizer = build(net, direction, estimate, update, read)
+        return [x for _ in range(3) for sides in zokern.step(optimizer, lambda: loss_of(net)).losses for x in sides]
+    except REFUSALS:
+        return None
+
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.mark.parametrize("direction, estimate", CELLS)
+def test_a_cell_descends_or_is_refused(direction, estimate) -> None:
+    failed = {}
+    for update in RULES:
+        try:
+            check(direction, estimate, update, outcome(direction, estimate, update))
+        except AssertionError as error:
+            failed[update] = str(error).split("\n")[0]
+    assert not failed
+
+
+@pytest.mark.parametrize("direction, estimate", CELLS)
+def test_every_evaluation_reads_a_cell_alike(direction, estimate) -> None:
+    for update in RULES:
+        expected = losses(direction, estimate, update, "Master")
+        for read in EVALUATIONS:
+            found = losses(direction, estimate, update, read)
+            if found is not None and expected is not None:
+                assert found == pytest.approx(expected, rel=2e-4), (update, read)
+
+
+class Ascends(zokern.Sgd):
+    """A rule that moves the wrong way."""
+
+    def update(self, plan, group, weights, lr, decay, states, defer):
+        return super().update(plan, group, [-w for w in weights], lr, decay, states, defer)
+
+
+class Still(zokern.Sgd):
+    """A rule that does not move."""
+
+    def update(self, plan, group, weights, lr, decay, states, defer):
+        return 0
+
+
+@pytest.mark.parametrize("wrong", [Ascends, Still])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_wrong_rule_is_rejected(direction, wrong) -> None:
+    assert outcome(direction, "Spsa", zokern.Sgd) == "descends"
+    with pytest.raises(AssertionError):
+        check(direction, "Spsa", "Sgd", outcome(direction, "Spsa", wrong))
+
+
+@pytest.mark.parametrize("sentence", ["stands", "no", "rule Sgd is unsuitable", "expected another one"])
+def test_a_refusal_that_names_nothing_is_rejected(sentence) -> None:
+    with pytest.raises(AssertionError):
+        check("Normal", "Spsa", "Sgd", sentence)
+
+
+def test_all_parts_are_found() -> None:
+    assert {"Normal", "Rademacher", "Subspace", "Lazy", "Diagonal", "Aligned"} <= {*DIRECTIONS}
+    assert {"Spsa", "Spread", "Sign", "Conservative", "Blockwise", "Bayesian", "Kernel"} <= {*ESTIMATORS}
+    assert {"Sgd", "Momentum", "Adam"} <= {*RULES} and {"Master", "Paired", "Scratch", "InPlace", "Auto"} <= {*EVALUATIONS}
