@@ -81,7 +81,7 @@ def same_weights(module: nn.Module) -> nn.Module:
 
 def loss_of(model, batch: int, length: int):
     ids = _ids(model, batch, length)
-    return lambda: model(input_ids=ids, labels=ids).loss
+    return lambda: model(input_ids=ids, labels=ids).loss.reshape(1)  # one example, for estimators that want the loss of each
 
 
 def _ids(model, batch: int, length: int):

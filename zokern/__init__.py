@@ -6,23 +6,57 @@ for batch in loader:
 """
 
 from .directions import Normal, Rademacher
-from .estimator import Bayesian, Blockwise, Conservative, Kernel, Sign, Spread, Spsa, Stencil
+from .estimator import (
+    Bayesian,
+    Blockwise,
+    Conservative,
+    Guided,
+    Kernel,
+    Layers,
+    LeaveOneOut,
+    Private,
+    Sign,
+    Spread,
+    Spsa,
+    Stencil,
+)  # fmt: skip
 from .evaluation import Auto, InPlace, Master, Paired, Refused, Scratch
 from .evaluation import InPlace as Walk
-from .methods import FZOO, LOZO, METHODS, PGAP, MeZO, SubZero, TeZO
+from .methods import (
+    BSZO,
+    DPZO,
+    FZOO,
+    LOZO,
+    METHODS,
+    PGAP,
+    RLOO,
+    AdaMeZO,
+    BlockMeZO,
+    LeZO,
+    MeZO,
+    MeZOGV,
+    SubZero,
+    TeZO,
+    ZOAdam,
+    ZOConservative,
+    ZOMomentum,
+    ZOSignSGD,
+)  # fmt: skip
 from .objective import Objective
 from .ops import axpy_, draw, lowrank_, perturb, philox4x32, update_
 from .ops.linear import linear, sketch
-from .rule import Adam, Momentum, Sgd
+from .rule import Adam, Momentum, Sgd, WindowAdam, WindowMomentum
 from .step import StepResult, step
 from .tuning import Tuning, tune
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Adam", "Auto", "Bayesian", "Blockwise", "Conservative", "FZOO", "InPlace", "Kernel", "LOZO",
-    "Master", "MeZO", "Momentum", "Normal", "Objective", "PGAP", "Paired", "Rademacher", "Refused",
-    "Scratch", "Sgd", "Sign", "Spread", "Spsa", "Stencil", "StepResult", "SubZero", "TeZO", "Tuning", "Walk",
+    "AdaMeZO", "Adam", "Auto", "BSZO", "Bayesian", "BlockMeZO", "Blockwise", "Conservative", "DPZO",
+    "FZOO", "Guided", "InPlace", "Kernel", "LOZO", "Layers", "LeZO", "LeaveOneOut", "Master", "MeZO",
+    "MeZOGV", "Momentum", "Normal", "Objective", "PGAP", "Paired", "Private", "RLOO", "Rademacher",
+    "Refused", "Scratch", "Sgd", "Sign", "Spread", "Spsa", "Stencil", "StepResult", "SubZero", "TeZO",
+    "Tuning", "Walk", "WindowAdam", "WindowMomentum", "ZOAdam", "ZOConservative", "ZOMomentum", "ZOSignSGD",
     "__version__", "axpy_", "draw", "linear", "lowrank_", "perturb", "philox4x32", "sketch", "step",
     "tune", "update_",
 ]  # fmt: skip

@@ -236,9 +236,14 @@ class ZerothOrder(torch.optim.Optimizer):
             group.eps = float(group.options["eps"])
         if not work.groups:
             raise ValueError("no parameter requires a gradient any more: nothing to train in this step")
+        earlier, work.scopes = (
+            work.scopes,
+            {},
+        )  # parts that a step does not name are forgotten: they hold copies of their weights
         plan = Plan(
-            work.groups, self.direction, self.seed, self.steps, self.rounding, work.tree, self.factored, scopes=work.scopes
-        )
+            work.groups, self.direction, self.seed, self.steps, self.rounding, work.tree, self.factored,
+            scopes=work.scopes, earlier=earlier,
+        )  # fmt: skip
         for group in work.groups:
             group.check_waiting()
         if [group.eps for group in work.groups] != self._eps:

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import gemm
+from . import gemm, stream
 from .backends import Backend, Batch, Noise, Outer, Span, SpanList, TensorList, Terms, Update
 from .directions import Direction, LowRank, Matrix, Normal, Source
 from .fingerprint import announce
 from .modules import Tree
+
+Draw = int | tuple[int, int]  # a draw word of the step under way, or (step, draw word) of an earlier one
 
 
 @dataclass
@@ -100,12 +102,16 @@ class Group:
         """Returns the stream's numbers for this group's matrices."""
         return _Stream(self, seed)
 
-    def draws(self, plan: Plan, word: int) -> list[Tensor]:
+    def draws(self, plan: Plan, draw: Draw) -> list[Tensor]:
         """Returns a draw for every matrix, in its small space; made once a step, for the readings and the update."""
         assert self.matrices is not None and plan.factored is not None
-        key = plan.step, word
+        key = plan.named(draw)
+        if not plan.reaches(key[0]):
+            raise ValueError(
+                f"draw {draw} is of step {key[0]}, and step {plan.step} has another basis: expected a draw for which plan.reaches(step) holds"
+            )
         if key not in self.drawn:
-            self.drawn[key] = plan.factored.draws(self.matrices, self.source(plan.seed), plan.step, word)
+            self.drawn[key] = plan.factored.draws(self.matrices, self.source(plan.seed), *key)
         return self.drawn[key]
 
     def check_waiting(self) -> None:
@@ -176,6 +182,9 @@ def lefts_of(matrices: Sequence[Matrix], middles: Sequence[Tensor], backend: Bac
     return found
 
 
+Scopes = dict[tuple[str, ...], list[tuple[Group, Group]]]
+
+
 @dataclass
 class Run:
     """What names the random numbers of a run, and how it rounds. step: the number of the next step."""
@@ -190,10 +199,12 @@ class Plan:
     """The checked work of one step.
 
     tree      the modules that a step leaves as they are
-    words     draw words of the estimate that is applied
+    words     draws of the estimate that is applied
     first     draw word of query 0
     readings  how often the closure was called
-    scopes    by names: the groups of a part of the plan, each with the group that it is a part of; kept from step to step"""
+    scopes    by names: the groups of a part of the plan, each with the group that it is a part of
+    earlier   those of the step before, which are taken over if this step names them too
+    rows      whether the closure returns a vector, the loss of each example"""
 
     groups: list[Group]
     direction: Direction
@@ -202,10 +213,12 @@ class Plan:
     rounding: str
     tree: Tree
     factored: LowRank | None = None  # the direction of groups with matrices
-    words: tuple[int, ...] = ()
+    words: tuple[Draw, ...] = ()
     first: int = 0
     readings: int = 0
-    scopes: dict[tuple[str, ...], list[tuple[Group, Group]]] = field(default_factory=dict, repr=False)
+    scopes: Scopes = field(default_factory=dict, repr=False)
+    earlier: Scopes = field(default_factory=dict, repr=False)
+    rows: bool = False
     tensors: list[Tensor] = field(init=False)  # of all groups
     names: list[str] = field(init=False)
 
@@ -218,26 +231,45 @@ class Plan:
         if scope is None:
             return self
         key = tuple(scope)
-        if key not in self.scopes:
+        if key in self.earlier:
+            self.scopes[key] = self.earlier.pop(key)
+        elif key not in self.scopes:
             members = [[i for i, name in enumerate(group.names) if name in key] for group in self.groups]
             self.scopes[key] = [(group.only(some), group) for some, group in zip(members, self.groups) if some]
         if not self.scopes[key]:
             raise ValueError(f"scope is {key!r:.200}; expected names of trained parameters, such as {self.names[:2]}")
         for part, whole in self.scopes[key]:
             part.eps = whole.eps
-        return replace(self, groups=[part for part, _ in self.scopes[key]], scopes={})
+        return replace(self, groups=[part for part, _ in self.scopes[key]], scopes={}, earlier={})
 
-    def along(self, words: tuple[int, ...]) -> Plan:
-        """Returns the same step with the draws of an estimate."""
-        return replace(self, words=words)
+    def along(self, draws: tuple[Draw, ...]) -> Plan:
+        """Returns the same step with the draws of an estimate. Raises ValueError where the last is no draw of this step."""
+        if not draws or self.named(draws[-1])[0] != self.step:
+            raise ValueError(
+                f"draws is {draws!r:.80}; expected one of this step at the end: it names the bits of stochastic rounding"
+            )
+        return replace(self, words=draws)
 
     def draw(self, query: int) -> int:
         """Returns the draw word of a query."""
         return self.first + query
 
+    def named(self, draw: Draw) -> tuple[int, int]:
+        """Returns (step, draw word) of a draw."""
+        return draw if isinstance(draw, tuple) else (self.step, draw)
+
+    def reaches(self, step: int) -> bool:
+        """Whether draws of an earlier step are directions of this one: those of a low-rank direction are while its basis lasts."""
+        return self.factored is None or self.factored.basis_step(step) == self.factored.basis_step(self.step)
+
     def draws(self) -> list[tuple[int, int]]:
         """Returns (step, draw word) of every draw of the estimate."""
-        return [(self.step, word) for word in self.words]
+        return [self.named(draw) for draw in self.words]
+
+    def bits(self, purpose: int, query: int = 0, who: str = "") -> Tensor:
+        """Returns the four words of a number that belongs to this step and to no element: int64[1, 4] on the CPU."""
+        zero = torch.zeros(1, dtype=torch.int64, device="cpu")
+        return stream.words(zero, stream.parameter_id(who), self.step, stream.draw_word(query, purpose), self.seed)
 
     @property
     def is_coarse(self) -> bool:

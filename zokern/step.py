@@ -27,7 +27,8 @@ class StepResult:
                   where the loss is convex
     losses        per query, what the estimator read: (L(theta + eps z), L(theta - eps z)) for the central difference
     coefficients  per query, the coefficient c_k of z_k in units of loss per weight, float32 (with the first group's eps)
-    seed, step    the run's seed and this step's number: with the draw k they name z_k
+    seed, step    the run's seed and this step's number
+    draws         (step, draw word) of each coefficient's z_k: the seed and these name it
     skipped       True when a loss, a coefficient, or lr times one, was NaN or infinite in float32: the weights are as they were
     evaluation    the way in which the losses were read;  why: evaluation 'auto': the reason for the choice
     backend       what ran the kernels
@@ -59,6 +60,7 @@ class StepResult:
     why: str = ""
     swallowed: float | None = None
     predicted_fall: float | None = None
+    draws: tuple[tuple[int, int], ...] = ()
 
 
 class Steps(Protocol):
@@ -155,8 +157,9 @@ def _recorded(
     """Returns the record of an estimate, joined to that of the step's estimates before it."""
     record = optimizer.evaluation.record
     losses = tuple(map(tuple, estimate.losses.tolist()))
-    coefficients = tuple(estimate.coefficients[0].tolist())
+    coefficients, draws = tuple(estimate.coefficients[0].tolist()), tuple(plan.draws())
     if before is not None:
+        draws = before.draws + draws
         losses, coefficients = before.losses + losses, before.coefficients + coefficients
         fall = None if fall is None or before.predicted_fall is None else fall + before.predicted_fall
     return StepResult(
@@ -174,6 +177,7 @@ def _recorded(
         why=record.why,
         swallowed=record.swallowed,
         predicted_fall=fall,
+        draws=draws,
     )
 
 

@@ -35,7 +35,7 @@ ROUNDS = 10
 INDEX_LIMIT = 2**35  # block numbers of `normal` fill 32 bits
 
 # Purposes: the top byte of the draw word.
-DIRECTION, RADIUS, BASIS, MASK, ROUNDING, DROPOUT = range(6)
+DIRECTION, RADIUS, BASIS, MASK, ROUNDING, DROPOUT, LAYERS, PRIVACY = range(8)
 
 _M0, _M1, _W0, _W1 = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF

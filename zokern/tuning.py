@@ -197,8 +197,8 @@ def tune(
             " that is trained, and whether its loss is finite; the estimator has to tell slopes (zokern.Spsa() does)"
         )
     lr = share * abs(loss) / fall
-    if getattr(optimizer.rule, "lr", None) == ONES:
-        lr *= math.sqrt(square)
+    if (own_lr := getattr(optimizer.rule, "lr", None)) is not None:  # steps of one length, whatever the slope
+        lr *= math.sqrt(square) * own_lr / ONES
     error = statistics.stdev(probe.fall for probe in found) / math.sqrt(len(found)) / fall
     old = own[0], float(optimizer.param_groups[0]["lr"])
     return Tuning(eps, lr, old, tuple(widths), loss, fall, error, share, len(found), oracle.read)

@@ -80,7 +80,7 @@ def _sampled(group: Group) -> list[int]:
 
 def heads(tensor: Tensor) -> Tensor:
     """The first SAMPLE elements, row-major, as a vector: a view, or of a tensor with gaps a copy of no more than a few rows."""
-    part = tensor.detach()
+    part = tensor.detach() if tensor.dim() else tensor.detach().view(1)
     while part.dim() > 1 and part[0].numel() >= SAMPLE:
         part = part[0]
     rows = -(-SAMPLE // max(1, part[0].numel())) if part.dim() > 1 else SAMPLE

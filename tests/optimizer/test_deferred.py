@@ -12,16 +12,14 @@ from unittest.mock import patch
 import pytest
 import torch
 from models import batch, changed, next_token_loss, one_thread, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
-from recipes import METHODS
+from recipes import LOW_RANK, METHODS
 from torch import Tensor, nn
 
 import zokern
 from zokern.rule import momentum, sgd, waiting
 
 IDS = batch()
-DEFER = [
-    name for name in METHODS if "adam" not in name and name not in ("fzoo", "mezo")
-]  # those whose updates of matrices can wait
+DEFER = [name for name in LOW_RANK if "adam" not in name]  # those whose updates of matrices can wait
 SOME = ("subzero", "lozo", "lozo_m", "tezo_m", "pgap")
 
 

@@ -9,8 +9,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from models import batch, tiny
-from recipes import METHODS, Formula
-from torch import Tensor
+from paper import Paper, Read, script
+from recipes import METHODS, ROWS, Formula
+from torch import Tensor, nn
 from torch.func import functional_call
 
 import zokern
@@ -19,36 +20,65 @@ IDS = batch()
 ROUNDINGS = 40  # 2^-24 of the size of what is summed: ranks of 3, a few queries, and factors that are rounded themselves
 
 
-def loss_of(call: Callable, ids: Tensor = IDS) -> Tensor:
+def examples_of(call: Callable, ids: Tensor = IDS) -> Tensor:
+    """The loss of each row."""
     logits = call(ids)
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1).mean(1)
+
+
+def loss_of(call: Callable, ids: Tensor = IDS) -> Tensor:
+    return examples_of(call, ids).mean()
 
 
 def check_method(name: str, steps: int = 5, weight_decay: float = 0.0, width: int = 16, seed: int = 5, **options) -> None:
     """Steps of a float32 model against the method on paper; AssertionError when anything differs."""
     model = tiny(width=width)
     double = copy.deepcopy(model).double()
-    optimizer = METHODS[name](model, weight_decay=weight_decay, seed=seed, **options)
-    formula = Formula.of(optimizer, model)
-    group = optimizer.param_groups[0]
+    optimizer = (METHODS | ROWS)[name](model, weight_decay=weight_decay, seed=seed, **options)
+    formula, loss = Formula.of(optimizer, model), examples_of if name in ROWS else loss_of
     if options.get("evaluation") == "inplace":  # weights go out and come back
-        formula.size = {n: size + 4 * group["eps"] for n, size in formula.size.items()}
+        formula.size = {n: size + 4 * optimizer.param_groups[0]["eps"] for n, size in formula.size.items()}
+    spreads = []
     for step in range(steps):
-        result = zokern.step(optimizer, lambda: loss_of(model))
-        offsets = optimizer.estimator.stencil.offsets
-        group = optimizer.param_groups[0]
-        for query, sides in enumerate(result.losses):
-            for offset, got in zip(offsets, sides):
-                with torch.no_grad():
-                    weights = formula.moved(step, query, offset * group["eps"])
-                    want = float(loss_of(lambda ids, weights=weights: functional_call(double, weights, (ids,))))
-                assert abs(got - want) <= 1e-6 * want, f"step {step}, query {query}, offset {offset}: {got} against {want}"
-        assert max(max(sides) - min(sides) for sides in result.losses) > 3e-5, "sides too close together to be told apart"
-        for got, want in zip(result.coefficients, formula.coefficients(result.losses, group["eps"])):
-            assert math.isclose(got, want, rel_tol=1e-6), f"step {step}: coefficient {got} against {want}"
-        formula.update(result.coefficients, step, group["lr"], weight_decay)
+        result = zokern.step(optimizer, lambda: loss(model))
+        spreads.append(max(max(sides) - min(sides) for sides in result.losses))
+        group = optimizer.param_groups[0]  # as they are in this step: a method may have a schedule
+        count, began = (
+            sum(t.numel() for t in formula.theta.values()),
+            0 if optimizer.factored is None else formula.basis_step(step),
+        )
+        paper = Paper(step, seed, group["eps"], group["lr"], count, began, formula.memory)
+        check_step(formula, result, paper, double, weight_decay)
         with optimizer.evaluating():
             now = {n: (p + 0).double() for n, p in model.named_parameters()}
         for n, want in formula.theta.items():
             ratio = ((now[n] - want).abs() / (ROUNDINGS * 2.0**-24 * formula.size[n] + 1e-12)).max().item()
             assert ratio <= 1.0, f"step {step}: {n} is {ratio:.3g} times the bound away from the formula"
+    assert sorted(spreads)[steps // 2] > 3e-5, "sides too close together to be told apart"
+
+
+def check_step(formula: Formula, result: zokern.StepResult, paper: Paper, double: nn.Module, weight_decay: float) -> None:
+    """What a step read and found, in the order in which the estimator asks on paper; moves the formula's weights."""
+    losses = iter([loss for sides in result.losses for loss in sides])
+    named, answer = iter(zip(result.draws, result.coefficients)), None
+    asks = script(formula.optimizer.estimator, paper, tuple(formula.theta))
+    while (asked := asks.send(answer) if answer is not None else next(asks, None)) is not None:
+        if isinstance(asked, Read):
+            weights = formula.moved(asked.terms, paper.eps, asked.scope)
+            with torch.no_grad():
+                rows = examples_of(lambda ids, weights=weights: functional_call(double, weights, (ids,))).tolist()
+            want = math.fsum(rows) / len(rows)
+            got = next(losses) if asked.recorded else want
+            assert abs(got - want) <= 1e-6 * want, f"step {paper.step}, {asked.terms}: {got} against {want}"
+            answer = rows if asked.rows else got
+            continue
+        found = [next(named) for _ in asked.draws]
+        assert [draw for draw, _ in found] == asked.draws, f"step {paper.step}: coefficient of {found}, not of {asked.draws}"
+        for (_, got), want in zip(found, asked.coefficients):
+            near = math.isclose(got, want, rel_tol=asked.apart[0], abs_tol=asked.apart[1])
+            assert near, f"step {paper.step}: coefficient {got} against {want}"
+        formula.update(asked, [c for _, c in found], paper.lr, weight_decay)
+        answer = None
+    assert next(losses, None) is None and next(named, None) is None, (
+        f"step {paper.step}: a coefficient or a loss more than on paper"
+    )

@@ -13,11 +13,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from paper import Move
 from torch import Tensor, nn
 
 import zokern
 from zokern.directions import Aligned, Diagonal, Drawn, Kept, Lazy, LowRank, Subspace
-from zokern.estimator import Spread, Spsa
+from zokern.estimator.blocks import block_of
 from zokern.methods.pgap import Probed
 from zokern.stream import BASIS, RADIUS, draw_word
 
@@ -39,15 +40,35 @@ METHODS: dict[str, Callable[..., Any]] = {
     "pgap_step": partial(zokern.PGAP, rank=3, interval=3, probes=3, sign="step", norm="unit", lr=0.1, eps=1e-2),
     "pgap_positive": partial(zokern.PGAP, rank=3, interval=3, probes=3, sign="positive", norm="unit", lr=0.1, eps=1e-2),
     "fzoo": partial(zokern.FZOO, queries=3, lr=3e-3, eps=1e-3),
+    "adamezo": partial(zokern.AdaMeZO, window=3, lr=3e-5),
+    "adamezo_early": partial(zokern.AdaMeZO, window=3, scale=1.0, warmup=False, lr=3e-3),
+    "zomomentum_window": partial(zokern.ZOMomentum, window=3, lr=1e-3),
+    "window_average": partial(zokern.MeZO, rule=zokern.WindowMomentum(0.6, 4), queries=2, lr=3e-3),
+    "blockmezo": partial(zokern.BlockMeZO, block="module", lr=3e-3),
+    "blockmezo_jacobi": partial(zokern.BlockMeZO, block="module", order="jacobi", stencil="forward", lr=3e-3),
+    "lezo": partial(zokern.LeZO, sparsity=0.5, layer=block_of, lr=3e-3),
+    "zoconservative": partial(zokern.ZOConservative, queries=2, lr=0.05, eps=1e-2),
+    "bszo": partial(zokern.BSZO, lr=3e-2),
+    "mezogv_unit": partial(zokern.MeZOGV, norm="unit", lr=1e-3),
+    "mezogv_lozo": lambda m, **options: zokern.LOZO(m, estimator=zokern.Guided(), **{"rank": 2, "interval": 3, "lr": 3e-3, **options}),
+}
+# Methods whose closure returns the loss of each example.
+ROWS: dict[str, Callable[..., Any]] = {
+    "dpzo": partial(zokern.DPZO, clip=2e-4, noise=0.3, queries=2, lr=3e-3),
+    "dpzo_laplace": partial(zokern.DPZO, clip=2e-4, noise=0.3, kind="laplace", batch=5, lr=3e-3),
 }
 # Every method of the package that has no case above, with what it takes by default.
 METHODS |= {
     name: partial(method, lr=3e-3)
     for name, method in zokern.methods.METHODS.items()
-    if name.lower() not in METHODS and name != "MeZO"
+    if name.lower() not in METHODS | ROWS and name != "MeZO"
 }
 METHODS["mezo"] = partial(zokern.MeZO, lr=3e-3)
-ONE_EACH = ("subzero", "lozo", "lozo_m", "tezo", "tezo_m", "tezo_adam", "pgap", "fzoo")
+LOW_RANK = [name for name in METHODS if name.startswith(("subzero", "lozo", "tezo", "pgap"))]
+DENSE = [name for name in METHODS if name not in LOW_RANK]
+ONE_EACH = (
+    "subzero", "lozo", "lozo_m", "tezo", "tezo_m", "tezo_adam", "pgap", "fzoo", "adamezo", "lezo", "mezogv_lozo",
+)  # fmt: skip
 
 
 class Sized(NamedTuple):
@@ -87,7 +108,7 @@ class Factors(NamedTuple):
 
 @dataclass
 class Formula:
-    """A method on paper: float64 weights that follow it, given the coefficients of each step.
+    """A method on paper: float64 weights that follow it, given the coefficients of each step. What a step asks is in paper.py.
 
     It is read off the names and options of the optimizer's parts, and takes no number from them; P-GAP's basis is the exception, whose
     own checks are in test_methods.py. A part that it does not know is an AssertionError: write its formula here."""
@@ -180,53 +201,57 @@ class Formula:
             return self.dense(name, step, query).value
         return self.factors(name, step, query).product().value.reshape(self.theta[name].shape)
 
-    def moved(self, step: int, query: int, scale: float) -> dict[str, Tensor]:
-        """theta + scale z."""
-        return {n: t + scale * self.z(n, step, query) for n, t in self.theta.items()}
+    def moved(self, terms: Sequence[tuple[tuple[int, int], float]], eps: float, scope: Sequence[str]) -> dict[str, Tensor]:
+        """theta + eps sum_k a_k z_k of some parameters."""
+        return {n: t + sum(eps * a * self.z(n, *draw) for draw, a in terms) if n in scope else t for n, t in self.theta.items()}
 
-    # Coefficients and updates
+    # Updates
 
-    def coefficients(self, losses: Sequence[Sequence[float]], eps: float) -> list[float]:
-        estimator = self.optimizer.estimator
-        assert type(estimator) in (Spsa, Spread), f"the formula of estimator {type(estimator).__name__} is not known"
-        offsets, weights = estimator.stencil.offsets, estimator.stencil.weights
-        unit = eps
-        if type(estimator) is Spread:
-            ahead = [loss for sides in losses for loss, offset in zip(sides, offsets) if offset]
-            unit = float(torch.tensor(ahead, dtype=torch.float64).std(correction=0))
-        return [math.fsum(w * loss for w, loss in zip(weights, sides)) / unit for sides in losses]
-
-    def update(self, coefficients: Sequence[float], step: int, lr: float, weight_decay: float = 0.0) -> None:
-        """theta <- (1 - lr wd) theta - lr times the method's average of c_k z_k."""
-        q = len(coefficients)
-        for name, theta in self.theta.items():
-            weights = [c / q for c in coefficients]
+    def update(self, move: Move, coefficients: Sequence[float], lr: float, weight_decay: float = 0.0) -> None:
+        """theta <- (1 - lr wd) theta - lr times what the rule makes of g = (1 / count) sum_k c_k z_k."""
+        weights = [c / move.count for c in coefficients]
+        for name in move.scope:
+            theta = self.theta[name]
             if self.shape(name) is None:
-                total = sum_of([self.dense(name, step, k) * w for k, w in enumerate(weights)])
-                move = self.averaged(name, total) if self.kind != "sgd" else total
+                total = sum_of([self.dense(name, *draw) * w for draw, w in zip(move.draws, weights)])
+                made = self.averaged(name, total) if self.kind != "sgd" else total
             else:
-                move = self.matrix_move(name, [self.factors(name, step, k) for k in range(q)], weights)
+                made = self.matrix_move(name, [self.factors(name, *draw) for draw in move.draws], weights)
             decay = 1.0 - lr * weight_decay
-            self.theta[name] = decay * theta - lr * move.value.reshape(theta.shape)
-            self.size[name] = decay * self.size[name] + lr * move.size.reshape(theta.shape)
+            self.theta[name] = decay * theta - lr * made.value.reshape(theta.shape)
+            self.size[name] = decay * self.size[name] + lr * made.size.reshape(theta.shape)
 
     @property
     def kind(self) -> str:
         rule = self.optimizer.rule
-        assert type(rule) in (zokern.Sgd, zokern.Momentum, zokern.Adam), (
-            f"the formula of rule {type(rule).__name__} is not known"
-        )
+        known = (zokern.Sgd, zokern.Momentum, zokern.Adam, zokern.WindowMomentum, zokern.WindowAdam)
+        assert type(rule) in known, f"the formula of rule {type(rule).__name__} is not known"
         return rule.name
 
     def averaged(self, name: str, gradient: Sized) -> Sized:
         """Momentum or Adam of a dense gradient, or the first moment in a small space."""
         rule = self.optimizer.rule
+        if self.kind.startswith("window"):
+            return self.windowed(name, gradient)
         if self.kind == "momentum":
             old = self.memory.get(name)
             self.memory[name] = gradient if old is None else old * rule.beta + gradient * (1.0 - rule.dampening)
             return self.memory[name]
         first, second = self.moments(name, gradient)
         return first * (1.0 / self.root(second.value))
+
+    def windowed(self, name: str, gradient: Sized) -> Sized:
+        """What a rule makes of the last estimates, of which the newest has the power 0."""
+        rule = self.optimizer.rule
+        past = self.memory[name] = [gradient, *self.memory.get(name, [])][: rule.length]
+        if self.kind == "window_momentum":
+            total = sum_of([g * rule.beta**j for j, g in enumerate(past)])
+            return total * (1.0 / sum(rule.beta**j for j in range(len(past)))) if rule.average else total
+        if rule.warmup and len(past) < rule.length:
+            return gradient
+        one, two = rule.betas
+        first, second = (sum_of([g * one**j for j, g in enumerate(past)]), sum(g.value**2 * two**j for j, g in enumerate(past)))
+        return first * (rule.scale / (second.sqrt() + rule.eps))
 
     def root(self, second: Tensor) -> Tensor:
         rule = self.optimizer.rule

@@ -2,9 +2,12 @@
 
 from .base import SLOPES, Estimate, Estimator, Oracle
 from .bayesian import Bayesian
-from .blocks import Blockwise
+from .blocks import Blockwise, Layers
 from .conservative import Conservative
+from .guided import Guided
 from .kernel import Kernel
+from .leave_one_out import LeaveOneOut
+from .private import Private
 from .sign import Sign
 from .spread import Spread
 from .spsa import CENTRAL, FORWARD, STENCILS, Spsa, Stencil
@@ -19,8 +22,12 @@ __all__ = [
     "Conservative",
     "Estimate",
     "Estimator",
+    "Guided",
     "Kernel",
+    "Layers",
+    "LeaveOneOut",
     "Oracle",
+    "Private",
     "Sign",
     "Spread",
     "Spsa",

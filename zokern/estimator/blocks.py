@@ -1,6 +1,7 @@
-"""Estimator ``blocks``: one block of parameters after another, each moved before the next is read (Gauss-Seidel).
+"""Estimators of parts: ``blocks`` estimates every block of parameters by itself, ``layers`` a random share of
+the layers together.
 
-Zhang et al. 2024 (ZO-Bench, module-wise perturbation with coordinate=True).
+Zhang et al. 2024 (ZO-Bench, module-wise perturbation); Wang et al. 2024 (LeZO, arXiv 2410.09823).
 """
 
 from __future__ import annotations
@@ -9,42 +10,80 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ..checks import within
 from ..evaluation import Point
 from ..plan import Plan
+from ..stream import LAYERS
 from .base import SLOPES, Estimate, Estimator, Oracle
 from .spsa import Spsa
 
+ORDERS = ("gauss-seidel", "jacobi")
+
+
+def module_of(name: str) -> str:
+    """Returns the module of a parameter: its name up to the last dot."""
+    return name.rpartition(".")[0]
+
+
+def layer_of(name: str) -> str | None:
+    """Returns the layer of a parameter: its name up to the first number; None where the name holds no
+    number."""
+    return _head(name, 0)
+
 
 def block_of(name: str) -> str:
-    """Returns the transformer block of a parameter: its name up to the first number, or its module's name where there is none."""
+    """Returns the transformer block of a parameter: its name up to the first number, or its module's name
+    where there is none."""
+    return _head(name, 0) or module_of(name)
+
+
+def sublayer_of(name: str) -> str:
+    """Returns the part of a layer that a parameter is in, such as its attention: the name up to one word
+    after the first number."""
+    return _head(name, 1) or module_of(name)
+
+
+def _head(name: str, more: int) -> str | None:
+    """Returns a name up to its first number and some words after it; None without a number."""
     parts = name.split(".")
     number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    return ".".join(parts[:-1] if number is None else parts[: number + 1])
+    return None if number is None else ".".join(parts[: number + 1 + more])
+
+
+BLOCKS = {"layer": block_of, "sublayer": sublayer_of, "module": module_of}
 
 
 class _Within:
-    """An oracle that moves some parameters only."""
+    """An oracle that moves some parameters only.
 
-    def __init__(self, oracle: Oracle, scope: Collection[str]) -> None:
-        self.oracle, self.scope = oracle, scope
+    base  the loss of theta, once it was read, for oracles that share it; None: it is read whenever it is
+          asked for"""
+
+    def __init__(self, oracle: Oracle, scope: Collection[str], base: list[Tensor] | None = None) -> None:
+        self.oracle, self.scope, self.base = oracle, scope, base
 
     def losses(self, points: Sequence[Point]) -> Tensor:
-        return self.oracle.losses(points, self.scope)
+        if self.base is None:
+            return self.oracle.losses(points, self.scope)
+        asked = [point for point in points if point.terms or not self.base]
+        found = iter(self.oracle.losses(asked, self.scope).unbind(0) if asked else ())
+        losses = [next(found) if point.terms or not self.base else self.base[0] for point in points]
+        self.base += [loss for point, loss in zip(points, losses) if not point.terms and not self.base]
+        return torch.stack(losses)
+
+    def examples(self, points: Sequence[Point]) -> Tensor:
+        return self.oracle.examples(points, self.scope)
 
 
-class Blockwise:
-    """An estimator for each block of parameters in turn; a block has moved before the next one is read.
+class _Parts:
+    """What estimators of parts share: they have another estimator inside, whose state and lr are theirs."""
 
-    inner  the estimator of a block; None: Spsa(), the central difference. All blocks of a step have the same draws
-    block  a function from a parameter's name to its block's; by default the transformer block (block_of)
-
-    A step reads as many losses as `inner` for each block. A block with a loss that is inf or NaN ends the step."""
-
-    def __init__(self, inner: Estimator | None = None, block: Callable[[str], str] = block_of) -> None:
+    def __init__(self, inner: Estimator | None) -> None:
         self.inner: Estimator = Spsa() if inner is None else inner
-        self.block, self.queries = block, self.inner.queries
+        self.queries = self.inner.queries
 
     @property
     def state(self) -> dict[str, Any]:
@@ -59,13 +98,85 @@ class Blockwise:
     def lr(self) -> float:
         return getattr(self.inner, "lr", SLOPES)
 
+    def within(
+        self, oracle: Oracle, plan: Plan, names: tuple[str, ...], base: list[Tensor] | None = None
+    ) -> Iterator[Estimate]:
+        """Yields the inner estimator's estimates of some parameters."""
+        for estimate in self.inner(_Within(oracle, names, base), plan.only(names)):  # type: ignore[arg-type]
+            yield replace(estimate, scope=names)
+
+
+class Blockwise(_Parts):
+    """An estimator for each block of parameters.
+
+    inner  the estimator of a block; None: Spsa(), the central difference
+    block  'layer' (a transformer block), 'sublayer' (its attention, its MLP), 'module' (a linear layer), or a
+           function from a parameter's name to the name of its block
+    order  'gauss-seidel': a block has moved before the next is read. 'jacobi': all blocks are read at theta
+           before one moves, and theta itself is read once
+
+    Blocks have draws of their own, because z is named by the parameter. A step reads as many losses as
+    `inner` for each block. A loss that is inf or NaN ends the step: in Gauss-Seidel order the blocks
+    before it have moved, in Jacobi order none has.
+    Raises ValueError for another name of blocks or order."""
+
+    def __init__(
+        self, inner: Estimator | None = None, block: str | Callable[[str], str] = "layer", order: str = ORDERS[0]
+    ) -> None:  # fmt: skip
+        super().__init__(inner)
+        if not callable(block) and block not in BLOCKS:
+            raise ValueError(
+                f"block is {block!r}; expected one of {list(BLOCKS)}, or a function from a parameter's name to its block's"
+            )
+        if order not in ORDERS:
+            raise ValueError(f"order is {order!r}; expected one of {list(ORDERS)}")
+        self.block, self.order = block if callable(block) else BLOCKS[block], order
+
     def __call__(self, oracle: Oracle, plan: Plan) -> Iterator[Estimate]:
         blocks: dict[str, list[str]] = {}
         for name in plan.names:
             blocks.setdefault(self.block(name), []).append(name)
-        for names in map(tuple, blocks.values()):
-            for estimate in self.inner(_Within(oracle, names), plan.only(names)):  # type: ignore[arg-type]
-                yield replace(estimate, scope=names)
+        base: list[Tensor] | None = [] if self.order == "jacobi" else None
+        estimates = (estimate for names in blocks.values() for estimate in self.within(oracle, plan, tuple(names), base))
+        yield from estimates if base is None else _together(list(estimates))
 
 
-__all__ = ["Blockwise", "block_of"]
+def _together(estimates: Sequence[Estimate]) -> list[Estimate]:
+    """Returns the estimates, NaN where a coefficient of one of them is inf or NaN: all blocks move, or
+    none."""
+    flaw = torch.stack([0.0 * estimate.coefficients.sum() for estimate in estimates]).sum()
+    return [replace(estimate, coefficients=estimate.coefficients + flaw) for estimate in estimates]
+
+
+class Layers(_Parts):
+    """An estimate along a random share of the layers; the others are neither perturbed nor moved in this
+    step.
+
+    inner     the estimator; None: Spsa(), the central difference
+    sparsity  share of the layers that stay, 0 <= sparsity < 1; at least one layer moves
+    layer     a function from a parameter's name to its layer's, or to None for one that moves in every step;
+              by default its name up to the first number, so that embeddings, the last norm and the head
+              always move
+
+    The layers of a step are those with the smallest words of the stream at (seed, name of the layer,
+    step), purpose `layers`."""
+
+    def __init__(
+        self, inner: Estimator | None = None, sparsity: float = 0.75, layer: Callable[[str], str | None] = layer_of
+    ) -> None:  # fmt: skip
+        super().__init__(inner)
+        self.sparsity, self.layer = within("sparsity", sparsity, 0.0, 1.0, "0 <= sparsity < 1"), layer
+
+    def chosen(self, plan: Plan) -> tuple[str, ...]:
+        """Returns the names of the parameters that move in this step."""
+        of = {name: self.layer(name) for name in plan.names}
+        layers = sorted({layer for layer in of.values() if layer is not None})
+        order = sorted(layers, key=lambda layer: int(plan.bits(LAYERS, who=layer)[0, 0]))
+        still = order[max(1, round((1.0 - self.sparsity) * len(order))) :]
+        return tuple(name for name in plan.names if of[name] not in still)
+
+    def __call__(self, oracle: Oracle, plan: Plan) -> Iterator[Estimate]:
+        yield from self.within(oracle, plan, self.chosen(plan))
+
+
+__all__ = ["Blockwise", "Layers", "block_of", "layer_of", "module_of", "sublayer_of"]

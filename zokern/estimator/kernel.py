@@ -16,7 +16,7 @@ import torch
 from ..checks import finite_number
 from ..evaluation import Point
 from ..plan import Plan
-from ..stream import RADIUS, draw_word, parameter_id, words
+from ..stream import RADIUS
 from .base import Estimate, Oracle
 from .spsa import Spsa
 
@@ -45,14 +45,7 @@ class Kernel(Spsa):
         width = finite_number("width", self.width(plan.step), above=0.0) if callable(self.width) else self.width
         found = []
         for query in range(self.queries):
-            word = words(
-                torch.zeros(1, dtype=torch.int64, device="cpu"),
-                parameter_id(""),
-                plan.step,
-                draw_word(query, RADIUS),
-                plan.seed,
-            )
-            unit = (float(word[0, 0]) + 0.5) * 2.0**-31 - 1.0
+            unit = (float(plan.bits(RADIUS, query)[0, 0]) + 0.5) * 2.0**-31 - 1.0
             found.append((width * unit, self.scale / width * 3.75 * unit * (5.0 - 7.0 * unit * unit)))
         return found
 

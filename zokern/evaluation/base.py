@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from ..plan import Plan
+from ..plan import Draw, Plan
 
 WAY_OUT = "use evaluation='master'"
 
@@ -16,9 +16,10 @@ WAY_OUT = "use evaluation='master'"
 class Point(NamedTuple):
     """Where a loss is read: theta + eps sum_k amount_k z_k, with eps of each parameter group.
 
-    terms  pairs (draw word, amount); without terms the point is theta itself"""
+    terms  pairs (draw, amount); without terms the point is theta itself. A draw is a draw word of this step, or (step, draw word) of an
+           earlier one"""
 
-    terms: tuple[tuple[int, float], ...] = ()
+    terms: tuple[tuple[Draw, float], ...] = ()
 
     def scaled(self, factor: float) -> Point:
         """Returns the point `factor` times as far from theta."""

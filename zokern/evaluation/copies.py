@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import gemm
 from ..backends import Batch, Noise, Outer, Sides, Span, TensorList, Terms, Weight
 from ..directions import DIRECTIONS
-from ..plan import Group, Plan
+from ..plan import Draw, Group, Plan
 from .arena import ALIGN, Arena
 from .base import Point, Refused
 from .factors import Factors
@@ -110,7 +110,7 @@ class Copies:
 
     def _fill(self, group: Group, positions: Sequence[int], thetas, spans, sides: Sequence[int], outs, low) -> None:
         """outs[j] <- tensors of a group at the point of sides[j]; sides of one draw share its z, two in a launch."""
-        plan, by_draw = self.plan, dict[int, list[int]]()
+        plan, by_draw = self.plan, dict[Draw, list[int]]()
         for j, side in enumerate(sides):
             terms = self.points[side].terms if group.matrices is None else ()
             if group.matrices is not None and not self.factors.untouched(group, 0, side):
@@ -123,12 +123,12 @@ class Copies:
                 by_draw.setdefault(0, []).append(j)  # at the scale 0: low bits are added and rows are looked up
             else:
                 self._fill_terms(group, thetas, spans, terms, outs[j], low)
-        for word, members in by_draw.items():
+        for draw, members in by_draw.items():
             for part in range(0, len(members), 2):
                 pair = members[part : part + 2]
                 amounts = [sum(a for _, a in self.points[sides[j]].terms) if group.matrices is None else 0.0 for j in pair]
                 scales, targets = [amount * group.eps for amount in amounts], [outs[j] for j in pair]
-                noise = Noise(plan.direction, plan.seed, [(plan.step, word)])
+                noise = Noise(plan.direction, plan.seed, [plan.named(draw)])
                 group.backend.perturb(Batch(thetas, spans, residuals=low), noise, scales, targets)
 
     def _fill_terms(self, group: Group, thetas, spans, terms, outs, low) -> None:
@@ -142,7 +142,7 @@ class Copies:
             torch._foreach_copy_(list(outs), list(thetas))
         spent = None if low is None else [bits.clone() for bits in low]
         table = torch.tensor([a * group.eps for _, a in terms], dtype=torch.float32, device=outs[0].device)
-        draws = [(plan.step, word) for word, _ in terms]
+        draws = [plan.named(draw) for draw, _ in terms]
         rounding = "nearest" if spent is None else "residual"
         batch, noise = Batch(outs, spans, rounding, spent), Noise(plan.direction, plan.seed, draws)
         group.backend.axpy_(batch, noise, Terms(table))
@@ -160,8 +160,8 @@ class Copies:
     # One parameter at its use --------------------------------------------------------------------------------------------
 
     def is_simple(self) -> bool:
-        """Whether every point lies along one draw at most: the product kernel, and rows, know no other."""
-        return all(len(point.terms) <= 1 for point in self.points)
+        """Whether every point lies along one draw of this step at most: the product kernel, and rows, know no other."""
+        return all(len(point.terms) <= 1 and all(isinstance(draw, int) for draw, _ in point.terms) for point in self.points)
 
     def untouched(self, group: Group, i: int, side: int) -> bool:
         """Whether this side reads the weights themselves."""
@@ -238,7 +238,7 @@ class Copies:
             biases = [b if b is None or b.dtype == weight.dtype else b.to(weight.dtype) for b in biases]
         if fused and not factored:
             terms = [point.terms[0] if point.terms else (0, 0.0) for point in self.points]
-            noise = Noise(self.plan.direction, self.plan.seed, [(self.plan.step, word) for word, _ in terms])
+            noise = Noise(self.plan.direction, self.plan.seed, [self.plan.named(draw) for draw, _ in terms])
             operands = Sides(xs, biases, [amount * group.eps for _, amount in terms])
             return gemm.fused_linear(group.backend, Weight(weight, span, transposed), operands, noise, room)
         if factored and (transposed or fused or not gemm.is_long(xs, weight)):

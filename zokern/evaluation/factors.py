@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..backends import Thin
 from ..modules import same
-from ..plan import Group, Plan, lefts_of
+from ..plan import Draw, Group, Plan, lefts_of
 from .base import Point
 
 
@@ -59,7 +59,7 @@ class Factors:
             for side, sums in zip(moving, found):
                 self.middles[side][g] = sums
 
-    def _draws(self, group: Group, word: int, even: bool) -> list[Tensor]:
+    def _draws(self, group: Group, word: Draw, even: bool) -> list[Tensor]:
         draws = group.draws(self.plan, word)
         if not even:
             return draws
@@ -132,7 +132,7 @@ class Factors:
                 return [Thin(moved, matrix.thin("left"), middles, right)]
             return [Thin(moved, matrix.thin("right"), middles.mT, matrix.left)]
         # L = pending + sum_k s_k draw_k = (pending draw_1 ...) (1; s_1; ...): sides of the same draws share the wide factor
-        by_draws: dict[tuple[int, ...], list[int]] = {}
+        by_draws: dict[tuple[Draw, ...], list[int]] = {}
         for j in moved:
             by_draws.setdefault(tuple(word for word, _ in self.points[sides[j]].terms), []).append(j)
         parts = []

@@ -48,18 +48,18 @@ class InPlace:
 def _move(plan: Plan, start: Point, end: Point, rounding: str) -> Point:
     """Moves the weights from one point to another; returns where they are."""
     ways = dict(end.terms)
-    for word, amount in start.terms:
-        ways[word] = ways.get(word, 0.0) - amount
-    ways = {word: amount for word, amount in ways.items() if amount}
+    for draw, amount in start.terms:
+        ways[draw] = ways.get(draw, 0.0) - amount
+    ways = {draw: amount for draw, amount in ways.items() if amount}
     if not ways:
         return end
     for group in plan.groups:
         scales = [amount * group.eps for amount in ways.values()]
         if group.matrices is None:
-            group.axpy_(plan.direction, plan.seed, [(plan.step, word) for word in ways], scales, 1.0, rounding)
+            group.axpy_(plan.direction, plan.seed, [plan.named(draw) for draw in ways], scales, 1.0, rounding)
             continue
-        for word, scale in zip(ways, scales):
-            lefts = lefts_of(group.matrices, torch._foreach_mul(group.draws(plan, word), scale), group.backend)
+        for draw, scale in zip(ways, scales):
+            lefts = lefts_of(group.matrices, torch._foreach_mul(group.draws(plan, draw), scale), group.backend)
             group.add_lowrank(lefts, rounding, plan)
     return end
 

@@ -107,7 +107,7 @@ class Isolation:
 
     def read(self, closure: Callable[[], object], inside: AbstractContextManager | None = None) -> Tensor:
         """Returns the loss of one reading, a 0-d float64 tensor; everything is put back and checked."""
-        return self.run(lambda: loss_tensor(closure()), inside)
+        return self.run(lambda: loss_tensor(closure(), self.plan.rows), inside)
 
     def run(self, body: Callable[[], Tensor], inside: AbstractContextManager | None = None) -> Tensor:
         """Runs a body under no_grad and a context, from the step's random state."""

@@ -139,15 +139,15 @@ class Master:
             table = torch.tensor(scales, dtype=torch.float32, device=kept[0].device)
             spent = None if low is None else [bits.clone() for bits in low]
             rounding = "residual" if spent is not None else self.rounding
-            draws = [(plan.step, word) for word, _ in point.terms]
+            draws = [plan.named(draw) for draw, _ in point.terms]
             batch, noise = Batch(group.theta, group.spans, rounding, spent), Noise(plan.direction, plan.seed, draws)
             group.backend.axpy_(batch, noise, Terms(table))
             return
         elif not in_place and (scales or low):
-            word, scale = (point.terms[0][0], scales[0]) if scales else (0, 0.0)
+            draw, scale = (point.terms[0][0], scales[0]) if scales else (0, 0.0)
             low = None if low is None else list(low)
             batch = Batch(kept, group.spans, residuals=low)
-            group.backend.perturb(batch, Noise(plan.direction, plan.seed, [(plan.step, word)]), [scale], [outs])
+            group.backend.perturb(batch, Noise(plan.direction, plan.seed, [plan.named(draw)]), [scale], [outs])
         if not in_place:
             for i in group.memo["loose"]:
                 if scales or low or moved:

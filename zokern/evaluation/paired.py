@@ -78,7 +78,7 @@ def _pass(copies: Copies, closure: Callable[[], object]) -> Tensor:
                     f"the closure returned {type(loss).__name__} {loss!r:.40}, one number for all sides of a step: return a tensor, or use "
                     "evaluation='master'"
                 )
-            return loss_tensor(loss)
+            return loss_tensor(loss, copies.plan.rows)
         finally:
             copies.level = None
 

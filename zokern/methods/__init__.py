@@ -11,12 +11,23 @@ from typing import TYPE_CHECKING
 from ..optimizer import ZerothOrder
 
 if TYPE_CHECKING:  # for type checkers, which cannot look into a folder
+    from .adamezo import AdaMeZO
+    from .blockmezo import BlockMeZO
+    from .bszo import BSZO
+    from .dpzo import DPZO
     from .fzoo import FZOO
+    from .lezo import LeZO
     from .lozo import LOZO
     from .mezo import MeZO
+    from .mezogv import MeZOGV
     from .pgap import PGAP
+    from .rloo import RLOO
     from .subzero import SubZero
     from .tezo import TeZO
+    from .zoadam import ZOAdam
+    from .zoconservative import ZOConservative
+    from .zomomentum import ZOMomentum
+    from .zosignsgd import ZOSignSGD
 
 
 def find() -> dict[str, type[ZerothOrder]]:
@@ -33,5 +44,8 @@ def find() -> dict[str, type[ZerothOrder]]:
 METHODS = find()
 globals().update(METHODS)
 
-__all__ = ["FZOO", "LOZO", "MeZO", "PGAP", "SubZero", "TeZO"]
+__all__ = [
+    "AdaMeZO", "BSZO", "BlockMeZO", "DPZO", "FZOO", "LOZO", "LeZO", "MeZO", "MeZOGV", "PGAP", "RLOO", "SubZero", "TeZO", "ZOAdam",
+    "ZOConservative", "ZOMomentum", "ZOSignSGD",
+]  # fmt: skip
 __all__ += [name for name in METHODS if name not in __all__]

@@ -46,7 +46,7 @@ class Probed(Aligned, Measured):
                 f"step {plan.step} needs the basis of step {self._newest}, whose probes are not known: load the state_dict of that run"
             )
         groups = [replace(group, matrices=None, eps=plan.groups[0].eps, memo={}) for group in plan.groups]
-        dense = replace(plan, groups=groups, direction=Normal(), factored=None, scopes={})
+        dense = replace(plan, groups=groups, direction=Normal(), factored=None, scopes={}, earlier={})
         estimator, asks = Spsa(), Oracle(oracle.evaluation, dense, oracle.closure)
         found = []
         for k in range(self.probes):  # one at a time: no more activations than a step's

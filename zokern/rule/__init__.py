@@ -7,5 +7,9 @@ from .base import Rule, basis_of, check_basis, renew
 from .momentum import Momentum
 from .sgd import Sgd
 from .state import START_ANEW, Keeps, check_state
+from .window import WindowAdam, WindowMomentum
 
-__all__ = ["START_ANEW", "Adam", "Keeps", "Momentum", "Rule", "Sgd", "basis_of", "check_basis", "check_state", "renew"]
+__all__ = [
+    "START_ANEW", "Adam", "Keeps", "Momentum", "Rule", "Sgd", "WindowAdam", "WindowMomentum", "basis_of", "check_basis", "check_state",
+    "renew",
+]  # fmt: skip

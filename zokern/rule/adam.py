@@ -36,6 +36,14 @@ TILE = 1 << 20  # elements of a quotient that exist at a time
 SMALLEST, LARGEST = 2.0**-149, 2.0**128  # above 0 and finite in float32
 
 
+def pair(betas: Any) -> tuple[float, float]:
+    """Returns two numbers of [0, 1)."""
+    two = isinstance(betas, (tuple, list)) and len(betas) == 2
+    if not two or not all(is_number(beta) and 0.0 <= beta < 1.0 for beta in betas):
+        raise ValueError(f"betas is {betas!r:.80}; expected two numbers, 0 <= beta < 1")
+    return float(betas[0]), float(betas[1])
+
+
 class Adam:
     """theta <- decay theta + lr (M / c1) / (sqrt(V / c2) + eps), with M, V the averages of g and g^2, g = sum_k weights[k] z_k.
 
@@ -60,10 +68,7 @@ class Adam:
         bias_correction: bool = True,
         inside: bool = False,
     ) -> None:
-        pair = isinstance(betas, (tuple, list)) and len(betas) == 2
-        if not pair or not all(is_number(beta) and 0.0 <= beta < 1.0 for beta in betas):
-            raise ValueError(f"betas is {betas!r:.80}; expected two numbers, 0 <= beta < 1")
-        self.betas = float(betas[0]), float(betas[1])
+        self.betas = pair(betas)
         self.eps = within("adam_eps", eps, SMALLEST, LARGEST, "a number above 0, finite in float32")
         self.bias_correction, self.inside = flag("bias_correction", bias_correction), flag("inside", inside)
 

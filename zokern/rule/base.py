@@ -72,7 +72,12 @@ def basis_of(rule: Rule, states: Any, tensor: Tensor) -> int | None:
 
 
 def check_basis(rule: Rule, direction: LowRank | None) -> None:
-    """Refuse a rule whose state belongs to one basis with a direction that changes its basis."""
+    """Refuse a rule whose state belongs to one basis with a direction that changes its basis, and one for a dense z with a low-rank one."""
+    if direction is not None and getattr(rule, "dense", False):
+        raise ValueError(
+            f"rule is {rule.name!r} with direction {direction.name!r}; it goes with a dense z: expected zokern.Sgd() or zokern.Momentum(), "
+            "whose moments are small where z is low-rank"
+        )
     if direction is not None and getattr(rule, "diagonal", False) and not direction.is_diagonal:
         raise ValueError(
             f"rule is {rule.name!r} with direction {direction.name!r}, whose basis changes or is no diagonal; its moments belong to "

@@ -1,0 +1,407 @@
+"""What estimators of parts, of examples and of earlier draws promise beyond their formulas."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from models import one_thread, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
+from torch import Tensor, nn
+
+import zokern
+from zokern.estimator.blocks import block_of, layer_of, module_of, sublayer_of
+from zokern.evaluation import Point
+from zokern.methods import METHODS
+from zokern.plan import Plan
+from zokern.stream import PRIVACY, draw_word, words
+
+NAMES = ("embed.weight", "layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down", "layers.2.up", "layers.3.up", "head.weight")
+EVALUATIONS = ("master", "paired", "scratch", "inplace")
+FAMILY = (
+    "AdaMeZO", "BSZO", "BlockMeZO", "DPZO", "LeZO", "MeZOGV", "RLOO", "ZOAdam", "ZOConservative", "ZOMomentum", "ZOSignSGD",
+)  # fmt: skip
+
+
+def weights() -> dict[str, nn.Parameter]:
+    generator = torch.Generator().manual_seed(3)
+    return {name: nn.Parameter(0.5 * torch.randn(3, 4 + i, generator=generator)) for i, name in enumerate(NAMES)}
+
+
+def loss(theta: dict[str, Tensor]) -> Tensor:
+    parts = torch.stack([(t.double() * (1 + i)).sin().mean() + t.double().square().mean() for i, t in enumerate(theta.values())])
+    return parts.sum() + 0.3 * parts.prod() + 2.0
+
+
+class Rows(nn.Module):
+    """A model with a loss for each example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        self.layers = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 1)])
+        for p in self.parameters():
+            p.data = 0.5 * torch.randn(p.shape, generator=generator)
+        self.x = torch.randn(10, 6, generator=generator)
+
+    def forward(self) -> Tensor:
+        return (self.layers[1](torch.tanh(self.layers[0](self.x)))[:, 0] - self.x.sum(1)).square()
+
+
+# Every method of the family ------------------------------------------------------------------------------------------------------
+
+
+def closure_of(method: str, model: Rows) -> Callable[[], Tensor]:
+    return model if method == "DPZO" else lambda: model().mean()
+
+
+@pytest.mark.parametrize("evaluation", EVALUATIONS)
+@pytest.mark.parametrize("method", FAMILY)
+def test_without_lr_no_bit_moves(method: str, evaluation: str) -> None:
+    model = Rows()
+    before = snapshot(model)
+    decay = {} if method == "ZOConservative" else {"weight_decay": 0.1}
+    optimizer = METHODS[method](model, lr=0.0, eps=1e-2, evaluation=evaluation, **decay)
+    for _ in range(12 if method == "AdaMeZO" else 3):
+        zokern.step(optimizer, closure_of(method, model))
+    drift = 1e-6 if evaluation == "inplace" else 0.0
+    assert all((p - before[n]).abs().max() <= drift for n, p in model.named_parameters())
+    assert evaluation == "inplace" or all(same_bits(p, before[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("after", [1, 5, 11])
+@pytest.mark.parametrize("method", FAMILY)
+def test_a_resumed_run_has_the_same_bits(method: str, after: int) -> None:
+    ends = []
+    for resumed in (False, True):
+        model = Rows()
+        optimizer = METHODS[method](model, evaluation="scratch", seed=7)
+        for step in range(13):
+            if resumed and step == after:
+                state, optimizer = copy.deepcopy(optimizer.state_dict()), METHODS[method](model, evaluation="scratch")
+                optimizer.load_state_dict(state)
+            zokern.step(optimizer, closure_of(method, model))
+        ends.append(snapshot(model))
+    assert all(same_bits(ends[0][n], ends[1][n]) for n in ends[0])
+
+
+@pytest.mark.parametrize("method", ["BSZO", "MeZOGV"])
+def test_what_an_estimator_learned_is_needed(method: str) -> None:
+    with patch("zokern.checkpoint.load_parts", lambda optimizer, own: None), pytest.raises(AssertionError):
+        test_a_resumed_run_has_the_same_bits(method, 5)
+
+
+FALLS: dict[str, float] = {  # lr for this small model: defaults suit 1e8 weights
+    **dict.fromkeys(FAMILY, 3e-3), "AdaMeZO": 2e-5, "ZOMomentum": 3e-4, "ZOAdam": 3e-3, "BSZO": 1.0,
+}  # fmt: skip
+
+
+def fall(method: str, steps: int = 60, **options: Any) -> float:
+    """By which share the loss of a fixed batch falls."""
+    model = Rows()
+    start = float(model().mean().detach())
+    optimizer = METHODS[method](model, lr=FALLS[method], seed=1, evaluation="paired", **options)
+    for _ in range(steps):
+        zokern.step(optimizer, closure_of(method, model))
+    return 1.0 - float(model().mean().detach()) / start
+
+
+@pytest.mark.parametrize("method", FAMILY)
+def test_the_loss_falls(method: str) -> None:
+    assert fall(method) > 0.02
+    assert method == "ZOConservative" or fall(method, maximize=True) < 0.0
+
+
+# Blocks and layers ---------------------------------------------------------------------------------------------------------------
+
+GROUPINGS = {
+    "model.embed_tokens.weight": (None, "model.embed_tokens", "model.embed_tokens", "model.embed_tokens"),
+    "model.layers.11.self_attn.q_proj.weight":
+        ("model.layers.11", "model.layers.11", "model.layers.11.self_attn", "model.layers.11.self_attn.q_proj"),
+    "model.layers.11.fc1.bias": ("model.layers.11", "model.layers.11", "model.layers.11.fc1", "model.layers.11.fc1"),
+    "lm_head.weight": (None, "lm_head", "lm_head", "lm_head"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GROUPINGS)
+def test_parameters_are_grouped_by_their_names(name: str) -> None:
+    assert (layer_of(name), block_of(name), sublayer_of(name), module_of(name)) == GROUPINGS[name]
+
+
+def test_the_blocks_of_opt_are_as_many_as_in_the_benchmark() -> None:
+    """L + 3, 5 L + 3, 8 L + 3 for OPT with L layers (Zhang et al. 2024, module-wise perturbation)."""
+    transformers = pytest.importorskip("transformers")
+    shape = {"hidden_size": 8, "ffn_dim": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "word_embed_proj_dim": 8}
+    model = transformers.OPTForCausalLM(transformers.OPTConfig(vocab_size=11, max_position_embeddings=8, **shape))
+    names = [name for name, _ in model.named_parameters()]
+    assert [len({of(name) for name in names}) for of in (block_of, sublayer_of, module_of)] == [4 + 3, 20 + 3, 32 + 3]
+
+
+def count_losses(**options: Any) -> tuple[int, set[str]]:
+    """How many losses a step of BlockMeZO reads, and the parameters that some point moves."""
+    params, asked, moved = weights(), [], set()
+    right = zokern.Master.losses
+
+    def losses(self: Any, plan: Any, points: Any, closure: Any) -> Tensor:
+        asked.extend({*points})
+        moved.update(plan.names)
+        return right(self, plan, points, closure)
+
+    optimizer = zokern.BlockMeZO(list(params.items()), evaluation="master", paired_check=0, **options)
+    with patch.object(zokern.Master, "losses", losses):
+        zokern.step(optimizer, lambda: loss(params))
+    return len(asked), moved
+
+
+def test_a_step_in_jacobi_order_reads_theta_once() -> None:
+    blocks = len({block_of(name) for name in NAMES})
+    assert count_losses(stencil="forward", queries=2) == (3 * blocks, {*NAMES})
+    assert count_losses(stencil="forward", queries=2, order="jacobi") == (2 * blocks + 1, {*NAMES})
+    assert count_losses(queries=2, order="jacobi") == (4 * blocks, {*NAMES})
+
+
+@pytest.mark.parametrize("evaluation", EVALUATIONS)
+@pytest.mark.parametrize("order", ["gauss-seidel", "jacobi"])
+def test_a_loss_that_is_nan_in_one_block(order: str, evaluation: str) -> None:
+    """In Jacobi order no block moves; in Gauss-Seidel order those before it have."""
+    params = weights()
+    before = {name: p.detach().clone() for name, p in params.items()}
+    third = params[NAMES[3]].detach().clone()
+    optimizer = zokern.BlockMeZO(
+        list(params.items()), lr=0.1, eps=0.05, order=order, evaluation=evaluation, paired_check=None
+    )
+
+    def closure() -> Tensor:
+        return loss(params) + torch.where((params[NAMES[3]] - third).abs().max() > 1e-3, torch.nan, 0.0)
+
+    assert zokern.step(optimizer, closure).skipped
+    moved = [name for name in NAMES if not torch.allclose(before[name], params[name], atol=1e-5)]
+    assert moved == ([] if order == "jacobi" else list(NAMES[:3]))
+
+
+def test_what_a_loss_of_nan_would_do_if_blocks_moved_one_by_one() -> None:
+    with patch("zokern.estimator.blocks._together", lambda estimates: list(estimates)), pytest.raises(AssertionError):
+        test_a_loss_that_is_nan_in_one_block("jacobi", "master")
+
+
+def layers_of_run(steps: int, **options: Any) -> list[set[str]]:
+    """The layers that each step of LeZO moves; every other parameter of a layer has its bits."""
+    params = weights()
+    optimizer = zokern.LeZO(list(params.items()), lr=0.1, evaluation="master", **options)
+    found = []
+    for _ in range(steps):
+        before = {name: p.detach().clone() for name, p in params.items()}
+        zokern.step(optimizer, lambda: loss(params))
+        moved = {name for name, p in params.items() if not same_bits(p, before[name])}
+        assert {NAMES[0], NAMES[-1]} <= moved, "a parameter of no layer stayed"
+        layers = {layer_of(name) for name in moved} - {None}
+        assert moved == {name for name in NAMES if layer_of(name) in {None, *layers}}, "a part of a layer moved"
+        found.append(layers)
+    return found
+
+
+def test_a_random_share_of_the_layers_moves() -> None:
+    found = layers_of_run(24, sparsity=0.5, seed=3)
+    assert {len(layers) for layers in found} == {2} and len(set(map(frozenset, found))) >= 4
+    counts = [sum(f"layers.{i}" in layers for layers in found) for i in range(4)]
+    assert min(counts) >= 4, f"of 24 steps with 2 of 4 layers they move {counts}"
+    assert layers_of_run(24, sparsity=0.5, seed=3) == found != layers_of_run(24, sparsity=0.5, seed=4)
+    assert {len(layers) for layers in layers_of_run(3, sparsity=0.99)} == {1}
+    assert {len(layers) for layers in layers_of_run(3, sparsity=0.0)} == {4}
+
+
+def test_the_layers_of_a_step_do_not_depend_on_the_others_that_are_trained() -> None:
+    """A layer's word is a function of its name: one that is frozen takes none with it."""
+    params = weights()
+    optimizer = zokern.LeZO(list(params.items()), sparsity=0.5, seed=3)
+    before = [set(optimizer.estimator.chosen(replace(optimizer.plan(), step=s))) for s in range(20)]
+    for name in NAMES:
+        params[name].requires_grad_(layer_of(name) != "layers.1")
+    after = [set(optimizer.estimator.chosen(replace(optimizer.plan(), step=s))) for s in range(20)]
+    for one, two in zip(before, after):
+        assert {n for n in one if layer_of(n) != "layers.1"} <= two
+
+
+def test_parts_that_a_step_does_not_name_are_forgotten() -> None:
+    """They hold copies of weights: a run whose layers are drawn anew keeps those of two steps, one in blocks keeps all of its own."""
+    params = weights()
+    optimizer = zokern.LeZO(list(params.items()), sparsity=0.5, evaluation="master")
+    for _ in range(12):
+        zokern.step(optimizer, lambda: loss(params))
+        assert len(optimizer.work.scopes) == 1
+    parts = zokern.BlockMeZO(list(params.items()), evaluation="master")
+    zokern.step(parts, lambda: loss(params))
+    kept = {scope: part for scope, ((part, _),) in parts.work.scopes.items()}
+    zokern.step(parts, lambda: loss(params))
+    assert len(kept) == 6 and all(parts.work.scopes[scope][0][0] is part for scope, part in kept.items())
+
+
+# Examples ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("evaluation", [*EVALUATIONS, "auto"])
+def test_one_example_moves_a_coefficient_by_no_more_than_its_bound(evaluation: str) -> None:
+    """An example whose loss is a million times as large, or inf, or NaN."""
+    eps, bound, found = 1e-3, 0.05, []
+    for factor in (1.0, 1e6, math.inf, math.nan):
+        model = Rows()
+        scale = torch.ones(10)
+        scale[3] = factor
+        options = {"clip": bound, "noise": 0.0, "eps": eps, "evaluation": evaluation, "paired_check": None}
+        optimizer = zokern.DPZO(model, seed=2, lr=1e-3, **options)
+        result = zokern.step(optimizer, lambda model=model, scale=scale: model() * scale)
+        assert not result.skipped
+        found += result.coefficients
+    for got in found[1:]:
+        assert abs(got - found[0]) <= 2 * bound / (2 * eps * 10) * (1 + 1e-6)
+    assert len({*found[:2]}) == 2
+
+
+def test_without_a_bound_one_example_decides() -> None:
+    clamped = patch.object(Tensor, "clamp", lambda self, *bounds: self)
+    with clamped, pytest.raises(AssertionError):
+        test_one_example_moves_a_coefficient_by_no_more_than_its_bound("master")
+
+
+def test_a_step_without_a_finite_example_is_skipped() -> None:
+    model = Rows()
+    before = snapshot(model)
+    assert zokern.step(zokern.DPZO(model, paired_check=None), lambda: model() * math.nan).skipped
+    assert all(same_bits(p, before[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "laplace"])
+def test_noise_has_its_distribution(kind: str) -> None:
+    """Mean, variance, and the share within one unit, of 2000 numbers; each query and step has its own."""
+    optimizer = zokern.DPZO(Rows(), kind=kind, queries=2, seed=11)
+    plan = optimizer.plan()
+    assert len(torch.cat([optimizer.estimator.draws(replace(plan, step=step)) for step in (0, 1)]).unique()) == 4
+    many = words(torch.arange(2000), 0, 0, draw_word(0, PRIVACY), 11)
+    with patch.object(Plan, "bits", lambda self, purpose, query: many[1000 * query :][:1000]):
+        n = optimizer.estimator.draws(plan)
+    variance, within = (1.0, math.erf(math.sqrt(0.5))) if kind == "gaussian" else (2.0, 1.0 - math.exp(-1.0))
+    assert len(n.unique()) > 1990 and abs(float(n.mean())) < 5 * math.sqrt(variance / len(n))
+    assert abs(float(n.var()) / variance - 1.0) < 0.2 and abs(float((n.abs() < 1.0).double().mean()) - within) < 0.04
+
+
+REFUSED: dict[str, Callable[[Rows], Any]] = {
+    "a mean": lambda model: model().mean(), "a number": lambda model: 1.0, "a matrix": lambda model: model().view(2, 5),
+    "nothing": lambda model: model()[:0],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("evaluation", ["master", "scratch"])
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_closure_without_a_loss_for_each_example_is_refused(what: str, evaluation: str) -> None:
+    model = Rows()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"the closure returned .*expected a tensor of shape \[examples\].*reduction='none'"):
+        zokern.step(zokern.DPZO(model, evaluation=evaluation), lambda: REFUSED[what](model))
+    assert all(same_bits(p, before[n]) for n, p in model.named_parameters())
+    with pytest.raises(ValueError, match=r"a tensor of shape \(10,\); expected a scalar"):
+        zokern.step(zokern.MeZO(model, evaluation=evaluation), model)
+
+
+# Draws of earlier steps ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_point_may_lie_along_draws_of_earlier_steps() -> None:
+    """Every evaluation reads the same loss there, dense and low-rank, and the record names the draws."""
+    found: dict[str, list[float]] = {}
+
+    class Asks(zokern.Spsa):
+        def __call__(self, oracle: Any, plan: Any) -> Any:
+            if plan.step == 2:
+                points = [Point((((0, 0), 1.0),)), Point((((1, 0), 0.5), (plan.draw(0), -1.0))), Point((((0, 0), -1.0), ((1, 0), 1.0)))]
+                found.setdefault(name, []).extend(oracle.losses(points).tolist())
+            for estimate in super().__call__(oracle, plan):
+                if plan.step == 2:
+                    estimate = replace(estimate, draws=((0, 0), plan.draw(0)), coefficients=torch.tensor([[0.5, -0.5]]).double(), slopes=None)
+                yield estimate
+
+    for method in (zokern.MeZO, zokern.TeZO):
+        found.clear()
+        ends = []
+        for name in EVALUATIONS:
+            model, ids = tiny(), torch.arange(10).view(2, 5)
+            optimizer = method(model, lr=0.0, eps=0.05, estimator=Asks(), evaluation=name)
+            for step in range(3):
+                optimizer.param_groups[0]["lr"] = 0.1 * (step == 2)
+                result = zokern.step(optimizer, lambda model=model, ids=ids: model(ids).square().mean())
+            optimizer.flush()
+            assert result.draws == ((0, 0), (2, 0))
+            ends.append(snapshot(model))
+        for name in EVALUATIONS[1:]:
+            assert found[name] == pytest.approx(found["master"], rel=1e-5) and len({*found[name]}) == 3
+        assert all(torch.allclose(ends[0][n], end[n], atol=1e-5) for end in ends[1:] for n in ends[0])
+
+
+def draws_of(draws: Callable[[Any], tuple]) -> zokern.Spsa:
+    """An estimator that moves along other draws than it read."""
+
+    class Other(zokern.Spsa):
+        def __call__(self, oracle: Any, plan: Any) -> Any:
+            for estimate in super().__call__(oracle, plan):
+                named = draws(plan)
+                yield replace(estimate, draws=named, coefficients=torch.ones(len(plan.groups), len(named)).double())
+
+    return Other()
+
+
+@pytest.mark.parametrize(
+    ("method", "draws", "message"),
+    [
+        (zokern.MeZO, lambda plan: (plan.draw(0), (plan.step - 1, 0)), "draws is .*expected one of this step at the end"),
+        (zokern.MeZO, lambda plan: (), "draws is .*expected one of this step at the end"),
+        (zokern.LOZO, lambda plan: ((0, 0), plan.draw(0)), r"draw \(0, 0\) is of step 0, and step 2 has another basis"),
+    ],
+)
+def test_draws_that_are_no_directions_are_refused(method: Any, draws: Callable, message: str) -> None:
+    model, ids = tiny(), torch.arange(10).view(2, 5)
+    options = {"interval": 2} if method is zokern.LOZO else {}
+    optimizer = method(model, lr=0.0, evaluation="master", **options)
+    for step in range(3):
+        if step == 2:
+            optimizer.estimator, optimizer.param_groups[0]["lr"] = draws_of(draws), 0.1
+        with pytest.raises(ValueError, match=message) if step == 2 else nullcontext():
+            zokern.step(optimizer, lambda: model(ids).square().mean())
+
+
+def test_a_skipped_step_of_a_guide_keeps_what_was_kept() -> None:
+    params = weights()
+    optimizer = zokern.MeZOGV(list(params.items()), lr=1e-3, evaluation="master")
+    for _ in range(3):
+        zokern.step(optimizer, lambda: loss(params))
+    kept = copy.deepcopy(optimizer.estimator.state)
+    calls = []
+
+    def closure() -> Tensor:
+        """Finite along the draws, NaN along the guide."""
+        calls.append(0)
+        return loss(params) * (math.nan if len(calls) > 2 else 1.0)
+
+    assert zokern.step(optimizer, closure).skipped and optimizer.estimator.state == kept and len(calls) == 4
+
+
+BAD = {
+    "order": (lambda: zokern.Blockwise(order="sor"), r"order is 'sor'; expected one of \['gauss-seidel', 'jacobi'\]"),
+    "block": (lambda: zokern.Blockwise(block="model"), "block is 'model'; expected one of"),
+    "sparsity": (lambda: zokern.Layers(sparsity=1.0), "sparsity is 1.0"), "norm": (lambda: zokern.Guided("two"), "norm is 'two'"),
+    "rloo": (lambda: zokern.RLOO(Rows(), queries=1), "queries is 1"), "clip": (lambda: zokern.Private(clip=0.0), "clip is 0.0"),
+    "noise": (lambda: zokern.Private(noise=-1.0), "noise is -1.0"), "kind": (lambda: zokern.Private(kind="cauchy"), "kind is 'cauchy'"),
+    "batch": (lambda: zokern.Private(batch=0), "batch is 0"), "window": (lambda: zokern.AdaMeZO(Rows(), window=0), "length is 0"),
+    "momentum": (lambda: zokern.ZOMomentum(Rows(), momentum=1.0), "momentum is 1.0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("which", BAD)
+def test_bad_arguments_are_refused_by_name(which: str) -> None:
+    make, message = BAD[which]
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,227 @@
+"""Estimators on paper: each is a generator that asks for losses and says what moves, in Python's numbers.
+
+    Read  a point, theta + eps sum_k a_k z_k of some parameters: the loss there is sent back
+    Move  what the weights do: theta <- theta - lr (1/count) sum_k c_k z_k of some parameters
+
+They are told the losses that a step recorded. Where a step does not record a loss they are told what it is
+in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator
+from typing import Any, NamedTuple
+
+import torch
+
+import zokern
+from zokern.estimator import Spread, Spsa
+from zokern.stream import LAYERS, PRIVACY, RADIUS, draw_word, parameter_id
+
+Draw = tuple[int, int]  # step and draw word
+
+
+class Read(NamedTuple):
+    """terms: (draw, amount in units of eps). recorded: the step's record has this loss. rows: the loss of
+    each example is asked for."""
+
+    terms: tuple[tuple[Draw, float], ...]
+    scope: tuple[str, ...]
+    recorded: bool = True
+    rows: bool = False
+
+
+class Move(NamedTuple):
+    """apart: by how much a coefficient may differ: of itself, from rounding of algebra, and outright, from
+    that of unrecorded losses."""
+
+    draws: list[Draw]
+    coefficients: list[float]
+    scope: tuple[str, ...]
+    count: int = 1
+    apart: tuple[float, float] = (1e-6, 0.0)
+
+
+class Paper(NamedTuple):
+    """What the estimators are told of a run.
+
+    began   the first step whose draws are directions of this step: the first one, or that of the basis in use
+    memory  what they learn, from step to step"""
+
+    step: int
+    seed: int
+    eps: float
+    lr: float
+    weights: int
+    began: int
+    memory: dict[str, Any]
+
+    def word(self, who: str, draw: int) -> int:
+        """The first word of the stream at a name."""
+        counter = torch.tensor([[0, parameter_id(who), self.step, draw]])
+        return int(zokern.philox4x32(counter, (self.seed & 0xFFFFFFFF, self.seed >> 32))[0, 0])
+
+
+Script = Generator[Any, Any, None]
+
+
+def differences(
+    e: Any, p: Paper, scope: tuple[str, ...], radii: list[float] | None = None
+) -> Generator[Any, Any, list[list[float]]]:
+    """The losses of a stencil along each draw."""
+    found = []
+    for k in range(e.queries):
+        sides = [o * (1.0 if radii is None else radii[k]) for o in e.stencil.offsets]
+        row = []
+        for offset in sides:
+            row.append((yield Read((((p.step, k), offset),) if offset else (), scope)))
+        found.append(row)
+    return found
+
+
+def weighed(e: Any, losses: list[list[float]], unit: float) -> list[float]:
+    return [math.fsum(w * loss for w, loss in zip(e.stencil.weights, sides)) / unit for sides in losses]
+
+
+def numbered(p: Paper, count: int) -> list[Draw]:
+    return [(p.step, k) for k in range(count)]
+
+
+def by_spsa(e: Any, p: Paper, scope: tuple[str, ...]) -> Script:
+    losses = yield from differences(e, p, scope)
+    yield Move(numbered(p, e.queries), weighed(e, losses, p.eps), scope, e.queries)
+
+
+def by_sign(e: Any, p: Paper, scope: tuple[str, ...]) -> Script:
+    losses = yield from differences(e, p, scope)
+    yield Move(numbered(p, e.queries), [math.copysign(1.0, c) for c in weighed(e, losses, p.eps)], scope, e.queries)
+
+
+def by_spread(e: Any, p: Paper, scope: tuple[str, ...]) -> Script:
+    losses = yield from differences(e, p, scope)
+    ahead = [loss for sides in losses for loss, offset in zip(sides, e.stencil.offsets) if offset]
+    middle = math.fsum(ahead) / len(ahead)
+    sigma = math.sqrt(math.fsum((loss - middle) ** 2 for loss in ahead) / len(ahead))
+    yield Move(numbered(p, e.queries), weighed(e, losses, sigma), scope, e.queries)
+
+
+def by_kernel(e: Any, p: Paper, scope: tuple[str, ...]) -> Script:
+    width = e.width(p.step) if callable(e.width) else e.width
+    units = [(p.word("", draw_word(k, RADIUS)) + 0.5) / 2**31 - 1.0 for k in range(e.queries)]
+    losses = yield from differences(e, p, scope, [width * r for r in units])
+    kernel = [e.scale / width * 15 / 4 * r * (5 - 7 * r * r) for r in units]
+    yield Move(numbered(p, e.queries), [c * k for c, k in zip(weighed(e, losses, p.eps), kernel)], scope, e.queries)
+
+
+def by_the_best(e: Any, p: Paper, scope: tuple[str, ...]) -> Script:
+    losses = yield from differences(e, p, scope)
+    found, draws = weighed(e, losses, p.eps), numbered(p, e.queries)
+    ways = {}
+    for factor in (0.0, 1.0, -1.0):
+        terms = tuple((draw, -factor * p.lr * c / e.queries / p.eps) for draw, c in zip(draws, found))
+        ways[factor] = yield Read(terms if factor else (), scope, recorded=False)
+    best = min(ways, key=lambda factor: ways[factor])
+    yield Move(draws, [best * c for c in found], scope, e.queries)
+
+
+def by_filter(e: Any, p: Paper, scope: tuple[str, ...]) -> Script:
+    """A Kalman filter in its information form: the posterior of all observations at once."""
+    q, prior = e.queries, p.weights / 1e6
+    noise = p.memory.get("noise", prior)
+    base = yield Read((), scope)
+    mean, covariance = torch.zeros(q).double(), torch.eye(q).double() * prior
+    for j in range(e.observations):
+        along = torch.eye(q).double()[0] if j == 0 else torch.linalg.eigh(covariance)[1][:, -1]
+        along = along * along[along.abs().argmax()].sign()
+        loss = yield Read(tuple(((p.step, k), float(d)) for k, d in enumerate(along)), scope)
+        y = (loss - base) / p.eps
+        residual, inverse = y - float(along @ mean), covariance.inverse()
+        covariance = (inverse + torch.outer(along, along) / noise).inverse()
+        mean = covariance @ (inverse @ mean + along * y / noise)
+        noise = max(0.9 * noise + 0.1 * residual**2, 0.1 * prior)
+    p.memory["noise"] = noise
+    yield Move(numbered(p, q), mean.tolist(), scope, apart=(1e-4, 1e-9))
+
+
+def by_the_others(e: Any, p: Paper, scope: tuple[str, ...]) -> Script:
+    losses = []
+    for k in range(e.queries):
+        losses.append((yield Read((((p.step, k), 1.0),), scope)))
+    found = [(a - math.fsum(losses[:k] + losses[k + 1 :]) / (e.queries - 1)) / p.eps for k, a in enumerate(losses)]
+    yield Move(numbered(p, e.queries), found, scope, e.queries)
+
+
+def by_clipped_sums(e: Any, p: Paper, scope: tuple[str, ...]) -> Script:
+    found = []
+    for k in range(e.queries):
+        ahead = yield Read((((p.step, k), 1.0),), scope, rows=True)
+        behind = yield Read((((p.step, k), -1.0),), scope, rows=True)
+        clipped = [max(-e.bound, min(e.bound, a - b)) for a, b in zip(ahead, behind)]
+        z = zokern.draw("normal", 8, seed=p.seed, who="", step=p.step, draw=draw_word(k, PRIVACY)).double().tolist()
+        n = z[0] if e.kind == "gaussian" else (z[0] ** 2 + z[1] ** 2 - z[2] ** 2 - z[3] ** 2) / 2
+        found.append((math.fsum(clipped) + e.bound * e.noise * n) / (2 * p.eps * (e.batch or len(ahead))))
+    yield Move(numbered(p, e.queries), found, scope, e.queries, apart=(1e-6, 2.0**-20 / p.eps))
+
+
+def by_the_guide(e: Any, p: Paper, scope: tuple[str, ...]) -> Script:
+    """As published: rank two draws, take the difference of the better and the worse, keep the better."""
+    known = p.memory.get("best")
+    draws = numbered(p, 2) if known is None or known[0] < p.began else [known, (p.step, 0)]
+    alone = []
+    for draw in draws:
+        alone.append((yield Read(((draw, 1.0),), scope)))
+    better = alone.index(min(alone))
+    s = math.sqrt(0.5) if e.norm == "matched" else 1.0
+    signs = [s if i == better else -s for i in range(2)]
+    ahead = yield Read(((draws[0], s), (draws[1], -s)), scope)
+    behind = yield Read(((draws[0], -s), (draws[1], s)), scope)
+    c = (ahead - behind) / (2 * p.eps) * signs[0] / s  # of the guide, whose first sign is signs[0]
+    p.memory["best"] = draws[better]
+    yield Move(draws, [c * sign for sign in signs], scope)
+
+
+def by_blocks(e: Any, p: Paper, scope: tuple[str, ...]) -> Script:
+    blocks: dict[str, list[str]] = {}
+    for name in scope:
+        blocks.setdefault(e.block(name), []).append(name)
+    scripts = [script(e.inner, p, tuple(names)) for names in blocks.values()]
+    if e.order == "gauss-seidel":
+        for each in scripts:
+            yield from each
+        return
+    moves = []
+    for each in scripts:
+        answer = None
+        while True:
+            try:
+                asked = each.send(answer)
+            except StopIteration:
+                break
+            if isinstance(asked, Move):
+                moves.append(asked)
+                answer = None
+            else:
+                answer = yield asked
+    yield from moves
+
+
+def by_layers(e: Any, p: Paper, scope: tuple[str, ...]) -> Script:
+    layers = {e.layer(name) for name in scope} - {None}
+    order = sorted(layers, key=lambda layer: (p.word(layer, draw_word(0, LAYERS)), layer))
+    kept = {None, *order[: max(1, round((1 - e.sparsity) * len(order)))]}
+    yield from script(e.inner, p, tuple(name for name in scope if e.layer(name) in kept))
+
+
+SCRIPTS: dict[type, Callable[..., Script]] = {
+    Spsa: by_spsa, Spread: by_spread, zokern.Sign: by_sign, zokern.Kernel: by_kernel, zokern.Conservative: by_the_best,
+    zokern.Bayesian: by_filter, zokern.LeaveOneOut: by_the_others, zokern.Private: by_clipped_sums, zokern.Guided: by_the_guide,
+    zokern.Blockwise: by_blocks, zokern.Layers: by_layers,
+}  # fmt: skip
+
+
+def script(estimator: Any, paper: Paper, scope: tuple[str, ...]) -> Script:
+    """The generator of an estimator. An estimator that is not known is an AssertionError: write its
+    formula here."""
+    assert type(estimator) in SCRIPTS, f"the formula of estimator {type(estimator).__name__} is not known"
+    return SCRIPTS[type(estimator)](estimator, paper, scope)

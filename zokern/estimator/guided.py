@@ -1,0 +1,59 @@
+"""Estimator ``guided``: a central difference along the best draw so far minus a new one (MeZO-GV).
+
+    g = s (z_best - z_new),   c = (L(theta + eps g) - L(theta - eps g)) / (2 eps),   gradient estimate c g
+
+arXiv 2601.04710, 2026.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from ..evaluation import Point
+from ..plan import Draw, Plan
+from .base import Estimate, Oracle
+from .spsa import Spsa
+
+NORMS = {"matched": math.sqrt(0.5), "unit": 1.0}
+
+
+class Guided(Spsa):
+    """A step reads L(theta + eps z) for a new draw and for the best draw of earlier steps, and then the two
+    sides of g: 4 losses.
+
+    norm  s: 'matched' 1 / sqrt(2), so that E||g||^2 is that of a draw; 'unit' 1, the published formula
+    clip  bound on |c|, in units of loss per weight; None: no bound
+
+    c g is the same for g and -g, so the guide z_best - z_worst is this one whichever of the two is better.
+    What the first two losses decide is which draw is kept. `state` holds its (step, draw word), 8 bytes.
+    The first step, and the first in a new basis of a low-rank direction, have two new draws. A skipped
+    step keeps what was kept.
+    Raises ValueError for arguments out of range."""
+
+    def __init__(self, norm: str = "matched", clip: float | None = None) -> None:
+        super().__init__(1, "central", clip)
+        if norm not in NORMS:
+            raise ValueError(f"norm is {norm!r}; expected one of {list(NORMS)}")
+        self.norm = norm
+
+    def __call__(self, oracle: Oracle, plan: Plan) -> Iterator[Estimate]:
+        kept, scale = self.state.get("best"), NORMS[self.norm]
+        known = kept is not None and plan.reaches(kept[0])
+        draws: tuple[Draw, Draw] = (tuple(kept), plan.draw(0)) if known else (plan.draw(0), plan.draw(1))  # type: ignore[arg-type]
+        alone = oracle.losses([Point(((draw, 1.0),)) for draw in draws])
+        guide = Point(((draws[0], scale), (draws[1], -scale)))
+        sides = oracle.losses([guide, guide.scaled(-1.0)]).to(alone.device)
+        difference = self.differences(sides.view(1, 2))
+        found = self.slopes(difference, sides, plan).float().double()
+        if self.clip is not None:
+            found = found.clamp(-self.clip, self.clip)
+        both = torch.tensor([scale, -scale], dtype=torch.float64, device=found.device)
+        slopes = difference / plan.groups[0].eps * both / (2.0 * scale * scale)  # of which c g knows their difference alone
+        yield Estimate(draws, found * both, torch.cat((alone, sides)).unsqueeze(0), slopes=slopes)
+        self.state["best"] = list(plan.named(draws[int(alone.argmin())]))  # of a step that moved the weights
+
+
+__all__ = ["Guided"]

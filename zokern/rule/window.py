@@ -1,0 +1,235 @@
+"""Rules ``window_momentum`` and ``window_adam``: moments made anew in every step from the last estimates, and
+never stored.
+
+    g_0, g_1, ...: a parameter's estimates, the newest first, g_j = sum_k weights[k] z_k of its update
+
+    theta <- decay theta + lr sum_{j < n} a_j g_j                                          momentum: a_j = beta^j, or their shares
+    theta <- decay theta + lr scale sum_j beta1^j g_j / (sqrt(sum_j beta2^j g_j^2) + eps)  adam (AdaMeZO, arXiv 2605.00650)
+
+A z is a function of its names, so a window holds names and numbers: (step, draw word, weight), 16 bytes a
+draw, and no byte a weight. The price is time: a step makes the z of n updates again. A linear rule is one
+call of axpy_. A rule with squares runs the verb update_ over the window, on moments of PIECE elements at a
+time, and then once on the weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import Batch, Noise, Span, Update
+from ..checks import finite_number, flag, whole_number, within
+from ..directions import Matrix
+from ..estimator.base import ONES
+from ..fingerprint import announce
+from ..plan import Group, Plan
+from .adam import LARGEST, SMALLEST, pair
+from .dense import PIECE
+from .state import START_ANEW, Keeps
+from .waiting import is_nothing
+
+Past = list[list[Any]]  # an update: [step, draw word, weight] of each of its draws
+EMPTY: list[Past] = []
+
+
+class _Window:
+    """What both rules share: a parameter's window is in the optimizer's state, under `window`, the oldest
+    update first.
+
+    A skipped step adds nothing. A parameter that is frozen for a while goes on from the updates that it
+    had."""
+
+    defers, dense = False, True
+    length: int
+
+    def windows(self, plan: Plan, group: Group, weights: Sequence[float], states: Any) -> Iterator[tuple[Group, list[Past]]]:
+        """Adds this update to every window; yields the tensors that have the same one, oldest update
+        first."""
+        new = [[step, word, float(weight)] for (step, word), weight in zip(plan.draws(), weights)]
+        keys: dict[int, tuple] = {id(EMPTY): ()}
+        found: dict[tuple, tuple[list[int], list[Past]]] = {}
+        for i, (name, tensor) in enumerate(zip(group.names, group.tensors)):
+            old = states[tensor].get("window", EMPTY)
+            if id(old) not in keys:
+                keys[id(old)] = _checked(old, name)
+            members, window = found.setdefault(keys[id(old)], ([], [*old, new][-self.length :]))
+            members.append(i)
+            states[tensor]["window"] = window  # a new list: a state_dict that was taken before holds the old one
+        for members, window in found.values():
+            yield group if len(members) == len(group.tensors) else group.only(members), window
+
+    def keeps(self, shape: tuple[int, ...], draw: tuple[int, int] | None) -> Keeps:
+        """Returns nothing: a window has no tensors."""
+        return Keeps({}, False)
+
+    def basis(self, state: Any) -> int | None:
+        """None: z is dense."""
+        return None
+
+    def rebase(self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor, state: Any) -> None:
+        """Nothing belongs to a basis."""
+
+
+def _checked(window: Any, name: str) -> tuple:
+    """Returns a window as a tuple; ValueError for one that holds anything but updates."""
+    if not isinstance(window, list) or not all(isinstance(past, list) and all(map(_is_term, past)) for past in window):
+        raise ValueError(
+            f"state 'window' of parameter {name!r} is {window!r:.80}; expected a list of updates, each a list of [step, draw word, weight]: "
+            f"{START_ANEW}"
+        )
+    return tuple(tuple(map(tuple, past)) for past in window)
+
+
+def _is_term(term: Any) -> bool:
+    """Whether this is [step, draw word, weight]: two words of 32 bits and a finite float."""
+    named = isinstance(term, list) and len(term) == 3 and all(type(word) is int and 0 <= word < 2**32 for word in term[:2])
+    return named and isinstance(term[2], float) and math.isfinite(term[2])
+
+
+def _draws(window: Sequence[Past]) -> list[tuple[int, int]]:
+    return [(step, word) for past in window for step, word, _ in past]
+
+
+class WindowMomentum(_Window):
+    """theta <- decay theta + lr sum_{j < n} a_j g_j, g_j a parameter's last estimates: momentum of the last n
+    updates, none of it stored.
+
+    beta     0.9 by default, 0 <= beta < 1
+    length   n, updates that are remembered: 10. The rest of an endless sum would have the share beta^n: 35 %
+             here
+    average  True: a_j = beta^j / sum_i beta^i, and lr keeps its meaning. False: a_j = beta^j, Polyak's heavy
+             ball while the window fills
+
+    Keeps `window`: 16 bytes a draw of n updates for the whole run, where zokern.Momentum keeps 4 bytes a
+    weight. A step makes n times the z of a step of SGD, in one pass over the weights. It goes with a dense
+    z; a low-rank one has small moments, take zokern.Momentum.
+    Raises ValueError for arguments out of
+    range. Polyak 1964; arXiv 2605.00650 (the window)."""
+
+    name = "window_momentum"
+
+    def __init__(self, beta: float = 0.9, length: int = 10, average: bool = True) -> None:
+        self.beta = within("beta", beta, 0.0, 1.0, "0 <= beta < 1")
+        self.length, self.average = whole_number("length", length), flag("average", average)
+
+    def shares(self, count: int) -> list[float]:
+        """Returns a_j of the updates of a window, the oldest first."""
+        powers = [self.beta**j for j in reversed(range(count))]
+        whole = math.fsum(powers) if self.average else 1.0
+        return [power / whole for power in powers]
+
+    def update(
+        self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any, defer: bool
+    ) -> Tensor | int:  # fmt: skip
+        count: Tensor | int = 0
+        for part, window in self.windows(plan, group, weights, states):
+            shares = self.shares(len(window))
+            amounts = [lr * share * weight for share, past in zip(shares, window) for _, _, weight in past]
+            if not is_nothing(amounts, decay):
+                count = count + part.axpy_(plan.direction, plan.seed, _draws(window), amounts, decay, plan.rounding)
+        return count
+
+
+class WindowAdam(_Window):
+    """theta <- decay theta + lr scale M / (sqrt(V) + eps), M = sum_j beta1^j g_j, V = sum_j beta2^j g_j^2
+    over the last n updates.
+
+    betas   (0.7, 0.9), each 0 <= beta < 1. The sums have neither a factor 1 - beta nor a bias correction, as
+            published
+    eps     1e-5, in units of g, outside the root
+    length  n, updates that are remembered: 10
+    scale   100, as published: a step is about 55 lr long in every weight
+    warmup  SGD, theta <- decay theta + lr g_0, until a window is full, as published. False: the sums over
+            what there is
+
+    Keeps `window`: 16 bytes a draw of n updates for the whole run, where zokern.Adam keeps 8 bytes a
+    weight, and 12 MB while it writes. A step makes n times the z of a step of SGD. It goes with a dense z
+    alone.
+    Raises ValueError for arguments out of range. AdaMeZO, arXiv 2605.00650, 2026."""
+
+    name = "window_adam"
+
+    def __init__(
+        self,
+        betas: tuple[float, float] = (0.7, 0.9),
+        eps: float = 1e-5,
+        length: int = 10,
+        scale: float = 100.0,
+        warmup: bool = True,
+    ) -> None:
+        self.betas, self.length = pair(betas), whole_number("length", length)
+        self.eps = within("adam_eps", eps, SMALLEST, LARGEST, "a number above 0, finite in float32")
+        self.scale, self.warmup = finite_number("scale", scale, above=0.0), flag("warmup", warmup)
+
+    @property
+    def lr(self) -> float:
+        """Of an optimizer that is given none: a step is as long as Adam's."""
+        return ONES / self.scale
+
+    def scalars(self, lr: float, decay: float = 1.0) -> tuple[float, ...]:
+        """The numbers of zokern.update_ with rule 'adam'."""
+        beta1, beta2 = self.betas
+        return decay, self.scale * lr, beta1, 1.0, beta2, 1.0, 0.0, 1.0, self.eps
+
+    def update(
+        self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any, defer: bool
+    ) -> Tensor | int:  # fmt: skip
+        count: Tensor | int = 0
+        for part, window in self.windows(plan, group, weights, states):
+            if self.warmup and len(window) < self.length:
+                amounts = [lr * weight for weight in weights]
+                if not is_nothing(amounts, decay):
+                    count = count + part.axpy_(plan.direction, plan.seed, plan.draws(), amounts, decay, plan.rounding)
+            elif not is_nothing([lr], decay):
+                for pieces in _pieces(part, plan.rounding == "residual"):
+                    count = count + self._move(plan, part, pieces, window, lr, decay)
+                announce(part.theta)
+        return count
+
+    def _move(self, plan: Plan, group: Group, pieces: list[Piece], window: Sequence[Past], lr: float, decay: float) -> Tensor:
+        """Runs the rule over the window, on moments from zero and zeros in the place of the weights, and
+        last on the weights."""
+        tensors, spans, low = [piece[0] for piece in pieces], [piece[1] for piece in pieces], [piece[2] for piece in pieces]
+        blanks, *moments = [[torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in tensors] for _ in range(3)]
+        real = Batch(tensors, spans, plan.rounding, low if low[0] is not None else None)  # type: ignore[arg-type]
+        for j, past in enumerate(window, 1):
+            last = j == len(window)
+            numbers = self.scalars(lr, decay) if last else self.scalars(0.0)
+            weights, scalars = (
+                torch.tensor(x, dtype=torch.float32, device=tensors[0].device) for x in ([w for _, _, w in past], numbers)
+            )
+            noise = Noise(plan.direction, plan.seed, _draws([past]))
+            count = group.backend.update_(
+                real if last else Batch(blanks, spans), noise, Update(weights, "adam", scalars, moments)
+            )
+        return count
+
+
+Piece = tuple[Tensor, Span, Tensor | None]
+
+
+def _pieces(group: Group, residual: bool) -> Iterator[list[Piece]]:
+    """Yields parts of a group's tensors with their low bits, PIECE elements together; of a tensor with
+    gaps some rows, one at least."""
+    held: list[Piece] = []
+    for i, theta in enumerate(group.theta):
+        flat = theta.view(-1) if theta.is_contiguous() else theta
+        bits = group.residuals[i] if residual and group.residuals is not None else None
+        width = flat[0].numel() if flat.numel() else 1
+        most = max(1, PIECE // width)
+        for start in range(0, len(flat) if flat.numel() else 0, most):
+            rows, span = flat[start : start + most], group.spans[i]
+            if held and sum(t.numel() for t, *_ in held) + rows.numel() > PIECE:
+                yield held
+                held = []
+            low = bits if bits is None or not bits.numel() else bits.view(flat.shape)[start : start + most]
+            held.append((rows, span._replace(first=span.first + start * width), low))
+    if held:
+        yield held
+
+
+__all__ = ["WindowAdam", "WindowMomentum"]
