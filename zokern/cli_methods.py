@@ -78,7 +78,7 @@ def cost(name: str) -> Cost:
     """Measures a method at its defaults on one matrix: two steps, of which the second one is counted."""
     model = torch.nn.Linear(SIZE, SIZE, bias=False, device="cpu")
     torch.nn.init.normal_(model.weight, std=0.02, generator=torch.Generator("cpu").manual_seed(0))
-    x = torch.ones(1, SIZE, device="cpu")
+    x = torch.ones(1, SIZE, dtype=torch.float32, device="cpu")
     evaluation = _Counted()
     make: Any = methods.METHODS[name]
     optimizer = make(model, evaluation=evaluation, paired_check=0)

@@ -213,7 +213,9 @@ def test_every_file_of_methods_is_timed(monkeypatch) -> None:
     assert {step.method.lower() for step in found if step == Step(step.method)} == files
     assert Step("MeZO", eager=True) in found and Step("LOZO", refresh=True) in found
     bare = [name for name in bench_methods.METHODS if name not in LOOPS]
-    assert report.notes() == [f"{name} has no eager loop in benchmarks/eager_methods.py: it is timed without one" for name in bare]
+    assert report.notes() == [
+        f"{name} has no eager loop in benchmarks/eager_methods.py: it is timed without one" for name in bare
+    ]
     assert report.found()["LOZO, a new basis every 50 steps included, OPT-tiny fp32 1x4 / forwards"][0] == 2.0
 
 

@@ -336,7 +336,9 @@ def test_check_rejects_wrong_orthonormal(wrong: str) -> None:
 
 
 @pytest.mark.parametrize("evaluation", ["scratch", "paired"])
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "blockmezo"])  # a block's losses drown in rounding to 16 bits
+@pytest.mark.parametrize(
+    "name", [name for name in METHODS if name != "blockmezo"]
+)  # a block's losses drown in rounding to 16 bits
 def test_autocast_around_a_step_is_autocast_in_its_closure(name: str, evaluation: str) -> None:
     """A step's own arithmetic is float32 whatever mode the loop is in: the same bits, also where bases change."""
     ends = []

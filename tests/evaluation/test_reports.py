@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import logging
 import os
 import re
@@ -268,6 +269,11 @@ def test_auto_is_the_default_of_every_method() -> None:
     assert readings.defaults() == dict.fromkeys(readings.METHODS, "auto")
 
 
+def one_example(net: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    """A scalar to most methods, and the losses of a batch of one example."""
+    return lambda: square(net, x)().reshape(1)
+
+
 @pytest.mark.parametrize("method", readings.METHODS)
 def test_old_name_is_an_alias(method: str) -> None:
     """'walk' and 'inplace' are one evaluation under two names."""
@@ -275,7 +281,7 @@ def test_old_name_is_an_alias(method: str) -> None:
     for name in ("walk", "inplace"):
         net, x = plain()
         opt = optimizer(method, net, name, lr=1e-3, eps=1e-3)
-        runs.append([(r.losses, r.evaluation) for r in (zokern.step(opt, square(net, x)) for _ in range(2))])
+        runs.append([(r.losses, r.evaluation) for r in (zokern.step(opt, one_example(net, x)) for _ in range(2))])
     assert runs[0] == runs[1]
 
 
@@ -779,7 +785,7 @@ NEAREST = {"momentum": "Momentum", "betas": "Adam", "epsilon": "eps", "querys": 
 @pytest.mark.parametrize("method", readings.METHODS)
 @pytest.mark.parametrize("option", NEAREST)
 def test_14_an_unknown_option_names_the_class_and_the_nearest(option: str, method: str) -> None:
-    if (method, option) in (("LOZO", "momentum"), ("TeZO", "betas")):
+    if option in inspect.signature(readings.METHODS[method]).parameters:
         pytest.skip(f"{method} has the option {option!r}")
     net, _ = plain()
     with pytest.raises(TypeError) as caught:
@@ -881,7 +887,7 @@ def test_18_distributed_checkpoint_takes_the_state(method: str) -> None:
     assert set(weights) == set(start) and "param_groups" in state
     assert opt.steps == 0 and opt.param_groups[0]["lr"] == 1e-3
     check_weights(net, start, "master")
-    zokern.step(opt, square(net, x))
+    zokern.step(opt, one_example(net, x))
     get_state_dict(net, opt)
     assert opt.steps == 1
 

@@ -29,6 +29,7 @@ MADE: dict[str, Any] = {
     "Lazy": lambda: directions.Lazy(rank=3, interval=7),
     "Diagonal": lambda: directions.Diagonal(rank=8),
     "Aligned": lambda: Probed(rank=3, interval=7, probes=3),
+    "Private": lambda: estimator.Private(noise=1e-3),
 }
 CONTRACTS = {
     "LowRank",
@@ -82,8 +83,14 @@ CELLS = [*itertools.product(DIRECTIONS, ESTIMATORS)]
 TOKENS, TARGET = torch.arange(12), torch.sin(torch.arange(48.0)).view(12, 4)
 
 
-def loss_of(net: Tiny) -> torch.Tensor:
-    return (net(TOKENS) - TARGET).square().mean()
+def loss_of(net: Tiny, rows: bool = False) -> torch.Tensor:
+    """Returns the mean loss, or the loss of each example."""
+    found = (net(TOKENS) - TARGET).square().mean(1)
+    return found if rows else found.mean()
+
+
+def closure_of(net: Tiny, estimate: str) -> Any:
+    return partial(loss_of, net, estimate == "Private")
 
 
 def gradient() -> float:
@@ -112,13 +119,14 @@ def outcome(direction: str, estimate: str, update: Any) -> str:
         try:
             optimizer = build(net, direction, estimate, update, "Master")
             for _ in range(8):
-                read += zokern.step(optimizer, partial(loss_of, net)).coefficients
+                read += zokern.step(optimizer, closure_of(net, estimate)).coefficients
             read = read[len(read) // 2 :]  # what estimators learn has settled
             size = math.sqrt(math.fsum(c * c for c in read) / len(read)) or LENGTH
-            one_length = getattr(optimizer.rule, "lr", None) == ONES
-            optimizer.param_groups[0]["lr"] = share * before / (LENGTH if one_length else size * LENGTH)
+            one_length = getattr(optimizer.rule, "lr", None)
+            own = one_length / ONES if one_length else 1.0 / size
+            optimizer.param_groups[0]["lr"] = share * before / LENGTH * own
             for _ in range(STEPS):
-                zokern.step(optimizer, partial(loss_of, net))
+                zokern.step(optimizer, closure_of(net, estimate))
         except REFUSALS as error:
             return str(error)
         except RuntimeError:  # a guard: the loss is far away
@@ -141,7 +149,8 @@ def losses(direction: str, estimate: str, update: str, read: str) -> list[float]
     net = model()
     try:
         optimizer = build(net, direction, estimate, update, read)
-        return [x for _ in range(3) for sides in zokern.step(optimizer, lambda: loss_of(net)).losses for x in sides]
+        closure = closure_of(net, estimate)
+        return [x for _ in range(3) for sides in zokern.step(optimizer, closure).losses for x in sides]
     except REFUSALS:
         return None
 

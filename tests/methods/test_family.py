@@ -22,7 +22,16 @@ from zokern.methods import METHODS
 from zokern.plan import Plan
 from zokern.stream import PRIVACY, draw_word, words
 
-NAMES = ("embed.weight", "layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down", "layers.2.up", "layers.3.up", "head.weight")
+NAMES = (
+    "embed.weight",
+    "layers.0.up",
+    "layers.0.down",
+    "layers.1.up",
+    "layers.1.down",
+    "layers.2.up",
+    "layers.3.up",
+    "head.weight",
+)
 EVALUATIONS = ("master", "paired", "scratch", "inplace")
 FAMILY = (
     "AdaMeZO", "BSZO", "BlockMeZO", "DPZO", "LeZO", "MeZOGV", "RLOO", "ZOAdam", "ZOConservative", "ZOMomentum", "ZOSignSGD",
@@ -35,7 +44,9 @@ def weights() -> dict[str, nn.Parameter]:
 
 
 def loss(theta: dict[str, Tensor]) -> Tensor:
-    parts = torch.stack([(t.double() * (1 + i)).sin().mean() + t.double().square().mean() for i, t in enumerate(theta.values())])
+    parts = torch.stack(
+        [(t.double() * (1 + i)).sin().mean() + t.double().square().mean() for i, t in enumerate(theta.values())]
+    )
     return parts.sum() + 0.3 * parts.prod() + 2.0
 
 
@@ -173,9 +184,7 @@ def test_a_loss_that_is_nan_in_one_block(order: str, evaluation: str) -> None:
     params = weights()
     before = {name: p.detach().clone() for name, p in params.items()}
     third = params[NAMES[3]].detach().clone()
-    optimizer = zokern.BlockMeZO(
-        list(params.items()), lr=0.1, eps=0.05, order=order, evaluation=evaluation, paired_check=None
-    )
+    optimizer = zokern.BlockMeZO(list(params.items()), lr=0.1, eps=0.05, order=order, evaluation=evaluation, paired_check=None)
 
     def closure() -> Tensor:
         return loss(params) + torch.where((params[NAMES[3]] - third).abs().max() > 1e-3, torch.nan, 0.0)
@@ -318,11 +327,17 @@ def test_a_point_may_lie_along_draws_of_earlier_steps() -> None:
     class Asks(zokern.Spsa):
         def __call__(self, oracle: Any, plan: Any) -> Any:
             if plan.step == 2:
-                points = [Point((((0, 0), 1.0),)), Point((((1, 0), 0.5), (plan.draw(0), -1.0))), Point((((0, 0), -1.0), ((1, 0), 1.0)))]
+                points = [
+                    Point((((0, 0), 1.0),)),
+                    Point((((1, 0), 0.5), (plan.draw(0), -1.0))),
+                    Point((((0, 0), -1.0), ((1, 0), 1.0))),
+                ]
                 found.setdefault(name, []).extend(oracle.losses(points).tolist())
             for estimate in super().__call__(oracle, plan):
                 if plan.step == 2:
-                    estimate = replace(estimate, draws=((0, 0), plan.draw(0)), coefficients=torch.tensor([[0.5, -0.5]]).double(), slopes=None)
+                    estimate = replace(
+                        estimate, draws=((0, 0), plan.draw(0)), coefficients=torch.tensor([[0.5, -0.5]]).double(), slopes=None
+                    )
                 yield estimate
 
     for method in (zokern.MeZO, zokern.TeZO):

@@ -50,7 +50,9 @@ METHODS: dict[str, Callable[..., Any]] = {
     "zoconservative": partial(zokern.ZOConservative, queries=2, lr=0.05, eps=1e-2),
     "bszo": partial(zokern.BSZO, lr=3e-2),
     "mezogv_unit": partial(zokern.MeZOGV, norm="unit", lr=1e-3),
-    "mezogv_lozo": lambda m, **options: zokern.LOZO(m, estimator=zokern.Guided(), **{"rank": 2, "interval": 3, "lr": 3e-3, **options}),
+    "mezogv_lozo": lambda m, **options: zokern.LOZO(
+        m, estimator=zokern.Guided(), **{"rank": 2, "interval": 3, "lr": 3e-3, **options}
+    ),
 }
 # Methods whose closure returns the loss of each example.
 ROWS: dict[str, Callable[..., Any]] = {
