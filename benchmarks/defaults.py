@@ -53,6 +53,12 @@ CASES: dict[str, tuple[Callable[..., Any], float]] = {
     "LOZO-M": (partial(zokern.LOZO, momentum=0.9), 1.0),
     "TeZO-m": (partial(zokern.TeZO, rule="momentum"), 1.0),
     "TeZO-Adam": (partial(zokern.TeZO, rule="adam"), 1.0),
+    "AdaMeZO": (zokern.AdaMeZO, 1.0),
+    "DPZO": (zokern.DPZO, 1.0),
+    "LeZO": (zokern.LeZO, 1.0),
+    "MeZOGV": (zokern.MeZOGV, 1.0),
+    "RLOO": (zokern.RLOO, 1.0),
+    "ZOMomentum": (zokern.ZOMomentum, 1.0),
 }
 
 
@@ -61,12 +67,12 @@ def measure(name: str, model: Any, words: LabelWords, rows: Any, options: argpar
     build, portion = CASES[name]
     optimizer = build(model, seed=options.seed, **({} if options.lr is None else {"lr": options.lr}))
     batches = Batches(rows.train, BATCH, options.seed)
-    seconds, right = [], Oracle.losses
-    with patch.object(Oracle, "losses", lambda self, points, *rest: asked.extend({*points}) or right(self, points, *rest)):
+    seconds, right = [], Oracle._read
+    with patch.object(Oracle, "_read", lambda self, plan, points, *rest: asked.extend({*points}) or right(self, plan, points, *rest)):
         while len(seconds) < max(1, round(portion * options.steps)) and sum(seconds) < options.seconds:
             task, asked = Task(model, words, batches.next()), list[Point]()
             started = time.perf_counter()
-            zokern.step(optimizer, task)
+            zokern.step(optimizer, task.examples if name == "DPZO" else task)
             seconds.append(time.perf_counter() - started)
     optimizer.flush()
     after, group = score(model, words, rows.held_out), optimizer.param_groups[0]
