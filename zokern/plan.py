@@ -21,6 +21,7 @@ class Group:
     """Trained tensors of one parameter group on one device, with one eps: one launch per verb.
 
     tensors  the parameters, which name the optimizer's state
+    lengths  by draw word: the length of its z in this group, in units of eps; 1 where it has no entry
     theta    their memory as plain tensors: what is read and written, whatever stands in a parameter while a closure runs"""
 
     names: list[str]
@@ -34,6 +35,7 @@ class Group:
     theta: TensorList = field(default_factory=TensorList)
     objects: list[list[Tensor]] = field(default_factory=list)  # every tensor object that stands for tensor i, itself first
     drawn: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict, repr=False)  # by step and draw word
+    lengths: dict[int, float] = field(default_factory=dict, repr=False)
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)  # what evaluations prepare once for these tensors
 
     def __post_init__(self) -> None:
@@ -62,6 +64,10 @@ class Group:
             drawn={},
             memo={},
         )
+
+    def reach(self, word: int) -> float:
+        """Returns eps of one draw, in weights: an amount a of it moves theta by a reach z."""
+        return self.eps * self.lengths[word] if word in self.lengths else self.eps
 
     def residual(self, i: int) -> Tensor | None:
         """The low bits of tensor i, where it has any."""
@@ -185,6 +191,9 @@ class Run:
     step: int = 0
 
 
+EACH = ("each parameter by itself",)  # the scope of Plan.each, which no parameter is called
+
+
 @dataclass
 class Plan:
     """The checked work of one step.
@@ -226,6 +235,17 @@ class Plan:
         for part, whole in self.scopes[key]:
             part.eps = whole.eps
         return replace(self, groups=[part for part, _ in self.scopes[key]], scopes={})
+
+    def each(self, lengths: Sequence[dict[int, float]] = ()) -> Plan:
+        """Returns the same step with a group, and so a launch, for every parameter, in the order of `names`.
+
+        lengths  Group.lengths of every parameter"""
+        if EACH not in self.scopes:
+            self.scopes[EACH] = [(group.only([i]), group) for group in self.groups for i in range(len(group.names))]
+        parts = self.scopes[EACH]
+        given = lengths or [whole.lengths for _, whole in parts]
+        groups = [replace(part, eps=whole.eps, lengths=own) for (part, whole), own in zip(parts, given)]
+        return replace(self, groups=groups, scopes={})
 
     def along(self, words: tuple[int, ...]) -> Plan:
         """Returns the same step with the draws of an estimate."""

@@ -131,6 +131,7 @@ def _run(optimizer: Steps, closure: Callable[[], Any]) -> StepResult:
     result: StepResult | None = None
     for estimate in optimizer.estimator(oracle, plan):
         part = plan.only(estimate.scope).along(estimate.draws)
+        part = part.each() if estimate.each else part
         checked = _check(optimizer, oracle) if result is None else result.unseen
         moves = [_move(optimizer, group, estimate, row.tolist()) for group, row in zip(part.groups, estimate.coefficients)]
         finite = all(fits([*weights, lr, decay, *(lr * w for w in weights)]) for weights, lr, decay in moves)

@@ -33,6 +33,7 @@ class Estimate:
     losses        float64 (queries, losses of a query): what was read
     count         what the sum is divided by
     scope         names of the parameters that move; None: all of the plan
+    each          whether coefficients has a row for each parameter, in the plan's order, in place of each group
     slopes        float64 (draws): the loss's derivative along each z_k as read, with the first group's eps; None: not known"""
 
     draws: tuple[int, ...]
@@ -41,6 +42,7 @@ class Estimate:
     count: int = 1
     scope: tuple[str, ...] | None = None
     slopes: Tensor | None = None
+    each: bool = False
 
 
 class Oracle:
@@ -52,9 +54,11 @@ class Oracle:
         self.evaluation, self.plan, self.closure = evaluation, plan, closure
         self.asked: tuple[list[Point], Tensor, Plan] = [], torch.empty(0, dtype=torch.float64, device="cpu"), plan
 
-    def losses(self, points: Sequence[Point], scope: Collection[str] | None = None) -> Tensor:
-        """Returns the losses at the points, float64 [len(points)]. scope: names of the parameters that are moved; None: all."""
-        plan = self.plan if scope is None else self.plan.only(scope)
+    def losses(self, points: Sequence[Point], scope: Collection[str] | Plan | None = None) -> Tensor:
+        """Returns the losses at the points, float64 [len(points)].
+
+        scope  names of the parameters that are moved, or a plan of theirs; None: all"""
+        plan = scope if isinstance(scope, Plan) else self.plan.only(scope)
         try:
             found = self.evaluation.losses(plan, points, self.closure)
         except StopIteration as problem:  # which would end the estimator, a generator, and lose its notes

@@ -30,8 +30,8 @@ class _Within:
     def __init__(self, oracle: Oracle, scope: Collection[str]) -> None:
         self.oracle, self.scope = oracle, scope
 
-    def losses(self, points: Sequence[Point]) -> Tensor:
-        return self.oracle.losses(points, self.scope)
+    def losses(self, points: Sequence[Point], scope: Collection[str] | Plan | None = None) -> Tensor:
+        return self.oracle.losses(points, self.scope if scope is None else scope)
 
 
 class Blockwise:
