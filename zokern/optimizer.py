@@ -93,7 +93,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self.bases = Bases(self.factored, self.rule, self.state)
         self.low_bits = LowBits(rounding == "residual", self.state)
         self.deferred = Deferred(self.run, self.bases, self.low_bits, self._lock, defer)
-        self.work.parts(self.bases, self.low_bits, self.deferred, self.rule)
+        self.work.parts(self.bases, self.low_bits, self.deferred, self.rule, self.estimator)
         if self.factored is not None and self.work.model is not None:
             self.deferred.watch(self.work.model, params)
 

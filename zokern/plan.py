@@ -73,6 +73,22 @@ class Group:
         """The low bits of tensor i, where it has any."""
         return self.residuals[i] if self.residuals is not None and self.theta[i].dtype == torch.bfloat16 else None
 
+    def read(self, i: int) -> Tensor:
+        """Returns tensor i in float32, with its low bits: a copy of 16-bit weights, and float32 weights themselves."""
+        if (low := self.residual(i)) is None:
+            return self.theta[i].float()
+        return ((self.theta[i].view(torch.int16).int() << 16) + low.int()).view(torch.float32)
+
+    def put(self, i: int, values: Tensor) -> None:
+        """Writes float32 values to tensor i: exactly where it has low bits, else rounded to nearest."""
+        if (low := self.residual(i)) is None:
+            self.theta[i].copy_(values)
+            return
+        bits = values.contiguous().view(torch.int32)
+        high = (bits + 0x8000) >> 16  # the nearest bfloat16, ties away from zero, as in the kernels
+        self.theta[i].view(torch.int16).copy_(high.short())
+        low.copy_((bits - (high << 16)).short())
+
     def axpy_(self, direction, seed: int, draws, coeffs: Sequence[float], decay: float, rounding: str) -> Tensor:
         table = torch.tensor(coeffs, dtype=torch.float32, device=self.theta[0].device)
         residuals = self.residuals if rounding == "residual" else None

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import zokern
 from zokern.directions import Aligned, Diagonal, Drawn, Kept, Lazy, LowRank, Subspace
-from zokern.estimator import Spread, Spsa
+from zokern.estimator import Kernel, Spread, Spsa
 from zokern.methods.pgap import Probed
-from zokern.stream import BASIS, RADIUS, draw_word
+from zokern.stream import BASIS, RADIUS, draw_word, parameter_id
 
 METHODS: dict[str, Callable[..., Any]] = {
     "subzero": partial(zokern.SubZero, rank=3, interval=3, reshape="none", lr=3e-3),
@@ -39,6 +39,8 @@ METHODS: dict[str, Callable[..., Any]] = {
     "pgap_step": partial(zokern.PGAP, rank=3, interval=3, probes=3, sign="step", norm="unit", lr=0.1, eps=1e-2),
     "pgap_positive": partial(zokern.PGAP, rank=3, interval=3, probes=3, sign="positive", norm="unit", lr=0.1, eps=1e-2),
     "fzoo": partial(zokern.FZOO, queries=3, lr=3e-3, eps=1e-3),
+    "kerzoo": partial(zokern.KerZOO, lr=1e-3, eps=1e-2),
+    "kerzoo_5_averaged": partial(zokern.KerZOO, order=5, width=0.8, scale=2.0, averaging=True, lr=1e-3, eps=1e-2),
 }
 # Every method of the package that has no case above, with what it takes by default.
 METHODS |= {
@@ -47,7 +49,9 @@ METHODS |= {
     if name.lower() not in METHODS and name != "MeZO"
 }
 METHODS["mezo"] = partial(zokern.MeZO, lr=3e-3)
-ONE_EACH = ("subzero", "lozo", "lozo_m", "tezo", "tezo_m", "tezo_adam", "pgap", "fzoo")
+ONE_EACH = ("subzero", "lozo", "lozo_m", "tezo", "tezo_m", "tezo_adam", "pgap", "fzoo", "kerzoo_5_averaged")
+# Kernels of the orders that the cases have, in whole numbers: K(r) = r (a + b r^2 + c r^4).
+POLYNOMIALS = {3: (75 / 4, -105 / 4, 0.0), 5: (3675 / 64, -6615 / 32, 10395 / 64)}
 
 
 class Sized(NamedTuple):
@@ -181,26 +185,53 @@ class Formula:
         return self.factors(name, step, query).product().value.reshape(self.theta[name].shape)
 
     def moved(self, step: int, query: int, scale: float) -> dict[str, Tensor]:
-        """theta + scale z."""
-        return {n: t + scale * self.z(n, step, query) for n, t in self.theta.items()}
+        """theta + scale z, around the weights where losses are read."""
+        return {n: self.base(n) + scale * self.z(n, step, query) for n in self.theta}
+
+    def base(self, name: str) -> Tensor:
+        """Where losses are read."""
+        if self.kind != "averaged":
+            return self.theta[name]
+        fast, count = self.memory.get(name, (sized(self.theta[name]), 0))
+        return self.theta[name] + (fast.value - self.theta[name]) / (1 + count / self.optimizer.rule.span)
+
+    def points(self, step: int, query: int, eps: float) -> list[dict[str, Tensor]]:
+        """The weights at which the losses of a query are read."""
+        radius, _ = self.radius(step, query)
+        return [self.moved(step, query, offset * radius * eps) for offset in self.optimizer.estimator.stencil.offsets]
 
     # Coefficients and updates
 
-    def coefficients(self, losses: Sequence[Sequence[float]], eps: float) -> list[float]:
+    def radius(self, step: int, query: int) -> tuple[float, float]:
+        """r and K(r) of KerZOO; 1 and 1 elsewhere."""
         estimator = self.optimizer.estimator
-        assert type(estimator) in (Spsa, Spread), f"the formula of estimator {type(estimator).__name__} is not known"
+        if type(estimator) is not Kernel:
+            return 1.0, 1.0
+        assert estimator.scope == "query" and estimator.rescale, "the formula of these radii is not known here (test_kernel.py)"
+        counter = [[0, parameter_id(""), step, draw_word(query, RADIUS)]]
+        x = (float(zokern.philox4x32(counter, [self.optimizer.seed, 0])[0, 0]) + 0.5) / 2**31 - 1.0
+        kernel = sum(a * x ** (2 * i + 1) for i, a in enumerate(POLYNOMIALS[estimator.order]))
+        return estimator.width * x, estimator.scale / estimator.width * kernel
+
+    def coefficients(self, losses: Sequence[Sequence[float]], eps: float, step: int) -> list[float]:
+        estimator = self.optimizer.estimator
+        assert type(estimator) in (Spsa, Spread, Kernel), f"the formula of estimator {type(estimator).__name__} is not known"
         offsets, weights = estimator.stencil.offsets, estimator.stencil.weights
         unit = eps
         if type(estimator) is Spread:
             ahead = [loss for sides in losses for loss, offset in zip(sides, offsets) if offset]
             unit = float(torch.tensor(ahead, dtype=torch.float64).std(correction=0))
-        return [math.fsum(w * loss for w, loss in zip(weights, sides)) / unit for sides in losses]
+        kernels = [self.radius(step, query)[1] for query in range(len(losses))]
+        return [k * math.fsum(w * loss for w, loss in zip(weights, sides)) / unit for k, sides in zip(kernels, losses)]
 
     def update(self, coefficients: Sequence[float], step: int, lr: float, weight_decay: float = 0.0) -> None:
         """theta <- (1 - lr wd) theta - lr times the method's average of c_k z_k."""
         q = len(coefficients)
         for name, theta in self.theta.items():
             weights = [c / q for c in coefficients]
+            if self.kind == "averaged":
+                self.average(name, sum_of([self.dense(name, step, k) * w for k, w in enumerate(weights)]), lr, weight_decay)
+                continue
             if self.shape(name) is None:
                 total = sum_of([self.dense(name, step, k) * w for k, w in enumerate(weights)])
                 move = self.averaged(name, total) if self.kind != "sgd" else total
@@ -213,7 +244,7 @@ class Formula:
     @property
     def kind(self) -> str:
         rule = self.optimizer.rule
-        assert type(rule) in (zokern.Sgd, zokern.Momentum, zokern.Adam), (
+        assert type(rule) in (zokern.Sgd, zokern.Momentum, zokern.Adam, zokern.Averaged), (
             f"the formula of rule {type(rule).__name__} is not known"
         )
         return rule.name
@@ -227,6 +258,14 @@ class Formula:
             return self.memory[name]
         first, second = self.moments(name, gradient)
         return first * (1.0 / self.root(second.value))
+
+    def average(self, name: str, gradient: Sized, lr: float, weight_decay: float) -> None:
+        """KerZOO's acceleration: fast weights, and their average."""
+        theta = Sized(self.theta[name], self.size[name])
+        fast, count = self.memory.get(name, (theta, 0))
+        fast, share = fast * (1.0 - lr * weight_decay) + gradient * -lr, 1.0 / (1.0 + count / self.optimizer.rule.span)
+        self.memory[name] = fast, count + 1
+        self.theta[name], self.size[name] = theta * (1.0 - share) + fast * share
 
     def root(self, second: Tensor) -> Tensor:
         rule = self.optimizer.rule

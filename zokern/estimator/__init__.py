@@ -1,6 +1,6 @@
 """Estimators: which points a step reads, and what their losses say of the gradient. One file each."""
 
-from .base import SLOPES, Estimate, Estimator, Oracle
+from .base import SLOPES, Base, Estimate, Estimator, Oracle
 from .bayesian import Bayesian
 from .blocks import Blockwise
 from .conservative import Conservative
@@ -14,6 +14,7 @@ __all__ = [
     "FORWARD",
     "SLOPES",
     "STENCILS",
+    "Base",
     "Bayesian",
     "Blockwise",
     "Conservative",

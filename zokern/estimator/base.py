@@ -10,14 +10,15 @@ then runs on a host, on a device without a synchronisation, and in a captured gr
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ..evaluation import Evaluation, Point
-from ..plan import Plan
+from ..evaluation import THETA, Evaluation, Point
+from ..plan import Group, Plan
 
 # lr of optimizers that are given none: for coefficients in units of loss per weight, and for coefficients of about 1.
 SLOPES: float = 2e-5
@@ -45,33 +46,129 @@ class Estimate:
     each: bool = False
 
 
+class Base(NamedTuple):
+    """Other weights, in whose place losses are read.
+
+    write     write(group, states, argument) puts them into the group's tensors (Group.read, Group.put); states[tensor] is the
+              optimizer's state of a parameter
+    argument  what tells bases with one `write` apart; it is compared"""
+
+    write: Callable[[Group, Any, Any], None]
+    argument: Any = None
+
+
+class Asked(NamedTuple):
+    """A question of an estimator, and what was read."""
+
+    points: list[Point]
+    losses: Tensor
+    plan: Plan
+    bases: tuple[Base, ...]
+    closure: Callable[[], Any]
+
+
 class Oracle:
     """What an estimator asks: the losses at points, in one call of the evaluation. The weights are as before after each answer.
 
-    asked  points, losses and plan of the last question"""
+    states  the optimizer's state of each parameter
+    lens    a rule's view of a point: the weights that stand in for theta (None: theta), and the point relative to them
+    asked   the last question"""
 
-    def __init__(self, evaluation: Evaluation, plan: Plan, closure: Callable[[], Any]) -> None:
-        self.evaluation, self.plan, self.closure = evaluation, plan, closure
-        self.asked: tuple[list[Point], Tensor, Plan] = [], torch.empty(0, dtype=torch.float64, device="cpu"), plan
+    def __init__(
+        self,
+        evaluation: Evaluation,
+        plan: Plan,
+        closure: Callable[[], Any],
+        states: Any = None,
+        lens: Callable[[Point], tuple[Base | None, Point]] | None = None,
+    ) -> None:
+        self.evaluation, self.plan, self.closure, self.states, self.lens = evaluation, plan, closure, states, lens
+        self.bases: tuple[Base, ...] = ()  # of at(), the outermost first
+        self.asked = Asked([], torch.empty(0, dtype=torch.float64, device="cpu"), plan, (), closure)
 
-    def losses(self, points: Sequence[Point], scope: Collection[str] | Plan | None = None) -> Tensor:
+    def losses(
+        self,
+        points: Sequence[Point],
+        scope: Collection[str] | Plan | None = None,
+        closure: Callable[[], Any] | None = None,
+    ) -> Tensor:
         """Returns the losses at the points, float64 [len(points)].
 
-        scope  names of the parameters that are moved, or a plan of theirs; None: all"""
+        scope    names of the parameters that are moved, or a plan of theirs; None: all
+        closure  computes another loss than the step's; None: the step's"""
         plan = scope if isinstance(scope, Plan) else self.plan.only(scope)
+        closure = closure or self.closure
+        found = self._read(plan, points, closure)
+        self.asked = Asked(list(points), found, plan, self.bases, closure)
+        return found
+
+    def again(self) -> tuple[float, float]:
+        """Returns the loss of the last question's first point, read once more, and that of theta, at the same base."""
+        points, _, plan, bases, closure = self.asked
+        with self._all(bases, plan):
+            first, middle = self._read(plan, [points[0], THETA], closure).tolist()
+        return first, middle
+
+    @contextmanager
+    def at(self, base: Base, plan: Plan | None = None) -> Iterator[None]:
+        """Inside, losses are read around other weights, under any evaluation; then the weights have their bits again.
+
+        So have their low bits, and exceptions change nothing in this. Memory: a copy of the plan's tensors while inside (None: of all
+        that is trained), beside what the evaluation takes. Raises RuntimeError while updates of a low-rank direction wait: the weights
+        lack them."""
+        plan = self.plan if plan is None else plan
+        if plan.deferred:
+            raise RuntimeError(
+                "losses are read at other weights while updates wait in the core: build the optimizer with defer=False"
+            )
+        held = [t for group in plan.groups for t in (*group.theta, *(group.residuals or ()))]
+        kept = [t.clone() for t in held]
+        self.bases = (*self.bases, base)
         try:
-            found = self.evaluation.losses(plan, points, self.closure)
+            for group in plan.groups:
+                base.write(group, self.states, base.argument)
+            yield
+        finally:
+            self.bases = self.bases[:-1]
+            with torch.no_grad():
+                for tensor, copy in zip(held, kept):
+                    tensor.copy_(copy)
+
+    @contextmanager
+    def _all(self, bases: Sequence[Base], plan: Plan) -> Iterator[None]:
+        """Enters several bases, the outermost first."""
+        if not bases:
+            yield
+            return
+        with self.at(bases[0], plan), self._all(bases[1:], plan):
+            yield
+
+    def _read(self, plan: Plan, points: Sequence[Point], closure: Callable[[], Any]) -> Tensor:
+        """Returns the losses at the points, through the rule's lens: one call of the evaluation for each base."""
+        if self.lens is None:
+            return self._ask(plan, points, closure)
+        seen = [self.lens(point) for point in points]
+        read: dict[int, Tensor] = {}
+        for base in dict.fromkeys(base for base, _ in seen):
+            members = [i for i, (own, _) in enumerate(seen) if own == base]
+            with nullcontext() if base is None else self.at(base, plan):
+                read.update(zip(members, self._ask(plan, [seen[i][1] for i in members], closure).unbind(0)))
+        return torch.stack([read[i] for i in range(len(points))])
+
+    def _ask(self, plan: Plan, points: Sequence[Point], closure: Callable[[], Any]) -> Tensor:
+        try:
+            return self.evaluation.losses(plan, points, closure)
         except StopIteration as problem:  # which would end the estimator, a generator, and lose its notes
             error = RuntimeError(f"the closure raised {problem!r}, as an iterator at its end does")
             error.__notes__ = list(getattr(problem, "__notes__", ()))  # type: ignore[attr-defined]
             raise error from problem
-        self.asked = list(points), found, plan
-        return found
 
 
 class Estimator(Protocol):
     """An object that asks and yields. Its attributes are options, which a state_dict compares; `state` is what it learns.
 
+    keeps    where an estimator has this method: keeps(shape) returns name -> shape of the float32 tensors that it keeps in the
+             optimizer's state of a parameter (Oracle.states)
     queries  draws of a step
     lr       of an optimizer that is given none; SLOPES where an estimator has no such attribute
     state    plain values and tensors that a resumed run continues with; an empty dict where nothing is kept"""
@@ -83,4 +180,4 @@ class Estimator(Protocol):
         """Yields one estimate or several; each moves the weights before the next question."""
 
 
-__all__ = ["ONES", "SLOPES", "Estimate", "Estimator", "Oracle"]
+__all__ = ["ONES", "SLOPES", "Base", "Estimate", "Estimator", "Oracle"]

@@ -12,6 +12,7 @@ from ..optimizer import ZerothOrder
 
 if TYPE_CHECKING:  # for type checkers, which cannot look into a folder
     from .fzoo import FZOO
+    from .kerzoo import KerZOO
     from .lozo import LOZO
     from .mezo import MeZO
     from .pgap import PGAP
@@ -33,5 +34,5 @@ def find() -> dict[str, type[ZerothOrder]]:
 METHODS = find()
 globals().update(METHODS)
 
-__all__ = ["FZOO", "LOZO", "MeZO", "PGAP", "SubZero", "TeZO"]
+__all__ = ["FZOO", "LOZO", "KerZOO", "MeZO", "PGAP", "SubZero", "TeZO"]
 __all__ += [name for name in METHODS if name not in __all__]

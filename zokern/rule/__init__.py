@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 from .adam import Adam
+from .averaged import Averaged
 from .base import Rule, basis_of, check_basis, renew
 from .momentum import Momentum
 from .sgd import Sgd
 from .state import START_ANEW, Keeps, check_state
 
-__all__ = ["START_ANEW", "Adam", "Keeps", "Momentum", "Rule", "Sgd", "basis_of", "check_basis", "check_state", "renew"]
+__all__ = [
+    "START_ANEW",
+    "Adam",
+    "Averaged",
+    "Keeps",
+    "Momentum",
+    "Rule",
+    "Sgd",
+    "basis_of",
+    "check_basis",
+    "check_state",
+    "renew",
+]

@@ -16,6 +16,12 @@ class Rule(Protocol):
     """theta <- rule(theta, g), g = sum_k weights[k] z_k the descent direction: weights[k] = -c_k / q (+c_k / q to maximize).
 
     defers  whether updates of factored matrices stay in their small space, and may wait there
+
+    A rule may have more, where it needs it:
+
+        dense                        True: an optimizer refuses it with a low-rank direction
+        base(point)                  returns (base, point): losses are read at that point of other weights (Base; None: theta)
+        prepare(plan, oracle, states)   before the losses of a step are read: may read others
     """
 
     name: str
@@ -72,7 +78,11 @@ def basis_of(rule: Rule, states: Any, tensor: Tensor) -> int | None:
 
 
 def check_basis(rule: Rule, direction: LowRank | None) -> None:
-    """Refuse a rule whose state belongs to one basis with a direction that changes its basis."""
+    """Refuse a rule whose state belongs to one basis with a direction that changes its basis, and one of a dense z with a low-rank one."""
+    if direction is not None and getattr(rule, "dense", False):
+        raise ValueError(
+            f"rule is {rule.name!r} with direction {direction.name!r}; expected a dense z, 'normal' or 'rademacher'"
+        )
     if direction is not None and getattr(rule, "diagonal", False) and not direction.is_diagonal:
         raise ValueError(
             f"rule is {rule.name!r} with direction {direction.name!r}, whose basis changes or is no diagonal; its moments belong to "
