@@ -38,7 +38,7 @@ def check_moments(order: int, factor: float, coefficients: tuple[float, ...]) ->
         return sum((c * mean_of_power(power + p) for p, c in terms.items()), Fraction(0))
 
     assert moment(1) == 1, f"E[r K] is {moment(1)}"
-    for power in range(0, order + 1):
+    for power in range(order + 1):
         assert power == 1 or moment(power) == 0, f"E[r^{power} K] is {moment(power)}"
     assert moment(order + 2) == NEXT[order], f"E[r^{order + 2} K] is {moment(order + 2)}"
     squares = sum(a * b * mean_of_power(p + q + 2) for p, a in terms.items() for q, b in terms.items())

@@ -249,10 +249,12 @@ class ZerothOrder(torch.optim.Optimizer):
         return plan
 
     def prepare(self, plan: Plan, oracle: Oracle) -> None:
-        """Readies the weights for the readings of a step: low bits, deferred updates of old bases, and the bases of this step."""
+        """Readies the weights for the readings of a step: low bits, deferred updates of old bases, the bases of this step, the rule."""
         self.low_bits.drop(plan.groups)
         self.deferred.settle(plan)
         self.bases.renew(plan, oracle)
+        if (ready := getattr(self.rule, "prepare", None)) is not None:
+            ready(plan, oracle, self.state)
 
     def defers(self) -> bool:
         """Whether this step's updates of low-rank directions are deferred."""

@@ -215,7 +215,7 @@ class Plan:
     """The checked work of one step.
 
     tree      the modules that a step leaves as they are
-    words     draw words of the estimate that is applied
+    words     draw words of the estimate that is applied;  steps  their steps, () where all are of this step
     first     draw word of query 0
     readings  how often the closure was called
     scopes    by names: the groups of a part of the plan, each with the group that it is a part of; kept from step to step"""
@@ -228,6 +228,7 @@ class Plan:
     tree: Tree
     factored: LowRank | None = None  # the direction of groups with matrices
     words: tuple[int, ...] = ()
+    steps: tuple[int, ...] = ()
     first: int = 0
     readings: int = 0
     scopes: dict[tuple[str, ...], list[tuple[Group, Group]]] = field(default_factory=dict, repr=False)
@@ -263,9 +264,9 @@ class Plan:
         groups = [replace(part, eps=whole.eps, lengths=own) for (part, whole), own in zip(parts, given)]
         return replace(self, groups=groups, scopes={})
 
-    def along(self, words: tuple[int, ...]) -> Plan:
+    def along(self, words: tuple[int, ...], steps: tuple[int, ...] = ()) -> Plan:
         """Returns the same step with the draws of an estimate."""
-        return replace(self, words=words)
+        return replace(self, words=words, steps=steps)
 
     def draw(self, query: int) -> int:
         """Returns the draw word of a query."""
@@ -273,7 +274,7 @@ class Plan:
 
     def draws(self) -> list[tuple[int, int]]:
         """Returns (step, draw word) of every draw of the estimate."""
-        return [(self.step, word) for word in self.words]
+        return list(zip(self.steps or [self.step] * len(self.words), self.words))
 
     @property
     def is_coarse(self) -> bool:

@@ -130,7 +130,7 @@ def _run(optimizer: Steps, closure: Callable[[], Any]) -> StepResult:
     optimizer.prepare(plan, oracle)
     result: StepResult | None = None
     for estimate in optimizer.estimator(oracle, plan):
-        part = plan.only(estimate.scope).along(estimate.draws)
+        part = plan.only(estimate.scope).along(estimate.draws, estimate.steps)
         part = part.each() if estimate.each else part
         checked = _check(optimizer, oracle) if result is None else result.unseen
         moves = [_move(optimizer, group, estimate, row.tolist()) for group, row in zip(part.groups, estimate.coefficients)]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import zokern
 from zokern.directions import Aligned, Diagonal, Drawn, Kept, Lazy, LowRank, Subspace
-from zokern.estimator import Kernel, Spread, Spsa
+from zokern.estimator import Anchored, Kernel, Spread, Spsa
 from zokern.methods.pgap import Probed
 from zokern.stream import BASIS, RADIUS, draw_word, parameter_id
 
@@ -39,6 +39,10 @@ METHODS: dict[str, Callable[..., Any]] = {
     "pgap_step": partial(zokern.PGAP, rank=3, interval=3, probes=3, sign="step", norm="unit", lr=0.1, eps=1e-2),
     "pgap_positive": partial(zokern.PGAP, rank=3, interval=3, probes=3, sign="positive", norm="unit", lr=0.1, eps=1e-2),
     "fzoo": partial(zokern.FZOO, queries=3, lr=3e-3, eps=1e-3),
+    "conmezo": partial(zokern.ConMeZO, lr=3e-3),
+    "conmezo_number": partial(zokern.ConMeZO, lr=3e-3, beta=0.8, angle=0.9),
+    "mezosvrg": partial(zokern.MeZOSVRG, lr=3e-3),
+    "mezosvrg_queries": partial(zokern.MeZOSVRG, lr=3e-3, interval=3, ratio=2.0, queries=2),
     "kerzoo": partial(zokern.KerZOO, lr=1e-3, eps=1e-2),
     "kerzoo_5_averaged": partial(zokern.KerZOO, order=5, width=0.8, scale=2.0, averaging=True, lr=1e-3, eps=1e-2),
 }
@@ -49,7 +53,7 @@ METHODS |= {
     if name.lower() not in METHODS and name != "MeZO"
 }
 METHODS["mezo"] = partial(zokern.MeZO, lr=3e-3)
-ONE_EACH = ("subzero", "lozo", "lozo_m", "tezo", "tezo_m", "tezo_adam", "pgap", "fzoo", "kerzoo_5_averaged")
+ONE_EACH = ("subzero", "lozo", "lozo_m", "tezo", "tezo_m", "tezo_adam", "pgap", "fzoo", "kerzoo_5_averaged", "conmezo_number", "mezosvrg_queries")
 # Kernels of the orders that the cases have, in whole numbers: K(r) = r (a + b r^2 + c r^4).
 POLYNOMIALS = {3: (75 / 4, -105 / 4, 0.0), 5: (3675 / 64, -6615 / 32, 10395 / 64)}
 
@@ -175,9 +179,27 @@ class Formula:
 
     def dense(self, name: str, step: int, query: int) -> Sized:
         shape = tuple(self.theta[name].shape)
-        return sized(
+        u = sized(
             zokern.draw(self.optimizer.direction.name, shape, seed=self.optimizer.seed, who=name, step=step, draw=query)
         )
+        if self.kind != "cone":
+            return u
+        momentum, length = self.cone(name)
+        return momentum * (math.cos(self.optimizer.rule.angle) / length) + u * math.sin(self.optimizer.rule.angle)
+
+    def cone(self, name: str) -> tuple[Sized, float]:
+        """ConMeZO's momentum, and its expected root mean square."""
+        shape = tuple(self.theta[name].shape)
+        return self.memory.get(name) or (sized(self.normals(shape, name, 0, draw_word(2**23, BASIS))), 1.0)
+
+    def tilted(self, name: str, c: float, step: int) -> None:
+        """The momentum after a step of length c along z, in the direction of the loss's growth."""
+        rule, (momentum, length) = self.optimizer.rule, self.cone(name)
+        beta = rule.beta if isinstance(rule.beta, float) else 0.1
+        assert step < 200 or isinstance(rule.beta, float), "the formula of beta after 200 steps is not known"
+        along = beta * length + (1 - beta) * c * math.cos(rule.angle)
+        across = (1 - beta) * c * math.sin(rule.angle)
+        self.memory[name] = momentum * beta + self.dense(name, step, 0) * ((1 - beta) * c), math.sqrt(along**2 + across**2)
 
     def z(self, name: str, step: int, query: int) -> Tensor:
         if self.shape(name) is None:
@@ -197,8 +219,14 @@ class Formula:
 
     def points(self, step: int, query: int, eps: float) -> list[dict[str, Tensor]]:
         """The weights at which the losses of a query are read."""
+        estimator = self.optimizer.estimator
         radius, _ = self.radius(step, query)
-        return [self.moved(step, query, offset * radius * eps) for offset in self.optimizer.estimator.stencil.offsets]
+        found = [self.moved(step, query, offset * radius * eps) for offset in estimator.stencil.offsets]
+        if type(estimator) is Anchored and step % estimator.interval:
+            here, self.theta = self.theta, self.memory["anchor"][0]
+            found += [self.moved(step, query, offset * eps) for offset in estimator.stencil.offsets]
+            self.theta = here
+        return found
 
     # Coefficients and updates
 
@@ -215,8 +243,14 @@ class Formula:
 
     def coefficients(self, losses: Sequence[Sequence[float]], eps: float, step: int) -> list[float]:
         estimator = self.optimizer.estimator
-        assert type(estimator) in (Spsa, Spread, Kernel), f"the formula of estimator {type(estimator).__name__} is not known"
+        assert type(estimator) in (Spsa, Spread, Kernel, Anchored), f"the formula of estimator {type(estimator).__name__} is not known"
         offsets, weights = estimator.stencil.offsets, estimator.stencil.weights
+        if type(estimator) is Anchored:
+            found = [(plus - minus - (rest[0] - rest[1] if rest else 0.0)) / (2 * eps) for plus, minus, *rest in losses]
+            if step % estimator.interval:
+                return [*self.memory["anchor"][2], *found]
+            self.memory["anchor"] = dict(self.theta), step, found
+            return [estimator.ratio * c for c in found]
         unit = eps
         if type(estimator) is Spread:
             ahead = [loss for sides in losses for loss, offset in zip(sides, offsets) if offset]
@@ -226,15 +260,20 @@ class Formula:
 
     def update(self, coefficients: Sequence[float], step: int, lr: float, weight_decay: float = 0.0) -> None:
         """theta <- (1 - lr wd) theta - lr times the method's average of c_k z_k."""
-        q = len(coefficients)
+        q, draws = len(coefficients), [(step, k) for k in range(len(coefficients))]
+        if type(self.optimizer.estimator) is Anchored:
+            q = self.optimizer.estimator.queries
+            draws = [*((self.memory["anchor"][1], k) for k in range(len(coefficients) - q)), *((step, k) for k in range(q))]
         for name, theta in self.theta.items():
             weights = [c / q for c in coefficients]
             if self.kind == "averaged":
                 self.average(name, sum_of([self.dense(name, step, k) * w for k, w in enumerate(weights)]), lr, weight_decay)
                 continue
             if self.shape(name) is None:
-                total = sum_of([self.dense(name, step, k) * w for k, w in enumerate(weights)])
-                move = self.averaged(name, total) if self.kind != "sgd" else total
+                total = sum_of([self.dense(name, *draw) * w for draw, w in zip(draws, weights)])
+                move = self.averaged(name, total) if self.kind in ("momentum", "adam") else total
+                if self.kind == "cone":
+                    self.tilted(name, weights[0], step)
             else:
                 move = self.matrix_move(name, [self.factors(name, step, k) for k in range(q)], weights)
             decay = 1.0 - lr * weight_decay
@@ -244,7 +283,7 @@ class Formula:
     @property
     def kind(self) -> str:
         rule = self.optimizer.rule
-        assert type(rule) in (zokern.Sgd, zokern.Momentum, zokern.Adam, zokern.Averaged), (
+        assert type(rule) in (zokern.Sgd, zokern.Momentum, zokern.Adam, zokern.Averaged, zokern.Cone), (
             f"the formula of rule {type(rule).__name__} is not known"
         )
         return rule.name

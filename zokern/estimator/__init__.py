@@ -1,5 +1,6 @@
 """Estimators: which points a step reads, and what their losses say of the gradient. One file each."""
 
+from .anchored import Anchored
 from .base import SLOPES, Base, Estimate, Estimator, Oracle
 from .bayesian import Bayesian
 from .blocks import Blockwise
@@ -14,6 +15,7 @@ __all__ = [
     "FORWARD",
     "SLOPES",
     "STENCILS",
+    "Anchored",
     "Base",
     "Bayesian",
     "Blockwise",

@@ -34,6 +34,7 @@ class Estimate:
     losses        float64 (queries, losses of a query): what was read
     count         what the sum is divided by
     scope         names of the parameters that move; None: all of the plan
+    steps         step of each z_k; (): all are of this step. Draws of other steps need a dense z
     each          whether coefficients has a row for each parameter, in the plan's order, in place of each group
     slopes        float64 (draws): the loss's derivative along each z_k as read, with the first group's eps; None: not known"""
 
@@ -44,6 +45,7 @@ class Estimate:
     scope: tuple[str, ...] | None = None
     slopes: Tensor | None = None
     each: bool = False
+    steps: tuple[int, ...] = ()
 
 
 class Base(NamedTuple):

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 from ..optimizer import ZerothOrder
 
 if TYPE_CHECKING:  # for type checkers, which cannot look into a folder
+    from .conmezo import ConMeZO
     from .fzoo import FZOO
     from .kerzoo import KerZOO
     from .lozo import LOZO
     from .mezo import MeZO
+    from .mezosvrg import MeZOSVRG
     from .pgap import PGAP
     from .subzero import SubZero
     from .tezo import TeZO
@@ -34,5 +36,5 @@ def find() -> dict[str, type[ZerothOrder]]:
 METHODS = find()
 globals().update(METHODS)
 
-__all__ = ["FZOO", "LOZO", "KerZOO", "MeZO", "PGAP", "SubZero", "TeZO"]
+__all__ = ["FZOO", "LOZO", "ConMeZO", "KerZOO", "MeZO", "MeZOSVRG", "PGAP", "SubZero", "TeZO"]
 __all__ += [name for name in METHODS if name not in __all__]

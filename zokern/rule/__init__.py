@@ -5,6 +5,7 @@ from __future__ import annotations
 from .adam import Adam
 from .averaged import Averaged
 from .base import Rule, basis_of, check_basis, renew
+from .cone import Cone
 from .momentum import Momentum
 from .sgd import Sgd
 from .state import START_ANEW, Keeps, check_state
@@ -13,6 +14,7 @@ __all__ = [
     "START_ANEW",
     "Adam",
     "Averaged",
+    "Cone",
     "Keeps",
     "Momentum",
     "Rule",

@@ -13,6 +13,7 @@ from ..plan import Group, Plan
 
 def total(plan: Plan, group: Group, amounts: Sequence[float]) -> list[Tensor]:
     """sum_k amounts[k] draw_k of each matrix, in the small space, float32, in the order of the queries."""
+    assert not plan.steps, "a basis has draws of its own steps alone"
     sums: list[Tensor] = []
     for word, amount in zip(plan.words, amounts):
         rounded = float(torch.tensor(amount, dtype=torch.float32, device="cpu"))
