@@ -43,6 +43,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "conmezo_number": partial(zokern.ConMeZO, lr=3e-3, beta=0.8, angle=0.9),
     "mezosvrg": partial(zokern.MeZOSVRG, lr=3e-3),
     "mezosvrg_queries": partial(zokern.MeZOSVRG, lr=3e-3, interval=3, ratio=2.0, queries=2),
+    "dizo": partial(zokern.DiZO, lr=3e-3, projected=("up", "head"), interval=2, iterations=3, rate=5.0),
     "kerzoo": partial(zokern.KerZOO, lr=1e-3, eps=1e-2),
     "kerzoo_5_averaged": partial(zokern.KerZOO, order=5, width=0.8, scale=2.0, averaging=True, lr=1e-3, eps=1e-2),
 }
@@ -53,7 +54,20 @@ METHODS |= {
     if name.lower() not in METHODS and name != "MeZO"
 }
 METHODS["mezo"] = partial(zokern.MeZO, lr=3e-3)
-ONE_EACH = ("subzero", "lozo", "lozo_m", "tezo", "tezo_m", "tezo_adam", "pgap", "fzoo", "kerzoo_5_averaged", "conmezo_number", "mezosvrg_queries")
+ONE_EACH = (
+    "subzero",
+    "lozo",
+    "lozo_m",
+    "tezo",
+    "tezo_m",
+    "tezo_adam",
+    "pgap",
+    "fzoo",
+    "kerzoo_5_averaged",
+    "conmezo_number",
+    "mezosvrg_queries",
+    "dizo",
+)
 # Kernels of the orders that the cases have, in whole numbers: K(r) = r (a + b r^2 + c r^4).
 POLYNOMIALS = {3: (75 / 4, -105 / 4, 0.0), 5: (3675 / 64, -6615 / 32, 10395 / 64)}
 
@@ -179,9 +193,7 @@ class Formula:
 
     def dense(self, name: str, step: int, query: int) -> Sized:
         shape = tuple(self.theta[name].shape)
-        u = sized(
-            zokern.draw(self.optimizer.direction.name, shape, seed=self.optimizer.seed, who=name, step=step, draw=query)
-        )
+        u = sized(zokern.draw(self.optimizer.direction.name, shape, seed=self.optimizer.seed, who=name, step=step, draw=query))
         if self.kind != "cone":
             return u
         momentum, length = self.cone(name)
@@ -208,10 +220,14 @@ class Formula:
 
     def moved(self, step: int, query: int, scale: float) -> dict[str, Tensor]:
         """theta + scale z, around the weights where losses are read."""
-        return {n: self.base(n) + scale * self.z(n, step, query) for n in self.theta}
+        return {n: self.base(n, step) + scale * self.z(n, step, query) for n in self.theta}
 
-    def base(self, name: str) -> Tensor:
-        """Where losses are read."""
+    def base(self, name: str, step: int) -> Tensor:
+        """Where losses are read. The factors of a projection are the optimizer's, as its coefficients are (test_dizo.py checks them)."""
+        if self.kind == "projected" and step and step % self.optimizer.rule.interval == 0:
+            start = self.memory["start"].get(name)
+            factor = self.optimizer.rule.factors.get(name, 1.0)
+            return self.theta[name] if start is None else start + factor * (self.theta[name] - start)
         if self.kind != "averaged":
             return self.theta[name]
         fast, count = self.memory.get(name, (sized(self.theta[name]), 0))
@@ -243,7 +259,9 @@ class Formula:
 
     def coefficients(self, losses: Sequence[Sequence[float]], eps: float, step: int) -> list[float]:
         estimator = self.optimizer.estimator
-        assert type(estimator) in (Spsa, Spread, Kernel, Anchored), f"the formula of estimator {type(estimator).__name__} is not known"
+        assert type(estimator) in (Spsa, Spread, Kernel, Anchored), (
+            f"the formula of estimator {type(estimator).__name__} is not known"
+        )
         offsets, weights = estimator.stencil.offsets, estimator.stencil.weights
         if type(estimator) is Anchored:
             found = [(plus - minus - (rest[0] - rest[1] if rest else 0.0)) / (2 * eps) for plus, minus, *rest in losses]
@@ -260,6 +278,10 @@ class Formula:
 
     def update(self, coefficients: Sequence[float], step: int, lr: float, weight_decay: float = 0.0) -> None:
         """theta <- (1 - lr wd) theta - lr times the method's average of c_k z_k."""
+        if self.kind == "projected":
+            chosen = {n: t for n, t in self.theta.items() if any(part in n for part in self.optimizer.rule.names)}
+            self.memory.setdefault("start", chosen)
+            self.theta = {n: self.base(n, step) for n in self.theta}
         q, draws = len(coefficients), [(step, k) for k in range(len(coefficients))]
         if type(self.optimizer.estimator) is Anchored:
             q = self.optimizer.estimator.queries
@@ -283,7 +305,7 @@ class Formula:
     @property
     def kind(self) -> str:
         rule = self.optimizer.rule
-        assert type(rule) in (zokern.Sgd, zokern.Momentum, zokern.Adam, zokern.Averaged, zokern.Cone), (
+        assert type(rule) in (zokern.Sgd, zokern.Momentum, zokern.Adam, zokern.Averaged, zokern.Cone, zokern.Projected), (
             f"the formula of rule {type(rule).__name__} is not known"
         )
         return rule.name

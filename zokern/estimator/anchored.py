@@ -48,7 +48,9 @@ class Anchored(Spsa):
         super().__init__(queries, stencil, clip)
         self.interval, self.ratio = whole_number("interval", interval, 1), finite_number("ratio", ratio, above=0.0)
         if full is not None and not callable(full):
-            raise TypeError(f"full is {full!r:.80}; expected a function without arguments that computes the loss of the full data, or None")
+            raise TypeError(
+                f"full is {full!r:.80}; expected a function without arguments that computes the loss of the full data, or None"
+            )
         self.full = full
 
     def keeps(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
@@ -57,7 +59,9 @@ class Anchored(Spsa):
 
     def __call__(self, oracle: Oracle, plan: Plan) -> Iterator[Estimate]:
         if plan.factored is not None:
-            raise ValueError(f"estimator Anchored with direction {plan.factored.name!r}, whose draws are those of one basis; expected a dense z")
+            raise ValueError(
+                f"estimator Anchored with direction {plan.factored.name!r}, whose draws are those of one basis; expected a dense z"
+            )
         known = "step" in self.state and all("anchor" in oracle.states[tensor] for tensor in plan.tensors)
         if not known or plan.step % self.interval == 0:
             yield self.anchor(oracle, plan)
@@ -72,7 +76,8 @@ class Anchored(Spsa):
         yield replace(
             own,
             draws=anchored.draws + own.draws,
-            steps=(self.state["step"],) * self.queries + (plan.step,) * self.queries,  # stochastic rounding spends the last one's bits
+            steps=(self.state["step"],) * self.queries
+            + (plan.step,) * self.queries,  # stochastic rounding spends the last one's bits
             coefficients=torch.cat([anchored.coefficients, own.coefficients], 1),
             losses=torch.cat([here, there], 1),
             slopes=None,

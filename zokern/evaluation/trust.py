@@ -49,7 +49,11 @@ class Trust:
         return self.step >= 0 and 0 <= plan.step - self.step < EVERY and flags == self.flags
 
     def verify(self, evaluation: Reads, plan: Plan, points: Sequence[Point], closure: Callable[[], object]) -> None:
-        """Raises Refused if the evaluation reads other losses than 'master'; does nothing where no copy of the weights fits."""
+        """Raises Refused if the evaluation reads other losses than 'master'; does nothing where no copy of the weights fits.
+
+        Without a point beside theta there is nothing to compare, and the comparison stays due."""
+        if not any(point.terms for point in points):
+            return
         if fits(plan):
             self.rows = max(self.rows, compare(evaluation, Master(), plan, points, closure))
         if not self._is_recent(plan):

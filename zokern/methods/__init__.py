@@ -12,6 +12,7 @@ from ..optimizer import ZerothOrder
 
 if TYPE_CHECKING:  # for type checkers, which cannot look into a folder
     from .conmezo import ConMeZO
+    from .dizo import DiZO
     from .fzoo import FZOO
     from .kerzoo import KerZOO
     from .lozo import LOZO
@@ -36,5 +37,5 @@ def find() -> dict[str, type[ZerothOrder]]:
 METHODS = find()
 globals().update(METHODS)
 
-__all__ = ["FZOO", "LOZO", "ConMeZO", "KerZOO", "MeZO", "MeZOSVRG", "PGAP", "SubZero", "TeZO"]
+__all__ = ["FZOO", "LOZO", "ConMeZO", "DiZO", "KerZOO", "MeZO", "MeZOSVRG", "PGAP", "SubZero", "TeZO"]
 __all__ += [name for name in METHODS if name not in __all__]

@@ -7,6 +7,7 @@ from .averaged import Averaged
 from .base import Rule, basis_of, check_basis, renew
 from .cone import Cone
 from .momentum import Momentum
+from .projected import Projected
 from .sgd import Sgd
 from .state import START_ANEW, Keeps, check_state
 
@@ -17,6 +18,7 @@ __all__ = [
     "Cone",
     "Keeps",
     "Momentum",
+    "Projected",
     "Rule",
     "Sgd",
     "basis_of",
