@@ -114,7 +114,7 @@ WRONG: dict[str, Any] = {
     "not written": lambda: replaced(Projected, "update", lambda right, self, *rest: self._due.clear() or right(self, *rest)),
     "losses read before": lambda: patch.object(Projected, "base", lambda self, point: (None, point)),
     "around 0": lambda: patch.object(projected, "_project", around_0),
-    "every parameter": lambda: patch.object(Projected, "chosen", lambda self, name: True),
+    "every parameter": lambda: patch.object(Projected, "chosen", lambda self, names: tuple(names)),
 }  # fmt: skip
 
 
@@ -223,10 +223,10 @@ def test_only_projected_weights_are_kept() -> None:
 
 def test_what_it_cannot_do_is_refused() -> None:
     model = tiny()
-    with pytest.raises(
-        ValueError, match=r"names is \('k_proj', 'v_proj'\), which no trained parameter has.*names=None projects all"
-    ):
-        zokern.step(zokern.DiZO(model), lambda: next_token_loss(model(IDS), IDS))
+    with pytest.raises(ValueError, match=r"names is \('q_proj',\), which no trained parameter has in its name"):
+        zokern.step(zokern.DiZO(model, projected=["q_proj"]), lambda: next_token_loss(model(IDS), IDS))
+    assert Projected().chosen(["a.q_proj.w", "a.k_proj.w", "a.v_proj.b"]) == ("a.k_proj.w", "a.v_proj.b")
+    assert Projected().chosen(["a.c_attn.w", "b"]) == ("a.c_attn.w", "b") == Projected([""]).chosen(["a.c_attn.w", "b"])
     for options, message in (
         ({"projected": "up"}, "names is 'up'"),
         ({"reach": 1.0}, "reach is 1.0"),

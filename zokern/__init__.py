@@ -6,23 +6,24 @@ for batch in loader:
 """
 
 from .directions import Normal, Rademacher
-from .estimator import Bayesian, Blockwise, Conservative, Kernel, Sign, Spread, Spsa, Stencil
+from .estimator import Anchored, Bayesian, Blockwise, Conservative, Kernel, Sign, Spread, Spsa, Stencil
 from .evaluation import Auto, InPlace, Master, Paired, Refused, Scratch
 from .evaluation import InPlace as Walk
-from .methods import FZOO, LOZO, METHODS, PGAP, MeZO, SubZero, TeZO
+from .methods import FZOO, LOZO, METHODS, PGAP, ConMeZO, DiZO, KerZOO, MeZO, MeZOSVRG, SubZero, TeZO
 from .objective import Objective
 from .ops import axpy_, draw, lowrank_, perturb, philox4x32, update_
 from .ops.linear import linear, sketch
-from .rule import Adam, Momentum, Sgd
+from .rule import Adam, Averaged, Cone, Momentum, Projected, Sgd
 from .step import StepResult, step
 from .tuning import Tuning, tune
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Adam", "Auto", "Bayesian", "Blockwise", "Conservative", "FZOO", "InPlace", "Kernel", "LOZO",
-    "Master", "MeZO", "Momentum", "Normal", "Objective", "PGAP", "Paired", "Rademacher", "Refused",
-    "Scratch", "Sgd", "Sign", "Spread", "Spsa", "Stencil", "StepResult", "SubZero", "TeZO", "Tuning", "Walk",
+    "Adam", "Anchored", "Auto", "Averaged", "Bayesian", "Blockwise", "ConMeZO", "Cone", "Conservative",
+    "DiZO", "FZOO", "InPlace", "KerZOO", "Kernel", "LOZO", "Master", "MeZO", "MeZOSVRG", "Momentum",
+    "Normal", "Objective", "PGAP", "Paired", "Projected", "Rademacher", "Refused", "Scratch", "Sgd",
+    "Sign", "Spread", "Spsa", "Stencil", "StepResult", "SubZero", "TeZO", "Tuning", "Walk",
     "__version__", "axpy_", "draw", "linear", "lowrank_", "perturb", "philox4x32", "sketch", "step",
     "tune", "update_",
 ]  # fmt: skip

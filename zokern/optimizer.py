@@ -249,7 +249,7 @@ class ZerothOrder(torch.optim.Optimizer):
         return plan
 
     def prepare(self, plan: Plan, oracle: Oracle) -> None:
-        """Readies the weights for the readings of a step: low bits, deferred updates of old bases, the bases of this step, the rule."""
+        """Readies what losses are read of: low bits, updates of old bases, this step's bases, the rule."""
         self.low_bits.drop(plan.groups)
         self.deferred.settle(plan)
         self.bases.renew(plan, oracle)

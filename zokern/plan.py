@@ -74,7 +74,7 @@ class Group:
         return self.residuals[i] if self.residuals is not None and self.theta[i].dtype == torch.bfloat16 else None
 
     def read(self, i: int) -> Tensor:
-        """Returns tensor i in float32, with its low bits: a copy of 16-bit weights, and float32 weights themselves."""
+        """Returns tensor i in float32, with its low bits: a copy, but of float32 weights themselves."""
         if (low := self.residual(i)) is None:
             return self.theta[i].float()
         return ((self.theta[i].view(torch.int16).int() << 16) + low.int()).view(torch.float32)

@@ -53,7 +53,7 @@ class Work:
         self._kept: list[Any] = []  # tensors of the optimizer's state that were checked
 
     def parts(self, bases: Bases, low_bits: LowBits, deferred: Deferred, rule: Rule, estimator: Estimator) -> None:
-        """Takes what belongs to single parameters: bases, low bits, deferred updates, and the parts whose state is checked."""
+        """Takes what belongs to parameters: bases, low bits, deferred updates, and parts with state."""
         self.bases, self.low_bits, self.deferred, self.rule, self.estimator = bases, low_bits, deferred, rule, estimator
 
     def named(self, param_group: dict[str, Any]) -> dict[str, Any]:

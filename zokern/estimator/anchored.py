@@ -4,11 +4,11 @@ Every `interval` steps the anchor is set: anchor <- theta, and the loss of the f
 
     G = (1/q) sum_k a_k z_k        a_k = (F(theta + eps z_k) - F(theta - eps z_k)) / (2 eps), F the full loss
     g = ratio G                    in that step
-    g = G + (1/q) sum_k (c_k(theta) - c_k(anchor)) z_k        in the others, c_k the differences of the step's own batch
+    g = G + (1/q) sum_k (c_k(theta) - c_k(anchor)) z_k        in the others, c_k of the step's batch
 
-G is no tensor: its draws belong to the anchor's step and are made again from the stream. Gautam et al. 2024 (arXiv 2404.08080),
-Algorithm 1. Their public code takes different draws in the two estimates, which adds their variances, and its anchor is a list that
-holds the current parameters.
+G is no tensor: its draws belong to the anchor's step and are made again from the stream. Gautam et al. 2024
+(arXiv 2404.08080), Algorithm 1. Their public code takes different draws in the two estimates, which adds
+their variances, and its anchor is a list that holds the current parameters.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ from .spsa import Spsa, Stencil
 
 
 class Anchored(Spsa):
-    """MeZO-SVRG's estimator: as many losses as Spsa in the steps that set the anchor, and twice as many in the others.
+    """MeZO-SVRG's estimator: the losses of Spsa in steps that set the anchor, twice as many in the others.
 
     interval  steps between two anchors (the paper's q): 2, as in the published script
     full      a closure of the loss of the full data, F; None: the step's own, as in the published code
     ratio     lr of the steps that set the anchor over that of the others (the paper's eta_1 / eta_2)
     queries, stencil, clip   as for Spsa; clip bounds each difference of two estimates
 
-    Keeps the parameters' `anchor`, float32 (4 bytes a weight), and in `state` its step and the differences of F. A step without an
-    anchor of all parameters sets one. Raises ValueError for arguments out of range, and in the first step for a low-rank direction."""
+    Keeps the parameters' `anchor`, float32 (4 bytes a weight), and in `state` its step and the differences of
+    F. A step without an anchor of all parameters sets one. Raises ValueError for arguments out of range, and
+    in the first step for a low-rank direction."""
 
     def __init__(
         self,
@@ -84,7 +85,7 @@ class Anchored(Spsa):
         )
 
     def anchor(self, oracle: Oracle, plan: Plan) -> Estimate:
-        """Returns the estimate of the full loss; keeps it, and theta. A loss that is inf or NaN leaves no anchor."""
+        """Returns the estimate of the full loss; keeps it, and theta, where the losses are finite."""
         losses = oracle.losses(self.points(plan), closure=self.full).view(self.queries, -1)
         differences = self.differences(losses)
         self.state = {"step": plan.step, "full": differences.tolist()} if bool(torch.isfinite(differences).all()) else {}

@@ -35,8 +35,10 @@ class Estimate:
     count         what the sum is divided by
     scope         names of the parameters that move; None: all of the plan
     steps         step of each z_k; (): all are of this step. Draws of other steps need a dense z
-    each          whether coefficients has a row for each parameter, in the plan's order, in place of each group
-    slopes        float64 (draws): the loss's derivative along each z_k as read, with the first group's eps; None: not known"""
+    each          whether coefficients has a row for each parameter, in the plan's order, in place of each
+                  group
+    slopes        float64 (draws): the loss's derivative along each z_k as read, with the first group's eps;
+                  None: not known"""
 
     draws: tuple[int, ...]
     coefficients: Tensor
@@ -51,8 +53,8 @@ class Estimate:
 class Base(NamedTuple):
     """Other weights, in whose place losses are read.
 
-    write     write(group, states, argument) puts them into the group's tensors (Group.read, Group.put); states[tensor] is the
-              optimizer's state of a parameter
+    write     write(group, states, argument) puts them into the group's tensors (Group.read, Group.put);
+              states[tensor] is the optimizer's state of a parameter
     argument  what tells bases with one `write` apart; it is compared"""
 
     write: Callable[[Group, Any, Any], None]
@@ -73,7 +75,8 @@ class Oracle:
     """What an estimator asks: the losses at points, in one call of the evaluation. The weights are as before after each answer.
 
     states  the optimizer's state of each parameter
-    lens    a rule's view of a point: the weights that stand in for theta (None: theta), and the point relative to them
+    lens    a rule's view of a point: the weights that stand in for theta (None: theta), and the point
+            relative to them
     asked   the last question"""
 
     def __init__(
@@ -105,7 +108,7 @@ class Oracle:
         return found
 
     def again(self) -> tuple[float, float]:
-        """Returns the loss of the last question's first point, read once more, and that of theta, at the same base."""
+        """Returns the loss of the last question's first point, read again, and theta's, at the same base."""
         points, _, plan, bases, closure = self.asked
         with self._all(bases, plan):
             first, middle = self._read(plan, [points[0], THETA], closure).tolist()
@@ -113,11 +116,11 @@ class Oracle:
 
     @contextmanager
     def at(self, base: Base, plan: Plan | None = None) -> Iterator[None]:
-        """Inside, losses are read around other weights, under any evaluation; then the weights have their bits again.
+        """Reads losses around other weights while inside, under any evaluation; then puts the weights back.
 
-        So have their low bits, and exceptions change nothing in this. Memory: a copy of the plan's tensors while inside (None: of all
-        that is trained), beside what the evaluation takes. Raises RuntimeError while updates of a low-rank direction wait: the weights
-        lack them."""
+        Weights and low bits have their bits again, also after an exception. plan holds the parameters that
+        are written; None: all that are trained. Memory: a copy of them while inside, beside what the
+        evaluation takes. Raises RuntimeError while updates of a low-rank direction wait."""
         plan = self.plan if plan is None else plan
         if plan.deferred:
             raise RuntimeError(
@@ -146,7 +149,7 @@ class Oracle:
             yield
 
     def _read(self, plan: Plan, points: Sequence[Point], closure: Callable[[], Any]) -> Tensor:
-        """Returns the losses at the points, through the rule's lens: one call of the evaluation for each base."""
+        """Returns the losses at the points through the lens: a call of the evaluation for each base."""
         if self.lens is None:
             return self._ask(plan, points, closure)
         seen = [self.lens(point) for point in points]
@@ -169,11 +172,12 @@ class Oracle:
 class Estimator(Protocol):
     """An object that asks and yields. Its attributes are options, which a state_dict compares; `state` is what it learns.
 
-    keeps    where an estimator has this method: keeps(shape) returns name -> shape of the float32 tensors that it keeps in the
-             optimizer's state of a parameter (Oracle.states)
+    keeps    where an estimator has this method: keeps(shape) returns name -> shape of the float32 tensors
+             that it keeps in the optimizer's state of a parameter (Oracle.states)
     queries  draws of a step
     lr       of an optimizer that is given none; SLOPES where an estimator has no such attribute
-    state    plain values and tensors that a resumed run continues with; an empty dict where nothing is kept"""
+    state    plain values and tensors that a resumed run continues with; an empty dict where nothing is
+             kept"""
 
     queries: int
     state: dict[str, Any]

@@ -9,8 +9,9 @@
     5      105/64 x (35 - 126 x^2 + 99 x^4)                                11025/832          eps^6
     7      315/256 x (105 - 693 x^2 + 1287 x^4 - 715 x^6)                  99225/4352         eps^8
 
-E[(r K)^2] is the factor by which the variance of c exceeds MeZO's, for a linear loss and C = 1. KerZOO (arXiv 2505.18886, 2025) prints
-order 5 with the factor 195/64, for which E[r K] is 13/7. Bach and Perchet 2016 have the kernels.
+E[(r K)^2] is the factor by which the variance of c exceeds MeZO's, for a linear loss and C = 1. KerZOO (arXiv
+2505.18886, 2025) prints order 5 with the factor 195/64, for which E[r K] is 13/7. Bach and Perchet 2016 have
+the kernels.
 """
 
 from __future__ import annotations
@@ -43,19 +44,24 @@ PIECE = 1 << 20  # elements of g that exist at a time
 
 
 class Kernel(Spsa):
-    """KerZOO's estimator. r_k is a function of (seed, step, query), and of the parameter's name with scope='tensor'.
+    """KerZOO's estimator. r_k is a function of (seed, step, query), with scope='tensor' of the name too.
 
     queries    q: draws a step, averaged (the published trainer: 3)
     scale      C, what E[r K(r)] is: 1 gives g MeZO's length; the published trainer has 4
-    width      d: a number, or a function of the step number that returns one (published: max(1 - t/4000, 1e-4))
+    width      d: a number, or a function of the step number that returns one (published: max(1 - t/4000,
+               1e-4))
     clip       bound on |c_k|
     order      1, 3, 5 or 7: the last odd power of r whose moment K cancels; 1 cancels none
-    rescale    whether K follows the width. False, as published: K(r) = C P(r) at any d, which keeps the moments at d = 1 alone
-    scope      'query': one r_k for all parameters, as the theorem needs; 'tensor', as published: one for each, which cancels the
-               bias within a parameter alone. A launch for each parameter, in place of one for a group
-    clip_norm  bound on the Euclidean norm of each parameter's g (published: 4e5); None: none. z is made once more, for the norms
+    rescale    whether K follows the width. False, as published: K(r) = C P(r) at any d, which keeps the
+               moments at d = 1 alone
+    scope      'query': one r_k for all parameters, as the theorem needs; 'tensor', as published: one for
+               each, which cancels the bias within a parameter alone. A launch for each parameter, in place of
+               one for a group
+    clip_norm  bound on the Euclidean norm of each parameter's g (published: 4e5); None: none. z is made once
+               more, for the norms
 
-    Raises ValueError for arguments out of range, and in the first step for clip_norm with a low-rank direction."""
+    Raises ValueError for arguments out of range, and in the first step for clip_norm with a low-rank
+    direction."""
 
     def __init__(
         self,
@@ -143,7 +149,9 @@ def _units(plan: Plan, whos: Sequence[int], words: Sequence[int]) -> list[list[f
 
 
 def _norms(plan: Plan, rows: Tensor) -> Tensor:
-    """Returns the norm of sum_k rows[i, k] z_k for every parameter i of a plan with a group for each, float64 on the rows' device."""
+    """Returns the norm of sum_k rows[i, k] z_k for every parameter i, float64, on the rows' device.
+
+    plan  has a group for each parameter"""
     found = []
     for group, row in zip(plan.groups, rows):
         (theta,), (span,), squares = group.theta, group.spans, []

@@ -14,7 +14,7 @@ WAY_OUT = "use evaluation='master'"
 
 
 class Point(NamedTuple):
-    """Where a loss is read: theta + eps sum_k amount_k z_k, with eps of each parameter group (Group.reach, where draws differ).
+    """Where a loss is read: theta + eps sum_k amount_k z_k, with eps of each group and draw (Group.reach).
 
     terms  pairs (draw word, amount); without terms the point is theta itself"""
 

@@ -1,5 +1,5 @@
-"""MeZO-SVRG: variance-reduced zeroth-order SGD. Gautam et al. 2024, "Variance-reduced Zeroth-Order Methods for Fine-Tuning Language
-Models", arXiv 2404.08080."""
+"""MeZO-SVRG: variance-reduced SGD with an anchor and a full loss. Gautam et al. 2024, "Variance-reduced
+Zeroth-Order Methods for Fine-Tuning Language Models", arXiv 2404.08080."""
 
 from __future__ import annotations
 
@@ -11,22 +11,29 @@ from ..optimizer import ZerothOrder
 
 
 class MeZOSVRG(ZerothOrder):
-    """theta <- (1 - lr wd) theta - lr [c(theta) z - c(anchor) z + G],   c(x) = (L(x + eps z) - L(x - eps z)) / (2 eps).
+    """theta <- (1 - lr wd) theta - lr (G + (1/q) sum_k (c_k(theta) - c_k(anchor)) z_k)
+    c_k(x) = (L(x + eps z_k) - L(x - eps z_k)) / (2 eps)
 
-    Every `interval` steps anchor <- theta, G is the full loss's difference along a draw of that step, times the draw, and the step is
-    theta <- (1 - lr wd) theta - lr ratio G. Both c are read on the step's batch and along one z. G is two numbers: its z is made again.
+    Every `interval` steps the anchor becomes theta. G is then the estimate (1/q) sum_k c_k(theta) z_k of the
+    full loss, and the step is theta <- (1 - lr wd) theta - lr ratio G. In the other steps both c_k are read
+    on the step's batch, along one z_k. G is q numbers: its z_k are made again.
+
+    Use it where batches differ much in their slopes, and the loss of all data can be read now and then.
 
     params    a module, or parameters, (name, parameter) pairs or groups, as for zokern.MeZO
-    lr, eps   per step and in weights, of MeZO's size. None: 2e-5. Published lr: not found, eta_1 above eta_2
-    full      a closure of the loss of the full data, read every `interval` steps. None: the step's own closure, so that G is of one
-              batch, as in the published code; G then keeps that batch's noise for the interval
+    lr, eps   per step and in weights, of MeZO's size. None: 2e-5. Published numbers were not found
+    full      a closure of the loss of the full data, read every `interval` steps. None: the step's own
+              closure, as in the published code. G then keeps the noise of one batch for the interval
     interval  the paper's q: 2, as in the published script
-    ratio     eta_1 / eta_2, the lr of the steps that set the anchor over that of the others
+    ratio     the paper's eta_1 / eta_2: lr of the steps that set the anchor over that of the others. 1; the
+              paper takes more
     queries   draws per step, averaged (1)
     options   those of zokern.MeZO; evaluation is 'auto' by default
 
-    Keeps the anchor in float32, 4 bytes a weight. A step reads 4 losses, or 2 where it sets the anchor, and takes a copy of what is trained.
-    The public code differs: its two c are of different draws, and its anchor is the current parameters.
+    A step reads 4 losses a query, or 2 where it sets the anchor, and copies what is trained. The public code
+    differs. Its two c are of different draws, whose variances add up, and its anchor holds the current
+    parameters.
+
     Raises ValueError or TypeError, before any weight is touched, for arguments out of range."""
 
     def __init__(

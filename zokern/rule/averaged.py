@@ -1,13 +1,14 @@
-"""Rule ``averaged``: KerZOO's acceleration. Losses are read, and weights are kept, at an average of fast weights.
+"""Rule ``averaged``: KerZOO's acceleration. Losses are read, and weights kept, at an average of fast weights.
 
     w_t = 1 / beta_t,   beta_t = 1 + t / span,   t the updates of a parameter before this one
     y = (1 - w_t) theta + w_t fast                     where the step's losses are read
     fast <- decay fast + lr g                          g = sum_k weights[k] z_k
     theta <- (1 - w_t) theta + w_t fast
 
-So theta is the average of all fast weights with weights that grow as t^(span - 1): the steps before the last few times t / span are
-forgotten. KerZOO's published trainer (arXiv 2505.18886, 2025) has span = 6, and forms theta from y by a division by 1 - w_t, which
-magnifies rounding by (6 + t) / t. Here y is written for the readings and theta put back bit for bit, and nothing is undone.
+So theta is the average of all fast weights with weights that grow as t^(span - 1): the steps before the last
+few times t / span are forgotten. KerZOO's published trainer (arXiv 2505.18886, 2025) has span = 6, and forms
+theta from y by a division by 1 - w_t, which magnifies rounding by (6 + t) / t. Here y is written for the
+readings and theta put back bit for bit, and nothing is undone.
 """
 
 from __future__ import annotations
@@ -31,14 +32,17 @@ GRID = 1 << 24  # w_t is a multiple of 1 / GRID, so that w_t and 1 - w_t are flo
 
 
 class Averaged:
-    """theta <- (1 - w) theta + w fast,   fast <- decay fast + lr g,   losses at (1 - w) theta + w fast, w = 1 / (1 + t / span).
+    """fast <- decay fast + lr g,   theta <- (1 - w) theta + w fast,   w = 1 / (1 + t / span) after t updates.
+
+    The losses of a step are read at (1 - w) theta + w fast.
 
     span  a number above 0; KerZOO's published trainer: 6
 
-    Keeps `fast`, float32 and shaped like the parameter (4 bytes a weight), which starts as the parameter, and `updates`. Readings take a
-    copy of what is trained beside it. In 16 bits the average stalls where w (fast - theta) is below half an ulp: with rounding='residual'
-    or 'stochastic' it does not. Weights that are edited by hand are averaged away: `del optimizer.state[parameter]` starts anew.
-    Raises ValueError for a span out of range; an optimizer refuses it with low-rank directions."""
+    Keeps `fast`, float32 and shaped like the parameter (4 bytes a weight), which starts as the parameter, and
+    `updates`. Readings take a copy of what is trained beside it. In 16 bits the average stalls where w (fast
+    - theta) is below half an ulp: with rounding='residual' or 'stochastic' it does not. Weights that are
+    edited by hand are averaged away: `del optimizer.state[parameter]` starts anew. Raises ValueError for a
+    span out of range; an optimizer refuses it with low-rank directions."""
 
     name, verb, defers, dense = "averaged", "momentum", False, True
 

@@ -20,7 +20,7 @@ class Rule(Protocol):
     A rule may have more, where it needs it:
 
         dense                        True: an optimizer refuses it with a low-rank direction
-        base(point)                  returns (base, point): losses are read at that point of other weights (Base; None: theta)
+        base(point)                  returns (base, point): losses are read there, around other weights (Base)
         prepare(plan, oracle, states)   before the losses of a step are read: may read others
     """
 
@@ -78,7 +78,7 @@ def basis_of(rule: Rule, states: Any, tensor: Tensor) -> int | None:
 
 
 def check_basis(rule: Rule, direction: LowRank | None) -> None:
-    """Refuse a rule whose state belongs to one basis with a direction that changes its basis, and one of a dense z with a low-rank one."""
+    """Refuse a rule that does not go with a low-rank direction, or with one whose basis changes."""
     if direction is not None and getattr(rule, "dense", False):
         raise ValueError(
             f"rule is {rule.name!r} with direction {direction.name!r}; expected a dense z, 'normal' or 'rademacher'"

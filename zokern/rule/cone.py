@@ -5,8 +5,9 @@
     m <- beta m + (1 - beta) c z                    in a parameter's first step m is drawn as u is
     l <- sqrt((beta l + (1 - beta) c cos(angle))^2 + ((1 - beta) c sin(angle))^2),   1 at first
 
-l is what the root mean square of m is expected to be, for u independent of m: no norm is measured. A step is two launches of a group:
-the verb update_ turns m into z and moves theta along it, and axpy_ turns z into the new m. ConMeZO (arXiv 2511.02757, 2025).
+l is what the root mean square of m is expected to be, for u independent of m: no norm is measured. A step is
+two launches of a group: the verb update_ turns m into z and moves theta along it, and axpy_ turns z into the
+new m. ConMeZO (arXiv 2511.02757, 2025).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ START = draw_word(1 << 23, BASIS)  # of the first m, at step 0
 
 
 def warming(step: int) -> float:
-    """Returns beta of the published trainer: 0.1 for 200 steps, then up to 0.9888 at step 2000 and from there on.
+    """Returns beta of the published trainer: 0.1 for 200 steps, then up to 0.9888 from step 2000 on.
 
     beta = 0.99 - 0.89 / (1 + 8 p)^3,   p = ((step - 200) / 1800)^1.8"""
     progress = min(max((step - 200) / 1800, 0.0), 1.0) ** 1.8
@@ -43,12 +44,13 @@ class Cone:
     """theta <- decay theta - lr c z,   z = cos(angle) m / l + sin(angle) u,   m <- beta m + (1 - beta) c z.
 
     angle  between z and m, in radians, 0 < angle < pi/2: 1.35 as published
-    beta   a number, 0 <= beta < 1, or a function of the step number that returns one; as published: zokern.rule.cone.warming
+    beta   a number, 0 <= beta < 1, or a function of the step number that returns one; as published:
+           zokern.rule.cone.warming
 
-    One draw a step; any stencil. Both sides of a difference have other weights as their base, so that each is a call of the evaluation.
-    Keeps `momentum`, m in float32 (4 bytes a weight), `length`, l, and `updates`. Readings take a copy of what is trained beside it.
-    Raises ValueError for arguments out of range, and in the first step for several queries; an optimizer refuses it with low-rank
-    directions."""
+    One draw a step; any stencil. Both sides of a difference have other weights as their base, so that each is
+    a call of the evaluation. Keeps `momentum`, m in float32 (4 bytes a weight), `length`, l, and `updates`.
+    Readings take a copy of what is trained beside it. Raises ValueError for arguments out of range, and in
+    the first step for several queries; an optimizer refuses it with low-rank directions."""
 
     name, defers, dense = "cone", False, True
 

@@ -19,9 +19,10 @@ PIECE = 1 << 20  # elements of the memory that stands for weights which do not m
 def advance(
     rule: Rule, plan: Plan, group: Group, weights: Sequence[float], scalars: Callable[[int], Sequence[float]], states: Any
 ) -> Tensor | int:
-    """The verb update_ over the group. scalars(t) are the numbers of the verb's rule, rule.verb or rule.name, in a tensor's t-th update.
+    """The verb update_ over the group, with rule `verb`, or `name`. scalars(t) are the numbers of update t.
 
-    Tensors that were frozen for a while, or added later, have fewer updates behind them: each number of updates is a launch."""
+    Tensors that were frozen for a while, or added later, have fewer updates behind them: each number of
+    updates is a launch."""
     launches: dict[int, list[int]] = {}
     keys: Sequence[str] = ()
     verb = getattr(rule, "verb", rule.name)

@@ -1,13 +1,14 @@
-"""Rule ``projected``: SGD whose distance from the start is rescaled, parameter by parameter, every `interval` steps.
+"""Rule ``projected``: SGD whose distance from the start is rescaled every `interval` steps.
 
-    W <- W0 + f (W - W0)       f a number for each projected parameter, found by a zeroth-order search from f = 1:
+    W <- W0 + f (W - W0)       f a number for each projected parameter, found by a search from f = 1:
 
     z ~ N(0, 1), cut at +-reach / width                 one for each parameter and iteration
     g = (L(f + width z) - L(f - width z)) / (2 width)   losses of the step's batch
     f <- f - rate g z, cut at 1 +- reach                `iterations` times, two losses each
 
-Then the step's losses are read around the new W, which is written with the update: an exception changes nothing. DiZO (arXiv 2502.03304,
-2025) calls gamma = f ||W - W0||; a step in f is the published step in gamma, in units of ||W - W0||.
+Then the step's losses are read around the new W, which is written with the update: an exception changes
+nothing. DiZO (arXiv 2502.03304, 2025) calls gamma = f ||W - W0||; a step in f is the published step in gamma,
+in units of ||W - W0||.
 """
 
 from __future__ import annotations
@@ -29,26 +30,29 @@ from ..stream import RADIUS, draw_word
 from .sgd import Sgd
 from .state import Keeps
 
+PUBLISHED = "k_proj", "v_proj"  # keys and values of attention, in models of transformers
 SEARCH = 1 << 22  # first query of the purpose RADIUS for the search's z
 
 
 class Projected(Sgd):
     """theta <- decay theta + lr g after W <- W0 + f (W - W0), f the result of a search on the step's batch.
 
-    names       parts of the names of the parameters that are projected; None: all. As published: ('k_proj', 'v_proj')
+    names       parts of the names of the parameters that are projected. None: PUBLISHED, or all where no name
+                has these
     interval    steps between two projections: 50. Step 0 has none
     iterations  of a search: 10;  rate: 2.0;  width: 0.1;  reach: 0.2, all as published
 
-    Keeps `start`, W0 in float32 (4 bytes for each projected weight), from a parameter's first step on. A projection takes 2 `iterations`
-    losses, with a copy of the projected weights. W0 + f (W - W0) is rounded to nearest, but exact where there are low bits.
-    `factors` holds f of the last projection, by name.
-    Raises ValueError for arguments out of range, and in the first step where no trained parameter has such a name."""
+    Keeps `start`, W0 in float32 (4 bytes for each projected weight), from a parameter's first step on. A
+    projection takes 2 `iterations` losses, with a copy of the projected weights. W0 + f (W - W0) is rounded
+    to nearest, but exact where there are low bits. `factors` holds f of the last projection, by name. Raises
+    ValueError for arguments out of range, and in the first step where no trained parameter has such a
+    name."""
 
     name, defers = "projected", False
 
     def __init__(
         self,
-        names: Sequence[str] | None = ("k_proj", "v_proj"),
+        names: Sequence[str] | None = None,
         interval: int = 50,
         iterations: int = 10,
         rate: float = 2.0,
@@ -57,7 +61,7 @@ class Projected(Sgd):
     ) -> None:
         if names is not None and (isinstance(names, str) or not all(isinstance(name, str) for name in names)):
             raise ValueError(
-                f"names is {names!r:.80}; expected parts of parameter names, such as ('k_proj', 'v_proj'), or None for all"
+                f"names is {names!r:.80}; expected parts of parameter names, such as ('k_proj', 'v_proj'), or None"
             )
         self.names = None if names is None else tuple(names)
         self.interval, self.iterations = whole_number("interval", interval), whole_number("iterations", iterations)
@@ -71,19 +75,20 @@ class Projected(Sgd):
         """f of the last projection of this process, by name."""
         return dict(self._factors)
 
-    def chosen(self, name: str) -> bool:
-        """Returns whether a parameter is projected."""
-        return self.names is None or any(part in name for part in self.names)
+    def chosen(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Returns those that are projected of the trained parameters' names."""
+        parts = self.names or PUBLISHED
+        found = tuple(name for name in names if any(part in name for part in parts))
+        if not found and self.names is not None:
+            raise ValueError(
+                f"names is {self.names!r}, which no trained parameter has in its name (they are {list(names[:3])}, ...)"
+            )
+        return found or tuple(names)
 
     def prepare(self, plan: Plan, oracle: Oracle, states: Any) -> None:
         """Keeps W0 of parameters that are new, and searches f where a projection is due."""
         self._due = set()
-        chosen = tuple(name for name in plan.names if self.chosen(name))
-        if not chosen:
-            raise ValueError(
-                f"names is {self.names!r}, which no trained parameter has in its name (they are {plan.names[:3]}, ...); names=None projects all"
-            )
-        part = plan.only(chosen)
+        part = plan.only(self.chosen(plan.names))
         where = [(group, i, states[tensor]) for group in part.groups for i, tensor in enumerate(group.tensors)]
         for group, i, state in where:
             if "start" not in state:
