@@ -43,6 +43,10 @@ CASES: dict[str, tuple[Callable[..., Any], float]] = {
     "TeZO": (zokern.TeZO, 1.0),
     "PGAP": (zokern.PGAP, 1.0),
     "FZOO": (zokern.FZOO, 1.0),
+    "KerZOO averaged": (partial(zokern.KerZOO, averaging=True), 1.0),
+    "ConMeZO": (zokern.ConMeZO, 1.0),
+    "MeZOSVRG": (zokern.MeZOSVRG, 1.0),
+    "DiZO": (zokern.DiZO, 1.0),
     "MeZO Kernel": (lambda m, **o: zokern.MeZO(m, estimator=zokern.Kernel(), **o), 1.0),
     "MeZO Sign": (lambda m, **o: zokern.MeZO(m, estimator=zokern.Sign(), **o), 1.0),
     "MeZO Conservative": (lambda m, **o: zokern.MeZO(m, estimator=zokern.Conservative(), **o), 1.0),
@@ -62,7 +66,12 @@ def measure(name: str, model: Any, words: LabelWords, rows: Any, options: argpar
     optimizer = build(model, seed=options.seed, **({} if options.lr is None else {"lr": options.lr}))
     batches = Batches(rows.train, BATCH, options.seed)
     seconds, right = [], Oracle.losses
-    with patch.object(Oracle, "losses", lambda self, points, *rest: asked.extend({*points}) or right(self, points, *rest)):
+
+    def counted(self: Oracle, points: Any, *rest: Any, **more: Any) -> Any:
+        asked.extend({*points})
+        return right(self, points, *rest, **more)
+
+    with patch.object(Oracle, "losses", counted):
         while len(seconds) < max(1, round(portion * options.steps)) and sum(seconds) < options.seconds:
             task, asked = Task(model, words, batches.next()), list[Point]()
             started = time.perf_counter()

@@ -83,4 +83,4 @@ def test_a_docstring_without_its_parts_is_refused(monkeypatch, docstring, missin
 
 def test_an_unknown_name_is_refused(capsys) -> None:
     assert cli.main(["methods", "nothing"]) == 2
-    assert "nothing is no method; expected one of FZOO, LOZO" in capsys.readouterr().err
+    assert f"nothing is no method; expected one of {', '.join(methods.METHODS)}" in capsys.readouterr().err

@@ -35,16 +35,16 @@ def check_method(name: str, steps: int = 5, weight_decay: float = 0.0, width: in
         formula.size = {n: size + 4 * group["eps"] for n, size in formula.size.items()}
     for step in range(steps):
         result = zokern.step(optimizer, lambda: loss_of(model))
-        offsets = optimizer.estimator.stencil.offsets
         group = optimizer.param_groups[0]
         for query, sides in enumerate(result.losses):
-            for offset, got in zip(offsets, sides):
-                with torch.no_grad():
-                    weights = formula.moved(step, query, offset * group["eps"])
+            with torch.no_grad():
+                points = formula.points(step, query, group["eps"])
+                assert len(points) == len(sides), f"step {step}: {len(sides)} losses, not {len(points)}"
+                for i, (weights, got) in enumerate(zip(points, sides)):
                     want = float(loss_of(lambda ids, weights=weights: functional_call(double, weights, (ids,))))
-                assert abs(got - want) <= 1e-6 * want, f"step {step}, query {query}, offset {offset}: {got} against {want}"
+                    assert abs(got - want) <= 1e-6 * want, f"step {step}, query {query}, side {i}: {got} against {want}"
         assert max(max(sides) - min(sides) for sides in result.losses) > 3e-5, "sides too close together to be told apart"
-        for got, want in zip(result.coefficients, formula.coefficients(result.losses, group["eps"])):
+        for got, want in zip(result.coefficients, formula.coefficients(result.losses, group["eps"], step)):
             assert math.isclose(got, want, rel_tol=1e-6), f"step {step}: coefficient {got} against {want}"
         formula.update(result.coefficients, step, group["lr"], weight_decay)
         with optimizer.evaluating():

@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from models import batch, changed, next_token_loss, one_thread, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
+from models import at_use, batch, changed, next_token_loss, one_thread, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
 from torch import Tensor
 
 import zokern
@@ -19,7 +19,7 @@ from zokern.estimator import Base, Estimate, Oracle
 from zokern.evaluation import THETA, Point
 
 IDS = batch()
-EVALUATIONS = ("master", "paired", "scratch", "inplace", "auto")
+EVALUATIONS = ("master", "paired", "scratch", "inplace", "auto", "scratch, at use", "paired, at use")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -42,6 +42,12 @@ class Elsewhere(zokern.Spsa):
         yield Estimate((plan.draw(0),), nothing, losses.unsqueeze(0))
 
 
+def made(name: str) -> Any:
+    """An evaluation; 'at use' has no memory for copies of the matrices, which are made at their use or beside the product."""
+    kinds = {"scratch, at use": zokern.Scratch, "paired, at use": zokern.Paired}
+    return at_use(kinds[name](check=False)) if name in kinds else name
+
+
 def far(model) -> dict[str, Tensor]:
     """Weights so far from the model's that a mixture of the two shows in the loss."""
     generator = torch.Generator().manual_seed(5)
@@ -55,8 +61,8 @@ def kept(optimizer) -> dict[str, Tensor]:
 
 
 def check_reading(evaluation: str, dtype: torch.dtype = torch.float32, tied: bool = False, rounding: str = "nearest") -> None:
-    model = tiny(dtype, tied=tied)
-    optimizer = zokern.MeZO(model, lr=1e-2, eps=1e-2, seed=3, evaluation=evaluation, rounding=rounding)
+    model = tiny(dtype, tied=tied, width=48 if "at use" in evaluation else 12)
+    optimizer = zokern.MeZO(model, lr=1e-3, eps=1e-2, seed=3, evaluation=made(evaluation), rounding=rounding)
     for _ in range(2):  # low bits that are not zero, and a way that auto has chosen
         zokern.step(optimizer, lambda: next_token_loss(model(IDS), IDS))
     values = far(model)
@@ -187,9 +193,9 @@ def test_an_oracle_that_forgets_exceptions_is_rejected(where: str) -> None:
 def test_the_first_step_reads_again_where_it_read(evaluation: str) -> None:
     """Its check of the closure compares readings at one base; a closure that does not repeat is found there too."""
     model = tiny()
-    optimizer = zokern.MeZO(model, lr=0.0, eps=1e-3, evaluation=evaluation, estimator=Elsewhere(far(model)))
+    optimizer = zokern.MeZO(model, lr=0.0, eps=1e-3, evaluation=made(evaluation), estimator=Elsewhere(far(model)))
     zokern.step(optimizer, lambda: next_token_loss(model(IDS), IDS))
-    optimizer = zokern.MeZO(model, lr=0.0, eps=1e-3, evaluation=evaluation, estimator=Elsewhere(far(model)))
+    optimizer = zokern.MeZO(model, lr=0.0, eps=1e-3, evaluation=made(evaluation), estimator=Elsewhere(far(model)))
     count = iter(range(100))
     with pytest.raises(RuntimeError, match="for the same weights"):
         zokern.step(optimizer, lambda: next_token_loss(model(IDS), IDS) * (1.0 + next(count)))

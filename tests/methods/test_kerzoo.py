@@ -8,11 +8,10 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from hand import EPS, NAMES, SEED, Hand, loss, radius_of, weights
+from method_check import check_method
 from models import batch, changed, next_token_loss, one_thread, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
 from mutant import replaced
-from test_estimators import EPS, NAMES, SEED, Hand, loss, weights
-from test_kernel import radius_of
-from test_methods import check_method
 from torch import Tensor, nn
 
 import zokern

@@ -9,9 +9,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from method_check import check_method
 from models import batch, changed, next_token_loss, one_thread, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
 from mutant import replaced
-from test_methods import check_method
 
 import zokern
 from zokern.estimator import Base

@@ -10,14 +10,14 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from test_estimators import EPS, NAMES, SEED, Hand, loss, weights
+from hand import EPS, NAMES, SEED, Hand, loss, radius_of, weights
+from models import at_use, batch, next_token_loss, tiny
 from torch import Tensor, nn
 
 import zokern
 from zokern.estimator import kernel
-from zokern.estimator.kernel import KERNELS, OF_TENSORS
+from zokern.estimator.kernel import KERNELS
 from zokern.evaluation import Point
-from zokern.stream import RADIUS, draw_word, parameter_id
 
 FACTORS = {1: Fraction(9, 5), 3: Fraction(25, 4), 5: Fraction(11025, 832), 7: Fraction(99225, 4352)}
 NEXT = {1: Fraction(3, 5), 3: Fraction(-5, 21), 5: Fraction(35, 429), 7: Fraction(-63, 2431)}  # E[r^(order + 2) K(r)] / C
@@ -178,11 +178,6 @@ def test_a_wrong_variance_is_rejected(table: dict) -> None:
 # A radius for each parameter, and norms ----------------------------------------------------------------------------------------------
 
 
-def radius_of(name: str, step: int, query: int) -> float:
-    counter = torch.tensor([[0, parameter_id(name), step, draw_word(OF_TENSORS + query, RADIUS)]])
-    return (float(zokern.philox4x32(counter, (SEED, 0))[0, 0]) + 0.5) / 2**31 - 1.0
-
-
 def by_tensor(hand: Hand, step: int, lr: float, clip: float | None = None, one: bool = False) -> list[list[float]]:
     """The published estimator with C = 4 and K(r) = 15 r (5 - 7 r^2), r from a shrinking interval; returns each parameter's c."""
     width = 1.0 / (1 + step)
@@ -226,6 +221,21 @@ def published(**options: Any) -> zokern.Kernel:
 @pytest.mark.parametrize("evaluation", ["master", "paired", "scratch", "inplace", "auto"])
 def test_a_radius_for_each_parameter(evaluation: str) -> None:
     check_tensors(published(), evaluation=evaluation)
+
+
+@pytest.mark.parametrize("kind", [zokern.Scratch, zokern.Paired])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_radii_of_parameters_beside_the_product(kind: type, dtype: torch.dtype) -> None:
+    """Where no memory is left for copies of the matrices: the losses of 'master'."""
+    read = []
+    for evaluation in (zokern.Master(), at_use(kind(check=False))):
+        model = tiny(dtype, width=48)
+        estimator = zokern.Kernel(scale=4.0, scope="tensor")
+        optimizer = zokern.MeZO(model, lr=0.0, eps=5e-2, seed=SEED, evaluation=evaluation, estimator=estimator)
+        result = zokern.step(optimizer, lambda model=model: next_token_loss(model(batch()), batch()))
+        read.append(torch.tensor(result.losses))
+    spread = float((read[0][:, 0] - read[0][:, 1]).abs().max())
+    assert spread > 0.05 and float((read[0] - read[1]).abs().max()) < (1e-4 if dtype == torch.float32 else 0.15) * spread
 
 
 def test_norms_are_clipped_parameter_by_parameter() -> None:

@@ -8,10 +8,10 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from hand import EPS, NAMES, SEED, Hand, loss, weights
+from method_check import check_method
 from models import batch, changed, next_token_loss, one_thread, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
 from mutant import replaced
-from test_estimators import EPS, NAMES, SEED, Hand, loss, weights
-from test_methods import check_method
 from torch import Tensor
 
 import zokern
@@ -247,3 +247,16 @@ def test_the_loss_falls() -> None:
     for _ in range(60):
         zokern.step(optimizer, closure)
     assert float(closure().detach()) < start - 0.15
+
+
+@pytest.mark.parametrize("evaluation", ["master", "paired", "scratch"])
+def test_a_low_rank_direction_is_projected(evaluation: str) -> None:
+    """Its updates do not wait, and the loss falls."""
+    model = tiny()
+    rule = zokern.Projected(("up", "down"), interval=4, iterations=2)
+    optimizer = zokern.SubZero(model, lr=1e-2, eps=1e-2, rank=4, rule=rule, evaluation=evaluation)
+    losses = []
+    for _ in range(40):
+        losses.append(zokern.step(optimizer, lambda: next_token_loss(model(IDS), IDS)).loss)
+        assert not optimizer.pending
+    assert losses[-1] < losses[0] - 0.1 and rule.factors.keys() == {"up.weight", "up.bias", "down.weight"}
