@@ -151,7 +151,7 @@ def test_several_queries_and_low_rank_directions_are_refused() -> None:
     model = tiny()
     before = snapshot(model)
     optimizer = zokern.MeZO(model, rule=zokern.Cone(), queries=2, evaluation="master")
-    with pytest.raises(ValueError, match="queries is 2 with rule 'cone'; expected 1"):
+    with pytest.raises(ValueError, match="an estimate has 2 draws with rule 'cone'; expected queries of 1"):
         zokern.step(optimizer, lambda: next_token_loss(model(IDS), IDS))
     assert not changed(model, before)
     with pytest.raises(ValueError, match="rule is 'cone' with direction 'subspace'; expected a dense z"):

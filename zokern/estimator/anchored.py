@@ -89,9 +89,10 @@ class Anchored(Spsa):
         losses = oracle.losses(self.points(plan), closure=self.full).view(self.queries, -1)
         differences = self.differences(losses)
         self.state = {"step": plan.step, "full": differences.tolist()} if bool(torch.isfinite(differences).all()) else {}
-        for group in plan.groups:
-            for i, tensor in enumerate(group.tensors):
-                oracle.states[tensor]["anchor"] = group.read(i).clone(memory_format=torch.contiguous_format)
+        with oracle.standing():
+            for group in plan.groups:
+                for i, tensor in enumerate(group.tensors):
+                    oracle.states[tensor]["anchor"] = group.read(i).clone(memory_format=torch.contiguous_format)
         estimate = self.estimate(plan, losses, differences)
         return replace(estimate, coefficients=(estimate.coefficients * self.ratio).float().double())
 

@@ -140,6 +140,13 @@ class Oracle:
                     tensor.copy_(copy)
 
     @contextmanager
+    def standing(self) -> Iterator[None]:
+        """Holds in the parameters, while inside, the weights that the step's losses are read around."""
+        base, _ = (None, THETA) if self.lens is None else self.lens(THETA)
+        with nullcontext() if base is None else self.at(base):
+            yield
+
+    @contextmanager
     def _all(self, bases: Sequence[Base], plan: Plan) -> Iterator[None]:
         """Enters several bases, the outermost first."""
         if not bases:
@@ -149,8 +156,10 @@ class Oracle:
             yield
 
     def _read(self, plan: Plan, points: Sequence[Point], closure: Callable[[], Any]) -> Tensor:
-        """Returns the losses at the points through the lens: a call of the evaluation for each base."""
-        if self.lens is None:
+        """Returns the losses at the points through the lens: a call of the evaluation for each base.
+
+        Inside at() there is no lens: the base is read itself."""
+        if self.lens is None or self.bases:
             return self._ask(plan, points, closure)
         seen = [self.lens(point) for point in points]
         read: dict[int, Tensor] = {}

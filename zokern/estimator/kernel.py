@@ -75,7 +75,7 @@ class Kernel(Spsa):
         clip_norm: float | None = None,
     ) -> None:
         super().__init__(queries, "central", clip)
-        self.gain = self.scale = finite_number("scale", scale, above=0.0)
+        self.scale = finite_number("scale", scale, above=0.0)
         self.width = width if callable(width) else finite_number("width", width, above=0.0)
         if isinstance(order, bool) or order not in KERNELS:
             raise ValueError(f"order is {order!r}; expected one of {list(KERNELS)}")
@@ -83,6 +83,15 @@ class Kernel(Spsa):
             raise ValueError(f"scope is {scope!r}; expected 'query', one radius for all parameters, or 'tensor', one for each")
         self.order, self.rescale, self.scope = int(order), flag("rescale", rescale), scope
         self.clip_norm = None if clip_norm is None else finite_number("clip_norm", clip_norm, above=0.0)
+
+    @property
+    def gain(self) -> float:  # type: ignore[override]
+        """E[r K(r)]: C, and where K does not follow the width, that of the first step's d."""
+        if self.rescale:
+            return self.scale
+        factor, coefficients = KERNELS[self.order]
+        width = float(self.width(0) if callable(self.width) else self.width)
+        return self.scale * factor * sum(c * width ** (2 * i + 2) / (2 * i + 3) for i, c in enumerate(coefficients))
 
     def radii(self, plan: Plan) -> list[tuple[float, float]]:
         """Returns (r_k, K(r_k)) of every query."""

@@ -87,7 +87,9 @@ class Cone:
         self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any, defer: bool
     ) -> Tensor | int:  # fmt: skip
         if len(weights) != 1:
-            raise ValueError(f"queries is {len(weights)} with rule 'cone'; expected 1: its momentum turns into one z a step")
+            raise ValueError(
+                f"an estimate has {len(weights)} draws with rule 'cone'; expected queries of 1: momentum and draw make one z"
+            )
         beta = self.beta if not callable(self.beta) else within("beta", self.beta(plan.step), 0.0, 1.0, "0 <= beta < 1")
         launches: dict[float, list[int]] = {}  # parameters that were frozen for a while have an l of their own
         for i, tensor in enumerate(group.tensors):
