@@ -20,7 +20,7 @@ from zokern.rule import momentum, sgd, waiting
 
 IDS = batch()
 DEFER = [
-    name for name in METHODS if "adam" not in name and name not in ("fzoo", "mezo")
+    name for name in METHODS if "adam" not in name and name.startswith(("subzero", "lozo", "tezo", "pgap"))
 ]  # those whose updates of matrices can wait
 SOME = ("subzero", "lozo", "lozo_m", "tezo_m", "pgap")
 

@@ -43,7 +43,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "conmezo_number": partial(zokern.ConMeZO, lr=3e-3, beta=0.8, angle=0.9),
     "mezosvrg": partial(zokern.MeZOSVRG, lr=3e-3),
     "mezosvrg_queries": partial(zokern.MeZOSVRG, lr=3e-3, interval=3, ratio=2.0, queries=2),
-    "dizo": partial(zokern.DiZO, lr=3e-3, projected=("up", "head"), interval=2, iterations=3, rate=5.0),
+    "dizo": partial(zokern.DiZO, lr=3e-3, projected=("",), interval=2, iterations=3, rate=5.0),
     "kerzoo": partial(zokern.KerZOO, lr=1e-3, eps=1e-2),
     "kerzoo_5_averaged": partial(zokern.KerZOO, order=5, width=0.8, scale=2.0, averaging=True, lr=1e-3, eps=1e-2),
 }
