@@ -43,6 +43,10 @@ CASES: dict[str, tuple[Callable[..., Any], float]] = {
     "TeZO": (zokern.TeZO, 1.0),
     "PGAP": (zokern.PGAP, 1.0),
     "FZOO": (zokern.FZOO, 1.0),
+    "KerZOO averaged": (partial(zokern.KerZOO, averaging=True), 1.0),
+    "ConMeZO": (zokern.ConMeZO, 1.0),
+    "MeZOSVRG": (zokern.MeZOSVRG, 1.0),
+    "DiZO": (zokern.DiZO, 1.0),
     "MeZO Kernel": (lambda m, **o: zokern.MeZO(m, estimator=zokern.Kernel(), **o), 1.0),
     "MeZO Sign": (lambda m, **o: zokern.MeZO(m, estimator=zokern.Sign(), **o), 1.0),
     "MeZO Conservative": (lambda m, **o: zokern.MeZO(m, estimator=zokern.Conservative(), **o), 1.0),
@@ -67,8 +71,10 @@ def measure(name: str, model: Any, words: LabelWords, rows: Any, options: argpar
     build, portion = CASES[name]
     optimizer = build(model, seed=options.seed, **({} if options.lr is None else {"lr": options.lr}))
     batches = Batches(rows.train, BATCH, options.seed)
-    seconds, right = [], Oracle._read
-    with patch.object(Oracle, "_read", lambda self, plan, points, *rest: asked.extend({*points}) or right(self, plan, points, *rest)):
+    seconds, right = [], Oracle._ask
+    with patch.object(
+        Oracle, "_ask", lambda self, plan, points, *rest: asked.extend({*points}) or right(self, plan, points, *rest)
+    ):
         while len(seconds) < max(1, round(portion * options.steps)) and sum(seconds) < options.seconds:
             task, asked = Task(model, words, batches.next()), list[Point]()
             started = time.perf_counter()

@@ -7,6 +7,7 @@ for batch in loader:
 
 from .directions import Normal, Rademacher
 from .estimator import (
+    Anchored,
     Bayesian,
     Blockwise,
     Conservative,
@@ -32,9 +33,13 @@ from .methods import (
     RLOO,
     AdaMeZO,
     BlockMeZO,
+    ConMeZO,
+    DiZO,
+    KerZOO,
     LeZO,
     MeZO,
     MeZOGV,
+    MeZOSVRG,
     SubZero,
     TeZO,
     ZOAdam,
@@ -45,20 +50,20 @@ from .methods import (
 from .objective import Objective
 from .ops import axpy_, draw, lowrank_, perturb, philox4x32, update_
 from .ops.linear import linear, sketch
-from .rule import Adam, Momentum, Sgd, WindowAdam, WindowMomentum
+from .rule import Adam, Averaged, Cone, Momentum, Projected, Sgd, WindowAdam, WindowMomentum
 from .step import StepResult, step
 from .tuning import Tuning, tune
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "AdaMeZO", "Adam", "Auto", "BSZO", "Bayesian", "BlockMeZO", "Blockwise", "Conservative", "DPZO",
-    "FZOO", "Guided", "InPlace", "Kernel", "LOZO", "Layers", "LeZO", "LeaveOneOut", "Master", "MeZO",
-    "MeZOGV", "Momentum", "Normal", "Objective", "PGAP", "Paired", "Private", "RLOO", "Rademacher",
-    "Refused", "Scratch", "Sgd", "Sign", "Spread", "Spsa", "Stencil", "StepResult", "SubZero", "TeZO",
-    "Tuning", "Walk", "WindowAdam", "WindowMomentum", "ZOAdam", "ZOConservative", "ZOMomentum", "ZOSignSGD",
-    "__version__", "axpy_", "draw", "linear", "lowrank_", "perturb", "philox4x32", "sketch", "step",
-    "tune", "update_",
+    "AdaMeZO", "Adam", "Anchored", "Auto", "Averaged", "BSZO", "Bayesian", "BlockMeZO", "Blockwise",
+    "ConMeZO", "Cone", "Conservative", "DPZO", "DiZO", "FZOO", "Guided", "InPlace", "KerZOO", "Kernel",
+    "LOZO", "Layers", "LeZO", "LeaveOneOut", "Master", "MeZO", "MeZOGV", "MeZOSVRG", "Momentum", "Normal",
+    "Objective", "PGAP", "Paired", "Private", "Projected", "RLOO", "Rademacher", "Refused", "Scratch",
+    "Sgd", "Sign", "Spread", "Spsa", "Stencil", "StepResult", "SubZero", "TeZO", "Tuning", "Walk",
+    "WindowAdam", "WindowMomentum", "ZOAdam", "ZOConservative", "ZOMomentum", "ZOSignSGD", "__version__",
+    "axpy_", "draw", "linear", "lowrank_", "perturb", "philox4x32", "sketch", "step", "tune", "update_",
 ]  # fmt: skip
 __all__ += [name for name in METHODS if name not in __all__]
 globals().update(METHODS)

@@ -93,7 +93,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self.bases = Bases(self.factored, self.rule, self.state)
         self.low_bits = LowBits(rounding == "residual", self.state)
         self.deferred = Deferred(self.run, self.bases, self.low_bits, self._lock, defer)
-        self.work.parts(self.bases, self.low_bits, self.deferred, self.rule)
+        self.work.parts(self.bases, self.low_bits, self.deferred, self.rule, self.estimator)
         if self.factored is not None and self.work.model is not None:
             self.deferred.watch(self.work.model, params)
 
@@ -254,10 +254,12 @@ class ZerothOrder(torch.optim.Optimizer):
         return plan
 
     def prepare(self, plan: Plan, oracle: Oracle) -> None:
-        """Readies the weights for the readings of a step: low bits, deferred updates of old bases, and the bases of this step."""
+        """Readies what losses are read of: low bits, updates of old bases, this step's bases, the rule."""
         self.low_bits.drop(plan.groups)
         self.deferred.settle(plan)
         self.bases.renew(plan, oracle)
+        if (ready := getattr(self.rule, "prepare", None)) is not None:
+            ready(plan, oracle, self.state)
 
     def defers(self) -> bool:
         """Whether this step's updates of low-rank directions are deferred."""

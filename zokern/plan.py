@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ class Group:
     """Trained tensors of one parameter group on one device, with one eps: one launch per verb.
 
     tensors  the parameters, which name the optimizer's state
+    lengths  by draw word: the length of its z in this group, in units of eps; 1 where it has no entry
     theta    their memory as plain tensors: what is read and written, whatever stands in a parameter while a closure runs"""
 
     names: list[str]
@@ -36,6 +37,7 @@ class Group:
     theta: TensorList = field(default_factory=TensorList)
     objects: list[list[Tensor]] = field(default_factory=list)  # every tensor object that stands for tensor i, itself first
     drawn: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict, repr=False)  # by step and draw word
+    lengths: dict[int, float] = field(default_factory=dict, repr=False)
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)  # what evaluations prepare once for these tensors
 
     def __post_init__(self) -> None:
@@ -65,9 +67,29 @@ class Group:
             memo={},
         )
 
+    def reach(self, word: Draw) -> float:
+        """Returns eps of one draw, in weights: an amount a of it moves theta by a reach z."""
+        return self.eps * self.lengths.get(word, 1.0) if isinstance(word, int) else self.eps
+
     def residual(self, i: int) -> Tensor | None:
         """The low bits of tensor i, where it has any."""
         return self.residuals[i] if self.residuals is not None and self.theta[i].dtype == torch.bfloat16 else None
+
+    def read(self, i: int) -> Tensor:
+        """Returns tensor i in float32, with its low bits: a copy, but of float32 weights themselves."""
+        if (low := self.residual(i)) is None:
+            return self.theta[i].float()
+        return ((self.theta[i].view(torch.int16).int() << 16) + low.int()).view(torch.float32)
+
+    def put(self, i: int, values: Tensor) -> None:
+        """Writes float32 values to tensor i: exactly where it has low bits, else rounded to nearest."""
+        if (low := self.residual(i)) is None:
+            self.theta[i].copy_(values)
+            return
+        bits = values.contiguous().view(torch.int32)
+        high = (bits + 0x8000) >> 16  # the nearest bfloat16, ties away from zero, as in the kernels
+        self.theta[i].view(torch.int16).copy_(high.short())
+        low.copy_((bits - (high << 16)).short())
 
     def axpy_(self, direction, seed: int, draws, coeffs: Sequence[float], decay: float, rounding: str) -> Tensor:
         table = torch.tensor(coeffs, dtype=torch.float32, device=self.theta[0].device)
@@ -194,6 +216,9 @@ class Run:
     step: int = 0
 
 
+EACH = ("each parameter by itself",)  # the scope of Plan.each, which no parameter is called
+
+
 @dataclass
 class Plan:
     """The checked work of one step.
@@ -231,16 +256,31 @@ class Plan:
         if scope is None:
             return self
         key = tuple(scope)
-        if key in self.earlier:
-            self.scopes[key] = self.earlier.pop(key)
-        elif key not in self.scopes:
+
+        def make() -> list[tuple[Group, Group]]:
             members = [[i for i, name in enumerate(group.names) if name in key] for group in self.groups]
-            self.scopes[key] = [(group.only(some), group) for some, group in zip(members, self.groups) if some]
-        if not self.scopes[key]:
+            return [(group.only(some), group) for some, group in zip(members, self.groups) if some]
+
+        if not (parts := self._parts(key, make)):
             raise ValueError(f"scope is {key!r:.200}; expected names of trained parameters, such as {self.names[:2]}")
-        for part, whole in self.scopes[key]:
+        for part, whole in parts:
             part.eps = whole.eps
-        return replace(self, groups=[part for part, _ in self.scopes[key]], scopes={}, earlier={})
+        return replace(self, groups=[part for part, _ in parts], scopes={}, earlier={})
+
+    def each(self, lengths: Sequence[dict[int, float]] = ()) -> Plan:
+        """Returns the same step with a group, and so a launch, for every parameter, in the order of `names`.
+
+        lengths  Group.lengths of every parameter"""
+        parts = self._parts(EACH, lambda: [(group.only([i]), group) for group in self.groups for i in range(len(group.names))])
+        given = lengths or [whole.lengths for _, whole in parts]
+        groups = [replace(part, eps=whole.eps, lengths=own) for (part, whole), own in zip(parts, given)]
+        return replace(self, groups=groups, scopes={}, earlier={})
+
+    def _parts(self, key: tuple[str, ...], make: Callable[[], list[tuple[Group, Group]]]) -> list[tuple[Group, Group]]:
+        """Returns parts of groups, each with the group that it is a part of; made once for steps that follow each other."""
+        if key not in self.scopes:
+            self.scopes[key] = self.earlier.pop(key) if key in self.earlier else make()
+        return self.scopes[key]
 
     def along(self, draws: tuple[Draw, ...]) -> Plan:
         """Returns the same step with the draws of an estimate. Raises ValueError where the last is no draw of this step."""

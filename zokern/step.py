@@ -12,7 +12,7 @@ import torch
 from . import underflow
 from .checks import fits
 from .estimator import Estimate, Estimator, Oracle
-from .evaluation import THETA, Evaluation, NotRepeatable
+from .evaluation import Evaluation, NotRepeatable
 from .first_step import distance, name_statistics, repeats, unseen
 from .guards import Guards
 from .plan import Group, Plan
@@ -128,11 +128,12 @@ def run(optimizer: Steps, closure: Callable[[], Any]) -> StepResult:
 def _run(optimizer: Steps, closure: Callable[[], Any]) -> StepResult:
     """The step: ask for losses, estimate the gradient, write the weights once for each estimate."""
     plan: Plan = optimizer.plan()
-    oracle = Oracle(optimizer.evaluation, plan, closure)
+    oracle = Oracle(optimizer.evaluation, plan, closure, optimizer.state, getattr(optimizer.rule, "base", None))
     optimizer.prepare(plan, oracle)
     result: StepResult | None = None
     for estimate in optimizer.estimator(oracle, plan):
         part = plan.only(estimate.scope).along(estimate.draws)
+        part = part.each() if estimate.each else part
         checked = _check(optimizer, oracle) if result is None else result.unseen
         moves = [_move(optimizer, group, estimate, row.tolist()) for group, row in zip(part.groups, estimate.coefficients)]
         finite = all(fits([*weights, lr, decay, *(lr * w for w in weights)]) for weights, lr, decay in moves)
@@ -193,20 +194,20 @@ def mean(values: Sequence[float]) -> float:
 
 def _check(optimizer: Steps, oracle: Oracle) -> tuple[str, ...]:
     """First step, and every `paired_check` steps: reads a loss again. Returns the parameters that the first step did not read."""
-    points, read, plan = oracle.asked
+    plan = oracle.asked.plan
     # a resumed run whose weights move would round more often than the run that it continues
     first = optimizer.result is None and (plan.step == 0 or optimizer.evaluation.exact)
     if not optimizer.guards.is_due(plan.step, first):
         return ()
-    found = read.tolist()
-    again, base = optimizer.evaluation.losses(plan, [points[0], THETA], oracle.closure).tolist()
+    found = oracle.asked.losses.tolist()
+    again, base = oracle.again()
     if not repeats(plan, found, again, optimizer.evaluation.exact):
         raise NotRepeatable(found[0], again)
     if not first:
         return ()
     distance(plan, found, base)
     name_statistics(oracle.plan)
-    return unseen(oracle.plan, found, oracle.closure)
+    return unseen(oracle.plan, found, oracle.asked.closure)
 
 
 Move = tuple[list[float], float, float]

@@ -145,9 +145,9 @@ class _Counted(Oracle):
 
     read = 0
 
-    def losses(self, points: Any, scope: Any = None) -> torch.Tensor:
+    def losses(self, points: Any, scope: Any = None, closure: Any = None) -> torch.Tensor:
         self.read += len(set(points))
-        return super().losses(points, scope)
+        return super().losses(points, scope, closure)
 
 
 def tune(
@@ -181,7 +181,7 @@ def tune(
     probes, share = whole_number("probes", probes, 2), finite_number("share", share, above=0.0)
     say = say or (lambda text: None)
     with _borrowed(optimizer) as plan:
-        oracle = _Counted(Master() if evaluation is None else evaluation, plan, given[0])
+        oracle = _Counted(Master() if evaluation is None else evaluation, plan, given[0], optimizer.state)
         optimizer.prepare(plan, oracle)
         own = [group.eps for group in plan.groups]
         widths = _widths(optimizer, oracle, plan, own, say)
@@ -210,6 +210,7 @@ def _borrowed(optimizer: ZerothOrder) -> Iterator[Plan]:
     optimizer.flush()
     parts = [part for part in (optimizer.estimator, optimizer.factored) if part is not None]
     kept, force = [copy.deepcopy(part.state) for part in parts], optimizer.guards.force
+    states = {tensor: dict(state) for tensor, state in optimizer.state.items()}
     with torch.inference_mode(False), torch.no_grad(), optimizer.readings():
         optimizer.guards.force = True  # an eps that rounding swallows is what is looked for
         try:
@@ -219,6 +220,8 @@ def _borrowed(optimizer: ZerothOrder) -> Iterator[Plan]:
             optimizer.work.forget()
             for part, state in zip(parts, kept):
                 part.state = state
+            optimizer.state.clear()
+            optimizer.state.update(states)
 
 
 def _set(plan: Plan, own: Sequence[float], factor: float) -> None:

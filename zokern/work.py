@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from . import backends, parameters
 from .bases import Bases
 from .deferred import Deferred
+from .estimator import Estimator
 from .fingerprint import memory_of
 from .low_bits import LowBits
 from .modules import Tree, same
 from .parameters import Trained
 from .plan import Group
-from .rule import START_ANEW, Rule, check_state
+from .rule import START_ANEW, Keeps, Rule, check_state
 
 
 class Work:
@@ -51,9 +52,9 @@ class Work:
         self._key: tuple | None = None  # the memory that the groups were built from
         self._kept: list[Any] = []  # tensors of the optimizer's state that were checked
 
-    def parts(self, bases: Bases, low_bits: LowBits, deferred: Deferred, rule: Rule) -> None:
-        """Takes what belongs to single parameters: bases, low bits, deferred updates, and the rule whose state is checked."""
-        self.bases, self.low_bits, self.deferred, self.rule = bases, low_bits, deferred, rule
+    def parts(self, bases: Bases, low_bits: LowBits, deferred: Deferred, rule: Rule, estimator: Estimator) -> None:
+        """Takes what belongs to parameters: bases, low bits, deferred updates, and parts with state."""
+        self.bases, self.low_bits, self.deferred, self.rule, self.estimator = bases, low_bits, deferred, rule, estimator
 
     def named(self, param_group: dict[str, Any]) -> dict[str, Any]:
         """Returns a parameter group as (name, parameter) pairs; without names it continues the numbering param.N."""
@@ -175,8 +176,10 @@ class Work:
 
     def check_state(self, entry: Trained, state: Any, way_out: str, loading: bool = False) -> None:
         """Raises ValueError for state that kernels would read past its end."""
-        keeps = self.rule.keeps(tuple(entry.tensor.shape), self.bases.draw_shape(entry))
-        check_state(entry, state, self.rule.name, keeps, way_out, loading)
+        shape = tuple(entry.tensor.shape)
+        check_state(entry, state, self.rule.name, self.rule.keeps(shape, self.bases.draw_shape(entry)), way_out, loading)
+        if (own := getattr(self.estimator, "keeps", None)) is not None:
+            check_state(entry, state, self.rule.name, Keeps(own(shape), False), way_out, loading)
 
     def _made(self, param_groups: list[dict[str, Any]]) -> list[Group]:
         """Returns a group for each parameter group, device and kind of direction: one launch per verb."""

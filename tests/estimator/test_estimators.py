@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from hand import EPS, NAMES, SEED, Hand, loss, weights
 from torch import Tensor, nn
 
 import zokern
@@ -20,42 +21,8 @@ from zokern.estimator.blocks import block_of
 from zokern.evaluation import THETA, Point
 from zokern.stream import RADIUS, draw_word, parameter_id
 
-EPS, SEED, STEPS = 0.05, 11, 3
-NAMES = ("embed.weight", "layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down", "head.weight")
+STEPS = 3
 EVALUATIONS = ("master", "paired", "scratch", "inplace")
-
-
-def weights() -> dict[str, nn.Parameter]:
-    generator = torch.Generator().manual_seed(3)
-    return {name: nn.Parameter(0.5 * torch.randn(3, 4 + i, generator=generator)) for i, name in enumerate(NAMES)}
-
-
-def loss(theta: dict[str, Tensor]) -> Tensor:
-    """Smooth, with all derivatives, and with blocks that depend on one another."""
-    parts = [(t.double() * (1 + i)).sin().mean() + t.double().square().mean() for i, t in enumerate(theta.values())]
-    return torch.stack(parts).sum() + 0.3 * torch.stack(parts).prod() + 2.0
-
-
-class Hand:
-    """The weights of a run in float64, moved by hand."""
-
-    def __init__(self, params: dict[str, nn.Parameter]) -> None:
-        self.theta = {name: p.detach().double() for name, p in params.items()}
-
-    def z(self, name: str, step: int, query: int) -> Tensor:
-        return zokern.draw("normal", tuple(self.theta[name].shape), seed=SEED, who=name, step=step, draw=query).double()
-
-    def at(self, step: int, terms: list[tuple[int, float]], scope: tuple[str, ...] = NAMES) -> float:
-        """The loss at theta + sum_k a_k z_k of some parameters."""
-        moved = {n: t + sum(a * self.z(n, step, k) for k, a in terms) if n in scope else t for n, t in self.theta.items()}
-        return float(loss(moved))
-
-    def move(self, step: int, terms: list[tuple[int, float]], scope: tuple[str, ...] = NAMES) -> None:
-        self.theta = {n: t + sum(a * self.z(n, step, k) for k, a in terms) if n in scope else t for n, t in self.theta.items()}
-
-    def difference(self, step: int, query: int, radius: float = 1.0, scope: tuple[str, ...] = NAMES) -> float:
-        a, b = (self.at(step, [(query, sign * radius * EPS)], scope) for sign in (1, -1))
-        return (a - b) / (2 * EPS)
 
 
 def radius(step: int, query: int) -> float:

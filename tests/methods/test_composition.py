@@ -44,7 +44,7 @@ CONTRACTS = {
     "Drawn",
     "Keeps",
 }
-CONTRACTS |= {"Isolation", "Estimate", "Oracle", "Stencil", "Point", "Record", "Refused", "NotRepeatable"}
+CONTRACTS |= {"Base", "Isolation", "Estimate", "Oracle", "Stencil", "Point", "Record", "Refused", "NotRepeatable"}
 
 REFUSALS = (ValueError, TypeError, NotImplementedError, zokern.Refused)
 
@@ -209,5 +209,6 @@ def test_a_refusal_that_names_nothing_is_rejected(sentence) -> None:
 
 def test_all_parts_are_found() -> None:
     assert {"Normal", "Rademacher", "Subspace", "Lazy", "Diagonal", "Aligned"} <= {*DIRECTIONS}
-    assert {"Spsa", "Spread", "Sign", "Conservative", "Blockwise", "Bayesian", "Kernel"} <= {*ESTIMATORS}
-    assert {"Sgd", "Momentum", "Adam"} <= {*RULES} and {"Master", "Paired", "Scratch", "InPlace", "Auto"} <= {*EVALUATIONS}
+    assert {"Spsa", "Spread", "Sign", "Conservative", "Blockwise", "Bayesian", "Kernel", "Anchored"} <= {*ESTIMATORS}
+    assert {"Sgd", "Momentum", "Adam", "Averaged", "Cone", "Projected"} <= {*RULES}
+    assert {"Master", "Paired", "Scratch", "InPlace", "Auto"} <= {*EVALUATIONS}

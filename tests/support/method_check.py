@@ -64,7 +64,7 @@ def check_step(formula: Formula, result: zokern.StepResult, paper: Paper, double
     asks = script(formula.optimizer.estimator, paper, tuple(formula.theta))
     while (asked := asks.send(answer) if answer is not None else next(asks, None)) is not None:
         if isinstance(asked, Read):
-            weights = formula.moved(asked.terms, paper.eps, asked.scope)
+            weights = formula.moved(asked.terms, paper.eps, asked.scope, paper.step, asked.anchored)
             with torch.no_grad():
                 rows = examples_of(lambda ids, weights=weights: functional_call(double, weights, (ids,))).tolist()
             want = math.fsum(rows) / len(rows)

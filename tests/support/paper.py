@@ -24,12 +24,13 @@ Draw = tuple[int, int]  # step and draw word
 
 class Read(NamedTuple):
     """terms: (draw, amount in units of eps). recorded: the step's record has this loss. rows: the loss of
-    each example is asked for."""
+    each example is asked for. anchored: around the anchor, the weights of an earlier step."""
 
     terms: tuple[tuple[Draw, float], ...]
     scope: tuple[str, ...]
     recorded: bool = True
     rows: bool = False
+    anchored: bool = False
 
 
 class Move(NamedTuple):
@@ -106,12 +107,35 @@ def by_spread(e: Any, p: Paper, scope: tuple[str, ...]) -> Script:
     yield Move(numbered(p, e.queries), weighed(e, losses, sigma), scope, e.queries)
 
 
+# KerZOO's kernels of the orders that the cases have, in whole numbers: K(r) = r (a + b r^2 + c r^4).
+POLYNOMIALS = {3: (75 / 4, -105 / 4, 0.0), 5: (3675 / 64, -6615 / 32, 10395 / 64)}
+
+
 def by_kernel(e: Any, p: Paper, scope: tuple[str, ...]) -> Script:
+    assert e.scope == "query" and e.rescale, "the formula of these radii is not known here (test_kernel.py)"
     width = e.width(p.step) if callable(e.width) else e.width
     units = [(p.word("", draw_word(k, RADIUS)) + 0.5) / 2**31 - 1.0 for k in range(e.queries)]
     losses = yield from differences(e, p, scope, [width * r for r in units])
-    kernel = [e.scale / width * 15 / 4 * r * (5 - 7 * r * r) for r in units]
+    kernel = [e.scale / width * sum(a * r ** (2 * i + 1) for i, a in enumerate(POLYNOMIALS[e.order])) for r in units]
     yield Move(numbered(p, e.queries), [c * k for c, k in zip(weighed(e, losses, p.eps), kernel)], scope, e.queries)
+
+
+def by_the_anchor(e: Any, p: Paper, scope: tuple[str, ...]) -> Script:
+    """MeZO-SVRG: the estimate at the anchor, and what has changed since."""
+    sets, found = p.step % e.interval == 0, []
+    for k in range(e.queries):
+        sides = []
+        for anchored in (False,) if sets else (False, True):
+            for offset in e.stencil.offsets:
+                sides.append((yield Read((((p.step, k), offset),), scope, anchored=anchored)))
+        there = weighed(e, [sides[2:]], p.eps)[0] if sides[2:] else 0.0
+        found.append(weighed(e, [sides[:2]], p.eps)[0] - there)
+    if sets:
+        p.memory["full"] = numbered(p, e.queries), found
+        yield Move(numbered(p, e.queries), [e.ratio * c for c in found], scope, e.queries)
+        return
+    draws, full = p.memory["full"]
+    yield Move([*draws, *numbered(p, e.queries)], [*full, *found], scope, e.queries)
 
 
 def by_the_best(e: Any, p: Paper, scope: tuple[str, ...]) -> Script:
@@ -216,7 +240,7 @@ def by_layers(e: Any, p: Paper, scope: tuple[str, ...]) -> Script:
 SCRIPTS: dict[type, Callable[..., Script]] = {
     Spsa: by_spsa, Spread: by_spread, zokern.Sign: by_sign, zokern.Kernel: by_kernel, zokern.Conservative: by_the_best,
     zokern.Bayesian: by_filter, zokern.LeaveOneOut: by_the_others, zokern.Private: by_clipped_sums, zokern.Guided: by_the_guide,
-    zokern.Blockwise: by_blocks, zokern.Layers: by_layers,
+    zokern.Blockwise: by_blocks, zokern.Layers: by_layers, zokern.Anchored: by_the_anchor,
 }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import zokern
 from zokern.directions import Aligned, Diagonal, Drawn, Kept, Lazy, LowRank, Subspace
+from zokern.estimator import Anchored
 from zokern.estimator.blocks import block_of
 from zokern.methods.pgap import Probed
 from zokern.stream import BASIS, RADIUS, draw_word
@@ -53,6 +54,13 @@ METHODS: dict[str, Callable[..., Any]] = {
     "mezogv_lozo": lambda m, **options: zokern.LOZO(
         m, estimator=zokern.Guided(), **{"rank": 2, "interval": 3, "lr": 3e-3, **options}
     ),
+    "conmezo": partial(zokern.ConMeZO, lr=3e-3),
+    "conmezo_number": partial(zokern.ConMeZO, lr=3e-3, beta=0.8, angle=0.9),
+    "mezosvrg": partial(zokern.MeZOSVRG, lr=3e-3),
+    "mezosvrg_queries": partial(zokern.MeZOSVRG, lr=3e-3, interval=3, ratio=2.0, queries=2),
+    "dizo": partial(zokern.DiZO, lr=3e-3, projected=("",), interval=2, iterations=3, rate=5.0),
+    "kerzoo": partial(zokern.KerZOO, lr=1e-3, eps=1e-2),
+    "kerzoo_5_averaged": partial(zokern.KerZOO, order=5, width=0.8, scale=2.0, averaging=True, lr=1e-3, eps=1e-2),
 }
 # Methods whose closure returns the loss of each example.
 ROWS: dict[str, Callable[..., Any]] = {
@@ -70,6 +78,7 @@ LOW_RANK = [name for name in METHODS if name.startswith(("subzero", "lozo", "tez
 DENSE = [name for name in METHODS if name not in LOW_RANK]
 ONE_EACH = (
     "subzero", "lozo", "lozo_m", "tezo", "tezo_m", "tezo_adam", "pgap", "fzoo", "adamezo", "lezo", "mezogv_lozo",
+    "kerzoo_5_averaged", "conmezo_number", "mezosvrg_queries", "dizo",
 )  # fmt: skip
 
 
@@ -194,29 +203,75 @@ class Formula:
 
     def dense(self, name: str, step: int, query: int) -> Sized:
         shape = tuple(self.theta[name].shape)
-        return sized(
-            zokern.draw(self.optimizer.direction.name, shape, seed=self.optimizer.seed, who=name, step=step, draw=query)
-        )
+        u = sized(zokern.draw(self.optimizer.direction.name, shape, seed=self.optimizer.seed, who=name, step=step, draw=query))
+        if self.kind != "cone":
+            return u
+        momentum, length = self.cone(name)
+        return momentum * (math.cos(self.optimizer.rule.angle) / length) + u * math.sin(self.optimizer.rule.angle)
+
+    def cone(self, name: str) -> tuple[Sized, float]:
+        """ConMeZO's momentum, and its expected root mean square."""
+        shape = tuple(self.theta[name].shape)
+        return self.memory.get(name) or (sized(self.normals(shape, name, 0, draw_word(2**23, BASIS))), 1.0)
+
+    def tilted(self, name: str, c: float, step: int) -> None:
+        """The momentum after a step of length c along z, in the direction of the loss's growth."""
+        rule, (momentum, length) = self.optimizer.rule, self.cone(name)
+        beta = rule.beta if isinstance(rule.beta, float) else 0.1
+        assert step < 200 or isinstance(rule.beta, float), "the formula of beta after 200 steps is not known"
+        along = beta * length + (1 - beta) * c * math.cos(rule.angle)
+        across = (1 - beta) * c * math.sin(rule.angle)
+        self.memory[name] = momentum * beta + self.dense(name, step, 0) * ((1 - beta) * c), math.sqrt(along**2 + across**2)
 
     def z(self, name: str, step: int, query: int) -> Tensor:
         if self.shape(name) is None:
             return self.dense(name, step, query).value
         return self.factors(name, step, query).product().value.reshape(self.theta[name].shape)
 
-    def moved(self, terms: Sequence[tuple[tuple[int, int], float]], eps: float, scope: Sequence[str]) -> dict[str, Tensor]:
-        """theta + eps sum_k a_k z_k of some parameters."""
-        return {n: t + sum(eps * a * self.z(n, *draw) for draw, a in terms) if n in scope else t for n, t in self.theta.items()}
+    def moved(
+        self,
+        terms: Sequence[tuple[tuple[int, int], float]],
+        eps: float,
+        scope: Sequence[str],
+        step: int = 0,
+        anchored: bool = False,
+    ) -> dict[str, Tensor]:
+        """theta + eps sum_k a_k z_k of some parameters, around the weights where a step reads its losses."""
+        around = self.memory["anchor"] if anchored else {n: self.base(n, step) for n in self.theta}
+        return {n: t + sum(eps * a * self.z(n, *draw) for draw, a in terms) if n in scope else t for n, t in around.items()}
+
+    def base(self, name: str, step: int) -> Tensor:
+        """Where losses are read. The factors of a projection are the optimizer's, as its coefficients are (test_dizo.py checks them)."""
+        if self.kind == "projected" and step and step % self.optimizer.rule.interval == 0:
+            start = self.memory["start"].get(name)
+            factor = self.optimizer.rule.factors.get(name, 1.0)
+            return self.theta[name] if start is None else start + factor * (self.theta[name] - start)
+        if self.kind != "averaged":
+            return self.theta[name]
+        fast, count = self.memory.get(name, (sized(self.theta[name]), 0))
+        return self.theta[name] + (fast.value - self.theta[name]) / (1 + count / self.optimizer.rule.span)
 
     # Updates
 
     def update(self, move: Move, coefficients: Sequence[float], lr: float, weight_decay: float = 0.0) -> None:
         """theta <- (1 - lr wd) theta - lr times what the rule makes of g = (1 / count) sum_k c_k z_k."""
-        weights = [c / move.count for c in coefficients]
+        weights, step = [c / move.count for c in coefficients], move.draws[-1][0]
+        if self.kind == "projected":
+            chosen = {n: t for n, t in self.theta.items() if any(part in n for part in self.optimizer.rule.names)}
+            self.memory.setdefault("start", chosen)
+            self.theta = {n: self.base(n, step) for n in self.theta}
+        if type(self.optimizer.estimator) is Anchored and step % self.optimizer.estimator.interval == 0:
+            self.memory["anchor"] = dict(self.theta)
         for name in move.scope:
             theta = self.theta[name]
             if self.shape(name) is None:
                 total = sum_of([self.dense(name, *draw) * w for draw, w in zip(move.draws, weights)])
-                made = self.averaged(name, total) if self.kind != "sgd" else total
+                if self.kind == "averaged":
+                    self.average(name, total, lr, weight_decay)
+                    continue
+                made = total if self.kind in ("sgd", "cone", "projected") else self.averaged(name, total)
+                if self.kind == "cone":
+                    self.tilted(name, weights[0], step)
             else:
                 made = self.matrix_move(name, [self.factors(name, *draw) for draw in move.draws], weights)
             decay = 1.0 - lr * weight_decay
@@ -227,6 +282,7 @@ class Formula:
     def kind(self) -> str:
         rule = self.optimizer.rule
         known = (zokern.Sgd, zokern.Momentum, zokern.Adam, zokern.WindowMomentum, zokern.WindowAdam)
+        known += (zokern.Averaged, zokern.Cone, zokern.Projected)
         assert type(rule) in known, f"the formula of rule {type(rule).__name__} is not known"
         return rule.name
 
@@ -255,6 +311,14 @@ class Formula:
         first, second = (sum_of([g * one**j for j, g in enumerate(past)]), sum(g.value**2 * two**j for j, g in enumerate(past)))
         return first * (rule.scale / (second.sqrt() + rule.eps))
 
+    def average(self, name: str, gradient: Sized, lr: float, weight_decay: float) -> None:
+        """KerZOO's acceleration: fast weights, and their average."""
+        theta = Sized(self.theta[name], self.size[name])
+        fast, count = self.memory.get(name, (theta, 0))
+        fast, share = fast * (1.0 - lr * weight_decay) + gradient * -lr, 1.0 / (1.0 + count / self.optimizer.rule.span)
+        self.memory[name] = fast, count + 1
+        self.theta[name], self.size[name] = theta * (1.0 - share) + fast * share
+
     def root(self, second: Tensor) -> Tensor:
         rule = self.optimizer.rule
         return (second + rule.eps).sqrt() if rule.inside else second.sqrt() + rule.eps
@@ -271,7 +335,7 @@ class Formula:
 
     def matrix_move(self, name: str, draws: Sequence[Factors], weights: Sequence[float]) -> Sized:
         left, _, right = draws[0]
-        if self.kind == "sgd":
+        if self.kind in ("sgd", "projected"):
             return sum_of([f.product() * w for f, w in zip(draws, weights)])
         if isinstance(self.optimizer.factored.u, Drawn):
             old = self.memory.get(name + " V")

@@ -202,3 +202,21 @@ def test_the_command(tmp_path, capsys) -> None:
     assert out.startswith("SubZero") and report["method"] == "SubZero" and report["lr"] > 0 and (tmp_path / "out.png").exists()
     assert cli.main(["tune", "--model", str(tmp_path)]) == 2
     assert "--model and --data go together" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["MeZO", "KerZOO", "ConMeZO", "MeZOSVRG", "DiZO"])
+@pytest.mark.parametrize("steps", [0, 1])
+def test_tuning_leaves_what_parts_keep(method, steps) -> None:
+    """A run that was tuned in between has the bits of one that was not."""
+    ends = []
+    for tuned in (False, True):
+        model = Loss(slope=0.3)
+        opt = zokern.methods.METHODS[method](model, lr=1e-4, **({"interval": 1} if method == "MeZOSVRG" else {}))
+        for step in range(3):
+            if tuned and step == steps:
+                before = {n: list(s) for n, s in opt.state.items()}
+                tune(opt, model)
+                assert {n: list(s) for n, s in opt.state.items()} == before
+            zokern.step(opt, model)
+        ends.append(model.w.detach().clone())
+    assert torch.equal(*ends)

@@ -1,6 +1,7 @@
 """Estimators: which points a step reads, and what their losses say of the gradient. One file each."""
 
-from .base import SLOPES, Estimate, Estimator, Oracle
+from .anchored import Anchored
+from .base import SLOPES, Base, Estimate, Estimator, Oracle
 from .bayesian import Bayesian
 from .blocks import Blockwise, Layers
 from .conservative import Conservative
@@ -13,23 +14,7 @@ from .spread import Spread
 from .spsa import CENTRAL, FORWARD, STENCILS, Spsa, Stencil
 
 __all__ = [
-    "CENTRAL",
-    "FORWARD",
-    "SLOPES",
-    "STENCILS",
-    "Bayesian",
-    "Blockwise",
-    "Conservative",
-    "Estimate",
-    "Estimator",
-    "Guided",
-    "Kernel",
-    "Layers",
-    "LeaveOneOut",
-    "Oracle",
-    "Private",
-    "Sign",
-    "Spread",
-    "Spsa",
-    "Stencil",
-]
+    "Anchored", "Base", "Bayesian", "Blockwise", "CENTRAL", "Conservative", "Estimate", "Estimator",
+    "FORWARD", "Guided", "Kernel", "Layers", "LeaveOneOut", "Oracle", "Private", "SLOPES", "STENCILS",
+    "Sign", "Spread", "Spsa", "Stencil",
+]  # fmt: skip

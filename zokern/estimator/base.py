@@ -10,15 +10,16 @@ then runs on a host, on a device without a synchronisation, and in a captured gr
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ..evaluation import Evaluation, Point
+from ..evaluation import THETA, Evaluation, Point
 from ..evaluation.loss import mean_of
-from ..plan import Draw, Plan
+from ..plan import Draw, Group, Plan
 
 # lr of optimizers that are given none: for coefficients in units of loss per weight, and for coefficients of about 1.
 SLOPES: float = 2e-5
@@ -34,7 +35,10 @@ class Estimate:
     losses        float64 (queries, losses of a query): what was read
     count         what the sum is divided by
     scope         names of the parameters that move; None: all of the plan
-    slopes        float64 (draws): the loss's derivative along each z_k as read, with the first group's eps; None: not known"""
+    each          whether coefficients has a row for each parameter, in the plan's order, in place of each
+                  group
+    slopes        float64 (draws): the loss's derivative along each z_k as read, with the first group's eps;
+                  None: not known"""
 
     draws: tuple[Draw, ...]
     coefficients: Tensor
@@ -42,33 +46,138 @@ class Estimate:
     count: int = 1
     scope: tuple[str, ...] | None = None
     slopes: Tensor | None = None
+    each: bool = False
+
+
+class Base(NamedTuple):
+    """Other weights, in whose place losses are read.
+
+    write     write(group, states, argument) puts them into the group's tensors (Group.read, Group.put);
+              states[tensor] is the optimizer's state of a parameter
+    argument  what tells bases with one `write` apart; it is compared"""
+
+    write: Callable[[Group, Any, Any], None]
+    argument: Any = None
+
+
+class Asked(NamedTuple):
+    """A question of an estimator, and what was read."""
+
+    points: list[Point]
+    losses: Tensor
+    plan: Plan
+    bases: tuple[Base, ...]
+    closure: Callable[[], Any]
 
 
 class Oracle:
     """What an estimator asks: the losses at points, in one call of the evaluation. The weights are as before after each answer.
 
-    asked    points, losses and plan of the last question
-    closure  of one loss: the one that was given, or the mean of its examples"""
+    states  the optimizer's state of each parameter
+    lens    a rule's view of a point: the weights that stand in for theta (None: theta), and the point
+            relative to them
+    asked   the last question"""
 
-    def __init__(self, evaluation: Evaluation, plan: Plan, closure: Callable[[], Any]) -> None:
-        self.evaluation, self.plan, self.given, self.closure = evaluation, plan, closure, closure
-        self.asked: tuple[list[Point], Tensor, Plan] = [], torch.empty(0, dtype=torch.float64, device="cpu"), plan
+    def __init__(
+        self,
+        evaluation: Evaluation,
+        plan: Plan,
+        closure: Callable[[], Any],
+        states: Any = None,
+        lens: Callable[[Point], tuple[Base | None, Point]] | None = None,
+    ) -> None:
+        self.evaluation, self.plan, self.closure, self.states, self.lens = evaluation, plan, closure, states, lens
+        self.bases: tuple[Base, ...] = ()  # of at(), the outermost first
+        self.asked = Asked([], torch.empty(0, dtype=torch.float64, device="cpu"), plan, (), closure)
 
-    def losses(self, points: Sequence[Point], scope: Collection[str] | None = None) -> Tensor:
-        """Returns the losses at the points, float64 [len(points)]. scope: names of the parameters that are moved; None: all."""
-        plan = self.plan if scope is None else self.plan.only(scope)
-        found = self._read(plan, points, self.closure)
-        self.asked = list(points), found, plan
+    def losses(
+        self,
+        points: Sequence[Point],
+        scope: Collection[str] | Plan | None = None,
+        closure: Callable[[], Any] | None = None,
+    ) -> Tensor:
+        """Returns the losses at the points, float64 [len(points)].
+
+        scope    names of the parameters that are moved, or a plan of theirs; None: all
+        closure  computes another loss than the step's; None: the step's"""
+        plan = scope if isinstance(scope, Plan) else self.plan.only(scope)
+        closure = closure or self.closure
+        found = self._read(plan, points, closure)
+        self.asked = Asked(list(points), found, plan, self.bases, closure)
         return found
 
-    def examples(self, points: Sequence[Point], scope: Collection[str] | None = None) -> Tensor:
-        """Returns the loss of each example at the points, float64 [len(points), examples], of a closure that returns a vector of them."""
-        plan = self.plan if scope is None else self.plan.only(scope)
-        found = self._read(replace(plan, rows=True), points, self.given)
-        self.asked, self.closure = (list(points), found.mean(1), plan), mean_of(self.given)
+    def examples(self, points: Sequence[Point], scope: Collection[str] | Plan | None = None) -> Tensor:
+        """Returns the loss of each example at the points, float64 [len(points), examples].
+
+        The closure returns a vector of them."""
+        plan = scope if isinstance(scope, Plan) else self.plan.only(scope)
+        found = self._read(replace(plan, rows=True), points, self.closure)
+        self.asked = Asked(list(points), found.mean(1), plan, self.bases, mean_of(self.closure))
         return found
+
+    def again(self) -> tuple[float, float]:
+        """Returns the loss of the last question's first point, read again, and theta's, at the same base."""
+        points, _, plan, bases, closure = self.asked
+        with self._all(bases, plan):
+            first, middle = self._read(plan, [points[0], THETA], closure).tolist()
+        return first, middle
+
+    @contextmanager
+    def at(self, base: Base, plan: Plan | None = None) -> Iterator[None]:
+        """Reads losses around other weights while inside, under any evaluation; then puts the weights back.
+
+        Weights and low bits have their bits again, also after an exception. plan holds the parameters that
+        are written; None: all that are trained. Memory: a copy of them while inside, beside what the
+        evaluation takes. Raises RuntimeError while updates of a low-rank direction wait."""
+        plan = self.plan if plan is None else plan
+        if plan.deferred:
+            raise RuntimeError(
+                "losses are read at other weights while updates wait in the core: build the optimizer with defer=False"
+            )
+        held = [t for group in plan.groups for t in (*group.theta, *(group.residuals or ()))]
+        kept = [t.clone() for t in held]
+        self.bases = (*self.bases, base)
+        try:
+            for group in plan.groups:
+                base.write(group, self.states, base.argument)
+            yield
+        finally:
+            self.bases = self.bases[:-1]
+            with torch.no_grad():
+                for tensor, copy in zip(held, kept):
+                    tensor.copy_(copy)
+
+    @contextmanager
+    def standing(self) -> Iterator[None]:
+        """Holds in the parameters, while inside, the weights that the step's losses are read around."""
+        base, _ = (None, THETA) if self.lens is None else self.lens(THETA)
+        with nullcontext() if base is None else self.at(base):
+            yield
+
+    @contextmanager
+    def _all(self, bases: Sequence[Base], plan: Plan) -> Iterator[None]:
+        """Enters several bases, the outermost first."""
+        if not bases:
+            yield
+            return
+        with self.at(bases[0], plan), self._all(bases[1:], plan):
+            yield
 
     def _read(self, plan: Plan, points: Sequence[Point], closure: Callable[[], Any]) -> Tensor:
+        """Returns the losses at the points through the lens: a call of the evaluation for each base.
+
+        Inside at() there is no lens: the base is read itself."""
+        if self.lens is None or self.bases:
+            return self._ask(plan, points, closure)
+        seen = [self.lens(point) for point in points]
+        read: dict[int, Tensor] = {}
+        for base in dict.fromkeys(base for base, _ in seen):
+            members = [i for i, (own, _) in enumerate(seen) if own == base]
+            with nullcontext() if base is None else self.at(base, plan):
+                read.update(zip(members, self._ask(plan, [seen[i][1] for i in members], closure).unbind(0)))
+        return torch.stack([read[i] for i in range(len(points))])
+
+    def _ask(self, plan: Plan, points: Sequence[Point], closure: Callable[[], Any]) -> Tensor:
         try:
             return self.evaluation.losses(plan, points, closure)
         except StopIteration as problem:  # which would end the estimator, a generator, and lose its notes
@@ -80,9 +189,12 @@ class Oracle:
 class Estimator(Protocol):
     """An object that asks and yields. Its attributes are options, which a state_dict compares; `state` is what it learns.
 
+    keeps    where an estimator has this method: keeps(shape) returns name -> shape of the float32 tensors
+             that it keeps in the optimizer's state of a parameter (Oracle.states)
     queries  draws of a step
     lr       of an optimizer that is given none; SLOPES where an estimator has no such attribute
-    state    plain values and tensors that a resumed run continues with; an empty dict where nothing is kept"""
+    state    plain values and tensors that a resumed run continues with; an empty dict where nothing is
+             kept"""
 
     queries: int
     state: dict[str, Any]
@@ -91,4 +203,4 @@ class Estimator(Protocol):
         """Yields one estimate or several; each moves the weights before the next question."""
 
 
-__all__ = ["ONES", "SLOPES", "Estimate", "Estimator", "Oracle"]
+__all__ = ["ONES", "SLOPES", "Base", "Estimate", "Estimator", "Oracle"]

@@ -65,11 +65,12 @@ class _Within:
     def __init__(self, oracle: Oracle, scope: Collection[str], base: list[Tensor] | None = None) -> None:
         self.oracle, self.scope, self.base = oracle, scope, base
 
-    def losses(self, points: Sequence[Point]) -> Tensor:
+    def losses(self, points: Sequence[Point], scope: Collection[str] | Plan | None = None) -> Tensor:
+        scope = self.scope if scope is None else scope
         if self.base is None:
-            return self.oracle.losses(points, self.scope)
+            return self.oracle.losses(points, scope)
         asked = [point for point in points if point.terms or not self.base]
-        found = iter(self.oracle.losses(asked, self.scope).unbind(0) if asked else ())
+        found = iter(self.oracle.losses(asked, scope).unbind(0) if asked else ())
         losses = [next(found) if point.terms or not self.base else self.base[0] for point in points]
         self.base += [loss for point, loss in zip(points, losses) if not point.terms and not self.base]
         return torch.stack(losses)

@@ -73,10 +73,13 @@ class Spsa:
 
     def __call__(self, oracle: Oracle, plan: Plan) -> Iterator[Estimate]:
         """Yields one estimate."""
-        draws, offsets = [plan.draw(k) for k in range(self.queries)], self.stencil.offsets
-        points = [Point(((draw, offset),)) if offset else THETA for draw in draws for offset in offsets]
-        losses = oracle.losses(points).view(self.queries, len(offsets))
+        losses = oracle.losses(self.points(plan)).view(self.queries, -1)
         yield self.estimate(plan, losses, self.differences(losses))
+
+    def points(self, plan: Plan) -> list[Point]:
+        """Returns where a step reads the loss: the points of a query, and then of the next."""
+        draws, offsets = [plan.draw(k) for k in range(self.queries)], self.stencil.offsets
+        return [Point(((draw, offset),)) if offset else THETA for draw in draws for offset in offsets]
 
     def differences(self, losses: Tensor) -> Tensor:
         """Returns sum_j weights[j] losses[:, j], float64 [queries], summed in the order of the stencil."""

@@ -14,7 +14,7 @@ WAY_OUT = "use evaluation='master'"
 
 
 class Point(NamedTuple):
-    """Where a loss is read: theta + eps sum_k amount_k z_k, with eps of each parameter group.
+    """Where a loss is read: theta + eps sum_k amount_k z_k, with eps of each group and draw (Group.reach).
 
     terms  pairs (draw, amount); without terms the point is theta itself. A draw is a draw word of this step, or (step, draw word) of an
            earlier one"""

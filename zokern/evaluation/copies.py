@@ -127,7 +127,7 @@ class Copies:
             for part in range(0, len(members), 2):
                 pair = members[part : part + 2]
                 amounts = [sum(a for _, a in self.points[sides[j]].terms) if group.matrices is None else 0.0 for j in pair]
-                scales, targets = [amount * group.eps for amount in amounts], [outs[j] for j in pair]
+                scales, targets = [amount * group.reach(draw) for amount in amounts], [outs[j] for j in pair]
                 noise = Noise(plan.direction, plan.seed, [plan.named(draw)])
                 group.backend.perturb(Batch(thetas, spans, residuals=low), noise, scales, targets)
 
@@ -141,7 +141,7 @@ class Copies:
         else:
             torch._foreach_copy_(list(outs), list(thetas))
         spent = None if low is None else [bits.clone() for bits in low]
-        table = torch.tensor([a * group.eps for _, a in terms], dtype=torch.float32, device=outs[0].device)
+        table = torch.tensor([a * group.reach(draw) for draw, a in terms], dtype=torch.float32, device=outs[0].device)
         draws = [plan.named(draw) for draw, _ in terms]
         rounding = "nearest" if spent is None else "residual"
         batch, noise = Batch(outs, spans, rounding, spent), Noise(plan.direction, plan.seed, draws)
@@ -239,7 +239,7 @@ class Copies:
         if fused and not factored:
             terms = [point.terms[0] if point.terms else (0, 0.0) for point in self.points]
             noise = Noise(self.plan.direction, self.plan.seed, [self.plan.named(draw) for draw, _ in terms])
-            operands = Sides(xs, biases, [amount * group.eps for _, amount in terms])
+            operands = Sides(xs, biases, [amount * group.reach(draw) for draw, amount in terms])
             return gemm.fused_linear(group.backend, Weight(weight, span, transposed), operands, noise, room)
         if factored and (transposed or fused or not gemm.is_long(xs, weight)):
             assert group.matrices is not None

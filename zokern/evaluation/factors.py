@@ -46,7 +46,7 @@ class Factors:
         for side in moving:
             sums = list(waiting)
             for word, amount in self.points[side].terms:
-                moved = torch._foreach_mul(self._draws(group, word, even), amount * group.eps)
+                moved = torch._foreach_mul(self._draws(group, word, even), amount * group.reach(word))
                 sums = list(torch._foreach_add(sums, moved)) if sums else list(moved)
             found.append(sums)
         if even and found:
@@ -143,7 +143,7 @@ class Factors:
             wide = torch.cat([*pending, *drawn], 1) if len(pending) + len(drawn) > 1 else [*pending, *drawn][0]
             blocks = []
             for j in members:
-                amounts = [amount * group.eps for _, amount in self.points[sides[j]].terms]
+                amounts = [amount * group.reach(word) for word, amount in self.points[sides[j]].terms]
                 blocks.append(torch.cat([unit] * len(pending) + [unit * amount for amount in amounts], 1))
             middles = torch.stack(blocks)
             if transposed:

@@ -54,7 +54,7 @@ def _move(plan: Plan, start: Point, end: Point, rounding: str) -> Point:
     if not ways:
         return end
     for group in plan.groups:
-        scales = [amount * group.eps for amount in ways.values()]
+        scales = [amount * group.reach(word) for word, amount in ways.items()]
         if group.matrices is None:
             group.axpy_(plan.direction, plan.seed, [plan.named(draw) for draw in ways], scales, 1.0, rounding)
             continue

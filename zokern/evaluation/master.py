@@ -112,7 +112,7 @@ class Master:
         """theta <- the copy, moved to a point."""
         low = group.residuals if plan.rounding == "residual" else None
         moved = group.matrices is not None and not factors.untouched(group, 0, side)
-        scales = [amount * group.eps for _, amount in point.terms]
+        scales = [amount * group.reach(word) for word, amount in point.terms]
         if group.matrices is not None and not moved:
             scales = []
         in_place = self.rounding == "stochastic" or (group.matrices is None and len(scales) > 1)

@@ -14,12 +14,16 @@ if TYPE_CHECKING:  # for type checkers, which cannot look into a folder
     from .adamezo import AdaMeZO
     from .blockmezo import BlockMeZO
     from .bszo import BSZO
+    from .conmezo import ConMeZO
+    from .dizo import DiZO
     from .dpzo import DPZO
     from .fzoo import FZOO
+    from .kerzoo import KerZOO
     from .lezo import LeZO
     from .lozo import LOZO
     from .mezo import MeZO
     from .mezogv import MeZOGV
+    from .mezosvrg import MeZOSVRG
     from .pgap import PGAP
     from .rloo import RLOO
     from .subzero import SubZero
@@ -45,7 +49,8 @@ METHODS = find()
 globals().update(METHODS)
 
 __all__ = [
-    "AdaMeZO", "BSZO", "BlockMeZO", "DPZO", "FZOO", "LOZO", "LeZO", "MeZO", "MeZOGV", "PGAP", "RLOO", "SubZero", "TeZO", "ZOAdam",
-    "ZOConservative", "ZOMomentum", "ZOSignSGD",
+    "AdaMeZO", "BSZO", "BlockMeZO", "ConMeZO", "DPZO", "DiZO", "FZOO", "KerZOO", "LOZO", "LeZO", "MeZO",
+    "MeZOGV", "MeZOSVRG", "PGAP", "RLOO", "SubZero", "TeZO", "ZOAdam", "ZOConservative", "ZOMomentum",
+    "ZOSignSGD",
 ]  # fmt: skip
 __all__ += [name for name in METHODS if name not in __all__]

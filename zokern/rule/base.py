@@ -16,6 +16,12 @@ class Rule(Protocol):
     """theta <- rule(theta, g), g = sum_k weights[k] z_k the descent direction: weights[k] = -c_k / q (+c_k / q to maximize).
 
     defers  whether updates of factored matrices stay in their small space, and may wait there
+
+    A rule may have more, where it needs it:
+
+        dense                        True: an optimizer refuses it with a low-rank direction
+        base(point)                  returns (base, point): losses are read there, around other weights (Base)
+        prepare(plan, oracle, states)   before the losses of a step are read: may read others
     """
 
     name: str
@@ -72,11 +78,11 @@ def basis_of(rule: Rule, states: Any, tensor: Tensor) -> int | None:
 
 
 def check_basis(rule: Rule, direction: LowRank | None) -> None:
-    """Refuse a rule whose state belongs to one basis with a direction that changes its basis, and one for a dense z with a low-rank one."""
+    """Refuse a rule that does not go with a low-rank direction, or with one whose basis changes."""
     if direction is not None and getattr(rule, "dense", False):
         raise ValueError(
-            f"rule is {rule.name!r} with direction {direction.name!r}; it goes with a dense z: expected zokern.Sgd() or zokern.Momentum(), "
-            "whose moments are small where z is low-rank"
+            f"rule is {rule.name!r} with direction {direction.name!r}; expected a dense z, 'normal' or 'rademacher', or rule zokern.Sgd() or "
+            "zokern.Momentum(), whose moments are small where z is low-rank"
         )
     if direction is not None and getattr(rule, "diagonal", False) and not direction.is_diagonal:
         raise ValueError(

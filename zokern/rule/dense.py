@@ -19,11 +19,13 @@ PIECE = 1 << 20  # elements of the memory that stands for weights which do not m
 def advance(
     rule: Rule, plan: Plan, group: Group, weights: Sequence[float], scalars: Callable[[int], Sequence[float]], states: Any
 ) -> Tensor | int:
-    """The verb update_ over the group. scalars(t) are the rule's numbers in a tensor's t-th update.
+    """The verb update_ over the group, with rule `verb`, or `name`. scalars(t) are the numbers of update t.
 
-    Tensors that were frozen for a while, or added later, have fewer updates behind them: each number of updates is a launch."""
+    Tensors that were frozen for a while, or added later, have fewer updates behind them: each number of
+    updates is a launch."""
     launches: dict[int, list[int]] = {}
     keys: Sequence[str] = ()
+    verb = getattr(rule, "verb", rule.name)
     for i, tensor in enumerate(group.tensors):
         state, shapes = states[tensor], rule.keeps(tuple(tensor.shape), None).tensors
         keys = [*shapes]
@@ -38,9 +40,9 @@ def advance(
         kept = [[states[group.tensors[i]][key] for i in members] for key in keys]
         decay, lr, *_ = numbers = scalars(updates)
         if is_nothing([lr], decay):
-            _keep_up(plan, group, members, weights, rule.name, numbers, kept)
+            _keep_up(plan, group, members, weights, verb, numbers, kept)
         else:
-            count = count + group.update_(plan, members, weights, rule.name, numbers, kept)
+            count = count + group.update_(plan, members, weights, verb, numbers, kept)
     return count
 
 

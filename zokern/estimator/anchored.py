@@ -1,0 +1,104 @@
+"""Estimator ``anchored``: MeZO-SVRG's control variate, a difference of two estimates along the same draws.
+
+Every `interval` steps the anchor is set: anchor <- theta, and the loss of the full data is read there.
+
+    G = (1/q) sum_k a_k z_k        a_k = (F(theta + eps z_k) - F(theta - eps z_k)) / (2 eps), F the full loss
+    g = ratio G                    in that step
+    g = G + (1/q) sum_k (c_k(theta) - c_k(anchor)) z_k        in the others, c_k of the step's batch
+
+G is no tensor: its draws belong to the anchor's step and are made again from the stream. Gautam et al. 2024
+(arXiv 2404.08080), Algorithm 1. Their public code takes different draws in the two estimates, which adds
+their variances, and its anchor is a list that holds the current parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..checks import finite_number, whole_number
+from ..plan import Group, Plan
+from .base import Base, Estimate, Oracle
+from .spsa import Spsa, Stencil
+
+
+class Anchored(Spsa):
+    """MeZO-SVRG's estimator: the losses of Spsa in steps that set the anchor, twice as many in the others.
+
+    interval  steps between two anchors (the paper's q): 2, as in the published script
+    full      a closure of the loss of the full data, F; None: the step's own, as in the published code
+    ratio     lr of the steps that set the anchor over that of the others (the paper's eta_1 / eta_2)
+    queries, stencil, clip   as for Spsa; clip bounds each difference of two estimates
+
+    Keeps the parameters' `anchor`, float32 (4 bytes a weight), and in `state` its step and the differences of
+    F. A step without an anchor of all parameters sets one. Raises ValueError for arguments out of range, and
+    in the first step for a low-rank direction."""
+
+    def __init__(
+        self,
+        interval: int = 2,
+        full: Callable[[], Any] | None = None,
+        ratio: float = 1.0,
+        queries: int = 1,
+        stencil: str | Stencil = "central",
+        clip: float | None = None,
+    ) -> None:
+        super().__init__(queries, stencil, clip)
+        self.interval, self.ratio = whole_number("interval", interval, 1), finite_number("ratio", ratio, above=0.0)
+        if full is not None and not callable(full):
+            raise TypeError(
+                f"full is {full!r:.80}; expected a function without arguments that computes the loss of the full data, or None"
+            )
+        self.full = full
+
+    def keeps(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Returns the anchor."""
+        return {"anchor": shape}
+
+    def __call__(self, oracle: Oracle, plan: Plan) -> Iterator[Estimate]:
+        if plan.factored is not None:
+            raise ValueError(
+                f"estimator Anchored with direction {plan.factored.name!r}, whose draws are those of one basis; expected a dense z"
+            )
+        known = "step" in self.state and all("anchor" in oracle.states[tensor] for tensor in plan.tensors)
+        if not known or plan.step % self.interval == 0:
+            yield self.anchor(oracle, plan)
+            return
+        points = self.points(plan)
+        here = oracle.losses(points).view(self.queries, -1)
+        with oracle.at(Base(_to_anchor)):
+            there = oracle.losses(points).view(self.queries, -1)
+        own = self.estimate(plan, here, self.differences(here) - self.differences(there))
+        full = torch.tensor(self.state["full"], dtype=torch.float64, device=here.device)
+        anchored = self.estimate(plan, here, full)
+        yield replace(
+            own,
+            draws=(*((self.state["step"], draw) for draw in range(self.queries)), *own.draws),
+            coefficients=torch.cat([anchored.coefficients, own.coefficients], 1),
+            losses=torch.cat([here, there], 1),
+            slopes=None,
+        )
+
+    def anchor(self, oracle: Oracle, plan: Plan) -> Estimate:
+        """Returns the estimate of the full loss; keeps it, and theta, where the losses are finite."""
+        losses = oracle.losses(self.points(plan), closure=self.full).view(self.queries, -1)
+        differences = self.differences(losses)
+        self.state = {"step": plan.step, "full": differences.tolist()} if bool(torch.isfinite(differences).all()) else {}
+        with oracle.standing():
+            for group in plan.groups:
+                for i, tensor in enumerate(group.tensors):
+                    oracle.states[tensor]["anchor"] = group.read(i).clone(memory_format=torch.contiguous_format)
+        estimate = self.estimate(plan, losses, differences)
+        return replace(estimate, coefficients=(estimate.coefficients * self.ratio).float().double())
+
+
+def _to_anchor(group: Group, states: Any, _: Any) -> None:
+    """theta <- anchor."""
+    for i, tensor in enumerate(group.tensors):
+        group.put(i, states[tensor]["anchor"])
+
+
+__all__ = ["Anchored"]

@@ -1,0 +1,98 @@
+"""Rule ``averaged``: KerZOO's acceleration. Losses are read, and weights kept, at an average of fast weights.
+
+    w_t = 1 / beta_t,   beta_t = 1 + t / span,   t the updates of a parameter before this one
+    y = (1 - w_t) theta + w_t fast                     where the step's losses are read
+    fast <- decay fast + lr g                          g = sum_k weights[k] z_k
+    theta <- (1 - w_t) theta + w_t fast
+
+So theta is the average of all fast weights with weights that grow as t^(span - 1): the steps before the last
+few times t / span are forgotten. KerZOO's published trainer (arXiv 2505.18886, 2025) has span = 6, and forms
+theta from y by a division by 1 - w_t, which magnifies rounding by (6 + t) / t. Here y is written for the
+readings and theta put back bit for bit, and nothing is undone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import finite_number
+from ..directions import Matrix
+from ..estimator import Base
+from ..evaluation import Point
+from ..plan import Group, Plan
+from .dense import advance
+from .state import Keeps
+from .waiting import is_nothing
+
+GRID = 1 << 24  # w_t is a multiple of 1 / GRID, so that w_t and 1 - w_t are float32 numbers with the sum 1
+
+
+class Averaged:
+    """fast <- decay fast + lr g,   theta <- (1 - w) theta + w fast,   w = 1 / (1 + t / span) after t updates.
+
+    The losses of a step are read at (1 - w) theta + w fast.
+
+    span  a number above 0; KerZOO's published trainer: 6
+
+    Keeps `fast`, float32 and shaped like the parameter (4 bytes a weight), which starts as the parameter, and
+    `updates`. Readings take a copy of what is trained beside it. In 16 bits the average stalls where w (fast
+    - theta) is below half an ulp: with rounding='residual' or 'stochastic' it does not. Weights that are
+    edited by hand are averaged away: `del optimizer.state[parameter]` starts anew. Raises ValueError for a
+    span out of range; an optimizer refuses it with low-rank directions."""
+
+    name, verb, defers, dense = "averaged", "momentum", False, True
+
+    def __init__(self, span: float = 6.0) -> None:
+        self.span = finite_number("span", span, above=0.0)
+
+    def share(self, updates: int) -> float:
+        """Returns w_t after t = `updates` updates."""
+        return max(1, round(GRID / (1.0 + updates / self.span))) / GRID
+
+    def base(self, point: Point) -> tuple[Base | None, Point]:
+        """Returns the point around y."""
+        return Base(self.blend), point
+
+    def blend(self, group: Group, states: Any, _: Any) -> None:
+        """theta <- y."""
+        for i, tensor in enumerate(group.tensors):
+            if "fast" in (state := states[tensor]):
+                theta = group.read(i)
+                group.put(i, theta + (state["fast"] - theta) * self.share(state["updates"]))
+
+    def update(
+        self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any, defer: bool
+    ) -> Tensor | int:  # fmt: skip
+        for i, tensor in enumerate(group.tensors):
+            if "fast" not in states[tensor]:
+                states[tensor].update(fast=group.read(i).clone(memory_format=torch.contiguous_format), updates=0)
+        if is_nothing([lr * w for w in weights], decay):  # a launch would turn -0.0 into 0.0
+            every = range(len(group.tensors))
+            if all(torch.equal(states[group.tensors[i]]["fast"], group.read(i)) for i in every):
+                for tensor in group.tensors:
+                    states[tensor]["updates"] += 1
+                return 0
+
+        def scalars(updates: int) -> tuple[float, ...]:
+            w = self.share(updates - 1)
+            return 1.0 - w, w, decay, lr
+
+        return advance(self, plan, group, weights, scalars, states)
+
+    def keeps(self, shape: tuple[int, ...], draw: tuple[int, int] | None) -> Keeps:
+        """Returns the fast weights."""
+        return Keeps({"fast": shape}, True)
+
+    def basis(self, state: Any) -> int | None:
+        """None: the state belongs to no basis."""
+        return None
+
+    def rebase(self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor, state: Any) -> None:
+        """Nothing depends on a basis."""
+
+
+__all__ = ["Averaged"]

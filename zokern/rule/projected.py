@@ -1,0 +1,155 @@
+"""Rule ``projected``: SGD whose distance from the start is rescaled every `interval` steps.
+
+    W <- W0 + f (W - W0)       f a number for each projected parameter, found by a search from f = 1:
+
+    z ~ N(0, 1), cut at +-reach / width                 one for each parameter and iteration
+    g = (L(f + width z) - L(f - width z)) / (2 width)   losses of the step's batch
+    f <- f - rate g z, cut at 1 +- reach                `iterations` times, two losses each
+
+Then the step's losses are read around the new W, which is written with the update: an exception changes
+nothing. DiZO (arXiv 2502.03304, 2025) calls gamma = f ||W - W0||; a step in f is the published step in gamma,
+in units of ||W - W0||.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import Batch, Noise, Span
+from ..checks import finite_number, whole_number, within
+from ..directions import Normal
+from ..estimator import Base, Oracle
+from ..evaluation import THETA, Point
+from ..plan import Group, Plan
+from ..stream import RADIUS, draw_word
+from .sgd import Sgd
+from .state import Keeps
+
+PUBLISHED = "k_proj", "v_proj"  # keys and values of attention, in models of transformers
+SEARCH = 1 << 22  # first query of the purpose RADIUS for the search's z
+
+
+class Projected(Sgd):
+    """theta <- decay theta + lr g after W <- W0 + f (W - W0), f the result of a search on the step's batch.
+
+    names       parts of the names of the parameters that are projected. None: PUBLISHED, or all where no name
+                has these
+    interval    steps between two projections: 50. Step 0 has none
+    iterations  of a search: 10;  rate: 2.0;  width: 0.1;  reach: 0.2, all as published
+
+    Keeps `start`, W0 in float32 (4 bytes for each projected weight), from a parameter's first step on. A
+    projection takes 2 `iterations` losses, with a copy of the projected weights. W0 + f (W - W0) is rounded
+    to nearest, but exact where there are low bits. `factors` holds f of the last projection, by name. Raises
+    ValueError for arguments out of range, and in the first step where no trained parameter has such a
+    name."""
+
+    name, defers = "projected", False
+
+    def __init__(
+        self,
+        names: Sequence[str] | None = None,
+        interval: int = 50,
+        iterations: int = 10,
+        rate: float = 2.0,
+        width: float = 0.1,
+        reach: float = 0.2,
+    ) -> None:
+        if names is not None and (isinstance(names, str) or not all(isinstance(name, str) for name in names)):
+            raise ValueError(
+                f"names is {names!r:.80}; expected parts of parameter names, such as ('k_proj', 'v_proj'), or None"
+            )
+        self.names = None if names is None else tuple(names)
+        self.interval, self.iterations = whole_number("interval", interval), whole_number("iterations", iterations)
+        self.rate, self.width = finite_number("rate", rate, above=0.0), finite_number("width", width, above=0.0)
+        self.reach = within("reach", reach, 0.0, 1.0, "0 < reach < 1", least=False)
+        self._factors: dict[str, float] = {}
+        self._due: set[int] = set()  # ids of tensors that this step projects, and has not yet written
+
+    @property
+    def factors(self) -> dict[str, float]:
+        """f of the last projection of this process, by name."""
+        return dict(self._factors)
+
+    def chosen(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Returns those that are projected of the trained parameters' names."""
+        parts = self.names or PUBLISHED
+        found = tuple(name for name in names if any(part in name for part in parts))
+        if not found and self.names is not None:
+            raise ValueError(
+                f"names is {self.names!r}, which no trained parameter has in its name (they are {list(names[:3])}, ...)"
+            )
+        return found or tuple(names)
+
+    def prepare(self, plan: Plan, oracle: Oracle, states: Any) -> None:
+        """Keeps W0 of parameters that are new, and searches f where a projection is due."""
+        self._due = set()
+        part = plan.only(self.chosen(plan.names))
+        where = [(group, i, states[tensor]) for group in part.groups for i, tensor in enumerate(group.tensors)]
+        for group, i, state in where:
+            if "start" not in state:
+                state["start"] = group.read(i).clone(memory_format=torch.contiguous_format)
+        if plan.step and plan.step % self.interval == 0:
+            away = [(group, i) for group, i, state in where if not torch.equal(state["start"], group.read(i))]
+            if away:
+                self._search(plan.only(tuple(group.names[i] for group, i in away)), oracle)
+                self._due = {id(group.tensors[i]) for group, i in away}
+
+    def _search(self, part: Plan, oracle: Oracle) -> None:
+        """Sets `factors`: a difference of two losses moves all of them."""
+        factors, most = dict.fromkeys(part.names, 1.0), self.reach / self.width
+        for iteration in range(self.iterations):
+            z = [min(max(one, -most), most) for one in _normals(part, draw_word(SEARCH + iteration, RADIUS))]
+            sides = []
+            for sign in (1.0, -1.0):
+                moved = tuple((name, factors[name] + sign * self.width * one) for name, one in zip(part.names, z))
+                with oracle.at(Base(_project, moved), part):
+                    sides.append(float(oracle.losses([THETA], part)[0]))
+            slope = (sides[0] - sides[1]) / (2.0 * self.width)
+            if math.isfinite(slope):
+                for name, one in zip(part.names, z):
+                    factors[name] = min(max(factors[name] - self.rate * slope * one, 1.0 - self.reach), 1.0 + self.reach)
+        self._factors = factors
+
+    def base(self, point: Point) -> tuple[Base | None, Point]:
+        """Returns the point around the projected weights, in a step that projects."""
+        return (Base(_project, tuple(self._factors.items())) if self._due else None), point
+
+    def update(
+        self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any, defer: bool
+    ) -> Tensor | int:  # fmt: skip
+        due = [name for name, tensor in zip(group.names, group.tensors) if id(tensor) in self._due]
+        _project(group, states, tuple((name, self._factors[name]) for name in due))
+        self._due -= {id(tensor) for tensor in group.tensors}
+        return super().update(plan, group, weights, lr, decay, states, defer)
+
+    def keeps(self, shape: tuple[int, ...], draw: tuple[int, int] | None) -> Keeps:
+        """Returns W0."""
+        return Keeps({"start": shape}, False)
+
+
+def _normals(plan: Plan, word: int) -> list[float]:
+    """Returns the first normal of every parameter, for a step and draw word."""
+    found: list[float] = []
+    for group in plan.groups:
+        outs = [torch.empty(1, dtype=torch.float32, device=group.theta[0].device) for _ in group.spans]
+        spans = [Span(span.who) for span in group.spans]
+        group.backend.draw(Batch(outs, spans), Noise(Normal(), plan.seed, [(plan.step, word)]))
+        found += torch.cat(outs).tolist()
+    return found
+
+
+def _project(group: Group, states: Any, factors: Sequence[tuple[str, float]]) -> None:
+    """W <- W0 + f (W - W0)."""
+    known = dict(factors)
+    for i, (name, tensor) in enumerate(zip(group.names, group.tensors)):
+        if name in known:
+            start = states[tensor]["start"]
+            group.put(i, start + (group.read(i) - start) * known[name])
+
+
+__all__ = ["Projected"]
