@@ -43,6 +43,10 @@ CASES: dict[str, tuple[Callable[..., Any], float]] = {
     "TeZO": (zokern.TeZO, 1.0),
     "PGAP": (zokern.PGAP, 1.0),
     "FZOO": (zokern.FZOO, 1.0),
+    "SubZeroPlus": (zokern.SubZeroPlus, 0.1),
+    "ZOMuon": (zokern.ZOMuon, 1.0),
+    "ZOMOPI": (zokern.ZOMOPI, 1.0),
+    "EGGROLL": (zokern.EGGROLL, 0.4),
     "MeZO Kernel": (lambda m, **o: zokern.MeZO(m, estimator=zokern.Kernel(), **o), 1.0),
     "MeZO Sign": (lambda m, **o: zokern.MeZO(m, estimator=zokern.Sign(), **o), 1.0),
     "MeZO Conservative": (lambda m, **o: zokern.MeZO(m, estimator=zokern.Conservative(), **o), 1.0),
@@ -68,7 +72,9 @@ def measure(name: str, model: Any, words: LabelWords, rows: Any, options: argpar
     optimizer = build(model, seed=options.seed, **({} if options.lr is None else {"lr": options.lr}))
     batches = Batches(rows.train, BATCH, options.seed)
     seconds, right = [], Oracle._read
-    with patch.object(Oracle, "_read", lambda self, plan, points, *rest: asked.extend({*points}) or right(self, plan, points, *rest)):
+    with patch.object(
+        Oracle, "_read", lambda self, plan, points, *rest: asked.extend({*points}) or right(self, plan, points, *rest)
+    ):
         while len(seconds) < max(1, round(portion * options.steps)) and sum(seconds) < options.seconds:
             task, asked = Task(model, words, batches.next()), list[Point]()
             started = time.perf_counter()

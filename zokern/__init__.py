@@ -15,6 +15,7 @@ from .estimator import (
     Layers,
     LeaveOneOut,
     Private,
+    Ranked,
     Sign,
     Spread,
     Spsa,
@@ -25,27 +26,31 @@ from .evaluation import InPlace as Walk
 from .methods import (
     BSZO,
     DPZO,
+    EGGROLL,
     FZOO,
     LOZO,
     METHODS,
     PGAP,
     RLOO,
+    ZOMOPI,
     AdaMeZO,
     BlockMeZO,
     LeZO,
     MeZO,
     MeZOGV,
     SubZero,
+    SubZeroPlus,
     TeZO,
     ZOAdam,
     ZOConservative,
     ZOMomentum,
+    ZOMuon,
     ZOSignSGD,
 )  # fmt: skip
 from .objective import Objective
 from .ops import axpy_, draw, lowrank_, perturb, philox4x32, update_
 from .ops.linear import linear, sketch
-from .rule import Adam, Momentum, Sgd, WindowAdam, WindowMomentum
+from .rule import Adam, Momentum, Muon, Sgd, WindowAdam, WindowMomentum
 from .step import StepResult, step
 from .tuning import Tuning, tune
 
@@ -53,12 +58,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaMeZO", "Adam", "Auto", "BSZO", "Bayesian", "BlockMeZO", "Blockwise", "Conservative", "DPZO",
-    "FZOO", "Guided", "InPlace", "Kernel", "LOZO", "Layers", "LeZO", "LeaveOneOut", "Master", "MeZO",
-    "MeZOGV", "Momentum", "Normal", "Objective", "PGAP", "Paired", "Private", "RLOO", "Rademacher",
-    "Refused", "Scratch", "Sgd", "Sign", "Spread", "Spsa", "Stencil", "StepResult", "SubZero", "TeZO",
-    "Tuning", "Walk", "WindowAdam", "WindowMomentum", "ZOAdam", "ZOConservative", "ZOMomentum", "ZOSignSGD",
-    "__version__", "axpy_", "draw", "linear", "lowrank_", "perturb", "philox4x32", "sketch", "step",
-    "tune", "update_",
+    "EGGROLL", "FZOO", "Guided", "InPlace", "Kernel", "LOZO", "Layers", "LeZO", "LeaveOneOut",
+    "Master", "MeZO", "MeZOGV", "Momentum", "Muon", "Normal", "Objective", "PGAP", "Paired",
+    "Private", "RLOO", "Rademacher", "Ranked", "Refused", "Scratch", "Sgd", "Sign", "Spread",
+    "Spsa", "Stencil", "StepResult", "SubZero", "SubZeroPlus", "TeZO", "Tuning", "Walk",
+    "WindowAdam", "WindowMomentum", "ZOAdam", "ZOConservative", "ZOMOPI", "ZOMomentum", "ZOMuon",
+    "ZOSignSGD", "__version__", "axpy_", "draw", "linear", "lowrank_", "perturb", "philox4x32",
+    "sketch", "step", "tune", "update_",
 ]  # fmt: skip
 __all__ += [name for name in METHODS if name not in __all__]
 globals().update(METHODS)

@@ -8,6 +8,7 @@ from .guided import Guided
 from .kernel import Kernel
 from .leave_one_out import LeaveOneOut
 from .private import Private
+from .ranked import Ranked
 from .sign import Sign
 from .spread import Spread
 from .spsa import CENTRAL, FORWARD, STENCILS, Spsa, Stencil
@@ -28,6 +29,7 @@ __all__ = [
     "LeaveOneOut",
     "Oracle",
     "Private",
+    "Ranked",
     "Sign",
     "Spread",
     "Spsa",

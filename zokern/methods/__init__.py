@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # for type checkers, which cannot look into a folder
     from .blockmezo import BlockMeZO
     from .bszo import BSZO
     from .dpzo import DPZO
+    from .eggroll import EGGROLL
     from .fzoo import FZOO
     from .lezo import LeZO
     from .lozo import LOZO
@@ -23,7 +24,10 @@ if TYPE_CHECKING:  # for type checkers, which cannot look into a folder
     from .pgap import PGAP
     from .rloo import RLOO
     from .subzero import SubZero
+    from .subzero_plus import SubZeroPlus
     from .tezo import TeZO
+    from .zo_mopi import ZOMOPI
+    from .zo_muon import ZOMuon
     from .zoadam import ZOAdam
     from .zoconservative import ZOConservative
     from .zomomentum import ZOMomentum
@@ -45,7 +49,8 @@ METHODS = find()
 globals().update(METHODS)
 
 __all__ = [
-    "AdaMeZO", "BSZO", "BlockMeZO", "DPZO", "FZOO", "LOZO", "LeZO", "MeZO", "MeZOGV", "PGAP", "RLOO", "SubZero", "TeZO", "ZOAdam",
-    "ZOConservative", "ZOMomentum", "ZOSignSGD",
+    "AdaMeZO", "BSZO", "BlockMeZO", "DPZO", "EGGROLL", "FZOO", "LOZO", "LeZO", "MeZO", "MeZOGV",
+    "PGAP", "RLOO", "SubZero", "SubZeroPlus", "TeZO", "ZOAdam", "ZOConservative", "ZOMOPI",
+    "ZOMomentum", "ZOMuon", "ZOSignSGD",
 ]  # fmt: skip
 __all__ += [name for name in METHODS if name not in __all__]

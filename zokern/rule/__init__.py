@@ -5,11 +5,12 @@ from __future__ import annotations
 from .adam import Adam
 from .base import Rule, basis_of, check_basis, renew
 from .momentum import Momentum
+from .muon import Muon
 from .sgd import Sgd
 from .state import START_ANEW, Keeps, check_state
 from .window import WindowAdam, WindowMomentum
 
 __all__ = [
-    "START_ANEW", "Adam", "Keeps", "Momentum", "Rule", "Sgd", "WindowAdam", "WindowMomentum", "basis_of", "check_basis", "check_state",
+    "START_ANEW", "Adam", "Keeps", "Momentum", "Muon", "Rule", "Sgd", "WindowAdam", "WindowMomentum", "basis_of", "check_basis", "check_state",
     "renew",
 ]  # fmt: skip
