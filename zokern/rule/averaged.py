@@ -91,7 +91,7 @@ class Averaged:
         """None: the state belongs to no basis."""
         return None
 
-    def rebase(self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor, state: Any) -> None:
+    def rebase(self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor | None, state: Any) -> None:
         """Nothing depends on a basis."""
 
 

@@ -129,7 +129,7 @@ class Cone:
         """None: the state belongs to no basis."""
         return None
 
-    def rebase(self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor, state: Any) -> None:
+    def rebase(self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor | None, state: Any) -> None:
         """Nothing depends on a basis."""
 
 

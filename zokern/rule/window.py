@@ -70,7 +70,7 @@ class _Window:
         """None: z is dense."""
         return None
 
-    def rebase(self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor, state: Any) -> None:
+    def rebase(self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor | None, state: Any) -> None:
         """Nothing belongs to a basis."""
 
 
