@@ -260,3 +260,16 @@ def test_a_low_rank_direction_is_projected(evaluation: str) -> None:
         losses.append(zokern.step(optimizer, lambda: next_token_loss(model(IDS), IDS)).loss)
         assert not optimizer.pending
     assert losses[-1] < losses[0] - 0.1 and rule.factors.keys() == {"up.weight", "up.bias", "down.weight"}
+
+
+@pytest.mark.parametrize("made", [
+    lambda model: zokern.DPZO(model, rule=zokern.Projected()), lambda model: zokern.PGAP(model, rank=3, estimator=zokern.Private()),
+    lambda model: zokern.MeZO(model, rule=zokern.Projected(), estimator=zokern.Blockwise(zokern.Private())),
+])  # fmt: skip
+def test_nothing_reads_losses_beside_private_ones(made: Any) -> None:
+    """A search, or probes, would move the weights by losses without noise: they are refused in the first step."""
+    model = tiny()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="reads losses of its own, and estimator Private is there to read none without noise"):
+        zokern.step(made(model), lambda: torch.stack([next_token_loss(model(row[None]), row[None]) for row in IDS]))
+    assert not changed(model, before)

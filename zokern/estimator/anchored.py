@@ -76,7 +76,7 @@ class Anchored(Spsa):
         anchored = self.estimate(plan, here, full)
         yield replace(
             own,
-            draws=(*((self.state["step"], draw) for draw in range(self.queries)), *own.draws),
+            draws=(*[(self.state["step"], plan.draw(k)) for k in range(self.queries)], *own.draws),
             coefficients=torch.cat([anchored.coefficients, own.coefficients], 1),
             losses=torch.cat([here, there], 1),
             slopes=None,

@@ -76,6 +76,8 @@ class Oracle:
     states  the optimizer's state of each parameter
     lens    a rule's view of a point: the weights that stand in for theta (None: theta), and the point
             relative to them
+    rows    whether the estimator asks for the losses of examples alone, as zokern.Private: then nobody else
+            reads losses, which would move the weights by numbers without noise
     asked   the last question"""
 
     def __init__(
@@ -85,10 +87,20 @@ class Oracle:
         closure: Callable[[], Any],
         states: Any = None,
         lens: Callable[[Point], tuple[Base | None, Point]] | None = None,
+        rows: bool = False,
     ) -> None:
         self.evaluation, self.plan, self.closure, self.states, self.lens = evaluation, plan, closure, states, lens
+        self.rows = rows
         self.bases: tuple[Base, ...] = ()  # of at(), the outermost first
         self.asked = Asked([], torch.empty(0, dtype=torch.float64, device="cpu"), plan, (), closure)
+
+    def check_public(self) -> None:
+        """Raises ValueError where the estimator asks for the losses of examples: none are read beside them."""
+        if self.rows:
+            raise ValueError(
+                "a rule or a direction reads losses of its own, and estimator Private is there to read none without noise: expected "
+                "zokern.Sgd(), zokern.Momentum(), zokern.Adam(), and a direction that is not measured"
+            )
 
     def losses(
         self,
@@ -99,7 +111,10 @@ class Oracle:
         """Returns the losses at the points, float64 [len(points)].
 
         scope    names of the parameters that are moved, or a plan of theirs; None: all
-        closure  computes another loss than the step's; None: the step's"""
+        closure  computes another loss than the step's; None: the step's
+
+        Raises ValueError where the estimator asks for the losses of examples."""
+        self.check_public()
         plan = scope if isinstance(scope, Plan) else self.plan.only(scope)
         closure = closure or self.closure
         found = self._read(plan, points, closure)
@@ -192,6 +207,7 @@ class Estimator(Protocol):
     keeps    where an estimator has this method: keeps(shape) returns name -> shape of the float32 tensors
              that it keeps in the optimizer's state of a parameter (Oracle.states)
     queries  draws of a step
+    rows     True where it asks for the losses of examples alone (Oracle.examples)
     lr       of an optimizer that is given none; SLOPES where an estimator has no such attribute
     state    plain values and tensors that a resumed run continues with; an empty dict where nothing is
              kept"""

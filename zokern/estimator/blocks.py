@@ -96,6 +96,11 @@ class _Parts:
         self.inner.state = kept
 
     @property
+    def rows(self) -> bool:
+        """Whether the inner estimator asks for the losses of examples alone."""
+        return getattr(self.inner, "rows", False)
+
+    @property
     def lr(self) -> float:
         return getattr(self.inner, "lr", SLOPES)
 

@@ -54,7 +54,7 @@ class KerZOO(ZerothOrder):
 
         C = 4, d = max(1 - t / 4000, 1e-4), K(r) = 15 r (5 - 7 r^2) at any d, a radius for each parameter,
         norms of g clipped at 4e5, averaging. Its z comes from zokern's stream, and no weight is moved to
-        read a loss.
+        read a loss. For OPT the trainer leaves embed_tokens, the tied head, out of what is trained.
 
         Arguments as for KerZOO, which replace these."""
         code = {

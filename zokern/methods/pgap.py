@@ -47,7 +47,7 @@ class Probed(Aligned, Measured):
             )
         groups = [replace(group, matrices=None, eps=plan.groups[0].eps, memo={}) for group in plan.groups]
         dense = replace(plan, groups=groups, direction=Normal(), factored=None, scopes={}, earlier={})
-        estimator, asks = Spsa(), Oracle(oracle.evaluation, dense, oracle.closure)
+        estimator, asks = Spsa(), Oracle(oracle.evaluation, dense, oracle.closure, rows=oracle.rows)
         found = []
         for k in range(self.probes):  # one at a time: no more activations than a step's
             (estimate,) = estimator(asks, replace(dense, first=draw_word(PROBE + k, BASIS)))

@@ -87,6 +87,7 @@ class Projected(Sgd):
 
     def prepare(self, plan: Plan, oracle: Oracle, states: Any) -> None:
         """Keeps W0 of parameters that are new, and searches f where a projection is due."""
+        oracle.check_public()
         self._due = set()
         part = plan.only(self.chosen(plan.names))
         where = [(group, i, states[tensor]) for group in part.groups for i, tensor in enumerate(group.tensors)]
