@@ -128,7 +128,8 @@ def run(optimizer: Steps, closure: Callable[[], Any]) -> StepResult:
 def _run(optimizer: Steps, closure: Callable[[], Any]) -> StepResult:
     """The step: ask for losses, estimate the gradient, write the weights once for each estimate."""
     plan: Plan = optimizer.plan()
-    oracle = Oracle(optimizer.evaluation, plan, closure, optimizer.state, getattr(optimizer.rule, "base", None))
+    rule, rows = optimizer.rule, getattr(optimizer.estimator, "rows", False)
+    oracle = Oracle(optimizer.evaluation, plan, closure, optimizer.state, getattr(rule, "base", None), rows)
     optimizer.prepare(plan, oracle)
     result: StepResult | None = None
     for estimate in optimizer.estimator(oracle, plan):

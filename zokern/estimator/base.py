@@ -76,6 +76,8 @@ class Oracle:
     states  the optimizer's state of each parameter
     lens    a rule's view of a point: the weights that stand in for theta (None: theta), and the point
             relative to them
+    rows    whether the closure that is given returns the loss of each example, a vector
+    closure  of one loss: the one that was given, or the mean of its examples
     asked   the last question"""
 
     def __init__(
@@ -85,10 +87,12 @@ class Oracle:
         closure: Callable[[], Any],
         states: Any = None,
         lens: Callable[[Point], tuple[Base | None, Point]] | None = None,
+        rows: bool = False,
     ) -> None:
-        self.evaluation, self.plan, self.closure, self.states, self.lens = evaluation, plan, closure, states, lens
+        self.evaluation, self.plan, self.states, self.lens = evaluation, plan, states, lens
+        self.given, self.closure = closure, mean_of(closure) if rows else closure
         self.bases: tuple[Base, ...] = ()  # of at(), the outermost first
-        self.asked = Asked([], torch.empty(0, dtype=torch.float64, device="cpu"), plan, (), closure)
+        self.asked = Asked([], torch.empty(0, dtype=torch.float64, device="cpu"), plan, (), self.closure)
 
     def losses(
         self,
@@ -109,10 +113,10 @@ class Oracle:
     def examples(self, points: Sequence[Point], scope: Collection[str] | Plan | None = None) -> Tensor:
         """Returns the loss of each example at the points, float64 [len(points), examples].
 
-        The closure returns a vector of them."""
+        For estimators with `rows`: the closure returns a vector of them."""
         plan = scope if isinstance(scope, Plan) else self.plan.only(scope)
-        found = self._read(replace(plan, rows=True), points, self.closure)
-        self.asked = Asked(list(points), found.mean(1), plan, self.bases, mean_of(self.closure))
+        found = self._read(replace(plan, rows=True), points, self.given)
+        self.asked = Asked(list(points), found.mean(1), plan, self.bases, mean_of(self.given))
         return found
 
     def again(self) -> tuple[float, float]:
@@ -193,6 +197,8 @@ class Estimator(Protocol):
              that it keeps in the optimizer's state of a parameter (Oracle.states)
     queries  draws of a step
     lr       of an optimizer that is given none; SLOPES where an estimator has no such attribute
+    rows     whether it asks for examples, so that the closure returns the loss of each; False where it has no
+             such attribute
     state    plain values and tensors that a resumed run continues with; an empty dict where nothing is
              kept"""
 

@@ -99,6 +99,10 @@ class _Parts:
     def lr(self) -> float:
         return getattr(self.inner, "lr", SLOPES)
 
+    @property
+    def rows(self) -> bool:
+        return getattr(self.inner, "rows", False)
+
     def within(
         self, oracle: Oracle, plan: Plan, names: tuple[str, ...], base: list[Tensor] | None = None
     ) -> Iterator[Estimate]:

@@ -49,6 +49,8 @@ class Private(Spsa):
     Raises ValueError for
     arguments out of range, and for a closure that returns no vector."""
 
+    rows = True
+
     def __init__(
         self, clip: float = 0.1, noise: float = 1.0, kind: str = "gaussian", batch: int | None = None, queries: int = 1
     ) -> None:  # fmt: skip
