@@ -73,12 +73,12 @@ class Asked(NamedTuple):
 class Oracle:
     """What an estimator asks: the losses at points, in one call of the evaluation. The weights are as before after each answer.
 
-    states  the optimizer's state of each parameter
-    lens    a rule's view of a point: the weights that stand in for theta (None: theta), and the point
-            relative to them
-    rows    whether the closure that is given returns the loss of each example, a vector
+    states   the optimizer's state of each parameter
+    lens     a rule's view of a point: the weights that stand in for theta (None: theta), and the point
+             relative to them
+    rows     whether the closure that is given returns the loss of each example, a vector
     closure  of one loss: the one that was given, or the mean of its examples
-    asked   the last question"""
+    asked    the last question"""
 
     def __init__(
         self,
