@@ -28,6 +28,7 @@ from .estimator import Estimate, Estimator, Oracle, Spsa
 from .estimator.base import ONES
 from .estimator.spsa import CENTRAL
 from .evaluation import Evaluation, Master
+from .evaluation.loss import mean_of
 from .optimizer import ZerothOrder
 from .plan import Plan
 from .underflow import swallowed
@@ -178,6 +179,8 @@ def tune(
         raise TypeError(
             f"closures is {closures!r:.80}; expected a function that computes the loss of a batch, or a list of them"
         )
+    if getattr(optimizer.estimator, "rows", False):  # closures of the loss of each example
+        given = [mean_of(one) for one in given]
     probes, share = whole_number("probes", probes, 2), finite_number("share", share, above=0.0)
     say = say or (lambda text: None)
     with _borrowed(optimizer) as plan:

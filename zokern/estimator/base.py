@@ -92,7 +92,7 @@ class Oracle:
         self.evaluation, self.plan, self.closure, self.states, self.lens = evaluation, plan, closure, states, lens
         self.rows = rows
         self.bases: tuple[Base, ...] = ()  # of at(), the outermost first
-        self.asked = Asked([], torch.empty(0, dtype=torch.float64, device="cpu"), plan, (), closure)
+        self.asked = Asked([], torch.empty(0, dtype=torch.float64, device="cpu"), plan, (), self.closure)
 
     def check_public(self) -> None:
         """Raises ValueError where the estimator asks for the losses of examples: none are read beside them."""
@@ -124,7 +124,7 @@ class Oracle:
     def examples(self, points: Sequence[Point], scope: Collection[str] | Plan | None = None) -> Tensor:
         """Returns the loss of each example at the points, float64 [len(points), examples].
 
-        The closure returns a vector of them."""
+        For estimators with `rows`: the closure returns a vector of them."""
         plan = scope if isinstance(scope, Plan) else self.plan.only(scope)
         found = self._read(replace(plan, rows=True), points, self.closure)
         self.asked = Asked(list(points), found.mean(1), plan, self.bases, mean_of(self.closure))

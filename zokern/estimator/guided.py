@@ -37,7 +37,7 @@ class Guided(Spsa):
         super().__init__(1, "central", clip)
         if norm not in NORMS:
             raise ValueError(f"norm is {norm!r}; expected one of {list(NORMS)}")
-        self.norm = norm
+        self.norm, self.gain = norm, 2.0 * NORMS[norm] ** 2
 
     def __call__(self, oracle: Oracle, plan: Plan) -> Iterator[Estimate]:
         kept, scale = self.state.get("best"), NORMS[self.norm]
