@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # for type checkers, which cannot look into a folder
     from .dizo import DiZO
     from .dpzo import DPZO
     from .fzoo import FZOO
+    from .hizoo import HiZOO
     from .kerzoo import KerZOO
     from .lezo import LeZO
     from .lozo import LOZO
@@ -26,6 +27,7 @@ if TYPE_CHECKING:  # for type checkers, which cannot look into a folder
     from .mezosvrg import MeZOSVRG
     from .pgap import PGAP
     from .rloo import RLOO
+    from .sparse import SparseMeZO
     from .subzero import SubZero
     from .tezo import TeZO
     from .zoadam import ZOAdam
@@ -49,8 +51,8 @@ METHODS = find()
 globals().update(METHODS)
 
 __all__ = [
-    "AdaMeZO", "BSZO", "BlockMeZO", "ConMeZO", "DPZO", "DiZO", "FZOO", "KerZOO", "LOZO", "LeZO", "MeZO",
-    "MeZOGV", "MeZOSVRG", "PGAP", "RLOO", "SubZero", "TeZO", "ZOAdam", "ZOConservative", "ZOMomentum",
+    "AdaMeZO", "BSZO", "BlockMeZO", "ConMeZO", "DPZO", "DiZO", "FZOO", "HiZOO", "KerZOO", "LOZO", "LeZO", "MeZO",
+    "MeZOGV", "MeZOSVRG", "PGAP", "RLOO", "SparseMeZO", "SubZero", "TeZO", "ZOAdam", "ZOConservative", "ZOMomentum",
     "ZOSignSGD",
 ]  # fmt: skip
 __all__ += [name for name in METHODS if name not in __all__]
