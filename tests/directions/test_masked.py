@@ -280,6 +280,19 @@ def test_given_factors_are_copied() -> None:
     assert all(map(same_bits, model.parameters(), other.parameters()))
 
 
+def test_clipped_norms_are_those_of_scaled_draws() -> None:
+    """KerZOO's bound on the norm of each parameter's g: g is a sum of z s, so the move is as long as the bound."""
+    model = tiny()
+    before = weights(model)
+    options = {
+        "direction": zokern.Scaled(lambda name, p: torch.full_like(p.detach(), 0.25)),
+        "estimator": zokern.Kernel(clip_norm=1e-3),
+    }
+    steps(zokern.MeZO(model, lr=1.0, eps=1e-2, **options), model, 1)
+    moves = [float((p.detach() - before[name]).double().norm()) for name, p in model.named_parameters()]
+    assert max(moves) == pytest.approx(1e-3, rel=1e-3)
+
+
 BAD: dict[str, tuple[Callable, str]] = {
     "keep 0": (lambda: zokern.Masked(0.0), "keep is 0.0"), "keep 2": (lambda: zokern.Masked(2.0), "keep is 2.0"),
     "by": (lambda: zokern.Masked(0.5, by="size"), "by is 'size'; expected one of"),
@@ -288,7 +301,12 @@ BAD: dict[str, tuple[Callable, str]] = {
     "scales": (lambda: zokern.Scaled(3.0), "scales is float; expected a dict"),
     "base": (lambda: zokern.MeZO(tiny(), direction=zokern.Masked(0.5, base="cauchy")), "unknown direction 'cauchy'"),
     "lowrank": (lambda: zokern.MeZO(tiny(), direction=zokern.directions.Lazy(2, dense=zokern.Masked(0.5))), "dense='masked'"),
-    "sign": (lambda: zokern.SubZero(tiny(), rule=zokern.SignSgd()), "rule is 'sign' with direction 'subspace', which is low-rank"),
+    "window": (
+        lambda: zokern.MeZO(tiny(), direction=zokern.Masked(0.5), rule=zokern.WindowMomentum()),
+        "rule is 'window_momentum' with direction 'masked', whose factors may differ",
+    ),
+    "cone": (lambda: zokern.ConMeZO(tiny(), direction=zokern.Masked(0.5)), "rule is 'cone' with direction 'masked'"),
+    "sign": (lambda: zokern.SubZero(tiny(), rule=zokern.SignSgd()), "rule is 'sign' with direction 'subspace'; expected a dense z"),
 }  # fmt: skip
 
 
