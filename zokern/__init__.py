@@ -5,12 +5,13 @@ for batch in loader:
     result = zokern.step(opt, lambda: model(**batch).loss)  # result.loss, result.coefficients, ...
 """
 
-from .directions import Normal, Rademacher
+from .directions import Masked, Normal, Rademacher, Scaled
 from .estimator import (
     Anchored,
     Bayesian,
     Blockwise,
     Conservative,
+    Curvature,
     Guided,
     Kernel,
     Layers,
@@ -38,11 +39,13 @@ from .methods import (
     BlockMeZO,
     ConMeZO,
     DiZO,
+    HiZOO,
     KerZOO,
     LeZO,
     MeZO,
     MeZOGV,
     MeZOSVRG,
+    SparseMeZO,
     SubZero,
     SubZeroPlus,
     TeZO,
@@ -55,7 +58,7 @@ from .methods import (
 from .objective import Objective
 from .ops import axpy_, draw, lowrank_, perturb, philox4x32, update_
 from .ops.linear import linear, sketch
-from .rule import Adam, Averaged, Cone, Momentum, Muon, Projected, Sgd, WindowAdam, WindowMomentum
+from .rule import Adam, Averaged, Cone, Momentum, Muon, Projected, Sgd, SignSgd, WindowAdam, WindowMomentum
 from .step import StepResult, step
 from .tuning import Tuning, tune
 
@@ -63,13 +66,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaMeZO", "Adam", "Anchored", "Auto", "Averaged", "BSZO", "Bayesian", "BlockMeZO", "Blockwise",
-    "ConMeZO", "Cone", "Conservative", "DPZO", "DiZO", "EGGROLL", "FZOO", "Guided", "InPlace", "KerZOO",
-    "Kernel", "LOZO", "Layers", "LeZO", "LeaveOneOut", "Master", "MeZO", "MeZOGV", "MeZOSVRG", "Momentum",
-    "Muon", "Normal", "Objective", "PGAP", "Paired", "Private", "Projected", "RLOO", "Rademacher", "Ranked",
-    "Refused", "Scratch", "Sgd", "Sign", "Spread", "Spsa", "Stencil", "StepResult", "SubZero",
-    "SubZeroPlus", "TeZO", "Tuning", "Walk", "WindowAdam", "WindowMomentum", "ZOAdam", "ZOConservative",
-    "ZOMOPI", "ZOMomentum", "ZOMuon", "ZOSignSGD", "__version__", "axpy_", "draw", "linear", "lowrank_",
-    "perturb", "philox4x32", "sketch", "step", "tune", "update_",
+    "ConMeZO", "Cone", "Conservative", "Curvature", "DPZO", "DiZO", "EGGROLL", "FZOO", "Guided", "HiZOO",
+    "InPlace", "KerZOO", "Kernel", "LOZO", "Layers", "LeZO", "LeaveOneOut", "Masked", "Master", "MeZO",
+    "MeZOGV", "MeZOSVRG", "Momentum", "Muon", "Normal", "Objective", "PGAP", "Paired", "Private",
+    "Projected", "RLOO", "Rademacher", "Ranked", "Refused", "Scaled", "Scratch", "Sgd", "Sign", "SignSgd",
+    "SparseMeZO", "Spread", "Spsa", "Stencil", "StepResult", "SubZero", "SubZeroPlus", "TeZO", "Tuning",
+    "Walk", "WindowAdam", "WindowMomentum", "ZOAdam", "ZOConservative", "ZOMOPI", "ZOMomentum", "ZOMuon",
+    "ZOSignSGD", "__version__", "axpy_", "draw", "linear", "lowrank_", "perturb", "philox4x32", "sketch",
+    "step", "tune", "update_",
 ]  # fmt: skip
 __all__ += [name for name in METHODS if name not in __all__]
 globals().update(METHODS)

@@ -28,6 +28,9 @@ MADE: dict[str, Any] = {
     "Subspace": lambda: directions.Subspace(rank=3, interval=7),
     "Lazy": lambda: directions.Lazy(rank=3, interval=7),
     "Diagonal": lambda: directions.Diagonal(rank=8),
+    "Masked": lambda: directions.Masked(0.5, every=5),
+    "Scaled": lambda: directions.Scaled(lambda name, tensor: 0.5 + torch.ones_like(tensor)),
+    "Curved": lambda: directions.Curved(1e-4),
     "Aligned": lambda: Probed(rank=3, interval=7, probes=3),
     "Private": lambda: estimator.Private(noise=1e-3),
 }
@@ -196,9 +199,10 @@ class Still(zokern.Sgd):
 @pytest.mark.parametrize("wrong", [Ascends, Still])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_wrong_rule_is_rejected(direction, wrong) -> None:
-    assert outcome(direction, "Spsa", zokern.Sgd) == "descends"
+    reads = "Curvature" if direction == "Curved" else "Spsa"
+    assert outcome(direction, reads, zokern.Sgd) == "descends"
     with pytest.raises(AssertionError):
-        check(direction, "Spsa", "Sgd", outcome(direction, "Spsa", wrong))
+        check(direction, reads, "Sgd", outcome(direction, reads, wrong))
 
 
 @pytest.mark.parametrize("sentence", ["stands", "no", "rule Sgd is unsuitable", "expected another one"])
@@ -208,7 +212,9 @@ def test_a_refusal_that_names_nothing_is_rejected(sentence) -> None:
 
 
 def test_all_parts_are_found() -> None:
-    assert {"Normal", "Rademacher", "Subspace", "Lazy", "Diagonal", "Aligned"} <= {*DIRECTIONS}
-    assert {"Spsa", "Spread", "Sign", "Conservative", "Blockwise", "Bayesian", "Kernel", "Anchored"} <= {*ESTIMATORS}
-    assert {"Sgd", "Momentum", "Adam", "Averaged", "Cone", "Projected"} <= {*RULES}
+    assert {"Normal", "Rademacher", "Subspace", "Lazy", "Diagonal", "Aligned", "Masked", "Scaled", "Curved"} <= {*DIRECTIONS}
+    assert {"Spsa", "Spread", "Sign", "Conservative", "Blockwise", "Bayesian", "Kernel", "Anchored", "Curvature"} <= {
+        *ESTIMATORS
+    }
+    assert {"Sgd", "Momentum", "Adam", "Averaged", "Cone", "Projected", "SignSgd"} <= {*RULES}
     assert {"Master", "Paired", "Scratch", "InPlace", "Auto"} <= {*EVALUATIONS}

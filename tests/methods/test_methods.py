@@ -49,6 +49,13 @@ CASES: dict[str, dict] = {
     "right_drawn_long": {"name": "right_drawn", "steps": 20, "queries": 2, "stencil": "forward", "weight_decay": 0.5},
     "eggroll_long": {"name": "eggroll", "steps": 20, "weight_decay": 0.5},
     "both_drawn_long": {"name": "both_drawn", "steps": 20, "weight_decay": 0.5},
+    "sparse_momentum_decay": {"name": "SparseMeZO", "rule": zokern.Momentum(0.6), "queries": 2, "weight_decay": 0.5},
+    "sparse_global_adam": {"name": "SparseMeZO", "scope": "global", "rule": zokern.Adam((0.6, 0.9))},
+    "hizoo": {"name": "HiZOO", "smooth": 0.05, "eps": 1e-2, "steps": 20},
+    "hizoo_queries_decay": {"name": "HiZOO", "smooth": 0.3, "eps": 1e-2, "queries": 2, "weight_decay": 0.5},
+    "sparse_random": {"name": "SparseMeZO", "by": "random", "every": 3, "sparsity": 0.8, "eps": 1e-2, "steps": 20},
+    "sparse_random_global": {"name": "SparseMeZO", "by": "random", "scope": "global", "direction": "rademacher"},
+    "sparse_sign": {"name": "SparseMeZO", "by": "random", "every": 2, "rule": zokern.SignSgd(), "lr": 1e-4},
 }
 
 

@@ -24,7 +24,7 @@ LAYERS = {
     "parts": ["fingerprint", "modules", "parameters", "plan", "underflow", "evaluation", "estimator", "prospect", "guards"],
     "rules": ["rule"],
     "step": ["first_step", "step"],
-    "optimizer": ["low_bits", "bases", "deferred", "work", "checkpoint", "optimizer"],
+    "optimizer": ["low_bits", "bases", "scaling", "deferred", "work", "checkpoint", "optimizer"],
     "methods": ["methods", "objective", "tuning"],
     "applications": ["__init__", "info", "cli", "cli_methods", "cli_tune", "__main__", "_build"],
 }

@@ -94,6 +94,13 @@ def by_spsa(e: Any, p: Paper, scope: tuple[str, ...]) -> Script:
     yield Move(numbered(p, e.queries), weighed(e, losses, p.eps), scope, e.queries)
 
 
+def by_curvature(e: Any, p: Paper, scope: tuple[str, ...]) -> Script:
+    """HiZOO: and half of the second difference along each draw, for the factors of the direction."""
+    losses = yield from differences(e, p, scope)
+    p.memory["curvatures"] = [abs(ahead + behind - 2 * here) / (2 * p.eps**2) for ahead, behind, here in losses]
+    yield Move(numbered(p, e.queries), weighed(e, losses, p.eps), scope, e.queries)
+
+
 def by_sign(e: Any, p: Paper, scope: tuple[str, ...]) -> Script:
     losses = yield from differences(e, p, scope)
     yield Move(numbered(p, e.queries), [math.copysign(1.0, c) for c in weighed(e, losses, p.eps)], scope, e.queries)
@@ -253,6 +260,7 @@ SCRIPTS: dict[type, Callable[..., Script]] = {
     Spsa: by_spsa, Spread: by_spread, zokern.Ranked: by_ranks, zokern.Sign: by_sign, zokern.Kernel: by_kernel, zokern.Conservative: by_the_best,
     zokern.Bayesian: by_filter, zokern.LeaveOneOut: by_the_others, zokern.Private: by_clipped_sums, zokern.Guided: by_the_guide,
     zokern.Blockwise: by_blocks, zokern.Layers: by_layers, zokern.Anchored: by_the_anchor,
+    zokern.Curvature: by_curvature,
 }  # fmt: skip
 
 

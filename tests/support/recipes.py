@@ -17,11 +17,11 @@ from paper import Move
 from torch import Tensor, nn
 
 import zokern
-from zokern.directions import Aligned, Diagonal, Drawn, Kept, Lazy, LowRank, Subspace
+from zokern.directions import Aligned, Curved, Diagonal, Drawn, Kept, Lazy, LowRank, Masked, Scaled, Subspace
 from zokern.estimator import Anchored
 from zokern.estimator.blocks import block_of
 from zokern.methods.pgap import Probed
-from zokern.stream import BASIS, RADIUS, draw_word
+from zokern.stream import BASIS, MASK, RADIUS, draw_word
 
 
 def stem_of(name: str) -> str:
@@ -115,6 +115,7 @@ ONE_EACH = (
     "subzero", "lozo", "lozo_m", "tezo", "tezo_m", "tezo_adam", "pgap", "fzoo", "adamezo", "lezo", "mezogv_lozo", "subzero_plus",
     "right_drawn", "both_drawn", "eggroll", "zo_muon", "zo_mopi",
     "kerzoo_5_averaged", "conmezo_number", "mezosvrg_queries", "dizo",
+    "SparseMeZO",
 )  # fmt: skip
 
 
@@ -165,6 +166,7 @@ class Formula:
     size: dict[str, Tensor] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
     now: int = 0  # step of the update
+    start: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, optimizer: Any, model: nn.Module) -> Formula:
@@ -173,7 +175,10 @@ class Formula:
         assert direction is None or type(direction) in known, (
             f"the formula of direction {type(direction).__name__} is not known"
         )
-        return cls(optimizer, theta, {n: t.abs() for n, t in theta.items()})
+        assert optimizer.scaled is None or type(optimizer.scaled) in (Curved, Masked, Scaled), (
+            f"the formula of direction {type(optimizer.scaled).__name__} is not known"
+        )
+        return cls(optimizer, theta, {n: t.abs() for n, t in theta.items()}, start=dict(theta))
 
     # Directions
 
@@ -261,7 +266,7 @@ class Formula:
         shape = tuple(self.theta[name].shape)
         u = sized(zokern.draw(self.optimizer.direction.name, shape, seed=self.optimizer.seed, who=name, step=step, draw=query))
         if self.kind != "cone":
-            return u
+            return sized(u.value * self.factor(name, step))
         momentum, length = self.cone(name)
         return momentum * (math.cos(self.optimizer.rule.angle) / length) + u * math.sin(self.optimizer.rule.angle)
 
@@ -278,6 +283,29 @@ class Formula:
         along = beta * length + (1 - beta) * c * math.cos(rule.angle)
         across = (1 - beta) * c * math.sin(rule.angle)
         self.memory[name] = momentum * beta + self.dense(name, step, 0) * ((1 - beta) * c), math.sqrt(along**2 + across**2)
+
+    def factor(self, name: str, step: int) -> Tensor:
+        """What an element's z is multiplied with: given, or 1 for the share that moves and 0 for the rest."""
+        direction, theta = self.optimizer.scaled, self.start[name]
+        if direction is None:
+            return torch.ones(())
+        if isinstance(direction, Curved):
+            return self.memory.get(f"{name} s", torch.ones(theta.shape, dtype=torch.float64))
+        if isinstance(direction, Masked):
+            return self.mask(direction, name, step).float()
+        found = direction.scales(name, theta) if callable(direction.scales) else direction.scales.get(name)
+        return torch.ones(()) if found is None else found.float()
+
+    def mask(self, direction: Masked, name: str, step: int) -> Tensor:
+        theta, everything = self.start[name], torch.cat([t.flatten() for t in self.start.values()]).abs().sort().values
+        sizes = everything if direction.scope == "global" else theta.flatten().abs().sort().values
+        if direction.by == "magnitude":
+            return theta.abs() <= sizes[max(1, round(direction.keep * len(sizes))) - 1]
+        share = direction.keep
+        if direction.scope == "global":
+            share = float((theta.abs() > sizes[max(1, round((1 - share) * len(sizes))) - 1]).double().mean())
+        z = self.normals(theta.shape, name, step - step % direction.every, draw_word(0, MASK))
+        return (1 + torch.erf(z / math.sqrt(2))) / 2 < share
 
     def z(self, name: str, step: int, query: int) -> Tensor:
         if self.shape(name) is None:
@@ -312,6 +340,8 @@ class Formula:
     def update(self, move: Move, coefficients: Sequence[float], lr: float, weight_decay: float = 0.0) -> None:
         """theta <- (1 - lr wd) theta - lr times what the rule makes of g = (1 / count) sum_k c_k z_k."""
         weights, step = [c / move.count for c in coefficients], move.draws[-1][0]
+        if isinstance(self.optimizer.scaled, Curved):
+            self.learn(step)
         if self.kind == "projected":
             chosen = {n: t for n, t in self.theta.items() if any(part in n for part in self.optimizer.rule.names)}
             self.memory.setdefault("start", chosen)
@@ -336,12 +366,19 @@ class Formula:
             self.theta[name] = decay * theta - lr * made.value.reshape(theta.shape)
             self.size[name] = decay * self.size[name] + lr * made.size.reshape(theta.shape)
 
+    def learn(self, step: int) -> None:
+        """h <- (1 - alpha) h + alpha h mean_k v_k z_k^2, of which s = h^(-1/2) is kept."""
+        alpha, curvatures = self.optimizer.scaled.smooth, self.memory["curvatures"]
+        for name, theta in self.theta.items():
+            h = self.factor(name, step).double() ** -2
+            squares = [self.normals(theta.shape, name, step, k) ** 2 * v for k, v in enumerate(curvatures)]
+            self.memory[f"{name} s"] = ((1 - alpha) * h + alpha * h * sum(squares) / len(squares)) ** -0.5
+
     @property
     def kind(self) -> str:
         rule = self.optimizer.rule
         known = (zokern.Sgd, zokern.Momentum, zokern.Adam, zokern.WindowMomentum, zokern.WindowAdam)
-        known += (zokern.Averaged, zokern.Cone, zokern.Projected)
-        known += (zokern.Muon,)
+        known += (zokern.Averaged, zokern.Cone, zokern.Projected, zokern.Muon, zokern.SignSgd)
         assert type(rule) in known, f"the formula of rule {type(rule).__name__} is not known"
         return rule.name
 
@@ -350,6 +387,8 @@ class Formula:
         rule = self.optimizer.rule
         if self.kind.startswith("window"):
             return self.windowed(name, gradient)
+        if self.kind == "sign":
+            return Sized(gradient.value.sign(), torch.ones_like(gradient.size))
         if self.kind == "momentum":
             old = self.memory.get(name)
             self.memory[name] = gradient if old is None else old * rule.beta + gradient * (1.0 - rule.dampening)

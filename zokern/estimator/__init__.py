@@ -5,6 +5,7 @@ from .base import SLOPES, Base, Estimate, Estimator, Oracle
 from .bayesian import Bayesian
 from .blocks import Blockwise, Layers
 from .conservative import Conservative
+from .curvature import Curvature
 from .guided import Guided
 from .kernel import Kernel
 from .leave_one_out import LeaveOneOut
@@ -15,7 +16,7 @@ from .spread import Spread
 from .spsa import CENTRAL, FORWARD, STENCILS, Spsa, Stencil
 
 __all__ = [
-    "Anchored", "Base", "Bayesian", "Blockwise", "CENTRAL", "Conservative", "Estimate", "Estimator",
-    "FORWARD", "Guided", "Kernel", "Layers", "LeaveOneOut", "Oracle", "Private", "Ranked", "SLOPES",
-    "STENCILS", "Sign", "Spread", "Spsa", "Stencil",
+    "Anchored", "Base", "Bayesian", "Blockwise", "CENTRAL", "Conservative", "Curvature", "Estimate",
+    "Estimator", "FORWARD", "Guided", "Kernel", "Layers", "LeaveOneOut", "Oracle", "Private", "Ranked",
+    "SLOPES", "STENCILS", "Sign", "Spread", "Spsa", "Stencil",
 ]  # fmt: skip

@@ -38,7 +38,9 @@ class Estimate:
     each          whether coefficients has a row for each parameter, in the plan's order, in place of each
                   group
     slopes        float64 (draws): the loss's derivative along each z_k as read, with the first group's eps;
-                  None: not known"""
+                  None: not known
+    curvatures    float64 (parameter groups, draws): |z_k^T H z_k| as read, for a direction that learns its
+                  factors; None: not read"""
 
     draws: tuple[Draw, ...]
     coefficients: Tensor
@@ -47,6 +49,7 @@ class Estimate:
     scope: tuple[str, ...] | None = None
     slopes: Tensor | None = None
     each: bool = False
+    curvatures: Tensor | None = None
 
 
 class Base(NamedTuple):

@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # for type checkers, which cannot look into a folder
     from .dpzo import DPZO
     from .eggroll import EGGROLL
     from .fzoo import FZOO
+    from .hizoo import HiZOO
     from .kerzoo import KerZOO
     from .lezo import LeZO
     from .lozo import LOZO
@@ -27,6 +28,7 @@ if TYPE_CHECKING:  # for type checkers, which cannot look into a folder
     from .mezosvrg import MeZOSVRG
     from .pgap import PGAP
     from .rloo import RLOO
+    from .sparse import SparseMeZO
     from .subzero import SubZero
     from .subzero_plus import SubZeroPlus
     from .tezo import TeZO
@@ -53,8 +55,8 @@ METHODS = find()
 globals().update(METHODS)
 
 __all__ = [
-    "AdaMeZO", "BSZO", "BlockMeZO", "ConMeZO", "DPZO", "DiZO", "EGGROLL", "FZOO", "KerZOO", "LOZO", "LeZO",
-    "MeZO", "MeZOGV", "MeZOSVRG", "PGAP", "RLOO", "SubZero", "SubZeroPlus", "TeZO", "ZOAdam",
-    "ZOConservative", "ZOMOPI", "ZOMomentum", "ZOMuon", "ZOSignSGD",
+    "AdaMeZO", "BSZO", "BlockMeZO", "ConMeZO", "DPZO", "DiZO", "EGGROLL", "FZOO", "HiZOO", "KerZOO", "LOZO",
+    "LeZO", "MeZO", "MeZOGV", "MeZOSVRG", "PGAP", "RLOO", "SparseMeZO", "SubZero", "SubZeroPlus", "TeZO",
+    "ZOAdam", "ZOConservative", "ZOMOPI", "ZOMomentum", "ZOMuon", "ZOSignSGD",
 ]  # fmt: skip
 __all__ += [name for name in METHODS if name not in __all__]

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..directions import LowRank, Matrix
+from ..directions import LowRank, Matrix, Scaled
 from ..plan import Group, Plan
 from .state import Keeps
 
@@ -104,4 +104,13 @@ def check_basis(rule: Rule, direction: LowRank | None) -> None:
         )
 
 
-__all__ = ["Rule", "basis_of", "check_basis", "renew"]
+def check_scaled(rule: Rule, direction: Scaled | None) -> None:
+    """Refuses a rule that makes z of its own, of past steps or of a momentum, with a direction that has factors."""
+    if direction is not None and getattr(rule, "plain", False):
+        raise ValueError(
+            f"rule is {rule.name!r} with direction {direction.name!r}, whose factors may differ from step to step; expected a direction "
+            "without factors, 'normal' or 'rademacher', or rule zokern.Sgd(), zokern.Momentum() or zokern.Adam()"
+        )
+
+
+__all__ = ["Rule", "basis_of", "check_basis", "check_scaled", "renew"]

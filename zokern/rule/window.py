@@ -43,7 +43,7 @@ class _Window:
     A skipped step adds nothing. A parameter that is frozen for a while goes on from the updates that it
     had."""
 
-    defers, dense = False, True
+    defers, dense, plain = False, True, True
     length: int
 
     def windows(self, plan: Plan, group: Group, weights: Sequence[float], states: Any) -> Iterator[tuple[Group, list[Past]]]:
