@@ -11,30 +11,36 @@ from .estimator import (
     Bayesian,
     Blockwise,
     Conservative,
+    ForwardGradient,
     Guided,
     Kernel,
     Layers,
     LeaveOneOut,
+    Mixed,
     Private,
     Sign,
+    Split,
     Spread,
     Spsa,
     Stencil,
 )  # fmt: skip
-from .evaluation import Auto, InPlace, Master, Paired, Refused, Scratch
+from .evaluation import Auto, InPlace, Jvp, Master, Paired, Refused, Scratch
 from .evaluation import InPlace as Walk
 from .methods import (
     BSZO,
     DPZO,
+    FGD,
     FZOO,
     LOZO,
     METHODS,
     PGAP,
     RLOO,
     AdaMeZO,
+    Addax,
     BlockMeZO,
     ConMeZO,
     DiZO,
+    Hybrid,
     KerZOO,
     LeZO,
     MeZO,
@@ -57,13 +63,14 @@ from .tuning import Tuning, tune
 __version__ = "0.1.0"
 
 __all__ = [
-    "AdaMeZO", "Adam", "Anchored", "Auto", "Averaged", "BSZO", "Bayesian", "BlockMeZO", "Blockwise",
-    "ConMeZO", "Cone", "Conservative", "DPZO", "DiZO", "FZOO", "Guided", "InPlace", "KerZOO", "Kernel",
-    "LOZO", "Layers", "LeZO", "LeaveOneOut", "Master", "MeZO", "MeZOGV", "MeZOSVRG", "Momentum", "Normal",
-    "Objective", "PGAP", "Paired", "Private", "Projected", "RLOO", "Rademacher", "Refused", "Scratch",
-    "Sgd", "Sign", "Spread", "Spsa", "Stencil", "StepResult", "SubZero", "TeZO", "Tuning", "Walk",
-    "WindowAdam", "WindowMomentum", "ZOAdam", "ZOConservative", "ZOMomentum", "ZOSignSGD", "__version__",
-    "axpy_", "draw", "linear", "lowrank_", "perturb", "philox4x32", "sketch", "step", "tune", "update_",
+    "AdaMeZO", "Adam", "Addax", "Anchored", "Auto", "Averaged", "BSZO", "Bayesian", "BlockMeZO", "Blockwise",
+    "ConMeZO", "Cone", "Conservative", "DPZO", "DiZO", "FGD", "FZOO", "ForwardGradient", "Guided", "Hybrid",
+    "InPlace", "Jvp", "KerZOO", "Kernel", "LOZO", "Layers", "LeZO", "LeaveOneOut", "Master", "MeZO", "MeZOGV",
+    "MeZOSVRG", "Mixed", "Momentum", "Normal", "Objective", "PGAP", "Paired", "Private", "Projected", "RLOO",
+    "Rademacher", "Refused", "Scratch", "Sgd", "Sign", "Split", "Spread", "Spsa", "Stencil", "StepResult",
+    "SubZero", "TeZO", "Tuning", "Walk", "WindowAdam", "WindowMomentum", "ZOAdam", "ZOConservative",
+    "ZOMomentum", "ZOSignSGD", "__version__", "axpy_", "draw", "linear", "lowrank_", "perturb", "philox4x32",
+    "sketch", "step", "tune", "update_",
 ]  # fmt: skip
 __all__ += [name for name in METHODS if name not in __all__]
 globals().update(METHODS)

@@ -12,12 +12,15 @@ from ..optimizer import ZerothOrder
 
 if TYPE_CHECKING:  # for type checkers, which cannot look into a folder
     from .adamezo import AdaMeZO
+    from .addax import Addax
     from .blockmezo import BlockMeZO
     from .bszo import BSZO
     from .conmezo import ConMeZO
     from .dizo import DiZO
     from .dpzo import DPZO
+    from .fgd import FGD
     from .fzoo import FZOO
+    from .hybrid import Hybrid
     from .kerzoo import KerZOO
     from .lezo import LeZO
     from .lozo import LOZO
@@ -49,8 +52,8 @@ METHODS = find()
 globals().update(METHODS)
 
 __all__ = [
-    "AdaMeZO", "BSZO", "BlockMeZO", "ConMeZO", "DPZO", "DiZO", "FZOO", "KerZOO", "LOZO", "LeZO", "MeZO",
-    "MeZOGV", "MeZOSVRG", "PGAP", "RLOO", "SubZero", "TeZO", "ZOAdam", "ZOConservative", "ZOMomentum",
-    "ZOSignSGD",
+    "AdaMeZO", "Addax", "BSZO", "BlockMeZO", "ConMeZO", "DPZO", "DiZO", "FGD", "FZOO", "Hybrid", "KerZOO",
+    "LOZO", "LeZO", "MeZO", "MeZOGV", "MeZOSVRG", "PGAP", "RLOO", "SubZero", "TeZO", "ZOAdam",
+    "ZOConservative", "ZOMomentum", "ZOSignSGD",
 ]  # fmt: skip
 __all__ += [name for name in METHODS if name not in __all__]
