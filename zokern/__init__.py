@@ -12,23 +12,27 @@ from .estimator import (
     Blockwise,
     Conservative,
     Curvature,
+    ForwardGradient,
     Guided,
     Kernel,
     Layers,
     LeaveOneOut,
+    Mixed,
     Private,
     Ranked,
     Sign,
+    Split,
     Spread,
     Spsa,
     Stencil,
 )  # fmt: skip
-from .evaluation import Auto, InPlace, Master, Paired, Refused, Scratch
+from .evaluation import Auto, InPlace, Jvp, Master, Paired, Refused, Scratch
 from .evaluation import InPlace as Walk
 from .methods import (
     BSZO,
     DPZO,
     EGGROLL,
+    FGD,
     FZOO,
     LOZO,
     METHODS,
@@ -36,10 +40,12 @@ from .methods import (
     RLOO,
     ZOMOPI,
     AdaMeZO,
+    Addax,
     BlockMeZO,
     ConMeZO,
     DiZO,
     HiZOO,
+    Hybrid,
     KerZOO,
     LeZO,
     MeZO,
@@ -65,15 +71,16 @@ from .tuning import Tuning, tune
 __version__ = "0.1.0"
 
 __all__ = [
-    "AdaMeZO", "Adam", "Anchored", "Auto", "Averaged", "BSZO", "Bayesian", "BlockMeZO", "Blockwise",
-    "ConMeZO", "Cone", "Conservative", "Curvature", "DPZO", "DiZO", "EGGROLL", "FZOO", "Guided", "HiZOO",
-    "InPlace", "KerZOO", "Kernel", "LOZO", "Layers", "LeZO", "LeaveOneOut", "Masked", "Master", "MeZO",
-    "MeZOGV", "MeZOSVRG", "Momentum", "Muon", "Normal", "Objective", "PGAP", "Paired", "Private",
-    "Projected", "RLOO", "Rademacher", "Ranked", "Refused", "Scaled", "Scratch", "Sgd", "Sign", "SignSgd",
-    "SparseMeZO", "Spread", "Spsa", "Stencil", "StepResult", "SubZero", "SubZeroPlus", "TeZO", "Tuning",
-    "Walk", "WindowAdam", "WindowMomentum", "ZOAdam", "ZOConservative", "ZOMOPI", "ZOMomentum", "ZOMuon",
-    "ZOSignSGD", "__version__", "axpy_", "draw", "linear", "lowrank_", "perturb", "philox4x32", "sketch",
-    "step", "tune", "update_",
+    "AdaMeZO", "Adam", "Addax", "Anchored", "Auto", "Averaged", "BSZO", "Bayesian", "BlockMeZO",
+    "Blockwise", "ConMeZO", "Cone", "Conservative", "Curvature", "DPZO", "DiZO", "EGGROLL", "FGD", "FZOO",
+    "ForwardGradient", "Guided", "HiZOO", "Hybrid", "InPlace", "Jvp", "KerZOO", "Kernel", "LOZO", "Layers",
+    "LeZO", "LeaveOneOut", "Masked", "Master", "MeZO", "MeZOGV", "MeZOSVRG", "Mixed", "Momentum", "Muon",
+    "Normal", "Objective", "PGAP", "Paired", "Private", "Projected", "RLOO", "Rademacher", "Ranked",
+    "Refused", "Scaled", "Scratch", "Sgd", "Sign", "SignSgd", "SparseMeZO", "Split", "Spread", "Spsa",
+    "Stencil", "StepResult", "SubZero", "SubZeroPlus", "TeZO", "Tuning", "Walk", "WindowAdam",
+    "WindowMomentum", "ZOAdam", "ZOConservative", "ZOMOPI", "ZOMomentum", "ZOMuon", "ZOSignSGD",
+    "__version__", "axpy_", "draw", "linear", "lowrank_", "perturb", "philox4x32", "sketch", "step", "tune",
+    "update_",
 ]  # fmt: skip
 __all__ += [name for name in METHODS if name not in __all__]
 globals().update(METHODS)

@@ -186,8 +186,10 @@ class ZerothOrder(torch.optim.Optimizer):
 
     # One step -----------------------------------------------------------------------------------------------------------
 
-    def step(self, closure: Callable[[], Any] | None = None) -> float | None:  # type: ignore[override]
-        """One step; returns the mean loss. zokern.step(optimizer, closure) returns the whole record.
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Any] | None = None, first_order: Callable[[], Any] | None = None
+    ) -> float | None:
+        """One step; returns the mean loss. zokern.step(optimizer, closure, first_order) returns the whole record, and has the arguments.
 
         Without a closure it does nothing while every lr is 0: torch.distributed.checkpoint probes an optimizer so."""
         if closure is None:
@@ -195,7 +197,7 @@ class ZerothOrder(torch.optim.Optimizer):
                 return None
             raise TypeError("step() needs a closure that computes the loss: it is read at more than one point")
         with self.readings():
-            self.result = run(self, closure)
+            self.result = run(self, closure, first_order)
             self.work.adopt()
             self.drawn = True
         return self.result.loss
@@ -251,7 +253,8 @@ class ZerothOrder(torch.optim.Optimizer):
             group.check_waiting()
         if [group.eps for group in work.groups] != self._eps:
             self._eps = []  # after a refusal it is looked at again
-            underflow.check_perturbation(plan, self.guards.force)
+            if getattr(self.estimator, "perturbs", True):
+                underflow.check_perturbation(plan, self.guards.force)
             self._eps = [group.eps for group in work.groups]
         self._prepared = True
         return plan

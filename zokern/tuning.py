@@ -27,7 +27,7 @@ from .checks import finite_number, whole_number
 from .estimator import Estimate, Estimator, Oracle, Spsa
 from .estimator.base import ONES
 from .estimator.spsa import CENTRAL
-from .evaluation import Evaluation, Master
+from .evaluation import Evaluation, Jvp
 from .evaluation.loss import mean_of
 from .optimizer import ZerothOrder
 from .plan import Plan
@@ -150,6 +150,10 @@ class _Counted(Oracle):
         self.read += len(set(points))
         return super().losses(points, scope, closure)
 
+    def slopes(self, draws: Any, scope: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
+        self.read += len(draws)
+        return super().slopes(draws, scope)
+
 
 def tune(
     optimizer: ZerothOrder,
@@ -167,7 +171,7 @@ def tune(
                 lr is told from all of them in turn, so several batches give a better lr
     probes      draws that lr is told from. Its relative standard error is about sqrt(2 / probes)
     share       of the loss that a step is expected to take off
-    evaluation  how losses are read; None: zokern.Master(), which takes one copy of the trained weights meanwhile
+    evaluation  how losses are read; None: zokern.Jvp(), as zokern.Master() does, which takes one copy of the trained weights meanwhile
     say         is called with a line of text for every stage
     Reads 5 eps x 4 slopes x 2 losses and 2 losses a probe, 56 in all, with a central difference.
     eps stays as it is where the slopes agree with those at its neighbours to 10 % and rounding swallows less than
@@ -184,7 +188,7 @@ def tune(
     probes, share = whole_number("probes", probes, 2), finite_number("share", share, above=0.0)
     say = say or (lambda text: None)
     with _borrowed(optimizer) as plan:
-        oracle = _Counted(Master() if evaluation is None else evaluation, plan, given[0], optimizer.state)
+        oracle = _Counted(Jvp() if evaluation is None else evaluation, plan, given[0], optimizer.state)
         optimizer.prepare(plan, oracle)
         own = [group.eps for group in plan.groups]
         widths = _widths(optimizer, oracle, plan, own, say)

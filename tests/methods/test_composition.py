@@ -33,7 +33,10 @@ MADE: dict[str, Any] = {
     "Curved": lambda: directions.Curved(1e-4),
     "Aligned": lambda: Probed(rank=3, interval=7, probes=3),
     "Private": lambda: estimator.Private(noise=1e-3),
+    "Mixed": lambda: estimator.Mixed(0.5),
+    "Split": lambda: estimator.Split(lambda name: "head" in name),
 }
+READS = {"ForwardGradient": "Jvp"}  # by estimator: an evaluation that reads what it asks for; Master reads losses
 CONTRACTS = {
     "LowRank",
     "Measured",
@@ -47,7 +50,7 @@ CONTRACTS = {
     "Drawn",
     "Keeps",
 }
-CONTRACTS |= {"Base", "Isolation", "Estimate", "Oracle", "Stencil", "Point", "Record", "Refused", "NotRepeatable"}
+CONTRACTS |= {"Base", "Isolation", "Estimate", "Gradient", "Oracle", "Stencil", "Point", "Record", "Refused", "NotRepeatable"}
 
 REFUSALS = (ValueError, TypeError, NotImplementedError, zokern.Refused)
 
@@ -120,7 +123,7 @@ def outcome(direction: str, estimate: str, update: Any) -> str:
         net = model()
         before, read = float(loss_of(net)), list[float]()
         try:
-            optimizer = build(net, direction, estimate, update, "Master")
+            optimizer = build(net, direction, estimate, update, READS.get(estimate, "Master"))
             for _ in range(8):
                 read += zokern.step(optimizer, closure_of(net, estimate)).coefficients
             read = read[len(read) // 2 :]  # what estimators learn has settled
@@ -175,7 +178,7 @@ def test_a_cell_descends_or_is_refused(direction, estimate) -> None:
 @pytest.mark.parametrize("direction, estimate", CELLS)
 def test_every_evaluation_reads_a_cell_alike(direction, estimate) -> None:
     for update in RULES:
-        expected = losses(direction, estimate, update, "Master")
+        expected = losses(direction, estimate, update, READS.get(estimate, "Master"))
         for read in EVALUATIONS:
             found = losses(direction, estimate, update, read)
             if found is not None and expected is not None:

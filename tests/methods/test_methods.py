@@ -15,14 +15,14 @@ import torch
 from method_check import IDS, check_method, loss_of
 from models import build, one_thread, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
 from mutant import replaced
-from recipes import DENSE, METHODS, ONE_EACH, ROWS
+from recipes import DENSE, METHODS, ONE_EACH, ROWS, SLOPES
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import zokern
 from zokern import plan
 from zokern.directions import Aligned, Diagonal, Drawn, Lazy, LowRank, Subspace, aligned, lowrank, orthonormal
-from zokern.estimator import Ranked, Spread, Spsa
+from zokern.estimator import ForwardGradient, Ranked, Spread, Spsa
 from zokern.evaluation import Point
 from zokern.methods import pgap
 from zokern.rule import adam, carry, momentum, muon, sgd
@@ -56,17 +56,36 @@ CASES: dict[str, dict] = {
     "sparse_random": {"name": "SparseMeZO", "by": "random", "every": 3, "sparsity": 0.8, "eps": 1e-2, "steps": 20},
     "sparse_random_global": {"name": "SparseMeZO", "by": "random", "scope": "global", "direction": "rademacher"},
     "sparse_sign": {"name": "SparseMeZO", "by": "random", "every": 2, "rule": zokern.SignSgd(), "lr": 1e-4},
+    "fgd_queries_decay": {"name": "FGD", "queries": 3, "weight_decay": 0.5},
+    **{f"fgd_{d.name}": {"name": "FGD", "direction": d} for d in (Subspace(3, 3), Lazy(2, 3), Diagonal(3))},
+    "addax_decay": {"name": "Addax", "weight_decay": 0.5, "steps": 20, "eps": 1e-2},
+    **{f"addax_{d.name}": {"name": "Addax", "direction": d} for d in (Subspace(3, 3), Lazy(2, 3))},
+    "addax_slopes": {"name": "Addax", "estimator": ForwardGradient()},
+    "hybrid_queries": {"name": "Hybrid", "estimator": Spsa(2), "weight_decay": 0.5, "steps": 20},
+    "hybrid_sgd": {
+        "name": "Hybrid",
+        "first_order": ["head", "up"],
+        "optimizer": partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+    },
+    "hybrid_lowrank": {"name": "Hybrid", "direction": Lazy(2, 3), "rule": zokern.Momentum(0.6)},
 }
 
 
 MODES: dict[str, dict] = {
     "deferred": {"evaluation": "paired"}, "immediate": {"evaluation": "paired", "defer": False}, "scratch": {"evaluation": "scratch"},
-    "master": {"evaluation": "master"}, "inplace": {"evaluation": "inplace"},
+    "master": {"evaluation": "master"}, "inplace": {"evaluation": "inplace"}, "jvp": {"evaluation": "jvp"},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("case", "mode"), [(case, mode) for case in CASES for mode in MODES if mode == "deferred" or case in (*ONE_EACH, "dpzo")]
+    ("case", "mode"),
+    [
+        (case, mode)
+        for case in CASES
+        for mode in MODES
+        if mode == ("jvp" if case == "addax_slopes" or CASES[case]["name"] in SLOPES else "deferred")
+        or (case in (*ONE_EACH, "dpzo") and mode != "jvp")
+    ],  # fmt: skip
 )
 def test_method_equals_formula(case: str, mode: str) -> None:
     check_method(**CASES[case], **MODES[mode])

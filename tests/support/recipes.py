@@ -6,6 +6,7 @@ with a size, the same expression with magnitudes in place of numbers, so that ro
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -109,6 +110,9 @@ METHODS |= {
     if stem_of(name) not in METHODS | ROWS and name != "MeZO"
 }
 METHODS["mezo"] = partial(zokern.MeZO, lr=3e-3)
+METHODS["Addax"] = partial(zokern.Addax, lr=3e-3, alpha=0.4)
+SLOPES = ("FGD",)  # they read derivatives, in the one way that there is
+GRADIENTS = ("Addax", "FGD", "Hybrid")  # not from losses alone, so their bits depend on torch's products
 LOW_RANK = [name for name in METHODS if name.startswith(("subzero", "lozo", "tezo", "pgap", "zo_", "right", "both", "eggroll"))]
 DENSE = [name for name in METHODS if name not in LOW_RANK]
 ONE_EACH = (
@@ -167,6 +171,7 @@ class Formula:
     memory: dict[str, Any] = field(default_factory=dict)
     now: int = 0  # step of the update
     start: dict[str, Tensor] = field(default_factory=dict)
+    loss: Callable[[dict[str, Tensor]], Tensor] | None = None  # float64, of weights by name; for slopes and gradients
 
     @classmethod
     def of(cls, optimizer: Any, model: nn.Module) -> Formula:
@@ -335,13 +340,24 @@ class Formula:
         fast, count = self.memory.get(name, (sized(self.theta[name]), 0))
         return self.theta[name] + (fast.value - self.theta[name]) / (1 + count / self.optimizer.rule.span)
 
+    def gradient(self) -> dict[str, Tensor]:
+        """By back-propagation, in float64."""
+        assert self.loss is not None
+        weights = {n: t.detach().requires_grad_() for n, t in self.theta.items()}
+        return dict(zip(weights, torch.autograd.grad(self.loss(weights), list(weights.values()))))
+
+    def slope(self, draw: tuple[int, int], scope: Sequence[str]) -> float:
+        """<gradient, z> of some parameters."""
+        return float(sum((g * self.z(n, *draw)).sum() for n, g in self.gradient().items() if n in scope))
+
     # Updates
 
     def update(self, move: Move, coefficients: Sequence[float], lr: float, weight_decay: float = 0.0) -> None:
-        """theta <- (1 - lr wd) theta - lr times what the rule makes of g = (1 / count) sum_k c_k z_k."""
+        """theta <- (1 - lr wd) theta - lr times what the rule makes of g = (1 / count) sum_k c_k z_k, and a share of the gradient."""
         weights, step = [c / move.count for c in coefficients], move.draws[-1][0]
         if isinstance(self.optimizer.scaled, Curved):
             self.learn(step)
+        gradient = self.gradient() if move.share or move.by_torch else {}
         if self.kind == "projected":
             chosen = {n: t for n, t in self.theta.items() if any(part in n for part in self.optimizer.rule.names)}
             self.memory.setdefault("start", chosen)
@@ -362,9 +378,15 @@ class Formula:
                     self.tilted(name, weights[0], step)
             else:
                 made = self.matrix_move(name, [self.factors(name, *draw) for draw in move.draws], weights)
+            if move.share:
+                term, made = gradient[name] * move.share, Sized(*(part.reshape(theta.shape) for part in made))
+                made = made + Sized(term, term.abs().max())
             decay = 1.0 - share * lr * weight_decay
             self.theta[name] = decay * theta - lr * made.value.reshape(theta.shape)
             self.size[name] = decay * self.size[name] + lr * made.size.reshape(theta.shape)
+
+        if move.by_torch:
+            self.step_of_torch({name: gradient[name] for name in move.by_torch})
 
     def learn(self, step: int) -> None:
         """h <- (1 - alpha) h + alpha h mean_k v_k z_k^2, of which s = h^(-1/2) is kept."""
@@ -373,6 +395,22 @@ class Formula:
             h = self.factor(name, step).double() ** -2
             squares = [self.normals(theta.shape, name, step, k) ** 2 * v for k, v in enumerate(curvatures)]
             self.memory[f"{name} s"] = ((1 - alpha) * h + alpha * h * sum(squares) / len(squares)) ** -0.5
+
+    def step_of_torch(self, gradient: dict[str, Tensor]) -> None:
+        """A step of the torch optimizer, in float64: one of its class and options that has seen these weights from the start."""
+        if "torch" not in self.memory:
+            given = self.optimizer.first_order
+            takes = inspect.signature(type(given)).parameters
+            options = {key: value for key, value in given.param_groups[0].items() if key in takes and key != "params"}
+            tensors = {name: self.theta[name].clone().requires_grad_() for name in gradient}
+            self.memory["torch"] = tensors, type(given)(tensors.values(), **options)
+        tensors, optimizer = self.memory["torch"]
+        for name, g in gradient.items():
+            tensors[name].grad = g
+        optimizer.step()
+        for name, t in tensors.items():
+            self.size[name] = self.size[name] + (t.detach() - self.theta[name]).abs().max()
+            self.theta[name] = t.detach().clone()
 
     @property
     def kind(self) -> str:

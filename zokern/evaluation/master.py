@@ -66,7 +66,7 @@ class Master:
                 if point.terms and swallowed is None:
                     swallowed = _swallowed(plan)
                 read[point] = isolation.read(closure)
-        size = sum(t.numel() * t.element_size() for group in plan.groups for t in self._masters(group))
+        size = sum(t.nbytes for group in plan.groups for t in group.memo.get("masters", ()))
         self.record = Record(self.name, scratch_bytes=size, swallowed=swallowed)
         return torch.stack([read[point] for point in points])
 

@@ -12,14 +12,17 @@ from ..optimizer import ZerothOrder
 
 if TYPE_CHECKING:  # for type checkers, which cannot look into a folder
     from .adamezo import AdaMeZO
+    from .addax import Addax
     from .blockmezo import BlockMeZO
     from .bszo import BSZO
     from .conmezo import ConMeZO
     from .dizo import DiZO
     from .dpzo import DPZO
     from .eggroll import EGGROLL
+    from .fgd import FGD
     from .fzoo import FZOO
     from .hizoo import HiZOO
+    from .hybrid import Hybrid
     from .kerzoo import KerZOO
     from .lezo import LeZO
     from .lozo import LOZO
@@ -55,8 +58,9 @@ METHODS = find()
 globals().update(METHODS)
 
 __all__ = [
-    "AdaMeZO", "BSZO", "BlockMeZO", "ConMeZO", "DPZO", "DiZO", "EGGROLL", "FZOO", "HiZOO", "KerZOO", "LOZO",
-    "LeZO", "MeZO", "MeZOGV", "MeZOSVRG", "PGAP", "RLOO", "SparseMeZO", "SubZero", "SubZeroPlus", "TeZO",
-    "ZOAdam", "ZOConservative", "ZOMOPI", "ZOMomentum", "ZOMuon", "ZOSignSGD",
+    "AdaMeZO", "Addax", "BSZO", "BlockMeZO", "ConMeZO", "DPZO", "DiZO", "EGGROLL", "FGD", "FZOO", "HiZOO",
+    "Hybrid", "KerZOO", "LOZO", "LeZO", "MeZO", "MeZOGV", "MeZOSVRG", "PGAP", "RLOO", "SparseMeZO",
+    "SubZero", "SubZeroPlus", "TeZO", "ZOAdam", "ZOConservative", "ZOMOPI", "ZOMomentum", "ZOMuon",
+    "ZOSignSGD",
 ]  # fmt: skip
 __all__ += [name for name in METHODS if name not in __all__]

@@ -39,6 +39,8 @@ class Rule(Protocol):
 
         defer: the updates of factored matrices are kept in `pending` instead."""
 
+    # a rule that takes gradients too has descend(), as Sgd: a term of an estimate may have them (zokern/first_order.py)
+
     def keeps(self, shape: tuple[int, ...], draw: tuple[int, int] | None) -> Keeps:
         """Returns what the rule keeps of a parameter of this shape. draw: the shape of a draw of a low-rank one; None: its z is dense."""
 
