@@ -19,7 +19,17 @@ from .eager_methods import LOOPS
 from .steps import Shape, Step, bench, pytest_generate_tests
 
 QUERIES = 8
-METHODS = methods.__all__
+MANY = 99  # queries of SubZero+
+
+
+def queries_of(method: str) -> int:
+    """Returns the queries of a method by default."""
+    queries = inspect.signature(getattr(zokern, method)).parameters.get("queries")
+    return queries.default or 1 if queries is not None else 1
+
+
+# A step of many queries is timed by bench_many alone: it takes as long as all other methods' together.
+METHODS = [method for method in methods.__all__ if queries_of(method) < MANY]
 # Every class of zokern.estimator that needs no argument; Spsa is what MeZO has without one.
 ESTIMATORS = [
     name for name in estimator.__all__
@@ -82,6 +92,18 @@ def bench_queries(benchmark, report) -> None:
         report.figure(f"{name} K={QUERIES} {shape} / steps", group.ratio(several.name, one.name) / QUERIES)
 
 
+def bench_many(benchmark, report) -> None:
+    """Times SubZero+ with 99 queries on one batch of 4 x 4 tokens, over 100 bare forwards: in passes of 32 sides and in one."""
+    pytest.importorskip("transformers")
+    shape = Shape("OPT-tiny" if report.quick else "Llama-narrow", "fp32", 4, 4)
+    name = "SubZeroPlus"
+    steps = [Step(name, "paired"), Step(name, options=(("sides", MANY + 1),))]
+    group = bench(benchmark, report, f"SubZero+, {MANY} queries", shape, steps)
+    for step, passes in zip(steps, ("passes of 32 sides", "one pass")):
+        ratio = group.found[step.name].ratio * 2 / (MANY + 1)
+        report.figure(f"SubZero+ K={MANY} {shape}, {passes} / {MANY + 1} forwards", ratio)
+
+
 def bench_estimators(benchmark, report) -> None:
     """Times MeZO with every estimator at its defaults. They read different numbers of losses in a step."""
     pytest.importorskip("transformers")
@@ -89,4 +111,4 @@ def bench_estimators(benchmark, report) -> None:
     bench(benchmark, report, "estimators", small(report, 32), steps)
 
 
-__all__ = ["bench_estimators", "bench_methods", "bench_queries", "pytest_generate_tests"]
+__all__ = ["bench_estimators", "bench_many", "bench_methods", "bench_queries", "pytest_generate_tests"]

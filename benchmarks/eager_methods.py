@@ -7,6 +7,9 @@ add it to the weights. Only the shape of z differs:
     LOZO      z = U V^T                     V normal, kept for an interval; U normal, m x r, in every step            Chen et al. 2025
     PGAP      z = U (Z - a diag S) V^T      U, S, V of a dense estimate of the gradient, kept for an interval         Zhang et al. 2025
     TeZO      z = U diag(tau) V^T           U, V normal, kept for the run; tau normal, r numbers                       Sun et al. 2025
+    ZOMuon    z = P Psi                     P the Q factor of normals; Psi normal, r x n; steps along P msign(sum)      Lang et al. 2026
+    ZOMOPI    the same                      steps along P U V^T of a power iteration                                  Chen and Ma 2026
+    EGGROLL   z = a b^T                     a, b normal; both signs of K seeds, weighted by the ranks of their losses Sarkar et al. 2025
     FZOO      z = 2 bits - 1                one-sided, K seeds and the loss at theta; steps scaled by the losses' std  Dang et al. 2026
 
 Parameters that are no matrices take a dense normal z. Factors have the parameters' dtype, as there.
@@ -199,4 +202,80 @@ class FZOO(Loop):
             self.update(each, (loss - base) / (self.queries * spread) if spread else 0.0)
 
 
-LOOPS: dict[str, type[Loop]] = {loop.__name__: loop for loop in Loop.__subclasses__()}  # by the name of the method
+class ZOMuon(Loop):
+    def __init__(self, parameters: list[Tensor], lr: float, eps: float, rank: int = 64, queries: int = 4) -> None:
+        self.rank, self.queries = rank, queries
+        super().__init__(parameters, lr, eps)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        sides = {i: (p.shape[0], min(self.rank, *p.shape)) for i, p in enumerate(self.parameters) if is_matrix(p)}
+        self.left = {i: torch.linalg.qr(torch.randn(m, r))[0].to(self.parameters[i].dtype) for i, (m, r) in sides.items()}
+
+    def core(self, i: int, p: Tensor) -> Tensor:
+        return normal(p, self.left[i].shape[1], p.shape[1]) if i in self.left else normal_like(p)
+
+    def z(self, i: int, p: Tensor) -> Tensor:
+        return self.left[i] @ self.core(i, p) if i in self.left else self.core(i, p)
+
+    def orthogonal(self, i: int, x: Tensor) -> Tensor:
+        x = x / (x.norm() + 1e-7)
+        for _ in range(5):
+            square = x @ x.t()
+            x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+        return x
+
+    @torch.no_grad()
+    def step(self, closure: Closure, seed: int) -> None:
+        seeds, base = range(seed * self.queries, (seed + 1) * self.queries), closure().item()
+        total: dict[int, Tensor] = {}
+        for each in seeds:
+            self.move(each, +1)
+            slope = (closure().item() - base) / self.eps / self.queries
+            self.move(each, -1)
+            torch.manual_seed(each)
+            for i, p in enumerate(self.parameters):
+                core = slope * self.core(i, p.data)
+                total[i] = total[i] + core if i in total else core
+        for i, p in enumerate(self.parameters):
+            move = self.left[i] @ self.orthogonal(i, total[i].float()).to(p.dtype) if i in self.left else total[i]
+            p.data = p.data - self.lr * move
+
+
+class ZOMOPI(ZOMuon):
+    def __init__(self, parameters: list[Tensor], lr: float, eps: float, rank: int = 64, queries: int = 8) -> None:
+        self.right: dict[int, Tensor] = {}
+        super().__init__(parameters, lr, eps, rank, queries)
+
+    def orthogonal(self, i: int, x: Tensor) -> Tensor:
+        v = self.right.get(i, torch.randn(x.shape[1], min(32, x.shape[0])))
+        self.right[i] = v = torch.linalg.qr(x.t() @ (x @ v))[0]
+        return torch.nn.functional.normalize(x @ v, dim=0) @ v.t()
+
+
+class EGGROLL(Loop):
+    def __init__(self, parameters: list[Tensor], lr: float, eps: float, queries: int = 16) -> None:
+        self.queries = queries
+        super().__init__(parameters, lr, eps)
+
+    def z(self, i: int, p: Tensor) -> Tensor:
+        return normal(p, p.shape[0], 1) @ normal(p, 1, p.shape[1]) if is_matrix(p) else normal_like(p)
+
+    @torch.no_grad()
+    def step(self, closure: Closure, seed: int) -> None:
+        seeds, losses = range(seed * self.queries, (seed + 1) * self.queries), []
+        for each in seeds:
+            for way in (+1, -2):
+                self.move(each, way)
+                losses.append(closure().item())
+            self.move(each, +1)
+        ranks = torch.tensor(losses).argsort().argsort().view(-1, 2) / (len(losses) - 1)
+        for each, (plus, minus) in zip(seeds, ranks.tolist()):
+            self.update(each, (plus - minus) / 2 / self.queries)
+
+
+def _loops(loop: type[Loop]) -> list[type[Loop]]:
+    return [one for below in loop.__subclasses__() for one in (below, *_loops(below))]
+
+
+LOOPS: dict[str, type[Loop]] = {loop.__name__: loop for loop in _loops(Loop)}  # by the name of the method

@@ -82,7 +82,8 @@ class Step:
 
     evaluation  a name; '' is the method's default
     refresh     every step draws a new basis and writes the weights; an eager loop estimates its basis
-    options     further keyword arguments; of `estimator`, the name of a class without arguments
+    options     further keyword arguments; of `estimator`, the name of a class without arguments; `sides`: the points
+                that 'paired' reads in one pass
     """
 
     method: str
@@ -108,6 +109,8 @@ class Step:
             options["evaluation"] = self.evaluation
         if shape.tokens >= MANY and self.evaluation in ("", "paired"):
             options["evaluation"] = zokern.Paired(sides=2)
+        if "sides" in options:
+            options["evaluation"] = zokern.Paired(sides=options.pop("sides"))
         if "estimator" in options:
             options["estimator"] = getattr(zokern, options["estimator"])()
         return getattr(zokern, self.method)(module, lr=LR, eps=EPS, dead_limit=None, **options)

@@ -16,6 +16,7 @@ from .estimator import (
     Layers,
     LeaveOneOut,
     Private,
+    Ranked,
     Sign,
     Spread,
     Spsa,
@@ -26,11 +27,13 @@ from .evaluation import InPlace as Walk
 from .methods import (
     BSZO,
     DPZO,
+    EGGROLL,
     FZOO,
     LOZO,
     METHODS,
     PGAP,
     RLOO,
+    ZOMOPI,
     AdaMeZO,
     BlockMeZO,
     ConMeZO,
@@ -41,16 +44,18 @@ from .methods import (
     MeZOGV,
     MeZOSVRG,
     SubZero,
+    SubZeroPlus,
     TeZO,
     ZOAdam,
     ZOConservative,
     ZOMomentum,
+    ZOMuon,
     ZOSignSGD,
 )  # fmt: skip
 from .objective import Objective
 from .ops import axpy_, draw, lowrank_, perturb, philox4x32, update_
 from .ops.linear import linear, sketch
-from .rule import Adam, Averaged, Cone, Momentum, Projected, Sgd, WindowAdam, WindowMomentum
+from .rule import Adam, Averaged, Cone, Momentum, Muon, Projected, Sgd, WindowAdam, WindowMomentum
 from .step import StepResult, step
 from .tuning import Tuning, tune
 
@@ -58,12 +63,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaMeZO", "Adam", "Anchored", "Auto", "Averaged", "BSZO", "Bayesian", "BlockMeZO", "Blockwise",
-    "ConMeZO", "Cone", "Conservative", "DPZO", "DiZO", "FZOO", "Guided", "InPlace", "KerZOO", "Kernel",
-    "LOZO", "Layers", "LeZO", "LeaveOneOut", "Master", "MeZO", "MeZOGV", "MeZOSVRG", "Momentum", "Normal",
-    "Objective", "PGAP", "Paired", "Private", "Projected", "RLOO", "Rademacher", "Refused", "Scratch",
-    "Sgd", "Sign", "Spread", "Spsa", "Stencil", "StepResult", "SubZero", "TeZO", "Tuning", "Walk",
-    "WindowAdam", "WindowMomentum", "ZOAdam", "ZOConservative", "ZOMomentum", "ZOSignSGD", "__version__",
-    "axpy_", "draw", "linear", "lowrank_", "perturb", "philox4x32", "sketch", "step", "tune", "update_",
+    "ConMeZO", "Cone", "Conservative", "DPZO", "DiZO", "EGGROLL", "FZOO", "Guided", "InPlace", "KerZOO",
+    "Kernel", "LOZO", "Layers", "LeZO", "LeaveOneOut", "Master", "MeZO", "MeZOGV", "MeZOSVRG",
+    "Momentum", "Muon", "Normal", "Objective", "PGAP", "Paired", "Private", "Projected", "RLOO",
+    "Rademacher", "Ranked", "Refused", "Scratch", "Sgd", "Sign", "Spread", "Spsa", "Stencil",
+    "StepResult", "SubZero", "SubZeroPlus", "TeZO", "Tuning", "Walk", "WindowAdam", "WindowMomentum",
+    "ZOAdam", "ZOConservative", "ZOMOPI", "ZOMomentum", "ZOMuon", "ZOSignSGD", "__version__", "axpy_",
+    "draw", "linear", "lowrank_", "perturb", "philox4x32", "sketch", "step", "tune", "update_",
 ]  # fmt: skip
 __all__ += [name for name in METHODS if name not in __all__]
 globals().update(METHODS)

@@ -38,6 +38,7 @@ class Group:
     objects: list[list[Tensor]] = field(default_factory=list)  # every tensor object that stands for tensor i, itself first
     drawn: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict, repr=False)  # by step and draw word
     lengths: dict[int, float] = field(default_factory=dict, repr=False)
+    stacks: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False)  # the same, even ones in one tensor
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)  # what evaluations prepare once for these tensors
 
     def __post_init__(self) -> None:
@@ -64,6 +65,7 @@ class Group:
             theta=theta,
             objects=some(self.objects),
             drawn={},
+            stacks={},
             memo={},
         )
 
@@ -111,13 +113,13 @@ class Group:
         announce(tensors)
         return count
 
-    def add_lowrank(self, lefts: Sequence[Tensor], rounding: str, plan: Plan) -> None:
-        """W <- W + left right^T for every matrix, one rounding."""
-        rights = [m.right for m in self.matrices or ()]
+    def add_lowrank(self, middles: Sequence[Tensor], rounding: str, plan: Plan) -> None:
+        """W <- W + the product that a sum of draws stands for, for every matrix, one rounding."""
+        lefts, rights = zip(*ends_of(self.matrices or (), middles, self.backend))
         low = self.residuals if rounding == "residual" else None
         ones = [1.0] * len(lefts)
         noise = Noise(None, plan.seed, [(plan.step, 0)])
-        self.backend.lowrank_(Batch(self.theta, self.spans, rounding, low), Outer(lefts, rights, ones), noise)  # type: ignore[arg-type]
+        self.backend.lowrank_(Batch(self.theta, self.spans, rounding, low), Outer(lefts, rights, ones), noise)
         announce(self.theta)
 
     def source(self, seed: int) -> Source:
@@ -136,6 +138,28 @@ class Group:
             self.drawn[key] = plan.factored.draws(self.matrices, self.source(plan.seed), *key)
         return self.drawn[key]
 
+    @property
+    def is_even(self) -> bool:
+        """Whether the matrices have cores of one size, which may be stacked: a few operations for all, not as many as there are matrices."""
+        matrices = self.matrices or []
+        return all(m.left is not None and m.right is not None and m.rank == matrices[0].rank for m in matrices)
+
+    def stacked(self, plan: Plan, draw: Draw) -> list[Tensor]:
+        """Returns a draw for every matrix; where they are even as one tensor (matrices, r, r), of which draws() has the parts."""
+        draws = self.draws(plan, draw)
+        if not self.is_even:
+            return draws
+        key = plan.named(draw)
+        if key not in self.stacks:
+            self.stacks[key] = stack = torch.stack(draws)
+            self.drawn[key] = list(stack.unbind(0))  # one copy of a step's draws is enough
+        return [self.stacks[key]]
+
+    def forget_draws(self) -> None:
+        """Drops the draws of a step, which need not be kept."""
+        self.drawn.clear()
+        self.stacks.clear()
+
     def check_waiting(self) -> None:
         """Raise if somebody wrote weights that updates wait for."""
         for tensor, matrix in zip(self.tensors, self.matrices or ()):
@@ -147,15 +171,14 @@ class Group:
                 )
 
     def write(self, seed: int, step: int, rounding: str) -> Tensor | int:
-        """W <- shrink W + left pending right^T for every matrix with waiting updates, one rounding; they wait no longer."""
+        """W <- shrink W + L C R^T of `pending` for every matrix with waiting updates, one rounding; they wait no longer."""
         self.check_waiting()
         waiting = [(i, m, m.pending) for i, m in enumerate(self.matrices or ()) if m.pending is not None]
         members = [(i, m, p) for i, m, p in waiting if m.shrink != 1.0 or bool(p.any())]
         count: Tensor | int = 0
         if members:
             tensors, spans = [self.theta[i] for i, _, _ in members], [self.spans[i] for i, _, _ in members]
-            lefts = lefts_of([m for _, m, _ in members], [p for _, _, p in members], self.backend)
-            rights = [m.right for _, m, _ in members if m.right is not None]
+            lefts, rights = zip(*ends_of([m for _, m, _ in members], [p for _, _, p in members], self.backend))
             low = [self.residuals[i] for i, _, _ in members] if self.residuals is not None and rounding == "residual" else None
             shrink = {m.shrink for _, m, _ in members}
             assert len(shrink) == 1, "matrices of a group decay together"
@@ -168,6 +191,13 @@ class Group:
         return count
 
 
+def _span(matrix: Matrix) -> Span:
+    """Returns the place of a matrix' numbers in the stream, made once: a step of many queries asks for it as often."""
+    if "span" not in matrix.extra:
+        matrix.extra["span"] = Span(matrix.who)
+    return matrix.extra["span"]
+
+
 class _Stream:
     """Numbers of the stream for the matrices of a group (directions.Source)."""
 
@@ -175,8 +205,11 @@ class _Stream:
         self.group, self.seed = group, seed
 
     def __call__(self, matrices: Sequence[Matrix], shapes: Sequence[tuple[int, ...]], step: int, draw: int) -> list[Tensor]:
-        outs = [torch.empty(shape, dtype=torch.float32, device=matrix.device) for shape, matrix in zip(shapes, matrices)]
-        batch = Batch(outs, [Span(matrix.who) for matrix in matrices])
+        if len({(*shape, matrix.device) for shape, matrix in zip(shapes, matrices)}) == 1:
+            outs = list(torch.empty((len(shapes), *shapes[0]), dtype=torch.float32, device=matrices[0].device).unbind(0))
+        else:
+            outs = [torch.empty(shape, dtype=torch.float32, device=matrix.device) for shape, matrix in zip(shapes, matrices)]
+        batch = Batch(outs, [_span(matrix) for matrix in matrices])
         self.group.backend.draw(batch, Noise(Normal(), self.seed, [(step, draw)]))
         return outs
 
@@ -188,20 +221,21 @@ class _Stream:
         return gemm.sketch_of(self.group.backend, noise, weights, span, matrix.shape, omega, transposed)
 
 
-def lefts_of(matrices: Sequence[Matrix], middles: Sequence[Tensor], backend: Backend) -> list[Tensor]:
-    """Returns U middle for each matrix, in one launch, summed in the order of lowrank_; the middle itself where it is the left factor."""
-    found = list(middles)
-    with_left = [i for i, matrix in enumerate(matrices) if matrix.left is not None]
-    if with_left:
+def ends_of(matrices: Sequence[Matrix], middles: Sequence[Tensor], backend: Backend) -> list[tuple[Tensor, Tensor]]:
+    """Returns (L C, R) of a sum of draws of each matrix, all products in one launch, summed in the order of lowrank_."""
+    found = [matrix.factors(middle) for matrix, middle in zip(matrices, middles)]
+    lefts = [left for left, _, _ in found]
+    with_core = [i for i, (_, core, _) in enumerate(found) if core is not None]
+    if with_core:
         outs = [
-            torch.zeros(matrices[i].rows, middles[i].shape[1], dtype=torch.float32, device=middles[i].device) for i in with_left
+            torch.zeros(len(lefts[i]), middles[i].shape[1], dtype=torch.float32, device=middles[i].device) for i in with_core
         ]
-        lefts = [matrices[i].left for i in with_left]
-        rights = [middles[i].t().contiguous() for i in with_left]
-        backend.lowrank_(Batch(outs, [Span(0)] * len(outs)), Outer(lefts, rights, [1.0] * len(outs)))  # type: ignore[arg-type]
-        for i, out in zip(with_left, outs):
-            found[i] = out
-    return found
+        cores = [middles[i].t().contiguous() for i in with_core]
+        factors = Outer([lefts[i] for i in with_core], cores, [1.0] * len(outs))
+        backend.lowrank_(Batch(outs, [Span(0)] * len(outs)), factors)
+        for i, out in zip(with_core, outs):
+            lefts[i] = out
+    return [(left, right) for left, (_, _, right) in zip(lefts, found)]
 
 
 Scopes = dict[tuple[str, ...], list[tuple[Group, Group]]]

@@ -244,7 +244,7 @@ def _update(optimizer: Steps, plan: Plan, moves: list[Move], result: StepResult,
     for group, (weights, lr, decay) in zip(plan.groups, moves):
         defer = whole and optimizer.defers()
         counts.append(optimizer.rule.update(plan, group, weights, lr, decay, optimizer.state, defer))
-        group.drawn.clear()  # the optimizer keeps the groups until the next step, and z need not be kept
+        group.forget_draws()  # the optimizer keeps the groups until the next step
     if still is not None:
         result = replace(result, dead_updates=still())
     if optimizer.guards.nonfinite != "ignore" and (nonfinite := sum(int(count) for count in counts)):

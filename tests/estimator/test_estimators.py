@@ -44,6 +44,23 @@ def by_sign(hand: Hand, step: int, lr: float) -> list[float]:
     return found
 
 
+def by_ranks(hand: Hand, step: int, lr: float) -> list[float]:
+    """Ranks counted: how many losses are less."""
+    losses = [[hand.at(step, [(k, sign * EPS)]) for sign in (1, -1)] for k in range(3)]
+    every = [value for sides in losses for value in sides]
+    ranks = [[sum(other < value for other in every) for value in sides] for sides in losses]
+    found = [(a - b) / 2 / math.sqrt((6 * 6 - 1) / 12) for a, b in ranks]
+    hand.move(step, [(k, -lr * c / 3) for k, c in enumerate(found)])
+    return found
+
+
+def by_ranks_of_one_side(hand: Hand, step: int, lr: float) -> list[float]:
+    losses = [hand.at(step, [(k, EPS)]) for k in range(3)]
+    found = [(sum(other < value for other in losses) - 1) / math.sqrt(8 / 12) for value in losses]
+    hand.move(step, [(k, -lr * c / 3) for k, c in enumerate(found)])
+    return found
+
+
 def by_the_best(hand: Hand, step: int, lr: float) -> list[float]:
     found = [hand.difference(step, k) for k in range(2)]
     terms = [(k, -lr * c / 2) for k, c in enumerate(found)]
@@ -89,6 +106,8 @@ CASES: dict[str, tuple[Callable[[], Any], Callable, float]] = {
         lambda hand, step, lr: by_kernel(hand, step, lr, 4.0, 1.0 / (1 + step)), 0.01,
     ),
     "sign": (lambda: zokern.Sign(2), by_sign, 0.02),
+    "ranked": (lambda: zokern.Ranked(3), by_ranks, 0.02),
+    "ranked, forward": (lambda: zokern.Ranked(3, "forward"), by_ranks_of_one_side, 0.02),
     "conservative": (lambda: zokern.Conservative(2), by_the_best, 0.02),
     "conservative, too far": (lambda: zokern.Conservative(2), by_the_best, 50.0),
     "conservative, forward": (lambda: zokern.Conservative(2), by_the_best, 3.0),
@@ -157,6 +176,28 @@ class Fixed(zokern.Bayesian):
         yield from super().__call__(oracle, plan)
 
 
+class Backwards(zokern.Ranked):
+    """The largest loss has rank 0."""
+
+    def differences(self, losses):
+        return -super().differences(losses)
+
+
+class Unscaled(zokern.Ranked):
+    """Ranks between -1/2 and 1/2."""
+
+    def slopes(self, *rest):
+        return super().slopes(*rest) / math.sqrt(12)
+
+
+class WithTheta(zokern.Ranked):
+    """The loss of theta is ranked too."""
+
+    def slopes(self, differences, losses, plan):
+        ranks = losses.reshape(-1).argsort(stable=True).argsort().double().view(losses.shape)
+        return super().slopes(differences, losses, plan) + 0.01 * self.differences(ranks)
+
+
 class Summed(zokern.Sign):
     """The sum of the queries in place of their mean."""
 
@@ -166,6 +207,8 @@ class Summed(zokern.Sign):
 
 
 WRONG = {
+    "backwards": ("ranked", lambda: Backwards(3)), "unscaled": ("ranked", lambda: Unscaled(3)),
+    "theta is ranked": ("ranked, forward", lambda: WithTheta(3, "forward")), "no ranks": ("ranked", lambda: zokern.Spread(3, "central")),
     "typo": ("kernel", Typo), "unweighted": ("kernel", Unweighted), "magnitude": ("sign", lambda: zokern.Spsa(2)),
     "summed": ("sign", lambda: Summed(2)), "greedy": ("conservative, too far", lambda: Greedy(2)), "jacobi": ("blocks", Jacobi),
     "one block": ("blocks", lambda: zokern.Blockwise(block=lambda name: "")), "fixed noise": ("bayesian", Fixed),
@@ -178,6 +221,18 @@ def test_a_wrong_estimator_is_rejected(wrong: str) -> None:
     case, make = WRONG[wrong]
     with pytest.raises(AssertionError, match="coefficient|not where the formula is"):
         check(case, estimator=make())
+
+
+@pytest.mark.parametrize("evaluation", EVALUATIONS)
+def test_equal_losses_keep_their_order_and_a_step_without_a_finite_loss_is_skipped(evaluation: str) -> None:
+    params = weights()
+    optimizer = zokern.MeZO(params.items(), estimator=zokern.Ranked(2), evaluation=evaluation, paired_check=None, lr=0.0)
+    scale = 1 / math.sqrt((4 * 4 - 1) / 12)
+    result = zokern.step(optimizer, lambda: loss(params) * 0.0 + 1.0)
+    assert result.coefficients == pytest.approx([-scale / 2, -scale / 2])
+    first = params[NAMES[0]].detach().clone()
+    result = zokern.step(optimizer, lambda: loss(params) + torch.where((params[NAMES[0]] - first).sum() > 0, torch.inf, 0.0))
+    assert result.skipped
 
 
 def test_radii_have_the_moments_of_the_theorem() -> None:

@@ -35,7 +35,7 @@ WAYS: dict[str, Callable] = {
 FAST = ("paired", "scratch")
 DIRECTIONS: dict[str, Callable] = {
     "dense": zokern.MeZO, "rademacher": lambda model, **o: zokern.MeZO(model, direction="rademacher", **o),
-    **{name: METHODS[name] for name in ("subzero", "subzero_adapters", "lozo", "tezo", "pgap")},
+    **{name: METHODS[name] for name in ("subzero", "subzero_adapters", "lozo", "tezo", "pgap", "right_drawn", "both_drawn")},
 }  # fmt: skip
 BOUNDS = {torch.float32: 4e-6, torch.bfloat16: 2.0**-6}  # relative: sums in another order; bfloat16 results, rounded anew
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -165,7 +165,7 @@ def test_losses_with_dropout_and_autocast(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", FAST)
-@pytest.mark.parametrize("direction", ["subzero", "lozo", "tezo", "pgap"])
+@pytest.mark.parametrize("direction", ["subzero", "lozo", "tezo", "pgap", "right_drawn"])
 def test_deferred_updates_are_read(direction: str, way: str) -> None:
     """With weight decay and updates deferred, the sides still read theta: the losses of a run that writes at once, to rounding."""
     ends = []

@@ -18,16 +18,16 @@ from method_check import IDS, check_method, loss_of
 from models import build, one_thread, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
 from mutant import replaced
 from recipes import DENSE, METHODS, ONE_EACH, ROWS
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 
 import zokern
 from zokern import plan
-from zokern.directions import Aligned, Diagonal, Lazy, Subspace, aligned, lowrank, orthonormal
-from zokern.estimator import Spread, Spsa
+from zokern.directions import Aligned, Diagonal, Drawn, Lazy, LowRank, Subspace, aligned, lowrank, orthonormal
+from zokern.estimator import Ranked, Spread, Spsa
 from zokern.evaluation import Point
 from zokern.methods import pgap
-from zokern.rule import WindowAdam, WindowMomentum, adam, momentum, sgd, window
+from zokern.rule import WindowAdam, WindowMomentum, adam, carry, momentum, muon, sgd, window
 from zokern.stream import BASIS, draw_word
 
 CASES: dict[str, dict] = {
@@ -43,6 +43,14 @@ CASES: dict[str, dict] = {
     "adamezo_queries_decay": {"name": "adamezo", "queries": 2, "weight_decay": 0.5},
     "window_decay": {"name": "window_average", "weight_decay": 0.5},
     "blockmezo_decay": {"name": "blockmezo_jacobi", "weight_decay": 0.5},
+    "subzero_plus_long": {"name": "subzero_plus", "steps": 20},
+    "subzero_plus_carry_long": {"name": "subzero_plus_carry", "steps": 20, "weight_decay": 0.5},
+    "zo_muon_long": {"name": "zo_muon", "steps": 20, "weight_decay": 0.5},
+    "zo_mopi_long": {"name": "zo_mopi_carry", "steps": 20, "weight_decay": 0.5},
+    "lozo_adam_queries": {"name": "lozo_adam_carry", "queries": 2, "stencil": "forward"},
+    "right_drawn_long": {"name": "right_drawn", "steps": 20, "queries": 2, "stencil": "forward", "weight_decay": 0.5},
+    "eggroll_long": {"name": "eggroll", "steps": 20, "weight_decay": 0.5},
+    "both_drawn_long": {"name": "both_drawn", "steps": 20, "weight_decay": 0.5},
 }
 
 
@@ -64,10 +72,18 @@ def test_method_equals_formula(case: str, mode: str) -> None:
 )
 def test_adam_is_refused_where_the_basis_changes(method: Callable) -> None:
     """Before a step, not at the first change of the basis. TeZO's does not change."""
-    with pytest.raises(ValueError, match="rule is 'adam' with direction .*expected zokern.Sgd.*zokern.TeZO"):
+    with pytest.raises(ValueError, match="rule is 'adam' with direction .*expected zokern.Adam.core=True.*zokern.TeZO"):
         method(tiny(), rule=zokern.Adam())
     method(tiny(), rule=zokern.Sgd())
+    method(tiny(), rule=zokern.Adam(core=True))
     zokern.MeZO(tiny(), direction=Diagonal(2), rule=zokern.Adam())
+
+
+@pytest.mark.parametrize("rule", [zokern.Momentum(), zokern.Adam(core=True)], ids=lambda rule: rule.name)
+def test_a_rule_that_keeps_numbers_needs_a_factor_that_is_kept(rule) -> None:
+    """Where U and V are drawn, a sum of draws has the columns of all of them."""
+    with pytest.raises(ValueError, match=f"rule is '{rule.name}' with direction 'lowrank', which draws U and V in every step"):
+        zokern.MeZO(tiny(), direction=LowRank(Drawn(), None, Drawn(), rank=2), rule=rule)
 
 
 BAD_METHODS = {
@@ -119,13 +135,13 @@ def _all(patches: Iterable) -> Iterator[None]:
         yield
 
 
-def scaled_updates(factor: Callable[[int], float]):
+def scaled_updates(factor: Callable[[int], float], *kinds: type):
     """The update of each step times a factor."""
 
     def update(right, self, p, g, weights, lr, *rest, **more):
         return right(self, p, g, weights, factor(p.step) * lr, *rest, **more)
 
-    return _all(replaced(kind, "update", update) for kind in (sgd.Sgd, momentum.Momentum))
+    return _all(replaced(kind, "update", update) for kind in kinds or (sgd.Sgd, momentum.Momentum))
 
 
 def doubled_writes():
@@ -207,6 +223,23 @@ def at_step(kind: type, name: str, of: Callable[[int], int]):
     return replaced(kind, name, lambda right, self, plan: right(self, replace(plan, step=of(plan.step))))
 
 
+def misread_always(kind: type, wrong: dict):
+    """A rule that is built with one number, and works with another from then on."""
+
+    def rebase(right, self, *rest):
+        before = dict(vars(self))
+        vars(self).update(wrong)
+        right(self, *rest)
+        vars(self).update(before)
+
+    return replaced(kind, "rebase", rebase)
+
+
+def unnormalised(right: Callable, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    _, v = right(x, v)
+    return v @ (x.mT @ v).mT, v
+
+
 WRONG: dict[str, tuple[str, Callable]] = {
     "oldest_is_newest": ("window_average", lambda: replaced(WindowMomentum, "shares", lambda right, *rest: right(*rest)[::-1])),
     "window_without_end": ("window_average", lambda: misread(WindowMomentum, lambda rule: {"length": 99})),
@@ -261,8 +294,8 @@ WRONG: dict[str, tuple[str, Callable]] = {
     "diagonal_never_unit": ("tezo_unit", lambda: replaced(Diagonal, "draws", lambda right, *rest: [c / math.sqrt(len(c)) for c in right(*rest)])),
     "paper_scale": ("lozo", lambda: replaced(Lazy, "draws", lambda right, self, *rest: [u / self.rank for u in right(self, *rest)])),
     "not_carried_over": ("lozo_m", lambda: patch.object(momentum.Momentum, "rebase", lambda *_: None)),
-    "carried_without_n": ("lozo_m", lambda: replaced(momentum, "_gram", lambda right, a, b: right(a, b) * len(a))),
-    "carried_backwards": ("lozo_m", lambda: replaced(momentum, "_gram", lambda right, a, b: right(b, a))),
+    "carried_without_n": ("lozo_m", lambda: replaced(carry, "_gram", lambda right, a, b: right(a, b) * len(a))),
+    "carried_backwards": ("lozo_m", lambda: replaced(carry, "_gram", lambda right, a, b: right(b, a))),
     "beta_on_the_new": ("lozo_m", lambda: misread(momentum.Momentum, lambda rule: {"beta": 1.0 - rule.beta, "dampening": 1.0 - rule.dampening})),
     "tau_of_the_first_step": ("tezo", lambda: draws_of_step(Diagonal, lambda self, step: 0)),
     "basis_moves": ("tezo", lambda: patch.object(Diagonal, "basis_step", lambda self, step: step)),
@@ -278,6 +311,32 @@ WRONG: dict[str, tuple[str, Callable]] = {
     "delta_stays": ("pgap_matched", lambda: patch.object(Aligned, "delta_at", lambda self, step: self.delta)),
     "delta_too_fast": ("pgap_matched", lambda: replaced(Aligned, "delta_at", lambda right, self, step: right(self, step + 1))),
     "always_positive": ("pgap", lambda: replaced(aligned, "align_", lambda right, cores, s, reaches: right(cores, s, [abs(r) for r in reaches]))),
+    "core_moments_swapped": ("subzero_plus", lambda: misread(adam.Adam, lambda rule: {"betas": rule.betas[::-1]})),
+    "core_not_corrected": ("subzero_plus", lambda: misread(adam.Adam, lambda rule: {"bias_correction": False})),
+    "core_step_unscaled": ("subzero_plus", lambda: scaled_updates(lambda step: 3 / 28, adam.Adam)),
+    "core_moments_of_scaled_draws": ("right_drawn_adam", lambda: misread(adam.Adam, lambda rule: {"eps": 1e-2})),
+    "core_moments_carried_all_the_same": ("subzero_plus", lambda: misread_always(adam.Adam, {"carry": True})),
+    "core_moments_not_carried": ("subzero_plus_carry", lambda: patch.object(adam.Adam, "rebase", lambda *_: None)),
+    "second_moment_carried_as_the_first": ("lozo_adam_carry", lambda: replaced(adam, "carried", lambda right, *rest, squares: right(*rest).abs())),
+    "right_carried_by_the_inverse": ("right_drawn_momentum", lambda: replaced(carry, "_gram", lambda right, a, b: right(b, a))),
+    "right_carried_without_m": ("right_drawn_momentum", lambda: replaced(carry, "_gram", lambda right, a, b: right(a, b) * len(a))),
+    "right_of_the_first_step": ("right_drawn", lambda: draws_of_step(LowRank, lambda self, step: 0)),
+    "left_of_every_step": ("right_drawn", lambda: patch.object(LowRank, "basis_step", lambda self, step: step)),
+    "four_iterations": ("zo_muon", lambda: patch.object(muon, "ITERATIONS", 4)),
+    "other_coefficients": ("zo_muon", lambda: patch.object(muon, "COEFFICIENTS", (3.0, -3.2, 1.2))),
+    "not_orthogonal": ("zo_muon", lambda: patch.object(muon, "msign", lambda x: x / x.norm())),
+    "muon_step_unscaled": ("zo_muon", lambda: patch.object(LowRank, "stretch", lambda *_: 1.0)),
+    "muon_step_of_a_draw": ("zo_muon", lambda: patch.object(LowRank, "stretch", lambda self, matrix, square: self.scale(matrix))),
+    "dense_at_the_lr_of_matrices": ("zo_muon", lambda: misread(muon.Muon, lambda rule: {"share": 1.0})),
+    "power_from_anew_at_every_step": ("zo_mopi", lambda: replaced(muon, "power_step", lambda right, x, v: (right(x, v)[0], v))),
+    "power_kept_over_a_basis": ("zo_mopi", lambda: patch.object(muon.Muon, "rebase", lambda *_: None)),
+    "columns_not_normalised": ("zo_mopi", lambda: replaced(muon, "power_step", unnormalised)),
+    "muon_average_not_carried": ("zo_mopi_carry", lambda: misread_always(muon.Muon, {"carry": False})),
+    "muon_average_carried": ("zo_mopi_kept", lambda: misread_always(muon.Muon, {"carry": True})),
+    "both_scaled": ("both_drawn", lambda: replaced(LowRank, "draws", lambda right, *rest: [x * 2**-0.5 for x in right(*rest)])),
+    "ranks_backwards": ("eggroll", lambda: replaced(Ranked, "slopes", lambda right, *rest: -right(*rest))),
+    "losses_in_place_of_ranks": ("eggroll", lambda: patch.object(Ranked, "slopes", Spread.slopes)),
+    "first_draw_alone": ("both_drawn", lambda: replaced(LowRank, "plus", lambda right, self, m, sums, *rest: sums or right(self, m, sums, *rest))),
     "sample_deviation": ("fzoo", lambda: spread(math.sqrt(1.5))),
     "eps_in_place_of_the_spread": ("fzoo", lambda: patch.object(Spread, "slopes", Spsa.slopes)),
     "loss_at_the_weights_doubled": ("fzoo", lambda: losses_of_step(lambda losses: losses * torch.tensor([1.0, 2.0]).double())),

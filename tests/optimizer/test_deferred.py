@@ -12,14 +12,16 @@ from unittest.mock import patch
 import pytest
 import torch
 from models import batch, changed, next_token_loss, one_thread, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
-from recipes import LOW_RANK, METHODS
+from recipes import METHODS
 from torch import Tensor, nn
 
 import zokern
 from zokern.rule import momentum, sgd, waiting
 
 IDS = batch()
-DEFER = [name for name in LOW_RANK if "adam" not in name]  # those whose updates of matrices can wait
+PARTS = {name: METHODS[name](tiny()) for name in METHODS}
+# Those whose updates of matrices can wait.
+DEFER = [name for name, o in PARTS.items() if o.factored is not None and o.rule.defers and not o.factored.joins]
 SOME = ("subzero", "lozo", "lozo_m", "tezo_m", "pgap")
 
 

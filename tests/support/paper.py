@@ -107,6 +107,18 @@ def by_spread(e: Any, p: Paper, scope: tuple[str, ...]) -> Script:
     yield Move(numbered(p, e.queries), weighed(e, losses, sigma), scope, e.queries)
 
 
+def by_ranks(e: Any, p: Paper, scope: tuple[str, ...]) -> Script:
+    """Ranks counted: how many perturbed losses are less."""
+    losses = yield from differences(e, p, scope)
+    every = [loss for sides in losses for loss, offset in zip(sides, e.stencil.offsets) if offset]
+    middle, deviation = (len(every) - 1) / 2, math.sqrt((len(every) ** 2 - 1) / 12)
+    ranks = [
+        [sum(other < loss for other in every) - middle if o else 0.0 for loss, o in zip(sides, e.stencil.offsets)]
+        for sides in losses
+    ]
+    yield Move(numbered(p, e.queries), weighed(e, ranks, deviation), scope, e.queries)
+
+
 # KerZOO's kernels of the orders that the cases have, in whole numbers: K(r) = r (a + b r^2 + c r^4).
 POLYNOMIALS = {3: (75 / 4, -105 / 4, 0.0), 5: (3675 / 64, -6615 / 32, 10395 / 64)}
 
@@ -238,7 +250,7 @@ def by_layers(e: Any, p: Paper, scope: tuple[str, ...]) -> Script:
 
 
 SCRIPTS: dict[type, Callable[..., Script]] = {
-    Spsa: by_spsa, Spread: by_spread, zokern.Sign: by_sign, zokern.Kernel: by_kernel, zokern.Conservative: by_the_best,
+    Spsa: by_spsa, Spread: by_spread, zokern.Ranked: by_ranks, zokern.Sign: by_sign, zokern.Kernel: by_kernel, zokern.Conservative: by_the_best,
     zokern.Bayesian: by_filter, zokern.LeaveOneOut: by_the_others, zokern.Private: by_clipped_sums, zokern.Guided: by_the_guide,
     zokern.Blockwise: by_blocks, zokern.Layers: by_layers, zokern.Anchored: by_the_anchor,
 }  # fmt: skip

@@ -23,6 +23,12 @@ from zokern.estimator.blocks import block_of
 from zokern.methods.pgap import Probed
 from zokern.stream import BASIS, RADIUS, draw_word
 
+
+def stem_of(name: str) -> str:
+    """The file of a method."""
+    return getattr(zokern, name).__module__.rsplit(".", 1)[1]
+
+
 METHODS: dict[str, Callable[..., Any]] = {
     "subzero": partial(zokern.SubZero, rank=3, interval=3, reshape="none", lr=3e-3),
     "subzero_unit": partial(zokern.SubZero, rank=3, interval=3, reshape="none", norm="unit", lr=0.1, eps=1e-2),
@@ -31,6 +37,35 @@ METHODS: dict[str, Callable[..., Any]] = {
     "lozo": partial(zokern.LOZO, rank=2, interval=3, lr=3e-3),
     "lozo_m": partial(zokern.LOZO, rank=2, interval=3, momentum=0.6, lr=3e-3),
     "lozo_unit": partial(zokern.LOZO, rank=2, interval=3, norm="unit", lr=3e-3),
+    "subzero_momentum": partial(zokern.SubZero, rank=3, interval=3, reshape="none", rule=zokern.Momentum(0.6), lr=3e-3),
+    "subzero_plus": partial(zokern.SubZeroPlus, rank=3, interval=3, queries=4, reshape="none", lr=3e-3),
+    "subzero_plus_carry": partial(zokern.SubZeroPlus, rank=3, interval=3, queries=4, carry=True, reshape="none", lr=3e-3),
+    "subzero_plus_unit": partial(zokern.SubZeroPlus, rank=3, interval=3, queries=4, norm="unit", lr=1e-2, eps=1e-2),
+    "lozo_adam": partial(zokern.MeZO, direction=Lazy(2, 3), rule=zokern.Adam((0.6, 0.9), core=True), lr=3e-3),
+    "lozo_adam_carry": partial(zokern.MeZO, direction=Lazy(2, 3), rule=zokern.Adam((0.6, 0.9), core=True, carry=True), lr=3e-3),
+    "right_drawn": partial(zokern.MeZO, direction=LowRank(Kept("orthonormal", 3), None, Drawn(), rank=3), lr=3e-3),
+    "right_drawn_momentum": partial(
+        zokern.MeZO, direction=LowRank(Kept("normal", 3), None, Drawn(), rank=3), rule=zokern.Momentum(0.6), lr=3e-3
+    ),
+    "right_drawn_adam": partial(
+        zokern.MeZO,
+        direction=LowRank(Kept("orthonormal", 3), None, Drawn(), rank=3),
+        rule=zokern.Adam(core=True, carry=True),
+        lr=3e-3,
+        eps=4e-3,
+    ),
+    "eggroll": partial(zokern.EGGROLL, queries=3, lr=3e-3),
+    "eggroll_unit": partial(zokern.EGGROLL, rank=2, queries=3, norm="unit", lr=3e-3),
+    "both_drawn": partial(zokern.MeZO, direction=LowRank(Drawn(), None, Drawn(), rank=2), queries=3, lr=3e-3),
+    "zo_muon": partial(zokern.ZOMuon, rank=3, interval=3, queries=2, lr=3e-3, dense_lr=1e-3),
+    "zo_muon_unit": partial(zokern.ZOMuon, rank=3, interval=3, queries=2, norm="unit", lr=1e-2, eps=4e-3, dense_lr=1e-3),
+    "zo_mopi": partial(zokern.ZOMOPI, rank=3, interval=3, leading=2, queries=2, lr=3e-3, dense_lr=1e-3),
+    "zo_mopi_carry": partial(zokern.ZOMOPI, rank=3, interval=3, leading=2, queries=2, momentum=0.6, carry=True, lr=3e-3),
+    "zo_mopi_kept": partial(zokern.ZOMOPI, rank=3, interval=3, leading=2, queries=2, momentum=0.6, lr=3e-3),
+    "lozo_muon": partial(zokern.MeZO, direction=Lazy(2, 3), rule=zokern.Muon(), lr=3e-3),
+    "subzero_muon": partial(
+        zokern.SubZero, rank=3, interval=3, reshape="none", rule=zokern.Muon(beta=0.5, carry=True), lr=3e-3
+    ),
     "tezo": partial(zokern.TeZO, rank=3, lr=3e-3),
     "tezo_unit": partial(zokern.TeZO, rank=3, norm="unit", lr=3e-3),
     "tezo_m": partial(zokern.TeZO, rank=3, rule="momentum", betas=(0.6, 0.9), lr=1e-3),
@@ -71,14 +106,16 @@ ROWS: dict[str, Callable[..., Any]] = {
 METHODS |= {
     name: partial(method, lr=3e-3)
     for name, method in zokern.methods.METHODS.items()
-    if name.lower() not in METHODS | ROWS and name != "MeZO"
+    if stem_of(name) not in METHODS | ROWS and name != "MeZO"
 }
 METHODS["mezo"] = partial(zokern.MeZO, lr=3e-3)
-LOW_RANK = [name for name in METHODS if name.startswith(("subzero", "lozo", "tezo", "pgap"))]
+LOW_RANK = [name for name in METHODS if name.startswith(("subzero", "lozo", "tezo", "pgap", "zo_", "right", "both", "eggroll"))]
 DENSE = [name for name in METHODS if name not in LOW_RANK]
 ONE_EACH = (
     "subzero", "lozo", "lozo_m", "tezo", "tezo_m", "tezo_adam", "pgap", "fzoo", "adamezo", "lezo", "mezogv_lozo",
     "kerzoo_5_averaged", "conmezo_number", "mezosvrg_queries", "dizo",
+    "subzero_plus",
+    "right_drawn", "both_drawn", "eggroll", "zo_muon", "zo_mopi",
 )  # fmt: skip
 
 
@@ -128,6 +165,7 @@ class Formula:
     theta: dict[str, Tensor]
     size: dict[str, Tensor] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
+    now: int = 0  # step of the update
 
     @classmethod
     def of(cls, optimizer: Any, model: nn.Module) -> Formula:
@@ -157,32 +195,51 @@ class Formula:
         return long[0], long[1]
 
     def basis_step(self, step: int) -> int:
-        every = self.optimizer.factored.v.every
-        return 0 if every is None else step - step % every
+        direction = self.optimizer.factored
+        kept = [factor.every for factor in (direction.u, direction.v) if isinstance(factor, Kept)]
+        return step if not kept else 0 if kept[0] is None else step - step % kept[0]
 
     def rank(self, name: str) -> int:
         return min(self.optimizer.factored.rank_of(name), *self.shape(name))  # type: ignore[misc]
 
     def factors(self, name: str, step: int, query: int) -> Factors:
-        """U, C and V of one draw."""
+        """U, C and V of one draw; s is in the factor that is drawn, in U where both are."""
         (m, n), r, born = self.shape(name), self.rank(name), self.basis_step(step)  # type: ignore[misc]
-        direction = self.optimizer.factored
-        v = self.kept(direction.v, (n, r), name, born, draw_word(1, BASIS))
-        if isinstance(direction.u, Drawn):
-            u, core = self.normals((m, r), name, step, query), torch.eye(r)
-        else:
+        direction, moving = self.optimizer.factored, self.moving
+        u, v, core = torch.zeros(0, r), torch.zeros(0, r), torch.eye(r)
+        if isinstance(direction.u, Kept):
             u = self.kept(direction.u, (m, r), name, born, draw_word(0, BASIS))
+        if isinstance(direction.v, Kept):
+            v = self.kept(direction.v, (n, r), name, born, draw_word(1, BASIS))
+        if moving == "core":
             numbers = self.normals((r,) if direction.c.diagonal else (r, r), name, step, query)
             core = torch.diag(numbers) if direction.c.diagonal else numbers
+        else:
+            numbers = self.normals(({"left": m, "right": n, "both": m + n}[moving], r), name, step, query)
+            u, v = {"left": (numbers, v), "right": (u, numbers), "both": (numbers[:m], numbers[m:])}[moving]
         if isinstance(direction, Aligned):
             matrix = next(x for x in self.optimizer.matrices.values() if x.name == name)
             core, u, v = self.aligned(core, matrix.extra["spectrum"].double(), name, step, query), matrix.left, matrix.right
-        long = 1.0
-        if direction.norm == "matched":
-            long = math.sqrt(m * n) / r if direction.v.values == "orthonormal" else 1.0 / math.sqrt(r)
-        if isinstance(direction.u, Drawn):
-            return Factors(sized(u * long), sized(core), sized(v))
-        return Factors(sized(u), sized(core * long), sized(v))
+        long = self.long(name)
+        if moving == "core":
+            return Factors(sized(u), sized(core * long), sized(v))
+        return Factors(sized(u if moving == "right" else u * long), sized(core), sized(v * long if moving == "right" else v))
+
+    @property
+    def moving(self) -> str:
+        """What is drawn in every step."""
+        drawn = [isinstance(factor, Drawn) for factor in (self.optimizer.factored.u, self.optimizer.factored.v)]
+        return {(False, False): "core", (True, False): "left", (False, True): "right", (True, True): "both"}[tuple(drawn)]  # type: ignore[index]
+
+    def long(self, name: str) -> float:
+        """s: the square of U C V^T has the expectation m n / s^2."""
+        direction, (m, n), r = self.optimizer.factored, self.shape(name), self.rank(name)  # type: ignore[misc]
+        if direction.norm == "unit":
+            return 1.0
+        square = float(r * r if direction.c is not None and not direction.c.diagonal else r)
+        for factor, size in ((direction.u, m), (direction.v, n)):
+            square *= 1.0 if isinstance(factor, Kept) and factor.values == "orthonormal" else size
+        return math.sqrt(m * n / square)
 
     def kept(self, factor: Kept, shape: tuple[int, int], name: str, born: int, word: int) -> Tensor:
         found = self.normals(shape, name, born, word)
@@ -256,6 +313,7 @@ class Formula:
     def update(self, move: Move, coefficients: Sequence[float], lr: float, weight_decay: float = 0.0) -> None:
         """theta <- (1 - lr wd) theta - lr times what the rule makes of g = (1 / count) sum_k c_k z_k."""
         weights, step = [c / move.count for c in coefficients], move.draws[-1][0]
+        self.now = step
         if self.kind == "projected":
             chosen = {n: t for n, t in self.theta.items() if any(part in n for part in self.optimizer.rule.names)}
             self.memory.setdefault("start", chosen)
@@ -263,18 +321,19 @@ class Formula:
         if type(self.optimizer.estimator) is Anchored and step % self.optimizer.estimator.interval == 0:
             self.memory["anchor"] = dict(self.theta)
         for name in move.scope:
+            share = self.optimizer.rule.share if self.kind == "muon" and self.shape(name) is None else 1.0
             theta = self.theta[name]
             if self.shape(name) is None:
                 total = sum_of([self.dense(name, *draw) * w for draw, w in zip(move.draws, weights)])
                 if self.kind == "averaged":
                     self.average(name, total, lr, weight_decay)
                     continue
-                made = total if self.kind in ("sgd", "cone", "projected") else self.averaged(name, total)
+                made = total * share if self.kind in ("sgd", "cone", "projected", "muon") else self.averaged(name, total)
                 if self.kind == "cone":
                     self.tilted(name, weights[0], step)
             else:
                 made = self.matrix_move(name, [self.factors(name, *draw) for draw in move.draws], weights)
-            decay = 1.0 - lr * weight_decay
+            decay = 1.0 - share * lr * weight_decay
             self.theta[name] = decay * theta - lr * made.value.reshape(theta.shape)
             self.size[name] = decay * self.size[name] + lr * made.size.reshape(theta.shape)
 
@@ -282,7 +341,7 @@ class Formula:
     def kind(self) -> str:
         rule = self.optimizer.rule
         known = (zokern.Sgd, zokern.Momentum, zokern.Adam, zokern.WindowMomentum, zokern.WindowAdam)
-        known += (zokern.Averaged, zokern.Cone, zokern.Projected)
+        known += (zokern.Averaged, zokern.Cone, zokern.Projected, zokern.Muon)
         assert type(rule) in known, f"the formula of rule {type(rule).__name__} is not known"
         return rule.name
 
@@ -334,23 +393,88 @@ class Formula:
         return first, second
 
     def matrix_move(self, name: str, draws: Sequence[Factors], weights: Sequence[float]) -> Sized:
-        left, _, right = draws[0]
         if self.kind in ("sgd", "projected"):
             return sum_of([f.product() * w for f, w in zip(draws, weights)])
-        if isinstance(self.optimizer.factored.u, Drawn):
-            old = self.memory.get(name + " V")
-            if old is not None and not torch.equal(old.value, right.value):
-                self.memory[name] = self.memory[name] @ (old.mT @ right) * (1.0 / len(right.value))
-            self.memory[name + " V"] = right
-            return self.averaged(name, sum_of([f.left * w for f, w in zip(draws, weights)])) @ right.mT
-        assert self.optimizer.factored.is_diagonal, f"the formula of rule {self.kind!r} with this direction is not known"
-        tau = sum_of([Sized(f.core.value.diagonal(), f.core.size.diagonal()) * w for f, w in zip(draws, weights)])
+        left, _, right = draws[0]
+        if self.kind == "adam" and not self.optimizer.rule.core:
+            tau = sum_of([Sized(f.core.value.diagonal(), f.core.size.diagonal()) * w for f, w in zip(draws, weights)])
+            first, second = self.moments(name, tau)
+            spread = left.value**2 @ torch.diag(second.value) @ (right.value**2).mT
+            return (left @ Sized(torch.diag(first.value), torch.diag(first.size)) @ right.mT) * (1.0 / self.root(spread))
+        assert self.moving != "both", "there is no space that numbers could be kept in"
+        self.turn(name, draws[0])
+        total = sum_of([getattr(f, self.moving) * w for f, w in zip(draws, weights)])
+        move = self.in_small_space(name, total)
+        if self.moving == "core":
+            return left @ move @ right.mT
+        return move @ right.mT if self.moving == "left" else left @ move.mT
+
+    def in_small_space(self, name: str, total: Sized) -> Sized:
+        """What takes the place of a draw. s is in `total`; Adam's moments are those of total / s, and its step is s times as long."""
         if self.kind == "momentum":
-            average = self.averaged(name, tau)
-            return left @ Sized(torch.diag(average.value), torch.diag(average.size)) @ right.mT
-        first, second = self.moments(name, tau)
-        spread = left.value**2 @ torch.diag(second.value) @ (right.value**2).mT
-        return (left @ Sized(torch.diag(first.value), torch.diag(first.size)) @ right.mT) * (1.0 / self.root(spread))
+            return self.averaged(name, total)
+        if self.kind == "muon":
+            return self.orthogonal(name, total)
+        long = self.long(name)
+        return self.averaged(name, total * (1.0 / long)) * long
+
+    def orthogonal(self, name: str, total: Sized) -> Sized:
+        """t O of the average of the estimates: by an eigendecomposition of M^T M, without an iteration of matrices; or one power step."""
+        rule, direction, (m, n) = self.optimizer.rule, self.optimizer.factored, self.shape(name)  # type: ignore[misc]
+        old = self.memory.get(name)
+        average = (
+            total if not rule.beta else total * (1 - rule.beta) if old is None else old * rule.beta + total * (1 - rule.beta)
+        )
+        self.memory[name] = average
+        x = average.value
+        if rule.power is None:
+            columns = self.rank(name)
+            squares, q = torch.linalg.eigh(x.mT @ x / (x.norm() + 1e-7) ** 2)
+            factor = torch.ones_like(squares)
+            for _ in range(5):
+                one = 3.4445 - 4.7750 * squares + 2.0315 * squares**2
+                factor, squares = factor * one, squares * one**2
+            found = x / (x.norm() + 1e-7) @ q @ torch.diag(factor) @ q.mT
+        else:
+            columns = min(rule.power, self.rank(name))
+            shape, born = (len(x), columns), self.basis_step(self.now)
+            before, v = self.memory.get(name + " power", (-1, None))
+            v = v if before == born else self.normals(shape, name, born, draw_word(2**24 - 1, BASIS))
+            v = orthonormal(x @ (x.mT @ v))
+            self.memory[name + " power"] = born, v
+            found = v @ nn.functional.normalize(x.mT @ v, dim=0).mT
+        long = 1.0
+        if direction.norm == "matched":  # of U O V^T, whose square is the number of columns, times that of a normal factor
+            square = columns * (n if isinstance(direction.v, Kept) and direction.v.values == "normal" else 1.0)
+            long = math.sqrt(m * n / square)
+        return Sized(found, found.abs() + 3.4445**5 * found.abs().max()) * long  # which small singular values grow by
+
+    def turn(self, name: str, now: Factors) -> None:
+        """At a new basis: what is remembered becomes its part in the space of the new basis."""
+        direction, rule = self.optimizer.factored, self.optimizer.rule
+        before = self.memory.get(name + " basis")
+        self.memory[name + " basis"] = now
+        carries = (self.kind == "momentum" or rule.carry) and name in self.memory
+        if before is None or not carries or torch.equal(before.left.value, now.left.value) and self.moving != "left":
+            return
+        if self.moving == "left" and torch.equal(before.right.value, now.right.value):
+            return
+
+        def overlap(factor: Any, old: Sized, new: Sized) -> Sized:
+            return old.mT @ new * (1.0 / len(new.value) if factor.values == "normal" else 1.0)
+
+        def turned(x: Sized, power: int = 1) -> Sized:
+            if self.moving != "left":
+                u = raised(overlap(direction.u, before.left, now.left), power)
+                x = x @ u if self.moving == "right" else u.mT @ x
+            return x if self.moving == "right" else x @ raised(overlap(direction.v, before.right, now.right), power)
+
+        kept = self.memory[name]
+        self.memory[name] = turned(kept) if self.kind != "adam" else (turned(kept[0]), turned(kept[1], 2), kept[2])
+
+
+def raised(x: Sized, power: int) -> Sized:
+    return Sized(x.value**power, x.size**power)
 
 
 def sum_of(terms: Sequence[Sized]) -> Sized:

@@ -5,6 +5,8 @@ Each factor is named, and is either kept for an interval or drawn at every step.
     Subspace   U, V kept, orthonormal    C drawn, normal      SubZero; zokern.methods.pgap adds measured U, V
     Lazy       V kept, U drawn, normal   no C                 LOZO
     Diagonal   U, V kept for the run     C drawn, diagonal    TeZO
+    LowRank    U kept, V drawn           no C                 ZO-Muon
+    LowRank    U, V drawn                no C                 EGGROLL
 
 Parameters that are not matrices take a dense direction.
 """
@@ -30,9 +32,10 @@ class Matrix:
     """One factored parameter: its basis, and the updates that wait for the next write.
 
     rows, columns  of the matrix that is factored: the parameter's own, or the near-square view of a flattened adapter
-    left, right    the basis, float32 (rows, rank) and (columns, rank), contiguous; left is None where a draw is U itself
+    left, right    the basis, float32 (rows, rank) and (columns, rank), contiguous; None where a draw is U or V itself
+    lengths        mean square of a column of left and right: its number of rows where it is normal, 1 where it is orthonormal
     born           step at which the basis was drawn, -1 before the first
-    pending        sum of updates since the weights were written: theta = shrink W + left pending right^T (or pending right^T)
+    pending        sum of updates since the weights were written: theta = shrink W + L C R^T, (L, C, R) = factors(pending)
     shrink         product of the weight decays since then
     extra          what a direction or a rule keeps beside the basis (a spectrum, factor momentum)
     """
@@ -45,6 +48,7 @@ class Matrix:
     device: torch.device
     left: Tensor | None = None
     right: Tensor | None = None
+    lengths: tuple[float, float] = (1.0, 1.0)
     born: int = -1
     pending: Tensor | None = None
     shrink: float = 1.0
@@ -62,6 +66,12 @@ class Matrix:
     @property
     def shape(self) -> tuple[int, int]:
         return self.rows, self.columns
+
+    def factors(self, middle: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Returns (L, C, R) of a sum of draws, which stands for L C R^T; C is None where a draw is a factor, and (L, R) where it is both."""
+        left = middle[: self.rows] if self.left is None else self.left
+        right = middle[-self.columns :] if self.right is None else self.right
+        return left, None if self.left is None or self.right is None else middle, right
 
 
 class Source(Protocol):
@@ -115,14 +125,15 @@ RESHAPES, NORMS = ("adapters", "all", "none"), ("matched", "unit")
 class LowRank:
     """z = s U C V^T of a matrix (m, n), with U (m, r), C (r, r) and V (n, r), float32.
 
-    u        Kept or Drawn;  c  Drawn, or None: the identity, where U is drawn;  v  Kept, as often as U
+    u, v     Kept or Drawn; both Kept as often;  c  Drawn, or None: the identity, where U or V is drawn
     rank     r of every matrix, at most min(m, n)
     norm     'matched': s makes E||z||_F^2 = m n, as for a dense z, so that one eps and one lr fit all directions; 'unit': s = 1
     reshape  'adapters': a matrix with a side of at most 4 r (a LoRA factor) is factored as the near-square view (a, b), a b = m n, of
              its flattened elements; 'all'; 'none'
     dense    the direction of everything else; None: normal
 
-    Every kept factor is a function of (seed, name, step of its draw), every drawn one of (seed, name, step, query).
+    Every kept factor is a function of (seed, name, step of its draw), every drawn one of (seed, name, step, query). Where U and V are
+    drawn, a draw is (m + n, r) numbers: those of U, then those of V. A sum of such draws has the columns of all of them.
     Raises ValueError for factors that do not fit together, and for numbers out of range."""
 
     name = "lowrank"
@@ -131,22 +142,24 @@ class LowRank:
         self,
         u: Kept | Drawn,
         c: Drawn | None,
-        v: Kept,
+        v: Kept | Drawn,
         *,
         rank: int,
         norm: str = "matched",
         reshape: str = "none",
         dense: Any = None,
     ) -> None:
-        if not isinstance(v, Kept) or isinstance(u, Kept) != (c is not None) or (isinstance(u, Kept) and u.every != v.every):
+        every = {factor.every for factor in (u, v) if isinstance(factor, Kept)}
+        if (c is not None) != (isinstance(u, Kept) and isinstance(v, Kept)) or len(every) > 1:
             raise ValueError(
-                f"u is {u!r}, c is {c!r} and v is {v!r}; expected v Kept, and u Kept for as many steps with c Drawn, or u Drawn with c None"
+                f"u is {u!r}, c is {c!r} and v is {v!r}; expected c Drawn with u and v Kept for as many steps, or c None with u or v Drawn"
             )
         if reshape not in RESHAPES:
             raise ValueError(f"reshape is {reshape!r}; expected one of {list(RESHAPES)}")
         if norm not in NORMS:
             raise ValueError(f"norm is {norm!r}; expected one of {list(NORMS)}")
-        self.interval = None if v.every is None else whole_number("interval", v.every)
+        kept = every.pop() if every else 1  # nothing is kept: every step has a basis of its own
+        self.interval = None if kept is None else whole_number("interval", kept)
         self.rank = whole_number("rank", rank)
         self.u, self.c, self.v, self.norm, self.reshape = u, c, v, norm, reshape
         self.dense = Normal() if dense is None else dense
@@ -156,6 +169,11 @@ class LowRank:
     def is_diagonal(self) -> bool:
         """Whether a draw is r numbers along a basis that lasts the whole run."""
         return self.c is not None and self.c.diagonal and self.interval is None
+
+    @property
+    def joins(self) -> bool:
+        """Whether U and V are drawn, so that a sum of draws is no draw: it has the columns of all of them."""
+        return isinstance(self.u, Drawn) and isinstance(self.v, Drawn)
 
     def shape(self, tensor: Tensor) -> tuple[int, int] | None:
         """Returns rows and columns of the matrix that a parameter is; None: it takes a dense z."""
@@ -169,8 +187,9 @@ class LowRank:
         return self.rank
 
     def draw_shape(self, matrix: Matrix) -> tuple[int, int]:
-        """Returns the shape of a draw: of C, or of U where that is drawn."""
-        return (matrix.rank if isinstance(self.u, Kept) else matrix.rows), matrix.rank
+        """Returns the shape of a draw: of C, of U or V where one is drawn, of U above V where both are."""
+        sides = ((self.u, matrix.rows), (self.v, matrix.columns))
+        return sum(size for factor, size in sides if isinstance(factor, Drawn)) or matrix.rank, matrix.rank
 
     def basis_step(self, step: int) -> int:
         """Returns the step at which the basis in use at `step` was drawn."""
@@ -185,7 +204,12 @@ class LowRank:
             for matrix, values in zip(matrices, orthonormal(found) if factor.values == "orthonormal" else found):
                 setattr(matrix, side, values)
         for matrix in matrices:
+            matrix.lengths = self._length(self.u, matrix.rows), self._length(self.v, matrix.columns)
             matrix.born = step
+
+    @staticmethod
+    def _length(factor: Kept | Drawn, size: int) -> float:
+        return float(size) if isinstance(factor, Kept) and factor.values == "normal" else 1.0
 
     def spread(self, matrix: Matrix) -> float:
         """Returns the root mean square of an element of z, which says whether rounding swallows it."""
@@ -194,6 +218,11 @@ class LowRank:
     def scale(self, matrix: Matrix) -> float:
         """Returns s."""
         return self._matching(matrix) if self.norm == "matched" else 1.0
+
+    def stretch(self, matrix: Matrix, square: float) -> float:
+        """Returns s of numbers X in the place of a draw whose squares sum to `square`: s U X V^T is as long as a dense z; 1 with norm 'unit'."""
+        numbers = matrix.rank if self.c is not None and self.c.diagonal else math.prod(self.draw_shape(matrix))
+        return self.scale(matrix) * math.sqrt(numbers / square) if self.norm == "matched" else 1.0
 
     def _matching(self, matrix: Matrix) -> float:
         """Returns the s with which z has the length of a dense one.
@@ -205,12 +234,23 @@ class LowRank:
         return math.sqrt(math.prod(sizes)) / math.sqrt(terms)
 
     def draws(self, matrices: Sequence[Matrix], source: Source, step: int, draw: int) -> list[Tensor]:
-        """Returns, for each matrix, s C (or s U where U is drawn), float32."""
+        """Returns, for each matrix, what is drawn of s U C V^T with s in it (in U where U and V are), float32."""
         if self.c is not None and self.c.diagonal:
             found = [torch.diag(tau) for tau in source(matrices, [(m.rank,) for m in matrices], step, draw)]
         else:
             found = source(matrices, [self.draw_shape(m) for m in matrices], step, draw)
-        return found if self.norm == "unit" else list(torch._foreach_mul(found, [self.scale(m) for m in matrices]))
+        if self.norm == "matched":  # s U V^T where both are drawn
+            moved = [x[: m.rows] for x, m in zip(found, matrices)] if self.joins else found
+            torch._foreach_mul_(moved, [self.scale(m) for m in matrices])
+        return found
+
+    def plus(self, matrices: Sequence[Matrix], sums: list[Tensor], draws: list[Tensor], amount: float) -> list[Tensor]:
+        """Returns sums + amount draws in the small space, float32; sums: those of earlier draws, or empty."""
+        if self.joins:
+            terms = [torch.cat((draw[: m.rows] * amount, draw[m.rows :])) for m, draw in zip(matrices, draws)]
+            return [torch.cat(both, 1) for both in zip(sums, terms)] if sums else terms
+        terms = list(torch._foreach_mul(draws, amount))
+        return list(torch._foreach_add(sums, terms)) if sums else terms
 
 
 class Measured(LowRank):

@@ -20,11 +20,7 @@ class Spread(Spsa):
 
     def __init__(self, queries: int = 8, stencil: str | Stencil = "forward", clip: float | None = None) -> None:
         super().__init__(queries, stencil, clip)
-        if (perturbed := self.queries * sum(offset != 0.0 for offset in self.stencil.offsets)) < 2:
-            raise ValueError(
-                f"queries is {queries} with stencil {self.stencil.name!r}, which read {perturbed} perturbed loss a step, and one loss has no "
-                "spread; expected queries of at least 2, or stencil='central'"
-            )
+        check_several(self)
 
     def slopes(self, differences: Tensor, losses: Tensor, plan: Plan) -> Tensor:
         perturbed = losses[:, [j for j, offset in enumerate(self.stencil.offsets) if offset]].reshape(-1)
@@ -34,8 +30,18 @@ class Spread(Spsa):
         return torch.where(torch.isfinite(sigma), found, torch.nan).expand(len(plan.groups), -1)
 
 
+def check_several(estimator: Spsa) -> None:
+    """Raises ValueError for an estimator that compares perturbed losses and reads one a step."""
+    queries, stencil = estimator.queries, estimator.stencil
+    if (perturbed := queries * sum(offset != 0.0 for offset in stencil.offsets)) < 2:
+        raise ValueError(
+            f"queries is {queries} with stencil {stencil.name!r}, which read {perturbed} perturbed loss a step, and one loss has no "
+            "spread; expected queries of at least 2, or stencil='central'"
+        )
+
+
 def _mean(values: Tensor) -> Tensor:
     return tree_sum(values.unsqueeze(1))[0] / len(values)
 
 
-__all__ = ["Spread"]
+__all__ = ["Spread", "check_several"]

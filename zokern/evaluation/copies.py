@@ -148,10 +148,10 @@ class Copies:
         group.backend.axpy_(batch, noise, Terms(table))
 
     def _fill_factored(self, group: Group, positions: Sequence[int], thetas, spans, side: int, outs, low) -> None:
-        """outs <- shrink theta + L right^T, in one launch."""
+        """outs <- shrink theta + L C R^T, in one launch."""
         plan = self.plan
         if len(positions) > 1:
-            self.factors.prepare_lefts(group, positions, [side])
+            self.factors.prepare_ends(group, positions, [side])
         lefts, rights, shrinks = zip(*[self.factors.of(group, i, side) for i in positions])
         ones, rounding = [1.0] * len(lefts), "nearest" if low is None else "residual"
         noise = Noise(None, plan.seed, [(plan.step, 0)])
@@ -229,7 +229,7 @@ class Copies:
         sides, room = range(self.sides), self.arena.left(weight.device)
         factored = group.matrices is not None and low is None and group.matrices[i].shape == tuple(weight.shape)
         fused = low is None and (factored or group.matrices is None) and self.is_simple()
-        fused = fused and (factored or self.plan.direction.name in DIRECTIONS)
+        fused = fused and (self.sides <= gemm.MANY if factored else self.plan.direction.name in DIRECTIONS)
         fused = fused and gemm.fuses(group.backend, xs, weight, transposed, room)
         if fused:
             size = gemm.own(group.backend).linear_bytes(gemm.counts_of(xs), room)

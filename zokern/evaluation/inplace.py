@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plan import Plan, lefts_of
+from ..plan import Plan
 from .base import THETA, Point, Record, distinct
 from .isolation import Isolation
 
@@ -58,9 +58,10 @@ def _move(plan: Plan, start: Point, end: Point, rounding: str) -> Point:
         if group.matrices is None:
             group.axpy_(plan.direction, plan.seed, [plan.named(draw) for draw in ways], scales, 1.0, rounding)
             continue
+        assert plan.factored is not None
         for draw, scale in zip(ways, scales):
-            lefts = lefts_of(group.matrices, torch._foreach_mul(group.draws(plan, draw), scale), group.backend)
-            group.add_lowrank(lefts, rounding, plan)
+            moved = plan.factored.plus(group.matrices, [], group.draws(plan, draw), scale)
+            group.add_lowrank(moved, rounding, plan)
     return end
 
 

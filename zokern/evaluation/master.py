@@ -124,7 +124,7 @@ class Master:
         if moved:
             assert group.matrices is not None
             members = range(len(kept))
-            factors.prepare_lefts(group, members, [side])
+            factors.prepare_ends(group, members, [side])
             lefts, rights, shrinks = zip(*[factors.of(group, i, side) for i in members])
             source, target = (group.theta, None) if in_place else (kept, outs)
             low = None if in_place else low

@@ -11,9 +11,20 @@ library  x W^T by the fastest product that torch ships; all but the fused produc
 """
 
 from .fused import fused_linear, fuses, own
-from .lowrank import JOIN, factored_linear, is_long
+from .lowrank import JOIN, MANY, factored_linear, is_long
 from .rows import counts_of
 from .sketch import sketch_of
 from .tiled import tiled_linear
 
-__all__ = ["JOIN", "counts_of", "factored_linear", "fused_linear", "fuses", "is_long", "own", "sketch_of", "tiled_linear"]
+__all__ = [
+    "JOIN",
+    "MANY",
+    "counts_of",
+    "factored_linear",
+    "fused_linear",
+    "fuses",
+    "is_long",
+    "own",
+    "sketch_of",
+    "tiled_linear",
+]

@@ -13,6 +13,8 @@ benchmarks/bench_matmul.py prints what it is worth.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -124,4 +126,15 @@ def maker() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
-__all__ = ["linear", "wide"]
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, torch has one thread: the sums of a product depend on how many share it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+__all__ = ["linear", "one_thread", "wide"]

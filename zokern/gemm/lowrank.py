@@ -17,6 +17,7 @@ from .fused import fused_linear, fuses
 from .rows import flatten, joined, rows_of
 
 JOIN = 512  # rows of all sides above which joining them gains nothing
+MANY = 32  # sides above which they are joined whatever their rows: a kernel's operands for each cost more
 CACHED = 1 << 19  # elements of a result that the caches hold from one product into it to the next
 NARROW = 16  # columns below which a thin product is faster from MKL's kernels, and turned
 _ORIGIN, _ONE = [Span(0)], [1.0]  # of a sum that has no place in the stream
@@ -47,7 +48,7 @@ def factored_linear(
     if shrink != 1.0 and dtype != torch.float32 and (cast or all(x.dtype == dtype for x in flat)):
         with torch.autocast(device, enabled=False):
             return _shrunk(sides, counts, matrix, shrink, dtype)
-    if len(flat) > 1 and sum(counts) <= JOIN and not cast and all(x.dtype == tensor.dtype for x in flat):
+    if len(flat) > 1 and (sum(counts) <= JOIN or len(flat) > MANY) and not cast and all(x.dtype == tensor.dtype for x in flat):
         return _together(backend, sides, counts, matrix, shrink)
     outs = []
     for j, (x, bias) in enumerate(zip(flat, sides.biases)):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # for type checkers, which cannot look into a folder
     from .conmezo import ConMeZO
     from .dizo import DiZO
     from .dpzo import DPZO
+    from .eggroll import EGGROLL
     from .fzoo import FZOO
     from .kerzoo import KerZOO
     from .lezo import LeZO
@@ -27,7 +28,10 @@ if TYPE_CHECKING:  # for type checkers, which cannot look into a folder
     from .pgap import PGAP
     from .rloo import RLOO
     from .subzero import SubZero
+    from .subzero_plus import SubZeroPlus
     from .tezo import TeZO
+    from .zo_mopi import ZOMOPI
+    from .zo_muon import ZOMuon
     from .zoadam import ZOAdam
     from .zoconservative import ZOConservative
     from .zomomentum import ZOMomentum
@@ -49,8 +53,8 @@ METHODS = find()
 globals().update(METHODS)
 
 __all__ = [
-    "AdaMeZO", "BSZO", "BlockMeZO", "ConMeZO", "DPZO", "DiZO", "FZOO", "KerZOO", "LOZO", "LeZO", "MeZO",
-    "MeZOGV", "MeZOSVRG", "PGAP", "RLOO", "SubZero", "TeZO", "ZOAdam", "ZOConservative", "ZOMomentum",
-    "ZOSignSGD",
+    "AdaMeZO", "BSZO", "BlockMeZO", "ConMeZO", "DPZO", "DiZO", "EGGROLL", "FZOO", "KerZOO", "LOZO",
+    "LeZO", "MeZO", "MeZOGV", "MeZOSVRG", "PGAP", "RLOO", "SubZero", "SubZeroPlus", "TeZO", "ZOAdam",
+    "ZOConservative", "ZOMOPI", "ZOMomentum", "ZOMuon", "ZOSignSGD",
 ]  # fmt: skip
 __all__ += [name for name in METHODS if name not in __all__]

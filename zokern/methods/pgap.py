@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from ..checks import whole_number
 from ..directions import Aligned, Matrix, Measured, Normal, Source
 from ..estimator import Oracle, Spsa
+from ..gemm.library import one_thread
 from ..optimizer import ZerothOrder
 from ..plan import Plan
 from ..stream import BASIS, draw_word
@@ -83,7 +83,7 @@ class Probed(Aligned, Measured):
         def times(omega: Tensor, transposed: bool = False) -> Tensor:
             return source.sketch(matrix, draws, weights, omega, transposed)
 
-        with _one_thread(), torch.autocast(matrix.device.type, enabled=False):
+        with one_thread(), torch.autocast(matrix.device.type, enabled=False):
             (omega,) = source([matrix], [(matrix.columns, width)], step, draw_word(1, BASIS))
             q = torch.linalg.qr(times(omega))[0]
             for _ in range(self.power):
@@ -106,8 +106,9 @@ class PGAP(ZerothOrder):
 
         Z = Z0 - (sum_i S_i Z0_ii - xi sqrt(delta) ||S||) / (||S||^2 + 1e-12) diag(S)
 
-    Use it to compare with the paper. With h dense probes the estimate is dominated by noise for m, n above about 1000:
-    the basis is then close to a random one, and SubZero costs less.
+    Use it to compare with the paper. At the published settings the basis held 0.98 +- 0.06 times as much of the true
+    gradient as a random one, on matrices of SmolLM2-135M (`python -m benchmarks.pgap_energy`): SubZero costs less. Of
+    a block that is probed alone it held more from about 300 probes on, of a single matrix from about 100.
 
     params    a module, or parameters, (name, parameter) pairs or groups, as for zokern.MeZO
     lr, eps   per step and in weights, of MeZO's size with norm='matched'. Published for LoRA with norm='unit': lr 1e-2 to 5e-2, eps 0.1;
@@ -148,14 +149,3 @@ class PGAP(ZerothOrder):
         aligned = {"rank": rank, "interval": interval, "delta": delta, "steps": steps, "sign": sign, "norm": norm}
         direction = Probed(probes, oversample, power, **aligned)
         super().__init__(params, lr=lr, eps=eps, direction=direction, evaluation=evaluation, **options)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Sums of a product depend on how many threads share it; these must not."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -12,6 +12,12 @@ defaults this is ZO-Bench's ZO-Adam (Zhang et al. 2024). A matrix with z = U dia
     W <- decay W + lr (U diag(M) V^T) / sqrt(U^2 diag(V) (V^2)^T + eps)
 
 The squares are elementwise, and the cross terms of the second moment are dropped, as in the paper (Eq. 8).
+
+With core=True it is Adam for X in W = W_0 + s U X V^T (SubZero+, Yu et al. 2026, arXiv 2608.15665). Moments and quotient have the
+shape of a draw X_k, where z_k = s U X_k V^T:
+
+    M, V the averages of sum_k weights[k] X_k and its square
+    W <- decay W + lr s U ((M / c1) / (sqrt(V / c2) + eps)) V^T
 """
 
 from __future__ import annotations
@@ -28,9 +34,10 @@ from ..checks import flag, is_number, within
 from ..directions import Matrix
 from ..estimator.base import ONES
 from ..plan import Group, Plan
+from .carry import carried
 from .dense import advance
 from .state import Keeps
-from .waiting import add_, total
+from .waiting import add_, deposit, total
 
 TILE = 1 << 20  # elements of a quotient that exist at a time
 SMALLEST, LARGEST = 2.0**-149, 2.0**128  # above 0 and finite in float32
@@ -51,15 +58,20 @@ class Adam:
     eps              1e-8, in units of g; with inside=True of g^2
     bias_correction  c1 = 1 - beta1^t and c2 = 1 - beta2^t in a parameter's update number t; False: 1, TeZO's form
     inside           eps stands under the root: sqrt(V / c2 + eps), TeZO's form
+    core             True: moments and quotient of a low-rank z have the shape of a draw: C, or that of U and V which
+                     is drawn (SubZero+). It goes with any basis
+    carry            with core. True: at a new basis the moments are carried over to it, V by squared overlaps. False:
+                     their numbers stay as they are, the plain reading of SubZero+
 
-    Keeps `first`, `second` and `updates` in the optimizer's state, float32: two moments shaped like the parameter where z is dense (8 bytes a
-    weight), 2 r numbers for a matrix with z = U diag(tau) V^T (zokern.TeZO). Updates never wait.
-    Raises ValueError for betas or eps out of range; an optimizer refuses it with a direction whose basis changes (SubZero, P-GAP, LOZO).
+    Keeps `first`, `second` and `updates` in the optimizer's state, float32: two moments shaped like the parameter where
+    z is dense (8 bytes a weight), 2 r numbers for a matrix with z = U diag(tau) V^T (zokern.TeZO), two of the shape of a
+    draw with core=True. `basis` is the step of their basis, with carry=True. Updates wait with core=True alone.
+    Raises ValueError for betas or eps out of range, and for carry without core. Without core an optimizer refuses it
+    with a direction whose basis changes (SubZero, P-GAP, LOZO).
     Kingma and Ba 2015; Zhang et al. 2024 (ZO-Bench's ZO-Adam); Sun et al. 2025 (TeZO-Adam)."""
 
-    name, defers = "adam", False
+    name = "adam"
     lr = ONES  # of an optimizer that is given none: steps have one length, whatever the slope
-    diagonal = True  # of low-rank directions it goes with those whose draws are numbers along a basis that lasts
 
     def __init__(
         self,
@@ -67,10 +79,25 @@ class Adam:
         eps: float = 1e-8,
         bias_correction: bool = True,
         inside: bool = False,
+        core: bool = False,
+        carry: bool = False,
     ) -> None:
         self.betas = pair(betas)
         self.eps = within("adam_eps", eps, SMALLEST, LARGEST, "a number above 0, finite in float32")
         self.bias_correction, self.inside = flag("bias_correction", bias_correction), flag("inside", inside)
+        self.core, self.carry = flag("core", core), flag("carry", carry)
+        if self.carry and not self.core:
+            raise ValueError("carry is True and core is False; expected core=True: other moments have no basis that changes")
+
+    @property
+    def defers(self) -> bool:
+        """Whether updates are sums in a small space."""
+        return self.core
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether a low-rank direction needs diagonal draws and a basis that lasts: the quotient is formed for the weights."""
+        return not self.core
 
     def scalars(self, lr: float, decay: float = 1.0, updates: int = 1) -> tuple[float, ...]:
         """The numbers of zokern.update_ for a parameter's update number `updates`, counted from 1."""
@@ -91,11 +118,28 @@ class Adam:
     ) -> Tensor | int:  # fmt: skip
         if group.matrices is None:
             return advance(self, plan, group, weights, lambda updates: self.scalars(lr, decay, updates), states)
+        if self.core:
+            return self._in_core(plan, group, weights, lr, decay, states, defer)
         count: Tensor | int = 0
         for i, (tensor, tau) in enumerate(zip(group.tensors, total(plan, group, weights))):
             first, second = self._moments(states[tensor], torch.diagonal(tau))
             count = count + self._matrix(plan, group, i, first, second, lr, decay)
         return count
+
+    def _in_core(
+        self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any, defer: bool
+    ) -> Tensor | int:  # fmt: skip
+        assert group.matrices is not None and plan.factored is not None
+        scales = [plan.factored.scale(matrix) for matrix in group.matrices]
+        moves = []
+        for tensor, matrix, along, s in zip(group.tensors, group.matrices, total(plan, group, weights), scales):
+            state = states[tensor]
+            first, second = self._moments(state, along / s)
+            if self.carry:
+                state["basis"] = matrix.born
+            root = _root(second + self.eps) if self.inside else _root(second) + self.eps
+            moves.append(first / root * (lr * s))
+        return deposit(plan, group, moves, decay, defer)
 
     def _moments(self, state: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Both moments after this step, kept in the state; corrected for their start at zero where that is asked for."""
@@ -130,17 +174,19 @@ class Adam:
         return count
 
     def keeps(self, shape: tuple[int, ...], draw: tuple[int, int] | None) -> Keeps:
-        """Returns M and V: r numbers each of a matrix with a diagonal draw."""
-        return Keeps(dict.fromkeys(("first", "second"), shape if draw is None else draw[-1:]), True)
+        """Returns M and V: r numbers each of a matrix with a diagonal draw, or as many as a draw has."""
+        own = shape if draw is None else draw if self.core else draw[-1:]
+        return Keeps(dict.fromkeys(("first", "second"), own), True)
 
     def basis(self, state: Any) -> int | None:
-        """None: the basis lasts, so there is one only."""
-        return None
+        """The step of the basis that the moments belong to, with carry=True; None: they belong to none."""
+        return state.get("basis", -1) if self.carry and "first" in state else None
 
-    def rebase(self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor, state: Any) -> None:
-        raise NotImplementedError(
-            "rule 'adam' keeps moments of one basis; it goes with a direction that keeps its basis ('diagonal')"
-        )
+    def rebase(self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor | None, state: Any) -> None:
+        if self.carry and "first" in state:
+            state["basis"] = matrix.born
+            for key in ("first", "second"):
+                state[key] = carried(group, matrix, left, right, state[key], squares=key == "second")
 
 
 def _root(x: Tensor) -> Tensor:

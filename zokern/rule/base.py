@@ -22,10 +22,15 @@ class Rule(Protocol):
         dense                        True: an optimizer refuses it with a low-rank direction
         base(point)                  returns (base, point): losses are read there, around other weights (Base)
         prepare(plan, oracle, states)   before the losses of a step are read: may read others
+        diagonal                     True: of low-rank directions it takes those with a diagonal draw and one basis
+        linear                       True: theta moves along the sum of the draws itself, so no factor has to be kept
     """
 
     name: str
-    defers: bool
+
+    @property
+    def defers(self) -> bool:
+        """Whether updates of factored matrices may wait."""
 
     def update(
         self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any, defer: bool
@@ -40,7 +45,7 @@ class Rule(Protocol):
     def basis(self, state: Any) -> int | None:
         """The step of the basis that a factored matrix' state belongs to; -1 where it does not say, None where it belongs to none."""
 
-    def rebase(self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor, state: Any) -> None:
+    def rebase(self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor | None, state: Any) -> None:
         """The basis of a matrix has changed from (left, right) to its present one: carry the state over."""
 
 
@@ -67,7 +72,7 @@ def renew(rule: Rule, factored: LowRank, group: Group, states: Any, seed: int, s
     old = [(matrix.left, matrix.right) for matrix, _ in stale]
     factored.refresh([matrix for matrix, _ in stale], source, born)
     for (matrix, tensor), (left, right) in zip(stale, old):
-        if right is not None:
+        if left is not None or right is not None:
             rule.rebase(group, matrix, left, right, states[tensor])
 
 
@@ -78,16 +83,24 @@ def basis_of(rule: Rule, states: Any, tensor: Tensor) -> int | None:
 
 
 def check_basis(rule: Rule, direction: LowRank | None) -> None:
-    """Refuse a rule that does not go with a low-rank direction, or with one whose basis changes."""
-    if direction is not None and getattr(rule, "dense", False):
+    """Refuse a rule that needs another space than a direction has: one basis, or any basis at all."""
+    if direction is None:
+        return
+    if getattr(rule, "dense", False):
         raise ValueError(
             f"rule is {rule.name!r} with direction {direction.name!r}; expected a dense z, 'normal' or 'rademacher', or rule zokern.Sgd() or "
             "zokern.Momentum(), whose moments are small where z is low-rank"
         )
-    if direction is not None and getattr(rule, "diagonal", False) and not direction.is_diagonal:
+    if getattr(rule, "diagonal", False) and not direction.is_diagonal:
         raise ValueError(
             f"rule is {rule.name!r} with direction {direction.name!r}, whose basis changes or is no diagonal; its moments belong to "
-            "one basis, as that of 'diagonal': expected zokern.Sgd() or zokern.Momentum(), or take zokern.TeZO, or zokern.MeZO (dense z)"
+            "one basis, as that of 'diagonal': expected zokern.Adam(core=True), zokern.Sgd() or zokern.Momentum(), or take zokern.TeZO, "
+            "or zokern.MeZO (dense z)"
+        )
+    if direction.joins and not getattr(rule, "linear", False):
+        raise ValueError(
+            f"rule is {rule.name!r} with direction {direction.name!r}, which draws U and V in every step and so has no space to keep "
+            "numbers in: expected zokern.Sgd(), or u or v Kept"
         )
 
 

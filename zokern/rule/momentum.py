@@ -13,14 +13,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..backends import Batch, Outer, Span
 from ..checks import within
 from ..directions import Matrix
-from ..directions.orthonormal import tree_sum
 from ..plan import Group, Plan
+from .carry import carried
 from .dense import advance
 from .state import Keeps
 from .waiting import deposit, total
@@ -75,26 +73,8 @@ class Momentum:
         """The step of the basis that `momentum` belongs to; -1 where a state of an older version does not say."""
         return state.get("basis", -1) if "momentum" in state else None
 
-    def rebase(self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor, state: Any) -> None:
+    def rebase(self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor | None, state: Any) -> None:
         if "momentum" not in state:
             return
-        assert matrix.right is not None
         state["basis"] = matrix.born
-        overlap = _gram(right, matrix.right)
-        if left is None:
-            state["momentum"] = _times(group, state["momentum"], overlap / matrix.columns)
-        else:
-            assert matrix.left is not None
-            state["momentum"] = _times(group, _times(group, _gram(matrix.left, left), state["momentum"]), overlap)
-
-
-def _gram(a: Tensor, b: Tensor) -> Tensor:
-    """a^T b of two tall matrices, float32, with sums whose order depends on the sizes alone."""
-    return torch.stack([tree_sum(a.double() * b[:, j : j + 1].double()) for j in range(b.shape[1])], dim=1).float()
-
-
-def _times(group: Group, a: Tensor, b: Tensor) -> Tensor:
-    """a b by the lowrank_ verb."""
-    out = torch.zeros(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
-    group.backend.lowrank_(Batch([out], [Span(0)]), Outer([a.contiguous()], [b.t().contiguous()], [1.0]))
-    return out
+        state["momentum"] = carried(group, matrix, left, right, state["momentum"])

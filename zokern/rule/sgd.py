@@ -19,7 +19,7 @@ class Sgd:
     It has no arguments and keeps no state. The updates of a factored matrix may wait in its core (r x r, or m x r): there they are summed in
     float32, and W is written once. Malladi et al. 2023, Algorithm 1."""
 
-    name, defers = "sgd", True
+    name, defers, linear = "sgd", True, True
 
     def update(
         self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any, defer: bool
@@ -39,5 +39,5 @@ class Sgd:
         """None: nothing is kept."""
         return None
 
-    def rebase(self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor, state: Any) -> None:
+    def rebase(self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor | None, state: Any) -> None:
         """Nothing is kept."""

@@ -13,12 +13,12 @@ from ..plan import Group, Plan
 
 def total(plan: Plan, group: Group, amounts: Sequence[float]) -> list[Tensor]:
     """sum_k amounts[k] draw_k of each matrix, in the small space, float32, in the order of the queries."""
+    assert group.matrices is not None and plan.factored is not None
     sums: list[Tensor] = []
     for word, amount in zip(plan.words, amounts):
         rounded = float(torch.tensor(amount, dtype=torch.float32, device="cpu"))
-        terms = torch._foreach_mul(group.draws(plan, word), rounded)
-        sums = list(terms) if not sums else list(torch._foreach_add(sums, terms))
-    return sums
+        sums = plan.factored.plus(group.matrices, sums, group.stacked(plan, word), rounded)
+    return list(sums[0].unbind(0)) if group.is_even else sums
 
 
 def deposit(plan: Plan, group: Group, updates: Sequence[Tensor], decay: float, defer: bool) -> Tensor | int:
