@@ -77,9 +77,7 @@ class ZerothOrder(torch.optim.Optimizer):
         if backend is not None:
             backends.resolve(backend, torch.device("cpu"))
         self.factored, self.scaled, self.direction = directions.parts(direction)
-        self.rule: Rule = Sgd() if rule is None else rule
-        if isinstance(self.rule, type) or not hasattr(self.rule, "update"):
-            raise TypeError(f"rule is {rule!r}; expected None, zokern.Momentum(), zokern.Adam() or another Rule object")
+        self.rule = _resolve_rule(rule)
         check_basis(self.rule, self.factored)
         check_scaled(self.rule, self.scaled)
         self.guards = Guards(**guards)
@@ -316,6 +314,14 @@ class ZerothOrder(torch.optim.Optimizer):
             return
         with self.deferred.shown(self.plan()):
             yield
+
+
+def _resolve_rule(rule: Any) -> Rule:
+    """Returns a rule; None: SGD. Raises TypeError for what is no rule object."""
+    rule = Sgd() if rule is None else rule
+    if isinstance(rule, type) or not hasattr(rule, "update"):
+        raise TypeError(f"rule is {rule!r}; expected None, zokern.Momentum(), zokern.Adam() or another Rule object")
+    return rule
 
 
 def _spread(params: Any) -> bool:

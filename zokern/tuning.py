@@ -171,18 +171,15 @@ def tune(
                 lr is told from all of them in turn, so several batches give a better lr
     probes      draws that lr is told from. Its relative standard error is about sqrt(2 / probes)
     share       of the loss that a step is expected to take off
-    evaluation  how losses are read; None: zokern.Jvp(), as zokern.Master() does, which takes one copy of the trained weights meanwhile
+    evaluation  how losses are read; None: zokern.Jvp(), which takes one copy of the trained weights, as zokern.Master() does
     say         is called with a line of text for every stage
     Reads 5 eps x 4 slopes x 2 losses and 2 losses a probe, 56 in all, with a central difference.
-    eps stays as it is where the slopes agree with those at its neighbours to 10 % and rounding swallows less than
-    10 % of the perturbation; else it is the one where the larger of both shares is least. lr of a rule whose steps have one length
-    (Adam, the sign of the update) is multiplied by the root mean square of the coefficients.
+    eps stays where slopes agree with its neighbours' to 10 % and rounding swallows less than 10 % of the perturbation;
+    else the larger of both shares is least at it. A rule whose steps have one length gets lr times the rms coefficient.
     Raises ValueError for arguments out of range and where the losses show no slope."""
     given = [closures] if callable(closures) else list(closures) if isinstance(closures, Sequence) else []
     if not given or not all(map(callable, given)):
-        raise TypeError(
-            f"closures is {closures!r:.80}; expected a function that computes the loss of a batch, or a list of them"
-        )
+        raise TypeError(f"closures is {closures!r:.80}; expected a function that computes a batch's loss, or a list of them")
     if getattr(optimizer.estimator, "rows", False):  # closures of the loss of each example
         given = [mean_of(one) for one in given]
     probes, share = whole_number("probes", probes, 2), finite_number("share", share, above=0.0)
