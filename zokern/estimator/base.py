@@ -114,7 +114,7 @@ class Oracle:
         self.asked = Asked([], torch.empty(0, dtype=torch.float64, device="cpu"), plan, (), self.closure)
 
     def check_public(self) -> None:
-        """Raises ValueError where the estimator asks for the losses of examples: none are read beside them."""
+        """Raises ValueError where the estimator asks for losses of examples: none are read beside them."""
         if self.rows:
             raise ValueError(
                 "a rule or a direction reads losses of its own, and estimator Private is there to read none without noise: expected "
