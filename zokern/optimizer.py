@@ -244,7 +244,7 @@ class ZerothOrder(torch.optim.Optimizer):
         )  # parts that a step does not name are forgotten: they hold copies of their weights
         plan = Plan(
             work.groups, self.direction, self.seed, self.steps, self.rounding, work.tree, self.factored,
-            scopes=work.scopes, earlier=earlier,
+            scopes=work.scopes, earlier=earlier, maximize=self.guards.maximize,
         )  # fmt: skip
         self.scaling.renew(plan)
         for group in work.groups:

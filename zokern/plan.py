@@ -279,7 +279,8 @@ class Plan:
     readings  how often the closure was called
     scopes    by names: the groups of a part of the plan, each with the group that it is a part of
     earlier   those of the step before, which are taken over if this step names them too
-    rows      whether the closure returns a vector, the loss of each example"""
+    rows      whether the closure returns a vector, the loss of each example
+    maximize  whether the loss is a reward: the weights move along + g"""
 
     groups: list[Group]
     direction: Direction
@@ -294,6 +295,7 @@ class Plan:
     scopes: Scopes = field(default_factory=dict, repr=False)
     earlier: Scopes = field(default_factory=dict, repr=False)
     rows: bool = False
+    maximize: bool = False
     tensors: list[Tensor] = field(init=False)  # of all groups
     names: list[str] = field(init=False)
 

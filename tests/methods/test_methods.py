@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from unittest.mock import patch
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 from method_check import IDS, check_method, loss_of
 from models import build, one_thread, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
-from mutant import replaced
+from mutant import misread, replaced, together
 from recipes import DENSE, METHODS, ONE_EACH, ROWS, SLOPES
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -151,21 +151,13 @@ def test_tensors_that_squeeze_to_matrices_are_factored() -> None:
 # Wrong versions -------------------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _all(patches: Iterable) -> Iterator[None]:
-    with ExitStack() as stack:
-        for one in patches:
-            stack.enter_context(one)
-        yield
-
-
 def scaled_updates(factor: Callable[[int], float], *kinds: type):
     """The update of each step times a factor."""
 
     def update(right, self, p, g, weights, lr, *rest, **more):
         return right(self, p, g, weights, factor(p.step) * lr, *rest, **more)
 
-    return _all(replaced(kind, "update", update) for kind in kinds or (sgd.Sgd, momentum.Momentum))
+    return together(replaced(kind, "update", update) for kind in kinds or (sgd.Sgd, momentum.Momentum))
 
 
 def doubled_writes():
@@ -193,20 +185,6 @@ def spread(factor: float):
 def losses_of_step(change: Callable):
     """Differences of changed losses."""
     return replaced(Spsa, "differences", lambda right, self, losses: right(self, change(losses)))
-
-
-def misread(kind: type, change: Callable):
-    """A rule that updates with other numbers than it says it has."""
-
-    def update(right, self, *rest, **more):
-        before, wrong = dict(vars(self)), change(self)
-        vars(self).update(wrong)
-        try:
-            return right(self, *rest, **more)
-        finally:
-            vars(self).update(before)
-
-    return replaced(kind, "update", update)
 
 
 def misread_always(kind: type, wrong: dict):

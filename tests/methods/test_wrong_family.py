@@ -10,8 +10,7 @@ from unittest.mock import patch
 import pytest
 from method_check import check_method
 from models import one_thread  # noqa: F401 (a fixture)
-from mutant import replaced
-from test_methods import _all, misread
+from mutant import misread, replaced, together
 
 import zokern
 from zokern import plan
@@ -49,7 +48,7 @@ def at_first_elements(right, *rest):
 
 
 def in_pieces(*patches: Any):
-    return _all([patch.object(window, "PIECE", 100), *patches])
+    return together([patch.object(window, "PIECE", 100), *patches])
 
 
 def at_step(kind: type, name: str, of: Callable[[int], int]):

@@ -53,7 +53,8 @@ class Guided(Spsa):
         both = torch.tensor([scale, -scale], dtype=torch.float64, device=found.device)
         slopes = difference / plan.groups[0].eps * both / (2.0 * scale * scale)  # of which c g knows their difference alone
         yield Estimate(draws, found * both, torch.cat((alone, sides)).unsqueeze(0), slopes=slopes)
-        self.state["best"] = list(plan.named(draws[int(alone.argmin())]))  # of a step that moved the weights
+        best = int(alone.argmax() if plan.maximize else alone.argmin())
+        self.state["best"] = list(plan.named(draws[best]))  # of a step that moved the weights
 
 
 __all__ = ["Guided"]
