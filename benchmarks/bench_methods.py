@@ -34,7 +34,7 @@ METHODS = [method for method in methods.__all__ if queries_of(method) < MANY]
 ESTIMATORS = [
     name for name in estimator.__all__
     if isinstance(getattr(estimator, name), type) and name not in (
-        "Estimate", "Estimator", "ForwardGradient", "Gradient", "Mixed", "Oracle", "Split", "Spsa", "Stencil",
+        "Base", "Estimate", "Estimator", "ForwardGradient", "Gradient", "Mixed", "Oracle", "Split", "Spsa", "Stencil",
     )
 ]  # fmt: skip
 

@@ -21,7 +21,7 @@ from torch.func import functional_call
 
 import zokern
 from zokern import plan
-from zokern.directions import Aligned, Diagonal, Drawn, Lazy, LowRank, Subspace, aligned, lowrank, orthonormal
+from zokern.directions import Aligned, Diagonal, Drawn, Lazy, LowRank, Masked, Subspace, aligned, lowrank, orthonormal
 from zokern.estimator import ForwardGradient, Ranked, Spread, Spsa
 from zokern.evaluation import Point
 from zokern.methods import pgap
@@ -61,6 +61,9 @@ CASES: dict[str, dict] = {
     "addax_decay": {"name": "Addax", "weight_decay": 0.5, "steps": 20, "eps": 1e-2},
     **{f"addax_{d.name}": {"name": "Addax", "direction": d} for d in (Subspace(3, 3), Lazy(2, 3))},
     "addax_slopes": {"name": "Addax", "estimator": ForwardGradient()},
+    "fgd_masked": {"name": "FGD", "direction": Masked(0.5)},
+    "addax_masked": {"name": "Addax", "direction": Masked(0.5)},
+    "hybrid_masked": {"name": "Hybrid", "direction": Masked(0.5)},
     "hybrid_queries": {"name": "Hybrid", "estimator": Spsa(2), "weight_decay": 0.5, "steps": 20},
     "hybrid_sgd": {
         "name": "Hybrid",

@@ -101,7 +101,7 @@ def _fill(plan: Plan, group: Group, word: int, tangents: Sequence[Tensor]) -> No
                 tangent.copy_(out)
         return
     lefts, rights = zip(*ends_of(group.matrices, group.draws(plan, word), group.backend))
-    noise = Noise(None, plan.seed, [(plan.step, word)])
+    noise = Noise(None, plan.seed, [plan.named(word)])
     group.backend.lowrank_(Batch(tangents, group.spans), Outer(lefts, rights, [1.0] * len(lefts)), noise)
 
 
