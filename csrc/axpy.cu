@@ -482,7 +482,8 @@ __global__ void __launch_bounds__(kThreads, resident(kRounding, kSum))
 
 // Lists with factors of z: a sum of one term, or sums of any length.
 template <Direction kDirection, Rounding kRounding, Sum kSum>
-__global__ void __launch_bounds__(kThreads, kSum == Sum::kTerms ? kResidentMost : kResidentMore)
+__global__ void __launch_bounds__(kThreads,
+                                  kSum == Sum::kTerms || kRounding == Rounding::kStochastic ? kResidentMost : kResidentMore)
     scaled_axpy_kernel(const List list, const Draw* draws, const float* coefficients, int32_t draw_count, int32_t each,
                        Draw last, unsigned long long* nonfinite) {
   const Terms terms = {draws, coefficients, draw_count, each, clock_of(list), last};

@@ -29,7 +29,7 @@ NEAREST, STOCHASTIC, RESIDUAL = 0, 1, 2
 # is only run for operands beyond the range of the fast root and quotient is in it. Memory leaves time for 83 (momentum, bf16, 12 B)
 # and 138 (adam, 20 B) on an H200.
 LIMITS = {
-    (NORMAL, SIGN): (30.0, 28.5),
+    (NORMAL, SIGN): (34.5, 28.5),
     (NORMAL, MOMENTUM): (34.5, 33.0), (NORMAL, ADAM): (67.5, 66.5), (RADEMACHER, MOMENTUM): (22.0, 20.5), (RADEMACHER, ADAM): (54.5, 53.5),
 }  # fmt: skip
 REGISTERS = {MOMENTUM: 80, ADAM: 128, SIGN: 80}  # three and two blocks of 256 threads a multiprocessor; two with factors of z
@@ -114,7 +114,7 @@ def test_limits_can_fail(machine) -> None:
 def test_fast_math_is_rejected(tmp_path) -> None:
     """Of Adam's first kernel alone, which compiles in a fraction of the time."""
     text = SOURCE.read_text()
-    body = text[: text.index("template <Direction kDirection, Rule kRule>\nauto* update_of")]
+    body = text[: text.index("template <Direction kDirection>\nauto* update_of")]
     arguments = "const List, const Draw*, const float*, int32_t, Draw, const float*, unsigned long long*"
     kernel = f"template __global__ void update_kernel<Direction::kNormal, Rule::kAdam, Rounding::kNearest>({arguments});"
     (tmp_path / "one.cu").write_text(f"{body}{kernel}\n}}\n}}\n")
