@@ -19,7 +19,7 @@ from zokern import methods
 
 from . import __doc__ as about
 from . import problems
-from .order import ADAPTERS, LARGE, SMALL, Run, order
+from .order import ADAPTERS, LARGE, MODELS, SETS, SMALL, Run, order
 from .page import page
 from .reading import groups
 from .store import Store
@@ -32,13 +32,15 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m benchmarks.study", description=(about or "").partition("\n")[0])
     add = made.add_argument
     add("--hours", type=float, default=4.0, help="no run begins that would end later (default %(default)s)")
-    add("--forwards", type=int, default=600, help=f"that train a run of {SMALL} (default %(default)s)")
+    add("--forwards", type=int, default=1000, help=f"that train a run of {SMALL} (default %(default)s)")
     add("--large-forwards", type=int, default=300, help=f"that train a run of {LARGE} (default %(default)s)")
     add("--batch", type=int, default=10, help="rows, equally many of each label (default %(default)s)")
     add("--held-out", type=int, default=200, help="rows to judge by (default %(default)s)")
     add("--words", type=int, default=16, help="of a row at most (default %(default)s)")
     add("--threads", type=int, help="of torch (default: torch's own choice)")
     add("--only", nargs="+", metavar="METHOD", choices=methods.METHODS, help="run these alone; the others stay missing")
+    add("--models", nargs="+", choices=MODELS, default=MODELS, help="the same for models")
+    add("--sets", nargs="+", choices=SETS, default=SETS, help="the same for sets")
     add("--file", type=Path, help="rows; page and plot are beside it (default: the folder of this machine)")
     add("--anew", action="store_true", help="start again: rows that are there are lost")
     add("--page", action="store_true", help="run nothing: write page and plot of the rows that are there")
@@ -125,7 +127,8 @@ def main(argv: Sequence[str] | None = None, problem: Problems | None = None) -> 
         print(f"benchmarks.study: {error}", file=sys.stderr)
         return 2
     names, code = list(methods.METHODS), 0
-    todo = [run for run in order(names) if settings.only is None or run.method in settings.only]
+    only = set(settings.only or names), set(settings.models), set(settings.sets)
+    todo = [run for run in order(names) if all(own in some for own, some in zip((run.method, run.model, run.data), only))]
     machine = report.machine
     record = {key: machine[key] for key in ("commit", "date", "command", "torch")} | {
         "machine": f"{machine['cpu']} {machine['isa']}"

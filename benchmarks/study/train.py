@@ -53,7 +53,11 @@ def counted() -> Iterator[Count]:
 
         return ask
 
-    asks = {name: costs(name, weight) for name, weight in (("losses", 1), ("slopes", ALONG)) if hasattr(Oracle, name)}
+    asks = {
+        name: costs(name, weight)
+        for name, weight in (("losses", 1), ("examples", 1), ("slopes", ALONG))
+        if hasattr(Oracle, name)
+    }
     with patch.multiple(Oracle, **asks):
         yield count
 

@@ -537,6 +537,8 @@ def test_ctrl_c_loses_one_run(two, tmp_path) -> None:
 def test_no_run_begins_that_would_end_late(two, tmp_path, capsys) -> None:
     assert run(tmp_path, "--hours", "0") == (0, [])
     assert "the time is up: 4 of 4 runs are left" in "".join(capsys.readouterr())
+    assert run(tmp_path, "--hours", "0", "--only", "FZOO", "--sets", "news", "--models", SMALL) == (0, [])
+    assert "the time is up: 1 of 1 runs are left" in "".join(capsys.readouterr())
     hour = row("MeZO", LINE, FALL) | {"wall_seconds": 3600.0}
     Store(tmp_path / "study.jsonl", json.loads((tmp_path / "study.jsonl").read_text().splitlines()[0])["settings"]).append(hour)
     assert len(run(tmp_path, "--hours", "0.9")[1]) == 1
