@@ -96,7 +96,7 @@ def statement(groups: Sequence[Group], claim: Claim) -> str:
     if not claim.axis:
         values = differences(groups, claim.method)
         if len(values) < 2:
-            return f"{claim.words}: {NOTHING} ({len(values)} pairs; two are needed)."
+            return f"{claim.words}: {NOTHING} (pairs: {len(values)}; two are needed)."
         d = interval(values)
         said = "reproduced" if d.low > 0 else "not reproduced: lower than MeZO" if d.high < 0 else APART
         return (
@@ -105,7 +105,7 @@ def statement(groups: Sequence[Group], claim: Claim) -> str:
         )
     values, bounds = ratios(groups, claim)
     if len(values) < 2:
-        return f"{claim.words}: {NOTHING} ({len(values)} pairs in which MeZO gets to its own final loss; two are needed)."
+        return f"{claim.words}: {NOTHING} (pairs in which MeZO gets to its own final loss: {len(values)}; two are needed)."
     r = Interval(*(math.exp(x) for x in interval([math.log(v) for v in values])[:3]), len(values))
     open_end = f" {bounds} of them end above that loss: their ratio is at least what is counted." if bounds else ""
     what = {"steps": "steps", TIME: "processor time"}[claim.axis]
@@ -122,25 +122,37 @@ def among_best(group: Group, at: str) -> set[str]:
     return {name for name, mean in found.items() if mean.overlaps(best)}
 
 
-def start_with(groups: Sequence[Group], at: str = "time") -> str:
-    """Returns which method to start with, at equal time or at equal forwards.
+def learned(group: Group, at: str) -> bool:
+    """Returns whether the highest accuracy is told apart from that before training."""
+    return max(mean.low for mean in getattr(group, at).values()) > group.before.high
 
-    Candidates were run in every group. The one with the highest mean accuracy is named, with those that are not told
-    apart from the best of any group, and those that are told apart from it in some group."""
-    useful = [group for group in groups if len(getattr(group, at)) > 1]
-    if not useful:
-        return "Nothing is said: no model and set has two methods to compare."
-    everywhere = set.intersection(*(set(getattr(group, at)) for group in useful))
-    good = {name for name in everywhere if all(name in among_best(group, at) for group in useful)}
+
+def start_with(groups: Sequence[Group], at: str = "time") -> str:
+    """Returns which methods to start with, at equal time or at equal forwards.
+
+    Only groups count in which something was learned. Candidates were run in all of these. Named are those that are
+    not told apart from the best of any group, and those that are told apart from it in some group."""
     cost = {"time": "equal time", "forwards": "equal forwards"}[at]
+    compared = [group for group in groups if len(getattr(group, at)) > 1]
+    useful = [group for group in compared if learned(group, at)]
+    dull = "; ".join(group.name for group in compared if group not in useful)
+    tail = f" Accuracy is not told apart from that before training, and so says nothing, in: {dull}." if dull else ""
+    if not useful:
+        return f"At {cost} these runs do not say which method to start with.{tail or ' No model and set has two methods to compare.'}"
     where = "; ".join(group.name for group in useful)
-    if not good:
-        return f"At {cost} no method is among the best of every group ({where}): choose by the table of the group that is like yours."
-    scores = {name: statistics.fmean(getattr(group, at)[name].value for group in useful) for name in everywhere}
-    first = max(sorted(good), key=lambda name: scores[name])
-    others, worse = sorted(good - {first}), sorted(everywhere - good)
-    text = f"At {cost} start with **{first}**: {scores[first]:.1%} accuracy, mean over {len(useful)} group(s) ({where})."
-    text += f" Not told apart from the best: {', '.join(others)}." if others else ""
-    text += f" Lower than the best of a group, with intervals that do not overlap: {', '.join(worse)}." if worse else ""
+    everywhere = set.intersection(*(set(getattr(group, at)) for group in useful))
     partly = sorted({name for group in useful for name in getattr(group, at)} - everywhere)
-    return text + (f" Not run in every group, and not compared here: {', '.join(partly)}." if partly else "")
+    tail = (f" Not run in every group, and not compared here: {', '.join(partly)}." if partly else "") + tail
+    scores = {name: statistics.fmean(getattr(group, at)[name].value for group in useful) for name in everywhere}
+    good = [name for name in everywhere if all(name in among_best(group, at) for group in useful)]
+    good.sort(key=lambda name: (-scores[name], name))
+    worse = sorted(everywhere - set(good))
+    if not good:
+        return f"At {cost} no method is among the best of every group ({where}): see the table of the group that is like yours.{tail}"
+    if not worse:
+        return f"At {cost} no method is told apart from the best ({where}): {', '.join(good)}, by falling mean accuracy.{tail}"
+    first = f"**{good[0]}**" if len(good) == 1 else f"one of **{', '.join(good)}** (not told apart, by falling mean accuracy)"
+    return (
+        f"At {cost} start with {first}: {scores[good[0]]:.1%} accuracy of the first, mean over {where}. "
+        f"Lower than the best of a group, with intervals that do not overlap: {', '.join(worse)}.{tail}"
+    )

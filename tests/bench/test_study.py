@@ -241,6 +241,8 @@ def test_a_group_reads_at_the_cost_of_mezo() -> None:
     assert news.time["FZOO"].value == pytest.approx(0.3) and news.forwards["FZOO"].value == pytest.approx(0.6)
     assert reviews.limit is reviews.target is None and reviews.time == {}
     assert group(SMALL, "news", [row(BASE, LINE, FALL[::-1])], 100).target is None
+    assert group(SMALL, "news", [row(BASE, LINE, [1.0, 1.0, 1.0, 1.0, 0.96])], 100).target is None
+    assert news.before == mean([0.2], ROWS, 0.0, 0)
 
 
 # Statements -------------------------------------------------------------------------------------------------------------
@@ -285,26 +287,29 @@ def check_among_best(function) -> None:
 def check_start_with(function) -> None:
     better, good, bad = [*LINE[:4], 0.8], [*LINE[:4], 0.78], LINE
     text = function(many(MeZO=(good, FALL), SubZero=(better, FALL), PGAP=(bad, FALL)), "time")
-    assert text.startswith("At equal time start with **SubZero**: 80.0% accuracy")
-    assert "Not told apart from the best: MeZO." in text and "do not overlap: PGAP." in text
-    alone = many(MeZO=(good, FALL))
-    assert function(alone, "time").startswith("Nothing is said") and function([], "time").startswith("Nothing is said")
+    assert "At equal time start with one of **SubZero, MeZO** (not told apart" in text and "80.0% accuracy of the first" in text
+    assert text.endswith("do not overlap: PGAP.")
+    assert "start with **SubZero**: 80.0%" in function(many(MeZO=(bad, FALL), SubZero=(better, FALL)), "forwards")
+    assert "no method is told apart from the best (MiniLM, news; MiniLM, reviews): SubZero, MeZO, by" in function(
+        many(MeZO=(good, FALL), SubZero=(better, FALL)), "time"
+    )
+    assert "do not say which method" in function(many(MeZO=(good, FALL)), "time")
+    assert "do not say which method" in function([], "time")
+    dull = function(many(MeZO=([0.7, 0.7, 0.7, 0.7, 0.6], FALL), LOZO=([0.7, 0.7, 0.7, 0.7, 0.75], FALL)), "time")
+    assert "do not say which method" in dull and "not told apart from that before training" in dull  # though they differ
     mixed = [
         row(name, found, FALL, data=data)
         for data, sides in (("news", (better, bad)), ("reviews", (bad, better)))
         for name, found in zip((BASE, "LOZO"), sides)
     ]
     assert "no method is among the best of every group" in function(groups(mixed, BUDGETS), "time")
-    once = groups(
-        [
-            row(BASE, good, FALL),
-            row("LOZO", bad, FALL),
-            row(BASE, good, FALL, data="reviews"),
-            row("FZOO", better, FALL, data="reviews"),
-        ],
-        BUDGETS,
-    )
-    assert "Not run in every group, and not compared here: FZOO, LOZO." in function(once, "time")
+    some = [
+        row(BASE, good, FALL),
+        row("LOZO", bad, FALL),
+        row(BASE, good, FALL, data="reviews"),
+        row("FZOO", better, FALL, data="reviews"),
+    ]
+    assert "Not run in every group, and not compared here: FZOO, LOZO." in function(groups(some, BUDGETS), "time")
 
 
 STATEMENTS = {check_verdict: verdict, check_ratios: ratios, check_among_best: among_best, check_start_with: start_with}
@@ -319,6 +324,12 @@ def highest(found: reading.Group, at: str) -> set[str]:
     """The highest accuracy alone, whatever the intervals."""
     values = getattr(found, at)
     return {max(values, key=lambda name: values[name].value)} if values else set()
+
+
+def with_dull_groups(found, at):
+    """Compares methods that learned nothing."""
+    with patch.object(claims, "learned", lambda one, at: True):
+        return start_with(found, at)
 
 
 def by_name(found, at):
@@ -343,6 +354,7 @@ def by_name(found, at):
         pytest.param(check_among_best, lambda g, at: {*getattr(g, at)}, id="all of them"),
         pytest.param(check_start_with, by_name, id="by name"),
         pytest.param(check_start_with, lambda g, at: start_with(g[:1], at), id="the first group alone"),
+        pytest.param(check_start_with, with_dull_groups, id="where nothing was learned"),
     ],
 )
 def test_wrong_statements_are_rejected(check, wrong) -> None:
@@ -352,7 +364,7 @@ def test_wrong_statements_are_rejected(check, wrong) -> None:
 
 def test_claims_in_words() -> None:
     """Nothing without pairs; what the rows carry with them."""
-    assert "not measured (0 pairs" in statement([], CLAIMS[0]) and "not measured (0 pairs" in statement([], CLAIMS[2])
+    assert "two are needed" in statement([], CLAIMS[0]) and "not measured (pairs: 0" in statement([], CLAIMS[2])
     quick, high = [1.0, 0.6, 0.6, 0.6, 0.6], [*LINE[:4], 0.8]
     found = many(MeZO=(LINE, FALL), PGAP=(LINE, quick), SubZero=(high, FALL), KerZOO=(LINE, [1.0] * 5))
     assert "-81 % iterations (P-GAP): **in part" in statement(found, CLAIMS[0]) and "0.24 [0.24, 0.24]" in statement(
