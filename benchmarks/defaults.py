@@ -25,7 +25,6 @@ from examples import demo
 from examples.demo.data import LabelWords
 from examples.demo.training import Batches, Task, score
 from zokern.estimator import Oracle
-from zokern.evaluation import Point
 
 from .report import Report
 
@@ -67,6 +66,9 @@ CASES: dict[str, tuple[Callable[..., Any], float]] = {
     "MeZOGV": (zokern.MeZOGV, 1.0),
     "RLOO": (zokern.RLOO, 1.0),
     "ZOMomentum": (zokern.ZOMomentum, 1.0),
+    "FGD": (zokern.FGD, 1.0),
+    "Addax": (zokern.Addax, 1.0),
+    "Hybrid": (zokern.Hybrid, 1.0),
 }
 
 
@@ -75,15 +77,19 @@ def measure(name: str, model: Any, words: LabelWords, rows: Any, options: argpar
     build, portion = CASES[name]
     optimizer = build(model, seed=options.seed, **({} if options.lr is None else {"lr": options.lr}))
     batches = Batches(rows.train, BATCH, options.seed)
-    seconds, right = [], Oracle._ask
-    with patch.object(
-        Oracle, "_ask", lambda self, plan, points, *rest: asked.extend({*points}) or right(self, plan, points, *rest)
+    seconds, read, slopes = [], Oracle._ask, Oracle.slopes
+    with (
+        patch.object(
+            Oracle, "_ask", lambda self, plan, points, *rest: asked.extend({*points}) or read(self, plan, points, *rest)
+        ),
+        patch.object(Oracle, "slopes", lambda self, draws, *rest: asked.extend(draws) or slopes(self, draws, *rest)),
     ):
         while len(seconds) < max(1, round(portion * options.steps)) and sum(seconds) < options.seconds:
-            task, asked = Task(model, words, batches.next()), list[Point]()
+            task, asked = Task(model, words, batches.next()), list[Any]()
             started = time.perf_counter()
-            zokern.step(optimizer, task.examples if name == "DPZO" else task)
+            result = zokern.step(optimizer, task.examples if name == "DPZO" else task)
             seconds.append(time.perf_counter() - started)
+            asked += [] if result.first_order_loss is None else [result.first_order_loss]
     optimizer.flush()
     after, group = score(model, words, rows.held_out), optimizer.param_groups[0]
     return {

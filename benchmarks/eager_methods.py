@@ -11,6 +11,9 @@ add it to the weights. Only the shape of z differs:
     ZOMOPI    the same                      steps along P U V^T of a power iteration                                  Chen and Ma 2026
     EGGROLL   z = a b^T                     a, b normal; both signs of K seeds, weighted by the ranks of their losses Sarkar et al. 2025
     FZOO      z = 2 bits - 1                one-sided, K seeds and the loss at theta; steps scaled by the losses' std  Dang et al. 2026
+    FGD       z normal                      one forward with z as tangents; z is kept for the update                   Baydin et al. 2022
+    Addax     z normal                      also a back-propagation of all parameters                                  Li et al. 2025
+    Hybrid    z normal                      also a back-propagation of the last ones, which z does not move            Zhang et al. 2024
 
 Parameters that are no matrices take a dense normal z. Factors have the parameters' dtype, as there.
 """
@@ -22,6 +25,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import eager
 from .eager import normal_like
@@ -200,6 +205,54 @@ class FZOO(Loop):
         spread = torch.tensor(losses, dtype=torch.float64).std(correction=0).item()
         for each, loss in zip(seeds, losses):
             self.update(each, (loss - base) / (self.queries * spread) if spread else 0.0)
+
+
+class FGD(Loop):
+    """z of all parameters at once: as tangents, in one forward, and in the update."""
+
+    def step(self, closure: Closure, seed: int) -> None:
+        torch.manual_seed(seed)
+        tangents = [self.z(i, p.data) for i, p in enumerate(self.parameters)]
+        with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+            for p, z in zip(self.parameters, tangents):
+                p.copy_(forward_ad.make_dual(p.detach(), z))
+            slope = forward_ad.unpack_dual(closure()).tangent.item()
+        with torch.no_grad():
+            for p, z in zip(self.parameters, tangents):
+                p.data = p.data - self.lr * (slope * z)
+
+
+class Addax(Loop):
+    """MeZO's difference, then all gradients at once, of the same closure."""
+
+    alpha = 0.02
+
+    def step(self, closure: Closure, seed: int) -> None:
+        with torch.no_grad():
+            coefficient = self.difference(seed, closure)
+        gradients = torch.autograd.grad(closure(), self.parameters)
+        with torch.no_grad():
+            self.update(seed, self.alpha * coefficient)
+            for p, gradient in zip(self.parameters, gradients):
+                p.data = p.data - self.lr * (1 - self.alpha) * gradient
+
+
+class Hybrid(Loop):
+    """The last tenth of the parameters by back-propagation and AdamW, the others by MeZO's loop."""
+
+    def __init__(self, parameters: list[Tensor], lr: float, eps: float) -> None:
+        cut = len(parameters) - max(1, len(parameters) // 10)
+        self.last = torch.optim.AdamW(parameters[cut:], lr=1e-4, weight_decay=0.0)
+        super().__init__(parameters[:cut], lr, eps)
+
+    def step(self, closure: Closure, seed: int) -> None:
+        for p in self.parameters:
+            p.requires_grad_(False)
+        closure().backward()
+        with torch.no_grad():
+            self.update(seed, self.difference(seed, closure))
+        self.last.step()
+        self.last.zero_grad()
 
 
 class ZOMuon(Loop):

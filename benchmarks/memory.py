@@ -60,7 +60,7 @@ def optimizer(module: nn.Module, method: str, *words: str) -> Any:
         return getattr(zokern, method)(module, lr=LR, eps=EPS)
     name = words[0] if words else "paired"
     budget = {"budget": int(words[1]) << 20} if words[1:] else {}
-    unchecked = {} if name in ("inplace", "master") else {"check": False}
+    unchecked = {} if name in ("inplace", "jvp", "master") else {"check": False}
     return getattr(zokern, method)(module, lr=LR, eps=EPS, evaluation=EVALUATIONS[name](**budget, **unchecked))
 
 

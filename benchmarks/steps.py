@@ -107,7 +107,8 @@ class Step:
         options = dict(self.options) | ({"interval": 1} if self.refresh else {})
         if self.evaluation:
             options["evaluation"] = self.evaluation
-        if shape.tokens >= MANY and self.evaluation in ("", "paired"):
+        reads_losses = self.method != "FGD"  # alone, which is what zokern.Paired reads
+        if shape.tokens >= MANY and self.evaluation in ("", "paired") and reads_losses:
             options["evaluation"] = zokern.Paired(sides=2)
         if "sides" in options:
             options["evaluation"] = zokern.Paired(sides=options.pop("sides"))

@@ -12,6 +12,8 @@
 //                          over. With stochastic rounding 31.1 and 32.9. Every 32 steps add 3.4, or 4.5
 // registers  at most 64; 80 with stochastic or residual rounding, or with many terms or steps; 128 with both.
 //            No spill on sm_80 to sm_120: tests/kernels_cuda/test_sass.py, `python -m benchmarks.predict`
+// scaled     a list with factors of z has kernels of its own, one for a term and one for sums: at most 80 and
+//            128 registers on sm_90, no spill. The others hold no instruction for factors
 // launch     walk.h
 // equal      bit for bit to zokern/backends/reference.py for every grid. A value depends on its stream number
 //            alone, and the non-finite results are counted in integers. cvt.rn rounds as zo/rounding.h does
@@ -63,7 +65,7 @@ enum class Sum : int32_t { kTerm = 0, kDecayedTerm = 1, kTerms = 2, kSteps = 3 }
 
 constexpr bool is_plain(Sum sum) { return sum == Sum::kTerm || sum == Sum::kDecayedTerm; }
 
-template <Direction kDirection, Rounding kRounding, Sum kSum>
+template <Direction kDirection, Rounding kRounding, Sum kSum, bool kScaled>
 struct AxpyVerb {
   static constexpr bool kPlain = is_plain(kSum);
   const Keys& keys;
@@ -82,6 +84,7 @@ struct AxpyVerb {
     static constexpr bool kRandom = kRounding == Rounding::kStochastic && kType != Type::kFloat32;
     AxpyVerb& verb;
     const Place& place;
+    const Factors<kScaled>& factors;
     const Name& random_name;  // of the rounding draw of a plain sum
     Watch<kType> watch;
 
@@ -114,9 +117,11 @@ struct AxpyVerb {
     // One unit of a plain sum.
     template <class Z>
     __device__ __forceinline__ void unit(uint32_t i, const Z& z_of) {
-      float v[kUnit], z[kUnit];
+      float v[kUnit], z[kUnit], f[kUnit];
       load(i, v);
+      factors.load(i, f);
       z_of(z);
+      factors.apply(f, z);
 #pragma unroll
       for (int j = 0; j < kUnit; ++j) v[j] = fma_rn(verb.coefficient, z[j], verb.decayed(v[j]));
       if constexpr (kRandom) {
@@ -194,9 +199,9 @@ struct AxpyVerb {
   };
 
   template <Type kType>
-  __device__ __forceinline__ bool loop(const Place& place, const Turn& turn) {
+  __device__ __forceinline__ bool loop(const Place& place, const Factors<kScaled>& factors, const Turn& turn) {
     const Name random(place.who, last_step(), kRoundingDraw, keys);
-    Body<kType> body{*this, place, random, {}};
+    Body<kType> body{*this, place, factors, random, {}};
     if constexpr (kPlain) {
       each_unit<kDirection>(place, turn, Name(place.who, last_step(), terms.last.draw, keys), keys, body);
     } else if constexpr (kSum == Sum::kTerms) {
@@ -234,7 +239,7 @@ struct AxpyVerb {
   template <bool kLong, class Body>
   __device__ __forceinline__ void sums(int32_t k, int32_t here, Ready* all, uint4* all_random, const Place& place,
                                        const Turn& turn, Body& body) {
-    constexpr int kUnits = kLong ? 1 : kTogether;
+    constexpr int kUnits = kLong || kScaled ? 1 : kTogether;  // factors take the registers of a second unit
     const uint32_t lane = threadIdx.x % kWarp;
     const Ready* const begin = all + (threadIdx.x - lane);
     const auto ready = [&](int32_t done) {
@@ -261,6 +266,8 @@ struct AxpyVerb {
         if (inside(u)) body.load(i + u * turn.lanes, kept[u]);
         first[u] = first_product<kDirection>(place.begin + i + u * turn.lanes);
       }
+      float f[kUnit];
+      if (inside(0)) body.factors.load(i, f);
       const Ready* term = begin;
 #pragma unroll 1
       do {
@@ -275,6 +282,7 @@ struct AxpyVerb {
           for (int u = 0; u < kUnits; ++u) {
             float z[kUnit];
             values<kDirection>(first[u], place.begin + i + u * turn.lanes, name, keys, z);
+            body.factors.apply(f, z);
 #pragma unroll
             for (int j = 0; j < kUnit; ++j) v[u][j] = fma_rn(factor, z[j], v[u][j]);
           }
@@ -363,14 +371,16 @@ struct AxpyVerb {
 
   __device__ __forceinline__ bool units(const Entry& e, const Units& whole, const Turn& turn) {
     const Place place(e, whole);
+    const Factors<kScaled> factors(e, whole);
+    if (!factors.aligned()) return false;
     switch (static_cast<Type>(e.type)) {
       case Type::kFloat32:
-        return loop<Type::kFloat32>(place, turn);
+        return loop<Type::kFloat32>(place, factors, turn);
       case Type::kBfloat16:
         if (kRounding == Rounding::kResidual && e.residual == nullptr) return false;
-        return loop<Type::kBfloat16>(place, turn);
+        return loop<Type::kBfloat16>(place, factors, turn);
       case Type::kFloat16:
-        return loop<Type::kFloat16>(place, turn);
+        return loop<Type::kFloat16>(place, factors, turn);
     }
     return false;
   }
@@ -397,10 +407,12 @@ struct AxpyVerb {
                   : load(e.theta, type, at);
     }
     Words random = {};
-    float z[kUnit];
+    float z[kUnit], f[kUnit];
+    Factors<kScaled>::load_piece(e, p.residual_at, p.low, p.high, f);
     if constexpr (kPlain) {
       if constexpr (kStochastic) random = philox_named(p.unit, Name(e.who, last_step(), kRoundingDraw, keys), keys);
       values<kDirection>(p.unit, Name(e.who, last_step(), terms.last.draw, keys), keys, z);
+      Factors<kScaled>::apply(f, z);
 #pragma unroll
       for (int i = 0; i < kUnit; ++i) v[i] = fma_rn(coefficient, z[i], decayed(v[i]));
     } else {
@@ -413,6 +425,7 @@ struct AxpyVerb {
           for (int i = 0; i < kUnit; ++i) v[i] = mul_rn(term.decay, v[i]);
         }
         values<kDirection>(p.unit, Name(e.who, term.step + terms.clock, term.draw, keys), keys, z);
+        Factors<kScaled>::apply(f, z);
         const float factor = terms.coefficients[k];
 #pragma unroll
         for (int i = 0; i < kUnit; ++i) v[i] = fma_rn(factor, z[i], v[i]);
@@ -451,16 +464,29 @@ constexpr int resident(Rounding rounding, Sum sum) {
   return rounding == Rounding::kNearest ? kResidentMore : kResidentMost;
 }
 
+template <class Verb>
+__device__ __forceinline__ void axpy_list(const List& list, const Terms& terms, unsigned long long* nonfinite) {
+  Verb verb{list.keys, terms, Verb::kPlain ? terms.coefficients[0] : 0.0f, 0};
+  run(verb, list.entries, list.chunks, list.chunk_count, list.parts_log2);
+  // This is rare, so every thread adds for itself.
+  if (verb.nonfinite != 0) atomicAdd(nonfinite, static_cast<unsigned long long>(verb.nonfinite));
+}
+
 template <Direction kDirection, Rounding kRounding, Sum kSum>
 __global__ void __launch_bounds__(kThreads, resident(kRounding, kSum))
     axpy_kernel(const List list, const Draw* draws, const float* coefficients, int32_t draw_count, int32_t each, Draw last,
                 unsigned long long* nonfinite) {
   const Terms terms = {draws, coefficients, draw_count, each, clock_of(list), last};
-  using Verb = AxpyVerb<kDirection, kRounding, kSum>;
-  Verb verb{list.keys, terms, Verb::kPlain ? coefficients[0] : 0.0f, 0};
-  run(verb, list.entries, list.chunks, list.chunk_count, list.parts_log2);
-  // This is rare, so every thread adds for itself.
-  if (verb.nonfinite != 0) atomicAdd(nonfinite, static_cast<unsigned long long>(verb.nonfinite));
+  axpy_list<AxpyVerb<kDirection, kRounding, kSum, false>>(list, terms, nonfinite);
+}
+
+// Lists with factors of z: a sum of one term, or sums of any length.
+template <Direction kDirection, Rounding kRounding, Sum kSum>
+__global__ void __launch_bounds__(kThreads, kSum == Sum::kTerms ? kResidentMost : kResidentMore)
+    scaled_axpy_kernel(const List list, const Draw* draws, const float* coefficients, int32_t draw_count, int32_t each,
+                       Draw last, unsigned long long* nonfinite) {
+  const Terms terms = {draws, coefficients, draw_count, each, clock_of(list), last};
+  axpy_list<AxpyVerb<kDirection, kRounding, kSum, true>>(list, terms, nonfinite);
 }
 
 template <Direction kDirection, Rounding kRounding>
@@ -470,6 +496,10 @@ void axpy_along(const Launch& launch, const Draw* draws, int32_t draw_count, int
   if (draw_count == 1) {
     kernel = draws[0].decay == 1.0f ? axpy_kernel<kDirection, kRounding, Sum::kTerm>
                                     : axpy_kernel<kDirection, kRounding, Sum::kDecayedTerm>;
+  }
+  if (launch.scaled) {
+    kernel = draw_count == 1 ? scaled_axpy_kernel<kDirection, kRounding, Sum::kDecayedTerm>
+                             : scaled_axpy_kernel<kDirection, kRounding, Sum::kTerms>;
   }
   start("axpy_", kernel, launch, launch.draws, launch.coefficients, draw_count, each, draws[draw_count - 1], nonfinite);
 }

@@ -32,7 +32,7 @@ void check(bool holds, const char* message) {
 }
 
 zo::Launch launch(uintptr_t entries, uintptr_t chunks, int64_t chunk_count, int32_t direction, uint64_t seed, int64_t workers,
-                  uintptr_t stream, uintptr_t clock = 0, uintptr_t draws = 0, uintptr_t coefficients = 0) {
+                  uintptr_t stream, uintptr_t clock = 0, uintptr_t draws = 0, uintptr_t coefficients = 0, bool scaled = false) {
   check(chunk_count >= 0, "chunk_count is negative");
   check(chunk_count == 0 || (entries != 0 && chunks != 0), "entries or chunks is a null address");
   check(direction >= 0 && direction <= 1, "direction is not one of 0 (normal), 1 (rademacher)");
@@ -46,7 +46,8 @@ zo::Launch launch(uintptr_t entries, uintptr_t chunks, int64_t chunk_count, int3
           stream,
           at<zo::Draw>(draws),
           at<float>(coefficients),
-          at<int64_t>(clock)};
+          at<int64_t>(clock),
+          scaled};
 }
 
 void philox(uintptr_t counters, int64_t count, uint32_t k0, uint32_t k1, int rounds, uintptr_t words, int64_t workers,
@@ -57,36 +58,37 @@ void philox(uintptr_t counters, int64_t count, uint32_t k0, uint32_t k1, int rou
 }
 
 void draw(uintptr_t entries, uintptr_t chunks, int64_t chunk_count, int32_t direction, uint64_t seed, uint32_t step,
-          uint32_t draw, int64_t workers, uintptr_t stream, uintptr_t clock) {
-  zo::draw(launch(entries, chunks, chunk_count, direction, seed, workers, stream, clock), step, draw);
+          uint32_t draw, int64_t workers, uintptr_t stream, uintptr_t clock, bool scaled) {
+  zo::draw(launch(entries, chunks, chunk_count, direction, seed, workers, stream, clock, 0, 0, scaled), step, draw);
 }
 
 void axpy(uintptr_t entries, uintptr_t chunks, int64_t chunk_count, int32_t direction, uint64_t seed, uintptr_t draws,
           int32_t draw_count, int32_t each, int32_t rounding, uintptr_t nonfinite, int64_t workers, uintptr_t stream,
-          uintptr_t clock, uintptr_t device_draws, uintptr_t coefficients) {
+          uintptr_t clock, uintptr_t device_draws, uintptr_t coefficients, bool scaled) {
   check(draw_count > 0 && draws != 0, "draws is empty");
   check(each > 0 && draw_count % each == 0, "each does not divide draw_count");
   check(rounding >= 0 && rounding <= 2, "rounding is not one of 0 (nearest), 1 (stochastic), 2 (residual)");
   check(nonfinite != 0, "nonfinite is a null address");
-  zo::axpy(launch(entries, chunks, chunk_count, direction, seed, workers, stream, clock, device_draws, coefficients),
+  zo::axpy(launch(entries, chunks, chunk_count, direction, seed, workers, stream, clock, device_draws, coefficients, scaled),
            at<zo::Draw>(draws), draw_count, each, static_cast<zo::Rounding>(rounding), at<int64_t>(nonfinite));
 }
 
 void perturb(uintptr_t entries, uintptr_t chunks, int64_t chunk_count, int32_t direction, uint64_t seed, uint32_t step,
-             uint32_t draw, uintptr_t scales, int64_t workers, uintptr_t stream, uintptr_t clock) {
+             uint32_t draw, uintptr_t scales, int64_t workers, uintptr_t stream, uintptr_t clock, bool scaled) {
   check(scales != 0, "scales is a null address");
-  zo::perturb(launch(entries, chunks, chunk_count, direction, seed, workers, stream, clock), step, draw, at<float>(scales));
+  zo::perturb(launch(entries, chunks, chunk_count, direction, seed, workers, stream, clock, 0, 0, scaled), step, draw,
+              at<float>(scales));
 }
 
 #if defined(ZOKERN_UPDATE)
 void update(uintptr_t entries, uintptr_t chunks, int64_t chunk_count, int32_t direction, uint64_t seed, uintptr_t draws,
             int32_t draw_count, int32_t rule, uintptr_t scalars, int32_t rounding, uintptr_t nonfinite, int64_t workers,
-            uintptr_t stream, uintptr_t clock, uintptr_t device_draws, uintptr_t coefficients) {
+            uintptr_t stream, uintptr_t clock, uintptr_t device_draws, uintptr_t coefficients, bool scaled) {
   check(draw_count > 0 && draws != 0, "draws is empty");
-  check(rule >= 0 && rule <= 1, "rule is not one of 0 (momentum), 1 (adam)");
+  check(rule >= 0 && rule <= 2, "rule is not one of 0 (momentum), 1 (adam), 2 (sign)");
   check(rounding >= 0 && rounding <= 2, "rounding is not one of 0 (nearest), 1 (stochastic), 2 (residual)");
   check(nonfinite != 0 && scalars != 0, "nonfinite or scalars is a null address");
-  zo::update(launch(entries, chunks, chunk_count, direction, seed, workers, stream, clock, device_draws, coefficients),
+  zo::update(launch(entries, chunks, chunk_count, direction, seed, workers, stream, clock, device_draws, coefficients, scaled),
              at<zo::Draw>(draws), draw_count, static_cast<zo::Rule>(rule), at<float>(scalars),
              static_cast<zo::Rounding>(rounding), at<int64_t>(nonfinite));
 }
@@ -123,6 +125,9 @@ void lowrank_one(uintptr_t theta, uintptr_t out, uintptr_t residual, int64_t siz
                         who,
                         type,
                         out_type,
+                        0,
+                        nullptr,
+                        0,
                         0};
   const zo::Factors factors{at<float>(left), at<float>(right), rank, columns, scale, 0};
   std::vector<zo::Chunk> chunks;
@@ -215,16 +220,16 @@ PYBIND11_MODULE(ZOKERN_MODULE, module) {
   module.def("philox", &philox, Free(), arg("counters"), arg("count"), arg("k0"), arg("k1"), arg("rounds"), arg("words"),
              arg("workers"), arg("stream"));
   module.def("draw", &draw, Free(), arg("entries"), arg("chunks"), arg("chunk_count"), arg("direction"), arg("seed"),
-             arg("step"), arg("draw"), arg("workers"), arg("stream"), arg("clock") = 0);
+             arg("step"), arg("draw"), arg("workers"), arg("stream"), arg("clock") = 0, arg("scaled") = false);
   module.def("axpy", &axpy, Free(), arg("entries"), arg("chunks"), arg("chunk_count"), arg("direction"), arg("seed"),
              arg("draws"), arg("draw_count"), arg("each"), arg("rounding"), arg("nonfinite"), arg("workers"), arg("stream"),
-             arg("clock") = 0, arg("device_draws") = 0, arg("coefficients") = 0);
+             arg("clock") = 0, arg("device_draws") = 0, arg("coefficients") = 0, arg("scaled") = false);
   module.def("perturb", &perturb, Free(), arg("entries"), arg("chunks"), arg("chunk_count"), arg("direction"), arg("seed"),
-             arg("step"), arg("draw"), arg("scales"), arg("workers"), arg("stream"), arg("clock") = 0);
+             arg("step"), arg("draw"), arg("scales"), arg("workers"), arg("stream"), arg("clock") = 0, arg("scaled") = false);
 #if defined(ZOKERN_UPDATE)
   module.def("update", &update, Free(), arg("entries"), arg("chunks"), arg("chunk_count"), arg("direction"), arg("seed"),
              arg("draws"), arg("draw_count"), arg("rule"), arg("scalars"), arg("rounding"), arg("nonfinite"), arg("workers"),
-             arg("stream"), arg("clock") = 0, arg("device_draws") = 0, arg("coefficients") = 0);
+             arg("stream"), arg("clock") = 0, arg("device_draws") = 0, arg("coefficients") = 0, arg("scaled") = false);
 #endif
 #if defined(ZOKERN_LOWRANK_CPU)
   module.def("lowrank", &lowrank, Free(), arg("entries"), arg("chunks"), arg("chunk_count"), arg("factors"),

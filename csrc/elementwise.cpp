@@ -85,7 +85,7 @@ ZO_INLINE void store_unit(Element<T>* p, F a, F b, Flag& flag) {
 
 // The fast path for one term. kSides is 0 for draw, 1 for axpy and for perturb with one side, 2 for perturb
 // with two.
-template <Direction D, Type T, Type O, int kSides, bool kDecay>
+template <Direction D, Type T, Type O, int kSides, bool kDecay, bool kScaled>
 int64_t fast(const Job& job, const Run& run, const Element<T>* theta, Element<O>* out0, Element<O>* out1, float scale0,
              float scale1) {
   constexpr bool kPaired = O == Type::kBfloat16;
@@ -94,6 +94,7 @@ int64_t fast(const Job& job, const Run& run, const Element<T>* theta, Element<O>
   alignas(64) uint32_t words[4 * kBlocks];
   const Name name{run.entry->who, job.draws[0].step, job.draws[0].draw, job.keys};
   const F c0 = Simd::all(scale0), c1 = Simd::all(scale1), decay = Simd::all(job.draws[0].decay);
+  const Scale scale = static_cast<Scale>(run.entry->scale_type);
   Flag flag{Simd::all(0.0f), Simd::all(0.0f)};
   for (int64_t done = 0; done < run.n; done += kSpan) {
     const int n = static_cast<int>(run.n - done < kSpan ? run.n - done : kSpan);
@@ -102,6 +103,11 @@ int64_t fast(const Job& job, const Run& run, const Element<T>* theta, Element<O>
                                                             name, words, reinterpret_cast<const char*>(theta + done + kSpan));
     sweep<D, kPaired>(words, n / kUnit, [&](int unit, F a, F b) ZO_INLINE_LAMBDA {
       const int64_t i = done + unit * kUnit;
+      if constexpr (kScaled) {
+        F f, g;
+        load_factors<kPaired>(run.entry->scale, scale, run.low + i, f, g);
+        a = a * f, b = b * g;
+      }
       if constexpr (kSides == 0) {
         store_unit<O, kPaired>(out0 + i, a, b, flag);
       } else {
@@ -124,7 +130,7 @@ constexpr int kTerms = 8;
 
 bool is_short_sum(const Job& job) { return job.verb == Verb::kAxpy && job.each == job.draw_count && job.draw_count <= kTerms; }
 
-template <Direction D, Type T>
+template <Direction D, Type T, bool kScaled>
 int64_t fast_sum(const Job& job, const Run& run, Element<T>* theta) {
   constexpr bool kPaired = T == Type::kBfloat16;
   constexpr int kSpan = kBlocks * per_block(D);
@@ -146,9 +152,15 @@ int64_t fast_sum(const Job& job, const Run& run, Element<T>* theta) {
       F x, y;
       load_unit<T, kPaired>(at, x, y);
       x = decay * x, y = decay * y;
+      F f, g;
+      if constexpr (kScaled) {
+        const Scale scale = static_cast<Scale>(run.entry->scale_type);
+        load_factors<kPaired>(run.entry->scale, scale, run.low + done + unit * kUnit, f, g);
+      }
       for (int k = 0; k < job.draw_count; ++k) {
         F a, b;
         unit_values<D, kPaired>(words[k], unit, a, b);
+        if constexpr (kScaled) a = a * f, b = b * g;
         x = Simd::fma(c[k], a, x), y = Simd::fma(c[k], b, y);
       }
       store_unit<T, kPaired>(at, x, y, flag);
@@ -157,7 +169,7 @@ int64_t fast_sum(const Job& job, const Run& run, Element<T>* theta) {
   return Simd::any_nan(flag.a + flag.b) ? 1 : 0;
 }
 
-template <Direction D, Type T, Type O>
+template <Direction D, Type T, Type O, bool kScaled>
 int64_t fast_verb(const Job& job, const Run& run) {
   const auto* theta = static_cast<const Element<T>*>(run.theta);
   auto* out0 = static_cast<Element<O>*>(run.entry->out[0]);
@@ -165,24 +177,24 @@ int64_t fast_verb(const Job& job, const Run& run) {
   if (out0 != nullptr) out0 += run.position;
   if (out1 != nullptr) out1 += run.position;
   if (job.verb == Verb::kDraw) {
-    if constexpr (T == O) fast<D, T, O, 0, false>(job, run, theta, out0, out1, 0.0f, 0.0f);
+    if constexpr (T == O) fast<D, T, O, 0, false, kScaled>(job, run, theta, out0, out1, 0.0f, 0.0f);
     return 0;
   }
   if (job.verb == Verb::kPerturb) {
     const float c0 = quiet(job.scales[0]);
     if (out1 == nullptr) {
-      fast<D, T, O, 1, false>(job, run, theta, out0, out1, c0, 0.0f);
+      fast<D, T, O, 1, false, kScaled>(job, run, theta, out0, out1, c0, 0.0f);
     } else {
-      fast<D, T, O, 2, false>(job, run, theta, out0, out1, c0, quiet(job.scales[1]));
+      fast<D, T, O, 2, false, kScaled>(job, run, theta, out0, out1, c0, quiet(job.scales[1]));
     }
     return 0;
   }
   if constexpr (T == O) {
     auto* here = static_cast<Element<O>*>(const_cast<void*>(run.theta));
     const float c = quiet(job.draws[0].coefficient);
-    const int64_t flag = job.draw_count > 1           ? fast_sum<D, T>(job, run, here)
-                         : job.draws[0].decay == 1.0f ? fast<D, T, O, 1, false>(job, run, theta, here, nullptr, c, 0.0f)
-                                                      : fast<D, T, O, 1, true>(job, run, theta, here, nullptr, c, 0.0f);
+    const auto one = job.draws[0].decay == 1.0f ? fast<D, T, O, 1, false, kScaled> : fast<D, T, O, 1, true, kScaled>;
+    const int64_t flag =
+        job.draw_count > 1 ? fast_sum<D, T, kScaled>(job, run, here) : one(job, run, theta, here, nullptr, c, 0.0f);
     if (flag != 0) return count_nonfinite<T>(here, run.n);
   }
   return 0;
@@ -190,8 +202,9 @@ int64_t fast_verb(const Job& job, const Run& run) {
 
 int64_t fast_instance(const Job& job, const Run& run) {
   const auto theta = static_cast<Type>(run.entry->type), out = static_cast<Type>(run.entry->out_type);
-#define ZO_INSTANCE(D, T, O) \
-  if (job.direction == D && theta == T && out == O) return fast_verb<D, T, O>(job, run);
+#define ZO_INSTANCE(D, T, O)                        \
+  if (job.direction == D && theta == T && out == O) \
+    return run.entry->scale == nullptr ? fast_verb<D, T, O, false>(job, run) : fast_verb<D, T, O, true>(job, run);
 #include "instances.def"
 #undef ZO_INSTANCE
   return 0;
@@ -203,6 +216,7 @@ struct Buffers {
   alignas(64) uint32_t random[4 * kBlocks];
   alignas(64) float value[kPiece];
   alignas(64) float side[kPiece];
+  alignas(64) float factor[kPiece];
   alignas(64) uint16_t half[kPiece];
 };
 
@@ -237,41 +251,46 @@ struct Stochastic {  // as bf16_stochastic and fp16_stochastic in zo/rounding.h
   }
 };
 
-// to <- finish(c z + decay from), or finish(z) without kAdd.
-template <Direction D, bool kAdd, class Finish>
-void term(const Name& name, uint64_t block, int blocks, float c, float decay, const float* from, float* to, uint32_t* words,
-          const Finish& finish) {
+// to <- finish(c z + decay from), or finish(z) without kAdd. z has the factors if there are some.
+template <Direction D, bool kAdd, bool kScaled, class Finish>
+void term_of(const Name& name, uint64_t block, int blocks, float c, float decay, const float* from, float* to, uint32_t* words,
+             const float* factor, const Finish& finish) {
   make_words<D == Direction::kNormal, 0>(static_cast<uint32_t>(block), blocks, name, words, nullptr);
   const F scale = Simd::all(c), before = Simd::all(decay);
   sweep<D, false>(words, (blocks * per_block(D) + kUnit - 1) / kUnit, [&](int unit, F a, F b) ZO_INLINE_LAMBDA {
     const int at = unit * kUnit;
+    if constexpr (kScaled) a = a * Simd::load(factor + at), b = b * Simd::load(factor + at + kLanes);
     Simd::store(to + at, finish(kAdd ? Simd::fma(scale, a, before * Simd::load(from + at)) : a, at));
     const int next = at + kLanes;
     Simd::store(to + next, finish(kAdd ? Simd::fma(scale, b, before * Simd::load(from + next)) : b, next));
   });
 }
 
-template <class Finish>
-void add_term(const Job& job, const Draw& draw, uint32_t who, uint64_t block, int blocks, float c, const float* from, float* to,
-              uint32_t* words, const Finish& finish) {
-  const Name name{who, draw.step, draw.draw, job.keys};
-  if (job.direction == Direction::kNormal) {
-    term<Direction::kNormal, true>(name, block, blocks, quiet(c), quiet(draw.decay), from, to, words, finish);
+template <bool kAdd, class Finish>
+void term(const Job& job, const Draw& draw, const Entry& entry, uint64_t block, int blocks, float c, const float* from,
+          float* to, Buffers& buffers, const Finish& finish) {
+  const Name name{entry.who, draw.step, draw.draw, job.keys};
+  const auto run = [&](auto* of) {
+    of(name, block, blocks, quiet(c), quiet(draw.decay), from, to, buffers.words, buffers.factor, finish);
+  };
+  const bool normal = job.direction == Direction::kNormal;
+  if (entry.scale == nullptr) {
+    run(normal ? term_of<Direction::kNormal, kAdd, false, Finish> : term_of<Direction::kRademacher, kAdd, false, Finish>);
   } else {
-    term<Direction::kRademacher, true>(name, block, blocks, quiet(c), quiet(draw.decay), from, to, words, finish);
+    run(normal ? term_of<Direction::kNormal, kAdd, true, Finish> : term_of<Direction::kRademacher, kAdd, true, Finish>);
   }
 }
 
 // Adds the last term of a sum, with the rounding that follows it.
-void add_last(const Job& job, const Draw& draw, uint32_t who, Type type, uint64_t block, int blocks, int units,
+void add_last(const Job& job, const Draw& draw, const Entry& entry, Type type, uint64_t block, int blocks, int units,
               Buffers& buffers) {
   const auto add = [&](const auto& finish) {
-    add_term(job, draw, who, block, blocks, draw.coefficient, buffers.value, buffers.value, buffers.words, finish);
+    term<true>(job, draw, entry, block, blocks, draw.coefficient, buffers.value, buffers.value, buffers, finish);
   };
   if (job.rounding != Rounding::kStochastic)
     return type == Type::kBfloat16 ? add(Nearest<Type::kBfloat16>{}) : add(Nearest<Type::kFloat16>{});
   const uint64_t first = block * (job.direction == Direction::kNormal ? kNormalPerBlock : kRademacherPerBlock) / 8;
-  const Name name{who, draw.step, kRoundingDraw, job.keys};
+  const Name name{entry.who, draw.step, kRoundingDraw, job.keys};
   make_words<false, 0>(static_cast<uint32_t>(first), (units * kUnit + 7) / 8, name, buffers.random, nullptr);
   const auto* random = reinterpret_cast<const uint16_t*>(buffers.random);  // half-words in order
   return type == Type::kBfloat16 ? add(Stochastic<Type::kBfloat16>{random}) : add(Stochastic<Type::kFloat16>{random});
@@ -290,6 +309,10 @@ int64_t general_piece(const Job& job, const Run& run, int64_t begin, int n, Buff
                     (job.verb == Verb::kPerturb || job.rounding == Rounding::kResidual);
   float* value = buffers.value;
   for (int i = 0; i < units * kUnit; ++i) value[i] = 0.0f;
+  if (entry.scale != nullptr) {
+    for (int i = 0; i < units * kUnit; ++i) buffers.factor[i] = 0.0f;
+    gather_factors(entry, run.low + begin, n, buffers.factor + skip);
+  }
   char* theta = static_cast<char*>(const_cast<void*>(run.theta));
   if (job.verb != Verb::kDraw) {
     theta += begin * run.column_stride * (type == Type::kFloat32 ? 4 : 2);
@@ -313,9 +336,9 @@ int64_t general_piece(const Job& job, const Run& run, int64_t begin, int n, Buff
       // nearest.
       const bool exact = type == Type::kFloat32 || keep || (k + 1) % job.each != 0;
       if (exact || (!stochastic && k + 1 == job.draw_count)) {
-        add_term(job, draw, entry.who, block, blocks, draw.coefficient, value, value, buffers.words, Unrounded{});
+        term<true>(job, draw, entry, block, blocks, draw.coefficient, value, value, buffers, Unrounded{});
       } else {
-        add_last(job, draw, entry.who, type, block, blocks, units, buffers);
+        add_last(job, draw, entry, type, block, blocks, units, buffers);
       }
     }
     value += skip;
@@ -337,14 +360,9 @@ int64_t general_piece(const Job& job, const Run& run, int64_t begin, int n, Buff
   for (int side = 0; side < 2 && entry.out[side] != nullptr; ++side) {
     const int64_t at = run.position + begin;
     if (job.verb == Verb::kDraw) {
-      const Name name{entry.who, job.draws[0].step, job.draws[0].draw, job.keys};
-      if (job.direction == Direction::kNormal) {
-        term<Direction::kNormal, false>(name, block, blocks, 0.0f, 1.0f, value, buffers.side, buffers.words, Unrounded{});
-      } else {
-        term<Direction::kRademacher, false>(name, block, blocks, 0.0f, 1.0f, value, buffers.side, buffers.words, Unrounded{});
-      }
+      term<false>(job, job.draws[0], entry, block, blocks, 0.0f, value, buffers.side, buffers, Unrounded{});
     } else {
-      add_term(job, job.draws[0], entry.who, block, blocks, job.scales[side], value, buffers.side, buffers.words, Unrounded{});
+      term<true>(job, job.draws[0], entry, block, blocks, job.scales[side], value, buffers.side, buffers, Unrounded{});
     }
     if (out_type == Type::kFloat32) {
       scatter(buffers.side + skip, n, static_cast<float*>(entry.out[side]) + at, 1);

@@ -5,6 +5,7 @@
 // work     perturb with both signs, instructions of the whole loop per element, on sm_90: normal 26.1
 //          (16-bit), rademacher 7.9. At most 64 registers, 80 for perturb. No spill on sm_80 to sm_120:
 //          tests/kernels_cuda/test_sass.py, `python -m benchmarks.predict`, nvcc 13.0
+// scaled   a list with factors of z has kernels of its own. The others hold no instruction for factors
 // launch   walk.h
 // equal    bit for bit to zokern/backends/reference.py for every grid. A value depends on its stream number
 //          alone. cvt.rn rounds as zo/rounding.h does
@@ -21,7 +22,7 @@
 namespace zo {
 namespace kernels {  // named, so that a kernel has the same symbol in every build
 
-template <Direction kDirection>
+template <Direction kDirection, bool kScaled>
 struct DrawVerb {
   const Keys& keys;
   uint32_t step, draw;
@@ -29,39 +30,46 @@ struct DrawVerb {
   template <Type kType>
   struct Body {
     void* out;
+    const Factors<kScaled>& factors;
 
     template <class Z>
     __device__ __forceinline__ void unit(uint32_t i, const Z& z_of) {
-      float z[kUnit];
+      float z[kUnit], f[kUnit];
+      factors.load(i, f);
       z_of(z);
+      factors.apply(f, z);
       store_unit<kType>(out, i, nearest<kType>(z));
     }
     __device__ __forceinline__ void settle(uint32_t, uint32_t, uint32_t) {}
   };
 
   template <Type kType>
-  __device__ __forceinline__ bool loop(const Place& place, const Turn& turn) {
-    Body<kType> body{place.out[0]};
+  __device__ __forceinline__ bool loop(const Place& place, const Factors<kScaled>& factors, const Turn& turn) {
+    Body<kType> body{place.out[0], factors};
     each_unit<kDirection>(place, turn, Name(place.who, step, draw, keys), keys, body);
     return true;
   }
 
   __device__ __forceinline__ bool units(const Entry& e, const Units& whole, const Turn& turn) {
     const Place place(e, whole);
+    const Factors<kScaled> factors(e, whole);
+    if (!factors.aligned()) return false;
     switch (static_cast<Type>(e.out_type)) {
       case Type::kFloat32:
-        return loop<Type::kFloat32>(place, turn);
+        return loop<Type::kFloat32>(place, factors, turn);
       case Type::kBfloat16:
-        return loop<Type::kBfloat16>(place, turn);
+        return loop<Type::kBfloat16>(place, factors, turn);
       case Type::kFloat16:
-        return loop<Type::kFloat16>(place, turn);
+        return loop<Type::kFloat16>(place, factors, turn);
     }
     return false;
   }
 
   __device__ __forceinline__ void piece(const Entry& e, const Piece& p) {
-    float z[kUnit];
+    float z[kUnit], f[kUnit];
     values<kDirection>(p.unit, Name(e.who, step, draw, keys), keys, z);
+    Factors<kScaled>::load_piece(e, p.residual_at, p.low, p.high, f);
+    Factors<kScaled>::apply(f, z);
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) {
       if (i >= p.low && i < p.high) store_nearest(e.out[0], static_cast<Type>(e.out_type), p.to + i, z[i]);
@@ -69,7 +77,7 @@ struct DrawVerb {
   }
 };
 
-template <Direction kDirection>
+template <Direction kDirection, bool kScaled>
 struct PerturbVerb {
   const Keys& keys;
   uint32_t step, draw;
@@ -79,16 +87,19 @@ struct PerturbVerb {
   struct Body {
     const PerturbVerb& verb;
     const Place& place;
+    const Factors<kScaled>& factors;
 
     template <class Z>
     __device__ __forceinline__ void unit(uint32_t i, const Z& z_of) {
-      float v[kUnit], z[kUnit], out[kUnit];
+      float v[kUnit], z[kUnit], f[kUnit], out[kUnit];
+      factors.load(i, f);
       if (kType == Type::kBfloat16 && place.residual != nullptr) {
         load_joined(place.theta, place.residual, i, v);
       } else {
         load_unit<kType>(place.theta, i, v);
       }
       z_of(z);
+      factors.apply(f, z);
 #pragma unroll
       for (int j = 0; j < kUnit; ++j) out[j] = fma_rn(verb.plus, z[j], v[j]);
       store_unit<kOut>(place.out[0], i, nearest<kOut>(out));
@@ -102,10 +113,12 @@ struct PerturbVerb {
 
   __device__ __forceinline__ bool units(const Entry& e, const Units& whole, const Turn& turn) {
     const Place place(e, whole);
+    const Factors<kScaled> factors(e, whole);
+    if (!factors.aligned()) return false;
 #define ZO_INSTANCE(direction, theta, out)                                                  \
   if constexpr (kDirection == direction) {                                                  \
     if (e.type == static_cast<int32_t>(theta) && e.out_type == static_cast<int32_t>(out)) { \
-      Body<theta, out> body{*this, place};                                                  \
+      Body<theta, out> body{*this, place, factors};                                         \
       each_unit<kDirection>(place, turn, Name(place.who, step, draw, keys), keys, body);    \
       return true;                                                                          \
     }                                                                                       \
@@ -118,8 +131,10 @@ struct PerturbVerb {
   __device__ __forceinline__ void piece(const Entry& e, const Piece& p) {
     const Type type = static_cast<Type>(e.type), out_type = static_cast<Type>(e.out_type);
     const bool join = type == Type::kBfloat16 && e.residual != nullptr;
-    float z[kUnit];
+    float z[kUnit], f[kUnit];
     values<kDirection>(p.unit, Name(e.who, step, draw, keys), keys, z);
+    Factors<kScaled>::load_piece(e, p.residual_at, p.low, p.high, f);
+    Factors<kScaled>::apply(f, z);
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) {
       if (i < p.low || i >= p.high) continue;
@@ -134,14 +149,28 @@ struct PerturbVerb {
 
 template <Direction kDirection>
 __global__ void __launch_bounds__(kThreads, kResident) draw_kernel(const List list, uint32_t step, uint32_t draw) {
-  DrawVerb<kDirection> verb{list.keys, step + clock_of(list), draw};
+  DrawVerb<kDirection, false> verb{list.keys, step + clock_of(list), draw};
   run(verb, list.entries, list.chunks, list.chunk_count, list.parts_log2);
 }
 
 template <Direction kDirection>
 __global__ void __launch_bounds__(kThreads, kResidentMore)
     perturb_kernel(const List list, uint32_t step, uint32_t draw, float plus, float minus) {
-  PerturbVerb<kDirection> verb{list.keys, step + clock_of(list), draw, plus, minus};
+  PerturbVerb<kDirection, false> verb{list.keys, step + clock_of(list), draw, plus, minus};
+  run(verb, list.entries, list.chunks, list.chunk_count, list.parts_log2);
+}
+
+// Lists with factors of z.
+template <Direction kDirection>
+__global__ void __launch_bounds__(kThreads, kResidentMore) scaled_draw_kernel(const List list, uint32_t step, uint32_t draw) {
+  DrawVerb<kDirection, true> verb{list.keys, step + clock_of(list), draw};
+  run(verb, list.entries, list.chunks, list.chunk_count, list.parts_log2);
+}
+
+template <Direction kDirection>
+__global__ void __launch_bounds__(kThreads, kResidentMore)
+    scaled_perturb_kernel(const List list, uint32_t step, uint32_t draw, float plus, float minus) {
+  PerturbVerb<kDirection, true> verb{list.keys, step + clock_of(list), draw, plus, minus};
   run(verb, list.entries, list.chunks, list.chunk_count, list.parts_log2);
 }
 
@@ -177,10 +206,14 @@ void philox(const uint32_t* counters, int64_t count, uint32_t k0, uint32_t k1, i
 
 void draw(const Launch& launch, uint32_t step, uint32_t draw) {
   switch (launch.direction) {
-    case Direction::kNormal:
-      return start("draw", draw_kernel<Direction::kNormal>, launch, step, draw);
-    case Direction::kRademacher:
-      return start("draw", draw_kernel<Direction::kRademacher>, launch, step, draw);
+    case Direction::kNormal: {
+      auto* kernel = launch.scaled ? scaled_draw_kernel<Direction::kNormal> : draw_kernel<Direction::kNormal>;
+      return start("draw", kernel, launch, step, draw);
+    }
+    case Direction::kRademacher: {
+      auto* kernel = launch.scaled ? scaled_draw_kernel<Direction::kRademacher> : draw_kernel<Direction::kRademacher>;
+      return start("draw", kernel, launch, step, draw);
+    }
   }
   unknown("draw", launch.direction);
 }
@@ -203,10 +236,14 @@ void axpy(const Launch& launch, const Draw* draws, int32_t draw_count, int32_t e
 
 void perturb(const Launch& launch, uint32_t step, uint32_t draw, const float* scales) {
   switch (launch.direction) {
-    case Direction::kNormal:
-      return start("perturb", perturb_kernel<Direction::kNormal>, launch, step, draw, scales[0], scales[1]);
-    case Direction::kRademacher:
-      return start("perturb", perturb_kernel<Direction::kRademacher>, launch, step, draw, scales[0], scales[1]);
+    case Direction::kNormal: {
+      auto* kernel = launch.scaled ? scaled_perturb_kernel<Direction::kNormal> : perturb_kernel<Direction::kNormal>;
+      return start("perturb", kernel, launch, step, draw, scales[0], scales[1]);
+    }
+    case Direction::kRademacher: {
+      auto* kernel = launch.scaled ? scaled_perturb_kernel<Direction::kRademacher> : perturb_kernel<Direction::kRademacher>;
+      return start("perturb", kernel, launch, step, draw, scales[0], scales[1]);
+    }
   }
   unknown("perturb", launch.direction);
 }

@@ -6,6 +6,8 @@
 //                    rounding to T. A replay is several such sums of `each` terms, one after the other in
 //                    registers. It gives the results of K / each calls
 //          perturb   out_j <- round(theta + s_j z), j = 1 or 2, from one evaluation of z. theta is only read
+// scale    z is round(z f), where an entry has factors f of its elements: float32, bfloat16, or a mask of one
+//          byte, 0 or 1. They lie at R columns + c
 // table    one Entry per tensor, one launch per table. An entry is a 2-D view of any stride. A tensor of
 //          higher rank that does not collapse to 2-D becomes several entries (zokern/backends/pack.py).
 //          Outputs are contiguous
@@ -28,8 +30,9 @@ namespace zo {
 
 enum class Type : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 enum class Direction : int32_t { kNormal = 0, kRademacher = 1 };
+enum class Scale : int32_t { kFloat32 = 0, kBfloat16 = 1, kMask = 2 };
 
-struct Entry {            // 104 bytes; backends/pack.py packs the same layout
+struct Entry {            // 120 bytes; backends/pack.py packs the same layout
   void* theta;            // null for draw
   void* out[2];           // draw: out[0]; perturb: out[0], out[1] (or null); update_: m and v
   int16_t* residual;      // low bits of a bfloat16 theta, at R columns + c, or null
@@ -44,8 +47,11 @@ struct Entry {            // 104 bytes; backends/pack.py packs the same layout
   int32_t type;           // Type of theta
   int32_t out_type;       // Type of out
   int32_t tensor;         // position of the tensor in the launch
+  const void* scale;      // factors of z, at R columns + c, or null for 1
+  int32_t scale_type;     // Scale of the factors
+  int32_t reserved;
 };
-static_assert(sizeof(Entry) == 104, "zokern/backends/pack.py packs 104 bytes");
+static_assert(sizeof(Entry) == 120, "zokern/backends/pack.py packs 120 bytes");
 
 struct Chunk {  // logical elements [begin, end) of entry `entry`, element p being (p / columns, p % columns)
   int64_t begin;
@@ -76,6 +82,7 @@ struct Launch {
   const Draw* draws = nullptr;          // the names and decays of several terms
   const float* coefficients = nullptr;  // the factors of a sum; on the CPU they are in the draws
   const int64_t* clock = nullptr;       // added to every step number; null for 0
+  bool scaled = false;                  // CUDA: some entry has a scale
 };
 
 void philox(const uint32_t* counters, int64_t count, uint32_t k0, uint32_t k1, int rounds, uint32_t* words,
@@ -124,6 +131,13 @@ ZO_FN float load(const void* base, Type type, int64_t offset) {
   if (type == Type::kFloat32) return static_cast<const float*>(base)[offset];
   const uint16_t half = static_cast<const uint16_t*>(base)[offset];
   return type == Type::kBfloat16 ? bf16_to_float(half) : fp16_to_float(half);
+}
+
+// Factor `offset` of an entry, 1 if it has none.
+ZO_FN float factor_at(const void* base, int32_t type, int64_t offset) {
+  if (base == nullptr) return 1.0f;
+  if (type == static_cast<int32_t>(Scale::kMask)) return static_cast<float>(static_cast<const uint8_t*>(base)[offset]);
+  return load(base, type == static_cast<int32_t>(Scale::kFloat32) ? Type::kFloat32 : Type::kBfloat16, offset);
 }
 
 ZO_FN void store_nearest(void* base, Type type, int64_t offset, float value) {

@@ -168,6 +168,60 @@ struct Place {
   }
 };
 
+// The factors of z of an entry: those of its whole units, and single ones. kScaled kernels have them.
+template <bool kScaled>
+struct Factors {
+  __device__ __forceinline__ Factors(const Entry&, const Units&) {}
+  __device__ __forceinline__ bool aligned() const { return true; }
+  __device__ __forceinline__ void load(uint32_t, float (&)[kUnit]) const {}
+  __device__ __forceinline__ static void load_piece(const Entry&, int64_t, int, int, float (&)[kUnit]) {}
+  __device__ __forceinline__ static void apply(const float (&)[kUnit], float (&)[kUnit]) {}
+};
+
+template <>
+struct Factors<true> {
+  const char* base;
+  Scale type;
+
+  __device__ __forceinline__ int64_t bytes() const { return type == Scale::kMask ? 1 : type == Scale::kBfloat16 ? 2 : 4; }
+
+  __device__ __forceinline__ Factors(const Entry& e, const Units& whole)
+      : base(static_cast<const char*>(e.scale)), type(static_cast<Scale>(e.scale_type)) {
+    if (base != nullptr) base += static_cast<int64_t>(whole.begin * kUnit - e.first) * bytes();
+  }
+
+  // Whether the factors of a unit can be loaded together: a mask in 8 bytes, others in 16.
+  __device__ __forceinline__ bool aligned() const {
+    return reinterpret_cast<uintptr_t>(base) % (type == Scale::kMask ? 8 : 16) == 0;
+  }
+
+  __device__ __forceinline__ void load(uint32_t i, float (&f)[kUnit]) const {
+    if (base == nullptr) {
+#pragma unroll
+      for (int j = 0; j < kUnit; ++j) f[j] = 1.0f;
+    } else if (type == Scale::kMask) {
+      const uint64_t eight = *global(reinterpret_cast<const uint64_t*>(unit_at(base, i, kUnit)));
+#pragma unroll
+      for (int j = 0; j < kUnit; ++j) f[j] = from_int(static_cast<int32_t>(eight >> (8 * j) & 0xffu));
+    } else if (type == Scale::kBfloat16) {
+      load_unit<Type::kBfloat16>(base, i, f);
+    } else {
+      load_unit<Type::kFloat32>(base, i, f);
+    }
+  }
+
+  // Elements [low, high) of a unit whose element 0 has factor `at`.
+  __device__ __forceinline__ static void load_piece(const Entry& e, int64_t at, int low, int high, float (&f)[kUnit]) {
+#pragma unroll
+    for (int j = 0; j < kUnit; ++j) f[j] = j < low || j >= high ? 0.0f : factor_at(e.scale, e.scale_type, at + j);
+  }
+
+  __device__ __forceinline__ static void apply(const float (&f)[kUnit], float (&z)[kUnit]) {
+#pragma unroll
+    for (int j = 0; j < kUnit; ++j) z[j] = mul_rn(z[j], f[j]);
+  }
+};
+
 template <Type kType>
 __device__ __forceinline__ void load_stored(const void* base, uint32_t i, Stored<kType>& unit) {
   const char* from = unit_at(static_cast<const char*>(base), i, kType == Type::kFloat32 ? 32 : 16);

@@ -1,7 +1,7 @@
-// update.cu: a rule with state, momentum or Adam, for a list of tensors, on a GPU
+// update.cu: an update rule, momentum, Adam or the sign, for a list of tensors, on a GPU
 //
 // math     update.h
-// traffic  bytes an element: 8 (momentum) or 16 (adam) for the state, 4 (16-bit) or 8 (float32) for theta. z
+// traffic  bytes an element: 8 (momentum), 16 (adam) or 0 (sign) for the state, 4 (16-bit) or 8 (float32) for theta. z
 //          moves no bytes
 // work     instructions of the whole loop per element, on sm_90, one term, rounding to nearest:
 //          momentum  normal 33.9 (16-bit) and 32.4 (float32), rademacher 21.1 and 19.6
@@ -9,6 +9,7 @@
 //                    operands at the ends of the range call
 //          Memory leaves time for 83 (momentum) and 138 (adam) on an H200, bf16. Momentum has 80 registers
 //          and adam at most 116. No spill on sm_80 to sm_120: tests/kernels_cuda/test_update_sass.py, nvcc 13.0
+// scaled   a list with factors of z has kernels of its own, at most 128 registers
 // launch   walk.h. The numbers of the rule and the coefficients lie in device memory
 // equal    bit for bit to zokern/backends/reference.py for every grid. Root and quotient are correctly
 //          rounded
@@ -42,6 +43,10 @@ struct Sum {
 // One element: updates m and v, and returns the new theta.
 template <Rule kRule>
 __device__ __forceinline__ float advance(const Scalars& s, float g, float theta, float& m, float& v) {
+  if constexpr (kRule == Rule::kSign) {
+    const float sign = g > 0.0f ? 1.0f : g < 0.0f ? -1.0f : g;
+    return fma_rn(s.lr, sign, mul_rn(s.decay, theta));
+  }
   m = fma_rn(s.alpha1, g, mul_rn(s.beta1, m));
   float move = m;
   if constexpr (kRule == Rule::kAdam) {
@@ -51,9 +56,9 @@ __device__ __forceinline__ float advance(const Scalars& s, float g, float theta,
   return fma_rn(s.lr, move, mul_rn(s.decay, theta));
 }
 
-template <Direction kDirection, Rule kRule, Rounding kRounding>
+template <Direction kDirection, Rule kRule, Rounding kRounding, bool kScaled>
 struct UpdateVerb {
-  static constexpr bool kStochastic = kRounding == Rounding::kStochastic;
+  static constexpr bool kStochastic = kRounding == Rounding::kStochastic, kHasMoments = kRule != Rule::kSign;
   const Keys& keys;
   const Sum sum;
   const Scalars scalars;
@@ -63,7 +68,7 @@ struct UpdateVerb {
 
   // Evaluates z unit by unit, although up to 16 units of `rademacher` share a block. Memory is the limit, so
   // there is time for it.
-  __device__ __forceinline__ void gradient(uint32_t unit, uint32_t who, float (&g)[kUnit]) {
+  __device__ __forceinline__ void gradient(uint32_t unit, uint32_t who, const float (&f)[kUnit], float (&g)[kUnit]) {
     float z[kUnit];
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) g[i] = 0.0f;
@@ -72,6 +77,7 @@ struct UpdateVerb {
       Draw term = sum.last;
       if (k + 1 < sum.count) term = sum.draws[k];
       values<kDirection>(unit, Name(who, term.step + sum.clock, term.draw, keys), keys, z);
+      Factors<kScaled>::apply(f, z);
       const float factor = sum.coefficients[k];
 #pragma unroll
       for (int i = 0; i < kUnit; ++i) g[i] = fma_rn(factor, z[i], g[i]);
@@ -83,22 +89,24 @@ struct UpdateVerb {
     static constexpr bool kJoin = kRounding == Rounding::kResidual && kType == Type::kBfloat16;
     UpdateVerb& verb;
     const Place& place;
+    const Factors<kScaled>& factors;
     const Name& random_name;
     Watch<kType> watch;
 
     __device__ __forceinline__ void unit(uint32_t i) {
-      float theta[kUnit], g[kUnit], m[kUnit], v[kUnit] = {};
+      float theta[kUnit], g[kUnit], f[kUnit], m[kUnit] = {}, v[kUnit] = {};
       if constexpr (kJoin) {
         load_joined(place.theta, place.residual, i, theta);
       } else {
         load_unit<kType>(place.theta, i, theta);
       }
-      load_unit<Type::kFloat32>(place.out[0], i, m);
+      if constexpr (kHasMoments) load_unit<Type::kFloat32>(place.out[0], i, m);
       if constexpr (kRule == Rule::kAdam) load_unit<Type::kFloat32>(place.out[1], i, v);
-      verb.gradient(place.begin + i, place.who, g);
+      factors.load(i, f);
+      verb.gradient(place.begin + i, place.who, f, g);
 #pragma unroll
       for (int j = 0; j < kUnit; ++j) theta[j] = advance<kRule>(verb.scalars, g[j], theta[j], m[j], v[j]);
-      store_unit<Type::kFloat32>(place.out[0], i, nearest<Type::kFloat32>(m));
+      if constexpr (kHasMoments) store_unit<Type::kFloat32>(place.out[0], i, nearest<Type::kFloat32>(m));
       if constexpr (kRule == Rule::kAdam) store_unit<Type::kFloat32>(place.out[1], i, nearest<Type::kFloat32>(v));
       Stored<kType> result;
       if constexpr (kJoin) {
@@ -125,9 +133,9 @@ struct UpdateVerb {
   };
 
   template <Type kType>
-  __device__ __forceinline__ bool loop(const Place& place, const Turn& turn) {
+  __device__ __forceinline__ bool loop(const Place& place, const Factors<kScaled>& factors, const Turn& turn) {
     const Name random(place.who, last_step(), kRoundingDraw, keys);
-    Body<kType> body{*this, place, random, {}};
+    Body<kType> body{*this, place, factors, random, {}};
 #pragma unroll 1
     for (uint32_t i = turn.lane; i < place.count; i += turn.lanes) body.unit(i);
     body.settle(turn.lane, place.count, turn.lanes);
@@ -136,14 +144,16 @@ struct UpdateVerb {
 
   __device__ __forceinline__ bool units(const Entry& e, const Units& whole, const Turn& turn) {
     const Place place(e, whole);
+    const Factors<kScaled> factors(e, whole);
+    if (!factors.aligned()) return false;
     switch (static_cast<Type>(e.type)) {
       case Type::kFloat32:
-        return loop<Type::kFloat32>(place, turn);
+        return loop<Type::kFloat32>(place, factors, turn);
       case Type::kBfloat16:
         if (kRounding == Rounding::kResidual && e.residual == nullptr) return false;
-        return loop<Type::kBfloat16>(place, turn);
+        return loop<Type::kBfloat16>(place, factors, turn);
       case Type::kFloat16:
-        return loop<Type::kFloat16>(place, turn);
+        return loop<Type::kFloat16>(place, factors, turn);
     }
     return false;
   }
@@ -151,8 +161,9 @@ struct UpdateVerb {
   __device__ __forceinline__ void piece(const Entry& e, const Piece& p) {
     const Type type = static_cast<Type>(e.type);
     const bool join = kRounding == Rounding::kResidual && type == Type::kBfloat16 && e.residual != nullptr;
-    float g[kUnit];
-    gradient(p.unit, e.who, g);
+    float g[kUnit], f[kUnit];
+    Factors<kScaled>::load_piece(e, p.residual_at, p.low, p.high, f);
+    gradient(p.unit, e.who, f, g);
     Words random = {};
     if constexpr (kStochastic) random = philox_named(p.unit, Name(e.who, last_step(), kRoundingDraw, keys), keys);
     float* first = static_cast<float*>(e.out[0]) + p.to;
@@ -161,11 +172,11 @@ struct UpdateVerb {
     for (int i = 0; i < kUnit; ++i) {
       if (i < p.low || i >= p.high) continue;
       const int64_t at = p.at + i * p.stride;
-      float m = first[i], v = kRule == Rule::kAdam ? second[i] : 0.0f;
+      float m = kHasMoments ? first[i] : 0.0f, v = kRule == Rule::kAdam ? second[i] : 0.0f;
       float theta = join ? residual_join(static_cast<const uint16_t*>(e.theta)[at], e.residual[p.residual_at + i])
                          : load(e.theta, type, at);
       theta = advance<kRule>(scalars, g[i], theta, m, v);
-      first[i] = m;
+      if constexpr (kHasMoments) first[i] = m;
       if constexpr (kRule == Rule::kAdam) second[i] = v;
       uint32_t bits;
       if (type == Type::kFloat32) {
@@ -189,7 +200,8 @@ struct UpdateVerb {
 
 template <Rule kRule>
 __device__ __forceinline__ Scalars scalars_at(const float* from) {
-  Scalars s = {from[0], from[1], from[2], from[3], 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
+  Scalars s = {from[0], from[1], 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
+  if constexpr (kRule != Rule::kSign) s.beta1 = from[2], s.alpha1 = from[3];
   if constexpr (kRule == Rule::kAdam) {
     s.beta2 = from[4], s.alpha2 = from[5], s.inside = from[6], s.correction = from[7], s.eps = from[8];
   }
@@ -201,23 +213,52 @@ __global__ void __launch_bounds__(kThreads, resident(kRule))
     update_kernel(const List list, const Draw* draws, const float* coefficients, int32_t draw_count, Draw last,
                   const float* scalars, unsigned long long* nonfinite) {
   const Sum sum = {draws, coefficients, draw_count, clock_of(list), last};
-  UpdateVerb<kDirection, kRule, kRounding> verb{list.keys, sum, scalars_at<kRule>(scalars), 0};
+  UpdateVerb<kDirection, kRule, kRounding, false> verb{list.keys, sum, scalars_at<kRule>(scalars), 0};
   run(verb, list.entries, list.chunks, list.chunk_count, list.parts_log2);
   // This is rare, so every thread adds for itself.
   if (verb.nonfinite != 0) atomicAdd(nonfinite, static_cast<unsigned long long>(verb.nonfinite));
 }
 
+// Lists with factors of z.
+template <Direction kDirection, Rule kRule, Rounding kRounding>
+__global__ void __launch_bounds__(kThreads, kResidentMost)
+    scaled_update_kernel(const List list, const Draw* draws, const float* coefficients, int32_t draw_count, Draw last,
+                         const float* scalars, unsigned long long* nonfinite) {
+  const Sum sum = {draws, coefficients, draw_count, clock_of(list), last};
+  UpdateVerb<kDirection, kRule, kRounding, true> verb{list.keys, sum, scalars_at<kRule>(scalars), 0};
+  run(verb, list.entries, list.chunks, list.chunk_count, list.parts_log2);
+  if (verb.nonfinite != 0) atomicAdd(nonfinite, static_cast<unsigned long long>(verb.nonfinite));
+}
+
+template <Direction kDirection, Rule kRule, Rounding kRounding>
+auto* one_of(bool scaled) {
+  return scaled ? scaled_update_kernel<kDirection, kRule, kRounding> : update_kernel<kDirection, kRule, kRounding>;
+}
+
 template <Direction kDirection, Rule kRule>
-auto* update_of(Rounding rounding) {
+auto* rounded_by(Rounding rounding, bool scaled) {
   switch (rounding) {
     case Rounding::kNearest:
-      return update_kernel<kDirection, kRule, Rounding::kNearest>;
+      return one_of<kDirection, kRule, Rounding::kNearest>(scaled);
     case Rounding::kStochastic:
-      return update_kernel<kDirection, kRule, Rounding::kStochastic>;
+      return one_of<kDirection, kRule, Rounding::kStochastic>(scaled);
     case Rounding::kResidual:
-      return update_kernel<kDirection, kRule, Rounding::kResidual>;
+      return one_of<kDirection, kRule, Rounding::kResidual>(scaled);
   }
   throw std::runtime_error("update_: unknown rounding " + std::to_string(static_cast<int>(rounding)));
+}
+
+template <Direction kDirection>
+auto* update_of(Rule rule, Rounding rounding, bool scaled) {
+  switch (rule) {
+    case Rule::kMomentum:
+      return rounded_by<kDirection, Rule::kMomentum>(rounding, scaled);
+    case Rule::kAdam:
+      return rounded_by<kDirection, Rule::kAdam>(rounding, scaled);
+    case Rule::kSign:
+      return rounded_by<kDirection, Rule::kSign>(rounding, scaled);
+  }
+  throw std::runtime_error("update_: unknown rule " + std::to_string(static_cast<int>(rule)));
 }
 
 }  // namespace updates
@@ -231,19 +272,11 @@ void update(const Launch& launch, const Draw* draws, int32_t draw_count, Rule ru
   if (launch.coefficients == nullptr || (draw_count > 1 && launch.draws == nullptr)) {
     throw std::runtime_error("update_: coefficients or the draws of several terms are not in device memory");
   }
-  const bool adam = rule == Rule::kAdam;
-  auto* kernel = update_of<Direction::kNormal, Rule::kMomentum>(rounding);
-  switch (launch.direction) {
-    case Direction::kNormal:
-      if (adam) kernel = update_of<Direction::kNormal, Rule::kAdam>(rounding);
-      break;
-    case Direction::kRademacher:
-      kernel = adam ? update_of<Direction::kRademacher, Rule::kAdam>(rounding)
-                    : update_of<Direction::kRademacher, Rule::kMomentum>(rounding);
-      break;
-    default:
-      kernels::unknown("update_", launch.direction);
+  if (launch.direction != Direction::kNormal && launch.direction != Direction::kRademacher) {
+    kernels::unknown("update_", launch.direction);
   }
+  auto* kernel = launch.direction == Direction::kNormal ? update_of<Direction::kNormal>(rule, rounding, launch.scaled)
+                                                        : update_of<Direction::kRademacher>(rule, rounding, launch.scaled);
   kernels::start("update_", kernel, launch, launch.draws, launch.coefficients, draw_count, draws[draw_count - 1], scalars,
                  reinterpret_cast<unsigned long long*>(nonfinite));
 }

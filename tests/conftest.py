@@ -25,6 +25,8 @@ LONGEST = (
     "test_architectures",
     "test_wheel",
     "test_lowrank_triton",
+    "test_scaled_triton",
+    "test_scaled_cuda",
     "test_cuda",
     "test_sass",
     "test_ptx",
@@ -46,6 +48,8 @@ LONGEST = (
     "test_predict",
     "test_update",
     "test_ops",
+    "test_masked",
+    "test_scaled",
     "test_models",
     "test_statistics",
 )
@@ -108,3 +112,23 @@ def on_host() -> types.ModuleType:
     if reason := host.missing():
         pytest.skip(reason)
     return host.build()
+
+
+@pytest.fixture(scope="module", params=["avx512", "avx2", "scalar"])
+def cpu(request):
+    """Backend 'cpu' with each instruction set."""
+    from zokern import backends
+
+    reason = backends.why_off("cpu")
+    if reason is not None:
+        pytest.skip(f"backend 'cpu' is off: {reason}")
+    from zokern import _cpu
+
+    if request.param not in _cpu.architectures():
+        pytest.skip(f"this machine cannot run {request.param}; it runs {_cpu.architectures()}")
+    before, threads = _cpu.implementation(), torch.get_num_threads()
+    _cpu.select(request.param)
+    torch.set_num_threads(2)  # whatever the environment says: one thread would not notice a chunk that another must do
+    yield backends.get("cpu")
+    _cpu.select(before)
+    torch.set_num_threads(threads)

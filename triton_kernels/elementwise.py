@@ -1,6 +1,6 @@
 """elementwise: draw, axpy_ and perturb in Triton, one launch for a list of tensors (csrc/elementwise.h says what they compute)
 
-table    entries int64[E, 16] and chunks int64[C, 3] in device memory: the bytes of `Entry` (13) and of `Chunk`; then 1 where the
+table    entries int64[E, 18] and chunks int64[C, 3] in device memory: the bytes of `Entry` (15) and of `Chunk`; then 1 where the
          entry can take the unit path, and how to divide by its columns. draws int64[K] = step | draw << 32. Addresses become
          typed pointers here.
 paths    unit     eight consecutive elements a Philox block: contiguous, first a multiple of 8, every address a multiple of 16. A
@@ -12,6 +12,7 @@ work     axpy_ normal, K = 1, instructions an element from sm_80 to sm_120: 16-b
          signs, 7.9 to 8.1 and 8.5; both signs of perturb in bfloat16 26.1
          (`pytest tests/kernels_triton/test_triton.py -k compiled -s`, Triton 3.9; 3.6 adds up to 0.6); the element path repeats
          z's block for each element
+scaled   with SCALED, z is multiplied by the factors of its element (csrc/elementwise.h); without it, there is no instruction for it
 launch   SPLIT programs a chunk. enable_fp_fusion=False is part of the definition: contraction would change bits.
 equal    bit for bit to zokern/backends/reference.py
 source   Malladi et al. 2023, Algorithm 1; stream: zokern/stream.py, version 1
@@ -63,10 +64,14 @@ FIRST: tl.constexpr = tl.constexpr(9)
 PITCH: tl.constexpr = tl.constexpr(10)
 WHO_TYPE: tl.constexpr = tl.constexpr(11)
 TYPE_OUT: tl.constexpr = tl.constexpr(12)
-IN_UNITS: tl.constexpr = tl.constexpr(13)
-DIVIDE: tl.constexpr = tl.constexpr(14)
-SHIFT: tl.constexpr = tl.constexpr(15)
-ENTRY: tl.constexpr = tl.constexpr(16)
+SCALE: tl.constexpr = tl.constexpr(13)
+SCALE_TYPE: tl.constexpr = tl.constexpr(14)
+IN_UNITS: tl.constexpr = tl.constexpr(15)
+DIVIDE: tl.constexpr = tl.constexpr(16)
+SHIFT: tl.constexpr = tl.constexpr(17)
+ENTRY: tl.constexpr = tl.constexpr(18)
+
+SCALE_MASK: tl.constexpr = tl.constexpr(2)  # types of factors: 0 float32, 1 bfloat16, 2 one byte
 
 
 # --- the element path: `number` is the stream's number of each element --------------------------------------------------------------
@@ -176,6 +181,23 @@ def locate(entry, p, mask):
     return number, r * tl.load(entry + ROW_STRIDE) + c * tl.load(entry + COLUMN_STRIDE), r * columns + c
 
 
+@triton.jit
+def factor_of(entry, place, mask):
+    """The factors of elements at these places; 1 where an entry has none."""
+    address = tl.load(entry + SCALE)
+    kind = tl.load(entry + SCALE_TYPE).to(tl.int32)
+    factor = tl.full([place.shape[0]], 1.0, tl.float32)
+    if address != 0:
+        if kind == FLOAT32:
+            factor = tl.load(address.to(tl.pointer_type(tl.float32)) + place, mask=mask, other=0)
+        elif kind == BFLOAT16:
+            factor = bf16_to_float(tl.load(address.to(tl.pointer_type(tl.uint16)) + place, mask=mask, other=0))
+        else:
+            byte = tl.load(address.to(tl.pointer_type(tl.uint8)) + place, mask=mask, other=0)
+            factor = byte.to(tl.int32).to(tl.float32)
+    return factor
+
+
 # --- the unit path: words of two values ----------------------------------------------------------------------------------------------
 #
 # A tile has N units, so [N, 4] pairs; W of the four are handled at a time: 4 in 16-bit types, 2 where float32 is read or written, so
@@ -243,6 +265,30 @@ def read_pair(theta, low, place, mask, TYPE: tl.constexpr, JOIN: tl.constexpr):
         return to_float(even), to_float(odd)
     else:
         return to_float(word << 16), to_float(word & 0xFFFF0000)
+
+
+@triton.jit
+def factor_pair(entry, begin, place, mask, N: tl.constexpr, W: tl.constexpr):
+    """The factors of words of two elements, `place` words after element `begin`; 1 where an entry has none."""
+    address = tl.load(entry + SCALE)
+    kind = tl.load(entry + SCALE_TYPE).to(tl.int32)
+    even = tl.full([N, W], 1.0, tl.float32)
+    odd = tl.full([N, W], 1.0, tl.float32)
+    here = (begin >> 1) + place
+    if address != 0:
+        if kind == FLOAT32:
+            wide = tl.load(address.to(tl.pointer_type(tl.uint64)) + here, mask=mask, other=0)
+            even = to_float(wide.to(tl.uint32))
+            odd = to_float((wide >> 32).to(tl.uint32))
+        elif kind == BFLOAT16:
+            word = tl.load(address.to(tl.pointer_type(tl.uint32)) + here, mask=mask, other=0)
+            even = to_float(word << 16)
+            odd = to_float(word & 0xFFFF0000)
+        else:
+            half = tl.load(address.to(tl.pointer_type(tl.uint16)) + here, mask=mask, other=0).to(tl.int32)
+            even = (half & 0xFF).to(tl.float32)
+            odd = (half >> 8).to(tl.float32)
+    return even, odd
 
 
 @triton.jit
@@ -329,8 +375,8 @@ def philox(counters, words, count, keys, ROUNDS: tl.constexpr, BLOCK: tl.constex
 
 
 @triton.jit(do_not_specialize=["entries", "chunks", "step", "draw", "keys", "clock"])
-def draw(entries, chunks, step, draw, keys, clock,
-         DIRECTION: tl.constexpr, KINDS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
+def draw(entries, chunks, step, draw, keys, clock, DIRECTION: tl.constexpr, SCALED: tl.constexpr, KINDS: tl.constexpr,
+         BLOCK: tl.constexpr, TAIL: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
     """out <- nearest(z). KINDS: bit t is set when the launch has an output of type t."""
     N: tl.constexpr = BLOCK // 8
     step = name_of(step, clock)
@@ -349,12 +395,17 @@ def draw(entries, chunks, step, draw, keys, clock,
                     words = words_of(unit + at, who, step, draw, keys, N, DIRECTION)
                     for PART in tl.static_range(4 // W):
                         even, odd = z_pair(words, PART, W, DIRECTION)
+                        if SCALED:
+                            f_even, f_odd = factor_pair(entry, begin, from_word + (place + PART * W), mask, N, W)
+                            even, odd = even * f_even, odd * f_odd
                         tl.store(out + from_word + (place + PART * W), nearest_pair(even, odd, TYPE), mask=mask)
                 out = pointer(tl.load(entry + OUT), begin, TYPE)
                 for at in range(units * 8 + part * TAIL, size, SPLIT * TAIL):
                     i = at + tl.arange(0, TAIL)
                     number, place, low_place = locate(entry, begin + i, i < size)
                     z = z_of(number, who, step, draw, keys, DIRECTION)
+                    if SCALED:
+                        z = z * factor_of(entry, low_place, i < size)
                     tl.store(out + i, nearest(z, TYPE), mask=i < size)
 
 
@@ -370,8 +421,12 @@ def term(k, draws, step, draw, draw_count, clock):
 
 
 @triton.jit
-def add_pair(even, odd, words, coefficient, PART: tl.constexpr, W: tl.constexpr, DIRECTION: tl.constexpr):
+def add_pair(even, odd, f_even, f_odd, words, coefficient, PART: tl.constexpr, W: tl.constexpr, DIRECTION: tl.constexpr,
+             SCALED: tl.constexpr):  # fmt: skip
+    """Adds a term to a word of two sums; f_even and f_odd are the factors of z, which only SCALED reads."""
     z_even, z_odd = z_pair(words, PART, W, DIRECTION)
+    if SCALED:
+        z_even, z_odd = z_even * f_even, z_odd * f_odd
     return tl.fma(coefficient, z_even, even), tl.fma(coefficient, z_odd, odd)
 
 
@@ -421,8 +476,9 @@ def round_pair(even, odd, unit, who, step, keys, N: tl.constexpr, TYPE: tl.const
 
 
 @triton.jit
-def replay_units(even, odd, even2, odd2, unit, who, draws, coefficients, draw_count, each, keys, clock, DIRECTION: tl.constexpr,
-                 ROUNDING: tl.constexpr, TYPE: tl.constexpr, N: tl.constexpr, W: tl.constexpr):  # fmt: skip
+def replay_units(even, odd, even2, odd2, f_even, f_odd, f_even2, f_odd2, unit, who, draws, coefficients, draw_count, each, keys, clock,
+                 DIRECTION: tl.constexpr, ROUNDING: tl.constexpr, SCALED: tl.constexpr, TYPE: tl.constexpr, N: tl.constexpr,
+                 W: tl.constexpr):  # fmt: skip
     """Sums of `each` terms, every one with its decay and its rounding."""
     for start in range(0, draw_count, each):
         step, draw, decay = listed(start, draws, draw_count, clock)
@@ -431,9 +487,9 @@ def replay_units(even, odd, even2, odd2, unit, who, draws, coefficients, draw_co
             step, draw, decay = listed(k, draws, draw_count, clock)
             words = words_of(unit, who, step, draw, keys, N, DIRECTION)
             coefficient = tl.load(coefficients + k)
-            even, odd = add_pair(even, odd, words, coefficient, 0, W, DIRECTION)
+            even, odd = add_pair(even, odd, f_even, f_odd, words, coefficient, 0, W, DIRECTION, SCALED)
             if W == 2:
-                even2, odd2 = add_pair(even2, odd2, words, coefficient, 1, W, DIRECTION)
+                even2, odd2 = add_pair(even2, odd2, f_even2, f_odd2, words, coefficient, 1, W, DIRECTION, SCALED)
         # the split of a float32 into a bfloat16 and its low bits is exact
         if TYPE != FLOAT32 and not (TYPE == BFLOAT16 and ROUNDING == RESIDUAL):
             even, odd = round_pair(even, odd, unit, who, step, keys, N, TYPE, ROUNDING, W)
@@ -441,9 +497,9 @@ def replay_units(even, odd, even2, odd2, unit, who, draws, coefficients, draw_co
 
 
 @triton.jit
-def axpy_units(theta, low, unit, at, units, who, step, draw, draws, coefficients, only, draw_count, each, decay, keys, clock, state,
-               DIRECTION: tl.constexpr, ROUNDING: tl.constexpr, DECAY: tl.constexpr, EACH: tl.constexpr, TYPE: tl.constexpr,
-               N: tl.constexpr, W: tl.constexpr):  # fmt: skip
+def axpy_units(entry, begin, theta, low, unit, at, units, who, step, draw, draws, coefficients, only, draw_count, each, decay, keys, clock, state,
+               DIRECTION: tl.constexpr, ROUNDING: tl.constexpr, DECAY: tl.constexpr, EACH: tl.constexpr, SCALED: tl.constexpr,
+               TYPE: tl.constexpr, N: tl.constexpr, W: tl.constexpr):  # fmt: skip
     """One tile of axpy_ over units; the watch's new state."""
     JOIN: tl.constexpr = TYPE == BFLOAT16 and ROUNDING == RESIDUAL
     from_word, place, mask = rows_of(at, units, N, W, DIRECTION)
@@ -453,9 +509,15 @@ def axpy_units(theta, low, unit, at, units, who, step, draw, draws, coefficients
     even2, odd2 = even, odd
     if W == 2:
         even2, odd2 = read_pair(theta, low, place + 2, mask, TYPE, JOIN)
+    f_even, f_odd, f_even2, f_odd2 = even, odd, even2, odd2
+    if SCALED:
+        f_even, f_odd = factor_pair(entry, begin, from_word + place, mask, N, W)
+        if W == 2:
+            f_even2, f_odd2 = factor_pair(entry, begin, from_word + (place + 2), mask, N, W)
     if EACH:
-        even, odd, even2, odd2 = replay_units(even, odd, even2, odd2, unit + at, who, draws, coefficients, draw_count, each, keys, clock,
-                                              DIRECTION, ROUNDING, TYPE, N, W)  # fmt: skip
+        even, odd, even2, odd2 = replay_units(even, odd, even2, odd2, f_even, f_odd, f_even2, f_odd2, unit + at, who, draws,
+                                              coefficients, draw_count, each, keys, clock, DIRECTION, ROUNDING, SCALED, TYPE, N,
+                                              W)  # fmt: skip
     else:
         if DECAY:
             even, odd, even2, odd2 = even * decay, odd * decay, even2 * decay, odd2 * decay
@@ -465,9 +527,9 @@ def axpy_units(theta, low, unit, at, units, who, step, draw, draws, coefficients
             coefficient = only
             if draw_count > 1:
                 coefficient = tl.load(coefficients + k)
-            even, odd = add_pair(even, odd, words, coefficient, 0, W, DIRECTION)
+            even, odd = add_pair(even, odd, f_even, f_odd, words, coefficient, 0, W, DIRECTION, SCALED)
             if W == 2:
-                even2, odd2 = add_pair(even2, odd2, words, coefficient, 1, W, DIRECTION)
+                even2, odd2 = add_pair(even2, odd2, f_even2, f_odd2, words, coefficient, 1, W, DIRECTION, SCALED)
     random = place
     LAST: tl.constexpr = NEAREST if EACH else ROUNDING  # a replay has rounded its last sum
     if TYPE != FLOAT32 and LAST == STOCHASTIC:
@@ -493,19 +555,25 @@ def round_element(value, number, who, step, keys, TYPE: tl.constexpr, ROUNDING: 
 
 
 @triton.jit
-def axpy_elements(theta, place, low, low_place, number, mask, who, step, draw, draws, coefficients, draw_count, each, decay, keys,
+def axpy_elements(entry, theta, place, low, low_place, number, mask, who, step, draw, draws, coefficients, draw_count, each, decay, keys,
                   clock, DIRECTION: tl.constexpr, ROUNDING: tl.constexpr, DECAY: tl.constexpr, EACH: tl.constexpr,
-                  TYPE: tl.constexpr):  # fmt: skip
+                  SCALED: tl.constexpr, TYPE: tl.constexpr):  # fmt: skip
     """One tile of axpy_ over elements; 1 where a result is inf or NaN."""
     JOIN: tl.constexpr = TYPE == BFLOAT16 and ROUNDING == RESIDUAL
     value = read(theta, place, low, low_place, mask, TYPE, JOIN)
+    scale = value
+    if SCALED:
+        scale = factor_of(entry, low_place, mask)
     if EACH:
         for start in range(0, draw_count, each):
             step, draw, factor = listed(start, draws, draw_count, clock)
             value = value * factor
             for k in range(start, start + each):
                 step, draw, factor = listed(k, draws, draw_count, clock)
-                value = tl.fma(tl.load(coefficients + k), z_of(number, who, step, draw, keys, DIRECTION), value)
+                z = z_of(number, who, step, draw, keys, DIRECTION)
+                if SCALED:
+                    z = z * scale
+                value = tl.fma(tl.load(coefficients + k), z, value)
             if TYPE == FLOAT16:
                 value = fp16_to_float(round_element(value, number, who, step, keys, TYPE, ROUNDING))
             elif TYPE == BFLOAT16 and not JOIN:
@@ -515,7 +583,10 @@ def axpy_elements(theta, place, low, low_place, number, mask, who, step, draw, d
             value = value * decay
         for k in range(draw_count):
             step_k, draw_k = term(k, draws, step, draw, draw_count, clock)
-            value = tl.fma(tl.load(coefficients + k), z_of(number, who, step_k, draw_k, keys, DIRECTION), value)
+            z = z_of(number, who, step_k, draw_k, keys, DIRECTION)
+            if SCALED:
+                z = z * scale
+            value = tl.fma(tl.load(coefficients + k), z, value)
     if JOIN:
         rounded, bits = residual_split(value)
         tl.store(low + low_place, bits, mask=mask)
@@ -530,8 +601,8 @@ def axpy_elements(theta, place, low, low_place, number, mask, who, step, draw, d
     do_not_specialize_on_alignment=["draw_count", "each"],
 )
 def axpy(entries, chunks, draws, coefficients, nonfinite, draw_count, each, step, draw, decay, keys, clock,
-         DIRECTION: tl.constexpr, ROUNDING: tl.constexpr, DECAY: tl.constexpr, EACH: tl.constexpr, KINDS: tl.constexpr,
-         BLOCK: tl.constexpr, TAIL: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
+         DIRECTION: tl.constexpr, ROUNDING: tl.constexpr, DECAY: tl.constexpr, EACH: tl.constexpr, SCALED: tl.constexpr,
+         KINDS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
     """theta <- round(decay theta + sum_k coefficients[k] z_k); nonfinite[0] += results that are inf or NaN.
 
     step and draw name the last term, draws the others. KINDS: bit t is set when the launch has a tensor of type t. Without DECAY,
@@ -554,8 +625,9 @@ def axpy(entries, chunks, draws, coefficients, nonfinite, draw_count, each, step
                 state = tl.zeros([N, W], tl.uint32)
                 only = tl.load(coefficients)  # of a sum of one term: a store could change it, for all the compiler knows
                 for at in range(start_of(unit, part, N, DIRECTION), units, SPLIT * N):
-                    state = axpy_units(theta, low, unit, at, units, who, step, draw, draws, coefficients, only, draw_count, each,
-                                       decay, keys, clock, state, DIRECTION, ROUNDING, DECAY, EACH, TYPE, N, W)  # fmt: skip
+                    state = axpy_units(entry, begin, theta, low, unit, at, units, who, step, draw, draws, coefficients, only,
+                                       draw_count, each, decay, keys, clock, state, DIRECTION, ROUNDING, DECAY, EACH, SCALED, TYPE,
+                                       N, W)  # fmt: skip
                 # the loop only watches whether a result (or a row outside the mask) was not finite; then the results are counted
                 if tl.max(((state & (0x7FFFFFFF if TYPE == FLOAT32 else 0xFFFFFFFF)) != 0).to(tl.int32)) != 0:
                     tl.debug_barrier()
@@ -570,15 +642,16 @@ def axpy(entries, chunks, draws, coefficients, nonfinite, draw_count, each, step
                 for at in range(units * 8 + part * TAIL, size, SPLIT * TAIL):
                     i = at + tl.arange(0, TAIL)
                     number, place, low_place = locate(entry, begin + i, i < size)
-                    broken = axpy_elements(theta, place, low, low_place, number, i < size, who, step, draw, draws, coefficients,
-                                           draw_count, each, decay, keys, clock, DIRECTION, ROUNDING, DECAY, EACH,
+                    broken = axpy_elements(entry, theta, place, low, low_place, number, i < size, who, step, draw, draws, coefficients,
+                                           draw_count, each, decay, keys, clock, DIRECTION, ROUNDING, DECAY, EACH, SCALED,
                                            TYPE)  # fmt: skip
                     tl.atomic_add(nonfinite + tl.zeros([TAIL], tl.int32), broken.to(tl.int64), mask=broken != 0, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["entries", "chunks", "step", "draw", "keys", "clock"])
 def perturb(entries, chunks, step, draw, scale0, scale1, keys, clock, DIRECTION: tl.constexpr, SIDES: tl.constexpr,
-            JOIN: tl.constexpr, KINDS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
+            JOIN: tl.constexpr, SCALED: tl.constexpr, KINDS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+            SPLIT: tl.constexpr):  # fmt: skip
     """out_j <- nearest(theta + scale_j z), j < SIDES. JOIN: bfloat16 thetas have low bits.
 
     KINDS: bit 3 t + u is set when the launch has a tensor of type t with outputs of type u.
@@ -608,6 +681,9 @@ def perturb(entries, chunks, step, draw, scale0, scale1, keys, clock, DIRECTION:
                         here = place + PART * W
                         even, odd = read_pair(theta + from_word, low + from_word, here, mask, TYPE, JOIN and TYPE == BFLOAT16)
                         z_even, z_odd = z_pair(words, PART, W, DIRECTION)
+                        if SCALED:
+                            f_even, f_odd = factor_pair(entry, begin, from_word + here, mask, N, W)
+                            z_even, z_odd = z_even * f_even, z_odd * f_odd
                         word = nearest_pair(tl.fma(z_even, scale0, even), tl.fma(z_odd, scale0, odd), OUT_TYPE)
                         tl.store(out0 + from_word + here, word, mask=mask)
                         if SIDES == 2:
@@ -622,6 +698,8 @@ def perturb(entries, chunks, step, draw, scale0, scale1, keys, clock, DIRECTION:
                     number, place, low_place = locate(entry, begin + i, i < size)
                     value = read(theta, place, low, low_place, i < size, TYPE, JOIN)
                     z = z_of(number, who, step, draw, keys, DIRECTION)
+                    if SCALED:
+                        z = z * factor_of(entry, low_place, i < size)
                     tl.store(out0 + i, nearest(tl.fma(z, scale0, value), OUT_TYPE), mask=i < size)
                     if SIDES == 2:
                         tl.store(out1 + i, nearest(tl.fma(z, scale1, value), OUT_TYPE), mask=i < size)

@@ -36,7 +36,7 @@ BFLOAT16: tl.constexpr = tl.constexpr(1)
 STOCHASTIC: tl.constexpr = tl.constexpr(1)
 RESIDUAL: tl.constexpr = tl.constexpr(2)
 ROUNDING_DRAW: tl.constexpr = tl.constexpr(4 << 24)
-ENTRY: tl.constexpr = tl.constexpr(16)  # columns of entries, frames and factors
+ENTRY: tl.constexpr = tl.constexpr(18)  # columns of entries, frames and factors
 FRAME: tl.constexpr = tl.constexpr(5)
 FACTORS: tl.constexpr = tl.constexpr(7)
 

@@ -1,6 +1,6 @@
-"""update: a rule with state, momentum or Adam, in Triton, one launch for a list of tensors (csrc/update.h says what it computes)
+"""update: a rule, momentum, Adam or the sign, in Triton, one launch for a list of tensors (csrc/update.h says what it computes)
 
-table    as elementwise.py: OUT and OUT + 1 of an entry are m and v, contiguous float32; scalars float32[4] or [9] in device memory
+table    as elementwise.py: OUT and OUT + 1 of an entry are m and v, contiguous float32; scalars float32[4], [9] or [2] in device memory
 paths    those of elementwise.py; a thread reads and writes the 32 bytes of a unit's m, and of its v, as two of 16 each
 work     whole loop per element, K = 1, nearest: momentum normal 34.4 instructions (bf16, sm_90), of signs 16.8; adam normal 70.9 (bf16,
          sm_80 to sm_120: to 72.9), 69.2 (float32), with the calls that only operands at the ends of the range take
@@ -28,6 +28,8 @@ from .elementwise import (
     WHO_TYPE,
     add_pair,
     chunk_of,
+    factor_of,
+    factor_pair,
     locate,
     name_of,
     nearest,
@@ -48,16 +50,23 @@ from .elementwise import (
     z_of,
 )
 from .philox import philox4x32
-from .rounding import bf16_stochastic, fp16_stochastic, residual_split, to_bits
+from .rounding import bf16_stochastic, fp16_stochastic, residual_split, to_bits, to_float
 
 ADAM: tl.constexpr = tl.constexpr(1)
+SIGN: tl.constexpr = tl.constexpr(2)
 
 
 @triton.jit
 def advance(g, theta, m, v, scalars, RULE: tl.constexpr):
-    """theta, m and v after the step; momentum has no v."""
-    m = tl.fma(tl.load(scalars + 3), g, tl.load(scalars + 2) * m)
-    move = m
+    """theta, m and v after the step; momentum has no v, sign has neither."""
+    if RULE == SIGN:
+        bits = to_bits(g)
+        magnitude = bits & 0x7FFFFFFF
+        ordinary = (magnitude != 0) & (magnitude <= 0x7F800000)  # zeros and NaNs stay what they are
+        move = to_float(tl.where(ordinary, (bits & 0x80000000) | 0x3F800000, bits))
+    else:
+        m = tl.fma(tl.load(scalars + 3), g, tl.load(scalars + 2) * m)
+        move = m
     if RULE == ADAM:
         v = tl.fma(tl.load(scalars + 5), g * g, tl.load(scalars + 4) * v)
         root = tl.sqrt_rn(v + tl.load(scalars + 6))
@@ -79,22 +88,25 @@ def store_state(state, place, mask, even, odd):
 def advance_pair(theta, low, m, v, place, mask, even, odd, g_even, g_odd, random, scalars, RULE: tl.constexpr, ROUNDING: tl.constexpr,
                  TYPE: tl.constexpr, JOIN: tl.constexpr):  # fmt: skip
     """A word of two elements forward; the word that was stored."""
-    m_even, m_odd = state_pair(m, place, mask)
+    m_even, m_odd = even, odd
+    if RULE != SIGN:
+        m_even, m_odd = state_pair(m, place, mask)
     v_even, v_odd = m_even, m_odd
     if RULE == ADAM:
         v_even, v_odd = state_pair(v, place, mask)
     even, m_even, v_even = advance(g_even, even, m_even, v_even, scalars, RULE)
     odd, m_odd, v_odd = advance(g_odd, odd, m_odd, v_odd, scalars, RULE)
-    store_state(m, place, mask, m_even, m_odd)
+    if RULE != SIGN:
+        store_state(m, place, mask, m_even, m_odd)
     if RULE == ADAM:
         store_state(v, place, mask, v_even, v_odd)
     return write_pair(theta, low, place, mask, even, odd, random, TYPE, ROUNDING, JOIN)
 
 
 @triton.jit
-def update_units(theta, low, m, v, unit, at, units, who, step, draw, draws, coefficients, draw_count, scalars, keys, clock, state,
-                 DIRECTION: tl.constexpr, RULE: tl.constexpr, ROUNDING: tl.constexpr, TYPE: tl.constexpr, N: tl.constexpr,
-                 W: tl.constexpr):  # fmt: skip
+def update_units(entry, begin, theta, low, m, v, unit, at, units, who, step, draw, draws, coefficients, draw_count, scalars, keys, clock, state,
+                 DIRECTION: tl.constexpr, RULE: tl.constexpr, ROUNDING: tl.constexpr, SCALED: tl.constexpr, TYPE: tl.constexpr,
+                 N: tl.constexpr, W: tl.constexpr):  # fmt: skip
     """One tile over units; the watch's new state."""
     JOIN: tl.constexpr = TYPE == BFLOAT16 and ROUNDING == RESIDUAL
     from_word, place, mask = rows_of(at, units, N, W, DIRECTION)
@@ -108,13 +120,18 @@ def update_units(theta, low, m, v, unit, at, units, who, step, draw, draws, coef
         even2, odd2 = read_pair(theta, low, place + 2, mask, TYPE, JOIN)
     g_even = tl.zeros([N, W], tl.float32)
     g_odd, g_even2, g_odd2 = g_even, g_even, g_even
+    f_even, f_odd, f_even2, f_odd2 = g_even, g_even, g_even, g_even
+    if SCALED:
+        f_even, f_odd = factor_pair(entry, begin, from_word + place, mask, N, W)
+        if W == 2:
+            f_even2, f_odd2 = factor_pair(entry, begin, from_word + (place + 2), mask, N, W)
     for k in range(draw_count):
         step_k, draw_k = term(k, draws, step, draw, draw_count, clock)
         words = words_of(unit + at, who, step_k, draw_k, keys, N, DIRECTION)
         coefficient = tl.load(coefficients + k)
-        g_even, g_odd = add_pair(g_even, g_odd, words, coefficient, 0, W, DIRECTION)
+        g_even, g_odd = add_pair(g_even, g_odd, f_even, f_odd, words, coefficient, 0, W, DIRECTION, SCALED)
         if W == 2:
-            g_even2, g_odd2 = add_pair(g_even2, g_odd2, words, coefficient, 1, W, DIRECTION)
+            g_even2, g_odd2 = add_pair(g_even2, g_odd2, f_even2, f_odd2, words, coefficient, 1, W, DIRECTION, SCALED)
     random = place
     if TYPE != FLOAT32 and ROUNDING == STOCHASTIC:
         purpose = tl.full([], ROUNDING_DRAW, tl.uint32)
@@ -129,21 +146,31 @@ def update_units(theta, low, m, v, unit, at, units, who, step, draw, draws, coef
 
 
 @triton.jit
-def update_elements(theta, place, low, low_place, m, v, i, number, mask, who, step, draw, draws, coefficients, draw_count, scalars,
-                    keys, clock, DIRECTION: tl.constexpr, RULE: tl.constexpr, ROUNDING: tl.constexpr, TYPE: tl.constexpr):  # fmt: skip
+def update_elements(entry, theta, place, low, low_place, m, v, i, number, mask, who, step, draw, draws, coefficients, draw_count, scalars,
+                    keys, clock, DIRECTION: tl.constexpr, RULE: tl.constexpr, ROUNDING: tl.constexpr, SCALED: tl.constexpr,
+                    TYPE: tl.constexpr):  # fmt: skip
     """One tile over elements, i of them in the states; 1 where a new weight is inf or NaN."""
     JOIN: tl.constexpr = TYPE == BFLOAT16 and ROUNDING == RESIDUAL
     value = read(theta, place, low, low_place, mask, TYPE, JOIN)
-    first = tl.load(m + i, mask=mask, other=0)
+    first = value
+    if RULE != SIGN:
+        first = tl.load(m + i, mask=mask, other=0)
     second = first
+    scale = value
+    if SCALED:
+        scale = factor_of(entry, low_place, mask)
     if RULE == ADAM:
         second = tl.load(v + i, mask=mask, other=0)
     g = tl.zeros([number.shape[0]], tl.float32)
     for k in range(draw_count):
         step_k, draw_k = term(k, draws, step, draw, draw_count, clock)
-        g = tl.fma(tl.load(coefficients + k), z_of(number, who, step_k, draw_k, keys, DIRECTION), g)
+        z = z_of(number, who, step_k, draw_k, keys, DIRECTION)
+        if SCALED:
+            z = z * scale
+        g = tl.fma(tl.load(coefficients + k), z, g)
     value, first, second = advance(g, value, first, second, scalars, RULE)
-    tl.store(m + i, first, mask=mask)
+    if RULE != SIGN:
+        tl.store(m + i, first, mask=mask)
     if RULE == ADAM:
         tl.store(v + i, second, mask=mask)
     if TYPE != FLOAT32 and ROUNDING == STOCHASTIC:
@@ -166,8 +193,8 @@ def update_elements(theta, place, low, low_place, m, v, i, number, mask, who, st
     do_not_specialize_on_alignment=["draw_count"],
 )
 def update(entries, chunks, draws, coefficients, scalars, nonfinite, draw_count, step, draw, keys, clock,
-           DIRECTION: tl.constexpr, RULE: tl.constexpr, ROUNDING: tl.constexpr, KINDS: tl.constexpr, BLOCK: tl.constexpr,
-           TAIL: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
+           DIRECTION: tl.constexpr, RULE: tl.constexpr, ROUNDING: tl.constexpr, SCALED: tl.constexpr, KINDS: tl.constexpr,
+           BLOCK: tl.constexpr, TAIL: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
     """A rule's step; nonfinite[0] += new weights that are inf or NaN. Names and KINDS as for elementwise.axpy."""
     N: tl.constexpr = BLOCK // 8
     step = name_of(step, clock)
@@ -187,8 +214,9 @@ def update(entries, chunks, draws, coefficients, scalars, nonfinite, draw_count,
                 v = pairs(tl.load(entry + OUT + 1), begin, FLOAT32)
                 state = tl.zeros([N, W], tl.uint32)
                 for at in range(start_of(unit, part, N, DIRECTION), units, SPLIT * N):
-                    state = update_units(theta, low, m, v, unit, at, units, who, step, draw, draws, coefficients, draw_count, scalars,
-                                         keys, clock, state, DIRECTION, RULE, ROUNDING, TYPE, N, W)  # fmt: skip
+                    state = update_units(entry, begin, theta, low, m, v, unit, at, units, who, step, draw, draws, coefficients,
+                                         draw_count, scalars, keys, clock, state, DIRECTION, RULE, ROUNDING, SCALED, TYPE, N,
+                                         W)  # fmt: skip
                 # the loop only watches whether a result (or a row outside the mask) was not finite; then the results are counted
                 if tl.max(((state & (0x7FFFFFFF if TYPE == FLOAT32 else 0xFFFFFFFF)) != 0).to(tl.int32)) != 0:
                     tl.debug_barrier()
@@ -205,7 +233,7 @@ def update(entries, chunks, draws, coefficients, scalars, nonfinite, draw_count,
                 for at in range(units * 8 + part * TAIL, size, SPLIT * TAIL):
                     i = at + tl.arange(0, TAIL)
                     number, place, low_place = locate(entry, begin + i, i < size)
-                    broken = update_elements(theta, place, low, low_place, m, v, i, number, i < size, who, step, draw, draws,
-                                             coefficients, draw_count, scalars, keys, clock, DIRECTION, RULE, ROUNDING,
-                                             TYPE)  # fmt: skip
+                    broken = update_elements(entry, theta, place, low, low_place, m, v, i, number, i < size, who, step, draw,
+                                             draws, coefficients, draw_count, scalars, keys, clock, DIRECTION, RULE, ROUNDING,
+                                             SCALED, TYPE)  # fmt: skip
                     tl.atomic_add(nonfinite + tl.zeros([TAIL], tl.int32), broken.to(tl.int64), mask=broken != 0, sem="relaxed")

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .directions import Direction, LowRank
+from .directions import Direction, LowRank, Scaled
 from .estimator import Estimator
 from .evaluation import Evaluation
 from .guards import Guards
@@ -30,6 +30,7 @@ class Saved(Protocol):
     rule: Rule
     direction: Direction
     factored: LowRank | None
+    scaled: Scaled | None
     param_groups: list[dict[str, Any]]
 
 
@@ -59,12 +60,13 @@ def recipe(optimizer: Saved) -> dict[str, Any]:
 
     The parts describe themselves (`described`), so that a new number of theirs is compared without a word here."""
     factored, dense = optimizer.factored, optimizer.direction
+    made = factored or optimizer.scaled
     kept = {} if factored is None else {"rank": factored.rank, "interval": factored.interval}
     parts = {
-        "direction": dense if factored is None else factored, "dense": dense, "rule": optimizer.rule, "estimator": optimizer.estimator,
+        "direction": made or dense, "dense": dense, "rule": optimizer.rule, "estimator": optimizer.estimator,
     }  # fmt: skip
     return {
-        "direction": dense.name if factored is None else f"{factored.name} and {dense.name}",
+        "direction": dense.name if made is None else f"{made.name} and {dense.name}",
         "rule": optimizer.rule.name,
         "rounding": optimizer.run.rounding,
         **kept,

@@ -6,7 +6,7 @@
 
 The file of a method opens with its name, what it does, and its paper. The class's docstring holds, in paragraphs: the
 formula, then text, of which one paragraph begins with "Use it" and says when, then a line for every argument. Losses a
-step and bytes a weight are measured here, on one matrix of SIZE x SIZE.
+step and bytes a weight are measured here, on two matrices of SIZE x SIZE.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import methods
-from .evaluation import Master
+from .evaluation import Jvp
 from .step import step
 
 SIZE, COLUMNS = 512, 108
@@ -63,8 +63,8 @@ class Page:
         return next((text for text in self.text if text.startswith("Use it")), "")
 
 
-class _Counted(Master):
-    """Evaluation master, which counts the losses that it reads."""
+class _Counted(Jvp):
+    """Evaluation master, with derivatives, which counts the losses that it reads."""
 
     asked = 0
 
@@ -72,12 +72,17 @@ class _Counted(Master):
         self.asked += len(set(points))
         return super().losses(plan, points, closure)
 
+    def slopes(self, plan: Any, words: Any, closure: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        self.asked += len(words)
+        return super().slopes(plan, words, closure)
+
 
 @cache
 def cost(name: str) -> Cost:
-    """Measures a method at its defaults on one matrix: two steps, of which the second one is counted."""
-    model = torch.nn.Linear(SIZE, SIZE, bias=False, device="cpu")
-    torch.nn.init.normal_(model.weight, std=0.02, generator=torch.Generator("cpu").manual_seed(0))
+    """Measures a method at its defaults on two matrices: two steps, of which the second one is counted."""
+    model = torch.nn.Sequential(*[torch.nn.Linear(SIZE, SIZE, bias=False, device="cpu") for _ in range(2)])
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.02, generator=torch.Generator("cpu").manual_seed(0))
     x = torch.ones(1, SIZE, dtype=torch.float32, device="cpu")
     evaluation = _Counted()
     make: Any = methods.METHODS[name]
@@ -86,15 +91,17 @@ def cost(name: str) -> Cost:
         warnings.simplefilter("ignore")
         for _ in range(2):
             evaluation.asked = 0
-            step(optimizer, lambda: model(x).square().mean(1))  # one example: a scalar, and a vector of losses
-    kept = {
-        id(value): value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
-    }
+            # one example: a scalar, and a vector of losses
+            result = step(optimizer, lambda: model(x).square().mean(1))
+    both = [optimizer, getattr(optimizer, "first_order", optimizer)]  # Hybrid has a torch optimizer
+    states = [state for one in both for state in one.state.values()]
+    kept = {id(value): value for state in states for value in state.values() if isinstance(value, torch.Tensor)}
     for matrix in optimizer.matrices.values():
         kept |= {id(value): value for value in (matrix.left, matrix.right) if value is not None}
     group = optimizer.param_groups[0]
     size = sum(value.numel() * value.element_size() for value in kept.values())
-    return Cost(evaluation.asked, size / SIZE**2, float(group["lr"]), float(group["eps"]))
+    asked = evaluation.asked + (result.first_order_loss is not None)
+    return Cost(asked, size / (2 * SIZE**2), float(group["lr"]), float(group["eps"]))
 
 
 def page(name: str) -> Page:
@@ -160,7 +167,7 @@ def markdown_page(name: str) -> str:
         _wrapped(f"{what.title[0].upper()}{what.title[1:]}. {what.paper}."),
         "```\n" + "\n".join(what.formula) + "\n```",
     ]
-    state = "nothing" if not one.state else f"{one.state:.2g} bytes a weight (a {SIZE} x {SIZE} matrix)"
+    state = "nothing" if not one.state else f"{one.state:.2g} bytes a weight ({SIZE} x {SIZE} matrices)"
     parts += [_wrapped(text) for text in [what.use, *(text for text in what.text if text != what.use)]]
     parts.append(f"A step reads {one.losses} losses. It keeps {state}. Defaults: lr {one.lr:g}, eps {one.eps:g}.")
     parts.append("| argument | |\n|---|---|\n" + "\n".join(f"| `{names}` | {_cell(text)} |" for names, text in what.arguments))
@@ -176,7 +183,8 @@ def markdown() -> str:
     head = (
         "# Methods\n\n"
         "`python -m zokern methods --markdown` wrote this page from the docstrings of `zokern/methods/`. Losses a step\n"
-        f"and bytes a weight are measured on a {SIZE} x {SIZE} matrix at a method's defaults. Bytes are beyond the weights.\n"
+        f"and bytes a weight are measured on two {SIZE} x {SIZE} matrices at a method's defaults. The weights' own\n"
+        "bytes do not count.\n"
     )
     return "\n".join([head, markdown_table(), "", *(markdown_page(name) + "\n" for name in methods.METHODS)])
 

@@ -18,6 +18,8 @@ class Outcome(Protocol):
     @property
     def losses(self) -> tuple[tuple[float, ...], ...]: ...
     @property
+    def coefficients(self) -> tuple[float, ...]: ...
+    @property
     def predicted_fall(self) -> float | None: ...
 
 
@@ -84,7 +86,7 @@ class Guards:
     def measured(self, outcome: Outcome, lrs: list[float]) -> None:
         """Counts a step with finite numbers; warns of equal losses and of a loss that grows, and raises RuntimeError at the limit."""
         self.skips = 0
-        self.dead = self.dead + 1 if all(len(set(sides)) == 1 for sides in outcome.losses) else 0
+        self.dead = self.dead + 1 if _is_dead(outcome) else 0
         grown = self._watch(outcome.loss, lrs)
         self._prospect.see(outcome, lrs[0])
         if self.dead == 3:
@@ -112,6 +114,12 @@ class Guards:
                 f"the loss has grown from {self._start:.4g} to {loss:.4g} within {self._losses} steps: lr = {lr} may be too large"
             )
         return grown
+
+
+def _is_dead(outcome: Outcome) -> bool:
+    """Whether the losses of every query are equal; where a query has one, beside a slope, whether slopes are 0."""
+    alone = all(len(sides) == 1 for sides in outcome.losses)
+    return not any(outcome.coefficients) if alone else all(len(set(sides)) == 1 for sides in outcome.losses)
 
 
 def _count(name: str, value: Any, least: int, none: str) -> int | None:

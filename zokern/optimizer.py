@@ -17,11 +17,12 @@ from . import backends, checkpoint, directions, evaluation, parameters, underflo
 from .bases import Bases
 from .checks import finite_number
 from .deferred import Deferred
-from .estimator import SLOPES, Estimator, Oracle, Spsa, Stencil
+from .estimator import SLOPES, Estimate, Estimator, Oracle, Spsa, Stencil
 from .guards import Guards
 from .low_bits import LowBits
 from .plan import Plan, Run
-from .rule import Rule, Sgd, check_basis
+from .rule import Rule, Sgd, check_basis, check_scaled
+from .scaling import Scaling
 from .step import StepResult, run
 from .stream import check_seed
 from .work import Work
@@ -57,7 +58,7 @@ class ZerothOrder(torch.optim.Optimizer):
         rounding: str = "nearest",
         evaluation: str | evaluation.Evaluation = "auto",
         backend: str | backends.Backend | None = None,
-        direction: str | directions.Direction | directions.LowRank = "normal",
+        direction: str | directions.Direction | directions.LowRank | directions.Scaled = "normal",
         rule: Rule | None = None,
         defer: bool | None = None,
         stencil: str | Stencil | None = None,
@@ -75,12 +76,10 @@ class ZerothOrder(torch.optim.Optimizer):
             raise ValueError(f"rounding is {rounding!r}; expected one of {list(backends.ROUNDINGS)}")
         if backend is not None:
             backends.resolve(backend, torch.device("cpu"))
-        self.factored = direction if isinstance(direction, directions.LowRank) else None
-        self.direction = directions.resolve(direction.dense if isinstance(direction, directions.LowRank) else direction)
-        self.rule: Rule = Sgd() if rule is None else rule
-        if isinstance(self.rule, type) or not hasattr(self.rule, "update"):
-            raise TypeError(f"rule is {rule!r}; expected None, zokern.Momentum(), zokern.Adam() or another Rule object")
+        self.factored, self.scaled, self.direction = directions.parts(direction)
+        self.rule = _resolve_rule(rule)
         check_basis(self.rule, self.factored)
+        check_scaled(self.rule, self.scaled)
         self.guards = Guards(**guards)
         self.drawn = False  # whether the step under way has used its number
         self._lock = threading.Lock()
@@ -92,6 +91,7 @@ class ZerothOrder(torch.optim.Optimizer):
         super().__init__(self.work.given, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
         self.bases = Bases(self.factored, self.rule, self.state)
         self.low_bits = LowBits(rounding == "residual", self.state)
+        self.scaling = Scaling(self.scaled, self.state)
         self.deferred = Deferred(self.run, self.bases, self.low_bits, self._lock, defer)
         self.work.parts(self.bases, self.low_bits, self.deferred, self.rule, self.estimator)
         if self.factored is not None and self.work.model is not None:
@@ -160,7 +160,7 @@ class ZerothOrder(torch.optim.Optimizer):
                     here = value.to(entry.tensor.device, copy=True, memory_format=torch.contiguous_format)
                     self.state[entry.tensor][key] = here
         self.discard()
-        self.bases.states = self.low_bits.states = self.state  # torch made a new one
+        self.bases.states = self.low_bits.states = self.scaling.states = self.state  # torch made a new one
         self.work.forget()
         self.run.seed, self.run.step = own["seed"], own["step"]
         self.guards.skips, self.guards.dead = own["skips"], own["dead"]
@@ -184,8 +184,10 @@ class ZerothOrder(torch.optim.Optimizer):
 
     # One step -----------------------------------------------------------------------------------------------------------
 
-    def step(self, closure: Callable[[], Any] | None = None) -> float | None:  # type: ignore[override]
-        """One step; returns the mean loss. zokern.step(optimizer, closure) returns the whole record.
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Any] | None = None, first_order: Callable[[], Any] | None = None
+    ) -> float | None:
+        """One step; returns the mean loss. zokern.step(optimizer, closure, first_order) returns the whole record, and has the arguments.
 
         Without a closure it does nothing while every lr is 0: torch.distributed.checkpoint probes an optimizer so."""
         if closure is None:
@@ -193,7 +195,7 @@ class ZerothOrder(torch.optim.Optimizer):
                 return None
             raise TypeError("step() needs a closure that computes the loss: it is read at more than one point")
         with self.readings():
-            self.result = run(self, closure)
+            self.result = run(self, closure, first_order)
             self.work.adopt()
             self.drawn = True
         return self.result.loss
@@ -242,13 +244,15 @@ class ZerothOrder(torch.optim.Optimizer):
         )  # parts that a step does not name are forgotten: they hold copies of their weights
         plan = Plan(
             work.groups, self.direction, self.seed, self.steps, self.rounding, work.tree, self.factored,
-            scopes=work.scopes, earlier=earlier,
+            scopes=work.scopes, earlier=earlier, maximize=self.guards.maximize,
         )  # fmt: skip
+        self.scaling.renew(plan)
         for group in work.groups:
             group.check_waiting()
         if [group.eps for group in work.groups] != self._eps:
             self._eps = []  # after a refusal it is looked at again
-            underflow.check_perturbation(plan, self.guards.force)
+            if getattr(self.estimator, "perturbs", True):
+                underflow.check_perturbation(plan, self.guards.force)
             self._eps = [group.eps for group in work.groups]
         self._prepared = True
         return plan
@@ -260,6 +264,10 @@ class ZerothOrder(torch.optim.Optimizer):
         self.bases.renew(plan, oracle)
         if (ready := getattr(self.rule, "prepare", None)) is not None:
             ready(plan, oracle, self.state)
+
+    def learn(self, plan: Plan, estimate: Estimate) -> None:
+        """Gives a direction with factors what an estimate says, before the weights move along it."""
+        self.scaling.learn(plan, estimate)
 
     def defers(self) -> bool:
         """Whether this step's updates of low-rank directions are deferred."""
@@ -306,6 +314,14 @@ class ZerothOrder(torch.optim.Optimizer):
             return
         with self.deferred.shown(self.plan()):
             yield
+
+
+def _resolve_rule(rule: Any) -> Rule:
+    """Returns a rule; None: SGD. Raises TypeError for what is no rule object."""
+    rule = Sgd() if rule is None else rule
+    if isinstance(rule, type) or not hasattr(rule, "update"):
+        raise TypeError(f"rule is {rule!r}; expected None, zokern.Momentum(), zokern.Adam() or another Rule object")
+    return rule
 
 
 def _spread(params: Any) -> bool:

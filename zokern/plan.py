@@ -34,6 +34,7 @@ class Group:
     options: dict  # the optimizer's param group: lr, weight_decay, ...
     backend: Backend
     matrices: list[Matrix] | None = None  # factored tensors, aligned with tensors; None: z is dense
+    scales: list[Tensor | None] | None = None  # factors of z, aligned with tensors; one list for the life of the group
     theta: TensorList = field(default_factory=TensorList)
     objects: list[list[Tensor]] = field(default_factory=list)  # every tensor object that stands for tensor i, itself first
     drawn: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict, repr=False)  # by step and draw word
@@ -62,6 +63,7 @@ class Group:
             spans=some(self.spans),
             residuals=some(self.residuals),
             matrices=some(self.matrices),
+            scales=some(self.scales),
             theta=theta,
             objects=some(self.objects),
             drawn={},
@@ -93,10 +95,23 @@ class Group:
         self.theta[i].view(torch.int16).copy_(high.short())
         low.copy_((bits - (high << 16)).short())
 
+    def scale(self, i: int) -> Tensor | None:
+        """The factors of tensor i's z, where it has any."""
+        return None if self.scales is None else self.scales[i]
+
+    def scales_of(self, members: Sequence[int]) -> list[Tensor | None] | None:
+        """The factors of some tensors: the same list for the same members, so that a table of a launch is found again."""
+        if self.scales is None:
+            return None
+        key = "scales", *members
+        if key not in self.memo:
+            self.memo[key] = [self.scales[i] for i in members]
+        return self.memo[key]
+
     def axpy_(self, direction, seed: int, draws, coeffs: Sequence[float], decay: float, rounding: str) -> Tensor:
         table = torch.tensor(coeffs, dtype=torch.float32, device=self.theta[0].device)
         residuals = self.residuals if rounding == "residual" else None
-        batch = Batch(self.theta, self.spans, rounding, residuals)
+        batch = Batch(self.theta, self.spans, rounding, residuals, self.scales)
         count = self.backend.axpy_(batch, Noise(direction, seed, draws), Terms(table, decay))
         announce(self.theta)
         return count
@@ -108,7 +123,8 @@ class Group:
         tensors, spans = [self.theta[i] for i in members], [self.spans[i] for i in members]
         both = [torch.tensor(x, dtype=torch.float32, device=tensors[0].device) for x in (coeffs, scalars)]
         low = [self.residuals[i] for i in members] if self.residuals is not None and plan.rounding == "residual" else None
-        batch, noise = Batch(tensors, spans, plan.rounding, low), Noise(plan.direction, plan.seed, plan.draws())
+        batch = Batch(tensors, spans, plan.rounding, low, self.scales_of(members))
+        noise = Noise(plan.direction, plan.seed, plan.draws())
         count = self.backend.update_(batch, noise, Update(both[0], rule, both[1], states))
         announce(tensors)
         return count
@@ -263,7 +279,8 @@ class Plan:
     readings  how often the closure was called
     scopes    by names: the groups of a part of the plan, each with the group that it is a part of
     earlier   those of the step before, which are taken over if this step names them too
-    rows      whether the closure returns a vector, the loss of each example"""
+    rows      whether the closure returns a vector, the loss of each example
+    maximize  whether the loss is a reward: the weights move along + g"""
 
     groups: list[Group]
     direction: Direction
@@ -278,6 +295,7 @@ class Plan:
     scopes: Scopes = field(default_factory=dict, repr=False)
     earlier: Scopes = field(default_factory=dict, repr=False)
     rows: bool = False
+    maximize: bool = False
     tensors: list[Tensor] = field(init=False)  # of all groups
     names: list[str] = field(init=False)
 

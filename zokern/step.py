@@ -13,6 +13,7 @@ from . import underflow
 from .checks import fits
 from .estimator import Estimate, Estimator, Oracle
 from .evaluation import Evaluation, NotRepeatable
+from .first_order import Descent, Move, descend
 from .first_step import distance, name_statistics, repeats, unseen
 from .guards import Guards
 from .plan import Group, Plan
@@ -42,6 +43,7 @@ class StepResult:
                   is the batch's: on other data the fall is less, as E[c^2] is |gradient|^2 plus the variance over batches and the noise
                   of the losses. Its mean over draws with E[z z^T] = I is lr |gradient|^2. Bayesian takes its posterior mean for s_k.
                   Negative with maximize. None: another rule, groups that differ, a skipped step, an estimator that tells no slopes
+    first_order_loss  estimators with a back-propagated term: the loss of theta that was back-propagated
     dead_updates  share of 16-bit weights in a sample that rounding to nearest left where they were; None: not measured
     """
 
@@ -61,6 +63,7 @@ class StepResult:
     swallowed: float | None = None
     predicted_fall: float | None = None
     draws: tuple[tuple[int, int], ...] = ()
+    first_order_loss: float | None = None
 
 
 class Steps(Protocol):
@@ -78,29 +81,41 @@ class Steps(Protocol):
 
     def plan(self) -> Plan: ...
     def prepare(self, plan: Plan, oracle: Oracle) -> None: ...
+    def learn(self, plan: Plan, estimate: Estimate) -> None: ...
     def count(self, finite: bool, result: StepResult) -> None: ...
     def defers(self) -> bool: ...
 
 
-def step(optimizer: Any, closure: Callable[[], Any]) -> StepResult:
+def step(optimizer: Any, closure: Callable[[], Any], first_order: Callable[[], Any] | None = None) -> StepResult:
     """One zeroth-order step: theta <- (1 - lr wd) theta - lr (1/q) sum_k c_k z_k.
 
     optimizer  a zokern optimizer (zokern.MeZO, ...), also in a wrapper with `.optimizer` (accelerate's prepare(), Lightning)
     closure    computes the loss of one batch: returns a 0-d or [1] tensor or a Python number. It reads the same batch at every
                call. Evaluations 'master', 'scratch' and 'inplace' call it once per point, under no_grad; 'paired' calls it once
+    first_order  of methods that back-propagate too (zokern.Addax, zokern.Hybrid): computes the loss that is back-propagated, as of
+               another batch; it is called once, with a graph. None: closure
     Returns a StepResult. Writes the trained parameters, once, and nothing else: RNG streams, train/eval flags, buffers, attributes
     of modules and the module tree are as they were. If the closure raises, the weights are as they were (evaluation 'inplace': up
     to rounding). The first step reads its first loss twice, and the loss of theta.
-    Raises TypeError, before anything is read, for another optimizer and for what is no closure; RuntimeError when the closure is
-    not repeatable, changed the weights or never used them, after too many skipped or dead steps in a row, and when the update made
-    weights inf or NaN. Malladi et al. 2023, Algorithm 1."""
+    Raises TypeError, before anything is read, for another optimizer, for what is no closure, and for a first_order that nothing uses;
+    RuntimeError when the closure is not repeatable, changed the weights or never used them, after too many skipped or dead steps in a
+    row, and when the update made weights inf or NaN. Malladi et al. 2023, Algorithm 1."""
     optimizer = _unwrapped(optimizer)
     if not callable(closure):
         raise TypeError(
             f"closure is {type(closure).__name__} {closure!r:.80}; expected a function without arguments that computes the loss, which "
             "is read at more than one point: zokern.step(optimizer, lambda: model(**batch).loss)"
         )
-    optimizer.step(closure)
+    if first_order is None:
+        optimizer.step(closure)
+        return optimizer.result
+    estimator = type(optimizer.estimator).__name__
+    if not callable(first_order) or not getattr(optimizer.estimator, "backpropagates", False):
+        raise TypeError(
+            f"first_order is {first_order!r:.80} and estimator {estimator}; expected a function that computes a loss, and an estimator that "
+            "back-propagates one: zokern.Addax, zokern.Hybrid"
+        )
+    optimizer.step(closure, first_order)
     return optimizer.result
 
 
@@ -116,16 +131,18 @@ def _unwrapped(optimizer: Any) -> Any:
     )
 
 
-def run(optimizer: Steps, closure: Callable[[], Any]) -> StepResult:
+def run(optimizer: Steps, closure: Callable[[], Any], first_order: Callable[[], Any] | None = None) -> StepResult:
     """Runs the step outside of a torch.inference_mode() around it: its tensors are used by later steps, in other modes.
 
     The closure is called in the mode in which the user wrote it."""
     inside = torch.is_inference_mode_enabled()
     with torch.inference_mode(False), torch.no_grad():
-        return _run(optimizer, torch.inference_mode()(closure) if inside else closure)
+        return _run(
+            optimizer, torch.inference_mode()(closure) if inside else closure, closure if first_order is None else first_order
+        )
 
 
-def _run(optimizer: Steps, closure: Callable[[], Any]) -> StepResult:
+def _run(optimizer: Steps, closure: Callable[[], Any], first_order: Callable[[], Any]) -> StepResult:
     """The step: ask for losses, estimate the gradient, write the weights once for each estimate."""
     plan: Plan = optimizer.plan()
     lens, rows = getattr(optimizer.rule, "base", None), getattr(optimizer.estimator, "rows", False)
@@ -139,13 +156,20 @@ def _run(optimizer: Steps, closure: Callable[[], Any]) -> StepResult:
         moves = [_move(optimizer, group, estimate, row.tolist()) for group, row in zip(part.groups, estimate.coefficients)]
         finite = all(fits([*weights, lr, decay, *(lr * w for w in weights)]) for weights, lr, decay in moves)
         fall = predicted_fall(part, estimate, moves) if finite and isinstance(optimizer.rule, Sgd) else None
+        descent = (
+            _descend(optimizer, plan, part, estimate, moves, first_order) if finite and estimate.gradient is not None else None
+        )
+        finite = finite and (descent is None or math.isfinite(descent.loss))
         result = _recorded(optimizer, part, estimate, finite, checked, result, fall)
         whole = estimate.scope is None
+        if descent is not None:
+            result = replace(result, first_order_loss=descent.loss)
         if whole or not finite:
             optimizer.count(finite, result)
         if not finite:
             return result
-        result = _update(optimizer, part, moves, result, whole)
+        optimizer.learn(part, estimate)
+        result = _update(optimizer, part, moves, result, whole, descent)
     if result is None:
         raise RuntimeError(f"estimator {type(optimizer.estimator).__name__} yielded no estimate; expected one or more a step")
     if not whole:  # a part of the parameters may not reach the loss
@@ -180,6 +204,7 @@ def _recorded(
         swallowed=record.swallowed,
         predicted_fall=fall,
         draws=draws,
+        first_order_loss=None if before is None else before.first_order_loss,
     )
 
 
@@ -200,8 +225,9 @@ def _check(optimizer: Steps, oracle: Oracle) -> tuple[str, ...]:
     first = optimizer.result is None and (plan.step == 0 or optimizer.evaluation.exact)
     if not optimizer.guards.is_due(plan.step, first):
         return ()
-    found = oracle.asked.losses.tolist()
+    found, record = oracle.asked.losses.tolist(), optimizer.evaluation.record
     again, base = oracle.again()
+    optimizer.evaluation.record = record  # of the estimate's losses
     if not repeats(plan, found, again, optimizer.evaluation.exact):
         raise NotRepeatable(found[0], again)
     if not first:
@@ -211,15 +237,27 @@ def _check(optimizer: Steps, oracle: Oracle) -> tuple[str, ...]:
     return unseen(oracle.plan, found, oracle.asked.closure)
 
 
-Move = tuple[list[float], float, float]
-
-
 def _move(optimizer: Steps, group: Group, estimate: Estimate, coefficients: list[float]) -> Move:
     """Returns what a group's rule is told: the weight of each draw, lr and decay."""
     lr = float(group.options["lr"])
     decay = 1.0 - lr * group.options["weight_decay"]
     sign = 1.0 if optimizer.guards.maximize else -1.0
     return [sign * c / estimate.count for c in coefficients], lr, decay
+
+
+def _descend(
+    optimizer: Steps, plan: Plan, part: Plan, estimate: Estimate, moves: Sequence[Move], closure: Callable[[], Any]
+) -> Descent:  # fmt: skip
+    """Back-propagates an estimate's gradient. What it moves, it moves along its draws as well."""
+    assert estimate.gradient is not None
+    each = {name: _move(optimizer, group, estimate, []) for group in plan.groups for name in group.names}
+    each |= {name: move for group, move in zip(part.groups, moves) for name in group.names}
+    found, sign = Descent(), -1.0 if optimizer.guards.maximize else 1.0
+    try:
+        descend(found, plan.along(estimate.draws), estimate.gradient, each, optimizer.rule, closure, sign)
+    finally:
+        optimizer.drawn = optimizer.drawn or bool(found.written)
+    return found
 
 
 def predicted_fall(plan: Plan, estimate: Estimate, moves: Sequence[Move]) -> float | None:
@@ -235,15 +273,23 @@ def predicted_fall(plan: Plan, estimate: Estimate, moves: Sequence[Move]) -> flo
     return -plan.groups[0].eps * sum(rate * slope for rate, slope in zip(rates[0], estimate.slopes.tolist()))
 
 
-def _update(optimizer: Steps, plan: Plan, moves: list[Move], result: StepResult, whole: bool) -> StepResult:
+def _update(
+    optimizer: Steps, plan: Plan, moves: list[Move], result: StepResult, whole: bool, descent: Descent | None
+) -> StepResult:  # fmt: skip
     """Writes the weights: decay and direction, one rounding. Returns the record with the share of weights that did not move.
 
-    whole  whether all trained parameters move, so that updates of low-rank directions may be deferred together"""
-    still = underflow.watch_update(plan)
+    whole    whether all trained parameters move, so that updates of low-rank directions may be deferred together
+    descent  has moved some parameters, along their draws too"""
     optimizer.drawn = True  # from here on the step has its number, whatever is raised
-    counts = []
+    counts = [] if descent is None else descent.counts
+    if descent is not None:
+        by_name = {name: move for group, move in zip(plan.groups, moves) for name in group.names}
+        left = [name for name in plan.names if name not in descent.written]
+        plan = plan.only(left) if left else replace(plan, groups=[])
+        moves = [by_name[group.names[0]] for group in plan.groups]
+    still = underflow.watch_update(plan)
     for group, (weights, lr, decay) in zip(plan.groups, moves):
-        defer = whole and optimizer.defers()
+        defer = whole and descent is None and optimizer.defers()
         counts.append(optimizer.rule.update(plan, group, weights, lr, decay, optimizer.state, defer))
         group.forget_draws()  # the optimizer keeps the groups until the next step
     if still is not None:

@@ -27,7 +27,8 @@ from .checks import finite_number, whole_number
 from .estimator import Estimate, Estimator, Oracle, Spsa
 from .estimator.base import ONES
 from .estimator.spsa import CENTRAL
-from .evaluation import Evaluation, Master
+from .evaluation import Evaluation, Jvp
+from .evaluation.loss import mean_of
 from .optimizer import ZerothOrder
 from .plan import Plan
 from .underflow import swallowed
@@ -151,6 +152,10 @@ class _Counted(Oracle):
         self.read += len(set(points))
         return super().losses(points, scope, closure)
 
+    def slopes(self, draws: Any, scope: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
+        self.read += len(draws)
+        return super().slopes(draws, scope)
+
 
 def tune(
     optimizer: ZerothOrder,
@@ -169,26 +174,24 @@ def tune(
                 lr is told from all of them in turn, so several batches give a better lr
     probes      draws that lr is told from. Its relative standard error is about sqrt(2 / probes)
     share       of the loss that a step is expected to take off
-    reach       bounds lr: the change of a weight by a step, root mean square. Where gradients are small, as under a new head, a
-                share of the loss can be far; 1e-3, MeZO's eps, keeps a step within the distance at which losses are read
-    evaluation  how losses are read; None: zokern.Master(), which takes one copy of the trained weights meanwhile
+    reach       bounds lr: the change of a weight by a step, root mean square. Where gradients are small, a share of the
+                loss can be far; 1e-3, MeZO's eps, keeps a step within the distance at which losses are read
+    evaluation  how losses are read; None: zokern.Jvp(), which takes one copy of the trained weights, as zokern.Master() does
     say         is called with a line of text for every stage
     Reads 5 eps x 4 slopes x 2 losses and 2 losses a probe, 56 in all, with a central difference.
-    eps stays as it is where the slopes agree with those at its neighbours to 10 % and rounding swallows less than
-    10 % of the perturbation; else it is the one where the larger of both shares is least. lr of a rule whose steps have one length
-    (Adam, the sign of the update) is multiplied by the root mean square of the coefficients.
+    eps stays where slopes agree with its neighbours' to 10 % and rounding swallows less than 10 % of the perturbation;
+    else the larger of both shares is least at it. A rule whose steps have one length gets lr times the rms coefficient.
     Raises ValueError for arguments out of range and where the losses show no slope."""
     given = [closures] if callable(closures) else list(closures) if isinstance(closures, Sequence) else []
     if not given or not all(map(callable, given)):
-        raise TypeError(
-            f"closures is {closures!r:.80}; expected a function that computes the loss of a batch, or a list of them"
-        )
+        raise TypeError(f"closures is {closures!r:.80}; expected a function that computes a batch's loss, or a list of them")
+    if getattr(optimizer.estimator, "rows", False):  # closures of the loss of each example
+        given = [mean_of(one) for one in given]
     probes, share = whole_number("probes", probes, 2), finite_number("share", share, above=0.0)
-    if not reach > 0.0:
-        raise ValueError(f"reach is {reach}; expected a number above 0, in weights")
+    reach = reach if reach == math.inf else finite_number("reach", reach, above=0.0)
     say = say or (lambda text: None)
     with _borrowed(optimizer) as plan:
-        oracle = _Counted(Master() if evaluation is None else evaluation, plan, given[0], optimizer.state)
+        oracle = _Counted(Jvp() if evaluation is None else evaluation, plan, given[0], optimizer.state)
         optimizer.prepare(plan, oracle)
         own = [group.eps for group in plan.groups]
         widths = _widths(optimizer, oracle, plan, own, say)
@@ -203,14 +206,20 @@ def tune(
             f"the losses show no slope: the expected fall is {fall}, the mean loss {loss}. Look whether the closure runs the model"
             " that is trained, and whether its loss is finite; the estimator has to tell slopes (zokern.Spsa() does)"
         )
-    lr = share * abs(loss) / fall
-    if (own_lr := getattr(optimizer.rule, "lr", None)) is not None:  # steps of one length, whatever the slope
-        lr, length = lr * math.sqrt(square) * own_lr / ONES, (ONES / own_lr) ** 2
-    if length and math.isfinite(reach):
-        lr = min(lr, reach / math.sqrt(length))
+    lr = _bounded(share * abs(loss) / fall, reach, math.sqrt(square), math.sqrt(length), getattr(optimizer.rule, "lr", None))
     error = statistics.stdev(probe.fall for probe in found) / math.sqrt(len(found)) / fall
     old = own[0], float(optimizer.param_groups[0]["lr"])
     return Tuning(eps, lr, old, tuple(widths), loss, fall, error, share, len(found), oracle.read)
+
+
+def _bounded(lr: float, reach: float, coefficient: float, length: float, own: float | None) -> float:
+    """Returns lr for a rule, no larger than a step of `reach` allows.
+
+    coefficient, length  rms of the coefficients, and of a weight's change at lr = 1, where the rule is SGD
+    own                  lr of a rule whose steps have one length, whatever the slope; None: SGD's"""
+    if own is not None:
+        lr, length = lr * coefficient * own / ONES, ONES / own
+    return min(lr, reach / length) if length else lr
 
 
 @contextmanager

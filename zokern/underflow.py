@@ -42,14 +42,17 @@ def swallowed(plan: Plan, group: Group, members: list[int] | None = None) -> flo
     tensors = [heads(group.theta[i]).contiguous() for i in members]
     outs = [torch.empty_like(tensor) for tensor in tensors]
     spans = [group.spans[i] for i in members]
+    factors = [group.scale(i) for i in members]
+    scales = [None if given is None else heads(given).contiguous() for given in factors]
     # a factored z is not drawn yet: normals of the root mean square of its elements stand for it
     factored = group.matrices is not None
     scale = group.eps * (plan.factored.spread(group.matrices[members[0]]) if factored else 1.0)  # type: ignore[union-attr,index]
     direction = Normal() if factored else plan.direction
-    group.backend.perturb(Batch(tensors, spans), Noise(direction, plan.seed, [(plan.step, 0)]), [scale], [outs])
+    batch = Batch(tensors, spans, scales=None if group.scales is None else scales)
+    group.backend.perturb(batch, Noise(direction, plan.seed, [(plan.step, 0)]), [scale], [outs])
     sizes = [group.theta[i].numel() for i in members]
-    dead = sum(float((out == tensor).to(torch.float64).mean()) * size for tensor, out, size in zip(tensors, outs, sizes))
-    return dead / sum(sizes)
+    same = [moving(out == tensor, given) for tensor, out, given in zip(tensors, outs, factors)]
+    return sum(float(one.double().mean()) * size for one, size in zip(same, sizes)) / sum(sizes)
 
 
 def watch_update(plan: Plan) -> Callable[[], float | None] | None:
@@ -57,12 +60,14 @@ def watch_update(plan: Plan) -> Callable[[], float | None] | None:
     if plan.rounding != "nearest" or (plan.step >= 10 and plan.step % 100):
         return None
     dense = [group for group in plan.groups if group.matrices is None]
-    before = [(t, heads(t).clone()) for group in dense for t in (group.theta[i] for i in _sampled(group))]
+    before = [(t, heads(t).clone(), factors) for group in dense for t, factors in (
+        (group.theta[i], group.scale(i)) for i in _sampled(group))]  # fmt: skip
     if not before or not any(float(group.options["lr"]) for group in plan.groups):
         return None
 
     def after() -> float:
-        still = sum(int((heads(now) == old).sum()) for now, old in before) / sum(old.numel() for _, old in before)
+        same = [moving(heads(now) == old, factors) for now, old, factors in before]
+        still = sum(int(one.sum()) for one in same) / sum(one.numel() for one in same)
         if still > 0.5 and plan.step == 0:
             warn(
                 f"rounding to nearest left {still:.0%} of the 16-bit weights where they were: the update is below half an ulp; "
@@ -78,6 +83,12 @@ def _sampled(group: Group) -> list[int]:
     return [i for i, t in enumerate(group.theta) if t.dtype != torch.float32 and t.dim() > 1 and t.numel()]
 
 
+def moving(same: Tensor, factors: Tensor | None) -> Tensor:
+    """Of a comparison of heads(): what belongs to elements whose z is not 0, or one False where there are none."""
+    some = same if factors is None else same[heads(factors) != 0]
+    return some if some.numel() else torch.zeros(1, dtype=torch.bool, device=same.device)
+
+
 def heads(tensor: Tensor) -> Tensor:
     """The first SAMPLE elements, row-major, as a vector: a view, or of a tensor with gaps a copy of no more than a few rows."""
     part = tensor.detach() if tensor.dim() else tensor.detach().view(1)
@@ -87,4 +98,4 @@ def heads(tensor: Tensor) -> Tensor:
     return part[:rows].reshape(-1)[:SAMPLE]
 
 
-__all__ = ["check_perturbation", "heads", "swallowed", "watch_update"]
+__all__ = ["check_perturbation", "heads", "moving", "swallowed", "watch_update"]

@@ -84,8 +84,10 @@ class Trainer:
             **run._asdict(), "threads": torch.get_num_threads(), "load": os.getloadavg()[0], "points": [],
         }  # fmt: skip
 
-    def task(self, batches: Batches) -> Task:
-        return Task(self.model, self.words, batches.next())
+    def closure(self, optimizer: Any, batches: Batches) -> Callable[[], Any]:
+        """Returns the loss of the next batch, or the losses of its rows where the estimator asks for these."""
+        task = Task(self.model, self.words, batches.next())
+        return task.examples if getattr(optimizer.estimator, "rows", False) else task
 
     def tune(self) -> Any:
         """Returns the optimizer at the eps and the lr of zokern.tune, which the row then holds."""
@@ -93,7 +95,7 @@ class Trainer:
         group = optimizer.param_groups[0]
         self.row |= {"default_lr": group["lr"], "default_eps": group["eps"]}
         others = Batches(self.rows.train, self.batch, TUNE_SEED + self.run.seed)
-        found = zokern.tune(optimizer, [self.task(others) for _ in range(TUNE_BATCHES)], reach=REACH)
+        found = zokern.tune(optimizer, [self.closure(optimizer, others) for _ in range(TUNE_BATCHES)], reach=REACH)
         found.apply(optimizer)
         self.row |= {"lr": found.lr, "eps": found.eps, "tune_error": found.error, "tune_forwards": found.forwards}
         return optimizer
@@ -107,7 +109,7 @@ class Trainer:
 
     def forward(self) -> None:
         """A bare forward, beyond whose memory a step's is counted."""
-        task = self.task(Batches(self.rows.train, self.batch, self.run.seed))
+        task = Task(self.model, self.words, Batches(self.rows.train, self.batch, self.run.seed).next())
         self.row["peak_extra_bytes"] = None
         if reset_high_water():
             with torch.no_grad():
@@ -122,8 +124,8 @@ class Trainer:
             self.row["peak_extra_bytes"] = max(self.row["peak_extra_bytes"], high_water() - self.base)
 
     def step(self, optimizer: Any) -> Any:
-        task, clock, processor = self.task(self.batches), time.perf_counter(), time.process_time()
-        result = zokern.step(optimizer, task)
+        closure, clock, processor = self.closure(optimizer, self.batches), time.perf_counter(), time.process_time()
+        result = zokern.step(optimizer, closure)
         self.seconds.append(time.perf_counter() - clock)
         self.processor.append(time.process_time() - processor)
         return result

@@ -33,6 +33,7 @@ struct Simd {
     const __m256i lanes = _mm256_packus_epi32((__m256i)x, (__m256i)x);  // words below 2^16
     _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(lanes, 0x08)));
   }
+  static F load_byte(const uint8_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p))); }
   static F load_fp16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
   static void store_fp16(uint16_t* p, F x) {
     _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -42,6 +43,11 @@ struct Simd {
 
   static void interleave(F even, F odd, F& low, F& high) {
     low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
+  }
+
+  static void deinterleave(F low, F high, F& even, F& odd) {
+    const __m256i evens = (__m256i)_mm256_shuffle_ps(low, high, 0x88), odds = (__m256i)_mm256_shuffle_ps(low, high, 0xdd);
+    even = (F)_mm256_permute4x64_epi64(evens, 0xd8), odd = (F)_mm256_permute4x64_epi64(odds, 0xd8);
   }
 
   static constexpr int kTranspose = 8;

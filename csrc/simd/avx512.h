@@ -40,6 +40,7 @@ struct Simd {
   static void store_pairs(uint16_t* p, U x) { _mm512_storeu_si512(p, (__m512i)x); }
   static U load_half(const uint16_t* p) { return (U)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)); }
   static void store_half(uint16_t* p, U x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)x)); }
+  static F load_byte(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))); }
   static F load_fp16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
   static void store_fp16(uint16_t* p, F x) {
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -49,6 +50,11 @@ struct Simd {
 
   static void interleave(F even, F odd, F& low, F& high) {
     low = _mm512_unpacklo_ps(even, odd), high = _mm512_unpackhi_ps(even, odd);
+  }
+
+  static void deinterleave(F low, F high, F& even, F& odd) {
+    const U order = lane() * 2u;
+    even = _mm512_permutex2var_ps(low, (__m512i)order, high), odd = _mm512_permutex2var_ps(low, (__m512i)(order + 1u), high);
   }
 
   static constexpr int kTranspose = 8;

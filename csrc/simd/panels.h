@@ -141,6 +141,9 @@ void make_rows(const LinearJob& job, const Side* sides, int many, int64_t offset
                     product.who,
                     type,
                     type,
+                    0,
+                    nullptr,
+                    0,
                     0};
   const Chunk chunk{0, rows * n, 0};
   piece.entries = &entry, piece.chunks = &chunk, piece.draws = &draw, piece.scales = scales;

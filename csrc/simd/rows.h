@@ -87,6 +87,37 @@ inline void round_stochastic(const Name& name, uint64_t number, int n, Type type
   }
 }
 
+// Factors i .. i + kUnit - 1 of z, in the order of unit_values<D, kPaired>(). A NaN becomes the canonical one,
+// whose lower half is zero.
+template <bool kPaired>
+ZO_INLINE void load_factors(const void* base, Scale type, int64_t i, F& a, F& b) {
+  if (type == Scale::kMask) {
+    const uint8_t* p = static_cast<const uint8_t*>(base) + i;
+    a = Simd::load_byte(p), b = Simd::load_byte(p + kLanes);
+  } else if (type == Scale::kBfloat16) {
+    const uint16_t* p = static_cast<const uint16_t*>(base) + i;
+    a = Simd::floats(Simd::load_half(p) << 16), b = Simd::floats(Simd::load_half(p + kLanes) << 16);
+  } else {
+    const float* p = static_cast<const float*>(base) + i;
+    const U x = Simd::bits(Simd::load(p)), y = Simd::bits(Simd::load(p + kLanes));
+    a = Simd::floats((x & 0x7fffffffu) > 0x7f800000u ? U{} + 0x7fc00000u : x);
+    b = Simd::floats((y & 0x7fffffffu) > 0x7f800000u ? U{} + 0x7fc00000u : y);
+  }
+  if constexpr (kPaired) {
+    F even, odd;
+    Simd::deinterleave(a, b, even, odd);
+    a = even, b = odd;
+  }
+}
+
+// The factors of n elements from element `first` of an entry on, one by one.
+inline void gather_factors(const Entry& entry, int64_t first, int n, float* to) {
+  for (int i = 0; i < n; ++i) {
+    const float factor = factor_at(entry.scale, entry.scale_type, first + i);
+    to[i] = factor == factor ? factor : as_float(0x7fc00000u);
+  }
+}
+
 struct Run {  // consecutive elements of one row
   const Entry* entry;
   const void* theta;  // the first element

@@ -28,6 +28,7 @@ struct Simd {
   static void store_pairs(uint16_t* p, U x) { p[0] = static_cast<uint16_t>(x), p[1] = static_cast<uint16_t>(x >> 16); }
   static U load_half(const uint16_t* p) { return *p; }
   static void store_half(uint16_t* p, U x) { *p = static_cast<uint16_t>(x); }
+  static F load_byte(const uint8_t* p) { return *p; }
   static F load_fp16(const uint16_t* p) { return fp16_to_float(*p); }
   static void store_fp16(uint16_t* p, F x) { *p = fp16_nearest(x); }
   static F round_fp16(F x) { return fp16_to_float(fp16_nearest(x)); }
@@ -36,6 +37,9 @@ struct Simd {
   // Turns the (even, odd) of one vector of words into consecutive elements. It undoes the order of
   // store_words<true>.
   static void interleave(F even, F odd, F& low, F& high) { low = even, high = odd; }
+
+  // The even and the odd elements of two vectors.
+  static void deinterleave(F low, F high, F& even, F& odd) { even = low, odd = high; }
 
   // to[k to_stride + c] = from[c from_stride + k] for c, k in [0, kTranspose)
   static constexpr int kTranspose = 1;

@@ -50,7 +50,10 @@ TUPLES = {"draw": (Batch, Noise), "axpy_": (Batch, Noise, Terms), "update_": (Ba
 def arguments(verb: str, given: dict[str, Any]) -> list[Any]:
     """The tuples of a launch from flat arguments, and what stands beside them."""
     rest = dict(given)
-    tuples = [kind(**{name: rest.pop(name) for name in kind._fields if name in rest}) for kind in TUPLES[verb]]
+    fields = {
+        kind: [name for name in kind._fields if (kind, name) != (Batch, "scales")] for kind in TUPLES[verb]
+    }  # test_scaled.py has it
+    tuples = [kind(**{name: rest.pop(name) for name in names if name in rest}) for kind, names in fields.items()]
     return [*tuples, *rest.values()]
 
 

@@ -126,24 +126,11 @@ def test_losses_of_a_direction(direction: str, number: int, both_products) -> No
         check_losses(model, closure, way(), DIRECTIONS[direction], **options)
 
 
-def lora() -> tuple[nn.Module, Callable]:
-    """Adapters away from B = 0, where a step would not see A."""
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
-    model = build(lambda: peft.get_peft_model(models.llama(), config))
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                p.copy_(torch.linspace(-0.2, 0.2, p.numel()).view_as(p))
-    inputs = models.inputs("llama")
-    return model, lambda: model(**inputs).loss
-
-
 @pytest.mark.parametrize("way", FAST)
 def test_losses_of_adapters(way: str) -> None:
     for make in (zokern.MeZO, DIRECTIONS["subzero_adapters"], DIRECTIONS["lozo"]):
         with large():
-            check_losses(*lora(), WAYS[way](), make, eps=0.05, queries=2)
+            check_losses(*models.lora(), WAYS[way](), make, eps=0.05, queries=2)
 
 
 @pytest.mark.parametrize("way", [*FAST, "inplace"])

@@ -10,6 +10,7 @@ import re
 from fractions import Fraction
 
 import conformance
+import conformance_scaled
 import numpy as np
 import ptx
 import pytest
@@ -53,6 +54,21 @@ def test_replay(text) -> None:
     versus.axpy(thetas, [Span(5, 8), Span(6, 16)], "rademacher", draws[:2], coeffs[:2], [1.0, 0.9], each=1)
     versus.axpy(thetas, [Span(5, 8), Span(6, 16)], "normal", draws, coeffs, 2 * decays, "stochastic", each=1)
     versus.axpy(thetas, [Span(5, 8), Span(6, 16)], "normal", draws, coeffs, [0.9], "stochastic", each=34)
+
+
+def test_factors(text) -> None:
+    """Factors of z: 8 bytes of a mask at a time, 16 of other factors, in units and in pieces."""
+    generator = torch.Generator().manual_seed(5)
+    versus = conformance_scaled.Scaled(test_factors, OnPtx(text), "cpu", "quick")
+    for offset, direction in ((0, "normal"), (3, "rademacher")):
+        dtypes = [dtype for dtype in conformance.DTYPES for _ in range(2)]
+        thetas = [conformance.theta_of(generator, (21,), dtype, offset) for dtype in dtypes]
+        spans = [Span(40 + i, 8 * i + offset) for i in range(len(thetas))]
+        factors = conformance_scaled.factors_for(generator, thetas, offset, offset)
+        versus.axpy(thetas, spans, direction, factors)
+        versus.axpy(thetas, spans, direction, factors, [(3, 1), (2, 0)], [1e-2, 0.3], 0.99, "stochastic")
+        versus.draw([conformance.out_like(t, offset=offset) for t in thetas], spans, direction, factors)
+        versus.perturb(thetas, spans, direction, [[conformance.out_like(t, offset=offset) for t in thetas]], factors, (0.1,))
 
 
 def rejected(text: str, check: str) -> str:

@@ -47,6 +47,8 @@ def test_no_spills_and_nothing_inexact(machine, arch) -> None:
         assert not function.forbidden(), f"{name}: {function.forbidden()}"
         limit = 80 if re.search(r"perturb_kernel|RoundingE[12]E|RoundingE0ELNS0_3SumE[23]E", name) else 64
         limit = 128 if re.search(r"RoundingE[12]ELNS0_3SumE[23]E", name) else limit  # many terms, many steps
+        if "scaled_" in name:  # with factors of z
+            limit = 128 if "SumE2E" in name else 80
         assert 0 < function.registers <= limit, (
             f"{name}: {function.registers} registers; {65536 // 256 // limit} blocks must fit"
         )

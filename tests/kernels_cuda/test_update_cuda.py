@@ -22,7 +22,7 @@ MISTAKES = [
     ("eps twice inside", "s.inside = from[6]", "s.inside = from[{wrong} ? 8 : 6]"),
     ("m stored in the place of v", "nearest<Type::kFloat32>(v))", "nearest<Type::kFloat32>({wrong} ? m : v))"),
     ("v of a piece not stored", "if constexpr (kRule == Rule::kAdam) second[i] = v;", "if (kRule == Rule::kAdam && !{wrong}) second[i] = v;"),
-    ("one m for a whole piece", "float m = first[i],", "float m = first[{wrong} ? p.low : i],"),
+    ("one m for a whole piece", "float m = kHasMoments ? first[i]", "float m = kHasMoments ? first[{wrong} ? p.low : i]"),
     ("the last term alone", "if (k + 1 < sum.count) term = sum.draws[k];", "if (k + 1 < sum.count && !{wrong}) term = sum.draws[k];"),
     ("the first coefficient", "const float factor = sum.coefficients[k];", "const float factor = sum.coefficients[{wrong} ? 0 : k];"),
     ("the clock", "term.step + sum.clock", "term.step + ({wrong} ? 0 : sum.clock)"),

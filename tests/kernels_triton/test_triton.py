@@ -46,8 +46,8 @@ WRONG = {  # name: (file, text, replacement)
     "unfused sum": ("elementwise", "tl.fma(coefficient, z_even, even)", "coefficient * z_even + even"),
     "unfused element": (
         "elementwise",
-        "tl.fma(tl.load(coefficients + k), z_of(number, who, step_k, draw_k, keys, DIRECTION), value)",
-        "tl.load(coefficients + k) * z_of(number, who, step_k, draw_k, keys, DIRECTION) + value",
+        "tl.fma(tl.load(coefficients + k), z, value)",
+        "tl.load(coefficients + k) * z + value",
     ),
     "sine and cosine swapped": ("normal", "return r * sine, r * cosine", "return r * cosine, r * sine"),
     "words swapped": ("elementwise", "tl.join(tl.join(a0, a2), tl.join(a1, a3))", "tl.join(tl.join(a0, a1), tl.join(a2, a3))"),
@@ -191,18 +191,22 @@ def test_interpreted_rejects(interpreted, name: str) -> None:
 
 # the kernels, and what their loop over units holds: units a thread, and of each the 16-byte loads, stores and at most so many
 # instructions an element (sm_80 to sm_120, Triton 3.6 to 3.9)
-ONE = dict(draw_count=1, each=1, draws=None, clock=None, DECAY=False, EACH=False)
+ONE = dict(draw_count=1, each=1, draws=None, clock=None, DECAY=False, EACH=False, SCALED=False)
 KERNELS: dict[str, tuple[str, dict, tuple[int, int, int, float] | None]] = {
     "axpy bf16": ("axpy", dict(DIRECTION=0, ROUNDING=0, KINDS=2, **ONE), (2, 1, 1, 25.4)),
     "axpy fp32": ("axpy", dict(DIRECTION=0, ROUNDING=0, KINDS=1, **ONE), (2, 2, 2, 26.4)),
     "axpy fp16": ("axpy", dict(DIRECTION=0, ROUNDING=0, KINDS=4, **ONE), (2, 1, 1, 25.4)),
-    "axpy mixed K": ("axpy", dict(DIRECTION=0, ROUNDING=1, KINDS=7, DECAY=True, EACH=False), None),
-    "axpy replay": ("axpy", dict(DIRECTION=0, ROUNDING=1, KINDS=7, DECAY=False, EACH=True), None),
+    "axpy mixed K": ("axpy", dict(DIRECTION=0, ROUNDING=1, KINDS=7, DECAY=True, EACH=False, SCALED=False), None),
+    "axpy replay": ("axpy", dict(DIRECTION=0, ROUNDING=1, KINDS=7, DECAY=False, EACH=True, SCALED=False), None),
     "axpy residual": ("axpy", dict(DIRECTION=0, ROUNDING=2, KINDS=2, **ONE), (2, 2, 2, 47)),
     "axpy rademacher": ("axpy", dict(DIRECTION=1, ROUNDING=0, KINDS=2, **ONE), (4, 1, 1, 8.6)),
     "axpy rademacher fp32": ("axpy", dict(DIRECTION=1, ROUNDING=0, KINDS=1, **ONE), (4, 2, 2, 8.7)),
-    "perturb bf16": ("perturb", dict(DIRECTION=0, SIDES=2, JOIN=False, KINDS=1 << 4, clock=None), (2, 1, 2, 26.7)),
-    "draw fp32": ("draw", dict(DIRECTION=0, KINDS=1, clock=None), (2, 0, 2, 22.5)),
+    "perturb bf16": (
+        "perturb",
+        dict(DIRECTION=0, SIDES=2, JOIN=False, SCALED=False, KINDS=1 << 4, clock=None),
+        (2, 1, 2, 26.7),
+    ),
+    "draw fp32": ("draw", dict(DIRECTION=0, SCALED=False, KINDS=1, clock=None), (2, 0, 2, 22.5)),
     "philox": ("philox", dict(ROUNDS=10, BLOCK=1024), None),
 }
 # the other kernels are compiled for sm_90 alone: a compilation takes a second or more

@@ -29,7 +29,7 @@ from zokern.backends import triton as backend  # noqa: E402
 # The conformance checks that are interpreted here; the others vary what elementwise.py does for this verb, or what reaches no kernel
 CHECKS = ("update_sizes", "update_strides", "update_roots", "update_large", "update_clock", "update_empty")
 NORMAL, RADEMACHER = 0, 1
-MOMENTUM, ADAM = 0, 1
+MOMENTUM, ADAM, SIGN = 0, 1, 2
 
 WRONG = {  # name: (file, text, replacement)
     "the old momentum": ("update", "    move = m\n", "    move = theta\n"),
@@ -97,12 +97,13 @@ def test_interpreted_rejects(interpreted, name: str) -> None:
 
 # --- compiled ----------------------------------------------------------------------------------------------------------------------
 
-ONE = dict(draw_count=1, draws=None, clock=None)
+ONE = dict(draw_count=1, draws=None, clock=None, SCALED=False)
 # the kernels, and what their loop over units holds: units a thread, of each the 16-byte accesses, and instructions an element
 KERNELS: dict[str, tuple[dict, tuple[int, int, float]]] = {
     "momentum bf16": (dict(DIRECTION=NORMAL, RULE=MOMENTUM, ROUNDING=0, KINDS=2, **ONE), (2, 3, 35.5)),
     "adam bf16": (dict(DIRECTION=NORMAL, RULE=ADAM, ROUNDING=0, KINDS=2, **ONE), (2, 5, 74.0)),
     "adam fp32": (dict(DIRECTION=NORMAL, RULE=ADAM, ROUNDING=0, KINDS=1, **ONE), (2, 6, 71.0)),
+    "sign bf16": (dict(DIRECTION=NORMAL, RULE=SIGN, ROUNDING=0, KINDS=2, **ONE), (2, 1, 28.0)),
     "momentum rademacher": (dict(DIRECTION=RADEMACHER, RULE=MOMENTUM, ROUNDING=0, KINDS=2, **ONE), (4, 3, 17.5)),
 }
 CASES = [(arch, name) for name in KERNELS for arch in ("80", "90") if name == "adam bf16" or arch == "90"]

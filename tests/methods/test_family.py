@@ -3,66 +3,24 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
+from family import EVALUATIONS, NAMES, Rows, loss, weights
 from models import one_thread, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
-from torch import Tensor, nn
+from torch import Tensor
 
 import zokern
 from zokern.estimator.blocks import block_of, layer_of, module_of, sublayer_of
-from zokern.evaluation import Point
 from zokern.methods import METHODS
-from zokern.plan import Plan
-from zokern.stream import PRIVACY, draw_word, words
 
-NAMES = (
-    "embed.weight",
-    "layers.0.up",
-    "layers.0.down",
-    "layers.1.up",
-    "layers.1.down",
-    "layers.2.up",
-    "layers.3.up",
-    "head.weight",
-)
-EVALUATIONS = ("master", "paired", "scratch", "inplace")
 FAMILY = (
     "AdaMeZO", "BSZO", "BlockMeZO", "DPZO", "LeZO", "MeZOGV", "RLOO", "ZOAdam", "ZOConservative", "ZOMomentum", "ZOSignSGD",
 )  # fmt: skip
-
-
-def weights() -> dict[str, nn.Parameter]:
-    generator = torch.Generator().manual_seed(3)
-    return {name: nn.Parameter(0.5 * torch.randn(3, 4 + i, generator=generator)) for i, name in enumerate(NAMES)}
-
-
-def loss(theta: dict[str, Tensor]) -> Tensor:
-    parts = torch.stack(
-        [(t.double() * (1 + i)).sin().mean() + t.double().square().mean() for i, t in enumerate(theta.values())]
-    )
-    return parts.sum() + 0.3 * parts.prod() + 2.0
-
-
-class Rows(nn.Module):
-    """A model with a loss for each example."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(5)
-        self.layers = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 1)])
-        for p in self.parameters():
-            p.data = 0.5 * torch.randn(p.shape, generator=generator)
-        self.x = torch.randn(10, 6, generator=generator)
-
-    def forward(self) -> Tensor:
-        return (self.layers[1](torch.tanh(self.layers[0](self.x)))[:, 0] - self.x.sum(1)).square()
 
 
 # Every method of the family ------------------------------------------------------------------------------------------------------
@@ -125,8 +83,20 @@ def fall(method: str, steps: int = 60, **options: Any) -> float:
 
 @pytest.mark.parametrize("method", FAMILY)
 def test_the_loss_falls(method: str) -> None:
-    assert fall(method) > 0.02
-    assert method == "ZOConservative" or fall(method, maximize=True) < 0.0
+    assert fall(method) > 0.02 and fall(method, maximize=True) < 0.0
+
+
+@pytest.mark.parametrize("method", [name for name in FAMILY if name != "DPZO"])  # whose noise has no sign
+def test_a_reward_is_maximised_as_its_negative_is_minimised(method: str) -> None:
+    """Bit for bit. Conservative steps are too long here, so that it chooses among its three."""
+    ends, lr = [], 0.1 if method == "ZOConservative" else FALLS[method]
+    for sign in (1.0, -1.0):
+        model = Rows()
+        optimizer = METHODS[method](model, lr=lr, maximize=sign < 0, evaluation="master", seed=2)
+        for _ in range(12):
+            zokern.step(optimizer, lambda model=model, sign=sign: sign * model().mean())
+        ends.append(snapshot(model))
+    assert all(same_bits(ends[0][n], ends[1][n]) for n in ends[0])
 
 
 # Blocks and layers ---------------------------------------------------------------------------------------------------------------
@@ -249,159 +219,6 @@ def test_parts_that_a_step_does_not_name_are_forgotten() -> None:
     kept = {scope: part for scope, ((part, _),) in parts.work.scopes.items()}
     zokern.step(parts, lambda: loss(params))
     assert len(kept) == 6 and all(parts.work.scopes[scope][0][0] is part for scope, part in kept.items())
-
-
-# Examples ------------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("evaluation", [*EVALUATIONS, "auto"])
-def test_one_example_moves_a_coefficient_by_no_more_than_its_bound(evaluation: str) -> None:
-    """An example whose loss is a million times as large, or inf, or NaN."""
-    eps, bound, found = 1e-3, 0.05, []
-    for factor in (1.0, 1e6, math.inf, math.nan):
-        model = Rows()
-        scale = torch.ones(10)
-        scale[3] = factor
-        options = {"clip": bound, "noise": 0.0, "eps": eps, "evaluation": evaluation, "paired_check": None}
-        optimizer = zokern.DPZO(model, seed=2, lr=1e-3, **options)
-        result = zokern.step(optimizer, lambda model=model, scale=scale: model() * scale)
-        assert not result.skipped
-        found += result.coefficients
-    for got in found[1:]:
-        assert abs(got - found[0]) <= 2 * bound / (2 * eps * 10) * (1 + 1e-6)
-    assert len({*found[:2]}) == 2
-
-
-def test_without_a_bound_one_example_decides() -> None:
-    clamped = patch.object(Tensor, "clamp", lambda self, *bounds: self)
-    with clamped, pytest.raises(AssertionError):
-        test_one_example_moves_a_coefficient_by_no_more_than_its_bound("master")
-
-
-def test_a_step_without_a_finite_example_is_skipped() -> None:
-    model = Rows()
-    before = snapshot(model)
-    assert zokern.step(zokern.DPZO(model, paired_check=None), lambda: model() * math.nan).skipped
-    assert all(same_bits(p, before[n]) for n, p in model.named_parameters())
-
-
-@pytest.mark.parametrize("kind", ["gaussian", "laplace"])
-def test_noise_has_its_distribution(kind: str) -> None:
-    """Mean, variance, and the share within one unit, of 2000 numbers; each query and step has its own."""
-    optimizer = zokern.DPZO(Rows(), kind=kind, queries=2, seed=11)
-    plan = optimizer.plan()
-    assert len(torch.cat([optimizer.estimator.draws(replace(plan, step=step)) for step in (0, 1)]).unique()) == 4
-    many = words(torch.arange(2000), 0, 0, draw_word(0, PRIVACY), 11)
-    with patch.object(Plan, "bits", lambda self, purpose, query: many[1000 * query :][:1000]):
-        n = optimizer.estimator.draws(plan)
-    variance, within = (1.0, math.erf(math.sqrt(0.5))) if kind == "gaussian" else (2.0, 1.0 - math.exp(-1.0))
-    assert len(n.unique()) > 1990 and abs(float(n.mean())) < 5 * math.sqrt(variance / len(n))
-    assert abs(float(n.var()) / variance - 1.0) < 0.2 and abs(float((n.abs() < 1.0).double().mean()) - within) < 0.04
-
-
-REFUSED: dict[str, Callable[[Rows], Any]] = {
-    "a mean": lambda model: model().mean(), "a number": lambda model: 1.0, "a matrix": lambda model: model().view(2, 5),
-    "nothing": lambda model: model()[:0],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("evaluation", ["master", "scratch"])
-@pytest.mark.parametrize("what", REFUSED)
-def test_a_closure_without_a_loss_for_each_example_is_refused(what: str, evaluation: str) -> None:
-    model = Rows()
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=r"the closure returned .*expected a tensor of shape \[examples\].*reduction='none'"):
-        zokern.step(zokern.DPZO(model, evaluation=evaluation), lambda: REFUSED[what](model))
-    assert all(same_bits(p, before[n]) for n, p in model.named_parameters())
-    with pytest.raises(ValueError, match=r"a tensor of shape \(10,\); expected a scalar"):
-        zokern.step(zokern.MeZO(model, evaluation=evaluation), model)
-
-
-# Draws of earlier steps ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_point_may_lie_along_draws_of_earlier_steps() -> None:
-    """Every evaluation reads the same loss there, dense and low-rank, and the record names the draws."""
-    found: dict[str, list[float]] = {}
-
-    class Asks(zokern.Spsa):
-        def __call__(self, oracle: Any, plan: Any) -> Any:
-            if plan.step == 2:
-                points = [
-                    Point((((0, 0), 1.0),)),
-                    Point((((1, 0), 0.5), (plan.draw(0), -1.0))),
-                    Point((((0, 0), -1.0), ((1, 0), 1.0))),
-                ]
-                found.setdefault(name, []).extend(oracle.losses(points).tolist())
-            for estimate in super().__call__(oracle, plan):
-                if plan.step == 2:
-                    estimate = replace(
-                        estimate, draws=((0, 0), plan.draw(0)), coefficients=torch.tensor([[0.5, -0.5]]).double(), slopes=None
-                    )
-                yield estimate
-
-    for method in (zokern.MeZO, zokern.TeZO):
-        found.clear()
-        ends = []
-        for name in EVALUATIONS:
-            model, ids = tiny(), torch.arange(10).view(2, 5)
-            optimizer = method(model, lr=0.0, eps=0.05, estimator=Asks(), evaluation=name)
-            for step in range(3):
-                optimizer.param_groups[0]["lr"] = 0.1 * (step == 2)
-                result = zokern.step(optimizer, lambda model=model, ids=ids: model(ids).square().mean())
-            optimizer.flush()
-            assert result.draws == ((0, 0), (2, 0))
-            ends.append(snapshot(model))
-        for name in EVALUATIONS[1:]:
-            assert found[name] == pytest.approx(found["master"], rel=1e-5) and len({*found[name]}) == 3
-        assert all(torch.allclose(ends[0][n], end[n], atol=1e-5) for end in ends[1:] for n in ends[0])
-
-
-def draws_of(draws: Callable[[Any], tuple]) -> zokern.Spsa:
-    """An estimator that moves along other draws than it read."""
-
-    class Other(zokern.Spsa):
-        def __call__(self, oracle: Any, plan: Any) -> Any:
-            for estimate in super().__call__(oracle, plan):
-                named = draws(plan)
-                yield replace(estimate, draws=named, coefficients=torch.ones(len(plan.groups), len(named)).double())
-
-    return Other()
-
-
-@pytest.mark.parametrize(
-    ("method", "draws", "message"),
-    [
-        (zokern.MeZO, lambda plan: (plan.draw(0), (plan.step - 1, 0)), "draws is .*expected one of this step at the end"),
-        (zokern.MeZO, lambda plan: (), "draws is .*expected one of this step at the end"),
-        (zokern.LOZO, lambda plan: ((0, 0), plan.draw(0)), r"draw \(0, 0\) is of step 0, and step 2 has another basis"),
-    ],
-)
-def test_draws_that_are_no_directions_are_refused(method: Any, draws: Callable, message: str) -> None:
-    model, ids = tiny(), torch.arange(10).view(2, 5)
-    options = {"interval": 2} if method is zokern.LOZO else {}
-    optimizer = method(model, lr=0.0, evaluation="master", **options)
-    for step in range(3):
-        if step == 2:
-            optimizer.estimator, optimizer.param_groups[0]["lr"] = draws_of(draws), 0.1
-        with pytest.raises(ValueError, match=message) if step == 2 else nullcontext():
-            zokern.step(optimizer, lambda: model(ids).square().mean())
-
-
-def test_a_skipped_step_of_a_guide_keeps_what_was_kept() -> None:
-    params = weights()
-    optimizer = zokern.MeZOGV(list(params.items()), lr=1e-3, evaluation="master")
-    for _ in range(3):
-        zokern.step(optimizer, lambda: loss(params))
-    kept = copy.deepcopy(optimizer.estimator.state)
-    calls = []
-
-    def closure() -> Tensor:
-        """Finite along the draws, NaN along the guide."""
-        calls.append(0)
-        return loss(params) * (math.nan if len(calls) > 2 else 1.0)
-
-    assert zokern.step(optimizer, closure).skipped and optimizer.estimator.state == kept and len(calls) == 4
 
 
 BAD = {

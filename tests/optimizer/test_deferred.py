@@ -621,7 +621,7 @@ def saved(state: dict) -> dict:
 RESUMES = {
     **{name: {"name": name} for name in METHODS}, "lozo_queries": {"name": "lozo", "queries": 2, "weight_decay": 0.5},
     "lozo_m_immediate": {"name": "lozo_m", "defer": False}, "subzero_paired": {"name": "subzero", "evaluation": "paired"},
-    "pgap_paired": {"name": "pgap", "evaluation": "paired"},
+    "pgap_paired": {"name": "pgap", "evaluation": "paired"}, "FGD": {"name": "FGD", "evaluation": "jvp"},
 }  # fmt: skip
 
 

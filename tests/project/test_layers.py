@@ -23,8 +23,8 @@ LAYERS = {
     "operations": ["gemm", "ops"],
     "parts": ["fingerprint", "modules", "parameters", "plan", "underflow", "evaluation", "estimator", "prospect", "guards"],
     "rules": ["rule"],
-    "step": ["first_step", "step"],
-    "optimizer": ["low_bits", "bases", "deferred", "work", "checkpoint", "optimizer"],
+    "step": ["first_step", "first_order", "step"],
+    "optimizer": ["low_bits", "bases", "scaling", "deferred", "work", "checkpoint", "optimizer"],
     "methods": ["methods", "objective", "tuning"],
     "applications": ["__init__", "info", "cli", "cli_methods", "cli_tune", "__main__", "_build"],
 }

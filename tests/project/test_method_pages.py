@@ -43,6 +43,8 @@ def check_cost(cost) -> None:
         "LOZO": (2, 2 * 4 / side),
         "SubZero": (2, 2 * 8 * 4 / side),
         "TeZO": (2, 2 * 32 * 4 / side),
+        "SparseMeZO": (2, 1.0),
+        "HiZOO": (3, 4.0),
     }
     assert {name: tuple(cost(name)[:2]) for name in known} == known
     assert cost("FZOO").lr == 2e-4 and cost("MeZO").eps == 1e-3

@@ -243,7 +243,7 @@ HERE: dict[str, Callable[[Any], Any]] = {
     "mezo_momentum": lambda model: zokern.MeZO(model, lr=1e-3, rule=zokern.Momentum()),
     "mezo_adam": lambda model: zokern.MeZO(model, lr=1e-3, rule=zokern.Adam()),
     **{f"mezo_{way}": partial(zokern.MeZO, lr=1e-3, evaluation=way) for way in ("master", "paired", "scratch", "inplace")},
-    **{name: METHODS[name] for name in ("fzoo", "subzero", "lozo_m", "tezo_adam", "pgap")},
+    **{name: METHODS[name] for name in ("fzoo", "subzero", "lozo_m", "tezo_adam", "pgap", "FGD", "Addax")},
 }
 
 

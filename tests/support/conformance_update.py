@@ -20,6 +20,7 @@ RULES = tuple(STATES)
 USUAL = {
     "momentum": (0.999, 1e-3, 0.9, 0.1),
     "adam": (0.999, 2e-3, 0.9, 0.1, 0.99, 0.01, 0.0, 1.25, 1e-6),
+    "sign": (0.999, 1e-3),
 }
 DRAWS, COEFFS = ((3, 1), (5, 0)), (0.5, -0.25)
 
@@ -113,13 +114,14 @@ def check_update_scalars(backend, device="cpu", scale="full") -> None:
             (1.0, 0.0, 0.9, 0.1, 0.999, 0.001, 0.0, 1.0, 1e-8), (0.0, 1.0, 1e-30, 1e-38, 1e-10, 1e-38, 0.0, 1.0, 1e30),
             (1.0, 1e-10, 1.0, 0.0, 1.0, 0.0, 0.0, 1.0, 1e-45), (-1.0, 1e30, 0.5, 1e10, 0.5, 1e20, 1e-40, 1e-5, 0.0),
         ],
+        "sign": [(1.0, 0.0), (0.0, 1e-30), (-1.5, 3.0), (1e-40, 1e38)],
     }  # fmt: skip
     for rule in RULES:
         for i, scalars in enumerate(cases[rule]):
             assert len(scalars) == len(SCALARS[rule])
             thetas = [theta_of(generator, (size,), dtype, offset=i) for dtype in DTYPES]
             spans = [Span(who, i) for who in ids(generator, 3)]
-            for coeffs in ((1.0,), (1e-25,), (3e22,)):
+            for coeffs in ((1.0,), (1e-25,), (3e22,), (0.0,), (-1e-45,)):  # the last two make g = 0, of both signs
                 versus.update(thetas, spans, rule, states_of(generator, rule, thetas), coeffs=coeffs, scalars=scalars)
 
 

@@ -52,7 +52,7 @@ class OnPtx(cuda.Cuda):
         counts = ptx.run(self.text, prefix, BLOCKS, THREADS, arguments, memory)
         self.executed += sum(counts.values())
 
-    def _call(self, verb, device, tensors, *arguments, clock=0, device_draws=0, coefficients=0) -> None:
+    def _call(self, verb, device, tensors, *arguments, clock=0, device_draws=0, coefficients=0, scaled=False) -> None:
         if verb == "philox":
             counters, count, k0, k1, rounds, words = arguments
             return self._run(sass.symbol("philox"), [counters, count, k0, k1, rounds, words], tensors)
@@ -60,22 +60,25 @@ class OnPtx(cuda.Cuda):
         keys = [(seed & 0xFFFFFFFF) + i * M0 & 0xFFFFFFFF for i in range(10)]
         keys += [(seed >> 32) + i * M1 & 0xFFFFFFFF for i in range(10)]
         table = struct.pack("<QQqi20I4xQ", entries, chunks, count, self.parts_log2, *keys, clock)  # struct List
+        kind = "scaled_" if scaled else ""
         if verb == "draw":
-            return self._run(sass.symbol(verb, direction), [table, *rest], tensors)
+            return self._run(sass.symbol(kind + verb, direction), [table, *rest], tensors)
         if verb == "perturb":
             step, draw, scales = rest
             both = np.frombuffer((ctypes.c_float * 2).from_address(scales), np.float32)
-            return self._run(sass.symbol(verb, direction), [table, step, draw, *both], tensors)
+            return self._run(sass.symbol(kind + verb, direction), [table, step, draw, *both], tensors)
         if verb == "update":
             draws, draw_count, rule, scalars, rounding, nonfinite = rest
             last = bytes((ctypes.c_char * 16).from_address(draws + 16 * (draw_count - 1)))
             arguments = [table, device_draws, coefficients, draw_count, last, scalars, nonfinite]
-            return self._run(sass.update_symbol(direction, rule, rounding), arguments, tensors)
+            return self._run(sass.update_symbol(direction, rule, rounding, kind), arguments, tensors)
         draws, draw_count, each, rounding, nonfinite = rest
         last = bytes((ctypes.c_char * 16).from_address(draws + 16 * (draw_count - 1)))  # struct Draw
-        if draw_count == 1:
+        if scaled:
+            terms = sass.DECAYED_TERM if draw_count == 1 else sass.TERMS
+        elif draw_count == 1:
             terms = sass.TERM if struct.unpack("<IIff", last)[3] == 1.0 else sass.DECAYED_TERM
         else:
             terms = sass.STEPS if each == 1 else sass.TERMS
         arguments = [table, device_draws, coefficients, draw_count, each, last, nonfinite]
-        return self._run(sass.symbol("axpy", direction, rounding, terms), arguments, tensors)
+        return self._run(sass.symbol(kind + "axpy", direction, rounding, terms), arguments, tensors)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from models import batch, tiny
-from paper import Paper, Read, script
+from paper import Paper, Read, Slope, script
 from recipes import METHODS, ROWS, Formula
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -36,12 +36,14 @@ def check_method(name: str, steps: int = 5, weight_decay: float = 0.0, width: in
     double = copy.deepcopy(model).double()
     optimizer = (METHODS | ROWS)[name](model, weight_decay=weight_decay, seed=seed, **options)
     formula, loss = Formula.of(optimizer, model), examples_of if name in ROWS else loss_of
+    formula.loss = lambda weights: loss_of(lambda ids: functional_call(double, weights, (ids,)))
     if options.get("evaluation") == "inplace":  # weights go out and come back
         formula.size = {n: size + 4 * optimizer.param_groups[0]["eps"] for n, size in formula.size.items()}
     spreads = []
     for step in range(steps):
         result = zokern.step(optimizer, lambda: loss(model))
-        spreads.append(max(max(sides) - min(sides) for sides in result.losses))
+        alone = all(len(sides) == 1 for sides in result.losses)  # slopes are no differences of losses
+        spreads.append(math.inf if alone else max(max(sides) - min(sides) for sides in result.losses))
         group = optimizer.param_groups[0]  # as they are in this step: a method may have a schedule
         count, began = (
             sum(t.numel() for t in formula.theta.values()),
@@ -63,6 +65,11 @@ def check_step(formula: Formula, result: zokern.StepResult, paper: Paper, double
     named, answer = iter(zip(result.draws, result.coefficients)), None
     asks = script(formula.optimizer.estimator, paper, tuple(formula.theta))
     while (asked := asks.send(answer) if answer is not None else next(asks, None)) is not None:
+        if isinstance(asked, Slope):
+            want, got = float(formula.loss(formula.theta)), next(losses)
+            assert abs(got - want) <= 1e-6 * want, f"step {paper.step}, theta: {got} against {want}"
+            answer = formula.slope(asked.draw, asked.scope)
+            continue
         if isinstance(asked, Read):
             weights = formula.moved(asked.terms, paper.eps, asked.scope, paper.step, asked.anchored)
             with torch.no_grad():

@@ -158,6 +158,19 @@ def inputs(architecture: str) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": labels}
 
 
+def lora() -> tuple[nn.Module, Callable]:
+    """Adapters away from B = 0, where a step would not see A."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
+    model = build(lambda: peft.get_peft_model(llama(), config))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.copy_(torch.linspace(-0.2, 0.2, p.numel()).view_as(p))
+    given = inputs("llama")
+    return model, lambda: model(**given).loss
+
+
 def refuse(model: nn.Module, call: Callable, error, *words: str) -> None:
     """The call raises, says every word, and no bit of the model has changed."""
     before = snapshot(model)

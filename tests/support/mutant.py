@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -23,3 +24,26 @@ def replaced(owner: Any, name: str, change: Callable) -> Any:
     """owner.name with a mistake: change(right, *arguments)."""
     right = getattr(owner, name)
     return patch.object(owner, name, lambda *arguments, **keywords: change(right, *arguments, **keywords))
+
+
+@contextmanager
+def together(patches: Iterable) -> Iterator[None]:
+    """Several mistakes at once."""
+    with ExitStack() as stack:
+        for one in patches:
+            stack.enter_context(one)
+        yield
+
+
+def misread(kind: type, change: Callable):
+    """A rule that updates with other numbers than it says it has."""
+
+    def update(right, self, *rest, **more):
+        before, wrong = dict(vars(self)), change(self)
+        vars(self).update(wrong)
+        try:
+            return right(self, *rest, **more)
+        finally:
+            vars(self).update(before)
+
+    return replaced(kind, "update", update)

@@ -1,7 +1,8 @@
 """Estimators on paper: each is a generator that asks for losses and says what moves, in Python's numbers.
 
-    Read  a point, theta + eps sum_k a_k z_k of some parameters: the loss there is sent back
-    Move  what the weights do: theta <- theta - lr (1/count) sum_k c_k z_k of some parameters
+    Read   a point, theta + eps sum_k a_k z_k of some parameters: the loss there is sent back
+    Slope  a draw: the derivative of the loss along z of some parameters is sent back
+    Move   what the weights do: theta <- theta - lr (1/count) sum_k c_k z_k of some parameters
 
 They are told the losses that a step recorded. Where a step does not record a loss they are told what it is
 in float64.
@@ -33,15 +34,25 @@ class Read(NamedTuple):
     anchored: bool = False
 
 
+class Slope(NamedTuple):
+    """The step's record has the loss of theta for it."""
+
+    draw: Draw
+    scope: tuple[str, ...]
+
+
 class Move(NamedTuple):
     """apart: by how much a coefficient may differ: of itself, from rounding of algebra, and outright, from
-    that of unrecorded losses."""
+    that of unrecorded losses. share: of the gradient, which moves the same parameters. by_torch: those that
+    the torch optimizer moves along the gradient."""
 
     draws: list[Draw]
     coefficients: list[float]
     scope: tuple[str, ...]
     count: int = 1
     apart: tuple[float, float] = (1e-6, 0.0)
+    share: float = 0.0
+    by_torch: tuple[str, ...] = ()
 
 
 class Paper(NamedTuple):
@@ -91,6 +102,13 @@ def numbered(p: Paper, count: int) -> list[Draw]:
 
 def by_spsa(e: Any, p: Paper, scope: tuple[str, ...]) -> Script:
     losses = yield from differences(e, p, scope)
+    yield Move(numbered(p, e.queries), weighed(e, losses, p.eps), scope, e.queries)
+
+
+def by_curvature(e: Any, p: Paper, scope: tuple[str, ...]) -> Script:
+    """HiZOO: and half of the second difference along each draw, for the factors of the direction."""
+    losses = yield from differences(e, p, scope)
+    p.memory["curvatures"] = [abs(ahead + behind - 2 * here) / (2 * p.eps**2) for ahead, behind, here in losses]
     yield Move(numbered(p, e.queries), weighed(e, losses, p.eps), scope, e.queries)
 
 
@@ -249,10 +267,42 @@ def by_layers(e: Any, p: Paper, scope: tuple[str, ...]) -> Script:
     yield from script(e.inner, p, tuple(name for name in scope if e.layer(name) in kept))
 
 
+def by_slopes(e: Any, p: Paper, scope: tuple[str, ...]) -> Script:
+    found = []
+    for draw in numbered(p, e.queries):
+        found.append((yield Slope(draw, scope)))
+    yield Move(numbered(p, e.queries), found, scope, e.queries, apart=(1e-6, 1e-6))
+
+
+def changed(asks: Script, change: Callable[[Move], Move]) -> Script:
+    """The same questions, and other moves."""
+    answer = None
+    while True:
+        try:
+            asked = asks.send(answer)
+        except StopIteration:
+            return
+        answer = yield (change(asked) if isinstance(asked, Move) else asked)
+
+
+def by_mixing(e: Any, p: Paper, scope: tuple[str, ...]) -> Script:
+    a = e.alpha
+    inner = script(e.inner, p, scope)
+    yield from changed(inner, lambda m: m._replace(coefficients=[a * c for c in m.coefficients], share=1 - a))
+
+
+def by_splitting(e: Any, p: Paper, scope: tuple[str, ...]) -> Script:
+    first = tuple(name for name in scope if name in e.first)
+    inner = script(e.inner, p, tuple(name for name in scope if name not in e.first))
+    yield from changed(inner, lambda m: m._replace(by_torch=first))
+
+
 SCRIPTS: dict[type, Callable[..., Script]] = {
     Spsa: by_spsa, Spread: by_spread, zokern.Ranked: by_ranks, zokern.Sign: by_sign, zokern.Kernel: by_kernel, zokern.Conservative: by_the_best,
     zokern.Bayesian: by_filter, zokern.LeaveOneOut: by_the_others, zokern.Private: by_clipped_sums, zokern.Guided: by_the_guide,
     zokern.Blockwise: by_blocks, zokern.Layers: by_layers, zokern.Anchored: by_the_anchor,
+    zokern.Curvature: by_curvature,
+    zokern.ForwardGradient: by_slopes, zokern.Mixed: by_mixing, zokern.Split: by_splitting,
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ with a size, the same expression with magnitudes in place of numbers, so that ro
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,11 +18,11 @@ from paper import Move
 from torch import Tensor, nn
 
 import zokern
-from zokern.directions import Aligned, Diagonal, Drawn, Kept, Lazy, LowRank, Subspace
+from zokern.directions import Aligned, Curved, Diagonal, Drawn, Kept, Lazy, LowRank, Masked, Scaled, Subspace
 from zokern.estimator import Anchored
 from zokern.estimator.blocks import block_of
 from zokern.methods.pgap import Probed
-from zokern.stream import BASIS, RADIUS, draw_word
+from zokern.stream import BASIS, MASK, RADIUS, draw_word
 
 
 def stem_of(name: str) -> str:
@@ -109,12 +110,16 @@ METHODS |= {
     if stem_of(name) not in METHODS | ROWS and name != "MeZO"
 }
 METHODS["mezo"] = partial(zokern.MeZO, lr=3e-3)
+METHODS["Addax"] = partial(zokern.Addax, lr=3e-3, alpha=0.4)
+SLOPES = ("FGD",)  # they read derivatives, in the one way that there is
+GRADIENTS = ("Addax", "FGD", "Hybrid")  # not from losses alone, so their bits depend on torch's products
 LOW_RANK = [name for name in METHODS if name.startswith(("subzero", "lozo", "tezo", "pgap", "zo_", "right", "both", "eggroll"))]
 DENSE = [name for name in METHODS if name not in LOW_RANK]
 ONE_EACH = (
     "subzero", "lozo", "lozo_m", "tezo", "tezo_m", "tezo_adam", "pgap", "fzoo", "adamezo", "lezo", "mezogv_lozo", "subzero_plus",
     "right_drawn", "both_drawn", "eggroll", "zo_muon", "zo_mopi",
     "kerzoo_5_averaged", "conmezo_number", "mezosvrg_queries", "dizo",
+    "SparseMeZO",
 )  # fmt: skip
 
 
@@ -165,6 +170,8 @@ class Formula:
     size: dict[str, Tensor] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
     now: int = 0  # step of the update
+    start: dict[str, Tensor] = field(default_factory=dict)
+    loss: Callable[[dict[str, Tensor]], Tensor] | None = None  # float64, of weights by name; for slopes and gradients
 
     @classmethod
     def of(cls, optimizer: Any, model: nn.Module) -> Formula:
@@ -173,7 +180,10 @@ class Formula:
         assert direction is None or type(direction) in known, (
             f"the formula of direction {type(direction).__name__} is not known"
         )
-        return cls(optimizer, theta, {n: t.abs() for n, t in theta.items()})
+        assert optimizer.scaled is None or type(optimizer.scaled) in (Curved, Masked, Scaled), (
+            f"the formula of direction {type(optimizer.scaled).__name__} is not known"
+        )
+        return cls(optimizer, theta, {n: t.abs() for n, t in theta.items()}, start=dict(theta))
 
     # Directions
 
@@ -261,7 +271,7 @@ class Formula:
         shape = tuple(self.theta[name].shape)
         u = sized(zokern.draw(self.optimizer.direction.name, shape, seed=self.optimizer.seed, who=name, step=step, draw=query))
         if self.kind != "cone":
-            return u
+            return sized(u.value * self.factor(name, step))
         momentum, length = self.cone(name)
         return momentum * (math.cos(self.optimizer.rule.angle) / length) + u * math.sin(self.optimizer.rule.angle)
 
@@ -278,6 +288,29 @@ class Formula:
         along = beta * length + (1 - beta) * c * math.cos(rule.angle)
         across = (1 - beta) * c * math.sin(rule.angle)
         self.memory[name] = momentum * beta + self.dense(name, step, 0) * ((1 - beta) * c), math.sqrt(along**2 + across**2)
+
+    def factor(self, name: str, step: int) -> Tensor:
+        """What an element's z is multiplied with: given, or 1 for the share that moves and 0 for the rest."""
+        direction, theta = self.optimizer.scaled, self.start[name]
+        if direction is None:
+            return torch.ones(())
+        if isinstance(direction, Curved):
+            return self.memory.get(f"{name} s", torch.ones(theta.shape, dtype=torch.float64))
+        if isinstance(direction, Masked):
+            return self.mask(direction, name, step).float()
+        found = direction.scales(name, theta) if callable(direction.scales) else direction.scales.get(name)
+        return torch.ones(()) if found is None else found.float()
+
+    def mask(self, direction: Masked, name: str, step: int) -> Tensor:
+        theta, everything = self.start[name], torch.cat([t.flatten() for t in self.start.values()]).abs().sort().values
+        sizes = everything if direction.scope == "global" else theta.flatten().abs().sort().values
+        if direction.by == "magnitude":
+            return theta.abs() <= sizes[max(1, round(direction.keep * len(sizes))) - 1]
+        share = direction.keep
+        if direction.scope == "global":
+            share = float((theta.abs() > sizes[max(1, round((1 - share) * len(sizes))) - 1]).double().mean())
+        z = self.normals(theta.shape, name, step - step % direction.every, draw_word(0, MASK))
+        return (1 + torch.erf(z / math.sqrt(2))) / 2 < share
 
     def z(self, name: str, step: int, query: int) -> Tensor:
         if self.shape(name) is None:
@@ -307,11 +340,24 @@ class Formula:
         fast, count = self.memory.get(name, (sized(self.theta[name]), 0))
         return self.theta[name] + (fast.value - self.theta[name]) / (1 + count / self.optimizer.rule.span)
 
+    def gradient(self) -> dict[str, Tensor]:
+        """By back-propagation, in float64."""
+        assert self.loss is not None
+        weights = {n: t.detach().requires_grad_() for n, t in self.theta.items()}
+        return dict(zip(weights, torch.autograd.grad(self.loss(weights), list(weights.values()))))
+
+    def slope(self, draw: tuple[int, int], scope: Sequence[str]) -> float:
+        """<gradient, z> of some parameters."""
+        return float(sum((g * self.z(n, *draw)).sum() for n, g in self.gradient().items() if n in scope))
+
     # Updates
 
     def update(self, move: Move, coefficients: Sequence[float], lr: float, weight_decay: float = 0.0) -> None:
-        """theta <- (1 - lr wd) theta - lr times what the rule makes of g = (1 / count) sum_k c_k z_k."""
+        """theta <- (1 - lr wd) theta - lr times what the rule makes of g = (1 / count) sum_k c_k z_k, and a share of the gradient."""
         weights, step = [c / move.count for c in coefficients], move.draws[-1][0]
+        if isinstance(self.optimizer.scaled, Curved):
+            self.learn(step)
+        gradient = self.gradient() if move.share or move.by_torch else {}
         if self.kind == "projected":
             chosen = {n: t for n, t in self.theta.items() if any(part in n for part in self.optimizer.rule.names)}
             self.memory.setdefault("start", chosen)
@@ -332,16 +378,45 @@ class Formula:
                     self.tilted(name, weights[0], step)
             else:
                 made = self.matrix_move(name, [self.factors(name, *draw) for draw in move.draws], weights)
+            if move.share:
+                term, made = gradient[name] * move.share, Sized(*(part.reshape(theta.shape) for part in made))
+                made = made + Sized(term, term.abs().max())
             decay = 1.0 - share * lr * weight_decay
             self.theta[name] = decay * theta - lr * made.value.reshape(theta.shape)
             self.size[name] = decay * self.size[name] + lr * made.size.reshape(theta.shape)
+
+        if move.by_torch:
+            self.step_of_torch({name: gradient[name] for name in move.by_torch})
+
+    def learn(self, step: int) -> None:
+        """h <- (1 - alpha) h + alpha h mean_k v_k z_k^2, of which s = h^(-1/2) is kept."""
+        alpha, curvatures = self.optimizer.scaled.smooth, self.memory["curvatures"]
+        for name, theta in self.theta.items():
+            h = self.factor(name, step).double() ** -2
+            squares = [self.normals(theta.shape, name, step, k) ** 2 * v for k, v in enumerate(curvatures)]
+            self.memory[f"{name} s"] = ((1 - alpha) * h + alpha * h * sum(squares) / len(squares)) ** -0.5
+
+    def step_of_torch(self, gradient: dict[str, Tensor]) -> None:
+        """A step of the torch optimizer, in float64: one of its class and options that has seen these weights from the start."""
+        if "torch" not in self.memory:
+            given = self.optimizer.first_order
+            takes = inspect.signature(type(given)).parameters
+            options = {key: value for key, value in given.param_groups[0].items() if key in takes and key != "params"}
+            tensors = {name: self.theta[name].clone().requires_grad_() for name in gradient}
+            self.memory["torch"] = tensors, type(given)(tensors.values(), **options)
+        tensors, optimizer = self.memory["torch"]
+        for name, g in gradient.items():
+            tensors[name].grad = g
+        optimizer.step()
+        for name, t in tensors.items():
+            self.size[name] = self.size[name] + (t.detach() - self.theta[name]).abs().max()
+            self.theta[name] = t.detach().clone()
 
     @property
     def kind(self) -> str:
         rule = self.optimizer.rule
         known = (zokern.Sgd, zokern.Momentum, zokern.Adam, zokern.WindowMomentum, zokern.WindowAdam)
-        known += (zokern.Averaged, zokern.Cone, zokern.Projected)
-        known += (zokern.Muon,)
+        known += (zokern.Averaged, zokern.Cone, zokern.Projected, zokern.Muon, zokern.SignSgd)
         assert type(rule) in known, f"the formula of rule {type(rule).__name__} is not known"
         return rule.name
 
@@ -350,6 +425,8 @@ class Formula:
         rule = self.optimizer.rule
         if self.kind.startswith("window"):
             return self.windowed(name, gradient)
+        if self.kind == "sign":
+            return Sized(gradient.value.sign(), torch.ones_like(gradient.size))
         if self.kind == "momentum":
             old = self.memory.get(name)
             self.memory[name] = gradient if old is None else old * rule.beta + gradient * (1.0 - rule.dampening)

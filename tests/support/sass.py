@@ -305,9 +305,10 @@ def symbol(verb: str, direction: int = 0, rounding: int | None = None, terms: in
     return f"_ZN2zo7kernels{len(stem)}{stem}" + ("" if verb == "philox" else f"I{arguments}E")
 
 
-def update_symbol(direction: int, rule: int, rounding: int) -> str:
-    """The same of csrc/update.cu."""
-    return f"_ZN2zo7updates13update_kernelILNS_9DirectionE{direction}ELNS_4RuleE{rule}ELNS_8RoundingE{rounding}E"
+def update_symbol(direction: int, rule: int, rounding: int, kind: str = "") -> str:
+    """The same of csrc/update.cu; kind 'scaled_': with factors of z."""
+    stem = f"{kind}update_kernel"
+    return f"_ZN2zo7updates{len(stem)}{stem}ILNS_9DirectionE{direction}ELNS_4RuleE{rule}ELNS_8RoundingE{rounding}E"
 
 
 # bfloat16 terms that lowrank.cu splits a float32 factor into, by the type of theta and the rank

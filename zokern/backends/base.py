@@ -12,17 +12,19 @@ from .launch import Batch, Noise, Outer, Sides, Span, Terms, Update, Weight
 DTYPES = ("float32", "bfloat16", "float16")
 DIRECTIONS = {"normal": 0, "rademacher": 1}  # those that the kernels know, and their numbers there
 ROUNDINGS = ("nearest", "stochastic", "residual")
-STATES = {"momentum": ("m",), "adam": ("m", "v")}  # what update_ keeps of each element, by rule
+STATES: dict[str, tuple[str, ...]] = {"momentum": ("m",), "adam": ("m", "v"), "sign": ()}  # what update_ keeps, by rule
 SCALARS = {  # and the numbers that it is told
     "momentum": ("decay", "lr", "beta", "alpha"),
     "adam": ("decay", "lr", "beta1", "alpha1", "beta2", "alpha2", "inside", "correction", "eps"),
+    "sign": ("decay", "lr"),
 }
 
 
 class Backend(Protocol):
     """Runs the verbs. Elementwise verbs are equal bit for bit on every backend, but for NaN payloads.
 
-    A nonfinite count is int64[1]: how many results are inf or NaN.
+    A nonfinite count is int64[1]: how many results are inf or NaN. Every z below is float32(z * s) of a
+    tensor with factors (Batch.scales).
     """
 
     name: str
@@ -47,7 +49,7 @@ class Backend(Protocol):
         """
 
     def update_(self, batch: Batch, noise: Noise, update: Update) -> Tensor:
-        """Computes a rule with state in place, in one pass. Returns how many new weights are inf or NaN.
+        """Computes a rule in place, in one pass. Returns how many new weights are inf or NaN.
 
             g = sum_k coefficients[k] z_k          from 0, by fma in draw order
             momentum  m <- fma(alpha, g, round(beta m))
@@ -55,6 +57,7 @@ class Backend(Protocol):
             adam      m <- fma(alpha1, g, round(beta1 m))
                       v <- fma(alpha2, round(g g), round(beta2 v))
                       move = m / fma(sqrt(v + inside), correction, eps)
+            sign      move = 1 where g > 0, -1 where g < 0, and g itself where it is 0 or NaN
             theta <- round(fma(lr, move, round(decay theta)))
 
         Everything is float32, and each operation is rounded once, root and quotient too. The last rounding

@@ -82,8 +82,8 @@ def _is_sound(batch: Batch, factors: Outer, outs: Sequence[Tensor] | None) -> bo
     """Tells whether a call of lowrank_ is the common one of a forward pass, and right.
 
     It takes a tenth of the time of VALID.lowrank_."""
-    (thetas, spans, rounding, residuals), (lefts, rights, scales, _) = batch, factors
-    if not 1 == len(thetas) == len(spans) == len(lefts) == len(rights) == len(scales):
+    (thetas, spans, rounding, residuals, scaled), (lefts, rights, scales, _) = batch, factors
+    if scaled is not None or not 1 == len(thetas) == len(spans) == len(lefts) == len(rights) == len(scales):
         return False
     if residuals is not None or rounding != "nearest" or (outs is not None and len(outs) != 1):
         return False
@@ -110,10 +110,10 @@ class _Table(NamedTuple):
 
 def _table(
     thetas: Sequence[Tensor] | None, spans: Sequence[Span], outs: Sequence[Sequence[Tensor]], residuals: Sequence[Tensor] | None = None,
-    elements: int = pack.CHUNK_ELEMENTS, numbered: bool = False,
+    elements: int = pack.CHUNK_ELEMENTS, numbered: bool = False, scales: Sequence[Tensor | None] | None = None,
 ) -> _Table:  # fmt: skip
     """Packs a launch. It has one thread if waking a second costs more than it saves."""
-    entries, chunks = arrays = pack.pack(thetas, spans, outs, residuals, elements, numbered)
+    entries, chunks = arrays = pack.pack(thetas, spans, outs, residuals, elements, numbered, scales)
     count = len(chunks)
     small = count == 1 or (len(entries) > 1 and int((chunks["end"] - chunks["begin"]).sum()) < SMALL)
     return _Table((pack.address(entries), pack.address(chunks), count), 1 if small else 0, arrays)
@@ -125,17 +125,17 @@ def _threads(table: _Table) -> int:
 
 def _kept_table(verb: str, batch: Batch, outs: Sequence[Sequence[Tensor]], check: Callable[..., Any], *given: Any) -> _Table:
     """Returns the table of a launch without residuals: made once for lists that the caller keeps."""
-    thetas, spans = batch.tensors, batch.spans
+    thetas, spans, scales = batch.tensors, batch.spans, batch.scales
     kept = getattr(thetas, "kept", None)
     if kept is None or any([getattr(side, "kept", None) is None for side in outs]):
         check(batch, *given)
-        return _table(thetas, spans, outs)
-    key = verb, id(spans), *map(id, outs)
+        return _table(thetas, spans, outs, scales=scales)
+    key = verb, id(spans), id(scales), *map(id, outs)
     known = kept.get(key)
-    if known is None or known[0] is not spans or any([a is not b for a, b in zip(known[1], outs)]):
+    if known is None or known[0] is not spans or known[1] is not scales or any([a is not b for a, b in zip(known[2], outs)]):
         check(batch, *given)
-        known = kept[key] = spans, tuple(outs), _table(thetas, spans, outs)
-    return known[2]
+        known = kept[key] = spans, scales, tuple(outs), _table(thetas, spans, outs, scales=scales)
+    return known[3]
 
 
 class Cpu:
@@ -154,19 +154,19 @@ class Cpu:
         number = VALID.number(noise.direction)
         VALID.draw(batch, noise)
         ((step, draw),) = noise.draws
-        table = _table(None, batch.spans, (batch.tensors,))
+        table = _table(None, batch.spans, (batch.tensors,), scales=batch.scales)
         _module().draw(*table.place, number, noise.seed, step_at(step, noise.clock), draw, _threads(table), 0)
 
     def axpy_(self, batch: Batch, noise: Noise, terms: Terms) -> Tensor:
         number = VALID.number(noise.direction)
-        thetas, spans, rounding, residuals = batch
+        thetas, spans, rounding, residuals, scales = batch
         nonfinite = torch.zeros(1, dtype=torch.int64, device=_CPU)
         if residuals is None and noise.clock is None and rounding in pack.ROUNDING:
             VALID.numbers("axpy_", "coeffs", terms.coefficients, len(noise.draws))
             table = _kept_table("axpy_", batch, (), VALID.axpy_, noise, terms)
         else:
             VALID.axpy_(batch, noise, terms)
-            table = _table(thetas, spans, (), residuals)
+            table = _table(thetas, spans, (), residuals, scales=scales)
         each, decays = terms.rounded()
         summed = _summed(noise, terms.coefficients, decays)
         _module().axpy(*table.place, number, noise.seed, pack.address(summed), len(summed), each, pack.ROUNDING[rounding],
@@ -176,9 +176,9 @@ class Cpu:
     def update_(self, batch: Batch, noise: Noise, update: Update) -> Tensor:
         number = VALID.number(noise.direction)
         VALID.update_(batch, noise, update)
-        thetas, spans, rounding, residuals = batch
+        thetas, spans, rounding, residuals, scales = batch
         nonfinite, scalars = torch.zeros(1, dtype=torch.int64, device=_CPU), update.scalars.contiguous()
-        table = _table(thetas, spans, update.states, residuals)
+        table = _table(thetas, spans, update.states, residuals, scales=scales)
         summed = _summed(noise, update.coefficients, [1.0] * len(noise.draws))
         _module().update(*table.place, number, noise.seed, pack.address(summed), len(summed), pack.RULES[update.rule],
                          scalars.data_ptr(), pack.ROUNDING[rounding], nonfinite.data_ptr(), _threads(table), 0)  # fmt: skip
@@ -190,7 +190,7 @@ class Cpu:
             table = _kept_table("perturb", batch, outs, VALID.perturb, noise, scales, outs)
         else:
             VALID.perturb(batch, noise, scales, outs)
-            table = _table(batch.tensors, batch.spans, outs, batch.residuals)
+            table = _table(batch.tensors, batch.spans, outs, batch.residuals, scales=batch.scales)
         ((step, draw),) = noise.draws
         sides = np.zeros(2, dtype=np.float32)
         sides[: len(scales)] = scales
@@ -202,7 +202,7 @@ class Cpu:
     ) -> Tensor:
         if not _is_sound(batch, factors, outs):
             VALID.lowrank_(batch, factors, outs)
-        thetas, spans, rounding, residuals = batch
+        thetas, spans, rounding, residuals, _ = batch
         lefts, rights, scales, decay = factors
         seed, step = rounding_bits(noise)
         if len(thetas) == 1 and spans[0].rows is None and spans[0].pitch is None and thetas[0].is_contiguous():

@@ -82,10 +82,11 @@ class Cuda:
         thetas = None if draws else batch.tensors
 
         def make():
-            entries, chunks = pack.pack(thetas, batch.spans, outs, batch.residuals)
+            entries, chunks = pack.pack(thetas, batch.spans, outs, batch.residuals, scales=batch.scales)
             return (entries, chunks) if len(chunks) else (), (entries.nbytes, len(chunks))
 
-        kept = self.tables.get(device_tables.key_of(thetas, batch.spans, outs, batch.residuals), device, make)
+        key = device_tables.key_of(thetas, batch.spans, outs, batch.residuals, batch.scales)
+        kept = self.tables.get(key, device, make)
         if kept.buffer is None:
             return [], (0, 0, 0)
         (entries_bytes, chunks), start = kept.facts, kept.buffer.data_ptr()
@@ -110,8 +111,8 @@ class Cuda:
         kept, place = self._table(device, batch, (batch.tensors,), draws=True)
         if kept:
             ((step, draw),), clock = noise.draws, noise.clock
-            self._call("draw", device, [*kept, *batch.tensors, *_rows(batch.spans), *given(clock)], *place, number, noise.seed,
-                       step, draw, clock=_address(clock))  # fmt: skip
+            self._call("draw", device, [*kept, *_given(batch), *given(clock)], *place, number, noise.seed, step, draw,
+                       clock=_address(clock), **_scaled(batch))  # fmt: skip
 
     def axpy_(self, batch: Batch, noise: Noise, terms: Terms) -> Tensor:
         number, device = self.valid.number(noise.direction), self._or_any(self.valid.axpy_(batch, noise, terms))
@@ -125,7 +126,7 @@ class Cuda:
         tensors = [*kept, *given(uploaded), coeffs, nonfinite, *_given(batch), *given(clock)]
         self._call("axpy", device, tensors, *place, number, noise.seed, pack.address(summed), len(summed), each,
                    pack.ROUNDING[batch.rounding], nonfinite.data_ptr(), clock=_address(clock), device_draws=_address(uploaded),
-                   coefficients=coeffs.data_ptr())  # fmt: skip
+                   coefficients=coeffs.data_ptr(), **_scaled(batch))  # fmt: skip
         return nonfinite
 
     def update_(self, batch: Batch, noise: Noise, update: Update) -> Tensor:
@@ -141,7 +142,8 @@ class Cuda:
         tensors = [*kept, *given(uploaded), coeffs, scalars, nonfinite, *flat, *_given(batch), *given(clock)]
         self._call("update", device, tensors, *place, number, noise.seed, pack.address(summed), len(summed),
                    pack.RULES[update.rule], scalars.data_ptr(), pack.ROUNDING[batch.rounding], nonfinite.data_ptr(),
-                   clock=_address(clock), device_draws=_address(uploaded), coefficients=coeffs.data_ptr())  # fmt: skip
+                   clock=_address(clock), device_draws=_address(uploaded), coefficients=coeffs.data_ptr(),
+                   **_scaled(batch))  # fmt: skip
         return nonfinite
 
     def perturb(self, batch: Batch, noise: Noise, scales: Sequence[float], outs: Sequence[Sequence[Tensor]]) -> None:
@@ -152,14 +154,14 @@ class Cuda:
             ((step, draw),), clock = noise.draws, noise.clock
             both, flat = np.array([*scales, 0.0][:2], dtype=np.float32), [tensor for side in outs for tensor in side]
             self._call("perturb", device, [*kept, *flat, *_given(batch), *given(clock)], *place, number, noise.seed, step, draw,
-                       both.ctypes.data, clock=_address(clock))  # fmt: skip
+                       both.ctypes.data, clock=_address(clock), **_scaled(batch))  # fmt: skip
 
     def lowrank_(
         self, batch: Batch, factors: Outer, noise: Noise | None = None, outs: Sequence[Tensor] | None = None
     ) -> Tensor:
         """Runs to the bound that csrc/lowrank.cu states; ranks 1 to 128."""
         device = self._or_any(self.valid.lowrank_(batch, factors, outs))
-        (thetas, spans, rounding, low), (lefts, rights, scales, decay) = batch, factors
+        (thetas, spans, rounding, low, _), (lefts, rights, scales, decay) = batch, factors
         seed, step = rounding_bits(noise)
         nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
         entries, _ = pack.pack(thetas, spans, () if outs is None else (outs,), low, numbered=True)
@@ -184,7 +186,13 @@ class Cuda:
 
 def _given(batch: Batch) -> list[Tensor]:
     """Returns the tensors whose addresses the table of a batch holds."""
-    return [*batch.tensors, *(batch.residuals or ()), *_rows(batch.spans)]
+    factors = [scale for scale in batch.scales or () if scale is not None]
+    return [*batch.tensors, *(batch.residuals or ()), *_rows(batch.spans), *factors]
+
+
+def _scaled(batch: Batch) -> dict[str, bool]:
+    """Returns the argument that asks for the kernels with factors of z."""
+    return {"scaled": True} if batch.is_scaled else {}
 
 
 def _address(tensor: Tensor | None) -> int:

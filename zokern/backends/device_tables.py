@@ -32,12 +32,14 @@ def key_of(
     spans: Sequence[Span],
     outs: Sequence[Sequence[Tensor]] = (),
     residuals: Sequence[Tensor] | None = None,
+    scales: Sequence[Tensor | None] | None = None,
 ) -> Hashable:
     """Returns all that pack.pack() reads of a list."""
     lists = [() if thetas is None else thetas, *outs, residuals or ()]
     where = [[(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors] for tensors in lists]
+    factors = [(i, s.data_ptr(), s.dtype) for i, s in enumerate(scales or ()) if s is not None]
     rows = [(i, s.rows.data_ptr(), s.rows.numel()) for i, s in enumerate(spans) if s.rows is not None]
-    return thetas is None, *map(tuple, where), tuple([s[:3] for s in spans]), tuple(rows)
+    return thetas is None, *map(tuple, where), tuple([s[:3] for s in spans]), tuple(rows), tuple(factors)
 
 
 class Tables:

@@ -42,12 +42,31 @@ class Batch(NamedTuple):
                of a float32
     residuals  int16, one for each tensor: the low bits of bfloat16 tensors. They are written if the tensors
                are. Those of other dtypes are ignored. None: there are none
+    scales     for each tensor the factors s of its elements, or None. Wherever a verb makes z, it takes
+               z' = float32(z * s). float32, bfloat16 or bool (a mask, 1 byte an element), contiguous, shaped
+               like the tensor (like the whole matrix, where rows are looked up). lowrank_ makes no z and
+               refuses them
+
+    A scale is a tensor, and no rule that a kernel evaluates, because of what it costs beside z: 1 byte an
+    element is read for a mask. A threshold on frozen weights would read 2, and a mask from the stream would
+    compute another Philox block for 8 elements. So both are made once, when they change, by operations of
+    torch, and cost 1 byte of memory an element (directions/scaled.py).
     """
 
     tensors: Sequence[Tensor]
     spans: Sequence[Span]
     rounding: str = "nearest"
     residuals: Sequence[Tensor] | None = None
+    scales: Sequence[Tensor | None] | None = None
+
+    def scale(self, i: int) -> Tensor | None:
+        """Returns the factors of tensor i."""
+        return None if self.scales is None else self.scales[i]
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether some tensor has factors."""
+        return self.scales is not None and any([scale is not None for scale in self.scales])
 
     def low_bits(self, i: int) -> Tensor | None:
         """Returns the residual that the rounding of tensor i reads and writes."""
@@ -95,7 +114,7 @@ class Terms(NamedTuple):
 
 
 class Update(NamedTuple):
-    """A rule with state, for update_, on g = sum_k coefficients[k] z_k.
+    """A rule, for update_, on g = sum_k coefficients[k] z_k.
 
     rule     a key of STATES
     scalars  float32 on the tensors' device, SCALARS[rule] in order

@@ -19,13 +19,15 @@ from .lists import SpanList, TensorList
 ENTRY = np.dtype(
     [("theta", "u8"), ("out", "u8", 2), ("residual", "u8"), ("rows", "u8"), ("row_count", "i8"), ("columns", "i8"),
      ("row_stride", "i8"), ("column_stride", "i8"), ("first", "u8"), ("pitch", "u8"), ("who", "u4"), ("type", "i4"),
-     ("out_type", "i4"), ("tensor", "i4")]
+     ("out_type", "i4"), ("tensor", "i4"), ("scale", "u8"), ("scale_type", "i4"), ("reserved", "i4")]
 )  # fmt: skip
 CHUNK = np.dtype([("begin", "i8"), ("end", "i8"), ("entry", "i8")])
 DRAW = np.dtype([("step", "u4"), ("draw", "u4"), ("coefficient", "f4"), ("decay", "f4")])
-assert ENTRY.itemsize == 104 and CHUNK.itemsize == 24 and DRAW.itemsize == 16
+assert ENTRY.itemsize == 120 and CHUNK.itemsize == 24 and DRAW.itemsize == 16
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.bool: 2}
+WORDS = ENTRY.itemsize // 8
 ROUNDING = {name: number for number, name in enumerate(ROUNDINGS)}
 RULES = {name: number for number, name in enumerate(STATES)}
 
@@ -49,18 +51,19 @@ def collapse(shape: Sequence[int], strides: Sequence[int]) -> list[tuple[int, in
 def pack(
     thetas: Sequence[Tensor] | None, spans: Sequence[Span], outs: Sequence[Sequence[Tensor]] = (),
     residuals: Sequence[Tensor] | None = None, elements: int = CHUNK_ELEMENTS, numbered: bool = False,
+    scales: Sequence[Tensor | None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Returns entries and chunks (of about `elements`) of a launch.
 
     numbered  entries hold the positions of their tensors in it
 
     Empty tensors take no entry; a tensor of more than two strided dimensions takes several."""
-    if thetas is not None and len(thetas) > 8 and residuals is None and not outs:
+    if thetas is not None and len(thetas) > 8 and residuals is None and scales is None and not outs:
         thetas, spans = TensorList.of(thetas), SpanList.of(spans)
         if thetas.contiguous and spans.plain:
             entries = _pack_plain(thetas, spans, numbered)
             return entries, chunks(entries, elements)
-    words: list[int] = []  # an entry is 13 of 64 bits; one flat list is the fastest way from Python to NumPy
+    words: list[int] = []  # an entry is WORDS of 64 bits; one flat list is the fastest way from Python to NumPy
     sides: list[Sequence[Tensor]] = list(outs)
     shapes = thetas if thetas is not None else sides[0]
     for i, (tensor, span) in enumerate(zip(shapes, spans)):
@@ -71,6 +74,8 @@ def pack(
             out1 = sides[1][i].data_ptr() if len(sides) > 1 else 0
         pointer = tensor.data_ptr() if thetas is not None else 0
         low = 0 if residuals is None or kind != 1 else residuals[i].data_ptr()
+        factors = None if scales is None else scales[i]
+        scale, factor = (0, 0) if factors is None else (factors.data_ptr(), SCALES[factors.dtype])
         who, out_kind = span.who | kind << 32, out_type | (i << 32 if numbered else 0)
         if span.rows is not None or span.pitch is not None:
             columns = tensor.shape[-1]
@@ -79,28 +84,35 @@ def pack(
             index = 0 if span.rows is None else span.rows.data_ptr()
             if count and columns:
                 words += (pointer, out0, out1, low, index, count, columns, tensor.stride(0), tensor.stride(1), span.first,
-                          pitch, who, out_kind)  # fmt: skip
+                          pitch, who, out_kind, scale, factor)  # fmt: skip
             continue
         size = tensor.numel()
         if size == 0:
             continue
         if thetas is None or tensor.is_contiguous():
-            words += (pointer, out0, out1, low, 0, 1, size, 0, 1, span.first, size, who, out_kind)
+            words += (pointer, out0, out1, low, 0, 1, size, 0, 1, span.first, size, who, out_kind, scale, factor)
             continue
-        words += _strided(tensor, span, (pointer, out0, out1, low), 4 if out_type == 0 else 2, who, out_kind)
+        factor_width = 0 if factors is None else factors.element_size()
+        names = who, out_kind, scale, factor
+        words += _strided(tensor, span, (pointer, out0, out1, low), 4 if out_type == 0 else 2, names, factor_width)
     entries = np.array(words, dtype=np.uint64).view(ENTRY)
-    if len(words) == 13:  # one tensor: the common launch of an evaluation, called hundreds of times a step
+    if len(words) == WORDS:  # one tensor: the common launch of an evaluation, called hundreds of times a step
         return entries, _chunks_of_one(words[5] * words[6], words[9] % ALIGN, elements)
     return entries, chunks(entries, elements)
 
 
 def _strided(
-    tensor: Tensor, span: Span, pointers: tuple[int, int, int, int], out_width: int, who: int, out_kind: int
+    tensor: Tensor,
+    span: Span,
+    pointers: tuple[int, int, int, int],
+    out_width: int,
+    names: tuple[int, int, int, int],
+    factor_width: int,
 ) -> list[int]:
     """Returns the entries of a tensor with gaps.
 
     The innermost two dimensions make an entry; the outer ones are unrolled."""
-    pointer, out0, out1, low = pointers
+    (pointer, out0, out1, low), (who, out_kind, scale, factor) = pointers, names
     dims = collapse(tensor.shape, tensor.stride())
     outer, inner = dims[:-2], dims[-2:]
     (count, row_stride), (columns, column_stride) = inner if len(inner) == 2 else [(1, 0), *(inner or [(1, 1)])]
@@ -113,7 +125,7 @@ def _strided(
         done = j * each
         words += (pointer + offset * width, out0 and out0 + done * out_width, out1 and out1 + done * out_width,
                   low and low + 2 * done, 0, count, columns, row_stride, column_stride, span.first + done, columns, who,
-                  out_kind)  # fmt: skip
+                  out_kind, scale and scale + factor_width * done, factor)  # fmt: skip
     return words
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,6 +31,17 @@ def z(direction, index: Tensor, who: int, step: int, draw: int, seed: int) -> Te
     blocks, where = torch.unique(index // direction.per_block, return_inverse=True)
     values = direction.values(stream.words(blocks, who, step, draw, seed))
     return values[where, index % direction.per_block]
+
+
+def factors_of(batch: Batch, i: int) -> Tensor | None:
+    """Returns the factors of a tensor's elements, flat: those of the rows that its span looks up."""
+    scale, rows = batch.scale(i), batch.spans[i].rows
+    return None if scale is None else (scale if rows is None else scale[rows]).reshape(-1)
+
+
+def scaled(values: Tensor, factors: Tensor | None) -> Tensor:
+    """Returns float32(z * s), or z where a tensor has no factors."""
+    return values if factors is None else values * factors.float()
 
 
 def random16(index: Tensor, who: int, step: int, seed: int) -> Tensor:
@@ -101,6 +112,11 @@ def adam(scalars: Sequence[Tensor], g: Tensor, m: Tensor, v: Tensor) -> Tensor:
     return (m.double() / fma(root, correction, eps).double()).float()
 
 
+def sign(scalars: Sequence[Tensor], g: Tensor) -> Tensor:
+    """Returns the move of theta: 1, -1, or g itself where it is 0 or NaN."""
+    return torch.where(g > 0, torch.ones_like(g), torch.where(g < 0, -torch.ones_like(g), g))
+
+
 class Reference:
     name = "reference"
 
@@ -112,24 +128,25 @@ class Reference:
         VALID.draw(batch, noise)
         (direction, seed, ((step, draw),), clock) = noise
         step = step_at(step, clock)
-        for out, span in zip(batch.tensors, batch.spans):
-            index = numbers(out, span)
+        for i, (out, span) in enumerate(zip(batch.tensors, batch.spans)):
+            index, factors = numbers(out, span), factors_of(batch, i)
             values = torch.empty(index.numel(), dtype=out.dtype, device=out.device)
             for part in range(0, index.numel(), CHUNK):
                 here = slice(part, part + CHUNK)
-                values[here] = z(direction, index[here], span.who, step, draw, seed).to(out.dtype)
+                drawn = z(direction, index[here], span.who, step, draw, seed)
+                values[here] = scaled(drawn, None if factors is None else factors[here]).to(out.dtype)
             out.copy_(values.view(out.shape))
 
     def axpy_(self, batch: Batch, noise: Noise, terms: Terms) -> Tensor:
         VALID.axpy_(batch, noise, terms)
-        thetas, spans, rounding, _ = batch
+        thetas, spans, rounding, *_ = batch
         direction, seed, draws, clock = noise
         draws, coeffs = [(step_at(step, clock), draw) for step, draw in draws], terms.coefficients
         nonfinite = torch.zeros(1, dtype=torch.int64, device=coeffs.device)
         each, decays = terms.rounded()
         decay = torch.tensor(decays, dtype=torch.float32, device=coeffs.device)
         for i, (theta, span) in enumerate(zip(thetas, spans)):
-            index = numbers(theta, span)
+            index, factors = numbers(theta, span), factors_of(batch, i)
             old = theta.flatten()  # row-major order for any stride
             low = old if (kept := batch.low_bits(i)) is None else kept.flatten()
             new = torch.empty_like(old)
@@ -139,7 +156,8 @@ class Reference:
                 for k, (step, draw) in enumerate(draws):
                     if k % each == 0:
                         value = decay[k] * (join(new[here], low[here]) if kept is not None else new[here].float())
-                    value = fma(coeffs[k], z(direction, index[here], span.who, step, draw, seed), value)
+                    drawn = z(direction, index[here], span.who, step, draw, seed)
+                    value = fma(coeffs[k], scaled(drawn, None if factors is None else factors[here]), value)
                     if (k + 1) % each:
                         continue
                     if kept is not None:
@@ -156,14 +174,14 @@ class Reference:
 
     def update_(self, batch: Batch, noise: Noise, update: Update) -> Tensor:
         VALID.update_(batch, noise, update)
-        thetas, spans, rounding, _ = batch
+        thetas, spans, rounding, *_ = batch
         direction, seed, draws, clock = noise
         coeffs, rule, scalars, states = update
         draws = [(step_at(step, clock), draw) for step, draw in draws]
         nonfinite = torch.zeros(1, dtype=torch.int64, device=coeffs.device)
         decay, lr, *rest = scalars
         for i, (theta, span) in enumerate(zip(thetas, spans)):
-            index = numbers(theta, span)
+            index, factors = numbers(theta, span), factors_of(batch, i)
             old, state = theta.flatten(), [member[i].view(-1) for member in states]
             low = old if (kept := batch.low_bits(i)) is None else kept.flatten()
             new = torch.empty_like(old)
@@ -171,11 +189,10 @@ class Reference:
                 here = slice(part, part + CHUNK)
                 g = torch.zeros(index[here].numel(), dtype=torch.float32, device=theta.device)
                 for (step, draw), coefficient in zip(draws, coeffs):
-                    g = fma(coefficient, z(direction, index[here], span.who, step, draw, seed), g)
-                if rule == "momentum":
-                    move = momentum(rest, g, state[0][here])
-                else:
-                    move = adam(rest, g, state[0][here], state[1][here])
+                    drawn = z(direction, index[here], span.who, step, draw, seed)
+                    g = fma(coefficient, scaled(drawn, None if factors is None else factors[here]), g)
+                moves: dict[str, Callable[..., Tensor]] = {"momentum": momentum, "adam": adam, "sign": sign}
+                move = moves[rule](rest, g, *[kind[here] for kind in state])
                 value = fma(lr, move, decay * (join(old[here], low[here]) if kept is not None else old[here].float()))
                 if kept is not None:
                     new[here], low[here] = split(value)
@@ -191,7 +208,7 @@ class Reference:
 
     def perturb(self, batch: Batch, noise: Noise, scales: Sequence[float], outs: Sequence[Sequence[Tensor]]) -> None:
         VALID.perturb(batch, noise, scales, outs)
-        thetas, spans, _, residuals = batch
+        thetas, spans, _, residuals, _ = batch
         (direction, seed, ((step, draw),), clock) = noise
         step = step_at(step, clock)
         for i, (theta, span) in enumerate(zip(thetas, spans)):
@@ -202,7 +219,7 @@ class Reference:
                 low = residuals[i] if span.rows is None else residuals[i][span.rows]
                 value = join(value, low.flatten())
             value = value.float()
-            direction_z = z(direction, index, span.who, step, draw, seed)
+            direction_z = scaled(z(direction, index, span.who, step, draw, seed), factors_of(batch, i))
             for amount, out in zip(scales, outs):
                 scale = torch.tensor(amount, dtype=torch.float32, device=theta.device)
                 out[i].copy_(fma(scale, direction_z, value).to(out[i].dtype).view(out[i].shape))
@@ -211,7 +228,7 @@ class Reference:
         self, batch: Batch, factors: Outer, noise: Noise | None = None, outs: Sequence[Tensor] | None = None
     ) -> Tensor:
         device = VALID.lowrank_(batch, factors, outs)
-        thetas, spans, rounding, _ = batch
+        thetas, spans, rounding, *_ = batch
         lefts, rights, scales, _ = factors
         seed, step = rounding_bits(noise)
         nonfinite = torch.zeros(1, dtype=torch.int64, device=device or "cpu")

@@ -85,7 +85,8 @@ def _groups(entries: np.ndarray) -> np.ndarray:
     """Returns 1 for entries of the unit path: contiguous, whole Philox blocks, 16-byte addresses."""
     addresses = entries["theta"] | entries["out"][:, 0] | entries["out"][:, 1] | entries["residual"]
     flat = (entries["rows"] == 0) & (entries["row_count"] == 1) & (entries["column_stride"] == 1)
-    return flat & (entries["first"] % 8 == 0) & (addresses % 16 == 0)
+    factors = entries["scale"] % np.where(entries["scale_type"] == pack.SCALES[torch.bool], 8, 16).astype(np.uint64) == 0
+    return flat & (entries["first"] % 8 == 0) & (addresses % 16 == 0) & factors
 
 
 def _divisor(d: int) -> tuple[int, int]:
@@ -97,7 +98,7 @@ def _divisor(d: int) -> tuple[int, int]:
 
 
 def _rows(entries: np.ndarray) -> np.ndarray:
-    """Returns int64[E, 16]: the entries, then the columns that elementwise.py reads beside them."""
+    """Returns int64[E, 18]: the entries, then the columns that elementwise.py reads beside them."""
     columns = entries["columns"].tolist()
     factors, shifts = zip(*map(_divisor, columns)) if columns else ((), ())
     words = entries.view(np.int64).reshape(-1, pack.ENTRY.itemsize // 8)
@@ -136,14 +137,14 @@ class Triton:
         thetas, low = None if draws else batch.tensors, batch.residuals
 
         def make():
-            entries, chunks = pack.pack(thetas, batch.spans, outs, low)
+            entries, chunks = pack.pack(thetas, batch.spans, outs, low, scales=batch.scales)
             rows = _rows(entries).reshape(-1)
             kinds = entries["type"], entries["out_type"], 3 * entries["type"] + entries["out_type"]
             widest = int((chunks["end"] - chunks["begin"]).max(initial=1))
             facts = _Facts(rows.nbytes, len(chunks), widest, *map(_bits, kinds))
             return (rows, chunks) if len(chunks) else (), facts
 
-        return self.tables.get(device_tables.key_of(thetas, batch.spans, outs, low), device, make)
+        return self.tables.get(device_tables.key_of(thetas, batch.spans, outs, low, batch.scales), device, make)
 
     def _launch(self, device: torch.device, kernel, kept: device_tables.Kept, direction, *arguments, **constants) -> None:
         facts: _Facts = kept.facts
@@ -184,7 +185,7 @@ class Triton:
         kept, ((step, draw),) = self._table(device, batch, (batch.tensors,), draws=True), noise.draws
         if kept.buffer is not None:
             self._launch(device, elementwise.draw, kept, noise.direction, _signed(step), _signed(draw), _keys_of(noise.seed),
-                         noise.clock, KINDS=kept.facts.out_types)  # fmt: skip
+                         noise.clock, SCALED=batch.is_scaled, KINDS=kept.facts.out_types)  # fmt: skip
 
     def axpy_(self, batch: Batch, noise: Noise, terms: Terms) -> Tensor:
         self.valid.number(noise.direction)
@@ -200,7 +201,7 @@ class Triton:
         self._launch(device, elementwise.axpy, kept, noise.direction, names, terms.coefficients.contiguous(), nonfinite,
                      len(draws), each, *map(_signed, draws[-1]), first, _keys_of(noise.seed), noise.clock,
                      ROUNDING=pack.ROUNDING[batch.rounding], DECAY=not replay and first != 1.0, EACH=replay,
-                     KINDS=kept.facts.types)  # fmt: skip
+                     SCALED=batch.is_scaled, KINDS=kept.facts.types)  # fmt: skip
         return nonfinite
 
     def update_(self, batch: Batch, noise: Noise, change: Update) -> Tensor:
@@ -214,7 +215,7 @@ class Triton:
         draws, coeffs, scalars = noise.draws, change.coefficients.contiguous(), change.scalars.contiguous()
         self._launch(device, update.update, kept, noise.direction, self._names(device, draws[:-1]), coeffs, scalars, nonfinite,
                      len(draws), *map(_signed, draws[-1]), _keys_of(noise.seed), noise.clock, RULE=pack.RULES[change.rule],
-                     ROUNDING=pack.ROUNDING[batch.rounding], KINDS=kept.facts.types)  # fmt: skip
+                     ROUNDING=pack.ROUNDING[batch.rounding], SCALED=batch.is_scaled, KINDS=kept.facts.types)  # fmt: skip
         return nonfinite
 
     def _joined_table(self, device: torch.device, batch: Batch, outs=()) -> device_tables.Kept | None:
@@ -247,14 +248,14 @@ class Triton:
         if kept.buffer is not None:
             self._launch(device, elementwise.perturb, kept, noise.direction, _signed(step), _signed(draw), float(scales[0]),
                          float(scales[-1]), _keys_of(noise.seed), noise.clock, SIDES=len(outs),
-                         JOIN=batch.residuals is not None, KINDS=kept.facts.both_types)  # fmt: skip
+                         JOIN=batch.residuals is not None, SCALED=batch.is_scaled, KINDS=kept.facts.both_types)  # fmt: skip
 
     def lowrank_(self, batch: Batch, factors: Outer, noise: Noise | None = None, outs=None) -> Tensor:
         """Runs to the bound of triton_kernels/lowrank.py; ranks 1 to 128."""
         found = self.valid.lowrank_(batch, factors, outs)
         device = found or torch.device("cpu" if interpreted() else "cuda")
         nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
-        thetas, spans, rounding, low = batch
+        thetas, spans, rounding, low, _ = batch
         entries, _ = pack.pack(thetas, spans, () if outs is None else (outs,), low, numbered=True)
         if not len(entries):
             return nonfinite

@@ -21,6 +21,7 @@ from .lists import SpanList
 FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _SINGLE = frozenset((torch.float32,))
 _LOW = frozenset((torch.int16,))
+SCALES = frozenset((torch.float32, torch.bfloat16, torch.bool))
 _CPU = torch.device("cpu")
 
 
@@ -127,11 +128,31 @@ class Validator:
         if tensor.dtype != torch.float32 or tensor.numel() != count or tensor.dim() != 1:
             self._refuse(verb, what, tensor, f"float32[{count}]")
 
+    def scales(self, verb: str, batch: Batch, drawn: bool = False) -> list[Tensor]:
+        """Returns the factors of z, checked.
+
+        drawn  the tensors are results, so that looked-up rows are those of the factors: any number of them"""
+        thetas, spans, _, _, scales = batch
+        if scales is None:
+            return []
+        self._count(verb, "scales", scales, thetas)
+        found = []
+        for i, (theta, span, scale) in enumerate(zip(thetas, spans, scales)):
+            if scale is None:
+                continue
+            free = drawn and span.rows is not None and theta.dim() == scale.dim() == 2
+            fits = scale.shape[1:] == theta.shape[1:] if free else scale.shape == theta.shape
+            if scale.dtype not in SCALES or not scale.is_contiguous() or not fits:
+                wanted = f"a contiguous {_named(SCALES)}[{', '.join(map(str, theta.shape))}], shaped like tensors[{i}]"
+                self._refuse(verb, f"scales[{i}]", scale, wanted)
+            found.append(scale)
+        return found
+
     def _batch(self, verb: str, batch: Batch) -> tuple[list[int], Sequence[Tensor]]:
         """Checks the tuple that every verb has.
 
         Returns the elements of each tensor, and the low bits that a kernel would read."""
-        thetas, spans, rounding, residuals = batch
+        thetas, spans, rounding, residuals, _ = batch
         self._count(verb, "spans", spans, thetas)
         if rounding not in ROUNDINGS:
             raise ValueError(f"backend {self.name!r}: {verb}: rounding is {rounding!r}; expected one of {list(ROUNDINGS)}")
@@ -182,22 +203,24 @@ class Validator:
         self._count("draw", "spans", spans, outs)
         self.dtypes("draw", "outs", outs, FLOATS, flat=True)
         self.clock("draw", noise.clock)
-        return self.device("draw", outs=outs, clock=given(noise.clock), rows=self.rows("draw", spans, outs))
+        beside = {"rows": self.rows("draw", spans, outs), "scales": self.scales("draw", batch, drawn=True)}
+        return self.device("draw", outs=outs, clock=given(noise.clock), **beside)
 
     def axpy_(self, batch: Batch, noise: Noise, terms: Terms) -> torch.device | None:
-        thetas, spans, rounding, residuals = batch
+        thetas, spans, rounding, residuals, scales = batch
         coeffs, clock = terms.coefficients, noise.clock
         self.numbers("axpy_", "coeffs", coeffs, len(noise.draws))
-        simple = residuals is None and clock is None and rounding in ROUNDINGS
+        simple = residuals is None and scales is None and clock is None and rounding in ROUNDINGS
         if simple and coeffs.is_cpu and self._is_sound(thetas, spans, ()):
             return _CPU
         _, low = self._batch("axpy_", batch)
         self.clock("axpy_", clock)
         rows = self.rows("axpy_", spans, thetas)
-        return self.device("axpy_", tensors=thetas, coeffs=[coeffs], residuals=low, clock=given(clock), rows=rows)
+        beside = {"residuals": low, "clock": given(clock), "rows": rows, "scales": self.scales("axpy_", batch)}
+        return self.device("axpy_", tensors=thetas, coeffs=[coeffs], **beside)
 
     def update_(self, batch: Batch, noise: Noise, update: Update) -> torch.device | None:
-        (thetas, spans, _, _), (coeffs, rule, scalars, states) = batch, update
+        (thetas, spans, *_), (coeffs, rule, scalars, states) = batch, update
         check_rows("update_", spans, None)
         sizes, low = self._batch("update_", batch)
         if rule not in STATES or len(states) != len(STATES[rule]):
@@ -214,17 +237,18 @@ class Validator:
         self.rows("update_", spans, thetas)
         flat = [tensor for state in states for tensor in state]
         beside = {"coeffs": [coeffs], "scalars": [scalars], "residuals": low, "clock": given(noise.clock)}
+        beside["scales"] = self.scales("update_", batch)
         return self.device("update_", tensors=thetas, states=flat, **beside)
 
     def perturb(
         self, batch: Batch, noise: Noise, scales: Sequence[float], outs: Sequence[Sequence[Tensor]]
     ) -> torch.device | None:
-        thetas, spans, _, residuals = batch
+        thetas, spans, _, residuals, scaled = batch
         if not 1 <= len(scales) == len(outs) <= 2:
             raise ValueError(
                 f"backend {self.name!r}: perturb: {len(scales)} scales and {len(outs)} outs; expected one or two, as many of each"
             )
-        if residuals is None and noise.clock is None and self._is_sound(thetas, spans, outs):
+        if residuals is None and scaled is None and noise.clock is None and self._is_sound(thetas, spans, outs):
             return _CPU
         sizes, low = self._batch("perturb", batch)
         rows = self.rows("perturb", spans, thetas)
@@ -237,11 +261,14 @@ class Validator:
             )
         self.clock("perturb", noise.clock)
         flat = [tensor for side in outs for tensor in side]
-        return self.device("perturb", tensors=thetas, outs=flat, residuals=low, clock=given(noise.clock), rows=rows)
+        beside = {"residuals": low, "clock": given(noise.clock), "rows": rows, "scales": self.scales("perturb", batch)}
+        return self.device("perturb", tensors=thetas, outs=flat, **beside)
 
     def lowrank_(self, batch: Batch, factors: Outer, outs: Sequence[Tensor] | None) -> torch.device | None:
-        (thetas, spans, _, _), (lefts, rights, scales, _) = batch, factors
+        (thetas, spans, *_), (lefts, rights, scales, _) = batch, factors
         check_rows("lowrank_", spans, outs)
+        if batch.is_scaled:
+            raise ValueError("lowrank_: scales is given; expected None, because lowrank_ makes no z: multiply the factors")
         sizes, low = self._batch("lowrank_", batch)
         for what, found in (("left", lefts), ("right", rights), ("scales", scales)):
             self._count("lowrank_", what, found, thetas)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -10,6 +10,7 @@ from .aligned import Aligned
 from .lowrank import Diagonal, Drawn, Kept, Lazy, LowRank, Matrix, Measured, Source, Subspace
 from .normal import Normal
 from .rademacher import Rademacher
+from .scaled import Curved, Masked, Scaled
 
 
 class Direction(Protocol):
@@ -37,20 +38,40 @@ def resolve(direction: str | Direction) -> Direction:
     return direction
 
 
+def parts(direction: Any) -> tuple[LowRank | None, Scaled | None, Direction]:
+    """Returns the low-rank and the scaled direction that a direction is, and the dense one that it is made of.
+
+    Raises ValueError for a low-rank direction whose dense part has factors."""
+    if isinstance(direction, LowRank):
+        if isinstance(direction.dense, Scaled):
+            raise ValueError(
+                f"direction {direction.name!r} has dense={direction.dense.name!r}; expected a direction without factors: a scale of "
+                "single elements goes with dense directions only"
+            )
+        return direction, None, resolve(direction.dense)
+    if isinstance(direction, Scaled):
+        return None, direction, resolve(direction.base)
+    return None, None, resolve(direction)
+
+
 __all__ = [
     "DIRECTIONS",
     "Aligned",
+    "Curved",
     "Diagonal",
     "Direction",
     "Drawn",
     "Kept",
     "Lazy",
     "LowRank",
+    "Masked",
     "Matrix",
     "Measured",
     "Normal",
     "Rademacher",
+    "Scaled",
     "Source",
     "Subspace",
+    "parts",
     "resolve",
 ]

@@ -27,18 +27,35 @@ ONES: float = 2e-4
 
 
 @dataclass(frozen=True)
+class Gradient:
+    """weight * grad L1, a term that is back-propagated at theta when a step writes (zokern/first_order.py).
+
+    weight     in the units of the loss
+    names      of the parameters that it moves; None: all of the step
+    optimizer  torch's, which moves them and has a state and an lr of its own; None: the rule writes each as its
+               gradient arrives, together with its draws, and the gradient is freed"""
+
+    weight: float = 1.0
+    names: tuple[str, ...] | None = None
+    optimizer: torch.optim.Optimizer | None = None
+
+
+@dataclass(frozen=True)
 class Estimate:
-    """g = (1 / count) sum_k coefficients[k] z_k, an estimate of the gradient.
+    """g = (1 / count) sum_k coefficients[k] z_k, and a gradient where there is one: an estimate of the gradient.
 
     draws         of each z_k: a draw word of this step, or (step, draw word) of an earlier one; the last is one of this step
     coefficients  float64 (parameter groups of the plan, draws), in units of loss per weight
     losses        float64 (queries, losses of a query): what was read
     count         what the sum is divided by
-    scope         names of the parameters that move; None: all of the plan
+    scope         names of the parameters that move along z; None: all of the plan
     each          whether coefficients has a row for each parameter, in the plan's order, in place of each
                   group
     slopes        float64 (draws): the loss's derivative along each z_k as read, with the first group's eps;
-                  None: not known"""
+                  None: not known
+    curvatures    float64 (parameter groups, draws): |z_k^T H z_k| as read, for a direction that learns its
+                  factors; None: not read
+    gradient      a back-propagated term beside the draws; None: there is none"""
 
     draws: tuple[Draw, ...]
     coefficients: Tensor
@@ -47,6 +64,8 @@ class Estimate:
     scope: tuple[str, ...] | None = None
     slopes: Tensor | None = None
     each: bool = False
+    curvatures: Tensor | None = None
+    gradient: Gradient | None = None
 
 
 class Base(NamedTuple):
@@ -92,10 +111,10 @@ class Oracle:
         self.evaluation, self.plan, self.closure, self.states, self.lens = evaluation, plan, closure, states, lens
         self.rows = rows
         self.bases: tuple[Base, ...] = ()  # of at(), the outermost first
-        self.asked = Asked([], torch.empty(0, dtype=torch.float64, device="cpu"), plan, (), closure)
+        self.asked = Asked([], torch.empty(0, dtype=torch.float64, device="cpu"), plan, (), self.closure)
 
     def check_public(self) -> None:
-        """Raises ValueError where the estimator asks for the losses of examples: none are read beside them."""
+        """Raises ValueError where the estimator asks for losses of examples: none are read beside them."""
         if self.rows:
             raise ValueError(
                 "a rule or a direction reads losses of its own, and estimator Private is there to read none without noise: expected "
@@ -124,7 +143,7 @@ class Oracle:
     def examples(self, points: Sequence[Point], scope: Collection[str] | Plan | None = None) -> Tensor:
         """Returns the loss of each example at the points, float64 [len(points), examples].
 
-        The closure returns a vector of them."""
+        For estimators with `rows`: the closure returns a vector of them."""
         plan = scope if isinstance(scope, Plan) else self.plan.only(scope)
         found = self._read(replace(plan, rows=True), points, self.closure)
         self.asked = Asked(list(points), found.mean(1), plan, self.bases, mean_of(self.closure))
@@ -193,12 +212,41 @@ class Oracle:
         return torch.stack([read[i] for i in range(len(points))])
 
     def _ask(self, plan: Plan, points: Sequence[Point], closure: Callable[[], Any]) -> Tensor:
-        try:
+        with _ended():
             return self.evaluation.losses(plan, points, closure)
-        except StopIteration as problem:  # which would end the estimator, a generator, and lose its notes
-            error = RuntimeError(f"the closure raised {problem!r}, as an iterator at its end does")
-            error.__notes__ = list(getattr(problem, "__notes__", ()))  # type: ignore[attr-defined]
-            raise error from problem
+
+    def slopes(self, draws: Sequence[int], scope: Collection[str] | Plan | None = None) -> tuple[Tensor, Tensor]:
+        """Returns the loss of theta and its derivative <gradient, z_k> along each draw, float64 [len(draws)].
+
+        scope: names of the parameters that z moves, or a plan of theirs; None: all.
+        Raises ValueError for an evaluation that reads losses alone, and for a rule that reads elsewhere."""
+        plan = scope if isinstance(scope, Plan) else self.plan.only(scope)
+        if self.lens is not None and not self.bases:
+            raise ValueError(
+                "the rule reads losses around other weights than theta; derivatives, as zokern.ForwardGradient asks for, are those of theta: "
+                "expected a rule such as zokern.Sgd()"
+            )
+        read = getattr(self.evaluation, "slopes", None)
+        if read is None:
+            raise ValueError(
+                f"evaluation is {self.evaluation.name!r}, which reads losses alone; derivatives, as zokern.ForwardGradient asks "
+                "for, need evaluation='jvp', or 'auto'"
+            )
+        with _ended():
+            losses, slopes = read(plan, draws, self.closure)
+        self.asked = Asked([THETA] * len(losses), losses, plan, self.bases, self.closure)
+        return losses, slopes
+
+
+@contextmanager
+def _ended() -> Iterator[None]:
+    """Names an iterator's end inside a closure, which would end the estimator, a generator."""
+    try:
+        yield
+    except StopIteration as problem:
+        error = RuntimeError(f"the closure raised {problem!r}, as an iterator at its end does")
+        error.__notes__ = list(getattr(problem, "__notes__", ()))  # type: ignore[attr-defined]
+        raise error from problem
 
 
 class Estimator(Protocol):
@@ -210,7 +258,9 @@ class Estimator(Protocol):
     rows     True where it asks for the losses of examples alone (Oracle.examples)
     lr       of an optimizer that is given none; SLOPES where an estimator has no such attribute
     state    plain values and tensors that a resumed run continues with; an empty dict where nothing is
-             kept"""
+             kept
+    backpropagates  whether its estimates have a gradient; False where it has no such attribute
+    perturbs  whether it reads losses away from theta, at eps; True where it has no such attribute"""
 
     queries: int
     state: dict[str, Any]
@@ -219,4 +269,4 @@ class Estimator(Protocol):
         """Yields one estimate or several; each moves the weights before the next question."""
 
 
-__all__ = ["ONES", "SLOPES", "Base", "Estimate", "Estimator", "Oracle"]
+__all__ = ["ONES", "SLOPES", "Base", "Estimate", "Estimator", "Gradient", "Oracle"]

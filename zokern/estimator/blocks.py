@@ -6,19 +6,17 @@ Zhang et al. 2024 (ZO-Bench, module-wise perturbation); Wang et al. 2024 (LeZO, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checks import within
-from ..evaluation import Point
 from ..plan import Plan
 from ..stream import LAYERS
-from .base import SLOPES, Estimate, Estimator, Oracle
-from .spsa import Spsa
+from .around import Around
+from .base import Estimate, Estimator, Oracle
 
 ORDERS = ("gauss-seidel", "jacobi")
 
@@ -56,63 +54,7 @@ def _head(name: str, more: int) -> str | None:
 BLOCKS = {"layer": block_of, "sublayer": sublayer_of, "module": module_of}
 
 
-class _Within:
-    """An oracle that moves some parameters only.
-
-    base  the loss of theta, once it was read, for oracles that share it; None: it is read whenever it is
-          asked for"""
-
-    def __init__(self, oracle: Oracle, scope: Collection[str], base: list[Tensor] | None = None) -> None:
-        self.oracle, self.scope, self.base = oracle, scope, base
-
-    def losses(self, points: Sequence[Point], scope: Collection[str] | Plan | None = None) -> Tensor:
-        scope = self.scope if scope is None else scope
-        if self.base is None:
-            return self.oracle.losses(points, scope)
-        asked = [point for point in points if point.terms or not self.base]
-        found = iter(self.oracle.losses(asked, scope).unbind(0) if asked else ())
-        losses = [next(found) if point.terms or not self.base else self.base[0] for point in points]
-        self.base += [loss for point, loss in zip(points, losses) if not point.terms and not self.base]
-        return torch.stack(losses)
-
-    def examples(self, points: Sequence[Point]) -> Tensor:
-        return self.oracle.examples(points, self.scope)
-
-
-class _Parts:
-    """What estimators of parts share: they have another estimator inside, whose state and lr are theirs."""
-
-    def __init__(self, inner: Estimator | None) -> None:
-        self.inner: Estimator = Spsa() if inner is None else inner
-        self.queries = self.inner.queries
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """What the inner estimator learns."""
-        return self.inner.state
-
-    @state.setter
-    def state(self, kept: dict[str, Any]) -> None:
-        self.inner.state = kept
-
-    @property
-    def rows(self) -> bool:
-        """Whether the inner estimator asks for the losses of examples alone."""
-        return getattr(self.inner, "rows", False)
-
-    @property
-    def lr(self) -> float:
-        return getattr(self.inner, "lr", SLOPES)
-
-    def within(
-        self, oracle: Oracle, plan: Plan, names: tuple[str, ...], base: list[Tensor] | None = None
-    ) -> Iterator[Estimate]:
-        """Yields the inner estimator's estimates of some parameters."""
-        for estimate in self.inner(_Within(oracle, names, base), plan.only(names)):  # type: ignore[arg-type]
-            yield replace(estimate, scope=names)
-
-
-class Blockwise(_Parts):
+class Blockwise(Around):
     """An estimator for each block of parameters.
 
     inner  the estimator of a block; None: Spsa(), the central difference
@@ -154,7 +96,7 @@ def _together(estimates: Sequence[Estimate]) -> list[Estimate]:
     return [replace(estimate, coefficients=estimate.coefficients + flaw) for estimate in estimates]
 
 
-class Layers(_Parts):
+class Layers(Around):
     """An estimate along a random share of the layers; the others are neither perturbed nor moved in this
     step.
 

@@ -25,10 +25,11 @@ class Conservative(Spsa):
             raise ValueError(f"parameter groups have (lr, eps) = {sorted(pairs)}; Conservative needs one pair for all of them")
         (first,) = super().__call__(oracle, plan)
         ((lr, eps),) = pairs
+        sign = 1.0 if plan.maximize else -1.0  # of the move along g
         amounts = (first.coefficients[0] * (lr / first.count / eps)).tolist()
-        down = Point(tuple(zip(first.draws, (-amount for amount in amounts))))
-        losses = oracle.losses([THETA, down, down.scaled(-1.0)])
-        factor = torch.tensor([0.0, 1.0, -1.0], dtype=torch.float64, device=losses.device)[losses.argmin()]
+        ahead = Point(tuple(zip(first.draws, (sign * amount for amount in amounts))))
+        losses = oracle.losses([THETA, ahead, ahead.scaled(-1.0)])
+        factor = torch.tensor([0.0, 1.0, -1.0], dtype=torch.float64, device=losses.device)[(-sign * losses).argmin()]
         factor = torch.where(torch.isfinite(losses).all(), factor, torch.nan)
         yield replace(first, coefficients=first.coefficients * factor)
 

@@ -37,7 +37,7 @@ class Guided(Spsa):
         super().__init__(1, "central", clip)
         if norm not in NORMS:
             raise ValueError(f"norm is {norm!r}; expected one of {list(NORMS)}")
-        self.norm = norm
+        self.norm, self.gain = norm, 2.0 * NORMS[norm] ** 2
 
     def __call__(self, oracle: Oracle, plan: Plan) -> Iterator[Estimate]:
         kept, scale = self.state.get("best"), NORMS[self.norm]
@@ -53,7 +53,8 @@ class Guided(Spsa):
         both = torch.tensor([scale, -scale], dtype=torch.float64, device=found.device)
         slopes = difference / plan.groups[0].eps * both / (2.0 * scale * scale)  # of which c g knows their difference alone
         yield Estimate(draws, found * both, torch.cat((alone, sides)).unsqueeze(0), slopes=slopes)
-        self.state["best"] = list(plan.named(draws[int(alone.argmin())]))  # of a step that moved the weights
+        best = int(alone.argmax() if plan.maximize else alone.argmin())
+        self.state["best"] = list(plan.named(draws[best]))  # of a step that moved the weights
 
 
 __all__ = ["Guided"]

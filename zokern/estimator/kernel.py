@@ -167,7 +167,9 @@ def _norms(plan: Plan, rows: Tensor) -> Tensor:
         terms = Terms(row.to(device=theta.device, dtype=torch.float32))
         for start in range(0, theta.numel(), PIECE):
             piece = torch.zeros(min(PIECE, theta.numel() - start), dtype=torch.float32, device=theta.device)
-            batch = Batch([piece], [span._replace(first=span.first + start)])
+            scale = group.scale(0)
+            factors = None if scale is None else [scale.view(-1)[start : start + PIECE]]
+            batch = Batch([piece], [span._replace(first=span.first + start)], scales=factors)
             group.backend.axpy_(batch, Noise(plan.direction, plan.seed, plan.draws()), terms)
             squares.append(tree_sum(piece.double().square().unsqueeze(1))[0].to(rows.device))
         total = torch.zeros((), dtype=torch.float64, device=rows.device)

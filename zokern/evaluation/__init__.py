@@ -6,11 +6,15 @@ from .auto import Auto
 from .base import THETA, Evaluation, NotRepeatable, Point, Record, Refused
 from .inplace import InPlace
 from .isolation import Isolation
+from .jvp import Jvp
+from .loss import loss_tensor
 from .master import Master
 from .paired import Paired
 from .scratch import Scratch
 
-EVALUATIONS: dict[str, type] = {"auto": Auto, "inplace": InPlace, "master": Master, "paired": Paired, "scratch": Scratch}
+EVALUATIONS: dict[str, type] = {
+    "auto": Auto, "inplace": InPlace, "jvp": Jvp, "master": Master, "paired": Paired, "scratch": Scratch,
+}  # fmt: skip
 ALIASES = {"walk": "inplace"}  # for one release
 
 
@@ -30,6 +34,6 @@ def resolve(evaluation: str | Evaluation) -> Evaluation:
 
 
 __all__ = [
-    "EVALUATIONS", "THETA", "Auto", "Evaluation", "InPlace", "Isolation", "Master", "NotRepeatable", "Paired", "Point",
-    "Record", "Refused", "Scratch", "resolve",
+    "EVALUATIONS", "THETA", "Auto", "Evaluation", "InPlace", "Isolation", "Jvp", "Master", "NotRepeatable", "Paired", "Point",
+    "Record", "Refused", "Scratch", "loss_tensor", "resolve",
 ]  # fmt: skip

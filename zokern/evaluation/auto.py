@@ -23,6 +23,7 @@ from ..plan import Plan
 from ..warning import warn
 from .base import NotRepeatable, Point, Record
 from .isolation import Isolation
+from .jvp import Jvp
 from .master import Master
 from .paired import Paired
 from .scratch import MIB, Scratch
@@ -43,6 +44,7 @@ class Auto:
 
     def __init__(self, budget: int = 64 * MIB) -> None:
         self.ways: dict[str, Any] = {"paired": Paired(budget), "scratch": Scratch(budget), "master": Master()}
+        self.jvp = Jvp()
         self.order: list[str] = []  # ways that are left, the one in use first
         self.began = 0
         self.seen: tuple[int, int] | None = None  # first step: rows of the inputs, and forwards; None once a way is chosen
@@ -97,6 +99,12 @@ class Auto:
             self.why = f"{way.name!r}, because others failed: {causes}"
             self.record = replace(way.record, why=self.why)
             warn(f"this closure is read by evaluation {way.name!r} from now on, because others cannot: {causes}")
+        return found
+
+    def slopes(self, plan: Plan, words: Sequence[int], closure: Callable[[], object]) -> tuple[Tensor, Tensor]:
+        """Returns losses and slopes as Jvp reads them: there is one way. See Differentiates.slopes."""
+        found = self.jvp.slopes(plan, words, closure)
+        self.record = replace(self.jvp.record, why="'jvp': the estimator asks for slopes")
         return found
 
     def _begin(self, plan: Plan) -> None:

@@ -84,10 +84,19 @@ class Evaluation(Protocol):
         raised. Raises Refused when the closure cannot be read right in this way, and what the closure raises."""
 
 
+class Differentiates(Evaluation, Protocol):
+    """An evaluation that reads derivatives too: Jvp, and Auto through it."""
+
+    def slopes(self, plan: Plan, words: Sequence[int], closure: Callable[[], object]) -> tuple[Tensor, Tensor]:
+        """Returns the loss of theta and its derivative along z of each draw word, float64 [len(words)] each.
+
+        Promises and raises what `losses` does. eps plays no part: z moves every parameter by itself."""
+
+
 def distinct(points: Sequence[Point]) -> list[Point]:
     """Returns each point once, theta first: it needs no copy of a weight that was moved."""
     found = list(dict.fromkeys(points))
     return sorted(found, key=lambda point: bool(point.terms))
 
 
-__all__ = ["THETA", "WAY_OUT", "Evaluation", "NotRepeatable", "Point", "Record", "Refused", "distinct"]
+__all__ = ["THETA", "WAY_OUT", "Differentiates", "Evaluation", "NotRepeatable", "Point", "Record", "Refused", "distinct"]

@@ -61,7 +61,7 @@ class Copies:
                 self.factors.stack(group, positions, outs)
                 continue
             low = None if group.residuals is None else [group.residuals[i] for i in positions]
-            self._fill(group, positions, thetas, spans, range(self.sides), outs, low)
+            self._fill(group, positions, thetas, spans, range(self.sides), outs, low, group.scales_of(positions))
 
     def _places(self, group: Group, most: int | None, start: int) -> tuple:
         """Returns resident members with their stacks, and launches that fill them; prepared once for a list of tensors."""
@@ -108,7 +108,9 @@ class Copies:
         group.memo[key] = self.arena, found
         return found
 
-    def _fill(self, group: Group, positions: Sequence[int], thetas, spans, sides: Sequence[int], outs, low) -> None:
+    def _fill(
+        self, group: Group, positions: Sequence[int], thetas, spans, sides: Sequence[int], outs, low, factors
+    ) -> None:  # fmt: skip
         """outs[j] <- tensors of a group at the point of sides[j]; sides of one draw share its z, two in a launch."""
         plan, by_draw = self.plan, dict[Draw, list[int]]()
         for j, side in enumerate(sides):
@@ -122,16 +124,16 @@ class Copies:
             elif not terms:
                 by_draw.setdefault(0, []).append(j)  # at the scale 0: low bits are added and rows are looked up
             else:
-                self._fill_terms(group, thetas, spans, terms, outs[j], low)
+                self._fill_terms(group, thetas, spans, terms, outs[j], low, factors)
         for draw, members in by_draw.items():
             for part in range(0, len(members), 2):
                 pair = members[part : part + 2]
                 amounts = [sum(a for _, a in self.points[sides[j]].terms) if group.matrices is None else 0.0 for j in pair]
                 scales, targets = [amount * group.reach(draw) for amount in amounts], [outs[j] for j in pair]
                 noise = Noise(plan.direction, plan.seed, [plan.named(draw)])
-                group.backend.perturb(Batch(thetas, spans, residuals=low), noise, scales, targets)
+                group.backend.perturb(Batch(thetas, spans, residuals=low, scales=factors), noise, scales, targets)
 
-    def _fill_terms(self, group: Group, thetas, spans, terms, outs, low) -> None:
+    def _fill_terms(self, group: Group, thetas, spans, terms, outs, low, factors) -> None:
         """outs <- theta + eps sum_k a_k z_k of several draws."""
         plan = self.plan
         if low is not None and outs[0].dtype == torch.float32:  # which holds the low bits as well
@@ -144,7 +146,7 @@ class Copies:
         table = torch.tensor([a * group.reach(draw) for draw, a in terms], dtype=torch.float32, device=outs[0].device)
         draws = [plan.named(draw) for draw, _ in terms]
         rounding = "nearest" if spent is None else "residual"
-        batch, noise = Batch(outs, spans, rounding, spent), Noise(plan.direction, plan.seed, draws)
+        batch, noise = Batch(outs, spans, rounding, spent, factors), Noise(plan.direction, plan.seed, draws)
         group.backend.axpy_(batch, noise, Terms(table))
 
     def _fill_factored(self, group: Group, positions: Sequence[int], thetas, spans, side: int, outs, low) -> None:
@@ -170,12 +172,14 @@ class Copies:
         return self.factors.untouched(group, i, side) if group.matrices is not None else not self.points[side].terms
 
     def fill(
-        self, group: Group, i: int, view: Tensor, span: Span, sides: Sequence[int], outs: Sequence[Tensor], low: Tensor | None
-    ) -> None:
-        """outs[j] <- a view of tensor i at the point of sides[j]."""
+        self, group: Group, i: int, view: Tensor, span: Span, sides: Sequence[int], outs: Sequence[Tensor], low: Tensor | None,
+        factors: Tensor | None,
+    ) -> None:  # fmt: skip
+        """outs[j] <- a view of tensor i at the point of sides[j]. low, factors: of the view."""
         matrix = None if group.matrices is None else group.matrices[i]
         if matrix is None or span.rows is None or low is not None or matrix.shape != tuple(view.shape):
-            self._fill(group, [i], [view], [span], sides, [[out] for out in outs], None if low is None else [low])
+            low, factors = (None if given is None else [given] for given in (low, factors))  # type: ignore[assignment]
+            self._fill(group, [i], [view], [span], sides, [[out] for out in outs], low, factors)
             return
         for side, out in zip(sides, outs):  # looked-up rows need their rows of the left factor alone
             torch.index_select(view, 0, span.rows, out=out)
@@ -191,7 +195,7 @@ class Copies:
         theta = group.theta[i]
         out = self.own(group, i, (self.sides, *theta.shape))
         self.whole.add(group.names[i])
-        self.fill(group, i, theta, group.spans[i], range(self.sides), list(out.unbind(0)), group.residual(i))
+        self.fill(group, i, theta, group.spans[i], range(self.sides), list(out.unbind(0)), group.residual(i), group.scale(i))
         return out
 
     def own(self, group: Group, i: int, shape: tuple[int, ...]) -> Tensor:
@@ -219,7 +223,7 @@ class Copies:
             if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= theta.shape[0]):
                 raise IndexError(f"index out of range: {group.names[i]!r} has {theta.shape[0]} rows")
             here = Span(span.who, span.first, rows=rows.contiguous())
-            self.fill(group, i, theta, here, sides, [out[side] for side in sides], group.residual(i))
+            self.fill(group, i, theta, here, sides, [out[side] for side in sides], group.residual(i), group.scale(i))
         return out
 
     def product(self, g: int, i: int, xs: list[Tensor], biases: list[Tensor | None], transposed: bool) -> Tensor:
@@ -228,7 +232,7 @@ class Copies:
         weight, low, span = group.theta[i], group.residual(i), group.spans[i]
         sides, room = range(self.sides), self.arena.left(weight.device)
         factored = group.matrices is not None and low is None and group.matrices[i].shape == tuple(weight.shape)
-        fused = low is None and (factored or group.matrices is None) and self.is_simple()
+        fused = low is None and (factored or group.matrices is None) and self.is_simple() and group.scale(i) is None
         fused = fused and (self.sides <= gemm.MANY if factored else self.plan.direction.name in DIRECTIONS)
         fused = fused and gemm.fuses(group.backend, xs, weight, transposed, room)
         if fused:
@@ -269,12 +273,15 @@ class Copies:
                 tile = self.arena.take(shape, theta.dtype, theta.device)
                 tiles[side] = tile if tile is not None else torch.empty(shape, dtype=theta.dtype, device=theta.device)
             view = theta.narrow(dimension, start, stop - start)
-            part = None if low is None else low.narrow(dimension, start, stop - start).contiguous()
+            parts = [
+                None if whole is None else whole.narrow(dimension, start, stop - start).contiguous()
+                for whole in (low, group.scale(i))
+            ]
             if transposed:
                 here = Span(span.who, span.first + start, pitch=total)
             else:
                 here = Span(span.who, span.first + start * width)
-            self.fill(group, i, view, here, moved, list(tiles.values()), part)
+            self.fill(group, i, view, here, moved, list(tiles.values()), *parts)
             yield start, stop, tiles
             self.arena.release()
 

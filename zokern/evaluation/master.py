@@ -19,7 +19,7 @@ from torch import Tensor
 from ..backends import Batch, Noise, Outer, TensorList, Terms
 from ..fingerprint import announce
 from ..plan import Group, Plan
-from ..underflow import heads
+from ..underflow import heads, moving
 from ..warning import warn
 from .base import Point, Record, distinct
 from .factors import Factors
@@ -66,7 +66,7 @@ class Master:
                 if point.terms and swallowed is None:
                     swallowed = _swallowed(plan)
                 read[point] = isolation.read(closure)
-        size = sum(t.numel() * t.element_size() for group in plan.groups for t in self._masters(group))
+        size = sum(t.nbytes for group in plan.groups for t in group.memo.get("masters", ()))
         self.record = Record(self.name, scratch_bytes=size, swallowed=swallowed)
         return torch.stack([read[point] for point in points])
 
@@ -140,13 +140,14 @@ class Master:
             spent = None if low is None else [bits.clone() for bits in low]
             rounding = "residual" if spent is not None else self.rounding
             draws = [plan.named(draw) for draw, _ in point.terms]
-            batch, noise = Batch(group.theta, group.spans, rounding, spent), Noise(plan.direction, plan.seed, draws)
+            batch = Batch(group.theta, group.spans, rounding, spent, group.scales)
+            noise = Noise(plan.direction, plan.seed, draws)
             group.backend.axpy_(batch, noise, Terms(table))
             return
         elif not in_place and (scales or low):
             draw, scale = (point.terms[0][0], scales[0]) if scales else (0, 0.0)
             low = None if low is None else list(low)
-            batch = Batch(kept, group.spans, residuals=low)
+            batch = Batch(kept, group.spans, residuals=low, scales=group.scales)
             group.backend.perturb(batch, Noise(plan.direction, plan.seed, [plan.named(draw)]), [scale], [outs])
         if not in_place:
             for i in group.memo["loose"]:
@@ -160,10 +161,10 @@ def _swallowed(plan: Plan) -> float | None:
         return None
     still = total = 0.0
     for group in plan.groups:
-        for now, before in zip(group.theta, group.memo["masters"]):
+        for i, (now, before) in enumerate(zip(group.theta, group.memo["masters"])):
             if now.dtype != torch.float32 and now.numel():
-                same = (heads(now) == heads(before)).double().mean()
-                still, total = still + float(same) * now.numel(), total + now.numel()
+                same = float(moving(heads(now) == heads(before), group.scale(i)).double().mean())
+                still, total = still + same * now.numel(), total + now.numel()
     return still / total if total else None
 
 

@@ -242,7 +242,8 @@ def _getitem(func, args: tuple, kwargs: dict):
     view = theta[index]
     out = copies.own(group, i, (copies.sides, *view.shape))
     here = Span(span.who, span.first + start * theta[0].numel())
-    copies.fill(group, i, view, here, range(copies.sides), list(out.unbind(0)), None if low is None else low[index])
+    parts = [None if whole is None else whole[index] for whole in (low, group.scale(i))]
+    copies.fill(group, i, view, here, range(copies.sides), list(out.unbind(0)), *parts)
     return copies.mapped(out)
 
 

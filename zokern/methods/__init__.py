@@ -12,13 +12,17 @@ from ..optimizer import ZerothOrder
 
 if TYPE_CHECKING:  # for type checkers, which cannot look into a folder
     from .adamezo import AdaMeZO
+    from .addax import Addax
     from .blockmezo import BlockMeZO
     from .bszo import BSZO
     from .conmezo import ConMeZO
     from .dizo import DiZO
     from .dpzo import DPZO
     from .eggroll import EGGROLL
+    from .fgd import FGD
     from .fzoo import FZOO
+    from .hizoo import HiZOO
+    from .hybrid import Hybrid
     from .kerzoo import KerZOO
     from .lezo import LeZO
     from .lozo import LOZO
@@ -27,6 +31,7 @@ if TYPE_CHECKING:  # for type checkers, which cannot look into a folder
     from .mezosvrg import MeZOSVRG
     from .pgap import PGAP
     from .rloo import RLOO
+    from .sparse import SparseMeZO
     from .subzero import SubZero
     from .subzero_plus import SubZeroPlus
     from .tezo import TeZO
@@ -53,8 +58,9 @@ METHODS = find()
 globals().update(METHODS)
 
 __all__ = [
-    "AdaMeZO", "BSZO", "BlockMeZO", "ConMeZO", "DPZO", "DiZO", "EGGROLL", "FZOO", "KerZOO", "LOZO", "LeZO",
-    "MeZO", "MeZOGV", "MeZOSVRG", "PGAP", "RLOO", "SubZero", "SubZeroPlus", "TeZO", "ZOAdam",
-    "ZOConservative", "ZOMOPI", "ZOMomentum", "ZOMuon", "ZOSignSGD",
+    "AdaMeZO", "Addax", "BSZO", "BlockMeZO", "ConMeZO", "DPZO", "DiZO", "EGGROLL", "FGD", "FZOO", "HiZOO",
+    "Hybrid", "KerZOO", "LOZO", "LeZO", "MeZO", "MeZOGV", "MeZOSVRG", "PGAP", "RLOO", "SparseMeZO",
+    "SubZero", "SubZeroPlus", "TeZO", "ZOAdam", "ZOConservative", "ZOMOPI", "ZOMomentum", "ZOMuon",
+    "ZOSignSGD",
 ]  # fmt: skip
 __all__ += [name for name in METHODS if name not in __all__]

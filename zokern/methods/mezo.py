@@ -31,7 +31,8 @@ class MeZO(ZerothOrder):
     evaluation    'auto' (the first step by 'master', then the fastest that reads the same losses), 'master' (the parameters hold
                   theta +- eps z while a loss is read, a copy holds theta: right for any model), 'paired' (all sides in one pass of
                   the model), 'scratch' (a side at a time, within a budget of memory), 'inplace' (the weights move and come back by
-                  arithmetic, which 16 bits round), or an instance: zokern.Scratch(budget=...)
+                  arithmetic, which 16 bits round), 'jvp' (as 'master'; it also reads derivatives, for zokern.FGD), or an instance:
+                  zokern.Scratch(budget=...)
     backend       None chooses by device: 'cpu', 'cuda', then 'triton', then 'reference'
     rule          None: SGD, the formula above. zokern.Momentum(0.9, dampening=0.0) moves along M <- 0.9 M + g in place of
                   g = sum_k c_k z_k / q (ZO-Bench's ZO-SGD-MMT; without dampening=0.0, along the average); zokern.Adam() along the
@@ -39,7 +40,8 @@ class MeZO(ZerothOrder):
     direction     'normal' or 'rademacher';  stencil 'central' (two losses a query) or 'forward' (one, plus one shared)
     maximize      ascend: the closure returns a reward
     estimator     None: zokern.Spsa(queries, stencil), the formula above. Spsa(clip=...) bounds |c_k|; zokern.Sign, Kernel (KerZOO), Spread
-                  (FZOO), Conservative, Blockwise and Bayesian (BSZO) are others
+                  (FZOO), Conservative, Blockwise and Bayesian (BSZO) are others; ForwardGradient reads derivatives, and Mixed and Split
+                  back-propagate too (zokern.FGD, Addax, Hybrid)
     defer         of directions that are low-rank (zokern.SubZero, ...): whether updates wait in their core. None, the default, where they can;
                   z of 'normal' and 'rademacher' is dense, and its updates never wait
     paired_check  'first': read the first loss of the first step twice and refuse a closure that is not repeatable; n: every n steps too;

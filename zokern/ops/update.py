@@ -23,23 +23,25 @@ def update_(
     scalars: Sequence[float] | Tensor, first: int | Sequence[int] = 0, rounding: str = "nearest",
     residuals: Sequence[Tensor] | Tensor | None = None, clock: Tensor | None = None, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
-    """Computes theta <- decay theta + lr move in one launch, by a rule with state on g.
+    """Computes theta <- decay theta + lr move in one launch, by a rule on g.
 
         g = sum_k coeffs[k] z(seed, who, *draws[k])
         'momentum'  m <- beta m + alpha g
                     move = m
         'adam'      m <- beta1 m + alpha1 g,   v <- beta2 v + alpha2 g g
                     move = m / (sqrt(v + inside) correction + eps)
+        'sign'      move = 1 where g > 0, -1 where g < 0, and g itself where it is 0 or NaN
 
     tensors   one tensor or a list on one device: float32, bfloat16 or float16, any shape, strides and
               alignment
-    rule      'momentum' or 'adam'
+    rule      'momentum', 'adam' or 'sign'
     states    ([m, ...],) or ([m, ...], [v, ...]), a list of each for a list of tensors: float32, contiguous,
-              shaped like them; zeros to start with
-    scalars   (decay, lr, beta, alpha) or (decay, lr, beta1, alpha1, beta2, alpha2, inside, correction, eps):
-              floats, or float32 on the tensors' device, where a captured CUDA graph reads new ones.
-              zokern.Momentum and zokern.Adam make them: `.scalars(lr, decay, updates)`. lr and correction
-              hold the bias corrections; g descends, so lr is positive
+              shaped like them; zeros to start with. () for 'sign'
+    scalars   (decay, lr, beta, alpha), (decay, lr, beta1, alpha1, beta2, alpha2, inside, correction, eps) or,
+              for 'sign', (decay, lr): floats, or float32 on the tensors' device, where a captured CUDA graph
+              reads new ones. zokern.Momentum, zokern.Adam and zokern.SignSgd make them:
+              `.scalars(lr, decay, updates)`. lr and correction hold the bias corrections; g descends, so lr
+              is positive
     who, draws, coeffs, first, rounding, residuals, clock   as for axpy_
     Arithmetic, float32: g by fma in draw order from 0; m = fma(alpha, g, round(beta m));
     v = fma(alpha2, round(g g), round(beta2 v)); move = m / fma(sqrt(v + inside), correction, eps), root and
@@ -48,7 +50,8 @@ def update_(
     Returns int64[1]: how many new weights are inf or NaN.
     Raises ValueError, before anything is written, for another rule, states that are missing, misshapen or
     shared, scalars that are not finite, and every argument that axpy_ refuses.
-    Polyak 1964; Kingma and Ba 2015; Zhang et al. 2024 (ZO-Bench): ZO-SGD-MMT and ZO-Adam are this call."""
+    Polyak 1964; Kingma and Ba 2015; Zhang et al. 2024 (ZO-Bench): ZO-SGD-MMT and ZO-Adam are this call.
+    Bernstein et al. 2018 (signSGD); Liu et al. 2019 (ZO-signSGD)."""
     batch = batch_of("update_", tensors, who, first, rounding, residuals, alone=False)
     device = batch.tensors[0].device
     if not isinstance(rule, str) or rule not in STATES:
@@ -104,10 +107,9 @@ def _states_of(rule: str, tensors: Sequence[Tensor], states: Any) -> list[Tensor
     kept = [arguments.tensor_list(f"states[{i}]", state) for i, state in enumerate(states)]
     if len(kept) != len(STATES[rule]) or any([len(state) != len(tensors) for state in kept]):
         counts = [len(state) for state in kept]
-        raise ValueError(
-            f"update_: states has {counts} tensors; rule {rule!r} keeps {', '.join(STATES[rule])}: expected {len(tensors)} "
-            "of each, zeros to start with"
-        )
+        names = ", ".join(STATES[rule])
+        wanted = f"{names}: expected {len(tensors)} of each, zeros to start with" if names else "nothing: expected ()"
+        raise ValueError(f"update_: states has {counts} tensors; rule {rule!r} keeps {wanted}")
     for name, state in zip(STATES[rule], kept):
         for i, (t, tensor) in enumerate(zip(state, tensors)):
             plain = t.dtype == torch.float32 and t.layout == torch.strided and t.is_contiguous()
@@ -116,8 +118,8 @@ def _states_of(rule: str, tensors: Sequence[Tensor], states: Any) -> list[Tensor
                 wanted = f"contiguous float32{list(tensor.shape)} on {tensor.device}"
                 raise ValueError(f"update_: {name}[{i}] is {where}; expected {wanted}")
     if (pair := shared_memory([*tensors, *[t for state in kept for t in state]])) is not None:
-        names = [f"tensors[{i}]" if i < len(tensors) else f"state {i - len(tensors)}" for i in pair]
-        raise ValueError(f"update_: {names[0]} and {names[1]} share memory; expected distinct tensors")
+        first, second = (f"tensors[{i}]" if i < len(tensors) else f"state {i - len(tensors)}" for i in pair)
+        raise ValueError(f"update_: {first} and {second} share memory; expected distinct tensors")
     return kept
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from .adam import Adam
 from .averaged import Averaged
-from .base import Rule, basis_of, check_basis, renew
+from .base import Rule, basis_of, check_basis, check_scaled, renew
 from .cone import Cone
 from .momentum import Momentum
 from .muon import Muon
 from .projected import Projected
 from .sgd import Sgd
+from .sign import SignSgd
 from .state import START_ANEW, Keeps, check_state
 from .window import WindowAdam, WindowMomentum
 
 __all__ = [
     "Adam", "Averaged", "Cone", "Keeps", "Momentum", "Muon", "Projected", "Rule", "START_ANEW", "Sgd",
-    "WindowAdam", "WindowMomentum", "basis_of", "check_basis", "check_state", "renew",
+    "SignSgd", "WindowAdam", "WindowMomentum", "basis_of", "check_basis", "check_scaled", "check_state",
+    "renew",
 ]  # fmt: skip

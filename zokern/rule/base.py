@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..directions import LowRank, Matrix
+from ..directions import LowRank, Matrix, Scaled
 from ..plan import Group, Plan
 from .state import Keeps
 
@@ -38,6 +38,8 @@ class Rule(Protocol):
         """Write the group's parameters; how many results are inf or NaN. states[tensor] is the optimizer's state of a parameter.
 
         defer: the updates of factored matrices are kept in `pending` instead."""
+
+    # a rule that takes gradients too has descend(), as Sgd: a term of an estimate may have them (zokern/first_order.py)
 
     def keeps(self, shape: tuple[int, ...], draw: tuple[int, int] | None) -> Keeps:
         """Returns what the rule keeps of a parameter of this shape. draw: the shape of a draw of a low-rank one; None: its z is dense."""
@@ -104,4 +106,13 @@ def check_basis(rule: Rule, direction: LowRank | None) -> None:
         )
 
 
-__all__ = ["Rule", "basis_of", "check_basis", "renew"]
+def check_scaled(rule: Rule, direction: Scaled | None) -> None:
+    """Refuses a rule that makes z of its own, of past steps or of a momentum, with a direction that has factors."""
+    if direction is not None and getattr(rule, "plain", False):
+        raise ValueError(
+            f"rule is {rule.name!r} with direction {direction.name!r}, whose factors may differ from step to step; expected a direction "
+            "without factors, 'normal' or 'rademacher', or rule zokern.Sgd(), zokern.Momentum() or zokern.Adam()"
+        )
+
+
+__all__ = ["Rule", "basis_of", "check_basis", "check_scaled", "renew"]

@@ -52,7 +52,7 @@ class Cone:
     Readings take a copy of what is trained beside it. Raises ValueError for arguments out of range, and in
     the first step for several queries; an optimizer refuses it with low-rank directions."""
 
-    name, defers, dense = "cone", False, True
+    name, defers, dense, plain = "cone", False, True, True
 
     def __init__(self, angle: float = 1.35, beta: float | Callable[[int], float] = warming) -> None:
         self.angle = within("angle", angle, 0.0, math.pi / 2, "0 < angle < pi/2", least=False)

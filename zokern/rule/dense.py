@@ -59,7 +59,9 @@ def _keep_up(
         for start in range(0, size, PIECE):
             stop = min(size, start + PIECE)
             parts = [[state.view(-1)[start:stop]] for state in states]
-            batch = Batch([zeros[: stop - start]], [span._replace(first=span.first + start)])
+            scale = group.scale(i)
+            factors = None if scale is None else [scale.view(-1)[start:stop]]
+            batch = Batch([zeros[: stop - start]], [span._replace(first=span.first + start)], scales=factors)
             noise = Noise(plan.direction, plan.seed, plan.draws())
             group.backend.update_(batch, noise, Update(coeffs, rule, numbers, parts))
 

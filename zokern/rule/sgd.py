@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ..backends import Batch, Noise, Outer, Terms
 from ..directions import Matrix
-from ..plan import Group, Plan
+from ..plan import Group, Plan, ends_of
 from .state import Keeps
-from .waiting import deposit, is_nothing, total
+from .waiting import add_, deposit, is_nothing, total
 
 
 class Sgd:
@@ -30,6 +32,26 @@ class Sgd:
         if group.matrices is None:
             return group.axpy_(plan.direction, plan.seed, plan.draws(), amounts, decay, plan.rounding)
         return deposit(plan, group, total(plan, group, amounts), decay, defer)
+
+    def descend(
+        self, plan: Plan, group: Group, weights: Sequence[float], gradient: Tensor, weight: float, lr: float, decay: float
+    ) -> Tensor | int:  # fmt: skip
+        """theta <- decay theta + lr (sum_k weights[k] z_k - weight gradient) for the one tensor of a group, one rounding.
+
+        The sum is made in the gradient's own memory where that is float32, else in 4 bytes a weight of this tensor. Returns how many
+        results are inf or NaN."""
+        amounts = [lr * w for w in weights]
+        if is_nothing([*amounts, lr * weight], decay):
+            return 0
+        move = gradient.detach().float().contiguous().mul_(-lr * weight)
+        if group.matrices is None and weights:
+            table = torch.tensor(amounts, dtype=torch.float32, device=move.device)
+            batch = Batch([move], group.spans, scales=group.scales)
+            group.backend.axpy_(batch, Noise(plan.direction, plan.seed, plan.draws()), Terms(table))
+        elif group.matrices is not None and weights:
+            lefts, rights = zip(*ends_of(group.matrices, total(plan, group, amounts), group.backend))
+            group.backend.lowrank_(Batch([move], group.spans), Outer(lefts, rights, [1.0]))
+        return add_(plan, group, 0, move, 1.0, decay)
 
     def keeps(self, shape: tuple[int, ...], draw: tuple[int, int] | None) -> Keeps:
         """Returns nothing."""

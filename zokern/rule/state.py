@@ -28,9 +28,13 @@ def check_state(entry: Trained, state: Mapping[str, Any], rule: str, keeps: Keep
 
     loading  the device and the strides are still to be adapted"""
     tensor = entry.tensor
-    kinds = {"residual": (torch.int16, tuple(tensor.shape))} | {
-        key: (torch.float32, shape) for key, shape in keeps.tensors.items()
-    }
+    own = {
+        "residual": torch.int16,
+        "mask": torch.bool,
+        "scale": torch.float32,
+    }  # of the rounding, and of directions with factors
+    kinds = {key: (dtype, tuple(tensor.shape)) for key, dtype in own.items()}
+    kinds |= {key: (torch.float32, shape) for key, shape in keeps.tensors.items()}
     for key, (dtype, shape) in kinds.items():
         if key not in state:
             continue

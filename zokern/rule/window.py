@@ -43,7 +43,7 @@ class _Window:
     A skipped step adds nothing. A parameter that is frozen for a while goes on from the updates that it
     had."""
 
-    defers, dense = False, True
+    defers, dense, plain = False, True, True
     length: int
 
     def windows(self, plan: Plan, group: Group, weights: Sequence[float], states: Any) -> Iterator[tuple[Group, list[Past]]]:
@@ -185,30 +185,25 @@ class WindowAdam(_Window):
                 if not is_nothing(amounts, decay):
                     count = count + part.axpy_(plan.direction, plan.seed, plan.draws(), amounts, decay, plan.rounding)
             elif not is_nothing([lr], decay):
+                tables = self._tables(plan, part, window, lr, decay)
                 for pieces in _pieces(part, plan.rounding == "residual"):
-                    count = count + self._move(plan, part, pieces, window, lr, decay)
+                    count = count + _moved(plan, part, pieces, tables)
                 announce(part.theta)
         return count
 
-    def _move(self, plan: Plan, group: Group, pieces: list[Piece], window: Sequence[Past], lr: float, decay: float) -> Tensor:
-        """Runs the rule over the window, on moments from zero and zeros in the place of the weights, and
-        last on the weights."""
-        tensors, spans, low = [piece[0] for piece in pieces], [piece[1] for piece in pieces], [piece[2] for piece in pieces]
-        blanks, *moments = [[torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in tensors] for _ in range(3)]
-        real = Batch(tensors, spans, plan.rounding, low if low[0] is not None else None)  # type: ignore[arg-type]
-        for j, past in enumerate(window, 1):
-            last = j == len(window)
-            numbers = self.scalars(lr, decay) if last else self.scalars(0.0)
-            weights, scalars = (
-                torch.tensor(x, dtype=torch.float32, device=tensors[0].device) for x in ([w for _, _, w in past], numbers)
-            )
-            noise = Noise(plan.direction, plan.seed, _draws([past]))
-            count = group.backend.update_(
-                real if last else Batch(blanks, spans), noise, Update(weights, "adam", scalars, moments)
-            )
-        return count
+    def _tables(self, plan: Plan, group: Group, window: Sequence[Past], lr: float, decay: float) -> list[Table]:
+        """Returns what the verb is told of every update; of those before the last with lr 0."""
+        found = []
+        for past in window:
+            numbers = self.scalars(lr, decay) if past is window[-1] else self.scalars(0.0)
+            both = [
+                torch.tensor(x, dtype=torch.float32, device=group.theta[0].device) for x in ([w for _, _, w in past], numbers)
+            ]
+            found.append((Noise(plan.direction, plan.seed, _draws([past])), both[0], both[1]))
+        return found
 
 
+Table = tuple[Noise, Tensor, Tensor]  # draws, their weights, the scalars of the rule
 Piece = tuple[Tensor, Span, Tensor | None]
 
 
@@ -230,6 +225,18 @@ def _pieces(group: Group, residual: bool) -> Iterator[list[Piece]]:
             held.append((rows, span._replace(first=span.first + start * width), low))
     if held:
         yield held
+
+
+def _moved(plan: Plan, group: Group, pieces: list[Piece], tables: Sequence[Table]) -> Tensor:
+    """Runs the rule over the window, on moments from zero and zeros in the place of the weights, and last on
+    the weights."""
+    tensors, spans, low = [piece[0] for piece in pieces], [piece[1] for piece in pieces], [piece[2] for piece in pieces]
+    blanks, *moments = [[torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in tensors] for _ in range(3)]
+    for noise, weights, scalars in tables[:-1]:
+        group.backend.update_(Batch(blanks, spans), noise, Update(weights, "adam", scalars, moments))
+    noise, weights, scalars = tables[-1]
+    real = Batch(tensors, spans, plan.rounding, low if low[0] is not None else None)  # type: ignore[arg-type]
+    return group.backend.update_(real, noise, Update(weights, "adam", scalars, moments))
 
 
 __all__ = ["WindowAdam", "WindowMomentum"]

@@ -35,6 +35,27 @@ class BetaFused(Wrong):
     replaced = {"momentum": _momentum}
 
 
+class SignOfZero(Wrong):
+    """Elements whose g is 0 move too."""
+
+    rejected_by = ("update_scalars",)
+    replaced = {"sign": lambda scalars, g: torch.where(g < 0, -torch.ones_like(g), torch.ones_like(g))}
+
+
+class NoSign(Wrong):
+    """Weights move along g and not along its sign."""
+
+    rejected_by = ("update_sizes", "update_strides", "update_roundings")
+    replaced = {"sign": lambda scalars, g: g.clone()}
+
+
+class SignOfNan(Wrong):
+    """A NaN of g is a 0, as torch.sign has it, so that a broken coefficient is not seen."""
+
+    rejected_by = ("update_special",)
+    replaced = {"sign": lambda scalars, g: g.sign()}
+
+
 class OldMomentum(Wrong):
     """The weights move along the momentum of the step before."""
 
@@ -90,7 +111,7 @@ class StateUnwritten(Wrong):
     rejected_by = ("update_sizes", "update_clock")
 
     def update_(self, batch, noise, update):
-        kept = [*update.states[:-1], [t.clone() for t in update.states[-1]]]
+        kept = [*update.states[:-1], *([t.clone() for t in last] for last in update.states[-1:])]
         return super().update_(batch, noise, update._replace(states=kept))
 
 
@@ -179,7 +200,7 @@ class CountsStates(Wrong):
 
     def update_(self, batch, noise, update):
         count = super().update_(batch, noise, update)
-        return count + sum(int((~t.isfinite()).sum()) for t in update.states[0])
+        return count + sum(int((~t.isfinite()).sum()) for state in update.states[:1] for t in state)
 
 
 class EmptyFails(Wrong):

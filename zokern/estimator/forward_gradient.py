@@ -1,0 +1,42 @@
+"""Estimator ``forward_gradient``: exact derivatives along random directions. Baydin et al. 2022.
+
+c_k = <gradient, z_k>          g = (1 / q) sum_k c_k z_k          E[g] is the gradient, as E[z z^T] = I
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ..checks import finite_number, whole_number
+from ..plan import Plan
+from .base import SLOPES, Estimate, Oracle
+
+
+class ForwardGradient:
+    """g = (1/q) sum_k <gradient, z_k> z_k, the derivatives read in forward mode: eps plays no part.
+
+    queries  q: draws a step, averaged; each is one forward pass with tangents
+    clip     bound on |<gradient, z_k>|, in units of loss per weight; None: no bound
+
+    It needs evaluation='jvp', or 'auto'. Raises ValueError for arguments out of range.
+    Baydin et al. 2022 (arXiv 2202.08587); Zhang et al. 2024 (ZO-Bench's Forward-Grad)."""
+
+    lr, perturbs = SLOPES, False
+
+    def __init__(self, queries: int = 1, clip: float | None = None) -> None:
+        self.queries = whole_number("queries", queries, 1, 2**24 - 1)
+        self.clip = None if clip is None else finite_number("clip", clip, above=0.0)
+        self.state: dict[str, Any] = {}
+
+    def __call__(self, oracle: Oracle, plan: Plan) -> Iterator[Estimate]:
+        draws = tuple(plan.draw(k) for k in range(self.queries))
+        losses, slopes = oracle.slopes(draws)
+        found = slopes.float().double()
+        if self.clip is not None:
+            found = found.clamp(-self.clip, self.clip)
+        told = slopes if len({group.eps for group in plan.groups}) == 1 else None  # a fall is told from slopes with one eps
+        yield Estimate(draws, found.expand(len(plan.groups), -1), losses.unsqueeze(1), self.queries, slopes=told)
+
+
+__all__ = ["ForwardGradient"]

@@ -1,0 +1,52 @@
+"""Rule ``sign``: theta <- decay theta + lr sign(g), the sign of the summed estimate. Bernstein et al. 2018; Liu et al. 2019 (ZO-signSGD)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..directions import Matrix
+from ..estimator.base import ONES
+from ..plan import Group, Plan
+from .state import Keeps
+from .waiting import is_nothing
+
+
+class SignSgd:
+    """theta <- decay theta + lr sign(g), g = sum_k weights[k] z_k: every weight moves by lr, or not at all where g = 0.
+
+    It has no arguments and keeps no state. zokern.Sign is something else: it takes the sign of each projected gradient, and z stays normal.
+    With one query both differ by |z| alone; with several, this sign is one of their sum.
+    An optimizer refuses it with a low-rank direction: the sign of a product has no factors.
+    Bernstein et al. 2018 (signSGD, arXiv 1802.04434); Liu et al. 2019 (signSGD via zeroth-order oracle)."""
+
+    name, defers = "sign", False
+    lr = ONES  # of an optimizer that is given none: steps have one length, whatever the slope
+    dense = True  # of directions it goes with dense ones
+
+    def scalars(self, lr: float, decay: float = 1.0, updates: int = 1) -> tuple[float, ...]:
+        """The numbers of zokern.update_."""
+        return decay, lr
+
+    def update(
+        self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any, defer: bool
+    ) -> Tensor | int:  # fmt: skip
+        if is_nothing([lr], decay):
+            return 0
+        return group.update_(plan, range(len(group.names)), weights, self.name, self.scalars(lr, decay), [])
+
+    def keeps(self, shape: tuple[int, ...], draw: tuple[int, int] | None) -> Keeps:
+        """Returns nothing."""
+        return Keeps({}, False)
+
+    def basis(self, state: Any) -> int | None:
+        """None: nothing is kept."""
+        return None
+
+    def rebase(self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor, state: Any) -> None:
+        """Nothing is kept."""
+
+
+__all__ = ["SignSgd"]
