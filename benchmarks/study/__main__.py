@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     add("--sets", nargs="+", choices=SETS, default=SETS, help="the same for sets")
     add("--file", type=Path, help="rows; page and plot are beside it (default: the folder of this machine)")
     add("--anew", action="store_true", help="start again: rows that are there are lost")
+    add("--retry", action="store_true", help="run again what failed")
     add("--page", action="store_true", help="run nothing: write page and plot of the rows that are there")
     return made
 
@@ -66,7 +67,7 @@ def run_all(
     from tqdm.auto import tqdm
 
     ends, before = time.monotonic() + 3600 * settings.hours, dict[tuple[str, str], Score]()
-    left = [run for run in todo if run not in store.done()]
+    left = [run for run in todo if run not in store.done(settings.retry)]
     with tqdm(total=len(todo), initial=len(todo) - len(left), unit="run", desc="study") as bar:
         for number, run in enumerate(left):
             rest = ends - time.monotonic()
@@ -97,16 +98,16 @@ def line(row: Mapping[str, Any]) -> str:
 
 def write(store: Store, machine: Mapping[str, str], names: Sequence[str]) -> None:
     """Writes study.md and, where matplotlib is installed, study.png beside the rows."""
-    folder = store.path.parent
-    (folder / "study.md").write_text(page(machine, store.settings, store.rows, names))
+    folder, rows = store.path.parent, store.latest()
+    (folder / "study.md").write_text(page(machine, store.settings, rows, names))
     if find_spec("matplotlib") is None:
         print("no plot: matplotlib is not installed")
         return
     from .plot import plot
 
-    title = f"{machine['cpu']}, {len(store.rows)} runs, commits {', '.join(sorted({row['commit'] for row in store.rows}))}"
-    plot(groups(store.rows, store.settings["forwards"]), title, folder / "study.png")
-    print(f"{folder / 'study.md'}: {len(store.rows)} runs")
+    title = f"{machine['cpu']}, {len(rows)} runs, commits {', '.join(sorted({row['commit'] for row in rows}))}"
+    plot(groups(rows, store.settings["forwards"]), title, folder / "study.png")
+    print(f"{folder / 'study.md'}: {len(rows)} runs")
 
 
 def main(argv: Sequence[str] | None = None, problem: Problems | None = None) -> int:

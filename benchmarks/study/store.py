@@ -68,6 +68,10 @@ class Store:
         self._write(row)
         self.rows.append(row)
 
-    def done(self) -> set[Run]:
-        """Returns the runs that need not be run again."""
-        return {Run.of(row) for row in self.rows}
+    def latest(self) -> list[dict[str, Any]]:
+        """Returns a row for each run: the last one, where a run that failed was run again."""
+        return list({Run.of(row): row for row in self.rows}.values())
+
+    def done(self, retry: bool = False) -> set[Run]:
+        """Returns the runs that need not be run again. retry: those that failed need."""
+        return {Run.of(row) for row in self.latest() if not (retry and "error" in row)}

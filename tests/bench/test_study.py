@@ -564,6 +564,16 @@ def test_a_method_that_raises_is_a_row(two, tmp_path) -> None:
         code, rows = run(tmp_path)
     assert code == 0 and [r.get("error") for r in rows] == [None, "ValueError: it has no eps"] * 2
     assert "FZOO on MiniLM, news, seed 0 failed: ValueError: it has no eps" in (tmp_path / "study.md").read_text()
+    with patch.object(study, "measure", side_effect=AssertionError("a run that failed was run again, and nobody asked")):
+        run(tmp_path)
+    code, rows = run(tmp_path, "--retry")
+    assert [(r["method"], "error" in r) for r in rows[2:]] == [
+        ("MeZO", False),
+        ("FZOO", True),
+        ("FZOO", False),
+        ("FZOO", False),
+    ]
+    assert "failed" not in (tmp_path / "study.md").read_text()
 
 
 def test_a_loss_that_is_no_number_is_a_row(two, tmp_path) -> None:
