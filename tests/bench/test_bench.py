@@ -194,7 +194,7 @@ def test_ratios_go_over_the_bound_of_their_own_process() -> None:
 # Methods --------------------------------------------------------------------------------------------------
 
 
-def asked(monkeypatch, bench: Callable[..., None]) -> tuple[list[Step], Report]:
+def asked(monkeypatch, bench: Callable[..., None], *shape: Shape) -> tuple[list[Step], Report]:
     """The steps that a benchmark of the harness times, with made-up times."""
     found: list[Step] = []
 
@@ -204,14 +204,14 @@ def asked(monkeypatch, bench: Callable[..., None]) -> tuple[list[Step], Report]:
 
     monkeypatch.setattr(steps, "times", times)
     report = Report(quick=True)
-    bench(Benchmark(), report, TINY)
+    bench(Benchmark(), report, *shape)
     return found, report
 
 
 def test_every_file_of_methods_is_timed(monkeypatch) -> None:
     pytest.importorskip("transformers")
     files = {path.stem for path in (ROOT / "zokern" / "methods").glob("*.py")} - {"__init__"}
-    found, report = asked(monkeypatch, bench_methods.bench_methods)
+    found, report = asked(monkeypatch, bench_methods.bench_methods, TINY)
     timed = {getattr(zokern, step.method).__module__.rsplit(".", 1)[1] for step in found if step == Step(step.method)}
     assert timed == files - {"subzero_plus"}
     many, _ = asked(monkeypatch, bench_methods.bench_many)
@@ -228,14 +228,14 @@ def test_a_method_without_a_loop_is_timed_and_noted(monkeypatch) -> None:
     pytest.importorskip("transformers")
     monkeypatch.setattr(bench_methods, "METHODS", ["TeZO", "MeZO"])
     monkeypatch.delitem(LOOPS, "TeZO")
-    found, report = asked(monkeypatch, bench_methods.bench_methods)
+    found, report = asked(monkeypatch, bench_methods.bench_methods, TINY)
     assert Step("TeZO") in found and Step("TeZO", eager=True) not in found
     assert report.notes() == ["TeZO has no eager loop in benchmarks/eager_methods.py: it is timed without one"]
 
 
 def test_every_evaluation_has_a_step_beside_the_eager_loop(monkeypatch) -> None:
     pytest.importorskip("transformers")
-    found, _ = asked(monkeypatch, bench_step.bench_step)
+    found, _ = asked(monkeypatch, bench_step.bench_step, TINY)
     assert {step.evaluation for step in found if not step.eager} == {
         "",
         "inplace",

@@ -22,7 +22,7 @@ from zokern import directions, estimator, evaluation, rule
 from zokern.estimator.base import ONES
 from zokern.methods.pgap import Probed
 
-STEPS, SEED, SHARES = 60, 3, (0.01, 0.0025, 0.04, 0.0006)  # of the loss that a step is expected to take off
+STEPS, SEED, SHARES = 40, 3, (0.01, 0.0025, 0.04, 0.0008)  # of the loss that a step is expected to take off
 # Low-rank directions with ranks that fit a small model; parts that have no defaults; what is the contract and no part.
 MADE: dict[str, Any] = {
     "Subspace": lambda: directions.Subspace(rank=3, interval=7),
@@ -177,11 +177,11 @@ def test_a_cell_descends_or_is_refused(direction, estimate) -> None:
 
 @pytest.mark.parametrize("direction, estimate", CELLS)
 def test_every_evaluation_reads_a_cell_alike(direction, estimate) -> None:
-    for update in RULES:
+    """Rules are told coefficients, and read nothing: with one direction all of them are tried, else SGD."""
+    for update in RULES if direction == "Normal" else ("Sgd",):
         expected = losses(direction, estimate, update, READS.get(estimate, "Master"))
-        for read in EVALUATIONS:
-            found = losses(direction, estimate, update, read)
-            if found is not None and expected is not None:
+        for read in EVALUATIONS if expected is not None else ():
+            if (found := losses(direction, estimate, update, read)) is not None:
                 assert found == pytest.approx(expected, rel=2e-4), (update, read)
 
 

@@ -228,6 +228,7 @@ BAD = {
     "rloo": (lambda: zokern.RLOO(Rows(), queries=1), "queries is 1"), "clip": (lambda: zokern.Private(clip=0.0), "clip is 0.0"),
     "noise": (lambda: zokern.Private(noise=-1.0), "noise is -1.0"), "kind": (lambda: zokern.Private(kind="cauchy"), "kind is 'cauchy'"),
     "batch": (lambda: zokern.Private(batch=0), "batch is 0"), "window": (lambda: zokern.AdaMeZO(Rows(), window=0), "length is 0"),
+    "of": (lambda: zokern.ZOSignSGD(Rows(), of="weight"), r"of is 'weight'; expected one of \['coefficient', 'element'\]"),
     "momentum": (lambda: zokern.ZOMomentum(Rows(), momentum=1.0), "momentum is 1.0"),
 }  # fmt: skip
 

@@ -410,6 +410,10 @@ LEARNS: dict[str, Callable] = {
     "tezo_adam": lambda model: zokern.TeZO(model, rank=8, rule="adam", betas=(0.5, 0.9), lr=3e-3),
     "pgap": lambda model: zokern.PGAP(model, rank=8, interval=10, probes=4, lr=2e-3),
     "fzoo": lambda model: zokern.FZOO(model, lr=3e-3, eps=1e-3),
+    "subzero_plus": lambda model: zokern.SubZeroPlus(model, rank=4, interval=10, queries=8, lr=2e-3),
+    "zo_muon": lambda model: zokern.ZOMuon(model, rank=4, interval=10, lr=2e-3),
+    "zo_mopi": lambda model: zokern.ZOMOPI(model, rank=4, leading=2, interval=10, lr=2e-3),
+    "eggroll": lambda model: zokern.EGGROLL(model, queries=8, lr=3e-3),
 }
 
 

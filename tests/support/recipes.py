@@ -79,6 +79,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "fzoo": partial(zokern.FZOO, queries=3, lr=3e-3, eps=1e-3),
     "adamezo": partial(zokern.AdaMeZO, window=3, lr=3e-5),
     "adamezo_early": partial(zokern.AdaMeZO, window=3, scale=1.0, warmup=False, lr=3e-3),
+    "zosignsgd_element": partial(zokern.ZOSignSGD, of="element", queries=2, lr=1e-3),
     "zomomentum_window": partial(zokern.ZOMomentum, window=3, lr=1e-3),
     "window_average": partial(zokern.MeZO, rule=zokern.WindowMomentum(0.6, 4), queries=2, lr=3e-3),
     "blockmezo": partial(zokern.BlockMeZO, block="module", lr=3e-3),

@@ -23,8 +23,7 @@ class Hybrid(ZerothOrder):
     opt = zokern.Hybrid(model, first_order=[model.lm_head], optimizer=lambda ps: torch.optim.SGD(ps, lr=1e-2))
 
     A third forward reads L at theta, with a graph that begins at theta_1: what lies below keeps no
-    activations and no gradients. ElasticZO takes the last layers' gradient in perturbed forwards; here it is
-    that of theta.
+    activations and no gradients.
 
     Use it where a head or the last blocks fit back-propagation, and the rest does not: a new head needs its
     gradient most.

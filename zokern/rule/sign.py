@@ -45,7 +45,7 @@ class SignSgd:
         """None: nothing is kept."""
         return None
 
-    def rebase(self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor, state: Any) -> None:
+    def rebase(self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor | None, state: Any) -> None:
         """Nothing is kept."""
 
 
