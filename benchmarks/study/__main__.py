@@ -31,11 +31,16 @@ Problems = Callable[[str, str, int, int], problems.Problem]
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m benchmarks.study", description=(about or "").partition("\n")[0])
     add = made.add_argument
-    add("--hours", type=float, default=4.0, help="no run begins that would end later (default %(default)s)")
+    add(
+        "--hours",
+        type=float,
+        default=4.0,
+        help="no run begins that is expected to end later, by those of its model (default %(default)s)",
+    )
     add("--forwards", type=int, default=1000, help=f"that train a run of {SMALL} (default %(default)s)")
     add("--large-forwards", type=int, default=300, help=f"that train a run of {LARGE} (default %(default)s)")
     add("--batch", type=int, default=10, help="rows, equally many of each label (default %(default)s)")
-    add("--held-out", type=int, default=200, help="rows to judge by (default %(default)s)")
+    add("--held-out", type=int, default=400, help="rows to judge by (default %(default)s)")
     add("--words", type=int, default=16, help="of a row at most (default %(default)s)")
     add("--threads", type=int, help="of torch (default: torch's own choice)")
     add("--only", nargs="+", metavar="METHOD", choices=methods.METHODS, help="run these alone; the others stay missing")
