@@ -59,11 +59,13 @@ class Width(NamedTuple):
 class Probe(NamedTuple):
     """What one step's worth of losses says.
 
-    loss    their mean;  fall  of the loss at lr = 1, first order;  square  mean square of the coefficients"""
+    loss    their mean;  fall  of the loss at lr = 1, first order;  square  mean square of the coefficients
+    length  square of the change of a weight at lr = 1, mean over draws with unit variance"""
 
     loss: float
     fall: float
     square: float
+    length: float
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,7 @@ def tune(
     *,
     probes: int = 8,
     share: float = 0.02,
+    reach: float = math.inf,
     evaluation: Evaluation | None = None,
     say: Say | None = None,
 ) -> Tuning:
@@ -166,6 +169,8 @@ def tune(
                 lr is told from all of them in turn, so several batches give a better lr
     probes      draws that lr is told from. Its relative standard error is about sqrt(2 / probes)
     share       of the loss that a step is expected to take off
+    reach       bounds lr: the change of a weight by a step, root mean square. Where gradients are small, as under a new head, a
+                share of the loss can be far; 1e-3, MeZO's eps, keeps a step within the distance at which losses are read
     evaluation  how losses are read; None: zokern.Master(), which takes one copy of the trained weights meanwhile
     say         is called with a line of text for every stage
     Reads 5 eps x 4 slopes x 2 losses and 2 losses a probe, 56 in all, with a central difference.
@@ -179,6 +184,8 @@ def tune(
             f"closures is {closures!r:.80}; expected a function that computes the loss of a batch, or a list of them"
         )
     probes, share = whole_number("probes", probes, 2), finite_number("share", share, above=0.0)
+    if not reach > 0.0:
+        raise ValueError(f"reach is {reach}; expected a number above 0, in weights")
     say = say or (lambda text: None)
     with _borrowed(optimizer) as plan:
         oracle = _Counted(Master() if evaluation is None else evaluation, plan, given[0])
@@ -190,7 +197,7 @@ def tune(
         eps = now.eps if now.is_sound else best.eps
         _set(plan, own, eps / own[0])
         found = _probes(optimizer, oracle, plan, given, probes, say)
-    loss, fall, square = (math.fsum(values) / len(found) for values in zip(*found))
+    loss, fall, square, length = (math.fsum(values) / len(found) for values in zip(*found))
     if not fall > 0.0 or not math.isfinite(loss):
         raise ValueError(
             f"the losses show no slope: the expected fall is {fall}, the mean loss {loss}. Look whether the closure runs the model"
@@ -198,7 +205,9 @@ def tune(
         )
     lr = share * abs(loss) / fall
     if (own_lr := getattr(optimizer.rule, "lr", None)) is not None:  # steps of one length, whatever the slope
-        lr *= math.sqrt(square) * own_lr / ONES
+        lr, length = lr * math.sqrt(square) * own_lr / ONES, (ONES / own_lr) ** 2
+    if length and math.isfinite(reach):
+        lr = min(lr, reach / math.sqrt(length))
     error = statistics.stdev(probe.fall for probe in found) / math.sqrt(len(found)) / fall
     old = own[0], float(optimizer.param_groups[0]["lr"])
     return Tuning(eps, lr, old, tuple(widths), loss, fall, error, share, len(found), oracle.read)
@@ -267,7 +276,10 @@ def _probes(
         fall = math.fsum(float((e.coefficients[0] * e.slopes).sum()) / e.count for e in parts if e.slopes is not None)
         fall *= gain or 1.0
         square = math.fsum(float(e.coefficients[0].square().mean()) for e in parts) / len(parts)
-        found.append(Probe(math.fsum(float(e.losses.mean()) for e in parts) / len(parts), fall, square))
+        length = (
+            math.fsum(float(e.coefficients[0].square().sum()) / e.count**2 for e in parts) / len(parts) * (gain or 1.0) ** 2
+        )
+        found.append(Probe(math.fsum(float(e.losses.mean()) for e in parts) / len(parts), fall, square, length))
         say(f"probe {len(found)}: loss {found[-1].loss:.4g}, coefficient {math.sqrt(square):.3g}")
     return found
 
