@@ -126,13 +126,16 @@ def main(argv: Sequence[str] | None = None, problem: Problems | None = None) -> 
         return 2
     names, code = list(methods.METHODS), 0
     todo = [run for run in order(names) if settings.only is None or run.method in settings.only]
-    record = {"commit": report.machine["commit"], "machine": f"{report.machine['cpu']} {report.machine['isa']}"}
+    machine = report.machine
+    record = {key: machine[key] for key in ("commit", "date", "command", "torch")} | {
+        "machine": f"{machine['cpu']} {machine['isa']}"
+    }
     try:
         if not settings.page:
             run_all(todo, store, settings, record, problem or problems.problem)
     except KeyboardInterrupt:
         code = 130
-    write(store, report.machine, names)
+    write(store, machine, names)
     return code
 
 

@@ -114,15 +114,19 @@ def page(
     found = groups(rows, settings["forwards"])
     load = max((row["load"] for row in rows), default=0.0)
     busy = load > int(machine["cores"])
-    commits = ", ".join(sorted({row["commit"] for row in rows})) or "none"
-    machines = ", ".join(sorted({row["machine"] for row in rows})) or machine["cpu"]
+
+    def every(key: str) -> str:
+        return ", ".join(dict.fromkeys(str(row[key]) for row in rows)) or "none"
+
+    commands = "; ".join(f"`{command}`" for command in dict.fromkeys(row["command"] for row in rows)) or "no run"
     failed = [row for row in rows if "error" in row]
     seeds = max((len(some) for group in found for some in group.runs.values()), default=0)
     text = [
         f"# Which method to use: {machine['cpu']}, {machine['isa']}",
         "",
-        f"`{machine['command']}`, {machine['date']}. Rows are of commits {commits}, measured on {machines}; torch",
-        f"{machine['torch']}, {machine['cores']} cores, threads {', '.join(sorted({str(row['threads']) for row in rows}))}.",
+        f"{commands}, {every('date')}.",
+        f"Rows are of commits {every('commit')}, measured on {every('machine')}, torch {every('torch')}, {machine['cores']} cores,",
+        f"threads {every('threads')}.",
         *(["", f"**The machine was busy** (load average up to {load:.1f}): times are longer than on a free one."] if busy else []),
         *(["", "**One seed**: intervals are of the held-out rows alone, and another seed may change the order."] if seeds == 1 else []),
         "",
