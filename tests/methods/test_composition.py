@@ -22,7 +22,7 @@ from zokern import directions, estimator, evaluation, rule
 from zokern.estimator.base import ONES
 from zokern.methods.pgap import Probed
 
-STEPS, SEED, SHARES = 40, 3, (0.01, 0.0025, 0.04, 0.0008)  # of the loss that a step is expected to take off
+STEPS, SEED, SHARES = 60, 3, (0.01, 0.0025, 0.04, 0.0006)  # of the loss that a step is expected to take off
 # Low-rank directions with ranks that fit a small model; parts that have no defaults; what is the contract and no part.
 MADE: dict[str, Any] = {
     "Subspace": lambda: directions.Subspace(rank=3, interval=7),

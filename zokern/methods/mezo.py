@@ -21,7 +21,7 @@ class MeZO(ZerothOrder):
     params        a module (what requires a gradient is trained), or parameters, (name, parameter) pairs or groups as in torch;
                   z depends on names, so pass the module or its named_parameters()
     lr            per step. None: 2e-5 where c is a slope, in weights per unit of it; 2e-4 where steps have one length whatever the slope
-                  (estimators Sign and Spread, rule Adam), in weights. They suit models of 1e8 weights (README: lr by size of the model);
+                  (estimators Sign and Spread, rule Adam), in weights. They suit models of 1e8 weights (docs/learning-rates.md);
                   the paper, OPT-13B: 1e-6 or 1e-7 for all weights, 1e-4 with LoRA
     eps           half-width of the difference, in weights; the paper: 1e-3 for all weights, 1e-2 with LoRA
     weight_decay  decoupled, scaled by lr; applies to the whole group (make a second group for norms and biases)

@@ -20,6 +20,7 @@ class Rule(Protocol):
     A rule may have more, where it needs it:
 
         dense                        True: an optimizer refuses it with a low-rank direction
+        lowrank                      True: it refuses it with a dense one
         linear                       True: theta moves along the sum of the draws itself, and needs no space to add them in
         diagonal                     True: of low-rank directions it takes those with a diagonal draw and one basis
         base(point)                  returns (base, point): losses are read there, around other weights (Base)
@@ -87,6 +88,11 @@ def basis_of(rule: Rule, states: Any, tensor: Tensor) -> int | None:
 def check_basis(rule: Rule, direction: LowRank | None) -> None:
     """Refuse a rule that needs another space than a direction has: one basis, or any basis at all."""
     if direction is None:
+        if getattr(rule, "lowrank", False):
+            raise ValueError(
+                f"rule is {rule.name!r} with a dense direction, which has no small matrices to orthogonalise: expected a low-rank one, "
+                "such as zokern.directions.Lazy(), or take zokern.ZOMuon"
+            )
         return
     if getattr(rule, "dense", False):
         raise ValueError(

@@ -56,7 +56,7 @@ class Muon:
     zokern.PGAP do.
     Raises ValueError for arguments out of range; an optimizer refuses it with a direction that keeps no factor."""
 
-    name, defers = "muon", True
+    name, defers, lowrank = "muon", True, True
     lr = ONES
 
     def __init__(self, power: int | None = None, beta: float = 0.0, carry: bool = False, share: float = 1.0) -> None:
