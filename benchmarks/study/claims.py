@@ -127,6 +127,13 @@ def learned(group: Group, at: str) -> bool:
     return max(mean.low for mean in getattr(group, at).values()) > group.before.high
 
 
+def harmed(groups: Sequence[Group], at: str = "forwards") -> str:
+    """Returns which methods end below the accuracy before training, with intervals that do not overlap; '' for none."""
+    found = [(group, [name for name, mean in getattr(group, at).items() if mean.high < group.before.low]) for group in groups]
+    where = "; ".join(f"{', '.join(names)} ({group.name})" for group, names in found if names)
+    return f"Told apart below the accuracy before training, at the lr of zokern.tune: {where}." if where else ""
+
+
 def start_with(groups: Sequence[Group], at: str = "time") -> str:
     """Returns which methods to start with, at equal time or at equal forwards.
 

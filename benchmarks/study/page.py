@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.report import table
 
-from .claims import CLAIMS, start_with, statement
+from .claims import CLAIMS, harmed, start_with, statement
 from .order import MODELS, SEEDS, SETS, Run, order
 from .reading import LEAST_FALL, TIME, Group, Mean, crossing, groups
 from .train import REACH
@@ -118,13 +118,16 @@ def page(
     def every(key: str) -> str:
         return ", ".join(dict.fromkeys(str(row[key]) for row in rows)) or "none"
 
-    commands = "; ".join(f"`{command}`" for command in dict.fromkeys(row["command"] for row in rows)) or "no run"
+    commands = [f"- `{command}`" for command in dict.fromkeys(row["command"] for row in rows)] or ["- no run"]
     failed = [row for row in rows if "error" in row]
     seeds = max((len(some) for group in found for some in group.runs.values()), default=0)
     text = [
         f"# Which method to use: {machine['cpu']}, {machine['isa']}",
         "",
-        f"{commands}, {every('date')}.",
+        f"Measured on {every('date')} by",
+        "",
+        *commands,
+        "",
         f"Rows are of commits {every('commit')}, measured on {every('machine')}, torch {every('torch')}, {machine['cores']} cores,",
         f"threads {every('threads')}.",
         *(["", f"**The machine was busy** (load average up to {load:.1f}): times are longer than on a free one."] if busy else []),
@@ -136,6 +139,7 @@ def page(
         "",
         f"- {start_with(found, 'time')}",
         f"- {start_with(found, 'forwards')}",
+        *([f"- {below}"] if (below := harmed(found)) else []),
         "",
         "## What was reproduced of the papers",
         "",

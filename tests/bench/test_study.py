@@ -310,7 +310,11 @@ def test_the_page_says_what_is_missing() -> None:
 def test_the_page_says_where_and_how() -> None:
     rows = [row(BASE, LINE, FALL), row("LOZO", LINE, FALL)]
     text = page(MACHINE, PAGE_SETTINGS, rows, [BASE, "LOZO"])
-    assert "`python -m benchmarks.study`, 2026-01-01." in text and "commits abc1234" in text and "busy" not in text
+    assert (
+        "Measured on 2026-01-01 by\n\n- `python -m benchmarks.study`\n" in text
+        and "commits abc1234" in text
+        and "busy" not in text
+    )
     assert "60.0 [53.1, 66.5]" in text  # Wilson, 120 of 200
     busy = page(MACHINE, PAGE_SETTINGS, [rows[0] | {"load": 9.0}, rows[1] | {"commit": "def5678"}], [BASE])
     assert "**The machine was busy** (load average up to 9.0)" in busy and "commits abc1234, def5678" in busy
