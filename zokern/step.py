@@ -13,6 +13,7 @@ from . import underflow
 from .checks import fits
 from .estimator import Estimate, Estimator, Oracle
 from .evaluation import Evaluation, NotRepeatable
+from .evaluation.base import Record
 from .first_order import Descent, Move, descend
 from .first_step import distance, name_statistics, repeats, unseen
 from .guards import Guards
@@ -150,7 +151,7 @@ def _run(optimizer: Steps, closure: Callable[[], Any], first_order: Callable[[],
     optimizer.prepare(plan, oracle)
     result: StepResult | None = None
     for estimate in optimizer.estimator(oracle, plan):
-        part = plan.only(estimate.scope).along(estimate.draws)
+        part, record = plan.only(estimate.scope).along(estimate.draws), optimizer.evaluation.record
         part = part.each() if estimate.each else part
         checked = _check(optimizer, oracle) if result is None else result.unseen
         moves = [_move(optimizer, group, estimate, row.tolist()) for group, row in zip(part.groups, estimate.coefficients)]
@@ -160,7 +161,7 @@ def _run(optimizer: Steps, closure: Callable[[], Any], first_order: Callable[[],
             _descend(optimizer, plan, part, estimate, moves, first_order) if finite and estimate.gradient is not None else None
         )
         finite = finite and (descent is None or math.isfinite(descent.loss))
-        result = _recorded(optimizer, part, estimate, finite, checked, result, fall)
+        result = _recorded(record, part, estimate, finite, checked, result, fall)
         whole = estimate.scope is None
         if descent is not None:
             result = replace(result, first_order_loss=descent.loss)
@@ -178,10 +179,9 @@ def _run(optimizer: Steps, closure: Callable[[], Any], first_order: Callable[[],
 
 
 def _recorded(
-    optimizer: Steps, plan: Plan, estimate: Estimate, finite: bool, unseen: tuple[str, ...], before: StepResult | None, fall: float | None
+    record: Record, plan: Plan, estimate: Estimate, finite: bool, unseen: tuple[str, ...], before: StepResult | None, fall: float | None
 ) -> StepResult:  # fmt: skip
     """Returns the record of an estimate, joined to that of the step's estimates before it."""
-    record = optimizer.evaluation.record
     losses = tuple(map(tuple, estimate.losses.tolist()))
     coefficients, draws = tuple(estimate.coefficients[0].tolist()), tuple(plan.draws())
     if before is not None:
@@ -225,9 +225,8 @@ def _check(optimizer: Steps, oracle: Oracle) -> tuple[str, ...]:
     first = optimizer.result is None and (plan.step == 0 or optimizer.evaluation.exact)
     if not optimizer.guards.is_due(plan.step, first):
         return ()
-    found, record = oracle.asked.losses.tolist(), optimizer.evaluation.record
+    found = oracle.asked.losses.tolist()
     again, base = oracle.again()
-    optimizer.evaluation.record = record  # of the estimate's losses
     if not repeats(plan, found, again, optimizer.evaluation.exact):
         raise NotRepeatable(found[0], again)
     if not first:
