@@ -2,7 +2,7 @@
 
 math     as csrc/lowrank.cu: factors as TERMS bfloat16 terms, tl.dot with float32 sums, small products first; then fma, decay and one
          rounding. The bound is that of tests/support/lowrank_bound.py.
-table    int64 in device memory: entries[E, 16] as elementwise.py has them; tiles[T, 3] = begin, end, entry | column << 32;
+table    int64 in device memory: entries[E, 18] as elementwise.py has them; tiles[T, 3] = begin, end, entry | column << 32;
          frames[E, 5]; factors[N, 7] = left, right, rank, n, bits of scale, and how to divide by n
 product  one program a tile of up to 4 BM x BN elements of an aligned rectangle, BM rows at a time; `right` is read and split once. The
          products come out in the layout of the matrix units and go through shared memory, so that theta moves 16 bytes a thread.
@@ -37,6 +37,8 @@ STOCHASTIC: tl.constexpr = tl.constexpr(1)
 RESIDUAL: tl.constexpr = tl.constexpr(2)
 ROUNDING_DRAW: tl.constexpr = tl.constexpr(4 << 24)
 ENTRY: tl.constexpr = tl.constexpr(18)  # columns of entries, frames and factors
+DIVIDE: tl.constexpr = tl.constexpr(16)  # of an entry: how to divide by its columns
+SHIFT: tl.constexpr = tl.constexpr(17)
 FRAME: tl.constexpr = tl.constexpr(5)
 FACTORS: tl.constexpr = tl.constexpr(7)
 
@@ -259,7 +261,7 @@ def element(entries, tiles, factors, nonfinite, decay, step, keys, ROUNDING: tl.
                 for start in range(begin, end, BLOCK):
                     p = start + tl.arange(0, BLOCK).to(tl.int64)
                     mask = p < end
-                    r = divide(p, tl.load(entry + 14), tl.load(entry + 15))
+                    r = divide(p, tl.load(entry + DIVIDE), tl.load(entry + SHIFT))
                     c = p - r * columns
                     if rows != 0:
                         r = tl.load(rows.to(tl.pointer_type(tl.int64)) + r, mask=mask, other=0)

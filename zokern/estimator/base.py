@@ -212,8 +212,7 @@ class Oracle:
         return torch.stack([read[i] for i in range(len(points))])
 
     def _ask(self, plan: Plan, points: Sequence[Point], closure: Callable[[], Any]) -> Tensor:
-        with _ended():
-            return self.evaluation.losses(plan, points, closure)
+        return _called(self.evaluation.losses, plan, points, closure)
 
     def slopes(self, draws: Sequence[int], scope: Collection[str] | Plan | None = None) -> tuple[Tensor, Tensor]:
         """Returns the loss of theta and its derivative <gradient, z_k> along each draw, float64 [len(draws)].
@@ -232,17 +231,15 @@ class Oracle:
                 f"evaluation is {self.evaluation.name!r}, which reads losses alone; derivatives, as zokern.ForwardGradient asks "
                 "for, need evaluation='jvp', or 'auto'"
             )
-        with _ended():
-            losses, slopes = read(plan, draws, self.closure)
+        losses, slopes = _called(read, plan, draws, self.closure)
         self.asked = Asked([THETA] * len(losses), losses, plan, self.bases, self.closure)
         return losses, slopes
 
 
-@contextmanager
-def _ended() -> Iterator[None]:
-    """Names an iterator's end inside a closure, which would end the estimator, a generator."""
+def _called(read: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls an evaluation. Names an iterator's end inside a closure, which would end the estimator, a generator."""
     try:
-        yield
+        return read(*arguments)
     except StopIteration as problem:
         error = RuntimeError(f"the closure raised {problem!r}, as an iterator at its end does")
         error.__notes__ = list(getattr(problem, "__notes__", ()))  # type: ignore[attr-defined]
