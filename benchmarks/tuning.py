@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model.load_state_dict(start)
         batches = Batches(rows.train, BATCH, options.seed + 1)
         closures = [Task(model, words, batches.next()) for _ in range(8)]
-        lr = zokern.tune(CASES[name][0](model, seed=options.seed), closures).lr
+        lr = zokern.tune(CASES[name](model, seed=options.seed), closures).lr
         losses = {}
         for factor in GRID:
             model.load_state_dict(start)

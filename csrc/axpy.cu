@@ -12,8 +12,9 @@
 //                          over. With stochastic rounding 31.1 and 32.9. Every 32 steps add 3.4, or 4.5
 // registers  at most 64; 80 with stochastic or residual rounding, or with many terms or steps; 128 with both.
 //            No spill on sm_80 to sm_120: tests/kernels_cuda/test_sass.py, `python -m benchmarks.predict`
-// scaled     a list with factors of z has kernels of its own, one for a term and one for sums: at most 80 and
-//            128 registers on sm_90, no spill. The others hold no instruction for factors
+// scaled     a list with factors of z has kernels of its own. At most 80 registers for one term, 117 for one with
+//            stochastic rounding, which spills at 80 on sm_120, and 128 for sums. The others hold no instruction
+//            for factors
 // launch     walk.h
 // equal      bit for bit to zokern/backends/reference.py for every grid. A value depends on its stream number
 //            alone, and the non-finite results are counted in integers. cvt.rn rounds as zo/rounding.h does

@@ -28,39 +28,8 @@ from .estimator import (
 )  # fmt: skip
 from .evaluation import Auto, InPlace, Jvp, Master, Paired, Refused, Scratch
 from .evaluation import InPlace as Walk
-from .methods import (
-    BSZO,
-    DPZO,
-    EGGROLL,
-    FGD,
-    FZOO,
-    LOZO,
-    METHODS,
-    PGAP,
-    RLOO,
-    ZOMOPI,
-    AdaMeZO,
-    Addax,
-    BlockMeZO,
-    ConMeZO,
-    DiZO,
-    HiZOO,
-    Hybrid,
-    KerZOO,
-    LeZO,
-    MeZO,
-    MeZOGV,
-    MeZOSVRG,
-    SparseMeZO,
-    SubZero,
-    SubZeroPlus,
-    TeZO,
-    ZOAdam,
-    ZOConservative,
-    ZOMomentum,
-    ZOMuon,
-    ZOSignSGD,
-)  # fmt: skip
+from .methods import *  # noqa: F403  (their names are found in the folder)
+from .methods import METHODS
 from .objective import Objective
 from .ops import axpy_, draw, lowrank_, perturb, philox4x32, update_
 from .ops.linear import linear, sketch
@@ -71,16 +40,11 @@ from .tuning import Tuning, tune
 __version__ = "0.1.0"
 
 __all__ = [
-    "AdaMeZO", "Adam", "Addax", "Anchored", "Auto", "Averaged", "BSZO", "Bayesian", "BlockMeZO",
-    "Blockwise", "ConMeZO", "Cone", "Conservative", "Curvature", "DPZO", "DiZO", "EGGROLL", "FGD", "FZOO",
-    "ForwardGradient", "Guided", "HiZOO", "Hybrid", "InPlace", "Jvp", "KerZOO", "Kernel", "LOZO", "Layers",
-    "LeZO", "LeaveOneOut", "Masked", "Master", "MeZO", "MeZOGV", "MeZOSVRG", "Mixed", "Momentum", "Muon",
-    "Normal", "Objective", "PGAP", "Paired", "Private", "Projected", "RLOO", "Rademacher", "Ranked",
-    "Refused", "Scaled", "Scratch", "Sgd", "Sign", "SignSgd", "SparseMeZO", "Split", "Spread", "Spsa",
-    "Stencil", "StepResult", "SubZero", "SubZeroPlus", "TeZO", "Tuning", "Walk", "WindowAdam",
-    "WindowMomentum", "ZOAdam", "ZOConservative", "ZOMOPI", "ZOMomentum", "ZOMuon", "ZOSignSGD",
-    "__version__", "axpy_", "draw", "linear", "lowrank_", "perturb", "philox4x32", "sketch", "step", "tune",
-    "update_",
+    "Adam", "Anchored", "Auto", "Averaged", "Bayesian", "Blockwise", "Cone", "Conservative", "Curvature",
+    "ForwardGradient", "Guided", "InPlace", "Jvp", "Kernel", "Layers", "LeaveOneOut", "Masked", "Master",
+    "Mixed", "Momentum", "Muon", "Normal", "Objective", "Paired", "Private", "Projected", "Rademacher",
+    "Ranked", "Refused", "Scaled", "Scratch", "Sgd", "Sign", "SignSgd", "Split", "Spread", "Spsa",
+    "Stencil", "StepResult", "Tuning", "Walk", "WindowAdam", "WindowMomentum", "__version__", "axpy_",
+    "draw", "linear", "lowrank_", "perturb", "philox4x32", "sketch", "step", "tune", "update_",
 ]  # fmt: skip
-__all__ += [name for name in METHODS if name not in __all__]
-globals().update(METHODS)
+__all__ += METHODS

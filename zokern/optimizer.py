@@ -238,10 +238,8 @@ class ZerothOrder(torch.optim.Optimizer):
             group.eps = float(group.options["eps"])
         if not work.groups:
             raise ValueError("no parameter requires a gradient any more: nothing to train in this step")
-        earlier, work.scopes = (
-            work.scopes,
-            {},
-        )  # parts that a step does not name are forgotten: they hold copies of their weights
+        # parts that a step does not name are forgotten: they hold lists of tensors
+        earlier, work.scopes = work.scopes, {}
         plan = Plan(
             work.groups, self.direction, self.seed, self.steps, self.rounding, work.tree, self.factored,
             scopes=work.scopes, earlier=earlier, maximize=self.guards.maximize,

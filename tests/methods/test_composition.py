@@ -185,6 +185,22 @@ def test_every_evaluation_reads_a_cell_alike(direction, estimate) -> None:
                 assert found == pytest.approx(expected, rel=2e-4), (update, read)
 
 
+class Flipped(zokern.Master):
+    """An evaluation that reads on the other side of theta."""
+
+    def losses(self, plan, points, closure):
+        return super().losses(plan, [point.scaled(-1.0) for point in points], closure)
+
+
+def test_a_wrong_evaluation_is_rejected(monkeypatch) -> None:
+    assert all(losses("Normal", "Spsa", "Sgd", read) is not None for read in EVALUATIONS), (
+        "nothing is compared where all refuse"
+    )
+    monkeypatch.setitem(EVALUATIONS, "Paired", Flipped)
+    with pytest.raises(AssertionError):
+        test_every_evaluation_reads_a_cell_alike("Normal", "Spsa")
+
+
 class Ascends(zokern.Sgd):
     """A rule that moves the wrong way."""
 

@@ -98,7 +98,7 @@ class Curved(Scaled):
 
 
 class Masked(Scaled):
-    """z' = z * m, m in {0, 1}: a share of the elements is perturbed and moves, and the others keep their bits.
+    """z' = z * m, m in {0, 1}: a share of the elements is perturbed and moves. The others move by weight decay alone.
 
     keep   the share that moves, 0 < keep <= 1; its complement is the papers' sparsity
     by     'random': the elements where u < keep, u = Phi(normal of the stream, purpose `mask`), redrawn every `every` steps (Zhang et al.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..backends import Backend
-from ..directions import Direction
+from ..directions import Direction, LowRank, Scaled
 from ..estimator import Stencil
 from ..evaluation import Evaluation
 from ..optimizer import ZerothOrder
@@ -67,7 +67,7 @@ class MeZO(ZerothOrder):
         evaluation: str | Evaluation = "auto",
         backend: str | Backend | None = None,
         *,
-        direction: str | Direction = "normal",
+        direction: str | Direction | LowRank | Scaled = "normal",
         stencil: str | Stencil | None = None,
         **options: Any,
     ) -> None:
