@@ -87,10 +87,7 @@ MISTAKES = [
 
 @pytest.fixture(scope="session")
 def mistaken() -> types.ModuleType:
-    if reason := host.missing():
-        pytest.skip(reason)
-    edits = [(right, wrong.replace("{wrong}", f"(shim_mistake == {k})")) for k, (_, right, wrong) in enumerate(MISTAKES, 1)]
-    return host.build(tuple(edits))
+    return host.mistaken(MISTAKES)
 
 
 def problems(backend) -> str | None:

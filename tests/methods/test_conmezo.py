@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from method_check import check_method
+from method_check import check_method, check_resume
 from models import batch, changed, next_token_loss, one_thread, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
 from mutant import replaced
 
@@ -102,19 +102,7 @@ def test_lr_0_changes_no_bit_and_the_momentum_moves(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "residual"])
 def test_a_resumed_run_has_the_same_bits(rounding: str) -> None:
-    ends = []
-    for resumed in (False, True):
-        model = tiny(torch.bfloat16)
-        make = lambda m: zokern.ConMeZO(m, lr=1e-3, eps=1e-2, seed=5, beta=0.7, rounding=rounding)  # noqa: E731
-        optimizer = make(model)
-        for step in range(6):
-            if step == 3 and resumed:
-                state = copy.deepcopy(optimizer.state_dict())
-                optimizer = make(model)
-                optimizer.load_state_dict(state)
-            zokern.step(optimizer, lambda model=model: next_token_loss(model(IDS), IDS))
-        ends.append(snapshot(model))
-    assert all(same_bits(ends[0][n], ends[1][n]) for n in ends[0])
+    check_resume(lambda m: zokern.ConMeZO(m, lr=1e-3, eps=1e-2, seed=5, beta=0.7, rounding=rounding), 6, 3)
 
 
 def test_the_length_is_that_of_the_momentum() -> None:

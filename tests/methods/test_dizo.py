@@ -9,7 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from hand import EPS, NAMES, SEED, Hand, loss, weights
-from method_check import check_method
+from method_check import check_method, check_resume
 from models import batch, changed, next_token_loss, one_thread, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
 from mutant import replaced
 from torch import Tensor
@@ -175,19 +175,16 @@ def test_lr_0_changes_no_bit(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "residual"])
 @pytest.mark.parametrize("after", [2, 4])
 def test_a_resumed_run_has_the_same_bits(after: int, rounding: str) -> None:
-    ends = []
-    for resumed in (False, True):
-        model = tiny(torch.bfloat16)
-        make = lambda m: zokern.DiZO(m, lr=3e-3, eps=1e-2, seed=5, projected=None, interval=2, iterations=2, rounding=rounding)  # noqa: E731
-        optimizer = make(model)
-        for step in range(7):
-            if step == after and resumed:
-                state = copy.deepcopy(optimizer.state_dict())
-                optimizer = make(model)
-                optimizer.load_state_dict(state)
-            zokern.step(optimizer, lambda model=model: next_token_loss(model(IDS), IDS))
-        ends.append(snapshot(model))
-    assert all(same_bits(ends[0][n], ends[1][n]) for n in ends[0])
+    options: dict = {
+        "lr": 3e-3,
+        "eps": 1e-2,
+        "seed": 5,
+        "projected": None,
+        "interval": 2,
+        "iterations": 2,
+        "rounding": rounding,
+    }
+    check_resume(lambda m: zokern.DiZO(m, **options), 7, after)
 
 
 @pytest.mark.parametrize("evaluation", ["scratch", "paired"])

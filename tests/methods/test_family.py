@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 from family import EVALUATIONS, NAMES, Rows, loss, weights
+from method_check import check_resume
 from models import one_thread, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
 from torch import Tensor
 
@@ -47,17 +48,8 @@ def test_without_lr_no_bit_moves(method: str, evaluation: str) -> None:
 @pytest.mark.parametrize("after", [1, 5, 11])
 @pytest.mark.parametrize("method", FAMILY)
 def test_a_resumed_run_has_the_same_bits(method: str, after: int) -> None:
-    ends = []
-    for resumed in (False, True):
-        model = Rows()
-        optimizer = METHODS[method](model, evaluation="scratch", seed=7)
-        for step in range(13):
-            if resumed and step == after:
-                state, optimizer = copy.deepcopy(optimizer.state_dict()), METHODS[method](model, evaluation="scratch")
-                optimizer.load_state_dict(state)
-            zokern.step(optimizer, closure_of(method, model))
-        ends.append(snapshot(model))
-    assert all(same_bits(ends[0][n], ends[1][n]) for n in ends[0])
+    make = partial(METHODS[method], evaluation="scratch")
+    check_resume(partial(make, seed=7), 13, after, Rows, partial(closure_of, method), make)
 
 
 @pytest.mark.parametrize("method", ["BSZO", "MeZOGV"])

@@ -9,7 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from hand import EPS, NAMES, SEED, Hand, loss, radius_of, weights
-from method_check import check_method
+from method_check import check_method, check_resume
 from models import batch, changed, next_token_loss, one_thread, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
 from mutant import replaced
 from torch import Tensor, nn
@@ -151,19 +151,7 @@ def test_an_average_that_does_not_see_lr_0_is_rejected() -> None:
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "residual"])
 @pytest.mark.parametrize("made", MADE)
 def test_a_resumed_run_has_the_same_bits(made: str, rounding: str) -> None:
-    ends = []
-    for resumed in (False, True):
-        model = tiny(torch.bfloat16)
-        make = lambda m: MADE[made](m, lr=1e-3, eps=1e-2, seed=5, rounding=rounding)  # noqa: E731
-        optimizer = make(model)
-        for step in range(6):
-            if step == 3 and resumed:
-                state = copy.deepcopy(optimizer.state_dict())
-                optimizer = make(model)
-                optimizer.load_state_dict(state)
-            zokern.step(optimizer, lambda model=model: next_token_loss(model(IDS), IDS))
-        ends.append(snapshot(model))
-    assert all(same_bits(ends[0][n], ends[1][n]) for n in ends[0])
+    check_resume(lambda m: MADE[made](m, lr=1e-3, eps=1e-2, seed=5, rounding=rounding), 6, 3)
 
 
 def test_fast_weights_keep_what_16_bits_lose() -> None:

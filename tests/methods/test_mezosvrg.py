@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from method_check import check_method
+from method_check import check_method, check_resume
 from models import batch, changed, next_token_loss, one_thread, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
 from mutant import replaced
 from torch import nn
@@ -127,19 +127,7 @@ def test_the_control_variate_takes_the_noise_of_batches_away() -> None:
 @pytest.mark.parametrize("after", [2, 3])
 def test_a_resumed_run_has_the_same_bits(after: int, rounding: str) -> None:
     """Within an interval of 3, and at its end."""
-    ends = []
-    for resumed in (False, True):
-        model = tiny(torch.bfloat16)
-        make = lambda m: zokern.MeZOSVRG(m, lr=1e-3, eps=1e-2, seed=5, interval=3, rounding=rounding)  # noqa: E731
-        optimizer = make(model)
-        for step in range(6):
-            if step == after and resumed:
-                state = copy.deepcopy(optimizer.state_dict())
-                optimizer = make(model)
-                optimizer.load_state_dict(state)
-            zokern.step(optimizer, lambda model=model: next_token_loss(model(IDS), IDS))
-        ends.append(snapshot(model))
-    assert all(same_bits(ends[0][n], ends[1][n]) for n in ends[0])
+    check_resume(lambda m: zokern.MeZOSVRG(m, lr=1e-3, eps=1e-2, seed=5, interval=3, rounding=rounding), 6, after)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

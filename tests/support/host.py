@@ -13,11 +13,13 @@ import shutil
 import subprocess
 import sysconfig
 import types
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 
+import pytest
 import sass
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,6 +95,15 @@ def _built(edits: tuple[Edits, ...]) -> types.ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def mistaken(mistakes: Sequence[tuple[str, str, str]]) -> types.ModuleType:
+    """The module that makes mistake number ZO_SHIM_MISTAKE of (name, right text, wrong text), counted from 1; unset: none."""
+    if reason := missing():
+        pytest.skip(reason)
+    return build(
+        tuple((right, wrong.replace("{wrong}", f"(shim_mistake == {k})")) for k, (_, right, wrong) in enumerate(mistakes, 1))
+    )
 
 
 def build(edits: Edits = ()) -> types.ModuleType:

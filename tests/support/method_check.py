@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from models import batch, tiny
+from models import batch, next_token_loss, same_bits, snapshot, tiny
 from paper import Paper, Read, Slope, script
 from recipes import METHODS, ROWS, Formula
 from torch import Tensor, nn
@@ -28,6 +29,27 @@ def examples_of(call: Callable, ids: Tensor = IDS) -> Tensor:
 
 def loss_of(call: Callable, ids: Tensor = IDS) -> Tensor:
     return examples_of(call, ids).mean()
+
+
+def check_resume(
+    make: Callable[[nn.Module], Any], steps: int, after: int, build: Callable[[], nn.Module] | None = None,
+    closure: Callable[[nn.Module], Callable[[], Tensor]] | None = None, again: Callable[[nn.Module], Any] | None = None,
+) -> None:  # fmt: skip
+    """A run that is saved and loaded after some steps ends with the bits of one that is not; AssertionError for others.
+
+    again  makes the optimizer that the state is loaded into; None: make"""
+    ends = []
+    for resumed in (False, True):
+        model = build() if build else tiny(torch.bfloat16)
+        optimizer = make(model)
+        for step in range(steps):
+            if step == after and resumed:
+                state = copy.deepcopy(optimizer.state_dict())
+                optimizer = (again or make)(model)
+                optimizer.load_state_dict(state)
+            zokern.step(optimizer, closure(model) if closure else lambda model=model: next_token_loss(model(IDS), IDS))
+        ends.append(snapshot(model))
+    assert all(same_bits(ends[0][n], ends[1][n]) for n in ends[0])
 
 
 def check_method(name: str, steps: int = 5, weight_decay: float = 0.0, width: int = 16, seed: int = 5, **options) -> None:
