@@ -5,9 +5,11 @@
     neither                       pure Python: the PyTorch reference, and Triton where it is installed
 
 Environment
-    ZOKERN_BUILD_CPU            0: leave the CPU kernels out; 1: fail when they cannot be built; unset: build them if possible
+    ZOKERN_BUILD_CPU            0: leave the CPU kernels out; 1: fail when they cannot be built; unset: build
+                                them if possible
     ZOKERN_BUILD_CUDA           the same for the CUDA kernels; 1 on a machine without a GPU: all architectures
-    ZOKERN_CUDA_ARCHITECTURES   all, or numbers such as "80;90": compile for these, with or without a GPU; unset: the GPUs here
+    ZOKERN_CUDA_ARCHITECTURES   all, or numbers such as "80;90": compile for these, with or without a GPU;
+                                unset: the GPUs here
     CXX, NVCC, CUDA_HOME        compilers, where the ones on PATH are not meant
     MAX_JOBS                    how many compilers run at once; unset: one per core
 
@@ -38,24 +40,31 @@ OBJECTS = f"build/native-{sysconfig.get_config_var('SOABI')}"
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 JOBS = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
 
-# No contraction: the stream writes out each fused multiply-add that it wants, and has no other. GCC 12 takes the registers
-# that its own AVX-512 intrinsics leave undefined for our mistake, thousands of times: hence -Wno-maybe-uninitialized.
-CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fopenmp -Wall -Wextra"
+# No contraction: the stream writes out each fused multiply-add that it wants, and has no other. GCC 12 takes
+# the registers that its own AVX-512 intrinsics leave undefined for our mistake, thousands of times: hence
+# -Wno-maybe-uninitialized.
+CXX_FLAGS = (
+    "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fopenmp -Wall -Wextra"
+)
 CXX_FLAGS += " -Wno-maybe-uninitialized"
 ISA_FLAGS = {
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c",
     "avx2": "-mavx2 -mfma -mf16c",
     "scalar": "",
 }
-LINEAR_FLAGS = {"avx512bf16": f"{ISA_FLAGS['avx512']} -mavx512bf16"}  # instructions that only products have a use for
+# instructions that only products have a use for
+LINEAR_FLAGS = {"avx512bf16": f"{ISA_FLAGS['avx512']} -mavx512bf16"}
 NVCC_FLAGS = "-std=c++17 -O3 --fmad=false -Xcompiler -fPIC,-fvisibility=hidden,-ffp-contract=off"
 CPU_SOURCES = ("elementwise", "update", "lowrank", "linear")
 # Objects of csrc/*.cu, the slowest first, and their definitions: axpy.cu is compiled once for each rounding.
-CUDA_OBJECTS = {f"axpy.{name.lower()}": f"-DZOKERN_ROUNDING=k{name}" for name in ("Residual", "Stochastic", "Nearest")}
+CUDA_OBJECTS = {
+    f"axpy.{name.lower()}": f"-DZOKERN_ROUNDING=k{name}" for name in ("Residual", "Stochastic", "Nearest")
+}
 CUDA_OBJECTS |= {"update": "", "elementwise": "", "lowrank": ""}
 CUDA_ARCHITECTURES = ["80", "86", "89", "90", "100", "120"]
 OLDEST = 80  # the kernels have bfloat16 instructions, which older GPUs lack
-# PTX of the first of a family is the machine code of all of it: the slower half of the compiler runs three times and not six.
+# PTX of the first of a family is the machine code of all of it: the slower half of the compiler runs three
+# times and not six.
 FAMILY = {"86": "80", "89": "80", "120": "100"}
 
 
@@ -78,7 +87,9 @@ class Part:
 
 
 def run(*command: str) -> str:
-    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=300).stdout.strip()
+    return subprocess.run(
+        command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=300
+    ).stdout.strip()
 
 
 def quote(word: str) -> str:
@@ -97,10 +108,14 @@ def find_cxx() -> str:
         try:
             __import__(module)
         except ImportError:
-            raise Missing(f"{module} is not installed; pip install {module}, or build with isolation") from None
+            raise Missing(
+                f"{module} is not installed; pip install {module}, or build with isolation"
+            ) from None
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
-        source.write_text("#include <Python.h>\n#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n")
+        source.write_text(
+            "#include <Python.h>\n#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n"
+        )
         include = f"-I{sysconfig.get_path('include')}"
         try:
             run(cxx, *CXX_FLAGS.split(), include, "-shared", str(source), "-o", str(Path(folder, "probe.so")))
@@ -131,11 +146,14 @@ def gpus() -> list[int]:
         answer = run("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
     except (OSError, subprocess.SubprocessError):
         return []
-    return sorted({10 * int(major) + int(minor) for major, minor in re.findall(r"^(\d+)\.(\d)$", answer, re.M)})
+    return sorted(
+        {10 * int(major) + int(minor) for major, minor in re.findall(r"^(\d+)\.(\d)$", answer, re.M)}
+    )
 
 
 def architectures_for(known: list[str]) -> list[str]:
-    """What to compile for, of the architectures that nvcc knows: as the environment asks, or else for the GPUs here."""
+    """What to compile for, of the architectures that nvcc knows: as the environment asks, or else for the
+    GPUs here."""
     asked, here = os.environ.get("ZOKERN_CUDA_ARCHITECTURES", "").strip(), gpus()
     if not asked and not here and os.environ.get("ZOKERN_BUILD_CUDA") == "1":
         asked = "all"
@@ -148,11 +166,15 @@ def architectures_for(known: list[str]) -> list[str]:
     way_out = "ZOKERN_CUDA_ARCHITECTURES=all, or a number such as 90, compiles them all the same"
     if not here:
         raise Missing(f"nvidia-smi finds no GPU on this machine; {way_out}")
-    # A GPU that is newer than nvcc compiles the PTX of the newest architecture before it when it loads the module.
+    # A GPU that is newer than nvcc compiles the PTX of the newest architecture before it when it loads the
+    # module.
     numbers = [int(a) for a in known if a.isdigit() and int(a) >= OLDEST]
     able = {max(n for n in numbers if n <= gpu) for gpu in here if gpu >= min(numbers, default=gpu + 1)}
     if not able:
-        raise Missing(f"the GPU here has compute capability {here[-1] / 10}, and the kernels need {OLDEST / 10}; {way_out}")
+        raise Missing(
+            f"the GPU here has compute capability {here[-1] / 10}, and the kernels need {OLDEST / 10}; "
+            f"{way_out}"
+        )
     return list(map(str, sorted(able)))
 
 
@@ -164,17 +186,23 @@ def knows(cxx: str, flags: str) -> bool:
 
 
 def cpu() -> Part:
-    """bind.cpp and isa.cpp; each verb's source once per instruction set, and once more for the part that shares the work out."""
+    """bind.cpp and isa.cpp; each verb's source once per instruction set, and once more for the part that
+    shares the work out."""
     cxx = find_cxx()
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     isas = ISA_FLAGS if x86 else {"scalar": ""}
     products = {isa: flags for isa, flags in LINEAR_FLAGS.items() if x86 and knows(cxx, flags)}
-    record = {"compiler": run(cxx, "--version").splitlines()[0], "flags": CXX_FLAGS, "instruction_sets": [*products, *isas]}
+    record = {
+        "compiler": run(cxx, "--version").splitlines()[0],
+        "flags": CXX_FLAGS,
+        "instruction_sets": [*products, *isas],
+    }
     part = Part("cpu", record, [])
     objects = [f"{OBJECTS}/cpu/bind.o", f"{OBJECTS}/cpu/isa.o"]
     part.rules += [
         part.bind_rule() + " -DZOKERN_LOWRANK_CPU -DZOKERN_UPDATE -DZOKERN_LINEAR",
-        f"build {objects[1]}: cxx csrc/isa.cpp\n  flags = {' '.join(f'-DZOKERN_{isa.upper()}' for isa in products)}",
+        f"build {objects[1]}: cxx csrc/isa.cpp\n  flags = "
+        f"{' '.join(f'-DZOKERN_{isa.upper()}' for isa in products)}",
     ]
     for source in CPU_SOURCES:
         objects.append(f"{OBJECTS}/cpu/{source}.o")
@@ -182,14 +210,16 @@ def cpu() -> Part:
         for isa, flags in {**isas, **(products if source == "linear" else {})}.items():
             objects.append(f"{OBJECTS}/cpu/{source}.{isa}.o")
             part.rules.append(
-                f"build {objects[-1]}: cxx csrc/{source}.cpp\n  flags = -DZOKERN_ISA={isa} {flags}\n  of = for {isa}"
+                f"build {objects[-1]}: cxx csrc/{source}.cpp\n  flags = -DZOKERN_ISA={isa} {flags}\n  of = "
+                f"for {isa}"
             )
     part.rules.append(f"build {part.output}: link {' '.join(objects)}")
     return part
 
 
 def cuda() -> Part:
-    """bind.cpp and CUDA_OBJECTS for each architecture, with the CUDA runtime inside: the module loads without a driver."""
+    """bind.cpp and CUDA_OBJECTS for each architecture, with the CUDA runtime inside: the module loads without
+    a driver."""
     cxx, nvcc = find_cxx(), find_nvcc()
     release = re.search(r"release (\d+)\.(\d+).*V([\d.]+)", run(nvcc, "--version"), re.S)
     if release is None:
@@ -201,11 +231,15 @@ def cuda() -> Part:
     # The last family's PTX is what a newer device compiles when it loads the module.
     newest = f"compute_{list(codes)[-1]}"
     codes[list(codes)[-1]].append(newest)
-    targets = " ".join(f"-gencode arch=compute_{family},code=[{','.join(names)}]" for family, names in codes.items())
+    targets = " ".join(
+        f"-gencode arch=compute_{family},code=[{','.join(names)}]" for family, names in codes.items()
+    )
     commas = r"\,"  # nvcc takes a bare one for the end of the definition
     targets += f" '-DZOKERN_ARCHITECTURES={commas.join(re.findall('sm_([0-9]+)', targets))}'"
     small = "--compress-mode=size" if (int(release[1]), int(release[2])) >= (12, 8) else ""
-    verbose = subprocess.run([nvcc, "--dryrun", "-c", "any.cu"], capture_output=True, text=True, timeout=300).stderr
+    verbose = subprocess.run(
+        [nvcc, "--dryrun", "-c", "any.cu"], capture_output=True, text=True, timeout=300
+    ).stderr
     folders = re.search(r"^#\$ LIBRARIES=(.*)$", verbose, re.M)
     record = {
         "compiler": f"nvcc {release[3]}",
@@ -218,15 +252,18 @@ def cuda() -> Part:
     objects = {name: f"{OBJECTS}/cuda-{'-'.join(architectures)}/{name}.o" for name in CUDA_OBJECTS}
     threads = -(-JOBS // len(objects))
     of = f"for {' '.join(f'sm_{a}' for a in architectures)}"
-    # --exclude-libs: the runtime inside must not be replaced by the one that torch may have loaded, of another version.
+    # --exclude-libs: the runtime inside must not be replaced by the one that torch may have loaded, of
+    # another version.
     libraries = shlex.split(folders[1]) if folders else []
     part.rules += [
-        f"rule nvcc\n  description = nvcc $in $of\n  command = {quote(nvcc)} -ccbin {quote(cxx)} $flags -MD -MF $out.d -c $in -o $out\n"
+        f"rule nvcc\n  description = nvcc $in $of\n  command = {quote(nvcc)} -ccbin {quote(cxx)} $flags -MD "
+        "-MF $out.d -c $in -o $out\n"
         "  depfile = $out.d\n  deps = gcc",
         part.bind_rule() + " -DZOKERN_LOWRANK_CUDA -DZOKERN_UPDATE",
         *(
             f"build {objects[name]}: nvcc csrc/{name.split('.')[0]}.cu\n"
-            f"  flags = {record['flags']} {targets} --threads {threads} {definition}\n  of = {definition} {of}"
+            f"  flags = {record['flags']} {targets} --threads {threads} {definition}\n  of = {definition} "
+            f"{of}"
             for name, definition in CUDA_OBJECTS.items()
         ),
         f"build {part.output}: link {OBJECTS}/cuda/bind.o {' '.join(objects.values())}\n"
@@ -243,7 +280,10 @@ def plan() -> tuple[list[Part], dict[str, str]]:
         variable = f"ZOKERN_BUILD_{name.upper()}"
         switch = os.environ.get(variable, "")
         if switch not in ("", "0", "1"):
-            raise SystemExit(f"zokern: {variable} is {switch!r}; expected 0 (leave out), 1 (fail when impossible) or nothing")
+            raise SystemExit(
+                f"zokern: {variable} is {switch!r}; expected 0 (leave out), 1 (fail when impossible) or "
+                "nothing"
+            )
         if switch == "0":
             left_out[name] = f"{variable} is 0; unset it and build again"
             continue
@@ -261,13 +301,16 @@ def commit() -> str | None:
     try:
         if Path(run("git", "rev-parse", "--show-toplevel")) != ROOT:
             return None
-        return run("git", "rev-parse", "--short=12", "HEAD") + ("+" if run("git", "status", "--porcelain") else "")
+        return run("git", "rev-parse", "--short=12", "HEAD") + (
+            "+" if run("git", "status", "--porcelain") else ""
+        )
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 def finish(package: Path) -> None:
-    """Puts the modules and the record of the build, zokern/_build.py, into the package, and says what was built."""
+    """Puts the modules and the record of the build, zokern/_build.py, into the package, and says what was
+    built."""
     record = {"commit": commit(), "parts": {part.name: part.record for part in PARTS}, "left_out": LEFT_OUT}
     text = f'"""What setup.py built; written by it."""\n\nRECORD = {pprint.pformat(record, width=120, sort_dicts=False)}\n'
     package.mkdir(parents=True, exist_ok=True)
@@ -293,7 +336,8 @@ class BuildPython(build_py):
 
 
 class BuildNative(build_ext):
-    """Has ninja compile what changed since the last call, then puts the modules where setuptools wants them."""
+    """Has ninja compile what changed since the last call, then puts the modules where setuptools wants
+    them."""
 
     def run(self) -> None:
         if PARTS:
@@ -309,18 +353,25 @@ class BuildNative(build_ext):
             f"builddir = {OBJECTS}",
             f"cxx = {quote(find_cxx())}",
             f"python = {python}",
-            f"rule cxx\n  description = c++ $in $of\n  command = $cxx {CXX_FLAGS} $flags -MMD -MF $out.d -c $in -o $out\n"
+            f"rule cxx\n  description = c++ $in $of\n  command = $cxx {CXX_FLAGS} $flags -MMD -MF $out.d -c "
+            "$in -o $out\n"
             "  depfile = $out.d\n  deps = gcc",
             "rule link\n  description = link $out\n  command = $cxx -shared -fopenmp $in $libraries -o $out",
-            *(rule for part in reversed(PARTS) for rule in part.rules),  # nvcc takes longest, so it starts first
+            # nvcc takes longest, so it starts first
+            *(rule for part in reversed(PARTS) for rule in part.rules),
         ]
         path = ROOT / OBJECTS / "build.ninja"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(script) + "\n")
         command = [os.path.join(ninja.BIN_DIR, "ninja"), "-f", f"{OBJECTS}/build.ninja", "-j", str(JOBS)]
         # [files compiled, of how many, seconds]; ninja writes a line when a file is done
-        if subprocess.run(command, cwd=ROOT, env={"NINJA_STATUS": "[%f of %t, %e s] ", **os.environ}).returncode:
-            raise SystemExit("zokern: the kernels did not compile; ZOKERN_BUILD_CPU=0 and ZOKERN_BUILD_CUDA=0 leave them out")
+        if subprocess.run(
+            command, cwd=ROOT, env={"NINJA_STATUS": "[%f of %t, %e s] ", **os.environ}
+        ).returncode:
+            raise SystemExit(
+                "zokern: the kernels did not compile; ZOKERN_BUILD_CPU=0 and ZOKERN_BUILD_CUDA=0 leave them "
+                "out"
+            )
 
     def get_outputs(self) -> list[str]:
         return [os.path.join(self.build_lib, "zokern", Path(part.output).name) for part in PARTS]

@@ -1,4 +1,5 @@
-"""The verbs: axpy_ on one large tensor, on a list of small ones, K draws in a pass, and perturb with one sign and with both."""
+"""The verbs: axpy_ on one large tensor, on a list of small ones, K draws in a pass, and perturb with one sign
+and with both."""
 
 from __future__ import annotations
 
@@ -21,13 +22,19 @@ def weights(elements: int, dtype: str) -> torch.Tensor:
 
 
 def axpy(tensors, direction: str = "normal", who="w", draws: int = 1) -> None:
-    zokern.axpy_(tensors, direction, seed=7, who=who, draws=[(0, k) for k in range(draws)], coeffs=[EPS] * draws)
+    zokern.axpy_(
+        tensors, direction, seed=7, who=who, draws=[(0, k) for k in range(draws)], coeffs=[EPS] * draws
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def bench_axpy_large(benchmark, report, dtype: str) -> None:
     n = 1 << (22 if report.quick else 26)
-    w, other, buffer = weights(n, dtype), torch.empty(n, dtype=DTYPES[dtype]), torch.empty(n, dtype=DTYPES[dtype])
+    w, other, buffer = (
+        weights(n, dtype),
+        torch.empty(n, dtype=DTYPES[dtype]),
+        torch.empty(n, dtype=DTYPES[dtype]),
+    )
     parameter = torch.nn.Parameter(w.clone(), requires_grad=False)
     traffic = 2 * w.element_size()
     size, loop = f"{dtype} n={n}", f"eager perturb {dtype} n={n}"
@@ -51,13 +58,16 @@ def bench_axpy_large(benchmark, report, dtype: str) -> None:
             f"axpy_ normal {dtype} / in-place torch": group.ratio(
                 f"in-place torch, normal_ + add_ {size}", f"axpy_ normal K=1 {size}"
             ),
-            f"axpy_ rademacher {dtype} / w += c": group.ratio(f"axpy_ rademacher K=1 {size}", f"w += c {size}"),
+            f"axpy_ rademacher {dtype} / w += c": group.ratio(
+                f"axpy_ rademacher K=1 {size}", f"w += c {size}"
+            ),
         },
     )
 
 
 def bench_compiled(benchmark, report) -> None:
-    """torch.compile of the eager perturb; a smaller tensor, because inductor draws its normals one lane at a time."""
+    """torch.compile of the eager perturb; a smaller tensor, because inductor draws its normals one lane at a
+    time."""
     n = 1 << (20 if report.quick else 23)
     w = weights(n, "fp32")
     parameter = torch.nn.Parameter(w.clone(), requires_grad=False)
@@ -101,14 +111,27 @@ def bench_axpy_list(benchmark, report, dtype: str) -> None:
 
     cases = [
         Case(yardstick, lambda: flat.add_(EPS), n, traffic),
-        Case(f"_foreach_add_(ws, c) {size}", lambda: torch._foreach_add_(tensors, EPS), n, traffic, yardstick),
+        Case(
+            f"_foreach_add_(ws, c) {size}", lambda: torch._foreach_add_(tensors, EPS), n, traffic, yardstick
+        ),
         Case(f"axpy_ normal K=1 {size}", lambda: axpy(tensors, who=ids), n, traffic, yardstick, loop),
-        Case(f"axpy_ normal K=1 by names {size}", lambda: axpy(tensors, who=names), n, traffic, yardstick, loop),
-        Case(f"axpy_ rademacher K=1 {size}", lambda: axpy(tensors, "rademacher", who=ids), n, traffic, yardstick, loop),
+        Case(
+            f"axpy_ normal K=1 by names {size}", lambda: axpy(tensors, who=names), n, traffic, yardstick, loop
+        ),
+        Case(
+            f"axpy_ rademacher K=1 {size}",
+            lambda: axpy(tensors, "rademacher", who=ids),
+            n,
+            traffic,
+            yardstick,
+            loop,
+        ),
         Case(f"in-place torch, normal_ + add_ {size}", by_hand, n, traffic, yardstick, loop),
         Case(loop, lambda: eager.perturb(parameters, 7, 1, EPS), n, traffic, yardstick, loop),
     ]
-    group = Group(f"axpy_, {count} tensors of {each}, {dtype}", cases).run(benchmark, 10 if report.quick else 40)
+    group = Group(f"axpy_, {count} tensors of {each}, {dtype}", cases).run(
+        benchmark, 10 if report.quick else 40
+    )
     report.add(group, **{f"axpy_ list {dtype} / eager": group.ratio(loop, f"axpy_ normal K=1 {size}")})
 
 
@@ -117,7 +140,8 @@ def bench_axpy_list(benchmark, report, dtype: str) -> None:
 def bench_perturb(benchmark, report, dtype: str, what: str) -> None:
     """Into memory that is there already, as the step does; the public function allocates its results.
 
-    A step perturbs matrices, or tiles of large ones, which stay in the caches for their product; what is larger than these is bound by memory."""
+    A step perturbs matrices, or tiles of large ones, which stay in the caches for their product; what is
+    larger than these is bound by memory."""
     n = 1 << (20 if what == "layer" else 22 if report.quick else 25)
     w = weights(n, dtype)
     plus, minus = torch.empty_like(w), torch.empty_like(w)
@@ -134,10 +158,20 @@ def bench_perturb(benchmark, report, dtype: str, what: str) -> None:
 
     cases = [
         Case(yardstick, lambda: plus.copy_(w), n, 2 * width),
-        Case(f"perturb +- in one pass {size}", lambda: launch([EPS, -EPS], [plus, minus]), n, 3 * width, yardstick),
+        Case(
+            f"perturb +- in one pass {size}",
+            lambda: launch([EPS, -EPS], [plus, minus]),
+            n,
+            3 * width,
+            yardstick,
+        ),
         Case(f"perturb + then - {size}", two, n, 4 * width, yardstick),
         Case(
-            f"zokern.perturb +- {size}", lambda: zokern.perturb(w, "normal", seed=7, who="w", step=0), n, 3 * width, yardstick
+            f"zokern.perturb +- {size}",
+            lambda: zokern.perturb(w, "normal", seed=7, who="w", step=0),
+            n,
+            3 * width,
+            yardstick,
         ),
     ]
     group = Group(f"perturb, {what}, {dtype}", cases).run(benchmark, 5 if report.quick else 15)
@@ -145,7 +179,8 @@ def bench_perturb(benchmark, report, dtype: str, what: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "dtype, rounding", [("fp32", "nearest"), ("bf16", "nearest"), ("bf16", "stochastic"), ("bf16", "residual")]
+    "dtype, rounding",
+    [("fp32", "nearest"), ("bf16", "nearest"), ("bf16", "stochastic"), ("bf16", "residual")],
 )
 def bench_replay(benchmark, report, dtype: str, rounding: str) -> None:
     """A run of steps of one term, each with its decay and its rounding: in one pass, and a pass a step."""
@@ -157,7 +192,9 @@ def bench_replay(benchmark, report, dtype: str, rounding: str) -> None:
 
     def passes() -> None:
         for k in range(steps):
-            zokern.axpy_(w, "normal", draws=draws[k : k + 1], coeffs=coeffs[k : k + 1], decay=decays[k], **names)
+            zokern.axpy_(
+                w, "normal", draws=draws[k : k + 1], coeffs=coeffs[k : k + 1], decay=decays[k], **names
+            )
 
     traffic, size = 2 * w.element_size() + 4 * len(low), f"{steps} steps {dtype} {rounding} n={n}"
     cases = [
@@ -170,7 +207,9 @@ def bench_replay(benchmark, report, dtype: str, rounding: str) -> None:
         Case(f"a pass each, {size}", passes, n, steps * traffic),
     ]
     group = Group(f"axpy_ normal, replay, {dtype} {rounding}", cases).run(benchmark, 3 if report.quick else 7)
-    report.add(group, **{f"replay {dtype} {rounding}, passes / one": group.ratio(cases[1].name, cases[0].name)})
+    report.add(
+        group, **{f"replay {dtype} {rounding}, passes / one": group.ratio(cases[1].name, cases[0].name)}
+    )
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -191,6 +230,9 @@ def bench_draws(benchmark, report, dtype: str) -> None:
     report.add(
         group,
         **{
-            f"K={k} {dtype}, K passes / one": group.ratio(f"K={k} {dtype} passes", f"K={k} {dtype} in one pass") for k in (4, 8)
+            f"K={k} {dtype}, K passes / one": group.ratio(
+                f"K={k} {dtype} passes", f"K={k} {dtype} in one pass"
+            )
+            for k in (4, 8)
         },
     )

@@ -1,4 +1,5 @@
-"""lowrank_: W += s U V^T in place, against addmm_ and the eager sum, over ranks and shapes; and the product of a linear layer."""
+"""lowrank_: W += s U V^T in place, against addmm_ and the eager sum, over ranks and shapes; and the product
+of a linear layer."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def factors(m: int, n: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def bench_lowrank(benchmark, report, dtype: str, shape: tuple[int, int]) -> None:
-    """torch's addmm_ takes factors of W's type, and is left out where it is far slower than the eager sum (bf16 on a CPU)."""
+    """torch's addmm_ takes factors of W's type, and is left out where it is far slower than the eager sum
+    (bf16 on a CPU)."""
     m, n = shape
     count = m * n
     w, other = weights(count, dtype).view(m, n), torch.empty(m, n, dtype=DTYPES[dtype])
@@ -40,13 +42,38 @@ def bench_lowrank(benchmark, report, dtype: str, shape: tuple[int, int]) -> None
         left, right = factors(m, n, rank)
         eager = f"eager W + s * (U @ V.T) r={rank} {size}"
         ours = f"lowrank_ r={rank} {size}"
-        cases.append(Case(ours, lambda u=left, v=right: zokern.lowrank_(w, u, v, scale=EPS), count, traffic, yardstick, eager))
+        cases.append(
+            Case(
+                ours,
+                lambda u=left, v=right: zokern.lowrank_(w, u, v, scale=EPS),
+                count,
+                traffic,
+                yardstick,
+                eager,
+            )
+        )
         if dtype == "fp32":
             addmm = f"addmm_ r={rank} {size}"
-            cases.append(Case(addmm, lambda u=left, v=right: w.addmm_(u, v.t(), alpha=EPS), count, traffic, yardstick, eager))
+            cases.append(
+                Case(
+                    addmm,
+                    lambda u=left, v=right: w.addmm_(u, v.t(), alpha=EPS),
+                    count,
+                    traffic,
+                    yardstick,
+                    eager,
+                )
+            )
             figures[f"lowrank_ r={rank} {size} / addmm_"] = (ours, addmm)
         cases.append(
-            Case(eager, lambda u=left, v=right: other.copy_(w + EPS * (u @ v.t())), count, traffic, yardstick, every=2)
+            Case(
+                eager,
+                lambda u=left, v=right: other.copy_(w + EPS * (u @ v.t())),
+                count,
+                traffic,
+                yardstick,
+                every=2,
+            )
         )
         figures[f"lowrank_ r={rank} {size} / w += c"] = (ours, yardstick)
     group = Group(f"lowrank_, {size}", cases).run(benchmark, 4 if report.quick else 12)
@@ -55,7 +82,8 @@ def bench_lowrank(benchmark, report, dtype: str, shape: tuple[int, int]) -> None
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def bench_lowrank_forward(benchmark, report, dtype: str) -> None:
-    """y <- y + t U^T: what a low-rank direction adds to a linear layer's output, 768 to 3072 features, rank 16."""
+    """y <- y + t U^T: what a low-rank direction adds to a linear layer's output, 768 to 3072 features, rank
+    16."""
     out_features, rank = 3072, 16
     backend = backends.resolve(None, torch.device("cpu"))
     cases = []
@@ -71,6 +99,14 @@ def bench_lowrank_forward(benchmark, report, dtype: str) -> None:
         eager = f"torch y + s * (t @ U.T) {size}"
         cases.append(Case(f"y += c {size}", lambda y=y: y.add_(EPS), count, traffic))
         cases.append(Case(f"lowrank_ {size}", ours, count, traffic, f"y += c {size}", eager))
-        cases.append(Case(eager, lambda y=y, t=short, u=narrow: y.add_(t @ u.t(), alpha=EPS), count, traffic, f"y += c {size}"))
+        cases.append(
+            Case(
+                eager,
+                lambda y=y, t=short, u=narrow: y.add_(t @ u.t(), alpha=EPS),
+                count,
+                traffic,
+                f"y += c {size}",
+            )
+        )
     group = Group(f"lowrank_ in a linear layer, {dtype}", cases).run(benchmark, 10 if report.quick else 40)
     report.add(group)

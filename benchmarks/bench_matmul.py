@@ -1,8 +1,10 @@
-"""The products of a step against torch's own F.linear: what zokern/gemm/library.py chooses on this processor, and what it does not.
+"""The products of a step against torch's own F.linear: what zokern/gemm/library.py chooses on this processor,
+and what it does not.
 
-A case runs a product over matrices of about 40 million elements together (4 million from 64 rows on), so that W comes from memory as it
-does in a model. bench_perturbed has the reading of a dense z: both signs of it beside two plain products, as tiles that torch multiplies
-and in one kernel (csrc/linear.cpp); and what that kernel's product is worth without z, at which zokern/gemm/library.py's yields() goes.
+A case runs a product over matrices of about 40 million elements together (4 million from 64 rows on), so that
+W comes from memory as it does in a model. bench_perturbed has the reading of a dense z: both signs of it
+beside two plain products, as tiles that torch multiplies and in one kernel (csrc/linear.cpp); and what that
+kernel's product is worth without z, at which zokern/gemm/library.py's yields() goes.
 """
 
 from __future__ import annotations
@@ -26,13 +28,16 @@ def bench_matmul(benchmark, report, dtype: str) -> None:
     cases, figures = [], []
     for m, k in SHAPES[:2] if report.quick else SHAPES:
         weights = [
-            torch.randn(m, k).to(DTYPES[dtype]) for _ in range(max(1, 40_000_000 // (m * k) // (8 if report.quick else 1)))
+            torch.randn(m, k).to(DTYPES[dtype])
+            for _ in range(max(1, 40_000_000 // (m * k) // (8 if report.quick else 1)))
         ]
         for rows in (8, 64) if report.quick or dtype == "bf16" else (8, 64, 256):
             x = torch.randn(rows, k).to(DTYPES[dtype])
             size = f"{dtype} {rows} rows, {m}x{k}"
             own = f"F.linear {size}"
-            name = f"matmul.linear {size}, {'another product' if library.chooses(x, weights[0]) else 'the same'}"
+            name = (
+                f"matmul.linear {size}, {'another product' if library.chooses(x, weights[0]) else 'the same'}"
+            )
             cases.append(Case(own, lambda x=x, ws=weights: [F.linear(x, w) for w in ws]))
             cases.append(Case(name, lambda x=x, ws=weights: [library.linear(x, w) for w in ws], eager=own))
             figures.append((f"matmul {size} / F.linear", own, name))
@@ -40,7 +45,9 @@ def bench_matmul(benchmark, report, dtype: str) -> None:
     report.add(group, **{figure: group.ratio(own, name) for figure, own, name in figures})
 
 
-@pytest.mark.parametrize("dtype, rows", [("fp32", 4), ("fp32", 32), ("fp32", 128), ("fp32", 512), ("bf16", 4), ("bf16", 128)])
+@pytest.mark.parametrize(
+    "dtype, rows", [("fp32", 4), ("fp32", 32), ("fp32", 128), ("fp32", 512), ("bf16", 4), ("bf16", 128)]
+)
 def bench_perturbed(benchmark, report, dtype: str, rows: int, monkeypatch) -> None:
     if cpu.why_off() is not None:
         pytest.skip(f"no compiled kernels: {cpu.why_off()}")

@@ -1,10 +1,12 @@
 """Measures the peak memory of a step, each in a fresh process.
 
 The first group sets a step beside a bare forward, the eager loop, and back-propagation with AdamW.
-Model, batch and dtype are the same. The second group has the memory of steps over the weights and one forward.
+Model, batch and dtype are the same. The second group has the memory of steps over the weights and one
+forward.
 
 The processes return every large block to the system, by a fixed MALLOC_MMAP_THRESHOLD_ of glibc.
-So memory in use is counted. With glibc's moving threshold a forward's peak differs by 80 MB between processes.
+So memory in use is counted. With glibc's moving threshold a forward's peak differs by 80 MB between
+processes.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ LARGE, SMALL, SIXTEEN = ("fp32", 4, 128), ("fp32", 1, 128), ("bf16", 1, 128)
 BESIDE = ("forward", "MeZO", "MeZO first steps", "eager MeZO", "AdamW")
 PEAKS = [(*shape, what) for shape in (LARGE, SIXTEEN) for what in BESIDE]
 EXTRA = [
-    (*LARGE, "MeZO scratch 64"), (*LARGE, "MeZO scratch 16"), (*SIXTEEN, "MeZO scratch 64"), (*LARGE, "MeZO inplace"),
+    (*LARGE, "MeZO scratch 64"), (*LARGE, "MeZO scratch 16"), (*SIXTEEN, "MeZO scratch 64"),
+    (*LARGE, "MeZO inplace"),
     (*LARGE, "MeZO master"), (*SMALL, "doubled"), (*SMALL, "SubZero"), (*SMALL, "LOZO"), (*SMALL, "TeZO"),
     (*SMALL, "eager SubZero"), (*SMALL, "eager LOZO"),
 ]  # fmt: skip
@@ -46,7 +49,10 @@ def peak(report, model: str, dtype: str, batch: int, length: int, what: str) -> 
         raise RuntimeError(f"{' '.join(command)}: {done.stderr[-2000:]}")
     found = json.loads(done.stdout.splitlines()[-1])
     if not found["exact"]:
-        report.note("memory: the high-water mark could not be set back; what stays below the peak of loading is unseen")
+        report.note(
+            "memory: the high-water mark could not be set back; what stays below the peak of loading is "
+            "unseen"
+        )
     return {
         "name": f"{model} {dtype} {batch}x{length}, {EXPLAINED.get(what, what)}",
         "peak_mb": found["step"] / MIB,
@@ -56,7 +62,9 @@ def peak(report, model: str, dtype: str, batch: int, length: int, what: str) -> 
     }
 
 
-@pytest.mark.parametrize("title, cases", [("peak memory of a step", PEAKS), ("extra memory of a step", EXTRA)])
+@pytest.mark.parametrize(
+    "title, cases", [("peak memory of a step", PEAKS), ("extra memory of a step", EXTRA)]
+)
 def bench_memory(benchmark, report, title: str, cases: list[tuple[str, int, int, str]]) -> None:
     pytest.importorskip("transformers")
     rows, figures = [], {}

@@ -30,11 +30,13 @@ def queries_of(method: str) -> int:
 
 # A step of many queries is timed by bench_many alone: it takes as long as all other methods' together.
 METHODS = [method for method in methods.__all__ if queries_of(method) < MANY]
-# Every class of zokern.estimator that needs no argument and reads losses alone; Spsa is what MeZO has without one.
+# Every class of zokern.estimator that needs no argument and reads losses alone; Spsa is what MeZO has without
+# one.
 ESTIMATORS = [
     name for name in estimator.__all__
     if isinstance(getattr(estimator, name), type) and name not in (
-        "Base", "Estimate", "Estimator", "ForwardGradient", "Gradient", "Mixed", "Oracle", "Split", "Spsa", "Stencil",
+        "Base", "Estimate", "Estimator", "ForwardGradient", "Gradient", "Mixed", "Oracle", "Split", "Spsa",
+        "Stencil",
     )
 ]  # fmt: skip
 
@@ -68,7 +70,9 @@ def bench_methods(benchmark, report, shape: Shape) -> None:
     group = bench(benchmark, report, "methods", shape, steps)
     for method, n in drawn.items():
         step, fresh = (group.found[Step(method, refresh=refresh).name].ratio for refresh in (False, True))
-        report.figure(f"{method}, a new basis every {n} steps included, {shape} / forwards", step + (fresh - step) / n)
+        report.figure(
+            f"{method}, a new basis every {n} steps included, {shape} / forwards", step + (fresh - step) / n
+        )
 
 
 def small(report, length: int) -> Shape:
@@ -95,7 +99,8 @@ def bench_queries(benchmark, report) -> None:
 
 
 def bench_many(benchmark, report) -> None:
-    """Times SubZero+ with 99 queries on one batch of 4 x 4 tokens, over 100 bare forwards: in passes of 32 sides and in one."""
+    """Times SubZero+ with 99 queries on one batch of 4 x 4 tokens, over 100 bare forwards: in passes of 32
+    sides and in one."""
     pytest.importorskip("transformers")
     shape = Shape("OPT-tiny" if report.quick else "Llama-narrow", "fp32", 4, 4)
     name = "SubZeroPlus"

@@ -1,7 +1,8 @@
-"""update_: momentum and Adam on one large tensor and on a list of small ones, against torch.optim on a gradient drawn eagerly.
+"""update_: momentum and Adam on one large tensor and on a list of small ones, against torch.optim on a
+gradient drawn eagerly.
 
-The eager line is ZO-Bench's: z from torch.normal, p.grad = c z, one step of torch.optim.SGD(momentum=0.9) or torch.optim.Adam, whose
-states have the weights' dtype. update_ keeps them in float32.
+The eager line is ZO-Bench's: z from torch.normal, p.grad = c z, one step of torch.optim.SGD(momentum=0.9) or
+torch.optim.Adam, whose states have the weights' dtype. update_ keeps them in float32.
 """
 
 from __future__ import annotations
@@ -25,7 +26,17 @@ def call_of(rule: str, tensors: list[torch.Tensor], direction: str = "normal"):
     who, scalars = [f"w{i}" for i in range(len(tensors))], kind.scalars(LR, updates=2)
 
     def call() -> None:
-        zokern.update_(tensors, direction, rule, seed=7, who=who, draws=[(0, 0)], coeffs=[0.5], states=kept, scalars=scalars)
+        zokern.update_(
+            tensors,
+            direction,
+            rule,
+            seed=7,
+            who=who,
+            draws=[(0, 0)],
+            coeffs=[0.5],
+            states=kept,
+            scalars=scalars,
+        )
 
     return call
 
@@ -64,7 +75,9 @@ def bench_update_large(benchmark, report, rule: str, dtype: str) -> None:
         ),
         Case(loop, optimizer_of(rule, [w]), n, traffic, copy, loop),
     ]
-    group = Group(f"update_, one large tensor, {rule} {dtype}", cases).run(benchmark, 3 if report.quick else 9)
+    group = Group(f"update_, one large tensor, {rule} {dtype}", cases).run(
+        benchmark, 3 if report.quick else 9
+    )
     report.add(group, **{f"update_ {rule} {dtype} / torch.optim": group.ratio(loop, cases[1].name)})
 
 
@@ -75,7 +88,14 @@ def bench_update_list(benchmark, report, rule: str) -> None:
     tensors = [weights(size, "bf16") for size in sizes]
     n, loop = sum(sizes), f"torch.optim on an eager gradient, {rule}, {len(sizes)} tensors bf16"
     cases = [
-        Case(f"update_ {rule} normal, {len(sizes)} tensors bf16", call_of(rule, tensors), n, 4 + 8 * RULES[rule][1], "", loop),
+        Case(
+            f"update_ {rule} normal, {len(sizes)} tensors bf16",
+            call_of(rule, tensors),
+            n,
+            4 + 8 * RULES[rule][1],
+            "",
+            loop,
+        ),
         Case(loop, optimizer_of(rule, tensors), n, 4 + 8 * RULES[rule][1], "", loop),
     ]
     group = Group(f"update_, a list of small tensors, {rule}", cases).run(benchmark, 3 if report.quick else 9)

@@ -1,10 +1,12 @@
-"""Does every method learn at its defaults? The demo's model and rows, a constant lr, one seed: `python -m benchmarks.defaults`.
+"""Does every method learn at its defaults? The demo's model and rows, a constant lr, one seed: `python -m
+benchmarks.defaults`.
 
-Every case starts from the same weights and takes the constructor's lr and eps. A block-wise step reads 64 losses: it takes a tenth of the
-steps. --seconds ends a case early, at the steps that its row names. Two processes may share a page: on a busy machine two of one thread each
-(--threads 1) are several times as fast as one of two, whose threads wait for each other.
-Rows are printed as they are measured, and written to the folder of this machine under benchmarks/results: a case that is run again
-replaces its row. --only NAME ... runs some of them; --lr tries another one, which is printed and not written.
+Every case starts from the same weights and takes the constructor's lr and eps. A block-wise step reads 64
+losses: it takes a tenth of the steps. --seconds ends a case early, at the steps that its row names. Two
+processes may share a page: on a busy machine two of one thread each (--threads 1) are several times as fast
+as one of two, whose threads wait for each other. Rows are printed as they are measured, and written to the
+folder of this machine under benchmarks/results: a case that is run again replaces its row. --only NAME ...
+runs some of them; --lr tries another one, which is printed and not written.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from .report import Report
 
 BATCH, HELD_OUT, STEPS, LEAST = 8, 100, 100, 0.1
 NOTE = (
-    f"A case learns where the held-out loss falls by {LEAST} nats or more. One seed and one task: this says that a default is of the "
+    f"A case learns where the held-out loss falls by {LEAST} nats or more. One seed and one task: this says "
+    "that a default is of the "
     "right size, not that one method is better than another."
 )
 
@@ -45,20 +48,28 @@ FORMS: dict[str, Callable[..., Any]] = {
     "TeZO-Adam": partial(zokern.TeZO, rule="adam"),
 }
 CASES: dict[str, Callable[..., Any]] = {**METHODS, **FORMS}
-FEWER = {"BlockMeZO": 0.1, "SubZeroPlus": 0.1, "EGGROLL": 0.4}  # share of the steps of those that read most losses
+# share of the steps of those that read most losses
+FEWER = {"BlockMeZO": 0.1, "SubZeroPlus": 0.1, "EGGROLL": 0.4}
 
 
-def measure(name: str, model: Any, words: LabelWords, rows: Any, options: argparse.Namespace) -> dict[str, Any]:
-    """Trains one case from the weights as they are. Returns its row; the weights are then what it made of them."""
+def measure(
+    name: str, model: Any, words: LabelWords, rows: Any, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Trains one case from the weights as they are. Returns its row; the weights are then what it made of
+    them."""
     portion = FEWER.get(name, 1.0)
     optimizer = CASES[name](model, seed=options.seed, **({} if options.lr is None else {"lr": options.lr}))
     batches = Batches(rows.train, BATCH, options.seed)
     seconds, read, slopes = [], Oracle._ask, Oracle.slopes
     with (
         patch.object(
-            Oracle, "_ask", lambda self, plan, points, *rest: asked.extend({*points}) or read(self, plan, points, *rest)
+            Oracle,
+            "_ask",
+            lambda self, plan, points, *rest: asked.extend({*points}) or read(self, plan, points, *rest),
         ),
-        patch.object(Oracle, "slopes", lambda self, draws, *rest: asked.extend(draws) or slopes(self, draws, *rest)),
+        patch.object(
+            Oracle, "slopes", lambda self, draws, *rest: asked.extend(draws) or slopes(self, draws, *rest)
+        ),
     ):
         while len(seconds) < max(1, round(portion * options.steps)) and sum(seconds) < options.seconds:
             task, asked = Task(model, words, batches.next()), list[Any]()
@@ -69,7 +80,8 @@ def measure(name: str, model: Any, words: LabelWords, rows: Any, options: argpar
     optimizer.flush()
     after, group = score(model, words, rows.held_out), optimizer.param_groups[0]
     return {
-        "lr": group["lr"], "eps": group["eps"], "losses": len(asked), "steps": len(seconds), "loss": after.loss, "accuracy": after.accuracy,
+        "lr": group["lr"], "eps": group["eps"], "losses": len(asked), "steps": len(seconds),
+        "loss": after.loss, "accuracy": after.accuracy,
         "seconds": statistics.median(seconds), "threads": torch.get_num_threads(),
     }  # fmt: skip
 
@@ -78,8 +90,10 @@ def line(name: str, row: dict[str, Any]) -> str:
     """Returns a row of the table."""
     learns = "yes" if row["loss_before"] - row["loss"] >= LEAST else "no"
     return (
-        f"| {name} | {row['lr']:g} | {row['eps']:g} | {row['steps']} x {row['losses']} | {row['loss_before']:.3f} -> {row['loss']:.3f} | "
-        f"{learns} | {row['accuracy_before']:.2f} -> {row['accuracy']:.2f} | {row['seconds']:.2f} | {row['threads']} | {row['commit']} |"
+        f"| {name} | {row['lr']:g} | {row['eps']:g} | {row['steps']} x {row['losses']} | "
+        f"{row['loss_before']:.3f} -> {row['loss']:.3f} | "
+        f"{learns} | {row['accuracy_before']:.2f} -> {row['accuracy']:.2f} | {row['seconds']:.2f} | "
+        f"{row['threads']} | {row['commit']} |"
     )
 
 
@@ -96,10 +110,14 @@ def page(machine: dict[str, str], found: dict[str, dict[str, Any]]) -> str:
     text = [
         title,
         "",
-        f"`python -m benchmarks.defaults`, with --threads and --seconds where rows say so, {machine['date']}: torch {machine['torch']}, "
-        f"Python {machine['python']}, zokern {machine['zokern']}, {machine['cores']} cores, load average {machine['load']}.",
-        f"SmolLM2-135M, all weights, float32, batch {BATCH}, sentences of {demo.LEAST} to {demo.MOST} tokens, constant lr, seed 0, "
-        f"{HELD_OUT} held-out rows. 'steps x losses' is what was run; seconds a step are those of a shared machine.",
+        "`python -m benchmarks.defaults`, with --threads and --seconds where rows say so, "
+        f"{machine['date']}: torch {machine['torch']}, "
+        f"Python {machine['python']}, zokern {machine['zokern']}, {machine['cores']} cores, load average "
+        f"{machine['load']}.",
+        f"SmolLM2-135M, all weights, float32, batch {BATCH}, sentences of {demo.LEAST} to {demo.MOST} "
+        "tokens, constant lr, seed 0, "
+        f"{HELD_OUT} held-out rows. 'steps x losses' is what was run; seconds a step are those of a shared "
+        "machine.",
         NOTE,
         *([f"Not measured: {', '.join(missing)}."] if missing else []),
         "",
@@ -111,11 +129,18 @@ def page(machine: dict[str, str], found: dict[str, dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures the cases and writes the page."""
-    parse = argparse.ArgumentParser(prog="python -m benchmarks.defaults", description=(__doc__ or "").partition("\n")[0])
-    parse.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="NAME", help=", ".join(CASES))
+    parse = argparse.ArgumentParser(
+        prog="python -m benchmarks.defaults", description=(__doc__ or "").partition("\n")[0]
+    )
+    parse.add_argument(
+        "--only", nargs="+", choices=CASES, default=list(CASES), metavar="NAME", help=", ".join(CASES)
+    )
     parse.add_argument("--steps", type=int, default=STEPS)
     parse.add_argument(
-        "--seconds", type=float, default=float("inf"), help="of training, after which a case ends (default: no bound)"
+        "--seconds",
+        type=float,
+        default=float("inf"),
+        help="of training, after which a case ends (default: no bound)",
     )
     parse.add_argument("--threads", type=int, help="of torch while training")
     parse.add_argument("--seed", type=int, default=0)
@@ -133,7 +158,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in options.only:
         model.load_state_dict(start)
         row = measure(name, model, words, rows, options)
-        row |= {"loss_before": before.loss, "accuracy_before": before.accuracy, "commit": report.machine["commit"]}
+        row |= {
+            "loss_before": before.loss,
+            "accuracy_before": before.accuracy,
+            "commit": report.machine["commit"],
+        }
         print(line(name, row), flush=True)
         if not report.quick:
             folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """The eager MeZO loop, as people run it: what the benchmarks compare with. Malladi et al. 2023, Algorithm 1.
 
-theta <- theta + eps z;  l1 = L;  theta <- theta - 2 eps z;  l2 = L;  theta <- theta + eps z;  theta <- theta - lr c z
+theta <- theta + eps z;  l1 = L;  theta <- theta - 2 eps z;  l2 = L;  theta <- theta + eps z;  theta <- theta
+                         - lr c z
 c = (l1 - l2) / (2 eps);  z is drawn again from the step's seed in each of the four passes
 """
 
@@ -23,7 +24,9 @@ def perturb(parameters: Iterable[Tensor], seed: int, scaling: float, eps: float)
         p.data = p.data + scaling * z * eps
 
 
-def update(parameters: Iterable[Tensor], seed: int, lr: float, coefficient: float, weight_decay: float = 0.0) -> None:
+def update(
+    parameters: Iterable[Tensor], seed: int, lr: float, coefficient: float, weight_decay: float = 0.0
+) -> None:
     torch.manual_seed(seed)
     for p in parameters:
         z = normal_like(p.data)

@@ -1,16 +1,20 @@
 """Holds the eager loops of the methods, as their public code does them. A loop has the name of its method.
 
-All of them make the whole z of a parameter, again from the step's seed in each of four passes (three where one side is read), and
-add it to the weights. Only the shape of z differs:
+All of them make the whole z of a parameter, again from the step's seed in each of four passes (three where
+one side is read), and add it to the weights. Only the shape of z differs:
 
-    SubZero   z = sqrt(m n) / r  U Z V^T    U, V the Q factors of normals, kept for an interval; Z normal, r x r       Yu et al. 2025
+    SubZero   z = sqrt(m n) / r  U Z V^T    U, V the Q factors of normals, kept for an interval; Z normal, r x
+              r       Yu et al. 2025
     LOZO      z = U V^T                     V normal, kept for an interval; U normal, m x r, in every step            Chen et al. 2025
     PGAP      z = U (Z - a diag S) V^T      U, S, V of a dense estimate of the gradient, kept for an interval         Zhang et al. 2025
     TeZO      z = U diag(tau) V^T           U, V normal, kept for the run; tau normal, r numbers                       Sun et al. 2025
-    ZOMuon    z = P Psi                     P the Q factor of normals; Psi normal, r x n; steps along P msign(sum)      Lang et al. 2026
+    ZOMuon    z = P Psi                     P the Q factor of normals; Psi normal, r x n; steps along P
+              msign(sum)      Lang et al. 2026
     ZOMOPI    the same                      steps along P U V^T of a power iteration                                  Chen and Ma 2026
-    EGGROLL   z = a b^T                     a, b normal; both signs of K seeds, weighted by the ranks of their losses Sarkar et al. 2025
-    FZOO      z = 2 bits - 1                one-sided, K seeds and the loss at theta; steps scaled by the losses' std  Dang et al. 2026
+    EGGROLL   z = a b^T                     a, b normal; both signs of K seeds, weighted by the ranks of their
+              losses Sarkar et al. 2025
+    FZOO      z = 2 bits - 1                one-sided, K seeds and the loss at theta; steps scaled by the
+              losses' std  Dang et al. 2026
     FGD       z normal                      one forward with z as tangents; z is kept for the update                   Baydin et al. 2022
     Addax     z normal                      also a back-propagation of all parameters                                  Li et al. 2025
     Hybrid    z normal                      also a back-propagation of the last ones, which z does not move            Zhang et al. 2024
@@ -96,7 +100,9 @@ class SubZero(Loop):
         self.basis: dict[int, tuple[Tensor, Tensor]] = {}
         for i, p in enumerate(self.parameters):
             if is_matrix(p):
-                left, right = (torch.linalg.qr(torch.randn(side, self.rank))[0].to(p.dtype) for side in p.squeeze().shape)
+                left, right = (
+                    torch.linalg.qr(torch.randn(side, self.rank))[0].to(p.dtype) for side in p.squeeze().shape
+                )
                 self.basis[i] = left, right.t()
 
     def z(self, i: int, p: Tensor) -> Tensor:
@@ -114,7 +120,9 @@ class LOZO(Loop):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        self.right = {i: normal(p, p.shape[-1], self.rank) for i, p in enumerate(self.parameters) if is_matrix(p)}
+        self.right = {
+            i: normal(p, p.shape[-1], self.rank) for i, p in enumerate(self.parameters) if is_matrix(p)
+        }
 
     def z(self, i: int, p: Tensor) -> Tensor:
         return normal(p, p.shape[0], self.rank) @ self.right[i].t() if i in self.right else normal_like(p)
@@ -144,7 +152,13 @@ class PGAP(Loop):
     """The basis is random until estimate() is called: a step costs the same."""
 
     def __init__(
-        self, parameters: list[Tensor], lr: float, eps: float, rank: int = 128, probes: int = 10, delta: float = 2.0
+        self,
+        parameters: list[Tensor],
+        lr: float,
+        eps: float,
+        rank: int = 128,
+        probes: int = 10,
+        delta: float = 2.0,
     ) -> None:
         self.rank, self.probes, self.delta = rank, probes, delta
         super().__init__(parameters, lr, eps)
@@ -160,7 +174,8 @@ class PGAP(Loop):
 
     @torch.no_grad()
     def estimate(self, closure: Closure, seed: int) -> None:
-        """G = 1/h sum c_i z_i, dense and in float32, then a singular value decomposition of every matrix of it."""
+        """G = 1/h sum c_i z_i, dense and in float32, then a singular value decomposition of every matrix of
+        it."""
         dense = Loop(self.parameters, self.lr, self.eps)
         total = {i: torch.zeros(p.shape) for i, p in enumerate(self.parameters) if i in self.basis}
         for probe in range(self.probes):
@@ -256,14 +271,21 @@ class Hybrid(Loop):
 
 
 class ZOMuon(Loop):
-    def __init__(self, parameters: list[Tensor], lr: float, eps: float, rank: int = 64, queries: int = 4) -> None:
+    def __init__(
+        self, parameters: list[Tensor], lr: float, eps: float, rank: int = 64, queries: int = 4
+    ) -> None:
         self.rank, self.queries = rank, queries
         super().__init__(parameters, lr, eps)
 
     @torch.no_grad()
     def refresh(self) -> None:
-        sides = {i: (p.shape[0], min(self.rank, *p.shape)) for i, p in enumerate(self.parameters) if is_matrix(p)}
-        self.left = {i: torch.linalg.qr(torch.randn(m, r))[0].to(self.parameters[i].dtype) for i, (m, r) in sides.items()}
+        sides = {
+            i: (p.shape[0], min(self.rank, *p.shape)) for i, p in enumerate(self.parameters) if is_matrix(p)
+        }
+        self.left = {
+            i: torch.linalg.qr(torch.randn(m, r))[0].to(self.parameters[i].dtype)
+            for i, (m, r) in sides.items()
+        }
 
     def core(self, i: int, p: Tensor) -> Tensor:
         return normal(p, self.left[i].shape[1], p.shape[1]) if i in self.left else normal_like(p)
@@ -291,12 +313,18 @@ class ZOMuon(Loop):
                 core = slope * self.core(i, p.data)
                 total[i] = total[i] + core if i in total else core
         for i, p in enumerate(self.parameters):
-            move = self.left[i] @ self.orthogonal(i, total[i].float()).to(p.dtype) if i in self.left else total[i]
+            move = (
+                self.left[i] @ self.orthogonal(i, total[i].float()).to(p.dtype)
+                if i in self.left
+                else total[i]
+            )
             p.data = p.data - self.lr * move
 
 
 class ZOMOPI(ZOMuon):
-    def __init__(self, parameters: list[Tensor], lr: float, eps: float, rank: int = 64, queries: int = 8) -> None:
+    def __init__(
+        self, parameters: list[Tensor], lr: float, eps: float, rank: int = 64, queries: int = 8
+    ) -> None:
         self.right: dict[int, Tensor] = {}
         super().__init__(parameters, lr, eps, rank, queries)
 

@@ -1,4 +1,5 @@
-"""Interleaved measurement: in every round each case of a group runs once, so all of them see the same machine."""
+"""Interleaved measurement: in every round each case of a group runs once, so all of them see the same
+machine."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ class Case:
     """One line of the report.
 
     elements, traffic   how many elements a call works on, and the bytes it must move for each (z moves none)
-    yardstick, eager    names of cases in the same group: a copy kernel, and the eager PyTorch that does the same work
+    yardstick, eager    names of cases in the same group: a copy kernel, and the eager PyTorch that does the
+                        same work
     every               run only in every n-th round (slow baselines)
     """
 
@@ -42,7 +44,9 @@ def wall(call: Callable[[], Any]) -> float:
 class Group:
     """Cases that take turns; `timer` gives the seconds of one call."""
 
-    def __init__(self, title: str, cases: list[Case], timer: Callable[[Callable[[], Any]], float] = wall) -> None:
+    def __init__(
+        self, title: str, cases: list[Case], timer: Callable[[Callable[[], Any]], float] = wall
+    ) -> None:
         self.title, self.cases, self.timer = title, cases, timer
         self.by_name = {case.name: case for case in cases}
         self.rounds = 0
@@ -60,7 +64,8 @@ class Group:
             case.eager = "" if case.eager == name else case.eager
 
     def run(self, benchmark, rounds: int) -> Group:
-        """All rounds, through pytest-benchmark's runner (its own table times a whole round); the first one warms up."""
+        """All rounds, through pytest-benchmark's runner (its own table times a whole round); the first one
+        warms up."""
         self.round()
         self.rounds = 0
         for case in self.cases:

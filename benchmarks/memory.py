@@ -2,8 +2,8 @@
 
 `python -m benchmarks.memory OPT-125M fp32 4 128 MeZO 2`: model, dtype, batch, length, what steps, threads.
 
-The kernel's high-water mark (VmHWM) is read after the forwards, set back (clear_refs) and read after the steps.
-So loading the model does not hide what a step takes. What steps is one of
+The kernel's high-water mark (VmHWM) is read after the forwards, set back (clear_refs) and read after the
+steps. So loading the model does not hide what a step takes. What steps is one of
 
     forward         bare forwards: nothing more
     doubled         forwards of twice the batch: the activations of both sides of a pair
@@ -61,7 +61,9 @@ def optimizer(module: nn.Module, method: str, *words: str) -> Any:
     name = words[0] if words else "paired"
     budget = {"budget": int(words[1]) << 20} if words[1:] else {}
     unchecked = {} if name in ("inplace", "jvp", "master") else {"check": False}
-    return getattr(zokern, method)(module, lr=LR, eps=EPS, evaluation=EVALUATIONS[name](**budget, **unchecked))
+    return getattr(zokern, method)(
+        module, lr=LR, eps=EPS, evaluation=EVALUATIONS[name](**budget, **unchecked)
+    )
 
 
 def stepper(module: nn.Module, batch: int, length: int, what: str) -> Callable[[], int]:
@@ -81,7 +83,9 @@ def stepper(module: nn.Module, batch: int, length: int, what: str) -> Callable[[
 
         return descend
     if what.startswith("eager "):
-        loop = LOOPS[what.removeprefix("eager ")]([p for p in module.parameters() if p.requires_grad], LR, EPS)
+        loop = LOOPS[what.removeprefix("eager ")](
+            [p for p in module.parameters() if p.requires_grad], LR, EPS
+        )
 
         def walk() -> int:
             loop.step(loss, next(seeds))

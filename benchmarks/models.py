@@ -20,36 +20,51 @@ def _build(name: str) -> nn.Module:
     if name == "OPT-350M":  # norms after the blocks, embeddings narrower than the model
         return OPTForCausalLM(
             OPTConfig(
-                hidden_size=1024, num_hidden_layers=24, ffn_dim=4096, num_attention_heads=16, word_embed_proj_dim=512, do_layer_norm_before=False
+                hidden_size=1024, num_hidden_layers=24, ffn_dim=4096, num_attention_heads=16,
+                word_embed_proj_dim=512, do_layer_norm_before=False
             )
         )  # fmt: skip
     if name == "Qwen2-0.5B":
         return Qwen2ForCausalLM(
             Qwen2Config(
-                hidden_size=896, num_hidden_layers=24, intermediate_size=4864, num_attention_heads=14, num_key_value_heads=2,
+                hidden_size=896, num_hidden_layers=24, intermediate_size=4864, num_attention_heads=14,
+                num_key_value_heads=2,
                 tie_word_embeddings=True, vocab_size=151936,
             )
         )  # fmt: skip
     if name == "OPT-tiny":  # for the quick mode
         return OPTForCausalLM(
-            OPTConfig(hidden_size=128, num_hidden_layers=2, ffn_dim=512, num_attention_heads=4, vocab_size=4096)
+            OPTConfig(
+                hidden_size=128, num_hidden_layers=2, ffn_dim=512, num_attention_heads=4, vocab_size=4096
+            )
         )
     if name == "Llama-narrow":  # host time: many layers of next to no arithmetic
         from transformers import LlamaConfig, LlamaForCausalLM
 
         return LlamaForCausalLM(
-            LlamaConfig(hidden_size=64, intermediate_size=172, num_hidden_layers=28, num_attention_heads=4, vocab_size=512)
+            LlamaConfig(
+                hidden_size=64,
+                intermediate_size=172,
+                num_hidden_layers=28,
+                num_attention_heads=4,
+                vocab_size=512,
+            )
         )
     if name == "OPT-1.3B":
-        return OPTForCausalLM(OPTConfig(hidden_size=2048, num_hidden_layers=24, ffn_dim=8192, num_attention_heads=32))
+        return OPTForCausalLM(
+            OPTConfig(hidden_size=2048, num_hidden_layers=24, ffn_dim=8192, num_attention_heads=32)
+        )
     if name == "OPT-13B":
-        return OPTForCausalLM(OPTConfig(hidden_size=5120, num_hidden_layers=40, ffn_dim=20480, num_attention_heads=40))
+        return OPTForCausalLM(
+            OPTConfig(hidden_size=5120, num_hidden_layers=40, ffn_dim=20480, num_attention_heads=40)
+        )
     if name == "Llama-7B":
         from transformers import LlamaConfig, LlamaForCausalLM
 
         return LlamaForCausalLM(LlamaConfig())  # transformers' default
     raise ValueError(
-        f"no model {name!r}; expected OPT-125M, OPT-350M, Qwen2-0.5B, OPT-tiny, Llama-narrow, OPT-1.3B, Llama-7B or OPT-13B"
+        f"no model {name!r}; expected OPT-125M, OPT-350M, Qwen2-0.5B, OPT-tiny, Llama-narrow, OPT-1.3B, "
+        "Llama-7B or OPT-13B"
     )
 
 
@@ -81,16 +96,20 @@ def same_weights(module: nn.Module) -> nn.Module:
 
 def loss_of(model, batch: int, length: int):
     ids = _ids(model, batch, length)
-    return lambda: model(input_ids=ids, labels=ids).loss.reshape(1)  # one example, for estimators that want the loss of each
+    # one example, for estimators that want the loss of each
+    return lambda: model(input_ids=ids, labels=ids).loss.reshape(1)
 
 
 def _ids(model, batch: int, length: int):
-    ids = torch.randint(4, model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(
+        4, model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(1)
+    )
     return ids.to(model.device)
 
 
 def rating_of(module: Any, length: int, generated: int) -> Callable[[], Tensor]:
-    """Returns a closure that generates greedily after a prompt and rates the result: the share of even tokens."""
+    """Returns a closure that generates greedily after a prompt and rates the result: the share of even
+    tokens."""
     limits = {"max_new_tokens": generated, "min_new_tokens": generated, "do_sample": False, "pad_token_id": 1}
     ids = _ids(module, 1, length)
     mask = torch.ones_like(ids)

@@ -1,4 +1,5 @@
-"""Draws the plots of a page: bench.png has kernels, steps, memory and draws; steps.png has steps by tokens."""
+"""Draws the plots of a page: bench.png has kernels, steps, memory and draws; steps.png has steps by
+tokens."""
 
 from __future__ import annotations
 
@@ -65,12 +66,16 @@ def legend(axis, colors: dict[str, str]) -> None:
     """Names the colours between the title and the panel, which no bar reaches."""
     patches = [plt.Rectangle((0, 0), 1, 1, color=color) for color in colors.values()]
     look = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "ncols": len(colors), "frameon": False}
-    made = axis.legend(patches, list(colors), fontsize=9, handlelength=1, columnspacing=0.8, borderpad=0, **look)
+    made = axis.legend(
+        patches, list(colors), fontsize=9, handlelength=1, columnspacing=0.8, borderpad=0, **look
+    )
     made.set_in_layout(False)
 
 
 def kernels(axis, groups: list[dict[str, Any]]) -> None:
-    speed = {row["name"]: row["times_eager"] for group in groups for row in group["rows"] if "times_eager" in row}
+    speed = {
+        row["name"]: row["times_eager"] for group in groups for row in group["rows"] if "times_eager" in row
+    }
     rows = []
     for label, pattern in KERNELS.items():
         for dtype, color in (("fp32", BLUE), ("bf16", ORANGE)):
@@ -85,17 +90,27 @@ def ratios(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns each shape once, with time over two forwards by the name of the step."""
     shapes: dict[str, dict[str, Any]] = {}
     for group in groups:
-        if (shape := group.get("shape")) and "generated" not in shape["name"] and "narrow" not in shape["model"]:
+        if (
+            (shape := group.get("shape"))
+            and "generated" not in shape["name"]
+            and "narrow" not in shape["model"]
+        ):
             found = {row["name"]: row["over_forwards"] for row in group["rows"] if "over_forwards" in row}
             shapes.setdefault(shape["name"], shape | {"ratios": {}})["ratios"].update(found)
-    return sorted(shapes.values(), key=lambda shape: (shape["model"], shape["dtype"] != "fp32", shape["tokens"]))
+    return sorted(
+        shapes.values(), key=lambda shape: (shape["model"], shape["dtype"] != "fp32", shape["tokens"])
+    )
 
 
 def steps(axis, groups: list[dict[str, Any]]) -> None:
     kinds = {"MeZO": BLUE, "eager MeZO": ORANGE}
-    shapes = [shape for shape in ratios(groups) if kinds.keys() <= shape["ratios"].keys()][: BARS // len(kinds)]
+    shapes = [shape for shape in ratios(groups) if kinds.keys() <= shape["ratios"].keys()][
+        : BARS // len(kinds)
+    ]
     rows = [
-        (shape["name"].replace(" ", "\n", 1), shape["ratios"][kind], color) for shape in shapes for kind, color in kinds.items()
+        (shape["name"].replace(" ", "\n", 1), shape["ratios"][kind], color)
+        for shape in shapes
+        for kind, color in kinds.items()
     ]
     bars(axis, "A step", "time over its two bare forwards (log)", rows, ".2f")
     logarithmic(axis)
@@ -119,7 +134,9 @@ def draws(axis, groups: list[dict[str, Any]]) -> None:
     names = {row["name"]: row for group in groups for row in group["rows"]}
     for key, style, said in (("in one pass", "-o", "one pass"), ("passes", "--s", "K passes")):
         for dtype, color in (("fp32", BLUE), ("bf16", ORANGE)):
-            found = [(k, row["ns_per_element"]) for k in range(1, 9) if (row := names.get(f"K={k} {dtype} {key}"))]
+            found = [
+                (k, row["ns_per_element"]) for k in range(1, 9) if (row := names.get(f"K={k} {dtype} {key}"))
+            ]
             if found:
                 axis.plot(*zip(*found), style, color=color, label=f"{dtype}, {said}")
     frame(axis, "axpy_ with K draws", "K")
@@ -156,7 +173,8 @@ def save(figure, report, path: Path) -> None:
 
 
 def plot_steps(report, path: Path) -> None:
-    """Draws steps over two forwards against the tokens of a batch. Shapes with one batch stand side by side."""
+    """Draws steps over two forwards against the tokens of a batch. Shapes with one batch stand side by
+    side."""
     models: dict[str, list[dict[str, Any]]] = {}
     for shape in ratios(report.groups):
         models.setdefault(f"{shape['model']} {shape['dtype']}", []).append(shape)
@@ -165,7 +183,9 @@ def plot_steps(report, path: Path) -> None:
     if not models:
         return
     # The tables have the rest: new bases, options, and the loops of the other methods.
-    names = list(dict.fromkeys(name for shapes in models.values() for shape in shapes for name in shape["ratios"]))
+    names = list(
+        dict.fromkeys(name for shapes in models.values() for shape in shapes for name in shape["ratios"])
+    )
     names = [n for n in names if not re.search(r"basis|=|MeZO paired|^eager (?!MeZO)", n)]
     names.sort(key=lambda name: (not name.startswith("eager"), "MeZO" not in name))
     looks = {
@@ -174,7 +194,9 @@ def plot_steps(report, path: Path) -> None:
     }
     looks |= {"eager MeZO": {"color": "black", "marker": "D"}}
     panels = len(lines) + bool(single)
-    figure, axes = plt.subplots(1, panels, figsize=(6 * panels + 2, 6), squeeze=False, sharey=True, layout="constrained")
+    figure, axes = plt.subplots(
+        1, panels, figsize=(6 * panels + 2, 6), squeeze=False, sharey=True, layout="constrained"
+    )
     for axis, (title, shapes) in zip(axes[0], lines.items()):
         for name in names:
             points = [(shape["tokens"], shape["ratios"][name]) for shape in shapes if name in shape["ratios"]]
@@ -190,7 +212,9 @@ def plot_steps(report, path: Path) -> None:
             points = [(i, shape["ratios"][name]) for i, shape in enumerate(single) if name in shape["ratios"]]
             places = [i + 0.6 * ((k + 0.5) / len(names) - 0.5) for i, _ in points]
             axis.plot(places, [y for _, y in points], linestyle="", label=name, **looks[name])
-        axis.set_xticks(range(len(single)), [f"{s['model']} {s['dtype']}\n{s['tokens']} tokens" for s in single])
+        axis.set_xticks(
+            range(len(single)), [f"{s['model']} {s['dtype']}\n{s['tokens']} tokens" for s in single]
+        )
         axis.set_xlim(-0.5, len(single) - 0.5)
         axis.set_title("one batch each")
     for axis in axes[0]:

@@ -1,23 +1,26 @@
-"""What the machine code says the GPU kernels should take, per 1e9 weights: `python -m benchmarks.predict`. Needs nvcc, no GPU.
+"""What the machine code says the GPU kernels should take, per 1e9 weights: `python -m benchmarks.predict`.
+Needs nvcc, no GPU.
 
-Every figure is predicted from the machine code of the present tree, not measured. The model, per multiprocessor quarter (it issues
-one warp instruction a clock; 32 lanes at 16, 8 or 4 a clock take 2, 4 or 8 clocks of a pipe):
+Every figure is predicted from the machine code of the present tree, not measured. The model, per
+multiprocessor quarter (it issues one warp instruction a clock; 32 lanes at 16, 8 or 4 a clock take 2, 4 or 8
+clocks of a pipe):
 
     pipe    instructions                                   clocks of a warp instruction
     issue   all                                            1
     alu     LOP3 IADD3 SHF PRMT LEA ISETP SEL I2FP F2FP    2
     heavy   IMAD                                           2      (IMAD.WIDE, IMAD.HI: 4)
-    fma     FFMA FMUL FADD HFMA2                           2 on one of two pipes, `heavy` being one of them; on sm_80 there is one
+    fma     FFMA FMUL FADD HFMA2                           2 on one of two pipes, `heavy` being one of them;
+            on sm_80 there is one
     xu      MUFU POPC FLO F2I I2F; FCHK by assumption      8
     mma     HMMA.16816                                     8, 16 or 32, by device
     compute = max(issue, alu, heavy, (heavy + fma) / pipes, xu, mma) / (4 quarters * multiprocessors * clock)
     memory  = bytes that must move / bandwidth of a copy
     time    = max(compute, memory)
 
-The pipes' rates are the stall counts that ptxas writes between independent instructions of one warp; that of the matrix unit follows
-from the dense 16-bit peak in the data sheet, half of it for H200, H100 and B200, where single-warp products do not reach the peak.
-Latency, launch and the tail of the last wave are not in the model: a kernel with enough loads in flight should come within some 5 %
-of it, no kernel beats it.
+The pipes' rates are the stall counts that ptxas writes between independent instructions of one warp; that of
+the matrix unit follows from the dense 16-bit peak in the data sheet, half of it for H200, H100 and B200,
+where single-warp products do not reach the peak. Latency, launch and the tail of the last wave are not in the
+model: a kernel with enough loads in flight should come within some 5 % of it, no kernel beats it.
 """
 
 from __future__ import annotations
@@ -36,7 +39,8 @@ UNIT = 8  # elements of one turn of a loop
 WEIGHTS = 1e9
 DRAWS = 8
 
-# Mnemonics by pipe, matched from the start; the first match counts. `other` takes an issue slot and a pipe that is never full here.
+# Mnemonics by pipe, matched from the start; the first match counts. `other` takes an issue slot and a pipe
+# that is never full here.
 PIPES = {
     "wide": r"IMAD\.(WIDE|HI)",
     "heavy": r"IMAD|IDP",
@@ -54,7 +58,9 @@ def pipe_of(name: str) -> str:
     for pipe, pattern in PIPES.items():
         if re.match(pattern, name):
             return pipe
-    raise LookupError(f"instruction {name} is in no pipe of the model; add it to PIPES in benchmarks/predict.py")
+    raise LookupError(
+        f"instruction {name} is in no pipe of the model; add it to PIPES in benchmarks/predict.py"
+    )
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,14 @@ class Work:
         heavy = busy["wide"] + busy["heavy"]
         fma = (heavy + busy["fma"]) / device.fma_pipes
         mma = self.pipes["mma"] * device.mma
-        return {"issue": self.instructions, "alu": busy["alu"], "heavy": heavy, "fma": fma, "xu": busy["xu"], "mma": mma}
+        return {
+            "issue": self.instructions,
+            "alu": busy["alu"],
+            "heavy": heavy,
+            "fma": fma,
+            "xu": busy["xu"],
+            "mma": mma,
+        }
 
     def milliseconds(self, device: Device) -> tuple[float, str]:
         """Time per 1e9 elements, and what limits it."""
@@ -178,7 +191,8 @@ CASES = (
 
 @dataclass(frozen=True)
 class UpdateCase:
-    """A loop of csrc/update.cu, one term. Adam's has the calls in it that only operands at the ends of the range take."""
+    """A loop of csrc/update.cu, one term. Adam's has the calls in it that only operands at the ends of the
+    range take."""
 
     name: str
     traffic: int
@@ -204,7 +218,8 @@ UPDATES = (
 
 @dataclass(frozen=True)
 class ProductCase:
-    """The loop of csrc/lowrank.cu over strips, of a matrix whose shape is whole tiles; factors come from the caches."""
+    """The loop of csrc/lowrank.cu over strips, of a matrix whose shape is whole tiles; factors come from the
+    caches."""
 
     name: str
     traffic: int
@@ -226,10 +241,13 @@ SOURCES = {"kernels": ("elementwise", "axpy"), "updates": ("update",), "products
 
 
 def code_of_the_tree() -> dict[str, dict[str, sass.Function]]:
-    """Every kernel by architecture: from the built module where it is newer than the sources, compiled otherwise."""
+    """Every kernel by architecture: from the built module where it is newer than the sources, compiled
+    otherwise."""
     code: dict[str, dict[str, sass.Function]] = {}
     for namespace, stems in SOURCES.items():
-        for arch, functions in sass.machine_code(tuple(sass.CSRC / f"{stem}.cu" for stem in stems), namespace).items():
+        for arch, functions in sass.machine_code(
+            tuple(sass.CSRC / f"{stem}.cu" for stem in stems), namespace
+        ).items():
             code.setdefault(arch, {}).update(functions)
     return code
 
@@ -243,9 +261,12 @@ def table(
     for device in devices:
         lines += [
             "",
-            f"{device.name}: sm_{device.arch}, {device.multiprocessors} multiprocessors at {device.clock} GHz, copy "
-            f"{device.bandwidth} TB/s; {device.budget(4):.1f} instructions per element fit under the floor of 4 B",
-            f"{'predicted, not measured; ms per 1e9 weights':44} {'B/el':>4} {'instr/el':>8} {'compute':>8} {'floor':>6} {'time':>6} "
+            f"{device.name}: sm_{device.arch}, {device.multiprocessors} multiprocessors at {device.clock} "
+            "GHz, copy "
+            f"{device.bandwidth} TB/s; {device.budget(4):.1f} instructions per element fit under the floor "
+            "of 4 B",
+            f"{'predicted, not measured; ms per 1e9 weights':44} {'B/el':>4} {'instr/el':>8} {'compute':>8} "
+            f"{'floor':>6} {'time':>6} "
             f"{'of floor':>8}  limit",
         ]
         for case in cases:
@@ -254,7 +275,8 @@ def table(
             floor = case.traffic * WEIGHTS / (device.bandwidth * 1e12) * 1e3
             time = max(compute, floor)
             lines.append(
-                f"{case.name:44} {case.traffic:4} {work.instructions:8.2f} {compute:8.3f} {floor:6.3f} {time:6.3f} "
+                f"{case.name:44} {case.traffic:4} {work.instructions:8.2f} {compute:8.3f} {floor:6.3f} "
+                f"{time:6.3f} "
                 f"{100 * floor / time:7.0f}%  {'memory' if floor >= compute else limit}"
             )
     return lines

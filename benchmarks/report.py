@@ -42,7 +42,9 @@ def _cpu() -> tuple[str, str]:
 
 def commit() -> str:
     def git(*args: str) -> str:
-        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *args], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         changed = git("status", "--porcelain", "--", "zokern", "csrc", "benchmarks/*.py")
@@ -99,7 +101,11 @@ MADE = (
 def cell(row: dict[str, Any], key: str) -> str:
     if key not in row:
         return ""
-    return f"{row['ms']:.4g} [{row['p10']:.4g} {row['p90']:.4g}]" if key == "ms" else format(row[key], COLUMNS[key][1])
+    return (
+        f"{row['ms']:.4g} [{row['p10']:.4g} {row['p90']:.4g}]"
+        if key == "ms"
+        else format(row[key], COLUMNS[key][1])
+    )
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -128,7 +134,9 @@ class Report:
     def add(self, group: Group, **figures: float) -> None:
         self.rows(group.title, group.rows(), figures, getattr(group, "shape", None))
 
-    def rows(self, title: str, rows: list[dict[str, Any]], figures: dict[str, float], shape: Shape | None = None) -> None:
+    def rows(
+        self, title: str, rows: list[dict[str, Any]], figures: dict[str, float], shape: Shape | None = None
+    ) -> None:
         made = {key: self.machine[key] for key in MADE}
         group: dict[str, Any] = {
             "title": title,
@@ -215,9 +223,14 @@ class Report:
     def markdown(self) -> str:
         m = self.machine
         kept = [group for group in self.groups if self.is_kept(group)]
-        earlier = f" {len(kept)} of its {len(self.groups)} groups are of other runs, and each says of which." if kept else ""
+        earlier = (
+            f" {len(kept)} of its {len(self.groups)} groups are of other runs, and each says of which."
+            if kept
+            else ""
+        )
         text = [
-            f"Measured at commit {m['commit']} on {m['date']}; later changes of the code are not in it.{earlier}",
+            f"Measured at commit {m['commit']} on {m['date']}; later changes of the code are not in "
+            f"it.{earlier}",
             "",
             f"# {m['cpu']}, {m['threads']} threads, {m['isa']}",
             "",
@@ -235,12 +248,15 @@ class Report:
             if self.is_kept(group):
                 made = group["made"]
                 text += [
-                    f"Of commit {made['commit']}, {made['date']}, torch {made['torch']}, `{made['command']}`.",
+                    f"Of commit {made['commit']}, {made['date']}, torch {made['torch']}, "
+                    f"`{made['command']}`.",
                     "",
                 ]
             columns = [key for key in COLUMNS if any(key in row for row in group["rows"])]
             head = ["case", *(COLUMNS[key][0] for key in columns)]
-            text += table(head, [[row["name"], *(cell(row, key) for key in columns)] for row in group["rows"]])
+            text += table(
+                head, [[row["name"], *(cell(row, key) for key in columns)] for row in group["rows"]]
+            )
         if self.notes():
             text += ["", "## Notes", "", *(f"- {note}" for note in self.notes())]
         of_goals = {goal.key for goal in GOALS}

@@ -82,8 +82,8 @@ class Step:
 
     evaluation  a name; '' is the method's default
     refresh     every step draws a new basis and writes the weights; an eager loop estimates its basis
-    options     further keyword arguments; of `estimator`, the name of a class without arguments; `sides`: the points
-                that 'paired' reads in one pass
+    options     further keyword arguments; of `estimator`, the name of a class without arguments; `sides`: the
+                points that 'paired' reads in one pass
     """
 
     method: str
@@ -237,7 +237,9 @@ def disagreements(groups: Iterable[dict[str, Any]]) -> list[str]:
     bounds: dict[str, set[float]] = {}  # a process in two groups counts once
     for group in groups:
         if "shape" in group:
-            bounds.setdefault(group["shape"]["name"], set()).update(r["bound_ms"] for r in group["rows"] if "bound_ms" in r)
+            bounds.setdefault(group["shape"]["name"], set()).update(
+                r["bound_ms"] for r in group["rows"] if "bound_ms" in r
+            )
     return [
         f"two forwards of {shape} took {min(ms):.4g} to {max(ms):.4g} ms (medians of {len(ms)} processes): "
         "ratios of this shape are uncertain by as much"
@@ -250,7 +252,8 @@ def disagreements(groups: Iterable[dict[str, Any]]) -> list[str]:
 
 QUICK = [Shape("OPT-tiny", "fp32", 1, 4, True), Shape("OPT-tiny", "bf16", 1, 32, True)]
 DEFAULT = [
-    Shape("OPT-125M", "fp32", 1, 4, True), Shape("OPT-125M", "fp32", 1, 32), Shape("OPT-125M", "fp32", 1, 128),
+    Shape("OPT-125M", "fp32", 1, 4, True), Shape("OPT-125M", "fp32", 1, 32),
+    Shape("OPT-125M", "fp32", 1, 128),
     Shape("OPT-125M", "fp32", 4, 128), Shape("OPT-125M", "bf16", 1, 128, True),
     Shape("OPT-350M", "fp32", 1, 32), Shape("Qwen2-0.5B", "fp32", 1, 32),
 ]  # fmt: skip

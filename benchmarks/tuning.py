@@ -2,8 +2,8 @@
 
     python -m benchmarks.tuning [--only NAME ...] [--steps 100] [--threads 1]
 
-Every run starts from the same weights and has the same draws and batches; lr is constant. The best lr of a grid is
-the one with the least held-out loss after the last step. Writes tuning.md under benchmarks/results.
+Every run starts from the same weights and has the same draws and batches; lr is constant. The best lr of a
+grid is the one with the least held-out loss after the last step. Writes tuning.md under benchmarks/results.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ HEAD = (
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints a row for each case, and writes the page."""
-    parse = argparse.ArgumentParser(prog="python -m benchmarks.tuning", description=(__doc__ or "").partition("\n")[0])
+    parse = argparse.ArgumentParser(
+        prog="python -m benchmarks.tuning", description=(__doc__ or "").partition("\n")[0]
+    )
     parse.add_argument("--only", nargs="+", choices=CASES, default=list(NAMES), metavar="NAME")
     parse.add_argument("--steps", type=int, default=100)
     parse.add_argument("--threads", type=int, default=1)
@@ -59,15 +61,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             options.lr = lr * factor
             losses[factor] = measure(name, model, words, rows, options)["loss"]
         best = min(losses, key=lambda factor: losses[factor] if math.isfinite(losses[factor]) else math.inf)
-        lines.append(f"| {name} | {lr:.2g} | " + " | ".join(f"{x:.3f}" for x in losses.values()) + f" | x {best:.2g} |")
+        lines.append(
+            f"| {name} | {lr:.2g} | " + " | ".join(f"{x:.3f}" for x in losses.values()) + f" | x {best:.2g} |"
+        )
         print(lines[-1], flush=True)
     machine = report.machine
     text = [
         f"# The lr of zokern.tune against a grid: {machine['cpu']}, {machine['isa']}",
         "",
-        f"`python -m benchmarks.tuning`, {machine['date']}, commit {machine['commit']}: torch {machine['torch']}.",
-        f"SmolLM2-135M, all weights, float32, batch {BATCH}, {options.steps} steps, constant lr, seed {options.seed}.",
-        f"Held-out loss of {HELD_OUT} rows after training at each lr; it is {before:.3f} before. One seed and one task.",
+        f"`python -m benchmarks.tuning`, {machine['date']}, commit {machine['commit']}: torch "
+        f"{machine['torch']}.",
+        f"SmolLM2-135M, all weights, float32, batch {BATCH}, {options.steps} steps, constant lr, seed "
+        f"{options.seed}.",
+        f"Held-out loss of {HELD_OUT} rows after training at each lr; it is {before:.3f} before. One seed "
+        "and one task.",
         "",
         *lines,
     ]

@@ -12,9 +12,9 @@
 //                          over. With stochastic rounding 31.1 and 32.9. Every 32 steps add 3.4, or 4.5
 // registers  at most 64; 80 with stochastic or residual rounding, or with many terms or steps; 128 with both.
 //            No spill on sm_80 to sm_120: tests/kernels_cuda/test_sass.py, `python -m benchmarks.predict`
-// scaled     a list with factors of z has kernels of its own. At most 80 registers for one term, 117 for one with
-//            stochastic rounding, which spills at 80 on sm_120, and 128 for sums. The others hold no instruction
-//            for factors
+// scaled     a list with factors of z has kernels of its own. At most 80 registers for one term, 117 for one
+//            with stochastic rounding, which spills at 80 on sm_120, and 128 for sums. The others hold no
+//            instruction for factors
 // launch     walk.h
 // equal      bit for bit to zokern/backends/reference.py for every grid. A value depends on its stream number
 //            alone, and the non-finite results are counted in integers. cvt.rn rounds as zo/rounding.h does
@@ -161,7 +161,8 @@ struct AxpyVerb {
       for (int j = 0; j < kUnit; ++j) v[j] = mul_rn(decay, v[j]);
     }
 
-    __device__ __forceinline__ void end(uint32_t i, const Name& random, const float (&v)[kUnit], Kept& kept) const {
+    __device__ __forceinline__ void end(uint32_t i, const Name& random, const float (&v)[kUnit],
+                                        Kept& kept) const {
       if constexpr (kRandom) {
         kept = stochastic<kType>(v, philox_named(place.begin + i, random, verb.keys));
       } else {
@@ -200,7 +201,8 @@ struct AxpyVerb {
   };
 
   template <Type kType>
-  __device__ __forceinline__ bool loop(const Place& place, const Factors<kScaled>& factors, const Turn& turn) {
+  __device__ __forceinline__ bool loop(const Place& place, const Factors<kScaled>& factors,
+                                       const Turn& turn) {
     const Name random(place.who, last_step(), kRoundingDraw, keys);
     Body<kType> body{*this, place, factors, random, {}};
     if constexpr (kPlain) {
@@ -231,15 +233,16 @@ struct AxpyVerb {
       }
     } else {
 #pragma unroll 1
-      for (int32_t k = 0; k < terms.count; k += terms.each) sums<true>(k, terms.each, all, all_random, place, turn, body);
+      for (int32_t k = 0; k < terms.count; k += terms.each)
+        sums<true>(k, terms.each, all, all_random, place, turn, body);
     }
     body.settle(turn.lane, place.count, turn.lanes);
   }
 
   // Adds terms k .. k + here - 1: whole sums, or (kLong) one sum of more than 32 terms.
   template <bool kLong, class Body>
-  __device__ __forceinline__ void sums(int32_t k, int32_t here, Ready* all, uint4* all_random, const Place& place,
-                                       const Turn& turn, Body& body) {
+  __device__ __forceinline__ void sums(int32_t k, int32_t here, Ready* all, uint4* all_random,
+                                       const Place& place, const Turn& turn, Body& body) {
     constexpr int kUnits = kLong || kScaled ? 1 : kTogether;  // factors take the registers of a second unit
     const uint32_t lane = threadIdx.x % kWarp;
     const Ready* const begin = all + (threadIdx.x - lane);
@@ -411,7 +414,8 @@ struct AxpyVerb {
     float z[kUnit], f[kUnit];
     Factors<kScaled>::load_piece(e, p.residual_at, p.low, p.high, f);
     if constexpr (kPlain) {
-      if constexpr (kStochastic) random = philox_named(p.unit, Name(e.who, last_step(), kRoundingDraw, keys), keys);
+      if constexpr (kStochastic)
+        random = philox_named(p.unit, Name(e.who, last_step(), kRoundingDraw, keys), keys);
       values<kDirection>(p.unit, Name(e.who, last_step(), terms.last.draw, keys), keys, z);
       Factors<kScaled>::apply(f, z);
 #pragma unroll
@@ -466,7 +470,8 @@ constexpr int resident(Rounding rounding, Sum sum) {
 }
 
 template <class Verb>
-__device__ __forceinline__ void axpy_list(const List& list, const Terms& terms, unsigned long long* nonfinite) {
+__device__ __forceinline__ void axpy_list(const List& list, const Terms& terms,
+                                          unsigned long long* nonfinite) {
   Verb verb{list.keys, terms, Verb::kPlain ? terms.coefficients[0] : 0.0f, 0};
   run(verb, list.entries, list.chunks, list.chunk_count, list.parts_log2);
   // This is rare, so every thread adds for itself.
@@ -475,26 +480,29 @@ __device__ __forceinline__ void axpy_list(const List& list, const Terms& terms, 
 
 template <Direction kDirection, Rounding kRounding, Sum kSum>
 __global__ void __launch_bounds__(kThreads, resident(kRounding, kSum))
-    axpy_kernel(const List list, const Draw* draws, const float* coefficients, int32_t draw_count, int32_t each, Draw last,
-                unsigned long long* nonfinite) {
+    axpy_kernel(const List list, const Draw* draws, const float* coefficients, int32_t draw_count,
+                int32_t each, Draw last, unsigned long long* nonfinite) {
   const Terms terms = {draws, coefficients, draw_count, each, clock_of(list), last};
   axpy_list<AxpyVerb<kDirection, kRounding, kSum, false>>(list, terms, nonfinite);
 }
 
 // Lists with factors of z: a sum of one term, or sums of any length.
 template <Direction kDirection, Rounding kRounding, Sum kSum>
-__global__ void __launch_bounds__(kThreads,
-                                  kSum == Sum::kTerms || kRounding == Rounding::kStochastic ? kResidentMost : kResidentMore)
-    scaled_axpy_kernel(const List list, const Draw* draws, const float* coefficients, int32_t draw_count, int32_t each,
-                       Draw last, unsigned long long* nonfinite) {
+__global__ void __launch_bounds__(kThreads, kSum == Sum::kTerms || kRounding == Rounding::kStochastic
+                                                ? kResidentMost
+                                                : kResidentMore)
+    scaled_axpy_kernel(const List list, const Draw* draws, const float* coefficients, int32_t draw_count,
+                       int32_t each, Draw last, unsigned long long* nonfinite) {
   const Terms terms = {draws, coefficients, draw_count, each, clock_of(list), last};
   axpy_list<AxpyVerb<kDirection, kRounding, kSum, true>>(list, terms, nonfinite);
 }
 
 template <Direction kDirection, Rounding kRounding>
-void axpy_along(const Launch& launch, const Draw* draws, int32_t draw_count, int32_t each, unsigned long long* nonfinite) {
+void axpy_along(const Launch& launch, const Draw* draws, int32_t draw_count, int32_t each,
+                unsigned long long* nonfinite) {
   // The common calls have kernels of their own, without the instructions of the others.
-  auto* kernel = each == 1 ? axpy_kernel<kDirection, kRounding, Sum::kSteps> : axpy_kernel<kDirection, kRounding, Sum::kTerms>;
+  auto* kernel = each == 1 ? axpy_kernel<kDirection, kRounding, Sum::kSteps>
+                           : axpy_kernel<kDirection, kRounding, Sum::kTerms>;
   if (draw_count == 1) {
     kernel = draws[0].decay == 1.0f ? axpy_kernel<kDirection, kRounding, Sum::kTerm>
                                     : axpy_kernel<kDirection, kRounding, Sum::kDecayedTerm>;
@@ -503,11 +511,13 @@ void axpy_along(const Launch& launch, const Draw* draws, int32_t draw_count, int
     kernel = draw_count == 1 ? scaled_axpy_kernel<kDirection, kRounding, Sum::kDecayedTerm>
                              : scaled_axpy_kernel<kDirection, kRounding, Sum::kTerms>;
   }
-  start("axpy_", kernel, launch, launch.draws, launch.coefficients, draw_count, each, draws[draw_count - 1], nonfinite);
+  start("axpy_", kernel, launch, launch.draws, launch.coefficients, draw_count, each, draws[draw_count - 1],
+        nonfinite);
 }
 
 template <Rounding kRounding>
-void axpy_rounded(const Launch& launch, const Draw* draws, int32_t draw_count, int32_t each, unsigned long long* nonfinite) {
+void axpy_rounded(const Launch& launch, const Draw* draws, int32_t draw_count, int32_t each,
+                  unsigned long long* nonfinite) {
   switch (launch.direction) {
     case Direction::kNormal:
       return axpy_along<Direction::kNormal, kRounding>(launch, draws, draw_count, each, nonfinite);
@@ -518,8 +528,9 @@ void axpy_rounded(const Launch& launch, const Draw* draws, int32_t draw_count, i
 }
 
 // setup.py compiles this file once for each rounding, side by side.
-#define ZO_AXPY(rounding) \
-  template void axpy_rounded<Rounding::rounding>(const Launch&, const Draw*, int32_t, int32_t, unsigned long long*);
+#define ZO_AXPY(rounding)                                                                      \
+  template void axpy_rounded<Rounding::rounding>(const Launch&, const Draw*, int32_t, int32_t, \
+                                                 unsigned long long*);
 #if defined(ZOKERN_ROUNDING)
 ZO_AXPY(ZOKERN_ROUNDING)
 #else

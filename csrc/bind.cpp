@@ -31,8 +31,9 @@ void check(bool holds, const char* message) {
   if (!holds) throw std::invalid_argument(message);
 }
 
-zo::Launch launch(uintptr_t entries, uintptr_t chunks, int64_t chunk_count, int32_t direction, uint64_t seed, int64_t workers,
-                  uintptr_t stream, uintptr_t clock = 0, uintptr_t draws = 0, uintptr_t coefficients = 0, bool scaled = false) {
+zo::Launch launch(uintptr_t entries, uintptr_t chunks, int64_t chunk_count, int32_t direction, uint64_t seed,
+                  int64_t workers, uintptr_t stream, uintptr_t clock = 0, uintptr_t draws = 0,
+                  uintptr_t coefficients = 0, bool scaled = false) {
   check(chunk_count >= 0, "chunk_count is negative");
   check(chunk_count == 0 || (entries != 0 && chunks != 0), "entries or chunks is a null address");
   check(direction >= 0 && direction <= 1, "direction is not one of 0 (normal), 1 (rademacher)");
@@ -50,68 +51,79 @@ zo::Launch launch(uintptr_t entries, uintptr_t chunks, int64_t chunk_count, int3
           scaled};
 }
 
-void philox(uintptr_t counters, int64_t count, uint32_t k0, uint32_t k1, int rounds, uintptr_t words, int64_t workers,
-            uintptr_t stream) {
+void philox(uintptr_t counters, int64_t count, uint32_t k0, uint32_t k1, int rounds, uintptr_t words,
+            int64_t workers, uintptr_t stream) {
   check(count >= 0 && rounds >= 0, "count or rounds is negative");
   check(count == 0 || (counters != 0 && words != 0), "counters or words is a null address");
-  zo::philox(at<uint32_t>(counters), count, k0, k1, rounds, at<uint32_t>(words), launch(0, 0, 0, 0, 0, workers, stream));
+  zo::philox(at<uint32_t>(counters), count, k0, k1, rounds, at<uint32_t>(words),
+             launch(0, 0, 0, 0, 0, workers, stream));
 }
 
-void draw(uintptr_t entries, uintptr_t chunks, int64_t chunk_count, int32_t direction, uint64_t seed, uint32_t step,
-          uint32_t draw, int64_t workers, uintptr_t stream, uintptr_t clock, bool scaled) {
-  zo::draw(launch(entries, chunks, chunk_count, direction, seed, workers, stream, clock, 0, 0, scaled), step, draw);
+void draw(uintptr_t entries, uintptr_t chunks, int64_t chunk_count, int32_t direction, uint64_t seed,
+          uint32_t step, uint32_t draw, int64_t workers, uintptr_t stream, uintptr_t clock, bool scaled) {
+  zo::draw(launch(entries, chunks, chunk_count, direction, seed, workers, stream, clock, 0, 0, scaled), step,
+           draw);
 }
 
-void axpy(uintptr_t entries, uintptr_t chunks, int64_t chunk_count, int32_t direction, uint64_t seed, uintptr_t draws,
-          int32_t draw_count, int32_t each, int32_t rounding, uintptr_t nonfinite, int64_t workers, uintptr_t stream,
-          uintptr_t clock, uintptr_t device_draws, uintptr_t coefficients, bool scaled) {
+void axpy(uintptr_t entries, uintptr_t chunks, int64_t chunk_count, int32_t direction, uint64_t seed,
+          uintptr_t draws, int32_t draw_count, int32_t each, int32_t rounding, uintptr_t nonfinite,
+          int64_t workers, uintptr_t stream, uintptr_t clock, uintptr_t device_draws, uintptr_t coefficients,
+          bool scaled) {
   check(draw_count > 0 && draws != 0, "draws is empty");
   check(each > 0 && draw_count % each == 0, "each does not divide draw_count");
   check(rounding >= 0 && rounding <= 2, "rounding is not one of 0 (nearest), 1 (stochastic), 2 (residual)");
   check(nonfinite != 0, "nonfinite is a null address");
-  zo::axpy(launch(entries, chunks, chunk_count, direction, seed, workers, stream, clock, device_draws, coefficients, scaled),
-           at<zo::Draw>(draws), draw_count, each, static_cast<zo::Rounding>(rounding), at<int64_t>(nonfinite));
+  zo::axpy(launch(entries, chunks, chunk_count, direction, seed, workers, stream, clock, device_draws,
+                  coefficients, scaled),
+           at<zo::Draw>(draws), draw_count, each, static_cast<zo::Rounding>(rounding),
+           at<int64_t>(nonfinite));
 }
 
-void perturb(uintptr_t entries, uintptr_t chunks, int64_t chunk_count, int32_t direction, uint64_t seed, uint32_t step,
-             uint32_t draw, uintptr_t scales, int64_t workers, uintptr_t stream, uintptr_t clock, bool scaled) {
+void perturb(uintptr_t entries, uintptr_t chunks, int64_t chunk_count, int32_t direction, uint64_t seed,
+             uint32_t step, uint32_t draw, uintptr_t scales, int64_t workers, uintptr_t stream,
+             uintptr_t clock, bool scaled) {
   check(scales != 0, "scales is a null address");
-  zo::perturb(launch(entries, chunks, chunk_count, direction, seed, workers, stream, clock, 0, 0, scaled), step, draw,
-              at<float>(scales));
+  zo::perturb(launch(entries, chunks, chunk_count, direction, seed, workers, stream, clock, 0, 0, scaled),
+              step, draw, at<float>(scales));
 }
 
 #if defined(ZOKERN_UPDATE)
-void update(uintptr_t entries, uintptr_t chunks, int64_t chunk_count, int32_t direction, uint64_t seed, uintptr_t draws,
-            int32_t draw_count, int32_t rule, uintptr_t scalars, int32_t rounding, uintptr_t nonfinite, int64_t workers,
-            uintptr_t stream, uintptr_t clock, uintptr_t device_draws, uintptr_t coefficients, bool scaled) {
+void update(uintptr_t entries, uintptr_t chunks, int64_t chunk_count, int32_t direction, uint64_t seed,
+            uintptr_t draws, int32_t draw_count, int32_t rule, uintptr_t scalars, int32_t rounding,
+            uintptr_t nonfinite, int64_t workers, uintptr_t stream, uintptr_t clock, uintptr_t device_draws,
+            uintptr_t coefficients, bool scaled) {
   check(draw_count > 0 && draws != 0, "draws is empty");
   check(rule >= 0 && rule <= 2, "rule is not one of 0 (momentum), 1 (adam), 2 (sign)");
   check(rounding >= 0 && rounding <= 2, "rounding is not one of 0 (nearest), 1 (stochastic), 2 (residual)");
   check(nonfinite != 0 && scalars != 0, "nonfinite or scalars is a null address");
-  zo::update(launch(entries, chunks, chunk_count, direction, seed, workers, stream, clock, device_draws, coefficients, scaled),
+  zo::update(launch(entries, chunks, chunk_count, direction, seed, workers, stream, clock, device_draws,
+                    coefficients, scaled),
              at<zo::Draw>(draws), draw_count, static_cast<zo::Rule>(rule), at<float>(scalars),
              static_cast<zo::Rounding>(rounding), at<int64_t>(nonfinite));
 }
 #endif
 
 #if defined(ZOKERN_LOWRANK_CPU)
-void lowrank(uintptr_t entries, uintptr_t chunks, int64_t chunk_count, uintptr_t factors, int64_t factor_count, uint64_t seed,
-             uint32_t step, float decay, int32_t rounding, uintptr_t nonfinite, int64_t workers, uintptr_t stream) {
+void lowrank(uintptr_t entries, uintptr_t chunks, int64_t chunk_count, uintptr_t factors,
+             int64_t factor_count, uint64_t seed, uint32_t step, float decay, int32_t rounding,
+             uintptr_t nonfinite, int64_t workers, uintptr_t stream) {
   check(factor_count >= 0 && (factor_count == 0 || factors != 0), "factors is a null address");
   check(rounding >= 0 && rounding <= 2, "rounding is not one of 0 (nearest), 1 (stochastic), 2 (residual)");
   check(nonfinite != 0, "nonfinite is a null address");
-  zo::lowrank(launch(entries, chunks, chunk_count, 0, seed, workers, stream), at<zo::Factors>(factors), factor_count, decay,
-              static_cast<zo::Rounding>(rounding), step, at<int64_t>(nonfinite));
+  zo::lowrank(launch(entries, chunks, chunk_count, 0, seed, workers, stream), at<zo::Factors>(factors),
+              factor_count, decay, static_cast<zo::Rounding>(rounding), step, at<int64_t>(nonfinite));
 }
 
 // perturb for one contiguous CPU tensor. It makes the table itself, because a linear layer calls it for every
 // product.
-void lowrank_one(uintptr_t theta, uintptr_t out, uintptr_t residual, int64_t size, uint64_t first, uint32_t who, int32_t type,
-                 int32_t out_type, uintptr_t left, uintptr_t right, int64_t rank, int64_t columns, float scale,
-                 int64_t elements, uint64_t seed, uint32_t step, float decay, int32_t rounding, uintptr_t nonfinite,
-                 int64_t workers) {
-  check(size >= 0 && rank >= 0 && elements > 0 && nonfinite != 0, "size, rank, elements or nonfinite is out of range");
-  check(size == 0 || (theta != 0 && left != 0 && right != 0 && columns > 0), "theta, left or right is a null address");
+void lowrank_one(uintptr_t theta, uintptr_t out, uintptr_t residual, int64_t size, uint64_t first,
+                 uint32_t who, int32_t type, int32_t out_type, uintptr_t left, uintptr_t right, int64_t rank,
+                 int64_t columns, float scale, int64_t elements, uint64_t seed, uint32_t step, float decay,
+                 int32_t rounding, uintptr_t nonfinite, int64_t workers) {
+  check(size >= 0 && rank >= 0 && elements > 0 && nonfinite != 0,
+        "size, rank, elements or nonfinite is out of range");
+  check(size == 0 || (theta != 0 && left != 0 && right != 0 && columns > 0),
+        "theta, left or right is a null address");
   const zo::Entry entry{at<void>(theta),
                         {at<void>(out), nullptr},
                         at<int16_t>(residual),
@@ -131,10 +143,15 @@ void lowrank_one(uintptr_t theta, uintptr_t out, uintptr_t residual, int64_t siz
                         0};
   const zo::Factors factors{at<float>(left), at<float>(right), rank, columns, scale, 0};
   std::vector<zo::Chunk> chunks;
-  for (int64_t begin = 0; begin < size; begin += elements) chunks.push_back({begin, std::min(begin + elements, size), 0});
-  const zo::Launch launch{
-      &entry, chunks.data(), static_cast<int64_t>(chunks.size()), zo::Direction::kNormal, seed, chunks.size() > 1 ? workers : 1,
-      0};
+  for (int64_t begin = 0; begin < size; begin += elements)
+    chunks.push_back({begin, std::min(begin + elements, size), 0});
+  const zo::Launch launch{&entry,
+                          chunks.data(),
+                          static_cast<int64_t>(chunks.size()),
+                          zo::Direction::kNormal,
+                          seed,
+                          chunks.size() > 1 ? workers : 1,
+                          0};
   *at<int64_t>(nonfinite) = 0;
   zo::lowrank(launch, &factors, 1, decay, static_cast<zo::Rounding>(rounding), step, at<int64_t>(nonfinite));
 }
@@ -143,11 +160,12 @@ void lowrank_one(uintptr_t theta, uintptr_t out, uintptr_t residual, int64_t siz
 #if defined(ZOKERN_LINEAR)
 // The fields of Side and Thin in linear.h.
 using SideRow = std::tuple<uintptr_t, int64_t, uintptr_t, uintptr_t, float, int64_t>;
-using ThinRow = std::tuple<int64_t, uintptr_t, int64_t, uintptr_t, int64_t, int64_t, uintptr_t, int64_t, int64_t>;
+using ThinRow =
+    std::tuple<int64_t, uintptr_t, int64_t, uintptr_t, int64_t, int64_t, uintptr_t, int64_t, int64_t>;
 
-void linear(uintptr_t weight, int32_t type, bool transposed, int64_t m, int64_t n, int32_t direction, uint64_t seed,
-            uint64_t first, uint32_t who, uint32_t step, float shrink, const std::vector<SideRow>& sides,
-            const std::vector<ThinRow>& thins, int64_t workers) {
+void linear(uintptr_t weight, int32_t type, bool transposed, int64_t m, int64_t n, int32_t direction,
+            uint64_t seed, uint64_t first, uint32_t who, uint32_t step, float shrink,
+            const std::vector<SideRow>& sides, const std::vector<ThinRow>& thins, int64_t workers) {
   check(m >= 0 && n >= 0 && (m * n == 0 || weight != 0), "weight is a null address, or m or n is negative");
   check(type >= 0 && type <= 2, "type is not one of 0 (float32), 1 (bfloat16), 2 (float16)");
   check(direction >= 0 && direction <= 1, "direction is not one of 0 (normal), 1 (rademacher)");
@@ -170,12 +188,14 @@ void linear(uintptr_t weight, int32_t type, bool transposed, int64_t m, int64_t 
           "a side's rows, x, y or draw is out of range");
     product.sides.push_back({at<void>(x), rows, at<void>(y), at<float>(bias), scale, draw});
   }
-  for (const auto& [side, first_factor, inner, middle, row_stride, column_stride, last, rank, stride] : thins) {
+  for (const auto& [side, first_factor, inner, middle, row_stride, column_stride, last, rank, stride] :
+       thins) {
     check(side >= 0 && side < static_cast<int64_t>(sides.size()) && inner >= 0 && rank >= 0 && stride >= rank,
           "a thin product's side, inner, rank or stride is out of range");
-    check(inner * rank == 0 || (first_factor != 0 && middle != 0 && last != 0), "a thin product's factor is a null address");
-    product.thins.push_back(
-        {side, at<float>(first_factor), inner, at<float>(middle), row_stride, column_stride, at<float>(last), rank, stride});
+    check(inner * rank == 0 || (first_factor != 0 && middle != 0 && last != 0),
+          "a thin product's factor is a null address");
+    product.thins.push_back({side, at<float>(first_factor), inner, at<float>(middle), row_stride,
+                             column_stride, at<float>(last), rank, stride});
   }
   pybind11::gil_scoped_release unlocked;
   zo::linear(product);
@@ -183,22 +203,25 @@ void linear(uintptr_t weight, int32_t type, bool transposed, int64_t m, int64_t 
 #endif
 
 #if defined(ZOKERN_LOWRANK_CUDA)
-void lowrank_tiles(uintptr_t entries, uintptr_t tiles, int64_t tile_count, uintptr_t frames, uintptr_t factors,
-                   int64_t max_rank, bool general, int32_t types, bool simple, bool whole, uint64_t seed, uint32_t step,
-                   float decay, int32_t rounding, uintptr_t nonfinite, int64_t workers, uintptr_t stream) {
+void lowrank_tiles(uintptr_t entries, uintptr_t tiles, int64_t tile_count, uintptr_t frames,
+                   uintptr_t factors, int64_t max_rank, bool general, int32_t types, bool simple, bool whole,
+                   uint64_t seed, uint32_t step, float decay, int32_t rounding, uintptr_t nonfinite,
+                   int64_t workers, uintptr_t stream) {
   check(tile_count >= 0, "tile_count is negative");
-  check(tile_count == 0 || (entries != 0 && tiles != 0 && frames != 0 && factors != 0), "a table is a null address");
+  check(tile_count == 0 || (entries != 0 && tiles != 0 && frames != 0 && factors != 0),
+        "a table is a null address");
   check(rounding >= 0 && rounding <= 2, "rounding is not one of 0 (nearest), 1 (stochastic), 2 (residual)");
   check(nonfinite != 0, "nonfinite is a null address");
-  const zo::TileList list{at<zo::Tile>(tiles), tile_count, at<zo::Frame>(frames), max_rank, general, types, simple, whole};
+  const zo::TileList list{
+      at<zo::Tile>(tiles), tile_count, at<zo::Frame>(frames), max_rank, general, types, simple, whole};
   const zo::Launch launch{at<zo::Entry>(entries), nullptr, 0, zo::Direction::kNormal, seed, workers, stream};
   zo::lowrank_tiles(launch, list, at<zo::Factors>(factors), decay, static_cast<zo::Rounding>(rounding), step,
                     at<int64_t>(nonfinite));
 }
 #endif
 
-// Returns whether the values of some dicts, one dict after another, are the very objects of a list. Compares addresses only: no
-// method of an object is called. A step asks it of every attribute of a model.
+// Returns whether the values of some dicts, one dict after another, are the very objects of a list. Compares
+// addresses only: no method of an object is called. A step asks it of every attribute of a model.
 bool same_values(const pybind11::list& dicts, const pybind11::list& kept) {
   size_t k = 0;
   const size_t count = kept.size();
@@ -217,24 +240,28 @@ bool same_values(const pybind11::list& dicts, const pybind11::list& kept) {
 PYBIND11_MODULE(ZOKERN_MODULE, module) {
   using pybind11::arg;
   module.def("same_values", &same_values, arg("dicts"), arg("kept"));
-  module.def("philox", &philox, Free(), arg("counters"), arg("count"), arg("k0"), arg("k1"), arg("rounds"), arg("words"),
-             arg("workers"), arg("stream"));
-  module.def("draw", &draw, Free(), arg("entries"), arg("chunks"), arg("chunk_count"), arg("direction"), arg("seed"),
-             arg("step"), arg("draw"), arg("workers"), arg("stream"), arg("clock") = 0, arg("scaled") = false);
-  module.def("axpy", &axpy, Free(), arg("entries"), arg("chunks"), arg("chunk_count"), arg("direction"), arg("seed"),
-             arg("draws"), arg("draw_count"), arg("each"), arg("rounding"), arg("nonfinite"), arg("workers"), arg("stream"),
-             arg("clock") = 0, arg("device_draws") = 0, arg("coefficients") = 0, arg("scaled") = false);
-  module.def("perturb", &perturb, Free(), arg("entries"), arg("chunks"), arg("chunk_count"), arg("direction"), arg("seed"),
-             arg("step"), arg("draw"), arg("scales"), arg("workers"), arg("stream"), arg("clock") = 0, arg("scaled") = false);
+  module.def("philox", &philox, Free(), arg("counters"), arg("count"), arg("k0"), arg("k1"), arg("rounds"),
+             arg("words"), arg("workers"), arg("stream"));
+  module.def("draw", &draw, Free(), arg("entries"), arg("chunks"), arg("chunk_count"), arg("direction"),
+             arg("seed"), arg("step"), arg("draw"), arg("workers"), arg("stream"), arg("clock") = 0,
+             arg("scaled") = false);
+  module.def("axpy", &axpy, Free(), arg("entries"), arg("chunks"), arg("chunk_count"), arg("direction"),
+             arg("seed"), arg("draws"), arg("draw_count"), arg("each"), arg("rounding"), arg("nonfinite"),
+             arg("workers"), arg("stream"), arg("clock") = 0, arg("device_draws") = 0,
+             arg("coefficients") = 0, arg("scaled") = false);
+  module.def("perturb", &perturb, Free(), arg("entries"), arg("chunks"), arg("chunk_count"), arg("direction"),
+             arg("seed"), arg("step"), arg("draw"), arg("scales"), arg("workers"), arg("stream"),
+             arg("clock") = 0, arg("scaled") = false);
 #if defined(ZOKERN_UPDATE)
-  module.def("update", &update, Free(), arg("entries"), arg("chunks"), arg("chunk_count"), arg("direction"), arg("seed"),
-             arg("draws"), arg("draw_count"), arg("rule"), arg("scalars"), arg("rounding"), arg("nonfinite"), arg("workers"),
-             arg("stream"), arg("clock") = 0, arg("device_draws") = 0, arg("coefficients") = 0, arg("scaled") = false);
+  module.def("update", &update, Free(), arg("entries"), arg("chunks"), arg("chunk_count"), arg("direction"),
+             arg("seed"), arg("draws"), arg("draw_count"), arg("rule"), arg("scalars"), arg("rounding"),
+             arg("nonfinite"), arg("workers"), arg("stream"), arg("clock") = 0, arg("device_draws") = 0,
+             arg("coefficients") = 0, arg("scaled") = false);
 #endif
 #if defined(ZOKERN_LOWRANK_CPU)
   module.def("lowrank", &lowrank, Free(), arg("entries"), arg("chunks"), arg("chunk_count"), arg("factors"),
-             arg("factor_count"), arg("seed"), arg("step"), arg("decay"), arg("rounding"), arg("nonfinite"), arg("workers"),
-             arg("stream"));
+             arg("factor_count"), arg("seed"), arg("step"), arg("decay"), arg("rounding"), arg("nonfinite"),
+             arg("workers"), arg("stream"));
   module.def("lowrank_one", &lowrank_one, Free());
 #endif
 #if defined(ZOKERN_LINEAR)

@@ -37,12 +37,14 @@ inline Keys make_keys(uint64_t seed) {
 struct Name {
   uint32_t x2_1, x0_2, x2_2, x2_3;  // xN_R is combined by exclusive or with word N of round R
 
-  __device__ __forceinline__ explicit Name(const uint4& words) : x2_1(words.x), x0_2(words.y), x2_2(words.z), x2_3(words.w) {}
+  __device__ __forceinline__ explicit Name(const uint4& words)
+      : x2_1(words.x), x0_2(words.y), x2_2(words.z), x2_3(words.w) {}
   __device__ __forceinline__ uint4 words() const { return make_uint4(x2_1, x0_2, x2_2, x2_3); }
 
   __device__ __forceinline__ Name(uint32_t who, uint32_t step, uint32_t draw, const Keys& keys) {
     const uint64_t p1 = static_cast<uint64_t>(kPhiloxM1) * step;
-    const uint64_t p2 = static_cast<uint64_t>(kPhiloxM0) * (static_cast<uint32_t>(p1 >> 32) ^ who ^ keys.k0[0]);
+    const uint64_t p2 =
+        static_cast<uint64_t>(kPhiloxM0) * (static_cast<uint32_t>(p1 >> 32) ^ who ^ keys.k0[0]);
     x2_1 = draw ^ keys.k1[0];
     x0_2 = static_cast<uint32_t>(p1) ^ keys.k0[1];
     x2_2 = static_cast<uint32_t>(p2 >> 32) ^ keys.k1[1];
@@ -86,7 +88,8 @@ __device__ __forceinline__ uint64_t first_product(uint32_t unit) {
 // The z of one unit. For `rademacher` 16 units share a block: this computes the block for one of them, and
 // sign_tiles() in walk.h computes it for all.
 template <Direction kDirection>
-__device__ __forceinline__ void values(uint64_t first, uint32_t unit, const Name& name, const Keys& keys, float (&z)[kUnit]) {
+__device__ __forceinline__ void values(uint64_t first, uint32_t unit, const Name& name, const Keys& keys,
+                                       float (&z)[kUnit]) {
   const Words words = philox_from(first, name, keys);
   if constexpr (kDirection == Direction::kNormal) {
 #pragma unroll

@@ -58,14 +58,17 @@ __device__ __forceinline__ uint32_t nearest_pair(float even, float odd) {
   }
   return pair;
 #else
-  if constexpr (kType == Type::kBfloat16) return bf16_nearest(even) | static_cast<uint32_t>(bf16_nearest(odd)) << 16;
+  if constexpr (kType == Type::kBfloat16)
+    return bf16_nearest(even) | static_cast<uint32_t>(bf16_nearest(odd)) << 16;
   return fp16_nearest(even) | static_cast<uint32_t>(fp16_nearest(odd)) << 16;
 #endif
 }
 
 // Whether the stored bits of one value are inf or NaN.
 __device__ __forceinline__ bool is_nonfinite(Type type, uint32_t bits) {
-  const uint32_t exponent = type == Type::kFloat32 ? 0x7f800000u : type == Type::kBfloat16 ? 0x7f80u : 0x7c00u;
+  const uint32_t exponent = type == Type::kFloat32    ? 0x7f800000u
+                            : type == Type::kBfloat16 ? 0x7f80u
+                                                      : 0x7c00u;
   return (bits & exponent) == exponent;
 }
 
@@ -81,7 +84,8 @@ int64_t resident_blocks(const char* what, Kernel kernel, int64_t workers) {
   if (workers > 0) return std::min<int64_t>(workers, 0x7fffffff);
   int device = 0, processors = 0, each = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
+        "cudaDeviceGetAttribute");
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads, 0), what);
   return std::max<int64_t>(1, static_cast<int64_t>(processors) * each);
 }

@@ -13,8 +13,8 @@
 //          scatter. theta moves once. The roundings between the sums of a replay happen in registers
 // traffic  float32: 4 B read and 4 B written an element. bfloat16 and float16: 2 B and 2 B. The number of
 //          terms does not matter
-// equal    bit for bit to zokern/backends/reference.py on every path (tests/backends/test_cpu.py), without contraction
-//          and fast-math
+// equal    bit for bit to zokern/backends/reference.py on every path (tests/backends/test_cpu.py), without
+//          contraction and fast-math
 // source   Malladi et al. 2023, Algorithm 1; stream: zokern/stream.py, version 1
 #include <cstddef>
 #include <cstdint>
@@ -86,11 +86,12 @@ ZO_INLINE void store_unit(Element<T>* p, F a, F b, Flag& flag) {
 // The fast path for one term. kSides is 0 for draw, 1 for axpy and for perturb with one side, 2 for perturb
 // with two.
 template <Direction D, Type T, Type O, int kSides, bool kDecay, bool kScaled>
-int64_t fast(const Job& job, const Run& run, const Element<T>* theta, Element<O>* out0, Element<O>* out1, float scale0,
-             float scale1) {
+int64_t fast(const Job& job, const Run& run, const Element<T>* theta, Element<O>* out0, Element<O>* out1,
+             float scale0, float scale1) {
   constexpr bool kPaired = O == Type::kBfloat16;
   constexpr int kSpan = kBlocks * per_block(D);
-  constexpr int kAhead = D == Direction::kNormal && kSides > 0 ? Simd::kGroup * 8 * static_cast<int>(sizeof(*theta)) : 0;
+  constexpr int kAhead =
+      D == Direction::kNormal && kSides > 0 ? Simd::kGroup * 8 * static_cast<int>(sizeof(*theta)) : 0;
   alignas(64) uint32_t words[4 * kBlocks];
   const Name name{run.entry->who, job.draws[0].step, job.draws[0].draw, job.keys};
   const F c0 = Simd::all(scale0), c1 = Simd::all(scale1), decay = Simd::all(job.draws[0].decay);
@@ -99,8 +100,9 @@ int64_t fast(const Job& job, const Run& run, const Element<T>* theta, Element<O>
   for (int64_t done = 0; done < run.n; done += kSpan) {
     const int n = static_cast<int>(run.n - done < kSpan ? run.n - done : kSpan);
     const uint64_t block = (run.number + static_cast<uint64_t>(done)) / per_block(D);
-    make_words<D == Direction::kNormal && !kPaired, kAhead>(static_cast<uint32_t>(block), (n + per_block(D) - 1) / per_block(D),
-                                                            name, words, reinterpret_cast<const char*>(theta + done + kSpan));
+    make_words<D == Direction::kNormal && !kPaired, kAhead>(
+        static_cast<uint32_t>(block), (n + per_block(D) - 1) / per_block(D), name, words,
+        reinterpret_cast<const char*>(theta + done + kSpan));
     sweep<D, kPaired>(words, n / kUnit, [&](int unit, F a, F b) ZO_INLINE_LAMBDA {
       const int64_t i = done + unit * kUnit;
       if constexpr (kScaled) {
@@ -128,7 +130,9 @@ float quiet(float x) { return x == x ? x : as_float(0x7fc00000u); }
 // The fast path for one sum of a few terms: theta moves once, and the sum stays in registers.
 constexpr int kTerms = 8;
 
-bool is_short_sum(const Job& job) { return job.verb == Verb::kAxpy && job.each == job.draw_count && job.draw_count <= kTerms; }
+bool is_short_sum(const Job& job) {
+  return job.verb == Verb::kAxpy && job.each == job.draw_count && job.draw_count <= kTerms;
+}
 
 template <Direction D, Type T, bool kScaled>
 int64_t fast_sum(const Job& job, const Run& run, Element<T>* theta) {
@@ -144,8 +148,8 @@ int64_t fast_sum(const Job& job, const Run& run, Element<T>* theta) {
     const uint64_t block = (run.number + static_cast<uint64_t>(done)) / per_block(D);
     for (int k = 0; k < job.draw_count; ++k) {
       const Name name{run.entry->who, job.draws[k].step, job.draws[k].draw, job.keys};
-      make_words<D == Direction::kNormal && !kPaired, 0>(static_cast<uint32_t>(block), (n + per_block(D) - 1) / per_block(D),
-                                                         name, words[k], nullptr);
+      make_words<D == Direction::kNormal && !kPaired, 0>(
+          static_cast<uint32_t>(block), (n + per_block(D) - 1) / per_block(D), name, words[k], nullptr);
     }
     for (int unit = 0; unit < n / kUnit; ++unit) {
       Element<T>* const at = theta + done + unit * kUnit;
@@ -192,9 +196,10 @@ int64_t fast_verb(const Job& job, const Run& run) {
   if constexpr (T == O) {
     auto* here = static_cast<Element<O>*>(const_cast<void*>(run.theta));
     const float c = quiet(job.draws[0].coefficient);
-    const auto one = job.draws[0].decay == 1.0f ? fast<D, T, O, 1, false, kScaled> : fast<D, T, O, 1, true, kScaled>;
-    const int64_t flag =
-        job.draw_count > 1 ? fast_sum<D, T, kScaled>(job, run, here) : one(job, run, theta, here, nullptr, c, 0.0f);
+    const auto one =
+        job.draws[0].decay == 1.0f ? fast<D, T, O, 1, false, kScaled> : fast<D, T, O, 1, true, kScaled>;
+    const int64_t flag = job.draw_count > 1 ? fast_sum<D, T, kScaled>(job, run, here)
+                                            : one(job, run, theta, here, nullptr, c, 0.0f);
     if (flag != 0) return count_nonfinite<T>(here, run.n);
   }
   return 0;
@@ -202,9 +207,10 @@ int64_t fast_verb(const Job& job, const Run& run) {
 
 int64_t fast_instance(const Job& job, const Run& run) {
   const auto theta = static_cast<Type>(run.entry->type), out = static_cast<Type>(run.entry->out_type);
-#define ZO_INSTANCE(D, T, O)                        \
-  if (job.direction == D && theta == T && out == O) \
-    return run.entry->scale == nullptr ? fast_verb<D, T, O, false>(job, run) : fast_verb<D, T, O, true>(job, run);
+#define ZO_INSTANCE(D, T, O)                                                 \
+  if (job.direction == D && theta == T && out == O)                          \
+    return run.entry->scale == nullptr ? fast_verb<D, T, O, false>(job, run) \
+                                       : fast_verb<D, T, O, true>(job, run);
 #include "instances.def"
 #undef ZO_INSTANCE
   return 0;
@@ -239,8 +245,10 @@ struct Stochastic {  // as bf16_stochastic and fp16_stochastic in zo/rounding.h
   const uint16_t* random;
 
   F operator()(F x, int at) const {
-    const U bits = Simd::bits(x), r = Simd::load_half(random + at), a = bits & 0x7fffffffu, quiet = bits | 0x400000u;
-    if constexpr (T == Type::kBfloat16) return Simd::floats((a > 0x7f800000u ? quiet : bits + r) & 0xffff0000u);
+    const U bits = Simd::bits(x), r = Simd::load_half(random + at), a = bits & 0x7fffffffu,
+            quiet = bits | 0x400000u;
+    if constexpr (T == Type::kBfloat16)
+      return Simd::floats((a > 0x7f800000u ? quiet : bits + r) & 0xffff0000u);
     const U exponent = a >> 23, more = a + (r >> 3);  // a normal float16 loses 13 bits; 2^16 is inf
     const U large = more >= 0x47800000u ? U{} + 0x7f800000u : more & 0xffffe000u;
     const U magnitude = (a & 0x7fffffu) | (exponent != 0u ? U{} + 0x800000u : U{});
@@ -253,47 +261,54 @@ struct Stochastic {  // as bf16_stochastic and fp16_stochastic in zo/rounding.h
 
 // to <- finish(c z + decay from), or finish(z) without kAdd. z has the factors if there are some.
 template <Direction D, bool kAdd, bool kScaled, class Finish>
-void term_of(const Name& name, uint64_t block, int blocks, float c, float decay, const float* from, float* to, uint32_t* words,
-             const float* factor, const Finish& finish) {
+void term_of(const Name& name, uint64_t block, int blocks, float c, float decay, const float* from, float* to,
+             uint32_t* words, const float* factor, const Finish& finish) {
   make_words<D == Direction::kNormal, 0>(static_cast<uint32_t>(block), blocks, name, words, nullptr);
   const F scale = Simd::all(c), before = Simd::all(decay);
-  sweep<D, false>(words, (blocks * per_block(D) + kUnit - 1) / kUnit, [&](int unit, F a, F b) ZO_INLINE_LAMBDA {
-    const int at = unit * kUnit;
-    if constexpr (kScaled) a = a * Simd::load(factor + at), b = b * Simd::load(factor + at + kLanes);
-    Simd::store(to + at, finish(kAdd ? Simd::fma(scale, a, before * Simd::load(from + at)) : a, at));
-    const int next = at + kLanes;
-    Simd::store(to + next, finish(kAdd ? Simd::fma(scale, b, before * Simd::load(from + next)) : b, next));
-  });
+  sweep<D, false>(
+      words, (blocks * per_block(D) + kUnit - 1) / kUnit, [&](int unit, F a, F b) ZO_INLINE_LAMBDA {
+        const int at = unit * kUnit;
+        if constexpr (kScaled) a = a * Simd::load(factor + at), b = b * Simd::load(factor + at + kLanes);
+        Simd::store(to + at, finish(kAdd ? Simd::fma(scale, a, before * Simd::load(from + at)) : a, at));
+        const int next = at + kLanes;
+        Simd::store(to + next,
+                    finish(kAdd ? Simd::fma(scale, b, before * Simd::load(from + next)) : b, next));
+      });
 }
 
 template <bool kAdd, class Finish>
-void term(const Job& job, const Draw& draw, const Entry& entry, uint64_t block, int blocks, float c, const float* from,
-          float* to, Buffers& buffers, const Finish& finish) {
+void term(const Job& job, const Draw& draw, const Entry& entry, uint64_t block, int blocks, float c,
+          const float* from, float* to, Buffers& buffers, const Finish& finish) {
   const Name name{entry.who, draw.step, draw.draw, job.keys};
   const auto run = [&](auto* of) {
     of(name, block, blocks, quiet(c), quiet(draw.decay), from, to, buffers.words, buffers.factor, finish);
   };
   const bool normal = job.direction == Direction::kNormal;
   if (entry.scale == nullptr) {
-    run(normal ? term_of<Direction::kNormal, kAdd, false, Finish> : term_of<Direction::kRademacher, kAdd, false, Finish>);
+    run(normal ? term_of<Direction::kNormal, kAdd, false, Finish>
+               : term_of<Direction::kRademacher, kAdd, false, Finish>);
   } else {
-    run(normal ? term_of<Direction::kNormal, kAdd, true, Finish> : term_of<Direction::kRademacher, kAdd, true, Finish>);
+    run(normal ? term_of<Direction::kNormal, kAdd, true, Finish>
+               : term_of<Direction::kRademacher, kAdd, true, Finish>);
   }
 }
 
 // Adds the last term of a sum, with the rounding that follows it.
-void add_last(const Job& job, const Draw& draw, const Entry& entry, Type type, uint64_t block, int blocks, int units,
-              Buffers& buffers) {
+void add_last(const Job& job, const Draw& draw, const Entry& entry, Type type, uint64_t block, int blocks,
+              int units, Buffers& buffers) {
   const auto add = [&](const auto& finish) {
-    term<true>(job, draw, entry, block, blocks, draw.coefficient, buffers.value, buffers.value, buffers, finish);
+    term<true>(job, draw, entry, block, blocks, draw.coefficient, buffers.value, buffers.value, buffers,
+               finish);
   };
   if (job.rounding != Rounding::kStochastic)
     return type == Type::kBfloat16 ? add(Nearest<Type::kBfloat16>{}) : add(Nearest<Type::kFloat16>{});
-  const uint64_t first = block * (job.direction == Direction::kNormal ? kNormalPerBlock : kRademacherPerBlock) / 8;
+  const uint64_t first =
+      block * (job.direction == Direction::kNormal ? kNormalPerBlock : kRademacherPerBlock) / 8;
   const Name name{entry.who, draw.step, kRoundingDraw, job.keys};
   make_words<false, 0>(static_cast<uint32_t>(first), (units * kUnit + 7) / 8, name, buffers.random, nullptr);
   const auto* random = reinterpret_cast<const uint16_t*>(buffers.random);  // half-words in order
-  return type == Type::kBfloat16 ? add(Stochastic<Type::kBfloat16>{random}) : add(Stochastic<Type::kFloat16>{random});
+  return type == Type::kBfloat16 ? add(Stochastic<Type::kBfloat16>{random})
+                                 : add(Stochastic<Type::kFloat16>{random});
 }
 
 int64_t general_piece(const Job& job, const Run& run, int64_t begin, int n, Buffers& buffers) {
@@ -355,14 +370,16 @@ int64_t general_piece(const Job& job, const Run& run, int64_t begin, int n, Buff
       narrow(type, buffers.value, units, buffers.half);
     }
     scatter(half, n, theta, run.column_stride);
-    return type == Type::kBfloat16 ? count_nonfinite<Type::kBfloat16>(half, n) : count_nonfinite<Type::kFloat16>(half, n);
+    return type == Type::kBfloat16 ? count_nonfinite<Type::kBfloat16>(half, n)
+                                   : count_nonfinite<Type::kFloat16>(half, n);
   }
   for (int side = 0; side < 2 && entry.out[side] != nullptr; ++side) {
     const int64_t at = run.position + begin;
     if (job.verb == Verb::kDraw) {
       term<false>(job, job.draws[0], entry, block, blocks, 0.0f, value, buffers.side, buffers, Unrounded{});
     } else {
-      term<true>(job, job.draws[0], entry, block, blocks, job.scales[side], value, buffers.side, buffers, Unrounded{});
+      term<true>(job, job.draws[0], entry, block, blocks, job.scales[side], value, buffers.side, buffers,
+                 Unrounded{});
     }
     if (out_type == Type::kFloat32) {
       scatter(buffers.side + skip, n, static_cast<float*>(entry.out[side]) + at, 1);
@@ -444,7 +461,8 @@ int64_t run(Job& job, const Launch& launch) {
   spread(launch.seed, job.keys);
   for (int64_t c = 0; c < launch.chunk_count; ++c) {
     if (!compiled(launch.direction, launch.entries[launch.chunks[c].entry])) {
-      throw std::invalid_argument("a launch names a direction or dtypes that csrc/instances.def does not list");
+      throw std::invalid_argument(
+          "a launch names a direction or dtypes that csrc/instances.def does not list");
     }
   }
   const auto chunk = active().elementwise;
@@ -461,7 +479,8 @@ int64_t run(Job& job, const Launch& launch) {
 
 }  // namespace
 
-void philox(const uint32_t* counters, int64_t count, uint32_t k0, uint32_t k1, int rounds, uint32_t* words, const Launch&) {
+void philox(const uint32_t* counters, int64_t count, uint32_t k0, uint32_t k1, int rounds, uint32_t* words,
+            const Launch&) {
   for (int64_t i = 0; i < count; ++i) {
     const uint32_t* x = counters + 4 * i;
     const Words result = philox4x32(x[0], x[1], x[2], x[3], k0, k1, rounds);
@@ -476,16 +495,19 @@ void draw(const Launch& launch, uint32_t step, uint32_t draw) {
   run(job, launch);
 }
 
-void axpy(const Launch& launch, const Draw* draws, int32_t draw_count, int32_t each, Rounding rounding, int64_t* nonfinite) {
+void axpy(const Launch& launch, const Draw* draws, int32_t draw_count, int32_t each, Rounding rounding,
+          int64_t* nonfinite) {
   Job job;
-  job.verb = Verb::kAxpy, job.rounding = rounding, job.draws = draws, job.draw_count = draw_count, job.each = each;
+  job.verb = Verb::kAxpy, job.rounding = rounding, job.draws = draws, job.draw_count = draw_count,
+  job.each = each;
   *nonfinite += run(job, launch);
 }
 
 void perturb(const Launch& launch, uint32_t step, uint32_t draw, const float* scales) {
   const Draw one{step, draw, 0.0f, 1.0f};
   Job job;
-  job.verb = Verb::kPerturb, job.rounding = Rounding::kNearest, job.draws = &one, job.draw_count = 1, job.scales = scales;
+  job.verb = Verb::kPerturb, job.rounding = Rounding::kNearest, job.draws = &one, job.draw_count = 1,
+  job.scales = scales;
   run(job, launch);
 }
 

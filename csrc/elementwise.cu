@@ -44,7 +44,8 @@ struct DrawVerb {
   };
 
   template <Type kType>
-  __device__ __forceinline__ bool loop(const Place& place, const Factors<kScaled>& factors, const Turn& turn) {
+  __device__ __forceinline__ bool loop(const Place& place, const Factors<kScaled>& factors,
+                                       const Turn& turn) {
     Body<kType> body{place.out[0], factors};
     each_unit<kDirection>(place, turn, Name(place.who, step, draw, keys), keys, body);
     return true;
@@ -139,8 +140,9 @@ struct PerturbVerb {
     for (int i = 0; i < kUnit; ++i) {
       if (i < p.low || i >= p.high) continue;
       const int64_t at = p.at + i * p.stride;
-      const float v = join ? residual_join(static_cast<const uint16_t*>(e.theta)[at], e.residual[p.residual_at + i])
-                           : load(e.theta, type, at);
+      const float v =
+          join ? residual_join(static_cast<const uint16_t*>(e.theta)[at], e.residual[p.residual_at + i])
+               : load(e.theta, type, at);
       store_nearest(e.out[0], out_type, p.to + i, fma_rn(plus, z[i], v));
       if (e.out[1] != nullptr) store_nearest(e.out[1], out_type, p.to + i, fma_rn(minus, z[i], v));
     }
@@ -148,7 +150,8 @@ struct PerturbVerb {
 };
 
 template <Direction kDirection>
-__global__ void __launch_bounds__(kThreads, kResident) draw_kernel(const List list, uint32_t step, uint32_t draw) {
+__global__ void __launch_bounds__(kThreads, kResident)
+    draw_kernel(const List list, uint32_t step, uint32_t draw) {
   DrawVerb<kDirection, false> verb{list.keys, step + clock_of(list), draw};
   run(verb, list.entries, list.chunks, list.chunk_count, list.parts_log2);
 }
@@ -162,7 +165,8 @@ __global__ void __launch_bounds__(kThreads, kResidentMore)
 
 // Lists with factors of z.
 template <Direction kDirection>
-__global__ void __launch_bounds__(kThreads, kResidentMore) scaled_draw_kernel(const List list, uint32_t step, uint32_t draw) {
+__global__ void __launch_bounds__(kThreads, kResidentMore)
+    scaled_draw_kernel(const List list, uint32_t step, uint32_t draw) {
   DrawVerb<kDirection, true> verb{list.keys, step + clock_of(list), draw};
   run(verb, list.entries, list.chunks, list.chunk_count, list.parts_log2);
 }
@@ -175,7 +179,8 @@ __global__ void __launch_bounds__(kThreads, kResidentMore)
 }
 
 __global__ void __launch_bounds__(kThreads, kResident)
-    philox_kernel(const uint32_t* counters, int64_t count, uint32_t k0, uint32_t k1, int rounds, uint32_t* words) {
+    philox_kernel(const uint32_t* counters, int64_t count, uint32_t k0, uint32_t k1, int rounds,
+                  uint32_t* words) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
 #pragma unroll 1
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += stride) {
@@ -188,7 +193,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
 
 // axpy.cu defines it.
 template <Rounding kRounding>
-void axpy_rounded(const Launch& launch, const Draw* draws, int32_t draw_count, int32_t each, unsigned long long* nonfinite);
+void axpy_rounded(const Launch& launch, const Draw* draws, int32_t draw_count, int32_t each,
+                  unsigned long long* nonfinite);
 
 }  // namespace kernels
 
@@ -198,9 +204,10 @@ void philox(const uint32_t* counters, int64_t count, uint32_t k0, uint32_t k1, i
             const Launch& launch) {
   if (count <= 0) return;
   const int64_t needed = (count + kThreads - 1) / kThreads;
-  const unsigned blocks = static_cast<unsigned>(std::min(resident_blocks("philox", philox_kernel, launch.workers), needed));
-  ZO_LAUNCH(philox_kernel, blocks, kThreads, reinterpret_cast<cudaStream_t>(launch.stream), counters, count, k0, k1, rounds,
-            words);
+  const unsigned blocks =
+      static_cast<unsigned>(std::min(resident_blocks("philox", philox_kernel, launch.workers), needed));
+  ZO_LAUNCH(philox_kernel, blocks, kThreads, reinterpret_cast<cudaStream_t>(launch.stream), counters, count,
+            k0, k1, rounds, words);
   check(cudaGetLastError(), "philox");
 }
 
@@ -211,14 +218,17 @@ void draw(const Launch& launch, uint32_t step, uint32_t draw) {
       return start("draw", kernel, launch, step, draw);
     }
     case Direction::kRademacher: {
-      auto* kernel = launch.scaled ? scaled_draw_kernel<Direction::kRademacher> : draw_kernel<Direction::kRademacher>;
+      auto* kernel =
+          launch.scaled ? scaled_draw_kernel<Direction::kRademacher> : draw_kernel<Direction::kRademacher>;
       return start("draw", kernel, launch, step, draw);
     }
   }
   unknown("draw", launch.direction);
 }
-void axpy(const Launch& launch, const Draw* draws, int32_t draw_count, int32_t each, Rounding rounding, int64_t* nonfinite) {
-  if (draw_count < 1) throw std::runtime_error("axpy_: draw_count is " + std::to_string(draw_count) + "; expected at least 1");
+void axpy(const Launch& launch, const Draw* draws, int32_t draw_count, int32_t each, Rounding rounding,
+          int64_t* nonfinite) {
+  if (draw_count < 1)
+    throw std::runtime_error("axpy_: draw_count is " + std::to_string(draw_count) + "; expected at least 1");
   if (launch.coefficients == nullptr || (draw_count > 1 && launch.draws == nullptr)) {
     throw std::runtime_error("axpy_: coefficients or the draws of several terms are not in device memory");
   }
@@ -237,11 +247,13 @@ void axpy(const Launch& launch, const Draw* draws, int32_t draw_count, int32_t e
 void perturb(const Launch& launch, uint32_t step, uint32_t draw, const float* scales) {
   switch (launch.direction) {
     case Direction::kNormal: {
-      auto* kernel = launch.scaled ? scaled_perturb_kernel<Direction::kNormal> : perturb_kernel<Direction::kNormal>;
+      auto* kernel =
+          launch.scaled ? scaled_perturb_kernel<Direction::kNormal> : perturb_kernel<Direction::kNormal>;
       return start("perturb", kernel, launch, step, draw, scales[0], scales[1]);
     }
     case Direction::kRademacher: {
-      auto* kernel = launch.scaled ? scaled_perturb_kernel<Direction::kRademacher> : perturb_kernel<Direction::kRademacher>;
+      auto* kernel = launch.scaled ? scaled_perturb_kernel<Direction::kRademacher>
+                                   : perturb_kernel<Direction::kRademacher>;
       return start("perturb", kernel, launch, step, draw, scales[0], scales[1]);
     }
   }
@@ -251,7 +263,8 @@ void perturb(const Launch& launch, uint32_t step, uint32_t draw, const float* sc
 std::string implementation() { return "cuda"; }
 
 void select(const std::string& name) {
-  if (name != "cuda") throw std::invalid_argument("unknown implementation '" + name + "'; the module has cuda");
+  if (name != "cuda")
+    throw std::invalid_argument("unknown implementation '" + name + "'; the module has cuda");
 }
 
 std::vector<std::string> architectures() {

@@ -90,7 +90,8 @@ void philox(const uint32_t* counters, int64_t count, uint32_t k0, uint32_t k1, i
 void draw(const Launch& launch, uint32_t step, uint32_t draw);
 // `each` is the number of terms between two roundings, and draw_count is a multiple of it. Adds the number of
 // final results that are inf or NaN to *nonfinite.
-void axpy(const Launch& launch, const Draw* draws, int32_t draw_count, int32_t each, Rounding rounding, int64_t* nonfinite);
+void axpy(const Launch& launch, const Draw* draws, int32_t draw_count, int32_t each, Rounding rounding,
+          int64_t* nonfinite);
 // An entry whose out[1] is null ignores scales[1].
 void perturb(const Launch& launch, uint32_t step, uint32_t draw, const float* scales);
 
@@ -113,7 +114,8 @@ ZO_FN float value_at(const Words& words, Direction direction, uint32_t within) {
   return rademacher_sign(words.w[within >> 5], within & 31u);
 }
 
-ZO_FN float value(Direction direction, uint64_t index, uint32_t who, uint32_t step, uint32_t draw, uint32_t k0, uint32_t k1) {
+ZO_FN float value(Direction direction, uint64_t index, uint32_t who, uint32_t step, uint32_t draw,
+                  uint32_t k0, uint32_t k1) {
   const uint32_t per_block = direction == Direction::kNormal ? kNormalPerBlock : kRademacherPerBlock;
   const Words words = philox4x32(static_cast<uint32_t>(index / per_block), who, step, draw, k0, k1);
   return value_at(words, direction, static_cast<uint32_t>(index % per_block));
@@ -136,7 +138,8 @@ ZO_FN float load(const void* base, Type type, int64_t offset) {
 // Factor `offset` of an entry, 1 if it has none.
 ZO_FN float factor_at(const void* base, int32_t type, int64_t offset) {
   if (base == nullptr) return 1.0f;
-  if (type == static_cast<int32_t>(Scale::kMask)) return static_cast<float>(static_cast<const uint8_t*>(base)[offset]);
+  if (type == static_cast<int32_t>(Scale::kMask))
+    return static_cast<float>(static_cast<const uint8_t*>(base)[offset]);
   return load(base, type == static_cast<int32_t>(Scale::kFloat32) ? Type::kFloat32 : Type::kBfloat16, offset);
 }
 
@@ -144,7 +147,8 @@ ZO_FN void store_nearest(void* base, Type type, int64_t offset, float value) {
   if (type == Type::kFloat32) {
     static_cast<float*>(base)[offset] = value;
   } else {
-    static_cast<uint16_t*>(base)[offset] = type == Type::kBfloat16 ? bf16_nearest(value) : fp16_nearest(value);
+    static_cast<uint16_t*>(base)[offset] =
+        type == Type::kBfloat16 ? bf16_nearest(value) : fp16_nearest(value);
   }
 }
 

@@ -19,9 +19,10 @@
   int64_t zokern_update_##isa(const void* job, int64_t chunk);  \
   void zokern_panel_##isa(const float*, int64_t, int64_t, int64_t, int64_t, float*);
 // The functions of a path. `products` is the same instruction set, or one that adds to it.
-#define ZO_FUNCTIONS(isa, products)                                                                                       \
-  zokern_chunk_##isa, zokern_lowrank_##isa, zokern_update_##isa, zokern_linear_##products, zokern_linear_thin_##products, \
-      zokern_linear_memory_##products, zokern_linear_pairs_##products, zokern_panel_##isa
+#define ZO_FUNCTIONS(isa, products)                                                                   \
+  zokern_chunk_##isa, zokern_lowrank_##isa, zokern_update_##isa, zokern_linear_##products,            \
+      zokern_linear_thin_##products, zokern_linear_memory_##products, zokern_linear_pairs_##products, \
+      zokern_panel_##isa
 extern "C" {
 ZO_DECLARE(scalar)
 ZO_DECLARE_LINEAR(scalar)
@@ -41,8 +42,9 @@ namespace {
 
 #if defined(__x86_64__)
 bool has_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 #endif
 
@@ -53,7 +55,8 @@ std::vector<Path>& paths() {  // best first
       {"avx512bf16", has_avx512() && __builtin_cpu_supports("avx512bf16"), ZO_FUNCTIONS(avx512, avx512bf16)},
 #endif
       {"avx512", has_avx512(), ZO_FUNCTIONS(avx512, avx512)},
-      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"),
+      {"avx2",
+       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"),
        ZO_FUNCTIONS(avx2, avx2)},
 #endif
       {"scalar", true, ZO_FUNCTIONS(scalar, scalar)},
@@ -71,7 +74,8 @@ const Path* find(const std::string& name) {
 }
 
 const Path*& chosen() {
-  static const Path* path = find(std::getenv("ZOKERN_CPU_ISA") != nullptr ? std::getenv("ZOKERN_CPU_ISA") : "");
+  static const Path* path =
+      find(std::getenv("ZOKERN_CPU_ISA") != nullptr ? std::getenv("ZOKERN_CPU_ISA") : "");
   return path;
 }
 

@@ -3,10 +3,10 @@
 // math     linear.h. A sum runs over k from 0 up, by fma, in registers for a panel's depth. Its bits do not
 //          depend on the number of threads, on the other rows of x, or on the division of columns among
 //          threads
-// pairs    in bfloat16, k runs over pairs, the odd one first. The processor's dot product of pairs (VDPBF16PS)
-//          does the same, and its products are exact. With this instruction x and W + scale z stay in 16
-//          bits, two in a word. That takes half the memory and half the instructions. It gives the same
-//          bits, except that it takes numbers under 2^-126 for zero
+// pairs    in bfloat16, k runs over pairs, the odd one first. The processor's dot product of pairs
+//          (VDPBF16PS) does the same, and its products are exact. With this instruction x and W + scale z
+//          stay in 16 bits, two in a word. That takes half the memory and half the instructions. It gives the
+//          same bits, except that it takes numbers under 2^-126 for zero
 // panel    y is made kColumns columns at a time. Their rows of W + scale z, kDepth wide, are turned into
 //          panels of kWide columns in the second cache (simd/panels.h). All rows of x meet a panel there,
 //          with kRows x kVectors sums in registers (simd/sweep.h). No tile of W + scale z is ever in memory
@@ -83,7 +83,8 @@ Share share_of(const Side& side, int64_t worker, int64_t workers) {
 }
 
 // inner <- x first^T, for thin products [t, end), which have the same `first`.
-void start_thin(LinearJob& job, int64_t t, int64_t end, int64_t worker, int64_t workers, Memory& memory, float* sums) {
+void start_thin(LinearJob& job, int64_t t, int64_t end, int64_t worker, int64_t workers, Memory& memory,
+                float* sums) {
   const Linear& product = *job.product;
   const Thin& thin = product.thins[static_cast<size_t>(t)];
   const Order order = order_of(product.type);
@@ -102,8 +103,10 @@ void start_thin(LinearJob& job, int64_t t, int64_t end, int64_t worker, int64_t 
       const int64_t k = std::min(depth_of(order), product.n - column);
       make_factor_panels(product.type, thin.first + c * product.n + column, product.n, count, k, memory);
       each([&](int64_t, const Side& side, Share share, float* own) {
-        const char* x = static_cast<const char*>(side.x) + share.begin * product.n * (order == Order::kPairs ? 2 : 4);
-        sweep_thin(order, x, share.end - share.begin, product.n, column, k, memory.panel[0], count, own, column == 0);
+        const char* x =
+            static_cast<const char*>(side.x) + share.begin * product.n * (order == Order::kPairs ? 2 : 4);
+        sweep_thin(order, x, share.end - share.begin, product.n, column, k, memory.panel[0], count, own,
+                   column == 0);
       });
     }
     each([&](int64_t one, const Side&, Share share, float* own) {
@@ -132,8 +135,8 @@ void turn_thin(LinearJob& job, int64_t t, int64_t worker, int64_t workers, Memor
           memory.panel[0][q / kWide * kWide * k + j * kWide + q % kWide] = from[q * thin.column_stride];
         }
       }
-      sweep_thin(Order::kUp, rows.inner.data() + share.begin * thin.inner, many, thin.inner, column, k, memory.panel[0], count,
-                 sums, column == 0);
+      sweep_thin(Order::kUp, rows.inner.data() + share.begin * thin.inner, many, thin.inner, column, k,
+                 memory.panel[0], count, sums, column == 0);
     }
     for (int64_t i = 0; i < many; ++i) {
       const float* const from = sums + i * kColumns;
@@ -142,14 +145,16 @@ void turn_thin(LinearJob& job, int64_t t, int64_t worker, int64_t workers, Memor
         std::memcpy(rows.rows.data() + at, from, static_cast<size_t>(count) * 4);
       } else {
         narrow_row(from, count, rows.half.data() + at);
-        if (order == Order::kOddFirst) widen_row(Type::kBfloat16, rows.half.data() + at, count, rows.rows.data() + at);
+        if (order == Order::kOddFirst)
+          widen_row(Type::kBfloat16, rows.half.data() + at, count, rows.rows.data() + at);
       }
     }
   }
 }
 
 // y <- sums + bias for columns [begin, begin + count).
-void finish(const Linear& product, const Side& side, int64_t begin, int64_t count, float* sums, uint16_t* half) {
+void finish(const Linear& product, const Side& side, int64_t begin, int64_t count, float* sums,
+            uint16_t* half) {
   for (int64_t i = 0; i < side.rows; ++i, sums += kColumns) {
     if (side.bias != nullptr) {
       for (int64_t c = 0; c < count; ++c) sums[c] += side.bias[begin + c];
@@ -173,7 +178,8 @@ extern "C" void ZO_JOIN(zokern_linear_, ZOKERN_ISA)(const void* address, int64_t
   float* const sums = reinterpret_cast<float*>(bytes + sizeof(Memory));
   Job piece = job.piece;
   const int64_t row = group * job.columns, count = std::min(job.columns, product.m - row);
-  const int64_t sides = static_cast<int64_t>(product.sides.size()), thins = static_cast<int64_t>(product.thins.size());
+  const int64_t sides = static_cast<int64_t>(product.sides.size()),
+                thins = static_cast<int64_t>(product.thins.size());
   const auto of = [&](int64_t side) { return sums + job.offsets[static_cast<size_t>(side)]; };
   const Order order = order_of(product.type);
   const Make aligned = aligned_of(product);
@@ -194,13 +200,15 @@ extern "C" void ZO_JOIN(zokern_linear_, ZOKERN_ISA)(const void* address, int64_t
       make(job, &side, side.draw < 0 ? 1 : static_cast<int>(end - s), row, count, column, k, piece, memory);
       for (int64_t one = s; one < end; ++one) {
         const Side& now = product.sides[static_cast<size_t>(one)];
-        sweep(now.x, now.rows, product.n, column, k, memory.panel[side.draw < 0 ? 0 : one - s], count, of(one), column == 0);
+        sweep(now.x, now.rows, product.n, column, k, memory.panel[side.draw < 0 ? 0 : one - s], count,
+              of(one), column == 0);
       }
       s = end;
     }
   }
   if (product.shrink != 1.0f) {
-    for (float* sum = sums; sum < of(sides - 1) + product.sides.back().rows * kColumns; ++sum) *sum *= product.shrink;
+    for (float* sum = sums; sum < of(sides - 1) + product.sides.back().rows * kColumns; ++sum)
+      *sum *= product.shrink;
   }
   for (int64_t t = 0; t < thins;) {
     const Thin& thin = product.thins[static_cast<size_t>(t)];
@@ -215,9 +223,10 @@ extern "C" void ZO_JOIN(zokern_linear_, ZOKERN_ISA)(const void* address, int64_t
       for (int64_t one = t; one < end; ++one) {
         const Thin& now = product.thins[static_cast<size_t>(one)];
         const ThinRows& rows = job.thins[static_cast<size_t>(one)];
-        const void* const x = order == Order::kPairs ? static_cast<const void*>(rows.half.data()) : rows.rows.data();
-        sweep(x, product.sides[static_cast<size_t>(now.side)].rows, now.rank, column, k, memory.panel[0], count, of(now.side),
-              false);
+        const void* const x =
+            order == Order::kPairs ? static_cast<const void*>(rows.half.data()) : rows.rows.data();
+        sweep(x, product.sides[static_cast<size_t>(now.side)].rows, now.rank, column, k, memory.panel[0],
+              count, of(now.side), false);
       }
     }
     t = end;
@@ -228,7 +237,8 @@ extern "C" void ZO_JOIN(zokern_linear_, ZOKERN_ISA)(const void* address, int64_t
 }
 
 // The first part of all thin products, for the rows of one worker.
-extern "C" void ZO_JOIN(zokern_linear_thin_, ZOKERN_ISA)(void* address, int64_t worker, int64_t workers, char* bytes) {
+extern "C" void ZO_JOIN(zokern_linear_thin_, ZOKERN_ISA)(void* address, int64_t worker, int64_t workers,
+                                                         char* bytes) {
   LinearJob& job = *static_cast<LinearJob*>(address);
   const std::vector<Thin>& all = job.product->thins;
   Memory& memory = *reinterpret_cast<Memory*>(bytes);
@@ -295,10 +305,12 @@ void linear(const Linear& product) {
   LinearJob job;
   job.product = &product;
   job.elementwise = active().elementwise;
-  job.piece.verb = Verb::kPerturb, job.piece.rounding = Rounding::kNearest, job.piece.direction = product.direction;
+  job.piece.verb = Verb::kPerturb, job.piece.rounding = Rounding::kNearest,
+  job.piece.direction = product.direction;
   job.piece.draw_count = 1;
   spread(product.seed, job.piece.keys);
-  const int workers = product.m * product.n < kSmall ? 1 : static_cast<int>(std::max<int64_t>(1, product.workers));
+  const int workers =
+      product.m * product.n < kSmall ? 1 : static_cast<int>(std::max<int64_t>(1, product.workers));
   job.columns = product.m < 4 * workers * kColumns ? kColumns / 2 : kColumns;
   const int64_t groups = (product.m + job.columns - 1) / job.columns;
   job.rows = 0;
@@ -314,7 +326,8 @@ void linear(const Linear& product) {
     const size_t many = static_cast<size_t>(product.sides[static_cast<size_t>(thin.side)].rows);
     const size_t inner = static_cast<size_t>(thin.inner), rank = static_cast<size_t>(thin.rank);
     const size_t rounded = product.type == Type::kBfloat16 ? many * rank : 0;
-    job.thins.push_back({std::vector<float>(many * inner), std::vector<float>(many * rank), std::vector<uint16_t>(rounded)});
+    job.thins.push_back(
+        {std::vector<float>(many * inner), std::vector<float>(many * rank), std::vector<uint16_t>(rounded)});
   }
   const Path& path = active();
 #pragma omp parallel num_threads(workers) if (workers > 1)

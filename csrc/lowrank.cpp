@@ -200,8 +200,8 @@ bool write_row(const Batch& batch, const Piece& piece, int64_t from, int n, cons
     uint16_t random[kWide];  // little-endian: half-words in order
     std::memcpy(random, reinterpret_cast<const char*>(words) + 2 * skip, static_cast<size_t>(n) * 2);
     for (int c = 0; c < n; ++c) {
-      half[c * batch.out_stride] =
-          batch.out_type == Type::kBfloat16 ? bf16_stochastic(value[c], random[c]) : fp16_stochastic(value[c], random[c]);
+      half[c * batch.out_stride] = batch.out_type == Type::kBfloat16 ? bf16_stochastic(value[c], random[c])
+                                                                     : fp16_stochastic(value[c], random[c]);
     }
   } else {
     for (int c = 0; c < n; ++c) store_nearest(p, batch.out_type, c * batch.out_stride, value[c]);
@@ -223,10 +223,11 @@ bool buffered(const Batch& batch, int first, int64_t start, int64_t lo, int64_t 
     read_row(batch, batch.pieces[first + i], lo - batch.begin, n, value[i] + skip);
   }
   F flags[kVectors] = {};
-  tile<R, Type::kFloat32, Type::kFloat32>(batch.panel + start * batch.factors->rank, *batch.factors, batch.job->decay, left,
-                                          from, to, 0, flags);
+  tile<R, Type::kFloat32, Type::kFloat32>(batch.panel + start * batch.factors->rank, *batch.factors,
+                                          batch.job->decay, left, from, to, 0, flags);
   bool all = true;
-  for (int i = 0; i < R; ++i) all &= write_row(batch, batch.pieces[first + i], lo - batch.begin, n, value[i] + skip);
+  for (int i = 0; i < R; ++i)
+    all &= write_row(batch, batch.pieces[first + i], lo - batch.begin, n, value[i] + skip);
   return all;
 }
 
@@ -247,7 +248,8 @@ bool rows(const Batch& batch, int first, int64_t t0, int64_t t1) {
   F flags[kVectors] = {};  // one for each vector of a row: a single one would be a slow chain of fma
   bool all = true;
   for (int64_t t = t0; t < t1; ++t) {
-    const int64_t start = t * kWide, lo = std::max(start, batch.begin), hi = std::min(start + kWide, batch.end);
+    const int64_t start = t * kWide, lo = std::max(start, batch.begin),
+                  hi = std::min(start + kWide, batch.end);
     if (batch.direct && hi - lo == kWide) {
       const int64_t at = start - batch.begin;
       for (int i = 0; i < R; ++i) {
@@ -255,7 +257,8 @@ bool rows(const Batch& batch, int first, int64_t t0, int64_t t1) {
           __builtin_prefetch(reinterpret_cast<const char*>(theta[i] + at + kAhead) + byte);
         }
       }
-      tile<R, T, O>(batch.panel + start * batch.factors->rank, *batch.factors, batch.job->decay, left, theta, out, at, flags);
+      tile<R, T, O>(batch.panel + start * batch.factors->rank, *batch.factors, batch.job->decay, left, theta,
+                    out, at, flags);
     } else {
       all &= buffered<R>(batch, first, start, lo, hi);
     }
@@ -293,7 +296,8 @@ int64_t flush(Batch& batch) {
   const int64_t tiles = std::max<int64_t>(1, budget / tile_bytes);
   const int64_t last = (batch.end + kWide - 1) / kWide;
   bool all = true;
-  for (int64_t t = batch.begin / kWide; t < last; t += tiles) all &= instance(batch, t, std::min(t + tiles, last));
+  for (int64_t t = batch.begin / kWide; t < last; t += tiles)
+    all &= instance(batch, t, std::min(t + tiles, last));
   int64_t nonfinite = 0;
   if (!all) {
     for (int i = 0; i < batch.count; ++i) {
@@ -309,8 +313,8 @@ int64_t flush(Batch& batch) {
 }  // namespace
 
 // Writes columns [begin, end) of the panel, in multiples of 48. Columns that `right` lacks are zeros.
-extern "C" void ZO_JOIN(zokern_panel_, ZOKERN_ISA)(const float* right, int64_t rank, int64_t columns, int64_t begin,
-                                                   int64_t end, float* panel) {
+extern "C" void ZO_JOIN(zokern_panel_, ZOKERN_ISA)(const float* right, int64_t rank, int64_t columns,
+                                                   int64_t begin, int64_t end, float* panel) {
   constexpr int kBlock = Simd::kTranspose;
   for (int64_t start = begin; start < end; start += kWide) {
     float* to = panel + start * rank;
@@ -337,14 +341,17 @@ extern "C" int64_t ZO_JOIN(zokern_lowrank_, ZOKERN_ISA)(const void* address, int
   const Entry& entry = job.entries[chunk.entry];
   const Factors& factors = job.factors[entry.tensor];
   Batch batch;
-  batch.job = &job, batch.entry = &entry, batch.factors = &factors, batch.panel = job.panels[entry.tensor], batch.count = 0;
+  batch.job = &job, batch.entry = &entry, batch.factors = &factors, batch.panel = job.panels[entry.tensor],
+  batch.count = 0;
   batch.type = static_cast<Type>(entry.type), batch.out_type = static_cast<Type>(entry.out_type);
   const bool outside = entry.out[0] != nullptr;
   batch.stride = entry.column_stride, batch.out_stride = outside ? 1 : entry.column_stride;
-  batch.keep = batch.type == Type::kBfloat16 && entry.residual != nullptr && job.rounding == Rounding::kResidual;
+  batch.keep =
+      batch.type == Type::kBfloat16 && entry.residual != nullptr && job.rounding == Rounding::kResidual;
   const bool nearest = batch.out_type == Type::kFloat32 || job.rounding != Rounding::kStochastic;
   batch.direct = batch.stride == 1 && !batch.keep && nearest;
-  const int64_t width = batch.type == Type::kFloat32 ? 4 : 2, out_width = batch.out_type == Type::kFloat32 ? 4 : 2;
+  const int64_t width = batch.type == Type::kFloat32 ? 4 : 2,
+                out_width = batch.out_type == Type::kFloat32 ? 4 : 2;
   // Rows are one row if they follow one another in memory, in the stream and in the outputs.
   const bool flat = entry.rows == nullptr && entry.pitch == static_cast<uint64_t>(entry.columns) &&
                     entry.row_stride == entry.columns * entry.column_stride;
@@ -357,10 +364,12 @@ extern "C" int64_t ZO_JOIN(zokern_lowrank_, ZOKERN_ISA)(const void* address, int
     const uint64_t number = entry.first + static_cast<uint64_t>(row) * entry.pitch + static_cast<uint64_t>(c);
     const int64_t i = static_cast<int64_t>(number / n), j = static_cast<int64_t>(number % n);
     const int64_t count = std::min({chunk.end - p, columns - c, factors.columns - j});
-    const char* theta = static_cast<const char*>(entry.theta) + (row * entry.row_stride + c * entry.column_stride) * width;
+    const char* theta =
+        static_cast<const char*>(entry.theta) + (row * entry.row_stride + c * entry.column_stride) * width;
     char* out = outside ? static_cast<char*>(entry.out[0]) + p * out_width : const_cast<char*>(theta);
     int16_t* low = batch.keep ? entry.residual + row * entry.columns + c : nullptr;
-    if (batch.count == kBatch || (batch.count != 0 && (batch.begin != j || batch.end != j + count))) nonfinite += flush(batch);
+    if (batch.count == kBatch || (batch.count != 0 && (batch.begin != j || batch.end != j + count)))
+      nonfinite += flush(batch);
     batch.begin = j, batch.end = j + count;
     batch.pieces[batch.count++] = {theta, out, low, factors.left + i * factors.rank, number};
     p += count;
@@ -388,8 +397,8 @@ int64_t padded(const Factors& factors) { return (factors.columns + kColumns - 1)
 
 }  // namespace
 
-void lowrank(const Launch& launch, const Factors* factors, int64_t factor_count, float decay, Rounding rounding, uint32_t step,
-             int64_t* nonfinite) {
+void lowrank(const Launch& launch, const Factors* factors, int64_t factor_count, float decay,
+             Rounding rounding, uint32_t step, int64_t* nonfinite) {
   for (int64_t c = 0; c < launch.chunk_count; ++c) {
     const int32_t tensor = launch.entries[launch.chunks[c].entry].tensor;
     if (tensor < 0 || tensor >= factor_count)

@@ -5,8 +5,8 @@
 //          p + q < T are summed, small ones first. A float32 theta has T = 3, and 2 above rank 64. A 16-bit
 //          theta has T = 2, and 1 above rank 32
 // bound    |s - exact| <= ((T + 2) 2^-8T + N 2^-20) sum_k |left[i, k] right[j, k]|, where N = T (T + 1) / 2
-//          ceil(rank / 16) is the number of the unit's products: tests/support/lowrank_bound.py derives it. A factor
-//          that is inf, or beyond the largest bfloat16, gives inf or NaN
+//          ceil(rank / 16) is the number of the unit's products: tests/support/lowrank_bound.py derives it. A
+//          factor that is inf, or beyond the largest bfloat16, gives inf or NaN
 // layout   a warp's step is 16 rows by 32 columns: four n-tiles. Their fragment columns are dealt out so that
 //          the sixteen sums of a lane are eight columns of two rows. Column 2 t + e of n-tile j is
 //          16-bit    column 8 t + 2 j + e of the step: sixteen bytes in a row
@@ -21,7 +21,8 @@
 // work     instructions per element of the loop over strips, on sm_90, at rank 16, 32, 64, 128:
 //          bfloat16  11.9, 14.4, 12.4, 15.6
 //          float32   14.4, 18.9, 27.9, 29.9
-//          No spill on sm_80 to sm_120: tests/kernels_cuda/test_lowrank_sass.py, nvcc 13.0. Not timed on a GPU
+//          No spill on sm_80 to sm_120: tests/kernels_cuda/test_lowrank_sass.py, nvcc 13.0. Not timed on a
+//          GPU
 // source   Chen et al. 2024, LOZO; Henry, Tang and Heinecke 2019 (arXiv 1904.06376) for sums of bfloat16
 //          products
 #include <cuda_runtime.h>
@@ -55,7 +56,8 @@ __device__ __forceinline__ float half_to_float(uint32_t half) {
 // c += a b by one warp: a is 16 x 16 row-major, b is 16 x 8 column-major, in the fragments of PTX ISA 9.7.14.
 __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if defined(__CUDA_ARCH__)
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #elif defined(ZO_HOST_MMA)
@@ -99,7 +101,8 @@ __device__ __forceinline__ void load_two(const float* row, int k, int rank, floa
 
 // Rows r (`low`) and r + 8 (`high`) of a factor, columns 16 step .. 16 step + 15, as the fragments of a.
 template <int kTerms, bool kWhole>
-__device__ __forceinline__ void load_left(const float* low, const float* high, int k, int rank, uint32_t (&a)[kTerms][4]) {
+__device__ __forceinline__ void load_left(const float* low, const float* high, int k, int rank,
+                                          uint32_t (&a)[kTerms][4]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {  // (row, k), (row + 8, k), (row, k + 8), (row + 8, k + 8)
     float even, odd;
@@ -124,8 +127,8 @@ struct Work {
 
 // Rounds one value, by any of the roundings, and stores it. `random` is 16 bits for stochastic rounding.
 // Returns whether the result is inf or NaN.
-__device__ __forceinline__ bool store_one(const Work& work, const Entry& e, bool outside, void* to, Type type, int64_t at,
-                                          int64_t low_at, float value, uint32_t random) {
+__device__ __forceinline__ bool store_one(const Work& work, const Entry& e, bool outside, void* to, Type type,
+                                          int64_t at, int64_t low_at, float value, uint32_t random) {
   if (type == Type::kFloat32) {
     static_cast<float*>(to)[at] = value;
     return is_nonfinite(type, as_bits(value));
@@ -151,7 +154,8 @@ __device__ __forceinline__ float load_one(const Work& work, const Entry& e, int6
 }
 
 // Elements one at a time, with the sum in the order of the definition.
-__device__ __forceinline__ uint32_t general(const Work& work, const Tile& tile, const Entry& e, const Factors& f) {
+__device__ __forceinline__ uint32_t general(const Work& work, const Tile& tile, const Entry& e,
+                                            const Factors& f) {
   const bool outside = e.out[0] != nullptr;
   const Type out_type = static_cast<Type>(e.out_type);
   uint32_t nonfinite = 0;
@@ -160,7 +164,8 @@ __device__ __forceinline__ uint32_t general(const Work& work, const Tile& tile, 
     const int64_t r = e.row_count == 1 ? 0 : divide(p, e.columns), c = p - r * e.columns;
     const int64_t row = e.rows != nullptr ? e.rows[r] : r;
     const uint64_t number = e.first + static_cast<uint64_t>(row) * e.pitch + static_cast<uint64_t>(c);
-    const int64_t i = divide(static_cast<int64_t>(number), f.columns), j = static_cast<int64_t>(number) - i * f.columns;
+    const int64_t i = divide(static_cast<int64_t>(number), f.columns),
+                  j = static_cast<int64_t>(number) - i * f.columns;
     const float *left = f.left + i * f.rank, *right = f.right + j * f.rank;
     float sum = 0.0f;
 #pragma unroll 1
@@ -169,12 +174,15 @@ __device__ __forceinline__ uint32_t general(const Work& work, const Tile& tile, 
     const float value = fma_rn(f.scale, sum, mul_rn(work.decay, load_one(work, e, at, low_at)));
     uint32_t random = 0;
     if (work.rounding == Rounding::kStochastic) {  // as rounding_bits(), without an indexed register
-      const Words words = philox4x32(static_cast<uint32_t>(number / 8u), e.who, work.step, kRoundingDraw, work.k0, work.k1);
+      const Words words =
+          philox4x32(static_cast<uint32_t>(number / 8u), e.who, work.step, kRoundingDraw, work.k0, work.k1);
       const uint32_t within = static_cast<uint32_t>(number % 8u);
-      const uint32_t low = within & 2u ? words.w[1] : words.w[0], high = within & 2u ? words.w[3] : words.w[2];
+      const uint32_t low = within & 2u ? words.w[1] : words.w[0],
+                     high = within & 2u ? words.w[3] : words.w[2];
       random = ((within & 4u ? high : low) >> ((within & 1u) * 16u)) & 0xffffu;
     }
-    nonfinite += store_one(work, e, outside, outside ? e.out[0] : e.theta, out_type, outside ? p : at, low_at, value, random);
+    nonfinite += store_one(work, e, outside, outside ? e.out[0] : e.theta, out_type, outside ? p : at, low_at,
+                           value, random);
   }
   return nonfinite;
 }
@@ -216,11 +224,13 @@ __device__ __forceinline__ void widen(const uint4& from, Type type, float (&v)[8
 // The common case: in place, to nearest, no decay. Returns 0 if all results are finite, and another number if
 // not.
 template <Type kType>
-__device__ __forceinline__ uint32_t plain(const Old& old, const float (&sums)[8], float scale, void* theta, int values) {
+__device__ __forceinline__ uint32_t plain(const Old& old, const float (&sums)[8], float scale, void* theta,
+                                          int values) {
   uint4* to = global(static_cast<uint4*>(theta));
   if constexpr (kType == Type::kFloat32) {
-    float v[8] = {as_float(old.piece[0].x), as_float(old.piece[0].y), as_float(old.piece[0].z), as_float(old.piece[0].w),
-                  as_float(old.piece[1].x), as_float(old.piece[1].y), as_float(old.piece[1].z), as_float(old.piece[1].w)};
+    float v[8] = {as_float(old.piece[0].x), as_float(old.piece[0].y), as_float(old.piece[0].z),
+                  as_float(old.piece[0].w), as_float(old.piece[1].x), as_float(old.piece[1].y),
+                  as_float(old.piece[1].z), as_float(old.piece[1].w)};
     float seen = 0.0f;
 #pragma unroll
     for (int i = 0; i < 8; ++i) v[i] = fma_rn(scale, sums[i], v[i]), seen = fma_rn(v[i], 0.0f, seen);
@@ -233,7 +243,8 @@ __device__ __forceinline__ uint32_t plain(const Old& old, const float (&sums)[8]
     uint32_t w[4], seen = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      w[i] = nearest_pair<kType>(fma_rn(scale, sums[2 * i], v[2 * i]), fma_rn(scale, sums[2 * i + 1], v[2 * i + 1]));
+      w[i] = nearest_pair<kType>(fma_rn(scale, sums[2 * i], v[2 * i]),
+                                 fma_rn(scale, sums[2 * i + 1], v[2 * i + 1]));
 #if defined(__CUDA_ARCH__)
       if constexpr (kType == Type::kBfloat16) {
         asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(seen) : "r"(w[i]), "r"(0));
@@ -264,8 +275,8 @@ __device__ __forceinline__ uint32_t count_stored(const void* theta, int values) 
 
 // All other combinations of decay, rounding, low bits and outputs.
 template <bool kFloat>
-__device__ __forceinline__ uint32_t any(const Work& work, const Entry& e, const Frame& frame, float scale, int64_t i, int64_t j,
-                                        int64_t n, int values, const float (&sums)[8]) {
+__device__ __forceinline__ uint32_t any(const Work& work, const Entry& e, const Frame& frame, float scale,
+                                        int64_t i, int64_t j, int64_t n, int values, const float (&sums)[8]) {
   const bool outside = e.out[0] != nullptr;
   const int64_t at = i * frame.stride + j + frame.shift, to = i * frame.out_stride + j + frame.out_shift;
   const uint64_t number = static_cast<uint64_t>(i) * static_cast<uint64_t>(n) + static_cast<uint64_t>(j);
@@ -280,8 +291,9 @@ __device__ __forceinline__ uint32_t any(const Work& work, const Entry& e, const 
     const int c = column_of<kFloat>(v);
     const float old = load_one(work, e, at + c, to + c);
     const uint32_t random = (words.w[v >> 1] >> ((v & 1) * 16)) & 0xffffu;
-    nonfinite += store_one(work, e, outside, outside ? e.out[0] : e.theta, static_cast<Type>(e.out_type),
-                           (outside ? to : at) + c, to + c, fma_rn(scale, sums[v], mul_rn(work.decay, old)), random);
+    nonfinite +=
+        store_one(work, e, outside, outside ? e.out[0] : e.theta, static_cast<Type>(e.out_type),
+                  (outside ? to : at) + c, to + c, fma_rn(scale, sums[v], mul_rn(work.decay, old)), random);
   }
   return nonfinite;
 }
@@ -289,8 +301,8 @@ __device__ __forceinline__ uint32_t any(const Work& work, const Entry& e, const 
 // A tile of the matrix.
 
 template <int kSteps, int kTerms, Type kType, bool kSimple, bool kWhole>
-__device__ __forceinline__ uint32_t matrix(const Work& work, const Tile& tile, const Entry& e, const Frame& frame,
-                                           const Factors& f) {
+__device__ __forceinline__ uint32_t matrix(const Work& work, const Tile& tile, const Entry& e,
+                                           const Frame& frame, const Factors& f) {
   constexpr bool kFloat = kType == Type::kFloat32;
   const int lane = static_cast<int>(threadIdx.x & 31u), g = lane >> 2, t = lane & 3;
   const int64_t start = tile.column + static_cast<int64_t>(threadIdx.x >> 5) * kWarpColumns;
@@ -300,7 +312,8 @@ __device__ __forceinline__ uint32_t matrix(const Work& work, const Tile& tile, c
   uint32_t right[kSteps][4][kTerms][2];
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    const int column = kFloat ? 16 * (j >> 1) + 4 * (g >> 1) + 2 * (j & 1) + (g & 1) : 8 * (g >> 1) + 2 * j + (g & 1);
+    const int column =
+        kFloat ? 16 * (j >> 1) + 4 * (g >> 1) + 2 * (j & 1) + (g & 1) : 8 * (g >> 1) + 2 * j + (g & 1);
     const bool inside = start + column < n;
     const float* row = global(f.right) + (inside ? start + column : 0) * f.rank;
 #pragma unroll
@@ -318,8 +331,8 @@ __device__ __forceinline__ uint32_t matrix(const Work& work, const Tile& tile, c
   const int64_t column = start + (kFloat ? 4 : 8) * t;  // of the first value of the lane
   // The rectangle has this many of the lane's values. In float32 the second four lie 16 columns after the
   // first.
-  const int ahead =
-      static_cast<int>(frame.last - start < kWarpColumns ? frame.last - start : kWarpColumns) - (kFloat ? 4 : 8) * t;
+  const int ahead = static_cast<int>(frame.last - start < kWarpColumns ? frame.last - start : kWarpColumns) -
+                    (kFloat ? 4 : 8) * t;
   const int values = ahead <= 0 ? 0 : kFloat && ahead <= 16 ? 4 : 8;
   using Element = typename std::conditional<kFloat, float, uint16_t>::type;
   Element* theta = static_cast<Element*>(e.theta) + (tile.begin + g) * frame.stride + column + frame.shift;
@@ -378,7 +391,8 @@ constexpr int kRoom = 5;
 constexpr int resident(int fragments, bool loop) { return fragments > (loop ? kRoom : 5) ? 1 : 2; }
 
 template <int kSteps, int kTerms, Type kType, bool kSimple, bool kWhole>
-__global__ void __launch_bounds__(kThreads, resident(kSteps* kTerms, kSimple&& kWhole)) lowrank_kernel(const Work work) {
+__global__ void __launch_bounds__(kThreads, resident(kSteps* kTerms, kSimple&& kWhole))
+    lowrank_kernel(const Work work) {
   uint32_t nonfinite = 0;
 #pragma unroll 1
   for (int64_t w = blockIdx.x; w < work.tile_count; w += gridDim.x) {
@@ -406,7 +420,8 @@ __global__ void __launch_bounds__(kThreads, 1) general_kernel(const Work work) {
 
 void start(void (*kernel)(Work), const Launch& launch, const Work& work) {
   const int64_t blocks = std::min(resident_blocks("lowrank_", kernel, launch.workers), work.tile_count);
-  ZO_LAUNCH(kernel, static_cast<unsigned>(blocks), kThreads, reinterpret_cast<cudaStream_t>(launch.stream), work);
+  ZO_LAUNCH(kernel, static_cast<unsigned>(blocks), kThreads, reinterpret_cast<cudaStream_t>(launch.stream),
+            work);
   check(cudaGetLastError(), "lowrank_");
 }
 
@@ -429,8 +444,8 @@ void start(const Launch& launch, const Work& work, const TileList& list) {
 
 }  // namespace products
 
-void lowrank_tiles(const Launch& launch, const TileList& list, const Factors* factors, float decay, Rounding rounding,
-                   uint32_t step, int64_t* nonfinite) {
+void lowrank_tiles(const Launch& launch, const TileList& list, const Factors* factors, float decay,
+                   Rounding rounding, uint32_t step, int64_t* nonfinite) {
   if (list.count <= 0) return;
   if (list.max_rank < 1 || list.max_rank > 128) {
     throw std::invalid_argument("lowrank_: rank is " + std::to_string(list.max_rank) + "; expected 1 to 128");

@@ -27,11 +27,11 @@ static_assert(sizeof(Factors) == 40, "zokern/backends/pack_lowrank.py packs 40 b
 
 // Adds the number of results that are inf or NaN to *nonfinite. `step` names the random bits of stochastic
 // rounding. launch.direction is not read.
-void lowrank(const Launch& launch, const Factors* factors, int64_t factor_count, float decay, Rounding rounding, uint32_t step,
-             int64_t* nonfinite);
+void lowrank(const Launch& launch, const Factors* factors, int64_t factor_count, float decay,
+             Rounding rounding, uint32_t step, int64_t* nonfinite);
 
-// lowrank.cu works on tiles instead of chunks. zokern/backends/pack_lowrank.py makes them. A tile is rows [begin,
-// end) of the matrix from `column` on. If `column` is -1, it is elements [begin, end) of the entry.
+// lowrank.cu works on tiles instead of chunks. zokern/backends/pack_lowrank.py makes them. A tile is rows
+// [begin, end) of the matrix from `column` on. If `column` is -1, it is elements [begin, end) of the entry.
 struct Tile {
   int64_t begin;
   int64_t end;
@@ -58,7 +58,7 @@ struct TileList {  // tiles, and the facts about them that choose a kernel
   bool whole;     // every rank is the smallest of 16, 32, 64 and 128 that max_rank fits in
 };
 
-void lowrank_tiles(const Launch& launch, const TileList& list, const Factors* factors, float decay, Rounding rounding,
-                   uint32_t step, int64_t* nonfinite);
+void lowrank_tiles(const Launch& launch, const TileList& list, const Factors* factors, float decay,
+                   Rounding rounding, uint32_t step, int64_t* nonfinite);
 
 }  // namespace zo

@@ -33,7 +33,9 @@ __device__ __forceinline__ void unpack_pair(uint32_t pair, float& even, float& o
     odd = as_float(pair & 0xffff0000u);
   } else {
 #if defined(__CUDA_ARCH__)
-    asm("{.reg .b16 e, o; mov.b32 {e, o}, %2; cvt.f32.f16 %0, e; cvt.f32.f16 %1, o;}" : "=f"(even), "=f"(odd) : "r"(pair));
+    asm("{.reg .b16 e, o; mov.b32 {e, o}, %2; cvt.f32.f16 %0, e; cvt.f32.f16 %1, o;}"
+        : "=f"(even), "=f"(odd)
+        : "r"(pair));
 #else
     even = fp16_to_float(static_cast<uint16_t>(pair));
     odd = fp16_to_float(static_cast<uint16_t>(pair >> 16));
@@ -107,16 +109,20 @@ __device__ __forceinline__ void store_unit(void* base, uint32_t i, const Stored<
     store_pack(to, Pack{{unit.w[0], unit.w[1], unit.w[2], unit.w[3]}});
     store_pack(to + 4, Pack{{unit.w[4], unit.w[5], unit.w[6], unit.w[7]}});
   } else {
-    store_pack(unit_at(static_cast<uint16_t*>(base), i, 16), Pack{{unit.w[0], unit.w[1], unit.w[2], unit.w[3]}});
+    store_pack(unit_at(static_cast<uint16_t*>(base), i, 16),
+               Pack{{unit.w[0], unit.w[1], unit.w[2], unit.w[3]}});
   }
 }
 
-__device__ __forceinline__ void load_joined(const void* base, const int16_t* residual, uint32_t i, float (&v)[kUnit]) {
-  const Pack high = load_pack(unit_at(static_cast<const uint16_t*>(base), i, 16)), low = load_pack(unit_at(residual, i, 16));
+__device__ __forceinline__ void load_joined(const void* base, const int16_t* residual, uint32_t i,
+                                            float (&v)[kUnit]) {
+  const Pack high = load_pack(unit_at(static_cast<const uint16_t*>(base), i, 16)),
+             low = load_pack(unit_at(residual, i, 16));
 #pragma unroll
   for (int j = 0; j < kUnit; ++j) {
     const uint32_t shift = static_cast<uint32_t>(j & 1) * 16u;
-    v[j] = residual_join(static_cast<uint16_t>(high.w[j >> 1] >> shift), static_cast<int16_t>(low.w[j >> 1] >> shift));
+    v[j] = residual_join(static_cast<uint16_t>(high.w[j >> 1] >> shift),
+                         static_cast<int16_t>(low.w[j >> 1] >> shift));
   }
 }
 
@@ -127,7 +133,9 @@ struct Units {
   uint64_t begin, end;
 };
 
-__device__ __forceinline__ int64_t width(int32_t type) { return static_cast<Type>(type) == Type::kFloat32 ? 4 : 2; }
+__device__ __forceinline__ int64_t width(int32_t type) {
+  return static_cast<Type>(type) == Type::kFloat32 ? 4 : 2;
+}
 
 __device__ __forceinline__ Units whole_units(const Entry& e, const Chunk& chunk) {
   Units units = {(e.first + static_cast<uint64_t>(chunk.begin) + kUnit - 1) / kUnit,
@@ -155,7 +163,9 @@ struct Place {
   uint32_t begin, count, who;
 
   __device__ __forceinline__ Place(const Entry& e, const Units& whole)
-      : begin(static_cast<uint32_t>(whole.begin)), count(static_cast<uint32_t>(whole.end - whole.begin)), who(e.who) {
+      : begin(static_cast<uint32_t>(whole.begin)),
+        count(static_cast<uint32_t>(whole.end - whole.begin)),
+        who(e.who) {
     const int64_t at = static_cast<int64_t>(whole.begin * kUnit - e.first);
     theta = unit_base(e.theta, at, e.type);
     out[0] = unit_base(e.out[0], at, e.out_type);
@@ -183,7 +193,9 @@ struct Factors<true> {
   const char* base;
   Scale type;
 
-  __device__ __forceinline__ int64_t bytes() const { return type == Scale::kMask ? 1 : type == Scale::kBfloat16 ? 2 : 4; }
+  __device__ __forceinline__ int64_t bytes() const {
+    return type == Scale::kMask ? 1 : type == Scale::kBfloat16 ? 2 : 4;
+  }
 
   __device__ __forceinline__ Factors(const Entry& e, const Units& whole)
       : base(static_cast<const char*>(e.scale)), type(static_cast<Scale>(e.scale_type)) {
@@ -211,9 +223,11 @@ struct Factors<true> {
   }
 
   // Elements [low, high) of a unit whose element 0 has factor `at`.
-  __device__ __forceinline__ static void load_piece(const Entry& e, int64_t at, int low, int high, float (&f)[kUnit]) {
+  __device__ __forceinline__ static void load_piece(const Entry& e, int64_t at, int low, int high,
+                                                    float (&f)[kUnit]) {
 #pragma unroll
-    for (int j = 0; j < kUnit; ++j) f[j] = j < low || j >= high ? 0.0f : factor_at(e.scale, e.scale_type, at + j);
+    for (int j = 0; j < kUnit; ++j)
+      f[j] = j < low || j >= high ? 0.0f : factor_at(e.scale, e.scale_type, at + j);
   }
 
   __device__ __forceinline__ static void apply(const float (&f)[kUnit], float (&z)[kUnit]) {
@@ -249,13 +263,17 @@ struct Watch {
       asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(state) : "r"(bits), "r"(0));
     }
 #else
-    constexpr uint32_t kInfinity = kType == Type::kFloat32 ? 0x7f800000u : kType == Type::kBfloat16 ? 0x7f80u : 0x7c00u;
+    constexpr uint32_t kInfinity = kType == Type::kFloat32    ? 0x7f800000u
+                                   : kType == Type::kBfloat16 ? 0x7f80u
+                                                              : 0x7c00u;
     const bool high = kType != Type::kFloat32 && ((bits >> 16) & kInfinity) == kInfinity;
     if ((bits & kInfinity) == kInfinity || high) state = 1;
 #endif
   }
 
-  __device__ __forceinline__ bool seen() const { return (state & (kType == Type::kFloat32 ? 0x7fffffffu : 0x7fff7fffu)) != 0; }
+  __device__ __forceinline__ bool seen() const {
+    return (state & (kType == Type::kFloat32 ? 0x7fffffffu : 0x7fff7fffu)) != 0;
+  }
 };
 
 // A unit rounded to nearest, or stochastically with the words of its rounding draw.
@@ -269,7 +287,8 @@ __device__ __forceinline__ Stored<kType> rounded(const float (&v)[kUnit], const 
 }
 
 // Splits a unit of float32 into bfloat16 halves and the low bits that they lack.
-__device__ __forceinline__ Stored<Type::kBfloat16> split(const float (&v)[kUnit], Stored<Type::kBfloat16>& low) {
+__device__ __forceinline__ Stored<Type::kBfloat16> split(const float (&v)[kUnit],
+                                                         Stored<Type::kBfloat16>& low) {
   Stored<Type::kBfloat16> unit;
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
@@ -283,7 +302,8 @@ __device__ __forceinline__ Stored<Type::kBfloat16> split(const float (&v)[kUnit]
 
 // Reads the results of a thread's units i, i + stride, ... again and counts the values that are inf or NaN.
 template <Type kType>
-__device__ __forceinline__ uint64_t count_nonfinite(const void* base, uint32_t i, uint32_t end, uint32_t stride) {
+__device__ __forceinline__ uint64_t count_nonfinite(const void* base, uint32_t i, uint32_t end,
+                                                    uint32_t stride) {
   uint64_t count = 0;
 #pragma unroll 1
   for (; i < end; i += stride) {

@@ -3,9 +3,9 @@
 // math     update.h, 512 elements at a time. g goes into 2 KB of the first cache, and then theta's values.
 //          The rule reads and writes m and v in place, in whole vectors. The last elements of a row go
 //          through a copy
-// traffic  bytes an element: 8 (momentum), 16 (adam) or 0 (sign) for the state, 8 (float32) or 4 for theta, for any
-//          number of terms. Memory is the limit, so one path serves every stride, rounding and number of
-//          terms
+// traffic  bytes an element: 8 (momentum), 16 (adam) or 0 (sign) for the state, 8 (float32) or 4 for theta,
+//          for any number of terms. Memory is the limit, so one path serves every stride, rounding and number
+//          of terms
 // build    once per instruction set with -DZOKERN_ISA=avx512 | avx2 | scalar over the trait simd/<isa>.h, and
 //          once without
 // equal    bit for bit to zokern/backends/reference.py on every path and number of threads, without
@@ -72,7 +72,8 @@ ZO_INLINE void advance(const Scalars& s, const float* g, float* m, float* v, flo
   if constexpr (kRule == Rule::kAdam) {
     const F second = Simd::fma(Simd::all(s.alpha2), gradient * gradient, Simd::all(s.beta2) * Simd::load(v));
     Simd::store(v, second);
-    move = first / Simd::fma(Simd::root(second + Simd::all(s.inside)), Simd::all(s.correction), Simd::all(s.eps));
+    move = first /
+           Simd::fma(Simd::root(second + Simd::all(s.inside)), Simd::all(s.correction), Simd::all(s.eps));
   }
   Simd::store(value, Simd::fma(Simd::all(s.lr), move, Simd::all(s.decay) * Simd::load(value)));
 }
@@ -95,19 +96,21 @@ void advance_all(const Scalars& s, const float* g, float* m, float* v, float* va
 
 // sum += c z for all elements of some blocks; z has the factors with kScaled.
 template <Direction D, bool kScaled>
-void add_term(const UpdateJob& job, const Draw& draw, uint32_t who, uint64_t block, int blocks, Buffers& buffers) {
+void add_term(const UpdateJob& job, const Draw& draw, uint32_t who, uint64_t block, int blocks,
+              Buffers& buffers) {
   const Name name{who, draw.step, draw.draw, job.keys};
   make_words<D == Direction::kNormal, 0>(static_cast<uint32_t>(block), blocks, name, buffers.words, nullptr);
   const F scale = Simd::all(draw.coefficient);
-  sweep<D, false>(buffers.words, (blocks * per_block(D) + kUnit - 1) / kUnit, [&](int unit, F a, F b) ZO_INLINE_LAMBDA {
-    float* p = buffers.sum + unit * kUnit;
-    if constexpr (kScaled) {
-      const float* factor = buffers.factor + unit * kUnit;
-      a = a * Simd::load(factor), b = b * Simd::load(factor + kLanes);
-    }
-    Simd::store(p, Simd::fma(scale, a, Simd::load(p)));
-    Simd::store(p + kLanes, Simd::fma(scale, b, Simd::load(p + kLanes)));
-  });
+  sweep<D, false>(buffers.words, (blocks * per_block(D) + kUnit - 1) / kUnit,
+                  [&](int unit, F a, F b) ZO_INLINE_LAMBDA {
+                    float* p = buffers.sum + unit * kUnit;
+                    if constexpr (kScaled) {
+                      const float* factor = buffers.factor + unit * kUnit;
+                      a = a * Simd::load(factor), b = b * Simd::load(factor + kLanes);
+                    }
+                    Simd::store(p, Simd::fma(scale, a, Simd::load(p)));
+                    Simd::store(p + kLanes, Simd::fma(scale, b, Simd::load(p + kLanes)));
+                  });
 }
 
 int64_t piece(const UpdateJob& job, const Run& run, int skip, int n, Buffers& buffers) {
@@ -124,7 +127,8 @@ int64_t piece(const UpdateJob& job, const Run& run, int skip, int n, Buffers& bu
     gather_factors(entry, run.low, n, buffers.factor + skip);
     add = normal ? add_term<Direction::kNormal, true> : add_term<Direction::kRademacher, true>;
   }
-  for (int k = 0; k < job.draw_count; ++k) add(job, job.draws[k], entry.who, run.number / width, blocks, buffers);
+  for (int k = 0; k < job.draw_count; ++k)
+    add(job, job.draws[k], entry.who, run.number / width, blocks, buffers);
 
   void* theta = const_cast<void*>(run.theta);
   uint16_t* half = buffers.half;
@@ -162,7 +166,8 @@ int64_t piece(const UpdateJob& job, const Run& run, int skip, int n, Buffers& bu
     narrow(type, buffers.value, units, half);
   }
   scatter(half, n, theta, run.column_stride);
-  return type == Type::kBfloat16 ? count_nonfinite<Type::kBfloat16>(half, n) : count_nonfinite<Type::kFloat16>(half, n);
+  return type == Type::kBfloat16 ? count_nonfinite<Type::kBfloat16>(half, n)
+                                 : count_nonfinite<Type::kFloat16>(half, n);
 }
 
 }  // namespace
@@ -175,7 +180,8 @@ extern "C" int64_t ZO_JOIN(zokern_update_, ZOKERN_ISA)(const void* address, int6
   int64_t nonfinite = 0;
   each_run(job.entries[chunk.entry], chunk, [&](const Run& run) {
     for (int64_t begin = 0; begin < run.n;) {
-      const int skip = static_cast<int>((run.number + static_cast<uint64_t>(begin)) % per_block(job.direction));
+      const int skip =
+          static_cast<int>((run.number + static_cast<uint64_t>(begin)) % per_block(job.direction));
       const int n = static_cast<int>(run.n - begin < kPiece - skip ? run.n - begin : kPiece - skip);
       nonfinite += piece(job, part(run, begin, begin + n), skip, n, buffers);
       begin += n;
@@ -194,8 +200,8 @@ extern "C" int64_t ZO_JOIN(zokern_update_, ZOKERN_ISA)(const void* address, int6
 
 namespace zo {
 
-void update(const Launch& launch, const Draw* draws, int32_t draw_count, Rule rule, const float* scalars, Rounding rounding,
-            int64_t* nonfinite) {
+void update(const Launch& launch, const Draw* draws, int32_t draw_count, Rule rule, const float* scalars,
+            Rounding rounding, int64_t* nonfinite) {
   UpdateJob job;
   job.rule = rule, job.rounding = rounding, job.direction = launch.direction, job.draw_count = draw_count;
   job.entries = launch.entries, job.chunks = launch.chunks, job.draws = draws;
@@ -205,7 +211,8 @@ void update(const Launch& launch, const Draw* draws, int32_t draw_count, Rule ru
   for (int64_t c = 0; c < launch.chunk_count; ++c) {
     const Entry& entry = launch.entries[launch.chunks[c].entry];
     const int states = states_of(rule);
-    if (entry.rows != nullptr || (states > 0 && entry.out[0] == nullptr) || (states > 1 && entry.out[1] == nullptr) ||
+    if (entry.rows != nullptr || (states > 0 && entry.out[0] == nullptr) ||
+        (states > 1 && entry.out[1] == nullptr) ||
         (states > 0 && entry.out_type != static_cast<int32_t>(Type::kFloat32))) {
       throw std::invalid_argument("update: an entry has rows, or no float32 state");
     }

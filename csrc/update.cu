@@ -1,14 +1,15 @@
 // update.cu: an update rule, momentum, Adam or the sign, for a list of tensors, on a GPU
 //
 // math     update.h
-// traffic  bytes an element: 8 (momentum), 16 (adam) or 0 (sign) for the state, 4 (16-bit) or 8 (float32) for theta. z
-//          moves no bytes
+// traffic  bytes an element: 8 (momentum), 16 (adam) or 0 (sign) for the state, 4 (16-bit) or 8 (float32) for
+//          theta. z moves no bytes
 // work     instructions of the whole loop per element, on sm_90, one term, rounding to nearest:
 //          momentum  normal 33.9 (16-bit) and 32.4 (float32), rademacher 21.1 and 19.6
 //          adam      normal 66.1 and 65.0, rademacher 53.1 and 51.9. This counts subroutines that only
 //                    operands at the ends of the range call
 //          Memory leaves time for 83 (momentum) and 138 (adam) on an H200, bf16. Momentum has 80 registers
-//          and adam at most 116. No spill on sm_80 to sm_120: tests/kernels_cuda/test_update_sass.py, nvcc 13.0
+//          and adam at most 116. No spill on sm_80 to sm_120: tests/kernels_cuda/test_update_sass.py,
+//          nvcc 13.0
 // scaled   a list with factors of z has kernels of its own, at most 128 registers
 // launch   walk.h. The numbers of the rule and the coefficients lie in device memory
 // equal    bit for bit to zokern/backends/reference.py for every grid. Root and quotient are correctly
@@ -68,7 +69,8 @@ struct UpdateVerb {
 
   // Evaluates z unit by unit, although up to 16 units of `rademacher` share a block. Memory is the limit, so
   // there is time for it.
-  __device__ __forceinline__ void gradient(uint32_t unit, uint32_t who, const float (&f)[kUnit], float (&g)[kUnit]) {
+  __device__ __forceinline__ void gradient(uint32_t unit, uint32_t who, const float (&f)[kUnit],
+                                           float (&g)[kUnit]) {
     float z[kUnit];
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) g[i] = 0.0f;
@@ -107,7 +109,8 @@ struct UpdateVerb {
 #pragma unroll
       for (int j = 0; j < kUnit; ++j) theta[j] = advance<kRule>(verb.scalars, g[j], theta[j], m[j], v[j]);
       if constexpr (kHasMoments) store_unit<Type::kFloat32>(place.out[0], i, nearest<Type::kFloat32>(m));
-      if constexpr (kRule == Rule::kAdam) store_unit<Type::kFloat32>(place.out[1], i, nearest<Type::kFloat32>(v));
+      if constexpr (kRule == Rule::kAdam)
+        store_unit<Type::kFloat32>(place.out[1], i, nearest<Type::kFloat32>(v));
       Stored<kType> result;
       if constexpr (kJoin) {
         Stored<Type::kBfloat16> low;
@@ -115,7 +118,8 @@ struct UpdateVerb {
         store_unit<Type::kBfloat16>(place.residual, i, low);
       } else {
         Words random = {};
-        if constexpr (kStochastic && kType != Type::kFloat32) random = philox_named(place.begin + i, random_name, verb.keys);
+        if constexpr (kStochastic && kType != Type::kFloat32)
+          random = philox_named(place.begin + i, random_name, verb.keys);
         result = rounded<kType, kStochastic>(theta, random);
       }
       store_unit<kType>(place.theta, i, result);
@@ -133,7 +137,8 @@ struct UpdateVerb {
   };
 
   template <Type kType>
-  __device__ __forceinline__ bool loop(const Place& place, const Factors<kScaled>& factors, const Turn& turn) {
+  __device__ __forceinline__ bool loop(const Place& place, const Factors<kScaled>& factors,
+                                       const Turn& turn) {
     const Name random(place.who, last_step(), kRoundingDraw, keys);
     Body<kType> body{*this, place, factors, random, {}};
 #pragma unroll 1
@@ -165,7 +170,8 @@ struct UpdateVerb {
     Factors<kScaled>::load_piece(e, p.residual_at, p.low, p.high, f);
     gradient(p.unit, e.who, f, g);
     Words random = {};
-    if constexpr (kStochastic) random = philox_named(p.unit, Name(e.who, last_step(), kRoundingDraw, keys), keys);
+    if constexpr (kStochastic)
+      random = philox_named(p.unit, Name(e.who, last_step(), kRoundingDraw, keys), keys);
     float* first = static_cast<float*>(e.out[0]) + p.to;
     float* second = static_cast<float*>(e.out[1]) + p.to;
 #pragma unroll
@@ -173,8 +179,9 @@ struct UpdateVerb {
       if (i < p.low || i >= p.high) continue;
       const int64_t at = p.at + i * p.stride;
       float m = kHasMoments ? first[i] : 0.0f, v = kRule == Rule::kAdam ? second[i] : 0.0f;
-      float theta = join ? residual_join(static_cast<const uint16_t*>(e.theta)[at], e.residual[p.residual_at + i])
-                         : load(e.theta, type, at);
+      float theta =
+          join ? residual_join(static_cast<const uint16_t*>(e.theta)[at], e.residual[p.residual_at + i])
+               : load(e.theta, type, at);
       theta = advance<kRule>(scalars, g[i], theta, m, v);
       if constexpr (kHasMoments) first[i] = m;
       if constexpr (kRule == Rule::kAdam) second[i] = v;
@@ -210,8 +217,8 @@ __device__ __forceinline__ Scalars scalars_at(const float* from) {
 
 template <Direction kDirection, Rule kRule, Rounding kRounding>
 __global__ void __launch_bounds__(kThreads, resident(kRule))
-    update_kernel(const List list, const Draw* draws, const float* coefficients, int32_t draw_count, Draw last,
-                  const float* scalars, unsigned long long* nonfinite) {
+    update_kernel(const List list, const Draw* draws, const float* coefficients, int32_t draw_count,
+                  Draw last, const float* scalars, unsigned long long* nonfinite) {
   const Sum sum = {draws, coefficients, draw_count, clock_of(list), last};
   UpdateVerb<kDirection, kRule, kRounding, false> verb{list.keys, sum, scalars_at<kRule>(scalars), 0};
   run(verb, list.entries, list.chunks, list.chunk_count, list.parts_log2);
@@ -222,8 +229,8 @@ __global__ void __launch_bounds__(kThreads, resident(kRule))
 // Lists with factors of z.
 template <Direction kDirection, Rule kRule, Rounding kRounding>
 __global__ void __launch_bounds__(kThreads, kResidentMost)
-    scaled_update_kernel(const List list, const Draw* draws, const float* coefficients, int32_t draw_count, Draw last,
-                         const float* scalars, unsigned long long* nonfinite) {
+    scaled_update_kernel(const List list, const Draw* draws, const float* coefficients, int32_t draw_count,
+                         Draw last, const float* scalars, unsigned long long* nonfinite) {
   const Sum sum = {draws, coefficients, draw_count, clock_of(list), last};
   UpdateVerb<kDirection, kRule, kRounding, true> verb{list.keys, sum, scalars_at<kRule>(scalars), 0};
   run(verb, list.entries, list.chunks, list.chunk_count, list.parts_log2);
@@ -232,7 +239,8 @@ __global__ void __launch_bounds__(kThreads, kResidentMost)
 
 template <Direction kDirection, Rule kRule, Rounding kRounding>
 auto* one_of(bool scaled) {
-  return scaled ? scaled_update_kernel<kDirection, kRule, kRounding> : update_kernel<kDirection, kRule, kRounding>;
+  return scaled ? scaled_update_kernel<kDirection, kRule, kRounding>
+                : update_kernel<kDirection, kRule, kRounding>;
 }
 
 template <Direction kDirection, Rule kRule>
@@ -265,20 +273,22 @@ auto* update_of(Rule rule, Rounding rounding, bool scaled) {
 
 using namespace updates;
 
-void update(const Launch& launch, const Draw* draws, int32_t draw_count, Rule rule, const float* scalars, Rounding rounding,
-            int64_t* nonfinite) {
+void update(const Launch& launch, const Draw* draws, int32_t draw_count, Rule rule, const float* scalars,
+            Rounding rounding, int64_t* nonfinite) {
   if (draw_count < 1)
-    throw std::runtime_error("update_: draw_count is " + std::to_string(draw_count) + "; expected at least 1");
+    throw std::runtime_error("update_: draw_count is " + std::to_string(draw_count) +
+                             "; expected at least 1");
   if (launch.coefficients == nullptr || (draw_count > 1 && launch.draws == nullptr)) {
     throw std::runtime_error("update_: coefficients or the draws of several terms are not in device memory");
   }
   if (launch.direction != Direction::kNormal && launch.direction != Direction::kRademacher) {
     kernels::unknown("update_", launch.direction);
   }
-  auto* kernel = launch.direction == Direction::kNormal ? update_of<Direction::kNormal>(rule, rounding, launch.scaled)
-                                                        : update_of<Direction::kRademacher>(rule, rounding, launch.scaled);
-  kernels::start("update_", kernel, launch, launch.draws, launch.coefficients, draw_count, draws[draw_count - 1], scalars,
-                 reinterpret_cast<unsigned long long*>(nonfinite));
+  auto* kernel = launch.direction == Direction::kNormal
+                     ? update_of<Direction::kNormal>(rule, rounding, launch.scaled)
+                     : update_of<Direction::kRademacher>(rule, rounding, launch.scaled);
+  kernels::start("update_", kernel, launch, launch.draws, launch.coefficients, draw_count,
+                 draws[draw_count - 1], scalars, reinterpret_cast<unsigned long long*>(nonfinite));
 }
 
 }  // namespace zo

@@ -31,7 +31,7 @@ constexpr int scalars_of(Rule rule) { return rule == Rule::kAdam ? 9 : rule == R
 constexpr int states_of(Rule rule) { return rule == Rule::kAdam ? 2 : rule == Rule::kMomentum ? 1 : 0; }
 
 // Adds the number of new weights that are inf or NaN to *nonfinite.
-void update(const Launch& launch, const Draw* draws, int32_t draw_count, Rule rule, const float* scalars, Rounding rounding,
-            int64_t* nonfinite);
+void update(const Launch& launch, const Draw* draws, int32_t draw_count, Rule rule, const float* scalars,
+            Rounding rounding, int64_t* nonfinite);
 
 }  // namespace zo

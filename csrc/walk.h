@@ -36,8 +36,8 @@ constexpr int kTileUnits = kWarp * kSteps;  // 4096 elements
 // bytes of shared memory, and in step s lane l reads byte 32 s + l. So a block is computed once. Unit by unit
 // it would be computed 16 times.
 template <class Body>
-__device__ __forceinline__ uint32_t sign_tiles(const Place& place, uint32_t head, const Name& name, const Keys& keys,
-                                               Body& body) {
+__device__ __forceinline__ uint32_t sign_tiles(const Place& place, uint32_t head, const Name& name,
+                                               const Keys& keys, Body& body) {
   __shared__ uint4 tile_words[kThreads];
   const uint32_t thread = threadIdx.x, lane = thread % kWarp, tiles = (place.count - head) / kTileUnits;
   const uint8_t* bytes = reinterpret_cast<const uint8_t*>(tile_words + (thread - lane)) + lane;
@@ -61,8 +61,8 @@ __device__ __forceinline__ uint32_t sign_tiles(const Place& place, uint32_t head
 // Gives each whole unit of the chunk to one thread. It calls body.unit(i, z_of), and z_of(z) fills in the
 // unit's z. After units i, i + stride, ... below end it calls body.settle(i, end, stride).
 template <Direction kDirection, class Body>
-__device__ __forceinline__ void each_unit(const Place& place, const Turn& turn, const Name& name, const Keys& keys,
-                                          Body& body) {
+__device__ __forceinline__ void each_unit(const Place& place, const Turn& turn, const Name& name,
+                                          const Keys& keys, Body& body) {
   uint32_t head = 0, tiled = 0;
   if constexpr (kDirection == Direction::kRademacher) {
     head = (0u - place.begin) % 16u;
@@ -89,11 +89,11 @@ struct Piece {
 
 // Gives all other elements of the chunk to the threads, one Piece at a time.
 template <class Verb>
-__device__ __forceinline__ void pieces(Verb& verb, const Entry& e, const Chunk& chunk, const Units& whole, uint32_t lane,
-                                       uint32_t lanes) {
+__device__ __forceinline__ void pieces(Verb& verb, const Entry& e, const Chunk& chunk, const Units& whole,
+                                       uint32_t lane, uint32_t lanes) {
   const bool merged =
-      e.rows == nullptr &&
-      (e.row_count == 1 || (e.pitch == static_cast<uint64_t>(e.columns) && e.row_stride == e.columns * e.column_stride));
+      e.rows == nullptr && (e.row_count == 1 || (e.pitch == static_cast<uint64_t>(e.columns) &&
+                                                 e.row_stride == e.columns * e.column_stride));
   const int64_t columns = merged ? e.row_count * e.columns : e.columns;
   const int64_t first_row = merged ? 0 : divide(chunk.begin, columns);
   const int64_t last_row = merged ? 0 : divide(chunk.end - 1, columns);
@@ -113,8 +113,8 @@ __device__ __forceinline__ void pieces(Verb& verb, const Entry& e, const Chunk& 
     const int64_t end = row == last_row ? chunk.end - row * columns : columns;
     const int64_t source = e.rows != nullptr ? e.rows[row] : row;
     const uint64_t number = e.first + static_cast<uint64_t>(source) * e.pitch;
-    const uint64_t unit =
-        edges ? (slot == 0 ? whole.begin - 1 : whole.end) : (number + static_cast<uint64_t>(begin)) / kUnit + slot;
+    const uint64_t unit = edges ? (slot == 0 ? whole.begin - 1 : whole.end)
+                                : (number + static_cast<uint64_t>(begin)) / kUnit + slot;
     const int64_t column = static_cast<int64_t>(unit * kUnit - number);  // of the unit's element 0
     Piece piece;
     piece.low = static_cast<int>(begin > column ? (begin - column < kUnit ? begin - column : kUnit) : 0);
@@ -132,14 +132,15 @@ __device__ __forceinline__ void pieces(Verb& verb, const Entry& e, const Chunk& 
 // Gives chunks to blocks: 2^parts_log2 blocks share a chunk. The verb takes the whole units of those types
 // that it has an instance for, then the pieces.
 template <class Verb>
-__device__ __forceinline__ void run(Verb& verb, const Entry* entries, const Chunk* chunks, int64_t chunk_count,
-                                    int parts_log2) {
+__device__ __forceinline__ void run(Verb& verb, const Entry* entries, const Chunk* chunks,
+                                    int64_t chunk_count, int parts_log2) {
   for (int64_t turn = blockIdx.x; turn < chunk_count << parts_log2; turn += gridDim.x) {
     const Chunk chunk = chunks[turn >> parts_log2];
     if (chunk.begin >= chunk.end) continue;
     const Entry& e = entries[chunk.entry];
     const int64_t part = turn & ((int64_t{1} << parts_log2) - 1);
-    const uint32_t lane = static_cast<uint32_t>(part) * kThreads + threadIdx.x, lanes = uint32_t{kThreads} << parts_log2;
+    const uint32_t lane = static_cast<uint32_t>(part) * kThreads + threadIdx.x,
+                   lanes = uint32_t{kThreads} << parts_log2;
     Units whole = whole_units(e, chunk);
     if (whole.begin < whole.end) {
       const Turn units = {lane, lanes, parts_log2 == 0};
@@ -164,19 +165,22 @@ __device__ __forceinline__ uint32_t clock_of(const List& list) {
 }
 
 template <class... Parameters, class... Arguments>
-void start(const char* what, void (*kernel)(List, Parameters...), const Launch& launch, Arguments... arguments) {
+void start(const char* what, void (*kernel)(List, Parameters...), const Launch& launch,
+           Arguments... arguments) {
   if (launch.chunk_count <= 0) return;
   const int64_t resident = resident_blocks(what, kernel, launch.workers);
   int parts_log2 = 0;
   while (parts_log2 < kPartsLog2 && launch.chunk_count << (parts_log2 + 1) <= resident) ++parts_log2;
   const unsigned blocks = static_cast<unsigned>(std::min(resident, launch.chunk_count << parts_log2));
-  const List list = {launch.entries, launch.chunks, launch.chunk_count, parts_log2, make_keys(launch.seed), launch.clock};
+  const List list = {launch.entries, launch.chunks,          launch.chunk_count,
+                     parts_log2,     make_keys(launch.seed), launch.clock};
   ZO_LAUNCH(kernel, blocks, kThreads, reinterpret_cast<cudaStream_t>(launch.stream), list, arguments...);
   check(cudaGetLastError(), what);
 }
 
 [[noreturn]] inline void unknown(const char* what, Direction direction) {
-  throw std::runtime_error(std::string(what) + ": unknown direction " + std::to_string(static_cast<int>(direction)));
+  throw std::runtime_error(std::string(what) + ": unknown direction " +
+                           std::to_string(static_cast<int>(direction)));
 }
 
 }  // namespace kernels

@@ -9,8 +9,9 @@ import zlib
 import host
 import pytest
 
-# Read when OpenMP is loaded. A thread that waits by spinning takes the core from the one it waits for as soon as anything else runs:
-# with one other busy process on two cores, small parallel loops take ten times as long.
+# Read when OpenMP is loaded. A thread that waits by spinning takes the core from the one it waits for as soon
+# as anything else runs: with one other busy process on two cores, small parallel loops take ten times as
+# long.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 WORKER = "PYTEST_XDIST_WORKER" in os.environ
 if WORKER:  # the others have the other cores; a test that is about threads sets their number
@@ -18,7 +19,8 @@ if WORKER:  # the others have the other cores; a test that is about threads sets
 
 import torch  # noqa: E402
 
-# The files that take longest, longest first. A worker takes the next file when it has done one: a long one must not be the last.
+# The files that take longest, longest first. A worker takes the next file when it has done one: a long one
+# must not be the last.
 LONGEST = (
     "test_triton",
     "test_reports",
@@ -69,7 +71,9 @@ def pytest_collection_modifyitems(items) -> None:
 def pytest_runtestloop(session) -> None:
     """Interpreters run beside the tests that do not need them."""
     if not session.config.option.collectonly and not WORKER:
-        for module in {item.module for item in session.items if "interpreted" in getattr(item, "fixturenames", ())}:
+        for module in {
+            item.module for item in session.items if "interpreted" in getattr(item, "fixturenames", ())
+        }:
             module.CHILD.start()
 
 
@@ -100,7 +104,8 @@ def both_products(request, monkeypatch) -> None:
 
 @pytest.fixture(autouse=True)
 def grad_mode():
-    """A deliberately wrong version may leave its grad mode on the thread; the next test starts from this one's."""
+    """A deliberately wrong version may leave its grad mode on the thread; the next test starts from this
+    one's."""
     before = torch.is_grad_enabled()
     yield
     torch.set_grad_enabled(before)
@@ -128,7 +133,8 @@ def cpu(request):
         pytest.skip(f"this machine cannot run {request.param}; it runs {_cpu.architectures()}")
     before, threads = _cpu.implementation(), torch.get_num_threads()
     _cpu.select(request.param)
-    torch.set_num_threads(2)  # whatever the environment says: one thread would not notice a chunk that another must do
+    # whatever the environment says: one thread would not notice a chunk that another must do
+    torch.set_num_threads(2)
     yield backends.get("cpu")
     _cpu.select(before)
     torch.set_num_threads(threads)

@@ -1,4 +1,5 @@
-"""The verbs of csrc/elementwise.h, update.h and lowrank.h as Triton kernels; zokern/backends/triton.py launches them. Same stems as csrc/zo."""
+"""The verbs of csrc/elementwise.h, update.h and lowrank.h as Triton kernels; zokern/backends/triton.py
+launches them. Same stems as csrc/zo."""
 
 from . import elementwise, lowrank, normal, philox, portable, rademacher, rounding, update
 

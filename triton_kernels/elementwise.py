@@ -1,19 +1,24 @@
-"""elementwise: draw, axpy_ and perturb in Triton, one launch for a list of tensors (csrc/elementwise.h says what they compute)
+"""elementwise: draw, axpy_ and perturb in Triton, one launch for a list of tensors (csrc/elementwise.h says
+what they compute)
 
-table    entries int64[E, 18] and chunks int64[C, 3] in device memory: the bytes of `Entry` (15) and of `Chunk`; then 1 where the
-         entry can take the unit path, and how to divide by its columns. draws int64[K] = step | draw << 32. Addresses become
-         typed pointers here.
-paths    unit     eight consecutive elements a Philox block: contiguous, first a multiple of 8, every address a multiple of 16. A
-                  thread has all four words of a unit, and a word makes the even and the odd value of a pair, so nothing moves
-                  between threads: 16-bit types are read and written as words of two halves (16 bytes a thread), float32 as
-                  two words of 8 bytes, twice. Signs share a block between 16 units: a tile starts where a block does.
+table    entries int64[E, 18] and chunks int64[C, 3] in device memory: the bytes of `Entry` (15) and of
+         `Chunk`; then 1 where the entry can take the unit path, and how to divide by its columns. draws
+         int64[K] = step | draw << 32. Addresses become typed pointers here.
+paths    unit     eight consecutive elements a Philox block: contiguous, first a multiple of 8, every address
+         a multiple of 16. A
+                  thread has all four words of a unit, and a word makes the even and the odd value of a pair,
+                  so nothing moves between threads: 16-bit types are read and written as words of two halves
+                  (16 bytes a thread), float32 as two words of 8 bytes, twice. Signs share a block between 16
+                  units: a tile starts where a block does.
          element  everything else, and the last n mod 8 of a chunk: each element computes its own block.
-work     axpy_ normal, K = 1, instructions an element from sm_80 to sm_120: 16-bit 24.6 to 24.9, float32 19.5 to 25.7; of
-         signs, 7.9 to 8.1 and 8.5; both signs of perturb in bfloat16 26.1
-         (`pytest tests/kernels_triton/test_triton.py -k compiled -s`, Triton 3.9; 3.6 adds up to 0.6); the element path repeats
-         z's block for each element
-scaled   with SCALED, z is multiplied by the factors of its element (csrc/elementwise.h); without it, there is no instruction for it
-launch   SPLIT programs a chunk. enable_fp_fusion=False is part of the definition: contraction would change bits.
+work     axpy_ normal, K = 1, instructions an element from sm_80 to sm_120: 16-bit 24.6 to 24.9, float32 19.5
+         to 25.7; of signs, 7.9 to 8.1 and 8.5; both signs of perturb in bfloat16 26.1
+         (`pytest tests/kernels_triton/test_triton.py -k compiled -s`, Triton 3.9; 3.6 adds up to 0.6); the
+         element path repeats z's block for each element
+scaled   with SCALED, z is multiplied by the factors of its element (csrc/elementwise.h); without it, there is
+         no instruction for it
+launch   SPLIT programs a chunk. enable_fp_fusion=False is part of the definition: contraction would change
+         bits.
 equal    bit for bit to zokern/backends/reference.py
 source   Malladi et al. 2023, Algorithm 1; stream: zokern/stream.py, version 1
 """
@@ -74,7 +79,7 @@ ENTRY: tl.constexpr = tl.constexpr(18)
 SCALE_MASK: tl.constexpr = tl.constexpr(2)  # types of factors: 0 float32, 1 bfloat16, 2 one byte
 
 
-# --- the element path: `number` is the stream's number of each element --------------------------------------------------------------
+# --- the element path: `number` is the stream's number of each element --------------------------------------
 
 
 @triton.jit
@@ -95,8 +100,11 @@ def z_of(number, who, step, draw, keys, DIRECTION: tl.constexpr):
 
 @triton.jit
 def random16(number, who, step, keys):
-    """The 16 bits that stochastic rounding spends on each element: half-word number mod 8 of block number / 8."""
-    w0, w1, w2, w3 = philox4x32((number >> 3).to(tl.uint32), who, step, tl.full([], ROUNDING_DRAW, tl.uint32), keys)
+    """The 16 bits that stochastic rounding spends on each element: half-word number mod 8 of block number /
+    8."""
+    w0, w1, w2, w3 = philox4x32(
+        (number >> 3).to(tl.uint32), who, step, tl.full([], ROUNDING_DRAW, tl.uint32), keys
+    )
     return (pick((number >> 1) & 3, w0, w1, w2, w3) >> ((number & 1) * 16).to(tl.uint32)) & 0xFFFF
 
 
@@ -147,7 +155,8 @@ def nonfinite_of(rounded, TYPE: tl.constexpr):
 
 @triton.jit
 def chunk_of(entries, chunks, SPLIT: tl.constexpr):
-    """The entry of this program's chunk, the chunk's first element, its length, its units, and which of its SPLIT parts is ours."""
+    """The entry of this program's chunk, the chunk's first element, its length, its units, and which of its
+    SPLIT parts is ours."""
     program = tl.program_id(0).to(tl.int64)
     chunk = chunks + program // SPLIT * 3
     begin = tl.load(chunk)
@@ -191,17 +200,19 @@ def factor_of(entry, place, mask):
         if kind == FLOAT32:
             factor = tl.load(address.to(tl.pointer_type(tl.float32)) + place, mask=mask, other=0)
         elif kind == BFLOAT16:
-            factor = bf16_to_float(tl.load(address.to(tl.pointer_type(tl.uint16)) + place, mask=mask, other=0))
+            factor = bf16_to_float(
+                tl.load(address.to(tl.pointer_type(tl.uint16)) + place, mask=mask, other=0)
+            )
         else:
             byte = tl.load(address.to(tl.pointer_type(tl.uint8)) + place, mask=mask, other=0)
             factor = byte.to(tl.int32).to(tl.float32)
     return factor
 
 
-# --- the unit path: words of two values ----------------------------------------------------------------------------------------------
+# --- the unit path: words of two values ---------------------------------------------------------------------
 #
-# A tile has N units, so [N, 4] pairs; W of the four are handled at a time: 4 in 16-bit types, 2 where float32 is read or written, so
-# that a thread's access is 16 bytes.
+# A tile has N units, so [N, 4] pairs; W of the four are handled at a time: 4 in 16-bit types, 2 where float32
+# is read or written, so that a thread's access is 16 bytes.
 
 
 @triton.jit
@@ -221,13 +232,17 @@ def some(words, PART: tl.constexpr, W: tl.constexpr):
 
 @triton.jit
 def words_of(unit, who, step, draw, keys, N: tl.constexpr, DIRECTION: tl.constexpr):
-    """What makes the z of units unit to unit + N - 1: for normal four [N] of words, for signs one [N] whose low 8 bits they are.
+    """What makes the z of units unit to unit + N - 1: for normal four [N] of words, for signs one [N] whose
+    low 8 bits they are.
 
-    For signs, `unit` is the first of a block: N / 16 blocks are computed, and each of their 16 bytes goes to its unit."""
+    For signs, `unit` is the first of a block: N / 16 blocks are computed, and each of their 16 bytes goes to
+    its unit."""
     if DIRECTION == NORMAL:
         return philox4x32((unit + tl.arange(0, N)).to(tl.uint32), who, step, draw, keys)
     else:
-        w0, w1, w2, w3 = philox4x32(((unit >> 4) + tl.arange(0, N // 16)).to(tl.uint32), who, step, draw, keys)
+        w0, w1, w2, w3 = philox4x32(
+            ((unit >> 4) + tl.arange(0, N // 16)).to(tl.uint32), who, step, draw, keys
+        )
         words = tl.broadcast_to(four(w0, w1, w2, w3)[:, :, None], [N // 16, 4, 4])
         return (tl.reshape(words, [N]) >> ((tl.arange(0, N) & 3) * 8).to(tl.uint32),)
 
@@ -269,7 +284,8 @@ def read_pair(theta, low, place, mask, TYPE: tl.constexpr, JOIN: tl.constexpr):
 
 @triton.jit
 def factor_pair(entry, begin, place, mask, N: tl.constexpr, W: tl.constexpr):
-    """The factors of words of two elements, `place` words after element `begin`; 1 where an entry has none."""
+    """The factors of words of two elements, `place` words after element `begin`; 1 where an entry has
+    none."""
     address = tl.load(entry + SCALE)
     kind = tl.load(entry + SCALE_TYPE).to(tl.int32)
     even = tl.full([N, W], 1.0, tl.float32)
@@ -322,7 +338,9 @@ def watch(state, word, TYPE: tl.constexpr):
 def nonfinite_pair(word, TYPE: tl.constexpr):
     """How many of a word's two values are inf or NaN."""
     if TYPE == FLOAT32:
-        return ((word & 0x7F800000) == 0x7F800000).to(tl.int32) + (((word >> 32) & 0x7F800000) == 0x7F800000).to(tl.int32)
+        return ((word & 0x7F800000) == 0x7F800000).to(tl.int32) + (
+            ((word >> 32) & 0x7F800000) == 0x7F800000
+        ).to(tl.int32)
     elif TYPE == BFLOAT16:
         return ((word & 0x7F80) == 0x7F80).to(tl.int32) + (((word >> 16) & 0x7F80) == 0x7F80).to(tl.int32)
     else:
@@ -331,7 +349,8 @@ def nonfinite_pair(word, TYPE: tl.constexpr):
 
 @triton.jit
 def start_of(unit, part, N: tl.constexpr, DIRECTION: tl.constexpr):
-    """The first row of a program's first tile; for signs up to 15 rows before the chunk's, where the block of unit 0 begins."""
+    """The first row of a program's first tile; for signs up to 15 rows before the chunk's, where the block of
+    unit 0 begins."""
     if DIRECTION == NORMAL:
         return part * N
     else:
@@ -340,10 +359,11 @@ def start_of(unit, part, N: tl.constexpr, DIRECTION: tl.constexpr):
 
 @triton.jit
 def rows_of(at, units, N: tl.constexpr, W: tl.constexpr, DIRECTION: tl.constexpr):
-    """Where the words [N, W] of a tile's part 0 lie, as a scalar plus a tensor, and the mask [N, 1] of the chunk's rows.
+    """Where the words [N, W] of a tile's part 0 lie, as a scalar plus a tensor, and the mask [N, 1] of the
+    chunk's rows.
 
-    A thread has one row of a tile of normals, whose address is cheapest in one piece; it has four of a tile of signs, which then
-    differ by a constant if the scalar moves alone."""
+    A thread has one row of a tile of normals, whose address is cheapest in one piece; it has four of a tile
+    of signs, which then differ by a constant if the scalar moves alone."""
     row = tl.arange(0, N)
     if DIRECTION == NORMAL:
         row += at
@@ -353,7 +373,7 @@ def rows_of(at, units, N: tl.constexpr, W: tl.constexpr, DIRECTION: tl.constexpr
         return at * 4, row[:, None] * 4 + tl.arange(0, W)[None, :], inside[:, None]
 
 
-# --- the verbs ---------------------------------------------------------------------------------------------------------------------
+# --- the verbs ----------------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["count", "keys"])
@@ -375,7 +395,8 @@ def philox(counters, words, count, keys, ROUNDS: tl.constexpr, BLOCK: tl.constex
 
 
 @triton.jit(do_not_specialize=["entries", "chunks", "step", "draw", "keys", "clock"])
-def draw(entries, chunks, step, draw, keys, clock, DIRECTION: tl.constexpr, SCALED: tl.constexpr, KINDS: tl.constexpr,
+def draw(entries, chunks, step, draw, keys, clock, DIRECTION: tl.constexpr, SCALED: tl.constexpr,
+    KINDS: tl.constexpr,
          BLOCK: tl.constexpr, TAIL: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
     """out <- nearest(z). KINDS: bit t is set when the launch has an output of type t."""
     N: tl.constexpr = BLOCK // 8
@@ -396,9 +417,13 @@ def draw(entries, chunks, step, draw, keys, clock, DIRECTION: tl.constexpr, SCAL
                     for PART in tl.static_range(4 // W):
                         even, odd = z_pair(words, PART, W, DIRECTION)
                         if SCALED:
-                            f_even, f_odd = factor_pair(entry, begin, from_word + (place + PART * W), mask, N, W)
+                            f_even, f_odd = factor_pair(
+                                entry, begin, from_word + (place + PART * W), mask, N, W
+                            )
                             even, odd = even * f_even, odd * f_odd
-                        tl.store(out + from_word + (place + PART * W), nearest_pair(even, odd, TYPE), mask=mask)
+                        tl.store(
+                            out + from_word + (place + PART * W), nearest_pair(even, odd, TYPE), mask=mask
+                        )
                 out = pointer(tl.load(entry + OUT), begin, TYPE)
                 for at in range(units * 8 + part * TAIL, size, SPLIT * TAIL):
                     i = at + tl.arange(0, TAIL)
@@ -417,11 +442,14 @@ def term(k, draws, step, draw, draw_count, clock):
     else:
         name = tl.load(draws + tl.minimum(k, draw_count - 2))
         other = name_of(name.to(tl.int32), clock)
-        return tl.where(k < draw_count - 1, other, step), tl.where(k < draw_count - 1, (name >> 32).to(tl.uint32), draw)
+        return tl.where(k < draw_count - 1, other, step), tl.where(
+            k < draw_count - 1, (name >> 32).to(tl.uint32), draw
+        )
 
 
 @triton.jit
-def add_pair(even, odd, f_even, f_odd, words, coefficient, PART: tl.constexpr, W: tl.constexpr, DIRECTION: tl.constexpr,
+def add_pair(even, odd, f_even, f_odd, words, coefficient, PART: tl.constexpr, W: tl.constexpr,
+    DIRECTION: tl.constexpr,
              SCALED: tl.constexpr):  # fmt: skip
     """Adds a term to a word of two sums; f_even and f_odd are the factors of z, which only SCALED reads."""
     z_even, z_odd = z_pair(words, PART, W, DIRECTION)
@@ -431,8 +459,11 @@ def add_pair(even, odd, f_even, f_odd, words, coefficient, PART: tl.constexpr, W
 
 
 @triton.jit
-def write_pair(theta, low, place, mask, even, odd, random, TYPE: tl.constexpr, ROUNDING: tl.constexpr, JOIN: tl.constexpr):
-    """Stores a word of two results, and returns it: in rows outside the mask too, where it may be anything."""
+def write_pair(
+    theta, low, place, mask, even, odd, random, TYPE: tl.constexpr, ROUNDING: tl.constexpr, JOIN: tl.constexpr
+):
+    """Stores a word of two results, and returns it: in rows outside the mask too, where it may be
+    anything."""
     if TYPE != FLOAT32 and ROUNDING == STOCHASTIC:
         if TYPE == BFLOAT16:
             word = both(bf16_stochastic(even, random & 0xFFFF), bf16_stochastic(odd, random >> 16))
@@ -442,7 +473,11 @@ def write_pair(theta, low, place, mask, even, odd, random, TYPE: tl.constexpr, R
         high_even, low_even = residual_split(even)
         high_odd, low_odd = residual_split(odd)
         word = both(high_even, high_odd)
-        tl.store(low + place, both(low_even.to(tl.uint16, bitcast=True), low_odd.to(tl.uint16, bitcast=True)), mask=mask)
+        tl.store(
+            low + place,
+            both(low_even.to(tl.uint16, bitcast=True), low_odd.to(tl.uint16, bitcast=True)),
+            mask=mask,
+        )
     else:
         word = nearest_pair(even, odd, TYPE)
     tl.store(theta + place, word, mask=mask)
@@ -451,14 +486,26 @@ def write_pair(theta, low, place, mask, even, odd, random, TYPE: tl.constexpr, R
 
 @triton.jit
 def listed(k, draws, draw_count, clock):
-    """The name of term k of a replay, and the factor of what stands before it: all of them are in a list, decays after the names."""
+    """The name of term k of a replay, and the factor of what stands before it: all of them are in a list,
+    decays after the names."""
     name = tl.load(draws + k)
     decay = to_float(tl.load(draws + draw_count + k).to(tl.uint32))
     return name_of(name.to(tl.int32), clock), (name >> 32).to(tl.uint32), decay
 
 
 @triton.jit
-def round_pair(even, odd, unit, who, step, keys, N: tl.constexpr, TYPE: tl.constexpr, ROUNDING: tl.constexpr, W: tl.constexpr):
+def round_pair(
+    even,
+    odd,
+    unit,
+    who,
+    step,
+    keys,
+    N: tl.constexpr,
+    TYPE: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    W: tl.constexpr,
+):
     """What storing two values in a 16-bit type and loading them again would make of them."""
     if ROUNDING == STOCHASTIC:
         purpose = tl.full([], ROUNDING_DRAW, tl.uint32)
@@ -476,8 +523,10 @@ def round_pair(even, odd, unit, who, step, keys, N: tl.constexpr, TYPE: tl.const
 
 
 @triton.jit
-def replay_units(even, odd, even2, odd2, f_even, f_odd, f_even2, f_odd2, unit, who, draws, coefficients, draw_count, each, keys, clock,
-                 DIRECTION: tl.constexpr, ROUNDING: tl.constexpr, SCALED: tl.constexpr, TYPE: tl.constexpr, N: tl.constexpr,
+def replay_units(even, odd, even2, odd2, f_even, f_odd, f_even2, f_odd2, unit, who, draws, coefficients,
+    draw_count, each, keys, clock,
+                 DIRECTION: tl.constexpr, ROUNDING: tl.constexpr, SCALED: tl.constexpr, TYPE: tl.constexpr,
+                 N: tl.constexpr,
                  W: tl.constexpr):  # fmt: skip
     """Sums of `each` terms, every one with its decay and its rounding."""
     for start in range(0, draw_count, each):
@@ -489,7 +538,9 @@ def replay_units(even, odd, even2, odd2, f_even, f_odd, f_even2, f_odd2, unit, w
             coefficient = tl.load(coefficients + k)
             even, odd = add_pair(even, odd, f_even, f_odd, words, coefficient, 0, W, DIRECTION, SCALED)
             if W == 2:
-                even2, odd2 = add_pair(even2, odd2, f_even2, f_odd2, words, coefficient, 1, W, DIRECTION, SCALED)
+                even2, odd2 = add_pair(
+                    even2, odd2, f_even2, f_odd2, words, coefficient, 1, W, DIRECTION, SCALED
+                )
         # the split of a float32 into a bfloat16 and its low bits is exact
         if TYPE != FLOAT32 and not (TYPE == BFLOAT16 and ROUNDING == RESIDUAL):
             even, odd = round_pair(even, odd, unit, who, step, keys, N, TYPE, ROUNDING, W)
@@ -497,8 +548,10 @@ def replay_units(even, odd, even2, odd2, f_even, f_odd, f_even2, f_odd2, unit, w
 
 
 @triton.jit
-def axpy_units(entry, begin, theta, low, unit, at, units, who, step, draw, draws, coefficients, only, draw_count, each, decay, keys, clock, state,
-               DIRECTION: tl.constexpr, ROUNDING: tl.constexpr, DECAY: tl.constexpr, EACH: tl.constexpr, SCALED: tl.constexpr,
+def axpy_units(entry, begin, theta, low, unit, at, units, who, step, draw, draws, coefficients, only,
+    draw_count, each, decay, keys, clock, state,
+               DIRECTION: tl.constexpr, ROUNDING: tl.constexpr, DECAY: tl.constexpr, EACH: tl.constexpr,
+               SCALED: tl.constexpr,
                TYPE: tl.constexpr, N: tl.constexpr, W: tl.constexpr):  # fmt: skip
     """One tile of axpy_ over units; the watch's new state."""
     JOIN: tl.constexpr = TYPE == BFLOAT16 and ROUNDING == RESIDUAL
@@ -515,8 +568,10 @@ def axpy_units(entry, begin, theta, low, unit, at, units, who, step, draw, draws
         if W == 2:
             f_even2, f_odd2 = factor_pair(entry, begin, from_word + (place + 2), mask, N, W)
     if EACH:
-        even, odd, even2, odd2 = replay_units(even, odd, even2, odd2, f_even, f_odd, f_even2, f_odd2, unit + at, who, draws,
-                                              coefficients, draw_count, each, keys, clock, DIRECTION, ROUNDING, SCALED, TYPE, N,
+        even, odd, even2, odd2 = replay_units(even, odd, even2, odd2, f_even, f_odd, f_even2, f_odd2,
+            unit + at, who, draws,
+                                              coefficients, draw_count, each, keys, clock, DIRECTION,
+                                              ROUNDING, SCALED, TYPE, N,
                                               W)  # fmt: skip
     else:
         if DECAY:
@@ -529,7 +584,9 @@ def axpy_units(entry, begin, theta, low, unit, at, units, who, step, draw, draws
                 coefficient = tl.load(coefficients + k)
             even, odd = add_pair(even, odd, f_even, f_odd, words, coefficient, 0, W, DIRECTION, SCALED)
             if W == 2:
-                even2, odd2 = add_pair(even2, odd2, f_even2, f_odd2, words, coefficient, 1, W, DIRECTION, SCALED)
+                even2, odd2 = add_pair(
+                    even2, odd2, f_even2, f_odd2, words, coefficient, 1, W, DIRECTION, SCALED
+                )
     random = place
     LAST: tl.constexpr = NEAREST if EACH else ROUNDING  # a replay has rounded its last sum
     if TYPE != FLOAT32 and LAST == STOCHASTIC:
@@ -537,7 +594,9 @@ def axpy_units(entry, begin, theta, low, unit, at, units, who, step, draw, draws
         random = some(philox4x32((unit + at + tl.arange(0, N)).to(tl.uint32), who, step, purpose, keys), 0, W)
     state = watch(state, write_pair(theta, low, place, mask, even, odd, random, TYPE, LAST, JOIN), TYPE)
     if W == 2:
-        state = watch(state, write_pair(theta, low, place + 2, mask, even2, odd2, random, TYPE, LAST, JOIN), TYPE)
+        state = watch(
+            state, write_pair(theta, low, place + 2, mask, even2, odd2, random, TYPE, LAST, JOIN), TYPE
+        )
     return state
 
 
@@ -555,8 +614,10 @@ def round_element(value, number, who, step, keys, TYPE: tl.constexpr, ROUNDING: 
 
 
 @triton.jit
-def axpy_elements(entry, theta, place, low, low_place, number, mask, who, step, draw, draws, coefficients, draw_count, each, decay, keys,
-                  clock, DIRECTION: tl.constexpr, ROUNDING: tl.constexpr, DECAY: tl.constexpr, EACH: tl.constexpr,
+def axpy_elements(entry, theta, place, low, low_place, number, mask, who, step, draw, draws, coefficients,
+    draw_count, each, decay, keys,
+                  clock, DIRECTION: tl.constexpr, ROUNDING: tl.constexpr, DECAY: tl.constexpr,
+                  EACH: tl.constexpr,
                   SCALED: tl.constexpr, TYPE: tl.constexpr):  # fmt: skip
     """One tile of axpy_ over elements; 1 where a result is inf or NaN."""
     JOIN: tl.constexpr = TYPE == BFLOAT16 and ROUNDING == RESIDUAL
@@ -601,12 +662,14 @@ def axpy_elements(entry, theta, place, low, low_place, number, mask, who, step, 
     do_not_specialize_on_alignment=["draw_count", "each"],
 )
 def axpy(entries, chunks, draws, coefficients, nonfinite, draw_count, each, step, draw, decay, keys, clock,
-         DIRECTION: tl.constexpr, ROUNDING: tl.constexpr, DECAY: tl.constexpr, EACH: tl.constexpr, SCALED: tl.constexpr,
+         DIRECTION: tl.constexpr, ROUNDING: tl.constexpr, DECAY: tl.constexpr, EACH: tl.constexpr,
+         SCALED: tl.constexpr,
          KINDS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
     """theta <- round(decay theta + sum_k coefficients[k] z_k); nonfinite[0] += results that are inf or NaN.
 
-    step and draw name the last term, draws the others. KINDS: bit t is set when the launch has a tensor of type t. Without DECAY,
-    decay is 1 and no instruction. EACH: a replay of sums of `each` terms; draws names all terms, and their decays follow.
+    step and draw name the last term, draws the others. KINDS: bit t is set when the launch has a tensor of
+    type t. Without DECAY, decay is 1 and no instruction. EACH: a replay of sums of `each` terms; draws names
+    all terms, and their decays follow.
     """
     N: tl.constexpr = BLOCK // 8
     step = name_of(step, clock)
@@ -623,34 +686,49 @@ def axpy(entries, chunks, draws, coefficients, nonfinite, draw_count, each, step
                 theta = pairs(tl.load(entry + THETA), begin, TYPE)
                 low = pairs(tl.load(entry + LOW), begin, INT16)
                 state = tl.zeros([N, W], tl.uint32)
-                only = tl.load(coefficients)  # of a sum of one term: a store could change it, for all the compiler knows
+                # of a sum of one term: a store could change it, for all the compiler knows
+                only = tl.load(coefficients)
                 for at in range(start_of(unit, part, N, DIRECTION), units, SPLIT * N):
-                    state = axpy_units(entry, begin, theta, low, unit, at, units, who, step, draw, draws, coefficients, only,
-                                       draw_count, each, decay, keys, clock, state, DIRECTION, ROUNDING, DECAY, EACH, SCALED, TYPE,
+                    state = axpy_units(entry, begin, theta, low, unit, at, units, who, step, draw, draws,
+                        coefficients, only,
+                                       draw_count, each, decay, keys, clock, state, DIRECTION, ROUNDING,
+                                       DECAY, EACH, SCALED, TYPE,
                                        N, W)  # fmt: skip
-                # the loop only watches whether a result (or a row outside the mask) was not finite; then the results are counted
+                # the loop only watches whether a result (or a row outside the mask) was not finite; then the
+                # results are counted
                 if tl.max(((state & (0x7FFFFFFF if TYPE == FLOAT32 else 0xFFFFFFFF)) != 0).to(tl.int32)) != 0:
                     tl.debug_barrier()
                     count = tl.zeros([N, W], tl.int32)
                     for at in range(start_of(unit, part, N, DIRECTION), units, SPLIT * N):
                         from_word, place, mask = rows_of(at, units, N, W, DIRECTION)
                         for PART in tl.static_range(4 // W):
-                            count += nonfinite_pair(tl.load(theta + from_word + (place + PART * W), mask=mask, other=0), TYPE)
+                            count += nonfinite_pair(
+                                tl.load(theta + from_word + (place + PART * W), mask=mask, other=0), TYPE
+                            )
                     tl.atomic_add(nonfinite, tl.sum(count).to(tl.int64), sem="relaxed")
                 theta = pointer(tl.load(entry + THETA), 0, TYPE)
                 low = pointer(tl.load(entry + LOW), 0, INT16)
                 for at in range(units * 8 + part * TAIL, size, SPLIT * TAIL):
                     i = at + tl.arange(0, TAIL)
                     number, place, low_place = locate(entry, begin + i, i < size)
-                    broken = axpy_elements(entry, theta, place, low, low_place, number, i < size, who, step, draw, draws, coefficients,
-                                           draw_count, each, decay, keys, clock, DIRECTION, ROUNDING, DECAY, EACH, SCALED,
+                    broken = axpy_elements(entry, theta, place, low, low_place, number, i < size, who, step,
+                        draw, draws, coefficients,
+                                           draw_count, each, decay, keys, clock, DIRECTION, ROUNDING, DECAY,
+                                           EACH, SCALED,
                                            TYPE)  # fmt: skip
-                    tl.atomic_add(nonfinite + tl.zeros([TAIL], tl.int32), broken.to(tl.int64), mask=broken != 0, sem="relaxed")
+                    tl.atomic_add(
+                        nonfinite + tl.zeros([TAIL], tl.int32),
+                        broken.to(tl.int64),
+                        mask=broken != 0,
+                        sem="relaxed",
+                    )
 
 
 @triton.jit(do_not_specialize=["entries", "chunks", "step", "draw", "keys", "clock"])
-def perturb(entries, chunks, step, draw, scale0, scale1, keys, clock, DIRECTION: tl.constexpr, SIDES: tl.constexpr,
-            JOIN: tl.constexpr, SCALED: tl.constexpr, KINDS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+def perturb(entries, chunks, step, draw, scale0, scale1, keys, clock, DIRECTION: tl.constexpr,
+    SIDES: tl.constexpr,
+            JOIN: tl.constexpr, SCALED: tl.constexpr, KINDS: tl.constexpr, BLOCK: tl.constexpr,
+            TAIL: tl.constexpr,
             SPLIT: tl.constexpr):  # fmt: skip
     """out_j <- nearest(theta + scale_j z), j < SIDES. JOIN: bfloat16 thetas have low bits.
 
@@ -679,15 +757,21 @@ def perturb(entries, chunks, step, draw, scale0, scale1, keys, clock, DIRECTION:
                     words = words_of(unit + at, who, step, draw, keys, N, DIRECTION)
                     for PART in tl.static_range(4 // W):
                         here = place + PART * W
-                        even, odd = read_pair(theta + from_word, low + from_word, here, mask, TYPE, JOIN and TYPE == BFLOAT16)
+                        even, odd = read_pair(
+                            theta + from_word, low + from_word, here, mask, TYPE, JOIN and TYPE == BFLOAT16
+                        )
                         z_even, z_odd = z_pair(words, PART, W, DIRECTION)
                         if SCALED:
                             f_even, f_odd = factor_pair(entry, begin, from_word + here, mask, N, W)
                             z_even, z_odd = z_even * f_even, z_odd * f_odd
-                        word = nearest_pair(tl.fma(z_even, scale0, even), tl.fma(z_odd, scale0, odd), OUT_TYPE)
+                        word = nearest_pair(
+                            tl.fma(z_even, scale0, even), tl.fma(z_odd, scale0, odd), OUT_TYPE
+                        )
                         tl.store(out0 + from_word + here, word, mask=mask)
                         if SIDES == 2:
-                            word = nearest_pair(tl.fma(z_even, scale1, even), tl.fma(z_odd, scale1, odd), OUT_TYPE)
+                            word = nearest_pair(
+                                tl.fma(z_even, scale1, even), tl.fma(z_odd, scale1, odd), OUT_TYPE
+                            )
                             tl.store(out1 + from_word + here, word, mask=mask)
                 theta = pointer(tl.load(entry + THETA), 0, TYPE)
                 low = pointer(tl.load(entry + LOW), 0, INT16)

@@ -1,18 +1,24 @@
-"""lowrank: theta <- decay theta + scale left right^T in Triton, for a list of tensors (csrc/lowrank.h says what it computes)
+"""lowrank: theta <- decay theta + scale left right^T in Triton, for a list of tensors (csrc/lowrank.h says
+what it computes)
 
-math     as csrc/lowrank.cu: factors as TERMS bfloat16 terms, tl.dot with float32 sums, small products first; then fma, decay and one
-         rounding. The bound is that of tests/support/lowrank_bound.py.
-table    int64 in device memory: entries[E, 18] as elementwise.py has them; tiles[T, 3] = begin, end, entry | column << 32;
-         frames[E, 5]; factors[N, 7] = left, right, rank, n, bits of scale, and how to divide by n
-product  one program a tile of up to 4 BM x BN elements of an aligned rectangle, BM rows at a time; `right` is read and split once. The
-         products come out in the layout of the matrix units and go through shared memory, so that theta moves 16 bytes a thread.
+math     as csrc/lowrank.cu: factors as TERMS bfloat16 terms, tl.dot with float32 sums, small products first;
+         then fma, decay and one rounding. The bound is that of tests/support/lowrank_bound.py.
+table    int64 in device memory: entries[E, 18] as elementwise.py has them; tiles[T, 3] = begin, end, entry |
+         column << 32; frames[E, 5]; factors[N, 7] = left, right, rank, n, bits of scale, and how to divide by
+         n
+product  one program a tile of up to 4 BM x BN elements of an aligned rectangle, BM rows at a time; `right` is
+         read and split once. The products come out in the layout of the matrix units and go through shared
+         memory, so that theta moves 16 bytes a thread.
 element  everything else: the sum in the definition's order, so these elements are bit for bit the reference's
-types    16-bit floats are uint16 bit patterns in memory. EXACT, under the interpreter: the terms stay float32 and roundings are done
-         on bits, because its cast to bfloat16 truncates and its dot of bfloat16 is not one; the values are the same.
-work     the loop over row blocks, instructions per element on sm_90 at rank 16, 32, 64, 128: 14.4, 15.2, 14.8, 15.8 for bfloat16 and
-         22.8, 28.3, 51.7, 56.2 for float32; from rank 64 on float32 has 122 to 134 on sm_80 and sm_120, where it will be bound by
-         instructions (`pytest tests/kernels_triton/test_lowrank_triton.py -k compiled -s`, triton 3.9). Not timed on a GPU.
-source   Chen et al. 2024, LOZO; Henry, Tang and Heinecke 2019 (arXiv 1904.06376) for sums of bfloat16 products
+types    16-bit floats are uint16 bit patterns in memory. EXACT, under the interpreter: the terms stay float32
+         and roundings are done on bits, because its cast to bfloat16 truncates and its dot of bfloat16 is not
+         one; the values are the same.
+work     the loop over row blocks, instructions per element on sm_90 at rank 16, 32, 64, 128: 14.4, 15.2,
+         14.8, 15.8 for bfloat16 and 22.8, 28.3, 51.7, 56.2 for float32; from rank 64 on float32 has 122 to
+         134 on sm_80 and sm_120, where it will be bound by instructions (`pytest
+         tests/kernels_triton/test_lowrank_triton.py -k compiled -s`, triton 3.9). Not timed on a GPU.
+source   Chen et al. 2024, LOZO; Henry, Tang and Heinecke 2019 (arXiv 1904.06376) for sums of bfloat16
+         products
 """
 
 import triton
@@ -137,12 +143,26 @@ def contract(left, right, total, TERMS: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
-def rows_of(address, factor, first, i, here, start: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr, WHOLE: tl.constexpr):
+def rows_of(
+    address,
+    factor,
+    first,
+    i,
+    here,
+    start: tl.constexpr,
+    WIDTH: tl.constexpr,
+    RANK: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
     """Rows first + i of a factor, columns [start, start + WIDTH), zero where it ends."""
     base = typed(tl.load(address), FLOAT32)
     k = start + tl.arange(0, WIDTH)
     if WHOLE:
-        return tl.load(tl.multiple_of(base + first * RANK, 16) + i[:, None] * RANK + k[None, :], mask=here[:, None], other=0.0)
+        return tl.load(
+            tl.multiple_of(base + first * RANK, 16) + i[:, None] * RANK + k[None, :],
+            mask=here[:, None],
+            other=0.0,
+        )
     else:
         rank = tl.load(factor + 2).to(tl.int32)
         mask = here[:, None] & (k < rank)[None, :]
@@ -150,10 +170,13 @@ def rows_of(address, factor, first, i, here, start: tl.constexpr, WIDTH: tl.cons
 
 
 @triton.jit(do_not_specialize=["entries", "tiles", "frames", "factors", "step", "keys"])
-def product(entries, tiles, frames, factors, nonfinite, decay, step, keys, ROUNDING: tl.constexpr, KINDS: tl.constexpr,
-            OUTSIDE: tl.constexpr, JOIN: tl.constexpr, RANK: tl.constexpr, WHOLE: tl.constexpr, EXACT: tl.constexpr,
+def product(entries, tiles, frames, factors, nonfinite, decay, step, keys, ROUNDING: tl.constexpr,
+    KINDS: tl.constexpr,
+            OUTSIDE: tl.constexpr, JOIN: tl.constexpr, RANK: tl.constexpr, WHOLE: tl.constexpr,
+            EXACT: tl.constexpr,
             BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """One tile. KINDS: bit 3 type + type of the result is set when the launch has such a tensor; RANK: 16 to 128, padded.
+    """One tile. KINDS: bit 3 type + type of the result is set when the launch has such a tensor; RANK: 16 to
+    128, padded.
 
     WHOLE: every rank is RANK and every factor lies on 16 bytes."""
     step = step.to(tl.uint32, bitcast=True)
@@ -174,7 +197,8 @@ def product(entries, tiles, frames, factors, nonfinite, decay, step, keys, ROUND
     i = tl.arange(0, BM)
     j = tl.arange(0, BN)
     inside = (n - column).to(tl.int32)
-    # strides, shifts and ends are multiples of eight elements, and the first element of a tile lies on 16 bytes
+    # strides, shifts and ends are multiples of eight elements, and the first element of a tile lies on 16
+    # bytes
     ends = (tl.load(frame + 4) - column).to(tl.int32)
     columns = (j // 8 < ends // 8)[None, :]
     stride = tl.load(frame) // 8 * 8
@@ -186,7 +210,9 @@ def product(entries, tiles, frames, factors, nonfinite, decay, step, keys, ROUND
             if kind == KIND:
                 TYPE: tl.constexpr = KIND // 3
                 RESULT: tl.constexpr = KIND % 3
-                TERMS: tl.constexpr = (3 if RANK <= 64 else 2) if TYPE == FLOAT32 else (2 if RANK <= 32 else 1)
+                TERMS: tl.constexpr = (
+                    (3 if RANK <= 64 else 2) if TYPE == FLOAT32 else (2 if RANK <= 32 else 1)
+                )
                 SPLIT: tl.constexpr = JOIN and TYPE == BFLOAT16 and not OUTSIDE
                 # a float32 theta has so many terms that only a slice of the ranks fits the registers
                 SLICE: tl.constexpr = 32 if TYPE == FLOAT32 and RANK > 32 else RANK
@@ -203,9 +229,13 @@ def product(entries, tiles, frames, factors, nonfinite, decay, step, keys, ROUND
                     old = read(theta + place, low + out_place, mask, TYPE, JOIN and TYPE == BFLOAT16, EXACT)
                     total = tl.zeros([BM, BN], tl.float32)
                     for part in tl.static_range(RANK // SLICE):
-                        left = rows_of(factor, factor, row, i, i < rows - start, part * SLICE, SLICE, RANK, WHOLE)
+                        left = rows_of(
+                            factor, factor, row, i, i < rows - start, part * SLICE, SLICE, RANK, WHOLE
+                        )
                         if SLICE < RANK:
-                            right = rows_of(factor + 1, factor, column, j, j < inside, part * SLICE, SLICE, RANK, WHOLE)
+                            right = rows_of(
+                                factor + 1, factor, column, j, j < inside, part * SLICE, SLICE, RANK, WHOLE
+                            )
                         total = contract(left, tl.trans(right), total, TERMS, EXACT)
                     value = tl.fma(total, scale, old * decay)
                     random = 0
@@ -214,9 +244,29 @@ def product(entries, tiles, frames, factors, nonfinite, decay, step, keys, ROUND
                         random = random16(number, who, step, keys)
                     if OUTSIDE:
                         out = tl.multiple_of(typed(tl.load(entry + 1), RESULT) + out_at, 16)
-                        broken = write(out + out_place, low + out_place, value, random, mask, RESULT, ROUNDING, False, EXACT)
+                        broken = write(
+                            out + out_place,
+                            low + out_place,
+                            value,
+                            random,
+                            mask,
+                            RESULT,
+                            ROUNDING,
+                            False,
+                            EXACT,
+                        )
                     else:
-                        broken = write(theta + place, low + out_place, value, random, mask, RESULT, ROUNDING, SPLIT, EXACT)
+                        broken = write(
+                            theta + place,
+                            low + out_place,
+                            value,
+                            random,
+                            mask,
+                            RESULT,
+                            ROUNDING,
+                            SPLIT,
+                            EXACT,
+                        )
                     count += tl.sum(broken, axis=1)
                 broken_count = tl.sum(count)
                 if broken_count != 0:
@@ -230,7 +280,8 @@ def divide(p, factor, shift):
 
 
 @triton.jit(do_not_specialize=["entries", "tiles", "factors", "step", "keys"])
-def element(entries, tiles, factors, nonfinite, decay, step, keys, ROUNDING: tl.constexpr, KINDS: tl.constexpr,
+def element(entries, tiles, factors, nonfinite, decay, step, keys, ROUNDING: tl.constexpr,
+    KINDS: tl.constexpr,
             OUTSIDE: tl.constexpr, JOIN: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Elements [begin, end) of an entry, one at a time."""
     step = step.to(tl.uint32, bitcast=True)
@@ -288,7 +339,9 @@ def element(entries, tiles, factors, nonfinite, decay, step, keys, ROUNDING: tl.
                         out = typed(tl.load(entry + 1), RESULT) + p
                         count += write(out, low_place, value, random, mask, RESULT, ROUNDING, False, EXACT)
                     else:
-                        count += write(theta + place, low_place, value, random, mask, RESULT, ROUNDING, SPLIT, EXACT)
+                        count += write(
+                            theta + place, low_place, value, random, mask, RESULT, ROUNDING, SPLIT, EXACT
+                        )
                 total_count = tl.sum(count)
                 if total_count != 0:
                     tl.atomic_add(nonfinite, total_count.to(tl.int64), sem="relaxed")

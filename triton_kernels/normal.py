@@ -1,8 +1,11 @@
-"""normal: one Philox word to one Box-Muller pair (csrc/zo/normal.h in Triton, the same operations in the same order)
+"""normal: one Philox word to one Box-Muller pair (csrc/zo/normal.h in Triton, the same operations in the same
+order)
 
-math     u = ((word mod 2^20) + 1/2) 2^-20, phi = pi int32(word) 2^-31, r = sqrt(-2 ln u); the pair is (r sin phi, r cos phi)
-equal    bit for bit to zokern/directions/normal.py when compiled with enable_fp_fusion=False: every fusion is a tl.fma, and
-         no product feeds a sum. No tl.sqrt, tl.log, tl.sin and no division: their code differs between GPUs.
+math     u = ((word mod 2^20) + 1/2) 2^-20, phi = pi int32(word) 2^-31, r = sqrt(-2 ln u); the pair is (r sin
+         phi, r cos phi)
+equal    bit for bit to zokern/directions/normal.py when compiled with enable_fp_fusion=False: every fusion is
+         a tl.fma, and no product feeds a sum. No tl.sqrt, tl.log, tl.sin and no division: their code differs
+         between GPUs.
 """
 
 import triton

@@ -1,10 +1,12 @@
 """philox: Philox4x32-R, the block function of the stream (csrc/zo/philox.h in Triton)
 
-math     Salmon et al. 2011: R rounds of (x0, x1, x2, x3) <- (hi(M1 x2) ^ x1 ^ k0, lo(M1 x2), hi(M0 x0) ^ x3 ^ k1, lo(M0 x0));
-         k0 += W0, k1 += W1
-keys     a kernel takes the key of every round as an argument of its own: arguments are operands that cost no instruction
-types    uint32 scalars or tensors. Counter words that are the same for a whole tile stay scalars, so the first round is half
-         uniform. The 64-bit product becomes one IMAD.WIDE for both halves; tl.umulhi and a second product would be two.
+math     Salmon et al. 2011: R rounds of (x0, x1, x2, x3) <- (hi(M1 x2) ^ x1 ^ k0, lo(M1 x2), hi(M0 x0) ^ x3 ^
+         k1, lo(M0 x0)); k0 += W0, k1 += W1
+keys     a kernel takes the key of every round as an argument of its own: arguments are operands that cost no
+         instruction
+types    uint32 scalars or tensors. Counter words that are the same for a whole tile stay scalars, so the
+         first round is half uniform. The 64-bit product becomes one IMAD.WIDE for both halves; tl.umulhi and
+         a second product would be two.
 equal    tests/vectors/philox4x32.txt
 """
 

@@ -1,9 +1,10 @@
 """rounding: float32 to the weights' type and back (csrc/zo/rounding.h in Triton)
 
-math     nearest (ties to even), stochastic ((|x| + r) cut towards zero), residual (bfloat16 with ties away from zero, and
-         int16 low bits that make it an exact float32)
-types    16-bit floats are uint16 bit patterns from load to store. Triton's interpreter truncates where a GPU rounds, and a cast
-         knows only nearest; integers give the same bits everywhere, with and without flush-to-zero.
+math     nearest (ties to even), stochastic ((|x| + r) cut towards zero), residual (bfloat16 with ties away
+         from zero, and int16 low bits that make it an exact float32)
+types    16-bit floats are uint16 bit patterns from load to store. Triton's interpreter truncates where a GPU
+         rounds, and a cast knows only nearest; integers give the same bits everywhere, with and without
+         flush-to-zero.
 """
 
 import triton
@@ -38,7 +39,8 @@ def bf16_nearest(value):
 @triton.jit
 def bf16_stochastic(value, random):
     """random: 16 uniform bits"""
-    # the low half of an infinity is 0, so that random never carries out of it; only a NaN needs a case of its own
+    # the low half of an infinity is 0, so that random never carries out of it; only a NaN needs a case of its
+    # own
     return (tl.where(value != value, 0x7FC00000, to_bits(value) + random) >> 16).to(tl.uint16)
 
 
@@ -106,7 +108,7 @@ def fp16_stochastic(value, random):
     return fp16_finish(x, magnitude, shift, rebias, (random << 16) >> (32 - shift))
 
 
-# --- two halves in one word, as elementwise.py loads and stores them -----------------------------------------------------------------
+# --- two halves in one word, as elementwise.py loads and stores them ----------------------------------------
 
 
 @triton.jit
@@ -146,7 +148,12 @@ def watch_bf16(state, word):
     if HARDWARE:
         zero = tl.full([], 0, tl.uint32)
         return tl.inline_asm_elementwise(
-            "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", [word, zero, state], dtype=tl.uint32, is_pure=True, pack=1
+            "fma.rn.bf16x2 $0, $1, $2, $3;",
+            "=r,r,r,r",
+            [word, zero, state],
+            dtype=tl.uint32,
+            is_pure=True,
+            pack=1,
         )
     else:
         return state | (((word & 0x7F807F80) + 0x00800080) & 0x80008000)
@@ -157,7 +164,12 @@ def watch_fp16(state, word):
     if HARDWARE:
         zero = tl.full([], 0, tl.uint32)
         return tl.inline_asm_elementwise(
-            "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [word, zero, state], dtype=tl.uint32, is_pure=True, pack=1
+            "fma.rn.f16x2 $0, $1, $2, $3;",
+            "=r,r,r,r",
+            [word, zero, state],
+            dtype=tl.uint32,
+            is_pure=True,
+            pack=1,
         )
     else:
         return state | (((word & 0x7C007C00) + 0x04000400) & 0x80008000)

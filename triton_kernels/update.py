@@ -1,12 +1,16 @@
-"""update: a rule, momentum, Adam or the sign, in Triton, one launch for a list of tensors (csrc/update.h says what it computes)
+"""update: a rule, momentum, Adam or the sign, in Triton, one launch for a list of tensors (csrc/update.h says
+what it computes)
 
-table    as elementwise.py: OUT and OUT + 1 of an entry are m and v, contiguous float32; scalars float32[4], [9] or [2] in device memory
-paths    those of elementwise.py; a thread reads and writes the 32 bytes of a unit's m, and of its v, as two of 16 each
-work     whole loop per element, K = 1, nearest: momentum normal 34.4 instructions (bf16, sm_90), of signs 16.8; adam normal 70.9 (bf16,
-         sm_80 to sm_120: to 72.9), 69.2 (float32), with the calls that only operands at the ends of the range take
-         (`pytest tests/kernels_triton/test_update_triton.py -k compiled -s`, Triton 3.9); memory leaves
-         time for 83 and 138 (bf16, H200)
-launch   SPLIT programs a chunk. enable_fp_fusion=False is part of the definition; root and quotient are the correctly rounded ones
+table    as elementwise.py: OUT and OUT + 1 of an entry are m and v, contiguous float32; scalars float32[4],
+         [9] or [2] in device memory
+paths    those of elementwise.py; a thread reads and writes the 32 bytes of a unit's m, and of its v, as two
+         of 16 each
+work     whole loop per element, K = 1, nearest: momentum normal 34.4 instructions (bf16, sm_90), of signs
+         16.8; adam normal 70.9 (bf16, sm_80 to sm_120: to 72.9), 69.2 (float32), with the calls that only
+         operands at the ends of the range take (`pytest tests/kernels_triton/test_update_triton.py -k
+         compiled -s`, Triton 3.9); memory leaves time for 83 and 138 (bf16, H200)
+launch   SPLIT programs a chunk. enable_fp_fusion=False is part of the definition; root and quotient are the
+         correctly rounded ones
 equal    bit for bit to zokern/backends/reference.py
 source   csrc/update.h; stream: zokern/stream.py, version 1
 """
@@ -85,7 +89,8 @@ def store_state(state, place, mask, even, odd):
 
 
 @triton.jit
-def advance_pair(theta, low, m, v, place, mask, even, odd, g_even, g_odd, random, scalars, RULE: tl.constexpr, ROUNDING: tl.constexpr,
+def advance_pair(theta, low, m, v, place, mask, even, odd, g_even, g_odd, random, scalars, RULE: tl.constexpr,
+    ROUNDING: tl.constexpr,
                  TYPE: tl.constexpr, JOIN: tl.constexpr):  # fmt: skip
     """A word of two elements forward; the word that was stored."""
     m_even, m_odd = even, odd
@@ -104,8 +109,10 @@ def advance_pair(theta, low, m, v, place, mask, even, odd, g_even, g_odd, random
 
 
 @triton.jit
-def update_units(entry, begin, theta, low, m, v, unit, at, units, who, step, draw, draws, coefficients, draw_count, scalars, keys, clock, state,
-                 DIRECTION: tl.constexpr, RULE: tl.constexpr, ROUNDING: tl.constexpr, SCALED: tl.constexpr, TYPE: tl.constexpr,
+def update_units(entry, begin, theta, low, m, v, unit, at, units, who, step, draw, draws, coefficients,
+    draw_count, scalars, keys, clock, state,
+                 DIRECTION: tl.constexpr, RULE: tl.constexpr, ROUNDING: tl.constexpr, SCALED: tl.constexpr,
+                 TYPE: tl.constexpr,
                  N: tl.constexpr, W: tl.constexpr):  # fmt: skip
     """One tile over units; the watch's new state."""
     JOIN: tl.constexpr = TYPE == BFLOAT16 and ROUNDING == RESIDUAL
@@ -131,23 +138,30 @@ def update_units(entry, begin, theta, low, m, v, unit, at, units, who, step, dra
         coefficient = tl.load(coefficients + k)
         g_even, g_odd = add_pair(g_even, g_odd, f_even, f_odd, words, coefficient, 0, W, DIRECTION, SCALED)
         if W == 2:
-            g_even2, g_odd2 = add_pair(g_even2, g_odd2, f_even2, f_odd2, words, coefficient, 1, W, DIRECTION, SCALED)
+            g_even2, g_odd2 = add_pair(
+                g_even2, g_odd2, f_even2, f_odd2, words, coefficient, 1, W, DIRECTION, SCALED
+            )
     random = place
     if TYPE != FLOAT32 and ROUNDING == STOCHASTIC:
         purpose = tl.full([], ROUNDING_DRAW, tl.uint32)
         random = some(philox4x32((unit + at + tl.arange(0, N)).to(tl.uint32), who, step, purpose, keys), 0, W)
-    word = advance_pair(theta, low, m, v, place, mask, even, odd, g_even, g_odd, random, scalars, RULE, ROUNDING, TYPE, JOIN)
+    word = advance_pair(
+        theta, low, m, v, place, mask, even, odd, g_even, g_odd, random, scalars, RULE, ROUNDING, TYPE, JOIN
+    )
     state = watch(state, word, TYPE)
     if W == 2:
-        word = advance_pair(theta, low, m, v, place + 2, mask, even2, odd2, g_even2, g_odd2, random, scalars, RULE, ROUNDING, TYPE,
+        word = advance_pair(theta, low, m, v, place + 2, mask, even2, odd2, g_even2, g_odd2, random, scalars,
+            RULE, ROUNDING, TYPE,
                             JOIN)  # fmt: skip
         state = watch(state, word, TYPE)
     return state
 
 
 @triton.jit
-def update_elements(entry, theta, place, low, low_place, m, v, i, number, mask, who, step, draw, draws, coefficients, draw_count, scalars,
-                    keys, clock, DIRECTION: tl.constexpr, RULE: tl.constexpr, ROUNDING: tl.constexpr, SCALED: tl.constexpr,
+def update_elements(entry, theta, place, low, low_place, m, v, i, number, mask, who, step, draw, draws,
+    coefficients, draw_count, scalars,
+                    keys, clock, DIRECTION: tl.constexpr, RULE: tl.constexpr, ROUNDING: tl.constexpr,
+                    SCALED: tl.constexpr,
                     TYPE: tl.constexpr):  # fmt: skip
     """One tile over elements, i of them in the states; 1 where a new weight is inf or NaN."""
     JOIN: tl.constexpr = TYPE == BFLOAT16 and ROUNDING == RESIDUAL
@@ -193,9 +207,11 @@ def update_elements(entry, theta, place, low, low_place, m, v, i, number, mask, 
     do_not_specialize_on_alignment=["draw_count"],
 )
 def update(entries, chunks, draws, coefficients, scalars, nonfinite, draw_count, step, draw, keys, clock,
-           DIRECTION: tl.constexpr, RULE: tl.constexpr, ROUNDING: tl.constexpr, SCALED: tl.constexpr, KINDS: tl.constexpr,
+           DIRECTION: tl.constexpr, RULE: tl.constexpr, ROUNDING: tl.constexpr, SCALED: tl.constexpr,
+           KINDS: tl.constexpr,
            BLOCK: tl.constexpr, TAIL: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
-    """A rule's step; nonfinite[0] += new weights that are inf or NaN. Names and KINDS as for elementwise.axpy."""
+    """A rule's step; nonfinite[0] += new weights that are inf or NaN. Names and KINDS as for
+    elementwise.axpy."""
     N: tl.constexpr = BLOCK // 8
     step = name_of(step, clock)
     draw = draw.to(tl.uint32, bitcast=True)
@@ -214,17 +230,22 @@ def update(entries, chunks, draws, coefficients, scalars, nonfinite, draw_count,
                 v = pairs(tl.load(entry + OUT + 1), begin, FLOAT32)
                 state = tl.zeros([N, W], tl.uint32)
                 for at in range(start_of(unit, part, N, DIRECTION), units, SPLIT * N):
-                    state = update_units(entry, begin, theta, low, m, v, unit, at, units, who, step, draw, draws, coefficients,
-                                         draw_count, scalars, keys, clock, state, DIRECTION, RULE, ROUNDING, SCALED, TYPE, N,
+                    state = update_units(entry, begin, theta, low, m, v, unit, at, units, who, step, draw,
+                        draws, coefficients,
+                                         draw_count, scalars, keys, clock, state, DIRECTION, RULE, ROUNDING,
+                                         SCALED, TYPE, N,
                                          W)  # fmt: skip
-                # the loop only watches whether a result (or a row outside the mask) was not finite; then the results are counted
+                # the loop only watches whether a result (or a row outside the mask) was not finite; then the
+                # results are counted
                 if tl.max(((state & (0x7FFFFFFF if TYPE == FLOAT32 else 0xFFFFFFFF)) != 0).to(tl.int32)) != 0:
                     tl.debug_barrier()
                     count = tl.zeros([N, W], tl.int32)
                     for at in range(start_of(unit, part, N, DIRECTION), units, SPLIT * N):
                         from_word, place, mask = rows_of(at, units, N, W, DIRECTION)
                         for PART in tl.static_range(4 // W):
-                            count += nonfinite_pair(tl.load(theta + from_word + (place + PART * W), mask=mask, other=0), TYPE)
+                            count += nonfinite_pair(
+                                tl.load(theta + from_word + (place + PART * W), mask=mask, other=0), TYPE
+                            )
                     tl.atomic_add(nonfinite, tl.sum(count).to(tl.int64), sem="relaxed")
                 theta = pointer(tl.load(entry + THETA), 0, TYPE)
                 low = pointer(tl.load(entry + LOW), 0, INT16)
@@ -233,7 +254,14 @@ def update(entries, chunks, draws, coefficients, scalars, nonfinite, draw_count,
                 for at in range(units * 8 + part * TAIL, size, SPLIT * TAIL):
                     i = at + tl.arange(0, TAIL)
                     number, place, low_place = locate(entry, begin + i, i < size)
-                    broken = update_elements(entry, theta, place, low, low_place, m, v, i, number, i < size, who, step, draw,
-                                             draws, coefficients, draw_count, scalars, keys, clock, DIRECTION, RULE, ROUNDING,
+                    broken = update_elements(entry, theta, place, low, low_place, m, v, i, number, i < size,
+                        who, step, draw,
+                                             draws, coefficients, draw_count, scalars, keys, clock, DIRECTION,
+                                             RULE, ROUNDING,
                                              SCALED, TYPE)  # fmt: skip
-                    tl.atomic_add(nonfinite + tl.zeros([TAIL], tl.int32), broken.to(tl.int64), mask=broken != 0, sem="relaxed")
+                    tl.atomic_add(
+                        nonfinite + tl.zeros([TAIL], tl.int32),
+                        broken.to(tl.int64),
+                        mask=broken != 0,
+                        sem="relaxed",
+                    )

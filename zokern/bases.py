@@ -30,7 +30,11 @@ class Bases:
         return self.matrices[id(entry.tensor)]
 
     def _shape(self, entry: Trained) -> tuple[int, int] | None:
-        return self.direction.shape(entry.tensor) if self.direction is not None and entry.tensor.numel() else None
+        return (
+            self.direction.shape(entry.tensor)
+            if self.direction is not None and entry.tensor.numel()
+            else None
+        )
 
     def draw_shape(self, entry: Trained) -> tuple[int, int] | None:
         """Returns the shape of a draw of a parameter; None where its z is dense."""
@@ -45,10 +49,13 @@ class Bases:
 
     def lasts(self, step: int) -> bool:
         """Returns whether the basis of a step is that of the next one too."""
-        return self.direction is not None and self.direction.basis_step(step) == self.direction.basis_step(step + 1)
+        return self.direction is not None and self.direction.basis_step(step) == self.direction.basis_step(
+            step + 1
+        )
 
     def renew(self, plan: Plan, oracle: Oracle) -> None:
-        """Gives every matrix the basis of this step, and carries over what the rule keeps. A measured direction asks for losses."""
+        """Gives every matrix the basis of this step, and carries over what the rule keeps. A measured
+        direction asks for losses."""
         if self.direction is None:
             return
         if isinstance(self.direction, Measured):

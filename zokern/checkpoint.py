@@ -1,4 +1,5 @@
-"""A state_dict: what zokern adds to torch's, and whether one that is to be loaded fits the optimizer. Refused before anything changes."""
+"""A state_dict: what zokern adds to torch's, and whether one that is to be loaded fits the optimizer. Refused
+before anything changes."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ class Saved(Protocol):
 
 
 def own_entry(optimizer: Saved) -> dict[str, Any]:
-    """Stream version, seed and counters, and the recipe: what has to be the same for a resumed run to be the same run."""
+    """Stream version, seed and counters, and the recipe: what has to be the same for a resumed run to be the
+    same run."""
     run, guards = optimizer.run, optimizer.guards
     return {
         "stream": VERSION, "seed": run.seed, "step": run.step, "skips": guards.skips, "dead": guards.dead,
@@ -58,7 +60,8 @@ def load_parts(optimizer: Saved, own: Mapping[str, Any]) -> None:
 def recipe(optimizer: Saved) -> dict[str, Any]:
     """The parts of a run that its options do not hold, as plain values.
 
-    The parts describe themselves (`described`), so that a new number of theirs is compared without a word here."""
+    The parts describe themselves (`described`), so that a new number of theirs is compared without a word
+    here."""
     factored, dense = optimizer.factored, optimizer.direction
     made = factored or optimizer.scaled
     kept = {} if factored is None else {"rank": factored.rank, "interval": factored.interval}
@@ -77,7 +80,8 @@ def recipe(optimizer: Saved) -> dict[str, Any]:
 
 
 def described(part: Any) -> dict[str, Any]:
-    """What a direction or a rule is, as plain values: what its method `described()` returns, else its class and all of its attributes."""
+    """What a direction or a rule is, as plain values: what its method `described()` returns, else its class
+    and all of its attributes."""
     own = getattr(part, "described", None)
     found = (
         own()
@@ -88,7 +92,8 @@ def described(part: Any) -> dict[str, Any]:
 
 
 def plain_value(value: Any) -> Any:
-    """A value that a state_dict can hold and compare after it was saved: numbers, strings, and lists and dicts of them."""
+    """A value that a state_dict can hold and compare after it was saved: numbers, strings, and lists and
+    dicts of them."""
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, Tensor):
@@ -115,19 +120,23 @@ def check(optimizer: Saved, state_dict: dict[str, Any]) -> dict[str, Any]:
     if own is None:
         raise ValueError("state_dict has no entry 'zokern'; expected the state_dict of a zokern optimizer")
     if (stream := own.get("stream")) != VERSION:
-        raise ValueError(f"state_dict was written with stream version {stream}; this zokern draws version {VERSION}")
+        raise ValueError(
+            f"state_dict was written with stream version {stream}; this zokern draws version {VERSION}"
+        )
     for key, limit in (("seed", 2**64), ("step", 2**32 + 1), ("skips", 2**32), ("dead", 2**32)):
         value = own.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < limit:
             raise ValueError(
-                f"state_dict['zokern'] has {key} = {value!r}; expected an integer, 0 <= {key} < {limit}: load the state_dict of a zokern "
+                f"state_dict['zokern'] has {key} = {value!r}; expected an integer, 0 <= {key} < {limit}: "
+                "load the state_dict of a zokern "
                 "optimizer as it was saved"
             )
     here = recipe(optimizer)
     for what, value in (own.get("recipe") or {}).items():  # states of older versions do not say
         if here.get(what) != value:
             raise ValueError(
-                f"state_dict was written with {what}={value!r} and this optimizer has {here.get(what)!r}; build it alike, or, to go on "
+                f"state_dict was written with {what}={value!r} and this optimizer has {here.get(what)!r}; "
+                "build it alike, or, to go on "
                 "with another recipe, set state_dict['zokern']['recipe'] = None"
             )
     saved = [name for group in state_dict["param_groups"] for name in group.get("param_names", [])]
@@ -137,8 +146,12 @@ def check(optimizer: Saved, state_dict: dict[str, Any]) -> dict[str, Any]:
         missing, extra = sorted(set(saved) - set(names)), sorted(set(names) - set(saved))
         way_out = "pass the same model to the optimizer, itself or all of its named_parameters()"
         if missing or extra:
-            raise ValueError(f"state_dict names other parameters: missing here {missing}, not in it {extra}; {way_out}")
-        raise ValueError(f"state_dict names the same parameters in another order: {saved} in it, {names} here; {way_out}")
+            raise ValueError(
+                f"state_dict names other parameters: missing here {missing}, not in it {extra}; {way_out}"
+            )
+        raise ValueError(
+            f"state_dict names the same parameters in another order: {saved} in it, {names} here; {way_out}"
+        )
     return own
 
 

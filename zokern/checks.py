@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_TOO_LARGE = 2.0**128 - 2.0**103  # halfway from the largest float32 to 2**128: from here on float32 is infinite
+# halfway from the largest float32 to 2**128: from here on float32 is infinite
+_TOO_LARGE = 2.0**128 - 2.0**103
 
 
 def is_number(value: Any) -> bool:
-    """Tells whether a value is one real number: Python's, NumPy's, or a tensor without dimensions, but no bool."""
+    """Tells whether a value is one real number: Python's, NumPy's, or a tensor without dimensions, but no
+    bool."""
     if type(value) in (float, int):
         return True
     if isinstance(value, Tensor):
@@ -27,7 +29,9 @@ def fits(found: Iterable[float]) -> bool:
     return all([-_TOO_LARGE < number < _TOO_LARGE for number in found])
 
 
-def finite_number(name: str, value: Any, *, minimum: float | None = None, above: float | None = None) -> float:
+def finite_number(
+    name: str, value: Any, *, minimum: float | None = None, above: float | None = None
+) -> float:
     """Returns a finite number within bounds as a float; a tensor of one element is a number too."""
     one = not isinstance(value, Tensor) or value.numel() == 1
     accepted = one and isinstance(value, (numbers.Real, Tensor)) and type(value) is not bool

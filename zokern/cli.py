@@ -1,7 +1,7 @@
 """The command line: `zokern COMMAND`, or `python -m zokern COMMAND`.
 
-A command is a module with `main(argv) -> int` and options of its own. It is imported when it is asked for. The demo
-is a folder of the source tree, examples/demo, and no part of an installed wheel.
+A command is a module with `main(argv) -> int` and options of its own. It is imported when it is asked for.
+The demo is a folder of the source tree, examples/demo, and no part of an installed wheel.
 """
 
 from __future__ import annotations
@@ -16,19 +16,31 @@ from . import __version__
 
 COMMANDS = {
     "info": ("zokern.info", "versions, backends and, for each that is off, why"),
-    "methods": ("zokern.cli_methods", "the table of methods, or one method's formula, paper, arguments and cost"),
-    "tune": ("zokern.cli_tune", "find eps and lr of a method for a model and a text, from a few dozen forwards"),
-    "demo": ("examples.demo", "fine-tune a small language model on film reviews with a method, before and after"),
+    "methods": (
+        "zokern.cli_methods",
+        "the table of methods, or one method's formula, paper, arguments and cost",
+    ),
+    "tune": (
+        "zokern.cli_tune",
+        "find eps and lr of a method for a model and a text, from a few dozen forwards",
+    ),
+    "demo": (
+        "examples.demo",
+        "fine-tune a small language model on film reviews with a method, before and after",
+    ),
 }
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def find(module: str) -> Any:
-    """Returns a module by name. FileNotFoundError: it is in the source tree, and this is an installed wheel."""
+    """Returns a module by name. FileNotFoundError: it is in the source tree, and this is an installed
+    wheel."""
     folder, _, rest = module.partition(".")
     if folder != "zokern":
         if not (ROOT / folder / rest.replace(".", "/")).exists():
-            raise FileNotFoundError(f"it is in {folder}/{rest.partition('.')[0]} of the source tree; there run `make demo`")
+            raise FileNotFoundError(
+                f"it is in {folder}/{rest.partition('.')[0]} of the source tree; there run `make demo`"
+            )
         if str(ROOT) not in sys.path:
             sys.path.insert(0, str(ROOT))
     return importlib.import_module(module)

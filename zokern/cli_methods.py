@@ -1,12 +1,13 @@
-"""`python -m zokern methods`: the table of methods, or with a name one method's page; both come from docstrings and runs.
+"""`python -m zokern methods`: the table of methods, or with a name one method's page; both come from
+docstrings and runs.
 
     python -m zokern methods               # the table
     python -m zokern methods SubZero       # formula, paper, arguments with units, what it keeps
     python -m zokern methods --markdown    # docs/methods.md
 
-The file of a method opens with its name, what it does, and its paper. The class's docstring holds, in paragraphs: the
-formula, then text, of which one paragraph begins with "Use it" and says when, then a line for every argument. Losses a
-step and bytes a weight are measured here, on two matrices of SIZE x SIZE.
+The file of a method opens with its name, what it does, and its paper. The class's docstring holds, in
+paragraphs: the formula, then text, of which one paragraph begins with "Use it" and says when, then a line for
+every argument. Losses a step and bytes a weight are measured here, on two matrices of SIZE x SIZE.
 """
 
 from __future__ import annotations
@@ -95,7 +96,9 @@ def cost(name: str) -> Cost:
             result = step(optimizer, lambda: model(x).square().mean(1))
     both = [optimizer, getattr(optimizer, "first_order", optimizer)]  # Hybrid has a torch optimizer
     states = [state for one in both for state in one.state.values()]
-    kept = {id(value): value for state in states for value in state.values() if isinstance(value, torch.Tensor)}
+    kept = {
+        id(value): value for state in states for value in state.values() if isinstance(value, torch.Tensor)
+    }
     for matrix in optimizer.matrices.values():
         kept |= {id(value): value for value in (matrix.left, matrix.right) if value is not None}
     group = optimizer.param_groups[0]
@@ -120,9 +123,15 @@ def page(name: str) -> Page:
         else:
             text.append(" ".join(block.split()))
     found = Page(name, title, paper.rstrip("."), formula, text, arguments)
-    for what, value in (("paper", found.paper), ("paragraph 'Use it ...'", found.use), ("arguments", found.arguments)):
+    for what, value in (
+        ("paper", found.paper),
+        ("paragraph 'Use it ...'", found.use),
+        ("arguments", found.arguments),
+    ):
         if not value:
-            raise ValueError(f"the docstring of zokern.{name} has no {what}; {__name__} says how one is written")
+            raise ValueError(
+                f"the docstring of zokern.{name} has no {what}; {__name__} says how one is written"
+            )
     return found
 
 
@@ -143,7 +152,9 @@ def table() -> list[tuple[str, ...]]:
         one, what = cost(name), page(name)
         state = "0" if not one.state else f"{one.state:.2g}"
         paper = re.split(r", (?=\"|arXiv)", what.paper)[0]
-        rows.append((f"`{name}`", what.title, str(one.losses), state, f"{one.lr:.0e}".replace("e-0", "e-"), paper))
+        rows.append(
+            (f"`{name}`", what.title, str(one.losses), state, f"{one.lr:.0e}".replace("e-0", "e-"), paper)
+        )
     return rows
 
 
@@ -155,7 +166,12 @@ def markdown_table() -> str:
 
 def _wrapped(text: str, indent: str = "") -> str:
     return textwrap.fill(
-        text, COLUMNS, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        text,
+        COLUMNS,
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
     )
 
 
@@ -169,8 +185,13 @@ def markdown_page(name: str) -> str:
     ]
     state = "nothing" if not one.state else f"{one.state:.2g} bytes a weight ({SIZE} x {SIZE} matrices)"
     parts += [_wrapped(text) for text in [what.use, *(text for text in what.text if text != what.use)]]
-    parts.append(f"A step reads {one.losses} losses. It keeps {state}. Defaults: lr {one.lr:g}, eps {one.eps:g}.")
-    parts.append("| argument | |\n|---|---|\n" + "\n".join(f"| `{names}` | {_cell(text)} |" for names, text in what.arguments))
+    parts.append(
+        f"A step reads {one.losses} losses. It keeps {state}. Defaults: lr {one.lr:g}, eps {one.eps:g}."
+    )
+    parts.append(
+        "| argument | |\n|---|---|\n"
+        + "\n".join(f"| `{names}` | {_cell(text)} |" for names, text in what.arguments)
+    )
     return "\n\n".join(parts)
 
 
@@ -182,8 +203,10 @@ def markdown() -> str:
     """Returns docs/methods.md."""
     head = (
         "# Methods\n\n"
-        "`python -m zokern methods --markdown` wrote this page from the docstrings of `zokern/methods/`. Losses a step\n"
-        f"and bytes a weight are measured on two {SIZE} x {SIZE} matrices at a method's defaults. The weights' own\n"
+        "`python -m zokern methods --markdown` wrote this page from the docstrings of `zokern/methods/`. "
+        "Losses a step\n"
+        f"and bytes a weight are measured on two {SIZE} x {SIZE} matrices at a method's defaults. The "
+        "weights' own\n"
         "bytes do not count.\n"
     )
     return "\n".join([head, markdown_table(), "", *(markdown_page(name) + "\n" for name in methods.METHODS)])
@@ -199,7 +222,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse.parse_args(argv)
     names = {name.lower(): name for name in methods.METHODS}
     if options.name and options.name.lower() not in names:
-        print(f"zokern methods: {options.name} is no method; expected one of {', '.join(methods.METHODS)}", file=sys.stderr)
+        print(
+            f"zokern methods: {options.name} is no method; expected one of {', '.join(methods.METHODS)}",
+            file=sys.stderr,
+        )
         return 2
     if options.markdown:
         print(markdown(), end="")

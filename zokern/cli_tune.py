@@ -3,8 +3,8 @@
     python -m zokern tune --model FOLDER --data lines.txt --method SubZero
     python -m zokern tune                     # in a source tree: the demo's model and task
 
-FOLDER holds a causal language model as transformers' save_pretrained writes it; it may be a name on the hub. The loss
-is the model's own on the lines of the text, one example a line.
+FOLDER holds a causal language model as transformers' save_pretrained writes it; it may be a name on the hub.
+The loss is the model's own on the lines of the text, one example a line.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     print(f"{options.method}\n{found}")
     if options.json:
-        options.json.write_text(json.dumps({"method": options.method, **dataclasses.asdict(found)}, indent=1) + "\n")
+        options.json.write_text(
+            json.dumps({"method": options.method, **dataclasses.asdict(found)}, indent=1) + "\n"
+        )
     if options.plot:
         found.plot(options.plot)
         print(f"plot {options.plot}")
@@ -78,7 +80,9 @@ def _demo(options: argparse.Namespace) -> tuple[Any, list[Callable[[], Any]]]:
     demo = cli.find("examples.demo")
     model, words, rows = demo.task()
     batches = demo.Batches(rows.train, options.batch, options.seed)
-    return model.to(getattr(torch, options.dtype)), [demo.Task(model, words, batches.next()) for _ in range(options.batches)]
+    return model.to(getattr(torch, options.dtype)), [
+        demo.Task(model, words, batches.next()) for _ in range(options.batches)
+    ]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -89,7 +93,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", help="folder or hub name of a causal language model (default: the demo's)")
     add("--data", type=Path, metavar="FILE", help="text, one example a line (default: the demo's)")
     add("--method", type=_method, default="MeZO", help=f"{', '.join(NAMES.values())} (default %(default)s)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights (default %(default)s)")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the weights (default %(default)s)",
+    )
     add("--batch", type=int, default=8, help="rows of a batch (default %(default)s)")
     add("--batches", type=int, default=8, help="batches that lr is told from (default %(default)s)")
     add("--probes", type=int, default=8, help="draws that lr is told from (default %(default)s)")

@@ -1,8 +1,9 @@
 """Deferred updates of low-rank directions, and who makes them visible.
 
-While U and V of a basis stay, updates are summed in its small space (Matrix.pending) and W is not written; the last step of an
-interval writes it. Meanwhile W lacks them, so other readers flush first: a forward, state_dict or load_state_dict of the module or of a
-module in it, state_dict of the optimizer, and a step of another optimizer on the same modules do so by themselves.
+While U and V of a basis stay, updates are summed in its small space (Matrix.pending) and W is not written;
+the last step of an interval writes it. Meanwhile W lacks them, so other readers flush first: a forward,
+state_dict or load_state_dict of the module or of a module in it, state_dict of the optimizer, and a step of
+another optimizer on the same modules do so by themselves.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from .modules import Tree
 from .plan import Group, Plan, Run
 
 REPLACED = (
-    "the weights of {!r} were replaced while updates of them were deferred; call optimizer.flush() before weights are replaced, cast or "
+    "the weights of {!r} were replaced while updates of them were deferred; call optimizer.flush() before "
+    "weights are replaced, cast or "
     "moved, or optimizer.discard() to go on from what they are now, or build the optimizer with defer=False"
 )
 
@@ -39,7 +41,9 @@ class Deferred:
 
     waiting: weakref.WeakSet[Deferred] = weakref.WeakSet()  # those with updates
 
-    def __init__(self, run: Run, bases: Bases, low_bits: LowBits, lock: threading.Lock, wanted: bool | None) -> None:
+    def __init__(
+        self, run: Run, bases: Bases, low_bits: LowBits, lock: threading.Lock, wanted: bool | None
+    ) -> None:
         if wanted is not None and not isinstance(wanted, bool):
             raise ValueError(f"defer is {wanted!r}; expected True, False or None")
         self.run, self.bases, self.low_bits, self.lock, self.wanted = run, bases, low_bits, lock, wanted
@@ -68,7 +72,10 @@ class Deferred:
     def open(self, tree: Tree) -> None:
         """Before a step: writes what other optimizers of the same modules have deferred."""
         if self.is_shown:
-            raise RuntimeError("a step inside evaluating(), which shows deferred updates to the model: leave the context first")
+            raise RuntimeError(
+                "a step inside evaluating(), which shows deferred updates to the model: leave the context "
+                "first"
+            )
         self.tree = tree
         for other in [*Deferred.waiting]:
             if other is not self and (tree.is_open or other.tree.is_open or self._shares(other)):
@@ -78,14 +85,17 @@ class Deferred:
         return not {*map(id, self.tree.modules)}.isdisjoint(map(id, other.tree.modules))
 
     def close(self, tree: Tree) -> None:
-        """After a step: while updates are deferred, a forward of any part of the model outside a step writes them first."""
+        """After a step: while updates are deferred, a forward of any part of the model outside a step writes
+        them first."""
         self.tree = tree
         if not self.pending:
             self._release()
         elif self not in Deferred.waiting:
             Deferred.waiting.add(self)
             hook = _Flush(self)
-            parts = [part for part in self._parts or tree.modules if not isinstance(part, torch.jit.ScriptModule)]
+            parts = [
+                part for part in self._parts or tree.modules if not isinstance(part, torch.jit.ScriptModule)
+            ]
             self._hooks = tuple(part.register_forward_pre_hook(hook) for part in parts)
 
     def _release(self) -> None:
@@ -96,7 +106,8 @@ class Deferred:
         self._hooks = ()
 
     def regroup(self, groups: list[Group]) -> None:
-        """Takes new groups; remembers those that they replace: settle() writes the updates of parameters that are trained no more."""
+        """Takes new groups; remembers those that they replace: settle() writes the updates of parameters that
+        are trained no more."""
         if any(m.pending is not None for group in self.groups for m in group.matrices or ()):
             self._left = (*self._left, *self.groups)
         self.groups = groups
@@ -112,7 +123,8 @@ class Deferred:
                     raise RuntimeError(REPLACED.format(matrix.name))
 
     def settle(self, plan: Plan) -> None:
-        """Before the bases of a step: writes updates of parameters that are trained no more, and updates in an old basis."""
+        """Before the bases of a step: writes updates of parameters that are trained no more, and updates in
+        an old basis."""
         if self.bases.direction is None:
             return
         trained, step, also = {id(t) for t in plan.tensors}, max(0, plan.step - 1), list[Tensor]()
@@ -131,14 +143,20 @@ class Deferred:
         self.accept(also)
 
     def defers(self, step: int, evaluation: Evaluation) -> bool:
-        """Whether a step's updates are deferred: not in the last step of a basis, nor where nothing would flush them."""
+        """Whether a step's updates are deferred: not in the last step of a basis, nor where nothing would
+        flush them."""
         if not (self.bases.rule.defers and evaluation.defers and self.bases.lasts(step)):
             return False
         # peft merges adapters by reading them, which no hook sees, and writing them costs little
-        return self.model is not None and not hasattr(self.model, "peft_config") if self.wanted is None else self.wanted
+        return (
+            self.model is not None and not hasattr(self.model, "peft_config")
+            if self.wanted is None
+            else self.wanted
+        )
 
     def accept(self, also: Sequence[Tensor] = ()) -> None:
-        """Takes the weights as they are now: deferred updates and low bits belong to them. also: tensors that are trained no more."""
+        """Takes the weights as they are now: deferred updates and low bits belong to them. also: tensors that
+        are trained no more."""
         for group in self.groups:
             for tensor, matrix in zip(group.tensors, group.matrices or ()):
                 if matrix.pending is not None:
@@ -148,9 +166,12 @@ class Deferred:
 
     @torch.no_grad()
     def flush(self) -> None:
-        """Writes the deferred updates. Raises RuntimeError if the weights were written in between, or inside shown()."""
+        """Writes the deferred updates. Raises RuntimeError if the weights were written in between, or inside
+        shown()."""
         if self.is_shown:
-            raise RuntimeError("flush() or state_dict() inside evaluating(), which writes nothing: leave the context first")
+            raise RuntimeError(
+                "flush() or state_dict() inside evaluating(), which writes nothing: leave the context first"
+            )
         self.low_bits.drop(self.groups)
         also = [tensor for group in self._left for tensor in _waiting(group)]
         for group in (*self._left, *self.groups):
@@ -184,7 +205,9 @@ class Deferred:
 
 
 def _waiting(group: Group) -> list[Tensor]:
-    return [tensor for tensor, matrix in zip(group.tensors, group.matrices or ()) if matrix.pending is not None]
+    return [
+        tensor for tensor, matrix in zip(group.tensors, group.matrices or ()) if matrix.pending is not None
+    ]
 
 
 class _Flush:
@@ -197,31 +220,41 @@ class _Flush:
 
     def __call__(self, *_: Any) -> None:
         deferred = self.deferred()
-        if deferred is not None and not deferred.lock.locked():  # a step's own readings add deferred updates themselves
+        # a step's own readings add deferred updates themselves
+        if deferred is not None and not deferred.lock.locked():
             self._write(deferred)
 
-    @_disable_dynamo  # torch.compile would trace the write into the module's graph; torch.optim keeps itself out the same way
+    # torch.compile would trace the write into the module's graph; torch.optim keeps itself out the same way
+    @_disable_dynamo
     def _write(self, deferred: Deferred) -> None:
         if deferred.pending and (self.saves or not deferred.is_shown):
             deferred.flush()
 
     def __deepcopy__(self, memo: dict) -> Callable[..., None]:
-        """A copied module has no optimizer. Its parts are copied after its hooks: they have the updates that are written here."""
+        """A copied module has no optimizer. Its parts are copied after its hooks: they have the updates that
+        are written here."""
         deferred = self.deferred()
         if deferred is not None and deferred.pending and not deferred.lock.locked():
-            own, matrices = deferred.model._parameters.values() if deferred.model is not None else (), deferred.bases.matrices
+            own, matrices = (
+                deferred.model._parameters.values() if deferred.model is not None else (),
+                deferred.bases.matrices,
+            )
             if any((matrix := matrices.get(id(p))) is not None and matrix.pending is not None for p in own):
                 raise RuntimeError(
-                    "the module is being copied while updates of its own weights are deferred: call optimizer.flush() first"
+                    "the module is being copied while updates of its own weights are deferred: call "
+                    "optimizer.flush() first"
                 )
             deferred.flush()
         return _ignore
 
     def __reduce__(self) -> tuple:
-        """A pickled module has no optimizer. Raises while updates are deferred, which it would lack; a pickle writes no weights."""
+        """A pickled module has no optimizer. Raises while updates are deferred, which it would lack; a pickle
+        writes no weights."""
         deferred = self.deferred()
         if deferred is not None and deferred.pending:
-            raise RuntimeError("the module is being pickled while updates are deferred: call optimizer.flush() first")
+            raise RuntimeError(
+                "the module is being pickled while updates are deferred: call optimizer.flush() first"
+            )
         return _nothing, ()
 
 

@@ -1,4 +1,5 @@
-"""Fingerprint: what a step relies on of a tensor. Kernels take raw pointers, so any change is looked at before the next launch."""
+"""Fingerprint: what a step relies on of a tensor. Kernels take raw pointers, so any change is looked at
+before the next launch."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ def memory_of(tensors: Sequence[Tensor]) -> tuple[list, ...]:
 
 
 def versions_of(tensors: Iterable[Tensor]) -> list[int]:
-    """Returns the version counters: torch's operations, and this package's launches, add to them when they write."""
+    """Returns the version counters: torch's operations, and this package's launches, add to them when they
+    write."""
     return list(map(_version, tensors))
 
 

@@ -44,7 +44,8 @@ class Descent:
 
 
 def descend(
-    found: Descent, plan: Plan, gradient: Gradient, moves: Mapping[str, Move], rule: Any, closure: Callable[[], Any], sign: float
+    found: Descent, plan: Plan, gradient: Gradient, moves: Mapping[str, Move], rule: Any,
+    closure: Callable[[], Any], sign: float
 ) -> None:  # fmt: skip
     """Back-propagates sign * loss at theta. Moves each parameter of the term once, along all its terms.
 
@@ -65,10 +66,14 @@ def descend(
         found.written.add(name)
 
     if gradient.optimizer is None and not hasattr(rule, "descend"):
-        raise TypeError(f"rule is {type(rule).__name__}, which takes draws alone; a term with gradients goes with zokern.Sgd()")
+        raise TypeError(
+            f"rule is {type(rule).__name__}, which takes draws alone; a term with gradients goes with "
+            "zokern.Sgd()"
+        )
     if getattr(rule, "base", None) is not None:
         raise TypeError(
-            f"rule is {type(rule).__name__}, which reads losses around other weights; a gradient is that of theta, and goes with zokern.Sgd()"
+            f"rule is {type(rule).__name__}, which reads losses around other weights; a gradient is that of "
+            "theta, and goes with zokern.Sgd()"
         )
     tape = _Tape(plan, names, write if gradient.optimizer is None else kept.__setitem__)
     isolation = Isolation(plan)
@@ -78,7 +83,8 @@ def descend(
             loss = closure()
         value = _checked(loss, names)
         found.loss = float(value)
-        if math.isfinite(found.loss) and not isolation.weights.changes():  # written by the closure: the isolation says so
+        # written by the closure: the isolation says so
+        if math.isfinite(found.loss) and not isolation.weights.changes():
             loss.backward(torch.full_like(loss, sign))
             tape.hand_over()
             isolation.weights.written()
@@ -99,7 +105,8 @@ def _checked(loss: Any, names: Sequence[str]) -> Tensor:
     """Returns the loss, 0-d float64, without its graph."""
     if not isinstance(loss, Tensor) or not loss.requires_grad:
         raise ValueError(
-            f"the first-order loss has no graph; expected a tensor that depends on {names[0]!r} or others of {len(names)} parameters, "
+            f"the first-order loss has no graph; expected a tensor that depends on {names[0]!r} or others of "
+            f"{len(names)} parameters, "
             "computed outside torch.no_grad() and inference_mode(), and not detached"
         )
     return loss_tensor(loss.detach())
@@ -111,15 +118,22 @@ class _Tape:
     def __init__(self, plan: Plan, names: Sequence[str], take: Callable[[str, Tensor], None]) -> None:
         objects = {name: each for group in plan.groups for name, each in zip(group.names, group.objects)}
         self.take, chosen = take, set(names)
-        self.taped = [(name, t, len(objects[name])) for name in names for t in objects[name] if t.requires_grad]
-        self.others = [t for name, each in objects.items() if name not in chosen for t in each if t.requires_grad]
+        self.taped = [
+            (name, t, len(objects[name])) for name in names for t in objects[name] if t.requires_grad
+        ]
+        self.others = [
+            t for name, each in objects.items() if name not in chosen for t in each if t.requires_grad
+        ]
         self.sums: dict[str, Tensor] = {}
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Inside, only parameters of the tape require gradients; at the end flags and .grad are as before."""
         before = [t.grad for _, t, _ in self.taped]
-        hooks = [t.register_post_accumulate_grad_hook(partial(self._arrive, name, count)) for name, t, count in self.taped]
+        hooks = [
+            t.register_post_accumulate_grad_hook(partial(self._arrive, name, count))
+            for name, t, count in self.taped
+        ]
         try:
             for t in self.others:
                 t.requires_grad_(False)

@@ -27,8 +27,10 @@ class Outcome(Protocol):
 class Guards:
     """What stops a run.
 
-    paired_check  'first': the first loss of the first step is read twice; n: every n steps too; 0 or None: never
-    max_skips     steps in a row with a loss or coefficient that is inf or NaN, at which a step raises; 0 or None: no limit
+    paired_check  'first': the first loss of the first step is read twice; n: every n steps too; 0 or None:
+                  never
+    max_skips     steps in a row with a loss or coefficient that is inf or NaN, at which a step raises; 0 or
+                  None: no limit
     dead_limit    steps in a row with equal losses, at which a step raises; None: no limit
     nonfinite     'raise' or 'ignore': weights that the update made inf or NaN
     force         accept an eps that rounding swallows for more than half of the 16-bit weights
@@ -49,7 +51,8 @@ class Guards:
     def __post_init__(self) -> None:
         if isinstance(self.paired_check, str) and self.paired_check != "first":
             raise ValueError(
-                f"paired_check is {self.paired_check!r}; expected 'first', or an integer, at least 0, or None for no check"
+                f"paired_check is {self.paired_check!r}; expected 'first', or an integer, at least 0, or "
+                "None for no check"
             )
         if not isinstance(self.paired_check, str):
             self.paired_check = _count("paired_check", self.paired_check, 0, "no check")
@@ -70,8 +73,10 @@ class Guards:
         """Warns of trained parameters that the first step's loss did not read."""
         names = ", ".join(unseen[:3]) + (", ..." if len(unseen) > 3 else "")
         warn(
-            f"the loss did not read {len(unseen)} trained parameters ({names}); they move along z all the same. A branch that "
-            "is not used: freeze it with requires_grad_(False). Experts without tokens in this batch: nothing is wrong"
+            f"the loss did not read {len(unseen)} trained parameters ({names}); they move along z all the "
+            "same. A branch that "
+            "is not used: freeze it with requires_grad_(False). Experts without tokens in this batch: "
+            "nothing is wrong"
         )
 
     def skipped(self, losses: Any) -> None:
@@ -79,28 +84,36 @@ class Guards:
         self.skips, self.dead = self.skips + 1, 0
         if self.max_skips and self.skips >= self.max_skips:
             raise RuntimeError(
-                f"{self.skips} steps in a row had a loss or coefficient that is inf or NaN (last losses {losses}); no weight changed "
+                f"{self.skips} steps in a row had a loss or coefficient that is inf or NaN (last losses "
+                f"{losses}); no weight changed "
                 "in them: lower lr, check the data, or compute the loss in float32"
             )
 
     def measured(self, outcome: Outcome, lrs: list[float]) -> None:
-        """Counts a step with finite numbers; warns of equal losses and of a loss that grows, and raises RuntimeError at the limit."""
+        """Counts a step with finite numbers; warns of equal losses and of a loss that grows, and raises
+        RuntimeError at the limit."""
         self.skips = 0
         self.dead = self.dead + 1 if _is_dead(outcome) else 0
         grown = self._watch(outcome.loss, lrs)
         self._prospect.see(outcome, lrs[0])
         if self.dead == 3:
             cause = "lr too large: the loss has grown since the start" if grown else "eps too small?"
-            warn(f"the losses on both sides were equal 3 steps in a row: the perturbation may not reach the loss ({cause})")
+            warn(
+                "the losses on both sides were equal 3 steps in a row: the perturbation may not reach the "
+                f"loss ({cause})"
+            )
         if self.dead_limit is not None and self.dead >= self.dead_limit:
             raise RuntimeError(
-                f"the losses on both sides were equal {self.dead} steps in a row (last losses {outcome.losses}): the perturbation does not "
-                "reach the loss; raise eps, give the optimizer the model that the closure runs, or pass dead_limit=None for a "
+                f"the losses on both sides were equal {self.dead} steps in a row (last losses "
+                f"{outcome.losses}): the perturbation does not "
+                "reach the loss; raise eps, give the optimizer the model that the closure runs, or pass "
+                "dead_limit=None for a "
                 "coarse objective"
             )
 
     def _watch(self, loss: float, lrs: list[float]) -> bool:
-        """Warns once when the loss has grown to three times its first, and its best running mean; returns whether it has."""
+        """Warns once when the loss has grown to three times its first, and its best running mean; returns
+        whether it has."""
         if self._losses == 0:
             self._start = self._mean = self._best = loss
         self._losses += 1
@@ -111,13 +124,15 @@ class Guards:
             self._warned = True
             lr = ", ".join(map(str, lrs))
             warn(
-                f"the loss has grown from {self._start:.4g} to {loss:.4g} within {self._losses} steps: lr = {lr} may be too large"
+                f"the loss has grown from {self._start:.4g} to {loss:.4g} within {self._losses} steps: lr = "
+                f"{lr} may be too large"
             )
         return grown
 
 
 def _is_dead(outcome: Outcome) -> bool:
-    """Whether the losses of every query are equal; where a query has one, beside a slope, whether slopes are 0."""
+    """Whether the losses of every query are equal; where a query has one, beside a slope, whether slopes are
+    0."""
     alone = all(len(sides) == 1 for sides in outcome.losses)
     return not any(outcome.coefficients) if alone else all(len(set(sides)) == 1 for sides in outcome.losses)
 

@@ -1,4 +1,5 @@
-"""What runs here: versions, the processor, each backend with the reason when it is off, and what the build contains.
+"""What runs here: versions, the processor, each backend with the reason when it is off, and what the build
+contains.
 
 The first thing to attach to a report: `python -m zokern info`, or with --json for a program.
 """
@@ -41,7 +42,8 @@ def _version(package: str) -> str | None:
 
 
 def _extension(name: str) -> Any:
-    """zokern._cpu or zokern._cuda, or None where it was not built or does not load; its backend says which."""
+    """zokern._cpu or zokern._cuda, or None where it was not built or does not load; its backend says
+    which."""
     try:
         return importlib.import_module(f"zokern.{name}")
     except ImportError:
@@ -57,13 +59,18 @@ def _why_off(name: str) -> str | None:
 
 
 def gather() -> dict[str, Any]:
-    """The report as plain data: versions, cpu, gpus, backends (name to null or reason), build, environment."""
+    """The report as plain data: versions, cpu, gpus, backends (name to null or reason), build,
+    environment."""
     try:
         build = importlib.import_module("zokern._build").RECORD
     except ImportError:
         build = None
     cpu, cuda = _extension("_cpu"), _extension("_cuda")
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        if torch.cuda.is_available()
+        else []
+    )
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -88,7 +95,8 @@ def _lines(report: dict[str, Any]) -> list[str]:
     lines = [
         f"versions     {', '.join(versions)}",
         f"             Python {report['python']}, {report['platform']}; stream version {report['stream']}",
-        f"cpu          {cpu['threads']} threads on {cpu['cores']} cores, kernels for {cpu['instruction_set'] or 'none'}",
+        f"cpu          {cpu['threads']} threads on {cpu['cores']} cores, kernels for "
+        f"{cpu['instruction_set'] or 'none'}",
         f"gpu          {', '.join(report['gpus']) or 'none that torch can use'}",
     ]
     for name, reason in report["backends"].items():
@@ -99,14 +107,19 @@ def _lines(report: dict[str, Any]) -> list[str]:
         lines.append(f"build        commit {build['commit'] or 'unknown'}")
         for name, part in build["parts"].items():
             targets = part.get("instruction_sets") or part["architectures"]
-            lines += [f"             {name}: {' '.join(targets)}", f"             {name}: {part['compiler']}, {part['flags']}"]
+            lines += [
+                f"             {name}: {' '.join(targets)}",
+                f"             {name}: {part['compiler']}, {part['flags']}",
+            ]
         lines += [f"             without {name}: {reason}" for name, reason in build["left_out"].items()]
     variables = " ".join(f"{name}={value}" for name, value in report["environment"].items())
     return [*lines, f"environment  {variables or 'none of the variables that matter is set'}"]
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="zokern info", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="zokern info", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--json", action="store_true", help="the same as JSON")
     arguments = parser.parse_args(argv)
     report = gather()

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from .backends.cpu import same_values
 
 CONTAINERS = (list, dict, set)
-STANDARD = frozenset(vars(nn.Module())) - {"training"}  # kept by nn.Module itself, and no place for a model's own state
+# kept by nn.Module itself, and no place for a model's own state
+STANDARD = frozenset(vars(nn.Module())) - {"training"}
 
 
 def same(now: Collection, before: Collection) -> bool:
@@ -34,18 +35,23 @@ class State:
     stands      whether parameters and parts are those that the tree was built with
     registers   pairs of a module's register of buffers, and its contents
     containers  lists, dicts and sets that are attributes, and the attributes of plain objects
-    tensors     pairs of a buffer, or of a tensor that is an attribute, and whether a norm writes it; the smallest first"""
+    tensors     pairs of a buffer, or of a tensor that is an attribute, and whether a norm writes it; the
+                smallest first"""
 
     def __init__(self, tree: Tree) -> None:
         self.watched = tree.watched
         self.held = flat(tree.watched)
         self.values = tree.values()
         self.stands = (
-            tree.count() == tree.size and same(flat(tree.children), tree.links) and same(flat(tree.parameters), tree.slots)
+            tree.count() == tree.size
+            and same(flat(tree.children), tree.links)
+            and same(flat(tree.parameters), tree.slots)
         )
         found = [value if type(value) in CONTAINERS else _attributes(value) for value in self.values]
         self.containers = list({id(held): held for held in found if held is not None}.values())
-        registers = [d[key] for d in tree.dicts if d["_buffers"] for key in ("_buffers", "_non_persistent_buffers_set")]
+        registers = [
+            d[key] for d in tree.dicts if d["_buffers"] for key in ("_buffers", "_non_persistent_buffers_set")
+        ]
         self.registers = [(held, held.copy()) for held in registers]
         buffers = flat(tree.buffers)
         self.registered = len(buffers)
@@ -62,7 +68,8 @@ class State:
 class Tree:
     """The modules below some roots. Built once, and again when the tree has changed.
 
-    is_open  the roots are not known yet: the optimizer was given parameters without their module. The first readings find them"""
+    is_open  the roots are not known yet: the optimizer was given parameters without their module. The first
+             readings find them"""
 
     def __init__(self, roots: list[nn.Module], is_open: bool = False) -> None:
         self.roots, self.is_open = roots, is_open
@@ -70,18 +77,28 @@ class Tree:
         self.modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
         self.members = set(self.modules)
         # TorchScript makes new Python objects at every look, and torch.compile's wrapper keeps its own state
-        plain = [m for m in self.modules if not isinstance(m, torch.jit.ScriptModule) and type(m).__name__ != "OptimizedModule"]
+        plain = [
+            m
+            for m in self.modules
+            if not isinstance(m, torch.jit.ScriptModule) and type(m).__name__ != "OptimizedModule"
+        ]
         self.dicts = [vars(m) for m in plain]
-        self.parameters, self.children = [d["_parameters"] for d in self.dicts], [d["_modules"] for d in self.dicts]
+        self.parameters, self.children = (
+            [d["_parameters"] for d in self.dicts],
+            [d["_modules"] for d in self.dicts],
+        )
         self.buffers = [d["_buffers"] for d in self.dicts]
         self.watched = [*self.dicts, *self.parameters, *self.children, *self.buffers]
-        self.norms = [d["_buffers"] for m, d in zip(plain, self.dicts) if isinstance(m, nn.modules.batchnorm._NormBase)]
+        self.norms = [
+            d["_buffers"] for m, d in zip(plain, self.dicts) if isinstance(m, nn.modules.batchnorm._NormBase)
+        ]
         owned = [(d, key) for d in self.dicts for key in d if key not in STANDARD]
         self.owners, self.keys = [d for d, _ in owned], [key for _, key in owned]
         self.size, self.slots, self.links = self.count(), flat(self.parameters), flat(self.children)
         self.is_warm = False  # whether a step has run a forward of the modules
         self._state: State | None = None
-        self.copies: dict[int, tuple[Tensor, int, Tensor]] = {}  # by id of a buffer: it, its version then, and its copy
+        # by id of a buffer: it, its version then, and its copy
+        self.copies: dict[int, tuple[Tensor, int, Tensor]] = {}
 
     def count(self) -> int:
         """Returns the number of attributes of all modules."""
@@ -110,14 +127,18 @@ def refill(held: list | dict | set, before: Any) -> None:
 
 
 def _attributes(value: Any) -> dict | None:
-    """Returns the attributes of an object of a class written in Python; modules, tensors, functions and classes are left alone."""
-    if isinstance(value, (nn.Module, Tensor, type, ModuleType, FunctionType)) or not hasattr(value, "__dict__"):
+    """Returns the attributes of an object of a class written in Python; modules, tensors, functions and
+    classes are left alone."""
+    if isinstance(value, (nn.Module, Tensor, type, ModuleType, FunctionType)) or not hasattr(
+        value, "__dict__"
+    ):
         return None
     return vars(value)
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """Whether a tensor has memory of its own: wrappers around others, as quantisation libraries make, have none."""
+    """Whether a tensor has memory of its own: wrappers around others, as quantisation libraries make, have
+    none."""
     try:
         return tensor.untyped_storage().data_ptr() != 0
     except (RuntimeError, NotImplementedError):

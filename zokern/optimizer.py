@@ -1,4 +1,5 @@
-"""The torch face: a zeroth-order optimizer is a torch.optim.Optimizer with param groups, schedulers and a state_dict."""
+"""The torch face: a zeroth-order optimizer is a torch.optim.Optimizer with param groups, schedulers and a
+state_dict."""
 
 from __future__ import annotations
 
@@ -28,11 +29,10 @@ from .stream import check_seed
 from .work import Work
 
 SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
-OTHER_STATE = (
-    "load it into an optimizer of the parameters that it was saved with, or start anew with `state_dict['state'].clear()`"
-)
+OTHER_STATE = "load it into an optimizer of the parameters that it was saved with, or start anew with `state_dict['state'].clear()`"
 HINTS = {
-    "momentum": "rule=zokern.Momentum(0.9)", "betas": "rule=zokern.Adam(betas=...)", "epsilon": "eps=...", "mu": "eps=...",
+    "momentum": "rule=zokern.Momentum(0.9)", "betas": "rule=zokern.Adam(betas=...)", "epsilon": "eps=...",
+    "mu": "eps=...",
     "beta": "rule=zokern.Momentum(...)", "nesterov": "rule=zokern.Momentum(...)", "wd": "weight_decay=...",
     "clip": "estimator=zokern.Spsa(clip=...)", "normalize": "estimator=zokern.Spread(...)",
 }  # fmt: skip
@@ -127,10 +127,11 @@ class ZerothOrder(torch.optim.Optimizer):
         """The id of every parameter name, which names its z."""
         return self.work.ids
 
-    # Groups and state ---------------------------------------------------------------------------------------------------
+    # Groups and state ---------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; a group without names continues the numbering param.N. Refuses what cannot be trained, by name."""
+        """As in torch; a group without names continues the numbering param.N. Refuses what cannot be trained,
+        by name."""
         group = self.work.named(param_group)
         _check_options({**self.defaults, **group})
         entries = self.work.add(group)
@@ -139,15 +140,18 @@ class ZerothOrder(torch.optim.Optimizer):
         self.work.append(entries)
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's state_dict plus ``zokern``: stream version, seed and step, so that a resumed run draws the same z.
+        """torch's state_dict plus ``zokern``: stream version, seed and step, so that a resumed run draws the
+        same z.
 
-        Writes deferred updates (see flush): a run that resumes from it has the bits of the run that saved and went on."""
+        Writes deferred updates (see flush): a run that resumes from it has the bits of the run that saved and
+        went on."""
         self.flush()
         return {**super().state_dict(), "zokern": checkpoint.own_entry(self)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume: options, seed, step number, and what residuals, rules and other parts keep. Refuses, before anything has changed,
-        another stream version, other parameter names, another recipe (method, rule, estimator, rounding, ...) and state of other shapes."""
+        """Resume: options, seed, step number, and what residuals, rules and other parts keep. Refuses, before
+        anything has changed, another stream version, other parameter names, another recipe (method, rule,
+        estimator, rounding, ...) and state of other shapes."""
         own = checkpoint.check(self, state_dict)
         held = self._held(state_dict)
         for entry, values in held:
@@ -172,28 +176,36 @@ class ZerothOrder(torch.optim.Optimizer):
         entries = dict(zip(numbers, (entry for group in self.work.entries for entry in group)))
         unknown = [number for number in state_dict["state"] if number not in entries]
         if unknown:
-            raise ValueError(f"state_dict has state of parameters number {unknown}; expected numbers among {numbers}")
+            raise ValueError(
+                f"state_dict has state of parameters number {unknown}; expected numbers among {numbers}"
+            )
         return [(entries[number], values) for number, values in state_dict["state"].items()]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Neither copied nor pickled: torch's way would lose the module, its hooks, deferred updates and the names that decide z."""
+        """Neither copied nor pickled: torch's way would lose the module, its hooks, deferred updates and the
+        names that decide z."""
         raise TypeError(
-            f"{type(self).__name__} cannot be copied or pickled: it belongs to the parameters that it trains; copy the model, build "
+            f"{type(self).__name__} cannot be copied or pickled: it belongs to the parameters that it "
+            "trains; copy the model, build "
             "another optimizer for the copy and load_state_dict(optimizer.state_dict()) into it"
         )
 
-    # One step -----------------------------------------------------------------------------------------------------------
+    # One step -----------------------------------------------------------------------------------------------
 
     def step(  # type: ignore[override]
         self, closure: Callable[[], Any] | None = None, first_order: Callable[[], Any] | None = None
     ) -> float | None:
-        """One step; returns the mean loss. zokern.step(optimizer, closure, first_order) returns the whole record, and has the arguments.
+        """One step; returns the mean loss. zokern.step(optimizer, closure, first_order) returns the whole
+        record, and has the arguments.
 
-        Without a closure it does nothing while every lr is 0: torch.distributed.checkpoint probes an optimizer so."""
+        Without a closure it does nothing while every lr is 0: torch.distributed.checkpoint probes an
+        optimizer so."""
         if closure is None:
             if all(float(group["lr"]) == 0.0 for group in self.param_groups):
                 return None
-            raise TypeError("step() needs a closure that computes the loss: it is read at more than one point")
+            raise TypeError(
+                "step() needs a closure that computes the loss: it is read at more than one point"
+            )
         with self.readings():
             self.result = run(self, closure, first_order)
             self.work.adopt()
@@ -202,9 +214,12 @@ class ZerothOrder(torch.optim.Optimizer):
 
     @contextmanager
     def readings(self) -> Iterator[None]:
-        """Inside, this thread alone reads losses, and modules take no deferred updates. Raises RuntimeError inside another one."""
+        """Inside, this thread alone reads losses, and modules take no deferred updates. Raises RuntimeError
+        inside another one."""
         if not self._lock.acquire(blocking=False):
-            raise RuntimeError("step in progress: a step was started inside the closure of another, or in a second thread")
+            raise RuntimeError(
+                "step in progress: a step was started inside the closure of another, or in a second thread"
+            )
         self.drawn = self._prepared = False
         try:
             self.deferred.open(self.work.tree)
@@ -222,11 +237,15 @@ class ZerothOrder(torch.optim.Optimizer):
         """Returns the checked work of this step. Raises before anything is touched."""
         work = self.work
         if self.steps >= 2**32:
-            raise ValueError(f"step number {self.steps} does not fit the stream's 32 bits; continue with another seed")
+            raise ValueError(
+                f"step number {self.steps} does not fit the stream's 32 bits; continue with another seed"
+            )
         if self._several and parameters.processes() > 1:
             raise RuntimeError(
-                f"the model is wrapped in DistributedDataParallel and {parameters.processes()} processes run: each would move along its own "
-                "losses, and the weights would drift apart. Give the optimizer model.module, and average the loss over the processes "
+                f"the model is wrapped in DistributedDataParallel and {parameters.processes()} processes "
+                "run: each would move along its own "
+                "losses, and the weights would drift apart. Give the optimizer model.module, and average the "
+                "loss over the processes "
                 "inside the closure (torch.distributed.all_reduce)"
             )
         work.check_tree()
@@ -281,32 +300,38 @@ class ZerothOrder(torch.optim.Optimizer):
         self.drawn = self.guards.max_skips is not None and 0 < self.guards.max_skips <= self.guards.skips + 1
         self.guards.skipped(result.losses)
 
-    # Deferred updates ---------------------------------------------------------------------------------------------------
+    # Deferred updates ---------------------------------------------------------------------------------------
 
     @property
     def pending(self) -> bool:
-        """Whether updates are deferred: the weights lack them until flush(). Then EMA, p.norm() and other code that reads weights
-        directly sees old weights; module forwards and state_dict() flush by themselves."""
+        """Whether updates are deferred: the weights lack them until flush(). Then EMA, p.norm() and other
+        code that reads weights directly sees old weights; module forwards and state_dict() flush by
+        themselves."""
         return self.deferred.pending
 
     def flush(self) -> None:
-        """Writes the deferred updates of low-rank directions into the weights: W <- W + U C V^T, one rounding.
+        """Writes the deferred updates of low-rank directions into the weights: W <- W + U C V^T, one
+        rounding.
 
-        A forward (outside a step), state_dict and load_state_dict of the module and of every module in it do this by themselves; reading a
-        parameter directly, a copy or a pickle of the module does not. It adds a rounding of W: a run that was flushed, or saved, within an
-        interval is equal to rounding to one that was not, and has the bits of one that resumed from there.
-        Raises RuntimeError if the weights were written in between, or inside evaluating()."""
+        A forward (outside a step), state_dict and load_state_dict of the module and of every module in it do
+        this by themselves; reading a parameter directly, a copy or a pickle of the module does not. It adds a
+        rounding of W: a run that was flushed, or saved, within an interval is equal to rounding to one that
+        was not, and has the bits of one that resumed from there. Raises RuntimeError if the weights were
+        written in between, or inside evaluating()."""
         self.deferred.flush()
 
     def discard(self) -> None:
-        """Forgets the deferred updates: the run goes on from the weights as they are now, loaded or edited by hand."""
+        """Forgets the deferred updates: the run goes on from the weights as they are now, loaded or edited by
+        hand."""
         self.deferred.discard()
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Inside, the weights have the deferred updates; at the end they are put back, so the run goes on to the same bits.
+        """Inside, the weights have the deferred updates; at the end they are put back, so the run goes on to
+        the same bits.
 
-        Unlike flush(), which splits an interval's one rounding in two. Takes a copy of the weights meanwhile."""
+        Unlike flush(), which splits an interval's one rounding in two. Takes a copy of the weights
+        meanwhile."""
         if not self.pending:
             yield
             return
@@ -318,7 +343,9 @@ def _resolve_rule(rule: Any) -> Rule:
     """Returns a rule; None: SGD. Raises TypeError for what is no rule object."""
     rule = Sgd() if rule is None else rule
     if isinstance(rule, type) or not hasattr(rule, "update"):
-        raise TypeError(f"rule is {rule!r}; expected None, zokern.Momentum(), zokern.Adam() or another Rule object")
+        raise TypeError(
+            f"rule is {rule!r}; expected None, zokern.Momentum(), zokern.Adam() or another Rule object"
+        )
     return rule
 
 
@@ -326,7 +353,11 @@ def _spread(params: Any) -> bool:
     """Whether a module, or one inside it, is wrapped for data parallelism over several processes."""
     if not isinstance(params, nn.Module):
         return False
-    return any(cls.__name__ == "DistributedDataParallel" for module in params.modules() for cls in type(module).__mro__)
+    return any(
+        cls.__name__ == "DistributedDataParallel"
+        for module in params.modules()
+        for cls in type(module).__mro__
+    )
 
 
 def _estimator(given: Estimator | None, queries: int | None, stencil: str | Stencil | None) -> Estimator:
@@ -336,7 +367,8 @@ def _estimator(given: Estimator | None, queries: int | None, stencil: str | Sten
     for name, value in (("queries", queries), ("stencil", stencil)):
         if value is not None:
             raise ValueError(
-                f"{name} is {value!r} beside an estimator; give it to the estimator: zokern.Spsa({name}={value!r})"
+                f"{name} is {value!r} beside an estimator; give it to the estimator: "
+                f"zokern.Spsa({name}={value!r})"
             )
     if isinstance(given, type) or not callable(given) or not hasattr(given, "queries"):
         raise TypeError(f"estimator is {given!r}; expected None, zokern.Spsa() or another Estimator object")
@@ -375,11 +407,15 @@ def _check_options(options: dict[str, Any]) -> None:
         raise ValueError(f"lr is {options['lr']!r}; expected lr >= 0 (to ascend, pass maximize=True)")
     eps = finite_number("eps", options["eps"], above=0.0)
     if not SMALLEST <= eps <= LARGEST:
-        raise ValueError(f"eps is {options['eps']!r}; expected a finite number > 0 that float32 holds: 2**-126 <= eps < 2**128")
+        raise ValueError(
+            f"eps is {options['eps']!r}; expected a finite number > 0 that float32 holds: 2**-126 <= eps < "
+            "2**128"
+        )
     decay = finite_number("weight_decay", options["weight_decay"], minimum=0.0)
     if lr * decay > 1.0:
         raise ValueError(
-            f"weight_decay is {decay!r} and lr is {lr!r}; expected lr * weight_decay of at most 1, beyond which weights change their sign "
+            f"weight_decay is {decay!r} and lr is {lr!r}; expected lr * weight_decay of at most 1, beyond "
+            "which weights change their sign "
             "in every step"
         )
 

@@ -24,7 +24,8 @@ class Group:
 
     tensors  the parameters, which name the optimizer's state
     lengths  by draw word: the length of its z in this group, in units of eps; 1 where it has no entry
-    theta    their memory as plain tensors: what is read and written, whatever stands in a parameter while a closure runs"""
+    theta    their memory as plain tensors: what is read and written, whatever stands in a parameter while a
+             closure runs"""
 
     names: list[str]
     tensors: list[Tensor]
@@ -34,13 +35,18 @@ class Group:
     options: dict  # the optimizer's param group: lr, weight_decay, ...
     backend: Backend
     matrices: list[Matrix] | None = None  # factored tensors, aligned with tensors; None: z is dense
-    scales: list[Tensor | None] | None = None  # factors of z, aligned with tensors; one list for the life of the group
+    # factors of z, aligned with tensors; one list for the life of the group
+    scales: list[Tensor | None] | None = None
     theta: TensorList = field(default_factory=TensorList)
-    objects: list[list[Tensor]] = field(default_factory=list)  # every tensor object that stands for tensor i, itself first
-    drawn: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict, repr=False)  # by step and draw word
+    # every tensor object that stands for tensor i, itself first
+    objects: list[list[Tensor]] = field(default_factory=list)
+    # by step and draw word
+    drawn: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict, repr=False)
     lengths: dict[int, float] = field(default_factory=dict, repr=False)
-    stacks: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False)  # the same, even ones in one tensor
-    memo: dict[Any, Any] = field(default_factory=dict, repr=False)  # what evaluations prepare once for these tensors
+    # the same, even ones in one tensor
+    stacks: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False)
+    # what evaluations prepare once for these tensors
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if not self.theta:
@@ -77,7 +83,11 @@ class Group:
 
     def residual(self, i: int) -> Tensor | None:
         """The low bits of tensor i, where it has any."""
-        return self.residuals[i] if self.residuals is not None and self.theta[i].dtype == torch.bfloat16 else None
+        return (
+            self.residuals[i]
+            if self.residuals is not None and self.theta[i].dtype == torch.bfloat16
+            else None
+        )
 
     def read(self, i: int) -> Tensor:
         """Returns tensor i in float32, with its low bits: a copy, but of float32 weights themselves."""
@@ -100,7 +110,8 @@ class Group:
         return None if self.scales is None else self.scales[i]
 
     def scales_of(self, members: Sequence[int]) -> list[Tensor | None] | None:
-        """The factors of some tensors: the same list for the same members, so that a table of a launch is found again."""
+        """The factors of some tensors: the same list for the same members, so that a table of a launch is
+        found again."""
         if self.scales is None:
             return None
         key = "scales", *members
@@ -108,7 +119,9 @@ class Group:
             self.memo[key] = [self.scales[i] for i in members]
         return self.memo[key]
 
-    def axpy_(self, direction, seed: int, draws, coeffs: Sequence[float], decay: float, rounding: str) -> Tensor:
+    def axpy_(
+        self, direction, seed: int, draws, coeffs: Sequence[float], decay: float, rounding: str
+    ) -> Tensor:
         table = torch.tensor(coeffs, dtype=torch.float32, device=self.theta[0].device)
         residuals = self.residuals if rounding == "residual" else None
         batch = Batch(self.theta, self.spans, rounding, residuals, self.scales)
@@ -117,12 +130,17 @@ class Group:
         return count
 
     def update_(
-        self, plan: Plan, members: Sequence[int], coeffs: Sequence[float], rule: str, scalars: Sequence[float], states: Sequence[list[Tensor]]
+        self, plan: Plan, members: Sequence[int], coeffs: Sequence[float], rule: str,
+        scalars: Sequence[float], states: Sequence[list[Tensor]]
     ) -> Tensor:  # fmt: skip
         """A rule with state for some of the tensors, whose states these are; one launch."""
         tensors, spans = [self.theta[i] for i in members], [self.spans[i] for i in members]
         both = [torch.tensor(x, dtype=torch.float32, device=tensors[0].device) for x in (coeffs, scalars)]
-        low = [self.residuals[i] for i in members] if self.residuals is not None and plan.rounding == "residual" else None
+        low = (
+            [self.residuals[i] for i in members]
+            if self.residuals is not None and plan.rounding == "residual"
+            else None
+        )
         batch = Batch(tensors, spans, plan.rounding, low, self.scales_of(members))
         noise = Noise(plan.direction, plan.seed, plan.draws())
         count = self.backend.update_(batch, noise, Update(both[0], rule, both[1], states))
@@ -143,12 +161,14 @@ class Group:
         return _Stream(self, seed)
 
     def draws(self, plan: Plan, draw: Draw) -> list[Tensor]:
-        """Returns a draw for every matrix, in its small space; made once a step, for the readings and the update."""
+        """Returns a draw for every matrix, in its small space; made once a step, for the readings and the
+        update."""
         assert self.matrices is not None and plan.factored is not None
         key = plan.named(draw)
         if not plan.reaches(key[0]):
             raise ValueError(
-                f"draw {draw} is of step {key[0]}, and step {plan.step} has another basis: expected a draw for which plan.reaches(step) holds"
+                f"draw {draw} is of step {key[0]}, and step {plan.step} has another basis: expected a draw "
+                "for which plan.reaches(step) holds"
             )
         if key not in self.drawn:
             self.drawn[key] = plan.factored.draws(self.matrices, self.source(plan.seed), *key)
@@ -156,12 +176,16 @@ class Group:
 
     @property
     def is_even(self) -> bool:
-        """Whether the matrices have cores of one size, which may be stacked: a few operations for all, not as many as there are matrices."""
+        """Whether the matrices have cores of one size, which may be stacked: a few operations for all, not as
+        many as there are matrices."""
         matrices = self.matrices or []
-        return all(m.left is not None and m.right is not None and m.rank == matrices[0].rank for m in matrices)
+        return all(
+            m.left is not None and m.right is not None and m.rank == matrices[0].rank for m in matrices
+        )
 
     def stacked(self, plan: Plan, draw: Draw) -> list[Tensor]:
-        """Returns a draw for every matrix; where they are even as one tensor (matrices, r, r), of which draws() has the parts."""
+        """Returns a draw for every matrix; where they are even as one tensor (matrices, r, r), of which
+        draws() has the parts."""
         draws = self.draws(plan, draw)
         if not self.is_even:
             return draws
@@ -181,21 +205,30 @@ class Group:
         for tensor, matrix in zip(self.tensors, self.matrices or ()):
             if matrix.pending is not None and tensor._version != matrix.version:
                 raise RuntimeError(
-                    f"the weights of {matrix.name!r} were written while updates waited for them; call optimizer.flush() before "
-                    "weights are loaded or edited, or optimizer.discard() to go on from what they are now, or build the optimizer "
+                    f"the weights of {matrix.name!r} were written while updates waited for them; call "
+                    "optimizer.flush() before "
+                    "weights are loaded or edited, or optimizer.discard() to go on from what they are now, "
+                    "or build the optimizer "
                     "with defer=False"
                 )
 
     def write(self, seed: int, step: int, rounding: str) -> Tensor | int:
-        """W <- shrink W + L C R^T of `pending` for every matrix with waiting updates, one rounding; they wait no longer."""
+        """W <- shrink W + L C R^T of `pending` for every matrix with waiting updates, one rounding; they wait
+        no longer."""
         self.check_waiting()
         waiting = [(i, m, m.pending) for i, m in enumerate(self.matrices or ()) if m.pending is not None]
         members = [(i, m, p) for i, m, p in waiting if m.shrink != 1.0 or bool(p.any())]
         count: Tensor | int = 0
         if members:
             tensors, spans = [self.theta[i] for i, _, _ in members], [self.spans[i] for i, _, _ in members]
-            lefts, rights = zip(*ends_of([m for _, m, _ in members], [p for _, _, p in members], self.backend))
-            low = [self.residuals[i] for i, _, _ in members] if self.residuals is not None and rounding == "residual" else None
+            lefts, rights = zip(
+                *ends_of([m for _, m, _ in members], [p for _, _, p in members], self.backend)
+            )
+            low = (
+                [self.residuals[i] for i, _, _ in members]
+                if self.residuals is not None and rounding == "residual"
+                else None
+            )
             shrink = {m.shrink for _, m, _ in members}
             assert len(shrink) == 1, "matrices of a group decay together"
             scales = [1.0] * len(members)
@@ -208,7 +241,8 @@ class Group:
 
 
 def _span(matrix: Matrix) -> Span:
-    """Returns the place of a matrix' numbers in the stream, made once: a step of many queries asks for it as often."""
+    """Returns the place of a matrix' numbers in the stream, made once: a step of many queries asks for it as
+    often."""
     if "span" not in matrix.extra:
         matrix.extra["span"] = Span(matrix.who)
     return matrix.extra["span"]
@@ -220,31 +254,45 @@ class _Stream:
     def __init__(self, group: Group, seed: int) -> None:
         self.group, self.seed = group, seed
 
-    def __call__(self, matrices: Sequence[Matrix], shapes: Sequence[tuple[int, ...]], step: int, draw: int) -> list[Tensor]:
+    def __call__(
+        self, matrices: Sequence[Matrix], shapes: Sequence[tuple[int, ...]], step: int, draw: int
+    ) -> list[Tensor]:
         if len({(*shape, matrix.device) for shape, matrix in zip(shapes, matrices)}) == 1:
-            outs = list(torch.empty((len(shapes), *shapes[0]), dtype=torch.float32, device=matrices[0].device).unbind(0))
+            outs = list(
+                torch.empty((len(shapes), *shapes[0]), dtype=torch.float32, device=matrices[0].device).unbind(
+                    0
+                )
+            )
         else:
-            outs = [torch.empty(shape, dtype=torch.float32, device=matrix.device) for shape, matrix in zip(shapes, matrices)]
+            outs = [
+                torch.empty(shape, dtype=torch.float32, device=matrix.device)
+                for shape, matrix in zip(shapes, matrices)
+            ]
         batch = Batch(outs, [_span(matrix) for matrix in matrices])
         self.group.backend.draw(batch, Noise(Normal(), self.seed, [(step, draw)]))
         return outs
 
     def sketch(
-        self, matrix: Matrix, draws: Sequence[tuple[int, int]], weights: Sequence[float], omega: Tensor, transposed: bool = False
+        self, matrix: Matrix, draws: Sequence[tuple[int, int]], weights: Sequence[float], omega: Tensor,
+        transposed: bool = False
     ) -> Tensor:  # fmt: skip
         span = next(span for span, one in zip(self.group.spans, self.group.matrices or ()) if one is matrix)
         noise = Noise(Normal(), self.seed, draws)
         return gemm.sketch_of(self.group.backend, noise, weights, span, matrix.shape, omega, transposed)
 
 
-def ends_of(matrices: Sequence[Matrix], middles: Sequence[Tensor], backend: Backend) -> list[tuple[Tensor, Tensor]]:
-    """Returns (L C, R) of a sum of draws of each matrix, all products in one launch, summed in the order of lowrank_."""
+def ends_of(
+    matrices: Sequence[Matrix], middles: Sequence[Tensor], backend: Backend
+) -> list[tuple[Tensor, Tensor]]:
+    """Returns (L C, R) of a sum of draws of each matrix, all products in one launch, summed in the order of
+    lowrank_."""
     found = [matrix.factors(middle) for matrix, middle in zip(matrices, middles)]
     lefts = [left for left, _, _ in found]
     with_core = [i for i, (_, core, _) in enumerate(found) if core is not None]
     if with_core:
         outs = [
-            torch.zeros(len(lefts[i]), middles[i].shape[1], dtype=torch.float32, device=middles[i].device) for i in with_core
+            torch.zeros(len(lefts[i]), middles[i].shape[1], dtype=torch.float32, device=middles[i].device)
+            for i in with_core
         ]
         cores = [middles[i].t().contiguous() for i in with_core]
         factors = Outer([lefts[i] for i in with_core], cores, [1.0] * len(outs))
@@ -304,7 +352,8 @@ class Plan:
         self.names = [name for group in self.groups for name in group.names]
 
     def only(self, scope: Collection[str] | None) -> Plan:
-        """Returns the same step of some parameters; None: of all. Raises ValueError if none of them is trained."""
+        """Returns the same step of some parameters; None: of all. Raises ValueError if none of them is
+        trained."""
         if scope is None:
             return self
         key = tuple(scope)
@@ -314,7 +363,9 @@ class Plan:
             return [(group.only(some), group) for some, group in zip(members, self.groups) if some]
 
         if not (parts := self._parts(key, make)):
-            raise ValueError(f"scope is {key!r:.200}; expected names of trained parameters, such as {self.names[:2]}")
+            raise ValueError(
+                f"scope is {key!r:.200}; expected names of trained parameters, such as {self.names[:2]}"
+            )
         for part, whole in parts:
             part.eps = whole.eps
         return replace(self, groups=[part for part, _ in parts], scopes={}, earlier={})
@@ -323,22 +374,29 @@ class Plan:
         """Returns the same step with a group, and so a launch, for every parameter, in the order of `names`.
 
         lengths  Group.lengths of every parameter"""
-        parts = self._parts(EACH, lambda: [(group.only([i]), group) for group in self.groups for i in range(len(group.names))])
+        parts = self._parts(
+            EACH, lambda: [(group.only([i]), group) for group in self.groups for i in range(len(group.names))]
+        )
         given = lengths or [whole.lengths for _, whole in parts]
         groups = [replace(part, eps=whole.eps, lengths=own) for (part, whole), own in zip(parts, given)]
         return replace(self, groups=groups, scopes={}, earlier={})
 
-    def _parts(self, key: tuple[str, ...], make: Callable[[], list[tuple[Group, Group]]]) -> list[tuple[Group, Group]]:
-        """Returns parts of groups, each with the group that it is a part of; made once for steps that follow each other."""
+    def _parts(
+        self, key: tuple[str, ...], make: Callable[[], list[tuple[Group, Group]]]
+    ) -> list[tuple[Group, Group]]:
+        """Returns parts of groups, each with the group that it is a part of; made once for steps that follow
+        each other."""
         if key not in self.scopes:
             self.scopes[key] = self.earlier.pop(key) if key in self.earlier else make()
         return self.scopes[key]
 
     def along(self, draws: tuple[Draw, ...]) -> Plan:
-        """Returns the same step with the draws of an estimate. Raises ValueError where the last is no draw of this step."""
+        """Returns the same step with the draws of an estimate. Raises ValueError where the last is no draw of
+        this step."""
         if not draws or self.named(draws[-1])[0] != self.step:
             raise ValueError(
-                f"draws is {draws!r:.80}; expected one of this step at the end: it names the bits of stochastic rounding"
+                f"draws is {draws!r:.80}; expected one of this step at the end: it names the bits of "
+                "stochastic rounding"
             )
         return replace(self, words=draws)
 
@@ -351,7 +409,8 @@ class Plan:
         return draw if isinstance(draw, tuple) else (self.step, draw)
 
     def reaches(self, step: int) -> bool:
-        """Whether draws of an earlier step are directions of this one: those of a low-rank direction are while its basis lasts."""
+        """Whether draws of an earlier step are directions of this one: those of a low-rank direction are
+        while its basis lasts."""
         return self.factored is None or self.factored.basis_step(step) == self.factored.basis_step(self.step)
 
     def draws(self) -> list[tuple[int, int]]:
@@ -359,13 +418,17 @@ class Plan:
         return [self.named(draw) for draw in self.words]
 
     def bits(self, purpose: int, query: int = 0, who: str = "") -> Tensor:
-        """Returns the four words of a number that belongs to this step and to no element: int64[1, 4] on the CPU."""
+        """Returns the four words of a number that belongs to this step and to no element: int64[1, 4] on the
+        CPU."""
         zero = torch.zeros(1, dtype=torch.int64, device="cpu")
-        return stream.words(zero, stream.parameter_id(who), self.step, stream.draw_word(query, purpose), self.seed)
+        return stream.words(
+            zero, stream.parameter_id(who), self.step, stream.draw_word(query, purpose), self.seed
+        )
 
     @property
     def is_coarse(self) -> bool:
-        """Whether losses are rounded to 16 bits on their way: by weights, trained or frozen, or by autocast around the step."""
+        """Whether losses are rounded to 16 bits on their way: by weights, trained or frozen, or by autocast
+        around the step."""
         if any(torch.is_autocast_enabled(kind) for kind in {t.device.type for t in self.tensors}):
             return True
         held = (p for module in self.tree.modules for p in module._parameters.values() if p is not None)

@@ -1,4 +1,5 @@
-"""Scaling: the factors of z of the tensors that a step works on, made when a group is new and when its direction changes them."""
+"""Scaling: the factors of z of the tensors that a step works on, made when a group is new and when its
+direction changes them."""
 
 from __future__ import annotations
 
@@ -46,13 +47,16 @@ class Scaling:
         self.born = born
 
     def learn(self, plan: Plan, estimate: Estimate) -> None:
-        """s <- s / sqrt(1 - smooth + smooth mean_k |z_k^T H z_k| z_k^2), in float64, rounded once, for every factor of a curved direction.
+        """s <- s / sqrt(1 - smooth + smooth mean_k |z_k^T H z_k| z_k^2), in float64, rounded once, for every
+        factor of a curved direction.
 
         z is made a piece at a time."""
         if not isinstance(self.direction, Curved):
             return
         if estimate.curvatures is None:
-            raise ValueError("the estimator reads no curvature; expected zokern.Curvature() beside direction 'curved'")
+            raise ValueError(
+                "the estimator reads no curvature; expected zokern.Curvature() beside direction 'curved'"
+            )
         for group, curvatures in zip(plan.groups, estimate.curvatures):
             for theta, span, scale in zip(group.theta, group.spans, group.scales or ()):
                 assert scale is not None
@@ -64,7 +68,9 @@ class Scaling:
                     for draw, curvature in zip(plan.draws(), curvatures):
                         group.backend.draw(Batch([z], here), Noise(plan.direction, plan.seed, [draw]))
                         growth = growth + curvature * z.double() * z.double()
-                    growth = (1.0 - self.direction.smooth) + (self.direction.smooth / len(curvatures)) * growth
+                    growth = (1.0 - self.direction.smooth) + (
+                        self.direction.smooth / len(curvatures)
+                    ) * growth
                     part.copy_(part.double() / growth.sqrt())
 
 

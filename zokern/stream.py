@@ -1,7 +1,7 @@
 """The stream, version 1: which random number belongs to which element, in prose and then in PyTorch.
 
-A value z is a pure function of names. It never depends on a device, a grid, a thread count, a shard, the order of the
-parameters, their dtype, or what else is trained:
+A value z is a pure function of names. It never depends on a device, a grid, a thread count, a shard, the
+order of the parameters, their dtype, or what else is trained:
 
     z(seed, who, step, draw, i) = value (i mod P) of block (i div P),   P = 8 (normal) or 128 (rademacher)
     block = Philox4x32-10(counter = (i div P, who, step, draw), key = (seed mod 2**32, seed div 2**32))
@@ -9,12 +9,14 @@ parameters, their dtype, or what else is trained:
     seed   the run's seed, any integer in [0, 2**64); it is the key and never changes inside a run
     who    the parameter's id: the first four bytes (little endian) of SHA-256 of its qualified name
     step   the number of the step, from 0, below 2**32
-    draw   purpose * 2**24 + query: queries of one step, and purposes (below) that never read each other's words
+    draw   purpose * 2**24 + query: queries of one step, and purposes (below) that never read each other's
+           words
     i      the element's row-major number in the *unsharded* tensor, below 2**35
 
-The words become values with IEEE single operations in a written order: csrc/zo/normal.h and csrc/zo/rademacher.h say it in
-C++, `directions/` says it in PyTorch, and both give the same bits. PyTorch has no fused multiply-add on a CPU, and some of its
-operations fuse or round twice (`add(alpha=)`, `addcmul`, `lerp`, `sqrt`): none is used here, and `fma` below is exact.
+The words become values with IEEE single operations in a written order: csrc/zo/normal.h and
+csrc/zo/rademacher.h say it in C++, `directions/` says it in PyTorch, and both give the same bits. PyTorch has
+no fused multiply-add on a CPU, and some of its operations fuse or round twice (`add(alpha=)`, `addcmul`,
+`lerp`, `sqrt`): none is used here, and `fma` below is exact.
 
 Version 1 is frozen by tests/vectors/. A changed bit would be version 2.
 Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philox); Box and Muller 1958.
@@ -77,7 +79,8 @@ def check_word(name: str, value: int) -> int:
 
 
 def _multiply(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of constant * word, by 16-bit halves: no product leaves the positive int64 range."""
+    """High and low 32 bits of constant * word, by 16-bit halves: no product leaves the positive int64
+    range."""
     low, high = constant * (word & 0xFFFF), constant * (word >> 16)
     return (high + (low >> 16)) >> 16, (low + ((high & 0xFFFF) << 16)) & _LOW
 
@@ -113,8 +116,9 @@ def to_bits(value: Tensor) -> Tensor:
 def fma(a: Tensor | float, b: Tensor | float, c: Tensor | float) -> Tensor:
     """round(a * b + c), float32, rounded once.
 
-    The product of two float32 is exact in float64. Its sum with c is rounded there *to odd* (the error of the sum, from
-    Knuth's two-sum, says in which direction), so that the cut to float32 is the only rounding that shows.
+    The product of two float32 is exact in float64. Its sum with c is rounded there *to odd* (the error of the
+    sum, from Knuth's two-sum, says in which direction), so that the cut to float32 is the only rounding that
+    shows.
     """
     a, b, c = (x.double() if isinstance(x, Tensor) else x for x in (a, b, c))
     product: Any = a * b

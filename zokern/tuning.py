@@ -1,13 +1,13 @@
 """Tuning: a workable eps and lr for an optimizer, from a few dozen forwards and before its first step.
 
-    eps   the slopes s_k = <gradient, z_k> are read at several eps along the same draws. Where eps is too small,
-          the rounding of the losses decides; where it is too large, their curvature does. Between them the slopes
-          agree from one eps to the next.
-    lr    = share L / f, with f the mean over probes of sum_k c_k s_k / n: the first-order fall of the loss L by a
-          step at lr = 1. A step at this lr is expected to take `share` of the loss off.
+    eps   the slopes s_k = <gradient, z_k> are read at several eps along the same draws. Where eps is too
+          small, the rounding of the losses decides; where it is too large, their curvature does. Between them
+          the slopes agree from one eps to the next.
+    lr    = share L / f, with f the mean over probes of sum_k c_k s_k / n: the first-order fall of the loss L
+          by a step at lr = 1. A step at this lr is expected to take `share` of the loss off.
 
-An lr from curvature, (L(theta + eps z) + L(theta - eps z) - 2 L(theta)) / eps^2, is not offered: over eight probes
-its sign changed from run to run.
+An lr from curvature, (L(theta + eps z) + L(theta - eps z) - 2 L(theta)) / eps^2, is not offered: over eight
+probes its sign changed from run to run.
 """
 
 from __future__ import annotations
@@ -107,17 +107,20 @@ class Tuning:
         lines.append(f"eps {self.eps:.2g} ({kept}): slopes change by {chosen.change:.1%} to the next eps")
         if not chosen.is_sound:
             lines.append(
-                "    No eps is sound: every one is decided by rounding or by curvature. Compute the loss in float32, or train in"
+                "    No eps is sound: every one is decided by rounding or by curvature. Compute the loss in "
+                "float32, or train in"
                 " float32."
             )
         lines.append(
-            f"lr {self.lr:.2g} (it was {self.old[1]:.2g}): a step is expected to take {self.share:.1%} off the loss of {self.loss:.3g};"
+            f"lr {self.lr:.2g} (it was {self.old[1]:.2g}): a step is expected to take {self.share:.1%} off "
+            f"the loss of {self.loss:.3g};"
             f" {self.probes} probes, standard error {self.error:.0%}; {self.forwards} forwards in all"
         )
         return "\n".join(lines)
 
     def plot(self, path: str | Path) -> None:
-        """Draws the slopes' change and the swallowed share over eps, and the expected fall over lr, into a file."""
+        """Draws the slopes' change and the swallowed share over eps, and the expected fall over lr, into a
+        file."""
         import matplotlib
 
         matplotlib.use("Agg")
@@ -125,18 +128,40 @@ class Tuning:
 
         figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
         eps = [w.eps for w in self.widths]
-        left.plot(eps, [max(w.change, 1e-6) for w in self.widths], "o-", label="change of the slopes to the next eps")
+        left.plot(
+            eps,
+            [max(w.change, 1e-6) for w in self.widths],
+            "o-",
+            label="change of the slopes to the next eps",
+        )
         if any(w.swallowed for w in self.widths):
-            left.plot(eps, [max(w.swallowed, 1e-6) for w in self.widths], "s--", label="16-bit weights that do not move")
+            left.plot(
+                eps,
+                [max(w.swallowed, 1e-6) for w in self.widths],
+                "s--",
+                label="16-bit weights that do not move",
+            )
         left.axvline(self.eps, color="C2", label=f"chosen: {self.eps:.2g}")
         left.axhline(AGREES, color="0.7", linewidth=0.8)
-        left.set(xscale="log", yscale="log", xlabel="eps", ylabel="share", title="eps: between rounding and curvature")
+        left.set(
+            xscale="log",
+            yscale="log",
+            xlabel="eps",
+            ylabel="share",
+            title="eps: between rounding and curvature",
+        )
         rates = [self.lr * 10 ** (k / 8) for k in range(-16, 9)]
         right.plot(rates, [rate * self.fall for rate in rates], color="C0")
         for rate, name, color in ((self.lr, "chosen", "C2"), (self.old[1], "before", "0.5")):
             right.axvline(rate, color=color, label=f"{name}: {rate:.2g}")
         right.axhline(self.loss, color="0.7", linewidth=0.8, linestyle="--", label="the loss itself")
-        right.set(xscale="log", yscale="log", xlabel="lr", ylabel="loss", title="expected fall of the loss by one step")
+        right.set(
+            xscale="log",
+            yscale="log",
+            xlabel="lr",
+            ylabel="loss",
+            title="expected fall of the loss by one step",
+        )
         left.legend(fontsize=8)
         right.legend(fontsize=8)
         figure.savefig(path, dpi=120)
@@ -167,24 +192,31 @@ def tune(
     evaluation: Evaluation | None = None,
     say: Say | None = None,
 ) -> Tuning:
-    """Returns an eps and an lr for an optimizer. Writes nothing: weights, state, step number and options stay.
+    """Returns an eps and an lr for an optimizer. Writes nothing: weights, state, step number and options
+    stay.
 
     optimizer   a zokern optimizer at its options, whatever lr they have; deferred updates are flushed
-    closures    one or more, each computing the loss of its own batch as for zokern.step. The first one serves eps;
-                lr is told from all of them in turn, so several batches give a better lr
+    closures    one or more, each computing the loss of its own batch as for zokern.step. The first one serves
+                eps; lr is told from all of them in turn, so several batches give a better lr
     probes      draws that lr is told from. Its relative standard error is about sqrt(2 / probes)
     share       of the loss that a step is expected to take off
-    reach       bounds lr: the change of a weight by a step, root mean square. Where gradients are small, a share of the
-                loss can be far; 1e-3, MeZO's eps, keeps a step within the distance at which losses are read
-    evaluation  how losses are read; None: zokern.Jvp(), which takes one copy of the trained weights, as zokern.Master() does
+    reach       bounds lr: the change of a weight by a step, root mean square. Where gradients are small, a
+                share of the loss can be far; 1e-3, MeZO's eps, keeps a step within the distance at which
+                losses are read
+    evaluation  how losses are read; None: zokern.Jvp(), which takes one copy of the trained weights, as
+                zokern.Master() does
     say         is called with a line of text for every stage
     Reads 5 eps x 4 slopes x 2 losses and 2 losses a probe, 56 in all, with a central difference.
-    eps stays where slopes agree with its neighbours' to 10 % and rounding swallows less than 10 % of the perturbation;
-    else the larger of both shares is least at it. A rule whose steps have one length gets lr times the rms coefficient.
-    Raises ValueError for arguments out of range and where the losses show no slope."""
+    eps stays where slopes agree with its neighbours' to 10 % and rounding swallows less than 10 % of the
+    perturbation; else the larger of both shares is least at it. A rule whose steps have one length gets lr
+    times the rms coefficient. Raises ValueError for arguments out of range and where the losses show no
+    slope."""
     given = [closures] if callable(closures) else list(closures) if isinstance(closures, Sequence) else []
     if not given or not all(map(callable, given)):
-        raise TypeError(f"closures is {closures!r:.80}; expected a function that computes a batch's loss, or a list of them")
+        raise TypeError(
+            f"closures is {closures!r:.80}; expected a function that computes a batch's loss, or a list of "
+            "them"
+        )
     if getattr(optimizer.estimator, "rows", False):  # closures of the loss of each example
         given = [mean_of(one) for one in given]
     probes, share = whole_number("probes", probes, 2), finite_number("share", share, above=0.0)
@@ -203,10 +235,18 @@ def tune(
     loss, fall, square, length = (math.fsum(values) / len(found) for values in zip(*found))
     if not fall > 0.0 or not math.isfinite(loss):
         raise ValueError(
-            f"the losses show no slope: the expected fall is {fall}, the mean loss {loss}. Look whether the closure runs the model"
-            " that is trained, and whether its loss is finite; the estimator has to tell slopes (zokern.Spsa() does)"
+            f"the losses show no slope: the expected fall is {fall}, the mean loss {loss}. Look whether the "
+            "closure runs the model"
+            " that is trained, and whether its loss is finite; the estimator has to tell slopes "
+            "(zokern.Spsa() does)"
         )
-    lr = _bounded(share * abs(loss) / fall, reach, math.sqrt(square), math.sqrt(length), getattr(optimizer.rule, "lr", None))
+    lr = _bounded(
+        share * abs(loss) / fall,
+        reach,
+        math.sqrt(square),
+        math.sqrt(length),
+        getattr(optimizer.rule, "lr", None),
+    )
     error = statistics.stdev(probe.fall for probe in found) / math.sqrt(len(found)) / fall
     old = own[0], float(optimizer.param_groups[0]["lr"])
     return Tuning(eps, lr, old, tuple(widths), loss, fall, error, share, len(found), oracle.read)
@@ -253,8 +293,11 @@ def _ask(estimator: Estimator, oracle: Oracle, plan: Plan, first: int) -> list[E
     return [*estimator(oracle, oracle.plan)]
 
 
-def _widths(optimizer: ZerothOrder, oracle: Oracle, plan: Plan, own: Sequence[float], say: Say) -> list[Width]:
-    """Returns what is read at each eps by the estimator's own difference, along the same draws of the first batch."""
+def _widths(
+    optimizer: ZerothOrder, oracle: Oracle, plan: Plan, own: Sequence[float], say: Say
+) -> list[Width]:
+    """Returns what is read at each eps by the estimator's own difference, along the same draws of the first
+    batch."""
     spsa = Spsa(FEW, getattr(optimizer.estimator, "stencil", CENTRAL))
     rows, shares = [], []
     for factor in WIDTHS:
@@ -263,7 +306,8 @@ def _widths(optimizer: ZerothOrder, oracle: Oracle, plan: Plan, own: Sequence[fl
         rows.append(found.coefficients[0].cpu())
         shares.append(max(swallowed(plan, group) for group in plan.groups))
         say(
-            f"eps {own[0] * factor:.2g}: slopes of {rows[-1].square().mean().sqrt():.3g}, {shares[-1]:.0%} swallowed by rounding"
+            f"eps {own[0] * factor:.2g}: slopes of {rows[-1].square().mean().sqrt():.3g}, {shares[-1]:.0%} "
+            "swallowed by rounding"
         )
     slopes = torch.stack(rows)
     size = slopes.square().mean(1).sqrt()
@@ -274,9 +318,15 @@ def _widths(optimizer: ZerothOrder, oracle: Oracle, plan: Plan, own: Sequence[fl
 
 
 def _probes(
-    optimizer: ZerothOrder, oracle: Oracle, plan: Plan, closures: Sequence[Callable[[], Any]], count: int, say: Say
+    optimizer: ZerothOrder,
+    oracle: Oracle,
+    plan: Plan,
+    closures: Sequence[Callable[[], Any]],
+    count: int,
+    say: Say,
 ) -> list[Probe]:
-    """Returns a probe for each step's worth of losses, over the closures in turn: `count` draws or more, two probes at least."""
+    """Returns a probe for each step's worth of losses, over the closures in turn: `count` draws or more, two
+    probes at least."""
     found: list[Probe] = []
     estimator, gain = optimizer.estimator, getattr(optimizer.estimator, "gain", None)
     if gain is not None:  # c estimates a slope: the plain difference has its mean and less variance
@@ -285,13 +335,19 @@ def _probes(
     while len(found) < 2 or len(found) * queries < count:
         oracle.closure = closures[len(found) % len(closures)]
         parts = _ask(estimator, oracle, plan, FEW + len(found) * queries)
-        fall = math.fsum(float((e.coefficients[0] * e.slopes).sum()) / e.count for e in parts if e.slopes is not None)
+        fall = math.fsum(
+            float((e.coefficients[0] * e.slopes).sum()) / e.count for e in parts if e.slopes is not None
+        )
         fall *= gain or 1.0
         square = math.fsum(float(e.coefficients[0].square().mean()) for e in parts) / len(parts)
         length = (
-            math.fsum(float(e.coefficients[0].square().sum()) / e.count**2 for e in parts) / len(parts) * (gain or 1.0) ** 2
+            math.fsum(float(e.coefficients[0].square().sum()) / e.count**2 for e in parts)
+            / len(parts)
+            * (gain or 1.0) ** 2
         )
-        found.append(Probe(math.fsum(float(e.losses.mean()) for e in parts) / len(parts), fall, square, length))
+        found.append(
+            Probe(math.fsum(float(e.losses.mean()) for e in parts) / len(parts), fall, square, length)
+        )
         say(f"probe {len(found)}: loss {found[-1].loss:.4g}, coefficient {math.sqrt(square):.3g}")
     return found
 

@@ -1,4 +1,5 @@
-"""Underflow: whether rounding to 16 bits swallows a perturbation or an update, told from a sample of the weights."""
+"""Underflow: whether rounding to 16 bits swallows a perturbation or an update, told from a sample of the
+weights."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ SAMPLE = 512  # elements per tensor
 
 
 def check_perturbation(plan: Plan, force: bool) -> None:
-    """Refuse an eps below half an ulp of the 16-bit weights of a group; warn where a tenth of them stay where they are."""
+    """Refuse an eps below half an ulp of the 16-bit weights of a group; warn where a tenth of them stay where
+    they are."""
     for group in plan.groups:
         if group.residuals is None and (members := _sampled(group)):
             _check_group(plan, group, members, force)
@@ -24,16 +26,20 @@ def check_perturbation(plan: Plan, force: bool) -> None:
 
 def _check_group(plan: Plan, group: Group, members: list[int], force: bool) -> None:
     share, factored = swallowed(plan, group, members), group.matrices is not None
-    names = f"{group.names[members[0]]!r}" + (f" and {len(members) - 1} others of its group" if len(members) > 1 else "")
+    names = f"{group.names[members[0]]!r}" + (
+        f" and {len(members) - 1} others of its group" if len(members) > 1 else ""
+    )
     message = f"eps = {group.eps} is below half an ulp for {share:.0%} of the 16-bit weights of {names}: their perturbation rounds to zero"
-    if share > 0.5 and not force and not factored:  # products of a factored z are summed in float32, other uses are not
+    # products of a factored z are summed in float32, other uses are not
+    if share > 0.5 and not force and not factored:
         raise ValueError(f"{message}: raise eps, train in float32, or pass force=True")
     if share > 0.1:
         warn(f"{message}: consider a larger eps or float32 weights")
 
 
 def swallowed(plan: Plan, group: Group, members: list[int] | None = None) -> float:
-    """Returns the share of a group's 16-bit weights that theta + eps z leaves as they are, from a sample; 0 where it has none.
+    """Returns the share of a group's 16-bit weights that theta + eps z leaves as they are, from a sample; 0
+    where it has none.
 
     members  positions of its 16-bit matrices; None: all of them"""
     members = _sampled(group) if members is None else members
@@ -56,7 +62,8 @@ def swallowed(plan: Plan, group: Group, members: list[int] | None = None) -> flo
 
 
 def watch_update(plan: Plan) -> Callable[[], float | None] | None:
-    """Before the update: a function that tells, after it, which share of sampled 16-bit weights did not move."""
+    """Before the update: a function that tells, after it, which share of sampled 16-bit weights did not
+    move."""
     if plan.rounding != "nearest" or (plan.step >= 10 and plan.step % 100):
         return None
     dense = [group for group in plan.groups if group.matrices is None]
@@ -70,7 +77,8 @@ def watch_update(plan: Plan) -> Callable[[], float | None] | None:
         still = sum(int(one.sum()) for one in same) / sum(one.numel() for one in same)
         if still > 0.5 and plan.step == 0:
             warn(
-                f"rounding to nearest left {still:.0%} of the 16-bit weights where they were: the update is below half an ulp; "
+                f"rounding to nearest left {still:.0%} of the 16-bit weights where they were: the update is "
+                "below half an ulp; "
                 "use rounding='stochastic' or rounding='residual'"
             )
         return still
@@ -84,13 +92,15 @@ def _sampled(group: Group) -> list[int]:
 
 
 def moving(same: Tensor, factors: Tensor | None) -> Tensor:
-    """Of a comparison of heads(): what belongs to elements whose z is not 0, or one False where there are none."""
+    """Of a comparison of heads(): what belongs to elements whose z is not 0, or one False where there are
+    none."""
     some = same if factors is None else same[heads(factors) != 0]
     return some if some.numel() else torch.zeros(1, dtype=torch.bool, device=same.device)
 
 
 def heads(tensor: Tensor) -> Tensor:
-    """The first SAMPLE elements, row-major, as a vector: a view, or of a tensor with gaps a copy of no more than a few rows."""
+    """The first SAMPLE elements, row-major, as a vector: a view, or of a tensor with gaps a copy of no more
+    than a few rows."""
     part = tensor.detach() if tensor.dim() else tensor.detach().view(1)
     while part.dim() > 1 and part[0].numel() >= SAMPLE:
         part = part[0]

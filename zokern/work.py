@@ -45,32 +45,50 @@ class Work:
         self.entries: list[list[Trained]] = []
         self.groups: list[Group] = []
         self.scopes: dict = {}
-        self._others: list[Tensor] | None = None  # of the modules, not given to the optimizer; found once for a tree
+        # of the modules, not given to the optimizer; found once for a tree
+        self._others: list[Tensor] | None = None
         self._flags: list[bool] = []  # which entries are trained
         self._active: list[Trained] = []  # those that are
         self._all: list[Tensor] = []  # their tensors, with all aliases
         self._key: tuple | None = None  # the memory that the groups were built from
         self._kept: list[Any] = []  # tensors of the optimizer's state that were checked
 
-    def parts(self, bases: Bases, low_bits: LowBits, deferred: Deferred, rule: Rule, estimator: Estimator) -> None:
+    def parts(
+        self, bases: Bases, low_bits: LowBits, deferred: Deferred, rule: Rule, estimator: Estimator
+    ) -> None:
         """Takes what belongs to parameters: bases, low bits, deferred updates, and parts with state."""
-        self.bases, self.low_bits, self.deferred, self.rule, self.estimator = bases, low_bits, deferred, rule, estimator
+        self.bases, self.low_bits, self.deferred, self.rule, self.estimator = (
+            bases,
+            low_bits,
+            deferred,
+            rule,
+            estimator,
+        )
 
     def named(self, param_group: dict[str, Any]) -> dict[str, Any]:
-        """Returns a parameter group as (name, parameter) pairs; without names it continues the numbering param.N."""
+        """Returns a parameter group as (name, parameter) pairs; without names it continues the numbering
+        param.N."""
         (group,) = parameters.named_groups([param_group], self.names)
-        names_of = {id(p): self.names[n] for n, p in self.model.named_parameters()} if self.model is not None else {}
+        names_of = (
+            {id(p): self.names[n] for n, p in self.model.named_parameters()} if self.model is not None else {}
+        )
         known = sum(len(entries) for entries in self.entries)
         if known and all(name == f"param.{i}" for i, (name, _) in enumerate(group["params"])):
-            group["params"] = [(names_of.get(id(p), f"param.{known + i}"), p) for i, (_, p) in enumerate(group["params"])]
+            group["params"] = [
+                (names_of.get(id(p), f"param.{known + i}"), p) for i, (_, p) in enumerate(group["params"])
+            ]
         return group
 
     def add(self, group: dict[str, Any]) -> list[Trained]:
-        """Returns the entries of a named group, which is not trained before append(). Raises ValueError for names that are taken."""
+        """Returns the entries of a named group, which is not trained before append(). Raises ValueError for
+        names that are taken."""
         names = [name for name, _ in group["params"]]
         taken = set(self.known())
         if len(set(names)) != len(names) or taken & set(names):
-            raise ValueError(f"parameter names are not unique: {sorted(n for n in names if names.count(n) > 1 or n in taken)}")
+            raise ValueError(
+                "parameter names are not unique: "
+                f"{sorted(n for n in names if names.count(n) > 1 or n in taken)}"
+            )
         self.ids, _ = parameters.ids(names, self.ids)
         entries = parameters.trained(group["params"], self.ids)
         parameters.check_overlap([(e.name, e.tensor) for known in [*self.entries, entries] for e in known])
@@ -81,7 +99,8 @@ class Work:
         self.entries.append(entries)
         self._others = None
         if not {id(entry.tensor) for entry in entries} <= {*map(id, self.tree.slots)}:
-            self.tree = Tree(self.tree.roots, is_open=True)  # a module of its own, which its first forward shows
+            # a module of its own, which its first forward shows
+            self.tree = Tree(self.tree.roots, is_open=True)
 
     def known(self) -> dict[str, Tensor]:
         """Returns every name that was given, with the tensor object that it stood for."""
@@ -99,14 +118,17 @@ class Work:
         if self.tree.found:
             self.tree, self._others = Tree([*self.tree.roots, *self.tree.found]), None
 
-    # Before a step ------------------------------------------------------------------------------------------------------
+    # Before a step ------------------------------------------------------------------------------------------
 
     def check_tree(self) -> None:
-        """Raises if a parameter of the modules was replaced, removed, added or thawed since the optimizer saw it."""
+        """Raises if a parameter of the modules was replaced, removed, added or thawed since the optimizer saw
+        it."""
         tree = self.tree
         if self._others is None:
             given = set(map(id, self.known().values()))
-            self._others = [p for held in tree.parameters for p in held.values() if p is not None and id(p) not in given]
+            self._others = [
+                p for held in tree.parameters for p in held.values() if p is not None and id(p) not in given
+            ]
         thawed = self.model is not None and any(p.requires_grad for p in self._others)
         if tree.state().stands and not thawed:
             return
@@ -115,31 +137,39 @@ class Work:
         before = {id(p) for p in tree.slots if id(p) in known}
         for number in before - now.keys():
             name = known[number]
-            here = next((full for full in now.values() if parameters.plain(full) == name or full.endswith(name)), None)
+            here = next(
+                (full for full in now.values() if parameters.plain(full) == name or full.endswith(name)), None
+            )
             raise RuntimeError(
-                f"parameter {name!r} was {'removed' if here is None else 'replaced'} after the optimizer was built; build a new optimizer "
+                f"parameter {name!r} was {'removed' if here is None else 'replaced'} after the optimizer was "
+                "built; build a new optimizer "
                 "for the new model"
             )
         model = self.model if self.model is not None else nn.Module()
         if added := [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in known]:
             raise RuntimeError(
-                f"parameters {added} were added after the optimizer was built; pass them to add_param_group, or freeze them"
+                f"parameters {added} were added after the optimizer was built; pass them to add_param_group, "
+                "or freeze them"
             )
         self.tree, self._others = Tree(tree.roots, is_open=tree.is_open), None
 
     def check_groups(self, param_groups: list[dict[str, Any]]) -> None:
-        """Raises if the lists of param_groups were edited: what the optimizer trains, it was given through add_param_group."""
+        """Raises if the lists of param_groups were edited: what the optimizer trains, it was given through
+        add_param_group."""
         for i, (group, entries) in enumerate(zip_longest(param_groups, self.entries, fillvalue=())):
             params = group["params"] if group else []
             if len(params) != len(entries) or not all(p is entry.tensor for p, entry in zip(params, entries)):
                 raise RuntimeError(
-                    f"param_groups[{i}]['params'] has {len(params)} parameters that are not the {len(entries)} given to the optimizer: "
-                    "the list was edited; put it back and use add_param_group, freeze with requires_grad_(False), or build a new "
+                    f"param_groups[{i}]['params'] has {len(params)} parameters that are not the "
+                    f"{len(entries)} given to the optimizer: "
+                    "the list was edited; put it back and use add_param_group, freeze with "
+                    "requires_grad_(False), or build a new "
                     "optimizer"
                 )
 
     def build(self, param_groups: list[dict[str, Any]], states: Any) -> None:
-        """Makes the groups of a step, once for a list of tensors: again when one was moved, frozen, cast or added."""
+        """Makes the groups of a step, once for a list of tensors: again when one was moved, frozen, cast or
+        added."""
         entries = [entry for group in self.entries for entry in group]
         flags = [entry.tensor.requires_grad for entry in entries]
         if flags != self._flags:
@@ -177,7 +207,14 @@ class Work:
     def check_state(self, entry: Trained, state: Any, way_out: str, loading: bool = False) -> None:
         """Raises ValueError for state that kernels would read past its end."""
         shape = tuple(entry.tensor.shape)
-        check_state(entry, state, self.rule.name, self.rule.keeps(shape, self.bases.draw_shape(entry)), way_out, loading)
+        check_state(
+            entry,
+            state,
+            self.rule.name,
+            self.rule.keeps(shape, self.bases.draw_shape(entry)),
+            way_out,
+            loading,
+        )
         if (own := getattr(self.estimator, "keeps", None)) is not None:
             check_state(entry, state, self.rule.name, Keeps(own(shape), False), way_out, loading)
 
@@ -194,7 +231,9 @@ class Work:
             groups += [self._group(options, *kind, members) for kind, members in kinds.items() if members]
         return groups
 
-    def _group(self, options: dict[str, Any], device: torch.device, is_lowrank: bool, entries: list[Trained]) -> Group:
+    def _group(
+        self, options: dict[str, Any], device: torch.device, is_lowrank: bool, entries: list[Trained]
+    ) -> Group:
         tensors = [entry.tensor for entry in entries]
         return Group(
             names=[entry.name for entry in entries],
@@ -204,7 +243,9 @@ class Work:
             eps=float(options["eps"]),
             options=options,
             backend=backends.resolve(self.backend, device),
-            matrices=[m for entry in entries if (m := self.bases.of(entry)) is not None] if is_lowrank else None,
+            matrices=[m for entry in entries if (m := self.bases.of(entry)) is not None]
+            if is_lowrank
+            else None,
             objects=[[entry.tensor, *(t for _, t in entry.aliases)] for entry in entries],
         )
 

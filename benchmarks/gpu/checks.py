@@ -1,8 +1,10 @@
-"""Correctness of every verb: the conformance suite on the device, then tensors of realistic sizes against the CPU backend.
+"""Correctness of every verb: the conformance suite on the device, then tensors of realistic sizes against the
+CPU backend.
 
-The conformance suite (tests/support) judges by the reference, at every tail, offset, stride and rounding, with tensors that the
-reference can take. Here the CPU backend judges lists of millions of elements, and every call is made again: a second launch on equal
-inputs that gives other bits is a race. Both compare whole guarded buffers, so a write beside the tensor is found too.
+The conformance suite (tests/support) judges by the reference, at every tail, offset, stride and rounding,
+with tensors that the reference can take. Here the CPU backend judges lists of millions of elements, and every
+call is made again: a second launch on equal inputs that gives other bits is a race. Both compare whole
+guarded buffers, so a write beside the tensor is found too.
 """
 
 from __future__ import annotations
@@ -36,14 +38,17 @@ SUITE: dict[str, Callable] = {
 
 @cache
 def tensors(dtype: torch.dtype, quick: bool) -> tuple[list[Guarded], list[Span], list[Guarded]]:
-    """One launch: long and tiny, aligned and not, transposed, in the middle of a parameter, beyond 32 bits; weights and low bits."""
+    """One launch: long and tiny, aligned and not, transposed, in the middle of a parameter, beyond 32 bits;
+    weights and low bits."""
     generator = torch.Generator().manual_seed(len(str(dtype)))
     n = 4099 if quick else (1 << 20) + 3
     side = 40 if quick else 1032
     forms = [
-        ((n,), 0, None, 0), ((n,), 3, None, 5), ((n - 8,), 0, None, 2**32 - 16), ((n // 2,), 1, None, 2**33 + 7),
+        ((n,), 0, None, 0), ((n,), 3, None, 5), ((n - 8,), 0, None, 2**32 - 16),
+        ((n // 2,), 1, None, 2**33 + 7),
         ((1,), 0, None, 9), ((7,), 2, None, 0),
-        ((side, side + 24), 0, None, 0), ((side, 33), 0, lambda x: x.t(), 0), ((side, 64), 0, lambda x: x[:, 8:31], 0),
+        ((side, side + 24), 0, None, 0), ((side, 33), 0, lambda x: x.t(), 0),
+        ((side, 64), 0, lambda x: x[:, 8:31], 0),
     ]  # fmt: skip
     thetas, spans, lows = [], [], []
     for i, (shape, offset, see, first) in enumerate(forms):
@@ -57,7 +62,9 @@ def tensors(dtype: torch.dtype, quick: bool) -> tuple[list[Guarded], list[Span],
     return thetas, spans, lows
 
 
-def result(verb: Callable[[Setting], None], backend: Backend, device: str, given, matrices: bool) -> list[Tensor]:
+def result(
+    verb: Callable[[Setting], None], backend: Backend, device: str, given, matrices: bool
+) -> list[Tensor]:
     """Everything that a verb could have written, from fresh copies of the same tensors, on the CPU."""
     copies = [[t.copy_to(device) for t in group] for group in (given[0], given[2])]
     chosen = [i for i, t in enumerate(given[0]) if not matrices or len(t.shape) == 2]
@@ -67,8 +74,11 @@ def result(verb: Callable[[Setting], None], backend: Backend, device: str, given
     return [t.detach().cpu() for t in [*(t.buffer for group in copies for t in group), *at.results]]
 
 
-def check_verb(name: str, backend: Backend, device: str, dtype: torch.dtype, quick: bool, repeats: int = REPEATS) -> None:
-    """Raises AssertionError with the first element that differs, from the judge's or from the first launch's."""
+def check_verb(
+    name: str, backend: Backend, device: str, dtype: torch.dtype, quick: bool, repeats: int = REPEATS
+) -> None:
+    """Raises AssertionError with the first element that differs, from the judge's or from the first
+    launch's."""
     given, matrices = tensors(dtype, quick), name.startswith("lowrank_")
     right = result(VERBS[name], judge(), "cpu", given, matrices)
     for time in range(repeats):
@@ -77,7 +87,9 @@ def check_verb(name: str, backend: Backend, device: str, dtype: torch.dtype, qui
         for i, (got, expected) in enumerate(zip(mine, right)):
             if name.startswith("linear"):  # a product with zeros beside the one has no sign of zero to keep
                 got, expected = got + 0.0, expected + 0.0
-            equal(got, expected, f"{name}, {str(dtype).removeprefix('torch.')}, result {i}, launch {time + 1}")
+            equal(
+                got, expected, f"{name}, {str(dtype).removeprefix('torch.')}, result {i}, launch {time + 1}"
+            )
 
 
 def verbs(run: Run, backend: str, dtype: str, names: Sequence[str] = tuple(VERBS)) -> None:
@@ -85,11 +97,15 @@ def verbs(run: Run, backend: str, dtype: str, names: Sequence[str] = tuple(VERBS
     if (found := run.backend(backend)) is None:
         return
     for name in names:
-        run.check(f"{backend}: {name}, {dtype}", lambda n=name: check_verb(n, found, run.device, DTYPES[dtype], run.quick))
+        run.check(
+            f"{backend}: {name}, {dtype}",
+            lambda n=name: check_verb(n, found, run.device, DTYPES[dtype], run.quick),
+        )
 
 
 def suite(run: Run, backend: str, share: int = 0, of: int = 1) -> None:
-    """Every `of`-th check of the conformance suite; low-rank products with factors whose sums are exact on matrix units too."""
+    """Every `of`-th check of the conformance suite; low-rank products with factors whose sums are exact on
+    matrix units too."""
     if (found := run.backend(backend)) is None:
         return
     scale = "quick" if run.quick else "full"
@@ -100,7 +116,8 @@ def suite(run: Run, backend: str, share: int = 0, of: int = 1) -> None:
 
 
 def bounds(run: Run, backend: str) -> None:
-    """lowrank_ with random factors: no element further from exact arithmetic than tests/support/lowrank_bound.py allows."""
+    """lowrank_ with random factors: no element further from exact arithmetic than
+    tests/support/lowrank_bound.py allows."""
     if (found := run.backend(backend)) is None:
         return
     shape = (40, 72) if run.quick else (1024, 1040)
@@ -128,7 +145,9 @@ def vectors(run: Run, backend: str) -> None:
         )
         digests = [hashlib.sha256(part.numpy()).hexdigest() for part in out.cpu().split(long["piece"])]
         wrong = [i for i, (got, right) in enumerate(zip(digests, long["sha256"])) if got != right]
-        assert not wrong and len(digests) == len(long["sha256"]), f"pieces {wrong} of {len(digests)} have other digests"
+        assert not wrong and len(digests) == len(long["sha256"]), (
+            f"pieces {wrong} of {len(digests)} have other digests"
+        )
 
     for direction in conformance.DIRECTIONS:
         run.check(f"{backend}: 2^26 values, {direction}", lambda d=direction: held(d))

@@ -1,6 +1,7 @@
 """Hardware counters of our kernels, by Nsight Compute where it is installed: what a shortfall is made of.
 
-One launch of each kernel of PROBES is profiled, after a first one that compiles and uploads. The clocks are left as they are.
+One launch of each kernel of PROBES is profiled, after a first one that compiles and uploads. The clocks are
+left as they are.
 """
 
 from __future__ import annotations
@@ -22,7 +23,14 @@ from .factors import ours
 from .pool import read
 from .run import Run
 
-SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "SchedulerStats", "Occupancy", "LaunchStats", "MemoryWorkloadAnalysis")
+SECTIONS = (
+    "SpeedOfLight",
+    "ComputeWorkloadAnalysis",
+    "SchedulerStats",
+    "Occupancy",
+    "LaunchStats",
+    "MemoryWorkloadAnalysis",
+)
 SHOWN = (
     "Duration",
     "DRAM Throughput",
@@ -71,7 +79,8 @@ def probe(run: Run) -> None:
 
 
 def parse(text: str, labels: list[str]) -> list[dict]:
-    """Kernels of ours in the tool's CSV, in order, with their metrics; labelled where there is one kernel for each label."""
+    """Kernels of ours in the tool's CSV, in order, with their metrics; labelled where there is one kernel for
+    each label."""
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
     if start is None:
@@ -94,7 +103,16 @@ def counters(run: Run) -> None:
         return run.skip("hardware counters", "ncu (Nsight Compute) is not installed here")
     with tempfile.TemporaryDirectory() as folder:
         said = Path(folder, "said")
-        worker = [sys.executable, "-m", "benchmarks.gpu.worker", "counters:probe", "{}", str(said), "--device", run.device]
+        worker = [
+            sys.executable,
+            "-m",
+            "benchmarks.gpu.worker",
+            "counters:probe",
+            "{}",
+            str(said),
+            "--device",
+            run.device,
+        ]
         sections = [word for section in SECTIONS for word in ("--section", section)]
         command = [
             tool,
@@ -109,14 +127,17 @@ def counters(run: Run) -> None:
             *worker,
         ]
         try:
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(1.0, min(run.left, 1e6)))
+            done = subprocess.run(
+                command, cwd=ROOT, capture_output=True, text=True, timeout=max(1.0, min(run.left, 1e6))
+            )
         except subprocess.TimeoutExpired:
             return run.skip("hardware counters", "ncu did not finish in the time that was left")
         labels = [fields["name"] for kind, fields in read(said) if kind == "probe"]
     found = parse(done.stdout, labels)
     if not found:
         return run.skip(
-            "hardware counters", f"ncu gave none (exit {done.returncode}): {(done.stdout + done.stderr).strip()[-300:]}"
+            "hardware counters",
+            f"ncu gave none (exit {done.returncode}): {(done.stdout + done.stderr).strip()[-300:]}",
         )
     for kernel in found:
         run.say("counters", **kernel)

@@ -30,7 +30,8 @@ def weights(run: Run, n: int, dtype: torch.dtype) -> Tensor:
 
 
 class Passes:
-    """The verbs of one backend over given tensors, as a step calls them: into memory that is there already."""
+    """The verbs of one backend over given tensors, as a step calls them: into memory that is there
+    already."""
 
     def __init__(self, backend: Backend, thetas: list[Tensor]) -> None:
         self.backend, self.thetas = backend, thetas
@@ -38,7 +39,11 @@ class Passes:
         self.coeffs = torch.full((DRAWS,), EPS, device=thetas[0].device)
 
     def axpy(
-        self, direction: str = "normal", terms: int = 1, rounding: str = "nearest", lows: list[Tensor] | None = None
+        self,
+        direction: str = "normal",
+        terms: int = 1,
+        rounding: str = "nearest",
+        lows: list[Tensor] | None = None,
     ) -> Any:
         draws, a = [(3, k) for k in range(terms)], self.coeffs[:terms]
         return lambda: self.backend.axpy_(
@@ -100,9 +105,14 @@ def compiled(run: Run) -> None:
         function(w, 1.0, EPS)
     except Exception as error:  # no compiler that inductor can use: the line says so
         return run.skip("torch.compile of the eager perturb", f"{type(error).__name__}: {str(error)[:200]}")
-    cases = [Case(copy, lambda: other.copy_(w), n, 4), Case(compiled, lambda: function(w, 1.0, EPS), n, 4, copy)]
+    cases = [
+        Case(copy, lambda: other.copy_(w), n, 4),
+        Case(compiled, lambda: function(w, 1.0, EPS), n, 4, copy),
+    ]
     for name, backend in run.backends().items():
-        cases.append(Case(f"axpy_ normal K=1 {name} {size}", Passes(backend, [w]).axpy(), n, 4, copy, compiled))
+        cases.append(
+            Case(f"axpy_ normal K=1 {name} {size}", Passes(backend, [w]).axpy(), n, 4, copy, compiled)
+        )
     group = measure(run, Group(f"axpy_ and torch.compile (as eager), {size}", cases, timer_of(run)), 30, 8)
     for name in run.backends():
         figure(run, group, f"axpy_ {name} / compile", compiled, f"axpy_ normal K=1 {name} {size}")
@@ -122,7 +132,8 @@ def perturb_large(run: Run, n: int) -> None:
         cases.append(Case(f"draw normal {name} {size}", passes.draw([outs[1]]), n, 2, copy))
     group = measure(run, Group(f"perturb and draw, one tensor, {size}", cases, timer_of(run)), 30, 8)
     for name in run.backends():
-        figure(run, group, f"perturb pair {name} / copy", copy, f"perturb +- {name} {size}", 150)  # 6 bytes to the copy's 4
+        # 6 bytes to the copy's 4
+        figure(run, group, f"perturb pair {name} / copy", copy, f"perturb +- {name} {size}", 150)
 
 
 def draws(run: Run, n: int) -> None:
@@ -145,23 +156,41 @@ def draws(run: Run, n: int) -> None:
         cases.append(Case(f"K={DRAWS} passes {name}", passes_of(passes.axpy(), DRAWS), n, 4 * DRAWS, "copy"))
     group = measure(run, Group(f"axpy_ normal, K draws, bf16 n={n}", cases, timer_of(run)), 20, 8)
     for name in run.backends():
-        figure(run, group, f"K={DRAWS} {name}, passes / one", f"K={DRAWS} passes {name}", f"K={DRAWS} in one pass {name}")
+        figure(
+            run,
+            group,
+            f"K={DRAWS} {name}, passes / one",
+            f"K={DRAWS} passes {name}",
+            f"K={DRAWS} in one pass {name}",
+        )
 
 
 def dtypes(run: Run, n: int) -> None:
     """Every dtype and rounding at one size."""
     for label, dtype in DTYPES.items():
         w, short = weights(run, n, dtype), SHORT[label]
-        other, low, width = torch.empty_like(w), torch.zeros(n, dtype=torch.int16, device=run.device), dtype.itemsize
+        other, low, width = (
+            torch.empty_like(w),
+            torch.zeros(n, dtype=torch.int16, device=run.device),
+            dtype.itemsize,
+        )
         copy = f"copy {short}"
         cases = [Case(copy, lambda o=other, w=w: o.copy_(w), n, 2 * width)]
         for name, backend in run.backends().items():
             passes = Passes(backend, [w])
             cases.append(Case(f"axpy_ normal {short} {name}", passes.axpy(), n, 2 * width, copy))
-            cases.append(Case(f"axpy_ rademacher {short} {name}", passes.axpy("rademacher"), n, 2 * width, copy))
+            cases.append(
+                Case(f"axpy_ rademacher {short} {name}", passes.axpy("rademacher"), n, 2 * width, copy)
+            )
             if dtype != torch.float32:
                 cases.append(
-                    Case(f"axpy_ normal stochastic {short} {name}", passes.axpy(rounding="stochastic"), n, 2 * width, copy)
+                    Case(
+                        f"axpy_ normal stochastic {short} {name}",
+                        passes.axpy(rounding="stochastic"),
+                        n,
+                        2 * width,
+                        copy,
+                    )
                 )
             if dtype == torch.bfloat16:
                 call = passes.axpy(rounding="residual", lows=[low])

@@ -62,8 +62,10 @@ def busy() -> None:
 
 def facts(run: Run) -> None:
     found = {
-        "name": platform.processor() or platform.machine(), "memory_gb": "", "multiprocessors": "", "capability": "", "l2_mb": "",
-        "python": platform.python_version(), "zokern": zokern.__version__, "commit": commit(), "date": date.today().isoformat(),
+        "name": platform.processor() or platform.machine(), "memory_gb": "", "multiprocessors": "",
+        "capability": "", "l2_mb": "",
+        "python": platform.python_version(), "zokern": zokern.__version__, "commit": commit(),
+        "date": date.today().isoformat(),
         "cuda": torch.version.cuda or "none", **{package: version(package) for package in PACKAGES},
     }  # fmt: skip
     found |= {"torch": torch.__version__, "judge": judge().name}

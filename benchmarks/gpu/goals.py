@@ -1,4 +1,5 @@
-"""What is aimed for on an H200 in bfloat16, as data: which measured figure must reach what. The page opens with it."""
+"""What is aimed for on an H200 in bfloat16, as data: which measured figure must reach what. The page opens
+with it."""
 
 from __future__ import annotations
 
@@ -11,10 +12,13 @@ GOALS = (
     Goal("axpy_ cuda / compile", "axpy_ over torch.compile of it", 1.5),
     Goal("perturb pair cuda / copy", "perturb both signs, share of copy", 85, "%"),
     Goal("K=8 cuda, passes / one", "K=8 draws in one pass over 8 passes", 1.25),
-    Goal("lowrank_ cuda, least / copy", "lowrank_ r = 8..128 at 4096x4096 and 4096x14336, least share of copy", 80, "%"),
+    Goal("lowrank_ cuda, least / copy",
+        "lowrank_ r = 8..128 at 4096x4096 and 4096x14336, least share of copy", 80, "%"),
     Goal("lowrank_ cuda, least / addmm_", "the same over addmm_, least", 1.0),
     Goal("lowrank_ cuda, median / addmm_", "the same over addmm_, median", 1.2),
-    Goal("MeZO scratch OPT-1.3B 16x256 / forwards", "whole dense step over its two forwards, OPT-1.3B 16x256", 1.1, at_least=False),
+    Goal("MeZO scratch OPT-1.3B 16x256 / forwards", "whole dense step over its two forwards, OPT-1.3B 16x256",
+        1.1, at_least=False),
     Goal("MeZO scratch OPT-1.3B 1x16 / forwards", "the same, 1x16", 1.6, at_least=False),
-    Goal("memory of a step, MeZO scratch OPT-1.3B 16x256", "extra peak memory of that step over inference: its scratch budget", 64, "MB", False),
+    Goal("memory of a step, MeZO scratch OPT-1.3B 16x256",
+        "extra peak memory of that step over inference: its scratch budget", 64, "MB", False),
 )  # fmt: skip

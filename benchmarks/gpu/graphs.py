@@ -1,4 +1,5 @@
-"""CUDA graphs: axpy_, perturb and linear captured once; each replay, after the clock was advanced, must have its own step's z."""
+"""CUDA graphs: axpy_, perturb and linear captured once; each replay, after the clock was advanced, must have
+its own step's z."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ REPLAYS = 4
 
 
 class Captured:
-    """A call as a CUDA graph, after one call that uploads its tables. On a CPU, where there is no graph, the call itself."""
+    """A call as a CUDA graph, after one call that uploads its tables. On a CPU, where there is no graph, the
+    call itself."""
 
     def __init__(self, call: Callable[[], object], device: str) -> None:
         self.replay = call
@@ -43,7 +45,11 @@ def check_axpy(backend: Backend, device: str, dtype: torch.dtype, count: int) ->
     clock, coeffs = torch.zeros(1, dtype=torch.int64, device=device), torch.tensor([1e-3, 0.5], device=device)
 
     def call() -> None:
-        backend.axpy_(Batch(mine, spans, "stochastic"), Noise(resolve("normal"), SEED, draws, clock), Terms(coeffs, 0.999))
+        backend.axpy_(
+            Batch(mine, spans, "stochastic"),
+            Noise(resolve("normal"), SEED, draws, clock),
+            Terms(coeffs, 0.999),
+        )
 
     graph = Captured(call, device)
     for time in range(REPLAYS + 1):  # the first was the call before the capture
@@ -53,7 +59,9 @@ def check_axpy(backend: Backend, device: str, dtype: torch.dtype, count: int) ->
             graph.replay()
         late = [((step + time) % 2**32, draw) for step, draw in draws]
         a = torch.tensor([1e-3, 0.5]) * 0.5**time
-        judge().axpy_(Batch(right, spans, "stochastic"), Noise(resolve("normal"), SEED, late), Terms(a, 0.999))
+        judge().axpy_(
+            Batch(right, spans, "stochastic"), Noise(resolve("normal"), SEED, late), Terms(a, 0.999)
+        )
         for got, expected in zip(mine, right):
             equal(got, expected, f"axpy_ after {time} replays")
 
@@ -66,14 +74,18 @@ def check_perturb(backend: Backend, device: str, dtype: torch.dtype, count: int)
 
     def call() -> None:
         outs = [[side] for side in sides]
-        backend.perturb(Batch([there], spans), Noise(resolve("normal"), SEED, [(STEP, 1)], clock), [1e-3, -1e-3], outs)
+        backend.perturb(
+            Batch([there], spans), Noise(resolve("normal"), SEED, [(STEP, 1)], clock), [1e-3, -1e-3], outs
+        )
 
     graph, seen = Captured(call, device), []
     for time in range(1, REPLAYS + 1):
         clock.add_(1)
         graph.replay()
         expected = [[torch.empty_like(theta)] for _ in "+-"]
-        judge().perturb(Batch([theta], spans), Noise(resolve("normal"), SEED, [(STEP + time, 1)]), [1e-3, -1e-3], expected)
+        judge().perturb(
+            Batch([theta], spans), Noise(resolve("normal"), SEED, [(STEP + time, 1)]), [1e-3, -1e-3], expected
+        )
         for got, (right,) in zip(sides, expected):
             equal(got, right, f"perturb, replay {time}")
         seen.append(sides[0].cpu().clone())
@@ -83,7 +95,12 @@ def check_perturb(backend: Backend, device: str, dtype: torch.dtype, count: int)
 def check_linear(backend: Backend, device: str, dtype: torch.dtype, count: int) -> None:
     """Several tiles. One-hot rows x: the product is the perturbed W."""
     weight = (0.02 * torch.randn(count // 8, 8, generator=torch.Generator().manual_seed(5))).to(dtype)
-    there, x, span, arena = weight.to(device), torch.eye(8, dtype=dtype, device=device), Span(1, 3), Arena(8 << 20)
+    there, x, span, arena = (
+        weight.to(device),
+        torch.eye(8, dtype=dtype, device=device),
+        Span(1, 3),
+        Arena(8 << 20),
+    )
     clock = torch.zeros(1, dtype=torch.int64, device=device)
     results: list[Tensor] = []
 
@@ -93,7 +110,9 @@ def check_linear(backend: Backend, device: str, dtype: torch.dtype, count: int) 
             view, here = there[start : start + rows], Span(span.who, span.first + start * 8)
             pair = [arena.take(tuple(view.shape), dtype, there.device) for _ in "+-"]
             outs = [[tile] for tile in pair if tile is not None]
-            backend.perturb(Batch([view], [here]), Noise(resolve("normal"), SEED, [(STEP, 1)], clock), [1e-3, -1e-3], outs)
+            backend.perturb(
+                Batch([view], [here]), Noise(resolve("normal"), SEED, [(STEP, 1)], clock), [1e-3, -1e-3], outs
+            )
             yield start, start + len(view), {side: tile for side, (tile,) in enumerate(outs)}
             arena.release()
 
@@ -105,7 +124,12 @@ def check_linear(backend: Backend, device: str, dtype: torch.dtype, count: int) 
         clock.add_(1)
         graph.replay()
         expected = [[torch.empty_like(weight)] for _ in "+-"]
-        judge().perturb(Batch([weight], [span]), Noise(resolve("normal"), SEED, [(STEP + time, 1)]), [1e-3, -1e-3], expected)
+        judge().perturb(
+            Batch([weight], [span]),
+            Noise(resolve("normal"), SEED, [(STEP + time, 1)]),
+            [1e-3, -1e-3],
+            expected,
+        )
         for got, (right,) in zip(results, expected):
             equal(got.t() + 0.0, right + 0.0, f"linear, replay {time}")  # a sum of products makes +0 of -0
 
@@ -117,4 +141,7 @@ def graphs(run: Run, backend: str) -> None:
     count = 4099 if run.quick else (1 << 20) + 3
     for dtype in DTYPES.values():
         for verb, check in (("axpy_", check_axpy), ("perturb", check_perturb), ("linear", check_linear)):
-            run.check(f"{backend}: {verb} in a CUDA graph, {dtype}", lambda c=check, d=dtype: c(found, run.device, d, count))
+            run.check(
+                f"{backend}: {verb} in a CUDA graph, {dtype}",
+                lambda c=check, d=dtype: c(found, run.device, d, count),
+            )

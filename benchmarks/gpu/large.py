@@ -1,7 +1,8 @@
 """One tensor of more than 2^31 elements: an index that is 32 bits wide anywhere comes out here.
 
-Windows at both ends, around element 2^31 and, where the tensor reaches that far, around 2^32 are compared with the CPU backend, which draws
-them with `first`. Everything between is compared with the same verb in launches of odd size.
+Windows at both ends, around element 2^31 and, where the tensor reaches that far, around 2^32 are compared
+with the CPU backend, which draws them with `first`. Everything between is compared with the same verb in
+launches of odd size.
 """
 
 from __future__ import annotations
@@ -43,12 +44,17 @@ def draw(backend: Backend, theta: Tensor, span: Span, outs: list[Tensor]) -> obj
 
 def axpy(backend: Backend, theta: Tensor, span: Span, outs: list[Tensor]) -> object:
     a = torch.tensor([1e-3], device=theta.device)
-    return backend.axpy_(Batch([theta], [span], "stochastic"), Noise(resolve("normal"), SEED, [(STEP, 0)]), Terms(a, 0.999))
+    return backend.axpy_(
+        Batch([theta], [span], "stochastic"), Noise(resolve("normal"), SEED, [(STEP, 0)]), Terms(a, 0.999)
+    )
 
 
 def perturb(backend: Backend, theta: Tensor, span: Span, outs: list[Tensor]) -> object:
     return backend.perturb(
-        Batch([theta], [span]), Noise(resolve("normal"), SEED, [(STEP, 0)]), [1e-3, -1e-3], [[out] for out in outs]
+        Batch([theta], [span]),
+        Noise(resolve("normal"), SEED, [(STEP, 0)]),
+        [1e-3, -1e-3],
+        [[out] for out in outs],
     )
 
 
@@ -65,16 +71,23 @@ def windows(count: int, borders: Sequence[int]) -> list[slice]:
     return [slice(0, min(count, WINDOW)), *inside, slice(max(0, count - WINDOW - 3), count)]
 
 
-def start(count: int, dtype: torch.dtype, places: Sequence[slice], device: str) -> tuple[Tensor, list[Tensor]]:
-    """The tensor before the call, and its windows on the CPU: random there, a constant that is not zero elsewhere."""
+def start(
+    count: int, dtype: torch.dtype, places: Sequence[slice], device: str
+) -> tuple[Tensor, list[Tensor]]:
+    """The tensor before the call, and its windows on the CPU: random there, a constant that is not zero
+    elsewhere."""
     theta = torch.full((count,), 0.0625, dtype=dtype, device=device)
     generator = torch.Generator().manual_seed(31)
     for place in places:
-        theta[place] = (0.02 * torch.randn(place.stop - place.start, generator=generator)).to(dtype).to(device)
+        theta[place] = (
+            (0.02 * torch.randn(place.stop - place.start, generator=generator)).to(dtype).to(device)
+        )
     return theta, [theta[place].cpu().clone() for place in places]
 
 
-def check_giant(name: str, backend: Backend, device: str, count: int, borders: Sequence[int], part: int) -> None:
+def check_giant(
+    name: str, backend: Backend, device: str, count: int, borders: Sequence[int], part: int
+) -> None:
     """Raises AssertionError with the first element that differs."""
     giant, places = GIANTS[name], windows(count, borders)
     theta, before = start(count, giant.dtype, places, device)
@@ -92,11 +105,16 @@ def check_giant(name: str, backend: Backend, device: str, count: int, borders: S
         giant.call(backend, parts[here], Span(NAME, first), sides)
         for got, right in zip([theta, *outs], [parts[here], *sides]):
             if not torch.equal(got[here] if got.numel() == count else got, right):
-                equal(got[here], right.cpu(), f"{name}, {count} elements at once and {part} at a time, from element {first}")
+                equal(
+                    got[here],
+                    right.cpu(),
+                    f"{name}, {count} elements at once and {part} at a time, from element {first}",
+                )
 
 
 def check_matrix(backend: Backend, device: str, rows: int, columns: int) -> None:
-    """lowrank_ on a matrix of more than 2^31 elements, of small integers; strips of rows are compared with the CPU."""
+    """lowrank_ on a matrix of more than 2^31 elements, of small integers; strips of rows are compared with
+    the CPU."""
     rank, strip = 16, max(1, WINDOW // columns + 1)
     left, right = whole(1, rows, rank), whole(5, columns, rank)
     theta = torch.full((rows, columns), 0.0625, dtype=torch.bfloat16, device=device)
@@ -121,7 +139,9 @@ def large(run: Run, backend: str) -> None:
         if need > free_bytes(run.device):
             run.skip(label, f"needs {need / 1e9:.0f} GB, {free_bytes(run.device) / 1e9:.0f} GB are free")
             continue
-        run.check(label, lambda n=name: check_giant(n, found, run.device, count, borders, borders[0] // 3 + 1))
+        run.check(
+            label, lambda n=name: check_giant(n, found, run.device, count, borders, borders[0] // 3 + 1)
+        )
         if run.device == "cuda":
             torch.cuda.empty_cache()
     rows, columns = (129, 256) if run.quick else (65544, 32776)

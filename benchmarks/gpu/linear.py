@@ -37,9 +37,24 @@ def linears(run: Run, tokens: tuple[int, ...] = TOKENS) -> None:
 
         cases = [Case(bound, bare, m * n, 2)]
         for name in run.backends():
-            cases.append(Case(f"linear +- dense {name}, {rows} tokens", ours("normal", name), m * n, 2, eager=bound))
-            cases.append(Case(f"linear +- rank {RANK} {name}, {rows} tokens", ours((left, right), name), m * n, 2, eager=bound))
-        group = measure(run, Group(f"linear, {m}x{n} bf16, {rows} tokens a side (eager: two F.linear)", cases, timer), 20, 2)
+            cases.append(
+                Case(f"linear +- dense {name}, {rows} tokens", ours("normal", name), m * n, 2, eager=bound)
+            )
+            cases.append(
+                Case(
+                    f"linear +- rank {RANK} {name}, {rows} tokens",
+                    ours((left, right), name),
+                    m * n,
+                    2,
+                    eager=bound,
+                )
+            )
+        group = measure(
+            run,
+            Group(f"linear, {m}x{n} bf16, {rows} tokens a side (eager: two F.linear)", cases, timer),
+            20,
+            2,
+        )
         for case in cases[1:]:
             figure(run, group, f"{case.name} / two F.linear", case.name, bound)
 

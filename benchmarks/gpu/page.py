@@ -8,13 +8,18 @@ from .record import Record
 
 MIB = 1 << 20
 COLUMNS = (
-    ("gb_per_s", "GB/s", ".0f"), ("percent_of_copy", "% of copy", ".0f"), ("times_eager", "x eager", ".2f"), ("bytes_per_element", "B/el", "d"),
+    ("gb_per_s", "GB/s", ".0f"), ("percent_of_copy", "% of copy", ".0f"), ("times_eager", "x eager", ".2f"),
+    ("bytes_per_element", "B/el", "d"),
     ("host_ms", "host ms", ".3g"),
 )  # fmt: skip
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(map(cell, row))} |" for row in rows)]
+    return [
+        f"| {' | '.join(head)} |",
+        "|" + "---|" * len(head),
+        *(f"| {' | '.join(map(cell, row))} |" for row in rows),
+    ]
 
 
 def cell(text: str) -> str:
@@ -36,15 +41,20 @@ def head(record: Record) -> list[str]:
     if not d:
         return ["# No device", "", "The part that reads the device's name did not end; see the last table."]
     clocks = f"{d.get('clocks_sm', '?')} of {d.get('clocks_max_sm', '?')} SM, {d.get('clocks_mem', '?')} memory under load"
-    versions = ", ".join(f"{name} {d.get(name, '?')}" for name in ("torch", "triton", "transformers", "python", "zokern"))
+    versions = ", ".join(
+        f"{name} {d.get(name, '?')}" for name in ("torch", "triton", "transformers", "python", "zokern")
+    )
     lines = [
         f"# {d['name']}",
         "",
-        f"`make gpu`{' --quick' if record.quick else ''}, {d['date']}, commit {d['commit']}. {d['multiprocessors']} multiprocessors, "
-        f"{d['memory_gb']} GB, L2 {d['l2_mb']} MB, compute capability {d['capability']}; clocks {clocks}; driver {d.get('driver_version', '?')}, "
+        f"`make gpu`{' --quick' if record.quick else ''}, {d['date']}, commit {d['commit']}. "
+        f"{d['multiprocessors']} multiprocessors, "
+        f"{d['memory_gb']} GB, L2 {d['l2_mb']} MB, compute capability {d['capability']}; clocks {clocks}; "
+        f"driver {d.get('driver_version', '?')}, "
         f"CUDA {d['cuda']}; {versions}.",
         f"Bits are judged by backend `{d.get('judge', '?')}`. "
-        "Medians of rounds in which the cases of a group take turns; a ratio is the median of the rounds' ratios. Caches are flushed before a "
+        "Medians of rounds in which the cases of a group take turns; a ratio is the median of the rounds' "
+        "ratios. Caches are flushed before a "
         "verb; GB/s count the bytes that the work must move (z moves none).",
     ]
     if record.quick:
@@ -67,7 +77,12 @@ def checks(record: Record) -> list[str]:
         text[-1] = "Nothing was checked."
     text += ["", *(f"- **failed:** {cell(line)}" for line in wrong)] if wrong else []
     if record.skips:
-        text += ["", "Not run:", "", *(f"- {cell(skip['name'])}: {cell(skip['why'])}" for skip in record.skips)]
+        text += [
+            "",
+            "Not run:",
+            "",
+            *(f"- {cell(skip['name'])}: {cell(skip['why'])}" for skip in record.skips),
+        ]
     return text
 
 
@@ -88,7 +103,11 @@ def steps(record: Record) -> list[str]:
     if counted:
         kinds = list(dict.fromkeys(name for step in counted for name in step["kernels"]))
         rows = [
-            [step["model"], f"{step['batch']}x{step['length']}", *(str(step["kernels"].get(n, "")) for n in kinds)]
+            [
+                step["model"],
+                f"{step['batch']}x{step['length']}",
+                *(str(step["kernels"].get(n, "")) for n in kinds),
+            ]
             for step in counted
         ]
         text += [
@@ -98,8 +117,16 @@ def steps(record: Record) -> list[str]:
             *table(("model", "tokens", *kinds), rows),
         ]
     if record.memory:
-        rows = [[m["name"], *(f"{m[key] / MIB:.0f}" for key in ("forward", "extra", "scratch"))] for m in record.memory]
-        text += ["", "Peak memory, MB:", "", *table(("step", "peak of a forward", "extra of a step", "scratch_bytes"), rows)]
+        rows = [
+            [m["name"], *(f"{m[key] / MIB:.0f}" for key in ("forward", "extra", "scratch"))]
+            for m in record.memory
+        ]
+        text += [
+            "",
+            "Peak memory, MB:",
+            "",
+            *table(("step", "peak of a forward", "extra of a step", "scratch_bytes"), rows),
+        ]
     return text
 
 
@@ -111,7 +138,12 @@ def groups(record: Record) -> list[str]:
         for row in group["rows"]:
             time = f"{row['ms']:.4g} [{row['p10']:.4g} {row['p90']:.4g}]"
             rows.append(
-                [row["name"], time, str(row["rounds"]), *(format(row[k], form) if k in row else "" for k, _, form in shown)]
+                [
+                    row["name"],
+                    time,
+                    str(row["rounds"]),
+                    *(format(row[k], form) if k in row else "" for k, _, form in shown),
+                ]
             )
         head = ("case", "median ms [p10 p90]", "rounds", *(title for _, title, _ in shown))
         text += ["", f"## {group['title']}", "", *table(head, rows)]
@@ -121,7 +153,9 @@ def groups(record: Record) -> list[str]:
 def counters(record: Record) -> list[str]:
     from .counters import SHOWN
 
-    rows = [(kernel["name"], *(kernel["metrics"].get(name, "") for name in SHOWN)) for kernel in record.counters]
+    rows = [
+        (kernel["name"], *(kernel["metrics"].get(name, "") for name in SHOWN)) for kernel in record.counters
+    ]
     text = ["", "## Hardware counters (ncu; all of them: gpu.json)", "", *table(("kernel", *SHOWN), rows)]
     return text if rows else []
 
@@ -136,7 +170,13 @@ def others(record: Record) -> list[str]:
 
 def course(record: Record) -> list[str]:
     rows = [
-        (p["stage"], p["name"], p["what"], f"{p['how']}{': ' if p['why'] else ''}{p['why']}", f"{p['seconds']:.0f}")
+        (
+            p["stage"],
+            p["name"],
+            p["what"],
+            f"{p['how']}{': ' if p['why'] else ''}{p['why']}",
+            f"{p['seconds']:.0f}",
+        )
         for p in record.parts
     ]
     return ["", "## Course of the run", "", *table(("stage", "part", "what", "how it ended", "s"), rows)]

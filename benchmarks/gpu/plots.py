@@ -1,4 +1,5 @@
-"""Two pictures of a record: the verbs against a copy, and steps over their forwards. Without matplotlib there are none."""
+"""Two pictures of a record: the verbs against a copy, and steps over their forwards. Without matplotlib there
+are none."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ def finish(figure: Any, record: Record, path: Path) -> bool:
     import matplotlib.pyplot as plt
 
     d = record.device
-    figure.suptitle(f"{d.get('name', 'no device')}, {d.get('date', '')}, commit {d.get('commit', '')}", fontsize=9)
+    figure.suptitle(
+        f"{d.get('name', 'no device')}, {d.get('date', '')}, commit {d.get('commit', '')}", fontsize=9
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)
@@ -38,12 +41,17 @@ def verbs(record: Record, path: Path) -> bool:
     import matplotlib.pyplot as plt
 
     rows = [
-        (row["name"], row["percent_of_copy"]) for group in record.groups for row in group["rows"] if "percent_of_copy" in row
+        (row["name"], row["percent_of_copy"])
+        for group in record.groups
+        for row in group["rows"]
+        if "percent_of_copy" in row
     ]
     if not rows:
         return False
     figure, axis = plt.subplots(figsize=(11, 1.5 + 0.19 * len(rows)))
-    ours = [any(name.endswith(f" {b}") or f" {b} " in name for b in ("cuda", "triton", "cpu")) for name, _ in rows]
+    ours = [
+        any(name.endswith(f" {b}") or f" {b} " in name for b in ("cuda", "triton", "cpu")) for name, _ in rows
+    ]
     places = range(len(rows))  # by place: names may come twice
     axis.barh(places, [share for _, share in rows], color=["#4c78a8" if mine else "#bab0ac" for mine in ours])
     axis.set_yticks(places, [name for name, _ in rows])
@@ -64,7 +72,9 @@ def steps(record: Record, path: Path) -> bool:
         return False
     figure, axes = plt.subplots(1, len(models), figsize=(5.5 * len(models), 4.5), squeeze=False)
     for axis, model in zip(axes[0], models):
-        points = sorted((step for step in record.steps if step["model"] == model), key=lambda step: step["tokens"])
+        points = sorted(
+            (step for step in record.steps if step["model"] == model), key=lambda step: step["tokens"]
+        )
         for name in dict.fromkeys(n for point in points for n in point["ratios"]):
             seen = [(point["tokens"], point["ratios"][name]) for point in points if name in point["ratios"]]
             axis.plot(*zip(*seen), "--s" if name.startswith("eager") else "-o", label=name, markersize=4)

@@ -23,7 +23,8 @@ WORKER = (sys.executable, "-m", "benchmarks.gpu.worker")
 
 @dataclass
 class Outcome:
-    """How a part ended: 'done', 'stopped' (its time was up), 'failed' (it ended without saying so) or 'not started'."""
+    """How a part ended: 'done', 'stopped' (its time was up), 'failed' (it ended without saying so) or 'not
+    started'."""
 
     part: Part
     how: str
@@ -40,7 +41,13 @@ class Process:
     """One worker, in a process group of its own, so that what it started ends with it."""
 
     def __init__(
-        self, part: Part, folder: Path, number: int, seconds: float, options: Sequence[str], extra: Mapping[str, str]
+        self,
+        part: Part,
+        folder: Path,
+        number: int,
+        seconds: float,
+        options: Sequence[str],
+        extra: Mapping[str, str],
     ) -> None:
         self.part, self.begun, self.seconds = part, time.monotonic(), seconds
         self.said, self.log = folder / f"{number}.jsonl", folder / f"{number}.log"
@@ -96,7 +103,8 @@ def tail(path: Path, characters: int = 600) -> str:
 def run_parts(
     parts: Sequence[Part], seconds: float, folder: Path, options: Sequence[str] = (), workers: int = 1
 ) -> Iterator[Outcome]:
-    """The parts' outcomes, as they end; none goes on beyond `seconds`, and those that could not start say so."""
+    """The parts' outcomes, as they end; none goes on beyond `seconds`, and those that could not start say
+    so."""
     stop, waiting, running = time.monotonic() + seconds, list(parts), []
     threads = max(1, (os.cpu_count() or 1) // workers)
     try:
@@ -105,7 +113,9 @@ def run_parts(
                 part = waiting.pop(0)
                 limit = min(part.seconds, stop - time.monotonic())
                 number = len(list(folder.glob("*.log")))
-                running.append(Process(part, folder, number, limit, options, {"OMP_NUM_THREADS": str(threads)}))
+                running.append(
+                    Process(part, folder, number, limit, options, {"OMP_NUM_THREADS": str(threads)})
+                )
             if not running:
                 break
             time.sleep(TICK)

@@ -1,4 +1,5 @@
-"""theta + a z with tl.randn, as one writes it in Triton today: a yardstick. One normal for each Philox call, and 32-bit offsets."""
+"""theta + a z with tl.randn, as one writes it in Triton today: a yardstick. One normal for each Philox call,
+and 32-bit offsets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The record of a run: what all parts said, as data; written anew after every part, so that a run that is cut off leaves its pages."""
+"""The record of a run: what all parts said, as data; written anew after every part, so that a run that is cut
+off leaves its pages."""
 
 from __future__ import annotations
 
@@ -12,7 +13,14 @@ from . import ROOT
 from .goals import GOALS
 from .pool import Outcome
 
-LISTS = {"check": "checks", "skip": "skips", "group": "groups", "step": "steps", "memory": "memory", "counters": "counters"}
+LISTS = {
+    "check": "checks",
+    "skip": "skips",
+    "group": "groups",
+    "step": "steps",
+    "memory": "memory",
+    "counters": "counters",
+}
 
 
 class Record:
@@ -49,7 +57,8 @@ class Record:
                 getattr(self, LISTS[kind]).append({"stage": stage, "part": part.name, **fields})
 
     def failures(self) -> list[str]:
-        """Checks that failed, parts that crashed, and parts of the correctness stage that were not through: nothing was shown there."""
+        """Checks that failed, parts that crashed, and parts of the correctness stage that were not through:
+        nothing was shown there."""
         wrong = [f"{check['name']}: {check['problem']}" for check in self.checks if check["problem"]]
         for part in self.parts:
             if part["how"] == "failed" or (part["stage"] == "correctness" and part["how"] != "done"):
@@ -63,11 +72,14 @@ class Record:
             value = self.figures.get(goal.key)
             verdict = "not measured" if value is None else "reached" if goal.reached(value) else "not reached"
             shown = "-" if value is None else f"{value:.2f} {goal.unit}"
-            rows.append((goal.what, f"{'>=' if goal.at_least else '<='} {goal.bound:g} {goal.unit}", shown, verdict))
+            rows.append(
+                (goal.what, f"{'>=' if goal.at_least else '<='} {goal.bound:g} {goal.unit}", shown, verdict)
+            )
         return rows
 
     def folder(self, whole: bool = True) -> Path:
-        """Where it is kept when nobody says where: a quick run, or one of some stages alone, is not for the repository."""
+        """Where it is kept when nobody says where: a quick run, or one of some stages alone, is not for the
+        repository."""
         if self.quick or not whole:
             return ROOT / "build" / "gpu"
         name = re.sub(r"[^a-z0-9]+", "-", self.device.get("name", "unknown").lower()).strip("-")
@@ -80,7 +92,10 @@ class Record:
 
         folder.mkdir(parents=True, exist_ok=True)
         pictures = plots(self, folder)
-        for name, text in (("gpu.json", json.dumps(vars(self), indent=1) + "\n"), ("README.md", page(self, pictures))):
+        for name, text in (
+            ("gpu.json", json.dumps(vars(self), indent=1) + "\n"),
+            ("README.md", page(self, pictures)),
+        ):
             new = folder / f"{name}.new"
             new.write_text(text)
             os.replace(new, folder / name)

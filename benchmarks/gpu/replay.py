@@ -1,6 +1,8 @@
-"""A run is its journal: MeZO on the device, and on the CPU the same weights from (seed, step, coefficients) alone, to the same bits.
+"""A run is its journal: MeZO on the device, and on the CPU the same weights from (seed, step, coefficients)
+alone, to the same bits.
 
-Also what a step promises besides: bare forwards before and after a step with lr = 0 are equal, because the weights are not touched.
+Also what a step promises besides: bare forwards before and after a step with lr = 0 are equal, because the
+weights are not touched.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ class Transformer(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         h = self.tokens(ids) + self.places(torch.arange(ids.shape[1], device=ids.device))
-        return F.cross_entropy(self.head(self.norm(self.blocks(h)))[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+        return F.cross_entropy(
+            self.head(self.norm(self.blocks(h)))[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()
+        )
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,11 @@ LR, EPS = 1e-4, 1e-2
 COURSES = (
     Course("float32", torch.float32, {}),
     Course("bfloat16, stochastic", torch.bfloat16, {"rounding": "stochastic"}),
-    Course("bfloat16, residual, 2 queries, decay", torch.bfloat16, {"rounding": "residual", "queries": 2, "weight_decay": 0.1}),
+    Course(
+        "bfloat16, residual, 2 queries, decay",
+        torch.bfloat16,
+        {"rounding": "residual", "queries": 2, "weight_decay": 0.1},
+    ),
     Course("float16, rademacher", torch.float16, {"rounding": "stochastic", "direction": "rademacher"}),
 )
 
@@ -77,7 +85,9 @@ def model(width: int, blocks: int, dtype: torch.dtype) -> nn.Module:
         return Transformer(width, blocks).to(dtype)
 
 
-def check_course(course: Course, backend: str | Backend, device: str, steps: int, width: int, blocks: int) -> None:
+def check_course(
+    course: Course, backend: str | Backend, device: str, steps: int, width: int, blocks: int
+) -> None:
     """Raises AssertionError naming the first weight that the journal does not give."""
     there = model(width, blocks, course.dtype)
     weights = {name: p.detach().clone() for name, p in there.named_parameters()}
@@ -90,18 +100,26 @@ def check_course(course: Course, backend: str | Backend, device: str, steps: int
     right, direction = judge(), resolve(course.options.get("direction", "normal"))
     decay = 1.0 - LR * course.options.get("weight_decay", 0.0)
     rounding = course.options.get("rounding", "nearest")
-    lows = [torch.zeros(w.shape, dtype=torch.int16) for w in weights.values()] if rounding == "residual" else None
+    lows = (
+        [torch.zeros(w.shape, dtype=torch.int16) for w in weights.values()]
+        if rounding == "residual"
+        else None
+    )
     spans = [Span(optimizer.ids[name]) for name in weights]
     for entry in journal:
         draws = [(entry.step, k) for k in range(len(entry.coefficients))]
         amounts = torch.tensor([LR * (-c / len(draws)) for c in entry.coefficients])
         right.axpy_(
-            Batch(list(weights.values()), spans, rounding, lows), Noise(direction, entry.seed, draws), Terms(amounts, decay)
+            Batch(list(weights.values()), spans, rounding, lows),
+            Noise(direction, entry.seed, draws),
+            Terms(amounts, decay),
         )
     moved = 0
     for name, parameter in there.named_parameters():
         equal(parameter, weights[name], f"{course.name}: {name} after {steps} steps")
-        moved += int((weights[name] != dict(model(width, blocks, course.dtype).named_parameters())[name]).sum())
+        moved += int(
+            (weights[name] != dict(model(width, blocks, course.dtype).named_parameters())[name]).sum()
+        )
     assert moved and not any(entry.skipped for entry in journal), f"{course.name}: no step moved a weight"
 
 

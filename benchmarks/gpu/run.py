@@ -1,7 +1,9 @@
-"""Run: what a part is given. It tells where to work and how long, and takes what the part finds, line by line.
+"""Run: what a part is given. It tells where to work and how long, and takes what the part finds, line by
+line.
 
     check    name, problem (None where it passed), seconds    skip     name, why
-    group    title, rows (those of measure.Group.rows)        figure   key, value: what goals.py judges, and others
+    group    title, rows (those of measure.Group.rows)        figure   key, value: what goals.py judges, and
+             others
     step     model, batch, length, tokens, ratios, kernels    memory   name, forward, extra, scratch: bytes
     device   facts by name                                    counters name (of a kernel), metrics
 
@@ -53,14 +55,17 @@ class Run:
         return problem is None
 
     def attempt(self, name: str, body: Callable[[], object]) -> bool:
-        """Whether `body` ran, for what is measured: no memory for it is said, and any other exception is a failed check."""
+        """Whether `body` ran, for what is measured: no memory for it is said, and any other exception is a
+        failed check."""
         try:
             body()
             synchronize(self.device)
         except torch.OutOfMemoryError as error:
             self.skip(name, str(error).split(". ")[0])
         except Exception as error:
-            self.say("check", name=f"{name}: runs", problem=f"{type(error).__name__}: {error}"[:2000], seconds=0)
+            self.say(
+                "check", name=f"{name}: runs", problem=f"{type(error).__name__}: {error}"[:2000], seconds=0
+            )
         else:
             return True
         return False
@@ -85,7 +90,8 @@ class Run:
 
 
 def judge() -> Backend:
-    """Who is right: the CPU backend, which the test suite holds to the definition, or the definition itself."""
+    """Who is right: the CPU backend, which the test suite holds to the definition, or the definition
+    itself."""
     return backends.get("cpu" if backends.why_off("cpu") is None else "reference")
 
 

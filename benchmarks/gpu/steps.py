@@ -1,8 +1,9 @@
-"""Whole steps: their time over the two bare forwards that they contain, their peak memory over inference, their kernels.
+"""Whole steps: their time over the two bare forwards that they contain, their peak memory over inference,
+their kernels.
 
-Models have published shapes and random weights, in bfloat16. Times run from an idle device to an idle device. A group's cases take
-turns; those that may not meet in one group, because one writes weights that another keeps updates for, have groups of their own, each
-with the two forwards in it.
+Models have published shapes and random weights, in bfloat16. Times run from an idle device to an idle device.
+A group's cases take turns; those that may not meet in one group, because one writes weights that another
+keeps updates for, have groups of their own, each with the two forwards in it.
 """
 
 from __future__ import annotations
@@ -29,17 +30,21 @@ CELLS = ((16, 256), (1, 16), (4, 128), (16, 512))  # batch and length: those tha
 MIB = 1 << 20
 ROOM = 10e9  # bytes beside the weights, for activations and two sets of logits
 WAYS: dict[str, Callable[[], Any]] = {
-    "MeZO scratch": lambda: zokern.Scratch(check=False), "MeZO inplace": zokern.InPlace, "MeZO paired": lambda: zokern.Paired(check=False),
+    "MeZO scratch": lambda: zokern.Scratch(check=False), "MeZO inplace": zokern.InPlace,
+    "MeZO paired": lambda: zokern.Paired(check=False),
     "MeZO master": zokern.Master,
 }  # fmt: skip
 
 
 def optimizer(name: str, module: nn.Module) -> zokern.MeZO | zokern.SubZero:
     if name == "SubZero":
-        made: Any = zokern.SubZero(module, lr=LR, eps=EPS, dead_limit=None, evaluation=zokern.Paired(check=False))
+        made: Any = zokern.SubZero(
+            module, lr=LR, eps=EPS, dead_limit=None, evaluation=zokern.Paired(check=False)
+        )
     else:
         made = zokern.MeZO(module, lr=LR, eps=EPS, dead_limit=None, evaluation=WAYS[name]())
-    made.run.step = 10  # the ten steps in which it also samples the weights for dead updates are not what a run is made of
+    # the ten steps in which it also samples the weights for dead updates are not what a run is made of
+    made.run.step = 10
     return made
 
 
@@ -108,7 +113,9 @@ def times(run: Run, module: nn.Module, batch: int, length: int, label: str) -> d
     forwards, ratios = forwards_of(loss), {}
 
     def group(title: str, cases: list[Case], rounds: int, seconds: float) -> None:
-        found = measure(run, Group(f"{title}, {label}", [Case(BOUND, forwards), *cases], timer), rounds, seconds)
+        found = measure(
+            run, Group(f"{title}, {label}", [Case(BOUND, forwards), *cases], timer), rounds, seconds
+        )
         for case in cases:
             if (ratio := figure(run, found, f"{case.name} {label} / forwards", case.name, BOUND)) is not None:
                 ratios[case.name] = ratio
@@ -123,7 +130,8 @@ def times(run: Run, module: nn.Module, batch: int, length: int, label: str) -> d
     clean(run)
     parameters, seeds = [p for p in module.parameters() if p.requires_grad], itertools.count()
     loop = Case(LOOP, lambda: eager.step(parameters, loss, next(seeds), LR, EPS))
-    group("the eager loop", [loop], 2 if run.quick else 5, 3)  # last: it puts new tensors in the place of the weights
+    # last: it puts new tensors in the place of the weights
+    group("the eager loop", [loop], 2 if run.quick else 5, 3)
     return ratios
 
 
@@ -133,7 +141,9 @@ def cell(run: Run, name: str, batch: int, length: int, whole: bool) -> None:
     module = on_device(name, torch.bfloat16, run.device)
     counted = cost(run, module, batch, length, label) if whole else {}
     ratios = times(run, module, batch, length, label)
-    run.say("step", model=name, batch=batch, length=length, tokens=batch * length, ratios=ratios, kernels=counted)
+    run.say(
+        "step", model=name, batch=batch, length=length, tokens=batch * length, ratios=ratios, kernels=counted
+    )
 
 
 def steps(run: Run, model: str, cells: tuple = CELLS) -> None:
@@ -143,7 +153,8 @@ def steps(run: Run, model: str, cells: tuple = CELLS) -> None:
     size = sum(p.numel() for p in on_device(model, torch.bfloat16, "meta").parameters()) * 2
     if size + ROOM > free_bytes(run.device):
         return run.skip(
-            f"steps of {model}", f"needs {(size + ROOM) / 1e9:.0f} GB, {free_bytes(run.device) / 1e9:.0f} GB are free"
+            f"steps of {model}",
+            f"needs {(size + ROOM) / 1e9:.0f} GB, {free_bytes(run.device) / 1e9:.0f} GB are free",
         )
     for at, (batch, length) in enumerate(cells):
         label = f"steps of {model} {batch}x{length}"

@@ -1,10 +1,12 @@
 """Timers. On a device: CUDA events around a call, with cold caches and a queue that never runs dry.
 
-    wait   a kernel that spins while the host enqueues everything below, so that no launch is waited for between the events
+    wait   a kernel that spins while the host enqueues everything below, so that no launch is waited for
+           between the events
     flush  writes twice the L2, so that the call finds none of its data there
     start, call, stop
 
-A call that waits for the device itself, as a step does, is timed by the wall clock from an idle device to an idle device.
+A call that waits for the device itself, as a step does, is timed by the wall clock from an idle device to an
+idle device.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from ..measure import Group, wall
 from .run import Run, synchronize
 
 L2 = 64 << 20  # bytes, where the driver does not tell
-LONGEST_WAIT = 0.03  # seconds of spinning: a call that takes the host longer is bound by the host, and shows it
+# seconds of spinning: a call that takes the host longer is bound by the host, and shows it
+LONGEST_WAIT = 0.03
 
 
 class Events:
@@ -76,7 +79,8 @@ def timer_of(run: Run) -> Callable[[Callable[[], Any]], float]:
 def measure(run: Run, group: Group, rounds: int, seconds: float) -> Group:
     """Rounds until there are enough or the time is up; three at least. The group is said, with its GB/s.
 
-    Every case is called once before that; one that cannot run is said and left out, and the others are measured."""
+    Every case is called once before that; one that cannot run is said and left out, and the others are
+    measured."""
     for case in list(group.cases):
         if not run.attempt(f"{group.title}: {case.name}", lambda case=case: group.timer(case.call)):
             group.drop(case.name)

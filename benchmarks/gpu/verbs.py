@@ -1,4 +1,5 @@
-"""The verbs as data: what is checked on a device. A new verb, or a new form of one, is a function and a line of VERBS."""
+"""The verbs as data: what is checked on a device. A new verb, or a new form of one, is a function and a line
+of VERBS."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ SEED, STEP = 0x9E3779B97F4A7C15, 11
 
 @dataclass
 class Setting:
-    """What a verb is given: a backend, the tensors of one launch on its device, their Spans and low bits, and a place for results.
+    """What a verb is given: a backend, the tensors of one launch on its device, their Spans and low bits, and
+    a place for results.
 
     Whatever a verb writes beside thetas and lows it puts into `results`; all three are compared.
     """
@@ -34,24 +36,35 @@ class Setting:
 
     def outs(self, dtype: torch.dtype | None = None) -> list[Tensor]:
         """A place for results, poisoned: an element that is not written is seen."""
-        made = [torch.full_like(t, -77.0, dtype=dtype, memory_format=torch.contiguous_format) for t in self.thetas]
+        made = [
+            torch.full_like(t, -77.0, dtype=dtype, memory_format=torch.contiguous_format) for t in self.thetas
+        ]
         self.results += made
         return made
 
 
 def draw(direction: str) -> Callable[[Setting], None]:
-    return lambda at: at.backend.draw(Batch(at.outs(), at.spans), Noise(resolve(direction), SEED, [(STEP, 1)]))
+    return lambda at: at.backend.draw(
+        Batch(at.outs(), at.spans), Noise(resolve(direction), SEED, [(STEP, 1)])
+    )
 
 
 def axpy(
     direction: str = "normal", terms: int = 1, decay: float = 1.0, rounding: str = "nearest", each: int = 0
 ) -> Callable[[Setting], None]:
     def verb(at: Setting) -> None:
-        draws, coeffs = [(STEP + k // 2, k % 2) for k in range(terms)], at.tensor([1e-3 * (-0.7) ** k for k in range(terms)])
+        draws, coeffs = (
+            [(STEP + k // 2, k % 2) for k in range(terms)],
+            at.tensor([1e-3 * (-0.7) ** k for k in range(terms)]),
+        )
         low = at.lows if rounding == "residual" else None
         chosen = resolve(direction)
         at.results.append(
-            at.backend.axpy_(Batch(at.thetas, at.spans, rounding, low), Noise(chosen, SEED, draws), Terms(coeffs, decay, each))
+            at.backend.axpy_(
+                Batch(at.thetas, at.spans, rounding, low),
+                Noise(chosen, SEED, draws),
+                Terms(coeffs, decay, each),
+            )
         )
 
     return verb
@@ -63,7 +76,10 @@ NUMBERS = {"momentum": (0.999, 1e-3, 0.9, 0.1), "adam": (0.999, 2e-3, 0.9, 0.1, 
 
 def update(rule: str, terms: int = 1, rounding: str = "nearest") -> Callable[[Setting], None]:
     def verb(at: Setting) -> None:
-        draws, coeffs = [(STEP + k, k % 2) for k in range(terms)], at.tensor([(-0.7) ** k for k in range(terms)])
+        draws, coeffs = (
+            [(STEP + k, k % 2) for k in range(terms)],
+            at.tensor([(-0.7) ** k for k in range(terms)]),
+        )
         states = [[torch.full(t.shape, 1e-3, device=at.device) for t in at.thetas] for _ in STATES[rule]]
         low, scalars = at.lows if rounding == "residual" else None, at.tensor(NUMBERS[rule])
         at.results += [tensor for kept in states for tensor in kept]
@@ -83,7 +99,10 @@ def perturb(
     def verb(at: Setting) -> None:
         outs, low = [at.outs(dtype) for _ in range(sides)], at.lows if residual else None
         at.backend.perturb(
-            Batch(at.thetas, at.spans, residuals=low), Noise(resolve(direction), SEED, [(STEP, 0)]), [1e-3, -1e-3][:sides], outs
+            Batch(at.thetas, at.spans, residuals=low),
+            Noise(resolve(direction), SEED, [(STEP, 0)]),
+            [1e-3, -1e-3][:sides],
+            outs,
         )
 
     return verb
@@ -95,7 +114,11 @@ def rows(at: Setting) -> None:
     thetas = [at.thetas[i] for i in found]
     picked = [torch.arange(3 * len(t), device=at.device) * 7 % len(t) for t in thetas]
     outs = [
-        [torch.full((len(p), t.shape[1]), -77.0, dtype=t.dtype, device=at.device) for t, p in zip(thetas, picked)] for _ in "+-"
+        [
+            torch.full((len(p), t.shape[1]), -77.0, dtype=t.dtype, device=at.device)
+            for t, p in zip(thetas, picked)
+        ]
+        for _ in "+-"
     ]
     at.results += [out for side in outs for out in side]
     spans = [at.spans[i]._replace(rows=p) for i, p in zip(found, picked)]
@@ -103,7 +126,8 @@ def rows(at: Setting) -> None:
 
 
 def whole(value: int, *shape: int) -> Tensor:
-    """Small integers: their products and sums are exact in every order and in bfloat16, so matrix units give the CPU's bits too."""
+    """Small integers: their products and sums are exact in every order and in bfloat16, so matrix units give
+    the CPU's bits too."""
     count = torch.Size(shape).numel()
     return ((torch.arange(count) * 7919 + value) % 17 - 8).float().view(shape)
 
@@ -111,13 +135,18 @@ def whole(value: int, *shape: int) -> Tensor:
 def lowrank(rank: int, rounding: str = "nearest", decay: float = 1.0) -> Callable[[Setting], None]:
     def verb(at: Setting) -> None:
         columns = [t.shape[-1] for t in at.thetas]
-        lefts = [whole(1, -(-(s.first + t.numel()) // n), rank).to(at.device) for t, s, n in zip(at.thetas, at.spans, columns)]
+        lefts = [
+            whole(1, -(-(s.first + t.numel()) // n), rank).to(at.device)
+            for t, s, n in zip(at.thetas, at.spans, columns)
+        ]
         rights = [whole(5, n, rank).to(at.device) for n in columns]
         spans, low = at.spans, at.lows if rounding == "residual" else None
         scales = [0.125] * len(columns)
         at.results.append(
             at.backend.lowrank_(
-                Batch(at.thetas, spans, rounding, low), Outer(lefts, rights, scales, decay), Noise(None, SEED, [(STEP, 0)])
+                Batch(at.thetas, spans, rounding, low),
+                Outer(lefts, rights, scales, decay),
+                Noise(None, SEED, [(STEP, 0)]),
             )
         )
 
@@ -125,7 +154,8 @@ def lowrank(rank: int, rounding: str = "nearest", decay: float = 1.0) -> Callabl
 
 
 def linear(at: Setting) -> None:
-    """y = x (W +- a z)^T with one-hot rows x: the product picks columns of the perturbed tiles, and is exact."""
+    """y = x (W +- a z)^T with one-hot rows x: the product picks columns of the perturbed tiles, and is
+    exact."""
     i = next(i for i, t in enumerate(at.thetas) if t.dim() == 2 and t.is_contiguous())
     weight, span = at.thetas[i][:200], at.spans[i]
     x = torch.eye(weight.shape[1], dtype=weight.dtype, device=at.device)
@@ -135,7 +165,9 @@ def linear(at: Setting) -> None:
             view, here = weight[start : start + 37], Span(span.who, span.first + start * weight.shape[1])
             pair = [torch.empty_like(view) for _ in "+-"]
             outs = [[tile] for tile in pair]
-            at.backend.perturb(Batch([view], [here]), Noise(resolve("normal"), SEED, [(STEP, 0)]), [1e-3, -1e-3], outs)
+            at.backend.perturb(
+                Batch([view], [here]), Noise(resolve("normal"), SEED, [(STEP, 0)]), [1e-3, -1e-3], outs
+            )
             yield start, start + len(view), dict(enumerate(pair))
 
     at.results.append(gemm.tiled_linear([x, x], weight, [None, None], tiles()))
@@ -160,7 +192,8 @@ def sketch(at: Setting) -> None:
         at.results.append(y)
 
 
-# Name, and what is done; a new verb, or a new form of one, is one line. Names that start with lowrank_ get the matrices of a launch only.
+# Name, and what is done; a new verb, or a new form of one, is one line. Names that start with lowrank_ get
+# the matrices of a launch only.
 VERBS: dict[str, Callable[[Setting], None]] = {
     "draw normal": draw("normal"),
     "draw rademacher": draw("rademacher"),

@@ -1,6 +1,8 @@
-"""One part in a process of its own: `python -m benchmarks.gpu.worker checks:suite '{"backend": "cuda"}' LINES`.
+"""One part in a process of its own: `python -m benchmarks.gpu.worker checks:suite '{"backend": "cuda"}'
+LINES`.
 
-What the part says is appended to LINES as JSON, line by line, so that a process that is stopped leaves what it had found.
+What the part says is appended to LINES as JSON, line by line, so that a process that is stopped leaves what
+it had found.
 """
 
 from __future__ import annotations

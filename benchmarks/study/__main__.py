@@ -29,7 +29,9 @@ Problems = Callable[[str, str, int, int], problems.Problem]
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="python -m benchmarks.study", description=(about or "").partition("\n")[0])
+    made = argparse.ArgumentParser(
+        prog="python -m benchmarks.study", description=(about or "").partition("\n")[0]
+    )
     add = made.add_argument
     add(
         "--hours",
@@ -43,7 +45,13 @@ def parser() -> argparse.ArgumentParser:
     add("--held-out", type=int, default=400, help="rows to judge by (default %(default)s)")
     add("--words", type=int, default=16, help="of a row at most (default %(default)s)")
     add("--threads", type=int, help="of torch (default: torch's own choice)")
-    add("--only", nargs="+", metavar="METHOD", choices=methods.METHODS, help="run these alone; the others stay missing")
+    add(
+        "--only",
+        nargs="+",
+        metavar="METHOD",
+        choices=methods.METHODS,
+        help="run these alone; the others stay missing",
+    )
     add("--models", nargs="+", choices=MODELS, default=MODELS, help="the same for models")
     add("--sets", nargs="+", choices=SETS, default=SETS, help="the same for sets")
     add("--file", type=Path, help="rows; page and plot are beside it (default: the folder of this machine)")
@@ -60,15 +68,21 @@ def clock(seconds: float) -> str:
 
 
 def expected(run: Run, rows: Sequence[Mapping[str, Any]]) -> float:
-    """Returns the seconds that a run is expected to take: the median of those of its model that are done; 0 before there are any."""
+    """Returns the seconds that a run is expected to take: the median of those of its model that are done; 0
+    before there are any."""
     known = [row["wall_seconds"] for row in rows if row["model"] == run.model]
     return statistics.median(known) if known else 0.0
 
 
 def run_all(
-    todo: Sequence[Run], store: Store, settings: argparse.Namespace, record: Mapping[str, Any], problem: Problems
+    todo: Sequence[Run],
+    store: Store,
+    settings: argparse.Namespace,
+    record: Mapping[str, Any],
+    problem: Problems,
 ) -> None:
-    """Runs what is not done, in order, until all is done or the next one would end after the time that is given."""
+    """Runs what is not done, in order, until all is done or the next one would end after the time that is
+    given."""
     from tqdm.auto import tqdm
 
     ends, before = time.monotonic() + 3600 * settings.hours, dict[tuple[str, str], Score]()
@@ -77,7 +91,10 @@ def run_all(
         for number, run in enumerate(left):
             rest = ends - time.monotonic()
             if rest <= 0 or expected(run, store.rows) > rest:
-                tqdm.write(f"the time is up: {len(left) - number} of {len(todo)} runs are left; the same command goes on")
+                tqdm.write(
+                    f"the time is up: {len(left) - number} of {len(todo)} runs are left; the same command "
+                    "goes on"
+                )
                 return
             plan = sum(expected(later, store.rows) for later in left[number:])
             bar.set_postfix_str(f"{run}; left: {clock(plan)} of the plan, {clock(rest)} of --hours")
@@ -110,13 +127,16 @@ def write(store: Store, machine: Mapping[str, str], names: Sequence[str]) -> Non
         return
     from .plot import plot
 
-    title = f"{machine['cpu']}, {len(rows)} runs, commits {', '.join(sorted({row['commit'] for row in rows}))}"
+    title = (
+        f"{machine['cpu']}, {len(rows)} runs, commits {', '.join(sorted({row['commit'] for row in rows}))}"
+    )
     plot(groups(rows, store.settings["forwards"]), title, folder / "study.png")
     print(f"{folder / 'study.md'}: {len(rows)} runs")
 
 
 def main(argv: Sequence[str] | None = None, problem: Problems | None = None) -> int:
-    """Runs a study. 0 when it ended by itself, 2 when it cannot begin, 130 after Ctrl-C; page and plot are written all the same."""
+    """Runs a study. 0 when it ended by itself, 2 when it cannot begin, 130 after Ctrl-C; page and plot are
+    written all the same."""
     given = sys.argv[1:] if argv is None else list(argv)
     settings = parser().parse_args(given)
     report = Report(quick=False, command=" ".join(["python -m benchmarks.study", *given]))
@@ -127,14 +147,20 @@ def main(argv: Sequence[str] | None = None, problem: Problems | None = None) -> 
     kept = {"forwards": budgets} | {name: getattr(settings, name) for name in ("batch", "held_out", "words")}
     try:
         if problem is None and not settings.page and (absent := problems.missing()):
-            raise ValueError(f"not installed: {', '.join(absent)}; make install has them, or pip install --no-deps")
+            raise ValueError(
+                f"not installed: {', '.join(absent)}; make install has them, or pip install --no-deps"
+            )
         store = Store.read(path) if settings.page else Store(path, kept, settings.anew)
     except ValueError as error:
         print(f"benchmarks.study: {error}", file=sys.stderr)
         return 2
     names, code = list(methods.METHODS), 0
     only = set(settings.only or names), set(settings.models), set(settings.sets)
-    todo = [run for run in order(names) if all(own in some for own, some in zip((run.method, run.model, run.data), only))]
+    todo = [
+        run
+        for run in order(names)
+        if all(own in some for own, some in zip((run.method, run.model, run.data), only))
+    ]
     machine = report.machine
     record = {key: machine[key] for key in ("commit", "date", "command", "torch")} | {
         "machine": f"{machine['cpu']} {machine['isa']}"

@@ -1,4 +1,5 @@
-"""Sentences that the rows carry: which method to start with, and what was reproduced of the papers' claims."""
+"""Sentences that the rows carry: which method to start with, and what was reproduced of the papers'
+claims."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ CLAIMS = (
 
 
 class Interval(NamedTuple):
-    """A mean with a 95 % interval of Student's t over pairs; low and high are infinite where there are fewer than two pairs."""
+    """A mean with a 95 % interval of Student's t over pairs; low and high are infinite where there are fewer
+    than two pairs."""
 
     value: float
     low: float
@@ -54,15 +56,18 @@ def interval(values: Sequence[float]) -> Interval:
 def ratios(groups: Sequence[Group], claim: Claim) -> tuple[list[float], int]:
     """Returns method over MeZO for each model, set and seed, and how many of them are lower bounds.
 
-    The amount is that to the loss which MeZO has at its end. A run that does not get there counts with all that it
-    took. Pairs in which MeZO's run with this seed does not get there say nothing and are left out."""
+    The amount is that to the loss which MeZO has at its end. A run that does not get there counts with all
+    that it took. Pairs in which MeZO's run with this seed does not get there say nothing and are left out."""
     found, bounds = [], 0
     for group in groups:
         base = {row["seed"]: row for row in group.runs.get(BASE, ())}
         for row in group.runs.get(claim.method, ()):
             if group.target is None or row["seed"] not in base:
                 continue
-            whole, part = crossing(base[row["seed"]], claim.axis, group.target), crossing(row, claim.axis, group.target)
+            whole, part = (
+                crossing(base[row["seed"]], claim.axis, group.target),
+                crossing(row, claim.axis, group.target),
+            )
             if not whole:
                 continue
             bounds += part is None
@@ -77,13 +82,16 @@ def differences(groups: Sequence[Group], method: str) -> list[float]:
         base = {row["seed"]: row for row in group.runs.get(BASE, ())}
         for row in group.runs.get(method, ()):
             if row["seed"] in base:
-                both = (read_at(one, "forwards", group.budget)["accuracy"] for one in (row, base[row["seed"]]))
+                both = (
+                    read_at(one, "forwards", group.budget)["accuracy"] for one in (row, base[row["seed"]])
+                )
                 found.append(next(both) - next(both))
     return found
 
 
 def verdict(found: Interval, share: float, bounds: int) -> str:
-    """Returns what an interval of a ratio says of a claimed share. Lower bounds among the ratios leave its upper end open."""
+    """Returns what an interval of a ratio says of a claimed share. Lower bounds among the ratios leave its
+    upper end open."""
     if found.low > 1:
         return "not reproduced: it takes more than MeZO"
     if found.high >= 1 or bounds:
@@ -101,17 +109,22 @@ def statement(groups: Sequence[Group], claim: Claim) -> str:
         said = "reproduced" if d.low > 0 else "not reproduced: lower than MeZO" if d.high < 0 else APART
         return (
             f"{claim.words}: **{said}**. At equal forwards {100 * d.value:+.1f} points of accuracy "
-            f"[{100 * d.low:+.1f}, {100 * d.high:+.1f}] against MeZO, {d.pairs} pairs of a model, set and seed."
+            f"[{100 * d.low:+.1f}, {100 * d.high:+.1f}] against MeZO, {d.pairs} pairs of a model, set and "
+            "seed."
         )
     values, bounds = ratios(groups, claim)
     if len(values) < 2:
         return f"{claim.words}: {NOTHING} (pairs in which MeZO gets to its own final loss: {len(values)}; two are needed)."
     r = Interval(*(math.exp(x) for x in interval([math.log(v) for v in values])[:3]), len(values))
-    open_end = f" {bounds} of them end above that loss: their ratio is at least what is counted." if bounds else ""
+    open_end = (
+        f" {bounds} of them end above that loss: their ratio is at least what is counted." if bounds else ""
+    )
     what = {"steps": "steps", TIME: "processor time"}[claim.axis]
     return (
-        f"{claim.words}: **{verdict(r, claim.share, bounds)}**. Ratio of {what} to the held-out loss that MeZO ends with: "
-        f"{r.value:.2f} [{r.low:.2f}, {r.high:.2f}] (geometric mean), claimed {claim.share:g}, {r.pairs} pairs.{open_end}"
+        f"{claim.words}: **{verdict(r, claim.share, bounds)}**. Ratio of {what} to the held-out loss that "
+        "MeZO ends with: "
+        f"{r.value:.2f} [{r.low:.2f}, {r.high:.2f}] (geometric mean), claimed {claim.share:g}, {r.pairs} "
+        f"pairs.{open_end}"
     )
 
 
@@ -128,29 +141,42 @@ def learned(group: Group, at: str) -> bool:
 
 
 def harmed(groups: Sequence[Group], at: str = "forwards") -> str:
-    """Returns which methods end below the accuracy before training, with intervals that do not overlap; '' for none."""
-    found = [(group, [name for name, mean in getattr(group, at).items() if mean.high < group.before.low]) for group in groups]
+    """Returns which methods end below the accuracy before training, with intervals that do not overlap; ''
+    for none."""
+    found = [
+        (group, [name for name, mean in getattr(group, at).items() if mean.high < group.before.low])
+        for group in groups
+    ]
     where = "; ".join(f"{', '.join(names)} ({group.name})" for group, names in found if names)
-    return f"Told apart below the accuracy before training, at the lr of zokern.tune: {where}." if where else ""
+    return (
+        f"Told apart below the accuracy before training, at the lr of zokern.tune: {where}." if where else ""
+    )
 
 
 def start_with(groups: Sequence[Group], at: str = "time") -> str:
     """Returns which methods to start with, at equal time or at equal forwards.
 
-    Only groups count in which something was learned. Candidates were run in all of these. Named are those that are
-    not told apart from the best of any group, and those that are told apart from it in some group."""
+    Only groups count in which something was learned. Candidates were run in all of these. Named are those
+    that are not told apart from the best of any group, and those that are told apart from it in some
+    group."""
     cost = {"time": "equal time", "forwards": "equal forwards"}[at]
     compared = [group for group in groups if len(getattr(group, at)) > 1]
     useful = [group for group in compared if learned(group, at)]
     dull = "; ".join(group.name for group in compared if group not in useful)
-    tail = f" Accuracy is not told apart from that before training, and so says nothing, in: {dull}." if dull else ""
+    tail = (
+        f" Accuracy is not told apart from that before training, and so says nothing, in: {dull}."
+        if dull
+        else ""
+    )
     if not useful:
         return f"At {cost} these runs do not say which method to start with.{tail or ' No model and set has two methods to compare.'}"
     where = "; ".join(group.name for group in useful)
     everywhere = set.intersection(*(set(getattr(group, at)) for group in useful))
     partly = sorted({name for group in useful for name in getattr(group, at)} - everywhere)
     tail = (f" Not run in every group, and not compared here: {', '.join(partly)}." if partly else "") + tail
-    scores = {name: statistics.fmean(getattr(group, at)[name].value for group in useful) for name in everywhere}
+    scores = {
+        name: statistics.fmean(getattr(group, at)[name].value for group in useful) for name in everywhere
+    }
     good = [name for name in everywhere if all(name in among_best(group, at) for group in useful)]
     good.sort(key=lambda name: (-scores[name], name))
     worse = sorted(everywhere - set(good))
@@ -158,7 +184,11 @@ def start_with(groups: Sequence[Group], at: str = "time") -> str:
         return f"At {cost} no method is among the best of every group ({where}): see the table of the group that is like yours.{tail}"
     if not worse:
         return f"At {cost} no method is told apart from the best ({where}): {', '.join(good)}, by falling mean accuracy.{tail}"
-    first = f"**{good[0]}**" if len(good) == 1 else f"one of **{', '.join(good)}** (not told apart, by falling mean accuracy)"
+    first = (
+        f"**{good[0]}**"
+        if len(good) == 1
+        else f"one of **{', '.join(good)}** (not told apart, by falling mean accuracy)"
+    )
     return (
         f"At {cost} start with {first}: {scores[good[0]]:.1%} accuracy of the first, mean over {where}. "
         f"Lower than the best of a group, with intervals that do not overlap: {', '.join(worse)}.{tail}"

@@ -15,7 +15,8 @@ from .reading import LEAST_FALL, TIME, Group, Mean, crossing, groups
 from .train import REACH
 
 HEAD = [
-    "method", "seeds", "lr", "eps", "forwards x", "steps", "accuracy, equal forwards", "equal time", "loss", "forwards to target",
+    "method", "seeds", "lr", "eps", "forwards x", "steps", "accuracy, equal forwards", "equal time", "loss",
+    "forwards to target",
     "s a step", "processor s a step", "processor s", "extra MB", "read by",
 ]  # fmt: skip
 
@@ -41,8 +42,10 @@ def _line(group: Group, name: str) -> list[str]:
         f"{rows[0]['last_step_forwards']}", f"{_mean(ends, 'steps'):.0f}",
         percent(group.forwards[name]), percent(group.time.get(name)), f"{_mean(ends, 'loss'):.3f}",
         to_target + (f" ({len(got)} of {len(rows)})" if reached and len(got) < len(rows) else ""),
-        f"{_mean(rows, 'step_seconds'):.2f}", f"{_mean(rows, 'step_processor_seconds'):.2f}", f"{_mean(ends, TIME):.1f}",
-        f"{max(memory) / 2**20:.0f}" if memory else "-", ", ".join(sorted({row["evaluation"] for row in rows})),
+        f"{_mean(rows, 'step_seconds'):.2f}", f"{_mean(rows, 'step_processor_seconds'):.2f}",
+        f"{_mean(ends, TIME):.1f}",
+        f"{max(memory) / 2**20:.0f}" if memory else "-",
+        ", ".join(sorted({row["evaluation"] for row in rows})),
     ]  # fmt: skip
 
 
@@ -60,7 +63,8 @@ def section(group: Group) -> list[str]:
     return [
         f"## {group.name}",
         "",
-        f"Before training: accuracy {start['right'] / start['rows']:.1%} of {start['rows']} held-out rows, loss {start['loss']:.3f}.",
+        f"Before training: accuracy {start['right'] / start['rows']:.1%} of {start['rows']} held-out rows, "
+        f"loss {start['loss']:.3f}.",
         f"{limit} {target}",
         "",
         *table(HEAD, [_line(group, name) for name in group.runs]),
@@ -92,23 +96,36 @@ def lacking(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> list[s
 def how(settings: Mapping[str, Any]) -> list[str]:
     """Returns what was done, in words."""
     return [
-        "Every method had its defaults, but for eps and lr. `zokern.tune` set these two before training, from 56 forwards with a",
-        f"central difference, that do not count below; its `reach` was {REACH:g} for all. lr is constant. A batch has",
-        f"{settings['batch']} rows with equal shares of the labels. Rows are at most {settings['words']} words: sentences of film reviews",
-        "(2 labels), and the first words of BBC news (5 labels). MiniLM is an encoder of 22M weights, whose head starts as its own",
-        "answer to the labels; SmolLM2-135M is a causal model with label words. LoRA has rank 8 at all linear layers. All of",
-        "float32, on the CPU. Budgets: " + ", ".join(f"{model} {n} forwards" for model, n in settings["forwards"].items()) + ".",
+        "Every method had its defaults, but for eps and lr. `zokern.tune` set these two before training, "
+        "from 56 forwards with a",
+        f"central difference, that do not count below; its `reach` was {REACH:g} for all. lr is constant. A "
+        "batch has",
+        f"{settings['batch']} rows with equal shares of the labels. Rows are at most {settings['words']} "
+        "words: sentences of film reviews",
+        "(2 labels), and the first words of BBC news (5 labels). MiniLM is an encoder of 22M weights, whose "
+        "head starts as its own",
+        "answer to the labels; SmolLM2-135M is a causal model with label words. LoRA has rank 8 at all "
+        "linear layers. All of",
+        "float32, on the CPU. Budgets: " + ", ".join(f"{model} {n} forwards" for model,
+            n in settings["forwards"].items()) + ".",
         "A derivative along z counts as 2 forwards, and a back-propagation as 3.",
         "",
-        "Intervals are of 95 %: Wilson's for the held-out rows and Student's for the seeds, whose squares add. The deviation of",
-        "seeds is pooled over the methods of a table. Where every method has one seed, intervals are of the rows alone. Two",
-        "methods are told apart where their intervals do not overlap. Values between two checks (every quarter) are linear.",
-        "Time is the processor's, which other programs on the machine lengthen less than the clock's; `s a step` is the clock's.",
+        "Intervals are of 95 %: Wilson's for the held-out rows and Student's for the seeds, whose squares "
+        "add. The deviation of",
+        "seeds is pooled over the methods of a table. Where every method has one seed, intervals are of the "
+        "rows alone. Two",
+        "methods are told apart where their intervals do not overlap. Values between two checks (every "
+        "quarter) are linear.",
+        "Time is the processor's, which other programs on the machine lengthen less than the clock's; `s a "
+        "step` is the clock's.",
     ]  # fmt: skip
 
 
 def page(
-    machine: Mapping[str, str], settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], methods: Sequence[str]
+    machine: Mapping[str, str],
+    settings: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    methods: Sequence[str],
 ) -> str:
     """Returns the page."""
     found = groups(rows, settings["forwards"])
@@ -128,7 +145,8 @@ def page(
         "",
         *commands,
         "",
-        f"Rows are of commits {every('commit')}, measured on {every('machine')}, torch {every('torch')}, {machine['cores']} cores,",
+        f"Rows are of commits {every('commit')}, measured on {every('machine')}, torch {every('torch')}, "
+        f"{machine['cores']} cores,",
         f"threads {every('threads')}.",
         *(["", f"**The machine was busy** (load average up to {load:.1f}): times are longer than on a free one."] if busy else []),
         *(["", "**One seed**: intervals are of the held-out rows alone, and another seed may change the order."] if seeds == 1 else []),
@@ -143,7 +161,8 @@ def page(
         "",
         "## What was reproduced of the papers",
         "",
-        "The papers' models are 10 to 100 times as large and train for thousands of steps: this is a small repetition.",
+        "The papers' models are 10 to 100 times as large and train for thousands of steps: this is a small "
+        "repetition.",
         "",
         *(f"- {statement(found, claim)}" for claim in CLAIMS),
         "",

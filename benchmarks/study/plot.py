@@ -1,4 +1,5 @@
-"""The plot of a study: above, accuracy over forwards of the main methods; below, all methods at equal forwards and time."""
+"""The plot of a study: above, accuracy over forwards of the main methods; below, all methods at equal
+forwards and time."""
 
 from __future__ import annotations
 
@@ -25,9 +26,16 @@ def curves(axis, group: Group) -> None:
         if name in group.runs:
             end = min(row["points"][-1]["forwards"] for row in group.runs[name])
             at = [end * k / POINTS for k in range(POINTS + 1)]
-            accuracy = [100 * statistics.fmean(read_at(row, "forwards", x)["accuracy"] for row in group.runs[name]) for x in at]
+            accuracy = [
+                100 * statistics.fmean(read_at(row, "forwards", x)["accuracy"] for row in group.runs[name])
+                for x in at
+            ]
             axis.plot(
-                at, accuracy, color=f"C{number}", label=f"{name} ({len(group.runs[name])})", linewidth=2 if number == 0 else 1.2
+                at,
+                accuracy,
+                color=f"C{number}",
+                label=f"{name} ({len(group.runs[name])})",
+                linewidth=2 if number == 0 else 1.2,
             )
     axis.set(title=group.name, xlabel="forwards", ylabel="accuracy (%)")
     axis.legend(fontsize=7, title="mean of (seeds)", title_fontsize=7)
@@ -36,7 +44,10 @@ def curves(axis, group: Group) -> None:
 def bars(axis, group: Group) -> None:
     """Draws the accuracy of every method with its interval, the best one on top."""
     names = sorted(group.forwards, key=lambda name: group.forwards[name].value)
-    for shift, color, label, found in ((0.2, "C0", "equal forwards", group.forwards), (-0.2, "C1", "equal time", group.time)):
+    for shift, color, label, found in (
+        (0.2, "C0", "equal forwards", group.forwards),
+        (-0.2, "C1", "equal time", group.time),
+    ):
         here = [(y, found[name]) for y, name in enumerate(names) if name in found]
         values = [100 * mean.value for _, mean in here]
         sides = [[100 * (m.value - m.low) for _, m in here], [100 * (m.high - m.value) for _, m in here]]
@@ -54,7 +65,9 @@ def plot(groups: Sequence[Group], title: str, path: Path) -> bool:
     most = max(len(group.forwards) for group in groups)
     size = (4.6 * len(groups), 4.2 + max(2.0, 0.28 * most))
     ratios = (4.2, max(2.0, 0.28 * most))
-    figure, axes = pyplot.subplots(2, len(groups), figsize=size, height_ratios=ratios, squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(
+        2, len(groups), figsize=size, height_ratios=ratios, squeeze=False, layout="constrained"
+    )
     figure.suptitle(title, fontsize=9)
     for number, group in enumerate(groups):
         curves(axes[0][number], group)

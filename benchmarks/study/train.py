@@ -25,8 +25,8 @@ from .order import Run
 from .problems import Problem
 
 QUARTERS = 4
-# What a reading costs in forwards, by multiplications: a derivative along z carries a tangent beside each value; a
-# back-propagation is a forward and twice as much backward.
+# What a reading costs in forwards, by multiplications: a derivative along z carries a tangent beside each
+# value; a back-propagation is a forward and twice as much backward.
 ALONG, BACKWARD = 2, 3
 REACH = 1e-3  # of zokern.tune: a step changes a weight by no more than MeZO's eps, root mean square
 TUNE_BATCHES, TUNE_SEED = 8, 1000  # batches that tune reads, in an order of their own
@@ -65,12 +65,15 @@ def counted() -> Iterator[Count]:
 def point(found: Score, **where: float) -> dict[str, Any]:
     """Returns what a row says of the held-out rows at one moment of a run."""
     if not math.isfinite(found.loss):
-        raise ArithmeticError(f"the held-out loss is {found.loss} after {where['forwards']:.0f} forwards: the run diverged")
+        raise ArithmeticError(
+            f"the held-out loss is {found.loss} after {where['forwards']:.0f} forwards: the run diverged"
+        )
     return {**where, "right": int(found.right.sum()), "rows": found.right.numel(), "loss": found.loss}
 
 
 class Trainer:
-    """The training of one run. `row` is its record, and is complete after `train`, or after an exception as far as it came."""
+    """The training of one run. `row` is its record, and is complete after `train`, or after an exception as
+    far as it came."""
 
     def __init__(self, run: Run, problem: Problem, settings: argparse.Namespace, forwards: int) -> None:
         self.run, self.words, self.rows, self.budget = run, problem.words, problem.rows, forwards
@@ -85,7 +88,8 @@ class Trainer:
         }  # fmt: skip
 
     def closure(self, optimizer: Any, batches: Batches) -> Callable[[], Any]:
-        """Returns the loss of the next batch, or the losses of its rows where the estimator asks for these."""
+        """Returns the loss of the next batch, or the losses of its rows where the estimator asks for
+        these."""
         task = Task(self.model, self.words, batches.next())
         return task.examples if getattr(optimizer.estimator, "rows", False) else task
 
@@ -95,9 +99,16 @@ class Trainer:
         group = optimizer.param_groups[0]
         self.row |= {"default_lr": group["lr"], "default_eps": group["eps"]}
         others = Batches(self.rows.train, self.batch, TUNE_SEED + self.run.seed)
-        found = zokern.tune(optimizer, [self.closure(optimizer, others) for _ in range(TUNE_BATCHES)], reach=REACH)
+        found = zokern.tune(
+            optimizer, [self.closure(optimizer, others) for _ in range(TUNE_BATCHES)], reach=REACH
+        )
         found.apply(optimizer)
-        self.row |= {"lr": found.lr, "eps": found.eps, "tune_error": found.error, "tune_forwards": found.forwards}
+        self.row |= {
+            "lr": found.lr,
+            "eps": found.eps,
+            "tune_error": found.error,
+            "tune_forwards": found.forwards,
+        }
         return optimizer
 
     def judge(self, before: Score | None = None, forwards: int = 0) -> None:
@@ -124,14 +135,19 @@ class Trainer:
             self.row["peak_extra_bytes"] = max(self.row["peak_extra_bytes"], high_water() - self.base)
 
     def step(self, optimizer: Any) -> Any:
-        closure, clock, processor = self.closure(optimizer, self.batches), time.perf_counter(), time.process_time()
+        closure, clock, processor = (
+            self.closure(optimizer, self.batches),
+            time.perf_counter(),
+            time.process_time(),
+        )
         result = zokern.step(optimizer, closure)
         self.seconds.append(time.perf_counter() - clock)
         self.processor.append(time.process_time() - processor)
         return result
 
     def train(self, before: Score, tell: Callable[[int], None]) -> None:
-        """Tunes and trains. A step is taken while one of the last step's cost fits the budget; the first one always is."""
+        """Tunes and trains. A step is taken while one of the last step's cost fits the budget; the first one
+        always is."""
         self.judge(before)
         self.forward()
         optimizer = self.tune()
@@ -153,14 +169,16 @@ class Trainer:
                 reset_high_water()
         self.row |= {
             "evaluation": result.evaluation, "why": result.why, "last_step_forwards": last,
-            "step_seconds": statistics.median(self.seconds), "step_processor_seconds": statistics.median(self.processor),
+            "step_seconds": statistics.median(self.seconds),
+            "step_processor_seconds": statistics.median(self.processor),
         }  # fmt: skip
 
 
 def measure(
     run: Run, problem: Problem, before: Score, settings: argparse.Namespace, forwards: int, tell: Any
 ) -> dict[str, Any]:
-    """Returns the row of a run. A method that raises has the reason in its row, under 'error', and is not run again."""
+    """Returns the row of a run. A method that raises has the reason in its row, under 'error', and is not run
+    again."""
     started = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -47,13 +47,14 @@ ZO_INLINE void store_two(float* panel, int64_t i, F even, F odd) {
 // with `block`. With enough registers (kBeside) the rounds of the next block run beside the values of this
 // one.
 template <Direction D, Type T, int kSides>
-void add_turned(uint32_t block, uint32_t pitch, const Name& name, int64_t n, const float* turned, const F (&scales)[2],
-                float* const (&panels)[2], const Ahead& ahead) {
+void add_turned(uint32_t block, uint32_t pitch, const Name& name, int64_t n, const float* turned,
+                const F (&scales)[2], float* const (&panels)[2], const Ahead& ahead) {
   constexpr bool kBeside = D == Direction::kNormal && kLanes == 16;
   const Simd::W first = Simd::rows(block, pitch, 0), second = Simd::rows(block, pitch, 1);
   Rounds<2> rounds;
   const auto start = [&](int64_t b) ZO_INLINE_LAMBDA {
-    rounds.a[0] = Simd::add(first, static_cast<uint32_t>(b)), rounds.a[1] = Simd::add(second, static_cast<uint32_t>(b));
+    rounds.a[0] = Simd::add(first, static_cast<uint32_t>(b)),
+    rounds.a[1] = Simd::add(second, static_cast<uint32_t>(b));
     rounds.start(name);
   };
   const auto add = [&](int64_t i, F z, F next) ZO_INLINE_LAMBDA {
@@ -102,8 +103,8 @@ void add_turned(uint32_t block, uint32_t pitch, const Name& name, int64_t n, con
 
 // make_panels() for rows that begin with a block. The two sides may have different draws.
 template <Direction D, Type T>
-void make_aligned(const LinearJob& job, const Side* sides, int many, int64_t row, int64_t count, int64_t column, int64_t k,
-                  Job& piece, Memory& memory) {
+void make_aligned(const LinearJob& job, const Side* sides, int many, int64_t row, int64_t count,
+                  int64_t column, int64_t k, Job& piece, Memory& memory) {
   constexpr int64_t width = per_block(D);
   const Linear& product = *job.product;
   const int64_t words_of = T == Type::kBfloat16 ? 2 : 1;                          // elements in a word
@@ -117,17 +118,19 @@ void make_aligned(const LinearJob& job, const Side* sides, int many, int64_t row
       for (int64_t strip = 0; strip < kLanes; strip += kStrip) {
         const int64_t some = std::max<int64_t>(0, std::min<int64_t>(kStrip, rows - strip));
         const void* from = address(product, offset + (some > 0 ? strip : 0) * product.n);
-        const Strip words = T == Type::kFloat16 ? Strip{in_float(T, from, product.n, some, n, memory), n, n}
-                                                : Strip{static_cast<const float*>(from), product.n / words_of, n / words_of};
+        const Strip words = T == Type::kFloat16
+                                ? Strip{in_float(T, from, product.n, some, n, memory), n, n}
+                                : Strip{static_cast<const float*>(from), product.n / words_of, n / words_of};
         turn(words, some, memory.turned + strip, kLanes);
       }
       const uint32_t block = static_cast<uint32_t>((product.first + static_cast<uint64_t>(offset)) / width);
       const uint32_t pitch = static_cast<uint32_t>(product.n / width);
       const bool last = j + kBatch >= k;  // of these rows; other rows follow
-      const int64_t size = T == Type::kFloat32 ? 4 : 2, there = last ? offset - j + kLanes * product.n : offset + kBatch;
+      const int64_t size = T == Type::kFloat32 ? 4 : 2,
+                    there = last ? offset - j + kLanes * product.n : offset + kBatch;
       const int64_t next = last ? std::min<int64_t>(kLanes, count - q - rows) : rows;
-      const Ahead ahead{next > 0 ? static_cast<const char*>(address(product, there)) : nullptr, product.n * size, kBatch * size,
-                        next};
+      const Ahead ahead{next > 0 ? static_cast<const char*>(address(product, there)) : nullptr,
+                        product.n * size, kBatch * size, next};
       const int64_t at = q / kWide * kWide * (Simd::kPairs && T == Type::kBfloat16 ? k / 2 : k) + q % kWide;
       const int64_t down = (Simd::kPairs && T == Type::kBfloat16 ? j / 2 : j) * kWide;
       float* const panels[2] = {memory.panel[0] + at + down, memory.panel[1] + at + down};
@@ -136,8 +139,8 @@ void make_aligned(const LinearJob& job, const Side* sides, int many, int64_t row
         if (shared) {
           add_turned<D, T, 2>(block, pitch, name, n, memory.turned, scales, panels, ahead);
         } else {
-          add_turned<D, T, 1>(block, pitch, name, n, memory.turned, {scales[side], scales[side]}, {panels[side], panels[side]},
-                              ahead);
+          add_turned<D, T, 1>(block, pitch, name, n, memory.turned, {scales[side], scales[side]},
+                              {panels[side], panels[side]}, ahead);
         }
       }
     }
@@ -147,9 +150,11 @@ void make_aligned(const LinearJob& job, const Side* sides, int many, int64_t row
 // make_aligned() for this product, or null if its rows are not aligned.
 Make aligned_of(const Linear& product) {
   if constexpr (kLanes == 1) return nullptr;
-  const auto width = static_cast<uint64_t>(product.direction == Direction::kNormal ? kNormalPerBlock : kRademacherPerBlock);
+  const auto width =
+      static_cast<uint64_t>(product.direction == Direction::kNormal ? kNormalPerBlock : kRademacherPerBlock);
   const auto start = reinterpret_cast<uintptr_t>(product.weight);
-  if (product.transposed || static_cast<uint64_t>(product.n) % width != 0 || product.first % width != 0) return nullptr;
+  if (product.transposed || static_cast<uint64_t>(product.n) % width != 0 || product.first % width != 0)
+    return nullptr;
   if (start % 4 != 0) return nullptr;
 #define ZO_ALIGNED(D, T) \
   if (product.direction == D && product.type == T) return make_aligned<D, T>;

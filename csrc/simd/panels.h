@@ -13,8 +13,8 @@ constexpr int kWide = kVectors * kLanes;
 constexpr int kStrip = kLanes == 1 ? kWide : 8;  // rows of W that are turned at a time
 constexpr int kBatch = 128;                      // columns of W at a time in aligned.h: 16 blocks of z, or 1
 static_assert(kDepth % kBatch == 0 && kBatch % kNormalPerBlock == 0 && kBatch % kRademacherPerBlock == 0);
-static_assert(kColumns / 2 % kWide == 0 && kWide % kStrip == 0 && kStrip % Simd::kTranspose == 0 && kColumns % kUnit == 0 &&
-              kDepth % 2 == 0);
+static_assert(kColumns / 2 % kWide == 0 && kWide % kStrip == 0 && kStrip % Simd::kTranspose == 0 &&
+              kColumns % kUnit == 0 && kDepth % 2 == 0);
 
 // The order of k: up, the odd one of two first, or both in one instruction.
 enum class Order { kUp, kOddFirst, kPairs };
@@ -47,7 +47,8 @@ void turn(const Strip& strip, int64_t rows, float* to, int64_t pitch) {
       }
     }
     for (; j < n; ++j) {
-      for (int64_t i = c; i < c + Simd::kTranspose; ++i) to[j * pitch + i] = i < rows ? from[i * stride + j] : 0.0f;
+      for (int64_t i = c; i < c + Simd::kTranspose; ++i)
+        to[j * pitch + i] = i < rows ? from[i * stride + j] : 0.0f;
     }
   }
 }
@@ -101,7 +102,8 @@ Strip in_strip(Type type, const void* from, int64_t stride, int64_t rows, int64_
 }
 
 // Turns `count` rows and k columns of a factor into panels. It rounds them to bfloat16 if W is bfloat16.
-void make_factor_panels(Type type, const float* from, int64_t stride, int64_t count, int64_t k, Memory& memory) {
+void make_factor_panels(Type type, const float* from, int64_t stride, int64_t count, int64_t k,
+                        Memory& memory) {
   const int64_t padded = (count + kWide - 1) / kWide * kWide;
   for (int64_t q = 0; q < padded; q += kStrip) {
     const int64_t rows = std::max<int64_t>(0, std::min<int64_t>(kStrip, count - q));
@@ -122,8 +124,8 @@ void* address(const Linear& product, int64_t offset) {
 
 // Writes W + scale z into memory.raw, for one or two sides of a draw: `rows` rows of n elements, from element
 // `offset` on, `pitch` apart.
-void make_rows(const LinearJob& job, const Side* sides, int many, int64_t offset, int64_t rows, int64_t n, int64_t pitch,
-               Job& piece, Memory& memory) {
+void make_rows(const LinearJob& job, const Side* sides, int many, int64_t offset, int64_t rows, int64_t n,
+               int64_t pitch, Job& piece, Memory& memory) {
   const Linear& product = *job.product;
   const Draw draw{product.step, static_cast<uint32_t>(sides->draw), 0.0f, 1.0f};
   const float scales[2] = {sides[0].scale, many == 2 ? sides[1].scale : 0.0f};
@@ -152,12 +154,13 @@ void make_rows(const LinearJob& job, const Side* sides, int many, int64_t offset
 
 // Turns W, or W + scale z for one or two sides of a draw, into panels: `count` rows from `row` on, columns
 // [column, column + k).
-void make_panels(const LinearJob& job, const Side* sides, int many, int64_t row, int64_t count, int64_t column, int64_t k,
-                 Job& piece, Memory& memory) {
+void make_panels(const LinearJob& job, const Side* sides, int many, int64_t row, int64_t count,
+                 int64_t column, int64_t k, Job& piece, Memory& memory) {
   const Linear& product = *job.product;
   const int64_t padded = (count + kWide - 1) / kWide * kWide;
   for (int64_t q = 0; q < padded; q += kStrip) {
-    const int64_t rows = std::max<int64_t>(0, std::min<int64_t>(kStrip, count - q)), offset = (row + q) * product.n + column;
+    const int64_t rows = std::max<int64_t>(0, std::min<int64_t>(kStrip, count - q)),
+                  offset = (row + q) * product.n + column;
     if (sides->draw >= 0 && rows > 0) make_rows(job, sides, many, offset, rows, k, product.n, piece, memory);
     for (int side = 0; side < many; ++side) {
       const void* from = memory.raw[side];
@@ -177,8 +180,8 @@ void interleave(const uint16_t* even, const uint16_t* odd, int64_t count, float*
 }
 
 // make_panels() for a transposed W: a row of W is a row of the panels. It takes kStrip of them at a time.
-void make_panels_of_columns(const LinearJob& job, const Side* sides, int many, int64_t row, int64_t count, int64_t column,
-                            int64_t k, Job& piece, Memory& memory) {
+void make_panels_of_columns(const LinearJob& job, const Side* sides, int many, int64_t row, int64_t count,
+                            int64_t column, int64_t k, Job& piece, Memory& memory) {
   const Linear& product = *job.product;
   for (int64_t j = 0; j < k; j += kStrip) {
     const int64_t rows = std::min<int64_t>(kStrip, k - j), offset = (column + j) * product.m + row;

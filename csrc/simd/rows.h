@@ -62,20 +62,22 @@ inline void narrow(Type type, const float* value, int units, uint16_t* half) {
       Simd::store_fp16(half + i, x);
     } else {
       const U bits = Simd::bits(x);
-      Simd::store_half(half + i, ((bits & 0x7fffffffu) > 0x7f800000u ? bits | 0x400000u : bf16_round(x)) >> 16);
+      Simd::store_half(half + i,
+                       ((bits & 0x7fffffffu) > 0x7f800000u ? bits | 0x400000u : bf16_round(x)) >> 16);
     }
   }
 }
 
 inline void widen(Type type, const uint16_t* half, int units, float* value) {
   for (int i = 0; i < units * kUnit; i += kLanes) {
-    Simd::store(value + i, type == Type::kFloat16 ? Simd::load_fp16(half + i) : Simd::floats(Simd::load_half(half + i) << 16));
+    Simd::store(value + i, type == Type::kFloat16 ? Simd::load_fp16(half + i)
+                                                  : Simd::floats(Simd::load_half(half + i) << 16));
   }
 }
 
 // value[i] is element `number` + i of a parameter. `name` has that parameter and the draw kRoundingDraw.
-inline void round_stochastic(const Name& name, uint64_t number, int n, Type type, const float* value, uint16_t* half,
-                             uint32_t* words) {
+inline void round_stochastic(const Name& name, uint64_t number, int n, Type type, const float* value,
+                             uint16_t* half, uint32_t* words) {
   const int skip = static_cast<int>(number % 8);
   make_words<false, 0>(static_cast<uint32_t>(number / 8), (skip + n + 7) / 8, name, words, nullptr);
   uint16_t random[kPiece];  // little-endian: half-words in order
@@ -87,8 +89,8 @@ inline void round_stochastic(const Name& name, uint64_t number, int n, Type type
   }
 }
 
-// Factors i .. i + kUnit - 1 of z, in the order of unit_values<D, kPaired>(). A NaN becomes the canonical one,
-// whose lower half is zero.
+// Factors i .. i + kUnit - 1 of z, in the order of unit_values<D, kPaired>(). A NaN becomes the canonical
+// one, whose lower half is zero.
 template <bool kPaired>
 ZO_INLINE void load_factors(const void* base, Scale type, int64_t i, F& a, F& b) {
   if (type == Scale::kMask) {
@@ -131,7 +133,8 @@ struct Run {  // consecutive elements of one row
 inline Run part(const Run& run, int64_t begin, int64_t end) {
   Run sub = run;
   const int width = static_cast<Type>(run.entry->type) == Type::kFloat32 ? 4 : 2;
-  if (run.theta != nullptr) sub.theta = static_cast<const char*>(run.theta) + begin * run.column_stride * width;
+  if (run.theta != nullptr)
+    sub.theta = static_cast<const char*>(run.theta) + begin * run.column_stride * width;
   sub.position += begin, sub.low += begin, sub.number += static_cast<uint64_t>(begin), sub.n = end - begin;
   return sub;
 }

@@ -25,7 +25,9 @@ struct Simd {
   static U load(const uint32_t* p) { return *p; }
   // Two 16-bit elements in each word.
   static U load_pairs(const uint16_t* p) { return p[0] | static_cast<uint32_t>(p[1]) << 16; }
-  static void store_pairs(uint16_t* p, U x) { p[0] = static_cast<uint16_t>(x), p[1] = static_cast<uint16_t>(x >> 16); }
+  static void store_pairs(uint16_t* p, U x) {
+    p[0] = static_cast<uint16_t>(x), p[1] = static_cast<uint16_t>(x >> 16);
+  }
   static U load_half(const uint16_t* p) { return *p; }
   static void store_half(uint16_t* p, U x) { *p = static_cast<uint16_t>(x); }
   static F load_byte(const uint8_t* p) { return *p; }
@@ -52,13 +54,17 @@ struct Simd {
   }
   // The blocks of kLanes rows, `pitch` blocks apart, in two halves. split() puts them in order. With one lane
   // the second half is not used.
-  static W rows(uint32_t block, uint32_t pitch, int half) { return block + static_cast<uint64_t>(half) * pitch; }
+  static W rows(uint32_t block, uint32_t pitch, int half) {
+    return block + static_cast<uint64_t>(half) * pitch;
+  }
   static W add(W x, uint32_t y) { return x + y; }
   static void split(W first, W, U& low, U& high) {
     low = static_cast<uint32_t>(first), high = static_cast<uint32_t>(first >> 32);
   }
   static W wide(uint32_t x) { return x; }
-  static W multiply(W x, uint32_t constant) { return static_cast<uint64_t>(static_cast<uint32_t>(x)) * constant; }
+  static W multiply(W x, uint32_t constant) {
+    return static_cast<uint64_t>(static_cast<uint32_t>(x)) * constant;
+  }
   static W mix(W product, W x, const uint32_t* key) { return (product >> 32) ^ x ^ *key; }
   // Two output words: high ^ x ^ key, and low.
   static W last(W product, W x, const uint32_t* key) {

@@ -20,12 +20,14 @@ ZO_INLINE F plus(F x, F w, F sum) {
 
 // R rows of x with V vectors of one panel: sums += x panel, or sums = x panel if `first`.
 template <int R, Order O, int V>
-ZO_INLINE void block(const void* rows, int64_t stride, int64_t k, const float* panel, float* sums, bool first) {
+ZO_INLINE void block(const void* rows, int64_t stride, int64_t k, const float* panel, float* sums,
+                     bool first) {
   F sum[R][V];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) sum[i][v] = first ? Simd::all(0.0f) : Simd::load(sums + i * kColumns + v * kLanes);
+    for (int v = 0; v < V; ++v)
+      sum[i][v] = first ? Simd::all(0.0f) : Simd::load(sums + i * kColumns + v * kLanes);
   }
   const auto add = [&](const float* words, auto&& one_of) ZO_INLINE_LAMBDA {
     F right[V];
@@ -47,11 +49,13 @@ ZO_INLINE void block(const void* rows, int64_t stride, int64_t k, const float* p
         return pair;
       });
     }
-    if (k % 2 != 0) add(panel, [&](int i) ZO_INLINE_LAMBDA { return as_float(uint32_t{x[i * stride + k - 1]}); });
+    if (k % 2 != 0)
+      add(panel, [&](int i) ZO_INLINE_LAMBDA { return as_float(uint32_t{x[i * stride + k - 1]}); });
   } else {
     const float* const x = static_cast<const float*>(rows);
-    const auto at = [&](int64_t j)
-                        ZO_INLINE_LAMBDA { add(panel + j * kWide, [&](int i) ZO_INLINE_LAMBDA { return x[i * stride + j]; }); };
+    const auto at = [&](int64_t j) ZO_INLINE_LAMBDA {
+      add(panel + j * kWide, [&](int i) ZO_INLINE_LAMBDA { return x[i * stride + j]; });
+    };
     int64_t j = 0;
     if constexpr (O == Order::kOddFirst) {
       for (; j + 1 < k; j += 2) at(j + 1), at(j);
@@ -66,15 +70,16 @@ ZO_INLINE void block(const void* rows, int64_t stride, int64_t k, const float* p
 }
 
 template <Order O, int V, int R = kRows>
-void rest(int64_t rows, const void* x, int64_t stride, int64_t k, const float* panel, float* sums, bool first) {
+void rest(int64_t rows, const void* x, int64_t stride, int64_t k, const float* panel, float* sums,
+          bool first) {
   if (rows == R) return block<R, O, V>(x, stride, k, panel, sums, first);
   if constexpr (R > 1) rest<O, V, R - 1>(rows, x, stride, k, panel, sums, first);
 }
 
 // All rows of x with all panels, from x's column `column` on, and with V vectors of each panel.
 template <Order O, int V = kVectors>
-void sweep_rows(const void* x, int64_t rows, int64_t stride, int64_t column, int64_t k, const float* panels, int64_t count,
-                float* sums, bool first) {
+void sweep_rows(const void* x, int64_t rows, int64_t stride, int64_t column, int64_t k, const float* panels,
+                int64_t count, float* sums, bool first) {
   const int64_t words = O == Order::kPairs ? (k + 1) / 2 : k;
   const auto row = [&](int64_t i) {
     return static_cast<const char*>(x) + (i * stride + column) * (O == Order::kPairs ? 2 : 4);
@@ -92,8 +97,8 @@ void sweep_rows(const void* x, int64_t rows, int64_t stride, int64_t column, int
 }
 
 // All rows with the panels of a thin product, which may have few columns.
-void sweep_thin(Order order, const void* x, int64_t rows, int64_t stride, int64_t column, int64_t k, const float* panels,
-                int64_t count, float* sums, bool first) {
+void sweep_thin(Order order, const void* x, int64_t rows, int64_t stride, int64_t column, int64_t k,
+                const float* panels, int64_t count, float* sums, bool first) {
   const int64_t rest = count % kWide, whole = count - rest, words = order == Order::kPairs ? (k + 1) / 2 : k;
   const auto sweep = [&](auto one, auto two, auto three) {
     if (whole > 0) three(x, rows, stride, column, k, panels, whole, sums, first);

@@ -14,7 +14,9 @@ constexpr int kUnit = 2 * kLanes;    // elements of one step of the second stage
 constexpr int kBlocks = 64;          // blocks between the two stages: 1 KB of words
 constexpr int kPiece = 8 * kBlocks;  // elements of the general path's buffers
 
-constexpr int per_block(Direction d) { return d == Direction::kNormal ? kNormalPerBlock : kRademacherPerBlock; }
+constexpr int per_block(Direction d) {
+  return d == Direction::kNormal ? kNormalPerBlock : kRademacherPerBlock;
+}
 
 // The second stage: a unit of z.
 ZO_INLINE void box_muller(U word, F& even, F& odd) {  // normal.h, the same operations in the same order
@@ -65,7 +67,8 @@ ZO_INLINE void unit_values(const uint32_t* words, int unit, F& a, F& b) {
     const U word = U{} + (words[first / 32] >> (first % 32));
     const U to_sign = 31u - Simd::lane() * (kPaired ? 2u : 1u);
     a = Simd::floats(((word << to_sign) & 0x80000000u) | 0x3f800000u);
-    b = Simd::floats(((word << (to_sign - (kPaired ? 1u : static_cast<uint32_t>(kLanes)))) & 0x80000000u) | 0x3f800000u);
+    b = Simd::floats(((word << (to_sign - (kPaired ? 1u : static_cast<uint32_t>(kLanes)))) & 0x80000000u) |
+                     0x3f800000u);
   }
 }
 

@@ -17,7 +17,8 @@ struct Rounds {
 
   ZO_INLINE void start(const Name& name) {  // after the counters have been put into a
 #pragma GCC unroll 4
-    for (int i = 0; i < kChains; ++i) c[i] = Simd::wide(name.step), e[i] = Simd::wide(name.who), g[i] = Simd::wide(name.draw);
+    for (int i = 0; i < kChains; ++i)
+      c[i] = Simd::wide(name.step), e[i] = Simd::wide(name.who), g[i] = Simd::wide(name.draw);
   }
   // Runs rounds [kFrom, kTo). finish() runs the last round.
   template <int kFrom, int kTo>

@@ -30,7 +30,8 @@ ZO_FN uint16_t bf16_stochastic(float value, uint32_t random) {
 #if defined(__CUDA_ARCH__)
   // Arithmetic of a GPU makes one NaN only, the largest integer. So one minimum replaces a comparison and a
   // selection.
-  return static_cast<uint16_t>((static_cast<uint32_t>(min(__float_as_int(value), 0x7fc00000)) + random) >> 16);
+  return static_cast<uint16_t>((static_cast<uint32_t>(min(__float_as_int(value), 0x7fc00000)) + random) >>
+                               16);
 #else
   return static_cast<uint16_t>((value != value ? 0x7fc00000u : as_bits(value) + random) >> 16);
 #endif

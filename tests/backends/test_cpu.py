@@ -1,4 +1,5 @@
-"""What only the CPU backend has: several instruction sets in one module, threads, chunks, floating-point modes, tables."""
+"""What only the CPU backend has: several instruction sets in one module, threads, chunks, floating-point
+modes, tables."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ WIDTH = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16:
 def path(request):
     before, threads = cpu.isa(), torch.get_num_threads()
     cpu.select(request.param)
-    torch.set_num_threads(2)  # whatever the environment says: one thread would not notice a chunk that another must do
+    # whatever the environment says: one thread would not notice a chunk that another must do
+    torch.set_num_threads(2)
     yield request.param
     cpu.select(before)
     torch.set_num_threads(threads)
@@ -45,7 +47,9 @@ def weights(n: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
     return (torch.randn(n, generator=torch.Generator().manual_seed(seed)) * 0.02).to(dtype)
 
 
-def axpy(backend, theta, direction="normal", first=0, draws=((3, 1),), coeffs=(0.3,), decay=1.0, rounding="nearest"):
+def axpy(
+    backend, theta, direction="normal", first=0, draws=((3, 1),), coeffs=(0.3,), decay=1.0, rounding="nearest"
+):
     found = backend.axpy_(
         Batch([theta], [Span(77, first)], rounding),
         Noise(resolve(direction), 5, list(draws)),
@@ -78,13 +82,16 @@ def test_nothing_outside_is_written(path, dtype):
 
 @pytest.mark.parametrize("direction", ["normal", "rademacher"])
 def test_paths_agree_on_many_values(direction):
-    """2**22 values of each vector path against the scalar header functions, and one piece against the reference."""
+    """2**22 values of each vector path against the scalar header functions, and one piece against the
+    reference."""
     n, values = 1 << 22, {}
     before = cpu.isa()
     for name in PATHS:
         cpu.select(name)
         values[name] = torch.empty(n)
-        cpu.Cpu().draw(Batch([values[name]], [Span(9, 2**33 - 11)]), Noise(resolve(direction), 2**63 + 1, [(4, 5)]))
+        cpu.Cpu().draw(
+            Batch([values[name]], [Span(9, 2**33 - 11)]), Noise(resolve(direction), 2**63 + 1, [(4, 5)])
+        )
     cpu.select(before)
     assert all(torch.equal(bits(values["scalar"]), bits(value)) for value in values.values())
     expected = torch.empty(1 << 16)
@@ -123,7 +130,11 @@ def test_float16_overflow_at_the_boundary(path):
     theta = torch.full((64,), 65504.0, dtype=torch.float16)
     assert axpy(cpu.Cpu(), theta.clone(), "rademacher", coeffs=(15.99,)) == 0
     ours, theirs = theta.clone(), theta.clone()
-    assert axpy(cpu.Cpu(), ours, "rademacher", coeffs=(16.0,)) == axpy(Reference(), theirs, "rademacher", coeffs=(16.0,)) > 0
+    assert (
+        axpy(cpu.Cpu(), ours, "rademacher", coeffs=(16.0,))
+        == axpy(Reference(), theirs, "rademacher", coeffs=(16.0,))
+        > 0
+    )
     assert torch.equal(bits(ours), bits(theirs))
 
 
@@ -161,25 +172,29 @@ def test_chunks_cover_every_element_once():
     for number, entry in enumerate(entries):
         own = chunks[chunks["entry"] == number]
         total = int(entry["row_count"] * entry["columns"])
-        assert own["begin"][0] == 0 and own["end"][-1] == total and (own["begin"][1:] == own["end"][:-1]).all()
+        assert (
+            own["begin"][0] == 0 and own["end"][-1] == total and (own["begin"][1:] == own["end"][:-1]).all()
+        )
         cuts = (own["begin"][1:] + np.int64(entry["first"])) % pack.ALIGN
         assert (cuts == 0).all() and (own["end"] > own["begin"]).all()
     assert int((entries["row_count"] * entries["columns"]).sum()) == sum(tensor.numel() for tensor in tensors)
 
 
 def test_forced_path():
-    """ZOKERN_CPU_ISA chooses a path when the module is loaded; an unusable name is an error that lists the usable ones.
+    """ZOKERN_CPU_ISA chooses a path when the module is loaded; an unusable name is an error that lists the
+    usable ones.
 
     The compiled module decides, and is loaded without torch, which takes seconds.
     """
-    code = (
-        f"import importlib.util as u; s = u.spec_from_file_location('_cpu', {cpu._cpu.__file__!r}); m = u.module_from_spec(s)"
-    )
+    code = f"import importlib.util as u; s = u.spec_from_file_location('_cpu', {cpu._cpu.__file__!r}); m = u.module_from_spec(s)"
     code += "; s.loader.exec_module(m); print(m.implementation())"
 
     def chosen(name: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-c", code], env=os.environ | {"ZOKERN_CPU_ISA": name}, capture_output=True, text=True
+            [sys.executable, "-c", code],
+            env=os.environ | {"ZOKERN_CPU_ISA": name},
+            capture_output=True,
+            text=True,
         )
 
     assert chosen("scalar").stdout.strip() == "scalar", chosen("scalar").stderr
@@ -194,7 +209,9 @@ def test_refusals():
     with pytest.raises(NotImplementedError, match="laplace.*normal.*reference"):
         cpu.Cpu().draw(Batch([torch.empty(4)], [Span(1)]), Noise(Unknown(), 0, [(0, 0)]))
     with pytest.raises(ValueError, match=r"outs\[0\] is torch.float32\[4\] on meta"):
-        cpu.Cpu().draw(Batch([torch.empty(4, device="meta")], [Span(1)]), Noise(resolve("normal"), 0, [(0, 0)]))
+        cpu.Cpu().draw(
+            Batch([torch.empty(4, device="meta")], [Span(1)]), Noise(resolve("normal"), 0, [(0, 0)])
+        )
     with pytest.raises(ValueError, match="chunk_count"):
         cpu._cpu.draw(0, 0, -1, 0, 0, 0, 0, 1, 0)
     with pytest.raises(ValueError, match="null"):
@@ -203,7 +220,8 @@ def test_refusals():
 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_same_values_compares_objects_and_not_what_they_equal(compiled: bool, monkeypatch) -> None:
-    """An equal object in the place of another, one more, one less and another order are found; no __eq__ is called."""
+    """An equal object in the place of another, one more, one less and another order are found; no __eq__ is
+    called."""
     if not compiled:
         monkeypatch.setattr(cpu, "_cpu", None)
     first, second = torch.ones(2), torch.ones(2)

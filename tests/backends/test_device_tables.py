@@ -1,7 +1,9 @@
-"""The tables that the GPU backends keep on the device: built once for a list, never for another one, complete in a captured graph.
+"""The tables that the GPU backends keep on the device: built once for a list, never for another one, complete
+in a captured graph.
 
-The backends run here on the host: csrc/elementwise.cu through cuda_shim. That a captured graph replays with a fresh z is the
-subject of a test that needs a GPU and is still to be written; what it depends on (no upload, same buffers, a clock in memory) is shown here.
+The backends run here on the host: csrc/elementwise.cu through cuda_shim. That a captured graph replays with a
+fresh z is the subject of a test that needs a GPU and is still to be written; what it depends on (no upload,
+same buffers, a clock in memory) is shown here.
 """
 
 from __future__ import annotations
@@ -142,7 +144,9 @@ def test_nothing_is_uploaded_in_a_capture(backend, monkeypatch) -> None:
     update(backend, thetas, spans, clock)
     monkeypatch.setattr(device_tables, "capturing", lambda device: True)
     monkeypatch.setattr(device_tables, "stream_of", lambda device: 7)
-    monkeypatch.setattr(device_tables, "upload", lambda parts, device: pytest.fail("an upload while a graph is captured"))
+    monkeypatch.setattr(
+        device_tables, "upload", lambda parts, device: pytest.fail("an upload while a graph is captured")
+    )
     update(backend, thetas, spans, clock)
     assert backend.tables.captured == list(backend.tables.kept.values())
     with pytest.raises(RuntimeError, match="once before the capture"):

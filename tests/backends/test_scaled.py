@@ -1,4 +1,5 @@
-"""Factors of z in the verbs: the CPU with each instruction set, wrong versions, what is refused; Triton and CUDA have files of their own."""
+"""Factors of z in the verbs: the CPU with each instruction set, wrong versions, what is refused; Triton and
+CUDA have files of their own."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ def test_cpu_is_the_reference(cpu, check: str) -> None:
 def test_wrong_backend_is_rejected(kind) -> None:
     verdicts = conformance_scaled.run(kind(), scale="quick", only=kind.rejected_by)
     print(verdicts)
-    assert verdicts and all(problem and "AssertionError" in problem for problem in verdicts.values()), verdicts
+    assert verdicts and all(problem and "AssertionError" in problem for problem in verdicts.values()), (
+        verdicts
+    )
 
 
 @pytest.mark.parametrize("check", conformance_scaled.CHECKS)
@@ -38,7 +41,8 @@ def test_every_check_rejects_something() -> None:
 
 
 def test_a_mask_keeps_what_it_drops() -> None:
-    """z' = z s in float32: elements of a factor 0 keep their bits, and those of a factor 1 move as without factors."""
+    """z' = z s in float32: elements of a factor 0 keep their bits, and those of a factor 1 move as without
+    factors."""
     mask = torch.rand(500, generator=torch.Generator().manual_seed(2)) < 0.25
     for backend in map(backends.get, ("reference", "cpu")):
         start = torch.linspace(-1, 1, 500).bfloat16()

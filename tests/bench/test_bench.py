@@ -48,7 +48,8 @@ class Benchmark:
 
 
 class Conditions:
-    """A timer whose seconds tell what the process holds: it counts trees of modules, sets of weights, and threads."""
+    """A timer whose seconds tell what the process holds: it counts trees of modules, sets of weights, and
+    threads."""
 
     def __init__(self) -> None:
         gc.collect()
@@ -67,7 +68,8 @@ class Conditions:
 
 
 def check_conditions(measure: Callable[..., Times], step: Step) -> Times:
-    """Rejects a harness that takes a time while the process holds more or less than one set of weights and two modules."""
+    """Rejects a harness that takes a time while the process holds more or less than one set of weights and
+    two modules."""
     timer = Conditions()
     found = measure(TINY, step, 0.0, timer)
     assert set(timer.seen) == {(2, 1, TINY.threads)}, f"{step.name} was timed under {timer.seen}"
@@ -100,7 +102,8 @@ def test_a_bound_and_its_step_have_equal_conditions(step: Step, threads) -> None
 WRONG = {
     "the bound before the other module is built": (
         "module = model(shape.model, shape.dtype)\n",
-        "module = model(shape.model, shape.dtype)\n    first = timer(torch.no_grad()(shape.closure(module)))\n",
+        "module = model(shape.model, shape.dtype)\n    first = "
+        "timer(torch.no_grad()(shape.closure(module)))\n",
     ),
     "a module that another step has left behind": (
         "module = model(shape.model, shape.dtype)\n",
@@ -131,7 +134,8 @@ def of_groups(monkeypatch, measure: Callable[..., Times]) -> Report:
 
 @pytest.mark.filterwarnings("ignore")
 def test_two_groups_have_one_bound(monkeypatch, threads) -> None:
-    """A harness that keeps all modules is rejected: its first bound is measured before the other modules are built."""
+    """A harness that keeps all modules is rejected: its first bound is measured before the other modules are
+    built."""
     pytest.importorskip("transformers")
     report = of_groups(monkeypatch, lambda *of: steps.measure(*of, timer=Conditions()))
     first, second = ({row["name"]: row for row in group["rows"]} for group in report.groups)
@@ -161,9 +165,14 @@ def processor(call: Callable[[], Any]) -> float:
 def test_processes_of_two_groups_measure_one_bound(fresh) -> None:
     """Within noise: a bound of one forward, or of three, is not within it."""
     pytest.importorskip("transformers")
-    bounds = [min(steps.times(TINY, step, 1.0, processor).bound) for step in (Step("MeZO", "scratch"), Step("SubZero"))]
+    bounds = [
+        min(steps.times(TINY, step, 1.0, processor).bound)
+        for step in (Step("MeZO", "scratch"), Step("SubZero"))
+    ]
     assert max(bounds) < 1.4 * min(bounds)
-    assert steps.times(TINY, Step("SubZero"), 1.0, processor) is steps.times(TINY, Step("SubZero"), 1.0, processor)
+    assert steps.times(TINY, Step("SubZero"), 1.0, processor) is steps.times(
+        TINY, Step("SubZero"), 1.0, processor
+    )
 
 
 def test_a_failure_in_the_process_is_one_here(fresh) -> None:
@@ -173,7 +182,10 @@ def test_a_failure_in_the_process_is_one_here(fresh) -> None:
 
 
 def group_of(ratios: dict[Step, float]) -> steps.Steps:
-    made = {step: Times([2.0, 1.0, 4.0], [2 * ratio, ratio, 4 * ratio], "paired") for step, ratio in ratios.items()}
+    made = {
+        step: Times([2.0, 1.0, 4.0], [2 * ratio, ratio, 4 * ratio], "paired")
+        for step, ratio in ratios.items()
+    }
     return steps.Steps("methods", TINY, made)
 
 
@@ -212,7 +224,11 @@ def test_every_file_of_methods_is_timed(monkeypatch) -> None:
     pytest.importorskip("transformers")
     files = {path.stem for path in (ROOT / "zokern" / "methods").glob("*.py")} - {"__init__"}
     found, report = asked(monkeypatch, bench_methods.bench_methods, TINY)
-    timed = {getattr(zokern, step.method).__module__.rsplit(".", 1)[1] for step in found if step == Step(step.method)}
+    timed = {
+        getattr(zokern, step.method).__module__.rsplit(".", 1)[1]
+        for step in found
+        if step == Step(step.method)
+    }
     assert timed == files - {"subzero_plus"}
     many, _ = asked(monkeypatch, bench_methods.bench_many)
     assert {step.method for step in many} == {"SubZeroPlus"}, "its 100 losses a step are timed by themselves"
@@ -230,7 +246,9 @@ def test_a_method_without_a_loop_is_timed_and_noted(monkeypatch) -> None:
     monkeypatch.delitem(LOOPS, "TeZO")
     found, report = asked(monkeypatch, bench_methods.bench_methods, TINY)
     assert Step("TeZO") in found and Step("TeZO", eager=True) not in found
-    assert report.notes() == ["TeZO has no eager loop in benchmarks/eager_methods.py: it is timed without one"]
+    assert report.notes() == [
+        "TeZO has no eager loop in benchmarks/eager_methods.py: it is timed without one"
+    ]
 
 
 def test_every_evaluation_has_a_step_beside_the_eager_loop(monkeypatch) -> None:
@@ -247,7 +265,9 @@ def test_every_evaluation_has_a_step_beside_the_eager_loop(monkeypatch) -> None:
 
 
 def test_estimators_are_those_that_need_no_argument() -> None:
-    assert {"Bayesian", "Blockwise", "Conservative", "Kernel", "Sign", "Spread"} <= set(bench_methods.ESTIMATORS)
+    assert {"Bayesian", "Blockwise", "Conservative", "Kernel", "Sign", "Spread"} <= set(
+        bench_methods.ESTIMATORS
+    )
     for name in bench_methods.ESTIMATORS:
         Step("MeZO", options=(("estimator", name),)).optimizer(torch.nn.Linear(2, 2), TINY)
 

@@ -1,7 +1,8 @@
-"""benchmarks/gpu without a GPU: its checks run on the CPU and reject wrong backends, its clockwork runs with made-up times and parts.
+"""benchmarks/gpu without a GPU: its checks run on the CPU and reject wrong backends, its clockwork runs with
+made-up times and parts.
 
-The device is "cpu" and the backend the CPU's own, one with a mistake, or Triton's interpreter; the judge is the CPU backend as it is
-there. A made-up record is written to a temporary folder and nowhere else.
+The device is "cpu" and the backend the CPU's own, one with a mistake, or Triton's interpreter; the judge is
+the CPU backend as it is there. A made-up record is written to a temporary folder and nowhere else.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def quick(said) -> Run:
     return Run(said, "cpu", quick=True)
 
 
-# Backends with a mistake, around the right one -------------------------------------------------------------------------------
+# Backends with a mistake, around the right one --------------------------------------------------------------
 
 
 class Around:
@@ -197,12 +198,13 @@ class Wraps(Around):
         return sum(RIGHT.lowrank_(part, *rest) for part in self.batches(batch))
 
 
-# Correctness: the checks ------------------------------------------------------------------------------------------------------
+# Correctness: the checks ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", VERBS)
 def test_verb_passes_and_a_bit_is_noticed(by_tiles, name) -> None:
-    """Every line of VERBS, in turns over the dtypes: the right backend passes, the last bit of the last element that it wrote does not."""
+    """Every line of VERBS, in turns over the dtypes: the right backend passes, the last bit of the last
+    element that it wrote does not."""
     dtype = list(checks.DTYPES.values())[list(VERBS).index(name) % 3]
     if name == "linear, factored":  # float32 takes torch's own product, and no verb
         dtype = torch.bfloat16
@@ -224,9 +226,14 @@ def test_a_write_beside_a_tensor_is_noticed() -> None:
 def test_every_verb_of_a_backend_has_a_line() -> None:
     """A verb that is added to the contract has to be added here too."""
     contract = [
-        name for name, what in vars(backends.Backend).items() if callable(what) and name[0] != "_" and name != "philox4x32"
+        name
+        for name, what in vars(backends.Backend).items()
+        if callable(what) and name[0] != "_" and name != "philox4x32"
     ]
-    assert contract and all(any(line.startswith(verb) for line in VERBS) for verb in contract), (contract, list(VERBS))
+    assert contract and all(any(line.startswith(verb) for line in VERBS) for verb in contract), (
+        contract,
+        list(VERBS),
+    )
 
 
 def test_a_part_tells_every_verdict(quick, said, monkeypatch) -> None:
@@ -254,7 +261,11 @@ def test_suite_has_every_check_once(quick, said, monkeypatch) -> None:
     for options in suites:
         if options["backend"] == "cuda":
             checks.suite(quick, **{**options, "backend": "reference"})
-    assert sorted(seen) == sorted(checks.SUITE) and set(conformance.EVERY) <= set(seen) and not any(said.problems().values())
+    assert (
+        sorted(seen) == sorted(checks.SUITE)
+        and set(conformance.EVERY) <= set(seen)
+        and not any(said.problems().values())
+    )
 
 
 def test_suite_on_the_cpu(quick, said) -> None:
@@ -317,7 +328,11 @@ def test_large_windows_hold_ends_and_borders() -> None:
 def test_large_says_what_memory_is_missing(quick, said, monkeypatch) -> None:
     monkeypatch.setattr(large, "free_bytes", lambda device: 1000)
     large.large(quick, "cpu")
-    assert len(said.of("skip")) == 4 and not said.of("check") and all("needs" in skip["why"] for skip in said.of("skip"))
+    assert (
+        len(said.of("skip")) == 4
+        and not said.of("check")
+        and all("needs" in skip["why"] for skip in said.of("skip"))
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -343,7 +358,8 @@ class LastBitOnce(LastBit):
 
 @pytest.mark.parametrize("check", [graphs.check_axpy, graphs.check_perturb, graphs.check_linear])
 def test_graphs(check) -> None:
-    """On a CPU the call stands for the graph: a clock that is read once is the mistake that a graph can make."""
+    """On a CPU the call stands for the graph: a clock that is read once is the mistake that a graph can
+    make."""
     check(RIGHT, "cpu", torch.bfloat16, 301)
     with pytest.raises(AssertionError, match="replay"):
         check(ClockOnce(), "cpu", torch.bfloat16, 37)
@@ -373,10 +389,14 @@ def test_memcheck_verdicts(code, output, lines, how, why) -> None:
 def test_memcheck_runs_what_is_there(quick, said, monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(
-        memcheck.shutil, "which", lambda name, which=memcheck.shutil.which: which(name) if "/" not in name else None
+        memcheck.shutil,
+        "which",
+        lambda name, which=memcheck.shutil.which: which(name) if "/" not in name else None,
     )
     memcheck.memcheck(quick, "cpu")
-    assert said.of("skip") == [{"name": "cpu: compute-sanitizer memcheck", "why": "compute-sanitizer is not installed here"}]
+    assert said.of("skip") == [
+        {"name": "cpu: compute-sanitizer memcheck", "why": "compute-sanitizer is not installed here"}
+    ]
     tool = tmp_path / "compute-sanitizer"
     tool.write_text(f"#!/bin/sh\necho \"$@\" > {tmp_path}/asked\necho '{FOUND}'\nexit 9\n")
     tool.chmod(0o755)
@@ -398,26 +418,35 @@ NCU = """==PROF== Connected to process 7
 def test_counters(quick, said, monkeypatch, tmp_path) -> None:
     both = counters.parse(NCU, ["one", "two"])
     assert (
-        both[0] == {"name": "one: void axpy<0>(Job)", "metrics": {"Duration": "310.2 us"}} and both[1]["name"] == "two: perturb"
+        both[0] == {"name": "one: void axpy<0>(Job)", "metrics": {"Duration": "310.2 us"}}
+        and both[1]["name"] == "two: perturb"
     )
-    assert counters.parse(NCU, ["one"])[0]["name"] == "void axpy<0>(Job)" and counters.parse("==ERROR== no", []) == []
+    assert (
+        counters.parse(NCU, ["one"])[0]["name"] == "void axpy<0>(Job)"
+        and counters.parse("==ERROR== no", []) == []
+    )
     counters.probe(quick)
     assert len(said.of("probe")) == 8
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(counters.shutil, "which", lambda name, which=shutil.which: which(name) if "/" not in name else None)
+    monkeypatch.setattr(
+        counters.shutil, "which", lambda name, which=shutil.which: which(name) if "/" not in name else None
+    )
     counters.counters(quick)
     tool = tmp_path / "ncu"
     tool.write_text(f"#!/bin/sh\necho \"$@\" > {tmp_path}/asked\necho '{NCU}'\n")
     tool.chmod(0o755)
     counters.counters(quick)
-    assert "ncu (Nsight Compute) is not installed here" in said.of("skip")[0]["why"] and len(said.of("counters")) == 2
+    assert (
+        "ncu (Nsight Compute) is not installed here" in said.of("skip")[0]["why"]
+        and len(said.of("counters")) == 2
+    )
     assert "--clock-control none --profile-from-start off" in (tmp_path / "asked").read_text()
     tool.write_text("#!/bin/sh\necho 'Failed to initialize the profiler: LibraryNotLoaded'\nexit 1\n")
     counters.counters(quick)
     assert "LibraryNotLoaded" in said.of("skip")[1]["why"]
 
 
-# Times: the arithmetic ------------------------------------------------------------------------------------------------------------
+# Times: the arithmetic --------------------------------------------------------------------------------------
 
 
 class Ticks:
@@ -445,11 +474,14 @@ def test_measure_counts_rounds_and_time(quick, said) -> None:
     assert timing.measure(quick, group(), 7, 0).rounds == 3  # too few to be cut further
     rows = said.of("group")[0]["rows"]
     assert rows[1]["percent_of_copy"] == pytest.approx(50) and rows[0]["gb_per_s"] == pytest.approx(4e-3)
-    assert rows[1]["ms"] == rows[1]["p10"] == rows[1]["p90"] == pytest.approx(2) and rows[0]["host_ms"] == pytest.approx(0.1)
+    assert rows[1]["ms"] == rows[1]["p10"] == rows[1]["p90"] == pytest.approx(2) and rows[0][
+        "host_ms"
+    ] == pytest.approx(0.1)
 
 
 def test_a_case_that_cannot_run_leaves_the_others(quick, said) -> None:
-    """It is a failure, the lines that were compared with it lose that comparison, and a figure of it is not said."""
+    """It is a failure, the lines that were compared with it lose that comparison, and a figure of it is not
+    said."""
 
     def broken() -> None:
         raise RuntimeError("no kernel image")
@@ -457,7 +489,11 @@ def test_a_case_that_cannot_run_leaves_the_others(quick, said) -> None:
     def hungry() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. More words.")
 
-    cases = [Case("copy", broken, 9, 4), Case("large", hungry, 9, 4), Case("ours", lambda: None, 9, 4, "copy", "large")]
+    cases = [
+        Case("copy", broken, 9, 4),
+        Case("large", hungry, 9, 4),
+        Case("ours", lambda: None, 9, 4, "copy", "large"),
+    ]
     group = timing.measure(quick, Group("g", cases, Ticks({})), 3, 1)
     (row,) = said.of("group")[0]["rows"]
     assert row["name"] == "ours" and not {"percent_of_copy", "times_eager"} & set(row)
@@ -485,7 +521,8 @@ def test_a_method_that_cannot_run_leaves_the_others(said, small_model, monkeypat
 
 
 def test_events_bracket_the_call_alone(monkeypatch) -> None:
-    """On a device that is made of a clock: the queue is filled behind a wait, the caches are flushed, and neither is timed."""
+    """On a device that is made of a clock: the queue is filled behind a wait, the caches are flushed, and
+    neither is timed."""
     clock, order = [0.0], []
 
     class Event:
@@ -518,7 +555,9 @@ def test_events_bracket_the_call_alone(monkeypatch) -> None:
         synchronize=lambda: None,
         get_device_properties=lambda _: SimpleNamespace(L2_cache_size=50 << 20),
     )
-    monkeypatch.setattr(timing, "torch", SimpleNamespace(cuda=cuda, empty=lambda *_, **__: Flush(), uint8=None))
+    monkeypatch.setattr(
+        timing, "torch", SimpleNamespace(cuda=cuda, empty=lambda *_, **__: Flush(), uint8=None)
+    )
     events = timing.Events()
     assert events.cycles == pytest.approx(2e9)
     order.clear()
@@ -535,7 +574,12 @@ def test_dense_figures(quick, said, monkeypatch) -> None:
     monkeypatch.setattr(dense.torch, "compile", lambda function: lambda *_: None)
     dense.dense(quick)
     dense.compiled(quick)
-    expected = {"axpy_ cpu / copy": 100, "axpy_ cpu / eager": 1, "axpy_ cpu / compile": 1, "perturb pair cpu / copy": 150}
+    expected = {
+        "axpy_ cpu / copy": 100,
+        "axpy_ cpu / eager": 1,
+        "axpy_ cpu / compile": 1,
+        "perturb pair cpu / copy": 150,
+    }
     assert said.figures == pytest.approx({**expected, "K=8 cpu, passes / one": 1})
     assert len(said.of("group")) == 3 + 3 + 1 + 4 + 1 and not said.of("skip")
     keys = {key.replace("cpu", "cuda") for key in said.figures}
@@ -548,12 +592,16 @@ def test_no_compiler_is_said(quick, said, monkeypatch) -> None:
 
     monkeypatch.setattr(dense.torch, "compile", lambda function: broken)
     dense.compiled(quick)
-    assert said.of("skip") == [{"name": "torch.compile of the eager perturb", "why": "RuntimeError: no C++ compiler found"}]
+    assert said.of("skip") == [
+        {"name": "torch.compile of the eager perturb", "why": "RuntimeError: no C++ compiler found"}
+    ]
 
 
 def test_the_rest_is_said_when_the_time_is_up(said) -> None:
     dense.dense(Run(said, "cpu", True, until=time.monotonic()))
-    assert [skip["why"] for skip in said.of("skip")] == ["the part's time was up"] * 6 and not said.of("group")
+    assert [skip["why"] for skip in said.of("skip")] == ["the part's time was up"] * 6 and not said.of(
+        "group"
+    )
 
 
 def test_figures_of_rules(quick, said, monkeypatch) -> None:
@@ -561,8 +609,10 @@ def test_figures_of_rules(quick, said, monkeypatch) -> None:
     monkeypatch.setattr(rules, "timer_of", lambda run: Ticks({"passes": 8e-3, "eagerly": 5e-3}))
     rules.rules(quick)
     assert said.figures == pytest.approx({
-        "update_ momentum cpu / copy": 300, "update_ adam cpu / copy": 500, "update_ momentum cpu / torch.optim": 5,
-        "update_ adam cpu / torch.optim": 5, "replay nearest cpu, passes / one": 8, "replay stochastic cpu, passes / one": 8,
+        "update_ momentum cpu / copy": 300, "update_ adam cpu / copy": 500,
+        "update_ momentum cpu / torch.optim": 5,
+        "update_ adam cpu / torch.optim": 5, "replay nearest cpu, passes / one": 8,
+        "replay stochastic cpu, passes / one": 8,
     })  # fmt: skip
     assert len(said.of("group")) == 4 and not said.of("skip")
 
@@ -590,7 +640,8 @@ def small_model(monkeypatch):
     """A transformer of a few hundred weights in the place of the published shapes."""
 
     def on_device(name, dtype, device):
-        return replay.model(8, 1, torch.float32)  # its embeddings are too large for a step of 1e-3 in bfloat16
+        # its embeddings are too large for a step of 1e-3 in bfloat16
+        return replay.model(8, 1, torch.float32)
 
     def loss_of(module, batch, length):
         ids = torch.randint(0, replay.VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(1))
@@ -605,11 +656,21 @@ def test_steps(said, small_model) -> None:
     steps.steps(Run(said, "cpu", True), "OPT-1.3B")
     (first, second) = said.of("step")
     assert set(first["ratios"]) == {*steps.WAYS, "SubZero", "eager MeZO"} == set(second["ratios"])
-    assert all(ratio > 0 for ratio in first["ratios"].values()) and (first["tokens"], second["tokens"]) == (16, 64)
-    assert {"MeZO scratch OPT-tiny 1x16 / forwards", "memory of a step, MeZO scratch OPT-tiny 1x16"} <= set(said.figures)
-    assert all(line["scratch"] > 0 for line in said.of("memory") if "scratch" in line["name"]) and len(said.of("memory")) == 10
+    assert all(ratio > 0 for ratio in first["ratios"].values()) and (first["tokens"], second["tokens"]) == (
+        16,
+        64,
+    )
+    assert {"MeZO scratch OPT-tiny 1x16 / forwards", "memory of a step, MeZO scratch OPT-tiny 1x16"} <= set(
+        said.figures
+    )
+    assert (
+        all(line["scratch"] > 0 for line in said.of("memory") if "scratch" in line["name"])
+        and len(said.of("memory")) == 10
+    )
     keys = {key.replace("OPT-tiny 1x16", "OPT-1.3B 16x256") for key in said.figures}
-    assert {goal.key for goal in GOALS if goal.key.endswith("16x256 / forwards") or "memory" in goal.key} <= keys
+    assert {
+        goal.key for goal in GOALS if goal.key.endswith("16x256 / forwards") or "memory" in goal.key
+    } <= keys
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -629,10 +690,12 @@ def test_published_shapes() -> None:
     with torch.device("meta"):
         found = on_device("OPT-1.3B", torch.bfloat16, "meta")
     assert sum(p.numel() for p in found.parameters()) / 1e9 == pytest.approx(1.316, abs=1e-3)
-    assert {p.dtype for p in found.parameters()} == {torch.bfloat16} and torch.get_default_dtype() == torch.float32
+    assert {p.dtype for p in found.parameters()} == {
+        torch.bfloat16
+    } and torch.get_default_dtype() == torch.float32
 
 
-# The clockwork -------------------------------------------------------------------------------------------------------------------
+# The clockwork ----------------------------------------------------------------------------------------------
 
 WORKER = """
 import json, sys, time
@@ -663,7 +726,10 @@ def worker(monkeypatch, tmp_path) -> None:
 
 def test_parts_end_in_every_way(worker, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(pool, "GRACE", 0.0)
-    parts = [Part(call, "", call, seconds=1.5 if call == "slow" else 30) for call in ("fine", "slow", "crash", "torn")]
+    parts = [
+        Part(call, "", call, seconds=1.5 if call == "slow" else 30)
+        for call in ("fine", "slow", "crash", "torn")
+    ]
     folder = tmp_path / "lines"
     folder.mkdir()
     begun = time.monotonic()
@@ -673,7 +739,10 @@ def test_parts_end_in_every_way(worker, tmp_path, monkeypatch) -> None:
         "fine": "done", "slow": "stopped", "crash": "failed", "torn": "failed"
     }  # fmt: skip
     assert "segmentation fault" in found["crash"].why and "stopped after" in found["slow"].why
-    assert all(outcome.lines == [("check", {"name": name, "problem": None, "seconds": 0})] for name, outcome in found.items())
+    assert all(
+        outcome.lines == [("check", {"name": name, "problem": None, "seconds": 0})]
+        for name, outcome in found.items()
+    )
 
 
 def test_parts_without_time_are_not_started(worker, tmp_path) -> None:
@@ -693,7 +762,8 @@ def test_what_a_stopped_part_started_ends_with_it(tmp_path, monkeypatch) -> None
 
 
 def test_the_command(worker, tmp_path, capsys) -> None:
-    """Stages in order, pages after every part, failures at the end: exit code 1, and the later stages run all the same."""
+    """Stages in order, pages after every part, failures at the end: exit code 1, and the later stages run all
+    the same."""
     stages = (
         Stage("correctness", "", 0.5, (Part("good", "", "fine"), Part("bad", "", "wrong")), together=True),
         Stage("steps", "", 1.0, (Part("later", "", "fine"),)),
@@ -701,7 +771,9 @@ def test_the_command(worker, tmp_path, capsys) -> None:
     assert command.run(stages, 60, tmp_path / "out", [], False, 2) == 1
     shown = capsys.readouterr()
     assert (
-        "FAILED a wrong bit: 1 of 3 differ" in shown.err and "later: done" in shown.err and "3 of 4 checks passed" in shown.out
+        "FAILED a wrong bit: 1 of 3 differ" in shown.err
+        and "later: done" in shown.err
+        and "3 of 4 checks passed" in shown.out
     )
     record = json.loads((tmp_path / "out" / "gpu.json").read_text())
     assert [part["how"] for part in record["parts"]] == ["done"] * 3
@@ -711,7 +783,9 @@ def test_the_command(worker, tmp_path, capsys) -> None:
 
 def test_a_run_that_breaks_off_leaves_its_pages(worker, tmp_path, monkeypatch) -> None:
     def parts(*arguments, **named):
-        yield Outcome(Part("first", "", ""), "done", "", 1, [("check", {"name": "one", "problem": None, "seconds": 0})])
+        yield Outcome(
+            Part("first", "", ""), "done", "", 1, [("check", {"name": "one", "problem": None, "seconds": 0})]
+        )
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pool, "run_parts", parts)
@@ -736,8 +810,13 @@ def test_dry_run(capsys) -> None:
     shown = capsys.readouterr().err
     assert all(f"stage {stage.name}: " in shown for stage in STAGES)
     parts = [part for stage in STAGES for part in stage.parts]
-    assert all(f"  {part.name}: {part.what}" in shown for part in parts) and shown.count("    not run: ") == len(parts)
-    assert shown.rstrip().endswith("gpu.json, README.md, verbs.png, steps.png") and sorted(RESULTS.rglob("*")) == before
+    assert all(f"  {part.name}: {part.what}" in shown for part in parts) and shown.count(
+        "    not run: "
+    ) == len(parts)
+    assert (
+        shown.rstrip().endswith("gpu.json, README.md, verbs.png, steps.png")
+        and sorted(RESULTS.rglob("*")) == before
+    )
 
 
 def test_dry_run_of_one_stage(capsys) -> None:
@@ -803,13 +882,22 @@ def test_a_source_tree_is_enough(monkeypatch) -> None:
         sys.modules.pop(module)  # the test's own; monkeypatch puts the others back
 
 
-# The page ---------------------------------------------------------------------------------------------------------------------------
+# The page ---------------------------------------------------------------------------------------------------
 
 
 def made_up() -> Record:
     """A record with one of everything. Nothing in it was measured."""
     record = Record()
-    row = dict(ms=1.0, p10=0.9, p90=1.2, rounds=9, gb_per_s=3000.0, percent_of_copy=91.0, times_eager=5.5, bytes_per_element=4)
+    row = dict(
+        ms=1.0,
+        p10=0.9,
+        p90=1.2,
+        rounds=9,
+        gb_per_s=3000.0,
+        percent_of_copy=91.0,
+        times_eager=5.5,
+        bytes_per_element=4,
+    )
     lines = [
         ("device", dict(name="MADE UP H100", date="2000-01-01", commit="none", cuda="0", capability="9.0")),
         ("device", dict(multiprocessors="1", memory_gb="1", l2_mb="1")),
@@ -832,12 +920,18 @@ def test_page() -> None:
     text = page.page(made_up(), ["verbs.png"])
     lines = text.splitlines()
     assert lines[0] == "# MADE UP H100" and "The goals below were set for an H200." in lines
-    assert "| axpy_ Normal K=1, CUDA, share of the measured copy bandwidth | >= 90 % | 91.00 % | reached |" in lines
+    assert (
+        "| axpy_ Normal K=1, CUDA, share of the measured copy bandwidth | >= 90 % | 91.00 % | reached |"
+        in lines
+    )
     assert "| the same, 1x16 | <= 1.6 x | 2.50 x | not reached |" in lines
     assert sum(line.endswith("| - | not measured |") for line in lines) == len(GOALS) - 2
     assert "1 of 2 checks passed." in lines and "- **failed:** wrong: 1 of 3 differ, the first at 2" in lines
     assert "- steps of OPT-13B: needs 36 GB" in lines and "![verbs](verbs.png)" in lines
-    assert "| axpy_ normal cuda | 1 [0.9 1.2] | 9 | 3000 | 91 | 5.50 | 4 |" in lines and "| another | 3.00 |" in lines
+    assert (
+        "| axpy_ normal cuda | 1 [0.9 1.2] | 9 | 3000 | 91 | 5.50 | 4 |" in lines
+        and "| another | 3.00 |" in lines
+    )
     assert "| OPT-1.3B | 1x16 | 77 |" in lines and "| MeZO scratch, OPT-1.3B 1x16 | 3072 | 64 | 60 |" in lines
     assert "| axpy_ normal cuda: axpy<0> | 310 us |  |  |  |  |  |" in lines
     assert lines.index("| goal | must reach | measured |  |") < lines.index("## Correctness")
@@ -851,13 +945,19 @@ def test_page_without_plots_says_why() -> None:
 
 def test_page_of_nothing() -> None:
     text = page.page(Record())
-    assert text.startswith("# No device") and text.count("not measured") == len(GOALS) and "Nothing was checked." in text
+    assert (
+        text.startswith("# No device")
+        and text.count("not measured") == len(GOALS)
+        and "Nothing was checked." in text
+    )
 
 
 def test_plots_and_files(tmp_path) -> None:
     record = made_up()
     record.write(tmp_path)
-    names = {"gpu.json", "README.md"} | ({"verbs.png", "steps.png"} if importlib.util.find_spec("matplotlib") else set())
+    names = {"gpu.json", "README.md"} | (
+        {"verbs.png", "steps.png"} if importlib.util.find_spec("matplotlib") else set()
+    )
     assert {path.name for path in tmp_path.iterdir()} == names
     assert json.loads((tmp_path / "gpu.json").read_text())["figures"]["another"] == 3.0
 
@@ -873,7 +973,11 @@ def test_folder() -> None:
 def test_device_facts(quick, said, monkeypatch, tmp_path) -> None:
     device.facts(quick)
     (found,) = said.of("device")
-    assert found["torch"] == torch.__version__ and found["commit"] and all(isinstance(value, str) for value in found.values())
+    assert (
+        found["torch"] == torch.__version__
+        and found["commit"]
+        and all(isinstance(value, str) for value in found.values())
+    )
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho 'NVIDIA H200, 580.1'\n")
     tool.chmod(0o755)

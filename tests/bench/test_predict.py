@@ -1,4 +1,5 @@
-"""The throughput model of benchmarks/predict.py: which pipe an instruction takes, what limits a loop, and a kernel counted by hand."""
+"""The throughput model of benchmarks/predict.py: which pipe an instruction takes, what limits a loop, and a
+kernel counted by hand."""
 
 from __future__ import annotations
 
@@ -24,8 +25,10 @@ def machine() -> dict[str, dict[str, sass.Function]]:
 @pytest.mark.parametrize(
     "name, pipe",
     [
-        ("IMAD.WIDE.U32", "wide"), ("IMAD.HI.U32", "wide"), ("IMAD.MOV.U32", "heavy"), ("IMAD.SHL.U32", "heavy"), ("FFMA", "fma"),
-        ("HFMA2.MMA", "fma"), ("FFMA2", "fma"), ("LOP3.LUT", "alu"), ("I2FP.F32.S32", "alu"), ("F2FP.BF16.F32.PACK_AB", "alu"),
+        ("IMAD.WIDE.U32", "wide"), ("IMAD.HI.U32", "wide"), ("IMAD.MOV.U32", "heavy"),
+        ("IMAD.SHL.U32", "heavy"), ("FFMA", "fma"),
+        ("HFMA2.MMA", "fma"), ("FFMA2", "fma"), ("LOP3.LUT", "alu"), ("I2FP.F32.S32", "alu"),
+        ("F2FP.BF16.F32.PACK_AB", "alu"),
         ("I2F.U16", "xu"), ("MUFU.EX2", "xu"), ("POPC", "xu"), ("HMMA.16816.F32.BF16", "mma"),
         ("LDG.E.128", "other"), ("UIADD3", "other"), ("BRA", "other"),
     ],
@@ -51,7 +54,8 @@ def clocks(device: predict.Device, **pipes: float) -> dict[str, float]:
 
 
 def test_limits() -> None:
-    """One kind of instruction after the other as the limit; a multiplier on the wrong pipe would move each of them."""
+    """One kind of instruction after the other as the limit; a multiplier on the wrong pipe would move each of
+    them."""
     assert clocks(H200, fma=10) == {"issue": 10, "alu": 0, "heavy": 0, "fma": 10, "xu": 0, "mma": 0}
     assert clocks(A100, fma=10)["fma"] == 20  # one pipe
     assert clocks(H200, wide=10)["heavy"] == 40 and clocks(H200, heavy=10)["heavy"] == 20
@@ -64,10 +68,13 @@ def test_limits() -> None:
 
 
 @pytest.mark.parametrize(
-    "device, budget", list(zip(predict.DEVICES, (27.6, 39.5, 44.6, 19.5, 223, 178, 131))), ids=lambda value: str(value)[:30]
+    "device, budget",
+    list(zip(predict.DEVICES, (27.6, 39.5, 44.6, 19.5, 223, 178, 131))),
+    ids=lambda value: str(value)[:30],
 )
 def test_budgets(device, budget) -> None:
-    """Instructions per element under the floor of a bf16 pass, worked out by hand from the multiprocessors, clock and bandwidth."""
+    """Instructions per element under the floor of a bf16 pass, worked out by hand from the multiprocessors,
+    clock and bandwidth."""
     assert device.budget(4) == pytest.approx(budget, rel=0.005)
 
 
@@ -87,9 +94,12 @@ extern "C" __global__ void known(float4* data, int turns) {
 
 @pytest.mark.skipif(sass.missing() is not None, reason=sass.missing() or "")
 def test_a_kernel_counted_by_hand(tmp_path) -> None:
-    """16 turns of an fma, a product and a sum: 48 on the fma pipes, one load, one store, one branch; few others."""
+    """16 turns of an fma, a product and a sum: 48 on the fma pipes, one load, one store, one branch; few
+    others."""
     (tmp_path / "known.cu").write_text(KNOWN)
-    functions = sass.disassemble(sass.compile_to(tmp_path / "known.cubin", "90", source=tmp_path / "known.cu"))
+    functions = sass.disassemble(
+        sass.compile_to(tmp_path / "known.cubin", "90", source=tmp_path / "known.cu")
+    )
     work = predict.loop_work(functions["known"], 1, 1)
     assert work.pipes["fma"] * predict.UNIT == 48 and work.pipes["xu"] == 0
     assert work.pipes["other"] * predict.UNIT >= 3 and 53 <= work.instructions * predict.UNIT <= 60
@@ -101,7 +111,8 @@ def test_a_kernel_counted_by_hand(tmp_path) -> None:
 
 @pytest.mark.skipif(sass.missing() is not None, reason=sass.missing() or "")
 def test_the_table(machine) -> None:
-    """A line for each case and device; K terms cost K times a term; the pass that the project is about is under its floor."""
+    """A line for each case and device; K terms cost K times a term; the pass that the project is about is
+    under its floor."""
     lines = predict.table(machine)
     assert sum("predicted, not measured" in line for line in lines) == len(predict.DEVICES)
     for case in predict.CASES:

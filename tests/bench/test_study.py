@@ -22,17 +22,20 @@ from examples.demo.data import split
 from zokern import methods
 from zokern.methods import METHODS
 
-# Order ------------------------------------------------------------------------------------------------------------------
+# Order ------------------------------------------------------------------------------------------------------
 
 
 def check_order(function) -> None:
-    """Each run once; all methods on both sets of the small model first, main ones first; then main ones on the large model."""
+    """Each run once; all methods on both sets of the small model first, main ones first; then main ones on
+    the large model."""
     names = ["Another", *reversed(MAIN)]
     runs = function(names)
     assert len(runs) == len({*runs}) == len(names) * len(MODELS) * len(SETS) * len(SEEDS)
     count = len(names)
     assert [run.method for run in runs[:count]] == [*MAIN, "Another"]
-    assert {(run.model, run.data, run.seed) for run in runs[: 2 * count]} == {(SMALL, data, 0) for data in SETS}
+    assert {(run.model, run.data, run.seed) for run in runs[: 2 * count]} == {
+        (SMALL, data, 0) for data in SETS
+    }
     assert {(run.model, run.seed) for run in runs[2 * count : 2 * count + 2 * len(MAIN)]} == {(LARGE, 0)}
     assert {run.method for run in runs[2 * count : 2 * count + 2 * len(MAIN)]} == {*MAIN}
     assert runs[-1].method == "Another"
@@ -50,13 +53,14 @@ def test_wrong_order_is_rejected(wrong) -> None:
         check_order(wrong)
 
 
-# The file ---------------------------------------------------------------------------------------------------------------
+# The file ---------------------------------------------------------------------------------------------------
 
 SETTINGS = {"forwards": BUDGETS, "batch": 6}
 
 
 def check_resumption(make, tmp_path) -> None:
-    """A run that is done is kept; one that was killed while its line was written is not; other settings are refused."""
+    """A run that is done is kept; one that was killed while its line was written is not; other settings are
+    refused."""
     path = tmp_path / "study.jsonl"
     store = make(path, SETTINGS)
     store.append(row("A", LINE, FALL))
@@ -113,7 +117,7 @@ def test_wrong_resumption_is_rejected(wrong, tmp_path) -> None:
         check_resumption(wrong, tmp_path)
 
 
-# The line ---------------------------------------------------------------------------------------------------------------
+# The line ---------------------------------------------------------------------------------------------------
 
 WORDS = ("red", "green", "blue")
 
@@ -150,7 +154,9 @@ class Bag:
 
 def tiny(model: str, data: str, words: int, held_out: int) -> problems.Problem:
     rows = [
-        Text(f"{'x' * (n % 11 + 1)} {'y' * (n // 11 % 11 + 1)} {WORDS[label]}", label) for n in range(40) for label in range(3)
+        Text(f"{'x' * (n % 11 + 1)} {'y' * (n // 11 % 11 + 1)} {WORDS[label]}", label)
+        for n in range(40)
+        for label in range(3)
     ]
     return problems.Problem(Tiny(), Bag(), split(rows, held_out))
 
@@ -167,24 +173,32 @@ def two(monkeypatch):
     """MeZO and FZOO are all methods, on the small model alone."""
     pytest.importorskip("tqdm", reason="tqdm is not installed: pip install 'zokern[demo]'")
     monkeypatch.setattr(methods, "METHODS", {name: METHODS[name] for name in ("MeZO", "FZOO")})
-    monkeypatch.setattr(study, "order", lambda names: [r for r in order(names) if r.model == SMALL and r.seed == 0])
+    monkeypatch.setattr(
+        study, "order", lambda names: [r for r in order(names) if r.model == SMALL and r.seed == 0]
+    )
 
 
 def test_the_whole_line(two, tmp_path, capsys) -> None:
     """Four runs; page and plot; again, and nothing is run; the loss falls."""
     code, rows = run(tmp_path)
-    assert code == 0 and [Run.of(r) for r in rows] == [Run(SMALL, data, name, 0) for data in SETS for name in ("MeZO", "FZOO")]
+    assert code == 0 and [Run.of(r) for r in rows] == [
+        Run(SMALL, data, name, 0) for data in SETS for name in ("MeZO", "FZOO")
+    ]
     assert not [r["error"] for r in rows if "error" in r]
     for found in rows:
         at = [point["forwards"] for point in found["points"]]
         assert at[0] == 0 and at == sorted({*at}) and 40 - found["last_step_forwards"] < at[-1] <= 40
-        assert len(at) == (5 if found["method"] == "MeZO" else 4)  # a step of nine losses passes two quarters at once
+        assert len(at) == (
+            5 if found["method"] == "MeZO" else 4
+        )  # a step of nine losses passes two quarters at once
         assert all(a >= 10 * k for k, a in enumerate(at[:4]))
         assert found["points"][-1]["loss"] < found["points"][0]["loss"]
         assert found["lr"] != found["default_lr"] and found["tune_forwards"] >= 43
     assert [r["last_step_forwards"] for r in rows] == [2, 9, 2, 9]
     text = (tmp_path / "study.md").read_text()
-    assert "| MeZO | 1 |" in text and "-81 % iterations (P-GAP): not measured" in text and "**One seed**" in text
+    assert (
+        "| MeZO | 1 |" in text and "-81 % iterations (P-GAP): not measured" in text and "**One seed**" in text
+    )
     pytest.importorskip("matplotlib")
     assert (tmp_path / "study.png").read_bytes()[1:4] == b"PNG"
     before = (tmp_path / "study.jsonl").read_text()
@@ -219,7 +233,10 @@ def test_no_run_begins_that_would_end_late(two, tmp_path, capsys) -> None:
     assert run(tmp_path, "--hours", "0", "--only", "FZOO", "--sets", "news", "--models", SMALL) == (0, [])
     assert "the time is up: 1 of 1 runs are left" in "".join(capsys.readouterr())
     hour = row("MeZO", LINE, FALL) | {"wall_seconds": 3600.0}
-    Store(tmp_path / "study.jsonl", json.loads((tmp_path / "study.jsonl").read_text().splitlines()[0])["settings"]).append(hour)
+    Store(
+        tmp_path / "study.jsonl",
+        json.loads((tmp_path / "study.jsonl").read_text().splitlines()[0])["settings"],
+    ).append(hour)
     assert len(run(tmp_path, "--hours", "0.9")[1]) == 1
 
 
@@ -230,8 +247,13 @@ def test_a_method_that_raises_is_a_row(two, tmp_path) -> None:
     with patch.dict(methods.METHODS, {"FZOO": broken}):
         code, rows = run(tmp_path)
     assert code == 0 and [r.get("error") for r in rows] == [None, "ValueError: it has no eps"] * 2
-    assert "FZOO on MiniLM, news, seed 0 failed: ValueError: it has no eps" in (tmp_path / "study.md").read_text()
-    with patch.object(study, "measure", side_effect=AssertionError("a run that failed was run again, and nobody asked")):
+    assert (
+        "FZOO on MiniLM, news, seed 0 failed: ValueError: it has no eps"
+        in (tmp_path / "study.md").read_text()
+    )
+    with patch.object(
+        study, "measure", side_effect=AssertionError("a run that failed was run again, and nobody asked")
+    ):
         run(tmp_path)
     code, rows = run(tmp_path, "--retry")
     assert [(r["method"], "error" in r) for r in rows[2:]] == [
@@ -256,21 +278,32 @@ def test_runs_of_a_seed_start_alike_and_seeds_differ(two, tmp_path) -> None:
     task = tiny(SMALL, "news", 12, 30)
     before = train.score(task.model, task.words, task.rows.held_out)
     kept = [p.clone() for p in task.model.parameters()]
-    found = [train.measure(Run(SMALL, "news", "MeZO", seed), task, before, settings, 20, lambda n: None) for seed in (0, 0, 1)]
+    found = [
+        train.measure(Run(SMALL, "news", "MeZO", seed), task, before, settings, 20, lambda n: None)
+        for seed in (0, 0, 1)
+    ]
     losses = [[point["loss"] for point in r["points"]] for r in found]
     assert losses[0] == losses[1] != losses[2]
     assert all(torch.equal(a, b) for a, b in zip(kept, task.model.parameters()))
 
 
 def check_count(counting) -> None:
-    """Two losses of a central difference, nine of FZOO; P-GAP's first step has its probes, the next has not; a derivative is two."""
+    """Two losses of a central difference, nine of FZOO; P-GAP's first step has its probes, the next has not;
+    a derivative is two."""
     model = torch.nn.Linear(6, 5)
-    for name, steps in (("MeZO", [2, 2]), ("FZOO", [9, 9]), ("PGAP", [22, 2]), ("DPZO", [2, 2]), ("FGD", [2, 2])):
+    for name, steps in (
+        ("MeZO", [2, 2]),
+        ("FZOO", [9, 9]),
+        ("PGAP", [22, 2]),
+        ("DPZO", [2, 2]),
+        ("FGD", [2, 2]),
+    ):
         optimizer = METHODS[name](model, lr=0.0, **({"rank": 2} if name == "PGAP" else {}))
         read = []
         for _ in steps:
             with counting() as count:
-                zokern.step(optimizer, lambda: model(torch.ones(2, 6)).square().sum(1 if name == "DPZO" else None))  # noqa: B023
+                rows = 1 if name == "DPZO" else None
+                zokern.step(optimizer, lambda rows=rows: model(torch.ones(2, 6)).square().sum(rows))
             read.append(count.total)
         assert read == steps
 
@@ -291,7 +324,7 @@ def test_a_wrong_count_is_rejected() -> None:
         check_count(counted)
 
 
-# The page ---------------------------------------------------------------------------------------------------------------
+# The page ---------------------------------------------------------------------------------------------------
 
 MACHINE = {"cpu": "a processor", "isa": "avx2", "cores": "2"}
 PAGE_SETTINGS = {"forwards": BUDGETS, "batch": 10, "held_out": ROWS, "words": 12}
@@ -299,7 +332,9 @@ PAGE_SETTINGS = {"forwards": BUDGETS, "batch": 10, "held_out": ROWS, "words": 12
 
 def test_the_page_says_what_is_missing() -> None:
     names = [BASE, "LOZO"]
-    rows = [row(BASE, LINE, FALL, data=data, seed=seed) for data in SETS for seed in SEEDS] + [row("LOZO", LINE, FALL)]
+    rows = [row(BASE, LINE, FALL, data=data, seed=seed) for data in SETS for seed in SEEDS] + [
+        row("LOZO", LINE, FALL)
+    ]
     text = "\n".join(lacking(rows, names))
     assert "7 of 36 runs" in text and f"{LARGE}, news: nothing was run" in text
     assert f"{SMALL}, news: fewer than 3 seeds: LOZO." in text and f"{SMALL}, reviews: not run: LOZO." in text

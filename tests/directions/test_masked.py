@@ -1,6 +1,8 @@
-"""Directions with factors of z: what moves, every evaluation and rule, resume, what is refused, and wrong versions.
+"""Directions with factors of z: what moves, every evaluation and rule, resume, what is refused, and wrong
+versions.
 
-The formulas of Sparse-MeZO's steps are in tests/methods/test_methods.py, those of the verbs in tests/backends/test_scaled.py."""
+The formulas of Sparse-MeZO's steps are in tests/methods/test_methods.py, those of the verbs in
+tests/backends/test_scaled.py."""
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-# What moves -----------------------------------------------------------------------------------------------------------------------
+# What moves -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", [zokern.Sgd, zokern.Momentum, zokern.Adam, zokern.SignSgd])
@@ -55,7 +57,9 @@ def test_small_weights_move_and_the_others_keep_their_bits(dtype: torch.dtype, r
         small = (sizes <= sizes.sort().values[max(1, round(0.25 * len(sizes))) - 1]).view(p.shape)
         moved = p.detach() != before[name]
         assert not moved[~small].any() and moved[small].float().mean() > 0.7, name
-        assert optimizer.state[p]["mask"].dtype == torch.bool and torch.equal(optimizer.state[p]["mask"], small)
+        assert optimizer.state[p]["mask"].dtype == torch.bool and torch.equal(
+            optimizer.state[p]["mask"], small
+        )
 
 
 def test_random_masks_have_the_stated_share_and_are_redrawn() -> None:
@@ -73,7 +77,10 @@ def test_random_masks_have_the_stated_share_and_are_redrawn() -> None:
 
 
 def test_global_shares_differ_by_tensor() -> None:
-    params = {"small": nn.Parameter(torch.linspace(1, 2, 1000)), "large": nn.Parameter(torch.linspace(1.5, 4, 1000))}
+    params = {
+        "small": nn.Parameter(torch.linspace(1, 2, 1000)),
+        "large": nn.Parameter(torch.linspace(1.5, 4, 1000)),
+    }
     optimizer = zokern.SparseMeZO(nn.ParameterDict(params), eps=1e-2, sparsity=0.75, scope="global")
     zokern.step(optimizer, lambda: sum((p * p).sum() for p in params.values()))
     masks = {name: optimizer.state[p]["mask"] for name, p in params.items()}
@@ -93,18 +100,24 @@ def test_tensors_of_any_size(shape: tuple[int, ...]) -> None:
 
 
 def test_smallest_is_a_sorted_list() -> None:
-    tensors = [torch.randn(331).bfloat16().float() * 0.1, torch.randn(50), torch.zeros(3), torch.full((2,), 1e-42)]
+    tensors = [
+        torch.randn(331).bfloat16().float() * 0.1,
+        torch.randn(50),
+        torch.zeros(3),
+        torch.full((2,), 1e-42),
+    ]
     ordered = torch.cat([t.abs() for t in tensors]).sort().values
     for share in (0.0, 1e-9, 0.01, 0.25, 0.8, 1.0):
         assert scaled.smallest(tensors, share) == float(ordered[max(1, round(share * len(ordered))) - 1])
     assert scaled.smallest([torch.randn(9, dtype=torch.float64).half()], 1.0) > 0
 
 
-# Every way of reading losses, at shapes that are made by tiles, by rows and whole ------------------------------------------------
+# Every way of reading losses, at shapes that are made by tiles, by rows and whole ---------------------------
 
 
 class Large(nn.Module):
-    """Matrices above the size that is resident: products, a transposed product, a lookup, a slice and a copy."""
+    """Matrices above the size that is resident: products, a transposed product, a lookup, a slice and a
+    copy."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,13 +145,15 @@ def large(dtype: torch.dtype) -> Large:
 
 @pytest.mark.parametrize("options", SPARSE.values(), ids=SPARSE)
 @pytest.mark.parametrize(
-    ("dtype", "rounding"), [(torch.float32, "nearest"), (torch.bfloat16, "residual"), (torch.bfloat16, "stochastic")]
+    ("dtype", "rounding"),
+    [(torch.float32, "nearest"), (torch.bfloat16, "residual"), (torch.bfloat16, "stochastic")],
 )
 def test_every_evaluation_reads_the_same_points(dtype: torch.dtype, rounding: str, options: dict) -> None:
     ids = torch.arange(15).view(3, 5) * 40
     found = {}
     for name, evaluation in {
-        "master": "master", "scratch": "scratch", "paired": "paired", "narrow": zokern.Scratch(budget=1 << 20),
+        "master": "master", "scratch": "scratch", "paired": "paired",
+        "narrow": zokern.Scratch(budget=1 << 20),
         "tiles": zokern.Paired(budget=1 << 20), "inplace": "inplace", "reference": "master",
     }.items():  # fmt: skip
         model = large(dtype)
@@ -153,13 +168,17 @@ def test_every_evaluation_reads_the_same_points(dtype: torch.dtype, rounding: st
             "backend": backend,
         }
         optimizer = zokern.SparseMeZO(model, force=True, **given, **options)
-        losses = [zokern.step(optimizer, lambda m=model: next_token_loss(m(ids), ids)).losses for _ in range(2)]
+        losses = [
+            zokern.step(optimizer, lambda m=model: next_token_loss(m(ids), ids)).losses for _ in range(2)
+        ]
         found[name] = torch.tensor(losses)
     spread = float((found["master"][..., 0] - found["master"][..., 1]).abs().max())
     assert torch.equal(found["master"], found["reference"]) and spread > 1e-3
     for name, losses in found.items():
         error = float((losses - found["master"]).abs().max())
-        assert error <= (0.02 if dtype == torch.float32 else 0.5) * spread, f"{name}: {error:.3g} of {spread:.3g}"
+        assert error <= (0.02 if dtype == torch.float32 else 0.5) * spread, (
+            f"{name}: {error:.3g} of {spread:.3g}"
+        )
 
 
 def test_products_of_the_kernel_are_not_taken() -> None:
@@ -169,16 +188,18 @@ def test_products_of_the_kernel_are_not_taken() -> None:
     model, ids = large(torch.float32), torch.arange(15).view(3, 5)
     with patch.object(type(get("cpu")), "linear", side_effect=AssertionError("taken")) as fused:
         zokern.step(
-            zokern.SparseMeZO(model, eps=1e-2, evaluation=zokern.Scratch(1 << 20)), lambda: next_token_loss(model(ids), ids)
+            zokern.SparseMeZO(model, eps=1e-2, evaluation=zokern.Scratch(1 << 20)),
+            lambda: next_token_loss(model(ids), ids),
         )
         assert not fused.called
         with pytest.raises(AssertionError, match="taken"):
             zokern.step(
-                zokern.MeZO(model, eps=1e-2, evaluation=zokern.Scratch(1 << 20)), lambda: next_token_loss(model(ids), ids)
+                zokern.MeZO(model, eps=1e-2, evaluation=zokern.Scratch(1 << 20)),
+                lambda: next_token_loss(model(ids), ids),
             )
 
 
-# Runs -----------------------------------------------------------------------------------------------------------------------------
+# Runs -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", SPARSE.values(), ids=SPARSE)
@@ -196,7 +217,8 @@ def test_lr_0_moves_no_bit(options: dict) -> None:
 @pytest.mark.parametrize("options", SPARSE.values(), ids=SPARSE)
 @pytest.mark.parametrize("rule", [zokern.Sgd, zokern.Adam, zokern.SignSgd])
 def test_resumes_to_the_same_bits(options: dict, rule) -> None:
-    """After any step, also between two masks: the weights have moved by then, and a mask by magnitude has not."""
+    """After any step, also between two masks: the weights have moved by then, and a mask by magnitude has
+    not."""
     make = partial(zokern.SparseMeZO, lr=2e-2, eps=1e-2, **options)
     whole = tiny()
     steps(make(whole, seed=3, rule=rule()), whole, 5)
@@ -238,14 +260,18 @@ def test_frozen_and_thawed_parameters_keep_their_masks() -> None:
     assert same_bits(model.up.weight, before["up.weight"])
     steps(optimizer, model, 1)
     for name, p in model.named_parameters():
-        assert torch.equal(optimizer.state[p]["mask"], masks[name]) and not (p.detach() != before[name])[~masks[name]].any()
+        assert (
+            torch.equal(optimizer.state[p]["mask"], masks[name])
+            and not (p.detach() != before[name])[~masks[name]].any()
+        )
 
 
-# Factors that are given -----------------------------------------------------------------------------------------------------------
+# Factors that are given -------------------------------------------------------------------------------------
 
 
 def test_given_factors() -> None:
-    """A dict and a function of the same factors are one run; a factor of 1 is none; of 0, no perturbation and no move."""
+    """A dict and a function of the same factors are one run; a factor of 1 is none; of 0, no perturbation and
+    no move."""
     factors = {
         "up.weight": torch.rand(36, 12, generator=torch.Generator().manual_seed(1)),
         "gain": torch.zeros(12, dtype=torch.bool),
@@ -260,9 +286,13 @@ def test_given_factors() -> None:
         before = weights(model)
         steps(zokern.MeZO(model, lr=1e-2, eps=1e-2, seed=2, direction=zokern.Scaled(scales)), model, 2)
         ends.append(weights(model))
-        assert same_bits(ends[-1]["gain"], before["gain"]) and not same_bits(ends[-1]["up.weight"], before["up.weight"])
+        assert same_bits(ends[-1]["gain"], before["gain"]) and not same_bits(
+            ends[-1]["up.weight"], before["up.weight"]
+        )
     assert all(same_bits(end[name], ends[0][name]) for end in ends[1:] for name in end)
-    METHODS["scaled"] = partial(zokern.MeZO, lr=3e-3, direction=zokern.Scaled(lambda n, p: p.detach().abs() * 9 + 0.1))
+    METHODS["scaled"] = partial(
+        zokern.MeZO, lr=3e-3, direction=zokern.Scaled(lambda n, p: p.detach().abs() * 9 + 0.1)
+    )
     try:
         check_method("scaled", queries=2)
     finally:
@@ -281,7 +311,8 @@ def test_given_factors_are_copied() -> None:
 
 
 def test_clipped_norms_are_those_of_scaled_draws() -> None:
-    """KerZOO's bound on the norm of each parameter's g: g is a sum of z s, so the move is as long as the bound."""
+    """KerZOO's bound on the norm of each parameter's g: g is a sum of z s, so the move is as long as the
+    bound."""
     model = tiny()
     before = weights(model)
     options = {
@@ -294,19 +325,26 @@ def test_clipped_norms_are_those_of_scaled_draws() -> None:
 
 
 BAD: dict[str, tuple[Callable, str]] = {
-    "keep 0": (lambda: zokern.Masked(0.0), "keep is 0.0"), "keep 2": (lambda: zokern.Masked(2.0), "keep is 2.0"),
+    "keep 0": (lambda: zokern.Masked(0.0), "keep is 0.0"),
+    "keep 2": (lambda: zokern.Masked(2.0), "keep is 2.0"),
     "by": (lambda: zokern.Masked(0.5, by="size"), "by is 'size'; expected one of"),
-    "scope": (lambda: zokern.Masked(0.5, scope="all"), "scope is 'all'"), "every": (lambda: zokern.Masked(0.5, every=0), "every is 0"),
-    "sparsity": (lambda: zokern.SparseMeZO(tiny(), sparsity=1.0), "sparsity is 1.0; expected a number, 0 <= sparsity < 1"),
+    "scope": (lambda: zokern.Masked(0.5, scope="all"), "scope is 'all'"),
+    "every": (lambda: zokern.Masked(0.5, every=0), "every is 0"),
+    "sparsity": (lambda: zokern.SparseMeZO(tiny(), sparsity=1.0),
+        "sparsity is 1.0; expected a number, 0 <= sparsity < 1"),
     "scales": (lambda: zokern.Scaled(3.0), "scales is float; expected a dict"),
-    "base": (lambda: zokern.MeZO(tiny(), direction=zokern.Masked(0.5, base="cauchy")), "unknown direction 'cauchy'"),
-    "lowrank": (lambda: zokern.MeZO(tiny(), direction=zokern.directions.Lazy(2, dense=zokern.Masked(0.5))), "dense='masked'"),
+    "base": (lambda: zokern.MeZO(tiny(), direction=zokern.Masked(0.5, base="cauchy")),
+        "unknown direction 'cauchy'"),
+    "lowrank": (lambda: zokern.MeZO(tiny(), direction=zokern.directions.Lazy(2, dense=zokern.Masked(0.5))),
+        "dense='masked'"),
     "window": (
         lambda: zokern.MeZO(tiny(), direction=zokern.Masked(0.5), rule=zokern.WindowMomentum()),
         "rule is 'window_momentum' with direction 'masked', whose factors may differ",
     ),
-    "cone": (lambda: zokern.ConMeZO(tiny(), direction=zokern.Masked(0.5)), "rule is 'cone' with direction 'masked'"),
-    "sign": (lambda: zokern.SubZero(tiny(), rule=zokern.SignSgd()), "rule is 'sign' with direction 'subspace'; expected a dense z"),
+    "cone": (lambda: zokern.ConMeZO(tiny(), direction=zokern.Masked(0.5)),
+        "rule is 'cone' with direction 'masked'"),
+    "sign": (lambda: zokern.SubZero(tiny(), rule=zokern.SignSgd()),
+        "rule is 'sign' with direction 'subspace'; expected a dense z"),
 }  # fmt: skip
 
 
@@ -333,7 +371,7 @@ def test_bad_factors_are_refused_before_a_weight_moves(scales, message: str) -> 
     assert all(same_bits(p, before[name]) for name, p in model.named_parameters())
 
 
-# Wrong versions, which the formula of a step rejects -------------------------------------------------------------------------------
+# Wrong versions, which the formula of a step rejects --------------------------------------------------------
 
 
 def update_without_factors():
@@ -377,11 +415,15 @@ WRONG = {
     "by the weights of now": ("SparseMeZO", {"lr": 3e-2}, lambda: renewed(by_the_weights_of_now)),
     "large weights": ("SparseMeZO", {}, lambda: renewed(inverted)),
     "ZO-Bench's share": (
-        "SparseMeZO", {"by": "random"}, lambda: patch.object(scaled, "NormalDist", lambda: type("Own", (), {"inv_cdf": lambda self, p: p})())),
+        "SparseMeZO", {"by": "random"},
+        lambda: patch.object(scaled, "NormalDist",
+            lambda: type("Own", (), {"inv_cdf": lambda self, p: p})())),
     "a mask for each step": (
-        "SparseMeZO", {"by": "random", "every": 3}, lambda: patch.object(scaled.Masked, "born", lambda self, step: step)),
+        "SparseMeZO", {"by": "random", "every": 3},
+        lambda: patch.object(scaled.Masked, "born", lambda self, step: step)),
     "one mask for the run": (
-        "SparseMeZO", {"by": "random", "every": 3}, lambda: patch.object(scaled.Masked, "born", lambda self, step: 0)),
+        "SparseMeZO", {"by": "random", "every": 3},
+        lambda: patch.object(scaled.Masked, "born", lambda self, step: 0)),
     "words of the direction": ("SparseMeZO", {"by": "random"}, lambda: patch.object(scaled, "WORD", 0)),
 }  # fmt: skip
 

@@ -35,7 +35,10 @@ def test_a_point_may_lie_along_draws_of_earlier_steps() -> None:
             for estimate in super().__call__(oracle, plan):
                 if plan.step == 2:
                     estimate = replace(
-                        estimate, draws=((0, 0), plan.draw(0)), coefficients=torch.tensor([[0.5, -0.5]]).double(), slopes=None
+                        estimate,
+                        draws=((0, 0), plan.draw(0)),
+                        coefficients=torch.tensor([[0.5, -0.5]]).double(),
+                        slopes=None,
                     )
                 yield estimate
 
@@ -63,7 +66,9 @@ def draws_of(draws: Callable[[Any], tuple]) -> zokern.Spsa:
         def __call__(self, oracle: Any, plan: Any) -> Any:
             for estimate in super().__call__(oracle, plan):
                 named = draws(plan)
-                yield replace(estimate, draws=named, coefficients=torch.ones(len(plan.groups), len(named)).double())
+                yield replace(
+                    estimate, draws=named, coefficients=torch.ones(len(plan.groups), len(named)).double()
+                )
 
     return Other()
 
@@ -71,9 +76,17 @@ def draws_of(draws: Callable[[Any], tuple]) -> zokern.Spsa:
 @pytest.mark.parametrize(
     ("method", "draws", "message"),
     [
-        (zokern.MeZO, lambda plan: (plan.draw(0), (plan.step - 1, 0)), "draws is .*expected one of this step at the end"),
+        (
+            zokern.MeZO,
+            lambda plan: (plan.draw(0), (plan.step - 1, 0)),
+            "draws is .*expected one of this step at the end",
+        ),
         (zokern.MeZO, lambda plan: (), "draws is .*expected one of this step at the end"),
-        (zokern.LOZO, lambda plan: ((0, 0), plan.draw(0)), r"draw \(0, 0\) is of step 0, and step 2 has another basis"),
+        (
+            zokern.LOZO,
+            lambda plan: ((0, 0), plan.draw(0)),
+            r"draw \(0, 0\) is of step 0, and step 2 has another basis",
+        ),
     ],
 )
 def test_draws_that_are_no_directions_are_refused(method: Any, draws: Callable, message: str) -> None:

@@ -1,4 +1,5 @@
-"""Losses at other weights than the parameters hold: read right under every evaluation, and put back to the bit."""
+"""Losses at other weights than the parameters hold: read right under every evaluation, and put back to the
+bit."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ class Elsewhere(zokern.Spsa):
 
 
 def made(name: str) -> Any:
-    """An evaluation; 'at use' has no memory for copies of the matrices, which are made at their use or beside the product."""
+    """An evaluation; 'at use' has no memory for copies of the matrices, which are made at their use or beside
+    the product."""
     kinds = {"scratch, at use": zokern.Scratch, "paired, at use": zokern.Paired}
     return at_use(kinds[name](check=False)) if name in kinds else name
 
@@ -51,16 +53,25 @@ def made(name: str) -> Any:
 def far(model) -> dict[str, Tensor]:
     """Weights so far from the model's that a mixture of the two shows in the loss."""
     generator = torch.Generator().manual_seed(5)
-    return {n: p.detach().float() + 0.3 * torch.randn(p.shape, generator=generator) for n, p in model.named_parameters()}
+    return {
+        n: p.detach().float() + 0.3 * torch.randn(p.shape, generator=generator)
+        for n, p in model.named_parameters()
+    }
 
 
 def kept(optimizer) -> dict[str, Tensor]:
     """Copies of the low bits, by name."""
     named = {n: p for group in optimizer.param_groups for n, p in zip(group["param_names"], group["params"])}
-    return {n: optimizer.state[p]["residual"].clone() for n, p in named.items() if "residual" in optimizer.state[p]}
+    return {
+        n: optimizer.state[p]["residual"].clone()
+        for n, p in named.items()
+        if "residual" in optimizer.state[p]
+    }
 
 
-def check_reading(evaluation: str, dtype: torch.dtype = torch.float32, tied: bool = False, rounding: str = "nearest") -> None:
+def check_reading(
+    evaluation: str, dtype: torch.dtype = torch.float32, tied: bool = False, rounding: str = "nearest"
+) -> None:
     model = tiny(dtype, tied=tied, width=48 if "at use" in evaluation else 12)
     optimizer = zokern.MeZO(model, lr=1e-3, eps=1e-2, seed=3, evaluation=made(evaluation), rounding=rounding)
     for _ in range(2):  # low bits that are not zero, and a way that auto has chosen
@@ -83,7 +94,8 @@ def check_reading(evaluation: str, dtype: torch.dtype = torch.float32, tied: boo
                 z = zokern.draw("normal", tuple(p.shape), seed=3, who=n, step=2)
                 p.copy_(rounded[n].float() + move * z)
             want = float(next_token_loss(there(IDS), IDS))
-            bound = 2e-6 if dtype == torch.float32 else 2e-2  # products in 16 bits, and small tensors perturbed in float32
+            # products in 16 bits, and small tensors perturbed in float32
+            bound = 2e-6 if dtype == torch.float32 else 2e-2
             assert abs(got - want) <= bound * want, f"at {move} z: {got}, not {want}"
 
 
@@ -148,7 +160,8 @@ def instead(kind: type) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"), [(Forgets, "weights are not"), (Halves, "low bits are not"), (Nowhere, "z: .*, not")]
+    ("wrong", "message"),
+    [(Forgets, "weights are not"), (Halves, "low bits are not"), (Nowhere, "z: .*, not")],
 )
 def test_a_wrong_oracle_is_rejected(wrong: type, message: str) -> None:
     with instead(wrong), pytest.raises(AssertionError, match=message):
@@ -174,7 +187,9 @@ def check_exception(evaluation: str, where: str) -> None:
     with pytest.raises((ArithmeticError, KeyError)):
         zokern.step(optimizer, closure)
     assert not changed(model, before), "weights are not as they were"
-    assert all(torch.equal(bits, kept(optimizer)[n]) for n, bits in low.items()), "low bits are not as they were"
+    assert all(torch.equal(bits, kept(optimizer)[n]) for n, bits in low.items()), (
+        "low bits are not as they were"
+    )
 
 
 @pytest.mark.parametrize("where", ["closure", "write"])
@@ -191,11 +206,16 @@ def test_an_oracle_that_forgets_exceptions_is_rejected(where: str) -> None:
 
 @pytest.mark.parametrize("evaluation", EVALUATIONS)
 def test_the_first_step_reads_again_where_it_read(evaluation: str) -> None:
-    """Its check of the closure compares readings at one base; a closure that does not repeat is found there too."""
+    """Its check of the closure compares readings at one base; a closure that does not repeat is found there
+    too."""
     model = tiny()
-    optimizer = zokern.MeZO(model, lr=0.0, eps=1e-3, evaluation=made(evaluation), estimator=Elsewhere(far(model)))
+    optimizer = zokern.MeZO(
+        model, lr=0.0, eps=1e-3, evaluation=made(evaluation), estimator=Elsewhere(far(model))
+    )
     zokern.step(optimizer, lambda: next_token_loss(model(IDS), IDS))
-    optimizer = zokern.MeZO(model, lr=0.0, eps=1e-3, evaluation=made(evaluation), estimator=Elsewhere(far(model)))
+    optimizer = zokern.MeZO(
+        model, lr=0.0, eps=1e-3, evaluation=made(evaluation), estimator=Elsewhere(far(model))
+    )
     count = iter(range(100))
     with pytest.raises(RuntimeError, match="for the same weights"):
         zokern.step(optimizer, lambda: next_token_loss(model(IDS), IDS) * (1.0 + next(count)))
@@ -230,7 +250,8 @@ def test_bases_nest() -> None:
 
     before = snapshot(model)
     zokern.step(
-        zokern.MeZO(model, lr=0.0, estimator=Nested(far(model)), evaluation="master"), lambda: next_token_loss(model(IDS), IDS)
+        zokern.MeZO(model, lr=0.0, estimator=Nested(far(model)), evaluation="master"),
+        lambda: next_token_loss(model(IDS), IDS),
     )
     assert seen[0] == seen[2] != seen[1] and not changed(model, before)
 
@@ -247,7 +268,8 @@ def test_updates_that_wait_are_refused() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_put_is_the_inverse_of_read(dtype: torch.dtype) -> None:
-    """With low bits for every float32 that is finite, ties and signed zeros included; and with the kernels' own halves."""
+    """With low bits for every float32 that is finite, ties and signed zeros included; and with the kernels'
+    own halves."""
     p = torch.nn.Parameter(torch.zeros(4, 1024, dtype=dtype))
     rounding = "residual" if dtype == torch.bfloat16 else "nearest"
     optimizer = zokern.MeZO([("w", p)], rounding=rounding, force=True)
@@ -262,6 +284,15 @@ def test_put_is_the_inverse_of_read(dtype: torch.dtype) -> None:
         return
     assert same_bits(group.read(0), values)
     high, low = p.detach().clone(), group.residuals[0].clone()
-    zokern.axpy_(p, "normal", seed=0, who="w", draws=[(0, 0)], coeffs=[0.0], rounding="residual", residuals=group.residuals[0])
+    zokern.axpy_(
+        p,
+        "normal",
+        seed=0,
+        who="w",
+        draws=[(0, 0)],
+        coeffs=[0.0],
+        rounding="residual",
+        residuals=group.residuals[0],
+    )
     plain = values.abs() > 0
     assert torch.equal(p[plain], high[plain]) and torch.equal(group.residuals[0][plain], low[plain])

@@ -1,4 +1,5 @@
-"""Estimators against their formulas, written out in float64; each check is shown to reject a wrong estimator."""
+"""Estimators against their formulas, written out in float64; each check is shown to reject a wrong
+estimator."""
 
 from __future__ import annotations
 
@@ -64,7 +65,11 @@ def by_ranks_of_one_side(hand: Hand, step: int, lr: float) -> list[float]:
 def by_the_best(hand: Hand, step: int, lr: float) -> list[float]:
     found = [hand.difference(step, k) for k in range(2)]
     terms = [(k, -lr * c / 2) for k, c in enumerate(found)]
-    losses = {0.0: hand.at(step, []), 1.0: hand.at(step, terms), -1.0: hand.at(step, [(k, -a) for k, a in terms])}
+    losses = {
+        0.0: hand.at(step, []),
+        1.0: hand.at(step, terms),
+        -1.0: hand.at(step, [(k, -a) for k, a in terms]),
+    }
     best = min(losses, key=lambda factor: losses[factor])
     hand.move(step, [(k, best * a) for k, a in terms])
     return [best * c for c in found]
@@ -112,7 +117,8 @@ CASES: dict[str, tuple[Callable[[], Any], Callable, float]] = {
     "conservative, too far": (lambda: zokern.Conservative(2), by_the_best, 50.0),
     "conservative, forward": (lambda: zokern.Conservative(2), by_the_best, 3.0),
     "blocks": (zokern.Blockwise, by_blocks, 0.1),
-    "bayesian": (zokern.Bayesian, lambda hand, step, lr, noise=[]: by_filter(hand, step, lr, noise if step else noise.clear() or noise), 0.02),
+    "bayesian": (zokern.Bayesian, lambda hand, step, lr,
+        noise=[]: by_filter(hand, step, lr, noise if step else noise.clear() or noise), 0.02),
 }  # fmt: skip
 
 
@@ -122,18 +128,27 @@ def check(case: str, evaluation: str = "master", estimator: Any = None) -> None:
     params = weights()
     hand = Hand(params)
     optimizer = zokern.MeZO(
-        params.items(), lr=lr, eps=EPS, seed=SEED, evaluation=evaluation, estimator=make() if estimator is None else estimator
+        params.items(),
+        lr=lr,
+        eps=EPS,
+        seed=SEED,
+        evaluation=evaluation,
+        estimator=make() if estimator is None else estimator,
     )
     for step in range(STEPS):
         result = zokern.step(optimizer, lambda: loss(params))
         want = formula(hand, step, lr)
         size = max(map(abs, want)) + 1e-3
-        assert len(result.coefficients) == len(want), f"{len(result.coefficients)} coefficients, not {len(want)}"
+        assert len(result.coefficients) == len(want), (
+            f"{len(result.coefficients)} coefficients, not {len(want)}"
+        )
         for got, right in zip(result.coefficients, want):
             assert abs(got - right) <= 2e-4 * size, f"step {step}: coefficient {got}, not {right}"
         for name, p in params.items():
             bound = 1e-5 * (1 + lr * size) * (4 if evaluation == "inplace" else 1)
-            assert (p.double() - hand.theta[name]).abs().max() <= bound, f"step {step}: {name} is not where the formula is"
+            assert (p.double() - hand.theta[name]).abs().max() <= bound, (
+                f"step {step}: {name} is not where the formula is"
+            )
 
 
 @pytest.mark.parametrize("evaluation", EVALUATIONS)
@@ -208,10 +223,14 @@ class Summed(zokern.Sign):
 
 WRONG = {
     "backwards": ("ranked", lambda: Backwards(3)), "unscaled": ("ranked", lambda: Unscaled(3)),
-    "theta is ranked": ("ranked, forward", lambda: WithTheta(3, "forward")), "no ranks": ("ranked", lambda: zokern.Spread(3, "central")),
-    "typo": ("kernel", Typo), "unweighted": ("kernel", Unweighted), "magnitude": ("sign", lambda: zokern.Spsa(2)),
-    "summed": ("sign", lambda: Summed(2)), "greedy": ("conservative, too far", lambda: Greedy(2)), "jacobi": ("blocks", Jacobi),
-    "one block": ("blocks", lambda: zokern.Blockwise(block=lambda name: "")), "fixed noise": ("bayesian", Fixed),
+    "theta is ranked": ("ranked, forward", lambda: WithTheta(3, "forward")),
+    "no ranks": ("ranked", lambda: zokern.Spread(3, "central")),
+    "typo": ("kernel", Typo), "unweighted": ("kernel", Unweighted),
+    "magnitude": ("sign", lambda: zokern.Spsa(2)),
+    "summed": ("sign", lambda: Summed(2)), "greedy": ("conservative, too far", lambda: Greedy(2)),
+    "jacobi": ("blocks", Jacobi),
+    "one block": ("blocks", lambda: zokern.Blockwise(block=lambda name: "")),
+    "fixed noise": ("bayesian", Fixed),
     "two draws alone": ("bayesian", lambda: zokern.Bayesian(observations=2)),
 }  # fmt: skip
 
@@ -226,12 +245,16 @@ def test_a_wrong_estimator_is_rejected(wrong: str) -> None:
 @pytest.mark.parametrize("evaluation", EVALUATIONS)
 def test_equal_losses_keep_their_order_and_a_step_without_a_finite_loss_is_skipped(evaluation: str) -> None:
     params = weights()
-    optimizer = zokern.MeZO(params.items(), estimator=zokern.Ranked(2), evaluation=evaluation, paired_check=None, lr=0.0)
+    optimizer = zokern.MeZO(
+        params.items(), estimator=zokern.Ranked(2), evaluation=evaluation, paired_check=None, lr=0.0
+    )
     scale = 1 / math.sqrt((4 * 4 - 1) / 12)
     result = zokern.step(optimizer, lambda: loss(params) * 0.0 + 1.0)
     assert result.coefficients == pytest.approx([-scale / 2, -scale / 2])
     first = params[NAMES[0]].detach().clone()
-    result = zokern.step(optimizer, lambda: loss(params) + torch.where((params[NAMES[0]] - first).sum() > 0, torch.inf, 0.0))
+    result = zokern.step(
+        optimizer, lambda: loss(params) + torch.where((params[NAMES[0]] - first).sum() > 0, torch.inf, 0.0)
+    )
     assert result.skipped
 
 
@@ -255,7 +278,13 @@ def test_blocks_are_those_of_transformers() -> None:
         "lm_head.weight",
         "w",
     )
-    assert [block_of(name) for name in names] == ["model.embed_tokens", "model.layers.11", "model.layers.11", "lm_head", ""]
+    assert [block_of(name) for name in names] == [
+        "model.embed_tokens",
+        "model.layers.11",
+        "model.layers.11",
+        "lm_head",
+        "",
+    ]
 
 
 @pytest.mark.parametrize("rule", [zokern.Momentum(0.9), zokern.Adam()])
@@ -264,7 +293,9 @@ def test_blocks_go_with_rules_that_keep_state(rule: Any) -> None:
     ends = []
     for estimator in (zokern.Spsa(), zokern.Blockwise(block=lambda name: "all")):
         params = weights()
-        optimizer = zokern.MeZO(params.items(), lr=1e-2, eps=EPS, rule=copy.deepcopy(rule), estimator=estimator)
+        optimizer = zokern.MeZO(
+            params.items(), lr=1e-2, eps=EPS, rule=copy.deepcopy(rule), estimator=estimator
+        )
         for _ in range(3):
             zokern.step(optimizer, lambda params=params: loss(params))
         ends.append(params)
@@ -276,7 +307,9 @@ def test_a_low_rank_direction_in_blocks(evaluation: str) -> None:
     """Updates of a block are written before the next is read, so none are deferred; the loss falls."""
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
     x = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
-    optimizer = zokern.SubZero(model, lr=2e-2, eps=1e-2, rank=3, estimator=zokern.Blockwise(), evaluation=evaluation)
+    optimizer = zokern.SubZero(
+        model, lr=2e-2, eps=1e-2, rank=3, estimator=zokern.Blockwise(), evaluation=evaluation
+    )
     losses = []
     for _ in range(40):
         losses.append(zokern.step(optimizer, lambda: (model(x) - 1.0).square().mean()).loss)
@@ -288,12 +321,12 @@ def test_a_low_rank_direction_in_blocks(evaluation: str) -> None:
 def test_what_an_estimator_learns_is_saved(evaluation: str) -> None:
     def run(resumes: bool) -> dict[str, nn.Parameter]:
         params = weights()
-        make = lambda: zokern.MeZO(params.items(), lr=0.02, eps=EPS, estimator=zokern.Bayesian(), evaluation=evaluation)  # noqa: E731
-        optimizer = make()
+        made = dict(lr=0.02, eps=EPS, evaluation=evaluation)
+        optimizer = zokern.MeZO(params.items(), estimator=zokern.Bayesian(), **made)
         for step in range(4):
             if step == 2 and resumes:
                 state = copy.deepcopy(optimizer.state_dict())
-                optimizer = make()
+                optimizer = zokern.MeZO(params.items(), estimator=zokern.Bayesian(), **made)
                 optimizer.load_state_dict(state)
             zokern.step(optimizer, lambda: loss(params))
         return params
@@ -317,7 +350,8 @@ class Elsewhere(zokern.Spsa):
 
 
 @pytest.mark.parametrize(
-    ("estimator", "message"), [(Silent(), "yielded no estimate"), (Elsewhere(), r"scope is \('nothing.weight',\)")]
+    ("estimator", "message"),
+    [(Silent(), "yielded no estimate"), (Elsewhere(), r"scope is \('nothing.weight',\)")],
 )
 def test_an_estimator_that_yields_nonsense_is_refused(estimator: Any, message: str) -> None:
     params = weights()
@@ -331,7 +365,12 @@ def test_an_estimator_that_yields_nonsense_is_refused(estimator: Any, message: s
 def test_a_block_without_a_finite_loss_ends_the_step(evaluation: str) -> None:
     params = weights()
     optimizer = zokern.MeZO(
-        params.items(), lr=0.1, eps=EPS, estimator=zokern.Blockwise(), evaluation=evaluation, paired_check=None
+        params.items(),
+        lr=0.1,
+        eps=EPS,
+        estimator=zokern.Blockwise(),
+        evaluation=evaluation,
+        paired_check=None,
     )
     first = params[NAMES[1]].detach().clone()
     before = {name: p.detach().clone() for name, p in params.items()}
@@ -342,12 +381,15 @@ def test_a_block_without_a_finite_loss_ends_the_step(evaluation: str) -> None:
 
     result = zokern.step(optimizer, closure)
     assert result.skipped and len(result.coefficients) == 2
-    assert [name for name in NAMES if not torch.allclose(before[name], params[name], atol=1e-5)] == list(NAMES[:1])
+    assert [name for name in NAMES if not torch.allclose(before[name], params[name], atol=1e-5)] == list(
+        NAMES[:1]
+    )
 
 
 @pytest.mark.parametrize("evaluation", ["scratch", "paired"])
 def test_every_block_is_compared_with_master(evaluation: str) -> None:
-    """The second layer is read through memory that no copy stands in for. The first block alone would be read right."""
+    """The second layer is read through memory that no copy stands in for. The first block alone would be read
+    right."""
     model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4))
     x, beside = torch.randn(8, 5, generator=torch.Generator().manual_seed(0)), model[2].weight.data
 
@@ -355,7 +397,9 @@ def test_every_block_is_compared_with_master(evaluation: str) -> None:
         return (torch.tanh(model[0](x)) @ beside.t() + model[2].bias).square().mean()
 
     with pytest.raises(zokern.Refused, match="differ.*evaluation='master'"):
-        zokern.step(zokern.MeZO(model, lr=0.0, eps=1e-2, evaluation=evaluation, estimator=zokern.Blockwise()), closure)
+        zokern.step(
+            zokern.MeZO(model, lr=0.0, eps=1e-2, evaluation=evaluation, estimator=zokern.Blockwise()), closure
+        )
     with pytest.warns(RuntimeWarning, match="read by evaluation 'master' from now on"):
         optimizer = zokern.MeZO(model, lr=0.0, eps=1e-2, estimator=zokern.Blockwise(), paired_check=None)
         for _ in range(2):
@@ -389,8 +433,10 @@ def test_an_oracle_reads_combinations_of_draws() -> None:
 
 
 BAD = {
-    "queries": (lambda: zokern.Spsa(0), "queries is 0"), "clip": (lambda: zokern.Spsa(clip=-1.0), "clip is -1.0"),
-    "scale": (lambda: zokern.Kernel(scale=0.0), "scale is 0.0"), "width": (lambda: zokern.Kernel(width=-1.0), "width is -1.0"),
+    "queries": (lambda: zokern.Spsa(0), "queries is 0"),
+    "clip": (lambda: zokern.Spsa(clip=-1.0), "clip is -1.0"),
+    "scale": (lambda: zokern.Kernel(scale=0.0), "scale is 0.0"),
+    "width": (lambda: zokern.Kernel(width=-1.0), "width is -1.0"),
     "observations": (lambda: zokern.Bayesian(observations=0), "observations is 0"),
     "both": (
         lambda: zokern.MeZO(weights().items(), queries=2, estimator=zokern.Spsa()),

@@ -1,4 +1,5 @@
-"""KerZOO's kernels: exact moments, the order of the bias, the factor of the variance; each check rejects a wrong kernel."""
+"""KerZOO's kernels: exact moments, the order of the bias, the factor of the variance; each check rejects a
+wrong kernel."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from zokern.estimator.kernel import KERNELS
 from zokern.evaluation import Point
 
 FACTORS = {1: Fraction(9, 5), 3: Fraction(25, 4), 5: Fraction(11025, 832), 7: Fraction(99225, 4352)}
-NEXT = {1: Fraction(3, 5), 3: Fraction(-5, 21), 5: Fraction(35, 429), 7: Fraction(-63, 2431)}  # E[r^(order + 2) K(r)] / C
+# E[r^(order + 2) K(r)] / C
+NEXT = {1: Fraction(3, 5), 3: Fraction(-5, 21), 5: Fraction(35, 429), 7: Fraction(-63, 2431)}
 MISNORMALISED = {5: (195 / 64, (35.0, -126.0, 99.0))}
 TYPO = {3: (3.75, (5.0, 0.0, -7.0))}  # 5 - 7 r^3, to which the nearest odd kernel is 5 - 7 r^4
 
@@ -57,7 +59,7 @@ def test_wrong_moments_are_rejected(wrong: dict) -> None:
         check_moments(order, *table)
 
 
-# The estimator with every radius in its place ---------------------------------------------------------------------------------------
+# The estimator with every radius in its place ---------------------------------------------------------------
 
 NODES, WEIGHTS = numpy.polynomial.legendre.leggauss(24)  # exact for polynomials of degree 47
 
@@ -83,7 +85,8 @@ def expected(estimator: zokern.Kernel, function: Callable[[float], float], eps: 
 
 
 def check_bias(order: int, estimator: zokern.Kernel) -> None:
-    """With a strong cubic term and all others up to x^(order + 2): the bias falls as eps^(order + 1), at its predicted size."""
+    """With a strong cubic term and all others up to x^(order + 2): the bias falls as eps^(order + 1), at its
+    predicted size."""
 
     def function(x: float) -> float:
         return 3.0 + x + sum(5.0 * x**power for power in range(2, order + 3))
@@ -123,7 +126,8 @@ def test_bias_cancels_to_its_order(order: int) -> None:
 
 WRONG_BIAS = {
     "195/64": (5, lambda: Printed(MISNORMALISED, order=5)), "typo": (3, lambda: Typo(len(NODES))),
-    "no cancellation": (3, lambda: zokern.Kernel(len(NODES), order=1)), "a lower order": (5, lambda: zokern.Kernel(len(NODES))),
+    "no cancellation": (3, lambda: zokern.Kernel(len(NODES), order=1)),
+    "a lower order": (5, lambda: zokern.Kernel(len(NODES))),
     "C forgotten": (3, lambda: zokern.Kernel(len(NODES), scale=2.0)),
     "not rescaled": (3, lambda: zokern.Kernel(len(NODES), width=0.5, rescale=False)),
 }  # fmt: skip
@@ -138,7 +142,8 @@ def test_a_wrong_bias_is_rejected(wrong: str) -> None:
 
 @pytest.mark.parametrize(("width", "order"), [(0.5, 3), (0.1, 5)])
 def test_a_kernel_follows_its_width(width: float, order: int) -> None:
-    """E[r K] stays C and the moments stay cancelled; as published they do not: 15 (5 d^2/3 - 7 d^4/5) for C = 4."""
+    """E[r K] stays C and the moments stay cancelled; as published they do not: 15 (5 d^2/3 - 7 d^4/5) for C =
+    4."""
     right = zokern.Kernel(len(NODES), order=order, width=width)
     published = zokern.Kernel(len(NODES), scale=4.0, width=width, rescale=False)
     assert abs(expected(right, lambda x: x, 1e-2) - 1.0) < 1e-6
@@ -148,17 +153,22 @@ def test_a_kernel_follows_its_width(width: float, order: int) -> None:
     assert abs(expected(published, lambda x: x**3, 1.0) - 15 * (width**4 - width**6)) < 1e-6
 
 
-# Radii of the stream -----------------------------------------------------------------------------------------------------------------
+# Radii of the stream ----------------------------------------------------------------------------------------
 
 
 def check_variance(order: int, estimator: zokern.Kernel) -> None:
-    """The mean of (r K)^2 over 20,000 radii of the stream is the kernel's factor, within five standard errors."""
+    """The mean of (r K)^2 over 20,000 radii of the stream is the kernel's factor, within five standard
+    errors."""
     optimizer = zokern.MeZO(weights().items(), estimator=estimator, seed=SEED)
     r, k = torch.tensor(estimator.radii(optimizer.plan()), dtype=torch.float64).unbind(1)
     squares = (r * k).square()
     error = float(squares.std()) / len(r) ** 0.5
-    assert abs(float(squares.mean()) - float(FACTORS[order])) < 5 * error, f"{squares.mean()} with an error of {error}"
-    assert abs(float((r * k).mean()) - 1.0) < 5 * float(FACTORS[order]) ** 0.5 / len(r) ** 0.5, f"E[r K] is {(r * k).mean()}"
+    assert abs(float(squares.mean()) - float(FACTORS[order])) < 5 * error, (
+        f"{squares.mean()} with an error of {error}"
+    )
+    assert abs(float((r * k).mean()) - 1.0) < 5 * float(FACTORS[order]) ** 0.5 / len(r) ** 0.5, (
+        f"E[r K] is {(r * k).mean()}"
+    )
 
 
 @pytest.mark.parametrize("order", KERNELS)
@@ -175,11 +185,14 @@ def test_a_wrong_variance_is_rejected(table: dict) -> None:
         check_variance(order, wrong)
 
 
-# A radius for each parameter, and norms ----------------------------------------------------------------------------------------------
+# A radius for each parameter, and norms ---------------------------------------------------------------------
 
 
-def by_tensor(hand: Hand, step: int, lr: float, clip: float | None = None, one: bool = False) -> list[list[float]]:
-    """The published estimator with C = 4 and K(r) = 15 r (5 - 7 r^2), r from a shrinking interval; returns each parameter's c."""
+def by_tensor(
+    hand: Hand, step: int, lr: float, clip: float | None = None, one: bool = False
+) -> list[list[float]]:
+    """The published estimator with C = 4 and K(r) = 15 r (5 - 7 r^2), r from a shrinking interval; returns
+    each parameter's c."""
     width = 1.0 / (1 + step)
     radii = {n: [width * radius_of(n if not one else NAMES[0], step, k) for k in range(3)] for n in NAMES}
     found: dict[str, list[float]] = {n: [] for n in NAMES}
@@ -198,10 +211,14 @@ def by_tensor(hand: Hand, step: int, lr: float, clip: float | None = None, one: 
     return list(found.values())
 
 
-def check_tensors(estimator: zokern.Kernel, clip: float | None = None, evaluation: str = "master", **hand_options: Any) -> None:
+def check_tensors(
+    estimator: zokern.Kernel, clip: float | None = None, evaluation: str = "master", **hand_options: Any
+) -> None:
     params = weights()
     hand, lr = Hand(params), 0.005
-    optimizer = zokern.MeZO(params.items(), lr=lr, eps=EPS, seed=SEED, evaluation=evaluation, estimator=estimator)
+    optimizer = zokern.MeZO(
+        params.items(), lr=lr, eps=EPS, seed=SEED, evaluation=evaluation, estimator=estimator
+    )
     for step in range(3):
         result = zokern.step(optimizer, lambda: loss(params))
         want = by_tensor(hand, step, lr, clip, **hand_options)
@@ -211,11 +228,15 @@ def check_tensors(estimator: zokern.Kernel, clip: float | None = None, evaluatio
         assert result.predicted_fall is None
         for name, p in params.items():
             bound = 1e-5 * (1 + lr * size) * (4 if evaluation == "inplace" else 1)
-            assert (p.double() - hand.theta[name]).abs().max() <= bound, f"step {step}: {name} is not where the formula is"
+            assert (p.double() - hand.theta[name]).abs().max() <= bound, (
+                f"step {step}: {name} is not where the formula is"
+            )
 
 
 def published(**options: Any) -> zokern.Kernel:
-    return zokern.Kernel(scale=4.0, width=lambda step: 1.0 / (1 + step), rescale=False, **{"scope": "tensor", **options})
+    return zokern.Kernel(
+        scale=4.0, width=lambda step: 1.0 / (1 + step), rescale=False, **{"scope": "tensor", **options}
+    )
 
 
 @pytest.mark.parametrize("evaluation", ["master", "paired", "scratch", "inplace", "auto"])
@@ -231,11 +252,16 @@ def test_radii_of_parameters_beside_the_product(kind: type, dtype: torch.dtype) 
     for evaluation in (zokern.Master(), at_use(kind(check=False))):
         model = tiny(dtype, width=48)
         estimator = zokern.Kernel(scale=4.0, scope="tensor")
-        optimizer = zokern.MeZO(model, lr=0.0, eps=5e-2, seed=SEED, evaluation=evaluation, estimator=estimator)
+        optimizer = zokern.MeZO(
+            model, lr=0.0, eps=5e-2, seed=SEED, evaluation=evaluation, estimator=estimator
+        )
         result = zokern.step(optimizer, lambda model=model: next_token_loss(model(batch()), batch()))
         read.append(torch.tensor(result.losses))
     spread = float((read[0][:, 0] - read[0][:, 1]).abs().max())
-    assert spread > 0.05 and float((read[0] - read[1]).abs().max()) < (1e-4 if dtype == torch.float32 else 0.15) * spread
+    assert (
+        spread > 0.05
+        and float((read[0] - read[1]).abs().max()) < (1e-4 if dtype == torch.float32 else 0.15) * spread
+    )
 
 
 def test_norms_are_clipped_parameter_by_parameter() -> None:
@@ -260,11 +286,14 @@ class Whole(zokern.Kernel):
 
 
 WRONG_TENSORS = {
-    "one radius": (lambda: published(scope="query"), {}), "one radius, in the formula": (published, {"one": True}),
+    "one radius": (lambda: published(scope="query"), {}),
+    "one radius, in the formula": (published, {"one": True}),
     "rescaled": (lambda: zokern.Kernel(scale=4.0, width=lambda step: 1.0 / (1 + step), scope="tensor"), {}),
-    "neighbour": (lambda: Neighbour(scale=4.0, width=lambda step: 1.0 / (1 + step), rescale=False, scope="tensor"), {}),
+    "neighbour": (lambda: Neighbour(scale=4.0, width=lambda step: 1.0 / (1 + step), rescale=False,
+        scope="tensor"), {}),
     "not clipped": (published, {"clip": 2.0}),
-    "clipped by one norm": (lambda: Whole(scale=4.0, width=lambda s: 1.0 / (1 + s), rescale=False, scope="tensor", clip_norm=2.0), {"clip": 2.0}),
+    "clipped by one norm": (lambda: Whole(scale=4.0, width=lambda s: 1.0 / (1 + s), rescale=False,
+        scope="tensor", clip_norm=2.0), {"clip": 2.0}),
 }  # fmt: skip
 
 
@@ -281,8 +310,13 @@ def test_norms_of_long_parameters_are_summed_by_pieces(monkeypatch: pytest.Monke
     for piece in (1 << 20, 48):
         monkeypatch.setattr(kernel, "PIECE", piece)
         params = {"a": nn.Parameter(torch.zeros(20, 16)), "b": nn.Parameter(torch.zeros(7))}
-        optimizer = zokern.MeZO(params.items(), lr=1.0, seed=SEED, evaluation="master", estimator=zokern.Kernel(clip_norm=1e-3))
-        zokern.step(optimizer, lambda params=params: params["a"].sum() + 3 * params["b"].square().sum() + params["b"][0])
+        optimizer = zokern.MeZO(
+            params.items(), lr=1.0, seed=SEED, evaluation="master", estimator=zokern.Kernel(clip_norm=1e-3)
+        )
+        zokern.step(
+            optimizer,
+            lambda params=params: params["a"].sum() + 3 * params["b"].square().sum() + params["b"][0],
+        )
         assert all(abs(float(p.detach().norm()) - 1e-3) < 1e-8 for p in params.values())
         ends.append(params)
     assert torch.allclose(ends[0]["a"], ends[1]["a"], rtol=1e-6, atol=0.0)
@@ -293,11 +327,15 @@ def test_a_low_rank_direction_with_a_radius_for_each_parameter(evaluation: str) 
     """The losses are those of the weights at the radii, and updates may wait."""
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
     x = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
-    optimizer = zokern.SubZero(model, lr=2e-2, eps=1e-2, rank=3, estimator=zokern.Kernel(scope="tensor"), evaluation=evaluation)
+    optimizer = zokern.SubZero(
+        model, lr=2e-2, eps=1e-2, rank=3, estimator=zokern.Kernel(scope="tensor"), evaluation=evaluation
+    )
     losses = [zokern.step(optimizer, lambda: (model(x) - 1.0).square().mean()).loss for _ in range(30)]
     assert losses[-1] < 0.5 * losses[0]
     with pytest.raises(ValueError, match="clip_norm is 1.0 with a low-rank direction"):
-        zokern.step(zokern.SubZero(model, estimator=zokern.Kernel(clip_norm=1.0)), lambda: model(x).square().mean())
+        zokern.step(
+            zokern.SubZero(model, estimator=zokern.Kernel(clip_norm=1.0)), lambda: model(x).square().mean()
+        )
 
 
 BAD = {

@@ -55,17 +55,23 @@ def test_noise_has_its_distribution(kind: str) -> None:
     """Mean, variance, and the share within one unit, of 2000 numbers; each query and step has its own."""
     optimizer = zokern.DPZO(Rows(), kind=kind, queries=2, seed=11)
     plan = optimizer.plan()
-    assert len(torch.cat([optimizer.estimator.draws(replace(plan, step=step)) for step in (0, 1)]).unique()) == 4
+    assert (
+        len(torch.cat([optimizer.estimator.draws(replace(plan, step=step)) for step in (0, 1)]).unique()) == 4
+    )
     many = words(torch.arange(2000), 0, 0, draw_word(0, PRIVACY), 11)
     with patch.object(Plan, "bits", lambda self, purpose, query: many[1000 * query :][:1000]):
         n = optimizer.estimator.draws(plan)
     variance, within = (1.0, math.erf(math.sqrt(0.5))) if kind == "gaussian" else (2.0, 1.0 - math.exp(-1.0))
     assert len(n.unique()) > 1990 and abs(float(n.mean())) < 5 * math.sqrt(variance / len(n))
-    assert abs(float(n.var()) / variance - 1.0) < 0.2 and abs(float((n.abs() < 1.0).double().mean()) - within) < 0.04
+    assert (
+        abs(float(n.var()) / variance - 1.0) < 0.2
+        and abs(float((n.abs() < 1.0).double().mean()) - within) < 0.04
+    )
 
 
 REFUSED: dict[str, Callable[[Rows], Any]] = {
-    "a mean": lambda model: model().mean(), "a number": lambda model: 1.0, "a matrix": lambda model: model().view(2, 5),
+    "a mean": lambda model: model().mean(), "a number": lambda model: 1.0,
+    "a matrix": lambda model: model().view(2, 5),
     "nothing": lambda model: model()[:0],
 }  # fmt: skip
 
@@ -75,7 +81,9 @@ REFUSED: dict[str, Callable[[Rows], Any]] = {
 def test_a_closure_without_a_loss_for_each_example_is_refused(what: str, evaluation: str) -> None:
     model = Rows()
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"the closure returned .*expected a tensor of shape \[examples\].*reduction='none'"):
+    with pytest.raises(
+        ValueError, match=r"the closure returned .*expected a tensor of shape \[examples\].*reduction='none'"
+    ):
         zokern.step(zokern.DPZO(model, evaluation=evaluation), lambda: REFUSED[what](model))
     assert all(same_bits(p, before[n]) for n, p in model.named_parameters())
     with pytest.raises(ValueError, match=r"a tensor of shape \(10,\); expected a scalar"):
@@ -83,7 +91,8 @@ def test_a_closure_without_a_loss_for_each_example_is_refused(what: str, evaluat
 
 
 def test_a_loss_for_each_example_goes_with_what_else_reads_losses() -> None:
-    """Blocks, the search for an lr, and the second reading of a step. Probes, which move weights, are refused (test_dizo.py)."""
+    """Blocks, the search for an lr, and the second reading of a step. Probes, which move weights, are refused
+    (test_dizo.py)."""
     for make in (
         lambda m: zokern.MeZO(m, estimator=zokern.Blockwise(zokern.Private())),
         lambda m: zokern.DPZO(m, paired_check=1),

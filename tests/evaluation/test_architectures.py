@@ -1,6 +1,7 @@
 """Architectures of many kinds: every evaluation reads the losses of hand-written weights, or refuses by name.
 
-Which pairs are refused is written nowhere: 'master' and 'auto' read all of them, and the faster ways a good share.
+Which pairs are refused is written nowhere: 'master' and 'auto' read all of them, and the faster ways a good
+share.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ def model(name: str) -> tuple[nn.Module, Callable[[], Tensor], dict[str, Tensor]
 def jittered(theta: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
     """Each weight up or down by one unit in its last place."""
     g = torch.Generator().manual_seed(seed)
-    return {n: w * (1 + 2.0**-23 * (torch.randint(0, 2, w.shape, generator=g) * 2 - 1)) for n, w in theta.items()}
+    return {
+        n: w * (1 + 2.0**-23 * (torch.randint(0, 2, w.shape, generator=g) * 2 - 1)) for n, w in theta.items()
+    }
 
 
 @functools.cache

@@ -16,7 +16,9 @@ CASES: dict[str, dict] = {
     "plain": {},
     "causal": {"is_causal": True},
     "mask of a length": {"attn_mask": torch.tril(torch.ones(LENGTH, LENGTH, dtype=torch.bool))},
-    "mask of the batch": {"attn_mask": torch.rand(BATCH, 1, LENGTH, LENGTH, generator=torch.Generator().manual_seed(1))},
+    "mask of the batch": {
+        "attn_mask": torch.rand(BATCH, 1, LENGTH, LENGTH, generator=torch.Generator().manual_seed(1))
+    },
     "scale": {"scale": 0.3},
     "grouped": {"enable_gqa": True},
 }
@@ -62,10 +64,15 @@ def test_one_call_has_the_values_of_each(case: str, monkeypatch) -> None:
     assert F.scaled_dot_product_attention is before
 
 
-@pytest.mark.parametrize("mask", [None, torch.randn(LENGTH, LENGTH, generator=torch.Generator().manual_seed(1))])
+@pytest.mark.parametrize(
+    "mask", [None, torch.randn(LENGTH, LENGTH, generator=torch.Generator().manual_seed(1))]
+)
 def test_autocast_is_applied(mask: Tensor | None) -> None:
     """Under torch.vmap as outside of it: operands of several dtypes are multiplied in the autocast one."""
-    q, v = torch.randn(SIDES, BATCH, HEADS, LENGTH, WIDTH), torch.randn(SIDES, BATCH, HEADS, LENGTH, WIDTH).bfloat16()
+    q, v = (
+        torch.randn(SIDES, BATCH, HEADS, LENGTH, WIDTH),
+        torch.randn(SIDES, BATCH, HEADS, LENGTH, WIDTH).bfloat16(),
+    )
 
     def run(q: Tensor, v: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -73,7 +80,9 @@ def test_autocast_is_applied(mask: Tensor | None) -> None:
 
     with attention.folding():
         found = torch.vmap(run)(q, v)
-    assert torch.equal(found, torch.stack([run(*side) for side in zip(q, v)])) and found.dtype == torch.bfloat16
+    assert (
+        torch.equal(found, torch.stack([run(*side) for side in zip(q, v)])) and found.dtype == torch.bfloat16
+    )
 
 
 def test_check_rejects_sides_that_share_keys(monkeypatch) -> None:

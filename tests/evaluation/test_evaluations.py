@@ -1,4 +1,5 @@
-"""What every evaluation promises: the same losses, and everything as it was. Wrong evaluations are rejected by each check."""
+"""What every evaluation promises: the same losses, and everything as it was. Wrong evaluations are rejected
+by each check."""
 
 from __future__ import annotations
 
@@ -29,19 +30,22 @@ from zokern.gemm import lowrank
 
 IDS = models.batch()
 WAYS: dict[str, Callable] = {
-    "master": zokern.Master, "paired": lambda: zokern.Paired(check=False), "scratch": lambda: zokern.Scratch(check=False),
+    "master": zokern.Master, "paired": lambda: zokern.Paired(check=False),
+    "scratch": lambda: zokern.Scratch(check=False),
     "inplace": zokern.InPlace,
 }  # fmt: skip
 FAST = ("paired", "scratch")
 DIRECTIONS: dict[str, Callable] = {
     "dense": zokern.MeZO, "rademacher": lambda model, **o: zokern.MeZO(model, direction="rademacher", **o),
-    **{name: METHODS[name] for name in ("subzero", "subzero_adapters", "lozo", "tezo", "pgap", "right_drawn", "both_drawn")},
+    **{name: METHODS[name] for name in ("subzero", "subzero_adapters", "lozo", "tezo", "pgap", "right_drawn",
+        "both_drawn")},
 }  # fmt: skip
-BOUNDS = {torch.float32: 4e-6, torch.bfloat16: 2.0**-6}  # relative: sums in another order; bfloat16 results, rounded anew
+# relative: sums in another order; bfloat16 results, rounded anew
+BOUNDS = {torch.float32: 4e-6, torch.bfloat16: 2.0**-6}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-# The same losses ----------------------------------------------------------------------------------------------------------------------
+# The same losses --------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -62,7 +66,9 @@ def large(join: int | None = None) -> Iterator[None]:
         yield
 
 
-def losses(make: Callable, evaluation: object, model: nn.Module, closure: Callable, **options) -> zokern.StepResult:
+def losses(
+    make: Callable, evaluation: object, model: nn.Module, closure: Callable, **options
+) -> zokern.StepResult:
     options = {"eps": 2e-2, "seed": 7, "lr": 0.0, "force": True, **options}
     with warnings.catch_warnings():
         warnings.filterwarnings(
@@ -74,7 +80,8 @@ def losses(make: Callable, evaluation: object, model: nn.Module, closure: Callab
 def check_losses(
     model: nn.Module, closure: Callable, evaluation: object, make=zokern.MeZO, bound: float = 4e-6, **options
 ) -> zokern.StepResult:
-    """The losses of 'master' within the bound, which tells the sides apart; no bit of a weight has changed."""
+    """The losses of 'master' within the bound, which tells the sides apart; no bit of a weight has
+    changed."""
     before = snapshot(model)
     right = losses(make, "master", model, closure, **options)
     found = losses(make, evaluation, model, closure, **options)
@@ -88,7 +95,9 @@ def check_losses(
     return found
 
 
-def of_architecture(name: str, dtype: torch.dtype = torch.float32, train: bool = True) -> tuple[nn.Module, Callable]:
+def of_architecture(
+    name: str, dtype: torch.dtype = torch.float32, train: bool = True
+) -> tuple[nn.Module, Callable]:
     model, inputs = build(models.ARCHITECTURES[name], dtype).train(train), models.inputs(name)
     if dtype == torch.float32:
         return model, lambda: model(**inputs).loss
@@ -111,8 +120,10 @@ def test_losses_of_an_architecture(name: str, way: str, dtype: torch.dtype, both
 OPTIONS = [
     {"queries": 3}, {"queries": 3, "join": 0}, {"queries": 2, "stencil": "forward"},
     {"queries": 3, "way": lambda: zokern.Paired(sides=2, check=False)},
-    {"queries": 3, "stencil": "forward", "way": lambda: zokern.Paired(sides=3, check=False)}, {"way": lambda: zokern.Paired(1 << 20, check=False)},
-    {"way": WAYS["scratch"]}, {"queries": 2, "stencil": "forward", "way": WAYS["scratch"]}, {"queries": 2, "way": zokern.InPlace, "bound": 2e-5},
+    {"queries": 3, "stencil": "forward", "way": lambda: zokern.Paired(sides=3, check=False)},
+    {"way": lambda: zokern.Paired(1 << 20, check=False)},
+    {"way": WAYS["scratch"]}, {"queries": 2, "stencil": "forward", "way": WAYS["scratch"]},
+    {"queries": 2, "way": zokern.InPlace, "bound": 2e-5},
 ]  # fmt: skip
 
 
@@ -154,13 +165,21 @@ def test_losses_with_dropout_and_autocast(way: str) -> None:
 @pytest.mark.parametrize("way", FAST)
 @pytest.mark.parametrize("direction", ["subzero", "lozo", "tezo", "pgap", "right_drawn"])
 def test_deferred_updates_are_read(direction: str, way: str) -> None:
-    """With weight decay and updates deferred, the sides still read theta: the losses of a run that writes at once, to rounding."""
+    """With weight decay and updates deferred, the sides still read theta: the losses of a run that writes at
+    once, to rounding."""
     ends = []
     for defer in (True, False):
         model, closure = of_architecture("opt")
         with large():
             optimizer = DIRECTIONS[direction](
-                model, lr=3e-3, weight_decay=1.0, seed=2, queries=2, evaluation=WAYS[way](), eps=1e-2, defer=defer
+                model,
+                lr=3e-3,
+                weight_decay=1.0,
+                seed=2,
+                queries=2,
+                evaluation=WAYS[way](),
+                eps=1e-2,
+                defer=defer,
             )
             ends.append([zokern.step(optimizer, closure).losses for _ in range(2)])
             assert optimizer.pending == defer
@@ -178,15 +197,19 @@ def test_the_closure_is_called_once_for_all_sides() -> None:
         calls.clear()
         zokern.step(optimizer, closure)
     assert len(calls) == 1
-    optimizer = zokern.PGAP(model, rank=4, probes=5, interval=2, evaluation=zokern.Paired(sides=2, check=False))
+    optimizer = zokern.PGAP(
+        model, rank=4, probes=5, interval=2, evaluation=zokern.Paired(sides=2, check=False)
+    )
     seen = []
     for _ in range(3):
         zokern.step(optimizer, lambda: (seen.append(model.up.weight + 0), closure())[1])
-    sizes = {torch._C._functorch.get_unwrapped(w).shape[0] for w in seen if torch._C._functorch.is_batchedtensor(w)}
+    sizes = {
+        torch._C._functorch.get_unwrapped(w).shape[0] for w in seen if torch._C._functorch.is_batchedtensor(w)
+    }
     assert sizes <= {1, 2}, "more sides live at once than were allowed"
 
 
-# Models that only real parameters serve ------------------------------------------------------------------------------------------------
+# Models that only real parameters serve ---------------------------------------------------------------------
 
 
 class Doubled(torch.autograd.Function):
@@ -220,7 +243,10 @@ def custom() -> tuple[nn.Module, Callable]:
 def functional() -> tuple[nn.Module, Callable]:
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
     model = build(lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)))
-    return model, lambda: torch.func.functional_call(model, dict(model.named_parameters()), (x,)).square().mean()
+    return (
+        model,
+        lambda: torch.func.functional_call(model, dict(model.named_parameters()), (x,)).square().mean(),
+    )
 
 
 def generating() -> tuple[nn.Module, Callable]:
@@ -229,7 +255,12 @@ def generating() -> tuple[nn.Module, Callable]:
 
     def closure() -> Tensor:
         out = model.generate(
-            prompt, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_scores=True, pad_token_id=0
+            prompt,
+            max_new_tokens=4,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_scores=True,
+            pad_token_id=0,
         )
         return torch.stack(out.scores).float().logsumexp(-1).mean()
 
@@ -303,7 +334,7 @@ def test_a_compiled_model_stays_compiled(way: str) -> None:
     assert len(made) == graphs
 
 
-# Nothing moves ---------------------------------------------------------------------------------------------------------------------------
+# Nothing moves ----------------------------------------------------------------------------------------------
 
 STAYS = [
     *itertools.product(["auto", "master", "paired", "scratch"], DTYPES, ["nearest"]),
@@ -312,8 +343,11 @@ STAYS = [
 ]  # fmt: skip
 
 
-def check_stays(evaluation: object, dtype: torch.dtype, rounding: str, steps: int, make: Callable = zokern.MeZO) -> None:
-    """Steps at lr = 0 with weight decay: no bit of a weight has changed; in place, as many roundings as there were moves."""
+def check_stays(
+    evaluation: object, dtype: torch.dtype, rounding: str, steps: int, make: Callable = zokern.MeZO
+) -> None:
+    """Steps at lr = 0 with weight decay: no bit of a weight has changed; in place, as many roundings as there
+    were moves."""
     model = build(lambda: nn.Sequential(nn.Embedding(5, 6), nn.LayerNorm(6), nn.Linear(6, 2)), dtype)
     with torch.no_grad():  # of the size that language models have, so that eps is not below an ulp
         model[2].weight.mul_(0.05)
@@ -342,7 +376,8 @@ def test_steps_of_nothing_of_a_low_rank_method(method: str, evaluation: str) -> 
 
 
 class Messy(nn.Module):
-    """Leaves in itself what it computed: attributes of every kind, buffers that are written, filled and registered."""
+    """Leaves in itself what it computed: attributes of every kind, buffers that are written, filled and
+    registered."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -368,7 +403,8 @@ class Messy(nn.Module):
 def everything(model: nn.Module) -> dict:
     """All that a step must leave alone, beside the weights."""
     state = {
-        "torch": torch.get_rng_state().tolist(), "random": random.getstate(), "numpy": np.random.get_state()[1].tolist(),
+        "torch": torch.get_rng_state().tolist(), "random": random.getstate(),
+        "numpy": np.random.get_state()[1].tolist(),
         "grad": torch.is_grad_enabled(), "modes": torch.overrides._get_current_function_mode_stack(),
     }  # fmt: skip
     for name, module in model.named_modules():
@@ -377,7 +413,9 @@ def everything(model: nn.Module) -> dict:
             k: (id(v), list(v) if isinstance(v, (list, dict)) else v if isinstance(v, (int, bool)) else 0)
             for k, v in own.items()
         }
-        state[name + " buffers"] = [(k, id(b), None if b is None else b.tolist()) for k, b in module._buffers.items()]
+        state[name + " buffers"] = [
+            (k, id(b), None if b is None else b.tolist()) for k, b in module._buffers.items()
+        ]
         state[name + " hidden"] = set(module._non_persistent_buffers_set)
         state[name + " parameters"] = [
             (k, id(p), p.data_ptr(), p.requires_grad) for k, p in module._parameters.items() if p is not None
@@ -387,7 +425,8 @@ def everything(model: nn.Module) -> dict:
 
 
 def check_untouched(evaluation: object) -> None:
-    """Weights, streams, flags, buffers, attributes and the tree are as before; both sides see the same random numbers."""
+    """Weights, streams, flags, buffers, attributes and the tree are as before; both sides see the same random
+    numbers."""
     model, x = build(Messy), torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
     optimizer = zokern.MeZO(model, lr=0.0, evaluation=evaluation)
     before, around = snapshot(model), everything(model)
@@ -396,9 +435,14 @@ def check_untouched(evaluation: object) -> None:
         for _ in range(3):
             result = zokern.step(
                 optimizer,
-                lambda: (model.eval() if result_is_mapped(evaluation) else model.train(), model(x).square().mean())[1],
+                lambda: (
+                    model.eval() if result_is_mapped(evaluation) else model.train(),
+                    model(x).square().mean(),
+                )[1],
             )
-            assert everything(model) == around, f"changed: {[k for k, v in everything(model).items() if around.get(k) != v]}"
+            assert everything(model) == around, (
+                f"changed: {[k for k, v in everything(model).items() if around.get(k) != v]}"
+            )
     if result.evaluation != "inplace":
         assert changed(model, before) == []
 
@@ -412,14 +456,24 @@ def test_everything_is_as_before(evaluation: str) -> None:
     check_untouched(evaluation)
 
 
-# Resume ----------------------------------------------------------------------------------------------------------------------------------
+# Resume -----------------------------------------------------------------------------------------------------
 
-RULES = {"sgd": dict, "momentum": lambda: {"rule": zokern.Momentum(0.9)}, "adam": lambda: {"rule": zokern.Adam()}}
-OWN = {("LOZO", "momentum"): {"momentum": 0.6}, ("TeZO", "momentum"): {"rule": "momentum"}, ("TeZO", "adam"): {"rule": "adam"}}
+RULES = {
+    "sgd": dict,
+    "momentum": lambda: {"rule": zokern.Momentum(0.9)},
+    "adam": lambda: {"rule": zokern.Adam()},
+}
+OWN = {
+    ("LOZO", "momentum"): {"momentum": 0.6},
+    ("TeZO", "momentum"): {"rule": "momentum"},
+    ("TeZO", "adam"): {"rule": "adam"},
+}
 RUNS = {
     "MeZO": lambda m, **o: zokern.MeZO(m, **o), "FZOO": lambda m, **o: zokern.FZOO(m, **{"queries": 2, **o}),
-    "SubZero": lambda m, **o: zokern.SubZero(m, rank=2, interval=4, **o), "LOZO": lambda m, **o: zokern.LOZO(m, rank=2, interval=4, **o),
-    "TeZO": lambda m, **o: zokern.TeZO(m, rank=2, **o), "PGAP": lambda m, **o: zokern.PGAP(m, rank=2, interval=4, probes=2, **o),
+    "SubZero": lambda m, **o: zokern.SubZero(m, rank=2, interval=4, **o), "LOZO": lambda m,
+    **o: zokern.LOZO(m, rank=2, interval=4, **o),
+    "TeZO": lambda m, **o: zokern.TeZO(m, rank=2, **o), "PGAP": lambda m,
+    **o: zokern.PGAP(m, rank=2, interval=4, probes=2, **o),
 }  # fmt: skip
 
 
@@ -460,7 +514,11 @@ def run(
                     model[0].weight.requires_grad_(False)
         zokern.step(optimizer, closure)
     optimizer.flush()
-    low = {f"low {n}": v["residual"] for n, p in model.named_parameters() if "residual" in (v := optimizer.state[p])}
+    low = {
+        f"low {n}": v["residual"]
+        for n, p in model.named_parameters()
+        if "residual" in (v := optimizer.state[p])
+    }
     return {**snapshot(model), **low}
 
 
@@ -472,26 +530,33 @@ def test_resume_has_the_bits_of_the_run_that_went_on(method: str, evaluation: st
     wrong = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for rule, rounding, freeze in itertools.product(rules, ("nearest", "stochastic", "residual"), (False, True)):
-            went, resumed = (run(method, rule, rounding, evaluation, freeze, resumes) for resumes in (False, True))
+        for rule, rounding, freeze in itertools.product(
+            rules, ("nearest", "stochastic", "residual"), (False, True)
+        ):
+            went, resumed = (
+                run(method, rule, rounding, evaluation, freeze, resumes) for resumes in (False, True)
+            )
             if not all(same_bits(went[n], resumed[n]) for n in went):
                 wrong.append((rule, rounding, freeze))
     assert wrong == []
 
 
-# Master ------------------------------------------------------------------------------------------------------------------------------------
+# Master -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("after", [1, 2])
 @pytest.mark.parametrize("method", RUNS)
 def test_resume_before_auto_has_chosen(method: str, after: int) -> None:
     """The choice is made from what the first step saw, also by the run that resumes after it."""
-    went, resumed = (run(method, "sgd", "nearest", "auto", False, resumes, after) for resumes in (False, True))
+    went, resumed = (
+        run(method, "sgd", "nearest", "auto", False, resumes, after) for resumes in (False, True)
+    )
     assert all(same_bits(went[n], resumed[n]) for n in went)
     if after == 1 and method not in ("MeZO", "FZOO"):  # whose losses have the same bits in both ways here
         with patch.object(zokern.Auto, "state", {}):
             assert not all(
-                same_bits(went[n], value) for n, value in run(method, "sgd", "nearest", "auto", False, True, after).items()
+                same_bits(went[n], value)
+                for n, value in run(method, "sgd", "nearest", "auto", False, True, after).items()
             )
 
 
@@ -525,7 +590,9 @@ def test_frozen_weights_that_are_repacked_are_named_and_not_damaged(evaluation: 
 def test_master_holds_one_copy() -> None:
     """By its record; test_step.py measures it."""
     model = tiny()
-    result = zokern.step(zokern.MeZO(model, lr=0.0, evaluation="master"), lambda: next_token_loss(model(IDS), IDS))
+    result = zokern.step(
+        zokern.MeZO(model, lr=0.0, evaluation="master"), lambda: next_token_loss(model(IDS), IDS)
+    )
     assert result.scratch_bytes == sum(p.nbytes for p in model.parameters())
 
 
@@ -537,7 +604,9 @@ def test_the_copy_of_a_comparison_is_let_go(way: str) -> None:
 
     def held() -> int:
         mine = [t for t in gc.get_objects() if type(t) in (Tensor, nn.Parameter) and t.shape == (299, 301)]
-        return len({t.untyped_storage().data_ptr() for t in mine if t.untyped_storage().nbytes() == 4 * 299 * 301})
+        return len(
+            {t.untyped_storage().data_ptr() for t in mine if t.untyped_storage().nbytes() == 4 * 299 * 301}
+        )
 
     optimizer = zokern.MeZO(model, lr=0.0, evaluation=way)
     counts = []
@@ -551,7 +620,8 @@ def test_the_copy_of_a_comparison_is_let_go(way: str) -> None:
 @pytest.mark.parametrize("method", ["MeZO", "SubZero", "LOZO"])
 @pytest.mark.parametrize("way", [zokern.Scratch, zokern.Paired])
 def test_low_bits_are_read_at_every_point(way: type, method: str, size: tuple[int, int]) -> None:
-    """Under rounding='residual' a whole copy and looked-up rows have the bits that 'master' writes: at theta, along one draw and two."""
+    """Under rounding='residual' a whole copy and looked-up rows have the bits that 'master' writes: at theta,
+    along one draw and two."""
     weight = nn.Parameter(torch.linspace(-0.3, 0.4, size[0] * size[1]).view(size).bfloat16())
     probe, rows = torch.rand(size, dtype=torch.float64), torch.tensor([3, 0, 17, 3])
 
@@ -592,7 +662,9 @@ def swallowed(rounding: str) -> tuple[zokern.StepResult, Tensor, Tensor, list[Te
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        result = zokern.step(optimizer, lambda: (seen.append(weight.detach().float().clone()), weight.float().sum())[1])
+        result = zokern.step(
+            optimizer, lambda: (seen.append(weight.detach().float().clone()), weight.float().sum())[1]
+        )
     return result, zokern.draw("normal", (20, 25), seed=4, who="w", step=0), before, seen
 
 
@@ -621,11 +693,12 @@ def test_stochastic_copies_keep_small_perturbations() -> None:
     print(f"share of the perturbation that arrives: {kept}, of one side {alone:.2f}")
 
 
-# Auto and trust ----------------------------------------------------------------------------------------------------------------------------
+# Auto and trust ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method, rows, chosen", [
-    ("MeZO", 2, "paired"), ("MeZO", 513, "scratch"), ("SubZero", 256, "paired"), ("SubZero", 257, "scratch"), ("LOZO", 257, "scratch"),
+    ("MeZO", 2, "paired"), ("MeZO", 513, "scratch"), ("SubZero", 256, "paired"), ("SubZero", 257, "scratch"),
+    ("LOZO", 257, "scratch"),
     ("PGAP", 256, "paired"), ("PGAP", 257, "scratch"),
 ])  # fmt: skip
 def test_auto_chooses_by_rows(method: str, rows: int, chosen: str) -> None:
@@ -638,7 +711,9 @@ def test_auto_chooses_by_rows(method: str, rows: int, chosen: str) -> None:
     assert [r.evaluation for r in results] == ["master", chosen, chosen] and f"{rows} rows" in results[1].why
     other = make(model, lr=0.0, seed=2, **({"probes": 2} if method == "PGAP" else {}))
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert zokern.step(other, closure).evaluation == chosen, "a resumed run reads as the run that it continues"
+    assert zokern.step(other, closure).evaluation == chosen, (
+        "a resumed run reads as the run that it continues"
+    )
 
 
 def test_auto_goes_on_with_another_way_and_one_warning() -> None:
@@ -648,7 +723,9 @@ def test_auto_goes_on_with_another_way_and_one_warning() -> None:
     zokern.step(optimizer, closure)
     with pytest.warns(RuntimeWarning, match="read by evaluation 'scratch' .*'paired': ") as caught:
         records = [zokern.step(optimizer, closure) for _ in range(3)]
-    assert {r.evaluation for r in records} == {"scratch"} and len(caught) == 1 and caught[0].filename == __file__
+    assert (
+        {r.evaluation for r in records} == {"scratch"} and len(caught) == 1 and caught[0].filename == __file__
+    )
 
 
 @pytest.mark.parametrize("change", ["flags", "rows"])
@@ -662,7 +739,9 @@ def test_other_flags_and_larger_inputs_are_compared_again(way: str, change: str)
     def closure() -> Tensor:
         x = long if change == "rows" and where == "new" else short
         wrong = model.training if change == "flags" else len(x) > 2
-        return (F.linear(x, kept, model[0].bias) if wrong else model[0](x)).square().mean() + 0 * model(x).mean()
+        return (F.linear(x, kept, model[0].bias) if wrong else model[0](x)).square().mean() + 0 * model(
+            x
+        ).mean()
 
     optimizer, where = zokern.MeZO(model, lr=0.0, eps=1e-2, evaluation=way), "old"
     model.eval()
@@ -674,7 +753,7 @@ def test_other_flags_and_larger_inputs_are_compared_again(way: str, change: str)
         zokern.step(optimizer, closure)
 
 
-# Wrong evaluations -------------------------------------------------------------------------------------------------------------------------
+# Wrong evaluations ------------------------------------------------------------------------------------------
 
 
 class Wrong:
@@ -723,12 +802,14 @@ def same_losses(evaluation: object) -> None:
 
 
 CHECKS: dict[str, Callable] = {
-    "losses": same_losses, "untouched": check_untouched, "stays": lambda e: check_stays(e, torch.bfloat16, "nearest", 5),
+    "losses": same_losses, "untouched": check_untouched,
+    "stays": lambda e: check_stays(e, torch.bfloat16, "nearest", 5),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("how, check", [
-    ("sides", "losses"), ("one parameter", "losses"), ("weight", "losses"), ("weight", "stays"), ("weight", "untouched"),
+    ("sides", "losses"), ("one parameter", "losses"), ("weight", "losses"), ("weight", "stays"),
+    ("weight", "untouched"),
     ("buffer", "untouched"), ("attribute", "untouched"), ("random", "untouched"), ("flag", "untouched"),
 ])  # fmt: skip
 def test_wrong_evaluations_are_rejected(how: str, check: str) -> None:
@@ -755,14 +836,16 @@ def test_trust_rejects_a_wrong_reading_and_cannot_be_passed_by(how: str) -> None
         same_losses(Fast(check=False))
 
 
-# Objective -----------------------------------------------------------------------------------------------------------------------------------
+# Objective --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("withhold", ["labels", ("labels",)])
 def test_an_objective_is_the_closure(withhold: str | tuple[str, ...]) -> None:
     model, inputs = build(models.llama).eval(), models.inputs("llama")
     seen = []
-    hook = model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(sorted(kwargs)), with_kwargs=True)
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(sorted(kwargs)), with_kwargs=True
+    )
     objective = zokern.Objective(
         model, inputs, lambda out, batch: next_token_loss(out.logits, batch["labels"]), withhold=withhold
     )

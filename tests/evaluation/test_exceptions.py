@@ -70,7 +70,9 @@ def state(model: nn.Module) -> dict:
         "tree": [(name, id(module)) for name, module in model.named_modules()],
         "parameters": [(name, id(p), p.data_ptr(), p.requires_grad) for name, p in model.named_parameters()],
         "buffers": [(name, id(b), b.data_ptr()) for name, b in model.named_buffers()],
-        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks), m.forward.__func__) for m in model.modules()],
+        "hooks": [
+            (len(m._forward_hooks), len(m._forward_pre_hooks), m.forward.__func__) for m in model.modules()
+        ],
         "modes": torch.overrides._get_current_function_mode_stack(),
         "grad": torch.is_grad_enabled(),
     }
@@ -78,9 +80,13 @@ def state(model: nn.Module) -> dict:
 
 ERRORS = [RuntimeError, KeyboardInterrupt, SystemExit, torch.OutOfMemoryError]
 WHERE = [
-    (name, when, side) for name, _ in build(Transformer).named_modules() for when in ("before", "after") for side in (0, 1)
+    (name, when, side)
+    for name, _ in build(Transformer).named_modules()
+    for when in ("before", "after")
+    for side in (0, 1)
 ]
-assert len(WHERE) * len(ERRORS) < 500  # the rest are raised by the closure itself: before, between and after its forwards
+# the rest are raised by the closure itself: before, between and after its forwards
+assert len(WHERE) * len(ERRORS) < 500
 
 
 def raise_everywhere(evaluation, per_error: int, dtype: torch.dtype = torch.float32, make=zokern.MeZO) -> int:
@@ -97,7 +103,9 @@ def raise_everywhere(evaluation, per_error: int, dtype: torch.dtype = torch.floa
     for error in ERRORS:
         for place in range(per_error):
             name, when, side = (
-                WHERE[place] if place < len(WHERE) else ("closure", ("before", "after")[place % 2], place // 2 % 2)
+                WHERE[place]
+                if place < len(WHERE)
+                else ("closure", ("before", "after")[place % 2], place // 2 % 2)
             )
             side = 0 if together else side  # both are read in one call
             calls, armed = [], []
@@ -122,7 +130,11 @@ def raise_everywhere(evaluation, per_error: int, dtype: torch.dtype = torch.floa
             hook = None
             if name != "closure":
                 module = modules[name]
-                hook = module.register_forward_pre_hook(fire) if when == "before" else module.register_forward_hook(fire)
+                hook = (
+                    module.register_forward_pre_hook(fire)
+                    if when == "before"
+                    else module.register_forward_hook(fire)
+                )
             around = state(model)
             with pytest.raises(error):
                 zokern.step(optimizer, closure)
@@ -145,7 +157,9 @@ def raise_everywhere(evaluation, per_error: int, dtype: torch.dtype = torch.floa
     ("evaluation", "dtype"),
     [
         ("inplace", torch.float32),  # by arithmetic; in 16 bits it drifts
-        *itertools.product(["auto", "master", "paired", "scratch"], [torch.float32, torch.bfloat16, torch.float16]),
+        *itertools.product(
+            ["auto", "master", "paired", "scratch"], [torch.float32, torch.bfloat16, torch.float16]
+        ),
     ],
 )
 def test_exceptions_leave_no_trace(evaluation: str, dtype: torch.dtype) -> None:
@@ -176,9 +190,15 @@ class StaysMoved:
 
 def test_missing_restore_is_rejected() -> None:
     """Without each of the things that a step puts back, the check above fails."""
-    with patch.object(rng, "preserved", contextlib.nullcontext), pytest.raises(AssertionError, match="torch changed"):
+    with (
+        patch.object(rng, "preserved", contextlib.nullcontext),
+        pytest.raises(AssertionError, match="torch changed"),
+    ):
         raise_everywhere("scratch", 1)
-    with patch.object(Isolation, "_put_back", lambda self: None), pytest.raises((AssertionError, AttributeError)):
+    with (
+        patch.object(Isolation, "_put_back", lambda self: None),
+        pytest.raises((AssertionError, AttributeError)),
+    ):
         raise_everywhere("scratch", len(WHERE) + 2)
     with pytest.raises(AssertionError, match="weight"):
         raise_everywhere(StaysMoved(), 1)

@@ -1,4 +1,5 @@
-"""Forward mode: slopes against back-propagation, what a reading leaves behind, what it takes, and what is refused."""
+"""Forward mode: slopes against back-propagation, what a reading leaves behind, what it takes, and what is
+refused."""
 
 from __future__ import annotations
 
@@ -47,7 +48,11 @@ def of_two_objects() -> tuple[nn.Module, Callable]:
 
 
 def of_norms() -> tuple[nn.Module, Callable]:
-    model = build(lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 4)))
+    model = build(
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 4)
+        )
+    )
     x = torch.randn(5, 2, 6, 6, generator=torch.Generator().manual_seed(1))
     return model, lambda: F.cross_entropy(model(x), torch.arange(5) % 4)
 
@@ -63,7 +68,8 @@ def of_strides() -> tuple[nn.Module, Callable]:
 
 
 MODELS: dict[str, Callable[[], tuple[nn.Module, Callable]]] = {
-    "tiny": of_tiny, "tied": partial(of_tiny, tied=True), "two objects": of_two_objects, "dropout": partial(of_tiny, dropout=0.5),
+    "tiny": of_tiny, "tied": partial(of_tiny, tied=True), "two objects": of_two_objects,
+    "dropout": partial(of_tiny, dropout=0.5),
     "batch norm": of_norms, "strides": of_strides, "lora": models.lora,
     **{name: partial(of_architecture, name) for name in ("llama", "gpt2", "bert", "t5")},
 }  # fmt: skip
@@ -81,13 +87,17 @@ def check_slopes(case: str, queries: int = 2, evaluation: Any = "jvp", **options
     """c_k is <gradient, z_k>, to rounding of the forward pass; nothing has changed."""
     model, closure = MODELS[case]()
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    owners = {name: next(n for n, q in params.items() if q.data_ptr() == p.data_ptr()) for name, p in params.items()}
+    owners = {
+        name: next(n for n, q in params.items() if q.data_ptr() == p.data_ptr()) for name, p in params.items()
+    }
     with torch.no_grad():
         before = snapshot(model)
     gradient = gradients(closure, params)
     for name, t in before.items():  # back-propagation has moved running statistics
         dict([*model.named_parameters(), *model.named_buffers()])[name].data.copy_(t)
-    optimizer = zokern.FGD(model, lr=0.0, queries=queries, seed=SEED, evaluation=evaluation, paired_check=None, **options)
+    optimizer = zokern.FGD(
+        model, lr=0.0, queries=queries, seed=SEED, evaluation=evaluation, paired_check=None, **options
+    )
     result = zokern.step(optimizer, closure)
     assert changed(model, before) == [] and all(p.grad is None for p in params.values())
     assert result.evaluation == "jvp"
@@ -154,7 +164,8 @@ class Unseeded(zokern.Jvp):
 
 
 WRONG_SLOPES = {
-    "equal tangents": ("tiny", EqualTangents), "next step": ("tiny", NextStep), "a parameter less": ("llama", FirstGroup),
+    "equal tangents": ("tiny", EqualTangents), "next step": ("tiny", NextStep),
+    "a parameter less": ("llama", FirstGroup),
     "differences": ("tiny", Differences), "other masks": ("dropout", Unseeded),
 }  # fmt: skip
 
@@ -186,17 +197,21 @@ def test_a_reading_needs_its_contexts(mistake: str) -> None:
     def nothing(*_: Any) -> Iterator[None]:
         yield
 
-    with patch.object(jvp, "sdpa_kernel", nothing), pytest.raises(zokern.Refused, match="attn_implementation='eager'"):
+    with (
+        patch.object(jvp, "sdpa_kernel", nothing),
+        pytest.raises(zokern.Refused, match="attn_implementation='eager'"),
+    ):
         check_slopes("llama")
 
 
-# 16-bit weights -------------------------------------------------------------------------------------------------------------------
+# 16-bit weights ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("direction", ["normal", Subspace(3, 3)], ids=["dense", "subspace"])
 def test_16_bit_tangents_lie_along_the_update(dtype: torch.dtype, direction: Any) -> None:
-    """Tangents have the weights' dtype, z of the update has float32: the cosine of the two is above 0.9999."""
+    """Tangents have the weights' dtype, z of the update has float32: the cosine of the two is above
+    0.9999."""
     model, closure = of_tiny(dtype=dtype, width=16)
     optimizer = zokern.FGD(model, lr=1e-3, seed=SEED, direction=direction)
     tangents: dict[str, Tensor] = {}
@@ -217,7 +232,7 @@ def test_16_bit_tangents_lie_along_the_update(dtype: torch.dtype, direction: Any
             assert F.cosine_similarity(tangent.double().flatten(), wrong, 0) > 0.9999
 
 
-# What a reading leaves behind -----------------------------------------------------------------------------------------------------
+# What a reading leaves behind -------------------------------------------------------------------------------
 
 
 class Keeps(nn.Module):
@@ -281,7 +296,8 @@ def test_lr_0_changes_no_bit(rounding: str) -> None:
 
 
 def test_deferred_updates_are_in_what_a_slope_is_read_of() -> None:
-    """After a check by 'paired' the updates of a low-rank direction are deferred; slopes are those of theta all the same."""
+    """After a check by 'paired' the updates of a low-rank direction are deferred; slopes are those of theta
+    all the same."""
     check_method("FGD", steps=7, direction=Subspace(3, 50), paired_check=2)
 
 
@@ -293,7 +309,10 @@ def test_equal_losses_are_not_dead_and_slopes_of_0_are() -> None:
     for _ in range(5):
         zokern.step(optimizer, lambda: model(x).sum())
     flat = zokern.FGD(model, lr=0.0, dead_limit=3)
-    with pytest.raises(RuntimeError, match="equal 3 steps in a row"), pytest.warns(RuntimeWarning, match="equal 3 steps"):
+    with (
+        pytest.raises(RuntimeError, match="equal 3 steps in a row"),
+        pytest.warns(RuntimeWarning, match="equal 3 steps"),
+    ):
         for _ in range(5):
             zokern.step(flat, lambda: (model(x) * 0.0).sum())
 
@@ -303,7 +322,9 @@ def test_the_fall_that_is_predicted_happens() -> None:
     optimizer = zokern.FGD(model, lr=1e-4, queries=4, seed=2)
     result = zokern.step(optimizer, closure)
     fell = result.loss - float(closure())
-    assert result.predicted_fall > 0.0 and abs(fell - result.predicted_fall) < 0.1 * result.predicted_fall + 2e-6
+    assert (
+        result.predicted_fall > 0.0 and abs(fell - result.predicted_fall) < 0.1 * result.predicted_fall + 2e-6
+    )
 
 
 def test_it_learns() -> None:
@@ -316,11 +337,13 @@ def test_it_learns() -> None:
         return losses[0] - sum(losses[-5:]) / 5
 
     assert fall(25) > 0.04
-    with replaced(zokern.Jvp, "slopes", lambda right, *rest: (lambda losses, slopes: (losses, -slopes))(*right(*rest))):
+    with replaced(
+        zokern.Jvp, "slopes", lambda right, *rest: (lambda losses, slopes: (losses, -slopes))(*right(*rest))
+    ):
         assert fall(12) < 0.0
 
 
-# What it cannot read --------------------------------------------------------------------------------------------------------------
+# What it cannot read ----------------------------------------------------------------------------------------
 
 
 class Doubled(torch.autograd.Function):
@@ -343,7 +366,8 @@ X = torch.ones(2, 3, 4)
 REFUSED: dict[str, tuple[nn.Module, Callable, str]] = {
     "lstm": (LSTM := nn.LSTM(4, 4), lambda: LSTM(X)[0].sum(), "mkldnn_rnn_layer|rnn"),
     "function": (LINEAR, lambda: Doubled.apply(LINEAR(X)).sum(), "jvp function for custom autograd.Function"),
-    "operator": (LINEAR, lambda: doubled(LINEAR(X)).sum(), "operator zokern_tests.doubled.default drops the derivative"),
+    "operator": (LINEAR, lambda: doubled(LINEAR(X)).sum(),
+        "operator zokern_tests.doubled.default drops the derivative"),
     "number": (LINEAR, lambda: LINEAR(X).sum().item(), "no derivative by a trained parameter"),
     "count": (LINEAR, lambda: (LINEAR(X) > 0).sum(), "no derivative by a trained parameter"),
     "detached": (LINEAR, lambda: LINEAR(X).detach().sum(), "no derivative by a trained parameter"),
@@ -377,7 +401,8 @@ def test_an_operator_that_drops_tangents_is_silent_without_the_watch() -> None:
 def test_evaluations_of_losses_read_no_slopes() -> None:
     for evaluation in ("master", "paired", "scratch", "inplace"):
         with pytest.raises(
-            ValueError, match=f"evaluation is '{evaluation}', which reads losses alone.*ForwardGradient.*evaluation='jvp'"
+            ValueError,
+            match=f"evaluation is '{evaluation}', which reads losses alone.*ForwardGradient.*evaluation='jvp'",
         ):
             zokern.step(zokern.FGD(LINEAR, evaluation=evaluation), lambda: LINEAR(X).sum())
 
@@ -388,14 +413,17 @@ def test_eps_plays_no_part() -> None:
     found = []
     for eps in (1e-9, 1.0):
         optimizer = zokern.FGD(copy.deepcopy(model), lr=0.0, eps=eps, seed=1)
-        found.append(zokern.step(optimizer, lambda m=optimizer.model: next_token_loss(m(IDS), IDS)).coefficients)
+        found.append(
+            zokern.step(optimizer, lambda m=optimizer.model: next_token_loss(m(IDS), IDS)).coefficients
+        )
     assert found[0] == found[1]
     with pytest.raises(ValueError, match="eps = 1e-09 is below half an ulp"):
         zokern.step(zokern.MeZO(model, lr=0.0, eps=1e-9), closure)
 
 
 def test_lr_is_tuned_by_slopes() -> None:
-    """zokern.tune asks the estimator itself; the step at its lr takes about the share of the loss that was asked for."""
+    """zokern.tune asks the estimator itself; the step at its lr takes about the share of the loss that was
+    asked for."""
     model, closure = of_tiny()
     optimizer = zokern.FGD(model, queries=4, seed=1)
     tuned = zokern.tune(optimizer, closure, share=0.02)
@@ -414,7 +442,9 @@ def test_jvp_reads_losses_as_master_does() -> None:
     assert ends[0][0] == ends[1][0] and all(torch.equal(ends[0][1][n], t) for n, t in ends[1][1].items())
 
 
-@pytest.mark.parametrize(("options", "words"), [({"queries": 0}, "queries is 0"), ({"clip": -1.0}, "clip is -1.0")])
+@pytest.mark.parametrize(
+    ("options", "words"), [({"queries": 0}, "queries is 0"), ({"clip": -1.0}, "clip is -1.0")]
+)
 def test_bad_arguments_are_refused_by_name(options: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         zokern.FGD(LINEAR, **options)
@@ -422,18 +452,24 @@ def test_bad_arguments_are_refused_by_name(options: dict, words: str) -> None:
 
 def test_a_slope_is_clipped() -> None:
     model, closure = of_tiny()
-    free, bound = (zokern.FGD(copy.deepcopy(model), lr=0.0, seed=1, queries=4, clip=clip) for clip in (None, 0.1))
-    found = [zokern.step(o, lambda m=o.model: next_token_loss(m(IDS), IDS)).coefficients for o in (free, bound)]
+    free, bound = (
+        zokern.FGD(copy.deepcopy(model), lr=0.0, seed=1, queries=4, clip=clip) for clip in (None, 0.1)
+    )
+    found = [
+        zokern.step(o, lambda m=o.model: next_token_loss(m(IDS), IDS)).coefficients for o in (free, bound)
+    ]
     assert found[1] == tuple(min(0.1, max(-0.1, c)) for c in found[0]) and max(map(abs, found[0])) > 0.1
 
 
-# Memory ---------------------------------------------------------------------------------------------------------------------------
+# Memory -----------------------------------------------------------------------------------------------------
 
 
 def deep(layers: int = 6, width: int = 64, rows: int = 512) -> tuple[nn.Module, Callable]:
     """Activations of a layer are eight times its weights."""
     model = build(
-        lambda: nn.Sequential(*[nn.Sequential(nn.Linear(width, width, bias=False), nn.Tanh()) for _ in range(layers)])
+        lambda: nn.Sequential(
+            *[nn.Sequential(nn.Linear(width, width, bias=False), nn.Tanh()) for _ in range(layers)]
+        )
     )
     x = torch.randn(rows, width, generator=torch.Generator().manual_seed(0))
     return model, lambda: model(x).square().mean()
@@ -475,7 +511,8 @@ class Twice(zokern.Jvp):
 
 
 def check_memory(evaluation: Any) -> None:
-    """A step of two queries: z of all weights once, and three activations: a product's tangent is the sum of two products."""
+    """A step of two queries: z of all weights once, and three activations: a product's tangent is the sum of
+    two products."""
     model, closure = deep()
     optimizer = zokern.FGD(model, lr=0.0, queries=2, evaluation=evaluation, paired_check=None)
     zokern.step(optimizer, closure)
@@ -483,7 +520,11 @@ def check_memory(evaluation: Any) -> None:
         closure()
     with Peak() as step:
         result = zokern.step(optimizer, closure)
-    weights, activation, extra = sum(p.nbytes for p in model.parameters()), 512 * 64 * 4, step.most - bare.most
+    weights, activation, extra = (
+        sum(p.nbytes for p in model.parameters()),
+        512 * 64 * 4,
+        step.most - bare.most,
+    )
     print(f"extra peak of a step: {extra} B; weights {weights} B, an activation {activation} B")
     assert result.scratch_bytes == weights
     assert extra <= weights + 3 * activation + 4096, f"{extra} B is more than tangents"

@@ -1,6 +1,7 @@
 """Reports of users: read right in every evaluation, or refused by name. reports.py has the table of readings.
 
-A case is built anew for every point of the oracle, so nothing that a reading leaves behind can reach the next one.
+A case is built anew for every point of the oracle, so nothing that a reading leaves behind can reach the next
+one.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ def expected(one: Case, theta: dict[str, Tensor], step: int) -> Tensor:
     if one.lr or key not in ORACLE:
         queries = one.options.get("queries", 8 if one.method == "FZOO" else 1)
         ORACLE[key] = torch.tensor(
-            [[at(one, theta, step, k, offset) for offset in offsets_of(one)] for k in range(queries)], dtype=torch.float64
+            [[at(one, theta, step, k, offset) for offset in offsets_of(one)] for k in range(queries)],
+            dtype=torch.float64,
         )
     return ORACLE[key]
 
@@ -73,7 +75,9 @@ def compare(one: Case, got: Tensor, want: Tensor) -> None:
     """Differences of losses as a vector over queries, and the losses."""
     rounding = one.ulps * 2.0**-24 * float(want.abs().max())
     change, right = got[:, 0] - got[:, 1], want[:, 0] - want[:, 1]
-    assert right.norm() > 4 * rounding, f"the case says nothing: differences {right.tolist()}, rounding {rounding:.3g}"
+    assert right.norm() > 4 * rounding, (
+        f"the case says nothing: differences {right.tolist()}, rounding {rounding:.3g}"
+    )
     bound = one.tol * float(right.norm()) + rounding
     error = float((change - right).norm())
     assert error <= bound, f"differences {change.tolist()}, right {right.tolist()}; {error:.3g} > {bound:.3g}"
@@ -147,7 +151,9 @@ def run(one: Case, setup: Setup, way: str) -> None:
             theta, seen = clones(setup.params), setup.look()
             stream = torch.get_rng_state()
             result = zokern.step(opt, setup.loss)
-            assert setup.look() == seen, f"step {step} under {result.evaluation} left {setup.look()}, found {seen}"
+            assert setup.look() == seen, (
+                f"step {step} under {result.evaluation} left {setup.look()}, found {seen}"
+            )
             assert torch.equal(stream, torch.get_rng_state()), "the step moved torch's stream"
             got = torch.tensor(result.losses, dtype=torch.float64)
             with outside(one):
@@ -185,7 +191,9 @@ def test_exchanged_sides_are_rejected(one: Case, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("what", ["a side at theta", "a bit of a weight", "the stream", "the surroundings", "an attribute"])
+@pytest.mark.parametrize(
+    "what", ["a side at theta", "a bit of a weight", "the stream", "the surroundings", "an attribute"]
+)
 def test_what_a_step_must_not_do_is_rejected(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     one = next(case for case in CASES if case.name == "m15 2 in default dtype")
     setup, real = built(one), zokern.step
@@ -223,7 +231,12 @@ def test_refusals_without_a_name_are_rejected() -> None:
     net, _ = plain()
     with pytest.raises(ValueError) as ours:
         zokern.MeZO(net, lr=-1.0)
-    for error in (RuntimeError(""), RuntimeError("no"), KeyError("a text that is long enough to say something"), ours.value):
+    for error in (
+        RuntimeError(""),
+        RuntimeError("no"),
+        KeyError("a text that is long enough to say something"),
+        ours.value,
+    ):
         with pytest.raises(AssertionError):
             check_refusal(error)
     check_refusal(RuntimeError("vmap: this operation has no rule for a batch of weights"))
@@ -231,7 +244,11 @@ def test_refusals_without_a_name_are_rejected() -> None:
 
 def outside(one: Case) -> contextlib.AbstractContextManager:
     """The oracle opens the context of its own."""
-    return torch.autocast("cpu", enabled=False) if one.around is not contextlib.nullcontext else contextlib.nullcontext()
+    return (
+        torch.autocast("cpu", enabled=False)
+        if one.around is not contextlib.nullcontext
+        else contextlib.nullcontext()
+    )
 
 
 def last_look(one: Case, setup: Setup, theta: dict[str, Tensor]) -> None:
@@ -282,7 +299,9 @@ def test_old_name_is_an_alias(method: str) -> None:
     for name in ("walk", "inplace"):
         net, x = plain()
         opt = optimizer(method, net, name, lr=1e-3, eps=1e-3)
-        runs.append([(r.losses, r.evaluation) for r in (zokern.step(opt, one_example(net, x)) for _ in range(2))])
+        runs.append(
+            [(r.losses, r.evaluation) for r in (zokern.step(opt, one_example(net, x)) for _ in range(2))]
+        )
     assert runs[0] == runs[1]
 
 
@@ -376,7 +395,8 @@ def test_m29_a_padding_row_stays_or_is_named(way: str) -> None:
 
 NORMS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
     "BatchNorm1d": (lambda: nn.BatchNorm1d(8), True),
-    "InstanceNorm": (lambda: nn.Sequential(nn.Unflatten(1, (2, 4)), nn.InstanceNorm1d(2, track_running_stats=True),
+    "InstanceNorm": (lambda: nn.Sequential(nn.Unflatten(1, (2, 4)),
+        nn.InstanceNorm1d(2, track_running_stats=True),
                                            nn.Flatten()), True),
     "no statistics": (lambda: nn.BatchNorm1d(8, track_running_stats=False), False),
     "eval mode": (lambda: nn.BatchNorm1d(8).eval(), False),
@@ -396,12 +416,15 @@ def test_m30_statistics_that_never_move_are_named_once(norm: str, way: str) -> N
                 zokern.step(opt, square(net, x))
     found = said(caught, "(?i)statistic|update_bn")
     if opt.result is not None:  # else the evaluation has refused it by name, which the table looks at
-        assert len(found) == warns and all("update_bn" in text for text in found), [str(w.message) for w in caught]
+        assert len(found) == warns and all("update_bn" in text for text in found), [
+            str(w.message) for w in caught
+        ]
 
 
 @ways
 def test_m32_13_after_a_step_the_parameters_hold_theta(way: str) -> None:
-    """Whoever reads parameters without a hook sees every update; where updates wait, `optimizer.pending` says so."""
+    """Whoever reads parameters without a hook sees every update; where updates wait, `optimizer.pending` says
+    so."""
     from torch.nn.utils import parameters_to_vector as vector
     from torch.optim.swa_utils import AveragedModel
 
@@ -496,7 +519,9 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
-def wrapped_run(wrap: Callable[[nn.Module], nn.Module], method: str, way: str) -> tuple[list[Any], Any, dict[str, Any]]:
+def wrapped_run(
+    wrap: Callable[[nn.Module], nn.Module], method: str, way: str
+) -> tuple[list[Any], Any, dict[str, Any]]:
     net, x = plain(sizes=(16, 16, 2))
     net = wrap(net)
     options = dict(rank=4) if method == "SubZero" else {}
@@ -555,7 +580,11 @@ def test_m36_several_processes_never_drift_silently(tmp_path: Any) -> None:
     torch.multiprocessing.spawn(one_of_two, (str(tmp_path / "store"), str(results)), nprocs=2)
     lines = [text.split("\t") for text in results.read_text().splitlines()]
     assert [way for way, _, _ in lines] == list(WAYS)
-    bad = [entry for entry in lines if float(entry[1]) > 0 and not re.search("(?i)process|rank|distributed", entry[2])]
+    bad = [
+        entry
+        for entry in lines
+        if float(entry[1]) > 0 and not re.search("(?i)process|rank|distributed", entry[2])
+    ]
     assert not bad, bad
 
 
@@ -614,7 +643,9 @@ def test_D2_a_look_keeps_the_low_bits(method: str, look: str, way: str) -> None:
         low = opt.state[net[0].weight]["residual"]
         found.append(((net[0].weight - before).float(), low.clone()))
     (moved, low), (right, low_right) = found
-    assert (low_right != 0).float().mean() > 0.5, "the run that is not looked at has no low bits: the case says nothing"
+    assert (low_right != 0).float().mean() > 0.5, (
+        "the run that is not looked at has no low bits: the case says nothing"
+    )
     assert (low != 0).float().mean() > 0.5, "low bits were lost"
     # A look rounds W, so later losses differ by bfloat16's rounding. At most 7 % of the weights were seen to
     # differ then, and at least 21 % where each look forgot the low bits.
@@ -665,7 +696,9 @@ def test_D4_momentum_of_a_matrix_that_was_frozen(method: str, way: str) -> None:
         ends.append(clones(net))
     moved = (ends[0]["0.weight"] - plain(sizes=(40, 40, 30))[0][0].weight).abs().max()
     error = max(float((ends[0][name] - ends[1][name]).detach().abs().max()) for name in ends[0])
-    assert error <= 1e-4 * float(moved.detach()), f"{error:.3g} apart after moves of {float(moved.detach()):.3g}"
+    assert error <= 1e-4 * float(moved.detach()), (
+        f"{error:.3g} apart after moves of {float(moved.detach()):.3g}"
+    )
 
 
 @ways
@@ -683,7 +716,8 @@ def test_D5_a_perturbation_that_rounding_swallows_is_named(method: str, way: str
     with recorded() as caught:
         try:
             result = zokern.step(
-                optimizer(method, emb, way, lr=0.0, eps=eps, **options), lambda: loss(F.embedding(ids, emb.weight).float())
+                optimizer(method, emb, way, lr=0.0, eps=eps, **options),
+                lambda: loss(F.embedding(ids, emb.weight).float()),
             )
         except (ValueError, RuntimeError) as error:
             assert re.search("(?i)eps|round", str(error)), error
@@ -694,7 +728,9 @@ def test_D5_a_perturbation_that_rounding_swallows_is_named(method: str, way: str
     ahead, behind = (float(loss((emb.weight.detach().double() + a * eps * z)[ids])) for a in (1, -1))
     right = (ahead - behind) / (2 * eps)
     error = abs(result.coefficients[0] - right)
-    assert error <= 0.03 * abs(right) + 1e-3, f"{result.coefficients[0]} is read, {right} is right, without a word"
+    assert error <= 0.03 * abs(right) + 1e-3, (
+        f"{result.coefficients[0]} is read, {right} is right, without a word"
+    )
 
 
 @ways
@@ -724,7 +760,8 @@ def test_D7a_low_bits_are_not_kept_for_weights_that_the_user_wrote(how: str, way
     zokern.step(opt, closure)
     opt.param_groups[0]["lr"] = lr
     low = opt.state[w]["residual"].abs()
-    most = 2**9 if way == "inplace" else 0  # there and back by arithmetic: what rounding leaves, in 2^-16 of a unit
+    # there and back by arithmetic: what rounding leaves, in 2^-16 of a unit
+    most = 2**9 if way == "inplace" else 0
     assert int(low.max()) <= most, f"the user's weights were given old low bits, up to {int(low.max())}"
 
 
@@ -780,7 +817,13 @@ def test_7_a_wrapper_of_the_optimizers_own_class(way: str) -> None:
     assert [r.step for r in results] == [0, 1] and opt.result is results[1]
 
 
-NEAREST = {"momentum": "Momentum", "betas": "Adam", "epsilon": "eps", "querys": "queries", "evaluations": "evaluation"}
+NEAREST = {
+    "momentum": "Momentum",
+    "betas": "Adam",
+    "epsilon": "eps",
+    "querys": "queries",
+    "evaluations": "evaluation",
+}
 
 
 @pytest.mark.parametrize("method", readings.METHODS)
@@ -815,7 +858,9 @@ def test_15_m40_backward_in_the_closure(what: str, way: str) -> None:
 
     with pytest.raises(RuntimeError) as caught:
         zokern.step(optimizer("MeZO", net, way), closure)
-    assert "backward" in str(caught.value) and re.search("(?i)not need|no need|needs no|none", str(caught.value))
+    assert "backward" in str(caught.value) and re.search(
+        "(?i)not need|no need|needs no|none", str(caught.value)
+    )
     check_weights(net, start, way)
 
 

@@ -1,4 +1,5 @@
-"""Uses of a parameter that are rare, each read as real parameters are, or refused by name. What 16-bit copies must not round is not rounded."""
+"""Uses of a parameter that are rare, each read as real parameters are, or refused by name. What 16-bit copies
+must not round is not rounded."""
 
 from __future__ import annotations
 
@@ -62,7 +63,9 @@ PRODUCTS: dict[str, Callable[[Tensor], float | Tensor]] = {
     "a bias of one number": lambda w: squared(F.linear(X, w, torch.ones(1))),
     "a bias without dimensions": lambda w: squared(F.linear(X, w, torch.tensor(2.0))),
     "a bias for each row": lambda w: squared(F.linear(X, w, torch.ones(4, 480) * X[:, :1])),
-    "addmm with a bias of one number": lambda w: squared(torch.addmm(torch.ones(1), X @ torch.ones(300, 480), w)),
+    "addmm with a bias of one number": lambda w: squared(
+        torch.addmm(torch.ones(1), X @ torch.ones(300, 480), w)
+    ),
     "a negative view": lambda w: F.linear(torch._neg_view(X), w).exp().mean(),
     "nested rows": nested,
     "torch.func.grad": lambda w: squared(torch.func.grad(lambda x: squared(F.linear(x, w)))(X)) * 1e3,
@@ -124,7 +127,9 @@ def test_a_use_that_reads_the_weights_as_they_are_is_rejected(use: str, way: str
     """Stand-ins that hand out copies of one side for all, or of theta."""
     right = copies.Copies.stack
     monkeypatch.setattr(standin, "HANDLERS", {})
-    monkeypatch.setattr(copies.Copies, "stack", lambda self, g, i: self.plan.groups[g].theta[i].expand_as(right(self, g, i)))
+    monkeypatch.setattr(
+        copies.Copies, "stack", lambda self, g, i: self.plan.groups[g].theta[i].expand_as(right(self, g, i))
+    )
     with pytest.raises(AssertionError):
         check(PRODUCTS[use], WAYS[way]())
     with pytest.raises(zokern.Refused, match="cannot follow"):
@@ -134,14 +139,19 @@ def test_a_use_that_reads_the_weights_as_they_are_is_rejected(use: str, way: str
 @pytest.mark.parametrize("size, dtype", [(479, torch.float32), (481, torch.float32), (480, torch.float64)])
 def test_what_torch_refuses_stays_refused(size: int, dtype: torch.dtype) -> None:
     with pytest.raises(RuntimeError):
-        reading(lambda w: squared(F.linear(X, w, torch.ones(size, dtype=dtype))), zokern.Scratch(BUDGET), matrix())
+        reading(
+            lambda w: squared(F.linear(X, w, torch.ones(size, dtype=dtype))), zokern.Scratch(BUDGET), matrix()
+        )
 
 
 @pytest.mark.skipif(cpu.why_off() is not None, reason="the compiled module is missing")
-@pytest.mark.parametrize("what", ["x", "bias", "out", "first", "middle", "last", "strides of out", "dtype of out"])
+@pytest.mark.parametrize(
+    "what", ["x", "bias", "out", "first", "middle", "last", "strides of out", "dtype of out"]
+)
 def test_the_kernel_is_handed_no_other_shape(what: str) -> None:
     given = {
-        "x": torch.ones(3, 20), "bias": torch.ones(30), "out": torch.ones(3, 30), "first": torch.ones(5, 20), "middle": torch.ones(5, 7),
+        "x": torch.ones(3, 20), "bias": torch.ones(30), "out": torch.ones(3, 30), "first": torch.ones(5, 20),
+        "middle": torch.ones(5, 7),
         "last": torch.ones(30, 7),
     }  # fmt: skip
     if what == "strides of out":
@@ -150,19 +160,23 @@ def test_the_kernel_is_handed_no_other_shape(what: str) -> None:
         given["out"] = torch.ones(3, 30).bfloat16()
     else:
         given[what] = given[what][..., :-1].contiguous()
-    sides = Sides([given["x"]], [given["bias"]], thins=[Thin([0], given["first"], given["middle"][None], given["last"])])
+    sides = Sides(
+        [given["x"]], [given["bias"]], thins=[Thin([0], given["first"], given["middle"][None], given["last"])]
+    )
     with pytest.raises(ValueError, match=r"expected (\[|contiguous)"):
         cpu.Cpu().linear(Weight(torch.ones(30, 20), Span(0)), sides, outs=[given["out"]])
 
 
-# Small 16-bit weights ---------------------------------------------------------------------------------------------------------------
+# Small 16-bit weights ---------------------------------------------------------------------------------------
 
 V = torch.linspace(-1, 1, 64).sin()
 CONVERTED: dict[str, Callable[[Tensor], Tensor]] = {
-    "times float32": lambda w: w * V, "float32 times": lambda w: V * w, "mul": lambda w: V.mul(w), "torch.add": lambda w: torch.add(w, V),
+    "times float32": lambda w: w * V, "float32 times": lambda w: V * w, "mul": lambda w: V.mul(w),
+    "torch.add": lambda w: torch.add(w, V),
     "float": lambda w: w.float(), "to dtype": lambda w: w.to(torch.float32), "to tensor": lambda w: w.to(V),
     "to keyword": lambda w: w.to(dtype=torch.float32),
-    "type": lambda w: w.type(torch.float32), "type name": lambda w: w.type("torch.FloatTensor"), "type_as": lambda w: w.type_as(V),
+    "type": lambda w: w.type(torch.float32), "type name": lambda w: w.type("torch.FloatTensor"),
+    "type_as": lambda w: w.type_as(V),
     "double": lambda w: w.double(),
 }  # fmt: skip
 
@@ -172,7 +186,9 @@ CONVERTED: dict[str, Callable[[Tensor], Tensor]] = {
 def test_small_16_bit_weights_meet_float32_unrounded(use: str, evaluation: str) -> None:
     """eps is below half an ulp of bfloat16: rounded to it, no difference would be left."""
     weight, eps = nn.Parameter(torch.ones(64, dtype=torch.bfloat16)), 2.0**-11
-    optimizer = zokern.MeZO([("w", weight)], lr=0.0, eps=eps, seed=5, evaluation=WAYS[evaluation](), paired_check=None)
+    optimizer = zokern.MeZO(
+        [("w", weight)], lr=0.0, eps=eps, seed=5, evaluation=WAYS[evaluation](), paired_check=None
+    )
     result = zokern.step(optimizer, lambda: (CONVERTED[use](weight) * V * V.sign()).sum())
     z = zokern.draw("normal", (64,), seed=5, who="w", step=0)
     scale = V if "times" in use or use == "mul" else 1.0
@@ -200,7 +216,14 @@ def test_conversions_keep_their_dtype_and_share_nothing() -> None:
 
     optimizer = zokern.MeZO([("w", weight)], lr=0.0, eps=EPS, evaluation=WAYS["scratch"](), paired_check=None)
     result = zokern.step(optimizer, loss)
-    kinds = torch.float32, torch.bfloat16, torch.float32, torch.bfloat16, torch.float16, "torch.BFloat16Tensor"
+    kinds = (
+        torch.float32,
+        torch.bfloat16,
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+        "torch.BFloat16Tensor",
+    )
     assert set(seen) == {kinds} and result.losses[0][0] != result.losses[0][1]
     exact = (weight.double() * V.double()).to(torch.float64)
     found = []
@@ -225,7 +248,10 @@ NORMED = {
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_layer_norm_of_16_bits_reads_float32_vectors(dtype: torch.dtype, which: str) -> None:
     """eps is below half an ulp of both vectors; the sum is float32 and rounded once, whoever does it."""
-    eps, x = torch.finfo(dtype).eps / 16, torch.randn(5, 7, 64, generator=torch.Generator().manual_seed(3)).to(dtype)
+    eps, x = (
+        torch.finfo(dtype).eps / 16,
+        torch.randn(5, 7, 64, generator=torch.Generator().manual_seed(3)).to(dtype),
+    )
     trained = dict(zip(("weight", "bias"), NORMED[which]))
     vectors = {
         name: nn.Parameter(torch.full((64,), 1.0 + i, dtype=dtype))
@@ -256,9 +282,9 @@ def test_a_layer_norm_of_16_bits_reads_float32_vectors(dtype: torch.dtype, which
             if trained[n]:
                 moved[n] = moved[n] + sign * eps * zokern.draw("normal", (64,), seed=5, who=n, step=0)
         right = F.layer_norm(x.float(), (64,), moved.get("weight"), moved.get("bias")).to(dtype)
-        still = F.layer_norm(x.float(), (64,), *(vectors[n].detach().float() if n in vectors else None for n in trained)).to(
-            dtype
-        )
+        still = F.layer_norm(
+            x.float(), (64,), *(vectors[n].detach().float() if n in vectors else None for n in trained)
+        ).to(dtype)
         assert y.dtype == dtype and (y != right).float().mean() < 0.01 < 0.03 < (y != still).float().mean()
 
 
@@ -274,7 +300,8 @@ def test_rounded_or_mixed_vectors_are_rejected(monkeypatch) -> None:
 
 @pytest.mark.skipif(cpu.why_off() is not None, reason="the compiled kernels are off")
 def test_a_16_bit_bias_is_added_in_float32(monkeypatch) -> None:
-    """x picks a column of -1, which is too coarse for eps; what it leaves of the bias, which is 1, is eps z."""
+    """x picks a column of -1, which is too coarse for eps; what it leaves of the bias, which is 1, is eps
+    z."""
     monkeypatch.setattr(library, "yields", lambda dtype: True)
     eps, weight = 2.0**-11, torch.zeros(900, 300, dtype=torch.bfloat16)
     weight[:, 0] = -1.0
@@ -286,7 +313,13 @@ def test_a_16_bit_bias_is_added_in_float32(monkeypatch) -> None:
         return seen[-1].float().sum()
 
     optimizer = zokern.MeZO(
-        [("w", w), ("b", b)], lr=0.0, eps=eps, seed=5, evaluation=WAYS["scratch"](), force=True, paired_check=None
+        [("w", w), ("b", b)],
+        lr=0.0,
+        eps=eps,
+        seed=5,
+        evaluation=WAYS["scratch"](),
+        force=True,
+        paired_check=None,
     )
     zokern.step(optimizer, loss)
     z = zokern.draw("normal", (900,), seed=5, who="b", step=0)
@@ -316,7 +349,7 @@ def test_one_number_of_numpy_is_read() -> None:
         check_refusal(caught.value)
 
 
-# The record -------------------------------------------------------------------------------------------------------------------------
+# The record -------------------------------------------------------------------------------------------------
 
 
 def test_the_record_counts_copies_that_live_at_once() -> None:

@@ -1,4 +1,5 @@
-"""Products with factored weights: results larger than the caches in blocks, and matrices with so many rows of x that W + z is made in tiles."""
+"""Products with factored weights: results larger than the caches in blocks, and matrices with so many rows of
+x that W + z is made in tiles."""
 
 from __future__ import annotations
 
@@ -23,15 +24,18 @@ COLUMNS, WIDTH, RANK = 1300, 40, 5
 pytestmark = pytest.mark.usefixtures("by_tiles")
 
 
-# A result in blocks of its columns ----------------------------------------------------------------------------------------
+# A result in blocks of its columns --------------------------------------------------------------------------
 
 
 def numbers(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64).float()
 
 
-def check_blocks(counts: list[int], bias: bool, join: bool, transposed: bool = False, rank: int = RANK) -> None:
-    """factored_linear of three sides, the first without thin products, against float64; the result spans several blocks."""
+def check_blocks(
+    counts: list[int], bias: bool, join: bool, transposed: bool = False, rank: int = RANK
+) -> None:
+    """factored_linear of three sides, the first without thin products, against float64; the result spans
+    several blocks."""
     weight, xs = numbers(COLUMNS, WIDTH) * 0.3, [numbers(count, WIDTH) for count in counts]
     first, last, middles = numbers(rank, WIDTH), numbers(COLUMNS, rank), numbers(2, rank, rank)
     biases = [numbers(COLUMNS) if bias else None for _ in xs]
@@ -75,8 +79,12 @@ def with_thins(sides: Sides, change: Callable[[Thin], Thin]) -> Sides:
 
 # A mistake of factored_linear, in what it is given or in what it returns.
 WRONG: dict[str, Callable] = {
-    "columns of the first block": lambda right, *given: (lambda y: y[:, torch.arange(COLUMNS) % 650])(right(*given)),
-    "a column left out": lambda right, *given: (lambda y: torch.cat([y[:, :-1], 0 * y[:, -1:]], 1))(right(*given)),
+    "columns of the first block": lambda right, *given: (lambda y: y[:, torch.arange(COLUMNS) % 650])(
+        right(*given)
+    ),
+    "a column left out": lambda right, *given: (lambda y: torch.cat([y[:, :-1], 0 * y[:, -1:]], 1))(
+        right(*given)
+    ),
     "the middle of another side": lambda right, backend, w, sides: right(
         backend, w, with_thins(sides, lambda thin: thin._replace(middles=thin.middles.flip(0)))
     ),
@@ -102,14 +110,16 @@ def test_wrong_products_are_rejected(wrong: str, rank: int) -> None:
             check_blocks([7, 7, 7], True, join, rank=rank)
 
 
-# W + z in tiles -----------------------------------------------------------------------------------------------------------
+# W + z in tiles ---------------------------------------------------------------------------------------------
 
 
 def losses(method: str, long: bool, evaluation: str, **options) -> list[tuple[float, ...]]:
     """A short run, read with every matrix in tiles or none; updates wait in it, with decay."""
     model, inputs = models.build(models.ARCHITECTURES["opt"], torch.float32), models.inputs("opt")
     chosen = models.at_use({"scratch": zokern.Scratch, "paired": zokern.Paired}[evaluation](check=False))
-    optimizer = METHODS[method](model, lr=3e-3, eps=1e-2, weight_decay=0.5, seed=3, evaluation=chosen, **options)
+    optimizer = METHODS[method](
+        model, lr=3e-3, eps=1e-2, weight_decay=0.5, seed=3, evaluation=chosen, **options
+    )
     with (
         warnings.catch_warnings(),
         patch.object(gemm, "is_long", lambda xs, weight: long),
@@ -125,7 +135,9 @@ def losses(method: str, long: bool, evaluation: str, **options) -> list[tuple[fl
 
 
 def check_tiles(method: str, evaluation: str = "scratch", **options) -> None:
-    for one, two in zip(losses(method, True, evaluation, **options), losses(method, False, evaluation, **options)):
+    for one, two in zip(
+        losses(method, True, evaluation, **options), losses(method, False, evaluation, **options)
+    ):
         assert max(abs(a - b) / abs(a) for a, b in zip(one, two)) < 4e-6, (one, two)
         assert abs((one[0] - one[1]) - (two[0] - two[1])) < 0.02 * abs(two[0] - two[1]), (one, two)
 
@@ -138,8 +150,11 @@ def test_tiles_give_the_losses_of_thin_products(method: str, evaluation: str) ->
 
 @pytest.mark.parametrize("method", ["subzero", "fzoo"])
 def test_tiles_of_the_reference_backend(method: str) -> None:
-    """Its writes to a tile, unlike those of a kernel, are seen by torch: they are no writes to the copies that lie beside it."""
-    for one, two in zip(losses(method, True, "scratch", backend="reference"), losses(method, True, "scratch")):
+    """Its writes to a tile, unlike those of a kernel, are seen by torch: they are no writes to the copies
+    that lie beside it."""
+    for one, two in zip(
+        losses(method, True, "scratch", backend="reference"), losses(method, True, "scratch")
+    ):
         assert max(abs(a - b) / abs(a) for a, b in zip(one, two)) < 4e-6, (one, two)
 
 
@@ -193,8 +208,15 @@ def test_columns_beyond_a_backend_s_most_are_several_products(name: str, rank: i
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(32, 300), nn.Linear(300, 32)).bfloat16()
         options = {"evaluation": "paired", "force": True} | ({"probes": 2} if name == "PGAP" else {})
-        optimizer = getattr(zokern, name)(model, lr=1e-3, eps=1e-2, rank=rank, interval=9, backend=backend, **options)
+        optimizer = getattr(zokern, name)(
+            model, lr=1e-3, eps=1e-2, rank=rank, interval=9, backend=backend, **options
+        )
         x = torch.linspace(-1, 1, 64).view(2, 32).bfloat16()
-        found.append([zokern.step(optimizer, lambda m=model, x=x: m(x).float().square().mean()).losses[0] for _ in range(3)])
+        found.append(
+            [
+                zokern.step(optimizer, lambda m=model, x=x: m(x).float().square().mean()).losses[0]
+                for _ in range(3)
+            ]
+        )
     for right, mine in zip(*found):
         assert mine == pytest.approx(right, rel=1e-2)

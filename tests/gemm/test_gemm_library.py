@@ -1,4 +1,5 @@
-"""The CPU's choice of a product: the same numbers to rounding, and torch's own wherever another would be wrong."""
+"""The CPU's choice of a product: the same numbers to rounding, and torch's own wherever another would be
+wrong."""
 
 from __future__ import annotations
 
@@ -10,13 +11,18 @@ import torch.nn.functional as F
 
 from zokern.gemm import library
 
-pytestmark = pytest.mark.skipif(not library._has("_linear_pointwise"), reason="this torch has no oneDNN product")
+pytestmark = pytest.mark.skipif(
+    not library._has("_linear_pointwise"), reason="this torch has no oneDNN product"
+)
 
 
 @pytest.fixture
 def every_way():
     """The choice of a processor of another maker, without 16-bit instructions, wherever the suite runs."""
-    with patch.object(library, "has_onednn", lambda: True), patch.object(library, "has_half", lambda dtype: False):
+    with (
+        patch.object(library, "has_onednn", lambda: True),
+        patch.object(library, "has_half", lambda dtype: False),
+    ):
         yield
 
 
@@ -27,14 +33,17 @@ def case(rows: int, m: int, k: int, dtype: torch.dtype, transposed: bool, bias: 
     return draw(2, rows, k), weight, draw(m) if bias else None
 
 
-LIMIT = 1.25  # 1: one rounding of the exact sum; the sum of 1024 products itself is a fifth of that off, at most
+# 1: one rounding of the exact sum; the sum of 1024 products itself is a fifth of that off, at most
+LIMIT = 1.25
 
 
 def error(found: torch.Tensor, x, weight, bias) -> float:
     """Largest error in units of the rounding of a sum of k products, and of the result's dtype."""
     exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     size = F.linear(x.double().abs(), weight.double().abs(), None if bias is None else bias.double().abs())
-    unit = size * 2.0**-21 + exact.abs() * (torch.finfo(found.dtype).eps / 2 if found.dtype != torch.float32 else 0.0)
+    unit = size * 2.0**-21 + exact.abs() * (
+        torch.finfo(found.dtype).eps / 2 if found.dtype != torch.float32 else 0.0
+    )
     return float(((found.double() - exact).abs() / unit).max())
 
 
@@ -50,7 +59,9 @@ def test_equal_to_rounding(every_way, dtype, rows, m, k, transposed, bias) -> No
 
 WRONG = {
     "rounded_factors": lambda x, w, b: library._widened(x, w.to(torch.float8_e4m3fn).to(w.dtype), b),
-    "bias_in_the_first_block": lambda x, w, b: F.linear(x, w, torch.cat([b[:256], torch.zeros_like(b[256:])])),
+    "bias_in_the_first_block": lambda x, w, b: F.linear(
+        x, w, torch.cat([b[:256], torch.zeros_like(b[256:])])
+    ),
     "rounded_twice": lambda x, w, b: F.linear(x.float(), w.float()).to(x.dtype) + b,
 }
 

@@ -1,4 +1,5 @@
-"""Products with perturbed weights in one kernel (csrc/linear.cpp): against float64 with the weights that `perturb` writes, on every path."""
+"""Products with perturbed weights in one kernel (csrc/linear.cpp): against float64 with the weights that
+`perturb` writes, on every path."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ SEED, STEP = 11, 5
 
 
 class Case(NamedTuple):
-    """A product of several sides: two of one draw, W itself, one of another draw, W itself again, and one more draw."""
+    """A product of several sides: two of one draw, W itself, one of another draw, W itself again, and one
+    more draw."""
 
     m: int
     n: int
@@ -53,7 +55,9 @@ class Case(NamedTuple):
         bias, first = draw(self.m).to(self.dtype), draw(5, self.n) * 0.1
         return {
             "xs": [draw(r, self.n).to(self.dtype) for r in rows],
-            "weight": (draw(*((self.n, self.m) if self.transposed else (self.m, self.n))) * 0.1).to(self.dtype),
+            "weight": (draw(*((self.n, self.m) if self.transposed else (self.m, self.n))) * 0.1).to(
+                self.dtype
+            ),
             "draws": [3, 3, -1, 8, -1, 9],
             "scales": [0.05, -0.05, 0.0, 0.03, 0.0, -0.04],
             "biases": [bias, None, draw(self.m).to(self.dtype), bias, None, None],
@@ -66,11 +70,18 @@ class Case(NamedTuple):
 
 
 SHAPES = [
-    (1, 1, 1), (7, 401, 9), (24, 16, 4), (25, DEPTH, 5), (COLUMNS + 1, DEPTH + 1, 7), (100, 30, 3), (2 * COLUMNS, 2 * DEPTH, 5),
+    (1, 1, 1), (7, 401, 9), (24, 16, 4), (25, DEPTH, 5), (COLUMNS + 1, DEPTH + 1, 7), (100, 30, 3),
+    (2 * COLUMNS, 2 * DEPTH, 5),
     (25, DEPTH + 8, BLOCK + 1),
 ]  # fmt: skip
 BATCH = 128  # of csrc/linear.cpp: columns that are made at a time where every row begins with a block
-ALIGNED = [(1, BATCH, 1), (17, 2 * BATCH, 4), (COLUMNS + 15, 2 * DEPTH + BATCH, 3), (50, 40, 5), (25, DEPTH + 72, 2)]
+ALIGNED = [
+    (1, BATCH, 1),
+    (17, 2 * BATCH, 4),
+    (COLUMNS + 15, 2 * DEPTH + BATCH, 3),
+    (50, 40, 5),
+    (25, DEPTH + 72, 2),
+]
 
 
 def operands(case: Case, given: dict) -> tuple[Weight, Sides, Noise]:
@@ -90,7 +101,8 @@ def run(case: Case, given: dict, threads: int | None = None) -> list[Tensor]:
 
 
 def check(case: Case, found: Callable = run) -> None:
-    """Every element within the rounding of its own sum, of the weights that perturb() writes; nothing else is written."""
+    """Every element within the rounding of its own sum, of the weights that perturb() writes; nothing else is
+    written."""
     given = case.inputs()
     kept = {name: [t.clone() for t in given[name]] for name in ("xs",)} | {"weight": given["weight"].clone()}
     ys = found(case, given)
@@ -146,30 +158,40 @@ def isa(request) -> Iterator[None]:
 @pytest.mark.parametrize("direction", [Normal(), Rademacher()], ids=["normal", "rademacher"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("m, n, rows", SHAPES)
-def test_equal_to_rounding(isa, m: int, n: int, rows: int, dtype: torch.dtype, direction, transposed: bool) -> None:
+def test_equal_to_rounding(
+    isa, m: int, n: int, rows: int, dtype: torch.dtype, direction, transposed: bool
+) -> None:
     check(Case(m, n, rows, dtype, direction, transposed))
 
 
 @pytest.mark.parametrize("direction", [Normal(), Rademacher()], ids=["normal", "rademacher"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("m, n, rows", ALIGNED)
-def test_equal_to_rounding_where_rows_begin_with_a_block(isa, m: int, n: int, rows: int, dtype: torch.dtype, direction) -> None:
+def test_equal_to_rounding_where_rows_begin_with_a_block(
+    isa, m: int, n: int, rows: int, dtype: torch.dtype, direction
+) -> None:
     check(Case(m, n, rows, dtype, direction, first=1024))
 
 
 @pytest.mark.parametrize(
-    "m, n, first", [(*shape[:2], 1024) for shape in ALIGNED] + [(33, 2 * BATCH, 1024 + 64), (7, 401, 0), (3, 40, 8)]
+    "m, n, first",
+    [(*shape[:2], 1024) for shape in ALIGNED] + [(33, 2 * BATCH, 1024 + 64), (7, 401, 0), (3, 40, 8)],
 )
 @pytest.mark.parametrize("direction", [Normal(), Rademacher()], ids=["normal", "rademacher"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_weights_of_perturb_bit_for_bit(isa, m: int, n: int, first: int, dtype: torch.dtype, direction) -> None:
-    """Where z is made beside the product and where perturb's weights are given to it, the results are the same."""
+def test_the_weights_of_perturb_bit_for_bit(
+    isa, m: int, n: int, first: int, dtype: torch.dtype, direction
+) -> None:
+    """Where z is made beside the product and where perturb's weights are given to it, the results are the
+    same."""
     case = Case(m, n, 2, dtype, direction, first=first)
     given = case.inputs() | {"thins": []}
     weight = given["weight"]
     weight.view(-1)[:: max(1, m * n // 5)] = float("inf")
     weight.view(-1)[m * n // 2] = float("nan")
-    for x, y, draw, scale, bias in zip(given["xs"], run(case, given), given["draws"], given["scales"], given["biases"]):
+    for x, y, draw, scale, bias in zip(
+        given["xs"], run(case, given), given["draws"], given["scales"], given["biases"]
+    ):
         read = weight
         if draw >= 0:
             (read,) = outs = [torch.empty_like(weight)]
@@ -201,7 +223,10 @@ def wrong_bias(case: Case, given: dict) -> list[Tensor]:
 
 
 def wrong_thin(case: Case, given: dict) -> list[Tensor]:
-    return run(case, given | {"thins": [(j, first, middle, last.roll(1, 0)) for j, first, middle, last in given["thins"]]})
+    return run(
+        case,
+        given | {"thins": [(j, first, middle, last.roll(1, 0)) for j, first, middle, last in given["thins"]]},
+    )
 
 
 def wrong_middle(case: Case, given: dict) -> list[Tensor]:
@@ -212,7 +237,9 @@ def wrong_middle(case: Case, given: dict) -> list[Tensor]:
 
 def wrong_depth(case: Case, given: dict) -> list[Tensor]:
     """The last element of every sum is left out."""
-    return run(case, given | {"xs": [torch.cat([x[:, :-1], torch.zeros_like(x[:, -1:])], 1) for x in given["xs"]]})
+    return run(
+        case, given | {"xs": [torch.cat([x[:, :-1], torch.zeros_like(x[:, -1:])], 1) for x in given["xs"]]}
+    )
 
 
 def wrong_rounding(case: Case, given: dict) -> list[Tensor]:
@@ -223,7 +250,17 @@ def wrong_rounding(case: Case, given: dict) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     "wrong",
-    [wrong_draw, swapped_draws, wrong_sign, wrong_offset, wrong_bias, wrong_thin, wrong_middle, wrong_depth, wrong_rounding],
+    [
+        wrong_draw,
+        swapped_draws,
+        wrong_sign,
+        wrong_offset,
+        wrong_bias,
+        wrong_thin,
+        wrong_middle,
+        wrong_depth,
+        wrong_rounding,
+    ],
     ids=lambda f: f.__name__,
 )
 @pytest.mark.parametrize("form", ["linear", "transposed", "aligned"])
@@ -239,13 +276,18 @@ def test_wrong_products_are_rejected(wrong: Callable, form: str) -> None:
 @pytest.mark.parametrize("rank", [1, 8, 128])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_measured_direction_is_the_one_of_the_factors(isa, dtype: torch.dtype, rank: int) -> None:
-    """Rows of x pick the rows of middle products: what stands beside W, here zero, against U Z V^T in float64."""
+    """Rows of x pick the rows of middle products: what stands beside W, here zero, against U Z V^T in
+    float64."""
     m, n = 200, 150
     first, middle, last = torch.randn(rank, n), torch.randn(rank, rank) * 1e-3, torch.randn(m, rank)
     x, weight = torch.eye(n).to(dtype), torch.zeros(m, n, dtype=dtype)
-    (y,) = ON.linear(Weight(weight, Span(1)), Sides([x], [None], thins=[Thin([0], first, middle[None], last)]))
+    (y,) = ON.linear(
+        Weight(weight, Span(1)), Sides([x], [None], thins=[Thin([0], first, middle[None], last)])
+    )
     exact = first.double().t() @ middle.double() @ last.double().t()
-    cosines = [torch.cosine_similarity(y.double().flatten(), z.flatten(), dim=0) for z in (exact, exact.roll(1, 0))]
+    cosines = [
+        torch.cosine_similarity(y.double().flatten(), z.flatten(), dim=0) for z in (exact, exact.roll(1, 0))
+    ]
     assert cosines[0] > 0.9999 and cosines[1] < 0.5
 
 
@@ -261,7 +303,9 @@ def test_a_shrunk_matrix(isa, dtype: torch.dtype) -> None:
     case = Case(COLUMNS + 1, DEPTH + 9, 5, dtype, Normal())
     check(case, lambda case, given: run(case, given.setdefault("shrink", 0.75) and given))
     with pytest.raises(AssertionError, match="times the bound"):
-        check(case, lambda case, given: run(case, given.setdefault("shrink", 0.75) and given | {"shrink": 1.0}))
+        check(
+            case, lambda case, given: run(case, given.setdefault("shrink", 0.75) and given | {"shrink": 1.0})
+        )
 
 
 def test_unrounded_weights_are_rejected() -> None:
@@ -279,8 +323,17 @@ def test_unrounded_weights_are_rejected() -> None:
 @pytest.mark.parametrize("transposed", [False, True], ids=["linear", "transposed"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_same_bits_however_it_is_run(dtype: torch.dtype, transposed: bool, aligned: bool) -> None:
-    """Any instruction set, any number of threads, alone or beside other sides: sums run over k in a fixed order."""
-    case = Case(4 * COLUMNS + 5, DEPTH + (BATCH if aligned else 9), 6, dtype, Normal(), transposed, 1024 if aligned else 1003)
+    """Any instruction set, any number of threads, alone or beside other sides: sums run over k in a fixed
+    order."""
+    case = Case(
+        4 * COLUMNS + 5,
+        DEPTH + (BATCH if aligned else 9),
+        6,
+        dtype,
+        Normal(),
+        transposed,
+        1024 if aligned else 1003,
+    )
     given = case.inputs()
     expected = run(case, given, 1)
     for threads, name in itertools.product((1, 2, 3), ISAS):
@@ -288,9 +341,15 @@ def test_the_same_bits_however_it_is_run(dtype: torch.dtype, transposed: bool, a
             assert all(map(torch.equal, expected, run(case, given, threads))), (threads, name)
     for j, y in enumerate(expected):
         alone = {name: given[name][j : j + 1] for name in ("xs", "draws", "scales", "biases")}
-        alone |= {"weight": given["weight"], "thins": [(0, *factors) for side, *factors in given["thins"] if side == j]}
+        alone |= {
+            "weight": given["weight"],
+            "thins": [(0, *factors) for side, *factors in given["thins"] if side == j],
+        }
         assert torch.equal(y, run(case, alone)[0]), j
-    alone = {name: given[name][:1] for name in ("draws", "scales", "biases")} | {"weight": given["weight"], "thins": []}
+    alone = {name: given[name][:1] for name in ("draws", "scales", "biases")} | {
+        "weight": given["weight"],
+        "thins": [],
+    }
     few, many = (run(case, alone | {"xs": [given["xs"][0][:rows]]})[0] for rows in (2, 6))
     assert torch.equal(few, many[:2])
 
@@ -311,13 +370,15 @@ def test_a_shard_of_rows_reads_its_own_numbers(n: int, first: int) -> None:
 
 
 def test_bfloat16_takes_its_pairs_the_odd_one_first() -> None:
-    """The order of the processor's dot product of pairs, whether it has one or not; to it, numbers under 2^-126 are zero."""
+    """The order of the processor's dot product of pairs, whether it has one or not; to it, numbers under
+    2^-126 are zero."""
     x = torch.ones(1, 4).bfloat16()
     weight = torch.tensor([[2.0**24, 0.0, 1.0, -(2.0**24)], [2.0**-130, 0.0, 0.0, 0.0]]).bfloat16()
     for name in ISAS:
         with isa_of(name):
             (y,) = ON.linear(Weight(weight, Span(0)), Sides([x], [None]))
-            assert y.tolist() == [[1.0, 0.0 if cpu.pairs() else 2.0**-130]], name  # from k = 0 up the first would be 0
+            # from k = 0 up the first would be 0
+            assert y.tolist() == [[1.0, 0.0 if cpu.pairs() else 2.0**-130]], name
 
 
 def test_many_thin_products_of_one_side() -> None:
@@ -328,7 +389,9 @@ def test_many_thin_products_of_one_side() -> None:
     thins = [Thin([0], first, torch.randn(1, 5, 7), torch.randn(30, 7)) for _ in range(6)]
     (y,) = ON.linear(Weight(given["weight"], case.span), Sides(given["xs"][:1], [None], thins=thins))
     x = given["xs"][0].double()
-    exact = x @ given["weight"].double().t() + sum(x @ a.double().t() @ b[0].double() @ c.double().t() for _, a, b, c in thins)
+    exact = x @ given["weight"].double().t() + sum(
+        x @ a.double().t() @ b[0].double() @ c.double().t() for _, a, b, c in thins
+    )
     assert float((y - exact).abs().max() / exact.abs().max()) < 1e-6
 
 
@@ -336,7 +399,11 @@ def test_many_thin_products_of_one_side() -> None:
 @pytest.mark.parametrize("transposed", [False, True], ids=["linear", "transposed"])
 def test_no_rows(transposed: bool, fused: bool) -> None:
     """An expert that no token was sent to."""
-    weight, bias, x = torch.randn((30, 20) if transposed else (20, 30)), torch.randn(20), torch.zeros(2, 0, 30)
+    weight, bias, x = (
+        torch.randn((30, 20) if transposed else (20, 30)),
+        torch.randn(20),
+        torch.zeros(2, 0, 30),
+    )
     thin = Thin([0], torch.randn(3, 30), torch.randn(1, 3, 3), torch.randn(20, 3))
     matrix, noise = Weight(weight, Span(77, 1003), transposed), Noise(Normal(), SEED, [(STEP, 3)])
     with patch.object(library, "yields", lambda dtype: fused):
@@ -347,7 +414,8 @@ def test_no_rows(transposed: bool, fused: bool) -> None:
 
 
 def test_room_bounds_the_threads(monkeypatch) -> None:
-    """What is short of memory multiplies some rows at a time, and then on fewer threads; the record's bytes say so."""
+    """What is short of memory multiplies some rows at a time, and then on fewer threads; the record's bytes
+    say so."""
     monkeypatch.setattr(cpu, "SHARED_ROWS", 20)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
@@ -359,7 +427,8 @@ def test_room_bounds_the_threads(monkeypatch) -> None:
         whole = ON.linear_bytes([60, 40])
         assert ON.linear_bytes([60, 40], whole) == whole
         assert ON.linear_bytes([60, 40], whole - 1) == whole - 3 * 50 * row  # two parts
-        assert ON.linear_bytes([60, 40], whole - 3 * 50 * row - 1) == whole - 3 * 66 * row  # three: 20 and 14 rows
+        # three: 20 and 14 rows
+        assert ON.linear_bytes([60, 40], whole - 3 * 50 * row - 1) == whole - 3 * 66 * row
         least = whole // 3 - 80 * row  # five parts, one thread
         assert ON.linear_bytes([60, 40], 1) == least and ON.linear_bytes([60, 40], 2 * least) == 2 * least
         weight, xs = torch.zeros(60, 30), [torch.zeros(2, 30, 30), torch.zeros(40, 30)]
@@ -424,7 +493,9 @@ def test_left_to_tiles() -> None:
     ("AuthenticAMD", True, True, (True, True, False)), ("GenuineIntel", False, True, (False, False, False)),
     ("", False, True, (False, False, False)),
 ])  # fmt: skip
-def test_the_choice_is_the_processor_s(maker: str, half: bool, pairs: bool, expected: tuple[bool, ...], monkeypatch) -> None:
+def test_the_choice_is_the_processor_s(
+    maker: str, half: bool, pairs: bool, expected: tuple[bool, ...], monkeypatch
+) -> None:
     monkeypatch.setattr(library, "maker", lambda: maker)
     monkeypatch.setattr(library, "has_onednn", library.has_onednn.__wrapped__)
     monkeypatch.setattr(library, "has_half", lambda dtype: half)
@@ -434,7 +505,7 @@ def test_the_choice_is_the_processor_s(maker: str, half: bool, pairs: bool, expe
         assert not library.yields(torch.float32)
 
 
-# In a step ----------------------------------------------------------------------------------------------------------------
+# In a step --------------------------------------------------------------------------------------------------
 
 EVALUATIONS = {"scratch": zokern.Scratch, "paired": zokern.Paired}
 
@@ -456,7 +527,9 @@ def losses(make: Callable, fused: bool, evaluation: str) -> list[tuple[float, ..
     optimizer = make(model, lr=3e-3, eps=1e-2, weight_decay=0.5, seed=3, queries=2, evaluation=chosen)
     calls: list = []
     with counted(calls, fused):
-        found = [zokern.step(optimizer, lambda: models.next_token_loss(model(ids), ids)).losses for _ in range(2)]
+        found = [
+            zokern.step(optimizer, lambda: models.next_token_loss(model(ids), ids)).losses for _ in range(2)
+        ]
     assert bool(calls) == fused
     return [pair for step in found for pair in step]
 
@@ -473,13 +546,19 @@ def test_a_step_reads_the_losses_of_tiles(method: str, evaluation: str) -> None:
 
 def products_of_a_step(evaluation: str, rows: Callable = lambda x: x) -> list[tuple[float, ...]]:
     """Elements of x W^T on both sides."""
-    model, x = models.build(lambda: torch.nn.Linear(400, 300)), torch.randn(5, 400, generator=torch.Generator().manual_seed(3))
+    model, x = (
+        models.build(lambda: torch.nn.Linear(400, 300)),
+        torch.randn(5, 400, generator=torch.Generator().manual_seed(3)),
+    )
     calls: list = []
     with counted(calls, True):
         found = []
         for element in (0, 333, 1499):
             optimizer = zokern.MeZO(
-                model, lr=0.0, eps=1e-2, evaluation=models.at_use(EVALUATIONS[evaluation](check=False), 1 << 19)
+                model,
+                lr=0.0,
+                eps=1e-2,
+                evaluation=models.at_use(EVALUATIONS[evaluation](check=False), 1 << 19),
             )
             found.append(zokern.step(optimizer, lambda i=element: model(rows(x)).flatten()[i]).losses[0])
     assert calls

@@ -1,8 +1,9 @@
-"""csrc/elementwise.cu and axpy.cu on the host: what nvcc compiles, compiled by g++ through cuda_shim, bit for bit the reference.
+"""csrc/elementwise.cu and axpy.cu on the host: what nvcc compiles, compiled by g++ through cuda_shim, bit for
+bit the reference.
 
-Covers tables, chunks, alignment, tails, strides, rows, slices of columns, every dtype, rounding and number of draws, and that
-no result depends on the grid or on the order of blocks and threads. What only nvcc sees is the subject of test_ptx.py and
-test_sass.py; on a GPU, `make gpu` runs the same suite.
+Covers tables, chunks, alignment, tails, strides, rows, slices of columns, every dtype, rounding and number of
+draws, and that no result depends on the grid or on the order of blocks and threads. What only nvcc sees is
+the subject of test_ptx.py and test_sass.py; on a GPU, `make gpu` runs the same suite.
 """
 
 from __future__ import annotations
@@ -51,16 +52,36 @@ MISTAKES = [
     ),
     ("round key", "round) * kPhiloxW1", "round + ({wrong} && round == 9)) * kPhiloxW1"),
     ("contracted fma", "mul_rn(decay, v[j])", "mul_rn(decay, {wrong} ? v[j] + 1e-8f : v[j])"),
-    ("contracted fma of a piece", "mul_rn(term.decay, v[i])", "mul_rn(term.decay, {wrong} ? v[i] + 1e-8f : v[i])"),
+    (
+        "contracted fma of a piece",
+        "mul_rn(term.decay, v[i])",
+        "mul_rn(term.decay, {wrong} ? v[i] + 1e-8f : v[i])",
+    ),
     ("second sign", "scales[0], scales[1]);", "scales[0], {wrong} ? -scales[0] : scales[1]);"),
-    ("thread-keyed stream", "(p.unit, Name(e.who, step, draw", "(p.unit + {wrong} * threadIdx.x, Name(e.who, step, draw"),
+    (
+        "thread-keyed stream",
+        "(p.unit, Name(e.who, step, draw",
+        "(p.unit + {wrong} * threadIdx.x, Name(e.who, step, draw",
+    ),
     ("half of a residual", "(low_odd)) << 16;", "({wrong} ? low_even : low_odd)) << 16;"),
     ("nobody counts", "if (!watch.seen())", "if (!watch.seen() || {wrong})"),
-    ("pitch", "static_cast<uint64_t>(source) * e.pitch", "static_cast<uint64_t>(source) * ({wrong} ? columns : e.pitch)"),
+    (
+        "pitch",
+        "static_cast<uint64_t>(source) * e.pitch",
+        "static_cast<uint64_t>(source) * ({wrong} ? columns : e.pitch)",
+    ),
     ("a byte of a tile", "bytes[step * kWarp]", "bytes[({wrong} ? step ^ 1 : step) * kWarp]"),
-    ("the last block of a tile", "= make_uint4(words.w[0]", "= make_uint4(words.w[{wrong} && lane == 31 ? 1 : 0]"),
+    (
+        "the last block of a tile",
+        "= make_uint4(words.w[0]",
+        "= make_uint4(words.w[{wrong} && lane == 31 ? 1 : 0]",
+    ),
     ("units before a tile", "begin = 0, end = head)", "begin = 0, end = {wrong} ? 0 : head)"),
-    ("units after a tile", "uint32_t end = place.count;;", "uint32_t end = {wrong} && tiled != 0 ? begin : place.count;;"),
+    (
+        "units after a tile",
+        "uint32_t end = place.count;;",
+        "uint32_t end = {wrong} && tiled != 0 ? begin : place.count;;",
+    ),
     ("the clock", "static_cast<uint32_t>(*list.clock)", "static_cast<uint32_t>({wrong} ? 0 : *list.clock)"),
     ("a byte of signs", "(unit & 3u) * 8u", "(unit & ({wrong} ? 1u : 3u)) * 8u"),
     ("rounding of the first draw", "? term - 1 - all", "? ({wrong} ? term - terms.each : term - 1) - all"),
@@ -69,8 +90,16 @@ MISTAKES = [
         "last_step(), kRoundingDraw, keys), keys);\n      values",
         "{wrong} + last_step(), kRoundingDraw, keys), keys);\n      values",
     ),
-    ("the decay of the first sum", "begin(kept[u], term->decay", "begin(kept[u], ({wrong} ? begin : term)->decay"),
-    ("one rounding for all steps of a piece", "if (--left != 0 ||", "if (--left != 0 || ({wrong} && k + 1 < terms.count) ||"),
+    (
+        "the decay of the first sum",
+        "begin(kept[u], term->decay",
+        "begin(kept[u], ({wrong} ? begin : term)->decay",
+    ),
+    (
+        "one rounding for all steps of a piece",
+        "if (--left != 0 ||",
+        "if (--left != 0 || ({wrong} && k + 1 < terms.count) ||",
+    ),
     ("the first 32 terms for all", "ready(done);", "ready({wrong} ? 0 : done);"),
     (
         "the first terms again for the next unit",
@@ -79,10 +108,18 @@ MISTAKES = [
     ),
     ("the first sums for all", "sums<false>(k,", "sums<false>({wrong} ? 0 : k,"),
     ("the first long sum for all", "sums<true>(k,", "sums<true>({wrong} ? 0 : k,"),
-    ("random bits of the step before", "Name(place.who, term.step + terms", "Name(place.who, term.step - {wrong} + terms"),
+    (
+        "random bits of the step before",
+        "Name(place.who, term.step + terms",
+        "Name(place.who, term.step - {wrong} + terms",
+    ),
     ("the first 32 steps for all", "mine = k + static_cast", "mine = ({wrong} ? 0 : k) + static_cast"),
     ("two steps of four twice", "add(term + n);", "add(term + ({wrong} ? n & 2 : n));"),
-    ("the steps that are left", "for (; term != end; ++term) add(term);", "for (; !{wrong} && term != end; ++term) add(term);"),
+    (
+        "the steps that are left",
+        "for (; term != end; ++term) add(term);",
+        "for (; !{wrong} && term != end; ++term) add(term);",
+    ),
     (
         "the terms that are left",
         "for (; term != stop; ++term) add(term);",
@@ -93,7 +130,11 @@ MISTAKES = [
         "here - done < kWarp ? here - done : kWarp",
         "!{wrong} && here - done < kWarp ? here - done : kWarp",
     ),
-    ("a second unit is left out", "(!kLong && u == 0) || i", "(!kLong && u == 0) || {wrong} * place.count + i"),
+    (
+        "a second unit is left out",
+        "(!kLong && u == 0) || i",
+        "(!kLong && u == 0) || {wrong} * place.count + i",
+    ),
     (
         "a lane's second unit",
         "first_product<kDirection>(place.begin + i + u * turn.lanes)",
@@ -134,7 +175,9 @@ def test_wrong_kernels_are_right_otherwise(mistaken, monkeypatch) -> None:
 
 def test_why_off_says_why_and_the_way_out(monkeypatch) -> None:
     def no_driver() -> int:
-        raise RuntimeError("cudaGetDeviceCount: CUDA driver version is insufficient for CUDA runtime version (CUDA error 35)")
+        raise RuntimeError(
+            "cudaGetDeviceCount: CUDA driver version is insufficient for CUDA runtime version (CUDA error 35)"
+        )
 
     monkeypatch.setattr(cuda, "_cuda", None)
     assert "zokern._cuda is missing" in cuda.why_off() and "nvcc" in cuda.why_off()
@@ -152,18 +195,26 @@ def test_a_verb_without_the_module_says_so(monkeypatch) -> None:
     backend = OnHost(types.SimpleNamespace())
     backend._call = types.MethodType(cuda.Cuda._call, backend)
     with pytest.raises(RuntimeError, match="backend 'cuda' is off: the compiled module"):
-        backend.draw(Batch([torch.empty(3)], [conformance.Span(1)]), Noise(conformance.resolve("normal"), 0, [(0, 0)]))
+        backend.draw(
+            Batch([torch.empty(3)], [conformance.Span(1)]), Noise(conformance.resolve("normal"), 0, [(0, 0)])
+        )
 
 
 def test_tensors_elsewhere_are_refused() -> None:
     with pytest.raises(ValueError, match=r"outs\[0\] is torch.float32\[.*\] on cpu; expected a cuda tensor"):
-        cuda.Cuda().draw(Batch([torch.empty(3)], [conformance.Span(1)]), Noise(conformance.resolve("normal"), 0, [(0, 0)]))
+        cuda.Cuda().draw(
+            Batch([torch.empty(3)], [conformance.Span(1)]), Noise(conformance.resolve("normal"), 0, [(0, 0)])
+        )
 
 
 def test_a_bad_launch_raises(on_host) -> None:
     """CUDA's errors come back as exceptions with their text, and the call after them works."""
     with pytest.raises(ValueError, match="unknown implementation 'avx2'"):
         on_host.select("avx2")
-    assert on_host.implementation() == "cuda" and on_host.device_count() == 1 and on_host.architectures() == ["host"]
+    assert (
+        on_host.implementation() == "cuda"
+        and on_host.device_count() == 1
+        and on_host.architectures() == ["host"]
+    )
     with contextlib.suppress(ValueError):
         on_host.select("cuda")

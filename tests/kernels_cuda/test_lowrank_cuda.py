@@ -1,7 +1,9 @@
-"""csrc/lowrank.cu on the host: compiled by g++ through cuda_shim, where a warp's matrix product is computed from its fragments.
+"""csrc/lowrank.cu on the host: compiled by g++ through cuda_shim, where a warp's matrix product is computed
+from its fragments.
 
-With factors that are small integers every sum is exact, so the conformance suite holds bit for bit: rows, columns, ranks, edges,
-shards, strides, rounding. With random factors the bound of lowrank_bound.py holds. What only nvcc sees: test_lowrank_sass.py.
+With factors that are small integers every sum is exact, so the conformance suite holds bit for bit: rows,
+columns, ranks, edges, shards, strides, rounding. With random factors the bound of lowrank_bound.py holds.
+What only nvcc sees: test_lowrank_sass.py.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ def test_order_changes_nothing(on_host, monkeypatch) -> None:
             conformance.LOWRANK[check](OnHost(on_host), "cpu", "quick")
 
 
-def matrix(backend, m: int, n: int, rank: int, dtype: torch.dtype, **options) -> tuple[torch.Tensor, torch.Tensor]:
+def matrix(
+    backend, m: int, n: int, rank: int, dtype: torch.dtype, **options
+) -> tuple[torch.Tensor, torch.Tensor]:
     """An aligned matrix with integer factors, by a backend and by the reference."""
     generator = torch.Generator().manual_seed(m + n + rank)
     with conformance.small_integers():
@@ -63,7 +67,15 @@ def matrix(backend, m: int, n: int, rank: int, dtype: torch.dtype, **options) ->
 @pytest.mark.parametrize("dtype", conformance.DTYPES, ids=str)
 def test_tiles_of_whole_matrices(on_host, dtype) -> None:
     """Several tiles down and across, ragged in both directions, in every padded rank, both kernels."""
-    for m, n, rank in ((1, 8, 16), (130, 264, 5), (257, 40, 32), (15, 528, 33), (40, 296, 64), (17, 256, 128), (9, 24, 128)):
+    for m, n, rank in (
+        (1, 8, 16),
+        (130, 264, 5),
+        (257, 40, 32),
+        (15, 528, 33),
+        (40, 296, 64),
+        (17, 256, 128),
+        (9, 24, 128),
+    ):
         for decay in (1.0, 0.5):
             got, expected = matrix(OnHost(on_host), m, n, rank, dtype, decay=decay)
             conformance.equal(got, expected, f"{m} x {n}, rank {rank}, decay {decay}")
@@ -71,16 +83,24 @@ def test_tiles_of_whole_matrices(on_host, dtype) -> None:
 
 # One module holds every mistake; ZO_SHIM_MISTAKE chooses which one it makes.
 MISTAKES = [
-    ("columns dealt out for the other type", "8 * (g >> 1) + 2 * j + (g & 1);", "8 * j + ({wrong} ? g : (2 * j + 8 * (g >> 1) + (g & 1) - 8 * j));"),
-    ("rows of a fragment swapped", "load_two<kWhole>(i & 1 ? high : low,", "load_two<kWhole>((i & 1) != {wrong} ? high : low,"),
-    ("halves of k swapped on one side", "16 * s + 8 * h + 2 * t, rank", "16 * s + 8 * ({wrong} ? 1 - h : h) + 2 * t, rank"),
-    ("rank not padded", "even = k < rank ? row[k] : 0.0f;", "even = k < rank + ({wrong} ? 1 : 0) ? row[k < rank ? k : 0] : 0.0f;"),
+    ("columns dealt out for the other type", "8 * (g >> 1) + 2 * j + (g & 1);",
+        "8 * j + ({wrong} ? g : (2 * j + 8 * (g >> 1) + (g & 1) - 8 * j));"),
+    ("rows of a fragment swapped", "load_two<kWhole>(i & 1 ? high : low,",
+        "load_two<kWhole>((i & 1) != {wrong} ? high : low,"),
+    ("halves of k swapped on one side", "16 * s + 8 * h + 2 * t, rank",
+        "16 * s + 8 * ({wrong} ? 1 - h : h) + 2 * t, rank"),
+    ("rank not padded", "even = k < rank ? row[k] : 0.0f;",
+        "even = k < rank + ({wrong} ? 1 : 0) ? row[k < rank ? k : 0] : 0.0f;"),
     ("last row of a tile", "if (row + 8 * h > last ||", "if (row + 8 * h > last - {wrong} ||"),
-    ("first shard row", "static_cast<int64_t>(row <= last ? row : last) * rank;", "static_cast<int64_t>(row <= last ? row + {wrong} : last) * rank;"),
-    ("edge of the columns", "if (kFloat && values > 4) old.piece[1] = from[4];", "if (kFloat && values > 4) old.piece[1] = from[{wrong} ? 1 : 4];"),
-    ("one term of three", "for (int p = order; p >= 0; --p) {", "for (int p = order; p >= ({wrong} && order > 0); --p) {"),
+    ("first shard row", "static_cast<int64_t>(row <= last ? row : last) * rank;",
+        "static_cast<int64_t>(row <= last ? row + {wrong} : last) * rank;"),
+    ("edge of the columns", "if (kFloat && values > 4) old.piece[1] = from[4];",
+        "if (kFloat && values > 4) old.piece[1] = from[{wrong} ? 1 : 4];"),
+    ("one term of three", "for (int p = order; p >= 0; --p) {",
+        "for (int p = order; p >= ({wrong} && order > 0); --p) {"),
     ("nobody counts", "if (seen != 0)", "if (seen != 0 && !{wrong})"),
-    ("pitch", "static_cast<uint64_t>(row) * e.pitch", "static_cast<uint64_t>(row) * ({wrong} ? static_cast<uint64_t>(e.columns) : e.pitch)"),
+    ("pitch", "static_cast<uint64_t>(row) * e.pitch",
+        "static_cast<uint64_t>(row) * ({wrong} ? static_cast<uint64_t>(e.columns) : e.pitch)"),
     ("decay skipped", "mul_rn(work.decay, old)", "mul_rn({wrong} ? 1.0f : work.decay, old)"),
 ]  # fmt: skip
 

@@ -1,4 +1,5 @@
-"""The machine code of csrc/lowrank.cu for every architecture that ships: registers, matrix units, 16-byte accesses, instructions.
+"""The machine code of csrc/lowrank.cu for every architecture that ships: registers, matrix units, 16-byte
+accesses, instructions.
 
 `PYTHONPATH=tests/support python tests/kernels_cuda/test_lowrank_sass.py`
 prints them for every kernel and architecture.
@@ -22,9 +23,13 @@ pytestmark = pytest.mark.skipif(sass.missing() is not None, reason=sass.missing(
 SOURCE = sass.ROOT / "csrc" / "lowrank.cu"
 ELEMENTS = 16  # of a lane in one turn of a loop: eight columns of two rows
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
-# Instructions per element of the whole loop on sm_90, measured with nvcc 13.0, and what they may not exceed; the paths that count
-# non-finite results are in it and do not run. A bf16 pass on an H200 stays under its memory floor up to 27.6, a float32 pass up to 55.
-LIMITS = {BFLOAT16: {16: 12.5, 32: 15.5, 64: 13.0, 128: 17.0}, FLOAT32: {16: 15.0, 32: 20.0, 64: 31.0, 128: 33.0}}
+# Instructions per element of the whole loop on sm_90, measured with nvcc 13.0, and what they may not exceed;
+# the paths that count non-finite results are in it and do not run. A bf16 pass on an H200 stays under its
+# memory floor up to 27.6, a float32 pass up to 55.
+LIMITS = {
+    BFLOAT16: {16: 12.5, 32: 15.5, 64: 13.0, 128: 17.0},
+    FLOAT32: {16: 15.0, 32: 20.0, 64: 31.0, 128: 33.0},
+}
 
 
 @pytest.fixture(scope="session")
@@ -32,13 +37,16 @@ def machine() -> dict[str, dict[str, sass.Function]]:
     return sass.machine_code((SOURCE,), "products")
 
 
-def kernel(functions: dict[str, sass.Function], kind: int, rank: int, simple: bool = True, whole: bool = True) -> sass.Function:
+def kernel(
+    functions: dict[str, sass.Function], kind: int, rank: int, simple: bool = True, whole: bool = True
+) -> sass.Function:
     return sass.kernel(functions, sass.lowrank_symbol(kind, rank, simple, whole))
 
 
 @pytest.mark.parametrize("arch", sass.ARCHITECTURES)
 def test_no_spills_and_nothing_inexact(machine, arch) -> None:
-    """No local memory, approximation, flush to zero, double precision or call in any kernel; two blocks a multiprocessor where said."""
+    """No local memory, approximation, flush to zero, double precision or call in any kernel; two blocks a
+    multiprocessor where said."""
     assert len(machine[arch]) == 3 * 4 * 3 + 1
     for name, function in machine[arch].items():
         assert not function.spilled(), f"{name}: stack {function.stack}, local {function.local}"
@@ -50,13 +58,17 @@ def test_no_spills_and_nothing_inexact(machine, arch) -> None:
 
 @pytest.mark.parametrize("arch", sass.ARCHITECTURES)
 def test_loops(machine, arch) -> None:
-    """Every matrix product of a strip and no other; 16-byte accesses of theta only: one a row, or two in float32."""
+    """Every matrix product of a strip and no other; 16-byte accesses of theta only: one a row, or two in
+    float32."""
     for kind, by_rank in sass.SPLITS.items():
         for rank, terms in by_rank.items():
             for whole in (True, False):
                 loop = sass.strip_loop(kernel(machine[arch], kind, rank, whole=whole))
                 names = [i.name for i in loop]
-                assert sum(n.startswith("HMMA.16816.F32.BF16") for n in names) == 4 * rank // 16 * terms * (terms + 1) // 2
+                assert (
+                    sum(n.startswith("HMMA.16816.F32.BF16") for n in names)
+                    == 4 * rank // 16 * terms * (terms + 1) // 2
+                )
                 each = 4 if kind == FLOAT32 else 2
                 assert sum(n.startswith("LDG") and ".128" in n for n in names) == each
                 assert sum(n.startswith("STG") for n in names) == sum("STG.E.128" in n for n in names) == each
@@ -68,7 +80,10 @@ def test_instructions_per_element(machine) -> None:
         for rank, limit in limits.items():
             function = kernel(machine["90"], kind, rank)
             per_element = len(sass.strip_loop(function)) / ELEMENTS
-            print(f"type {kind} rank {rank}: {per_element:.2f} instructions per element, {function.registers} registers")
+            print(
+                f"type {kind} rank {rank}: {per_element:.2f} instructions per element, {function.registers} "
+                "registers"
+            )
             assert per_element <= limit
 
 
@@ -93,7 +108,9 @@ def test_the_checks_can_fail(machine, tmp_path) -> None:
     assert sum(i.name.startswith("HMMA") for i in loop) != 4 * 2 * 6
     assert len(sass.strip_loop(kernel(machine["90"], FLOAT32, 16))) / ELEMENTS > LIMITS[BFLOAT16][16]
     text = SOURCE.read_text()
-    right = "constexpr int resident(int fragments, bool loop) { return fragments > (loop ? kRoom : 5) ? 1 : 2; }"
+    right = (
+        "constexpr int resident(int fragments, bool loop) { return fragments > (loop ? kRoom : 5) ? 1 : 2; }"
+    )
     assert right in text
     source = tmp_path / "lowrank.cu"
     source.write_text(text.replace(right, "constexpr int resident(int, bool) { return 4; }"))
@@ -109,7 +126,8 @@ def main() -> None:
                 per_element = len(sass.strip_loop(function)) / ELEMENTS
                 spilled = "SPILLED" if function.spilled() else ""
                 print(
-                    f"sm_{arch:4} type {kind} rank {rank:3} {function.registers:4} registers {per_element:6.2f} /element {spilled}"
+                    f"sm_{arch:4} type {kind} rank {rank:3} {function.registers:4} registers "
+                    f"{per_element:6.2f} /element {spilled}"
                 )
 
 

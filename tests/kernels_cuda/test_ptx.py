@@ -1,7 +1,8 @@
-"""The PTX that nvcc makes of csrc/elementwise.cu and axpy.cu, run by ptx.py: bit for bit the reference, and no access out of place.
+"""The PTX that nvcc makes of csrc/elementwise.cu and axpy.cu, run by ptx.py: bit for bit the reference, and
+no access out of place.
 
-This is the device side of the source (cvt.rn, the packed watch for inf and NaN, 16-byte accesses), which the host build
-replaces. What remains unseen is ptxas and the chip; test_sass.py reads what ptxas made.
+This is the device side of the source (cvt.rn, the packed watch for inf and NaN, 16-byte accesses), which the
+host build replaces. What remains unseen is ptxas and the chip; test_sass.py reads what ptxas made.
 """
 
 from __future__ import annotations
@@ -27,12 +28,17 @@ def text(tmp_path_factory) -> str:
     if sass.tool("nvcc") is None:
         pytest.skip("nvcc not found: install the CUDA toolkit")
     folder = tmp_path_factory.mktemp("ptx")
-    files = [sass.compile_to(folder / f"{source.stem}.ptx", "90", kind="ptx", source=source) for source in sass.SOURCES]
+    files = [
+        sass.compile_to(folder / f"{source.stem}.ptx", "90", kind="ptx", source=source)
+        for source in sass.SOURCES
+    ]
     return "\n".join(file.read_text() for file in files)
 
 
-CHECKS = ("philox_known_answers", "draw_sizes", "axpy_sizes", "axpy_firsts", "perturb_sizes", "axpy_strides", "perturb_rows",
-          "axpy_many_draws", "axpy_stochastic", "axpy_residual", "axpy_special", "tiles", "clock")  # fmt: skip
+CHECKS = ("philox_known_answers", "draw_sizes", "axpy_sizes", "axpy_firsts", "perturb_sizes", "axpy_strides",
+    "perturb_rows",
+          "axpy_many_draws", "axpy_stochastic", "axpy_residual", "axpy_special", "tiles",
+          "clock")  # fmt: skip
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -68,7 +74,14 @@ def test_factors(text) -> None:
         versus.axpy(thetas, spans, direction, factors)
         versus.axpy(thetas, spans, direction, factors, [(3, 1), (2, 0)], [1e-2, 0.3], 0.99, "stochastic")
         versus.draw([conformance.out_like(t, offset=offset) for t in thetas], spans, direction, factors)
-        versus.perturb(thetas, spans, direction, [[conformance.out_like(t, offset=offset) for t in thetas]], factors, (0.1,))
+        versus.perturb(
+            thetas,
+            spans,
+            direction,
+            [[conformance.out_like(t, offset=offset) for t in thetas]],
+            factors,
+            (0.1,),
+        )
 
 
 def rejected(text: str, check: str) -> str:
@@ -76,7 +89,8 @@ def rejected(text: str, check: str) -> str:
 
 
 def test_wrong_ptx_is_rejected(text) -> None:
-    """By values, by an address outside of every tensor or off its alignment, by an operation that ptxas may fuse or flush."""
+    """By values, by an address outside of every tensor or off its alignment, by an operation that ptxas may
+    fuse or flush."""
     swapped = re.sub(r"cvt\.rn\.bf16x2\.f32 (\s*%\w+), (%\w+), (%\w+)", r"cvt.rn.bf16x2.f32 \1, \3, \2", text)
     assert "AssertionError" in rejected(swapped, "axpy_sizes")
     polynomial = text.replace("0f3DE7B7CD", "0f3DE7B7CE")

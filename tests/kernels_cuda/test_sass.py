@@ -1,4 +1,5 @@
-"""The machine code of csrc/elementwise.cu and axpy.cu for every architecture that ships: what it must have, must not have, and how much.
+"""The machine code of csrc/elementwise.cu and axpy.cu for every architecture that ships: what it must have,
+must not have, and how much.
 
 `PYTHONPATH=tests/support python tests/kernels_cuda/test_sass.py`
 prints registers and instructions per element for every kernel and architecture.
@@ -19,8 +20,8 @@ NORMAL, RADEMACHER = 0, 1
 NEAREST, STOCHASTIC, RESIDUAL = 0, 1, 2
 UNIT = 8  # elements of one turn of a loop
 
-# Instructions of the whole loop per element, the most of any architecture that ships, with nvcc 13.0. A bf16 pass on an H200 stays
-# under its memory floor up to 27.6 (4 bytes per element at 4.3 TB/s).
+# Instructions of the whole loop per element, the most of any architecture that ships, with nvcc 13.0. A bf16
+# pass on an H200 stays under its memory floor up to 27.6 (4 bytes per element at 4.3 TB/s).
 PLAIN_16_BIT, PLAIN_FLOAT32 = 24.75, 24.125
 TERM, EIGHT_TERMS = 21.25, {NEAREST: 176.4, STOCHASTIC: 185}  # 176.4 is 5.95 ms for 1e9 weights on an H200
 STEP = {NEAREST: 23.75, STOCHASTIC: 31.25}
@@ -41,7 +42,8 @@ def machine() -> dict[str, dict[str, sass.Function]]:
 
 @pytest.mark.parametrize("arch", sass.ARCHITECTURES)
 def test_no_spills_and_nothing_inexact(machine, arch) -> None:
-    """No local memory, approximation, flush to zero, double precision or call in any kernel; float sums are FADD, FMUL, FFMA."""
+    """No local memory, approximation, flush to zero, double precision or call in any kernel; float sums are
+    FADD, FMUL, FFMA."""
     for name, function in machine[arch].items():
         assert not function.spilled(), f"{name}: stack {function.stack}, local {function.local}"
         assert not function.forbidden(), f"{name}: {function.forbidden()}"
@@ -61,13 +63,22 @@ def test_vector_loops(machine, arch) -> None:
         plain = sass.kernel(machine[arch], sass.symbol("axpy", direction, NEAREST))
         sass.vector_loop(plain, loads=1, stores=1)
         sass.vector_loop(plain, loads=2, stores=2)
-        sass.vector_loop(sass.kernel(machine[arch], sass.symbol("axpy", direction, STOCHASTIC)), loads=1, stores=1)
-        sass.vector_loop(sass.kernel(machine[arch], sass.symbol("axpy", direction, STOCHASTIC, sass.TERMS)), loads=2, stores=2)
-        sass.vector_loop(sass.kernel(machine[arch], sass.symbol("axpy", direction, RESIDUAL)), loads=2, stores=2)
+        sass.vector_loop(
+            sass.kernel(machine[arch], sass.symbol("axpy", direction, STOCHASTIC)), loads=1, stores=1
+        )
+        sass.vector_loop(
+            sass.kernel(machine[arch], sass.symbol("axpy", direction, STOCHASTIC, sass.TERMS)),
+            loads=2,
+            stores=2,
+        )
+        sass.vector_loop(
+            sass.kernel(machine[arch], sass.symbol("axpy", direction, RESIDUAL)), loads=2, stores=2
+        )
 
 
 def test_arithmetic_of_the_normal_loop(machine) -> None:
-    """Exactly the operations that normal.h writes, so nothing was fused: 4 words, and one fma per element for the sum."""
+    """Exactly the operations that normal.h writes, so nothing was fused: 4 words, and one fma per element for
+    the sum."""
     loop = sass.vector_loop(sass.kernel(machine["90"], sass.symbol("axpy", NORMAL, NEAREST)), 1, 1)
     assert sass.arithmetic(loop) == {"FFMA": 4 * 16 + UNIT, "FMUL": 4 * 7, "FADD": 4}
 
@@ -104,11 +115,16 @@ def test_instructions_of_many_terms(machine, arch) -> None:
 
 @pytest.mark.parametrize("arch", sass.ARCHITECTURES)
 def test_instructions_of_steps(machine, arch) -> None:
-    """A step of a replay in 16 bits (a decay, one term, a rounding), and eight steps with all that is around them."""
+    """A step of a replay in 16 bits (a decay, one term, a rounding), and eight steps with all that is around
+    them."""
     for rounding in (NEAREST, STOCHASTIC):
         kernel = sass.kernel(machine[arch], sass.symbol("axpy", NORMAL, rounding, sass.STEPS))
         steps = sass.many(kernel)
-        assert sass.arithmetic(steps.four) == {"FFMA": 4 * (4 * 16 + UNIT), "FMUL": 4 * (4 * 7 + UNIT), "FADD": 4 * 4}
+        assert sass.arithmetic(steps.four) == {
+            "FFMA": 4 * (4 * 16 + UNIT),
+            "FMUL": 4 * (4 * 7 + UNIT),
+            "FADD": 4 * 4,
+        }
         assert not [i.text for i in steps.four if i.name.startswith(("LDG", "STG", "BAR"))]
         eight = per_element(steps.instructions(8))
         print(f"sm_{arch}: {steps.term():.2f} a step, 8 steps: {eight:.1f}, {kernel.registers} registers")
@@ -136,7 +152,8 @@ ANEW = (
 
 @pytest.fixture(scope="module")
 def mistaken(tmp_path_factory) -> dict[str, sass.Function]:
-    """Fast math, tiles whose lanes compute a block for every unit, and names of terms made anew for every unit: one compilation."""
+    """Fast math, tiles whose lanes compute a block for every unit, and names of terms made anew for every
+    unit: one compilation."""
     folder = tmp_path_factory.mktemp("mistaken")
     walk = (sass.CSRC / "walk.h").read_text()
     assert REDUNDANT[0] in walk
@@ -151,7 +168,8 @@ def mistaken(tmp_path_factory) -> dict[str, sass.Function]:
 
 
 def test_terms_limit_can_fail(machine, mistaken) -> None:
-    """Names made anew for every unit are over the limits of a term and of eight, and a kernel of one term has no such loops."""
+    """Names made anew for every unit are over the limits of a term and of eight, and a kernel of one term has
+    no such loops."""
     with pytest.raises(LookupError):
         sass.many(sass.kernel(machine["90"], sass.symbol("axpy", NORMAL, NEAREST)))
     for rounding in (NEAREST, STOCHASTIC):
@@ -203,12 +221,15 @@ def test_forbidden_instructions_are_found(tmp_path) -> None:
 
 def test_instruction_limit_can_fail(machine) -> None:
     """The residual loop does more work than the plain limit allows; the counter sees it."""
-    loop = sass.vector_loop(sass.kernel(machine["90"], sass.symbol("axpy", NORMAL, STOCHASTIC, sass.DECAYED_TERM)), 1, 1)
+    loop = sass.vector_loop(
+        sass.kernel(machine["90"], sass.symbol("axpy", NORMAL, STOCHASTIC, sass.DECAYED_TERM)), 1, 1
+    )
     assert len(loop) / UNIT > PLAIN_16_BIT and sass.arithmetic(loop)["FMUL"] > 0
 
 
 def test_tile_limit_can_fail(machine, mistaken) -> None:
-    """A tile whose lanes compute a block for every unit is over the limit, and a kernel without tiles has none to count."""
+    """A tile whose lanes compute a block for every unit is over the limit, and a kernel without tiles has
+    none to count."""
     with pytest.raises(LookupError):
         sass.per_lane(sass.kernel(machine["90"], sass.symbol("axpy", NORMAL, NEAREST)), 1, 1)
     signs = sass.kernel(mistaken, sass.symbol("axpy", RADEMACHER, NEAREST))
@@ -235,13 +256,21 @@ def main() -> None:
             counts = []
             for loads in (0, 1, 2):
                 for stores in (1, 2, 4):
-                    for count, mark in ((lambda *a: len(sass.vector_loop(*a)), ""), (sass.per_lane, " tiled")):
+                    for count, mark in (
+                        (lambda *a: len(sass.vector_loop(*a)), ""),
+                        (sass.per_lane, " tiled"),
+                    ):
                         try:
-                            counts.append(f"{loads}+{stores}: {count(function, loads, stores) / UNIT:.2f}{mark}")
+                            counts.append(
+                                f"{loads}+{stores}: {count(function, loads, stores) / UNIT:.2f}{mark}"
+                            )
                         except LookupError:
                             pass
             spilled = "SPILLED" if function.spilled() else ""
-            print(f"sm_{arch:4} {name[14:60]:46} {function.registers:3} registers  {', '.join(counts)} {spilled}")
+            print(
+                f"sm_{arch:4} {name[14:60]:46} {function.registers:3} registers  {', '.join(counts)} "
+                f"{spilled}"
+            )
 
 
 if __name__ == "__main__":

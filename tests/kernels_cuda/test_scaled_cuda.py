@@ -1,4 +1,5 @@
-"""Factors of z in csrc/*.cu on the host, compiled by g++ through tests/cuda_shim, bit for bit the reference."""
+"""Factors of z in csrc/*.cu on the host, compiled by g++ through tests/cuda_shim, bit for bit the
+reference."""
 
 from __future__ import annotations
 
@@ -13,15 +14,21 @@ from cuda_backends import OnHost
 from zokern.backends import Batch, Noise, Span, Terms
 from zokern.directions import resolve
 
-# One module is the kernel and holds every mistake: ZO_SHIM_MISTAKE chooses which one it makes, and unset makes none.
+# One module is the kernel and holds every mistake: ZO_SHIM_MISTAKE chooses which one it makes, and unset
+# makes none.
 MISTAKES = [
     ("one factor for a unit", "z[j] = mul_rn(z[j], f[j]);", "z[j] = mul_rn(z[j], f[{wrong} ? 0 : j]);"),
     ("a byte of a mask", "eight >> (8 * j) & 0xffu", "eight >> (8 * ({wrong} ? j & 3 : j)) & 0xffu"),
-    ("factors from the first element", "(whole.begin * kUnit - e.first) * bytes()", "({wrong} ? 0 : whole.begin * kUnit - e.first) * bytes()"),
-    ("bytes of bfloat16", "type == Scale::kBfloat16 ? 2 : 4;", "type == Scale::kBfloat16 ? ({wrong} ? 4 : 2) : 4;"),
-    ("bfloat16 for float32", "factor_at(e.scale, e.scale_type, at + j)", "factor_at(e.scale, {wrong} ? 1 : e.scale_type, at + j)"),
-    ("a piece from its first element", "j < low || j >= high ? 0.0f", "j < low || j >= high || ({wrong} && j == low) ? 0.0f"),
-    ("no factor is 0", "for (int j = 0; j < kUnit; ++j) f[j] = 1.0f;", "for (int j = 0; j < kUnit; ++j) f[j] = {wrong} ? 0.0f : 1.0f;"),
+    ("factors from the first element", "(whole.begin * kUnit - e.first) * bytes()",
+        "({wrong} ? 0 : whole.begin * kUnit - e.first) * bytes()"),
+    ("bytes of bfloat16", "type == Scale::kBfloat16 ? 2 : 4;",
+        "type == Scale::kBfloat16 ? ({wrong} ? 4 : 2) : 4;"),
+    ("bfloat16 for float32", "factor_at(e.scale, e.scale_type, at + j)",
+        "factor_at(e.scale, {wrong} ? 1 : e.scale_type, at + j)"),
+    ("a piece from its first element", "j < low || j >= high ? 0.0f",
+        "j < low || j >= high || ({wrong} && j == low) ? 0.0f"),
+    ("no factor is 0", "for (int j = 0; j < kUnit; ++j) f[j] = 1.0f;",
+        "for (int j = 0; j < kUnit; ++j) f[j] = {wrong} ? 0.0f : 1.0f;"),
     ("factors of a list are not seen", "if (launch.scaled) {", "if (launch.scaled && !{wrong}) {"),
     ("the sign of zero", "g < 0.0f ? -1.0f : g;", "g < 0.0f ? -1.0f : {wrong} ? 1.0f : g;"),
 ]  # fmt: skip
@@ -52,7 +59,8 @@ def test_order_and_parts_change_nothing(on_host, monkeypatch) -> None:
 
 
 def test_another_scale_is_another_table(on_host) -> None:
-    """Factors that lie elsewhere, or of another dtype, are not taken from the table of the call before; the same ones upload nothing."""
+    """Factors that lie elsewhere, or of another dtype, are not taken from the table of the call before; the
+    same ones upload nothing."""
     backend, noise = OnHost(on_host), Noise(resolve("normal"), 5, [(0, 0)])
     found = []
     halves = torch.full((40,), 0.5)

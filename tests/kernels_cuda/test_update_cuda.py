@@ -1,4 +1,5 @@
-"""csrc/update.cu on the host, compiled by g++ through cuda_shim, bit for bit the reference; and on a GPU where there is one."""
+"""csrc/update.cu on the host, compiled by g++ through cuda_shim, bit for bit the reference; and on a GPU
+where there is one."""
 
 from __future__ import annotations
 
@@ -13,23 +14,33 @@ from cuda_backends import OnHost
 from zokern.backends import Batch, Noise, Span, Update
 from zokern.directions import resolve
 
-# One module is the kernel and holds every mistake: ZO_SHIM_MISTAKE chooses which one it makes, and unset makes none.
+# One module is the kernel and holds every mistake: ZO_SHIM_MISTAKE chooses which one it makes, and unset
+# makes none.
 MISTAKES = [
     ("the old momentum", "float move = m;", "float move = {wrong} ? theta : m;"),
-    ("a contracted square", "fma_rn(s.alpha2, mul_rn(g, g)", "fma_rn({wrong} ? mul_rn(s.alpha2, g) : s.alpha2, {wrong} ? g : mul_rn(g, g)"),
-    ("a rounded move", "fma_rn(s.lr, move, mul", "fma_rn({wrong} ? 1.0f : s.lr, {wrong} ? mul_rn(s.lr, move) : move, mul"),
+    ("a contracted square", "fma_rn(s.alpha2, mul_rn(g, g)",
+        "fma_rn({wrong} ? mul_rn(s.alpha2, g) : s.alpha2, {wrong} ? g : mul_rn(g, g)"),
+    ("a rounded move", "fma_rn(s.lr, move, mul",
+        "fma_rn({wrong} ? 1.0f : s.lr, {wrong} ? mul_rn(s.lr, move) : move, mul"),
     ("an approximate quotient", "move = div_rn(m, ", "move = div_rn({wrong} ? mul_rn(m, 1.0000001f) : m, "),
     ("eps twice inside", "s.inside = from[6]", "s.inside = from[{wrong} ? 8 : 6]"),
-    ("m stored in the place of v", "nearest<Type::kFloat32>(v))", "nearest<Type::kFloat32>({wrong} ? m : v))"),
-    ("v of a piece not stored", "if constexpr (kRule == Rule::kAdam) second[i] = v;", "if (kRule == Rule::kAdam && !{wrong}) second[i] = v;"),
-    ("one m for a whole piece", "float m = kHasMoments ? first[i]", "float m = kHasMoments ? first[{wrong} ? p.low : i]"),
-    ("the last term alone", "if (k + 1 < sum.count) term = sum.draws[k];", "if (k + 1 < sum.count && !{wrong}) term = sum.draws[k];"),
-    ("the first coefficient", "const float factor = sum.coefficients[k];", "const float factor = sum.coefficients[{wrong} ? 0 : k];"),
+    ("m stored in the place of v", "nearest<Type::kFloat32>(v))",
+        "nearest<Type::kFloat32>({wrong} ? m : v))"),
+    ("v of a piece not stored", "if constexpr (kRule == Rule::kAdam) second[i] = v;",
+        "if (kRule == Rule::kAdam && !{wrong}) second[i] = v;"),
+    ("one m for a whole piece", "float m = kHasMoments ? first[i]",
+        "float m = kHasMoments ? first[{wrong} ? p.low : i]"),
+    ("the last term alone", "if (k + 1 < sum.count) term = sum.draws[k];",
+        "if (k + 1 < sum.count && !{wrong}) term = sum.draws[k];"),
+    ("the first coefficient", "const float factor = sum.coefficients[k];",
+        "const float factor = sum.coefficients[{wrong} ? 0 : k];"),
     ("the clock", "term.step + sum.clock", "term.step + ({wrong} ? 0 : sum.clock)"),
-    ("bits of another step", "return sum.last.step + sum.clock;", "return sum.last.step + ({wrong} ? 1 : sum.clock);"),
+    ("bits of another step", "return sum.last.step + sum.clock;",
+        "return sum.last.step + ({wrong} ? 1 : sum.clock);"),
     ("nobody counts", "if (!watch.seen())", "if (!watch.seen() || {wrong})"),
     ("half of a residual", "(low_odd)) << 16;", "({wrong} ? low_even : low_odd)) << 16;"),
-    ("a thread's last unit", "i < place.count; i += turn.lanes) body", "i + {wrong} < place.count; i += turn.lanes) body"),
+    ("a thread's last unit", "i < place.count; i += turn.lanes) body",
+        "i + {wrong} < place.count; i += turn.lanes) body"),
 ]  # fmt: skip
 
 
@@ -40,7 +51,9 @@ def on_host() -> types.ModuleType:
 
 @pytest.mark.parametrize("check", conformance_update.CHECKS)
 def test_host_is_the_reference(on_host, check: str) -> None:
-    conformance_update.CHECKS[check](OnHost(on_host), "cpu", "quick" if check in ("update_large", "update_sizes") else "full")
+    conformance_update.CHECKS[check](
+        OnHost(on_host), "cpu", "quick" if check in ("update_large", "update_sizes") else "full"
+    )
 
 
 @pytest.mark.parametrize("blocks", [1, 5, 1000])
@@ -58,10 +71,15 @@ def test_order_and_parts_change_nothing(on_host, monkeypatch) -> None:
 
 
 def test_a_repeated_call_reads_new_numbers_and_uploads_nothing(on_host) -> None:
-    """What a captured CUDA graph replays: the same tables, and scalars, coefficients and clock that were changed where they lie."""
+    """What a captured CUDA graph replays: the same tables, and scalars, coefficients and clock that were
+    changed where they lie."""
     backend, thetas = OnHost(on_host), [torch.ones(40), torch.ones(3, 5)]
     states = [[torch.zeros(t.shape) for t in thetas] for _ in range(2)]
-    scalars, coeffs, clock = torch.tensor(conformance_update.USUAL["adam"]), torch.ones(2), torch.zeros(1, dtype=torch.int64)
+    scalars, coeffs, clock = (
+        torch.tensor(conformance_update.USUAL["adam"]),
+        torch.ones(2),
+        torch.zeros(1, dtype=torch.int64),
+    )
     results = []
     for _ in range(3):
         backend.update_(

@@ -1,4 +1,5 @@
-"""The machine code and the PTX of csrc/update.cu: registers, 16-byte accesses, instructions, and what root and quotient are made of.
+"""The machine code and the PTX of csrc/update.cu: registers, 16-byte accesses, instructions, and what root
+and quotient are made of.
 
 `PYTHONPATH=tests/support python tests/kernels_cuda/test_update_sass.py`
 prints registers and instructions per element for every kernel and architecture.
@@ -25,16 +26,19 @@ NORMAL, RADEMACHER = 0, 1
 MOMENTUM, ADAM, SIGN = 0, 1, 2
 STATES = {MOMENTUM: 1, ADAM: 2, SIGN: 0}
 NEAREST, STOCHASTIC, RESIDUAL = 0, 1, 2
-# Instructions of the whole loop per element, one term, the most of any architecture that ships, with nvcc 13.0: 16 bits, float32. What
-# is only run for operands beyond the range of the fast root and quotient is in it. Memory leaves time for 83 (momentum, bf16, 12 B)
-# and 138 (adam, 20 B) on an H200.
+# Instructions of the whole loop per element, one term, the most of any architecture that ships, with nvcc
+# 13.0: 16 bits, float32. What is only run for operands beyond the range of the fast root and quotient is in
+# it. Memory leaves time for 83 (momentum, bf16, 12 B) and 138 (adam, 20 B) on an H200.
 LIMITS = {
     (NORMAL, SIGN): (34.5, 34.5),
-    (NORMAL, MOMENTUM): (34.5, 33.0), (NORMAL, ADAM): (67.5, 66.5), (RADEMACHER, MOMENTUM): (22.0, 20.5), (RADEMACHER, ADAM): (54.5, 53.5),
+    (NORMAL, MOMENTUM): (34.5, 33.0), (NORMAL, ADAM): (67.5, 66.5), (RADEMACHER, MOMENTUM): (22.0, 20.5),
+    (RADEMACHER, ADAM): (54.5, 53.5),
 }  # fmt: skip
-REGISTERS = {MOMENTUM: 80, ADAM: 128, SIGN: 80}  # three and two blocks of 256 threads a multiprocessor; two with factors of z
+# three and two blocks of 256 threads a multiprocessor; two with factors of z
+REGISTERS = {MOMENTUM: 80, ADAM: 128, SIGN: 80}
 
-# A correctly rounded root starts from MUFU.RSQ, a quotient from MUFU.RCP; FCHK sends the operands that this cannot do to a subroutine
+# A correctly rounded root starts from MUFU.RSQ, a quotient from MUFU.RCP; FCHK sends the operands that this
+# cannot do to a subroutine
 SLOW_PATHS = r"\$__internal_\d+_\$__cuda_sm\w+_(sqrt|div)_rn\w*_slowpath"
 
 
@@ -48,7 +52,9 @@ def loop(
 ) -> list[sass.Instruction]:
     """The loop over whole units: theta, m and, for adam, v are read and written, in 16 bytes each."""
     accesses = (2 if float32 else 1) + 2 * STATES[rule]
-    return sass.vector_loop(sass.kernel(functions, sass.update_symbol(direction, rule, rounding)), accesses, accesses)
+    return sass.vector_loop(
+        sass.kernel(functions, sass.update_symbol(direction, rule, rounding)), accesses, accesses
+    )
 
 
 def inexact(function: sass.Function, adam: bool) -> list[str]:
@@ -68,7 +74,8 @@ def flushing(functions: dict[str, sass.Function], direction: int) -> list[str]:
 
 @pytest.mark.parametrize("arch", sass.ARCHITECTURES)
 def test_no_spills_and_nothing_inexact(machine, arch: str) -> None:
-    """No local memory, double precision, approximation; in Adam's kernels, as many roots and quotients as elements are unrolled."""
+    """No local memory, double precision, approximation; in Adam's kernels, as many roots and quotients as
+    elements are unrolled."""
     assert len(machine[arch]) == 36
     for name, function in machine[arch].items():
         rule = int(re.search(r"4RuleE(\d)", name)[1])  # type: ignore[index]
@@ -78,8 +85,12 @@ def test_no_spills_and_nothing_inexact(machine, arch: str) -> None:
             f"{name}: {function.registers} registers"
         )
         if rule == ADAM:
-            quotients, calls = (sum(i.name.startswith(n) for i in function.code) for n in ("FCHK", "CALL.REL"))
-            assert quotients == 4 * UNIT, f"{name}: {quotients} quotients; three loops and one piece have {UNIT} each"
+            quotients, calls = (
+                sum(i.name.startswith(n) for i in function.code) for n in ("FCHK", "CALL.REL")
+            )
+            assert quotients == 4 * UNIT, (
+                f"{name}: {quotients} quotients; three loops and one piece have {UNIT} each"
+            )
             assert 2 * quotients <= calls
     for direction in (NORMAL, RADEMACHER):
         assert flushing(machine[arch], direction) == TWO_A_ROOT
@@ -90,14 +101,19 @@ def test_instructions_per_element(machine, arch: str) -> None:
     for (direction, rule), limits in LIMITS.items():
         for float32, limit in zip((False, True), limits):
             per_element = len(loop(machine[arch], direction, rule, NEAREST, float32)) / UNIT
-            print(f"sm_{arch}, direction {direction}, rule {rule}, {'float32' if float32 else '16 bits'}: {per_element}")
+            print(
+                f"sm_{arch}, direction {direction}, rule {rule}, {'float32' if float32 else '16 bits'}: "
+                f"{per_element}"
+            )
             assert per_element <= limit
             loop(machine[arch], direction, rule, STOCHASTIC, float32)
-        loop(machine[arch], direction, rule, RESIDUAL, True)  # bfloat16 and its low bits move as a float32 does
+        # bfloat16 and its low bits move as a float32 does
+        loop(machine[arch], direction, rule, RESIDUAL, True)
 
 
 def test_arithmetic_of_momentum(machine) -> None:
-    """The operations of normal.h and update.h and no other: one fma for g, one product and one fma for m, the same for theta."""
+    """The operations of normal.h and update.h and no other: one fma for g, one product and one fma for m, the
+    same for theta."""
     counts = sass.arithmetic(loop(machine["90"], NORMAL, MOMENTUM, NEAREST, True))
     assert counts == {
         "FFMA": 4 * 16 + 3 * UNIT + UNIT,
@@ -119,12 +135,15 @@ def test_fast_math_is_rejected(tmp_path) -> None:
     kernel = f"template __global__ void update_kernel<Direction::kNormal, Rule::kAdam, Rounding::kNearest>({arguments});"
     (tmp_path / "one.cu").write_text(f"{body}{kernel}\n}}\n}}\n")
     for flags, right in (((), True), (("-use_fast_math",), False)):
-        functions = sass.disassemble(sass.compile_to(tmp_path / "one.cubin", "90", *flags, source=tmp_path / "one.cu"))
+        functions = sass.disassemble(
+            sass.compile_to(tmp_path / "one.cubin", "90", *flags, source=tmp_path / "one.cu")
+        )
         assert (flushing(functions, NORMAL) == TWO_A_ROOT) is right
 
 
 def test_predicted_to_be_bound_by_memory(machine) -> None:
-    """On an H200, where the model leaves momentum and Adam less than their floor for instructions; not with a quarter of the bytes."""
+    """On an H200, where the model leaves momentum and Adam less than their floor for instructions; not with a
+    quarter of the bytes."""
     h200 = predict.DEVICES[0]
     lines = predict.table(machine, [h200], predict.UPDATES)
     assert sum(line.endswith(" memory") for line in lines) == len(predict.UPDATES)
@@ -135,12 +154,14 @@ def test_predicted_to_be_bound_by_memory(machine) -> None:
         assert work.milliseconds(h200)[0] > case.traffic / 4 * 1e9 / (h200.bandwidth * 1e12) * 1e3
 
 
-# PTX ------------------------------------------------------------------------------------------------------------------------------
+# PTX --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory) -> str:
-    return sass.compile_to(tmp_path_factory.mktemp("update_ptx") / "update.ptx", "90", kind="ptx", source=SOURCE).read_text()
+    return sass.compile_to(
+        tmp_path_factory.mktemp("update_ptx") / "update.ptx", "90", kind="ptx", source=SOURCE
+    ).read_text()
 
 
 @pytest.mark.parametrize("check", ["update_sizes", "update_roundings", "update_roots", "update_clock"])
@@ -158,7 +179,9 @@ def test_ptx_is_the_reference(text: str, check: str) -> None:
 )
 def test_wrong_ptx_is_rejected(text: str, right: str, wrong: str, complaint: str) -> None:
     assert right in text
-    problem = conformance_update.run(OnPtx(text.replace(right, wrong)), "cpu", "quick", ["update_roots"])["update_roots"]
+    problem = conformance_update.run(OnPtx(text.replace(right, wrong)), "cpu", "quick", ["update_roots"])[
+        "update_roots"
+    ]
     assert problem is not None and complaint in problem
 
 
@@ -172,7 +195,9 @@ def main() -> None:
                 if rounding < 2 or wide
             ]
             spilled = "SPILLED" if function.spilled() or inexact(function, rule == ADAM) else ""
-            print(f"sm_{arch:4} {name[32:84]:52} {function.registers:3} registers  {' '.join(counts)} {spilled}")
+            print(
+                f"sm_{arch:4} {name[32:84]:52} {function.registers:3} registers  {' '.join(counts)} {spilled}"
+            )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""triton_kernels/lowrank.py without a GPU: interpreted in a child process, and compiled for four architectures and read.
+"""triton_kernels/lowrank.py without a GPU: interpreted in a child process, and compiled for four
+architectures and read.
 
-With factors that are small integers every sum is exact and the conformance suite holds bit for bit; with random ones the bound of
-lowrank_bound.py. Wrong kernels are the file with one line changed.
+With factors that are small integers every sum is exact and the conformance suite holds bit for bit; with
+random ones the bound of lowrank_bound.py. Wrong kernels are the file with one line changed.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ if not hasattr(backend, "lowrank"):
 
 SOURCE = Path(backend.lowrank.__file__)  # of the right kernels: wrong ones take their place in the backend
 
-WRONG = {  # name: (text, replacement); none leaves the memory of its tensors, which no one guards in the interpreter
+# name: (text, replacement); none leaves the memory of its tensors, which no one guards in the interpreter
+WRONG = {
     "a term forgotten": ("total = dot(a1, b0, total, EXACT)", "total = total"),
     "first row of a tile": ("at = row * stride + column", "at = begin * stride + column"),
     "padding not zero": ("mask=mask, other=0.0)", "mask=mask, other=1.0)"),
@@ -60,7 +62,9 @@ def whole(mine) -> None:
         for decay in (1.0, 0.5):
             counts = [
                 one.lowrank_(
-                    Batch(tensors, spans, "stochastic"), Outer(lefts, rights, [0.25] * 3, decay), Noise(None, 1, [(2, 0)])
+                    Batch(tensors, spans, "stochastic"),
+                    Outer(lefts, rights, [0.25] * 3, decay),
+                    Noise(None, 1, [(2, 0)]),
                 )
                 for one, tensors in ((mine, thetas), (conformance.Reference(), expected))
             ]
@@ -153,10 +157,11 @@ def test_interpreted_rejects(interpreted, name: str) -> None:
     assert interpreted[name] is not None
 
 
-# --- compiled ----------------------------------------------------------------------------------------------------------------------
+# --- compiled -----------------------------------------------------------------------------------------------
 
 TYPES = {
-    "entries": "*i64", "tiles": "*i64", "frames": "*i64", "factors": "*i64", "nonfinite": "*i64", "decay": "fp32", "step": "i32",
+    "entries": "*i64", "tiles": "*i64", "frames": "*i64", "factors": "*i64", "nonfinite": "*i64",
+    "decay": "fp32", "step": "i32",
     "keys": ("i32",) * 20,
 }  # fmt: skip
 UNITS = {"80": "HMMA", "90": "HGMMA", "100": "UTCHMMA", "120": "HMMA"}
@@ -164,8 +169,12 @@ UNITS = {"80": "HMMA", "90": "HGMMA", "100": "UTCHMMA", "120": "HMMA"}
 LIMITS = {"80": (24, 140), "90": (17, 60), "100": (23, 30), "120": (24, 140)}  # bfloat16, float32
 
 
-def compiled(kernel, arch: str, constants: dict[str, int], warps: int, cubin: Path) -> tuple[sass.Function, object]:
-    signature = {argument: "constexpr" if argument in constants else TYPES[argument] for argument in kernel.arg_names}
+def compiled(
+    kernel, arch: str, constants: dict[str, int], warps: int, cubin: Path
+) -> tuple[sass.Function, object]:
+    signature = {
+        argument: "constexpr" if argument in constants else TYPES[argument] for argument in kernel.arg_names
+    }
     source = triton.compiler.ASTSource(kernel, signature, constants)
     options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False}
     made = triton.compile(source, target=GPUTarget("cuda", int(arch), 32), options=options)
@@ -174,19 +183,34 @@ def compiled(kernel, arch: str, constants: dict[str, int], warps: int, cubin: Pa
 
 
 def forbidden(function: sass.Function) -> dict[str, list[str]]:
-    """What sass.py forbids; sm_100's matrix memory comes with calls to traps that its own check of allocations may take."""
-    found = {why: [t for t in texts if "tcgen05_guardrail_trap" not in t] for why, texts in function.forbidden().items()}
+    """What sass.py forbids; sm_100's matrix memory comes with calls to traps that its own check of
+    allocations may take."""
+    found = {
+        why: [t for t in texts if "tcgen05_guardrail_trap" not in t]
+        for why, texts in function.forbidden().items()
+    }
     return {why: texts for why, texts in found.items() if texts}
 
 
 def product(arch: str, kind: int, rank: int, cubin: Path) -> tuple[sass.Function, object]:
     bm, bn = backend.TILES[rank][kind == 0]
-    constants = dict(ROUNDING=0, KINDS=1 << kind, OUTSIDE=False, JOIN=False, RANK=rank, WHOLE=True, EXACT=False, BM=bm, BN=bn)
+    constants = dict(
+        ROUNDING=0,
+        KINDS=1 << kind,
+        OUTSIDE=False,
+        JOIN=False,
+        RANK=rank,
+        WHOLE=True,
+        EXACT=False,
+        BM=bm,
+        BN=bn,
+    )
     return compiled(backend.lowrank.product, arch, constants, backend.PRODUCT_WARPS, cubin)
 
 
 needs_sass = pytest.mark.skipif(
-    sass.tool("nvdisasm") is None or backend.interpreted(), reason="nvdisasm not found, or TRITON_INTERPRET=1 is set"
+    sass.tool("nvdisasm") is None or backend.interpreted(),
+    reason="nvdisasm not found, or TRITON_INTERPRET=1 is set",
 )
 
 
@@ -199,7 +223,8 @@ def own_cache(tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize("rank", [16, 32, 64, 128])
 @pytest.mark.parametrize("arch", LIMITS)
 def test_compiled(arch: str, rank: int, tmp_path) -> None:
-    """No spill, matrix units, 16-byte accesses of theta, shared memory for the smallest device, a bounded instruction count."""
+    """No spill, matrix units, 16-byte accesses of theta, shared memory for the smallest device, a bounded
+    instruction count."""
     for kind, width in ((4, 2), (0, 4)):
         function, metadata = product(arch, kind, rank, tmp_path / "x.cubin")
         names = [i.name for i in function.code]
@@ -208,10 +233,19 @@ def test_compiled(arch: str, rank: int, tmp_path) -> None:
         assert not function.spilled() and not forbidden(function), forbidden(function)
         assert metadata.shared <= 99 << 10
         assert any(n.startswith(UNITS[arch]) for n in names)
-        assert sum(n.startswith("STG") for n in names) == sum("STG.E.128" in n for n in names) == elements * width // 16
-        loop = next(body for body in function.loops() if sum(i.name.startswith("STG") for i in body) == elements * width // 16)
+        assert (
+            sum(n.startswith("STG") for n in names)
+            == sum("STG.E.128" in n for n in names)
+            == elements * width // 16
+        )
+        loop = next(
+            body
+            for body in function.loops()
+            if sum(i.name.startswith("STG") for i in body) == elements * width // 16
+        )
         print(
-            f"sm_{arch} kind {kind} rank {rank}: {len(loop) / elements:.1f} instructions per element, {function.registers} registers"
+            f"sm_{arch} kind {kind} rank {rank}: {len(loop) / elements:.1f} instructions per element, "
+            f"{function.registers} registers"
         )
         assert len(loop) / elements <= LIMITS[arch][kind == 0]
 

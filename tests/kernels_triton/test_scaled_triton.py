@@ -1,6 +1,7 @@
 """Factors of z in triton_kernels without a GPU: interpreted and compared bit for bit, compiled and read.
 
-As test_triton.py, with the compiler and the readers of tests/support/compiled.py. Wrong kernels are copies with one line changed.
+As test_triton.py, with the compiler and the readers of tests/support/compiled.py. Wrong kernels are copies
+with one line changed.
 """
 
 from __future__ import annotations
@@ -27,19 +28,26 @@ from compiled import directory as directory  # noqa: E402, PLC0414
 from zokern.backends import triton as backend  # noqa: E402
 
 WRONG = {  # name: (file, text, replacement)
-    "no factor in a unit": ("elementwise", "z_even, z_odd = z_even * f_even, z_odd * f_odd", "z_even = z_even * f_even"),
+    "no factor in a unit": ("elementwise", "z_even, z_odd = z_even * f_even, z_odd * f_odd",
+        "z_even = z_even * f_even"),
     "no factor in an element": ("elementwise", "z = z * scale", "z = z"),
     "both bytes of a mask": ("elementwise", "odd = (half >> 8)", "odd = (half & 0xFF)"),
-    "both halves of bfloat16": ("elementwise", "odd = to_float(word & 0xFFFF0000)", "odd = to_float(word << 16)"),
-    "both words of float32": ("elementwise", "odd = to_float((wide >> 32).to(tl.uint32))", "odd = to_float(wide.to(tl.uint32))"),
+    "both halves of bfloat16": ("elementwise", "odd = to_float(word & 0xFFFF0000)",
+        "odd = to_float(word << 16)"),
+    "both words of float32": ("elementwise", "odd = to_float((wide >> 32).to(tl.uint32))",
+        "odd = to_float(wide.to(tl.uint32))"),
     "factors of the first chunk": ("elementwise", "here = (begin >> 1) + place", "here = place"),
-    "the second half of a unit": ("elementwise", "from_word + (place + 2), mask, N, W)", "from_word + place, mask, N, W)"),
+    "the second half of a unit": ("elementwise", "from_word + (place + 2), mask, N, W)",
+        "from_word + place, mask, N, W)"),
     "no factor is 0": ("elementwise", "even = tl.full([N, W], 1.0", "even = tl.full([N, W], 0.0"),
     "an element's bfloat16": ("elementwise", "factor = bf16_to_float(", "factor = 2 * bf16_to_float("),
-    "an element's place": ("elementwise", "tl.pointer_type(tl.uint8)) + place", "tl.pointer_type(tl.uint8)) + place * 0"),
-    "the update's units": ("update", "f_even2, f_odd2, words, coefficient, 1", "f_even, f_odd, words, coefficient, 1"),
+    "an element's place": ("elementwise", "tl.pointer_type(tl.uint8)) + place",
+        "tl.pointer_type(tl.uint8)) + place * 0"),
+    "the update's units": ("update", "f_even2, f_odd2, words, coefficient, 1",
+        "f_even, f_odd, words, coefficient, 1"),
     "the update's elements": ("update", "z = z * scale", "z = z"),
-    "no sign": ("update", "move = to_float(tl.where(ordinary, (bits & 0x80000000) | 0x3F800000, bits))", "move = g"),
+    "no sign": ("update", "move = to_float(tl.where(ordinary, (bits & 0x80000000) | 0x3F800000, bits))",
+        "move = g"),
 }  # fmt: skip
 
 
@@ -47,14 +55,21 @@ def few(mine) -> None:
     """A small launch for each verb, chosen so that each of WRONG shows; raises AssertionError."""
     generator, versus = torch.Generator().manual_seed(1), conformance_scaled.Scaled(few, mine, "cpu", "quick")
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    thetas = [conformance.theta_of(generator, (43,), dtype) for dtype in (fp32, fp32, fp32, bf16, bf16, bf16, fp16, bf16)]
+    thetas = [
+        conformance.theta_of(generator, (43,), dtype)
+        for dtype in (fp32, fp32, fp32, bf16, bf16, bf16, fp16, bf16)
+    ]
     spans = [Span(70 + i, 8 * i) for i in range(len(thetas))]
     factors = conformance_scaled.factors_for(generator, thetas)
     versus.axpy(thetas, spans, "normal", factors, [(3, 1), (2, 0)], [1e-2, 0.3], 0.99)
     versus.update(thetas, spans, "sign", [], factors)
     long = conformance.theta_of(generator, (33_000,), bf16)
-    versus.axpy([long], [Span(5)], "normal", [conformance_scaled.factors_of(generator, (33_000,), torch.bool)])
-    versus.update(thetas[:3], spans[:3], "momentum", states_of(generator, "momentum", thetas[:3]), factors[:3])
+    versus.axpy(
+        [long], [Span(5)], "normal", [conformance_scaled.factors_of(generator, (33_000,), torch.bool)]
+    )
+    versus.update(
+        thetas[:3], spans[:3], "momentum", states_of(generator, "momentum", thetas[:3]), factors[:3]
+    )
 
 
 def verdicts(directory: Path) -> dict[str, str | None]:
@@ -65,7 +80,10 @@ def verdicts(directory: Path) -> dict[str, str | None]:
     for name, change in {"right": None, **WRONG}.items():
         if change:
             module = changed(directory / re.sub(r"\W", "_", name), *change)
-            backend.elementwise, backend.update = module, sys.modules[module.__name__.replace("elementwise", "update")]
+            backend.elementwise, backend.update = (
+                module,
+                sys.modules[module.__name__.replace("elementwise", "update")],
+            )
         try:
             few(backend.Triton())
             found[name] = None
@@ -96,7 +114,7 @@ def test_interpreted_rejects(interpreted, name: str) -> None:
     assert interpreted[name] is not None
 
 
-# --- compiled ----------------------------------------------------------------------------------------------------------------------
+# --- compiled -----------------------------------------------------------------------------------------------
 
 ONE = dict(DIRECTION=0, draw_count=1, draws=None, clock=None, SCALED=True)
 KERNELS = {
@@ -107,7 +125,9 @@ KERNELS = {
 }  # fmt: skip
 
 
-@pytest.mark.skipif(sass.tool("nvdisasm") is None, reason="nvdisasm not found: install triton or the CUDA binary utilities")
+@pytest.mark.skipif(
+    sass.tool("nvdisasm") is None, reason="nvdisasm not found: install triton or the CUDA binary utilities"
+)
 @pytest.mark.parametrize("name", KERNELS)
 def test_compiled(directory, name: str) -> None:
     """No spill and nothing inexact; nothing is fused that the definition rounds."""

@@ -1,8 +1,10 @@
-"""Triton without a GPU: the kernels interpreted and compared bit for bit, and compiled for six architectures and read.
+"""Triton without a GPU: the kernels interpreted and compared bit for bit, and compiled for six architectures
+and read.
 
-Interpretation has to be chosen before triton is imported, so one child process (`python test_triton.py folder`) runs the
-conformance checks and a list of wrong kernels under TRITON_INTERPRET=1, and the tests here read its verdicts. Compilation needs
-no device; what it made is read as PTX and as machine code. Wrong kernels are copies of triton_kernels/ with one line changed.
+Interpretation has to be chosen before triton is imported, so one child process (`python test_triton.py
+folder`) runs the conformance checks and a list of wrong kernels under TRITON_INTERPRET=1, and the tests here
+read its verdicts. Compilation needs no device; what it made is read as PTX and as machine code. Wrong kernels
+are copies of triton_kernels/ with one line changed.
 """
 
 from __future__ import annotations
@@ -33,11 +35,14 @@ from compiled import directory as directory  # noqa: E402
 
 from zokern.backends import triton as backend  # noqa: E402
 
-# The conformance checks that are interpreted here: every verb, dtype, rounding, stride, slice, row and element number. The others
-# (shards, order, many draws) vary what does not reach a kernel, or are covered by few().
+# The conformance checks that are interpreted here: every verb, dtype, rounding, stride, slice, row and
+# element number. The others (shards, order, many draws) vary what does not reach a kernel, or are covered by
+# few().
 CHECKS = (
-    "philox_known_answers", "philox_random_counters", "draw_names", "draw_firsts", "axpy_sizes", "axpy_firsts", "axpy_pitch",
-    "axpy_strides_residual", "axpy_special", "axpy_stochastic", "perturb_sizes", "perturb_strides", "perturb_rows",
+    "philox_known_answers", "philox_random_counters", "draw_names", "draw_firsts", "axpy_sizes",
+    "axpy_firsts", "axpy_pitch",
+    "axpy_strides_residual", "axpy_special", "axpy_stochastic", "perturb_sizes", "perturb_strides",
+    "perturb_rows",
     "perturb_arithmetic", "empty_launch", "axpy_one_rounding", "large", "tiles", "clock",
 )  # fmt: skip
 
@@ -50,14 +55,22 @@ WRONG = {  # name: (file, text, replacement)
         "tl.load(coefficients + k) * z + value",
     ),
     "sine and cosine swapped": ("normal", "return r * sine, r * cosine", "return r * cosine, r * sine"),
-    "words swapped": ("elementwise", "tl.join(tl.join(a0, a2), tl.join(a1, a3))", "tl.join(tl.join(a0, a1), tl.join(a2, a3))"),
+    "words swapped": (
+        "elementwise",
+        "tl.join(tl.join(a0, a2), tl.join(a1, a3))",
+        "tl.join(tl.join(a0, a1), tl.join(a2, a3))",
+    ),
     "parts swapped": (
         "elementwise",
         "tl.join(words[2 * PART], words[2 * PART + 1])",
         "tl.join(words[2 - 2 * PART], words[3 - 2 * PART])",
     ),
     "round keys swapped": ("philox", "keys[2 * r + 1]", "keys[2 * r]"),
-    "32-bit number": ("elementwise", "(number >> 3).to(tl.uint32)", "(number.to(tl.int32) >> 3).to(tl.uint32)"),
+    "32-bit number": (
+        "elementwise",
+        "(number >> 3).to(tl.uint32)",
+        "(number.to(tl.int32) >> 3).to(tl.uint32)",
+    ),
     "32-bit unit": (
         "elementwise",
         "(unit + tl.arange(0, N)).to(tl.uint32)",
@@ -70,17 +83,29 @@ WRONG = {  # name: (file, text, replacement)
     "signs from the chunk's first unit": ("elementwise", "part * N - (unit & 15).to(tl.int32)", "part * N"),
     "byte of a block": ("elementwise", "(tl.arange(0, N) & 3) * 8", "(tl.arange(0, N) & 1) * 8"),
     "truncated bfloat16": ("rounding", "x + 0x7FFF + ((x >> 16) & 1)", "x"),
-    "low bits of an element without sign": ("rounding", "low.to(tl.int32)", "low.to(tl.uint16, bitcast=True).to(tl.int32)"),
+    "low bits of an element without sign": (
+        "rounding",
+        "low.to(tl.int32)",
+        "low.to(tl.uint16, bitcast=True).to(tl.int32)",
+    ),
     "low bits without sign": (
         "elementwise",
         "((low_word << 16).to(tl.int32, bitcast=True) >> 16).to(tl.uint32, bitcast=True)",
         "(low_word & 0xFFFF)",
     ),
-    "rounding bits of the first draw": ("elementwise", "who, step, purpose, keys)", "who, step_k - 2, purpose, keys)"),
+    "rounding bits of the first draw": (
+        "elementwise",
+        "who, step, purpose, keys)",
+        "who, step_k - 2, purpose, keys)",
+    ),
     "float16 saturates": ("rounding", "half < 0x7C00, half, 0x7C00", "half < 0x7C00, half, 0x7BFF"),
     "inf not counted": ("elementwise", "(rounded & 0x7F80) == 0x7F80", "(rounded & 0x7FFF) > 0x7F80"),
     "inf not seen": ("rounding", "+ 0x00800080", "+ 0x007F007F"),
-    "first term twice": ("elementwise", "k < draw_count - 1, other, step", "k <= draw_count - 1, other, step"),
+    "first term twice": (
+        "elementwise",
+        "k < draw_count - 1, other, step",
+        "k <= draw_count - 1, other, step",
+    ),
     "one rounding for all steps": (
         "elementwise",
         "if TYPE != FLOAT32 and not (TYPE == BFLOAT16",
@@ -91,7 +116,11 @@ WRONG = {  # name: (file, text, replacement)
         "value = bf16_to_float(round_element(",
         "bf16_to_float(round_element(",
     ),
-    "decay of the first step": ("elementwise", "tl.load(draws + draw_count + k)", "tl.load(draws + draw_count)"),
+    "decay of the first step": (
+        "elementwise",
+        "tl.load(draws + draw_count + k)",
+        "tl.load(draws + draw_count)",
+    ),
     "rounding bits of the first step": (
         "elementwise",
         "even, odd = round_pair(even, odd, unit, who, step,",
@@ -123,9 +152,17 @@ def few(mine) -> None:
     versus.axpy(*tensors(fp32, bf16, fp16), "normal", *replay, "stochastic", each=2)
     versus.axpy(*tensors(bf16, fp16), "rademacher", *(part[:2] for part in replay), each=1)
     thetas, spans = tensors(bf16, bf16)
-    versus.axpy(thetas, spans, "normal", rounding="residual", residuals=[conformance.low_of(generator, t) for t in thetas])
+    versus.axpy(
+        thetas,
+        spans,
+        "normal",
+        rounding="residual",
+        residuals=[conformance.low_of(generator, t) for t in thetas],
+    )
     lows = [conformance.low_of(generator, t) for t in thetas]
-    versus.perturb(thetas, spans, "normal", [[conformance.out_like(t) for t in thetas] for _ in range(2)], residuals=lows)
+    versus.perturb(
+        thetas, spans, "normal", [[conformance.out_like(t) for t in thetas] for _ in range(2)], residuals=lows
+    )
     broken = torch.tensor([float("inf"), float("nan"), 3e38, 1.0] * 6).to(bf16)
     huge = torch.full((16,), torch.finfo(fp16).max, dtype=fp16)
     versus.axpy([filled(broken), filled(huge)], [Span(5), Span(6)], "normal", coeffs=[3e4])
@@ -137,7 +174,7 @@ def few(mine) -> None:
     versus.axpy(thetas[:1], [Span(8)], "normal", rounding="residual", residuals=[low])
 
 
-# --- interpreted -------------------------------------------------------------------------------------------------------------------
+# --- interpreted --------------------------------------------------------------------------------------------
 
 
 def one_table() -> str | None:
@@ -145,9 +182,17 @@ def one_table() -> str | None:
     mine, clock, coeffs = backend.Triton(), torch.zeros(1, dtype=torch.int64), torch.ones(2)
     theta = torch.ones(40)
     for t in (theta, theta, theta.clone()):
-        mine.axpy_(Batch([t], [Span(1)]), Noise(conformance.resolve("normal"), 5, [(0, 0), (0, 1)], clock), Terms(coeffs))
+        mine.axpy_(
+            Batch([t], [Span(1)]),
+            Noise(conformance.resolve("normal"), 5, [(0, 0), (0, 1)], clock),
+            Terms(coeffs),
+        )
         clock += 1
-    return None if mine.tables.built == 3 else f"{mine.tables.built} tables; expected one for each list and one for the names"
+    return (
+        None
+        if mine.tables.built == 3
+        else f"{mine.tables.built} tables; expected one for each list and one for the names"
+    )
 
 
 def verdicts(directory: Path) -> dict[str, str | None]:
@@ -187,17 +232,25 @@ def test_interpreted_rejects(interpreted, name: str) -> None:
     assert interpreted[name] is not None
 
 
-# --- compiled ----------------------------------------------------------------------------------------------------------------------
+# --- compiled -----------------------------------------------------------------------------------------------
 
-# the kernels, and what their loop over units holds: units a thread, and of each the 16-byte loads, stores and at most so many
-# instructions an element (sm_80 to sm_120, Triton 3.6 to 3.9)
+# the kernels, and what their loop over units holds: units a thread, and of each the 16-byte loads, stores and
+# at most so many instructions an element (sm_80 to sm_120, Triton 3.6 to 3.9)
 ONE = dict(draw_count=1, each=1, draws=None, clock=None, DECAY=False, EACH=False, SCALED=False)
 KERNELS: dict[str, tuple[str, dict, tuple[int, int, int, float] | None]] = {
     "axpy bf16": ("axpy", dict(DIRECTION=0, ROUNDING=0, KINDS=2, **ONE), (2, 1, 1, 25.4)),
     "axpy fp32": ("axpy", dict(DIRECTION=0, ROUNDING=0, KINDS=1, **ONE), (2, 2, 2, 26.4)),
     "axpy fp16": ("axpy", dict(DIRECTION=0, ROUNDING=0, KINDS=4, **ONE), (2, 1, 1, 25.4)),
-    "axpy mixed K": ("axpy", dict(DIRECTION=0, ROUNDING=1, KINDS=7, DECAY=True, EACH=False, SCALED=False), None),
-    "axpy replay": ("axpy", dict(DIRECTION=0, ROUNDING=1, KINDS=7, DECAY=False, EACH=True, SCALED=False), None),
+    "axpy mixed K": (
+        "axpy",
+        dict(DIRECTION=0, ROUNDING=1, KINDS=7, DECAY=True, EACH=False, SCALED=False),
+        None,
+    ),
+    "axpy replay": (
+        "axpy",
+        dict(DIRECTION=0, ROUNDING=1, KINDS=7, DECAY=False, EACH=True, SCALED=False),
+        None,
+    ),
     "axpy residual": ("axpy", dict(DIRECTION=0, ROUNDING=2, KINDS=2, **ONE), (2, 2, 2, 47)),
     "axpy rademacher": ("axpy", dict(DIRECTION=1, ROUNDING=0, KINDS=2, **ONE), (4, 1, 1, 8.6)),
     "axpy rademacher fp32": ("axpy", dict(DIRECTION=1, ROUNDING=0, KINDS=1, **ONE), (4, 2, 2, 8.7)),
@@ -211,7 +264,9 @@ KERNELS: dict[str, tuple[str, dict, tuple[int, int, int, float] | None]] = {
 }
 # the other kernels are compiled for sm_90 alone: a compilation takes a second or more
 EVERYWHERE = ("axpy bf16", "axpy fp32", "axpy rademacher")
-CASES = [(arch, name) for name in KERNELS for arch in sass.ARCHITECTURES if name in EVERYWHERE or arch == "90"]
+CASES = [
+    (arch, name) for name in KERNELS for arch in sass.ARCHITECTURES if name in EVERYWHERE or arch == "90"
+]
 
 
 @pytest.fixture(scope="module")
@@ -244,14 +299,18 @@ def negations_are_sums() -> bool:
     return triton.__version__.startswith("3.6")
 
 
-# of eight elements: four words of normal.h (16 fma, 7 mul, 1 add each), then one fma an element; float32 is watched by another
+# of eight elements: four words of normal.h (16 fma, 7 mul, 1 add each), then one fma an element; float32 is
+# watched by another
 EXPECTED = {"axpy bf16": (4 * 16 + 8, 4 * 7, 4), "axpy fp32": (4 * 16 + 16, 4 * 7, 4)}
 
 
-@pytest.mark.skipif(sass.tool("nvdisasm") is None, reason="nvdisasm not found: install triton or the CUDA binary utilities")
+@pytest.mark.skipif(
+    sass.tool("nvdisasm") is None, reason="nvdisasm not found: install triton or the CUDA binary utilities"
+)
 @pytest.mark.parametrize("arch, name", CASES, ids=lambda value: value.replace(" ", "_"))
 def test_compiled(compiler, arch: str, name: str) -> None:
-    """No spill, no forbidden instruction, 16-byte accesses, no shared memory for 16-bit types, a bounded instruction count."""
+    """No spill, no forbidden instruction, 16-byte accesses, no shared memory for 16-bit types, a bounded
+    instruction count."""
     text, function = compiler(name, arch)
     assert not unspecified(text)
     assert not forbidden(function) and not function.spilled()
@@ -261,11 +320,13 @@ def test_compiled(compiler, arch: str, name: str) -> None:
     units, loads, stores, bound = loop
     body = sass.vector_loop(function, units * loads, units * stores)
     per_element = len(body) / 8 / units
-    print(f"sm_{arch} {name}: {per_element:.1f} instructions an element, {function.registers} registers, {arithmetic(body)}")
+    print(
+        f"sm_{arch} {name}: {per_element:.1f} instructions an element, {function.registers} registers, "
+        f"{arithmetic(body)}"
+    )
     assert per_element <= bound
-    if (
-        "rademacher" not in name
-    ):  # signs go from the lane that computed a block to those that need it; normals stay where they are
+    # signs go from the lane that computed a block to those that need it; normals stay where they are
+    if "rademacher" not in name:
         assert not [i.text for i in body if re.match("LDS|STS|BAR|LDSM|STSM|SHFL", i.name)]
     if name in EXPECTED:
         fma, mul, add = arithmetic(body)
@@ -279,7 +340,9 @@ if sass.tool("nvdisasm") is not None:
     def test_compiled_rejects_approximation(compiler, tmp_path) -> None:
         """A reciprocal root from the hardware is found in PTX and in the machine code."""
         line = "y = (0x5F375800 - (square.to(tl.uint32, bitcast=True) >> 1)).to(tl.float32, bitcast=True)"
-        text, function = compiler("axpy bf16", "90", changed(tmp_path / "approximate", "normal", line, "y = tl.rsqrt(square)"))
+        text, function = compiler(
+            "axpy bf16", "90", changed(tmp_path / "approximate", "normal", line, "y = tl.rsqrt(square)")
+        )
         assert unspecified(text) and "approximate function unit" in forbidden(function)
 
     def test_compiled_rejects_unfused(compiler, tmp_path) -> None:
@@ -295,7 +358,9 @@ if sass.tool("nvdisasm") is not None:
     def test_compiled_rejects_narrow_accesses(compiler, tmp_path) -> None:
         """Without the promise of alignment there is no 16-byte access, and the reader says so."""
         _, function = compiler(
-            "axpy bf16", "90", changed(tmp_path / "narrow", "elementwise", "(begin >> 1), 16)", "(begin >> 1), 4)")
+            "axpy bf16",
+            "90",
+            changed(tmp_path / "narrow", "elementwise", "(begin >> 1), 16)", "(begin >> 1), 4)"),
         )
         with pytest.raises(LookupError):
             sass.vector_loop(function, 2, 2)
@@ -310,11 +375,12 @@ if sass.tool("nvdisasm") is not None:
         assert len(sass.vector_loop(function, 4, 4)) / 32 > KERNELS["axpy rademacher"][2][3]
 
 
-# --- executed ----------------------------------------------------------------------------------------------------------------------
+# --- executed -----------------------------------------------------------------------------------------------
 
 
 class Executed:
-    """Stands for the module `elementwise`: compiles what the backend launches, and runs its PTX thread by thread (ptx.py)."""
+    """Stands for the module `elementwise`: compiles what the backend launches, and runs its PTX thread by
+    thread (ptx.py)."""
 
     def __init__(self, elementwise: ModuleType, arch: str) -> None:
         self.elementwise, self.arch, self.memory = elementwise, arch, {}
@@ -329,7 +395,9 @@ def compute(op: str, known=ptx.compute):
 
         def extract(a, position, length):
             left = (32 - int(position) - int(length)) % 32
-            return ((np.asarray(a, np.uint32) << np.uint32(left)).view(np.int32) >> np.int32(32 - int(length))).view(np.uint32)
+            return (
+                (np.asarray(a, np.uint32) << np.uint32(left)).view(np.int32) >> np.int32(32 - int(length))
+            ).view(np.uint32)
 
         return extract, "b32", ["b32"]
     return known(op)
@@ -342,7 +410,9 @@ def step(machine, instruction, who, known=ptx._Machine.step) -> None:
     target, source, _ = instruction.operands
     threads, add = np.arange(machine.count)[who], ".add." in instruction.op
     found = np.full(machine.count // 32, 0 if add else -(2**31), np.int32)
-    (np.add if add else np.maximum).at(found, threads // 32, machine.registers[source][threads].view(np.int32))
+    (np.add if add else np.maximum).at(
+        found, threads // 32, machine.registers[source][threads].view(np.int32)
+    )
     machine.put(target, found.view(np.uint32)[threads // 32], who)
 
 
@@ -378,7 +448,9 @@ class OnPtx(backend.Triton):
     def _see(self, *groups) -> None:
         """A kernel may touch these tensors' memory and no other."""
         storages = [t.untyped_storage() for group in groups for t in group]
-        arrays = {s.data_ptr(): torch.tensor([], dtype=torch.uint8).set_(s).numpy() for s in storages if s.nbytes()}
+        arrays = {
+            s.data_ptr(): torch.tensor([], dtype=torch.uint8).set_(s).numpy() for s in storages if s.nbytes()
+        }
         self.executed.memory = arrays
 
     def draw(self, batch, noise):
@@ -414,9 +486,14 @@ def on_ptx(directory, monkeypatch):
 def tiles(mine) -> None:
     """More than a program's first tile, and a length that ends inside a tile and inside a group."""
     generator, versus = torch.Generator().manual_seed(2), conformance.Versus(tiles, mine, "cpu", "quick")
-    thetas = [conformance.theta_of(generator, (8192 + 1000 + 5,), dtype) for dtype in (torch.bfloat16, torch.float32)]
+    thetas = [
+        conformance.theta_of(generator, (8192 + 1000 + 5,), dtype)
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
     versus.axpy(thetas, [Span(99, 2**34)] * 2, "normal", [(3, 1)], [1e-3], 0.99)
-    thetas = [conformance.theta_of(generator, (8192 + 13,), dtype) for dtype in (torch.bfloat16, torch.float32)]
+    thetas = [
+        conformance.theta_of(generator, (8192 + 13,), dtype) for dtype in (torch.bfloat16, torch.float32)
+    ]
     versus.axpy(thetas, [Span(99, 2**34 + 40)] * 2, "rademacher")
 
 
@@ -426,7 +503,8 @@ def test_executed_tiles(on_ptx, arch: str) -> None:
 
 
 def test_executed(on_ptx) -> None:
-    """Every verb and rounding: what is loaded on a GPU is compared, not what an interpreter makes of the source."""
+    """Every verb and rounding: what is loaded on a GPU is compared, not what an interpreter makes of the
+    source."""
     few(on_ptx("90"))
 
 
@@ -434,7 +512,9 @@ def test_executed_philox(on_ptx) -> None:
     conformance.check_philox_known_answers(on_ptx("90"))
 
 
-@pytest.mark.parametrize("name", ("unfused sum", "unit past the end", "signs past the end", "byte of a block"))
+@pytest.mark.parametrize(
+    "name", ("unfused sum", "unit past the end", "signs past the end", "byte of a block")
+)
 def test_executed_rejects(on_ptx, tmp_path, name: str) -> None:
     wrong = changed(tmp_path / re.sub(r"\W", "_", name), *WRONG[name])
     with pytest.raises((AssertionError, MemoryError)):

@@ -1,7 +1,9 @@
-"""Every direction with every estimator, rule and evaluation: the loss falls, or a sentence says which part lacks what.
+"""Every direction with every estimator, rule and evaluation: the loss falls, or a sentence says which part
+lacks what.
 
-The parts are found in their folders, at their defaults. A cell takes lr from the gradient's length |g| and the size of its
-coefficients c, read at lr = 0: share L / (|c| |g|), or share L / |g| with a rule whose steps have one length whatever the slope.
+The parts are found in their folders, at their defaults. A cell takes lr from the gradient's length |g| and
+the size of its coefficients c, read at lr = 0: share L / (|c| |g|), or share L / |g| with a rule whose steps
+have one length whatever the slope.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from zokern.estimator.base import ONES
 from zokern.methods.pgap import Probed
 
 STEPS, SEED, SHARES = 60, 3, (0.01, 0.0025, 0.04, 0.0006)  # of the loss that a step is expected to take off
-# Low-rank directions with ranks that fit a small model; parts that have no defaults; what is the contract and no part.
+# Low-rank directions with ranks that fit a small model; parts that have no defaults; what is the contract and
+# no part.
 MADE: dict[str, Any] = {
     "Subspace": lambda: directions.Subspace(rank=3, interval=7),
     "Lazy": lambda: directions.Lazy(rank=3, interval=7),
@@ -36,7 +39,8 @@ MADE: dict[str, Any] = {
     "Mixed": lambda: estimator.Mixed(0.5),
     "Split": lambda: estimator.Split(lambda name: "head" in name),
 }
-READS = {"ForwardGradient": "Jvp"}  # by estimator: an evaluation that reads what it asks for; Master reads losses
+# by estimator: an evaluation that reads what it asks for; Master reads losses
+READS = {"ForwardGradient": "Jvp"}
 CONTRACTS = {
     "LowRank",
     "Measured",
@@ -50,7 +54,18 @@ CONTRACTS = {
     "Drawn",
     "Keeps",
 }
-CONTRACTS |= {"Base", "Isolation", "Estimate", "Gradient", "Oracle", "Stencil", "Point", "Record", "Refused", "NotRepeatable"}
+CONTRACTS |= {
+    "Base",
+    "Isolation",
+    "Estimate",
+    "Gradient",
+    "Oracle",
+    "Stencil",
+    "Point",
+    "Record",
+    "Refused",
+    "NotRepeatable",
+}
 
 REFUSALS = (ValueError, TypeError, NotImplementedError, zokern.Refused)
 
@@ -65,7 +80,9 @@ def parts(module: Any) -> dict[str, Any]:
     return found
 
 
-DIRECTIONS, ESTIMATORS, RULES, EVALUATIONS = (parts(module) for module in (directions, estimator, rule, evaluation))
+DIRECTIONS, ESTIMATORS, RULES, EVALUATIONS = (
+    parts(module) for module in (directions, estimator, rule, evaluation)
+)
 
 
 class Tiny(nn.Module):
@@ -90,7 +107,8 @@ TOKENS, TARGET = torch.arange(12), torch.sin(torch.arange(48.0)).view(12, 4)
 
 
 def loss_of(net: Tiny, rows: bool = False) -> torch.Tensor:
-    """Returns the mean loss, or the loss of each example; small, as the variance is that Bayesian expects of slopes."""
+    """Returns the mean loss, or the loss of each example; small, as the variance is that Bayesian expects of
+    slopes."""
     found = 0.01 * (net(TOKENS) - TARGET).square().mean(1)
     return found if rows else found.mean()
 
@@ -113,7 +131,14 @@ def build(net: Tiny, direction: str, estimate: str, update: Any, read: str) -> A
     """Returns the optimizer of a cell, with lr = 0."""
     made = DIRECTIONS[direction](), ESTIMATORS[estimate](), update() if callable(update) else RULES[update]()
     return zokern.MeZO(
-        net, lr=0.0, eps=1e-3, seed=SEED, direction=made[0], estimator=made[1], rule=made[2], evaluation=EVALUATIONS[read]()
+        net,
+        lr=0.0,
+        eps=1e-3,
+        seed=SEED,
+        direction=made[0],
+        estimator=made[1],
+        rule=made[2],
+        evaluation=EVALUATIONS[read](),
     )
 
 
@@ -147,7 +172,9 @@ def check(direction: str, estimate: str, update: str, found: str) -> None:
     """The cell descends, or a sentence names one of its parts and what that needs."""
     if found != "descends":
         named = [part for part in (direction, estimate, update) if re.search(part, found, re.I)]
-        assert found != "stands" and named and re.search(r"expected|needs|goes with|takes|use |without", found), found
+        assert (
+            found != "stands" and named and re.search(r"expected|needs|goes with|takes|use |without", found)
+        ), found
 
 
 def losses(direction: str, estimate: str, update: str, read: str) -> list[float] | None:
@@ -231,9 +258,27 @@ def test_a_refusal_that_names_nothing_is_rejected(sentence) -> None:
 
 
 def test_all_parts_are_found() -> None:
-    assert {"Normal", "Rademacher", "Subspace", "Lazy", "Diagonal", "Aligned", "Masked", "Scaled", "Curved"} <= {*DIRECTIONS}
-    assert {"Spsa", "Spread", "Sign", "Conservative", "Blockwise", "Bayesian", "Kernel", "Anchored", "Curvature"} <= {
-        *ESTIMATORS
-    }
+    assert {
+        "Normal",
+        "Rademacher",
+        "Subspace",
+        "Lazy",
+        "Diagonal",
+        "Aligned",
+        "Masked",
+        "Scaled",
+        "Curved",
+    } <= {*DIRECTIONS}
+    assert {
+        "Spsa",
+        "Spread",
+        "Sign",
+        "Conservative",
+        "Blockwise",
+        "Bayesian",
+        "Kernel",
+        "Anchored",
+        "Curvature",
+    } <= {*ESTIMATORS}
     assert {"Sgd", "Momentum", "Adam", "Averaged", "Cone", "Projected", "SignSgd"} <= {*RULES}
     assert {"Master", "Paired", "Scratch", "InPlace", "Auto"} <= {*EVALUATIONS}

@@ -66,7 +66,8 @@ def along_u(right, self, plan, members, weights, rule, scalars, states):
 
 WRONG: dict[str, Any] = {
     "read along u": lambda: patch.object(Cone, "base", lambda self, point: (None, point)),
-    "draw not shortened": lambda: patch.object(Cone, "base", lambda self, p: (Base(self.tilt, p.terms) if p.terms else None, p)),
+    "draw not shortened": lambda: patch.object(Cone, "base", lambda self,
+        p: (Base(self.tilt, p.terms) if p.terms else None, p)),
     "both sides one way": lambda: patch.object(Cone, "base", one_sided),
     "sine and cosine": lambda: with_numbers(lambda rule: {"angle": math.pi / 2 - rule.angle}),
     "beta on the new": lambda: with_numbers(lambda rule: {"beta": 1.0 - rule.beta}),
@@ -96,8 +97,11 @@ def test_lr_0_changes_no_bit_and_the_momentum_moves(dtype: torch.dtype) -> None:
             zokern.step(optimizer, lambda model=model: next_token_loss(model(IDS), IDS))
         assert lr or not changed(model, before)
         moments.append(optimizer.state[model.up.weight])
-    assert torch.allclose(moments[0]["momentum"], moments[1]["momentum"], rtol=1e-3, atol=1e-4)  # losses in float32 decide c
-    assert moments[0]["updates"] == 5 and math.isclose(moments[0]["length"], moments[1]["length"], rel_tol=1e-5)
+    # losses in float32 decide c
+    assert torch.allclose(moments[0]["momentum"], moments[1]["momentum"], rtol=1e-3, atol=1e-4)
+    assert moments[0]["updates"] == 5 and math.isclose(
+        moments[0]["length"], moments[1]["length"], rel_tol=1e-5
+    )
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "residual"])
@@ -106,7 +110,8 @@ def test_a_resumed_run_has_the_same_bits(rounding: str) -> None:
 
 
 def test_the_length_is_that_of_the_momentum() -> None:
-    """l against the root mean square of 40,000 numbers, over 15 steps: five standard errors, twice that for what sums over steps."""
+    """l against the root mean square of 40,000 numbers, over 15 steps: five standard errors, twice that for
+    what sums over steps."""
     p = torch.nn.Parameter(torch.zeros(200, 200))
     target = torch.randn(200, 200, generator=torch.Generator().manual_seed(0))
     optimizer = zokern.ConMeZO([("w", p)], lr=1e-5, beta=0.8, evaluation="master")

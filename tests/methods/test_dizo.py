@@ -1,4 +1,5 @@
-"""DiZO over 20 steps against its formula in float64, the search included; an exception in a step that projects changes nothing."""
+"""DiZO over 20 steps against its formula in float64, the search included; an exception in a step that
+projects changes nothing."""
 
 from __future__ import annotations
 
@@ -44,15 +45,23 @@ class Searched(Hand):
         self.start = dict(self.theta)
 
     def at_factors(self, factors: dict[str, float]) -> dict[str, Tensor]:
-        return {n: t if n not in factors else self.start[n] + factors[n] * (t - self.start[n]) for n, t in self.theta.items()}
+        return {
+            n: t if n not in factors else self.start[n] + factors[n] * (t - self.start[n])
+            for n, t in self.theta.items()
+        }
 
     def search(self, step: int) -> dict[str, float]:
         factors = dict.fromkeys(CHOSEN, 1.0)
         for iteration in range(OPTIONS["iterations"]):
             word = draw_word((1 << 22) + iteration, RADIUS)
-            z = {n: float(zokern.draw("normal", (1,), seed=SEED, who=n, step=step, draw=word)) for n in CHOSEN}
+            z = {
+                n: float(zokern.draw("normal", (1,), seed=SEED, who=n, step=step, draw=word)) for n in CHOSEN
+            }
             z = {n: max(-2.0, min(2.0, x)) for n, x in z.items()}
-            sides = [float(loss(self.at_factors({n: factors[n] + s * 0.1 * z[n] for n in CHOSEN}))) for s in (1, -1)]
+            sides = [
+                float(loss(self.at_factors({n: factors[n] + s * 0.1 * z[n] for n in CHOSEN})))
+                for s in (1, -1)
+            ]
             g = (sides[0] - sides[1]) / 0.2
             factors = {n: max(0.8, min(1.2, factors[n] - 0.5 * g * z[n])) for n in CHOSEN}
         return factors
@@ -66,7 +75,9 @@ def check_search(evaluation: str = "master", steps: int = 20) -> list[dict[str, 
         zokern.step(optimizer, lambda: loss(params))
         if step and step % 3 == 0:
             factors = hand.search(step)
-            assert optimizer.rule.factors.keys() == factors.keys(), f"step {step}: {optimizer.rule.factors} was projected"
+            assert optimizer.rule.factors.keys() == factors.keys(), (
+                f"step {step}: {optimizer.rule.factors} was projected"
+            )
             for n, f in factors.items():
                 assert abs(optimizer.rule.factors[n] - f) < 2e-4, (
                     f"step {step}: {n} has factor {optimizer.rule.factors[n]}, not {f}"
@@ -109,9 +120,12 @@ WRONG: dict[str, Any] = {
     "uphill": lambda: searching_with(lambda rule: {"rate": -rule.rate}),
     "step of the width": lambda: searching_with(lambda rule: {"rate": rule.rate * rule.width}),
     "an iteration too few": lambda: searching_with(lambda rule: {"iterations": rule.iterations - 1}),
-    "one z for all": lambda: replaced(projected, "_normals", lambda right, plan, word: right(plan, word)[:1] * len(plan.names)),
-    "z of the step's own draws": lambda: replaced(projected, "_normals", lambda right, plan, word: right(plan, 0)),
-    "not written": lambda: replaced(Projected, "update", lambda right, self, *rest: self._due.clear() or right(self, *rest)),
+    "one z for all": lambda: replaced(projected, "_normals", lambda right, plan,
+        word: right(plan, word)[:1] * len(plan.names)),
+    "z of the step's own draws": lambda: replaced(projected, "_normals", lambda right, plan,
+        word: right(plan, 0)),
+    "not written": lambda: replaced(Projected, "update", lambda right, self,
+        *rest: self._due.clear() or right(self, *rest)),
     "losses read before": lambda: patch.object(Projected, "base", lambda self, point: (None, point)),
     "around 0": lambda: patch.object(projected, "_project", around_0),
     "every parameter": lambda: patch.object(Projected, "chosen", lambda self, names: tuple(names)),
@@ -137,7 +151,14 @@ def test_an_exception_in_a_step_that_projects_changes_nothing(evaluation: str, w
     model = tiny(torch.bfloat16 if evaluation != "inplace" else torch.float32)
     rounding = "residual" if evaluation != "inplace" else "nearest"
     optimizer = zokern.DiZO(
-        model, lr=1e-2, eps=1e-2, projected=("up", "down"), interval=3, iterations=5, evaluation=evaluation, rounding=rounding
+        model,
+        lr=1e-2,
+        eps=1e-2,
+        projected=("up", "down"),
+        interval=3,
+        iterations=5,
+        evaluation=evaluation,
+        rounding=rounding,
     )
     calls = [-(10**6)]
 
@@ -149,7 +170,10 @@ def test_an_exception_in_a_step_that_projects_changes_nothing(evaluation: str, w
 
     for _ in range(3):
         zokern.step(optimizer, closure)
-    before, low = snapshot(model), {n: s["residual"].clone() for n, s in optimizer.state.items() if "residual" in s}
+    before, low = (
+        snapshot(model),
+        {n: s["residual"].clone() for n, s in optimizer.state.items() if "residual" in s},
+    )
     calls[0] = 0
     with pytest.raises(ArithmeticError):
         zokern.step(optimizer, closure)
@@ -191,7 +215,9 @@ def test_a_resumed_run_has_the_same_bits(after: int, rounding: str) -> None:
 def test_a_search_is_no_comparison(evaluation: str) -> None:
     """Its readings of theta alone compare nothing with 'master', so that the next comparison stays due."""
     params = weights()
-    optimizer = zokern.DiZO(params.items(), lr=0.05, eps=EPS, projected=None, interval=4, iterations=1, evaluation=evaluation)
+    optimizer = zokern.DiZO(
+        params.items(), lr=0.05, eps=EPS, projected=None, interval=4, iterations=1, evaluation=evaluation
+    )
     trust = optimizer.evaluation.trust
     for step in range(6):
         if step == 4:
@@ -220,10 +246,16 @@ def test_only_projected_weights_are_kept() -> None:
 
 def test_what_it_cannot_do_is_refused() -> None:
     model = tiny()
-    with pytest.raises(ValueError, match=r"names is \('q_proj',\), which no trained parameter has in its name"):
+    with pytest.raises(
+        ValueError, match=r"names is \('q_proj',\), which no trained parameter has in its name"
+    ):
         zokern.step(zokern.DiZO(model, projected=["q_proj"]), lambda: next_token_loss(model(IDS), IDS))
     assert Projected().chosen(["a.q_proj.w", "a.k_proj.w", "a.v_proj.b"]) == ("a.k_proj.w", "a.v_proj.b")
-    assert Projected().chosen(["a.c_attn.w", "b"]) == ("a.c_attn.w", "b") == Projected([""]).chosen(["a.c_attn.w", "b"])
+    assert (
+        Projected().chosen(["a.c_attn.w", "b"])
+        == ("a.c_attn.w", "b")
+        == Projected([""]).chosen(["a.c_attn.w", "b"])
+    )
     for options, message in (
         ({"projected": "up"}, "names is 'up'"),
         ({"reach": 1.0}, "reach is 1.0"),
@@ -260,13 +292,19 @@ def test_a_low_rank_direction_is_projected(evaluation: str) -> None:
 
 
 @pytest.mark.parametrize("made", [
-    lambda model: zokern.DPZO(model, rule=zokern.Projected()), lambda model: zokern.PGAP(model, rank=3, estimator=zokern.Private()),
+    lambda model: zokern.DPZO(model, rule=zokern.Projected()),
+    lambda model: zokern.PGAP(model, rank=3, estimator=zokern.Private()),
     lambda model: zokern.MeZO(model, rule=zokern.Projected(), estimator=zokern.Blockwise(zokern.Private())),
 ])  # fmt: skip
 def test_nothing_reads_losses_beside_private_ones(made: Any) -> None:
-    """A search, or probes, would move the weights by losses without noise: they are refused in the first step."""
+    """A search, or probes, would move the weights by losses without noise: they are refused in the first
+    step."""
     model = tiny()
     before = snapshot(model)
-    with pytest.raises(ValueError, match="reads losses of its own, and estimator Private is there to read none without noise"):
-        zokern.step(made(model), lambda: torch.stack([next_token_loss(model(row[None]), row[None]) for row in IDS]))
+    with pytest.raises(
+        ValueError, match="reads losses of its own, and estimator Private is there to read none without noise"
+    ):
+        zokern.step(
+            made(model), lambda: torch.stack([next_token_loss(model(row[None]), row[None]) for row in IDS])
+        )
     assert not changed(model, before)

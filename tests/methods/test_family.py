@@ -20,11 +20,12 @@ from zokern.estimator.blocks import block_of, layer_of, module_of, sublayer_of
 from zokern.methods import METHODS
 
 FAMILY = (
-    "AdaMeZO", "BSZO", "BlockMeZO", "DPZO", "LeZO", "MeZOGV", "RLOO", "ZOAdam", "ZOConservative", "ZOMomentum", "ZOSignSGD",
+    "AdaMeZO", "BSZO", "BlockMeZO", "DPZO", "LeZO", "MeZOGV", "RLOO", "ZOAdam", "ZOConservative",
+    "ZOMomentum", "ZOSignSGD",
 )  # fmt: skip
 
 
-# Every method of the family ------------------------------------------------------------------------------------------------------
+# Every method of the family ---------------------------------------------------------------------------------
 
 
 def closure_of(method: str, model: Rows) -> Callable[[], Tensor]:
@@ -91,13 +92,15 @@ def test_a_reward_is_maximised_as_its_negative_is_minimised(method: str) -> None
     assert all(same_bits(ends[0][n], ends[1][n]) for n in ends[0])
 
 
-# Blocks and layers ---------------------------------------------------------------------------------------------------------------
+# Blocks and layers ------------------------------------------------------------------------------------------
 
 GROUPINGS = {
     "model.embed_tokens.weight": (None, "model.embed_tokens", "model.embed_tokens", "model.embed_tokens"),
     "model.layers.11.self_attn.q_proj.weight":
-        ("model.layers.11", "model.layers.11", "model.layers.11.self_attn", "model.layers.11.self_attn.q_proj"),
-    "model.layers.11.fc1.bias": ("model.layers.11", "model.layers.11", "model.layers.11.fc1", "model.layers.11.fc1"),
+        ("model.layers.11", "model.layers.11", "model.layers.11.self_attn",
+            "model.layers.11.self_attn.q_proj"),
+    "model.layers.11.fc1.bias": ("model.layers.11", "model.layers.11", "model.layers.11.fc1",
+        "model.layers.11.fc1"),
     "lm_head.weight": (None, "lm_head", "lm_head", "lm_head"),
 }  # fmt: skip
 
@@ -110,10 +113,22 @@ def test_parameters_are_grouped_by_their_names(name: str) -> None:
 def test_the_blocks_of_opt_are_as_many_as_in_the_benchmark() -> None:
     """L + 3, 5 L + 3, 8 L + 3 for OPT with L layers (Zhang et al. 2024, module-wise perturbation)."""
     transformers = pytest.importorskip("transformers")
-    shape = {"hidden_size": 8, "ffn_dim": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "word_embed_proj_dim": 8}
-    model = transformers.OPTForCausalLM(transformers.OPTConfig(vocab_size=11, max_position_embeddings=8, **shape))
+    shape = {
+        "hidden_size": 8,
+        "ffn_dim": 16,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "word_embed_proj_dim": 8,
+    }
+    model = transformers.OPTForCausalLM(
+        transformers.OPTConfig(vocab_size=11, max_position_embeddings=8, **shape)
+    )
     names = [name for name, _ in model.named_parameters()]
-    assert [len({of(name) for name in names}) for of in (block_of, sublayer_of, module_of)] == [4 + 3, 20 + 3, 32 + 3]
+    assert [len({of(name) for name in names}) for of in (block_of, sublayer_of, module_of)] == [
+        4 + 3,
+        20 + 3,
+        32 + 3,
+    ]
 
 
 def count_losses(**options: Any) -> tuple[int, set[str]]:
@@ -146,7 +161,9 @@ def test_a_loss_that_is_nan_in_one_block(order: str, evaluation: str) -> None:
     params = weights()
     before = {name: p.detach().clone() for name, p in params.items()}
     third = params[NAMES[3]].detach().clone()
-    optimizer = zokern.BlockMeZO(list(params.items()), lr=0.1, eps=0.05, order=order, evaluation=evaluation, paired_check=None)
+    optimizer = zokern.BlockMeZO(
+        list(params.items()), lr=0.1, eps=0.05, order=order, evaluation=evaluation, paired_check=None
+    )
 
     def closure() -> Tensor:
         return loss(params) + torch.where((params[NAMES[3]] - third).abs().max() > 1e-3, torch.nan, 0.0)
@@ -157,7 +174,10 @@ def test_a_loss_that_is_nan_in_one_block(order: str, evaluation: str) -> None:
 
 
 def test_what_a_loss_of_nan_would_do_if_blocks_moved_one_by_one() -> None:
-    with patch("zokern.estimator.blocks._together", lambda estimates: list(estimates)), pytest.raises(AssertionError):
+    with (
+        patch("zokern.estimator.blocks._together", lambda estimates: list(estimates)),
+        pytest.raises(AssertionError),
+    ):
         test_a_loss_that_is_nan_in_one_block("jacobi", "master")
 
 
@@ -172,7 +192,9 @@ def layers_of_run(steps: int, **options: Any) -> list[set[str]]:
         moved = {name for name, p in params.items() if not same_bits(p, before[name])}
         assert {NAMES[0], NAMES[-1]} <= moved, "a parameter of no layer stayed"
         layers = {layer_of(name) for name in moved} - {None}
-        assert moved == {name for name in NAMES if layer_of(name) in {None, *layers}}, "a part of a layer moved"
+        assert moved == {name for name in NAMES if layer_of(name) in {None, *layers}}, (
+            "a part of a layer moved"
+        )
         found.append(layers)
     return found
 
@@ -200,7 +222,8 @@ def test_the_layers_of_a_step_do_not_depend_on_the_others_that_are_trained() -> 
 
 
 def test_parts_that_a_step_does_not_name_are_forgotten() -> None:
-    """They hold copies of weights: a run whose layers are drawn anew keeps those of two steps, one in blocks keeps all of its own."""
+    """They hold copies of weights: a run whose layers are drawn anew keeps those of two steps, one in blocks
+    keeps all of its own."""
     params = weights()
     optimizer = zokern.LeZO(list(params.items()), sparsity=0.5, evaluation="master")
     for _ in range(12):
@@ -214,13 +237,19 @@ def test_parts_that_a_step_does_not_name_are_forgotten() -> None:
 
 
 BAD = {
-    "order": (lambda: zokern.Blockwise(order="sor"), r"order is 'sor'; expected one of \['gauss-seidel', 'jacobi'\]"),
+    "order": (lambda: zokern.Blockwise(order="sor"),
+        r"order is 'sor'; expected one of \['gauss-seidel', 'jacobi'\]"),
     "block": (lambda: zokern.Blockwise(block="model"), "block is 'model'; expected one of"),
-    "sparsity": (lambda: zokern.Layers(sparsity=1.0), "sparsity is 1.0"), "norm": (lambda: zokern.Guided("two"), "norm is 'two'"),
-    "rloo": (lambda: zokern.RLOO(Rows(), queries=1), "queries is 1"), "clip": (lambda: zokern.Private(clip=0.0), "clip is 0.0"),
-    "noise": (lambda: zokern.Private(noise=-1.0), "noise is -1.0"), "kind": (lambda: zokern.Private(kind="cauchy"), "kind is 'cauchy'"),
-    "batch": (lambda: zokern.Private(batch=0), "batch is 0"), "window": (lambda: zokern.AdaMeZO(Rows(), window=0), "length is 0"),
-    "of": (lambda: zokern.ZOSignSGD(Rows(), of="weight"), r"of is 'weight'; expected one of \['coefficient', 'element'\]"),
+    "sparsity": (lambda: zokern.Layers(sparsity=1.0), "sparsity is 1.0"),
+    "norm": (lambda: zokern.Guided("two"), "norm is 'two'"),
+    "rloo": (lambda: zokern.RLOO(Rows(), queries=1), "queries is 1"),
+    "clip": (lambda: zokern.Private(clip=0.0), "clip is 0.0"),
+    "noise": (lambda: zokern.Private(noise=-1.0), "noise is -1.0"),
+    "kind": (lambda: zokern.Private(kind="cauchy"), "kind is 'cauchy'"),
+    "batch": (lambda: zokern.Private(batch=0), "batch is 0"),
+    "window": (lambda: zokern.AdaMeZO(Rows(), window=0), "length is 0"),
+    "of": (lambda: zokern.ZOSignSGD(Rows(), of="weight"),
+        r"of is 'weight'; expected one of \['coefficient', 'element'\]"),
     "momentum": (lambda: zokern.ZOMomentum(Rows(), momentum=1.0), "momentum is 1.0"),
 }  # fmt: skip
 

@@ -1,4 +1,5 @@
-"""HiZOO: factors that are learned from three losses. Its formula over 20 steps is in tests/methods/test_methods.py."""
+"""HiZOO: factors that are learned from three losses. Its formula over 20 steps is in
+tests/methods/test_methods.py."""
 
 from __future__ import annotations
 
@@ -26,10 +27,14 @@ def steps(optimizer, model, count: int) -> list:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_smooth_0_is_mezo(dtype: torch.dtype) -> None:
-    """Bit for bit, with a third loss and 4 bytes of state a weight; a step of theta is read once for all queries."""
+    """Bit for bit, with a third loss and 4 bytes of state a weight; a step of theta is read once for all
+    queries."""
     mine, other = tiny(dtype), tiny(dtype)
     given = dict(lr=1e-2, eps=2e-2, seed=5, queries=2, rounding="stochastic", evaluation="master")
-    found = steps(zokern.HiZOO(mine, smooth=0.0, **given), mine, 3), steps(zokern.MeZO(other, **given), other, 3)
+    found = (
+        steps(zokern.HiZOO(mine, smooth=0.0, **given), mine, 3),
+        steps(zokern.MeZO(other, **given), other, 3),
+    )
     assert all(map(same_bits, mine.parameters(), other.parameters()))
     for a, b in zip(*found):
         assert [sides[:2] for sides in a.losses] == list(b.losses) and a.losses[0][2] == a.losses[1][2]
@@ -126,7 +131,9 @@ WRONG = {
     "along the old factors": along_the_old_factors,
     "never learned": lambda: patch.object(Scaling, "learn", lambda *_: None),
     "learned twice": lambda: patch.object(
-        ZerothOrder, "learn", lambda self, plan, estimate: [self.scaling.learn(plan, estimate) for _ in range(2)]
+        ZerothOrder,
+        "learn",
+        lambda self, plan, estimate: [self.scaling.learn(plan, estimate) for _ in range(2)],
     ),
     "the whole second derivative": lambda: estimated(lambda e: replace(e, curvatures=e.curvatures * 2)),
     "the curvature of the first query": lambda: estimated(

@@ -1,4 +1,5 @@
-"""KerZOO as a method: the paper's estimator and the published trainer, over 20 steps, with their averages of weights."""
+"""KerZOO as a method: the paper's estimator and the published trainer, over 20 steps, with their averages of
+weights."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ def test_twenty_steps_equal_the_formula(case: str) -> None:
     check_method(case, steps=20, weight_decay=0.1)
 
 
-# The published trainer ---------------------------------------------------------------------------------------------------------------
+# The published trainer --------------------------------------------------------------------------------------
 
 
 class Published(Hand):
@@ -43,9 +44,20 @@ class Published(Hand):
         g = {n: torch.zeros(1).double() for n in NAMES}
         for k in range(3):
             r = {n: d * radius_of(n, t, k) for n in NAMES}
-            sides = [float(loss({n: y[n] + s * EPS * r[n] * self.z(n, t, k) for n in NAMES})) for s in (1, -1)]
+            sides = [
+                float(loss({n: y[n] + s * EPS * r[n] * self.z(n, t, k) for n in NAMES})) for s in (1, -1)
+            ]
             for n in NAMES:
-                g[n] = g[n] + (sides[0] - sides[1]) / (2 * EPS) * 15 * r[n] * (5 - 7 * r[n] ** 2) * self.z(n, t, k) / 3
+                g[n] = (
+                    g[n]
+                    + (sides[0] - sides[1])
+                    / (2 * EPS)
+                    * 15
+                    * r[n]
+                    * (5 - 7 * r[n] ** 2)
+                    * self.z(n, t, k)
+                    / 3
+                )
         for n in NAMES:
             self.fast[n] = self.fast[n] - lr * min(1.0, clip / (float(g[n].norm()) + 1e-8)) * g[n]
             self.theta[n] = share * self.fast[n] + (1 - share) * self.theta[n]
@@ -54,7 +66,9 @@ class Published(Hand):
 def check_published(evaluation: str = "master", steps: int = 20, clip: float = 4e5, **options: Any) -> None:
     params = weights()
     hand = Published(params)
-    optimizer = zokern.KerZOO.published(params.items(), lr=2e-3, eps=EPS, seed=SEED, evaluation=evaluation, **options)
+    optimizer = zokern.KerZOO.published(
+        params.items(), lr=2e-3, eps=EPS, seed=SEED, evaluation=evaluation, **options
+    )
     for t in range(steps):
         zokern.step(optimizer, lambda: loss(params))
         hand.step(t, 2e-3, clip)
@@ -81,10 +95,14 @@ def late(right, self, updates):
 WRONG: dict[str, Any] = {
     "read at theta": lambda: patch.object(averaged.Averaged, "base", lambda self, point: (None, point)),
     "beta late": lambda: replaced(averaged.Averaged, "share", late),
-    "span": lambda: replaced(averaged.Averaged, "share", lambda right, self, updates: right(self, 2 * updates)),
+    "span": lambda: replaced(
+        averaged.Averaged, "share", lambda right, self, updates: right(self, 2 * updates)
+    ),
     "no average": lambda: patch.object(averaged.Averaged, "share", lambda self, updates: 1.0),
     "swapped": lambda: replaced(
-        averaged.Averaged, "share", lambda right, self, updates: 1.0 - right(self, updates) if updates else 1.0
+        averaged.Averaged,
+        "share",
+        lambda right, self, updates: 1.0 - right(self, updates) if updates else 1.0,
     ),
     "width stays": lambda: replaced(
         zokern.Kernel, "weighted", lambda right, self, plan, units: right(_wide(self), plan, units)
@@ -107,13 +125,22 @@ def test_a_wrong_trainer_is_rejected(wrong: str) -> None:
 def test_its_options_are_the_published_ones() -> None:
     optimizer = zokern.KerZOO.published(weights().items())
     own = optimizer.estimator
-    assert (own.queries, own.scale, own.rescale, own.scope, own.clip_norm, own.order) == (3, 4.0, False, "tensor", 4e5, 3)
+    assert (own.queries, own.scale, own.rescale, own.scope, own.clip_norm, own.order) == (
+        3,
+        4.0,
+        False,
+        "tensor",
+        4e5,
+        3,
+    )
     assert [shrinking(t) for t in (0, 1000, 3999, 4000, 9000)] == [1.0, 0.75, 1 - 3999 / 4000, 1e-4, 1e-4]
     assert own.width is shrinking and optimizer.rule.span == 6.0 and optimizer.param_groups[0]["lr"] == 1e-6
-    assert zokern.KerZOO.published(weights().items(), scope="query", averaging=False).estimator.scope == "query"
+    assert (
+        zokern.KerZOO.published(weights().items(), scope="query", averaging=False).estimator.scope == "query"
+    )
 
 
-# The average -------------------------------------------------------------------------------------------------------------------------
+# The average ------------------------------------------------------------------------------------------------
 
 MADE = {
     "paper": zokern.KerZOO, "averaged": lambda model, **o: zokern.KerZOO(model, averaging=True, **o),
@@ -135,7 +162,8 @@ def test_lr_0_changes_no_bit(made: str, dtype: torch.dtype) -> None:
 
 
 def test_an_average_that_does_not_see_lr_0_is_rejected() -> None:
-    """-0.0 becomes 0.0. Other weights stay: the average of two equal numbers is exact for a w on the grid, and for 1/3 it is not."""
+    """-0.0 becomes 0.0. Other weights stay: the average of two equal numbers is exact for a w on the grid,
+    and for 1/3 it is not."""
     for grid, names in ((averaged.GRID, ["head.weight"]), (3, None)):
         model = tiny()
         with torch.no_grad():
@@ -155,7 +183,8 @@ def test_a_resumed_run_has_the_same_bits(made: str, rounding: str) -> None:
 
 
 def test_fast_weights_keep_what_16_bits_lose() -> None:
-    """1000 updates of a twentieth of an ulp arrive in the fast weights, and with low bits in their average, within two ulps of it.
+    """1000 updates of a twentieth of an ulp arrive in the fast weights, and with low bits in their average,
+    within two ulps of it.
 
     Without low bits the average stalls, where w (fast - theta) is below half an ulp."""
     ends = {}
@@ -163,7 +192,13 @@ def test_fast_weights_keep_what_16_bits_lose() -> None:
         p = nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
         rule = zokern.Averaged()
         optimizer = zokern.MeZO(
-            [("w", p)], lr=1e-4, eps=0.1, rule=rule, rounding=rounding, direction="rademacher", evaluation="master"
+            [("w", p)],
+            lr=1e-4,
+            eps=0.1,
+            rule=rule,
+            rounding=rounding,
+            direction="rademacher",
+            evaluation="master",
         )
         fast = []
         for _ in range(1000):

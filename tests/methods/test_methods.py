@@ -1,4 +1,5 @@
-"""Each method against its formula in float64: losses, coefficients, every step's weights, over changes of the basis."""
+"""Each method against its formula in float64: losses, coefficients, every step's weights, over changes of the
+basis."""
 
 from __future__ import annotations
 
@@ -21,7 +22,18 @@ from torch.func import functional_call
 
 import zokern
 from zokern import plan
-from zokern.directions import Aligned, Diagonal, Drawn, Lazy, LowRank, Masked, Subspace, aligned, lowrank, orthonormal
+from zokern.directions import (
+    Aligned,
+    Diagonal,
+    Drawn,
+    Lazy,
+    LowRank,
+    Masked,
+    Subspace,
+    aligned,
+    lowrank,
+    orthonormal,
+)
 from zokern.estimator import ForwardGradient, Ranked, Spread, Spsa
 from zokern.evaluation import Point
 from zokern.methods import pgap
@@ -46,15 +58,38 @@ CASES: dict[str, dict] = {
     "zo_muon_long": {"name": "zo_muon", "steps": 20, "weight_decay": 0.5},
     "zo_mopi_long": {"name": "zo_mopi_carry", "steps": 20, "weight_decay": 0.5},
     "lozo_adam_queries": {"name": "lozo_adam_carry", "queries": 2, "stencil": "forward"},
-    "right_drawn_long": {"name": "right_drawn", "steps": 20, "queries": 2, "stencil": "forward", "weight_decay": 0.5},
+    "right_drawn_long": {
+        "name": "right_drawn",
+        "steps": 20,
+        "queries": 2,
+        "stencil": "forward",
+        "weight_decay": 0.5,
+    },
     "eggroll_long": {"name": "eggroll", "steps": 20, "weight_decay": 0.5},
     "both_drawn_long": {"name": "both_drawn", "steps": 20, "weight_decay": 0.5},
-    "sparse_momentum_decay": {"name": "SparseMeZO", "rule": zokern.Momentum(0.6), "queries": 2, "weight_decay": 0.5},
+    "sparse_momentum_decay": {
+        "name": "SparseMeZO",
+        "rule": zokern.Momentum(0.6),
+        "queries": 2,
+        "weight_decay": 0.5,
+    },
     "sparse_global_adam": {"name": "SparseMeZO", "scope": "global", "rule": zokern.Adam((0.6, 0.9))},
     "hizoo": {"name": "HiZOO", "smooth": 0.05, "eps": 1e-2, "steps": 20},
     "hizoo_queries_decay": {"name": "HiZOO", "smooth": 0.3, "eps": 1e-2, "queries": 2, "weight_decay": 0.5},
-    "sparse_random": {"name": "SparseMeZO", "by": "random", "every": 3, "sparsity": 0.8, "eps": 1e-2, "steps": 20},
-    "sparse_random_global": {"name": "SparseMeZO", "by": "random", "scope": "global", "direction": "rademacher"},
+    "sparse_random": {
+        "name": "SparseMeZO",
+        "by": "random",
+        "every": 3,
+        "sparsity": 0.8,
+        "eps": 1e-2,
+        "steps": 20,
+    },
+    "sparse_random_global": {
+        "name": "SparseMeZO",
+        "by": "random",
+        "scope": "global",
+        "direction": "rademacher",
+    },
     "sparse_sign": {"name": "SparseMeZO", "by": "random", "every": 2, "rule": zokern.SignSgd(), "lr": 1e-4},
     "fgd_queries_decay": {"name": "FGD", "queries": 3, "weight_decay": 0.5},
     **{f"fgd_{d.name}": {"name": "FGD", "direction": d} for d in (Subspace(3, 3), Lazy(2, 3), Diagonal(3))},
@@ -75,7 +110,8 @@ CASES: dict[str, dict] = {
 
 
 MODES: dict[str, dict] = {
-    "deferred": {"evaluation": "paired"}, "immediate": {"evaluation": "paired", "defer": False}, "scratch": {"evaluation": "scratch"},
+    "deferred": {"evaluation": "paired"}, "immediate": {"evaluation": "paired", "defer": False},
+    "scratch": {"evaluation": "scratch"},
     "master": {"evaluation": "master"}, "inplace": {"evaluation": "inplace"}, "jvp": {"evaluation": "jvp"},
 }  # fmt: skip
 
@@ -95,11 +131,15 @@ def test_method_equals_formula(case: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", [zokern.SubZero, zokern.PGAP, partial(zokern.MeZO, direction=Lazy(2))], ids=["subzero", "pgap", "lazy"]
+    "method",
+    [zokern.SubZero, zokern.PGAP, partial(zokern.MeZO, direction=Lazy(2))],
+    ids=["subzero", "pgap", "lazy"],
 )
 def test_adam_is_refused_where_the_basis_changes(method: Callable) -> None:
     """Before a step, not at the first change of the basis. TeZO's does not change."""
-    with pytest.raises(ValueError, match="rule is 'adam' with direction .*expected zokern.Adam.core=True.*zokern.TeZO"):
+    with pytest.raises(
+        ValueError, match="rule is 'adam' with direction .*expected zokern.Adam.core=True.*zokern.TeZO"
+    ):
         method(tiny(), rule=zokern.Adam())
     method(tiny(), rule=zokern.Sgd())
     method(tiny(), rule=zokern.Adam(core=True))
@@ -109,17 +149,28 @@ def test_adam_is_refused_where_the_basis_changes(method: Callable) -> None:
 @pytest.mark.parametrize("rule", [zokern.Momentum(), zokern.Adam(core=True)], ids=lambda rule: rule.name)
 def test_a_rule_that_keeps_numbers_needs_a_factor_that_is_kept(rule) -> None:
     """Where U and V are drawn, a sum of draws has the columns of all of them."""
-    with pytest.raises(ValueError, match=f"rule is '{rule.name}' with direction 'lowrank', which draws U and V in every step"):
+    with pytest.raises(
+        ValueError, match=f"rule is '{rule.name}' with direction 'lowrank', which draws U and V in every step"
+    ):
         zokern.MeZO(tiny(), direction=LowRank(Drawn(), None, Drawn(), rank=2), rule=rule)
 
 
 BAD_METHODS = {
     "rank": (partial(zokern.TeZO, rank=2.0), r"rank is 2.0; expected an integer, at least 1, or a mapping"),
     "rank 0": (partial(zokern.TeZO, rank=0), "rank is 0"),
-    "misspelt": (partial(zokern.TeZO, rank={"misspelt": 4, "up.weight": 2}), r"rank names \['misspelt'\].*'up.weight'"),
-    "rule": (partial(zokern.TeZO, rule="adma"), "rule is 'adma'; expected 'sgd', 'momentum' or 'adam', or a rule"),
+    "misspelt": (
+        partial(zokern.TeZO, rank={"misspelt": 4, "up.weight": 2}),
+        r"rank names \['misspelt'\].*'up.weight'",
+    ),
+    "rule": (
+        partial(zokern.TeZO, rule="adma"),
+        "rule is 'adma'; expected 'sgd', 'momentum' or 'adam', or a rule",
+    ),
     "rule's class": (partial(zokern.TeZO, rule=zokern.Adam), "rule is <class .*zokern.Adam\\(\\)"),
-    "stencil": (partial(zokern.FZOO, stencil="central"), "stencil is 'central' beside an estimator.*zokern.Spsa"),
+    "stencil": (
+        partial(zokern.FZOO, stencil="central"),
+        "stencil is 'central' beside an estimator.*zokern.Spsa",
+    ),
 }
 
 
@@ -132,7 +183,11 @@ def test_bad_arguments_are_refused_by_name(case: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "rule"),
-    [("sgd", zokern.Sgd()), ("momentum", zokern.Momentum(0.9)), ("adam", zokern.Adam(inside=True, bias_correction=False))],
+    [
+        ("sgd", zokern.Sgd()),
+        ("momentum", zokern.Momentum(0.9)),
+        ("adam", zokern.Adam(inside=True, bias_correction=False)),
+    ],
 )
 def test_tezo_takes_a_rule_as_it_takes_its_name(name: str, rule) -> None:
     ends = []
@@ -146,12 +201,17 @@ def test_tezo_takes_a_rule_as_it_takes_its_name(name: str, rule) -> None:
 def test_tensors_that_squeeze_to_matrices_are_factored() -> None:
     """(m, n, 1) is a matrix, a stack is not."""
     for name in ("subzero", "lozo", "tezo", "pgap"):
-        optimizer = METHODS[name](nn.ParameterDict({"a": torch.ones(4, 5, 1), "b": torch.ones(2, 4, 5), "c": torch.ones(7)}))
-        zokern.step(optimizer, lambda o=optimizer: sum((p * p).sum() for p in o.param_groups[0]["params"]) + torch.rand(()))
+        optimizer = METHODS[name](
+            nn.ParameterDict({"a": torch.ones(4, 5, 1), "b": torch.ones(2, 4, 5), "c": torch.ones(7)})
+        )
+        zokern.step(
+            optimizer,
+            lambda o=optimizer: sum((p * p).sum() for p in o.param_groups[0]["params"]) + torch.rand(()),
+        )
         assert {m.name: m.shape for m in optimizer.matrices.values()} == {"a": (4, 5)}
 
 
-# Wrong versions -------------------------------------------------------------------------------------------------------------------
+# Wrong versions ---------------------------------------------------------------------------------------------
 
 
 def scaled_updates(factor: Callable[[int], float], *kinds: type):
@@ -177,7 +237,9 @@ def doubled_writes():
 
 def draws_of_step(kind: type, of: Callable):
     """Draws named after the step of(self, step)."""
-    return replaced(kind, "draws", lambda right, self, m, source, step, draw: right(self, m, source, of(self, step), draw))
+    return replaced(
+        kind, "draws", lambda right, self, m, source, step, draw: right(self, m, source, of(self, step), draw)
+    )
 
 
 def spread(factor: float):
@@ -213,26 +275,40 @@ WRONG: dict[str, tuple[str, Callable]] = {
     "update_scaled_twice": ("subzero", doubled_writes),
     "scale_forgotten": ("subzero", lambda: patch.object(Subspace, "scale", lambda self, matrix: 1.0)),
     "scale_of_ranks": ("subzero", lambda: patch.object(Subspace, "scale", lambda self, m: math.sqrt(m.rows * m.columns / m.rank))),
-    "basis_not_orthonormal": ("subzero", lambda: patch.object(lowrank, "orthonormal", lambda xs: [x.contiguous() for x in xs])),
-    "negative_diagonal": ("subzero", lambda: patch.object(lowrank, "orthonormal", lambda xs: [torch.linalg.qr(x)[0].contiguous() for x in xs])),
+    "basis_not_orthonormal": ("subzero",
+        lambda: patch.object(lowrank, "orthonormal", lambda xs: [x.contiguous() for x in xs])),
+    "negative_diagonal": ("subzero",
+        lambda: patch.object(lowrank, "orthonormal",
+            lambda xs: [torch.linalg.qr(x)[0].contiguous() for x in xs])),
     "basis_of_every_step": ("subzero", lambda: patch.object(Subspace, "basis_step", lambda self, step: step)),
-    "basis_of_the_first_step": ("subzero", lambda: patch.object(Subspace, "basis_step", lambda self, step: 0)),
+    "basis_of_the_first_step": ("subzero",
+        lambda: patch.object(Subspace, "basis_step", lambda self, step: 0)),
     "sides_swapped": ("subzero", lambda: patch.multiple(lowrank, LEFT=lowrank.RIGHT, RIGHT=lowrank.LEFT)),
     "one_core_for_all_steps": ("subzero", lambda: draws_of_step(Subspace, lambda self, step: 0)),
     "core_transposed": ("subzero", lambda: replaced(Subspace, "draws", lambda right, *rest: [c.mT.contiguous() for c in right(*rest)])),
-    "adapters_not_reshaped": ("subzero_all", lambda: patch.object(Subspace, "shape", lambda self, t: lowrank.matrix_shape(t))),
-    "far_from_square": ("subzero_all", lambda: patch.object(lowrank, "near_square", lambda count: (2, count // 2))),
-    "left_kept_for_the_interval": ("lozo", lambda: draws_of_step(Lazy, lambda self, step: self.basis_step(step))),
+    "adapters_not_reshaped": ("subzero_all",
+        lambda: patch.object(Subspace, "shape", lambda self, t: lowrank.matrix_shape(t))),
+    "far_from_square": ("subzero_all",
+        lambda: patch.object(lowrank, "near_square", lambda count: (2, count // 2))),
+    "left_kept_for_the_interval": ("lozo",
+        lambda: draws_of_step(Lazy, lambda self, step: self.basis_step(step))),
     "right_kept_for_ever": ("lozo", lambda: patch.object(Lazy, "basis_step", lambda self, step: 0)),
     "lazy_scale_forgotten": ("lozo", lambda: patch.object(Lazy, "scale", lambda self, matrix: 1.0)),
-    "lazy_scale_of_one_rank": ("lozo", lambda: patch.object(Lazy, "scale", lambda self, matrix: 1.0 / matrix.rank)),
-    "lazy_never_unit": ("lozo_unit", lambda: replaced(Lazy, "draws", lambda right, *rest: [u / math.sqrt(u.shape[1]) for u in right(*rest)])),
+    "lazy_scale_of_one_rank": ("lozo",
+        lambda: patch.object(Lazy, "scale", lambda self, matrix: 1.0 / matrix.rank)),
+    "lazy_never_unit": ("lozo_unit",
+        lambda: replaced(Lazy, "draws", lambda right,
+            *rest: [u / math.sqrt(u.shape[1]) for u in right(*rest)])),
     "diagonal_scale_forgotten": ("tezo", lambda: patch.object(Diagonal, "scale", lambda self, matrix: 1.0)),
-    "diagonal_scale_of_a_full_core": ("tezo", lambda: patch.object(Diagonal, "scale", lambda self, matrix: 1.0 / matrix.rank)),
-    "diagonal_never_unit": ("tezo_unit", lambda: replaced(Diagonal, "draws", lambda right, *rest: [c / math.sqrt(len(c)) for c in right(*rest)])),
+    "diagonal_scale_of_a_full_core": ("tezo",
+        lambda: patch.object(Diagonal, "scale", lambda self, matrix: 1.0 / matrix.rank)),
+    "diagonal_never_unit": ("tezo_unit",
+        lambda: replaced(Diagonal, "draws", lambda right,
+            *rest: [c / math.sqrt(len(c)) for c in right(*rest)])),
     "paper_scale": ("lozo", lambda: replaced(Lazy, "draws", lambda right, self, *rest: [u / self.rank for u in right(self, *rest)])),
     "not_carried_over": ("lozo_m", lambda: patch.object(momentum.Momentum, "rebase", lambda *_: None)),
-    "carried_without_n": ("lozo_m", lambda: replaced(carry, "_gram", lambda right, a, b: right(a, b) * len(a))),
+    "carried_without_n": ("lozo_m",
+        lambda: replaced(carry, "_gram", lambda right, a, b: right(a, b) * len(a))),
     "carried_backwards": ("lozo_m", lambda: replaced(carry, "_gram", lambda right, a, b: right(b, a))),
     "beta_on_the_new": ("lozo_m", lambda: misread(momentum.Momentum, lambda rule: {"beta": 1.0 - rule.beta, "dampening": 1.0 - rule.dampening})),
     "tau_of_the_first_step": ("tezo", lambda: draws_of_step(Diagonal, lambda self, step: 0)),
@@ -240,33 +316,48 @@ WRONG: dict[str, tuple[str, Callable]] = {
     "full_core": ("tezo", lambda: replaced(Diagonal, "draws", lambda right, self, m, source, *rest: source(m, [(x.rank, x.rank) for x in m], *rest))),
     "momentum_from_zero": ("tezo_m", lambda: scaled_updates(lambda step: 0.4 if step == 0 else 1.0)),
     "second_moment_forgotten": ("tezo_adam", lambda: patch.object(adam, "_root", torch.ones_like)),
-    "eps_outside_the_root": ("tezo_adam", lambda: patch.object(adam, "_root", lambda x: (x - 1e-8).clamp(min=0).sqrt() + 1e-8)),
-    "not_corrected": ("tezo_adam_corrected", lambda: misread(adam.Adam, lambda rule: {"bias_correction": False})),
+    "eps_outside_the_root": ("tezo_adam",
+        lambda: patch.object(adam, "_root", lambda x: (x - 1e-8).clamp(min=0).sqrt() + 1e-8)),
+    "not_corrected": ("tezo_adam_corrected",
+        lambda: misread(adam.Adam, lambda rule: {"bias_correction": False})),
     "betas_swapped": ("tezo_adam", lambda: misread(adam.Adam, lambda rule: {"betas": rule.betas[::-1]})),
     "not_aligned": ("pgap", lambda: patch.object(aligned, "align_", lambda cores, spectra, reaches: None)),
-    "aligned_the_other_way": ("pgap", lambda: replaced(aligned, "align_", lambda right, cores, s, reaches: right(cores, s, [-r for r in reaches]))),
+    "aligned_the_other_way": ("pgap",
+        lambda: replaced(aligned, "align_", lambda right, cores, s,
+            reaches: right(cores, s, [-r for r in reaches]))),
     "delta_without_root": ("pgap", lambda: replaced(aligned, "align_", lambda right, cores, s, rs: right(cores, s, [r * abs(r) for r in rs]))),
     "delta_stays": ("pgap_matched", lambda: patch.object(Aligned, "delta_at", lambda self, step: self.delta)),
-    "delta_too_fast": ("pgap_matched", lambda: replaced(Aligned, "delta_at", lambda right, self, step: right(self, step + 1))),
+    "delta_too_fast": ("pgap_matched",
+        lambda: replaced(Aligned, "delta_at", lambda right, self, step: right(self, step + 1))),
     "always_positive": ("pgap", lambda: replaced(aligned, "align_", lambda right, cores, s, reaches: right(cores, s, [abs(r) for r in reaches]))),
-    "core_moments_swapped": ("subzero_plus", lambda: misread(adam.Adam, lambda rule: {"betas": rule.betas[::-1]})),
-    "core_not_corrected": ("subzero_plus", lambda: misread(adam.Adam, lambda rule: {"bias_correction": False})),
+    "core_moments_swapped": ("subzero_plus",
+        lambda: misread(adam.Adam, lambda rule: {"betas": rule.betas[::-1]})),
+    "core_not_corrected": ("subzero_plus",
+        lambda: misread(adam.Adam, lambda rule: {"bias_correction": False})),
     "core_step_unscaled": ("subzero_plus", lambda: scaled_updates(lambda step: 3 / 28, adam.Adam)),
-    "core_moments_of_scaled_draws": ("right_drawn_adam", lambda: misread(adam.Adam, lambda rule: {"eps": 1e-2})),
+    "core_moments_of_scaled_draws": ("right_drawn_adam",
+        lambda: misread(adam.Adam, lambda rule: {"eps": 1e-2})),
     "core_moments_carried_all_the_same": ("subzero_plus", lambda: misread_always(adam.Adam, {"carry": True})),
-    "core_moments_not_carried": ("subzero_plus_carry", lambda: patch.object(adam.Adam, "rebase", lambda *_: None)),
-    "second_moment_carried_as_the_first": ("lozo_adam_carry", lambda: replaced(adam, "carried", lambda right, *rest, squares: right(*rest).abs())),
-    "right_carried_by_the_inverse": ("right_drawn_momentum", lambda: replaced(carry, "_gram", lambda right, a, b: right(b, a))),
-    "right_carried_without_m": ("right_drawn_momentum", lambda: replaced(carry, "_gram", lambda right, a, b: right(a, b) * len(a))),
+    "core_moments_not_carried": ("subzero_plus_carry",
+        lambda: patch.object(adam.Adam, "rebase", lambda *_: None)),
+    "second_moment_carried_as_the_first": ("lozo_adam_carry",
+        lambda: replaced(adam, "carried", lambda right, *rest, squares: right(*rest).abs())),
+    "right_carried_by_the_inverse": ("right_drawn_momentum",
+        lambda: replaced(carry, "_gram", lambda right, a, b: right(b, a))),
+    "right_carried_without_m": ("right_drawn_momentum",
+        lambda: replaced(carry, "_gram", lambda right, a, b: right(a, b) * len(a))),
     "right_of_the_first_step": ("right_drawn", lambda: draws_of_step(LowRank, lambda self, step: 0)),
-    "left_of_every_step": ("right_drawn", lambda: patch.object(LowRank, "basis_step", lambda self, step: step)),
+    "left_of_every_step": ("right_drawn",
+        lambda: patch.object(LowRank, "basis_step", lambda self, step: step)),
     "four_iterations": ("zo_muon", lambda: patch.object(muon, "ITERATIONS", 4)),
     "other_coefficients": ("zo_muon", lambda: patch.object(muon, "COEFFICIENTS", (3.0, -3.2, 1.2))),
     "not_orthogonal": ("zo_muon", lambda: patch.object(muon, "msign", lambda x: x / x.norm())),
     "muon_step_unscaled": ("zo_muon", lambda: patch.object(LowRank, "stretch", lambda *_: 1.0)),
-    "muon_step_of_a_draw": ("zo_muon", lambda: patch.object(LowRank, "stretch", lambda self, matrix, square: self.scale(matrix))),
+    "muon_step_of_a_draw": ("zo_muon",
+        lambda: patch.object(LowRank, "stretch", lambda self, matrix, square: self.scale(matrix))),
     "dense_at_the_lr_of_matrices": ("zo_muon", lambda: misread(muon.Muon, lambda rule: {"share": 1.0})),
-    "power_from_anew_at_every_step": ("zo_mopi", lambda: replaced(muon, "power_step", lambda right, x, v: (right(x, v)[0], v))),
+    "power_from_anew_at_every_step": ("zo_mopi",
+        lambda: replaced(muon, "power_step", lambda right, x, v: (right(x, v)[0], v))),
     "power_kept_over_a_basis": ("zo_mopi", lambda: patch.object(muon.Muon, "rebase", lambda *_: None)),
     "columns_not_normalised": ("zo_mopi", lambda: replaced(muon, "power_step", unnormalised)),
     "muon_average_not_carried": ("zo_mopi_carry", lambda: misread_always(muon.Muon, {"carry": False})),
@@ -274,10 +365,13 @@ WRONG: dict[str, tuple[str, Callable]] = {
     "both_scaled": ("both_drawn", lambda: replaced(LowRank, "draws", lambda right, *rest: [x * 2**-0.5 for x in right(*rest)])),
     "ranks_backwards": ("eggroll", lambda: replaced(Ranked, "slopes", lambda right, *rest: -right(*rest))),
     "losses_in_place_of_ranks": ("eggroll", lambda: patch.object(Ranked, "slopes", Spread.slopes)),
-    "first_draw_alone": ("both_drawn", lambda: replaced(LowRank, "plus", lambda right, self, m, sums, *rest: sums or right(self, m, sums, *rest))),
+    "first_draw_alone": ("both_drawn",
+        lambda: replaced(LowRank, "plus", lambda right, self, m, sums,
+            *rest: sums or right(self, m, sums, *rest))),
     "sample_deviation": ("fzoo", lambda: spread(math.sqrt(1.5))),
     "eps_in_place_of_the_spread": ("fzoo", lambda: patch.object(Spread, "slopes", Spsa.slopes)),
-    "loss_at_the_weights_doubled": ("fzoo", lambda: losses_of_step(lambda losses: losses * torch.tensor([1.0, 2.0]).double())),
+    "loss_at_the_weights_doubled": ("fzoo",
+        lambda: losses_of_step(lambda losses: losses * torch.tensor([1.0, 2.0]).double())),
 }  # fmt: skip
 
 
@@ -286,12 +380,14 @@ def test_check_rejects_wrong_method(wrong: str) -> None:
     name, mistake = WRONG[wrong]
     with (
         mistake(),
-        pytest.raises(AssertionError, match="away from the formula|against|not orthonormal|told apart|on paper|not of"),
+        pytest.raises(
+            AssertionError, match="away from the formula|against|not orthonormal|told apart|on paper|not of"
+        ),
     ):
         check_method(name, **{"steps": 20} if name in [*DENSE, *ROWS] else {})
 
 
-# The basis of P-GAP ---------------------------------------------------------------------------------------------------------------
+# The basis of P-GAP -----------------------------------------------------------------------------------------
 
 
 def check_basis(width: int = 11, tolerance: float = 1e-5, rank: int = 3, probes: int = 4, **options) -> None:
@@ -301,13 +397,23 @@ def check_basis(width: int = 11, tolerance: float = 1e-5, rank: int = 3, probes:
     start = {n: p.detach().double() for n, p in model.named_parameters()}
     eps, born = 1e-2, 2
     optimizer = zokern.PGAP(
-        model, rank=rank, interval=2, probes=probes, lr=0.0, eps=eps, seed=9, delta=1.5, norm="unit", **options
+        model,
+        rank=rank,
+        interval=2,
+        probes=probes,
+        lr=0.0,
+        eps=eps,
+        seed=9,
+        delta=1.5,
+        norm="unit",
+        **options,
     )
     for _ in range(3):
         zokern.step(optimizer, lambda: loss_of(model))
     assert list(optimizer.factored.state) == [born]
     z = {
-        (n, k): zokern.draw("normal", t.shape, seed=9, who=n, step=born, draw=draw_word(2 + k, BASIS)).double()
+        (n, k): zokern.draw("normal", t.shape, seed=9, who=n, step=born,
+            draw=draw_word(2 + k, BASIS)).double()
         for n, t in start.items() for k in range(probes)
     }  # fmt: skip
     for k, got in enumerate(optimizer.factored.state[born]):
@@ -319,13 +425,19 @@ def check_basis(width: int = 11, tolerance: float = 1e-5, rank: int = 3, probes:
     for matrix in optimizer.matrices.values():
         gradient = sum(c / probes * z[matrix.name, k] for k, c in enumerate(optimizer.factored.state[born]))
         u, s, v = matrix.left.double(), matrix.extra["spectrum"].double(), matrix.right.double()
-        assert u.shape == (matrix.rows, rank) and v.shape == (matrix.columns, rank) and (s[:-1] >= s[1:]).all()
+        assert (
+            u.shape == (matrix.rows, rank) and v.shape == (matrix.columns, rank) and (s[:-1] >= s[1:]).all()
+        )
         for side in (u, v):
             assert (side.mT @ side - torch.eye(rank)).abs().max() < 1e-6, f"{matrix.name}: not orthonormal"
         exact = torch.linalg.svdvals(gradient)
         missed, least = (gradient - u @ torch.diag(s) @ v.mT).norm(), exact[rank:].norm()
-        assert missed <= (1 + tolerance) * least, f"{matrix.name}: misses {missed:.4f} of G, the best {least:.4f}"
-        assert (s - exact[:rank]).abs().max() <= 10 * tolerance * exact[0], f"{matrix.name}: {s} against svdvals {exact[:rank]}"
+        assert missed <= (1 + tolerance) * least, (
+            f"{matrix.name}: misses {missed:.4f} of G, the best {least:.4f}"
+        )
+        assert (s - exact[:rank]).abs().max() <= 10 * tolerance * exact[0], (
+            f"{matrix.name}: {s} against svdvals {exact[:rank]}"
+        )
     source = next(g for g in optimizer.plan().groups if g.matrices is not None).source(9)
     matrices = list(optimizer.matrices.values())
     signs = set()
@@ -337,7 +449,11 @@ def check_basis(width: int = 11, tolerance: float = 1e-5, rank: int = 3, probes:
             signs.add((draw, bool(along > 0)))
     per_draw = [len({x for d, x in signs if d == draw}) for draw in range(3)]
     sign = options.get("sign", "matrix")
-    assert signs == {(d, True) for d in range(3)} if sign == "positive" else max(per_draw) == (2 if sign == "matrix" else 1)
+    assert (
+        signs == {(d, True) for d in range(3)}
+        if sign == "positive"
+        else max(per_draw) == (2 if sign == "matrix" else 1)
+    )
     assert sign != "step" or len({x for _, x in signs}) == 2
 
 
@@ -347,7 +463,8 @@ def test_basis_of_pgap(sign: str) -> None:
 
 
 def test_basis_of_pgap_by_range_finder() -> None:
-    """Sketches narrower than the matrix, whose G is noise with a flat spectrum: close to the best all the same."""
+    """Sketches narrower than the matrix, whose G is noise with a flat spectrum: close to the best all the
+    same."""
     check_basis(width=40, tolerance=0.01, power=2)
 
 
@@ -366,7 +483,8 @@ class OneProbe(zokern.Scratch):
 
     def losses(self, plan, points, closure):
         first = [
-            Point(tuple((min(word, draw_word(pgap.PROBE, BASIS)), amount) for word, amount in point.terms)) for point in points
+            Point(tuple((min(word, draw_word(pgap.PROBE, BASIS)), amount) for word, amount in point.terms))
+            for point in points
         ]
         return super().losses(plan, first, closure)
 
@@ -399,7 +517,7 @@ def test_no_estimate_is_a_random_basis() -> None:
         assert same_bits(matrix.left, orthonormal.orthonormal([x])[0])
 
 
-# It learns ------------------------------------------------------------------------------------------------------------------------
+# It learns --------------------------------------------------------------------------------------------------
 
 LEARNS: dict[str, Callable] = {
     "subzero": lambda model: zokern.SubZero(model, rank=8, interval=10, lr=2e-3),
@@ -435,7 +553,8 @@ def test_loss_falls(name: str) -> None:
 
 
 def test_momentum_of_pgap_is_carried_over() -> None:
-    """To the new basis as far as that holds it: U_new U_new^T M V_new V_new^T, and not as numbers of another space."""
+    """To the new basis as far as that holds it: U_new U_new^T M V_new V_new^T, and not as numbers of another
+    space."""
     model = tiny(width=16)
     optimizer = METHODS["pgap"](model, seed=5, rule=zokern.Momentum(0.9), defer=False)
     moved = []
@@ -445,7 +564,9 @@ def test_momentum_of_pgap_is_carried_over() -> None:
         before = left.double() @ state["momentum"].double() @ old.double().mT
         right(self, group, matrix, left, old, state)
         u, v = matrix.left.double(), matrix.right.double()
-        assert torch.allclose(state["momentum"].double(), u.mT @ before @ v, atol=1e-5 * float(before.abs().max()))
+        assert torch.allclose(
+            state["momentum"].double(), u.mT @ before @ v, atol=1e-5 * float(before.abs().max())
+        )
         moved.append(matrix.name)
 
     with patch.object(momentum.Momentum, "rebase", rebase):
@@ -478,7 +599,15 @@ def test_probes_in_place_come_back() -> None:
     model = nn.Linear(64, 64).bfloat16()
     x, before = torch.randn(4, 64).bfloat16(), model.weight.detach().clone()
     optimizer = zokern.PGAP(
-        model, lr=0.0, eps=1e-2, rank=4, interval=2, probes=4, rounding="residual", evaluation="inplace", force=True
+        model,
+        lr=0.0,
+        eps=1e-2,
+        rank=4,
+        interval=2,
+        probes=4,
+        rounding="residual",
+        evaluation="inplace",
+        force=True,
     )
     for _ in range(6):
         zokern.step(optimizer, lambda: model(x).float().square().mean())

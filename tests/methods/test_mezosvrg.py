@@ -1,4 +1,5 @@
-"""MeZO-SVRG over 20 steps against its formula; its anchor, its full loss, and what the public code gets wrong."""
+"""MeZO-SVRG over 20 steps against its formula; its anchor, its full loss, and what the public code gets
+wrong."""
 
 from __future__ import annotations
 
@@ -55,11 +56,15 @@ WRONG: dict[str, Any] = {
     "different draws": other_draws,
     "the anchor is the current weights": lambda: patch.object(anchored, "_to_anchor", lambda *_: None),
     "G along this step's draw": lambda: changed_estimates(lambda e, plan: replace(e, draws=e.draws[2:] * 2)),
-    "G forgotten": lambda: changed_estimates(lambda e, plan: replace(e, coefficients=e.coefficients * torch.tensor([0, 0, 1, 1]))),
-    "G doubled": lambda: changed_estimates(lambda e, plan: replace(e, coefficients=e.coefficients * torch.tensor([2, 2, 1, 1]))),
+    "G forgotten": lambda: changed_estimates(lambda e,
+        plan: replace(e, coefficients=e.coefficients * torch.tensor([0, 0, 1, 1]))),
+    "G doubled": lambda: changed_estimates(lambda e,
+        plan: replace(e, coefficients=e.coefficients * torch.tensor([2, 2, 1, 1]))),
     "the mean of four": lambda: changed_estimates(lambda e, plan: replace(e, count=4)),
-    "ratio forgotten": lambda: replaced(Anchored, "anchor", lambda right, self, *rest: right(_plain(self), *rest)),
-    "an anchor in every step": lambda: replaced(Anchored, "__call__", lambda right, self, o, p: iter([self.anchor(o, p)])),
+    "ratio forgotten": lambda: replaced(Anchored, "anchor", lambda right, self,
+        *rest: right(_plain(self), *rest)),
+    "an anchor in every step": lambda: replaced(Anchored, "__call__", lambda right, self, o,
+        p: iter([self.anchor(o, p)])),
 }  # fmt: skip
 
 
@@ -71,7 +76,10 @@ def _plain(estimator: Anchored) -> Anchored:
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_version_is_rejected(wrong: str) -> None:
-    with WRONG[wrong](), pytest.raises(AssertionError, match="against|away from the formula|losses, not|coefficient of"):
+    with (
+        WRONG[wrong](),
+        pytest.raises(AssertionError, match="against|away from the formula|losses, not|coefficient of"),
+    ):
         check_method("mezosvrg_queries", steps=6)
 
 
@@ -84,16 +92,24 @@ def test_the_full_loss_is_read_where_the_anchor_is_set() -> None:
         calls.append(optimizer.steps)
         return 2.0 * next_token_loss(model(IDS), IDS)
 
-    optimizer = zokern.MeZOSVRG(model, lr=0.0, eps=1e-2, seed=3, full=full, interval=3, evaluation="master", paired_check=None)
+    optimizer = zokern.MeZOSVRG(
+        model, lr=0.0, eps=1e-2, seed=3, full=full, interval=3, evaluation="master", paired_check=None
+    )
     results = [zokern.step(optimizer, lambda: next_token_loss(model(IDS), IDS)) for _ in range(7)]
     assert calls == [0, 0, 3, 3, 6, 6]
-    assert results[0].loss > 1.9 * results[1].loss and len(results[0].losses[0]) == 2 and len(results[1].losses[0]) == 4
+    assert (
+        results[0].loss > 1.9 * results[1].loss
+        and len(results[0].losses[0]) == 2
+        and len(results[1].losses[0]) == 4
+    )
     assert results[1].coefficients[0] == results[2].coefficients[0] == results[0].coefficients[0]
-    assert results[1].coefficients[1] == 0.0  # at lr = 0 the weights are the anchor, and the two differences the same
+    # at lr = 0 the weights are the anchor, and the two differences the same
+    assert results[1].coefficients[1] == 0.0
 
 
 def test_the_control_variate_takes_the_noise_of_batches_away() -> None:
-    """Batches with slopes of +-10 around a full slope: c moves within 1 of it, where MeZO's c moves by 10. Other draws add up instead."""
+    """Batches with slopes of +-10 around a full slope: c moves within 1 of it, where MeZO's c moves by 10.
+    Other draws add up instead."""
     shifts = torch.randn(64, generator=torch.Generator().manual_seed(0)) * 10
     spread = {}
     for name in ("mezo", "svrg", "svrg, other draws"):
@@ -106,7 +122,12 @@ def test_the_control_variate_takes_the_noise_of_batches_away() -> None:
             optimizer: Any = zokern.MeZO([("w", p)], lr=1e-3, eps=1e-2, evaluation="master")
         else:
             optimizer = zokern.MeZOSVRG(
-                [("w", p)], lr=1e-3, eps=1e-2, full=lambda p=p: loss_at(0.0, p), interval=64, evaluation="master"
+                [("w", p)],
+                lr=1e-3,
+                eps=1e-2,
+                full=lambda p=p: loss_at(0.0, p),
+                interval=64,
+                evaluation="master",
             )
         found = []
         with other_draws() if name == "svrg, other draws" else patch.dict({}):
@@ -127,7 +148,9 @@ def test_the_control_variate_takes_the_noise_of_batches_away() -> None:
 @pytest.mark.parametrize("after", [2, 3])
 def test_a_resumed_run_has_the_same_bits(after: int, rounding: str) -> None:
     """Within an interval of 3, and at its end."""
-    check_resume(lambda m: zokern.MeZOSVRG(m, lr=1e-3, eps=1e-2, seed=5, interval=3, rounding=rounding), 6, after)
+    check_resume(
+        lambda m: zokern.MeZOSVRG(m, lr=1e-3, eps=1e-2, seed=5, interval=3, rounding=rounding), 6, after
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -157,19 +180,29 @@ def test_a_parameter_without_an_anchor_sets_one() -> None:
 def test_a_loss_that_is_not_finite_leaves_no_anchor() -> None:
     """The step is skipped, and the next one sets the anchor."""
     model = tiny()
-    optimizer = zokern.MeZOSVRG(model, lr=1e-3, eps=1e-2, interval=100, evaluation="master", paired_check=None)
+    optimizer = zokern.MeZOSVRG(
+        model, lr=1e-3, eps=1e-2, interval=100, evaluation="master", paired_check=None
+    )
     bad = iter([True] * 2 + [False] * 20)
     results = [
-        zokern.step(optimizer, lambda: next_token_loss(model(IDS), IDS) * (float("nan") if next(bad) else 1.0))
+        zokern.step(
+            optimizer, lambda: next_token_loss(model(IDS), IDS) * (float("nan") if next(bad) else 1.0)
+        )
         for _ in range(3)
     ]
-    assert [r.skipped for r in results] == [True, False, False] and [len(r.losses[0]) for r in results] == [2, 2, 4]
+    assert [r.skipped for r in results] == [True, False, False] and [len(r.losses[0]) for r in results] == [
+        2,
+        2,
+        4,
+    ]
 
 
 def test_stochastic_rounding_spends_the_bits_of_its_own_step() -> None:
     """Those of the anchor's step would round every step of an interval alike."""
     p = nn.Parameter(torch.ones(512, dtype=torch.bfloat16))
-    optimizer = zokern.MeZOSVRG([("w", p)], lr=1e-3, eps=0.1, interval=50, rounding="stochastic", evaluation="master")
+    optimizer = zokern.MeZOSVRG(
+        [("w", p)], lr=1e-3, eps=0.1, interval=50, rounding="stochastic", evaluation="master"
+    )
     zokern.step(optimizer, lambda: p.float().sum())
     ends = []
     for _ in range(3):

@@ -24,18 +24,25 @@ def theta(n: int = 50, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.linspace(-1, 1, n).to(dtype)
 
 
-# Registration ---------------------------------------------------------------------------------------------------------------------
+# Registration -----------------------------------------------------------------------------------------------
 
 
 def two(dtype: torch.dtype, rounding: str, backend: str) -> dict:
     tensors = [theta(33, dtype), theta(64, dtype).view(8, 8).t()]
-    low = [torch.arange(t.numel(), dtype=torch.int16).view(t.shape) for t in tensors] if rounding == "residual" else []
-    return dict(tensors=tensors, who=[1, 2], first=[0, 7], rounding=rounding, residuals=low, backend=backend, seed=-5)
+    low = (
+        [torch.arange(t.numel(), dtype=torch.int16).view(t.shape) for t in tensors]
+        if rounding == "residual"
+        else []
+    )
+    return dict(
+        tensors=tensors, who=[1, 2], first=[0, 7], rounding=rounding, residuals=low, backend=backend, seed=-5
+    )
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize(
-    ("dtype", "rounding"), [(torch.float32, "nearest"), (torch.float16, "stochastic"), (torch.bfloat16, "residual")]
+    ("dtype", "rounding"),
+    [(torch.float32, "nearest"), (torch.float16, "stochastic"), (torch.bfloat16, "residual")],
 )
 def test_axpy_passes_opcheck(dtype: torch.dtype, rounding: str, backend: str) -> None:
     terms = dict(direction="normal", steps=[3, 3], draws=[0, 1], coeffs=torch.tensor([0.1, -0.2]), clock=None)
@@ -45,7 +52,9 @@ def test_axpy_passes_opcheck(dtype: torch.dtype, rounding: str, backend: str) ->
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize(("dtype", "to"), [(torch.float32, None), (torch.bfloat16, None), (torch.float16, torch.float32)])
+@pytest.mark.parametrize(
+    ("dtype", "to"), [(torch.float32, None), (torch.bfloat16, None), (torch.float16, torch.float32)]
+)
 def test_perturb_passes_opcheck(dtype: torch.dtype, to: torch.dtype | None, backend: str) -> None:
     given = two(dtype, "nearest", backend) | dict(
         direction="rademacher", step=3, draw=1, scales=[1e-3, -1e-3], dtype=to, clock=None
@@ -56,7 +65,8 @@ def test_perturb_passes_opcheck(dtype: torch.dtype, to: torch.dtype | None, back
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize(
-    ("dtype", "rounding"), [(torch.float32, "nearest"), (torch.float16, "stochastic"), (torch.bfloat16, "residual")]
+    ("dtype", "rounding"),
+    [(torch.float32, "nearest"), (torch.float16, "stochastic"), (torch.bfloat16, "residual")],
 )
 def test_lowrank_passes_opcheck(dtype: torch.dtype, rounding: str, backend: str) -> None:
     left, right = [theta(12).view(6, 2), theta(24).view(8, 3)], [theta(20).view(10, 2), theta(27).view(9, 3)]
@@ -69,21 +79,40 @@ def test_products_pass_opcheck(backend: str) -> None:
     w, x, b = theta(60).view(10, 6), theta(18).view(3, 6), theta(10)
     factors = [theta(20).view(10, 2), theta(12).view(6, 2), theta(4).view(2, 2)]
     given = dict(
-        xs=[x] * 3, weight=w, direction="normal", scales=[0.5, -0.5, 0.0], seed=3, who=5, step=1, draw=0, bias=b, first=0
+        xs=[x] * 3,
+        weight=w,
+        direction="normal",
+        scales=[0.5, -0.5, 0.0],
+        seed=3,
+        who=5,
+        step=1,
+        draw=0,
+        bias=b,
+        first=0,
     )
     for thin in ([], factors):
         rest = dict(factors=thin, residual=None, tile=24, backend=backend)
         torch.library.opcheck(torch.ops.zokern.linear, (), given | rest)
-    given = dict(direction="normal", shape=[10, 6], omega=theta(12).view(6, 2), seed=3, who=5, steps=[0, 1], draws=[0, 2])
+    given = dict(
+        direction="normal",
+        shape=[10, 6],
+        omega=theta(12).view(6, 2),
+        seed=3,
+        who=5,
+        steps=[0, 1],
+        draws=[0, 2],
+    )
     rest = dict(coeffs=[0.5, 2.0], transposed=False, first=0, tile=24, backend=backend)
     torch.library.opcheck(torch.ops.zokern.sketch, (), given | rest)
-    drawn = dict(out=theta(), direction="normal", seed=3, who=5, step=1, draw=0, first=0, clock=None, backend=backend)
+    drawn = dict(
+        out=theta(), direction="normal", seed=3, who=5, step=1, draw=0, first=0, clock=None, backend=backend
+    )
     torch.library.opcheck(torch.ops.zokern.draw_, (), drawn)
     words = dict(counter=torch.ones(3, 4, dtype=torch.int64), key=[1, 2], rounds=10, backend=backend)
     torch.library.opcheck(torch.ops.zokern.philox4x32, (), words)
 
 
-# Products -------------------------------------------------------------------------------------------------------------------------
+# Products ---------------------------------------------------------------------------------------------------
 
 
 def problem(dtype: torch.dtype = torch.float32):
@@ -131,7 +160,12 @@ def test_linear_reads_factored_weights(dtype: torch.dtype, bound: float) -> None
         u, v, c = factors(shape)
         return u @ c @ v.T
 
-    check_linear(lambda xs, w, scales, b: zokern.linear(xs, w, factors(w.shape), scales=scales, bias=b), low_rank, bound, dtype)
+    check_linear(
+        lambda xs, w, scales, b: zokern.linear(xs, w, factors(w.shape), scales=scales, bias=b),
+        low_rank,
+        bound,
+        dtype,
+    )
 
 
 WRONG_LINEAR = {
@@ -158,8 +192,14 @@ def test_sketch(transposed: bool, tile: int) -> None:
     right = (g.T if transposed else g).double() @ omega.double()
 
     def error(**options) -> float:
-        given = dict(seed=1, who="w", draws=draws, coeffs=coeffs, first=7, transposed=transposed, tile=tile) | options
-        return float((zokern.sketch("normal", (40, 30), omega, **given).double() - right).abs().max() / right.abs().max())
+        given = (
+            dict(seed=1, who="w", draws=draws, coeffs=coeffs, first=7, transposed=transposed, tile=tile)
+            | options
+        )
+        return float(
+            (zokern.sketch("normal", (40, 30), omega, **given).double() - right).abs().max()
+            / right.abs().max()
+        )
 
     assert error() < 1e-6
     assert error(first=0) > 0.1 and error(coeffs=[0.5, 2.0]) > 0.1 and error(draws=[(0, 0), (5, 0)]) > 0.1
@@ -178,10 +218,17 @@ BAD_PRODUCTS = [
     (lambda w, b, x: zokern.linear(x, w, (torch.ones(70, 2),), scales=(1.0, 1.0)), "has 1 factors"),
     (lambda w, b, x: zokern.linear(x, w, scales=(1.0, 1.0), tile=0), "tile is 0"),
     (
-        lambda w, b, x: zokern.sketch("normal", (4, 5), torch.ones(4, 2), seed=0, who="w", draws=[(0, 0)], coeffs=[1.0]),
+        lambda w, b, x: zokern.sketch(
+            "normal", (4, 5), torch.ones(4, 2), seed=0, who="w", draws=[(0, 0)], coeffs=[1.0]
+        ),
         "omega is",
     ),
-    (lambda w, b, x: zokern.sketch("normal", (4, 5), torch.ones(5, 2), seed=0, who="w", draws=[], coeffs=[]), "0 draws"),
+    (
+        lambda w, b, x: zokern.sketch(
+            "normal", (4, 5), torch.ones(5, 2), seed=0, who="w", draws=[], coeffs=[]
+        ),
+        "0 draws",
+    ),
 ]
 
 
@@ -205,7 +252,7 @@ def test_opcheck_rejects_an_undeclared_write() -> None:
         torch.library.opcheck(undeclared, (theta(),))
 
 
-# Meaning ---------------------------------------------------------------------------------------------------------------------------
+# Meaning ----------------------------------------------------------------------------------------------------
 
 
 def test_clock_is_added_to_the_step() -> None:
@@ -216,7 +263,9 @@ def test_clock_is_added_to_the_step() -> None:
     sum = torch.zeros(7, 9)
     zokern.axpy_(sum, "normal", draws=[(2, 0)], coeffs=[1.0], clock=clock, **names)
     assert torch.equal(sum, right)
-    ((plus,), _) = zokern.perturb(torch.zeros(7, 9), "normal", step=2, scales=(1.0, -1.0), clock=clock, **names)
+    ((plus,), _) = zokern.perturb(
+        torch.zeros(7, 9), "normal", step=2, scales=(1.0, -1.0), clock=clock, **names
+    )
     assert torch.equal(plus, right)
     again, who = torch.zeros(7, 9), zokern.stream.parameter_id("w")
     torch.ops.zokern.axpy_(
@@ -235,19 +284,28 @@ def test_draw_is_what_axpy_adds_and_perturb_shows(direction: str) -> None:
     weight = torch.zeros(7, 9)
     count = zokern.axpy_(weight, direction, seed=3, who="w", draws=[(2, 1)], coeffs=[1.0])
     assert same_bits(weight, z) and count.tolist() == [0]
-    plus, minus = zokern.perturb([torch.zeros(7, 9)], direction, seed=3, who="w", step=2, draw=1, scales=(1.0, -1.0))
+    plus, minus = zokern.perturb(
+        [torch.zeros(7, 9)], direction, seed=3, who="w", step=2, draw=1, scales=(1.0, -1.0)
+    )
     assert torch.equal(plus[0], z) and torch.equal(minus[0], -z)
-    assert same_bits(z, zokern.draw(direction, (63,), seed=3, who=parameter_id("w"), step=2, draw=1).view(7, 9))
-    assert same_bits(z.half(), zokern.draw(direction, (7, 9), seed=3, who="w", step=2, draw=1, dtype=torch.float16))
+    assert same_bits(
+        z, zokern.draw(direction, (63,), seed=3, who=parameter_id("w"), step=2, draw=1).view(7, 9)
+    )
+    assert same_bits(
+        z.half(), zokern.draw(direction, (7, 9), seed=3, who="w", step=2, draw=1, dtype=torch.float16)
+    )
 
 
 NAMES = {"direction": "normal", "seed": 3, "step": 2, "draw": 1}
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize(("dtype", "wide"), [(torch.float32, False), (torch.bfloat16, False), (torch.float16, True)])
+@pytest.mark.parametrize(
+    ("dtype", "wide"), [(torch.float32, False), (torch.bfloat16, False), (torch.float16, True)]
+)
 def test_out_is_written_whole(dtype: torch.dtype, wide: bool, backend: str) -> None:
-    """The bits of the call without `out`, in poisoned tensors that begin anywhere, and no byte beside them."""
+    """The bits of the call without `out`, in poisoned tensors that begin anywhere, and no byte beside
+    them."""
     kind = torch.float32 if wide else dtype
     shapes, calls = [(7, 9), (130,), (0,)], NAMES | {"backend": backend}
     tensors, who = [theta(math.prod(shape), dtype).view(shape) for shape in shapes], ["a", "b", "c"]
@@ -291,7 +349,10 @@ def test_out_under_torch_compile() -> None:
 
 W, ROOM = theta(), torch.empty(200)
 BAD_OUT = {
-    "one list": ([torch.empty(50)], "out is list for 2 scales; expected for each scale a tensor, or a list of one"),
+    "one list": (
+        [torch.empty(50)],
+        "out is list for 2 scales; expected for each scale a tensor, or a list of one",
+    ),
     "a tensor": (torch.empty(2, 50), "out is Tensor for 2 scales"),
     "two in a side": ([[torch.empty(50)] * 2, [torch.empty(50)]], r"out\[0\] is list for 1 tensors"),
     "None": ([torch.empty(50), None], r"out\[1\] is NoneType for 1 tensors"),
@@ -344,7 +405,9 @@ def test_each_is_one_call_a_step(rounding: str, each: int, backend: str) -> None
         return {"tensors": theta(50, torch.bfloat16), **low}
 
     def bits(given: dict) -> torch.Tensor:
-        return torch.cat([given[name].view(torch.int16) for name in ("tensors", "residuals") if name in given])
+        return torch.cat(
+            [given[name].view(torch.int16) for name in ("tensors", "residuals") if name in given]
+        )
 
     one, calls, sum = weights(), weights(), weights()
     zokern.axpy_(**one, **names, draws=draws, coeffs=coeffs, decay=decays, each=each)
@@ -369,7 +432,15 @@ def test_shards_and_threads_change_no_bit(direction: str, shards: int, threads: 
         torch.set_num_threads(threads)
         pieces = list(torch.tensor_split(parts, shards))
         starts = [first + piece.storage_offset() for piece in pieces]
-        zokern.axpy_(pieces, direction, seed=9, who=["w"] * shards, draws=names["draws"], coeffs=names["coeffs"], first=starts)
+        zokern.axpy_(
+            pieces,
+            direction,
+            seed=9,
+            who=["w"] * shards,
+            draws=names["draws"],
+            coeffs=names["coeffs"],
+            first=starts,
+        )
     finally:
         torch.set_num_threads(before)
     assert same_bits(whole, parts)
@@ -381,7 +452,8 @@ def test_shards_and_threads_change_no_bit(direction: str, shards: int, threads: 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("core", [None, (4,), (4, 3)], ids=["identity", "diagonal", "dense"])
 def test_lowrank_is_the_product(core, backend: str) -> None:
-    """decay W + scale U C V^T, within the rounding of float32 sums of this length; C = None is the identity."""
+    """decay W + scale U C V^T, within the rounding of float32 sums of this length; C = None is the
+    identity."""
     m, n, inner = 37, 53, 3 if core and len(core) == 2 else 4
     weight, left, right = torch.randn(m, n), torch.randn(m, 4), torch.randn(n, inner)
     c = None if core is None else torch.randn(core)
@@ -390,7 +462,8 @@ def test_lowrank_is_the_product(core, backend: str) -> None:
     count = zokern.lowrank_(result, left, right, core=c, scale=0.3, decay=0.9, backend=backend)
     exact = 0.9 * weight.double() + 0.3 * left.double() @ matrix.double() @ right.double().t()
     size = 0.9 * weight.abs() + 0.3 * left.abs() @ matrix.abs() @ right.abs().t()
-    error = ((result - exact).abs() / (16 * 2.0**-24 * size)).max()  # r + s sums and a few factors, each to half a unit
+    # r + s sums and a few factors, each to half a unit
+    error = ((result - exact).abs() / (16 * 2.0**-24 * size)).max()
     assert error <= 1 and count.tolist() == [0]
     wrong = weight.clone()
     zokern.lowrank_(wrong, left, right, core=c, scale=0.3001, decay=0.9, backend=backend)
@@ -413,7 +486,16 @@ def test_lowrank_of_shards_and_lists_is_that_of_the_whole() -> None:
     assert same_bits(whole, parts)
     alone = listed[1].clone()
     zokern.lowrank_(alone, left, right, scale=0.2, who="b", seed=3, step=2, rounding="stochastic")
-    zokern.lowrank_(listed, [left] * 2, [right] * 2, scale=[0.1, 0.2], who=["a", "b"], seed=3, step=2, rounding="stochastic")
+    zokern.lowrank_(
+        listed,
+        [left] * 2,
+        [right] * 2,
+        scale=[0.1, 0.2],
+        who=["a", "b"],
+        seed=3,
+        step=2,
+        rounding="stochastic",
+    )
     assert same_bits(listed[0], whole) and same_bits(listed[1], alone)
 
 
@@ -425,7 +507,8 @@ def test_lowrank_of_shards_and_lists_is_that_of_the_whole() -> None:
     ],
 )
 def test_lowrank_refuses_factors_of_another_matrix(shape, left: int, right: int, words: list[str]) -> None:
-    """Flattened, the same elements are what they say; rows of W, and W in another near-square form, stay legal too."""
+    """Flattened, the same elements are what they say; rows of W, and W in another near-square form, stay
+    legal too."""
     w, u, v = torch.zeros(shape), torch.ones(left, 2), torch.ones(right, 2)
     with pytest.raises(ValueError, match=".*".join(words)):
         zokern.lowrank_(w, u, v)
@@ -445,69 +528,105 @@ def test_torch_compile_sees_the_operation() -> None:
     assert same_bits(torch.compile(update, backend="eager")(theta()), expected)
 
 
-# Refusals --------------------------------------------------------------------------------------------------------------------------
+# Refusals ---------------------------------------------------------------------------------------------------
 
 GOOD = {
-    "draw": lambda **o: zokern.draw(**{"direction": "normal", "shape": (5,), "seed": 1, "who": "w", "step": 0, **o}),
-    "axpy_": lambda **o: zokern.axpy_(
-        **{"tensors": theta(), "direction": "normal", "seed": 1, "who": "w", "draws": [(0, 0)], "coeffs": [0.1], **o}
+    "draw": lambda **o: zokern.draw(
+        **{"direction": "normal", "shape": (5,), "seed": 1, "who": "w", "step": 0, **o}
     ),
-    "perturb": lambda **o: zokern.perturb(**{"tensors": theta(), "direction": "normal", "seed": 1, "who": "w", "step": 0, **o}),
+    "axpy_": lambda **o: zokern.axpy_(
+        **{
+            "tensors": theta(),
+            "direction": "normal",
+            "seed": 1,
+            "who": "w",
+            "draws": [(0, 0)],
+            "coeffs": [0.1],
+            **o,
+        }
+    ),
+    "perturb": lambda **o: zokern.perturb(
+        **{"tensors": theta(), "direction": "normal", "seed": 1, "who": "w", "step": 0, **o}
+    ),
     "lowrank_": lambda **o: zokern.lowrank_(
-        **{"tensors": theta(), "left": torch.ones(10, 2), "right": torch.ones(5, 2), "core": torch.ones(2), "who": "w", **o}
+        **{
+            "tensors": theta(),
+            "left": torch.ones(10, 2),
+            "right": torch.ones(5, 2),
+            "core": torch.ones(2),
+            "who": "w",
+            **o,
+        }
     ),
     "philox4x32": lambda **o: zokern.philox4x32(**{"counter": [0, 0, 0, 0], "key": (0, 0), **o}),
 }
 LONG = torch.empty(3, dtype=torch.int64)
 BAD_TENSORS = [
-    [], LONG, torch.ones(3, dtype=torch.float64), torch.ones(3, dtype=torch.complex64), torch.ones(3, dtype=torch.bool),
-    torch.ones(1).expand(4), torch.ones(3, 1).expand(3, 4), torch.ones(8).as_strided((4, 4), (1, 1)), torch.ones(3).to_sparse(),
+    [], LONG, torch.ones(3, dtype=torch.float64), torch.ones(3, dtype=torch.complex64),
+    torch.ones(3, dtype=torch.bool),
+    torch.ones(1).expand(4), torch.ones(3, 1).expand(3, 4), torch.ones(8).as_strided((4, 4), (1, 1)),
+    torch.ones(3).to_sparse(),
     torch.ones(3).to(torch.float8_e4m3fn), None, 3, "w", [theta(), None],
 ]  # fmt: skip
 BAD_FACTORS = [
-    torch.ones(10, 3), torch.ones(10, 2).double(), torch.ones(10, 2).half(), torch.ones(2, 10).t(), torch.ones(20), torch.ones(10, 2, 1), None,
+    torch.ones(10, 3), torch.ones(10, 2).double(), torch.ones(10, 2).half(), torch.ones(2, 10).t(),
+    torch.ones(20), torch.ones(10, 2, 1), None,
     3, [], torch.ones(10, 2).to_sparse(), [torch.ones(10, 2)] * 2, torch.ones(10, 2, device="meta"),
 ]  # fmt: skip
 BAD_SEEDS = [-1, 2**64, 1.5, True, None, "0", NAN]
 BAD_WORDS = [-1, 2**32, 1.5, None, "0"]
 BAD = {
     "draw": {
-        "direction": ["uniform", None, 3], "shape": [(-1,), "x", (2.5,), None], "seed": BAD_SEEDS, "who": [-1, 2**32, None, 1.5, ["a", "b"]],
-        "step": BAD_WORDS, "draw": BAD_WORDS, "first": [-1, 2**35, 2**35 - 4, 1.5, None], "dtype": [torch.float64, torch.int64, None, "float32"],
+        "direction": ["uniform", None, 3], "shape": [(-1,), "x", (2.5,), None], "seed": BAD_SEEDS,
+        "who": [-1, 2**32, None, 1.5, ["a", "b"]],
+        "step": BAD_WORDS, "draw": BAD_WORDS, "first": [-1, 2**35, 2**35 - 4, 1.5, None],
+        "dtype": [torch.float64, torch.int64, None, "float32"],
         "backend": ["gpu", "cuda" if not torch.cuda.is_available() else "gpu", 3], "device": ["nowhere"],
     },
     "axpy_": {
-        "tensors": BAD_TENSORS, "direction": ["uniform", None, 3], "seed": BAD_SEEDS, "who": [-1, 2**32, None, 1.5, ["a", "b"], []],
-        "draws": [[], [(0, 0), (0, 1)], [(-1, 0)], [(0, 2**32)], [0], None], "decay": [NAN, INF, None, "1", [], [1.0, 1.0], [NAN]],
+        "tensors": BAD_TENSORS, "direction": ["uniform", None, 3], "seed": BAD_SEEDS,
+        "who": [-1, 2**32, None, 1.5, ["a", "b"], []],
+        "draws": [[], [(0, 0), (0, 1)], [(-1, 0)], [(0, 2**32)], [0], None],
+        "decay": [NAN, INF, None, "1", [], [1.0, 1.0], [NAN]],
         "each": [-1, 3, 1.5, None, "1"],
-        "coeffs": [[], [1.0, 2.0, 3.0], [NAN], [INF], ["1"], None, torch.ones(1, dtype=torch.float64), torch.ones(()), torch.ones(1, 1), 0.1],
-        "first": [-1, 2**35 - 4, 1.5, [0, 0], None], "rounding": ["up", None, "residual"], "residuals": [torch.zeros(50, dtype=torch.int16)],
+        "coeffs": [[], [1.0, 2.0, 3.0], [NAN], [INF], ["1"], None, torch.ones(1, dtype=torch.float64),
+            torch.ones(()), torch.ones(1, 1), 0.1],
+        "first": [-1, 2**35 - 4, 1.5, [0, 0], None], "rounding": ["up", None, "residual"],
+        "residuals": [torch.zeros(50, dtype=torch.int16)],
         "backend": ["gpu", 3],
     },
     "perturb": {
-        "tensors": BAD_TENSORS, "direction": ["uniform", None, 3], "seed": BAD_SEEDS, "who": [-1, 2**32, None, 1.5, ["a", "b"]],
-        "step": BAD_WORDS, "draw": BAD_WORDS, "scales": [(), (1.0, 2.0, 3.0), (NAN,), (INF, 1.0), 1.0, None, ("1",)],
+        "tensors": BAD_TENSORS, "direction": ["uniform", None, 3], "seed": BAD_SEEDS,
+        "who": [-1, 2**32, None, 1.5, ["a", "b"]],
+        "step": BAD_WORDS, "draw": BAD_WORDS,
+        "scales": [(), (1.0, 2.0, 3.0), (NAN,), (INF, 1.0), 1.0, None, ("1",)],
         "first": [-1, 2**35 - 4, 1.5], "residuals": [torch.zeros(50, dtype=torch.int16), [LONG]],
         "dtype": [torch.float64, torch.bfloat16, torch.int8],
         "backend": ["gpu", 3],
     },
     "lowrank_": {
-        "tensors": BAD_TENSORS, "left": [*BAD_FACTORS, torch.ones(9, 2), torch.ones(10, 0)], "right": [*BAD_FACTORS, torch.ones(4, 2)],
-        "core": [torch.ones(3), torch.ones(2, 3), torch.ones(3, 2), torch.ones(()), torch.ones(2).double(), torch.ones(4)[::2], 3, [None] * 2],
-        "scale": [NAN, INF, "1", None, [1.0, 1.0], []], "decay": [NAN, INF, None, "1"], "who": [-1, 2**32, 1.5, ["a", "b"], []],
-        "seed": BAD_SEEDS, "step": BAD_WORDS, "first": [-1, 1, 2**35 - 4, 1.5, [0, 0], None], "rounding": ["up", None, "residual"],
+        "tensors": BAD_TENSORS, "left": [*BAD_FACTORS, torch.ones(9, 2), torch.ones(10, 0)],
+        "right": [*BAD_FACTORS, torch.ones(4, 2)],
+        "core": [torch.ones(3), torch.ones(2, 3), torch.ones(3, 2), torch.ones(()), torch.ones(2).double(),
+            torch.ones(4)[::2], 3, [None] * 2],
+        "scale": [NAN, INF, "1", None, [1.0, 1.0], []], "decay": [NAN, INF, None, "1"],
+        "who": [-1, 2**32, 1.5, ["a", "b"], []],
+        "seed": BAD_SEEDS, "step": BAD_WORDS, "first": [-1, 1, 2**35 - 4, 1.5, [0, 0], None],
+        "rounding": ["up", None, "residual"],
         "residuals": [torch.zeros(50, dtype=torch.int16)], "backend": ["gpu", 3],
     },
     "philox4x32": {
         "counter": [[0, 0, 0], [-1, 0, 0, 0], [2**32, 0, 0, 0], 3, None, "x", torch.ones(4), [0.5, 0, 0, 0]],
-        "key": [(0,), (0, 0, 0), (-1, 0), (0, 2**32), None, 3, (0.5, 0)], "rounds": [0, -1, 17, 1.5, None], "backend": ["gpu", 3],
+        "key": [(0,), (0, 0, 0), (-1, 0), (0, 2**32), None, 3, (0.5, 0)], "rounds": [0, -1, 17, 1.5, None],
+        "backend": ["gpu", 3],
     },
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("verb", GOOD)
 def test_bad_argument_is_refused(verb: str) -> None:
-    """Each bad value on its own raises a ValueError, TypeError or RuntimeError; the good call beside it does not."""
+    """Each bad value on its own raises a ValueError, TypeError or RuntimeError; the good call beside it does
+    not."""
     GOOD[verb]()
     accepted = []
     for name, values in BAD[verb].items():
@@ -522,7 +641,8 @@ def test_bad_argument_is_refused(verb: str) -> None:
 
 @pytest.mark.parametrize("verb", GOOD)
 def test_2500_random_bad_calls_raise_and_write_nothing(verb: str) -> None:
-    """Any mixture of good and at least one bad argument; 12,500 calls over the five verbs, no crash, no weight changed."""
+    """Any mixture of good and at least one bad argument; 12,500 calls over the five verbs, no crash, no
+    weight changed."""
     generator = random.Random(verb)
     names = list(BAD[verb])
     weight = theta()
@@ -532,7 +652,11 @@ def test_2500_random_bad_calls_raise_and_write_nothing(verb: str) -> None:
         arguments = {name: generator.choice(BAD[verb][name]) for name in bad}
         if verb in ("axpy_", "lowrank_") and "tensors" not in arguments:
             arguments["tensors"] = weight
-        if verb in ("axpy_", "lowrank_") and arguments.get("rounding") == "residual" and "residuals" in arguments:
+        if (
+            verb in ("axpy_", "lowrank_")
+            and arguments.get("rounding") == "residual"
+            and "residuals" in arguments
+        ):
             arguments["tensors"] = weight  # float32, which residual refuses
         with pytest.raises((ValueError, TypeError, RuntimeError, OverflowError)):
             GOOD[verb](**arguments)
@@ -542,16 +666,20 @@ def test_2500_random_bad_calls_raise_and_write_nothing(verb: str) -> None:
 
 def test_errors_name_argument_value_and_way_out() -> None:
     cases = [
-        (lambda: GOOD["axpy_"](tensors=torch.ones(3).double()), ["axpy_", "tensors[0]", "float64", "float32, bfloat16 or float16", "cast"]),
+        (lambda: GOOD["axpy_"](tensors=torch.ones(3).double()),
+            ["axpy_", "tensors[0]", "float64", "float32, bfloat16 or float16", "cast"]),
         (lambda: GOOD["axpy_"](coeffs=[NAN]), ["coeffs", "nan", "finite"]),
         (lambda: GOOD["axpy_"](tensors=torch.ones(1).expand(4)), ["overlapping", ".clone()"]),
         (lambda: GOOD["axpy_"](tensors=[theta(), theta()], who="w"), ["who", "'w'", "one name per tensor"]),
         (lambda: GOOD["axpy_"](each=1.5), ["axpy_", "each", "1.5", "number of terms"]),
         (lambda: GOOD["axpy_"](each=3), ["each is 3", "1 draws", "divisor"]),
-        (lambda: GOOD["axpy_"](each=True, decay=[0.9, 0.8]), ["decay has 2 numbers", "each is 1", "expected one number, or 1"]),
+        (lambda: GOOD["axpy_"](each=True, decay=[0.9, 0.8]),
+            ["decay has 2 numbers", "each is 1", "expected one number, or 1"]),
         (lambda: GOOD["axpy_"](rounding="up"), ["rounding", "'up'", "nearest", "stochastic", "residual"]),
-        (lambda: GOOD["lowrank_"](left=torch.ones(2, 10).t()), ["lowrank_", "left[0]", "[10, 2]", "contiguous", ".contiguous()"]),
-        (lambda: GOOD["lowrank_"](right=torch.ones(5, 2).half()), ["right[0]", "float16", "float32", ".float()"]),
+        (lambda: GOOD["lowrank_"](left=torch.ones(2, 10).t()),
+            ["lowrank_", "left[0]", "[10, 2]", "contiguous", ".contiguous()"]),
+        (lambda: GOOD["lowrank_"](right=torch.ones(5, 2).half()),
+            ["right[0]", "float16", "float32", ".float()"]),
         (lambda: GOOD["lowrank_"](first=1), ["tensors[0]", "1 to 51", "10 x 5"]),
         (lambda: GOOD["lowrank_"](who=None, rounding="stochastic"), ["who", "None", "stochastic"]),
         (lambda: GOOD["draw"](seed=2**64), ["seed", str(2**64), "2**64"]),
@@ -567,13 +695,18 @@ def test_errors_name_argument_value_and_way_out() -> None:
         (lambda: GOOD["perturb"](scales=0.1), ["perturb: scales is 0.1", "one or two finite numbers"]),
         (lambda: GOOD["perturb"](residuals=[None]), ["residuals[0] is NoneType", "torch.Tensor"]),
         (lambda: GOOD["perturb"](tensors=3), ["tensors is int 3", "torch.Tensor"]),
-        (lambda: GOOD["lowrank_"](scale="1"), ["lowrank_: scale is ['1']", "a finite number, or one for each of 1"]),
+        (lambda: GOOD["lowrank_"](scale="1"),
+            ["lowrank_: scale is ['1']", "a finite number, or one for each of 1"]),
         (lambda: GOOD["lowrank_"](decay=None), ["lowrank_: decay is [None]", "a finite number"]),
         (lambda: GOOD["philox4x32"](key=[0]), ["philox4x32: key is [0]", "two words"]),
-        (lambda: zokern.linear(W.view(5, 10), W.view(5, 10), scales=0.1), ["linear: scales is 0.1", "sequence of finite scales"]),
-        (lambda: zokern.sketch("normal", (2, 5, 5), W.view(5, 10), seed=0, who="w", draws=[(0, 0)], coeffs=[1.0]), ["shape is (2, 5, 5)", "(m, n)"]),
-        (lambda: zokern.sketch("normal", (2, 5), W.view(5, 10), seed=0, who="w", draws=[0], coeffs=[1.0]), ["sketch: draws is [0]", "pairs"]),
-        (lambda: zokern.sketch("normal", (2, 5), W.view(5, 10), seed=0, who="w", draws=[(0, 0)], coeffs=1.0), ["sketch: coeffs is 1.0"]),
+        (lambda: zokern.linear(W.view(5, 10), W.view(5, 10), scales=0.1),
+            ["linear: scales is 0.1", "sequence of finite scales"]),
+        (lambda: zokern.sketch("normal", (2, 5, 5), W.view(5, 10), seed=0, who="w", draws=[(0, 0)],
+            coeffs=[1.0]), ["shape is (2, 5, 5)", "(m, n)"]),
+        (lambda: zokern.sketch("normal", (2, 5), W.view(5, 10), seed=0, who="w", draws=[0], coeffs=[1.0]),
+            ["sketch: draws is [0]", "pairs"]),
+        (lambda: zokern.sketch("normal", (2, 5), W.view(5, 10), seed=0, who="w", draws=[(0, 0)], coeffs=1.0),
+            ["sketch: coeffs is 1.0"]),
         (lambda: GOOD["draw"](backend="gpu"), ["backend", "'gpu'", "reference"]),
         (lambda: GOOD["draw"](first=2**35), ["first", "2**35"]),
         (lambda: GOOD["philox4x32"](rounds=17), ["rounds", "17", "1 to 16"]),
@@ -592,7 +725,9 @@ FLOAT32 = {  # every argument that the kernels use in float32, and the part of t
     "decay of lowrank_": (lambda x: GOOD["lowrank_"](decay=x), "decay"),
     "scales of linear": (lambda x: zokern.linear(torch.ones(3, 5), torch.ones(4, 5), scales=(x,)), "scales"),
     "coeffs of sketch": (
-        lambda x: zokern.sketch("normal", (4, 5), torch.ones(5, 2), seed=0, who="w", draws=[(0, 0)], coeffs=[x]),
+        lambda x: zokern.sketch(
+            "normal", (4, 5), torch.ones(5, 2), seed=0, who="w", draws=[(0, 0)], coeffs=[x]
+        ),
         "coeffs",
     ),
     "coeffs of update_": (lambda x: momentum(coeffs=[x]), "coeffs"),
@@ -601,11 +736,15 @@ FLOAT32 = {  # every argument that the kernels use in float32, and the part of t
 
 
 def momentum(**options):
-    given = dict(seed=1, who="w", draws=[(0, 0)], coeffs=[0.1], states=[torch.zeros(50)], scalars=(1.0, 0.1, 0.9, 0.1))
+    given = dict(
+        seed=1, who="w", draws=[(0, 0)], coeffs=[0.1], states=[torch.zeros(50)], scalars=(1.0, 0.1, 0.9, 0.1)
+    )
     return zokern.update_(theta(), "normal", "momentum", **given | options)
 
 
-@pytest.mark.parametrize("value", [1e39, -1e39, 2.0**128 - 2.0**103, 10**400], ids=["1e39", "-1e39", "halfway", "10**400"])
+@pytest.mark.parametrize(
+    "value", [1e39, -1e39, 2.0**128 - 2.0**103, 10**400], ids=["1e39", "-1e39", "halfway", "10**400"]
+)
 @pytest.mark.parametrize("name", FLOAT32)
 def test_numbers_are_checked_as_float32(name: str, value) -> None:
     """What is finite as a Python number and infinite in float32 is refused; the largest float32 is not."""
@@ -615,9 +754,12 @@ def test_numbers_are_checked_as_float32(name: str, value) -> None:
     call(torch.finfo(torch.float32).max)
 
 
-@pytest.mark.parametrize("number", [np.float32, np.float64, torch.tensor], ids=["float32", "float64", "0-d tensor"])
+@pytest.mark.parametrize(
+    "number", [np.float32, np.float64, torch.tensor], ids=["float32", "float64", "0-d tensor"]
+)
 def test_numbers_of_numpy_and_torch_are_numbers(number) -> None:
-    """As decay and scale, one or in a list, and as coefficients; and NumPy's integers as names and offsets."""
+    """As decay and scale, one or in a list, and as coefficients; and NumPy's integers as names and
+    offsets."""
     given = {"decay": 0.5, "coeffs": [0.25], "who": 7, "first": 16}
     kinds = {"decay": number(0.5), "coeffs": [number(0.25)], "who": np.int64(7), "first": np.int64(16)}
     a, b = theta(), theta()
@@ -625,7 +767,10 @@ def test_numbers_of_numpy_and_torch_are_numbers(number) -> None:
     assert same_bits(a, b)
     for scale in (number(0.5), [number(0.5)]):
         a, b = theta(), theta()
-        GOOD["lowrank_"](tensors=a, scale=0.5, decay=0.25), GOOD["lowrank_"](tensors=b, scale=scale, decay=number(0.25))
+        (
+            GOOD["lowrank_"](tensors=a, scale=0.5, decay=0.25),
+            GOOD["lowrank_"](tensors=b, scale=scale, decay=number(0.25)),
+        )
         assert same_bits(a, b)
 
 

@@ -1,4 +1,5 @@
-"""update_: bit for bit the reference on every backend, the public operation, and MeZO with momentum and Adam on paper."""
+"""update_: bit for bit the reference on every backend, the public operation, and MeZO with momentum and Adam
+on paper."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ IDS = batch()
 NAN = float("nan")
 
 
-# Bits -----------------------------------------------------------------------------------------------------------------------------
+# Bits -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("check", conformance_update.CHECKS)
@@ -56,19 +57,29 @@ def test_reference(check: str) -> None:
 @pytest.mark.parametrize("kind", BACKENDS, ids=lambda kind: kind.__name__)
 def test_wrong_backend_is_rejected(kind) -> None:
     verdicts = conformance_update.run(kind(), scale="quick", only=kind.rejected_by)
-    assert verdicts and all(verdicts.values()), f"not rejected by {[name for name, problem in verdicts.items() if not problem]}"
-    assert all("AssertionError" in problem for problem in verdicts.values()) or kind.__name__ == "EmptyFails", verdicts
+    assert verdicts and all(verdicts.values()), (
+        f"not rejected by {[name for name, problem in verdicts.items() if not problem]}"
+    )
+    assert (
+        all("AssertionError" in problem for problem in verdicts.values()) or kind.__name__ == "EmptyFails"
+    ), verdicts
 
 
 def test_every_check_rejects_something() -> None:
     assert {check for kind in BACKENDS for check in kind.rejected_by} == set(conformance_update.CHECKS)
 
 
-# The operation --------------------------------------------------------------------------------------------------------------------
+# The operation ----------------------------------------------------------------------------------------------
 
 
 def call(theta, rule: str, states, **options) -> Tensor:
-    given = {"seed": 3, "who": "w", "draws": [(2, 1)], "coeffs": [0.5], "scalars": conformance_update.USUAL.get(rule)} | options
+    given = {
+        "seed": 3,
+        "who": "w",
+        "draws": [(2, 1)],
+        "coeffs": [0.5],
+        "scalars": conformance_update.USUAL.get(rule),
+    } | options
     return zokern.update_(theta, given.pop("direction", "normal"), rule, states=states, **given)
 
 
@@ -88,14 +99,31 @@ def operands(rule: str, dtype: torch.dtype = torch.float32, n: int = 50) -> tupl
 def test_passes_opcheck(rule: str, dtype: torch.dtype, rounding: str, backend: str) -> None:
     tensors = [torch.linspace(-1, 1, 33).to(dtype), torch.linspace(-1, 1, 64).to(dtype).view(8, 8).t()]
     states = [torch.linspace(0.1, 1, t.numel()).view(t.shape) for _ in STATES[rule] for t in tensors]
-    low = [torch.arange(t.numel(), dtype=torch.int16).view(t.shape) for t in tensors] if rounding == "residual" else []
+    low = (
+        [torch.arange(t.numel(), dtype=torch.int16).view(t.shape) for t in tensors]
+        if rounding == "residual"
+        else []
+    )
     numbers = torch.tensor(conformance_update.USUAL[rule])
-    names = dict(direction="normal", rule=rule, seed=-5, who=[1, 2], steps=[3, 3], draws=[0, 1], first=[0, 7], clock=None)
-    rest = dict(coeffs=torch.tensor([0.1, -0.2]), scalars=numbers, rounding=rounding, residuals=low, backend=backend)
+    names = dict(
+        direction="normal",
+        rule=rule,
+        seed=-5,
+        who=[1, 2],
+        steps=[3, 3],
+        draws=[0, 1],
+        first=[0, 7],
+        clock=None,
+    )
+    rest = dict(
+        coeffs=torch.tensor([0.1, -0.2]), scalars=numbers, rounding=rounding, residuals=low, backend=backend
+    )
     torch.library.opcheck(torch.ops.zokern.update_, (), dict(tensors=tensors, states=states) | names | rest)
 
 
-def on_paper(rule: str, scalars, theta: Tensor, g: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+def on_paper(
+    rule: str, scalars, theta: Tensor, g: Tensor, states: list[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
     """The formula in float64."""
     s = dict(zip(SCALARS[rule], scalars))
     if rule == "sign":
@@ -115,14 +143,17 @@ EXAMPLE = {
 
 
 def distance(rule: str, backend: str, **change) -> float:
-    """How far a call is from the formula, in units of what ten roundings may do; `change` are wrong arguments."""
+    """How far a call is from the formula, in units of what ten roundings may do; `change` are wrong
+    arguments."""
     scalars = EXAMPLE[rule]
     theta, states = operands(rule, n=500)
     g = 0.5 * zokern.draw("normal", (500,), seed=3, who="w", step=2, draw=1).double()
     want, kept = on_paper(rule, scalars, theta.double(), g, [t.double() for t in states])
     call(theta, rule, states, backend=backend, **{"scalars": scalars} | change)
     size = 1.0 + want.abs()
-    return max(float(((a - b).abs() / (10 * 2.0**-24 * size)).max()) for a, b in zip([theta, *states], [want, *kept]))
+    return max(
+        float(((a - b).abs() / (10 * 2.0**-24 * size)).max()) for a, b in zip([theta, *states], [want, *kept])
+    )
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -144,25 +175,55 @@ def test_lr_0_moves_no_weight(rule: str) -> None:
         for rounding in ("nearest", "stochastic", *(["residual"] if dtype == torch.bfloat16 else [])):
             theta, states = operands(rule, dtype)
             low = [torch.arange(50, dtype=torch.int16)] if rounding == "residual" else None
-            before, was, bits = theta.clone(), [state.clone() for state in states], torch.arange(50, dtype=torch.int16)
+            before, was, bits = (
+                theta.clone(),
+                [state.clone() for state in states],
+                torch.arange(50, dtype=torch.int16),
+            )
             scalars = (1.0, 0.0, *conformance_update.USUAL[rule][2:])
-            assert call(theta, rule, states, scalars=scalars, rounding=rounding, residuals=low).tolist() == [0]
+            assert call(theta, rule, states, scalars=scalars, rounding=rounding, residuals=low).tolist() == [
+                0
+            ]
             assert (
-                same_bits(theta, before) and not any(map(same_bits, states, was)) and (low is None or torch.equal(low[0], bits))
+                same_bits(theta, before)
+                and not any(map(same_bits, states, was))
+                and (low is None or torch.equal(low[0], bits))
             )
             call(theta, rule, states, scalars=(1.0, 0.5, *scalars[2:]), rounding=rounding, residuals=low)
             assert not same_bits(theta, before)
 
 
 def test_a_list_is_its_tensors_one_by_one() -> None:
-    thetas = [operands("adam", dtype, n)[0] for dtype, n in ((torch.float32, 50), (torch.bfloat16, 7), (torch.float16, 1001))]
+    thetas = [
+        operands("adam", dtype, n)[0]
+        for dtype, n in ((torch.float32, 50), (torch.bfloat16, 7), (torch.float16, 1001))
+    ]
     states = [[torch.rand(t.shape) for t in thetas] for _ in range(2)]
     alone = copy.deepcopy((thetas, states))
-    call(thetas, "adam", states, who=["a", "b", "c"], first=[0, 3, 9], draws=[(1, 0), (1, 1)], coeffs=[0.5, 2.0])
+    call(
+        thetas,
+        "adam",
+        states,
+        who=["a", "b", "c"],
+        first=[0, 3, 9],
+        draws=[(1, 0), (1, 1)],
+        coeffs=[0.5, 2.0],
+    )
     for i in (2, 0, 1):
         m, v = (kept[i] for kept in alone[1])
-        call(alone[0][i], "adam", (m, v), who="abc"[i], first=(0, 3, 9)[i], draws=[(1, 0), (1, 1)], coeffs=[0.5, 2.0])
-    assert all(same_bits(a, b) for a, b in zip((*thetas, *states[0], *states[1]), (*alone[0], *alone[1][0], *alone[1][1])))
+        call(
+            alone[0][i],
+            "adam",
+            (m, v),
+            who="abc"[i],
+            first=(0, 3, 9)[i],
+            draws=[(1, 0), (1, 1)],
+            coeffs=[0.5, 2.0],
+        )
+    assert all(
+        same_bits(a, b)
+        for a, b in zip((*thetas, *states[0], *states[1]), (*alone[0], *alone[1][0], *alone[1][1]))
+    )
 
 
 def test_torch_compile_sees_the_operation() -> None:
@@ -190,7 +251,10 @@ BAD = [
     ({"states": (M, V.to("meta"))}, "on meta"),
     ({"scalars": (1.0, 0.1, 0.9, 0.1)}, "expected 9 finite numbers: decay, lr, beta1"),
     ({"scalars": (NAN,) * 9}, "expected 9 finite numbers"),
-    ({"scalars": torch.zeros(9, dtype=torch.float64)}, r"scalars is torch.float64\[9\] on cpu; expected float32\[9\] on cpu"),
+    (
+        {"scalars": torch.zeros(9, dtype=torch.float64)},
+        r"scalars is torch.float64\[9\] on cpu; expected float32\[9\] on cpu",
+    ),
     ({"scalars": torch.zeros(4)}, r"scalars is torch.float32\[4\]"),
     ({"states": (M, [None])}, r"states\[1\]\[0\] is NoneType"),
     ({"states": None}, r"states is NoneType; expected \(\[m, ...\],\)"),
@@ -219,7 +283,7 @@ def test_refuses_and_writes_nothing(change: dict, message: str) -> None:
     assert same_bits(THETA, before) and not M.any() and not V.any()
 
 
-# MeZO with a rule -----------------------------------------------------------------------------------------------------------------
+# MeZO with a rule -------------------------------------------------------------------------------------------
 
 RULES: dict[str, Callable[[], zokern.rule.Rule]] = {
     "zo_sgd_mmt": lambda: zokern.Momentum(0.6, dampening=0.0),
@@ -232,11 +296,22 @@ RULES: dict[str, Callable[[], zokern.rule.Rule]] = {
 
 
 def check_rule(
-    name: str, steps: int = 3, queries: int = 1, weight_decay: float = 0.0, evaluation: str = "scratch", **options
+    name: str,
+    steps: int = 3,
+    queries: int = 1,
+    weight_decay: float = 0.0,
+    evaluation: str = "scratch",
+    **options,
 ) -> None:
     """Steps of a float32 model against the rule on paper, in float64, from the coefficients of each step."""
     model = tiny()
-    options = {"lr": 3e-3, "seed": 5, "queries": queries, "weight_decay": weight_decay, "evaluation": evaluation} | options
+    options = {
+        "lr": 3e-3,
+        "seed": 5,
+        "queries": queries,
+        "weight_decay": weight_decay,
+        "evaluation": evaluation,
+    } | options
     optimizer = zokern.MeZO(model, rule=RULES[name](), **options)
     lr = options["lr"]
     theta = {n: p.detach().double() for n, p in model.named_parameters()}
@@ -298,7 +373,8 @@ WRONG = {
     "dampened": ("zo_sgd_mmt", lambda: with_scalars(lambda step, s: (*s[:3], s[3] if step == 0 else 0.4))),
     "ascends": ("zo_adam", lambda: with_scalars(lambda step, s: (s[0], -s[1], *s[2:]))),
     "not_corrected": ("zo_adam", lambda: with_scalars(lambda step, s: (s[0], 3e-3, *s[2:7], 1.0, s[8]))),
-    "corrected_by_the_step_after": ("zo_adam", lambda: with_scalars(lambda step, s: RULES["zo_adam"]().scalars(3e-3, updates=step + 2))),
+    "corrected_by_the_step_after": ("zo_adam",
+        lambda: with_scalars(lambda step, s: RULES["zo_adam"]().scalars(3e-3, updates=step + 2))),
     "eps_moved": ("adam_inside_corrected", lambda: with_scalars(lambda step, s: (*s[:6], 0.0, s[7], 1e-4))),
     "state_not_kept": ("average", lambda: patch("zokern.rule.momentum.advance", forgets)),
 }  # fmt: skip
@@ -319,7 +395,11 @@ def test_check_rejects_wrong_rule(wrong: str) -> None:
 
 def run(rule: Callable, steps: int, model=None, optimizer=None, **options):
     model = tiny(torch.bfloat16) if model is None else model
-    optimizer = zokern.MeZO(model, rule=rule(), lr=3e-3, eps=1e-2, seed=7, **options) if optimizer is None else optimizer
+    optimizer = (
+        zokern.MeZO(model, rule=rule(), lr=3e-3, eps=1e-2, seed=7, **options)
+        if optimizer is None
+        else optimizer
+    )
     for _ in range(steps):
         zokern.step(optimizer, lambda: models.next_token_loss(model(IDS), IDS))
     return model, optimizer
@@ -349,7 +429,8 @@ def test_resumes_to_the_same_bits(name: str, rounding: str) -> None:
 
 
 def test_a_parameter_that_thaws_starts_its_own_count() -> None:
-    """Tensors with equally many updates share a launch; a frozen one is corrected for its own number of updates."""
+    """Tensors with equally many updates share a launch; a frozen one is corrected for its own number of
+    updates."""
     model = tiny()
     last = list(model.parameters())[-1]
     last.requires_grad_(False)
@@ -368,10 +449,15 @@ def test_a_parameter_that_thaws_starts_its_own_count() -> None:
         zokern.step(optimizer, lambda: models.next_token_loss(model(IDS), IDS))
     total = len(list(model.parameters()))
     assert launches == [total - 1, total - 1, 1]
-    assert {optimizer.state[p]["updates"] for p in model.parameters()} == {1, 2} and optimizer.state[last]["updates"] == 1
+    assert {optimizer.state[p]["updates"] for p in model.parameters()} == {1, 2} and optimizer.state[last][
+        "updates"
+    ] == 1
 
 
-LEARNS = {"zo_sgd_mmt": (zokern.Momentum, {"beta": 0.9, "dampening": 0.0}, 2e-4), "zo_adam": (zokern.Adam, {}, 2e-3)}
+LEARNS = {
+    "zo_sgd_mmt": (zokern.Momentum, {"beta": 0.9, "dampening": 0.0}, 2e-4),
+    "zo_adam": (zokern.Adam, {}, 2e-3),
+}
 
 
 @pytest.mark.parametrize("name", LEARNS)
@@ -394,7 +480,9 @@ def test_numbers_of_the_rules() -> None:
     assert zokern.Momentum(0.9).scalars(1e-3, 0.5, 2) == pytest.approx((0.5, 1e-3, 0.9, 0.1))
     assert zokern.Momentum(0.9, dampening=0.0).scalars(1e-3, updates=7) == (1.0, 1e-3, 0.9, 1.0)
     got = zokern.Adam().scalars(1e-3, updates=3)
-    assert got == pytest.approx((1.0, 1e-3 / (1 - 0.9**3), 0.9, 0.1, 0.999, 0.001, 0.0, 1 / math.sqrt(1 - 0.999**3), 1e-8))
+    assert got == pytest.approx(
+        (1.0, 1e-3 / (1 - 0.9**3), 0.9, 0.1, 0.999, 0.001, 0.0, 1 / math.sqrt(1 - 0.999**3), 1e-8)
+    )
 
 
 BAD_RULES = [
@@ -427,11 +515,15 @@ def test_steps_of_lr_0_keep_up_the_states_and_no_more(name: str, dtype: torch.dt
     before = [p.detach().clone() for p in left.parameters()]
     optimizers = [
         zokern.TeZO(model, rule="adam", lr=0.0, eps=1e-2, seed=5) if name == "tezo_adam"
-        else zokern.MeZO(model, rule=RULES[name](), lr=0.0, eps=1e-2, seed=5, force=True) for model in (left, right)
+        else zokern.MeZO(model, rule=RULES[name](), lr=0.0, eps=1e-2, seed=5, force=True) for model in (left,
+            right)
     ]  # fmt: skip
     for _ in range(2):
         zokern.step(optimizers[0], lambda: models.next_token_loss(left(IDS), IDS))
-        with patch.object(waiting, "is_nothing", lambda *_: False), patch.object(dense, "is_nothing", lambda *_: False):
+        with (
+            patch.object(waiting, "is_nothing", lambda *_: False),
+            patch.object(dense, "is_nothing", lambda *_: False),
+        ):
             with torch.no_grad():  # what the launch makes of -0.0 is put back
                 zokern.step(optimizers[1], lambda: models.next_token_loss(right(IDS), IDS))
                 assert not all(map(same_bits, right.parameters(), before))
@@ -441,4 +533,6 @@ def test_steps_of_lr_0_keep_up_the_states_and_no_more(name: str, dtype: torch.dt
     for p, q in zip(left.parameters(), right.parameters()):
         kept, other = (optimizer.state[t] for optimizer, t in zip(optimizers, (p, q)))
         assert kept.keys() == other.keys() and kept
-        assert all(same_bits(kept[k], other[k]) if isinstance(kept[k], Tensor) else kept[k] == other[k] for k in kept)
+        assert all(
+            same_bits(kept[k], other[k]) if isinstance(kept[k], Tensor) else kept[k] == other[k] for k in kept
+        )

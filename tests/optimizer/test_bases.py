@@ -1,4 +1,5 @@
-"""Momentum knows the basis that it belongs to: a matrix that was frozen while bases changed goes on as it would have, saved or not."""
+"""Momentum knows the basis that it belongs to: a matrix that was frozen while bases changed goes on as it
+would have, saved or not."""
 
 from __future__ import annotations
 
@@ -19,7 +20,11 @@ from zokern.rule import basis_of, renew
 
 CPU = torch.device("cpu")
 INTERVAL = 3
-DIRECTIONS = {"subspace": Subspace(4, INTERVAL, reshape="none"), "lazy": Lazy(2, INTERVAL), "diagonal": Diagonal(3)}
+DIRECTIONS = {
+    "subspace": Subspace(4, INTERVAL, reshape="none"),
+    "lazy": Lazy(2, INTERVAL),
+    "diagonal": Diagonal(3),
+}
 
 
 class Run:
@@ -34,11 +39,19 @@ class Run:
     def forget(self) -> None:
         """What is not in the saved state: matrices without bases."""
         rank = self.direction.rank
-        self.matrices = [Matrix(name, i, *t.shape, rank, CPU) for i, (name, t) in enumerate(zip("ab", self.tensors))]
+        self.matrices = [
+            Matrix(name, i, *t.shape, rank, CPU) for i, (name, t) in enumerate(zip("ab", self.tensors))
+        ]
 
     def step(self, step: int, active: list[int]) -> list[Tensor]:
-        members = [self.tensors[i] for i in active], [Span(i) for i in active], [self.matrices[i] for i in active]
-        group = Group([m.name for m in members[2]], members[0], members[1], None, 1e-3, {}, get("cpu"), members[2])
+        members = (
+            [self.tensors[i] for i in active],
+            [Span(i) for i in active],
+            [self.matrices[i] for i in active],
+        )
+        group = Group(
+            [m.name for m in members[2]], members[0], members[1], None, 1e-3, {}, get("cpu"), members[2]
+        )
         plan = Plan([group], Normal(), 3, step, "nearest", Tree([]), self.direction, words=(0,))
         renew(self.rule, self.direction, group, self.states, 3, step)
         self.rule.update(plan, group, [0.5], 0.1, 1.0, self.states, defer=True)
@@ -73,11 +86,14 @@ def test_resumed_at_any_step(name: str, at: int) -> None:
 
 
 def test_a_state_that_does_not_say_its_basis_is_rejected() -> None:
-    """As it was: the basis of the last step was taken for that of a momentum which had slept. Without sleep it is."""
+    """As it was: the basis of the last step was taken for that of a momentum which had slept. Without sleep
+    it is."""
 
     class Silent(Run):
         def saved(self) -> Any:
-            return [{key: value for key, value in state.items() if key != "basis"} for state in super().saved()]
+            return [
+                {key: value for key, value in state.items() if key != "basis"} for state in super().saved()
+            ]
 
     def run(pattern: list[list[int]]) -> Iterator[bool]:
         through, resumed = Run("subspace"), Silent("subspace")
@@ -95,7 +111,10 @@ def test_rules_say_what_their_state_belongs_to() -> None:
     tensor = torch.zeros(2)
     states: dict[Tensor, dict] = {tensor: {"momentum": torch.zeros(1), "basis": 6}}
     assert basis_of(zokern.Momentum(), states, tensor) == 6 and basis_of(zokern.Sgd(), states, tensor) is None
-    assert basis_of(zokern.Momentum(), {}, tensor) is None and basis_of(zokern.Momentum(), {tensor: {}}, tensor) is None
+    assert (
+        basis_of(zokern.Momentum(), {}, tensor) is None
+        and basis_of(zokern.Momentum(), {tensor: {}}, tensor) is None
+    )
     assert basis_of(zokern.Momentum(), {tensor: {"momentum": torch.zeros(1)}}, tensor) == -1
 
     class Old:
@@ -104,7 +123,7 @@ def test_rules_say_what_their_state_belongs_to() -> None:
     assert basis_of(Old(), states, tensor) is None  # type: ignore[arg-type]
 
 
-# P-GAP, whose bases come from measured losses -----------------------------------------------------------------------------------------
+# P-GAP, whose bases come from measured losses ---------------------------------------------------------------
 
 
 class Model(nn.Module):
@@ -148,7 +167,9 @@ def test_pgap_resumed_at_any_step(at: int) -> None:
     other.load_state_dict(model.state_dict())
     state = copy.deepcopy(through.state_dict())
     if 2 < at < 9:
-        assert 0 in state["zokern"]["state"]["direction"], "the basis that the frozen matrix' momentum belongs to"
+        assert 0 in state["zokern"]["state"]["direction"], (
+            "the basis that the frozen matrix' momentum belongs to"
+        )
     resumed = pgap(other)
     resumed.load_state_dict(state)
     stepped(through, model, range(at, len(FROZEN)))
@@ -166,7 +187,9 @@ def test_pgap_without_the_former_probes_is_rejected() -> None:
     del state["zokern"]["state"]["direction"][0]
     resumed = pgap(model.requires_grad_())
     resumed.load_state_dict(state)
-    with pytest.raises(RuntimeError, match="'b.weight' belongs to the basis of step 0, whose probes are not known"):
+    with pytest.raises(
+        RuntimeError, match="'b.weight' belongs to the basis of step 0, whose probes are not known"
+    ):
         stepped(resumed, model, range(7, len(FROZEN)))
 
 

@@ -1,4 +1,5 @@
-"""What a saved run is: a state is loaded into the recipe that wrote it, names decide z and not the order in which they came."""
+"""What a saved run is: a state is loaded into the recipe that wrote it, names decide z and not the order in
+which they came."""
 
 from __future__ import annotations
 
@@ -27,9 +28,16 @@ def loss_of(model: nn.Module) -> Callable[[], Tensor]:
     return lambda: model(x).square().mean()
 
 
-# Recipes ------------------------------------------------------------------------------------------------------------------------------
+# Recipes ----------------------------------------------------------------------------------------------------
 
-MeZO, SubZero, LOZO, TeZO, PGAP, FZOO = zokern.MeZO, zokern.SubZero, zokern.LOZO, zokern.TeZO, zokern.PGAP, zokern.FZOO
+MeZO, SubZero, LOZO, TeZO, PGAP, FZOO = (
+    zokern.MeZO,
+    zokern.SubZero,
+    zokern.LOZO,
+    zokern.TeZO,
+    zokern.PGAP,
+    zokern.FZOO,
+)
 WIDE = zokern.Stencil("central", (2.0, -2.0), (0.25, -0.25))
 ONE_SIDED = zokern.Stencil("three", (1.0, -1.0, 0.0), (0.5, -0.5, 0.0))
 OTHER_WEIGHTS = zokern.Stencil("three", (1.0, -1.0, 0.0), (1.0, 0.0, -1.0))
@@ -60,8 +68,10 @@ PAIRS: dict[str, tuple[Callable, dict, Callable, dict, str]] = {
     "power": (PGAP, dict(rank=3, power=2), PGAP, dict(rank=3), "direction.power"),
     "estimator": (MeZO, dict(estimator=zokern.Sign()), MeZO, {}, "estimator.kind"),
     "clip": (MeZO, dict(estimator=zokern.Spsa(clip=1.0)), MeZO, {}, "estimator.clip"),
-    "inner": (MeZO, dict(estimator=zokern.Blockwise(zokern.Sign())), MeZO, dict(estimator=zokern.Blockwise()), "estimator.inner"),
-    "scale": (MeZO, dict(estimator=zokern.Kernel(scale=4.0)), MeZO, dict(estimator=zokern.Kernel()), "estimator.scale"),
+    "inner": (MeZO, dict(estimator=zokern.Blockwise(zokern.Sign())), MeZO, dict(estimator=zokern.Blockwise()),
+        "estimator.inner"),
+    "scale": (MeZO, dict(estimator=zokern.Kernel(scale=4.0)), MeZO, dict(estimator=zokern.Kernel()),
+        "estimator.scale"),
     "maximize": (MeZO, dict(maximize=True), MeZO, {}, "maximize"),
     "offsets": (MeZO, dict(stencil=WIDE), MeZO, {}, "estimator.stencil"),
     "weights": (MeZO, dict(stencil=ONE_SIDED), MeZO, dict(stencil=OTHER_WEIGHTS), "estimator.stencil"),
@@ -74,7 +84,8 @@ PAIRS: dict[str, tuple[Callable, dict, Callable, dict, str]] = {
     "dense": (MeZO, dict(direction=Lazy(dense=Rademacher())), MeZO, dict(direction=Lazy()), "direction"),
     "queries": (MeZO, dict(queries=2), MeZO, {}, "estimator.queries"),
     "rounding": (MeZO, dict(rounding="stochastic"), MeZO, {}, "rounding"),
-    "a factored direction's class": (MeZO, dict(direction=Subspace(4)), MeZO, dict(direction=Aligned(4, 2000)), "direction"),
+    "a factored direction's class": (MeZO, dict(direction=Subspace(4)), MeZO,
+        dict(direction=Aligned(4, 2000)), "direction"),
 }  # fmt: skip
 
 
@@ -91,7 +102,9 @@ def test_another_recipe_is_refused_and_the_same_one_is_not(which: str) -> None:
     state = through_a_file(one(layers(), **first).state_dict())
     one(layers(), **copy.deepcopy(first)).load_state_dict(state)
     there = other(layers(), **second)
-    with pytest.raises(ValueError, match=rf"state_dict was written with {named}=.*and this optimizer has .*recipe"):
+    with pytest.raises(
+        ValueError, match=rf"state_dict was written with {named}=.*and this optimizer has .*recipe"
+    ):
         there.load_state_dict(state)
     state["zokern"]["recipe"] = None
     there.load_state_dict(state)
@@ -140,7 +153,8 @@ def test_a_state_without_the_new_words_is_loaded() -> None:
     """With fewer words than this version writes: direction, rule, rounding, rank and interval."""
     state = PGAP(layers(), rank=3, interval=7, rule=zokern.Momentum()).state_dict()
     state["zokern"]["recipe"] = {
-        "direction": "aligned and normal", "rule": "momentum", "rounding": "nearest", "rank": 3, "interval": 7,
+        "direction": "aligned and normal", "rule": "momentum", "rounding": "nearest", "rank": 3,
+        "interval": 7,
     }  # fmt: skip
     optimizer = PGAP(layers(), rank=3, interval=7, rule=zokern.Momentum())
     optimizer.load_state_dict(state)
@@ -162,13 +176,15 @@ def test_a_recipe_is_made_of_plain_values() -> None:
 
     def leaves(value: Any) -> list[type]:
         if isinstance(value, (dict, list)):
-            return [kind for one in (value.values() if isinstance(value, dict) else value) for kind in leaves(one)]
+            return [
+                kind for one in (value.values() if isinstance(value, dict) else value) for kind in leaves(one)
+            ]
         return [type(value)]
 
     assert set(leaves(recipe)) <= {int, float, str, bool, type(None)}
 
 
-# Names and ids ------------------------------------------------------------------------------------------------------------------------
+# Names and ids ----------------------------------------------------------------------------------------------
 
 A, B = "w116065", "w29009"  # of one 32-bit id
 
@@ -186,13 +202,16 @@ def test_ids_are_a_function_of_the_set_of_names() -> None:
 
 
 def test_a_name_that_would_change_the_id_of_another_is_refused() -> None:
-    """w29009 came first and drew the z that is w116065's where both are known: no order decides this in silence."""
+    """w29009 came first and drew the z that is w116065's where both are known: no order decides this in
+    silence."""
     with pytest.raises(ValueError, match=rf"{A!r} has the 32-bit id of {B!r}.*when it is built"):
         parameters.ids([A], parameters.ids([B])[0])
 
 
 def optimizer_of(groups: list[list[str]]) -> zokern.MeZO:
-    return zokern.MeZO([{"params": [(name, nn.Parameter(torch.ones(3)))]} for names in groups for name in names])
+    return zokern.MeZO(
+        [{"params": [(name, nn.Parameter(torch.ones(3)))]} for names in groups for name in names]
+    )
 
 
 def test_groups_in_another_order_have_the_same_ids_or_are_refused() -> None:
@@ -206,10 +225,12 @@ def test_groups_in_another_order_have_the_same_ids_or_are_refused() -> None:
         assert other == found
 
 
-# A spread of one loss -----------------------------------------------------------------------------------------------------------------
+# A spread of one loss ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [dict(stencil="forward"), dict(stencil=zokern.Stencil("one", (2.0, 0.0), (0.5, -0.5)))])
+@pytest.mark.parametrize(
+    "options", [dict(stencil="forward"), dict(stencil=zokern.Stencil("one", (2.0, 0.0), (0.5, -0.5)))]
+)
 def test_a_spread_of_one_loss_is_refused(options: dict) -> None:
     """It is 0 in every step, and nothing would ever move."""
     model = layers()
@@ -218,4 +239,5 @@ def test_a_spread_of_one_loss_is_refused(options: dict) -> None:
         zokern.Spread(1, **options)
     moved = zokern.MeZO(model, estimator=zokern.Spread(2, **options), lr=1e-3)
     assert not zokern.step(moved, loss_of(model)).skipped and not torch.equal(before[0], model[0].weight)
-    zokern.step(zokern.MeZO(model, estimator=zokern.Spread(1, "central"), lr=1e-3), loss_of(model))  # two sides are a spread
+    # two sides are a spread
+    zokern.step(zokern.MeZO(model, estimator=zokern.Spread(1, "central"), lr=1e-3), loss_of(model))

@@ -1,4 +1,5 @@
-"""Updates that wait: the run is the one that writes at once, to rounding; who looks sees theta; what could lose an update is refused."""
+"""Updates that wait: the run is the one that writes at once, to rounding; who looks sees theta; what could
+lose an update is refused."""
 
 from __future__ import annotations
 
@@ -21,12 +22,15 @@ from zokern.rule import momentum, sgd, waiting
 IDS = batch()
 PARTS = {name: METHODS[name](tiny()) for name in METHODS}
 # Those whose updates of matrices can wait.
-DEFER = [name for name, o in PARTS.items() if o.factored is not None and o.rule.defers and not o.factored.joins]
+DEFER = [
+    name for name, o in PARTS.items() if o.factored is not None and o.rule.defers and not o.factored.joins
+]
 SOME = ("subzero", "lozo", "lozo_m", "tezo_m", "pgap")
 
 
 def given_alone() -> dict:
-    """Options for losses that are given one after the other: each is read once, and no two readings are compared."""
+    """Options for losses that are given one after the other: each is read once, and no two readings are
+    compared."""
     return {"evaluation": zokern.Scratch(check=False), "paired_check": None}
 
 
@@ -56,11 +60,14 @@ def run(name: str, steps: int, dtype: torch.dtype = torch.float32, model=None, *
     return model, optimizer
 
 
-# Equal to updates at once ---------------------------------------------------------------------------------------------------------
+# Equal to updates at once -----------------------------------------------------------------------------------
 
 
-def check_deferred(name: str, steps: int = 7, dtype: torch.dtype = torch.float32, rounding: str = "nearest", **options) -> None:
-    """Weights within a rounding a step of those of immediate writes (float32: 2^-24 of the largest weight, each), for given losses."""
+def check_deferred(
+    name: str, steps: int = 7, dtype: torch.dtype = torch.float32, rounding: str = "nearest", **options
+) -> None:
+    """Weights within a rounding a step of those of immediate writes (float32: 2^-24 of the largest weight,
+    each), for given losses."""
     model, optimizer = run(name, steps, dtype, defer=True, rounding=rounding, **options)
     other, immediate = run(name, steps, dtype, defer=False, rounding=rounding, **options)
     assert waits(immediate) == []
@@ -72,7 +79,10 @@ def check_deferred(name: str, steps: int = 7, dtype: torch.dtype = torch.float32
         low = [0.0, 0.0]
         if rounding == "residual":
             low = [
-                (o.state[p]["residual"].double() * 2.0**-16 * p.detach().double().abs() * 2.0**-7).abs().max().item()
+                (o.state[p]["residual"].double() * 2.0**-16 * p.detach().double().abs() * 2.0**-7)
+                .abs()
+                .max()
+                .item()
                 for o, p in ((optimizer, a), (immediate, b))
             ]
         scale = max(a.abs().max().item(), (a - start[n]).abs().max().item())
@@ -104,7 +114,8 @@ def test_roundings_of_16_bit_weights(name: str, rounding: str) -> None:
 
 
 def test_small_steps_are_not_lost_in_bfloat16() -> None:
-    """Updates of less than half an ulp: written one by one most of the way is lost, and a sum of thirty arrives."""
+    """Updates of less than half an ulp: written one by one most of the way is lost, and a sum of thirty
+    arrives."""
 
     def way(dtype: torch.dtype, defer: bool) -> Tensor:
         model = tiny(torch.bfloat16, width=16).to(dtype)
@@ -119,7 +130,11 @@ def test_small_steps_are_not_lost_in_bfloat16() -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        exact, at_once, together = way(torch.float32, True), way(torch.bfloat16, False), way(torch.bfloat16, True)
+        exact, at_once, together = (
+            way(torch.float32, True),
+            way(torch.bfloat16, False),
+            way(torch.bfloat16, True),
+        )
     shares = [float(w @ exact / (exact @ exact)) for w in (at_once, together)]
     print(f"share of the float32 run's way: {shares[0]:.2f} written at once, {shares[1]:.2f} together")
     assert shares[0] < 0.75 < 0.85 < shares[1] < 1.1
@@ -172,7 +187,7 @@ def test_check_rejects_a_write_after_the_basis_changed() -> None:
         check_deferred("subzero")
 
 
-# Who looks sees theta -------------------------------------------------------------------------------------------------------------
+# Who looks sees theta ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", DEFER)
@@ -191,7 +206,8 @@ def test_flush_is_idempotent(name: str) -> None:
 
 @pytest.mark.parametrize("name", DEFER)
 def test_evaluating_writes_nothing(name: str) -> None:
-    """Inside, the model is the flushed one to rounding; outside nothing has happened: the run ends at the same bits."""
+    """Inside, the model is the flushed one to rounding; outside nothing has happened: the run ends at the
+    same bits."""
     model, optimizer = run(name, 4, weight_decay=1.0)
     before, pending = snapshot(model), [m.pending.clone() for m in optimizer.matrices.values()]
     with optimizer.evaluating(), torch.no_grad():
@@ -313,7 +329,8 @@ def check_when_updates_wait(name: str, evaluation, expected: list[bool]) -> None
 @pytest.mark.parametrize("evaluation", WHEN)
 @pytest.mark.parametrize("name", SOME)
 def test_updates_wait_where_weights_are_copied_and_nowhere_else(name: str, evaluation: str) -> None:
-    """Where the parameters themselves are written, updates are too. The first step of 'auto' is read by 'master'."""
+    """Where the parameters themselves are written, updates are too. The first step of 'auto' is read by
+    'master'."""
     check_when_updates_wait(name, evaluation, WHEN[evaluation])
 
 
@@ -343,7 +360,8 @@ def test_a_copy_of_the_module_has_no_hook_left() -> None:
 
 
 @pytest.mark.parametrize("edit", [
-    lambda w: w.mul_(1.5), lambda w: w.copy_(torch.zeros_like(w)), lambda w: w[0].fill_(1.0), lambda w: w.view(-1)[3:5].add_(1.0),
+    lambda w: w.mul_(1.5), lambda w: w.copy_(torch.zeros_like(w)), lambda w: w[0].fill_(1.0),
+    lambda w: w.view(-1)[3:5].add_(1.0),
 ], ids=["mul", "copy", "row", "view"])  # fmt: skip
 @pytest.mark.parametrize("name", SOME)
 def test_an_edit_while_updates_wait_is_refused(name: str, edit: Callable) -> None:
@@ -375,17 +393,21 @@ def test_discard_goes_on_from_edited_weights(name: str) -> None:
     assert not zokern.step(optimizer, closure_of(model)).skipped
 
 
-# A skipped step -----------------------------------------------------------------------------------------------------------------
+# A skipped step ---------------------------------------------------------------------------------------------
 
 
 def check_skipped_end(name: str, skipped: int) -> None:
-    """A loss that is NaN in the last step of an interval: what waits is still written with the basis that it belongs to."""
+    """A loss that is NaN in the last step of an interval: what waits is still written with the basis that it
+    belongs to."""
     ends = []
     for defer in (True, False):
         model = tiny(width=16)
         optimizer = METHODS[name](model, seed=3, defer=defer, **given_alone())
         for step, number in enumerate(losses()[:14]):
-            zokern.step(optimizer, given(model, iter([float("nan")] * 2 if step == skipped else [number, number + 1e-3] * 20)))
+            zokern.step(
+                optimizer,
+                given(model, iter([float("nan")] * 2 if step == skipped else [number, number + 1e-3] * 20)),
+            )
         optimizer.flush()
         ends.append(snapshot(model))
     for key, weight in ends[0].items():
@@ -408,7 +430,7 @@ def test_check_rejects_a_basis_that_changes_under_what_waits() -> None:
         check_skipped_end("subzero", 2)
 
 
-# Parts of a module, copies, and other optimizers --------------------------------------------------------------------------------
+# Parts of a module, copies, and other optimizers ------------------------------------------------------------
 
 
 class Body(nn.Module):
@@ -447,7 +469,8 @@ def test_whoever_looks_at_a_part_sees_every_update(look: str) -> None:
         with torch.no_grad():
             found.append(LOOKS[look](model).clone())
         assert waits(optimizer) == []
-        assert all(not m._forward_pre_hooks for m in model.modules())  # nothing stands in the way of later calls
+        # nothing stands in the way of later calls
+        assert all(not m._forward_pre_hooks for m in model.modules())
     assert same_bits(*found)
 
 
@@ -494,7 +517,8 @@ def test_a_copy_that_would_be_stale_is_refused() -> None:
 
 @pytest.mark.parametrize("part", [False, True])
 def test_loading_weights_while_updates_wait(part: bool) -> None:
-    """What waited belonged to the weights before: the loaded ones are exactly those of the file, and the run goes on."""
+    """What waited belonged to the weights before: the loaded ones are exactly those of the file, and the run
+    goes on."""
     model, other = Body(), Body()
     _, optimizer = run("subzero", 1, model=model)
     (model.body if part else model).load_state_dict((other.body if part else other).state_dict())
@@ -505,8 +529,13 @@ def test_loading_weights_while_updates_wait(part: bool) -> None:
 def test_two_optimizers_on_one_model() -> None:
     """What the one keeps waiting is written before the other's step reads the model."""
     model = Body()
-    first = zokern.SubZero([(n, p) for n, p in model.named_parameters()], rank=2, lr=1e-2, defer=True, evaluation="scratch")
-    for build in (lambda: zokern.SubZero(model, rank=2, lr=1e-2), lambda: zokern.MeZO(model.named_parameters(), lr=1e-4)):
+    first = zokern.SubZero(
+        [(n, p) for n, p in model.named_parameters()], rank=2, lr=1e-2, defer=True, evaluation="scratch"
+    )
+    for build in (
+        lambda: zokern.SubZero(model, rank=2, lr=1e-2),
+        lambda: zokern.MeZO(model.named_parameters(), lr=1e-4),
+    ):
         second = build()
         for _ in range(2):
             zokern.step(first, lambda: next_token_loss(model(IDS), IDS))
@@ -530,7 +559,9 @@ def test_adapters_of_peft_do_not_wait() -> None:
     """merge_and_unload reads them where no hook sees it."""
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
-    model = peft.get_peft_model(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), peft.LoraConfig(r=4, target_modules=["0"]))
+    model = peft.get_peft_model(
+        nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), peft.LoraConfig(r=4, target_modules=["0"])
+    )
     with torch.no_grad():
         model.base_model.model[0].lora_B["default"].weight.normal_()
     optimizer = zokern.SubZero(model, rank=2, lr=0.1, eps=1e-2)
@@ -543,14 +574,15 @@ def test_adapters_of_peft_do_not_wait() -> None:
         assert torch.allclose(model.merge_and_unload()(x), expected, rtol=1e-5, atol=1e-6)
 
 
-# Exceptions -----------------------------------------------------------------------------------------------------------------------
+# Exceptions -------------------------------------------------------------------------------------------------
 
 
 def everything(model: nn.Module, optimizer) -> dict:
     return {
         "weights": {n: t.numpy().tobytes() for n, t in snapshot(model).items()},
         "waiting": {
-            m.name: None if m.pending is None else (m.pending.numpy().tobytes(), m.shrink) for m in optimizer.matrices.values()
+            m.name: None if m.pending is None else (m.pending.numpy().tobytes(), m.shrink)
+            for m in optimizer.matrices.values()
         },
         "rng": torch.get_rng_state().numpy().tobytes(),
         "tree": [(n, id(m), m.training) for n, m in model.named_modules()],
@@ -562,13 +594,15 @@ def everything(model: nn.Module, optimizer) -> dict:
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("name", SOME)
 def test_exceptions_leave_what_waits(name: str, error: type, evaluation) -> None:
-    """In the first step, between, at the last step of a basis and at the first of a new one; the run that goes on is the run without them."""
+    """In the first step, between, at the last step of a basis and at the first of a new one; the run that
+    goes on is the run without them."""
     ends = []
     for failing in (False, True):
         model = tiny(width=16, dropout=0.1)
         optimizer = METHODS[name](model, seed=3, weight_decay=0.5, evaluation=evaluation)
         for step in range(6):
-            calls_of_a_step = 1 if evaluation == "paired" and step else 2  # the first step also reads the points by 'master'
+            # the first step also reads the points by 'master'
+            calls_of_a_step = 1 if evaluation == "paired" and step else 2
             for at in range(2 * calls_of_a_step if failing and step in (0, 1, 2, 3) else 0):
                 calls: list[bool] = []
 
@@ -608,7 +642,7 @@ def test_check_rejects_a_reading_that_changes_what_waits() -> None:
         test_exceptions_leave_what_waits("subzero", RuntimeError, Changes())
 
 
-# Resuming -------------------------------------------------------------------------------------------------------------------------
+# Resuming ---------------------------------------------------------------------------------------------------
 
 
 def saved(state: dict) -> dict:
@@ -619,8 +653,10 @@ def saved(state: dict) -> dict:
 
 
 RESUMES = {
-    **{name: {"name": name} for name in METHODS}, "lozo_queries": {"name": "lozo", "queries": 2, "weight_decay": 0.5},
-    "lozo_m_immediate": {"name": "lozo_m", "defer": False}, "subzero_paired": {"name": "subzero", "evaluation": "paired"},
+    **{name: {"name": name} for name in METHODS},
+    "lozo_queries": {"name": "lozo", "queries": 2, "weight_decay": 0.5},
+    "lozo_m_immediate": {"name": "lozo_m", "defer": False},
+    "subzero_paired": {"name": "subzero", "evaluation": "paired"},
     "pgap_paired": {"name": "pgap", "evaluation": "paired"}, "FGD": {"name": "FGD", "evaluation": "jvp"},
 }  # fmt: skip
 
@@ -628,7 +664,8 @@ RESUMES = {
 @pytest.mark.parametrize("after", [2, 3, 4])
 @pytest.mark.parametrize("case", RESUMES)
 def test_resume_is_exact(case: str, after: int) -> None:
-    """Saved within an interval, at its end, and after its first step; bit for bit the run that flushed there too and went on."""
+    """Saved within an interval, at its end, and after its first step; bit for bit the run that flushed there
+    too and went on."""
     check_resume(after=after, **RESUMES[case])
 
 
@@ -663,8 +700,11 @@ def check_resume(name: str, after: int, forget: Callable[[dict], None] | None = 
     assert changed(second, snapshot(whole)) == []
 
 
-def check_saving(name: str, after: int, options: dict, same: bool, save: Callable = lambda o: o.state_dict()) -> None:
-    """For losses that were given, so that no last bit of a weight comes back as a coefficient: how far is known, whether at all is not."""
+def check_saving(
+    name: str, after: int, options: dict, same: bool, save: Callable = lambda o: o.state_dict()
+) -> None:
+    """For losses that were given, so that no last bit of a weight comes back as a coefficient: how far is
+    known, whether at all is not."""
     ends, began, saves_wrote = [], {}, False
     for saves in (False, True):
         model = tiny(width=16)
@@ -685,16 +725,21 @@ def check_saving(name: str, after: int, options: dict, same: bool, save: Callabl
         if same:
             assert same_bits(a, b), f"{n}: saving changed bits"
             continue
-        # one rounding more of what waits, and one of the weight: 2^-24 of the largest each, with as much again for sums in another order
+        # one rounding more of what waits, and one of the weight: 2^-24 of the largest each, with as much
+        # again for sums in another order
         bound = 4 * 2.0**-24 * (b.abs().max().item() + moved)
         worst = (a.double() - b.double()).abs().max().item()
         assert worst <= bound, f"{n}: {worst:.2g} from the run that was not saved, bound {bound:.2g}"
         assert moved > 16 * bound, f"{n} moved by {moved:.2g} only"
 
 
-@pytest.mark.parametrize(("after", "options", "same"), [(2, {}, False), (3, {}, True), (2, {"defer": False}, True)])
+@pytest.mark.parametrize(
+    ("after", "options", "same"), [(2, {}, False), (3, {}, True), (2, {"defer": False}, True)]
+)
 @pytest.mark.parametrize("name", ["subzero", "lozo", "pgap"])
-def test_saving_is_one_more_rounding_within_an_interval(name: str, after: int, options: dict, same: bool) -> None:
+def test_saving_is_one_more_rounding_within_an_interval(
+    name: str, after: int, options: dict, same: bool
+) -> None:
     """As docs/factored.md says: at an interval's end, and where nothing waits, it changes no bit."""
     check_saving(name, after, options, same)
 
@@ -756,7 +801,8 @@ def test_loading_drops_what_waits_in_the_loading_optimizer() -> None:
 
 
 def frozen_midway(settles: bool) -> tuple[Tensor, Tensor]:
-    """A matrix that is frozen while its update waits: what it is worth before and after, read through the module."""
+    """A matrix that is frozen while its update waits: what it is worth before and after, read through the
+    module."""
     model = tiny(width=16)
     optimizer = METHODS["subzero"](model, seed=1, evaluation="scratch")
     name, matrix = next((n, p) for n, p in model.named_parameters() if p.dim() == 2)
@@ -766,7 +812,9 @@ def frozen_midway(settles: bool) -> tuple[Tensor, Tensor]:
     expected = matrix.detach() + waiting.left @ waiting.pending @ waiting.right.T
     matrix.requires_grad_(False)
     with patch.object(
-        zokern.deferred.Deferred, "settle", zokern.deferred.Deferred.settle if settles else lambda self, plan: None
+        zokern.deferred.Deferred,
+        "settle",
+        zokern.deferred.Deferred.settle if settles else lambda self, plan: None,
     ):
         zokern.step(optimizer, closure_of(model))
     return matrix.detach(), expected

@@ -1,4 +1,5 @@
-"""What an optimizer is given, and what changes under it between steps: seen again at every step, refused by name, or followed."""
+"""What an optimizer is given, and what changes under it between steps: seen again at every step, refused by
+name, or followed."""
 
 from __future__ import annotations
 
@@ -28,20 +29,28 @@ def loss_of(model: nn.Module) -> Callable[[], Tensor]:
     return lambda: model(X.to(next(model.parameters()).dtype)).float().square().mean()
 
 
-# Parameters that change between steps -------------------------------------------------------------------------------------------
+# Parameters that change between steps -----------------------------------------------------------------------
 
 
 def larger(p: nn.Parameter) -> None:
     p.data = torch.ones(50, 6, dtype=p.dtype)
 
 
-@pytest.mark.parametrize("options", [{}, {"rule": zokern.Momentum()}, {"rule": zokern.Adam()}], ids=["sgd", "momentum", "adam"])
+@pytest.mark.parametrize(
+    "options", [{}, {"rule": zokern.Momentum()}, {"rule": zokern.Adam()}], ids=["sgd", "momentum", "adam"]
+)
 def test_data_whose_rows_are_one(options: dict) -> None:
     model = layers()
     optimizer = zokern.MeZO(model, lr=0.1, **options)
     zokern.step(optimizer, loss_of(model))
     model[0].weight.data = torch.ones(1, 6).expand(5, 6)
-    refuse(model, lambda: zokern.step(optimizer, loss_of(model)), ValueError, "'0.weight'", "overlapping elements")
+    refuse(
+        model,
+        lambda: zokern.step(optimizer, loss_of(model)),
+        ValueError,
+        "'0.weight'",
+        "overlapping elements",
+    )
 
 
 def test_residuals_do_not_outlive_their_shape() -> None:
@@ -67,7 +76,9 @@ def test_data_that_overlaps_another_parameter() -> None:
     optimizer = zokern.MeZO(model, lr=0.1)
     zokern.step(optimizer, loss_of(model))
     model[0].bias.data = model[0].weight.data.view(-1)[:5]
-    refuse(model, lambda: zokern.step(optimizer, loss_of(model)), ValueError, "'0.weight'", "'0.bias'", "overlap")
+    refuse(
+        model, lambda: zokern.step(optimizer, loss_of(model)), ValueError, "'0.weight'", "'0.bias'", "overlap"
+    )
 
 
 @pytest.mark.parametrize("evaluation", ["master", "paired", "scratch", "inplace"])
@@ -96,15 +107,20 @@ def test_param_groups_that_were_edited_by_hand() -> None:
     optimizer = zokern.MeZO(model, lr=0.1)
     zokern.step(optimizer, loss_of(model))
     optimizer.param_groups[0]["params"].pop()
-    refuse(model, lambda: zokern.step(optimizer, loss_of(model)), RuntimeError, "param_groups", "add_param_group")
+    refuse(
+        model, lambda: zokern.step(optimizer, loss_of(model)), RuntimeError, "param_groups", "add_param_group"
+    )
 
 
 @pytest.mark.parametrize(
-    "look", [lambda o: None, lambda o: o.state_dict(), lambda o: o.flush()], ids=["step", "state_dict", "flush"]
+    "look",
+    [lambda o: None, lambda o: o.state_dict(), lambda o: o.flush()],
+    ids=["step", "state_dict", "flush"],
 )
 @pytest.mark.parametrize("edit", [lambda p: p.zero_(), lambda p: p.clamp_(-0.1, 0.1)], ids=["zero", "clamp"])
 def test_low_bits_belong_to_the_weights_that_were_updated(edit: Callable, look: Callable) -> None:
-    """Weights that somebody wrote are exact as they are: the residuals of the old ones are not added to them."""
+    """Weights that somebody wrote are exact as they are: the residuals of the old ones are not added to
+    them."""
     model = layers(torch.bfloat16)
     optimizer = zokern.MeZO(model, lr=1e-2, eps=1e-2, rounding="residual")
     for _ in range(3):
@@ -118,10 +134,12 @@ def test_low_bits_belong_to_the_weights_that_were_updated(edit: Callable, look: 
     look(optimizer)
     optimizer.param_groups[0]["lr"] = 0.0
     zokern.step(optimizer, loss_of(model))
-    assert int(optimizer.state[weight]["residual"].count_nonzero()) == 0 and same_bits(optimizer.state[other]["residual"], low)
+    assert int(optimizer.state[weight]["residual"].count_nonzero()) == 0 and same_bits(
+        optimizer.state[other]["residual"], low
+    )
 
 
-# Views and ties ---------------------------------------------------------------------------------------------------------------------
+# Views and ties ---------------------------------------------------------------------------------------------
 
 
 class Tied(nn.Module):
@@ -149,7 +167,8 @@ def test_both_names_of_tied_elements_are_perturbed(given: Callable, evaluation: 
 
 
 class Views(nn.Module):
-    """The decoder is the encoder's transpose, made once; or a buffer, or a frozen parameter, on some of its rows."""
+    """The decoder is the encoder's transpose, made once; or a buffer, or a frozen parameter, on some of its
+    rows."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -170,7 +189,10 @@ class Views(nn.Module):
 
 
 KINDS: dict[str, tuple[Callable, Callable]] = {
-    **{kind: (lambda kind=kind: Views(kind), lambda m: m) for kind in ("attribute", "detached", "buffer", "same", "frozen")},
+    **{
+        kind: (lambda kind=kind: Views(kind), lambda m: m)
+        for kind in ("attribute", "detached", "buffer", "same", "frozen")
+    },
     "one name of a tie": (Tied, lambda m: [("a", m.a)]),
 }
 
@@ -186,9 +208,14 @@ def test_views_made_before_the_step(kind: str) -> None:
     for evaluation in ("scratch", "paired"):
         model = make()
         refuse(
-            model, lambda m=model, e=evaluation: losses(m, e, given), zokern.Refused, "cannot follow", "use evaluation='master'"
+            model,
+            lambda m=model, e=evaluation: losses(m, e, given),
+            zokern.Refused,
+            "cannot follow",
+            "use evaluation='master'",
         )
-    for evaluation in (zokern.Scratch(check=False), zokern.Paired(check=False)):  # without the comparison it would be silent
+    # without the comparison it would be silent
+    for evaluation in (zokern.Scratch(check=False), zokern.Paired(check=False)):
         assert losses(make(), evaluation, given) != pytest.approx(right, rel=1e-4)
 
 
@@ -196,12 +223,13 @@ def test_views_that_the_loss_does_not_read() -> None:
     for evaluation in ("scratch", "paired"):
         model = Views("attribute")
         unused = zokern.step(
-            zokern.MeZO(model, lr=0.0, evaluation=evaluation), lambda m=model: F.linear(X, m.e).square().mean()
+            zokern.MeZO(model, lr=0.0, evaluation=evaluation),
+            lambda m=model: F.linear(X, m.e).square().mean(),
         )
         assert unused.losses[0][0] != unused.losses[0][1]
 
 
-# What is given --------------------------------------------------------------------------------------------------------------------------
+# What is given ----------------------------------------------------------------------------------------------
 
 
 def test_frozen_weights_of_any_kind_may_be_named() -> None:
@@ -258,10 +286,13 @@ def test_lazy_parameters_are_named() -> None:
 
 
 @pytest.mark.parametrize("given, error, words", [
-    (lambda m: dict(m.named_parameters()), TypeError, "params is a dict"), (lambda m: None, TypeError, "params is None"),
+    (lambda m: dict(m.named_parameters()), TypeError, "params is a dict"),
+    (lambda m: None, TypeError, "params is None"),
     (lambda m: [{"parameters": list(m.parameters())}], ValueError, "expected a dict with 'params'"),
-    (lambda m: [(p, name) for name, p in m.named_parameters()], TypeError, r"expected \(name, tensor\) pairs"),
-    (lambda m: [{"params": [m[0].weight]}, {"params": [m[0].weight]}], ValueError, "same elements.*one group"),
+    (lambda m: [(p, name) for name, p in m.named_parameters()], TypeError,
+        r"expected \(name, tensor\) pairs"),
+    (lambda m: [{"params": [m[0].weight]}, {"params": [m[0].weight]}], ValueError,
+        "same elements.*one group"),
 ])  # fmt: skip
 def test_params_of_other_forms(given: Callable, error, words: str) -> None:
     with pytest.raises(error, match=words):
@@ -269,9 +300,12 @@ def test_params_of_other_forms(given: Callable, error, words: str) -> None:
 
 
 @pytest.mark.parametrize("options, error, words", [
-    ({"paired_check": -5}, ValueError, "paired_check is -5"), ({"paired_check": 1.5}, ValueError, "paired_check is 1.5"),
-    ({"paired_check": "3"}, ValueError, "paired_check is '3'"), ({"max_skips": -1}, ValueError, "max_skips is -1"),
-    ({"dead_limit": 0}, ValueError, "dead_limit is 0"), ({"dead_limit": True}, ValueError, "dead_limit is True"),
+    ({"paired_check": -5}, ValueError, "paired_check is -5"),
+    ({"paired_check": 1.5}, ValueError, "paired_check is 1.5"),
+    ({"paired_check": "3"}, ValueError, "paired_check is '3'"),
+    ({"max_skips": -1}, ValueError, "max_skips is -1"),
+    ({"dead_limit": 0}, ValueError, "dead_limit is 0"),
+    ({"dead_limit": True}, ValueError, "dead_limit is True"),
     ({"maximize": "no"}, ValueError, "maximize is 'no'"), ({"rule": "adam"}, TypeError, "rule is 'adam'"),
     ({"rule": zokern.Adam}, TypeError, "rule is"),
     ({"backend": 3}, TypeError, "backend is 3"), ({"queries": 2.0}, ValueError, "queries is 2.0"),
@@ -285,7 +319,14 @@ def test_options_of_other_kinds(options: dict, error, words: str) -> None:
 
 def test_numbers_of_numpy_are_numbers() -> None:
     model = layers()
-    assert len(zokern.step(zokern.MeZO(model, queries=np.int64(3), max_skips=np.int32(2)), loss_of(model)).coefficients) == 3
+    assert (
+        len(
+            zokern.step(
+                zokern.MeZO(model, queries=np.int64(3), max_skips=np.int32(2)), loss_of(model)
+            ).coefficients
+        )
+        == 3
+    )
 
 
 @pytest.mark.parametrize("take", [copy.deepcopy, copy.copy, pickle.dumps])
@@ -294,7 +335,7 @@ def test_copies_of_an_optimizer_are_refused(take: Callable) -> None:
         take(zokern.MeZO(layers()))
 
 
-# Perturbations that rounding swallows -----------------------------------------------------------------------------------------------
+# Perturbations that rounding swallows -----------------------------------------------------------------------
 
 
 def test_the_eps_of_the_message_is_the_group_s() -> None:
@@ -321,7 +362,7 @@ def test_an_eps_that_was_edited_is_looked_at_again() -> None:
     refuse(model, lambda: zokern.step(optimizer, loss_of(model)), ValueError, "eps = 1e-06")
 
 
-# State of another run ---------------------------------------------------------------------------------------------------------------
+# State of another run ---------------------------------------------------------------------------------------
 
 
 def other_shape(state: dict) -> None:
@@ -340,10 +381,13 @@ def other_dtype(state: dict) -> None:
 
 @pytest.mark.parametrize("break_it", [other_shape, other_dtype])
 @pytest.mark.parametrize("options, dtype, key", [
-    ({"rounding": "residual", "eps": 1e-2}, torch.bfloat16, "residual"), ({"rule": zokern.Momentum()}, torch.float32, "momentum"),
+    ({"rounding": "residual", "eps": 1e-2}, torch.bfloat16, "residual"),
+    ({"rule": zokern.Momentum()}, torch.float32, "momentum"),
     ({"rule": zokern.Adam()}, torch.float32, "first"),
 ])  # fmt: skip
-def test_state_of_another_shape_is_refused(options: dict, dtype: torch.dtype, key: str, break_it: Callable) -> None:
+def test_state_of_another_shape_is_refused(
+    options: dict, dtype: torch.dtype, key: str, break_it: Callable
+) -> None:
     model = layers(dtype)
     optimizer = zokern.MeZO(model, lr=1e-3, **options)
     zokern.step(optimizer, loss_of(model))
@@ -363,7 +407,9 @@ def test_state_of_another_shape_is_refused(options: dict, dtype: torch.dtype, ke
 
 def test_a_load_without_the_check_is_rejected() -> None:
     with patch.object(work, "check_state", lambda *_: None), pytest.raises(pytest.fail.Exception):
-        test_state_of_another_shape_is_refused({"rule": zokern.Momentum()}, torch.float32, "momentum", other_shape)
+        test_state_of_another_shape_is_refused(
+            {"rule": zokern.Momentum()}, torch.float32, "momentum", other_shape
+        )
 
 
 RECIPES: dict[str, tuple[Callable, Callable, str]] = {
@@ -371,7 +417,11 @@ RECIPES: dict[str, tuple[Callable, Callable, str]] = {
     "method": (lambda m: zokern.SubZero(m, rank=2), lambda m: zokern.MeZO(m), "direction"),
     "rank": (lambda m: zokern.SubZero(m, rank=2), lambda m: zokern.SubZero(m, rank=3), "rank"),
     "interval": (lambda m: zokern.LOZO(m, interval=5), lambda m: zokern.LOZO(m, interval=6), "interval"),
-    "rule": (lambda m: zokern.MeZO(m, rule=zokern.Adam()), lambda m: zokern.MeZO(m, rule=zokern.Momentum()), "rule"),
+    "rule": (
+        lambda m: zokern.MeZO(m, rule=zokern.Adam()),
+        lambda m: zokern.MeZO(m, rule=zokern.Momentum()),
+        "rule",
+    ),
     "queries": (lambda m: zokern.MeZO(m, queries=4), lambda m: zokern.MeZO(m), "estimator.queries"),
     "stencil": (lambda m: zokern.MeZO(m), lambda m: zokern.MeZO(m, stencil="forward"), "estimator.stencil"),
     "rounding": (lambda m: zokern.MeZO(m, rounding="stochastic"), lambda m: zokern.MeZO(m), "rounding"),

@@ -38,11 +38,24 @@ def test_is_a_torch_optimizer() -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "rounding"),
-    [(torch.float32, "nearest"), (torch.bfloat16, "nearest"), (torch.bfloat16, "stochastic"), (torch.bfloat16, "residual")],
+    [
+        (torch.float32, "nearest"),
+        (torch.bfloat16, "nearest"),
+        (torch.bfloat16, "stochastic"),
+        (torch.bfloat16, "residual"),
+    ],
 )
 def test_resume_is_exact(dtype: torch.dtype, rounding: str) -> None:
-    """Three steps, save, three more: the bits of six steps in one go; also when the optimizer was built with other options."""
-    options = {"lr": 1e-2, "eps": 2e-3, "weight_decay": 0.1, "seed": 2**64 - 5, "queries": 2, "rounding": rounding}
+    """Three steps, save, three more: the bits of six steps in one go; also when the optimizer was built with
+    other options."""
+    options = {
+        "lr": 1e-2,
+        "eps": 2e-3,
+        "weight_decay": 0.1,
+        "seed": 2**64 - 5,
+        "queries": 2,
+        "rounding": rounding,
+    }
     model = tiny(dtype)
     whole = run(model, zokern.MeZO(model, **options), 6)
 
@@ -51,7 +64,10 @@ def test_resume_is_exact(dtype: torch.dtype, rounding: str) -> None:
     losses = run(first, optimizer, 3)
     weights, state = saved(first.state_dict()), saved(optimizer.state_dict())
     if rounding == "residual":
-        assert all(values["residual"].dtype == torch.int16 for values in state["state"].values()) and state["state"]
+        assert (
+            all(values["residual"].dtype == torch.int16 for values in state["state"].values())
+            and state["state"]
+        )
 
     second = tiny(dtype)
     second.load_state_dict(weights)
@@ -96,7 +112,9 @@ def test_load_state_dict_refuses_other_runs() -> None:
     optimizer = zokern.MeZO(named, seed=3)
     good = optimizer.state_dict()
     renamed = zokern.MeZO([("x." + name, p) for name, p in named])
-    with pytest.raises(ValueError, match="other parameters.*embed.weight.*x.embed.weight|other parameters.*x.embed"):
+    with pytest.raises(
+        ValueError, match="other parameters.*embed.weight.*x.embed.weight|other parameters.*x.embed"
+    ):
         renamed.load_state_dict(good)
     with pytest.raises(ValueError, match="zokern"):
         optimizer.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.1).state_dict())
@@ -152,7 +170,9 @@ def test_state_of_other_draws_is_not_loaded(options: dict, key: str) -> None:
     assert other.seed == 0
 
 
-@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps, lambda o: torch.save(o, io.BytesIO())])
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, pickle.dumps, lambda o: torch.save(o, io.BytesIO())]
+)
 def test_optimizer_is_not_copied(copied) -> None:
     with pytest.raises(TypeError, match="MeZO cannot be copied or pickled.*load_state_dict"):
         copied(zokern.MeZO(tiny()))
@@ -164,7 +184,9 @@ KEEPS = {
     "second": lambda model: zokern.MeZO(model, lr=1e-3, eps=0.1, rule=zokern.Adam()),
 }
 FACTORED = {
-    "subzero": lambda model, rank: zokern.SubZero(model, eps=0.1, rank=rank, reshape="none", rule=zokern.Momentum()),
+    "subzero": lambda model, rank: zokern.SubZero(
+        model, eps=0.1, rank=rank, reshape="none", rule=zokern.Momentum()
+    ),
     "lozo": lambda model, rank: zokern.LOZO(model, eps=0.1, rank=rank, momentum=0.9),
     "tezo": lambda model, rank: zokern.TeZO(model, eps=0.1, rank=rank, rule="adam"),
 }
@@ -290,7 +312,8 @@ def test_parameter_of_another_shape_does_not_get_its_old_state(key: str) -> None
 
 
 def test_names() -> None:
-    """From a module, from (name, tensor) pairs, from groups of them, or made up in order; a name decides z, so it is unique."""
+    """From a module, from (name, tensor) pairs, from groups of them, or made up in order; a name decides z,
+    so it is unique."""
     model = tiny()
     names = [name for name, _ in model.named_parameters()]
 
@@ -325,7 +348,9 @@ def test_compiled_module_has_the_names_of_its_inner_one(given: str) -> None:
     """The same z and the same states as without torch.compile, whichever module is handed over."""
     model, other = tiny(), tiny()
     eager = zokern.MeZO(model, lr=0.1, rule=zokern.Momentum())
-    optimizer = zokern.MeZO(COMPILED[given](other, torch.compile(other, backend="eager")), lr=0.1, rule=zokern.Momentum())
+    optimizer = zokern.MeZO(
+        COMPILED[given](other, torch.compile(other, backend="eager")), lr=0.1, rule=zokern.Momentum()
+    )
     assert run(model, eager, 2) == run(other, optimizer, 2)
     if given in ("whole", "group"):
         assert optimizer.param_groups[0]["param_names"] == eager.param_groups[0]["param_names"]
@@ -364,7 +389,10 @@ def test_add_param_group() -> None:
     optimizer.add_param_group({"params": [("up.weight", model.up.weight)], "lr": 0.2, "eps": 2e-3})
     together = tiny()
     other = zokern.MeZO(
-        [{"params": [("gain", together.gain)]}, {"params": [("up.weight", together.up.weight)], "lr": 0.2, "eps": 2e-3}],
+        [
+            {"params": [("gain", together.gain)]},
+            {"params": [("up.weight", together.up.weight)], "lr": 0.2, "eps": 2e-3},
+        ],
         lr=0.1,
         seed=1,
     )
@@ -400,7 +428,9 @@ def test_edited_lists_of_parameters_are_refused(edit: str) -> None:
     run(model, optimizer, 1)
     before = snapshot(model)
     EDITS[edit](optimizer.param_groups, named[-1][1])
-    with pytest.raises(RuntimeError, match=r"param_groups\[\d\]\['params'\].*edited.*add_param_group.*new optimizer"):
+    with pytest.raises(
+        RuntimeError, match=r"param_groups\[\d\]\['params'\].*edited.*add_param_group.*new optimizer"
+    ):
         run(model, optimizer, 1)
     assert changed(model, before) == [] and optimizer.steps == 1
 
@@ -497,14 +527,17 @@ def test_step_refuses_other_optimizers(other: str) -> None:
         p.grad = torch.ones_like(p)
     weights, calls = snapshot(model), []
     with pytest.raises(
-        TypeError, match=r"optimizer is \w+; expected a zokern optimizer: zokern.step\(zokern.MeZO\(model\), closure\)"
+        TypeError,
+        match=r"optimizer is \w+; expected a zokern optimizer: zokern.step\(zokern.MeZO\(model\), closure\)",
     ):
         zokern.step(OTHERS[other](model), lambda: calls.append(0) or 0.0)
     assert changed(model, weights) == [] and not calls
 
 
 def test_step_refuses_a_loss_in_place_of_a_closure() -> None:
-    with pytest.raises(TypeError, match=r"closure is Tensor tensor\(1.\); expected a function .*lambda: model"):
+    with pytest.raises(
+        TypeError, match=r"closure is Tensor tensor\(1.\); expected a function .*lambda: model"
+    ):
         zokern.step(zokern.MeZO(tiny()), torch.tensor(1.0))
 
 
@@ -528,7 +561,9 @@ BAD_OPTIONS = {
 }
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD_OPTIONS.items() for value in values])
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in BAD_OPTIONS.items() for value in values]
+)
 def test_bad_option_is_refused_by_name(name: str, value) -> None:
     with pytest.raises((ValueError, TypeError), match=name) as caught:
         zokern.MeZO(tiny(), **{name: value})
@@ -536,7 +571,9 @@ def test_bad_option_is_refused_by_name(name: str, value) -> None:
     assert shown in str(caught.value)
 
 
-@pytest.mark.parametrize("params", [[], nn.Identity(), torch.ones(3), nn.Linear(2, 2).requires_grad_(False), ["weight"]])
+@pytest.mark.parametrize(
+    "params", [[], nn.Identity(), torch.ones(3), nn.Linear(2, 2).requires_grad_(False), ["weight"]]
+)
 def test_nothing_to_train_is_refused(params) -> None:
     with pytest.raises((ValueError, TypeError), match="param"):
         zokern.MeZO(params)

@@ -1,4 +1,5 @@
-"""Names: a wrapper never changes z, wherever it stands; an attribute of the user's own that is called like a wrapper's does."""
+"""Names: a wrapper never changes z, wherever it stands; an attribute of the user's own that is called like a
+wrapper's does."""
 
 from __future__ import annotations
 
@@ -100,7 +101,9 @@ def optimizer_of(net: nn.Module, given: str):
     return zokern.MeZO(GIVEN[given](net), lr=1e-2, eps=1e-3, seed=5, rule=zokern.Momentum())
 
 
-def check_same_run(wrapped: Callable[[], nn.Module], given: str, bare: Callable[[], nn.Module] = make) -> None:
+def check_same_run(
+    wrapped: Callable[[], nn.Module], given: str, bare: Callable[[], nn.Module] = make
+) -> None:
     """The same z, so the same losses; and the state of either run goes on in the other one."""
     net, plain = wrapped(), bare()
     one = optimizer_of(net, given)
@@ -131,18 +134,23 @@ def as_given(module: nn.Module) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(("given", "wrong"), [
-    ("module", {"plain_names": as_given, "inner": lambda module: module}), ("pairs", {"is_wrapped": lambda names: False}),
+    ("module", {"plain_names": as_given, "inner": lambda module: module}),
+    ("pairs", {"is_wrapped": lambda names: False}),
     ("module", {"plain_names": as_given, "plain": lambda name: name}),
 ])  # fmt: skip
 def test_check_rejects_names_with_prefixes(given: str, wrong: dict[str, Callable]) -> None:
     with ExitStack() as stack:
         for module in (parameters, parameters.groups, parameters.names):  # wherever the name was imported
-            stack.enter_context(patch.multiple(module, **{name: f for name, f in wrong.items() if hasattr(module, name)}))
-        stack.enter_context(pytest.raises((AssertionError, ValueError), match="another z|names other parameters"))
+            stack.enter_context(
+                patch.multiple(module, **{name: f for name, f in wrong.items() if hasattr(module, name)})
+            )
+        stack.enter_context(
+            pytest.raises((AssertionError, ValueError), match="another z|names other parameters")
+        )
         check_same_run(WRAPPED["ddp around checkpoint inside"], given)
 
 
-# A user's own attributes ------------------------------------------------------------------------------------------------------------
+# A user's own attributes ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("own", [Held, DataParallel])
@@ -160,11 +168,14 @@ def test_an_attribute_of_the_user_s_own_is_not_touched(own: type[nn.Module]) -> 
 
 def test_only_whole_parts_of_a_name_are_prefixes() -> None:
     assert parameters.plain("my_orig_mod.weight") == "my_orig_mod.weight"
-    assert parameters.plain("a._orig_mod._checkpoint_wrapped_module.b._fsdp_wrapped_module.weight") == "a.b.weight"
+    assert (
+        parameters.plain("a._orig_mod._checkpoint_wrapped_module.b._fsdp_wrapped_module.weight")
+        == "a.b.weight"
+    )
     assert parameters.plain("_orig_mod.module.weight") == "module.weight"
 
 
-# Inside a model, where only its tree knows --------------------------------------------------------------------------------------------
+# Inside a model, where only its tree knows ------------------------------------------------------------------
 
 
 class Parts(nn.Module):
@@ -198,7 +209,9 @@ def test_plain_names_by_the_tree(wrap: str, around: str | None) -> None:
         groups = parameters.named_groups(source, names)
         assert [name for group in groups for name, _ in group["params"]] == list(names.values())
         again = [pair for group in groups for pair in parameters.named_groups([group], names)[0]["params"]]
-        assert again == [pair for group in groups for pair in group["params"]], "a name that was decided is decided again"
+        assert again == [pair for group in groups for pair in group["params"]], (
+            "a name that was decided is decided again"
+        )
 
 
 def test_names_of_a_later_group_are_the_tree_s() -> None:
@@ -213,7 +226,7 @@ def test_names_of_a_later_group_are_the_tree_s() -> None:
     assert optimizer.param_groups[1]["param_names"] == ["module.0.weight"]
 
 
-# Refusals ---------------------------------------------------------------------------------------------------------------------------
+# Refusals ---------------------------------------------------------------------------------------------------
 
 
 def test_replicas_are_refused_and_one_device_is_not() -> None:
@@ -231,7 +244,8 @@ def test_replicas_are_refused_and_one_device_is_not() -> None:
 def test_a_model_of_frozen_parameters_is_refused_when_the_optimizer_is_built(given: str) -> None:
     model = make().requires_grad_(False)
     source = {
-        "module": model, "pairs": model.named_parameters(), "tensors": model.parameters(), "groups": [{"params": model.parameters()}],
+        "module": model, "pairs": model.named_parameters(), "tensors": model.parameters(),
+        "groups": [{"params": model.parameters()}],
     }[given]  # fmt: skip
     with pytest.raises(ValueError, match="no trainable parameter; set requires_grad"):
         if given == "groups":
@@ -245,7 +259,9 @@ def test_sharded_parameters_are_not_supported_yet() -> None:
     from torch.distributed.tensor import Replicate, distribute_tensor
 
     sharded = nn.Parameter(distribute_tensor(torch.zeros(4, 4), init_device_mesh("cpu", (1,)), [Replicate()]))
-    with pytest.raises(TypeError, match=r"'w' is a DTensor.*not supported yet: leave the model unsharded, or freeze"):
+    with pytest.raises(
+        TypeError, match=r"'w' is a DTensor.*not supported yet: leave the model unsharded, or freeze"
+    ):
         zokern.MeZO([("w", sharded)], lr=0.1)
     model = make()
     model[0].weight = nn.Parameter(sharded.detach(), requires_grad=False)  # the way out

@@ -1,4 +1,5 @@
-"""The demo: its rows, its statistics against known values, and the whole line on a model of a few thousand weights."""
+"""The demo: its rows, its statistics against known values, and the whole line on a model of a few thousand
+weights."""
 
 from __future__ import annotations
 
@@ -39,26 +40,38 @@ def sentences(count: int) -> list[Row]:
 @pytest.fixture
 def tiny():
     """(model, words): a Llama of 2 layers with random weights, and a tokenizer of whole words."""
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'zokern[demo]'")
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is not installed: pip install 'zokern[demo]'"
+    )
     pytest.importorskip("tqdm", reason="tqdm is not installed: pip install 'zokern[demo]'")
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    vocabulary = {word: n for n, word in enumerate(["<pad>", "<unk>", "this", "is", "terrible", "great", *GOOD, *BAD, *FILLER])}
+    vocabulary = {
+        word: n
+        for n, word in enumerate(["<pad>", "<unk>", "this", "is", "terrible", "great", *GOOD, *BAD, *FILLER])
+    }
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>"
+    )
     config = transformers.LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=32, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=1,
+        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32, tie_word_embeddings=True, pad_token_id=0,
+        bos_token_id=1, eos_token_id=1,
     )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).eval(), LabelWords(tokenizer, "{} this is", ["terrible", "great"])
+    return transformers.LlamaForCausalLM(config).eval(), LabelWords(
+        tokenizer, "{} this is", ["terrible", "great"]
+    )
 
 
-# Rows --------------------------------------------------------------------------------------------------------------------
+# Rows -------------------------------------------------------------------------------------------------------
 
 
 def check_split(function) -> None:
-    """What a split must keep: balanced, no row twice, no text on both sides, the same from rows in any order."""
+    """What a split must keep: balanced, no row twice, no text on both sides, the same from rows in any
+    order."""
     rows = sentences(100)
     first, again = function(rows, 40), function(rows[::-1], 40)
     assert first == again
@@ -96,8 +109,10 @@ def test_reviews_once_and_unambiguous(tmp_path) -> None:
     path = tmp_path / "rows.csv"
     with open(path, "w", newline="") as file:
         csv.writer(file).writerows([
-            ["text", "label", "source"], ["A  fine film", 1, data.SENTENCES], ["a fine FILM ", 1, data.SENTENCES],
-            ["both ways", 0, data.SENTENCES], ["Both ways", 1, data.SENTENCES], ["elsewhere", 1, "other"], ["dull", 0, data.SENTENCES],
+            ["text", "label", "source"], ["A  fine film", 1, data.SENTENCES],
+            ["a fine FILM ", 1, data.SENTENCES],
+            ["both ways", 0, data.SENTENCES], ["Both ways", 1, data.SENTENCES], ["elsewhere", 1, "other"],
+            ["dull", 0, data.SENTENCES],
         ])  # fmt: skip
     assert read_reviews(path) == [Row("A fine film", 1), Row("dull", 0)]
 
@@ -128,7 +143,7 @@ def test_batches_are_balanced_and_use_every_row_once_an_epoch() -> None:
         Batches(rows, 7, seed=0)
 
 
-# Statistics --------------------------------------------------------------------------------------------------------------
+# Statistics -------------------------------------------------------------------------------------------------
 
 
 def check_wilson(function) -> None:
@@ -168,7 +183,8 @@ def test_mcnemar() -> None:
 
 
 def test_rise_interval() -> None:
-    """By hand: b = 20.5, c = 5.5, n = 102: difference 15/102, variance (26 - 225/102) / 102**2. Signs change with the sides."""
+    """By hand: b = 20.5, c = 5.5, n = 102: difference 15/102, variance (26 - 225/102) / 102**2. Signs change
+    with the sides."""
     low, high = significance.rise_interval(20, 5, 100)
     half = 1.959964 * math.sqrt(26 - 225 / 102) / 102
     assert (low, high) == pytest.approx((15 / 102 - half, 15 / 102 + half))
@@ -180,8 +196,16 @@ def test_rise_interval() -> None:
     [
         pytest.param(check_wilson, wald, id="wald"),
         pytest.param(check_wilson, lambda k, n: significance.wilson(k, n, z=1.645), id="90 %"),
-        pytest.param(check_mcnemar, lambda b, c: min(1.0, 2 * significance.mcnemar(max(b, c), min(b, c))), id="two-sided"),
-        pytest.param(check_mcnemar, lambda b, c: significance.mcnemar(b + 1, c - 1) if c else 0.0, id="tail without its end"),
+        pytest.param(
+            check_mcnemar,
+            lambda b, c: min(1.0, 2 * significance.mcnemar(max(b, c), min(b, c))),
+            id="two-sided",
+        ),
+        pytest.param(
+            check_mcnemar,
+            lambda b, c: significance.mcnemar(b + 1, c - 1) if c else 0.0,
+            id="tail without its end",
+        ),
         pytest.param(check_mcnemar, lambda b, c: significance.mcnemar(c, b), id="sides exchanged"),
     ],
 )
@@ -191,7 +215,8 @@ def test_wrong_statistic_is_rejected(check, wrong) -> None:
 
 
 def test_score() -> None:
-    """Four rows, one wrong; of the four pairs, three are in order. Against a worse start: two righted, none wronged."""
+    """Four rows, one wrong; of the four pairs, three are in order. Against a worse start: two righted, none
+    wronged."""
     labels = torch.tensor([0, 0, 1, 1])
 
     def of(*margins: float) -> torch.Tensor:
@@ -203,7 +228,7 @@ def test_score() -> None:
     assert outcome["p_value"] == 0.25 and outcome["rise_interval"] == significance.rise_interval(2, 0, 4)
 
 
-# The line ----------------------------------------------------------------------------------------------------------------
+# The line ---------------------------------------------------------------------------------------------------
 
 
 def test_label_words_are_one_token(tiny) -> None:
@@ -236,7 +261,9 @@ def test_eager_loop_restores_and_descends() -> None:
 
 def _line(tiny, *arguments: str) -> dict:
     model, words = tiny
-    options = demo.parser().parse_args(["--batch", "8", "--held-out", "32", "--rounds", "1", "--quiet", *arguments])
+    options = demo.parser().parse_args(
+        ["--batch", "8", "--held-out", "32", "--rounds", "1", "--quiet", *arguments]
+    )
     options.second_seed = options.seed + 1
     return demo.run(model, words, split(sentences(256), options.held_out), options)
 
@@ -280,18 +307,26 @@ def test_every_method_with_its_own_numbers(tiny, name, method, forwards) -> None
     """Each is the class that was asked for, with its lr and eps; the report and its text name them."""
     built = []
     make = methods.METHODS[method]
-    with patch.dict(methods.METHODS, {method: lambda *args, **given: built.append(given) or make(*args, **given)}):
+    with patch.dict(
+        methods.METHODS, {method: lambda *args, **given: built.append(given) or make(*args, **given)}
+    ):
         report = _line(tiny, "--steps", "2", "--method", name)
     made = make(torch.nn.Linear(2, 2))
     assert len(built) == 4 and built[0] == {"seed": 0}
     assert report["method"] == report["options"]["method"] == method and report["forwards"] == forwards
-    assert [report["options"][key] for key in ("lr", "eps")] == [made.param_groups[0][key] for key in ("lr", "eps")]
+    assert [report["options"][key] for key in ("lr", "eps")] == [
+        made.param_groups[0][key] for key in ("lr", "eps")
+    ]
     assert f"method     {method}, lr {report['options']['lr']:g}" in summary(report | {"seconds": 0.0})
-    assert report["loss_after"] != report["loss_before"], "the weights that are judged are those that were trained"
+    assert report["loss_after"] != report["loss_before"], (
+        "the weights that are judged are those that were trained"
+    )
 
 
 def test_lr_and_eps_that_are_given_are_taken(tiny) -> None:
-    report = _line(tiny, "--steps", "1", "--method", "lozo", "--lr", "3e-4", "--eps", "2e-3", "--queries", "2")
+    report = _line(
+        tiny, "--steps", "1", "--method", "lozo", "--lr", "3e-4", "--eps", "2e-3", "--queries", "2"
+    )
     assert [report["options"][key] for key in ("lr", "eps")] == [3e-4, 2e-3] and report["forwards"] == 4
 
 
@@ -299,8 +334,9 @@ def test_unknown_method_is_refused(capsys) -> None:
     with pytest.raises(SystemExit) as ended:
         demo.main(["--method", "adam"])
     said = capsys.readouterr().err
-    assert ended.value.code == 2 and f"adam is no method; expected one of {', '.join(methods.METHODS)}" in said.replace(
-        "\n", " "
+    assert (
+        ended.value.code == 2
+        and f"adam is no method; expected one of {', '.join(methods.METHODS)}" in said.replace("\n", " ")
     )
 
 
@@ -323,7 +359,8 @@ def test_all_points_of_a_step_are_read_in_one_pass(tiny) -> None:
 
 
 def test_both_seeds_start_from_the_same_weights(tiny) -> None:
-    """With lr = 0 nothing is learnt: both seeds end where they began, so the second did not continue the first."""
+    """With lr = 0 nothing is learnt: both seeds end where they began, so the second did not continue the
+    first."""
     report = _line(tiny, "--steps", "2", "--lr", "0")
     assert report["loss_after"] == report["second_seed"]["loss"] == report["loss_before"]
     assert report["p_value"] == 1.0
@@ -341,7 +378,8 @@ def test_the_same_seed_gives_the_same_losses(tiny) -> None:
 
 @pytest.mark.parametrize("level, status", [(0.001, 1), (2.0, 0)], ids=["chance", "beyond chance"])
 def test_exit_status(tiny, tmp_path, monkeypatch, capsys, level, status) -> None:
-    """One step teaches nothing: said in a sentence, with status 1; status 0 needs a p-value below the level."""
+    """One step teaches nothing: said in a sentence, with status 1; status 0 needs a p-value below the
+    level."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'zokern[demo]'")
     model, words = tiny
     for name, value in {
@@ -352,7 +390,10 @@ def test_exit_status(tiny, tmp_path, monkeypatch, capsys, level, status) -> None
     }.items():
         monkeypatch.setattr(demo, name, value)
     files = ["--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "plot.png")]
-    assert demo.main(["--steps", "1", "--batch", "4", "--held-out", "16", "--rounds", "1", "--quiet", *files]) == status
+    assert (
+        demo.main(["--steps", "1", "--batch", "4", "--held-out", "16", "--rounds", "1", "--quiet", *files])
+        == status
+    )
     assert ("the rise is not beyond chance" in capsys.readouterr().err) == (status == 1)
     report = json.loads((tmp_path / "out.json").read_text())
     assert set(report) == {*report["fields"], "fields"} and report["significant"] == (status == 0)
@@ -364,7 +405,8 @@ def test_missing_model_ends_with_a_sentence(monkeypatch, capsys) -> None:
     monkeypatch.setattr(demo, "_check", lambda options: None)
     assert demo.main(["--quiet"]) == 2
     assert capsys.readouterr().err == (
-        "zokern demo: the package no-such-package-of-zokern is not installed; pip install --no-deps no-such-package-of-zokern\n"
+        "zokern demo: the package no-such-package-of-zokern is not installed; pip install --no-deps "
+        "no-such-package-of-zokern\n"
     )
 
 
@@ -396,7 +438,10 @@ def test_what_is_missing_is_named_at_once_with_commands_that_install_it_all(monk
     missing = {"gguf", "no-such-package-of-zokern"}
     assert missing <= {*named} <= missing | {data.REVIEWS_PACKAGE}
     first, second = commands.split(" && ")
-    assert first == f"pip install 'zokern[{data.EXTRA}]'" and "gguf" in project["optional-dependencies"][data.EXTRA]
+    assert (
+        first == f"pip install 'zokern[{data.EXTRA}]'"
+        and "gguf" in project["optional-dependencies"][data.EXTRA]
+    )
     assert second.split()[-2:] == ["no-such-package-of-zokern", data.REVIEWS_PACKAGE]
 
 

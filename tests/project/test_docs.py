@@ -1,8 +1,10 @@
-"""The documents are true: their Python runs, the files, targets and commands they name exist, and no line names one machine.
+"""The documents are true: their Python runs, the files, targets and commands they name exist, and no line
+names one machine.
 
-A Python block of a document is run, in order, with `model` and `loader` (a small one) and `torch` and `zokern` at hand, unless the line
-above it is `<!-- not run: the reason -->`. Below `<!-- needs: package, ... -->` it is left out where a package is missing, and the test
-is reported as skipped. Sentences and lines have a length that is counted here.
+A Python block of a document is run, in order, with `model` and `loader` (a small one) and `torch` and
+`zokern` at hand, unless the line above it is `<!-- not run: the reason -->`. Below `<!-- needs: package, ...
+-->` it is left out where a package is missing, and the test is reported as skipped. Sentences and lines have
+a length that is counted here.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ class Output(dict):
 
 
 class Tiny(nn.Module):
-    """As a transformers model is called: batch by keyword, an object with a loss back where there are labels."""
+    """As a transformers model is called: batch by keyword, an object with a loss back where there are
+    labels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +66,11 @@ def python_blocks(text: str) -> list[tuple[int, str, list[str]]]:
         if not re.match(r"<!-- not run: \S.* -->", above):
             needs = re.match(r"<!-- needs: (\w+(?:, \w+)*) -->", above)
             found.append(
-                (text[: match.start("source")].count("\n") + 1, match["source"], needs[1].split(", ") if needs else [])
+                (
+                    text[: match.start("source")].count("\n") + 1,
+                    match["source"],
+                    needs[1].split(", ") if needs else [],
+                )
             )
     return found
 
@@ -72,7 +79,12 @@ def run_blocks(text: str) -> tuple[dict, list[str]]:
     """The names that the blocks have left, and the blocks that were left out."""
     torch.manual_seed(0)
     tokens = torch.randint(0, 17, (3, 2, 5))
-    names = {"torch": torch, "zokern": zokern, "model": Tiny(), "loader": [{"input_ids": t, "labels": t} for t in tokens]}
+    names = {
+        "torch": torch,
+        "zokern": zokern,
+        "model": Tiny(),
+        "loader": [{"input_ids": t, "labels": t} for t in tokens],
+    }
     left_out = []
     for line, source, needs in python_blocks(text):
         if missing := [name for name in needs if importlib.util.find_spec(name) is None]:
@@ -93,7 +105,11 @@ def missing_paths(text: str, folder: Path = ROOT) -> list[str]:
     named = {path.rstrip(".,:") for path in re.findall(rf"(?<![\w/.-])(?:{FOLDERS})/[\w./-]*", text)}
     missing = {path for path in named if not MADE_LATER.fullmatch(path) and not (ROOT / path).exists()}
     for span in code(text):
-        places = [ROOT.glob(span), *((ROOT / top).rglob(span) for top in FOLDERS.split("|"))] if FILE.fullmatch(span) else []
+        places = (
+            [ROOT.glob(span), *((ROOT / top).rglob(span) for top in FOLDERS.split("|"))]
+            if FILE.fullmatch(span)
+            else []
+        )
         if places and not any(path for found in places for path in found):
             missing.add(span)
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
@@ -106,19 +122,28 @@ def missing_commands(text: str) -> list[str]:
     """`make x` and `python -m zokern x` that do not exist."""
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
     shown = "\n".join(code(text))
-    missing = [f"make {name}" for name in re.findall(r"\bmake ([a-z]+(?:-[a-z]+)*)\b", shown) if name not in targets]
-    return missing + [f"zokern {name}" for name in re.findall(r"-m zokern ([a-z]+)\b", shown) if name not in COMMANDS]
+    missing = [
+        f"make {name}" for name in re.findall(r"\bmake ([a-z]+(?:-[a-z]+)*)\b", shown) if name not in targets
+    ]
+    return missing + [
+        f"zokern {name}" for name in re.findall(r"-m zokern ([a-z]+)\b", shown) if name not in COMMANDS
+    ]
 
 
 def machine_paths(text: str) -> list[str]:
-    return [f"{number}: {line.strip()}" for number, line in enumerate(text.splitlines(), 1) if MACHINE.search(line)]
+    return [
+        f"{number}: {line.strip()}"
+        for number, line in enumerate(text.splitlines(), 1)
+        if MACHINE.search(line)
+    ]
 
 
-# Words and lines ------------------------------------------------------------------------------------------------------------
+# Words and lines --------------------------------------------------------------------------------------------
 
 
 def paragraphs(text: str) -> list[str]:
-    """The prose of a document: no code, tables, headings, pictures or formulas. An item of a list is a paragraph."""
+    """The prose of a document: no code, tables, headings, pictures or formulas. An item of a list is a
+    paragraph."""
     text = re.sub(r"^```.*?^```[^\n]*$", "", text, flags=re.M | re.S)
     text = re.sub(r"<!--.*?-->", "", text, flags=re.S)
     found = []
@@ -149,14 +174,19 @@ def mean_words(text: str) -> float:
 
 
 def long_lines(text: str) -> list[int]:
-    """Numbers of the lines of more than 110 columns, but for rows of tables and links, which cannot be broken."""
+    """Numbers of the lines of more than 110 columns, but for rows of tables and links, which cannot be
+    broken."""
     lines = enumerate(text.splitlines(), 1)
-    return [n for n, line in lines if len(line) > 110 and not re.match(r"\s*\||\s*!?\[[^]]*\]\([^)]*\)\S*$", line)]
+    return [
+        n for n, line in lines if len(line) > 110 and not re.match(r"\s*\||\s*!?\[[^]]*\]\([^)]*\)\S*$", line)
+    ]
 
 
 def sources() -> list[Path]:
     """What git holds or would hold."""
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
     if listed.returncode:
         pytest.skip("not a git checkout: the list of sources is git's")
     return [path for name in listed.stdout.splitlines() if (path := ROOT / name).is_file()]
@@ -182,7 +212,9 @@ def test_the_lines_of_a_document(document):
     assert long_lines(document.read_text()) == []
 
 
-@pytest.mark.parametrize("document", [path for path in DOCUMENTS if path.name != "CHANGELOG.md"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "document", [path for path in DOCUMENTS if path.name != "CHANGELOG.md"], ids=lambda path: path.name
+)
 def test_the_sentences_of_a_document(document):
     """18 words or fewer on average."""
     assert mean_words(document.read_text()) <= 18
@@ -197,7 +229,11 @@ LONG = "This sentence has nine words and is not long. " + "word " * 40 + "and it
         ("One two three. Four five!", 2.5),
         ("One `two three four`\nfive (six). Seven.", 2.5),
         ("- one two\n- three four five six", 3.0),
-        ("# A heading of many words\n\n| a | table |\n|---|---|\n\n    c = a formula\n\nOne two 0.5 et al. 2024 six.", 7.0),
+        (
+            "# A heading of many words\n\n| a | table |\n|---|---|\n\n    c = a formula\n\nOne two 0.5 et "
+            "al. 2024 six.",
+            7.0,
+        ),
         ("```\na fence. of code.\n```\n<!-- a comment. -->\nOne two.", 2.0),
         ("1. one\n   two\n2. three", 1.5),
     ],
@@ -209,7 +245,9 @@ def test_words_are_counted(text, mean):
 def test_long_sentences_and_lines_are_rejected():
     assert mean_words(LONG) > 18 and mean_words(LONG.replace("word word", "word. Word")) < 18
     wide = "x" * 111
-    assert long_lines(f"short\n{wide}\n| {wide} |\n[{wide}](there)\n![{wide}](there)\nsee [{wide}](there)\n{wide[1:]}") == [
+    assert long_lines(
+        f"short\n{wide}\n| {wide} |\n[{wide}](there)\n![{wide}](there)\nsee [{wide}](there)\n{wide[1:]}"
+    ) == [
         2,
         6,
     ]
@@ -233,7 +271,9 @@ def test_the_cost_of_the_stream_is_the_benchmark_s():
     """docs/stream.md quotes nanoseconds an element: those of the results page that it names, in its order."""
     section = (ROOT / "docs/stream.md").read_text().split("## What it costs")[1].split("\n## ")[0]
     page = (ROOT / re.search(r"benchmarks/results/\S+\.md", section)[0]).read_text()
-    lines = [f"{case} {kind} n=67108864" for case in ("axpy_ normal K=1", "w += c") for kind in ("fp32", "bf16")]
+    lines = [
+        f"{case} {kind} n=67108864" for case in ("axpy_ normal K=1", "w += c") for kind in ("fp32", "bf16")
+    ]
     printed = [re.search(rf"^\| {re.escape(line)} \|[^|]*\| ([\d.]+) \|", page, re.M)[1] for line in lines]
     assert re.findall(r"\d\.\d+", section) == printed
 
@@ -250,7 +290,9 @@ def check_results(readme: str, speed: str) -> None:
     names = ("MeZO at its default (`paired`)", "SubZero", "LOZO", "P-GAP, rank 128", "TeZO", "FZOO")
     measured = {name: figures for name, *figures in rows(speed, "| step | 1 x 4 tokens |")}
     assert columns[1:7] == [measured[name] for name in names]
-    eager = next(cells[1] for cells in rows(speed, "| what (commit") if cells[0].startswith("the eager loop's step"))
+    eager = next(
+        cells[1] for cells in rows(speed, "| what (commit") if cells[0].startswith("the eager loop's step")
+    )
     assert columns[7] == eager.split(" / ")
 
 
@@ -270,7 +312,11 @@ def test_what_is_exported_has_a_docstring_of_its_own(name):
 
 def test_every_option_and_evaluation_is_documented():
     """Those that all methods share, in the docstring of MeZO, to which the others refer."""
-    names = [*inspect.signature(ZerothOrder).parameters, *(option.name for option in dataclasses.fields(Guards)), *EVALUATIONS]
+    names = [
+        *inspect.signature(ZerothOrder).parameters,
+        *(option.name for option in dataclasses.fields(Guards)),
+        *EVALUATIONS,
+    ]
     names.remove("guards")  # which are those of Guards
     assert [name for name in names if not re.search(rf"\b{name}\b", zokern.MeZO.__doc__)] == []
 

@@ -1,4 +1,5 @@
-"""The examples are short, run as they stand, and do what they say: on the tiny model that they make, and on a folder by `--model`."""
+"""The examples are short, run as they stand, and do what they say: on the tiny model that they make, and on a
+folder by `--model`."""
 
 from __future__ import annotations
 
@@ -53,11 +54,19 @@ def saved(tmp_path_factory) -> str:
     vocabulary = {word: number for number, word in enumerate(["<unk>", "<end>", *words])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", unk_token="<unk>").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", unk_token="<unk>").save_pretrained(
+        folder
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = GPT2Config(
-            vocab_size=len(vocabulary), n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=1
+            vocab_size=len(vocabulary),
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=64,
+            bos_token_id=1,
+            eos_token_id=1,
         )
         GPT2LMHeadModel(config).save_pretrained(folder)
     return str(folder)
@@ -70,7 +79,9 @@ def fall(model, folder=None, **options) -> float:
     before, tokenizer = common.load(folder, **options)
     data = common.batches(model, tokenizer)
     with torch.no_grad():
-        return sum(float(before(**batch).loss - model(**batch).loss) for batch in (next(data), next(data))) / 2
+        return (
+            sum(float(before(**batch).loss - model(**batch).loss) for batch in (next(data), next(data))) / 2
+        )
 
 
 def check_frozen(model, folder=None) -> None:
@@ -80,7 +91,10 @@ def check_frozen(model, folder=None) -> None:
     before, _ = common.load(folder)
     moved = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" in name}
     assert moved and all("lora_" in name for name, p in model.named_parameters() if p.requires_grad)
-    kept = {name.replace("base_model.model.", "").replace(".base_layer", ""): p for name, p in model.named_parameters()}
+    kept = {
+        name.replace("base_model.model.", "").replace(".base_layer", ""): p
+        for name, p in model.named_parameters()
+    }
     assert all(torch.equal(p, kept[name]) for name, p in before.named_parameters())
     assert all(bool(p.any()) for name, p in model.named_parameters() if "lora_B" in name)
 
@@ -123,7 +137,9 @@ def test_a_step_of_nothing_is_noticed(run, name):
             check_frozen(model)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("quantised", "resume", "reward_generate")])
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if name not in ("quantised", "resume", "reward_generate")]
+)
 def test_a_model_by_name(run, saved, name, tmp_path):
     text = tmp_path / "lines.txt"
     text.write_text("1 and 2 make 3 .\n\n4 and 4 make 8 .\n")
@@ -139,12 +155,16 @@ def test_a_quantised_base(run, monkeypatch, library):
     other = {"bitsandbytes": "torchao", "torchao": "bitsandbytes"}[library]
     module, _ = run("quantised", "--steps", 0)
     with monkeypatch.context() as patch:
-        patch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == other else found(name, *rest))
+        patch.setattr(
+            importlib.util, "find_spec", lambda name, *rest: None if name == other else found(name, *rest)
+        )
         _, (start, _) = run("quantised", "--steps", 0)
         _, (model, opt) = run("quantised")
     before = dict(start.named_parameters())
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
-    assert frozen and all(torch.equal(value(before[name]), value(p)) for name, p in model.named_parameters() if name in frozen)
+    assert frozen and all(
+        torch.equal(value(before[name]), value(p)) for name, p in model.named_parameters() if name in frozen
+    )
     import common
 
     data = common.batches(model, common.Bytes())
@@ -157,7 +177,9 @@ def test_a_quantised_base_without_a_library_says_so(run, monkeypatch):
     pytest.importorskip("peft")
     found = importlib.util.find_spec
     missing = ("bitsandbytes", "torchao")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in missing else found(name, *rest))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name in missing else found(name, *rest)
+    )
     with pytest.raises(SystemExit, match="skipped: neither bitsandbytes nor torchao is installed"):
         run("quantised")
 
@@ -186,7 +208,7 @@ def test_a_run_that_resumes_wrongly_is_noticed(run, capsys, monkeypatch):
     assert "equal: False" in capsys.readouterr().out
 
 
-# The fourth-order difference against the derivative that autograd gives ------------------------------------------------------
+# The fourth-order difference against the derivative that autograd gives -------------------------------------
 
 
 def slope_errors(optimizers) -> list[float]:
@@ -221,4 +243,6 @@ def test_the_fourth_order_difference(run):
 
 def test_eps_falls_along_a_cosine(run):
     _, (_, opt) = run("custom_method", "--steps", 10, "--eps", 1e-2)
-    assert opt.param_groups[0]["eps"] == pytest.approx(1e-2 * (0.1 + 0.45 * (1 + torch.tensor(0.9 * torch.pi).cos().item())))
+    assert opt.param_groups[0]["eps"] == pytest.approx(
+        1e-2 * (0.1 + 0.45 * (1 + torch.tensor(0.9 * torch.pi).cos().item()))
+    )

@@ -1,6 +1,8 @@
-"""Imports point one way, raw addresses stay below the backends, one idea keeps one stem, and tests stand after the rooms.
+"""Imports point one way, raw addresses stay below the backends, one idea keeps one stem, and tests stand
+after the rooms.
 
-The sources are read, not run. Every rule is a function of the sources, so that each is also given a tree that breaks it.
+The sources are read, not run. Every rule is a function of the sources, so that each is also given a tree that
+breaks it.
 """
 
 from __future__ import annotations
@@ -15,13 +17,24 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# A file imports from its own layer and from those above it in this list; within a layer, without going round in a circle.
+# A file imports from its own layer and from those above it in this list; within a layer, without going round
+# in a circle.
 LAYERS = {
     "kernels": ["warning", "stream", "checks", "triton_kernels", "_cpu", "_cuda"],
     "directions": ["directions"],
     "backends": ["backends"],
     "operations": ["gemm", "ops"],
-    "parts": ["fingerprint", "modules", "parameters", "plan", "underflow", "evaluation", "estimator", "prospect", "guards"],
+    "parts": [
+        "fingerprint",
+        "modules",
+        "parameters",
+        "plan",
+        "underflow",
+        "evaluation",
+        "estimator",
+        "prospect",
+        "guards",
+    ],
     "rules": ["rule"],
     "step": ["first_step", "first_order", "step"],
     "optimizer": ["low_bits", "bases", "scaling", "deferred", "work", "checkpoint", "optimizer"],
@@ -38,8 +51,8 @@ COMPARES_ADDRESSES = {
     "zokern.modules",
     "zokern.evaluation.isolation",
 }
-# Folders of tests that no part of zokern has the name of. tests/ is on Python's path: a folder with the name of a package, as `triton`,
-# would be imported where that package is missing.
+# Folders of tests that no part of zokern has the name of. tests/ is on Python's path: a folder with the name
+# of a package, as `triton`, would be imported where that package is missing.
 OTHER_ROOMS = {"kernels_cuda", "kernels_triton", "bench", "project"}
 
 
@@ -65,7 +78,8 @@ def stem(module: str) -> str:
 
 
 def imported(module: str, source: str, modules: set[str]) -> set[str]:
-    """The zokern modules that a file imports, anywhere in it: at its top, in a function, for type checking only."""
+    """The zokern modules that a file imports, anywhere in it: at its top, in a function, for type checking
+    only."""
     found: set[str] = set()
     package = module.split(".")[:-1]  # x.__init__ names its package's __init__ file
     known = modules | {m.removesuffix(".__init__") for m in modules} | {f"zokern.{name}" for name in RANK}
@@ -77,7 +91,9 @@ def imported(module: str, source: str, modules: set[str]) -> set[str]:
             origin = ".".join([*base, *([node.module] if node.module else [])])
             if origin.split(".")[0] == "zokern":
                 # `from . import x` imports the module x where there is one, else a name of the package itself
-                found |= {full if (full := f"{origin}.{alias.name}") in known else origin for alias in node.names}
+                found |= {
+                    full if (full := f"{origin}.{alias.name}") in known else origin for alias in node.names
+                }
     return {f"{m}.__init__" if f"{m}.__init__" in modules else m for m in found}
 
 
@@ -86,7 +102,9 @@ def wrong_imports(sources: dict[str, str]) -> list[str]:
     errors, graph = [], {}
     for module, source in sources.items():
         if stem(module) not in RANK:
-            errors.append(f"{module} is in no layer: add {stem(module)!r} to LAYERS in tests/project/test_layers.py")
+            errors.append(
+                f"{module} is in no layer: add {stem(module)!r} to LAYERS in tests/project/test_layers.py"
+            )
             continue
         graph[module] = imported(module, source, set(sources)) - {module}
         for target in sorted(graph[module]):
@@ -101,7 +119,8 @@ def wrong_imports(sources: dict[str, str]) -> list[str]:
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """The circles of the import graph, by depth-first search. A package's __init__ gathers its files, and is no step in one."""
+    """The circles of the import graph, by depth-first search. A package's __init__ gathers its files, and is
+    no step in one."""
     found: list[list[str]] = []
     done: set[str] = set()
 
@@ -131,11 +150,16 @@ def stray_addresses(sources: dict[str, str]) -> list[str]:
 
 
 def native_sources() -> dict[str, str]:
-    return {str(p.relative_to(ROOT)): p.read_text() for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".cu")}
+    return {
+        str(p.relative_to(ROOT)): p.read_text()
+        for p in (ROOT / "csrc").rglob("*")
+        if p.suffix in (".h", ".cpp", ".cu")
+    }
 
 
 def wrong_includes(sources: dict[str, str]) -> list[str]:
-    """What C++ files include against the rules: Python in bind.cpp alone, CUDA in .cu alone, torch nowhere, zo/ stands alone."""
+    """What C++ files include against the rules: Python in bind.cpp alone, CUDA in .cu alone, torch nowhere,
+    zo/ stands alone."""
     errors = []
     for path, source in sources.items():
         for header in re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', source, re.M):
@@ -145,7 +169,9 @@ def wrong_includes(sources: dict[str, str]) -> list[str]:
                 errors.append(f"{path} includes {header}: no file under csrc knows torch")
             if re.match(r"cuda|cub/|cooperative_groups|nv", header) and not path.endswith(".cu"):
                 errors.append(f"{path} includes {header}: only .cu files know the CUDA runtime")
-            if path.startswith("csrc/zo/") and not (header in ("cstdint", "cstring") or f"csrc/zo/{header}" in sources):
+            if path.startswith("csrc/zo/") and not (
+                header in ("cstdint", "cstring") or f"csrc/zo/{header}" in sources
+            ):
                 errors.append(f"{path} includes {header}: csrc/zo includes <cstdint>, <cstring> and itself")
     return errors
 
@@ -161,15 +187,35 @@ def test_imports_point_one_way():
     [
         ("zokern.backends.reference", "from ..step import step", "zokern.step, which stands above it"),
         ("zokern.directions.normal", "import zokern", "zokern.__init__, which stands above it"),
-        ("zokern.ops.lowrank", "def f():\n    from ..optimizer import ZerothOrder", "zokern.optimizer, which stands above it"),
-        ("zokern.stream", "from zokern.directions import normal", "zokern.directions.normal, which stands above it"),
-        ("zokern.triton_kernels.normal", "from ..backends import pack", "zokern.backends.pack, which stands above it"),
+        (
+            "zokern.ops.lowrank",
+            "def f():\n    from ..optimizer import ZerothOrder",
+            "zokern.optimizer, which stands above it",
+        ),
+        (
+            "zokern.stream",
+            "from zokern.directions import normal",
+            "zokern.directions.normal, which stands above it",
+        ),
+        (
+            "zokern.triton_kernels.normal",
+            "from ..backends import pack",
+            "zokern.backends.pack, which stands above it",
+        ),
         ("zokern.plan", "from . import methods", "zokern.methods.__init__, which stands above it"),
-        ("zokern.gemm.tiled", "from ..evaluation import master", "zokern.evaluation.master, which stands above it"),
+        (
+            "zokern.gemm.tiled",
+            "from ..evaluation import master",
+            "zokern.evaluation.master, which stands above it",
+        ),
         ("zokern.backends.base", "from .. import gemm", "zokern.gemm.__init__, which stands above it"),
         ("zokern.rule.sgd", "from ..step import run", "zokern.step, which stands above it"),
         ("zokern.plan", "from .rule import Sgd", "zokern.rule.__init__, which stands above it"),
-        ("zokern.evaluation.auto", "from ..first_step import unseen", "zokern.first_step, which stands above it"),
+        (
+            "zokern.evaluation.auto",
+            "from ..first_step import unseen",
+            "zokern.first_step, which stands above it",
+        ),
         ("zokern.rule.sgd", "from ..deferred import Deferred", "zokern.deferred, which stands above it"),
         ("zokern.fingerprint", "from .work import Work", "zokern.work, which stands above it"),
         ("zokern.methods.pgap", "from .. import _cpu", "only backends/ calls kernels"),
@@ -219,9 +265,16 @@ def test_a_wrong_include_is_rejected(path, line):
 
 
 def elementwise(sources: dict[str, str]) -> set[str]:
-    """Stems of the directions that map words to values one by one: the others are made of these, and have no kernel of their own."""
-    files = {m.rsplit(".", 1)[1]: source for m, source in sources.items() if m.startswith("zokern.directions.")}
-    return {name for name, source in files.items() if name != "__init__" and re.search(r"^    per_block\b", source, re.M)}
+    """Stems of the directions that map words to values one by one: the others are made of these, and have no
+    kernel of their own."""
+    files = {
+        m.rsplit(".", 1)[1]: source for m, source in sources.items() if m.startswith("zokern.directions.")
+    }
+    return {
+        name
+        for name, source in files.items()
+        if name != "__init__" and re.search(r"^    per_block\b", source, re.M)
+    }
 
 
 def test_one_idea_keeps_one_stem():
@@ -234,7 +287,10 @@ def test_one_idea_keeps_one_stem():
 
 def sources_of_tests() -> dict[str, str]:
     """Path below tests/ to source; what writes the frozen vectors is no test."""
-    found = {path.relative_to(ROOT / "tests").as_posix(): path.read_text() for path in (ROOT / "tests").rglob("*.py")}
+    found = {
+        path.relative_to(ROOT / "tests").as_posix(): path.read_text()
+        for path in (ROOT / "tests").rglob("*.py")
+    }
     return {name: source for name, source in found.items() if not name.startswith("vectors/")}
 
 
@@ -250,14 +306,17 @@ def misplaced(sources: dict[str, str]) -> list[str]:
             errors.append(f"{name} is no test: move it to support/")
         elif len(file.parts) != 2 or room not in OTHER_ROOMS | RANK.keys():
             errors.append(
-                f"{name} is in no room: move it to a folder named after a part of zokern, or one of {sorted(OTHER_ROOMS)}"
+                f"{name} is in no room: move it to a folder named after a part of zokern, or one of "
+                f"{sorted(OTHER_ROOMS)}"
             )
     for name, source in sources.items():
         modules = [m for node in nodes(source) for m in _named(node) if re.fullmatch(r"(.*\.)?test_\w+", m)]
         errors += [f"{name} imports {module}: move what they share to support/" for module in modules]
     names = Counter(file.name for file in files.values())
     return errors + [
-        f"{count} files are called {name}" for name, count in names.items() if name.startswith("test_") and count > 1
+        f"{count} files are called {name}"
+        for name, count in names.items()
+        if name.startswith("test_") and count > 1
     ]
 
 
@@ -280,7 +339,11 @@ def test_tests_stand_after_the_rooms():
     "name, source, complaint",
     [
         ("step/test_more.py", "import test_step", "step/test_more.py imports test_step: "),
-        ("step/test_more.py", "def f():\n    from test_step import loss_of", "step/test_more.py imports test_step: "),
+        (
+            "step/test_more.py",
+            "def f():\n    from test_step import loss_of",
+            "step/test_more.py imports test_step: ",
+        ),
         ("step/test_more.py", "from . import test_step", "step/test_more.py imports .test_step: "),
         ("support/more.py", "import models, test_step", "support/more.py imports test_step: "),
         ("conftest.py", "from test_step import loss_of", "conftest.py imports test_step: "),

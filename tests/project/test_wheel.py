@@ -1,4 +1,5 @@
-"""The wheel: what each kind of machine builds, what is inside, and that it runs where neither compiler nor driver is.
+"""The wheel: what each kind of machine builds, what is inside, and that it runs where neither compiler nor
+driver is.
 
 Nothing is downloaded: the builds run without isolation, and the clean environments borrow this one's torch.
 """
@@ -31,14 +32,21 @@ SWITCHES = (
 )
 
 needs_gxx = pytest.mark.skipif(GXX is None, reason="no g++ on PATH: nothing to compile the CPU kernels with")
-needs_nvcc = pytest.mark.skipif(GXX is None or NVCC is None, reason="no nvcc on PATH: nothing to compile the CUDA kernels with")
+needs_nvcc = pytest.mark.skipif(
+    GXX is None or NVCC is None, reason="no nvcc on PATH: nothing to compile the CUDA kernels with"
+)
 
 
 def call(*command: object, cwd: Path, fails: bool = False, **variables: str) -> str:
     """Output of a command that must succeed, or must fail, with none of the build's variables but these."""
     environment = {name: value for name, value in os.environ.items() if name not in SWITCHES} | variables
     result = subprocess.run(
-        [str(word) for word in command], cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [str(word) for word in command],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     assert (result.returncode != 0) == fails, f"{command} exited {result.returncode}:\n{result.stdout}"
     return result.stdout
@@ -46,9 +54,18 @@ def call(*command: object, cwd: Path, fails: bool = False, **variables: str) -> 
 
 def problems(names: list[str]) -> list[str]:
     """What a wheel of zokern must not lack and must not hold."""
-    wanted = ["zokern/__init__.py", "zokern/py.typed", "zokern/_build.py", "zokern/triton_kernels/__init__.py"]
+    wanted = [
+        "zokern/__init__.py",
+        "zokern/py.typed",
+        "zokern/_build.py",
+        "zokern/triton_kernels/__init__.py",
+    ]
     found = [f"lacks {name}" for name in wanted if name not in names]
-    found += [f"lacks {name}" for name in ("LICENSE", "entry_points.txt") if not any(n.endswith(f"/{name}") for n in names)]
+    found += [
+        f"lacks {name}"
+        for name in ("LICENSE", "entry_points.txt")
+        if not any(n.endswith(f"/{name}") for n in names)
+    ]
     for name in names:
         if not (name.startswith("zokern/") or name.split("/")[0].endswith(".dist-info")):
             found.append(f"installs {name} beside the package")
@@ -59,7 +76,8 @@ def problems(names: list[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
-    """A copy of the sources, with the objects that `make build` left, if any: what is compiled already is not compiled again."""
+    """A copy of the sources, with the objects that `make build` left, if any: what is compiled already is not
+    compiled again."""
     copy = tmp_path_factory.mktemp("wheel") / "zokern"
     ignore = shutil.ignore_patterns(
         ".git", ".venv", "lib.*", "bdist.*", "dist", "*.so", "*.egg-info", "__pycache__", ".*_cache", "*.whl"
@@ -73,7 +91,9 @@ def no_torch(tmp_path_factory) -> str:
     """A PYTHONPATH with which `import torch` raises."""
     folder = tmp_path_factory.mktemp("no_torch")
     (folder / "torch.py").write_text("raise ImportError('the build must not import torch')\n")
-    assert "must not import torch" in call(sys.executable, "-c", "import torch", cwd=folder, fails=True, PYTHONPATH=str(folder))
+    assert "must not import torch" in call(
+        sys.executable, "-c", "import torch", cwd=folder, fails=True, PYTHONPATH=str(folder)
+    )
     return str(folder)
 
 
@@ -108,14 +128,26 @@ def environment(tmp_path):
     call(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path)
     python = tmp_path / "venv" / "bin" / "python"
     home = call(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip()
-    # A path in a .pth file becomes importable, but the .pth files that lie there, an editable zokern's too, do not run.
+    # A path in a .pth file becomes importable, but the .pth files that lie there, an editable zokern's too,
+    # do not run.
     Path(home, "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return python
 
 
 def install(python: Path, *what: object, **variables: str) -> None:
     options = ["--no-index", "--no-build-isolation", "--no-deps", "--ignore-installed", "-q"]
-    call(sys.executable, "-m", "pip", "--python", python, "install", *options, *what, cwd=python.parent, **variables)
+    call(
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        *options,
+        *what,
+        cwd=python.parent,
+        **variables,
+    )
 
 
 def info(python: Path) -> dict:
@@ -131,7 +163,8 @@ def test_with_nvcc_it_holds_both_and_loads_without_a_driver(build, environment):
     assert {n.split(".")[0] for n in names if n.endswith(".so")} == {"zokern/_cpu", "zokern/_cuda"}
     assert "none-any" not in wheel.name
     install(environment, wheel)
-    # -S first: the module loads with nothing but the interpreter around it, so it links neither torch nor a driver
+    # -S first: the module loads with nothing but the interpreter around it, so it links neither torch nor a
+    # driver
     module = next(environment.parent.parent.rglob("_cuda*.so"))
     load = f"import importlib.util as u; s = u.spec_from_file_location('_cuda', {str(module)!r}); u.module_from_spec(s)"
     call(environment, "-S", "-c", load, cwd=environment.parent)
@@ -147,7 +180,9 @@ def test_cpu_only_by_switch_and_installed_in_a_clean_environment(build, environm
     names = zipfile.ZipFile(wheel).namelist()
     assert problems(names) == []
     assert "zokern: left out cuda: ZOKERN_BUILD_CUDA is 0" in said
-    assert {n.split(".")[0] for n in names if n.endswith(".so")} == {"zokern/_cpu"}, "an earlier build's module was shipped"
+    assert {n.split(".")[0] for n in names if n.endswith(".so")} == {"zokern/_cpu"}, (
+        "an earlier build's module was shipped"
+    )
     install(environment, wheel)
     report = info(environment)
     assert report["backends"]["cpu"] is None and report["backends"]["reference"] is None
@@ -156,7 +191,8 @@ def test_cpu_only_by_switch_and_installed_in_a_clean_environment(build, environm
     assert call(environment, "-c", here, cwd=environment.parent).startswith(str(environment.parent.parent))
     same = (
         "import torch, zokern; name = dict(seed=3, who='w', step=1);"
-        "assert torch.equal(zokern.draw('normal', 1001, backend='cpu', **name), zokern.draw('normal', 1001, backend='reference', **name))"
+        "assert torch.equal(zokern.draw('normal', 1001, backend='cpu', **name), zokern.draw('normal', 1001, "
+        "backend='reference', **name))"
     )
     call(environment, "-c", same, cwd=environment.parent)
     call(environment, "-c", "import triton_kernels", cwd=environment.parent, fails=True)
@@ -172,7 +208,9 @@ def test_without_a_compiler_it_is_pure_python(build, tree, environment, tmp_path
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert problems(names) == [] and not [n for n in names if n.endswith(".so")]
-    assert "zokern: left out cpu: no C++ compiler" in said and "zokern: left out cuda: no C++ compiler" in said
+    assert (
+        "zokern: left out cpu: no C++ compiler" in said and "zokern: left out cuda: no C++ compiler" in said
+    )
     install(environment, wheel)
     report = info(environment)
     assert report["backends"]["reference"] is None
@@ -181,8 +219,12 @@ def test_without_a_compiler_it_is_pure_python(build, tree, environment, tmp_path
 
 @pytest.mark.parametrize("part", ["CPU", "CUDA"])
 def test_a_forced_part_that_cannot_be_built_stops_the_build(build, tmp_path, part):
-    wheel, said = build(fails=True, PATH=str(tmp_path), CUDA_HOME=str(tmp_path), **{f"ZOKERN_BUILD_{part}": "1"})
-    assert wheel is None and f"ZOKERN_BUILD_{part} is 1, but no C++ compiler (g++, c++, clang++) on PATH" in said
+    wheel, said = build(
+        fails=True, PATH=str(tmp_path), CUDA_HOME=str(tmp_path), **{f"ZOKERN_BUILD_{part}": "1"}
+    )
+    assert (
+        wheel is None and f"ZOKERN_BUILD_{part} is 1, but no C++ compiler (g++, c++, clang++) on PATH" in said
+    )
 
 
 def test_a_switch_with_another_value_is_refused(build):
@@ -192,21 +234,27 @@ def test_a_switch_with_another_value_is_refused(build):
 
 @needs_nvcc
 def test_an_unknown_architecture_is_refused(build):
-    wheel, said = build(fails=True, ZOKERN_BUILD_CPU="0", ZOKERN_BUILD_CUDA="1", ZOKERN_CUDA_ARCHITECTURES="90;777")
+    wheel, said = build(
+        fails=True, ZOKERN_BUILD_CPU="0", ZOKERN_BUILD_CUDA="1", ZOKERN_CUDA_ARCHITECTURES="90;777"
+    )
     assert wheel is None and "asked for 90 777" in said
 
 
 def answers(*lines: str) -> str:
-    """A program that prints the answer to its first argument, and leaves an empty file where -o asks for one."""
+    """A program that prints the answer to its first argument, and leaves an empty file where -o asks for
+    one."""
     cases = "".join(f"{line} ;;\n" for line in lines)
     return f'#!/bin/sh\ncase $1 in\n{cases}esac\nfor word; do [ "$before" = -o ] && : > "$word"; before=$word; done; exit 0\n'
 
 
 @pytest.fixture
 def choice(tmp_path):
-    """choice(answer of nvidia-smi, **switches): what setup.py says that it built, with compilers that compile nothing."""
+    """choice(answer of nvidia-smi, **switches): what setup.py says that it built, with compilers that compile
+    nothing."""
     copy, programs = tmp_path / "zokern", tmp_path / "programs"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "build", "tests", "benchmarks", "*.so", "*.egg-info"))
+    shutil.copytree(
+        ROOT, copy, ignore=shutil.ignore_patterns(".*", "build", "tests", "benchmarks", "*.so", "*.egg-info")
+    )
     programs.mkdir()
     known = " ".join(f"sm_{a}" for a in (75, 80, 86, 89, 90, 100, 103, 120))
     for name, text in {
@@ -220,7 +268,16 @@ def choice(tmp_path):
     def choose(answer: str, fails: bool = False, **variables: str) -> str:
         (programs / "nvidia-smi.answer").write_text(answer)
         variables |= {"PATH": f"{programs}:{os.environ['PATH']}", "CXX": "c++", "NVCC": "nvcc"}
-        said = call(sys.executable, "setup.py", "--quiet", "build_ext", "--inplace", cwd=copy, fails=fails, **variables)
+        said = call(
+            sys.executable,
+            "setup.py",
+            "--quiet",
+            "build_ext",
+            "--inplace",
+            cwd=copy,
+            fails=fails,
+            **variables,
+        )
         if "zokern: built cuda" in said:
             made = list((copy / "build").glob("native-*/cuda-*"))
             assert all(len(list(folder.glob("*.o"))) == 6 for folder in made)
@@ -230,7 +287,8 @@ def choice(tmp_path):
 
 
 def test_it_compiles_for_the_gpus_here_or_for_those_that_are_asked_for(choice):
-    """The PTX in a build is that of its newest architecture, by family: sm_86 and sm_89 are made of compute_80's."""
+    """The PTX in a build is that of its newest architecture, by family: sm_86 and sm_89 are made of
+    compute_80's."""
     every = "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 compute_100"
     for answer, asked, built in (
         ("9.0\n9.0\n", {}, "sm_90 compute_90"),
@@ -251,24 +309,31 @@ def test_without_a_gpu_one_line_says_how_to_ask_for_the_cuda_kernels(choice):
     assert choice("") == f"zokern: left out cuda: nvidia-smi finds no GPU on this machine; {way_out}"
     old = "the GPU here has compute capability 7.5, and the kernels need 8.0"
     assert choice("7.5\n") == f"zokern: left out cuda: {old}; {way_out}"
-    assert choice("7.5\n", fails=True, ZOKERN_BUILD_CUDA="1") == f"zokern: ZOKERN_BUILD_CUDA is 1, but {old}; {way_out}"
+    assert (
+        choice("7.5\n", fails=True, ZOKERN_BUILD_CUDA="1")
+        == f"zokern: ZOKERN_BUILD_CUDA is 1, but {old}; {way_out}"
+    )
     assert choice("9.0\n", ZOKERN_CUDA_ARCHITECTURES="every").endswith("asked for every")
 
 
 def test_make_asks_for_all_architectures_where_they_are_needed():
-    """The suite reads the machine code of all of them, and a wheel is for any machine; the rest is for this one."""
+    """The suite reads the machine code of all of them, and a wheel is for any machine; the rest is for this
+    one."""
     for target, asks in (("build", False), ("demo", False), ("gpu", False), ("test", True), ("wheel", True)):
         lines = call("make", "-n", target, f"PYTHON={sys.executable}", cwd=ROOT).splitlines()
         builds = [line for line in lines if "build_ext" in line or "pip wheel" in line]
-        assert len(builds) == 1 and ('ZOKERN_CUDA_ARCHITECTURES="${ZOKERN_CUDA_ARCHITECTURES:-all}"' in builds[0]) is asks, (
-            builds
-        )
+        assert (
+            len(builds) == 1
+            and ('ZOKERN_CUDA_ARCHITECTURES="${ZOKERN_CUDA_ARCHITECTURES:-all}"' in builds[0]) is asks
+        ), builds
 
 
 def test_installed_in_place_the_kernels_are_found_in_the_package(tree, environment):
     install(environment, "-e", tree, ZOKERN_BUILD_CPU="0", ZOKERN_BUILD_CUDA="0")
     where = "import importlib.util; print(importlib.util.find_spec('zokern.triton_kernels').origin)"
-    assert call(environment, "-c", where, cwd=environment.parent).strip() == str(tree / "triton_kernels" / "__init__.py")
+    assert call(environment, "-c", where, cwd=environment.parent).strip() == str(
+        tree / "triton_kernels" / "__init__.py"
+    )
     call(environment, "-c", "import triton_kernels", cwd=environment.parent, fails=True)
 
 
@@ -276,15 +341,27 @@ def test_installed_in_place_the_kernels_are_found_in_the_package(tree, environme
     "change, complaint",
     [
         (lambda names: names - {"zokern/py.typed"}, "lacks zokern/py.typed"),
-        (lambda names: names - {"zokern/triton_kernels/__init__.py"}, "lacks zokern/triton_kernels/__init__.py"),
+        (
+            lambda names: names - {"zokern/triton_kernels/__init__.py"},
+            "lacks zokern/triton_kernels/__init__.py",
+        ),
         (lambda names: names - {"zokern-0.1.0.dist-info/licenses/LICENSE"}, "lacks LICENSE"),
-        (lambda names: names | {"triton_kernels/__init__.py"}, "installs triton_kernels/__init__.py beside the package"),
-        (lambda names: names | {"tests/step/test_step.py"}, "installs tests/step/test_step.py beside the package"),
+        (
+            lambda names: names | {"triton_kernels/__init__.py"},
+            "installs triton_kernels/__init__.py beside the package",
+        ),
+        (
+            lambda names: names | {"tests/step/test_step.py"},
+            "installs tests/step/test_step.py beside the package",
+        ),
         (
             lambda names: names | {"zokern/tests/step/test_step.py"},
             "ships zokern/tests/step/test_step.py, which is for developers",
         ),
-        (lambda names: names | {"zokern/csrc/bind.cpp"}, "ships zokern/csrc/bind.cpp, which is for developers"),
+        (
+            lambda names: names | {"zokern/csrc/bind.cpp"},
+            "ships zokern/csrc/bind.cpp, which is for developers",
+        ),
     ],
 )
 def test_a_wrong_wheel_is_rejected(change, complaint):

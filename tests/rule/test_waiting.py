@@ -1,4 +1,5 @@
-"""What waits beside the weights: decays, low bits and the tiles of an update, read and written where the weights are not contiguous."""
+"""What waits beside the weights: decays, low bits and the tiles of an update, read and written where the
+weights are not contiguous."""
 
 from __future__ import annotations
 
@@ -13,13 +14,16 @@ from zokern.evaluation import Point, copies
 from zokern.evaluation.arena import Arena
 from zokern.gemm import factored_linear, library, lowrank
 
-# Weights of any strides ---------------------------------------------------------------------------------------------------------------
+# Weights of any strides -------------------------------------------------------------------------------------
 
 
 def trained(kind: str) -> list[tuple[str, Tensor]]:
-    """The same weights: contiguous, or with a matrix that is a transpose, a slice of columns, or has a dimension of size 1."""
+    """The same weights: contiguous, or with a matrix that is a transpose, a slice of columns, or has a
+    dimension of size 1."""
     generator = torch.Generator().manual_seed(5)
-    first, second, vector = (torch.randn(*shape, generator=generator) for shape in ((20, 30), (20, 30), (30,)))
+    first, second, vector = (
+        torch.randn(*shape, generator=generator) for shape in ((20, 30), (20, 30), (30,))
+    )
     if kind == "transposed":
         second = second.t().contiguous().t()
     elif kind == "columns":
@@ -30,18 +34,25 @@ def trained(kind: str) -> list[tuple[str, Tensor]]:
 
 
 @pytest.mark.parametrize(
-    "rounding, dtype", [("nearest", torch.float32), ("stochastic", torch.bfloat16), ("residual", torch.bfloat16)]
+    "rounding, dtype",
+    [("nearest", torch.float32), ("stochastic", torch.bfloat16), ("residual", torch.bfloat16)],
 )
 @pytest.mark.parametrize("kind", ["transposed", "columns", "one more"])
 @pytest.mark.parametrize("which", [*ONE_EACH, "tezo_adam_corrected"])
-def test_a_matrix_that_is_not_contiguous(which: str, kind: str, rounding: str, dtype: torch.dtype, monkeypatch) -> None:
-    """The update is that of the same matrix, contiguous: no weight has moved before another is refused. In tiles, too."""
+def test_a_matrix_that_is_not_contiguous(
+    which: str, kind: str, rounding: str, dtype: torch.dtype, monkeypatch
+) -> None:
+    """The update is that of the same matrix, contiguous: no weight has moved before another is refused. In
+    tiles, too."""
     if which == "pgap" and dtype != torch.float32:
         pytest.skip("its probes are read to rounding, and the products of other strides differ")
     monkeypatch.setattr("zokern.rule.adam.TILE", 70)  # two rows
 
     def run(kind: str) -> list[Tensor]:
-        named = [(name, torch.empty_strided(t.shape, t.stride(), dtype=dtype).copy_(t)) for name, t in trained(kind)]
+        named = [
+            (name, torch.empty_strided(t.shape, t.stride(), dtype=dtype).copy_(t))
+            for name, t in trained(kind)
+        ]
         for _, tensor in named:
             tensor.requires_grad_()
         (_, a), (_, b), (_, c) = named
@@ -85,7 +96,7 @@ def test_another_place_of_a_tile_is_seen(monkeypatch) -> None:
         test_a_matrix_that_is_not_contiguous("tezo_adam", "transposed", "nearest", torch.float32, monkeypatch)
 
 
-# A decay that waits ---------------------------------------------------------------------------------------------------------------------
+# A decay that waits -----------------------------------------------------------------------------------------
 
 
 def product(dtype: torch.dtype, shrink: float, transposed: bool, cast: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,7 +111,10 @@ def product(dtype: torch.dtype, shrink: float, transposed: bool, cast: bool) -> 
         y = factored_linear(get("reference"), Weight(matrix, Span(0), transposed, shrink), sides)
     wide = torch.cat(xs).to(dtype).double() @ weight.to(dtype).double().t() * shrink
     thin = torch.cat(
-        [x.double() @ part.first.double().t() @ middle.double() @ part.last.double().t() for x, middle in zip(xs, part.middles)]
+        [
+            x.double() @ part.first.double().t() @ middle.double() @ part.last.double().t()
+            for x, middle in zip(xs, part.middles)
+        ]
     )
     assert y.dtype == dtype
     return y.double(), wide + thin + bias.double(), wide
@@ -110,13 +124,16 @@ def product(dtype: torch.dtype, shrink: float, transposed: bool, cast: bool) -> 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shrink", [0.999, 0.996, 0.5])
-def test_a_decay_that_waits_is_read_as_it_is(shrink: float, dtype: torch.dtype, transposed: bool, cast: bool, by_tiles) -> None:
+def test_a_decay_that_waits_is_read_as_it_is(
+    shrink: float, dtype: torch.dtype, transposed: bool, cast: bool, by_tiles
+) -> None:
     """A result is rounded once, and decays of far less than a rounding are in it on the average."""
     y, exact, wide = product(dtype, shrink, transposed, cast)
     half = exact.abs() * 2.0 ** -(8 if dtype == torch.bfloat16 else 11)
     assert ((y - exact).abs() <= half * 1.001 + 1e-5).all()
     factor = float(((y - exact + wide) * wide).sum() / (wide * wide).sum()) * shrink
-    assert abs(factor - shrink) < 2e-4  # about ten standard deviations; a decay of 0.999 in 16 bits was off by 1e-3
+    # about ten standard deviations; a decay of 0.999 in 16 bits was off by 1e-3
+    assert abs(factor - shrink) < 2e-4
 
 
 def test_a_decay_multiplied_into_16_bits_is_seen(monkeypatch, by_tiles) -> None:
@@ -139,7 +156,7 @@ def test_a_wide_product_is_one_of_float32(few: bool, monkeypatch) -> None:
     assert found.dtype == torch.float32 and (found - exact).abs().max() < 1e-4
 
 
-# Low bits of a slice of columns ---------------------------------------------------------------------------------------------------------
+# Low bits of a slice of columns -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -23,7 +23,10 @@ STEPS = 9
 
 def weights(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
     generator = torch.Generator().manual_seed(3)
-    return {name: nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for name, shape in SHAPES.items()}
+    return {
+        name: nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
+        for name, shape in SHAPES.items()
+    }
 
 
 def given(params: dict[str, nn.Parameter]) -> Callable[[], float]:
@@ -33,7 +36,9 @@ def given(params: dict[str, nn.Parameter]) -> Callable[[], float]:
     return lambda: 0.0 * float(sum(p.sum() for p in params.values())) + 1.0 + 0.01 * next(numbers)
 
 
-def run(rule: Any, dtype: torch.dtype = torch.float32, save_at: int | None = None, **options: Any) -> dict[str, nn.Parameter]:
+def run(
+    rule: Any, dtype: torch.dtype = torch.float32, save_at: int | None = None, **options: Any
+) -> dict[str, nn.Parameter]:
     """A run with another lr, a step that is skipped, a parameter that is frozen for a while, and one that
     joins."""
     params = weights(dtype)
@@ -41,7 +46,15 @@ def run(rule: Any, dtype: torch.dtype = torch.float32, save_at: int | None = Non
     late, first = dict(list(params.items())[3:]), dict(list(params.items())[:3])
 
     def make() -> Any:
-        return zokern.MeZO(list(first.items()), lr=0.02, weight_decay=0.1, rule=copy.deepcopy(rule), seed=4, **alone, **options)
+        return zokern.MeZO(
+            list(first.items()),
+            lr=0.02,
+            weight_decay=0.1,
+            rule=copy.deepcopy(rule),
+            seed=4,
+            **alone,
+            **options,
+        )
 
     optimizer, closure, joined = make(), given(params), False
     for step in range(STEPS):
@@ -68,7 +81,11 @@ def as_adam(kind: type, **options: Any) -> Any:
 
 
 CASES: dict[str, tuple[Any, Callable[..., Any], type]] = {
-    "momentum": (zokern.Momentum(0.7, 0.0), lambda kind: kind(0.7, STEPS, average=False), zokern.WindowMomentum),
+    "momentum": (
+        zokern.Momentum(0.7, 0.0),
+        lambda kind: kind(0.7, STEPS, average=False),
+        zokern.WindowMomentum,
+    ),
     "adam": (zokern.Adam((0.6, 0.8), 1e-3, bias_correction=False), as_adam, zokern.WindowAdam),
 }
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -161,7 +178,9 @@ def test_without_lr_no_bit_moves_and_the_window_does(rule: str, dtype: torch.dty
     params["head"].data.fill_(-0.0)
     before = {name: p.detach().clone() for name, p in params.items()}
     options = {"evaluation": "master", "paired_check": None, "force": True, "rounding": rounding}
-    optimizer = zokern.MeZO(list(params.items()), lr=0.0, eps=0.05, weight_decay=0.1, rule=RULES[rule](), **options)
+    optimizer = zokern.MeZO(
+        list(params.items()), lr=0.0, eps=0.05, weight_decay=0.1, rule=RULES[rule](), **options
+    )
     for _ in range(5):
         zokern.step(optimizer, lambda: sum((p.float() - 1.0).square().sum() for p in params.values()))
     assert all(same_bits(before[name], p) for name, p in params.items())
@@ -171,9 +190,14 @@ def test_without_lr_no_bit_moves_and_the_window_does(rule: str, dtype: torch.dty
 def test_a_window_is_numbers_and_one_list_for_all_parameters() -> None:
     params = weights()
     optimizer = zokern.AdaMeZO(list(params.items()), window=3, queries=2, seed=9, evaluation="master")
-    results = [zokern.step(optimizer, lambda: sum((p - 1.0).square().sum() for p in params.values())) for _ in range(5)]
+    results = [
+        zokern.step(optimizer, lambda: sum((p - 1.0).square().sum() for p in params.values()))
+        for _ in range(5)
+    ]
     windows = [optimizer.state[p]["window"] for p in params.values()]
-    assert len({id(window) for window in windows}) == 1 and all(set(optimizer.state[p]) == {"window"} for p in params.values())
+    assert len({id(window) for window in windows}) == 1 and all(
+        set(optimizer.state[p]) == {"window"} for p in params.values()
+    )
     want = [[[r.step, k, -c / 2] for k, c in enumerate(r.coefficients)] for r in results[2:]]
     assert windows[0] == want
 
@@ -197,17 +221,22 @@ def test_another_window_is_refused_by_name(window: Any) -> None:
     before = {name: p.detach().clone() for name, p in params.items()}
     optimizer.state[params["layers.1.up"]]["window"] = window
     with pytest.raises(
-        ValueError, match=r"state 'window' of parameter 'layers.1.up' is .*expected a list of updates.*del optimizer.state"
+        ValueError,
+        match=r"state 'window' of parameter 'layers.1.up' is .*expected a list of updates.*del optimizer.state",
     ):
         zokern.step(optimizer, lambda: sum((p - 1.0).square().sum() for p in params.values()))
     assert all(same_bits(before[name], p) for name, p in params.items())
 
 
 BAD = {
-    "beta": (lambda: zokern.WindowMomentum(1.0), "beta is 1.0"), "length": (lambda: zokern.WindowMomentum(length=0), "length is 0"),
-    "betas": (lambda: zokern.WindowAdam((0.9, 1.0)), "betas is"), "scale": (lambda: zokern.WindowAdam(scale=0.0), "scale is 0.0"),
-    "eps": (lambda: zokern.WindowAdam(eps=0.0), "adam_eps is 0.0"), "warmup": (lambda: zokern.WindowAdam(warmup=1), "warmup is 1"),
-    "low rank": (lambda: zokern.AdaMeZO(nn.Linear(4, 4), direction=Lazy(2)), "rule is 'window_adam' with direction .* a dense z"),
+    "beta": (lambda: zokern.WindowMomentum(1.0), "beta is 1.0"),
+    "length": (lambda: zokern.WindowMomentum(length=0), "length is 0"),
+    "betas": (lambda: zokern.WindowAdam((0.9, 1.0)), "betas is"),
+    "scale": (lambda: zokern.WindowAdam(scale=0.0), "scale is 0.0"),
+    "eps": (lambda: zokern.WindowAdam(eps=0.0), "adam_eps is 0.0"),
+    "warmup": (lambda: zokern.WindowAdam(warmup=1), "warmup is 1"),
+    "low rank": (lambda: zokern.AdaMeZO(nn.Linear(4, 4), direction=Lazy(2)),
+        "rule is 'window_adam' with direction .* a dense z"),
 }  # fmt: skip
 
 
@@ -233,7 +262,9 @@ def test_weights_with_gaps_take_the_same_bits(rule: str) -> None:
     ends: list[dict[str, Tensor]] = []
     for make in (dict, gapped):
         params = make(weights())
-        optimizer = zokern.MeZO(list(params.items()), lr=0.01, rule=RULES[rule](), evaluation="master", paired_check=None)
+        optimizer = zokern.MeZO(
+            list(params.items()), lr=0.01, rule=RULES[rule](), evaluation="master", paired_check=None
+        )
         closure = given(params)
         for _ in range(5):
             zokern.step(optimizer, closure)

@@ -1,7 +1,9 @@
-"""Nothing here depends on the process's default dtype or default device: no tensor is made in the one or on the other.
+"""Nothing here depends on the process's default dtype or default device: no tensor is made in the one or on
+the other.
 
-A library that calls torch.zeros(n) makes bfloat16 under torch.set_default_dtype(torch.bfloat16) and nothing at all under
-torch.set_default_device("meta"). Kernels take addresses, and read what they find there as float32.
+A library that calls torch.zeros(n) makes bfloat16 under torch.set_default_dtype(torch.bfloat16) and nothing
+at all under torch.set_default_device("meta"). Kernels take addresses, and read what they find there as
+float32.
 """
 
 from __future__ import annotations
@@ -31,13 +33,17 @@ from zokern.rule import renew
 ROOT = Path(__file__).parents[2]
 # What torch.set_default_dtype or torch.set_default_device decides, where a call does not.
 FACTORIES = frozenset(
-    "empty empty_strided empty_permuted zeros ones full eye tensor as_tensor asarray scalar_tensor arange range linspace logspace rand randn "
-    "randint randperm normal tril_indices triu_indices complex bartlett_window blackman_window hamming_window hann_window kaiser_window "
+    "empty empty_strided empty_permuted zeros ones full eye tensor as_tensor asarray scalar_tensor arange "
+    "range linspace logspace rand randn "
+    "randint randperm normal tril_indices triu_indices complex bartlett_window blackman_window "
+    "hamming_window hann_window kaiser_window "
     "sparse_coo_tensor sparse_csr_tensor".split()
 )
-OLD = frozenset("Tensor FloatTensor DoubleTensor HalfTensor BFloat16Tensor IntTensor LongTensor BoolTensor ByteTensor".split())
+OLD = frozenset(
+    "Tensor FloatTensor DoubleTensor HalfTensor BFloat16Tensor IntTensor LongTensor BoolTensor ByteTensor".split()
+)
 
-# The source -----------------------------------------------------------------------------------------------------------------------
+# The source -------------------------------------------------------------------------------------------------
 
 
 def undecided(source: str) -> list[str]:
@@ -67,7 +73,8 @@ def test_no_tensor_is_made_by_default() -> None:
 
 
 @pytest.mark.parametrize("call", [
-    "torch.zeros(3)", "torch.zeros(3, dtype=torch.int64)", "torch.empty((2, 3), device=d)", "torch.tensor([1.0])", "torch.Generator()",
+    "torch.zeros(3)", "torch.zeros(3, dtype=torch.int64)", "torch.empty((2, 3), device=d)",
+    "torch.tensor([1.0])", "torch.Generator()",
     "torch.as_tensor(x, dtype=torch.float64)", "torch.FloatTensor(3)", "torch.arange(n)",
 ])  # fmt: skip
 def test_a_factory_that_leaves_it_open_is_found(call: str) -> None:
@@ -77,7 +84,7 @@ def test_a_factory_that_leaves_it_open_is_found(call: str) -> None:
     )
 
 
-# The verbs, the parts and the methods under other defaults --------------------------------------------------------------------------
+# The verbs, the parts and the methods under other defaults --------------------------------------------------
 
 CPU = {"device": torch.device("cpu")}
 FLOAT = {"dtype": torch.float32, **CPU}
@@ -113,20 +120,47 @@ def verbs(backend: str) -> Iterator[Any]:
             w = data(12, 10, dtype=dtype)
             yield (
                 zokern.axpy_(
-                    w, direction, draws=[(1, 0), (2, 1)], coeffs=[0.1, 0.2], decay=0.9, rounding="stochastic", **names
+                    w,
+                    direction,
+                    draws=[(1, 0), (2, 1)],
+                    coeffs=[0.1, 0.2],
+                    decay=0.9,
+                    rounding="stochastic",
+                    **names,
                 ),
                 w,
             )
             yield zokern.perturb(data(12, 10, dtype=dtype), direction, step=1, scales=[1e-3, -1e-3], **names)
     low = torch.zeros(12, 10, dtype=torch.int16, **CPU)
     w = data(12, 10, dtype=torch.bfloat16)
-    yield zokern.axpy_(w, "normal", draws=[(1, 0)], coeffs=[0.1], rounding="residual", residuals=low, **names), w, low
-    yield zokern.lowrank_(w, data(12, 3), data(10, 4), core=data(3, 4), rounding="residual", residuals=low, **names), w, low
+    yield (
+        zokern.axpy_(w, "normal", draws=[(1, 0)], coeffs=[0.1], rounding="residual", residuals=low, **names),
+        w,
+        low,
+    )
+    yield (
+        zokern.lowrank_(
+            w, data(12, 3), data(10, 4), core=data(3, 4), rounding="residual", residuals=low, **names
+        ),
+        w,
+        low,
+    )
     for core in (None, data(3)):
-        yield zokern.lowrank_(w, data(12, 3), data(10, 3), core=core, scale=0.1, decay=0.9, who="w", backend=backend), w
+        yield (
+            zokern.lowrank_(
+                w, data(12, 3), data(10, 3), core=core, scale=0.1, decay=0.9, who="w", backend=backend
+            ),
+            w,
+        )
     states = [torch.zeros(12, 10, **FLOAT) for _ in range(2)]
     scalars = zokern.Adam().scalars(0.1, 0.99, 2)
-    yield zokern.update_(w, "normal", "adam", draws=[(1, 0)], coeffs=[0.5], states=states, scalars=scalars, **names), w, states
+    yield (
+        zokern.update_(
+            w, "normal", "adam", draws=[(1, 0)], coeffs=[0.5], states=states, scalars=scalars, **names
+        ),
+        w,
+        states,
+    )
     yield zokern.philox4x32([[1, 2, 3, 4]], [5, 6], backend=backend)
     for dtype in (torch.float32, torch.bfloat16):
         weight, x, b = data(12, 10, dtype=dtype), data(4, 10, dtype=dtype), data(12, dtype=dtype)
@@ -146,7 +180,9 @@ def test_every_verb(elsewhere, both_products) -> None:
 
 def normals(matrices, shapes, step: int, draw: int) -> list[Tensor]:
     outs = [torch.empty(shape, **FLOAT) for shape in shapes]
-    get("cpu").draw(Batch(outs, [Span(matrix.who) for matrix in matrices]), Noise(Normal(), 3, [(step, draw)]))
+    get("cpu").draw(
+        Batch(outs, [Span(matrix.who) for matrix in matrices]), Noise(Normal(), 3, [(step, draw)])
+    )
     return outs
 
 
@@ -173,7 +209,8 @@ def drawn(factored) -> Iterator[Any]:
 
 
 def stepped(rule, factored) -> Iterator[Any]:
-    """Two updates by a rule: of dense parameters, or of matrices whose updates wait, over a change of the basis."""
+    """Two updates by a rule: of dense parameters, or of matrices whose updates wait, over a change of the
+    basis."""
     tensors = [data(12, 10), data(12, 10, seed=2)]
     found = None if factored is None else matrices(factored.rank)
     group = OnOurs(["a", "b"], tensors, [Span(0), Span(1)], None, 1e-3, {}, get("cpu"), found)
@@ -198,7 +235,9 @@ def estimated() -> Iterator[Any]:
     class Given:
         def losses(self, points, scope=None):
             return torch.tensor(
-                [1.0 + sum((1 + word) * a for word, a in p.terms) for p in points], dtype=torch.float64, device="cpu"
+                [1.0 + sum((1 + word) * a for word, a in p.terms) for p in points],
+                dtype=torch.float64,
+                device="cpu",
             )
 
     for name in ("Spsa", "Spread", "Sign", "Kernel", "Conservative", "Blockwise", "Bayesian"):
@@ -224,7 +263,9 @@ def parts() -> Iterator[Any]:
         thin = Thin([0, 1], data(3, 10), data(2, 3, 3), data(12, 3))
         xs, weight = [data(4, 10, dtype=dtype), data(5, 10, dtype=dtype)], data(12, 10, dtype=dtype)
         for biases in ([None, None], [data(12, dtype=dtype)] * 2):
-            yield gemm.factored_linear(get("reference"), Weight(weight, Span(0), shrink=0.99), Sides(xs, biases, thins=[thin]))
+            yield gemm.factored_linear(
+                get("reference"), Weight(weight, Span(0), shrink=0.99), Sides(xs, biases, thins=[thin])
+            )
     model = nn.Linear(10, 12, **FLOAT)
     with torch.no_grad():
         model.weight.copy_(data(12, 10))
@@ -242,7 +283,10 @@ HERE: dict[str, Callable[[Any], Any]] = {
     "mezo_residual": lambda model: zokern.MeZO(model, lr=1e-3, eps=0.1, rounding="residual"),
     "mezo_momentum": lambda model: zokern.MeZO(model, lr=1e-3, rule=zokern.Momentum()),
     "mezo_adam": lambda model: zokern.MeZO(model, lr=1e-3, rule=zokern.Adam()),
-    **{f"mezo_{way}": partial(zokern.MeZO, lr=1e-3, evaluation=way) for way in ("master", "paired", "scratch", "inplace")},
+    **{
+        f"mezo_{way}": partial(zokern.MeZO, lr=1e-3, evaluation=way)
+        for way in ("master", "paired", "scratch", "inplace")
+    },
     **{name: METHODS[name] for name in ("fzoo", "subzero", "lozo_m", "tezo_adam", "pgap", "FGD", "Addax")},
 }
 
@@ -251,7 +295,9 @@ HERE: dict[str, Callable[[Any], Any]] = {
 def test_methods_and_evaluations(which: str, elsewhere) -> None:
     def run() -> tuple:
         dtype = torch.bfloat16 if which == "mezo_residual" else torch.float32
-        model = nn.Sequential(nn.Linear(10, 12, dtype=dtype, **CPU), nn.Tanh(), nn.Linear(12, 4, dtype=dtype, **CPU))
+        model = nn.Sequential(
+            nn.Linear(10, 12, dtype=dtype, **CPU), nn.Tanh(), nn.Linear(12, 4, dtype=dtype, **CPU)
+        )
         with torch.no_grad():
             for i, parameter in enumerate(model.parameters()):
                 parameter.copy_(data(*parameter.shape, seed=i))

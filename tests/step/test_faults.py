@@ -1,4 +1,5 @@
-"""Faults and bad inputs, one test a row of the table of faults: refused before a weight is touched, or survived with nothing lost."""
+"""Faults and bad inputs, one test a row of the table of faults: refused before a weight is touched, or
+survived with nothing lost."""
 
 from __future__ import annotations
 
@@ -33,15 +34,19 @@ def two_layers(dtype: torch.dtype = torch.float32) -> nn.Sequential:
 
 
 def told(evaluation: str = "master") -> dict:
-    """Options for a closure that returns given losses, one at a reading: none is read twice or for a comparison."""
-    return {"evaluation": zokern.Scratch(check=False) if evaluation == "scratch" else evaluation, "paired_check": None}
+    """Options for a closure that returns given losses, one at a reading: none is read twice or for a
+    comparison."""
+    return {
+        "evaluation": zokern.Scratch(check=False) if evaluation == "scratch" else evaluation,
+        "paired_check": None,
+    }
 
 
 def step_on(model: nn.Module, closure: Callable | None = None, **options) -> zokern.StepResult:
     return zokern.step(zokern.MeZO(model, **options), closure or (lambda: model(X).square().mean()))
 
 
-# Which tensors --------------------------------------------------------------------------------------------------------------------
+# Which tensors ----------------------------------------------------------------------------------------------
 
 
 def test_row_01_parameter_in_two_modules() -> None:
@@ -51,12 +56,15 @@ def test_row_01_parameter_in_two_modules() -> None:
     seen = []
     optimizer = zokern.MeZO(model, lr=1.0, eps=1e-2, seed=1)
     before = model[0].weight.detach().clone()
-    result = zokern.step(optimizer, lambda: (seen.append((model[0].weight + 0, model.again.weight + 0)), model[:3](X).sum())[1])
+    result = zokern.step(
+        optimizer, lambda: (seen.append((model[0].weight + 0, model.again.weight + 0)), model[:3](X).sum())[1]
+    )
     z = oracle.z("0.weight", before, 1)
     for sign, (first, second) in zip((1, -1), seen):
         assert same_bits(first, second)
         assert torch.allclose(first - before, sign * 1e-2 * z, atol=1e-6)
-    oracle.check_update("0.weight", before, model[0].weight, 1, 0, [-result.coefficients[0]])  # once, not twice
+    # once, not twice
+    oracle.check_update("0.weight", before, model[0].weight, 1, 0, [-result.coefficients[0]])
 
 
 def test_row_02_two_parameters_on_one_storage() -> None:
@@ -66,7 +74,10 @@ def test_row_02_two_parameters_on_one_storage() -> None:
     before = model[0].weight.detach().clone()
     result = step_on(
         model,
-        lambda: (seen.append((model[0].weight + 0, model.second + 0)), model[:3](X).sum() + model.second.sum())[1],
+        lambda: (
+            seen.append((model[0].weight + 0, model.second + 0)),
+            model[:3](X).sum() + model.second.sum(),
+        )[1],
         lr=1.0,
     )
     assert all(same_bits(a, b) for a, b in seen)
@@ -83,7 +94,9 @@ def test_row_02_two_parameters_on_one_storage() -> None:
     step_on(columns, lambda: (columns.a + columns.b).sum())
 
 
-@pytest.mark.parametrize("source", [lambda m: m, lambda m: list(m.named_parameters()), lambda m: [{"params": [m.a, m.b]}]])
+@pytest.mark.parametrize(
+    "source", [lambda m: m, lambda m: list(m.named_parameters()), lambda m: [{"params": [m.a, m.b]}]]
+)
 def test_row_02_tie_without_the_module(source: Callable) -> None:
     """The other tensor object of the same elements is perturbed too, whatever the optimizer was given."""
     model, seen = nn.Module(), []
@@ -91,7 +104,10 @@ def test_row_02_tie_without_the_module(source: Callable) -> None:
     model.b = nn.Parameter(model.a.data)
     zokern.step(
         zokern.MeZO(source(model), lr=0.0, **told("scratch")),
-        lambda: (seen.append((model.a + 0, model.b + 0)), nn.functional.linear(X @ model.a, model.b).square().mean())[1],
+        lambda: (
+            seen.append((model.a + 0, model.b + 0)),
+            nn.functional.linear(X @ model.a, model.b).square().mean(),
+        )[1],
     )
     assert len(seen) == 2 and all(same_bits(a, b) for a, b in seen)
 
@@ -124,7 +140,14 @@ def test_row_02_tie_that_is_cut_later() -> None:
     optimizer = zokern.MeZO(both)
     zokern.step(optimizer, lambda: (both["a"] + both["b"]).sum())
     both["b"].data = both["a"].data
-    refuse(both, lambda: zokern.step(optimizer, lambda: (both["a"] + both["b"]).sum()), ValueError, "'a'", "'b'", "clone")
+    refuse(
+        both,
+        lambda: zokern.step(optimizer, lambda: (both["a"] + both["b"]).sum()),
+        ValueError,
+        "'a'",
+        "'b'",
+        "clone",
+    )
 
 
 def test_row_03_expanded_parameter() -> None:
@@ -134,16 +157,23 @@ def test_row_03_expanded_parameter() -> None:
 
 
 OTHER_MEMORY = {
-    "expanded": (lambda m: setattr(m[0].weight, "data", torch.ones(1, 6).expand(5, 6)), ("'0.weight'", ".clone()")),
+    "expanded": (
+        lambda m: setattr(m[0].weight, "data", torch.ones(1, 6).expand(5, 6)),
+        ("'0.weight'", ".clone()"),
+    ),
     "double": (lambda m: m.double(), ("'0.weight'", "float64", "float32, bfloat16 or float16", "cast")),
-    "shared": (lambda m: setattr(m[2].weight, "data", m[0].weight.data[:1, :5]), ("'0.weight'", "'2.weight'", "overlap")),
+    "shared": (
+        lambda m: setattr(m[2].weight, "data", m[0].weight.data[:1, :5]),
+        ("'0.weight'", "'2.weight'", "overlap"),
+    ),
 }
 
 
 @pytest.mark.parametrize("change", OTHER_MEMORY)
 @pytest.mark.parametrize("source", [lambda m: m, lambda m: list(m.named_parameters())])
 def test_rows_02_03_14_parameter_that_becomes_other_memory(source: Callable, change: str) -> None:
-    """Under the same Parameter: what was refused when the optimizer was built is refused at the next step, and after it."""
+    """Under the same Parameter: what was refused when the optimizer was built is refused at the next step,
+    and after it."""
     model = two_layers()
     optimizer = zokern.MeZO(source(model), lr=0.1)
 
@@ -172,11 +202,15 @@ def test_row_18_weights_replaced_while_updates_wait() -> None:
 
 def test_row_04_any_memory_layout_has_the_same_z() -> None:
     for order in itertools.permutations(range(3)):
-        p = torch.zeros(torch.Size([(3, 4, 5)[i] for i in order])).permute(*[order.index(i) for i in range(3)])
+        p = torch.zeros(torch.Size([(3, 4, 5)[i] for i in order])).permute(
+            *[order.index(i) for i in range(3)]
+        )
         assert p.shape == (3, 4, 5)
         model = nn.Module()
         model.w = nn.Parameter(p)
-        result = step_on(model, lambda model=model: (model.w * torch.arange(60.0).view(3, 4, 5)).sum(), lr=1.0, seed=1)
+        result = step_on(
+            model, lambda model=model: (model.w * torch.arange(60.0).view(3, 4, 5)).sum(), lr=1.0, seed=1
+        )
         oracle.check_update("w", torch.zeros(3, 4, 5), model.w.contiguous(), 1, 0, [-result.coefficients[0]])
 
 
@@ -215,19 +249,25 @@ def test_row_07_scalar_parameter() -> None:
 @pytest.mark.parametrize("base", [2**31 - 32, 2**31 + 3, 2**32 - 32, 2**32 + 5, 2**33, 2**35 - 64])
 @pytest.mark.parametrize("direction", ["normal", "rademacher"])
 def test_row_08_element_numbers_beyond_32_bits(base: int, direction: str) -> None:
-    """By a virtual offset: 64 elements that begin at a number that no tensor here reaches, against the block function itself."""
+    """By a virtual offset: 64 elements that begin at a number that no tensor here reaches, against the block
+    function itself."""
     from zokern.directions import resolve
 
     kind = resolve(direction)
     block = torch.arange(base // kind.per_block, (base + 63) // kind.per_block + 1)
-    counters = torch.stack([block, torch.full_like(block, 77), torch.full_like(block, 5), torch.zeros_like(block)], dim=-1)
+    counters = torch.stack(
+        [block, torch.full_like(block, 77), torch.full_like(block, 5), torch.zeros_like(block)], dim=-1
+    )
     words = zokern.philox4x32(counters, (9, 0))
     values = kind.values(words).flatten()[base % kind.per_block :][:64]
     assert same_bits(zokern.draw(direction, (64,), seed=9, who=77, step=5, first=base), values)
     weight = torch.zeros(64)
     zokern.axpy_(weight, direction, seed=9, who=77, draws=[(5, 0)], coeffs=[1.0], first=base)
     assert same_bits(weight, values)
-    assert same_bits(zokern.perturb(torch.zeros(64), direction, seed=9, who=77, step=5, scales=[1.0], first=base)[0][0], values)
+    assert same_bits(
+        zokern.perturb(torch.zeros(64), direction, seed=9, who=77, step=5, scales=[1.0], first=base)[0][0],
+        values,
+    )
     wrapped = zokern.draw(direction, (64,), seed=9, who=77, step=5, first=base % 2**31)
     assert base < 2**31 or not same_bits(wrapped, values)  # a 32-bit index would be seen
     with pytest.raises(ValueError, match="2\\*\\*35"):
@@ -261,19 +301,27 @@ def test_row_10_misaligned_parameter(offset: int, dtype: torch.dtype) -> None:
 
 
 def test_row_11_z_is_independent_of_the_device() -> None:
-    """z is a function of names: the groups that a step makes by device do not enter. Two real devices need a GPU."""
+    """z is a function of names: the groups that a step makes by device do not enter. Two real devices need a
+    GPU."""
     z = zokern.draw("normal", (65,), seed=1, who="w", step=3)
     assert same_bits(z, zokern.draw("normal", (65,), seed=1, who="w", step=3, backend="reference"))
     with pytest.raises(ValueError, match="tensors\\[1\\] is on meta.*one device"):
         zokern.axpy_(
-            [torch.ones(2), torch.ones(2, device="meta")], "normal", seed=1, who=["a", "b"], draws=[(0, 0)], coeffs=[1.0]
+            [torch.ones(2), torch.ones(2, device="meta")],
+            "normal",
+            seed=1,
+            who=["a", "b"],
+            draws=[(0, 0)],
+            coeffs=[1.0],
         )
     if not torch.cuda.is_available():
         pytest.skip("the CPU part passed; a model split over two devices needs a GPU")
     model = two_layers()
     reference = step_on(model, lr=0.0, seed=2).coefficients[0]
     model[2].to("cuda")
-    split = step_on(model, lambda: model[2](model[:2](X).cuda()).square().mean(), lr=0.0, seed=2).coefficients[0]
+    split = step_on(
+        model, lambda: model[2](model[:2](X).cuda()).square().mean(), lr=0.0, seed=2
+    ).coefficients[0]
     assert abs(split - reference) < 1e-3
 
 
@@ -288,10 +336,17 @@ def test_row_13_mixed_dtypes_share_z() -> None:
     model = nn.Module()
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         model.w = nn.Parameter(torch.zeros(33, dtype=dtype))
-        model.other = nn.Parameter(torch.zeros(5, dtype=torch.float16 if dtype == torch.float32 else torch.float32))
+        model.other = nn.Parameter(
+            torch.zeros(5, dtype=torch.float16 if dtype == torch.float32 else torch.float32)
+        )
         losses = iter([1.0, 0.0])  # coefficient 1 at eps 1/2
         step_on(
-            model, lambda losses=losses: (model.w.sum() + model.other.sum(), next(losses))[1], lr=1.0, eps=0.5, seed=4, **told()
+            model,
+            lambda losses=losses: (model.w.sum() + model.other.sum(), next(losses))[1],
+            lr=1.0,
+            eps=0.5,
+            seed=4,
+            **told(),
         )
         assert same_bits(model.w, (-oracle.z("w", model.w, 4)).to(dtype)), dtype
 
@@ -299,10 +354,21 @@ def test_row_13_mixed_dtypes_share_z() -> None:
 def test_row_14_float64_parameter() -> None:
     model = two_layers()
     model.wide = nn.Parameter(torch.ones(3, dtype=torch.float64))
-    refuse(model, lambda: zokern.MeZO(model), ValueError, "'wide'", "float64", "float32, bfloat16 or float16", "cast", "freeze")
+    refuse(
+        model,
+        lambda: zokern.MeZO(model),
+        ValueError,
+        "'wide'",
+        "float64",
+        "float32, bfloat16 or float16",
+        "cast",
+        "freeze",
+    )
 
 
-@pytest.mark.parametrize("source", [lambda m: m, lambda m: m.named_parameters(), lambda m: [{"params": list(m.parameters())}]])
+@pytest.mark.parametrize(
+    "source", [lambda m: m, lambda m: m.named_parameters(), lambda m: [{"params": list(m.parameters())}]]
+)
 def test_row_15_frozen_quantised_parameters_are_skipped(source: Callable) -> None:
     model = two_layers()
     for dtype in (torch.float8_e4m3fn, torch.int8, torch.uint8):
@@ -374,7 +440,13 @@ def test_row_18_parameter_added_removed_or_replaced() -> None:
             optimizer = zokern.MeZO(model, lr=0.1, evaluation=evaluation)
             zokern.step(optimizer, lambda model=model: model(X).mean())
             change(model)
-            refuse(model, lambda o=optimizer, m=model: zokern.step(o, lambda: m(X).mean()), RuntimeError, word, "optimizer")
+            refuse(
+                model,
+                lambda o=optimizer, m=model: zokern.step(o, lambda: m(X).mean()),
+                RuntimeError,
+                word,
+                "optimizer",
+            )
         if change is not add:
             model = two_layers()  # inside the closure
             optimizer = zokern.MeZO(model, lr=0.1)
@@ -396,7 +468,8 @@ GIVEN = {  # ways to give an optimizer a model's parameters without the model
 @pytest.mark.parametrize("evaluation", EXACT_OR_NOT)
 @pytest.mark.parametrize("given", GIVEN)
 def test_row_18_without_the_model(given: str, evaluation: str) -> None:
-    """The first step finds the modules that hold the parameters, and what is replaced in them later is refused."""
+    """The first step finds the modules that hold the parameters, and what is replaced in them later is
+    refused."""
     changes: dict[str, Callable] = {
         "replaced": lambda model: setattr(model[0], "weight", nn.Parameter(torch.ones(5, 6))),
         "removed": lambda model: delattr(model[0], "weight"),
@@ -409,13 +482,16 @@ def test_row_18_without_the_model(given: str, evaluation: str) -> None:
         zokern.step(optimizer, lambda model=model: model(X).mean())
         before = {name: p.detach().clone() for name, p in old.items()}
         change(model)
-        with pytest.raises(RuntimeError, match="parameter .* was (replaced|removed) after .*build a new optimizer"):
+        with pytest.raises(
+            RuntimeError, match="parameter .* was (replaced|removed) after .*build a new optimizer"
+        ):
             zokern.step(optimizer, lambda model=model: model(X).mean())
         assert all(same_bits(p, before[name]) for name, p in old.items()), what
 
 
 def test_row_18_without_the_model_wrappers_come_and_go() -> None:
-    """A module around the model, then another, and a model that is taken out of a container: all are the model that was found."""
+    """A module around the model, then another, and a model that is taken out of a container: all are the
+    model that was found."""
     model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5)).train()
     container = nn.ModuleList([two_layers(), model])
     optimizer = zokern.MeZO(model.named_parameters(), lr=0.1)
@@ -471,12 +547,17 @@ def test_lazy_proxies_are_left_alone() -> None:
 
 
 WRITES = {
-    "add_": lambda p: p.add_(1.0), "iadd": lambda p: p.__iadd__(1.0), "setitem": lambda p: p.__setitem__(0, 2.0),
-    "data_mul": lambda p: p.data.mul_(0.5), "data_assigned": lambda p: setattr(p, "data", torch.zeros_like(p)),
-    "detach": lambda p: p.detach().zero_(), "view": lambda p: p.view(-1)[0:2].fill_(3.0), "foreach": lambda p: torch._foreach_mul_([p], 0.5),
-    "init": lambda p: nn.init.normal_(p), "init_zeros": lambda p: nn.init.zeros_(p), "out": lambda p: torch.mul(X[:1, :1], 2.0, out=p),
+    "add_": lambda p: p.add_(1.0), "iadd": lambda p: p.__iadd__(1.0),
+    "setitem": lambda p: p.__setitem__(0, 2.0),
+    "data_mul": lambda p: p.data.mul_(0.5),
+    "data_assigned": lambda p: setattr(p, "data", torch.zeros_like(p)),
+    "detach": lambda p: p.detach().zero_(), "view": lambda p: p.view(-1)[0:2].fill_(3.0),
+    "foreach": lambda p: torch._foreach_mul_([p], 0.5),
+    "init": lambda p: nn.init.normal_(p), "init_zeros": lambda p: nn.init.zeros_(p),
+    "out": lambda p: torch.mul(X[:1, :1], 2.0, out=p),
     "copy_": lambda p: p.copy_(torch.zeros_like(p)), "row": lambda p: p[0].fill_(1.0),
-    "smaller": lambda p: setattr(p, "data", torch.zeros(2, 6)), "numpy": lambda p: p.detach().numpy().fill(0.5),
+    "smaller": lambda p: setattr(p, "data", torch.zeros(2, 6)),
+    "numpy": lambda p: p.detach().numpy().fill(0.5),
 }  # fmt: skip
 
 
@@ -508,7 +589,10 @@ def test_row_19_writes_in_place_are_noticed() -> None:
         model = two_layers()
         optimizer = zokern.MeZO(model, lr=0.1, evaluation="inplace")
         with pytest.raises((RuntimeError, TypeError)):
-            zokern.step(optimizer, lambda model=model, write=write: (WRITES[write](model[0].weight), model(X).mean())[1])
+            zokern.step(
+                optimizer,
+                lambda model=model, write=write: (WRITES[write](model[0].weight), model(X).mean())[1],
+            )
         assert optimizer.steps == 0
 
 
@@ -540,18 +624,22 @@ def test_row_20_batch_norm_statistics(given: str) -> None:
     for evaluation in EXACT_OR_NOT:
         model = build(lambda: nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 1))).train()
         statistics = {name: b.clone() for name, b in model.named_buffers()}
-        optimizer = zokern.MeZO(GIVEN.get(given, lambda model: model)(model), lr=0.1, evaluation=evaluation, queries=2)
+        optimizer = zokern.MeZO(
+            GIVEN.get(given, lambda model: model)(model), lr=0.1, evaluation=evaluation, queries=2
+        )
         for _ in range(3):
             zokern.step(optimizer, lambda model=model: model(X).square().mean())
             zokern.step(optimizer, lambda model=model: model.eval()(X).square().mean())
         assert all(module.training for module in model.modules()), evaluation
         assert all(same_bits(b, statistics[name]) for name, b in model.named_buffers()), evaluation
         model(X)
-        assert not same_bits(model[1].running_mean, statistics["1.running_mean"])  # and outside a step they do move
+        # and outside a step they do move
+        assert not same_bits(model[1].running_mean, statistics["1.running_mean"])
 
 
 class Buffers(nn.Module):
-    """Forward registers, deletes, fills or replaces buffers; those that it registers are computed from a weight."""
+    """Forward registers, deletes, fills or replaces buffers; those that it registers are computed from a
+    weight."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -562,7 +650,9 @@ class Buffers(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.how == "register" and not hasattr(self, "normed"):
-            self.register_buffer("normed", nn.functional.normalize(self.weight.detach(), dim=1), persistent=False)
+            self.register_buffer(
+                "normed", nn.functional.normalize(self.weight.detach(), dim=1), persistent=False
+            )
         elif self.how == "delete" and hasattr(self, "first"):
             del self.first
         elif self.how == "fill" and self.empty is None:
@@ -576,14 +666,21 @@ class Buffers(nn.Module):
 @pytest.mark.parametrize("evaluation", EXPLICIT)
 @pytest.mark.parametrize("how", ["register", "delete", "fill", "replace"])
 def test_row_20_registered_buffers(how: str, evaluation: str) -> None:
-    """Every reading finds the buffers of the start, and leaves them: nothing stays that was computed from theta + eps z."""
+    """Every reading finds the buffers of the start, and leaves them: nothing stays that was computed from
+    theta + eps z."""
     model = build(lambda: Buffers(how))
-    buffers, hidden, state = list(model._buffers.items()), set(model._non_persistent_buffers_set), list(model.state_dict())
+    buffers, hidden, state = (
+        list(model._buffers.items()),
+        set(model._non_persistent_buffers_set),
+        list(model.state_dict()),
+    )
     sides = []
     optimizer = zokern.MeZO(model, lr=0.0, evaluation=evaluation)
     result = zokern.step(optimizer, lambda: (sides.append(model(X).square().mean()), sides[-1])[1])
     now = list(model._buffers.items())
-    assert [name for name, _ in now] == [name for name, _ in buffers] and all(a is b for (_, a), (_, b) in zip(now, buffers))
+    assert [name for name, _ in now] == [name for name, _ in buffers] and all(
+        a is b for (_, a), (_, b) in zip(now, buffers)
+    )
     assert model._non_persistent_buffers_set == hidden and list(model.state_dict()) == state
     assert result.unseen == () and result.losses[0][0] != result.losses[0][1]
     assert result.evaluation == evaluation
@@ -596,15 +693,21 @@ def test_row_20_buffer_above_the_budget(evaluation: str) -> None:
     model.register_buffer("large", torch.zeros(isolation.BUDGET // 4 + 1))
     before = snapshot(model)
     optimizer = zokern.MeZO(model, lr=0.1, evaluation=evaluation)
-    with pytest.raises(RuntimeError, match=r"changed a buffer or attribute of shape \[1048577\].*4 MB.*eval mode"):
+    with pytest.raises(
+        RuntimeError, match=r"changed a buffer or attribute of shape \[1048577\].*4 MB.*eval mode"
+    ):
         zokern.step(optimizer, lambda: (model.large[:1].add_(1.0), model[:3](X).mean())[1])
     assert optimizer.steps == 0
-    assert all((p - before[n]).abs().max() <= (1e-6 if evaluation == "inplace" else 0.0) for n, p in model.named_parameters())
+    assert all(
+        (p - before[n]).abs().max() <= (1e-6 if evaluation == "inplace" else 0.0)
+        for n, p in model.named_parameters()
+    )
     zokern.step(optimizer, lambda: (model[:3](X) + model.large[0]).mean())
 
 
 def test_row_21_random_streams() -> None:
-    """The user's streams do not move; both sides see the same numbers (test_step.py measures the spread of dropout)."""
+    """The user's streams do not move; both sides see the same numbers (test_step.py measures the spread of
+    dropout)."""
     model, seen = two_layers(), []
 
     def closure():
@@ -618,7 +721,11 @@ def test_row_21_random_streams() -> None:
     for _ in range(2):
         seen.append([])
         zokern.step(optimizer, closure)
-    assert (torch.rand(2).tolist(), random.random(), np.random.rand()) == expected and torch.initial_seed() == 1
+    assert (
+        torch.rand(2).tolist(),
+        random.random(),
+        np.random.rand(),
+    ) == expected and torch.initial_seed() == 1
     assert all(s == step[0] for step in seen for s in step) and seen[0][0] != seen[1][0]
 
 
@@ -632,7 +739,9 @@ def test_rows_22_23_closure_that_is_not_repeatable(row: str, evaluation: str) ->
 
     optimizer = zokern.MeZO(model, lr=0.0, paired_check=3, evaluation=evaluation)
     before = snapshot(model)
-    with pytest.raises(RuntimeError, match="returned .* and then .* for the same weights.*outside the closure"):
+    with pytest.raises(
+        RuntimeError, match="returned .* and then .* for the same weights.*outside the closure"
+    ):
         zokern.step(optimizer, closure)
     assert all((p - before[name]).abs().max() < 1e-6 for name, p in model.named_parameters())
     optimizer = zokern.MeZO(model, lr=0.0, paired_check=3, evaluation=evaluation)
@@ -643,7 +752,9 @@ def test_rows_22_23_closure_that_is_not_repeatable(row: str, evaluation: str) ->
 
 
 @pytest.mark.parametrize("side", [0, 1])
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, torch.OutOfMemoryError, GeneratorExit])
+@pytest.mark.parametrize(
+    "error", [RuntimeError, KeyboardInterrupt, SystemExit, torch.OutOfMemoryError, GeneratorExit]
+)
 def test_row_24_exception_in_the_closure(error: type, side: int) -> None:
     model, calls = two_layers(), []
 
@@ -660,11 +771,13 @@ def test_row_24_exception_in_the_closure(error: type, side: int) -> None:
     assert torch.equal(torch.get_rng_state(), stream) and optimizer.steps == 0
 
 
-# Which losses ---------------------------------------------------------------------------------------------------------------------
+# Which losses -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("evaluation", EXACT_OR_NOT)
-@pytest.mark.parametrize("sides", [(1.0, float("nan")), (float("inf"), 1.0), (float("inf"), float("inf")), (float("nan"),) * 2])
+@pytest.mark.parametrize(
+    "sides", [(1.0, float("nan")), (float("inf"), 1.0), (float("inf"), float("inf")), (float("nan"),) * 2]
+)
 def test_row_28_loss_is_not_finite(sides: tuple, evaluation: str) -> None:
     model = two_layers()
     optimizer = zokern.MeZO(model, lr=0.1, max_skips=3, **told(evaluation))
@@ -672,7 +785,8 @@ def test_row_28_loss_is_not_finite(sides: tuple, evaluation: str) -> None:
 
     def unchanged() -> bool:
         return all(
-            (p - before[name]).abs().max() <= (1e-6 if evaluation == "inplace" else 0.0) for name, p in model.named_parameters()
+            (p - before[name]).abs().max() <= (1e-6 if evaluation == "inplace" else 0.0)
+            for name, p in model.named_parameters()
         )
 
     def bad():
@@ -681,7 +795,9 @@ def test_row_28_loss_is_not_finite(sides: tuple, evaluation: str) -> None:
 
     for step in range(2):
         result = bad()
-        assert result.skipped and result.step == step and repr(result.losses[0]) == repr(sides) and unchanged()
+        assert (
+            result.skipped and result.step == step and repr(result.losses[0]) == repr(sides) and unchanged()
+        )
     assert optimizer.guards.skips == 2
     with pytest.raises(RuntimeError, match="3 steps in a row.*no weight changed.*lower lr"):
         bad()
@@ -706,18 +822,25 @@ OVERFLOWS = {
 @pytest.mark.parametrize("evaluation", EXACT_OR_NOT)
 @pytest.mark.parametrize("case", OVERFLOWS)
 def test_row_29_overflow_of_finite_numbers(case: str, evaluation: str) -> None:
-    """In float64 or in the float32 of the kernels: a step that is skipped, as with a loss that is not finite."""
+    """In float64 or in the float32 of the kernels: a step that is skipped, as with a loss that is not
+    finite."""
     sides, options = OVERFLOWS[case]
     model, numbers = two_layers(), iter(sides)
     before = snapshot(model)
     given = {"weight_decay": 0.1, "lr": 0.1} | options
     groups: list[dict] | nn.Module = model
     if given.pop("later", False):
-        groups = [{"params": [("0.weight", model[0].weight)], "lr": 1e-30}, {"params": [("2.weight", model[2].weight)]}]
+        groups = [
+            {"params": [("0.weight", model[0].weight)], "lr": 1e-30},
+            {"params": [("2.weight", model[2].weight)]},
+        ]
     optimizer = zokern.MeZO(groups, **told(evaluation), **given)
     result = zokern.step(optimizer, lambda: (model(X), next(numbers))[1])
     assert result.skipped and optimizer.guards.skips == 1 and optimizer.steps == 1
-    assert all((p - before[n]).abs().max() <= (1e-6 if evaluation == "inplace" else 0.0) for n, p in model.named_parameters())
+    assert all(
+        (p - before[n]).abs().max() <= (1e-6 if evaluation == "inplace" else 0.0)
+        for n, p in model.named_parameters()
+    )
 
 
 def test_row_29_spread_of_large_losses() -> None:
@@ -736,7 +859,8 @@ def test_row_29_equal_losses_up_to_the_largest_are_a_step() -> None:
 
 
 def test_a_warning_that_is_an_error_does_not_hide_an_update() -> None:
-    """The one sentence that can only be said after the update: the step counts, and its z is not used again."""
+    """The one sentence that can only be said after the update: the step counts, and its z is not used
+    again."""
     model = two_layers(torch.bfloat16)
     optimizer = zokern.MeZO(model, lr=1e-9, eps=1e-2)
     with warnings.catch_warnings():
@@ -782,9 +906,12 @@ def test_row_31_update_overflows_a_weight() -> None:
 
 
 LOSSES = {
-    "float": 0.5, "int": 1, "float32": torch.tensor(0.5), "shape_1": torch.tensor([0.5]), "float64": torch.tensor(0.5, dtype=torch.float64),
-    "bfloat16": torch.tensor(0.5).bfloat16(), "numpy": np.float32(0.5), "numpy64": np.float64(0.5), "numpy_int": np.int64(1),
-    "int_tensor": torch.tensor(1), "int_of_bool": torch.tensor(True), "uint8_int": torch.tensor([1], dtype=torch.uint8),
+    "float": 0.5, "int": 1, "float32": torch.tensor(0.5), "shape_1": torch.tensor([0.5]),
+    "float64": torch.tensor(0.5, dtype=torch.float64),
+    "bfloat16": torch.tensor(0.5).bfloat16(), "numpy": np.float32(0.5), "numpy64": np.float64(0.5),
+    "numpy_int": np.int64(1),
+    "int_tensor": torch.tensor(1), "int_of_bool": torch.tensor(True),
+    "uint8_int": torch.tensor([1], dtype=torch.uint8),
 }  # fmt: skip
 
 
@@ -797,9 +924,11 @@ def test_row_32_scalar_losses_are_accepted(kind: str) -> None:
 
 
 NO_LOSSES = {
-    "vector": (torch.ones(2), "shape (2,)"), "matrix_1x1": (torch.ones(1, 1), "shape (1, 1)"), "empty": (torch.ones(0), "shape (0,)"),
+    "vector": (torch.ones(2), "shape (2,)"), "matrix_1x1": (torch.ones(1, 1), "shape (1, 1)"),
+    "empty": (torch.ones(0), "shape (0,)"),
     "complex": (torch.tensor(1j), "complex64"),
-    "bool": (True, "bool"), "None": (None, "None"), "string": ("0.5", "str"), "python_complex": (1j, "complex"), "list": ([0.5], "list"),
+    "bool": (True, "bool"), "None": (None, "None"), "string": ("0.5", "str"),
+    "python_complex": (1j, "complex"), "list": ([0.5], "list"),
     "graph": (torch.tensor(1.0, requires_grad=True), "graph"), "numpy_vector": (np.ones(2), "ndarray"),
 }  # fmt: skip
 
@@ -815,7 +944,14 @@ def test_row_33_other_losses_are_refused_at_the_first_reading(kind: str) -> None
         model(X)
         return value
 
-    refuse(model, lambda: zokern.step(optimizer, closure), (TypeError, ValueError), "closure returned", word, "scalar")
+    refuse(
+        model,
+        lambda: zokern.step(optimizer, closure),
+        (TypeError, ValueError),
+        "closure returned",
+        word,
+        "scalar",
+    )
     assert len(calls) == 1 and optimizer.steps == 0
 
 
@@ -830,7 +966,8 @@ def test_row_33_loss_with_a_graph() -> None:
 
 
 def test_row_34_loss_on_another_device() -> None:
-    """One .item() a reading, in the step that caused it; a device error surfaces there. On a CPU: a meta loss cannot be read."""
+    """One .item() a reading, in the step that caused it; a device error surfaces there. On a CPU: a meta loss
+    cannot be read."""
     model = two_layers()
     refuse(
         model,
@@ -842,7 +979,7 @@ def test_row_34_loss_on_another_device() -> None:
     assert step_on(model, lambda: model(X).mean().cuda()).step == 0
 
 
-# Which numbers --------------------------------------------------------------------------------------------------------------------
+# Which numbers ----------------------------------------------------------------------------------------------
 
 NOT_A_NUMBER = [float("nan"), float("inf"), -float("inf"), "1e-3", None, True]
 
@@ -886,21 +1023,35 @@ def test_row_36_names_the_group_and_its_eps() -> None:
     model = nn.ParameterDict(
         {"wide": weight(torch.float32), "many": weight(torch.bfloat16, 512), "few": weight(torch.bfloat16)}
     )
-    groups = [{"params": [(n, model[n])], "eps": eps} for n, eps in (("wide", 0.5), ("many", 1e-2), ("few", 1e-6))]
+    groups = [
+        {"params": [(n, model[n])], "eps": eps} for n, eps in (("wide", 0.5), ("many", 1e-2), ("few", 1e-6))
+    ]
     optimizer = zokern.MeZO(groups, lr=0.0)
     words = "eps = 1e-06 is below half an ulp for 9", "'few'", "raise eps", "force=True"
-    refuse(model, lambda: zokern.step(optimizer, lambda: sum(p.float().sum() for p in model.values())), ValueError, *words)
+    refuse(
+        model,
+        lambda: zokern.step(optimizer, lambda: sum(p.float().sum() for p in model.values())),
+        ValueError,
+        *words,
+    )
 
 
 @pytest.mark.parametrize("rows", [600, 2])  # the sample is less than a row, or many of them
 def test_row_36_weights_with_gaps(rows: int) -> None:
     model = nn.Module()
     model.w = nn.Parameter(
-        weight(torch.bfloat16, 600, rows).data.t() if rows == 2 else weight(torch.bfloat16, rows, 20).data[:, ::2]
+        weight(torch.bfloat16, 600, rows).data.t()
+        if rows == 2
+        else weight(torch.bfloat16, rows, 20).data[:, ::2]
     )
     assert not model.w.is_contiguous()
     refuse(
-        model, lambda: step_on(model, lambda: model.w.float().sum(), eps=1e-6), ValueError, "eps = 1e-06", "'w'", "half an ulp"
+        model,
+        lambda: step_on(model, lambda: model.w.float().sum(), eps=1e-6),
+        ValueError,
+        "eps = 1e-06",
+        "'w'",
+        "half an ulp",
     )
     with pytest.warns(RuntimeWarning, match="update is below half an ulp"):
         result = step_on(model, lambda: model.w.float().sum(), eps=1e-2, lr=1e-9)
@@ -940,7 +1091,8 @@ def test_row_37_lr(lr) -> None:
 
 
 def test_row_38_update_below_half_an_ulp() -> None:
-    """Nearest rounding leaves nearly all weights where they are and says so; the other two do not, and lose nothing."""
+    """Nearest rounding leaves nearly all weights where they are and says so; the other two do not, and lose
+    nothing."""
     model = build(lambda: nn.Linear(64, 64, bias=False), torch.bfloat16)
     with torch.no_grad():
         model.weight.copy_(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) * 0.02)
@@ -954,7 +1106,9 @@ def test_row_38_update_below_half_an_ulp() -> None:
             warnings.simplefilter("always")
             for _ in range(20):
                 numbers = iter([2e-3, 0.0])
-                result = zokern.step(optimizer, lambda numbers=numbers: (model.weight.sum(), next(numbers))[1])
+                result = zokern.step(
+                    optimizer, lambda numbers=numbers: (model.weight.sum(), next(numbers))[1]
+                )
                 if rounding == "nearest" and result.step == 0:
                     assert result.dead_updates is not None and result.dead_updates > 0.9
         assert any("stochastic" in str(w.message) for w in caught) == (rounding == "nearest")
@@ -985,7 +1139,8 @@ def test_row_39_dead_perturbation(evaluation: str) -> None:
     with pytest.raises(RuntimeError, match="20 steps in a row.*raise eps.*dead_limit=None"):
         dead()
     assert all(
-        (p - before[name]).abs().max() <= (1e-5 if evaluation == "inplace" else 0.0) for name, p in model.named_parameters()
+        (p - before[name]).abs().max() <= (1e-5 if evaluation == "inplace" else 0.0)
+        for name, p in model.named_parameters()
     )
     zokern.step(optimizer, lambda: model(X).square().mean())
     assert optimizer.guards.dead == 0
@@ -997,8 +1152,12 @@ def test_row_39_dead_perturbation(evaluation: str) -> None:
 def test_row_40_seeds() -> None:
     model = two_layers()
     for seed in (-1, 2**64, 2**70, 1.5, "0", None, True, float("nan")):
-        refuse(model, lambda seed=seed: zokern.MeZO(model, seed=seed), ValueError, f"seed is {seed!r}", "2**64")
-    draws = [zokern.draw("normal", (64,), seed=seed, who="w", step=0) for seed in (0, 1, 2**32, 2**63, 2**64 - 1)]
+        refuse(
+            model, lambda seed=seed: zokern.MeZO(model, seed=seed), ValueError, f"seed is {seed!r}", "2**64"
+        )
+    draws = [
+        zokern.draw("normal", (64,), seed=seed, who="w", step=0) for seed in (0, 1, 2**32, 2**63, 2**64 - 1)
+    ]
     assert len({tuple(z.tolist()) for z in draws}) == len(draws)
     for seed in (0, 2**63, 2**64 - 1, np.int64(3)):
         assert zokern.MeZO(model, seed=seed).seed == int(seed)
@@ -1014,7 +1173,10 @@ def test_row_41_no_z_is_used_twice() -> None:
     optimizer, updates = zokern.MeZO(two_layers(), lr=0.0, **told()), []
     for _ in range(5):
         zokern.step(
-            optimizer, lambda: (updates.append((optimizer.model[0].weight + 0).sum().item()), optimizer.model(X).mean())[1]
+            optimizer,
+            lambda: (updates.append((optimizer.model[0].weight + 0).sum().item()), optimizer.model(X).mean())[
+                1
+            ],
         )
     assert len(set(updates)) == 10
     optimizer.run.step = 2**32
@@ -1022,7 +1184,7 @@ def test_row_41_no_z_is_used_twice() -> None:
         zokern.step(optimizer, lambda: optimizer.model(X).mean())
 
 
-# Beside the numbered rows: one step at a time --------------------------------------------------------------------------------------
+# Beside the numbered rows: one step at a time ---------------------------------------------------------------
 
 
 def test_unread_parameters_are_named_with_causes_and_ways_out() -> None:

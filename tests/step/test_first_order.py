@@ -1,4 +1,5 @@
-"""Back-propagated terms of a step (Addax, Hybrid): wrong versions, the order of writes, memory, and what a step leaves behind.
+"""Back-propagated terms of a step (Addax, Hybrid): wrong versions, the order of writes, memory, and what a
+step leaves behind.
 
 The formulas are in recipes.py, and test_methods.py holds the methods to them over 20 steps."""
 
@@ -43,7 +44,7 @@ def gradients(model: nn.Module, closure: Callable) -> dict[str, Tensor]:
     return {name: torch.zeros_like(p) if g is None else g for name, p, g in zip(names, params, found)}
 
 
-# Wrong versions -------------------------------------------------------------------------------------------------------------------
+# Wrong versions ---------------------------------------------------------------------------------------------
 
 
 def terms(change: Callable[[Any], Any]) -> ExitStack:
@@ -94,8 +95,10 @@ WRONG: dict[str, tuple[str, dict, Callable]] = {
     "up": ("Addax", {}, lambda: weighed(-1.0)),
     "alpha on both": ("Addax", {}, lambda: terms(lambda e: replace(e, gradient=Gradient(0.4)))),
     "no draws": ("Addax", {}, lambda: descends(lambda right, self, plan, group, weights, *rest: right(self, plan, group, [], *rest))),
-    "some parameters": ("Addax", {}, lambda: terms(lambda e: replace(e, gradient=replace(e.gradient, names=("up.weight", "gain"))))),
-    "not decayed": ("Addax", {"weight_decay": 0.5}, lambda: descends(lambda right, *rest: right(*rest[:-1], 1.0))),
+    "some parameters": ("Addax", {},
+        lambda: terms(lambda e: replace(e, gradient=replace(e.gradient, names=("up.weight", "gain"))))),
+    "not decayed": ("Addax", {"weight_decay": 0.5},
+        lambda: descends(lambda right, *rest: right(*rest[:-1], 1.0))),
     "decayed twice": ("Addax", {"weight_decay": 0.5}, lambda: descends(apart)),
     "at other weights": ("Addax", {}, lambda: replaced(sys.modules["zokern.step"], "descend", moved_first)),
     "half a step of torch's": ("Hybrid", {"optimizer": SGD}, lambda: weighed(0.5)),
@@ -110,11 +113,12 @@ def test_a_wrong_term_is_rejected(wrong: str) -> None:
         check_method(name, evaluation="master", **options)
 
 
-# The order of things --------------------------------------------------------------------------------------------------------------
+# The order of things ----------------------------------------------------------------------------------------
 
 
 def test_both_losses_are_of_one_theta() -> None:
-    """Of two closures: the gradient is that of `first_order` at the weights before the step, and so are the coefficients."""
+    """Of two closures: the gradient is that of `first_order` at the weights before the step, and so are the
+    coefficients."""
     model, zo, fo = of_tiny()
     start, gradient = snapshot(model), gradients(model, fo)
     optimizer = zokern.Addax(model, lr=1e-2, alpha=0.25, seed=1, evaluation="master")
@@ -126,7 +130,10 @@ def test_both_losses_are_of_one_theta() -> None:
         assert (p - want).abs().max() <= 1e-6, name
     other = tiny()
     alone = zokern.MeZO(other, lr=1e-2, seed=1, evaluation="master")
-    assert result.coefficients[0] == 0.25 * zokern.step(alone, lambda: next_token_loss(other(IDS), IDS)).coefficients[0]
+    assert (
+        result.coefficients[0]
+        == 0.25 * zokern.step(alone, lambda: next_token_loss(other(IDS), IDS)).coefficients[0]
+    )
 
 
 @pytest.mark.parametrize("name", ["Addax", "Hybrid"])
@@ -183,23 +190,32 @@ def test_lr_0_changes_no_bit(name: str, rounding: str) -> None:
         model.gain[0] = -0.0
     before = snapshot(model)
     options = {"optimizer": partial(torch.optim.SGD, lr=0.0)} if name == "Hybrid" else {"alpha": 0.5}
-    optimizer = getattr(zokern, name)(model, lr=0.0, weight_decay=0.5, rounding=rounding, eps=1e-2, force=True, **options)
+    optimizer = getattr(zokern, name)(
+        model, lr=0.0, weight_decay=0.5, rounding=rounding, eps=1e-2, force=True, **options
+    )
     for _ in range(3):
         zokern.step(optimizer, closure)
     assert changed(model, before) == []
 
 
 def test_one_rounding_of_16_bit_weights() -> None:
-    """The float32 sum of all terms is rounded once: half an ulp from the formula, and with residual bits 2^-16 of that."""
+    """The float32 sum of all terms is rounded once: half an ulp from the formula, and with residual bits
+    2^-16 of that."""
     for rounding, ulps in (("nearest", 0.5), ("residual", 2.0**-15)):
         model, closure, _ = of_tiny(dtype=torch.bfloat16, width=16)
         before, gradient = snapshot(model), gradients(model, closure)
-        optimizer = zokern.Addax(model, lr=0.5, alpha=0.5, seed=1, rounding=rounding, eps=1e-2, evaluation="master", force=True)
+        optimizer = zokern.Addax(
+            model, lr=0.5, alpha=0.5, seed=1, rounding=rounding, eps=1e-2, evaluation="master", force=True
+        )
         result = zokern.step(optimizer, closure)
         for name, p in model.named_parameters():
             z = zokern.draw("normal", tuple(p.shape), seed=1, who=name, step=0, draw=0).double()
             want = before[name].double() - 0.5 * (result.coefficients[0] * z + 0.5 * gradient[name].double())
-            low = optimizer.state[p]["residual"].int() if rounding == "residual" else torch.zeros_like(p, dtype=torch.int32)
+            low = (
+                optimizer.state[p]["residual"].int()
+                if rounding == "residual"
+                else torch.zeros_like(p, dtype=torch.int32)
+            )
             got = ((p.detach().view(torch.int16).int() << 16) + low).view(torch.float32).double()
             ulp = 2.0 ** (torch.floor(torch.log2(want.abs().clamp(min=1e-30))) - 7)
             assert ((got - want).abs() <= (ulps + 1e-4) * ulp + 1e-7).all(), name
@@ -222,7 +238,7 @@ def test_weights_with_strides_move_too(direction: Any) -> None:
     assert all(torch.allclose(ends[0][n], t, atol=1e-6) for n, t in ends[1].items())
 
 
-# Memory ---------------------------------------------------------------------------------------------------------------------------
+# Memory -----------------------------------------------------------------------------------------------------
 
 
 LAYERS, WIDTH, ROWS = 8, 64, 256
@@ -230,7 +246,9 @@ LAYERS, WIDTH, ROWS = 8, 64, 256
 
 def deep(rows: int = ROWS, width: int = WIDTH) -> tuple[nn.Module, Callable]:
     model = build(
-        lambda: nn.Sequential(*[nn.Sequential(nn.Linear(width, width, bias=False), nn.Tanh()) for _ in range(LAYERS)])
+        lambda: nn.Sequential(
+            *[nn.Sequential(nn.Linear(width, width, bias=False), nn.Tanh()) for _ in range(LAYERS)]
+        )
     )
     x = torch.randn(rows, width, generator=torch.Generator().manual_seed(0))
     return model, lambda: model(x).square().mean()
@@ -255,15 +273,22 @@ def saved_by(optimizer: Any, closure: Callable) -> int:
 
 
 def test_nothing_below_the_split_is_saved() -> None:
-    """Hybrid saves the input of its first-order layers and what they make, and nothing of those below, which have no gradients."""
+    """Hybrid saves the input of its first-order layers and what they make, and nothing of those below, which
+    have no gradients."""
     activation = ROWS * WIDTH * 4
     for count in (1, 3):
         model, closure = deep()
         first = [model[i] for i in range(LAYERS - count, LAYERS)]
-        optimizer = zokern.Hybrid(model, lr=1e-3, first_order=first, optimizer=SGD, evaluation="master", paired_check=None)
+        optimizer = zokern.Hybrid(
+            model, lr=1e-3, first_order=first, optimizer=SGD, evaluation="master", paired_check=None
+        )
         found = saved_by(optimizer, closure)
-        assert (count + 1) * activation <= found <= (count + 1) * activation + 128, f"{found} B for {count} layers"
-        assert all(p.grad is None for p in model.parameters()) and all(p.requires_grad for p in model.parameters())
+        assert (count + 1) * activation <= found <= (count + 1) * activation + 128, (
+            f"{found} B for {count} layers"
+        )
+        assert all(p.grad is None for p in model.parameters()) and all(
+            p.requires_grad for p in model.parameters()
+        )
 
 
 def test_a_graph_of_the_whole_model_is_noticed() -> None:
@@ -276,7 +301,9 @@ def test_a_graph_of_the_whole_model_is_noticed() -> None:
         return tape
 
     with replaced(first_order, "_Tape", all_of_it):
-        optimizer = zokern.Hybrid(model, first_order=[model[-1]], optimizer=SGD, evaluation="master", paired_check=None)
+        optimizer = zokern.Hybrid(
+            model, first_order=[model[-1]], optimizer=SGD, evaluation="master", paired_check=None
+        )
         assert saved_by(optimizer, closure) > LAYERS * ROWS * WIDTH * 4
 
 
@@ -292,7 +319,8 @@ class Hoards(Sgd):
 
 
 def gradient_peak(rule: Any) -> float:
-    """The peak of a back-propagation and its writes over the activations of the forward, in weights of one layer."""
+    """The peak of a back-propagation and its writes over the activations of the forward, in weights of one
+    layer."""
     model, closure = deep(rows=4, width=128)
     optimizer = zokern.Addax(model, lr=1e-3, alpha=0.5, rule=rule, evaluation="master", paired_check=None)
     zokern.step(optimizer, closure)
@@ -312,12 +340,13 @@ def gradient_peak(rule: Any) -> float:
 
 
 def test_gradients_are_freed_one_by_one() -> None:
-    """A gradient, its float32 move, and the next gradient: fewer than three layers of eight. Kept until the end they are eight."""
+    """A gradient, its float32 move, and the next gradient: fewer than three layers of eight. Kept until the
+    end they are eight."""
     assert gradient_peak(Sgd()) < 3.5
     assert gradient_peak(Hoards()) > 8.0
 
 
-# What a step leaves behind --------------------------------------------------------------------------------------------------------
+# What a step leaves behind ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["Addax", "Hybrid"])
@@ -331,9 +360,15 @@ def test_flags_gradients_and_buffers_are_as_before(name: str) -> None:
     state = torch.get_rng_state()
     with pytest.warns(RuntimeWarning, match="running statistics"):
         zokern.step(optimizer, lambda: model(x).square().mean())
-    assert all(same_bits(b, buffers[n]) for n, b in model.named_buffers()) and torch.equal(state, torch.get_rng_state())
+    assert all(same_bits(b, buffers[n]) for n, b in model.named_buffers()) and torch.equal(
+        state, torch.get_rng_state()
+    )
     assert model[0].weight.grad is mine and not frozen.requires_grad
-    assert all(p.requires_grad and p.grad is None for n, p in model.named_parameters() if n not in ("0.weight", "0.bias"))
+    assert all(
+        p.requires_grad and p.grad is None
+        for n, p in model.named_parameters()
+        if n not in ("0.weight", "0.bias")
+    )
 
 
 @pytest.mark.parametrize("name", ["Addax", "Hybrid"])
@@ -357,7 +392,9 @@ def test_an_error_in_back_propagation_has_used_the_step() -> None:
     for name, moved in (("Addax", ["head.weight", "gain"]), ("Hybrid", [])):
         model, closure, _ = of_tiny()
         before = snapshot(model)
-        optimizer = getattr(zokern, name)(model, lr=1e-2, **({} if name == "Addax" else {"first_order": "head"}))
+        optimizer = getattr(zokern, name)(
+            model, lr=1e-2, **({} if name == "Addax" else {"first_order": "head"})
+        )
 
         def fails(gradient: Tensor) -> None:
             raise ArithmeticError("in backward")
@@ -376,7 +413,12 @@ def test_a_loss_that_is_not_finite_is_skipped(name: str) -> None:
     before = snapshot(model)
     optimizer = getattr(zokern, name)(model, lr=1e-2)
     result = zokern.step(optimizer, closure, first_order=lambda: closure() * torch.inf)
-    assert result.skipped and changed(model, before) == [] and optimizer.guards.skips == 1 and optimizer.steps == 1
+    assert (
+        result.skipped
+        and changed(model, before) == []
+        and optimizer.guards.skips == 1
+        and optimizer.steps == 1
+    )
     assert not zokern.step(optimizer, closure).skipped
 
 
@@ -404,8 +446,9 @@ def test_hybrid_resumes_with_the_state_of_its_optimizer() -> None:
     ends = []
     for resumes in ("no", "yes", "forgets"):
         model, closure, _ = of_tiny()
-        make = lambda: zokern.Hybrid(model, lr=1e-2, first_order="head", optimizer=partial(torch.optim.AdamW, lr=1e-2))  # noqa: B023, E731
-        optimizer = make()
+        adamw = partial(torch.optim.AdamW, lr=1e-2)
+        make = partial(zokern.Hybrid, lr=1e-2, first_order="head", optimizer=adamw)
+        optimizer = make(model)
         for step in range(5):
             if step == 2 and resumes != "no":
                 file = io.BytesIO()
@@ -414,7 +457,7 @@ def test_hybrid_resumes_with_the_state_of_its_optimizer() -> None:
                 state = torch.load(file, weights_only=True)
                 if resumes == "forgets":
                     del state["zokern"]["state"]["estimator"]["optimizer"]
-                optimizer = make()
+                optimizer = make(model)
                 optimizer.load_state_dict(state)
             zokern.step(optimizer, closure)
         ends.append(snapshot(model))
@@ -422,7 +465,7 @@ def test_hybrid_resumes_with_the_state_of_its_optimizer() -> None:
     assert not all(same_bits(ends[0][n], t) for n, t in ends[2].items())
 
 
-# Arguments ------------------------------------------------------------------------------------------------------------------------
+# Arguments --------------------------------------------------------------------------------------------------
 
 
 def test_which_parameters_are_first_order() -> None:
@@ -449,16 +492,21 @@ def step_of(make: Callable, loss: Callable = Tensor.sum, **given: Any) -> Callab
 
 NOTHING = ValueError, "the first-order loss has no graph"
 BAD: dict[str, tuple[Callable, type, str]] = {
-    "none": (lambda m: zokern.Hybrid(m, first_order="nothing"), ValueError, "first_order has 'nothing', which no"),
+    "none": (lambda m: zokern.Hybrid(m, first_order="nothing"), ValueError,
+        "first_order has 'nothing', which no"),
     "all": (lambda m: zokern.Hybrid(m, first_order=m), ValueError, "first_order chooses 8 of 8"),
-    "false": (lambda m: zokern.Hybrid(m, first_order=lambda name: False), ValueError, "first_order chooses 0 of 8"),
+    "false": (lambda m: zokern.Hybrid(m, first_order=lambda name: False), ValueError,
+        "first_order chooses 0 of 8"),
     "alpha": (lambda m: zokern.Addax(m, alpha=1.5), ValueError, "alpha is 1.5; expected 0 <= alpha <= 1"),
     "negative alpha": (lambda m: zokern.Addax(m, alpha=-0.5), ValueError, "alpha is -0.5"),
-    "rule": (step_of(lambda m: zokern.Addax(m, rule=zokern.Adam())), TypeError, "rule is Adam, which.*zokern.Sgd"),
-    "blocks": (step_of(lambda m: zokern.Addax(m, estimator=zokern.Blockwise())), ValueError, "inner is Blockwise"),
+    "rule": (step_of(lambda m: zokern.Addax(m, rule=zokern.Adam())), TypeError,
+        "rule is Adam, which.*zokern.Sgd"),
+    "blocks": (step_of(lambda m: zokern.Addax(m, estimator=zokern.Blockwise())), ValueError,
+        "inner is Blockwise"),
     "no graph": (step_of(zokern.Addax, lambda y: y.sum().detach()), *NOTHING),
     "number": (step_of(zokern.Addax, lambda y: y.sum().item()), *NOTHING),
-    "not used": (step_of(zokern.MeZO, first_order=abs), TypeError, "first_order is .*estimator Spsa.*zokern.Addax"),
+    "not used": (step_of(zokern.MeZO, first_order=abs), TypeError,
+        "first_order is .*estimator Spsa.*zokern.Addax"),
     "no function": (step_of(zokern.Addax, first_order=3), TypeError, "first_order is 3"),
 }  # fmt: skip
 
@@ -478,7 +526,9 @@ def test_other_estimators_serve_the_rest(inner: Any) -> None:
     """The loss of a fixed batch falls, and the first-order parameters move."""
     model, closure, _ = of_tiny()
     before = snapshot(model)
-    optimizer = zokern.Hybrid(model, lr=1e-4, first_order=["head"], optimizer=SGD, estimator=copy.deepcopy(inner))
+    optimizer = zokern.Hybrid(
+        model, lr=1e-4, first_order=["head"], optimizer=SGD, estimator=copy.deepcopy(inner)
+    )
     losses = [zokern.step(optimizer, closure).first_order_loss for _ in range(10)]
     assert losses[-1] < losses[0] - 0.1 and len(changed(model, before)) == 8
 
@@ -508,4 +558,6 @@ def test_a_tied_head_is_back_propagated_as_a_whole() -> None:
     before, gradient = snapshot(model), gradients(model, closure)
     optimizer = zokern.Hybrid(model, lr=0.0, first_order=[model.head], optimizer=SGD)
     zokern.step(optimizer, closure)
-    assert torch.allclose(model.embed.weight, before["embed.weight"] - 0.1 * gradient["embed.weight"], atol=1e-7)
+    assert torch.allclose(
+        model.embed.weight, before["embed.weight"] - 0.1 * gradient["embed.weight"], atol=1e-7
+    )

@@ -1,4 +1,5 @@
-"""What a step is expected to gain, against losses whose fall is known, and the warning that lr is far too small."""
+"""What a step is expected to gain, against losses whose fall is known, and the warning that lr is far too
+small."""
 
 from __future__ import annotations
 
@@ -82,7 +83,9 @@ def check_fall(name: str, options: tuple[dict[str, float], ...] = ({},) * 3) -> 
         optimizer.flush()
         assert predicted is not None and abs(predicted) > 1e-6, f"{name}: {predicted}"
         fall = before - float(model().detach())
-        assert math.isclose(predicted, fall, rel_tol=1e-4, abs_tol=1e-7), f"{name}: predicted {predicted}, fell by {fall}"
+        assert math.isclose(predicted, fall, rel_tol=1e-4, abs_tol=1e-7), (
+            f"{name}: predicted {predicted}, fell by {fall}"
+        )
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -90,7 +93,8 @@ def test_predicted_fall_is_what_a_linear_loss_does(name: str) -> None:
     check_fall(name)
 
 
-ALIKE = ({"lr": 1e-2, "eps": 1e-2}, {"lr": 4e-2, "eps": 2e-2}, {"lr": 1e-2, "eps": 1e-2})  # lr c / eps ~ lr / eps^2
+# lr c / eps ~ lr / eps^2
+ALIKE = ({"lr": 1e-2, "eps": 1e-2}, {"lr": 4e-2, "eps": 2e-2}, {"lr": 1e-2, "eps": 1e-2})
 
 
 def test_groups_whose_sum_can_be_told() -> None:
@@ -108,7 +112,9 @@ def test_no_prediction_where_none_is_known() -> None:
     }
     for name, optimizer in cases.items():
         assert zokern.step(optimizer, model).predicted_fall is None, name
-    skipped = zokern.step(zokern.MeZO(model, paired_check=None, evaluation="master"), lambda: model() * math.nan)
+    skipped = zokern.step(
+        zokern.MeZO(model, paired_check=None, evaluation="master"), lambda: model() * math.nan
+    )
     assert skipped.skipped and skipped.predicted_fall is None
 
 
@@ -123,11 +129,16 @@ def test_bayesian_is_cautious() -> None:
 
 
 def check_expectation(queries: int = 1) -> None:
-    """Its mean over draws is lr |gradient|^2, curvature or not: the central difference of a quadratic is exact."""
+    """Its mean over draws is lr |gradient|^2, curvature or not: the central difference of a quadratic is
+    exact."""
     falls = []
     for seed in range(300):
         model = Slope(curvature=2.0)
-        falls.append(zokern.step(zokern.MeZO(model, lr=1e-3, eps=1e-2, seed=seed, queries=queries), model).predicted_fall)
+        falls.append(
+            zokern.step(
+                zokern.MeZO(model, lr=1e-3, eps=1e-2, seed=seed, queries=queries), model
+            ).predicted_fall
+        )
     expected = 1e-3 * sum(float(b.square().sum()) for b in model.b)
     error = math.sqrt(2.0 / (300 * queries)) * expected
     assert abs(sum(falls) / 300 - expected) < 4 * error, f"{sum(falls) / 300} against {expected} +- {error}"
@@ -140,7 +151,9 @@ def test_predicted_fall_on_average() -> None:
 def changed(change: Callable[[Any, Any], Any]) -> AbstractContextManager:
     """predicted_fall of a changed estimate, or a changed result of it."""
     right = steps.predicted_fall
-    return patch.object(steps, "predicted_fall", lambda plan, estimate, moves: change(right, (plan, estimate, moves)))
+    return patch.object(
+        steps, "predicted_fall", lambda plan, estimate, moves: change(right, (plan, estimate, moves))
+    )
 
 
 def squares(right: Callable, given: tuple) -> Any:
@@ -156,9 +169,15 @@ def of_first_group(right: Callable, given: tuple) -> Any:
 
 WRONG: dict[str, tuple[Callable[[], None], Callable[[], AbstractContextManager]]] = {
     "twice": (check_expectation, lambda: changed(lambda right, given: 2.0 * right(*given))),
-    "a sum over queries": (partial(check_expectation, 3), lambda: changed(lambda right, given: 3.0 * right(*given))),
+    "a sum over queries": (
+        partial(check_expectation, 3),
+        lambda: changed(lambda right, given: 3.0 * right(*given)),
+    ),
     "up": (partial(check_fall, "mezo"), lambda: changed(lambda right, given: -right(*given))),
-    "maximize forgotten": (partial(check_fall, "maximize"), lambda: changed(lambda right, given: abs(right(*given)))),
+    "maximize forgotten": (
+        partial(check_fall, "maximize"),
+        lambda: changed(lambda right, given: abs(right(*given))),
+    ),
     "squares of signs": (partial(check_fall, "sign"), lambda: changed(squares)),
     "squares of spreads": (partial(check_fall, "fzoo"), lambda: changed(squares)),
     "squares of clipped": (partial(check_fall, "clip"), lambda: changed(squares)),
@@ -185,7 +204,7 @@ def test_check_rejects_the_first_group_for_all() -> None:
         check_fall("mezo", ({"lr": 1e-2}, {"lr": 3e-2}, {"lr": 1e-3}))
 
 
-# The warning ----------------------------------------------------------------------------------------------------------------------
+# The warning ------------------------------------------------------------------------------------------------
 
 
 def said(lr: float, count: int = 25, **options: Any) -> list[str]:
@@ -219,7 +238,8 @@ def test_warning() -> None:
 WRONG_WARNINGS = {
     "never": lambda right, self, result, lr: None,
     "always": lambda right, self, result, lr: right(self, replace(result, predicted_fall=1e-9), lr),
-    "every 20 steps": lambda right, self, result, lr: (self.seen.clear() if len(self.seen) == 20 else None, right(self, result, lr)),
+    "every 20 steps": lambda right, self, result,
+    lr: (self.seen.clear() if len(self.seen) == 20 else None, right(self, result, lr)),
     "lr as it is": lambda right, self, result, lr: right(self, result, lr * 1e-3),
     "per mille": lambda right, self, result, lr: right(self, replace(result, loss=result.loss * 10), lr),
 }  # fmt: skip
@@ -229,17 +249,20 @@ WRONG_WARNINGS = {
 def test_check_rejects_wrong_warning(wrong: str) -> None:
     right = Prospect.see
     with (
-        patch.object(Prospect, "see", lambda self, result, lr: WRONG_WARNINGS[wrong](right, self, result, lr)),
+        patch.object(
+            Prospect, "see", lambda self, result, lr: WRONG_WARNINGS[wrong](right, self, result, lr)
+        ),
         pytest.raises((AssertionError, ValueError)),
     ):
         check_warning()
 
 
-# lr where none is given -----------------------------------------------------------------------------------------------------------
+# lr where none is given -------------------------------------------------------------------------------------
 
 
 def test_lr_of_the_parts() -> None:
-    """One number where coefficients are slopes, another where steps have one length; what is given is taken."""
+    """One number where coefficients are slopes, another where steps have one length; what is given is
+    taken."""
     model = Slope()
     found = {
         name: make(model).param_groups[0]["lr"]

@@ -1,4 +1,5 @@
-"""One step against its formula: losses bit for bit, the update bit for bit and in float64, and nothing else touched."""
+"""One step against its formula: losses bit for bit, the update bit for bit and in float64, and nothing else
+touched."""
 
 from __future__ import annotations
 
@@ -60,11 +61,18 @@ def check_step(
     for step in range(steps):
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         result = zokern.step(optimizer, closure_of(model))
-        assert result.step == step and result.seed == seed and len(result.losses) == queries and not result.skipped
+        assert (
+            result.step == step
+            and result.seed == seed
+            and len(result.losses) == queries
+            and not result.skipped
+        )
         coefficients = []
         for query in range(queries):
             for side, offset in enumerate(offsets):
-                weights = oracle.perturbed(before, offset * eps, seed, step, query, direction) if offset else before
+                weights = (
+                    oracle.perturbed(before, offset * eps, seed, step, query, direction) if offset else before
+                )
                 expected = oracle.loss(model, weights, lambda call: next_token_loss(call(IDS), IDS))
                 assert result.losses[query][side] == expected, f"loss of query {query} at {offset} eps"
             c = oracle.coefficient(result.losses[query], offsets, eps)
@@ -74,8 +82,11 @@ def check_step(
         sign = 1.0 if options.get("maximize") else -1.0
         amounts = [sign * lr * c / queries for c in coefficients]
         for name, p in model.named_parameters():
-            oracle.check_update(name, before[name], p, seed, step, amounts, 1.0 - lr * weight_decay, direction)
-            zokern.axpy_(before[name], direction, seed=seed, who=name, draws=[(step, k) for k in range(queries)], coeffs=amounts,
+            oracle.check_update(
+                name, before[name], p, seed, step, amounts, 1.0 - lr * weight_decay, direction
+            )
+            zokern.axpy_(before[name], direction, seed=seed, who=name,
+                draws=[(step, k) for k in range(queries)], coeffs=amounts,
                          decay=1.0 - lr * weight_decay)  # fmt: skip
             assert same_bits(p, before[name]), f"{name}: not the bits of axpy_"
 
@@ -131,18 +142,26 @@ def wrong_perturb(change: Callable):
 SLOPES = zokern.Spsa.slopes
 WRONG_STEPS = {
     "sign_flip": lambda: wrong_axpy(lambda draws, coeffs, decay: (draws, [-c for c in coeffs], decay)),
-    "mean_forgotten": lambda: wrong_axpy(lambda draws, coeffs, decay: (draws, [len(coeffs) * c for c in coeffs], decay)),
+    "mean_forgotten": lambda: wrong_axpy(
+        lambda draws, coeffs, decay: (draws, [len(coeffs) * c for c in coeffs], decay)
+    ),
     "decay_forgotten": lambda: wrong_axpy(lambda draws, coeffs, decay: (draws, coeffs, 1.0)),
-    "one_draw_for_all": lambda: wrong_axpy(lambda draws, coeffs, decay: ([draws[0]] * len(draws), coeffs, decay)),
+    "one_draw_for_all": lambda: wrong_axpy(
+        lambda draws, coeffs, decay: ([draws[0]] * len(draws), coeffs, decay)
+    ),
     "queries_in_reverse": lambda: wrong_axpy(lambda draws, coeffs, decay: (draws[::-1], coeffs, decay)),
-    "last_step_number": lambda: wrong_axpy(lambda draws, coeffs, decay: ([(s + 1, d) for s, d in draws], coeffs, decay)),
+    "last_step_number": lambda: wrong_axpy(
+        lambda draws, coeffs, decay: ([(s + 1, d) for s, d in draws], coeffs, decay)
+    ),
     "sides_swapped": lambda: wrong_perturb(lambda draw, scales: (draw, [-s for s in scales])),
     "half_eps": lambda: wrong_perturb(lambda draw, scales: (draw, [s / 2 for s in scales])),
     "one_query_only": lambda: wrong_perturb(lambda draw, scales: (0, scales)),
     "coefficient_doubled": lambda: patch.object(
         zokern.Spsa, "slopes", lambda self, d, losses, plan: 2.0 * SLOPES(self, d, losses, plan)
     ),
-    "name_ignored": lambda: patch("zokern.optimizer.parameters.ids", lambda names, taken=None: (dict.fromkeys(names, 7), {})),
+    "name_ignored": lambda: patch(
+        "zokern.optimizer.parameters.ids", lambda names, taken=None: (dict.fromkeys(names, 7), {})
+    ),
 }
 
 
@@ -183,13 +202,31 @@ def test_record() -> None:
     optimizer = zokern.MeZO(model, lr=1e-2, seed=9, queries=2)
     result = zokern.step(optimizer, closure_of(model))
     assert result is optimizer.result and optimizer.steps == 1
-    assert (result.seed, result.step, result.skipped, result.evaluation, result.backend) == (9, 0, False, "master", "cpu")
-    assert result.unseen == ("idle",) and result.whole == () and result.swallowed is not None and "first step" in result.why
-    assert len(result.losses) == len(result.coefficients) == 2 and all(len(sides) == 2 for sides in result.losses)
+    assert (result.seed, result.step, result.skipped, result.evaluation, result.backend) == (
+        9,
+        0,
+        False,
+        "master",
+        "cpu",
+    )
+    assert (
+        result.unseen == ("idle",)
+        and result.whole == ()
+        and result.swallowed is not None
+        and "first step" in result.why
+    )
+    assert len(result.losses) == len(result.coefficients) == 2 and all(
+        len(sides) == 2 for sides in result.losses
+    )
     assert 0 < result.scratch_bytes <= 64 << 20
     assert result.dead_updates is not None and 0.0 <= result.dead_updates <= 1.0
     later = zokern.step(optimizer, closure_of(model))
-    assert (later.step, later.evaluation, later.unseen, later.swallowed) == (1, "paired", (), None) and "15 rows" in later.why
+    assert (later.step, later.evaluation, later.unseen, later.swallowed) == (
+        1,
+        "paired",
+        (),
+        None,
+    ) and "15 rows" in later.why
 
 
 @pytest.mark.parametrize("make", [
@@ -216,7 +253,7 @@ def test_schedulers(make: Callable) -> None:
     assert len(set(rates)) > 1
 
 
-# Rounding ------------------------------------------------------------------------------------------------------------------------
+# Rounding ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -229,14 +266,16 @@ def test_update_of_16_bit_weights(dtype: torch.dtype, rounding: str) -> None:
         result = zokern.step(optimizer, closure_of(model))
         amounts = [-0.01 * c / 2 for c in result.coefficients]
         for name, p in model.named_parameters():
-            zokern.axpy_(expected[name], "normal", seed=4, who=name, draws=[(step, 0), (step, 1)], coeffs=amounts,
+            zokern.axpy_(expected[name], "normal", seed=4, who=name, draws=[(step, 0), (step, 1)],
+                coeffs=amounts,
                          decay=1 - 0.01 * 0.1, rounding=rounding, backend="reference")  # fmt: skip
             assert same_bits(p, expected[name]), name
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 def test_a_run_is_replayed_in_one_pass(rounding: str) -> None:
-    """50 steps of two queries under a schedule and with decay: their results and rates, one axpy_ call, the same weights."""
+    """50 steps of two queries under a schedule and with decay: their results and rates, one axpy_ call, the
+    same weights."""
     model = tiny(torch.bfloat16)
     replayed = {name: p.detach().clone() for name, p in model.named_parameters()}
     summed = [p.clone() for p in replayed.values()]
@@ -255,7 +294,9 @@ def test_a_run_is_replayed_in_one_pass(rounding: str) -> None:
     zokern.axpy_(summed, "normal", **names, decay=math.prod(decays))
     for (name, p), wrong in zip(model.named_parameters(), summed):
         assert same_bits(p, replayed[name]), name
-        assert not same_bits(p, wrong), f"{name}: one rounding at the end is as good, so this run shows nothing"
+        assert not same_bits(p, wrong), (
+            f"{name}: one rounding at the end is as good, so this run shows nothing"
+        )
 
 
 def test_residual_is_an_exact_float32_master() -> None:
@@ -265,11 +306,19 @@ def test_residual_is_an_exact_float32_master() -> None:
     for dtype, rounding in ((torch.bfloat16, "residual"), (torch.float32, "nearest")):
         model = tiny(torch.bfloat16).to(dtype)
         optimizer = zokern.MeZO(
-            model, lr=1e-5, weight_decay=0.1, seed=2, rounding=rounding, evaluation="master", paired_check=None
+            model,
+            lr=1e-5,
+            weight_decay=0.1,
+            seed=2,
+            rounding=rounding,
+            evaluation="master",
+            paired_check=None,
         )
         numbers = iter(losses)
         for _ in range(100):
-            zokern.step(optimizer, lambda model=model, numbers=numbers: float(model(IDS).mean()) * 0 + next(numbers))
+            zokern.step(
+                optimizer, lambda model=model, numbers=numbers: float(model(IDS).mean()) * 0 + next(numbers)
+            )
         weights = []
         for p in model.parameters():
             low = optimizer.state[p]["residual"].int() if rounding == "residual" else 0
@@ -291,7 +340,7 @@ def test_residual_reaches_the_forward() -> None:
     assert zokern.step(optimizer, closure_of(model)).losses != first
 
 
-# What a step must not do ---------------------------------------------------------------------------------------------------------
+# What a step must not do ------------------------------------------------------------------------------------
 
 
 ZEROS = {
@@ -305,8 +354,11 @@ ZEROS = {
 @pytest.mark.parametrize("method", ["MeZO", "SubZero", "LOZO", "TeZO"])
 @pytest.mark.parametrize("case", ["lr", "dead", "underflow"])
 @pytest.mark.parametrize("defer", [False, True])
-def test_a_step_of_nothing_keeps_negative_zeros(case: str, method: str, dtype: torch.dtype, defer: bool) -> None:
-    """Pruned weights have many. An update of 0 z, by lr or by equal losses, is no launch; nor is the write of what waits."""
+def test_a_step_of_nothing_keeps_negative_zeros(
+    case: str, method: str, dtype: torch.dtype, defer: bool
+) -> None:
+    """Pruned weights have many. An update of 0 z, by lr or by equal losses, is no launch; nor is the write of
+    what waits."""
     model = build(lambda: nn.Linear(40, 30), dtype)
     with torch.no_grad():
         for p in model.parameters():
@@ -320,17 +372,27 @@ def test_a_step_of_nothing_keeps_negative_zeros(case: str, method: str, dtype: t
 
 
 def test_dropout_is_paired() -> None:
-    """Both sides see one mask: it adds next to nothing to the spread of the coefficients, and steps differ in their masks."""
+    """Both sides see one mask: it adds next to nothing to the spread of the coefficients, and steps differ in
+    their masks."""
 
     def spread(p: float) -> float:
         model = tiny(dropout=p)
         optimizer = zokern.MeZO(model, lr=0.0, seed=1, evaluation="master", paired_check=None)
-        return torch.tensor([zokern.step(optimizer, closure_of(model)).coefficients[0] for _ in range(100)]).std().item()
+        return (
+            torch.tensor([zokern.step(optimizer, closure_of(model)).coefficients[0] for _ in range(100)])
+            .std()
+            .item()
+        )
 
     alone, paired = spread(0.0), spread(0.1)
-    print(f"std of the coefficient: {alone:.4f} without dropout, {paired:.4f} with, ratio {paired / alone:.3f}")
+    print(
+        f"std of the coefficient: {alone:.4f} without dropout, {paired:.4f} with, ratio {paired / alone:.3f}"
+    )
     assert paired / alone < 1.05
-    with patch.object(rng, "seed", lambda number: None), patch.object(rng, "preserved", contextlib.nullcontext):
+    with (
+        patch.object(rng, "seed", lambda number: None),
+        patch.object(rng, "preserved", contextlib.nullcontext),
+    ):
         assert spread(0.1) / alone > 3  # unpaired masks are noticed
 
 
@@ -372,7 +434,9 @@ def test_order_and_freezing_change_no_z() -> None:
         other = updates(names, frozen)
         assert same_bits(other[frozen], start[frozen])
         assert all(same_bits(base[name], other[name]) for name in names if name != frozen)
-    with patch("zokern.optimizer.parameters.ids", lambda names, taken=None: ({n: i for i, n in enumerate(names)}, {})):
+    with patch(
+        "zokern.optimizer.parameters.ids", lambda names, taken=None: ({n: i for i, n in enumerate(names)}, {})
+    ):
         other = updates(names[::-1])  # ids by position are noticed
         assert not all(same_bits(base[name], other[name]) for name in names)
 
@@ -382,7 +446,10 @@ def test_tied_weights_are_one_tensor_with_one_z() -> None:
     optimizer = zokern.MeZO(model, lr=0.1, seed=1)
     assert [name for g in optimizer.param_groups for name in g["param_names"]].count("embed.weight") == 1
     seen = []
-    zokern.step(optimizer, lambda: (seen.append((model.embed.weight + 0, model.head.weight + 0)), model(IDS).mean())[1])
+    zokern.step(
+        optimizer,
+        lambda: (seen.append((model.embed.weight + 0, model.head.weight + 0)), model(IDS).mean())[1],
+    )
     for embed, head in seen:
         assert same_bits(embed, head)
     check_step(tied=True)
@@ -410,12 +477,15 @@ INFERENCE: dict[str, Callable] = {
     ],
 )
 def test_inference_mode(method: str, where: str, backend: str) -> None:
-    """Around steps or in the closure it changes no bit, nor what later steps outside of it find. A step in it may write the closure's
-    own inference tensors, in every way but 'paired', which refuses a write of all sides into one tensor."""
+    """Around steps or in the closure it changes no bit, nor what later steps outside of it find. A step in it
+    may write the closure's own inference tensors, in every way but 'paired', which refuses a write of all
+    sides into one tensor."""
     dtype, ids = torch.bfloat16 if method == "residual" else torch.float32, torch.arange(6).view(2, 3)
     ends = []
     for inside in (False, True):
-        model = build(lambda: nn.Sequential(nn.Embedding(260, 256), nn.Linear(256, 20), nn.LayerNorm(20)), dtype)
+        model = build(
+            lambda: nn.Sequential(nn.Embedding(260, 256), nn.Linear(256, 20), nn.LayerNorm(20)), dtype
+        )
         optimizer = INFERENCE[method](model, lr=1e-3, eps=1e-2, seed=1, backend=backend, force=True)
         with torch.inference_mode(inside and where != "closure"):
             cache = torch.zeros(2, 3, 20)
@@ -440,7 +510,7 @@ def test_inference_mode(method: str, where: str, backend: str) -> None:
     assert all(same_bits(ends[0][1][name], ends[1][1][name]) for name in ends[0][1])
 
 
-# In place ----------------------------------------------------------------------------------------------------------------------------
+# In place ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stencil", ["central", "forward"])
@@ -449,19 +519,23 @@ def test_inplace_measures_what_scratch_measures(stencil: str) -> None:
     ends = []
     for evaluation in ("scratch", "inplace"):
         model = tiny()
-        optimizer = zokern.MeZO(model, lr=0.01, weight_decay=0.1, queries=2, seed=3, evaluation=evaluation, stencil=stencil)
+        optimizer = zokern.MeZO(
+            model, lr=0.01, weight_decay=0.1, queries=2, seed=3, evaluation=evaluation, stencil=stencil
+        )
         results = [zokern.step(optimizer, closure_of(model)) for _ in range(5)]
         ends.append((results, snapshot(model)))
     for a, b in zip(ends[0][0], ends[1][0]):
         assert b.evaluation == "inplace"
         for c, d in zip(a.coefficients, b.coefficients):
-            assert abs(c - d) < 2e-3, (a.coefficients, b.coefficients)  # float32 losses near 4 over 2 eps: 2.4e-4 an ulp
+            # float32 losses near 4 over 2 eps: 2.4e-4 an ulp
+            assert abs(c - d) < 2e-3, (a.coefficients, b.coefficients)
     for name, weight in ends[0][1].items():
         assert (weight - ends[1][1][name]).abs().max() < 1e-4, name  # 2e-3 lr |z|; the weights moved by 1e-2
 
 
 def test_inplace_drifts_as_documented() -> None:
-    """bfloat16 at lr = 0: about sqrt(steps) times 1 % RMS after 10. The other evaluations change no bit (test_evaluations.py)."""
+    """bfloat16 at lr = 0: about sqrt(steps) times 1 % RMS after 10. The other evaluations change no bit
+    (test_evaluations.py)."""
     model = nn.Linear(64, 64, bias=False).to(torch.bfloat16)
     with torch.no_grad():
         model.weight.copy_(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) * 0.02)
@@ -473,7 +547,7 @@ def test_inplace_drifts_as_documented() -> None:
     assert 0.02 < drift < 0.08, drift
 
 
-# Tiles and memory ----------------------------------------------------------------------------------------------------------------
+# Tiles and memory -------------------------------------------------------------------------------------------
 
 
 class Wide(nn.Module):
@@ -509,7 +583,8 @@ TILED = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", TILED)
 def test_small_budget_tiles(kind: str, dtype: torch.dtype) -> None:
-    """A matrix above the budget is used tile by tile: the same losses up to the order of a matrix product's sums."""
+    """A matrix above the budget is used tile by tile: the same losses up to the order of a matrix product's
+    sums."""
     shape, use, width = TILED[kind]
     x = torch.randn(4, width, generator=torch.Generator().manual_seed(2)).to(dtype)
     losses = []
@@ -526,7 +601,9 @@ def test_small_budget_tiles(kind: str, dtype: torch.dtype) -> None:
     for a, b in zip(*losses):
         assert abs(a - b) <= bound * abs(b), f"{a} against {b}: {abs(a - b) / abs(b):.2g}"
     weights = dict(Wide(shape, use).to(dtype).named_parameters())
-    expected = oracle.loss(Wide(shape, use).to(dtype), oracle.perturbed(weights, 1e-3, 1, 0, 0), lambda call: call(x).float())
+    expected = oracle.loss(
+        Wide(shape, use).to(dtype), oracle.perturbed(weights, 1e-3, 1, 0, 0), lambda call: call(x).float()
+    )
     assert abs(losses[1][0] - expected) <= bound * abs(expected)
 
 
@@ -551,7 +628,9 @@ def test_tiles_are_checked(by_tiles) -> None:
         losses(wrong, True)
 
 
-@pytest.mark.parametrize("use", [lambda x, w: x @ w, lambda x, w: torch.einsum("bi,ij->bj", x, w), lambda x, w: x @ w[:]])
+@pytest.mark.parametrize(
+    "use", [lambda x, w: x @ w, lambda x, w: torch.einsum("bi,ij->bj", x, w), lambda x, w: x @ w[:]]
+)
 def test_record_names_what_was_not_tiled(use: Callable) -> None:
     model = Wide((300, 2000), use)
     del model.bias
@@ -589,14 +668,17 @@ for kind in ("tiles", "fused", "whole", "master", "inplace"):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads peak memory from /proc")
 def test_measured_memory_keeps_the_budget() -> None:
-    """A step on a 49 MB matrix with a budget of 16 MB: peak resident memory rises by the budget and at most 8 MB; under 'master' by
-    one copy, in place by nothing."""
+    """A step on a 49 MB matrix with a budget of 16 MB: peak resident memory rises by the budget and at most 8
+    MB; under 'master' by one copy, in place by nothing."""
     run = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=False)
     if "clear_refs" in run.stderr:
         pytest.skip("this system does not let a process reset its peak memory")
     assert run.returncode == 0, run.stderr
     tiles, fused, whole, master, inplace = map(int, run.stdout.split())
-    print(f"extra peak of a step at a budget of 16 MB: {tiles / 2**20:.1f} MB by tiles, {fused / 2**20:.1f} MB fused")
+    print(
+        f"extra peak of a step at a budget of 16 MB: {tiles / 2**20:.1f} MB by tiles, {fused / 2**20:.1f} MB "
+        "fused"
+    )
     assert max(tiles, fused) <= (16 + 8) << 20
     assert whole > 40 << 20  # a step that copies the whole matrix is noticed
     assert inplace <= 8 << 20 and 40 << 20 < master <= (3500 * 3500 * 4) + (8 << 20)

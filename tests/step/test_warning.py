@@ -23,7 +23,8 @@ def dead_update(step: Callable) -> None:
 
 
 def other_evaluation(step: Callable) -> None:
-    """A loss that is a Python number is no loss of all sides: 'auto' goes on with another way after the first step."""
+    """A loss that is a Python number is no loss of all sides: 'auto' goes on with another way after the first
+    step."""
     model = models.tiny()
     optimizer = zokern.MeZO(model, lr=0.0, eps=1e-3)
     for _ in range(2):
@@ -37,7 +38,10 @@ def statistics(step: Callable) -> None:
 
 def swallowed(step: Callable) -> None:
     model, x = torch.nn.LayerNorm(64, dtype=torch.bfloat16), torch.randn(4, 64)
-    step(zokern.MeZO(model, lr=0.0, eps=1e-3, evaluation="master"), lambda: model(x.bfloat16()).float()[:, :9].sum())
+    step(
+        zokern.MeZO(model, lr=0.0, eps=1e-3, evaluation="master"),
+        lambda: model(x.bfloat16()).float()[:, :9].sum(),
+    )
 
 
 def slow_backend(step: Callable) -> None:
@@ -48,7 +52,10 @@ def slow_backend(step: Callable) -> None:
     backends.default.cache_clear()
 
 
-WAYS: dict[str, Callable] = {"zokern.step": zokern.step, "optimizer.step": lambda opt, closure: opt.step(closure)}
+WAYS: dict[str, Callable] = {
+    "zokern.step": zokern.step,
+    "optimizer.step": lambda opt, closure: opt.step(closure),
+}
 
 
 def check(cause: Callable, way: Callable) -> None:
@@ -71,7 +78,12 @@ def test_a_fixed_level_is_rejected() -> None:
     def fixed(message: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=6)
 
-    for module, cause in ((underflow, dead_update), (auto, other_evaluation), (master, swallowed), (first_step, statistics)):
+    for module, cause in (
+        (underflow, dead_update),
+        (auto, other_evaluation),
+        (master, swallowed),
+        (first_step, statistics),
+    ):
         with patch.object(module, "warn", fixed), pytest.raises(AssertionError):
             for way in WAYS.values():
                 check(cause, way)

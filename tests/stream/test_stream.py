@@ -20,7 +20,8 @@ from zokern.directions import normal, resolve
 
 needs_compiler = pytest.mark.skipif(native.why_off() is not None, reason=str(native.why_off()))
 VECTORS = {
-    name: json.loads((conformance.VECTORS / f"{name}-v1.json").read_text()) for name in ("normal", "rademacher", "rounding")
+    name: json.loads((conformance.VECTORS / f"{name}-v1.json").read_text())
+    for name in ("normal", "rademacher", "rounding")
 }
 DIRECTIONS = ("normal", "rademacher")
 
@@ -39,7 +40,7 @@ def names(v: dict) -> tuple[int, int, int, int]:
     return v["seed"], v["who"], v["step"], v["draw"]
 
 
-# --- frozen -------------------------------------------------------------------------------------------------------------------
+# --- frozen -------------------------------------------------------------------------------------------------
 
 
 def test_version() -> None:
@@ -65,7 +66,11 @@ def test_parameter_ids() -> None:
         "größe": 0x67A253D3,
     }
     for name, value in golden.items():
-        assert stream.parameter_id(name) == value == int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
+        assert (
+            stream.parameter_id(name)
+            == value
+            == int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
+        )
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -86,7 +91,9 @@ def test_frozen_digests(direction: str) -> None:
 def test_frozen_rounding() -> None:
     for v in VECTORS["rounding"]["random16"]:
         index = torch.arange(v["first"], v["first"] + 16)
-        assert [f"{b:04x}" for b in reference.random16(index, v["who"], v["step"], v["seed"]).tolist()] == v["bits"]
+        assert [f"{b:04x}" for b in reference.random16(index, v["who"], v["step"], v["seed"]).tolist()] == v[
+            "bits"
+        ]
     x, random, *expected = rounding_columns()
     value = stream.to_float(torch.from_numpy(x))
     high, low = reference.split(value)
@@ -105,21 +112,25 @@ def rounding_columns() -> list[np.ndarray]:
     return [np.array([int(digits, 16) for digits in column]) for column in zip(*VECTORS["rounding"]["rows"])]
 
 
-# --- addressing ---------------------------------------------------------------------------------------------------------------
+# --- addressing ---------------------------------------------------------------------------------------------
 
 
 def test_addressing_is_injective(monkeypatch) -> None:
     """Two names never share a Philox input, because each name is a field of its own.
 
-    The counter that `words` builds is recorded: word 0 is the block, 1 who, 2 step, 3 draw, and the key is the seed's two halves,
-    so the map from (seed, who, step, draw, block) to (counter, key) has an inverse, which is applied here.
+    The counter that `words` builds is recorded: word 0 is the block, 1 who, 2 step, 3 draw, and the key is
+    the seed's two halves, so the map from (seed, who, step, draw, block) to (counter, key) has an inverse,
+    which is applied here.
     """
     seen = []
     monkeypatch.setattr(stream, "philox4x32", lambda counter, key: seen.append((counter, key)))
     top = 2**32 - 1
     generator = torch.Generator().manual_seed(5)
     cases = [(0, 0, 0, 0, 0), (2**64 - 1, top, top, top, top), (2**32, 1, 2, 3, 4)]
-    cases += [(high << 32 | low, *rest) for low, high, *rest in torch.randint(0, 2**32, (200, 6), generator=generator).tolist()]
+    cases += [
+        (high << 32 | low, *rest)
+        for low, high, *rest in torch.randint(0, 2**32, (200, 6), generator=generator).tolist()
+    ]
     for seed, who, step, draw, block in cases:
         stream.words(torch.tensor([block]), who, step, draw, seed)
         (counter, (k0, k1)) = seen.pop()
@@ -174,7 +185,7 @@ def test_fma_rounds_once() -> None:
         assert error <= abs(Fraction(below) - exact) and error <= abs(Fraction(above) - exact)
 
 
-# --- the header ---------------------------------------------------------------------------------------------------------------
+# --- the header ---------------------------------------------------------------------------------------------
 
 
 @needs_compiler
@@ -189,7 +200,10 @@ def test_header_philox(header) -> None:
 @needs_compiler
 def test_header_normal_radii(header) -> None:
     """All 2^20 radii, each with an angle from another sector of the circle."""
-    words = torch.arange(2**20) | torch.randint(0, 2**12, (2**20,), generator=torch.Generator().manual_seed(7)) << 20
+    words = (
+        torch.arange(2**20)
+        | torch.randint(0, 2**12, (2**20,), generator=torch.Generator().manual_seed(7)) << 20
+    )
     values = normal.Normal().values(words.view(-1, 4)).view(-1, 2)
     equal(torch.from_numpy(header.normal(words.numpy())), values, "normal_pair")
 
@@ -208,7 +222,10 @@ def test_header_has_frozen_values(header, direction: str) -> None:
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_header_has_frozen_digests(header, direction: str) -> None:
     for v in VECTORS[direction]["digests"]:
-        assert hashlib.sha256(header.draw(direction, *names(v), v["first"], v["count"])).hexdigest() == v["sha256"]
+        assert (
+            hashlib.sha256(header.draw(direction, *names(v), v["first"], v["count"])).hexdigest()
+            == v["sha256"]
+        )
 
 
 @needs_compiler
@@ -249,23 +266,29 @@ def test_header_rounding_random_floats(header) -> None:
     halves = torch.from_numpy(header.rounded(x.numpy(), random.numpy()).view(np.int16))
     for j, dtype in ((0, torch.bfloat16), (2, torch.float16)):
         equal(halves[:, j].contiguous().view(dtype), x.to(dtype), f"{dtype} nearest")
-        equal(halves[:, j + 1].contiguous().view(dtype), reference.stochastic(x, dtype, random), f"{dtype} stochastic")
+        equal(
+            halves[:, j + 1].contiguous().view(dtype),
+            reference.stochastic(x, dtype, random),
+            f"{dtype} stochastic",
+        )
     high, low = reference.split(x)
     equal(halves[:, 4].contiguous().view(torch.bfloat16), high, "residual_split, high")
     equal(halves[:, 5].contiguous(), low, "residual_split, low")
 
 
-# --- the transform, counted ---------------------------------------------------------------------------------------------------
+# --- the transform, counted ---------------------------------------------------------------------------------
 
 
 @needs_compiler
 def test_quality_of_some_sectors() -> None:
-    """All 2^20 radii with 64 of the 4096 sectors; `make quality` counts all 2^32 words and prints docs/stream.md's table."""
+    """All 2^20 radii with 64 of the 4096 sectors; `make quality` counts all 2^32 words and prints
+    docs/stream.md's table."""
     figures = quality.measure(64)
     assert figures["words"] == 2**26 and figures["broken_radii"] == 0
     assert 5.395 < figures["largest_value"] < 5.3956 and figures["smallest_radius"] > 0
     for side in ("sin", "cos"):
-        bounds = {"moment_2": 2e-5, "moment_4": 2e-4, "moment_6": 5e-4}  # odd moments and KS need the whole circle
+        # odd moments and KS need the whole circle
+        bounds = {"moment_2": 2e-5, "moment_4": 2e-4, "moment_6": 5e-4}
         for name, bound in bounds.items():
             assert abs(figures[f"{side}_{name}"]) < bound, f"{side} {name} is {figures[f'{side}_{name}']}"
 

@@ -1,7 +1,8 @@
 """Tiny models whose weights matter to the loss: architectures of transformers, and plain torch ones.
 
-Each maker returns a model and the keyword arguments of its call, or a model and a function that computes its loss.
-Weights are seeded, matrices are scaled up from the small values of an initialisation, and no model has 200 000 of them.
+Each maker returns a model and the keyword arguments of its call, or a model and a function that computes its
+loss. Weights are seeded, matrices are scaled up from the small values of an initialisation, and no model has
+200 000 of them.
 """
 
 from __future__ import annotations
@@ -66,14 +67,16 @@ NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 # name -> (configuration, model, options): token numbers in, a language model's own loss out
 CAUSAL: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", MODERN),
-    "llama dynamic rope": ("LlamaConfig", "LlamaForCausalLM", dict(MODERN, max_position_embeddings=6, rope_parameters={
+    "llama dynamic rope": ("LlamaConfig", "LlamaForCausalLM",
+        dict(MODERN, max_position_embeddings=6, rope_parameters={
         "rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0})),
     "llama tied": ("LlamaConfig", "LlamaForCausalLM", dict(MODERN, tie_word_embeddings=True)),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", MODERN),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", dict(MODERN, head_dim=8)),
     "mistral": ("MistralConfig", "MistralForCausalLM", dict(MODERN, sliding_window=4)),
     "mixtral": ("MixtralConfig", "MixtralForCausalLM", dict(EXPERTS, num_local_experts=4)),
-    "qwen2 experts": ("Qwen2MoeConfig", "Qwen2MoeForCausalLM", dict(EXPERTS, num_experts=4, moe_intermediate_size=16,
+    "qwen2 experts": ("Qwen2MoeConfig", "Qwen2MoeForCausalLM",
+        dict(EXPERTS, num_experts=4, moe_intermediate_size=16,
                       shared_expert_intermediate_size=24)),
     "olmo experts": ("OlmoeConfig", "OlmoeForCausalLM", dict(EXPERTS, num_experts=4)),
     "gemma": ("GemmaConfig", "GemmaForCausalLM", GEMMA),
@@ -88,32 +91,45 @@ CAUSAL: dict[str, tuple[str, str, dict[str, Any]]] = {
     "stablelm": ("StableLmConfig", "StableLmForCausalLM", MODERN),
     "granite": ("GraniteConfig", "GraniteForCausalLM", MODERN),
     "gpt neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", CLASSIC),
-    "opt": ("OPTConfig", "OPTForCausalLM", dict(vocab_size=VOCABULARY, hidden_size=WIDTH, ffn_dim=INNER, dropout=0.0,
-            num_hidden_layers=LAYERS, num_attention_heads=HEADS, max_position_embeddings=32, word_embed_proj_dim=WIDTH)),
-    "bloom": ("BloomConfig", "BloomForCausalLM", dict(vocab_size=VOCABULARY, hidden_size=WIDTH, n_layer=LAYERS, n_head=HEADS)),
-    "falcon": ("FalconConfig", "FalconForCausalLM", dict(vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=LAYERS,
+    "opt": ("OPTConfig", "OPTForCausalLM",
+        dict(vocab_size=VOCABULARY, hidden_size=WIDTH, ffn_dim=INNER, dropout=0.0,
+            num_hidden_layers=LAYERS, num_attention_heads=HEADS, max_position_embeddings=32,
+            word_embed_proj_dim=WIDTH)),
+    "bloom": ("BloomConfig", "BloomForCausalLM",
+        dict(vocab_size=VOCABULARY, hidden_size=WIDTH, n_layer=LAYERS, n_head=HEADS)),
+    "falcon": ("FalconConfig", "FalconForCausalLM",
+        dict(vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=LAYERS,
                num_attention_heads=HEADS, bos_token_id=1, eos_token_id=2)),
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", dict(OLD, bos_token_id=1, eos_token_id=2)),
     "gpt bigcode": ("GPTBigCodeConfig", "GPTBigCodeForCausalLM", dict(OLD, bos_token_id=1, eos_token_id=2)),
     "gptj": ("GPTJConfig", "GPTJForCausalLM", dict(OLD, rotary_dim=4, bos_token_id=1, eos_token_id=2)),
-    "codegen": ("CodeGenConfig", "CodeGenForCausalLM", dict(OLD, rotary_dim=4, n_ctx=32, bos_token_id=1, eos_token_id=2)),
-    "mamba": ("MambaConfig", "MambaForCausalLM", dict(vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=LAYERS,
+    "codegen": ("CodeGenConfig", "CodeGenForCausalLM",
+        dict(OLD, rotary_dim=4, n_ctx=32, bos_token_id=1, eos_token_id=2)),
+    "mamba": ("MambaConfig", "MambaForCausalLM",
+        dict(vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=LAYERS,
               state_size=4, use_mambapy=False)),
-    "rwkv": ("RwkvConfig", "RwkvForCausalLM", dict(vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=LAYERS,
+    "rwkv": ("RwkvConfig", "RwkvForCausalLM",
+        dict(vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=LAYERS,
              attention_hidden_size=WIDTH, intermediate_size=INNER, rescale_every=0)),
-    "xlnet": ("XLNetConfig", "XLNetLMHeadModel", dict(vocab_size=VOCABULARY, d_model=WIDTH, n_layer=LAYERS, n_head=HEADS,
+    "xlnet": ("XLNetConfig", "XLNetLMHeadModel",
+        dict(vocab_size=VOCABULARY, d_model=WIDTH, n_layer=LAYERS, n_head=HEADS,
               d_inner=INNER)),
-    "t5": ("T5Config", "T5ForConditionalGeneration", dict(vocab_size=VOCABULARY, d_model=WIDTH, d_kv=8, d_ff=INNER,
+    "t5": ("T5Config", "T5ForConditionalGeneration",
+        dict(vocab_size=VOCABULARY, d_model=WIDTH, d_kv=8, d_ff=INNER,
            num_layers=LAYERS, num_heads=HEADS, decoder_start_token_id=0)),
-    "bart": ("BartConfig", "BartForConditionalGeneration", dict(vocab_size=VOCABULARY, d_model=WIDTH, encoder_layers=1,
-             decoder_layers=1, encoder_attention_heads=HEADS, decoder_attention_heads=HEADS, encoder_ffn_dim=INNER,
+    "bart": ("BartConfig", "BartForConditionalGeneration",
+        dict(vocab_size=VOCABULARY, d_model=WIDTH, encoder_layers=1,
+             decoder_layers=1, encoder_attention_heads=HEADS, decoder_attention_heads=HEADS,
+             encoder_ffn_dim=INNER,
              decoder_ffn_dim=INNER, max_position_embeddings=32)),
     "bert": ("BertConfig", "BertForMaskedLM", dict(CLASSIC, **NO_DROPOUT)),
     "roberta": ("RobertaConfig", "RobertaForMaskedLM", dict(CLASSIC, **NO_DROPOUT)),
-    "distilbert": ("DistilBertConfig", "DistilBertForMaskedLM", dict(vocab_size=VOCABULARY, dim=WIDTH, hidden_dim=INNER,
+    "distilbert": ("DistilBertConfig", "DistilBertForMaskedLM",
+        dict(vocab_size=VOCABULARY, dim=WIDTH, hidden_dim=INNER,
                    n_layers=LAYERS, n_heads=HEADS, max_position_embeddings=32)),
     "albert": ("AlbertConfig", "AlbertForMaskedLM", dict(CLASSIC, embedding_size=16)),
-    "deberta v2": ("DebertaV2Config", "DebertaV2ForMaskedLM", dict(CLASSIC, relative_attention=True, position_buckets=4,
+    "deberta v2": ("DebertaV2Config", "DebertaV2ForMaskedLM",
+        dict(CLASSIC, relative_attention=True, position_buckets=4,
                    pos_att_type=["p2c", "c2p"])),
     "electra": ("ElectraConfig", "ElectraForMaskedLM", dict(CLASSIC, embedding_size=16)),
     "mpnet": ("MPNetConfig", "MPNetForMaskedLM", CLASSIC),
@@ -143,18 +159,27 @@ def clip() -> Made:
 
 
 def whisper() -> Made:
-    options = dict(vocab_size=VOCABULARY, num_mel_bins=8, d_model=WIDTH, encoder_layers=1, decoder_layers=1, encoder_attention_heads=HEADS,
-                   decoder_attention_heads=HEADS, encoder_ffn_dim=INNER, decoder_ffn_dim=INNER, max_source_positions=8,
-                   max_target_positions=16, decoder_start_token_id=1, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
-    model, sound = seeded(hub("WhisperConfig", "WhisperForConditionalGeneration", **options)), normal(2, 8, 16)
+    options = dict(vocab_size=VOCABULARY, num_mel_bins=8, d_model=WIDTH, encoder_layers=1, decoder_layers=1,
+        encoder_attention_heads=HEADS,
+                   decoder_attention_heads=HEADS, encoder_ffn_dim=INNER, decoder_ffn_dim=INNER,
+                   max_source_positions=8,
+                   max_target_positions=16, decoder_start_token_id=1, pad_token_id=0, bos_token_id=1,
+                   eos_token_id=2)  # fmt: skip
+    model, sound = (
+        seeded(hub("WhisperConfig", "WhisperForConditionalGeneration", **options)),
+        normal(2, 8, 16),
+    )
     tokens = ids()
     return model, lambda: model(input_features=sound, labels=tokens).loss
 
 
 def wav2vec2() -> Made:
-    options = dict(vocab_size=16, hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=HEADS, intermediate_size=INNER, conv_dim=(8, 8),
-                   conv_stride=(4, 2), conv_kernel=(8, 3), num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, num_feat_extract_layers=2,
-                   feat_extract_norm="layer", do_stable_layer_norm=True, apply_spec_augment=False, layerdrop=0.0)  # fmt: skip
+    options = dict(vocab_size=16, hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=HEADS,
+        intermediate_size=INNER, conv_dim=(8, 8),
+                   conv_stride=(4, 2), conv_kernel=(8, 3), num_conv_pos_embeddings=4,
+                   num_conv_pos_embedding_groups=2, num_feat_extract_layers=2,
+                   feat_extract_norm="layer", do_stable_layer_norm=True, apply_spec_augment=False,
+                   layerdrop=0.0)  # fmt: skip
     model, sound = seeded(hub("Wav2Vec2Config", "Wav2Vec2ForCTC", **options)), normal(2, 160)
     labels = torch.randint(1, 16, (2, 4), generator=torch.Generator().manual_seed(5))
     return model, lambda: model(input_values=sound, labels=labels).loss
@@ -228,7 +253,8 @@ class Squared(nn.Module):
 
 
 def convolution() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 12, 3, groups=2),
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(8, 12, 3, groups=2),
                          nn.GroupNorm(3, 12), nn.SiLU(), nn.Flatten(), nn.Linear(48, 5))  # fmt: skip
 
 
@@ -242,7 +268,9 @@ BODIES: dict[str, Callable[[], nn.Module]] = {
     "lstm": lambda: nn.LSTM(WIDTH, WIDTH, 2, batch_first=True),
     "gru": lambda: nn.GRU(WIDTH, WIDTH // 2, batch_first=True, bidirectional=True),
     "rnn": lambda: nn.RNN(WIDTH, WIDTH, batch_first=True),
-    "encoder": lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(WIDTH, HEADS, INNER, 0.0, batch_first=True), 2),
+    "encoder": lambda: nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(WIDTH, HEADS, INNER, 0.0, batch_first=True), 2
+    ),
     "attention": SelfAttention,
     "weight norm": lambda: nn.Sequential(
         parametrizations.weight_norm(nn.Linear(WIDTH, INNER)), nn.Tanh(), nn.Linear(INNER, WIDTH)
@@ -265,7 +293,9 @@ def pixels(train: bool) -> Made:
 
 
 def bag() -> Made:
-    model = seeded(lambda: nn.Sequential(nn.EmbeddingBag(VOCABULARY, WIDTH, mode="mean"), nn.Tanh(), nn.Linear(WIDTH, 5)))
+    model = seeded(
+        lambda: nn.Sequential(nn.EmbeddingBag(VOCABULARY, WIDTH, mode="mean"), nn.Tanh(), nn.Linear(WIDTH, 5))
+    )
     tokens = ids(6)
     return model, lambda: F.cross_entropy(model(tokens), torch.arange(6) % 5)
 

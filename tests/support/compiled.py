@@ -1,4 +1,5 @@
-"""Triton kernels of this tree or with one line changed: compiled without a device, and read as PTX and as machine code.
+"""Triton kernels of this tree or with one line changed: compiled without a device, and read as PTX and as
+machine code.
 
 An import skips the test file where Triton, or the backend, is missing.
 """
@@ -27,7 +28,8 @@ if not hasattr(backend, "elementwise"):
     pytest.skip(f"backend 'triton' is off: {backend.why_off()}", allow_module_level=True)
 
 TYPES = {
-    "entries": "*i64", "chunks": "*i64", "draws": "*i64", "coefficients": "*fp32", "nonfinite": "*i64", "draw_count": "i32",
+    "entries": "*i64", "chunks": "*i64", "draws": "*i64", "coefficients": "*fp32", "nonfinite": "*i64",
+    "draw_count": "i32",
     "counters": "*i64", "words": "*i64", "count": "i64", "decay": "fp32", "scale0": "fp32", "scale1": "fp32",
     "each": "i32", "step": "i32", "draw": "i32", "keys": ("i32",) * 20, "clock": "*i64", "scalars": "*fp32",
 }  # fmt: skip
@@ -35,7 +37,9 @@ TYPES = {
 
 def load(directory: Path, name: str) -> ModuleType:
     """A copy of triton_kernels, imported under a name of its own; its module `elementwise`."""
-    spec = importlib.util.spec_from_file_location(name, directory / "__init__.py", submodule_search_locations=[str(directory)])
+    spec = importlib.util.spec_from_file_location(
+        name, directory / "__init__.py", submodule_search_locations=[str(directory)]
+    )
     assert spec is not None and spec.loader is not None
     sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[name])
@@ -44,7 +48,9 @@ def load(directory: Path, name: str) -> ModuleType:
 
 def changed(directory: Path, file: str, old: str, new: str) -> ModuleType:
     """triton_kernels with one line replaced wherever it stands."""
-    shutil.copytree(Path(backend.triton_kernels.__file__).parent, directory, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        Path(backend.triton_kernels.__file__).parent, directory, ignore=shutil.ignore_patterns("__pycache__")
+    )
     text = (directory / f"{file}.py").read_text()
     assert old in text, f"{file}.py has no {old!r}"
     (directory / f"{file}.py").write_text(text.replace(old, new))
@@ -57,12 +63,16 @@ def interpreter_rounds_twice() -> bool:
     return tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 7)
 
 
-needs_fma = pytest.mark.skipif(interpreter_rounds_twice(), reason="the interpreter of triton before 3.7 rounds tl.fma twice")
+needs_fma = pytest.mark.skipif(
+    interpreter_rounds_twice(), reason="the interpreter of triton before 3.7 rounds tl.fma twice"
+)
 
 
 def made(kernel, arch: str, constants: dict, fusion: bool = False):
     """One kernel, compiled for an architecture as the backend would have it."""
-    signature = {argument: "constexpr" if argument in constants else TYPES[argument] for argument in kernel.arg_names}
+    signature = {
+        argument: "constexpr" if argument in constants else TYPES[argument] for argument in kernel.arg_names
+    }
     source = triton.compiler.ASTSource(kernel, signature, constants)
     options = {"num_warps": backend.WARPS, "enable_fp_fusion": fusion}
     return triton.compile(source, target=GPUTarget("cuda", int(arch), 32), options=options)
@@ -80,8 +90,11 @@ def directory(tmp_path_factory) -> Iterator[Path]:
 
 
 def unspecified(text: str) -> set[str]:
-    """Floating-point instructions of a kernel's PTX that the stream does not name: only .rn, no .ftz, nothing approximate."""
-    used = set(re.findall(r"^\s*(?:@!?%p\d+ )?([a-z][\w.:]*\.f(?:16|32|64)(?:x2)?(?:\.\w+)*)\s", text, re.MULTILINE))
+    """Floating-point instructions of a kernel's PTX that the stream does not name: only .rn, no .ftz, nothing
+    approximate."""
+    used = set(
+        re.findall(r"^\s*(?:@!?%p\d+ )?([a-z][\w.:]*\.f(?:16|32|64)(?:x2)?(?:\.\w+)*)\s", text, re.MULTILINE)
+    )
     plain = (
         r"(?:fma|mul|add|sub)\.rn\.f32(?:x2)?|cvt\.rn\.b?f16x2\.f32|cvt\.f32\.f16|fma\.rn\.f16x2|neg\.f32|cvt\.rn\.f32\.[su](?:16|32)"
         r"|setp\.(?:nan|neu|num|ne)\.f32|mov\.f32|selp\.f32|(?:ld|st)\..*"
@@ -90,7 +103,8 @@ def unspecified(text: str) -> set[str]:
 
 
 def forbidden(function: sass.Function) -> dict[str, list[str]]:
-    """What sass.py forbids. ptxas for sm_80 leaves a loop by a CALL to a label of the same kernel, which is a jump."""
+    """What sass.py forbids. ptxas for sm_80 leaves a loop by a CALL to a label of the same kernel, which is a
+    jump."""
     found = {
         why: [t for t in texts if not re.search(r"CALL\.REL\.NOINC `\(\.L_x_", t)]
         for why, texts in function.forbidden().items()

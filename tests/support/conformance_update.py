@@ -1,6 +1,8 @@
-"""update_ on every backend, bit for bit the reference: weights, states, low bits, memory around them, and the count.
+"""update_ on every backend, bit for bit the reference: weights, states, low bits, memory around them, and the
+count.
 
-As conformance.py, whose cases these checks take: each ``check_*(backend, device, scale)`` raises AssertionError.
+As conformance.py, whose cases these checks take: each ``check_*(backend, device, scale)`` raises
+AssertionError.
 """
 
 from __future__ import annotations
@@ -9,7 +11,19 @@ from collections.abc import Callable, Sequence
 
 import conformance
 import torch
-from conformance import DIRECTIONS, DTYPES, SEED, Versus, ids, located, low_of, same, source, theta_of, weights
+from conformance import (
+    DIRECTIONS,
+    DTYPES,
+    SEED,
+    Versus,
+    ids,
+    located,
+    low_of,
+    same,
+    source,
+    theta_of,
+    weights,
+)
 from guarded import Guarded, equal, filled
 
 from zokern.backends import SCALARS, STATES, Batch, Noise, Span, Update
@@ -27,7 +41,8 @@ DRAWS, COEFFS = ((3, 1), (5, 0)), (0.5, -0.25)
 
 class Updates(Versus):
     def update(
-        self, thetas: Sequence[Guarded], spans, rule: str, states, direction="normal", draws=DRAWS[:1], coeffs=None, scalars=(),
+        self, thetas: Sequence[Guarded], spans, rule: str, states, direction="normal", draws=DRAWS[:1],
+        coeffs=None, scalars=(),
         rounding="nearest", residuals=(),
     ) -> None:  # fmt: skip
         def call(backend, groups, device):
@@ -37,7 +52,9 @@ class Updates(Versus):
                 for x in (scalars or USUAL[rule], coeffs or COEFFS[: len(draws)])
             )
             batch = Batch(theta, located(spans, device), rounding, low or None)
-            return backend.update_(batch, Noise(resolve(direction), SEED, list(draws)), Update(a, rule, numbers, kept))
+            return backend.update_(
+                batch, Noise(resolve(direction), SEED, list(draws)), Update(a, rule, numbers, kept)
+            )
 
         mine, right = self._both([thetas, residuals, *states], call)
         what = f"update_ {rule} {direction} K={len(draws)} {rounding}"
@@ -49,7 +66,8 @@ class Updates(Versus):
 
 
 def states_of(generator, rule: str, thetas: Sequence[Guarded], offset: int = 0) -> list[list[Guarded]]:
-    """m of any size and sign, v of any size and not below 0, zeros among both; contiguous, at any alignment of float32."""
+    """m of any size and sign, v of any size and not below 0, zeros among both; contiguous, at any alignment
+    of float32."""
     kept = []
     for name in STATES[rule]:
         tensors = [filled(weights(t.shape, torch.float32, generator), offset=offset) for t in thetas]
@@ -81,7 +99,9 @@ def check_update_strides(backend, device="cpu", scale="full") -> None:
     generator, versus = source(check_update_strides), Updates(check_update_strides, backend, device, scale)
     for rule in RULES:
         for cases in (conformance.strided, conformance.column_slices):
-            for rounding in ("nearest", "residual") if scale == "quick" else ("nearest", "stochastic", "residual"):
+            for rounding in (
+                ("nearest", "residual") if scale == "quick" else ("nearest", "stochastic", "residual")
+            ):
                 thetas, spans = cases(generator, scale)
                 lows = [low_of(generator, t) for t in thetas] if rounding == "residual" else []
                 states = states_of(generator, rule, thetas, 1)
@@ -89,14 +109,22 @@ def check_update_strides(backend, device="cpu", scale="full") -> None:
 
 
 def check_update_roundings(backend, device="cpu", scale="full") -> None:
-    """One or several draws; stochastic rounding spends the bits of the last draw's step; low bits make an exact float32."""
-    generator, versus = source(check_update_roundings), Updates(check_update_roundings, backend, device, scale)
+    """One or several draws; stochastic rounding spends the bits of the last draw's step; low bits make an
+    exact float32."""
+    generator, versus = (
+        source(check_update_roundings),
+        Updates(check_update_roundings, backend, device, scale),
+    )
     for rule in RULES:
         for rounding in ("nearest", "stochastic", "residual"):
             for direction, count, offset in (("normal", 2, 0), ("rademacher", 1, 3)):
                 thetas, spans = conformance.spread(generator, scale, offset)
                 spans = [s._replace(first=s.first // 8 * 8) for s in spans] if offset == 0 else spans
-                lows = [filled(low_of(generator, t).view, offset) for t in thetas] if rounding == "residual" else []
+                lows = (
+                    [filled(low_of(generator, t).view, offset) for t in thetas]
+                    if rounding == "residual"
+                    else []
+                )
                 states = states_of(generator, rule, thetas, offset)
                 versus.update(
                     thetas, spans, rule, states, direction, DRAWS[:count], rounding=rounding, residuals=lows
@@ -104,15 +132,20 @@ def check_update_roundings(backend, device="cpu", scale="full") -> None:
 
 
 def check_update_scalars(backend, device="cpu", scale="full") -> None:
-    """Numbers of all sizes, both places of eps, zeros, and quotients and roots that are subnormal or overflow."""
+    """Numbers of all sizes, both places of eps, zeros, and quotients and roots that are subnormal or
+    overflow."""
     generator, versus = source(check_update_scalars), Updates(check_update_scalars, backend, device, scale)
     size = 67 if scale == "quick" else 1003
     cases = {
-        "momentum": [(1.0, 0.0, 0.9, 0.1), (0.0, 1e-30, 0.0, 1.0), (-1.5, 3.0, 1.0, -1e-40), (1e-40, 1e38, 1e-3, 1e30)],
+        "momentum": [(1.0, 0.0, 0.9, 0.1), (0.0, 1e-30, 0.0, 1.0), (-1.5, 3.0, 1.0, -1e-40),
+            (1e-40, 1e38, 1e-3, 1e30)],
         "adam": [
-            (1.0, 1e-3, 0.9, 0.1, 0.999, 0.001, 0.0, 31.6, 1e-8), (0.99, 1e-3, 0.0, 1.0, 0.0, 1.0, 1e-8, 1.0, 0.0),
-            (1.0, 0.0, 0.9, 0.1, 0.999, 0.001, 0.0, 1.0, 1e-8), (0.0, 1.0, 1e-30, 1e-38, 1e-10, 1e-38, 0.0, 1.0, 1e30),
-            (1.0, 1e-10, 1.0, 0.0, 1.0, 0.0, 0.0, 1.0, 1e-45), (-1.0, 1e30, 0.5, 1e10, 0.5, 1e20, 1e-40, 1e-5, 0.0),
+            (1.0, 1e-3, 0.9, 0.1, 0.999, 0.001, 0.0, 31.6, 1e-8),
+            (0.99, 1e-3, 0.0, 1.0, 0.0, 1.0, 1e-8, 1.0, 0.0),
+            (1.0, 0.0, 0.9, 0.1, 0.999, 0.001, 0.0, 1.0, 1e-8),
+            (0.0, 1.0, 1e-30, 1e-38, 1e-10, 1e-38, 0.0, 1.0, 1e30),
+            (1.0, 1e-10, 1.0, 0.0, 1.0, 0.0, 0.0, 1.0, 1e-45),
+            (-1.0, 1e30, 0.5, 1e10, 0.5, 1e20, 1e-40, 1e-5, 0.0),
         ],
         "sign": [(1.0, 0.0), (0.0, 1e-30), (-1.5, 3.0), (1e-40, 1e38)],
     }  # fmt: skip
@@ -121,19 +154,26 @@ def check_update_scalars(backend, device="cpu", scale="full") -> None:
             assert len(scalars) == len(SCALARS[rule])
             thetas = [theta_of(generator, (size,), dtype, offset=i) for dtype in DTYPES]
             spans = [Span(who, i) for who in ids(generator, 3)]
-            for coeffs in ((1.0,), (1e-25,), (3e22,), (0.0,), (-1e-45,)):  # the last two make g = 0, of both signs
-                versus.update(thetas, spans, rule, states_of(generator, rule, thetas), coeffs=coeffs, scalars=scalars)
+            # the last two make g = 0, of both signs
+            for coeffs in ((1.0,), (1e-25,), (3e22,), (0.0,), (-1e-45,)):
+                versus.update(
+                    thetas, spans, rule, states_of(generator, rule, thetas), coeffs=coeffs, scalars=scalars
+                )
 
 
 def check_update_roots(backend, device="cpu", scale="full") -> None:
-    """sqrt and division correctly rounded, over many mantissas and all exponents: theta = 0 and lr = 1 show the move itself."""
+    """sqrt and division correctly rounded, over many mantissas and all exponents: theta = 0 and lr = 1 show
+    the move itself."""
     generator, versus = source(check_update_roots), Updates(check_update_roots, backend, device, scale)
     size = 2000 if scale == "quick" else 1 << 12
     theta = [filled(torch.zeros(size), offset=j) for j in range(2)]
     for exponents in ((0, 1), (-148, 127)):
         powers = 2.0 ** torch.randint(*exponents, (3, 2, size), generator=generator).double()
         m, v, _ = (powers * (1 + torch.rand(3, 2, size, generator=generator).double())).float()
-        states = [[filled(row) for row in (m * torch.randn(2, size, generator=generator).sign())], [filled(row) for row in v]]
+        states = [
+            [filled(row) for row in (m * torch.randn(2, size, generator=generator).sign())],
+            [filled(row) for row in v],
+        ]
         for inside, eps in ((0.0, 0.0), (0.0, 1e-8)):
             scalars = (0.0, 1.0, 1.0, 0.0, 1.0, 0.0, inside, 1.0, eps)
             versus.update(theta, [Span(1), Span(2)], "adam", states, coeffs=(1e-30,), scalars=scalars)
@@ -149,13 +189,21 @@ def check_update_special(backend, device="cpu", scale="full") -> None:
                 largest = (torch.finfo(dtype).max * torch.randn(size, generator=generator).sign()).to(dtype)
                 broken = weights((size,), dtype, generator)
                 broken[::7], broken[1::11], broken[2::13] = float("inf"), float("-inf"), float("nan")
-                subnormal = (torch.randn(size, generator=generator) * torch.finfo(dtype).smallest_normal).to(dtype)
-                for values, lr in ((largest, torch.finfo(dtype).max / 100), (broken, 1e-3), (subnormal, 1e-38)):
+                subnormal = (torch.randn(size, generator=generator) * torch.finfo(dtype).smallest_normal).to(
+                    dtype
+                )
+                for values, lr in (
+                    (largest, torch.finfo(dtype).max / 100),
+                    (broken, 1e-3),
+                    (subnormal, 1e-38),
+                ):
                     theta = filled(values, offset=8 if dtype == torch.float32 else 2)
                     low = [low_of(generator, theta)] if rounding == "residual" else []
                     states = states_of(generator, rule, [theta])
                     scalars = (USUAL[rule][0], lr, *USUAL[rule][2:])
-                    versus.update([theta], [Span(9, 3)], rule, states, scalars=scalars, rounding=rounding, residuals=low)
+                    versus.update(
+                        [theta], [Span(9, 3)], rule, states, scalars=scalars, rounding=rounding, residuals=low
+                    )
         theta = theta_of(generator, (size,), torch.float32)
         states = states_of(generator, rule, [theta])
         for kept in states:
@@ -171,7 +219,9 @@ def check_update_large(backend, device="cpu", scale="full") -> None:
     for rule in RULES:
         for direction in DIRECTIONS:
             cases = [(size, first, dtype) for size, first in sizes for dtype in DTYPES]
-            cases += [(40_001, 3, torch.float32)] if (rule, direction, scale) == ("adam", "normal", "full") else []
+            cases += (
+                [(40_001, 3, torch.float32)] if (rule, direction, scale) == ("adam", "normal", "full") else []
+            )
             thetas = [theta_of(generator, (size,), dtype) for size, _, dtype in cases]
             for theta in thetas:
                 theta.view[torch.randint(0, len(theta.view), (3,), generator=generator)] = float("inf")
@@ -190,7 +240,9 @@ def check_update_shards(backend, device="cpu", scale="full") -> None:
             expected = None
             for shards in (1, 2, 8, -8):
                 whole, states = start.to(device, copy=True), [k.to(device, copy=True) for k in kept]
-                parts, pieces = ([list(torch.tensor_split(x, abs(shards))) for x in some] for some in ([whole], states))
+                parts, pieces = (
+                    [list(torch.tensor_split(x, abs(shards))) for x in some] for some in ([whole], states)
+                )
                 if shards < 0:
                     parts, pieces = ([x[::-1] for x in some] for some in (parts, pieces))
                 spans = [Span(77, first + p.storage_offset()) for p in parts[0]]
@@ -219,10 +271,15 @@ def check_update_clock(backend, device="cpu", scale="full") -> None:
                 results = []
                 for side, where in ((backend, device), (Reference(), "cpu")):
                     theta, states = values.clone().to(where), [[k.clone().to(where)] for k in kept]
-                    moved = [((step + (0 if side is backend else time)) % 2**32, draw) for step, draw in DRAWS[:count]]
+                    moved = [
+                        ((step + (0 if side is backend else time)) % 2**32, draw)
+                        for step, draw in DRAWS[:count]
+                    ]
                     numbers, a = (torch.tensor(x, device=where) for x in (USUAL[rule], COEFFS[:count]))
                     noise = Noise(resolve("normal"), SEED, moved, clock if side is backend else None)
-                    side.update_(Batch([theta], [Span(who)], rounding), noise, Update(a, rule, numbers, states))
+                    side.update_(
+                        Batch([theta], [Span(who)], rounding), noise, Update(a, rule, numbers, states)
+                    )
                     results.append([theta, *(s[0] for s in states)])
                 for got, want in zip(*results):
                     equal(got, want, f"update_ {rule} K={count} {rounding} at clock {time}")
@@ -236,14 +293,20 @@ def check_update_empty(backend, device="cpu", scale="full") -> None:
             numbers, coeffs = (torch.tensor(x, device=device) for x in (USUAL[rule], COEFFS[:1]))
             spans = [Span(1)] * len(tensors)
             count = backend.update_(
-                Batch(tensors, spans), Noise(resolve("normal"), SEED, [(0, 0)]), Update(coeffs, rule, numbers, states)
+                Batch(tensors, spans),
+                Noise(resolve("normal"), SEED, [(0, 0)]),
+                Update(coeffs, rule, numbers, states),
             )
             equal(count, torch.zeros(1, dtype=torch.int64), "update_ of nothing")
 
 
-CHECKS: dict[str, Callable] = {name[6:]: check for name, check in list(globals().items()) if name.startswith("check_")}
+CHECKS: dict[str, Callable] = {
+    name[6:]: check for name, check in list(globals().items()) if name.startswith("check_")
+}
 
 
-def run(backend, device: str = "cpu", scale: str = "full", only: Sequence[str] = tuple(CHECKS)) -> dict[str, str | None]:
+def run(
+    backend, device: str = "cpu", scale: str = "full", only: Sequence[str] = tuple(CHECKS)
+) -> dict[str, str | None]:
     """As conformance.run."""
     return conformance.run(backend, device, scale, only, CHECKS)

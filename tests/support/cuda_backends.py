@@ -1,4 +1,5 @@
-"""The CUDA backend where there is no GPU: csrc/*.cu compiled for the host, and nvcc's PTX in an interpreter."""
+"""The CUDA backend where there is no GPU: csrc/*.cu compiled for the host, and nvcc's PTX in an
+interpreter."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def storage(tensor: torch.Tensor) -> np.ndarray:
 
 
 class OnPtx(cuda.Cuda):
-    """The backend with the interpreter in the place of zokern._cuda. Only the tensors of a call may be touched."""
+    """The backend with the interpreter in the place of zokern._cuda. Only the tensors of a call may be
+    touched."""
 
     name = "cuda through PTX"
     device_type = "cpu"
@@ -52,14 +54,17 @@ class OnPtx(cuda.Cuda):
         counts = ptx.run(self.text, prefix, BLOCKS, THREADS, arguments, memory)
         self.executed += sum(counts.values())
 
-    def _call(self, verb, device, tensors, *arguments, clock=0, device_draws=0, coefficients=0, scaled=False) -> None:
+    def _call(
+        self, verb, device, tensors, *arguments, clock=0, device_draws=0, coefficients=0, scaled=False
+    ) -> None:
         if verb == "philox":
             counters, count, k0, k1, rounds, words = arguments
             return self._run(sass.symbol("philox"), [counters, count, k0, k1, rounds, words], tensors)
         entries, chunks, count, direction, seed, *rest = arguments
         keys = [(seed & 0xFFFFFFFF) + i * M0 & 0xFFFFFFFF for i in range(10)]
         keys += [(seed >> 32) + i * M1 & 0xFFFFFFFF for i in range(10)]
-        table = struct.pack("<QQqi20I4xQ", entries, chunks, count, self.parts_log2, *keys, clock)  # struct List
+        # struct List
+        table = struct.pack("<QQqi20I4xQ", entries, chunks, count, self.parts_log2, *keys, clock)
         kind = "scaled_" if scaled else ""
         if verb == "draw":
             return self._run(sass.symbol(kind + verb, direction), [table, *rest], tensors)

@@ -1,4 +1,5 @@
-"""Small losses for tests of estimators: of parameters in layers, and of a model with a loss for each example."""
+"""Small losses for tests of estimators: of parameters in layers, and of a model with a loss for each
+example."""
 
 from __future__ import annotations
 
@@ -20,12 +21,17 @@ EVALUATIONS = ("master", "paired", "scratch", "inplace")
 
 def weights() -> dict[str, nn.Parameter]:
     generator = torch.Generator().manual_seed(3)
-    return {name: nn.Parameter(0.5 * torch.randn(3, 4 + i, generator=generator)) for i, name in enumerate(NAMES)}
+    return {
+        name: nn.Parameter(0.5 * torch.randn(3, 4 + i, generator=generator)) for i, name in enumerate(NAMES)
+    }
 
 
 def loss(theta: dict[str, Tensor]) -> Tensor:
     parts = torch.stack(
-        [(t.double() * (1 + i)).sin().mean() + t.double().square().mean() for i, t in enumerate(theta.values())]
+        [
+            (t.double() * (1 + i)).sin().mean() + t.double().square().mean()
+            for i, t in enumerate(theta.values())
+        ]
     )
     return parts.sum() + 0.3 * parts.prod() + 2.0
 

@@ -1,10 +1,12 @@
-"""Tensors inside guarded memory: every byte that does not belong to the tensor holds a sentinel, and so does every output.
+"""Tensors inside guarded memory: every byte that does not belong to the tensor holds a sentinel, and so does
+every output.
 
     buffer   [ guard | offset | t0 . t1 . t2 ... | guard ]      . = gap of a strided tensor
               A5 A5    A5 A5     A5   A5            A5 A5
 
-Two backends start from equal buffers and the *whole* buffers are compared afterwards. That one comparison finds a wrong value,
-an element that was not written (its sentinel is left), and a write before, after or between the elements.
+Two backends start from equal buffers and the *whole* buffers are compared afterwards. That one comparison
+finds a wrong value, an element that was not written (its sentinel is left), and a write before, after or
+between the elements.
 """
 
 from __future__ import annotations
@@ -15,15 +17,23 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-GUARD = 64  # elements on each side: at least 128 bytes, so that offset 0 keeps the alignment of the allocation
-SENTINEL = 0xA5  # 0xA5A5 and 0xA5A5A5A5 are finite in every type, so a sentinel never passes for an expected NaN
+# elements on each side: at least 128 bytes, so that offset 0 keeps the alignment of the allocation
+GUARD = 64
+# 0xA5A5 and 0xA5A5A5A5 are finite in every type, so a sentinel never passes for an expected NaN
+SENTINEL = 0xA5
 
-BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.int16: torch.int16}
+BITS = {
+    torch.float32: torch.int32,
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+    torch.int16: torch.int16,
+}
 
 
 @dataclass(frozen=True)
 class Guarded:
-    """A strided tensor in a buffer of sentinels. ``view`` is the tensor; ``copy_to`` an equal one on a device."""
+    """A strided tensor in a buffer of sentinels. ``view`` is the tensor; ``copy_to`` an equal one on a
+    device."""
 
     buffer: Tensor
     shape: tuple[int, ...]
@@ -41,9 +51,12 @@ class Guarded:
 def guarded(
     shape: tuple[int, ...], dtype: torch.dtype, offset: int = 0, see: Callable[[Tensor], Tensor] | None = None
 ) -> Guarded:
-    """A tensor of sentinels: ``see(contiguous tensor of this shape)``, ``offset`` elements after an aligned address."""
+    """A tensor of sentinels: ``see(contiguous tensor of this shape)``, ``offset`` elements after an aligned
+    address."""
     size = torch.Size(shape).numel()
-    buffer = torch.full(((2 * GUARD + offset + size) * dtype.itemsize,), SENTINEL, dtype=torch.uint8).view(dtype)
+    buffer = torch.full(((2 * GUARD + offset + size) * dtype.itemsize,), SENTINEL, dtype=torch.uint8).view(
+        dtype
+    )
     whole = buffer[GUARD + offset : GUARD + offset + size].view(shape)
     view = whole if see is None else see(whole)
     return Guarded(buffer, tuple(view.shape), view.stride(), view.storage_offset())
@@ -61,7 +74,8 @@ def equal(result: Tensor, expected: Tensor, what: str) -> None:
     result = result.detach().cpu()
     if result.shape != expected.shape or result.dtype != expected.dtype:
         raise AssertionError(
-            f"{what}: got {result.dtype} {tuple(result.shape)}, expected {expected.dtype} {tuple(expected.shape)}"
+            f"{what}: got {result.dtype} {tuple(result.shape)}, expected {expected.dtype} "
+            f"{tuple(expected.shape)}"
         )
     if not expected.is_floating_point():
         wrong = result != expected

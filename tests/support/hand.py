@@ -1,4 +1,5 @@
-"""A run of an optimizer by hand: a smooth loss of a few parameters, and float64 weights that are moved along the stream's draws."""
+"""A run of an optimizer by hand: a smooth loss of a few parameters, and float64 weights that are moved along
+the stream's draws."""
 
 from __future__ import annotations
 
@@ -14,12 +15,16 @@ NAMES = ("embed.weight", "layers.0.up", "layers.0.down", "layers.1.up", "layers.
 
 def weights() -> dict[str, nn.Parameter]:
     generator = torch.Generator().manual_seed(3)
-    return {name: nn.Parameter(0.5 * torch.randn(3, 4 + i, generator=generator)) for i, name in enumerate(NAMES)}
+    return {
+        name: nn.Parameter(0.5 * torch.randn(3, 4 + i, generator=generator)) for i, name in enumerate(NAMES)
+    }
 
 
 def loss(theta: dict[str, Tensor]) -> Tensor:
     """Smooth, with all derivatives, and with blocks that depend on one another."""
-    parts = [(t.double() * (1 + i)).sin().mean() + t.double().square().mean() for i, t in enumerate(theta.values())]
+    parts = [
+        (t.double() * (1 + i)).sin().mean() + t.double().square().mean() for i, t in enumerate(theta.values())
+    ]
     return torch.stack(parts).sum() + 0.3 * torch.stack(parts).prod() + 2.0
 
 
@@ -30,15 +35,23 @@ class Hand:
         self.theta = {name: p.detach().double() for name, p in params.items()}
 
     def z(self, name: str, step: int, query: int) -> Tensor:
-        return zokern.draw("normal", tuple(self.theta[name].shape), seed=SEED, who=name, step=step, draw=query).double()
+        return zokern.draw(
+            "normal", tuple(self.theta[name].shape), seed=SEED, who=name, step=step, draw=query
+        ).double()
 
     def at(self, step: int, terms: list[tuple[int, float]], scope: tuple[str, ...] = NAMES) -> float:
         """The loss at theta + sum_k a_k z_k of some parameters."""
-        moved = {n: t + sum(a * self.z(n, step, k) for k, a in terms) if n in scope else t for n, t in self.theta.items()}
+        moved = {
+            n: t + sum(a * self.z(n, step, k) for k, a in terms) if n in scope else t
+            for n, t in self.theta.items()
+        }
         return float(loss(moved))
 
     def move(self, step: int, terms: list[tuple[int, float]], scope: tuple[str, ...] = NAMES) -> None:
-        self.theta = {n: t + sum(a * self.z(n, step, k) for k, a in terms) if n in scope else t for n, t in self.theta.items()}
+        self.theta = {
+            n: t + sum(a * self.z(n, step, k) for k, a in terms) if n in scope else t
+            for n, t in self.theta.items()
+        }
 
     def difference(self, step: int, query: int, radius: float = 1.0, scope: tuple[str, ...] = NAMES) -> float:
         a, b = (self.at(step, [(query, sign * radius * EPS)], scope) for sign in (1, -1))

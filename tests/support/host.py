@@ -26,7 +26,9 @@ ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 SOURCES = ("bind.cpp", "axpy.cu", "elementwise.cu", "update.cu", "lowrank.cu")  # bind.cpp takes longest
 NAME = "zokern_on_host"
-FLAGS = "-std=c++17 -O1 -ffp-contract=off -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas"
+FLAGS = (
+    "-std=c++17 -O1 -ffp-contract=off -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas"
+)
 FLAGS += f" -DZOKERN_MODULE={NAME} -DZOKERN_LOWRANK_CUDA -DZOKERN_UPDATE"
 if "ZOKERN_ON_HOST" not in os.environ:
     OWN = TemporaryDirectory(prefix=f"{NAME}-")
@@ -52,7 +54,9 @@ def call(*command: str | Path) -> None:
 
 def texts_of(source: str) -> dict[str, str]:
     """A file of csrc/ and the headers of that folder that it includes, by name."""
-    return {path.name: path.read_text() for path in sorted(sass.included(CSRC / source)) if path.parent == CSRC}
+    return {
+        path.name: path.read_text() for path in sorted(sass.included(CSRC / source)) if path.parent == CSRC
+    }
 
 
 def compiled(source: str, edits: Edits) -> Path:
@@ -78,7 +82,17 @@ def compiled(source: str, edits: Edits) -> Path:
                 pybind11.get_include(),
                 sysconfig.get_path("include"),
             ]
-            call("g++", *FLAGS.split(), *(f"-I{place}" for place in places), "-x", "c++", "-c", path, "-o", f"{path}.o")
+            call(
+                "g++",
+                *FLAGS.split(),
+                *(f"-I{place}" for place in places),
+                "-x",
+                "c++",
+                "-c",
+                path,
+                "-o",
+                f"{path}.o",
+            )
             Path(f"{path}.o").rename(done)
     return done
 
@@ -98,16 +112,21 @@ def _built(edits: tuple[Edits, ...]) -> types.ModuleType:
 
 
 def mistaken(mistakes: Sequence[tuple[str, str, str]]) -> types.ModuleType:
-    """The module that makes mistake number ZO_SHIM_MISTAKE of (name, right text, wrong text), counted from 1; unset: none."""
+    """The module that makes mistake number ZO_SHIM_MISTAKE of (name, right text, wrong text), counted from 1;
+    unset: none."""
     if reason := missing():
         pytest.skip(reason)
     return build(
-        tuple((right, wrong.replace("{wrong}", f"(shim_mistake == {k})")) for k, (_, right, wrong) in enumerate(mistakes, 1))
+        tuple(
+            (right, wrong.replace("{wrong}", f"(shim_mistake == {k})"))
+            for k, (_, right, wrong) in enumerate(mistakes, 1)
+        )
     )
 
 
 def build(edits: Edits = ()) -> types.ModuleType:
-    """The module. With edits it is a deliberately wrong one: each is made in every source that has its text, or includes it."""
+    """The module. With edits it is a deliberately wrong one: each is made in every source that has its text,
+    or includes it."""
     texts = {source: "\0".join(texts_of(source).values()) for source in SOURCES}
     for right, _ in edits:
         assert any(right in text for text in texts.values()), f"no file of csrc/ has {right!r} any more"

@@ -1,14 +1,17 @@
-"""How far lowrank_ on matrix units may be from exact arithmetic, element by element, and how much of that is used.
+"""How far lowrank_ on matrix units may be from exact arithmetic, element by element, and how much of that is
+used.
 
-A factor x goes in as T bfloat16 terms, each the rounding of what is left: |x - x_0 - ... - x_(T-1)| <= 2^-8T |x|, and |x_p| <= 2^-8p |x|
-to first order. Of the products x_p y_q those with p + q < T are summed. With S = sum_k |left[i, k] right[j, k]|:
+A factor x goes in as T bfloat16 terms, each the rounding of what is left: |x - x_0 - ... - x_(T-1)| <= 2^-8T
+|x|, and |x_p| <= 2^-8p |x| to first order. Of the products x_p y_q those with p + q < T are summed. With S =
+sum_k |left[i, k] right[j, k]|:
 
-    two factors' remainders and the T - 1 largest products left out      (T + 2) 2^-8T S     (one unit of it covers the second order)
-    N = T (T + 1) / 2 ceil(r / 16) matrix products, float32 sums          N 2^-20 S
+    two factors' remainders and the T - 1 largest products left out      (T + 2) 2^-8T S     (one unit of it
+    covers the second order) N = T (T + 1) / 2 ceil(r / 16) matrix products, float32 sums          N 2^-20 S
 
-A matrix unit adds sixteen products and an accumulator at one alignment, cut and not rounded, with at least 24 bits (Fasi et al. 2021,
-"Numerical behavior of NVIDIA tensor cores"): 17 errors of 2^-24 or less of the largest, below 2^-19.9; N 2^-20 with exact products
-and rounded sums in the emulation. Then fma, decay and the rounding of the result to its type.
+A matrix unit adds sixteen products and an accumulator at one alignment, cut and not rounded, with at least 24
+bits (Fasi et al. 2021, "Numerical behavior of NVIDIA tensor cores"): 17 errors of 2^-24 or less of the
+largest, below 2^-19.9; N 2^-20 with exact products and rounded sums in the emulation. Then fma, decay and the
+rounding of the result to its type.
 """
 
 from __future__ import annotations

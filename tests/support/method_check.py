@@ -18,13 +18,18 @@ from torch.func import functional_call
 import zokern
 
 IDS = batch()
-ROUNDINGS = 40  # 2^-24 of the size of what is summed: ranks of 3, a few queries, and factors that are rounded themselves
+# 2^-24 of the size of what is summed: ranks of 3, a few queries, and factors that are rounded themselves
+ROUNDINGS = 40
 
 
 def examples_of(call: Callable, ids: Tensor = IDS) -> Tensor:
     """The loss of each row."""
     logits = call(ids)
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1).mean(1)
+    return (
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        .view(len(ids), -1)
+        .mean(1)
+    )
 
 
 def loss_of(call: Callable, ids: Tensor = IDS) -> Tensor:
@@ -33,9 +38,11 @@ def loss_of(call: Callable, ids: Tensor = IDS) -> Tensor:
 
 def check_resume(
     make: Callable[[nn.Module], Any], steps: int, after: int, build: Callable[[], nn.Module] | None = None,
-    closure: Callable[[nn.Module], Callable[[], Tensor]] | None = None, again: Callable[[nn.Module], Any] | None = None,
+    closure: Callable[[nn.Module], Callable[[], Tensor]] | None = None,
+    again: Callable[[nn.Module], Any] | None = None,
 ) -> None:  # fmt: skip
-    """A run that is saved and loaded after some steps ends with the bits of one that is not; AssertionError for others.
+    """A run that is saved and loaded after some steps ends with the bits of one that is not; AssertionError
+    for others.
 
     again  makes the optimizer that the state is loaded into; None: make"""
     ends = []
@@ -47,12 +54,16 @@ def check_resume(
                 state = copy.deepcopy(optimizer.state_dict())
                 optimizer = (again or make)(model)
                 optimizer.load_state_dict(state)
-            zokern.step(optimizer, closure(model) if closure else lambda model=model: next_token_loss(model(IDS), IDS))
+            zokern.step(
+                optimizer, closure(model) if closure else lambda model=model: next_token_loss(model(IDS), IDS)
+            )
         ends.append(snapshot(model))
     assert all(same_bits(ends[0][n], ends[1][n]) for n in ends[0])
 
 
-def check_method(name: str, steps: int = 5, weight_decay: float = 0.0, width: int = 16, seed: int = 5, **options) -> None:
+def check_method(
+    name: str, steps: int = 5, weight_decay: float = 0.0, width: int = 16, seed: int = 5, **options
+) -> None:
     """Steps of a float32 model against the method on paper; AssertionError when anything differs."""
     model = tiny(width=width)
     double = copy.deepcopy(model).double()
@@ -81,8 +92,11 @@ def check_method(name: str, steps: int = 5, weight_decay: float = 0.0, width: in
     assert sorted(spreads)[steps // 2] > 3e-5, "sides too close together to be told apart"
 
 
-def check_step(formula: Formula, result: zokern.StepResult, paper: Paper, double: nn.Module, weight_decay: float) -> None:
-    """What a step read and found, in the order in which the estimator asks on paper; moves the formula's weights."""
+def check_step(
+    formula: Formula, result: zokern.StepResult, paper: Paper, double: nn.Module, weight_decay: float
+) -> None:
+    """What a step read and found, in the order in which the estimator asks on paper; moves the formula's
+    weights."""
     losses = iter([loss for sides in result.losses for loss in sides])
     named, answer = iter(zip(result.draws, result.coefficients)), None
     asks = script(formula.optimizer.estimator, paper, tuple(formula.theta))
@@ -95,14 +109,18 @@ def check_step(formula: Formula, result: zokern.StepResult, paper: Paper, double
         if isinstance(asked, Read):
             weights = formula.moved(asked.terms, paper.eps, asked.scope, paper.step, asked.anchored)
             with torch.no_grad():
-                rows = examples_of(lambda ids, weights=weights: functional_call(double, weights, (ids,))).tolist()
+                rows = examples_of(
+                    lambda ids, weights=weights: functional_call(double, weights, (ids,))
+                ).tolist()
             want = math.fsum(rows) / len(rows)
             got = next(losses) if asked.recorded else want
             assert abs(got - want) <= 1e-6 * want, f"step {paper.step}, {asked.terms}: {got} against {want}"
             answer = rows if asked.rows else got
             continue
         found = [next(named) for _ in asked.draws]
-        assert [draw for draw, _ in found] == asked.draws, f"step {paper.step}: coefficient of {found}, not of {asked.draws}"
+        assert [draw for draw, _ in found] == asked.draws, (
+            f"step {paper.step}: coefficient of {found}, not of {asked.draws}"
+        )
         for (_, got), want in zip(found, asked.coefficients):
             near = math.isclose(got, want, rel_tol=asked.apart[0], abs_tol=asked.apart[1])
             assert near, f"step {paper.step}: coefficient {got} against {want}"

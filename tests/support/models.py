@@ -1,4 +1,5 @@
-"""Small models that the tests share. Weights come from a seed of their own, so every test sees the same ones."""
+"""Small models that the tests share. Weights come from a seed of their own, so every test sees the same
+ones."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ VOCABULARY = 37
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """For files of tiny models: a second thread has nothing to do there, and waits for the first whenever cores are busy."""
+    """For files of tiny models: a second thread has nothing to do there, and waits for the first whenever
+    cores are busy."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -24,7 +26,8 @@ def one_thread() -> Iterator[None]:
 
 
 class Tiny(nn.Module):
-    """Every kind of use in a few hundred weights: lookup, norm, products with and without bias, a parameter used by hand."""
+    """Every kind of use in a few hundred weights: lookup, norm, products with and without bias, a parameter
+    used by hand."""
 
     def __init__(self, width: int = 12, dropout: float = 0.0, tied: bool = False) -> None:
         super().__init__()
@@ -78,16 +81,21 @@ def changed(model: nn.Module, before: dict[str, Tensor]) -> list[str]:
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Bit for bit: NaN equals itself and -0.0 differs from 0.0."""
     a, b = a.detach().contiguous(), b.detach().contiguous()
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))
+    )
 
 
 def at_use(evaluation, budget: int = 1 << 16):
-    """The evaluation with a budget that does not hold the model: its matrices are copied, or z beside them made, at their use."""
+    """The evaluation with a budget that does not hold the model: its matrices are copied, or z beside them
+    made, at their use."""
     evaluation.arena = Arena(budget)
     return evaluation
 
 
-# Architectures of transformers, from configurations small enough for a few milliseconds a forward ------------------------------
+# Architectures of transformers, from configurations small enough for a few milliseconds a forward -----------
 
 WIDTH, HEADS, LAYERS = 32, 4, 2
 
@@ -96,7 +104,8 @@ def opt(attention: str = "sdpa"):
     from transformers import OPTConfig, OPTForCausalLM
 
     return OPTForCausalLM(
-        OPTConfig(vocab_size=64, hidden_size=WIDTH, ffn_dim=64, num_hidden_layers=LAYERS, num_attention_heads=HEADS, dropout=0.0,
+        OPTConfig(vocab_size=64, hidden_size=WIDTH, ffn_dim=64, num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS, dropout=0.0,
                   max_position_embeddings=32, word_embed_proj_dim=WIDTH, attn_implementation=attention)
     )  # fmt: skip
 
@@ -105,7 +114,8 @@ def llama(attention: str = "sdpa"):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(
-        LlamaConfig(vocab_size=64, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+        LlamaConfig(vocab_size=64, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
                     num_key_value_heads=2, max_position_embeddings=32, attn_implementation=attention)
     )  # fmt: skip
 
@@ -114,7 +124,8 @@ def gpt2(attention: str = "sdpa"):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     return GPT2LMHeadModel(
-        GPT2Config(vocab_size=64, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, n_positions=32, resid_pdrop=0.0, embd_pdrop=0.0,
+        GPT2Config(vocab_size=64, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, n_positions=32, resid_pdrop=0.0,
+            embd_pdrop=0.0,
                    attn_pdrop=0.0, attn_implementation=attention)
     )  # fmt: skip
 
@@ -123,8 +134,10 @@ def bert(attention: str = "sdpa"):
     from transformers import BertConfig, BertForSequenceClassification
 
     return BertForSequenceClassification(
-        BertConfig(vocab_size=64, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-                   max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=3,
+        BertConfig(vocab_size=64, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+                   max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+                   num_labels=3,
                    attn_implementation=attention)
     )  # fmt: skip
 
@@ -133,8 +146,10 @@ def mixtral(attention: str = "sdpa"):
     from transformers import MixtralConfig, MixtralForCausalLM
 
     return MixtralForCausalLM(
-        MixtralConfig(vocab_size=64, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-                      num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=32,
+        MixtralConfig(vocab_size=64, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+                      num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+                      max_position_embeddings=32,
                       attn_implementation=attention)
     )  # fmt: skip
 
@@ -143,7 +158,8 @@ def t5(attention: str = "eager"):
     from transformers import T5Config, T5ForConditionalGeneration
 
     return T5ForConditionalGeneration(
-        T5Config(vocab_size=64, d_model=WIDTH, d_kv=8, d_ff=64, num_layers=LAYERS, num_heads=HEADS, dropout_rate=0.0,
+        T5Config(vocab_size=64, d_model=WIDTH, d_kv=8, d_ff=64, num_layers=LAYERS, num_heads=HEADS,
+            dropout_rate=0.0,
                  decoder_start_token_id=0, pad_token_id=0)
     )  # fmt: skip
 

@@ -1,4 +1,5 @@
-"""Wrong versions, which a test has to reject: a function with a mistake around it, or with one expression replaced."""
+"""Wrong versions, which a test has to reject: a function with a mistake around it, or with one expression
+replaced."""
 
 from __future__ import annotations
 
@@ -16,7 +17,11 @@ def mutant(owner: object, name: str, right: str, instead: str) -> Callable:
     source = textwrap.dedent(inspect.getsource(function))
     assert source.count(right) == 1, f"{name} holds {right!r} {source.count(right)} times"
     space: dict = {}
-    exec("from __future__ import annotations\n" + source.replace(right, instead), vars(inspect.getmodule(function)), space)
+    exec(
+        "from __future__ import annotations\n" + source.replace(right, instead),
+        vars(inspect.getmodule(function)),
+        space,
+    )
     return space[name]
 
 

@@ -16,7 +16,9 @@ import zokern
 from zokern.stream import fma
 
 
-def z(name: str, tensor: Tensor, result_or_seed, step: int = 0, query: int = 0, direction: str = "normal") -> Tensor:
+def z(
+    name: str, tensor: Tensor, result_or_seed, step: int = 0, query: int = 0, direction: str = "normal"
+) -> Tensor:
     """The float32 direction of a parameter."""
     return zokern.draw(direction, tensor.shape, seed=result_or_seed, who=name, step=step, draw=query)
 
@@ -33,13 +35,16 @@ def perturbed(
     result = {}
     for name, theta in weights.items():
         amount = torch.tensor(scale[name] if isinstance(scale, Mapping) else scale, dtype=torch.float32)
-        result[name] = fma(amount, z(name, theta, seed, step, query, direction), theta.detach().float()).to(theta.dtype)
+        result[name] = fma(amount, z(name, theta, seed, step, query, direction), theta.detach().float()).to(
+            theta.dtype
+        )
     return result
 
 
 @torch.no_grad()
 def loss(model: nn.Module, weights: Mapping[str, Tensor], loss_of: Callable[[Callable], Tensor]) -> float:
-    """loss_of(call) with the model's parameters replaced; call(*args, **kwargs) runs the model. Tied names follow their tie."""
+    """loss_of(call) with the model's parameters replaced; call(*args, **kwargs) runs the model. Tied names
+    follow their tie."""
     return float(loss_of(lambda *args, **kwargs: functional_call(model, dict(weights), args, kwargs)))
 
 
@@ -58,7 +63,8 @@ def check_update(
     decay: float = 1.0,
     direction: str = "normal",
 ) -> None:
-    """after = decay before + sum_k amounts[k] z_k within a unit in the last place an operation; float32 tensors."""
+    """after = decay before + sum_k amounts[k] z_k within a unit in the last place an operation; float32
+    tensors."""
     expected = decay * before.double()
     size = expected.abs()
     for query, amount in enumerate(amounts):
@@ -66,4 +72,6 @@ def check_update(
         expected, size = expected + term, size + term.abs()
     bound = (len(amounts) + 2) * 2.0**-24 * size + 1e-45
     ratio = ((after.detach().double() - expected).abs() / bound).max().item() if before.numel() else 0.0
-    assert math.isfinite(ratio) and ratio <= 1.0, f"{name}: the update is {ratio:.3g} times the bound away from the formula"
+    assert math.isfinite(ratio) and ratio <= 1.0, (
+        f"{name}: the update is {ratio:.3g} times the bound away from the formula"
+    )

@@ -108,13 +108,17 @@ def by_spsa(e: Any, p: Paper, scope: tuple[str, ...]) -> Script:
 def by_curvature(e: Any, p: Paper, scope: tuple[str, ...]) -> Script:
     """HiZOO: and half of the second difference along each draw, for the factors of the direction."""
     losses = yield from differences(e, p, scope)
-    p.memory["curvatures"] = [abs(ahead + behind - 2 * here) / (2 * p.eps**2) for ahead, behind, here in losses]
+    p.memory["curvatures"] = [
+        abs(ahead + behind - 2 * here) / (2 * p.eps**2) for ahead, behind, here in losses
+    ]
     yield Move(numbered(p, e.queries), weighed(e, losses, p.eps), scope, e.queries)
 
 
 def by_sign(e: Any, p: Paper, scope: tuple[str, ...]) -> Script:
     losses = yield from differences(e, p, scope)
-    yield Move(numbered(p, e.queries), [math.copysign(1.0, c) for c in weighed(e, losses, p.eps)], scope, e.queries)
+    yield Move(
+        numbered(p, e.queries), [math.copysign(1.0, c) for c in weighed(e, losses, p.eps)], scope, e.queries
+    )
 
 
 def by_spread(e: Any, p: Paper, scope: tuple[str, ...]) -> Script:
@@ -131,7 +135,10 @@ def by_ranks(e: Any, p: Paper, scope: tuple[str, ...]) -> Script:
     every = [loss for sides in losses for loss, offset in zip(sides, e.stencil.offsets) if offset]
     middle, deviation = (len(every) - 1) / 2, math.sqrt((len(every) ** 2 - 1) / 12)
     ranks = [
-        [sum(other < loss for other in every) - middle if o else 0.0 for loss, o in zip(sides, e.stencil.offsets)]
+        [
+            sum(other < loss for other in every) - middle if o else 0.0
+            for loss, o in zip(sides, e.stencil.offsets)
+        ]
         for sides in losses
     ]
     yield Move(numbered(p, e.queries), weighed(e, ranks, deviation), scope, e.queries)
@@ -146,8 +153,12 @@ def by_kernel(e: Any, p: Paper, scope: tuple[str, ...]) -> Script:
     width = e.width(p.step) if callable(e.width) else e.width
     units = [(p.word("", draw_word(k, RADIUS)) + 0.5) / 2**31 - 1.0 for k in range(e.queries)]
     losses = yield from differences(e, p, scope, [width * r for r in units])
-    kernel = [e.scale / width * sum(a * r ** (2 * i + 1) for i, a in enumerate(POLYNOMIALS[e.order])) for r in units]
-    yield Move(numbered(p, e.queries), [c * k for c, k in zip(weighed(e, losses, p.eps), kernel)], scope, e.queries)
+    kernel = [
+        e.scale / width * sum(a * r ** (2 * i + 1) for i, a in enumerate(POLYNOMIALS[e.order])) for r in units
+    ]
+    yield Move(
+        numbered(p, e.queries), [c * k for c, k in zip(weighed(e, losses, p.eps), kernel)], scope, e.queries
+    )
 
 
 def by_the_anchor(e: Any, p: Paper, scope: tuple[str, ...]) -> Script:
@@ -202,7 +213,9 @@ def by_the_others(e: Any, p: Paper, scope: tuple[str, ...]) -> Script:
     losses = []
     for k in range(e.queries):
         losses.append((yield Read((((p.step, k), 1.0),), scope)))
-    found = [(a - math.fsum(losses[:k] + losses[k + 1 :]) / (e.queries - 1)) / p.eps for k, a in enumerate(losses)]
+    found = [
+        (a - math.fsum(losses[:k] + losses[k + 1 :]) / (e.queries - 1)) / p.eps for k, a in enumerate(losses)
+    ]
     yield Move(numbered(p, e.queries), found, scope, e.queries)
 
 
@@ -212,7 +225,11 @@ def by_clipped_sums(e: Any, p: Paper, scope: tuple[str, ...]) -> Script:
         ahead = yield Read((((p.step, k), 1.0),), scope, rows=True)
         behind = yield Read((((p.step, k), -1.0),), scope, rows=True)
         clipped = [max(-e.bound, min(e.bound, a - b)) for a, b in zip(ahead, behind)]
-        z = zokern.draw("normal", 8, seed=p.seed, who="", step=p.step, draw=draw_word(k, PRIVACY)).double().tolist()
+        z = (
+            zokern.draw("normal", 8, seed=p.seed, who="", step=p.step, draw=draw_word(k, PRIVACY))
+            .double()
+            .tolist()
+        )
         n = z[0] if e.kind == "gaussian" else (z[0] ** 2 + z[1] ** 2 - z[2] ** 2 - z[3] ** 2) / 2
         found.append((math.fsum(clipped) + e.bound * e.noise * n) / (2 * p.eps * (e.batch or len(ahead))))
     yield Move(numbered(p, e.queries), found, scope, e.queries, apart=(1e-6, 2.0**-20 / p.eps))
@@ -298,8 +315,10 @@ def by_splitting(e: Any, p: Paper, scope: tuple[str, ...]) -> Script:
 
 
 SCRIPTS: dict[type, Callable[..., Script]] = {
-    Spsa: by_spsa, Spread: by_spread, zokern.Ranked: by_ranks, zokern.Sign: by_sign, zokern.Kernel: by_kernel, zokern.Conservative: by_the_best,
-    zokern.Bayesian: by_filter, zokern.LeaveOneOut: by_the_others, zokern.Private: by_clipped_sums, zokern.Guided: by_the_guide,
+    Spsa: by_spsa, Spread: by_spread, zokern.Ranked: by_ranks, zokern.Sign: by_sign, zokern.Kernel: by_kernel,
+    zokern.Conservative: by_the_best,
+    zokern.Bayesian: by_filter, zokern.LeaveOneOut: by_the_others, zokern.Private: by_clipped_sums,
+    zokern.Guided: by_the_guide,
     zokern.Blockwise: by_blocks, zokern.Layers: by_layers, zokern.Anchored: by_the_anchor,
     zokern.Curvature: by_curvature,
     zokern.ForwardGradient: by_slopes, zokern.Mixed: by_mixing, zokern.Split: by_splitting,

@@ -1,22 +1,25 @@
-"""Run one kernel of a PTX text on NumPy arrays: every thread of the grid at once, and every rounding as PTX defines it.
+"""Run one kernel of a PTX text on NumPy arrays: every thread of the grid at once, and every rounding as PTX
+defines it.
 
     run(text, kernel, grid, block, arguments, memory=())
 
 text       PTX, of nvcc (`-ptx`) or Triton (`compiled.asm["ptx"]`)
 kernel     the entry's name, or a prefix that only one entry has; None when there is one entry
 grid       blocks: an integer or (x, y, z); block: threads per block, likewise
-arguments  one per .param: a NumPy array (its address is passed), a Python or NumPy scalar, or bytes (a struct passed by value).
-           Trailing parameters that are not given are null pointers (Triton appends scratch pointers).
+arguments  one per .param: a NumPy array (its address is passed), a Python or NumPy scalar, or bytes (a struct
+           passed by value). Trailing parameters that are not given are null pointers (Triton appends scratch
+           pointers).
 memory     more arrays that the kernel may touch, for example those that a table holds pointers to
 Returns the number of instructions executed by the warp-wide scheduler, by opcode (a Counter).
 
-Addresses are real. An access outside the given arrays, or not aligned to its width, raises MemoryError and names the
-instruction; so neighbours of a tensor need no red zone. An unknown opcode or modifier raises NotImplementedError: nothing is
-skipped. Float operations without an explicit rounding are refused, because ptxas may contract them, and so is .ftz.
+Addresses are real. An access outside the given arrays, or not aligned to its width, raises MemoryError and
+names the instruction; so neighbours of a tensor need no red zone. An unknown opcode or modifier raises
+NotImplementedError: nothing is skipped. Float operations without an explicit rounding are refused, because
+ptxas may contract them, and so is .ftz.
 
-Threads keep a program counter each; the smallest one runs next, so threads that diverge meet again. bar.sync waits for the
-threads of the block that have not exited, bar.warp.sync (of whole warps) for those of the warp. Shared memory is one array per
-block; local memory and calls are not supported.
+Threads keep a program counter each; the smallest one runs next, so threads that diverge meet again. bar.sync
+waits for the threads of the block that have not exited, bar.warp.sync (of whole warps) for those of the warp.
+Shared memory is one array per block; local memory and calls are not supported.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ import numpy as np
 U8, U16, U32, U64 = np.uint8, np.uint16, np.uint32, np.uint64
 UNSIGNED = {8: U8, 16: U16, 32: U32, 64: U64}
 SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
-SHARED = 0x7FF00000  # from here on, for 2^20 bytes, addresses are a block's shared memory: compilers keep those in 32 bits
+# from here on, for 2^20 bytes, addresses are a block's shared memory: compilers keep those in 32 bits
+SHARED = 0x7FF00000
 
 
 # float32, bit patterns in and out
@@ -48,7 +52,8 @@ def bits(value: Any) -> Any:
 
 
 def fma(a: Any, b: Any, c: Any) -> Any:
-    """round(a b + c), rounded once: exact product in float64, sum rounded to odd there, then cut to float32. A NaN is the GPU's."""
+    """round(a b + c), rounded once: exact product in float64, sum rounded to odd there, then cut to float32.
+    A NaN is the GPU's."""
     product, c = f32(a).astype(np.float64) * f32(b).astype(np.float64), f32(c).astype(np.float64)
     total = np.asarray(product + c)
     part = total - product
@@ -148,7 +153,9 @@ def size(kind: str) -> int:
 def parse(text: str, name: str | None) -> Kernel:
     text = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.S)
     text = re.sub(r"^\s*\.(loc|file)\b[^\n]*$", "", text, flags=re.M)
-    entries = [m for m in re.finditer(r"\.entry\s+([\w$.]+)\s*\(", text) if name is None or m[1].startswith(name)]
+    entries = [
+        m for m in re.finditer(r"\.entry\s+([\w$.]+)\s*\(", text) if name is None or m[1].startswith(name)
+    ]
     exact = [m for m in entries if m[1] == name]
     entries = exact or entries
     if len(entries) != 1:
@@ -172,7 +179,8 @@ def parse(text: str, name: str | None) -> Kernel:
         used += size(found[2]) * int(found[4] or 0)
     position = 0
     while position < len(body):
-        if found := re.compile(r"\s+|[{}](?=\s|\.)|\}").match(body, position):  # blanks, and the braces of a scope
+        # blanks, and the braces of a scope
+        if found := re.compile(r"\s+|[{}](?=\s|\.)|\}").match(body, position):
             position = found.end()
             continue
         if found := re.compile(r"([\w$]+):").match(body, position):
@@ -202,7 +210,8 @@ def parse(text: str, name: str | None) -> Kernel:
 # What an instruction computes: operation and type to a function of unsigned bit patterns
 
 COMPARE: dict[str, Callable] = {
-    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
+    "ge": np.greater_equal,
     "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
 }  # fmt: skip
 
@@ -222,7 +231,11 @@ def as_type(kind: str, value: Any) -> Any:
 
 def unsigned(value: Any, width: int) -> Any:
     value = np.asarray(value)
-    return value.view(UNSIGNED[value.dtype.itemsize * 8]).astype(UNSIGNED[width]) if value.dtype.kind != "b" else value
+    return (
+        value.view(UNSIGNED[value.dtype.itemsize * 8]).astype(UNSIGNED[width])
+        if value.dtype.kind != "b"
+        else value
+    )
 
 
 def wide(kind: str, value: Any) -> Any:
@@ -235,7 +248,8 @@ def wide(kind: str, value: Any) -> Any:
 
 
 def compute(op: str) -> tuple[Callable, str, list[str]]:
-    """The function of an arithmetic opcode, the type of its result, and the types of its sources (the last one repeats)."""
+    """The function of an arithmetic opcode, the type of its result, and the types of its sources (the last
+    one repeats)."""
     parts = op.split(".")
     base, mods, kind = parts[0], parts[1:-1], parts[-1]
     is_float = kind in ("f32", "f64", "f16", "bf16", "f32x2", "bf16x2", "f16x2", "f16x2")
@@ -285,13 +299,23 @@ def compute(op: str) -> tuple[Callable, str, list[str]]:
         if len(mods) == 1:
             return lambda a, b: test(as_type(kind, a), as_type(kind, b)), "pred", [kind]
         join_with = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}[mods[1]]
-        return lambda a, b, p: join_with(test(as_type(kind, a), as_type(kind, b)), p), "pred", [kind, kind, "pred"]
+        return (
+            lambda a, b, p: join_with(test(as_type(kind, a), as_type(kind, b)), p),
+            "pred",
+            [kind, kind, "pred"],
+        )
     if base == "selp" and not mods:
         return lambda a, b, p: np.where(p, a, b), "b" + str(size(kind) * 8), [kind, kind, "pred"]
     if is_float:
         raise NotImplementedError(op)
     if kind == "pred":
-        table = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor, "not": np.logical_not, "mov": np.array}
+        table = {
+            "and": np.logical_and,
+            "or": np.logical_or,
+            "xor": np.logical_xor,
+            "not": np.logical_not,
+            "mov": np.array,
+        }
         return table[base], "pred", ["pred"]
     width = size(kind) * 8
     unsigned_type, same = UNSIGNED[width], f"b{width}"
@@ -326,7 +350,13 @@ def compute(op: str) -> tuple[Callable, str, list[str]]:
         return lambda a, b: unsigned(function(as_type(kind, a), as_type(kind, b)), width), same, [same]
     if base in ("mul", "mad") and mods in (["lo"], ["hi"], ["wide"]):
         if mods == ["lo"]:
-            return (lambda a, b, c=0: a * b + unsigned_type(c)) if base == "mul" else (lambda a, b, c: a * b + c), same, [same]
+            return (
+                (lambda a, b, c=0: a * b + unsigned_type(c))
+                if base == "mul"
+                else (lambda a, b, c: a * b + c),
+                same,
+                [same],
+            )
         if mods == ["wide"]:
             double = f"b{2 * width}"
 
@@ -350,7 +380,9 @@ def compute(op: str) -> tuple[Callable, str, list[str]]:
         def divide(a, b):
             a, b = as_type(kind, a), as_type(kind, b)
             quotient = (
-                np.where((a < 0) ^ (b < 0), -(np.abs(a) // np.abs(b)), np.abs(a) // np.abs(b)) if kind[0] == "s" else a // b
+                np.where((a < 0) ^ (b < 0), -(np.abs(a) // np.abs(b)), np.abs(a) // np.abs(b))
+                if kind[0] == "s"
+                else a // b
             )
             return unsigned(quotient if base == "div" else a - quotient * b, width)
 
@@ -362,7 +394,9 @@ def compute(op: str) -> tuple[Callable, str, list[str]]:
             position, length = np.asarray(position) & U32(0xFF), np.asarray(length) & U32(0xFF)
             if kind[0] == "s" or np.any(position + length > width):
                 raise NotImplementedError(f"{op} signed or past the end")
-            return (a >> position.astype(U64) & ((U64(1) << length.astype(U64)) - U64(1))).astype(unsigned_type)
+            return (a >> position.astype(U64) & ((U64(1) << length.astype(U64)) - U64(1))).astype(
+                unsigned_type
+            )
 
         return extract, same, [same, "b32", "b32"]
     if base == "bfi":
@@ -372,9 +406,9 @@ def compute(op: str) -> tuple[Callable, str, list[str]]:
             if np.any(position + length > width) or np.any(length >= 64):
                 raise NotImplementedError(f"{op} past the end")
             field = ((U64(1) << length) - U64(1)) << position
-            return ((np.asarray(b).astype(U64) & ~field) | (np.asarray(a).astype(U64) << position & field)).astype(
-                unsigned_type
-            )
+            return (
+                (np.asarray(b).astype(U64) & ~field) | (np.asarray(a).astype(U64) << position & field)
+            ).astype(unsigned_type)
 
         return insert, same, [same, same, "b32", "b32"]
     if base == "lop3":
@@ -442,7 +476,10 @@ def convert(op: str, mods: list[str], source: str) -> tuple[Callable, str, list[
         number = SIGNED if source[0] == "s" else UNSIGNED
 
         def resize(a):
-            return unsigned(as_type(source, a).astype(number[width] if width >= size(source) * 8 else UNSIGNED[width]), width)
+            return unsigned(
+                as_type(source, a).astype(number[width] if width >= size(source) * 8 else UNSIGNED[width]),
+                width,
+            )
 
         return resize, f"b{width}", [source]
     raise NotImplementedError(op)
@@ -468,7 +505,9 @@ class Memory:
         """(which threads, their bytes' buffer, offsets) for each buffer that is touched."""
         address = address.astype(np.int64)
         if np.any(address % width):
-            raise MemoryError(f"{text}: address {hex(int(address[address % width != 0][0]))} is not aligned to {width}")
+            raise MemoryError(
+                f"{text}: address {hex(int(address[address % width != 0][0]))} is not aligned to {width}"
+            )
         inside = (address >= SHARED) & (address < SHARED + (1 << 20))
         if inside.any():
             if not inside.all():
@@ -489,7 +528,8 @@ class Memory:
             yield chosen, buffer, offset
 
 
-def run(text: str, kernel: str | None, grid: Any, block: Any, arguments: Sequence[Any], memory: Sequence[np.ndarray] = (),
+def run(text: str, kernel: str | None, grid: Any, block: Any, arguments: Sequence[Any],
+    memory: Sequence[np.ndarray] = (),
         shared: int = 0) -> Counter[str]:  # fmt: skip
     """Run a kernel; see the module's text. ``shared``: bytes of dynamic shared memory per block."""
     with np.errstate(all="ignore"):
@@ -498,7 +538,13 @@ def run(text: str, kernel: str | None, grid: Any, block: Any, arguments: Sequenc
 
 class _Machine:
     def __init__(
-        self, kernel: Kernel, grid: Any, block: Any, arguments: Sequence[Any], memory: Sequence[np.ndarray], shared: int
+        self,
+        kernel: Kernel,
+        grid: Any,
+        block: Any,
+        arguments: Sequence[Any],
+        memory: Sequence[np.ndarray],
+        shared: int,
     ):
         self.kernel = kernel
         grid, block = ((*((x,) if np.isscalar(x) else tuple(x)), 1, 1)[:3] for x in (grid, block))
@@ -509,7 +555,9 @@ class _Machine:
         self.warp = which * -(-threads // 32) + inside // 32
         self.special = {"%laneid": self.lane.astype(U32), "%warpid": (inside // 32).astype(U32)}
         for name, index, shape in (("tid", inside, block), ("ctaid", which, grid)):
-            for axis, value in zip("xyz", (index % shape[0], index // shape[0] % shape[1], index // (shape[0] * shape[1]))):
+            for axis, value in zip(
+                "xyz", (index % shape[0], index // shape[0] % shape[1], index // (shape[0] * shape[1]))
+            ):
                 self.special[f"%{name}.{axis}"] = value.astype(U32)
                 self.special[f"%n{name}.{axis}"] = np.full(self.count, shape["xyz".index(axis)], U32)
         arrays = [a for a in arguments if isinstance(a, np.ndarray) and a.ndim] + list(memory)
@@ -624,9 +672,9 @@ class _Machine:
                 width = size(kind) * 8 // len(given[1])
                 total = UNSIGNED[size(kind) * 8](0)
                 for i, name in enumerate(given[1]):
-                    total = total | np.asarray(self.get(name, f"b{width}", who)).astype(total.dtype) << total.dtype.type(
-                        width * i
-                    )
+                    total = total | np.asarray(self.get(name, f"b{width}", who)).astype(
+                        total.dtype
+                    ) << total.dtype.type(width * i)
                 self.put(given[0], total, who)
             else:
                 self.put(given[0], self.get(given[1], kind, who), who)
@@ -658,7 +706,9 @@ class _Machine:
             raw = self.parameters[base]
             for i, name in enumerate(names):
                 begin = int(offset or 0) + i * width
-                self.extend(name, np.frombuffer(raw[begin : begin + width], UNSIGNED[8 * width])[0], parts[-1], who)
+                self.extend(
+                    name, np.frombuffer(raw[begin : begin + width], UNSIGNED[8 * width])[0], parts[-1], who
+                )
             return
         if parts[1] in ("local", "const"):
             raise NotImplementedError(instruction.text)
@@ -684,10 +734,16 @@ class _Machine:
         address = self.address(place, who)
         kind = UNSIGNED[8 * size(parts[-1])]
         words = np.stack(
-            [np.broadcast_to(np.asarray(self.get(n, parts[-1], who)).astype(kind), address.shape) for n in names], 1
+            [
+                np.broadcast_to(np.asarray(self.get(n, parts[-1], who)).astype(kind), address.shape)
+                for n in names
+            ],
+            1,
         )
         raw = np.ascontiguousarray(words).view(U8)
-        for chosen, buffer, offset in self.memory.places(address, raw.shape[1], self.block[who], instruction.text):
+        for chosen, buffer, offset in self.memory.places(
+            address, raw.shape[1], self.block[who], instruction.text
+        ):
             buffer[offset[:, None] + np.arange(raw.shape[1])] = raw[chosen]
 
     def atomic(self, instruction: Instruction, parts: list[str], who: Any) -> None:

@@ -28,7 +28,9 @@ OURS = str(Path(zokern.__file__).parent)
 
 def defaults() -> dict[str, Any]:
     """The evaluation that each method takes when none is named."""
-    return {name: inspect.signature(method).parameters["evaluation"].default for name, method in METHODS.items()}
+    return {
+        name: inspect.signature(method).parameters["evaluation"].default for name, method in METHODS.items()
+    }
 
 
 # 'auto' is a way of its own only while some method has another default.
@@ -59,7 +61,9 @@ def orthonormal(x: Tensor) -> Tensor:
     return q * r.diagonal().sign()
 
 
-def dense(name: str, shape: Sequence[int], seed: int, step: int, query: int, direction: str = "normal") -> Tensor:
+def dense(
+    name: str, shape: Sequence[int], seed: int, step: int, query: int, direction: str = "normal"
+) -> Tensor:
     return zokern.draw(direction, tuple(shape), seed=seed, who=name, step=step, draw=query).double()
 
 
@@ -92,7 +96,9 @@ def direction(method: str, options: Mapping[str, Any]) -> Callable[..., Tensor]:
 
 
 @torch.no_grad()
-def write(params: Any, theta: Mapping[str, Tensor], amount: float, z: Callable[..., Tensor], *where: int) -> None:
+def write(
+    params: Any, theta: Mapping[str, Tensor], amount: float, z: Callable[..., Tensor], *where: int
+) -> None:
     """theta + amount z into the weights: one rounding to their dtype."""
     for name, p in trained(params).items():
         moved = theta[name].double()
@@ -136,4 +142,8 @@ def check_weights(params: Any, before: Mapping[str, Tensor], way: str, steps: in
 
 def fallbacks(caught: Sequence[warnings.WarningMessage]) -> list[str]:
     """Warnings that say that another evaluation is taken."""
-    return [str(w.message) for w in caught if issubclass(w.category, RuntimeWarning) and "evaluation" in str(w.message)]
+    return [
+        str(w.message)
+        for w in caught
+        if issubclass(w.category, RuntimeWarning) and "evaluation" in str(w.message)
+    ]

@@ -1,7 +1,9 @@
-"""The methods with ranks and intervals small enough for small models, and each method's update written out in float64.
+"""The methods with ranks and intervals small enough for small models, and each method's update written out in
+float64.
 
-A formula takes numbers from `zokern.draw` alone, at the names of docs/stream.md, and factors from torch.linalg. Every value comes
-with a size, the same expression with magnitudes in place of numbers, so that rounding is bounded by a multiple of 2^-24 size.
+A formula takes numbers from `zokern.draw` alone, at the names of docs/stream.md, and factors from
+torch.linalg. Every value comes with a size, the same expression with magnitudes in place of numbers, so that
+rounding is bounded by a multiple of 2^-24 size.
 """
 
 from __future__ import annotations
@@ -32,21 +34,36 @@ def stem_of(name: str) -> str:
 
 METHODS: dict[str, Callable[..., Any]] = {
     "subzero": partial(zokern.SubZero, rank=3, interval=3, reshape="none", lr=3e-3),
-    "subzero_unit": partial(zokern.SubZero, rank=3, interval=3, reshape="none", norm="unit", lr=0.1, eps=1e-2),
+    "subzero_unit": partial(
+        zokern.SubZero, rank=3, interval=3, reshape="none", norm="unit", lr=0.1, eps=1e-2
+    ),
     "subzero_adapters": partial(zokern.SubZero, rank=3, interval=3, lr=3e-3),
     "subzero_all": partial(zokern.SubZero, rank=3, interval=3, reshape="all", lr=3e-3),
     "lozo": partial(zokern.LOZO, rank=2, interval=3, lr=3e-3),
     "lozo_m": partial(zokern.LOZO, rank=2, interval=3, momentum=0.6, lr=3e-3),
     "lozo_unit": partial(zokern.LOZO, rank=2, interval=3, norm="unit", lr=3e-3),
-    "subzero_momentum": partial(zokern.SubZero, rank=3, interval=3, reshape="none", rule=zokern.Momentum(0.6), lr=3e-3),
+    "subzero_momentum": partial(
+        zokern.SubZero, rank=3, interval=3, reshape="none", rule=zokern.Momentum(0.6), lr=3e-3
+    ),
     "subzero_plus": partial(zokern.SubZeroPlus, rank=3, interval=3, queries=4, reshape="none", lr=3e-3),
-    "subzero_plus_carry": partial(zokern.SubZeroPlus, rank=3, interval=3, queries=4, carry=True, reshape="none", lr=3e-3),
-    "subzero_plus_unit": partial(zokern.SubZeroPlus, rank=3, interval=3, queries=4, norm="unit", lr=1e-2, eps=1e-2),
+    "subzero_plus_carry": partial(
+        zokern.SubZeroPlus, rank=3, interval=3, queries=4, carry=True, reshape="none", lr=3e-3
+    ),
+    "subzero_plus_unit": partial(
+        zokern.SubZeroPlus, rank=3, interval=3, queries=4, norm="unit", lr=1e-2, eps=1e-2
+    ),
     "lozo_adam": partial(zokern.MeZO, direction=Lazy(2, 3), rule=zokern.Adam((0.6, 0.9), core=True), lr=3e-3),
-    "lozo_adam_carry": partial(zokern.MeZO, direction=Lazy(2, 3), rule=zokern.Adam((0.6, 0.9), core=True, carry=True), lr=3e-3),
-    "right_drawn": partial(zokern.MeZO, direction=LowRank(Kept("orthonormal", 3), None, Drawn(), rank=3), lr=3e-3),
+    "lozo_adam_carry": partial(
+        zokern.MeZO, direction=Lazy(2, 3), rule=zokern.Adam((0.6, 0.9), core=True, carry=True), lr=3e-3
+    ),
+    "right_drawn": partial(
+        zokern.MeZO, direction=LowRank(Kept("orthonormal", 3), None, Drawn(), rank=3), lr=3e-3
+    ),
     "right_drawn_momentum": partial(
-        zokern.MeZO, direction=LowRank(Kept("normal", 3), None, Drawn(), rank=3), rule=zokern.Momentum(0.6), lr=3e-3
+        zokern.MeZO,
+        direction=LowRank(Kept("normal", 3), None, Drawn(), rank=3),
+        rule=zokern.Momentum(0.6),
+        lr=3e-3,
     ),
     "right_drawn_adam": partial(
         zokern.MeZO,
@@ -59,9 +76,13 @@ METHODS: dict[str, Callable[..., Any]] = {
     "eggroll_unit": partial(zokern.EGGROLL, rank=2, queries=3, norm="unit", lr=3e-3),
     "both_drawn": partial(zokern.MeZO, direction=LowRank(Drawn(), None, Drawn(), rank=2), queries=3, lr=3e-3),
     "zo_muon": partial(zokern.ZOMuon, rank=3, interval=3, queries=2, lr=3e-3, dense_lr=1e-3),
-    "zo_muon_unit": partial(zokern.ZOMuon, rank=3, interval=3, queries=2, norm="unit", lr=1e-2, eps=4e-3, dense_lr=1e-3),
+    "zo_muon_unit": partial(
+        zokern.ZOMuon, rank=3, interval=3, queries=2, norm="unit", lr=1e-2, eps=4e-3, dense_lr=1e-3
+    ),
     "zo_mopi": partial(zokern.ZOMOPI, rank=3, interval=3, leading=2, queries=2, lr=3e-3, dense_lr=1e-3),
-    "zo_mopi_carry": partial(zokern.ZOMOPI, rank=3, interval=3, leading=2, queries=2, momentum=0.6, carry=True, lr=3e-3),
+    "zo_mopi_carry": partial(
+        zokern.ZOMOPI, rank=3, interval=3, leading=2, queries=2, momentum=0.6, carry=True, lr=3e-3
+    ),
     "zo_mopi_kept": partial(zokern.ZOMOPI, rank=3, interval=3, leading=2, queries=2, momentum=0.6, lr=3e-3),
     "lozo_muon": partial(zokern.MeZO, direction=Lazy(2, 3), rule=zokern.Muon(), lr=3e-3),
     "subzero_muon": partial(
@@ -71,11 +92,17 @@ METHODS: dict[str, Callable[..., Any]] = {
     "tezo_unit": partial(zokern.TeZO, rank=3, norm="unit", lr=3e-3),
     "tezo_m": partial(zokern.TeZO, rank=3, rule="momentum", betas=(0.6, 0.9), lr=1e-3),
     "tezo_adam": partial(zokern.TeZO, rank=3, rule="adam", betas=(0.6, 0.9), lr=3e-3),
-    "tezo_adam_corrected": partial(zokern.TeZO, rank=3, rule="adam", betas=(0.6, 0.9), bias_correction=True, lr=3e-3),
+    "tezo_adam_corrected": partial(
+        zokern.TeZO, rank=3, rule="adam", betas=(0.6, 0.9), bias_correction=True, lr=3e-3
+    ),
     "pgap": partial(zokern.PGAP, rank=3, interval=3, probes=3, norm="unit", lr=0.1, eps=1e-2),
     "pgap_matched": partial(zokern.PGAP, rank=3, interval=3, probes=3, steps=8, lr=3e-3),
-    "pgap_step": partial(zokern.PGAP, rank=3, interval=3, probes=3, sign="step", norm="unit", lr=0.1, eps=1e-2),
-    "pgap_positive": partial(zokern.PGAP, rank=3, interval=3, probes=3, sign="positive", norm="unit", lr=0.1, eps=1e-2),
+    "pgap_step": partial(
+        zokern.PGAP, rank=3, interval=3, probes=3, sign="step", norm="unit", lr=0.1, eps=1e-2
+    ),
+    "pgap_positive": partial(
+        zokern.PGAP, rank=3, interval=3, probes=3, sign="positive", norm="unit", lr=0.1, eps=1e-2
+    ),
     "fzoo": partial(zokern.FZOO, queries=3, lr=3e-3, eps=1e-3),
     "adamezo": partial(zokern.AdaMeZO, window=3, lr=3e-5),
     "adamezo_early": partial(zokern.AdaMeZO, window=3, scale=1.0, warmup=False, lr=3e-3),
@@ -97,7 +124,9 @@ METHODS: dict[str, Callable[..., Any]] = {
     "mezosvrg_queries": partial(zokern.MeZOSVRG, lr=3e-3, interval=3, ratio=2.0, queries=2),
     "dizo": partial(zokern.DiZO, lr=3e-3, projected=("",), interval=2, iterations=3, rate=5.0),
     "kerzoo": partial(zokern.KerZOO, lr=1e-3, eps=1e-2),
-    "kerzoo_5_averaged": partial(zokern.KerZOO, order=5, width=0.8, scale=2.0, averaging=True, lr=1e-3, eps=1e-2),
+    "kerzoo_5_averaged": partial(
+        zokern.KerZOO, order=5, width=0.8, scale=2.0, averaging=True, lr=1e-3, eps=1e-2
+    ),
 }
 # Methods whose closure returns the loss of each example.
 ROWS: dict[str, Callable[..., Any]] = {
@@ -114,10 +143,15 @@ METHODS["mezo"] = partial(zokern.MeZO, lr=3e-3)
 METHODS["Addax"] = partial(zokern.Addax, lr=3e-3, alpha=0.4)
 SLOPES = ("FGD",)  # they read derivatives, in the one way that there is
 GRADIENTS = ("Addax", "FGD", "Hybrid")  # not from losses alone, so their bits depend on torch's products
-LOW_RANK = [name for name in METHODS if name.startswith(("subzero", "lozo", "tezo", "pgap", "zo_", "right", "both", "eggroll"))]
+LOW_RANK = [
+    name
+    for name in METHODS
+    if name.startswith(("subzero", "lozo", "tezo", "pgap", "zo_", "right", "both", "eggroll"))
+]
 DENSE = [name for name in METHODS if name not in LOW_RANK]
 ONE_EACH = (
-    "subzero", "lozo", "lozo_m", "tezo", "tezo_m", "tezo_adam", "pgap", "fzoo", "adamezo", "lezo", "mezogv_lozo", "subzero_plus",
+    "subzero", "lozo", "lozo_m", "tezo", "tezo_m", "tezo_adam", "pgap", "fzoo", "adamezo", "lezo",
+    "mezogv_lozo", "subzero_plus",
     "right_drawn", "both_drawn", "eggroll", "zo_muon", "zo_mopi",
     "kerzoo_5_averaged", "conmezo_number", "mezosvrg_queries", "dizo",
     "SparseMeZO",
@@ -161,10 +195,12 @@ class Factors(NamedTuple):
 
 @dataclass
 class Formula:
-    """A method on paper: float64 weights that follow it, given the coefficients of each step. What a step asks is in paper.py.
+    """A method on paper: float64 weights that follow it, given the coefficients of each step. What a step
+    asks is in paper.py.
 
-    It is read off the names and options of the optimizer's parts, and takes no number from them; P-GAP's basis is the exception, whose
-    own checks are in test_methods.py. A part that it does not know is an AssertionError: write its formula here."""
+    It is read off the names and options of the optimizer's parts, and takes no number from them; P-GAP's
+    basis is the exception, whose own checks are in test_methods.py. A part that it does not know is an
+    AssertionError: write its formula here."""
 
     optimizer: Any
     theta: dict[str, Tensor]
@@ -172,7 +208,8 @@ class Formula:
     memory: dict[str, Any] = field(default_factory=dict)
     now: int = 0  # step of the update
     start: dict[str, Tensor] = field(default_factory=dict)
-    loss: Callable[[dict[str, Tensor]], Tensor] | None = None  # float64, of weights by name; for slopes and gradients
+    # float64, of weights by name; for slopes and gradients
+    loss: Callable[[dict[str, Tensor]], Tensor] | None = None
 
     @classmethod
     def of(cls, optimizer: Any, model: nn.Module) -> Formula:
@@ -189,7 +226,9 @@ class Formula:
     # Directions
 
     def normals(self, shape: Sequence[int], name: str, step: int, word: int) -> Tensor:
-        return zokern.draw("normal", tuple(shape), seed=self.optimizer.seed, who=name, step=step, draw=word).double()
+        return zokern.draw(
+            "normal", tuple(shape), seed=self.optimizer.seed, who=name, step=step, draw=word
+        ).double()
 
     def shape(self, name: str) -> tuple[int, int] | None:
         """Rows and columns of the matrix that a parameter is factored as."""
@@ -198,9 +237,12 @@ class Formula:
         if direction is None or len(long) != 2:
             return None
         near = min(
-            ((a, count // a) for a in range(1, count + 1) if count % a == 0 and a * a <= count), key=lambda p: p[1] - p[0]
+            ((a, count // a) for a in range(1, count + 1) if count % a == 0 and a * a <= count),
+            key=lambda p: p[1] - p[0],
         )
-        if direction.reshape == "all" or (direction.reshape == "adapters" and min(long) <= 4 * direction.rank):
+        if direction.reshape == "all" or (
+            direction.reshape == "adapters" and min(long) <= 4 * direction.rank
+        ):
             return near
         return long[0], long[1]
 
@@ -229,17 +271,29 @@ class Formula:
             u, v = {"left": (numbers, v), "right": (u, numbers), "both": (numbers[:m], numbers[m:])}[moving]
         if isinstance(direction, Aligned):
             matrix = next(x for x in self.optimizer.matrices.values() if x.name == name)
-            core, u, v = self.aligned(core, matrix.extra["spectrum"].double(), name, step, query), matrix.left, matrix.right
+            core, u, v = (
+                self.aligned(core, matrix.extra["spectrum"].double(), name, step, query),
+                matrix.left,
+                matrix.right,
+            )
         long = self.long(name)
         if moving == "core":
             return Factors(sized(u), sized(core * long), sized(v))
-        return Factors(sized(u if moving == "right" else u * long), sized(core), sized(v * long if moving == "right" else v))
+        return Factors(
+            sized(u if moving == "right" else u * long),
+            sized(core),
+            sized(v * long if moving == "right" else v),
+        )
 
     @property
     def moving(self) -> str:
         """What is drawn in every step."""
-        drawn = [isinstance(factor, Drawn) for factor in (self.optimizer.factored.u, self.optimizer.factored.v)]
-        return {(False, False): "core", (True, False): "left", (False, True): "right", (True, True): "both"}[tuple(drawn)]  # type: ignore[index]
+        drawn = [
+            isinstance(factor, Drawn) for factor in (self.optimizer.factored.u, self.optimizer.factored.v)
+        ]
+        return {(False, False): "core", (True, False): "left", (False, True): "right", (True, True): "both"}[
+            tuple(drawn)
+        ]  # type: ignore[index]
 
     def long(self, name: str) -> float:
         """s: the square of U C V^T has the expectation m n / s^2."""
@@ -270,11 +324,22 @@ class Formula:
 
     def dense(self, name: str, step: int, query: int) -> Sized:
         shape = tuple(self.theta[name].shape)
-        u = sized(zokern.draw(self.optimizer.direction.name, shape, seed=self.optimizer.seed, who=name, step=step, draw=query))
+        u = sized(
+            zokern.draw(
+                self.optimizer.direction.name,
+                shape,
+                seed=self.optimizer.seed,
+                who=name,
+                step=step,
+                draw=query,
+            )
+        )
         if self.kind != "cone":
             return sized(u.value * self.factor(name, step))
         momentum, length = self.cone(name)
-        return momentum * (math.cos(self.optimizer.rule.angle) / length) + u * math.sin(self.optimizer.rule.angle)
+        return momentum * (math.cos(self.optimizer.rule.angle) / length) + u * math.sin(
+            self.optimizer.rule.angle
+        )
 
     def cone(self, name: str) -> tuple[Sized, float]:
         """ConMeZO's momentum, and its expected root mean square."""
@@ -288,7 +353,10 @@ class Formula:
         assert step < 200 or isinstance(rule.beta, float), "the formula of beta after 200 steps is not known"
         along = beta * length + (1 - beta) * c * math.cos(rule.angle)
         across = (1 - beta) * c * math.sin(rule.angle)
-        self.memory[name] = momentum * beta + self.dense(name, step, 0) * ((1 - beta) * c), math.sqrt(along**2 + across**2)
+        self.memory[name] = (
+            momentum * beta + self.dense(name, step, 0) * ((1 - beta) * c),
+            math.sqrt(along**2 + across**2),
+        )
 
     def factor(self, name: str, step: int) -> Tensor:
         """What an element's z is multiplied with: given, or 1 for the share that moves and 0 for the rest."""
@@ -303,7 +371,10 @@ class Formula:
         return torch.ones(()) if found is None else found.float()
 
     def mask(self, direction: Masked, name: str, step: int) -> Tensor:
-        theta, everything = self.start[name], torch.cat([t.flatten() for t in self.start.values()]).abs().sort().values
+        theta, everything = (
+            self.start[name],
+            torch.cat([t.flatten() for t in self.start.values()]).abs().sort().values,
+        )
         sizes = everything if direction.scope == "global" else theta.flatten().abs().sort().values
         if direction.by == "magnitude":
             return theta.abs() <= sizes[max(1, round(direction.keep * len(sizes))) - 1]
@@ -328,10 +399,14 @@ class Formula:
     ) -> dict[str, Tensor]:
         """theta + eps sum_k a_k z_k of some parameters, around the weights where a step reads its losses."""
         around = self.memory["anchor"] if anchored else {n: self.base(n, step) for n in self.theta}
-        return {n: t + sum(eps * a * self.z(n, *draw) for draw, a in terms) if n in scope else t for n, t in around.items()}
+        return {
+            n: t + sum(eps * a * self.z(n, *draw) for draw, a in terms) if n in scope else t
+            for n, t in around.items()
+        }
 
     def base(self, name: str, step: int) -> Tensor:
-        """Where losses are read. The factors of a projection are the optimizer's, as its coefficients are (test_dizo.py checks them)."""
+        """Where losses are read. The factors of a projection are the optimizer's, as its coefficients are
+        (test_dizo.py checks them)."""
         if self.kind == "projected" and step and step % self.optimizer.rule.interval == 0:
             start = self.memory["start"].get(name)
             factor = self.optimizer.rule.factors.get(name, 1.0)
@@ -354,13 +429,16 @@ class Formula:
     # Updates
 
     def update(self, move: Move, coefficients: Sequence[float], lr: float, weight_decay: float = 0.0) -> None:
-        """theta <- (1 - lr wd) theta - lr times what the rule makes of g = (1 / count) sum_k c_k z_k, and a share of the gradient."""
+        """theta <- (1 - lr wd) theta - lr times what the rule makes of g = (1 / count) sum_k c_k z_k, and a
+        share of the gradient."""
         weights, step = [c / move.count for c in coefficients], move.draws[-1][0]
         if isinstance(self.optimizer.scaled, Curved):
             self.learn(step)
         gradient = self.gradient() if move.share or move.by_torch else {}
         if self.kind == "projected":
-            chosen = {n: t for n, t in self.theta.items() if any(part in n for part in self.optimizer.rule.names)}
+            chosen = {
+                n: t for n, t in self.theta.items() if any(part in n for part in self.optimizer.rule.names)
+            }
             self.memory.setdefault("start", chosen)
             self.theta = {n: self.base(n, step) for n in self.theta}
         if type(self.optimizer.estimator) is Anchored and step % self.optimizer.estimator.interval == 0:
@@ -374,7 +452,11 @@ class Formula:
                 if self.kind == "averaged":
                     self.average(name, total, lr, weight_decay)
                     continue
-                made = total * share if self.kind in ("sgd", "muon", "cone", "projected") else self.averaged(name, total)
+                made = (
+                    total * share
+                    if self.kind in ("sgd", "muon", "cone", "projected")
+                    else self.averaged(name, total)
+                )
                 if self.kind == "cone":
                     self.tilted(name, weights[0], step)
             else:
@@ -398,11 +480,14 @@ class Formula:
             self.memory[f"{name} s"] = ((1 - alpha) * h + alpha * h * sum(squares) / len(squares)) ** -0.5
 
     def step_of_torch(self, gradient: dict[str, Tensor]) -> None:
-        """A step of the torch optimizer, in float64: one of its class and options that has seen these weights from the start."""
+        """A step of the torch optimizer, in float64: one of its class and options that has seen these weights
+        from the start."""
         if "torch" not in self.memory:
             given = self.optimizer.first_order
             takes = inspect.signature(type(given)).parameters
-            options = {key: value for key, value in given.param_groups[0].items() if key in takes and key != "params"}
+            options = {
+                key: value for key, value in given.param_groups[0].items() if key in takes and key != "params"
+            }
             tensors = {name: self.theta[name].clone().requires_grad_() for name in gradient}
             self.memory["torch"] = tensors, type(given)(tensors.values(), **options)
         tensors, optimizer = self.memory["torch"]
@@ -430,7 +515,9 @@ class Formula:
             return Sized(gradient.value.sign(), torch.ones_like(gradient.size))
         if self.kind == "momentum":
             old = self.memory.get(name)
-            self.memory[name] = gradient if old is None else old * rule.beta + gradient * (1.0 - rule.dampening)
+            self.memory[name] = (
+                gradient if old is None else old * rule.beta + gradient * (1.0 - rule.dampening)
+            )
             return self.memory[name]
         first, second = self.moments(name, gradient)
         return first * (1.0 / self.root(second.value))
@@ -445,14 +532,20 @@ class Formula:
         if rule.warmup and len(past) < rule.length:
             return gradient
         one, two = rule.betas
-        first, second = (sum_of([g * one**j for j, g in enumerate(past)]), sum(g.value**2 * two**j for j, g in enumerate(past)))
+        first, second = (
+            sum_of([g * one**j for j, g in enumerate(past)]),
+            sum(g.value**2 * two**j for j, g in enumerate(past)),
+        )
         return first * (rule.scale / (second.sqrt() + rule.eps))
 
     def average(self, name: str, gradient: Sized, lr: float, weight_decay: float) -> None:
         """KerZOO's acceleration: fast weights, and their average."""
         theta = Sized(self.theta[name], self.size[name])
         fast, count = self.memory.get(name, (theta, 0))
-        fast, share = fast * (1.0 - lr * weight_decay) + gradient * -lr, 1.0 / (1.0 + count / self.optimizer.rule.span)
+        fast, share = (
+            fast * (1.0 - lr * weight_decay) + gradient * -lr,
+            1.0 / (1.0 + count / self.optimizer.rule.span),
+        )
         self.memory[name] = fast, count + 1
         self.theta[name], self.size[name] = theta * (1.0 - share) + fast * share
 
@@ -464,7 +557,11 @@ class Formula:
         zero = gradient * 0.0
         first, second, count = self.memory.get(name, (zero, zero, 0))
         squared, (one, two) = Sized(gradient.value**2, gradient.value**2), self.optimizer.rule.betas
-        first, second, count = first * one + gradient * (1 - one), second * two + squared * (1 - two), count + 1
+        first, second, count = (
+            first * one + gradient * (1 - one),
+            second * two + squared * (1 - two),
+            count + 1,
+        )
         self.memory[name] = first, second, count
         if self.optimizer.rule.bias_correction:
             return first * (1.0 / (1.0 - one**count)), second * (1.0 / (1.0 - two**count))
@@ -475,10 +572,14 @@ class Formula:
             return sum_of([f.product() * w for f, w in zip(draws, weights)])
         left, _, right = draws[0]
         if self.kind == "adam" and not self.optimizer.rule.core:
-            tau = sum_of([Sized(f.core.value.diagonal(), f.core.size.diagonal()) * w for f, w in zip(draws, weights)])
+            tau = sum_of(
+                [Sized(f.core.value.diagonal(), f.core.size.diagonal()) * w for f, w in zip(draws, weights)]
+            )
             first, second = self.moments(name, tau)
             spread = left.value**2 @ torch.diag(second.value) @ (right.value**2).mT
-            return (left @ Sized(torch.diag(first.value), torch.diag(first.size)) @ right.mT) * (1.0 / self.root(spread))
+            return (left @ Sized(torch.diag(first.value), torch.diag(first.size)) @ right.mT) * (
+                1.0 / self.root(spread)
+            )
         assert self.moving != "both", "there is no space that numbers could be kept in"
         self.turn(name, draws[0])
         total = sum_of([getattr(f, self.moving) * w for f, w in zip(draws, weights)])
@@ -488,7 +589,8 @@ class Formula:
         return move @ right.mT if self.moving == "left" else left @ move.mT
 
     def in_small_space(self, name: str, total: Sized) -> Sized:
-        """What takes the place of a draw. s is in `total`; Adam's moments are those of total / s, and its step is s times as long."""
+        """What takes the place of a draw. s is in `total`; Adam's moments are those of total / s, and its
+        step is s times as long."""
         if self.kind == "momentum":
             return self.averaged(name, total)
         if self.kind == "muon":
@@ -497,11 +599,16 @@ class Formula:
         return self.averaged(name, total * (1.0 / long)) * long
 
     def orthogonal(self, name: str, total: Sized) -> Sized:
-        """t O of the average of the estimates: by an eigendecomposition of M^T M, without an iteration of matrices; or one power step."""
+        """t O of the average of the estimates: by an eigendecomposition of M^T M, without an iteration of
+        matrices; or one power step."""
         rule, direction, (m, n) = self.optimizer.rule, self.optimizer.factored, self.shape(name)  # type: ignore[misc]
         old = self.memory.get(name)
         average = (
-            total if not rule.beta else total * (1 - rule.beta) if old is None else old * rule.beta + total * (1 - rule.beta)
+            total
+            if not rule.beta
+            else total * (1 - rule.beta)
+            if old is None
+            else old * rule.beta + total * (1 - rule.beta)
         )
         self.memory[name] = average
         x = average.value
@@ -522,10 +629,14 @@ class Formula:
             self.memory[name + " power"] = born, v
             found = v @ nn.functional.normalize(x.mT @ v, dim=0).mT
         long = 1.0
-        if direction.norm == "matched":  # of U O V^T, whose square is the number of columns, times that of a normal factor
-            square = columns * (n if isinstance(direction.v, Kept) and direction.v.values == "normal" else 1.0)
+        # of U O V^T, whose square is the number of columns, times that of a normal factor
+        if direction.norm == "matched":
+            square = columns * (
+                n if isinstance(direction.v, Kept) and direction.v.values == "normal" else 1.0
+            )
             long = math.sqrt(m * n / square)
-        return Sized(found, found.abs() + 3.4445**5 * found.abs().max()) * long  # which small singular values grow by
+        # which small singular values grow by
+        return Sized(found, found.abs() + 3.4445**5 * found.abs().max()) * long
 
     def turn(self, name: str, now: Factors) -> None:
         """At a new basis: what is remembered becomes its part in the space of the new basis."""
@@ -533,7 +644,12 @@ class Formula:
         before = self.memory.get(name + " basis")
         self.memory[name + " basis"] = now
         carries = (self.kind == "momentum" or rule.carry) and name in self.memory
-        if before is None or not carries or torch.equal(before.left.value, now.left.value) and self.moving != "left":
+        if (
+            before is None
+            or not carries
+            or torch.equal(before.left.value, now.left.value)
+            and self.moving != "left"
+        ):
             return
         if self.moving == "left" and torch.equal(before.right.value, now.right.value):
             return
@@ -545,10 +661,16 @@ class Formula:
             if self.moving != "left":
                 u = raised(overlap(direction.u, before.left, now.left), power)
                 x = x @ u if self.moving == "right" else u.mT @ x
-            return x if self.moving == "right" else x @ raised(overlap(direction.v, before.right, now.right), power)
+            return (
+                x
+                if self.moving == "right"
+                else x @ raised(overlap(direction.v, before.right, now.right), power)
+            )
 
         kept = self.memory[name]
-        self.memory[name] = turned(kept) if self.kind != "adam" else (turned(kept[0]), turned(kept[1], 2), kept[2])
+        self.memory[name] = (
+            turned(kept) if self.kind != "adam" else (turned(kept[0]), turned(kept[1], 2), kept[2])
+        )
 
 
 def raised(x: Sized, power: int) -> Sized:

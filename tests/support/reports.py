@@ -74,7 +74,11 @@ def case(name: str, **options: Any) -> Callable:
     over = options.pop("over", None)
 
     def add(make: Callable[..., Setup]) -> Callable[..., Setup]:
-        makers = {name: make} if over is None else {f"{name} {k}": functools.partial(make, v) for k, v in over.items()}
+        makers = (
+            {name: make}
+            if over is None
+            else {f"{name} {k}": functools.partial(make, v) for k, v in over.items()}
+        )
         CASES.extend(Case(title, maker, **options) for title, maker in makers.items())
         return make
 
@@ -102,26 +106,33 @@ def square(net: nn.Module, x: Tensor) -> Callable[[], Tensor]:
 
 
 def encoder() -> Setup:
-    net = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True), 2).eval()
+    net = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True), 2
+    ).eval()
     x, pad = torch.randn(4, 10, 32), torch.arange(10) >= torch.tensor([10, 8, 7, 5])[:, None]
     return Setup(net, lambda: net(x, src_key_padding_mask=pad).square().mean())
 
 
 # torch's fast path writes zeros into the padding. Without it the loss is another, of nearly the same slope.
 for stencil in ("central", "forward"):
-    CASES.append(Case(f"m01 fast path {stencil}", encoder, "MeZO", dict(stencil=stencil, seed=1), 1e-3, tol=0.3,
+    CASES.append(Case(f"m01 fast path {stencil}", encoder, "MeZO", dict(stencil=stencil, seed=1), 1e-3,
+        tol=0.3,
                       ulps=200, exact=False))  # fmt: skip
-CASES.append(Case("m01 fast path FZOO", encoder, "FZOO", dict(queries=4), 1e-3, tol=0.3, ulps=200, exact=False))
+CASES.append(
+    Case("m01 fast path FZOO", encoder, "FZOO", dict(queries=4), 1e-3, tol=0.3, ulps=200, exact=False)
+)
 
 
-@case("m03 autocast around the step", method="FZOO", options=dict(queries=4, seed=1), lr=1e-2, tol=0.1, ulps=2.0**15,
+@case("m03 autocast around the step", method="FZOO", options=dict(queries=4, seed=1), lr=1e-2, tol=0.1,
+    ulps=2.0**15,
       around=lambda: torch.autocast("cpu", dtype=torch.bfloat16))  # fmt: skip
 def autocast_around() -> Setup:
     net, x, y = line(16, 32, 4), torch.randn(8, 16) * 3, torch.randint(0, 4, (8,))
     return Setup(net, lambda: F.cross_entropy(net(x).float(), y))
 
 
-@case("m03 the user writes weights under autocast", options=dict(stencil="forward"), eps=5e-2, tol=0.1, ulps=2.0**15,
+@case("m03 the user writes weights under autocast", options=dict(stencil="forward"), eps=5e-2, tol=0.1,
+    ulps=2.0**15,
       around=lambda: torch.autocast("cpu", dtype=torch.bfloat16))  # fmt: skip
 def autocast_written() -> Setup:
     net, x, y = line(16, 32, 4), torch.randn(8, 16) * 3, torch.randint(0, 4, (8,))
@@ -241,7 +252,10 @@ def first_batch() -> Setup:
                 self.fresh = False
             return x * self.scale
 
-    net, x = (nn.Sequential(nn.Linear(8, 8), ActNorm(), nn.Linear(8, 8), ActNorm(), nn.Linear(8, 1)), torch.randn(6, 8))
+    net, x = (
+        nn.Sequential(nn.Linear(8, 8), ActNorm(), nn.Linear(8, 8), ActNorm(), nn.Linear(8, 1)),
+        torch.randn(6, 8),
+    )
     return Setup(net, lambda: net(x).tanh().square().mean())
 
 
@@ -269,8 +283,12 @@ def cache_by_key(key: Callable[[Tensor], Any]) -> Setup:
 def llama(**options: Any) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-    net = LlamaForCausalLM(LlamaConfig(**{**sizes, "num_key_value_heads": 4, "max_position_embeddings": 64, **options}))
+    sizes = dict(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    net = LlamaForCausalLM(
+        LlamaConfig(**{**sizes, "num_key_value_heads": 4, "max_position_embeddings": 64, **options})
+    )
     for name, p in net.named_parameters():
         p.data.mul_(5.0 if "proj" in name else 20.0 if p.dim() > 1 else 1.0)
     return net.eval()
@@ -313,7 +331,9 @@ def growing_mask() -> Setup:
             return self.mix(self.mask[: x.shape[1], : x.shape[1]] @ x)
 
     net, x, now = Masked(), torch.randn(2, 9, 8), {"length": 3}
-    return Setup(net, lambda: net(x[:, : now["length"]]).square().mean(), lambda step: now.update(length=3 + 3 * step))
+    return Setup(
+        net, lambda: net(x[:, : now["length"]]).square().mean(), lambda step: now.update(length=3 + 3 * step)
+    )
 
 
 # K7: closures that do not repeat ----------------------------------------------------------------------------
@@ -363,7 +383,11 @@ def own_stream(make: Callable[[], Callable[[], Tensor]]) -> Setup:
 
 
 def in_place() -> dict[str, Callable[[Tensor], Tensor]]:
-    return {"div_": lambda x: x.div_(2), "index": lambda x: x[:, :1].add_(1) * x, "copy_": lambda x: x.copy_(x * 0.9)}
+    return {
+        "div_": lambda x: x.div_(2),
+        "index": lambda x: x[:, :1].add_(1) * x,
+        "copy_": lambda x: x.copy_(x * 0.9),
+    }
 
 
 @repeats("m13 batch in place:", over=in_place())
@@ -457,18 +481,23 @@ def contexts() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
         "autocast": (lambda: torch.autocast("cpu", enabled=False), lambda: torch.is_autocast_enabled("cpu")),
         "enable_grad": (torch.enable_grad, torch.is_grad_enabled),
         "inference_mode": (torch.inference_mode, torch.is_inference_mode_enabled),
-        "deterministic": (lambda: swapped(torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms,
+        "deterministic": (lambda: swapped(torch.are_deterministic_algorithms_enabled,
+            torch.use_deterministic_algorithms,
                                           True), torch.are_deterministic_algorithms_enabled),
-        "matmul precision": (lambda: swapped(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision,
+        "matmul precision": (lambda: swapped(torch.get_float32_matmul_precision,
+            torch.set_float32_matmul_precision,
                                              "high"), torch.get_float32_matmul_precision),
         "fork_rng": (lambda: torch.random.fork_rng(devices=[]), lambda: torch.get_rng_state().tolist()),
         "detect_anomaly": (lambda: torch.autograd.set_detect_anomaly(True), torch.is_anomaly_enabled),
-        "saved tensors": (lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t), lambda: None),
+        "saved tensors": (lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
+            lambda: None),
         "numpy errors": (lambda: np.errstate(all="ignore"), np.geterr),
         "log level": (lambda: swapped(lambda: LOG.level, LOG.setLevel, logging.ERROR), lambda: LOG.level),
-        "environment": (lambda: swapped(env, lambda v: os.environ.pop("ZOKERN_TEST_REPORTS", None) if v is None
+        "environment": (lambda: swapped(env,
+            lambda v: os.environ.pop("ZOKERN_TEST_REPORTS", None) if v is None
                                         else os.environ.update(ZOKERN_TEST_REPORTS=v), "1"), env),
-        "recursion limit": (lambda: swapped(sys.getrecursionlimit, sys.setrecursionlimit, 5000), sys.getrecursionlimit),
+        "recursion limit": (lambda: swapped(sys.getrecursionlimit, sys.setrecursionlimit, 5000),
+            sys.getrecursionlimit),
         "decimal": (DECIMAL.localcontext, lambda: id(DECIMAL.getcontext())),
         "context variable": (named, VARIABLE.get),
         "thread's own stack": (deeper, lambda: (LOCAL.depth, *STACK)),
@@ -487,9 +516,9 @@ def in_context(layers: int, what: tuple[Callable[[], Any], Callable[[], Any]]) -
 
 
 for layers in (1, 2):  # with greenlets, an odd number of large matrices hid what an even one showed
-    case(f"m15 {layers} in", over=contexts(), method="SubZero", options=dict(reshape="none"), eps=1e-3, ulps=64)(
-        functools.partial(in_context, layers)
-    )
+    case(
+        f"m15 {layers} in", over=contexts(), method="SubZero", options=dict(reshape="none"), eps=1e-3, ulps=64
+    )(functools.partial(in_context, layers))
 
 
 @case("m15 a module's own depth", refused="depth")
@@ -546,21 +575,31 @@ def rows_mix_in_16_bits() -> Setup:
     return Setup(net, zokern.Objective(net, x, lambda out, _: F.cross_entropy(out.float(), y)))
 
 
-@case("m18 rows mix", options=dict(queries=2), over={"by a norm": ByBatch, "by batch statistics": lambda: nn.BatchNorm1d(32)})
+@case(
+    "m18 rows mix",
+    options=dict(queries=2),
+    over={"by a norm": ByBatch, "by batch statistics": lambda: nn.BatchNorm1d(32)},
+)
 def rows_mix(layer: Callable[[], nn.Module]) -> Setup:
     net = nn.Sequential(nn.Linear(16, 32), layer(), nn.Tanh(), nn.Linear(32, 2))
     x, y = torch.randn(8, 16), torch.randint(0, 2, (8,))
     return Setup(net, zokern.Objective(net, x, lambda out, _: F.cross_entropy(out, y)))
 
 
-@case("K4 rows mix from the second batch on", options=dict(queries=2), over={"mode": "mode", "length": "length"})
+@case(
+    "K4 rows mix from the second batch on", options=dict(queries=2), over={"mode": "mode", "length": "length"}
+)
 def rows_mix_later(by: str) -> Setup:
     class Later(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             mixes = self.training if by == "mode" else x.shape[0] > 4
             return 4 * x / x.norm() if mixes else x / 2
 
-    net, x, now = (nn.Sequential(nn.Linear(16, 32), Later(), nn.Tanh(), nn.Linear(32, 2)).eval(), torch.randn(16, 16), {})
+    net, x, now = (
+        nn.Sequential(nn.Linear(16, 32), Later(), nn.Tanh(), nn.Linear(32, 2)).eval(),
+        torch.randn(16, 16),
+        {},
+    )
 
     def each(step: int) -> None:
         now["x"] = x[: 4 + 4 * step] if by == "length" else x
@@ -616,7 +655,10 @@ def batch_of(order: str, idx: Tensor, length: int) -> Any:
 def positions(order: str) -> Setup:
     net, idx = Positions(64), torch.randint(0, 80, (4, 64))
     batch = batch_of(order, idx, 64)
-    return Setup(net, zokern.Objective(net, batch, lambda out, b: F.cross_entropy(out.flatten(0, 1), b["idx"].flatten())))
+    return Setup(
+        net,
+        zokern.Objective(net, batch, lambda out, b: F.cross_entropy(out.flatten(0, 1), b["idx"].flatten())),
+    )
 
 
 TABLES: dict[str, Callable[[Tensor, nn.Linear, Tensor], Tensor]] = {
@@ -633,7 +675,11 @@ def table(use: Callable[[Tensor, nn.Linear, Tensor], Tensor]) -> Setup:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.layer, self.table = (nn.Linear(64, 300), nn.Linear(300, 300), nn.Parameter(torch.randn(10, 300)))
+            self.a, self.layer, self.table = (
+                nn.Linear(64, 300),
+                nn.Linear(300, 300),
+                nn.Parameter(torch.randn(10, 300)),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             return use(torch.tanh(self.a(x)), self.layer, self.table)
@@ -693,7 +739,9 @@ def gradient_by_inputs(f: Callable[[Tensor, Tensor], Tensor]) -> Setup:
 FUNCTIONAL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "grad": lambda t, w: torch.func.grad(lambda u: (u * w).tanh().sum())(t),
     "jvp": lambda t, w: torch.func.jvp(lambda u: (u * w).tanh(), (t,), (torch.ones_like(t),))[1],
-    "jacobian": lambda t, w: torch.autograd.functional.jacobian(lambda u: (u * w).tanh().sum(0), t).sum((0, 1)),
+    "jacobian": lambda t, w: torch.autograd.functional.jacobian(lambda u: (u * w).tanh().sum(0), t).sum(
+        (0, 1)
+    ),
     "vmap": lambda t, w: torch.vmap(lambda row: (row * w).tanh())(t),
 }
 
@@ -711,14 +759,22 @@ def captured() -> dict[str, Callable[..., Tensor]]:
         return ((a - b) * w).square().sum(-1)
 
     return {
-        "flex_attention": lambda q, k, v, w, b: flex_attention(q, k, v, score_mod=lambda s, n, h, i, j: s + b[i - j + 15]),
-        "vmap over the parameter": lambda q, k, v, w, b: torch.vmap(lambda r: (q * r).sum())(w).tanh() + b[:16],
-        "grad by the parameter": lambda q, k, v, w, b: torch.func.grad(lambda t: (q * t).tanh().sum())(w) + b[:16],
+        "flex_attention": lambda q, k, v, w, b: flex_attention(
+            q, k, v, score_mod=lambda s, n, h, i, j: s + b[i - j + 15]
+        ),
+        "vmap over the parameter": lambda q, k, v, w, b: (
+            torch.vmap(lambda r: (q * r).sum())(w).tanh() + b[:16]
+        ),
+        "grad by the parameter": lambda q, k, v, w, b: (
+            torch.func.grad(lambda t: (q * t).tanh().sum())(w) + b[:16]
+        ),
         "jacrev by the parameter": lambda q, k, v, w, b: (
             torch.func.jacrev(lambda t: (q[0, 0] * t).tanh().sum(0))(w).sum(0) + b[:16]
         ),
         "distance function": lambda q, k, v, w, b: (
-            F.triplet_margin_with_distance_loss(q, k, v, distance_function=lambda s, t: distance(s, t, w), reduction="none")
+            F.triplet_margin_with_distance_loss(
+                q, k, v, distance_function=lambda s, t: distance(s, t, w), reduction="none"
+            )
             + b[0]
         ),
     }
@@ -779,16 +835,23 @@ def reloaded(w: Tensor) -> Tensor:
 @case("m27 tied, as", over=LEAVES)
 def leaves(f: Callable[[Tensor], Tensor]) -> Setup:
     w, ids = nn.Parameter(torch.randn(20, 8) * 0.5), torch.randint(0, 20, (6,))
-    return Setup([("w", w)], lambda: F.cross_entropy(F.linear(torch.tanh(F.embedding(ids, w)), f(w)), ids.flip(0)))
+    return Setup(
+        [("w", w)], lambda: F.cross_entropy(F.linear(torch.tanh(F.embedding(ids, w)), f(w)), ids.flip(0))
+    )
 
 
 @case("m27 tied, in a scripted function")
 def leaves_scripted() -> Setup:
     w, ids = nn.Parameter(torch.randn(20, 8) * 0.5), torch.randint(0, 20, (6,))
-    return Setup([("w", w)], lambda: F.cross_entropy(scripted(torch.tanh(F.embedding(ids, w)), w), ids.flip(0)))
+    return Setup(
+        [("w", w)], lambda: F.cross_entropy(scripted(torch.tanh(F.embedding(ids, w)), w), ids.flip(0))
+    )
 
 
-@case("m27 a TorchScript module", over={"scripted": torch.jit.script, "traced": lambda n: torch.jit.trace(n, torch.ones(4, 8))})
+@case(
+    "m27 a TorchScript module",
+    over={"scripted": torch.jit.script, "traced": lambda n: torch.jit.trace(n, torch.ones(4, 8))},
+)
 def script_module(convert: Callable[[nn.Module], nn.Module]) -> Setup:
     net, x = line(8, 8, 1), torch.randn(4, 8)
     whole = nn.ModuleDict({"a": convert(net), "b": nn.Linear(8, 1)})
@@ -813,21 +876,29 @@ def max_norm(make: Callable[[], nn.Module]) -> Setup:
     return Setup(net, lambda: (net(ids) * u).tanh().square().mean())
 
 
-@case("m28 inplace", over={"relu": F.relu, "leaky_relu": F.leaky_relu, "elu": F.elu, "dropout": F.dropout}, refused=WRITES)
+@case(
+    "m28 inplace",
+    over={"relu": F.relu, "leaky_relu": F.leaky_relu, "elu": F.elu, "dropout": F.dropout},
+    refused=WRITES,
+)
 def inplace_flag(f: Callable[..., Tensor]) -> Setup:
     w, x = nn.Parameter(torch.randn(8, 8)), torch.randn(4, 8)
     options = dict(inplace=True) if f is not F.dropout else dict(inplace=True, p=0.0)
     return Setup([("w", w)], lambda: (x @ f(w, **options)).square().mean())
 
 
-@case("K10 batch statistics in train mode", over={"BatchNorm": lambda: nn.BatchNorm1d(8), "InstanceNorm": lambda: nn.Sequential(
+@case("K10 batch statistics in train mode",
+    over={"BatchNorm": lambda: nn.BatchNorm1d(8), "InstanceNorm": lambda: nn.Sequential(
       nn.Unflatten(1, (2, 4)), nn.InstanceNorm1d(2, track_running_stats=True), nn.Flatten())})  # fmt: skip
 def statistics(layer: Callable[[], nn.Module]) -> Setup:
     net, x = nn.Sequential(nn.Linear(16, 8), layer(), nn.Tanh(), nn.Linear(8, 1)), torch.randn(12, 16) * 3 + 5
     return Setup(net, square(net, x), look=lambda: [b.tolist() for b in net.buffers()])
 
 
-@case("K10 spectral norm", over={"parametrization": nn.utils.parametrizations.spectral_norm, "hook": nn.utils.spectral_norm})
+@case(
+    "K10 spectral norm",
+    over={"parametrization": nn.utils.parametrizations.spectral_norm, "hook": nn.utils.spectral_norm},
+)
 def spectral(norm: Callable[[nn.Module], nn.Module]) -> Setup:
     net, x = nn.Sequential(norm(nn.Linear(8, 8)), nn.Tanh(), nn.Linear(8, 1)), torch.randn(4, 8)
     return Setup(net, square(net, x), look=lambda: [b.tolist() for b in net.buffers()])
@@ -836,7 +907,10 @@ def spectral(norm: Callable[[nn.Module], nn.Module]) -> Setup:
 @case("m37 offloaded frozen weights")
 def offloaded() -> Setup:
     accelerate = pytest.importorskip("accelerate", reason="the report is about accelerate's hooks")
-    net, x = (nn.Sequential(nn.Linear(8, 8).requires_grad_(False), nn.Tanh(), nn.Linear(8, 1)), torch.randn(4, 8))
+    net, x = (
+        nn.Sequential(nn.Linear(8, 8).requires_grad_(False), nn.Tanh(), nn.Linear(8, 1)),
+        torch.randn(4, 8),
+    )
     accelerate.cpu_offload(net[0], execution_device="cpu")
     return Setup(net, square(net, x))
 
@@ -868,7 +942,10 @@ def router(cast: Callable[[nn.Linear, Tensor], Any]) -> Setup:
 
 @case("K13 a frozen weight that is loaded at each forward")
 def frozen_loaded() -> Setup:
-    net, x = (nn.Sequential(nn.Linear(8, 8).requires_grad_(False), nn.Tanh(), nn.Linear(8, 1)), torch.randn(4, 8))
+    net, x = (
+        nn.Sequential(nn.Linear(8, 8).requires_grad_(False), nn.Tanh(), nn.Linear(8, 1)),
+        torch.randn(4, 8),
+    )
     disk = net[0].weight.detach().clone()
 
     def load(module: nn.Module, _: Any) -> None:
@@ -882,8 +959,13 @@ def frozen_loaded() -> Setup:
 def rescaled() -> Setup:
     from transformers import RwkvConfig, RwkvForCausalLM
 
-    sizes = dict(vocab_size=100, hidden_size=32, num_hidden_layers=4, rescale_every=2, attention_hidden_size=32)
-    net, ids = (RwkvForCausalLM(RwkvConfig(**sizes, intermediate_size=64)).eval(), torch.randint(0, 100, (2, 9)))
+    sizes = dict(
+        vocab_size=100, hidden_size=32, num_hidden_layers=4, rescale_every=2, attention_hidden_size=32
+    )
+    net, ids = (
+        RwkvForCausalLM(RwkvConfig(**sizes, intermediate_size=64)).eval(),
+        torch.randint(0, 100, (2, 9)),
+    )
     return Setup(net, lambda: net(input_ids=ids, labels=ids).loss)
 
 

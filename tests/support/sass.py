@@ -1,4 +1,5 @@
-"""Machine code as text: instructions, loops and resources of the kernels in zokern._cuda, or of a file compiled for one architecture.
+"""Machine code as text: instructions, loops and resources of the kernels in zokern._cuda, or of a file
+compiled for one architecture.
 
 The tools come with CUDA or with the Triton wheel: ``tool(name)`` finds nvcc, cuobjdump and nvdisasm in both.
 """
@@ -23,17 +24,20 @@ CSRC = ROOT / "csrc"
 SOURCES = (CSRC / "elementwise.cu", CSRC / "axpy.cu")  # of draw, perturb and axpy_
 MODULE = ROOT / "zokern" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
-NVCC_FLAGS = ("-std=c++17", "-O3", "-fmad=false")  # what setup.py compiles with, as far as code generation goes
+# what setup.py compiles with, as far as code generation goes
+NVCC_FLAGS = ("-std=c++17", "-O3", "-fmad=false")
 TERM, DECAYED_TERM, TERMS, STEPS = range(4)  # Sum of axpy.cu
 
-# Instructions that the stream's arithmetic must not contain, and why. Each pattern is matched at the start of an instruction.
+# Instructions that the stream's arithmetic must not contain, and why. Each pattern is matched at the start of
+# an instruction.
 FORBIDDEN = {
     "approximate function unit": r"MUFU",
     "flush to zero": r"\S*\.FTZ",
     "double precision": r"D(ADD|MUL|FMA|SETP|MNMX)|F2F\.F64|F2F\S*\.F64",
     "float division helper": r"FCHK",
     "local memory (a spill or an indexed register)": r"(LDL|STL)\b",
-    # ptxas below sm_90 also writes some jumps inside a kernel as CALL.REL.NOINC, and __syncwarp as a call of its own five lines
+    # ptxas below sm_90 also writes some jumps inside a kernel as CALL.REL.NOINC, and __syncwarp as a call of
+    # its own five lines
     "call": r"CALL(?!\S* `\((\.L_x_\d+|\$__internal_\d+_\$__cuda_sm70_warpsync)\))",
 }
 
@@ -95,14 +99,21 @@ def included(source: Path) -> set[Path]:
     return found
 
 
-def shipped(sources: Sequence[Path], namespace: str, folder: Path, module: Path = MODULE) -> dict[str, list[Path]]:
-    """The cubins by architecture that zokern._cuda has of some source files, whose kernels are all in one namespace of zo.
+def shipped(
+    sources: Sequence[Path], namespace: str, folder: Path, module: Path = MODULE
+) -> dict[str, list[Path]]:
+    """The cubins by architecture that zokern._cuda has of some source files, whose kernels are all in one
+    namespace of zo.
 
     None where a file that the sources are made of is newer than the module.
     """
     cuobjdump = tool("cuobjdump")
     files = set().union(*map(included, sources))
-    if cuobjdump is None or not module.exists() or module.stat().st_mtime < max(f.stat().st_mtime for f in files):
+    if (
+        cuobjdump is None
+        or not module.exists()
+        or module.stat().st_mtime < max(f.stat().st_mtime for f in files)
+    ):
         return {}
     folder.mkdir(parents=True, exist_ok=True)
     subprocess.run([cuobjdump, "-xelf", "all", str(module)], cwd=folder, capture_output=True, check=True)
@@ -115,11 +126,14 @@ def shipped(sources: Sequence[Path], namespace: str, folder: Path, module: Path 
 
 
 @cache
-def machine_code(sources: tuple[Path, ...] = SOURCES, namespace: str = "kernels") -> dict[str, dict[str, Function]]:
+def machine_code(
+    sources: tuple[Path, ...] = SOURCES, namespace: str = "kernels"
+) -> dict[str, dict[str, Function]]:
     """All kernels of some source files by architecture and symbol.
 
-    They are read from zokern._cuda, so that what is checked is what ships and nothing is compiled twice. An architecture that the
-    module lacks is compiled here, and so is every architecture where a source is newer than the module.
+    They are read from zokern._cuda, so that what is checked is what ships and nothing is compiled twice. An
+    architecture that the module lacks is compiled here, and so is every architecture where a source is newer
+    than the module.
     """
     with TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
         folder = Path(name)
@@ -127,7 +141,8 @@ def machine_code(sources: tuple[Path, ...] = SOURCES, namespace: str = "kernels"
 
         def one(arch: str) -> dict[str, Function]:
             cubins = built.get(arch) or [
-                compile_to(folder / f"{source.stem}.sm_{arch}.cubin", arch, source=source) for source in sources
+                compile_to(folder / f"{source.stem}.sm_{arch}.cubin", arch, source=source)
+                for source in sources
             ]
             return {name: function for cubin in cubins for name, function in disassemble(cubin).items()}
 
@@ -170,7 +185,10 @@ class Function:
 
     def forbidden(self) -> dict[str, list[str]]:
         """Instructions that FORBIDDEN names, by reason."""
-        found = {why: [i.text for i in self.code if re.match(pattern, i.body)] for why, pattern in FORBIDDEN.items()}
+        found = {
+            why: [i.text for i in self.code if re.match(pattern, i.body)]
+            for why, pattern in FORBIDDEN.items()
+        }
         return {why: texts for why, texts in found.items() if texts}
 
     def spilled(self) -> bool:
@@ -182,8 +200,12 @@ def histogram(code: list[Instruction]) -> Counter[str]:
 
 
 def arithmetic(code: list[Instruction]) -> dict[str, int]:
-    """How many float32 multiplications, additions and fused multiply-adds: equal to the PTX's if nothing was contracted."""
-    return {name: sum(re.match(rf"{name}\b", i.name) is not None for i in code) for name in ("FFMA", "FMUL", "FADD")}
+    """How many float32 multiplications, additions and fused multiply-adds: equal to the PTX's if nothing was
+    contracted."""
+    return {
+        name: sum(re.match(rf"{name}\b", i.name) is not None for i in code)
+        for name in ("FFMA", "FMUL", "FADD")
+    }
 
 
 def vector_loops(function: Function, loads: int, stores: int) -> list[list[Instruction]]:
@@ -207,10 +229,13 @@ def vector_loop(function: Function, loads: int, stores: int, longer: int = 0) ->
     return found[longer]
 
 
-def tile(function: Function, loads: int, stores: int, unrolled: int = 4) -> tuple[list[Instruction], list[Instruction]]:
+def tile(
+    function: Function, loads: int, stores: int, unrolled: int = 4
+) -> tuple[list[Instruction], list[Instruction]]:
     """The loop over tiles of signs (walk.h, sign_tiles) and the loop over steps inside it.
 
-    The outer one writes shared memory; a turn of the inner one has `unrolled` steps, each with this many 16-byte loads and stores.
+    The outer one writes shared memory; a turn of the inner one has `unrolled` steps, each with this many
+    16-byte loads and stores.
     """
     for outer in function.loops():
         if not any(i.name.startswith("STS") for i in outer):
@@ -227,7 +252,8 @@ def tile(function: Function, loads: int, stores: int, unrolled: int = 4) -> tupl
 
 @dataclass
 class Run:
-    """The loops of `sums` or `steps` in axpy.cu over normal terms, by how often an instruction runs for a thread's units."""
+    """The loops of `sums` or `steps` in axpy.cu over normal terms, by how often an instruction runs for a
+    thread's units."""
 
     units: int  # of eight elements, that a thread has in a turn
     turn: list[Instruction]  # once for one sum, or for every 32 steps
@@ -239,18 +265,23 @@ class Run:
         return len(self.four) / 4 / 8 / self.units
 
     def instructions(self, count: int) -> list[tuple[list[Instruction], float]]:
-        """What runs for a sum of `count` <= 32 terms, or for any number of steps, and how often for each element. Terms made
-        ready, once for all units, are left out."""
+        """What runs for a sum of `count` <= 32 terms, or for any number of steps, and how often for each
+        element. Terms made ready, once for all units, are left out."""
         fours, ones = sum(min(32, count - k) // 4 for k in range(0, count, 32)), count % 4
         often = ((self.turn, -(-count // 32)), (self.four, fours), (self.one, ones))
         return [(code, times / 8 / self.units) for code, times in often]
 
 
 def many(function: Function, accesses: int = 1) -> Run:
-    """Of TERMS or STEPS, with this many 16-byte loads and stores a unit. Sums of more than 32 terms have more loops inside."""
+    """Of TERMS or STEPS, with this many 16-byte loads and stores a unit. Sums of more than 32 terms have more
+    loops inside."""
 
     def within(inner: list[Instruction], outer: list[Instruction]) -> bool:
-        return inner is not outer and outer[0].address <= inner[0].address and inner[-1].address <= outer[-1].address
+        return (
+            inner is not outer
+            and outer[0].address <= inner[0].address
+            and inner[-1].address <= outer[-1].address
+        )
 
     loops = function.loops()
     for units in (2, 1):
@@ -258,17 +289,25 @@ def many(function: Function, accesses: int = 1) -> Run:
             inside = [body for body in loops if within(body, outer)]
             inner = [body for body in inside if not any(within(other, body) for other in inside)]
             counts = [arithmetic(body) for body in inner]
-            if len(inner) != 2 or counts[0]["FFMA"] != 72 * units or any(4 * counts[0][n] != counts[1][n] for n in counts[0]):
+            if (
+                len(inner) != 2
+                or counts[0]["FFMA"] != 72 * units
+                or any(4 * counts[0][n] != counts[1][n] for n in counts[0])
+            ):
                 continue
             one, four = inner
-            turn = [i for i in outer if not any(body[0].address <= i.address <= body[-1].address for body in inner)]
+            turn = [
+                i
+                for i in outer
+                if not any(body[0].address <= i.address <= body[-1].address for body in inner)
+            ]
             return Run(units, turn, four, one)
     raise LookupError(f"{function.name}: no loop over four terms and one over the terms that are left")
 
 
 def per_lane(function: Function, loads: int, stores: int, steps: int = 16, unrolled: int = 4) -> float:
-    """Instructions for each unit of eight elements in a tile. Code around the steps is counted whole, also what is only run
-    after a result that is inf."""
+    """Instructions for each unit of eight elements in a tile. Code around the steps is counted whole, also
+    what is only run after a result that is inf."""
     outer, inner = tile(function, loads, stores, unrolled)
     return len(inner) / unrolled + (len(outer) - len(inner)) / steps
 
@@ -282,7 +321,9 @@ def disassemble(cubin: Path) -> dict[str, Function]:
     current = None
     for line in text.splitlines():
         if line.startswith(".text."):
-            current = functions.setdefault(line[len(".text.") :].rstrip(":"), Function(line[len(".text.") :].rstrip(":")))
+            current = functions.setdefault(
+                line[len(".text.") :].rstrip(":"), Function(line[len(".text.") :].rstrip(":"))
+            )
         elif current is not None and (label := re.match(r"(\.L_x_\d+):", line)):
             current.labels[label[1]] = len(current.code)
         elif current is not None and (found := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", line)):
@@ -292,7 +333,11 @@ def disassemble(cubin: Path) -> dict[str, Function]:
     pattern = r"Function (\S+?):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)"
     for name, registers, stack, local in re.findall(pattern, usage.stdout + usage.stderr):
         if name in functions:
-            functions[name].registers, functions[name].stack, functions[name].local = int(registers), int(stack), int(local)
+            functions[name].registers, functions[name].stack, functions[name].local = (
+                int(registers),
+                int(stack),
+                int(local),
+            )
     return functions
 
 

@@ -10,9 +10,18 @@ BUDGETS = dict.fromkeys(MODELS, 100)
 
 
 def row(
-    method: str, accuracies: list[float], losses: list[float], *, model=SMALL, data="news", seed=0, per=1.0, cost=2
+    method: str,
+    accuracies: list[float],
+    losses: list[float],
+    *,
+    model=SMALL,
+    data="news",
+    seed=0,
+    per=1.0,
+    cost=2,
 ) -> dict:
-    """A row with checks at 0, 25, ... forwards. per: processor seconds of a forward; cost: forwards of a step."""
+    """A row with checks at 0, 25, ... forwards. per: processor seconds of a forward; cost: forwards of a
+    step."""
     points = [
         {
             "forwards": 25 * k, "steps": 25 * k // cost, "right": round(a * ROWS), "rows": ROWS, "loss": loss,
@@ -21,9 +30,12 @@ def row(
         for k, (a, loss) in enumerate(zip(accuracies, losses))
     ]  # fmt: skip
     return {
-        "model": model, "data": data, "method": method, "seed": seed, "threads": 1, "load": 0.5, "points": points, "lr": 1e-4, "eps": 1e-3,
-        "evaluation": "paired", "last_step_forwards": cost, "step_seconds": 2.0, "step_processor_seconds": 1.0, "wall_seconds": 300.0,
-        "peak_extra_bytes": 2**20, "commit": "abc1234", "date": "2026-01-01", "command": "python -m benchmarks.study", "torch": "2.13",
+        "model": model, "data": data, "method": method, "seed": seed, "threads": 1, "load": 0.5,
+        "points": points, "lr": 1e-4, "eps": 1e-3,
+        "evaluation": "paired", "last_step_forwards": cost, "step_seconds": 2.0,
+        "step_processor_seconds": 1.0, "wall_seconds": 300.0,
+        "peak_extra_bytes": 2**20, "commit": "abc1234", "date": "2026-01-01",
+        "command": "python -m benchmarks.study", "torch": "2.13",
         "machine": "a processor",
     }  # fmt: skip
 

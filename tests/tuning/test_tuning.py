@@ -1,4 +1,5 @@
-"""Tuning: eps between rounding and curvature, lr from the expected fall, and an optimizer that is as it was."""
+"""Tuning: eps between rounding and curvature, lr from the expected fall, and an optimizer that is as it
+was."""
 
 from __future__ import annotations
 
@@ -59,14 +60,19 @@ def check_eps(tuner) -> None:
 
 
 def check_reach(tuner) -> None:
-    """lr changes no weight by more than `reach`, root mean square: reach / |c|, for Adam reach itself; a long one bounds nothing."""
+    """lr changes no weight by more than `reach`, root mean square: reach / |c|, for Adam reach itself; a long
+    one bounds nothing."""
     model = Loss(slope=0.3)
-    free, bound = tuner(zokern.MeZO(model, lr=1.0), model), tuner(zokern.MeZO(model, lr=1.0), model, reach=1e-4)
+    free, bound = (
+        tuner(zokern.MeZO(model, lr=1.0), model),
+        tuner(zokern.MeZO(model, lr=1.0), model, reach=1e-4),
+    )
     assert bound.lr == pytest.approx(1e-4 / math.sqrt(bound.fall), rel=1e-6) and bound.lr < free.lr
     assert tuner(zokern.MeZO(model, lr=1.0), model, reach=1.0).lr == free.lr
     assert tuner(zokern.MeZO(model, lr=1.0, rule=zokern.Adam()), model, reach=1e-4).lr == pytest.approx(1e-4)
     several = tuner(zokern.MeZO(model, lr=1.0, queries=8), model, reach=1e-4)
-    assert several.lr == pytest.approx(expected_reach(model, 4, 16, 8, 1e-4), rel=1e-3)  # 8 draws are averaged
+    # 8 draws are averaged
+    assert several.lr == pytest.approx(expected_reach(model, 4, 16, 8, 1e-4), rel=1e-3)
 
 
 def expected_reach(model: Loss, first: int, count: int, queries: int, reach: float) -> float:
@@ -94,7 +100,9 @@ def test_eps() -> None:
 
 def _with(**change):
     """A tuner whose result is changed."""
-    return lambda *args, **options: replace(found := tune(*args, **options), **{k: f(found) for k, f in change.items()})
+    return lambda *args, **options: replace(
+        found := tune(*args, **options), **{k: f(found) for k, f in change.items()}
+    )
 
 
 @pytest.mark.parametrize(
@@ -105,11 +113,15 @@ def _with(**change):
         pytest.param(check_lr, lambda opt, f, **o: tune(opt, f, **{**o, "probes": 4}), id="fewer probes"),
         pytest.param(check_reach, lambda opt, f, **o: tune(opt, f), id="reach is not read"),
         pytest.param(
-            check_reach, lambda opt, f, reach=1.0, **o: replace(t := tune(opt, f), lr=min(t.lr, reach)), id="reach of lr"
+            check_reach,
+            lambda opt, f, reach=1.0, **o: replace(t := tune(opt, f), lr=min(t.lr, reach)),
+            id="reach of lr",
         ),
         pytest.param(check_eps, _with(eps=lambda t: t.old[0]), id="eps always kept"),
         pytest.param(check_eps, _with(eps=lambda t: max(w.eps for w in t.widths)), id="largest eps"),
-        pytest.param(check_eps, _with(eps=lambda t: min(t.widths, key=lambda w: w.change).eps), id="eps never kept"),
+        pytest.param(
+            check_eps, _with(eps=lambda t: min(t.widths, key=lambda w: w.change).eps), id="eps never kept"
+        ),
     ],
 )
 def test_a_wrong_tuner_is_rejected(check, wrong) -> None:
@@ -123,13 +135,17 @@ def test_weights_that_do_not_move_ask_for_a_larger_eps() -> None:
         warnings.simplefilter("ignore")
         found = tune(zokern.MeZO(wide, lr=0.0, eps=1e-4), lambda: wide.weight.double().sum().exp())
     swallowed = [width.swallowed for width in found.widths]
-    assert swallowed == sorted(swallowed, reverse=True) and swallowed[0] > 0.9 and not found.widths[0].is_sound
+    assert (
+        swallowed == sorted(swallowed, reverse=True) and swallowed[0] > 0.9 and not found.widths[0].is_sound
+    )
     assert found.eps >= 9e-4
 
 
 METHODS = {
-    "MeZO": zokern.MeZO, "SubZero": zokern.SubZero, "LOZO-M": lambda m, **o: zokern.LOZO(m, momentum=0.9, **o),
-    "PGAP": zokern.PGAP, "FZOO": zokern.FZOO, "Bayesian": lambda m, **o: zokern.MeZO(m, estimator=zokern.Bayesian(), **o),
+    "MeZO": zokern.MeZO, "SubZero": zokern.SubZero, "LOZO-M": lambda m,
+    **o: zokern.LOZO(m, momentum=0.9, **o),
+    "PGAP": zokern.PGAP, "FZOO": zokern.FZOO, "Bayesian": lambda m,
+    **o: zokern.MeZO(m, estimator=zokern.Bayesian(), **o),
     "Blockwise": lambda m, **o: zokern.MeZO(m, estimator=zokern.Blockwise(), **o),
     "Adam": lambda m, **o: zokern.MeZO(m, rule=zokern.Adam(), **o),
 }  # fmt: skip
@@ -171,7 +187,9 @@ def test_every_closure_is_read() -> None:
     seen: list[int] = []
     closures = [lambda k=k: seen.append(k) or model(float(k)) for k in range(3)]
     found = tune(zokern.MeZO(model, lr=1.0), closures, probes=6)
-    assert [k for k in seen if k] == [1, 1, 2, 2, 1, 1, 2, 2] and found.forwards == len(seen) == 5 * 4 * 2 + 12
+    assert [k for k in seen if k] == [1, 1, 2, 2, 1, 1, 2, 2] and found.forwards == len(
+        seen
+    ) == 5 * 4 * 2 + 12
     assert found.loss == pytest.approx(float(model()) + 1.0, abs=1e-3)
 
 
@@ -189,7 +207,11 @@ def test_the_report_says_what_was_found(tmp_path) -> None:
     model, said = Loss(), []
     found = tune(zokern.MeZO(model, lr=1.0), model, say=said.append)
     text = str(found)
-    assert f"eps {found.eps:.2g} (kept)" in text and f"lr {found.lr:.2g} (it was 1)" in text and "56 forwards" in text
+    assert (
+        f"eps {found.eps:.2g} (kept)" in text
+        and f"lr {found.lr:.2g} (it was 1)" in text
+        and "56 forwards" in text
+    )
     assert len(said) == len(WIDTHS) + 8 and "No eps is sound" not in text
     rough = replace(found, widths=tuple(w._replace(change=2 * AGREES) for w in found.widths))
     assert "No eps is sound" in str(rough)
@@ -219,17 +241,34 @@ def test_the_command(tmp_path, capsys) -> None:
     words = {word: n for n, word in enumerate(["<pad>", "<unk>", "one", "two", "three"])}
     inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>").save_pretrained(tmp_path)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>"
+    ).save_pretrained(tmp_path)
     config = transformers.LlamaConfig(
-        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        pad_token_id=0,
     )
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
     data = tmp_path / "lines.txt"
     data.write_text("one two three\n\ntwo three one\n")
     files = ["--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.png")]
-    assert cli.main(["tune", "--model", str(tmp_path), "--data", str(data), "--method", "subzero", "--quiet", *files]) == 0
+    assert (
+        cli.main(
+            ["tune", "--model", str(tmp_path), "--data", str(data), "--method", "subzero", "--quiet", *files]
+        )
+        == 0
+    )
     out, report = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
-    assert out.startswith("SubZero") and report["method"] == "SubZero" and report["lr"] > 0 and (tmp_path / "out.png").exists()
+    assert (
+        out.startswith("SubZero")
+        and report["method"] == "SubZero"
+        and report["lr"] > 0
+        and (tmp_path / "out.png").exists()
+    )
     assert cli.main(["tune", "--model", str(tmp_path)]) == 2
     assert "--model and --data go together" in capsys.readouterr().err
 
@@ -241,7 +280,9 @@ def test_tuning_leaves_what_parts_keep(method, steps) -> None:
     ends = []
     for tuned in (False, True):
         model = Loss(slope=0.3)
-        opt = zokern.methods.METHODS[method](model, lr=1e-4, **({"interval": 1} if method == "MeZOSVRG" else {}))
+        opt = zokern.methods.METHODS[method](
+            model, lr=1e-4, **({"interval": 1} if method == "MeZOSVRG" else {})
+        )
         for step in range(3):
             if tuned and step == steps:
                 before = {n: list(s) for n, s in opt.state.items()}

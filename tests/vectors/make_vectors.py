@@ -1,7 +1,9 @@
-"""Writes normal-v1.json, rademacher-v1.json and rounding-v1.json from the reference: `python tests/vectors/make_vectors.py`.
+"""Writes normal-v1.json, rademacher-v1.json and rounding-v1.json from the reference: `python
+tests/vectors/make_vectors.py`.
 
-They freeze version 1 of the stream, so the script refuses to change a file that is there: a changed bit is a new version, with new
-files. Values are the hex digits of their float32 (or 16-bit) pattern; digests are SHA-256 of little-endian float32.
+They freeze version 1 of the stream, so the script refuses to change a file that is there: a changed bit is a
+new version, with new files. Values are the hex digits of their float32 (or 16-bit) pattern; digests are
+SHA-256 of little-endian float32.
 """
 
 from __future__ import annotations
@@ -47,17 +49,28 @@ def named(names: tuple[int, int, int, int], **rest) -> dict:
 
 
 def direction_vectors(direction: str) -> dict:
-    """Values at the limits of blocks and of 32-bit indices, digests of long runs, and 2^26 values in pieces."""
+    """Values at the limits of blocks and of 32-bit indices, digests of long runs, and 2^26 values in
+    pieces."""
     values, digests = [], []
     for names in NAMES:
         for first in FIRSTS:
             bits = stream.to_bits(drawn(direction, names, first, 16)).tolist()
             values.append(named(names, first=first, bits=[f"{b:08x}" for b in bits]))
-    for names, first, count in zip(NAMES, (0, 3, 2**32 - 2**15, LAST - 2**17, 2**31 + 1), (2**20, 2**16, 2**16, 2**17, 2**18)):
-        digests.append(named(names, first=first, count=count, sha256=digest(drawn(direction, names, first, count))))
+    for names, first, count in zip(
+        NAMES, (0, 3, 2**32 - 2**15, LAST - 2**17, 2**31 + 1), (2**20, 2**16, 2**16, 2**17, 2**18)
+    ):
+        digests.append(
+            named(names, first=first, count=count, sha256=digest(drawn(direction, names, first, count)))
+        )
     pieces = [digest(drawn(direction, LONG, first, PIECE)) for first in range(0, LONG_COUNT, PIECE)]
     long = named(LONG, first=0, count=LONG_COUNT, piece=PIECE, sha256=pieces)
-    return {"version": stream.VERSION, "direction": direction, "values": values, "digests": digests, "long": long}
+    return {
+        "version": stream.VERSION,
+        "direction": direction,
+        "values": values,
+        "digests": digests,
+        "long": long,
+    }
 
 
 def rounding_vectors() -> dict:
@@ -66,10 +79,14 @@ def rounding_vectors() -> dict:
     for seed, who, step, _ in NAMES:
         for first in FIRSTS:
             random = reference.random16(torch.arange(first, first + 16), who, step, seed).tolist()
-            bits.append({"seed": seed, "who": who, "step": step, "first": first, "bits": [f"{b:04x}" for b in random]})
+            bits.append(
+                {"seed": seed, "who": who, "step": step, "first": first, "bits": [f"{b:04x}" for b in random]}
+            )
     edges = [
-        0, 1, 0x7FFF, 0x8000, 0x8001, 0x7FFFFF, 0x800000, 0x337FFFFF, 0x33000000, 0x33000001, 0x33800000, 0x387FFFFF,
-        0x38800000, 0x38801000, 0x38803000, 0x3F800000, 0x3F808000, 0x3F818000, 0x3F7FFFFF, 0x477FEFFF, 0x477FF000, 0x7F7F7FFF,
+        0, 1, 0x7FFF, 0x8000, 0x8001, 0x7FFFFF, 0x800000, 0x337FFFFF, 0x33000000, 0x33000001, 0x33800000,
+        0x387FFFFF,
+        0x38800000, 0x38801000, 0x38803000, 0x3F800000, 0x3F808000, 0x3F818000, 0x3F7FFFFF, 0x477FEFFF,
+        0x477FF000, 0x7F7F7FFF,
         0x7F7F8000, 0x7F7FFFFF, 0x7F800000,
     ]  # fmt: skip
     generator = torch.Generator().manual_seed(1)
@@ -96,7 +113,12 @@ def rounding_vectors() -> dict:
         return [f"{b:0{width}x}" for b in bits.tolist()]
 
     table = [digits(column, 8 if name == "float32" else 4) for name, column in columns.items()]
-    return {"version": stream.VERSION, "random16": bits, "columns": list(columns), "rows": [list(row) for row in zip(*table)]}
+    return {
+        "version": stream.VERSION,
+        "random16": bits,
+        "columns": list(columns),
+        "rows": [list(row) for row in zip(*table)],
+    }
 
 
 def as_text(data: dict) -> str:
@@ -128,7 +150,8 @@ def main() -> int:
             changed.append(path.name)
     for name in changed:
         print(
-            f"{name} differs from the reference; version {stream.VERSION} is frozen, so raise stream.VERSION", file=sys.stderr
+            f"{name} differs from the reference; version {stream.VERSION} is frozen, so raise stream.VERSION",
+            file=sys.stderr,
         )
     return 1 if changed else 0
 

@@ -61,6 +61,8 @@ def resolve(backend: str | Backend | None, device: torch.device) -> Backend:
 
 
 __all__ = [
-    "BACKENDS", "DTYPES", "ROUNDINGS", "SCALARS", "STATES", "Backend", "Batch", "Multiplies", "Noise", "Outer", "Sides",
-    "Span", "SpanList", "TensorList", "Terms", "Thin", "Update", "Weight", "default", "get", "resolve", "why_off",
+    "BACKENDS", "DTYPES", "ROUNDINGS", "SCALARS", "STATES", "Backend", "Batch", "Multiplies", "Noise",
+    "Outer", "Sides",
+    "Span", "SpanList", "TensorList", "Terms", "Thin", "Update", "Weight", "default", "get", "resolve",
+    "why_off",
 ]  # fmt: skip

@@ -12,7 +12,8 @@ from .launch import Batch, Noise, Outer, Sides, Span, Terms, Update, Weight
 DTYPES = ("float32", "bfloat16", "float16")
 DIRECTIONS = {"normal": 0, "rademacher": 1}  # those that the kernels know, and their numbers there
 ROUNDINGS = ("nearest", "stochastic", "residual")
-STATES: dict[str, tuple[str, ...]] = {"momentum": ("m",), "adam": ("m", "v"), "sign": ()}  # what update_ keeps, by rule
+# what update_ keeps, by rule
+STATES: dict[str, tuple[str, ...]] = {"momentum": ("m",), "adam": ("m", "v"), "sign": ()}
 SCALARS = {  # and the numbers that it is told
     "momentum": ("decay", "lr", "beta", "alpha"),
     "adam": ("decay", "lr", "beta1", "alpha1", "beta2", "alpha2", "inside", "correction", "eps"),
@@ -65,7 +66,9 @@ class Backend(Protocol):
         at each replay. There are no looked-up rows.
         """
 
-    def perturb(self, batch: Batch, noise: Noise, scales: Sequence[float], outs: Sequence[Sequence[Tensor]]) -> None:
+    def perturb(
+        self, batch: Batch, noise: Noise, scales: Sequence[float], outs: Sequence[Sequence[Tensor]]
+    ) -> None:
         """Computes outs[j][i] <- round(theta_i + scales[j] z) for one or two scales and one draw.
 
         theta and its low bits are only read. outs are contiguous, of theta's dtype or float32, and shaped

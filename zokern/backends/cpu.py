@@ -27,8 +27,10 @@ try:
 except ImportError as error:
     _error = str(error)
 
-ARITHMETIC_RANK = 32  # above it lowrank_ is bound by arithmetic, and a panel in the first cache is worth a longer chunk
-SHARED_ROWS = 512  # rows of all sides that are worth a z of their own: about a tenth of their products (bench_matmul.py)
+# above it lowrank_ is bound by arithmetic, and a panel in the first cache is worth a longer chunk
+ARITHMETIC_RANK = 32
+# rows of all sides that are worth a z of their own: about a tenth of their products (bench_matmul.py)
+SHARED_ROWS = 512
 SMALL = 1 << 16  # elements of a launch below which waking a second thread costs more than it saves
 VALID = Validator("cpu", "cpu")
 _CPU = torch.device("cpu")
@@ -89,14 +91,22 @@ def _is_sound(batch: Batch, factors: Outer, outs: Sequence[Tensor] | None) -> bo
         return False
     theta, left, right, (_, first, pitch, rows) = thetas[0], lefts[0], rights[0], spans[0]
     out = theta if outs is None else outs[0]
-    if not (theta.is_cpu and left.is_cpu and right.is_cpu and out.is_cpu) or pitch is not None or rows is not None:
+    if (
+        not (theta.is_cpu and left.is_cpu and right.is_cpu and out.is_cpu)
+        or pitch is not None
+        or rows is not None
+    ):
         return False
     if theta.dtype not in pack.TYPES or (out is not theta and out.dtype != theta.dtype):
         return False
     if left.dtype != torch.float32 or right.dtype != torch.float32 or left.dim() != 2 or right.dim() != 2:
         return False
     size, ((m, r), (n, s)) = theta.numel(), (left.shape, right.shape)
-    flat = left.is_contiguous() and right.is_contiguous() and (out is theta or (out.is_contiguous() and out.numel() == size))
+    flat = (
+        left.is_contiguous()
+        and right.is_contiguous()
+        and (out is theta or (out.is_contiguous() and out.numel() == size))
+    )
     return flat and r == s > 0 and first + size <= m * n
 
 
@@ -109,8 +119,10 @@ class _Table(NamedTuple):
 
 
 def _table(
-    thetas: Sequence[Tensor] | None, spans: Sequence[Span], outs: Sequence[Sequence[Tensor]], residuals: Sequence[Tensor] | None = None,
-    elements: int = pack.CHUNK_ELEMENTS, numbered: bool = False, scales: Sequence[Tensor | None] | None = None,
+    thetas: Sequence[Tensor] | None, spans: Sequence[Span], outs: Sequence[Sequence[Tensor]],
+    residuals: Sequence[Tensor] | None = None,
+    elements: int = pack.CHUNK_ELEMENTS, numbered: bool = False,
+    scales: Sequence[Tensor | None] | None = None,
 ) -> _Table:  # fmt: skip
     """Packs a launch. It has one thread if waking a second costs more than it saves."""
     entries, chunks = arrays = pack.pack(thetas, spans, outs, residuals, elements, numbered, scales)
@@ -123,7 +135,9 @@ def _threads(table: _Table) -> int:
     return table.threads or torch.get_num_threads()
 
 
-def _kept_table(verb: str, batch: Batch, outs: Sequence[Sequence[Tensor]], check: Callable[..., Any], *given: Any) -> _Table:
+def _kept_table(
+    verb: str, batch: Batch, outs: Sequence[Sequence[Tensor]], check: Callable[..., Any], *given: Any
+) -> _Table:
     """Returns the table of a launch without residuals: made once for lists that the caller keeps."""
     thetas, spans, scales = batch.tensors, batch.spans, batch.scales
     kept = getattr(thetas, "kept", None)
@@ -132,7 +146,12 @@ def _kept_table(verb: str, batch: Batch, outs: Sequence[Sequence[Tensor]], check
         return _table(thetas, spans, outs, scales=scales)
     key = verb, id(spans), id(scales), *map(id, outs)
     known = kept.get(key)
-    if known is None or known[0] is not spans or known[1] is not scales or any([a is not b for a, b in zip(known[2], outs)]):
+    if (
+        known is None
+        or known[0] is not spans
+        or known[1] is not scales
+        or any([a is not b for a, b in zip(known[2], outs)])
+    ):
         check(batch, *given)
         known = kept[key] = spans, scales, tuple(outs), _table(thetas, spans, outs, scales=scales)
     return known[3]
@@ -169,7 +188,8 @@ class Cpu:
             table = _table(thetas, spans, (), residuals, scales=scales)
         each, decays = terms.rounded()
         summed = _summed(noise, terms.coefficients, decays)
-        _module().axpy(*table.place, number, noise.seed, pack.address(summed), len(summed), each, pack.ROUNDING[rounding],
+        _module().axpy(*table.place, number, noise.seed, pack.address(summed), len(summed), each,
+            pack.ROUNDING[rounding],
                        nonfinite.data_ptr(), _threads(table), 0)  # fmt: skip
         return nonfinite
 
@@ -180,11 +200,15 @@ class Cpu:
         nonfinite, scalars = torch.zeros(1, dtype=torch.int64, device=_CPU), update.scalars.contiguous()
         table = _table(thetas, spans, update.states, residuals, scales=scales)
         summed = _summed(noise, update.coefficients, [1.0] * len(noise.draws))
-        _module().update(*table.place, number, noise.seed, pack.address(summed), len(summed), pack.RULES[update.rule],
-                         scalars.data_ptr(), pack.ROUNDING[rounding], nonfinite.data_ptr(), _threads(table), 0)  # fmt: skip
+        _module().update(*table.place, number, noise.seed, pack.address(summed), len(summed),
+            pack.RULES[update.rule],
+                         scalars.data_ptr(), pack.ROUNDING[rounding], nonfinite.data_ptr(), _threads(table),
+                         0)  # fmt: skip
         return nonfinite
 
-    def perturb(self, batch: Batch, noise: Noise, scales: Sequence[float], outs: Sequence[Sequence[Tensor]]) -> None:
+    def perturb(
+        self, batch: Batch, noise: Noise, scales: Sequence[float], outs: Sequence[Sequence[Tensor]]
+    ) -> None:
         number = VALID.number(noise.direction)
         if batch.residuals is None and noise.clock is None and len(scales) == len(outs):
             table = _kept_table("perturb", batch, outs, VALID.perturb, noise, scales, outs)
@@ -205,20 +229,32 @@ class Cpu:
         thetas, spans, rounding, residuals, _ = batch
         lefts, rights, scales, decay = factors
         seed, step = rounding_bits(noise)
-        if len(thetas) == 1 and spans[0].rows is None and spans[0].pitch is None and thetas[0].is_contiguous():
+        if (
+            len(thetas) == 1
+            and spans[0].rows is None
+            and spans[0].pitch is None
+            and thetas[0].is_contiguous()
+        ):
             theta, out, left, right = thetas[0], thetas[0] if outs is None else outs[0], lefts[0], rights[0]
-            nonfinite = torch.empty(1, dtype=torch.int64, device=_CPU)  # the call of a forward pass: no table, no NumPy
+            # the call of a forward pass: no table, no NumPy
+            nonfinite = torch.empty(1, dtype=torch.int64, device=_CPU)
             _module().lowrank_one(
-                theta.data_ptr(), 0 if outs is None else out.data_ptr(), 0 if residuals is None else residuals[0].data_ptr(),
-                theta.numel(), spans[0].first, spans[0].who, pack.TYPES[theta.dtype], pack.TYPES[out.dtype], left.data_ptr(),
-                right.data_ptr(), right.shape[1], right.shape[0], scales[0], _elements(rights), seed, step, decay,
+                theta.data_ptr(), 0 if outs is None else out.data_ptr(),
+                0 if residuals is None else residuals[0].data_ptr(),
+                theta.numel(), spans[0].first, spans[0].who, pack.TYPES[theta.dtype], pack.TYPES[out.dtype],
+                left.data_ptr(),
+                right.data_ptr(), right.shape[1], right.shape[0], scales[0], _elements(rights), seed, step,
+                decay,
                 pack.ROUNDING[rounding], nonfinite.data_ptr(), torch.get_num_threads(),
             )  # fmt: skip
             return nonfinite
         nonfinite = torch.zeros(1, dtype=torch.int64, device=_CPU)
-        table = _table(thetas, spans, () if outs is None else (outs,), residuals, _elements(rights), numbered=True)
+        table = _table(
+            thetas, spans, () if outs is None else (outs,), residuals, _elements(rights), numbered=True
+        )
         products = pack_lowrank.pack_factors(lefts, rights, scales)
-        _module().lowrank(*table.place, pack.address(products), len(products), seed, step, decay, pack.ROUNDING[rounding],
+        _module().lowrank(*table.place, pack.address(products), len(products), seed, step, decay,
+            pack.ROUNDING[rounding],
                           nonfinite.data_ptr(), _threads(table), 0)  # fmt: skip
         return nonfinite
 
@@ -244,10 +280,17 @@ class Cpu:
         xs, biases, scales, thins = sides
         m, n = tensor.shape[::-1] if transposed else tensor.shape
         counts = [x.shape[0] for x in xs]
-        words = [-1] * len(xs) if noise is None else [word if a else -1 for (_, word), a in zip(noise.draws, scales)]
+        words = (
+            [-1] * len(xs)
+            if noise is None
+            else [word if a else -1 for (_, word), a in zip(noise.draws, scales)]
+        )
         dense = noise is not None and max(words) >= 0
-        number, seed, step = (VALID.number(noise.direction), noise.seed, noise.draws[0][0]) if noise and dense else (0, 0, 0)
-        order = sorted(range(len(xs)), key=words.__getitem__) if dense else range(len(xs))  # sides of a draw follow one another
+        number, seed, step = (
+            (VALID.number(noise.direction), noise.seed, noise.draws[0][0]) if noise and dense else (0, 0, 0)
+        )
+        # sides of a draw follow one another
+        order = sorted(range(len(xs)), key=words.__getitem__) if dense else range(len(xs))
         ys = list(outs) if outs is not None else [tensor.new_empty(count, m) for count in counts]
         for y, count in zip(ys, counts):
             if y.shape != (count, m) or not y.is_cpu or y.dtype != tensor.dtype or not y.is_contiguous():
@@ -255,9 +298,13 @@ class Cpu:
                 raise ValueError(f"backend 'cpu': linear: an out is {described(y)}; expected {wanted}")
         read = torch.bfloat16 if tensor.dtype == torch.bfloat16 and pairs() else torch.float32
         held: list[Tensor] = []
-        rows = [_hold(held, "an x", x, (count, n), read, x.is_contiguous()).data_ptr() for x, count in zip(xs, counts)]
+        rows = [
+            _hold(held, "an x", x, (count, n), read, x.is_contiguous()).data_ptr()
+            for x, count in zip(xs, counts)
+        ]
         added = [
-            0 if b is None else _hold(held, "a bias", b, (m,), torch.float32, b.is_contiguous()).data_ptr() for b in biases
+            0 if b is None else _hold(held, "a bias", b, (m,), torch.float32, b.is_contiguous()).data_ptr()
+            for b in biases
         ]
         products = [product for thin in thins for product in _thin_products(held, thin, m, n, counts, order)]
         pitch, out_pitch = n * read.itemsize, m * tensor.element_size()
@@ -268,7 +315,8 @@ class Cpu:
                 begin, end = counts[j] * part // parts, counts[j] * (part + 1) // parts
                 into, scale = ys[j].data_ptr() + begin * out_pitch, scales[j] if dense else 0.0
                 operands.append((rows[j] + begin * pitch, end - begin, into, added[j], scale, words[j]))
-            _module().linear(tensor.data_ptr(), pack.TYPES[tensor.dtype], transposed, m, n, number, seed, span.first, span.who,
+            _module().linear(tensor.data_ptr(), pack.TYPES[tensor.dtype], transposed, m, n, number, seed,
+                span.first, span.who,
                              step, shrink, operands, products, threads)  # fmt: skip
         return ys
 
@@ -284,14 +332,22 @@ class Cpu:
 
 def _summed(noise: Noise, coefficients: Tensor, decays: Sequence[float]) -> np.ndarray:
     """Returns the table of the terms of a sum, with the steps that the clock makes of theirs."""
-    draws = noise.draws if noise.clock is None else [(step_at(step, noise.clock), draw) for step, draw in noise.draws]
+    draws = (
+        noise.draws
+        if noise.clock is None
+        else [(step_at(step, noise.clock), draw) for step, draw in noise.draws]
+    )
     return pack.pack_draws(draws, coefficients.detach().numpy(), decays)
 
 
-def _hold(held: list[Tensor], what: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, is_flat: bool) -> Tensor:
+def _hold(
+    held: list[Tensor], what: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, is_flat: bool
+) -> Tensor:
     """Returns an operand, or a copy in the dtype that the kernel reads; `held` keeps it."""
     if tensor.shape != shape or not tensor.is_cpu:
-        raise ValueError(f"backend 'cpu': linear: {what} is {described(tensor)}; expected {list(shape)} on cpu")
+        raise ValueError(
+            f"backend 'cpu': linear: {what} is {described(tensor)}; expected {list(shape)} on cpu"
+        )
     if tensor.dtype != dtype or not is_flat:
         tensor = tensor.to(dtype).contiguous()
     held.append(tensor)
@@ -316,11 +372,15 @@ def _linear_plan(counts: Sequence[int], room: int | None) -> tuple[int, int, int
     """Returns the threads, the number of parts of the rows, and the memory of a thread."""
     module = _module()
     base = module.linear_memory(0)
-    return _plan_of(tuple(counts), room, torch.get_num_threads(), base, module.linear_memory(1) - base, SHARED_ROWS)
+    return _plan_of(
+        tuple(counts), room, torch.get_num_threads(), base, module.linear_memory(1) - base, SHARED_ROWS
+    )
 
 
 @lru_cache(maxsize=1024)
-def _plan_of(counts: tuple[int, ...], room: int | None, threads: int, base: int, row: int, shared: int) -> tuple[int, int, int]:
+def _plan_of(
+    counts: tuple[int, ...], room: int | None, threads: int, base: int, row: int, shared: int
+) -> tuple[int, int, int]:
     """Plans so few parts that making z again costs little beside the products."""
 
     def memory(parts: int) -> int:

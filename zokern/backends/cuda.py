@@ -32,7 +32,8 @@ def why_off() -> str | None:
     """Returns None if this backend can run here, else why not, and the way out."""
     if _cuda is None:
         return (
-            f"the compiled module zokern._cuda is missing ({_error}); install a wheel that has it, or put nvcc on PATH and run "
+            f"the compiled module zokern._cuda is missing ({_error}); install a wheel that has it, or put "
+            "nvcc on PATH and run "
             "`pip install --no-build-isolation .` (without a GPU, with ZOKERN_CUDA_ARCHITECTURES=all)."
         )
     if torch.version.cuda is None:
@@ -40,9 +41,7 @@ def why_off() -> str | None:
     try:
         count = _cuda.device_count()
     except RuntimeError as problem:
-        return (
-            f"no CUDA device can be used ({problem}); install an NVIDIA driver for CUDA 13 or newer, on a machine with a GPU."
-        )
+        return f"no CUDA device can be used ({problem}); install an NVIDIA driver for CUDA 13 or newer, on a machine with a GPU."
     if count == 0 or not torch.cuda.is_available():
         return "torch finds no CUDA device; check CUDA_VISIBLE_DEVICES and the NVIDIA driver."
     return None
@@ -59,7 +58,9 @@ class Cuda:
         self.tables = device_tables.Tables()
         self.valid = Validator(self.name, self.device_type, self.most_rank)
 
-    def _call(self, verb: str, device: torch.device, tensors: Sequence[Tensor], *arguments: Any, **named: int) -> None:
+    def _call(
+        self, verb: str, device: torch.device, tensors: Sequence[Tensor], *arguments: Any, **named: int
+    ) -> None:
         """Calls the module on the device's current stream.
 
         `tensors` are all tensors that the arguments point to."""
@@ -103,7 +104,9 @@ class Cuda:
         given = counter.contiguous().view(torch.int32)[..., ::2].contiguous()  # the low half of each int64
         words = torch.empty_like(given)
         if len(given):
-            self._call("philox", device, [given, words], given.data_ptr(), len(given), *key, rounds, words.data_ptr())
+            self._call(
+                "philox", device, [given, words], given.data_ptr(), len(given), *key, rounds, words.data_ptr()
+            )
         return words.to(torch.int64) & 0xFFFFFFFF
 
     def draw(self, batch: Batch, noise: Noise) -> None:
@@ -111,11 +114,15 @@ class Cuda:
         kept, place = self._table(device, batch, (batch.tensors,), draws=True)
         if kept:
             ((step, draw),), clock = noise.draws, noise.clock
-            self._call("draw", device, [*kept, *_given(batch), *given(clock)], *place, number, noise.seed, step, draw,
+            self._call("draw", device, [*kept, *_given(batch), *given(clock)], *place, number, noise.seed,
+                step, draw,
                        clock=_address(clock), **_scaled(batch))  # fmt: skip
 
     def axpy_(self, batch: Batch, noise: Noise, terms: Terms) -> Tensor:
-        number, device = self.valid.number(noise.direction), self._or_any(self.valid.axpy_(batch, noise, terms))
+        number, device = (
+            self.valid.number(noise.direction),
+            self._or_any(self.valid.axpy_(batch, noise, terms)),
+        )
         nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
         kept, place = self._table(device, batch)
         if not kept:
@@ -124,13 +131,18 @@ class Cuda:
         summed = pack.pack_draws(noise.draws, 0.0, decays)
         uploaded, clock = self._terms(device, summed), noise.clock
         tensors = [*kept, *given(uploaded), coeffs, nonfinite, *_given(batch), *given(clock)]
-        self._call("axpy", device, tensors, *place, number, noise.seed, pack.address(summed), len(summed), each,
-                   pack.ROUNDING[batch.rounding], nonfinite.data_ptr(), clock=_address(clock), device_draws=_address(uploaded),
+        self._call("axpy", device, tensors, *place, number, noise.seed, pack.address(summed), len(summed),
+            each,
+                   pack.ROUNDING[batch.rounding], nonfinite.data_ptr(), clock=_address(clock),
+                   device_draws=_address(uploaded),
                    coefficients=coeffs.data_ptr(), **_scaled(batch))  # fmt: skip
         return nonfinite
 
     def update_(self, batch: Batch, noise: Noise, update: Update) -> Tensor:
-        number, device = self.valid.number(noise.direction), self._or_any(self.valid.update_(batch, noise, update))
+        number, device = (
+            self.valid.number(noise.direction),
+            self._or_any(self.valid.update_(batch, noise, update)),
+        )
         nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
         kept, place = self._table(device, batch, update.states)
         if not kept:
@@ -141,19 +153,26 @@ class Cuda:
         flat = [tensor for state in update.states for tensor in state]
         tensors = [*kept, *given(uploaded), coeffs, scalars, nonfinite, *flat, *_given(batch), *given(clock)]
         self._call("update", device, tensors, *place, number, noise.seed, pack.address(summed), len(summed),
-                   pack.RULES[update.rule], scalars.data_ptr(), pack.ROUNDING[batch.rounding], nonfinite.data_ptr(),
+                   pack.RULES[update.rule], scalars.data_ptr(), pack.ROUNDING[batch.rounding],
+                   nonfinite.data_ptr(),
                    clock=_address(clock), device_draws=_address(uploaded), coefficients=coeffs.data_ptr(),
                    **_scaled(batch))  # fmt: skip
         return nonfinite
 
-    def perturb(self, batch: Batch, noise: Noise, scales: Sequence[float], outs: Sequence[Sequence[Tensor]]) -> None:
+    def perturb(
+        self, batch: Batch, noise: Noise, scales: Sequence[float], outs: Sequence[Sequence[Tensor]]
+    ) -> None:
         number = self.valid.number(noise.direction)
         device = self._or_any(self.valid.perturb(batch, noise, scales, outs))
         kept, place = self._table(device, batch, outs)
         if kept:
             ((step, draw),), clock = noise.draws, noise.clock
-            both, flat = np.array([*scales, 0.0][:2], dtype=np.float32), [tensor for side in outs for tensor in side]
-            self._call("perturb", device, [*kept, *flat, *_given(batch), *given(clock)], *place, number, noise.seed, step, draw,
+            both, flat = (
+                np.array([*scales, 0.0][:2], dtype=np.float32),
+                [tensor for side in outs for tensor in side],
+            )
+            self._call("perturb", device, [*kept, *flat, *_given(batch), *given(clock)], *place, number,
+                noise.seed, step, draw,
                        both.ctypes.data, clock=_address(clock), **_scaled(batch))  # fmt: skip
 
     def lowrank_(
@@ -178,8 +197,10 @@ class Cuda:
         simple = decay == 1.0 and outs is None and (rounding == "nearest" or types == 1)
         ranks = {right.shape[1] for right in rights}
         whole = ranks <= {16, 32, 64, 128} and len(ranks) == 1
-        self._call("lowrank_tiles", device, [both, nonfinite, *lefts, *rights, *(outs or ()), *_given(batch)], at[0], at[1],
-                   len(tiles), at[2], at[3], max(ranks), bool((~fast).any()), types, simple, whole, seed, step, decay,
+        self._call("lowrank_tiles", device, [both, nonfinite, *lefts, *rights, *(outs or ()), *_given(batch)],
+            at[0], at[1],
+                   len(tiles), at[2], at[3], max(ranks), bool((~fast).any()), types, simple, whole, seed,
+                   step, decay,
                    pack.ROUNDING[rounding], nonfinite.data_ptr())  # fmt: skip
         return nonfinite
 

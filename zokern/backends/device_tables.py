@@ -2,8 +2,8 @@
 
 The key of a table holds where each tensor lies, its dtype, shape, strides and Span, and those of the results.
 It is made anew at each call, so a tensor that moved, was cast or reshaped has another key, and never meets an
-old table. An upload is ordered by its stream, so the stream is part of the key. While a CUDA graph is captured
-nothing may be uploaded; then the stream does not matter, because earlier uploads are complete.
+old table. An upload is ordered by its stream, so the stream is part of the key. While a CUDA graph is
+captured nothing may be uploaded; then the stream does not matter, because earlier uploads are complete.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ class Tables:
         self.built = 0  # how often a table had to be packed
         self.captured: list[Kept] = []  # a captured graph reads these at every replay: never dropped
 
-    def get(self, key: Hashable, device: torch.device, make: Callable[[], tuple[Sequence[np.ndarray], Any]]) -> Kept:
+    def get(
+        self, key: Hashable, device: torch.device, make: Callable[[], tuple[Sequence[np.ndarray], Any]]
+    ) -> Kept:
         """Returns the table of this key. make() returns its parts, which are laid end to end, and its facts.
 
         Raises RuntimeError while a CUDA graph is captured and the table is not there yet."""
@@ -78,7 +80,8 @@ class Tables:
                 self.captured.append(kept)
                 return kept
         raise RuntimeError(
-            "this list of tensors has no table on the device yet, and none can be uploaded while a CUDA graph is captured; "
+            "this list of tensors has no table on the device yet, and none can be uploaded while a CUDA "
+            "graph is captured; "
             "make the same call on the same tensors once before the capture"
         )
 
@@ -98,7 +101,9 @@ def size(kept: Kept) -> int:
 def upload(parts: Sequence[np.ndarray], device: torch.device) -> Tensor | None:
     """Uploads arrays end to end by one copy, ordered on the current stream. It does not block."""
     words = [np.ascontiguousarray(part).view(np.uint8).reshape(-1) for part in parts]
-    host = torch.from_numpy(np.concatenate(words)) if words else torch.empty(0, dtype=torch.uint8, device="cpu")
+    host = (
+        torch.from_numpy(np.concatenate(words)) if words else torch.empty(0, dtype=torch.uint8, device="cpu")
+    )
     if not host.numel():
         return None
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host

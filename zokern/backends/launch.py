@@ -156,7 +156,8 @@ class Thin(NamedTuple):
     """Thin products beside x W^T: for sides[j], y += (x first^T) middles[j] last^T, float32."""
 
     sides: Sequence[int]
-    first: Tensor  # (r, columns of x), contiguous: products from rows are several times faster than from 8 columns
+    # (r, columns of x), contiguous: products from rows are several times faster than from 8 columns
+    first: Tensor
     middles: Tensor  # (len(sides), r, q)
     last: Tensor  # (columns of y, q)
 
@@ -183,10 +184,13 @@ def rounding_bits(noise: Noise | None) -> tuple[int, int]:
     if noise is None:
         return 0, 0
     if noise.clock is not None:
-        raise ValueError("lowrank_: noise has a clock; expected None, because lowrank_ reads the step on the host")
+        raise ValueError(
+            "lowrank_: noise has a clock; expected None, because lowrank_ reads the step on the host"
+        )
     return noise.seed, noise.draws[-1][0]
 
 
 __all__ = [
-    "Batch", "Noise", "Outer", "Sides", "Span", "Terms", "Thin", "Update", "Weight", "rounding_bits", "step_at",
+    "Batch", "Noise", "Outer", "Sides", "Span", "Terms", "Thin", "Update", "Weight", "rounding_bits",
+    "step_at",
 ]  # fmt: skip

@@ -1,7 +1,7 @@
 """Lists of tensors and of Spans that cache their columns: sizes, addresses, dtypes.
 
-With hundreds of small tensors these questions cost as much as the kernel, so the checks of a verb and its table
-share the answers. Tensors may move between calls: a TensorList lives for one call.
+With hundreds of small tensors these questions cost as much as the kernel, so the checks of a verb and its
+table share the answers. Tensors may move between calls: a TensorList lives for one call.
 """
 
 from __future__ import annotations

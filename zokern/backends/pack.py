@@ -17,8 +17,10 @@ from .launch import Span
 from .lists import SpanList, TensorList
 
 ENTRY = np.dtype(
-    [("theta", "u8"), ("out", "u8", 2), ("residual", "u8"), ("rows", "u8"), ("row_count", "i8"), ("columns", "i8"),
-     ("row_stride", "i8"), ("column_stride", "i8"), ("first", "u8"), ("pitch", "u8"), ("who", "u4"), ("type", "i4"),
+    [("theta", "u8"), ("out", "u8", 2), ("residual", "u8"), ("rows", "u8"), ("row_count", "i8"),
+        ("columns", "i8"),
+     ("row_stride", "i8"), ("column_stride", "i8"), ("first", "u8"), ("pitch", "u8"), ("who", "u4"),
+     ("type", "i4"),
      ("out_type", "i4"), ("tensor", "i4"), ("scale", "u8"), ("scale_type", "i4"), ("reserved", "i4")]
 )  # fmt: skip
 CHUNK = np.dtype([("begin", "i8"), ("end", "i8"), ("entry", "i8")])
@@ -63,7 +65,8 @@ def pack(
         if thetas.contiguous and spans.plain:
             entries = _pack_plain(thetas, spans, numbered)
             return entries, chunks(entries, elements)
-    words: list[int] = []  # an entry is WORDS of 64 bits; one flat list is the fastest way from Python to NumPy
+    # an entry is WORDS of 64 bits; one flat list is the fastest way from Python to NumPy
+    words: list[int] = []
     sides: list[Sequence[Tensor]] = list(outs)
     shapes = thetas if thetas is not None else sides[0]
     for i, (tensor, span) in enumerate(zip(shapes, spans)):
@@ -83,18 +86,37 @@ def pack(
             pitch = columns if span.pitch is None else span.pitch
             index = 0 if span.rows is None else span.rows.data_ptr()
             if count and columns:
-                words += (pointer, out0, out1, low, index, count, columns, tensor.stride(0), tensor.stride(1), span.first,
+                words += (pointer, out0, out1, low, index, count, columns, tensor.stride(0), tensor.stride(1),
+                    span.first,
                           pitch, who, out_kind, scale, factor)  # fmt: skip
             continue
         size = tensor.numel()
         if size == 0:
             continue
         if thetas is None or tensor.is_contiguous():
-            words += (pointer, out0, out1, low, 0, 1, size, 0, 1, span.first, size, who, out_kind, scale, factor)
+            words += (
+                pointer,
+                out0,
+                out1,
+                low,
+                0,
+                1,
+                size,
+                0,
+                1,
+                span.first,
+                size,
+                who,
+                out_kind,
+                scale,
+                factor,
+            )
             continue
         factor_width = 0 if factors is None else factors.element_size()
         names = who, out_kind, scale, factor
-        words += _strided(tensor, span, (pointer, out0, out1, low), 4 if out_type == 0 else 2, names, factor_width)
+        words += _strided(
+            tensor, span, (pointer, out0, out1, low), 4 if out_type == 0 else 2, names, factor_width
+        )
     entries = np.array(words, dtype=np.uint64).view(ENTRY)
     if len(words) == WORDS:  # one tensor: the common launch of an evaluation, called hundreds of times a step
         return entries, _chunks_of_one(words[5] * words[6], words[9] % ALIGN, elements)
@@ -115,7 +137,9 @@ def _strided(
     (pointer, out0, out1, low), (who, out_kind, scale, factor) = pointers, names
     dims = collapse(tensor.shape, tensor.stride())
     outer, inner = dims[:-2], dims[-2:]
-    (count, row_stride), (columns, column_stride) = inner if len(inner) == 2 else [(1, 0), *(inner or [(1, 1)])]
+    (count, row_stride), (columns, column_stride) = (
+        inner if len(inner) == 2 else [(1, 0), *(inner or [(1, 1)])]
+    )
     each, width = count * columns, tensor.element_size()
     offsets = np.zeros(1, dtype=np.int64)
     for extent, stride in outer:
@@ -123,8 +147,10 @@ def _strided(
     words: list[int] = []
     for j, offset in enumerate(offsets.tolist()):
         done = j * each
-        words += (pointer + offset * width, out0 and out0 + done * out_width, out1 and out1 + done * out_width,
-                  low and low + 2 * done, 0, count, columns, row_stride, column_stride, span.first + done, columns, who,
+        words += (pointer + offset * width, out0 and out0 + done * out_width,
+            out1 and out1 + done * out_width,
+                  low and low + 2 * done, 0, count, columns, row_stride, column_stride, span.first + done,
+                  columns, who,
                   out_kind, scale and scale + factor_width * done, factor)  # fmt: skip
     return words
 
@@ -138,7 +164,9 @@ def _pack_plain(thetas: TensorList, spans: SpanList, numbered: bool) -> np.ndarr
     entries["row_count"], entries["column_stride"] = 1, 1
     entries["first"], entries["who"] = spans.firsts, spans.whos
     dtypes = thetas.dtypes
-    entries["type"] = entries["out_type"] = TYPES[dtypes[0]] if len(set(dtypes)) == 1 else [TYPES[dtype] for dtype in dtypes]
+    entries["type"] = entries["out_type"] = (
+        TYPES[dtypes[0]] if len(set(dtypes)) == 1 else [TYPES[dtype] for dtype in dtypes]
+    )
     return entries if thetas.sizes.all() else entries[thetas.sizes > 0]
 
 
@@ -157,7 +185,8 @@ def chunks(entries: np.ndarray, elements: int = CHUNK_ELEMENTS) -> np.ndarray:
 
     Pieces begin at multiples of ALIGN in the stream."""
     count = entries["row_count"] * entries["columns"]
-    skew = (entries["first"] % ALIGN).astype(np.int64)  # pieces are aligned in the stream's numbering, not in memory
+    # pieces are aligned in the stream's numbering, not in memory
+    skew = (entries["first"] % ALIGN).astype(np.int64)
     if len(entries) and (count + skew).max() <= elements:  # a piece each
         table = np.zeros(len(entries), dtype=CHUNK)
         table["end"], table["entry"] = count, np.arange(len(entries))
@@ -190,5 +219,6 @@ def pack_draws(
 
 
 __all__ = [
-    "ALIGN", "CHUNK", "CHUNK_ELEMENTS", "DRAW", "ENTRY", "ROUNDING", "RULES", "TYPES", "address", "pack", "pack_draws",
+    "ALIGN", "CHUNK", "CHUNK_ELEMENTS", "DRAW", "ENTRY", "ROUNDING", "RULES", "TYPES", "address", "pack",
+    "pack_draws",
 ]  # fmt: skip

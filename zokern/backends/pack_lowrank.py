@@ -7,12 +7,17 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-FACTORS = np.dtype([("left", "u8"), ("right", "u8"), ("rank", "i8"), ("columns", "i8"), ("scale", "f4"), ("reserved", "i4")])
+FACTORS = np.dtype(
+    [("left", "u8"), ("right", "u8"), ("rank", "i8"), ("columns", "i8"), ("scale", "f4"), ("reserved", "i4")]
+)
 TILE = np.dtype([("begin", "i8"), ("end", "i8"), ("entry", "i4"), ("column", "i4")])
-FRAME = np.dtype([("stride", "i8"), ("shift", "i8"), ("out_stride", "i8"), ("out_shift", "i8"), ("last", "i8")])
+FRAME = np.dtype(
+    [("stride", "i8"), ("shift", "i8"), ("out_stride", "i8"), ("out_shift", "i8"), ("last", "i8")]
+)
 assert FACTORS.itemsize == 40 and TILE.itemsize == 24 and FRAME.itemsize == 40
 
-TILE_ROWS, TILE_COLUMNS = 128, 256  # of a block of lowrank.cu: eight warps of 32 columns, and eight strips of 16 rows
+# of a block of lowrank.cu: eight warps of 32 columns, and eight strips of 16 rows
+TILE_ROWS, TILE_COLUMNS = 128, 256
 PIECE = 4096  # elements of a tile that go one at a time
 
 
@@ -36,7 +41,10 @@ def pack_tiles(
     size, columns = entries["row_count"] * entries["columns"], entries["columns"]
     flat, cut = _forms(entries, n, first)
     top, left = first // n, first % n
-    begin, end = np.where(flat, -(-first // n), top), np.where(flat, (first + size) // n, top + entries["row_count"])
+    begin, end = (
+        np.where(flat, -(-first // n), top),
+        np.where(flat, (first + size) // n, top + entries["row_count"]),
+    )
     frames = np.zeros(len(entries), dtype=FRAME)
     frames["stride"] = np.where(flat, n, entries["row_stride"])
     frames["shift"] = np.where(flat, -first, -top * entries["row_stride"] - left)
@@ -46,7 +54,10 @@ def pack_tiles(
     start = np.where(flat, 0, left)
     lies = cut & (left % 8 == 0) & (columns % 8 == 0) & (entries["row_stride"] % 8 == 0) | flat
     lies &= _aligned(entries, frames) & (end > begin) & (frames["stride"] < 1 << 26) & (end - begin < 1 << 31)
-    rows, wide = np.where(lies, end - begin, 0), np.where(lies, -(-(frames["last"] - start) // tile_columns), 0)
+    rows, wide = (
+        np.where(lies, end - begin, 0),
+        np.where(lies, -(-(frames["last"] - start) // tile_columns), 0),
+    )
     # rectangles, then the elements before and behind them, then entries that have none
     head = np.where(lies & flat, begin * n - first, np.where(lies, 0, size))
     tail = np.where(lies & flat, end * n - first, size)

@@ -21,9 +21,15 @@ def numbers(theta: Tensor, span: Span) -> Tensor:
     if span.rows is None and span.pitch is None:
         return torch.arange(span.first, span.first + theta.numel(), dtype=torch.int64, device=theta.device)
     columns = theta.shape[-1]
-    rows = torch.arange(theta.shape[0], dtype=torch.int64, device=theta.device) if span.rows is None else span.rows
+    rows = (
+        torch.arange(theta.shape[0], dtype=torch.int64, device=theta.device)
+        if span.rows is None
+        else span.rows
+    )
     pitch = columns if span.pitch is None else span.pitch
-    return (span.first + rows[:, None] * pitch + torch.arange(columns, dtype=torch.int64, device=theta.device)).flatten()
+    return (
+        span.first + rows[:, None] * pitch + torch.arange(columns, dtype=torch.int64, device=theta.device)
+    ).flatten()
 
 
 def z(direction, index: Tensor, who: int, step: int, draw: int, seed: int) -> Tensor:
@@ -82,7 +88,9 @@ def split(value: Tensor) -> tuple[Tensor, Tensor]:
     high = torch.where(high < 2**15, high, high - 2**16).to(torch.int16).view(torch.bfloat16)
     low = x & 0xFFFF
     low = torch.where(low < 2**15, low, low - 2**16).to(torch.int16)
-    return torch.where(special, value.to(torch.bfloat16), high), torch.where(special, torch.zeros_like(low), low)
+    return torch.where(special, value.to(torch.bfloat16), high), torch.where(
+        special, torch.zeros_like(low), low
+    )
 
 
 def contract(left: Tensor, right: Tensor, index: Tensor) -> Tensor:
@@ -155,7 +163,9 @@ class Reference:
                 new[here] = old[here]
                 for k, (step, draw) in enumerate(draws):
                     if k % each == 0:
-                        value = decay[k] * (join(new[here], low[here]) if kept is not None else new[here].float())
+                        value = decay[k] * (
+                            join(new[here], low[here]) if kept is not None else new[here].float()
+                        )
                     drawn = z(direction, index[here], span.who, step, draw, seed)
                     value = fma(coeffs[k], scaled(drawn, None if factors is None else factors[here]), value)
                     if (k + 1) % each:
@@ -163,7 +173,9 @@ class Reference:
                     if kept is not None:
                         new[here], low[here] = split(value)
                     elif rounding == "stochastic" and theta.dtype != torch.float32:
-                        new[here] = stochastic(value, theta.dtype, random16(index[here], span.who, step, seed))
+                        new[here] = stochastic(
+                            value, theta.dtype, random16(index[here], span.who, step, seed)
+                        )
                     else:
                         new[here] = value.to(theta.dtype)
             theta.copy_(new.view(theta.shape))
@@ -193,11 +205,15 @@ class Reference:
                     g = fma(coefficient, scaled(drawn, None if factors is None else factors[here]), g)
                 moves: dict[str, Callable[..., Tensor]] = {"momentum": momentum, "adam": adam, "sign": sign}
                 move = moves[rule](rest, g, *[kind[here] for kind in state])
-                value = fma(lr, move, decay * (join(old[here], low[here]) if kept is not None else old[here].float()))
+                value = fma(
+                    lr, move, decay * (join(old[here], low[here]) if kept is not None else old[here].float())
+                )
                 if kept is not None:
                     new[here], low[here] = split(value)
                 elif rounding == "stochastic" and theta.dtype != torch.float32:
-                    new[here] = stochastic(value, theta.dtype, random16(index[here], span.who, draws[-1][0], seed))
+                    new[here] = stochastic(
+                        value, theta.dtype, random16(index[here], span.who, draws[-1][0], seed)
+                    )
                 else:
                     new[here] = value.to(theta.dtype)
             theta.copy_(new.view(theta.shape))
@@ -206,7 +222,9 @@ class Reference:
             nonfinite += (~torch.isfinite(new)).sum()
         return nonfinite
 
-    def perturb(self, batch: Batch, noise: Noise, scales: Sequence[float], outs: Sequence[Sequence[Tensor]]) -> None:
+    def perturb(
+        self, batch: Batch, noise: Noise, scales: Sequence[float], outs: Sequence[Sequence[Tensor]]
+    ) -> None:
         VALID.perturb(batch, noise, scales, outs)
         thetas, spans, _, residuals, _ = batch
         (direction, seed, ((step, draw),), clock) = noise

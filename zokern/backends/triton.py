@@ -32,14 +32,22 @@ try:
 except ImportError as error:
     _missing = str(error)
 
-# elements a tile of the unit path: a thread has two units of normals, or four units whose signs come from one block in four
+# elements a tile of the unit path: a thread has two units of normals, or four units whose signs come from one
+# block in four
 BLOCK = {"normal": 2048, "rademacher": 4096}
 TAIL = 256  # elements a tile of the element path
-# programs a chunk: one amortises what a program does once, several fill the device where a list has few chunks
+# programs a chunk: one amortises what a program does once, several fill the device where a list has few
+# chunks
 SPLIT, FEW_CHUNKS = 8, 2048
 WARPS = 4
-# lowrank_, by padded rank, without and with float32 tensors, which have more terms: operands fit the 99 KB of the smallest device
-TILES = {16: ((128, 128), (64, 64)), 32: ((128, 128), (64, 64)), 64: ((128, 128), (64, 64)), 128: ((128, 128), (64, 64))}
+# lowrank_, by padded rank, without and with float32 tensors, which have more terms: operands fit the 99 KB of
+# the smallest device
+TILES = {
+    16: ((128, 128), (64, 64)),
+    32: ((128, 128), (64, 64)),
+    64: ((128, 128), (64, 64)),
+    128: ((128, 128), (64, 64)),
+}
 STRIPS, PRODUCT_WARPS = 4, 8  # row blocks a program; warps
 CAPABILITY = (8, 0)
 
@@ -85,7 +93,10 @@ def _groups(entries: np.ndarray) -> np.ndarray:
     """Returns 1 for entries of the unit path: contiguous, whole Philox blocks, 16-byte addresses."""
     addresses = entries["theta"] | entries["out"][:, 0] | entries["out"][:, 1] | entries["residual"]
     flat = (entries["rows"] == 0) & (entries["row_count"] == 1) & (entries["column_stride"] == 1)
-    factors = entries["scale"] % np.where(entries["scale_type"] == pack.SCALES[torch.bool], 8, 16).astype(np.uint64) == 0
+    factors = (
+        entries["scale"] % np.where(entries["scale_type"] == pack.SCALES[torch.bool], 8, 16).astype(np.uint64)
+        == 0
+    )
     return flat & (entries["first"] % 8 == 0) & (addresses % 16 == 0) & factors
 
 
@@ -144,15 +155,23 @@ class Triton:
             facts = _Facts(rows.nbytes, len(chunks), widest, *map(_bits, kinds))
             return (rows, chunks) if len(chunks) else (), facts
 
-        return self.tables.get(device_tables.key_of(thetas, batch.spans, outs, low, batch.scales), device, make)
+        return self.tables.get(
+            device_tables.key_of(thetas, batch.spans, outs, low, batch.scales), device, make
+        )
 
-    def _launch(self, device: torch.device, kernel, kept: device_tables.Kept, direction, *arguments, **constants) -> None:
+    def _launch(
+        self, device: torch.device, kernel, kept: device_tables.Kept, direction, *arguments, **constants
+    ) -> None:
         facts: _Facts = kept.facts
         assert kept.buffer is not None
-        entries, chunks = (part.view(torch.int64) for part in kept.buffer.split([facts.entries, 24 * facts.chunks]))
+        entries, chunks = (
+            part.view(torch.int64) for part in kept.buffer.split([facts.entries, 24 * facts.chunks])
+        )
         if (
             interpreted()
-        ):  # it pays by the operation, not by the lane: few wide tiles, of a power of two of whole blocks of signs
+            # it pays by the operation, not by the lane: few wide tiles, of a power of two of whole blocks of
+            # signs
+        ):
             tile = max(256, triton.next_power_of_2(facts.widest + 120))
             meta: dict[str, Any] = dict(BLOCK=tile, TAIL=tile, SPLIT=1)
         else:
@@ -173,7 +192,9 @@ class Triton:
             block = triton.next_power_of_2(count) if interpreted() else BLOCK["normal"]
             arguments = (counter, words, count, _keys(*key, rounds), rounds, block)
             with _guard(device):
-                elementwise.philox[(triton.cdiv(count, block),)](*arguments, num_warps=WARPS, enable_fp_fusion=False)
+                elementwise.philox[(triton.cdiv(count, block),)](
+                    *arguments, num_warps=WARPS, enable_fp_fusion=False
+                )
         return words
 
     def draw(self, batch: Batch, noise: Noise) -> None:
@@ -184,7 +205,8 @@ class Triton:
         assert device is not None
         kept, ((step, draw),) = self._table(device, batch, (batch.tensors,), draws=True), noise.draws
         if kept.buffer is not None:
-            self._launch(device, elementwise.draw, kept, noise.direction, _signed(step), _signed(draw), _keys_of(noise.seed),
+            self._launch(device, elementwise.draw, kept, noise.direction, _signed(step), _signed(draw),
+                _keys_of(noise.seed),
                          noise.clock, SCALED=batch.is_scaled, KINDS=kept.facts.out_types)  # fmt: skip
 
     def axpy_(self, batch: Batch, noise: Noise, terms: Terms) -> Tensor:
@@ -198,7 +220,8 @@ class Triton:
         draws, (each, decays) = noise.draws, terms.rounded()
         replay, first = each < len(draws), float(np.float32(decays[0]))
         names = self._names(device, draws, decays) if replay else self._names(device, draws[:-1])
-        self._launch(device, elementwise.axpy, kept, noise.direction, names, terms.coefficients.contiguous(), nonfinite,
+        self._launch(device, elementwise.axpy, kept, noise.direction, names, terms.coefficients.contiguous(),
+            nonfinite,
                      len(draws), each, *map(_signed, draws[-1]), first, _keys_of(noise.seed), noise.clock,
                      ROUNDING=pack.ROUNDING[batch.rounding], DECAY=not replay and first != 1.0, EACH=replay,
                      SCALED=batch.is_scaled, KINDS=kept.facts.types)  # fmt: skip
@@ -213,9 +236,12 @@ class Triton:
         if kept is None:
             return nonfinite
         draws, coeffs, scalars = noise.draws, change.coefficients.contiguous(), change.scalars.contiguous()
-        self._launch(device, update.update, kept, noise.direction, self._names(device, draws[:-1]), coeffs, scalars, nonfinite,
-                     len(draws), *map(_signed, draws[-1]), _keys_of(noise.seed), noise.clock, RULE=pack.RULES[change.rule],
-                     ROUNDING=pack.ROUNDING[batch.rounding], SCALED=batch.is_scaled, KINDS=kept.facts.types)  # fmt: skip
+        self._launch(device, update.update, kept, noise.direction, self._names(device, draws[:-1]), coeffs,
+            scalars, nonfinite,
+                     len(draws), *map(_signed, draws[-1]), _keys_of(noise.seed), noise.clock,
+                     RULE=pack.RULES[change.rule],
+                     ROUNDING=pack.ROUNDING[batch.rounding], SCALED=batch.is_scaled,
+                     KINDS=kept.facts.types)  # fmt: skip
         return nonfinite
 
     def _joined_table(self, device: torch.device, batch: Batch, outs=()) -> device_tables.Kept | None:
@@ -224,10 +250,14 @@ class Triton:
         It has the low bits if the rounding reads them."""
         if not batch.tensors:
             return None
-        kept = self._table(device, batch if batch.rounding == "residual" else batch._replace(residuals=None), outs)
+        kept = self._table(
+            device, batch if batch.rounding == "residual" else batch._replace(residuals=None), outs
+        )
         return None if kept.buffer is None else kept
 
-    def _names(self, device: torch.device, draws: Sequence[tuple[int, int]], decays: Sequence[float] = ()) -> Tensor | None:
+    def _names(
+        self, device: torch.device, draws: Sequence[tuple[int, int]], decays: Sequence[float] = ()
+    ) -> Tensor | None:
         """Returns draws, then decays. Of a single sum the kernel gets the last draw as an argument."""
         if not draws:
             return None
@@ -246,9 +276,11 @@ class Triton:
         assert device is not None
         kept, ((step, draw),) = self._table(device, batch, outs), noise.draws
         if kept.buffer is not None:
-            self._launch(device, elementwise.perturb, kept, noise.direction, _signed(step), _signed(draw), float(scales[0]),
+            self._launch(device, elementwise.perturb, kept, noise.direction, _signed(step), _signed(draw),
+                float(scales[0]),
                          float(scales[-1]), _keys_of(noise.seed), noise.clock, SIDES=len(outs),
-                         JOIN=batch.residuals is not None, SCALED=batch.is_scaled, KINDS=kept.facts.both_types)  # fmt: skip
+                         JOIN=batch.residuals is not None, SCALED=batch.is_scaled,
+                         KINDS=kept.facts.both_types)  # fmt: skip
 
     def lowrank_(self, batch: Batch, factors: Outer, noise: Noise | None = None, outs=None) -> Tensor:
         """Runs to the bound of triton_kernels/lowrank.py; ranks 1 to 128."""
@@ -263,7 +295,8 @@ class Triton:
         shape, tiles, tables = _product_tables(entries, factors)
         rows, frame, factor, product_tiles, element_tiles = _uploaded(tables, device)
         common = {
-            "ROUNDING": pack.ROUNDING[rounding], "OUTSIDE": outs is not None, "JOIN": low is not None and rounding == "residual",
+            "ROUNDING": pack.ROUNDING[rounding], "OUTSIDE": outs is not None,
+            "JOIN": low is not None and rounding == "residual",
             "EXACT": interpreted(), "enable_fp_fusion": False,
         }  # fmt: skip
         names = nonfinite, float(factors.decay), _signed(step), _keys_of(seed)
@@ -271,8 +304,10 @@ class Triton:
         fast = tiles["column"] >= 0
         with _guard(device):
             if fast.any():
-                lowrank.product[(int(fast.sum()),)](rows, product_tiles, frame, factor, *names, **common, **shape,
-                    KINDS=_bits(kinds[tiles["entry"][fast]]), num_warps=PRODUCT_WARPS, num_stages=1)  # fmt: skip
+                lowrank.product[(int(fast.sum()),)](rows, product_tiles, frame, factor, *names, **common,
+                    **shape,
+                    KINDS=_bits(kinds[tiles["entry"][fast]]), num_warps=PRODUCT_WARPS,
+                    num_stages=1)  # fmt: skip
             if not fast.all():
                 block = pack_lowrank.PIECE if interpreted() else TAIL
                 lowrank.element[(int((~fast).sum()),)](rows, element_tiles, factor, *names, **common,
@@ -280,7 +315,9 @@ class Triton:
         return nonfinite
 
 
-def _product_tables(entries: np.ndarray, factors: Outer) -> tuple[dict[str, Any], np.ndarray, list[np.ndarray]]:
+def _product_tables(
+    entries: np.ndarray, factors: Outer
+) -> tuple[dict[str, Any], np.ndarray, list[np.ndarray]]:
     """Returns the constants of lowrank.product, the tiles, and the five tables of the kernels.
 
     The tables are rows, frames, factors, and tiles of products and of elements."""
@@ -291,8 +328,19 @@ def _product_tables(entries: np.ndarray, factors: Outer) -> tuple[dict[str, Any]
     whole = ranks == {rank} and not ((products["left"] | products["right"]) % 16).any()
     scale_bits = products["scale"].view(np.uint32).astype(np.int64)
     divisors = [_divisor(n) for n in products["columns"].tolist()]
-    columns = (products["left"], products["right"], products["rank"], products["columns"], scale_bits, *zip(*divisors))
-    parts = [_rows(entries), frames.view(np.int64), np.column_stack([np.asarray(c).astype(np.int64) for c in columns])]
+    columns = (
+        products["left"],
+        products["right"],
+        products["rank"],
+        products["columns"],
+        scale_bits,
+        *zip(*divisors),
+    )
+    parts = [
+        _rows(entries),
+        frames.view(np.int64),
+        np.column_stack([np.asarray(c).astype(np.int64) for c in columns]),
+    ]
     fast = tiles["column"] >= 0
     parts += [tiles[fast].view(np.int64), tiles[~fast].view(np.int64)]
     return dict(RANK=rank, WHOLE=whole, BM=bm, BN=bn), tiles, parts

@@ -53,7 +53,8 @@ class Validator:
         number = DIRECTIONS.get(direction.name)
         if number is None:
             raise NotImplementedError(
-                f"direction {direction.name!r} has no compiled kernel; backend {self.name!r} has {sorted(DIRECTIONS)}, "
+                f"direction {direction.name!r} has no compiled kernel; backend {self.name!r} has "
+                f"{sorted(DIRECTIONS)}, "
                 "backend 'reference' takes any direction"
             )
         return number
@@ -76,20 +77,28 @@ class Validator:
             for i, tensor in enumerate(group):
                 kind = tensor.device.type
                 if kind == "meta" or (self.device_type is not None and kind != self.device_type):
-                    wanted = "a tensor with memory" if self.device_type is None else f"a {self.device_type} tensor"
+                    wanted = (
+                        "a tensor with memory" if self.device_type is None else f"a {self.device_type} tensor"
+                    )
                     self._refuse(verb, f"{what}[{i}]", tensor, wanted)
                 first = first or tensor.device
                 if tensor.device != first:
                     self._refuse(verb, f"{what}[{i}]", tensor, f"{first}, as the others")
         return first
 
-    def dtypes(self, verb: str, what: str, tensors: Sequence[Tensor], allowed: frozenset[torch.dtype], flat: bool) -> None:
+    def dtypes(
+        self, verb: str, what: str, tensors: Sequence[Tensor], allowed: frozenset[torch.dtype], flat: bool
+    ) -> None:
         """Refuses other dtypes, and, where `flat`, tensors that are not contiguous."""
-        if all([t.dtype in allowed for t in tensors]) and (not flat or all([t.is_contiguous() for t in tensors])):
+        if all([t.dtype in allowed for t in tensors]) and (
+            not flat or all([t.is_contiguous() for t in tensors])
+        ):
             return
         for i, tensor in enumerate(tensors):
             if tensor.dtype not in allowed or (flat and not tensor.is_contiguous()):
-                self._refuse(verb, f"{what}[{i}]", tensor, ("a contiguous " if flat else "") + _named(allowed))
+                self._refuse(
+                    verb, f"{what}[{i}]", tensor, ("a contiguous " if flat else "") + _named(allowed)
+                )
 
     def sizes(self, verb: str, what: str, tensors: Sequence[Tensor], wanted: Sequence[int]) -> None:
         """Refuses a list of other tensors than one for each number of elements."""
@@ -98,10 +107,13 @@ class Validator:
             return
         if len(found) != len(wanted):
             raise ValueError(
-                f"backend {self.name!r}: {verb}: {what} has {len(found)} tensors for {len(wanted)}; expected one for each"
+                f"backend {self.name!r}: {verb}: {what} has {len(found)} tensors for {len(wanted)}; expected "
+                "one for each"
             )
         i = next(i for i, (a, b) in enumerate(zip(found, wanted)) if a != b)
-        self._refuse(verb, f"{what}[{i}]", tensors[i], f"{wanted[i]} elements, as many as the tensor that it goes with")
+        self._refuse(
+            verb, f"{what}[{i}]", tensors[i], f"{wanted[i]} elements, as many as the tensor that it goes with"
+        )
 
     def clock(self, verb: str, clock: Tensor | None) -> None:
         if clock is not None and (clock.dtype != torch.int64 or clock.numel() != 1):
@@ -109,7 +121,11 @@ class Validator:
 
     def rows(self, verb: str, spans: Sequence[Span], thetas: Sequence[Tensor]) -> list[Tensor]:
         """Returns the lists of looked-up rows, checked; a Span with rows or a pitch goes with a matrix."""
-        if spans.plain if isinstance(spans, SpanList) else all([s.rows is None and s.pitch is None for s in spans]):
+        if (
+            spans.plain
+            if isinstance(spans, SpanList)
+            else all([s.rows is None and s.pitch is None for s in spans])
+        ):
             return []
         found = []
         for i, (span, theta) in enumerate(zip(spans, thetas)):
@@ -155,13 +171,16 @@ class Validator:
         thetas, spans, rounding, residuals, _ = batch
         self._count(verb, "spans", spans, thetas)
         if rounding not in ROUNDINGS:
-            raise ValueError(f"backend {self.name!r}: {verb}: rounding is {rounding!r}; expected one of {list(ROUNDINGS)}")
+            raise ValueError(
+                f"backend {self.name!r}: {verb}: rounding is {rounding!r}; expected one of {list(ROUNDINGS)}"
+            )
         self.dtypes(verb, "tensors", thetas, FLOATS, flat=False)
         sizes = list(map(Tensor.numel, thetas))
         if residuals is None:
             return sizes, ()
         self._count(verb, "residuals", residuals, thetas)
-        mine = [i for i, theta in enumerate(thetas) if theta.dtype == torch.bfloat16]  # others have no low bits
+        # others have no low bits
+        mine = [i for i, theta in enumerate(thetas) if theta.dtype == torch.bfloat16]
         low = [residuals[i] for i in mine]
         self.dtypes(verb, "residuals", low, _LOW, flat=True)
         self.sizes(verb, "residuals", low, [sizes[i] for i in mine])
@@ -170,17 +189,22 @@ class Validator:
     def _count(self, verb: str, what: str, found: Sequence, thetas: Sequence[Tensor]) -> None:
         if len(found) != len(thetas):
             raise ValueError(
-                f"backend {self.name!r}: {verb}: {what} has {len(found)} members for {len(thetas)} tensors; expected one for each"
+                f"backend {self.name!r}: {verb}: {what} has {len(found)} members for {len(thetas)} tensors; "
+                "expected one for each"
             )
 
-    def _written(self, spans: Sequence[Span], thetas: Sequence[Tensor], sizes: list[int], rows: list[Tensor]) -> list[int]:
+    def _written(
+        self, spans: Sequence[Span], thetas: Sequence[Tensor], sizes: list[int], rows: list[Tensor]
+    ) -> list[int]:
         """Returns the elements of each result: those of the rows that are looked up, where there are any."""
         if not rows:
             return sizes
         pairs = zip(spans, thetas, sizes)
         return [size if s.rows is None else s.rows.numel() * t.shape[1] for s, t, size in pairs]
 
-    def _is_sound(self, thetas: Sequence[Tensor], spans: Sequence[Span], results: Sequence[Sequence[Tensor]]) -> bool:
+    def _is_sound(
+        self, thetas: Sequence[Tensor], spans: Sequence[Span], results: Sequence[Sequence[Tensor]]
+    ) -> bool:
         """Tells whether a call has whole CPU tensors, and results of the same dtypes, only.
 
         This is the common call, and the question takes less time than the checks."""
@@ -194,9 +218,13 @@ class Validator:
             for t, o in zip(thetas, side):
                 if not (o.is_cpu and o.dtype == t.dtype and o.is_contiguous() and o.numel() == t.numel()):
                     return False
-        return spans.plain if isinstance(spans, SpanList) else all([s.rows is None and s.pitch is None for s in spans])
+        return (
+            spans.plain
+            if isinstance(spans, SpanList)
+            else all([s.rows is None and s.pitch is None for s in spans])
+        )
 
-    # The verbs ------------------------------------------------------------------------------------------------------
+    # The verbs ----------------------------------------------------------------------------------------------
 
     def draw(self, batch: Batch, noise: Noise) -> torch.device | None:
         outs, spans = batch.tensors, batch.spans
@@ -216,7 +244,12 @@ class Validator:
         _, low = self._batch("axpy_", batch)
         self.clock("axpy_", clock)
         rows = self.rows("axpy_", spans, thetas)
-        beside = {"residuals": low, "clock": given(clock), "rows": rows, "scales": self.scales("axpy_", batch)}
+        beside = {
+            "residuals": low,
+            "clock": given(clock),
+            "rows": rows,
+            "scales": self.scales("axpy_", batch),
+        }
         return self.device("axpy_", tensors=thetas, coeffs=[coeffs], **beside)
 
     def update_(self, batch: Batch, noise: Noise, update: Update) -> torch.device | None:
@@ -226,7 +259,8 @@ class Validator:
         if rule not in STATES or len(states) != len(STATES[rule]):
             kept = {name: list(names) for name, names in STATES.items()}
             raise ValueError(
-                f"backend {self.name!r}: update_: rule is {rule!r} with {len(states)} lists of states; expected one of {kept}"
+                f"backend {self.name!r}: update_: rule is {rule!r} with {len(states)} lists of states; "
+                f"expected one of {kept}"
             )
         self.numbers("update_", "coeffs", coeffs, len(noise.draws))
         self.numbers("update_", "scalars", scalars, len(SCALARS[rule]))
@@ -246,9 +280,15 @@ class Validator:
         thetas, spans, _, residuals, scaled = batch
         if not 1 <= len(scales) == len(outs) <= 2:
             raise ValueError(
-                f"backend {self.name!r}: perturb: {len(scales)} scales and {len(outs)} outs; expected one or two, as many of each"
+                f"backend {self.name!r}: perturb: {len(scales)} scales and {len(outs)} outs; expected one or "
+                "two, as many of each"
             )
-        if residuals is None and scaled is None and noise.clock is None and self._is_sound(thetas, spans, outs):
+        if (
+            residuals is None
+            and scaled is None
+            and noise.clock is None
+            and self._is_sound(thetas, spans, outs)
+        ):
             return _CPU
         sizes, low = self._batch("perturb", batch)
         rows = self.rows("perturb", spans, thetas)
@@ -257,18 +297,26 @@ class Validator:
             self._results("perturb", f"outs[{j}]", side, thetas, wanted)
         if len(outs) == 2 and [t.dtype for t in outs[0]] != [t.dtype for t in outs[1]]:
             raise ValueError(
-                f"backend {self.name!r}: perturb: outs[0] and outs[1] differ in dtype; expected the same for both scales"
+                f"backend {self.name!r}: perturb: outs[0] and outs[1] differ in dtype; expected the same for "
+                "both scales"
             )
         self.clock("perturb", noise.clock)
         flat = [tensor for side in outs for tensor in side]
-        beside = {"residuals": low, "clock": given(noise.clock), "rows": rows, "scales": self.scales("perturb", batch)}
+        beside = {
+            "residuals": low,
+            "clock": given(noise.clock),
+            "rows": rows,
+            "scales": self.scales("perturb", batch),
+        }
         return self.device("perturb", tensors=thetas, outs=flat, **beside)
 
     def lowrank_(self, batch: Batch, factors: Outer, outs: Sequence[Tensor] | None) -> torch.device | None:
         (thetas, spans, *_), (lefts, rights, scales, _) = batch, factors
         check_rows("lowrank_", spans, outs)
         if batch.is_scaled:
-            raise ValueError("lowrank_: scales is given; expected None, because lowrank_ makes no z: multiply the factors")
+            raise ValueError(
+                "lowrank_: scales is given; expected None, because lowrank_ makes no z: multiply the factors"
+            )
         sizes, low = self._batch("lowrank_", batch)
         for what, found in (("left", lefts), ("right", rights), ("scales", scales)):
             self._count("lowrank_", what, found, thetas)
@@ -286,7 +334,8 @@ class Validator:
         ranks = {right.shape[1] for right in rights}
         if self.most_rank is not None and ranks and max(ranks) > self.most_rank:
             raise ValueError(
-                f"lowrank_: ranks are {sorted(ranks)}; backend {self.name!r} has 1 to {self.most_rank}, backends 'cpu' and "
+                f"lowrank_: ranks are {sorted(ranks)}; backend {self.name!r} has 1 to {self.most_rank}, "
+                "backends 'cpu' and "
                 "'reference' any"
             )
         if outs is not None:
@@ -298,9 +347,16 @@ class Validator:
         """Checks dtypes, devices and numbers of operands. The product checks the shapes."""
         xs, biases, scales, thins = sides
         draws = () if noise is None else noise.draws
-        if not xs or len(biases) != len(xs) or (noise is not None and not len(xs) == len(scales) == len(draws)):
+        if (
+            not xs
+            or len(biases) != len(xs)
+            or (noise is not None and not len(xs) == len(scales) == len(draws))
+        ):
             counts = f"{len(draws)} draws, {len(scales)} scales and {len(biases)} biases"
-            raise ValueError(f"backend {self.name!r}: linear: {counts} for {len(xs)} xs; expected one for each, at least one")
+            raise ValueError(
+                f"backend {self.name!r}: linear: {counts} for {len(xs)} xs; expected one for each, at least "
+                "one"
+            )
         if len(draws) > 1 and len({step for step, _ in draws}) > 1:
             raise ValueError(f"backend {self.name!r}: linear: draws are {draws}; expected draws of one step")
         tensor, added = weight.tensor, [bias for bias in biases if bias is not None]
@@ -318,13 +374,22 @@ class Validator:
         self.dtypes("linear", "factors of thin products", factors, _SINGLE, flat=False)
         self.device("linear", xs=xs, weight=[tensor], biases=added, factors=factors)
 
-    def _results(self, verb: str, what: str, outs: Sequence[Tensor], thetas: Sequence[Tensor], wanted: list[int]) -> None:
+    def _results(
+        self, verb: str, what: str, outs: Sequence[Tensor], thetas: Sequence[Tensor], wanted: list[int]
+    ) -> None:
         self.sizes(verb, what, outs, wanted)
-        if all([(o.dtype == t.dtype or o.dtype == torch.float32) and o.is_contiguous() for o, t in zip(outs, thetas)]):
+        if all(
+            [
+                (o.dtype == t.dtype or o.dtype == torch.float32) and o.is_contiguous()
+                for o, t in zip(outs, thetas)
+            ]
+        ):
             return
         for i, (out, theta) in enumerate(zip(outs, thetas)):
             if out.dtype not in (theta.dtype, torch.float32) or not out.is_contiguous():
-                self._refuse(verb, f"{what}[{i}]", out, f"a contiguous {_named({theta.dtype, torch.float32})}")
+                self._refuse(
+                    verb, f"{what}[{i}]", out, f"a contiguous {_named({theta.dtype, torch.float32})}"
+                )
 
     def philox4x32(self, counter: Tensor) -> torch.device | None:
         if counter.dtype != torch.int64 or counter.dim() != 2 or counter.shape[1] != 4:
@@ -338,7 +403,9 @@ def check_rows(verb: str, spans: Sequence[Span], outs: Sequence[Tensor] | None) 
         return
     for i, span in enumerate(spans):
         if span.rows is not None:
-            raise ValueError(f"{verb}: spans[{i}] has rows and there are no outs; looked-up rows are written to outs only")
+            raise ValueError(
+                f"{verb}: spans[{i}] has rows and there are no outs; looked-up rows are written to outs only"
+            )
 
 
 def given(tensor: Tensor | None) -> list[Tensor]:

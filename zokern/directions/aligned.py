@@ -1,4 +1,5 @@
-"""Direction ``aligned``: z = scale U Z V^T with U, S, V of an estimated gradient, Z on a hyperplane of the core space (P-GAP).
+"""Direction ``aligned``: z = scale U Z V^T with U, S, V of an estimated gradient, Z on a hyperplane of the
+core space (P-GAP).
 
     Z = Z0 - (sum_i S_i Z0_ii - xi sqrt(delta) ||S||) / (||S||^2 + 1e-12) diag(S),   Z0 normal, r x r
 
@@ -24,22 +25,29 @@ SIGNS = ("matrix", "step", "positive")
 
 
 class Aligned(Subspace):
-    """The draws of P-GAP. Its basis comes from measured losses, so the method (zokern.PGAP) sets left, right and the spectrum.
+    """The draws of P-GAP. Its basis comes from measured losses, so the method (zokern.PGAP) sets left, right
+    and the spectrum.
 
-    delta   share of the estimate in a draw; steps: over how many steps it falls linearly to 0 (None: it stays)
-    norm    'matched': scale = sqrt(m n) / r, so that E||z||_F^2 is m n (r^2 + delta - 1) / r^2; 'unit': scale = 1, the paper's formula
-    sign    xi: 'matrix' an independent sign for every matrix and draw, 'step' one for all matrices, 'positive' always +1
+    delta   share of the estimate in a draw; steps: over how many steps it falls linearly to 0 (None: it
+            stays)
+    norm    'matched': scale = sqrt(m n) / r, so that E||z||_F^2 is m n (r^2 + delta - 1) / r^2; 'unit': scale
+            = 1, the paper's formula
+    sign    xi: 'matrix' an independent sign for every matrix and draw, 'step' one for all matrices,
+            'positive' always +1
     """
 
     name = "aligned"
 
     def __init__(
-        self, rank: int = 128, interval: int = 100, delta: float = 2.0, steps: int | None = None, sign: str = "matrix", norm: str = "matched",
+        self, rank: int = 128, interval: int = 100, delta: float = 2.0, steps: int | None = None,
+        sign: str = "matrix", norm: str = "matched",
         reshape: str = "none", dense: Any = None,
     ) -> None:  # fmt: skip
         super().__init__(rank, interval, norm, reshape, dense)
         delta = within("delta", delta, 0.0, math.inf, "a finite number, at least 0")
-        steps = None if steps is None else whole_number("steps", steps, expected="None or an integer, at least 1")
+        steps = (
+            None if steps is None else whole_number("steps", steps, expected="None or an integer, at least 1")
+        )
         if sign not in SIGNS:
             raise ValueError(f"sign is {sign!r}; expected one of {list(SIGNS)}")
         self.delta, self.steps, self.sign = delta, steps, sign
@@ -59,13 +67,15 @@ class Aligned(Subspace):
             signs = [1.0 if float(one) >= 0.0 else -1.0] * len(matrices)
         reach = math.sqrt(self.delta_at(step))
         spectra = [m.extra.get("spectrum") for m in matrices]
-        align_([core for core, s in zip(cores, spectra) if s is not None], [s for s in spectra if s is not None],
+        align_([core for core, s in zip(cores, spectra) if s is not None],
+            [s for s in spectra if s is not None],
                [xi * reach for xi, s in zip(signs, spectra) if s is not None])  # fmt: skip
         return list(torch._foreach_mul(cores, [self.scale(m) for m in matrices]))
 
 
 def align_(cores: Sequence[Tensor], spectra: Sequence[Tensor], reaches: Sequence[float]) -> None:
-    """Z of Z0 in place, with <diag(S), Z> = reach ||S||. Matrices of one rank are worked on together: a few operations in all."""
+    """Z of Z0 in place, with <diag(S), Z> = reach ||S||. Matrices of one rank are worked on together: a few
+    operations in all."""
     by_size: dict[tuple[int, torch.device], list[int]] = {}
     for i, s in enumerate(spectra):
         by_size.setdefault((len(s), s.device), []).append(i)
@@ -75,9 +85,8 @@ def align_(cores: Sequence[Tensor], spectra: Sequence[Tensor], reaches: Sequence
         square, along = tree_sum(s * s), tree_sum(s * torch.stack(diagonals, 1).double())
         reach = torch.tensor([reaches[i] for i in members], dtype=torch.float64, device=device)
         root = square.sqrt()
-        root = torch.where(
-            root > 0.0, 0.5 * (root + square / root), root
-        )  # Newton's step: elementwise IEEE, as in orthonormal.py
+        # Newton's step: elementwise IEEE, as in orthonormal.py
+        root = torch.where(root > 0.0, 0.5 * (root + square / root), root)
         alpha = (along - reach * root) / (square + 1e-12)
         torch._foreach_sub_(diagonals, list((s * alpha).float().unbind(1)))
 

@@ -1,6 +1,7 @@
 """Low-rank directions: z = s U C V^T for matrices, so that z is r (m + n) numbers and never m n.
 
-Each factor is named, and is either kept for an interval or drawn at every step. The published methods are choices of the three:
+Each factor is named, and is either kept for an interval or drawn at every step. The published methods are
+choices of the three:
 
     Subspace   U, V kept, orthonormal    C drawn, normal      SubZero; zokern.methods.pgap adds measured U, V
     Lazy       V kept, U drawn, normal   no C                 LOZO
@@ -31,11 +32,15 @@ from .orthonormal import orthonormal
 class Matrix:
     """One factored parameter: its basis, and the updates that wait for the next write.
 
-    rows, columns  of the matrix that is factored: the parameter's own, or the near-square view of a flattened adapter
-    left, right    the basis, float32 (rows, rank) and (columns, rank), contiguous; None where a draw is U or V itself
-    lengths        mean square of a column of left and right: its number of rows where it is normal, 1 where it is orthonormal
+    rows, columns  of the matrix that is factored: the parameter's own, or the near-square view of a flattened
+                   adapter
+    left, right    the basis, float32 (rows, rank) and (columns, rank), contiguous; None where a draw is U or
+                   V itself
+    lengths        mean square of a column of left and right: its number of rows where it is normal, 1 where
+                   it is orthonormal
     born           step at which the basis was drawn, -1 before the first
-    pending        sum of updates since the weights were written: theta = shrink W + L C R^T, (L, C, R) = factors(pending)
+    pending        sum of updates since the weights were written: theta = shrink W + L C R^T, (L, C, R) =
+                   factors(pending)
     shrink         product of the weight decays since then
     extra          what a direction or a rule keeps beside the basis (a spectrum, factor momentum)
     """
@@ -68,7 +73,8 @@ class Matrix:
         return self.rows, self.columns
 
     def factors(self, middle: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Returns (L, C, R) of a sum of draws, which stands for L C R^T; C is None where a draw is a factor, and (L, R) where it is both."""
+        """Returns (L, C, R) of a sum of draws, which stands for L C R^T; C is None where a draw is a factor,
+        and (L, R) where it is both."""
         left = middle[: self.rows] if self.left is None else self.left
         right = middle[-self.columns :] if self.right is None else self.right
         return left, None if self.left is None or self.right is None else middle, right
@@ -77,13 +83,17 @@ class Matrix:
 class Source(Protocol):
     """Numbers of the stream for some matrices; the optimizer provides it."""
 
-    def __call__(self, matrices: Sequence[Matrix], shapes: Sequence[tuple[int, ...]], step: int, draw: int) -> list[Tensor]:
+    def __call__(
+        self, matrices: Sequence[Matrix], shapes: Sequence[tuple[int, ...]], step: int, draw: int
+    ) -> list[Tensor]:
         """Returns standard normals of (seed, each matrix's name, step, draw word), float32, in one launch."""
 
     def sketch(
-        self, matrix: Matrix, draws: Sequence[tuple[int, int]], weights: Sequence[float], omega: Tensor, transposed: bool = False
+        self, matrix: Matrix, draws: Sequence[tuple[int, int]], weights: Sequence[float], omega: Tensor,
+        transposed: bool = False
     ) -> Tensor:  # fmt: skip
-        """Returns G omega, or G^T omega, of G = sum_k weights[k] z_k with dense normal z_k of (step, draw word), float32."""
+        """Returns G omega, or G^T omega, of G = sum_k weights[k] z_k with dense normal z_k of (step, draw
+        word), float32."""
 
 
 @dataclass(frozen=True)
@@ -99,13 +109,15 @@ class Kept:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A factor of normals that is drawn for every step and query. diagonal: of the core, its diagonal alone."""
+    """A factor of normals that is drawn for every step and query. diagonal: of the core, its diagonal
+    alone."""
 
     diagonal: bool = False
 
 
 def matrix_shape(tensor: Tensor) -> tuple[int, int] | None:
-    """(m, n) of a parameter that is a matrix once dimensions of size 1 are dropped; None for vectors and stacks."""
+    """(m, n) of a parameter that is a matrix once dimensions of size 1 are dropped; None for vectors and
+    stacks."""
     shape = [size for size in tensor.shape if size != 1]
     return (shape[0], shape[1]) if len(shape) == 2 else None
 
@@ -127,14 +139,16 @@ class LowRank:
 
     u, v     Kept or Drawn; both Kept as often;  c  Drawn, or None: the identity, where U or V is drawn
     rank     r of every matrix, at most min(m, n)
-    norm     'matched': s makes E||z||_F^2 = m n, as for a dense z, so that one eps and one lr fit all directions; 'unit': s = 1
-    reshape  'adapters': a matrix with a side of at most 4 r (a LoRA factor) is factored as the near-square view (a, b), a b = m n, of
-             its flattened elements; 'all'; 'none'
+    norm     'matched': s makes E||z||_F^2 = m n, as for a dense z, so that one eps and one lr fit all
+             directions; 'unit': s = 1
+    reshape  'adapters': a matrix with a side of at most 4 r (a LoRA factor) is factored as the near-square
+             view (a, b), a b = m n, of its flattened elements; 'all'; 'none'
     dense    the direction of everything else; None: normal
 
-    Every kept factor is a function of (seed, name, step of its draw), every drawn one of (seed, name, step, query). Where U and V are
-    drawn, a draw is (m + n, r) numbers: those of U, then those of V. A sum of such draws has the columns of all of them.
-    Raises ValueError for factors that do not fit together, and for numbers out of range."""
+    Every kept factor is a function of (seed, name, step of its draw), every drawn one of (seed, name, step,
+    query). Where U and V are drawn, a draw is (m + n, r) numbers: those of U, then those of V. A sum of such
+    draws has the columns of all of them. Raises ValueError for factors that do not fit together, and for
+    numbers out of range."""
 
     name = "lowrank"
 
@@ -152,7 +166,8 @@ class LowRank:
         every = {factor.every for factor in (u, v) if isinstance(factor, Kept)}
         if (c is not None) != (isinstance(u, Kept) and isinstance(v, Kept)) or len(every) > 1:
             raise ValueError(
-                f"u is {u!r}, c is {c!r} and v is {v!r}; expected c Drawn with u and v Kept for as many steps, or c None with u or v Drawn"
+                f"u is {u!r}, c is {c!r} and v is {v!r}; expected c Drawn with u and v Kept for as many "
+                "steps, or c None with u or v Drawn"
             )
         if reshape not in RESHAPES:
             raise ValueError(f"reshape is {reshape!r}; expected one of {list(RESHAPES)}")
@@ -178,7 +193,9 @@ class LowRank:
     def shape(self, tensor: Tensor) -> tuple[int, int] | None:
         """Returns rows and columns of the matrix that a parameter is; None: it takes a dense z."""
         shape = matrix_shape(tensor)
-        if shape is not None and (self.reshape == "all" or (self.reshape == "adapters" and min(shape) <= 4 * self.rank)):
+        if shape is not None and (
+            self.reshape == "all" or (self.reshape == "adapters" and min(shape) <= 4 * self.rank)
+        ):
             return near_square(tensor.numel())
         return shape
 
@@ -200,8 +217,12 @@ class LowRank:
         for side, factor, word in (("left", self.u, LEFT), ("right", self.v, RIGHT)):
             if not isinstance(factor, Kept):
                 continue
-            found = source(matrices, [(m.rows if side == "left" else m.columns, m.rank) for m in matrices], step, word)
-            for matrix, values in zip(matrices, orthonormal(found) if factor.values == "orthonormal" else found):
+            found = source(
+                matrices, [(m.rows if side == "left" else m.columns, m.rank) for m in matrices], step, word
+            )
+            for matrix, values in zip(
+                matrices, orthonormal(found) if factor.values == "orthonormal" else found
+            ):
                 setattr(matrix, side, values)
         for matrix in matrices:
             matrix.lengths = self._length(self.u, matrix.rows), self._length(self.v, matrix.columns)
@@ -220,21 +241,28 @@ class LowRank:
         return self._matching(matrix) if self.norm == "matched" else 1.0
 
     def stretch(self, matrix: Matrix, square: float) -> float:
-        """Returns s of numbers X in the place of a draw whose squares sum to `square`: s U X V^T is as long as a dense z; 1 with norm 'unit'."""
-        numbers = matrix.rank if self.c is not None and self.c.diagonal else math.prod(self.draw_shape(matrix))
+        """Returns s of numbers X in the place of a draw whose squares sum to `square`: s U X V^T is as long
+        as a dense z; 1 with norm 'unit'."""
+        numbers = (
+            matrix.rank if self.c is not None and self.c.diagonal else math.prod(self.draw_shape(matrix))
+        )
         return self.scale(matrix) * math.sqrt(numbers / square) if self.norm == "matched" else 1.0
 
     def _matching(self, matrix: Matrix) -> float:
         """Returns the s with which z has the length of a dense one.
 
-        An element of U C V^T is a sum of r terms, or r^2. A term's mean square is 1 over the rows of each orthonormal factor."""
+        An element of U C V^T is a sum of r terms, or r^2. A term's mean square is 1 over the rows of each
+        orthonormal factor."""
         terms = matrix.rank**2 if self.c is not None and not self.c.diagonal else matrix.rank
         sides = ((self.u, matrix.rows), (self.v, matrix.columns))
-        sizes = [size for factor, size in sides if isinstance(factor, Kept) and factor.values == "orthonormal"]
+        sizes = [
+            size for factor, size in sides if isinstance(factor, Kept) and factor.values == "orthonormal"
+        ]
         return math.sqrt(math.prod(sizes)) / math.sqrt(terms)
 
     def draws(self, matrices: Sequence[Matrix], source: Source, step: int, draw: int) -> list[Tensor]:
-        """Returns, for each matrix, what is drawn of s U C V^T with s in it (in U where U and V are), float32."""
+        """Returns, for each matrix, what is drawn of s U C V^T with s in it (in U where U and V are),
+        float32."""
         if self.c is not None and self.c.diagonal:
             found = [torch.diag(tau) for tau in source(matrices, [(m.rank,) for m in matrices], step, draw)]
         else:
@@ -244,7 +272,9 @@ class LowRank:
             torch._foreach_mul_(moved, [self.scale(m) for m in matrices])
         return found
 
-    def plus(self, matrices: Sequence[Matrix], sums: list[Tensor], draws: list[Tensor], amount: float) -> list[Tensor]:
+    def plus(
+        self, matrices: Sequence[Matrix], sums: list[Tensor], draws: list[Tensor], amount: float
+    ) -> list[Tensor]:
         """Returns sums + amount draws in the small space, float32; sums: those of earlier draws, or empty."""
         if self.joins:
             terms = [torch.cat((draw[: m.rows] * amount, draw[m.rows :])) for m, draw in zip(matrices, draws)]
@@ -254,7 +284,8 @@ class LowRank:
 
 
 class Measured(LowRank):
-    """A low-rank direction whose kept factors come from losses, as P-GAP's. `state` is what a resumed run needs of them."""
+    """A low-rank direction whose kept factors come from losses, as P-GAP's. `state` is what a resumed run
+    needs of them."""
 
     def measure(self, oracle: Any, plan: Any) -> None:
         """Reads what the basis of this step needs; called before the bases of a step are drawn."""
@@ -274,7 +305,12 @@ class Subspace(LowRank):
     name = "subspace"
 
     def __init__(
-        self, rank: int = 8, interval: int = 2000, norm: str = "matched", reshape: str = "adapters", dense: Any = None
+        self,
+        rank: int = 8,
+        interval: int = 2000,
+        norm: str = "matched",
+        reshape: str = "adapters",
+        dense: Any = None,
     ) -> None:
         kept = Kept("orthonormal", whole_number("interval", interval))
         super().__init__(kept, Drawn(), kept, rank=rank, norm=norm, reshape=reshape, dense=dense)
@@ -284,12 +320,15 @@ class Lazy(LowRank):
     """z = s U V^T: U drawn, V kept for an interval, both normal (Chen et al. 2025, LOZO).
 
     interval  steps between two V (the paper's nu)
-    norm      'matched': s = 1 / sqrt(r); 'unit': s = 1, the reference's code, E||z||_F^2 = m n r (the paper: s = 1 / r)"""
+    norm      'matched': s = 1 / sqrt(r); 'unit': s = 1, the reference's code, E||z||_F^2 = m n r (the paper:
+              s = 1 / r)"""
 
     name = "lazy"
 
     def __init__(self, rank: int = 2, interval: int = 50, norm: str = "matched", dense: Any = None) -> None:
-        super().__init__(Drawn(), None, Kept(every=whole_number("interval", interval)), rank=rank, norm=norm, dense=dense)
+        super().__init__(
+            Drawn(), None, Kept(every=whole_number("interval", interval)), rank=rank, norm=norm, dense=dense
+        )
 
 
 class Diagonal(LowRank):
@@ -311,6 +350,7 @@ class Diagonal(LowRank):
 
 
 __all__ = [
-    "LEFT", "RIGHT", "Diagonal", "Drawn", "Kept", "Lazy", "LowRank", "Matrix", "Measured", "Source", "Subspace", "matrix_shape",
+    "LEFT", "RIGHT", "Diagonal", "Drawn", "Kept", "Lazy", "LowRank", "Matrix", "Measured", "Source",
+    "Subspace", "matrix_shape",
     "near_square",
 ]  # fmt: skip

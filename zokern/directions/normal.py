@@ -1,11 +1,13 @@
-"""Direction ``normal``: independent standard normals, eight a Philox block. The definition of csrc/zo/normal.h, in PyTorch.
+"""Direction ``normal``: independent standard normals, eight a Philox block. The definition of
+csrc/zo/normal.h, in PyTorch.
 
 Each word x makes one Box-Muller pair: u = ((x mod 2^20) + 1/2) 2^-20, phi = pi int32(x) 2^-31,
 
     z = (r sin phi, r cos phi),   r = sqrt(-2 ln u),   |z| <= 5.3956
 
-with fixed polynomials for log2 and for sin and cos on the whole circle, and a reciprocal square root from the bit pattern.
-Element 8 b + 2 j is r sin phi and 8 b + 2 j + 1 is r cos phi of word j of block b. Box and Muller 1958.
+with fixed polynomials for log2 and for sin and cos on the whole circle, and a reciprocal square root from the
+bit pattern. Element 8 b + 2 j is r sin phi and 8 b + 2 j + 1 is r cos phi of word j of block b. Box and
+Muller 1958.
 """
 
 from __future__ import annotations
@@ -16,11 +18,17 @@ from torch import Tensor
 from ..stream import fma, to_bits, to_float
 
 _h = float.fromhex
-_LOG2 = [_h(c) for c in ("0x1.cf6f9ap-4", "-0x1.c9e934p-1", "0x1.784dfep+1", "-0x1.10631ep+2", "0x1.9bc3dcp+7")]
+_LOG2 = [
+    _h(c) for c in ("0x1.cf6f9ap-4", "-0x1.c9e934p-1", "0x1.784dfep+1", "-0x1.10631ep+2", "0x1.9bc3dcp+7")
+]
 _MINUS_2_LN2 = _h("-0x1.62e430p-23")
 _ROOT_MAGIC, _ROOT = 0x5F375800, (_h("0x1.80a102p-2"), _h("0x1.008f72p-1"))
-_SINE = [_h(c) for c in ("0x1.06404ep-4", "-0x1.29e97ap-1", "0x1.45779ep+1", "-0x1.4aa654p+2", "0x1.921d96p+1")]
-_COSINE = [_h(c) for c in ("0x1.6d2c2ep-3", "-0x1.499d3ep+0", "0x1.02b198p+2", "-0x1.3bb258p+2", "0x1.fffabcp-1")]
+_SINE = [
+    _h(c) for c in ("0x1.06404ep-4", "-0x1.29e97ap-1", "0x1.45779ep+1", "-0x1.4aa654p+2", "0x1.921d96p+1")
+]
+_COSINE = [
+    _h(c) for c in ("0x1.6d2c2ep-3", "-0x1.499d3ep+0", "0x1.02b198p+2", "-0x1.3bb258p+2", "0x1.fffabcp-1")
+]
 
 
 def _horner(coefficients: list[float], x: Tensor) -> Tensor:

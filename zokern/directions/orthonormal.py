@@ -1,7 +1,8 @@
 """Orthonormal columns with the same bits on every machine: Gram-Schmidt in float64 with sums in a fixed tree.
 
-LAPACK's QR gives other last bits on another machine, thread count or device, and with them another run. Here every operation
-is elementwise, so IEEE alone decides: a sum folds the upper half of the rows onto the lower half until one is left.
+LAPACK's QR gives other last bits on another machine, thread count or device, and with them another run. Here
+every operation is elementwise, so IEEE alone decides: a sum folds the upper half of the rows onto the lower
+half until one is left.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def _orthonormal(x: Tensor) -> Tensor:
         for k in range(rank):
             column = q[..., k : k + 1]
             norm = tree_sum(column * column).unsqueeze(-2)
-            # torch's vector square root is not correctly rounded on every CPU; Newton's step on a float64 seed is elementwise IEEE
+            # torch's vector square root is not correctly rounded on every CPU; Newton's step on a float64
+            # seed is elementwise IEEE
             root = norm.sqrt()
             root = 0.5 * (root + norm / root)
             column = column / root
@@ -43,9 +45,11 @@ def _orthonormal(x: Tensor) -> Tensor:
 
 
 def orthonormal(xs: list[Tensor]) -> list[Tensor]:
-    """For each float32 (m, r) with m >= r and independent columns: float32 (m, r), Q of its QR decomposition with diag(R) > 0.
+    """For each float32 (m, r) with m >= r and independent columns: float32 (m, r), Q of its QR decomposition
+    with diag(R) > 0.
 
-    Of a matrix of standard normals this is Haar distributed (Mezzadri 2007). Equal bits on every device and thread count.
+    Of a matrix of standard normals this is Haar distributed (Mezzadri 2007). Equal bits on every device and
+    thread count.
     """
     results = list(xs)
     by_shape: dict[tuple, list[int]] = {}

@@ -1,6 +1,8 @@
-"""Direction ``rademacher``: independent signs, 128 a Philox block. The definition of csrc/zo/rademacher.h, in PyTorch.
+"""Direction ``rademacher``: independent signs, 128 a Philox block. The definition of csrc/zo/rademacher.h, in
+PyTorch.
 
-Element i is -1 where bit i mod 32 of word (i mod 128) div 32 of block i div 128 is set, +1 elsewhere. Spall 1992.
+Element i is -1 where bit i mod 32 of word (i mod 128) div 32 of block i div 128 is set, +1 elsewhere. Spall
+1992.
 """
 
 from __future__ import annotations

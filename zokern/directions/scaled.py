@@ -1,9 +1,11 @@
-"""Dense directions with a factor for each element: z' = z * s, multiplied inside the kernels (backends/launch.py, Batch.scales).
+"""Dense directions with a factor for each element: z' = z * s, multiplied inside the kernels
+(backends/launch.py, Batch.scales).
 
     Scaled   factors that are given
     Masked   0 or 1: of random elements, or of the smallest weights
 
-A mask is made once, when it changes, and kept: 1 byte an element. docs/stream.md says which numbers of the stream a random one reads.
+A mask is made once, when it changes, and kept: 1 byte an element. docs/stream.md says which numbers of the
+stream a random one reads.
 """
 
 from __future__ import annotations
@@ -34,18 +36,21 @@ class Normals(Protocol):
 class Scaled:
     """z' = z * s: a dense z times a factor for each element.
 
-    scales  name of a parameter -> its factors, or a function of name and parameter that returns them, or None for 1; float32, bfloat16 or
-            bool (a mask), shaped like the parameter. They are read when the optimizer first sees the parameter, and copied
+    scales  name of a parameter -> its factors, or a function of name and parameter that returns them, or None
+            for 1; float32, bfloat16 or bool (a mask), shaped like the parameter. They are read when the
+            optimizer first sees the parameter, and copied
     base    the direction of z: 'normal', 'rademacher' or a Direction
 
-    Keeps a copy of the factors: 4, 2 or 1 bytes an element. Raises ValueError for names that no parameter has, and for other shapes."""
+    Keeps a copy of the factors: 4, 2 or 1 bytes an element. Raises ValueError for names that no parameter
+    has, and for other shapes."""
 
     name = "scaled"
 
     def __init__(self, scales: Factors, base: Any = "normal") -> None:
         if not callable(scales) and not isinstance(scales, Mapping):
             raise TypeError(
-                f"scales is {type(scales).__name__}; expected a dict from names to tensors, or a function of name and parameter"
+                f"scales is {type(scales).__name__}; expected a dict from names to tensors, or a function of "
+                "name and parameter"
             )
         self.scales, self.base = scales, base
 
@@ -54,21 +59,34 @@ class Scaled:
         return 0
 
     def factors(
-        self, names: Sequence[str], tensors: Sequence[Tensor], states: Sequence[dict], normals: Normals, born: int
+        self, names: Sequence[str], tensors: Sequence[Tensor], states: Sequence[dict], normals: Normals,
+        born: int
     ) -> list[Tensor | None]:  # fmt: skip
-        """Returns the factors of every tensor. states: the optimizer's state of each, where what lasts is kept."""
+        """Returns the factors of every tensor. states: the optimizer's state of each, where what lasts is
+        kept."""
         if isinstance(self.scales, Mapping) and (unknown := sorted(self.scales.keys() - {*names})):
-            raise ValueError(f"scales has {unknown}; expected names of trained dense parameters, such as {list(names)[:2]}")
+            raise ValueError(
+                f"scales has {unknown}; expected names of trained dense parameters, such as {list(names)[:2]}"
+            )
         get = self.scales.get if isinstance(self.scales, Mapping) else None
         found = []
         for name, tensor in zip(names, tensors):
             factor = get(name) if get is not None else self.scales(name, tensor)  # type: ignore[operator]
             if factor is not None:
-                wrong = not isinstance(factor, Tensor) or factor.dtype not in (torch.float32, torch.bfloat16, torch.bool)
+                wrong = not isinstance(factor, Tensor) or factor.dtype not in (
+                    torch.float32,
+                    torch.bfloat16,
+                    torch.bool,
+                )
                 if wrong or factor.shape != tensor.shape:
-                    kind = f"{factor.dtype}{list(factor.shape)}" if isinstance(factor, Tensor) else type(factor).__name__
+                    kind = (
+                        f"{factor.dtype}{list(factor.shape)}"
+                        if isinstance(factor, Tensor)
+                        else type(factor).__name__
+                    )
                     raise ValueError(
-                        f"the factors of {name!r} are {kind}; expected float32, bfloat16 or bool{list(tensor.shape)}, as the parameter"
+                        f"the factors of {name!r} are {kind}; expected float32, bfloat16 or "
+                        f"bool{list(tensor.shape)}, as the parameter"
                     )
                 factor = factor.detach().to(tensor.device, copy=True, memory_format=torch.contiguous_format)
             found.append(factor)
@@ -76,12 +94,15 @@ class Scaled:
 
 
 class Curved(Scaled):
-    """z' = z * s, s = h^(-1/2): long where the loss is flat and short where it curves. h is learned from the losses (Zhao et al. 2024, HiZOO).
+    """z' = z * s, s = h^(-1/2): long where the loss is flat and short where it curves. h is learned from the
+    losses (Zhao et al. 2024, HiZOO).
 
-    smooth  alpha of h <- (1 - alpha) h + alpha |z^T H z| h z^2, 0 <= alpha < 1, which is s <- s / sqrt(1 - alpha + alpha |z^T H z| z^2)
+    smooth  alpha of h <- (1 - alpha) h + alpha |z^T H z| h z^2, 0 <= alpha < 1, which is s <- s / sqrt(1 -
+            alpha + alpha |z^T H z| z^2)
     base    the direction of z: 'normal'; for signs z^2 = 1, and all elements of h stay equal
 
-    Keeps s as `scale` in the optimizer's state, float32, 4 bytes an element, from 1. It goes with zokern.Curvature, which reads z^T H z."""
+    Keeps s as `scale` in the optimizer's state, float32, 4 bytes an element, from 1. It goes with
+    zokern.Curvature, which reads z^T H z."""
 
     name = "curved"
 
@@ -89,7 +110,8 @@ class Curved(Scaled):
         self.smooth, self.base = within("smooth", smooth, 0.0, 1.0, "a number, 0 <= smooth < 1"), base
 
     def factors(
-        self, names: Sequence[str], tensors: Sequence[Tensor], states: Sequence[dict], normals: Normals, born: int
+        self, names: Sequence[str], tensors: Sequence[Tensor], states: Sequence[dict], normals: Normals,
+        born: int
     ) -> list[Tensor | None]:  # fmt: skip
         for tensor, state in zip(tensors, states):
             if "scale" not in state:
@@ -98,37 +120,51 @@ class Curved(Scaled):
 
 
 class Masked(Scaled):
-    """z' = z * m, m in {0, 1}: a share of the elements is perturbed and moves. The others move by weight decay alone.
+    """z' = z * m, m in {0, 1}: a share of the elements is perturbed and moves. The others move by weight
+    decay alone.
 
     keep   the share that moves, 0 < keep <= 1; its complement is the papers' sparsity
-    by     'random': the elements where u < keep, u = Phi(normal of the stream, purpose `mask`), redrawn every `every` steps (Zhang et al.
-           2024, ZO-Bench's gradient sparsity at the share that it states; their code keeps another one);
-           'magnitude': the smallest weights, |theta_i| <= h, with the weights of the optimizer's first step (Liu et al. 2024, Sparse-MeZO)
+    by     'random': the elements where u < keep, u = Phi(normal of the stream, purpose `mask`), redrawn every
+           `every` steps (Zhang et al. 2024, ZO-Bench's gradient sparsity at the share that it states; their
+           code keeps another one); 'magnitude': the smallest weights, |theta_i| <= h, with the weights of the
+           optimizer's first step (Liu et al. 2024, Sparse-MeZO)
     every  steps between two random masks
-    scope  'layer': `keep` of every tensor. 'global': one h for all tensors; a random mask keeps of each tensor the share of its weights
-           that lie above the h of the smallest 1 - keep of all (ZO-Bench)
+    scope  'layer': `keep` of every tensor. 'global': one h for all tensors; a random mask keeps of each
+           tensor the share of its weights that lie above the h of the smallest 1 - keep of all (ZO-Bench)
     base   the direction of z
 
-    Keeps 1 byte an element. A mask by magnitude is `mask` in the optimizer's state, saved and loaded, because the weights that made it move.
-    A random one is a function of (seed, name, step); for scope 'global' the state has the shares.
-    Raises ValueError for a keep outside (0, 1] and for other names."""
+    Keeps 1 byte an element. A mask by magnitude is `mask` in the optimizer's state, saved and loaded, because
+    the weights that made it move. A random one is a function of (seed, name, step); for scope 'global' the
+    state has the shares. Raises ValueError for a keep outside (0, 1] and for other names."""
 
     name = "masked"
 
-    def __init__(self, keep: float, by: str = "random", every: int = 1, scope: str = "layer", base: Any = "normal") -> None:
+    def __init__(
+        self, keep: float, by: str = "random", every: int = 1, scope: str = "layer", base: Any = "normal"
+    ) -> None:
         keep = within("keep", keep, 0.0, 1.0 + 2.0**-52, "a number, 0 < keep <= 1")
         if not keep:
             raise ValueError("keep is 0.0; expected a number, 0 < keep <= 1: nothing would move")
-        for what, value, known in (("by", by, ("random", "magnitude")), ("scope", scope, ("layer", "global"))):
+        for what, value, known in (
+            ("by", by, ("random", "magnitude")),
+            ("scope", scope, ("layer", "global")),
+        ):
             if value not in known:
                 raise ValueError(f"{what} is {value!r}; expected one of {list(known)}")
-        self.keep, self.by, self.every, self.scope, self.base = keep, by, whole_number("every", every), scope, base
+        self.keep, self.by, self.every, self.scope, self.base = (
+            keep,
+            by,
+            whole_number("every", every),
+            scope,
+            base,
+        )
 
     def born(self, step: int) -> int:
         return step - step % self.every if self.by == "random" else 0
 
     def factors(
-        self, names: Sequence[str], tensors: Sequence[Tensor], states: Sequence[dict], normals: Normals, born: int
+        self, names: Sequence[str], tensors: Sequence[Tensor], states: Sequence[dict], normals: Normals,
+        born: int
     ) -> list[Tensor | None]:  # fmt: skip
         self._measure(tensors, states)
         if self.by == "magnitude":
@@ -138,7 +174,8 @@ class Masked(Scaled):
         return [normals.below(i, born, WORD, limit) for i, limit in enumerate(limits)]
 
     def _measure(self, tensors: Sequence[Tensor], states: Sequence[dict]) -> None:
-        """Keeps what is read off the weights of a parameter when it is first seen: its mask, or the share of it that moves."""
+        """Keeps what is read off the weights of a parameter when it is first seen: its mask, or the share of
+        it that moves."""
         key = "mask" if self.by == "magnitude" else "keep"
         new = [i for i, state in enumerate(states) if key not in state]
         if not new or (self.by, self.scope) == ("random", "layer"):
@@ -147,11 +184,14 @@ class Masked(Scaled):
         shared = smallest(tensors, share) if self.scope == "global" else None
         for i in new:
             below = tensors[i].abs() <= (smallest([tensors[i]], share) if shared is None else shared)
-            states[i][key] = below.contiguous() if key == "mask" else 1.0 - int(below.sum()) / max(1, below.numel())
+            states[i][key] = (
+                below.contiguous() if key == "mask" else 1.0 - int(below.sum()) / max(1, below.numel())
+            )
 
 
 def smallest(tensors: Sequence[Tensor], share: float) -> float:
-    """Returns the least h with |w| <= h for a share of all elements, at least one: found bit by bit, so without a sorted copy."""
+    """Returns the least h with |w| <= h for a share of all elements, at least one: found bit by bit, so
+    without a sorted copy."""
     count = sum(t.numel() for t in tensors)
     wanted, low, high = max(1, round(share * count)), 0, INFINITY
     while low < high:

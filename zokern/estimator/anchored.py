@@ -47,10 +47,14 @@ class Anchored(Spsa):
         clip: float | None = None,
     ) -> None:
         super().__init__(queries, stencil, clip)
-        self.interval, self.ratio = whole_number("interval", interval, 1), finite_number("ratio", ratio, above=0.0)
+        self.interval, self.ratio = (
+            whole_number("interval", interval, 1),
+            finite_number("ratio", ratio, above=0.0),
+        )
         if full is not None and not callable(full):
             raise TypeError(
-                f"full is {full!r:.80}; expected a function without arguments that computes the loss of the full data, or None"
+                f"full is {full!r:.80}; expected a function without arguments that computes the loss of the "
+                "full data, or None"
             )
         self.full = full
 
@@ -61,7 +65,8 @@ class Anchored(Spsa):
     def __call__(self, oracle: Oracle, plan: Plan) -> Iterator[Estimate]:
         if plan.factored is not None:
             raise ValueError(
-                f"estimator Anchored with direction {plan.factored.name!r}, whose draws are those of one basis; expected a dense z"
+                f"estimator Anchored with direction {plan.factored.name!r}, whose draws are those of one "
+                "basis; expected a dense z"
             )
         known = "step" in self.state and all("anchor" in oracle.states[tensor] for tensor in plan.tensors)
         if not known or plan.step % self.interval == 0:
@@ -86,11 +91,17 @@ class Anchored(Spsa):
         """Returns the estimate of the full loss; keeps it, and theta, where the losses are finite."""
         losses = oracle.losses(self.points(plan), closure=self.full).view(self.queries, -1)
         differences = self.differences(losses)
-        self.state = {"step": plan.step, "full": differences.tolist()} if bool(torch.isfinite(differences).all()) else {}
+        self.state = (
+            {"step": plan.step, "full": differences.tolist()}
+            if bool(torch.isfinite(differences).all())
+            else {}
+        )
         with oracle.standing():
             for group in plan.groups:
                 for i, tensor in enumerate(group.tensors):
-                    oracle.states[tensor]["anchor"] = group.read(i).clone(memory_format=torch.contiguous_format)
+                    oracle.states[tensor]["anchor"] = group.read(i).clone(
+                        memory_format=torch.contiguous_format
+                    )
         estimate = self.estimate(plan, losses, differences)
         return replace(estimate, coefficients=(estimate.coefficients * self.ratio).float().double())
 

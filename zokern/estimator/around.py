@@ -37,7 +37,9 @@ class Within:
     def examples(self, points: Sequence[Point], scope: Collection[str] | Plan | None = None) -> Tensor:
         return self.oracle.examples(points, self.scope if scope is None else scope)
 
-    def slopes(self, draws: Sequence[int], scope: Collection[str] | Plan | None = None) -> tuple[Tensor, Tensor]:
+    def slopes(
+        self, draws: Sequence[int], scope: Collection[str] | Plan | None = None
+    ) -> tuple[Tensor, Tensor]:
         return self.oracle.slopes(draws, self.scope if scope is None else scope)
 
 

@@ -1,10 +1,11 @@
-"""The contract of an estimator: it asks for losses, as often as it likes, and yields estimates of the gradient.
+"""The contract of an estimator: it asks for losses, as often as it likes, and yields estimates of the
+gradient.
 
     for estimate in estimator(oracle, plan):
         rule.update(plan.only(estimate), ...)
 
-An estimator is written in tensor operations on float64 losses, in a fixed order and without a Python branch on a value. The same code
-then runs on a host, on a device without a synchronisation, and in a captured graph.
+An estimator is written in tensor operations on float64 losses, in a fixed order and without a Python branch
+on a value. The same code then runs on a host, on a device without a synchronisation, and in a captured graph.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from ..evaluation import THETA, Evaluation, Point
 from ..evaluation.loss import mean_of
 from ..plan import Draw, Group, Plan
 
-# lr of optimizers that are given none: for coefficients in units of loss per weight, and for coefficients of about 1.
+# lr of optimizers that are given none: for coefficients in units of loss per weight, and for coefficients of
+# about 1.
 SLOPES: float = 2e-5
 ONES: float = 2e-4
 
@@ -32,8 +34,8 @@ class Gradient:
 
     weight     in the units of the loss
     names      of the parameters that it moves; None: all of the step
-    optimizer  torch's, which moves them and has a state and an lr of its own; None: the rule writes each as its
-               gradient arrives, together with its draws, and the gradient is freed"""
+    optimizer  torch's, which moves them and has a state and an lr of its own; None: the rule writes each as
+               its gradient arrives, together with its draws, and the gradient is freed"""
 
     weight: float = 1.0
     names: tuple[str, ...] | None = None
@@ -42,9 +44,11 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Estimate:
-    """g = (1 / count) sum_k coefficients[k] z_k, and a gradient where there is one: an estimate of the gradient.
+    """g = (1 / count) sum_k coefficients[k] z_k, and a gradient where there is one: an estimate of the
+    gradient.
 
-    draws         of each z_k: a draw word of this step, or (step, draw word) of an earlier one; the last is one of this step
+    draws         of each z_k: a draw word of this step, or (step, draw word) of an earlier one; the last is
+                  one of this step
     coefficients  float64 (parameter groups of the plan, draws), in units of loss per weight
     losses        float64 (queries, losses of a query): what was read
     count         what the sum is divided by
@@ -90,7 +94,8 @@ class Asked(NamedTuple):
 
 
 class Oracle:
-    """What an estimator asks: the losses at points, in one call of the evaluation. The weights are as before after each answer.
+    """What an estimator asks: the losses at points, in one call of the evaluation. The weights are as before
+    after each answer.
 
     states  the optimizer's state of each parameter
     lens    a rule's view of a point: the weights that stand in for theta (None: theta), and the point
@@ -108,7 +113,13 @@ class Oracle:
         lens: Callable[[Point], tuple[Base | None, Point]] | None = None,
         rows: bool = False,
     ) -> None:
-        self.evaluation, self.plan, self.closure, self.states, self.lens = evaluation, plan, closure, states, lens
+        self.evaluation, self.plan, self.closure, self.states, self.lens = (
+            evaluation,
+            plan,
+            closure,
+            states,
+            lens,
+        )
         self.rows = rows
         self.bases: tuple[Base, ...] = ()  # of at(), the outermost first
         self.asked = Asked([], torch.empty(0, dtype=torch.float64, device="cpu"), plan, (), self.closure)
@@ -117,7 +128,8 @@ class Oracle:
         """Raises ValueError where the estimator asks for losses of examples: none are read beside them."""
         if self.rows:
             raise ValueError(
-                "a rule or a direction reads losses of its own, and estimator Private is there to read none without noise: expected "
+                "a rule or a direction reads losses of its own, and estimator Private is there to read none "
+                "without noise: expected "
                 "zokern.Sgd(), zokern.Momentum(), zokern.Adam(), and a direction that is not measured"
             )
 
@@ -166,7 +178,8 @@ class Oracle:
         plan = self.plan if plan is None else plan
         if plan.deferred:
             raise RuntimeError(
-                "losses are read at other weights while updates wait in the core: build the optimizer with defer=False"
+                "losses are read at other weights while updates wait in the core: build the optimizer with "
+                "defer=False"
             )
         held = [t for group in plan.groups for t in (*group.theta, *(group.residuals or ()))]
         kept = [t.clone() for t in held]
@@ -214,7 +227,9 @@ class Oracle:
     def _ask(self, plan: Plan, points: Sequence[Point], closure: Callable[[], Any]) -> Tensor:
         return _called(self.evaluation.losses, plan, points, closure)
 
-    def slopes(self, draws: Sequence[int], scope: Collection[str] | Plan | None = None) -> tuple[Tensor, Tensor]:
+    def slopes(
+        self, draws: Sequence[int], scope: Collection[str] | Plan | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Returns the loss of theta and its derivative <gradient, z_k> along each draw, float64 [len(draws)].
 
         scope: names of the parameters that z moves, or a plan of theirs; None: all.
@@ -222,13 +237,15 @@ class Oracle:
         plan = scope if isinstance(scope, Plan) else self.plan.only(scope)
         if self.lens is not None and not self.bases:
             raise ValueError(
-                "the rule reads losses around other weights than theta; derivatives, as zokern.ForwardGradient asks for, are those of theta: "
+                "the rule reads losses around other weights than theta; derivatives, as "
+                "zokern.ForwardGradient asks for, are those of theta: "
                 "expected a rule such as zokern.Sgd()"
             )
         read = getattr(self.evaluation, "slopes", None)
         if read is None:
             raise ValueError(
-                f"evaluation is {self.evaluation.name!r}, which reads losses alone; derivatives, as zokern.ForwardGradient asks "
+                f"evaluation is {self.evaluation.name!r}, which reads losses alone; derivatives, as "
+                "zokern.ForwardGradient asks "
                 "for, need evaluation='jvp', or 'auto'"
             )
         losses, slopes = _called(read, plan, draws, self.closure)
@@ -237,7 +254,8 @@ class Oracle:
 
 
 def _called(read: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls an evaluation. Names an iterator's end inside a closure, which would end the estimator, a generator."""
+    """Calls an evaluation. Names an iterator's end inside a closure, which would end the estimator, a
+    generator."""
     try:
         return read(*arguments)
     except StopIteration as problem:
@@ -247,7 +265,8 @@ def _called(read: Callable[..., Any], *arguments: Any) -> Any:
 
 
 class Estimator(Protocol):
-    """An object that asks and yields. Its attributes are options, which a state_dict compares; `state` is what it learns.
+    """An object that asks and yields. Its attributes are options, which a state_dict compares; `state` is
+    what it learns.
 
     keeps    where an estimator has this method: keeps(shape) returns name -> shape of the float32 tensors
              that it keeps in the optimizer's state of a parameter (Oracle.states)

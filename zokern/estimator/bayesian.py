@@ -1,10 +1,12 @@
-"""Estimator ``bayesian``: BSZO, a Kalman filter over the slopes along a few draws, read along combinations of them.
+"""Estimator ``bayesian``: BSZO, a Kalman filter over the slopes along a few draws, read along combinations of
+them.
 
-    y_j = (L(theta + eps sum_k d_jk z_k) - L(theta)) / eps,   d_j the top eigenvector of the posterior covariance
-    g = sum_k mu_k z_k, mu the posterior mean
+    y_j = (L(theta + eps sum_k d_jk z_k) - L(theta)) / eps,   d_j the top eigenvector of the posterior
+    covariance g = sum_k mu_k z_k, mu the posterior mean
 
-The prior of the slopes is N(0, s^2 I), s = sqrt(weights / 1e6). The variance of the noise starts at s^2 and follows the squared
-residuals (average with 0.1, at least a tenth of its start). BSZO, version 4 of the published trainer.
+The prior of the slopes is N(0, s^2 I), s = sqrt(weights / 1e6). The variance of the noise starts at s^2 and
+follows the squared residuals (average with 0.1, at least a tenth of its start). BSZO, version 4 of the
+published trainer.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ KEEP, FLOOR = 0.9, 0.1  # of the noise's running variance
 
 
 class Bayesian:
-    """BSZO's estimator. A step reads 1 + `observations` losses, one question after another: each depends on those before.
+    """BSZO's estimator. A step reads 1 + `observations` losses, one question after another: each depends on
+    those before.
 
     queries       k: draws whose span is searched (published: 2)
     observations  losses beside that of theta (published: 3)
@@ -33,7 +36,10 @@ class Bayesian:
     lr, gain = SLOPES, 1.0
 
     def __init__(self, queries: int = 2, observations: int = 3) -> None:
-        self.queries, self.observations = whole_number("queries", queries, 1), whole_number("observations", observations, 1)
+        self.queries, self.observations = (
+            whole_number("queries", queries, 1),
+            whole_number("observations", observations, 1),
+        )
         self.state: dict[str, Any] = {}
 
     def __call__(self, oracle: Oracle, plan: Plan) -> Iterator[Estimate]:
@@ -55,8 +61,12 @@ class Bayesian:
             mean, covariance = mean + gain * residual, covariance - torch.outer(gain, along @ covariance)
             noise = torch.clamp(KEEP * noise + (1.0 - KEEP) * residual * residual, min=FLOOR * prior)
         read = torch.stack(losses)
-        self.state["noise"] = float(noise) if bool(torch.isfinite(read).all()) else self.state.get("noise", prior)
-        yield Estimate(draws, mean.float().double().expand(len(plan.groups), -1), read.unsqueeze(0), slopes=mean)
+        self.state["noise"] = (
+            float(noise) if bool(torch.isfinite(read).all()) else self.state.get("noise", prior)
+        )
+        yield Estimate(
+            draws, mean.float().double().expand(len(plan.groups), -1), read.unsqueeze(0), slopes=mean
+        )
 
 
 __all__ = ["Bayesian"]

@@ -69,12 +69,14 @@ class Blockwise(Around):
     Raises ValueError for another name of blocks or order."""
 
     def __init__(
-        self, inner: Estimator | None = None, block: str | Callable[[str], str] = "layer", order: str = ORDERS[0]
+        self, inner: Estimator | None = None, block: str | Callable[[str], str] = "layer",
+        order: str = ORDERS[0]
     ) -> None:  # fmt: skip
         super().__init__(inner)
         if not callable(block) and block not in BLOCKS:
             raise ValueError(
-                f"block is {block!r}; expected one of {list(BLOCKS)}, or a function from a parameter's name to its block's"
+                f"block is {block!r}; expected one of {list(BLOCKS)}, or a function from a parameter's name "
+                "to its block's"
             )
         if order not in ORDERS:
             raise ValueError(f"order is {order!r}; expected one of {list(ORDERS)}")
@@ -85,7 +87,11 @@ class Blockwise(Around):
         for name in plan.names:
             blocks.setdefault(self.block(name), []).append(name)
         base: list[Tensor] | None = [] if self.order == "jacobi" else None
-        estimates = (estimate for names in blocks.values() for estimate in self.within(oracle, plan, tuple(names), base))
+        estimates = (
+            estimate
+            for names in blocks.values()
+            for estimate in self.within(oracle, plan, tuple(names), base)
+        )
         yield from estimates if base is None else _together(list(estimates))
 
 
@@ -110,7 +116,8 @@ class Layers(Around):
     step), purpose `layers`."""
 
     def __init__(
-        self, inner: Estimator | None = None, sparsity: float = 0.75, layer: Callable[[str], str | None] = layer_of
+        self, inner: Estimator | None = None, sparsity: float = 0.75,
+        layer: Callable[[str], str | None] = layer_of
     ) -> None:  # fmt: skip
         super().__init__(inner)
         self.sparsity, self.layer = within("sparsity", sparsity, 0.0, 1.0, "0 <= sparsity < 1"), layer

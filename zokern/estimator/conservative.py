@@ -14,22 +14,28 @@ from .spsa import Spsa
 
 
 class Conservative(Spsa):
-    """g, 0 or -g, whichever of theta - lr g, theta and theta + lr g has the least loss; g as in Spsa. Three more losses a step.
+    """g, 0 or -g, whichever of theta - lr g, theta and theta + lr g has the least loss; g as in Spsa. Three
+    more losses a step.
 
-    It goes with rule SGD and without weight decay, which the three losses do not contain. Raises ValueError for parameter groups that
-    differ in lr or eps. Options as for Spsa."""
+    It goes with rule SGD and without weight decay, which the three losses do not contain. Raises ValueError
+    for parameter groups that differ in lr or eps. Options as for Spsa."""
 
     def __call__(self, oracle: Oracle, plan: Plan) -> Iterator[Estimate]:
         pairs = {(float(group.options["lr"]), group.eps) for group in plan.groups}
         if len(pairs) > 1:
-            raise ValueError(f"parameter groups have (lr, eps) = {sorted(pairs)}; Conservative needs one pair for all of them")
+            raise ValueError(
+                f"parameter groups have (lr, eps) = {sorted(pairs)}; Conservative needs one pair for all of "
+                "them"
+            )
         (first,) = super().__call__(oracle, plan)
         ((lr, eps),) = pairs
         sign = 1.0 if plan.maximize else -1.0  # of the move along g
         amounts = (first.coefficients[0] * (lr / first.count / eps)).tolist()
         ahead = Point(tuple(zip(first.draws, (sign * amount for amount in amounts))))
         losses = oracle.losses([THETA, ahead, ahead.scaled(-1.0)])
-        factor = torch.tensor([0.0, 1.0, -1.0], dtype=torch.float64, device=losses.device)[(-sign * losses).argmin()]
+        factor = torch.tensor([0.0, 1.0, -1.0], dtype=torch.float64, device=losses.device)[
+            (-sign * losses).argmin()
+        ]
         factor = torch.where(torch.isfinite(losses).all(), factor, torch.nan)
         yield replace(first, coefficients=first.coefficients * factor)
 

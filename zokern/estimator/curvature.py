@@ -1,4 +1,5 @@
-"""Estimator ``curvature``: a central difference and the loss's curvature along the same draw. Zhao et al. 2024 (HiZOO)."""
+"""Estimator ``curvature``: a central difference and the loss's curvature along the same draw. Zhao et al.
+2024 (HiZOO)."""
 
 from __future__ import annotations
 
@@ -15,18 +16,23 @@ THREE = Stencil("three", (1.0, -1.0, 0.0), (0.5, -0.5, 0.0))
 
 
 class Curvature(Spsa):
-    """g = (1/q) sum_k c_k z_k, c_k = (L+ - L-) / (2 eps), and |z_k^T H z_k| = |L+ + L- - 2 L(theta)| / (2 eps^2) for zokern.directions.Curved.
+    """g = (1/q) sum_k c_k z_k, c_k = (L+ - L-) / (2 eps), and |z_k^T H z_k| = |L+ + L- - 2 L(theta)| / (2
+    eps^2) for zokern.directions.Curved.
 
-    The published code divides by 2 eps^2, half of the second derivative, and so does this: `smooth` takes the factor. Two losses a query,
-    and that of theta, which all queries share. queries, clip: as for zokern.Spsa. Zhao et al. 2024, Algorithm 1."""
+    The published code divides by 2 eps^2, half of the second derivative, and so does this: `smooth` takes the
+    factor. Two losses a query, and that of theta, which all queries share. queries, clip: as for zokern.Spsa.
+    Zhao et al. 2024, Algorithm 1."""
 
     def __init__(self, queries: int = 1, clip: float | None = None) -> None:
         super().__init__(queries, THREE, clip)
 
     def estimate(self, plan: Plan, losses: Tensor, differences: Tensor) -> Estimate:
-        eps = torch.tensor([group.eps for group in plan.groups], dtype=torch.float64, device=losses.device).unsqueeze(1)
+        eps = torch.tensor(
+            [group.eps for group in plan.groups], dtype=torch.float64, device=losses.device
+        ).unsqueeze(1)
         second = (losses[:, 0] + losses[:, 1] - 2.0 * losses[:, 2]).abs() / (2.0 * eps * eps)
-        # the weights move along other factors than the losses were read along, so their slope does not tell how far the loss falls
+        # the weights move along other factors than the losses were read along, so their slope does not tell
+        # how far the loss falls
         return replace(super().estimate(plan, losses, differences), slopes=None, curvatures=second)
 
 

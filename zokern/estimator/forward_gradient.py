@@ -35,8 +35,11 @@ class ForwardGradient:
         found = slopes.float().double()
         if self.clip is not None:
             found = found.clamp(-self.clip, self.clip)
-        told = slopes if len({group.eps for group in plan.groups}) == 1 else None  # a fall is told from slopes with one eps
-        yield Estimate(draws, found.expand(len(plan.groups), -1), losses.unsqueeze(1), self.queries, slopes=told)
+        # a fall is told from slopes with one eps
+        told = slopes if len({group.eps for group in plan.groups}) == 1 else None
+        yield Estimate(
+            draws, found.expand(len(plan.groups), -1), losses.unsqueeze(1), self.queries, slopes=told
+        )
 
 
 __all__ = ["ForwardGradient"]

@@ -51,7 +51,8 @@ class Guided(Spsa):
         if self.clip is not None:
             found = found.clamp(-self.clip, self.clip)
         both = torch.tensor([scale, -scale], dtype=torch.float64, device=found.device)
-        slopes = difference / plan.groups[0].eps * both / (2.0 * scale * scale)  # of which c g knows their difference alone
+        # of which c g knows their difference alone
+        slopes = difference / plan.groups[0].eps * both / (2.0 * scale * scale)
         yield Estimate(draws, found * both, torch.cat((alone, sides)).unsqueeze(0), slopes=slopes)
         best = int(alone.argmax() if plan.maximize else alone.argmin())
         self.state["best"] = list(plan.named(draws[best]))  # of a step that moved the weights

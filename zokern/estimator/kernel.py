@@ -80,7 +80,10 @@ class Kernel(Spsa):
         if isinstance(order, bool) or order not in KERNELS:
             raise ValueError(f"order is {order!r}; expected one of {list(KERNELS)}")
         if scope not in SCOPES:
-            raise ValueError(f"scope is {scope!r}; expected 'query', one radius for all parameters, or 'tensor', one for each")
+            raise ValueError(
+                f"scope is {scope!r}; expected 'query', one radius for all parameters, or 'tensor', one for "
+                "each"
+            )
         self.order, self.rescale, self.scope = int(order), flag("rescale", rescale), scope
         self.clip_norm = None if clip_norm is None else finite_number("clip_norm", clip_norm, above=0.0)
 
@@ -91,7 +94,11 @@ class Kernel(Spsa):
             return self.scale
         factor, coefficients = KERNELS[self.order]
         width = float(self.width(0) if callable(self.width) else self.width)
-        return self.scale * factor * sum(c * width ** (2 * i + 2) / (2 * i + 3) for i, c in enumerate(coefficients))
+        return (
+            self.scale
+            * factor
+            * sum(c * width ** (2 * i + 2) / (2 * i + 3) for i, c in enumerate(coefficients))
+        )
 
     def radii(self, plan: Plan) -> list[tuple[float, float]]:
         """Returns (r_k, K(r_k)) of every query."""
@@ -106,7 +113,9 @@ class Kernel(Spsa):
 
     def weighted(self, plan: Plan, units: Sequence[float]) -> list[tuple[float, float]]:
         """Returns (r, K(r)) for numbers r / d in (-1, 1)."""
-        width = finite_number("width", self.width(plan.step), above=0.0) if callable(self.width) else self.width
+        width = (
+            finite_number("width", self.width(plan.step), above=0.0) if callable(self.width) else self.width
+        )
         factor, coefficients = KERNELS[self.order]
         found = []
         for unit in units:
@@ -125,11 +134,17 @@ class Kernel(Spsa):
             split = plan.each([{draw: r for draw, (r, _) in zip(draws, pairs)} for pairs in radii])
             losses = oracle.losses([Point(((draw, sign),)) for draw in draws for sign in (1.0, -1.0)], split)
             losses = losses.view(self.queries, 2)
-            weights = torch.tensor([[k for _, k in pairs] for pairs in radii], dtype=torch.float64, device=losses.device)
-            estimate = replace(self.estimate(split, losses, self.differences(losses) * weights), slopes=None, each=True)
+            weights = torch.tensor(
+                [[k for _, k in pairs] for pairs in radii], dtype=torch.float64, device=losses.device
+            )
+            estimate = replace(
+                self.estimate(split, losses, self.differences(losses) * weights), slopes=None, each=True
+            )
         else:
             pairs = self.radii(plan)
-            losses = oracle.losses([Point(((draw, sign * r),)) for draw, (r, _) in zip(draws, pairs) for sign in (1.0, -1.0)])
+            losses = oracle.losses(
+                [Point(((draw, sign * r),)) for draw, (r, _) in zip(draws, pairs) for sign in (1.0, -1.0)]
+            )
             losses = losses.view(self.queries, 2)
             where, weights = torch.tensor(pairs, dtype=torch.float64, device=losses.device).T
             estimate = self.estimate(plan, losses, self.differences(losses) * weights)
@@ -141,7 +156,9 @@ class Kernel(Spsa):
         """Returns the estimate with g of each parameter scaled to a norm of clip_norm at most."""
         assert self.clip_norm is not None
         if plan.factored is not None:
-            raise ValueError(f"clip_norm is {self.clip_norm!r} with a low-rank direction; expected None, or a dense z")
+            raise ValueError(
+                f"clip_norm is {self.clip_norm!r} with a low-rank direction; expected None, or a dense z"
+            )
         rows, split = estimate.coefficients, plan.each()
         if not estimate.each:
             rows = torch.cat([row.expand(len(group.names), -1) for row, group in zip(rows, plan.groups)])
@@ -152,7 +169,9 @@ class Kernel(Spsa):
 
 def _units(plan: Plan, whos: Sequence[int], words: Sequence[int]) -> list[list[float]]:
     """Returns a number in (-1, 1) for every id and draw word: the first Philox word of block 0, centred."""
-    counters = torch.tensor([[0, who, plan.step, word] for who in whos for word in words], dtype=torch.int64, device="cpu")
+    counters = torch.tensor(
+        [[0, who, plan.step, word] for who in whos for word in words], dtype=torch.int64, device="cpu"
+    )
     found = philox4x32(counters, (plan.seed & 0xFFFFFFFF, plan.seed >> 32))[:, 0].view(len(whos), len(words))
     return ((found.double() + 0.5) * 2.0**-31 - 1.0).tolist()
 

@@ -34,7 +34,8 @@ class Mixed(Around):
         for estimate in self.inner(oracle, plan):
             if estimate.scope is not None or estimate.gradient is not None:
                 raise ValueError(
-                    f"inner is {type(self.inner).__name__}, which moves parts of the parameters; expected one such as Spsa"
+                    f"inner is {type(self.inner).__name__}, which moves parts of the parameters; expected "
+                    "one such as Spsa"
                 )
             mixed = estimate.coefficients * self.alpha
             yield replace(estimate, coefficients=mixed, slopes=None, gradient=Gradient(1.0 - self.alpha))

@@ -52,7 +52,8 @@ class Private(Spsa):
     rows = True
 
     def __init__(
-        self, clip: float = 0.1, noise: float = 1.0, kind: str = "gaussian", batch: int | None = None, queries: int = 1
+        self, clip: float = 0.1, noise: float = 1.0, kind: str = "gaussian", batch: int | None = None,
+        queries: int = 1
     ) -> None:  # fmt: skip
         super().__init__(queries, "central")
         self.bound = finite_number("clip", clip, above=0.0)

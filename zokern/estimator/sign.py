@@ -1,4 +1,5 @@
-"""Estimator ``sign``: ZO-SGD-Sign. Liu et al. 2019 (signSGD via zeroth-order oracle); Zhang et al. 2024 (ZO-Bench)."""
+"""Estimator ``sign``: ZO-SGD-Sign. Liu et al. 2019 (signSGD via zeroth-order oracle); Zhang et al. 2024
+(ZO-Bench)."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from .spsa import Spsa
 class Sign(Spsa):
     """g = (1/q) sum_k sign(c_k) z_k, c_k as in Spsa: steps of one length, whatever the losses.
 
-    ZO-Bench's form, where the sign is taken of the projected gradient and z stays normal. Options as for Spsa."""
+    ZO-Bench's form, where the sign is taken of the projected gradient and z stays normal. Options as for
+    Spsa."""
 
     lr, gain = ONES, None
 

@@ -61,7 +61,8 @@ class Split(Around):
         others = tuple(name for name in names if not is_first(name))
         if not chosen or not others:
             raise ValueError(
-                f"first_order chooses {len(chosen)} of {len(names)} trained parameters, such as {[*names][-1:]}; expected some, and not all"
+                f"first_order chooses {len(chosen)} of {len(names)} trained parameters, such as "
+                f"{[*names][-1:]}; expected some, and not all"
             )
         return chosen, others
 

@@ -12,13 +12,17 @@ from .spsa import Spsa, Stencil
 
 
 class Spread(Spsa):
-    """c_k = (sum_j weights[j] L_kj) / sigma, sigma the population standard deviation of the perturbed losses of all queries.
+    """c_k = (sum_j weights[j] L_kj) / sigma, sigma the population standard deviation of the perturbed losses
+    of all queries.
 
-    A step whose losses are all equal moves nothing. Options as for Spsa; a step reads two perturbed losses or more."""
+    A step whose losses are all equal moves nothing. Options as for Spsa; a step reads two perturbed losses or
+    more."""
 
     lr, gain = ONES, None
 
-    def __init__(self, queries: int = 8, stencil: str | Stencil = "forward", clip: float | None = None) -> None:
+    def __init__(
+        self, queries: int = 8, stencil: str | Stencil = "forward", clip: float | None = None
+    ) -> None:
         super().__init__(queries, stencil, clip)
         check_several(self)
 
@@ -35,7 +39,8 @@ def check_several(estimator: Spsa) -> None:
     queries, stencil = estimator.queries, estimator.stencil
     if (perturbed := queries * sum(offset != 0.0 for offset in stencil.offsets)) < 2:
         raise ValueError(
-            f"queries is {queries} with stencil {stencil.name!r}, which read {perturbed} perturbed loss a step, and one loss has no "
+            f"queries is {queries} with stencil {stencil.name!r}, which read {perturbed} perturbed loss a "
+            "step, and one loss has no "
             "spread; expected queries of at least 2, or stencil='central'"
         )
 

@@ -1,4 +1,5 @@
-"""Estimator ``spsa``: a finite difference along each draw. The formula is data: offsets in units of eps, and weights.
+"""Estimator ``spsa``: a finite difference along each draw. The formula is data: offsets in units of eps, and
+weights.
 
     c_k = (1 / eps) sum_j weights[j] L(theta + offsets[j] eps z_k)          g = (1 / q) sum_k c_k z_k
 
@@ -23,7 +24,8 @@ from .base import SLOPES, Estimate, Oracle
 
 @dataclass(frozen=True)
 class Stencil:
-    """Where the loss is read along a draw, and how the readings are weighted. Weights sum to 0, sum w_j o_j = 1."""
+    """Where the loss is read along a draw, and how the readings are weighted. Weights sum to 0, sum w_j o_j =
+    1."""
 
     name: str
     offsets: tuple[float, ...]
@@ -39,12 +41,15 @@ def resolve(stencil: str | Stencil) -> Stencil:
     if isinstance(stencil, Stencil):
         figures = [*stencil.offsets, *stencil.weights]
         sound = (
-            len(stencil.offsets) == len(stencil.weights) and all(map(is_number, figures)) and all(map(math.isfinite, figures))
+            len(stencil.offsets) == len(stencil.weights)
+            and all(map(is_number, figures))
+            and all(map(math.isfinite, figures))
         )
         first = sum(w * o for w, o in zip(stencil.weights, stencil.offsets)) if sound else 0.0
         if not sound or abs(sum(stencil.weights)) > 1e-9 or abs(first - 1) > 1e-9:
             raise ValueError(
-                f"stencil is {stencil}; expected finite numbers, as many weights as offsets, weights that sum to 0 and sum "
+                f"stencil is {stencil}; expected finite numbers, as many weights as offsets, weights that "
+                "sum to 0 and sum "
                 "weights*offsets = 1"
             )
         return stencil
@@ -65,7 +70,9 @@ class Spsa:
     lr = SLOPES
     gain: float | None = 1.0  # of c over the slope along z, in expectation; None: c is no estimate of a slope
 
-    def __init__(self, queries: int = 1, stencil: str | Stencil = "central", clip: float | None = None) -> None:
+    def __init__(
+        self, queries: int = 1, stencil: str | Stencil = "central", clip: float | None = None
+    ) -> None:
         self.queries = whole_number("queries", queries, 1, 2**24 - 1)
         self.stencil = resolve(stencil)
         self.clip = None if clip is None else finite_number("clip", clip, above=0.0)

@@ -23,17 +23,21 @@ def resolve(evaluation: str | Evaluation) -> Evaluation:
     if isinstance(evaluation, str):
         name = ALIASES.get(evaluation, evaluation)
         if name not in EVALUATIONS:
-            raise ValueError(f"unknown evaluation {evaluation!r}; expected one of {sorted(EVALUATIONS)} or an Evaluation")
+            raise ValueError(
+                f"unknown evaluation {evaluation!r}; expected one of {sorted(EVALUATIONS)} or an Evaluation"
+            )
         return EVALUATIONS[name]()
     lacks = [name for name in ("losses", *Evaluation.__annotations__) if not hasattr(evaluation, name)]
     if isinstance(evaluation, type) or lacks:
         raise TypeError(
-            f"evaluation is {evaluation!r}; expected one of {sorted(EVALUATIONS)} or an Evaluation object, which has {lacks} as well"
+            f"evaluation is {evaluation!r}; expected one of {sorted(EVALUATIONS)} or an Evaluation object, "
+            f"which has {lacks} as well"
         )
     return evaluation
 
 
 __all__ = [
-    "EVALUATIONS", "THETA", "Auto", "Evaluation", "InPlace", "Isolation", "Jvp", "Master", "NotRepeatable", "Paired", "Point",
+    "EVALUATIONS", "THETA", "Auto", "Evaluation", "InPlace", "Isolation", "Jvp", "Master", "NotRepeatable",
+    "Paired", "Point",
     "Record", "Refused", "Scratch", "loss_tensor", "resolve",
 ]  # fmt: skip

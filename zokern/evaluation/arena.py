@@ -9,7 +9,8 @@ ALIGN = 64  # bytes: a cache line, and the widest vector
 
 
 class Arena:
-    """One reused piece of memory per device: residents from the bottom, the tiles of the current call above them."""
+    """One reused piece of memory per device: residents from the bottom, the tiles of the current call above
+    them."""
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
@@ -45,7 +46,8 @@ class Arena:
                 if device not in self.memory:  # pages come when they are used
                     self.memory[device] = torch.empty(self.budget, dtype=torch.uint8, device=device)
                 piece = self.memory[device][start:end].view(dtype).view(shape)
-                self.pieces[key] = piece.data  # with a version counter of its own: a write to a tile is none to its neighbours
+                # with a version counter of its own: a write to a tile is none to its neighbours
+                self.pieces[key] = piece.data
         return self.pieces[key]
 
     def settle(self) -> None:

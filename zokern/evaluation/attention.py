@@ -1,6 +1,7 @@
 """Attention under torch.vmap: the mapped dimension becomes a part of the batch, in one call for all sides.
 
-torch has no mapping rule for its CPU attention and calls it once for each side (five times the cost on short batches).
+torch has no mapping rule for its CPU attention and calls it once for each side (five times the cost on short
+batches).
 """
 
 from __future__ import annotations
@@ -25,32 +26,46 @@ def folded(
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
-    """F.scaled_dot_product_attention of (batch, heads, length, width) that is mapped over the sides; anything else goes to torch."""
+    """F.scaled_dot_product_attention of (batch, heads, length, width) that is mapped over the sides; anything
+    else goes to torch."""
     functorch: Any = torch._C._functorch
     level, device = functorch.maybe_current_level(), query.device.type
-    if level is not None and torch.is_autocast_enabled(device):  # which torch does not apply to attention under torch.vmap
-        query, key, value, attn_mask = (_cast(t, torch.get_autocast_dtype(device)) for t in (query, key, value, attn_mask))  # type: ignore
+    # which torch does not apply to attention under torch.vmap
+    if level is not None and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = (_cast(t, dtype) for t in (query, key, value))
+        attn_mask = None if attn_mask is None else _cast(attn_mask, dtype)
 
     def is_mapped(t: Tensor) -> bool:
         return t.dim() == 4 and functorch.is_batchedtensor(t) and functorch.maybe_get_level(t) == level
 
     def is_shared(mask: Tensor | None) -> bool:
-        return mask is None or not (functorch.is_functorch_wrapped_tensor(mask) or (mask.dim() > 3 and mask.shape[0] != 1))
+        return mask is None or not (
+            functorch.is_functorch_wrapped_tensor(mask) or (mask.dim() > 3 and mask.shape[0] != 1)
+        )
 
-    if dropout_p or not is_shared(attn_mask) or not (is_mapped(query) and is_mapped(key) and is_mapped(value)):
+    if (
+        dropout_p
+        or not is_shared(attn_mask)
+        or not (is_mapped(query) and is_mapped(key) and is_mapped(value))
+    ):
         return _attention(query, key, value, attn_mask, dropout_p, *args, **kwargs)
-    q, k, v = (functorch.get_unwrapped(t).movedim(functorch.maybe_get_bdim(t), 0).flatten(0, 1) for t in (query, key, value))
+    q, k, v = (
+        functorch.get_unwrapped(t).movedim(functorch.maybe_get_bdim(t), 0).flatten(0, 1)
+        for t in (query, key, value)
+    )
     y = _attention(q, k, v, attn_mask, dropout_p, *args, **kwargs)
     return functorch._add_batch_dim(y.unflatten(0, (-1, query.shape[0])), 0, level)
 
 
-def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype)
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype)
 
 
 @contextmanager
 def folding() -> Iterator[None]:
-    """Lets models that look F.scaled_dot_product_attention up find the function above; it passes on what is not mapped."""
+    """Lets models that look F.scaled_dot_product_attention up find the function above; it passes on what is
+    not mapped."""
     before, F.scaled_dot_product_attention = F.scaled_dot_product_attention, folded
     try:
         yield

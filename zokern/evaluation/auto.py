@@ -1,13 +1,14 @@
 """Evaluation ``auto``: the fastest way that reads this closure right, chosen in the first step.
 
-The first step is read by 'master', which is always right (by 'scratch' where no copy of the weights fits). Its inputs and calls of the
-model decide:
+The first step is read by 'master', which is always right (by 'scratch' where no copy of the weights fits).
+Its inputs and calls of the model decide:
 
-    several forwards in a closure (generation)   'master': perturbed weights are made once, and not at every use
-    short batches                                'paired': W is read once for both sides, and Python runs once
-    long batches                                 'scratch' on a CPU, 'master' on a GPU: products dominate
+    several forwards in a closure (generation)   'master': perturbed weights are made once, and not at every
+    use short batches                                'paired': W is read once for both sides, and Python runs
+    once long batches                                 'scratch' on a CPU, 'master' on a GPU: products dominate
 
-The chosen way is compared with 'master' (trust.py). One that fails, then or later, gives its place to the next with one warning.
+The chosen way is compared with 'master' (trust.py). One that fails, then or later, gives its place to the
+next with one warning.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from .scratch import MIB, Scratch
 from .trust import fits
 
 ROWS = (
-    512  # tokens or other inputs of the model up to which 'paired' is chosen for a dense z: it is generated once for both sides
+    # tokens or other inputs of the model up to which 'paired' is chosen for a dense z: it is generated once
+    # for both sides
+    512
 )
 FACTORED = gemm.JOIN // 2  # the same where z is factored: up to there W is read once
 
@@ -47,14 +50,19 @@ class Auto:
         self.jvp = Jvp()
         self.order: list[str] = []  # ways that are left, the one in use first
         self.began = 0
-        self.seen: tuple[int, int] | None = None  # first step: rows of the inputs, and forwards; None once a way is chosen
+        # first step: rows of the inputs, and forwards; None once a way is chosen
+        self.seen: tuple[int, int] | None = None
         self.why = ""
         self.record = Record(self.name)
 
     @property
     def state(self) -> dict[str, Any]:
         """The way in use, and what the first step saw: a resumed run reads as the run that it continues."""
-        return {"choice": self.order[0], "seen": None if self.seen is None else list(self.seen)} if self.order else {}
+        return (
+            {"choice": self.order[0], "seen": None if self.seen is None else list(self.seen)}
+            if self.order
+            else {}
+        )
 
     @state.setter
     def state(self, kept: dict[str, Any]) -> None:
@@ -98,10 +106,15 @@ class Auto:
             causes = "; ".join(f"{name!r}: {_first_line(problem)}" for name, problem in failed)
             self.why = f"{way.name!r}, because others failed: {causes}"
             self.record = replace(way.record, why=self.why)
-            warn(f"this closure is read by evaluation {way.name!r} from now on, because others cannot: {causes}")
+            warn(
+                f"this closure is read by evaluation {way.name!r} from now on, because others cannot: "
+                f"{causes}"
+            )
         return found
 
-    def slopes(self, plan: Plan, words: Sequence[int], closure: Callable[[], object]) -> tuple[Tensor, Tensor]:
+    def slopes(
+        self, plan: Plan, words: Sequence[int], closure: Callable[[], object]
+    ) -> tuple[Tensor, Tensor]:
         """Returns losses and slopes as Jvp reads them: there is one way. See Differentiates.slopes."""
         found = self.jvp.slopes(plan, words, closure)
         self.record = replace(self.jvp.record, why="'jvp': the estimator asks for slopes")

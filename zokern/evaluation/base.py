@@ -16,8 +16,8 @@ WAY_OUT = "use evaluation='master'"
 class Point(NamedTuple):
     """Where a loss is read: theta + eps sum_k amount_k z_k, with eps of each group and draw (Group.reach).
 
-    terms  pairs (draw, amount); without terms the point is theta itself. A draw is a draw word of this step, or (step, draw word) of an
-           earlier one"""
+    terms  pairs (draw, amount); without terms the point is theta itself. A draw is a draw word of this step,
+           or (step, draw word) of an earlier one"""
 
     terms: tuple[tuple[Draw, float], ...] = ()
 
@@ -30,7 +30,8 @@ THETA = Point()
 
 
 class Refused(RuntimeError):
-    """An evaluation cannot read this closure right; the message says why. Evaluation 'auto' goes on with another."""
+    """An evaluation cannot read this closure right; the message says why. Evaluation 'auto' goes on with
+    another."""
 
 
 class NotRepeatable(RuntimeError):
@@ -38,8 +39,10 @@ class NotRepeatable(RuntimeError):
 
     def __init__(self, first: float, again: float) -> None:
         super().__init__(
-            f"the closure returned {first!r} and then {again!r} for the same weights: it advances a data iterator, a cache or a "
-            "random generator of its own, or changes its batch, so the two sides of a pair do not measure the same loss; take the "
+            f"the closure returned {first!r} and then {again!r} for the same weights: it advances a data "
+            "iterator, a cache or a "
+            "random generator of its own, or changes its batch, so the two sides of a pair do not measure "
+            "the same loss; take the "
             "batch, and what changes, outside the closure"
         )
 
@@ -52,7 +55,8 @@ class Record:
     why            evaluation 'auto': the reason for the choice
     scratch_bytes  most extra memory that was held at once
     whole          large parameters that were copied in one piece because their use cannot be tiled
-    swallowed      share of sampled 16-bit weights that the perturbation left as they were; None: nothing is in 16 bits"""
+    swallowed      share of sampled 16-bit weights that the perturbation left as they were; None: nothing is
+                   in 16 bits"""
 
     evaluation: str
     why: str = ""
@@ -80,14 +84,17 @@ class Evaluation(Protocol):
     def losses(self, plan: Plan, points: Sequence[Point], closure: Callable[[], object]) -> Tensor:
         """Returns the losses at the points, float64 [len(points)], in order, on the device of the losses.
 
-        Afterwards the weights, the RNG streams, flags, buffers and attributes of the modules are as before, also when the closure
-        raised. Raises Refused when the closure cannot be read right in this way, and what the closure raises."""
+        Afterwards the weights, the RNG streams, flags, buffers and attributes of the modules are as before,
+        also when the closure raised. Raises Refused when the closure cannot be read right in this way, and
+        what the closure raises."""
 
 
 class Differentiates(Evaluation, Protocol):
     """An evaluation that reads derivatives too: Jvp, and Auto through it."""
 
-    def slopes(self, plan: Plan, words: Sequence[int], closure: Callable[[], object]) -> tuple[Tensor, Tensor]:
+    def slopes(
+        self, plan: Plan, words: Sequence[int], closure: Callable[[], object]
+    ) -> tuple[Tensor, Tensor]:
         """Returns the loss of theta and its derivative along z of each draw word, float64 [len(words)] each.
 
         Promises and raises what `losses` does. eps plays no part: z moves every parameter by itself."""
@@ -99,4 +106,14 @@ def distinct(points: Sequence[Point]) -> list[Point]:
     return sorted(found, key=lambda point: bool(point.terms))
 
 
-__all__ = ["THETA", "WAY_OUT", "Differentiates", "Evaluation", "NotRepeatable", "Point", "Record", "Refused", "distinct"]
+__all__ = [
+    "THETA",
+    "WAY_OUT",
+    "Differentiates",
+    "Evaluation",
+    "NotRepeatable",
+    "Point",
+    "Record",
+    "Refused",
+    "distinct",
+]

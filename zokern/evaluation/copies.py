@@ -1,9 +1,12 @@
-"""Copies: theta + eps sum_k a_k z_k of the trained parameters at one or more points, whole, by tiles or by rows.
+"""Copies: theta + eps sum_k a_k z_k of the trained parameters at one or more points, whole, by tiles or by
+rows.
 
-    small tensors, or all where the budget holds them   resident: made before the reading, for all sides in one launch per group
-    large matrices                                      made at their use: z beside the product, a tile, looked-up rows, or whole
+    small tensors, or all where the budget holds them   resident: made before the reading, for all sides in
+    one launch per group large matrices                                      made at their use: z beside the
+    product, a tile, looked-up rows, or whole
 
-16-bit vectors (norm weights, biases) are resident in float32: at 1.0 a step of eps = 1e-3 is below half an ulp of bfloat16.
+16-bit vectors (norm weights, biases) are resident in float32: at 1.0 a step of eps = 1e-3 is below half an
+ulp of bfloat16.
 """
 
 from __future__ import annotations
@@ -22,14 +25,18 @@ from .base import Point, Refused
 from .factors import Factors
 
 RESIDENT = 1 << 16  # elements: tensors up to this size are perturbed together, ahead of the reading
-TILE = 1 << 21  # elements: larger tiles leave the caches before they are read, smaller ones starve the product (benchmarks/)
-TRANSFORMED = "the closure uses torch.func transforms of its own around a large parameter: use evaluation='master'"
+# elements: larger tiles leave the caches before they are read, smaller ones starve the product (benchmarks/)
+TILE = 1 << 21
+TRANSFORMED = (
+    "the closure uses torch.func transforms of its own around a large parameter: use evaluation='master'"
+)
 
 
 class Copies:
     """Perturbed copies for the sides of one pass; a side is a point.
 
-    level  of torch.vmap, whose mapped dimension is the sides; None: one side alone, without a mapped dimension"""
+    level  of torch.vmap, whose mapped dimension is the sides; None: one side alone, without a mapped
+           dimension"""
 
     def __init__(self, plan: Plan, points: Sequence[Point], arena: Arena) -> None:
         self.plan, self.points, self.arena = plan, list(points), arena
@@ -61,10 +68,13 @@ class Copies:
                 self.factors.stack(group, positions, outs)
                 continue
             low = None if group.residuals is None else [group.residuals[i] for i in positions]
-            self._fill(group, positions, thetas, spans, range(self.sides), outs, low, group.scales_of(positions))
+            self._fill(
+                group, positions, thetas, spans, range(self.sides), outs, low, group.scales_of(positions)
+            )
 
     def _places(self, group: Group, most: int | None, start: int) -> tuple:
-        """Returns resident members with their stacks, and launches that fill them; prepared once for a list of tensors."""
+        """Returns resident members with their stacks, and launches that fill them; prepared once for a list
+        of tensors."""
         key = "resident", self.sides, most, start
         known = group.memo.get(key)
         if known is not None and known[0] is self.arena:
@@ -99,7 +109,10 @@ class Copies:
             by_kind.setdefault(wide, []).append(i)  # a launch writes one type of result: theta's, or float32
         stacks = dict(members)
         for positions in by_kind.values():
-            thetas, spans = TensorList([group.theta[i] for i in positions]), [group.spans[i] for i in positions]
+            thetas, spans = (
+                TensorList([group.theta[i] for i in positions]),
+                [group.spans[i] for i in positions],
+            )
             outs = [TensorList([stacks[i][side] for i in positions]) for side in range(self.sides)]
             for kept in (thetas, *outs):
                 kept.kept = {}
@@ -111,7 +124,8 @@ class Copies:
     def _fill(
         self, group: Group, positions: Sequence[int], thetas, spans, sides: Sequence[int], outs, low, factors
     ) -> None:  # fmt: skip
-        """outs[j] <- tensors of a group at the point of sides[j]; sides of one draw share its z, two in a launch."""
+        """outs[j] <- tensors of a group at the point of sides[j]; sides of one draw share its z, two in a
+        launch."""
         plan, by_draw = self.plan, dict[Draw, list[int]]()
         for j, side in enumerate(sides):
             terms = self.points[side].terms if group.matrices is None else ()
@@ -122,16 +136,22 @@ class Copies:
             elif not terms and low is None and all(span.rows is None for span in spans):
                 torch._foreach_copy_(list(outs[j]), list(thetas))
             elif not terms:
-                by_draw.setdefault(0, []).append(j)  # at the scale 0: low bits are added and rows are looked up
+                # at the scale 0: low bits are added and rows are looked up
+                by_draw.setdefault(0, []).append(j)
             else:
                 self._fill_terms(group, thetas, spans, terms, outs[j], low, factors)
         for draw, members in by_draw.items():
             for part in range(0, len(members), 2):
                 pair = members[part : part + 2]
-                amounts = [sum(a for _, a in self.points[sides[j]].terms) if group.matrices is None else 0.0 for j in pair]
+                amounts = [
+                    sum(a for _, a in self.points[sides[j]].terms) if group.matrices is None else 0.0
+                    for j in pair
+                ]
                 scales, targets = [amount * group.reach(draw) for amount in amounts], [outs[j] for j in pair]
                 noise = Noise(plan.direction, plan.seed, [plan.named(draw)])
-                group.backend.perturb(Batch(thetas, spans, residuals=low, scales=factors), noise, scales, targets)
+                group.backend.perturb(
+                    Batch(thetas, spans, residuals=low, scales=factors), noise, scales, targets
+                )
 
     def _fill_terms(self, group: Group, thetas, spans, terms, outs, low, factors) -> None:
         """outs <- theta + eps sum_k a_k z_k of several draws."""
@@ -143,13 +163,17 @@ class Copies:
         else:
             torch._foreach_copy_(list(outs), list(thetas))
         spent = None if low is None else [bits.clone() for bits in low]
-        table = torch.tensor([a * group.reach(draw) for draw, a in terms], dtype=torch.float32, device=outs[0].device)
+        table = torch.tensor(
+            [a * group.reach(draw) for draw, a in terms], dtype=torch.float32, device=outs[0].device
+        )
         draws = [plan.named(draw) for draw, _ in terms]
         rounding = "nearest" if spent is None else "residual"
         batch, noise = Batch(outs, spans, rounding, spent, factors), Noise(plan.direction, plan.seed, draws)
         group.backend.axpy_(batch, noise, Terms(table))
 
-    def _fill_factored(self, group: Group, positions: Sequence[int], thetas, spans, side: int, outs, low) -> None:
+    def _fill_factored(
+        self, group: Group, positions: Sequence[int], thetas, spans, side: int, outs, low
+    ) -> None:
         """outs <- shrink theta + L C R^T, in one launch."""
         plan = self.plan
         if len(positions) > 1:
@@ -157,22 +181,33 @@ class Copies:
         lefts, rights, shrinks = zip(*[self.factors.of(group, i, side) for i in positions])
         ones, rounding = [1.0] * len(lefts), "nearest" if low is None else "residual"
         noise = Noise(None, plan.seed, [(plan.step, 0)])
-        group.backend.lowrank_(Batch(thetas, spans, rounding, low), Outer(lefts, rights, ones, shrinks[0]), noise, outs)
+        group.backend.lowrank_(
+            Batch(thetas, spans, rounding, low), Outer(lefts, rights, ones, shrinks[0]), noise, outs
+        )
 
-    # One parameter at its use --------------------------------------------------------------------------------------------
+    # One parameter at its use -------------------------------------------------------------------------------
 
     def is_simple(self) -> bool:
-        """Whether every point lies along one draw of this step at most: the product kernel, and rows, know no other."""
-        return all(len(point.terms) <= 1 and all(isinstance(draw, int) for draw, _ in point.terms) for point in self.points)
+        """Whether every point lies along one draw of this step at most: the product kernel, and rows, know no
+        other."""
+        return all(
+            len(point.terms) <= 1 and all(isinstance(draw, int) for draw, _ in point.terms)
+            for point in self.points
+        )
 
     def untouched(self, group: Group, i: int, side: int) -> bool:
         """Whether this side reads the weights themselves."""
         if group.residual(i) is not None:
             return False
-        return self.factors.untouched(group, i, side) if group.matrices is not None else not self.points[side].terms
+        return (
+            self.factors.untouched(group, i, side)
+            if group.matrices is not None
+            else not self.points[side].terms
+        )
 
     def fill(
-        self, group: Group, i: int, view: Tensor, span: Span, sides: Sequence[int], outs: Sequence[Tensor], low: Tensor | None,
+        self, group: Group, i: int, view: Tensor, span: Span, sides: Sequence[int], outs: Sequence[Tensor],
+        low: Tensor | None,
         factors: Tensor | None,
     ) -> None:  # fmt: skip
         """outs[j] <- a view of tensor i at the point of sides[j]. low, factors: of the view."""
@@ -195,7 +230,16 @@ class Copies:
         theta = group.theta[i]
         out = self.own(group, i, (self.sides, *theta.shape))
         self.whole.add(group.names[i])
-        self.fill(group, i, theta, group.spans[i], range(self.sides), list(out.unbind(0)), group.residual(i), group.scale(i))
+        self.fill(
+            group,
+            i,
+            theta,
+            group.spans[i],
+            range(self.sides),
+            list(out.unbind(0)),
+            group.residual(i),
+            group.scale(i),
+        )
         return out
 
     def own(self, group: Group, i: int, shape: tuple[int, ...]) -> Tensor:
@@ -223,16 +267,28 @@ class Copies:
             if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= theta.shape[0]):
                 raise IndexError(f"index out of range: {group.names[i]!r} has {theta.shape[0]} rows")
             here = Span(span.who, span.first, rows=rows.contiguous())
-            self.fill(group, i, theta, here, sides, [out[side] for side in sides], group.residual(i), group.scale(i))
+            self.fill(
+                group, i, theta, here, sides, [out[side] for side in sides], group.residual(i), group.scale(i)
+            )
         return out
 
-    def product(self, g: int, i: int, xs: list[Tensor], biases: list[Tensor | None], transposed: bool) -> Tensor:
-        """Returns y_j = x_j W_j^T + b_j of every side, one below the other: (rows of all sides, columns). Transposed: x_j W_j."""
+    def product(
+        self, g: int, i: int, xs: list[Tensor], biases: list[Tensor | None], transposed: bool
+    ) -> Tensor:
+        """Returns y_j = x_j W_j^T + b_j of every side, one below the other: (rows of all sides, columns).
+        Transposed: x_j W_j."""
         group = self.plan.groups[g]
         weight, low, span = group.theta[i], group.residual(i), group.spans[i]
         sides, room = range(self.sides), self.arena.left(weight.device)
-        factored = group.matrices is not None and low is None and group.matrices[i].shape == tuple(weight.shape)
-        fused = low is None and (factored or group.matrices is None) and self.is_simple() and group.scale(i) is None
+        factored = (
+            group.matrices is not None and low is None and group.matrices[i].shape == tuple(weight.shape)
+        )
+        fused = (
+            low is None
+            and (factored or group.matrices is None)
+            and self.is_simple()
+            and group.scale(i) is None
+        )
         fused = fused and (self.sides <= gemm.MANY if factored else self.plan.direction.name in DIRECTIONS)
         fused = fused and gemm.fuses(group.backend, xs, weight, transposed, room)
         if fused:
@@ -256,14 +312,18 @@ class Copies:
     def _tiles(
         self, group: Group, i: int, moved: Sequence[int], transposed: bool
     ) -> Iterator[tuple[int, int, dict[int, Tensor]]]:
-        """Yields (start, stop, the tile of each side that moved): some rows of a matrix, or columns where it is transposed.
+        """Yields (start, stop, the tile of each side that moved): some rows of a matrix, or columns where it
+        is transposed.
 
-        Tiles have nearly the same size: TILE elements at most, and what is left of the arena holds two of them."""
+        Tiles have nearly the same size: TILE elements at most, and what is left of the arena holds two of
+        them."""
         theta, span, low = group.theta[i], group.spans[i], group.residual(i)
         dimension = 1 if transposed else 0
         total, width = theta.shape[dimension], theta.shape[1 - dimension]
         size, many = width * theta.element_size(), max(1, len(moved))
-        most = max(1, min(self.arena.left(theta.device) // many - ALIGN, TILE * theta.element_size()) // max(1, size))
+        most = max(
+            1, min(self.arena.left(theta.device) // many - ALIGN, TILE * theta.element_size()) // max(1, size)
+        )
         step = -(-total // -(-total // most)) if total else 1
         for start in range(0, total, step):
             stop = min(total, start + step)
@@ -271,7 +331,9 @@ class Copies:
             tiles = {}
             for side in moved:
                 tile = self.arena.take(shape, theta.dtype, theta.device)
-                tiles[side] = tile if tile is not None else torch.empty(shape, dtype=theta.dtype, device=theta.device)
+                tiles[side] = (
+                    tile if tile is not None else torch.empty(shape, dtype=theta.dtype, device=theta.device)
+                )
             view = theta.narrow(dimension, start, stop - start)
             parts = [
                 None if whole is None else whole.narrow(dimension, start, stop - start).contiguous()
@@ -285,13 +347,17 @@ class Copies:
             yield start, stop, tiles
             self.arena.release()
 
-    # Sides as a mapped dimension -----------------------------------------------------------------------------------------
+    # Sides as a mapped dimension ----------------------------------------------------------------------------
 
     def stacked(self, x: Tensor) -> Tensor:
         """Returns (sides, *shape) of a tensor that is mapped over the sides, or the same for all."""
         functorch = torch._C._functorch
         if functorch.is_functorch_wrapped_tensor(x):
-            if self.level is None or not functorch.is_batchedtensor(x) or functorch.maybe_get_level(x) != self.level:
+            if (
+                self.level is None
+                or not functorch.is_batchedtensor(x)
+                or functorch.maybe_get_level(x) != self.level
+            ):
                 raise Refused(TRANSFORMED)
             at, x = functorch.maybe_get_bdim(x), functorch.get_unwrapped(x)
             return x if at == 0 else x.movedim(at, 0)

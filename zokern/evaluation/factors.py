@@ -1,6 +1,8 @@
-"""Factors: the low-rank part of theta + eps sum_k a_k z_k for one matrix, at each of the points that are read together.
+"""Factors: the low-rank part of theta + eps sum_k a_k z_k for one matrix, at each of the points that are read
+together.
 
-    theta + eps sum_k a_k z_k = shrink W + L C R^T,   (L, C, R) = Matrix.factors(M),   M = pending + eps sum_k a_k draw_k
+    theta + eps sum_k a_k z_k = shrink W + L C R^T,   (L, C, R) = Matrix.factors(M),   M = pending + eps sum_k
+    a_k draw_k
 
 Deferred updates and the draws of a point are added in the small space, in float32.
 """
@@ -27,7 +29,8 @@ class Factors:
         self.number = {id(group): g for g, group in enumerate(plan.groups)}
         # side -> group -> M of every matrix; a group is missing where M is zero
         self.middles: list[dict[int, Sequence[Tensor] | Tensor]] = [{} for _ in points]
-        self.cores: dict[int, Tensor] = {}  # group -> M of all sides (matrix, side, r, r), where they have one size
+        # group -> M of all sides (matrix, side, r, r), where they have one size
+        self.cores: dict[int, Tensor] = {}
         self.ends: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}  # (L C, R)
         for g, group in enumerate(plan.groups):
             if group.matrices is not None:
@@ -45,7 +48,9 @@ class Factors:
         for side in moving:
             sums = list(waiting)
             for word, amount in self.points[side].terms:
-                sums = self.plan.factored.plus(group.matrices, sums, group.stacked(self.plan, word), amount * group.reach(word))
+                sums = self.plan.factored.plus(
+                    group.matrices, sums, group.stacked(self.plan, word), amount * group.reach(word)
+                )
             found.append(sums)
         if even and found:
             cores = torch.stack([sums[0] for sums in found], 1)
@@ -61,7 +66,9 @@ class Factors:
         """Whether W itself is theta at this point."""
         return self.number[id(group)] not in self.middles[side]
 
-    def of(self, group: Group, i: int, side: int, rows: Tensor | slice | None = None) -> tuple[Tensor, Tensor, float]:
+    def of(
+        self, group: Group, i: int, side: int, rows: Tensor | slice | None = None
+    ) -> tuple[Tensor, Tensor, float]:
         """Returns (L C, R, shrink) of one side; of L some rows only, where they are given."""
         assert group.matrices is not None
         matrix, g = group.matrices[i], self.number[id(group)]
@@ -83,11 +90,18 @@ class Factors:
         self.ends.update(zip(keys, ends_of(matrices, middles, group.backend)))
 
     def stack(self, group: Group, positions: Sequence[int], out: Tensor) -> None:
-        """out[side, j] <- shrink W + L C R^T of matrices of one shape, float32, by one batched product for each side.
+        """out[side, j] <- shrink W + L C R^T of matrices of one shape, float32, by one batched product for
+        each side.
 
-        out is (sides, matrices, *shape of W). A launch for hundreds of small matrices spends more on their addresses."""
+        out is (sides, matrices, *shape of W). A launch for hundreds of small matrices spends more on their
+        addresses."""
         matrices = [group.matrices[i] for i in positions]  # type: ignore[index]
-        lefts, rights, first, g = [m.left for m in matrices], [m.right for m in matrices], matrices[0], self.number[id(group)]
+        lefts, rights, first, g = (
+            [m.left for m in matrices],
+            [m.right for m in matrices],
+            matrices[0],
+            self.number[id(group)],
+        )
         known = group.memo.get(("bases", positions[0]))
         if known is None or not same([*lefts, *rights], known[0]):
             left, right = (None if kept[0] is None else torch.stack(kept) for kept in (lefts, rights))  # type: ignore[arg-type]
@@ -100,13 +114,18 @@ class Factors:
                 if (middle := middles.get(g)) is None:
                     target.copy_(weights)
                     continue
-                some = middle[index] if isinstance(middle, Tensor) else torch.stack([middle[i] for i in positions])
+                some = (
+                    middle[index]
+                    if isinstance(middle, Tensor)
+                    else torch.stack([middle[i] for i in positions])
+                )
                 before = some[:, : first.rows] if left is None else left if right is None else left @ some
                 after = some[:, -first.columns :] if right is None else right
                 torch.baddbmm(weights, before, after.mT, beta=first.shrink, out=target)
 
     def parts(self, group: Group, i: int, sides: Sequence[int], transposed: bool) -> list[Thin]:
-        """Returns the thin products beside x W^T (transposed: x W), those of sides that share a factor in one part."""
+        """Returns the thin products beside x W^T (transposed: x W), those of sides that share a factor in one
+        part."""
         assert group.matrices is not None
         matrix, g = group.matrices[i], self.number[id(group)]
         moved = [j for j, side in enumerate(sides) if g in self.middles[side]]
@@ -120,8 +139,11 @@ class Factors:
             return [Thin(moved, matrix.thin("left"), middles, matrix.right)]
         return [Thin(moved, matrix.thin("right"), middles.mT, matrix.left)]
 
-    def _wide_parts(self, group: Group, i: int, sides: Sequence[int], moved: list[int], transposed: bool) -> list[Thin]:
-        """Returns the thin products where U, V or both are drawn: sides of the same draws share the wide factors.
+    def _wide_parts(
+        self, group: Group, i: int, sides: Sequence[int], moved: list[int], transposed: bool
+    ) -> list[Thin]:
+        """Returns the thin products where U, V or both are drawn: sides of the same draws share the wide
+        factors.
 
         pending + sum_k s_k draw_k = (pending draw_1 ...) (1; s_1; ...)"""
         assert group.matrices is not None
@@ -134,16 +156,21 @@ class Factors:
         for words, members in by_draws.items():
             pending = [] if matrix.pending is None else [matrix.pending]
             drawn = [group.draws(self.plan, word)[i] for word in words]
-            wide = torch.cat([*pending, *drawn], 1) if len(pending) + len(drawn) > 1 else [*pending, *drawn][0]
+            wide = (
+                torch.cat([*pending, *drawn], 1) if len(pending) + len(drawn) > 1 else [*pending, *drawn][0]
+            )
             blocks = []
             for j in members:
                 amounts = [amount * group.reach(word) for word, amount in self.points[sides[j]].terms]
                 each = [unit] * len(pending) + [unit * amount for amount in amounts]
                 blocks.append(torch.block_diag(*each) if free else torch.cat(each, 1))
-            middles, (left, _, right) = torch.stack(blocks), matrix.factors(wide)  # (sides, r or width of V, width)
+            # (sides, r or width of V, width)
+            middles, (left, _, right) = torch.stack(blocks), matrix.factors(wide)
             first, last = (left, right) if transposed else (right, left)
             kept = matrix.left if transposed else matrix.right
-            narrow = first.t().contiguous() if kept is None else matrix.thin("left" if transposed else "right")
+            narrow = (
+                first.t().contiguous() if kept is None else matrix.thin("left" if transposed else "right")
+            )
             parts.append(Thin(members, narrow, middles.mT if kept is None and not free else middles, last))
         return parts
 

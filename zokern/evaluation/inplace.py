@@ -1,8 +1,9 @@
-"""Evaluation ``inplace``: the weights themselves move to each point and back, by arithmetic; no memory beside them.
+"""Evaluation ``inplace``: the weights themselves move to each point and back, by arithmetic; no memory beside
+them.
 
-In 16 bits every move rounds: at lr = 0 and eps = 1e-3, bfloat16 weights of size 0.02 drift by 12 % in 1000 steps. Float32 weights
-come back to the last bit or the one before. An exception in the loss restores by the same arithmetic. Evaluation 'master' is exact.
-Malladi et al. 2023, Algorithm 1.
+In 16 bits every move rounds: at lr = 0 and eps = 1e-3, bfloat16 weights of size 0.02 drift by 12 % in 1000
+steps. Float32 weights come back to the last bit or the one before. An exception in the loss restores by the
+same arithmetic. Evaluation 'master' is exact. Malladi et al. 2023, Algorithm 1.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Isolation: a reading of the loss leaves no trace.
 
-Random streams, train/eval flags, buffers, plain attributes and the tree of the modules are as before after every reading. What a
-closure computed from theta + eps z and kept in a module would be stale in the next reading, so it is put back. Within a step every
-reading starts from the same random state. The weights are watched through their addresses and versions.
+Random streams, train/eval flags, buffers, plain attributes and the tree of the modules are as before after
+every reading. What a closure computed from theta + eps z and kept in a module would be stale in the next
+reading, so it is put back. Within a step every reading starts from the same random state. The weights are
+watched through their addresses and versions.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from . import rng
 from .loss import loss_tensor
 
 BUDGET = 4 << 20  # bytes of buffers that are copied to be put back; larger ones are only watched
-BACKWARD = ("does not require grad and does not have a grad_fn", "backward() called inside a functorch transform")
+BACKWARD = (
+    "does not require grad and does not have a grad_fn",
+    "backward() called inside a functorch transform",
+)
 
 
 class Isolation:
@@ -42,24 +46,31 @@ class Isolation:
         self.state = self.tree.state()
         self.contents = [(held, held.copy()) for held in self.state.containers]
         self.frozen = None if self.tree.is_warm else self._frozen()
-        self.buffers: list[tuple[Tensor, int, Tensor | None]] = []  # a tensor, its version (-1: compare), and its copy
+        # a tensor, its version (-1: compare), and its copy
+        self.buffers: list[tuple[Tensor, int, Tensor | None]] = []
         self._copy(self.state.tensors)
 
     def _frozen(self) -> Fingerprint:
-        """Returns where the frozen weights lie now; tied names of trained ones hold copies while a closure runs."""
+        """Returns where the frozen weights lie now; tied names of trained ones hold copies while a closure
+        runs."""
         trained = {id(t) for group in self.plan.groups for objects in group.objects for t in objects}
         slots = [t for t in self.tree.slots if isinstance(t, Tensor) and id(t) not in trained]
         return Fingerprint([t for t in slots if not t.is_meta and has_memory(t)])
 
     def _copy(self, tensors: list[tuple[Tensor, bool]]) -> None:
         """Copies buffers, smallest first, to the budget."""
-        weights = {t.untyped_storage().data_ptr() for group in self.plan.groups for t in group.theta} if tensors else ()
+        weights = (
+            {t.untyped_storage().data_ptr() for group in self.plan.groups for t in group.theta}
+            if tensors
+            else ()
+        )
         left = BUDGET
         for buffer, norm in tensors:
             if id(buffer) in self.trained or buffer.untyped_storage().data_ptr() in weights:
                 continue  # a view of a weight, which is watched itself
             left -= buffer.numel() * buffer.element_size()
-            # norms write their statistics below the version counters: theirs are compared, and copied whatever their size
+            # norms write their statistics below the version counters: theirs are compared, and copied
+            # whatever their size
             version = -1 if norm or buffer.is_inference() else buffer._version
             known = self.tree.copies.get(id(buffer))
             if known is None or version == -1 or known[0] is not buffer or known[1] != version:
@@ -71,11 +82,14 @@ class Isolation:
 
     @contextmanager
     def session(self, eager: bool) -> Iterator[None]:
-        """Surrounds the readings of one call: streams are put back, and inputs of the root modules are measured.
+        """Surrounds the readings of one call: streams are put back, and inputs of the root modules are
+        measured.
 
         eager  run torch.compile'd modules as the Python that they were compiled from"""
         hooks = [
-            root.register_forward_pre_hook(self._measure, with_kwargs=True) for root in self.tree.roots if _takes_hooks(root)
+            root.register_forward_pre_hook(self._measure, with_kwargs=True)
+            for root in self.tree.roots
+            if _takes_hooks(root)
         ]
         if self.tree.is_open:
             hooks.append(nn.modules.module.register_module_forward_pre_hook(self._discover))
@@ -89,7 +103,8 @@ class Isolation:
                 hook.remove()
 
     def _discover(self, module: nn.Module, args: tuple) -> None:
-        """Isolates a module that holds trained parameters, before its first forward; its parts are isolated with it."""
+        """Isolates a module that holds trained parameters, before its first forward; its parts are isolated
+        with it."""
         if any(module in isolation.tree.members for isolation in self.found):
             return
         if any(id(p) in self.trained for p in module.parameters()) and _takes_hooks(module):
@@ -122,20 +137,28 @@ class Isolation:
             _explain(problem, self.plan.readings)
             raise
         finally:
-            converted = [isolation.frozen.changes() for isolation in (self, *self.found) if isolation.frozen is not None]
+            converted = [
+                isolation.frozen.changes()
+                for isolation in (self, *self.found)
+                if isolation.frozen is not None
+            ]
             for isolation in (self, *self.found) if not any(converted) else ():
                 isolation._put_back()
             changed = self.weights.changes()
-            for i in changed:  # a parameter that the closure gave other memory, or another shape, gets its own back
+            # a parameter that the closure gave other memory, or another shape, gets its own back
+            for i in changed:
                 theta = [t for group in self.plan.groups for t in group.theta][i]
                 if memory_of([self.plan.tensors[i]]) != memory_of([theta]):
                     self.plan.tensors[i].data = theta
         if changed:
             name = self.plan.names[changed[0]]
-            raise RuntimeError(f"the closure changed the weights of {name!r}: the loss of a step must only read them")
+            raise RuntimeError(
+                f"the closure changed the weights of {name!r}: the loss of a step must only read them"
+            )
         if any(converted):
             raise RuntimeError(
-                "the first forward of the model changed frozen weights, as quantised ones do that are repacked then: run one forward under "
+                "the first forward of the model changed frozen weights, as quantised ones do that are "
+                "repacked then: run one forward under "
                 "torch.no_grad() before the first step"
             )
         for isolation in (self, *self.found):
@@ -180,27 +203,34 @@ class Isolation:
                     del d[key]
 
     def _check(self) -> None:
-        """Raises if the closure replaced a weight or a module that holds one, or changed a buffer that cannot be put back."""
+        """Raises if the closure replaced a weight or a module that holds one, or changed a buffer that cannot
+        be put back."""
         if self.moved:
             self._check_modules()
         if self.lost:
             raise RuntimeError(
-                f"the closure changed a buffer or attribute {self.lost}, too large for the {BUDGET >> 20} MB that a step copies: put its "
+                f"the closure changed a buffer or attribute {self.lost}, too large for the {BUDGET >> 20} MB "
+                "that a step copies: put its "
                 "module in eval mode"
             )
 
     def _check_modules(self) -> None:
         tree = self.tree
-        if not same(slots := flat(tree.parameters), tree.slots) and ({*map(id, tree.slots)} - {*map(id, slots)}) & self.trained:
+        if (
+            not same(slots := flat(tree.parameters), tree.slots)
+            and ({*map(id, tree.slots)} - {*map(id, slots)}) & self.trained
+        ):
             raise RuntimeError(
-                "the closure replaced a trained parameter of the model: build the optimizer after the model has its final parameters"
+                "the closure replaced a trained parameter of the model: build the optimizer after the model "
+                "has its final parameters"
             )
         if not same(links := flat(tree.children), tree.links):
             gone = {*map(id, tree.links)} - {*map(id, links)}
             for module in tree.modules:
                 if id(module) in gone and any(id(p) in self.trained for p in module.parameters()):
                     raise RuntimeError(
-                        f"the closure took {type(module).__name__} out of the model: the loss of a step must only read it"
+                        f"the closure took {type(module).__name__} out of the model: the loss of a step must "
+                        "only read it"
                     )
 
 
@@ -208,10 +238,14 @@ def _explain(problem: Exception, reading: int) -> None:
     """Adds what a step knows to an exception of the closure."""
     if isinstance(problem, RuntimeError) and any(words in str(problem) for words in BACKWARD):
         raise RuntimeError(
-            "the closure called backward(), or torch.autograd.grad by trained parameters: a zeroth-order step needs none; return the loss"
+            "the closure called backward(), or torch.autograd.grad by trained parameters: a zeroth-order "
+            "step needs none; return the loss"
         ) from problem
     if reading > 1 and hasattr(problem, "add_note"):
-        problem.add_note(f"This was reading {reading} of the step, and reading 1 went well: did the closure change its batch?")
+        problem.add_note(
+            f"This was reading {reading} of the step, and reading 1 went well: did the closure change its "
+            "batch?"
+        )
 
 
 def _takes_hooks(module: nn.Module) -> bool:

@@ -39,7 +39,8 @@ from .master import Master
 
 ALONE = f"a method that reads losses alone needs no derivative: with zokern.MeZO, {WAY_OUT}"
 INSTEAD = (
-    "load the model with attn_implementation='eager' where it is attention, with experts_implementation='eager' where it is experts, or give "
+    "load the model with attn_implementation='eager' where it is attention, with "
+    "experts_implementation='eager' where it is experts, or give "
     f"an autograd.Function a jvp(); {ALONE}"
 )
 
@@ -49,14 +50,19 @@ class Jvp(Master):
 
     name = "jvp"
 
-    def slopes(self, plan: Plan, words: Sequence[int], closure: Callable[[], object]) -> tuple[Tensor, Tensor]:
+    def slopes(
+        self, plan: Plan, words: Sequence[int], closure: Callable[[], object]
+    ) -> tuple[Tensor, Tensor]:
         """Returns the losses of theta and the slopes along z of the draw words; see Differentiates.slopes."""
         isolation, self.held = Isolation(plan), 0
         deferred = self.holding(plan, [THETA]) if plan.deferred else nullcontext(lambda side: False)
         with isolation.session(eager=True), deferred as move:
             if move(0):
                 isolation.weights.written()
-            found = [isolation.run(lambda: _dual_loss(closure), self._along(plan, word, isolation)) for word in words]
+            found = [
+                isolation.run(lambda: _dual_loss(closure), self._along(plan, word, isolation))
+                for word in words
+            ]
         self.record = Record(self.name, scratch_bytes=self.held)
         losses, slopes = torch.stack(found).unbind(1)
         return losses, slopes
@@ -87,13 +93,17 @@ def _attached(parameter: Tensor, value: Tensor, tangent: Tensor) -> Tensor:
 
 def _tangent(theta: Tensor, objects: Sequence[Tensor]) -> Tensor:
     """Returns zeros that are the tangent of a parameter, with its strides."""
-    return _attached(objects[0], theta, torch.zeros((), dtype=theta.dtype, device=theta.device).expand_as(theta))
+    return _attached(
+        objects[0], theta, torch.zeros((), dtype=theta.dtype, device=theta.device).expand_as(theta)
+    )
 
 
 def _fill(plan: Plan, group: Group, word: int, tangents: Sequence[Tensor]) -> None:
     """tangents <- z of a group, in one launch."""
     if group.matrices is None:
-        outs = [t if t.is_contiguous() else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tangents]
+        outs = [
+            t if t.is_contiguous() else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tangents
+        ]
         batch = Batch(outs, group.spans, scales=group.scales)
         group.backend.draw(batch, Noise(plan.direction, plan.seed, [plan.named(word)]))
         for tangent, out in zip(tangents, outs):
@@ -111,13 +121,19 @@ def _dual_loss(closure: Callable[[], object]) -> Tensor:
         value, slope = forward_ad.unpack_dual(loss_tensor(closure()))
     except (RuntimeError, NotImplementedError) as problem:
         said = str(problem)
-        if isinstance(problem, Refused) or not any(words in said for words in ("forward AD", "forward mode", "jvp")):
+        if isinstance(problem, Refused) or not any(
+            words in said for words in ("forward AD", "forward mode", "jvp")
+        ):
             raise
-        raise Refused(f"forward mode cannot follow the closure ({said.splitlines()[0]}): {INSTEAD}") from problem
+        raise Refused(
+            f"forward mode cannot follow the closure ({said.splitlines()[0]}): {INSTEAD}"
+        ) from problem
     if slope is None:
         raise Refused(
-            "the loss has no derivative by a trained parameter: the closure returned a Python number, an integer or a detached tensor, runs "
-            f"another model, or the step stands in torch.inference_mode(); return the loss as a tensor. {ALONE}"
+            "the loss has no derivative by a trained parameter: the closure returned a Python number, an "
+            "integer or a detached tensor, runs "
+            "another model, or the step stands in torch.inference_mode(); return the loss as a tensor. "
+            f"{ALONE}"
         )
     return torch.stack([value, slope])
 
@@ -129,7 +145,10 @@ class _Watch(TorchFunctionMode):
         found = func(*args, **(kwargs or {}))
         if getattr(func, "namespace", "aten") not in ("aten", "prim", "prims") and _is_dual((args, kwargs)):
             if any(t.is_floating_point() for t in _tensors(found)) and not _is_dual(found):
-                raise Refused(f"forward mode cannot follow the closure (operator {func} drops the derivative): {INSTEAD}")
+                raise Refused(
+                    f"forward mode cannot follow the closure (operator {func} drops the derivative): "
+                    f"{INSTEAD}"
+                )
         return found
 
 
@@ -138,7 +157,11 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _is_dual(values: Any) -> bool:
-    return any(forward_ad.unpack_dual(value).tangent is not None for value in _tensors(values) if value.is_floating_point())
+    return any(
+        forward_ad.unpack_dual(value).tangent is not None
+        for value in _tensors(values)
+        if value.is_floating_point()
+    )
 
 
 __all__ = ["Jvp"]

@@ -12,27 +12,37 @@ from torch import Tensor
 
 
 def loss_tensor(loss: Any, rows: bool = False) -> Tensor:
-    """Returns the closure's loss as a 0-d float64 tensor, on its device; refused unless it is one real number.
+    """Returns the closure's loss as a 0-d float64 tensor, on its device; refused unless it is one real
+    number.
 
     rows  a vector with the loss of each example is expected, and returned as float64 [examples]
 
-    A 0-d or one-element tensor (of integers or booleans too: a count of right answers is one), a Python number or a NumPy scalar.
-    Vectors, complex numbers, None and losses that carry an autograd graph are refused: each has meant a bug in a closure.
+    A 0-d or one-element tensor (of integers or booleans too: a count of right answers is one), a Python
+    number or a NumPy scalar. Vectors, complex numbers, None and losses that carry an autograd graph are
+    refused: each has meant a bug in a closure.
     """
     expected = "expected a scalar: a 0-d or [1] tensor of real numbers, or a Python number"
     if rows:
         expected = "expected a tensor of shape [examples], the loss of each example of the batch"
         if not isinstance(loss, Tensor) or loss.dim() != 1 or not loss.numel():
-            what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{type(loss).__name__} {loss!r:.80}"
+            what = (
+                f"shape {tuple(loss.shape)}"
+                if isinstance(loss, Tensor)
+                else f"{type(loss).__name__} {loss!r:.80}"
+            )
             raise ValueError(f"the closure returned {what}; {expected}: take reduction='none'")
     if isinstance(loss, Tensor):
         if not rows and loss.shape not in ((), (1,)):
-            raise ValueError(f"the closure returned a tensor of shape {tuple(loss.shape)}; {expected} (reduce it with .mean())")
+            raise ValueError(
+                f"the closure returned a tensor of shape {tuple(loss.shape)}; {expected} (reduce it with "
+                ".mean())"
+            )
         if loss.is_complex():
             raise TypeError(f"the closure returned a {loss.dtype} tensor; {expected} (is this the loss?)")
         if loss.requires_grad:
             raise ValueError(
-                f"the closure returned a loss with an autograd graph; {expected}: the loss was computed before the step, or under "
+                f"the closure returned a loss with an autograd graph; {expected}: the loss was computed "
+                "before the step, or under "
                 "enable_grad(): call the model inside the closure, without backward()"
             )
         return loss.reshape([-1] if rows else []).to(torch.float64)

@@ -1,10 +1,13 @@
-"""Evaluation ``master``: the parameters themselves hold theta + eps sum_k a_k z_k while a loss is read; a copy holds theta.
+"""Evaluation ``master``: the parameters themselves hold theta + eps sum_k a_k z_k while a loss is read; a
+copy holds theta.
 
-The copy is taken when a reading begins, so weights that others wrote between steps are theta. One launch per group writes the
-parameters from the copy. At the end, also after an exception, they are written back bit for bit. The model runs as it is: compiled
-graphs, TorchScript, custom kernels, views of weights and caches that look at versions all see real parameters.
+The copy is taken when a reading begins, so weights that others wrote between steps are theta. One launch per
+group writes the parameters from the copy. At the end, also after an exception, they are written back bit for
+bit. The model runs as it is: compiled graphs, TorchScript, custom kernels, views of weights and caches that
+look at versions all see real parameters.
 
-Memory: one copy of what is trained. In 16 bits a perturbation below half an ulp does nothing; the record's `swallowed` is the share.
+Memory: one copy of what is trained. In 16 bits a perturbation below half an ulp does nothing; the record's
+`swallowed` is the share.
 """
 
 from __future__ import annotations
@@ -29,8 +32,8 @@ from .isolation import Isolation
 class Master:
     """Evaluation through the parameters themselves, exact, with a copy of what is trained.
 
-    rounding  of the perturbed 16-bit weights: 'nearest', or 'stochastic', which keeps small perturbations in expectation (both sides
-              of a pair spend the same random bits)"""
+    rounding  of the perturbed 16-bit weights: 'nearest', or 'stochastic', which keeps small perturbations in
+              expectation (both sides of a pair spend the same random bits)"""
 
     name, defers, exact, stands_in = "master", False, True, False
 
@@ -49,12 +52,15 @@ class Master:
         if share is not None and share > 0.1 and not self.said and self.rounding == "nearest":
             self.said = True
             warn(
-                f"evaluation 'master': rounding to 16 bits swallows {share:.0%} of the perturbation (eps = {plan.groups[0].eps}); raise eps, "
+                f"evaluation 'master': rounding to 16 bits swallows {share:.0%} of the perturbation (eps = "
+                f"{plan.groups[0].eps}); raise eps, "
                 "or use zokern.Master(rounding='stochastic')"
             )
         return found
 
-    def read(self, plan: Plan, points: Sequence[Point], closure: Callable[[], object], isolation: Isolation) -> Tensor:
+    def read(
+        self, plan: Plan, points: Sequence[Point], closure: Callable[[], object], isolation: Isolation
+    ) -> Tensor:
         """Returns the losses, without a word about rounding."""
         each = distinct(points)
         read: dict[Point, Tensor] = {}
@@ -72,9 +78,11 @@ class Master:
 
     @contextmanager
     def holding(self, plan: Plan, points: Sequence[Point]) -> Iterator[Callable[[int], bool]]:
-        """Yields a function that writes the parameters at one of the points, and returns whether it wrote; at the end they hold theta."""
+        """Yields a function that writes the parameters at one of the points, and returns whether it wrote; at
+        the end they hold theta."""
         factors = Factors(plan, points)
-        exact = not plan.deferred and plan.rounding != "residual"  # whether the parameters themselves are theta
+        # whether the parameters themselves are theta
+        exact = not plan.deferred and plan.rounding != "residual"
         copied, written = not exact or any(point.terms for point in points), False
         if copied:  # before a reading of theta too: it may write where no version counter tells
             for group in plan.groups:
@@ -108,7 +116,9 @@ class Master:
             group.memo["loose"] = [i for i, t in enumerate(group.theta) if not t.is_contiguous()]
         return group.memo["masters"]
 
-    def _write(self, plan: Plan, group: Group, kept: TensorList, point: Point, factors: Factors, side: int) -> None:
+    def _write(
+        self, plan: Plan, group: Group, kept: TensorList, point: Point, factors: Factors, side: int
+    ) -> None:
         """theta <- the copy, moved to a point."""
         low = group.residuals if plan.rounding == "residual" else None
         moved = group.matrices is not None and not factors.untouched(group, 0, side)
@@ -148,7 +158,9 @@ class Master:
             draw, scale = (point.terms[0][0], scales[0]) if scales else (0, 0.0)
             low = None if low is None else list(low)
             batch = Batch(kept, group.spans, residuals=low, scales=group.scales)
-            group.backend.perturb(batch, Noise(plan.direction, plan.seed, [plan.named(draw)]), [scale], [outs])
+            group.backend.perturb(
+                batch, Noise(plan.direction, plan.seed, [plan.named(draw)]), [scale], [outs]
+            )
         if not in_place:
             for i in group.memo["loose"]:
                 if scales or low or moved:
@@ -156,7 +168,8 @@ class Master:
 
 
 def _swallowed(plan: Plan) -> float | None:
-    """Returns the share of sampled 16-bit weights that are where they were; measured in the first steps and now and then."""
+    """Returns the share of sampled 16-bit weights that are where they were; measured in the first steps and
+    now and then."""
     if plan.step >= 10 and plan.step % 100:
         return None
     still = total = 0.0

@@ -1,12 +1,15 @@
-"""Evaluation ``paired``: all points of a step in one pass of the closure, as a mapped dimension of torch.vmap.
+"""Evaluation ``paired``: all points of a step in one pass of the closure, as a mapped dimension of
+torch.vmap.
 
-Small parameters are copies of all sides, stacked and mapped. At a large matrix the weights are read once for all sides:
+Small parameters are copies of all sides, stacked and mapped. At a large matrix the weights are read once for
+all sides:
 
     dense z      one kernel makes z once and multiplies both signs, or tiles of both signs are made from one z
     factored z   one product x W^T of all sides' rows, and thin products beside it: (x V) C^T U^T
 
-Python runs once for all sides, and no side can see another. Dropout masks are equal. A closure that cannot be mapped is refused by
-name: a branch on a value that depends on the weights, `.item()`, a write into shared memory, a loss that is a Python number.
+Python runs once for all sides, and no side can see another. Dropout masks are equal. A closure that cannot be
+mapped is refused by name: a branch on a value that depends on the weights, `.item()`, a write into shared
+memory, a loss that is a Python number.
 """
 
 from __future__ import annotations
@@ -35,7 +38,8 @@ from .standin import standing_in
 class Paired(Scratch):
     """Evaluation of all points of a step in one pass.
 
-    budget  bytes of reused memory per device (default 64 MB), as in Scratch; activations of all sides live at once
+    budget  bytes of reused memory per device (default 64 MB), as in Scratch; activations of all sides live at
+            once
     sides   most sides in one pass; more points take several passes
     check   as in Scratch"""
 
@@ -47,7 +51,9 @@ class Paired(Scratch):
         super().__init__(budget, check)
         self.sides = sides
 
-    def read(self, plan: Plan, points: Sequence[Point], closure: Callable[[], object], isolation: Isolation) -> Tensor:
+    def read(
+        self, plan: Plan, points: Sequence[Point], closure: Callable[[], object], isolation: Isolation
+    ) -> Tensor:
         """Returns the losses without a comparison."""
         each = distinct(points)
         read: dict[Point, Tensor] = {}
@@ -75,7 +81,8 @@ def _pass(copies: Copies, closure: Callable[[], object]) -> Tensor:
                 loss = closure()
             if not isinstance(loss, Tensor):
                 raise Refused(
-                    f"the closure returned {type(loss).__name__} {loss!r:.40}, one number for all sides of a step: return a tensor, or use "
+                    f"the closure returned {type(loss).__name__} {loss!r:.40}, one number for all sides of a "
+                    "step: return a tensor, or use "
                     "evaluation='master'"
                 )
             return loss_tensor(loss, copies.plan.rows)
@@ -90,7 +97,9 @@ def _pass(copies: Copies, closure: Callable[[], object]) -> Tensor:
     except Exception as problem:
         if not _is_inside(problem, (torch, standin)):
             raise
-        raise Refused(f"torch.vmap cannot map the closure ({type(problem).__name__}: {problem}): {WAY_OUT}") from problem
+        raise Refused(
+            f"torch.vmap cannot map the closure ({type(problem).__name__}: {problem}): {WAY_OUT}"
+        ) from problem
 
 
 def _is_inside(problem: BaseException, packages: Sequence[ModuleType]) -> bool:

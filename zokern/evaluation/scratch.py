@@ -1,9 +1,12 @@
-"""Evaluation ``scratch``: the loss at theta + eps sum_k a_k z_k, a side at a time, from copies within a fixed budget of memory.
+"""Evaluation ``scratch``: the loss at theta + eps sum_k a_k z_k, a side at a time, from copies within a fixed
+budget of memory.
 
-Perturbed copies stand in the parameters' place while the closure runs (standin.py), so the weights are never written:
+Perturbed copies stand in the parameters' place while the closure runs (standin.py), so the weights are never
+written:
 
     small tensors                   copied before the reading, in one launch per group
-    linear, addmm (Conv1D)          a CPU kernel that makes z beside the product, or a tile of the weights at a time
+    linear, addmm (Conv1D)          a CPU kernel that makes z beside the product, or a tile of the weights at
+                                    a time
     embedding, indexing             the rows that are looked up
     other functions                 the whole tensor, for that call; the record names it in `whole`
 """
@@ -30,9 +33,10 @@ MIB = 1 << 20
 class Scratch:
     """Evaluation through perturbed copies, a side at a time.
 
-    budget  bytes of reused memory per device (default 64 MB). A use that cannot be tiled takes its own parameter's size if that is
-            more; the step's record lists such parameters in ``whole``
-    check   compare with 'master' in the first step, when flags or shapes change, and every 500 steps; a difference is an error
+    budget  bytes of reused memory per device (default 64 MB). A use that cannot be tiled takes its own
+            parameter's size if that is more; the step's record lists such parameters in ``whole``
+    check   compare with 'master' in the first step, when flags or shapes change, and every 500 steps; a
+            difference is an error
 
     Raises Refused where a use cannot be followed: TorchScript modules, parameters of a class of their own."""
 
@@ -40,7 +44,10 @@ class Scratch:
 
     def __init__(self, budget: int = 64 * MIB, check: bool = True) -> None:
         if not isinstance(budget, int) or budget < MIB:
-            raise ValueError(f"{type(self).__name__}: budget is {budget!r} bytes; expected an integer, at least {MIB} (1 MB)")
+            raise ValueError(
+                f"{type(self).__name__}: budget is {budget!r} bytes; expected an integer, at least {MIB} (1 "
+                "MB)"
+            )
         self.arena = Arena(budget)
         self.trust = Trust(check)
         self.record = Record(self.name)
@@ -52,7 +59,8 @@ class Scratch:
             self.trust.verify(self, plan, points, closure)
         elif plan.step != self.trust.step:
             for group in plan.groups:
-                group.memo.pop("masters", None)  # of a comparison, or of another evaluation: a copy of all weights
+                # of a comparison, or of another evaluation: a copy of all weights
+                group.memo.pop("masters", None)
         isolation = Isolation(plan)
         found = self.read(plan, points, closure, isolation)
         if isolation.rows > self.trust.rows and self.trust.check:
@@ -60,7 +68,9 @@ class Scratch:
         self.trust.rows = max(self.trust.rows, isolation.rows)
         return found
 
-    def read(self, plan: Plan, points: Sequence[Point], closure: Callable[[], object], isolation: Isolation) -> Tensor:
+    def read(
+        self, plan: Plan, points: Sequence[Point], closure: Callable[[], object], isolation: Isolation
+    ) -> Tensor:
         """Returns the losses without a comparison."""
         read: dict[Point, Tensor] = {}
         whole: set[str] = set()

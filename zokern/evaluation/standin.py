@@ -1,11 +1,14 @@
 """Stand-ins: perturbed copies in the place of the trained parameters while a closure runs.
 
-A parameter stays the same Python object, wherever it is held; what is exchanged is the tensor inside it (torch.utils.swap_tensors does
-the same for Module.to). So a use by hand, through a list or through a tie sees the copy as a module's own forward does.
+A parameter stays the same Python object, wherever it is held; what is exchanged is the tensor inside it
+(torch.utils.swap_tensors does the same for Module.to). So a use by hand, through a list or through a tie sees
+the copy as a module's own forward does.
 
-    resident copies   are ordinary tensors, or tensors mapped by torch.vmap: torch's own operations do the rest
-    Perturbed         has no memory. Products, lookups and indexing by large parameters are done by this package; other functions get a
-                      whole copy. Code that reads its memory directly gets an error, and no unperturbed weight.
+    resident copies   are ordinary tensors, or tensors mapped by torch.vmap: torch's own operations do the
+                      rest
+    Perturbed         has no memory. Products, lookups and indexing by large parameters are done by this
+                      package; other functions get a whole copy. Code that reads its memory directly gets an
+                      error, and no unperturbed weight.
 """
 
 from __future__ import annotations
@@ -51,12 +54,17 @@ class Use(NamedTuple):
     def is_wide(self) -> bool:
         """Whether the resident copy of a 16-bit vector is float32."""
         found = self.copies.resident.get((self.group, self.position))
-        return found is not None and found.dtype != self.copies.plan.groups[self.group].theta[self.position].dtype
+        return (
+            found is not None
+            and found.dtype != self.copies.plan.groups[self.group].theta[self.position].dtype
+        )
 
     def copy(self, cast: torch.dtype | None = None) -> Tensor:
         """Returns the whole parameter as this reading sees it, in its own dtype or another."""
         stack = self.stack()
-        return self.copies.mapped(stack.to(cast or self.copies.plan.groups[self.group].theta[self.position].dtype))
+        return self.copies.mapped(
+            stack.to(cast or self.copies.plan.groups[self.group].theta[self.position].dtype)
+        )
 
 
 class Perturbed(Copy):
@@ -84,26 +92,34 @@ class Perturbed(Copy):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
-        """A use below torch's Python functions: C++ code, a TorchScript function, a subclass made of the parameter."""
+        """A use below torch's Python functions: C++ code, a TorchScript function, a subclass made of the
+        parameter."""
         values, spec = tree_flatten((args, kwargs or {}))
         found = next(v for v in values if isinstance(v, Perturbed))
         if func._schema.is_mutable:
             raise _writes(found, str(func))
         if found._use.copies.level is not None:
-            raise Refused(f"{func} reads the trained parameter {found._use.name!r} below torch.vmap: use evaluation='master'")
-        args, kwargs = tree_unflatten([v._use.copy() if isinstance(v, Perturbed) else v for v in values], spec)
+            raise Refused(
+                f"{func} reads the trained parameter {found._use.name!r} below torch.vmap: use "
+                "evaluation='master'"
+            )
+        args, kwargs = tree_unflatten(
+            [v._use.copy() if isinstance(v, Perturbed) else v for v in values], spec
+        )
         return func(*args, **kwargs)
 
 
 def _writes(parameter: Any, how: str) -> RuntimeError:
     return RuntimeError(
-        f"the closure writes to the trained parameter {parameter._use.name!r} ({how}): the loss of a step must only read the weights; "
+        f"the closure writes to the trained parameter {parameter._use.name!r} ({how}): the loss of a step "
+        "must only read the weights; "
         "the step was abandoned and no weight has changed"
     )
 
 
 def _with_copies(func, name: str, args: tuple, kwargs: dict, cast: torch.dtype | None) -> Any:
-    """Calls the function with whole copies. cast: in float32 for a small vector's sake, with a result of this dtype."""
+    """Calls the function with whole copies. cast: in float32 for a small vector's sake, with a result of this
+    dtype."""
     values, spec = tree_flatten((args, kwargs))
     others = cast is not None and cast.itemsize < 4 and not _mixes(func, values)
     copies, held = [], 0
@@ -123,7 +139,8 @@ def _with_copies(func, name: str, args: tuple, kwargs: dict, cast: torch.dtype |
         if _version(copy) != version:
             raise _writes(value, name)
     if any(result is copy for _, copy, _ in copies):
-        result = result.clone()  # a conversion from 16 bits makes a tensor of its own, which the closure may write to
+        # a conversion from 16 bits makes a tensor of its own, which the closure may write to
+        result = result.clone()
     if cast is not None and isinstance(result, Tensor) and result.is_floating_point():
         return result.to(cast)
     return result
@@ -134,7 +151,8 @@ def _version(tensor: Tensor) -> int:
 
 
 def _upcast(func, args: tuple, kwargs: dict) -> torch.dtype | None:
-    """Returns the result's dtype where a norm, an elementwise product or a conversion runs in float32 for a small vector's sake."""
+    """Returns the result's dtype where a norm, an elementwise product or a conversion runs in float32 for a
+    small vector's sake."""
     if func not in NORMS and func not in PRODUCTS and func not in CONVERSIONS:
         return None
     values = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
@@ -151,14 +169,15 @@ def _upcast(func, args: tuple, kwargs: dict) -> torch.dtype | None:
 
 
 def _mixes(func, values: list) -> bool:
-    """Whether torch itself computes this in float32 and rounds once: a layer norm of 16 bits with float32 vectors, on the CPU."""
+    """Whether torch itself computes this in float32 and rounds once: a layer norm of 16 bits with float32
+    vectors, on the CPU."""
     if func is not F.layer_norm and func is not torch.layer_norm:
         return False
     tensors = [v for v in values if isinstance(v, Tensor)]
     return tensors[0].is_cpu and all(isinstance(v, Perturbed) and v._use.is_wide() for v in tensors[1:])
 
 
-# Handlers ---------------------------------------------------------------------------------------------------------------------
+# Handlers ---------------------------------------------------------------------------------------------------
 
 
 def _linear(func, args: tuple, kwargs: dict):
@@ -176,11 +195,23 @@ def _addmm(func, args: tuple, kwargs: dict):
 
 
 def _product(x: Any, weight: Any, bias: Any, transposed: bool):
-    """Rows, a large matrix and a bias of one number for each of its columns; other arguments get a whole copy."""
-    if not isinstance(weight, Perturbed) or isinstance(x, Perturbed) or not isinstance(x, Tensor) or weight.dim() != 2:
+    """Rows, a large matrix and a bias of one number for each of its columns; other arguments get a whole
+    copy."""
+    if (
+        not isinstance(weight, Perturbed)
+        or isinstance(x, Perturbed)
+        or not isinstance(x, Tensor)
+        or weight.dim() != 2
+    ):
         return NotImplemented
     copies, g, i = weight._use
-    if (g, i) in copies.resident or x.is_nested or x.layout != torch.strided or not x.dim() or _is_taped(x, bias):
+    if (
+        (g, i) in copies.resident
+        or x.is_nested
+        or x.layout != torch.strided
+        or not x.dim()
+        or _is_taped(x, bias)
+    ):
         return NotImplemented
     width, columns = weight.shape if transposed else weight.shape[::-1]
     if x.shape[-1] != width or (transposed and x.dim() != 2):
@@ -228,7 +259,11 @@ def _getitem(func, args: tuple, kwargs: dict):
         and index.dtype in (torch.int64, torch.int32)
         and index.dim()
     ):
-        return _lookup(weight, torch.where(index < 0, index + weight.shape[0], index)) if weight.dim() == 2 else NotImplemented
+        return (
+            _lookup(weight, torch.where(index < 0, index + weight.shape[0], index))
+            if weight.dim() == 2
+            else NotImplemented
+        )
     group = copies.plan.groups[g]
     theta, span, low = group.theta[i], group.spans[i], group.residual(i)
     if isinstance(index, slice):
@@ -248,7 +283,8 @@ def _getitem(func, args: tuple, kwargs: dict):
 
 
 def _is_taped(x: Tensor, bias: Any) -> bool:
-    """Whether autograd follows the call: a closure that differentiates by its inputs. Torch's own operations then do it."""
+    """Whether autograd follows the call: a closure that differentiates by its inputs. Torch's own operations
+    then do it."""
     if torch.autograd.forward_ad._current_level >= 0:
         return True
     return torch.is_grad_enabled() and (
@@ -260,26 +296,50 @@ HANDLERS: dict[Any, Callable] = {
     F.linear: _linear,
     torch.addmm: _addmm,
     F.embedding: _embedding,
-    torch.embedding: lambda func, args, kwargs: _embedding(func, (args[1], args[0]), {}) if len(args) >= 2 else NotImplemented,
+    torch.embedding: lambda func, args, kwargs: (
+        _embedding(func, (args[1], args[0]), {}) if len(args) >= 2 else NotImplemented
+    ),
     Tensor.__getitem__: _getitem,
 }
 CONVERSIONS = {Tensor.to, Tensor.float, Tensor.double, Tensor.type, Tensor.type_as}
-NORMS = {F.layer_norm, F.group_norm, F.rms_norm, F.instance_norm, F.batch_norm, torch.layer_norm, torch.group_norm}
-PRODUCTS = {Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul, Tensor.add, Tensor.__add__, Tensor.__radd__, torch.add}
+NORMS = {
+    F.layer_norm,
+    F.group_norm,
+    F.rms_norm,
+    F.instance_norm,
+    F.batch_norm,
+    torch.layer_norm,
+    torch.group_norm,
+}
+PRODUCTS = {
+    Tensor.mul,
+    Tensor.__mul__,
+    Tensor.__rmul__,
+    torch.mul,
+    Tensor.add,
+    Tensor.__add__,
+    Tensor.__radd__,
+    torch.add,
+}
 DATA_ATTRIBUTES = {"data", "T", "mT", "H", "mH", "real", "imag"}
-# Answered by the stand-in itself, which has the parameter's shape, dtype and device: a copy would be wrong, or wasted.
+# Answered by the stand-in itself, which has the parameter's shape, dtype and device: a copy would be wrong,
+# or wasted.
 METADATA = {
-    "size", "stride", "dim", "ndimension", "numel", "nelement", "element_size", "storage_offset", "is_contiguous", "is_floating_point",
-    "is_complex", "is_signed", "is_inference", "get_device", "data_ptr", "storage", "untyped_storage", "requires_grad_", "register_hook",
-    "register_post_accumulate_grad_hook", "retain_grad", "__len__", "__hash__", "__reduce_ex__", "is_tensor", "result_type", "can_cast",
+    "size", "stride", "dim", "ndimension", "numel", "nelement", "element_size", "storage_offset",
+    "is_contiguous", "is_floating_point",
+    "is_complex", "is_signed", "is_inference", "get_device", "data_ptr", "storage", "untyped_storage",
+    "requires_grad_", "register_hook",
+    "register_post_accumulate_grad_hook", "retain_grad", "__len__", "__hash__", "__reduce_ex__", "is_tensor",
+    "result_type", "can_cast",
 }  # fmt: skip
 
 
-# Exchange ---------------------------------------------------------------------------------------------------------------------
+# Exchange ---------------------------------------------------------------------------------------------------
 
 
 def _places(copies: Copies) -> list[tuple]:
-    """Returns (parameter, class, group, position, what stands in: a stack, or a tensor without memory); prepared once.
+    """Returns (parameter, class, group, position, what stands in: a stack, or a tensor without memory);
+    prepared once.
 
     Raises Refused for parameters that cannot hold another tensor."""
     memo, key = copies.plan.groups[0].memo, ("places", *map(id, copies.resident.values()))
@@ -292,7 +352,8 @@ def _places(copies: Copies) -> list[tuple]:
                 for parameter in objects:
                     if type(parameter) not in (Tensor, nn.Parameter):
                         raise Refused(
-                            f"parameter {group.names[i]!r} is {type(parameter).__name__}, a class of its own: use evaluation='master'"
+                            f"parameter {group.names[i]!r} is {type(parameter).__name__}, a class of its "
+                            "own: use evaluation='master'"
                         )
                     inside = stack if resident else _bodiless(group.theta[i])
                     places.append((parameter, Copy if resident else Perturbed, g, i, inside))
@@ -302,7 +363,8 @@ def _places(copies: Copies) -> list[tuple]:
 
 @contextmanager
 def standing_in(copies: Copies) -> Iterator[None]:
-    """Puts the copies into the trained parameters; on the way out takes them back and looks whether the closure wrote to one."""
+    """Puts the copies into the trained parameters; on the way out takes them back and looks whether the
+    closure wrote to one."""
     done: list[tuple[Any, Tensor, type]] = []
     try:
         for parameter, kind, g, i, inside in _places(copies):
@@ -319,7 +381,8 @@ def standing_in(copies: Copies) -> Iterator[None]:
             if stack._version != versions[key]:
                 name = copies.plan.groups[key[0]].names[key[1]]
                 raise RuntimeError(
-                    f"the closure writes to the trained parameter {name!r}: the loss of a step must only read the weights; the step was "
+                    f"the closure writes to the trained parameter {name!r}: the loss of a step must only "
+                    "read the weights; the step was "
                     "abandoned and no weight has changed"
                 )
     finally:
@@ -334,7 +397,8 @@ _count = itertools.count(1 << 30)
 
 
 def _number(tensors: list[Tensor]) -> None:
-    """Gives stand-ins a version of their own: a cache of the closure that goes by versions finds nothing of another reading."""
+    """Gives stand-ins a version of their own: a cache of the closure that goes by versions finds nothing of
+    another reading."""
     version, number = next(_count) % (1 << 32), torch._C._autograd._unsafe_set_version_counter
     try:
         number(tuple(tensors), (version,) * len(tensors))
@@ -346,7 +410,12 @@ def _number(tensors: list[Tensor]) -> None:
 def _bodiless(theta: Tensor) -> Tensor:
     """Returns a tensor with the shape, strides, dtype and device of a parameter and without memory."""
     made = torch.Tensor._make_wrapper_subclass(
-        Perturbed, theta.shape, strides=theta.stride(), dtype=theta.dtype, device=theta.device, requires_grad=False
+        Perturbed,
+        theta.shape,
+        strides=theta.stride(),
+        dtype=theta.dtype,
+        device=theta.device,
+        requires_grad=False,
     )
     torch._C._set_throw_on_mutable_data_ptr(made)
     return made

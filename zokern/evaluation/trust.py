@@ -1,7 +1,9 @@
-"""Trust: a faster evaluation is compared with one through real parameters, at the same points and a larger offset.
+"""Trust: a faster evaluation is compared with one through real parameters, at the same points and a larger
+offset.
 
-The offset grows until the losses of two points differ by more than rounding does, so a parameter that the faster way does not perturb,
-or a stale cache, stands out. Compared are the first step, the first in other train/eval flags or with larger inputs, and every 500th.
+The offset grows until the losses of two points differ by more than rounding does, so a parameter that the
+faster way does not perturb, or a stale cache, stands out. Compared are the first step, the first in other
+train/eval flags or with larger inputs, and every 500th.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ FARTHEST = 0.1  # largest offset of a comparison, in weights per unit of z
 class Reads(Protocol):
     name: str
 
-    def read(self, plan: Plan, points: Sequence[Point], closure: Callable[[], object], isolation: Isolation) -> Tensor: ...
+    def read(
+        self, plan: Plan, points: Sequence[Point], closure: Callable[[], object], isolation: Isolation
+    ) -> Tensor: ...
 
 
 class Trust:
@@ -38,7 +42,8 @@ class Trust:
     def __init__(self, check: bool = True) -> None:
         self.check = check
         self.flags: list[bool] = []
-        self.names: set[str] = set()  # parameters that were moved in a comparison: a step may move one part after another
+        # parameters that were moved in a comparison: a step may move one part after another
+        self.names: set[str] = set()
         self.step = -1
         self.rows = 0
 
@@ -50,7 +55,9 @@ class Trust:
         flags = [module.training for module in plan.tree.modules]
         return self.step >= 0 and 0 <= plan.step - self.step < EVERY and flags == self.flags
 
-    def verify(self, evaluation: Reads, plan: Plan, points: Sequence[Point], closure: Callable[[], object]) -> None:
+    def verify(
+        self, evaluation: Reads, plan: Plan, points: Sequence[Point], closure: Callable[[], object]
+    ) -> None:
         """Raises Refused if the evaluation reads other losses than 'master'.
 
         Does nothing where no copy of the weights fits. Without a point beside theta there
@@ -62,17 +69,28 @@ class Trust:
         if fits(plan):
             self.rows = max(self.rows, compare(evaluation, Master(), plan, points, closure))
         if not self._is_recent(plan):
-            self.names, self.flags, self.step = set(), [module.training for module in plan.tree.modules], plan.step
+            self.names, self.flags, self.step = (
+                set(),
+                [module.training for module in plan.tree.modules],
+                plan.step,
+            )
         self.names.update(plan.names)
 
 
 def compare(
-    fast: Reads, safe: Reads, plan: Plan, points: Sequence[Point], closure: Callable[[], object], floor: float | None = None
+    fast: Reads,
+    safe: Reads,
+    plan: Plan,
+    points: Sequence[Point],
+    closure: Callable[[], object],
+    floor: float | None = None,
 ) -> int:
-    """Raises Refused if two evaluations disagree on the losses of a pair of points; returns the rows of the inputs.
+    """Raises Refused if two evaluations disagree on the losses of a pair of points; returns the rows of the
+    inputs.
 
-    The pair moves away from theta until its losses differ by far more than rounding does: in 16 bits by the difference between rounding
-    the weights to nearest and stochastically, in float32 by a few units in the last place.
+    The pair moves away from theta until its losses differ by far more than rounding does: in 16 bits by the
+    difference between rounding the weights to nearest and stochastically, in float32 by a few units in the
+    last place.
 
     floor  noise that was measured: rounding to 16 bits inside the closure; None: none is known"""
     ends = [point for point in dict.fromkeys(points) if point.terms][:2]
@@ -82,7 +100,8 @@ def compare(
     coarse, eps, factor = plan.is_coarse or floor is not None, max(group.eps for group in plan.groups), 1.0
     share, enough = (0.25, 32) if coarse else (0.02, 250)
     again = safe.read(plan, ends[:1], closure, Isolation(plan)).item()
-    tried: list[tuple[float, float, list[Point], list[float]]] = []  # how far the losses stand out, noise, points, losses
+    # how far the losses stand out, noise, points, losses
+    tried: list[tuple[float, float, list[Point], list[float]]] = []
     refusal: Refused | None = None
     while factor == 1.0 or factor * eps <= FARTHEST:
         pair = [point.scaled(factor) for point in ends]
@@ -114,14 +133,20 @@ def compare(
     if not tried:
         return 0
     rows, apart = _agree(fast, plan, max(tried), share, closure)
-    if apart and floor is None and (found := _rounding(fast, safe, plan, max(tried)[2][0], closure)) > apart / 8:
+    if (
+        apart
+        and floor is None
+        and (found := _rounding(fast, safe, plan, max(tried)[2][0], closure)) > apart / 8
+    ):
         return compare(fast, safe, plan, points, closure, found)
     if apart:
         raise _refused(fast, safe, apart, eps)
     return rows
 
 
-def _agree(fast: Reads, plan: Plan, case: tuple, share: float, closure: Callable[[], object]) -> tuple[int, float]:
+def _agree(
+    fast: Reads, plan: Plan, case: tuple, share: float, closure: Callable[[], object]
+) -> tuple[int, float]:
     """Returns the rows of the inputs, and by how much the losses are apart where that is too much; else 0."""
     _, noise, pair, right = case
     isolation = Isolation(plan)
@@ -132,19 +157,25 @@ def _agree(fast: Reads, plan: Plan, case: tuple, share: float, closure: Callable
 
 def _refused(fast: Reads, safe: Reads, apart: float, offset: float) -> Refused:
     return Refused(
-        f"evaluation {fast.name!r} reads losses that differ by {apart:.3g} from those of {safe.name!r} at the same weights (offset "
-        f"{offset:.3g}): the closure reads a trained parameter in a way that {fast.name!r} cannot follow; {WAY_OUT}"
+        f"evaluation {fast.name!r} reads losses that differ by {apart:.3g} from those of {safe.name!r} at "
+        "the same weights (offset "
+        f"{offset:.3g}): the closure reads a trained parameter in a way that {fast.name!r} cannot follow; "
+        f"{WAY_OUT}"
     )
 
 
 def _repeats(a: float, b: float, coarse: bool) -> bool:
-    return not (abs(a) < float("inf") and abs(b) < float("inf")) or abs(a - b) <= (4e-3 if coarse else 1e-4) * abs(b)
+    return not (abs(a) < float("inf") and abs(b) < float("inf")) or abs(a - b) <= (
+        4e-3 if coarse else 1e-4
+    ) * abs(b)
 
 
 def _rounding(fast: Reads, safe: Reads, plan: Plan, point: Point, closure: Callable[[], object]) -> float:
-    """Returns by how much two evaluations are apart close to theta: rounding to 16 bits, as in an autocast region inside the closure.
+    """Returns by how much two evaluations are apart close to theta: rounding to 16 bits, as in an autocast
+    region inside the closure.
 
-    A misreading shrinks with the offset, and rounding does not. More than 1 % of the loss is no rounding: another way through the model."""
+    A misreading shrinks with the offset, and rounding does not. More than 1 % of the loss is no rounding:
+    another way through the model."""
     near = [THETA, point.scaled(2.0**-6), point.scaled(-(2.0**-6))]
     mine, right = (way.read(plan, near, closure, Isolation(plan)).tolist() for way in (fast, safe))
     apart = max(abs(a - b) for a, b in zip(mine, right))
@@ -170,7 +201,11 @@ def free_memory(device: torch.device) -> int:
         with open("/proc/meminfo") as lines:
             return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration, ValueError):
-        pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}) else 1 << 40
+        pages = (
+            os.sysconf("SC_AVPHYS_PAGES")
+            if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {})
+            else 1 << 40
+        )
         return pages * (os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096)
 
 

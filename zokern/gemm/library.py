@@ -52,7 +52,9 @@ def chooses(x: Tensor, weight: Tensor) -> bool:
         return False
     if x.shape[-1] != weight.shape[1]:  # torch says what is wrong
         return False
-    if torch.is_autocast_enabled("cpu") or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
+    if torch.is_autocast_enabled("cpu") or (
+        torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    ):
         return False
     rows = x.numel() // x.shape[-1]
     if x.dtype == torch.float32:
@@ -92,7 +94,10 @@ def wide(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
     The sums are not rounded. Widened operands are exact, in TF32 too."""
     rows, width = weight.shape
-    flat, step = x.to(dtype).float(), max(1, min(rows, (BLOCK if weight.is_cpu else WIDE_BLOCK) // max(1, width)))
+    flat, step = (
+        x.to(dtype).float(),
+        max(1, min(rows, (BLOCK if weight.is_cpu else WIDE_BLOCK) // max(1, width))),
+    )
     out = torch.empty((x.shape[0], rows), dtype=torch.float32, device=x.device)
     for start in range(0, rows, step):
         block = weight[start : start + step]
@@ -103,7 +108,11 @@ def wide(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 @cache
 def has_onednn() -> bool:
     """Tells whether oneDNN's float32 product is there, and MKL, torch's choice, is on its slow path."""
-    return torch.backends.mkl.is_available() and _has("_linear_pointwise") and maker() not in ("", "GenuineIntel")
+    return (
+        torch.backends.mkl.is_available()
+        and _has("_linear_pointwise")
+        and maker() not in ("", "GenuineIntel")
+    )
 
 
 @cache

@@ -48,14 +48,23 @@ def factored_linear(
     if shrink != 1.0 and dtype != torch.float32 and (cast or all(x.dtype == dtype for x in flat)):
         with torch.autocast(device, enabled=False):
             return _shrunk(sides, counts, matrix, shrink, dtype)
-    if len(flat) > 1 and (sum(counts) <= JOIN or len(flat) > MANY) and not cast and all(x.dtype == tensor.dtype for x in flat):
+    if (
+        len(flat) > 1
+        and (sum(counts) <= JOIN or len(flat) > MANY)
+        and not cast
+        and all(x.dtype == tensor.dtype for x in flat)
+    ):
         return _together(backend, sides, counts, matrix, shrink)
     outs = []
     for j, (x, bias) in enumerate(zip(flat, sides.biases)):
         with torch.autocast(device, enabled=False) if cast else nullcontext():
             mine = [(thin, list(thin.sides).index(j)) for thin in sides.thins if j in thin.sides]
             strips = [
-                _Strip(slice(None), _strip_rows(x, thin.first, thin.middles[at : at + 1], counts[j : j + 1]), thin.last)
+                _Strip(
+                    slice(None),
+                    _strip_rows(x, thin.first, thin.middles[at : at + 1], counts[j : j + 1]),
+                    thin.last,
+                )
                 for thin, at in mine
             ]
         outs.append(_sum(backend, x if shrink == 1.0 else x * shrink, matrix, bias, strips))
@@ -101,7 +110,9 @@ def _shrunk(sides: Sides, counts: list[int], matrix: Tensor, shrink: float, dtyp
     for thin in sides.thins:
         for j, middle in zip(thin.sides, thin.middles.unbind(0)):
             here = slice(begin[j], begin[j + 1])
-            y[here].addmm_(_strip_rows(x[here], thin.first, middle.unsqueeze(0), counts[j : j + 1]), thin.last.t())
+            y[here].addmm_(
+                _strip_rows(x[here], thin.first, middle.unsqueeze(0), counts[j : j + 1]), thin.last.t()
+            )
     for j, bias in enumerate(sides.biases):
         if bias is not None:
             y[begin[j] : begin[j + 1]] += bias.float()
@@ -133,7 +144,9 @@ def _strip_rows(x: Tensor, first: Tensor, middles: Tensor, counts: Sequence[int]
     rank = first.shape[0]
     narrow = torch.mm(first, x.t()).t() if rank < NARROW else library.linear(x, first)
     if len(set(counts)) == 1:
-        return torch.bmm(narrow.reshape(len(counts), counts[0], rank), middles).view(len(x), middles.shape[-1])
+        return torch.bmm(narrow.reshape(len(counts), counts[0], rank), middles).view(
+            len(x), middles.shape[-1]
+        )
     return torch.cat([t @ middle for t, middle in zip(narrow.split(list(counts)), middles)])
 
 
@@ -144,7 +157,9 @@ def _with_bias(strip: _Strip, counts: Sequence[int], biases: Sequence[Tensor | N
     return _Strip(strip.here, rows, last)
 
 
-def _sum(backend: Backend, x: Tensor, matrix: Tensor, bias: Tensor | None, strips: Sequence[_Strip]) -> Tensor:
+def _sum(
+    backend: Backend, x: Tensor, matrix: Tensor, bias: Tensor | None, strips: Sequence[_Strip]
+) -> Tensor:
     """Returns x matrix^T + bias + the thin products, by blocks of columns if y is larger than the caches.
 
     The thin products would otherwise read and write all of y once more."""

@@ -27,7 +27,11 @@ def joined(pieces: Sequence[Tensor]) -> Tensor:
     """Returns the rows of all pieces one below the other; a copy only if they do not lie so already."""
     first = pieces[0]
     base = first._base
-    if base is not None and base.is_contiguous() and all(piece._base is base and piece.is_contiguous() for piece in pieces):
+    if (
+        base is not None
+        and base.is_contiguous()
+        and all(piece._base is base and piece.is_contiguous() for piece in pieces)
+    ):
         ends = [piece.storage_offset() + piece.numel() for piece in pieces]
         starts = [piece.storage_offset() for piece in pieces]
         if ends[:-1] == starts[1:] and sum(piece.numel() for piece in pieces) == base.numel():

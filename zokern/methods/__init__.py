@@ -49,7 +49,11 @@ def find() -> dict[str, type[ZerothOrder]]:
     for file in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{file.name}")
         for name, value in vars(module).items():
-            if isinstance(value, type) and issubclass(value, ZerothOrder) and value.__module__ == module.__name__:
+            if (
+                isinstance(value, type)
+                and issubclass(value, ZerothOrder)
+                and value.__module__ == module.__name__
+            ):
                 found[name] = value
     return dict(sorted(found.items()))
 

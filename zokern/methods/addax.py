@@ -37,7 +37,8 @@ class Addax(ZerothOrder):
     Raises ValueError or TypeError, before any weight is touched, for arguments out of range."""
 
     def __init__(
-        self, params: Any, lr: float | None = None, eps: float = 1e-3, *, alpha: float | None = None, estimator: Estimator | None = None,
+        self, params: Any, lr: float | None = None, eps: float = 1e-3, *, alpha: float | None = None,
+        estimator: Estimator | None = None,
         evaluation: Any = "auto", **options: Any,
     ) -> None:  # fmt: skip
         lr = 1e-3 if lr is None else lr

@@ -33,8 +33,10 @@ class BlockMeZO(ZerothOrder):
     Raises ValueError or TypeError, before any weight is touched, for arguments out of range."""
 
     def __init__(
-        self, params: Any, lr: float | None = None, eps: float = 1e-3, *, block: str | Callable[[str], str] = "layer",
-        order: str = "gauss-seidel", queries: int = 1, stencil: str | Stencil = "central", evaluation: Any = "auto", **options: Any,
+        self, params: Any, lr: float | None = None, eps: float = 1e-3, *,
+        block: str | Callable[[str], str] = "layer",
+        order: str = "gauss-seidel", queries: int = 1, stencil: str | Stencil = "central",
+        evaluation: Any = "auto", **options: Any,
     ) -> None:  # fmt: skip
         estimator = Blockwise(Spsa(queries, stencil), block, order)
         super().__init__(params, lr=lr, eps=eps, estimator=estimator, evaluation=evaluation, **options)

@@ -28,7 +28,15 @@ class BSZO(ZerothOrder):
     Raises ValueError or TypeError, before any weight is touched, for arguments out of range."""
 
     def __init__(
-        self, params: Any, lr: float | None = None, eps: float = 1e-3, *, queries: int = 2, observations: int = 3,
+        self, params: Any, lr: float | None = None, eps: float = 1e-3, *, queries: int = 2,
+        observations: int = 3,
         evaluation: Any = "auto", **options: Any,
     ) -> None:  # fmt: skip
-        super().__init__(params, lr=lr, eps=eps, estimator=Bayesian(queries, observations), evaluation=evaluation, **options)
+        super().__init__(
+            params,
+            lr=lr,
+            eps=eps,
+            estimator=Bayesian(queries, observations),
+            evaluation=evaluation,
+            **options,
+        )

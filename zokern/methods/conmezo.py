@@ -44,4 +44,6 @@ class ConMeZO(ZerothOrder):
         evaluation: Any = "auto",
         **options: Any,
     ) -> None:
-        super().__init__(params, lr=lr, eps=eps, estimator=Spsa(), rule=Cone(angle, beta), evaluation=evaluation, **options)
+        super().__init__(
+            params, lr=lr, eps=eps, estimator=Spsa(), rule=Cone(angle, beta), evaluation=evaluation, **options
+        )

@@ -36,7 +36,8 @@ class DPZO(ZerothOrder):
     closure that returns no vector."""
 
     def __init__(
-        self, params: Any, lr: float | None = None, eps: float = 1e-3, *, clip: float = 0.1, noise: float = 1.0, kind: str = "gaussian",
+        self, params: Any, lr: float | None = None, eps: float = 1e-3, *, clip: float = 0.1,
+        noise: float = 1.0, kind: str = "gaussian",
         batch: int | None = None, queries: int = 1, evaluation: Any = "auto", **options: Any,
     ) -> None:  # fmt: skip
         estimator = Private(clip, noise, kind, batch, queries)

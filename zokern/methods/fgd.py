@@ -34,7 +34,8 @@ class FGD(ZerothOrder):
     Raises ValueError or TypeError, before any weight is touched, for arguments out of range."""
 
     def __init__(
-        self, params: Any, lr: float | None = None, eps: float = 1e-3, *, queries: int = 1, clip: float | None = None, evaluation: Any = "auto",
+        self, params: Any, lr: float | None = None, eps: float = 1e-3, *, queries: int = 1,
+        clip: float | None = None, evaluation: Any = "auto",
         **options: Any,
     ) -> None:  # fmt: skip
         estimator = ForwardGradient(queries, clip)

@@ -1,5 +1,5 @@
-"""HiZOO: SGD that perturbs and moves every weight by a scale of its own, learned from curvature. Zhao et al. 2024,
-"Second-Order Fine-Tuning without Pain for LLMs: A Hessian Informed Zeroth-Order Optimizer"."""
+"""HiZOO: SGD that perturbs and moves every weight by a scale of its own, learned from curvature. Zhao et al.
+2024, "Second-Order Fine-Tuning without Pain for LLMs: A Hessian Informed Zeroth-Order Optimizer"."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from ..optimizer import ZerothOrder
 
 
 class HiZOO(ZerothOrder):
-    """theta <- (1 - lr wd) theta - (lr / q) sum_k c_k s' z_k,   s' = s / sqrt(1 - smooth + smooth mean_k v_k z_k^2)
-    c_k = (L(theta + eps s z_k) - L(theta - eps s z_k)) / (2 eps)
+    """theta <- (1 - lr wd) theta - (lr / q) sum_k c_k s' z_k,   s' = s / sqrt(1 - smooth + smooth mean_k v_k
+    z_k^2) c_k = (L(theta + eps s z_k) - L(theta - eps s z_k)) / (2 eps)
     v_k = |L(theta + eps s z_k) + L(theta - eps s z_k) - 2 L(theta)| / (2 eps^2)
 
-    s = h^(-1/2) starts at 1. The losses are read along the old s and the weights move along the new one, as published.
+    s = h^(-1/2) starts at 1. The losses are read along the old s and the weights move along the new one, as
+    published.
 
     Use it where weights differ much in curvature and 4 bytes a weight are there. A third loss pays for it.
 
@@ -31,7 +32,8 @@ class HiZOO(ZerothOrder):
     Raises ValueError or TypeError, before any weight is touched, for arguments out of range."""
 
     def __init__(
-        self, params: Any, lr: float | None = None, eps: float = 1e-3, *, smooth: float = 1e-8, queries: int = 1, direction: Any = "normal",
+        self, params: Any, lr: float | None = None, eps: float = 1e-3, *, smooth: float = 1e-8,
+        queries: int = 1, direction: Any = "normal",
         evaluation: Any = "auto", **options: Any,
     ) -> None:  # fmt: skip
         parts: dict[str, Any] = {"direction": Curved(smooth, direction), "estimator": Curvature(queries)}

@@ -44,10 +44,13 @@ class Hybrid(ZerothOrder):
 
     def __init__(
         self, params: Any, lr: float | None = None, eps: float = 1e-3, *, first_order: Any = None,
-        optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None, estimator: Estimator | None = None,
+        optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None,
+        estimator: Estimator | None = None,
         evaluation: Any = "auto", **options: Any,
     ) -> None:  # fmt: skip
-        super().__init__(params, lr=lr, eps=eps, estimator=Split((), estimator), evaluation=evaluation, **options)
+        super().__init__(
+            params, lr=lr, eps=eps, estimator=Split((), estimator), evaluation=evaluation, **options
+        )
         trained = {e.name: e.tensor for group in self.work.entries for e in group if e.tensor.requires_grad}
         chosen, _ = Split(_chosen(self.work.known(), first_order), estimator).parts(trained)
         self.first_order = (ADAMW if optimizer is None else optimizer)([trained[name] for name in chosen])
@@ -61,17 +64,23 @@ def _chosen(known: dict[str, Any], wanted: Any) -> set[str]:
         return {name for name in known if wanted(name)}
     if wanted is None:
         blocks = list(dict.fromkeys(map(block_of, known)))
-        last = max((i for i, block in enumerate(blocks) if block.rpartition(".")[2].isdigit()), default=len(blocks) - 1)
+        last = max(
+            (i for i, block in enumerate(blocks) if block.rpartition(".")[2].isdigit()),
+            default=len(blocks) - 1,
+        )
         return {name for name in known if block_of(name) in blocks[last:]}
     found: set[str] = set()
     for one in [wanted] if isinstance(wanted, (str, nn.Module, Tensor)) else wanted:
         ids = {id(p) for p in one.parameters()} if isinstance(one, nn.Module) else {id(one)}
         part = {
-            name for name, t in known.items() if id(t) in ids or (isinstance(one, str) and f"{name}.".startswith(f"{one}."))
+            name
+            for name, t in known.items()
+            if id(t) in ids or (isinstance(one, str) and f"{name}.".startswith(f"{one}."))
         }
         if not part:
             raise ValueError(
-                f"first_order has {one!r:.60}, which no trained parameter belongs to; the names are such as {list(known)[-3:]}"
+                f"first_order has {one!r:.60}, which no trained parameter belongs to; the names are such as "
+                f"{list(known)[-3:]}"
             )
         found |= part
     return found

@@ -29,6 +29,7 @@ class MeZOGV(ZerothOrder):
     Raises ValueError or TypeError, before any weight is touched, for arguments out of range."""
 
     def __init__(
-        self, params: Any, lr: float | None = None, eps: float = 1e-3, *, norm: str = "matched", evaluation: Any = "auto", **options: Any
+        self, params: Any, lr: float | None = None, eps: float = 1e-3, *, norm: str = "matched",
+        evaluation: Any = "auto", **options: Any
     ) -> None:  # fmt: skip
         super().__init__(params, lr=lr, eps=eps, estimator=Guided(norm), evaluation=evaluation, **options)

@@ -1,4 +1,5 @@
-"""P-GAP: SGD along low-rank draws that are aligned with a probed gradient. Zhang et al. 2025, arXiv 2510.18228."""
+"""P-GAP: SGD along low-rank draws that are aligned with a probed gradient. Zhang et al. 2025, arXiv
+2510.18228."""
 
 from __future__ import annotations
 
@@ -21,21 +22,27 @@ PROBE = 2  # query of the first probe; queries 0 and 1 of the purpose BASIS belo
 
 
 class Probed(Aligned, Measured):
-    """The direction of P-GAP: U, S, V of G = (1/h) sum_{i<=h} c_i z_i, from h central differences along dense normals.
+    """The direction of P-GAP: U, S, V of G = (1/h) sum_{i<=h} c_i z_i, from h central differences along dense
+    normals.
 
     probes             h
-    oversample, power  of the randomized range finder, which never holds G: extra columns, and power iterations
+    oversample, power  of the randomized range finder, which never holds G: extra columns, and power
+                       iterations
 
     `state` holds the coefficients of the probes by step: a basis is a function of them and of the stream."""
 
     def __init__(self, probes: int = 10, oversample: int = 8, power: int = 1, **options: Any) -> None:
         super().__init__(**options)
         self.probes = whole_number("probes", probes)
-        self.oversample, self.power = whole_number("oversample", oversample, 0), whole_number("power", power, 0)
+        self.oversample, self.power = (
+            whole_number("oversample", oversample, 0),
+            whole_number("power", power, 0),
+        )
         self._newest = -1  # step of the basis in use
 
     def measure(self, oracle: Oracle, plan: Plan) -> None:
-        """Probes where this step begins a basis. Weights are read, not written (evaluation 'inplace': up to rounding).
+        """Probes where this step begins a basis. Weights are read, not written (evaluation 'inplace': up to
+        rounding).
 
         Raises RuntimeError where the step goes on with a basis whose probes are not known."""
         self._newest = self.basis_step(plan.step)
@@ -43,7 +50,8 @@ class Probed(Aligned, Measured):
             return
         if plan.step != self._newest:
             raise RuntimeError(
-                f"step {plan.step} needs the basis of step {self._newest}, whose probes are not known: load the state_dict of that run"
+                f"step {plan.step} needs the basis of step {self._newest}, whose probes are not known: load "
+                "the state_dict of that run"
             )
         groups = [replace(group, matrices=None, eps=plan.groups[0].eps, memo={}) for group in plan.groups]
         dense = replace(plan, groups=groups, direction=Normal(), factored=None, scopes={}, earlier={})
@@ -56,29 +64,47 @@ class Probed(Aligned, Measured):
 
     def forget(self, needed: set[int | None]) -> None:
         """Drops the probes of bases that no momentum belongs to."""
-        self.state = {step: found for step, found in self.state.items() if step in needed or step == self._newest}
+        self.state = {
+            step: found for step, found in self.state.items() if step in needed or step == self._newest
+        }
 
     def refresh(self, matrices: Sequence[Matrix], source: Source, step: int) -> None:
         """Sets the basis of a step from its probes; a random one where all of them are zero."""
         if step not in self.state:
             raise RuntimeError(
-                f"the momentum of {matrices[0].name!r} belongs to the basis of step {step}, whose probes are not known (those of "
-                f"{sorted(self.state)} are): load the state_dict of that run, or start it anew with `del optimizer.state[parameter]`"
+                f"the momentum of {matrices[0].name!r} belongs to the basis of step {step}, whose probes are "
+                "not known (those of "
+                f"{sorted(self.state)} are): load the state_dict of that run, or start it anew with `del "
+                "optimizer.state[parameter]`"
             )
         found = self.state[step]
         if any(found):
             for matrix in matrices:
-                self._decompose(matrix, source, step, [(step, draw_word(PROBE + k, BASIS)) for k in range(len(found))], found)
+                self._decompose(
+                    matrix,
+                    source,
+                    step,
+                    [(step, draw_word(PROBE + k, BASIS)) for k in range(len(found))],
+                    found,
+                )
             return
         super().refresh(matrices, source, step)
         for matrix in matrices:
             matrix.extra.pop("spectrum", None)
 
     def _decompose(
-        self, matrix: Matrix, source: Source, step: int, draws: Sequence[tuple[int, int]], coefficients: Sequence[float]
+        self,
+        matrix: Matrix,
+        source: Source,
+        step: int,
+        draws: Sequence[tuple[int, int]],
+        coefficients: Sequence[float],
     ) -> None:
         """Sets left, right and the spectrum of a matrix to the truncated decomposition of G."""
-        weights, width = [c / len(coefficients) for c in coefficients], min(matrix.rank + self.oversample, *matrix.shape)
+        weights, width = (
+            [c / len(coefficients) for c in coefficients],
+            min(matrix.rank + self.oversample, *matrix.shape),
+        )
 
         def times(omega: Tensor, transposed: bool = False) -> Tensor:
             return source.sketch(matrix, draws, weights, omega, transposed)
@@ -99,34 +125,36 @@ class Probed(Aligned, Measured):
 class PGAP(ZerothOrder):
     """W <- (1 - lr wd) W - (lr / q) sum_k c_k s U Z_k V^T, with U, S, V of an estimated gradient
 
-    Every `interval` steps, before the step: G = (1/h) sum_{i<=h} c_i z_i from h dense central differences on the step's
-    own batch. Of every matrix' part of G a randomized range finder, which never holds G, finds the truncated singular
-    value decomposition U S V^T. A step draws Z0 (r x r) and moves its component along diag(S) to <diag(S), Z> = xi
-    sqrt(delta) ||S||:
+    Every `interval` steps, before the step: G = (1/h) sum_{i<=h} c_i z_i from h dense central differences on
+    the step's own batch. Of every matrix' part of G a randomized range finder, which never holds G, finds the
+    truncated singular value decomposition U S V^T. A step draws Z0 (r x r) and moves its component along
+    diag(S) to <diag(S), Z> = xi sqrt(delta) ||S||:
 
         Z = Z0 - (sum_i S_i Z0_ii - xi sqrt(delta) ||S||) / (||S||^2 + 1e-12) diag(S)
 
-    Use it to compare with the paper. At the published settings the basis held 0.98 +- 0.06 times as much of the true
-    gradient as a random one, on matrices of SmolLM2-135M (`python -m benchmarks.pgap_energy`): SubZero costs less. Of
-    a block that is probed alone it held more from about 300 probes on, of a single matrix from about 100.
+    Use it to compare with the paper. At the published settings the basis held 0.98 +- 0.06 times as much of
+    the true gradient as a random one, on matrices of SmolLM2-135M (`python -m benchmarks.pgap_energy`):
+    SubZero costs less. Of a block that is probed alone it held more from about 300 probes on, of a single
+    matrix from about 100.
 
     params    a module, or parameters, (name, parameter) pairs or groups, as for zokern.MeZO
-    lr, eps   per step and in weights, of MeZO's size with norm='matched'. Published for LoRA with norm='unit': lr 1e-2 to 5e-2, eps 0.1;
-              for all weights nothing was found. With norm='unit' ||z||_F^2 is about r^2, and a step of MeZO's length needs
-              eps sqrt(m n) / r and lr m n / r^2
+    lr, eps   per step and in weights, of MeZO's size with norm='matched'. Published for LoRA with
+              norm='unit': lr 1e-2 to 5e-2, eps 0.1; for all weights nothing was found. With norm='unit'
+              ||z||_F^2 is about r^2, and a step of MeZO's length needs eps sqrt(m n) / r and lr m n / r^2
     rank      r, at most min(m, n): 128 to 512 for all weights, 8 for LoRA
     interval  k, steps between two bases: 100 (another reading of the paper: 16 or 512)
     probes    h: 10
     delta     delta_0 = 2, falling linearly to 0 over `steps` steps (None: it does not fall)
-    sign      xi: 'matrix' (the paper: random, here one per matrix and draw), 'step', 'positive' (a public re-implementation)
+    sign      xi: 'matrix' (the paper: random, here one per matrix and draw), 'step', 'positive' (a public
+              re-implementation)
     norm      s: 'matched' sqrt(m n) / r, SubZero's scale; 'unit' 1, the paper's formula
     dense     what parameters that are not matrices take: a dense normal z. The paper does not say
     oversample, power   of the range finder: extra columns, and power iterations
     defer, options      as for zokern.SubZero
 
-    The basis is a function of the probes' coefficients, which state_dict keeps: a resumed run draws the same. Its last bits depend on
-    the machine's matrix products and LAPACK (one thread is used, so not on the thread count).
-    Raises ValueError or TypeError, before any weight is touched, for arguments out of range."""
+    The basis is a function of the probes' coefficients, which state_dict keeps: a resumed run draws the same.
+    Its last bits depend on the machine's matrix products and LAPACK (one thread is used, so not on the thread
+    count). Raises ValueError or TypeError, before any weight is touched, for arguments out of range."""
 
     def __init__(
         self,
@@ -146,6 +174,13 @@ class PGAP(ZerothOrder):
         evaluation: Any = "auto",
         **options: Any,
     ) -> None:
-        aligned = {"rank": rank, "interval": interval, "delta": delta, "steps": steps, "sign": sign, "norm": norm}
+        aligned = {
+            "rank": rank,
+            "interval": interval,
+            "delta": delta,
+            "steps": steps,
+            "sign": sign,
+            "norm": norm,
+        }
         direction = Probed(probes, oversample, power, **aligned)
         super().__init__(params, lr=lr, eps=eps, direction=direction, evaluation=evaluation, **options)

@@ -26,6 +26,9 @@ class RLOO(ZerothOrder):
     Raises ValueError or TypeError, before any weight is touched, for arguments out of range."""
 
     def __init__(
-        self, params: Any, lr: float | None = None, eps: float = 1e-3, *, queries: int = 4, evaluation: Any = "auto", **options: Any
+        self, params: Any, lr: float | None = None, eps: float = 1e-3, *, queries: int = 4,
+        evaluation: Any = "auto", **options: Any
     ) -> None:  # fmt: skip
-        super().__init__(params, lr=lr, eps=eps, estimator=LeaveOneOut(queries), evaluation=evaluation, **options)
+        super().__init__(
+            params, lr=lr, eps=eps, estimator=LeaveOneOut(queries), evaluation=evaluation, **options
+        )

@@ -1,5 +1,5 @@
-"""ZO-Muon: steps along orthogonalised estimates in random subspaces. Lang et al. 2026, "Powering Up Zeroth-Order
-Training via Subspace Gradient Orthogonalization", arXiv 2602.17155."""
+"""ZO-Muon: steps along orthogonalised estimates in random subspaces. Lang et al. 2026, "Powering Up
+Zeroth-Order Training via Subspace Gradient Orthogonalization", arXiv 2602.17155."""
 
 from __future__ import annotations
 
@@ -16,25 +16,27 @@ class ZOMuon(ZerothOrder):
     """W <- (1 - lr wd) W - lr t P msign(G),   G = (1/N) sum_i c_i Psi_i
     c_i = (L(W + eps s P Psi_i) - L(W)) / eps
 
-    P (m x r) has orthonormal columns, Haar distributed, and is kept for an interval. Psi_i (r x n) is standard normal,
-    anew for every step and query. msign(G) is about the U V^T of the singular value decomposition of G: five
-    Newton-Schulz iterations in float32 (zokern.Muon). Parameters that are not matrices take a dense normal z and SGD.
+    P (m x r) has orthonormal columns, Haar distributed, and is kept for an interval. Psi_i (r x n) is
+    standard normal, anew for every step and query. msign(G) is about the U V^T of the singular value
+    decomposition of G: five Newton-Schulz iterations in float32 (zokern.Muon). Parameters that are not
+    matrices take a dense normal z and SGD.
 
-    In the reference a step of a new P measures every query along a P of its own, and moves along the last one. Here
-    all queries of a step share P.
+    In the reference a step of a new P measures every query along a P of its own, and moves along the last
+    one. Here all queries of a step share P.
 
-    Use it where a few directions of the gradient outweigh the others: a step is equally long along all r of them.
+    Use it where a few directions of the gradient outweigh the others: a step is equally long along all r of
+    them.
 
     params     a module, or parameters, (name, parameter) pairs or groups, as for zokern.MeZO
-    lr, eps    in weights: with norm='matched' a step is about lr long in every weight. None: 2e-4. Published for
-               OPT-13B, with norm='unit': lr 1e-2, eps 1e-3
-    dense_lr   lr of the parameters that are not matrices, while lr has its first value; it follows schedules of lr.
-               The reference: 1e-7
+    lr, eps    in weights: with norm='matched' a step is about lr long in every weight. None: 2e-4. Published
+               for OPT-13B, with norm='unit': lr 1e-2, eps 1e-3
+    dense_lr   lr of the parameters that are not matrices, while lr has its first value; it follows schedules
+               of lr. The reference: 1e-7
     rank       r, at most min(m, n); published: 64
     interval   steps between two P (the paper's T0): 100
     queries    N: 4 as published, of a search over 4 to 16
-    norm       'matched': s = sqrt(m / r) and t = sqrt(m n / r), so that z and the step are as long as dense ones;
-               'unit': s = t = 1, the formula as printed
+    norm       'matched': s = sqrt(m / r) and t = sqrt(m n / r), so that z and the step are as long as dense
+               ones; 'unit': s = t = 1, the formula as printed
     options    those of zokern.MeZO; evaluation is 'auto' by default, and updates wait in an n x r sum
 
     Raises ValueError or TypeError, before any weight is touched, for arguments out of range."""

@@ -29,7 +29,10 @@ class ZOConservative(ZerothOrder):
     Raises ValueError or TypeError, before any weight is touched, for arguments out of range."""
 
     def __init__(
-        self, params: Any, lr: float | None = None, eps: float = 1e-3, *, queries: int = 1, stencil: str | Stencil = "central",
+        self, params: Any, lr: float | None = None, eps: float = 1e-3, *, queries: int = 1,
+        stencil: str | Stencil = "central",
         evaluation: Any = "auto", **options: Any,
     ) -> None:  # fmt: skip
-        super().__init__(params, lr=lr, eps=eps, estimator=Conservative(queries, stencil), evaluation=evaluation, **options)
+        super().__init__(
+            params, lr=lr, eps=eps, estimator=Conservative(queries, stencil), evaluation=evaluation, **options
+        )

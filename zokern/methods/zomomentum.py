@@ -34,7 +34,8 @@ class ZOMomentum(ZerothOrder):
     Raises ValueError or TypeError, before any weight is touched, for arguments out of range."""
 
     def __init__(
-        self, params: Any, lr: float | None = None, eps: float = 1e-3, *, momentum: float = 0.9, window: int | None = None,
+        self, params: Any, lr: float | None = None, eps: float = 1e-3, *, momentum: float = 0.9,
+        window: int | None = None,
         evaluation: Any = "auto", **options: Any,
     ) -> None:  # fmt: skip
         beta = within("momentum", momentum, 0.0, 1.0, "0 <= momentum < 1")

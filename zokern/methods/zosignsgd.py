@@ -31,7 +31,8 @@ class ZOSignSGD(ZerothOrder):
     Raises ValueError or TypeError, before any weight is touched, for arguments out of range."""
 
     def __init__(
-        self, params: Any, lr: float | None = None, eps: float = 1e-3, *, of: str = "coefficient", queries: int = 1,
+        self, params: Any, lr: float | None = None, eps: float = 1e-3, *, of: str = "coefficient",
+        queries: int = 1,
         stencil: str | Stencil = "central", evaluation: Any = "auto", **options: Any,
     ) -> None:  # fmt: skip
         forms: dict[str, tuple[Spsa, Rule]] = {
@@ -40,4 +41,6 @@ class ZOSignSGD(ZerothOrder):
         if of not in forms:
             raise ValueError(f"of is {of!r}; expected one of {list(forms)}")
         estimator, rule = forms[of]
-        super().__init__(params, lr=lr, eps=eps, estimator=estimator, rule=rule, evaluation=evaluation, **options)
+        super().__init__(
+            params, lr=lr, eps=eps, estimator=estimator, rule=rule, evaluation=evaluation, **options
+        )

@@ -18,7 +18,9 @@ def overlaps_itself(tensor: Tensor) -> bool:
     if tensor.is_contiguous() or tensor.numel() == 0:
         return False
     reach = 0
-    for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride()) if size > 1):
+    for stride, size in sorted(
+        (stride, size) for size, stride in zip(tensor.shape, tensor.stride()) if size > 1
+    ):
         if stride <= reach:
             return True
         reach += stride * (size - 1)
@@ -61,13 +63,20 @@ def _reach(tensor: Tensor) -> int:
 
 def _interleaved(a: Tensor, b: Tensor) -> bool:
     """Tells exactly whether two tensors with crossing extents share no element (columns of one matrix)."""
-    if (a.is_contiguous() and b.is_contiguous()) or a.element_size() != b.element_size() or a.numel() + b.numel() > 1 << 24:
+    if (
+        (a.is_contiguous() and b.is_contiguous())
+        or a.element_size() != b.element_size()
+        or a.numel() + b.numel() > 1 << 24
+    ):
         return False
 
     def addresses(t: Tensor) -> Tensor:
         index = torch.zeros((), dtype=torch.int64, device="cpu")
         for size, stride in zip(t.shape, t.stride()):
-            index = index.unsqueeze(-1) + torch.arange(size, dtype=torch.int64, device="cpu") * stride * t.element_size()
+            index = (
+                index.unsqueeze(-1)
+                + torch.arange(size, dtype=torch.int64, device="cpu") * stride * t.element_size()
+            )
         return index.flatten() + t.data_ptr()
 
     return not bool(torch.isin(addresses(a), addresses(b)).any())

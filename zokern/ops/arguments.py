@@ -16,7 +16,9 @@ from ..stream import check_word
 def tensor(verb: str, what: str, value: Any, way_out: str = "") -> Tensor:
     """Returns the tensor itself; TypeError for anything else."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{verb}: {what} is {type(value).__name__} {value!r:.80}; expected a torch.Tensor{way_out}")
+        raise TypeError(
+            f"{verb}: {what} is {type(value).__name__} {value!r:.80}; expected a torch.Tensor{way_out}"
+        )
     return value
 
 
@@ -39,7 +41,9 @@ def finite(verb: str, what: str, given: Any, expected: str = "finite numbers") -
     return [float(x) for x in found]
 
 
-def one_or_each(verb: str, what: str, given: Any, count: int, expected: str = "finite numbers") -> list[float]:
+def one_or_each(
+    verb: str, what: str, given: Any, count: int, expected: str = "finite numbers"
+) -> list[float]:
     """Returns one finite number for all as a list, or a sequence of them, whose length the caller checks."""
     return finite(verb, what, [given] * count if is_number(given) else given, expected)
 
@@ -51,14 +55,18 @@ def draws(verb: str, given: Any) -> list[tuple[int, int]]:
             raise TypeError
         pairs = [(step, draw) for step, draw in given]
     except (TypeError, ValueError):
-        raise ValueError(f"{verb}: draws is {given!r:.80}; expected pairs (step, draw), such as [(7, 0), (8, 0)]") from None
+        raise ValueError(
+            f"{verb}: draws is {given!r:.80}; expected pairs (step, draw), such as [(7, 0), (8, 0)]"
+        ) from None
     return [(check_word("step", step), check_word("draw", draw)) for step, draw in pairs]
 
 
 def tensor_list(what: str, given: Any) -> TensorList:
     """Returns one tensor, or a sequence of them, as a list."""
     if not isinstance(given, (Tensor, Iterable)):
-        raise TypeError(f"{what} is {type(given).__name__} {given!r:.80}; expected a torch.Tensor, or a list of them")
+        raise TypeError(
+            f"{what} is {type(given).__name__} {given!r:.80}; expected a torch.Tensor, or a list of them"
+        )
     found = TensorList([given] if isinstance(given, Tensor) else given)
     if set(map(type, found)) <= {Tensor, torch.nn.Parameter}:
         return found

@@ -19,7 +19,8 @@ from .registered import count_of_nonfinite, lists_of, operation, register, trace
 
 
 def draw(
-    direction, shape: int | Sequence[int], *, seed: int, who: str | int, step: int, draw: int = 0, first: int = 0,
+    direction, shape: int | Sequence[int], *, seed: int, who: str | int, step: int, draw: int = 0,
+    first: int = 0,
     dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", clock: Tensor | None = None,
     out: Tensor | None = None, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
@@ -43,7 +44,9 @@ def draw(
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=device)
     else:
-        check_out("draw", "out", out, torch.Size((shape,) if isinstance(shape, int) else shape), dtype, device)
+        check_out(
+            "draw", "out", out, torch.Size((shape,) if isinstance(shape, int) else shape), dtype, device
+        )
     spans = spans_of("draw", [out], who, first)
     check_tensor("draw", "the result", out, first)
     noise = noise_of("draw", direction, seed, [(step, draw)], clock, device)
@@ -67,14 +70,16 @@ def _drawn_into(out: Tensor, direction, **names: Any) -> None:
 register(
     "draw_",
     _drawn_into,
-    "(Tensor(a!) out, str direction, int seed, int who, int step, int draw, int first, Tensor? clock, str backend) -> ()",
+    "(Tensor(a!) out, str direction, int seed, int who, int step, int draw, int first, Tensor? clock, str "
+    "backend) -> ()",
 )
 
 
 def axpy_(
     tensors: Tensor | Sequence[Tensor], direction, *, seed: int, who: str | int | Sequence[str | int],
     draws: Sequence[tuple[int, int]], coeffs: Sequence[float] | Tensor, decay: float | Sequence[float] = 1.0,
-    first: int | Sequence[int] = 0, rounding: str = "nearest", residuals: Sequence[Tensor] | Tensor | None = None,
+    first: int | Sequence[int] = 0, rounding: str = "nearest",
+    residuals: Sequence[Tensor] | Tensor | None = None,
     each: bool | int = False, clock: Tensor | None = None, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
     """Computes theta <- decay * theta + sum_k coeffs[k] * z(seed, who, *draws[k]) in place, in one launch.
@@ -97,8 +102,8 @@ def axpy_(
     clock     int64[1] on the tensors' device, or None. Its value when the kernel runs is added (mod 2^32) to
               every step. With a clock and coefficients in device memory, a call that was made once before
               can be captured in a CUDA graph, and each replay after clock.add_(1) finds another z
-    Arithmetic: t = round(decay * theta); t = fma(coeffs[k], z_k, t) in order, float32; one rounding at the end.
-    Reads and writes theta once; z is regenerated. Equal bit for bit on every backend.
+    Arithmetic: t = round(decay * theta); t = fma(coeffs[k], z_k, t) in order, float32; one rounding at the
+    end. Reads and writes theta once; z is regenerated. Equal bit for bit on every backend.
     Returns int64[1]: how many results are inf or NaN.
     Raises ValueError, before anything is written, for other dtypes, overlapping elements, mixed devices,
     K = 0, an `each` that does not divide K, coefficients or decays that are not finite, first + n > 2**35,
@@ -123,7 +128,8 @@ register(
     "axpy_",
     axpy_,
     "(Tensor(a!)[] tensors, str direction, int seed, int[] who, int[] steps, int[] draws, Tensor coeffs, "
-    "float[] decay, int[] first, str rounding, Tensor(b!)[] residuals, int each, Tensor? clock, str backend) -> Tensor",
+    "float[] decay, int[] first, str rounding, Tensor(b!)[] residuals, int each, Tensor? clock, str backend) "
+    "-> Tensor",
     count_of_nonfinite,
 )
 
@@ -138,29 +144,42 @@ def coefficients_of(verb: str, coeffs: Sequence[float] | Tensor, count: int, dev
     elif coeffs.is_cpu and not traced(None):  # looking at numbers of a GPU would wait for it
         arguments.finite(verb, "coeffs", coeffs)
     if not count or count != coeffs.shape[0]:
-        raise ValueError(f"{verb}: {count} draws and {coeffs.shape[0]} coefficients; expected as many of each, at least one")
+        raise ValueError(
+            f"{verb}: {count} draws and {coeffs.shape[0]} coefficients; expected as many of each, at least "
+            "one"
+        )
     return coeffs
 
 
 def _check_each(each: bool | int, decay: float | Sequence[float], count: int) -> tuple[list[float], int]:
     """Returns the decay of every sum, and the terms of a sum, 0 for all of them."""
     if not isinstance(each, (bool, numbers.Integral)) or each < 0:
-        raise ValueError(f"axpy_: each is {each!r}; expected False, True or the number of terms that a sum has")
+        raise ValueError(
+            f"axpy_: each is {each!r}; expected False, True or the number of terms that a sum has"
+        )
     each = int(each)
     if each and count % each:
-        raise ValueError(f"axpy_: each is {each} for {count} draws; expected a divisor of {count}: every sum has as many terms")
+        raise ValueError(
+            f"axpy_: each is {each} for {count} draws; expected a divisor of {count}: every sum has as many "
+            "terms"
+        )
     sums = count // each if each else 1
     decays = arguments.one_or_each("axpy_", "decay", decay, sums)
     if len(decays) != sums:
         how = f"each is {each}" if each else "without each they are one sum"
-        raise ValueError(f"axpy_: decay has {len(decays)} numbers for {count} draws ({how}); expected one number, or {sums}")
+        raise ValueError(
+            f"axpy_: decay has {len(decays)} numbers for {count} draws ({how}); expected one number, or "
+            f"{sums}"
+        )
     return decays, each
 
 
 def perturb(
-    tensors: Tensor | Sequence[Tensor], direction, *, seed: int, who: str | int | Sequence[str | int], step: int,
+    tensors: Tensor | Sequence[Tensor], direction, *, seed: int, who: str | int | Sequence[str | int],
+    step: int,
     draw: int = 0, scales: Sequence[float] = (1e-3, -1e-3), first: int | Sequence[int] = 0,
-    residuals: Sequence[Tensor] | Tensor | None = None, dtype: torch.dtype | None = None, clock: Tensor | None = None,
+    residuals: Sequence[Tensor] | Tensor | None = None, dtype: torch.dtype | None = None,
+    clock: Tensor | None = None,
     out: Sequence[Tensor] | Sequence[Sequence[Tensor]] | None = None, backend: str | None = None,
 ) -> list[list[Tensor]]:  # fmt: skip
     """Returns theta + scales[j] * z(seed, who, step, draw) for one or two scales, from one evaluation of z.
@@ -192,7 +211,8 @@ def perturb(
             made = outs or [_results(batch.tensors, dtype) for _ in scales]
             chosen.perturb(batch._replace(tensors=[t.detach() for t in batch.tensors]), noise, scales, made)
             if outs is not None:
-                torch.autograd.graph.increment_version([t for side in outs for t in side])  # written through raw pointers
+                # written through raw pointers
+                torch.autograd.graph.increment_version([t for side in outs for t in side])
             return made
         names = {"step": step, "draw": draw, "scales": scales, "dtype": dtype, "clock": clock}
         flat, count = operation("perturb", chosen, noise, batch, **names), len(batch.tensors)
@@ -224,13 +244,17 @@ register(
 def _outs(out, single: bool, batch: Batch, sides: int, dtype: torch.dtype | None) -> list[list[Tensor]]:
     """Returns the lists that perturb writes, for each scale, checked."""
     tensors, low = batch.tensors, batch.residuals or ()
-    what = "for each scale " + ("a tensor, or a list of one" if single else f"a list of {len(tensors)} tensors")
+    what = "for each scale " + (
+        "a tensor, or a list of one" if single else f"a list of {len(tensors)} tensors"
+    )
     if not isinstance(out, (list, tuple)) or len(out) != sides:
         raise ValueError(f"perturb: out is {type(out).__name__} for {sides} scales; expected {what}")
     outs = [[side] if single and isinstance(side, Tensor) else side for side in out]
     for j, side in enumerate(outs):
         if not isinstance(side, (list, tuple)) or len(side) != len(tensors):
-            raise ValueError(f"perturb: out[{j}] is {type(side).__name__} for {len(tensors)} tensors; expected {what}")
+            raise ValueError(
+                f"perturb: out[{j}] is {type(side).__name__} for {len(tensors)} tensors; expected {what}"
+            )
         for i, (result, tensor) in enumerate(zip(side, tensors)):
             check_out("perturb", f"out[{j}][{i}]", result, tensor.shape, dtype or tensor.dtype, tensor.device)
     flat, read = [result for side in outs for result in side], [*tensors, *low]
@@ -239,5 +263,8 @@ def _outs(out, single: bool, batch: Batch, sides: int, dtype: torch.dtype | None
     for inputs in [read] if shared_memory(read) is None else [[t] for t in read]:
         if (pair := shared_memory([*flat, *inputs])) is not None:
             a, b = (names[i] if i < len(flat) else "a tensor that is read" for i in sorted(pair))
-            raise ValueError(f"perturb: {a} and {b} share memory; expected results apart from each other and from what is read")
+            raise ValueError(
+                f"perturb: {a} and {b} share memory; expected results apart from each other and from what is "
+                "read"
+            )
     return [list(side) for side in outs]

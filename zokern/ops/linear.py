@@ -21,7 +21,8 @@ from .registered import lists_of, operation, register, traced
 
 
 def linear(
-    xs: Tensor | Sequence[Tensor], weight: Tensor, direction: Any = "normal", *, scales: Sequence[float], seed: int = 0,
+    xs: Tensor | Sequence[Tensor], weight: Tensor, direction: Any = "normal", *, scales: Sequence[float],
+    seed: int = 0,
     who: str | int = 0, step: int = 0, draw: int = 0, bias: Tensor | None = None, first: int = 0,
     residual: Tensor | None = None, tile: int = 1 << 21, backend: str | None = None,
 ) -> list[Tensor]:  # fmt: skip
@@ -43,7 +44,9 @@ def linear(
     Malladi et al. 2023; Chen et al. 2025 for factored z."""
     scales = arguments.finite("linear", "scales", scales, "finite scales, one for each x")
     sides = [xs] * len(scales) if isinstance(xs, Tensor) else arguments.tensor_list("linear: xs", xs)
-    first = whole_number("linear: first", first, 0, expected="the number of W's first element, an integer from 0")
+    first = whole_number(
+        "linear: first", first, 0, expected="the number of W's first element, an integer from 0"
+    )
     _check_operands(sides, weight, bias, residual, scales, first, tile)
     factors = _check_thin(weight, direction) if isinstance(direction, (tuple, list)) else None
     noise = noise_of("linear", "normal" if factors else direction, seed, [(step, draw)], None, weight.device)
@@ -51,7 +54,8 @@ def linear(
     with torch.no_grad():
         if traced(backend, noise.direction):
             return operation(
-                "linear", chosen, noise, xs=sides, weight=weight, factors=factors or (), scales=scales, who=word_of(who),
+                "linear", chosen, noise, xs=sides, weight=weight, factors=factors or (), scales=scales,
+                who=word_of(who),
                 step=step, draw=draw, bias=bias, first=first, residual=residual, tile=tile,
             )  # fmt: skip
         operands = Sides(sides, [bias] * len(sides), scales)
@@ -60,7 +64,8 @@ def linear(
         else:
             y = _with_noise(chosen, weight, Span(word_of(who), first), residual, noise, operands, tile)
         parts = zip(y.split(counts_of(sides)), sides)
-        return [part.view(*x.shape[:-1], y.shape[1]).clone() for part, x in parts]  # an operation returns no views
+        # an operation returns no views
+        return [part.view(*x.shape[:-1], y.shape[1]).clone() for part, x in parts]
 
 
 def _of_either(direction: str, factors: Sequence[Tensor], **names: Any) -> list[Tensor]:
@@ -71,41 +76,58 @@ def _of_either(direction: str, factors: Sequence[Tensor], **names: Any) -> list[
 register(
     "linear",
     _of_either,
-    "(Tensor[] xs, Tensor weight, str direction, Tensor[] factors, float[] scales, int seed, int who, int step, "
+    "(Tensor[] xs, Tensor weight, str direction, Tensor[] factors, float[] scales, int seed, int who, int "
+    "step, "
     "int draw, Tensor? bias, int first, Tensor? residual, int tile, str backend) -> Tensor[]",
     lambda given: [x.new_empty((*x.shape[:-1], given.weight.shape[0])) for x in given.xs],
 )
 
 
 def _check_operands(
-    sides: Sequence[Tensor], weight: Tensor, bias: Tensor | None, residual: Tensor | None, scales: Sequence[float], first: int,
+    sides: Sequence[Tensor], weight: Tensor, bias: Tensor | None, residual: Tensor | None,
+    scales: Sequence[float], first: int,
     tile: int,
 ) -> None:  # fmt: skip
     """Refuses operands of linear() whose dtypes, devices and shapes do not fit."""
     if not scales or len(sides) != len(scales):
-        raise ValueError(f"linear: {len(sides)} xs and scales {scales}; expected a finite scale for each, at least one")
+        raise ValueError(
+            f"linear: {len(sides)} xs and scales {scales}; expected a finite scale for each, at least one"
+        )
     check_tensor("linear", "weight", arguments.tensor("linear", "weight", weight, ", a matrix"), first)
     if weight.dim() != 2 or not weight.is_contiguous():
         raise ValueError(
-            f"linear: weight has shape {tuple(weight.shape)}, strides {weight.stride()}; expected a contiguous matrix"
+            f"linear: weight has shape {tuple(weight.shape)}, strides {weight.stride()}; expected a "
+            "contiguous matrix"
         )
     rows, columns = weight.shape
     for j, x in enumerate(sides):
         fits = x.dim() and x.shape[-1] == columns and x.dtype == weight.dtype and x.layout == torch.strided
         if not fits or x.device != weight.device:
-            raise ValueError(f"linear: xs[{j}] is {described(x)}; expected {weight.dtype}[..., {columns}] on {weight.device}")
+            raise ValueError(
+                f"linear: xs[{j}] is {described(x)}; expected {weight.dtype}[..., {columns}] on "
+                f"{weight.device}"
+            )
     if bias is not None:
         arguments.tensor("linear", "bias", bias, f", {weight.dtype}[{rows}], or None")
         if bias.shape != (rows,) or bias.device != weight.device or bias.dtype != weight.dtype:
-            raise ValueError(f"linear: bias is {described(bias)}; expected {weight.dtype}[{rows}] on {weight.device}")
+            raise ValueError(
+                f"linear: bias is {described(bias)}; expected {weight.dtype}[{rows}] on {weight.device}"
+            )
     if residual is not None:
         arguments.tensor("linear", "residual", residual, ", the int16 low bits of a bfloat16 weight, or None")
         if weight.dtype != torch.bfloat16:
-            raise ValueError(f"linear: residual goes with a bfloat16 weight; weight is {described(weight)}: leave it out")
-        sound = residual.dtype == torch.int16 and residual.shape == weight.shape and residual.layout == torch.strided
+            raise ValueError(
+                f"linear: residual goes with a bfloat16 weight; weight is {described(weight)}: leave it out"
+            )
+        sound = (
+            residual.dtype == torch.int16
+            and residual.shape == weight.shape
+            and residual.layout == torch.strided
+        )
         if not sound or not residual.is_contiguous() or residual.device != weight.device:
             raise ValueError(
-                f"linear: residual is {described(residual)}; expected a contiguous int16{list(weight.shape)} on "
+                f"linear: residual is {described(residual)}; expected a contiguous int16{list(weight.shape)} "
+                "on "
                 f"{weight.device}, one low half for each weight: .contiguous() it"
             )
     whole_number("linear: tile", tile, expected="a number of elements, at least 1")
@@ -119,13 +141,21 @@ def _check_thin(weight: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, Tens
         arguments.tensor("linear", f"direction[{i}]", factor, ", a factor of (U, V) or (U, V, C)")
     left, right = factors[:2]
     if left.dim() != 2:
-        raise ValueError(f"linear: U is {described(left)}; expected float32[{weight.shape[0]}, r] on {weight.device}")
+        raise ValueError(
+            f"linear: U is {described(left)}; expected float32[{weight.shape[0]}, r] on {weight.device}"
+        )
     rank = left.shape[-1]
     core = factors[2] if len(factors) == 3 else torch.eye(rank, dtype=torch.float32, device=left.device)
-    shapes = {"U": (left, (weight.shape[0], rank)), "V": (right, (weight.shape[1], rank)), "C": (core, (rank, rank))}
+    shapes = {
+        "U": (left, (weight.shape[0], rank)),
+        "V": (right, (weight.shape[1], rank)),
+        "C": (core, (rank, rank)),
+    }
     for what, (factor, shape) in shapes.items():
         if factor.dtype != torch.float32 or tuple(factor.shape) != shape or factor.device != weight.device:
-            raise ValueError(f"linear: {what} is {described(factor)}; expected float32{list(shape)} on {weight.device}")
+            raise ValueError(
+                f"linear: {what} is {described(factor)}; expected float32{list(shape)} on {weight.device}"
+            )
     return left.contiguous(), right.contiguous(), core.contiguous()
 
 
@@ -142,7 +172,13 @@ def _with_factors(backend: Backend, weight: Tensor, factors: Sequence[Tensor], o
 
 
 def _with_noise(
-    backend: Backend, weight: Tensor, span: Span, residual: Tensor | None, noise: Noise, operands: Sides, tile: int
+    backend: Backend,
+    weight: Tensor,
+    span: Span,
+    residual: Tensor | None,
+    noise: Noise,
+    operands: Sides,
+    tile: int,
 ) -> Tensor:
     """Returns the results for a dense z, one below the other."""
     xs, biases, scales, _ = operands
@@ -168,8 +204,10 @@ def _with_noise(
 
 
 def sketch(
-    direction: Any, shape: tuple[int, int], omega: Tensor, *, seed: int, who: str | int, draws: Sequence[tuple[int, int]],
-    coeffs: Sequence[float], transposed: bool = False, first: int = 0, tile: int = 1 << 20, backend: str | None = None,
+    direction: Any, shape: tuple[int, int], omega: Tensor, *, seed: int, who: str | int,
+    draws: Sequence[tuple[int, int]],
+    coeffs: Sequence[float], transposed: bool = False, first: int = 0, tile: int = 1 << 20,
+    backend: str | None = None,
 ) -> Tensor:  # fmt: skip
     """Returns G Omega of G = sum_k coeffs[k] z(seed, who, *draws[k]), m x n, which is never held.
 
@@ -184,30 +222,49 @@ def sketch(
     randomness" (range finder)."""
     if not isinstance(shape, (tuple, list)) or len(shape) != 2:
         raise ValueError(f"sketch: shape is {shape!r}; expected (m, n), the rows and columns of G")
-    rows, columns = (whole_number(f"sketch: shape[{i}]", size, expected="a positive integer") for i, size in enumerate(shape))
+    rows, columns = (
+        whole_number(f"sketch: shape[{i}]", size, expected="a positive integer")
+        for i, size in enumerate(shape)
+    )
     flag("sketch: transposed", transposed)
-    first = whole_number("sketch: first", first, 0, expected="the number of G's first element, an integer from 0")
+    first = whole_number(
+        "sketch: first", first, 0, expected="the number of G's first element, an integer from 0"
+    )
     inner = rows if transposed else columns
     arguments.tensor("sketch", "omega", omega, f", float32[{inner}, p]")
     if omega.device.type == "meta":
         raise ValueError(
-            f"sketch: omega is {described(omega)} and has no elements; expected a tensor with memory: materialise it"
+            f"sketch: omega is {described(omega)} and has no elements; expected a tensor with memory: "
+            "materialise it"
         )
-    if omega.dtype != torch.float32 or omega.dim() != 2 or omega.shape[0] != inner or not omega.is_contiguous():
+    if (
+        omega.dtype != torch.float32
+        or omega.dim() != 2
+        or omega.shape[0] != inner
+        or not omega.is_contiguous()
+    ):
         raise ValueError(f"sketch: omega is {described(omega)}; expected contiguous float32[{inner}, p]")
     if first + rows * columns > INDEX_LIMIT:
-        raise ValueError(f"sketch: shape is {shape} from {first}; expected positive sizes and first + m n <= 2**35")
+        raise ValueError(
+            f"sketch: shape is {shape} from {first}; expected positive sizes and first + m n <= 2**35"
+        )
     noise = noise_of("sketch", direction, seed, draws, None, omega.device)
     coeffs = arguments.finite("sketch", "coeffs", coeffs)
     if not noise.draws or len(noise.draws) != len(coeffs):
-        raise ValueError(f"sketch: {len(noise.draws)} draws and coeffs {coeffs}; expected as many finite numbers, at least one")
+        raise ValueError(
+            f"sketch: {len(noise.draws)} draws and coeffs {coeffs}; expected as many finite numbers, at "
+            "least one"
+        )
     tile = whole_number("sketch: tile", tile, expected="a number of elements, at least 1")
     word, chosen = word_of(who), backends.resolve(backend, omega.device)
     with torch.no_grad():
         if not traced(backend, noise.direction):
-            return sketch_of(chosen, noise, coeffs, Span(word, first), (rows, columns), omega, transposed, tile)
+            return sketch_of(
+                chosen, noise, coeffs, Span(word, first), (rows, columns), omega, transposed, tile
+            )
         return operation(
-            "sketch", chosen, noise, shape=[rows, columns], omega=omega, who=word, coeffs=coeffs, transposed=transposed,
+            "sketch", chosen, noise, shape=[rows, columns], omega=omega, who=word, coeffs=coeffs,
+            transposed=transposed,
             first=first, tile=tile, **lists_of(noise),
         )  # fmt: skip
 

@@ -18,8 +18,10 @@ from .registered import count_of_nonfinite, operation, register, traced
 
 def lowrank_(
     tensors: Tensor | Sequence[Tensor], left: Tensor | Sequence[Tensor], right: Tensor | Sequence[Tensor], *,
-    core: Tensor | Sequence[Tensor | None] | None = None, scale: float | Sequence[float] = 1.0, decay: float = 1.0,
-    who: str | int | Sequence[str | int] | None = None, seed: int = 0, step: int = 0, first: int | Sequence[int] = 0,
+    core: Tensor | Sequence[Tensor | None] | None = None, scale: float | Sequence[float] = 1.0,
+    decay: float = 1.0,
+    who: str | int | Sequence[str | int] | None = None, seed: int = 0, step: int = 0,
+    first: int | Sequence[int] = 0,
     rounding: str = "nearest", residuals: Sequence[Tensor] | Tensor | None = None, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
     """Computes W <- decay * W + scale * U C V^T in place, in one launch. No product is stored.
@@ -45,7 +47,8 @@ def lowrank_(
     factors that are swapped, elements beyond m n, and every argument that axpy_ refuses."""
     if who is None and rounding == "stochastic":
         raise ValueError(
-            "lowrank_: who is None with rounding='stochastic'; expected the parameters' names, whose bits are spent"
+            "lowrank_: who is None with rounding='stochastic'; expected the parameters' names, whose bits "
+            "are spent"
         )
     found = arguments.tensor_list("tensors", tensors)
     batch = batch_of("lowrank_", found, [0] * len(found) if who is None else who, first, rounding, residuals)
@@ -69,15 +72,23 @@ def _launch(batch: Batch, factors: Outer, noise: Noise | None, backend: Backend,
     """Runs the kernel, or calls the operation if `named`."""
     if not named:
         return backend.lowrank_(batch, factors, noise)
-    products = {"left": factors.lefts, "right": factors.rights, "scale": factors.scales, "decay": factors.decay}
+    products = {
+        "left": factors.lefts,
+        "right": factors.rights,
+        "scale": factors.scales,
+        "decay": factors.decay,
+    }
     noise = noise or Noise(None, 0, [(0, 0)])
-    return operation("lowrank_", backend, noise, batch, step=noise.draws[0][0], rounding=batch.rounding, **products)
+    return operation(
+        "lowrank_", backend, noise, batch, step=noise.draws[0][0], rounding=batch.rounding, **products
+    )
 
 
 register(
     "lowrank_",
     lowrank_,
-    "(Tensor(a!)[] tensors, Tensor[] left, Tensor[] right, float[] scale, float decay, int[] who, int seed, int step, "
+    "(Tensor(a!)[] tensors, Tensor[] left, Tensor[] right, float[] scale, float decay, int[] who, int seed, "
+    "int step, "
     "int[] first, str rounding, Tensor(b!)[] residuals, str backend) -> Tensor",
     count_of_nonfinite,
 )
@@ -95,14 +106,19 @@ def _scales(scale: float | Sequence[float], count: int) -> list[float]:
 def _one_each(what: str, given, tensors: Sequence[Tensor]) -> list:
     """Returns a factor for each tensor."""
     if is_text(given) or not isinstance(given, Iterable):
-        raise TypeError(f"lowrank_: {what} is {type(given).__name__} {given!r:.80}; expected a torch.Tensor, or a list of them")
+        raise TypeError(
+            f"lowrank_: {what} is {type(given).__name__} {given!r:.80}; expected a torch.Tensor, or a list "
+            "of them"
+        )
     found = [given] if isinstance(given, Tensor) else list(given)
     if len(found) != len(tensors):
         raise ValueError(f"lowrank_: {len(found)} {what} for {len(tensors)} tensors; expected one for each")
     return found
 
 
-def _check_factors(i: int, tensor: Tensor, span: Span, left: Tensor, core: Tensor | None, right: Tensor) -> None:
+def _check_factors(
+    i: int, tensor: Tensor, span: Span, left: Tensor, core: Tensor | None, right: Tensor
+) -> None:
     """Refuses factors of tensor i whose dtype, device, layout or shape does not fit."""
     for what, factor in (("left", left), ("right", right), ("core", core)):
         if factor is None and what == "core":
@@ -115,27 +131,39 @@ def _check_factors(i: int, tensor: Tensor, span: Span, left: Tensor, core: Tenso
         if factor.device != tensor.device:
             raise ValueError(f"{where}; expected {tensor.device}, as its tensor")
         if factor.layout != torch.strided or not factor.is_contiguous():
-            raise ValueError(f"{where} and not contiguous; expected rows that follow one another: .contiguous() it")
+            raise ValueError(
+                f"{where} and not contiguous; expected rows that follow one another: .contiguous() it"
+            )
         if factor.dim() != 2 and not (what == "core" and factor.dim() == 1):
             raise ValueError(f"{where}; expected a matrix" + (" or its diagonal" if what == "core" else ""))
     inner = left.shape[1] if core is None else core.shape[-1]
     if left.shape[1] < 1 or right.shape[1] != inner or (core is not None and core.shape[0] != left.shape[1]):
         shapes = f"left {list(left.shape)}, core {None if core is None else list(core.shape)}, right {list(right.shape)}"
         raise ValueError(
-            f"lowrank_: {shapes} of tensors[{i}] do not multiply; expected (m, r), core r or (r, s), (n, s), r and s > 0"
+            f"lowrank_: {shapes} of tensors[{i}] do not multiply; expected (m, r), core r or (r, s), (n, s), "
+            "r and s > 0"
         )
     if span.first + tensor.numel() > left.shape[0] * right.shape[0]:
         raise ValueError(
-            f"lowrank_: tensors[{i}] spans elements {span.first} to {span.first + tensor.numel()}; expected at most "
+            f"lowrank_: tensors[{i}] spans elements {span.first} to {span.first + tensor.numel()}; expected "
+            "at most "
             f"{left.shape[0]} x {right.shape[0]}, the rows of left times the rows of right"
         )
     m, n = left.shape[0], right.shape[0]
-    if tensor.dim() == 2 and span.first == 0 and tensor.shape[1] != n and (tensor.shape[0] == m or tensor.shape == (n, m)):
+    if (
+        tensor.dim() == 2
+        and span.first == 0
+        and tensor.shape[1] != n
+        and (tensor.shape[0] == m or tensor.shape == (n, m))
+    ):
         how = (
-            "left and right are swapped" if tensor.shape == (n, m) else f"expected right ({tensor.shape[1]}, {right.shape[1]})"
+            "left and right are swapped"
+            if tensor.shape == (n, m)
+            else f"expected right ({tensor.shape[1]}, {right.shape[1]})"
         )
         raise ValueError(
-            f"lowrank_: tensors[{i}] is {list(tensor.shape)} and left times right {m} x {n}; {how}; a reshaped matrix, or a "
+            f"lowrank_: tensors[{i}] is {list(tensor.shape)} and left times right {m} x {n}; {how}; a "
+            "reshaped matrix, or a "
             "shard of one, is flattened first: .view(-1)"
         )
 

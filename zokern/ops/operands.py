@@ -26,7 +26,9 @@ def batch_of(verb: str, tensors, who, first, rounding: str, residuals, alone: bo
     low = [] if residuals is None else arguments.tensor_list("residuals", residuals)
     check_rounding(verb, tensors, rounding, low)
     if alone and (pair := shared_memory(tensors)) is not None:
-        raise ValueError(f"{verb}: tensors[{pair[0]}] and tensors[{pair[1]}] share memory; expected distinct tensors")
+        raise ValueError(
+            f"{verb}: tensors[{pair[0]}] and tensors[{pair[1]}] share memory; expected distinct tensors"
+        )
     return Batch(tensors, spans, rounding, low or None)
 
 
@@ -51,20 +53,25 @@ def check_tensor(verb: str, what: str, tensor: Tensor, first: int = 0, hint: str
     """Refuses a tensor that no verb can read or write."""
     if tensor.device.type == "meta":
         raise ValueError(
-            f"{verb}: {what} is on the meta device and has no elements; expected a tensor with memory: materialise it"
+            f"{verb}: {what} is on the meta device and has no elements; expected a tensor with memory: "
+            "materialise it"
         )
     if tensor.dtype not in FLOATS:
         dtype = str(tensor.dtype).removeprefix("torch.")
-        raise ValueError(f"{verb}: {what} is {dtype} on {tensor.device}; expected float32, bfloat16 or float16: {hint}")
+        raise ValueError(
+            f"{verb}: {what} is {dtype} on {tensor.device}; expected float32, bfloat16 or float16: {hint}"
+        )
     if tensor.layout != torch.strided:
         raise ValueError(f"{verb}: {what} has layout {tensor.layout}; expected a strided tensor: {hint}")
     if overlaps_itself(tensor):
         raise ValueError(
-            f"{verb}: {what} has overlapping elements (strides {tensor.stride()}); expected one element per address: .clone() it"
+            f"{verb}: {what} has overlapping elements (strides {tensor.stride()}); expected one element per "
+            "address: .clone() it"
         )
     if not 0 <= first or first + tensor.numel() > INDEX_LIMIT:
         raise ValueError(
-            f"{verb}: {what} spans elements {first} to {first + tensor.numel()}; expected 0 <= first and first + n <= 2**35"
+            f"{verb}: {what} spans elements {first} to {first + tensor.numel()}; expected 0 <= first and "
+            "first + n <= 2**35"
         )
 
 
@@ -72,26 +79,34 @@ def spans_of(verb: str, tensors: Sequence[Tensor], who, first) -> SpanList:
     """Returns the spans of tensors. who: names or ids. first: one number for all, or a list."""
     one = isinstance(who, (str, numbers.Integral))
     if isinstance(who, bool) or (not one and (is_text(who) or not isinstance(who, Iterable))):
-        raise ValueError(f"{verb}: who is {who!r}; expected the parameter's name, or a list with one name per tensor")
+        raise ValueError(
+            f"{verb}: who is {who!r}; expected the parameter's name, or a list with one name per tensor"
+        )
     several = isinstance(first, Iterable) and not is_text(first)
     if not several and (isinstance(first, bool) or not isinstance(first, numbers.Integral)):
-        raise ValueError(f"{verb}: first is {first!r}; expected the number of the first element, or a list with one per tensor")
+        raise ValueError(
+            f"{verb}: first is {first!r}; expected the number of the first element, or a list with one per "
+            "tensor"
+        )
     whos = [who] * len(tensors) if one else list(who)
     if one and len(tensors) > 1:
         raise ValueError(
-            f"{verb}: who is {who!r} for {len(tensors)} tensors; expected one name per tensor, or they would share one z"
+            f"{verb}: who is {who!r} for {len(tensors)} tensors; expected one name per tensor, or they would "
+            "share one z"
         )
     firsts = list(first) if several else [int(first)] * len(tensors)
     for f in firsts if several else ():
         if isinstance(f, bool) or not isinstance(f, numbers.Integral):
             raise ValueError(
-                f"{verb}: first is {first!r:.80}; expected the numbers of the first elements, one integer per tensor"
+                f"{verb}: first is {first!r:.80}; expected the numbers of the first elements, one integer "
+                "per tensor"
             )
     if several:
         firsts = list(map(int, firsts))
     if len(whos) != len(tensors) or len(firsts) != len(tensors):
         raise ValueError(
-            f"{verb}: {len(tensors)} tensors, {len(whos)} names and {len(firsts)} offsets; expected as many of each"
+            f"{verb}: {len(tensors)} tensors, {len(whos)} names and {len(firsts)} offsets; expected as many "
+            "of each"
         )
     return _span_list(tuple(whos), tuple(firsts))
 
@@ -111,7 +126,9 @@ def check_list(verb: str, tensors: TensorList, spans: SpanList) -> None:
     device = tensors[0].device
     if tensors.devices != {device}:
         i, other = next((i, t.device) for i, t in enumerate(tensors) if t.device != device)
-        raise ValueError(f"{verb}: tensors[{i}] is on {other} and tensors[0] on {device}; expected one device a call")
+        raise ValueError(
+            f"{verb}: tensors[{i}] is on {other} and tensors[0] on {device}; expected one device a call"
+        )
     if len(tensors) <= FEW or not _is_plain(tensors, spans):
         for i, (tensor, span) in enumerate(zip(tensors, spans)):
             check_tensor(verb, f"tensors[{i}]", tensor, span.first)
@@ -123,13 +140,23 @@ def _is_plain(tensors: TensorList, spans: SpanList) -> bool:
     return kinds and tensors.contiguous and spans.at_zero and tensors.sizes.max() <= INDEX_LIMIT
 
 
-def check_out(verb: str, what: str, out: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+def check_out(
+    verb: str, what: str, out: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device
+) -> None:
     """Refuses a result of another shape, dtype or device, or one that is not contiguous."""
     if not isinstance(out, Tensor):
         raise TypeError(f"{verb}: {what} is {type(out).__name__} {out!r:.80}; expected a torch.Tensor")
     there = out.device == device or (out.device.type == device.type and device.index is None)
-    if out.shape != shape or out.dtype != dtype or not there or out.layout != torch.strided or not out.is_contiguous():
-        where = f"{out.dtype}{list(out.shape)} on {out.device}" + ("" if out.is_contiguous() else " and not contiguous")
+    if (
+        out.shape != shape
+        or out.dtype != dtype
+        or not there
+        or out.layout != torch.strided
+        or not out.is_contiguous()
+    ):
+        where = f"{out.dtype}{list(out.shape)} on {out.device}" + (
+            "" if out.is_contiguous() else " and not contiguous"
+        )
         raise ValueError(f"{verb}: {what} is {where}; expected contiguous {dtype}{list(shape)} on {device}")
 
 
@@ -139,7 +166,10 @@ def check_clock(verb: str, clock: Tensor | None, device: torch.device) -> None:
         return
     arguments.tensor(verb, "clock", clock, ", int64[1], or None")
     if clock.dtype != torch.int64 or clock.numel() != 1 or clock.device.type != device.type:
-        raise ValueError(f"{verb}: clock is {clock.dtype}{list(clock.shape)} on {clock.device}; expected int64[1] on {device}")
+        raise ValueError(
+            f"{verb}: clock is {clock.dtype}{list(clock.shape)} on {clock.device}; expected int64[1] on "
+            f"{device}"
+        )
 
 
 def check_rounding(verb: str, tensors: Sequence[Tensor], rounding: str, residuals: Sequence[Tensor]) -> None:
@@ -148,18 +178,28 @@ def check_rounding(verb: str, tensors: Sequence[Tensor], rounding: str, residual
         raise ValueError(f"{verb}: rounding is {rounding!r}; expected one of {list(ROUNDINGS)}")
     if rounding != "residual":
         if residuals:
-            raise ValueError(f"{verb}: residuals given with rounding={rounding!r}; expected rounding='residual'")
+            raise ValueError(
+                f"{verb}: residuals given with rounding={rounding!r}; expected rounding='residual'"
+            )
         return
     if any(t.dtype != torch.bfloat16 for t in tensors):
         raise ValueError(
-            f"{verb}: rounding='residual' needs bfloat16 tensors (their 16 low bits make a float32); others: 'stochastic'"
+            f"{verb}: rounding='residual' needs bfloat16 tensors (their 16 low bits make a float32); others: "
+            "'stochastic'"
         )
     if len(residuals) != len(tensors):
         raise ValueError(
-            f"{verb}: {len(residuals)} residuals for {len(tensors)} tensors; expected int16 tensors, zeros to start with"
+            f"{verb}: {len(residuals)} residuals for {len(tensors)} tensors; expected int16 tensors, zeros "
+            "to start with"
         )
     for i, (tensor, low) in enumerate(zip(tensors, residuals)):
-        if low.dtype != torch.int16 or low.shape != tensor.shape or not low.is_contiguous() or low.device != tensor.device:
+        if (
+            low.dtype != torch.int16
+            or low.shape != tensor.shape
+            or not low.is_contiguous()
+            or low.device != tensor.device
+        ):
             raise ValueError(
-                f"{verb}: residuals[{i}] is {low.dtype}{list(low.shape)}; expected contiguous int16{list(tensor.shape)} beside it"
+                f"{verb}: residuals[{i}] is {low.dtype}{list(low.shape)}; expected contiguous "
+                f"int16{list(tensor.shape)} beside it"
             )

@@ -26,7 +26,9 @@ from ..backends import Backend, Batch, Noise
 _SEEDS = 1 << 64
 
 
-def register(name: str, verb: Callable, schema: str, fake: Callable[[SimpleNamespace], Any] | None = None) -> None:
+def register(
+    name: str, verb: Callable, schema: str, fake: Callable[[SimpleNamespace], Any] | None = None
+) -> None:
     """Registers an operation that calls its verb, which checks the arguments.
 
     schema  arguments and results; what is written is marked as in `Tensor(a!) out`
@@ -58,7 +60,9 @@ def _decoded(flat: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def operation(verb: str, backend: Backend, noise: Noise | None, batch: Batch | None = None, **rest: Any) -> Any:
+def operation(
+    verb: str, backend: Backend, noise: Noise | None, batch: Batch | None = None, **rest: Any
+) -> Any:
     """Calls an operation with the arguments of a launch, and with those that the tuples do not hold."""
     if noise is not None:
         rest["seed"] = noise.seed - _SEEDS if noise.seed >= _SEEDS >> 1 else noise.seed
@@ -80,7 +84,9 @@ def traced(given: str | Backend | None, direction: Any = None) -> bool:
     An operation has no name for a backend that was given itself, or for a direction of the user's own."""
     if not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0):
         return False
-    return (given is None or isinstance(given, str)) and (direction is None or direction.name in directions.DIRECTIONS)
+    return (given is None or isinstance(given, str)) and (
+        direction is None or direction.name in directions.DIRECTIONS
+    )
 
 
 def count_of_nonfinite(given: SimpleNamespace) -> Tensor:

@@ -18,10 +18,13 @@ from .registered import count_of_nonfinite, lists_of, operation, register, trace
 
 
 def update_(
-    tensors: Tensor | Sequence[Tensor], direction, rule: str, *, seed: int, who: str | int | Sequence[str | int],
-    draws: Sequence[tuple[int, int]], coeffs: Sequence[float] | Tensor, states: Sequence[Tensor | Sequence[Tensor]],
+    tensors: Tensor | Sequence[Tensor], direction, rule: str, *, seed: int,
+    who: str | int | Sequence[str | int],
+    draws: Sequence[tuple[int, int]], coeffs: Sequence[float] | Tensor,
+    states: Sequence[Tensor | Sequence[Tensor]],
     scalars: Sequence[float] | Tensor, first: int | Sequence[int] = 0, rounding: str = "nearest",
-    residuals: Sequence[Tensor] | Tensor | None = None, clock: Tensor | None = None, backend: str | None = None,
+    residuals: Sequence[Tensor] | Tensor | None = None, clock: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:  # fmt: skip
     """Computes theta <- decay theta + lr move in one launch, by a rule on g.
 
@@ -79,8 +82,10 @@ def _of_flat_states(tensors: Sequence[Tensor], states: Sequence[Tensor], **names
 register(
     "update_",
     _of_flat_states,
-    "(Tensor(a!)[] tensors, str direction, str rule, int seed, int[] who, int[] steps, int[] draws, Tensor coeffs, "
-    "Tensor(b!)[] states, Tensor scalars, int[] first, str rounding, Tensor(c!)[] residuals, Tensor? clock, str backend) "
+    "(Tensor(a!)[] tensors, str direction, str rule, int seed, int[] who, int[] steps, int[] draws, Tensor "
+    "coeffs, "
+    "Tensor(b!)[] states, Tensor scalars, int[] first, str rounding, Tensor(c!)[] residuals, Tensor? clock, "
+    "str backend) "
     "-> Tensor",
     count_of_nonfinite,
 )
@@ -103,12 +108,18 @@ def _scalars(rule: str, given: Sequence[float] | Tensor, device: torch.device) -
 def _states_of(rule: str, tensors: Sequence[Tensor], states: Any) -> list[TensorList]:
     """Returns the states of a rule: float32, contiguous, shaped like the tensors, apart in memory."""
     if not isinstance(states, (list, tuple)):
-        raise TypeError(f"update_: states is {type(states).__name__}; expected ([m, ...],) or ([m, ...], [v, ...])")
+        raise TypeError(
+            f"update_: states is {type(states).__name__}; expected ([m, ...],) or ([m, ...], [v, ...])"
+        )
     kept = [arguments.tensor_list(f"states[{i}]", state) for i, state in enumerate(states)]
     if len(kept) != len(STATES[rule]) or any([len(state) != len(tensors) for state in kept]):
         counts = [len(state) for state in kept]
         names = ", ".join(STATES[rule])
-        wanted = f"{names}: expected {len(tensors)} of each, zeros to start with" if names else "nothing: expected ()"
+        wanted = (
+            f"{names}: expected {len(tensors)} of each, zeros to start with"
+            if names
+            else "nothing: expected ()"
+        )
         raise ValueError(f"update_: states has {counts} tensors; rule {rule!r} keeps {wanted}")
     for name, state in zip(STATES[rule], kept):
         for i, (t, tensor) in enumerate(zip(state, tensors)):

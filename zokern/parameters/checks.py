@@ -28,20 +28,27 @@ def check_parameter(name: str, tensor: Tensor) -> None:
         raise TypeError(f"parameter {name!r} is {type(tensor).__name__}; expected a tensor")
     if nn.parameter.is_lazy(tensor):
         raise ValueError(
-            f"parameter {name!r} of a lazy module has no shape yet; run the module once before the optimizer is built"
+            f"parameter {name!r} of a lazy module has no shape yet; run the module once before the optimizer "
+            "is built"
         )
     if type(tensor).__name__ == "DTensor" or hasattr(tensor, "full_tensor"):
         raise TypeError(
-            f"parameter {name!r} is a DTensor; expected a plain tensor. Sharded parameters (fully_shard, tensor parallelism) are not "
+            f"parameter {name!r} is a DTensor; expected a plain tensor. Sharded parameters (fully_shard, "
+            "tensor parallelism) are not "
             "supported yet: leave the model unsharded, or freeze this parameter with requires_grad_(False)"
         )
     if tensor.is_meta:
-        raise ValueError(f"parameter {name!r} is on the meta device; materialise it (model.to_empty, load weights) first")
+        raise ValueError(
+            f"parameter {name!r} is on the meta device; materialise it (model.to_empty, load weights) first"
+        )
     if tensor.is_inference():
-        raise ValueError(f"parameter {name!r} was created under torch.inference_mode; clone it outside to train it")
+        raise ValueError(
+            f"parameter {name!r} was created under torch.inference_mode; clone it outside to train it"
+        )
     if storage_of(tensor) < 0:
         raise TypeError(
-            f"parameter {name!r} is {type(tensor).__name__}, a wrapper without memory of its own; train a plain tensor"
+            f"parameter {name!r} is {type(tensor).__name__}, a wrapper without memory of its own; train a "
+            "plain tensor"
         )
     way_out = "freeze it with requires_grad_(False)" if tensor.requires_grad else "leave it out"
     check_tensor("optimizer", f"parameter {name!r}", tensor, hint="cast it, or " + way_out)

@@ -37,16 +37,20 @@ def named_groups(source: Any, names: Mapping[str, str] | None = None) -> list[di
     if isinstance(source, nn.Module):
         return [{"params": _of_module(source, names is not None)}]
     if isinstance(source, Tensor):
-        raise TypeError("params is a tensor; expected a module, or an iterable of tensors, (name, tensor) pairs or groups")
+        raise TypeError(
+            "params is a tensor; expected a module, or an iterable of tensors, (name, tensor) pairs or groups"
+        )
     if isinstance(source, dict):
         raise TypeError(
-            "params is a dict; expected a module, or an iterable such as model.named_parameters() or a list of groups"
+            "params is a dict; expected a module, or an iterable such as model.named_parameters() or a list "
+            "of groups"
         )
     try:
         items = list(source)
     except TypeError:
         raise TypeError(
-            f"params is {source!r:.60}; expected a module, or an iterable of tensors, (name, tensor) pairs or groups"
+            f"params is {source!r:.60}; expected a module, or an iterable of tensors, (name, tensor) pairs "
+            "or groups"
         ) from None
     is_grouped = bool(items) and isinstance(items[0], dict)
     groups = items if is_grouped else [{"params": items}]
@@ -73,7 +77,9 @@ def _pairs(group: dict[str, Any], is_plain: bool, count: int) -> list[tuple[str,
     for position, item in enumerate([params] if isinstance(params, Tensor) else params):
         if isinstance(item, tuple):
             if len(item) != 2 or not isinstance(item[0], str):
-                raise TypeError(f"params holds {item!r:.60}; expected (name, tensor) pairs, tensors or groups")
+                raise TypeError(
+                    f"params holds {item!r:.60}; expected (name, tensor) pairs, tensors or groups"
+                )
             pairs.append(item)
         else:
             pairs.append((given[position], item) if given else Pair(f"param.{count + position}", item))
@@ -92,7 +98,10 @@ def _settle(groups: list[dict[str, Any]], names: Mapping[str, str] | None, looks
 
     Only all of them together show whether ``module.`` is a wrapper."""
     given = [pair[0] for group in groups for pair in group["params"] if not isinstance(pair, Pair)]
-    known, strips = names or {}, looks and is_wrapped(given) and not any(name in (names or {}) for name in given)
+    known, strips = (
+        names or {},
+        looks and is_wrapped(given) and not any(name in (names or {}) for name in given),
+    )
 
     def settled(pair: tuple[str, Tensor]) -> Pair:
         name, tensor = pair

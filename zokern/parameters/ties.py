@@ -18,7 +18,8 @@ class Trained:
     name: str
     tensor: Tensor
     who: int
-    aliases: list[tuple[str, Tensor]] = field(default_factory=list)  # other names and tensor objects of the same elements
+    # other names and tensor objects of the same elements
+    aliases: list[tuple[str, Tensor]] = field(default_factory=list)
 
 
 def trained(named: Iterable[tuple[str, Tensor]], who: dict[str, int]) -> list[Trained]:
@@ -46,7 +47,8 @@ def check_overlap(named: list[tuple[str, Tensor]]) -> None:
         first, second = (named[i][0] for i in pair)
         if view_of(named[pair[0]][1]) == view_of(named[pair[1]][1]):
             raise ValueError(
-                f"parameters {first!r} and {second!r} are the same elements, which would be moved twice: give them to one group, or "
+                f"parameters {first!r} and {second!r} are the same elements, which would be moved twice: "
+                "give them to one group, or "
                 "clone one of them"
             )
         raise ValueError(
@@ -60,6 +62,7 @@ def check_tie(entry: Trained) -> None:
     for name, tensor in entry.aliases:
         if view_of(tensor) != view_of(entry.tensor):
             raise RuntimeError(
-                f"parameters {entry.name!r} and {name!r} were the same elements when the optimizer was built and are no longer (a cast "
+                f"parameters {entry.name!r} and {name!r} were the same elements when the optimizer was built "
+                "and are no longer (a cast "
                 "or a move unties tensors): tie them again, or build a new optimizer"
             )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-# Wrappers: the class that torch.nn.Module.named_parameters meets, and the attribute that holds the module inside.
+# Wrappers: the class that torch.nn.Module.named_parameters meets, and the attribute that holds the module
+# inside.
 WRAPPERS = {
     "OptimizedModule": "_orig_mod",  # torch.compile
     "DistributedDataParallel": "module",
@@ -20,7 +21,9 @@ def wrapped(module: nn.Module) -> str | None:
 
     The class decides, so an attribute of the user's own that is called ``module`` is not taken for one."""
     for cls in type(module).__mro__:
-        if (attribute := WRAPPERS.get(cls.__name__)) is not None and cls.__module__.partition(".")[0] == "torch":
+        if (attribute := WRAPPERS.get(cls.__name__)) is not None and cls.__module__.partition(".")[
+            0
+        ] == "torch":
             return attribute if module._modules.get(attribute) is not None else None
     return None
 
@@ -54,15 +57,18 @@ def check_model(model: nn.Module) -> None:
         where = f"module {name!r}" if name else "the model"
         if isinstance(module, torch.jit.ScriptModule):
             raise TypeError(
-                f"{where} is a TorchScript module, whose interpreter reads weights where no perturbation can reach; "
+                f"{where} is a TorchScript module, whose interpreter reads weights where no perturbation can "
+                "reach; "
                 "pass the eager module, or use evaluation='master'"
             )
         if type(module).__name__ in ("FullyShardedDataParallel", "FSDPModule"):
             raise TypeError(
-                f"{where} is {type(module).__name__}; its flat parameters hide the weights: train the wrapped module"
+                f"{where} is {type(module).__name__}; its flat parameters hide the weights: train the "
+                "wrapped module"
             )
         if isinstance(module, nn.DataParallel) and _hides(module):
             raise TypeError(
-                f"{where} is DataParallel on devices {module.device_ids}, whose replicas would not see the perturbation: train the "
+                f"{where} is DataParallel on devices {module.device_ids}, whose replicas would not see the "
+                "perturbation: train the "
                 "wrapped module, or give DataParallel one device"
             )

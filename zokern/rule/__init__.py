@@ -1,4 +1,5 @@
-"""Rules: coefficients to new weights. One file each; a rule writes the parameters of a group, once a step, and keeps its own state."""
+"""Rules: coefficients to new weights. One file each; a rule writes the parameters of a group, once a step,
+and keeps its own state."""
 
 from __future__ import annotations
 

@@ -1,20 +1,21 @@
-"""Rule ``adam``: two moments of the estimate, as in torch.optim.Adam (Kingma and Ba 2015), or in TeZO's form (Sun et al. 2025).
+"""Rule ``adam``: two moments of the estimate, as in torch.optim.Adam (Kingma and Ba 2015), or in TeZO's form
+(Sun et al. 2025).
 
     M <- beta1 M + (1 - beta1) g,   V <- beta2 V + (1 - beta2) g^2,   g = sum_k weights[k] z_k
-    theta <- decay theta + lr (M / c1) / (sqrt(V / c2) + eps)         c1 = 1 - beta1^t, c2 = 1 - beta2^t, or 1 without correction
-    theta <- decay theta + lr (M / c1) / sqrt(V / c2 + eps)           inside=True
+    theta <- decay theta + lr (M / c1) / (sqrt(V / c2) + eps)         c1 = 1 - beta1^t, c2 = 1 - beta2^t, or 1
+    without correction theta <- decay theta + lr (M / c1) / sqrt(V / c2 + eps)           inside=True
 
-Parameters with a dense z keep float32 moments, 8 bytes a weight, and a group of them is one launch of the verb update_: with the
-defaults this is ZO-Bench's ZO-Adam (Zhang et al. 2024). A matrix with z = U diag(tau) V^T keeps them of its time factors, 2 r numbers
-(TeZO-Adam, whose form is inside=True, bias_correction=False):
+Parameters with a dense z keep float32 moments, 8 bytes a weight, and a group of them is one launch of the
+verb update_: with the defaults this is ZO-Bench's ZO-Adam (Zhang et al. 2024). A matrix with z = U diag(tau)
+V^T keeps them of its time factors, 2 r numbers (TeZO-Adam, whose form is inside=True, bias_correction=False):
 
-    M <- beta1 M + (1 - beta1) sum_k weights[k] tau_k        V <- beta2 V + (1 - beta2) (sum_k weights[k] tau_k)^2
-    W <- decay W + lr (U diag(M) V^T) / sqrt(U^2 diag(V) (V^2)^T + eps)
+    M <- beta1 M + (1 - beta1) sum_k weights[k] tau_k        V <- beta2 V + (1 - beta2) (sum_k weights[k]
+    tau_k)^2 W <- decay W + lr (U diag(M) V^T) / sqrt(U^2 diag(V) (V^2)^T + eps)
 
 The squares are elementwise, and the cross terms of the second moment are dropped, as in the paper (Eq. 8).
 
-With core=True it is Adam for X in W = W_0 + s U X V^T (SubZero+, Yu et al. 2026, arXiv 2608.15665). Moments and quotient have the
-shape of a draw X_k, where z_k = s U X_k V^T:
+With core=True it is Adam for X in W = W_0 + s U X V^T (SubZero+, Yu et al. 2026, arXiv 2608.15665). Moments
+and quotient have the shape of a draw X_k, where z_k = s U X_k V^T:
 
     M, V the averages of sum_k weights[k] X_k and its square
     W <- decay W + lr s U ((M / c1) / (sqrt(V / c2) + eps)) V^T
@@ -52,23 +53,25 @@ def pair(betas: Any) -> tuple[float, float]:
 
 
 class Adam:
-    """theta <- decay theta + lr (M / c1) / (sqrt(V / c2) + eps), with M, V the averages of g and g^2, g = sum_k weights[k] z_k.
+    """theta <- decay theta + lr (M / c1) / (sqrt(V / c2) + eps), with M, V the averages of g and g^2, g =
+    sum_k weights[k] z_k.
 
     betas            of M and V: (0.9, 0.999) by default, each 0 <= beta < 1
     eps              1e-8, in units of g; with inside=True of g^2
-    bias_correction  c1 = 1 - beta1^t and c2 = 1 - beta2^t in a parameter's update number t; False: 1, TeZO's form
+    bias_correction  c1 = 1 - beta1^t and c2 = 1 - beta2^t in a parameter's update number t; False: 1, TeZO's
+                     form
     inside           eps stands under the root: sqrt(V / c2 + eps), TeZO's form
-    core             True: moments and quotient of a low-rank z have the shape of a draw: C, or that of U and V which
-                     is drawn (SubZero+). It goes with any basis
-    carry            with core. True: at a new basis the moments are carried over to it, V by squared overlaps. False:
-                     their numbers stay as they are, the plain reading of SubZero+
+    core             True: moments and quotient of a low-rank z have the shape of a draw: C, or that of U and
+                     V which is drawn (SubZero+). It goes with any basis
+    carry            with core. True: at a new basis the moments are carried over to it, V by squared
+                     overlaps. False: their numbers stay as they are, the plain reading of SubZero+
 
-    Keeps `first`, `second` and `updates` in the optimizer's state, float32: two moments shaped like the parameter where
-    z is dense (8 bytes a weight), 2 r numbers for a matrix with z = U diag(tau) V^T (zokern.TeZO), two of the shape of a
-    draw with core=True. `basis` is the step of their basis, with carry=True. Updates wait with core=True alone.
-    Raises ValueError for betas or eps out of range, and for carry without core. Without core an optimizer refuses it
-    with a direction whose basis changes (SubZero, P-GAP, LOZO).
-    Kingma and Ba 2015; Zhang et al. 2024 (ZO-Bench's ZO-Adam); Sun et al. 2025 (TeZO-Adam)."""
+    Keeps `first`, `second` and `updates` in the optimizer's state, float32: two moments shaped like the
+    parameter where z is dense (8 bytes a weight), 2 r numbers for a matrix with z = U diag(tau) V^T
+    (zokern.TeZO), two of the shape of a draw with core=True. `basis` is the step of their basis, with
+    carry=True. Updates wait with core=True alone. Raises ValueError for betas or eps out of range, and for
+    carry without core. Without core an optimizer refuses it with a direction whose basis changes (SubZero,
+    P-GAP, LOZO). Kingma and Ba 2015; Zhang et al. 2024 (ZO-Bench's ZO-Adam); Sun et al. 2025 (TeZO-Adam)."""
 
     name = "adam"
     lr = ONES  # of an optimizer that is given none: steps have one length, whatever the slope
@@ -87,7 +90,10 @@ class Adam:
         self.bias_correction, self.inside = flag("bias_correction", bias_correction), flag("inside", inside)
         self.core, self.carry = flag("core", core), flag("carry", carry)
         if self.carry and not self.core:
-            raise ValueError("carry is True and core is False; expected core=True: other moments have no basis that changes")
+            raise ValueError(
+                "carry is True and core is False; expected core=True: other moments have no basis that "
+                "changes"
+            )
 
     @property
     def defers(self) -> bool:
@@ -96,7 +102,8 @@ class Adam:
 
     @property
     def diagonal(self) -> bool:
-        """Whether a low-rank direction needs diagonal draws and a basis that lasts: the quotient is formed for the weights."""
+        """Whether a low-rank direction needs diagonal draws and a basis that lasts: the quotient is formed
+        for the weights."""
         return not self.core
 
     def scalars(self, lr: float, decay: float = 1.0, updates: int = 1) -> tuple[float, ...]:
@@ -114,10 +121,13 @@ class Adam:
         return c1, c2
 
     def update(
-        self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any, defer: bool
+        self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any,
+        defer: bool
     ) -> Tensor | int:  # fmt: skip
         if group.matrices is None:
-            return advance(self, plan, group, weights, lambda updates: self.scalars(lr, decay, updates), states)
+            return advance(
+                self, plan, group, weights, lambda updates: self.scalars(lr, decay, updates), states
+            )
         if self.core:
             return self._in_core(plan, group, weights, lr, decay, states, defer)
         count: Tensor | int = 0
@@ -127,12 +137,15 @@ class Adam:
         return count
 
     def _in_core(
-        self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any, defer: bool
+        self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any,
+        defer: bool
     ) -> Tensor | int:  # fmt: skip
         assert group.matrices is not None and plan.factored is not None
         scales = [plan.factored.scale(matrix) for matrix in group.matrices]
         moves = []
-        for tensor, matrix, along, s in zip(group.tensors, group.matrices, total(plan, group, weights), scales):
+        for tensor, matrix, along, s in zip(
+            group.tensors, group.matrices, total(plan, group, weights), scales
+        ):
             state = states[tensor]
             first, second = self._moments(state, along / s)
             if self.carry:
@@ -142,9 +155,14 @@ class Adam:
         return deposit(plan, group, moves, decay, defer)
 
     def _moments(self, state: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Both moments after this step, kept in the state; corrected for their start at zero where that is asked for."""
+        """Both moments after this step, kept in the state; corrected for their start at zero where that is
+        asked for."""
         if "first" not in state:
-            state["first"], state["second"], state["updates"] = torch.zeros_like(gradient), torch.zeros_like(gradient), 0
+            state["first"], state["second"], state["updates"] = (
+                torch.zeros_like(gradient),
+                torch.zeros_like(gradient),
+                0,
+            )
         (beta1, beta2), state["updates"] = self.betas, state["updates"] + 1
         state["first"] = state["first"] * beta1 + gradient * (1.0 - beta1)
         state["second"] = state["second"] * beta2 + (gradient * gradient) * (1.0 - beta2)
@@ -153,7 +171,9 @@ class Adam:
         c1, c2 = self._corrections(state["updates"])
         return state["first"] / c1, state["second"] / c2
 
-    def _matrix(self, plan: Plan, group: Group, i: int, first: Tensor, second: Tensor, lr: float, decay: float) -> Tensor | int:
+    def _matrix(
+        self, plan: Plan, group: Group, i: int, first: Tensor, second: Tensor, lr: float, decay: float
+    ) -> Tensor | int:
         assert group.matrices is not None
         matrix = group.matrices[i]
         assert matrix.left is not None and matrix.right is not None
@@ -182,7 +202,9 @@ class Adam:
         """The step of the basis that the moments belong to, with carry=True; None: they belong to none."""
         return state.get("basis", -1) if self.carry and "first" in state else None
 
-    def rebase(self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor | None, state: Any) -> None:
+    def rebase(
+        self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor | None, state: Any
+    ) -> None:
         if self.carry and "first" in state:
             state["basis"] = matrix.born
             for key in ("first", "second"):

@@ -65,11 +65,14 @@ class Averaged:
                 group.put(i, theta + (state["fast"] - theta) * self.share(state["updates"]))
 
     def update(
-        self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any, defer: bool
+        self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any,
+        defer: bool
     ) -> Tensor | int:  # fmt: skip
         for i, tensor in enumerate(group.tensors):
             if "fast" not in states[tensor]:
-                states[tensor].update(fast=group.read(i).clone(memory_format=torch.contiguous_format), updates=0)
+                states[tensor].update(
+                    fast=group.read(i).clone(memory_format=torch.contiguous_format), updates=0
+                )
         if is_nothing([lr * w for w in weights], decay):  # a launch would turn -0.0 into 0.0
             every = range(len(group.tensors))
             if all(torch.equal(states[group.tensors[i]]["fast"], group.read(i)) for i in every):
@@ -91,7 +94,9 @@ class Averaged:
         """None: the state belongs to no basis."""
         return None
 
-    def rebase(self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor | None, state: Any) -> None:
+    def rebase(
+        self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor | None, state: Any
+    ) -> None:
         """Nothing depends on a basis."""
 
 

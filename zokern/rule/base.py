@@ -13,7 +13,8 @@ from .state import Keeps
 
 
 class Rule(Protocol):
-    """theta <- rule(theta, g), g = sum_k weights[k] z_k the descent direction: weights[k] = -c_k / q (+c_k / q to maximize).
+    """theta <- rule(theta, g), g = sum_k weights[k] z_k the descent direction: weights[k] = -c_k / q (+c_k /
+    q to maximize).
 
     defers  whether updates of factored matrices stay in their small space, and may wait there
 
@@ -21,8 +22,10 @@ class Rule(Protocol):
 
         dense                        True: an optimizer refuses it with a low-rank direction
         lowrank                      True: it refuses it with a dense one
-        linear                       True: theta moves along the sum of the draws itself, and needs no space to add them in
-        diagonal                     True: of low-rank directions it takes those with a diagonal draw and one basis
+        linear                       True: theta moves along the sum of the draws itself, and needs no space
+                                     to add them in
+        diagonal                     True: of low-rank directions it takes those with a diagonal draw and one
+                                     basis
         base(point)                  returns (base, point): losses are read there, around other weights (Base)
         prepare(plan, oracle, states)   before the losses of a step are read: may read others
     """
@@ -34,37 +37,44 @@ class Rule(Protocol):
         """Whether updates of factored matrices may wait."""
 
     def update(
-        self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any, defer: bool
+        self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any,
+        defer: bool
     ) -> Tensor | int:  # fmt: skip
-        """Write the group's parameters; how many results are inf or NaN. states[tensor] is the optimizer's state of a parameter.
+        """Write the group's parameters; how many results are inf or NaN. states[tensor] is the optimizer's
+        state of a parameter.
 
         defer: the updates of factored matrices are kept in `pending` instead."""
 
-    # a rule that takes gradients too has descend(), as Sgd: a term of an estimate may have them (zokern/first_order.py)
+    # a rule that takes gradients too has descend(), as Sgd: a term of an estimate may have them
+    # (zokern/first_order.py)
 
     def keeps(self, shape: tuple[int, ...], draw: tuple[int, int] | None) -> Keeps:
-        """Returns what the rule keeps of a parameter of this shape. draw: the shape of a draw of a low-rank one; None: its z is dense."""
+        """Returns what the rule keeps of a parameter of this shape. draw: the shape of a draw of a low-rank
+        one; None: its z is dense."""
 
     def basis(self, state: Any) -> int | None:
-        """The step of the basis that a factored matrix' state belongs to; -1 where it does not say, None where it belongs to none."""
+        """The step of the basis that a factored matrix' state belongs to; -1 where it does not say, None
+        where it belongs to none."""
 
-    def rebase(self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor | None, state: Any) -> None:
+    def rebase(
+        self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor | None, state: Any
+    ) -> None:
         """The basis of a matrix has changed from (left, right) to its present one: carry the state over."""
 
 
 def renew(rule: Rule, factored: LowRank, group: Group, states: Any, seed: int, step: int) -> None:
-    """Gives the matrices of a group the basis of `step`, and carries over what the rule keeps. Nothing is written to the weights.
+    """Gives the matrices of a group the basis of `step`, and carries over what the rule keeps. Nothing is
+    written to the weights.
 
-    A matrix that has no basis yet, because its state was loaded, first gets the one that this state belongs to, however long it was frozen
-    since: bases are functions of (seed, names, step)."""
+    A matrix that has no basis yet, because its state was loaded, first gets the one that this state belongs
+    to, however long it was frozen since: bases are functions of (seed, names, step)."""
     assert group.matrices is not None
     born, source = factored.basis_step(step), group.source(seed)
     lost: dict[int, list[Matrix]] = {}
     for matrix, tensor in zip(group.matrices, group.tensors):
         if matrix.born < 0 and (kept := basis_of(rule, states, tensor)) is not None:
-            kept = (
-                factored.basis_step(max(0, step - 1)) if kept < 0 else kept
-            )  # states of older versions do not say: the last step's
+            # states of older versions do not say: the last step's
+            kept = factored.basis_step(max(0, step - 1)) if kept < 0 else kept
             if kept != born:
                 lost.setdefault(kept, []).append(matrix)
     for kept, members in sorted(lost.items()):
@@ -80,7 +90,8 @@ def renew(rule: Rule, factored: LowRank, group: Group, states: Any, seed: int, s
 
 
 def basis_of(rule: Rule, states: Any, tensor: Tensor) -> int | None:
-    """The step of the basis that a parameter's state belongs to, -1 where it does not say; a rule that does not tell keeps none."""
+    """The step of the basis that a parameter's state belongs to, -1 where it does not say; a rule that does
+    not tell keeps none."""
     tell = getattr(rule, "basis", None)
     return None if tell is None or tensor not in states else tell(states[tensor])
 
@@ -90,34 +101,42 @@ def check_basis(rule: Rule, direction: LowRank | None) -> None:
     if direction is None:
         if getattr(rule, "lowrank", False):
             raise ValueError(
-                f"rule is {rule.name!r} with a dense direction, which has no small matrices to orthogonalise: expected a low-rank one, "
+                f"rule is {rule.name!r} with a dense direction, which has no small matrices to "
+                "orthogonalise: expected a low-rank one, "
                 "such as zokern.directions.Lazy(), or take zokern.ZOMuon"
             )
         return
     if getattr(rule, "dense", False):
         raise ValueError(
-            f"rule is {rule.name!r} with direction {direction.name!r}; expected a dense z, 'normal' or 'rademacher', or rule zokern.Sgd() or "
+            f"rule is {rule.name!r} with direction {direction.name!r}; expected a dense z, 'normal' or "
+            "'rademacher', or rule zokern.Sgd() or "
             "zokern.Momentum(), whose moments are small where z is low-rank"
         )
     if getattr(rule, "diagonal", False) and not direction.is_diagonal:
         raise ValueError(
-            f"rule is {rule.name!r} with direction {direction.name!r}, whose basis changes or is no diagonal; its moments belong to "
-            "one basis, as that of 'diagonal': expected zokern.Adam(core=True), zokern.Sgd() or zokern.Momentum(), or take zokern.TeZO, "
+            f"rule is {rule.name!r} with direction {direction.name!r}, whose basis changes or is no "
+            "diagonal; its moments belong to "
+            "one basis, as that of 'diagonal': expected zokern.Adam(core=True), zokern.Sgd() or "
+            "zokern.Momentum(), or take zokern.TeZO, "
             "or zokern.MeZO (dense z)"
         )
     if direction.joins and not getattr(rule, "linear", False):
         raise ValueError(
-            f"rule is {rule.name!r} with direction {direction.name!r}, which draws U and V in every step and so has no space to keep "
+            f"rule is {rule.name!r} with direction {direction.name!r}, which draws U and V in every step and "
+            "so has no space to keep "
             "numbers in: expected zokern.Sgd(), or u or v Kept"
         )
 
 
 def check_scaled(rule: Rule, direction: Scaled | None) -> None:
-    """Refuses a rule that makes z of its own, of past steps or of a momentum, with a direction that has factors."""
+    """Refuses a rule that makes z of its own, of past steps or of a momentum, with a direction that has
+    factors."""
     if direction is not None and getattr(rule, "plain", False):
         raise ValueError(
-            f"rule is {rule.name!r} with direction {direction.name!r}, whose factors may differ from step to step; expected a direction "
-            "without factors, 'normal' or 'rademacher', or rule zokern.Sgd(), zokern.Momentum() or zokern.Adam()"
+            f"rule is {rule.name!r} with direction {direction.name!r}, whose factors may differ from step to "
+            "step; expected a direction "
+            "without factors, 'normal' or 'rademacher', or rule zokern.Sgd(), zokern.Momentum() or "
+            "zokern.Adam()"
         )
 
 

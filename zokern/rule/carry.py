@@ -1,4 +1,5 @@
-"""Numbers of a small space, carried over when the basis of a matrix changes. Sums have an order that depends on sizes alone."""
+"""Numbers of a small space, carried over when the basis of a matrix changes. Sums have an order that depends
+on sizes alone."""
 
 from __future__ import annotations
 
@@ -12,16 +13,19 @@ from ..plan import Group
 
 
 def carried(
-    group: Group, matrix: Matrix, left: Tensor | None, right: Tensor | None, middle: Tensor, squares: bool = False
+    group: Group, matrix: Matrix, left: Tensor | None, right: Tensor | None, middle: Tensor,
+    squares: bool = False
 ) -> Tensor:  # fmt: skip
     """Returns numbers of the present basis for those of the basis (left, right), float32.
 
     They stand for the part of L_old C R_old^T that the present basis holds:
 
-        C drawn  (U_new^T U_old) M (V_old^T V_new)        U drawn  M (V_old^T V_new)        V drawn  M (U_old^T U_new)
+        C drawn  (U_new^T U_old) M (V_old^T V_new)        U drawn  M (V_old^T V_new)        V drawn  M
+                 (U_old^T U_new)
 
-    An overlap is divided by the mean square of a column: n for a normal V (Chen et al. 2025, LOZO-M), 1 for an
-    orthonormal one. squares: M holds mean squares of independent numbers, and overlaps are squared elementwise."""
+    An overlap is divided by the mean square of a column: n for a normal V (Chen et al. 2025, LOZO-M), 1 for
+    an orthonormal one. squares: M holds mean squares of independent numbers, and overlaps are squared
+    elementwise."""
     turns = []
     for old, new, length in zip((left, right), (matrix.left, matrix.right), matrix.lengths):
         turn = None if old is None or new is None else _gram(old, new) / length
@@ -35,7 +39,9 @@ def carried(
 
 def _gram(a: Tensor, b: Tensor) -> Tensor:
     """a^T b of two tall matrices, float32, with sums whose order depends on the sizes alone."""
-    return torch.stack([tree_sum(a.double() * b[:, j : j + 1].double()) for j in range(b.shape[1])], dim=1).float()
+    return torch.stack(
+        [tree_sum(a.double() * b[:, j : j + 1].double()) for j in range(b.shape[1])], dim=1
+    ).float()
 
 
 def _times(group: Group, a: Tensor, b: Tensor) -> Tensor:

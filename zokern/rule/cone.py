@@ -56,13 +56,20 @@ class Cone:
 
     def __init__(self, angle: float = 1.35, beta: float | Callable[[int], float] = warming) -> None:
         self.angle = within("angle", angle, 0.0, math.pi / 2, "0 < angle < pi/2", least=False)
-        self.beta = beta if callable(beta) else within("beta", beta, 0.0, 1.0, "0 <= beta < 1, or a function of the step")
+        self.beta = (
+            beta
+            if callable(beta)
+            else within("beta", beta, 0.0, 1.0, "0 <= beta < 1, or a function of the step")
+        )
 
     def prepare(self, plan: Plan, oracle: Oracle, states: Any) -> None:
         """Draws m of parameters that have none."""
         for group in plan.groups:
             new = [i for i, tensor in enumerate(group.tensors) if "momentum" not in states[tensor]]
-            made = [torch.empty(group.tensors[i].shape, dtype=torch.float32, device=group.theta[i].device) for i in new]
+            made = [
+                torch.empty(group.tensors[i].shape, dtype=torch.float32, device=group.theta[i].device)
+                for i in new
+            ]
             if new:
                 batch = Batch(made, [group.spans[i] for i in new])
                 group.backend.draw(batch, Noise(plan.direction, plan.seed, [(0, START)]))
@@ -71,7 +78,11 @@ class Cone:
 
     def base(self, point: Point) -> tuple[Base | None, Point]:
         """Returns the point along u alone, around weights that have moved along m."""
-        return (Base(self.tilt, point.terms), point.scaled(math.sin(self.angle))) if point.terms else (None, point)
+        return (
+            (Base(self.tilt, point.terms), point.scaled(math.sin(self.angle)))
+            if point.terms
+            else (None, point)
+        )
 
     def tilt(self, group: Group, states: Any, terms: Sequence[tuple[int, float]]) -> None:
         """theta <- theta + eps sum_k amount_k cos(angle) m / l."""
@@ -84,14 +95,21 @@ class Cone:
         return math.cos(self.angle) / finite_number("length", state["length"], above=0.0)
 
     def update(
-        self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any, defer: bool
+        self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any,
+        defer: bool
     ) -> Tensor | int:  # fmt: skip
         if len(weights) != 1:
             raise ValueError(
-                f"an estimate has {len(weights)} draws with rule 'cone'; expected queries of 1: momentum and draw make one z"
+                f"an estimate has {len(weights)} draws with rule 'cone'; expected queries of 1: momentum and "
+                "draw make one z"
             )
-        beta = self.beta if not callable(self.beta) else within("beta", self.beta(plan.step), 0.0, 1.0, "0 <= beta < 1")
-        launches: dict[float, list[int]] = {}  # parameters that were frozen for a while have an l of their own
+        beta = (
+            self.beta
+            if not callable(self.beta)
+            else within("beta", self.beta(plan.step), 0.0, 1.0, "0 <= beta < 1")
+        )
+        # parameters that were frozen for a while have an l of their own
+        launches: dict[float, list[int]] = {}
         for i, tensor in enumerate(group.tensors):
             launches.setdefault(states[tensor]["length"], []).append(i)
         count: Tensor | int = 0
@@ -100,7 +118,15 @@ class Cone:
         return count
 
     def _move(
-        self, plan: Plan, group: Group, members: Sequence[int], w: float, lr: float, decay: float, beta: float, states: Any
+        self,
+        plan: Plan,
+        group: Group,
+        members: Sequence[int],
+        w: float,
+        lr: float,
+        decay: float,
+        beta: float,
+        states: Any,
     ) -> Tensor | int:
         """Updates some tensors that have one l."""
         kept = [states[group.tensors[i]] for i in members]
@@ -110,7 +136,8 @@ class Cone:
         if is_nothing([lr * w], decay):  # m alone: a launch would turn weights of -0.0 into 0.0
             coefficient, rest = new * sin, beta + new * cos
         else:
-            count = group.update_(plan, members, [sin], "momentum", (decay, lr * w, cos, 1.0), [moments])  # m = z
+            # m = z
+            count = group.update_(plan, members, [sin], "momentum", (decay, lr * w, cos, 1.0), [moments])
             coefficient, rest = -beta * sin / cos, beta / cos + new
         terms = Terms(torch.tensor([coefficient], dtype=torch.float32, device=moments[0].device), rest)
         batch = Batch(moments, [group.spans[i] for i in members])
@@ -129,7 +156,9 @@ class Cone:
         """None: the state belongs to no basis."""
         return None
 
-    def rebase(self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor | None, state: Any) -> None:
+    def rebase(
+        self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor | None, state: Any
+    ) -> None:
         """Nothing depends on a basis."""
 
 

@@ -1,4 +1,5 @@
-"""Rules with state for parameters with a dense z: one launch for a group. The states are float32, in the optimizer's state."""
+"""Rules with state for parameters with a dense z: one launch for a group. The states are float32, in the
+optimizer's state."""
 
 from __future__ import annotations
 
@@ -17,7 +18,12 @@ PIECE = 1 << 20  # elements of the memory that stands for weights which do not m
 
 
 def advance(
-    rule: Rule, plan: Plan, group: Group, weights: Sequence[float], scalars: Callable[[int], Sequence[float]], states: Any
+    rule: Rule,
+    plan: Plan,
+    group: Group,
+    weights: Sequence[float],
+    scalars: Callable[[int], Sequence[float]],
+    states: Any,
 ) -> Tensor | int:
     """The verb update_ over the group, with rule `verb`, or `name`. scalars(t) are the numbers of update t.
 
@@ -47,13 +53,17 @@ def advance(
 
 
 def _keep_up(
-    plan: Plan, group: Group, members: Sequence[int], weights: Sequence[float], rule: str, scalars: Sequence[float],
+    plan: Plan, group: Group, members: Sequence[int], weights: Sequence[float], rule: str,
+    scalars: Sequence[float],
     kept: Sequence[Sequence[Tensor]],
 ) -> None:  # fmt: skip
-    """The states alone, where lr is 0: theta + 0 would turn -0.0 into +0.0, so zeros take the place of the weights, a piece at a time."""
+    """The states alone, where lr is 0: theta + 0 would turn -0.0 into +0.0, so zeros take the place of the
+    weights, a piece at a time."""
     device = group.tensors[members[0]].device
     coeffs, numbers = (torch.tensor(x, dtype=torch.float32, device=device) for x in (weights, scalars))
-    zeros = torch.zeros(min(PIECE, max(group.tensors[i].numel() for i in members)), dtype=torch.float32, device=device)
+    zeros = torch.zeros(
+        min(PIECE, max(group.tensors[i].numel() for i in members)), dtype=torch.float32, device=device
+    )
     for i, *states in zip(members, *kept):
         span, size = group.spans[i], group.tensors[i].numel()
         for start in range(0, size, PIECE):

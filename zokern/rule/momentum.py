@@ -1,11 +1,13 @@
-"""Rule ``momentum``: a running sum of the draws, in their own space: r x r or m x r numbers for a factored matrix.
+"""Rule ``momentum``: a running sum of the draws, in their own space: r x r or m x r numbers for a factored
+matrix.
 
     M <- beta M + (1 - dampening) sum_k weights[k] draw_k,   theta <- decay theta + lr M
 
-M starts as the first step's sum, as in torch.optim.SGD. With dampening = beta, the default, M is an exponential average; with 0 it
-is Polyak's heavy ball, torch.optim.SGD's momentum and ZO-Bench's ZO-SGD-MMT (Zhang et al. 2024). When the basis of a matrix
-changes, M is carried over: M (V_old^T V_new) / n for normal V (Chen et al. 2025, LOZO-M), (U_new^T U_old) M (V_old^T V_new) for
-orthonormal ones. Parameters with a dense z keep a float32 M, 4 bytes a weight, and a group of them is one launch of the verb update_.
+M starts as the first step's sum, as in torch.optim.SGD. With dampening = beta, the default, M is an
+exponential average; with 0 it is Polyak's heavy ball, torch.optim.SGD's momentum and ZO-Bench's ZO-SGD-MMT
+(Zhang et al. 2024). When the basis of a matrix changes, M is carried over: M (V_old^T V_new) / n for normal V
+(Chen et al. 2025, LOZO-M), (U_new^T U_old) M (V_old^T V_new) for orthonormal ones. Parameters with a dense z
+keep a float32 M, 4 bytes a weight, and a group of them is one launch of the verb update_.
 """
 
 from __future__ import annotations
@@ -25,16 +27,18 @@ from .waiting import deposit, total
 
 
 class Momentum:
-    """M <- beta M + (1 - dampening) g,   theta <- decay theta + lr M,   g = sum_k weights[k] z_k, M = g in a parameter's first update.
+    """M <- beta M + (1 - dampening) g,   theta <- decay theta + lr M,   g = sum_k weights[k] z_k, M = g in a
+    parameter's first update.
 
     beta       0.9 by default, 0 <= beta < 1
-    dampening  None: beta, so that M is an exponential average and lr keeps its meaning. 0: Polyak's heavy ball, torch.optim.SGD's momentum
-               and ZO-Bench's ZO-SGD-MMT; its steps are up to 1 / (1 - beta) times as long
+    dampening  None: beta, so that M is an exponential average and lr keeps its meaning. 0: Polyak's heavy
+               ball, torch.optim.SGD's momentum and ZO-Bench's ZO-SGD-MMT; its steps are up to 1 / (1 - beta)
+               times as long
 
-    Keeps `momentum` in the optimizer's state, float32: shaped like the parameter where z is dense (4 bytes a weight), in the small space of
-    a factored matrix (r x r, or m x r), carried over when its basis changes; `basis` is the step of the basis that these numbers belong to.
-    `updates` counts those of a dense parameter.
-    Raises ValueError for a beta or dampening outside [0, 1).
+    Keeps `momentum` in the optimizer's state, float32: shaped like the parameter where z is dense (4 bytes a
+    weight), in the small space of a factored matrix (r x r, or m x r), carried over when its basis changes;
+    `basis` is the step of the basis that these numbers belong to. `updates` counts those of a dense
+    parameter. Raises ValueError for a beta or dampening outside [0, 1).
     Polyak 1964; Zhang et al. 2024 (ZO-Bench); Chen et al. 2025 (LOZO-M); Sun et al. 2025 (TeZO-m)."""
 
     name, defers = "momentum", True
@@ -52,14 +56,17 @@ class Momentum:
         return decay, lr, beta, alpha
 
     def update(
-        self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any, defer: bool
+        self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any,
+        defer: bool
     ) -> Tensor | int:  # fmt: skip
         if group.matrices is not None:
             averages = []
             for tensor, matrix, new in zip(group.tensors, group.matrices, total(plan, group, weights)):
                 state = states[tensor]
                 old = state.get("momentum")
-                state["momentum"] = average = new if old is None else old * self.beta + new * (1.0 - self.dampening)
+                state["momentum"] = average = (
+                    new if old is None else old * self.beta + new * (1.0 - self.dampening)
+                )
                 state["basis"] = matrix.born
                 averages.append(average)
             return deposit(plan, group, [average * lr for average in averages], decay, defer)
@@ -70,10 +77,13 @@ class Momentum:
         return Keeps({"momentum": draw or shape}, draw is None)
 
     def basis(self, state: Any) -> int | None:
-        """The step of the basis that `momentum` belongs to; -1 where a state of an older version does not say."""
+        """The step of the basis that `momentum` belongs to; -1 where a state of an older version does not
+        say."""
         return state.get("basis", -1) if "momentum" in state else None
 
-    def rebase(self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor | None, state: Any) -> None:
+    def rebase(
+        self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor | None, state: Any
+    ) -> None:
         if "momentum" not in state:
             return
         state["basis"] = matrix.born

@@ -1,12 +1,15 @@
 """Rule ``muon``: the estimate of a matrix, made orthogonal in the space of a draw (ZO-Muon, ZO-MOPI).
 
-    M <- beta M + (1 - beta) sum_k weights[k] draw_k,   W <- decay W + lr times the matrix of O,   O = orthogonal(M)
+    M <- beta M + (1 - beta) sum_k weights[k] draw_k,   W <- decay W + lr times the matrix of O,   O =
+    orthogonal(M)
 
-msign, by Newton and Schulz (Jordan et al. 2024, Muon): X = M / (||M||_F + 1e-7), then five times, with A = X X^T,
+msign, by Newton and Schulz (Jordan et al. 2024, Muon): X = M / (||M||_F + 1e-7), then five times, with A = X
+X^T,
 
     X <- a X + (b A + c A^2) X,   a, b, c = 3.4445, -4.7750, 2.0315
 
-It keeps the singular vectors of M, and brings singular values to about 1: those above 0.01 ||M||_F to 0.68 to 1.13.
+It keeps the singular vectors of M, and brings singular values to about 1: those above 0.01 ||M||_F to 0.68 to
+1.13.
 
 Power iteration, which goes on from step to step (arXiv 2605.09034), finds the leading k directions alone:
 
@@ -40,33 +43,39 @@ START = draw_word(2**24 - 1, BASIS)  # the start of the power iteration, at the 
 class Muon:
     """W <- decay W + lr t L O R for low-rank directions, O = orthogonal(M) in the place of a draw.
 
-    M is the average of the estimates, and L, R are the factors that are kept: P O for ZO-Muon, U O V^T for SubZero.
+    M is the average of the estimates, and L, R are the factors that are kept: P O for ZO-Muon, U O V^T for
+    SubZero.
 
-    power   None: O = msign(M), by five Newton-Schulz iterations (ZO-Muon, Lang et al. 2026, arXiv 2602.17155).
-            k: the leading k directions of M, at most the rank, by power iteration (ZO-MOPI, Chen and Ma 2026,
-            arXiv 2605.09034)
+    power   None: O = msign(M), by five Newton-Schulz iterations (ZO-Muon, Lang et al. 2026, arXiv
+            2602.17155). k: the leading k directions of M, at most the rank, by power iteration (ZO-MOPI, Chen
+            and Ma 2026, arXiv 2605.09034)
     beta    of M, 0 <= beta < 1: M <- beta M + (1 - beta) g. 0 by default: M is the step's estimate
-    carry   True: at a new basis M is carried over to it. False: its numbers stay as they are, as in ZO-MOPI's code
+    carry   True: at a new basis M is carried over to it. False: its numbers stay as they are, as in ZO-MOPI's
+            code
     share   parameters that are not matrices move by SGD, with an lr of `share` times their group's
 
-    t makes the step as long as a dense one with norm='matched', so that lr is in weights; it is 1 with norm='unit'.
-    Keeps float32 tensors in the optimizer's state: `momentum` in the shape of a draw with beta > 0, and `power`
-    (rows of a draw, k) with power=k. `basis` is the step of the basis that they belong to.
-    Products are torch's, in float32 and on one thread: the last bits depend on the machine, as those of a basis of
-    zokern.PGAP do.
-    Raises ValueError for arguments out of range; an optimizer refuses it with a direction that keeps no factor."""
+    t makes the step as long as a dense one with norm='matched', so that lr is in weights; it is 1 with
+    norm='unit'. Keeps float32 tensors in the optimizer's state: `momentum` in the shape of a draw with beta >
+    0, and `power` (rows of a draw, k) with power=k. `basis` is the step of the basis that they belong to.
+    Products are torch's, in float32 and on one thread: the last bits depend on the machine, as those of a
+    basis of zokern.PGAP do.
+    Raises ValueError for arguments out of range; an optimizer refuses it with a direction that keeps no
+    factor."""
 
     name, defers, lowrank = "muon", True, True
     lr = ONES
 
-    def __init__(self, power: int | None = None, beta: float = 0.0, carry: bool = False, share: float = 1.0) -> None:
+    def __init__(
+        self, power: int | None = None, beta: float = 0.0, carry: bool = False, share: float = 1.0
+    ) -> None:
         self.power = None if power is None else whole_number("power", power)
         self.beta = within("beta", beta, 0.0, 1.0, "0 <= beta < 1")
         self.carry = flag("carry", carry)
         self.share = within("share", share, 0.0, 2.0**128, "a number, at least 0")
 
     def update(
-        self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any, defer: bool
+        self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any,
+        defer: bool
     ) -> Tensor | int:  # fmt: skip
         if group.matrices is None:
             amounts, kept = [self.share * lr * w for w in weights], 1.0 - self.share * (1.0 - decay)
@@ -78,7 +87,11 @@ class Muon:
         with one_thread(), torch.autocast(group.theta[0].device.type, enabled=False):
             for tensor, matrix, new in zip(group.tensors, group.matrices, total(plan, group, weights)):
                 average = self._average(states[tensor], matrix, new)
-                found = msign(average) if self.power is None else self._leading(plan, group, matrix, states[tensor], average)
+                found = (
+                    msign(average)
+                    if self.power is None
+                    else self._leading(plan, group, matrix, states[tensor], average)
+                )
                 square = matrix.rank if self.power is None else min(self.power, matrix.rank)
                 moves.append(found * (lr * plan.factored.stretch(matrix, square)))
         return deposit(plan, group, moves, decay, defer)
@@ -89,7 +102,9 @@ class Muon:
         if not self.beta:
             return new
         old = state.get("momentum")
-        state["momentum"] = new * (1.0 - self.beta) if old is None else old * self.beta + new * (1.0 - self.beta)
+        state["momentum"] = (
+            new * (1.0 - self.beta) if old is None else old * self.beta + new * (1.0 - self.beta)
+        )
         return state["momentum"]
 
     def _leading(self, plan: Plan, group: Group, matrix: Matrix, state: Any, average: Tensor) -> Tensor:
@@ -111,7 +126,9 @@ class Muon:
         """The step of the basis that `momentum` and `power` belong to; None: nothing is kept."""
         return state.get("basis", -1) if "momentum" in state or "power" in state else None
 
-    def rebase(self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor | None, state: Any) -> None:
+    def rebase(
+        self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor | None, state: Any
+    ) -> None:
         state.pop("power", None)
         if "momentum" in state:
             state["basis"] = matrix.born
@@ -120,7 +137,8 @@ class Muon:
 
 
 def msign(x: Tensor) -> Tensor:
-    """Returns about U V^T of the singular value decomposition U S V^T of a matrix, float32; zero of a zero matrix."""
+    """Returns about U V^T of the singular value decomposition U S V^T of a matrix, float32; zero of a zero
+    matrix."""
     tall = x.shape[0] > x.shape[1]
     y = x.mT if tall else x
     y = y / (y.norm() + LEAST)
@@ -132,7 +150,8 @@ def msign(x: Tensor) -> Tensor:
 
 
 def power_step(x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns (V U^T, V) after one power iteration for M = x^T from v (rows of x, k), float32; of a zero matrix (0, v)."""
+    """Returns (V U^T, V) after one power iteration for M = x^T from v (rows of x, k), float32; of a zero
+    matrix (0, v)."""
     largest = x.abs().amax()
     y = x / torch.where(largest > 0.0, largest, 1.0)
     v = torch.where(largest > 0.0, torch.linalg.qr(torch.where(largest > 0.0, y @ (y.mT @ v), v))[0], v)
@@ -142,7 +161,8 @@ def power_step(x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def share_of(dense_lr: float, lr: float | None) -> float:
-    """Returns `share` of Muon for parameters that are not matrices to have an lr of their own; 0 where lr is 0. lr None: the rule's."""
+    """Returns `share` of Muon for parameters that are not matrices to have an lr of their own; 0 where lr is
+    0. lr None: the rule's."""
     lr = ONES if lr is None else lr
     return dense_lr / lr if is_number(lr) and lr > 0.0 else 0.0
 

@@ -61,11 +61,18 @@ class Projected(Sgd):
     ) -> None:
         if names is not None and (isinstance(names, str) or not all(isinstance(name, str) for name in names)):
             raise ValueError(
-                f"names is {names!r:.80}; expected parts of parameter names, such as ('k_proj', 'v_proj'), or None"
+                f"names is {names!r:.80}; expected parts of parameter names, such as ('k_proj', 'v_proj'), "
+                "or None"
             )
         self.names = None if names is None else tuple(names)
-        self.interval, self.iterations = whole_number("interval", interval), whole_number("iterations", iterations)
-        self.rate, self.width = finite_number("rate", rate, above=0.0), finite_number("width", width, above=0.0)
+        self.interval, self.iterations = (
+            whole_number("interval", interval),
+            whole_number("iterations", iterations),
+        )
+        self.rate, self.width = (
+            finite_number("rate", rate, above=0.0),
+            finite_number("width", width, above=0.0),
+        )
         self.reach = within("reach", reach, 0.0, 1.0, "0 < reach < 1", least=False)
         self._factors: dict[str, float] = {}
         self._due: set[int] = set()  # ids of tensors that this step projects, and has not yet written
@@ -81,7 +88,8 @@ class Projected(Sgd):
         found = tuple(name for name in names if any(part in name for part in parts))
         if not found and self.names is not None:
             raise ValueError(
-                f"names is {self.names!r}, which no trained parameter has in its name (they are {list(names[:3])}, ...)"
+                f"names is {self.names!r}, which no trained parameter has in its name (they are "
+                f"{list(names[:3])}, ...)"
             )
         return found or tuple(names)
 
@@ -90,7 +98,9 @@ class Projected(Sgd):
         oracle.check_public()
         self._due = set()
         part = plan.only(self.chosen(plan.names))
-        where = [(group, i, states[tensor]) for group in part.groups for i, tensor in enumerate(group.tensors)]
+        where = [
+            (group, i, states[tensor]) for group in part.groups for i, tensor in enumerate(group.tensors)
+        ]
         for group, i, state in where:
             if "start" not in state:
                 state["start"] = group.read(i).clone(memory_format=torch.contiguous_format)
@@ -107,13 +117,17 @@ class Projected(Sgd):
             z = [min(max(one, -most), most) for one in _normals(part, draw_word(SEARCH + iteration, RADIUS))]
             sides = []
             for sign in (1.0, -1.0):
-                moved = tuple((name, factors[name] + sign * self.width * one) for name, one in zip(part.names, z))
+                moved = tuple(
+                    (name, factors[name] + sign * self.width * one) for name, one in zip(part.names, z)
+                )
                 with oracle.at(Base(_project, moved), part):
                     sides.append(float(oracle.losses([THETA], part)[0]))
             slope = (sides[0] - sides[1]) / (2.0 * self.width)
             if math.isfinite(slope):
                 for name, one in zip(part.names, z):
-                    factors[name] = min(max(factors[name] - self.rate * slope * one, 1.0 - self.reach), 1.0 + self.reach)
+                    factors[name] = min(
+                        max(factors[name] - self.rate * slope * one, 1.0 - self.reach), 1.0 + self.reach
+                    )
         self._factors = factors
 
     def base(self, point: Point) -> tuple[Base | None, Point]:
@@ -121,7 +135,8 @@ class Projected(Sgd):
         return (Base(_project, tuple(self._factors.items())) if self._due else None), point
 
     def update(
-        self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any, defer: bool
+        self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any,
+        defer: bool
     ) -> Tensor | int:  # fmt: skip
         due = [name for name, tensor in zip(group.names, group.tensors) if id(tensor) in self._due]
         _project(group, states, tuple((name, self._factors[name]) for name in due))

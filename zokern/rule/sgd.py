@@ -1,4 +1,5 @@
-"""Rule ``sgd``: theta <- decay theta + lr sum_k weights[k] z_k, one rounding. Malladi et al. 2023, Algorithm 1."""
+"""Rule ``sgd``: theta <- decay theta + lr sum_k weights[k] z_k, one rounding. Malladi et al. 2023, Algorithm
+1."""
 
 from __future__ import annotations
 
@@ -16,30 +17,38 @@ from .waiting import add_, deposit, is_nothing, total
 
 
 class Sgd:
-    """theta <- decay theta + lr g, g = sum_k weights[k] z_k, the rule of every method by default. One rounding to the weights' dtype.
+    """theta <- decay theta + lr g, g = sum_k weights[k] z_k, the rule of every method by default. One
+    rounding to the weights' dtype.
 
-    It has no arguments and keeps no state. The updates of a factored matrix may wait in its core (r x r, or m x r): there they are summed in
-    float32, and W is written once. Malladi et al. 2023, Algorithm 1."""
+    It has no arguments and keeps no state. The updates of a factored matrix may wait in its core (r x r, or m
+    x r): there they are summed in float32, and W is written once. Malladi et al. 2023, Algorithm 1."""
 
     name, defers, linear = "sgd", True, True
 
     def update(
-        self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any, defer: bool
+        self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any,
+        defer: bool
     ) -> Tensor | int:  # fmt: skip
         amounts = [lr * w for w in weights]
         if is_nothing(amounts, decay):
-            return group.write(plan.seed, plan.step, plan.rounding) if group.matrices is not None and not defer else 0
+            return (
+                group.write(plan.seed, plan.step, plan.rounding)
+                if group.matrices is not None and not defer
+                else 0
+            )
         if group.matrices is None:
             return group.axpy_(plan.direction, plan.seed, plan.draws(), amounts, decay, plan.rounding)
         return deposit(plan, group, total(plan, group, amounts), decay, defer)
 
     def descend(
-        self, plan: Plan, group: Group, weights: Sequence[float], gradient: Tensor, weight: float, lr: float, decay: float
+        self, plan: Plan, group: Group, weights: Sequence[float], gradient: Tensor, weight: float, lr: float,
+        decay: float
     ) -> Tensor | int:  # fmt: skip
-        """theta <- decay theta + lr (sum_k weights[k] z_k - weight gradient) for the one tensor of a group, one rounding.
+        """theta <- decay theta + lr (sum_k weights[k] z_k - weight gradient) for the one tensor of a group,
+        one rounding.
 
-        The sum is made in the gradient's own memory where that is float32, else in 4 bytes a weight of this tensor. Returns how many
-        results are inf or NaN."""
+        The sum is made in the gradient's own memory where that is float32, else in 4 bytes a weight of this
+        tensor. Returns how many results are inf or NaN."""
         amounts = [lr * w for w in weights]
         if is_nothing([*amounts, lr * weight], decay):
             return 0
@@ -61,5 +70,7 @@ class Sgd:
         """None: nothing is kept."""
         return None
 
-    def rebase(self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor | None, state: Any) -> None:
+    def rebase(
+        self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor | None, state: Any
+    ) -> None:
         """Nothing is kept."""

@@ -1,4 +1,5 @@
-"""Rule ``sign``: theta <- decay theta + lr sign(g), the sign of the summed estimate. Bernstein et al. 2018; Liu et al. 2019 (ZO-signSGD)."""
+"""Rule ``sign``: theta <- decay theta + lr sign(g), the sign of the summed estimate. Bernstein et al. 2018;
+Liu et al. 2019 (ZO-signSGD)."""
 
 from __future__ import annotations
 
@@ -15,11 +16,12 @@ from .waiting import is_nothing
 
 
 class SignSgd:
-    """theta <- decay theta + lr sign(g), g = sum_k weights[k] z_k: every weight moves by lr, or not at all where g = 0.
+    """theta <- decay theta + lr sign(g), g = sum_k weights[k] z_k: every weight moves by lr, or not at all
+    where g = 0.
 
-    It has no arguments and keeps no state. zokern.Sign is something else: it takes the sign of each projected gradient, and z stays normal.
-    With one query both differ by |z| alone; with several, this sign is one of their sum.
-    An optimizer refuses it with a low-rank direction: the sign of a product has no factors.
+    It has no arguments and keeps no state. zokern.Sign is something else: it takes the sign of each projected
+    gradient, and z stays normal. With one query both differ by |z| alone; with several, this sign is one of
+    their sum. An optimizer refuses it with a low-rank direction: the sign of a product has no factors.
     Bernstein et al. 2018 (signSGD, arXiv 1802.04434); Liu et al. 2019 (signSGD via zeroth-order oracle)."""
 
     name, defers = "sign", False
@@ -31,7 +33,8 @@ class SignSgd:
         return decay, lr
 
     def update(
-        self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any, defer: bool
+        self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any,
+        defer: bool
     ) -> Tensor | int:  # fmt: skip
         if is_nothing([lr], decay):
             return 0
@@ -45,7 +48,9 @@ class SignSgd:
         """None: nothing is kept."""
         return None
 
-    def rebase(self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor | None, state: Any) -> None:
+    def rebase(
+        self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor | None, state: Any
+    ) -> None:
         """Nothing is kept."""
 
 

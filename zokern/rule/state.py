@@ -1,4 +1,5 @@
-"""What a rule keeps of a parameter, and the check of it: kernels take raw pointers, so state is checked when a step first finds it."""
+"""What a rule keeps of a parameter, and the check of it: kernels take raw pointers, so state is checked when
+a step first finds it."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ class Keeps(NamedTuple):
     counted: bool
 
 
-def check_state(entry: Trained, state: Mapping[str, Any], rule: str, keeps: Keeps, way_out: str, loading: bool = False) -> None:
+def check_state(
+    entry: Trained, state: Mapping[str, Any], rule: str, keeps: Keeps, way_out: str, loading: bool = False
+) -> None:
     """Raises ValueError, by the parameter's name, for state that kernels would read or write past its end.
 
     loading  the device and the strides are still to be adapted"""
@@ -39,16 +42,23 @@ def check_state(entry: Trained, state: Mapping[str, Any], rule: str, keeps: Keep
         if key not in state:
             continue
         kept = state[key]
-        sound = isinstance(kept, Tensor) and kept.layout == torch.strided and kept.dtype == dtype and tuple(kept.shape) == shape
+        sound = (
+            isinstance(kept, Tensor)
+            and kept.layout == torch.strided
+            and kept.dtype == dtype
+            and tuple(kept.shape) == shape
+        )
         if not sound or not (loading or (kept.device == tensor.device and kept.is_contiguous())):
             raise ValueError(
-                f"state {key!r} of parameter {entry.name!r} is {_described(kept)}; the parameter, {_described(tensor)}, needs a "
+                f"state {key!r} of parameter {entry.name!r} is {_described(kept)}; the parameter, "
+                f"{_described(tensor)}, needs a "
                 f"contiguous {_kind(dtype, shape)} on {tensor.device}: {way_out}"
             )
     basis = state.get("basis", 0)
     if type(basis) is not int or basis < 0:
         raise ValueError(
-            f"state of parameter {entry.name!r} has basis = {basis!r}; expected the step of a basis, an integer from 0: {way_out}"
+            f"state of parameter {entry.name!r} has basis = {basis!r}; expected the step of a basis, an "
+            f"integer from 0: {way_out}"
         )
     needed = [*keeps.tensors, "updates"] if keeps.counted else []
     kept = [key for key in needed[:-1] if key in state]
@@ -56,7 +66,8 @@ def check_state(entry: Trained, state: Mapping[str, Any], rule: str, keeps: Keep
     updates = state.get("updates", 0)
     if lacks or type(updates) is not int or updates < 0:
         raise ValueError(
-            f"state of parameter {entry.name!r} has {kept} and updates = {state.get('updates')!r}, and lacks {lacks}; rule {rule!r} "
+            f"state of parameter {entry.name!r} has {kept} and updates = {state.get('updates')!r}, and lacks "
+            f"{lacks}; rule {rule!r} "
             f"needs all of {needed}, with updates an integer from 0: {way_out}"
         )
 

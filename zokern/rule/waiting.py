@@ -1,4 +1,5 @@
-"""Updates that wait in the small space of a factored matrix, and their write. Every rule that defers goes through here."""
+"""Updates that wait in the small space of a factored matrix, and their write. Every rule that defers goes
+through here."""
 
 from __future__ import annotations
 
@@ -22,12 +23,15 @@ def total(plan: Plan, group: Group, amounts: Sequence[float]) -> list[Tensor]:
 
 
 def deposit(plan: Plan, group: Group, updates: Sequence[Tensor], decay: float, defer: bool) -> Tensor | int:
-    """pending <- decay pending + update, shrink <- decay shrink; written at once unless it may wait. Counts inf and NaN."""
+    """pending <- decay pending + update, shrink <- decay shrink; written at once unless it may wait. Counts
+    inf and NaN."""
     assert group.matrices is not None
     earlier = [matrix.pending for matrix in group.matrices if matrix.pending is not None]
     assert len(earlier) in (0, len(group.matrices)), "matrices of a group are deferred together"
     if earlier:
-        updates = torch._foreach_add(earlier if decay == 1.0 else torch._foreach_mul(earlier, decay), list(updates))
+        updates = torch._foreach_add(
+            earlier if decay == 1.0 else torch._foreach_mul(earlier, decay), list(updates)
+        )
     for matrix, tensor, update in zip(group.matrices, group.tensors, updates):
         if matrix.pending is None:
             matrix.version = tensor._version
@@ -36,16 +40,20 @@ def deposit(plan: Plan, group: Group, updates: Sequence[Tensor], decay: float, d
     if not defer:
         return group.write(plan.seed, plan.step, plan.rounding)
     waiting = list(updates)
-    if bool(torch.isfinite(torch.stack(torch._foreach_norm(waiting))).all()):  # inf and NaN show in it; so may a large sum
+    # inf and NaN show in it; so may a large sum
+    if bool(torch.isfinite(torch.stack(torch._foreach_norm(waiting))).all()):
         return 0
     return sum(int((~torch.isfinite(pending)).sum()) for pending in waiting)
 
 
-def add_(plan: Plan, group: Group, i: int, values: Tensor, scale: float, decay: float, start: int = 0) -> Tensor | int:
-    """theta <- decay theta + scale values for `values.numel()` elements of tensor i from number `start` on, one rounding.
+def add_(
+    plan: Plan, group: Group, i: int, values: Tensor, scale: float, decay: float, start: int = 0
+) -> Tensor | int:
+    """theta <- decay theta + scale values for `values.numel()` elements of tensor i from number `start` on,
+    one rounding.
 
-    values is float32 and contiguous; start is a multiple of its size, and of a row's where the tensor is a matrix that is not contiguous.
-    The verb is lowrank_ with a row of ones: rank 1, exact."""
+    values is float32 and contiguous; start is a multiple of its size, and of a row's where the tensor is a
+    matrix that is not contiguous. The verb is lowrank_ with a row of ones: rank 1, exact."""
     tensor = group.theta[i]
     size = values.numel()
     if size == 0 or is_nothing([scale], decay):
@@ -57,7 +65,9 @@ def add_(plan: Plan, group: Group, i: int, values: Tensor, scale: float, decay: 
     else:
         matrix = tensor.squeeze()
         columns = matrix.shape[1]
-        assert start % columns == size % columns == 0, f"start is {start}, size {size}; expected multiples of {columns}"
+        assert start % columns == size % columns == 0, (
+            f"start is {start}, size {size}; expected multiples of {columns}"
+        )
         part = matrix[start // columns : (start + size) // columns]
     residual = group.residual(i) if plan.rounding == "residual" else None
     low = None if residual is None else [residual.view(-1)[start : start + size]]
@@ -70,8 +80,11 @@ def add_(plan: Plan, group: Group, i: int, values: Tensor, scale: float, decay: 
 
 
 def is_nothing(amounts: Sequence[float], decay: float) -> bool:
-    """Whether, in float32, theta <- decay theta + sum_k amounts[k] z_k leaves theta as it is: a launch would turn -0.0 into +0.0."""
-    return torch.tensor([decay, *amounts], dtype=torch.float32, device="cpu").tolist() == [1.0] + [0.0] * len(amounts)
+    """Whether, in float32, theta <- decay theta + sum_k amounts[k] z_k leaves theta as it is: a launch would
+    turn -0.0 into +0.0."""
+    return torch.tensor([decay, *amounts], dtype=torch.float32, device="cpu").tolist() == [1.0] + [0.0] * len(
+        amounts
+    )
 
 
 __all__ = ["add_", "deposit", "is_nothing", "total"]

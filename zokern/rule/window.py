@@ -3,8 +3,9 @@ never stored.
 
     g_0, g_1, ...: a parameter's estimates, the newest first, g_j = sum_k weights[k] z_k of its update
 
-    theta <- decay theta + lr sum_{j < n} a_j g_j                                          momentum: a_j = beta^j, or their shares
-    theta <- decay theta + lr scale sum_j beta1^j g_j / (sqrt(sum_j beta2^j g_j^2) + eps)  adam (AdaMeZO, arXiv 2605.00650)
+    theta <- decay theta + lr sum_{j < n} a_j g_j                                          momentum: a_j =
+    beta^j, or their shares theta <- decay theta + lr scale sum_j beta1^j g_j / (sqrt(sum_j beta2^j g_j^2) +
+    eps)  adam (AdaMeZO, arXiv 2605.00650)
 
 A z is a function of its names, so a window holds names and numbers: (step, draw word, weight), 16 bytes a
 draw, and no byte a weight. The price is time: a step makes the z of n updates again. A linear rule is one
@@ -46,7 +47,9 @@ class _Window:
     defers, dense, plain = False, True, True
     length: int
 
-    def windows(self, plan: Plan, group: Group, weights: Sequence[float], states: Any) -> Iterator[tuple[Group, list[Past]]]:
+    def windows(
+        self, plan: Plan, group: Group, weights: Sequence[float], states: Any
+    ) -> Iterator[tuple[Group, list[Past]]]:
         """Adds this update to every window; yields the tensors that have the same one, oldest update
         first."""
         new = [[step, word, float(weight)] for (step, word), weight in zip(plan.draws(), weights)]
@@ -58,7 +61,8 @@ class _Window:
                 keys[id(old)] = _checked(old, name)
             members, window = found.setdefault(keys[id(old)], ([], [*old, new][-self.length :]))
             members.append(i)
-            states[tensor]["window"] = window  # a new list: a state_dict that was taken before holds the old one
+            # a new list: a state_dict that was taken before holds the old one
+            states[tensor]["window"] = window
         for members, window in found.values():
             yield group if len(members) == len(group.tensors) else group.only(members), window
 
@@ -70,15 +74,20 @@ class _Window:
         """None: z is dense."""
         return None
 
-    def rebase(self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor | None, state: Any) -> None:
+    def rebase(
+        self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor | None, state: Any
+    ) -> None:
         """Nothing belongs to a basis."""
 
 
 def _checked(window: Any, name: str) -> tuple:
     """Returns a window as a tuple; ValueError for one that holds anything but updates."""
-    if not isinstance(window, list) or not all(isinstance(past, list) and all(map(_is_term, past)) for past in window):
+    if not isinstance(window, list) or not all(
+        isinstance(past, list) and all(map(_is_term, past)) for past in window
+    ):
         raise ValueError(
-            f"state 'window' of parameter {name!r} is {window!r:.80}; expected a list of updates, each a list of [step, draw word, weight]: "
+            f"state 'window' of parameter {name!r} is {window!r:.80}; expected a list of updates, each a "
+            "list of [step, draw word, weight]: "
             f"{START_ANEW}"
         )
     return tuple(tuple(map(tuple, past)) for past in window)
@@ -86,7 +95,11 @@ def _checked(window: Any, name: str) -> tuple:
 
 def _is_term(term: Any) -> bool:
     """Whether this is [step, draw word, weight]: two words of 32 bits and a finite float."""
-    named = isinstance(term, list) and len(term) == 3 and all(type(word) is int and 0 <= word < 2**32 for word in term[:2])
+    named = (
+        isinstance(term, list)
+        and len(term) == 3
+        and all(type(word) is int and 0 <= word < 2**32 for word in term[:2])
+    )
     return named and isinstance(term[2], float) and math.isfinite(term[2])
 
 
@@ -123,14 +136,17 @@ class WindowMomentum(_Window):
         return [power / whole for power in powers]
 
     def update(
-        self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any, defer: bool
+        self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any,
+        defer: bool
     ) -> Tensor | int:  # fmt: skip
         count: Tensor | int = 0
         for part, window in self.windows(plan, group, weights, states):
             shares = self.shares(len(window))
             amounts = [lr * share * weight for share, past in zip(shares, window) for _, _, weight in past]
             if not is_nothing(amounts, decay):
-                count = count + part.axpy_(plan.direction, plan.seed, _draws(window), amounts, decay, plan.rounding)
+                count = count + part.axpy_(
+                    plan.direction, plan.seed, _draws(window), amounts, decay, plan.rounding
+                )
         return count
 
 
@@ -176,14 +192,17 @@ class WindowAdam(_Window):
         return decay, self.scale * lr, beta1, 1.0, beta2, 1.0, 0.0, 1.0, self.eps
 
     def update(
-        self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any, defer: bool
+        self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any,
+        defer: bool
     ) -> Tensor | int:  # fmt: skip
         count: Tensor | int = 0
         for part, window in self.windows(plan, group, weights, states):
             if self.warmup and len(window) < self.length:
                 amounts = [lr * weight for weight in weights]
                 if not is_nothing(amounts, decay):
-                    count = count + part.axpy_(plan.direction, plan.seed, plan.draws(), amounts, decay, plan.rounding)
+                    count = count + part.axpy_(
+                        plan.direction, plan.seed, plan.draws(), amounts, decay, plan.rounding
+                    )
             elif not is_nothing([lr], decay):
                 tables = self._tables(plan, part, window, lr, decay)
                 for pieces in _pieces(part, plan.rounding == "residual"):
@@ -191,13 +210,16 @@ class WindowAdam(_Window):
                 announce(part.theta)
         return count
 
-    def _tables(self, plan: Plan, group: Group, window: Sequence[Past], lr: float, decay: float) -> list[Table]:
+    def _tables(
+        self, plan: Plan, group: Group, window: Sequence[Past], lr: float, decay: float
+    ) -> list[Table]:
         """Returns what the verb is told of every update; of those before the last with lr 0."""
         found = []
         for past in window:
             numbers = self.scalars(lr, decay) if past is window[-1] else self.scalars(0.0)
             both = [
-                torch.tensor(x, dtype=torch.float32, device=group.theta[0].device) for x in ([w for _, _, w in past], numbers)
+                torch.tensor(x, dtype=torch.float32, device=group.theta[0].device)
+                for x in ([w for _, _, w in past], numbers)
             ]
             found.append((Noise(plan.direction, plan.seed, _draws([past])), both[0], both[1]))
         return found
@@ -230,8 +252,14 @@ def _pieces(group: Group, residual: bool) -> Iterator[list[Piece]]:
 def _moved(plan: Plan, group: Group, pieces: list[Piece], tables: Sequence[Table]) -> Tensor:
     """Runs the rule over the window, on moments from zero and zeros in the place of the weights, and last on
     the weights."""
-    tensors, spans, low = [piece[0] for piece in pieces], [piece[1] for piece in pieces], [piece[2] for piece in pieces]
-    blanks, *moments = [[torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in tensors] for _ in range(3)]
+    tensors, spans, low = (
+        [piece[0] for piece in pieces],
+        [piece[1] for piece in pieces],
+        [piece[2] for piece in pieces],
+    )
+    blanks, *moments = [
+        [torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in tensors] for _ in range(3)
+    ]
     for noise, weights, scalars in tables[:-1]:
         group.backend.update_(Batch(blanks, spans), noise, Update(weights, "adam", scalars, moments))
     noise, weights, scalars = tables[-1]

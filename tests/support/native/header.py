@@ -1,4 +1,5 @@
-"""The C++ headers of the stream as NumPy functions: compiles header.cpp with g++ and calls it through ctypes."""
+"""The C++ headers of the stream as NumPy functions: compiles header.cpp with g++ and calls it through
+ctypes."""
 
 from __future__ import annotations
 
@@ -25,7 +26,16 @@ def why_off() -> str | None:
 
 def compile_tool(source: str, target: Path, *flags: str) -> Path:
     """A source of this folder to a program or shared library, without contraction."""
-    command = [CXX, "-std=c++17", "-ffp-contract=off", f"-I{CSRC}", *flags, str(HERE / source), "-o", str(target)]
+    command = [
+        CXX,
+        "-std=c++17",
+        "-ffp-contract=off",
+        f"-I{CSRC}",
+        *flags,
+        str(HERE / source),
+        "-o",
+        str(target),
+    ]
     subprocess.run(command, check=True)
     return target
 
@@ -46,7 +56,9 @@ class Header:
 
     def philox4x32(self, counters: np.ndarray, key: tuple[int, int], rounds: int) -> np.ndarray:
         counters, words = np.ascontiguousarray(counters, np.uint32), np.empty((len(counters), 4), np.uint32)
-        self._call("words_of", counters, ctypes.c_int64(len(counters)), np.array(key, np.uint32), rounds, words)
+        self._call(
+            "words_of", counters, ctypes.c_int64(len(counters)), np.array(key, np.uint32), rounds, words
+        )
         return words
 
     def normal(self, words: np.ndarray) -> np.ndarray:
@@ -54,17 +66,29 @@ class Header:
         self._call("normal_pairs", words, ctypes.c_int64(words.size), values)
         return values
 
-    def draw(self, direction: str, seed: int, who: int, step: int, draw: int, first: int, count: int) -> np.ndarray:
+    def draw(
+        self, direction: str, seed: int, who: int, step: int, draw: int, first: int, count: int
+    ) -> np.ndarray:
         values = np.empty(count, np.float32)
         words = (ctypes.c_uint32(w) for w in (who, step, draw))
         which = DIRECTIONS[direction]
-        self._call("values_of", which, ctypes.c_uint64(seed), *words, ctypes.c_uint64(first), ctypes.c_int64(count), values)
+        self._call(
+            "values_of",
+            which,
+            ctypes.c_uint64(seed),
+            *words,
+            ctypes.c_uint64(first),
+            ctypes.c_int64(count),
+            values,
+        )
         return values
 
     def value(self, direction: str, seed: int, who: int, step: int, draw: int, index: int) -> np.ndarray:
         value = np.empty(1, np.float32)
         words = (ctypes.c_uint32(w) for w in (who, step, draw))
-        self._call("value_of", DIRECTIONS[direction], ctypes.c_uint64(seed), *words, ctypes.c_uint64(index), value)
+        self._call(
+            "value_of", DIRECTIONS[direction], ctypes.c_uint64(seed), *words, ctypes.c_uint64(index), value
+        )
         return value
 
     def rounding_bits(self, seed: int, who: int, step: int, first: int, count: int) -> np.ndarray:
@@ -74,7 +98,8 @@ class Header:
         return bits
 
     def rounded(self, values: np.ndarray, random: np.ndarray) -> np.ndarray:
-        """uint16[n, 6]: bfloat16 nearest, stochastic, float16 nearest, stochastic, high and low half of the split."""
+        """uint16[n, 6]: bfloat16 nearest, stochastic, float16 nearest, stochastic, high and low half of the
+        split."""
         values, random = np.ascontiguousarray(values, np.float32), np.ascontiguousarray(random, np.uint32)
         halves = np.empty((values.size, 6), np.uint16)
         self._call("rounded", values, random, ctypes.c_int64(values.size), halves)

@@ -1,4 +1,5 @@
-"""Mistakes in who gets which number: the value no longer is a function of (seed, who, step, draw, i) alone."""
+"""Mistakes in who gets which number: the value no longer is a function of (seed, who, step, draw, i)
+alone."""
 
 from __future__ import annotations
 
@@ -13,14 +14,18 @@ numbers, z, random16, philox4x32 = reference.numbers, reference.z, reference.ran
 
 
 class ThreadKeyed(Patched):
-    """Each thread of 64 elements has a generator of its own, numbered from the start of the tensor at hand."""
+    """Each thread of 64 elements has a generator of its own, numbered from the start of the tensor at
+    hand."""
 
     rejected_by = ("shards", "axpy_firsts", "axpy_sizes", "draw_sizes")
 
     @staticmethod
     def _z(direction, index, who, step, draw, seed):
         place = torch.arange(index.numel())
-        parts = [z(direction, place[i : i + 64] % 64, who + i // 64, step, draw, seed) for i in range(0, len(place), 64)]
+        parts = [
+            z(direction, place[i : i + 64] % 64, who + i // 64, step, draw, seed)
+            for i in range(0, len(place), 64)
+        ]
         return torch.cat(parts) if parts else torch.empty(0)
 
     replaced = {"z": _z}
@@ -29,7 +34,14 @@ class ThreadKeyed(Patched):
 class Int32Index(Patched):
     """Element numbers in 32 bits: they wrap, as a signed int does, and come back small."""
 
-    rejected_by = ("draw_firsts", "axpy_firsts", "perturb_firsts", "draw_pitch", "perturb_rows", "lowrank_firsts")
+    rejected_by = (
+        "draw_firsts",
+        "axpy_firsts",
+        "perturb_firsts",
+        "draw_pitch",
+        "perturb_rows",
+        "lowrank_firsts",
+    )
     replaced = {"numbers": lambda theta, span: numbers(theta, span) & 0x7FFFFFFF}
 
 
@@ -41,7 +53,8 @@ class Uint32Index(Patched):
 
 
 class SeedPlusId(Patched):
-    """The parameter's id is added to the seed instead of being a word of the counter: parameters share streams."""
+    """The parameter's id is added to the seed instead of being a word of the counter: parameters share
+    streams."""
 
     rejected_by = ("draw_sizes", "axpy_sizes", "draw_names")
     replaced = {"z": lambda d, index, who, step, draw, seed: z(d, index, 0, step, draw, (seed + who) % 2**64)}
@@ -60,7 +73,9 @@ class ByPosition(Patched):
     rejected_by = ("order", "axpy_sizes")
 
     def axpy_(self, batch, *rest):
-        return super().axpy_(batch._replace(spans=[s._replace(who=i) for i, s in enumerate(batch.spans)]), *rest)
+        return super().axpy_(
+            batch._replace(spans=[s._replace(who=i) for i, s in enumerate(batch.spans)]), *rest
+        )
 
 
 class ByDtype(Patched):
@@ -102,7 +117,9 @@ class RowsByPosition(Patched):
 
     @staticmethod
     def _numbers(theta, span):
-        return numbers(theta, span if span.rows is None else span._replace(rows=torch.arange(span.rows.numel())))
+        return numbers(
+            theta, span if span.rows is None else span._replace(rows=torch.arange(span.rows.numel()))
+        )
 
     replaced = {"numbers": _numbers}
 
@@ -115,7 +132,9 @@ class SevenRounds(Patched):
     @staticmethod
     def _z(direction, index, who, step, draw, seed):
         blocks, where = torch.unique(index // direction.per_block, return_inverse=True)
-        counter = torch.stack([blocks, *(torch.full_like(blocks, word) for word in (who, step, draw))], dim=-1)
+        counter = torch.stack(
+            [blocks, *(torch.full_like(blocks, word) for word in (who, step, draw))], dim=-1
+        )
         words = philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32), 7)
         return direction.values(words)[where, index % direction.per_block]
 
@@ -139,7 +158,8 @@ class PlanarMapping(Patched):
 
 
 class ClockOnce(Patched):
-    """The clock is read when the first call is made and never again, as a captured graph would do with a host's number."""
+    """The clock is read when the first call is made and never again, as a captured graph would do with a
+    host's number."""
 
     rejected_by = ("clock",)
 
@@ -159,4 +179,6 @@ class TileStart(Patched):
     """Elements are numbered from the start of each tile of 4096 once there is more than one tile."""
 
     rejected_by = ("tiles",)
-    replaced = {"numbers": lambda theta, span: numbers(theta, span) - (torch.arange(theta.numel()) // 8192 * 4096)}
+    replaced = {
+        "numbers": lambda theta, span: numbers(theta, span) - (torch.arange(theta.numel()) // 8192 * 4096)
+    }

@@ -34,14 +34,16 @@ class UnfusedNormal(Patched):
 
 
 class TwiceRoundedFma(Patched):
-    """An fma by way of float64 whose sum is rounded to nearest there and again to float32: wrong once in 2^29 or so."""
+    """An fma by way of float64 whose sum is rounded to nearest there and again to float32: wrong once in 2^29
+    or so."""
 
     rejected_by = ("axpy_one_rounding",)
     replaced = {"fma": lambda a, b, c: (torch.as_tensor(a).double() * b.double() + c.double()).float()}
 
 
 class ContractedRoot(Patched):
-    """The compiler fuses the product square * y into the step that follows it: 1 - (square y) y from unrounded square y."""
+    """The compiler fuses the product square * y into the step that follows it: 1 - (square y) y from
+    unrounded square y."""
 
     rejected_by = ("draw_sizes", "axpy_sizes")
 
@@ -50,7 +52,9 @@ class ContractedRoot(Patched):
         f = stream.to_float(word & 0xFFFFF | 0x4B000000) + -8388607.5
         bits = stream.to_bits(f)
         mantissa = stream.to_float(bits & 0x7FFFFF | 0x3F800000)
-        square = fma(bits.to(torch.int32).float(), normal._MINUS_2_LN2, normal._horner(normal._LOG2, mantissa))
+        square = fma(
+            bits.to(torch.int32).float(), normal._MINUS_2_LN2, normal._horner(normal._LOG2, mantissa)
+        )
         y = stream.to_float(normal._ROOT_MAGIC - (stream.to_bits(square) >> 1))
         s = square * y
         e = fma(-square, y * y, 1.0)
@@ -61,7 +65,8 @@ class ContractedRoot(Patched):
 
 
 class ContractedDecay(Patched):
-    """decay * theta + a z as one fma(decay, theta, round(a z)): the contraction that a compiler picks from the formula."""
+    """decay * theta + a z as one fma(decay, theta, round(a z)): the contraction that a compiler picks from
+    the formula."""
 
     rejected_by = ("axpy_sizes", "axpy_many_draws")
 
@@ -74,7 +79,8 @@ class ContractedDecay(Patched):
 
 
 class Folded(Patched):
-    """theta + (a r) sin phi: the coefficient is folded into the radius, which saves a product and moves the rounding."""
+    """theta + (a r) sin phi: the coefficient is folded into the radius, which saves a product and moves the
+    rounding."""
 
     rejected_by = ("axpy_sizes", "axpy_many_draws", "perturb_sizes")
 

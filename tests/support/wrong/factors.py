@@ -1,4 +1,5 @@
-"""Mistakes in low-rank products: which row and column an element is, the order and the width of the sum, where the scale goes."""
+"""Mistakes in low-rank products: which row and column an element is, the order and the width of the sum,
+where the scale goes."""
 
 from __future__ import annotations
 
@@ -40,7 +41,9 @@ class WideSum(Patched):
 
     def lowrank_(self, batch, *rest):
         WideSum.calls += (
-            1  # a reproducible mistake would pass lowrank_shards, which has no reference: every second call makes it
+            # a reproducible mistake would pass lowrank_shards, which has no reference: every second call
+            # makes it
+            1
         )
         wrong = WideSum.calls % 2 == 0 or len(batch.tensors) > 4
         self.replaced = {"contract": self._contract} if wrong else {}
@@ -97,7 +100,9 @@ class DecaysTheProduct(Patched):
     rejected_by = ("lowrank_arithmetic", "lowrank_strides")
 
     def lowrank_(self, batch, factors, *rest):
-        return super().lowrank_(batch, factors._replace(scales=[s * factors.decay for s in factors.scales]), *rest)
+        return super().lowrank_(
+            batch, factors._replace(scales=[s * factors.decay for s in factors.scales]), *rest
+        )
 
 
 class RowOfOwnShape(Patched):

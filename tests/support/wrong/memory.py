@@ -222,7 +222,9 @@ class ResidualOfLookup(Patched):
     def perturb(self, batch, noise, scales, outs):
         if batch.residuals is not None:
             pairs = zip(batch.residuals, batch.spans)
-            batch = batch._replace(residuals=[low if s.rows is None else self._moved(low, s) for low, s in pairs])
+            batch = batch._replace(
+                residuals=[low if s.rows is None else self._moved(low, s) for low, s in pairs]
+            )
         super().perturb(batch, noise, scales, outs)
 
     @staticmethod

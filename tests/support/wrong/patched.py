@@ -13,7 +13,8 @@ from zokern.directions import normal
 class Patched(reference.Reference):
     """One mistake.
 
-    replaced     functions by name: of zokern/backends/reference.py, or of zokern/directions/normal.py as "normal.<name>"
+    replaced     functions by name: of zokern/backends/reference.py, or of zokern/directions/normal.py as
+                 "normal.<name>"
     verbs        the verbs that see the replacements
     rejected_by  the checks of tests/support/conformance.py that must fail
     """

@@ -90,7 +90,9 @@ class BitsOfDirection(Patched):
 
     @staticmethod
     def _random16(index, who, step, seed):
-        word = stream.words(index // 8, who, step, stream.draw_word(1), seed).gather(1, (index % 8 // 2)[:, None])[:, 0]
+        word = stream.words(index // 8, who, step, stream.draw_word(1), seed).gather(
+            1, (index % 8 // 2)[:, None]
+        )[:, 0]
         return word >> index % 2 * 16 & 0xFFFF
 
     replaced = {"random16": _random16}
@@ -102,7 +104,9 @@ class StepOfFirstDraw(Patched):
     rejected_by = ("axpy_stochastic",)
 
     def axpy_(self, batch, noise, terms):
-        self.replaced = {"random16": lambda index, who, step, seed: random16(index, who, noise.draws[0][0], seed)}
+        self.replaced = {
+            "random16": lambda index, who, step, seed: random16(index, who, noise.draws[0][0], seed)
+        }
         return super().axpy_(batch, noise, terms)
 
 
@@ -164,7 +168,9 @@ class Truncates(Patched):
     rejected_by = ("axpy_sizes", "axpy_many_draws")
 
     def axpy_(self, batch, *rest):
-        self.replaced = {"stochastic": lambda value, dtype, random: stochastic(value, dtype, torch.zeros_like(random))}
+        self.replaced = {
+            "stochastic": lambda value, dtype, random: stochastic(value, dtype, torch.zeros_like(random))
+        }
         rounding = "stochastic" if batch.rounding == "nearest" else batch.rounding
         return super().axpy_(batch._replace(rounding=rounding), *rest)
 
@@ -190,5 +196,7 @@ class SaturatesOverflow(Patched):
         before = [t.isfinite() for t in batch.tensors]
         count = super().axpy_(batch, *rest)
         for theta, finite in zip(batch.tensors, before):
-            theta.copy_(torch.where(finite & theta.isinf(), theta.sign() * torch.finfo(theta.dtype).max, theta))
+            theta.copy_(
+                torch.where(finite & theta.isinf(), theta.sign() * torch.finfo(theta.dtype).max, theta)
+            )
         return count

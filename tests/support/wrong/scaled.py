@@ -21,13 +21,15 @@ class Wrong(Patched):
 class Ignored(Wrong):
     """There are no factors."""
 
-    rejected_by = ("scaled_sizes", "scaled_roundings", "scaled_places", "scaled_rows", "scaled_update", "scaled_tiles",
+    rejected_by = ("scaled_sizes", "scaled_roundings", "scaled_places", "scaled_rows", "scaled_update",
+        "scaled_tiles",
                    "scaled_special", "scaled_shards")  # fmt: skip
     replaced = {"scaled": lambda values, factors: values}
 
 
 class AfterTheSum(Wrong):
-    """The sum of several draws is multiplied, and not each z: one rounding where there should be one for each draw."""
+    """The sum of several draws is multiplied, and not each z: one rounding where there should be one for each
+    draw."""
 
     rejected_by = ("scaled_roundings", "scaled_update")
 
@@ -56,7 +58,9 @@ class InTheCoefficient(Wrong):
 
     def perturb(self, batch, noise, amounts, outs):
         amount = torch.tensor(amounts[0], dtype=torch.float32)
-        self.replaced = {"scaled": lambda values, s: values if s is None else (values * (amount * s.float())) / amount}
+        self.replaced = {
+            "scaled": lambda values, s: values if s is None else (values * (amount * s.float())) / amount
+        }
         return self._run("perturb", batch, noise, amounts, outs)
 
 
@@ -95,7 +99,8 @@ class InHalf(Wrong):
 
 
 class Fused(Wrong):
-    """z s is not rounded before it is multiplied and added: in float64, as a contracting compiler might have it."""
+    """z s is not rounded before it is multiplied and added: in float64, as a contracting compiler might have
+    it."""
 
     rejected_by = ("scaled_sizes", "scaled_special")
     replaced = {"scaled": lambda values, s: values if s is None else values.double() * s.double()}
@@ -127,7 +132,12 @@ class ByMemory(Wrong):
     @staticmethod
     def _of(batch, i):
         theta, right = batch.tensors[i], factors_of(batch, i)
-        if right is None or theta.dim() != 2 or batch.spans[i].rows is not None or theta.stride(0) >= theta.stride(1):
+        if (
+            right is None
+            or theta.dim() != 2
+            or batch.spans[i].rows is not None
+            or theta.stride(0) >= theta.stride(1)
+        ):
             return right
         return right.view(theta.shape[1], theta.shape[0]).t().reshape(-1)
 
@@ -147,4 +157,8 @@ class FirstOfAll(Wrong):
         return self._run("axpy_", batch, noise, terms)
 
 
-BACKENDS = [kind for kind in vars().copy().values() if isinstance(kind, type) and issubclass(kind, Wrong) and kind is not Wrong]
+BACKENDS = [
+    kind
+    for kind in vars().copy().values()
+    if isinstance(kind, type) and issubclass(kind, Wrong) and kind is not Wrong
+]

@@ -1,4 +1,5 @@
-"""Mistakes in update_: its rules, its states, and what it shares with axpy_. tests/ops/test_update.py runs them."""
+"""Mistakes in update_: its rules, its states, and what it shares with axpy_. tests/ops/test_update.py runs
+them."""
 
 from __future__ import annotations
 
@@ -71,7 +72,8 @@ class OldMomentum(Wrong):
 
 
 class NearlyRounded(Wrong):
-    """sqrt and division through approximations good to two units in the last place, as a fast-math build has them."""
+    """sqrt and division through approximations good to two units in the last place, as a fast-math build has
+    them."""
 
     rejected_by = ("update_roots", "update_sizes")
 
@@ -85,7 +87,8 @@ class NearlyRounded(Wrong):
 
 
 class SquareFused(Wrong):
-    """v <- fma(g, alpha2 g, beta2 v): the square is never rounded, as a contracting compiler would have it."""
+    """v <- fma(g, alpha2 g, beta2 v): the square is never rounded, as a contracting compiler would have
+    it."""
 
     rejected_by = ("update_sizes", "update_scalars")
 
@@ -167,7 +170,11 @@ class TensorFirst(Wrong):
     """A first element inside a block is rounded down to the block."""
 
     rejected_by = ("update_sizes", "update_firsts", "update_shards")
-    replaced = {"numbers": lambda theta, span, right=reference.numbers: right(theta, span._replace(first=span.first // 8 * 8))}
+    replaced = {
+        "numbers": lambda theta, span, right=reference.numbers: right(
+            theta, span._replace(first=span.first // 8 * 8)
+        )
+    }
 
 
 class FirstStepsBits(Wrong):
@@ -176,7 +183,9 @@ class FirstStepsBits(Wrong):
     rejected_by = ("update_roundings",)
 
     def update_(self, batch, noise, update):
-        self.replaced = {"random16": lambda index, who, step, seed: random16(index, who, noise.draws[0][0], seed)}
+        self.replaced = {
+            "random16": lambda index, who, step, seed: random16(index, who, noise.draws[0][0], seed)
+        }
         return super().update_(batch, noise, update)
 
 
@@ -187,7 +196,9 @@ class BitsOfDirection(Wrong):
 
     @staticmethod
     def _random16(index, who, step, seed):
-        word = stream.words(index // 8, who, step, stream.draw_word(1), seed).gather(1, (index % 8 // 2)[:, None])[:, 0]
+        word = stream.words(index // 8, who, step, stream.draw_word(1), seed).gather(
+            1, (index % 8 // 2)[:, None]
+        )[:, 0]
         return word >> index % 2 * 16 & 0xFFFF
 
     replaced = {"random16": _random16}
@@ -214,4 +225,8 @@ class EmptyFails(Wrong):
         return super().update_(batch, noise, update)
 
 
-BACKENDS = [kind for kind in vars().copy().values() if isinstance(kind, type) and issubclass(kind, Wrong) and kind is not Wrong]
+BACKENDS = [
+    kind
+    for kind in vars().copy().values()
+    if isinstance(kind, type) and issubclass(kind, Wrong) and kind is not Wrong
+]
