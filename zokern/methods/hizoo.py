@@ -11,8 +11,9 @@ from ..optimizer import ZerothOrder
 
 
 class HiZOO(ZerothOrder):
-    """theta <- (1 - lr wd) theta - (lr / q) sum_k c_k s' z_k,   s' = s / sqrt(1 - smooth + smooth mean_k v_k
-    z_k^2) c_k = (L(theta + eps s z_k) - L(theta - eps s z_k)) / (2 eps)
+    """theta <- (1 - lr wd) theta - (lr / q) sum_k c_k s' z_k
+    s' = s / sqrt(1 - smooth + smooth mean_k v_k z_k^2)
+    c_k = (L(theta + eps s z_k) - L(theta - eps s z_k)) / (2 eps)
     v_k = |L(theta + eps s z_k) + L(theta - eps s z_k) - 2 L(theta)| / (2 eps^2)
 
     s = h^(-1/2) starts at 1. The losses are read along the old s and the weights move along the new one, as

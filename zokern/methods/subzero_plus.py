@@ -12,8 +12,8 @@ from ..rule import Adam
 
 
 class SubZeroPlus(ZerothOrder):
-    """W <- (1 - lr wd) W - lr s U (M / (sqrt(V) + adam_eps)) V^T,   M, V corrected averages of G and G^2, r x
-    r G = (1/K) sum_k c_k Z_k,   c_k = (L(W + eps s U Z_k V^T) - L(W)) / eps
+    """W <- (1 - lr wd) W - lr s U (M / (sqrt(V) + adam_eps)) V^T,   M, V corrected averages of G and G^2
+    G = (1/K) sum_k c_k Z_k, r x r,   c_k = (L(W + eps s U Z_k V^T) - L(W)) / eps
 
     U (m x r) and V (n x r) are orthonormal, Haar distributed, and kept for an interval, as in zokern.SubZero.
     Z_k is r x r, standard normal, anew for every step and query. The K queries share U, V, the batch and
