@@ -9,7 +9,20 @@ import torch
 
 from ..warning import warn
 from .base import DTYPES, ROUNDINGS, SCALARS, STATES, Backend, Multiplies
-from .launch import Batch, Noise, Outer, Sides, Span, Terms, Thin, Update, Weight
+from .launch import (
+    PROJECTED,
+    Batch,
+    Noise,
+    Outer,
+    Projected,
+    Projection,
+    Sides,
+    Span,
+    Terms,
+    Thin,
+    Update,
+    Weight,
+)
 from .lists import SpanList, TensorList
 
 BACKENDS = {"reference": "Reference", "cpu": "Cpu", "cuda": "Cuda", "triton": "Triton"}
@@ -62,7 +75,7 @@ def resolve(backend: str | Backend | None, device: torch.device) -> Backend:
 
 __all__ = [
     "BACKENDS", "DTYPES", "ROUNDINGS", "SCALARS", "STATES", "Backend", "Batch", "Multiplies", "Noise",
-    "Outer", "Sides",
+    "Outer", "PROJECTED", "Projected", "Projection", "Sides",
     "Span", "SpanList", "TensorList", "Terms", "Thin", "Update", "Weight", "default", "get", "resolve",
     "why_off",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from .launch import Batch, Noise, Outer, Sides, Span, Terms, Update, Weight
+from .launch import Batch, Noise, Outer, Projected, Projection, Sides, Span, Terms, Update, Weight
 
 DTYPES = ("float32", "bfloat16", "float16")
 DIRECTIONS = {"normal": 0, "rademacher": 1}  # those that the kernels know, and their numbers there
@@ -64,6 +64,19 @@ class Backend(Protocol):
         Everything is float32, and each operation is rounded once, root and quotient too. The last rounding
         is that of axpy_ and spends the same bits. A call that was captured in a CUDA graph reads new scalars
         at each replay. There are no looked-up rows.
+        """
+
+    def project(self, projection: Projection) -> Projected:
+        """Turns losses into the coefficients, amounts and control of an update, where the losses lie.
+
+            L_j = (sum_i losses[i, j]) / m
+            c_k = float32((sum_j weights[k, j] L_j) / eps), cut to +-clip; without weights c_k = float32(L_k)
+            w_k = sign c_k / count      a_k = float32(lr w_k)      decay = float32(1 - lr weight_decay)
+
+        Everything is float64, each operation is rounded once, without contraction. Sums go in order from
+        their first term; a weight of 0 is no term, and without terms c_k is 0. No value reaches the host, and
+        a call can be captured in a CUDA graph. Equal bit for bit on every backend. Projected says what is
+        made of numbers that are not finite.
         """
 
     def perturb(

@@ -16,8 +16,22 @@ import numpy as np
 import torch  # before _cpu: both then share one OpenMP runtime, and torch's threads are not oversubscribed
 from torch import Tensor
 
-from . import pack, pack_lowrank
-from .launch import Batch, Noise, Outer, Sides, Span, Terms, Thin, Update, Weight, rounding_bits, step_at
+from . import pack, pack_lowrank, reference
+from .launch import (
+    Batch,
+    Noise,
+    Outer,
+    Projected,
+    Projection,
+    Sides,
+    Span,
+    Terms,
+    Thin,
+    Update,
+    Weight,
+    rounding_bits,
+    step_at,
+)
 from .validation import Validator, described
 
 _cpu: Any = None
@@ -84,7 +98,7 @@ def _is_sound(batch: Batch, factors: Outer, outs: Sequence[Tensor] | None) -> bo
     """Tells whether a call of lowrank_ is the common one of a forward pass, and right.
 
     It takes a tenth of the time of VALID.lowrank_."""
-    (thetas, spans, rounding, residuals, scaled), (lefts, rights, scales, _) = batch, factors
+    (thetas, spans, rounding, residuals, scaled), (lefts, rights, scales, *_) = batch, factors
     if scaled is not None or not 1 == len(thetas) == len(spans) == len(lefts) == len(rights) == len(scales):
         return False
     if residuals is not None or rounding != "nearest" or (outs is not None and len(outs) != 1):
@@ -169,6 +183,10 @@ class Cpu:
         _module().philox(given.ctypes.data, len(given), key[0], key[1], rounds, words.ctypes.data, 1, 0)
         return torch.from_numpy(words.astype(np.int64))
 
+    def project(self, projection: Projection) -> Projected:
+        VALID.project(projection)
+        return reference.project(projection)
+
     def draw(self, batch: Batch, noise: Noise) -> None:
         number = VALID.number(noise.direction)
         VALID.draw(batch, noise)
@@ -180,6 +198,12 @@ class Cpu:
         number = VALID.number(noise.direction)
         thetas, spans, rounding, residuals, scales = batch
         nonfinite = torch.zeros(1, dtype=torch.int64, device=_CPU)
+        if terms.control is not None:
+            VALID.axpy_(batch, noise, terms)
+            decay, go, _ = terms.control.tolist()
+            if not go:
+                return nonfinite
+            terms = Terms(terms.coefficients, decay)
         if residuals is None and noise.clock is None and rounding in pack.ROUNDING:
             VALID.numbers("axpy_", "coeffs", terms.coefficients, len(noise.draws))
             table = _kept_table("axpy_", batch, (), VALID.axpy_, noise, terms)
@@ -198,6 +222,8 @@ class Cpu:
         VALID.update_(batch, noise, update)
         thetas, spans, rounding, residuals, scales = batch
         nonfinite, scalars = torch.zeros(1, dtype=torch.int64, device=_CPU), update.scalars.contiguous()
+        if update.control is not None and not update.control[2]:
+            return nonfinite
         table = _table(thetas, spans, update.states, residuals, scales=scales)
         summed = _summed(noise, update.coefficients, [1.0] * len(noise.draws))
         _module().update(*table.place, number, noise.seed, pack.address(summed), len(summed),
@@ -227,8 +253,14 @@ class Cpu:
         if not _is_sound(batch, factors, outs):
             VALID.lowrank_(batch, factors, outs)
         thetas, spans, rounding, residuals, _ = batch
-        lefts, rights, scales, decay = factors
+        lefts, rights, scales, decay, control = factors
         seed, step = rounding_bits(noise)
+        step = step_at(step, None if noise is None else noise.clock)
+        if control is not None:
+            VALID.lowrank_(batch, factors, outs)
+            decay, go, _ = control.tolist()
+            if not go:
+                return torch.zeros(1, dtype=torch.int64, device=_CPU)
         if (
             len(thetas) == 1
             and spans[0].rows is None

@@ -98,11 +98,14 @@ class Terms(NamedTuple):
     decay         factor of the old weights; a sequence with `each`
     each          a divisor of K: K / each sums one after the other, each with its decay and rounding. 0: one
                   sum
+    control       float32 [3], see Projected: its decay stands in the place of `decay`, and each is 0. None:
+                  the decay is known to the host
     """
 
     coefficients: Tensor
     decay: float | Sequence[float] = 1.0
     each: int = 0
+    control: Tensor | None = None
 
     def rounded(self) -> tuple[int, list[float]]:
         """Returns the terms of a sum, and for every term the factor of the value before it is added."""
@@ -120,24 +123,74 @@ class Update(NamedTuple):
     scalars  float32 on the tensors' device, SCALARS[rule] in order
     states   a list of float32 tensors for each of STATES[rule], contiguous, shaped like the tensors of the
              launch
+    control  float32 [3], see Projected: only whether the step is finite counts, and the decay is that of the
+             scalars
     """
 
     coefficients: Tensor
     rule: str
     scalars: Tensor
     states: Sequence[Sequence[Tensor]]
+    control: Tensor | None = None
 
 
 class Outer(NamedTuple):
     """Low-rank products, for lowrank_: decay * theta + scales[i] * lefts[i] rights[i]^T.
 
     lefts, rights  float32 (m, r) and (n, r) for each tensor, contiguous
+    control        float32 [3], see Projected: its decay stands in the place of `decay`
     """
 
     lefts: Sequence[Tensor]
     rights: Sequence[Tensor]
     scales: Sequence[float]
     decay: float = 1.0
+    control: Tensor | None = None
+
+
+class Projection(NamedTuple):
+    """What turns the losses of a step into the numbers of an update, for project().
+
+    losses   float64 [m, n]: n points, read for each of m micro-batches, whose mean counts
+    weights  float64 [K, n]: c_k = (sum_j weights[k, j] losses[j]) / eps. A weight of 0 reads no loss. None:
+             the losses are the coefficients c_k themselves, K = n, and eps and clip play no part
+    scalars  float64 [6], PROJECTED in order:
+             eps     > 0, in weights
+             lr      >= 0, of the parameter group;  weight_decay  >= 0
+             clip    bound on |c_k|; inf: none
+             sign    -1 to descend, 1 to ascend
+             count   what the sum over draws is divided by
+    """
+
+    losses: Tensor
+    weights: Tensor | None
+    scalars: Tensor
+
+
+PROJECTED = ("eps", "lr", "weight_decay", "clip", "sign", "count")
+
+
+class Projected(NamedTuple):
+    """What project() makes, on the device of the losses.
+
+    coefficients  float64 [K]: c_k, rounded to float32, and clipped
+    weights       float64 [K]: w_k = sign c_k / count, what a rule is told
+    amounts       float32 [K]: lr w_k, what axpy_ adds
+    control       float32 [3], {decay, go, finite}, which verbs read when their kernels run
+                  decay   1 - lr weight_decay
+                  go      0: decay is 1 and every amount is 0, or the step is not finite; else 1
+                  finite  0: a c_k, w_k, lr w_k, lr or the decay is inf or NaN in float32; else 1
+
+    In a step that is not finite the decay is 1, and weights and amounts are 0; the coefficients stay as they
+    were computed. Where go is 0, axpy_ and lowrank_ change no bit of theta and its low bits, and count 0; where
+    finite is 0, update_ changes no bit of theta, its low bits and its states, and counts 0. lowrank_ with a
+    control has no outs.
+    """
+
+    coefficients: Tensor
+    weights: Tensor
+    amounts: Tensor
+    control: Tensor
 
 
 class Weight(NamedTuple):
@@ -180,17 +233,12 @@ def step_at(step: int, clock: Tensor | None) -> int:
 
 
 def rounding_bits(noise: Noise | None) -> tuple[int, int]:
-    """Returns the seed and the step of the bits that stochastic rounding of lowrank_ spends."""
-    if noise is None:
-        return 0, 0
-    if noise.clock is not None:
-        raise ValueError(
-            "lowrank_: noise has a clock; expected None, because lowrank_ reads the step on the host"
-        )
-    return noise.seed, noise.draws[-1][0]
+    """Returns the seed and the step of the bits that stochastic rounding of lowrank_ spends; the clock is
+    added to the step."""
+    return (0, 0) if noise is None else (noise.seed, noise.draws[-1][0])
 
 
 __all__ = [
-    "Batch", "Noise", "Outer", "Sides", "Span", "Terms", "Thin", "Update", "Weight", "rounding_bits",
-    "step_at",
+    "PROJECTED", "Batch", "Noise", "Outer", "Projected", "Projection", "Sides", "Span", "Terms", "Thin",
+    "Update", "Weight", "rounding_bits", "step_at",
 ]  # fmt: skip

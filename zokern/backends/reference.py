@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from .. import stream
 from ..stream import fma, to_bits, to_float
-from .launch import Batch, Noise, Outer, Span, Terms, Update, rounding_bits, step_at
+from .launch import Batch, Noise, Outer, Projected, Projection, Span, Terms, Update, rounding_bits, step_at
 from .validation import Validator
 
 CHUNK = 1 << 20  # elements at a time, so that the float64 temporaries stay small
@@ -125,8 +126,45 @@ def sign(scalars: Sequence[Tensor], g: Tensor) -> Tensor:
     return torch.where(g > 0, torch.ones_like(g), torch.where(g < 0, -torch.ones_like(g), g))
 
 
+def in_order(terms: Sequence[Tensor]) -> Tensor:
+    """Returns the sum of a term or more, from the first on."""
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+def project(projection: Projection) -> Projected:
+    """Turns losses into the numbers of an update; see Backend.project."""
+    losses, weights, scalars = projection
+    eps, lr, weight_decay, clip, sign, count = scalars.unbind(0)
+    means = in_order(losses.unbind(0)) / len(losses)
+    if weights is not None:
+        # a weight of 0 is no term: 0 times an infinite loss would be NaN. -0.0 is what changes no sum
+        nothing = torch.full_like(means, -0.0)
+        terms = [torch.where(row != 0.0, row * means, nothing) for row in weights.unbind(0)]
+        sums = torch.stack([in_order(row.unbind(0)) for row in terms])
+        means = torch.where((weights != 0.0).any(1), sums, torch.zeros_like(sums)) / eps
+    found = means.float().double()
+    if weights is not None:
+        found = torch.where(found.isnan(), found, found.clamp(-clip, clip))
+    told = sign * found / count
+    amounts, decay = lr * told, 1.0 - lr * weight_decay
+    every = torch.cat([found, told, amounts, torch.stack([lr, decay])])
+    finite = (every.float().abs() < math.inf).all()
+    told, amounts = (torch.where(finite, x, torch.zeros_like(x)) for x in (told, amounts))
+    decay = torch.where(finite, decay, torch.ones_like(decay)).float()
+    amounts = amounts.float()
+    go = finite & ((decay != 1.0) | (amounts != 0.0).any())
+    return Projected(found, told, amounts, torch.stack([decay, go.float(), finite.float()]))
+
+
 class Reference:
     name = "reference"
+
+    def project(self, projection: Projection) -> Projected:
+        VALID.project(projection)
+        return project(projection)
 
     def philox4x32(self, counter: Tensor, key: tuple[int, int], rounds: int) -> Tensor:
         VALID.philox4x32(counter)
@@ -150,6 +188,10 @@ class Reference:
         thetas, spans, rounding, *_ = batch
         direction, seed, draws, clock = noise
         draws, coeffs = [(step_at(step, clock), draw) for step, draw in draws], terms.coefficients
+        if terms.control is not None:
+            if not terms.control[1]:
+                return torch.zeros(1, dtype=torch.int64, device=coeffs.device)
+            terms = terms._replace(decay=float(terms.control[0]))
         nonfinite = torch.zeros(1, dtype=torch.int64, device=coeffs.device)
         each, decays = terms.rounded()
         decay = torch.tensor(decays, dtype=torch.float32, device=coeffs.device)
@@ -188,7 +230,9 @@ class Reference:
         VALID.update_(batch, noise, update)
         thetas, spans, rounding, *_ = batch
         direction, seed, draws, clock = noise
-        coeffs, rule, scalars, states = update
+        coeffs, rule, scalars, states, control = update
+        if control is not None and not control[2]:
+            return torch.zeros(1, dtype=torch.int64, device=coeffs.device)
         draws = [(step_at(step, clock), draw) for step, draw in draws]
         nonfinite = torch.zeros(1, dtype=torch.int64, device=coeffs.device)
         decay, lr, *rest = scalars
@@ -247,10 +291,15 @@ class Reference:
     ) -> Tensor:
         device = VALID.lowrank_(batch, factors, outs)
         thetas, spans, rounding, *_ = batch
-        lefts, rights, scales, _ = factors
+        lefts, rights, scales, *_ = factors
         seed, step = rounding_bits(noise)
+        step = step_at(step, None if noise is None else noise.clock)
         nonfinite = torch.zeros(1, dtype=torch.int64, device=device or "cpu")
         decay = torch.tensor(factors.decay, dtype=torch.float32, device=nonfinite.device)
+        if factors.control is not None:
+            decay = factors.control[0]
+            if not factors.control[1]:
+                return nonfinite
         for i, (theta, span, left, right) in enumerate(zip(thetas, spans, lefts, rights)):
             index = numbers(theta, span)
             scale = torch.tensor(scales[i], dtype=torch.float32, device=theta.device)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .base import DIRECTIONS, ROUNDINGS, SCALARS, STATES
-from .launch import Batch, Noise, Outer, Sides, Span, Terms, Update, Weight
+from .launch import PROJECTED, Batch, Noise, Outer, Projection, Sides, Span, Terms, Update, Weight
 from .lists import SpanList
 
 FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16))
@@ -118,6 +118,14 @@ class Validator:
     def clock(self, verb: str, clock: Tensor | None) -> None:
         if clock is not None and (clock.dtype != torch.int64 or clock.numel() != 1):
             self._refuse(verb, "clock", clock, "int64[1]")
+
+    def control(self, verb: str, control: Tensor | None) -> list[Tensor]:
+        """Returns {decay, go, finite} in a list, checked; an empty one where a call has none."""
+        if control is None:
+            return []
+        if control.dtype != torch.float32 or control.shape != (3,) or not control.is_contiguous():
+            self._refuse(verb, "control", control, "contiguous float32[3], as project() makes it")
+        return [control]
 
     def rows(self, verb: str, spans: Sequence[Span], thetas: Sequence[Tensor]) -> list[Tensor]:
         """Returns the lists of looked-up rows, checked; a Span with rows or a pitch goes with a matrix."""
@@ -238,7 +246,13 @@ class Validator:
         thetas, spans, rounding, residuals, scales = batch
         coeffs, clock = terms.coefficients, noise.clock
         self.numbers("axpy_", "coeffs", coeffs, len(noise.draws))
-        simple = residuals is None and scales is None and clock is None and rounding in ROUNDINGS
+        control = self.control("axpy_", terms.control)
+        if control and terms.each not in (0, len(noise.draws)):
+            raise ValueError(
+                f"backend {self.name!r}: axpy_: each is {terms.each} with a control; expected 0, which is one sum"
+            )
+        simple = residuals is None and scales is None and clock is None and not control
+        simple = simple and rounding in ROUNDINGS
         if simple and coeffs.is_cpu and self._is_sound(thetas, spans, ()):
             return _CPU
         _, low = self._batch("axpy_", batch)
@@ -249,11 +263,12 @@ class Validator:
             "clock": given(clock),
             "rows": rows,
             "scales": self.scales("axpy_", batch),
+            "control": control,
         }
         return self.device("axpy_", tensors=thetas, coeffs=[coeffs], **beside)
 
     def update_(self, batch: Batch, noise: Noise, update: Update) -> torch.device | None:
-        (thetas, spans, *_), (coeffs, rule, scalars, states) = batch, update
+        (thetas, spans, *_), (coeffs, rule, scalars, states, control) = batch, update
         check_rows("update_", spans, None)
         sizes, low = self._batch("update_", batch)
         if rule not in STATES or len(states) != len(STATES[rule]):
@@ -271,7 +286,7 @@ class Validator:
         self.rows("update_", spans, thetas)
         flat = [tensor for state in states for tensor in state]
         beside = {"coeffs": [coeffs], "scalars": [scalars], "residuals": low, "clock": given(noise.clock)}
-        beside["scales"] = self.scales("update_", batch)
+        beside["scales"], beside["control"] = self.scales("update_", batch), self.control("update_", control)
         return self.device("update_", tensors=thetas, states=flat, **beside)
 
     def perturb(
@@ -311,8 +326,11 @@ class Validator:
         return self.device("perturb", tensors=thetas, outs=flat, **beside)
 
     def lowrank_(self, batch: Batch, factors: Outer, outs: Sequence[Tensor] | None) -> torch.device | None:
-        (thetas, spans, *_), (lefts, rights, scales, _) = batch, factors
+        (thetas, spans, *_), (lefts, rights, scales, *_) = batch, factors
         check_rows("lowrank_", spans, outs)
+        control = self.control("lowrank_", factors.control)
+        if control and outs is not None:
+            raise ValueError(f"backend {self.name!r}: lowrank_ has outs and a control; expected one of them")
         if batch.is_scaled:
             raise ValueError(
                 "lowrank_: scales is given; expected None, because lowrank_ makes no z: multiply the factors"
@@ -340,7 +358,7 @@ class Validator:
             )
         if outs is not None:
             self._results("lowrank_", "outs", outs, thetas, self._written(spans, thetas, sizes, rows))
-        beside = {"outs": outs or (), "residuals": low, "rows": rows}
+        beside = {"outs": outs or (), "residuals": low, "rows": rows, "control": control}
         return self.device("lowrank_", tensors=thetas, left=lefts, right=rights, **beside)
 
     def linear(self, weight: Weight, sides: Sides, noise: Noise | None) -> None:
@@ -390,6 +408,20 @@ class Validator:
                 self._refuse(
                     verb, f"{what}[{i}]", out, f"a contiguous {_named({theta.dtype, torch.float32})}"
                 )
+
+    def project(self, projection: Projection) -> torch.device | None:
+        losses, weights, scalars = projection
+        for what, given_, shape in (("losses", losses, (None, None)), ("weights", weights, (None, losses.shape[-1])),
+                                    ("scalars", scalars, (len(PROJECTED),))):  # fmt: skip
+            if given_ is None:
+                continue
+            fits = given_.dim() == len(shape) and all(
+                n == m for n, m in zip(given_.shape, shape) if m is not None
+            )
+            if given_.dtype != torch.float64 or not fits or not given_.numel() or not given_.is_contiguous():
+                named = ", ".join("any" if size is None else str(size) for size in shape)
+                self._refuse("project", what, given_, f"contiguous float64[{named}], with an element or more")
+        return self.device("project", losses=[losses], weights=given(weights), scalars=[scalars])
 
     def philox4x32(self, counter: Tensor) -> torch.device | None:
         if counter.dtype != torch.int64 or counter.dim() != 2 or counter.shape[1] != 4:
