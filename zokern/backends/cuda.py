@@ -180,7 +180,7 @@ class Cuda:
     ) -> Tensor:
         """Runs to the bound that csrc/lowrank.cu states; ranks 1 to 128."""
         device = self._or_any(self.valid.lowrank_(batch, factors, outs))
-        (thetas, spans, rounding, low, _), (lefts, rights, scales, decay, control) = batch, factors
+        (thetas, spans, rounding, low, _), (lefts, rights, scales, decay, _) = batch, factors
         seed, step = rounding_bits(noise)
         nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
         entries, _ = pack.pack(thetas, spans, () if outs is None else (outs,), low, numbered=True)
