@@ -33,8 +33,9 @@ from .methods import METHODS
 from .objective import Objective
 from .ops import axpy_, draw, lowrank_, perturb, philox4x32, update_
 from .ops.linear import linear, sketch
+from .result import StepResult
 from .rule import Adam, Averaged, Cone, Momentum, Muon, Projected, Sgd, SignSgd, WindowAdam, WindowMomentum
-from .step import StepResult, step
+from .step import step
 from .tuning import Tuning, tune
 
 __version__ = "0.1.0"

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
+from .backends import Noise
 from .bases import Bases
 from .evaluation import THETA, Evaluation, Master
 from .fingerprint import memory_of
@@ -131,7 +132,7 @@ class Deferred:
         for group in self._left:
             if not {id(t) for t in group.tensors} <= trained:
                 also += _waiting(group)
-                group.write(plan.seed, step, plan.rounding)
+                group.write(Noise(None, plan.seed, [(step, 0)]), plan.rounding)
         self._left = ()
         born = self.bases.direction.basis_step(plan.step)
         for group in plan.groups:
@@ -139,7 +140,7 @@ class Deferred:
             # a matrix that joins has no updates and no decay to wait for
             thawed = waiting and len(waiting) < len(group.matrices or ())
             if thawed or any(matrix.born != born for matrix in waiting):
-                group.write(plan.seed, step, plan.rounding)
+                group.write(Noise(None, plan.seed, [(step, 0)]), plan.rounding)
         self.accept(also)
 
     def defers(self, step: int, evaluation: Evaluation) -> bool:
@@ -178,7 +179,7 @@ class Deferred:
             for tensor in group.tensors if group.matrices is not None else ():
                 self.check(tensor)
             if group.matrices is not None:
-                group.write(self.run.seed, max(0, self.run.step - 1), self.run.rounding)
+                group.write(Noise(None, self.run.seed, [(max(0, self.run.step - 1), 0)]), self.run.rounding)
         self._left = ()
         self.accept(also)
         self._release()

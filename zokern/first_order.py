@@ -27,7 +27,7 @@ from .estimator import Gradient
 from .evaluation import Isolation, loss_tensor
 from .plan import Plan
 
-Move = tuple[list[float], float, float]  # the weight of each draw, lr and decay
+Move = tuple[Sequence[float], float, float]  # the weight of each draw, lr and decay
 
 
 @dataclass

@@ -9,6 +9,8 @@ from .checks import flag, whole_number
 from .prospect import Prospect
 from .warning import warn
 
+EVERY = 16  # steps on a GPU: a look costs about as much as a launch, and a run that fails wastes few steps
+
 
 class Outcome(Protocol):
     """What guards read of a step's record."""
@@ -21,6 +23,12 @@ class Outcome(Protocol):
     def coefficients(self) -> tuple[float, ...]: ...
     @property
     def predicted_fall(self) -> float | None: ...
+    @property
+    def skipped(self) -> bool: ...
+    @property
+    def step(self) -> int: ...
+    @property
+    def late(self) -> Any: ...
 
 
 @dataclass
@@ -35,6 +43,9 @@ class Guards:
     nonfinite     'raise' or 'ignore': weights that the update made inf or NaN
     force         accept an eps that rounding swallows for more than half of the 16-bit weights
     maximize      the loss is a reward, which may grow
+    every         steps between two looks at the numbers of the steps before, which wait for the device. None:
+                  1 on a CPU, where nothing waits, and 16 on a GPU. The errors above come as late, and name
+                  their step
 
     Raises ValueError for values out of range."""
 
@@ -44,6 +55,7 @@ class Guards:
     nonfinite: str = "raise"
     force: bool = False
     maximize: bool = False
+    every: int | None = None
 
     skips = dead = 0  # steps in a row
     _losses, _start, _mean, _best, _warned = 0, 0.0, 0.0, 0.0, False  # of this process: how the loss goes
@@ -58,6 +70,7 @@ class Guards:
             self.paired_check = _count("paired_check", self.paired_check, 0, "no check")
         self.max_skips = _count("max_skips", self.max_skips, 0, "no limit")
         self.dead_limit = _count("dead_limit", self.dead_limit, 1, "no limit")
+        self.every = _count("every", self.every, 1, "the choice by device")
         if self.nonfinite not in ("raise", "ignore"):
             raise ValueError(f"nonfinite is {self.nonfinite!r}; expected 'raise' or 'ignore'")
         self._prospect = Prospect()
@@ -79,14 +92,30 @@ class Guards:
             "nothing is wrong"
         )
 
-    def skipped(self, losses: Any) -> None:
+    def looks(self, on_host: bool) -> int:
+        """Returns after how many steps their numbers are looked at."""
+        return self.every or (1 if on_host else EVERY)
+
+    def see(self, outcome: Outcome, lrs: list[float]) -> None:
+        """Looks at the numbers of a step, in order. Raises RuntimeError where the run should stop."""
+        if outcome.skipped:
+            self.skipped(outcome)
+            return
+        self.measured(outcome, lrs)
+        if self.nonfinite != "ignore" and (nonfinite := outcome.late.values.nonfinite):
+            raise RuntimeError(
+                f"step {outcome.step}: {nonfinite} weights are inf or NaN after the update (coefficients "
+                f"{outcome.coefficients}); lower lr, or raise eps; nonfinite='ignore' keeps going"
+            )
+
+    def skipped(self, outcome: Outcome) -> None:
         """Counts a step without finite numbers; raises RuntimeError when there are too many in a row."""
         self.skips, self.dead = self.skips + 1, 0
         if self.max_skips and self.skips >= self.max_skips:
             raise RuntimeError(
-                f"{self.skips} steps in a row had a loss or coefficient that is inf or NaN (last losses "
-                f"{losses}); no weight changed "
-                "in them: lower lr, check the data, or compute the loss in float32"
+                f"{self.skips} steps in a row had a loss or coefficient that is inf or NaN (step {outcome.step} "
+                f"the last, its losses {outcome.losses}); no weight changed in them: lower lr, check the data, "
+                "or compute the loss in float32"
             )
 
     def measured(self, outcome: Outcome, lrs: list[float]) -> None:

@@ -22,9 +22,10 @@ from .estimator import SLOPES, Estimate, Estimator, Oracle, Spsa, Stencil
 from .guards import Guards
 from .low_bits import LowBits
 from .plan import Plan, Run
+from .result import StepResult, read
 from .rule import Rule, Sgd, check_basis, check_scaled
 from .scaling import Scaling
-from .step import StepResult, run
+from .step import run
 from .stream import check_seed
 from .work import Work
 
@@ -42,7 +43,7 @@ GUARDS = {option.name for option in dataclasses.fields(Guards)}
 class ZerothOrder(torch.optim.Optimizer):
     """What all methods share: the torch face of the parts. Methods are files in zokern/methods.
 
-    guards  options of zokern.Guards: paired_check, max_skips, dead_limit, nonfinite, force, maximize"""
+    guards  options of zokern.Guards: paired_check, max_skips, dead_limit, nonfinite, force, maximize, every"""
 
     result: StepResult | None = None  # of the last step
 
@@ -82,6 +83,9 @@ class ZerothOrder(torch.optim.Optimizer):
         check_scaled(self.rule, self.scaled)
         self.guards = Guards(**guards)
         self.drawn = False  # whether the step under way has used its number
+        self._unseen: list[
+            tuple[StepResult, list[float]]
+        ] = []  # that guards have not looked at, with their lr
         self._lock = threading.Lock()
         self._several = _spread(params)
         self._eps: list[float] = []  # of the groups whose perturbation was found to survive rounding
@@ -290,15 +294,29 @@ class ZerothOrder(torch.optim.Optimizer):
         """Whether this step's updates of low-rank directions are deferred."""
         return self.deferred.defers(self.steps, self.evaluation)
 
-    def count(self, finite: bool, result: StepResult) -> None:
-        """Counts skipped and dead steps in a row; raises when there are too many."""
+    def gated(self) -> bool:
+        """Whether the weights move, or stay, by what the device knows: the host need not know that a step is
+        finite."""
+        return bool(vars(type(self.rule)).get("gated")) and not isinstance(self.scaled, directions.Curved)
+
+    def count(self, result: StepResult) -> None:
+        """Has the guards look at a step's numbers: at once on a CPU, and on a GPU at those of several steps
+        together."""
         if result.unseen and self.result is None:
             self.guards.name_unseen(result.unseen)
-        if finite:
-            self.guards.measured(result, [float(group["lr"]) for group in self.param_groups])
-            return
-        self.drawn = self.guards.max_skips is not None and 0 < self.guards.max_skips <= self.guards.skips + 1
-        self.guards.skipped(result.losses)
+        self._unseen.append((result, [float(group["lr"]) for group in self.param_groups]))
+        on_host = all(group.theta[0].is_cpu for group in self.work.groups)
+        if len(self._unseen) >= self.guards.looks(on_host):
+            self.look()
+
+    def look(self) -> None:
+        """Has the guards look at the numbers of all steps that they have not seen, which waits for the device.
+
+        Raises RuntimeError where a guard stops the run; it names the step."""
+        steps, self._unseen = self._unseen, []
+        read([result.late for result, _ in steps])
+        for result, lrs in steps:
+            self.guards.see(result, lrs)
 
     # Deferred updates ---------------------------------------------------------------------------------------
 

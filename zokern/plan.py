@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,6 +15,7 @@ from .backends import Backend, Batch, Noise, Outer, Span, SpanList, TensorList, 
 from .directions import Direction, LowRank, Matrix, Normal, Source
 from .fingerprint import announce
 from .modules import Tree
+from .told import constant, on_device
 
 Draw = int | tuple[int, int]  # a draw word of the step under way, or (step, draw word) of an earlier one
 
@@ -120,12 +122,15 @@ class Group:
         return self.memo[key]
 
     def axpy_(
-        self, direction, seed: int, draws, coeffs: Sequence[float], decay: float, rounding: str
-    ) -> Tensor:
-        table = torch.tensor(coeffs, dtype=torch.float32, device=self.theta[0].device)
+        self, noise: Noise, coeffs: Sequence[float] | Tensor, decay: float, rounding: str,
+        control: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
+        """theta <- decay theta + sum_k coeffs[k] z_k, one launch. With a control its decay counts (Projected)."""
+        if not isinstance(coeffs, Tensor):
+            coeffs = constant(tuple(coeffs), torch.float32, self.theta[0].device)
         residuals = self.residuals if rounding == "residual" else None
         batch = Batch(self.theta, self.spans, rounding, residuals, self.scales)
-        count = self.backend.axpy_(batch, Noise(direction, seed, draws), Terms(table, decay))
+        count = self.backend.axpy_(batch, noise, Terms(coeffs, decay, control=control))
         announce(self.theta)
         return count
 
@@ -135,15 +140,17 @@ class Group:
     ) -> Tensor:  # fmt: skip
         """A rule with state for some of the tensors, whose states these are; one launch."""
         tensors, spans = [self.theta[i] for i in members], [self.spans[i] for i in members]
-        both = [torch.tensor(x, dtype=torch.float32, device=tensors[0].device) for x in (coeffs, scalars)]
+        device = tensors[0].device
+        table, control = on_device(coeffs, device)
+        numbers = constant(tuple(scalars), torch.float32, device)
         low = (
             [self.residuals[i] for i in members]
             if self.residuals is not None and plan.rounding == "residual"
             else None
         )
         batch = Batch(tensors, spans, plan.rounding, low, self.scales_of(members))
-        noise = Noise(plan.direction, plan.seed, plan.draws())
-        count = self.backend.update_(batch, noise, Update(both[0], rule, both[1], states))
+        update = Update(table, rule, numbers, states, control)
+        count = self.backend.update_(batch, plan.noise(plan.draws()), update)
         announce(tensors)
         return count
 
@@ -152,13 +159,13 @@ class Group:
         lefts, rights = zip(*ends_of(self.matrices or (), middles, self.backend))
         low = self.residuals if rounding == "residual" else None
         ones = [1.0] * len(lefts)
-        noise = Noise(None, plan.seed, [(plan.step, 0)])
+        noise = plan.noise([(plan.step, 0)], None)
         self.backend.lowrank_(Batch(self.theta, self.spans, rounding, low), Outer(lefts, rights, ones), noise)
         announce(self.theta)
 
-    def source(self, seed: int) -> Source:
-        """Returns the stream's numbers for this group's matrices."""
-        return _Stream(self, seed)
+    def source(self, seed: int, plan: Plan | None = None) -> Source:
+        """Returns the stream's numbers for this group's matrices. plan: of a step that may be captured."""
+        return _Stream(self, seed, plan)
 
     def draws(self, plan: Plan, draw: Draw) -> list[Tensor]:
         """Returns a draw for every matrix, in its small space; made once a step, for the readings and the
@@ -171,7 +178,7 @@ class Group:
                 "for which plan.reaches(step) holds"
             )
         if key not in self.drawn:
-            self.drawn[key] = plan.factored.draws(self.matrices, self.source(plan.seed), *key)
+            self.drawn[key] = plan.factored.draws(self.matrices, self.source(plan.seed, plan), *key)
         return self.drawn[key]
 
     @property
@@ -212,29 +219,31 @@ class Group:
                     "with defer=False"
                 )
 
-    def write(self, seed: int, step: int, rounding: str) -> Tensor | int:
+    def write(self, noise: Noise, rounding: str) -> Tensor | int:
         """W <- shrink W + L C R^T of `pending` for every matrix with waiting updates, one rounding; they wait
-        no longer."""
+        no longer.
+
+        noise  names the bits of stochastic rounding. Where all updates are 0 nothing is written: the device
+        knows, and the host does not wait for it"""
         self.check_waiting()
         waiting = [(i, m, m.pending) for i, m in enumerate(self.matrices or ()) if m.pending is not None]
-        members = [(i, m, p) for i, m, p in waiting if m.shrink != 1.0 or bool(p.any())]
-        count: Tensor | int = 0
-        if members:
-            tensors, spans = [self.theta[i] for i, _, _ in members], [self.spans[i] for i, _, _ in members]
-            lefts, rights = zip(
-                *ends_of([m for _, m, _ in members], [p for _, _, p in members], self.backend)
-            )
-            low = (
-                [self.residuals[i] for i, _, _ in members]
-                if self.residuals is not None and rounding == "residual"
-                else None
-            )
-            shrink = {m.shrink for _, m, _ in members}
-            assert len(shrink) == 1, "matrices of a group decay together"
-            scales = [1.0] * len(members)
-            factors, noise = Outer(lefts, rights, scales, shrink.pop()), Noise(None, seed, [(step, 0)])
-            count = self.backend.lowrank_(Batch(tensors, spans, rounding, low), factors, noise)
-            announce(tensors)
+        if not waiting:
+            return 0
+        shrink = {m.shrink for _, m, _ in waiting}
+        assert len(shrink) == 1, "matrices of a group decay together"
+        decay, control = shrink.pop(), None
+        members, pending = [i for i, _, _ in waiting], [p for _, _, p in waiting]
+        if decay == 1.0:
+            largest = torch.stack(torch._foreach_norm(pending, math.inf))
+            one = torch.ones((), dtype=torch.float32, device=largest.device)
+            control = torch.stack([one, (largest != 0.0).any().float(), one])
+        tensors, spans = [self.theta[i] for i in members], [self.spans[i] for i in members]
+        lefts, rights = zip(*ends_of([m for _, m, _ in waiting], pending, self.backend))
+        kept = self.residuals is not None and rounding == "residual"
+        low = [self.residuals[i] for i in members] if kept and self.residuals is not None else None
+        factors = Outer(lefts, rights, [1.0] * len(members), decay, control)
+        count = self.backend.lowrank_(Batch(tensors, spans, rounding, low), factors, noise)
+        announce(tensors)
         for _, matrix, _ in waiting:
             matrix.pending, matrix.shrink = None, 1.0
         return count
@@ -251,8 +260,8 @@ def _span(matrix: Matrix) -> Span:
 class _Stream:
     """Numbers of the stream for the matrices of a group (directions.Source)."""
 
-    def __init__(self, group: Group, seed: int) -> None:
-        self.group, self.seed = group, seed
+    def __init__(self, group: Group, seed: int, plan: Plan | None = None) -> None:
+        self.group, self.seed, self.plan = group, seed, plan
 
     def __call__(
         self, matrices: Sequence[Matrix], shapes: Sequence[tuple[int, ...]], step: int, draw: int
@@ -269,7 +278,9 @@ class _Stream:
                 for shape, matrix in zip(shapes, matrices)
             ]
         batch = Batch(outs, [_span(matrix) for matrix in matrices])
-        self.group.backend.draw(batch, Noise(Normal(), self.seed, [(step, draw)]))
+        draws = [(step, draw)]
+        noise = Noise(Normal(), self.seed, draws) if self.plan is None else self.plan.noise(draws, Normal())
+        self.group.backend.draw(batch, noise)
         return outs
 
     def sketch(
@@ -327,6 +338,7 @@ class Plan:
     readings  how often the closure was called
     scopes    by names: the groups of a part of the plan, each with the group that it is a part of
     earlier   those of the step before, which are taken over if this step names them too
+    tape      what a captured step does on the host; None: the step is not captured
     rows      whether the closure returns a vector, the loss of each example
     maximize  whether the loss is a reward: the weights move along + g"""
 
@@ -344,6 +356,7 @@ class Plan:
     earlier: Scopes = field(default_factory=dict, repr=False)
     rows: bool = False
     maximize: bool = False
+    tape: Any = None  # of a step that is captured (graph.py)
     tensors: list[Tensor] = field(init=False)  # of all groups
     names: list[str] = field(init=False)
 
@@ -416,6 +429,22 @@ class Plan:
     def draws(self) -> list[tuple[int, int]]:
         """Returns (step, draw word) of every draw of the estimate."""
         return [self.named(draw) for draw in self.words]
+
+    def noise(self, draws: Sequence[tuple[int, int]], direction: Any = ...) -> Noise:
+        """Returns the random numbers of a launch; direction: that of the plan, unless it is given."""
+        direction = self.direction if direction is ... else direction
+        noise = Noise(direction, self.seed, draws)
+        return noise if self.tape is None else self.tape.noise(noise)
+
+    def numbers(
+        self, make: Callable[[], Sequence[float]], dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """Returns numbers of the host as a vector on a device, which is only read.
+
+        make  computes them: now, and before each replay of a step that is captured"""
+        if self.tape is None:
+            return constant(tuple(make()), dtype, device)
+        return self.tape.numbers(make, dtype, device)
 
     def bits(self, purpose: int, query: int = 0, who: str = "") -> Tensor:
         """Returns the four words of a number that belongs to this step and to no element: int64[1, 4] on the

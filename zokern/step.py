@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from . import underflow
-from .checks import fits
+from .backends import Projection
 from .estimator import Estimate, Estimator, Oracle
 from .evaluation import Evaluation, NotRepeatable
 from .evaluation.base import Record
@@ -18,61 +19,11 @@ from .first_order import Descent, Move, descend
 from .first_step import distance, name_statistics, repeats, unseen
 from .guards import Guards
 from .plan import Group, Plan
+from .result import Late, Part, StepResult
 from .rule import Rule, Sgd
+from .told import Weights
 
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one step measured and did.
-
-    loss          mean of the losses that were read, a float: of theta + eps z and theta - eps z, and so above
-                  the loss of theta where the loss is convex
-    losses        per query, what the estimator read: (L(theta + eps z), L(theta - eps z)) for the central
-                  difference
-    coefficients  per query, the coefficient c_k of z_k in units of loss per weight, float32 (with the first
-                  group's eps)
-    seed, step    the run's seed and this step's number
-    draws         (step, draw word) of each coefficient's z_k: the seed and these name it
-    skipped       True when a loss, a coefficient, or lr times one, was NaN or infinite in float32: the
-                  weights are as they were
-    evaluation    the way in which the losses were read;  why: evaluation 'auto': the reason for the choice
-    backend       what ran the kernels
-    scratch_bytes most extra memory that the evaluation held at once
-    unseen        first step: trained parameters that the loss did not read (they are updated all the same)
-    whole         parameters that were copied in one piece because their use cannot be tiled
-    swallowed     evaluation 'master': share of sampled 16-bit weights that the perturbation left as they
-                  were; None: not measured
-    predicted_fall  first-order fall of the loss of this batch by this step, (lr / n) sum_k c_k s_k in the
-                    loss's unit, s_k the slope that
-                  was read along z_k (c_k itself for Spsa); summed over the parts of a step. It assumes rule
-                  SGD, and leaves weight decay, curvature and rounding out. One number was read for all
-                  groups, so it needs lr c_k / eps to be equal in them. The slope is the batch's: on other
-                  data the fall is less, as E[c^2] is |gradient|^2 plus the variance over batches and the
-                  noise of the losses. Its mean over draws with E[z z^T] = I is lr |gradient|^2. Bayesian
-                  takes its posterior mean for s_k. Negative with maximize. None: another rule, groups that
-                  differ, a skipped step, an estimator that tells no slopes
-    first_order_loss  estimators with a back-propagated term: the loss of theta that was back-propagated
-    dead_updates  share of 16-bit weights in a sample that rounding to nearest left where they were; None: not
-                  measured
-    """
-
-    loss: float
-    losses: tuple[tuple[float, ...], ...]
-    coefficients: tuple[float, ...]
-    seed: int
-    step: int
-    skipped: bool
-    evaluation: str
-    backend: str
-    scratch_bytes: int = 0
-    unseen: tuple[str, ...] = ()
-    whole: tuple[str, ...] = ()
-    dead_updates: float | None = None
-    why: str = ""
-    swallowed: float | None = None
-    predicted_fall: float | None = None
-    draws: tuple[tuple[int, int], ...] = ()
-    first_order_loss: float | None = None
+Told = tuple[Weights, float, float]  # what a rule is told: the weight of each draw, lr and decay
 
 
 class Steps(Protocol):
@@ -91,8 +42,9 @@ class Steps(Protocol):
     def plan(self) -> Plan: ...
     def prepare(self, plan: Plan, oracle: Oracle) -> None: ...
     def learn(self, plan: Plan, estimate: Estimate) -> None: ...
-    def count(self, finite: bool, result: StepResult) -> None: ...
+    def count(self, result: StepResult) -> None: ...
     def defers(self) -> bool: ...
+    def gated(self) -> bool: ...
 
 
 def step(
@@ -171,87 +123,72 @@ def run(
 
 
 def _run(optimizer: Steps, closure: Callable[[], Any], first_order: Callable[[], Any]) -> StepResult:
-    """The step: ask for losses, estimate the gradient, write the weights once for each estimate."""
+    """The step: ask for losses, estimate the gradient, write the weights once for each estimate.
+
+    Numbers stay where the losses are. The host reads them only where a part of the step needs one."""
     plan: Plan = optimizer.plan()
     lens, rows = getattr(optimizer.rule, "base", None), getattr(optimizer.estimator, "rows", False)
     oracle = Oracle(optimizer.evaluation, plan, closure, optimizer.state, lens, rows)
     optimizer.prepare(plan, oracle)
     result: StepResult | None = None
+    flaw: Tensor | None = None
     for estimate in optimizer.estimator(oracle, plan):
         part, record = plan.only(estimate.scope).along(estimate.draws), optimizer.evaluation.record
         part = part.each() if estimate.each else part
         checked = _check(optimizer, oracle) if result is None else result.unseen
-        moves = [
-            _move(optimizer, group, estimate, row.tolist())
-            for group, row in zip(part.groups, estimate.coefficients)
-        ]
-        finite = all(fits([*weights, lr, decay, *(lr * w for w in weights)]) for weights, lr, decay in moves)
-        fall = predicted_fall(part, estimate, moves) if finite and isinstance(optimizer.rule, Sgd) else None
-        descent = (
-            _descend(optimizer, plan, part, estimate, moves, first_order)
-            if finite and estimate.gradient is not None
-            else None
-        )
-        finite = finite and (descent is None or math.isfinite(descent.loss))
-        result = _recorded(record, part, estimate, finite, checked, result, fall)
-        whole = estimate.scope is None
-        if descent is not None:
+        moves = _moves(optimizer, part, estimate, flaw)
+        result = _recorded(record, part, estimate, checked, result, moves, isinstance(optimizer.rule, Sgd))
+        flaw = moves[0][0].told.control[
+            2
+        ]  # not finite: the parts of the step after this one do not move either
+        descent = None
+        if estimate.gradient is not None or not optimizer.gated():
+            if not all(weights.is_finite for weights, _, _ in moves):
+                break
+        if estimate.gradient is not None:
+            descent = _descend(optimizer, plan, part, estimate, moves, first_order)
             result = replace(result, first_order_loss=descent.loss)
-        if whole or not finite:
-            optimizer.count(finite, result)
-        if not finite:
-            return result
+            result.late.failed = not math.isfinite(descent.loss)
+            if result.late.failed:
+                break
         optimizer.learn(part, estimate)
-        result = _update(optimizer, part, moves, result, whole, descent)
+        _update(optimizer, part, moves, result.late, estimate.scope is None, descent)
     if result is None:
         raise RuntimeError(
             f"estimator {type(optimizer.estimator).__name__} yielded no estimate; expected one or more a step"
         )
-    if not whole:  # a part of the parameters may not reach the loss
-        optimizer.count(True, result)
+    optimizer.count(result)
     return result
 
 
 def _recorded(
-    record: Record, plan: Plan, estimate: Estimate, finite: bool, unseen: tuple[str, ...],
-    before: StepResult | None, fall: float | None
+    record: Record, plan: Plan, estimate: Estimate, unseen: tuple[str, ...], before: StepResult | None,
+    moves: Sequence[Told], falls: bool
 ) -> StepResult:  # fmt: skip
-    """Returns the record of an estimate, joined to that of the step's estimates before it."""
-    losses = tuple(map(tuple, estimate.losses.tolist()))
-    coefficients, draws = tuple(estimate.coefficients[0].tolist()), tuple(plan.draws())
-    if before is not None:
-        draws = before.draws + draws
-        losses, coefficients = before.losses + losses, before.coefficients + coefficients
-        fall = None if fall is None or before.predicted_fall is None else fall + before.predicted_fall
+    """Returns the record of an estimate, joined to that of the step's estimates before it.
+
+    falls  whether the rule moves the weights along the estimate itself"""
+    late = Late() if before is None else before.late
+    told = [weights.told for weights, _, _ in moves]
+    fall = _fall(plan, [lr for _, lr, _ in moves]) if falls else None
+    flags, weights = [one.control[2] for one in told], [one.weights for one in told]
+    late.parts.append(Part(estimate.losses, told[0].coefficients, weights, flags, fall, estimate.slopes))
+    if record.swallowed is not None:
+        late.shares["swallowed"] = record.swallowed
+    draws = tuple(plan.draws())
     return StepResult(
-        loss=mean([loss for sides in losses for loss in sides]),
-        losses=losses,
-        coefficients=coefficients,
         seed=plan.seed,
         step=plan.step,
-        skipped=not finite,
         evaluation=record.evaluation,
         backend=plan.groups[0].backend.name,
+        late=late,
         scratch_bytes=max(record.scratch_bytes, before.scratch_bytes if before else 0),
         unseen=unseen,
         whole=record.whole,
         why=record.why,
-        swallowed=record.swallowed,
-        predicted_fall=fall,
-        draws=draws,
+        draws=draws if before is None else before.draws + draws,
         first_order_loss=None if before is None else before.first_order_loss,
     )
-
-
-def mean(values: Sequence[float]) -> float:
-    """Returns the mean, its sum rounded once; NaN where a value is not finite. The mean of finite values is
-    finite."""
-    if not all(map(math.isfinite, values)):
-        return math.nan
-    try:
-        return math.fsum(values) / len(values)
-    except OverflowError:  # in units of 2**64
-        return math.fsum([value * 2.0**-64 for value in values]) / len(values) * 2.0**64
 
 
 def _check(optimizer: Steps, oracle: Oracle) -> tuple[str, ...]:
@@ -273,21 +210,56 @@ def _check(optimizer: Steps, oracle: Oracle) -> tuple[str, ...]:
     return unseen(oracle.plan, found, oracle.asked.closure)
 
 
-def _move(optimizer: Steps, group: Group, estimate: Estimate, coefficients: list[float]) -> Move:
-    """Returns what a group's rule is told: the weight of each draw, lr and decay."""
-    lr = float(group.options["lr"])
-    decay = 1.0 - lr * group.options["weight_decay"]
+def _moves(optimizer: Steps, plan: Plan, estimate: Estimate, flaw: Tensor | None) -> list[Told]:
+    """Returns what the rule is told of every group: none moves unless the numbers of all are finite.
+
+    flaw  0 where an earlier estimate of this step is not finite: then this one is not either"""
+    rows = [(group, row) for group, row in zip(plan.groups, estimate.coefficients)]
+    moves = [_move(optimizer, plan, group, estimate, row, flaw) for group, row in rows]
+    if len(moves) == 1:
+        return moves
+    device = moves[0][0].told.control.device
+    flaw = torch.stack([weights.told.control[2].to(device) for weights, _, _ in moves]).amin()
+    return [_move(optimizer, plan, group, estimate, row, flaw) for group, row in rows]
+
+
+def _move(
+    optimizer: Steps, plan: Plan, group: Group, estimate: Estimate, row: Tensor, flaw: Tensor | None
+) -> Told:  # fmt: skip
+    """Returns what a group's rule is told: the weight of each draw, lr and decay.
+
+    row  float64 [draws], the coefficients of this group"""
+    options, device = group.options, group.theta[0].device
+    lr, weight_decay = float(options["lr"]), float(options["weight_decay"])
     sign = 1.0 if optimizer.guards.maximize else -1.0
-    return [sign * c / estimate.count for c in coefficients], lr, decay
+    if flaw is not None:
+        row = torch.where(flaw.to(row.device) == 0.0, math.nan, row)
+    scalars = plan.numbers(
+        lambda: (
+            group.eps,
+            float(options["lr"]),
+            float(options["weight_decay"]),
+            math.inf,
+            sign,
+            estimate.count,
+        ),
+        torch.float64,
+        device,
+    )
+    told = group.backend.project(Projection(row.to(device).reshape(1, -1), None, scalars))
+    return Weights(told, lr == 0.0), lr, 1.0 - lr * weight_decay
 
 
 def _descend(
-    optimizer: Steps, plan: Plan, part: Plan, estimate: Estimate, moves: Sequence[Move],
+    optimizer: Steps, plan: Plan, part: Plan, estimate: Estimate, moves: Sequence[Told],
     closure: Callable[[], Any]
 ) -> Descent:  # fmt: skip
     """Back-propagates an estimate's gradient. What it moves, it moves along its draws as well."""
     assert estimate.gradient is not None
-    each = {name: _move(optimizer, group, estimate, []) for group in plan.groups for name in group.names}
+    each: dict[str, Move] = {}
+    for group in plan.groups:
+        lr = float(group.options["lr"])
+        each |= dict.fromkeys(group.names, ([], lr, 1.0 - lr * float(group.options["weight_decay"])))
     each |= {name: move for group, move in zip(part.groups, moves) for name in group.names}
     found, sign = Descent(), -1.0 if optimizer.guards.maximize else 1.0
     try:
@@ -297,32 +269,37 @@ def _descend(
     return found
 
 
-def predicted_fall(plan: Plan, estimate: Estimate, moves: Sequence[Move]) -> float | None:
-    """Returns the first-order fall of the loss by an estimate under rule SGD; None where it cannot be told
-    (StepResult).
+def _fall(plan: Plan, lrs: Sequence[float]) -> Callable[..., float | None]:
+    """Returns a function that tells the first-order fall of the loss by an estimate under rule SGD, or None
+    (StepResult), from its slopes and the weights of each group.
 
     What was read is the sum over groups of eps_g <gradient_g, z_k>. The fall sums lr_g c_gk <gradient_g,
     z_k>, and so it is known where lr_g c_gk / eps_g has one value for all groups."""
-    if estimate.slopes is None:
-        return None
-    rates = [[lr * w / group.eps for w in weights] for group, (weights, lr, _) in zip(plan.groups, moves)]
-    if not all(math.isclose(a, b, rel_tol=1e-6) for others in rates[1:] for a, b in zip(rates[0], others)):
-        return None
-    return -plan.groups[0].eps * sum(rate * slope for rate, slope in zip(rates[0], estimate.slopes.tolist()))
+    eps = [group.eps for group in plan.groups]
+
+    def tell(slopes: Sequence[float], weights: Sequence[Sequence[float]]) -> float | None:
+        rates = [[lr * w / e for w in own] for lr, e, own in zip(lrs, eps, weights)]
+        if not all(
+            math.isclose(a, b, rel_tol=1e-6) for others in rates[1:] for a, b in zip(rates[0], others)
+        ):
+            return None
+        return -eps[0] * sum(rate * slope for rate, slope in zip(rates[0], slopes))
+
+    return tell
 
 
 def _update(
-    optimizer: Steps, plan: Plan, moves: list[Move], result: StepResult, whole: bool, descent: Descent | None
-) -> StepResult:  # fmt: skip
-    """Writes the weights: decay and direction, one rounding. Returns the record with the share of weights
-    that did not move.
+    optimizer: Steps, plan: Plan, moves: list[Told], late: Late, whole: bool, descent: Descent | None
+) -> None:  # fmt: skip
+    """Writes the weights: decay and direction, one rounding. Keeps the share of weights that did not move,
+    and counts what is inf or NaN.
 
     whole    whether all trained parameters move, so that updates of low-rank directions may be deferred
              together
     descent  has moved some parameters, along their draws too"""
     optimizer.drawn = True  # from here on the step has its number, whatever is raised
-    counts = [] if descent is None else descent.counts
     if descent is not None:
+        late.nonfinite += descent.counts
         by_name = {name: move for group, move in zip(plan.groups, moves) for name in group.names}
         left = [name for name in plan.names if name not in descent.written]
         plan = plan.only(left) if left else replace(plan, groups=[])
@@ -330,14 +307,7 @@ def _update(
     still = underflow.watch_update(plan)
     for group, (weights, lr, decay) in zip(plan.groups, moves):
         defer = whole and descent is None and optimizer.defers()
-        counts.append(optimizer.rule.update(plan, group, weights, lr, decay, optimizer.state, defer))
+        late.nonfinite.append(optimizer.rule.update(plan, group, weights, lr, decay, optimizer.state, defer))
         group.forget_draws()  # the optimizer keeps the groups until the next step
     if still is not None:
-        result = replace(result, dead_updates=still())
-    if optimizer.guards.nonfinite != "ignore" and (nonfinite := sum(int(count) for count in counts)):
-        raise RuntimeError(
-            f"step {plan.step}: {nonfinite} weights are inf or NaN after the update (coefficients "
-            f"{result.coefficients}); "
-            "lower lr, or raise eps; nonfinite='ignore' keeps going"
-        )
-    return result
+        late.shares["dead"] = still()

@@ -4,6 +4,7 @@ weights."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -61,10 +62,13 @@ def swallowed(plan: Plan, group: Group, members: list[int] | None = None) -> flo
     return sum(float(one.double().mean()) * size for one, size in zip(same, sizes)) / sum(sizes)
 
 
-def watch_update(plan: Plan) -> Callable[[], float | None] | None:
+Share = tuple[Tensor, Callable[[float], str | None]]  # 0-d, on a device, and what is said of its value
+
+
+def watch_update(plan: Plan) -> Callable[[], Share] | None:
     """Before the update: a function that tells, after it, which share of sampled 16-bit weights did not
     move."""
-    if plan.rounding != "nearest" or (plan.step >= 10 and plan.step % 100):
+    if plan.rounding != "nearest" or (plan.step >= 10 and plan.step % 100) or plan.tape is not None:
         return None
     dense = [group for group in plan.groups if group.matrices is None]
     before = [(t, heads(t).clone(), factors) for group in dense for t, factors in (
@@ -72,18 +76,23 @@ def watch_update(plan: Plan) -> Callable[[], float | None] | None:
     if not before or not any(float(group.options["lr"]) for group in plan.groups):
         return None
 
-    def after() -> float:
+    def after() -> Share:
         same = [moving(heads(now) == old, factors) for now, old, factors in before]
-        still = sum(int(one.sum()) for one in same) / sum(one.numel() for one in same)
-        if still > 0.5 and plan.step == 0:
-            warn(
-                f"rounding to nearest left {still:.0%} of the 16-bit weights where they were: the update is "
-                "below half an ulp; "
-                "use rounding='stochastic' or rounding='residual'"
-            )
-        return still
+        device = same[0].device
+        still = torch.stack([one.sum().to(device) for one in same]).sum()
+        return still / sum(one.numel() for one in same), partial(_dead, plan.step)
 
     return after
+
+
+def _dead(step: int, share: float) -> str | None:
+    """Returns what is said of the weights that a first update left where they were."""
+    if share <= 0.5 or step:
+        return None
+    return (
+        f"rounding to nearest left {share:.0%} of the 16-bit weights where they were: the update is below half "
+        "an ulp; use rounding='stochastic' or rounding='residual'"
+    )
 
 
 def _sampled(group: Group) -> list[int]:

@@ -184,7 +184,7 @@ class StaysMoved:
             return self.inside.losses(plan, points, closure)
         except BaseException:
             for group in plan.groups:
-                group.axpy_(plan.direction, plan.seed, [(plan.step, 0)], [group.eps], 1.0, "nearest")
+                group.axpy_(plan.noise([(plan.step, 0)]), [group.eps], 1.0, "nearest")
             raise
 
 

@@ -427,7 +427,7 @@ def test_check_rejects_a_basis_that_changes_under_what_waits() -> None:
         patch.object(zokern.deferred.Deferred, "settle", lambda self, p: None),
         pytest.raises(AssertionError, match="is not that of"),
     ):
-        check_skipped_end("subzero", 2)
+        check_skipped_end("lozo_m", 2)
 
 
 # Parts of a module, copies, and other optimizers ------------------------------------------------------------

@@ -189,7 +189,7 @@ def normals(matrices, shapes, step: int, draw: int) -> list[Tensor]:
 class OnOurs(Group):
     """A group whose factors are drawn in float32 on the CPU."""
 
-    def source(self, seed: int) -> Any:
+    def source(self, seed: int, plan=None) -> Any:
         return normals
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import zokern
+from zokern import result
 from zokern.estimator import Kernel, Sign, Spread, Spsa
 from zokern.prospect import Prospect
 
@@ -149,22 +150,47 @@ def test_predicted_fall_on_average() -> None:
 
 
 def changed(change: Callable[[Any, Any], Any]) -> AbstractContextManager:
-    """predicted_fall of a changed estimate, or a changed result of it."""
-    right = steps.predicted_fall
+    """The rule of predicted_fall, with its result, or what it is told, changed."""
+    right = steps._fall
+
+    def fall(plan: Any, lrs: Any) -> Any:
+        return lambda slopes, weights: change(right(plan, lrs), (slopes, weights))
+
+    return patch.object(steps, "_fall", fall)
+
+
+def squares() -> AbstractContextManager:
+    """lr mean c^2, with whatever is called c."""
+    right = steps._recorded
+
+    def recorded(record: Any, plan: Any, estimate: Any, *rest: Any) -> Any:
+        return right(record, plan, replace(estimate, slopes=estimate.coefficients[0]), *rest)
+
+    return patch.object(steps, "_recorded", recorded)
+
+
+def of_first_group() -> AbstractContextManager:
+    right = steps._fall
     return patch.object(
-        steps, "predicted_fall", lambda plan, estimate, moves: change(right, (plan, estimate, moves))
+        steps,
+        "_fall",
+        lambda plan, lrs: lambda slopes, weights: right(replace(plan, groups=plan.groups[:1]), lrs[:1])(
+            slopes, weights[:1]
+        ),
     )
 
 
-def squares(right: Callable, given: tuple) -> Any:
-    """lr mean c^2, with whatever is called c."""
-    plan, estimate, moves = given
-    return right(plan, replace(estimate, slopes=estimate.coefficients[0]), moves)
+def last_alone() -> AbstractContextManager:
+    """The fall of a step's last estimate, not the sum."""
+    right = result.Late.take
 
+    def take(self: Any, numbers: Any) -> None:
+        for i, part in enumerate(self.parts[:-1]):
+            if part.fall is not None:
+                self.parts[i] = part._replace(fall=lambda *given: 0.0)
+        right(self, numbers)
 
-def of_first_group(right: Callable, given: tuple) -> Any:
-    plan, estimate, moves = given
-    return right(replace(plan, groups=plan.groups[:1]), estimate, moves[:1])
+    return patch.object(result.Late, "take", take)
 
 
 WRONG: dict[str, tuple[Callable[[], None], Callable[[], AbstractContextManager]]] = {
@@ -178,17 +204,12 @@ WRONG: dict[str, tuple[Callable[[], None], Callable[[], AbstractContextManager]]
         partial(check_fall, "maximize"),
         lambda: changed(lambda right, given: abs(right(*given))),
     ),
-    "squares of signs": (partial(check_fall, "sign"), lambda: changed(squares)),
-    "squares of spreads": (partial(check_fall, "fzoo"), lambda: changed(squares)),
-    "squares of clipped": (partial(check_fall, "clip"), lambda: changed(squares)),
-    "radius forgotten": (partial(check_fall, "kernel"), lambda: changed(squares)),
-    "last block": (partial(check_fall, "blockwise"), lambda: patch.object(steps, "_recorded", without_sum)),
+    "squares of signs": (partial(check_fall, "sign"), squares),
+    "squares of spreads": (partial(check_fall, "fzoo"), squares),
+    "squares of clipped": (partial(check_fall, "clip"), squares),
+    "radius forgotten": (partial(check_fall, "kernel"), squares),
+    "last block": (partial(check_fall, "blockwise"), last_alone),
 }
-
-
-def without_sum(*given: Any, right: Callable = steps._recorded) -> Any:
-    *rest, before, fall = given
-    return replace(right(*rest, before, fall), predicted_fall=fall)
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -200,7 +221,7 @@ def test_check_rejects_wrong_prediction(wrong: str) -> None:
 
 def test_check_rejects_the_first_group_for_all() -> None:
     """Its lr c^2 is no fall where other groups have another lr."""
-    with changed(of_first_group), pytest.raises(AssertionError, match="predicted"):
+    with of_first_group(), pytest.raises(AssertionError, match="predicted"):
         check_fall("mezo", ({"lr": 1e-2}, {"lr": 3e-2}, {"lr": 1e-3}))
 
 

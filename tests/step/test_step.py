@@ -119,8 +119,10 @@ def wrong_axpy(change: Callable):
     """Group.axpy_ with its coefficients and decay changed first."""
     right = plan.Group.axpy_
 
-    def axpy_(self, direction, seed, draws, coeffs, decay, rounding):
-        return right(self, direction, seed, *change(draws, list(coeffs), decay), rounding)
+    def axpy_(self, noise, coeffs, decay, rounding, control=None):
+        decay = decay if control is None else float(control[0])
+        draws, coeffs, decay = change(noise.draws, [float(c) for c in coeffs], decay)
+        return right(self, noise._replace(draws=draws), coeffs, decay, rounding)
 
     return patch.object(plan.Group, "axpy_", axpy_)
 

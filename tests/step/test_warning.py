@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import zokern
-from zokern import backends, first_step, underflow
-from zokern.evaluation import auto, master
+from zokern import backends, first_step, result
+from zokern.evaluation import auto
 
 IDS = models.batch()
 
@@ -79,9 +79,9 @@ def test_a_fixed_level_is_rejected() -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=6)
 
     for module, cause in (
-        (underflow, dead_update),
+        (result, dead_update),
         (auto, other_evaluation),
-        (master, swallowed),
+        (result, swallowed),
         (first_step, statistics),
     ):
         with patch.object(module, "warn", fixed), pytest.raises(AssertionError):

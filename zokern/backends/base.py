@@ -70,7 +70,7 @@ class Backend(Protocol):
         """Turns losses into the coefficients, amounts and control of an update, where the losses lie.
 
             L_j = (sum_i losses[i, j]) / m
-            c_k = float32((sum_j weights[k, j] L_j) / eps), cut to +-clip; without weights c_k = float32(L_k)
+            c_k = float32((sum_j weights[k, j] L_j) / eps), cut to +-clip; without weights c_k = L_k
             w_k = sign c_k / count      a_k = float32(lr w_k)      decay = float32(1 - lr weight_decay)
 
         Everything is float64, each operation is rounded once, without contraction. Sums go in order from

@@ -173,7 +173,7 @@ PROJECTED = ("eps", "lr", "weight_decay", "clip", "sign", "count")
 class Projected(NamedTuple):
     """What project() makes, on the device of the losses.
 
-    coefficients  float64 [K]: c_k, rounded to float32, and clipped
+    coefficients  float64 [K]: c_k, rounded to float32 and clipped where there are weights
     weights       float64 [K]: w_k = sign c_k / count, what a rule is told
     amounts       float32 [K]: lr w_k, what axpy_ adds
     control       float32 [3], {decay, go, finite}, which verbs read when their kernels run

@@ -145,8 +145,9 @@ def project(projection: Projection) -> Projected:
         terms = [torch.where(row != 0.0, row * means, nothing) for row in weights.unbind(0)]
         sums = torch.stack([in_order(row.unbind(0)) for row in terms])
         means = torch.where((weights != 0.0).any(1), sums, torch.zeros_like(sums)) / eps
-    found = means.float().double()
+    found = means
     if weights is not None:
+        found = found.float().double()
         found = torch.where(found.isnan(), found, found.clamp(-clip, clip))
     told = sign * found / count
     amounts, decay = lr * told, 1.0 - lr * weight_decay

@@ -273,9 +273,11 @@ class LowRank:
         return found
 
     def plus(
-        self, matrices: Sequence[Matrix], sums: list[Tensor], draws: list[Tensor], amount: float
+        self, matrices: Sequence[Matrix], sums: list[Tensor], draws: list[Tensor], amount: float | Tensor
     ) -> list[Tensor]:
-        """Returns sums + amount draws in the small space, float32; sums: those of earlier draws, or empty."""
+        """Returns sums + amount draws in the small space, float32; sums: those of earlier draws, or empty.
+
+        amount  a number, or float32 [] on the draws' device"""
         if self.joins:
             terms = [torch.cat((draw[: m.rows] * amount, draw[m.rows :])) for m, draw in zip(matrices, draws)]
             return [torch.cat(both, 1) for both in zip(sums, terms)] if sums else terms

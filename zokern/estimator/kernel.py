@@ -22,7 +22,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..backends import Batch, Noise, Terms
+from ..backends import Batch, Terms
 from ..checks import finite_number, flag
 from ..directions.orthonormal import tree_sum
 from ..evaluation import Point
@@ -189,7 +189,7 @@ def _norms(plan: Plan, rows: Tensor) -> Tensor:
             scale = group.scale(0)
             factors = None if scale is None else [scale.view(-1)[start : start + PIECE]]
             batch = Batch([piece], [span._replace(first=span.first + start)], scales=factors)
-            group.backend.axpy_(batch, Noise(plan.direction, plan.seed, plan.draws()), terms)
+            group.backend.axpy_(batch, plan.noise(plan.draws()), terms)
             squares.append(tree_sum(piece.double().square().unsqueeze(1))[0].to(rows.device))
         total = torch.zeros((), dtype=torch.float64, device=rows.device)
         for square in squares:

@@ -55,14 +55,14 @@ class Record:
     why            evaluation 'auto': the reason for the choice
     scratch_bytes  most extra memory that was held at once
     whole          large parameters that were copied in one piece because their use cannot be tiled
-    swallowed      share of sampled 16-bit weights that the perturbation left as they were; None: nothing is
-                   in 16 bits"""
+    swallowed      share of sampled 16-bit weights that the perturbation left as they were, and what is said
+                   of it; None: nothing is in 16 bits, or it was not measured"""
 
     evaluation: str
     why: str = ""
     scratch_bytes: int = 0
     whole: tuple[str, ...] = ()
-    swallowed: float | None = None
+    swallowed: Any = None
 
 
 class Evaluation(Protocol):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import gemm
-from ..backends import Batch, Noise, Outer, Sides, Span, TensorList, Terms, Weight
+from ..backends import Batch, Outer, Sides, Span, TensorList, Terms, Weight
 from ..directions import DIRECTIONS
 from ..plan import Draw, Group, Plan
 from .arena import ALIGN, Arena
@@ -148,7 +148,7 @@ class Copies:
                     for j in pair
                 ]
                 scales, targets = [amount * group.reach(draw) for amount in amounts], [outs[j] for j in pair]
-                noise = Noise(plan.direction, plan.seed, [plan.named(draw)])
+                noise = plan.noise([plan.named(draw)])
                 group.backend.perturb(
                     Batch(thetas, spans, residuals=low, scales=factors), noise, scales, targets
                 )
@@ -157,7 +157,7 @@ class Copies:
         """outs <- theta + eps sum_k a_k z_k of several draws."""
         plan = self.plan
         if low is not None and outs[0].dtype == torch.float32:  # which holds the low bits as well
-            still = Noise(plan.direction, plan.seed, [(plan.step, 0)])
+            still = plan.noise([(plan.step, 0)])
             group.backend.perturb(Batch(thetas, spans, residuals=low), still, [0.0], [outs])
             low = None
         else:
@@ -168,7 +168,7 @@ class Copies:
         )
         draws = [plan.named(draw) for draw, _ in terms]
         rounding = "nearest" if spent is None else "residual"
-        batch, noise = Batch(outs, spans, rounding, spent, factors), Noise(plan.direction, plan.seed, draws)
+        batch, noise = Batch(outs, spans, rounding, spent, factors), plan.noise(draws)
         group.backend.axpy_(batch, noise, Terms(table))
 
     def _fill_factored(
@@ -180,7 +180,7 @@ class Copies:
             self.factors.prepare_ends(group, positions, [side])
         lefts, rights, shrinks = zip(*[self.factors.of(group, i, side) for i in positions])
         ones, rounding = [1.0] * len(lefts), "nearest" if low is None else "residual"
-        noise = Noise(None, plan.seed, [(plan.step, 0)])
+        noise = plan.noise([(plan.step, 0)], None)
         group.backend.lowrank_(
             Batch(thetas, spans, rounding, low), Outer(lefts, rights, ones, shrinks[0]), noise, outs
         )
@@ -298,7 +298,7 @@ class Copies:
             biases = [b if b is None or b.dtype == weight.dtype else b.to(weight.dtype) for b in biases]
         if fused and not factored:
             terms = [point.terms[0] if point.terms else (0, 0.0) for point in self.points]
-            noise = Noise(self.plan.direction, self.plan.seed, [self.plan.named(draw) for draw, _ in terms])
+            noise = self.plan.noise([self.plan.named(draw) for draw, _ in terms])
             operands = Sides(xs, biases, [amount * group.reach(draw) for draw, amount in terms])
             return gemm.fused_linear(group.backend, Weight(weight, span, transposed), operands, noise, room)
         if factored and (transposed or fused or not gemm.is_long(xs, weight)):

@@ -57,7 +57,7 @@ def _move(plan: Plan, start: Point, end: Point, rounding: str) -> Point:
     for group in plan.groups:
         scales = [amount * group.reach(word) for word, amount in ways.items()]
         if group.matrices is None:
-            group.axpy_(plan.direction, plan.seed, [plan.named(draw) for draw in ways], scales, 1.0, rounding)
+            group.axpy_(plan.noise([plan.named(draw) for draw in ways]), scales, 1.0, rounding)
             continue
         assert plan.factored is not None
         for draw, scale in zip(ways, scales):

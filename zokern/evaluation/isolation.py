@@ -175,7 +175,7 @@ class Isolation:
             self._put_back_attributes()
         self.lost = ""
         for i, (buffer, version, copy) in enumerate(self.buffers):
-            if buffer._version == version if version >= 0 else torch.equal(buffer, copy):  # type: ignore[arg-type]
+            if buffer._version == version if version >= 0 else _equal(buffer, copy):
                 continue
             if copy is None:
                 self.lost = f"of shape {list(buffer.shape)}"
@@ -232,6 +232,11 @@ class Isolation:
                         f"the closure took {type(module).__name__} out of the model: the loss of a step must "
                         "only read it"
                     )
+
+
+def _equal(buffer: Tensor, copy: Tensor | None) -> bool:
+    """Whether a buffer is known to hold its copy: on a GPU it is written back rather than waited for."""
+    return buffer.is_cpu and copy is not None and torch.equal(buffer, copy)
 
 
 def _explain(problem: Exception, reading: int) -> None:

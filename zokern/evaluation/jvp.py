@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from ..backends import Batch, Noise, Outer
+from ..backends import Batch, Outer
 from ..plan import Group, Plan, ends_of
 from .base import THETA, WAY_OUT, Record, Refused
 from .isolation import Isolation
@@ -105,13 +105,13 @@ def _fill(plan: Plan, group: Group, word: int, tangents: Sequence[Tensor]) -> No
             t if t.is_contiguous() else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tangents
         ]
         batch = Batch(outs, group.spans, scales=group.scales)
-        group.backend.draw(batch, Noise(plan.direction, plan.seed, [plan.named(word)]))
+        group.backend.draw(batch, plan.noise([plan.named(word)]))
         for tangent, out in zip(tangents, outs):
             if tangent is not out:
                 tangent.copy_(out)
         return
     lefts, rights = zip(*ends_of(group.matrices, group.draws(plan, word), group.backend))
-    noise = Noise(None, plan.seed, [plan.named(word)])
+    noise = plan.noise([plan.named(word)], None)
     group.backend.lowrank_(Batch(tangents, group.spans), Outer(lefts, rights, [1.0] * len(lefts)), noise)
 
 

@@ -14,16 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backends import Batch, Noise, Outer, TensorList, Terms
+from ..backends import Batch, Outer, TensorList, Terms
 from ..fingerprint import announce
 from ..plan import Group, Plan
-from ..underflow import heads, moving
-from ..warning import warn
+from ..underflow import Share, heads, moving
 from .base import Point, Record, distinct
 from .factors import Factors
 from .isolation import Isolation
@@ -48,15 +48,19 @@ class Master:
     def losses(self, plan: Plan, points: Sequence[Point], closure: Callable[[], object]) -> Tensor:
         """Returns the losses at the points, float64 [len(points)]; see Evaluation.losses."""
         found = self.read(plan, points, closure, Isolation(plan))
-        share = self.record.swallowed
-        if share is not None and share > 0.1 and not self.said and self.rounding == "nearest":
-            self.said = True
-            warn(
-                f"evaluation 'master': rounding to 16 bits swallows {share:.0%} of the perturbation (eps = "
-                f"{plan.groups[0].eps}); raise eps, "
-                "or use zokern.Master(rounding='stochastic')"
-            )
+        if self.record.swallowed is not None and self.rounding == "nearest":
+            self.record.swallowed = self.record.swallowed[0], partial(self._said, plan.groups[0].eps)
         return found
+
+    def _said(self, eps: float, share: float) -> str | None:
+        """Returns what is said, once, of a perturbation that rounding swallows."""
+        if share <= 0.1 or self.said:
+            return None
+        self.said = True
+        return (
+            f"evaluation 'master': rounding to 16 bits swallows {share:.0%} of the perturbation (eps = {eps}); "
+            "raise eps, or use zokern.Master(rounding='stochastic')"
+        )
 
     def read(
         self, plan: Plan, points: Sequence[Point], closure: Callable[[], object], isolation: Isolation
@@ -64,7 +68,7 @@ class Master:
         """Returns the losses, without a word about rounding."""
         each = distinct(points)
         read: dict[Point, Tensor] = {}
-        swallowed: float | None = None
+        swallowed: Share | None = None
         with isolation.session(eager=False), self.holding(plan, each) as move:
             for side, point in enumerate(each):
                 if move(side):
@@ -142,7 +146,7 @@ class Master:
             group.backend.lowrank_(
                 Batch(source, group.spans, rounding, low),
                 Outer(lefts, rights, [1.0] * len(lefts), shrinks[0]),
-                Noise(None, plan.seed, [(plan.step, 0)]),
+                plan.noise([(plan.step, 0)], None),
                 outs=target,
             )
         elif in_place and scales:
@@ -151,34 +155,40 @@ class Master:
             rounding = "residual" if spent is not None else self.rounding
             draws = [plan.named(draw) for draw, _ in point.terms]
             batch = Batch(group.theta, group.spans, rounding, spent, group.scales)
-            noise = Noise(plan.direction, plan.seed, draws)
+            noise = plan.noise(draws)
             group.backend.axpy_(batch, noise, Terms(table))
             return
         elif not in_place and (scales or low):
             draw, scale = (point.terms[0][0], scales[0]) if scales else (0, 0.0)
             low = None if low is None else list(low)
             batch = Batch(kept, group.spans, residuals=low, scales=group.scales)
-            group.backend.perturb(
-                batch, Noise(plan.direction, plan.seed, [plan.named(draw)]), [scale], [outs]
-            )
+            group.backend.perturb(batch, plan.noise([plan.named(draw)]), [scale], [outs])
         if not in_place:
             for i in group.memo["loose"]:
                 if scales or low or moved:
                     group.theta[i].copy_(outs[i])
 
 
-def _swallowed(plan: Plan) -> float | None:
+def _swallowed(plan: Plan) -> Share | None:
     """Returns the share of sampled 16-bit weights that are where they were; measured in the first steps and
     now and then."""
-    if plan.step >= 10 and plan.step % 100:
+    if (plan.step >= 10 and plan.step % 100) or plan.tape is not None:
         return None
-    still = total = 0.0
+    still: list[Tensor] = []
+    total = 0
     for group in plan.groups:
         for i, (now, before) in enumerate(zip(group.theta, group.memo["masters"])):
             if now.dtype != torch.float32 and now.numel():
-                same = float(moving(heads(now) == heads(before), group.scale(i)).double().mean())
-                still, total = still + same * now.numel(), total + now.numel()
-    return still / total if total else None
+                still.append(
+                    moving(heads(now) == heads(before), group.scale(i)).double().mean() * now.numel()
+                )
+                total += now.numel()
+    device = still[0].device if still else None
+    return (torch.stack([one.to(device) for one in still]).sum() / total, _nothing) if total else None
+
+
+def _nothing(share: float) -> None:
+    """Says nothing."""
 
 
 __all__ = ["Master"]

@@ -141,7 +141,7 @@ class Cone:
             coefficient, rest = -beta * sin / cos, beta / cos + new
         terms = Terms(torch.tensor([coefficient], dtype=torch.float32, device=moments[0].device), rest)
         batch = Batch(moments, [group.spans[i] for i in members])
-        group.backend.axpy_(batch, Noise(plan.direction, plan.seed, plan.draws()), terms)
+        group.backend.axpy_(batch, plan.noise(plan.draws()), terms)
         unit = math.cos(self.angle)
         for state in kept:
             state["length"] = math.hypot(beta * length + new * unit, new * sin)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import Batch, Noise, Update
+from ..backends import Batch, Update
 from ..plan import Group, Plan
+from ..told import constant, on_device
 from .base import Rule
 from .waiting import is_nothing
 
@@ -60,7 +61,8 @@ def _keep_up(
     """The states alone, where lr is 0: theta + 0 would turn -0.0 into +0.0, so zeros take the place of the
     weights, a piece at a time."""
     device = group.tensors[members[0]].device
-    coeffs, numbers = (torch.tensor(x, dtype=torch.float32, device=device) for x in (weights, scalars))
+    coeffs, control = on_device(weights, device)
+    numbers = constant(tuple(scalars), torch.float32, device)
     zeros = torch.zeros(
         min(PIECE, max(group.tensors[i].numel() for i in members)), dtype=torch.float32, device=device
     )
@@ -72,8 +74,8 @@ def _keep_up(
             scale = group.scale(i)
             factors = None if scale is None else [scale.view(-1)[start:stop]]
             batch = Batch([zeros[: stop - start]], [span._replace(first=span.first + start)], scales=factors)
-            noise = Noise(plan.direction, plan.seed, plan.draws())
-            group.backend.update_(batch, noise, Update(coeffs, rule, numbers, parts))
+            update = Update(coeffs, rule, numbers, parts, control)
+            group.backend.update_(batch, plan.noise(plan.draws()), update)
 
 
 __all__ = ["advance"]

@@ -81,7 +81,7 @@ class Muon:
             amounts, kept = [self.share * lr * w for w in weights], 1.0 - self.share * (1.0 - decay)
             if is_nothing(amounts, kept):
                 return 0
-            return group.axpy_(plan.direction, plan.seed, plan.draws(), amounts, kept, plan.rounding)
+            return group.axpy_(plan.noise(plan.draws()), amounts, kept, plan.rounding)
         assert plan.factored is not None
         moves = []
         with one_thread(), torch.autocast(group.theta[0].device.type, enabled=False):

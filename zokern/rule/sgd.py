@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import Batch, Noise, Outer, Terms
+from ..backends import Batch, Outer, Terms
 from ..directions import Matrix
 from ..plan import Group, Plan, ends_of
+from ..told import Weights
 from .state import Keeps
 from .waiting import add_, deposit, is_nothing, total
 
@@ -23,22 +24,21 @@ class Sgd:
     It has no arguments and keeps no state. The updates of a factored matrix may wait in its core (r x r, or m
     x r): there they are summed in float32, and W is written once. Malladi et al. 2023, Algorithm 1."""
 
-    name, defers, linear = "sgd", True, True
+    name, defers, linear, gated = "sgd", True, True, True
 
     def update(
         self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any,
         defer: bool
     ) -> Tensor | int:  # fmt: skip
-        amounts = [lr * w for w in weights]
-        if is_nothing(amounts, decay):
-            return (
-                group.write(plan.seed, plan.step, plan.rounding)
-                if group.matrices is not None and not defer
-                else 0
-            )
+        weights = Weights.of(weights, lr, decay, group.theta[0].device)
+        noise, told = plan.noise([(plan.step, 0)], None), weights.told
+        if weights.still:
+            return group.write(noise, plan.rounding) if group.matrices is not None and not defer else 0
         if group.matrices is None:
-            return group.axpy_(plan.direction, plan.seed, plan.draws(), amounts, decay, plan.rounding)
-        return deposit(plan, group, total(plan, group, amounts), decay, defer)
+            return group.axpy_(plan.noise(plan.draws()), told.amounts, decay, plan.rounding, told.control)
+        if decay != 1.0 and not weights.is_finite:  # what waits decays on the host
+            decay = 1.0
+        return deposit(plan, group, total(plan, group, told.amounts), decay, defer)
 
     def descend(
         self, plan: Plan, group: Group, weights: Sequence[float], gradient: Tensor, weight: float, lr: float,
@@ -56,7 +56,7 @@ class Sgd:
         if group.matrices is None and weights:
             table = torch.tensor(amounts, dtype=torch.float32, device=move.device)
             batch = Batch([move], group.spans, scales=group.scales)
-            group.backend.axpy_(batch, Noise(plan.direction, plan.seed, plan.draws()), Terms(table))
+            group.backend.axpy_(batch, plan.noise(plan.draws()), Terms(table))
         elif group.matrices is not None and weights:
             lefts, rights = zip(*ends_of(group.matrices, total(plan, group, amounts), group.backend))
             group.backend.lowrank_(Batch([move], group.spans), Outer(lefts, rights, [1.0]))

@@ -24,7 +24,7 @@ class SignSgd:
     their sum. An optimizer refuses it with a low-rank direction: the sign of a product has no factors.
     Bernstein et al. 2018 (signSGD, arXiv 1802.04434); Liu et al. 2019 (signSGD via zeroth-order oracle)."""
 
-    name, defers = "sign", False
+    name, defers, gated = "sign", False, True
     lr = ONES  # of an optimizer that is given none: steps have one length, whatever the slope
     dense = True  # of directions it goes with dense ones
 

@@ -3,28 +3,35 @@ through here."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..backends import Batch, Noise, Outer
+from ..backends import Batch, Outer
 from ..plan import Group, Plan
+from ..told import on_device
 
 
-def total(plan: Plan, group: Group, amounts: Sequence[float]) -> list[Tensor]:
-    """sum_k amounts[k] draw_k of each matrix, in the small space, float32, in the order of the queries."""
+def total(plan: Plan, group: Group, amounts: Sequence[float] | Tensor) -> list[Tensor]:
+    """sum_k amounts[k] draw_k of each matrix, in the small space, float32, in the order of the queries.
+
+    amounts  rounded to float32; a tensor is float32 [draws], on the group's device"""
     assert group.matrices is not None and plan.factored is not None
+    if not isinstance(amounts, Tensor):
+        amounts, _ = on_device(amounts, group.theta[0].device)
     sums: list[Tensor] = []
-    for word, amount in zip(plan.words, amounts):
-        rounded = float(torch.tensor(amount, dtype=torch.float32, device="cpu"))
-        sums = plan.factored.plus(group.matrices, sums, group.stacked(plan, word), rounded)
+    for word, amount in zip(plan.words, amounts.unbind(0)):
+        sums = plan.factored.plus(group.matrices, sums, group.stacked(plan, word), amount)
     return list(sums[0].unbind(0)) if group.is_even else sums
 
 
 def deposit(plan: Plan, group: Group, updates: Sequence[Tensor], decay: float, defer: bool) -> Tensor | int:
-    """pending <- decay pending + update, shrink <- decay shrink; written at once unless it may wait. Counts
-    inf and NaN."""
+    """pending <- decay pending + update, shrink <- decay shrink; written at once unless it may wait.
+
+    Returns how many weights that were written are inf or NaN, or how many matrices wait with such
+    updates."""
     assert group.matrices is not None
     earlier = [matrix.pending for matrix in group.matrices if matrix.pending is not None]
     assert len(earlier) in (0, len(group.matrices)), "matrices of a group are deferred together"
@@ -38,12 +45,9 @@ def deposit(plan: Plan, group: Group, updates: Sequence[Tensor], decay: float, d
         matrix.pending = update
         matrix.shrink *= decay
     if not defer:
-        return group.write(plan.seed, plan.step, plan.rounding)
-    waiting = list(updates)
-    # inf and NaN show in it; so may a large sum
-    if bool(torch.isfinite(torch.stack(torch._foreach_norm(waiting))).all()):
-        return 0
-    return sum(int((~torch.isfinite(pending)).sum()) for pending in waiting)
+        return group.write(plan.noise([(plan.step, 0)], None), plan.rounding)
+    largest = torch.stack(torch._foreach_norm(list(updates), math.inf))
+    return (~torch.isfinite(largest)).sum()
 
 
 def add_(
@@ -73,7 +77,7 @@ def add_(
     low = None if residual is None else [residual.view(-1)[start : start + size]]
     ones = torch.ones(row + 1, 1, dtype=torch.float32, device=tensor.device)
     span = group.spans[i]._replace(first=group.spans[i].first + start)
-    batch, noise = Batch([part], [span], plan.rounding, low), Noise(None, plan.seed, [(plan.step, 0)])
+    batch, noise = Batch([part], [span], plan.rounding, low), plan.noise([(plan.step, 0)], None)
     count = group.backend.lowrank_(batch, Outer([ones], [values.view(-1, 1)], [scale], decay), noise)
     torch.autograd.graph.increment_version([tensor])
     return count

@@ -144,9 +144,7 @@ class WindowMomentum(_Window):
             shares = self.shares(len(window))
             amounts = [lr * share * weight for share, past in zip(shares, window) for _, _, weight in past]
             if not is_nothing(amounts, decay):
-                count = count + part.axpy_(
-                    plan.direction, plan.seed, _draws(window), amounts, decay, plan.rounding
-                )
+                count = count + part.axpy_(plan.noise(_draws(window)), amounts, decay, plan.rounding)
         return count
 
 
@@ -200,9 +198,7 @@ class WindowAdam(_Window):
             if self.warmup and len(window) < self.length:
                 amounts = [lr * weight for weight in weights]
                 if not is_nothing(amounts, decay):
-                    count = count + part.axpy_(
-                        plan.direction, plan.seed, plan.draws(), amounts, decay, plan.rounding
-                    )
+                    count = count + part.axpy_(plan.noise(plan.draws()), amounts, decay, plan.rounding)
             elif not is_nothing([lr], decay):
                 tables = self._tables(plan, part, window, lr, decay)
                 for pieces in _pieces(part, plan.rounding == "residual"):

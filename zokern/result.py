@@ -1,0 +1,233 @@
+"""The record of a step. Its numbers stay on the device until someone asks for them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .warning import warn
+
+
+class Values(NamedTuple):
+    """The numbers of a step, on the host; see StepResult."""
+
+    loss: float
+    losses: tuple[tuple[float, ...], ...]
+    coefficients: tuple[float, ...]
+    skipped: bool
+    predicted_fall: float | None
+    dead_updates: float | None
+    swallowed: float | None
+    nonfinite: int
+
+
+class Part(NamedTuple):
+    """The numbers of one estimate, where they were made.
+
+    losses        float64 [queries, losses of a query]
+    coefficients  float64 [draws], of the first group
+    weights       float64 [draws] of each group, and flags: whether each group's numbers are finite
+    fall          tells predicted_fall of (slopes, weights of each group); None: it is not known
+    slopes        float64 [draws], or None"""
+
+    losses: Tensor
+    coefficients: Tensor
+    weights: Sequence[Tensor]
+    flags: Sequence[Tensor]
+    fall: Callable[[Sequence[float], Sequence[Sequence[float]]], float | None] | None
+    slopes: Tensor | None
+
+    def tensors(self) -> list[Tensor]:
+        known = [] if self.fall is None or self.slopes is None else [self.slopes, *self.weights]
+        return [self.losses, self.coefficients, *self.flags, *known]
+
+
+class Late:
+    """The numbers of a step that lie on a device, and what they mean.
+
+    parts       of its estimates, in order
+    shares      by name: (share, its warning) of 16-bit weights that stood still, 0-d tensors
+    nonfinite   how many weights an update made inf or NaN, a tensor or a number of each launch
+    failed      whether the host knows that a back-propagated loss is not finite"""
+
+    def __init__(self) -> None:
+        self.parts: list[Part] = []
+        self.shares: dict[str, tuple[Tensor, Callable[[float], str | None]]] = {}
+        self.nonfinite: list[Tensor | int] = []
+        self.failed = False
+        self._values: Values | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """Returns all that is read, one after the other."""
+        counts = [count for count in self.nonfinite if isinstance(count, Tensor)]
+        return (
+            [t for part in self.parts for t in part.tensors()] + [s for s, _ in self.shares.values()] + counts
+        )
+
+    @property
+    def values(self) -> Values:
+        """The numbers. The first question waits for the device."""
+        if self._values is None:
+            read([self])
+        assert self._values is not None
+        return self._values
+
+    def take(self, numbers: Sequence[Any]) -> None:
+        """Keeps the numbers of tensors(), in its order."""
+        left = iter(numbers)
+        losses: tuple[tuple[float, ...], ...] = ()
+        coefficients: tuple[float, ...] = ()
+        falls: list[float | None] = []
+        finite = not self.failed
+        for part in self.parts:
+            width = max(1, part.losses.shape[-1])
+            flat = next(left)
+            losses += tuple(tuple(flat[i : i + width]) for i in range(0, len(flat), width))
+            coefficients += tuple(next(left))
+            finite = finite and all([next(left)[0] == 1.0 for _ in part.flags])
+            known = part.fall is not None and part.slopes is not None
+            given = [next(left) for _ in range(1 + len(part.weights))] if known else []
+            falls.append(part.fall(given[0], given[1:]) if known and part.fall is not None else None)
+        fall = None if None in falls or not finite else math.fsum(f for f in falls if f is not None)
+        shares = {}
+        for name, (_, warning) in self.shares.items():
+            shares[name] = next(left)[0]
+            if (words := warning(shares[name])) is not None:
+                warn(words)
+        nonfinite = sum(
+            int(next(left)[0]) if isinstance(count, Tensor) else count for count in self.nonfinite
+        )
+        loss = mean([one for sides in losses for one in sides])
+        self.parts, self.shares, self.nonfinite = [], {}, []  # their memory goes
+        self._values = Values(
+            loss,
+            losses,
+            coefficients,
+            not finite,
+            fall,
+            shares.get("dead"),
+            shares.get("swallowed"),
+            nonfinite,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or a pickle, has the numbers alone."""
+        return {**vars(Late()), "_values": self.values}
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step measured and did.
+
+    Names are known at once. Numbers lie on the device of the losses until one of them is asked for: the first
+    question waits for the step, and the numbers then stay on the host. On a CPU nothing waits.
+
+    loss          mean of the losses that were read, a float: of theta + eps z and theta - eps z, and so above
+                  the loss of theta where the loss is convex
+    losses        per query, what the estimator read: (L(theta + eps z), L(theta - eps z)) for the central
+                  difference
+    coefficients  per query, the coefficient c_k of z_k in units of loss per weight, float32 (with the first
+                  group's eps)
+    seed, step    the run's seed and this step's number
+    draws         (step, draw word) of each coefficient's z_k: the seed and these name it
+    skipped       True when a loss, a coefficient, or lr times one, was NaN or infinite in float32: the
+                  weights are as they were
+    evaluation    the way in which the losses were read;  why: evaluation 'auto': the reason for the choice
+    backend       what ran the kernels
+    scratch_bytes most extra memory that the evaluation held at once
+    unseen        first step: trained parameters that the loss did not read (they are updated all the same)
+    whole         parameters that were copied in one piece because their use cannot be tiled
+    swallowed     evaluation 'master': share of sampled 16-bit weights that the perturbation left as they
+                  were; None: not measured
+    predicted_fall  first-order fall of the loss of this batch by this step, (lr / n) sum_k c_k s_k in the
+                  loss's unit, s_k the slope that was read along z_k (c_k itself for Spsa); summed over the
+                  parts of a step. It assumes rule SGD, and leaves weight decay, curvature and rounding out.
+                  One number was read for all groups, so it needs lr c_k / eps to be equal in them. The slope
+                  is the batch's: on other data the fall is less, as E[c^2] is |gradient|^2 plus the variance
+                  over batches and the noise of the losses. Its mean over draws with E[z z^T] = I is lr
+                  |gradient|^2. Bayesian takes its posterior mean for s_k. Negative with maximize. None:
+                  another rule, groups that differ, a skipped step, an estimator that tells no slopes
+    first_order_loss  estimators with a back-propagated term: the loss of theta that was back-propagated
+    dead_updates  share of 16-bit weights in a sample that rounding to nearest left where they were; None: not
+                  measured
+    late          the numbers, where they lie
+    """
+
+    seed: int
+    step: int
+    evaluation: str
+    backend: str
+    late: Late = field(repr=False, compare=False)
+    scratch_bytes: int = 0
+    unseen: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
+    why: str = ""
+    draws: tuple[tuple[int, int], ...] = ()
+    first_order_loss: float | None = None
+
+    @property
+    def loss(self) -> float:
+        return self.late.values.loss
+
+    @property
+    def losses(self) -> tuple[tuple[float, ...], ...]:
+        return self.late.values.losses
+
+    @property
+    def coefficients(self) -> tuple[float, ...]:
+        return self.late.values.coefficients
+
+    @property
+    def skipped(self) -> bool:
+        return self.late.values.skipped
+
+    @property
+    def predicted_fall(self) -> float | None:
+        return self.late.values.predicted_fall
+
+    @property
+    def dead_updates(self) -> float | None:
+        return self.late.values.dead_updates
+
+    @property
+    def swallowed(self) -> float | None:
+        return self.late.values.swallowed
+
+    def __str__(self) -> str:
+        """Names and numbers."""
+        return f"{self!r} with {self.late.values}"
+
+
+def read(several: Sequence[Late]) -> None:
+    """Reads the numbers of some steps, by one copy from each device."""
+    tensors = [[t.detach().reshape(-1) for t in late.tensors()] for late in several]
+    flat = [t for each in tensors for t in each]
+    numbers: dict[int, list] = {}
+    for device in dict.fromkeys(t.device for t in flat):
+        here = [i for i, t in enumerate(flat) if t.device == device]
+        found = torch.cat([flat[i].double() for i in here]).tolist()
+        for i in here:
+            numbers[i], found = found[: flat[i].numel()], found[flat[i].numel() :]
+    place = 0
+    for late, each in zip(several, tensors):
+        late.take([numbers[place + i] for i in range(len(each))])
+        place += len(each)
+
+
+def mean(values: Sequence[float]) -> float:
+    """Returns the mean, its sum rounded once; NaN where a value is not finite. The mean of finite values is
+    finite."""
+    if not all(map(math.isfinite, values)):
+        return math.nan
+    try:
+        return math.fsum(values) / len(values)
+    except OverflowError:  # in units of 2**64
+        return math.fsum([value * 2.0**-64 for value in values]) / len(values) * 2.0**64
+
+
+__all__ = ["Late", "Part", "StepResult", "Values", "mean", "read"]

@@ -1,0 +1,77 @@
+"""What a rule is told of an estimate: the weights of its draws, in device memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+from .backends import Projected
+
+
+class Weights(Sequence[float]):
+    """The weights w_k of an estimate's draws: the descent direction is sum_k w_k z_k.
+
+    They lie on the tensors' device, as project() made them. A rule that takes `told` reads nothing. One that
+    takes them as numbers, by index or in a loop, waits for the device once.
+
+    told   see Projected
+    still  whether the host knows that nothing moves: lr is 0, and there is no weight decay"""
+
+    def __init__(self, told: Projected, still: bool = False) -> None:
+        self.told, self.still = told, still
+
+    @classmethod
+    def of(cls, values: Sequence[float], lr: float, decay: float, device: torch.device) -> Weights:
+        """Returns the weights of numbers that the host has."""
+        if isinstance(values, Weights):
+            return values
+        weights = torch.tensor([*values], dtype=torch.float64, device=device)
+        numbers = torch.tensor([decay, *(lr * value for value in values)], dtype=torch.float32, device=device)
+        goes = float(numbers[0] != 1.0 or bool(numbers[1:].any()))
+        control = torch.tensor([decay, goes, 1.0], dtype=torch.float32, device=device)
+        return cls(Projected(weights, weights, numbers[1:], control), lr == 0.0 and decay == 1.0)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the numbers of the step are finite in float32. The host waits for them."""
+        return bool(self.told.control[2] == 1.0)
+
+    @cached_property
+    def rounded(self) -> Tensor:
+        """The weights as float32 [K]: what kernels and small spaces multiply draws by."""
+        return self.told.weights.float()
+
+    @cached_property
+    def values(self) -> list[float]:
+        """The weights as numbers of the host."""
+        return self.told.weights.tolist()
+
+    def __len__(self) -> int:
+        return self.told.weights.shape[0]
+
+    def __getitem__(self, index):
+        return self.values[index]
+
+
+@lru_cache(maxsize=1024)
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Returns numbers of the host as a vector on a device, which is only read: uploaded once, and found again.
+
+    The upload waits for nothing."""
+    host = torch.tensor(values, dtype=dtype, device="cpu")
+    if device.type == "cuda":
+        return host.pin_memory().to(device, non_blocking=True)
+    return host.to(device)
+
+
+def on_device(weights: Sequence[float], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Returns weights as float32 [K] on a device, and the control of those that project() made."""
+    if isinstance(weights, Weights):
+        return weights.rounded, weights.told.control
+    return constant(tuple(weights), torch.float32, device), None
+
+
+__all__ = ["Weights", "constant", "on_device"]
