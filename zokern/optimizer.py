@@ -197,9 +197,10 @@ class ZerothOrder(torch.optim.Optimizer):
     # One step -----------------------------------------------------------------------------------------------
 
     def step(  # type: ignore[override]
-        self, closure: Callable[[], Any] | None = None, first_order: Callable[[], Any] | None = None
-    ) -> float | None:
-        """One step; returns the mean loss. zokern.step(optimizer, closure, first_order) returns the whole
+        self, closure: Callable[[], Any] | None = None, first_order: Callable[[], Any] | None = None,
+        reads: bool = True
+    ) -> float | None:  # fmt: skip
+        """One step; returns the mean loss, or None without reading it. zokern.step(optimizer, closure, first_order) returns the whole
         record, and has the arguments.
 
         Without a closure it does nothing while every lr is 0: torch.distributed.checkpoint probes an
@@ -214,7 +215,7 @@ class ZerothOrder(torch.optim.Optimizer):
             self.result = run(self, closure, first_order)
             self.work.adopt()
             self.drawn = True
-        return self.result.loss
+        return self.result.loss if reads else None
 
     @contextmanager
     def readings(self) -> Iterator[None]:
@@ -286,9 +287,9 @@ class ZerothOrder(torch.optim.Optimizer):
         if (ready := getattr(self.rule, "prepare", None)) is not None:
             ready(plan, oracle, self.state)
 
-    def learn(self, plan: Plan, estimate: Estimate) -> None:
+    def learn(self, plan: Plan, estimate: Estimate, finite: Tensor) -> None:
         """Gives a direction with factors what an estimate says, before the weights move along it."""
-        self.scaling.learn(plan, estimate)
+        self.scaling.learn(plan, estimate, finite)
 
     def defers(self) -> bool:
         """Whether this step's updates of low-rank directions are deferred."""
@@ -297,7 +298,8 @@ class ZerothOrder(torch.optim.Optimizer):
     def gated(self) -> bool:
         """Whether the weights move, or stay, by what the device knows: the host need not know that a step is
         finite."""
-        return bool(vars(type(self.rule)).get("gated")) and not isinstance(self.scaled, directions.Curved)
+        # a subclass may take numbers, so that a rule says it of itself alone
+        return "gated" in vars(type(self.rule)) and bool(getattr(self.rule, "gated", False))
 
     def count(self, result: StepResult) -> None:
         """Has the guards look at a step's numbers: at once on a CPU, and on a GPU at those of several steps

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import gemm, stream
+from . import autocast, gemm, stream
 from .backends import Backend, Batch, Noise, Outer, Span, SpanList, TensorList, Terms, Update
 from .directions import Direction, LowRank, Matrix, Normal, Source
 from .fingerprint import announce
@@ -458,7 +458,7 @@ class Plan:
     def is_coarse(self) -> bool:
         """Whether losses are rounded to 16 bits on their way: by weights, trained or frozen, or by autocast
         around the step."""
-        if any(torch.is_autocast_enabled(kind) for kind in {t.device.type for t in self.tensors}):
+        if any(autocast.is_on(kind) for kind in {t.device.type for t in self.tensors}):
             return True
         held = (p for module in self.tree.modules for p in module._parameters.values() if p is not None)
         return any(p.is_floating_point() and p.dtype.itemsize < 4 for p in [*self.tensors, *held])

@@ -46,11 +46,13 @@ class Scaling:
                     old.copy_(factors)
         self.born = born
 
-    def learn(self, plan: Plan, estimate: Estimate) -> None:
+    def learn(self, plan: Plan, estimate: Estimate, finite: Tensor) -> None:
         """s <- s / sqrt(1 - smooth + smooth mean_k |z_k^T H z_k| z_k^2), in float64, rounded once, for every
         factor of a curved direction.
 
-        z is made a piece at a time."""
+        z is made a piece at a time.
+
+        finite  1, or 0 in a step that is not finite, which teaches nothing"""
         if not isinstance(self.direction, Curved):
             return
         if estimate.curvatures is None:
@@ -71,6 +73,7 @@ class Scaling:
                     growth = (1.0 - self.direction.smooth) + (
                         self.direction.smooth / len(curvatures)
                     ) * growth
+                    growth = torch.where(finite.to(growth.device) == 1.0, growth, 1.0)
                     part.copy_(part.double() / growth.sqrt())
 
 

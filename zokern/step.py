@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -41,7 +41,7 @@ class Steps(Protocol):
 
     def plan(self) -> Plan: ...
     def prepare(self, plan: Plan, oracle: Oracle) -> None: ...
-    def learn(self, plan: Plan, estimate: Estimate) -> None: ...
+    def learn(self, plan: Plan, estimate: Estimate, finite: Tensor) -> None: ...
     def count(self, result: StepResult) -> None: ...
     def defers(self) -> bool: ...
     def gated(self) -> bool: ...
@@ -75,7 +75,7 @@ def step(
             "is read at more than one point: zokern.step(optimizer, lambda: model(**batch).loss)"
         )
     if first_order is None:
-        optimizer.step(closure)
+        optimizer.step(closure, reads=False)
         return optimizer.result
     estimator = type(optimizer.estimator).__name__
     if not callable(first_order) or not getattr(optimizer.estimator, "backpropagates", False):
@@ -84,7 +84,7 @@ def step(
             "computes a loss, and an estimator that "
             "back-propagates one: zokern.Addax, zokern.Hybrid"
         )
-    optimizer.step(closure, first_order)
+    optimizer.step(closure, first_order, reads=False)
     return optimizer.result
 
 
@@ -151,7 +151,7 @@ def _run(optimizer: Steps, closure: Callable[[], Any], first_order: Callable[[],
             result.late.failed = not math.isfinite(descent.loss)
             if result.late.failed:
                 break
-        optimizer.learn(part, estimate)
+        optimizer.learn(part, estimate, flaw)
         _update(optimizer, part, moves, result.late, estimate.scope is None, descent)
     if result is None:
         raise RuntimeError(
@@ -214,13 +214,25 @@ def _moves(optimizer: Steps, plan: Plan, estimate: Estimate, flaw: Tensor | None
     """Returns what the rule is told of every group: none moves unless the numbers of all are finite.
 
     flaw  0 where an earlier estimate of this step is not finite: then this one is not either"""
-    rows = [(group, row) for group, row in zip(plan.groups, estimate.coefficients)]
-    moves = [_move(optimizer, plan, group, estimate, row, flaw) for group, row in rows]
-    if len(moves) == 1:
-        return moves
-    device = moves[0][0].told.control.device
-    flaw = torch.stack([weights.told.control[2].to(device) for weights, _, _ in moves]).amin()
-    return [_move(optimizer, plan, group, estimate, row, flaw) for group, row in rows]
+    told: dict[Hashable, Told] = {}
+
+    def moves(flaw: Tensor | None) -> list[Told]:
+        told.clear()
+        for key, group, row in zip(keys, plan.groups, estimate.coefficients):
+            if key not in told:
+                told[key] = _move(optimizer, plan, group, estimate, row, flaw)
+        return [told[key] for key in keys]
+
+    # groups of one parameter group are told the same; estimate.each has a row for every parameter
+    keys = [
+        (id(g.options), g.eps, g.theta[0].device, i if estimate.each else 0)
+        for i, g in enumerate(plan.groups)
+    ]
+    found = moves(flaw)
+    if len(told) == 1:
+        return found
+    device = found[0][0].told.control.device
+    return moves(torch.stack([weights.told.control[2].to(device) for weights, _, _ in told.values()]).amin())
 
 
 def _move(

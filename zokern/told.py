@@ -45,6 +45,28 @@ class Weights(Sequence[float]):
         return self.told.weights.float()
 
     @cached_property
+    def moves(self) -> Tensor:
+        """The control of a rule whose weights move where all coefficients are 0, by its moments: go is
+        finite."""
+        decay, _, finite = self.told.control.unbind(0)
+        return torch.stack((decay, finite, finite))
+
+    def where(self, finite: float, skipped: float) -> Tensor:
+        """Returns one of two numbers, float64 []: the first, or the second in a step that is not finite."""
+        one, other = constant((finite, skipped), torch.float64, self.told.control.device).unbind(0)
+        return torch.where(self.told.control[2] == 1.0, one, other)
+
+    def kept(self, decay: float) -> float:
+        """Returns the decay of weights whose updates wait: 1 in a step that is not finite.
+
+        What waits decays on the host, so a decay of other than 1 waits for the device."""
+        return decay if decay == 1.0 or self.is_finite else 1.0
+
+    def gate(self, moves: Sequence[Tensor]) -> list[Tensor]:
+        """Returns moves in a small space, 0 in a step that is not finite."""
+        return list(torch._foreach_mul(list(moves), self.told.control[2]))
+
+    @cached_property
     def values(self) -> list[float]:
         """The weights as numbers of the host."""
         return self.told.weights.tolist()

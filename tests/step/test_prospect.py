@@ -256,13 +256,18 @@ def test_warning() -> None:
     check_warning()
 
 
+def other(result: zokern.StepResult, **numbers: float) -> Any:
+    """Numbers of a step, changed."""
+    return result.late.values._replace(**numbers)
+
+
 WRONG_WARNINGS = {
     "never": lambda right, self, result, lr: None,
-    "always": lambda right, self, result, lr: right(self, replace(result, predicted_fall=1e-9), lr),
+    "always": lambda right, self, result, lr: right(self, other(result, predicted_fall=1e-9), lr),
     "every 20 steps": lambda right, self, result,
     lr: (self.seen.clear() if len(self.seen) == 20 else None, right(self, result, lr)),
     "lr as it is": lambda right, self, result, lr: right(self, result, lr * 1e-3),
-    "per mille": lambda right, self, result, lr: right(self, replace(result, loss=result.loss * 10), lr),
+    "per mille": lambda right, self, result, lr: right(self, other(result, loss=result.loss * 10), lr),
 }  # fmt: skip
 
 

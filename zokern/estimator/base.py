@@ -49,7 +49,8 @@ class Estimate:
 
     draws         of each z_k: a draw word of this step, or (step, draw word) of an earlier one; the last is
                   one of this step
-    coefficients  float64 (parameter groups of the plan, draws), in units of loss per weight
+    coefficients  float64 (groups of the plan, draws), in units of loss per weight. Groups that are parts of
+                  one parameter group, with one eps, take the row of the first
     losses        float64 (queries, losses of a query): what was read
     count         what the sum is divided by
     scope         names of the parameters that move along z; None: all of the plan

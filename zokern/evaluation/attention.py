@@ -16,6 +16,8 @@ from torch import Tensor
 
 _attention = F.scaled_dot_product_attention
 
+from .. import autocast
+
 
 def folded(
     query: Tensor,
@@ -31,7 +33,7 @@ def folded(
     functorch: Any = torch._C._functorch
     level, device = functorch.maybe_current_level(), query.device.type
     # which torch does not apply to attention under torch.vmap
-    if level is not None and torch.is_autocast_enabled(device):
+    if level is not None and autocast.is_on(device):
         dtype = torch.get_autocast_dtype(device)
         query, key, value = (_cast(t, dtype) for t in (query, key, value))
         attn_mask = None if attn_mask is None else _cast(attn_mask, dtype)

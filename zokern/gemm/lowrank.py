@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import autocast
 from ..backends import Backend, Batch, Outer, Sides, Span, Weight
 from . import library
 from .fused import fused_linear, fuses
@@ -43,7 +44,7 @@ def factored_linear(
     counts = [x.shape[0] for x in flat]
     matrix, sides = tensor.t() if transposed else tensor, Sides(flat, *sides[1:])
     device = tensor.device.type
-    cast = torch.is_autocast_enabled(device)
+    cast = autocast.is_on(device)
     dtype = torch.get_autocast_dtype(device) if cast else tensor.dtype
     if shrink != 1.0 and dtype != torch.float32 and (cast or all(x.dtype == dtype for x in flat)):
         with torch.autocast(device, enabled=False):
@@ -165,7 +166,7 @@ def _sum(
     The thin products would otherwise read and write all of y once more."""
     rows, columns = x.shape[0], matrix.shape[0]
     device = x.device.type
-    cast = torch.is_autocast_enabled(device)
+    cast = autocast.is_on(device)
     blocks = device == "cpu" and x.dtype == matrix.dtype == torch.float32 and rows * columns > 2 * CACHED
     if not (blocks and strips) or cast or library.chooses(x, matrix):
         y = library.linear(x, matrix, bias)

@@ -8,6 +8,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from .. import autocast
 from . import library
 from .rows import counts_of, flatten
 
@@ -25,7 +26,7 @@ def tiled_linear(
            missing reads W itself"""
     dimension = 1 if transposed else 0
     total = weight.shape[dimension]
-    cast = torch.is_autocast_enabled(weight.device.type)
+    cast = autocast.is_on(weight.device.type)
     flat = list(map(flatten, xs))
     counts = counts_of(xs)
     begin = [0, *accumulate(counts)]

@@ -17,6 +17,8 @@ from . import arguments
 from .aliasing import FEW, overlaps_itself, shared_memory
 from .arguments import is_text
 
+NO_MEMORY = {"meta"}  # kinds of devices whose tensors have no values; a recorder of launches takes them
+
 
 def batch_of(verb: str, tensors, who, first, rounding: str, residuals, alone: bool = True) -> Batch:
     """Returns the tensors of a launch, checked. alone: they have to be apart in memory."""
@@ -51,7 +53,7 @@ def wrote(batch: Batch, *others: Tensor) -> None:
 
 def check_tensor(verb: str, what: str, tensor: Tensor, first: int = 0, hint: str = "cast it first") -> None:
     """Refuses a tensor that no verb can read or write."""
-    if tensor.device.type == "meta":
+    if tensor.device.type in NO_MEMORY:
         raise ValueError(
             f"{verb}: {what} is on the meta device and has no elements; expected a tensor with memory: "
             "materialise it"
@@ -136,7 +138,7 @@ def check_list(verb: str, tensors: TensorList, spans: SpanList) -> None:
 
 def _is_plain(tensors: TensorList, spans: SpanList) -> bool:
     """Tells whether every tensor of a list is right at a glance."""
-    kinds = set(tensors.dtypes) <= FLOATS and tensors[0].device.type != "meta"
+    kinds = set(tensors.dtypes) <= FLOATS and tensors[0].device.type not in NO_MEMORY
     return kinds and tensors.contiguous and spans.at_zero and tensors.sizes.max() <= INDEX_LIMIT
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..ops.operands import check_tensor
+from ..ops.operands import NO_MEMORY, check_tensor
 
 
 def storage_of(tensor: Tensor) -> int:
@@ -37,7 +37,7 @@ def check_parameter(name: str, tensor: Tensor) -> None:
             "tensor parallelism) are not "
             "supported yet: leave the model unsharded, or freeze this parameter with requires_grad_(False)"
         )
-    if tensor.is_meta:
+    if tensor.device.type in NO_MEMORY:
         raise ValueError(
             f"parameter {name!r} is on the meta device; materialise it (model.to_empty, load weights) first"
         )

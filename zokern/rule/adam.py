@@ -35,6 +35,7 @@ from ..checks import flag, is_number, within
 from ..directions import Matrix
 from ..estimator.base import ONES
 from ..plan import Group, Plan
+from ..told import Weights
 from .carry import carried
 from .dense import advance
 from .state import Keeps
@@ -58,8 +59,8 @@ class Adam:
 
     betas            of M and V: (0.9, 0.999) by default, each 0 <= beta < 1
     eps              1e-8, in units of g; with inside=True of g^2
-    bias_correction  c1 = 1 - beta1^t and c2 = 1 - beta2^t in a parameter's update number t; False: 1, TeZO's
-                     form
+    bias_correction  c1 = 1 - beta1^t and c2 = 1 - beta2^t in a parameter's step number t, skipped steps
+                     counted; False: 1, TeZO's form
     inside           eps stands under the root: sqrt(V / c2 + eps), TeZO's form
     core             True: moments and quotient of a low-rank z have the shape of a draw: C, or that of U and
                      V which is drawn (SubZero+). It goes with any basis
@@ -73,7 +74,7 @@ class Adam:
     carry without core. Without core an optimizer refuses it with a direction whose basis changes (SubZero,
     P-GAP, LOZO). Kingma and Ba 2015; Zhang et al. 2024 (ZO-Bench's ZO-Adam); Sun et al. 2025 (TeZO-Adam)."""
 
-    name = "adam"
+    name, gated = "adam", True
     lr = ONES  # of an optimizer that is given none: steps have one length, whatever the slope
 
     def __init__(
@@ -130,31 +131,38 @@ class Adam:
             )
         if self.core:
             return self._in_core(plan, group, weights, lr, decay, states, defer)
+        weights = Weights.of(weights, lr, decay, group.theta[0].device)
         count: Tensor | int = 0
+        betas = self._betas(weights)
         for i, (tensor, tau) in enumerate(zip(group.tensors, total(plan, group, weights))):
-            first, second = self._moments(states[tensor], torch.diagonal(tau))
-            count = count + self._matrix(plan, group, i, first, second, lr, decay)
+            first, second = self._moments(states[tensor], torch.diagonal(tau), betas)
+            count = count + self._matrix(plan, group, i, first, second, lr, decay, weights.moves)
         return count
+
+    def _betas(self, weights: Weights) -> tuple[Tensor, Tensor]:
+        """Returns what the old moments are multiplied by: 1 in a step that is not finite."""
+        return weights.where(self.betas[0], 1.0), weights.where(self.betas[1], 1.0)
 
     def _in_core(
         self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any,
         defer: bool
     ) -> Tensor | int:  # fmt: skip
         assert group.matrices is not None and plan.factored is not None
-        scales = [plan.factored.scale(matrix) for matrix in group.matrices]
+        weights = Weights.of(weights, lr, decay, group.theta[0].device)
+        scales, betas = [plan.factored.scale(matrix) for matrix in group.matrices], self._betas(weights)
         moves = []
         for tensor, matrix, along, s in zip(
             group.tensors, group.matrices, total(plan, group, weights), scales
         ):
             state = states[tensor]
-            first, second = self._moments(state, along / s)
+            first, second = self._moments(state, along / s, betas)
             if self.carry:
                 state["basis"] = matrix.born
             root = _root(second + self.eps) if self.inside else _root(second) + self.eps
             moves.append(first / root * (lr * s))
-        return deposit(plan, group, moves, decay, defer)
+        return deposit(plan, group, weights.gate(moves), weights.kept(decay), defer)
 
-    def _moments(self, state: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def _moments(self, state: Any, gradient: Tensor, betas: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Both moments after this step, kept in the state; corrected for their start at zero where that is
         asked for."""
         if "first" not in state:
@@ -164,16 +172,17 @@ class Adam:
                 0,
             )
         (beta1, beta2), state["updates"] = self.betas, state["updates"] + 1
-        state["first"] = state["first"] * beta1 + gradient * (1.0 - beta1)
-        state["second"] = state["second"] * beta2 + (gradient * gradient) * (1.0 - beta2)
+        state["first"] = state["first"] * betas[0] + gradient * (1.0 - beta1)
+        state["second"] = state["second"] * betas[1] + (gradient * gradient) * (1.0 - beta2)
         if not self.bias_correction:
             return state["first"], state["second"]
         c1, c2 = self._corrections(state["updates"])
         return state["first"] / c1, state["second"] / c2
 
     def _matrix(
-        self, plan: Plan, group: Group, i: int, first: Tensor, second: Tensor, lr: float, decay: float
-    ) -> Tensor | int:
+        self, plan: Plan, group: Group, i: int, first: Tensor, second: Tensor, lr: float, decay: float,
+        control: Tensor
+    ) -> Tensor | int:  # fmt: skip
         assert group.matrices is not None
         matrix = group.matrices[i]
         assert matrix.left is not None and matrix.right is not None
@@ -190,7 +199,8 @@ class Adam:
             factors = Outer([left, square], [matrix.right, squared], [1.0, 1.0])
             group.backend.lowrank_(Batch([quotient, spread], [here, here]), factors)
             root = _root(spread) if self.inside else _root(spread) + self.eps
-            count = count + add_(plan, group, i, quotient / root, lr, decay, start * matrix.columns)
+            move, at = quotient / root, start * matrix.columns
+            count = count + add_(plan, group, i, move, lr, decay, at, control)
         return count
 
     def keeps(self, shape: tuple[int, ...], draw: tuple[int, int] | None) -> Keeps:

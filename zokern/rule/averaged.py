@@ -26,7 +26,6 @@ from ..evaluation import Point
 from ..plan import Group, Plan
 from .dense import advance
 from .state import Keeps
-from .waiting import is_nothing
 
 GRID = 1 << 24  # w_t is a multiple of 1 / GRID, so that w_t and 1 - w_t are float32 numbers with the sum 1
 
@@ -44,7 +43,7 @@ class Averaged:
     edited by hand are averaged away: `del optimizer.state[parameter]` starts anew. Raises ValueError for a
     span out of range; an optimizer refuses it with low-rank directions."""
 
-    name, verb, defers, dense = "averaged", "momentum", False, True
+    name, verb, defers, dense, gated = "averaged", "momentum", False, True, True
 
     def __init__(self, span: float = 6.0) -> None:
         self.span = finite_number("span", span, above=0.0)
@@ -73,7 +72,7 @@ class Averaged:
                 states[tensor].update(
                     fast=group.read(i).clone(memory_format=torch.contiguous_format), updates=0
                 )
-        if is_nothing([lr * w for w in weights], decay):  # a launch would turn -0.0 into 0.0
+        if lr == 0.0:  # a launch would turn -0.0 into 0.0
             every = range(len(group.tensors))
             if all(torch.equal(states[group.tensors[i]]["fast"], group.read(i)) for i in every):
                 for tensor in group.tensors:

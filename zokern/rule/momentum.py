@@ -20,6 +20,7 @@ from torch import Tensor
 from ..checks import within
 from ..directions import Matrix
 from ..plan import Group, Plan
+from ..told import Weights
 from .carry import carried
 from .dense import advance
 from .state import Keeps
@@ -37,11 +38,11 @@ class Momentum:
 
     Keeps `momentum` in the optimizer's state, float32: shaped like the parameter where z is dense (4 bytes a
     weight), in the small space of a factored matrix (r x r, or m x r), carried over when its basis changes;
-    `basis` is the step of the basis that these numbers belong to. `updates` counts those of a dense
-    parameter. Raises ValueError for a beta or dampening outside [0, 1).
+    `basis` is the step of the basis that these numbers belong to. `updates` counts the steps of a dense
+    parameter, skipped ones too. Raises ValueError for a beta or dampening outside [0, 1).
     Polyak 1964; Zhang et al. 2024 (ZO-Bench); Chen et al. 2025 (LOZO-M); Sun et al. 2025 (TeZO-m)."""
 
-    name, defers = "momentum", True
+    name, defers, gated = "momentum", True, True
 
     def __init__(self, beta: float = 0.9, dampening: float | None = None) -> None:
         self.beta = self.dampening = within("beta", beta, 0.0, 1.0, "0 <= beta < 1")
@@ -60,16 +61,18 @@ class Momentum:
         defer: bool
     ) -> Tensor | int:  # fmt: skip
         if group.matrices is not None:
-            averages = []
+            weights = Weights.of(weights, lr, decay, group.theta[0].device)
+            beta, averages = weights.where(self.beta, 1.0), []
             for tensor, matrix, new in zip(group.tensors, group.matrices, total(plan, group, weights)):
                 state = states[tensor]
                 old = state.get("momentum")
                 state["momentum"] = average = (
-                    new if old is None else old * self.beta + new * (1.0 - self.dampening)
+                    new if old is None else old * beta + new * (1.0 - self.dampening)
                 )
                 state["basis"] = matrix.born
                 averages.append(average)
-            return deposit(plan, group, [average * lr for average in averages], decay, defer)
+            moves = weights.gate([average * lr for average in averages])
+            return deposit(plan, group, moves, weights.kept(decay), defer)
         return advance(self, plan, group, weights, lambda updates: self.scalars(lr, decay, updates), states)
 
     def keeps(self, shape: tuple[int, ...], draw: tuple[int, int] | None) -> Keeps:

@@ -32,9 +32,10 @@ from ..estimator.base import ONES
 from ..gemm.library import one_thread
 from ..plan import Group, Plan
 from ..stream import BASIS, draw_word
+from ..told import Weights
 from .carry import carried
 from .state import Keeps
-from .waiting import deposit, is_nothing, total
+from .waiting import deposit, total
 
 COEFFICIENTS, ITERATIONS, LEAST = (3.4445, -4.7750, 2.0315), 5, 1e-7
 START = draw_word(2**24 - 1, BASIS)  # the start of the power iteration, at the step of the basis
@@ -62,7 +63,7 @@ class Muon:
     Raises ValueError for arguments out of range; an optimizer refuses it with a direction that keeps no
     factor."""
 
-    name, defers, lowrank = "muon", True, True
+    name, defers, lowrank, gated = "muon", True, True, True
     lr = ONES
 
     def __init__(
@@ -77,42 +78,45 @@ class Muon:
         self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any,
         defer: bool
     ) -> Tensor | int:  # fmt: skip
+        weights = Weights.of(weights, lr, decay, group.theta[0].device)
         if group.matrices is None:
-            amounts, kept = [self.share * lr * w for w in weights], 1.0 - self.share * (1.0 - decay)
-            if is_nothing(amounts, kept):
+            if weights.still or not self.share:
                 return 0
-            return group.axpy_(plan.noise(plan.draws()), amounts, kept, plan.rounding)
+            amounts, kept = weights.told.weights * (self.share * lr), 1.0 - self.share * (1.0 - decay)
+            control = torch.stack((weights.where(kept, 1.0).float(), *weights.told.control[1:]))
+            return group.axpy_(plan.noise(plan.draws()), amounts.float(), kept, plan.rounding, control)
         assert plan.factored is not None
-        moves = []
+        beta, moves = weights.where(self.beta, 1.0), []
         with one_thread(), torch.autocast(group.theta[0].device.type, enabled=False):
             for tensor, matrix, new in zip(group.tensors, group.matrices, total(plan, group, weights)):
-                average = self._average(states[tensor], matrix, new)
+                average = self._average(states[tensor], matrix, new, beta)
                 found = (
                     msign(average)
                     if self.power is None
-                    else self._leading(plan, group, matrix, states[tensor], average)
+                    else self._leading(plan, group, matrix, states[tensor], average, weights)
                 )
                 square = matrix.rank if self.power is None else min(self.power, matrix.rank)
                 moves.append(found * (lr * plan.factored.stretch(matrix, square)))
-        return deposit(plan, group, moves, decay, defer)
+        return deposit(plan, group, weights.gate(moves), weights.kept(decay), defer)
 
-    def _average(self, state: Any, matrix: Matrix, new: Tensor) -> Tensor:
+    def _average(self, state: Any, matrix: Matrix, new: Tensor, beta: Tensor) -> Tensor:
         if self.beta or self.power:
             state["basis"] = matrix.born
         if not self.beta:
             return new
         old = state.get("momentum")
-        state["momentum"] = (
-            new * (1.0 - self.beta) if old is None else old * self.beta + new * (1.0 - self.beta)
-        )
+        state["momentum"] = new * (1.0 - self.beta) if old is None else old * beta + new * (1.0 - self.beta)
         return state["momentum"]
 
-    def _leading(self, plan: Plan, group: Group, matrix: Matrix, state: Any, average: Tensor) -> Tensor:
+    def _leading(
+        self, plan: Plan, group: Group, matrix: Matrix, state: Any, average: Tensor, weights: Weights
+    ) -> Tensor:
         assert self.power is not None
         if "power" not in state:
             shape = average.shape[0], min(self.power, matrix.rank)
             (state["power"],) = group.source(plan.seed)([matrix], [shape], matrix.born, START)
-        found, state["power"] = power_step(average, state["power"])
+        found, power = power_step(average, state["power"])
+        state["power"] = torch.where(weights.told.control[2] == 1.0, power, state["power"])
         return found
 
     def keeps(self, shape: tuple[int, ...], draw: tuple[int, int] | None) -> Keeps:

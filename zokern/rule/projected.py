@@ -50,6 +50,11 @@ class Projected(Sgd):
 
     name, defers = "projected", False
 
+    @property
+    def gated(self) -> bool:  # type: ignore[override]
+        """Whether a step that is not finite is left to the device: not where weights are projected."""
+        return not self._due
+
     def __init__(
         self,
         names: Sequence[str] | None = None,

@@ -36,9 +36,7 @@ class Sgd:
             return group.write(noise, plan.rounding) if group.matrices is not None and not defer else 0
         if group.matrices is None:
             return group.axpy_(plan.noise(plan.draws()), told.amounts, decay, plan.rounding, told.control)
-        if decay != 1.0 and not weights.is_finite:  # what waits decays on the host
-            decay = 1.0
-        return deposit(plan, group, total(plan, group, told.amounts), decay, defer)
+        return deposit(plan, group, total(plan, group, told.amounts), weights.kept(decay), defer)
 
     def descend(
         self, plan: Plan, group: Group, weights: Sequence[float], gradient: Tensor, weight: float, lr: float,

@@ -51,10 +51,13 @@ def deposit(plan: Plan, group: Group, updates: Sequence[Tensor], decay: float, d
 
 
 def add_(
-    plan: Plan, group: Group, i: int, values: Tensor, scale: float, decay: float, start: int = 0
-) -> Tensor | int:
+    plan: Plan, group: Group, i: int, values: Tensor, scale: float, decay: float, start: int = 0,
+    control: Tensor | None = None
+) -> Tensor | int:  # fmt: skip
     """theta <- decay theta + scale values for `values.numel()` elements of tensor i from number `start` on,
     one rounding.
+
+    control  in device memory, of which the decay and the flag count where it is given (Projected)
 
     values is float32 and contiguous; start is a multiple of its size, and of a row's where the tensor is a
     matrix that is not contiguous. The verb is lowrank_ with a row of ones: rank 1, exact."""
@@ -78,7 +81,8 @@ def add_(
     ones = torch.ones(row + 1, 1, dtype=torch.float32, device=tensor.device)
     span = group.spans[i]._replace(first=group.spans[i].first + start)
     batch, noise = Batch([part], [span], plan.rounding, low), plan.noise([(plan.step, 0)], None)
-    count = group.backend.lowrank_(batch, Outer([ones], [values.view(-1, 1)], [scale], decay), noise)
+    factors = Outer([ones], [values.view(-1, 1)], [scale], decay, control)
+    count = group.backend.lowrank_(batch, factors, noise)
     torch.autograd.graph.increment_version([tensor])
     return count
 
