@@ -28,6 +28,7 @@ from .estimator import (
 )  # fmt: skip
 from .evaluation import Auto, InPlace, Jvp, Master, Paired, Refused, Scratch
 from .evaluation import InPlace as Walk
+from .graph import graph
 from .methods import *  # noqa: F403  (their names are found in the folder)
 from .methods import METHODS
 from .objective import Objective
@@ -46,6 +47,6 @@ __all__ = [
     "Mixed", "Momentum", "Muon", "Normal", "Objective", "Paired", "Private", "Projected", "Rademacher",
     "Ranked", "Refused", "Scaled", "Scratch", "Sgd", "Sign", "SignSgd", "Split", "Spread", "Spsa",
     "Stencil", "StepResult", "Tuning", "Walk", "WindowAdam", "WindowMomentum", "__version__", "axpy_",
-    "draw", "linear", "lowrank_", "perturb", "philox4x32", "sketch", "step", "tune", "update_",
+    "draw", "graph", "linear", "lowrank_", "perturb", "philox4x32", "sketch", "step", "tune", "update_",
 ]  # fmt: skip
 __all__ += METHODS

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 
@@ -10,4 +12,10 @@ def is_on(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
-__all__ = ["is_on"]
+def off(device_type: str) -> AbstractContextManager:
+    """Returns a context without autocast for a kind of device."""
+    known = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if known else nullcontext()
+
+
+__all__ = ["is_on", "off"]

@@ -46,6 +46,7 @@ class ZerothOrder(torch.optim.Optimizer):
     guards  options of zokern.Guards: paired_check, max_skips, dead_limit, nonfinite, force, maximize, every"""
 
     result: StepResult | None = None  # of the last step
+    tape: Any = None  # of a captured step under way (graph.py)
 
     def __init__(
         self,
@@ -266,7 +267,7 @@ class ZerothOrder(torch.optim.Optimizer):
         earlier, work.scopes = work.scopes, {}
         plan = Plan(
             work.groups, self.direction, self.seed, self.steps, self.rounding, work.tree, self.factored,
-            scopes=work.scopes, earlier=earlier, maximize=self.guards.maximize,
+            scopes=work.scopes, earlier=earlier, maximize=self.guards.maximize, tape=self.tape,
         )  # fmt: skip
         self.scaling.renew(plan)
         for group in work.groups:

@@ -15,7 +15,7 @@ from .backends import Backend, Batch, Noise, Outer, Span, SpanList, TensorList, 
 from .directions import Direction, LowRank, Matrix, Normal, Source
 from .fingerprint import announce
 from .modules import Tree
-from .told import constant, on_device
+from .told import lately, on_device
 
 Draw = int | tuple[int, int]  # a draw word of the step under way, or (step, draw word) of an earlier one
 
@@ -127,7 +127,7 @@ class Group:
     ) -> Tensor:  # fmt: skip
         """theta <- decay theta + sum_k coeffs[k] z_k, one launch. With a control its decay counts (Projected)."""
         if not isinstance(coeffs, Tensor):
-            coeffs = constant(tuple(coeffs), torch.float32, self.theta[0].device)
+            coeffs = lately(tuple(coeffs), torch.float32, self.theta[0].device)
         residuals = self.residuals if rounding == "residual" else None
         batch = Batch(self.theta, self.spans, rounding, residuals, self.scales)
         count = self.backend.axpy_(batch, noise, Terms(coeffs, decay, control=control))
@@ -136,13 +136,15 @@ class Group:
 
     def update_(
         self, plan: Plan, members: Sequence[int], coeffs: Sequence[float], rule: str,
-        scalars: Sequence[float], states: Sequence[list[Tensor]]
+        scalars: Callable[[], Sequence[float]], states: Sequence[list[Tensor]]
     ) -> Tensor:  # fmt: skip
-        """A rule with state for some of the tensors, whose states these are; one launch."""
+        """A rule with state for some of the tensors, whose states these are; one launch.
+
+        scalars  tells the rule's numbers: now, and before each replay of a captured step"""
         tensors, spans = [self.theta[i] for i in members], [self.spans[i] for i in members]
         device = tensors[0].device
         table, control = on_device(coeffs, device)
-        numbers = constant(tuple(scalars), torch.float32, device)
+        numbers = plan.numbers(scalars, torch.float32, device)
         low = (
             [self.residuals[i] for i in members]
             if self.residuals is not None and plan.rounding == "residual"
@@ -434,7 +436,28 @@ class Plan:
         """Returns the random numbers of a launch; direction: that of the plan, unless it is given."""
         direction = self.direction if direction is ... else direction
         noise = Noise(direction, self.seed, draws)
-        return noise if self.tape is None else self.tape.noise(noise)
+        return noise if self.tape is None else self.tape.noise(noise, self.groups[0].theta[0].device)
+
+    def rates(self, group: Group, lr: float, decay: float) -> tuple[float, float]:
+        """Returns lr and decay of a group: those that a rule was given, or in a replay those of now."""
+        if self.tape is None:
+            return lr, decay
+        lr = float(group.options["lr"])
+        return lr, 1.0 - lr * float(group.options["weight_decay"])
+
+    def lr_of(self, group: Group, lr: float, decay: float) -> Tensor:
+        """Returns the lr of rates() in device memory, float64 []."""
+        make = lambda: self.rates(group, lr, decay)[:1]  # noqa: E731
+        return self.numbers(make, torch.float64, group.theta[0].device)[0]
+
+    def act(self, action: Callable[[], None]) -> None:
+        """Does something on the host: now, and before each replay of a captured step."""
+        action() if self.tape is None else self.tape.act(action)
+
+    @property
+    def now(self) -> int:
+        """The number of the step under way, also where an earlier one was captured."""
+        return self.step if self.tape is None else self.tape.now
 
     def numbers(
         self, make: Callable[[], Sequence[float]], dtype: torch.dtype, device: torch.device
@@ -443,7 +466,7 @@ class Plan:
 
         make  computes them: now, and before each replay of a step that is captured"""
         if self.tape is None:
-            return constant(tuple(make()), dtype, device)
+            return lately(tuple(make()), dtype, device)
         return self.tape.numbers(make, dtype, device)
 
     def bits(self, purpose: int, query: int = 0, who: str = "") -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -53,17 +53,33 @@ class Late:
     parts       of its estimates, in order
     shares      by name: (share, its warning) of 16-bit weights that stood still, 0-d tensors
     nonfinite   how many weights an update made inf or NaN, a tensor or a number of each launch
-    failed      whether the host knows that a back-propagated loss is not finite"""
+    failed      whether the host knows that a back-propagated loss is not finite
+    flat        of a replay of a captured step: all that is read, in the place of the tensors above"""
 
     def __init__(self) -> None:
         self.parts: list[Part] = []
         self.shares: dict[str, tuple[Tensor, Callable[[float], str | None]]] = {}
         self.nonfinite: list[Tensor | int] = []
         self.failed = False
+        self.flat: Tensor | None = None
         self._values: Values | None = None
+
+    def packed(self) -> Tensor:
+        """Returns all that is read in one tensor, float64."""
+        return torch.cat([t.detach().reshape(-1).double() for t in self.tensors()])
+
+    def of(self, flat: Tensor) -> Late:
+        """Returns the same step with other numbers, packed."""
+        other = Late()
+        other.parts, other.shares, other.nonfinite = self.parts, self.shares, self.nonfinite
+        other.flat = flat
+        return other
 
     def tensors(self) -> list[Tensor]:
         """Returns all that is read, one after the other."""
+        if self.flat is not None:
+            sizes = [t.numel() for t in self.of(None).tensors()]  # type: ignore[arg-type]
+            return list(self.flat.split(sizes))
         counts = [count for count in self.nonfinite if isinstance(count, Tensor)]
         return (
             [t for part in self.parts for t in part.tensors()] + [s for s, _ in self.shares.values()] + counts
@@ -103,7 +119,7 @@ class Late:
             int(next(left)[0]) if isinstance(count, Tensor) else count for count in self.nonfinite
         )
         loss = mean([one for sides in losses for one in sides])
-        self.parts, self.shares, self.nonfinite = [], {}, []  # their memory goes
+        self.parts, self.shares, self.nonfinite, self.flat = [], {}, [], None  # their memory goes
         self._values = Values(
             loss,
             losses,
@@ -198,6 +214,11 @@ class StepResult:
     def swallowed(self) -> float | None:
         return self.late.values.swallowed
 
+    def at(self, step: int, late: Late) -> StepResult:
+        """Returns the record of a replay of this step."""
+        draws = tuple((number - self.step + step, word) for number, word in self.draws)
+        return replace(self, step=step, late=late, draws=draws)
+
     def __str__(self) -> str:
         """Names and numbers."""
         return f"{self!r} with {self.late.values}"
@@ -205,6 +226,7 @@ class StepResult:
 
 def read(several: Sequence[Late]) -> None:
     """Reads the numbers of some steps, by one copy from each device."""
+    several = [late for late in several if late._values is None]
     tensors = [[t.detach().reshape(-1) for t in late.tensors()] for late in several]
     flat = [t for each in tensors for t in each]
     numbers: dict[int, list] = {}

@@ -67,7 +67,7 @@ def step(
     is no closure, and for a first_order that nothing uses; RuntimeError when the closure is not repeatable,
     changed the weights or never used them, after too many skipped or dead steps in a row, and when the update
     made weights inf or NaN. Malladi et al. 2023, Algorithm 1."""
-    optimizer = _unwrapped(optimizer)
+    optimizer = unwrapped(optimizer)
     if not callable(closure):
         raise TypeError(
             f"closure is {type(closure).__name__} {closure!r:.80}; expected a function without arguments "
@@ -88,7 +88,7 @@ def step(
     return optimizer.result
 
 
-def _unwrapped(optimizer: Any) -> Any:
+def unwrapped(optimizer: Any) -> Any:
     """Returns the zokern optimizer itself, also from a wrapper that is an optimizer; TypeError for everything
     else."""
     # a wrapper may be a subclass of what it wraps (Lightning's), so its inside is looked at first
@@ -157,7 +157,8 @@ def _run(optimizer: Steps, closure: Callable[[], Any], first_order: Callable[[],
         raise RuntimeError(
             f"estimator {type(optimizer.estimator).__name__} yielded no estimate; expected one or more a step"
         )
-    optimizer.count(result)
+    if plan.tape is None:  # in a capture there are no numbers yet
+        optimizer.count(result)
     return result
 
 
@@ -197,7 +198,7 @@ def _check(optimizer: Steps, oracle: Oracle) -> tuple[str, ...]:
     plan = oracle.asked.plan
     # a resumed run whose weights move would round more often than the run that it continues
     first = optimizer.result is None and (plan.step == 0 or optimizer.evaluation.exact)
-    if not optimizer.guards.is_due(plan.step, first):
+    if plan.tape is not None or not optimizer.guards.is_due(plan.step, first):
         return ()
     found = oracle.asked.losses.tolist()
     again, base = oracle.again()

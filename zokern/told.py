@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -78,22 +78,35 @@ class Weights(Sequence[float]):
         return self.values[index]
 
 
-@lru_cache(maxsize=1024)
-def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Returns numbers of the host as a vector on a device, which is only read: uploaded once, and found again.
+def upload(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Returns numbers of the host as a vector on a device. It waits for nothing.
 
-    The upload waits for nothing."""
+    Raises RuntimeError while a CUDA graph is captured: each replay would read what the host has then."""
     host = torch.tensor(values, dtype=dtype, device="cpu")
-    if device.type == "cuda":
-        return host.pin_memory().to(device, non_blocking=True)
-    return host.to(device)
+    if device.type != "cuda":
+        return host.to(device)
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"numbers of the host, {tuple(values)!r:.80}, would be uploaded in a capture")
+    return host.pin_memory().to(device, non_blocking=True)
+
+
+@cache
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Returns numbers that never change as a vector on a device, uploaded once, kept, and only read."""
+    return upload(values, dtype, device)
+
+
+@lru_cache(maxsize=64)
+def lately(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Returns numbers that seldom change, as an lr: what was uploaded lately is found again. It is only read."""
+    return upload(values, dtype, device)
 
 
 def on_device(weights: Sequence[float], device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Returns weights as float32 [K] on a device, and the control of those that project() made."""
     if isinstance(weights, Weights):
         return weights.rounded, weights.told.control
-    return constant(tuple(weights), torch.float32, device), None
+    return lately(tuple(weights), torch.float32, device), None
 
 
-__all__ = ["Weights", "constant", "on_device"]
+__all__ = ["Weights", "constant", "lately", "on_device", "upload"]

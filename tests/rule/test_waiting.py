@@ -83,10 +83,10 @@ def test_another_place_of_a_tile_is_seen(monkeypatch) -> None:
 
     right = adam.add_
 
-    def misplaced(plan, group, i, values, scale, decay, start=0):
+    def misplaced(plan, group, i, values, scale, decay, start=0, control=None):
         tensor = group.tensors[i]
         if tensor.is_contiguous():
-            return right(plan, group, i, values, scale, decay, start)
+            return right(plan, group, i, values, scale, decay, start, control)
         flat = torch.as_strided(tensor, (tensor.numel(),), (1,))
         flat[start : start + values.numel()] += values.reshape(-1) * scale
         return 0

@@ -174,8 +174,8 @@ def of_first_group() -> AbstractContextManager:
     return patch.object(
         steps,
         "_fall",
-        lambda plan, lrs: lambda slopes, weights: right(replace(plan, groups=plan.groups[:1]), lrs[:1])(
-            slopes, weights[:1]
+        lambda plan, lrs: (
+            lambda slopes, weights: right(replace(plan, groups=plan.groups[:1]), lrs[:1])(slopes, weights[:1])
         ),
     )
 

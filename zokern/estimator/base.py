@@ -277,6 +277,8 @@ class Estimator(Protocol):
     state    plain values and tensors that a resumed run continues with; an empty dict where nothing is
              kept
     backpropagates  whether its estimates have a gradient; False where it has no such attribute
+    captures  True: its questions are the same in every step, whatever the losses, so that zokern.graph takes
+              it. A subclass says it anew
     perturbs  whether it reads losses away from theta, at eps; True where it has no such attribute"""
 
     queries: int
@@ -286,4 +288,9 @@ class Estimator(Protocol):
         """Yields one estimate or several; each moves the weights before the next question."""
 
 
-__all__ = ["ONES", "SLOPES", "Base", "Estimate", "Estimator", "Gradient", "Oracle"]
+def is_captured(estimator: Any) -> bool:
+    """Returns whether an estimator says of itself that a graph can hold its step."""
+    return "captures" in vars(type(estimator)) and bool(estimator.captures)
+
+
+__all__ = ["ONES", "SLOPES", "Base", "Estimate", "Estimator", "Gradient", "Oracle", "is_captured"]

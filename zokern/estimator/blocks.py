@@ -16,7 +16,7 @@ from ..checks import within
 from ..plan import Plan
 from ..stream import LAYERS
 from .around import Around
-from .base import Estimate, Estimator, Oracle
+from .base import Estimate, Estimator, Oracle, is_captured
 
 ORDERS = ("gauss-seidel", "jacobi")
 
@@ -81,6 +81,11 @@ class Blockwise(Around):
         if order not in ORDERS:
             raise ValueError(f"order is {order!r}; expected one of {list(ORDERS)}")
         self.block, self.order = block if callable(block) else BLOCKS[block], order
+
+    @property
+    def captures(self) -> bool:
+        """Whether the inner estimator asks the same of every step."""
+        return is_captured(self.inner)
 
     def __call__(self, oracle: Oracle, plan: Plan) -> Iterator[Estimate]:
         blocks: dict[str, list[str]] = {}

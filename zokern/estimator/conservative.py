@@ -9,6 +9,7 @@ import torch
 
 from ..evaluation import THETA, Point
 from ..plan import Plan
+from ..told import constant
 from .base import Estimate, Oracle
 from .spsa import Spsa
 
@@ -33,9 +34,7 @@ class Conservative(Spsa):
         amounts = (first.coefficients[0] * (lr / first.count / eps)).tolist()
         ahead = Point(tuple(zip(first.draws, (sign * amount for amount in amounts))))
         losses = oracle.losses([THETA, ahead, ahead.scaled(-1.0)])
-        factor = torch.tensor([0.0, 1.0, -1.0], dtype=torch.float64, device=losses.device)[
-            (-sign * losses).argmin()
-        ]
+        factor = constant((0.0, 1.0, -1.0), torch.float64, losses.device)[(-sign * losses).argmin()]
         factor = torch.where(torch.isfinite(losses).all(), factor, torch.nan)
         yield replace(first, coefficients=first.coefficients * factor)
 

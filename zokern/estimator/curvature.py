@@ -23,13 +23,14 @@ class Curvature(Spsa):
     factor. Two losses a query, and that of theta, which all queries share. queries, clip: as for zokern.Spsa.
     Zhao et al. 2024, Algorithm 1."""
 
+    captures = True
+
     def __init__(self, queries: int = 1, clip: float | None = None) -> None:
         super().__init__(queries, THREE, clip)
 
     def estimate(self, plan: Plan, losses: Tensor, differences: Tensor) -> Estimate:
-        eps = torch.tensor(
-            [group.eps for group in plan.groups], dtype=torch.float64, device=losses.device
-        ).unsqueeze(1)
+        eps = plan.numbers(lambda: [group.eps for group in plan.groups], torch.float64, losses.device)
+        eps = eps.unsqueeze(1)
         second = (losses[:, 0] + losses[:, 1] - 2.0 * losses[:, 2]).abs() / (2.0 * eps * eps)
         # the weights move along other factors than the losses were read along, so their slope does not tell
         # how far the loss falls

@@ -14,6 +14,7 @@ import torch
 
 from ..evaluation import Point
 from ..plan import Draw, Plan
+from ..told import constant
 from .base import Estimate, Oracle
 from .spsa import Spsa
 
@@ -50,7 +51,7 @@ class Guided(Spsa):
         found = self.slopes(difference, sides, plan).float().double()
         if self.clip is not None:
             found = found.clamp(-self.clip, self.clip)
-        both = torch.tensor([scale, -scale], dtype=torch.float64, device=found.device)
+        both = constant((scale, -scale), torch.float64, found.device)
         # of which c g knows their difference alone
         slopes = difference / plan.groups[0].eps * both / (2.0 * scale * scale)
         yield Estimate(draws, found * both, torch.cat((alone, sides)).unsqueeze(0), slopes=slopes)

@@ -134,9 +134,8 @@ class Kernel(Spsa):
             split = plan.each([{draw: r for draw, (r, _) in zip(draws, pairs)} for pairs in radii])
             losses = oracle.losses([Point(((draw, sign),)) for draw in draws for sign in (1.0, -1.0)], split)
             losses = losses.view(self.queries, 2)
-            weights = torch.tensor(
-                [[k for _, k in pairs] for pairs in radii], dtype=torch.float64, device=losses.device
-            )
+            flat = [k for pairs in radii for _, k in pairs]
+            weights = plan.numbers(lambda: flat, torch.float64, losses.device).view(len(radii), -1)
             estimate = replace(
                 self.estimate(split, losses, self.differences(losses) * weights), slopes=None, each=True
             )
@@ -146,7 +145,8 @@ class Kernel(Spsa):
                 [Point(((draw, sign * r),)) for draw, (r, _) in zip(draws, pairs) for sign in (1.0, -1.0)]
             )
             losses = losses.view(self.queries, 2)
-            where, weights = torch.tensor(pairs, dtype=torch.float64, device=losses.device).T
+            flat = [number for pair in pairs for number in pair]
+            where, weights = plan.numbers(lambda: flat, torch.float64, losses.device).view(-1, 2).T
             estimate = self.estimate(plan, losses, self.differences(losses) * weights)
             assert estimate.slopes is not None
             estimate = replace(estimate, slopes=estimate.slopes / (weights * where))

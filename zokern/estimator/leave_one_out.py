@@ -26,6 +26,8 @@ class LeaveOneOut(Spsa):
 
     Raises ValueError for arguments out of range."""
 
+    captures = True
+
     def __init__(self, queries: int = 4, clip: float | None = None) -> None:
         super().__init__(whole_number("queries", queries, 2, 2**24 - 1), "central", clip)
 

@@ -26,7 +26,7 @@ class Ranked(Spsa):
     Options as for Spsa; queries is 16 by default, and a step reads two perturbed losses or more.
     Raises ValueError for arguments out of range. Salimans et al. 2017; Sarkar et al. 2025."""
 
-    lr = ONES
+    lr, captures = ONES, True
 
     def __init__(
         self, queries: int = 16, stencil: str | Stencil = "central", clip: float | None = None

@@ -16,7 +16,7 @@ class Sign(Spsa):
     ZO-Bench's form, where the sign is taken of the projected gradient and z stays normal. Options as for
     Spsa."""
 
-    lr, gain = ONES, None
+    lr, gain, captures = ONES, None, True
 
     def slopes(self, differences: Tensor, losses: Tensor, plan: Plan) -> Tensor:
         return super().slopes(differences, losses, plan).sign()

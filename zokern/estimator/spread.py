@@ -18,7 +18,7 @@ class Spread(Spsa):
     A step whose losses are all equal moves nothing. Options as for Spsa; a step reads two perturbed losses or
     more."""
 
-    lr, gain = ONES, None
+    lr, gain, captures = ONES, None, True
 
     def __init__(
         self, queries: int = 8, stencil: str | Stencil = "forward", clip: float | None = None

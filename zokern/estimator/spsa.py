@@ -67,7 +67,7 @@ class Spsa:
 
     Raises ValueError for arguments out of range. Spall 1992; Malladi et al. 2023, Algorithms 1 and 2."""
 
-    lr = SLOPES
+    lr, captures = SLOPES, True
     gain: float | None = 1.0  # of c over the slope along z, in expectation; None: c is no estimate of a slope
 
     def __init__(
@@ -98,7 +98,7 @@ class Spsa:
 
     def slopes(self, differences: Tensor, losses: Tensor, plan: Plan) -> Tensor:
         """Returns the differences over eps, float64 (groups, queries)."""
-        eps = torch.tensor([group.eps for group in plan.groups], dtype=torch.float64, device=losses.device)
+        eps = plan.numbers(lambda: [group.eps for group in plan.groups], torch.float64, losses.device)
         return differences / eps.unsqueeze(1)
 
     def estimate(self, plan: Plan, losses: Tensor, differences: Tensor) -> Estimate:

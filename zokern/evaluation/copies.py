@@ -163,9 +163,8 @@ class Copies:
         else:
             torch._foreach_copy_(list(outs), list(thetas))
         spent = None if low is None else [bits.clone() for bits in low]
-        table = torch.tensor(
-            [a * group.reach(draw) for draw, a in terms], dtype=torch.float32, device=outs[0].device
-        )
+        amounts = [a * group.reach(draw) for draw, a in terms]
+        table = plan.numbers(lambda: amounts, torch.float32, outs[0].device)
         draws = [plan.named(draw) for draw, _ in terms]
         rounding = "nearest" if spent is None else "residual"
         batch, noise = Batch(outs, spans, rounding, spent, factors), plan.noise(draws)

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..backends import Thin
 from ..modules import same
 from ..plan import Draw, Group, Plan, ends_of
+from ..told import constant
 from .base import Point
 
 
@@ -105,7 +106,7 @@ class Factors:
         known = group.memo.get(("bases", positions[0]))
         if known is None or not same([*lefts, *rights], known[0]):
             left, right = (None if kept[0] is None else torch.stack(kept) for kept in (lefts, rights))  # type: ignore[arg-type]
-            index = torch.tensor(positions, dtype=torch.int64, device=group.theta[0].device)
+            index = constant(tuple(positions), torch.int64, group.theta[0].device)
             known = group.memo["bases", positions[0]] = [*lefts, *rights], left, right, index
         _, left, right, index = known
         weights = torch.stack([group.theta[i] for i in positions]).view(len(positions), *first.shape)

@@ -150,7 +150,7 @@ class Master:
                 outs=target,
             )
         elif in_place and scales:
-            table = torch.tensor(scales, dtype=torch.float32, device=kept[0].device)
+            table = plan.numbers(lambda: scales, torch.float32, kept[0].device)
             spent = None if low is None else [bits.clone() for bits in low]
             rounding = "residual" if spent is not None else self.rounding
             draws = [plan.named(draw) for draw, _ in point.terms]

@@ -23,7 +23,7 @@ def preserved() -> Iterator[None]:
     """Puts every stream back at the end."""
     numpy = sys.modules.get("numpy")
     states = torch.get_rng_state(), random.getstate(), numpy.random.get_state() if numpy else None
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    cuda = torch.cuda.get_rng_state_all() if _can_seed_cuda() else None
     try:
         yield
     finally:
@@ -38,8 +38,13 @@ def preserved() -> Iterator[None]:
 def seed(number: int) -> None:
     """Starts every stream from one number."""
     torch.default_generator.manual_seed(number)
-    if torch.cuda.is_initialized():
+    if _can_seed_cuda():
         torch.cuda.manual_seed_all(number)
     random.seed(number)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(number % 2**32)
+
+
+def _can_seed_cuda() -> bool:
+    """Whether CUDA's streams can be set: not while a graph is captured, which draws from its own."""
+    return torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing()

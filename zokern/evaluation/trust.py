@@ -49,7 +49,11 @@ class Trust:
 
     def is_new(self, plan: Plan) -> bool:
         """Whether a comparison is due before the next reading."""
-        return self.check and not (self._is_recent(plan) and self.names.issuperset(plan.names))
+        return (
+            self.check
+            and plan.tape is None
+            and not (self._is_recent(plan) and self.names.issuperset(plan.names))
+        )
 
     def _is_recent(self, plan: Plan) -> bool:
         flags = [module.training for module in plan.tree.modules]

@@ -126,16 +126,14 @@ class Adam:
         defer: bool
     ) -> Tensor | int:  # fmt: skip
         if group.matrices is None:
-            return advance(
-                self, plan, group, weights, lambda updates: self.scalars(lr, decay, updates), states
-            )
+            return advance(self, plan, group, weights, self.scalars, states, lr, decay)
         if self.core:
             return self._in_core(plan, group, weights, lr, decay, states, defer)
         weights = Weights.of(weights, lr, decay, group.theta[0].device)
         count: Tensor | int = 0
         betas = self._betas(weights)
         for i, (tensor, tau) in enumerate(zip(group.tensors, total(plan, group, weights))):
-            first, second = self._moments(states[tensor], torch.diagonal(tau), betas)
+            first, second = self._moments(plan, states[tensor], torch.diagonal(tau), betas)
             count = count + self._matrix(plan, group, i, first, second, lr, decay, weights.moves)
         return count
 
@@ -150,19 +148,22 @@ class Adam:
         assert group.matrices is not None and plan.factored is not None
         weights = Weights.of(weights, lr, decay, group.theta[0].device)
         scales, betas = [plan.factored.scale(matrix) for matrix in group.matrices], self._betas(weights)
+        reach = plan.lr_of(group, lr, decay)
         moves = []
         for tensor, matrix, along, s in zip(
             group.tensors, group.matrices, total(plan, group, weights), scales
         ):
             state = states[tensor]
-            first, second = self._moments(state, along / s, betas)
+            first, second = self._moments(plan, state, along / s, betas)
             if self.carry:
                 state["basis"] = matrix.born
             root = _root(second + self.eps) if self.inside else _root(second) + self.eps
-            moves.append(first / root * (lr * s))
+            moves.append(first / root * (reach * s))
         return deposit(plan, group, weights.gate(moves), weights.kept(decay), defer)
 
-    def _moments(self, state: Any, gradient: Tensor, betas: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _moments(
+        self, plan: Plan, state: Any, gradient: Tensor, betas: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """Both moments after this step, kept in the state; corrected for their start at zero where that is
         asked for."""
         if "first" not in state:
@@ -171,13 +172,14 @@ class Adam:
                 torch.zeros_like(gradient),
                 0,
             )
-        (beta1, beta2), state["updates"] = self.betas, state["updates"] + 1
+        (beta1, beta2) = self.betas
+        plan.act(lambda: state.update(updates=state["updates"] + 1))
         state["first"] = state["first"] * betas[0] + gradient * (1.0 - beta1)
         state["second"] = state["second"] * betas[1] + (gradient * gradient) * (1.0 - beta2)
         if not self.bias_correction:
             return state["first"], state["second"]
-        c1, c2 = self._corrections(state["updates"])
-        return state["first"] / c1, state["second"] / c2
+        told = plan.numbers(lambda: self._corrections(state["updates"]), torch.float64, gradient.device)
+        return state["first"] / told[0], state["second"] / told[1]
 
     def _matrix(
         self, plan: Plan, group: Group, i: int, first: Tensor, second: Tensor, lr: float, decay: float,

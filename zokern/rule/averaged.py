@@ -79,11 +79,11 @@ class Averaged:
                     states[tensor]["updates"] += 1
                 return 0
 
-        def scalars(updates: int) -> tuple[float, ...]:
+        def scalars(lr: float, decay: float, updates: int) -> tuple[float, ...]:
             w = self.share(updates - 1)
             return 1.0 - w, w, decay, lr
 
-        return advance(self, plan, group, weights, scalars, states)
+        return advance(self, plan, group, weights, scalars, states, lr, decay)
 
     def keeps(self, shape: tuple[int, ...], draw: tuple[int, int] | None) -> Keeps:
         """Returns the fast weights."""

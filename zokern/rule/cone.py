@@ -137,7 +137,8 @@ class Cone:
             coefficient, rest = new * sin, beta + new * cos
         else:
             # m = z
-            count = group.update_(plan, members, [sin], "momentum", (decay, lr * w, cos, 1.0), [moments])
+            told = decay, lr * w, cos, 1.0
+            count = group.update_(plan, members, [sin], "momentum", lambda: told, [moments])
             coefficient, rest = -beta * sin / cos, beta / cos + new
         terms = Terms(torch.tensor([coefficient], dtype=torch.float32, device=moments[0].device), rest)
         batch = Batch(moments, [group.spans[i] for i in members])

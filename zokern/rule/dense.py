@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..backends import Batch, Update
 from ..plan import Group, Plan
-from ..told import constant, on_device
+from ..told import lately, on_device
 from .base import Rule
 from .waiting import is_nothing
 
@@ -23,33 +23,48 @@ def advance(
     plan: Plan,
     group: Group,
     weights: Sequence[float],
-    scalars: Callable[[int], Sequence[float]],
+    scalars: Callable[[float, float, int], Sequence[float]],
     states: Any,
+    lr: float,
+    decay: float,
 ) -> Tensor | int:
-    """The verb update_ over the group, with rule `verb`, or `name`. scalars(t) are the numbers of update t.
+    """The verb update_ over the group, with rule `verb`, or `name`. scalars(lr, decay, t) are the numbers of
+    update t.
 
     Tensors that were frozen for a while, or added later, have fewer updates behind them: each number of
     updates is a launch."""
-    launches: dict[int, list[int]] = {}
     keys: Sequence[str] = ()
     verb = getattr(rule, "verb", rule.name)
-    for i, tensor in enumerate(group.tensors):
+    for tensor in group.tensors:
         state, shapes = states[tensor], rule.keeps(tuple(tensor.shape), None).tensors
         keys = [*shapes]
         if keys[0] not in state:
             state["updates"] = 0
             for key, shape in shapes.items():
                 state[key] = torch.zeros(shape, dtype=torch.float32, device=tensor.device)
-        state["updates"] += 1
+    own = [states[tensor] for tensor in group.tensors]
+
+    def advanced() -> None:
+        for state in own:
+            state["updates"] += 1
+
+    plan.act(advanced)
+    launches: dict[int, list[int]] = {}
+    for i, state in enumerate(own):
         launches.setdefault(state["updates"], []).append(i)
     count: Tensor | int = 0
-    for updates, members in launches.items():
-        kept = [[states[group.tensors[i]][key] for i in members] for key in keys]
-        decay, lr, *_ = numbers = scalars(updates)
-        if is_nothing([lr], decay):
-            _keep_up(plan, group, members, weights, verb, numbers, kept)
+    for members in launches.values():
+        kept = [[own[i][key] for i in members] for key in keys]
+        first = own[members[0]]
+
+        def told(state: dict = first) -> Sequence[float]:
+            return scalars(*plan.rates(group, lr, decay), state["updates"])
+
+        shrink, reach, *_ = told()
+        if is_nothing([reach], shrink):
+            _keep_up(plan, group, members, weights, verb, told(), kept)
         else:
-            count = count + group.update_(plan, members, weights, verb, numbers, kept)
+            count = count + group.update_(plan, members, weights, verb, told, kept)
     return count
 
 
@@ -62,7 +77,7 @@ def _keep_up(
     weights, a piece at a time."""
     device = group.tensors[members[0]].device
     coeffs, control = on_device(weights, device)
-    numbers = constant(tuple(scalars), torch.float32, device)
+    numbers = lately(tuple(scalars), torch.float32, device)
     zeros = torch.zeros(
         min(PIECE, max(group.tensors[i].numel() for i in members)), dtype=torch.float32, device=device
     )

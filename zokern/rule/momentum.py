@@ -62,7 +62,7 @@ class Momentum:
     ) -> Tensor | int:  # fmt: skip
         if group.matrices is not None:
             weights = Weights.of(weights, lr, decay, group.theta[0].device)
-            beta, averages = weights.where(self.beta, 1.0), []
+            beta, reach, averages = weights.where(self.beta, 1.0), plan.lr_of(group, lr, decay), []
             for tensor, matrix, new in zip(group.tensors, group.matrices, total(plan, group, weights)):
                 state = states[tensor]
                 old = state.get("momentum")
@@ -71,9 +71,9 @@ class Momentum:
                 )
                 state["basis"] = matrix.born
                 averages.append(average)
-            moves = weights.gate([average * lr for average in averages])
+            moves = weights.gate([average * reach for average in averages])
             return deposit(plan, group, moves, weights.kept(decay), defer)
-        return advance(self, plan, group, weights, lambda updates: self.scalars(lr, decay, updates), states)
+        return advance(self, plan, group, weights, self.scalars, states, lr, decay)
 
     def keeps(self, shape: tuple[int, ...], draw: tuple[int, int] | None) -> Keeps:
         """Returns M, in the space of a draw."""

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import autocast
 from ..checks import flag, is_number, whole_number, within
 from ..directions import Matrix
 from ..estimator.base import ONES
@@ -82,12 +83,15 @@ class Muon:
         if group.matrices is None:
             if weights.still or not self.share:
                 return 0
-            amounts, kept = weights.told.weights * (self.share * lr), 1.0 - self.share * (1.0 - decay)
-            control = torch.stack((weights.where(kept, 1.0).float(), *weights.told.control[1:]))
-            return group.axpy_(plan.noise(plan.draws()), amounts.float(), kept, plan.rounding, control)
+            reach, (_, go, finite) = plan.lr_of(group, lr, decay), weights.told.control
+            own = 1.0 - reach * float(group.options["weight_decay"])
+            rate, kept = reach * self.share, 1.0 - self.share * (1.0 - own)
+            control = torch.stack((torch.where(finite == 1.0, kept, 1.0).float(), go, finite))
+            amounts = (weights.told.weights * rate).float()
+            return group.axpy_(plan.noise(plan.draws()), amounts, decay, plan.rounding, control)
         assert plan.factored is not None
-        beta, moves = weights.where(self.beta, 1.0), []
-        with one_thread(), torch.autocast(group.theta[0].device.type, enabled=False):
+        beta, reach, moves = weights.where(self.beta, 1.0), plan.lr_of(group, lr, decay), []
+        with one_thread(), autocast.off(group.theta[0].device.type):
             for tensor, matrix, new in zip(group.tensors, group.matrices, total(plan, group, weights)):
                 average = self._average(states[tensor], matrix, new, beta)
                 found = (
@@ -96,7 +100,7 @@ class Muon:
                     else self._leading(plan, group, matrix, states[tensor], average, weights)
                 )
                 square = matrix.rank if self.power is None else min(self.power, matrix.rank)
-                moves.append(found * (lr * plan.factored.stretch(matrix, square)))
+                moves.append(found * (reach * plan.factored.stretch(matrix, square)))
         return deposit(plan, group, weights.gate(moves), weights.kept(decay), defer)
 
     def _average(self, state: Any, matrix: Matrix, new: Tensor, beta: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..backends import Batch, Outer, Terms
 from ..directions import Matrix
 from ..plan import Group, Plan, ends_of
-from ..told import Weights
+from ..told import Weights, lately
 from .state import Keeps
 from .waiting import add_, deposit, is_nothing, total
 
@@ -52,7 +52,7 @@ class Sgd:
             return 0
         move = gradient.detach().float().contiguous().mul_(-lr * weight)
         if group.matrices is None and weights:
-            table = torch.tensor(amounts, dtype=torch.float32, device=move.device)
+            table = lately(tuple(amounts), torch.float32, move.device)
             batch = Batch([move], group.spans, scales=group.scales)
             group.backend.axpy_(batch, plan.noise(plan.draws()), Terms(table))
         elif group.matrices is not None and weights:

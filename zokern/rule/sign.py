@@ -38,7 +38,10 @@ class SignSgd:
     ) -> Tensor | int:  # fmt: skip
         if is_nothing([lr], decay):
             return 0
-        return group.update_(plan, range(len(group.names)), weights, self.name, self.scalars(lr, decay), [])
+        members = range(len(group.names))
+        return group.update_(
+            plan, members, weights, self.name, lambda: self.scalars(*plan.rates(group, lr, decay)), []
+        )
 
     def keeps(self, shape: tuple[int, ...], draw: tuple[int, int] | None) -> Keeps:
         """Returns nothing."""

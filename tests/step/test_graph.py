@@ -1,0 +1,198 @@
+"""A captured step has the bits of zokern.step: on the CPU, and as a graph that is simulated there."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from models import batch, next_token_loss, snapshot, tiny
+from simulated import graphs_on_cpu, noted
+from torch import Tensor, nn
+
+import zokern
+from zokern.plan import Plan
+
+graphs = importlib.import_module("zokern.graph")  # zokern.graph is the function
+IDS = batch()
+STEPS = 20
+MASTER = {"evaluation": "master"}
+
+Made = Callable[[nn.Module, Any], Any]
+CASES: dict[str, tuple[torch.dtype, Made]] = {
+    "master": (torch.float32, lambda m, b: zokern.MeZO(m, lr=1e-2, backend=b, **MASTER)),
+    "paired": (
+        torch.float32,
+        lambda m, b: zokern.MeZO(m, lr=1e-2, backend=b, evaluation="paired", weight_decay=0.1),
+    ),
+    "auto, stochastic": (
+        torch.bfloat16,
+        lambda m, b: zokern.MeZO(m, lr=1e-2, eps=1e-2, backend=b, rounding="stochastic", queries=2),
+    ),
+    "residual": (
+        torch.bfloat16,
+        lambda m, b: zokern.MeZO(m, lr=1e-2, eps=1e-2, backend=b, rounding="residual", **MASTER),
+    ),
+    "adam": (torch.float32, lambda m, b: zokern.ZOAdam(m, lr=1e-2, backend=b, weight_decay=0.1, **MASTER)),
+    "momentum": (torch.float32, lambda m, b: zokern.ZOMomentum(m, lr=1e-2, backend=b, **MASTER)),
+    "sign": (
+        torch.float32,
+        lambda m, b: zokern.MeZO(m, lr=1e-2, backend=b, rule=zokern.SignSgd(), weight_decay=0.1, **MASTER),
+    ),
+    "spread": (torch.float32, lambda m, b: zokern.FZOO(m, lr=1e-2, backend=b, **MASTER)),
+    "subzero": (
+        torch.float32,
+        lambda m, b: zokern.SubZero(m, lr=1e-2, backend=b, defer=False, interval=8, **MASTER),
+    ),
+    "lozo_m": (
+        torch.bfloat16,
+        lambda m, b: zokern.LOZO(
+            m, lr=1e-2, eps=1e-2, backend=b, defer=False, momentum=0.9, rounding="stochastic", **MASTER
+        ),
+    ),
+    "muon": (torch.float32, lambda m, b: zokern.ZOMuon(m, lr=1e-2, backend=b, defer=False, **MASTER)),
+    "subzero_plus": (
+        torch.float32,
+        lambda m, b: zokern.SubZeroPlus(m, lr=1e-2, queries=4, backend=b, defer=False, **MASTER),
+    ),
+    "blocks": (torch.float32, lambda m, b: zokern.BlockMeZO(m, lr=1e-2, backend=b, **MASTER)),
+}
+
+
+def run(
+    case: str, how: str, steps: int = STEPS, change: Callable[[int, Any], None] | None = None
+) -> tuple[dict[str, Tensor], list, int]:
+    """Trains on other rows in every step, with an lr that falls. Returns weights, records and captures."""
+    dtype, make = CASES[case]
+    torch.manual_seed(0)
+    model, ids = tiny(dtype), IDS.clone()
+    optimizer = make(model, noted() if how == "simulated" else None)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1.0 + step))
+
+    def closure() -> Tensor:
+        return next_token_loss(model(ids), ids)
+
+    step: Any = lambda: zokern.step(optimizer, closure)  # noqa: E731
+    if how != "step":
+        step = zokern.graph(optimizer, closure)
+    records = []
+    with graphs_on_cpu(optimizer) if how == "simulated" else nullcontext():
+        for number in range(steps):
+            ids.copy_((IDS + number) % int(IDS.max() + 1))
+            if change is not None:
+                change(number, optimizer)
+            result = step()
+            records.append((result.step, result.losses, result.coefficients, result.draws, result.skipped))
+            schedule.step()
+    return snapshot(model), records, 0 if how == "step" else step.captures
+
+
+def check(case: str, how: str, **options: Any) -> int:
+    """Returns the captures of a run whose weights and records are those of zokern.step, to the bit."""
+    weights, records, _ = run(case, "step", **options)
+    found, same, captures = run(case, how, **options)
+    for name, weight in weights.items():
+        assert torch.equal(weight, found[name]), f"{name} is not that of zokern.step"
+    for a, b in zip(records, same):
+        assert a == b, f"the record of step {a[0]} is not that of zokern.step"
+    return captures
+
+
+@pytest.mark.parametrize("how", ["cpu", "simulated"])
+@pytest.mark.parametrize("case", CASES)
+def test_bits_are_those_of_a_step(case: str, how: str) -> None:
+    assert check(case, how) == (3 if case == "subzero" else 1)  # a basis for eight steps
+
+
+def changes(number: int, optimizer: Any) -> None:
+    if number == 5:
+        optimizer.param_groups[0]["eps"] *= 2.0
+    if number == 9:
+        optimizer.param_groups[0]["params"][-1].requires_grad_(False)
+    if number == 14:
+        optimizer.param_groups[0]["weight_decay"] = 0.1
+
+
+@pytest.mark.parametrize("how", ["cpu", "simulated"])
+def test_what_moves_is_captured_again(how: str) -> None:
+    assert check("master", how, change=changes) == 4
+
+
+def forgotten(name: str) -> Any:
+    """Tape.renew without a part of it."""
+    right = graphs.Tape.renew
+
+    def renew(self: Any, step: int) -> None:
+        with patch.object(self, name, type(getattr(self, name))()):
+            right(self, step)
+
+    return patch.object(graphs.Tape, "renew", renew)
+
+
+WRONG: dict[str, tuple[str, Callable[[], Any]]] = {
+    "the clock stands still": ("master", lambda: forgotten("clocks")),
+    "the lr of the capture": ("master", lambda: forgotten("given")),
+    "updates that are not counted": ("adam", lambda: forgotten("actions")),
+    "state that is made anew": ("lozo_m", lambda: patch.object(graphs._State, "put_back", lambda self: None)),
+    "names of the captured step": (
+        "master",
+        lambda: patch.object(Plan, "noise", lambda self, draws, direction=...: plain(self, draws, direction)),
+    ),
+}
+
+
+def plain(plan: Plan, draws: Any, direction: Any) -> Any:
+    return zokern.backends.Noise(plan.direction if direction is ... else direction, plan.seed, draws)
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_check_rejects_a_wrong_replay(wrong: str) -> None:
+    case, mistake = WRONG[wrong]
+    with mistake(), pytest.raises(AssertionError, match="not that of zokern.step"):
+        check(case, "simulated")
+
+
+def test_a_value_that_is_read_is_refused() -> None:
+    """By a simulated capture, as on a GPU."""
+    model, ids = tiny(), IDS
+    optimizer = zokern.MeZO(model, backend=noted(), **MASTER)
+    step = zokern.graph(optimizer, lambda: next_token_loss(model(ids), ids).item())
+    with graphs_on_cpu(optimizer), pytest.raises(RuntimeError, match=r"cannot be captured.*reads a value"):
+        for _ in range(4):
+            step()
+
+
+REFUSED: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
+    "points of losses": (zokern.BSZO, "estimator Bayesian.*zokern.step"),
+    "numbers of the host": (zokern.KerZOO, "estimator Kernel"),
+    "layers of a step": (zokern.LeZO, "estimator Layers"),
+    "a rule with numbers": (zokern.AdaMeZO, "rule WindowAdam"),
+    "evaluation": (lambda m: zokern.MeZO(m, evaluation="inplace"), "'inplace'; expected 'master'"),
+    "lr by value": (lambda m: zokern.TeZO(m, rule="adam", defer=False), "rule Adam.*by value"),
+    "deferred": (zokern.SubZero, "defer=False"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_captured_is_refused(case: str) -> None:
+    make, words = REFUSED[case]
+    with pytest.raises(ValueError, match=words):
+        zokern.graph(make(tiny()), lambda: 0.0)
+
+
+def test_dropout_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5))
+    with pytest.raises(ValueError, match=r"Dropout is in train mode.*model.eval\(\)"):
+        zokern.graph(zokern.MeZO(model), lambda: 0.0)
+    zokern.graph(zokern.MeZO(model.eval()), lambda: 0.0)
+
+
+def test_arguments_are_refused() -> None:
+    with pytest.raises(TypeError, match="closure is 3"):
+        zokern.graph(zokern.MeZO(tiny()), 3)
+    with pytest.raises(TypeError, match="expected a zokern optimizer"):
+        zokern.graph(torch.optim.SGD(tiny().parameters()), lambda: 0.0)

@@ -1,0 +1,272 @@
+"""A step that is captured once and replayed for every batch: `zokern.graph`.
+
+On a GPU the launches of the whole step, with the user's own forwards, are one CUDA graph. The host writes the
+few numbers that change (lr, weight decay, the step's number) to device memory, and starts it. On a CPU the
+same step runs with the same device numbers and without a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import Noise
+from .estimator.base import is_captured
+from .fingerprint import memory_of
+from .result import Late, StepResult
+from .rule import Adam
+from .step import run, unwrapped
+
+EAGER = 2  # steps that choose the evaluation, upload tables and make the rule's state
+EVERY = 500  # steps, after which one runs without the graph: evaluations are compared anew there
+
+
+class Tape:
+    """What a captured step does on the host before each replay.
+
+    Numbers of the stream are named by the step. Kernels were given the number of the captured step, and add
+    the clock, which counts the steps since.
+
+    start  the number of the captured step;  now  that of the step under way"""
+
+    def __init__(self, start: int) -> None:
+        self.start = self.now = start
+        self.clocks: dict[torch.device, Tensor] = {}
+        self.given: list[tuple[Callable[[], Sequence[float]], Tensor]] = []
+        self.actions: list[Callable[[], None]] = []
+        self.place = 0  # of the next number, where a CPU runs the step anew
+        self.again = False  # whether it does
+
+    def noise(self, noise: Noise, device: torch.device) -> Noise:
+        """Returns the same random numbers, named from the captured step on."""
+        if device not in self.clocks:
+            self.clocks[device] = torch.zeros(1, dtype=torch.int64, device=device)
+        past = self.now - self.start
+        draws = [((step - past) & 0xFFFFFFFF, word) for step, word in noise.draws]
+        return noise._replace(draws=draws, clock=self.clocks[device])
+
+    def numbers(
+        self, make: Callable[[], Sequence[float]], dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """Returns device memory for numbers of the host, which each replay finds renewed."""
+        if self.again:
+            self.place += 1
+            return self.given[self.place - 1][1]
+        memory = torch.tensor([*make()], dtype=dtype, device=device)
+        self.given.append((make, memory))
+        return memory
+
+    def act(self, action: Callable[[], None]) -> None:
+        """Does something on the host, now and before each replay."""
+        if not self.again:
+            action()
+            self.actions.append(action)
+
+    def renew(self, step: int) -> None:
+        """Writes clocks and numbers of a step to device memory. Nothing waits for the device."""
+        self.now, self.place, self.again = step, 0, True
+        for action in self.actions:
+            action()
+        for clock in self.clocks.values():
+            clock.fill_(step - self.start)
+        for make, memory in self.given:
+            fresh = torch.tensor([*make()], dtype=memory.dtype, device="cpu")
+            memory.copy_(fresh.pin_memory() if memory.is_cuda else fresh, non_blocking=True)
+
+
+class Graph:
+    """A step on inputs that stay in place. See `graph`.
+
+    captures  how often the step was made ready to be captured"""
+
+    def __init__(self, optimizer: Any, closure: Callable[[], Any]) -> None:
+        self.optimizer, self.closure = unwrapped(optimizer), closure
+        _check(self.optimizer, closure)
+        self.captures = 0
+        self._seen: Any = None  # what the captured step relies on
+        self._steps = 0
+        self._tape: Tape | None = None
+        self._graph: Any = None
+        self._result: StepResult | None = None
+        self._late: Tensor | None = None
+
+    def __call__(self) -> StepResult:
+        """Runs one step on what the inputs hold now, and returns its record.
+
+        Raises what zokern.step raises, and RuntimeError where the step cannot be captured."""
+        optimizer, self._steps = self.optimizer, self._steps + 1
+        seen = _relied_on(optimizer)
+        if (
+            self._steps <= EAGER
+            or self._steps % EVERY == 0
+            or (self._tape is not None and seen != self._seen)
+        ):
+            # what has changed may need new tables: the next step captures
+            self._tape = None
+            optimizer.step(self.closure, reads=False)
+            return optimizer.result
+        with optimizer.readings():
+            if self._tape is None:
+                # the numbers that a capture needs are in memory after it
+                self._tape, self._graph, self._seen = Tape(optimizer.steps), None, seen
+                self.captures += 1
+                self._run(self._tape)
+            else:
+                self._tape.renew(optimizer.steps)
+                self._replay(self._tape)
+            optimizer.drawn = True
+        optimizer.count(optimizer.result)
+        return optimizer.result
+
+    def _replay(self, tape: Tape) -> None:
+        """Runs the step with the numbers of now: as a graph, which is captured first, where there are any."""
+        if self._graph is None:
+            self._graph = _new_graph(self.optimizer.work.groups[0].theta[0].device)
+            if self._graph is not None:
+                self._capture(tape)
+        if self._graph is None:
+            self._run(tape)
+            return
+        self._graph.replay()
+        assert self._result is not None and self._late is not None
+        # the next replay writes over the numbers
+        late: Late = self._result.late.of(self._late.clone())
+        self.optimizer.result = self._result.at(self.optimizer.steps, late)
+
+    def _capture(self, tape: Tape) -> None:
+        """Records the launches of a step. Nothing runs."""
+        kept = _State(self.optimizer)
+        try:
+            with _recording(self._graph):
+                self._run(tape)
+                kept.put_back()
+        except RuntimeError as problem:
+            self._tape = self._graph = None
+            raise RuntimeError(
+                f"the step cannot be captured: {problem}. A captured closure reads no value, moves nothing "
+                "between devices and calls no .item(); zokern.step(optimizer, closure) runs it without a graph"
+            ) from problem
+
+    def _run(self, tape: Tape) -> None:
+        """Runs the step with its numbers in device memory."""
+        optimizer = self.optimizer
+        optimizer.tape = tape
+        try:
+            optimizer.result = self._result = run(optimizer, self.closure)
+            if self._graph is not None:
+                self._late = self._result.late.packed()
+        finally:
+            optimizer.tape = None
+
+
+def _new_graph(device: torch.device) -> Any:
+    """Returns an empty graph; None where a device has none."""
+    return torch.cuda.CUDAGraph() if device.type == "cuda" else None
+
+
+def _recording(graph: Any) -> AbstractContextManager:
+    """Returns a context whose launches are recorded and not run."""
+    torch.cuda.synchronize()
+    return torch.cuda.graph(graph, capture_error_mode="thread_local")
+
+
+class _State:
+    """The tensors that a rule keeps, so that a replay finds them where the captured step read them."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.kept = [
+            (s, k, v) for s in optimizer.state.values() for k, v in s.items() if isinstance(v, Tensor)
+        ]
+        self.names = [(s, set(s)) for s in optimizer.state.values()]
+
+    def put_back(self) -> None:
+        """Copies what was made anew to where it was."""
+        for state, names in self.names:
+            if new := set(state) - names:
+                raise RuntimeError(f"it made the state {sorted(new)} of a parameter anew")
+        for state, key, before in self.kept:
+            if state[key] is not before:
+                before.copy_(state[key])
+                state[key] = before
+
+
+def graph(optimizer: Any, closure: Callable[[], Any]) -> Graph:
+    """Returns a callable that runs zokern.step(optimizer, closure), captured in one CUDA graph.
+
+    optimizer  a zokern optimizer
+    closure    computes the loss from tensors that stay in place. The caller copies each batch into them, as
+               for torch.cuda.make_graphed_callables: inputs.copy_(batch)
+
+    Each call is one step. The first three run as they are. The next one is captured: both readings, the
+    projected gradient, the update. From then on the host writes lr, weight decay and the step's number to device
+    memory and starts the graph: schedulers go on as before. The step is captured again where memory, flags,
+    eps or a basis have changed, and every 500th runs as it is. On a CPU no graph is made, and the same code
+    runs. Bits are those of zokern.step.
+
+    Numbers of a result are read when they are asked for; guards look at several steps together.
+
+    Raises TypeError for what is no optimizer or no closure, and ValueError, with the way out, where a method
+    chooses its points by values of the losses or by numbers of the host, defers updates, or reads by another
+    evaluation than 'master', 'paired' or 'auto'. A model with dropout in train mode, and several GPUs, are
+    not supported."""
+    return Graph(optimizer, closure)
+
+
+def _check(optimizer: Any, closure: Any) -> None:
+    """Refuses what cannot be captured."""
+    if not callable(closure):
+        raise TypeError(
+            f"closure is {closure!r:.80}; expected a function without arguments that computes the loss"
+        )
+    name, estimator, rule = type(optimizer).__name__, optimizer.estimator, optimizer.rule
+    way_out = "zokern.step(optimizer, closure) runs it without a graph"
+    if not is_captured(estimator):
+        raise ValueError(
+            f"optimizer is {name} with estimator {type(estimator).__name__}, whose points depend on losses or on "
+            f"numbers of the host in every step; {way_out}"
+        )
+    if not optimizer.gated():
+        raise ValueError(
+            f"optimizer is {name} with rule {type(rule).__name__}, which takes numbers to the host; {way_out}"
+        )
+    if optimizer.evaluation.name not in ("master", "paired", "auto"):
+        raise ValueError(
+            f"evaluation is {optimizer.evaluation.name!r}; expected 'master', 'paired' or 'auto', or {way_out}"
+        )
+    if optimizer.factored is not None and isinstance(rule, Adam) and not rule.core:
+        raise ValueError(
+            f"optimizer is {name} with rule Adam, which gives lr to the launches of a matrix by value; {way_out}"
+        )
+    if optimizer.factored is not None and optimizer.deferred.wanted is not False:
+        raise ValueError(
+            f"optimizer is {name}, which may defer its updates; build it with defer=False, or {way_out}"
+        )
+    if optimizer.work.model is not None:
+        for module in optimizer.work.model.modules():
+            if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.training and module.p:
+                raise ValueError(
+                    f"{type(module).__name__} is in train mode, and both readings need the same mask; call "
+                    f"model.eval(), or {way_out}"
+                )
+
+
+def _relied_on(optimizer: Any) -> Any:
+    """Returns what a captured step took from the host and does not write anew."""
+    tensors = [entry.tensor for group in optimizer.work.entries for entry in group]
+    options = [
+        (g["eps"], float(g["lr"]) == 0.0, float(g["weight_decay"]) == 0.0) for g in optimizer.param_groups
+    ]
+    basis = None if optimizer.factored is None else optimizer.factored.basis_step(optimizer.steps)
+    scales = None if optimizer.scaled is None else optimizer.scaled.born(optimizer.steps)
+    flags = [module.training for module in optimizer.work.tree.modules]
+    trained = [tensor.requires_grad for tensor in tensors]
+    groups = [id(group) for group in optimizer.param_groups]
+    choice = [*getattr(optimizer.evaluation, "order", ())][:1]
+    return memory_of(tensors), trained, options, basis, scales, flags, groups, choice
+
+
+__all__ = ["Graph", "graph"]
