@@ -123,8 +123,8 @@ def find_cxx() -> str:
             lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
             reason = next((line for line in lines if "error" in line), lines[-1]).split("error: ")[-1]
             raise Missing(
-                f"{cxx} cannot build a Python extension with OpenMP ({reason}); "
-                "install the Python headers (python3-dev) and a compiler with OpenMP"
+                f"{cxx} cannot build a Python extension with OpenMP ({reason}); install the Python headers "
+                "(python3-dev) and a compiler with OpenMP"
             ) from None
     return cxx
 
@@ -201,8 +201,8 @@ def cpu() -> Part:
     objects = [f"{OBJECTS}/cpu/bind.o", f"{OBJECTS}/cpu/isa.o"]
     part.rules += [
         part.bind_rule() + " -DZOKERN_LOWRANK_CPU -DZOKERN_UPDATE -DZOKERN_LINEAR",
-        f"build {objects[1]}: cxx csrc/isa.cpp\n  flags = "
-        f"{' '.join(f'-DZOKERN_{isa.upper()}' for isa in products)}",
+        f"build {objects[1]}: cxx csrc/isa.cpp\n"
+        f"  flags = {' '.join(f'-DZOKERN_{isa.upper()}' for isa in products)}",
     ]
     for source in CPU_SOURCES:
         objects.append(f"{OBJECTS}/cpu/{source}.o")
@@ -210,8 +210,9 @@ def cpu() -> Part:
         for isa, flags in {**isas, **(products if source == "linear" else {})}.items():
             objects.append(f"{OBJECTS}/cpu/{source}.{isa}.o")
             part.rules.append(
-                f"build {objects[-1]}: cxx csrc/{source}.cpp\n  flags = -DZOKERN_ISA={isa} {flags}\n  of = "
-                f"for {isa}"
+                f"build {objects[-1]}: cxx csrc/{source}.cpp\n"
+                f"  flags = -DZOKERN_ISA={isa} {flags}\n"
+                f"  of = for {isa}"
             )
     part.rules.append(f"build {part.output}: link {' '.join(objects)}")
     return part
@@ -256,14 +257,16 @@ def cuda() -> Part:
     # another version.
     libraries = shlex.split(folders[1]) if folders else []
     part.rules += [
-        f"rule nvcc\n  description = nvcc $in $of\n  command = {quote(nvcc)} -ccbin {quote(cxx)} $flags -MD "
-        "-MF $out.d -c $in -o $out\n"
-        "  depfile = $out.d\n  deps = gcc",
+        "rule nvcc\n"
+        "  description = nvcc $in $of\n"
+        f"  command = {quote(nvcc)} -ccbin {quote(cxx)} $flags -MD -MF $out.d -c $in -o $out\n"
+        "  depfile = $out.d\n"
+        "  deps = gcc",
         part.bind_rule() + " -DZOKERN_LOWRANK_CUDA -DZOKERN_UPDATE",
         *(
             f"build {objects[name]}: nvcc csrc/{name.split('.')[0]}.cu\n"
-            f"  flags = {record['flags']} {targets} --threads {threads} {definition}\n  of = {definition} "
-            f"{of}"
+            f"  flags = {record['flags']} {targets} --threads {threads} {definition}\n"
+            f"  of = {definition} {of}"
             for name, definition in CUDA_OBJECTS.items()
         ),
         f"build {part.output}: link {OBJECTS}/cuda/bind.o {' '.join(objects.values())}\n"
@@ -353,9 +356,11 @@ class BuildNative(build_ext):
             f"builddir = {OBJECTS}",
             f"cxx = {quote(find_cxx())}",
             f"python = {python}",
-            f"rule cxx\n  description = c++ $in $of\n  command = $cxx {CXX_FLAGS} $flags -MMD -MF $out.d -c "
-            "$in -o $out\n"
-            "  depfile = $out.d\n  deps = gcc",
+            "rule cxx\n"
+            "  description = c++ $in $of\n"
+            f"  command = $cxx {CXX_FLAGS} $flags -MMD -MF $out.d -c $in -o $out\n"
+            "  depfile = $out.d\n"
+            "  deps = gcc",
             "rule link\n  description = link $out\n  command = $cxx -shared -fopenmp $in $libraries -o $out",
             # nvcc takes longest, so it starts first
             *(rule for part in reversed(PARTS) for rule in part.rules),

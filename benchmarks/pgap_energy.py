@@ -202,8 +202,8 @@ def lines(
     means = [statistics.fmean(ratios) for ratios in direct]
     text = [
         f"zokern.PGAP itself, h = {probes}, rank {rank}, all weights probed by losses of the model, "
-        f"{len(direct)} seeds: energy over r^2 / (m n) "
-        f"is {shown(means)} (mean over the matrices; interval over seeds, 95 %).",
+        f"{len(direct)} seeds: energy over r^2 / (m n) is {shown(means)} (mean over the matrices; interval "
+        "over seeds, 95 %).",
         "",
         "| probed together | h | " + " | ".join(f"rank {r}" for r in RANKS) + " |",
         "|---|---|" + "---|" * len(RANKS),
@@ -255,10 +255,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"# P-GAP's basis against a random one: {about['cpu']}, {about['isa']}",
         "",
         f"`python -m benchmarks.pgap_energy --seeds {options.seeds} --most {options.most} --threads "
-        f"{options.threads}`, {about['date']}, "
-        f"commit {about['commit']}: torch {about['torch']}, {about['cores']} cores, load average "
-        f"{about['load']}, "
-        f"{time.monotonic() - began:.0f} s.",
+        f"{options.threads}`, {about['date']}, commit {about['commit']}: torch {about['torch']}, "
+        f"{about['cores']} cores, load average {about['load']}, {time.monotonic() - began:.0f} s.",
         f"SmolLM2-135M, a batch of {BATCH} of the demo's sentences; matrices {', '.join(KINDS)} of layers "
         f"{', '.join(map(str, LAYERS))}.",
         "Cells are the energy of G in the basis over r^2 / (m n), what a random basis holds on average: the "

@@ -128,16 +128,14 @@ def check(optimizer: Saved, state_dict: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < limit:
             raise ValueError(
                 f"state_dict['zokern'] has {key} = {value!r}; expected an integer, 0 <= {key} < {limit}: "
-                "load the state_dict of a zokern "
-                "optimizer as it was saved"
+                "load the state_dict of a zokern optimizer as it was saved"
             )
     here = recipe(optimizer)
     for what, value in (own.get("recipe") or {}).items():  # states of older versions do not say
         if here.get(what) != value:
             raise ValueError(
                 f"state_dict was written with {what}={value!r} and this optimizer has {here.get(what)!r}; "
-                "build it alike, or, to go on "
-                "with another recipe, set state_dict['zokern']['recipe'] = None"
+                "build it alike, or, to go on with another recipe, set state_dict['zokern']['recipe'] = None"
             )
     saved = [name for group in state_dict["param_groups"] for name in group.get("param_names", [])]
     names = [name for group in optimizer.param_groups for name in group["param_names"]]

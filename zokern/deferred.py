@@ -27,8 +27,8 @@ from .plan import Group, Plan, Run
 
 REPLACED = (
     "the weights of {!r} were replaced while updates of them were deferred; call optimizer.flush() before "
-    "weights are replaced, cast or "
-    "moved, or optimizer.discard() to go on from what they are now, or build the optimizer with defer=False"
+    "weights are replaced, cast or moved, or optimizer.discard() to go on from what they are now, or build "
+    "the optimizer with defer=False"
 )
 
 

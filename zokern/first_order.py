@@ -106,8 +106,8 @@ def _checked(loss: Any, names: Sequence[str]) -> Tensor:
     if not isinstance(loss, Tensor) or not loss.requires_grad:
         raise ValueError(
             f"the first-order loss has no graph; expected a tensor that depends on {names[0]!r} or others of "
-            f"{len(names)} parameters, "
-            "computed outside torch.no_grad() and inference_mode(), and not detached"
+            f"{len(names)} parameters, computed outside torch.no_grad() and inference_mode(), and not "
+            "detached"
         )
     return loss_tensor(loss.detach())
 

@@ -45,16 +45,15 @@ def unseen(plan: Plan, losses: Sequence[float], closure: Callable[[], Any]) -> t
         _put_back(plan)
         raise RuntimeError(
             f"the closure changed the weights of {changed[0]!r} where no version counter tells, as through "
-            ".data: the loss of a step must "
-            "only read them"
+            ".data: the loss of a step must only read them"
         )
     if watch.seen:
         return tuple(name for name in plan.names if name not in watch.seen)
     if len(set(losses)) == 1:
         raise RuntimeError(
             "the loss never used a trained parameter: the closure runs another model, or the loss was "
-            "computed before the step; give the "
-            "optimizer the model that the closure runs, and call the model inside the closure"
+            "computed before the step; give the optimizer the model that the closure runs, and call the "
+            "model inside the closure"
         )
     return ()  # read by code that torch functions do not show: compiled or scripted
 
@@ -83,9 +82,8 @@ def name_statistics(plan: Plan) -> None:
     if norms:
         warn(
             f"{len(norms)} modules such as {type(norms[0]).__name__} keep running statistics, which never "
-            "move: a step puts buffers back. "
-            "Before the model is used in eval mode, renew them: torch.optim.swa_utils.update_bn(loader, "
-            "model)"
+            "move: a step puts buffers back. Before the model is used in eval mode, renew them: "
+            "torch.optim.swa_utils.update_bn(loader, model)"
         )
     padded = [
         m
@@ -95,8 +93,8 @@ def name_statistics(plan: Plan) -> None:
     if padded:
         warn(
             f"the padding row of {len(padded)} modules such as {type(padded[0]).__name__} moves along z, "
-            "unlike under gradients, which are 0 "
-            "there. It matters where a loss reads it; to keep it, write it back after each step"
+            "unlike under gradients, which are 0 there. It matters where a loss reads it; to keep it, write "
+            "it back after each step"
         )
 
 
@@ -125,8 +123,8 @@ def distance(plan: Plan, losses: Sequence[float], base: float) -> None:
     if all(map(math.isfinite, [*losses, base])) and abs(middle - base) > max(0.25 * abs(base), spread):
         warn(
             f"the perturbed losses are {middle:.4g} on average where that of the weights is {base:.4g}: eps "
-            f"= {plan.groups[0].eps} may be too "
-            "large, so that the difference measures curvature and not slope; lower eps"
+            f"= {plan.groups[0].eps} may be too large, so that the difference measures curvature and not "
+            "slope; lower eps"
         )
 
 

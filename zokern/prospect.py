@@ -32,8 +32,8 @@ class Prospect:
             steps = 0.01 * loss / abs(fall)
             warn(
                 f"at this lr a fall of 1 % takes about {steps:.0f} steps: lr = {lr:g}, the loss is "
-                f"{loss:.4g}, and {STEPS} steps were "
-                f"expected to change it by {abs(fall):.1e} each; try about lr = {lr * steps:.0e}"
+                f"{loss:.4g}, and {STEPS} steps were expected to change it by {abs(fall):.1e} each; try "
+                f"about lr = {lr * steps:.0e}"
             )
 
 

@@ -108,13 +108,12 @@ class Tuning:
         if not chosen.is_sound:
             lines.append(
                 "    No eps is sound: every one is decided by rounding or by curvature. Compute the loss in "
-                "float32, or train in"
-                " float32."
+                "float32, or train in float32."
             )
         lines.append(
             f"lr {self.lr:.2g} (it was {self.old[1]:.2g}): a step is expected to take {self.share:.1%} off "
-            f"the loss of {self.loss:.3g};"
-            f" {self.probes} probes, standard error {self.error:.0%}; {self.forwards} forwards in all"
+            f"the loss of {self.loss:.3g}; {self.probes} probes, standard error {self.error:.0%}; "
+            f"{self.forwards} forwards in all"
         )
         return "\n".join(lines)
 
@@ -236,9 +235,8 @@ def tune(
     if not fall > 0.0 or not math.isfinite(loss):
         raise ValueError(
             f"the losses show no slope: the expected fall is {fall}, the mean loss {loss}. Look whether the "
-            "closure runs the model"
-            " that is trained, and whether its loss is finite; the estimator has to tell slopes "
-            "(zokern.Spsa() does)"
+            "closure runs the model that is trained, and whether its loss is finite; the estimator has to "
+            "tell slopes (zokern.Spsa() does)"
         )
     lr = _bounded(
         share * abs(loss) / fall,

@@ -122,9 +122,8 @@ def statement(groups: Sequence[Group], claim: Claim) -> str:
     what = {"steps": "steps", TIME: "processor time"}[claim.axis]
     return (
         f"{claim.words}: **{verdict(r, claim.share, bounds)}**. Ratio of {what} to the held-out loss that "
-        "MeZO ends with: "
-        f"{r.value:.2f} [{r.low:.2f}, {r.high:.2f}] (geometric mean), claimed {claim.share:g}, {r.pairs} "
-        f"pairs.{open_end}"
+        f"MeZO ends with: {r.value:.2f} [{r.low:.2f}, {r.high:.2f}] (geometric mean), claimed "
+        f"{claim.share:g}, {r.pairs} pairs.{open_end}"
     )
 
 

@@ -32,8 +32,8 @@ class Store:
             other = {k: (known or {}).get(k) for k in settings if (known or {}).get(k) != settings[k]}
             raise ValueError(
                 f"{path} is of a study with other settings, {other} where "
-                f"{ ({k: settings[k] for k in other}) } is asked for; "
-                "give its settings, another --file, or --anew to start again"
+                f"{ ({k: settings[k] for k in other}) } is asked for; give its settings, another --file, or "
+                "--anew to start again"
             )
         self.rows = found[1:]
 

@@ -194,8 +194,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if not options.quiet:
         print(
-            f"read SmolLM2-135M and its labelled sentences in {time.perf_counter() - started:.0f} s; "
-            f"of {LEAST} to {MOST} tokens: {len(parts.train)} to train on, {len(parts.held_out)} held out",
+            f"read SmolLM2-135M and its labelled sentences in {time.perf_counter() - started:.0f} s; of "
+            f"{LEAST} to {MOST} tokens: {len(parts.train)} to train on, {len(parts.held_out)} held out",
             flush=True,
         )
     report = run(model, words, parts, options) | {"seconds": time.perf_counter() - started}

@@ -102,8 +102,8 @@ def test_a_bound_and_its_step_have_equal_conditions(step: Step, threads) -> None
 WRONG = {
     "the bound before the other module is built": (
         "module = model(shape.model, shape.dtype)\n",
-        "module = model(shape.model, shape.dtype)\n    first = "
-        "timer(torch.no_grad()(shape.closure(module)))\n",
+        "module = model(shape.model, shape.dtype)\n"
+        "    first = timer(torch.no_grad()(shape.closure(module)))\n",
     ),
     "a module that another step has left behind": (
         "module = model(shape.model, shape.dtype)\n",
@@ -314,8 +314,8 @@ def test_a_page_keeps_what_was_not_measured_with_its_commit(tmp_path) -> None:
     assert "Of commit aaaaaaa, 2026-01-02, torch" in first and "1000" in first
     assert "3000" in second and "Of commit" not in second and "2000" not in page
     assert page.splitlines()[0] == (
-        "Measured at commit bbbbbbb on 2026-01-02; later changes of the code are not in it. "
-        "1 of its 2 groups are of other runs, and each says of which."
+        "Measured at commit bbbbbbb on 2026-01-02; later changes of the code are not in it. 1 of its 2 "
+        "groups are of other runs, and each says of which."
     )
     assert "30.00 x (commit aaaaaaa) | reached" in page and "- a note of first" in page and HOW in page
     run("ccccccc", "second", 4.0, tmp_path).write(anew=True)

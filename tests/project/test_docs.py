@@ -230,8 +230,11 @@ LONG = "This sentence has nine words and is not long. " + "word " * 40 + "and it
         ("One `two three four`\nfive (six). Seven.", 2.5),
         ("- one two\n- three four five six", 3.0),
         (
-            "# A heading of many words\n\n| a | table |\n|---|---|\n\n    c = a formula\n\nOne two 0.5 et "
-            "al. 2024 six.",
+            "# A heading of many words\n\n"
+            "| a | table |\n"
+            "|---|---|\n\n"
+            "    c = a formula\n\n"
+            "One two 0.5 et al. 2024 six.",
             7.0,
         ),
         ("```\na fence. of code.\n```\n<!-- a comment. -->\nOne two.", 2.0),

@@ -34,10 +34,9 @@ ROOT = Path(__file__).parents[2]
 # What torch.set_default_dtype or torch.set_default_device decides, where a call does not.
 FACTORIES = frozenset(
     "empty empty_strided empty_permuted zeros ones full eye tensor as_tensor asarray scalar_tensor arange "
-    "range linspace logspace rand randn "
-    "randint randperm normal tril_indices triu_indices complex bartlett_window blackman_window "
-    "hamming_window hann_window kaiser_window "
-    "sparse_coo_tensor sparse_csr_tensor".split()
+    "range linspace logspace rand randn randint randperm normal tril_indices triu_indices complex "
+    "bartlett_window blackman_window hamming_window hann_window kaiser_window sparse_coo_tensor "
+    "sparse_csr_tensor".split()
 )
 OLD = frozenset(
     "Tensor FloatTensor DoubleTensor HalfTensor BFloat16Tensor IntTensor LongTensor BoolTensor ByteTensor".split()

@@ -86,6 +86,6 @@ def equal(result: Tensor, expected: Tensor, what: str) -> None:
         where = wrong.flatten().nonzero()[:, 0]
         first = int(where[0])
         raise AssertionError(
-            f"{what}: {where.numel()} of {wrong.numel()} differ, the first at {first}: "
-            f"got {result.flatten()[first].item()!r}, expected {expected.flatten()[first].item()!r}"
+            f"{what}: {where.numel()} of {wrong.numel()} differ, the first at {first}: got "
+            f"{result.flatten()[first].item()!r}, expected {expected.flatten()[first].item()!r}"
         )

@@ -51,8 +51,7 @@ def parts(direction: Any) -> tuple[LowRank | None, Scaled | None, Direction]:
         if isinstance(direction.dense, Scaled):
             raise ValueError(
                 f"direction {direction.name!r} has dense={direction.dense.name!r}; expected a direction "
-                "without factors: a scale of "
-                "single elements goes with dense directions only"
+                "without factors: a scale of single elements goes with dense directions only"
             )
         return direction, None, resolve(direction.dense)
     if isinstance(direction, Scaled):

@@ -158,8 +158,7 @@ class Isolation:
         if any(converted):
             raise RuntimeError(
                 "the first forward of the model changed frozen weights, as quantised ones do that are "
-                "repacked then: run one forward under "
-                "torch.no_grad() before the first step"
+                "repacked then: run one forward under torch.no_grad() before the first step"
             )
         for isolation in (self, *self.found):
             isolation._check()
@@ -210,8 +209,7 @@ class Isolation:
         if self.lost:
             raise RuntimeError(
                 f"the closure changed a buffer or attribute {self.lost}, too large for the {BUDGET >> 20} MB "
-                "that a step copies: put its "
-                "module in eval mode"
+                "that a step copies: put its module in eval mode"
             )
 
     def _check_modules(self) -> None:

@@ -42,8 +42,8 @@ def loss_tensor(loss: Any, rows: bool = False) -> Tensor:
         if loss.requires_grad:
             raise ValueError(
                 f"the closure returned a loss with an autograd graph; {expected}: the loss was computed "
-                "before the step, or under "
-                "enable_grad(): call the model inside the closure, without backward()"
+                "before the step, or under enable_grad(): call the model inside the closure, without "
+                "backward()"
             )
         return loss.reshape([-1] if rows else []).to(torch.float64)
     if hasattr(loss, "dtype") and getattr(loss, "shape", None) == ():

@@ -53,8 +53,7 @@ class Master:
             self.said = True
             warn(
                 f"evaluation 'master': rounding to 16 bits swallows {share:.0%} of the perturbation (eps = "
-                f"{plan.groups[0].eps}); raise eps, "
-                "or use zokern.Master(rounding='stochastic')"
+                f"{plan.groups[0].eps}); raise eps, or use zokern.Master(rounding='stochastic')"
             )
         return found
 

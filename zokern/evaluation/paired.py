@@ -82,8 +82,7 @@ def _pass(copies: Copies, closure: Callable[[], object]) -> Tensor:
             if not isinstance(loss, Tensor):
                 raise Refused(
                     f"the closure returned {type(loss).__name__} {loss!r:.40}, one number for all sides of a "
-                    "step: return a tensor, or use "
-                    "evaluation='master'"
+                    "step: return a tensor, or use evaluation='master'"
                 )
             return loss_tensor(loss, copies.plan.rows)
         finally:

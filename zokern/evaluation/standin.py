@@ -112,8 +112,7 @@ class Perturbed(Copy):
 def _writes(parameter: Any, how: str) -> RuntimeError:
     return RuntimeError(
         f"the closure writes to the trained parameter {parameter._use.name!r} ({how}): the loss of a step "
-        "must only read the weights; "
-        "the step was abandoned and no weight has changed"
+        "must only read the weights; the step was abandoned and no weight has changed"
     )
 
 
@@ -382,8 +381,7 @@ def standing_in(copies: Copies) -> Iterator[None]:
                 name = copies.plan.groups[key[0]].names[key[1]]
                 raise RuntimeError(
                     f"the closure writes to the trained parameter {name!r}: the loss of a step must only "
-                    "read the weights; the step was "
-                    "abandoned and no weight has changed"
+                    "read the weights; the step was abandoned and no weight has changed"
                 )
     finally:
         for parameter, stand_in, kind in reversed(done):

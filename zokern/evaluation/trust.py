@@ -158,9 +158,8 @@ def _agree(
 def _refused(fast: Reads, safe: Reads, apart: float, offset: float) -> Refused:
     return Refused(
         f"evaluation {fast.name!r} reads losses that differ by {apart:.3g} from those of {safe.name!r} at "
-        "the same weights (offset "
-        f"{offset:.3g}): the closure reads a trained parameter in a way that {fast.name!r} cannot follow; "
-        f"{WAY_OUT}"
+        f"the same weights (offset {offset:.3g}): the closure reads a trained parameter in a way that "
+        f"{fast.name!r} cannot follow; {WAY_OUT}"
     )
 
 

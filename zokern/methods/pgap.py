@@ -73,9 +73,8 @@ class Probed(Aligned, Measured):
         if step not in self.state:
             raise RuntimeError(
                 f"the momentum of {matrices[0].name!r} belongs to the basis of step {step}, whose probes are "
-                "not known (those of "
-                f"{sorted(self.state)} are): load the state_dict of that run, or start it anew with `del "
-                "optimizer.state[parameter]`"
+                f"not known (those of {sorted(self.state)} are): load the state_dict of that run, or start "
+                "it anew with `del optimizer.state[parameter]`"
             )
         found = self.state[step]
         if any(found):

@@ -77,8 +77,7 @@ register(
     "linear",
     _of_either,
     "(Tensor[] xs, Tensor weight, str direction, Tensor[] factors, float[] scales, int seed, int who, int "
-    "step, "
-    "int draw, Tensor? bias, int first, Tensor? residual, int tile, str backend) -> Tensor[]",
+    "step, int draw, Tensor? bias, int first, Tensor? residual, int tile, str backend) -> Tensor[]",
     lambda given: [x.new_empty((*x.shape[:-1], given.weight.shape[0])) for x in given.xs],
 )
 
@@ -127,8 +126,7 @@ def _check_operands(
         if not sound or not residual.is_contiguous() or residual.device != weight.device:
             raise ValueError(
                 f"linear: residual is {described(residual)}; expected a contiguous int16{list(weight.shape)} "
-                "on "
-                f"{weight.device}, one low half for each weight: .contiguous() it"
+                f"on {weight.device}, one low half for each weight: .contiguous() it"
             )
     whole_number("linear: tile", tile, expected="a number of elements, at least 1")
 

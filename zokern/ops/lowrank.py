@@ -88,8 +88,7 @@ register(
     "lowrank_",
     lowrank_,
     "(Tensor(a!)[] tensors, Tensor[] left, Tensor[] right, float[] scale, float decay, int[] who, int seed, "
-    "int step, "
-    "int[] first, str rounding, Tensor(b!)[] residuals, str backend) -> Tensor",
+    "int step, int[] first, str rounding, Tensor(b!)[] residuals, str backend) -> Tensor",
     count_of_nonfinite,
 )
 
@@ -146,8 +145,7 @@ def _check_factors(
     if span.first + tensor.numel() > left.shape[0] * right.shape[0]:
         raise ValueError(
             f"lowrank_: tensors[{i}] spans elements {span.first} to {span.first + tensor.numel()}; expected "
-            "at most "
-            f"{left.shape[0]} x {right.shape[0]}, the rows of left times the rows of right"
+            f"at most {left.shape[0]} x {right.shape[0]}, the rows of left times the rows of right"
         )
     m, n = left.shape[0], right.shape[0]
     if (
@@ -163,8 +161,7 @@ def _check_factors(
         )
         raise ValueError(
             f"lowrank_: tensors[{i}] is {list(tensor.shape)} and left times right {m} x {n}; {how}; a "
-            "reshaped matrix, or a "
-            "shard of one, is flattened first: .view(-1)"
+            "reshaped matrix, or a shard of one, is flattened first: .view(-1)"
         )
 
 

@@ -83,10 +83,8 @@ register(
     "update_",
     _of_flat_states,
     "(Tensor(a!)[] tensors, str direction, str rule, int seed, int[] who, int[] steps, int[] draws, Tensor "
-    "coeffs, "
-    "Tensor(b!)[] states, Tensor scalars, int[] first, str rounding, Tensor(c!)[] residuals, Tensor? clock, "
-    "str backend) "
-    "-> Tensor",
+    "coeffs, Tensor(b!)[] states, Tensor scalars, int[] first, str rounding, Tensor(c!)[] residuals, Tensor? "
+    "clock, str backend) -> Tensor",
     count_of_nonfinite,
 )
 

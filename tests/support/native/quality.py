@@ -64,8 +64,8 @@ def main() -> int:
     rows += [("KS distance at multiples of 2^-10", "ks")]
     rows += [(f"mass beyond {tail} / normal - 1", f"tail_{tail}") for tail in TAILS]
     print(
-        f"| over {figures['words']:.0f} words | r sin phi (even elements) | r cos phi (odd elements) "
-        "|\n|---|---|---|"
+        f"| over {figures['words']:.0f} words | r sin phi (even elements) | r cos phi (odd elements) |\n"
+        "|---|---|---|"
     )
     for label, name in rows:
         print(f"| {label} | {figures['sin_' + name]:.1e} | {figures['cos_' + name]:.1e} |")
