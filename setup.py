@@ -152,8 +152,8 @@ def gpus() -> list[int]:
 
 
 def architectures_for(known: list[str]) -> list[str]:
-    """What to compile for, of the architectures that nvcc knows: as the environment asks, or else for the
-    GPUs here."""
+    """What to compile for, of the architectures that nvcc knows:
+    as the environment asks, or else for the GPUs here."""
     asked, here = os.environ.get("ZOKERN_CUDA_ARCHITECTURES", "").strip(), gpus()
     if not asked and not here and os.environ.get("ZOKERN_BUILD_CUDA") == "1":
         asked = "all"
@@ -166,8 +166,8 @@ def architectures_for(known: list[str]) -> list[str]:
     way_out = "ZOKERN_CUDA_ARCHITECTURES=all, or a number such as 90, compiles them all the same"
     if not here:
         raise Missing(f"nvidia-smi finds no GPU on this machine; {way_out}")
-    # A GPU that is newer than nvcc compiles the PTX of the newest architecture before it when it loads the
-    # module.
+    # A GPU that is newer than nvcc compiles the PTX of the
+    # newest architecture before it when it loads the module.
     numbers = [int(a) for a in known if a.isdigit() and int(a) >= OLDEST]
     able = {max(n for n in numbers if n <= gpu) for gpu in here if gpu >= min(numbers, default=gpu + 1)}
     if not able:
@@ -219,8 +219,8 @@ def cpu() -> Part:
 
 
 def cuda() -> Part:
-    """bind.cpp and CUDA_OBJECTS for each architecture, with the CUDA runtime inside: the module loads without
-    a driver."""
+    """bind.cpp and CUDA_OBJECTS for each architecture, with the CUDA runtime inside:
+    the module loads without a driver."""
     cxx, nvcc = find_cxx(), find_nvcc()
     release = re.search(r"release (\d+)\.(\d+).*V([\d.]+)", run(nvcc, "--version"), re.S)
     if release is None:
@@ -312,8 +312,8 @@ def commit() -> str | None:
 
 
 def finish(package: Path) -> None:
-    """Puts the modules and the record of the build, zokern/_build.py, into the package, and says what was
-    built."""
+    """Puts the modules and the record of the build,
+    zokern/_build.py, into the package, and says what was built."""
     record = {"commit": commit(), "parts": {part.name: part.record for part in PARTS}, "left_out": LEFT_OUT}
     text = f'"""What setup.py built; written by it."""\n\nRECORD = {pprint.pformat(record, width=120, sort_dicts=False)}\n'
     package.mkdir(parents=True, exist_ok=True)
@@ -339,8 +339,8 @@ class BuildPython(build_py):
 
 
 class BuildNative(build_ext):
-    """Has ninja compile what changed since the last call, then puts the modules where setuptools wants
-    them."""
+    """Has ninja compile what changed since the last call,
+    then puts the modules where setuptools wants them."""
 
     def run(self) -> None:
         if PARTS:

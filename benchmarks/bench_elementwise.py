@@ -1,5 +1,5 @@
-"""The verbs: axpy_ on one large tensor, on a list of small ones, K draws in a pass, and perturb with one sign
-and with both."""
+"""The verbs: axpy_ on one large tensor, on a list of small ones,
+K draws in a pass, and perturb with one sign and with both."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def bench_axpy_large(benchmark, report, dtype: str) -> None:
 
 
 def bench_compiled(benchmark, report) -> None:
-    """torch.compile of the eager perturb; a smaller tensor, because inductor draws its normals one lane at a
-    time."""
+    """torch.compile of the eager perturb; a smaller tensor,
+    because inductor draws its normals one lane at a time."""
     n = 1 << (20 if report.quick else 23)
     w = weights(n, "fp32")
     parameter = torch.nn.Parameter(w.clone(), requires_grad=False)

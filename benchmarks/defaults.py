@@ -54,8 +54,8 @@ FEWER = {"BlockMeZO": 0.1, "SubZeroPlus": 0.1, "EGGROLL": 0.4}
 def measure(
     name: str, model: Any, words: LabelWords, rows: Any, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Trains one case from the weights as they are. Returns its row; the weights are then what it made of
-    them."""
+    """Trains one case from the weights as they are.
+    Returns its row; the weights are then what it made of them."""
     portion = FEWER.get(name, 1.0)
     optimizer = CASES[name](model, seed=options.seed, **({} if options.lr is None else {"lr": options.lr}))
     batches = Batches(rows.train, BATCH, options.seed)

@@ -174,8 +174,8 @@ class PGAP(Loop):
 
     @torch.no_grad()
     def estimate(self, closure: Closure, seed: int) -> None:
-        """G = 1/h sum c_i z_i, dense and in float32, then a singular value decomposition of every matrix of
-        it."""
+        """G = 1/h sum c_i z_i, dense and in float32,
+        then a singular value decomposition of every matrix of it."""
         dense = Loop(self.parameters, self.lr, self.eps)
         total = {i: torch.zeros(p.shape) for i, p in enumerate(self.parameters) if i in self.basis}
         for probe in range(self.probes):

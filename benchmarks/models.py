@@ -108,8 +108,8 @@ def _ids(model, batch: int, length: int):
 
 
 def rating_of(module: Any, length: int, generated: int) -> Callable[[], Tensor]:
-    """Returns a closure that generates greedily after a prompt and rates the result: the share of even
-    tokens."""
+    """Returns a closure that generates greedily after a prompt and rates the result:
+    the share of even tokens."""
     limits = {"max_new_tokens": generated, "min_new_tokens": generated, "do_sample": False, "pad_token_id": 1}
     ids = _ids(module, 1, length)
     mask = torch.ones_like(ids)

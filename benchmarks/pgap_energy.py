@@ -92,8 +92,8 @@ def truths(model: nn.Module, task: Task) -> dict[str, Truth]:
 
 
 def leading(estimate: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Returns the leading singular vectors (m, rank) and (n, rank), the first one first, from the smaller
-    product."""
+    """Returns the leading singular vectors (m, rank) and (n, rank),
+    the first one first, from the smaller product."""
     wide = estimate.shape[0] <= estimate.shape[1]
     x = estimate if wide else estimate.mT
     u = torch.linalg.eigh(x @ x.mT)[1].flip(1)[:, :rank]
@@ -104,8 +104,8 @@ def leading(estimate: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def estimates(
     truth: Truth, seed: int, probes: Sequence[int], scopes: Sequence[str]
 ) -> dict[tuple[str, int], Tensor]:
-    """Returns (1/h) sum_i c_i z_i for each scope and h, float64 (m, n); a larger h goes on from a smaller
-    one."""
+    """Returns (1/h) sum_i c_i z_i for each scope and h, float64 (m, n);
+    a larger h goes on from a smaller one."""
     shape, flat = truth.gradient.shape, truth.gradient.flatten().float()
     own = truth.squares["matrix"]
     others = torch.tensor([math.sqrt(max(0.0, truth.squares[scope] - own)) for scope in scopes])
@@ -141,8 +141,8 @@ def random_basis(truth: Truth, seed: int, rank: int) -> tuple[Tensor, Tensor]:
 def published(
     model: nn.Module, task: Task, found: dict[str, Truth], seeds: int, rank: int, probes: int
 ) -> list[list[float]]:
-    """Returns [energy over random's mean] of each seed and matrix for the method itself: its losses, its
-    range finder."""
+    """Returns [energy over random's mean] of each seed and matrix for the method itself:
+    its losses, its range finder."""
     ratios = []
     for seed in range(seeds):
         optimizer = zokern.PGAP(model, rank=rank, probes=probes, seed=seed, evaluation="master")

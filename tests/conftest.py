@@ -104,8 +104,8 @@ def both_products(request, monkeypatch) -> None:
 
 @pytest.fixture(autouse=True)
 def grad_mode():
-    """A deliberately wrong version may leave its grad mode on the thread; the next test starts from this
-    one's."""
+    """A deliberately wrong version may leave its grad mode on the thread;
+    the next test starts from this one's."""
     before = torch.is_grad_enabled()
     yield
     torch.set_grad_enabled(before)

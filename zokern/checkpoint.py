@@ -36,8 +36,8 @@ class Saved(Protocol):
 
 
 def own_entry(optimizer: Saved) -> dict[str, Any]:
-    """Stream version, seed and counters, and the recipe: what has to be the same for a resumed run to be the
-    same run."""
+    """Stream version, seed and counters, and the recipe:
+    what has to be the same for a resumed run to be the same run."""
     run, guards = optimizer.run, optimizer.guards
     return {
         "stream": VERSION, "seed": run.seed, "step": run.step, "skips": guards.skips, "dead": guards.dead,
@@ -60,8 +60,8 @@ def load_parts(optimizer: Saved, own: Mapping[str, Any]) -> None:
 def recipe(optimizer: Saved) -> dict[str, Any]:
     """The parts of a run that its options do not hold, as plain values.
 
-    The parts describe themselves (`described`), so that a new number of theirs is compared without a word
-    here."""
+    The parts describe themselves (`described`),
+    so that a new number of theirs is compared without a word here."""
     factored, dense = optimizer.factored, optimizer.direction
     made = factored or optimizer.scaled
     kept = {} if factored is None else {"rank": factored.rank, "interval": factored.interval}
@@ -92,8 +92,8 @@ def described(part: Any) -> dict[str, Any]:
 
 
 def plain_value(value: Any) -> Any:
-    """A value that a state_dict can hold and compare after it was saved: numbers, strings, and lists and
-    dicts of them."""
+    """A value that a state_dict can hold and compare after it was saved:
+    numbers, strings, and lists and dicts of them."""
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, Tensor):

@@ -85,8 +85,8 @@ class Deferred:
         return not {*map(id, self.tree.modules)}.isdisjoint(map(id, other.tree.modules))
 
     def close(self, tree: Tree) -> None:
-        """After a step: while updates are deferred, a forward of any part of the model outside a step writes
-        them first."""
+        """After a step: while updates are deferred,
+        a forward of any part of the model outside a step writes them first."""
         self.tree = tree
         if not self.pending:
             self._release()
@@ -123,8 +123,8 @@ class Deferred:
                     raise RuntimeError(REPLACED.format(matrix.name))
 
     def settle(self, plan: Plan) -> None:
-        """Before the bases of a step: writes updates of parameters that are trained no more, and updates in
-        an old basis."""
+        """Before the bases of a step: writes updates of parameters
+        that are trained no more, and updates in an old basis."""
         if self.bases.direction is None:
             return
         trained, step, also = {id(t) for t in plan.tensors}, max(0, plan.step - 1), list[Tensor]()
@@ -143,8 +143,8 @@ class Deferred:
         self.accept(also)
 
     def defers(self, step: int, evaluation: Evaluation) -> bool:
-        """Whether a step's updates are deferred: not in the last step of a basis, nor where nothing would
-        flush them."""
+        """Whether a step's updates are deferred:
+        not in the last step of a basis, nor where nothing would flush them."""
         if not (self.bases.rule.defers and evaluation.defers and self.bases.lasts(step)):
             return False
         # peft merges adapters by reading them, which no hook sees, and writing them costs little
@@ -166,8 +166,8 @@ class Deferred:
 
     @torch.no_grad()
     def flush(self) -> None:
-        """Writes the deferred updates. Raises RuntimeError if the weights were written in between, or inside
-        shown()."""
+        """Writes the deferred updates. Raises RuntimeError if
+        the weights were written in between, or inside shown()."""
         if self.is_shown:
             raise RuntimeError(
                 "flush() or state_dict() inside evaluating(), which writes nothing: leave the context first"

@@ -36,8 +36,8 @@ class Watch(TorchFunctionMode):
 def unseen(plan: Plan, losses: Sequence[float], closure: Callable[[], Any]) -> tuple[str, ...]:
     """Reads the loss of the weights once more, and returns the trained parameters that it does not read.
 
-    Raises RuntimeError if it reads none, and the losses of the step are equal: the closure runs another
-    model."""
+    Raises RuntimeError if it reads none, and the losses of the step are equal:
+    the closure runs another model."""
     watch, isolation, before = Watch(plan), Isolation(plan), _sums(plan)
     with isolation.session(eager=True):
         isolation.read(closure, watch)
@@ -59,8 +59,8 @@ def unseen(plan: Plan, losses: Sequence[float], closure: Callable[[], Any]) -> t
 
 
 def _sums(plan: Plan) -> list[int]:
-    """Returns the sum of the bits of each trained tensor, modulo 2^16 or 2^32: torch copies what it sums in a
-    wider type."""
+    """Returns the sum of the bits of each trained tensor, modulo 2^16 or 2^32:
+    torch copies what it sums in a wider type."""
     kinds = {2: torch.int16, 4: torch.int32}
     bits = [t.view(kinds[t.element_size()]) for group in plan.groups for t in group.theta]
     return torch.stack([b.sum(dtype=b.dtype).long().cpu() for b in bits]).tolist()
@@ -74,8 +74,8 @@ def _put_back(plan: Plan) -> None:
 
 
 def name_statistics(plan: Plan) -> None:
-    """Warns once of what gradient training would do and a step does not: running statistics never move,
-    padding rows do."""
+    """Warns once of what gradient training would do and a step does not:
+    running statistics never move, padding rows do."""
     modules, trained = plan.tree.modules, {id(t) for t in plan.tensors}
     norms = [m for m in modules if getattr(m, "running_mean", None) is not None and m.training]
     norms += [m for m in modules if type(m).__name__ == "_SpectralNorm" and m.training]
@@ -99,11 +99,11 @@ def name_statistics(plan: Plan) -> None:
 
 
 def repeats(plan: Plan, losses: Sequence[float], again: float, exact: bool = True) -> bool:
-    """Whether the first loss and another reading of its point agree, to the rounding of sums in another
-    order.
+    """Whether the first loss and another reading of its point agree,
+    to the rounding of sums in another order.
 
-    In 16 bits also to a quarter of the spread of the losses: evaluation 'inplace' rounds the weights in every
-    move."""
+    In 16 bits also to a quarter of the spread of the losses:
+    evaluation 'inplace' rounds the weights in every move."""
     first, spread = losses[0], max(losses) - min(losses)
     if not (math.isfinite(first) and math.isfinite(again)):
         return True
@@ -116,8 +116,8 @@ def repeats(plan: Plan, losses: Sequence[float], again: float, exact: bool = Tru
 
 
 def distance(plan: Plan, losses: Sequence[float], base: float) -> None:
-    """Warns where the losses are far above that of theta: eps reaches beyond the slope that it should
-    measure."""
+    """Warns where the losses are far above that of theta:
+    eps reaches beyond the slope that it should measure."""
     middle = sum(losses) / len(losses)
     spread = max(losses) - min(losses)
     if all(map(math.isfinite, [*losses, base])) and abs(middle - base) > max(0.25 * abs(base), spread):

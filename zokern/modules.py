@@ -137,8 +137,8 @@ def _attributes(value: Any) -> dict | None:
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """Whether a tensor has memory of its own: wrappers around others, as quantisation libraries make, have
-    none."""
+    """Whether a tensor has memory of its own:
+    wrappers around others, as quantisation libraries make, have none."""
     try:
         return tensor.untyped_storage().data_ptr() != 0
     except (RuntimeError, NotImplementedError):

@@ -20,8 +20,8 @@ class Prospect:
         """Warns in step number STEPS, once, where the mean fall is below LEAST of the loss. It names an lr
         whose steps take off 1 %.
 
-        c^2 overestimates where the losses are noisy: the warning is then late or missing, and the lr that it
-        names too small."""
+        c^2 overestimates where the losses are noisy:
+        the warning is then late or missing, and the lr that it names too small."""
         if not result.predicted_fall or len(self.seen) == STEPS:
             return
         self.seen.append((abs(result.loss), result.predicted_fall))

@@ -118,8 +118,8 @@ class Tuning:
         return "\n".join(lines)
 
     def plot(self, path: str | Path) -> None:
-        """Draws the slopes' change and the swallowed share over eps, and the expected fall over lr, into a
-        file."""
+        """Draws the slopes' change and the swallowed share over eps,
+        and the expected fall over lr, into a file."""
         import matplotlib
 
         matplotlib.use("Agg")
@@ -191,8 +191,8 @@ def tune(
     evaluation: Evaluation | None = None,
     say: Say | None = None,
 ) -> Tuning:
-    """Returns an eps and an lr for an optimizer. Writes nothing: weights, state, step number and options
-    stay.
+    """Returns an eps and an lr for an optimizer.
+    Writes nothing: weights, state, step number and options stay.
 
     optimizer   a zokern optimizer at its options, whatever lr they have; deferred updates are flushed
     closures    one or more, each computing the loss of its own batch as for zokern.step. The first one serves
@@ -200,8 +200,8 @@ def tune(
     probes      draws that lr is told from. Its relative standard error is about sqrt(2 / probes)
     share       of the loss that a step is expected to take off
     reach       bounds lr: the change of a weight by a step, root mean square. Where gradients are small, a
-                share of the loss can be far; 1e-3, MeZO's eps, keeps a step within the distance at which
-                losses are read
+                share of the loss can be far; 1e-3, MeZO's eps,
+                keeps a step within the distance at which losses are read
     evaluation  how losses are read; None: zokern.Jvp(), which takes one copy of the trained weights, as
                 zokern.Master() does
     say         is called with a line of text for every stage
@@ -294,8 +294,8 @@ def _ask(estimator: Estimator, oracle: Oracle, plan: Plan, first: int) -> list[E
 def _widths(
     optimizer: ZerothOrder, oracle: Oracle, plan: Plan, own: Sequence[float], say: Say
 ) -> list[Width]:
-    """Returns what is read at each eps by the estimator's own difference, along the same draws of the first
-    batch."""
+    """Returns what is read at each eps by the estimator's own difference,
+    along the same draws of the first batch."""
     spsa = Spsa(FEW, getattr(optimizer.estimator, "stencil", CENTRAL))
     rows, shares = [], []
     for factor in WIDTHS:
@@ -323,8 +323,8 @@ def _probes(
     count: int,
     say: Say,
 ) -> list[Probe]:
-    """Returns a probe for each step's worth of losses, over the closures in turn: `count` draws or more, two
-    probes at least."""
+    """Returns a probe for each step's worth of losses, over the closures in turn:
+    `count` draws or more, two probes at least."""
     found: list[Probe] = []
     estimator, gain = optimizer.estimator, getattr(optimizer.estimator, "gain", None)
     if gain is not None:  # c estimates a slope: the plain difference has its mean and less variance

@@ -1,5 +1,5 @@
-"""Sentences that the rows carry: which method to start with, and what was reproduced of the papers'
-claims."""
+"""Sentences that the rows carry: which method to start with,
+and what was reproduced of the papers' claims."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ CLAIMS = (
 
 
 class Interval(NamedTuple):
-    """A mean with a 95 % interval of Student's t over pairs; low and high are infinite where there are fewer
-    than two pairs."""
+    """A mean with a 95 % interval of Student's t over pairs;
+    low and high are infinite where there are fewer than two pairs."""
 
     value: float
     low: float
@@ -90,8 +90,8 @@ def differences(groups: Sequence[Group], method: str) -> list[float]:
 
 
 def verdict(found: Interval, share: float, bounds: int) -> str:
-    """Returns what an interval of a ratio says of a claimed share. Lower bounds among the ratios leave its
-    upper end open."""
+    """Returns what an interval of a ratio says of a claimed share.
+    Lower bounds among the ratios leave its upper end open."""
     if found.low > 1:
         return "not reproduced: it takes more than MeZO"
     if found.high >= 1 or bounds:
@@ -140,8 +140,8 @@ def learned(group: Group, at: str) -> bool:
 
 
 def harmed(groups: Sequence[Group], at: str = "forwards") -> str:
-    """Returns which methods end below the accuracy before training, with intervals that do not overlap; ''
-    for none."""
+    """Returns which methods end below the accuracy before training,
+    with intervals that do not overlap; '' for none."""
     found = [
         (group, [name for name, mean in getattr(group, at).items() if mean.high < group.before.low])
         for group in groups

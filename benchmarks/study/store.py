@@ -39,8 +39,8 @@ class Store:
 
     @classmethod
     def read(cls, path: Path) -> Store:
-        """Returns the store of a file with the settings that it has. Raises ValueError where there are
-        none."""
+        """Returns the store of a file with the settings that it has.
+        Raises ValueError where there are none."""
         lines = path.read_text().splitlines() if path.exists() else []
         if not lines or "settings" not in (first := json.loads(lines[0])):
             raise ValueError(f"{path} holds no study; run one first")

@@ -48,8 +48,8 @@ METHODS = {name.lower(): name for name in methods.METHODS}
 
 
 def run(model: nn.Module, words: LabelWords, rows: Split, options: argparse.Namespace) -> dict[str, Any]:
-    """Before, train, after, again with the second seed, cost: the report as plain data (FIELDS says what is
-    what)."""
+    """Before, train, after, again with the second seed, cost:
+    the report as plain data (FIELDS says what is what)."""
     say = (lambda text: None) if options.quiet else functools.partial(print, flush=True)
     given = build(model, options.seed, options).param_groups[0]
     options.lr, options.eps = given["lr"], given["eps"]

@@ -81,8 +81,8 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Loss curve; accuracy before and after with intervals; time of a step, ours and eager, in forwards and
-    the rest."""
+    """Loss curve; accuracy before and after with intervals;
+    time of a step, ours and eager, in forwards and the rest."""
     import matplotlib
 
     matplotlib.use("Agg")  # writes a file: no display is needed

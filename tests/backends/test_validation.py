@@ -236,8 +236,8 @@ def test_another_backend_has_the_same_checks() -> None:
 
 
 def test_a_missing_check_is_seen(monkeypatch) -> None:
-    """Without the check, coefficients of another dtype are taken for numbers of float32, or fail without a
-    name."""
+    """Without the check, coefficients of another dtype are
+    taken for numbers of float32, or fail without a name."""
     monkeypatch.setattr(Validator, "axpy_", lambda self, *_: torch.device("cpu"))
     with pytest.raises(pytest.fail.Exception):
         test_a_backend_refuses_by_name_before_it_writes("axpy_ coeffs dtype", "cpu")

@@ -48,8 +48,8 @@ class Benchmark:
 
 
 class Conditions:
-    """A timer whose seconds tell what the process holds: it counts trees of modules, sets of weights, and
-    threads."""
+    """A timer whose seconds tell what the process holds:
+    it counts trees of modules, sets of weights, and threads."""
 
     def __init__(self) -> None:
         gc.collect()
@@ -68,8 +68,8 @@ class Conditions:
 
 
 def check_conditions(measure: Callable[..., Times], step: Step) -> Times:
-    """Rejects a harness that takes a time while the process holds more or less than one set of weights and
-    two modules."""
+    """Rejects a harness that takes a time while the process
+    holds more or less than one set of weights and two modules."""
     timer = Conditions()
     found = measure(TINY, step, 0.0, timer)
     assert set(timer.seen) == {(2, 1, TINY.threads)}, f"{step.name} was timed under {timer.seen}"
@@ -134,8 +134,8 @@ def of_groups(monkeypatch, measure: Callable[..., Times]) -> Report:
 
 @pytest.mark.filterwarnings("ignore")
 def test_two_groups_have_one_bound(monkeypatch, threads) -> None:
-    """A harness that keeps all modules is rejected: its first bound is measured before the other modules are
-    built."""
+    """A harness that keeps all modules is rejected:
+    its first bound is measured before the other modules are built."""
     pytest.importorskip("transformers")
     report = of_groups(monkeypatch, lambda *of: steps.measure(*of, timer=Conditions()))
     first, second = ({row["name"]: row for row in group["rows"]} for group in report.groups)

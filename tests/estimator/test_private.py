@@ -91,8 +91,8 @@ def test_a_closure_without_a_loss_for_each_example_is_refused(what: str, evaluat
 
 
 def test_a_loss_for_each_example_goes_with_what_else_reads_losses() -> None:
-    """Blocks, the search for an lr, and the second reading of a step. Probes, which move weights, are refused
-    (test_dizo.py)."""
+    """Blocks, the search for an lr, and the second reading of a step.
+    Probes, which move weights, are refused (test_dizo.py)."""
     for make in (
         lambda m: zokern.MeZO(m, estimator=zokern.Blockwise(zokern.Private())),
         lambda m: zokern.DPZO(m, paired_check=1),

@@ -1,7 +1,7 @@
 """Architectures of many kinds: every evaluation reads the losses of hand-written weights, or refuses by name.
 
-Which pairs are refused is written nowhere: 'master' and 'auto' read all of them, and the faster ways a good
-share.
+Which pairs are refused is written nowhere:
+'master' and 'auto' read all of them, and the faster ways a good share.
 """
 
 from __future__ import annotations

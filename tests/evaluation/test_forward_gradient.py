@@ -1,5 +1,5 @@
-"""Forward mode: slopes against back-propagation, what a reading leaves behind, what it takes, and what is
-refused."""
+"""Forward mode: slopes against back-propagation,
+what a reading leaves behind, what it takes, and what is refused."""
 
 from __future__ import annotations
 
@@ -296,8 +296,8 @@ def test_lr_0_changes_no_bit(rounding: str) -> None:
 
 
 def test_deferred_updates_are_in_what_a_slope_is_read_of() -> None:
-    """After a check by 'paired' the updates of a low-rank direction are deferred; slopes are those of theta
-    all the same."""
+    """After a check by 'paired' the updates of a low-rank direction are deferred;
+    slopes are those of theta all the same."""
     check_method("FGD", steps=7, direction=Subspace(3, 50), paired_check=2)
 
 
@@ -422,8 +422,8 @@ def test_eps_plays_no_part() -> None:
 
 
 def test_lr_is_tuned_by_slopes() -> None:
-    """zokern.tune asks the estimator itself; the step at its lr takes about the share of the loss that was
-    asked for."""
+    """zokern.tune asks the estimator itself;
+    the step at its lr takes about the share of the loss that was asked for."""
     model, closure = of_tiny()
     optimizer = zokern.FGD(model, queries=4, seed=1)
     tuned = zokern.tune(optimizer, closure, share=0.02)
@@ -511,8 +511,8 @@ class Twice(zokern.Jvp):
 
 
 def check_memory(evaluation: Any) -> None:
-    """A step of two queries: z of all weights once, and three activations: a product's tangent is the sum of
-    two products."""
+    """A step of two queries: z of all weights once, and three activations:
+    a product's tangent is the sum of two products."""
     model, closure = deep()
     optimizer = zokern.FGD(model, lr=0.0, queries=2, evaluation=evaluation, paired_check=None)
     zokern.step(optimizer, closure)

@@ -1,7 +1,7 @@
 """Reports of users: read right in every evaluation, or refused by name. reports.py has the table of readings.
 
-A case is built anew for every point of the oracle, so nothing that a reading leaves behind can reach the next
-one.
+A case is built anew for every point of the oracle,
+so nothing that a reading leaves behind can reach the next one.
 """
 
 from __future__ import annotations
@@ -423,8 +423,8 @@ def test_m30_statistics_that_never_move_are_named_once(norm: str, way: str) -> N
 
 @ways
 def test_m32_13_after_a_step_the_parameters_hold_theta(way: str) -> None:
-    """Whoever reads parameters without a hook sees every update; where updates wait, `optimizer.pending` says
-    so."""
+    """Whoever reads parameters without a hook sees every update;
+    where updates wait, `optimizer.pending` says so."""
     from torch.nn.utils import parameters_to_vector as vector
     from torch.optim.swa_utils import AveragedModel
 

@@ -300,8 +300,8 @@ def test_rounded_or_mixed_vectors_are_rejected(monkeypatch) -> None:
 
 @pytest.mark.skipif(cpu.why_off() is not None, reason="the compiled kernels are off")
 def test_a_16_bit_bias_is_added_in_float32(monkeypatch) -> None:
-    """x picks a column of -1, which is too coarse for eps; what it leaves of the bias, which is 1, is eps
-    z."""
+    """x picks a column of -1, which is too coarse for eps;
+    what it leaves of the bias, which is 1, is eps z."""
     monkeypatch.setattr(library, "yields", lambda dtype: True)
     eps, weight = 2.0**-11, torch.zeros(900, 300, dtype=torch.bfloat16)
     weight[:, 0] = -1.0

@@ -33,8 +33,8 @@ SEED, STEP = 11, 5
 
 
 class Case(NamedTuple):
-    """A product of several sides: two of one draw, W itself, one of another draw, W itself again, and one
-    more draw."""
+    """A product of several sides: two of one draw, W itself,
+    one of another draw, W itself again, and one more draw."""
 
     m: int
     n: int
@@ -101,8 +101,8 @@ def run(case: Case, given: dict, threads: int | None = None) -> list[Tensor]:
 
 
 def check(case: Case, found: Callable = run) -> None:
-    """Every element within the rounding of its own sum, of the weights that perturb() writes; nothing else is
-    written."""
+    """Every element within the rounding of its own sum,
+    of the weights that perturb() writes; nothing else is written."""
     given = case.inputs()
     kept = {name: [t.clone() for t in given[name]] for name in ("xs",)} | {"weight": given["weight"].clone()}
     ys = found(case, given)
@@ -182,8 +182,8 @@ def test_equal_to_rounding_where_rows_begin_with_a_block(
 def test_the_weights_of_perturb_bit_for_bit(
     isa, m: int, n: int, first: int, dtype: torch.dtype, direction
 ) -> None:
-    """Where z is made beside the product and where perturb's weights are given to it, the results are the
-    same."""
+    """Where z is made beside the product and where perturb's
+    weights are given to it, the results are the same."""
     case = Case(m, n, 2, dtype, direction, first=first)
     given = case.inputs() | {"thins": []}
     weight = given["weight"]
@@ -276,8 +276,8 @@ def test_wrong_products_are_rejected(wrong: Callable, form: str) -> None:
 @pytest.mark.parametrize("rank", [1, 8, 128])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_measured_direction_is_the_one_of_the_factors(isa, dtype: torch.dtype, rank: int) -> None:
-    """Rows of x pick the rows of middle products: what stands beside W, here zero, against U Z V^T in
-    float64."""
+    """Rows of x pick the rows of middle products:
+    what stands beside W, here zero, against U Z V^T in float64."""
     m, n = 200, 150
     first, middle, last = torch.randn(rank, n), torch.randn(rank, rank) * 1e-3, torch.randn(m, rank)
     x, weight = torch.eye(n).to(dtype), torch.zeros(m, n, dtype=dtype)
@@ -323,8 +323,8 @@ def test_unrounded_weights_are_rejected() -> None:
 @pytest.mark.parametrize("transposed", [False, True], ids=["linear", "transposed"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_same_bits_however_it_is_run(dtype: torch.dtype, transposed: bool, aligned: bool) -> None:
-    """Any instruction set, any number of threads, alone or beside other sides: sums run over k in a fixed
-    order."""
+    """Any instruction set, any number of threads, alone or beside other sides:
+    sums run over k in a fixed order."""
     case = Case(
         4 * COLUMNS + 5,
         DEPTH + (BATCH if aligned else 9),
@@ -370,8 +370,8 @@ def test_a_shard_of_rows_reads_its_own_numbers(n: int, first: int) -> None:
 
 
 def test_bfloat16_takes_its_pairs_the_odd_one_first() -> None:
-    """The order of the processor's dot product of pairs, whether it has one or not; to it, numbers under
-    2^-126 are zero."""
+    """The order of the processor's dot product of pairs, whether it has one or not;
+    to it, numbers under 2^-126 are zero."""
     x = torch.ones(1, 4).bfloat16()
     weight = torch.tensor([[2.0**24, 0.0, 1.0, -(2.0**24)], [2.0**-130, 0.0, 0.0, 0.0]]).bfloat16()
     for name in ISAS:
@@ -414,8 +414,8 @@ def test_no_rows(transposed: bool, fused: bool) -> None:
 
 
 def test_room_bounds_the_threads(monkeypatch) -> None:
-    """What is short of memory multiplies some rows at a time, and then on fewer threads; the record's bytes
-    say so."""
+    """What is short of memory multiplies some rows at a time,
+    and then on fewer threads; the record's bytes say so."""
     monkeypatch.setattr(cpu, "SHARED_ROWS", 20)
     before = torch.get_num_threads()
     torch.set_num_threads(3)

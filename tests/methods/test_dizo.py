@@ -297,8 +297,8 @@ def test_a_low_rank_direction_is_projected(evaluation: str) -> None:
     lambda model: zokern.MeZO(model, rule=zokern.Projected(), estimator=zokern.Blockwise(zokern.Private())),
 ])  # fmt: skip
 def test_nothing_reads_losses_beside_private_ones(made: Any) -> None:
-    """A search, or probes, would move the weights by losses without noise: they are refused in the first
-    step."""
+    """A search, or probes, would move the weights by losses without noise:
+    they are refused in the first step."""
     model = tiny()
     before = snapshot(model)
     with pytest.raises(

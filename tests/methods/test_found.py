@@ -46,8 +46,8 @@ def test_every_file_of_the_folder_is_exported() -> None:
 
 
 def test_a_new_file_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With what it defines, and without what it imports; the suite checks it against its formula without
-    being told."""
+    """With what it defines, and without what it imports;
+    the suite checks it against its formula without being told."""
     (tmp_path / "fourth_order.py").write_text(FILE)
     monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
     found = methods.find()

@@ -1,5 +1,5 @@
-"""KerZOO as a method: the paper's estimator and the published trainer, over 20 steps, with their averages of
-weights."""
+"""KerZOO as a method: the paper's estimator and the published trainer,
+over 20 steps, with their averages of weights."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Each method against its formula in float64: losses, coefficients, every step's weights, over changes of the
-basis."""
+"""Each method against its formula in float64:
+losses, coefficients, every step's weights, over changes of the basis."""
 
 from __future__ import annotations
 
@@ -463,8 +463,8 @@ def test_basis_of_pgap(sign: str) -> None:
 
 
 def test_basis_of_pgap_by_range_finder() -> None:
-    """Sketches narrower than the matrix, whose G is noise with a flat spectrum: close to the best all the
-    same."""
+    """Sketches narrower than the matrix, whose G is noise with a flat spectrum:
+    close to the best all the same."""
     check_basis(width=40, tolerance=0.01, power=2)
 
 
@@ -553,8 +553,8 @@ def test_loss_falls(name: str) -> None:
 
 
 def test_momentum_of_pgap_is_carried_over() -> None:
-    """To the new basis as far as that holds it: U_new U_new^T M V_new V_new^T, and not as numbers of another
-    space."""
+    """To the new basis as far as that holds it:
+    U_new U_new^T M V_new V_new^T, and not as numbers of another space."""
     model = tiny(width=16)
     optimizer = METHODS["pgap"](model, seed=5, rule=zokern.Momentum(0.9), defer=False)
     moved = []

@@ -1,5 +1,5 @@
-"""MeZO-SVRG over 20 steps against its formula; its anchor, its full loss, and what the public code gets
-wrong."""
+"""MeZO-SVRG over 20 steps against its formula;
+its anchor, its full loss, and what the public code gets wrong."""
 
 from __future__ import annotations
 

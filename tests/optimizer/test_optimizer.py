@@ -46,8 +46,8 @@ def test_is_a_torch_optimizer() -> None:
     ],
 )
 def test_resume_is_exact(dtype: torch.dtype, rounding: str) -> None:
-    """Three steps, save, three more: the bits of six steps in one go; also when the optimizer was built with
-    other options."""
+    """Three steps, save, three more: the bits of six steps in one go;
+    also when the optimizer was built with other options."""
     options = {
         "lr": 1e-2,
         "eps": 2e-3,
@@ -312,8 +312,8 @@ def test_parameter_of_another_shape_does_not_get_its_old_state(key: str) -> None
 
 
 def test_names() -> None:
-    """From a module, from (name, tensor) pairs, from groups of them, or made up in order; a name decides z,
-    so it is unique."""
+    """From a module, from (name, tensor) pairs, from groups of them, or made up in order;
+    a name decides z, so it is unique."""
     model = tiny()
     names = [name for name, _ in model.named_parameters()]
 

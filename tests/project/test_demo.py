@@ -1,5 +1,5 @@
-"""The demo: its rows, its statistics against known values, and the whole line on a model of a few thousand
-weights."""
+"""The demo: its rows, its statistics against known values,
+and the whole line on a model of a few thousand weights."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def tiny():
 
 
 def check_split(function) -> None:
-    """What a split must keep: balanced, no row twice, no text on both sides, the same from rows in any
-    order."""
+    """What a split must keep: balanced, no row twice,
+    no text on both sides, the same from rows in any order."""
     rows = sentences(100)
     first, again = function(rows, 40), function(rows[::-1], 40)
     assert first == again
@@ -183,8 +183,8 @@ def test_mcnemar() -> None:
 
 
 def test_rise_interval() -> None:
-    """By hand: b = 20.5, c = 5.5, n = 102: difference 15/102, variance (26 - 225/102) / 102**2. Signs change
-    with the sides."""
+    """By hand: b = 20.5, c = 5.5, n = 102: difference 15/102,
+    variance (26 - 225/102) / 102**2. Signs change with the sides."""
     low, high = significance.rise_interval(20, 5, 100)
     half = 1.959964 * math.sqrt(26 - 225 / 102) / 102
     assert (low, high) == pytest.approx((15 / 102 - half, 15 / 102 + half))
@@ -215,8 +215,8 @@ def test_wrong_statistic_is_rejected(check, wrong) -> None:
 
 
 def test_score() -> None:
-    """Four rows, one wrong; of the four pairs, three are in order. Against a worse start: two righted, none
-    wronged."""
+    """Four rows, one wrong; of the four pairs, three are in order.
+    Against a worse start: two righted, none wronged."""
     labels = torch.tensor([0, 0, 1, 1])
 
     def of(*margins: float) -> torch.Tensor:
@@ -359,8 +359,8 @@ def test_all_points_of_a_step_are_read_in_one_pass(tiny) -> None:
 
 
 def test_both_seeds_start_from_the_same_weights(tiny) -> None:
-    """With lr = 0 nothing is learnt: both seeds end where they began, so the second did not continue the
-    first."""
+    """With lr = 0 nothing is learnt: both seeds end where they began,
+    so the second did not continue the first."""
     report = _line(tiny, "--steps", "2", "--lr", "0")
     assert report["loss_after"] == report["second_seed"]["loss"] == report["loss_before"]
     assert report["p_value"] == 1.0
@@ -378,8 +378,8 @@ def test_the_same_seed_gives_the_same_losses(tiny) -> None:
 
 @pytest.mark.parametrize("level, status", [(0.001, 1), (2.0, 0)], ids=["chance", "beyond chance"])
 def test_exit_status(tiny, tmp_path, monkeypatch, capsys, level, status) -> None:
-    """One step teaches nothing: said in a sentence, with status 1; status 0 needs a p-value below the
-    level."""
+    """One step teaches nothing: said in a sentence, with status 1;
+    status 0 needs a p-value below the level."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'zokern[demo]'")
     model, words = tiny
     for name, value in {

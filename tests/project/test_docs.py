@@ -43,8 +43,8 @@ class Output(dict):
 
 
 class Tiny(nn.Module):
-    """As a transformers model is called: batch by keyword, an object with a loss back where there are
-    labels."""
+    """As a transformers model is called: batch by keyword,
+    an object with a loss back where there are labels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -142,8 +142,8 @@ def machine_paths(text: str) -> list[str]:
 
 
 def paragraphs(text: str) -> list[str]:
-    """The prose of a document: no code, tables, headings, pictures or formulas. An item of a list is a
-    paragraph."""
+    """The prose of a document: no code, tables, headings, pictures or formulas.
+    An item of a list is a paragraph."""
     text = re.sub(r"^```.*?^```[^\n]*$", "", text, flags=re.M | re.S)
     text = re.sub(r"<!--.*?-->", "", text, flags=re.S)
     found = []
@@ -174,8 +174,8 @@ def mean_words(text: str) -> float:
 
 
 def long_lines(text: str) -> list[int]:
-    """Numbers of the lines of more than 110 columns, but for rows of tables and links, which cannot be
-    broken."""
+    """Numbers of the lines of more than 110 columns,
+    but for rows of tables and links, which cannot be broken."""
     lines = enumerate(text.splitlines(), 1)
     return [
         n for n, line in lines if len(line) > 110 and not re.match(r"\s*\||\s*!?\[[^]]*\]\([^)]*\)\S*$", line)

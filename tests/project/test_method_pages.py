@@ -1,5 +1,5 @@
-"""The table and the pages of methods: printed from docstrings and runs, complete, and the same as in the
-documents."""
+"""The table and the pages of methods: printed from docstrings and runs,
+complete, and the same as in the documents."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def test_the_readme_has_the_table() -> None:
 
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_a_page_is_complete(name, capsys) -> None:
-    """Formula, paper with a year, when to use it, every argument of the constructor or where it is told, and
-    short lines."""
+    """Formula, paper with a year, when to use it,
+    every argument of the constructor or where it is told, and short lines."""
     page = cli_methods.page(name)
     assert "<-" in page.formula[0] and any(c in page.paper for c in ("19", "20")) and page.use
     assert {"params"} <= {names for names, _ in page.arguments} and all(text for _, text in page.arguments)

@@ -1,5 +1,5 @@
-"""Moments made from a window of draws against stored ones, through all that a run goes through; and what
-is kept of them.
+"""Moments made from a window of draws against stored ones,
+through all that a run goes through; and what is kept of them.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def weights(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
 
 
 def given(params: dict[str, nn.Parameter]) -> Callable[[], float]:
-    """Losses that do not depend on the weights, which are read all the same: two runs then have the same
-    coefficients."""
+    """Losses that do not depend on the weights, which are read all the same:
+    two runs then have the same coefficients."""
     numbers: Iterator[float] = iter(torch.rand(400, generator=torch.Generator().manual_seed(1)).tolist())
     return lambda: 0.0 * float(sum(p.sum() for p in params.values())) + 1.0 + 0.01 * next(numbers)
 
@@ -39,8 +39,8 @@ def given(params: dict[str, nn.Parameter]) -> Callable[[], float]:
 def run(
     rule: Any, dtype: torch.dtype = torch.float32, save_at: int | None = None, **options: Any
 ) -> dict[str, nn.Parameter]:
-    """A run with another lr, a step that is skipped, a parameter that is frozen for a while, and one that
-    joins."""
+    """A run with another lr, a step that is skipped,
+    a parameter that is frozen for a while, and one that joins."""
     params = weights(dtype)
     alone = {"evaluation": zokern.Scratch(check=False), "paired_check": None, "force": True, "eps": 0.05}
     late, first = dict(list(params.items())[3:]), dict(list(params.items())[:3])

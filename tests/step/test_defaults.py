@@ -1,5 +1,5 @@
-"""Nothing here depends on the process's default dtype or default device: no tensor is made in the one or on
-the other.
+"""Nothing here depends on the process's default dtype or default device:
+no tensor is made in the one or on the other.
 
 A library that calls torch.zeros(n) makes bfloat16 under torch.set_default_dtype(torch.bfloat16) and nothing
 at all under torch.set_default_device("meta"). Kernels take addresses, and read what they find there as
@@ -208,8 +208,8 @@ def drawn(factored) -> Iterator[Any]:
 
 
 def stepped(rule, factored) -> Iterator[Any]:
-    """Two updates by a rule: of dense parameters, or of matrices whose updates wait, over a change of the
-    basis."""
+    """Two updates by a rule: of dense parameters,
+    or of matrices whose updates wait, over a change of the basis."""
     tensors = [data(12, 10), data(12, 10, seed=2)]
     found = None if factored is None else matrices(factored.rank)
     group = OnOurs(["a", "b"], tensors, [Span(0), Span(1)], None, 1e-3, {}, get("cpu"), found)

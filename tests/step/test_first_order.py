@@ -117,8 +117,8 @@ def test_a_wrong_term_is_rejected(wrong: str) -> None:
 
 
 def test_both_losses_are_of_one_theta() -> None:
-    """Of two closures: the gradient is that of `first_order` at the weights before the step, and so are the
-    coefficients."""
+    """Of two closures: the gradient is that of `first_order` at
+    the weights before the step, and so are the coefficients."""
     model, zo, fo = of_tiny()
     start, gradient = snapshot(model), gradients(model, fo)
     optimizer = zokern.Addax(model, lr=1e-2, alpha=0.25, seed=1, evaluation="master")
@@ -199,8 +199,8 @@ def test_lr_0_changes_no_bit(name: str, rounding: str) -> None:
 
 
 def test_one_rounding_of_16_bit_weights() -> None:
-    """The float32 sum of all terms is rounded once: half an ulp from the formula, and with residual bits
-    2^-16 of that."""
+    """The float32 sum of all terms is rounded once:
+    half an ulp from the formula, and with residual bits 2^-16 of that."""
     for rounding, ulps in (("nearest", 0.5), ("residual", 2.0**-15)):
         model, closure, _ = of_tiny(dtype=torch.bfloat16, width=16)
         before, gradient = snapshot(model), gradients(model, closure)
@@ -319,8 +319,8 @@ class Hoards(Sgd):
 
 
 def gradient_peak(rule: Any) -> float:
-    """The peak of a back-propagation and its writes over the activations of the forward, in weights of one
-    layer."""
+    """The peak of a back-propagation and its writes over the
+    activations of the forward, in weights of one layer."""
     model, closure = deep(rows=4, width=128)
     optimizer = zokern.Addax(model, lr=1e-3, alpha=0.5, rule=rule, evaluation="master", paired_check=None)
     zokern.step(optimizer, closure)

@@ -1,5 +1,5 @@
-"""One step against its formula: losses bit for bit, the update bit for bit and in float64, and nothing else
-touched."""
+"""One step against its formula: losses bit for bit,
+the update bit for bit and in float64, and nothing else touched."""
 
 from __future__ import annotations
 
@@ -274,8 +274,8 @@ def test_update_of_16_bit_weights(dtype: torch.dtype, rounding: str) -> None:
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 def test_a_run_is_replayed_in_one_pass(rounding: str) -> None:
-    """50 steps of two queries under a schedule and with decay: their results and rates, one axpy_ call, the
-    same weights."""
+    """50 steps of two queries under a schedule and with decay:
+    their results and rates, one axpy_ call, the same weights."""
     model = tiny(torch.bfloat16)
     replayed = {name: p.detach().clone() for name, p in model.named_parameters()}
     summed = [p.clone() for p in replayed.values()]
@@ -357,8 +357,8 @@ ZEROS = {
 def test_a_step_of_nothing_keeps_negative_zeros(
     case: str, method: str, dtype: torch.dtype, defer: bool
 ) -> None:
-    """Pruned weights have many. An update of 0 z, by lr or by equal losses, is no launch; nor is the write of
-    what waits."""
+    """Pruned weights have many. An update of 0 z, by lr or by equal losses, is no launch;
+    nor is the write of what waits."""
     model = build(lambda: nn.Linear(40, 30), dtype)
     with torch.no_grad():
         for p in model.parameters():
@@ -372,8 +372,8 @@ def test_a_step_of_nothing_keeps_negative_zeros(
 
 
 def test_dropout_is_paired() -> None:
-    """Both sides see one mask: it adds next to nothing to the spread of the coefficients, and steps differ in
-    their masks."""
+    """Both sides see one mask: it adds next to nothing to the spread of the coefficients,
+    and steps differ in their masks."""
 
     def spread(p: float) -> float:
         model = tiny(dropout=p)
@@ -583,8 +583,8 @@ TILED = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", TILED)
 def test_small_budget_tiles(kind: str, dtype: torch.dtype) -> None:
-    """A matrix above the budget is used tile by tile: the same losses up to the order of a matrix product's
-    sums."""
+    """A matrix above the budget is used tile by tile:
+    the same losses up to the order of a matrix product's sums."""
     shape, use, width = TILED[kind]
     x = torch.randn(4, width, generator=torch.Generator().manual_seed(2)).to(dtype)
     losses = []

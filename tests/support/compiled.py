@@ -1,5 +1,5 @@
-"""Triton kernels of this tree or with one line changed: compiled without a device, and read as PTX and as
-machine code.
+"""Triton kernels of this tree or with one line changed:
+compiled without a device, and read as PTX and as machine code.
 
 An import skips the test file where Triton, or the backend, is missing.
 """
@@ -90,8 +90,8 @@ def directory(tmp_path_factory) -> Iterator[Path]:
 
 
 def unspecified(text: str) -> set[str]:
-    """Floating-point instructions of a kernel's PTX that the stream does not name: only .rn, no .ftz, nothing
-    approximate."""
+    """Floating-point instructions of a kernel's PTX that the stream does not name:
+    only .rn, no .ftz, nothing approximate."""
     used = set(
         re.findall(r"^\s*(?:@!?%p\d+ )?([a-z][\w.:]*\.f(?:16|32|64)(?:x2)?(?:\.\w+)*)\s", text, re.MULTILINE)
     )
@@ -103,8 +103,8 @@ def unspecified(text: str) -> set[str]:
 
 
 def forbidden(function: sass.Function) -> dict[str, list[str]]:
-    """What sass.py forbids. ptxas for sm_80 leaves a loop by a CALL to a label of the same kernel, which is a
-    jump."""
+    """What sass.py forbids. ptxas for sm_80 leaves a loop by
+    a CALL to a label of the same kernel, which is a jump."""
     found = {
         why: [t for t in texts if not re.search(r"CALL\.REL\.NOINC `\(\.L_x_", t)]
         for why, texts in function.forbidden().items()

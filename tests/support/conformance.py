@@ -1,5 +1,5 @@
-"""One suite for every backend: each ``check_*(backend, device, scale)`` raises AssertionError where it is not
-the reference.
+"""One suite for every backend: each ``check_*(backend, device,
+scale)`` raises AssertionError where it is not the reference.
 
 Verbs are compared bit for bit, whole guarded buffers at a time (guarded.py); CHECKS holds on every backend,
 LOWRANK on those that sum low-rank products in the definition's order. Cases come from a generator
@@ -43,11 +43,11 @@ SEED = 0x0123456789ABCDEF
 
 
 class Versus:
-    """Runs a verb on a backend and on the reference, from equal buffers, and compares everything they could
-    have written.
+    """Runs a verb on a backend and on the reference,
+    from equal buffers, and compares everything they could have written.
 
-    What the reference wrote is kept for the next backend: a check makes the same calls in the same order
-    every time.
+    What the reference wrote is kept for the next backend:
+    a check makes the same calls in the same order every time.
     """
 
     known: dict[tuple, list] = {}
@@ -61,8 +61,8 @@ class Versus:
         )
 
     def _both(self, groups: Sequence[Sequence[Guarded]], call: Callable) -> tuple[list, list]:
-        """``call(backend, views of each group)`` on copies for the backend and on copies for the reference:
-        both results."""
+        """``call(backend, views of each group)`` on copies for the
+        backend and on copies for the reference: both results."""
 
         def result(backend, device):
             copies = [[t.copy_to(device) for t in group] for group in groups]
@@ -174,8 +174,8 @@ def ids(generator: torch.Generator, count: int) -> list[int]:
 
 
 def weights(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Finite weights: mostly N(0, 0.02^2), one in eight of any exponent (so huge and subnormal ones), some
-    zeros."""
+    """Finite weights: mostly N(0, 0.02^2), one in eight of
+    any exponent (so huge and subnormal ones), some zeros."""
     value = (torch.randn(shape, generator=generator) * 0.02).to(dtype)
     bits = torch.int32 if dtype == torch.float32 else torch.int16
     limit = torch.iinfo(bits)
@@ -239,8 +239,8 @@ def check_philox_random_counters(backend, device="cpu", scale="full") -> None:
 
 
 def spread(generator, scale: str, offset: int, dtypes=DTYPES):
-    """Half of the sizes, every dtype, for one launch; each tensor with its own id and a small first
-    element."""
+    """Half of the sizes, every dtype, for one launch;
+    each tensor with its own id and a small first element."""
     cases = [(size, dtype) for size in SIZES[scale][offset % 2 :: 2] for dtype in dtypes]
     thetas = [theta_of(generator, (size,), dtype, offset) for size, dtype in cases]
     firsts = torch.randint(0, 300, (len(cases),), generator=generator).tolist()
@@ -300,8 +300,8 @@ def check_axpy_firsts(backend, device="cpu", scale="full") -> None:
 
 
 def check_perturb_sizes(backend, device="cpu", scale="full") -> None:
-    """One and two sides; outputs of theta's dtype and float32; every alignment of theta and of the
-    outputs."""
+    """One and two sides; outputs of theta's dtype and float32;
+    every alignment of theta and of the outputs."""
     generator, versus = source(check_perturb_sizes), Versus(check_perturb_sizes, backend, device, scale)
     for direction in DIRECTIONS:
         for offset in OFFSETS[scale]:
@@ -351,8 +351,8 @@ def strided(generator, scale: str):
 
 
 def check_axpy_strides(backend, device="cpu", scale="full") -> None:
-    """Any stride: transposed, every second column, permuted; the bytes between the elements keep their
-    sentinels."""
+    """Any stride: transposed, every second column, permuted;
+    the bytes between the elements keep their sentinels."""
     generator, versus = source(check_axpy_strides), Versus(check_axpy_strides, backend, device, scale)
     for direction in DIRECTIONS:
         for rounding in ("nearest", "stochastic"):
@@ -383,8 +383,8 @@ def check_perturb_strides(backend, device="cpu", scale="full") -> None:
 
 
 def column_slices(generator, scale: str):
-    """Columns [a, b) of a (rows, width) parameter: a view of it and a compact copy, numbered as in the
-    whole."""
+    """Columns [a, b) of a (rows, width) parameter:
+    a view of it and a compact copy, numbered as in the whole."""
     thetas, spans = [], []
     cases = [
         (5, 40, 3, 12),
@@ -432,8 +432,8 @@ def check_perturb_pitch(backend, device="cpu", scale="full") -> None:
 
 
 def check_perturb_rows(backend, device="cpu", scale="full") -> None:
-    """Looked-up rows keep their own numbers: repeats, any order, none, a first element, a slice of columns,
-    low bits."""
+    """Looked-up rows keep their own numbers:
+    repeats, any order, none, a first element, a slice of columns, low bits."""
     generator, versus = source(check_perturb_rows), Versus(check_perturb_rows, backend, device, scale)
     shapes = [(11, 9), (50, 64)] if scale == "quick" else [(11, 9), (50, 64), (1, 8), (1000, 3), (40, 200)]
     for direction in DIRECTIONS:
@@ -500,8 +500,8 @@ def replay(generator, count: int, each: int) -> tuple[list[tuple[int, int]], lis
 
 
 def check_axpy_each(backend, device="cpu", scale="full") -> None:
-    """A rounding after every `each` terms, with the decay and the random bits of its own step; many terms,
-    broken weights."""
+    """A rounding after every `each` terms, with the decay and the random bits of its own step;
+    many terms, broken weights."""
     generator, versus = source(check_axpy_each), Versus(check_axpy_each, backend, device, scale)
     cases = [
         (size, dtype)
@@ -585,8 +585,8 @@ def check_axpy_each_is_calls(backend, device="cpu", scale="full") -> None:
 
 
 def check_axpy_one_rounding(backend, device="cpu", scale="full") -> None:
-    """a z + theta at a tie of float32 that float64 cannot see: a sum rounded to float64 first goes the wrong
-    way.
+    """a z + theta at a tie of float32 that float64 cannot see:
+    a sum rounded to float64 first goes the wrong way.
 
     z = B 2^j and a = A 2^k with 24-bit integers A, B and A B = 2^47 + d, 0 < d < 2^18: a z is just above half
     a unit in the last place of theta = +-1, whose last bit is even, so the right result is the next float32
@@ -610,8 +610,8 @@ def check_axpy_one_rounding(backend, device="cpu", scale="full") -> None:
 
 
 def check_axpy_stochastic(backend, device="cpu", scale="full") -> None:
-    """The 16 bits of (who, step of the last draw, purpose rounding), one set an element; float32 is unchanged
-    by it."""
+    """The 16 bits of (who, step of the last draw, purpose rounding), one set an element;
+    float32 is unchanged by it."""
     generator, versus = source(check_axpy_stochastic), Versus(check_axpy_stochastic, backend, device, scale)
     for direction in DIRECTIONS:
         for draws, coeffs in (([(3, 1)], [1e-5]), ([(9, 0), (4, 2)], [1e-3, 1e-4])):
@@ -620,8 +620,8 @@ def check_axpy_stochastic(backend, device="cpu", scale="full") -> None:
 
 
 def check_axpy_residual(backend, device="cpu", scale="full") -> None:
-    """bfloat16 and 16 low bits are an exact float32, through ties and every low half; other types round to
-    nearest."""
+    """bfloat16 and 16 low bits are an exact float32, through ties and every low half;
+    other types round to nearest."""
     generator, versus = source(check_axpy_residual), Versus(check_axpy_residual, backend, device, scale)
     for direction in DIRECTIONS:
         for offset in OFFSETS[scale]:
@@ -649,8 +649,8 @@ def check_axpy_residual(backend, device="cpu", scale="full") -> None:
 
 
 def check_axpy_special(backend, device="cpu", scale="full") -> None:
-    """inf and NaN among the weights stay what they are, overflow becomes inf, subnormals are kept, and the
-    count is exact."""
+    """inf and NaN among the weights stay what they are,
+    overflow becomes inf, subnormals are kept, and the count is exact."""
     generator, versus = source(check_axpy_special), Versus(check_axpy_special, backend, device, scale)
     size = 67 if scale == "quick" else 4099
     for rounding in ("nearest", "stochastic", "residual"):
@@ -727,8 +727,8 @@ def check_shards(backend, device="cpu", scale="full") -> None:
 
 
 def check_order(backend, device="cpu", scale="full") -> None:
-    """Neither the order of the list nor the company in it changes a bit: a mixed launch equals one launch a
-    tensor."""
+    """Neither the order of the list nor the company in it changes a bit:
+    a mixed launch equals one launch a tensor."""
     generator = source(check_order)
     count = 9 if scale == "quick" else 60
     sizes = torch.randint(0, 400, (count,), generator=generator).tolist()
@@ -810,8 +810,8 @@ def check_tiles(backend, device="cpu", scale="full") -> None:
 
 
 def check_clock(backend, device="cpu", scale="full") -> None:
-    """A clock is added to every step number, modulo 2^32, when the call runs; the same call later means
-    another z."""
+    """A clock is added to every step number, modulo 2^32, when the call runs;
+    the same call later means another z."""
     generator, reference = source(check_clock), Reference()
     values, who = weights((300,), torch.bfloat16, generator), ids(generator, 1)[0]
     clock, spans = torch.zeros(1, dtype=torch.int64, device=device), [Span(who)]
@@ -925,8 +925,8 @@ def check_lowrank_firsts(backend, device="cpu", scale="full") -> None:
 
 
 def check_lowrank_shapes(backend, device="cpu", scale="full") -> None:
-    """Row and column come from the number and the factors: a flattened, reshaped or transposed-shape theta is
-    the same matrix."""
+    """Row and column come from the number and the factors:
+    a flattened, reshaped or transposed-shape theta is the same matrix."""
     generator, versus = source(check_lowrank_shapes), Versus(check_lowrank_shapes, backend, device, scale)
     m, n = 24, 64
     shapes = [(m, n), (n, m), (m * n,), (m, 4, 16), (1, m * n), (m * n, 1), (2, 3, 4, 64)]
@@ -937,8 +937,8 @@ def check_lowrank_shapes(backend, device="cpu", scale="full") -> None:
 
 
 def check_lowrank_strides(backend, device="cpu", scale="full") -> None:
-    """Any stride, and matrices whose rows are longer or shorter than the tensor's; the bytes between keep
-    their sentinels."""
+    """Any stride, and matrices whose rows are longer or shorter than the tensor's;
+    the bytes between keep their sentinels."""
     generator, versus = source(check_lowrank_strides), Versus(check_lowrank_strides, backend, device, scale)
     for rounding in ("nearest", "stochastic", "residual"):
         thetas, spans = strided(generator, scale)
@@ -951,8 +951,8 @@ def check_lowrank_strides(backend, device="cpu", scale="full") -> None:
 
 
 def check_lowrank_pitch(backend, device="cpu", scale="full") -> None:
-    """Slices of columns: rows of the whole matrix, in a view of it and in a compact copy, and pitches that
-    are not its n."""
+    """Slices of columns: rows of the whole matrix,
+    in a view of it and in a compact copy, and pitches that are not its n."""
     generator, versus = source(check_lowrank_pitch), Versus(check_lowrank_pitch, backend, device, scale)
     for rounding in ("nearest", "stochastic", "residual"):
         thetas, spans = column_slices(generator, scale)
@@ -999,8 +999,8 @@ def check_lowrank_rows(backend, device="cpu", scale="full") -> None:
 
 
 def check_lowrank_arithmetic(backend, device="cpu", scale="full") -> None:
-    """Decay first, the scale last, one rounding; all roundings, factors and scales of all sizes; outs of
-    either type."""
+    """Decay first, the scale last, one rounding;
+    all roundings, factors and scales of all sizes; outs of either type."""
     generator, versus = (
         source(check_lowrank_arithmetic),
         Versus(check_lowrank_arithmetic, backend, device, scale),
@@ -1030,8 +1030,8 @@ def check_lowrank_arithmetic(backend, device="cpu", scale="full") -> None:
 
 
 def check_lowrank_special(backend, device="cpu", scale="full") -> None:
-    """inf and NaN in the weights and in the factors, overflow to inf, subnormal results, and the exact
-    count."""
+    """inf and NaN in the weights and in the factors,
+    overflow to inf, subnormal results, and the exact count."""
     generator, versus = source(check_lowrank_special), Versus(check_lowrank_special, backend, device, scale)
     m, n = (5, 64) if scale == "quick" else (23, 304)
     for dtype in DTYPES:
@@ -1062,8 +1062,8 @@ def check_lowrank_special(backend, device="cpu", scale="full") -> None:
 
 
 def check_lowrank_large(backend, device="cpu", scale="full") -> None:
-    """Several chunks, threads and panels, at odd sizes, among small tensors, and more panels than lie in
-    memory at once."""
+    """Several chunks, threads and panels, at odd sizes,
+    among small tensors, and more panels than lie in memory at once."""
     generator, versus = source(check_lowrank_large), Versus(check_lowrank_large, backend, device, scale)
     shapes = [(2, 3), (151, 233), (0, 4), (1, 1)]
     for dtype in DTYPES[:1] if scale == "quick" else DTYPES:

@@ -1,8 +1,8 @@
 """Factors of z (Batch.scales) in every verb and on every backend, bit for bit the reference: also the memory
 around the factors.
 
-As conformance.py, whose cases these checks take: each ``check_*(backend, device, scale)`` raises
-AssertionError.
+As conformance.py, whose cases these checks take:
+each ``check_*(backend, device, scale)`` raises AssertionError.
 """
 
 from __future__ import annotations
@@ -209,8 +209,8 @@ def check_scaled_update(backend, device="cpu", scale="full") -> None:
 
 
 def check_scaled_tiles(backend, device="cpu", scale="full") -> None:
-    """Tensors of several chunks, and long enough for the tiles that share Philox blocks, with elements before
-    and after them."""
+    """Tensors of several chunks, and long enough for the tiles that share Philox blocks,
+    with elements before and after them."""
     generator, versus = source(check_scaled_tiles), Scaled(check_scaled_tiles, backend, device, scale)
     sizes = ((8225, 24), (33_000, 0)) if scale == "quick" else ((8225, 24), (70_001, 3), (36_000, 8 * 15))
     for direction in DIRECTIONS:

@@ -41,8 +41,8 @@ def check_resume(
     closure: Callable[[nn.Module], Callable[[], Tensor]] | None = None,
     again: Callable[[nn.Module], Any] | None = None,
 ) -> None:  # fmt: skip
-    """A run that is saved and loaded after some steps ends with the bits of one that is not; AssertionError
-    for others.
+    """A run that is saved and loaded after some steps ends with the bits of one that is not;
+    AssertionError for others.
 
     again  makes the optimizer that the state is loaded into; None: make"""
     ends = []
@@ -95,8 +95,8 @@ def check_method(
 def check_step(
     formula: Formula, result: zokern.StepResult, paper: Paper, double: nn.Module, weight_decay: float
 ) -> None:
-    """What a step read and found, in the order in which the estimator asks on paper; moves the formula's
-    weights."""
+    """What a step read and found, in the order in which the estimator asks on paper;
+    moves the formula's weights."""
     losses = iter([loss for sides in result.losses for loss in sides])
     named, answer = iter(zip(result.draws, result.coefficients)), None
     asks = script(formula.optimizer.estimator, paper, tuple(formula.theta))

@@ -1,5 +1,5 @@
-"""Small models that the tests share. Weights come from a seed of their own, so every test sees the same
-ones."""
+"""Small models that the tests share. Weights come from a seed of their own,
+so every test sees the same ones."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ VOCABULARY = 37
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """For files of tiny models: a second thread has nothing to do there, and waits for the first whenever
-    cores are busy."""
+    """For files of tiny models: a second thread has nothing to do there,
+    and waits for the first whenever cores are busy."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -26,8 +26,8 @@ def one_thread() -> Iterator[None]:
 
 
 class Tiny(nn.Module):
-    """Every kind of use in a few hundred weights: lookup, norm, products with and without bias, a parameter
-    used by hand."""
+    """Every kind of use in a few hundred weights:
+    lookup, norm, products with and without bias, a parameter used by hand."""
 
     def __init__(self, width: int = 12, dropout: float = 0.0, tied: bool = False) -> None:
         super().__init__()

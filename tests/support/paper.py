@@ -4,8 +4,8 @@
     Slope  a draw: the derivative of the loss along z of some parameters is sent back
     Move   what the weights do: theta <- theta - lr (1/count) sum_k c_k z_k of some parameters
 
-They are told the losses that a step recorded. Where a step does not record a loss they are told what it is
-in float64.
+They are told the losses that a step recorded.
+Where a step does not record a loss they are told what it is in float64.
 """
 
 from __future__ import annotations
@@ -326,7 +326,7 @@ SCRIPTS: dict[type, Callable[..., Script]] = {
 
 
 def script(estimator: Any, paper: Paper, scope: tuple[str, ...]) -> Script:
-    """The generator of an estimator. An estimator that is not known is an AssertionError: write its
-    formula here."""
+    """The generator of an estimator. An estimator that is not known is an AssertionError:
+    write its formula here."""
     assert type(estimator) in SCRIPTS, f"the formula of estimator {type(estimator).__name__} is not known"
     return SCRIPTS[type(estimator)](estimator, paper, scope)

@@ -1,5 +1,5 @@
-"""The methods with ranks and intervals small enough for small models, and each method's update written out in
-float64.
+"""The methods with ranks and intervals small enough for small models,
+and each method's update written out in float64.
 
 A formula takes numbers from `zokern.draw` alone, at the names of docs/stream.md, and factors from
 torch.linalg. Every value comes with a size, the same expression with magnitudes in place of numbers, so that
@@ -480,8 +480,8 @@ class Formula:
             self.memory[f"{name} s"] = ((1 - alpha) * h + alpha * h * sum(squares) / len(squares)) ** -0.5
 
     def step_of_torch(self, gradient: dict[str, Tensor]) -> None:
-        """A step of the torch optimizer, in float64: one of its class and options that has seen these weights
-        from the start."""
+        """A step of the torch optimizer, in float64:
+        one of its class and options that has seen these weights from the start."""
         if "torch" not in self.memory:
             given = self.optimizer.first_order
             takes = inspect.signature(type(given)).parameters

@@ -28,8 +28,8 @@ ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 NVCC_FLAGS = ("-std=c++17", "-O3", "-fmad=false")
 TERM, DECAYED_TERM, TERMS, STEPS = range(4)  # Sum of axpy.cu
 
-# Instructions that the stream's arithmetic must not contain, and why. Each pattern is matched at the start of
-# an instruction.
+# Instructions that the stream's arithmetic must not contain, and why.
+# Each pattern is matched at the start of an instruction.
 FORBIDDEN = {
     "approximate function unit": r"MUFU",
     "flush to zero": r"\S*\.FTZ",
@@ -102,8 +102,8 @@ def included(source: Path) -> set[Path]:
 def shipped(
     sources: Sequence[Path], namespace: str, folder: Path, module: Path = MODULE
 ) -> dict[str, list[Path]]:
-    """The cubins by architecture that zokern._cuda has of some source files, whose kernels are all in one
-    namespace of zo.
+    """The cubins by architecture that zokern._cuda has of some source files,
+    whose kernels are all in one namespace of zo.
 
     None where a file that the sources are made of is newer than the module.
     """
@@ -200,8 +200,8 @@ def histogram(code: list[Instruction]) -> Counter[str]:
 
 
 def arithmetic(code: list[Instruction]) -> dict[str, int]:
-    """How many float32 multiplications, additions and fused multiply-adds: equal to the PTX's if nothing was
-    contracted."""
+    """How many float32 multiplications, additions and fused multiply-adds:
+    equal to the PTX's if nothing was contracted."""
     return {
         name: sum(re.match(rf"{name}\b", i.name) is not None for i in code)
         for name in ("FFMA", "FMUL", "FADD")
@@ -252,8 +252,8 @@ def tile(
 
 @dataclass
 class Run:
-    """The loops of `sums` or `steps` in axpy.cu over normal terms, by how often an instruction runs for a
-    thread's units."""
+    """The loops of `sums` or `steps` in axpy.cu over normal terms,
+    by how often an instruction runs for a thread's units."""
 
     units: int  # of eight elements, that a thread has in a turn
     turn: list[Instruction]  # once for one sum, or for every 32 steps
@@ -273,8 +273,8 @@ class Run:
 
 
 def many(function: Function, accesses: int = 1) -> Run:
-    """Of TERMS or STEPS, with this many 16-byte loads and stores a unit. Sums of more than 32 terms have more
-    loops inside."""
+    """Of TERMS or STEPS, with this many 16-byte loads and stores a unit.
+    Sums of more than 32 terms have more loops inside."""
 
     def within(inner: list[Instruction], outer: list[Instruction]) -> bool:
         return (

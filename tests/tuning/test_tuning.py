@@ -1,5 +1,5 @@
-"""Tuning: eps between rounding and curvature, lr from the expected fall, and an optimizer that is as it
-was."""
+"""Tuning: eps between rounding and curvature,
+lr from the expected fall, and an optimizer that is as it was."""
 
 from __future__ import annotations
 

@@ -49,8 +49,8 @@ def named(names: tuple[int, int, int, int], **rest) -> dict:
 
 
 def direction_vectors(direction: str) -> dict:
-    """Values at the limits of blocks and of 32-bit indices, digests of long runs, and 2^26 values in
-    pieces."""
+    """Values at the limits of blocks and of 32-bit indices,
+    digests of long runs, and 2^26 values in pieces."""
     values, digests = [], []
     for names in NAMES:
         for first in FIRSTS:

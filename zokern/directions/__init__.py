@@ -1,5 +1,5 @@
-"""Directions: what z is. One file each; a direction is a name, a block size and the map from words to
-values."""
+"""Directions: what z is. One file each;
+a direction is a name, a block size and the map from words to values."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def resolve(direction: str | Direction) -> Direction:
 
 
 def parts(direction: Any) -> tuple[LowRank | None, Scaled | None, Direction]:
-    """Returns the low-rank and the scaled direction that a direction is, and the dense one that it is made
-    of.
+    """Returns the low-rank and the scaled direction that a direction is,
+    and the dense one that it is made of.
 
     Raises ValueError for a low-rank direction whose dense part has factors."""
     if isinstance(direction, LowRank):

@@ -30,8 +30,8 @@ THETA = Point()
 
 
 class Refused(RuntimeError):
-    """An evaluation cannot read this closure right; the message says why. Evaluation 'auto' goes on with
-    another."""
+    """An evaluation cannot read this closure right;
+    the message says why. Evaluation 'auto' goes on with another."""
 
 
 class NotRepeatable(RuntimeError):

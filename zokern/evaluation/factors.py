@@ -1,5 +1,5 @@
-"""Factors: the low-rank part of theta + eps sum_k a_k z_k for one matrix, at each of the points that are read
-together.
+"""Factors: the low-rank part of theta + eps sum_k a_k z_k for one matrix,
+at each of the points that are read together.
 
     theta + eps sum_k a_k z_k = shrink W + L C R^T,   (L, C, R) = Matrix.factors(M),   M = pending + eps sum_k
     a_k draw_k
@@ -90,11 +90,11 @@ class Factors:
         self.ends.update(zip(keys, ends_of(matrices, middles, group.backend)))
 
     def stack(self, group: Group, positions: Sequence[int], out: Tensor) -> None:
-        """out[side, j] <- shrink W + L C R^T of matrices of one shape, float32, by one batched product for
-        each side.
+        """out[side, j] <- shrink W + L C R^T of matrices of one shape,
+        float32, by one batched product for each side.
 
-        out is (sides, matrices, *shape of W). A launch for hundreds of small matrices spends more on their
-        addresses."""
+        out is (sides, matrices, *shape of W). A launch for hundreds
+        of small matrices spends more on their addresses."""
         matrices = [group.matrices[i] for i in positions]  # type: ignore[index]
         lefts, rights, first, g = (
             [m.left for m in matrices],
@@ -124,8 +124,8 @@ class Factors:
                 torch.baddbmm(weights, before, after.mT, beta=first.shrink, out=target)
 
     def parts(self, group: Group, i: int, sides: Sequence[int], transposed: bool) -> list[Thin]:
-        """Returns the thin products beside x W^T (transposed: x W), those of sides that share a factor in one
-        part."""
+        """Returns the thin products beside x W^T (transposed: x W),
+        those of sides that share a factor in one part."""
         assert group.matrices is not None
         matrix, g = group.matrices[i], self.number[id(group)]
         moved = [j for j, side in enumerate(sides) if g in self.middles[side]]
@@ -142,8 +142,8 @@ class Factors:
     def _wide_parts(
         self, group: Group, i: int, sides: Sequence[int], moved: list[int], transposed: bool
     ) -> list[Thin]:
-        """Returns the thin products where U, V or both are drawn: sides of the same draws share the wide
-        factors.
+        """Returns the thin products where U, V or both are drawn:
+        sides of the same draws share the wide factors.
 
         pending + sum_k s_k draw_k = (pending draw_1 ...) (1; s_1; ...)"""
         assert group.matrices is not None

@@ -12,8 +12,8 @@ from torch import Tensor
 
 
 def loss_tensor(loss: Any, rows: bool = False) -> Tensor:
-    """Returns the closure's loss as a 0-d float64 tensor, on its device; refused unless it is one real
-    number.
+    """Returns the closure's loss as a 0-d float64 tensor, on its device;
+    refused unless it is one real number.
 
     rows  a vector with the loss of each example is expected, and returned as float64 [examples]
 

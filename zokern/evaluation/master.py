@@ -167,8 +167,8 @@ class Master:
 
 
 def _swallowed(plan: Plan) -> float | None:
-    """Returns the share of sampled 16-bit weights that are where they were; measured in the first steps and
-    now and then."""
+    """Returns the share of sampled 16-bit weights that are where they were;
+    measured in the first steps and now and then."""
     if plan.step >= 10 and plan.step % 100:
         return None
     still = total = 0.0

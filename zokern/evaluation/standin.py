@@ -92,8 +92,8 @@ class Perturbed(Copy):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
-        """A use below torch's Python functions: C++ code, a TorchScript function, a subclass made of the
-        parameter."""
+        """A use below torch's Python functions:
+        C++ code, a TorchScript function, a subclass made of the parameter."""
         values, spec = tree_flatten((args, kwargs or {}))
         found = next(v for v in values if isinstance(v, Perturbed))
         if func._schema.is_mutable:
@@ -117,8 +117,8 @@ def _writes(parameter: Any, how: str) -> RuntimeError:
 
 
 def _with_copies(func, name: str, args: tuple, kwargs: dict, cast: torch.dtype | None) -> Any:
-    """Calls the function with whole copies. cast: in float32 for a small vector's sake, with a result of this
-    dtype."""
+    """Calls the function with whole copies. cast:
+    in float32 for a small vector's sake, with a result of this dtype."""
     values, spec = tree_flatten((args, kwargs))
     others = cast is not None and cast.itemsize < 4 and not _mixes(func, values)
     copies, held = [], 0
@@ -194,8 +194,8 @@ def _addmm(func, args: tuple, kwargs: dict):
 
 
 def _product(x: Any, weight: Any, bias: Any, transposed: bool):
-    """Rows, a large matrix and a bias of one number for each of its columns; other arguments get a whole
-    copy."""
+    """Rows, a large matrix and a bias of one number for each of its columns;
+    other arguments get a whole copy."""
     if (
         not isinstance(weight, Perturbed)
         or isinstance(x, Perturbed)
@@ -282,8 +282,8 @@ def _getitem(func, args: tuple, kwargs: dict):
 
 
 def _is_taped(x: Tensor, bias: Any) -> bool:
-    """Whether autograd follows the call: a closure that differentiates by its inputs. Torch's own operations
-    then do it."""
+    """Whether autograd follows the call: a closure that differentiates by its inputs.
+    Torch's own operations then do it."""
     if torch.autograd.forward_ad._current_level >= 0:
         return True
     return torch.is_grad_enabled() and (
@@ -321,8 +321,8 @@ PRODUCTS = {
     torch.add,
 }
 DATA_ATTRIBUTES = {"data", "T", "mT", "H", "mH", "real", "imag"}
-# Answered by the stand-in itself, which has the parameter's shape, dtype and device: a copy would be wrong,
-# or wasted.
+# Answered by the stand-in itself, which has the parameter's shape, dtype and device:
+# a copy would be wrong, or wasted.
 METADATA = {
     "size", "stride", "dim", "ndimension", "numel", "nelement", "element_size", "storage_offset",
     "is_contiguous", "is_floating_point",
@@ -337,8 +337,8 @@ METADATA = {
 
 
 def _places(copies: Copies) -> list[tuple]:
-    """Returns (parameter, class, group, position, what stands in: a stack, or a tensor without memory);
-    prepared once.
+    """Returns (parameter, class, group, position, what stands
+    in: a stack, or a tensor without memory); prepared once.
 
     Raises Refused for parameters that cannot hold another tensor."""
     memo, key = copies.plan.groups[0].memo, ("places", *map(id, copies.resident.values()))
@@ -395,8 +395,8 @@ _count = itertools.count(1 << 30)
 
 
 def _number(tensors: list[Tensor]) -> None:
-    """Gives stand-ins a version of their own: a cache of the closure that goes by versions finds nothing of
-    another reading."""
+    """Gives stand-ins a version of their own:
+    a cache of the closure that goes by versions finds nothing of another reading."""
     version, number = next(_count) % (1 << 32), torch._C._autograd._unsafe_set_version_counter
     try:
         number(tuple(tensors), (version,) * len(tensors))

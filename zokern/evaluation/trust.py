@@ -1,5 +1,5 @@
-"""Trust: a faster evaluation is compared with one through real parameters, at the same points and a larger
-offset.
+"""Trust: a faster evaluation is compared with one through real parameters,
+at the same points and a larger offset.
 
 The offset grows until the losses of two points differ by more than rounding does, so a parameter that the
 faster way does not perturb, or a stale cache, stands out. Compared are the first step, the first in other
@@ -85,8 +85,8 @@ def compare(
     closure: Callable[[], object],
     floor: float | None = None,
 ) -> int:
-    """Raises Refused if two evaluations disagree on the losses of a pair of points; returns the rows of the
-    inputs.
+    """Raises Refused if two evaluations disagree on the losses of a pair of points;
+    returns the rows of the inputs.
 
     The pair moves away from theta until its losses differ by far more than rounding does: in 16 bits by the
     difference between rounding the weights to nearest and stochastically, in float32 by a few units in the

@@ -18,8 +18,8 @@ class DiZO(ZerothOrder):
     cut at +-reach / width. Then g = (L(f + width z) - L(f - width z)) / (2 width), and f <- f - rate g z, cut
     at 1 +- reach. The paper's gamma is f ||W - W0||.
 
-    Use it where layers of a pre-trained model should move by different lengths, which MeZO's one lr does not
-    give.
+    Use it where layers of a pre-trained model should move by different lengths,
+    which MeZO's one lr does not give.
 
     params      a module, or parameters, (name, parameter) pairs or groups, as for zokern.MeZO
     lr, eps     per step and in weights, as for MeZO. None: 2e-5. Published: lr 1e-6, eps 1e-3 (OPT-2.7B, 4000

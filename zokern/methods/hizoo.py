@@ -16,8 +16,8 @@ class HiZOO(ZerothOrder):
     c_k = (L(theta + eps s z_k) - L(theta - eps s z_k)) / (2 eps)
     v_k = |L(theta + eps s z_k) + L(theta - eps s z_k) - 2 L(theta)| / (2 eps^2)
 
-    s = h^(-1/2) starts at 1. The losses are read along the old s and the weights move along the new one, as
-    published.
+    s = h^(-1/2) starts at 1. The losses are read along the
+    old s and the weights move along the new one, as published.
 
     Use it where weights differ much in curvature and 4 bytes a weight are there. A third loss pays for it.
 

@@ -31,8 +31,8 @@ class KerZOO(ZerothOrder):
                in the published code
     clip_norm  bound on each parameter's norm of g; None: none. The published code: 4e5
     averaging  the published code's acceleration: weights are the average of fast ones, and losses are read at
-               the next average (zokern.Averaged). It keeps 4 bytes a weight, and a step copies what is
-               trained
+               the next average (zokern.Averaged). It keeps 4 bytes a weight,
+               and a step copies what is trained
     options    those of zokern.MeZO; evaluation is 'auto' by default
 
     KerZOO.published() is the published trainer, whose code differs from the paper's formula.

@@ -22,8 +22,8 @@ PROBE = 2  # query of the first probe; queries 0 and 1 of the purpose BASIS belo
 
 
 class Probed(Aligned, Measured):
-    """The direction of P-GAP: U, S, V of G = (1/h) sum_{i<=h} c_i z_i, from h central differences along dense
-    normals.
+    """The direction of P-GAP: U, S, V of G = (1/h) sum_{i<=h} c_i z_i,
+    from h central differences along dense normals.
 
     probes             h
     oversample, power  of the randomized range finder, which never holds G: extra columns, and power
@@ -41,8 +41,8 @@ class Probed(Aligned, Measured):
         self._newest = -1  # step of the basis in use
 
     def measure(self, oracle: Oracle, plan: Plan) -> None:
-        """Probes where this step begins a basis. Weights are read, not written (evaluation 'inplace': up to
-        rounding).
+        """Probes where this step begins a basis.
+        Weights are read, not written (evaluation 'inplace': up to rounding).
 
         Raises RuntimeError where the step goes on with a basis whose probes are not known."""
         self._newest = self.basis_step(plan.step)

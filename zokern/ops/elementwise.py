@@ -92,8 +92,8 @@ def axpy_(
     decay     factor of the old weights, rounded to float32; with `each`, one for all sums or one for each
     first     number of each tensor's first element in its unsharded parameter: one int, or one per tensor
     rounding  'nearest'; 'stochastic' (16 random bits of the stream: who, step of the last draw, purpose
-              rounding); 'residual' (bfloat16 only; residuals hold the 16 low bits of an exact float32
-              master)
+              rounding); 'residual' (bfloat16 only; residuals
+              hold the 16 low bits of an exact float32 master)
     residuals int16 tensors, contiguous, shaped like the tensors, read and written; required by 'residual'
     each      False: one sum of K terms. q, a divisor of K (True: 1): K / q sums of q terms in one pass over
               theta, one after the other, each with its decay and its rounding: the bits of K / q calls. This

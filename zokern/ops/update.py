@@ -43,8 +43,8 @@ def update_(
     scalars   (decay, lr, beta, alpha), (decay, lr, beta1, alpha1, beta2, alpha2, inside, correction, eps) or,
               for 'sign', (decay, lr): floats, or float32 on the tensors' device, where a captured CUDA graph
               reads new ones. zokern.Momentum, zokern.Adam and zokern.SignSgd make them:
-              `.scalars(lr, decay, updates)`. lr and correction hold the bias corrections; g descends, so lr
-              is positive
+              `.scalars(lr, decay, updates)`. lr and correction hold the bias corrections;
+              g descends, so lr is positive
     who, draws, coeffs, first, rounding, residuals, clock   as for axpy_
     Arithmetic, float32: g by fma in draw order from 0; m = fma(alpha, g, round(beta m));
     v = fma(alpha2, round(g g), round(beta2 v)); move = m / fma(sqrt(v + inside), correction, eps), root and

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-# Wrappers: the class that torch.nn.Module.named_parameters meets, and the attribute that holds the module
-# inside.
+# Wrappers: the class that torch.nn.Module.named_parameters meets,
+# and the attribute that holds the module inside.
 WRAPPERS = {
     "OptimizedModule": "_orig_mod",  # torch.compile
     "DistributedDataParallel": "module",

@@ -37,8 +37,8 @@ def measure(sector_step: int = 1, threads: int | None = None) -> dict[str, float
 
 
 def problems(figures: dict[str, float], slack: float = 1.0) -> list[str]:
-    """The figures outside their bounds, each as a sentence; ``slack`` widens the bounds for a subset of the
-    words."""
+    """The figures outside their bounds, each as a sentence;
+    ``slack`` widens the bounds for a subset of the words."""
     bounds = {f"{side}_{name}": bound for side in ("sin", "cos") for name, bound in BOUNDS.items()} | JOINT
     found = [
         f"{name} is {figures[name]:.3g}, expected within {bound * slack:.3g}"
