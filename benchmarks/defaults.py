@@ -1,5 +1,5 @@
-"""Does every method learn at its defaults? The demo's model and rows, a constant lr, one seed: `python -m
-benchmarks.defaults`.
+"""Does every method learn at its defaults? The demo's model and rows, a constant lr, one seed:
+`python -m benchmarks.defaults`.
 
 Every case starts from the same weights and takes the constructor's lr and eps. A block-wise step reads 64
 losses: it takes a tenth of the steps. --seconds ends a case early, at the steps that its row names. Two
@@ -126,7 +126,7 @@ def page(machine: dict[str, str], found: dict[str, dict[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures the cases and writes the page."""
     parse = argparse.ArgumentParser(
-        prog="python -m benchmarks.defaults", description=(__doc__ or "").partition("\n")[0]
+        prog="python -m benchmarks.defaults", description=(__doc__ or "").partition("\n\n")[0]
     )
     parse.add_argument(
         "--only", nargs="+", choices=CASES, default=list(CASES), metavar="NAME", help=", ".join(CASES)

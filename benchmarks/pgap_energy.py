@@ -229,7 +229,7 @@ def lines(
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the tables and writes the page."""
     parse = argparse.ArgumentParser(
-        prog="python -m benchmarks.pgap_energy", description=(__doc__ or "").partition("\n")[0]
+        prog="python -m benchmarks.pgap_energy", description=(__doc__ or "").partition("\n\n")[0]
     )
     parse.add_argument("--seeds", type=int, choices=STUDENT, default=SEEDS)
     parse.add_argument("--most", type=int, choices=PROBES, default=PROBES[-1], help="largest h of the sweep")

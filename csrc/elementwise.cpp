@@ -83,8 +83,8 @@ ZO_INLINE void store_unit(Element<T>* p, F a, F b, Flag& flag) {
   }
 }
 
-// The fast path for one term. kSides is 0 for draw, 1 for axpy and for perturb with one side, 2 for perturb
-// with two.
+// The fast path for one term. kSides is 0 for draw,
+// 1 for axpy and for perturb with one side, 2 for perturb with two.
 template <Direction D, Type T, Type O, int kSides, bool kDecay, bool kScaled>
 int64_t fast(const Job& job, const Run& run, const Element<T>* theta, Element<O>* out0, Element<O>* out1,
              float scale0, float scale1) {
@@ -347,8 +347,8 @@ int64_t general_piece(const Job& job, const Run& run, int64_t begin, int n, Buff
     const bool stochastic = job.rounding == Rounding::kStochastic;
     for (int k = 0; k < job.draw_count; ++k) {
       const Draw& draw = job.draws[k];
-      // The split of a float32 into a bfloat16 and low bits is exact. narrow() below rounds the last sum to
-      // nearest.
+      // The split of a float32 into a bfloat16 and low bits is exact.
+      // narrow() below rounds the last sum to nearest.
       const bool exact = type == Type::kFloat32 || keep || (k + 1) % job.each != 0;
       if (exact || (!stochastic && k + 1 == job.draw_count)) {
         term<true>(job, draw, entry, block, blocks, draw.coefficient, value, value, buffers, Unrounded{});

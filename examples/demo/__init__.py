@@ -1,5 +1,5 @@
-"""The demo: SmolLM2-135M learns to judge film-review sentences from forward passes alone. `python -m
-examples.demo --help`.
+"""The demo: SmolLM2-135M learns to judge film-review sentences from forward passes alone.
+`python -m examples.demo --help`.
 
     before    held-out rows: loss, accuracy
     training  a method on all weights, one seed; then, from the same start, a second seed
@@ -122,7 +122,7 @@ def _processor() -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    parse = argparse.ArgumentParser(prog="zokern demo", description=(__doc__ or "").partition("\n")[0])
+    parse = argparse.ArgumentParser(prog="zokern demo", description=(__doc__ or "").partition("\n\n")[0])
     add = parse.add_argument
     add(
         "--json",
