@@ -111,6 +111,16 @@ def grad_mode():
     torch.set_grad_enabled(before)
 
 
+@pytest.fixture
+def one_thread():
+    """For files of tiny models, by `pytestmark`: a second thread has nothing to do there,
+    and waits for the first whenever cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def on_host() -> types.ModuleType:
     """csrc/*.cu on the host."""

@@ -12,7 +12,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
-from models import batch, build, changed, next_token_loss, one_thread, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
+from models import batch, build, changed, next_token_loss, same_bits, snapshot, tiny
 from recipes import GRADIENTS, METHODS, ONE_EACH, SLOPES
 from torch import Tensor, nn
 
@@ -21,6 +21,8 @@ from zokern import plan
 from zokern.directions import Aligned, Diagonal, Lazy, Subspace, lowrank, orthonormal
 from zokern.rule import sgd
 from zokern.stream import BASIS, draw_word
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 IDS = batch()
 

@@ -12,12 +12,14 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from models import at_use, batch, changed, next_token_loss, one_thread, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
+from models import at_use, batch, changed, next_token_loss, same_bits, snapshot, tiny
 from torch import Tensor
 
 import zokern
 from zokern.estimator import Base, Estimate, Oracle
 from zokern.evaluation import THETA, Point
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 IDS = batch()
 EVALUATIONS = ("master", "paired", "scratch", "inplace", "auto", "scratch, at use", "paired, at use")

@@ -11,12 +11,14 @@ from unittest.mock import patch
 import pytest
 import torch
 from family import EVALUATIONS, Rows
-from models import one_thread, same_bits, snapshot  # noqa: F401 (a fixture)
+from models import same_bits, snapshot
 from torch import Tensor
 
 import zokern
 from zokern.plan import Plan
 from zokern.stream import PRIVACY, draw_word, words
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("evaluation", [*EVALUATIONS, "auto"])

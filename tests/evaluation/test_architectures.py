@@ -15,7 +15,6 @@ import pytest
 import readings
 import torch
 from architectures import ARCHITECTURES
-from models import one_thread  # noqa: F401 (a fixture)
 from readings import EXPLICIT, check_refusal, check_weights, clones, optimizer, trained, write
 from torch import Tensor, nn
 

@@ -18,7 +18,7 @@ import pytest
 import readings
 import torch
 import torch.nn.functional as F
-from models import build, changed, next_token_loss, one_thread, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
+from models import build, changed, next_token_loss, same_bits, snapshot, tiny
 from recipes import METHODS
 from torch import Tensor, nn
 
@@ -27,6 +27,8 @@ from zokern import gemm
 from zokern.estimator import Oracle
 from zokern.evaluation import THETA, Point, copies
 from zokern.gemm import lowrank
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 IDS = models.batch()
 WAYS: dict[str, Callable] = {

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from method_check import check_method
-from models import batch, build, changed, next_token_loss, one_thread, snapshot, tiny  # noqa: F401 (a fixture)
+from models import batch, build, changed, next_token_loss, snapshot, tiny
 from mutant import replaced
 from peak import Peak
 from recipes import Formula
@@ -25,6 +25,8 @@ from torch.autograd import forward_ad
 import zokern
 from zokern.directions import Subspace
 from zokern.evaluation import jvp, rng
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 IDS = batch()
 SEED = 11

@@ -10,13 +10,13 @@ import models
 import oracle
 import pytest
 import torch
-from models import build, changed, one_thread, same_bits, snapshot  # noqa: F401 (a fixture)
+from models import build, changed, same_bits, snapshot
 from torch import nn
 from torch.func import functional_call, jvp
 
 import zokern
 
-pytestmark = pytest.mark.usefixtures("both_products")
+pytestmark = pytest.mark.usefixtures("both_products", "one_thread")
 
 ATTENTION = [
     (name, attention)

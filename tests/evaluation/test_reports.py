@@ -23,7 +23,6 @@ import pytest
 import readings
 import torch
 import torch.nn.functional as F
-from models import one_thread  # noqa: F401 (a fixture)
 from readings import WAYS, check_refusal, check_weights, clones, optimizer, write
 from recipes import SLOPES
 from reports import CASES, LOCAL, LOG, STACK, VARIABLE, WRITES, Case, Setup, built, line, square, swapped
@@ -97,7 +96,7 @@ def refuses(one: Case, way: str, error: Exception) -> None:
 
 
 @pytest.fixture(autouse=True)
-def repaired(one_thread):  # noqa: F811 (the fixture by its name)
+def repaired(one_thread):
     """What a wrong version left behind is not the next test's fault."""
     stdout, limit = sys.stdout, sys.getrecursionlimit()
     yield

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hand import EPS, NAMES, SEED, Hand, loss, weights
 from method_check import check_method, check_resume
-from models import batch, changed, next_token_loss, one_thread, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
+from models import batch, changed, next_token_loss, snapshot, tiny
 from mutant import replaced
 from torch import Tensor
 
@@ -19,6 +19,8 @@ import zokern
 from zokern.rule import projected
 from zokern.rule.projected import Projected
 from zokern.stream import RADIUS, draw_word
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 IDS = batch()
 CHOSEN = ("layers.0.up", "layers.1.up", "layers.1.down")

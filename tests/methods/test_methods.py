@@ -14,7 +14,7 @@ import models
 import pytest
 import torch
 from method_check import IDS, check_method, loss_of
-from models import build, one_thread, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
+from models import build, same_bits, snapshot, tiny
 from mutant import misread, replaced, together
 from recipes import DENSE, METHODS, ONE_EACH, ROWS, SLOPES
 from torch import Tensor, nn
@@ -39,6 +39,8 @@ from zokern.evaluation import Point
 from zokern.methods import pgap
 from zokern.rule import adam, carry, momentum, muon, sgd
 from zokern.stream import BASIS, draw_word
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CASES: dict[str, dict] = {
     **{name: {"name": name} for name in METHODS},

@@ -9,13 +9,14 @@ from unittest.mock import patch
 
 import pytest
 from method_check import check_method
-from models import one_thread  # noqa: F401 (a fixture)
 from mutant import misread, replaced, together
 
 import zokern
 from zokern import plan
 from zokern.estimator import Spsa
 from zokern.rule import WindowAdam, WindowMomentum, adam, momentum, window
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def asks(kind: type, wrong: Callable):

@@ -12,12 +12,14 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from models import batch, changed, next_token_loss, one_thread, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
+from models import batch, changed, next_token_loss, same_bits, snapshot, tiny
 from recipes import METHODS
 from torch import Tensor, nn
 
 import zokern
 from zokern.rule import momentum, sgd, waiting
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 IDS = batch()
 PARTS = {name: METHODS[name](tiny()) for name in METHODS}

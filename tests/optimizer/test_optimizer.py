@@ -8,10 +8,12 @@ import pickle
 
 import pytest
 import torch
-from models import batch, changed, next_token_loss, one_thread, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
+from models import batch, changed, next_token_loss, same_bits, snapshot, tiny
 from torch import nn
 
 import zokern
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 IDS = batch()
 

@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from models import one_thread, same_bits  # noqa: F401 (a fixture)
+from models import same_bits
 from torch import Tensor, nn
 
 import zokern
 from zokern.directions import Lazy
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHAPES = {"layers.0.up": (6, 5), "layers.0.down": (7,), "layers.1.up": (3, 4), "head": ()}
 STEPS = 9

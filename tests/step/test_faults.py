@@ -17,11 +17,13 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from models import batch, build, changed, next_token_loss, one_thread, refuse, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
+from models import batch, build, changed, next_token_loss, refuse, same_bits, snapshot, tiny
 from torch import nn
 
 import zokern
 from zokern.evaluation import isolation
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 IDS = batch()
 EXPLICIT = ("master", "paired", "scratch", "inplace")

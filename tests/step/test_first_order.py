@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from method_check import check_method
-from models import batch, build, changed, next_token_loss, one_thread, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
+from models import batch, build, changed, next_token_loss, same_bits, snapshot, tiny
 from mutant import replaced
 from peak import Peak
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ from zokern import first_order
 from zokern.directions import Subspace
 from zokern.estimator import Gradient, Mixed, Split
 from zokern.rule import Sgd
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 IDS, OTHERS = batch(), batch(2, 8).flip(0)
 SGD = partial(torch.optim.SGD, lr=0.1)

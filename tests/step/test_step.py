@@ -16,12 +16,14 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from models import batch, build, changed, next_token_loss, one_thread, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
+from models import batch, build, changed, next_token_loss, same_bits, snapshot, tiny
 from torch import nn
 
 import zokern
 from zokern import plan
 from zokern.evaluation import rng
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 IDS = batch()
 MAXIMIZED = {"maximize": True}

@@ -3,7 +3,7 @@ so every test sees the same ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,16 +13,6 @@ from torch import Tensor, nn
 from zokern.evaluation.arena import Arena
 
 VOCABULARY = 37
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """For files of tiny models: a second thread has nothing to do there,
-    and waits for the first whenever cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Tiny(nn.Module):

@@ -26,7 +26,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from models import one_thread  # noqa: F401 (a fixture)
 from readings import clones
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
