@@ -83,7 +83,10 @@ class Part:
         return f"{OBJECTS}/_{self.name}{SUFFIX}"
 
     def bind_rule(self) -> str:
-        return f"build {OBJECTS}/{self.name}/bind.o: cxx csrc/bind.cpp\n  flags = $python -DZOKERN_MODULE=_{self.name}"
+        return (
+            f"build {OBJECTS}/{self.name}/bind.o: cxx csrc/bind.cpp\n"
+            f"  flags = $python -DZOKERN_MODULE=_{self.name}"
+        )
 
 
 def run(*command: str) -> str:
@@ -315,7 +318,8 @@ def finish(package: Path) -> None:
     """Puts the modules and the record of the build,
     zokern/_build.py, into the package, and says what was built."""
     record = {"commit": commit(), "parts": {part.name: part.record for part in PARTS}, "left_out": LEFT_OUT}
-    text = f'"""What setup.py built; written by it."""\n\nRECORD = {pprint.pformat(record, width=120, sort_dicts=False)}\n'
+    shown = pprint.pformat(record, width=120, sort_dicts=False)
+    text = f'"""What setup.py built; written by it."""\n\nRECORD = {shown}\n'
     package.mkdir(parents=True, exist_ok=True)
     (package / "_build.py").write_text(text)
     for stale in {*package.glob(f"_c*{SUFFIX}")} - {package / Path(part.output).name for part in PARTS}:

@@ -39,9 +39,10 @@ def own_entry(optimizer: Saved) -> dict[str, Any]:
     """Stream version, seed and counters, and the recipe:
     what has to be the same for a resumed run to be the same run."""
     run, guards = optimizer.run, optimizer.guards
+    learned = {name: dict(part.state) for name, part in _keepers(optimizer).items()}
     return {
         "stream": VERSION, "seed": run.seed, "step": run.step, "skips": guards.skips, "dead": guards.dead,
-        "recipe": recipe(optimizer), "state": {name: dict(part.state) for name, part in _keepers(optimizer).items()},
+        "recipe": recipe(optimizer), "state": learned,
     }  # fmt: skip
 
 

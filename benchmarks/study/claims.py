@@ -114,7 +114,8 @@ def statement(groups: Sequence[Group], claim: Claim) -> str:
         )
     values, bounds = ratios(groups, claim)
     if len(values) < 2:
-        return f"{claim.words}: {NOTHING} (pairs in which MeZO gets to its own final loss: {len(values)}; two are needed)."
+        few = f"pairs in which MeZO gets to its own final loss: {len(values)}; two are needed"
+        return f"{claim.words}: {NOTHING} ({few})."
     r = Interval(*(math.exp(x) for x in interval([math.log(v) for v in values])[:3]), len(values))
     open_end = (
         f" {bounds} of them end above that loss: their ratio is at least what is counted." if bounds else ""
@@ -168,7 +169,8 @@ def start_with(groups: Sequence[Group], at: str = "time") -> str:
         else ""
     )
     if not useful:
-        return f"At {cost} these runs do not say which method to start with.{tail or ' No model and set has two methods to compare.'}"
+        why = tail or " No model and set has two methods to compare."
+        return f"At {cost} these runs do not say which method to start with.{why}"
     where = "; ".join(group.name for group in useful)
     everywhere = set.intersection(*(set(getattr(group, at)) for group in useful))
     partly = sorted({name for group in useful for name in getattr(group, at)} - everywhere)
@@ -180,9 +182,13 @@ def start_with(groups: Sequence[Group], at: str = "time") -> str:
     good.sort(key=lambda name: (-scores[name], name))
     worse = sorted(everywhere - set(good))
     if not good:
-        return f"At {cost} no method is among the best of every group ({where}): see the table of the group that is like yours.{tail}"
+        return (
+            f"At {cost} no method is among the best of every group ({where}): see the table of the group "
+            f"that is like yours.{tail}"
+        )
     if not worse:
-        return f"At {cost} no method is told apart from the best ({where}): {', '.join(good)}, by falling mean accuracy.{tail}"
+        named = f"{', '.join(good)}, by falling mean accuracy"
+        return f"At {cost} no method is told apart from the best ({where}): {named}.{tail}"
     first = (
         f"**{good[0]}**"
         if len(good) == 1

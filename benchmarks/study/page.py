@@ -14,6 +14,8 @@ from .order import MODELS, SEEDS, SETS, Run, order
 from .reading import LEAST_FALL, TIME, Group, Mean, crossing, groups
 from .train import REACH
 
+BUSY = "**The machine was busy** (load average up to {:.1f}): times are longer than on a free one."
+ONE_SEED = "**One seed**: intervals are of the held-out rows alone, and another seed may change the order."
 HEAD = [
     "method", "seeds", "lr", "eps", "forwards x", "steps", "accuracy, equal forwards", "equal time", "loss",
     "forwards to target",
@@ -130,7 +132,6 @@ def page(
     """Returns the page."""
     found = groups(rows, settings["forwards"])
     load = max((row["load"] for row in rows), default=0.0)
-    busy = load > int(machine["cores"])
 
     def every(key: str) -> str:
         return ", ".join(dict.fromkeys(str(row[key]) for row in rows)) or "none"
@@ -148,8 +149,8 @@ def page(
         f"Rows are of commits {every('commit')}, measured on {every('machine')}, torch {every('torch')}, "
         f"{machine['cores']} cores,",
         f"threads {every('threads')}.",
-        *(["", f"**The machine was busy** (load average up to {load:.1f}): times are longer than on a free one."] if busy else []),
-        *(["", "**One seed**: intervals are of the held-out rows alone, and another seed may change the order."] if seeds == 1 else []),
+        *(["", BUSY.format(load)] if load > int(machine["cores"]) else []),
+        *(["", ONE_SEED] if seeds == 1 else []),
         "",
         "![accuracy over forwards, and at equal cost](study.png)",
         "",

@@ -186,8 +186,10 @@ def test_forced_path():
 
     The compiled module decides, and is loaded without torch, which takes seconds.
     """
-    code = f"import importlib.util as u; s = u.spec_from_file_location('_cpu', {cpu._cpu.__file__!r}); m = u.module_from_spec(s)"
-    code += "; s.loader.exec_module(m); print(m.implementation())"
+    code = (
+        f"import importlib.util as u; s = u.spec_from_file_location('_cpu', {cpu._cpu.__file__!r}); "
+        "m = u.module_from_spec(s); s.loader.exec_module(m); print(m.implementation())"
+    )
 
     def chosen(name: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

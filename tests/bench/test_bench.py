@@ -6,7 +6,6 @@ import gc
 import json
 import sys
 import time
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -296,7 +295,7 @@ def run(commit: str, title: str, seconds: float, folder: Path) -> Report:
     report = Report(quick=False, command="python -m pytest benchmarks")
     report.machine |= {"commit": commit, "date": "2026-01-02"}
     report.folder = lambda: folder  # type: ignore[method-assign]
-    report.show = types.MethodType(lambda self, to: (to / "README.md").write_text(self.markdown()), report)  # type: ignore[method-assign]
+    report.show = lambda to: (to / "README.md").write_text(report.markdown())
     report.note(f"a note of {title}")
     figures = {"axpy_ normal fp32 / eager": 30.0, "other": 2.0} if title == "first" else {}
     report.add(Group(title, [Case("one", lambda: None, times=[seconds])]), **figures)

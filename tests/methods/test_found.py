@@ -31,8 +31,9 @@ class Fourth(ZerothOrder):
         super().__init__(params, lr=lr, eps=eps, estimator=Spsa(stencil=FOURTH), **options)
 
     def plan(self):
+        share = 0.55 + 0.45 * math.cos(math.pi * min(self.steps, 100) / 100)
         for group in self.param_groups:
-            group["eps"] = self.defaults["eps"] * (0.55 + 0.45 * math.cos(math.pi * min(self.steps, 100) / 100))
+            group["eps"] = self.defaults["eps"] * share
         return super().plan()
 '''
 

@@ -85,14 +85,21 @@ def test_split() -> None:
     check_split(split)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        pytest.param(lambda rows, n: data.Split(list(rows[n:]), list(rows[:n])), id="order of the file"),
-        pytest.param(lambda rows, n: data.Split(split(rows, n).train + split(rows, n).held_out[:2], split(rows, n).held_out), id="overlap"),
-        pytest.param(lambda rows, n: data.Split((by := sorted(rows, key=lambda r: (-r.label, r)))[n:], by[:n]), id="unbalanced"),
-    ],
-)  # fmt: skip
+def in_file_order(rows, n: int) -> data.Split:
+    return data.Split(list(rows[n:]), list(rows[:n]))
+
+
+def overlapping(rows, n: int) -> data.Split:
+    right = split(rows, n)
+    return data.Split(right.train + right.held_out[:2], right.held_out)
+
+
+def unbalanced(rows, n: int) -> data.Split:
+    ordered = sorted(rows, key=lambda row: (-row.label, row))
+    return data.Split(ordered[n:], ordered[:n])
+
+
+@pytest.mark.parametrize("wrong", [in_file_order, overlapping, unbalanced])
 def test_wrong_split_is_rejected(wrong) -> None:
     with pytest.raises(AssertionError):
         check_split(wrong)

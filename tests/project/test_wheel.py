@@ -166,7 +166,10 @@ def test_with_nvcc_it_holds_both_and_loads_without_a_driver(build, environment):
     # -S first: the module loads with nothing but the interpreter around it, so it links neither torch nor a
     # driver
     module = next(environment.parent.parent.rglob("_cuda*.so"))
-    load = f"import importlib.util as u; s = u.spec_from_file_location('_cuda', {str(module)!r}); u.module_from_spec(s)"
+    load = (
+        f"import importlib.util as u; s = u.spec_from_file_location('_cuda', {str(module)!r}); "
+        "u.module_from_spec(s)"
+    )
     call(environment, "-S", "-c", load, cwd=environment.parent)
     report = info(environment)
     assert report["cuda_architectures"] == ["sm_90"] or "sm_90" in " ".join(report["cuda_architectures"])
@@ -244,7 +247,8 @@ def answers(*lines: str) -> str:
     """A program that prints the answer to its first argument,
     and leaves an empty file where -o asks for one."""
     cases = "".join(f"{line} ;;\n" for line in lines)
-    return f'#!/bin/sh\ncase $1 in\n{cases}esac\nfor word; do [ "$before" = -o ] && : > "$word"; before=$word; done; exit 0\n'
+    touch = 'for word; do [ "$before" = -o ] && : > "$word"; before=$word; done'
+    return f"#!/bin/sh\ncase $1 in\n{cases}esac\n{touch}; exit 0\n"
 
 
 @pytest.fixture

@@ -222,10 +222,8 @@ def test_another_window_is_refused_by_name(window: Any) -> None:
     optimizer = zokern.MeZO(list(params.items()), rule=zokern.WindowMomentum(), evaluation="master")
     before = {name: p.detach().clone() for name, p in params.items()}
     optimizer.state[params["layers.1.up"]]["window"] = window
-    with pytest.raises(
-        ValueError,
-        match=r"state 'window' of parameter 'layers.1.up' is .*expected a list of updates.*del optimizer.state",
-    ):
+    named = r"state 'window' of parameter 'layers.1.up' is .*expected a list of updates.*del optimizer.state"
+    with pytest.raises(ValueError, match=named):
         zokern.step(optimizer, lambda: sum((p - 1.0).square().sum() for p in params.values()))
     assert all(same_bits(before[name], p) for name, p in params.items())
 

@@ -39,7 +39,8 @@ FACTORIES = frozenset(
     "sparse_csr_tensor".split()
 )
 OLD = frozenset(
-    "Tensor FloatTensor DoubleTensor HalfTensor BFloat16Tensor IntTensor LongTensor BoolTensor ByteTensor".split()
+    "Tensor FloatTensor DoubleTensor HalfTensor BFloat16Tensor IntTensor LongTensor BoolTensor "
+    "ByteTensor".split()
 )
 
 # The source -------------------------------------------------------------------------------------------------

@@ -96,7 +96,9 @@ def descends(change: Callable) -> Any:
 WRONG: dict[str, tuple[str, dict, Callable]] = {
     "up": ("Addax", {}, lambda: weighed(-1.0)),
     "alpha on both": ("Addax", {}, lambda: terms(lambda e: replace(e, gradient=Gradient(0.4)))),
-    "no draws": ("Addax", {}, lambda: descends(lambda right, self, plan, group, weights, *rest: right(self, plan, group, [], *rest))),
+    "no draws": ("Addax", {},
+        lambda: descends(
+            lambda right, self, plan, group, weights, *rest: right(self, plan, group, [], *rest))),
     "some parameters": ("Addax", {},
         lambda: terms(lambda e: replace(e, gradient=replace(e.gradient, names=("up.weight", "gain"))))),
     "not decayed": ("Addax", {"weight_decay": 0.5},
@@ -104,7 +106,8 @@ WRONG: dict[str, tuple[str, dict, Callable]] = {
     "decayed twice": ("Addax", {"weight_decay": 0.5}, lambda: descends(apart)),
     "at other weights": ("Addax", {}, lambda: replaced(sys.modules["zokern.step"], "descend", moved_first)),
     "half a step of torch's": ("Hybrid", {"optimizer": SGD}, lambda: weighed(0.5)),
-    "z of all": ("Hybrid", {}, lambda: replaced(Split, "parts", lambda right, self, names: (right(self, names)[0], tuple(names)))),
+    "z of all": ("Hybrid", {},
+        lambda: replaced(Split, "parts", lambda right, self, names: (right(self, names)[0], tuple(names)))),
 }  # fmt: skip
 
 

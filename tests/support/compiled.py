@@ -96,7 +96,8 @@ def unspecified(text: str) -> set[str]:
         re.findall(r"^\s*(?:@!?%p\d+ )?([a-z][\w.:]*\.f(?:16|32|64)(?:x2)?(?:\.\w+)*)\s", text, re.MULTILINE)
     )
     plain = (
-        r"(?:fma|mul|add|sub)\.rn\.f32(?:x2)?|cvt\.rn\.b?f16x2\.f32|cvt\.f32\.f16|fma\.rn\.f16x2|neg\.f32|cvt\.rn\.f32\.[su](?:16|32)"
+        r"(?:fma|mul|add|sub)\.rn\.f32(?:x2)?|cvt\.rn\.b?f16x2\.f32|cvt\.f32\.f16|fma\.rn\.f16x2|neg\.f32"
+        r"|cvt\.rn\.f32\.[su](?:16|32)"
         r"|setp\.(?:nan|neu|num|ne)\.f32|mov\.f32|selp\.f32|(?:ld|st)\..*"
     )
     return {name for name in used if not re.fullmatch(plain, name)}

@@ -82,7 +82,7 @@ class Scaled(Updates):
 
         self._scaled(f"axpy_ {direction} K={len(draws)} {rounding}", [thetas, residuals], scales, call)
 
-    def perturb(self, thetas, spans, direction, outs, scales, amounts=(1e-2, -1e-2), residuals=()) -> None:  # type: ignore[override]
+    def perturb(self, thetas, spans, direction, outs, scales, amounts=(1e-2, -1e-2), residuals=()) -> None:
         def call(backend, groups, factors, device):
             theta, low, *sides = groups
             batch = Batch(theta, located(spans, device), residuals=low or None, scales=factors)
@@ -91,8 +91,7 @@ class Scaled(Updates):
         self._scaled(f"perturb {direction}", [thetas, residuals, *outs], scales, call)
 
     def update(self, thetas, spans, rule, states, scales, direction="normal", draws=DRAWS[:1],
-        rounding="nearest",
-               residuals=()) -> None:  # type: ignore[override]  # fmt: skip
+               rounding="nearest", residuals=()) -> None:  # fmt: skip
         def call(backend, groups, factors, device):
             theta, low, *kept = groups
             numbers, a = (torch.tensor(x, device=device) for x in (USUAL[rule], (0.5, -0.25)[: len(draws)]))

@@ -297,7 +297,7 @@ class Formula:
 
     def long(self, name: str) -> float:
         """s: the square of U C V^T has the expectation m n / s^2."""
-        direction, (m, n), r = self.optimizer.factored, self.shape(name), self.rank(name)  # type: ignore[misc]
+        direction, (m, n), r = self.optimizer.factored, self.shape(name), self.rank(name)
         if direction.norm == "unit":
             return 1.0
         square = float(r * r if direction.c is not None and not direction.c.diagonal else r)
@@ -601,7 +601,7 @@ class Formula:
     def orthogonal(self, name: str, total: Sized) -> Sized:
         """t O of the average of the estimates: by an eigendecomposition of M^T M, without an iteration of
         matrices; or one power step."""
-        rule, direction, (m, n) = self.optimizer.rule, self.optimizer.factored, self.shape(name)  # type: ignore[misc]
+        rule, direction, (m, n) = self.optimizer.rule, self.optimizer.factored, self.shape(name)
         old = self.memory.get(name)
         average = (
             total

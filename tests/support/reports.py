@@ -537,8 +537,10 @@ def depth() -> Setup:
     return Setup(net, square(net, x), look=lambda: net.depth)
 
 
-@case("m16", over={f.__name__: f for f in (threading.Lock, threading.RLock, threading.Semaphore, threading.Condition)},
-      method="SubZero", options=dict(reshape="none"), eps=1e-3, ulps=64)  # fmt: skip
+LOCKS = {f.__name__: f for f in (threading.Lock, threading.RLock, threading.Semaphore, threading.Condition)}
+
+
+@case("m16", over=LOCKS, method="SubZero", options=dict(reshape="none"), eps=1e-3, ulps=64)
 def locked(make: Callable[[], Any]) -> Setup:
     lock, net, x = make(), nn.Linear(300, 300), torch.randn(4, 300)
 

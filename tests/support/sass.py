@@ -353,7 +353,8 @@ def symbol(verb: str, direction: int = 0, rounding: int | None = None, terms: in
 def update_symbol(direction: int, rule: int, rounding: int, kind: str = "") -> str:
     """The same of csrc/update.cu; kind 'scaled_': with factors of z."""
     stem = f"{kind}update_kernel"
-    return f"_ZN2zo7updates{len(stem)}{stem}ILNS_9DirectionE{direction}ELNS_4RuleE{rule}ELNS_8RoundingE{rounding}E"
+    arguments = f"LNS_9DirectionE{direction}ELNS_4RuleE{rule}ELNS_8RoundingE{rounding}E"
+    return f"_ZN2zo7updates{len(stem)}{stem}I{arguments}"
 
 
 # bfloat16 terms that lowrank.cu splits a float32 factor into, by the type of theta and the rank

@@ -96,15 +96,11 @@ class Factors:
         out is (sides, matrices, *shape of W). A launch for hundreds
         of small matrices spends more on their addresses."""
         matrices = [group.matrices[i] for i in positions]  # type: ignore[index]
-        lefts, rights, first, g = (
-            [m.left for m in matrices],
-            [m.right for m in matrices],
-            matrices[0],
-            self.number[id(group)],
-        )
+        lefts, rights = [m.left for m in matrices], [m.right for m in matrices]
+        first, g = matrices[0], self.number[id(group)]
         known = group.memo.get(("bases", positions[0]))
         if known is None or not same([*lefts, *rights], known[0]):
-            left, right = (None if kept[0] is None else torch.stack(kept) for kept in (lefts, rights))  # type: ignore[arg-type]
+            left, right = _bases(lefts), _bases(rights)
             index = torch.tensor(positions, dtype=torch.int64, device=group.theta[0].device)
             known = group.memo["bases", positions[0]] = [*lefts, *rights], left, right, index
         _, left, right, index = known
@@ -173,6 +169,12 @@ class Factors:
             )
             parts.append(Thin(members, narrow, middles.mT if kept is None and not free else middles, last))
         return parts
+
+
+def _bases(kept: Sequence[Tensor | None]) -> Tensor | None:
+    """Returns the kept factors of matrices of one shape in one tensor; None where each step draws them."""
+    here = [factor for factor in kept if factor is not None]
+    return torch.stack(here) if here else None
 
 
 @lru_cache(maxsize=64)

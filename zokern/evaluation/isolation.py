@@ -174,7 +174,7 @@ class Isolation:
             self._put_back_attributes()
         self.lost = ""
         for i, (buffer, version, copy) in enumerate(self.buffers):
-            if buffer._version == version if version >= 0 else torch.equal(buffer, copy):  # type: ignore[arg-type]
+            if buffer._version == version if version >= 0 else copy is not None and torch.equal(buffer, copy):
                 continue
             if copy is None:
                 self.lost = f"of shape {list(buffer.shape)}"

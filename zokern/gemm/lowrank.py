@@ -153,7 +153,8 @@ def _strip_rows(x: Tensor, first: Tensor, middles: Tensor, counts: Sequence[int]
 def _with_bias(strip: _Strip, counts: Sequence[int], biases: Sequence[Tensor | None]) -> _Strip:
     """Returns the strip with one more column for each side: its bias, and a one in its own rows."""
     rows = torch.cat([strip.rows, _own_rows(tuple(counts), strip.rows.device)], 1)
-    last = torch.cat([strip.last, torch.stack([bias.float() for bias in biases], 1)], 1)  # type: ignore[union-attr]
+    columns = torch.stack([bias.float() for bias in biases if bias is not None], 1)
+    last = torch.cat([strip.last, columns], 1)
     return _Strip(strip.here, rows, last)
 
 

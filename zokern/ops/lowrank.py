@@ -124,7 +124,8 @@ def _check_factors(
             continue
         if not isinstance(factor, Tensor):
             raise TypeError(f"lowrank_: {what}[{i}] is {type(factor).__name__}; expected a torch.Tensor")
-        where = f"lowrank_: {what}[{i}] is {str(factor.dtype).removeprefix('torch.')}{list(factor.shape)} on {factor.device}"
+        kind = str(factor.dtype).removeprefix("torch.")
+        where = f"lowrank_: {what}[{i}] is {kind}{list(factor.shape)} on {factor.device}"
         if factor.dtype != torch.float32:
             raise ValueError(f"{where}; expected float32: .float() it")
         if factor.device != tensor.device:
@@ -137,7 +138,8 @@ def _check_factors(
             raise ValueError(f"{where}; expected a matrix" + (" or its diagonal" if what == "core" else ""))
     inner = left.shape[1] if core is None else core.shape[-1]
     if left.shape[1] < 1 or right.shape[1] != inner or (core is not None and core.shape[0] != left.shape[1]):
-        shapes = f"left {list(left.shape)}, core {None if core is None else list(core.shape)}, right {list(right.shape)}"
+        middle = None if core is None else list(core.shape)
+        shapes = f"left {list(left.shape)}, core {middle}, right {list(right.shape)}"
         raise ValueError(
             f"lowrank_: {shapes} of tensors[{i}] do not multiply; expected (m, r), core r or (r, s), (n, s), "
             "r and s > 0"
