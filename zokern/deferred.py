@@ -235,10 +235,8 @@ class _Flush:
         are written here."""
         deferred = self.deferred()
         if deferred is not None and deferred.pending and not deferred.lock.locked():
-            own, matrices = (
-                deferred.model._parameters.values() if deferred.model is not None else (),
-                deferred.bases.matrices,
-            )
+            own = deferred.model._parameters.values() if deferred.model is not None else ()
+            matrices = deferred.bases.matrices
             if any((matrix := matrices.get(id(p))) is not None and matrix.pending is not None for p in own):
                 raise RuntimeError(
                     "the module is being copied while updates of its own weights are deferred: call "

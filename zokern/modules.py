@@ -83,10 +83,8 @@ class Tree:
             if not isinstance(m, torch.jit.ScriptModule) and type(m).__name__ != "OptimizedModule"
         ]
         self.dicts = [vars(m) for m in plain]
-        self.parameters, self.children = (
-            [d["_parameters"] for d in self.dicts],
-            [d["_modules"] for d in self.dicts],
-        )
+        self.parameters = [d["_parameters"] for d in self.dicts]
+        self.children = [d["_modules"] for d in self.dicts]
         self.buffers = [d["_buffers"] for d in self.dicts]
         self.watched = [*self.dicts, *self.parameters, *self.children, *self.buffers]
         self.norms = [

@@ -64,10 +64,8 @@ def ratios(groups: Sequence[Group], claim: Claim) -> tuple[list[float], int]:
         for row in group.runs.get(claim.method, ()):
             if group.target is None or row["seed"] not in base:
                 continue
-            whole, part = (
-                crossing(base[row["seed"]], claim.axis, group.target),
-                crossing(row, claim.axis, group.target),
-            )
+            whole = crossing(base[row["seed"]], claim.axis, group.target)
+            part = crossing(row, claim.axis, group.target)
             if not whole:
                 continue
             bounds += part is None

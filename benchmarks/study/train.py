@@ -135,11 +135,8 @@ class Trainer:
             self.row["peak_extra_bytes"] = max(self.row["peak_extra_bytes"], high_water() - self.base)
 
     def step(self, optimizer: Any) -> Any:
-        closure, clock, processor = (
-            self.closure(optimizer, self.batches),
-            time.perf_counter(),
-            time.process_time(),
-        )
+        closure = self.closure(optimizer, self.batches)
+        clock, processor = time.perf_counter(), time.process_time()
         result = zokern.step(optimizer, closure)
         self.seconds.append(time.perf_counter() - clock)
         self.processor.append(time.process_time() - processor)

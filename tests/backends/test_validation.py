@@ -443,11 +443,8 @@ def test_factors_with_other_strides_are_the_same_factors() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_weight_without_rows_or_columns(dtype: torch.dtype, both_products) -> None:
     for m, n in ((0, 4), (5, 0), (0, 0)):
-        x, weight, bias = (
-            torch.randn(3, n).to(dtype),
-            torch.zeros(m, n, dtype=dtype),
-            torch.ones(m, dtype=dtype),
-        )
+        x, weight = torch.randn(3, n).to(dtype), torch.zeros(m, n, dtype=dtype)
+        bias = torch.ones(m, dtype=dtype)
         for direction in ("normal", (torch.randn(m, 2), torch.randn(n, 2))):
             for y in zokern.linear(x, weight, direction, scales=[0.1, -0.1, 0.0], bias=bias):
                 assert torch.equal(y, bias.expand(3, m))

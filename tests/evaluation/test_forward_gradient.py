@@ -520,11 +520,8 @@ def check_memory(evaluation: Any) -> None:
         closure()
     with Peak() as step:
         result = zokern.step(optimizer, closure)
-    weights, activation, extra = (
-        sum(p.nbytes for p in model.parameters()),
-        512 * 64 * 4,
-        step.most - bare.most,
-    )
+    weights = sum(p.nbytes for p in model.parameters())
+    activation, extra = 512 * 64 * 4, step.most - bare.most
     print(f"extra peak of a step: {extra} B; weights {weights} B, an activation {activation} B")
     assert result.scratch_bytes == weights
     assert extra <= weights + 3 * activation + 4096, f"{extra} B is more than tangents"

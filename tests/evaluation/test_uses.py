@@ -248,10 +248,8 @@ NORMED = {
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_layer_norm_of_16_bits_reads_float32_vectors(dtype: torch.dtype, which: str) -> None:
     """eps is below half an ulp of both vectors; the sum is float32 and rounded once, whoever does it."""
-    eps, x = (
-        torch.finfo(dtype).eps / 16,
-        torch.randn(5, 7, 64, generator=torch.Generator().manual_seed(3)).to(dtype),
-    )
+    eps = torch.finfo(dtype).eps / 16
+    x = torch.randn(5, 7, 64, generator=torch.Generator().manual_seed(3)).to(dtype)
     trained = dict(zip(("weight", "bias"), NORMED[which]))
     vectors = {
         name: nn.Parameter(torch.full((64,), 1.0 + i, dtype=dtype))

@@ -399,11 +399,8 @@ def test_many_thin_products_of_one_side() -> None:
 @pytest.mark.parametrize("transposed", [False, True], ids=["linear", "transposed"])
 def test_no_rows(transposed: bool, fused: bool) -> None:
     """An expert that no token was sent to."""
-    weight, bias, x = (
-        torch.randn((30, 20) if transposed else (20, 30)),
-        torch.randn(20),
-        torch.zeros(2, 0, 30),
-    )
+    weight = torch.randn((30, 20) if transposed else (20, 30))
+    bias, x = torch.randn(20), torch.zeros(2, 0, 30)
     thin = Thin([0], torch.randn(3, 30), torch.randn(1, 3, 3), torch.randn(20, 3))
     matrix, noise = Weight(weight, Span(77, 1003), transposed), Noise(Normal(), SEED, [(STEP, 3)])
     with patch.object(library, "yields", lambda dtype: fused):
@@ -546,10 +543,8 @@ def test_a_step_reads_the_losses_of_tiles(method: str, evaluation: str) -> None:
 
 def products_of_a_step(evaluation: str, rows: Callable = lambda x: x) -> list[tuple[float, ...]]:
     """Elements of x W^T on both sides."""
-    model, x = (
-        models.build(lambda: torch.nn.Linear(400, 300)),
-        torch.randn(5, 400, generator=torch.Generator().manual_seed(3)),
-    )
+    model = models.build(lambda: torch.nn.Linear(400, 300))
+    x = torch.randn(5, 400, generator=torch.Generator().manual_seed(3))
     calls: list = []
     with counted(calls, True):
         found = []

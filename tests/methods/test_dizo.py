@@ -172,10 +172,8 @@ def test_an_exception_in_a_step_that_projects_changes_nothing(evaluation: str, w
 
     for _ in range(3):
         zokern.step(optimizer, closure)
-    before, low = (
-        snapshot(model),
-        {n: s["residual"].clone() for n, s in optimizer.state.items() if "residual" in s},
-    )
+    before = snapshot(model)
+    low = {n: s["residual"].clone() for n, s in optimizer.state.items() if "residual" in s}
     calls[0] = 0
     with pytest.raises(ArithmeticError):
         zokern.step(optimizer, closure)

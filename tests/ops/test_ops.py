@@ -392,11 +392,8 @@ def test_inputs_that_share_memory_are_still_compared_with_out() -> None:
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "residual"])
 def test_each_is_one_call_a_step(rounding: str, each: int, backend: str) -> None:
     """And not one long sum."""
-    draws, coeffs, decays = (
-        [(step, 0) for step in range(6)],
-        [0.01 * 3**-k for k in range(6)],
-        [0.9, 0.95, 1.0, 0.99, 0.98, 0.97],
-    )
+    draws, coeffs = [(step, 0) for step in range(6)], [0.01 * 3**-k for k in range(6)]
+    decays = [0.9, 0.95, 1.0, 0.99, 0.98, 0.97]
     names = {"direction": "normal", "seed": 9, "who": "w", "rounding": rounding, "backend": backend}
     decays = decays[: 6 // each]
 

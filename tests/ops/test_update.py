@@ -175,11 +175,9 @@ def test_lr_0_moves_no_weight(rule: str) -> None:
         for rounding in ("nearest", "stochastic", *(["residual"] if dtype == torch.bfloat16 else [])):
             theta, states = operands(rule, dtype)
             low = [torch.arange(50, dtype=torch.int16)] if rounding == "residual" else None
-            before, was, bits = (
-                theta.clone(),
-                [state.clone() for state in states],
-                torch.arange(50, dtype=torch.int16),
-            )
+            before = theta.clone()
+            was = [state.clone() for state in states]
+            bits = torch.arange(50, dtype=torch.int16)
             scalars = (1.0, 0.0, *conformance_update.USUAL[rule][2:])
             assert call(theta, rule, states, scalars=scalars, rounding=rounding, residuals=low).tolist() == [
                 0

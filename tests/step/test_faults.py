@@ -671,11 +671,9 @@ def test_row_20_registered_buffers(how: str, evaluation: str) -> None:
     """Every reading finds the buffers of the start, and leaves them:
     nothing stays that was computed from theta + eps z."""
     model = build(lambda: Buffers(how))
-    buffers, hidden, state = (
-        list(model._buffers.items()),
-        set(model._non_persistent_buffers_set),
-        list(model.state_dict()),
-    )
+    buffers = list(model._buffers.items())
+    hidden = set(model._non_persistent_buffers_set)
+    state = list(model.state_dict())
     sides = []
     optimizer = zokern.MeZO(model, lr=0.0, evaluation=evaluation)
     result = zokern.step(optimizer, lambda: (sides.append(model(X).square().mean()), sides[-1])[1])

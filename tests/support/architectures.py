@@ -165,10 +165,8 @@ def whisper() -> Made:
                    max_source_positions=8,
                    max_target_positions=16, decoder_start_token_id=1, pad_token_id=0, bos_token_id=1,
                    eos_token_id=2)  # fmt: skip
-    model, sound = (
-        seeded(hub("WhisperConfig", "WhisperForConditionalGeneration", **options)),
-        normal(2, 8, 16),
-    )
+    model = seeded(hub("WhisperConfig", "WhisperForConditionalGeneration", **options))
+    sound = normal(2, 8, 16)
     tokens = ids()
     return model, lambda: model(input_features=sound, labels=tokens).loss
 

@@ -53,12 +53,9 @@ class Versus:
     known: dict[tuple, list] = {}
 
     def __init__(self, check: Callable, backend, device: str, scale: str) -> None:
-        self.backend, self.device, self.case, self.calls = (
-            backend,
-            device,
-            (check.__name__, scale, SMALL_INTEGERS[0]),
-            0,
-        )
+        self.backend, self.device = backend, device
+        self.case = (check.__name__, scale, SMALL_INTEGERS[0])
+        self.calls = 0
 
     def _both(self, groups: Sequence[Sequence[Guarded]], call: Callable) -> tuple[list, list]:
         """``call(backend, views of each group)`` on copies for the
@@ -90,12 +87,8 @@ class Versus:
         each=0,
     ) -> None:  # fmt: skip
         def call(backend, groups, device):
-            theta, low, where, z = (
-                groups[0],
-                groups[1] if residuals else None,
-                located(spans, device),
-                resolve(direction),
-            )
+            theta, low = groups[0], groups[1] if residuals else None
+            where, z = located(spans, device), resolve(direction)
             a = torch.tensor(coeffs, dtype=torch.float32, device=device)
             return backend.axpy_(
                 Batch(theta, where, rounding, low), Noise(z, SEED, list(draws)), Terms(a, decay, each)
@@ -110,10 +103,8 @@ class Versus:
         def call(backend, groups, device):
             theta, low, *sides = groups
             low = low if residuals else None
-            batch, noise = (
-                Batch(theta, located(spans, device), residuals=low),
-                Noise(resolve(direction), SEED, [(3, 1)]),
-            )
+            batch = Batch(theta, located(spans, device), residuals=low)
+            noise = Noise(resolve(direction), SEED, [(3, 1)])
             backend.perturb(batch, noise, list(scales), sides)
 
         mine, right = self._both([thetas, residuals, *outs], call)
@@ -360,10 +351,8 @@ def check_axpy_strides(backend, device="cpu", scale="full") -> None:
 
 
 def check_axpy_strides_residual(backend, device="cpu", scale="full") -> None:
-    generator, versus = (
-        source(check_axpy_strides_residual),
-        Versus(check_axpy_strides_residual, backend, device, scale),
-    )
+    generator = source(check_axpy_strides_residual)
+    versus = Versus(check_axpy_strides_residual, backend, device, scale)
     for direction in DIRECTIONS:
         thetas, spans = strided(generator, scale)
         versus.axpy(
@@ -475,10 +464,8 @@ def check_axpy_many_draws(backend, device="cpu", scale="full") -> None:
     for count in (4, 8, 11, 32, 33, 70):
         # more than one turn of all threads of a block
         size = {11: 4500 if scale == "full" else 67, 33: 2100}.get(count, 67)
-        thetas, spans = (
-            [theta_of(generator, (size,), dtype, 0) for dtype in DTYPES],
-            [Span(who, 8) for who in ids(generator, 3)],
-        )
+        thetas = [theta_of(generator, (size,), dtype, 0) for dtype in DTYPES]
+        spans = [Span(who, 8) for who in ids(generator, 3)]
         coeffs = (torch.randn(count, generator=generator) / 100).tolist()
         versus.axpy(thetas, spans, "normal", [(3, k) for k in range(count)], coeffs, 0.999)
     for coeffs in ((0.0, -0.0), (1e-40, -3e-39), (1e38, -1e38), (1e-30, 1.0)):
@@ -531,10 +518,8 @@ def check_axpy_each(backend, device="cpu", scale="full") -> None:
             size, tiny, most = 67, torch.finfo(dtype).smallest_normal, torch.finfo(dtype).max
             broken = weights((size,), dtype, generator)
             broken[::7], broken[1::11], broken[2::13] = float("inf"), float("-inf"), float("nan")
-            subnormal, largest = (
-                (torch.randn(size, generator=generator) * tiny).to(dtype),
-                torch.full((size,), most, dtype=dtype),
-            )
+            subnormal = (torch.randn(size, generator=generator) * tiny).to(dtype)
+            largest = torch.full((size,), most, dtype=dtype)
             for values, coeff in ((subnormal, tiny / 4), (largest, most / 100), (broken, 1e-3)):
                 theta = filled(values, offset=2)
                 lows = [low_of(generator, theta)] if rounding == "residual" else []
@@ -677,20 +662,15 @@ def check_axpy_special(backend, device="cpu", scale="full") -> None:
 
 def check_perturb_arithmetic(backend, device="cpu", scale="full") -> None:
     """Scales of all sizes, broken and subnormal weights, low bits joined in float32 before z is added."""
-    generator, versus = (
-        source(check_perturb_arithmetic),
-        Versus(check_perturb_arithmetic, backend, device, scale),
-    )
+    generator = source(check_perturb_arithmetic)
+    versus = Versus(check_perturb_arithmetic, backend, device, scale)
     size = 67 if scale == "quick" else 4099
     for direction in DIRECTIONS:
         for scales in ((1e-3, -1e-3), (0.0, -0.0), (1e-40, 1e38), (float("inf"), 1.0)):
             thetas = [theta_of(generator, (size,), dtype, offset=1) for dtype in DTYPES]
             for t in thetas:
-                t.view[::17], t.view[3::19], t.view[5::23] = (
-                    float("inf"),
-                    float("nan"),
-                    torch.finfo(t.buffer.dtype).tiny / 2,
-                )
+                t.view[::17], t.view[3::19] = float("inf"), float("nan")
+                t.view[5::23] = torch.finfo(t.buffer.dtype).tiny / 2
             spans = [Span(who, 11) for who in ids(generator, 3)]
             lows = [low_of(generator, t) for t in thetas]
             for dtype, residuals in ((None, ()), (None, lows), (torch.float32, lows)):
@@ -1001,10 +981,8 @@ def check_lowrank_rows(backend, device="cpu", scale="full") -> None:
 def check_lowrank_arithmetic(backend, device="cpu", scale="full") -> None:
     """Decay first, the scale last, one rounding;
     all roundings, factors and scales of all sizes; outs of either type."""
-    generator, versus = (
-        source(check_lowrank_arithmetic),
-        Versus(check_lowrank_arithmetic, backend, device, scale),
-    )
+    generator = source(check_lowrank_arithmetic)
+    versus = Versus(check_lowrank_arithmetic, backend, device, scale)
     # with and without aligned rows
     shapes = [(9, 40), (9, 31)] if scale == "quick" else [(19, 136), (19, 131)]
     for decay in (1.0, 0.999, 0.0, -1.5, 1e-40):
@@ -1037,11 +1015,8 @@ def check_lowrank_special(backend, device="cpu", scale="full") -> None:
     for dtype in DTYPES:
         for rounding in ("nearest", "stochastic", "residual"):
             broken = weights((m, n), dtype, generator)
-            broken[::2, ::7], broken[1::2, 1::11], broken[:, 2::13] = (
-                float("inf"),
-                float("-inf"),
-                float("nan"),
-            )
+            broken[::2, ::7], broken[1::2, 1::11] = float("inf"), float("-inf")
+            broken[:, 2::13] = float("nan")
             largest = (torch.finfo(dtype).max * torch.randn(m, n, generator=generator).sign()).to(dtype)
             subnormal = (torch.randn(m, n, generator=generator) * torch.finfo(dtype).smallest_normal).to(
                 dtype

@@ -199,10 +199,8 @@ def check_scaled_update(backend, device="cpu", scale="full") -> None:
             for thetas, spans in (spread, conformance.strided(generator, scale)):
                 lows = [low_of(generator, t) for t in thetas] if rounding == "residual" else []
                 spans = [s._replace(first=s.first // 8 * 8) for s in spans] if turn == 0 else spans
-                states, factors = (
-                    states_of(generator, rule, thetas, turn),
-                    factors_for(generator, thetas, turn, turn),
-                )
+                states = states_of(generator, rule, thetas, turn)
+                factors = factors_for(generator, thetas, turn, turn)
                 draws, direction = DRAWS[: 1 + turn % 2], DIRECTIONS[turn % 2]
                 versus.update(thetas, spans, rule, states, factors, direction, draws, rounding, lows)
 

@@ -111,10 +111,8 @@ def check_update_strides(backend, device="cpu", scale="full") -> None:
 def check_update_roundings(backend, device="cpu", scale="full") -> None:
     """One or several draws; stochastic rounding spends the bits of the last draw's step;
     low bits make an exact float32."""
-    generator, versus = (
-        source(check_update_roundings),
-        Updates(check_update_roundings, backend, device, scale),
-    )
+    generator = source(check_update_roundings)
+    versus = Updates(check_update_roundings, backend, device, scale)
     for rule in RULES:
         for rounding in ("nearest", "stochastic", "residual"):
             for direction, count, offset in (("normal", 2, 0), ("rademacher", 1, 3)):

@@ -78,10 +78,8 @@ def check_method(
         alone = all(len(sides) == 1 for sides in result.losses)  # slopes are no differences of losses
         spreads.append(math.inf if alone else max(max(sides) - min(sides) for sides in result.losses))
         group = optimizer.param_groups[0]  # as they are in this step: a method may have a schedule
-        count, began = (
-            sum(t.numel() for t in formula.theta.values()),
-            0 if optimizer.factored is None else formula.basis_step(step),
-        )
+        count = sum(t.numel() for t in formula.theta.values())
+        began = 0 if optimizer.factored is None else formula.basis_step(step)
         paper = Paper(step, seed, group["eps"], group["lr"], count, began, formula.memory)
         check_step(formula, result, paper, double, weight_decay)
         with optimizer.evaluating():

@@ -271,11 +271,8 @@ class Formula:
             u, v = {"left": (numbers, v), "right": (u, numbers), "both": (numbers[:m], numbers[m:])}[moving]
         if isinstance(direction, Aligned):
             matrix = next(x for x in self.optimizer.matrices.values() if x.name == name)
-            core, u, v = (
-                self.aligned(core, matrix.extra["spectrum"].double(), name, step, query),
-                matrix.left,
-                matrix.right,
-            )
+            core = self.aligned(core, matrix.extra["spectrum"].double(), name, step, query)
+            u, v = matrix.left, matrix.right
         long = self.long(name)
         if moving == "core":
             return Factors(sized(u), sized(core * long), sized(v))
@@ -371,10 +368,8 @@ class Formula:
         return torch.ones(()) if found is None else found.float()
 
     def mask(self, direction: Masked, name: str, step: int) -> Tensor:
-        theta, everything = (
-            self.start[name],
-            torch.cat([t.flatten() for t in self.start.values()]).abs().sort().values,
-        )
+        theta = self.start[name]
+        everything = torch.cat([t.flatten() for t in self.start.values()]).abs().sort().values
         sizes = everything if direction.scope == "global" else theta.flatten().abs().sort().values
         if direction.by == "magnitude":
             return theta.abs() <= sizes[max(1, round(direction.keep * len(sizes))) - 1]
@@ -532,20 +527,16 @@ class Formula:
         if rule.warmup and len(past) < rule.length:
             return gradient
         one, two = rule.betas
-        first, second = (
-            sum_of([g * one**j for j, g in enumerate(past)]),
-            sum(g.value**2 * two**j for j, g in enumerate(past)),
-        )
+        first = sum_of([g * one**j for j, g in enumerate(past)])
+        second = sum(g.value**2 * two**j for j, g in enumerate(past))
         return first * (rule.scale / (second.sqrt() + rule.eps))
 
     def average(self, name: str, gradient: Sized, lr: float, weight_decay: float) -> None:
         """KerZOO's acceleration: fast weights, and their average."""
         theta = Sized(self.theta[name], self.size[name])
         fast, count = self.memory.get(name, (theta, 0))
-        fast, share = (
-            fast * (1.0 - lr * weight_decay) + gradient * -lr,
-            1.0 / (1.0 + count / self.optimizer.rule.span),
-        )
+        fast = fast * (1.0 - lr * weight_decay) + gradient * -lr
+        share = 1.0 / (1.0 + count / self.optimizer.rule.span)
         self.memory[name] = fast, count + 1
         self.theta[name], self.size[name] = theta * (1.0 - share) + fast * share
 
@@ -557,11 +548,9 @@ class Formula:
         zero = gradient * 0.0
         first, second, count = self.memory.get(name, (zero, zero, 0))
         squared, (one, two) = Sized(gradient.value**2, gradient.value**2), self.optimizer.rule.betas
-        first, second, count = (
-            first * one + gradient * (1 - one),
-            second * two + squared * (1 - two),
-            count + 1,
-        )
+        first = first * one + gradient * (1 - one)
+        second = second * two + squared * (1 - two)
+        count = count + 1
         self.memory[name] = first, second, count
         if self.optimizer.rule.bias_correction:
             return first * (1.0 / (1.0 - one**count)), second * (1.0 / (1.0 - two**count))

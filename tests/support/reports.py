@@ -251,10 +251,8 @@ def first_batch() -> Setup:
                 self.fresh = False
             return x * self.scale
 
-    net, x = (
-        nn.Sequential(nn.Linear(8, 8), ActNorm(), nn.Linear(8, 8), ActNorm(), nn.Linear(8, 1)),
-        torch.randn(6, 8),
-    )
+    net = nn.Sequential(nn.Linear(8, 8), ActNorm(), nn.Linear(8, 8), ActNorm(), nn.Linear(8, 1))
+    x = torch.randn(6, 8)
     return Setup(net, lambda: net(x).tanh().square().mean())
 
 
@@ -596,11 +594,8 @@ def rows_mix_later(by: str) -> Setup:
             mixes = self.training if by == "mode" else x.shape[0] > 4
             return 4 * x / x.norm() if mixes else x / 2
 
-    net, x, now = (
-        nn.Sequential(nn.Linear(16, 32), Later(), nn.Tanh(), nn.Linear(32, 2)).eval(),
-        torch.randn(16, 16),
-        {},
-    )
+    net = nn.Sequential(nn.Linear(16, 32), Later(), nn.Tanh(), nn.Linear(32, 2)).eval()
+    x, now = torch.randn(16, 16), {}
 
     def each(step: int) -> None:
         now["x"] = x[: 4 + 4 * step] if by == "length" else x
@@ -676,11 +671,8 @@ def table(use: Callable[[Tensor, nn.Linear, Tensor], Tensor]) -> Setup:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.layer, self.table = (
-                nn.Linear(64, 300),
-                nn.Linear(300, 300),
-                nn.Parameter(torch.randn(10, 300)),
-            )
+            self.a, self.layer = nn.Linear(64, 300), nn.Linear(300, 300)
+            self.table = nn.Parameter(torch.randn(10, 300))
 
         def forward(self, x: Tensor) -> Tensor:
             return use(torch.tanh(self.a(x)), self.layer, self.table)
@@ -908,10 +900,8 @@ def spectral(norm: Callable[[nn.Module], nn.Module]) -> Setup:
 @case("m37 offloaded frozen weights")
 def offloaded() -> Setup:
     accelerate = pytest.importorskip("accelerate", reason="the report is about accelerate's hooks")
-    net, x = (
-        nn.Sequential(nn.Linear(8, 8).requires_grad_(False), nn.Tanh(), nn.Linear(8, 1)),
-        torch.randn(4, 8),
-    )
+    net = nn.Sequential(nn.Linear(8, 8).requires_grad_(False), nn.Tanh(), nn.Linear(8, 1))
+    x = torch.randn(4, 8)
     accelerate.cpu_offload(net[0], execution_device="cpu")
     return Setup(net, square(net, x))
 
@@ -943,10 +933,8 @@ def router(cast: Callable[[nn.Linear, Tensor], Any]) -> Setup:
 
 @case("K13 a frozen weight that is loaded at each forward")
 def frozen_loaded() -> Setup:
-    net, x = (
-        nn.Sequential(nn.Linear(8, 8).requires_grad_(False), nn.Tanh(), nn.Linear(8, 1)),
-        torch.randn(4, 8),
-    )
+    net = nn.Sequential(nn.Linear(8, 8).requires_grad_(False), nn.Tanh(), nn.Linear(8, 1))
+    x = torch.randn(4, 8)
     disk = net[0].weight.detach().clone()
 
     def load(module: nn.Module, _: Any) -> None:
@@ -963,10 +951,8 @@ def rescaled() -> Setup:
     sizes = dict(
         vocab_size=100, hidden_size=32, num_hidden_layers=4, rescale_every=2, attention_hidden_size=32
     )
-    net, ids = (
-        RwkvForCausalLM(RwkvConfig(**sizes, intermediate_size=64)).eval(),
-        torch.randint(0, 100, (2, 9)),
-    )
+    net = RwkvForCausalLM(RwkvConfig(**sizes, intermediate_size=64)).eval()
+    ids = torch.randint(0, 100, (2, 9))
     return Setup(net, lambda: net(input_ids=ids, labels=ids).loss)
 
 

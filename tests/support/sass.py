@@ -333,11 +333,8 @@ def disassemble(cubin: Path) -> dict[str, Function]:
     pattern = r"Function (\S+?):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)"
     for name, registers, stack, local in re.findall(pattern, usage.stdout + usage.stderr):
         if name in functions:
-            functions[name].registers, functions[name].stack, functions[name].local = (
-                int(registers),
-                int(stack),
-                int(local),
-            )
+            functions[name].registers, functions[name].stack = int(registers), int(stack)
+            functions[name].local = int(local)
     return functions
 
 

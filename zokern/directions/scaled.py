@@ -151,13 +151,8 @@ class Masked(Scaled):
         ):
             if value not in known:
                 raise ValueError(f"{what} is {value!r}; expected one of {list(known)}")
-        self.keep, self.by, self.every, self.scope, self.base = (
-            keep,
-            by,
-            whole_number("every", every),
-            scope,
-            base,
-        )
+        self.keep, self.by, self.every = keep, by, whole_number("every", every)
+        self.scope, self.base = scope, base
 
     def born(self, step: int) -> int:
         return step - step % self.every if self.by == "random" else 0

@@ -69,11 +69,9 @@ class Trust:
         if fits(plan):
             self.rows = max(self.rows, compare(evaluation, Master(), plan, points, closure))
         if not self._is_recent(plan):
-            self.names, self.flags, self.step = (
-                set(),
-                [module.training for module in plan.tree.modules],
-                plan.step,
-            )
+            self.names = set()
+            self.flags = [module.training for module in plan.tree.modules]
+            self.step = plan.step
         self.names.update(plan.names)
 
 

@@ -34,10 +34,8 @@ class Probed(Aligned, Measured):
     def __init__(self, probes: int = 10, oversample: int = 8, power: int = 1, **options: Any) -> None:
         super().__init__(**options)
         self.probes = whole_number("probes", probes)
-        self.oversample, self.power = (
-            whole_number("oversample", oversample, 0),
-            whole_number("power", power, 0),
-        )
+        self.oversample = whole_number("oversample", oversample, 0)
+        self.power = whole_number("power", power, 0)
         self._newest = -1  # step of the basis in use
 
     def measure(self, oracle: Oracle, plan: Plan) -> None:
@@ -100,10 +98,8 @@ class Probed(Aligned, Measured):
         coefficients: Sequence[float],
     ) -> None:
         """Sets left, right and the spectrum of a matrix to the truncated decomposition of G."""
-        weights, width = (
-            [c / len(coefficients) for c in coefficients],
-            min(matrix.rank + self.oversample, *matrix.shape),
-        )
+        weights = [c / len(coefficients) for c in coefficients]
+        width = min(matrix.rank + self.oversample, *matrix.shape)
 
         def times(omega: Tensor, transposed: bool = False) -> Tensor:
             return source.sketch(matrix, draws, weights, omega, transposed)
