@@ -28,9 +28,8 @@ BESIDE = ("forward", "MeZO", "MeZO first steps", "eager MeZO", "AdamW")
 PEAKS = [(*shape, what) for shape in (LARGE, SIXTEEN) for what in BESIDE]
 EXTRA = [
     (*LARGE, "MeZO scratch 64"), (*LARGE, "MeZO scratch 16"), (*SIXTEEN, "MeZO scratch 64"),
-    (*LARGE, "MeZO inplace"),
-    (*LARGE, "MeZO master"), (*SMALL, "doubled"), (*SMALL, "SubZero"), (*SMALL, "LOZO"), (*SMALL, "TeZO"),
-    (*SMALL, "eager SubZero"), (*SMALL, "eager LOZO"),
+    (*LARGE, "MeZO inplace"), (*LARGE, "MeZO master"), (*SMALL, "doubled"), (*SMALL, "SubZero"),
+    (*SMALL, "LOZO"), (*SMALL, "TeZO"), (*SMALL, "eager SubZero"), (*SMALL, "eager LOZO"),
 ]  # fmt: skip
 EXPLAINED = {
     "forward": "bare forward",

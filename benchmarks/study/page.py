@@ -18,8 +18,7 @@ BUSY = "**The machine was busy** (load average up to {:.1f}): times are longer t
 ONE_SEED = "**One seed**: intervals are of the held-out rows alone, and another seed may change the order."
 HEAD = [
     "method", "seeds", "lr", "eps", "forwards x", "steps", "accuracy, equal forwards", "equal time", "loss",
-    "forwards to target",
-    "s a step", "processor s a step", "processor s", "extra MB", "read by",
+    "forwards to target", "s a step", "processor s a step", "processor s", "extra MB", "read by",
 ]  # fmt: skip
 
 
@@ -39,14 +38,13 @@ def _line(group: Group, name: str) -> list[str]:
     to_target = f"{statistics.fmean(got):.0f}" if got else "-"
     memory = [row["peak_extra_bytes"] for row in rows if row["peak_extra_bytes"] is not None]
     return [
-        name, str(len(rows)),
-        " ".join(f"{row['lr']:.1e}" for row in rows), " ".join(f"{row['eps']:.0e}" for row in rows),
-        f"{rows[0]['last_step_forwards']}", f"{_mean(ends, 'steps'):.0f}",
-        percent(group.forwards[name]), percent(group.time.get(name)), f"{_mean(ends, 'loss'):.3f}",
+        name, str(len(rows)), " ".join(f"{row['lr']:.1e}" for row in rows),
+        " ".join(f"{row['eps']:.0e}" for row in rows), f"{rows[0]['last_step_forwards']}",
+        f"{_mean(ends, 'steps'):.0f}", percent(group.forwards[name]), percent(group.time.get(name)),
+        f"{_mean(ends, 'loss'):.3f}",
         to_target + (f" ({len(got)} of {len(rows)})" if reached and len(got) < len(rows) else ""),
         f"{_mean(rows, 'step_seconds'):.2f}", f"{_mean(rows, 'step_processor_seconds'):.2f}",
-        f"{_mean(ends, TIME):.1f}",
-        f"{max(memory) / 2**20:.0f}" if memory else "-",
+        f"{_mean(ends, TIME):.1f}", f"{max(memory) / 2**20:.0f}" if memory else "-",
         ", ".join(sorted({row["evaluation"] for row in rows})),
     ]  # fmt: skip
 

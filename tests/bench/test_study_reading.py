@@ -138,8 +138,8 @@ def test_a_group_reads_at_the_cost_of_mezo() -> None:
     rows with errors are none; no fall, no target."""
     rows = [
         row(BASE, LINE, FALL, per=1.0), row(BASE, LINE, [1.0, 0.9, 0.8, 0.7, 0.5], seed=1, per=3.0),
-        row("FZOO", LINE, FALL, per=8.0),
-        row("LOZO", LINE, FALL) | {"error": "ValueError: no"}, row("LOZO", LINE, FALL, data="reviews"),
+        row("FZOO", LINE, FALL, per=8.0), row("LOZO", LINE, FALL) | {"error": "ValueError: no"},
+        row("LOZO", LINE, FALL, data="reviews"),
     ]  # fmt: skip
     news, reviews = groups(rows, BUDGETS)
     assert list(news.runs) == [BASE, "FZOO"] and list(reviews.runs) == ["LOZO"]

@@ -71,8 +71,7 @@ class Case(NamedTuple):
 
 SHAPES = [
     (1, 1, 1), (7, 401, 9), (24, 16, 4), (25, DEPTH, 5), (COLUMNS + 1, DEPTH + 1, 7), (100, 30, 3),
-    (2 * COLUMNS, 2 * DEPTH, 5),
-    (25, DEPTH + 8, BLOCK + 1),
+    (2 * COLUMNS, 2 * DEPTH, 5), (25, DEPTH + 8, BLOCK + 1),
 ]  # fmt: skip
 BATCH = 128  # of csrc/linear.cpp: columns that are made at a time where every row begins with a block
 ALIGNED = [

@@ -560,9 +560,8 @@ GOOD = {
 LONG = torch.empty(3, dtype=torch.int64)
 BAD_TENSORS = [
     [], LONG, torch.ones(3, dtype=torch.float64), torch.ones(3, dtype=torch.complex64),
-    torch.ones(3, dtype=torch.bool),
-    torch.ones(1).expand(4), torch.ones(3, 1).expand(3, 4), torch.ones(8).as_strided((4, 4), (1, 1)),
-    torch.ones(3).to_sparse(),
+    torch.ones(3, dtype=torch.bool), torch.ones(1).expand(4), torch.ones(3, 1).expand(3, 4),
+    torch.ones(8).as_strided((4, 4), (1, 1)), torch.ones(3).to_sparse(),
     torch.ones(3).to(torch.float8_e4m3fn), None, 3, "w", [theta(), None],
 ]  # fmt: skip
 BAD_FACTORS = [

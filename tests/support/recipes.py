@@ -151,10 +151,8 @@ LOW_RANK = [
 DENSE = [name for name in METHODS if name not in LOW_RANK]
 ONE_EACH = (
     "subzero", "lozo", "lozo_m", "tezo", "tezo_m", "tezo_adam", "pgap", "fzoo", "adamezo", "lezo",
-    "mezogv_lozo", "subzero_plus",
-    "right_drawn", "both_drawn", "eggroll", "zo_muon", "zo_mopi",
-    "kerzoo_5_averaged", "conmezo_number", "mezosvrg_queries", "dizo",
-    "SparseMeZO",
+    "mezogv_lozo", "subzero_plus", "right_drawn", "both_drawn", "eggroll", "zo_muon", "zo_mopi",
+    "kerzoo_5_averaged", "conmezo_number", "mezosvrg_queries", "dizo", "SparseMeZO",
 )  # fmt: skip
 
 

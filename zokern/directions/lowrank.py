@@ -351,6 +351,5 @@ class Diagonal(LowRank):
 
 __all__ = [
     "LEFT", "RIGHT", "Diagonal", "Drawn", "Kept", "Lazy", "LowRank", "Matrix", "Measured", "Source",
-    "Subspace", "matrix_shape",
-    "near_square",
+    "Subspace", "matrix_shape", "near_square",
 ]  # fmt: skip
