@@ -28,8 +28,7 @@ def _build(name: str) -> nn.Module:
         return Qwen2ForCausalLM(
             Qwen2Config(
                 hidden_size=896, num_hidden_layers=24, intermediate_size=4864, num_attention_heads=14,
-                num_key_value_heads=2,
-                tie_word_embeddings=True, vocab_size=151936,
+                num_key_value_heads=2, tie_word_embeddings=True, vocab_size=151936,
             )
         )  # fmt: skip
     if name == "OPT-tiny":  # for the quick mode

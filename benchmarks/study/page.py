@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -95,30 +96,25 @@ def lacking(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> list[s
 
 def how(settings: Mapping[str, Any]) -> list[str]:
     """Returns what was done, in words."""
-    return [
+    budgets = ", ".join(f"{model} {count} forwards" for model, count in settings["forwards"].items())
+    setting = (
         "Every method had its defaults, but for eps and lr. `zokern.tune` set these two before training, "
-        "from 56 forwards with a",
-        f"central difference, that do not count below; its `reach` was {REACH:g} for all. lr is constant. A "
-        "batch has",
-        f"{settings['batch']} rows with equal shares of the labels. Rows are at most {settings['words']} "
-        "words: sentences of film reviews",
-        "(2 labels), and the first words of BBC news (5 labels). MiniLM is an encoder of 22M weights, whose "
-        "head starts as its own",
-        "answer to the labels; SmolLM2-135M is a causal model with label words. LoRA has rank 8 at all "
-        "linear layers. All of",
-        "float32, on the CPU. Budgets: " + ", ".join(f"{model} {n} forwards" for model,
-            n in settings["forwards"].items()) + ".",
-        "A derivative along z counts as 2 forwards, and a back-propagation as 3.",
-        "",
+        f"from 56 forwards with a central difference, that do not count below; its `reach` was {REACH:g} for "
+        f"all. lr is constant. A batch has {settings['batch']} rows with equal shares of the labels. Rows "
+        f"are at most {settings['words']} words: sentences of film reviews (2 labels), and the first words "
+        "of BBC news (5 labels). MiniLM is an encoder of 22M weights, whose head starts as its own answer to "
+        "the labels; SmolLM2-135M is a causal model with label words. LoRA has rank 8 at all linear layers. "
+        f"All of float32, on the CPU. Budgets: {budgets}. A derivative along z counts as 2 forwards, and a "
+        "back-propagation as 3."
+    )
+    told = (
         "Intervals are of 95 %: Wilson's for the held-out rows and Student's for the seeds, whose squares "
-        "add. The deviation of",
-        "seeds is pooled over the methods of a table. Where every method has one seed, intervals are of the "
-        "rows alone. Two",
-        "methods are told apart where their intervals do not overlap. Values between two checks (every "
-        "quarter) are linear.",
-        "Time is the processor's, which other programs on the machine lengthen less than the clock's; `s a "
-        "step` is the clock's.",
-    ]  # fmt: skip
+        "add. The deviation of seeds is pooled over the methods of a table. Where every method has one seed, "
+        "intervals are of the rows alone. Two methods are told apart where their intervals do not overlap. "
+        "Values between two checks (every quarter) are linear. Time is the processor's, which other programs "
+        "on the machine lengthen less than the clock's; `s a step` is the clock's."
+    )
+    return [*textwrap.wrap(setting, 110), "", *textwrap.wrap(told, 110)]
 
 
 def page(
@@ -145,8 +141,7 @@ def page(
         *commands,
         "",
         f"Rows are of commits {every('commit')}, measured on {every('machine')}, torch {every('torch')}, "
-        f"{machine['cores']} cores,",
-        f"threads {every('threads')}.",
+        f"{machine['cores']} cores, threads {every('threads')}.",
         *(["", BUSY.format(load)] if load > int(machine["cores"]) else []),
         *(["", ONE_SEED] if seeds == 1 else []),
         "",

@@ -57,9 +57,8 @@ def tiny():
     )
     config = transformers.LlamaConfig(
         vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=32, tie_word_embeddings=True, pad_token_id=0,
-        bos_token_id=1, eos_token_id=1,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32, tie_word_embeddings=True,
+        pad_token_id=0, bos_token_id=1, eos_token_id=1,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config).eval(), LabelWords(
         tokenizer, "{} this is", ["terrible", "great"]
@@ -116,10 +115,10 @@ def test_reviews_once_and_unambiguous(tmp_path) -> None:
     path = tmp_path / "rows.csv"
     with open(path, "w", newline="") as file:
         csv.writer(file).writerows([
-            ["text", "label", "source"], ["A  fine film", 1, data.SENTENCES],
-            ["a fine FILM ", 1, data.SENTENCES],
-            ["both ways", 0, data.SENTENCES], ["Both ways", 1, data.SENTENCES], ["elsewhere", 1, "other"],
-            ["dull", 0, data.SENTENCES],
+            ["text", "label", "source"],
+            ["A  fine film", 1, data.SENTENCES], ["a fine FILM ", 1, data.SENTENCES],
+            ["both ways", 0, data.SENTENCES], ["Both ways", 1, data.SENTENCES],
+            ["elsewhere", 1, "other"], ["dull", 0, data.SENTENCES],
         ])  # fmt: skip
     assert read_reviews(path) == [Row("A fine film", 1), Row("dull", 0)]
 

@@ -268,9 +268,10 @@ def test_update_of_16_bit_weights(dtype: torch.dtype, rounding: str) -> None:
         result = zokern.step(optimizer, closure_of(model))
         amounts = [-0.01 * c / 2 for c in result.coefficients]
         for name, p in model.named_parameters():
-            zokern.axpy_(expected[name], "normal", seed=4, who=name, draws=[(step, 0), (step, 1)],
-                coeffs=amounts,
-                         decay=1 - 0.01 * 0.1, rounding=rounding, backend="reference")  # fmt: skip
+            zokern.axpy_(
+                expected[name], "normal", seed=4, who=name, draws=[(step, 0), (step, 1)], coeffs=amounts,
+                decay=1 - 0.01 * 0.1, rounding=rounding, backend="reference",
+            )  # fmt: skip
             assert same_bits(p, expected[name]), name
 
 

@@ -316,11 +316,9 @@ def by_splitting(e: Any, p: Paper, scope: tuple[str, ...]) -> Script:
 
 SCRIPTS: dict[type, Callable[..., Script]] = {
     Spsa: by_spsa, Spread: by_spread, zokern.Ranked: by_ranks, zokern.Sign: by_sign, zokern.Kernel: by_kernel,
-    zokern.Conservative: by_the_best,
-    zokern.Bayesian: by_filter, zokern.LeaveOneOut: by_the_others, zokern.Private: by_clipped_sums,
-    zokern.Guided: by_the_guide,
-    zokern.Blockwise: by_blocks, zokern.Layers: by_layers, zokern.Anchored: by_the_anchor,
-    zokern.Curvature: by_curvature,
+    zokern.Conservative: by_the_best, zokern.Bayesian: by_filter, zokern.LeaveOneOut: by_the_others,
+    zokern.Private: by_clipped_sums, zokern.Guided: by_the_guide, zokern.Blockwise: by_blocks,
+    zokern.Layers: by_layers, zokern.Anchored: by_the_anchor, zokern.Curvature: by_curvature,
     zokern.ForwardGradient: by_slopes, zokern.Mixed: by_mixing, zokern.Split: by_splitting,
 }  # fmt: skip
 

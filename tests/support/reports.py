@@ -114,9 +114,10 @@ def encoder() -> Setup:
 
 # torch's fast path writes zeros into the padding. Without it the loss is another, of nearly the same slope.
 for stencil in ("central", "forward"):
-    CASES.append(Case(f"m01 fast path {stencil}", encoder, "MeZO", dict(stencil=stencil, seed=1), 1e-3,
-        tol=0.3,
-                      ulps=200, exact=False))  # fmt: skip
+    CASES.append(Case(
+        f"m01 fast path {stencil}", encoder, "MeZO", dict(stencil=stencil, seed=1), 1e-3, tol=0.3, ulps=200,
+        exact=False,
+    ))  # fmt: skip
 CASES.append(
     Case("m01 fast path FZOO", encoder, "FZOO", dict(queries=4), 1e-3, tol=0.3, ulps=200, exact=False)
 )
@@ -478,21 +479,24 @@ def contexts() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
         "autocast": (lambda: torch.autocast("cpu", enabled=False), lambda: torch.is_autocast_enabled("cpu")),
         "enable_grad": (torch.enable_grad, torch.is_grad_enabled),
         "inference_mode": (torch.inference_mode, torch.is_inference_mode_enabled),
-        "deterministic": (lambda: swapped(torch.are_deterministic_algorithms_enabled,
-            torch.use_deterministic_algorithms,
-                                          True), torch.are_deterministic_algorithms_enabled),
-        "matmul precision": (lambda: swapped(torch.get_float32_matmul_precision,
-            torch.set_float32_matmul_precision,
-                                             "high"), torch.get_float32_matmul_precision),
+        "deterministic": (
+            lambda: swapped(
+                torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True),
+            torch.are_deterministic_algorithms_enabled),
+        "matmul precision": (
+            lambda: swapped(
+                torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "high"),
+            torch.get_float32_matmul_precision),
         "fork_rng": (lambda: torch.random.fork_rng(devices=[]), lambda: torch.get_rng_state().tolist()),
         "detect_anomaly": (lambda: torch.autograd.set_detect_anomaly(True), torch.is_anomaly_enabled),
         "saved tensors": (lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
             lambda: None),
         "numpy errors": (lambda: np.errstate(all="ignore"), np.geterr),
         "log level": (lambda: swapped(lambda: LOG.level, LOG.setLevel, logging.ERROR), lambda: LOG.level),
-        "environment": (lambda: swapped(env,
-            lambda v: os.environ.pop("ZOKERN_TEST_REPORTS", None) if v is None
-                                        else os.environ.update(ZOKERN_TEST_REPORTS=v), "1"), env),
+        "environment": (
+            lambda: swapped(env, lambda v: os.environ.pop("ZOKERN_TEST_REPORTS", None) if v is None
+                            else os.environ.update(ZOKERN_TEST_REPORTS=v), "1"),
+            env),
         "recursion limit": (lambda: swapped(sys.getrecursionlimit, sys.setrecursionlimit, 5000),
             sys.getrecursionlimit),
         "decimal": (DECIMAL.localcontext, lambda: id(DECIMAL.getcontext())),

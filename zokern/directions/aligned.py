@@ -67,9 +67,10 @@ class Aligned(Subspace):
             signs = [1.0 if float(one) >= 0.0 else -1.0] * len(matrices)
         reach = math.sqrt(self.delta_at(step))
         spectra = [m.extra.get("spectrum") for m in matrices]
-        align_([core for core, s in zip(cores, spectra) if s is not None],
-            [s for s in spectra if s is not None],
-               [xi * reach for xi, s in zip(signs, spectra) if s is not None])  # fmt: skip
+        align_(
+            [core for core, s in zip(cores, spectra) if s is not None], [s for s in spectra if s is not None],
+            [xi * reach for xi, s in zip(signs, spectra) if s is not None],
+        )  # fmt: skip
         return list(torch._foreach_mul(cores, [self.scale(m) for m in matrices]))
 
 

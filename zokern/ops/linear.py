@@ -55,8 +55,7 @@ def linear(
         if traced(backend, noise.direction):
             return operation(
                 "linear", chosen, noise, xs=sides, weight=weight, factors=factors or (), scales=scales,
-                who=word_of(who),
-                step=step, draw=draw, bias=bias, first=first, residual=residual, tile=tile,
+                who=word_of(who), step=step, draw=draw, bias=bias, first=first, residual=residual, tile=tile,
             )  # fmt: skip
         operands = Sides(sides, [bias] * len(sides), scales)
         if factors is not None:
@@ -262,8 +261,7 @@ def sketch(
             )
         return operation(
             "sketch", chosen, noise, shape=[rows, columns], omega=omega, who=word, coeffs=coeffs,
-            transposed=transposed,
-            first=first, tile=tile, **lists_of(noise),
+            transposed=transposed, first=first, tile=tile, **lists_of(noise),
         )  # fmt: skip
 
 
