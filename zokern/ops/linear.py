@@ -200,11 +200,27 @@ def _with_noise(
     return tiled_linear(xs, weight, biases, tiles())
 
 
+def _check_omega(omega: Tensor, inner: int) -> None:
+    """Raises an error for an Omega whose type or shape does not fit."""
+    arguments.tensor("sketch", "omega", omega, f", float32[{inner}, p]")
+    if omega.device.type == "meta":
+        raise ValueError(
+            f"sketch: omega is {described(omega)} and has no elements; expected a tensor with memory: "
+            "materialise it"
+        )
+    if (
+        omega.dtype != torch.float32
+        or omega.dim() != 2
+        or omega.shape[0] != inner
+        or not omega.is_contiguous()
+    ):
+        raise ValueError(f"sketch: omega is {described(omega)}; expected contiguous float32[{inner}, p]")
+
+
 def sketch(
     direction: Any, shape: tuple[int, int], omega: Tensor, *, seed: int, who: str | int,
-    draws: Sequence[tuple[int, int]],
-    coeffs: Sequence[float], transposed: bool = False, first: int = 0, tile: int = 1 << 20,
-    backend: str | None = None,
+    draws: Sequence[tuple[int, int]], coeffs: Sequence[float], transposed: bool = False, first: int = 0,
+    tile: int = 1 << 20, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
     """Returns G Omega of G = sum_k coeffs[k] z(seed, who, *draws[k]), m x n, which is never held.
 
@@ -227,20 +243,7 @@ def sketch(
     first = whole_number(
         "sketch: first", first, 0, expected="the number of G's first element, an integer from 0"
     )
-    inner = rows if transposed else columns
-    arguments.tensor("sketch", "omega", omega, f", float32[{inner}, p]")
-    if omega.device.type == "meta":
-        raise ValueError(
-            f"sketch: omega is {described(omega)} and has no elements; expected a tensor with memory: "
-            "materialise it"
-        )
-    if (
-        omega.dtype != torch.float32
-        or omega.dim() != 2
-        or omega.shape[0] != inner
-        or not omega.is_contiguous()
-    ):
-        raise ValueError(f"sketch: omega is {described(omega)}; expected contiguous float32[{inner}, p]")
+    _check_omega(omega, rows if transposed else columns)
     if first + rows * columns > INDEX_LIMIT:
         raise ValueError(
             f"sketch: shape is {shape} from {first}; expected positive sizes and first + m n <= 2**35"
