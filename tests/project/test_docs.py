@@ -212,6 +212,32 @@ def test_the_lines_of_a_document(document):
     assert long_lines(document.read_text()) == []
 
 
+def check_lines(root: Path) -> None:
+    """Kernels have at most 110 columns; ruff holds Python to as many (E501)."""
+    kernels = [path for path in root.glob("csrc/**/*") if path.is_file()]
+    found = {
+        str(path.relative_to(root)): wide
+        for path in [*kernels, *root.glob("triton_kernels/*.py")]
+        if (wide := [n for n, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 110])
+    }
+    assert kernels and found == {}
+
+
+def test_the_lines_of_kernels():
+    check_lines(ROOT)
+
+
+@pytest.mark.parametrize("name", ["csrc/update.cu", "csrc/zo/stream.h", "triton_kernels/update.py"])
+def test_a_long_line_of_a_kernel_is_rejected(name, tmp_path):
+    for other in ("csrc/update.cu", name):
+        (tmp_path / other).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / other).write_text("// " + "x" * 107 + "\n")
+    check_lines(tmp_path)
+    (tmp_path / name).write_text("// a line\n// " + "x" * 108 + "\n")
+    with pytest.raises(AssertionError, match=rf"{name}.*\[2\]"):
+        check_lines(tmp_path)
+
+
 @pytest.mark.parametrize(
     "document", [path for path in DOCUMENTS if path.name != "CHANGELOG.md"], ids=lambda path: path.name
 )
@@ -248,12 +274,8 @@ def test_words_are_counted(text, mean):
 def test_long_sentences_and_lines_are_rejected():
     assert mean_words(LONG) > 18 and mean_words(LONG.replace("word word", "word. Word")) < 18
     wide = "x" * 111
-    assert long_lines(
-        f"short\n{wide}\n| {wide} |\n[{wide}](there)\n![{wide}](there)\nsee [{wide}](there)\n{wide[1:]}"
-    ) == [
-        2,
-        6,
-    ]
+    links = f"[{wide}](there)\n![{wide}](there)\nsee [{wide}](there)"
+    assert long_lines(f"short\n{wide}\n| {wide} |\n{links}\n{wide[1:]}") == [2, 6]
 
 
 def test_a_block_without_its_package_is_reported():
