@@ -25,7 +25,7 @@ def test_the_document_is_what_the_command_prints(capsys) -> None:
 
 
 def check_readme(readme: str) -> None:
-    """Its table is some rows of docs/methods.md, as they stand there; the other methods are named below it."""
+    """Its table has rows of docs/methods.md, as they stand there; other methods are named below it."""
     head, _, *rows = cli_methods.markdown_table().splitlines()
     below = readme.split(f"{head}\n", 1)[1].splitlines()
     shown = list(itertools.takewhile(lambda line: line.startswith("|"), below))[1:]
