@@ -196,21 +196,12 @@ def _addmm(func, args: tuple, kwargs: dict):
 def _product(x: Any, weight: Any, bias: Any, transposed: bool):
     """Rows, a large matrix and a bias of one number for each of its columns;
     other arguments get a whole copy."""
-    if (
-        not isinstance(weight, Perturbed)
-        or isinstance(x, Perturbed)
-        or not isinstance(x, Tensor)
-        or weight.dim() != 2
-    ):
+    if not isinstance(weight, Perturbed) or isinstance(x, Perturbed) or not isinstance(x, Tensor):
         return NotImplemented
     copies, g, i = weight._use
-    if (
-        (g, i) in copies.resident
-        or x.is_nested
-        or x.layout != torch.strided
-        or not x.dim()
-        or _is_taped(x, bias)
-    ):
+    if (g, i) in copies.resident or weight.dim() != 2 or _is_taped(x, bias):
+        return NotImplemented
+    if x.is_nested or x.layout != torch.strided or not x.dim():
         return NotImplemented
     width, columns = weight.shape if transposed else weight.shape[::-1]
     if x.shape[-1] != width or (transposed and x.dim() != 2):
@@ -302,34 +293,20 @@ HANDLERS: dict[Any, Callable] = {
 }
 CONVERSIONS = {Tensor.to, Tensor.float, Tensor.double, Tensor.type, Tensor.type_as}
 NORMS = {
-    F.layer_norm,
-    F.group_norm,
-    F.rms_norm,
-    F.instance_norm,
-    F.batch_norm,
-    torch.layer_norm,
-    torch.group_norm,
-}
+    F.layer_norm, F.group_norm, F.rms_norm, F.instance_norm, F.batch_norm, torch.layer_norm, torch.group_norm,
+}  # fmt: skip
 PRODUCTS = {
-    Tensor.mul,
-    Tensor.__mul__,
-    Tensor.__rmul__,
-    torch.mul,
-    Tensor.add,
-    Tensor.__add__,
-    Tensor.__radd__,
-    torch.add,
-}
+    Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul,
+    Tensor.add, Tensor.__add__, Tensor.__radd__, torch.add,
+}  # fmt: skip
 DATA_ATTRIBUTES = {"data", "T", "mT", "H", "mH", "real", "imag"}
 # Answered by the stand-in itself, which has the parameter's shape, dtype and device:
 # a copy would be wrong, or wasted.
 METADATA = {
     "size", "stride", "dim", "ndimension", "numel", "nelement", "element_size", "storage_offset",
-    "is_contiguous", "is_floating_point",
-    "is_complex", "is_signed", "is_inference", "get_device", "data_ptr", "storage", "untyped_storage",
-    "requires_grad_", "register_hook",
-    "register_post_accumulate_grad_hook", "retain_grad", "__len__", "__hash__", "__reduce_ex__", "is_tensor",
-    "result_type", "can_cast",
+    "is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_inference", "get_device", "data_ptr",
+    "storage", "untyped_storage", "requires_grad_", "register_hook", "register_post_accumulate_grad_hook",
+    "retain_grad", "__len__", "__hash__", "__reduce_ex__", "is_tensor", "result_type", "can_cast",
 }  # fmt: skip
 
 
@@ -337,8 +314,7 @@ METADATA = {
 
 
 def _places(copies: Copies) -> list[tuple]:
-    """Returns (parameter, class, group, position, what stands
-    in: a stack, or a tensor without memory); prepared once.
+    """Returns (parameter, class, group, position, a stack or a tensor without memory); prepared once.
 
     Raises Refused for parameters that cannot hold another tensor."""
     memo, key = copies.plan.groups[0].memo, ("places", *map(id, copies.resident.values()))
@@ -408,13 +384,9 @@ def _number(tensors: list[Tensor]) -> None:
 def _bodiless(theta: Tensor) -> Tensor:
     """Returns a tensor with the shape, strides, dtype and device of a parameter and without memory."""
     made = torch.Tensor._make_wrapper_subclass(
-        Perturbed,
-        theta.shape,
-        strides=theta.stride(),
-        dtype=theta.dtype,
-        device=theta.device,
+        Perturbed, theta.shape, strides=theta.stride(), dtype=theta.dtype, device=theta.device,
         requires_grad=False,
-    )
+    )  # fmt: skip
     torch._C._set_throw_on_mutable_data_ptr(made)
     return made
 
