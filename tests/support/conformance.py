@@ -1,5 +1,5 @@
-"""One suite for every backend: each ``check_*(backend, device,
-scale)`` raises AssertionError where it is not the reference.
+"""One suite for every backend:
+each ``check_*(backend, device, scale)`` raises AssertionError where it is not the reference.
 
 Verbs are compared bit for bit, whole guarded buffers at a time (guarded.py); CHECKS holds on every backend,
 LOWRANK on those that sum low-rank products in the definition's order. Cases come from a generator
