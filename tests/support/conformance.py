@@ -83,8 +83,7 @@ class Versus:
 
     def axpy(
         self, thetas, spans, direction: str, draws=((3, 1),), coeffs=(1e-3,), decay=1.0, rounding="nearest",
-        residuals=(),
-        each=0,
+        residuals=(), each=0,
     ) -> None:  # fmt: skip
         def call(backend, groups, device):
             theta, low = groups[0], groups[1] if residuals else None

@@ -42,8 +42,7 @@ DRAWS, COEFFS = ((3, 1), (5, 0)), (0.5, -0.25)
 class Updates(Versus):
     def update(
         self, thetas: Sequence[Guarded], spans, rule: str, states, direction="normal", draws=DRAWS[:1],
-        coeffs=None, scalars=(),
-        rounding="nearest", residuals=(),
+        coeffs=None, scalars=(), rounding="nearest", residuals=(),
     ) -> None:  # fmt: skip
         def call(backend, groups, device):
             theta, low, *kept = groups

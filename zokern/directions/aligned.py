@@ -40,8 +40,7 @@ class Aligned(Subspace):
 
     def __init__(
         self, rank: int = 128, interval: int = 100, delta: float = 2.0, steps: int | None = None,
-        sign: str = "matrix", norm: str = "matched",
-        reshape: str = "none", dense: Any = None,
+        sign: str = "matrix", norm: str = "matched", reshape: str = "none", dense: Any = None,
     ) -> None:  # fmt: skip
         super().__init__(rank, interval, norm, reshape, dense)
         delta = within("delta", delta, 0.0, math.inf, "a finite number, at least 0")

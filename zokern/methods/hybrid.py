@@ -45,8 +45,7 @@ class Hybrid(ZerothOrder):
     def __init__(
         self, params: Any, lr: float | None = None, eps: float = 1e-3, *, first_order: Any = None,
         optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None,
-        estimator: Estimator | None = None,
-        evaluation: Any = "auto", **options: Any,
+        estimator: Estimator | None = None, evaluation: Any = "auto", **options: Any,
     ) -> None:  # fmt: skip
         super().__init__(
             params, lr=lr, eps=eps, estimator=Split((), estimator), evaluation=evaluation, **options

@@ -41,10 +41,9 @@ class KerZOO(ZerothOrder):
 
     def __init__(
         self, params: Any, lr: float | None = None, eps: float = 1e-3, *, queries: int = 3, order: int = 3,
-        scale: float = 1.0,
-        width: float | Callable[[int], float] = 1.0, rescale: bool = True, scope: str = "query",
-        clip_norm: float | None = None,
-        averaging: bool = False, evaluation: Any = "auto", **options: Any,
+        scale: float = 1.0, width: float | Callable[[int], float] = 1.0, rescale: bool = True,
+        scope: str = "query", clip_norm: float | None = None, averaging: bool = False,
+        evaluation: Any = "auto", **options: Any,
     ) -> None:  # fmt: skip
         estimator = Kernel(queries, scale, width, None, order, rescale, scope, clip_norm)
         rule = Averaged() if averaging else options.pop("rule", None)

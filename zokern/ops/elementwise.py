@@ -20,9 +20,8 @@ from .registered import count_of_nonfinite, lists_of, operation, register, trace
 
 def draw(
     direction, shape: int | Sequence[int], *, seed: int, who: str | int, step: int, draw: int = 0,
-    first: int = 0,
-    dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", clock: Tensor | None = None,
-    out: Tensor | None = None, backend: str | None = None,
+    first: int = 0, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
+    clock: Tensor | None = None, out: Tensor | None = None, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
     """Returns z(seed, who, step, draw), elements [first, first + n), as a tensor.
 
@@ -176,11 +175,10 @@ def _check_each(each: bool | int, decay: float | Sequence[float], count: int) ->
 
 def perturb(
     tensors: Tensor | Sequence[Tensor], direction, *, seed: int, who: str | int | Sequence[str | int],
-    step: int,
-    draw: int = 0, scales: Sequence[float] = (1e-3, -1e-3), first: int | Sequence[int] = 0,
+    step: int, draw: int = 0, scales: Sequence[float] = (1e-3, -1e-3), first: int | Sequence[int] = 0,
     residuals: Sequence[Tensor] | Tensor | None = None, dtype: torch.dtype | None = None,
-    clock: Tensor | None = None,
-    out: Sequence[Tensor] | Sequence[Sequence[Tensor]] | None = None, backend: str | None = None,
+    clock: Tensor | None = None, out: Sequence[Tensor] | Sequence[Sequence[Tensor]] | None = None,
+    backend: str | None = None,
 ) -> list[list[Tensor]]:  # fmt: skip
     """Returns theta + scales[j] * z(seed, who, step, draw) for one or two scales, from one evaluation of z.
 

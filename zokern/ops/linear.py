@@ -22,9 +22,8 @@ from .registered import lists_of, operation, register, traced
 
 def linear(
     xs: Tensor | Sequence[Tensor], weight: Tensor, direction: Any = "normal", *, scales: Sequence[float],
-    seed: int = 0,
-    who: str | int = 0, step: int = 0, draw: int = 0, bias: Tensor | None = None, first: int = 0,
-    residual: Tensor | None = None, tile: int = 1 << 21, backend: str | None = None,
+    seed: int = 0, who: str | int = 0, step: int = 0, draw: int = 0, bias: Tensor | None = None,
+    first: int = 0, residual: Tensor | None = None, tile: int = 1 << 21, backend: str | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """Returns y_j = x_j (W + scales[j] z)^T + b for one or more sides, without writing W.
 
@@ -83,8 +82,7 @@ register(
 
 def _check_operands(
     sides: Sequence[Tensor], weight: Tensor, bias: Tensor | None, residual: Tensor | None,
-    scales: Sequence[float], first: int,
-    tile: int,
+    scales: Sequence[float], first: int, tile: int,
 ) -> None:  # fmt: skip
     """Refuses operands of linear() whose dtypes, devices and shapes do not fit."""
     if not scales or len(sides) != len(scales):

@@ -19,10 +19,9 @@ from .registered import count_of_nonfinite, operation, register, traced
 def lowrank_(
     tensors: Tensor | Sequence[Tensor], left: Tensor | Sequence[Tensor], right: Tensor | Sequence[Tensor], *,
     core: Tensor | Sequence[Tensor | None] | None = None, scale: float | Sequence[float] = 1.0,
-    decay: float = 1.0,
-    who: str | int | Sequence[str | int] | None = None, seed: int = 0, step: int = 0,
-    first: int | Sequence[int] = 0,
-    rounding: str = "nearest", residuals: Sequence[Tensor] | Tensor | None = None, backend: str | None = None,
+    decay: float = 1.0, who: str | int | Sequence[str | int] | None = None, seed: int = 0, step: int = 0,
+    first: int | Sequence[int] = 0, rounding: str = "nearest",
+    residuals: Sequence[Tensor] | Tensor | None = None, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
     """Computes W <- decay * W + scale * U C V^T in place, in one launch. No product is stored.
 
