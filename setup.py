@@ -83,7 +83,10 @@ class Part:
         return f"{OBJECTS}/_{self.name}{SUFFIX}"
 
     def bind_rule(self) -> str:
-        return f"build {OBJECTS}/{self.name}/bind.o: cxx csrc/bind.cpp\n  flags = $python -DZOKERN_MODULE=_{self.name}"
+        return (
+            f"build {OBJECTS}/{self.name}/bind.o: cxx csrc/bind.cpp\n"
+            f"  flags = $python -DZOKERN_MODULE=_{self.name}"
+        )
 
 
 def run(*command: str) -> str:
@@ -123,8 +126,8 @@ def find_cxx() -> str:
             lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
             reason = next((line for line in lines if "error" in line), lines[-1]).split("error: ")[-1]
             raise Missing(
-                f"{cxx} cannot build a Python extension with OpenMP ({reason}); "
-                "install the Python headers (python3-dev) and a compiler with OpenMP"
+                f"{cxx} cannot build a Python extension with OpenMP ({reason}); install the Python headers "
+                "(python3-dev) and a compiler with OpenMP"
             ) from None
     return cxx
 
@@ -152,8 +155,8 @@ def gpus() -> list[int]:
 
 
 def architectures_for(known: list[str]) -> list[str]:
-    """What to compile for, of the architectures that nvcc knows: as the environment asks, or else for the
-    GPUs here."""
+    """What to compile for, of the architectures that nvcc knows:
+    as the environment asks, or else for the GPUs here."""
     asked, here = os.environ.get("ZOKERN_CUDA_ARCHITECTURES", "").strip(), gpus()
     if not asked and not here and os.environ.get("ZOKERN_BUILD_CUDA") == "1":
         asked = "all"
@@ -166,8 +169,8 @@ def architectures_for(known: list[str]) -> list[str]:
     way_out = "ZOKERN_CUDA_ARCHITECTURES=all, or a number such as 90, compiles them all the same"
     if not here:
         raise Missing(f"nvidia-smi finds no GPU on this machine; {way_out}")
-    # A GPU that is newer than nvcc compiles the PTX of the newest architecture before it when it loads the
-    # module.
+    # A GPU that is newer than nvcc compiles the PTX of the
+    # newest architecture before it when it loads the module.
     numbers = [int(a) for a in known if a.isdigit() and int(a) >= OLDEST]
     able = {max(n for n in numbers if n <= gpu) for gpu in here if gpu >= min(numbers, default=gpu + 1)}
     if not able:
@@ -201,8 +204,8 @@ def cpu() -> Part:
     objects = [f"{OBJECTS}/cpu/bind.o", f"{OBJECTS}/cpu/isa.o"]
     part.rules += [
         part.bind_rule() + " -DZOKERN_LOWRANK_CPU -DZOKERN_UPDATE -DZOKERN_LINEAR",
-        f"build {objects[1]}: cxx csrc/isa.cpp\n  flags = "
-        f"{' '.join(f'-DZOKERN_{isa.upper()}' for isa in products)}",
+        f"build {objects[1]}: cxx csrc/isa.cpp\n"
+        f"  flags = {' '.join(f'-DZOKERN_{isa.upper()}' for isa in products)}",
     ]
     for source in CPU_SOURCES:
         objects.append(f"{OBJECTS}/cpu/{source}.o")
@@ -210,16 +213,17 @@ def cpu() -> Part:
         for isa, flags in {**isas, **(products if source == "linear" else {})}.items():
             objects.append(f"{OBJECTS}/cpu/{source}.{isa}.o")
             part.rules.append(
-                f"build {objects[-1]}: cxx csrc/{source}.cpp\n  flags = -DZOKERN_ISA={isa} {flags}\n  of = "
-                f"for {isa}"
+                f"build {objects[-1]}: cxx csrc/{source}.cpp\n"
+                f"  flags = -DZOKERN_ISA={isa} {flags}\n"
+                f"  of = for {isa}"
             )
     part.rules.append(f"build {part.output}: link {' '.join(objects)}")
     return part
 
 
 def cuda() -> Part:
-    """bind.cpp and CUDA_OBJECTS for each architecture, with the CUDA runtime inside: the module loads without
-    a driver."""
+    """bind.cpp and CUDA_OBJECTS for each architecture, with the CUDA runtime inside:
+    the module loads without a driver."""
     cxx, nvcc = find_cxx(), find_nvcc()
     release = re.search(r"release (\d+)\.(\d+).*V([\d.]+)", run(nvcc, "--version"), re.S)
     if release is None:
@@ -256,14 +260,16 @@ def cuda() -> Part:
     # another version.
     libraries = shlex.split(folders[1]) if folders else []
     part.rules += [
-        f"rule nvcc\n  description = nvcc $in $of\n  command = {quote(nvcc)} -ccbin {quote(cxx)} $flags -MD "
-        "-MF $out.d -c $in -o $out\n"
-        "  depfile = $out.d\n  deps = gcc",
+        "rule nvcc\n"
+        "  description = nvcc $in $of\n"
+        f"  command = {quote(nvcc)} -ccbin {quote(cxx)} $flags -MD -MF $out.d -c $in -o $out\n"
+        "  depfile = $out.d\n"
+        "  deps = gcc",
         part.bind_rule() + " -DZOKERN_LOWRANK_CUDA -DZOKERN_UPDATE",
         *(
             f"build {objects[name]}: nvcc csrc/{name.split('.')[0]}.cu\n"
-            f"  flags = {record['flags']} {targets} --threads {threads} {definition}\n  of = {definition} "
-            f"{of}"
+            f"  flags = {record['flags']} {targets} --threads {threads} {definition}\n"
+            f"  of = {definition} {of}"
             for name, definition in CUDA_OBJECTS.items()
         ),
         f"build {part.output}: link {OBJECTS}/cuda/bind.o {' '.join(objects.values())}\n"
@@ -309,10 +315,11 @@ def commit() -> str | None:
 
 
 def finish(package: Path) -> None:
-    """Puts the modules and the record of the build, zokern/_build.py, into the package, and says what was
-    built."""
+    """Puts the modules and the record of the build,
+    zokern/_build.py, into the package, and says what was built."""
     record = {"commit": commit(), "parts": {part.name: part.record for part in PARTS}, "left_out": LEFT_OUT}
-    text = f'"""What setup.py built; written by it."""\n\nRECORD = {pprint.pformat(record, width=120, sort_dicts=False)}\n'
+    shown = pprint.pformat(record, width=120, sort_dicts=False)
+    text = f'"""What setup.py built; written by it."""\n\nRECORD = {shown}\n'
     package.mkdir(parents=True, exist_ok=True)
     (package / "_build.py").write_text(text)
     for stale in {*package.glob(f"_c*{SUFFIX}")} - {package / Path(part.output).name for part in PARTS}:
@@ -336,8 +343,8 @@ class BuildPython(build_py):
 
 
 class BuildNative(build_ext):
-    """Has ninja compile what changed since the last call, then puts the modules where setuptools wants
-    them."""
+    """Has ninja compile what changed since the last call,
+    then puts the modules where setuptools wants them."""
 
     def run(self) -> None:
         if PARTS:
@@ -353,9 +360,11 @@ class BuildNative(build_ext):
             f"builddir = {OBJECTS}",
             f"cxx = {quote(find_cxx())}",
             f"python = {python}",
-            f"rule cxx\n  description = c++ $in $of\n  command = $cxx {CXX_FLAGS} $flags -MMD -MF $out.d -c "
-            "$in -o $out\n"
-            "  depfile = $out.d\n  deps = gcc",
+            "rule cxx\n"
+            "  description = c++ $in $of\n"
+            f"  command = $cxx {CXX_FLAGS} $flags -MMD -MF $out.d -c $in -o $out\n"
+            "  depfile = $out.d\n"
+            "  deps = gcc",
             "rule link\n  description = link $out\n  command = $cxx -shared -fopenmp $in $libraries -o $out",
             # nvcc takes longest, so it starts first
             *(rule for part in reversed(PARTS) for rule in part.rules),

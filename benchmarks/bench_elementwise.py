@@ -1,5 +1,5 @@
-"""The verbs: axpy_ on one large tensor, on a list of small ones, K draws in a pass, and perturb with one sign
-and with both."""
+"""The verbs: axpy_ on one large tensor, on a list of small ones,
+K draws in a pass, and perturb with one sign and with both."""
 
 from __future__ import annotations
 
@@ -30,11 +30,9 @@ def axpy(tensors, direction: str = "normal", who="w", draws: int = 1) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def bench_axpy_large(benchmark, report, dtype: str) -> None:
     n = 1 << (22 if report.quick else 26)
-    w, other, buffer = (
-        weights(n, dtype),
-        torch.empty(n, dtype=DTYPES[dtype]),
-        torch.empty(n, dtype=DTYPES[dtype]),
-    )
+    w = weights(n, dtype)
+    other = torch.empty(n, dtype=DTYPES[dtype])
+    buffer = torch.empty(n, dtype=DTYPES[dtype])
     parameter = torch.nn.Parameter(w.clone(), requires_grad=False)
     traffic = 2 * w.element_size()
     size, loop = f"{dtype} n={n}", f"eager perturb {dtype} n={n}"
@@ -66,8 +64,8 @@ def bench_axpy_large(benchmark, report, dtype: str) -> None:
 
 
 def bench_compiled(benchmark, report) -> None:
-    """torch.compile of the eager perturb; a smaller tensor, because inductor draws its normals one lane at a
-    time."""
+    """torch.compile of the eager perturb; a smaller tensor,
+    because inductor draws its normals one lane at a time."""
     n = 1 << (20 if report.quick else 23)
     w = weights(n, "fp32")
     parameter = torch.nn.Parameter(w.clone(), requires_grad=False)
@@ -98,12 +96,9 @@ def bench_axpy_list(benchmark, report, dtype: str) -> None:
     parameters = [torch.nn.Parameter(t.clone(), requires_grad=False) for t in tensors]
     buffer = torch.empty(each, dtype=DTYPES[dtype])
     size = f"{dtype} {count} x {each}"
-    n, traffic, yardstick, loop = (
-        count * each,
-        2 * flat.element_size(),
-        f"w += c {dtype} n={count * each}",
-        f"eager perturb {size}",
-    )
+    n, traffic = count * each, 2 * flat.element_size()
+    yardstick = f"w += c {dtype} n={count * each}"
+    loop = f"eager perturb {size}"
 
     def by_hand() -> None:
         for t in tensors:

@@ -26,8 +26,8 @@ def factors(m: int, n: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def bench_lowrank(benchmark, report, dtype: str, shape: tuple[int, int]) -> None:
-    """torch's addmm_ takes factors of W's type, and is left out where it is far slower than the eager sum
-    (bf16 on a CPU)."""
+    """torch's addmm_ takes factors of W's type,
+    and is left out where it is far slower than the eager sum (bf16 on a CPU)."""
     m, n = shape
     count = m * n
     w, other = weights(count, dtype).view(m, n), torch.empty(m, n, dtype=DTYPES[dtype])

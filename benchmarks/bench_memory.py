@@ -1,12 +1,12 @@
 """Measures the peak memory of a step, each in a fresh process.
 
 The first group sets a step beside a bare forward, the eager loop, and back-propagation with AdamW.
-Model, batch and dtype are the same. The second group has the memory of steps over the weights and one
-forward.
+Model, batch and dtype are the same. The second group
+has the memory of steps over the weights and one forward.
 
 The processes return every large block to the system, by a fixed MALLOC_MMAP_THRESHOLD_ of glibc.
-So memory in use is counted. With glibc's moving threshold a forward's peak differs by 80 MB between
-processes.
+So memory in use is counted. With glibc's moving threshold
+a forward's peak differs by 80 MB between processes.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ BESIDE = ("forward", "MeZO", "MeZO first steps", "eager MeZO", "AdamW")
 PEAKS = [(*shape, what) for shape in (LARGE, SIXTEEN) for what in BESIDE]
 EXTRA = [
     (*LARGE, "MeZO scratch 64"), (*LARGE, "MeZO scratch 16"), (*SIXTEEN, "MeZO scratch 64"),
-    (*LARGE, "MeZO inplace"),
-    (*LARGE, "MeZO master"), (*SMALL, "doubled"), (*SMALL, "SubZero"), (*SMALL, "LOZO"), (*SMALL, "TeZO"),
-    (*SMALL, "eager SubZero"), (*SMALL, "eager LOZO"),
+    (*LARGE, "MeZO inplace"), (*LARGE, "MeZO master"), (*SMALL, "doubled"), (*SMALL, "SubZero"),
+    (*SMALL, "LOZO"), (*SMALL, "TeZO"), (*SMALL, "eager SubZero"), (*SMALL, "eager LOZO"),
 ]  # fmt: skip
 EXPLAINED = {
     "forward": "bare forward",

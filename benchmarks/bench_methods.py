@@ -30,8 +30,8 @@ def queries_of(method: str) -> int:
 
 # A step of many queries is timed by bench_many alone: it takes as long as all other methods' together.
 METHODS = [method for method in methods.__all__ if queries_of(method) < MANY]
-# Every class of zokern.estimator that needs no argument and reads losses alone; Spsa is what MeZO has without
-# one.
+# Every class of zokern.estimator that needs no argument and reads losses alone;
+# Spsa is what MeZO has without one.
 ESTIMATORS = [
     name for name in estimator.__all__
     if isinstance(getattr(estimator, name), type) and name not in (

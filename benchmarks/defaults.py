@@ -1,5 +1,5 @@
-"""Does every method learn at its defaults? The demo's model and rows, a constant lr, one seed: `python -m
-benchmarks.defaults`.
+"""Does every method learn at its defaults? The demo's model and rows, a constant lr, one seed:
+`python -m benchmarks.defaults`.
 
 Every case starts from the same weights and takes the constructor's lr and eps. A block-wise step reads 64
 losses: it takes a tenth of the steps. --seconds ends a case early, at the steps that its row names. Two
@@ -34,8 +34,7 @@ from .report import Report
 BATCH, HELD_OUT, STEPS, LEAST = 8, 100, 100, 0.1
 NOTE = (
     f"A case learns where the held-out loss falls by {LEAST} nats or more. One seed and one task: this says "
-    "that a default is of the "
-    "right size, not that one method is better than another."
+    "that a default is of the right size, not that one method is better than another."
 )
 
 # Forms of a method that are no method of their own.
@@ -55,8 +54,8 @@ FEWER = {"BlockMeZO": 0.1, "SubZeroPlus": 0.1, "EGGROLL": 0.4}
 def measure(
     name: str, model: Any, words: LabelWords, rows: Any, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Trains one case from the weights as they are. Returns its row; the weights are then what it made of
-    them."""
+    """Trains one case from the weights as they are.
+    Returns its row; the weights are then what it made of them."""
     portion = FEWER.get(name, 1.0)
     optimizer = CASES[name](model, seed=options.seed, **({} if options.lr is None else {"lr": options.lr}))
     batches = Batches(rows.train, BATCH, options.seed)
@@ -91,9 +90,8 @@ def line(name: str, row: dict[str, Any]) -> str:
     learns = "yes" if row["loss_before"] - row["loss"] >= LEAST else "no"
     return (
         f"| {name} | {row['lr']:g} | {row['eps']:g} | {row['steps']} x {row['losses']} | "
-        f"{row['loss_before']:.3f} -> {row['loss']:.3f} | "
-        f"{learns} | {row['accuracy_before']:.2f} -> {row['accuracy']:.2f} | {row['seconds']:.2f} | "
-        f"{row['threads']} | {row['commit']} |"
+        f"{row['loss_before']:.3f} -> {row['loss']:.3f} | {learns} | {row['accuracy_before']:.2f} -> "
+        f"{row['accuracy']:.2f} | {row['seconds']:.2f} | {row['threads']} | {row['commit']} |"
     )
 
 
@@ -111,13 +109,11 @@ def page(machine: dict[str, str], found: dict[str, dict[str, Any]]) -> str:
         title,
         "",
         "`python -m benchmarks.defaults`, with --threads and --seconds where rows say so, "
-        f"{machine['date']}: torch {machine['torch']}, "
-        f"Python {machine['python']}, zokern {machine['zokern']}, {machine['cores']} cores, load average "
-        f"{machine['load']}.",
+        f"{machine['date']}: torch {machine['torch']}, Python {machine['python']}, zokern "
+        f"{machine['zokern']}, {machine['cores']} cores, load average {machine['load']}.",
         f"SmolLM2-135M, all weights, float32, batch {BATCH}, sentences of {demo.LEAST} to {demo.MOST} "
-        "tokens, constant lr, seed 0, "
-        f"{HELD_OUT} held-out rows. 'steps x losses' is what was run; seconds a step are those of a shared "
-        "machine.",
+        f"tokens, constant lr, seed 0, {HELD_OUT} held-out rows. 'steps x losses' is what was run; seconds a "
+        "step are those of a shared machine.",
         NOTE,
         *([f"Not measured: {', '.join(missing)}."] if missing else []),
         "",
@@ -130,7 +126,7 @@ def page(machine: dict[str, str], found: dict[str, dict[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures the cases and writes the page."""
     parse = argparse.ArgumentParser(
-        prog="python -m benchmarks.defaults", description=(__doc__ or "").partition("\n")[0]
+        prog="python -m benchmarks.defaults", description=(__doc__ or "").partition("\n\n")[0]
     )
     parse.add_argument(
         "--only", nargs="+", choices=CASES, default=list(CASES), metavar="NAME", help=", ".join(CASES)

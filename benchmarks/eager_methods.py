@@ -3,23 +3,20 @@
 All of them make the whole z of a parameter, again from the step's seed in each of four passes (three where
 one side is read), and add it to the weights. Only the shape of z differs:
 
-    SubZero   z = sqrt(m n) / r  U Z V^T    U, V the Q factors of normals, kept for an interval; Z normal, r x
-              r       Yu et al. 2025
-    LOZO      z = U V^T                     V normal, kept for an interval; U normal, m x r, in every step            Chen et al. 2025
-    PGAP      z = U (Z - a diag S) V^T      U, S, V of a dense estimate of the gradient, kept for an interval         Zhang et al. 2025
-    TeZO      z = U diag(tau) V^T           U, V normal, kept for the run; tau normal, r numbers                       Sun et al. 2025
-    ZOMuon    z = P Psi                     P the Q factor of normals; Psi normal, r x n; steps along P
-              msign(sum)      Lang et al. 2026
-    ZOMOPI    the same                      steps along P U V^T of a power iteration                                  Chen and Ma 2026
-    EGGROLL   z = a b^T                     a, b normal; both signs of K seeds, weighted by the ranks of their
-              losses Sarkar et al. 2025
-    FZOO      z = 2 bits - 1                one-sided, K seeds and the loss at theta; steps scaled by the
-              losses' std  Dang et al. 2026
-    FGD       z normal                      one forward with z as tangents; z is kept for the update                   Baydin et al. 2022
-    Addax     z normal                      also a back-propagation of all parameters                                  Li et al. 2025
-    Hybrid    z normal                      also a back-propagation of the last ones, which z does not move            Zhang et al. 2024
+    SubZero  z = sqrt(m n) / r  U Z V^T  U, V the Q factors of normals, kept for an interval; Z normal, r x r
+    LOZO     z = U V^T                   V normal, kept for an interval; U normal, m x r, in every step
+    PGAP     z = U (Z - a diag S) V^T    U, S, V of a dense estimate of the gradient, kept for an interval
+    TeZO     z = U diag(tau) V^T         U, V normal, kept for the run; tau normal, r numbers
+    ZOMuon   z = P Psi                   P the Q factor of normals; Psi normal, r x n; a step is P msign(sum)
+    ZOMOPI   the same                    steps along P U V^T of a power iteration
+    EGGROLL  z = a b^T                   a, b normal; both signs of K seeds, weighted by the losses' ranks
+    FZOO     z = 2 bits - 1              one-sided, K seeds, and theta; steps scaled by the losses' std
+    FGD      z normal                    one forward with z as tangents; z is kept for the update
+    Addax    z normal                    also a back-propagation of all parameters
+    Hybrid   z normal                    also a back-propagation of the last ones, which z does not move
 
 Parameters that are no matrices take a dense normal z. Factors have the parameters' dtype, as there.
+`zokern/methods/` names the papers.
 """
 
 from __future__ import annotations
@@ -174,8 +171,8 @@ class PGAP(Loop):
 
     @torch.no_grad()
     def estimate(self, closure: Closure, seed: int) -> None:
-        """G = 1/h sum c_i z_i, dense and in float32, then a singular value decomposition of every matrix of
-        it."""
+        """G = 1/h sum c_i z_i, dense and in float32,
+        then a singular value decomposition of every matrix of it."""
         dense = Loop(self.parameters, self.lr, self.eps)
         total = {i: torch.zeros(p.shape) for i, p in enumerate(self.parameters) if i in self.basis}
         for probe in range(self.probes):

@@ -1,5 +1,5 @@
-"""Interleaved measurement: in every round each case of a group runs once, so all of them see the same
-machine."""
+"""Interleaved measurement: in every round each case of a group runs once,
+so all of them see the same machine."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ class Group:
             case.eager = "" if case.eager == name else case.eager
 
     def run(self, benchmark, rounds: int) -> Group:
-        """All rounds, through pytest-benchmark's runner (its own table times a whole round); the first one
-        warms up."""
+        """All rounds, through pytest-benchmark's runner (its own table times a whole round);
+        the first one warms up."""
         self.round()
         self.rounds = 0
         for case in self.cases:

@@ -28,8 +28,7 @@ def _build(name: str) -> nn.Module:
         return Qwen2ForCausalLM(
             Qwen2Config(
                 hidden_size=896, num_hidden_layers=24, intermediate_size=4864, num_attention_heads=14,
-                num_key_value_heads=2,
-                tie_word_embeddings=True, vocab_size=151936,
+                num_key_value_heads=2, tie_word_embeddings=True, vocab_size=151936,
             )
         )  # fmt: skip
     if name == "OPT-tiny":  # for the quick mode
@@ -108,8 +107,8 @@ def _ids(model, batch: int, length: int):
 
 
 def rating_of(module: Any, length: int, generated: int) -> Callable[[], Tensor]:
-    """Returns a closure that generates greedily after a prompt and rates the result: the share of even
-    tokens."""
+    """Returns a closure that generates greedily after a prompt and rates the result:
+    the share of even tokens."""
     limits = {"max_new_tokens": generated, "min_new_tokens": generated, "do_sample": False, "pad_token_id": 1}
     ids = _ids(module, 1, length)
     mask = torch.ones_like(ids)

@@ -92,8 +92,8 @@ def truths(model: nn.Module, task: Task) -> dict[str, Truth]:
 
 
 def leading(estimate: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Returns the leading singular vectors (m, rank) and (n, rank), the first one first, from the smaller
-    product."""
+    """Returns the leading singular vectors (m, rank) and (n, rank),
+    the first one first, from the smaller product."""
     wide = estimate.shape[0] <= estimate.shape[1]
     x = estimate if wide else estimate.mT
     u = torch.linalg.eigh(x @ x.mT)[1].flip(1)[:, :rank]
@@ -104,8 +104,8 @@ def leading(estimate: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def estimates(
     truth: Truth, seed: int, probes: Sequence[int], scopes: Sequence[str]
 ) -> dict[tuple[str, int], Tensor]:
-    """Returns (1/h) sum_i c_i z_i for each scope and h, float64 (m, n); a larger h goes on from a smaller
-    one."""
+    """Returns (1/h) sum_i c_i z_i for each scope and h, float64 (m, n);
+    a larger h goes on from a smaller one."""
     shape, flat = truth.gradient.shape, truth.gradient.flatten().float()
     own = truth.squares["matrix"]
     others = torch.tensor([math.sqrt(max(0.0, truth.squares[scope] - own)) for scope in scopes])
@@ -141,8 +141,8 @@ def random_basis(truth: Truth, seed: int, rank: int) -> tuple[Tensor, Tensor]:
 def published(
     model: nn.Module, task: Task, found: dict[str, Truth], seeds: int, rank: int, probes: int
 ) -> list[list[float]]:
-    """Returns [energy over random's mean] of each seed and matrix for the method itself: its losses, its
-    range finder."""
+    """Returns [energy over random's mean] of each seed and matrix for the method itself:
+    its losses, its range finder."""
     ratios = []
     for seed in range(seeds):
         optimizer = zokern.PGAP(model, rank=rank, probes=probes, seed=seed, evaluation="master")
@@ -202,8 +202,8 @@ def lines(
     means = [statistics.fmean(ratios) for ratios in direct]
     text = [
         f"zokern.PGAP itself, h = {probes}, rank {rank}, all weights probed by losses of the model, "
-        f"{len(direct)} seeds: energy over r^2 / (m n) "
-        f"is {shown(means)} (mean over the matrices; interval over seeds, 95 %).",
+        f"{len(direct)} seeds: energy over r^2 / (m n) is {shown(means)} (mean over the matrices; interval "
+        "over seeds, 95 %).",
         "",
         "| probed together | h | " + " | ".join(f"rank {r}" for r in RANKS) + " |",
         "|---|---|" + "---|" * len(RANKS),
@@ -229,7 +229,7 @@ def lines(
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the tables and writes the page."""
     parse = argparse.ArgumentParser(
-        prog="python -m benchmarks.pgap_energy", description=(__doc__ or "").partition("\n")[0]
+        prog="python -m benchmarks.pgap_energy", description=(__doc__ or "").partition("\n\n")[0]
     )
     parse.add_argument("--seeds", type=int, choices=STUDENT, default=SEEDS)
     parse.add_argument("--most", type=int, choices=PROBES, default=PROBES[-1], help="largest h of the sweep")
@@ -255,10 +255,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"# P-GAP's basis against a random one: {about['cpu']}, {about['isa']}",
         "",
         f"`python -m benchmarks.pgap_energy --seeds {options.seeds} --most {options.most} --threads "
-        f"{options.threads}`, {about['date']}, "
-        f"commit {about['commit']}: torch {about['torch']}, {about['cores']} cores, load average "
-        f"{about['load']}, "
-        f"{time.monotonic() - began:.0f} s.",
+        f"{options.threads}`, {about['date']}, commit {about['commit']}: torch {about['torch']}, "
+        f"{about['cores']} cores, load average {about['load']}, {time.monotonic() - began:.0f} s.",
         f"SmolLM2-135M, a batch of {BATCH} of the demo's sentences; matrices {', '.join(KINDS)} of layers "
         f"{', '.join(map(str, LAYERS))}.",
         "Cells are the energy of G in the basis over r^2 / (m n), what a random basis holds on average: the "

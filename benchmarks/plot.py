@@ -1,5 +1,5 @@
-"""Draws the plots of a page: bench.png has kernels, steps, memory and draws; steps.png has steps by
-tokens."""
+"""Draws the plots of a page: bench.png has kernels, steps, memory and draws;
+steps.png has steps by tokens."""
 
 from __future__ import annotations
 
@@ -173,8 +173,8 @@ def save(figure, report, path: Path) -> None:
 
 
 def plot_steps(report, path: Path) -> None:
-    """Draws steps over two forwards against the tokens of a batch. Shapes with one batch stand side by
-    side."""
+    """Draws steps over two forwards against the tokens of a batch.
+    Shapes with one batch stand side by side."""
     models: dict[str, list[dict[str, Any]]] = {}
     for shape in ratios(report.groups):
         models.setdefault(f"{shape['model']} {shape['dtype']}", []).append(shape)

@@ -253,9 +253,9 @@ def disagreements(groups: Iterable[dict[str, Any]]) -> list[str]:
 QUICK = [Shape("OPT-tiny", "fp32", 1, 4, True), Shape("OPT-tiny", "bf16", 1, 32, True)]
 DEFAULT = [
     Shape("OPT-125M", "fp32", 1, 4, True), Shape("OPT-125M", "fp32", 1, 32),
-    Shape("OPT-125M", "fp32", 1, 128),
-    Shape("OPT-125M", "fp32", 4, 128), Shape("OPT-125M", "bf16", 1, 128, True),
-    Shape("OPT-350M", "fp32", 1, 32), Shape("Qwen2-0.5B", "fp32", 1, 32),
+    Shape("OPT-125M", "fp32", 1, 128), Shape("OPT-125M", "fp32", 4, 128),
+    Shape("OPT-125M", "bf16", 1, 128, True), Shape("OPT-350M", "fp32", 1, 32),
+    Shape("Qwen2-0.5B", "fp32", 1, 32),
 ]  # fmt: skip
 BATCHES = {4: (1, 4), 32: (1, 32), 128: (1, 128), 512: (4, 128), 2048: (4, 512), 4096: (8, 512)}
 ALL = [

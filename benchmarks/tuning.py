@@ -35,7 +35,7 @@ HEAD = (
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints a row for each case, and writes the page."""
     parse = argparse.ArgumentParser(
-        prog="python -m benchmarks.tuning", description=(__doc__ or "").partition("\n")[0]
+        prog="python -m benchmarks.tuning", description=(__doc__ or "").partition("\n\n")[0]
     )
     parse.add_argument("--only", nargs="+", choices=CASES, default=list(NAMES), metavar="NAME")
     parse.add_argument("--steps", type=int, default=100)

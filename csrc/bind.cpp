@@ -114,8 +114,8 @@ void lowrank(uintptr_t entries, uintptr_t chunks, int64_t chunk_count, uintptr_t
               factor_count, decay, static_cast<zo::Rounding>(rounding), step, at<int64_t>(nonfinite));
 }
 
-// perturb for one contiguous CPU tensor. It makes the table itself, because a linear layer calls it for every
-// product.
+// perturb for one contiguous CPU tensor. It makes the table itself,
+// because a linear layer calls it for every product.
 void lowrank_one(uintptr_t theta, uintptr_t out, uintptr_t residual, int64_t size, uint64_t first,
                  uint32_t who, int32_t type, int32_t out_type, uintptr_t left, uintptr_t right, int64_t rank,
                  int64_t columns, float scale, int64_t elements, uint64_t seed, uint32_t step, float decay,

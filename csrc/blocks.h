@@ -16,8 +16,8 @@ using namespace device;
 
 constexpr int kUnit = 8;  // elements of a unit
 
-// The keys of all rounds, made once on the host. As kernel parameters they are operands without an
-// instruction.
+// The keys of all rounds, made once on the host.
+// As kernel parameters they are operands without an instruction.
 struct Keys {
   uint32_t k0[kPhiloxRounds], k1[kPhiloxRounds];
 };
@@ -52,8 +52,8 @@ struct Name {
   }
 };
 
-// `first` is the product of round 1, kPhiloxM0 * block. It is the same for every name, so a loop over names
-// makes it once.
+// `first` is the product of round 1, kPhiloxM0 * block.
+// It is the same for every name, so a loop over names makes it once.
 __device__ __forceinline__ Words philox_from(uint64_t first, const Name& name, const Keys& keys) {
   const uint64_t second = static_cast<uint64_t>(kPhiloxM1) * (static_cast<uint32_t>(first >> 32) ^ name.x2_1);
   uint32_t x0 = static_cast<uint32_t>(second >> 32) ^ name.x0_2, x1 = static_cast<uint32_t>(second);

@@ -77,8 +77,8 @@ struct Launch {
   uint64_t seed;
   int64_t workers;   // CPU: threads; CUDA: blocks of the persistent grid, 0 for the default
   uintptr_t stream;  // CUDA: cudaStream_t; CPU: unused
-  // For CUDA, in device memory. The host need not know these numbers, and a captured graph reads them anew at
-  // each replay.
+  // For CUDA, in device memory. The host need not know these numbers,
+  // and a captured graph reads them anew at each replay.
   const Draw* draws = nullptr;          // the names and decays of several terms
   const float* coefficients = nullptr;  // the factors of a sum; on the CPU they are in the draws
   const int64_t* clock = nullptr;       // added to every step number; null for 0
@@ -121,8 +121,8 @@ ZO_FN float value(Direction direction, uint64_t index, uint32_t who, uint32_t st
   return value_at(words, direction, static_cast<uint32_t>(index % per_block));
 }
 
-// The 16 random bits for the stochastic rounding of element `index`: half-word index mod 8 of block index /
-// 8.
+// The 16 random bits for the stochastic rounding of element `index`:
+// half-word index mod 8 of block index / 8.
 ZO_FN uint32_t rounding_bits(uint64_t index, uint32_t who, uint32_t step, uint32_t k0, uint32_t k1) {
   const Words words = philox4x32(static_cast<uint32_t>(index / 8u), who, step, kRoundingDraw, k0, k1);
   const uint32_t within = static_cast<uint32_t>(index % 8u);

@@ -22,8 +22,8 @@ struct Path {
   int64_t (*elementwise)(const void* job, int64_t chunk);
   int64_t (*lowrank)(const void* job, int64_t chunk);
   int64_t (*update)(const void* job, int64_t chunk);
-  // linear.cpp: some columns of y, the first part of thin products, the size of `memory` without sums,
-  // linear_pairs().
+  // linear.cpp: some columns of y, the first part of thin products,
+  // the size of `memory` without sums, linear_pairs().
   void (*linear)(const void* job, int64_t group, char* memory);
   void (*linear_thin)(void* job, int64_t worker, int64_t workers, char* memory);
   int64_t (*linear_memory)();
@@ -33,8 +33,8 @@ struct Path {
 
 const Path& active();
 
-// Sets the default floating-point mode, and puts the caller's back at the end. torch.set_flush_denormal
-// changes it.
+// Sets the default floating-point mode, and puts the caller's back at the end.
+// torch.set_flush_denormal changes it.
 struct DefaultMode {
 #if defined(__x86_64__)
   unsigned saved = _mm_getcsr();

@@ -142,8 +142,8 @@ ZO_INLINE void finish(const F (&sum)[R][kVectors], float scale, float decay, con
   }
 }
 
-// R rows of a tile, which begin `at` elements after their first column. Only the order of each sum is
-// prescribed.
+// R rows of a tile, which begin `at` elements after their first column.
+// Only the order of each sum is prescribed.
 template <int R, Type T, Type O>
 ZO_INLINE void tile(const float* panel, const Factors& factors, float decay, const float* const* left,
                     const Element<T>* const* theta, Element<O>* const* out, int64_t at, F* flags) {

@@ -1,5 +1,5 @@
-// units.h: units of eight elements in memory, on a GPU: where they lie, how they are loaded, rounded and
-// stored
+// units.h: units of eight elements in memory, on a GPU:
+// where they lie, how they are loaded, rounded and stored
 //
 // unit     elements 8 u .. 8 u + 7 of the stream (blocks.h): 16 bytes of a 16-bit type, 32 bytes of float32
 // include  after <cuda_runtime.h>, by .cu files

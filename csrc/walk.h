@@ -22,8 +22,8 @@ constexpr int kResidentMore = 3;  // 80 registers: perturb, stochastic and resid
 constexpr int kResidentMost = 2;  // 128 registers: many terms with stochastic or residual rounding
 constexpr int kPartsLog2 = 4;     // a chunk of 32768 elements is 16 turns of 256 threads, so it has 16 parts
 
-// How threads divide a chunk. This thread takes units lane, lane + lanes, ... If `alone`, one block has the
-// whole chunk.
+// How threads divide a chunk. This thread takes units lane, lane + lanes, ...
+// If `alone`, one block has the whole chunk.
 struct Turn {
   uint32_t lane, lanes;
   bool alone;

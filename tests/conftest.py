@@ -104,11 +104,21 @@ def both_products(request, monkeypatch) -> None:
 
 @pytest.fixture(autouse=True)
 def grad_mode():
-    """A deliberately wrong version may leave its grad mode on the thread; the next test starts from this
-    one's."""
+    """A deliberately wrong version may leave its grad mode on the thread;
+    the next test starts from this one's."""
     before = torch.is_grad_enabled()
     yield
     torch.set_grad_enabled(before)
+
+
+@pytest.fixture
+def one_thread():
+    """For files of tiny models, by `pytestmark`: a second thread has nothing to do there,
+    and waits for the first whenever cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -36,12 +36,13 @@ class Saved(Protocol):
 
 
 def own_entry(optimizer: Saved) -> dict[str, Any]:
-    """Stream version, seed and counters, and the recipe: what has to be the same for a resumed run to be the
-    same run."""
+    """Stream version, seed and counters, and the recipe:
+    what has to be the same for a resumed run to be the same run."""
     run, guards = optimizer.run, optimizer.guards
+    learned = {name: dict(part.state) for name, part in _keepers(optimizer).items()}
     return {
         "stream": VERSION, "seed": run.seed, "step": run.step, "skips": guards.skips, "dead": guards.dead,
-        "recipe": recipe(optimizer), "state": {name: dict(part.state) for name, part in _keepers(optimizer).items()},
+        "recipe": recipe(optimizer), "state": learned,
     }  # fmt: skip
 
 
@@ -60,8 +61,8 @@ def load_parts(optimizer: Saved, own: Mapping[str, Any]) -> None:
 def recipe(optimizer: Saved) -> dict[str, Any]:
     """The parts of a run that its options do not hold, as plain values.
 
-    The parts describe themselves (`described`), so that a new number of theirs is compared without a word
-    here."""
+    The parts describe themselves (`described`),
+    so that a new number of theirs is compared without a word here."""
     factored, dense = optimizer.factored, optimizer.direction
     made = factored or optimizer.scaled
     kept = {} if factored is None else {"rank": factored.rank, "interval": factored.interval}
@@ -92,8 +93,8 @@ def described(part: Any) -> dict[str, Any]:
 
 
 def plain_value(value: Any) -> Any:
-    """A value that a state_dict can hold and compare after it was saved: numbers, strings, and lists and
-    dicts of them."""
+    """A value that a state_dict can hold and compare after it was saved:
+    numbers, strings, and lists and dicts of them."""
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, Tensor):
@@ -128,16 +129,14 @@ def check(optimizer: Saved, state_dict: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < limit:
             raise ValueError(
                 f"state_dict['zokern'] has {key} = {value!r}; expected an integer, 0 <= {key} < {limit}: "
-                "load the state_dict of a zokern "
-                "optimizer as it was saved"
+                "load the state_dict of a zokern optimizer as it was saved"
             )
     here = recipe(optimizer)
     for what, value in (own.get("recipe") or {}).items():  # states of older versions do not say
         if here.get(what) != value:
             raise ValueError(
                 f"state_dict was written with {what}={value!r} and this optimizer has {here.get(what)!r}; "
-                "build it alike, or, to go on "
-                "with another recipe, set state_dict['zokern']['recipe'] = None"
+                "build it alike, or, to go on with another recipe, set state_dict['zokern']['recipe'] = None"
             )
     saved = [name for group in state_dict["param_groups"] for name in group.get("param_names", [])]
     names = [name for group in optimizer.param_groups for name in group["param_names"]]

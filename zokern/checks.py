@@ -15,8 +15,8 @@ _TOO_LARGE = 2.0**128 - 2.0**103
 
 
 def is_number(value: Any) -> bool:
-    """Tells whether a value is one real number: Python's, NumPy's, or a tensor without dimensions, but no
-    bool."""
+    """Tells whether a value is one real number:
+    Python's, NumPy's, or a tensor without dimensions, but no bool."""
     if type(value) in (float, int):
         return True
     if isinstance(value, Tensor):

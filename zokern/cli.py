@@ -33,8 +33,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def find(module: str) -> Any:
-    """Returns a module by name. FileNotFoundError: it is in the source tree, and this is an installed
-    wheel."""
+    """Returns a module by name. FileNotFoundError:
+    it is in the source tree, and this is an installed wheel."""
     folder, _, rest = module.partition(".")
     if folder != "zokern":
         if not (ROOT / folder / rest.replace(".", "/")).exists():

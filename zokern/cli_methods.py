@@ -37,7 +37,9 @@ HEAD = ("method", "what it is", "losses a step", "bytes a weight", "default lr",
 class Cost(NamedTuple):
     """What a step of a method takes, measured.
 
-    losses  that its second step reads;  state  bytes that it keeps for each weight of the matrix;  lr, eps  its defaults"""
+    losses   that its second step reads
+    state    bytes that it keeps for each weight of the matrix
+    lr, eps  its defaults"""
 
     losses: int
     state: float
@@ -202,14 +204,12 @@ def _cell(text: str) -> str:
 def markdown() -> str:
     """Returns docs/methods.md."""
     head = (
-        "# Methods\n\n"
         "`python -m zokern methods --markdown` wrote this page from the docstrings of `zokern/methods/`. "
-        "Losses a step\n"
-        f"and bytes a weight are measured on two {SIZE} x {SIZE} matrices at a method's defaults. The "
-        "weights' own\n"
-        "bytes do not count.\n"
+        f"Losses a step and bytes a weight are measured on two {SIZE} x {SIZE} matrices at a method's "
+        "defaults. The weights' own bytes do not count."
     )
-    return "\n".join([head, markdown_table(), "", *(markdown_page(name) + "\n" for name in methods.METHODS)])
+    pages = (markdown_page(name) + "\n" for name in methods.METHODS)
+    return "\n".join(["# Methods", "", *textwrap.wrap(head, 110), "", markdown_table(), "", *pages])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -28,8 +28,8 @@ from .plan import Group, Plan, Run
 
 REPLACED = (
     "the weights of {!r} were replaced while updates of them were deferred; call optimizer.flush() before "
-    "weights are replaced, cast or "
-    "moved, or optimizer.discard() to go on from what they are now, or build the optimizer with defer=False"
+    "weights are replaced, cast or moved, or optimizer.discard() to go on from what they are now, or build "
+    "the optimizer with defer=False"
 )
 
 
@@ -86,8 +86,8 @@ class Deferred:
         return not {*map(id, self.tree.modules)}.isdisjoint(map(id, other.tree.modules))
 
     def close(self, tree: Tree) -> None:
-        """After a step: while updates are deferred, a forward of any part of the model outside a step writes
-        them first."""
+        """After a step: while updates are deferred,
+        a forward of any part of the model outside a step writes them first."""
         self.tree = tree
         if not self.pending:
             self._release()
@@ -124,8 +124,8 @@ class Deferred:
                     raise RuntimeError(REPLACED.format(matrix.name))
 
     def settle(self, plan: Plan) -> None:
-        """Before the bases of a step: writes updates of parameters that are trained no more, and updates in
-        an old basis."""
+        """Before the bases of a step: writes updates of parameters
+        that are trained no more, and updates in an old basis."""
         if self.bases.direction is None:
             return
         trained, step, also = {id(t) for t in plan.tensors}, max(0, plan.step - 1), list[Tensor]()
@@ -144,8 +144,8 @@ class Deferred:
         self.accept(also)
 
     def defers(self, step: int, evaluation: Evaluation) -> bool:
-        """Whether a step's updates are deferred: not in the last step of a basis, nor where nothing would
-        flush them."""
+        """Whether a step's updates are deferred:
+        not in the last step of a basis, nor where nothing would flush them."""
         if not (self.bases.rule.defers and evaluation.defers and self.bases.lasts(step)):
             return False
         # peft merges adapters by reading them, which no hook sees, and writing them costs little
@@ -167,8 +167,8 @@ class Deferred:
 
     @torch.no_grad()
     def flush(self) -> None:
-        """Writes the deferred updates. Raises RuntimeError if the weights were written in between, or inside
-        shown()."""
+        """Writes the deferred updates. Raises RuntimeError if
+        the weights were written in between, or inside shown()."""
         if self.is_shown:
             raise RuntimeError(
                 "flush() or state_dict() inside evaluating(), which writes nothing: leave the context first"
@@ -236,10 +236,8 @@ class _Flush:
         are written here."""
         deferred = self.deferred()
         if deferred is not None and deferred.pending and not deferred.lock.locked():
-            own, matrices = (
-                deferred.model._parameters.values() if deferred.model is not None else (),
-                deferred.bases.matrices,
-            )
+            own = deferred.model._parameters.values() if deferred.model is not None else ()
+            matrices = deferred.bases.matrices
             if any((matrix := matrices.get(id(p))) is not None and matrix.pending is not None for p in own):
                 raise RuntimeError(
                     "the module is being copied while updates of its own weights are deferred: call "

@@ -19,8 +19,8 @@ def memory_of(tensors: Sequence[Tensor]) -> tuple[list, ...]:
 
 
 def versions_of(tensors: Iterable[Tensor]) -> list[int]:
-    """Returns the version counters: torch's operations, and this package's launches, add to them when they
-    write."""
+    """Returns the version counters: torch's operations,
+    and this package's launches, add to them when they write."""
     return list(map(_version, tensors))
 
 

@@ -45,7 +45,7 @@ class Descent:
 
 def descend(
     found: Descent, plan: Plan, gradient: Gradient, moves: Mapping[str, Move], rule: Any,
-    closure: Callable[[], Any], sign: float
+    closure: Callable[[], Any], sign: float,
 ) -> None:  # fmt: skip
     """Back-propagates sign * loss at theta. Moves each parameter of the term once, along all its terms.
 
@@ -65,16 +65,7 @@ def descend(
         found.counts.append(rule.descend(part, part.groups[0], weights, arrived, gradient.weight, lr, decay))
         found.written.add(name)
 
-    if gradient.optimizer is None and not hasattr(rule, "descend"):
-        raise TypeError(
-            f"rule is {type(rule).__name__}, which takes draws alone; a term with gradients goes with "
-            "zokern.Sgd()"
-        )
-    if getattr(rule, "base", None) is not None:
-        raise TypeError(
-            f"rule is {type(rule).__name__}, which reads losses around other weights; a gradient is that of "
-            "theta, and goes with zokern.Sgd()"
-        )
+    _check_rule(rule, gradient)
     tape = _Tape(plan, names, write if gradient.optimizer is None else kept.__setitem__)
     isolation = Isolation(plan)
 
@@ -93,12 +84,31 @@ def descend(
     with isolation.session(eager=False), tape.recording():
         isolation.run(body)
     if gradient.optimizer is not None and kept:
-        tensors = dict(zip(plan.names, plan.tensors))
-        for name, arrived in kept.items():
-            tensors[name].grad = arrived if gradient.weight == 1.0 else arrived * gradient.weight
-        gradient.optimizer.step()
-        gradient.optimizer.zero_grad(set_to_none=True)
+        _step(gradient.optimizer, gradient.weight, plan, kept)
         found.written.update(kept)
+
+
+def _check_rule(rule: Any, gradient: Gradient) -> None:
+    """Raises TypeError for a rule that cannot take a gradient beside draws."""
+    if gradient.optimizer is None and not hasattr(rule, "descend"):
+        raise TypeError(
+            f"rule is {type(rule).__name__}, which takes draws alone; a term with gradients goes with "
+            "zokern.Sgd()"
+        )
+    if getattr(rule, "base", None) is not None:
+        raise TypeError(
+            f"rule is {type(rule).__name__}, which reads losses around other weights; a gradient is that of "
+            "theta, and goes with zokern.Sgd()"
+        )
+
+
+def _step(optimizer: Any, weight: float, plan: Plan, kept: Mapping[str, Tensor]) -> None:
+    """Moves parameters by torch's optimizer, from the gradients that were kept, by name."""
+    tensors = dict(zip(plan.names, plan.tensors))
+    for name, arrived in kept.items():
+        tensors[name].grad = arrived if weight == 1.0 else arrived * weight
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def _checked(loss: Any, names: Sequence[str]) -> Tensor:
@@ -106,8 +116,8 @@ def _checked(loss: Any, names: Sequence[str]) -> Tensor:
     if not isinstance(loss, Tensor) or not loss.requires_grad:
         raise ValueError(
             f"the first-order loss has no graph; expected a tensor that depends on {names[0]!r} or others of "
-            f"{len(names)} parameters, "
-            "computed outside torch.no_grad() and inference_mode(), and not detached"
+            f"{len(names)} parameters, computed outside torch.no_grad() and inference_mode(), and not "
+            "detached"
         )
     return loss_tensor(loss.detach())
 

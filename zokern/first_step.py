@@ -36,8 +36,8 @@ class Watch(TorchFunctionMode):
 def unseen(plan: Plan, losses: Sequence[float], closure: Callable[[], Any]) -> tuple[str, ...]:
     """Reads the loss of the weights once more, and returns the trained parameters that it does not read.
 
-    Raises RuntimeError if it reads none, and the losses of the step are equal: the closure runs another
-    model."""
+    Raises RuntimeError if it reads none, and the losses of the step are equal:
+    the closure runs another model."""
     watch, isolation, before = Watch(plan), Isolation(plan), _sums(plan)
     with isolation.session(eager=True):
         isolation.read(closure, watch)
@@ -45,23 +45,22 @@ def unseen(plan: Plan, losses: Sequence[float], closure: Callable[[], Any]) -> t
         _put_back(plan)
         raise RuntimeError(
             f"the closure changed the weights of {changed[0]!r} where no version counter tells, as through "
-            ".data: the loss of a step must "
-            "only read them"
+            ".data: the loss of a step must only read them"
         )
     if watch.seen:
         return tuple(name for name in plan.names if name not in watch.seen)
     if len(set(losses)) == 1:
         raise RuntimeError(
             "the loss never used a trained parameter: the closure runs another model, or the loss was "
-            "computed before the step; give the "
-            "optimizer the model that the closure runs, and call the model inside the closure"
+            "computed before the step; give the optimizer the model that the closure runs, and call the "
+            "model inside the closure"
         )
     return ()  # read by code that torch functions do not show: compiled or scripted
 
 
 def _sums(plan: Plan) -> list[int]:
-    """Returns the sum of the bits of each trained tensor, modulo 2^16 or 2^32: torch copies what it sums in a
-    wider type."""
+    """Returns the sum of the bits of each trained tensor, modulo 2^16 or 2^32:
+    torch copies what it sums in a wider type."""
     kinds = {2: torch.int16, 4: torch.int32}
     bits = [t.view(kinds[t.element_size()]) for group in plan.groups for t in group.theta]
     return torch.stack([b.sum(dtype=b.dtype).long().cpu() for b in bits]).tolist()
@@ -75,17 +74,16 @@ def _put_back(plan: Plan) -> None:
 
 
 def name_statistics(plan: Plan) -> None:
-    """Warns once of what gradient training would do and a step does not: running statistics never move,
-    padding rows do."""
+    """Warns once of what gradient training would do and a step does not:
+    running statistics never move, padding rows do."""
     modules, trained = plan.tree.modules, {id(t) for t in plan.tensors}
     norms = [m for m in modules if getattr(m, "running_mean", None) is not None and m.training]
     norms += [m for m in modules if type(m).__name__ == "_SpectralNorm" and m.training]
     if norms:
         warn(
             f"{len(norms)} modules such as {type(norms[0]).__name__} keep running statistics, which never "
-            "move: a step puts buffers back. "
-            "Before the model is used in eval mode, renew them: torch.optim.swa_utils.update_bn(loader, "
-            "model)"
+            "move: a step puts buffers back. Before the model is used in eval mode, renew them: "
+            "torch.optim.swa_utils.update_bn(loader, model)"
         )
     padded = [
         m
@@ -95,17 +93,17 @@ def name_statistics(plan: Plan) -> None:
     if padded:
         warn(
             f"the padding row of {len(padded)} modules such as {type(padded[0]).__name__} moves along z, "
-            "unlike under gradients, which are 0 "
-            "there. It matters where a loss reads it; to keep it, write it back after each step"
+            "unlike under gradients, which are 0 there. It matters where a loss reads it; to keep it, write "
+            "it back after each step"
         )
 
 
 def repeats(plan: Plan, losses: Sequence[float], again: float, exact: bool = True) -> bool:
-    """Whether the first loss and another reading of its point agree, to the rounding of sums in another
-    order.
+    """Whether the first loss and another reading of its point agree,
+    to the rounding of sums in another order.
 
-    In 16 bits also to a quarter of the spread of the losses: evaluation 'inplace' rounds the weights in every
-    move."""
+    In 16 bits also to a quarter of the spread of the losses:
+    evaluation 'inplace' rounds the weights in every move."""
     first, spread = losses[0], max(losses) - min(losses)
     if not (math.isfinite(first) and math.isfinite(again)):
         return True
@@ -118,15 +116,15 @@ def repeats(plan: Plan, losses: Sequence[float], again: float, exact: bool = Tru
 
 
 def distance(plan: Plan, losses: Sequence[float], base: float) -> None:
-    """Warns where the losses are far above that of theta: eps reaches beyond the slope that it should
-    measure."""
+    """Warns where the losses are far above that of theta:
+    eps reaches beyond the slope that it should measure."""
     middle = sum(losses) / len(losses)
     spread = max(losses) - min(losses)
     if all(map(math.isfinite, [*losses, base])) and abs(middle - base) > max(0.25 * abs(base), spread):
         warn(
             f"the perturbed losses are {middle:.4g} on average where that of the weights is {base:.4g}: eps "
-            f"= {plan.groups[0].eps} may be too "
-            "large, so that the difference measures curvature and not slope; lower eps"
+            f"= {plan.groups[0].eps} may be too large, so that the difference measures curvature and not "
+            "slope; lower eps"
         )
 
 

@@ -1,5 +1,5 @@
-"""What runs here: versions, the processor, each backend with the reason when it is off, and what the build
-contains.
+"""What runs here: versions, the processor,
+each backend with the reason when it is off, and what the build contains.
 
 The first thing to attach to a report: `python -m zokern info`, or with --json for a program.
 """
@@ -42,8 +42,8 @@ def _version(package: str) -> str | None:
 
 
 def _extension(name: str) -> Any:
-    """zokern._cpu or zokern._cuda, or None where it was not built or does not load; its backend says
-    which."""
+    """zokern._cpu or zokern._cuda, or None where it was not built or does not load;
+    its backend says which."""
     try:
         return importlib.import_module(f"zokern.{name}")
     except ImportError:

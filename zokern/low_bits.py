@@ -1,5 +1,5 @@
-"""Low bits: the lower halves of bfloat16 weights under rounding='residual', which with the weights make exact
-float32 masters."""
+"""Low bits: the lower halves of bfloat16 weights under rounding='residual',
+which with the weights make exact float32 masters."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class LowBits:
         self.written: dict[int, int] = {}  # by id of a tensor: its version counter after the last update
 
     def of(self, tensors: Sequence[Tensor]) -> list[Tensor] | None:
-        """Returns the low bits of each tensor; None where rounding is another. Raises ValueError for
-        float16."""
+        """Returns the low bits of each tensor; None where rounding is another.
+        Raises ValueError for float16."""
         return [self._of(tensor) for tensor in tensors] if self.is_on else None
 
     def _of(self, tensor: Tensor) -> Tensor:
@@ -42,8 +42,8 @@ class LowBits:
         return state["residual"]
 
     def drop(self, groups: Iterable[Group]) -> None:
-        """Clears the low bits of weights that others wrote since the last update: those are exact as they
-        are."""
+        """Clears the low bits of weights that others wrote since the last update:
+        those are exact as they are."""
         if not self.is_on:
             return
         for group in groups:

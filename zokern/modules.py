@@ -83,10 +83,8 @@ class Tree:
             if not isinstance(m, torch.jit.ScriptModule) and type(m).__name__ != "OptimizedModule"
         ]
         self.dicts = [vars(m) for m in plain]
-        self.parameters, self.children = (
-            [d["_parameters"] for d in self.dicts],
-            [d["_modules"] for d in self.dicts],
-        )
+        self.parameters = [d["_parameters"] for d in self.dicts]
+        self.children = [d["_modules"] for d in self.dicts]
         self.buffers = [d["_buffers"] for d in self.dicts]
         self.watched = [*self.dicts, *self.parameters, *self.children, *self.buffers]
         self.norms = [
@@ -137,8 +135,8 @@ def _attributes(value: Any) -> dict | None:
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """Whether a tensor has memory of its own: wrappers around others, as quantisation libraries make, have
-    none."""
+    """Whether a tensor has memory of its own:
+    wrappers around others, as quantisation libraries make, have none."""
     try:
         return tensor.untyped_storage().data_ptr() != 0
     except (RuntimeError, NotImplementedError):

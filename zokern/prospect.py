@@ -20,8 +20,8 @@ class Prospect:
         """Warns in step number STEPS, once, where the mean fall is below LEAST of the loss. It names an lr
         whose steps take off 1 %.
 
-        c^2 overestimates where the losses are noisy: the warning is then late or missing, and the lr that it
-        names too small."""
+        c^2 overestimates where the losses are noisy:
+        the warning is then late or missing, and the lr that it names too small."""
         if not result.predicted_fall or len(self.seen) == STEPS:
             return
         self.seen.append((abs(result.loss), result.predicted_fall))
@@ -32,8 +32,8 @@ class Prospect:
             steps = 0.01 * loss / abs(fall)
             warn(
                 f"at this lr a fall of 1 % takes about {steps:.0f} steps: lr = {lr:g}, the loss is "
-                f"{loss:.4g}, and {STEPS} steps were "
-                f"expected to change it by {abs(fall):.1e} each; try about lr = {lr * steps:.0e}"
+                f"{loss:.4g}, and {STEPS} steps were expected to change it by {abs(fall):.1e} each; try "
+                f"about lr = {lr * steps:.0e}"
             )
 
 

@@ -79,8 +79,8 @@ def check_word(name: str, value: int) -> int:
 
 
 def _multiply(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of constant * word, by 16-bit halves: no product leaves the positive int64
-    range."""
+    """High and low 32 bits of constant * word, by 16-bit halves:
+    no product leaves the positive int64 range."""
     low, high = constant * (word & 0xFFFF), constant * (word >> 16)
     return (high + (low >> 16)) >> 16, (low + ((high & 0xFFFF) << 16)) & _LOW
 

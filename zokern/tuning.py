@@ -36,6 +36,11 @@ from .underflow import swallowed
 WIDTHS = (0.1, 10**-0.5, 1.0, 10**0.5, 10.0)  # the eps that are tried, in units of the optimizer's
 FEW = 4  # slopes that are compared at each eps
 AGREES = 0.1  # two eps agree where their slopes differ by less than this share of them
+NO_SLOPE = (
+    "the losses show no slope: the expected fall is {}, the mean loss {}. Look whether the closure runs the "
+    "model that is trained, and whether its loss is finite; the estimator has to tell slopes (zokern.Spsa() "
+    "does)"
+)
 Say = Callable[[str], None]
 
 
@@ -108,19 +113,18 @@ class Tuning:
         if not chosen.is_sound:
             lines.append(
                 "    No eps is sound: every one is decided by rounding or by curvature. Compute the loss in "
-                "float32, or train in"
-                " float32."
+                "float32, or train in float32."
             )
         lines.append(
             f"lr {self.lr:.2g} (it was {self.old[1]:.2g}): a step is expected to take {self.share:.1%} off "
-            f"the loss of {self.loss:.3g};"
-            f" {self.probes} probes, standard error {self.error:.0%}; {self.forwards} forwards in all"
+            f"the loss of {self.loss:.3g}; {self.probes} probes, standard error {self.error:.0%}; "
+            f"{self.forwards} forwards in all"
         )
         return "\n".join(lines)
 
     def plot(self, path: str | Path) -> None:
-        """Draws the slopes' change and the swallowed share over eps, and the expected fall over lr, into a
-        file."""
+        """Draws the slopes' change and the swallowed share over eps,
+        and the expected fall over lr, into a file."""
         import matplotlib
 
         matplotlib.use("Agg")
@@ -192,8 +196,8 @@ def tune(
     evaluation: Evaluation | None = None,
     say: Say | None = None,
 ) -> Tuning:
-    """Returns an eps and an lr for an optimizer. Writes nothing: weights, state, step number and options
-    stay.
+    """Returns an eps and an lr for an optimizer.
+    Writes nothing: weights, state, step number and options stay.
 
     optimizer   a zokern optimizer at its options, whatever lr they have; deferred updates are flushed
     closures    one or more, each computing the loss of its own batch as for zokern.step. The first one serves
@@ -201,8 +205,7 @@ def tune(
     probes      draws that lr is told from. Its relative standard error is about sqrt(2 / probes)
     share       of the loss that a step is expected to take off
     reach       bounds lr: the change of a weight by a step, root mean square. Where gradients are small, a
-                share of the loss can be far; 1e-3, MeZO's eps, keeps a step within the distance at which
-                losses are read
+                share of the loss can be far; 1e-3, MeZO's eps, keeps a step where losses are read
     evaluation  how losses are read; None: zokern.Jvp(), which takes one copy of the trained weights, as
                 zokern.Master() does
     say         is called with a line of text for every stage
@@ -211,14 +214,7 @@ def tune(
     perturbation; else the larger of both shares is least at it. A rule whose steps have one length gets lr
     times the rms coefficient. Raises ValueError for arguments out of range and where the losses show no
     slope."""
-    given = [closures] if callable(closures) else list(closures) if isinstance(closures, Sequence) else []
-    if not given or not all(map(callable, given)):
-        raise TypeError(
-            f"closures is {closures!r:.80}; expected a function that computes a batch's loss, or a list of "
-            "them"
-        )
-    if getattr(optimizer.estimator, "rows", False):  # closures of the loss of each example
-        given = [mean_of(one) for one in given]
+    given = _losses_of(closures, optimizer.estimator)
     probes, share = whole_number("probes", probes, 2), finite_number("share", share, above=0.0)
     reach = reach if reach == math.inf else finite_number("reach", reach, above=0.0)
     say = say or (lambda text: None)
@@ -234,22 +230,24 @@ def tune(
         found = _probes(optimizer, oracle, plan, given, probes, say)
     loss, fall, square, length = (math.fsum(values) / len(found) for values in zip(*found))
     if not fall > 0.0 or not math.isfinite(loss):
-        raise ValueError(
-            f"the losses show no slope: the expected fall is {fall}, the mean loss {loss}. Look whether the "
-            "closure runs the model"
-            " that is trained, and whether its loss is finite; the estimator has to tell slopes "
-            "(zokern.Spsa() does)"
-        )
-    lr = _bounded(
-        share * abs(loss) / fall,
-        reach,
-        math.sqrt(square),
-        math.sqrt(length),
-        getattr(optimizer.rule, "lr", None),
-    )
+        raise ValueError(NO_SLOPE.format(fall, loss))
+    own_lr = getattr(optimizer.rule, "lr", None)
+    lr = _bounded(share * abs(loss) / fall, reach, math.sqrt(square), math.sqrt(length), own_lr)
     error = statistics.stdev(probe.fall for probe in found) / math.sqrt(len(found)) / fall
     old = own[0], float(optimizer.param_groups[0]["lr"])
     return Tuning(eps, lr, old, tuple(widths), loss, fall, error, share, len(found), oracle.read)
+
+
+def _losses_of(closures: Any, estimator: Any) -> list[Callable[[], Any]]:
+    """Returns the closures in a list, each as the mean loss of its batch."""
+    given = [closures] if callable(closures) else list(closures) if isinstance(closures, Sequence) else []
+    if not given or not all(map(callable, given)):
+        raise TypeError(
+            f"closures is {closures!r:.80}; expected a function that computes a batch's loss, or a list of "
+            "them"
+        )
+    rows = getattr(estimator, "rows", False)  # closures of the loss of each example
+    return [mean_of(one) for one in given] if rows else given
 
 
 def _bounded(lr: float, reach: float, coefficient: float, length: float, own: float | None) -> float:
@@ -296,8 +294,8 @@ def _ask(estimator: Estimator, oracle: Oracle, plan: Plan, first: int) -> list[E
 def _widths(
     optimizer: ZerothOrder, oracle: Oracle, plan: Plan, own: Sequence[float], say: Say
 ) -> list[Width]:
-    """Returns what is read at each eps by the estimator's own difference, along the same draws of the first
-    batch."""
+    """Returns what is read at each eps by the estimator's own difference,
+    along the same draws of the first batch."""
     spsa = Spsa(FEW, getattr(optimizer.estimator, "stencil", CENTRAL))
     rows, shares = [], []
     for factor in WIDTHS:
@@ -325,8 +323,8 @@ def _probes(
     count: int,
     say: Say,
 ) -> list[Probe]:
-    """Returns a probe for each step's worth of losses, over the closures in turn: `count` draws or more, two
-    probes at least."""
+    """Returns a probe for each step's worth of losses, over the closures in turn:
+    `count` draws or more, two probes at least."""
     found: list[Probe] = []
     estimator, gain = optimizer.estimator, getattr(optimizer.estimator, "gain", None)
     if gain is not None:  # c estimates a slope: the plain difference has its mean and less variance

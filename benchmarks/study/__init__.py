@@ -1,5 +1,5 @@
-"""Which method to use? Every method of zokern on two models and two labelled text sets, tuned alike, at equal
-cost.
+"""Which method to use? Every method of zokern on two models
+and two labelled text sets, tuned alike, at equal cost.
 
     python -m benchmarks.study [--hours 4] [--forwards 1000] [--large-forwards 300]
 

@@ -81,8 +81,8 @@ def run_all(
     record: Mapping[str, Any],
     problem: Problems,
 ) -> None:
-    """Runs what is not done, in order, until all is done or the next one would end after the time that is
-    given."""
+    """Runs what is not done, in order, until all is done or
+    the next one would end after the time that is given."""
     from tqdm.auto import tqdm
 
     ends, before = time.monotonic() + 3600 * settings.hours, dict[tuple[str, str], Score]()

@@ -1,5 +1,5 @@
-"""Sentences that the rows carry: which method to start with, and what was reproduced of the papers'
-claims."""
+"""Sentences that the rows carry: which method to start with,
+and what was reproduced of the papers' claims."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ CLAIMS = (
 
 
 class Interval(NamedTuple):
-    """A mean with a 95 % interval of Student's t over pairs; low and high are infinite where there are fewer
-    than two pairs."""
+    """A mean with a 95 % interval of Student's t over pairs;
+    low and high are infinite where there are fewer than two pairs."""
 
     value: float
     low: float
@@ -64,10 +64,8 @@ def ratios(groups: Sequence[Group], claim: Claim) -> tuple[list[float], int]:
         for row in group.runs.get(claim.method, ()):
             if group.target is None or row["seed"] not in base:
                 continue
-            whole, part = (
-                crossing(base[row["seed"]], claim.axis, group.target),
-                crossing(row, claim.axis, group.target),
-            )
+            whole = crossing(base[row["seed"]], claim.axis, group.target)
+            part = crossing(row, claim.axis, group.target)
             if not whole:
                 continue
             bounds += part is None
@@ -90,8 +88,8 @@ def differences(groups: Sequence[Group], method: str) -> list[float]:
 
 
 def verdict(found: Interval, share: float, bounds: int) -> str:
-    """Returns what an interval of a ratio says of a claimed share. Lower bounds among the ratios leave its
-    upper end open."""
+    """Returns what an interval of a ratio says of a claimed share.
+    Lower bounds among the ratios leave its upper end open."""
     if found.low > 1:
         return "not reproduced: it takes more than MeZO"
     if found.high >= 1 or bounds:
@@ -114,7 +112,8 @@ def statement(groups: Sequence[Group], claim: Claim) -> str:
         )
     values, bounds = ratios(groups, claim)
     if len(values) < 2:
-        return f"{claim.words}: {NOTHING} (pairs in which MeZO gets to its own final loss: {len(values)}; two are needed)."
+        few = f"pairs in which MeZO gets to its own final loss: {len(values)}; two are needed"
+        return f"{claim.words}: {NOTHING} ({few})."
     r = Interval(*(math.exp(x) for x in interval([math.log(v) for v in values])[:3]), len(values))
     open_end = (
         f" {bounds} of them end above that loss: their ratio is at least what is counted." if bounds else ""
@@ -122,9 +121,8 @@ def statement(groups: Sequence[Group], claim: Claim) -> str:
     what = {"steps": "steps", TIME: "processor time"}[claim.axis]
     return (
         f"{claim.words}: **{verdict(r, claim.share, bounds)}**. Ratio of {what} to the held-out loss that "
-        "MeZO ends with: "
-        f"{r.value:.2f} [{r.low:.2f}, {r.high:.2f}] (geometric mean), claimed {claim.share:g}, {r.pairs} "
-        f"pairs.{open_end}"
+        f"MeZO ends with: {r.value:.2f} [{r.low:.2f}, {r.high:.2f}] (geometric mean), claimed "
+        f"{claim.share:g}, {r.pairs} pairs.{open_end}"
     )
 
 
@@ -141,8 +139,8 @@ def learned(group: Group, at: str) -> bool:
 
 
 def harmed(groups: Sequence[Group], at: str = "forwards") -> str:
-    """Returns which methods end below the accuracy before training, with intervals that do not overlap; ''
-    for none."""
+    """Returns which methods end below the accuracy before training,
+    with intervals that do not overlap; '' for none."""
     found = [
         (group, [name for name, mean in getattr(group, at).items() if mean.high < group.before.low])
         for group in groups
@@ -169,7 +167,8 @@ def start_with(groups: Sequence[Group], at: str = "time") -> str:
         else ""
     )
     if not useful:
-        return f"At {cost} these runs do not say which method to start with.{tail or ' No model and set has two methods to compare.'}"
+        why = tail or " No model and set has two methods to compare."
+        return f"At {cost} these runs do not say which method to start with.{why}"
     where = "; ".join(group.name for group in useful)
     everywhere = set.intersection(*(set(getattr(group, at)) for group in useful))
     partly = sorted({name for group in useful for name in getattr(group, at)} - everywhere)
@@ -181,9 +180,13 @@ def start_with(groups: Sequence[Group], at: str = "time") -> str:
     good.sort(key=lambda name: (-scores[name], name))
     worse = sorted(everywhere - set(good))
     if not good:
-        return f"At {cost} no method is among the best of every group ({where}): see the table of the group that is like yours.{tail}"
+        return (
+            f"At {cost} no method is among the best of every group ({where}): see the table of the group "
+            f"that is like yours.{tail}"
+        )
     if not worse:
-        return f"At {cost} no method is told apart from the best ({where}): {', '.join(good)}, by falling mean accuracy.{tail}"
+        named = f"{', '.join(good)}, by falling mean accuracy"
+        return f"At {cost} no method is told apart from the best ({where}): {named}.{tail}"
     first = (
         f"**{good[0]}**"
         if len(good) == 1

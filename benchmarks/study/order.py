@@ -35,8 +35,8 @@ def main_first(methods: Iterable[str]) -> list[str]:
 
 
 def order(methods: Iterable[str]) -> list[Run]:
-    """Returns all runs once: one seed of the small model, main methods on the large one, further seeds, the
-    rest."""
+    """Returns all runs once: one seed of the small model,
+    main methods on the large one, further seeds, the rest."""
     every = main_first(methods)
     main = [name for name in every if name in MAIN]
 

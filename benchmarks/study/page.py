@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,10 +15,11 @@ from .order import MODELS, SEEDS, SETS, Run, order
 from .reading import LEAST_FALL, TIME, Group, Mean, crossing, groups
 from .train import REACH
 
+BUSY = "**The machine was busy** (load average up to {:.1f}): times are longer than on a free one."
+ONE_SEED = "**One seed**: intervals are of the held-out rows alone, and another seed may change the order."
 HEAD = [
     "method", "seeds", "lr", "eps", "forwards x", "steps", "accuracy, equal forwards", "equal time", "loss",
-    "forwards to target",
-    "s a step", "processor s a step", "processor s", "extra MB", "read by",
+    "forwards to target", "s a step", "processor s a step", "processor s", "extra MB", "read by",
 ]  # fmt: skip
 
 
@@ -37,14 +39,13 @@ def _line(group: Group, name: str) -> list[str]:
     to_target = f"{statistics.fmean(got):.0f}" if got else "-"
     memory = [row["peak_extra_bytes"] for row in rows if row["peak_extra_bytes"] is not None]
     return [
-        name, str(len(rows)),
-        " ".join(f"{row['lr']:.1e}" for row in rows), " ".join(f"{row['eps']:.0e}" for row in rows),
-        f"{rows[0]['last_step_forwards']}", f"{_mean(ends, 'steps'):.0f}",
-        percent(group.forwards[name]), percent(group.time.get(name)), f"{_mean(ends, 'loss'):.3f}",
+        name, str(len(rows)), " ".join(f"{row['lr']:.1e}" for row in rows),
+        " ".join(f"{row['eps']:.0e}" for row in rows), f"{rows[0]['last_step_forwards']}",
+        f"{_mean(ends, 'steps'):.0f}", percent(group.forwards[name]), percent(group.time.get(name)),
+        f"{_mean(ends, 'loss'):.3f}",
         to_target + (f" ({len(got)} of {len(rows)})" if reached and len(got) < len(rows) else ""),
         f"{_mean(rows, 'step_seconds'):.2f}", f"{_mean(rows, 'step_processor_seconds'):.2f}",
-        f"{_mean(ends, TIME):.1f}",
-        f"{max(memory) / 2**20:.0f}" if memory else "-",
+        f"{_mean(ends, TIME):.1f}", f"{max(memory) / 2**20:.0f}" if memory else "-",
         ", ".join(sorted({row["evaluation"] for row in rows})),
     ]  # fmt: skip
 
@@ -95,30 +96,25 @@ def lacking(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> list[s
 
 def how(settings: Mapping[str, Any]) -> list[str]:
     """Returns what was done, in words."""
-    return [
+    budgets = ", ".join(f"{model} {count} forwards" for model, count in settings["forwards"].items())
+    setting = (
         "Every method had its defaults, but for eps and lr. `zokern.tune` set these two before training, "
-        "from 56 forwards with a",
-        f"central difference, that do not count below; its `reach` was {REACH:g} for all. lr is constant. A "
-        "batch has",
-        f"{settings['batch']} rows with equal shares of the labels. Rows are at most {settings['words']} "
-        "words: sentences of film reviews",
-        "(2 labels), and the first words of BBC news (5 labels). MiniLM is an encoder of 22M weights, whose "
-        "head starts as its own",
-        "answer to the labels; SmolLM2-135M is a causal model with label words. LoRA has rank 8 at all "
-        "linear layers. All of",
-        "float32, on the CPU. Budgets: " + ", ".join(f"{model} {n} forwards" for model,
-            n in settings["forwards"].items()) + ".",
-        "A derivative along z counts as 2 forwards, and a back-propagation as 3.",
-        "",
+        f"from 56 forwards with a central difference, that do not count below; its `reach` was {REACH:g} for "
+        f"all. lr is constant. A batch has {settings['batch']} rows with equal shares of the labels. Rows "
+        f"are at most {settings['words']} words: sentences of film reviews (2 labels), and the first words "
+        "of BBC news (5 labels). MiniLM is an encoder of 22M weights, whose head starts as its own answer to "
+        "the labels; SmolLM2-135M is a causal model with label words. LoRA has rank 8 at all linear layers. "
+        f"All of float32, on the CPU. Budgets: {budgets}. A derivative along z counts as 2 forwards, and a "
+        "back-propagation as 3."
+    )
+    told = (
         "Intervals are of 95 %: Wilson's for the held-out rows and Student's for the seeds, whose squares "
-        "add. The deviation of",
-        "seeds is pooled over the methods of a table. Where every method has one seed, intervals are of the "
-        "rows alone. Two",
-        "methods are told apart where their intervals do not overlap. Values between two checks (every "
-        "quarter) are linear.",
-        "Time is the processor's, which other programs on the machine lengthen less than the clock's; `s a "
-        "step` is the clock's.",
-    ]  # fmt: skip
+        "add. The deviation of seeds is pooled over the methods of a table. Where every method has one seed, "
+        "intervals are of the rows alone. Two methods are told apart where their intervals do not overlap. "
+        "Values between two checks (every quarter) are linear. Time is the processor's, which other programs "
+        "on the machine lengthen less than the clock's; `s a step` is the clock's."
+    )
+    return [*textwrap.wrap(setting, 110), "", *textwrap.wrap(told, 110)]
 
 
 def page(
@@ -130,7 +126,6 @@ def page(
     """Returns the page."""
     found = groups(rows, settings["forwards"])
     load = max((row["load"] for row in rows), default=0.0)
-    busy = load > int(machine["cores"])
 
     def every(key: str) -> str:
         return ", ".join(dict.fromkeys(str(row[key]) for row in rows)) or "none"
@@ -146,10 +141,9 @@ def page(
         *commands,
         "",
         f"Rows are of commits {every('commit')}, measured on {every('machine')}, torch {every('torch')}, "
-        f"{machine['cores']} cores,",
-        f"threads {every('threads')}.",
-        *(["", f"**The machine was busy** (load average up to {load:.1f}): times are longer than on a free one."] if busy else []),
-        *(["", "**One seed**: intervals are of the held-out rows alone, and another seed may change the order."] if seeds == 1 else []),
+        f"{machine['cores']} cores, threads {every('threads')}.",
+        *(["", BUSY.format(load)] if load > int(machine["cores"]) else []),
+        *(["", ONE_SEED] if seeds == 1 else []),
         "",
         "![accuracy over forwards, and at equal cost](study.png)",
         "",

@@ -36,8 +36,8 @@ LEAST = 5  # words of a row
 
 
 class Problem(NamedTuple):
-    """A model as it starts, what turns rows into its inputs and its answers (LabelWords or Pooled), and its
-    rows."""
+    """A model as it starts, what turns rows into its inputs
+    and its answers (LabelWords or Pooled), and its rows."""
 
     model: nn.Module
     words: Any
@@ -101,8 +101,8 @@ def first_words(text: str, words: int) -> str:
 
 
 def read_news(words: int) -> list[Row]:
-    """The first words of BBC articles, labelled by topic. FileNotFoundError names the command that installs
-    them."""
+    """The first words of BBC articles, labelled by topic.
+    FileNotFoundError names the command that installs them."""
     root = Path(installed_file(NEWS_PACKAGE, "extract_data.py")).parent / "data"
     found = []
     for label, topic in enumerate(TOPICS):

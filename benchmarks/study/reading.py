@@ -1,5 +1,5 @@
-"""What the rows of a study say: readings at equal cost, crossings of a target, means over seeds and their
-intervals."""
+"""What the rows of a study say: readings at equal cost,
+crossings of a target, means over seeds and their intervals."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ LEAST_FALL = 0.05
 
 
 def student(freedom: int) -> float:
-    """Returns the 0.975 quantile of Student's t for at least one degree of freedom, or one that is slightly
-    larger."""
+    """Returns the 0.975 quantile of Student's t for at least one degree of freedom,
+    or one that is slightly larger."""
     return STUDENT[max(known for known in STUDENT if known <= freedom)]
 
 
 def read_at(row: Row, axis: str, limit: float) -> dict[str, float]:
-    """Returns accuracy and loss where `axis` reaches a limit, linear between two points; at the end where it
-    does not."""
+    """Returns accuracy and loss where `axis` reaches a limit,
+    linear between two points; at the end where it does not."""
     points = row["points"]
     before = after = points[0]
     for after in points:
@@ -49,8 +49,8 @@ def read_at(row: Row, axis: str, limit: float) -> dict[str, float]:
 
 
 def crossing(row: Row, axis: str, target: float) -> float | None:
-    """Returns where the held-out loss first falls to a target, linear between two points; None where it does
-    not."""
+    """Returns where the held-out loss first falls to a target,
+    linear between two points; None where it does not."""
     before = row["points"][0]
     if before["loss"] <= target:
         return 0.0
@@ -76,8 +76,8 @@ class Mean(NamedTuple):
 
 
 def spread(values: Iterable[Sequence[float]]) -> tuple[float, int]:
-    """Returns the standard deviation of seeds, pooled over methods, and its degrees of freedom (0: not
-    known)."""
+    """Returns the standard deviation of seeds, pooled over methods,
+    and its degrees of freedom (0: not known)."""
     several = [found for found in values if len(found) > 1]
     freedom = sum(len(found) - 1 for found in several)
     squares = sum((len(found) - 1) * statistics.variance(found) for found in several)
@@ -85,8 +85,8 @@ def spread(values: Iterable[Sequence[float]]) -> tuple[float, int]:
 
 
 def mean(shares: Sequence[float], rows: int, deviation: float, freedom: int) -> Mean:
-    """Returns the mean of accuracies with an interval for held-out rows (Wilson) and seeds (Student), whose
-    squares add.
+    """Returns the mean of accuracies with an interval for
+    held-out rows (Wilson) and seeds (Student), whose squares add.
 
     All seeds are judged by the same rows, so that more seeds do not narrow Wilson's part.
     rows     held out;  deviation, freedom  of seeds, as `spread` returns them"""

@@ -32,15 +32,15 @@ class Store:
             other = {k: (known or {}).get(k) for k in settings if (known or {}).get(k) != settings[k]}
             raise ValueError(
                 f"{path} is of a study with other settings, {other} where "
-                f"{ ({k: settings[k] for k in other}) } is asked for; "
-                "give its settings, another --file, or --anew to start again"
+                f"{ ({k: settings[k] for k in other}) } is asked for; give its settings, another --file, or "
+                "--anew to start again"
             )
         self.rows = found[1:]
 
     @classmethod
     def read(cls, path: Path) -> Store:
-        """Returns the store of a file with the settings that it has. Raises ValueError where there are
-        none."""
+        """Returns the store of a file with the settings that it has.
+        Raises ValueError where there are none."""
         lines = path.read_text().splitlines() if path.exists() else []
         if not lines or "settings" not in (first := json.loads(lines[0])):
             raise ValueError(f"{path} holds no study; run one first")

@@ -72,8 +72,8 @@ def point(found: Score, **where: float) -> dict[str, Any]:
 
 
 class Trainer:
-    """The training of one run. `row` is its record, and is complete after `train`, or after an exception as
-    far as it came."""
+    """The training of one run. `row` is its record,
+    and is complete after `train`, or after an exception as far as it came."""
 
     def __init__(self, run: Run, problem: Problem, settings: argparse.Namespace, forwards: int) -> None:
         self.run, self.words, self.rows, self.budget = run, problem.words, problem.rows, forwards
@@ -88,8 +88,8 @@ class Trainer:
         }  # fmt: skip
 
     def closure(self, optimizer: Any, batches: Batches) -> Callable[[], Any]:
-        """Returns the loss of the next batch, or the losses of its rows where the estimator asks for
-        these."""
+        """Returns the loss of the next batch, or the losses
+        of its rows where the estimator asks for these."""
         task = Task(self.model, self.words, batches.next())
         return task.examples if getattr(optimizer.estimator, "rows", False) else task
 
@@ -135,19 +135,16 @@ class Trainer:
             self.row["peak_extra_bytes"] = max(self.row["peak_extra_bytes"], high_water() - self.base)
 
     def step(self, optimizer: Any) -> Any:
-        closure, clock, processor = (
-            self.closure(optimizer, self.batches),
-            time.perf_counter(),
-            time.process_time(),
-        )
+        closure = self.closure(optimizer, self.batches)
+        clock, processor = time.perf_counter(), time.process_time()
         result = zokern.step(optimizer, closure)
         self.seconds.append(time.perf_counter() - clock)
         self.processor.append(time.process_time() - processor)
         return result
 
     def train(self, before: Score, tell: Callable[[int], None]) -> None:
-        """Tunes and trains. A step is taken while one of the last step's cost fits the budget; the first one
-        always is."""
+        """Tunes and trains. A step is taken while one of the last step's cost fits the budget;
+        the first one always is."""
         self.judge(before)
         self.forward()
         optimizer = self.tune()
@@ -177,8 +174,8 @@ class Trainer:
 def measure(
     run: Run, problem: Problem, before: Score, settings: argparse.Namespace, forwards: int, tell: Any
 ) -> dict[str, Any]:
-    """Returns the row of a run. A method that raises has the reason in its row, under 'error', and is not run
-    again."""
+    """Returns the row of a run. A method that raises has the reason in its row,
+    under 'error', and is not run again."""
     started = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,5 +1,5 @@
-// simd/aligned.h: panels of W + scale z, if each row of W begins with a block of the stream. linear.cpp
-// includes it
+// simd/aligned.h: panels of W + scale z, if each row of W
+// begins with a block of the stream. linear.cpp includes it
 //
 // lanes    a lane of the random number generator is a row of W, so z is made in the order of a panel
 // memory   W is turned once for two sides, kBatch columns at a time, in the first cache

@@ -152,8 +152,8 @@ void make_rows(const LinearJob& job, const Side* sides, int many, int64_t offset
   job.elementwise(&piece, 0);
 }
 
-// Turns W, or W + scale z for one or two sides of a draw, into panels: `count` rows from `row` on, columns
-// [column, column + k).
+// Turns W, or W + scale z for one or two sides of a draw, into panels:
+// `count` rows from `row` on, columns [column, column + k).
 void make_panels(const LinearJob& job, const Side* sides, int many, int64_t row, int64_t count,
                  int64_t column, int64_t k, Job& piece, Memory& memory) {
   const Linear& product = *job.product;

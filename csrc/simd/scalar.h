@@ -36,8 +36,8 @@ struct Simd {
   static F round_fp16(F x) { return fp16_to_float(fp16_nearest(x)); }
   static bool any_nan(F x) { return x != x; }
 
-  // Turns the (even, odd) of one vector of words into consecutive elements. It undoes the order of
-  // store_words<true>.
+  // Turns the (even, odd) of one vector of words into consecutive elements.
+  // It undoes the order of store_words<true>.
   static void interleave(F even, F odd, F& low, F& high) { low = even, high = odd; }
 
   // The even and the odd elements of two vectors.

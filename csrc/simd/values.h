@@ -1,5 +1,5 @@
-// simd/values.h: makes z from words over the trait, in units of two vectors. It is included after
-// simd/words.h
+// simd/values.h: makes z from words over the trait, in units of two vectors.
+// It is included after simd/words.h
 //
 // equal    zo/normal.h and zo/rademacher.h, the same operations in the same order
 #pragma once
@@ -50,8 +50,8 @@ ZO_INLINE void box_muller(U word, F& even, F& odd) {  // normal.h, the same oper
   even = r * sine, odd = r * cosine;
 }
 
-// With kPaired, a is the even and b the odd elements of a unit. Without it, a is the first half and b the
-// second.
+// With kPaired, a is the even and b the odd elements of a unit.
+// Without it, a is the first half and b the second.
 template <Direction D, bool kPaired>
 ZO_INLINE void unit_values(const uint32_t* words, int unit, F& a, F& b) {
   if constexpr (D == Direction::kNormal) {

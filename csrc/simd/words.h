@@ -9,8 +9,8 @@ struct Name {
   const uint32_t (*keys)[16];
 };
 
-// kChains groups of blocks pass through the rounds side by side, because each round of a group waits for the
-// one before.
+// kChains groups of blocks pass through the rounds side by side,
+// because each round of a group waits for the one before.
 template <int kChains>
 struct Rounds {
   Simd::W a[kChains], c[kChains], e[kChains], g[kChains];
@@ -42,8 +42,8 @@ struct Rounds {
   }
 };
 
-// Writes the words of `blocks` blocks, rounded up to groups. With kUnpack their order is the one that
-// interleave() undoes.
+// Writes the words of `blocks` blocks, rounded up to groups.
+// With kUnpack their order is the one that interleave() undoes.
 template <bool kUnpack, int kAhead>
 ZO_INLINE void make_words(uint32_t block, int blocks, const Name& name, uint32_t* words, const char* ahead) {
   for (int b = 0; b < blocks; b += Simd::kGroup) {

@@ -27,8 +27,8 @@ ZO_FN float normal_radius(uint32_t word) {
   // The bits of 2^23 + n as a float, minus 2^23 - 1/2, are n + 1/2 exactly, without a conversion.
   const float f = add_rn(as_float(insert_bits(word, 0xfffffu, 0x4b000000u)), -8388607.5f);
   const uint32_t bits = as_bits(f);
-  // log2 f = bits 2^-23 - 127 + g(m) with g(m) = log2 m - (m - 1). The exponent comes from the integer, and g
-  // from a polynomial.
+  // log2 f = bits 2^-23 - 127 + g(m) with g(m) = log2 m - (m - 1).
+  // The exponent comes from the integer, and g from a polynomial.
   const float m = as_float(insert_bits(bits, 0x7fffffu, 0x3f800000u));
   float p = 0x1.cf6f9ap-4f;
   p = fma_rn(p, m, -0x1.c9e934p-1f);

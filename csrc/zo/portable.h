@@ -92,8 +92,8 @@ ZO_FN float from_int(int32_t value) {
 #endif
 }
 
-// (value & mask) | fill. It is one LOP3 by hand, because ptxas makes two of it if both constants are
-// literals.
+// (value & mask) | fill. It is one LOP3 by hand,
+// because ptxas makes two of it if both constants are literals.
 ZO_FN uint32_t insert_bits(uint32_t value, uint32_t mask, uint32_t fill) {
 #if defined(__CUDA_ARCH__)
   uint32_t result;

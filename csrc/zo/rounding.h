@@ -28,8 +28,8 @@ ZO_FN uint16_t bf16_nearest(float value) {
 ZO_FN uint16_t bf16_stochastic(float value, uint32_t random) {
   // The low half of an infinity is 0, so `random` never carries out of it. Only a NaN is a special case.
 #if defined(__CUDA_ARCH__)
-  // Arithmetic of a GPU makes one NaN only, the largest integer. So one minimum replaces a comparison and a
-  // selection.
+  // Arithmetic of a GPU makes one NaN only, the largest integer.
+  // So one minimum replaces a comparison and a selection.
   return static_cast<uint16_t>((static_cast<uint32_t>(min(__float_as_int(value), 0x7fc00000)) + random) >>
                                16);
 #else
@@ -62,8 +62,8 @@ ZO_FN float fp16_to_float(uint16_t half) {
   return as_float(sign | as_bits(magnitude));
 }
 
-// |x| rounded to float16: |x| + offset(shift), cut. offset(shift) is added to the `shift` bits that are
-// discarded.
+// |x| rounded to float16: |x| + offset(shift), cut.
+// offset(shift) is added to the `shift` bits that are discarded.
 struct Fp16Cut {
   uint32_t sign, magnitude, shift, rebias;
 };

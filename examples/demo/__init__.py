@@ -1,5 +1,5 @@
-"""The demo: SmolLM2-135M learns to judge film-review sentences from forward passes alone. `python -m
-examples.demo --help`.
+"""The demo: SmolLM2-135M learns to judge film-review sentences from forward passes alone.
+`python -m examples.demo --help`.
 
     before    held-out rows: loss, accuracy
     training  a method on all weights, one seed; then, from the same start, a second seed
@@ -48,8 +48,8 @@ METHODS = {name.lower(): name for name in methods.METHODS}
 
 
 def run(model: nn.Module, words: LabelWords, rows: Split, options: argparse.Namespace) -> dict[str, Any]:
-    """Before, train, after, again with the second seed, cost: the report as plain data (FIELDS says what is
-    what)."""
+    """Before, train, after, again with the second seed, cost:
+    the report as plain data (FIELDS says what is what)."""
     say = (lambda text: None) if options.quiet else functools.partial(print, flush=True)
     given = build(model, options.seed, options).param_groups[0]
     options.lr, options.eps = given["lr"], given["eps"]
@@ -122,7 +122,7 @@ def _processor() -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    parse = argparse.ArgumentParser(prog="zokern demo", description=(__doc__ or "").partition("\n")[0])
+    parse = argparse.ArgumentParser(prog="zokern demo", description=(__doc__ or "").partition("\n\n")[0])
     add = parse.add_argument
     add(
         "--json",
@@ -194,8 +194,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if not options.quiet:
         print(
-            f"read SmolLM2-135M and its labelled sentences in {time.perf_counter() - started:.0f} s; "
-            f"of {LEAST} to {MOST} tokens: {len(parts.train)} to train on, {len(parts.held_out)} held out",
+            f"read SmolLM2-135M and its labelled sentences in {time.perf_counter() - started:.0f} s; of "
+            f"{LEAST} to {MOST} tokens: {len(parts.train)} to train on, {len(parts.held_out)} held out",
             flush=True,
         )
     report = run(model, words, parts, options) | {"seconds": time.perf_counter() - started}

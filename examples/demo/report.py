@@ -13,22 +13,22 @@ LEVEL = 0.001  # of the paired test, for each seed
 
 FIELDS = {
     "method": "class of zokern that was trained with; options holds the lr and the eps that it had",
-    "accuracy_before": "share of held-out rows with the larger logit on the right label word, before training",
+    "accuracy_before": "share of held-out rows whose right label word has the larger logit, before training",
     "accuracy_after": "the same after training with the first seed",
     "accuracy_before_interval": "Wilson 95 % interval of accuracy_before",
     "accuracy_after_interval": "Wilson 95 % interval of accuracy_after",
-    "rise_interval": "95 % interval of accuracy_after - accuracy_before on the same rows (Agresti and Min 2005)",
-    "p_value": "one-sided exact McNemar test: chance of so many rows put right rather than wrong if training did nothing",
-    "auc_before": "share of (positive, negative) pairs of held-out rows in the right order; blind to a shift of the threshold",
+    "rise_interval": "95 % interval of accuracy_after - accuracy_before, same rows (Agresti and Min 2005)",
+    "p_value": "exact McNemar test, one side: chance of so many rows put right if training did nothing",
+    "auc_before": "share of (positive, negative) held-out pairs in the right order; blind to the threshold",
     "auc_after": "the same after training with the first seed",
     "loss_before": "mean cross-entropy over the label words on the held-out rows, nats, before training",
     "loss_after": "the same after training with the first seed",
     "forwards": "losses that a step of the method reads",
     "step_seconds": "one step of the method (its losses and the update), median of the rounds",
-    "forward_seconds": "one forward of the same batch with the weights as they are, outside a step, median of the rounds",
+    "forward_seconds": "one forward of the same batch outside a step, median of the rounds",
     "rest_seconds": "step_seconds - forwards forward_seconds: perturbing, updating and bookkeeping",
     "eager_step_seconds": "one eager MeZO step on the same batch, median of the rounds",
-    "peak_extra_bytes": "resident memory: highest during zokern steps minus highest during a forward of that batch; or null",
+    "peak_extra_bytes": "resident memory: peak of zokern steps less peak of a forward of that batch; or null",
     "eager_peak_extra_bytes": "the same for eager MeZO steps",
     "scratch_bytes": "memory for perturbed copies that the zokern steps record",
     "training_step_seconds": "median over all training steps of the first seed, batches of different lengths",
@@ -55,12 +55,9 @@ def summary(report: dict[str, Any]) -> str:
     before = report["accuracy_before"], report["accuracy_before_interval"]
     after = report["accuracy_after"], report["accuracy_after_interval"]
     check = second["accuracy"], second["interval"]
-    forwards, bare, ours = (
-        report["forwards"],
-        report["forwards"] * report["forward_seconds"],
-        report["step_seconds"],
-    )
-    eager, pair = report["eager_step_seconds"], 2 * report["forward_seconds"]
+    rows, order = report["rows"]["held_out"], f"{report['auc_before']:.3f} -> {report['auc_after']:.3f}"
+    forwards, ours, eager = report["forwards"], report["step_seconds"], report["eager_step_seconds"]
+    bare, pair = forwards * report["forward_seconds"], 2 * report["forward_seconds"]
 
     def memory(size: float | None) -> str:
         return "unknown here" if size is None else f"{size / 2**20:.0f} MB"
@@ -68,11 +65,12 @@ def summary(report: dict[str, Any]) -> str:
     lines = {
         "method": f"{report['method']}, lr {report['options']['lr']:g}, eps {report['options']['eps']:g}",
         "accuracy": f"{share(*before)} -> {share(*after)}",
-        "": f"{report['rows']['held_out']} held-out rows; rise {low:.1%} to {high:.1%} (95 %), p = {report['p_value']:.1e}",
-        "order": f"{report['auc_before']:.3f} -> {report['auc_after']:.3f} of (positive, negative) pairs in the right order",
+        "": f"{rows} held-out rows; rise {low:.1%} to {high:.1%} (95 %), p = {report['p_value']:.1e}",
+        "order": f"{order} of (positive, negative) pairs in the right order",
         "loss": f"{report['loss_before']:.3f} -> {report['loss_after']:.3f} nats",
         f"seed {second['seed']}": f"{share(*check)}, loss {second['loss']:.3f}, p = {second['p_value']:.1e}",
-        "step": f"{ours:.3f} s: {forwards} forwards {bare:.3f}, the rest {ours - bare:.3f}; {ours / bare:.2f} times its forwards",
+        "step": f"{ours:.3f} s: {forwards} forwards {bare:.3f}, the rest {ours - bare:.3f}; "
+        f"{ours / bare:.2f} times its forwards",
         "eager": f"MeZO, {eager:.3f} s: the rest {eager - pair:.3f}; {eager / pair:.2f} times its 2 forwards",
         "memory": f"over weights and one forward {memory(report['peak_extra_bytes'])}; "
         f"eager {memory(report['eager_peak_extra_bytes'])}",
@@ -81,8 +79,8 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Loss curve; accuracy before and after with intervals; time of a step, ours and eager, in forwards and
-    the rest."""
+    """Loss curve; accuracy before and after with intervals;
+    time of a step, ours and eager, in forwards and the rest."""
     import matplotlib
 
     matplotlib.use("Agg")  # writes a file: no display is needed

@@ -22,8 +22,8 @@ def mcnemar(righted: int, wronged: int) -> float:
 
 
 def rise_interval(righted: int, wronged: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """Interval of a difference of paired shares: Wald's, half a row added to each of four cells. Agresti and
-    Min 2005."""
+    """Interval of a difference of paired shares:
+    Wald's, half a row added to each of four cells. Agresti and Min 2005."""
     b, c, n = righted + 0.5, wronged + 0.5, trials + 2
     half = z * math.sqrt(b + c - (b - c) ** 2 / n) / n
     return (b - c) / n - half, (b - c) / n + half

@@ -83,8 +83,8 @@ def score(model: nn.Module, words: LabelWords, rows: Sequence[Row], batch: int =
 
 
 class Batches:
-    """Balanced batches of training rows, without replacement within an epoch, in an order named by the
-    seed."""
+    """Balanced batches of training rows, without replacement within an epoch,
+    in an order named by the seed."""
 
     def __init__(self, rows: Sequence[Row], size: int, seed: int) -> None:
         self.by_label = [[row for row in rows if row.label == label] for label in labels_of(rows)]

@@ -19,8 +19,8 @@ from zokern import backends
 from zokern.backends import Batch, Noise, Outer, Span, Terms
 from zokern.directions import resolve
 
-# checks that compare the backend with itself or with published answers, so they say something about the
-# reference too
+# checks that compare the backend with itself or with published answers,
+# so they say something about the reference too
 INDEPENDENT = (
     "philox_known_answers",
     "shards",

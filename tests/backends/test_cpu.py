@@ -1,5 +1,5 @@
-"""What only the CPU backend has: several instruction sets in one module, threads, chunks, floating-point
-modes, tables."""
+"""What only the CPU backend has: several instruction sets in one module,
+threads, chunks, floating-point modes, tables."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ def test_nothing_outside_is_written(path, dtype):
 
 @pytest.mark.parametrize("direction", ["normal", "rademacher"])
 def test_paths_agree_on_many_values(direction):
-    """2**22 values of each vector path against the scalar header functions, and one piece against the
-    reference."""
+    """2**22 values of each vector path against the scalar header functions,
+    and one piece against the reference."""
     n, values = 1 << 22, {}
     before = cpu.isa()
     for name in PATHS:
@@ -181,13 +181,15 @@ def test_chunks_cover_every_element_once():
 
 
 def test_forced_path():
-    """ZOKERN_CPU_ISA chooses a path when the module is loaded; an unusable name is an error that lists the
-    usable ones.
+    """ZOKERN_CPU_ISA chooses a path when the module is loaded;
+    an unusable name is an error that lists the usable ones.
 
     The compiled module decides, and is loaded without torch, which takes seconds.
     """
-    code = f"import importlib.util as u; s = u.spec_from_file_location('_cpu', {cpu._cpu.__file__!r}); m = u.module_from_spec(s)"
-    code += "; s.loader.exec_module(m); print(m.implementation())"
+    code = (
+        f"import importlib.util as u; s = u.spec_from_file_location('_cpu', {cpu._cpu.__file__!r}); "
+        "m = u.module_from_spec(s); s.loader.exec_module(m); print(m.implementation())"
+    )
 
     def chosen(name: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -220,8 +222,8 @@ def test_refusals():
 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_same_values_compares_objects_and_not_what_they_equal(compiled: bool, monkeypatch) -> None:
-    """An equal object in the place of another, one more, one less and another order are found; no __eq__ is
-    called."""
+    """An equal object in the place of another, one more,
+    one less and another order are found; no __eq__ is called."""
     if not compiled:
         monkeypatch.setattr(cpu, "_cpu", None)
     first, second = torch.ones(2), torch.ones(2)

@@ -41,8 +41,8 @@ def test_every_check_rejects_something() -> None:
 
 
 def test_a_mask_keeps_what_it_drops() -> None:
-    """z' = z s in float32: elements of a factor 0 keep their bits, and those of a factor 1 move as without
-    factors."""
+    """z' = z s in float32: elements of a factor 0 keep their bits,
+    and those of a factor 1 move as without factors."""
     mask = torch.rand(500, generator=torch.Generator().manual_seed(2)) < 0.25
     for backend in map(backends.get, ("reference", "cpu")):
         start = torch.linspace(-1, 1, 500).bfloat16()

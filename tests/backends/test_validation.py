@@ -236,8 +236,8 @@ def test_another_backend_has_the_same_checks() -> None:
 
 
 def test_a_missing_check_is_seen(monkeypatch) -> None:
-    """Without the check, coefficients of another dtype are taken for numbers of float32, or fail without a
-    name."""
+    """Without the check, coefficients of another dtype are
+    taken for numbers of float32, or fail without a name."""
     monkeypatch.setattr(Validator, "axpy_", lambda self, *_: torch.device("cpu"))
     with pytest.raises(pytest.fail.Exception):
         test_a_backend_refuses_by_name_before_it_writes("axpy_ coeffs dtype", "cpu")
@@ -344,38 +344,34 @@ def words(**other: Any) -> Any:
 
 REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (axpy, dict(coeffs=torch.ones(1)), "coefficients"), (axpy, dict(coeffs=torch.ones(3).double()), "coeffs"),
-    (axpy, dict(steps=[0]), "steps"),
-    (axpy, dict(who=[]), "names"), (axpy, dict(who=[-1]), "who"), (axpy, dict(first=[-1]), "elements"),
-    (axpy, dict(steps=[0, 0, -1]), "step"),
+    (axpy, dict(steps=[0]), "steps"), (axpy, dict(who=[]), "names"), (axpy, dict(who=[-1]), "who"),
+    (axpy, dict(first=[-1]), "elements"), (axpy, dict(steps=[0, 0, -1]), "step"),
     (axpy, dict(decay=[1.0, 1.0]), "decay"), (axpy, dict(each=2), "each"),
-    (axpy, dict(rounding="up"), "rounding"),
-    (axpy, dict(residuals=[low(6, 4)]), "residual"), (axpy, dict(clock=torch.zeros(1)), "clock"),
+    (axpy, dict(rounding="up"), "rounding"), (axpy, dict(residuals=[low(6, 4)]), "residual"),
+    (axpy, dict(clock=torch.zeros(1)), "clock"),
     (axpy, dict(tensors=[torch.zeros(1).expand(24)]), "overlapping"),
     (axpy, dict(tensors=[W, W], who=[1, 2], first=[0, 0]), "share memory"),
     (axpy, dict(tensors=[W.bfloat16()], residuals=[low(5, 4)], rounding="residual"), "residuals"),
     (perturb, dict(scales=[]), "scales"), (perturb, dict(scales=[float("nan")]), "scales"),
-    (perturb, dict(residuals=[low(6, 4)]), "residual"),
-    (perturb, dict(tensors=[W.double()]), "float64"), (perturb, dict(first=[2**35]), "elements"),
-    (perturb, dict(draw=-1), "draw"),
+    (perturb, dict(residuals=[low(6, 4)]), "residual"), (perturb, dict(tensors=[W.double()]), "float64"),
+    (perturb, dict(first=[2**35]), "elements"), (perturb, dict(draw=-1), "draw"),
     (lowrank, dict(left=[torch.randn(5, 2)]), "elements"),
-    (lowrank, dict(left=[torch.randn(6, 2).double()]), "left"),
-    (lowrank, dict(left=[]), "left"), (lowrank, dict(scale=[1.0, 1.0]), "scale"),
-    (lowrank, dict(right=[torch.randn(4, 1)]), "right"),
+    (lowrank, dict(left=[torch.randn(6, 2).double()]), "left"), (lowrank, dict(left=[]), "left"),
+    (lowrank, dict(scale=[1.0, 1.0]), "scale"), (lowrank, dict(right=[torch.randn(4, 1)]), "right"),
     (update, dict(states=[torch.zeros(5, 4)]), r"m\[0\]"), (update, dict(states=[]), "states"),
-    (update, dict(scalars=torch.ones(3)), "scalars"),
-    (update, dict(rule="none"), "rule"), (update, dict(rule="adam", scalars=torch.ones(9)), "rule"),
+    (update, dict(scalars=torch.ones(3)), "scalars"), (update, dict(rule="none"), "rule"),
+    (update, dict(rule="adam", scalars=torch.ones(9)), "rule"),
     (update, dict(coeffs=torch.ones(2)), "coefficients"),
     (product, dict(residual=low(5, 4)), "residual"), (product, dict(residual=low(4, 6).t()), "residual"),
-    (product, dict(tile=0), "tile"),
-    (product, dict(scales=[0.1, 0.2]), "scales"), (product, dict(weight=W.bfloat16()[:, :3]), "weight"),
-    (product, dict(step=-1), "step"),
+    (product, dict(tile=0), "tile"), (product, dict(scales=[0.1, 0.2]), "scales"),
+    (product, dict(weight=W.bfloat16()[:, :3]), "weight"), (product, dict(step=-1), "step"),
     (thin, dict(left=torch.randn(5, 2)), "U is"), (thin, dict(core=torch.eye(3)), "C is"),
     (thin, dict(weight=W.t()), "weight"),
     (sketched, dict(omega=torch.randn(3, 2)), "omega"), (sketched, dict(coeffs=[1.0, 2.0]), "coeffs"),
     (sketched, dict(first=-1), "first"),
     (words, dict(counter=torch.zeros(8, dtype=torch.int64)), "counter"),
-    (words, dict(counter=torch.zeros(2, 4)), "counter"),
-    (words, dict(rounds=0), "rounds"), (words, dict(key=[-1, 2]), "key"),
+    (words, dict(counter=torch.zeros(2, 4)), "counter"), (words, dict(rounds=0), "rounds"),
+    (words, dict(key=[-1, 2]), "key"),
     (drawn, dict(out=torch.empty(8).double()), "float64"), (drawn, dict(first=2**35), "elements"),
     (drawn, dict(who=-1), "who"),
 ]  # fmt: skip
@@ -443,11 +439,8 @@ def test_factors_with_other_strides_are_the_same_factors() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_weight_without_rows_or_columns(dtype: torch.dtype, both_products) -> None:
     for m, n in ((0, 4), (5, 0), (0, 0)):
-        x, weight, bias = (
-            torch.randn(3, n).to(dtype),
-            torch.zeros(m, n, dtype=dtype),
-            torch.ones(m, dtype=dtype),
-        )
+        x, weight = torch.randn(3, n).to(dtype), torch.zeros(m, n, dtype=dtype)
+        bias = torch.ones(m, dtype=dtype)
         for direction in ("normal", (torch.randn(m, 2), torch.randn(n, 2))):
             for y in zokern.linear(x, weight, direction, scales=[0.1, -0.1, 0.0], bias=bias):
                 assert torch.equal(y, bias.expand(3, m))

@@ -6,7 +6,6 @@ import gc
 import json
 import sys
 import time
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,8 +47,8 @@ class Benchmark:
 
 
 class Conditions:
-    """A timer whose seconds tell what the process holds: it counts trees of modules, sets of weights, and
-    threads."""
+    """A timer whose seconds tell what the process holds:
+    it counts trees of modules, sets of weights, and threads."""
 
     def __init__(self) -> None:
         gc.collect()
@@ -68,8 +67,8 @@ class Conditions:
 
 
 def check_conditions(measure: Callable[..., Times], step: Step) -> Times:
-    """Rejects a harness that takes a time while the process holds more or less than one set of weights and
-    two modules."""
+    """Rejects a harness that takes a time while the process
+    holds more or less than one set of weights and two modules."""
     timer = Conditions()
     found = measure(TINY, step, 0.0, timer)
     assert set(timer.seen) == {(2, 1, TINY.threads)}, f"{step.name} was timed under {timer.seen}"
@@ -102,8 +101,8 @@ def test_a_bound_and_its_step_have_equal_conditions(step: Step, threads) -> None
 WRONG = {
     "the bound before the other module is built": (
         "module = model(shape.model, shape.dtype)\n",
-        "module = model(shape.model, shape.dtype)\n    first = "
-        "timer(torch.no_grad()(shape.closure(module)))\n",
+        "module = model(shape.model, shape.dtype)\n"
+        "    first = timer(torch.no_grad()(shape.closure(module)))\n",
     ),
     "a module that another step has left behind": (
         "module = model(shape.model, shape.dtype)\n",
@@ -134,8 +133,8 @@ def of_groups(monkeypatch, measure: Callable[..., Times]) -> Report:
 
 @pytest.mark.filterwarnings("ignore")
 def test_two_groups_have_one_bound(monkeypatch, threads) -> None:
-    """A harness that keeps all modules is rejected: its first bound is measured before the other modules are
-    built."""
+    """A harness that keeps all modules is rejected:
+    its first bound is measured before the other modules are built."""
     pytest.importorskip("transformers")
     report = of_groups(monkeypatch, lambda *of: steps.measure(*of, timer=Conditions()))
     first, second = ({row["name"]: row for row in group["rows"]} for group in report.groups)
@@ -296,7 +295,7 @@ def run(commit: str, title: str, seconds: float, folder: Path) -> Report:
     report = Report(quick=False, command="python -m pytest benchmarks")
     report.machine |= {"commit": commit, "date": "2026-01-02"}
     report.folder = lambda: folder  # type: ignore[method-assign]
-    report.show = types.MethodType(lambda self, to: (to / "README.md").write_text(self.markdown()), report)  # type: ignore[method-assign]
+    report.show = lambda to: (to / "README.md").write_text(report.markdown())
     report.note(f"a note of {title}")
     figures = {"axpy_ normal fp32 / eager": 30.0, "other": 2.0} if title == "first" else {}
     report.add(Group(title, [Case("one", lambda: None, times=[seconds])]), **figures)
@@ -314,8 +313,8 @@ def test_a_page_keeps_what_was_not_measured_with_its_commit(tmp_path) -> None:
     assert "Of commit aaaaaaa, 2026-01-02, torch" in first and "1000" in first
     assert "3000" in second and "Of commit" not in second and "2000" not in page
     assert page.splitlines()[0] == (
-        "Measured at commit bbbbbbb on 2026-01-02; later changes of the code are not in it. "
-        "1 of its 2 groups are of other runs, and each says of which."
+        "Measured at commit bbbbbbb on 2026-01-02; later changes of the code are not in it. 1 of its 2 "
+        "groups are of other runs, and each says of which."
     )
     assert "30.00 x (commit aaaaaaa) | reached" in page and "- a note of first" in page and HOW in page
     run("ccccccc", "second", 4.0, tmp_path).write(anew=True)

@@ -26,8 +26,8 @@ from zokern.methods import METHODS
 
 
 def check_order(function) -> None:
-    """Each run once; all methods on both sets of the small model first, main ones first; then main ones on
-    the large model."""
+    """Each run once; all methods on both sets of the small model first, main ones first;
+    then main ones on the large model."""
     names = ["Another", *reversed(MAIN)]
     runs = function(names)
     assert len(runs) == len({*runs}) == len(names) * len(MODELS) * len(SETS) * len(SEEDS)
@@ -59,8 +59,8 @@ SETTINGS = {"forwards": BUDGETS, "batch": 6}
 
 
 def check_resumption(make, tmp_path) -> None:
-    """A run that is done is kept; one that was killed while its line was written is not; other settings are
-    refused."""
+    """A run that is done is kept; one that was killed while its line was written is not;
+    other settings are refused."""
     path = tmp_path / "study.jsonl"
     store = make(path, SETTINGS)
     store.append(row("A", LINE, FALL))

@@ -57,8 +57,8 @@ def test_score_of_three_labels() -> None:
 
 
 def test_news_are_read_once_by_topic(tmp_path, monkeypatch) -> None:
-    """The title is left out, an article of two topics too, and what is shorter than the words that are asked
-    for."""
+    """The title is left out, an article of two topics too,
+    and what is shorter than the words that are asked for."""
     (tmp_path / "extract_data.py").write_text("")
     for number, topic in enumerate(problems.TOPICS):
         folder = tmp_path / "data" / topic

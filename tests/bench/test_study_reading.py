@@ -45,8 +45,8 @@ def last_crossing(found, axis, target):
 
 
 def check_read_at(function) -> None:
-    """A method of three seconds a forward is read at a third of its run in the time that another takes for
-    all of it."""
+    """A method of three seconds a forward is read at a third
+    of its run in the time that another takes for all of it."""
     fast, slow = row("A", LINE, FALL), row("B", LINE, FALL, per=3.0)
     assert function(fast, "forwards", 50) == pytest.approx({"accuracy": 0.4, "loss": 0.8})
     assert (
@@ -60,8 +60,8 @@ def check_read_at(function) -> None:
 
 
 def check_mean(function) -> None:
-    """Wilson's sides for the rows and Student's for the seeds, whose squares add. More seeds do not make more
-    rows."""
+    """Wilson's sides for the rows and Student's for the seeds, whose squares add.
+    More seeds do not make more rows."""
     low, high = wilson(100, ROWS)
     assert function([0.5], ROWS, 0.0, 0) == pytest.approx(Mean(0.5, low, high, 1))
     assert function([0.5] * 3, ROWS, 0.0, 4) == pytest.approx(Mean(0.5, low, high, 3))
@@ -134,12 +134,12 @@ def test_student() -> None:
 
 
 def test_a_group_reads_at_the_cost_of_mezo() -> None:
-    """Equal time is MeZO's mean, the target its mean final loss; rows with errors are none; no fall, no
-    target."""
+    """Equal time is MeZO's mean, the target its mean final loss;
+    rows with errors are none; no fall, no target."""
     rows = [
         row(BASE, LINE, FALL, per=1.0), row(BASE, LINE, [1.0, 0.9, 0.8, 0.7, 0.5], seed=1, per=3.0),
-        row("FZOO", LINE, FALL, per=8.0),
-        row("LOZO", LINE, FALL) | {"error": "ValueError: no"}, row("LOZO", LINE, FALL, data="reviews"),
+        row("FZOO", LINE, FALL, per=8.0), row("LOZO", LINE, FALL) | {"error": "ValueError: no"},
+        row("LOZO", LINE, FALL, data="reviews"),
     ]  # fmt: skip
     news, reviews = groups(rows, BUDGETS)
     assert list(news.runs) == [BASE, "FZOO"] and list(reviews.runs) == ["LOZO"]
@@ -176,8 +176,8 @@ def check_verdict(function) -> None:
 
 
 def check_ratios(function) -> None:
-    """MeZO gets to its final loss at its end: a method that is there at a quarter has a ratio of a
-    quarter."""
+    """MeZO gets to its final loss at its end:
+    a method that is there at a quarter has a ratio of a quarter."""
     quick = [1.0, 0.6, 0.6, 0.6, 0.6]
     found, bounds = function(many(MeZO=(LINE, FALL), PGAP=(LINE, quick)), CLAIMS[0])
     assert found == pytest.approx([12 / 50] * 6) and bounds == 0

@@ -12,7 +12,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
-from models import batch, build, changed, next_token_loss, one_thread, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
+from models import batch, build, changed, next_token_loss, same_bits, snapshot, tiny
 from recipes import GRADIENTS, METHODS, ONE_EACH, SLOPES
 from torch import Tensor, nn
 
@@ -22,12 +22,14 @@ from zokern.directions import Aligned, Diagonal, Lazy, Subspace, lowrank, orthon
 from zokern.rule import sgd
 from zokern.stream import BASIS, draw_word
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 IDS = batch()
 
 
 def given_alone() -> dict:
-    """Options for losses that are given one after the other: each is read once, and no two readings are
-    compared."""
+    """Options for losses that are given one after the other:
+    each is read once, and no two readings are compared."""
     return {"evaluation": zokern.Scratch(check=False), "paired_check": None}
 
 
@@ -43,8 +45,8 @@ def sides(tensor: Tensor) -> tuple[Tensor, ...]:
 
 
 def cosines(make: Callable, steps: int = 5, **options) -> list[float]:
-    """Per step, the smallest cosine over matrices between the z that the closure saw and the change of the
-    weights."""
+    """Per step, the smallest cosine over matrices between the
+    z that the closure saw and the change of the weights."""
     model = tiny(width=16)
     evaluation = options.pop("evaluation", zokern.Paired)
     options["evaluation"] = evaluation() if evaluation is zokern.InPlace else evaluation(check=False)
@@ -105,8 +107,8 @@ def test_first_step_of_a_rule_with_memory_moves_along_what_it_measured(name: str
 
 
 class Sequential(Lazy):
-    """LOZO's reference: the perturbation of a step that draws V cuts V and then U from the step's stream, its
-    update U alone."""
+    """LOZO's reference: the perturbation of a step that draws V
+    cuts V and then U from the step's stream, its update U alone."""
 
     fresh = False
 
@@ -236,8 +238,8 @@ def test_stochastic_rounding_is_the_same_for_any_thread_count() -> None:
 
 
 def test_a_sum_by_threads_is_rejected() -> None:
-    """Sums in another order for another thread count are noticed: here one order is the reverse of the
-    other."""
+    """Sums in another order for another thread count are noticed:
+    here one order is the reverse of the other."""
     right = orthonormal.tree_sum
 
     def by_threads(x: Tensor) -> Tensor:
@@ -272,8 +274,8 @@ def check_shards(
     rounding: str = "nearest",
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """An interval's write of each matrix, from the factors that wait in the run, done by shards that know
-    their place."""
+    """An interval's write of each matrix, from the factors that wait in the run,
+    done by shards that know their place."""
     model = build(
         lambda: nn.ParameterList([nn.Parameter(torch.randn(shape) * 0.1) for shape in SHAPES]), dtype
     )
@@ -352,8 +354,8 @@ def check_orthonormal(function: Callable[[list[Tensor]], list[Tensor]]) -> None:
     assert same_bits(*found), "threads change its bits"
     alone = function([xs[1]])[0]
     assert same_bits(alone, function(xs)[1]), "company changes its bits"
-    # Haar: every column is uniform on the sphere, whose coordinates have mean 0, square 1/m and fourth power
-    # 3 / (m (m + 2))
+    # Haar: every column is uniform on the sphere,
+    # whose coordinates have mean 0, square 1/m and fourth power 3 / (m (m + 2))
     m, count = 6, 4000
     qs = torch.stack(function(list(zokern.draw("normal", (count, m, m), seed=5, who="h", step=0)))).double()
     for power, expected, spread in (
@@ -402,8 +404,8 @@ def test_check_rejects_wrong_orthonormal(wrong: str) -> None:
     "name", [name for name in METHODS if name != "blockmezo" and name not in SLOPES]
 )  # a block's losses drown in rounding to 16 bits
 def test_autocast_around_a_step_is_autocast_in_its_closure(name: str, evaluation: str) -> None:
-    """A step's own arithmetic is float32 whatever mode the loop is in: the same bits, also where bases
-    change."""
+    """A step's own arithmetic is float32 whatever mode the loop is in:
+    the same bits, also where bases change."""
     ends = []
     for outside in (False, True):
         model = tiny(width=16)
@@ -451,8 +453,8 @@ def coarse_run(evaluation, autocast: bool, eps: float = 1e-2) -> None:
 @pytest.mark.parametrize("evaluation", ["auto", "paired", "scratch"])
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "frozen bfloat16"])
 def test_rounding_to_16_bits_is_no_misreading(evaluation: str, autocast: bool) -> None:
-    """Each evaluation rounds elsewhere, so losses differ by far more than float32 does; nothing is refused
-    for it."""
+    """Each evaluation rounds elsewhere, so losses differ by far more than float32 does;
+    nothing is refused for it."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         coarse_run(evaluation, autocast)

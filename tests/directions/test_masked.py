@@ -1,5 +1,5 @@
-"""Directions with factors of z: what moves, every evaluation and rule, resume, what is refused, and wrong
-versions.
+"""Directions with factors of z: what moves,
+every evaluation and rule, resume, what is refused, and wrong versions.
 
 The formulas of Sparse-MeZO's steps are in tests/methods/test_methods.py, those of the verbs in
 tests/backends/test_scaled.py."""
@@ -116,8 +116,8 @@ def test_smallest_is_a_sorted_list() -> None:
 
 
 class Large(nn.Module):
-    """Matrices above the size that is resident: products, a transposed product, a lookup, a slice and a
-    copy."""
+    """Matrices above the size that is resident:
+    products, a transposed product, a lookup, a slice and a copy."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -217,8 +217,8 @@ def test_lr_0_moves_no_bit(options: dict) -> None:
 @pytest.mark.parametrize("options", SPARSE.values(), ids=SPARSE)
 @pytest.mark.parametrize("rule", [zokern.Sgd, zokern.Adam, zokern.SignSgd])
 def test_resumes_to_the_same_bits(options: dict, rule) -> None:
-    """After any step, also between two masks: the weights have moved by then, and a mask by magnitude has
-    not."""
+    """After any step, also between two masks:
+    the weights have moved by then, and a mask by magnitude has not."""
     make = partial(zokern.SparseMeZO, lr=2e-2, eps=1e-2, **options)
     whole = tiny()
     steps(make(whole, seed=3, rule=rule()), whole, 5)
@@ -270,8 +270,8 @@ def test_frozen_and_thawed_parameters_keep_their_masks() -> None:
 
 
 def test_given_factors() -> None:
-    """A dict and a function of the same factors are one run; a factor of 1 is none; of 0, no perturbation and
-    no move."""
+    """A dict and a function of the same factors are one run;
+    a factor of 1 is none; of 0, no perturbation and no move."""
     factors = {
         "up.weight": torch.rand(36, 12, generator=torch.Generator().manual_seed(1)),
         "gain": torch.zeros(12, dtype=torch.bool),
@@ -311,8 +311,8 @@ def test_given_factors_are_copied() -> None:
 
 
 def test_clipped_norms_are_those_of_scaled_draws() -> None:
-    """KerZOO's bound on the norm of each parameter's g: g is a sum of z s, so the move is as long as the
-    bound."""
+    """KerZOO's bound on the norm of each parameter's g:
+    g is a sum of z s, so the move is as long as the bound."""
     model = tiny()
     before = weights(model)
     options = {

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 from family import EVALUATIONS, loss, weights
-from models import one_thread, snapshot, tiny  # noqa: F401 (a fixture)
+from models import snapshot, tiny
 from torch import Tensor
 
 import zokern
 from zokern.evaluation import Point
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_point_may_lie_along_draws_of_earlier_steps() -> None:

@@ -1,5 +1,5 @@
-"""Losses at other weights than the parameters hold: read right under every evaluation, and put back to the
-bit."""
+"""Losses at other weights than the parameters hold:
+read right under every evaluation, and put back to the bit."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from models import at_use, batch, changed, next_token_loss, one_thread, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
+from models import at_use, batch, changed, next_token_loss, same_bits, snapshot, tiny
 from torch import Tensor
 
 import zokern
 from zokern.estimator import Base, Estimate, Oracle
 from zokern.evaluation import THETA, Point
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 IDS = batch()
 EVALUATIONS = ("master", "paired", "scratch", "inplace", "auto", "scratch, at use", "paired, at use")
@@ -44,8 +46,8 @@ class Elsewhere(zokern.Spsa):
 
 
 def made(name: str) -> Any:
-    """An evaluation; 'at use' has no memory for copies of the matrices, which are made at their use or beside
-    the product."""
+    """An evaluation; 'at use' has no memory for copies of the matrices,
+    which are made at their use or beside the product."""
     kinds = {"scratch, at use": zokern.Scratch, "paired, at use": zokern.Paired}
     return at_use(kinds[name](check=False)) if name in kinds else name
 
@@ -206,8 +208,8 @@ def test_an_oracle_that_forgets_exceptions_is_rejected(where: str) -> None:
 
 @pytest.mark.parametrize("evaluation", EVALUATIONS)
 def test_the_first_step_reads_again_where_it_read(evaluation: str) -> None:
-    """Its check of the closure compares readings at one base; a closure that does not repeat is found there
-    too."""
+    """Its check of the closure compares readings at one base;
+    a closure that does not repeat is found there too."""
     model = tiny()
     optimizer = zokern.MeZO(
         model, lr=0.0, eps=1e-3, evaluation=made(evaluation), estimator=Elsewhere(far(model))
@@ -268,8 +270,8 @@ def test_updates_that_wait_are_refused() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_put_is_the_inverse_of_read(dtype: torch.dtype) -> None:
-    """With low bits for every float32 that is finite, ties and signed zeros included; and with the kernels'
-    own halves."""
+    """With low bits for every float32 that is finite, ties and signed zeros included;
+    and with the kernels' own halves."""
     p = torch.nn.Parameter(torch.zeros(4, 1024, dtype=dtype))
     rounding = "residual" if dtype == torch.bfloat16 else "nearest"
     optimizer = zokern.MeZO([("w", p)], rounding=rounding, force=True)

@@ -1,5 +1,5 @@
-"""Estimators against their formulas, written out in float64; each check is shown to reject a wrong
-estimator."""
+"""Estimators against their formulas, written out in float64;
+each check is shown to reject a wrong estimator."""
 
 from __future__ import annotations
 
@@ -388,8 +388,8 @@ def test_a_block_without_a_finite_loss_ends_the_step(evaluation: str) -> None:
 
 @pytest.mark.parametrize("evaluation", ["scratch", "paired"])
 def test_every_block_is_compared_with_master(evaluation: str) -> None:
-    """The second layer is read through memory that no copy stands in for. The first block alone would be read
-    right."""
+    """The second layer is read through memory that no copy stands in for.
+    The first block alone would be read right."""
     model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4))
     x, beside = torch.randn(8, 5, generator=torch.Generator().manual_seed(0)), model[2].weight.data
 

@@ -1,5 +1,5 @@
-"""KerZOO's kernels: exact moments, the order of the bias, the factor of the variance; each check rejects a
-wrong kernel."""
+"""KerZOO's kernels: exact moments, the order of the bias, the factor of the variance;
+each check rejects a wrong kernel."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ def expected(estimator: zokern.Kernel, function: Callable[[float], float], eps: 
 
 
 def check_bias(order: int, estimator: zokern.Kernel) -> None:
-    """With a strong cubic term and all others up to x^(order + 2): the bias falls as eps^(order + 1), at its
-    predicted size."""
+    """With a strong cubic term and all others up to x^(order + 2):
+    the bias falls as eps^(order + 1), at its predicted size."""
 
     def function(x: float) -> float:
         return 3.0 + x + sum(5.0 * x**power for power in range(2, order + 3))
@@ -157,8 +157,8 @@ def test_a_kernel_follows_its_width(width: float, order: int) -> None:
 
 
 def check_variance(order: int, estimator: zokern.Kernel) -> None:
-    """The mean of (r K)^2 over 20,000 radii of the stream is the kernel's factor, within five standard
-    errors."""
+    """The mean of (r K)^2 over 20,000 radii of the stream is the kernel's factor,
+    within five standard errors."""
     optimizer = zokern.MeZO(weights().items(), estimator=estimator, seed=SEED)
     r, k = torch.tensor(estimator.radii(optimizer.plan()), dtype=torch.float64).unbind(1)
     squares = (r * k).square()

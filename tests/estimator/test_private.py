@@ -11,12 +11,14 @@ from unittest.mock import patch
 import pytest
 import torch
 from family import EVALUATIONS, Rows
-from models import one_thread, same_bits, snapshot  # noqa: F401 (a fixture)
+from models import same_bits, snapshot
 from torch import Tensor
 
 import zokern
 from zokern.plan import Plan
 from zokern.stream import PRIVACY, draw_word, words
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("evaluation", [*EVALUATIONS, "auto"])
@@ -91,8 +93,8 @@ def test_a_closure_without_a_loss_for_each_example_is_refused(what: str, evaluat
 
 
 def test_a_loss_for_each_example_goes_with_what_else_reads_losses() -> None:
-    """Blocks, the search for an lr, and the second reading of a step. Probes, which move weights, are refused
-    (test_dizo.py)."""
+    """Blocks, the search for an lr, and the second reading of a step.
+    Probes, which move weights, are refused (test_dizo.py)."""
     for make in (
         lambda m: zokern.MeZO(m, estimator=zokern.Blockwise(zokern.Private())),
         lambda m: zokern.DPZO(m, paired_check=1),

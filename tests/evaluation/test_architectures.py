@@ -1,7 +1,7 @@
 """Architectures of many kinds: every evaluation reads the losses of hand-written weights, or refuses by name.
 
-Which pairs are refused is written nowhere: 'master' and 'auto' read all of them, and the faster ways a good
-share.
+Which pairs are refused is written nowhere:
+'master' and 'auto' read all of them, and the faster ways a good share.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import pytest
 import readings
 import torch
 from architectures import ARCHITECTURES
-from models import one_thread  # noqa: F401 (a fixture)
 from readings import EXPLICIT, check_refusal, check_weights, clones, optimizer, trained, write
 from torch import Tensor, nn
 

@@ -69,10 +69,8 @@ def test_one_call_has_the_values_of_each(case: str, monkeypatch) -> None:
 )
 def test_autocast_is_applied(mask: Tensor | None) -> None:
     """Under torch.vmap as outside of it: operands of several dtypes are multiplied in the autocast one."""
-    q, v = (
-        torch.randn(SIDES, BATCH, HEADS, LENGTH, WIDTH),
-        torch.randn(SIDES, BATCH, HEADS, LENGTH, WIDTH).bfloat16(),
-    )
+    q = torch.randn(SIDES, BATCH, HEADS, LENGTH, WIDTH)
+    v = torch.randn(SIDES, BATCH, HEADS, LENGTH, WIDTH).bfloat16()
 
     def run(q: Tensor, v: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):

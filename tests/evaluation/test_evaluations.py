@@ -1,5 +1,5 @@
-"""What every evaluation promises: the same losses, and everything as it was. Wrong evaluations are rejected
-by each check."""
+"""What every evaluation promises: the same losses, and everything as it was.
+Wrong evaluations are rejected by each check."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 import readings
 import torch
 import torch.nn.functional as F
-from models import build, changed, next_token_loss, one_thread, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
+from models import build, changed, next_token_loss, same_bits, snapshot, tiny
 from recipes import METHODS
 from torch import Tensor, nn
 
@@ -27,6 +27,8 @@ from zokern import gemm
 from zokern.estimator import Oracle
 from zokern.evaluation import THETA, Point, copies
 from zokern.gemm import lowrank
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 IDS = models.batch()
 WAYS: dict[str, Callable] = {
@@ -80,8 +82,8 @@ def losses(
 def check_losses(
     model: nn.Module, closure: Callable, evaluation: object, make=zokern.MeZO, bound: float = 4e-6, **options
 ) -> zokern.StepResult:
-    """The losses of 'master' within the bound, which tells the sides apart; no bit of a weight has
-    changed."""
+    """The losses of 'master' within the bound, which tells the sides apart;
+    no bit of a weight has changed."""
     before = snapshot(model)
     right = losses(make, "master", model, closure, **options)
     found = losses(make, evaluation, model, closure, **options)
@@ -346,8 +348,8 @@ STAYS = [
 def check_stays(
     evaluation: object, dtype: torch.dtype, rounding: str, steps: int, make: Callable = zokern.MeZO
 ) -> None:
-    """Steps at lr = 0 with weight decay: no bit of a weight has changed; in place, as many roundings as there
-    were moves."""
+    """Steps at lr = 0 with weight decay: no bit of a weight has changed;
+    in place, as many roundings as there were moves."""
     model = build(lambda: nn.Sequential(nn.Embedding(5, 6), nn.LayerNorm(6), nn.Linear(6, 2)), dtype)
     with torch.no_grad():  # of the size that language models have, so that eps is not below an ulp
         model[2].weight.mul_(0.05)
@@ -376,8 +378,8 @@ def test_steps_of_nothing_of_a_low_rank_method(method: str, evaluation: str) -> 
 
 
 class Messy(nn.Module):
-    """Leaves in itself what it computed: attributes of every kind, buffers that are written, filled and
-    registered."""
+    """Leaves in itself what it computed: attributes of every kind,
+    buffers that are written, filled and registered."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -425,8 +427,8 @@ def everything(model: nn.Module) -> dict:
 
 
 def check_untouched(evaluation: object) -> None:
-    """Weights, streams, flags, buffers, attributes and the tree are as before; both sides see the same random
-    numbers."""
+    """Weights, streams, flags, buffers, attributes and the tree are as before;
+    both sides see the same random numbers."""
     model, x = build(Messy), torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
     optimizer = zokern.MeZO(model, lr=0.0, evaluation=evaluation)
     before, around = snapshot(model), everything(model)

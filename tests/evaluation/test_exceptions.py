@@ -10,11 +10,13 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from models import batch, build, changed, next_token_loss, one_thread, same_bits, snapshot  # noqa: F401 (a fixture)
+from models import batch, build, changed, next_token_loss, same_bits, snapshot
 from torch import nn
 
 import zokern
 from zokern.evaluation import Isolation, rng
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 VOCABULARY, WIDTH = 19, 8
 

@@ -1,5 +1,5 @@
-"""Forward mode: slopes against back-propagation, what a reading leaves behind, what it takes, and what is
-refused."""
+"""Forward mode: slopes against back-propagation,
+what a reading leaves behind, what it takes, and what is refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from method_check import check_method
-from models import batch, build, changed, next_token_loss, one_thread, snapshot, tiny  # noqa: F401 (a fixture)
+from models import batch, build, changed, next_token_loss, snapshot, tiny
 from mutant import replaced
 from peak import Peak
 from recipes import Formula
@@ -25,6 +25,8 @@ from torch.autograd import forward_ad
 import zokern
 from zokern.directions import Subspace
 from zokern.evaluation import jvp, rng
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 IDS = batch()
 SEED = 11
@@ -296,8 +298,8 @@ def test_lr_0_changes_no_bit(rounding: str) -> None:
 
 
 def test_deferred_updates_are_in_what_a_slope_is_read_of() -> None:
-    """After a check by 'paired' the updates of a low-rank direction are deferred; slopes are those of theta
-    all the same."""
+    """After a check by 'paired' the updates of a low-rank direction are deferred;
+    slopes are those of theta all the same."""
     check_method("FGD", steps=7, direction=Subspace(3, 50), paired_check=2)
 
 
@@ -400,10 +402,8 @@ def test_an_operator_that_drops_tangents_is_silent_without_the_watch() -> None:
 
 def test_evaluations_of_losses_read_no_slopes() -> None:
     for evaluation in ("master", "paired", "scratch", "inplace"):
-        with pytest.raises(
-            ValueError,
-            match=f"evaluation is '{evaluation}', which reads losses alone.*ForwardGradient.*evaluation='jvp'",
-        ):
+        said = f"evaluation is '{evaluation}', which reads losses alone.*ForwardGradient.*evaluation='jvp'"
+        with pytest.raises(ValueError, match=said):
             zokern.step(zokern.FGD(LINEAR, evaluation=evaluation), lambda: LINEAR(X).sum())
 
 
@@ -422,8 +422,8 @@ def test_eps_plays_no_part() -> None:
 
 
 def test_lr_is_tuned_by_slopes() -> None:
-    """zokern.tune asks the estimator itself; the step at its lr takes about the share of the loss that was
-    asked for."""
+    """zokern.tune asks the estimator itself;
+    the step at its lr takes about the share of the loss that was asked for."""
     model, closure = of_tiny()
     optimizer = zokern.FGD(model, queries=4, seed=1)
     tuned = zokern.tune(optimizer, closure, share=0.02)
@@ -511,8 +511,8 @@ class Twice(zokern.Jvp):
 
 
 def check_memory(evaluation: Any) -> None:
-    """A step of two queries: z of all weights once, and three activations: a product's tangent is the sum of
-    two products."""
+    """A step of two queries: z of all weights once, and three activations:
+    a product's tangent is the sum of two products."""
     model, closure = deep()
     optimizer = zokern.FGD(model, lr=0.0, queries=2, evaluation=evaluation, paired_check=None)
     zokern.step(optimizer, closure)
@@ -520,11 +520,8 @@ def check_memory(evaluation: Any) -> None:
         closure()
     with Peak() as step:
         result = zokern.step(optimizer, closure)
-    weights, activation, extra = (
-        sum(p.nbytes for p in model.parameters()),
-        512 * 64 * 4,
-        step.most - bare.most,
-    )
+    weights = sum(p.nbytes for p in model.parameters())
+    activation, extra = 512 * 64 * 4, step.most - bare.most
     print(f"extra peak of a step: {extra} B; weights {weights} B, an activation {activation} B")
     assert result.scratch_bytes == weights
     assert extra <= weights + 3 * activation + 4096, f"{extra} B is more than tangents"

@@ -1,5 +1,5 @@
-"""Whole models: losses against torch.func.functional_call, slopes against torch.func.jvp, and what is
-refused."""
+"""Whole models: losses against torch.func.functional_call,
+slopes against torch.func.jvp, and what is refused."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import models
 import oracle
 import pytest
 import torch
-from models import build, changed, one_thread, same_bits, snapshot  # noqa: F401 (a fixture)
+from models import build, changed, same_bits, snapshot
 from torch import nn
 from torch.func import functional_call, jvp
 
 import zokern
 
-pytestmark = pytest.mark.usefixtures("both_products")
+pytestmark = pytest.mark.usefixtures("both_products", "one_thread")
 
 ATTENTION = [
     (name, attention)
@@ -25,8 +25,8 @@ ATTENTION = [
 ]
 
 
-# Paired and in place, sums come in another order, or weights back from the other side: so much beside the
-# bound, relative.
+# Paired and in place, sums come in another order, or weights back from the other side:
+# so much beside the bound, relative.
 BESIDE = {"master": 0.0, "scratch": 0.0, "paired": 1e-6, "inplace": 1e-6}
 
 
@@ -37,8 +37,8 @@ def check_losses(
     eps: float = 1e-3,
     refused: tuple[str, ...] = (),
 ) -> zokern.StepResult:
-    """One step at lr = 0 in every evaluation: both losses equal the oracle's to a relative bound, and nothing
-    changed.
+    """One step at lr = 0 in every evaluation:
+    both losses equal the oracle's to a relative bound, and nothing changed.
 
     refused  evaluations that cannot read this model, and say so by name"""
     seed, before = 3, snapshot(model)
@@ -75,8 +75,8 @@ def test_float32_losses_equal_functional_call(name: str, attention: str) -> None
 
 @pytest.mark.parametrize("name", models.ARCHITECTURES)
 def test_bfloat16_losses_are_near_functional_call(name: str) -> None:
-    """Small vectors are perturbed in float32, where the oracle rounds them: a few bfloat16 roundings
-    apart."""
+    """Small vectors are perturbed in float32, where the oracle rounds them:
+    a few bfloat16 roundings apart."""
     model, inputs = build(models.ARCHITECTURES[name], torch.bfloat16), models.inputs(name)
     # the model's own loss is a bfloat16 number, too coarse to tell the sides apart
     result = check_losses(
@@ -150,8 +150,8 @@ def test_loss_falls(name: str) -> None:
 
 
 def test_lora() -> None:
-    """Only the adapters move; at B = 0 the loss is flat in A and not in B, and the base model keeps its
-    bits."""
+    """Only the adapters move; at B = 0 the loss is flat in A and not in B,
+    and the base model keeps its bits."""
     peft = pytest.importorskip("peft")
     inputs = models.inputs("llama")
     model = build(
@@ -170,17 +170,18 @@ def test_lora() -> None:
 
 
 def convolutional() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3, groups=2),
-        nn.BatchNorm2d(6),
-                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))  # fmt: skip
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3, groups=2), nn.BatchNorm2d(6),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "memory_format", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"]
 )
 def test_convolutional_network(memory_format: torch.memory_format) -> None:
-    """Batch norms in train mode: their statistics stay as they are. The layout of a weight does not change
-    its z."""
+    """Batch norms in train mode: their statistics stay as they are.
+    The layout of a weight does not change its z."""
     model = build(convolutional).to(memory_format=memory_format).train()
     x = torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(0)).contiguous(
         memory_format=memory_format
@@ -311,8 +312,8 @@ def test_traced_by_fx() -> None:
 
 @pytest.mark.parametrize("traced", [False, True], ids=["script", "trace"])
 def test_torchscript_is_read_through_its_parameters(traced: bool) -> None:
-    """And refused, before a step, by evaluations that put copies in their place. 'auto' finds that out by
-    itself."""
+    """And refused, before a step, by evaluations that put copies in their place.
+    'auto' finds that out by itself."""
     model, x = build(lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh())), torch.randn(3, 6)
     script = nn.Sequential(torch.jit.trace(model, x)) if traced else torch.jit.script(model)
     prefix = "0." if traced else ""
@@ -374,8 +375,8 @@ def test_a_traced_copy_is_never_read_wrong() -> None:
 
 
 def test_script_beside_other_parameters_warns() -> None:
-    """A traced module hides its weights; where others are read, the record names the hidden ones and a
-    warning says so."""
+    """A traced module hides its weights; where others are read,
+    the record names the hidden ones and a warning says so."""
     model, x = build(lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh())), torch.randn(3, 6)
     traced, gain = torch.jit.trace(model, x), nn.Parameter(torch.ones(4))
     optimizer = zokern.MeZO([*model.named_parameters(), ("gain", gain)])

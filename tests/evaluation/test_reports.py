@@ -1,7 +1,7 @@
 """Reports of users: read right in every evaluation, or refused by name. reports.py has the table of readings.
 
-A case is built anew for every point of the oracle, so nothing that a reading leaves behind can reach the next
-one.
+A case is built anew for every point of the oracle,
+so nothing that a reading leaves behind can reach the next one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import pytest
 import readings
 import torch
 import torch.nn.functional as F
-from models import one_thread  # noqa: F401 (a fixture)
 from readings import WAYS, check_refusal, check_weights, clones, optimizer, write
 from recipes import SLOPES
 from reports import CASES, LOCAL, LOG, STACK, VARIABLE, WRITES, Case, Setup, built, line, square, swapped
@@ -97,7 +96,7 @@ def refuses(one: Case, way: str, error: Exception) -> None:
 
 
 @pytest.fixture(autouse=True)
-def repaired(one_thread):  # noqa: F811 (the fixture by its name)
+def repaired(one_thread):
     """What a wrong version left behind is not the next test's fault."""
     stdout, limit = sys.stdout, sys.getrecursionlimit()
     yield
@@ -423,8 +422,8 @@ def test_m30_statistics_that_never_move_are_named_once(norm: str, way: str) -> N
 
 @ways
 def test_m32_13_after_a_step_the_parameters_hold_theta(way: str) -> None:
-    """Whoever reads parameters without a hook sees every update; where updates wait, `optimizer.pending` says
-    so."""
+    """Whoever reads parameters without a hook sees every update;
+    where updates wait, `optimizer.pending` says so."""
     from torch.nn.utils import parameters_to_vector as vector
     from torch.optim.swa_utils import AveragedModel
 

@@ -248,10 +248,8 @@ NORMED = {
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_layer_norm_of_16_bits_reads_float32_vectors(dtype: torch.dtype, which: str) -> None:
     """eps is below half an ulp of both vectors; the sum is float32 and rounded once, whoever does it."""
-    eps, x = (
-        torch.finfo(dtype).eps / 16,
-        torch.randn(5, 7, 64, generator=torch.Generator().manual_seed(3)).to(dtype),
-    )
+    eps = torch.finfo(dtype).eps / 16
+    x = torch.randn(5, 7, 64, generator=torch.Generator().manual_seed(3)).to(dtype)
     trained = dict(zip(("weight", "bias"), NORMED[which]))
     vectors = {
         name: nn.Parameter(torch.full((64,), 1.0 + i, dtype=dtype))
@@ -300,8 +298,8 @@ def test_rounded_or_mixed_vectors_are_rejected(monkeypatch) -> None:
 
 @pytest.mark.skipif(cpu.why_off() is not None, reason="the compiled kernels are off")
 def test_a_16_bit_bias_is_added_in_float32(monkeypatch) -> None:
-    """x picks a column of -1, which is too coarse for eps; what it leaves of the bias, which is 1, is eps
-    z."""
+    """x picks a column of -1, which is too coarse for eps;
+    what it leaves of the bias, which is 1, is eps z."""
     monkeypatch.setattr(library, "yields", lambda dtype: True)
     eps, weight = 2.0**-11, torch.zeros(900, 300, dtype=torch.bfloat16)
     weight[:, 0] = -1.0

@@ -34,8 +34,8 @@ def numbers(*shape: int) -> Tensor:
 def check_blocks(
     counts: list[int], bias: bool, join: bool, transposed: bool = False, rank: int = RANK
 ) -> None:
-    """factored_linear of three sides, the first without thin products, against float64; the result spans
-    several blocks."""
+    """factored_linear of three sides, the first without thin products, against float64;
+    the result spans several blocks."""
     weight, xs = numbers(COLUMNS, WIDTH) * 0.3, [numbers(count, WIDTH) for count in counts]
     first, last, middles = numbers(rank, WIDTH), numbers(COLUMNS, rank), numbers(2, rank, rank)
     biases = [numbers(COLUMNS) if bias else None for _ in xs]

@@ -1,5 +1,5 @@
-"""The CPU's choice of a product: the same numbers to rounding, and torch's own wherever another would be
-wrong."""
+"""The CPU's choice of a product: the same numbers to rounding,
+and torch's own wherever another would be wrong."""
 
 from __future__ import annotations
 

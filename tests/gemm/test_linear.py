@@ -33,8 +33,8 @@ SEED, STEP = 11, 5
 
 
 class Case(NamedTuple):
-    """A product of several sides: two of one draw, W itself, one of another draw, W itself again, and one
-    more draw."""
+    """A product of several sides: two of one draw, W itself,
+    one of another draw, W itself again, and one more draw."""
 
     m: int
     n: int
@@ -71,8 +71,7 @@ class Case(NamedTuple):
 
 SHAPES = [
     (1, 1, 1), (7, 401, 9), (24, 16, 4), (25, DEPTH, 5), (COLUMNS + 1, DEPTH + 1, 7), (100, 30, 3),
-    (2 * COLUMNS, 2 * DEPTH, 5),
-    (25, DEPTH + 8, BLOCK + 1),
+    (2 * COLUMNS, 2 * DEPTH, 5), (25, DEPTH + 8, BLOCK + 1),
 ]  # fmt: skip
 BATCH = 128  # of csrc/linear.cpp: columns that are made at a time where every row begins with a block
 ALIGNED = [
@@ -101,8 +100,8 @@ def run(case: Case, given: dict, threads: int | None = None) -> list[Tensor]:
 
 
 def check(case: Case, found: Callable = run) -> None:
-    """Every element within the rounding of its own sum, of the weights that perturb() writes; nothing else is
-    written."""
+    """Every element within the rounding of its own sum,
+    of the weights that perturb() writes; nothing else is written."""
     given = case.inputs()
     kept = {name: [t.clone() for t in given[name]] for name in ("xs",)} | {"weight": given["weight"].clone()}
     ys = found(case, given)
@@ -182,8 +181,8 @@ def test_equal_to_rounding_where_rows_begin_with_a_block(
 def test_the_weights_of_perturb_bit_for_bit(
     isa, m: int, n: int, first: int, dtype: torch.dtype, direction
 ) -> None:
-    """Where z is made beside the product and where perturb's weights are given to it, the results are the
-    same."""
+    """Where z is made beside the product and where perturb's
+    weights are given to it, the results are the same."""
     case = Case(m, n, 2, dtype, direction, first=first)
     given = case.inputs() | {"thins": []}
     weight = given["weight"]
@@ -276,8 +275,8 @@ def test_wrong_products_are_rejected(wrong: Callable, form: str) -> None:
 @pytest.mark.parametrize("rank", [1, 8, 128])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_measured_direction_is_the_one_of_the_factors(isa, dtype: torch.dtype, rank: int) -> None:
-    """Rows of x pick the rows of middle products: what stands beside W, here zero, against U Z V^T in
-    float64."""
+    """Rows of x pick the rows of middle products:
+    what stands beside W, here zero, against U Z V^T in float64."""
     m, n = 200, 150
     first, middle, last = torch.randn(rank, n), torch.randn(rank, rank) * 1e-3, torch.randn(m, rank)
     x, weight = torch.eye(n).to(dtype), torch.zeros(m, n, dtype=dtype)
@@ -323,8 +322,8 @@ def test_unrounded_weights_are_rejected() -> None:
 @pytest.mark.parametrize("transposed", [False, True], ids=["linear", "transposed"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_same_bits_however_it_is_run(dtype: torch.dtype, transposed: bool, aligned: bool) -> None:
-    """Any instruction set, any number of threads, alone or beside other sides: sums run over k in a fixed
-    order."""
+    """Any instruction set, any number of threads, alone or beside other sides:
+    sums run over k in a fixed order."""
     case = Case(
         4 * COLUMNS + 5,
         DEPTH + (BATCH if aligned else 9),
@@ -370,8 +369,8 @@ def test_a_shard_of_rows_reads_its_own_numbers(n: int, first: int) -> None:
 
 
 def test_bfloat16_takes_its_pairs_the_odd_one_first() -> None:
-    """The order of the processor's dot product of pairs, whether it has one or not; to it, numbers under
-    2^-126 are zero."""
+    """The order of the processor's dot product of pairs, whether it has one or not;
+    to it, numbers under 2^-126 are zero."""
     x = torch.ones(1, 4).bfloat16()
     weight = torch.tensor([[2.0**24, 0.0, 1.0, -(2.0**24)], [2.0**-130, 0.0, 0.0, 0.0]]).bfloat16()
     for name in ISAS:
@@ -399,11 +398,8 @@ def test_many_thin_products_of_one_side() -> None:
 @pytest.mark.parametrize("transposed", [False, True], ids=["linear", "transposed"])
 def test_no_rows(transposed: bool, fused: bool) -> None:
     """An expert that no token was sent to."""
-    weight, bias, x = (
-        torch.randn((30, 20) if transposed else (20, 30)),
-        torch.randn(20),
-        torch.zeros(2, 0, 30),
-    )
+    weight = torch.randn((30, 20) if transposed else (20, 30))
+    bias, x = torch.randn(20), torch.zeros(2, 0, 30)
     thin = Thin([0], torch.randn(3, 30), torch.randn(1, 3, 3), torch.randn(20, 3))
     matrix, noise = Weight(weight, Span(77, 1003), transposed), Noise(Normal(), SEED, [(STEP, 3)])
     with patch.object(library, "yields", lambda dtype: fused):
@@ -414,8 +410,8 @@ def test_no_rows(transposed: bool, fused: bool) -> None:
 
 
 def test_room_bounds_the_threads(monkeypatch) -> None:
-    """What is short of memory multiplies some rows at a time, and then on fewer threads; the record's bytes
-    say so."""
+    """What is short of memory multiplies some rows at a time,
+    and then on fewer threads; the record's bytes say so."""
     monkeypatch.setattr(cpu, "SHARED_ROWS", 20)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
@@ -546,10 +542,8 @@ def test_a_step_reads_the_losses_of_tiles(method: str, evaluation: str) -> None:
 
 def products_of_a_step(evaluation: str, rows: Callable = lambda x: x) -> list[tuple[float, ...]]:
     """Elements of x W^T on both sides."""
-    model, x = (
-        models.build(lambda: torch.nn.Linear(400, 300)),
-        torch.randn(5, 400, generator=torch.Generator().manual_seed(3)),
-    )
+    model = models.build(lambda: torch.nn.Linear(400, 300))
+    x = torch.randn(5, 400, generator=torch.Generator().manual_seed(3))
     calls: list = []
     with counted(calls, True):
         found = []

@@ -1,5 +1,5 @@
-"""Every direction with every estimator, rule and evaluation: the loss falls, or a sentence says which part
-lacks what.
+"""Every direction with every estimator, rule and evaluation:
+the loss falls, or a sentence says which part lacks what.
 
 The parts are found in their folders, at their defaults. A cell takes lr from the gradient's length |g| and
 the size of its coefficients c, read at lr = 0: share L / (|c| |g|), or share L / |g| with a rule whose steps
@@ -25,8 +25,8 @@ from zokern.estimator.base import ONES
 from zokern.methods.pgap import Probed
 
 STEPS, SEED, SHARES = 60, 3, (0.01, 0.0025, 0.04, 0.0006)  # of the loss that a step is expected to take off
-# Low-rank directions with ranks that fit a small model; parts that have no defaults; what is the contract and
-# no part.
+# Low-rank directions with ranks that fit a small model;
+# parts that have no defaults; what is the contract and no part.
 MADE: dict[str, Any] = {
     "Subspace": lambda: directions.Subspace(rank=3, interval=7),
     "Lazy": lambda: directions.Lazy(rank=3, interval=7),
@@ -107,8 +107,8 @@ TOKENS, TARGET = torch.arange(12), torch.sin(torch.arange(48.0)).view(12, 4)
 
 
 def loss_of(net: Tiny, rows: bool = False) -> torch.Tensor:
-    """Returns the mean loss, or the loss of each example; small, as the variance is that Bayesian expects of
-    slopes."""
+    """Returns the mean loss, or the loss of each example;
+    small, as the variance is that Bayesian expects of slopes."""
     found = 0.01 * (net(TOKENS) - TARGET).square().mean(1)
     return found if rows else found.mean()
 

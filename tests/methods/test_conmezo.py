@@ -10,13 +10,15 @@ from unittest.mock import patch
 import pytest
 import torch
 from method_check import check_method, check_resume
-from models import batch, changed, next_token_loss, one_thread, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
+from models import batch, changed, next_token_loss, snapshot, tiny
 from mutant import replaced
 
 import zokern
 from zokern.estimator import Base
 from zokern.rule import cone
 from zokern.rule.cone import Cone, warming
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 IDS = batch()
 

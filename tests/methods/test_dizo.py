@@ -11,7 +11,7 @@ import pytest
 import torch
 from hand import EPS, NAMES, SEED, Hand, loss, weights
 from method_check import check_method, check_resume
-from models import batch, changed, next_token_loss, one_thread, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
+from models import batch, changed, next_token_loss, snapshot, tiny
 from mutant import replaced
 from torch import Tensor
 
@@ -19,6 +19,8 @@ import zokern
 from zokern.rule import projected
 from zokern.rule.projected import Projected
 from zokern.stream import RADIUS, draw_word
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 IDS = batch()
 CHOSEN = ("layers.0.up", "layers.1.up", "layers.1.down")
@@ -170,10 +172,8 @@ def test_an_exception_in_a_step_that_projects_changes_nothing(evaluation: str, w
 
     for _ in range(3):
         zokern.step(optimizer, closure)
-    before, low = (
-        snapshot(model),
-        {n: s["residual"].clone() for n, s in optimizer.state.items() if "residual" in s},
-    )
+    before = snapshot(model)
+    low = {n: s["residual"].clone() for n, s in optimizer.state.items() if "residual" in s}
     calls[0] = 0
     with pytest.raises(ArithmeticError):
         zokern.step(optimizer, closure)
@@ -297,8 +297,8 @@ def test_a_low_rank_direction_is_projected(evaluation: str) -> None:
     lambda model: zokern.MeZO(model, rule=zokern.Projected(), estimator=zokern.Blockwise(zokern.Private())),
 ])  # fmt: skip
 def test_nothing_reads_losses_beside_private_ones(made: Any) -> None:
-    """A search, or probes, would move the weights by losses without noise: they are refused in the first
-    step."""
+    """A search, or probes, would move the weights by losses without noise:
+    they are refused in the first step."""
     model = tiny()
     before = snapshot(model)
     with pytest.raises(

@@ -12,12 +12,14 @@ import pytest
 import torch
 from family import EVALUATIONS, NAMES, Rows, loss, weights
 from method_check import check_resume
-from models import one_thread, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
+from models import same_bits, snapshot
 from torch import Tensor
 
 import zokern
 from zokern.estimator.blocks import block_of, layer_of, module_of, sublayer_of
 from zokern.methods import METHODS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 FAMILY = (
     "AdaMeZO", "BSZO", "BlockMeZO", "DPZO", "LeZO", "MeZOGV", "RLOO", "ZOAdam", "ZOConservative",

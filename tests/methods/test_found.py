@@ -31,8 +31,9 @@ class Fourth(ZerothOrder):
         super().__init__(params, lr=lr, eps=eps, estimator=Spsa(stencil=FOURTH), **options)
 
     def plan(self):
+        share = 0.55 + 0.45 * math.cos(math.pi * min(self.steps, 100) / 100)
         for group in self.param_groups:
-            group["eps"] = self.defaults["eps"] * (0.55 + 0.45 * math.cos(math.pi * min(self.steps, 100) / 100))
+            group["eps"] = self.defaults["eps"] * share
         return super().plan()
 '''
 
@@ -46,8 +47,8 @@ def test_every_file_of_the_folder_is_exported() -> None:
 
 
 def test_a_new_file_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With what it defines, and without what it imports; the suite checks it against its formula without
-    being told."""
+    """With what it defines, and without what it imports;
+    the suite checks it against its formula without being told."""
     (tmp_path / "fourth_order.py").write_text(FILE)
     monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
     found = methods.find()

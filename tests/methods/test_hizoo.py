@@ -27,8 +27,8 @@ def steps(optimizer, model, count: int) -> list:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_smooth_0_is_mezo(dtype: torch.dtype) -> None:
-    """Bit for bit, with a third loss and 4 bytes of state a weight; a step of theta is read once for all
-    queries."""
+    """Bit for bit, with a third loss and 4 bytes of state a weight;
+    a step of theta is read once for all queries."""
     mine, other = tiny(dtype), tiny(dtype)
     given = dict(lr=1e-2, eps=2e-2, seed=5, queries=2, rounding="stochastic", evaluation="master")
     found = (

@@ -1,5 +1,5 @@
-"""KerZOO as a method: the paper's estimator and the published trainer, over 20 steps, with their averages of
-weights."""
+"""KerZOO as a method: the paper's estimator and the published trainer,
+over 20 steps, with their averages of weights."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import pytest
 import torch
 from hand import EPS, NAMES, SEED, Hand, loss, radius_of, weights
 from method_check import check_method, check_resume
-from models import batch, changed, next_token_loss, one_thread, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
+from models import batch, changed, next_token_loss, snapshot, tiny
 from mutant import replaced
 from torch import Tensor, nn
 
 import zokern
 from zokern.methods.kerzoo import shrinking
 from zokern.rule import averaged
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 IDS = batch()
 

@@ -1,5 +1,5 @@
-"""Each method against its formula in float64: losses, coefficients, every step's weights, over changes of the
-basis."""
+"""Each method against its formula in float64:
+losses, coefficients, every step's weights, over changes of the basis."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import models
 import pytest
 import torch
 from method_check import IDS, check_method, loss_of
-from models import build, one_thread, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
+from models import build, same_bits, snapshot, tiny
 from mutant import misread, replaced, together
 from recipes import DENSE, METHODS, ONE_EACH, ROWS, SLOPES
 from torch import Tensor, nn
@@ -39,6 +39,8 @@ from zokern.evaluation import Point
 from zokern.methods import pgap
 from zokern.rule import adam, carry, momentum, muon, sgd
 from zokern.stream import BASIS, draw_word
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CASES: dict[str, dict] = {
     **{name: {"name": name} for name in METHODS},
@@ -269,12 +271,24 @@ def unnormalised(right: Callable, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
     return v @ (x.mT @ v).mT, v
 
 
+def each_draw(kind: type, change: Callable):
+    return replaced(kind, "draws", lambda right, *rest: [change(x) for x in right(*rest)])
+
+
+def each_reach(change: Callable):
+    """P-GAP's alignment with other distances."""
+    return replaced(
+        aligned, "align_", lambda right, cores, s, reaches: right(cores, s, [change(r) for r in reaches])
+    )
+
+
 WRONG: dict[str, tuple[str, Callable]] = {
     "sign_flip": ("subzero", lambda: scaled_updates(lambda step: -1.0)),
     "half_a_step": ("lozo", lambda: scaled_updates(lambda step: 0.5)),
     "update_scaled_twice": ("subzero", doubled_writes),
     "scale_forgotten": ("subzero", lambda: patch.object(Subspace, "scale", lambda self, matrix: 1.0)),
-    "scale_of_ranks": ("subzero", lambda: patch.object(Subspace, "scale", lambda self, m: math.sqrt(m.rows * m.columns / m.rank))),
+    "scale_of_ranks": ("subzero",
+        lambda: patch.object(Subspace, "scale", lambda self, m: math.sqrt(m.rows * m.columns / m.rank))),
     "basis_not_orthonormal": ("subzero",
         lambda: patch.object(lowrank, "orthonormal", lambda xs: [x.contiguous() for x in xs])),
     "negative_diagonal": ("subzero",
@@ -285,7 +299,7 @@ WRONG: dict[str, tuple[str, Callable]] = {
         lambda: patch.object(Subspace, "basis_step", lambda self, step: 0)),
     "sides_swapped": ("subzero", lambda: patch.multiple(lowrank, LEFT=lowrank.RIGHT, RIGHT=lowrank.LEFT)),
     "one_core_for_all_steps": ("subzero", lambda: draws_of_step(Subspace, lambda self, step: 0)),
-    "core_transposed": ("subzero", lambda: replaced(Subspace, "draws", lambda right, *rest: [c.mT.contiguous() for c in right(*rest)])),
+    "core_transposed": ("subzero", lambda: each_draw(Subspace, lambda c: c.mT.contiguous())),
     "adapters_not_reshaped": ("subzero_all",
         lambda: patch.object(Subspace, "shape", lambda self, t: lowrank.matrix_shape(t))),
     "far_from_square": ("subzero_all",
@@ -296,24 +310,25 @@ WRONG: dict[str, tuple[str, Callable]] = {
     "lazy_scale_forgotten": ("lozo", lambda: patch.object(Lazy, "scale", lambda self, matrix: 1.0)),
     "lazy_scale_of_one_rank": ("lozo",
         lambda: patch.object(Lazy, "scale", lambda self, matrix: 1.0 / matrix.rank)),
-    "lazy_never_unit": ("lozo_unit",
-        lambda: replaced(Lazy, "draws", lambda right,
-            *rest: [u / math.sqrt(u.shape[1]) for u in right(*rest)])),
+    "lazy_never_unit": ("lozo_unit", lambda: each_draw(Lazy, lambda u: u / math.sqrt(u.shape[1]))),
     "diagonal_scale_forgotten": ("tezo", lambda: patch.object(Diagonal, "scale", lambda self, matrix: 1.0)),
     "diagonal_scale_of_a_full_core": ("tezo",
         lambda: patch.object(Diagonal, "scale", lambda self, matrix: 1.0 / matrix.rank)),
-    "diagonal_never_unit": ("tezo_unit",
-        lambda: replaced(Diagonal, "draws", lambda right,
-            *rest: [c / math.sqrt(len(c)) for c in right(*rest)])),
-    "paper_scale": ("lozo", lambda: replaced(Lazy, "draws", lambda right, self, *rest: [u / self.rank for u in right(self, *rest)])),
+    "diagonal_never_unit": ("tezo_unit", lambda: each_draw(Diagonal, lambda c: c / math.sqrt(len(c)))),
+    "paper_scale": ("lozo",
+        lambda: replaced(Lazy, "draws", lambda right, self, *a: [u / self.rank for u in right(self, *a)])),
     "not_carried_over": ("lozo_m", lambda: patch.object(momentum.Momentum, "rebase", lambda *_: None)),
     "carried_without_n": ("lozo_m",
         lambda: replaced(carry, "_gram", lambda right, a, b: right(a, b) * len(a))),
     "carried_backwards": ("lozo_m", lambda: replaced(carry, "_gram", lambda right, a, b: right(b, a))),
-    "beta_on_the_new": ("lozo_m", lambda: misread(momentum.Momentum, lambda rule: {"beta": 1.0 - rule.beta, "dampening": 1.0 - rule.dampening})),
+    "beta_on_the_new": ("lozo_m",
+        lambda: misread(momentum.Momentum,
+            lambda rule: {"beta": 1.0 - rule.beta, "dampening": 1.0 - rule.dampening})),
     "tau_of_the_first_step": ("tezo", lambda: draws_of_step(Diagonal, lambda self, step: 0)),
     "basis_moves": ("tezo", lambda: patch.object(Diagonal, "basis_step", lambda self, step: step)),
-    "full_core": ("tezo", lambda: replaced(Diagonal, "draws", lambda right, self, m, source, *rest: source(m, [(x.rank, x.rank) for x in m], *rest))),
+    "full_core": ("tezo",
+        lambda: replaced(Diagonal, "draws",
+            lambda right, self, m, source, *rest: source(m, [(x.rank, x.rank) for x in m], *rest))),
     "momentum_from_zero": ("tezo_m", lambda: scaled_updates(lambda step: 0.4 if step == 0 else 1.0)),
     "second_moment_forgotten": ("tezo_adam", lambda: patch.object(adam, "_root", torch.ones_like)),
     "eps_outside_the_root": ("tezo_adam",
@@ -322,14 +337,12 @@ WRONG: dict[str, tuple[str, Callable]] = {
         lambda: misread(adam.Adam, lambda rule: {"bias_correction": False})),
     "betas_swapped": ("tezo_adam", lambda: misread(adam.Adam, lambda rule: {"betas": rule.betas[::-1]})),
     "not_aligned": ("pgap", lambda: patch.object(aligned, "align_", lambda cores, spectra, reaches: None)),
-    "aligned_the_other_way": ("pgap",
-        lambda: replaced(aligned, "align_", lambda right, cores, s,
-            reaches: right(cores, s, [-r for r in reaches]))),
-    "delta_without_root": ("pgap", lambda: replaced(aligned, "align_", lambda right, cores, s, rs: right(cores, s, [r * abs(r) for r in rs]))),
+    "aligned_the_other_way": ("pgap", lambda: each_reach(lambda r: -r)),
+    "delta_without_root": ("pgap", lambda: each_reach(lambda r: r * abs(r))),
     "delta_stays": ("pgap_matched", lambda: patch.object(Aligned, "delta_at", lambda self, step: self.delta)),
     "delta_too_fast": ("pgap_matched",
         lambda: replaced(Aligned, "delta_at", lambda right, self, step: right(self, step + 1))),
-    "always_positive": ("pgap", lambda: replaced(aligned, "align_", lambda right, cores, s, reaches: right(cores, s, [abs(r) for r in reaches]))),
+    "always_positive": ("pgap", lambda: each_reach(abs)),
     "core_moments_swapped": ("subzero_plus",
         lambda: misread(adam.Adam, lambda rule: {"betas": rule.betas[::-1]})),
     "core_not_corrected": ("subzero_plus",
@@ -362,12 +375,12 @@ WRONG: dict[str, tuple[str, Callable]] = {
     "columns_not_normalised": ("zo_mopi", lambda: replaced(muon, "power_step", unnormalised)),
     "muon_average_not_carried": ("zo_mopi_carry", lambda: misread_always(muon.Muon, {"carry": False})),
     "muon_average_carried": ("zo_mopi_kept", lambda: misread_always(muon.Muon, {"carry": True})),
-    "both_scaled": ("both_drawn", lambda: replaced(LowRank, "draws", lambda right, *rest: [x * 2**-0.5 for x in right(*rest)])),
+    "both_scaled": ("both_drawn", lambda: each_draw(LowRank, lambda x: x * 2**-0.5)),
     "ranks_backwards": ("eggroll", lambda: replaced(Ranked, "slopes", lambda right, *rest: -right(*rest))),
     "losses_in_place_of_ranks": ("eggroll", lambda: patch.object(Ranked, "slopes", Spread.slopes)),
     "first_draw_alone": ("both_drawn",
-        lambda: replaced(LowRank, "plus", lambda right, self, m, sums,
-            *rest: sums or right(self, m, sums, *rest))),
+        lambda: replaced(LowRank, "plus",
+            lambda right, self, m, sums, *rest: sums or right(self, m, sums, *rest))),
     "sample_deviation": ("fzoo", lambda: spread(math.sqrt(1.5))),
     "eps_in_place_of_the_spread": ("fzoo", lambda: patch.object(Spread, "slopes", Spsa.slopes)),
     "loss_at_the_weights_doubled": ("fzoo",
@@ -463,8 +476,8 @@ def test_basis_of_pgap(sign: str) -> None:
 
 
 def test_basis_of_pgap_by_range_finder() -> None:
-    """Sketches narrower than the matrix, whose G is noise with a flat spectrum: close to the best all the
-    same."""
+    """Sketches narrower than the matrix, whose G is noise with a flat spectrum:
+    close to the best all the same."""
     check_basis(width=40, tolerance=0.01, power=2)
 
 
@@ -489,13 +502,19 @@ class OneProbe(zokern.Scratch):
         return super().losses(plan, first, closure)
 
 
+def with_roots(right: Callable, *given, **options) -> tuple[Tensor, Tensor, Tensor]:
+    u, s, v = right(*given, **options)
+    return u, s.sqrt(), v
+
+
 WRONG_BASES: dict[str, tuple[dict, Callable]] = {
     "no_power_or_extra": ({"width": 40, "tolerance": 0.01, "power": 0, "oversample": 0}, nullcontext),
     "transposed_sketch": ({}, lambda: replaced(plan.gemm, "sketch_of", lambda right, *a: right(*a).flip(0))),
     "a_probe_too_few": ({}, lambda: sketch(lambda draws, coeffs: (draws[:-1], coeffs[:-1]))),
-    "random_basis": ({}, lambda: replaced(plan.gemm, "sketch_of", lambda right, *a: torch.randn(right(*a).shape))),
+    "random_basis": ({},
+        lambda: replaced(plan.gemm, "sketch_of", lambda right, *a: torch.randn(right(*a).shape))),
     "probes_share_a_draw": ({"evaluation": OneProbe()}, nullcontext),
-    "spectrum_forgotten": ({}, lambda: replaced(torch.linalg, "svd", lambda right, *a, **k: (lambda u, s, v: (u, s.sqrt(), v))(*right(*a, **k)))),
+    "spectrum_forgotten": ({}, lambda: replaced(torch.linalg, "svd", with_roots)),
 }  # fmt: skip
 
 
@@ -553,8 +572,8 @@ def test_loss_falls(name: str) -> None:
 
 
 def test_momentum_of_pgap_is_carried_over() -> None:
-    """To the new basis as far as that holds it: U_new U_new^T M V_new V_new^T, and not as numbers of another
-    space."""
+    """To the new basis as far as that holds it:
+    U_new U_new^T M V_new V_new^T, and not as numbers of another space."""
     model = tiny(width=16)
     optimizer = METHODS["pgap"](model, seed=5, rule=zokern.Momentum(0.9), defer=False)
     moved = []
@@ -580,7 +599,10 @@ def test_a_resumed_run_of_pgap_carries_the_same_momentum(after: int) -> None:
     ends = []
     for resumed in (False, True):
         model = tiny(width=16)
-        make = lambda m: METHODS["pgap"](m, seed=5, rule=zokern.Momentum(0.9), evaluation="scratch")  # noqa: E731
+
+        def make(model: nn.Module) -> torch.optim.Optimizer:
+            return METHODS["pgap"](model, seed=5, rule=zokern.Momentum(0.9), evaluation="scratch")
+
         optimizer = make(model)
         for step in range(7):
             if step == after:

@@ -1,5 +1,5 @@
-"""MeZO-SVRG over 20 steps against its formula; its anchor, its full loss, and what the public code gets
-wrong."""
+"""MeZO-SVRG over 20 steps against its formula;
+its anchor, its full loss, and what the public code gets wrong."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from method_check import check_method, check_resume
-from models import batch, changed, next_token_loss, one_thread, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
+from models import batch, changed, next_token_loss, snapshot, tiny
 from mutant import replaced
 from torch import nn
 
@@ -19,6 +19,8 @@ import zokern
 from zokern.estimator import anchored
 from zokern.estimator.anchored import Anchored
 from zokern.evaluation import Point
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 IDS = batch()
 

@@ -9,13 +9,14 @@ from unittest.mock import patch
 
 import pytest
 from method_check import check_method
-from models import one_thread  # noqa: F401 (a fixture)
 from mutant import misread, replaced, together
 
 import zokern
 from zokern import plan
 from zokern.estimator import Spsa
 from zokern.rule import WindowAdam, WindowMomentum, adam, momentum, window
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def asks(kind: type, wrong: Callable):
@@ -77,14 +78,18 @@ WRONG: dict[str, tuple[str, Callable]] = {
     "draw_of_an_old_basis": ("mezogv_lozo",
         lambda: patch.object(plan.Plan, "reaches", lambda self, step: True)),
     "layers_of_the_next_step": ("lezo", lambda: at_step(zokern.Layers, "chosen", lambda step: step + 1)),
-    "one_layer_more": ("lezo", lambda: with_options(zokern.Layers, sparsity=lambda self: self.sparsity - 0.17)),
+    "one_layer_more": ("lezo",
+        lambda: with_options(zokern.Layers, sparsity=lambda self: self.sparsity - 0.17)),
     "jacobi_moves_before_it_reads": ("blockmezo_jacobi",
         lambda: with_options(zokern.Blockwise, order=lambda self: "gauss-seidel")),
     "gauss_seidel_reads_before_it_moves": ("blockmezo",
         lambda: with_options(zokern.Blockwise, order=lambda self: "jacobi")),
     "one_block": ("blockmezo", lambda: with_options(zokern.Blockwise, block=lambda self: lambda name: "")),
-    "mean_of_all": ("RLOO", lambda: replaced(Spsa, "estimate", lambda right, self, p, losses, found: right(self, p, losses, found * 0.75))),
-    "unclipped": ("dpzo", lambda: with_options(zokern.Private, bound=lambda self: 1.0, noise=lambda self: self.noise * self.bound)),
+    "mean_of_all": ("RLOO",
+        lambda: replaced(Spsa, "estimate", lambda right, *rest: right(*rest[:-1], rest[-1] * 0.75))),
+    "unclipped": ("dpzo",
+        lambda: with_options(zokern.Private,
+            bound=lambda self: 1.0, noise=lambda self: self.noise * self.bound)),
     "clipped_mean": ("dpzo", lambda: with_options(zokern.Private, batch=lambda self: 1)),
     "noise_forgotten": ("dpzo", lambda: with_options(zokern.Private, noise=lambda self: 0.0)),
     "noise_of_the_first_step": ("dpzo", lambda: at_step(zokern.Private, "draws", lambda step: 0)),

@@ -304,8 +304,8 @@ NAMES = {"direction": "normal", "seed": 3, "step": 2, "draw": 1}
     ("dtype", "wide"), [(torch.float32, False), (torch.bfloat16, False), (torch.float16, True)]
 )
 def test_out_is_written_whole(dtype: torch.dtype, wide: bool, backend: str) -> None:
-    """The bits of the call without `out`, in poisoned tensors that begin anywhere, and no byte beside
-    them."""
+    """The bits of the call without `out`, in poisoned tensors that begin anywhere,
+    and no byte beside them."""
     kind = torch.float32 if wide else dtype
     shapes, calls = [(7, 9), (130,), (0,)], NAMES | {"backend": backend}
     tensors, who = [theta(math.prod(shape), dtype).view(shape) for shape in shapes], ["a", "b", "c"]
@@ -392,11 +392,8 @@ def test_inputs_that_share_memory_are_still_compared_with_out() -> None:
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "residual"])
 def test_each_is_one_call_a_step(rounding: str, each: int, backend: str) -> None:
     """And not one long sum."""
-    draws, coeffs, decays = (
-        [(step, 0) for step in range(6)],
-        [0.01 * 3**-k for k in range(6)],
-        [0.9, 0.95, 1.0, 0.99, 0.98, 0.97],
-    )
+    draws, coeffs = [(step, 0) for step in range(6)], [0.01 * 3**-k for k in range(6)]
+    decays = [0.9, 0.95, 1.0, 0.99, 0.98, 0.97]
     names = {"direction": "normal", "seed": 9, "who": "w", "rounding": rounding, "backend": backend}
     decays = decays[: 6 // each]
 
@@ -452,8 +449,8 @@ def test_shards_and_threads_change_no_bit(direction: str, shards: int, threads: 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("core", [None, (4,), (4, 3)], ids=["identity", "diagonal", "dense"])
 def test_lowrank_is_the_product(core, backend: str) -> None:
-    """decay W + scale U C V^T, within the rounding of float32 sums of this length; C = None is the
-    identity."""
+    """decay W + scale U C V^T, within the rounding of float32 sums of this length;
+    C = None is the identity."""
     m, n, inner = 37, 53, 3 if core and len(core) == 2 else 4
     weight, left, right = torch.randn(m, n), torch.randn(m, 4), torch.randn(n, inner)
     c = None if core is None else torch.randn(core)
@@ -507,8 +504,8 @@ def test_lowrank_of_shards_and_lists_is_that_of_the_whole() -> None:
     ],
 )
 def test_lowrank_refuses_factors_of_another_matrix(shape, left: int, right: int, words: list[str]) -> None:
-    """Flattened, the same elements are what they say; rows of W, and W in another near-square form, stay
-    legal too."""
+    """Flattened, the same elements are what they say;
+    rows of W, and W in another near-square form, stay legal too."""
     w, u, v = torch.zeros(shape), torch.ones(left, 2), torch.ones(right, 2)
     with pytest.raises(ValueError, match=".*".join(words)):
         zokern.lowrank_(w, u, v)
@@ -563,9 +560,8 @@ GOOD = {
 LONG = torch.empty(3, dtype=torch.int64)
 BAD_TENSORS = [
     [], LONG, torch.ones(3, dtype=torch.float64), torch.ones(3, dtype=torch.complex64),
-    torch.ones(3, dtype=torch.bool),
-    torch.ones(1).expand(4), torch.ones(3, 1).expand(3, 4), torch.ones(8).as_strided((4, 4), (1, 1)),
-    torch.ones(3).to_sparse(),
+    torch.ones(3, dtype=torch.bool), torch.ones(1).expand(4), torch.ones(3, 1).expand(3, 4),
+    torch.ones(8).as_strided((4, 4), (1, 1)), torch.ones(3).to_sparse(),
     torch.ones(3).to(torch.float8_e4m3fn), None, 3, "w", [theta(), None],
 ]  # fmt: skip
 BAD_FACTORS = [
@@ -625,8 +621,8 @@ BAD = {
 
 @pytest.mark.parametrize("verb", GOOD)
 def test_bad_argument_is_refused(verb: str) -> None:
-    """Each bad value on its own raises a ValueError, TypeError or RuntimeError; the good call beside it does
-    not."""
+    """Each bad value on its own raises a ValueError, TypeError or RuntimeError;
+    the good call beside it does not."""
     GOOD[verb]()
     accepted = []
     for name, values in BAD[verb].items():
@@ -641,8 +637,8 @@ def test_bad_argument_is_refused(verb: str) -> None:
 
 @pytest.mark.parametrize("verb", GOOD)
 def test_2500_random_bad_calls_raise_and_write_nothing(verb: str) -> None:
-    """Any mixture of good and at least one bad argument; 12,500 calls over the five verbs, no crash, no
-    weight changed."""
+    """Any mixture of good and at least one bad argument;
+    12,500 calls over the five verbs, no crash, no weight changed."""
     generator = random.Random(verb)
     names = list(BAD[verb])
     weight = theta()
@@ -758,8 +754,8 @@ def test_numbers_are_checked_as_float32(name: str, value) -> None:
     "number", [np.float32, np.float64, torch.tensor], ids=["float32", "float64", "0-d tensor"]
 )
 def test_numbers_of_numpy_and_torch_are_numbers(number) -> None:
-    """As decay and scale, one or in a list, and as coefficients; and NumPy's integers as names and
-    offsets."""
+    """As decay and scale, one or in a list, and as coefficients;
+    and NumPy's integers as names and offsets."""
     given = {"decay": 0.5, "coeffs": [0.25], "who": 7, "first": 16}
     kinds = {"decay": number(0.5), "coeffs": [number(0.25)], "who": np.int64(7), "first": np.int64(16)}
     a, b = theta(), theta()

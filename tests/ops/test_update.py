@@ -1,5 +1,5 @@
-"""update_: bit for bit the reference on every backend, the public operation, and MeZO with momentum and Adam
-on paper."""
+"""update_: bit for bit the reference on every backend,
+the public operation, and MeZO with momentum and Adam on paper."""
 
 from __future__ import annotations
 
@@ -143,8 +143,8 @@ EXAMPLE = {
 
 
 def distance(rule: str, backend: str, **change) -> float:
-    """How far a call is from the formula, in units of what ten roundings may do; `change` are wrong
-    arguments."""
+    """How far a call is from the formula, in units of what ten roundings may do;
+    `change` are wrong arguments."""
     scalars = EXAMPLE[rule]
     theta, states = operands(rule, n=500)
     g = 0.5 * zokern.draw("normal", (500,), seed=3, who="w", step=2, draw=1).double()
@@ -175,11 +175,9 @@ def test_lr_0_moves_no_weight(rule: str) -> None:
         for rounding in ("nearest", "stochastic", *(["residual"] if dtype == torch.bfloat16 else [])):
             theta, states = operands(rule, dtype)
             low = [torch.arange(50, dtype=torch.int16)] if rounding == "residual" else None
-            before, was, bits = (
-                theta.clone(),
-                [state.clone() for state in states],
-                torch.arange(50, dtype=torch.int16),
-            )
+            before = theta.clone()
+            was = [state.clone() for state in states]
+            bits = torch.arange(50, dtype=torch.int16)
             scalars = (1.0, 0.0, *conformance_update.USUAL[rule][2:])
             assert call(theta, rule, states, scalars=scalars, rounding=rounding, residuals=low).tolist() == [
                 0
@@ -429,8 +427,8 @@ def test_resumes_to_the_same_bits(name: str, rounding: str) -> None:
 
 
 def test_a_parameter_that_thaws_starts_its_own_count() -> None:
-    """Tensors with equally many updates share a launch; a frozen one is corrected for its own number of
-    updates."""
+    """Tensors with equally many updates share a launch;
+    a frozen one is corrected for its own number of updates."""
     model = tiny()
     last = list(model.parameters())[-1]
     last.requires_grad_(False)

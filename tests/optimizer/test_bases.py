@@ -86,8 +86,8 @@ def test_resumed_at_any_step(name: str, at: int) -> None:
 
 
 def test_a_state_that_does_not_say_its_basis_is_rejected() -> None:
-    """As it was: the basis of the last step was taken for that of a momentum which had slept. Without sleep
-    it is."""
+    """As it was: the basis of the last step was taken for
+    that of a momentum which had slept. Without sleep it is."""
 
     class Silent(Run):
         def saved(self) -> Any:

@@ -1,5 +1,5 @@
-"""What a saved run is: a state is loaded into the recipe that wrote it, names decide z and not the order in
-which they came."""
+"""What a saved run is: a state is loaded into the recipe that wrote it,
+names decide z and not the order in which they came."""
 
 from __future__ import annotations
 
@@ -202,8 +202,8 @@ def test_ids_are_a_function_of_the_set_of_names() -> None:
 
 
 def test_a_name_that_would_change_the_id_of_another_is_refused() -> None:
-    """w29009 came first and drew the z that is w116065's where both are known: no order decides this in
-    silence."""
+    """w29009 came first and drew the z that is w116065's where both are known:
+    no order decides this in silence."""
     with pytest.raises(ValueError, match=rf"{A!r} has the 32-bit id of {B!r}.*when it is built"):
         parameters.ids([A], parameters.ids([B])[0])
 

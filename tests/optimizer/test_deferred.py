@@ -12,12 +12,14 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from models import batch, changed, next_token_loss, one_thread, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
+from models import batch, changed, next_token_loss, same_bits, snapshot, tiny
 from recipes import METHODS
 from torch import Tensor, nn
 
 import zokern
 from zokern.rule import momentum, sgd, waiting
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 IDS = batch()
 PARTS = {name: METHODS[name](tiny()) for name in METHODS}
@@ -29,8 +31,8 @@ SOME = ("subzero", "lozo", "lozo_m", "tezo_m", "pgap")
 
 
 def given_alone() -> dict:
-    """Options for losses that are given one after the other: each is read once, and no two readings are
-    compared."""
+    """Options for losses that are given one after the other:
+    each is read once, and no two readings are compared."""
     return {"evaluation": zokern.Scratch(check=False), "paired_check": None}
 
 
@@ -114,8 +116,8 @@ def test_roundings_of_16_bit_weights(name: str, rounding: str) -> None:
 
 
 def test_small_steps_are_not_lost_in_bfloat16() -> None:
-    """Updates of less than half an ulp: written one by one most of the way is lost, and a sum of thirty
-    arrives."""
+    """Updates of less than half an ulp: written one by one most of the way is lost,
+    and a sum of thirty arrives."""
 
     def way(dtype: torch.dtype, defer: bool) -> Tensor:
         model = tiny(torch.bfloat16, width=16).to(dtype)
@@ -130,11 +132,8 @@ def test_small_steps_are_not_lost_in_bfloat16() -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        exact, at_once, together = (
-            way(torch.float32, True),
-            way(torch.bfloat16, False),
-            way(torch.bfloat16, True),
-        )
+        exact, at_once = way(torch.float32, True), way(torch.bfloat16, False)
+        together = way(torch.bfloat16, True)
     shares = [float(w @ exact / (exact @ exact)) for w in (at_once, together)]
     print(f"share of the float32 run's way: {shares[0]:.2f} written at once, {shares[1]:.2f} together")
     assert shares[0] < 0.75 < 0.85 < shares[1] < 1.1
@@ -206,8 +205,8 @@ def test_flush_is_idempotent(name: str) -> None:
 
 @pytest.mark.parametrize("name", DEFER)
 def test_evaluating_writes_nothing(name: str) -> None:
-    """Inside, the model is the flushed one to rounding; outside nothing has happened: the run ends at the
-    same bits."""
+    """Inside, the model is the flushed one to rounding;
+    outside nothing has happened: the run ends at the same bits."""
     model, optimizer = run(name, 4, weight_decay=1.0)
     before, pending = snapshot(model), [m.pending.clone() for m in optimizer.matrices.values()]
     with optimizer.evaluating(), torch.no_grad():
@@ -329,8 +328,8 @@ def check_when_updates_wait(name: str, evaluation, expected: list[bool]) -> None
 @pytest.mark.parametrize("evaluation", WHEN)
 @pytest.mark.parametrize("name", SOME)
 def test_updates_wait_where_weights_are_copied_and_nowhere_else(name: str, evaluation: str) -> None:
-    """Where the parameters themselves are written, updates are too. The first step of 'auto' is read by
-    'master'."""
+    """Where the parameters themselves are written, updates are too.
+    The first step of 'auto' is read by 'master'."""
     check_when_updates_wait(name, evaluation, WHEN[evaluation])
 
 
@@ -397,8 +396,8 @@ def test_discard_goes_on_from_edited_weights(name: str) -> None:
 
 
 def check_skipped_end(name: str, skipped: int) -> None:
-    """A loss that is NaN in the last step of an interval: what waits is still written with the basis that it
-    belongs to."""
+    """A loss that is NaN in the last step of an interval:
+    what waits is still written with the basis that it belongs to."""
     ends = []
     for defer in (True, False):
         model = tiny(width=16)
@@ -517,8 +516,8 @@ def test_a_copy_that_would_be_stale_is_refused() -> None:
 
 @pytest.mark.parametrize("part", [False, True])
 def test_loading_weights_while_updates_wait(part: bool) -> None:
-    """What waited belonged to the weights before: the loaded ones are exactly those of the file, and the run
-    goes on."""
+    """What waited belonged to the weights before:
+    the loaded ones are exactly those of the file, and the run goes on."""
     model, other = Body(), Body()
     _, optimizer = run("subzero", 1, model=model)
     (model.body if part else model).load_state_dict((other.body if part else other).state_dict())
@@ -664,8 +663,8 @@ RESUMES = {
 @pytest.mark.parametrize("after", [2, 3, 4])
 @pytest.mark.parametrize("case", RESUMES)
 def test_resume_is_exact(case: str, after: int) -> None:
-    """Saved within an interval, at its end, and after its first step; bit for bit the run that flushed there
-    too and went on."""
+    """Saved within an interval, at its end, and after its first step;
+    bit for bit the run that flushed there too and went on."""
     check_resume(after=after, **RESUMES[case])
 
 
@@ -801,8 +800,8 @@ def test_loading_drops_what_waits_in_the_loading_optimizer() -> None:
 
 
 def frozen_midway(settles: bool) -> tuple[Tensor, Tensor]:
-    """A matrix that is frozen while its update waits: what it is worth before and after, read through the
-    module."""
+    """A matrix that is frozen while its update waits:
+    what it is worth before and after, read through the module."""
     model = tiny(width=16)
     optimizer = METHODS["subzero"](model, seed=1, evaluation="scratch")
     name, matrix = next((n, p) for n, p in model.named_parameters() if p.dim() == 2)

@@ -119,8 +119,8 @@ def test_param_groups_that_were_edited_by_hand() -> None:
 )
 @pytest.mark.parametrize("edit", [lambda p: p.zero_(), lambda p: p.clamp_(-0.1, 0.1)], ids=["zero", "clamp"])
 def test_low_bits_belong_to_the_weights_that_were_updated(edit: Callable, look: Callable) -> None:
-    """Weights that somebody wrote are exact as they are: the residuals of the old ones are not added to
-    them."""
+    """Weights that somebody wrote are exact as they are:
+    the residuals of the old ones are not added to them."""
     model = layers(torch.bfloat16)
     optimizer = zokern.MeZO(model, lr=1e-2, eps=1e-2, rounding="residual")
     for _ in range(3):
@@ -167,8 +167,8 @@ def test_both_names_of_tied_elements_are_perturbed(given: Callable, evaluation: 
 
 
 class Views(nn.Module):
-    """The decoder is the encoder's transpose, made once; or a buffer, or a frozen parameter, on some of its
-    rows."""
+    """The decoder is the encoder's transpose, made once;
+    or a buffer, or a frozen parameter, on some of its rows."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()

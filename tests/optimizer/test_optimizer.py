@@ -8,10 +8,12 @@ import pickle
 
 import pytest
 import torch
-from models import batch, changed, next_token_loss, one_thread, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
+from models import batch, changed, next_token_loss, same_bits, snapshot, tiny
 from torch import nn
 
 import zokern
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 IDS = batch()
 
@@ -46,8 +48,8 @@ def test_is_a_torch_optimizer() -> None:
     ],
 )
 def test_resume_is_exact(dtype: torch.dtype, rounding: str) -> None:
-    """Three steps, save, three more: the bits of six steps in one go; also when the optimizer was built with
-    other options."""
+    """Three steps, save, three more: the bits of six steps in one go;
+    also when the optimizer was built with other options."""
     options = {
         "lr": 1e-2,
         "eps": 2e-3,
@@ -312,8 +314,8 @@ def test_parameter_of_another_shape_does_not_get_its_old_state(key: str) -> None
 
 
 def test_names() -> None:
-    """From a module, from (name, tensor) pairs, from groups of them, or made up in order; a name decides z,
-    so it is unique."""
+    """From a module, from (name, tensor) pairs, from groups of them, or made up in order;
+    a name decides z, so it is unique."""
     model = tiny()
     names = [name for name, _ in model.named_parameters()]
 

@@ -1,5 +1,5 @@
-"""Names: a wrapper never changes z, wherever it stands; an attribute of the user's own that is called like a
-wrapper's does."""
+"""Names: a wrapper never changes z, wherever it stands;
+an attribute of the user's own that is called like a wrapper's does."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The demo: its rows, its statistics against known values, and the whole line on a model of a few thousand
-weights."""
+"""The demo: its rows, its statistics against known values,
+and the whole line on a model of a few thousand weights."""
 
 from __future__ import annotations
 
@@ -57,9 +57,8 @@ def tiny():
     )
     config = transformers.LlamaConfig(
         vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=32, tie_word_embeddings=True, pad_token_id=0,
-        bos_token_id=1, eos_token_id=1,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32, tie_word_embeddings=True,
+        pad_token_id=0, bos_token_id=1, eos_token_id=1,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config).eval(), LabelWords(
         tokenizer, "{} this is", ["terrible", "great"]
@@ -70,8 +69,8 @@ def tiny():
 
 
 def check_split(function) -> None:
-    """What a split must keep: balanced, no row twice, no text on both sides, the same from rows in any
-    order."""
+    """What a split must keep: balanced, no row twice,
+    no text on both sides, the same from rows in any order."""
     rows = sentences(100)
     first, again = function(rows, 40), function(rows[::-1], 40)
     assert first == again
@@ -85,14 +84,21 @@ def test_split() -> None:
     check_split(split)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        pytest.param(lambda rows, n: data.Split(list(rows[n:]), list(rows[:n])), id="order of the file"),
-        pytest.param(lambda rows, n: data.Split(split(rows, n).train + split(rows, n).held_out[:2], split(rows, n).held_out), id="overlap"),
-        pytest.param(lambda rows, n: data.Split((by := sorted(rows, key=lambda r: (-r.label, r)))[n:], by[:n]), id="unbalanced"),
-    ],
-)  # fmt: skip
+def in_file_order(rows, n: int) -> data.Split:
+    return data.Split(list(rows[n:]), list(rows[:n]))
+
+
+def overlapping(rows, n: int) -> data.Split:
+    right = split(rows, n)
+    return data.Split(right.train + right.held_out[:2], right.held_out)
+
+
+def unbalanced(rows, n: int) -> data.Split:
+    ordered = sorted(rows, key=lambda row: (-row.label, row))
+    return data.Split(ordered[n:], ordered[:n])
+
+
+@pytest.mark.parametrize("wrong", [in_file_order, overlapping, unbalanced])
 def test_wrong_split_is_rejected(wrong) -> None:
     with pytest.raises(AssertionError):
         check_split(wrong)
@@ -109,10 +115,10 @@ def test_reviews_once_and_unambiguous(tmp_path) -> None:
     path = tmp_path / "rows.csv"
     with open(path, "w", newline="") as file:
         csv.writer(file).writerows([
-            ["text", "label", "source"], ["A  fine film", 1, data.SENTENCES],
-            ["a fine FILM ", 1, data.SENTENCES],
-            ["both ways", 0, data.SENTENCES], ["Both ways", 1, data.SENTENCES], ["elsewhere", 1, "other"],
-            ["dull", 0, data.SENTENCES],
+            ["text", "label", "source"],
+            ["A  fine film", 1, data.SENTENCES], ["a fine FILM ", 1, data.SENTENCES],
+            ["both ways", 0, data.SENTENCES], ["Both ways", 1, data.SENTENCES],
+            ["elsewhere", 1, "other"], ["dull", 0, data.SENTENCES],
         ])  # fmt: skip
     assert read_reviews(path) == [Row("A fine film", 1), Row("dull", 0)]
 
@@ -183,8 +189,8 @@ def test_mcnemar() -> None:
 
 
 def test_rise_interval() -> None:
-    """By hand: b = 20.5, c = 5.5, n = 102: difference 15/102, variance (26 - 225/102) / 102**2. Signs change
-    with the sides."""
+    """By hand: b = 20.5, c = 5.5, n = 102: difference 15/102,
+    variance (26 - 225/102) / 102**2. Signs change with the sides."""
     low, high = significance.rise_interval(20, 5, 100)
     half = 1.959964 * math.sqrt(26 - 225 / 102) / 102
     assert (low, high) == pytest.approx((15 / 102 - half, 15 / 102 + half))
@@ -215,8 +221,8 @@ def test_wrong_statistic_is_rejected(check, wrong) -> None:
 
 
 def test_score() -> None:
-    """Four rows, one wrong; of the four pairs, three are in order. Against a worse start: two righted, none
-    wronged."""
+    """Four rows, one wrong; of the four pairs, three are in order.
+    Against a worse start: two righted, none wronged."""
     labels = torch.tensor([0, 0, 1, 1])
 
     def of(*margins: float) -> torch.Tensor:
@@ -359,8 +365,8 @@ def test_all_points_of_a_step_are_read_in_one_pass(tiny) -> None:
 
 
 def test_both_seeds_start_from_the_same_weights(tiny) -> None:
-    """With lr = 0 nothing is learnt: both seeds end where they began, so the second did not continue the
-    first."""
+    """With lr = 0 nothing is learnt: both seeds end where they began,
+    so the second did not continue the first."""
     report = _line(tiny, "--steps", "2", "--lr", "0")
     assert report["loss_after"] == report["second_seed"]["loss"] == report["loss_before"]
     assert report["p_value"] == 1.0
@@ -378,8 +384,8 @@ def test_the_same_seed_gives_the_same_losses(tiny) -> None:
 
 @pytest.mark.parametrize("level, status", [(0.001, 1), (2.0, 0)], ids=["chance", "beyond chance"])
 def test_exit_status(tiny, tmp_path, monkeypatch, capsys, level, status) -> None:
-    """One step teaches nothing: said in a sentence, with status 1; status 0 needs a p-value below the
-    level."""
+    """One step teaches nothing: said in a sentence, with status 1;
+    status 0 needs a p-value below the level."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'zokern[demo]'")
     model, words = tiny
     for name, value in {

@@ -43,8 +43,8 @@ class Output(dict):
 
 
 class Tiny(nn.Module):
-    """As a transformers model is called: batch by keyword, an object with a loss back where there are
-    labels."""
+    """As a transformers model is called: batch by keyword,
+    an object with a loss back where there are labels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -142,8 +142,8 @@ def machine_paths(text: str) -> list[str]:
 
 
 def paragraphs(text: str) -> list[str]:
-    """The prose of a document: no code, tables, headings, pictures or formulas. An item of a list is a
-    paragraph."""
+    """The prose of a document: no code, tables, headings, pictures or formulas.
+    An item of a list is a paragraph."""
     text = re.sub(r"^```.*?^```[^\n]*$", "", text, flags=re.M | re.S)
     text = re.sub(r"<!--.*?-->", "", text, flags=re.S)
     found = []
@@ -174,8 +174,8 @@ def mean_words(text: str) -> float:
 
 
 def long_lines(text: str) -> list[int]:
-    """Numbers of the lines of more than 110 columns, but for rows of tables and links, which cannot be
-    broken."""
+    """Numbers of the lines of more than 110 columns,
+    but for rows of tables and links, which cannot be broken."""
     lines = enumerate(text.splitlines(), 1)
     return [
         n for n, line in lines if len(line) > 110 and not re.match(r"\s*\||\s*!?\[[^]]*\]\([^)]*\)\S*$", line)
@@ -212,6 +212,32 @@ def test_the_lines_of_a_document(document):
     assert long_lines(document.read_text()) == []
 
 
+def check_lines(root: Path) -> None:
+    """Kernels have at most 110 columns; ruff holds Python to as many (E501)."""
+    kernels = [path for path in root.glob("csrc/**/*") if path.is_file()]
+    found = {
+        str(path.relative_to(root)): wide
+        for path in [*kernels, *root.glob("triton_kernels/*.py")]
+        if (wide := [n for n, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 110])
+    }
+    assert kernels and found == {}
+
+
+def test_the_lines_of_kernels():
+    check_lines(ROOT)
+
+
+@pytest.mark.parametrize("name", ["csrc/update.cu", "csrc/zo/stream.h", "triton_kernels/update.py"])
+def test_a_long_line_of_a_kernel_is_rejected(name, tmp_path):
+    for other in ("csrc/update.cu", name):
+        (tmp_path / other).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / other).write_text("// " + "x" * 107 + "\n")
+    check_lines(tmp_path)
+    (tmp_path / name).write_text("// a line\n// " + "x" * 108 + "\n")
+    with pytest.raises(AssertionError, match=rf"{name}.*\[2\]"):
+        check_lines(tmp_path)
+
+
 @pytest.mark.parametrize(
     "document", [path for path in DOCUMENTS if path.name != "CHANGELOG.md"], ids=lambda path: path.name
 )
@@ -230,8 +256,11 @@ LONG = "This sentence has nine words and is not long. " + "word " * 40 + "and it
         ("One `two three four`\nfive (six). Seven.", 2.5),
         ("- one two\n- three four five six", 3.0),
         (
-            "# A heading of many words\n\n| a | table |\n|---|---|\n\n    c = a formula\n\nOne two 0.5 et "
-            "al. 2024 six.",
+            "# A heading of many words\n\n"
+            "| a | table |\n"
+            "|---|---|\n\n"
+            "    c = a formula\n\n"
+            "One two 0.5 et al. 2024 six.",
             7.0,
         ),
         ("```\na fence. of code.\n```\n<!-- a comment. -->\nOne two.", 2.0),
@@ -245,12 +274,8 @@ def test_words_are_counted(text, mean):
 def test_long_sentences_and_lines_are_rejected():
     assert mean_words(LONG) > 18 and mean_words(LONG.replace("word word", "word. Word")) < 18
     wide = "x" * 111
-    assert long_lines(
-        f"short\n{wide}\n| {wide} |\n[{wide}](there)\n![{wide}](there)\nsee [{wide}](there)\n{wide[1:]}"
-    ) == [
-        2,
-        6,
-    ]
+    links = f"[{wide}](there)\n![{wide}](there)\nsee [{wide}](there)"
+    assert long_lines(f"short\n{wide}\n| {wide} |\n{links}\n{wide[1:]}") == [2, 6]
 
 
 def test_a_block_without_its_package_is_reported():

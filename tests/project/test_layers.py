@@ -1,8 +1,8 @@
-"""Imports point one way, raw addresses stay below the backends, one idea keeps one stem, and tests stand
-after the rooms.
+"""Imports point one way, raw addresses stay below the backends,
+one idea keeps one stem, and tests stand after the rooms.
 
-The sources are read, not run. Every rule is a function of the sources, so that each is also given a tree that
-breaks it.
+The sources are read, not run. Every rule is a function of the sources,
+so that each is also given a tree that breaks it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# A file imports from its own layer and from those above it in this list; within a layer, without going round
-# in a circle.
+# A file imports from its own layer and from those above it in this list;
+# within a layer, without going round in a circle.
 LAYERS = {
     "kernels": ["warning", "stream", "checks", "triton_kernels", "_cpu", "_cuda"],
     "directions": ["directions"],
@@ -78,8 +78,8 @@ def stem(module: str) -> str:
 
 
 def imported(module: str, source: str, modules: set[str]) -> set[str]:
-    """The zokern modules that a file imports, anywhere in it: at its top, in a function, for type checking
-    only."""
+    """The zokern modules that a file imports, anywhere in it:
+    at its top, in a function, for type checking only."""
     found: set[str] = set()
     package = module.split(".")[:-1]  # x.__init__ names its package's __init__ file
     known = modules | {m.removesuffix(".__init__") for m in modules} | {f"zokern.{name}" for name in RANK}
@@ -119,8 +119,8 @@ def wrong_imports(sources: dict[str, str]) -> list[str]:
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """The circles of the import graph, by depth-first search. A package's __init__ gathers its files, and is
-    no step in one."""
+    """The circles of the import graph, by depth-first search.
+    A package's __init__ gathers its files, and is no step in one."""
     found: list[list[str]] = []
     done: set[str] = set()
 

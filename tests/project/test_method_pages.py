@@ -1,8 +1,10 @@
-"""The table and the pages of methods: printed from docstrings and runs, complete, and the same as in the
-documents."""
+"""The table and the pages of methods: printed from docstrings and runs,
+complete, and the same as in the documents."""
 
 from __future__ import annotations
 
+import itertools
+import re
 import textwrap
 from pathlib import Path
 
@@ -22,16 +24,35 @@ def test_the_document_is_what_the_command_prints(capsys) -> None:
     assert PAGE.read_text() == capsys.readouterr().out, HOW
 
 
-def test_the_readme_has_the_table() -> None:
-    assert cli_methods.markdown_table() in (ROOT / "README.md").read_text(), (
-        "copy the table of docs/methods.md into README.md"
-    )
+def check_readme(readme: str) -> None:
+    """Its table has rows of docs/methods.md, as they stand there; other methods are named below it."""
+    head, _, *rows = cli_methods.markdown_table().splitlines()
+    below = readme.split(f"{head}\n", 1)[1].splitlines()
+    shown = list(itertools.takewhile(lambda line: line.startswith("|"), below))[1:]
+    assert len(shown) >= 8 and set(shown) <= set(rows), "copy rows of docs/methods.md into README.md"
+    also = readme.split("\nAlso ", 1)[1].split("## ")[0].split(". [")[0]
+    named = [re.match(r"\| `(\w+)`", row)[1] for row in shown] + re.findall(r"`(\w+)`", also)
+    assert sorted(named) == sorted(methods.METHODS), "README.md names each method once"
+
+
+def test_the_readme_has_the_main_methods_and_names_all() -> None:
+    readme = (ROOT / "README.md").read_text()
+    check_readme(readme)
+    row = next(line for line in cli_methods.markdown_table().splitlines() if line.startswith("| `MeZO`"))
+    for change in (
+        (row, row.replace("| 2 |", "| 3 |")),
+        (f"{row}\n", ""),
+        ("`BSZO`, ", ""),
+        ("`BSZO`, ", "`BSZO`, `Nothing`, "),
+    ):
+        with pytest.raises(AssertionError):
+            check_readme(readme.replace(*change))
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_a_page_is_complete(name, capsys) -> None:
-    """Formula, paper with a year, when to use it, every argument of the constructor or where it is told, and
-    short lines."""
+    """Formula, paper with a year, when to use it,
+    every argument of the constructor or where it is told, and short lines."""
     page = cli_methods.page(name)
     assert "<-" in page.formula[0] and any(c in page.paper for c in ("19", "20")) and page.use
     assert {"params"} <= {names for names, _ in page.arguments} and all(text for _, text in page.arguments)

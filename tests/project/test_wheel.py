@@ -1,5 +1,5 @@
-"""The wheel: what each kind of machine builds, what is inside, and that it runs where neither compiler nor
-driver is.
+"""The wheel: what each kind of machine builds, what is inside,
+and that it runs where neither compiler nor driver is.
 
 Nothing is downloaded: the builds run without isolation, and the clean environments borrow this one's torch.
 """
@@ -76,8 +76,8 @@ def problems(names: list[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
-    """A copy of the sources, with the objects that `make build` left, if any: what is compiled already is not
-    compiled again."""
+    """A copy of the sources, with the objects that `make build` left, if any:
+    what is compiled already is not compiled again."""
     copy = tmp_path_factory.mktemp("wheel") / "zokern"
     ignore = shutil.ignore_patterns(
         ".git", ".venv", "lib.*", "bdist.*", "dist", "*.so", "*.egg-info", "__pycache__", ".*_cache", "*.whl"
@@ -128,8 +128,8 @@ def environment(tmp_path):
     call(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path)
     python = tmp_path / "venv" / "bin" / "python"
     home = call(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip()
-    # A path in a .pth file becomes importable, but the .pth files that lie there, an editable zokern's too,
-    # do not run.
+    # A path in a .pth file becomes importable,
+    # but the .pth files that lie there, an editable zokern's too, do not run.
     Path(home, "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return python
 
@@ -166,7 +166,10 @@ def test_with_nvcc_it_holds_both_and_loads_without_a_driver(build, environment):
     # -S first: the module loads with nothing but the interpreter around it, so it links neither torch nor a
     # driver
     module = next(environment.parent.parent.rglob("_cuda*.so"))
-    load = f"import importlib.util as u; s = u.spec_from_file_location('_cuda', {str(module)!r}); u.module_from_spec(s)"
+    load = (
+        f"import importlib.util as u; s = u.spec_from_file_location('_cuda', {str(module)!r}); "
+        "u.module_from_spec(s)"
+    )
     call(environment, "-S", "-c", load, cwd=environment.parent)
     report = info(environment)
     assert report["cuda_architectures"] == ["sm_90"] or "sm_90" in " ".join(report["cuda_architectures"])
@@ -241,16 +244,17 @@ def test_an_unknown_architecture_is_refused(build):
 
 
 def answers(*lines: str) -> str:
-    """A program that prints the answer to its first argument, and leaves an empty file where -o asks for
-    one."""
+    """A program that prints the answer to its first argument,
+    and leaves an empty file where -o asks for one."""
     cases = "".join(f"{line} ;;\n" for line in lines)
-    return f'#!/bin/sh\ncase $1 in\n{cases}esac\nfor word; do [ "$before" = -o ] && : > "$word"; before=$word; done; exit 0\n'
+    touch = 'for word; do [ "$before" = -o ] && : > "$word"; before=$word; done'
+    return f"#!/bin/sh\ncase $1 in\n{cases}esac\n{touch}; exit 0\n"
 
 
 @pytest.fixture
 def choice(tmp_path):
-    """choice(answer of nvidia-smi, **switches): what setup.py says that it built, with compilers that compile
-    nothing."""
+    """choice(answer of nvidia-smi, **switches):
+    what setup.py says that it built, with compilers that compile nothing."""
     copy, programs = tmp_path / "zokern", tmp_path / "programs"
     shutil.copytree(
         ROOT, copy, ignore=shutil.ignore_patterns(".*", "build", "tests", "benchmarks", "*.so", "*.egg-info")
@@ -287,8 +291,8 @@ def choice(tmp_path):
 
 
 def test_it_compiles_for_the_gpus_here_or_for_those_that_are_asked_for(choice):
-    """The PTX in a build is that of its newest architecture, by family: sm_86 and sm_89 are made of
-    compute_80's."""
+    """The PTX in a build is that of its newest architecture, by family:
+    sm_86 and sm_89 are made of compute_80's."""
     every = "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 compute_100"
     for answer, asked, built in (
         ("9.0\n9.0\n", {}, "sm_90 compute_90"),
@@ -317,8 +321,8 @@ def test_without_a_gpu_one_line_says_how_to_ask_for_the_cuda_kernels(choice):
 
 
 def test_make_asks_for_all_architectures_where_they_are_needed():
-    """The suite reads the machine code of all of them, and a wheel is for any machine; the rest is for this
-    one."""
+    """The suite reads the machine code of all of them, and a wheel is for any machine;
+    the rest is for this one."""
     for target, asks in (("build", False), ("demo", False), ("gpu", False), ("test", True), ("wheel", True)):
         lines = call("make", "-n", target, f"PYTHON={sys.executable}", cwd=ROOT).splitlines()
         builds = [line for line in lines if "build_ext" in line or "pip wheel" in line]

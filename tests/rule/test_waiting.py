@@ -42,8 +42,8 @@ def trained(kind: str) -> list[tuple[str, Tensor]]:
 def test_a_matrix_that_is_not_contiguous(
     which: str, kind: str, rounding: str, dtype: torch.dtype, monkeypatch
 ) -> None:
-    """The update is that of the same matrix, contiguous: no weight has moved before another is refused. In
-    tiles, too."""
+    """The update is that of the same matrix, contiguous:
+    no weight has moved before another is refused. In tiles, too."""
     if which == "pgap" and dtype != torch.float32:
         pytest.skip("its probes are read to rounding, and the products of other strides differ")
     monkeypatch.setattr("zokern.rule.adam.TILE", 70)  # two rows

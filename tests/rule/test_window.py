@@ -1,5 +1,5 @@
-"""Moments made from a window of draws against stored ones, through all that a run goes through; and what
-is kept of them.
+"""Moments made from a window of draws against stored ones,
+through all that a run goes through; and what is kept of them.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from models import one_thread, same_bits  # noqa: F401 (a fixture)
+from models import same_bits
 from torch import Tensor, nn
 
 import zokern
 from zokern.directions import Lazy
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHAPES = {"layers.0.up": (6, 5), "layers.0.down": (7,), "layers.1.up": (3, 4), "head": ()}
 STEPS = 9
@@ -30,8 +32,8 @@ def weights(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
 
 
 def given(params: dict[str, nn.Parameter]) -> Callable[[], float]:
-    """Losses that do not depend on the weights, which are read all the same: two runs then have the same
-    coefficients."""
+    """Losses that do not depend on the weights, which are read all the same:
+    two runs then have the same coefficients."""
     numbers: Iterator[float] = iter(torch.rand(400, generator=torch.Generator().manual_seed(1)).tolist())
     return lambda: 0.0 * float(sum(p.sum() for p in params.values())) + 1.0 + 0.01 * next(numbers)
 
@@ -39,8 +41,8 @@ def given(params: dict[str, nn.Parameter]) -> Callable[[], float]:
 def run(
     rule: Any, dtype: torch.dtype = torch.float32, save_at: int | None = None, **options: Any
 ) -> dict[str, nn.Parameter]:
-    """A run with another lr, a step that is skipped, a parameter that is frozen for a while, and one that
-    joins."""
+    """A run with another lr, a step that is skipped,
+    a parameter that is frozen for a while, and one that joins."""
     params = weights(dtype)
     alone = {"evaluation": zokern.Scratch(check=False), "paired_check": None, "force": True, "eps": 0.05}
     late, first = dict(list(params.items())[3:]), dict(list(params.items())[:3])
@@ -220,10 +222,8 @@ def test_another_window_is_refused_by_name(window: Any) -> None:
     optimizer = zokern.MeZO(list(params.items()), rule=zokern.WindowMomentum(), evaluation="master")
     before = {name: p.detach().clone() for name, p in params.items()}
     optimizer.state[params["layers.1.up"]]["window"] = window
-    with pytest.raises(
-        ValueError,
-        match=r"state 'window' of parameter 'layers.1.up' is .*expected a list of updates.*del optimizer.state",
-    ):
+    named = r"state 'window' of parameter 'layers.1.up' is .*expected a list of updates.*del optimizer.state"
+    with pytest.raises(ValueError, match=named):
         zokern.step(optimizer, lambda: sum((p - 1.0).square().sum() for p in params.values()))
     assert all(same_bits(before[name], p) for name, p in params.items())
 

@@ -1,5 +1,5 @@
-"""Nothing here depends on the process's default dtype or default device: no tensor is made in the one or on
-the other.
+"""Nothing here depends on the process's default dtype or default device:
+no tensor is made in the one or on the other.
 
 A library that calls torch.zeros(n) makes bfloat16 under torch.set_default_dtype(torch.bfloat16) and nothing
 at all under torch.set_default_device("meta"). Kernels take addresses, and read what they find there as
@@ -34,13 +34,13 @@ ROOT = Path(__file__).parents[2]
 # What torch.set_default_dtype or torch.set_default_device decides, where a call does not.
 FACTORIES = frozenset(
     "empty empty_strided empty_permuted zeros ones full eye tensor as_tensor asarray scalar_tensor arange "
-    "range linspace logspace rand randn "
-    "randint randperm normal tril_indices triu_indices complex bartlett_window blackman_window "
-    "hamming_window hann_window kaiser_window "
-    "sparse_coo_tensor sparse_csr_tensor".split()
+    "range linspace logspace rand randn randint randperm normal tril_indices triu_indices complex "
+    "bartlett_window blackman_window hamming_window hann_window kaiser_window sparse_coo_tensor "
+    "sparse_csr_tensor".split()
 )
 OLD = frozenset(
-    "Tensor FloatTensor DoubleTensor HalfTensor BFloat16Tensor IntTensor LongTensor BoolTensor ByteTensor".split()
+    "Tensor FloatTensor DoubleTensor HalfTensor BFloat16Tensor IntTensor LongTensor BoolTensor "
+    "ByteTensor".split()
 )
 
 # The source -------------------------------------------------------------------------------------------------
@@ -209,8 +209,8 @@ def drawn(factored) -> Iterator[Any]:
 
 
 def stepped(rule, factored) -> Iterator[Any]:
-    """Two updates by a rule: of dense parameters, or of matrices whose updates wait, over a change of the
-    basis."""
+    """Two updates by a rule: of dense parameters,
+    or of matrices whose updates wait, over a change of the basis."""
     tensors = [data(12, 10), data(12, 10, seed=2)]
     found = None if factored is None else matrices(factored.rank)
     group = OnOurs(["a", "b"], tensors, [Span(0), Span(1)], None, 1e-3, {}, get("cpu"), found)

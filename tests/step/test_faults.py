@@ -17,11 +17,13 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from models import batch, build, changed, next_token_loss, one_thread, refuse, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
+from models import batch, build, changed, next_token_loss, refuse, same_bits, snapshot, tiny
 from torch import nn
 
 import zokern
 from zokern.evaluation import isolation
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 IDS = batch()
 EXPLICIT = ("master", "paired", "scratch", "inplace")
@@ -34,8 +36,8 @@ def two_layers(dtype: torch.dtype = torch.float32) -> nn.Sequential:
 
 
 def told(evaluation: str = "master") -> dict:
-    """Options for a closure that returns given losses, one at a reading: none is read twice or for a
-    comparison."""
+    """Options for a closure that returns given losses, one at a reading:
+    none is read twice or for a comparison."""
     return {
         "evaluation": zokern.Scratch(check=False) if evaluation == "scratch" else evaluation,
         "paired_check": None,
@@ -172,8 +174,8 @@ OTHER_MEMORY = {
 @pytest.mark.parametrize("change", OTHER_MEMORY)
 @pytest.mark.parametrize("source", [lambda m: m, lambda m: list(m.named_parameters())])
 def test_rows_02_03_14_parameter_that_becomes_other_memory(source: Callable, change: str) -> None:
-    """Under the same Parameter: what was refused when the optimizer was built is refused at the next step,
-    and after it."""
+    """Under the same Parameter: what was refused when the optimizer
+    was built is refused at the next step, and after it."""
     model = two_layers()
     optimizer = zokern.MeZO(source(model), lr=0.1)
 
@@ -249,8 +251,8 @@ def test_row_07_scalar_parameter() -> None:
 @pytest.mark.parametrize("base", [2**31 - 32, 2**31 + 3, 2**32 - 32, 2**32 + 5, 2**33, 2**35 - 64])
 @pytest.mark.parametrize("direction", ["normal", "rademacher"])
 def test_row_08_element_numbers_beyond_32_bits(base: int, direction: str) -> None:
-    """By a virtual offset: 64 elements that begin at a number that no tensor here reaches, against the block
-    function itself."""
+    """By a virtual offset: 64 elements that begin at a number that no tensor here reaches,
+    against the block function itself."""
     from zokern.directions import resolve
 
     kind = resolve(direction)
@@ -301,8 +303,8 @@ def test_row_10_misaligned_parameter(offset: int, dtype: torch.dtype) -> None:
 
 
 def test_row_11_z_is_independent_of_the_device() -> None:
-    """z is a function of names: the groups that a step makes by device do not enter. Two real devices need a
-    GPU."""
+    """z is a function of names: the groups that a step makes by device do not enter.
+    Two real devices need a GPU."""
     z = zokern.draw("normal", (65,), seed=1, who="w", step=3)
     assert same_bits(z, zokern.draw("normal", (65,), seed=1, who="w", step=3, backend="reference"))
     with pytest.raises(ValueError, match="tensors\\[1\\] is on meta.*one device"):
@@ -468,8 +470,8 @@ GIVEN = {  # ways to give an optimizer a model's parameters without the model
 @pytest.mark.parametrize("evaluation", EXACT_OR_NOT)
 @pytest.mark.parametrize("given", GIVEN)
 def test_row_18_without_the_model(given: str, evaluation: str) -> None:
-    """The first step finds the modules that hold the parameters, and what is replaced in them later is
-    refused."""
+    """The first step finds the modules that hold the parameters,
+    and what is replaced in them later is refused."""
     changes: dict[str, Callable] = {
         "replaced": lambda model: setattr(model[0], "weight", nn.Parameter(torch.ones(5, 6))),
         "removed": lambda model: delattr(model[0], "weight"),
@@ -638,8 +640,8 @@ def test_row_20_batch_norm_statistics(given: str) -> None:
 
 
 class Buffers(nn.Module):
-    """Forward registers, deletes, fills or replaces buffers; those that it registers are computed from a
-    weight."""
+    """Forward registers, deletes, fills or replaces buffers;
+    those that it registers are computed from a weight."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -666,14 +668,12 @@ class Buffers(nn.Module):
 @pytest.mark.parametrize("evaluation", EXPLICIT)
 @pytest.mark.parametrize("how", ["register", "delete", "fill", "replace"])
 def test_row_20_registered_buffers(how: str, evaluation: str) -> None:
-    """Every reading finds the buffers of the start, and leaves them: nothing stays that was computed from
-    theta + eps z."""
+    """Every reading finds the buffers of the start, and leaves them:
+    nothing stays that was computed from theta + eps z."""
     model = build(lambda: Buffers(how))
-    buffers, hidden, state = (
-        list(model._buffers.items()),
-        set(model._non_persistent_buffers_set),
-        list(model.state_dict()),
-    )
+    buffers = list(model._buffers.items())
+    hidden = set(model._non_persistent_buffers_set)
+    state = list(model.state_dict())
     sides = []
     optimizer = zokern.MeZO(model, lr=0.0, evaluation=evaluation)
     result = zokern.step(optimizer, lambda: (sides.append(model(X).square().mean()), sides[-1])[1])
@@ -706,8 +706,8 @@ def test_row_20_buffer_above_the_budget(evaluation: str) -> None:
 
 
 def test_row_21_random_streams() -> None:
-    """The user's streams do not move; both sides see the same numbers (test_step.py measures the spread of
-    dropout)."""
+    """The user's streams do not move; both sides see the same
+    numbers (test_step.py measures the spread of dropout)."""
     model, seen = two_layers(), []
 
     def closure():
@@ -822,8 +822,8 @@ OVERFLOWS = {
 @pytest.mark.parametrize("evaluation", EXACT_OR_NOT)
 @pytest.mark.parametrize("case", OVERFLOWS)
 def test_row_29_overflow_of_finite_numbers(case: str, evaluation: str) -> None:
-    """In float64 or in the float32 of the kernels: a step that is skipped, as with a loss that is not
-    finite."""
+    """In float64 or in the float32 of the kernels:
+    a step that is skipped, as with a loss that is not finite."""
     sides, options = OVERFLOWS[case]
     model, numbers = two_layers(), iter(sides)
     before = snapshot(model)
@@ -859,8 +859,8 @@ def test_row_29_equal_losses_up_to_the_largest_are_a_step() -> None:
 
 
 def test_a_warning_that_is_an_error_does_not_hide_an_update() -> None:
-    """The one sentence that can only be said after the update: the step counts, and its z is not used
-    again."""
+    """The one sentence that can only be said after the update:
+    the step counts, and its z is not used again."""
     model = two_layers(torch.bfloat16)
     optimizer = zokern.MeZO(model, lr=1e-9, eps=1e-2)
     with warnings.catch_warnings():
@@ -966,8 +966,8 @@ def test_row_33_loss_with_a_graph() -> None:
 
 
 def test_row_34_loss_on_another_device() -> None:
-    """One .item() a reading, in the step that caused it; a device error surfaces there. On a CPU: a meta loss
-    cannot be read."""
+    """One .item() a reading, in the step that caused it;
+    a device error surfaces there. On a CPU: a meta loss cannot be read."""
     model = two_layers()
     refuse(
         model,
@@ -1091,8 +1091,8 @@ def test_row_37_lr(lr) -> None:
 
 
 def test_row_38_update_below_half_an_ulp() -> None:
-    """Nearest rounding leaves nearly all weights where they are and says so; the other two do not, and lose
-    nothing."""
+    """Nearest rounding leaves nearly all weights where they are and says so;
+    the other two do not, and lose nothing."""
     model = build(lambda: nn.Linear(64, 64, bias=False), torch.bfloat16)
     with torch.no_grad():
         model.weight.copy_(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) * 0.02)

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from method_check import check_method
-from models import batch, build, changed, next_token_loss, one_thread, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
+from models import batch, build, changed, next_token_loss, same_bits, snapshot, tiny
 from mutant import replaced
 from peak import Peak
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ from zokern import first_order
 from zokern.directions import Subspace
 from zokern.estimator import Gradient, Mixed, Split
 from zokern.rule import Sgd
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 IDS, OTHERS = batch(), batch(2, 8).flip(0)
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -94,7 +96,9 @@ def descends(change: Callable) -> Any:
 WRONG: dict[str, tuple[str, dict, Callable]] = {
     "up": ("Addax", {}, lambda: weighed(-1.0)),
     "alpha on both": ("Addax", {}, lambda: terms(lambda e: replace(e, gradient=Gradient(0.4)))),
-    "no draws": ("Addax", {}, lambda: descends(lambda right, self, plan, group, weights, *rest: right(self, plan, group, [], *rest))),
+    "no draws": ("Addax", {},
+        lambda: descends(
+            lambda right, self, plan, group, weights, *rest: right(self, plan, group, [], *rest))),
     "some parameters": ("Addax", {},
         lambda: terms(lambda e: replace(e, gradient=replace(e.gradient, names=("up.weight", "gain"))))),
     "not decayed": ("Addax", {"weight_decay": 0.5},
@@ -102,7 +106,8 @@ WRONG: dict[str, tuple[str, dict, Callable]] = {
     "decayed twice": ("Addax", {"weight_decay": 0.5}, lambda: descends(apart)),
     "at other weights": ("Addax", {}, lambda: replaced(sys.modules["zokern.step"], "descend", moved_first)),
     "half a step of torch's": ("Hybrid", {"optimizer": SGD}, lambda: weighed(0.5)),
-    "z of all": ("Hybrid", {}, lambda: replaced(Split, "parts", lambda right, self, names: (right(self, names)[0], tuple(names)))),
+    "z of all": ("Hybrid", {},
+        lambda: replaced(Split, "parts", lambda right, self, names: (right(self, names)[0], tuple(names)))),
 }  # fmt: skip
 
 
@@ -117,8 +122,8 @@ def test_a_wrong_term_is_rejected(wrong: str) -> None:
 
 
 def test_both_losses_are_of_one_theta() -> None:
-    """Of two closures: the gradient is that of `first_order` at the weights before the step, and so are the
-    coefficients."""
+    """Of two closures: the gradient is that of `first_order` at
+    the weights before the step, and so are the coefficients."""
     model, zo, fo = of_tiny()
     start, gradient = snapshot(model), gradients(model, fo)
     optimizer = zokern.Addax(model, lr=1e-2, alpha=0.25, seed=1, evaluation="master")
@@ -199,8 +204,8 @@ def test_lr_0_changes_no_bit(name: str, rounding: str) -> None:
 
 
 def test_one_rounding_of_16_bit_weights() -> None:
-    """The float32 sum of all terms is rounded once: half an ulp from the formula, and with residual bits
-    2^-16 of that."""
+    """The float32 sum of all terms is rounded once:
+    half an ulp from the formula, and with residual bits 2^-16 of that."""
     for rounding, ulps in (("nearest", 0.5), ("residual", 2.0**-15)):
         model, closure, _ = of_tiny(dtype=torch.bfloat16, width=16)
         before, gradient = snapshot(model), gradients(model, closure)
@@ -319,8 +324,8 @@ class Hoards(Sgd):
 
 
 def gradient_peak(rule: Any) -> float:
-    """The peak of a back-propagation and its writes over the activations of the forward, in weights of one
-    layer."""
+    """The peak of a back-propagation and its writes over the
+    activations of the forward, in weights of one layer."""
     model, closure = deep(rows=4, width=128)
     optimizer = zokern.Addax(model, lr=1e-3, alpha=0.5, rule=rule, evaluation="master", paired_check=None)
     zokern.step(optimizer, closure)

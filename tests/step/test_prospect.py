@@ -1,5 +1,5 @@
-"""What a step is expected to gain, against losses whose fall is known, and the warning that lr is far too
-small."""
+"""What a step is expected to gain, against losses whose fall is known,
+and the warning that lr is far too small."""
 
 from __future__ import annotations
 
@@ -130,8 +130,8 @@ def test_bayesian_is_cautious() -> None:
 
 
 def check_expectation(queries: int = 1) -> None:
-    """Its mean over draws is lr |gradient|^2, curvature or not: the central difference of a quadratic is
-    exact."""
+    """Its mean over draws is lr |gradient|^2, curvature or not:
+    the central difference of a quadratic is exact."""
     falls = []
     for seed in range(300):
         model = Slope(curvature=2.0)
@@ -287,8 +287,8 @@ def test_check_rejects_wrong_warning(wrong: str) -> None:
 
 
 def test_lr_of_the_parts() -> None:
-    """One number where coefficients are slopes, another where steps have one length; what is given is
-    taken."""
+    """One number where coefficients are slopes, another where steps have one length;
+    what is given is taken."""
     model = Slope()
     found = {
         name: make(model).param_groups[0]["lr"]

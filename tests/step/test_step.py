@@ -1,5 +1,5 @@
-"""One step against its formula: losses bit for bit, the update bit for bit and in float64, and nothing else
-touched."""
+"""One step against its formula: losses bit for bit,
+the update bit for bit and in float64, and nothing else touched."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from models import batch, build, changed, next_token_loss, one_thread, same_bits, snapshot, tiny  # noqa: F401 (a fixture)
+from models import batch, build, changed, next_token_loss, same_bits, snapshot, tiny
 from torch import nn
 
 import zokern
 from zokern import plan
 from zokern.evaluation import rng
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 IDS = batch()
 MAXIMIZED = {"maximize": True}
@@ -268,16 +270,17 @@ def test_update_of_16_bit_weights(dtype: torch.dtype, rounding: str) -> None:
         result = zokern.step(optimizer, closure_of(model))
         amounts = [-0.01 * c / 2 for c in result.coefficients]
         for name, p in model.named_parameters():
-            zokern.axpy_(expected[name], "normal", seed=4, who=name, draws=[(step, 0), (step, 1)],
-                coeffs=amounts,
-                         decay=1 - 0.01 * 0.1, rounding=rounding, backend="reference")  # fmt: skip
+            zokern.axpy_(
+                expected[name], "normal", seed=4, who=name, draws=[(step, 0), (step, 1)], coeffs=amounts,
+                decay=1 - 0.01 * 0.1, rounding=rounding, backend="reference",
+            )  # fmt: skip
             assert same_bits(p, expected[name]), name
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 def test_a_run_is_replayed_in_one_pass(rounding: str) -> None:
-    """50 steps of two queries under a schedule and with decay: their results and rates, one axpy_ call, the
-    same weights."""
+    """50 steps of two queries under a schedule and with decay:
+    their results and rates, one axpy_ call, the same weights."""
     model = tiny(torch.bfloat16)
     replayed = {name: p.detach().clone() for name, p in model.named_parameters()}
     summed = [p.clone() for p in replayed.values()]
@@ -359,8 +362,8 @@ ZEROS = {
 def test_a_step_of_nothing_keeps_negative_zeros(
     case: str, method: str, dtype: torch.dtype, defer: bool
 ) -> None:
-    """Pruned weights have many. An update of 0 z, by lr or by equal losses, is no launch; nor is the write of
-    what waits."""
+    """Pruned weights have many. An update of 0 z, by lr or by equal losses, is no launch;
+    nor is the write of what waits."""
     model = build(lambda: nn.Linear(40, 30), dtype)
     with torch.no_grad():
         for p in model.parameters():
@@ -374,8 +377,8 @@ def test_a_step_of_nothing_keeps_negative_zeros(
 
 
 def test_dropout_is_paired() -> None:
-    """Both sides see one mask: it adds next to nothing to the spread of the coefficients, and steps differ in
-    their masks."""
+    """Both sides see one mask: it adds next to nothing to the spread of the coefficients,
+    and steps differ in their masks."""
 
     def spread(p: float) -> float:
         model = tiny(dropout=p)
@@ -585,8 +588,8 @@ TILED = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", TILED)
 def test_small_budget_tiles(kind: str, dtype: torch.dtype) -> None:
-    """A matrix above the budget is used tile by tile: the same losses up to the order of a matrix product's
-    sums."""
+    """A matrix above the budget is used tile by tile:
+    the same losses up to the order of a matrix product's sums."""
     shape, use, width = TILED[kind]
     x = torch.randn(4, width, generator=torch.Generator().manual_seed(2)).to(dtype)
     losses = []

@@ -23,8 +23,8 @@ def dead_update(step: Callable) -> None:
 
 
 def other_evaluation(step: Callable) -> None:
-    """A loss that is a Python number is no loss of all sides: 'auto' goes on with another way after the first
-    step."""
+    """A loss that is a Python number is no loss of all sides:
+    'auto' goes on with another way after the first step."""
     model = models.tiny()
     optimizer = zokern.MeZO(model, lr=0.0, eps=1e-3)
     for _ in range(2):

@@ -1,5 +1,5 @@
-"""A statistical battery over streams that differ in one name each, with two wrong addressings that it must
-reject.
+"""A statistical battery over streams that differ in one name each,
+with two wrong addressings that it must reject.
 
 96 streams = 4 seeds x 4 parameters x 3 steps x 2 first elements (0 and 2^31), 10^5 values each. Every figure
 comes with the bound that a right stream passes: sigmas of a sum below 5 or 5.5, p-values above 10^-6.
@@ -53,8 +53,8 @@ def moments(z: np.ndarray) -> dict[str, float]:
 
 
 def shape(z: np.ndarray) -> dict[str, float]:
-    """p-values: KS, chi^2 over 1000 equal bins, Anderson-Darling, tails, and the per-stream KS tests taken
-    together."""
+    """p-values: KS, chi^2 over 1000 equal bins, Anderson-Darling,
+    tails, and the per-stream KS tests taken together."""
     sample = z[:, : 2**20 // len(z)].ravel()
     bins = np.bincount((stats.norm.cdf(sample) * 1000).astype(int), minlength=1000)
     each = [stats.kstest(row[:20_000], stats.norm.cdf).pvalue for row in z]
@@ -76,8 +76,8 @@ def shape(z: np.ndarray) -> dict[str, float]:
 
 
 def between(z: np.ndarray) -> tuple[dict[str, float], dict[str, float]]:
-    """Sigmas of the correlation of every two streams and of each with itself shifted; p-value of all
-    correlations."""
+    """Sigmas of the correlation of every two streams and of each with itself shifted;
+    p-value of all correlations."""
     n = z.shape[1]
     correlation = (z.astype(np.float64) @ z.T.astype(np.float64))[np.triu_indices(len(z), 1)] / np.sqrt(n)
     power = np.abs(np.fft.rfft(z, 2 * n, axis=1)) ** 2
@@ -89,8 +89,8 @@ def between(z: np.ndarray) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def repeats(z: np.ndarray) -> int:
-    """Blocks whose first two words made equal values, among all blocks of all streams; 10^-3 expected by
-    chance."""
+    """Blocks whose first two words made equal values, among all blocks of all streams;
+    10^-3 expected by chance."""
     blocks = z[:, : COUNT // 8 * 8].reshape(-1, 8).view(np.uint32)
     pair = blocks[:, 0].astype(np.uint64) << np.uint64(32) | blocks[:, 2]
     return pair.size - np.unique(pair).size

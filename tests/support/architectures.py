@@ -159,16 +159,14 @@ def clip() -> Made:
 
 
 def whisper() -> Made:
-    options = dict(vocab_size=VOCABULARY, num_mel_bins=8, d_model=WIDTH, encoder_layers=1, decoder_layers=1,
-        encoder_attention_heads=HEADS,
-                   decoder_attention_heads=HEADS, encoder_ffn_dim=INNER, decoder_ffn_dim=INNER,
-                   max_source_positions=8,
-                   max_target_positions=16, decoder_start_token_id=1, pad_token_id=0, bos_token_id=1,
-                   eos_token_id=2)  # fmt: skip
-    model, sound = (
-        seeded(hub("WhisperConfig", "WhisperForConditionalGeneration", **options)),
-        normal(2, 8, 16),
-    )
+    options = dict(
+        vocab_size=VOCABULARY, num_mel_bins=8, d_model=WIDTH, encoder_layers=1, decoder_layers=1,
+        encoder_attention_heads=HEADS, decoder_attention_heads=HEADS, encoder_ffn_dim=INNER,
+        decoder_ffn_dim=INNER, max_source_positions=8, max_target_positions=16, decoder_start_token_id=1,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = seeded(hub("WhisperConfig", "WhisperForConditionalGeneration", **options))
+    sound = normal(2, 8, 16)
     tokens = ids()
     return model, lambda: model(input_features=sound, labels=tokens).loss
 
@@ -253,9 +251,10 @@ class Squared(nn.Module):
 
 
 def convolution() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(8, 12, 3, groups=2),
-                         nn.GroupNorm(3, 12), nn.SiLU(), nn.Flatten(), nn.Linear(48, 5))  # fmt: skip
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(8, 12, 3, groups=2), nn.GroupNorm(3, 12), nn.SiLU(), nn.Flatten(), nn.Linear(48, 5),
+    )  # fmt: skip
 
 
 def symmetric() -> nn.Module:

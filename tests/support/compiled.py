@@ -1,5 +1,5 @@
-"""Triton kernels of this tree or with one line changed: compiled without a device, and read as PTX and as
-machine code.
+"""Triton kernels of this tree or with one line changed:
+compiled without a device, and read as PTX and as machine code.
 
 An import skips the test file where Triton, or the backend, is missing.
 """
@@ -90,21 +90,22 @@ def directory(tmp_path_factory) -> Iterator[Path]:
 
 
 def unspecified(text: str) -> set[str]:
-    """Floating-point instructions of a kernel's PTX that the stream does not name: only .rn, no .ftz, nothing
-    approximate."""
+    """Floating-point instructions of a kernel's PTX that the stream does not name:
+    only .rn, no .ftz, nothing approximate."""
     used = set(
         re.findall(r"^\s*(?:@!?%p\d+ )?([a-z][\w.:]*\.f(?:16|32|64)(?:x2)?(?:\.\w+)*)\s", text, re.MULTILINE)
     )
     plain = (
-        r"(?:fma|mul|add|sub)\.rn\.f32(?:x2)?|cvt\.rn\.b?f16x2\.f32|cvt\.f32\.f16|fma\.rn\.f16x2|neg\.f32|cvt\.rn\.f32\.[su](?:16|32)"
+        r"(?:fma|mul|add|sub)\.rn\.f32(?:x2)?|cvt\.rn\.b?f16x2\.f32|cvt\.f32\.f16|fma\.rn\.f16x2|neg\.f32"
+        r"|cvt\.rn\.f32\.[su](?:16|32)"
         r"|setp\.(?:nan|neu|num|ne)\.f32|mov\.f32|selp\.f32|(?:ld|st)\..*"
     )
     return {name for name in used if not re.fullmatch(plain, name)}
 
 
 def forbidden(function: sass.Function) -> dict[str, list[str]]:
-    """What sass.py forbids. ptxas for sm_80 leaves a loop by a CALL to a label of the same kernel, which is a
-    jump."""
+    """What sass.py forbids. ptxas for sm_80 leaves a loop by
+    a CALL to a label of the same kernel, which is a jump."""
     found = {
         why: [t for t in texts if not re.search(r"CALL\.REL\.NOINC `\(\.L_x_", t)]
         for why, texts in function.forbidden().items()

@@ -1,5 +1,5 @@
-"""One suite for every backend: each ``check_*(backend, device, scale)`` raises AssertionError where it is not
-the reference.
+"""One suite for every backend:
+each ``check_*(backend, device, scale)`` raises AssertionError where it is not the reference.
 
 Verbs are compared bit for bit, whole guarded buffers at a time (guarded.py); CHECKS holds on every backend,
 LOWRANK on those that sum low-rank products in the definition's order. Cases come from a generator
@@ -43,26 +43,23 @@ SEED = 0x0123456789ABCDEF
 
 
 class Versus:
-    """Runs a verb on a backend and on the reference, from equal buffers, and compares everything they could
-    have written.
+    """Runs a verb on a backend and on the reference,
+    from equal buffers, and compares everything they could have written.
 
-    What the reference wrote is kept for the next backend: a check makes the same calls in the same order
-    every time.
+    What the reference wrote is kept for the next backend:
+    a check makes the same calls in the same order every time.
     """
 
     known: dict[tuple, list] = {}
 
     def __init__(self, check: Callable, backend, device: str, scale: str) -> None:
-        self.backend, self.device, self.case, self.calls = (
-            backend,
-            device,
-            (check.__name__, scale, SMALL_INTEGERS[0]),
-            0,
-        )
+        self.backend, self.device = backend, device
+        self.case = (check.__name__, scale, SMALL_INTEGERS[0])
+        self.calls = 0
 
     def _both(self, groups: Sequence[Sequence[Guarded]], call: Callable) -> tuple[list, list]:
-        """``call(backend, views of each group)`` on copies for the backend and on copies for the reference:
-        both results."""
+        """``call(backend, views of each group)`` on copies for the
+        backend and on copies for the reference: both results."""
 
         def result(backend, device):
             copies = [[t.copy_to(device) for t in group] for group in groups]
@@ -86,16 +83,11 @@ class Versus:
 
     def axpy(
         self, thetas, spans, direction: str, draws=((3, 1),), coeffs=(1e-3,), decay=1.0, rounding="nearest",
-        residuals=(),
-        each=0,
+        residuals=(), each=0,
     ) -> None:  # fmt: skip
         def call(backend, groups, device):
-            theta, low, where, z = (
-                groups[0],
-                groups[1] if residuals else None,
-                located(spans, device),
-                resolve(direction),
-            )
+            theta, low = groups[0], groups[1] if residuals else None
+            where, z = located(spans, device), resolve(direction)
             a = torch.tensor(coeffs, dtype=torch.float32, device=device)
             return backend.axpy_(
                 Batch(theta, where, rounding, low), Noise(z, SEED, list(draws)), Terms(a, decay, each)
@@ -110,10 +102,8 @@ class Versus:
         def call(backend, groups, device):
             theta, low, *sides = groups
             low = low if residuals else None
-            batch, noise = (
-                Batch(theta, located(spans, device), residuals=low),
-                Noise(resolve(direction), SEED, [(3, 1)]),
-            )
+            batch = Batch(theta, located(spans, device), residuals=low)
+            noise = Noise(resolve(direction), SEED, [(3, 1)])
             backend.perturb(batch, noise, list(scales), sides)
 
         mine, right = self._both([thetas, residuals, *outs], call)
@@ -174,8 +164,8 @@ def ids(generator: torch.Generator, count: int) -> list[int]:
 
 
 def weights(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Finite weights: mostly N(0, 0.02^2), one in eight of any exponent (so huge and subnormal ones), some
-    zeros."""
+    """Finite weights: mostly N(0, 0.02^2), one in eight of
+    any exponent (so huge and subnormal ones), some zeros."""
     value = (torch.randn(shape, generator=generator) * 0.02).to(dtype)
     bits = torch.int32 if dtype == torch.float32 else torch.int16
     limit = torch.iinfo(bits)
@@ -239,8 +229,8 @@ def check_philox_random_counters(backend, device="cpu", scale="full") -> None:
 
 
 def spread(generator, scale: str, offset: int, dtypes=DTYPES):
-    """Half of the sizes, every dtype, for one launch; each tensor with its own id and a small first
-    element."""
+    """Half of the sizes, every dtype, for one launch;
+    each tensor with its own id and a small first element."""
     cases = [(size, dtype) for size in SIZES[scale][offset % 2 :: 2] for dtype in dtypes]
     thetas = [theta_of(generator, (size,), dtype, offset) for size, dtype in cases]
     firsts = torch.randint(0, 300, (len(cases),), generator=generator).tolist()
@@ -300,8 +290,8 @@ def check_axpy_firsts(backend, device="cpu", scale="full") -> None:
 
 
 def check_perturb_sizes(backend, device="cpu", scale="full") -> None:
-    """One and two sides; outputs of theta's dtype and float32; every alignment of theta and of the
-    outputs."""
+    """One and two sides; outputs of theta's dtype and float32;
+    every alignment of theta and of the outputs."""
     generator, versus = source(check_perturb_sizes), Versus(check_perturb_sizes, backend, device, scale)
     for direction in DIRECTIONS:
         for offset in OFFSETS[scale]:
@@ -351,8 +341,8 @@ def strided(generator, scale: str):
 
 
 def check_axpy_strides(backend, device="cpu", scale="full") -> None:
-    """Any stride: transposed, every second column, permuted; the bytes between the elements keep their
-    sentinels."""
+    """Any stride: transposed, every second column, permuted;
+    the bytes between the elements keep their sentinels."""
     generator, versus = source(check_axpy_strides), Versus(check_axpy_strides, backend, device, scale)
     for direction in DIRECTIONS:
         for rounding in ("nearest", "stochastic"):
@@ -360,10 +350,8 @@ def check_axpy_strides(backend, device="cpu", scale="full") -> None:
 
 
 def check_axpy_strides_residual(backend, device="cpu", scale="full") -> None:
-    generator, versus = (
-        source(check_axpy_strides_residual),
-        Versus(check_axpy_strides_residual, backend, device, scale),
-    )
+    generator = source(check_axpy_strides_residual)
+    versus = Versus(check_axpy_strides_residual, backend, device, scale)
     for direction in DIRECTIONS:
         thetas, spans = strided(generator, scale)
         versus.axpy(
@@ -383,8 +371,8 @@ def check_perturb_strides(backend, device="cpu", scale="full") -> None:
 
 
 def column_slices(generator, scale: str):
-    """Columns [a, b) of a (rows, width) parameter: a view of it and a compact copy, numbered as in the
-    whole."""
+    """Columns [a, b) of a (rows, width) parameter:
+    a view of it and a compact copy, numbered as in the whole."""
     thetas, spans = [], []
     cases = [
         (5, 40, 3, 12),
@@ -432,8 +420,8 @@ def check_perturb_pitch(backend, device="cpu", scale="full") -> None:
 
 
 def check_perturb_rows(backend, device="cpu", scale="full") -> None:
-    """Looked-up rows keep their own numbers: repeats, any order, none, a first element, a slice of columns,
-    low bits."""
+    """Looked-up rows keep their own numbers:
+    repeats, any order, none, a first element, a slice of columns, low bits."""
     generator, versus = source(check_perturb_rows), Versus(check_perturb_rows, backend, device, scale)
     shapes = [(11, 9), (50, 64)] if scale == "quick" else [(11, 9), (50, 64), (1, 8), (1000, 3), (40, 200)]
     for direction in DIRECTIONS:
@@ -475,10 +463,8 @@ def check_axpy_many_draws(backend, device="cpu", scale="full") -> None:
     for count in (4, 8, 11, 32, 33, 70):
         # more than one turn of all threads of a block
         size = {11: 4500 if scale == "full" else 67, 33: 2100}.get(count, 67)
-        thetas, spans = (
-            [theta_of(generator, (size,), dtype, 0) for dtype in DTYPES],
-            [Span(who, 8) for who in ids(generator, 3)],
-        )
+        thetas = [theta_of(generator, (size,), dtype, 0) for dtype in DTYPES]
+        spans = [Span(who, 8) for who in ids(generator, 3)]
         coeffs = (torch.randn(count, generator=generator) / 100).tolist()
         versus.axpy(thetas, spans, "normal", [(3, k) for k in range(count)], coeffs, 0.999)
     for coeffs in ((0.0, -0.0), (1e-40, -3e-39), (1e38, -1e38), (1e-30, 1.0)):
@@ -500,8 +486,8 @@ def replay(generator, count: int, each: int) -> tuple[list[tuple[int, int]], lis
 
 
 def check_axpy_each(backend, device="cpu", scale="full") -> None:
-    """A rounding after every `each` terms, with the decay and the random bits of its own step; many terms,
-    broken weights."""
+    """A rounding after every `each` terms, with the decay and the random bits of its own step;
+    many terms, broken weights."""
     generator, versus = source(check_axpy_each), Versus(check_axpy_each, backend, device, scale)
     cases = [
         (size, dtype)
@@ -531,10 +517,8 @@ def check_axpy_each(backend, device="cpu", scale="full") -> None:
             size, tiny, most = 67, torch.finfo(dtype).smallest_normal, torch.finfo(dtype).max
             broken = weights((size,), dtype, generator)
             broken[::7], broken[1::11], broken[2::13] = float("inf"), float("-inf"), float("nan")
-            subnormal, largest = (
-                (torch.randn(size, generator=generator) * tiny).to(dtype),
-                torch.full((size,), most, dtype=dtype),
-            )
+            subnormal = (torch.randn(size, generator=generator) * tiny).to(dtype)
+            largest = torch.full((size,), most, dtype=dtype)
             for values, coeff in ((subnormal, tiny / 4), (largest, most / 100), (broken, 1e-3)):
                 theta = filled(values, offset=2)
                 lows = [low_of(generator, theta)] if rounding == "residual" else []
@@ -585,8 +569,8 @@ def check_axpy_each_is_calls(backend, device="cpu", scale="full") -> None:
 
 
 def check_axpy_one_rounding(backend, device="cpu", scale="full") -> None:
-    """a z + theta at a tie of float32 that float64 cannot see: a sum rounded to float64 first goes the wrong
-    way.
+    """a z + theta at a tie of float32 that float64 cannot see:
+    a sum rounded to float64 first goes the wrong way.
 
     z = B 2^j and a = A 2^k with 24-bit integers A, B and A B = 2^47 + d, 0 < d < 2^18: a z is just above half
     a unit in the last place of theta = +-1, whose last bit is even, so the right result is the next float32
@@ -610,8 +594,8 @@ def check_axpy_one_rounding(backend, device="cpu", scale="full") -> None:
 
 
 def check_axpy_stochastic(backend, device="cpu", scale="full") -> None:
-    """The 16 bits of (who, step of the last draw, purpose rounding), one set an element; float32 is unchanged
-    by it."""
+    """The 16 bits of (who, step of the last draw, purpose rounding), one set an element;
+    float32 is unchanged by it."""
     generator, versus = source(check_axpy_stochastic), Versus(check_axpy_stochastic, backend, device, scale)
     for direction in DIRECTIONS:
         for draws, coeffs in (([(3, 1)], [1e-5]), ([(9, 0), (4, 2)], [1e-3, 1e-4])):
@@ -620,8 +604,8 @@ def check_axpy_stochastic(backend, device="cpu", scale="full") -> None:
 
 
 def check_axpy_residual(backend, device="cpu", scale="full") -> None:
-    """bfloat16 and 16 low bits are an exact float32, through ties and every low half; other types round to
-    nearest."""
+    """bfloat16 and 16 low bits are an exact float32, through ties and every low half;
+    other types round to nearest."""
     generator, versus = source(check_axpy_residual), Versus(check_axpy_residual, backend, device, scale)
     for direction in DIRECTIONS:
         for offset in OFFSETS[scale]:
@@ -649,8 +633,8 @@ def check_axpy_residual(backend, device="cpu", scale="full") -> None:
 
 
 def check_axpy_special(backend, device="cpu", scale="full") -> None:
-    """inf and NaN among the weights stay what they are, overflow becomes inf, subnormals are kept, and the
-    count is exact."""
+    """inf and NaN among the weights stay what they are,
+    overflow becomes inf, subnormals are kept, and the count is exact."""
     generator, versus = source(check_axpy_special), Versus(check_axpy_special, backend, device, scale)
     size = 67 if scale == "quick" else 4099
     for rounding in ("nearest", "stochastic", "residual"):
@@ -677,20 +661,15 @@ def check_axpy_special(backend, device="cpu", scale="full") -> None:
 
 def check_perturb_arithmetic(backend, device="cpu", scale="full") -> None:
     """Scales of all sizes, broken and subnormal weights, low bits joined in float32 before z is added."""
-    generator, versus = (
-        source(check_perturb_arithmetic),
-        Versus(check_perturb_arithmetic, backend, device, scale),
-    )
+    generator = source(check_perturb_arithmetic)
+    versus = Versus(check_perturb_arithmetic, backend, device, scale)
     size = 67 if scale == "quick" else 4099
     for direction in DIRECTIONS:
         for scales in ((1e-3, -1e-3), (0.0, -0.0), (1e-40, 1e38), (float("inf"), 1.0)):
             thetas = [theta_of(generator, (size,), dtype, offset=1) for dtype in DTYPES]
             for t in thetas:
-                t.view[::17], t.view[3::19], t.view[5::23] = (
-                    float("inf"),
-                    float("nan"),
-                    torch.finfo(t.buffer.dtype).tiny / 2,
-                )
+                t.view[::17], t.view[3::19] = float("inf"), float("nan")
+                t.view[5::23] = torch.finfo(t.buffer.dtype).tiny / 2
             spans = [Span(who, 11) for who in ids(generator, 3)]
             lows = [low_of(generator, t) for t in thetas]
             for dtype, residuals in ((None, ()), (None, lows), (torch.float32, lows)):
@@ -727,8 +706,8 @@ def check_shards(backend, device="cpu", scale="full") -> None:
 
 
 def check_order(backend, device="cpu", scale="full") -> None:
-    """Neither the order of the list nor the company in it changes a bit: a mixed launch equals one launch a
-    tensor."""
+    """Neither the order of the list nor the company in it changes a bit:
+    a mixed launch equals one launch a tensor."""
     generator = source(check_order)
     count = 9 if scale == "quick" else 60
     sizes = torch.randint(0, 400, (count,), generator=generator).tolist()
@@ -810,8 +789,8 @@ def check_tiles(backend, device="cpu", scale="full") -> None:
 
 
 def check_clock(backend, device="cpu", scale="full") -> None:
-    """A clock is added to every step number, modulo 2^32, when the call runs; the same call later means
-    another z."""
+    """A clock is added to every step number, modulo 2^32, when the call runs;
+    the same call later means another z."""
     generator, reference = source(check_clock), Reference()
     values, who = weights((300,), torch.bfloat16, generator), ids(generator, 1)[0]
     clock, spans = torch.zeros(1, dtype=torch.int64, device=device), [Span(who)]
@@ -925,8 +904,8 @@ def check_lowrank_firsts(backend, device="cpu", scale="full") -> None:
 
 
 def check_lowrank_shapes(backend, device="cpu", scale="full") -> None:
-    """Row and column come from the number and the factors: a flattened, reshaped or transposed-shape theta is
-    the same matrix."""
+    """Row and column come from the number and the factors:
+    a flattened, reshaped or transposed-shape theta is the same matrix."""
     generator, versus = source(check_lowrank_shapes), Versus(check_lowrank_shapes, backend, device, scale)
     m, n = 24, 64
     shapes = [(m, n), (n, m), (m * n,), (m, 4, 16), (1, m * n), (m * n, 1), (2, 3, 4, 64)]
@@ -937,8 +916,8 @@ def check_lowrank_shapes(backend, device="cpu", scale="full") -> None:
 
 
 def check_lowrank_strides(backend, device="cpu", scale="full") -> None:
-    """Any stride, and matrices whose rows are longer or shorter than the tensor's; the bytes between keep
-    their sentinels."""
+    """Any stride, and matrices whose rows are longer or shorter than the tensor's;
+    the bytes between keep their sentinels."""
     generator, versus = source(check_lowrank_strides), Versus(check_lowrank_strides, backend, device, scale)
     for rounding in ("nearest", "stochastic", "residual"):
         thetas, spans = strided(generator, scale)
@@ -951,8 +930,8 @@ def check_lowrank_strides(backend, device="cpu", scale="full") -> None:
 
 
 def check_lowrank_pitch(backend, device="cpu", scale="full") -> None:
-    """Slices of columns: rows of the whole matrix, in a view of it and in a compact copy, and pitches that
-    are not its n."""
+    """Slices of columns: rows of the whole matrix,
+    in a view of it and in a compact copy, and pitches that are not its n."""
     generator, versus = source(check_lowrank_pitch), Versus(check_lowrank_pitch, backend, device, scale)
     for rounding in ("nearest", "stochastic", "residual"):
         thetas, spans = column_slices(generator, scale)
@@ -999,12 +978,10 @@ def check_lowrank_rows(backend, device="cpu", scale="full") -> None:
 
 
 def check_lowrank_arithmetic(backend, device="cpu", scale="full") -> None:
-    """Decay first, the scale last, one rounding; all roundings, factors and scales of all sizes; outs of
-    either type."""
-    generator, versus = (
-        source(check_lowrank_arithmetic),
-        Versus(check_lowrank_arithmetic, backend, device, scale),
-    )
+    """Decay first, the scale last, one rounding;
+    all roundings, factors and scales of all sizes; outs of either type."""
+    generator = source(check_lowrank_arithmetic)
+    versus = Versus(check_lowrank_arithmetic, backend, device, scale)
     # with and without aligned rows
     shapes = [(9, 40), (9, 31)] if scale == "quick" else [(19, 136), (19, 131)]
     for decay in (1.0, 0.999, 0.0, -1.5, 1e-40):
@@ -1030,18 +1007,15 @@ def check_lowrank_arithmetic(backend, device="cpu", scale="full") -> None:
 
 
 def check_lowrank_special(backend, device="cpu", scale="full") -> None:
-    """inf and NaN in the weights and in the factors, overflow to inf, subnormal results, and the exact
-    count."""
+    """inf and NaN in the weights and in the factors,
+    overflow to inf, subnormal results, and the exact count."""
     generator, versus = source(check_lowrank_special), Versus(check_lowrank_special, backend, device, scale)
     m, n = (5, 64) if scale == "quick" else (23, 304)
     for dtype in DTYPES:
         for rounding in ("nearest", "stochastic", "residual"):
             broken = weights((m, n), dtype, generator)
-            broken[::2, ::7], broken[1::2, 1::11], broken[:, 2::13] = (
-                float("inf"),
-                float("-inf"),
-                float("nan"),
-            )
+            broken[::2, ::7], broken[1::2, 1::11] = float("inf"), float("-inf")
+            broken[:, 2::13] = float("nan")
             largest = (torch.finfo(dtype).max * torch.randn(m, n, generator=generator).sign()).to(dtype)
             subnormal = (torch.randn(m, n, generator=generator) * torch.finfo(dtype).smallest_normal).to(
                 dtype
@@ -1062,8 +1036,8 @@ def check_lowrank_special(backend, device="cpu", scale="full") -> None:
 
 
 def check_lowrank_large(backend, device="cpu", scale="full") -> None:
-    """Several chunks, threads and panels, at odd sizes, among small tensors, and more panels than lie in
-    memory at once."""
+    """Several chunks, threads and panels, at odd sizes,
+    among small tensors, and more panels than lie in memory at once."""
     generator, versus = source(check_lowrank_large), Versus(check_lowrank_large, backend, device, scale)
     shapes = [(2, 3), (151, 233), (0, 4), (1, 1)]
     for dtype in DTYPES[:1] if scale == "quick" else DTYPES:

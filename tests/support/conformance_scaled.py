@@ -1,8 +1,8 @@
 """Factors of z (Batch.scales) in every verb and on every backend, bit for bit the reference: also the memory
 around the factors.
 
-As conformance.py, whose cases these checks take: each ``check_*(backend, device, scale)`` raises
-AssertionError.
+As conformance.py, whose cases these checks take:
+each ``check_*(backend, device, scale)`` raises AssertionError.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Scaled(Updates):
 
         self._scaled(f"axpy_ {direction} K={len(draws)} {rounding}", [thetas, residuals], scales, call)
 
-    def perturb(self, thetas, spans, direction, outs, scales, amounts=(1e-2, -1e-2), residuals=()) -> None:  # type: ignore[override]
+    def perturb(self, thetas, spans, direction, outs, scales, amounts=(1e-2, -1e-2), residuals=()) -> None:
         def call(backend, groups, factors, device):
             theta, low, *sides = groups
             batch = Batch(theta, located(spans, device), residuals=low or None, scales=factors)
@@ -91,8 +91,7 @@ class Scaled(Updates):
         self._scaled(f"perturb {direction}", [thetas, residuals, *outs], scales, call)
 
     def update(self, thetas, spans, rule, states, scales, direction="normal", draws=DRAWS[:1],
-        rounding="nearest",
-               residuals=()) -> None:  # type: ignore[override]  # fmt: skip
+               rounding="nearest", residuals=()) -> None:  # fmt: skip
         def call(backend, groups, factors, device):
             theta, low, *kept = groups
             numbers, a = (torch.tensor(x, device=device) for x in (USUAL[rule], (0.5, -0.25)[: len(draws)]))
@@ -200,17 +199,15 @@ def check_scaled_update(backend, device="cpu", scale="full") -> None:
             for thetas, spans in (spread, conformance.strided(generator, scale)):
                 lows = [low_of(generator, t) for t in thetas] if rounding == "residual" else []
                 spans = [s._replace(first=s.first // 8 * 8) for s in spans] if turn == 0 else spans
-                states, factors = (
-                    states_of(generator, rule, thetas, turn),
-                    factors_for(generator, thetas, turn, turn),
-                )
+                states = states_of(generator, rule, thetas, turn)
+                factors = factors_for(generator, thetas, turn, turn)
                 draws, direction = DRAWS[: 1 + turn % 2], DIRECTIONS[turn % 2]
                 versus.update(thetas, spans, rule, states, factors, direction, draws, rounding, lows)
 
 
 def check_scaled_tiles(backend, device="cpu", scale="full") -> None:
-    """Tensors of several chunks, and long enough for the tiles that share Philox blocks, with elements before
-    and after them."""
+    """Tensors of several chunks, and long enough for the tiles that share Philox blocks,
+    with elements before and after them."""
     generator, versus = source(check_scaled_tiles), Scaled(check_scaled_tiles, backend, device, scale)
     sizes = ((8225, 24), (33_000, 0)) if scale == "quick" else ((8225, 24), (70_001, 3), (36_000, 8 * 15))
     for direction in DIRECTIONS:

@@ -1,8 +1,8 @@
-"""update_ on every backend, bit for bit the reference: weights, states, low bits, memory around them, and the
-count.
+"""update_ on every backend, bit for bit the reference:
+weights, states, low bits, memory around them, and the count.
 
-As conformance.py, whose cases these checks take: each ``check_*(backend, device, scale)`` raises
-AssertionError.
+As conformance.py, whose cases these checks take:
+each ``check_*(backend, device, scale)`` raises AssertionError.
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ DRAWS, COEFFS = ((3, 1), (5, 0)), (0.5, -0.25)
 class Updates(Versus):
     def update(
         self, thetas: Sequence[Guarded], spans, rule: str, states, direction="normal", draws=DRAWS[:1],
-        coeffs=None, scalars=(),
-        rounding="nearest", residuals=(),
+        coeffs=None, scalars=(), rounding="nearest", residuals=(),
     ) -> None:  # fmt: skip
         def call(backend, groups, device):
             theta, low, *kept = groups
@@ -66,8 +65,8 @@ class Updates(Versus):
 
 
 def states_of(generator, rule: str, thetas: Sequence[Guarded], offset: int = 0) -> list[list[Guarded]]:
-    """m of any size and sign, v of any size and not below 0, zeros among both; contiguous, at any alignment
-    of float32."""
+    """m of any size and sign, v of any size and not below 0, zeros among both;
+    contiguous, at any alignment of float32."""
     kept = []
     for name in STATES[rule]:
         tensors = [filled(weights(t.shape, torch.float32, generator), offset=offset) for t in thetas]
@@ -109,12 +108,10 @@ def check_update_strides(backend, device="cpu", scale="full") -> None:
 
 
 def check_update_roundings(backend, device="cpu", scale="full") -> None:
-    """One or several draws; stochastic rounding spends the bits of the last draw's step; low bits make an
-    exact float32."""
-    generator, versus = (
-        source(check_update_roundings),
-        Updates(check_update_roundings, backend, device, scale),
-    )
+    """One or several draws; stochastic rounding spends the bits of the last draw's step;
+    low bits make an exact float32."""
+    generator = source(check_update_roundings)
+    versus = Updates(check_update_roundings, backend, device, scale)
     for rule in RULES:
         for rounding in ("nearest", "stochastic", "residual"):
             for direction, count, offset in (("normal", 2, 0), ("rademacher", 1, 3)):
@@ -132,8 +129,8 @@ def check_update_roundings(backend, device="cpu", scale="full") -> None:
 
 
 def check_update_scalars(backend, device="cpu", scale="full") -> None:
-    """Numbers of all sizes, both places of eps, zeros, and quotients and roots that are subnormal or
-    overflow."""
+    """Numbers of all sizes, both places of eps, zeros,
+    and quotients and roots that are subnormal or overflow."""
     generator, versus = source(check_update_scalars), Updates(check_update_scalars, backend, device, scale)
     size = 67 if scale == "quick" else 1003
     cases = {
@@ -162,8 +159,8 @@ def check_update_scalars(backend, device="cpu", scale="full") -> None:
 
 
 def check_update_roots(backend, device="cpu", scale="full") -> None:
-    """sqrt and division correctly rounded, over many mantissas and all exponents: theta = 0 and lr = 1 show
-    the move itself."""
+    """sqrt and division correctly rounded, over many mantissas and all exponents:
+    theta = 0 and lr = 1 show the move itself."""
     generator, versus = source(check_update_roots), Updates(check_update_roots, backend, device, scale)
     size = 2000 if scale == "quick" else 1 << 12
     theta = [filled(torch.zeros(size), offset=j) for j in range(2)]

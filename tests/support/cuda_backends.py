@@ -1,5 +1,5 @@
-"""The CUDA backend where there is no GPU: csrc/*.cu compiled for the host, and nvcc's PTX in an
-interpreter."""
+"""The CUDA backend where there is no GPU:
+csrc/*.cu compiled for the host, and nvcc's PTX in an interpreter."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def storage(tensor: torch.Tensor) -> np.ndarray:
 
 
 class OnPtx(cuda.Cuda):
-    """The backend with the interpreter in the place of zokern._cuda. Only the tensors of a call may be
-    touched."""
+    """The backend with the interpreter in the place of zokern._cuda.
+    Only the tensors of a call may be touched."""
 
     name = "cuda through PTX"
     device_type = "cpu"

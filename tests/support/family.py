@@ -1,5 +1,5 @@
-"""Small losses for tests of estimators: of parameters in layers, and of a model with a loss for each
-example."""
+"""Small losses for tests of estimators:
+of parameters in layers, and of a model with a loss for each example."""
 
 from __future__ import annotations
 

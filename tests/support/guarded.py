@@ -1,5 +1,5 @@
-"""Tensors inside guarded memory: every byte that does not belong to the tensor holds a sentinel, and so does
-every output.
+"""Tensors inside guarded memory: every byte that does not
+belong to the tensor holds a sentinel, and so does every output.
 
     buffer   [ guard | offset | t0 . t1 . t2 ... | guard ]      . = gap of a strided tensor
               A5 A5    A5 A5     A5   A5            A5 A5
@@ -32,8 +32,8 @@ BITS = {
 
 @dataclass(frozen=True)
 class Guarded:
-    """A strided tensor in a buffer of sentinels. ``view`` is the tensor; ``copy_to`` an equal one on a
-    device."""
+    """A strided tensor in a buffer of sentinels.
+    ``view`` is the tensor; ``copy_to`` an equal one on a device."""
 
     buffer: Tensor
     shape: tuple[int, ...]
@@ -51,8 +51,8 @@ class Guarded:
 def guarded(
     shape: tuple[int, ...], dtype: torch.dtype, offset: int = 0, see: Callable[[Tensor], Tensor] | None = None
 ) -> Guarded:
-    """A tensor of sentinels: ``see(contiguous tensor of this shape)``, ``offset`` elements after an aligned
-    address."""
+    """A tensor of sentinels: ``see(contiguous tensor of this shape)``,
+    ``offset`` elements after an aligned address."""
     size = torch.Size(shape).numel()
     buffer = torch.full(((2 * GUARD + offset + size) * dtype.itemsize,), SENTINEL, dtype=torch.uint8).view(
         dtype
@@ -86,6 +86,6 @@ def equal(result: Tensor, expected: Tensor, what: str) -> None:
         where = wrong.flatten().nonzero()[:, 0]
         first = int(where[0])
         raise AssertionError(
-            f"{what}: {where.numel()} of {wrong.numel()} differ, the first at {first}: "
-            f"got {result.flatten()[first].item()!r}, expected {expected.flatten()[first].item()!r}"
+            f"{what}: {where.numel()} of {wrong.numel()} differ, the first at {first}: got "
+            f"{result.flatten()[first].item()!r}, expected {expected.flatten()[first].item()!r}"
         )

@@ -112,8 +112,8 @@ def _built(edits: tuple[Edits, ...]) -> types.ModuleType:
 
 
 def mistaken(mistakes: Sequence[tuple[str, str, str]]) -> types.ModuleType:
-    """The module that makes mistake number ZO_SHIM_MISTAKE of (name, right text, wrong text), counted from 1;
-    unset: none."""
+    """The module that makes mistake number ZO_SHIM_MISTAKE of
+    (name, right text, wrong text), counted from 1; unset: none."""
     if reason := missing():
         pytest.skip(reason)
     return build(
@@ -125,8 +125,8 @@ def mistaken(mistakes: Sequence[tuple[str, str, str]]) -> types.ModuleType:
 
 
 def build(edits: Edits = ()) -> types.ModuleType:
-    """The module. With edits it is a deliberately wrong one: each is made in every source that has its text,
-    or includes it."""
+    """The module. With edits it is a deliberately wrong one:
+    each is made in every source that has its text, or includes it."""
     texts = {source: "\0".join(texts_of(source).values()) for source in SOURCES}
     for right, _ in edits:
         assert any(right in text for text in texts.values()), f"no file of csrc/ has {right!r} any more"

@@ -1,5 +1,5 @@
-"""How far lowrank_ on matrix units may be from exact arithmetic, element by element, and how much of that is
-used.
+"""How far lowrank_ on matrix units may be from exact arithmetic,
+element by element, and how much of that is used.
 
 A factor x goes in as T bfloat16 terms, each the rounding of what is left: |x - x_0 - ... - x_(T-1)| <= 2^-8T
 |x|, and |x_p| <= 2^-8p |x| to first order. Of the products x_p y_q those with p + q < T are summed. With S =

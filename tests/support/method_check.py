@@ -41,8 +41,8 @@ def check_resume(
     closure: Callable[[nn.Module], Callable[[], Tensor]] | None = None,
     again: Callable[[nn.Module], Any] | None = None,
 ) -> None:  # fmt: skip
-    """A run that is saved and loaded after some steps ends with the bits of one that is not; AssertionError
-    for others.
+    """A run that is saved and loaded after some steps ends with the bits of one that is not;
+    AssertionError for others.
 
     again  makes the optimizer that the state is loaded into; None: make"""
     ends = []
@@ -78,10 +78,8 @@ def check_method(
         alone = all(len(sides) == 1 for sides in result.losses)  # slopes are no differences of losses
         spreads.append(math.inf if alone else max(max(sides) - min(sides) for sides in result.losses))
         group = optimizer.param_groups[0]  # as they are in this step: a method may have a schedule
-        count, began = (
-            sum(t.numel() for t in formula.theta.values()),
-            0 if optimizer.factored is None else formula.basis_step(step),
-        )
+        count = sum(t.numel() for t in formula.theta.values())
+        began = 0 if optimizer.factored is None else formula.basis_step(step)
         paper = Paper(step, seed, group["eps"], group["lr"], count, began, formula.memory)
         check_step(formula, result, paper, double, weight_decay)
         with optimizer.evaluating():
@@ -95,8 +93,8 @@ def check_method(
 def check_step(
     formula: Formula, result: zokern.StepResult, paper: Paper, double: nn.Module, weight_decay: float
 ) -> None:
-    """What a step read and found, in the order in which the estimator asks on paper; moves the formula's
-    weights."""
+    """What a step read and found, in the order in which the estimator asks on paper;
+    moves the formula's weights."""
     losses = iter([loss for sides in result.losses for loss in sides])
     named, answer = iter(zip(result.draws, result.coefficients)), None
     asks = script(formula.optimizer.estimator, paper, tuple(formula.theta))

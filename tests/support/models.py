@@ -1,9 +1,9 @@
-"""Small models that the tests share. Weights come from a seed of their own, so every test sees the same
-ones."""
+"""Small models that the tests share. Weights come from a seed of their own,
+so every test sees the same ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,19 +15,9 @@ from zokern.evaluation.arena import Arena
 VOCABULARY = 37
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """For files of tiny models: a second thread has nothing to do there, and waits for the first whenever
-    cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class Tiny(nn.Module):
-    """Every kind of use in a few hundred weights: lookup, norm, products with and without bias, a parameter
-    used by hand."""
+    """Every kind of use in a few hundred weights:
+    lookup, norm, products with and without bias, a parameter used by hand."""
 
     def __init__(self, width: int = 12, dropout: float = 0.0, tied: bool = False) -> None:
         super().__init__()
@@ -104,9 +94,10 @@ def opt(attention: str = "sdpa"):
     from transformers import OPTConfig, OPTForCausalLM
 
     return OPTForCausalLM(
-        OPTConfig(vocab_size=64, hidden_size=WIDTH, ffn_dim=64, num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS, dropout=0.0,
-                  max_position_embeddings=32, word_embed_proj_dim=WIDTH, attn_implementation=attention)
+        OPTConfig(
+            vocab_size=64, hidden_size=WIDTH, ffn_dim=64, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+            dropout=0.0, max_position_embeddings=32, word_embed_proj_dim=WIDTH, attn_implementation=attention,
+        )
     )  # fmt: skip
 
 
@@ -114,9 +105,11 @@ def llama(attention: str = "sdpa"):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(
-        LlamaConfig(vocab_size=64, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-                    num_key_value_heads=2, max_position_embeddings=32, attn_implementation=attention)
+        LlamaConfig(
+            vocab_size=64, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS, num_key_value_heads=2, max_position_embeddings=32,
+            attn_implementation=attention,
+        )
     )  # fmt: skip
 
 
@@ -124,9 +117,10 @@ def gpt2(attention: str = "sdpa"):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     return GPT2LMHeadModel(
-        GPT2Config(vocab_size=64, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, n_positions=32, resid_pdrop=0.0,
-            embd_pdrop=0.0,
-                   attn_pdrop=0.0, attn_implementation=attention)
+        GPT2Config(
+            vocab_size=64, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, n_positions=32, resid_pdrop=0.0,
+            embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation=attention,
+        )
     )  # fmt: skip
 
 
@@ -134,11 +128,11 @@ def bert(attention: str = "sdpa"):
     from transformers import BertConfig, BertForSequenceClassification
 
     return BertForSequenceClassification(
-        BertConfig(vocab_size=64, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-                   max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-                   num_labels=3,
-                   attn_implementation=attention)
+        BertConfig(
+            vocab_size=64, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS, max_position_embeddings=32, hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0, num_labels=3, attn_implementation=attention,
+        )
     )  # fmt: skip
 
 
@@ -146,11 +140,11 @@ def mixtral(attention: str = "sdpa"):
     from transformers import MixtralConfig, MixtralForCausalLM
 
     return MixtralForCausalLM(
-        MixtralConfig(vocab_size=64, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-                      num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
-                      max_position_embeddings=32,
-                      attn_implementation=attention)
+        MixtralConfig(
+            vocab_size=64, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+            max_position_embeddings=32, attn_implementation=attention,
+        )
     )  # fmt: skip
 
 
@@ -158,9 +152,10 @@ def t5(attention: str = "eager"):
     from transformers import T5Config, T5ForConditionalGeneration
 
     return T5ForConditionalGeneration(
-        T5Config(vocab_size=64, d_model=WIDTH, d_kv=8, d_ff=64, num_layers=LAYERS, num_heads=HEADS,
-            dropout_rate=0.0,
-                 decoder_start_token_id=0, pad_token_id=0)
+        T5Config(
+            vocab_size=64, d_model=WIDTH, d_kv=8, d_ff=64, num_layers=LAYERS, num_heads=HEADS,
+            dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0,
+        )
     )  # fmt: skip
 
 

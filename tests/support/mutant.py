@@ -1,5 +1,5 @@
-"""Wrong versions, which a test has to reject: a function with a mistake around it, or with one expression
-replaced."""
+"""Wrong versions, which a test has to reject:
+a function with a mistake around it, or with one expression replaced."""
 
 from __future__ import annotations
 

@@ -63,8 +63,8 @@ def check_update(
     decay: float = 1.0,
     direction: str = "normal",
 ) -> None:
-    """after = decay before + sum_k amounts[k] z_k within a unit in the last place an operation; float32
-    tensors."""
+    """after = decay before + sum_k amounts[k] z_k within a
+    unit in the last place an operation; float32 tensors."""
     expected = decay * before.double()
     size = expected.abs()
     for query, amount in enumerate(amounts):

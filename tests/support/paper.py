@@ -4,8 +4,8 @@
     Slope  a draw: the derivative of the loss along z of some parameters is sent back
     Move   what the weights do: theta <- theta - lr (1/count) sum_k c_k z_k of some parameters
 
-They are told the losses that a step recorded. Where a step does not record a loss they are told what it is
-in float64.
+They are told the losses that a step recorded.
+Where a step does not record a loss they are told what it is in float64.
 """
 
 from __future__ import annotations
@@ -316,17 +316,15 @@ def by_splitting(e: Any, p: Paper, scope: tuple[str, ...]) -> Script:
 
 SCRIPTS: dict[type, Callable[..., Script]] = {
     Spsa: by_spsa, Spread: by_spread, zokern.Ranked: by_ranks, zokern.Sign: by_sign, zokern.Kernel: by_kernel,
-    zokern.Conservative: by_the_best,
-    zokern.Bayesian: by_filter, zokern.LeaveOneOut: by_the_others, zokern.Private: by_clipped_sums,
-    zokern.Guided: by_the_guide,
-    zokern.Blockwise: by_blocks, zokern.Layers: by_layers, zokern.Anchored: by_the_anchor,
-    zokern.Curvature: by_curvature,
+    zokern.Conservative: by_the_best, zokern.Bayesian: by_filter, zokern.LeaveOneOut: by_the_others,
+    zokern.Private: by_clipped_sums, zokern.Guided: by_the_guide, zokern.Blockwise: by_blocks,
+    zokern.Layers: by_layers, zokern.Anchored: by_the_anchor, zokern.Curvature: by_curvature,
     zokern.ForwardGradient: by_slopes, zokern.Mixed: by_mixing, zokern.Split: by_splitting,
 }  # fmt: skip
 
 
 def script(estimator: Any, paper: Paper, scope: tuple[str, ...]) -> Script:
-    """The generator of an estimator. An estimator that is not known is an AssertionError: write its
-    formula here."""
+    """The generator of an estimator. An estimator that is not known is an AssertionError:
+    write its formula here."""
     assert type(estimator) in SCRIPTS, f"the formula of estimator {type(estimator).__name__} is not known"
     return SCRIPTS[type(estimator)](estimator, paper, scope)

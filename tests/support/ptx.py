@@ -1,5 +1,5 @@
-"""Run one kernel of a PTX text on NumPy arrays: every thread of the grid at once, and every rounding as PTX
-defines it.
+"""Run one kernel of a PTX text on NumPy arrays:
+every thread of the grid at once, and every rounding as PTX defines it.
 
     run(text, kernel, grid, block, arguments, memory=())
 
@@ -7,8 +7,8 @@ text       PTX, of nvcc (`-ptx`) or Triton (`compiled.asm["ptx"]`)
 kernel     the entry's name, or a prefix that only one entry has; None when there is one entry
 grid       blocks: an integer or (x, y, z); block: threads per block, likewise
 arguments  one per .param: a NumPy array (its address is passed), a Python or NumPy scalar, or bytes (a struct
-           passed by value). Trailing parameters that are not given are null pointers (Triton appends scratch
-           pointers).
+           passed by value). Trailing parameters that are not given
+           are null pointers (Triton appends scratch pointers).
 memory     more arrays that the kernel may touch, for example those that a table holds pointers to
 Returns the number of instructions executed by the warp-wide scheduler, by opcode (a Counter).
 
@@ -248,8 +248,8 @@ def wide(kind: str, value: Any) -> Any:
 
 
 def compute(op: str) -> tuple[Callable, str, list[str]]:
-    """The function of an arithmetic opcode, the type of its result, and the types of its sources (the last
-    one repeats)."""
+    """The function of an arithmetic opcode, the type of its result,
+    and the types of its sources (the last one repeats)."""
     parts = op.split(".")
     base, mods, kind = parts[0], parts[1:-1], parts[-1]
     is_float = kind in ("f32", "f64", "f16", "bf16", "f32x2", "bf16x2", "f16x2", "f16x2")

@@ -1,5 +1,5 @@
-"""The methods with ranks and intervals small enough for small models, and each method's update written out in
-float64.
+"""The methods with ranks and intervals small enough for small models,
+and each method's update written out in float64.
 
 A formula takes numbers from `zokern.draw` alone, at the names of docs/stream.md, and factors from
 torch.linalg. Every value comes with a size, the same expression with magnitudes in place of numbers, so that
@@ -151,10 +151,8 @@ LOW_RANK = [
 DENSE = [name for name in METHODS if name not in LOW_RANK]
 ONE_EACH = (
     "subzero", "lozo", "lozo_m", "tezo", "tezo_m", "tezo_adam", "pgap", "fzoo", "adamezo", "lezo",
-    "mezogv_lozo", "subzero_plus",
-    "right_drawn", "both_drawn", "eggroll", "zo_muon", "zo_mopi",
-    "kerzoo_5_averaged", "conmezo_number", "mezosvrg_queries", "dizo",
-    "SparseMeZO",
+    "mezogv_lozo", "subzero_plus", "right_drawn", "both_drawn", "eggroll", "zo_muon", "zo_mopi",
+    "kerzoo_5_averaged", "conmezo_number", "mezosvrg_queries", "dizo", "SparseMeZO",
 )  # fmt: skip
 
 
@@ -271,11 +269,8 @@ class Formula:
             u, v = {"left": (numbers, v), "right": (u, numbers), "both": (numbers[:m], numbers[m:])}[moving]
         if isinstance(direction, Aligned):
             matrix = next(x for x in self.optimizer.matrices.values() if x.name == name)
-            core, u, v = (
-                self.aligned(core, matrix.extra["spectrum"].double(), name, step, query),
-                matrix.left,
-                matrix.right,
-            )
+            core = self.aligned(core, matrix.extra["spectrum"].double(), name, step, query)
+            u, v = matrix.left, matrix.right
         long = self.long(name)
         if moving == "core":
             return Factors(sized(u), sized(core * long), sized(v))
@@ -297,7 +292,7 @@ class Formula:
 
     def long(self, name: str) -> float:
         """s: the square of U C V^T has the expectation m n / s^2."""
-        direction, (m, n), r = self.optimizer.factored, self.shape(name), self.rank(name)  # type: ignore[misc]
+        direction, (m, n), r = self.optimizer.factored, self.shape(name), self.rank(name)
         if direction.norm == "unit":
             return 1.0
         square = float(r * r if direction.c is not None and not direction.c.diagonal else r)
@@ -371,10 +366,8 @@ class Formula:
         return torch.ones(()) if found is None else found.float()
 
     def mask(self, direction: Masked, name: str, step: int) -> Tensor:
-        theta, everything = (
-            self.start[name],
-            torch.cat([t.flatten() for t in self.start.values()]).abs().sort().values,
-        )
+        theta = self.start[name]
+        everything = torch.cat([t.flatten() for t in self.start.values()]).abs().sort().values
         sizes = everything if direction.scope == "global" else theta.flatten().abs().sort().values
         if direction.by == "magnitude":
             return theta.abs() <= sizes[max(1, round(direction.keep * len(sizes))) - 1]
@@ -480,8 +473,8 @@ class Formula:
             self.memory[f"{name} s"] = ((1 - alpha) * h + alpha * h * sum(squares) / len(squares)) ** -0.5
 
     def step_of_torch(self, gradient: dict[str, Tensor]) -> None:
-        """A step of the torch optimizer, in float64: one of its class and options that has seen these weights
-        from the start."""
+        """A step of the torch optimizer, in float64:
+        one of its class and options that has seen these weights from the start."""
         if "torch" not in self.memory:
             given = self.optimizer.first_order
             takes = inspect.signature(type(given)).parameters
@@ -532,20 +525,16 @@ class Formula:
         if rule.warmup and len(past) < rule.length:
             return gradient
         one, two = rule.betas
-        first, second = (
-            sum_of([g * one**j for j, g in enumerate(past)]),
-            sum(g.value**2 * two**j for j, g in enumerate(past)),
-        )
+        first = sum_of([g * one**j for j, g in enumerate(past)])
+        second = sum(g.value**2 * two**j for j, g in enumerate(past))
         return first * (rule.scale / (second.sqrt() + rule.eps))
 
     def average(self, name: str, gradient: Sized, lr: float, weight_decay: float) -> None:
         """KerZOO's acceleration: fast weights, and their average."""
         theta = Sized(self.theta[name], self.size[name])
         fast, count = self.memory.get(name, (theta, 0))
-        fast, share = (
-            fast * (1.0 - lr * weight_decay) + gradient * -lr,
-            1.0 / (1.0 + count / self.optimizer.rule.span),
-        )
+        fast = fast * (1.0 - lr * weight_decay) + gradient * -lr
+        share = 1.0 / (1.0 + count / self.optimizer.rule.span)
         self.memory[name] = fast, count + 1
         self.theta[name], self.size[name] = theta * (1.0 - share) + fast * share
 
@@ -557,11 +546,9 @@ class Formula:
         zero = gradient * 0.0
         first, second, count = self.memory.get(name, (zero, zero, 0))
         squared, (one, two) = Sized(gradient.value**2, gradient.value**2), self.optimizer.rule.betas
-        first, second, count = (
-            first * one + gradient * (1 - one),
-            second * two + squared * (1 - two),
-            count + 1,
-        )
+        first = first * one + gradient * (1 - one)
+        second = second * two + squared * (1 - two)
+        count = count + 1
         self.memory[name] = first, second, count
         if self.optimizer.rule.bias_correction:
             return first * (1.0 / (1.0 - one**count)), second * (1.0 / (1.0 - two**count))
@@ -601,7 +588,7 @@ class Formula:
     def orthogonal(self, name: str, total: Sized) -> Sized:
         """t O of the average of the estimates: by an eigendecomposition of M^T M, without an iteration of
         matrices; or one power step."""
-        rule, direction, (m, n) = self.optimizer.rule, self.optimizer.factored, self.shape(name)  # type: ignore[misc]
+        rule, direction, (m, n) = self.optimizer.rule, self.optimizer.factored, self.shape(name)
         old = self.memory.get(name)
         average = (
             total

@@ -26,7 +26,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from models import one_thread  # noqa: F401 (a fixture)
 from readings import clones
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -115,9 +114,10 @@ def encoder() -> Setup:
 
 # torch's fast path writes zeros into the padding. Without it the loss is another, of nearly the same slope.
 for stencil in ("central", "forward"):
-    CASES.append(Case(f"m01 fast path {stencil}", encoder, "MeZO", dict(stencil=stencil, seed=1), 1e-3,
-        tol=0.3,
-                      ulps=200, exact=False))  # fmt: skip
+    CASES.append(Case(
+        f"m01 fast path {stencil}", encoder, "MeZO", dict(stencil=stencil, seed=1), 1e-3, tol=0.3, ulps=200,
+        exact=False,
+    ))  # fmt: skip
 CASES.append(
     Case("m01 fast path FZOO", encoder, "FZOO", dict(queries=4), 1e-3, tol=0.3, ulps=200, exact=False)
 )
@@ -252,10 +252,8 @@ def first_batch() -> Setup:
                 self.fresh = False
             return x * self.scale
 
-    net, x = (
-        nn.Sequential(nn.Linear(8, 8), ActNorm(), nn.Linear(8, 8), ActNorm(), nn.Linear(8, 1)),
-        torch.randn(6, 8),
-    )
+    net = nn.Sequential(nn.Linear(8, 8), ActNorm(), nn.Linear(8, 8), ActNorm(), nn.Linear(8, 1))
+    x = torch.randn(6, 8)
     return Setup(net, lambda: net(x).tanh().square().mean())
 
 
@@ -481,21 +479,24 @@ def contexts() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
         "autocast": (lambda: torch.autocast("cpu", enabled=False), lambda: torch.is_autocast_enabled("cpu")),
         "enable_grad": (torch.enable_grad, torch.is_grad_enabled),
         "inference_mode": (torch.inference_mode, torch.is_inference_mode_enabled),
-        "deterministic": (lambda: swapped(torch.are_deterministic_algorithms_enabled,
-            torch.use_deterministic_algorithms,
-                                          True), torch.are_deterministic_algorithms_enabled),
-        "matmul precision": (lambda: swapped(torch.get_float32_matmul_precision,
-            torch.set_float32_matmul_precision,
-                                             "high"), torch.get_float32_matmul_precision),
+        "deterministic": (
+            lambda: swapped(
+                torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True),
+            torch.are_deterministic_algorithms_enabled),
+        "matmul precision": (
+            lambda: swapped(
+                torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "high"),
+            torch.get_float32_matmul_precision),
         "fork_rng": (lambda: torch.random.fork_rng(devices=[]), lambda: torch.get_rng_state().tolist()),
         "detect_anomaly": (lambda: torch.autograd.set_detect_anomaly(True), torch.is_anomaly_enabled),
         "saved tensors": (lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
             lambda: None),
         "numpy errors": (lambda: np.errstate(all="ignore"), np.geterr),
         "log level": (lambda: swapped(lambda: LOG.level, LOG.setLevel, logging.ERROR), lambda: LOG.level),
-        "environment": (lambda: swapped(env,
-            lambda v: os.environ.pop("ZOKERN_TEST_REPORTS", None) if v is None
-                                        else os.environ.update(ZOKERN_TEST_REPORTS=v), "1"), env),
+        "environment": (
+            lambda: swapped(env, lambda v: os.environ.pop("ZOKERN_TEST_REPORTS", None) if v is None
+                            else os.environ.update(ZOKERN_TEST_REPORTS=v), "1"),
+            env),
         "recursion limit": (lambda: swapped(sys.getrecursionlimit, sys.setrecursionlimit, 5000),
             sys.getrecursionlimit),
         "decimal": (DECIMAL.localcontext, lambda: id(DECIMAL.getcontext())),
@@ -538,8 +539,10 @@ def depth() -> Setup:
     return Setup(net, square(net, x), look=lambda: net.depth)
 
 
-@case("m16", over={f.__name__: f for f in (threading.Lock, threading.RLock, threading.Semaphore, threading.Condition)},
-      method="SubZero", options=dict(reshape="none"), eps=1e-3, ulps=64)  # fmt: skip
+LOCKS = {f.__name__: f for f in (threading.Lock, threading.RLock, threading.Semaphore, threading.Condition)}
+
+
+@case("m16", over=LOCKS, method="SubZero", options=dict(reshape="none"), eps=1e-3, ulps=64)
 def locked(make: Callable[[], Any]) -> Setup:
     lock, net, x = make(), nn.Linear(300, 300), torch.randn(4, 300)
 
@@ -595,11 +598,8 @@ def rows_mix_later(by: str) -> Setup:
             mixes = self.training if by == "mode" else x.shape[0] > 4
             return 4 * x / x.norm() if mixes else x / 2
 
-    net, x, now = (
-        nn.Sequential(nn.Linear(16, 32), Later(), nn.Tanh(), nn.Linear(32, 2)).eval(),
-        torch.randn(16, 16),
-        {},
-    )
+    net = nn.Sequential(nn.Linear(16, 32), Later(), nn.Tanh(), nn.Linear(32, 2)).eval()
+    x, now = torch.randn(16, 16), {}
 
     def each(step: int) -> None:
         now["x"] = x[: 4 + 4 * step] if by == "length" else x
@@ -675,11 +675,8 @@ def table(use: Callable[[Tensor, nn.Linear, Tensor], Tensor]) -> Setup:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.layer, self.table = (
-                nn.Linear(64, 300),
-                nn.Linear(300, 300),
-                nn.Parameter(torch.randn(10, 300)),
-            )
+            self.a, self.layer = nn.Linear(64, 300), nn.Linear(300, 300)
+            self.table = nn.Parameter(torch.randn(10, 300))
 
         def forward(self, x: Tensor) -> Tensor:
             return use(torch.tanh(self.a(x)), self.layer, self.table)
@@ -907,10 +904,8 @@ def spectral(norm: Callable[[nn.Module], nn.Module]) -> Setup:
 @case("m37 offloaded frozen weights")
 def offloaded() -> Setup:
     accelerate = pytest.importorskip("accelerate", reason="the report is about accelerate's hooks")
-    net, x = (
-        nn.Sequential(nn.Linear(8, 8).requires_grad_(False), nn.Tanh(), nn.Linear(8, 1)),
-        torch.randn(4, 8),
-    )
+    net = nn.Sequential(nn.Linear(8, 8).requires_grad_(False), nn.Tanh(), nn.Linear(8, 1))
+    x = torch.randn(4, 8)
     accelerate.cpu_offload(net[0], execution_device="cpu")
     return Setup(net, square(net, x))
 
@@ -942,10 +937,8 @@ def router(cast: Callable[[nn.Linear, Tensor], Any]) -> Setup:
 
 @case("K13 a frozen weight that is loaded at each forward")
 def frozen_loaded() -> Setup:
-    net, x = (
-        nn.Sequential(nn.Linear(8, 8).requires_grad_(False), nn.Tanh(), nn.Linear(8, 1)),
-        torch.randn(4, 8),
-    )
+    net = nn.Sequential(nn.Linear(8, 8).requires_grad_(False), nn.Tanh(), nn.Linear(8, 1))
+    x = torch.randn(4, 8)
     disk = net[0].weight.detach().clone()
 
     def load(module: nn.Module, _: Any) -> None:
@@ -962,10 +955,8 @@ def rescaled() -> Setup:
     sizes = dict(
         vocab_size=100, hidden_size=32, num_hidden_layers=4, rescale_every=2, attention_hidden_size=32
     )
-    net, ids = (
-        RwkvForCausalLM(RwkvConfig(**sizes, intermediate_size=64)).eval(),
-        torch.randint(0, 100, (2, 9)),
-    )
+    net = RwkvForCausalLM(RwkvConfig(**sizes, intermediate_size=64)).eval()
+    ids = torch.randint(0, 100, (2, 9))
     return Setup(net, lambda: net(input_ids=ids, labels=ids).loss)
 
 

@@ -28,8 +28,8 @@ ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 NVCC_FLAGS = ("-std=c++17", "-O3", "-fmad=false")
 TERM, DECAYED_TERM, TERMS, STEPS = range(4)  # Sum of axpy.cu
 
-# Instructions that the stream's arithmetic must not contain, and why. Each pattern is matched at the start of
-# an instruction.
+# Instructions that the stream's arithmetic must not contain, and why.
+# Each pattern is matched at the start of an instruction.
 FORBIDDEN = {
     "approximate function unit": r"MUFU",
     "flush to zero": r"\S*\.FTZ",
@@ -102,8 +102,8 @@ def included(source: Path) -> set[Path]:
 def shipped(
     sources: Sequence[Path], namespace: str, folder: Path, module: Path = MODULE
 ) -> dict[str, list[Path]]:
-    """The cubins by architecture that zokern._cuda has of some source files, whose kernels are all in one
-    namespace of zo.
+    """The cubins by architecture that zokern._cuda has of some source files,
+    whose kernels are all in one namespace of zo.
 
     None where a file that the sources are made of is newer than the module.
     """
@@ -200,8 +200,8 @@ def histogram(code: list[Instruction]) -> Counter[str]:
 
 
 def arithmetic(code: list[Instruction]) -> dict[str, int]:
-    """How many float32 multiplications, additions and fused multiply-adds: equal to the PTX's if nothing was
-    contracted."""
+    """How many float32 multiplications, additions and fused multiply-adds:
+    equal to the PTX's if nothing was contracted."""
     return {
         name: sum(re.match(rf"{name}\b", i.name) is not None for i in code)
         for name in ("FFMA", "FMUL", "FADD")
@@ -252,8 +252,8 @@ def tile(
 
 @dataclass
 class Run:
-    """The loops of `sums` or `steps` in axpy.cu over normal terms, by how often an instruction runs for a
-    thread's units."""
+    """The loops of `sums` or `steps` in axpy.cu over normal terms,
+    by how often an instruction runs for a thread's units."""
 
     units: int  # of eight elements, that a thread has in a turn
     turn: list[Instruction]  # once for one sum, or for every 32 steps
@@ -273,8 +273,8 @@ class Run:
 
 
 def many(function: Function, accesses: int = 1) -> Run:
-    """Of TERMS or STEPS, with this many 16-byte loads and stores a unit. Sums of more than 32 terms have more
-    loops inside."""
+    """Of TERMS or STEPS, with this many 16-byte loads and stores a unit.
+    Sums of more than 32 terms have more loops inside."""
 
     def within(inner: list[Instruction], outer: list[Instruction]) -> bool:
         return (
@@ -333,11 +333,8 @@ def disassemble(cubin: Path) -> dict[str, Function]:
     pattern = r"Function (\S+?):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)"
     for name, registers, stack, local in re.findall(pattern, usage.stdout + usage.stderr):
         if name in functions:
-            functions[name].registers, functions[name].stack, functions[name].local = (
-                int(registers),
-                int(stack),
-                int(local),
-            )
+            functions[name].registers, functions[name].stack = int(registers), int(stack)
+            functions[name].local = int(local)
     return functions
 
 
@@ -353,7 +350,8 @@ def symbol(verb: str, direction: int = 0, rounding: int | None = None, terms: in
 def update_symbol(direction: int, rule: int, rounding: int, kind: str = "") -> str:
     """The same of csrc/update.cu; kind 'scaled_': with factors of z."""
     stem = f"{kind}update_kernel"
-    return f"_ZN2zo7updates{len(stem)}{stem}ILNS_9DirectionE{direction}ELNS_4RuleE{rule}ELNS_8RoundingE{rounding}E"
+    arguments = f"LNS_9DirectionE{direction}ELNS_4RuleE{rule}ELNS_8RoundingE{rounding}E"
+    return f"_ZN2zo7updates{len(stem)}{stem}I{arguments}"
 
 
 # bfloat16 terms that lowrank.cu splits a float32 factor into, by the type of theta and the rank

@@ -20,8 +20,8 @@ def row(
     per=1.0,
     cost=2,
 ) -> dict:
-    """A row with checks at 0, 25, ... forwards. per: processor seconds of a forward; cost: forwards of a
-    step."""
+    """A row with checks at 0, 25, ... forwards. per:
+    processor seconds of a forward; cost: forwards of a step."""
     points = [
         {
             "forwards": 25 * k, "steps": 25 * k // cost, "right": round(a * ROWS), "rows": ROWS, "loss": loss,

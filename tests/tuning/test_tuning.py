@@ -1,5 +1,5 @@
-"""Tuning: eps between rounding and curvature, lr from the expected fall, and an optimizer that is as it
-was."""
+"""Tuning: eps between rounding and curvature,
+lr from the expected fall, and an optimizer that is as it was."""
 
 from __future__ import annotations
 
@@ -63,10 +63,8 @@ def check_reach(tuner) -> None:
     """lr changes no weight by more than `reach`, root mean square: reach / |c|, for Adam reach itself; a long
     one bounds nothing."""
     model = Loss(slope=0.3)
-    free, bound = (
-        tuner(zokern.MeZO(model, lr=1.0), model),
-        tuner(zokern.MeZO(model, lr=1.0), model, reach=1e-4),
-    )
+    free = tuner(zokern.MeZO(model, lr=1.0), model)
+    bound = tuner(zokern.MeZO(model, lr=1.0), model, reach=1e-4)
     assert bound.lr == pytest.approx(1e-4 / math.sqrt(bound.fall), rel=1e-6) and bound.lr < free.lr
     assert tuner(zokern.MeZO(model, lr=1.0), model, reach=1.0).lr == free.lr
     assert tuner(zokern.MeZO(model, lr=1.0, rule=zokern.Adam()), model, reach=1e-4).lr == pytest.approx(1e-4)

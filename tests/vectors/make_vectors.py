@@ -49,8 +49,8 @@ def named(names: tuple[int, int, int, int], **rest) -> dict:
 
 
 def direction_vectors(direction: str) -> dict:
-    """Values at the limits of blocks and of 32-bit indices, digests of long runs, and 2^26 values in
-    pieces."""
+    """Values at the limits of blocks and of 32-bit indices,
+    digests of long runs, and 2^26 values in pieces."""
     values, digests = [], []
     for names in NAMES:
         for first in FIRSTS:
@@ -84,10 +84,8 @@ def rounding_vectors() -> dict:
             )
     edges = [
         0, 1, 0x7FFF, 0x8000, 0x8001, 0x7FFFFF, 0x800000, 0x337FFFFF, 0x33000000, 0x33000001, 0x33800000,
-        0x387FFFFF,
-        0x38800000, 0x38801000, 0x38803000, 0x3F800000, 0x3F808000, 0x3F818000, 0x3F7FFFFF, 0x477FEFFF,
-        0x477FF000, 0x7F7F7FFF,
-        0x7F7F8000, 0x7F7FFFFF, 0x7F800000,
+        0x387FFFFF, 0x38800000, 0x38801000, 0x38803000, 0x3F800000, 0x3F808000, 0x3F818000, 0x3F7FFFFF,
+        0x477FEFFF, 0x477FF000, 0x7F7F7FFF, 0x7F7F8000, 0x7F7FFFFF, 0x7F800000,
     ]  # fmt: skip
     generator = torch.Generator().manual_seed(1)
     wild = torch.randint(0, 0x7F800000, (40,), generator=generator).tolist()

@@ -1,5 +1,5 @@
-"""Directions: what z is. One file each; a direction is a name, a block size and the map from words to
-values."""
+"""Directions: what z is. One file each;
+a direction is a name, a block size and the map from words to values."""
 
 from __future__ import annotations
 
@@ -43,16 +43,15 @@ def resolve(direction: str | Direction) -> Direction:
 
 
 def parts(direction: Any) -> tuple[LowRank | None, Scaled | None, Direction]:
-    """Returns the low-rank and the scaled direction that a direction is, and the dense one that it is made
-    of.
+    """Returns the low-rank and the scaled direction that a direction is,
+    and the dense one that it is made of.
 
     Raises ValueError for a low-rank direction whose dense part has factors."""
     if isinstance(direction, LowRank):
         if isinstance(direction.dense, Scaled):
             raise ValueError(
                 f"direction {direction.name!r} has dense={direction.dense.name!r}; expected a direction "
-                "without factors: a scale of "
-                "single elements goes with dense directions only"
+                "without factors: a scale of single elements goes with dense directions only"
             )
         return direction, None, resolve(direction.dense)
     if isinstance(direction, Scaled):

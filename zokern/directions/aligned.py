@@ -40,8 +40,7 @@ class Aligned(Subspace):
 
     def __init__(
         self, rank: int = 128, interval: int = 100, delta: float = 2.0, steps: int | None = None,
-        sign: str = "matrix", norm: str = "matched",
-        reshape: str = "none", dense: Any = None,
+        sign: str = "matrix", norm: str = "matched", reshape: str = "none", dense: Any = None,
     ) -> None:  # fmt: skip
         super().__init__(rank, interval, norm, reshape, dense)
         delta = within("delta", delta, 0.0, math.inf, "a finite number, at least 0")
@@ -67,9 +66,10 @@ class Aligned(Subspace):
             signs = [1.0 if float(one) >= 0.0 else -1.0] * len(matrices)
         reach = math.sqrt(self.delta_at(step))
         spectra = [m.extra.get("spectrum") for m in matrices]
-        align_([core for core, s in zip(cores, spectra) if s is not None],
-            [s for s in spectra if s is not None],
-               [xi * reach for xi, s in zip(signs, spectra) if s is not None])  # fmt: skip
+        align_(
+            [core for core, s in zip(cores, spectra) if s is not None], [s for s in spectra if s is not None],
+            [xi * reach for xi, s in zip(signs, spectra) if s is not None],
+        )  # fmt: skip
         return list(torch._foreach_mul(cores, [self.scale(m) for m in matrices]))
 
 

@@ -92,8 +92,8 @@ class Source(Protocol):
         self, matrix: Matrix, draws: Sequence[tuple[int, int]], weights: Sequence[float], omega: Tensor,
         transposed: bool = False
     ) -> Tensor:  # fmt: skip
-        """Returns G omega, or G^T omega, of G = sum_k weights[k] z_k with dense normal z_k of (step, draw
-        word), float32."""
+        """Returns G omega, or G^T omega, of G = sum_k weights[k]
+        z_k with dense normal z_k of (step, draw word), float32."""
 
 
 @dataclass(frozen=True)
@@ -109,15 +109,15 @@ class Kept:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A factor of normals that is drawn for every step and query. diagonal: of the core, its diagonal
-    alone."""
+    """A factor of normals that is drawn for every step and query.
+    diagonal: of the core, its diagonal alone."""
 
     diagonal: bool = False
 
 
 def matrix_shape(tensor: Tensor) -> tuple[int, int] | None:
-    """(m, n) of a parameter that is a matrix once dimensions of size 1 are dropped; None for vectors and
-    stacks."""
+    """(m, n) of a parameter that is a matrix once dimensions of size 1 are dropped;
+    None for vectors and stacks."""
     shape = [size for size in tensor.shape if size != 1]
     return (shape[0], shape[1]) if len(shape) == 2 else None
 
@@ -261,8 +261,8 @@ class LowRank:
         return math.sqrt(math.prod(sizes)) / math.sqrt(terms)
 
     def draws(self, matrices: Sequence[Matrix], source: Source, step: int, draw: int) -> list[Tensor]:
-        """Returns, for each matrix, what is drawn of s U C V^T with s in it (in U where U and V are),
-        float32."""
+        """Returns, for each matrix, what is drawn of s U C
+        V^T with s in it (in U where U and V are), float32."""
         if self.c is not None and self.c.diagonal:
             found = [torch.diag(tau) for tau in source(matrices, [(m.rank,) for m in matrices], step, draw)]
         else:
@@ -286,8 +286,8 @@ class LowRank:
 
 
 class Measured(LowRank):
-    """A low-rank direction whose kept factors come from losses, as P-GAP's. `state` is what a resumed run
-    needs of them."""
+    """A low-rank direction whose kept factors come from losses, as P-GAP's.
+    `state` is what a resumed run needs of them."""
 
     def measure(self, oracle: Any, plan: Any) -> None:
         """Reads what the basis of this step needs; called before the bases of a step are drawn."""
@@ -353,6 +353,5 @@ class Diagonal(LowRank):
 
 __all__ = [
     "LEFT", "RIGHT", "Diagonal", "Drawn", "Kept", "Lazy", "LowRank", "Matrix", "Measured", "Source",
-    "Subspace", "matrix_shape",
-    "near_square",
+    "Subspace", "matrix_shape", "near_square",
 ]  # fmt: skip

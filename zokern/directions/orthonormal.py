@@ -48,8 +48,8 @@ def orthonormal(xs: list[Tensor]) -> list[Tensor]:
     """For each float32 (m, r) with m >= r and independent columns: float32 (m, r), Q of its QR decomposition
     with diag(R) > 0.
 
-    Of a matrix of standard normals this is Haar distributed (Mezzadri 2007). Equal bits on every device and
-    thread count.
+    Of a matrix of standard normals this is Haar distributed (Mezzadri 2007).
+    Equal bits on every device and thread count.
     """
     results = list(xs)
     by_shape: dict[tuple, list[int]] = {}

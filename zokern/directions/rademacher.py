@@ -1,5 +1,5 @@
-"""Direction ``rademacher``: independent signs, 128 a Philox block. The definition of csrc/zo/rademacher.h, in
-PyTorch.
+"""Direction ``rademacher``: independent signs, 128 a Philox block.
+The definition of csrc/zo/rademacher.h, in PyTorch.
 
 Element i is -1 where bit i mod 32 of word (i mod 128) div 32 of block i div 128 is set, +1 elsewhere. Spall
 1992.

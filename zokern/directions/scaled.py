@@ -62,8 +62,8 @@ class Scaled:
         self, names: Sequence[str], tensors: Sequence[Tensor], states: Sequence[dict], normals: Normals,
         born: int
     ) -> list[Tensor | None]:  # fmt: skip
-        """Returns the factors of every tensor. states: the optimizer's state of each, where what lasts is
-        kept."""
+        """Returns the factors of every tensor. states:
+        the optimizer's state of each, where what lasts is kept."""
         if isinstance(self.scales, Mapping) and (unknown := sorted(self.scales.keys() - {*names})):
             raise ValueError(
                 f"scales has {unknown}; expected names of trained dense parameters, such as {list(names)[:2]}"
@@ -120,8 +120,8 @@ class Curved(Scaled):
 
 
 class Masked(Scaled):
-    """z' = z * m, m in {0, 1}: a share of the elements is perturbed and moves. The others move by weight
-    decay alone.
+    """z' = z * m, m in {0, 1}: a share of the elements is perturbed and moves.
+    The others move by weight decay alone.
 
     keep   the share that moves, 0 < keep <= 1; its complement is the papers' sparsity
     by     'random': the elements where u < keep, u = Phi(normal of the stream, purpose `mask`), redrawn every
@@ -151,13 +151,8 @@ class Masked(Scaled):
         ):
             if value not in known:
                 raise ValueError(f"{what} is {value!r}; expected one of {list(known)}")
-        self.keep, self.by, self.every, self.scope, self.base = (
-            keep,
-            by,
-            whole_number("every", every),
-            scope,
-            base,
-        )
+        self.keep, self.by, self.every = keep, by, whole_number("every", every)
+        self.scope, self.base = scope, base
 
     def born(self, step: int) -> int:
         return step - step % self.every if self.by == "random" else 0
@@ -174,8 +169,8 @@ class Masked(Scaled):
         return [normals.below(i, born, WORD, limit) for i, limit in enumerate(limits)]
 
     def _measure(self, tensors: Sequence[Tensor], states: Sequence[dict]) -> None:
-        """Keeps what is read off the weights of a parameter when it is first seen: its mask, or the share of
-        it that moves."""
+        """Keeps what is read off the weights of a parameter when it is first seen:
+        its mask, or the share of it that moves."""
         key = "mask" if self.by == "magnitude" else "keep"
         new = [i for i, state in enumerate(states) if key not in state]
         if not new or (self.by, self.scope) == ("random", "layer"):

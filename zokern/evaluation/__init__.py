@@ -38,6 +38,5 @@ def resolve(evaluation: str | Evaluation) -> Evaluation:
 
 __all__ = [
     "EVALUATIONS", "THETA", "Auto", "Evaluation", "InPlace", "Isolation", "Jvp", "Master", "NotRepeatable",
-    "Paired", "Point",
-    "Record", "Refused", "Scratch", "loss_tensor", "resolve",
+    "Paired", "Point", "Record", "Refused", "Scratch", "loss_tensor", "resolve",
 ]  # fmt: skip

@@ -9,8 +9,8 @@ ALIGN = 64  # bytes: a cache line, and the widest vector
 
 
 class Arena:
-    """One reused piece of memory per device: residents from the bottom, the tiles of the current call above
-    them."""
+    """One reused piece of memory per device:
+    residents from the bottom, the tiles of the current call above them."""
 
     def __init__(self, budget: int) -> None:
         self.budget = budget

@@ -1,7 +1,7 @@
 """Attention under torch.vmap: the mapped dimension becomes a part of the batch, in one call for all sides.
 
-torch has no mapping rule for its CPU attention and calls it once for each side (five times the cost on short
-batches).
+torch has no mapping rule for its CPU attention and calls it
+once for each side (five times the cost on short batches).
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 @contextmanager
 def folding() -> Iterator[None]:
-    """Lets models that look F.scaled_dot_product_attention up find the function above; it passes on what is
-    not mapped."""
+    """Lets models that look F.scaled_dot_product_attention up find the function above;
+    it passes on what is not mapped."""
     before, F.scaled_dot_product_attention = F.scaled_dot_product_attention, folded
     try:
         yield

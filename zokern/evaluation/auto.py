@@ -31,8 +31,8 @@ from .scratch import MIB, Scratch
 from .trust import fits
 
 ROWS = (
-    # tokens or other inputs of the model up to which 'paired' is chosen for a dense z: it is generated once
-    # for both sides
+    # tokens or other inputs of the model up to which 'paired' is chosen for a dense z:
+    # it is generated once for both sides
     512
 )
 FACTORED = gemm.JOIN // 2  # the same where z is factored: up to there W is read once

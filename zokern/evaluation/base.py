@@ -30,8 +30,8 @@ THETA = Point()
 
 
 class Refused(RuntimeError):
-    """An evaluation cannot read this closure right; the message says why. Evaluation 'auto' goes on with
-    another."""
+    """An evaluation cannot read this closure right;
+    the message says why. Evaluation 'auto' goes on with another."""
 
 
 class NotRepeatable(RuntimeError):
@@ -40,10 +40,8 @@ class NotRepeatable(RuntimeError):
     def __init__(self, first: float, again: float) -> None:
         super().__init__(
             f"the closure returned {first!r} and then {again!r} for the same weights: it advances a data "
-            "iterator, a cache or a "
-            "random generator of its own, or changes its batch, so the two sides of a pair do not measure "
-            "the same loss; take the "
-            "batch, and what changes, outside the closure"
+            "iterator, a cache or a random generator of its own, or changes its batch, so the two sides of a "
+            "pair do not measure the same loss; take the batch, and what changes, outside the closure"
         )
 
 

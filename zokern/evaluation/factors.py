@@ -1,5 +1,5 @@
-"""Factors: the low-rank part of theta + eps sum_k a_k z_k for one matrix, at each of the points that are read
-together.
+"""Factors: the low-rank part of theta + eps sum_k a_k z_k for one matrix,
+at each of the points that are read together.
 
     theta + eps sum_k a_k z_k = shrink W + L C R^T,   (L, C, R) = Matrix.factors(M),   M = pending + eps sum_k
     a_k draw_k
@@ -91,21 +91,17 @@ class Factors:
         self.ends.update(zip(keys, ends_of(matrices, middles, group.backend)))
 
     def stack(self, group: Group, positions: Sequence[int], out: Tensor) -> None:
-        """out[side, j] <- shrink W + L C R^T of matrices of one shape, float32, by one batched product for
-        each side.
+        """out[side, j] <- shrink W + L C R^T of matrices of one shape,
+        float32, by one batched product for each side.
 
-        out is (sides, matrices, *shape of W). A launch for hundreds of small matrices spends more on their
-        addresses."""
+        out is (sides, matrices, *shape of W). A launch for hundreds
+        of small matrices spends more on their addresses."""
         matrices = [group.matrices[i] for i in positions]  # type: ignore[index]
-        lefts, rights, first, g = (
-            [m.left for m in matrices],
-            [m.right for m in matrices],
-            matrices[0],
-            self.number[id(group)],
-        )
+        lefts, rights = [m.left for m in matrices], [m.right for m in matrices]
+        first, g = matrices[0], self.number[id(group)]
         known = group.memo.get(("bases", positions[0]))
         if known is None or not same([*lefts, *rights], known[0]):
-            left, right = (None if kept[0] is None else torch.stack(kept) for kept in (lefts, rights))  # type: ignore[arg-type]
+            left, right = _bases(lefts), _bases(rights)
             index = constant(tuple(positions), torch.int64, group.theta[0].device)
             known = group.memo["bases", positions[0]] = [*lefts, *rights], left, right, index
         _, left, right, index = known
@@ -125,8 +121,8 @@ class Factors:
                 torch.baddbmm(weights, before, after.mT, beta=first.shrink, out=target)
 
     def parts(self, group: Group, i: int, sides: Sequence[int], transposed: bool) -> list[Thin]:
-        """Returns the thin products beside x W^T (transposed: x W), those of sides that share a factor in one
-        part."""
+        """Returns the thin products beside x W^T (transposed: x W),
+        those of sides that share a factor in one part."""
         assert group.matrices is not None
         matrix, g = group.matrices[i], self.number[id(group)]
         moved = [j for j, side in enumerate(sides) if g in self.middles[side]]
@@ -143,8 +139,8 @@ class Factors:
     def _wide_parts(
         self, group: Group, i: int, sides: Sequence[int], moved: list[int], transposed: bool
     ) -> list[Thin]:
-        """Returns the thin products where U, V or both are drawn: sides of the same draws share the wide
-        factors.
+        """Returns the thin products where U, V or both are drawn:
+        sides of the same draws share the wide factors.
 
         pending + sum_k s_k draw_k = (pending draw_1 ...) (1; s_1; ...)"""
         assert group.matrices is not None
@@ -174,6 +170,12 @@ class Factors:
             )
             parts.append(Thin(members, narrow, middles.mT if kept is None and not free else middles, last))
         return parts
+
+
+def _bases(kept: Sequence[Tensor | None]) -> Tensor | None:
+    """Returns the kept factors of matrices of one shape in one tensor; None where each step draws them."""
+    here = [factor for factor in kept if factor is not None]
+    return torch.stack(here) if here else None
 
 
 @lru_cache(maxsize=64)

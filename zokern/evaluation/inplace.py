@@ -1,5 +1,5 @@
-"""Evaluation ``inplace``: the weights themselves move to each point and back, by arithmetic; no memory beside
-them.
+"""Evaluation ``inplace``: the weights themselves move to each point and back,
+by arithmetic; no memory beside them.
 
 In 16 bits every move rounds: at lr = 0 and eps = 1e-3, bfloat16 weights of size 0.02 drift by 12 % in 1000
 steps. Float32 weights come back to the last bit or the one before. An exception in the loss restores by the

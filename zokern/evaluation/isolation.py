@@ -51,8 +51,8 @@ class Isolation:
         self._copy(self.state.tensors)
 
     def _frozen(self) -> Fingerprint:
-        """Returns where the frozen weights lie now; tied names of trained ones hold copies while a closure
-        runs."""
+        """Returns where the frozen weights lie now;
+        tied names of trained ones hold copies while a closure runs."""
         trained = {id(t) for group in self.plan.groups for objects in group.objects for t in objects}
         slots = [t for t in self.tree.slots if isinstance(t, Tensor) and id(t) not in trained]
         return Fingerprint([t for t in slots if not t.is_meta and has_memory(t)])
@@ -82,8 +82,8 @@ class Isolation:
 
     @contextmanager
     def session(self, eager: bool) -> Iterator[None]:
-        """Surrounds the readings of one call: streams are put back, and inputs of the root modules are
-        measured.
+        """Surrounds the readings of one call: streams are put back,
+        and inputs of the root modules are measured.
 
         eager  run torch.compile'd modules as the Python that they were compiled from"""
         hooks = [
@@ -103,8 +103,8 @@ class Isolation:
                 hook.remove()
 
     def _discover(self, module: nn.Module, args: tuple) -> None:
-        """Isolates a module that holds trained parameters, before its first forward; its parts are isolated
-        with it."""
+        """Isolates a module that holds trained parameters, before its first forward;
+        its parts are isolated with it."""
         if any(module in isolation.tree.members for isolation in self.found):
             return
         if any(id(p) in self.trained for p in module.parameters()) and _takes_hooks(module):
@@ -158,8 +158,7 @@ class Isolation:
         if any(converted):
             raise RuntimeError(
                 "the first forward of the model changed frozen weights, as quantised ones do that are "
-                "repacked then: run one forward under "
-                "torch.no_grad() before the first step"
+                "repacked then: run one forward under torch.no_grad() before the first step"
             )
         for isolation in (self, *self.found):
             isolation._check()
@@ -203,15 +202,14 @@ class Isolation:
                     del d[key]
 
     def _check(self) -> None:
-        """Raises if the closure replaced a weight or a module that holds one, or changed a buffer that cannot
-        be put back."""
+        """Raises if the closure replaced a weight or a module that holds one,
+        or changed a buffer that cannot be put back."""
         if self.moved:
             self._check_modules()
         if self.lost:
             raise RuntimeError(
                 f"the closure changed a buffer or attribute {self.lost}, too large for the {BUDGET >> 20} MB "
-                "that a step copies: put its "
-                "module in eval mode"
+                "that a step copies: put its module in eval mode"
             )
 
     def _check_modules(self) -> None:

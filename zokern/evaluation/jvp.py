@@ -40,8 +40,7 @@ from .master import Master
 ALONE = f"a method that reads losses alone needs no derivative: with zokern.MeZO, {WAY_OUT}"
 INSTEAD = (
     "load the model with attn_implementation='eager' where it is attention, with "
-    "experts_implementation='eager' where it is experts, or give "
-    f"an autograd.Function a jvp(); {ALONE}"
+    f"experts_implementation='eager' where it is experts, or give an autograd.Function a jvp(); {ALONE}"
 )
 
 
@@ -131,9 +130,8 @@ def _dual_loss(closure: Callable[[], object]) -> Tensor:
     if slope is None:
         raise Refused(
             "the loss has no derivative by a trained parameter: the closure returned a Python number, an "
-            "integer or a detached tensor, runs "
-            "another model, or the step stands in torch.inference_mode(); return the loss as a tensor. "
-            f"{ALONE}"
+            "integer or a detached tensor, runs another model, or the step stands in torch.inference_mode(); "
+            f"return the loss as a tensor. {ALONE}"
         )
     return torch.stack([value, slope])
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 
 def loss_tensor(loss: Any, rows: bool = False) -> Tensor:
-    """Returns the closure's loss as a 0-d float64 tensor, on its device; refused unless it is one real
-    number.
+    """Returns the closure's loss as a 0-d float64 tensor, on its device;
+    refused unless it is one real number.
 
     rows  a vector with the loss of each example is expected, and returned as float64 [examples]
 
@@ -42,8 +42,8 @@ def loss_tensor(loss: Any, rows: bool = False) -> Tensor:
         if loss.requires_grad:
             raise ValueError(
                 f"the closure returned a loss with an autograd graph; {expected}: the loss was computed "
-                "before the step, or under "
-                "enable_grad(): call the model inside the closure, without backward()"
+                "before the step, or under enable_grad(): call the model inside the closure, without "
+                "backward()"
             )
         return loss.reshape([-1] if rows else []).to(torch.float64)
     if hasattr(loss, "dtype") and getattr(loss, "shape", None) == ():

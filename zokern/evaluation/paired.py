@@ -1,8 +1,8 @@
-"""Evaluation ``paired``: all points of a step in one pass of the closure, as a mapped dimension of
-torch.vmap.
+"""Evaluation ``paired``: all points of a step in one pass of the closure,
+as a mapped dimension of torch.vmap.
 
-Small parameters are copies of all sides, stacked and mapped. At a large matrix the weights are read once for
-all sides:
+Small parameters are copies of all sides, stacked and mapped.
+At a large matrix the weights are read once for all sides:
 
     dense z      one kernel makes z once and multiplies both signs, or tiles of both signs are made from one z
     factored z   one product x W^T of all sides' rows, and thin products beside it: (x V) C^T U^T
@@ -82,8 +82,7 @@ def _pass(copies: Copies, closure: Callable[[], object]) -> Tensor:
             if not isinstance(loss, Tensor):
                 raise Refused(
                     f"the closure returned {type(loss).__name__} {loss!r:.40}, one number for all sides of a "
-                    "step: return a tensor, or use "
-                    "evaluation='master'"
+                    "step: return a tensor, or use evaluation='master'"
                 )
             return loss_tensor(loss, copies.plan.rows)
         finally:

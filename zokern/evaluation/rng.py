@@ -12,8 +12,8 @@ import torch
 
 
 def seed_of(seed: int, step: int) -> int:
-    """Returns the seed of the readings of a step: all of them see the same dropout masks, and no two steps
-    do."""
+    """Returns the seed of the readings of a step:
+    all of them see the same dropout masks, and no two steps do."""
     digest = hashlib.sha256(f"dropout {seed} {step}".encode()).digest()
     return int.from_bytes(digest[:8], "little")
 

@@ -1,8 +1,8 @@
 """Evaluation ``scratch``: the loss at theta + eps sum_k a_k z_k, a side at a time, from copies within a fixed
 budget of memory.
 
-Perturbed copies stand in the parameters' place while the closure runs (standin.py), so the weights are never
-written:
+Perturbed copies stand in the parameters' place while the closure runs (standin.py),
+so the weights are never written:
 
     small tensors                   copied before the reading, in one launch per group
     linear, addmm (Conv1D)          a CPU kernel that makes z beside the product, or a tile of the weights at

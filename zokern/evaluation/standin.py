@@ -92,8 +92,8 @@ class Perturbed(Copy):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
-        """A use below torch's Python functions: C++ code, a TorchScript function, a subclass made of the
-        parameter."""
+        """A use below torch's Python functions:
+        C++ code, a TorchScript function, a subclass made of the parameter."""
         values, spec = tree_flatten((args, kwargs or {}))
         found = next(v for v in values if isinstance(v, Perturbed))
         if func._schema.is_mutable:
@@ -112,14 +112,13 @@ class Perturbed(Copy):
 def _writes(parameter: Any, how: str) -> RuntimeError:
     return RuntimeError(
         f"the closure writes to the trained parameter {parameter._use.name!r} ({how}): the loss of a step "
-        "must only read the weights; "
-        "the step was abandoned and no weight has changed"
+        "must only read the weights; the step was abandoned and no weight has changed"
     )
 
 
 def _with_copies(func, name: str, args: tuple, kwargs: dict, cast: torch.dtype | None) -> Any:
-    """Calls the function with whole copies. cast: in float32 for a small vector's sake, with a result of this
-    dtype."""
+    """Calls the function with whole copies. cast:
+    in float32 for a small vector's sake, with a result of this dtype."""
     values, spec = tree_flatten((args, kwargs))
     others = cast is not None and cast.itemsize < 4 and not _mixes(func, values)
     copies, held = [], 0
@@ -195,23 +194,14 @@ def _addmm(func, args: tuple, kwargs: dict):
 
 
 def _product(x: Any, weight: Any, bias: Any, transposed: bool):
-    """Rows, a large matrix and a bias of one number for each of its columns; other arguments get a whole
-    copy."""
-    if (
-        not isinstance(weight, Perturbed)
-        or isinstance(x, Perturbed)
-        or not isinstance(x, Tensor)
-        or weight.dim() != 2
-    ):
+    """Rows, a large matrix and a bias of one number for each of its columns;
+    other arguments get a whole copy."""
+    if not isinstance(weight, Perturbed) or isinstance(x, Perturbed) or not isinstance(x, Tensor):
         return NotImplemented
     copies, g, i = weight._use
-    if (
-        (g, i) in copies.resident
-        or x.is_nested
-        or x.layout != torch.strided
-        or not x.dim()
-        or _is_taped(x, bias)
-    ):
+    if (g, i) in copies.resident or weight.dim() != 2 or _is_taped(x, bias):
+        return NotImplemented
+    if x.is_nested or x.layout != torch.strided or not x.dim():
         return NotImplemented
     width, columns = weight.shape if transposed else weight.shape[::-1]
     if x.shape[-1] != width or (transposed and x.dim() != 2):
@@ -283,8 +273,8 @@ def _getitem(func, args: tuple, kwargs: dict):
 
 
 def _is_taped(x: Tensor, bias: Any) -> bool:
-    """Whether autograd follows the call: a closure that differentiates by its inputs. Torch's own operations
-    then do it."""
+    """Whether autograd follows the call: a closure that differentiates by its inputs.
+    Torch's own operations then do it."""
     if torch.autograd.forward_ad._current_level >= 0:
         return True
     return torch.is_grad_enabled() and (
@@ -303,34 +293,20 @@ HANDLERS: dict[Any, Callable] = {
 }
 CONVERSIONS = {Tensor.to, Tensor.float, Tensor.double, Tensor.type, Tensor.type_as}
 NORMS = {
-    F.layer_norm,
-    F.group_norm,
-    F.rms_norm,
-    F.instance_norm,
-    F.batch_norm,
-    torch.layer_norm,
-    torch.group_norm,
-}
+    F.layer_norm, F.group_norm, F.rms_norm, F.instance_norm, F.batch_norm, torch.layer_norm, torch.group_norm,
+}  # fmt: skip
 PRODUCTS = {
-    Tensor.mul,
-    Tensor.__mul__,
-    Tensor.__rmul__,
-    torch.mul,
-    Tensor.add,
-    Tensor.__add__,
-    Tensor.__radd__,
-    torch.add,
-}
+    Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul,
+    Tensor.add, Tensor.__add__, Tensor.__radd__, torch.add,
+}  # fmt: skip
 DATA_ATTRIBUTES = {"data", "T", "mT", "H", "mH", "real", "imag"}
-# Answered by the stand-in itself, which has the parameter's shape, dtype and device: a copy would be wrong,
-# or wasted.
+# Answered by the stand-in itself, which has the parameter's shape, dtype and device:
+# a copy would be wrong, or wasted.
 METADATA = {
     "size", "stride", "dim", "ndimension", "numel", "nelement", "element_size", "storage_offset",
-    "is_contiguous", "is_floating_point",
-    "is_complex", "is_signed", "is_inference", "get_device", "data_ptr", "storage", "untyped_storage",
-    "requires_grad_", "register_hook",
-    "register_post_accumulate_grad_hook", "retain_grad", "__len__", "__hash__", "__reduce_ex__", "is_tensor",
-    "result_type", "can_cast",
+    "is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_inference", "get_device", "data_ptr",
+    "storage", "untyped_storage", "requires_grad_", "register_hook", "register_post_accumulate_grad_hook",
+    "retain_grad", "__len__", "__hash__", "__reduce_ex__", "is_tensor", "result_type", "can_cast",
 }  # fmt: skip
 
 
@@ -338,8 +314,7 @@ METADATA = {
 
 
 def _places(copies: Copies) -> list[tuple]:
-    """Returns (parameter, class, group, position, what stands in: a stack, or a tensor without memory);
-    prepared once.
+    """Returns (parameter, class, group, position, a stack or a tensor without memory); prepared once.
 
     Raises Refused for parameters that cannot hold another tensor."""
     memo, key = copies.plan.groups[0].memo, ("places", *map(id, copies.resident.values()))
@@ -382,8 +357,7 @@ def standing_in(copies: Copies) -> Iterator[None]:
                 name = copies.plan.groups[key[0]].names[key[1]]
                 raise RuntimeError(
                     f"the closure writes to the trained parameter {name!r}: the loss of a step must only "
-                    "read the weights; the step was "
-                    "abandoned and no weight has changed"
+                    "read the weights; the step was abandoned and no weight has changed"
                 )
     finally:
         for parameter, stand_in, kind in reversed(done):
@@ -397,8 +371,8 @@ _count = itertools.count(1 << 30)
 
 
 def _number(tensors: list[Tensor]) -> None:
-    """Gives stand-ins a version of their own: a cache of the closure that goes by versions finds nothing of
-    another reading."""
+    """Gives stand-ins a version of their own:
+    a cache of the closure that goes by versions finds nothing of another reading."""
     version, number = next(_count) % (1 << 32), torch._C._autograd._unsafe_set_version_counter
     try:
         number(tuple(tensors), (version,) * len(tensors))
@@ -410,13 +384,9 @@ def _number(tensors: list[Tensor]) -> None:
 def _bodiless(theta: Tensor) -> Tensor:
     """Returns a tensor with the shape, strides, dtype and device of a parameter and without memory."""
     made = torch.Tensor._make_wrapper_subclass(
-        Perturbed,
-        theta.shape,
-        strides=theta.stride(),
-        dtype=theta.dtype,
-        device=theta.device,
+        Perturbed, theta.shape, strides=theta.stride(), dtype=theta.dtype, device=theta.device,
         requires_grad=False,
-    )
+    )  # fmt: skip
     torch._C._set_throw_on_mutable_data_ptr(made)
     return made
 

@@ -1,5 +1,5 @@
-"""Trust: a faster evaluation is compared with one through real parameters, at the same points and a larger
-offset.
+"""Trust: a faster evaluation is compared with one through real parameters,
+at the same points and a larger offset.
 
 The offset grows until the losses of two points differ by more than rounding does, so a parameter that the
 faster way does not perturb, or a stale cache, stands out. Compared are the first step, the first in other
@@ -9,9 +9,9 @@ train/eval flags or with larger inputs, and every 500th.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -64,8 +64,8 @@ class Trust:
     ) -> None:
         """Raises Refused if the evaluation reads other losses than 'master'.
 
-        Does nothing where no copy of the weights fits. Without a point beside theta there
-        is nothing to compare, and the comparison stays due."""
+        Does nothing where no copy of the weights fits. Without a point beside theta there is nothing to
+        compare, and the comparison stays due."""
         if not any(point.terms for point in points):
             return
         if plan.rows:
@@ -73,12 +73,23 @@ class Trust:
         if fits(plan):
             self.rows = max(self.rows, compare(evaluation, Master(), plan, points, closure))
         if not self._is_recent(plan):
-            self.names, self.flags, self.step = (
-                set(),
-                [module.training for module in plan.tree.modules],
-                plan.step,
-            )
+            self.names = set()
+            self.flags = [module.training for module in plan.tree.modules]
+            self.step = plan.step
         self.names.update(plan.names)
+
+
+class _Case(NamedTuple):
+    """A pair of points at an offset, as the safe way reads it.
+
+    apart  by how many times the noise its losses differ
+    noise  that a right reading may have"""
+
+    apart: float
+    noise: float
+    points: list[Point]
+    losses: list[float]
+    offset: float
 
 
 def compare(
@@ -89,8 +100,8 @@ def compare(
     closure: Callable[[], object],
     floor: float | None = None,
 ) -> int:
-    """Raises Refused if two evaluations disagree on the losses of a pair of points; returns the rows of the
-    inputs.
+    """Raises Refused if two evaluations disagree on the losses of a pair of points;
+    returns the rows of the inputs.
 
     The pair moves away from theta until its losses differ by far more than rounding does: in 16 bits by the
     difference between rounding the weights to nearest and stochastically, in float32 by a few units in the
@@ -100,78 +111,91 @@ def compare(
     ends = [point for point in dict.fromkeys(points) if point.terms][:2]
     if not ends:
         return 0
-    ends = ends if len(ends) == 2 else [*ends, THETA]
-    coarse, eps, factor = plan.is_coarse or floor is not None, max(group.eps for group in plan.groups), 1.0
+    coarse = plan.is_coarse or floor is not None
     share, enough = (0.25, 32) if coarse else (0.02, 250)
-    again = safe.read(plan, ends[:1], closure, Isolation(plan)).item()
-    # how far the losses stand out, noise, points, losses
-    tried: list[tuple[float, float, list[Point], list[float]]] = []
+    tried: list[_Case] = []
     refusal: Refused | None = None
+    for case in _farther(safe, plan, ends, closure, floor, coarse):
+        tried.append(case)
+        if case.apart <= enough:
+            continue
+        rows, apart = _agree(fast, plan, case, share, closure)
+        if not apart:
+            return rows
+        if floor is None and (found := _rounding(fast, safe, plan, case.points[0], closure)) > apart / 8:
+            return compare(fast, safe, plan, points, closure, found)
+        if refusal is not None or not coarse:
+            raise _refused(fast, safe, apart, case.offset)
+        # in 16 bits 'master' loses perturbations that a faster way reads in float32: less so farther away
+        refusal = _refused(fast, safe, apart, case.offset)
+    if refusal is not None:
+        raise refusal
+    if not tried:
+        return 0
+    case = max(tried)
+    rows, apart = _agree(fast, plan, case, share, closure)
+    if apart and floor is None:
+        found = _rounding(fast, safe, plan, case.points[0], closure)
+        if found > apart / 8:
+            return compare(fast, safe, plan, points, closure, found)
+    if apart:
+        raise _refused(fast, safe, apart, tried[0].offset)
+    return rows
+
+
+def _farther(
+    safe: Reads,
+    plan: Plan,
+    ends: Sequence[Point],
+    closure: Callable[[], object],
+    floor: float | None,
+    coarse: bool,
+) -> Iterator[_Case]:
+    """Yields the pair at larger and larger offsets, to FARTHEST or while the losses are finite.
+
+    Raises NotRepeatable where the first point reads another loss the second time."""
+    pair = ends if len(ends) == 2 else [*ends, THETA]
+    eps, factor = max(group.eps for group in plan.groups), 1.0
+    again = safe.read(plan, pair[:1], closure, Isolation(plan)).item()
     while factor == 1.0 or factor * eps <= FARTHEST:
-        pair = [point.scaled(factor) for point in ends]
-        right = safe.read(plan, pair, closure, Isolation(plan)).tolist()
+        points = [point.scaled(factor) for point in pair]
+        right = safe.read(plan, points, closure, Isolation(plan)).tolist()
         size = max(map(abs, right))
         # before a faster way leaves traces in what the closure keeps
         if factor == 1.0 and not _repeats(again, right[0], coarse):
             raise NotRepeatable(right[0], again)
         if not size < float("inf"):
-            break
+            return
         noise = 4e-6 * size
         if coarse:
-            other = Master("stochastic").read(plan, pair, closure, Isolation(plan)).tolist()
+            other = Master("stochastic").read(plan, points, closure, Isolation(plan)).tolist()
             noise = max(floor or 1e-4 * size, *(abs(a - b) for a, b in zip(right, other)))
-        tried.append((abs(right[0] - right[1]) / max(noise, 1e-300), noise, pair, right))
-        if tried[-1][0] > enough:
-            rows, apart = _agree(fast, plan, tried[-1], share, closure)
-            if not apart:
-                return rows
-            if floor is None and (found := _rounding(fast, safe, plan, pair[0], closure)) > apart / 8:
-                return compare(fast, safe, plan, points, closure, found)
-            if refusal is not None or not coarse:
-                raise _refused(fast, safe, apart, factor * eps)
-            # in 16 bits 'master' loses perturbations that a faster way reads in float32: less so farther away
-            refusal = _refused(fast, safe, apart, factor * eps)
+        yield _Case(abs(right[0] - right[1]) / max(noise, 1e-300), noise, points, right, factor * eps)
         factor *= 8
-    if refusal is not None:
-        raise refusal
-    if not tried:
-        return 0
-    rows, apart = _agree(fast, plan, max(tried), share, closure)
-    if (
-        apart
-        and floor is None
-        and (found := _rounding(fast, safe, plan, max(tried)[2][0], closure)) > apart / 8
-    ):
-        return compare(fast, safe, plan, points, closure, found)
-    if apart:
-        raise _refused(fast, safe, apart, eps)
-    return rows
 
 
 def _agree(
-    fast: Reads, plan: Plan, case: tuple, share: float, closure: Callable[[], object]
+    fast: Reads, plan: Plan, case: _Case, share: float, closure: Callable[[], object]
 ) -> tuple[int, float]:
     """Returns the rows of the inputs, and by how much the losses are apart where that is too much; else 0."""
-    _, noise, pair, right = case
-    isolation = Isolation(plan)
-    mine = fast.read(plan, pair, closure, isolation).tolist()
+    isolation, right = Isolation(plan), case.losses
+    mine = fast.read(plan, case.points, closure, isolation).tolist()
     apart = max(abs(a - b) if a == a else float("inf") for a, b in zip(mine, right))
-    return isolation.rows, 0.0 if apart <= share * abs(right[0] - right[1]) + 2 * noise else apart
+    return isolation.rows, 0.0 if apart <= share * abs(right[0] - right[1]) + 2 * case.noise else apart
 
 
 def _refused(fast: Reads, safe: Reads, apart: float, offset: float) -> Refused:
     return Refused(
         f"evaluation {fast.name!r} reads losses that differ by {apart:.3g} from those of {safe.name!r} at "
-        "the same weights (offset "
-        f"{offset:.3g}): the closure reads a trained parameter in a way that {fast.name!r} cannot follow; "
-        f"{WAY_OUT}"
+        f"the same weights (offset {offset:.3g}): the closure reads a trained parameter in a way that "
+        f"{fast.name!r} cannot follow; {WAY_OUT}"
     )
 
 
 def _repeats(a: float, b: float, coarse: bool) -> bool:
-    return not (abs(a) < float("inf") and abs(b) < float("inf")) or abs(a - b) <= (
-        4e-3 if coarse else 1e-4
-    ) * abs(b)
+    if not (abs(a) < float("inf") and abs(b) < float("inf")):
+        return True
+    return abs(a - b) <= (4e-3 if coarse else 1e-4) * abs(b)
 
 
 def _rounding(fast: Reads, safe: Reads, plan: Plan, point: Point, closure: Callable[[], object]) -> float:

@@ -94,10 +94,8 @@ def wide(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
     The sums are not rounded. Widened operands are exact, in TF32 too."""
     rows, width = weight.shape
-    flat, step = (
-        x.to(dtype).float(),
-        max(1, min(rows, (BLOCK if weight.is_cpu else WIDE_BLOCK) // max(1, width))),
-    )
+    flat = x.to(dtype).float()
+    step = max(1, min(rows, (BLOCK if weight.is_cpu else WIDE_BLOCK) // max(1, width)))
     out = torch.empty((x.shape[0], rows), dtype=torch.float32, device=x.device)
     for start in range(0, rows, step):
         block = weight[start : start + step]

@@ -103,8 +103,8 @@ def _together(backend: Backend, sides: Sides, counts: list[int], matrix: Tensor,
 def _shrunk(sides: Sides, counts: list[int], matrix: Tensor, shrink: float, dtype: torch.dtype) -> Tensor:
     """Returns factored_linear() of 16-bit operands with a pending decay: float32 sums, rounded once.
 
-    A decay is far smaller than a rounding to 16 bits: multiplied into x, or into a rounded product, it would
-    be lost."""
+    A decay is far smaller than a rounding to 16 bits:
+    multiplied into x, or into a rounded product, it would be lost."""
     xs, begin = sides.xs, [0, *accumulate(counts)]
     x = joined(xs) if len(xs) > 1 else xs[0]
     y = library.wide(x.to(dtype), matrix, dtype).mul_(shrink)
@@ -123,8 +123,8 @@ def _shrunk(sides: Sides, counts: list[int], matrix: Tensor, shrink: float, dtyp
 def is_long(xs: Sequence[Tensor], weight: Tensor) -> bool:
     """Tells whether a tile of W + z at a time costs less than thin products beside x W^T, for every side.
 
-    2 m n r flops against 2 rows (m + n) r; a tile's are taken to be half as fast. Only in float32: 16 bits
-    would lose z."""
+    2 m n r flops against 2 rows (m + n) r; a tile's are taken to be half as fast.
+    Only in float32: 16 bits would lose z."""
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return False
     m, n = weight.shape
@@ -154,7 +154,8 @@ def _strip_rows(x: Tensor, first: Tensor, middles: Tensor, counts: Sequence[int]
 def _with_bias(strip: _Strip, counts: Sequence[int], biases: Sequence[Tensor | None]) -> _Strip:
     """Returns the strip with one more column for each side: its bias, and a one in its own rows."""
     rows = torch.cat([strip.rows, _own_rows(tuple(counts), strip.rows.device)], 1)
-    last = torch.cat([strip.last, torch.stack([bias.float() for bias in biases], 1)], 1)  # type: ignore[union-attr]
+    columns = torch.stack([bias.float() for bias in biases if bias is not None], 1)
+    last = torch.cat([strip.last, columns], 1)
     return _Strip(strip.here, rows, last)
 
 

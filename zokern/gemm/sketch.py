@@ -13,8 +13,7 @@ from ..backends.validation import described
 
 def sketch_of(
     backend: Backend, noise: Noise, coeffs: Sequence[float], span: Span, shape: tuple[int, int],
-    omega: Tensor,
-    transposed: bool = False, tile: int = 1 << 20,
+    omega: Tensor, transposed: bool = False, tile: int = 1 << 20,
 ) -> Tensor:  # fmt: skip
     """Returns G Omega, or G^T Omega, of G = sum_k coeffs[k] z_k, m x n, in float32.
 

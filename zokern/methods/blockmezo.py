@@ -23,8 +23,8 @@ class BlockMeZO(ZerothOrder):
     params   a module, or parameters, (name, parameter) pairs or groups, as for zokern.MeZO
     lr, eps  per step and in weights. None: lr 2e-5. ZO-Bench's example: lr 1e-8, eps 1e-3
     block    'layer' (a transformer block), 'sublayer' (its attention, its MLP), 'module' (a linear layer), or
-             a function from a parameter's name to its block's. OPT with L layers has L + 3, 5 L + 3 and 8 L +
-             3 blocks
+             a function from a parameter's name to its block's.
+             OPT with L layers has L + 3, 5 L + 3 and 8 L + 3 blocks
     order    'gauss-seidel': a block has moved before the next is read. 'jacobi': all are read at theta
     queries  q: draws a step, averaged
     stencil  'central' (two losses a query) or 'forward' (one, and that of theta)
@@ -34,9 +34,8 @@ class BlockMeZO(ZerothOrder):
 
     def __init__(
         self, params: Any, lr: float | None = None, eps: float = 1e-3, *,
-        block: str | Callable[[str], str] = "layer",
-        order: str = "gauss-seidel", queries: int = 1, stencil: str | Stencil = "central",
-        evaluation: Any = "auto", **options: Any,
+        block: str | Callable[[str], str] = "layer", order: str = "gauss-seidel", queries: int = 1,
+        stencil: str | Stencil = "central", evaluation: Any = "auto", **options: Any,
     ) -> None:  # fmt: skip
         estimator = Blockwise(Spsa(queries, stencil), block, order)
         super().__init__(params, lr=lr, eps=eps, estimator=estimator, evaluation=evaluation, **options)

@@ -18,8 +18,8 @@ class DiZO(ZerothOrder):
     cut at +-reach / width. Then g = (L(f + width z) - L(f - width z)) / (2 width), and f <- f - rate g z, cut
     at 1 +- reach. The paper's gamma is f ||W - W0||.
 
-    Use it where layers of a pre-trained model should move by different lengths, which MeZO's one lr does not
-    give.
+    Use it where layers of a pre-trained model should move by different lengths,
+    which MeZO's one lr does not give.
 
     params      a module, or parameters, (name, parameter) pairs or groups, as for zokern.MeZO
     lr, eps     per step and in weights, as for MeZO. None: 2e-5. Published: lr 1e-6, eps 1e-3 (OPT-2.7B, 4000
@@ -40,10 +40,8 @@ class DiZO(ZerothOrder):
 
     def __init__(
         self, params: Any, lr: float | None = None, eps: float = 1e-3, *,
-        projected: Sequence[str] | None = None,
-        interval: int = 50, iterations: int = 10, rate: float = 2.0, width: float = 0.1, reach: float = 0.2,
-        evaluation: Any = "auto",
-        **options: Any,
+        projected: Sequence[str] | None = None, interval: int = 50, iterations: int = 10, rate: float = 2.0,
+        width: float = 0.1, reach: float = 0.2, evaluation: Any = "auto", **options: Any,
     ) -> None:  # fmt: skip
         rule = Projected(projected, interval, iterations, rate, width, reach)
         super().__init__(params, lr=lr, eps=eps, rule=rule, evaluation=evaluation, **options)

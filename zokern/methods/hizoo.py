@@ -16,8 +16,8 @@ class HiZOO(ZerothOrder):
     c_k = (L(theta + eps s z_k) - L(theta - eps s z_k)) / (2 eps)
     v_k = |L(theta + eps s z_k) + L(theta - eps s z_k) - 2 L(theta)| / (2 eps^2)
 
-    s = h^(-1/2) starts at 1. The losses are read along the old s and the weights move along the new one, as
-    published.
+    s = h^(-1/2) starts at 1. The losses are read along the
+    old s and the weights move along the new one, as published.
 
     Use it where weights differ much in curvature and 4 bytes a weight are there. A third loss pays for it.
 
@@ -34,8 +34,7 @@ class HiZOO(ZerothOrder):
 
     def __init__(
         self, params: Any, lr: float | None = None, eps: float = 1e-3, *, smooth: float = 1e-8,
-        queries: int = 1, direction: Any = "normal",
-        evaluation: Any = "auto", **options: Any,
+        queries: int = 1, direction: Any = "normal", evaluation: Any = "auto", **options: Any,
     ) -> None:  # fmt: skip
         parts: dict[str, Any] = {"direction": Curved(smooth, direction), "estimator": Curvature(queries)}
         super().__init__(params, lr=lr, eps=eps, evaluation=evaluation, **parts, **options)

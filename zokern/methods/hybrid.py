@@ -25,15 +25,15 @@ class Hybrid(ZerothOrder):
     A third forward reads L at theta, with a graph that begins at theta_1: what lies below keeps no
     activations and no gradients.
 
-    Use it where a head or the last blocks fit back-propagation, and the rest does not: a new head needs its
-    gradient most.
+    Use it where a head or the last blocks fit back-propagation, and the rest does not:
+    a new head needs its gradient most.
 
     params       a module, or parameters, (name, parameter) pairs or groups, as for zokern.MeZO: theta_1 and
                  theta_2
     lr, eps      of theta_2, as for zokern.MeZO
     first_order  theta_1: modules, parameters, names, or beginnings of names up to a dot; or a function from a
-                 name to bool. None: the last transformer block and what follows it, but no head that is tied
-                 to the embedding
+                 name to bool. None: the last transformer block and what follows it,
+                 but no head that is tied to the embedding
     optimizer    a function from the parameters theta_1 to their torch optimizer, which opt.first_order then
                  is: schedules take it, and state_dict has its state. None: torch.optim.AdamW with lr 1e-4
     estimator    of theta_2; None: zokern.Spsa(), the formula above
@@ -45,8 +45,7 @@ class Hybrid(ZerothOrder):
     def __init__(
         self, params: Any, lr: float | None = None, eps: float = 1e-3, *, first_order: Any = None,
         optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None,
-        estimator: Estimator | None = None,
-        evaluation: Any = "auto", **options: Any,
+        estimator: Estimator | None = None, evaluation: Any = "auto", **options: Any,
     ) -> None:  # fmt: skip
         super().__init__(
             params, lr=lr, eps=eps, estimator=Split((), estimator), evaluation=evaluation, **options
@@ -58,8 +57,8 @@ class Hybrid(ZerothOrder):
 
 
 def _chosen(known: dict[str, Any], wanted: Any) -> set[str]:
-    """Returns the names that `first_order` stands for. Raises ValueError where a part of it stands for
-    none."""
+    """Returns the names that `first_order` stands for.
+    Raises ValueError where a part of it stands for none."""
     if callable(wanted) and not isinstance(wanted, nn.Module):
         return {name for name in known if wanted(name)}
     if wanted is None:

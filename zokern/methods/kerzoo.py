@@ -31,8 +31,8 @@ class KerZOO(ZerothOrder):
                in the published code
     clip_norm  bound on each parameter's norm of g; None: none. The published code: 4e5
     averaging  the published code's acceleration: weights are the average of fast ones, and losses are read at
-               the next average (zokern.Averaged). It keeps 4 bytes a weight, and a step copies what is
-               trained
+               the next average (zokern.Averaged). It keeps 4 bytes a weight,
+               and a step copies what is trained
     options    those of zokern.MeZO; evaluation is 'auto' by default
 
     KerZOO.published() is the published trainer, whose code differs from the paper's formula.
@@ -41,10 +41,9 @@ class KerZOO(ZerothOrder):
 
     def __init__(
         self, params: Any, lr: float | None = None, eps: float = 1e-3, *, queries: int = 3, order: int = 3,
-        scale: float = 1.0,
-        width: float | Callable[[int], float] = 1.0, rescale: bool = True, scope: str = "query",
-        clip_norm: float | None = None,
-        averaging: bool = False, evaluation: Any = "auto", **options: Any,
+        scale: float = 1.0, width: float | Callable[[int], float] = 1.0, rescale: bool = True,
+        scope: str = "query", clip_norm: float | None = None, averaging: bool = False,
+        evaluation: Any = "auto", **options: Any,
     ) -> None:  # fmt: skip
         estimator = Kernel(queries, scale, width, None, order, rescale, scope, clip_norm)
         rule = Averaged() if averaging else options.pop("rule", None)

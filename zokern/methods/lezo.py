@@ -18,8 +18,8 @@ class LeZO(ZerothOrder):
     found. Whether embeddings and head take part there is not known.
 
     Use it to compare with the paper, which wants it for speed: a layer that stays is spared its perturbation
-    and its update. Here these cost little beside the forwards (README). It reads 2 q losses a step and keeps
-    nothing.
+    and its update. Here these cost little beside the forwards (docs/speed.md). It reads 2 q losses a step and
+    keeps nothing.
 
     params    a module, or parameters, (name, parameter) pairs or groups, as for zokern.MeZO
     lr, eps   per step and in weights, as for MeZO. None: lr 2e-5
@@ -35,8 +35,7 @@ class LeZO(ZerothOrder):
     def __init__(
         self, params: Any, lr: float | None = None, eps: float = 1e-3, *, sparsity: float = 0.75,
         layer: Callable[[str], str | None] = layer_of, queries: int = 1, stencil: str | Stencil = "central",
-        evaluation: Any = "auto",
-        **options: Any,
+        evaluation: Any = "auto", **options: Any,
     ) -> None:  # fmt: skip
         estimator = Layers(Spsa(queries, stencil), sparsity, layer)
         super().__init__(params, lr=lr, eps=eps, estimator=estimator, evaluation=evaluation, **options)

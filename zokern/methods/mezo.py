@@ -51,8 +51,8 @@ class MeZO(ZerothOrder):
                   others; ForwardGradient reads derivatives, and Mixed and Split back-propagate too
                   (zokern.FGD, Addax, Hybrid)
     defer         of directions that are low-rank (zokern.SubZero, ...): whether updates wait in their core.
-                  None, the default, where they can; z of 'normal' and 'rademacher' is dense, and its updates
-                  never wait
+                  None, the default, where they can; z of 'normal' and 'rademacher' is dense,
+                  and its updates never wait
     paired_check  'first': read the first loss of the first step twice and refuse a closure that is not
                   repeatable; n: every n steps too; 0 or None: never
     max_skips     raise after so many steps in a row with an inf or NaN loss; dead_limit: with equal losses

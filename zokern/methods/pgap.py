@@ -22,8 +22,8 @@ PROBE = 2  # query of the first probe; queries 0 and 1 of the purpose BASIS belo
 
 
 class Probed(Aligned, Measured):
-    """The direction of P-GAP: U, S, V of G = (1/h) sum_{i<=h} c_i z_i, from h central differences along dense
-    normals.
+    """The direction of P-GAP: U, S, V of G = (1/h) sum_{i<=h} c_i z_i,
+    from h central differences along dense normals.
 
     probes             h
     oversample, power  of the randomized range finder, which never holds G: extra columns, and power
@@ -34,15 +34,13 @@ class Probed(Aligned, Measured):
     def __init__(self, probes: int = 10, oversample: int = 8, power: int = 1, **options: Any) -> None:
         super().__init__(**options)
         self.probes = whole_number("probes", probes)
-        self.oversample, self.power = (
-            whole_number("oversample", oversample, 0),
-            whole_number("power", power, 0),
-        )
+        self.oversample = whole_number("oversample", oversample, 0)
+        self.power = whole_number("power", power, 0)
         self._newest = -1  # step of the basis in use
 
     def measure(self, oracle: Oracle, plan: Plan) -> None:
-        """Probes where this step begins a basis. Weights are read, not written (evaluation 'inplace': up to
-        rounding).
+        """Probes where this step begins a basis.
+        Weights are read, not written (evaluation 'inplace': up to rounding).
 
         Raises RuntimeError where the step goes on with a basis whose probes are not known."""
         self._newest = self.basis_step(plan.step)
@@ -73,9 +71,8 @@ class Probed(Aligned, Measured):
         if step not in self.state:
             raise RuntimeError(
                 f"the momentum of {matrices[0].name!r} belongs to the basis of step {step}, whose probes are "
-                "not known (those of "
-                f"{sorted(self.state)} are): load the state_dict of that run, or start it anew with `del "
-                "optimizer.state[parameter]`"
+                f"not known (those of {sorted(self.state)} are): load the state_dict of that run, or start "
+                "it anew with `del optimizer.state[parameter]`"
             )
         found = self.state[step]
         if any(found):
@@ -101,10 +98,8 @@ class Probed(Aligned, Measured):
         coefficients: Sequence[float],
     ) -> None:
         """Sets left, right and the spectrum of a matrix to the truncated decomposition of G."""
-        weights, width = (
-            [c / len(coefficients) for c in coefficients],
-            min(matrix.rank + self.oversample, *matrix.shape),
-        )
+        weights = [c / len(coefficients) for c in coefficients]
+        width = min(matrix.rank + self.oversample, *matrix.shape)
 
         def times(omega: Tensor, transposed: bool = False) -> Tensor:
             return source.sketch(matrix, draws, weights, omega, transposed)

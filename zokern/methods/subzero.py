@@ -18,8 +18,8 @@ class SubZero(ZerothOrder):
     Z_k is r x r, standard normal, anew for every step and query. Parameters that are not matrices take a
     dense normal z.
 
-    Use it where forwards are short: a perturbed product is x W^T and two thin products, and W is written once
-    an interval.
+    Use it where forwards are short: a perturbed product is x W^T and two thin products,
+    and W is written once an interval.
 
     params    a module, or parameters, (name, parameter) pairs or groups, as for zokern.MeZO
     lr, eps   per step and in weights, as for MeZO: with norm='matched' they carry over. The reference: lr

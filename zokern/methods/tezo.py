@@ -88,8 +88,8 @@ class TeZO(ZerothOrder):
 
 
 def _by_plain_name(params: Any, rank: Mapping[str, int]) -> dict[str, int]:
-    """Return the ranks under the names that decide z, whether they were given under those or under a
-    wrapper's."""
+    """Return the ranks under the names that decide z,
+    whether they were given under those or under a wrapper's."""
     if isinstance(params, nn.Module):
         names = plain_names(inner(params)) | plain_names(params)
         return {names.get(name, plain(name)): r for name, r in rank.items()}

@@ -24,8 +24,8 @@ class ZOMuon(ZerothOrder):
     In the reference a step of a new P measures every query along a P of its own, and moves along the last
     one. Here all queries of a step share P.
 
-    Use it where a few directions of the gradient outweigh the others: a step is equally long along all r of
-    them.
+    Use it where a few directions of the gradient outweigh the others:
+    a step is equally long along all r of them.
 
     params     a module, or parameters, (name, parameter) pairs or groups, as for zokern.MeZO
     lr, eps    in weights: with norm='matched' a step is about lr long in every weight. None: 2e-4. Published

@@ -25,8 +25,8 @@ class ZOMomentum(ZerothOrder):
 
     params    a module, or parameters, (name, parameter) pairs or groups, as for zokern.MeZO
     lr, eps   per step and in weights. M is up to 1 / (1 - beta) times as long as an estimate. None: lr is
-              2e-5 (1 - beta), so that a step is as long as MeZO's. ZO-Bench: lr 1e-4 to 1e-8, eps 1e-3 to
-              1e-5
+              2e-5 (1 - beta), so that a step is as long as MeZO's.
+              ZO-Bench: lr 1e-4 to 1e-8, eps 1e-3 to 1e-5
     momentum  beta: 0.9, as published
     window    None: M is stored. n: M = sum_{j < n} beta^j g_j of the last n estimates (zokern.WindowMomentum)
     options   those of zokern.MeZO
@@ -35,8 +35,7 @@ class ZOMomentum(ZerothOrder):
 
     def __init__(
         self, params: Any, lr: float | None = None, eps: float = 1e-3, *, momentum: float = 0.9,
-        window: int | None = None,
-        evaluation: Any = "auto", **options: Any,
+        window: int | None = None, evaluation: Any = "auto", **options: Any,
     ) -> None:  # fmt: skip
         beta = within("momentum", momentum, 0.0, 1.0, "0 <= momentum < 1")
         rule: Rule = Momentum(beta, 0.0) if window is None else WindowMomentum(beta, window, average=False)

@@ -32,8 +32,7 @@ class ZOSignSGD(ZerothOrder):
 
     def __init__(
         self, params: Any, lr: float | None = None, eps: float = 1e-3, *, of: str = "coefficient",
-        queries: int = 1,
-        stencil: str | Stencil = "central", evaluation: Any = "auto", **options: Any,
+        queries: int = 1, stencil: str | Stencil = "central", evaluation: Any = "auto", **options: Any,
     ) -> None:  # fmt: skip
         forms: dict[str, tuple[Spsa, Rule]] = {
             "coefficient": (Sign(queries, stencil), Sgd()), "element": (Spsa(queries, stencil), SignSgd()),

@@ -20,9 +20,8 @@ from .registered import count_of_nonfinite, lists_of, operation, register, trace
 
 def draw(
     direction, shape: int | Sequence[int], *, seed: int, who: str | int, step: int, draw: int = 0,
-    first: int = 0,
-    dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", clock: Tensor | None = None,
-    out: Tensor | None = None, backend: str | None = None,
+    first: int = 0, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
+    clock: Tensor | None = None, out: Tensor | None = None, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
     """Returns z(seed, who, step, draw), elements [first, first + n), as a tensor.
 
@@ -92,8 +91,8 @@ def axpy_(
     decay     factor of the old weights, rounded to float32; with `each`, one for all sums or one for each
     first     number of each tensor's first element in its unsharded parameter: one int, or one per tensor
     rounding  'nearest'; 'stochastic' (16 random bits of the stream: who, step of the last draw, purpose
-              rounding); 'residual' (bfloat16 only; residuals hold the 16 low bits of an exact float32
-              master)
+              rounding); 'residual' (bfloat16 only; residuals
+              hold the 16 low bits of an exact float32 master)
     residuals int16 tensors, contiguous, shaped like the tensors, read and written; required by 'residual'
     each      False: one sum of K terms. q, a divisor of K (True: 1): K / q sums of q terms in one pass over
               theta, one after the other, each with its decay and its rounding: the bits of K / q calls. This
@@ -176,11 +175,10 @@ def _check_each(each: bool | int, decay: float | Sequence[float], count: int) ->
 
 def perturb(
     tensors: Tensor | Sequence[Tensor], direction, *, seed: int, who: str | int | Sequence[str | int],
-    step: int,
-    draw: int = 0, scales: Sequence[float] = (1e-3, -1e-3), first: int | Sequence[int] = 0,
+    step: int, draw: int = 0, scales: Sequence[float] = (1e-3, -1e-3), first: int | Sequence[int] = 0,
     residuals: Sequence[Tensor] | Tensor | None = None, dtype: torch.dtype | None = None,
-    clock: Tensor | None = None,
-    out: Sequence[Tensor] | Sequence[Sequence[Tensor]] | None = None, backend: str | None = None,
+    clock: Tensor | None = None, out: Sequence[Tensor] | Sequence[Sequence[Tensor]] | None = None,
+    backend: str | None = None,
 ) -> list[list[Tensor]]:  # fmt: skip
     """Returns theta + scales[j] * z(seed, who, step, draw) for one or two scales, from one evaluation of z.
 

@@ -22,9 +22,8 @@ from .registered import lists_of, operation, register, traced
 
 def linear(
     xs: Tensor | Sequence[Tensor], weight: Tensor, direction: Any = "normal", *, scales: Sequence[float],
-    seed: int = 0,
-    who: str | int = 0, step: int = 0, draw: int = 0, bias: Tensor | None = None, first: int = 0,
-    residual: Tensor | None = None, tile: int = 1 << 21, backend: str | None = None,
+    seed: int = 0, who: str | int = 0, step: int = 0, draw: int = 0, bias: Tensor | None = None,
+    first: int = 0, residual: Tensor | None = None, tile: int = 1 << 21, backend: str | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """Returns y_j = x_j (W + scales[j] z)^T + b for one or more sides, without writing W.
 
@@ -55,8 +54,7 @@ def linear(
         if traced(backend, noise.direction):
             return operation(
                 "linear", chosen, noise, xs=sides, weight=weight, factors=factors or (), scales=scales,
-                who=word_of(who),
-                step=step, draw=draw, bias=bias, first=first, residual=residual, tile=tile,
+                who=word_of(who), step=step, draw=draw, bias=bias, first=first, residual=residual, tile=tile,
             )  # fmt: skip
         operands = Sides(sides, [bias] * len(sides), scales)
         if factors is not None:
@@ -77,16 +75,14 @@ register(
     "linear",
     _of_either,
     "(Tensor[] xs, Tensor weight, str direction, Tensor[] factors, float[] scales, int seed, int who, int "
-    "step, "
-    "int draw, Tensor? bias, int first, Tensor? residual, int tile, str backend) -> Tensor[]",
+    "step, int draw, Tensor? bias, int first, Tensor? residual, int tile, str backend) -> Tensor[]",
     lambda given: [x.new_empty((*x.shape[:-1], given.weight.shape[0])) for x in given.xs],
 )
 
 
 def _check_operands(
     sides: Sequence[Tensor], weight: Tensor, bias: Tensor | None, residual: Tensor | None,
-    scales: Sequence[float], first: int,
-    tile: int,
+    scales: Sequence[float], first: int, tile: int,
 ) -> None:  # fmt: skip
     """Refuses operands of linear() whose dtypes, devices and shapes do not fit."""
     if not scales or len(sides) != len(scales):
@@ -127,8 +123,7 @@ def _check_operands(
         if not sound or not residual.is_contiguous() or residual.device != weight.device:
             raise ValueError(
                 f"linear: residual is {described(residual)}; expected a contiguous int16{list(weight.shape)} "
-                "on "
-                f"{weight.device}, one low half for each weight: .contiguous() it"
+                f"on {weight.device}, one low half for each weight: .contiguous() it"
             )
     whole_number("linear: tile", tile, expected="a number of elements, at least 1")
 
@@ -203,11 +198,27 @@ def _with_noise(
     return tiled_linear(xs, weight, biases, tiles())
 
 
+def _check_omega(omega: Tensor, inner: int) -> None:
+    """Raises an error for an Omega whose type or shape does not fit."""
+    arguments.tensor("sketch", "omega", omega, f", float32[{inner}, p]")
+    if omega.device.type == "meta":
+        raise ValueError(
+            f"sketch: omega is {described(omega)} and has no elements; expected a tensor with memory: "
+            "materialise it"
+        )
+    if (
+        omega.dtype != torch.float32
+        or omega.dim() != 2
+        or omega.shape[0] != inner
+        or not omega.is_contiguous()
+    ):
+        raise ValueError(f"sketch: omega is {described(omega)}; expected contiguous float32[{inner}, p]")
+
+
 def sketch(
     direction: Any, shape: tuple[int, int], omega: Tensor, *, seed: int, who: str | int,
-    draws: Sequence[tuple[int, int]],
-    coeffs: Sequence[float], transposed: bool = False, first: int = 0, tile: int = 1 << 20,
-    backend: str | None = None,
+    draws: Sequence[tuple[int, int]], coeffs: Sequence[float], transposed: bool = False, first: int = 0,
+    tile: int = 1 << 20, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
     """Returns G Omega of G = sum_k coeffs[k] z(seed, who, *draws[k]), m x n, which is never held.
 
@@ -230,20 +241,7 @@ def sketch(
     first = whole_number(
         "sketch: first", first, 0, expected="the number of G's first element, an integer from 0"
     )
-    inner = rows if transposed else columns
-    arguments.tensor("sketch", "omega", omega, f", float32[{inner}, p]")
-    if omega.device.type == "meta":
-        raise ValueError(
-            f"sketch: omega is {described(omega)} and has no elements; expected a tensor with memory: "
-            "materialise it"
-        )
-    if (
-        omega.dtype != torch.float32
-        or omega.dim() != 2
-        or omega.shape[0] != inner
-        or not omega.is_contiguous()
-    ):
-        raise ValueError(f"sketch: omega is {described(omega)}; expected contiguous float32[{inner}, p]")
+    _check_omega(omega, rows if transposed else columns)
     if first + rows * columns > INDEX_LIMIT:
         raise ValueError(
             f"sketch: shape is {shape} from {first}; expected positive sizes and first + m n <= 2**35"
@@ -264,8 +262,7 @@ def sketch(
             )
         return operation(
             "sketch", chosen, noise, shape=[rows, columns], omega=omega, who=word, coeffs=coeffs,
-            transposed=transposed,
-            first=first, tile=tile, **lists_of(noise),
+            transposed=transposed, first=first, tile=tile, **lists_of(noise),
         )  # fmt: skip
 
 

@@ -19,10 +19,9 @@ from .registered import count_of_nonfinite, operation, register, traced
 def lowrank_(
     tensors: Tensor | Sequence[Tensor], left: Tensor | Sequence[Tensor], right: Tensor | Sequence[Tensor], *,
     core: Tensor | Sequence[Tensor | None] | None = None, scale: float | Sequence[float] = 1.0,
-    decay: float = 1.0,
-    who: str | int | Sequence[str | int] | None = None, seed: int = 0, step: int = 0,
-    first: int | Sequence[int] = 0,
-    rounding: str = "nearest", residuals: Sequence[Tensor] | Tensor | None = None, backend: str | None = None,
+    decay: float = 1.0, who: str | int | Sequence[str | int] | None = None, seed: int = 0, step: int = 0,
+    first: int | Sequence[int] = 0, rounding: str = "nearest",
+    residuals: Sequence[Tensor] | Tensor | None = None, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
     """Computes W <- decay * W + scale * U C V^T in place, in one launch. No product is stored.
 
@@ -88,8 +87,7 @@ register(
     "lowrank_",
     lowrank_,
     "(Tensor(a!)[] tensors, Tensor[] left, Tensor[] right, float[] scale, float decay, int[] who, int seed, "
-    "int step, "
-    "int[] first, str rounding, Tensor(b!)[] residuals, str backend) -> Tensor",
+    "int step, int[] first, str rounding, Tensor(b!)[] residuals, str backend) -> Tensor",
     count_of_nonfinite,
 )
 
@@ -125,7 +123,8 @@ def _check_factors(
             continue
         if not isinstance(factor, Tensor):
             raise TypeError(f"lowrank_: {what}[{i}] is {type(factor).__name__}; expected a torch.Tensor")
-        where = f"lowrank_: {what}[{i}] is {str(factor.dtype).removeprefix('torch.')}{list(factor.shape)} on {factor.device}"
+        kind = str(factor.dtype).removeprefix("torch.")
+        where = f"lowrank_: {what}[{i}] is {kind}{list(factor.shape)} on {factor.device}"
         if factor.dtype != torch.float32:
             raise ValueError(f"{where}; expected float32: .float() it")
         if factor.device != tensor.device:
@@ -138,7 +137,8 @@ def _check_factors(
             raise ValueError(f"{where}; expected a matrix" + (" or its diagonal" if what == "core" else ""))
     inner = left.shape[1] if core is None else core.shape[-1]
     if left.shape[1] < 1 or right.shape[1] != inner or (core is not None and core.shape[0] != left.shape[1]):
-        shapes = f"left {list(left.shape)}, core {None if core is None else list(core.shape)}, right {list(right.shape)}"
+        middle = None if core is None else list(core.shape)
+        shapes = f"left {list(left.shape)}, core {middle}, right {list(right.shape)}"
         raise ValueError(
             f"lowrank_: {shapes} of tensors[{i}] do not multiply; expected (m, r), core r or (r, s), (n, s), "
             "r and s > 0"
@@ -146,8 +146,7 @@ def _check_factors(
     if span.first + tensor.numel() > left.shape[0] * right.shape[0]:
         raise ValueError(
             f"lowrank_: tensors[{i}] spans elements {span.first} to {span.first + tensor.numel()}; expected "
-            "at most "
-            f"{left.shape[0]} x {right.shape[0]}, the rows of left times the rows of right"
+            f"at most {left.shape[0]} x {right.shape[0]}, the rows of left times the rows of right"
         )
     m, n = left.shape[0], right.shape[0]
     if (
@@ -163,8 +162,7 @@ def _check_factors(
         )
         raise ValueError(
             f"lowrank_: tensors[{i}] is {list(tensor.shape)} and left times right {m} x {n}; {how}; a "
-            "reshaped matrix, or a "
-            "shard of one, is flattened first: .view(-1)"
+            "reshaped matrix, or a shard of one, is flattened first: .view(-1)"
         )
 
 

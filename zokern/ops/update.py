@@ -19,12 +19,10 @@ from .registered import count_of_nonfinite, lists_of, operation, register, trace
 
 def update_(
     tensors: Tensor | Sequence[Tensor], direction, rule: str, *, seed: int,
-    who: str | int | Sequence[str | int],
-    draws: Sequence[tuple[int, int]], coeffs: Sequence[float] | Tensor,
-    states: Sequence[Tensor | Sequence[Tensor]],
-    scalars: Sequence[float] | Tensor, first: int | Sequence[int] = 0, rounding: str = "nearest",
-    residuals: Sequence[Tensor] | Tensor | None = None, clock: Tensor | None = None,
-    backend: str | None = None,
+    who: str | int | Sequence[str | int], draws: Sequence[tuple[int, int]], coeffs: Sequence[float] | Tensor,
+    states: Sequence[Tensor | Sequence[Tensor]], scalars: Sequence[float] | Tensor,
+    first: int | Sequence[int] = 0, rounding: str = "nearest", clock: Tensor | None = None,
+    residuals: Sequence[Tensor] | Tensor | None = None, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
     """Computes theta <- decay theta + lr move in one launch, by a rule on g.
 
@@ -35,16 +33,14 @@ def update_(
                     move = m / (sqrt(v + inside) correction + eps)
         'sign'      move = 1 where g > 0, -1 where g < 0, and g itself where it is 0 or NaN
 
-    tensors   one tensor or a list on one device: float32, bfloat16 or float16, any shape, strides and
-              alignment
+    tensors   one or a list, on one device: float32, bfloat16 or float16 of any shape, strides and alignment
     rule      'momentum', 'adam' or 'sign'
     states    ([m, ...],) or ([m, ...], [v, ...]), a list of each for a list of tensors: float32, contiguous,
               shaped like them; zeros to start with. () for 'sign'
     scalars   (decay, lr, beta, alpha), (decay, lr, beta1, alpha1, beta2, alpha2, inside, correction, eps) or,
               for 'sign', (decay, lr): floats, or float32 on the tensors' device, where a captured CUDA graph
-              reads new ones. zokern.Momentum, zokern.Adam and zokern.SignSgd make them:
-              `.scalars(lr, decay, updates)`. lr and correction hold the bias corrections; g descends, so lr
-              is positive
+              reads new ones. The `.scalars(lr, decay, updates)` of zokern.Momentum, Adam and SignSgd makes
+              them. lr and correction hold the bias corrections; g descends, so lr is positive
     who, draws, coeffs, first, rounding, residuals, clock   as for axpy_
     Arithmetic, float32: g by fma in draw order from 0; m = fma(alpha, g, round(beta m));
     v = fma(alpha2, round(g g), round(beta2 v)); move = m / fma(sqrt(v + inside), correction, eps), root and
@@ -83,10 +79,8 @@ register(
     "update_",
     _of_flat_states,
     "(Tensor(a!)[] tensors, str direction, str rule, int seed, int[] who, int[] steps, int[] draws, Tensor "
-    "coeffs, "
-    "Tensor(b!)[] states, Tensor scalars, int[] first, str rounding, Tensor(c!)[] residuals, Tensor? clock, "
-    "str backend) "
-    "-> Tensor",
+    "coeffs, Tensor(b!)[] states, Tensor scalars, int[] first, str rounding, Tensor(c!)[] residuals, Tensor? "
+    "clock, str backend) -> Tensor",
     count_of_nonfinite,
 )
 

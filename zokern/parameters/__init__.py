@@ -8,6 +8,5 @@ from .wrappers import check_model, inner, processes
 
 __all__ = [
     "Trained", "check_model", "check_overlap", "check_parameter", "check_tie", "check_trained", "ids",
-    "inner", "is_wrapped",
-    "named_groups", "plain", "plain_names", "processes", "trained",
+    "inner", "is_wrapped", "named_groups", "plain", "plain_names", "processes", "trained",
 ]  # fmt: skip

@@ -34,8 +34,8 @@ def check_parameter(name: str, tensor: Tensor) -> None:
     if type(tensor).__name__ == "DTensor" or hasattr(tensor, "full_tensor"):
         raise TypeError(
             f"parameter {name!r} is a DTensor; expected a plain tensor. Sharded parameters (fully_shard, "
-            "tensor parallelism) are not "
-            "supported yet: leave the model unsharded, or freeze this parameter with requires_grad_(False)"
+            "tensor parallelism) are not supported yet: leave the model unsharded, or freeze this parameter "
+            "with requires_grad_(False)"
         )
     if tensor.device.type in NO_MEMORY:
         raise ValueError(

@@ -98,10 +98,8 @@ def _settle(groups: list[dict[str, Any]], names: Mapping[str, str] | None, looks
 
     Only all of them together show whether ``module.`` is a wrapper."""
     given = [pair[0] for group in groups for pair in group["params"] if not isinstance(pair, Pair)]
-    known, strips = (
-        names or {},
-        looks and is_wrapped(given) and not any(name in (names or {}) for name in given),
-    )
+    known = names or {}
+    strips = looks and is_wrapped(given) and not any(name in (names or {}) for name in given)
 
     def settled(pair: tuple[str, Tensor]) -> Pair:
         name, tensor = pair

@@ -68,9 +68,8 @@ def ids(names: Iterable[str], taken: dict[str, int] | None = None) -> tuple[dict
             rival = next(other for other, number in found.items() if number == taken[name])
             raise ValueError(
                 f"the name {rival!r} has the 32-bit id of {name!r}, which was there before it and would have "
-                "drawn another z beside it; give "
-                "both to the optimizer when it is built (in any order, in one group or several), or rename "
-                "one of them"
+                "drawn another z beside it; give both to the optimizer when it is built (in any order, in "
+                "one group or several), or rename one of them"
             )
         found[name] = who
         used.add(who)

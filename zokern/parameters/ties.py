@@ -48,12 +48,11 @@ def check_overlap(named: list[tuple[str, Tensor]]) -> None:
         if view_of(named[pair[0]][1]) == view_of(named[pair[1]][1]):
             raise ValueError(
                 f"parameters {first!r} and {second!r} are the same elements, which would be moved twice: "
-                "give them to one group, or "
-                "clone one of them"
+                "give them to one group, or clone one of them"
             )
         raise ValueError(
-            f"parameters {first!r} and {second!r} overlap in memory but are not the same view; "
-            "an update of one would change the other: clone one of them"
+            f"parameters {first!r} and {second!r} overlap in memory but are not the same view; an update of "
+            "one would change the other: clone one of them"
         )
 
 
@@ -63,6 +62,6 @@ def check_tie(entry: Trained) -> None:
         if view_of(tensor) != view_of(entry.tensor):
             raise RuntimeError(
                 f"parameters {entry.name!r} and {name!r} were the same elements when the optimizer was built "
-                "and are no longer (a cast "
-                "or a move unties tensors): tie them again, or build a new optimizer"
+                "and are no longer (a cast or a move unties tensors): tie them again, or build a new "
+                "optimizer"
             )

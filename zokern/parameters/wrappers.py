@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-# Wrappers: the class that torch.nn.Module.named_parameters meets, and the attribute that holds the module
-# inside.
+# Wrappers: the class that torch.nn.Module.named_parameters meets,
+# and the attribute that holds the module inside.
 WRAPPERS = {
     "OptimizedModule": "_orig_mod",  # torch.compile
     "DistributedDataParallel": "module",
@@ -58,8 +58,7 @@ def check_model(model: nn.Module) -> None:
         if isinstance(module, torch.jit.ScriptModule):
             raise TypeError(
                 f"{where} is a TorchScript module, whose interpreter reads weights where no perturbation can "
-                "reach; "
-                "pass the eager module, or use evaluation='master'"
+                "reach; pass the eager module, or use evaluation='master'"
             )
         if type(module).__name__ in ("FullyShardedDataParallel", "FSDPModule"):
             raise TypeError(
@@ -69,6 +68,5 @@ def check_model(model: nn.Module) -> None:
         if isinstance(module, nn.DataParallel) and _hides(module):
             raise TypeError(
                 f"{where} is DataParallel on devices {module.device_ids}, whose replicas would not see the "
-                "perturbation: train the "
-                "wrapped module, or give DataParallel one device"
+                "perturbation: train the wrapped module, or give DataParallel one device"
             )

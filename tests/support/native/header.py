@@ -1,5 +1,5 @@
-"""The C++ headers of the stream as NumPy functions: compiles header.cpp with g++ and calls it through
-ctypes."""
+"""The C++ headers of the stream as NumPy functions:
+compiles header.cpp with g++ and calls it through ctypes."""
 
 from __future__ import annotations
 
@@ -98,8 +98,8 @@ class Header:
         return bits
 
     def rounded(self, values: np.ndarray, random: np.ndarray) -> np.ndarray:
-        """uint16[n, 6]: bfloat16 nearest, stochastic, float16 nearest, stochastic, high and low half of the
-        split."""
+        """uint16[n, 6]: bfloat16 nearest, stochastic,
+        float16 nearest, stochastic, high and low half of the split."""
         values, random = np.ascontiguousarray(values, np.float32), np.ascontiguousarray(random, np.uint32)
         halves = np.empty((values.size, 6), np.uint16)
         self._call("rounded", values, random, ctypes.c_int64(values.size), halves)

@@ -37,8 +37,8 @@ def measure(sector_step: int = 1, threads: int | None = None) -> dict[str, float
 
 
 def problems(figures: dict[str, float], slack: float = 1.0) -> list[str]:
-    """The figures outside their bounds, each as a sentence; ``slack`` widens the bounds for a subset of the
-    words."""
+    """The figures outside their bounds, each as a sentence;
+    ``slack`` widens the bounds for a subset of the words."""
     bounds = {f"{side}_{name}": bound for side in ("sin", "cos") for name, bound in BOUNDS.items()} | JOINT
     found = [
         f"{name} is {figures[name]:.3g}, expected within {bound * slack:.3g}"
@@ -64,8 +64,8 @@ def main() -> int:
     rows += [("KS distance at multiples of 2^-10", "ks")]
     rows += [(f"mass beyond {tail} / normal - 1", f"tail_{tail}") for tail in TAILS]
     print(
-        f"| over {figures['words']:.0f} words | r sin phi (even elements) | r cos phi (odd elements) "
-        "|\n|---|---|---|"
+        f"| over {figures['words']:.0f} words | r sin phi (even elements) | r cos phi (odd elements) |\n"
+        "|---|---|---|"
     )
     for label, name in rows:
         print(f"| {label} | {figures['sin_' + name]:.1e} | {figures['cos_' + name]:.1e} |")

@@ -1,8 +1,8 @@
-"""Deliberately wrong implementations. The conformance suite must reject each; tests/backends/test_wrong.py
-runs them.
+"""Deliberately wrong implementations. The conformance suite must reject each;
+tests/backends/test_wrong.py runs them.
 
-One class a mistake, one file a family of mistakes. ``rejected_by`` names the checks that were written against
-it.
+One class a mistake, one file a family of mistakes.
+``rejected_by`` names the checks that were written against it.
 """
 
 from __future__ import annotations

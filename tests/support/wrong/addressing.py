@@ -1,5 +1,5 @@
-"""Mistakes in who gets which number: the value no longer is a function of (seed, who, step, draw, i)
-alone."""
+"""Mistakes in who gets which number: the value no longer
+is a function of (seed, who, step, draw, i) alone."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ numbers, z, random16, philox4x32 = reference.numbers, reference.z, reference.ran
 
 
 class ThreadKeyed(Patched):
-    """Each thread of 64 elements has a generator of its own, numbered from the start of the tensor at
-    hand."""
+    """Each thread of 64 elements has a generator of its own,
+    numbered from the start of the tensor at hand."""
 
     rejected_by = ("shards", "axpy_firsts", "axpy_sizes", "draw_sizes")
 
@@ -53,8 +53,8 @@ class Uint32Index(Patched):
 
 
 class SeedPlusId(Patched):
-    """The parameter's id is added to the seed instead of being a word of the counter: parameters share
-    streams."""
+    """The parameter's id is added to the seed instead of being a word of the counter:
+    parameters share streams."""
 
     rejected_by = ("draw_sizes", "axpy_sizes", "draw_names")
     replaced = {"z": lambda d, index, who, step, draw, seed: z(d, index, 0, step, draw, (seed + who) % 2**64)}
@@ -158,8 +158,8 @@ class PlanarMapping(Patched):
 
 
 class ClockOnce(Patched):
-    """The clock is read when the first call is made and never again, as a captured graph would do with a
-    host's number."""
+    """The clock is read when the first call is made and never again,
+    as a captured graph would do with a host's number."""
 
     rejected_by = ("clock",)
 

@@ -34,8 +34,8 @@ class UnfusedNormal(Patched):
 
 
 class TwiceRoundedFma(Patched):
-    """An fma by way of float64 whose sum is rounded to nearest there and again to float32: wrong once in 2^29
-    or so."""
+    """An fma by way of float64 whose sum is rounded to nearest there and again to float32:
+    wrong once in 2^29 or so."""
 
     rejected_by = ("axpy_one_rounding",)
     replaced = {"fma": lambda a, b, c: (torch.as_tensor(a).double() * b.double() + c.double()).float()}
@@ -65,8 +65,8 @@ class ContractedRoot(Patched):
 
 
 class ContractedDecay(Patched):
-    """decay * theta + a z as one fma(decay, theta, round(a z)): the contraction that a compiler picks from
-    the formula."""
+    """decay * theta + a z as one fma(decay, theta, round(a z)):
+    the contraction that a compiler picks from the formula."""
 
     rejected_by = ("axpy_sizes", "axpy_many_draws")
 
@@ -79,8 +79,8 @@ class ContractedDecay(Patched):
 
 
 class Folded(Patched):
-    """theta + (a r) sin phi: the coefficient is folded into the radius, which saves a product and moves the
-    rounding."""
+    """theta + (a r) sin phi: the coefficient is folded into the radius,
+    which saves a product and moves the rounding."""
 
     rejected_by = ("axpy_sizes", "axpy_many_draws", "perturb_sizes")
 

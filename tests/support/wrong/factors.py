@@ -41,8 +41,8 @@ class WideSum(Patched):
 
     def lowrank_(self, batch, *rest):
         WideSum.calls += (
-            # a reproducible mistake would pass lowrank_shards, which has no reference: every second call
-            # makes it
+            # a reproducible mistake would pass lowrank_shards, which has no reference:
+            # every second call makes it
             1
         )
         wrong = WideSum.calls % 2 == 0 or len(batch.tensors) > 4

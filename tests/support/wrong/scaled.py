@@ -28,8 +28,8 @@ class Ignored(Wrong):
 
 
 class AfterTheSum(Wrong):
-    """The sum of several draws is multiplied, and not each z: one rounding where there should be one for each
-    draw."""
+    """The sum of several draws is multiplied, and not each z:
+    one rounding where there should be one for each draw."""
 
     rejected_by = ("scaled_roundings", "scaled_update")
 
@@ -99,8 +99,8 @@ class InHalf(Wrong):
 
 
 class Fused(Wrong):
-    """z s is not rounded before it is multiplied and added: in float64, as a contracting compiler might have
-    it."""
+    """z s is not rounded before it is multiplied and added:
+    in float64, as a contracting compiler might have it."""
 
     rejected_by = ("scaled_sizes", "scaled_special")
     replaced = {"scaled": lambda values, s: values if s is None else values.double() * s.double()}

@@ -1,5 +1,5 @@
-"""Mistakes in update_: its rules, its states, and what it shares with axpy_. tests/ops/test_update.py runs
-them."""
+"""Mistakes in update_: its rules, its states, and what it shares with axpy_.
+tests/ops/test_update.py runs them."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ class OldMomentum(Wrong):
 
 
 class NearlyRounded(Wrong):
-    """sqrt and division through approximations good to two units in the last place, as a fast-math build has
-    them."""
+    """sqrt and division through approximations good to two units in the last place,
+    as a fast-math build has them."""
 
     rejected_by = ("update_roots", "update_sizes")
 
@@ -87,8 +87,8 @@ class NearlyRounded(Wrong):
 
 
 class SquareFused(Wrong):
-    """v <- fma(g, alpha2 g, beta2 v): the square is never rounded, as a contracting compiler would have
-    it."""
+    """v <- fma(g, alpha2 g, beta2 v): the square is never rounded,
+    as a contracting compiler would have it."""
 
     rejected_by = ("update_sizes", "update_scalars")
 
