@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # A file imports from its own layer and from those above it in this list;
 # within a layer, without going round in a circle.
 LAYERS = {
-    "kernels": ["warning", "stream", "checks", "triton_kernels", "_cpu", "_cuda"],
+    "kernels": ["warning", "stream", "checks", "autocast", "triton_kernels", "_cpu", "_cuda"],
     "directions": ["directions"],
     "backends": ["backends"],
     "operations": ["gemm", "ops"],
@@ -33,12 +33,14 @@ LAYERS = {
         "evaluation",
         "estimator",
         "prospect",
+        "told",
+        "result",
         "guards",
     ],
     "rules": ["rule"],
     "step": ["first_step", "first_order", "step"],
     "optimizer": ["low_bits", "bases", "scaling", "deferred", "work", "checkpoint", "optimizer"],
-    "methods": ["methods", "objective", "tuning"],
+    "methods": ["methods", "objective", "tuning", "graph"],
     "applications": ["__init__", "info", "cli", "cli_methods", "cli_tune", "__main__", "_build"],
 }
 RANK = {stem: rank for rank, stems in enumerate(LAYERS.values()) for stem in stems}

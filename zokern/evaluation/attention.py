@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_attention = F.scaled_dot_product_attention
-
 from .. import autocast
+
+_attention = F.scaled_dot_product_attention
 
 
 def folded(
