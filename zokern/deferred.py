@@ -22,9 +22,10 @@ from .backends import Noise
 from .bases import Bases
 from .evaluation import THETA, Evaluation, Master
 from .fingerprint import memory_of
+from .group import Group
 from .low_bits import LowBits
 from .modules import Tree
-from .plan import Group, Plan, Run
+from .plan import Plan, Run
 
 REPLACED = (
     "the weights of {!r} were replaced while updates of them were deferred; call optimizer.flush() before "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .fingerprint import versions_of
-from .plan import Group
+from .group import Group
 
 
 class LowBits:

@@ -12,7 +12,8 @@ from torch import Tensor
 from .backends import Batch, Noise
 from .directions import Curved, Normal, Scaled
 from .estimator import Estimate
-from .plan import Group, Plan
+from .group import Group
+from .plan import Plan
 
 PIECE = 1 << 20  # normals that exist at a time
 

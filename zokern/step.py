@@ -17,8 +17,9 @@ from .evaluation import Evaluation, NotRepeatable
 from .evaluation.base import Record
 from .first_order import Descent, Move, descend
 from .first_step import distance, name_statistics, repeats, unseen
+from .group import Group
 from .guards import Guards
-from .plan import Group, Plan
+from .plan import Plan
 from .result import Late, Part, StepResult
 from .rule import Rule, Sgd
 from .told import Weights

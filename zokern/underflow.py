@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .backends import Batch, Noise
 from .directions import Normal
-from .plan import Group, Plan
+from .group import Group
+from .plan import Plan
 from .warning import warn
 
 SAMPLE = 512  # elements per tensor

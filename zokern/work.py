@@ -14,10 +14,10 @@ from .bases import Bases
 from .deferred import Deferred
 from .estimator import Estimator
 from .fingerprint import memory_of
+from .group import Group
 from .low_bits import LowBits
 from .modules import Tree, same
 from .parameters import Trained
-from .plan import Group
 from .rule import START_ANEW, Keeps, Rule, check_state
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import zokern
 from zokern.directions import scaled
-from zokern.plan import Group
+from zokern.group import Group
 from zokern.scaling import Scaling
 
 IDS = batch()

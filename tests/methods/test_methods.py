@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import zokern
-from zokern import plan
 from zokern.directions import (
     Aligned,
     Diagonal,
@@ -234,7 +233,7 @@ def doubled_writes():
                 matrix.pending = matrix.pending * 2
         return right(self, *rest)
 
-    return replaced(plan.Group, "write", write)
+    return replaced(zokern.group.Group, "write", write)
 
 
 def draws_of_step(kind: type, of: Callable):
@@ -488,7 +487,7 @@ def sketch(change: Callable):
         draws, coeffs = change(noise.draws, coeffs)
         return right(backend, noise._replace(draws=draws), coeffs, *rest)
 
-    return replaced(plan.gemm, "sketch_of", wrong)
+    return replaced(zokern.group.gemm, "sketch_of", wrong)
 
 
 class OneProbe(zokern.Scratch):
@@ -509,10 +508,10 @@ def with_roots(right: Callable, *given, **options) -> tuple[Tensor, Tensor, Tens
 
 WRONG_BASES: dict[str, tuple[dict, Callable]] = {
     "no_power_or_extra": ({"width": 40, "tolerance": 0.01, "power": 0, "oversample": 0}, nullcontext),
-    "transposed_sketch": ({}, lambda: replaced(plan.gemm, "sketch_of", lambda right, *a: right(*a).flip(0))),
+    "transposed_sketch": ({}, lambda: replaced(zokern.group.gemm, "sketch_of", lambda right, *a: right(*a).flip(0))),
     "a_probe_too_few": ({}, lambda: sketch(lambda draws, coeffs: (draws[:-1], coeffs[:-1]))),
     "random_basis": ({},
-        lambda: replaced(plan.gemm, "sketch_of", lambda right, *a: torch.randn(right(*a).shape))),
+        lambda: replaced(zokern.group.gemm, "sketch_of", lambda right, *a: torch.randn(right(*a).shape))),
     "probes_share_a_draw": ({"evaluation": OneProbe()}, nullcontext),
     "spectrum_forgotten": ({}, lambda: replaced(torch.linalg, "svd", with_roots)),
 }  # fmt: skip

@@ -215,7 +215,7 @@ def test_stochastic_rounding_spends_the_bits_of_its_own_step() -> None:
     assert not torch.equal(ends[0], ends[1]) and not torch.equal(ends[1], ends[2])
     steps = []
     with replaced(
-        zokern.plan.Group,
+        zokern.group.Group,
         "axpy_",
         lambda right, self, d, s, draws, *rest: steps.append(draws) or right(self, d, s, draws, *rest),
     ):

@@ -20,7 +20,7 @@ from wrong.update import BACKENDS
 import zokern
 from zokern.backends import SCALARS, STATES
 from zokern.backends.reference import Reference
-from zokern.plan import Group
+from zokern.group import Group
 from zokern.rule import dense, waiting
 
 IDS = batch()

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 import zokern
 from zokern.backends import Span, get
 from zokern.directions import Diagonal, Lazy, Matrix, Normal, Subspace
+from zokern.group import Group
 from zokern.modules import Tree
-from zokern.plan import Group, Plan
+from zokern.plan import Plan
 from zokern.rule import basis_of, renew
 
 CPU = torch.device("cpu")

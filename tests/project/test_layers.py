@@ -28,6 +28,7 @@ LAYERS = {
         "fingerprint",
         "modules",
         "parameters",
+        "group",
         "plan",
         "underflow",
         "evaluation",

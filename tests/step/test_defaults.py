@@ -25,9 +25,10 @@ from zokern.backends import Batch, Noise, Sides, Span, Thin, Weight, get
 from zokern.directions import Aligned, Diagonal, Lazy, Matrix, Normal, Subspace
 from zokern.directions.orthonormal import orthonormal
 from zokern.gemm import library
+from zokern.group import Group
 from zokern.methods.tezo import spectral_ranks
 from zokern.modules import Tree
-from zokern.plan import Group, Plan
+from zokern.plan import Plan
 from zokern.rule import renew
 
 ROOT = Path(__file__).parents[2]

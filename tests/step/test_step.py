@@ -20,7 +20,6 @@ from models import batch, build, changed, next_token_loss, same_bits, snapshot, 
 from torch import nn
 
 import zokern
-from zokern import plan
 from zokern.evaluation import rng
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -119,14 +118,14 @@ def test_step_equals_formula(case: str, evaluation: str) -> None:
 
 def wrong_axpy(change: Callable):
     """Group.axpy_ with its coefficients and decay changed first."""
-    right = plan.Group.axpy_
+    right = zokern.group.Group.axpy_
 
     def axpy_(self, noise, coeffs, decay, rounding, control=None):
         decay = decay if control is None else float(control[0])
         draws, coeffs, decay = change(noise.draws, [float(c) for c in coeffs], decay)
         return right(self, noise._replace(draws=draws), coeffs, decay, rounding)
 
-    return patch.object(plan.Group, "axpy_", axpy_)
+    return patch.object(zokern.group.Group, "axpy_", axpy_)
 
 
 def wrong_perturb(change: Callable):

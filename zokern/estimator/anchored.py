@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from ..checks import finite_number, whole_number
-from ..plan import Group, Plan
+from ..group import Group
+from ..plan import Plan
 from .base import Base, Estimate, Oracle
 from .spsa import Spsa, Stencil
 

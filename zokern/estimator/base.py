@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ..evaluation import THETA, Evaluation, Point
 from ..evaluation.loss import mean_of
-from ..plan import Draw, Group, Plan
+from ..group import Draw, Group
+from ..plan import Plan
 
 # lr of optimizers that are given none: for coefficients in units of loss per weight, and for coefficients of
 # about 1.

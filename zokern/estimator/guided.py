@@ -13,7 +13,8 @@ from collections.abc import Iterator
 import torch
 
 from ..evaluation import Point
-from ..plan import Draw, Plan
+from ..group import Draw
+from ..plan import Plan
 from ..told import constant
 from .base import Estimate, Oracle
 from .spsa import Spsa

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from ..plan import Draw, Plan
+from ..group import Draw
+from ..plan import Plan
 
 WAY_OUT = "use evaluation='master'"
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from .. import gemm
 from ..backends import Batch, Outer, Sides, Span, TensorList, Terms, Weight
 from ..directions import DIRECTIONS
-from ..plan import Draw, Group, Plan
+from ..group import Draw, Group
+from ..plan import Plan
 from .arena import ALIGN, Arena
 from .base import Point, Refused
 from .factors import Factors

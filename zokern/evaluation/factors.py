@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ..backends import Thin
+from ..group import Draw, Group, ends_of
 from ..modules import same
-from ..plan import Draw, Group, Plan, ends_of
+from ..plan import Plan
 from ..told import constant
 from .base import Point
 

@@ -31,7 +31,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ..backends import Batch, Outer
-from ..plan import Group, Plan, ends_of
+from ..group import Group, ends_of
+from ..plan import Plan
 from .base import THETA, WAY_OUT, Record, Refused
 from .isolation import Isolation
 from .loss import loss_tensor

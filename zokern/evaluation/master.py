@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ..backends import Batch, Outer, TensorList, Terms
 from ..fingerprint import announce
-from ..plan import Group, Plan
+from ..group import Group
+from ..plan import Plan
 from ..underflow import Share, heads, moving
 from .base import Point, Record, distinct
 from .factors import Factors

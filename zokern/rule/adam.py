@@ -34,7 +34,8 @@ from ..backends import Batch, Outer, Span
 from ..checks import flag, is_number, within
 from ..directions import Matrix
 from ..estimator.base import ONES
-from ..plan import Group, Plan
+from ..group import Group
+from ..plan import Plan
 from ..told import Weights
 from .carry import carried
 from .dense import advance

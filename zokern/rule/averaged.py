@@ -23,7 +23,8 @@ from ..checks import finite_number
 from ..directions import Matrix
 from ..estimator import Base
 from ..evaluation import Point
-from ..plan import Group, Plan
+from ..group import Group
+from ..plan import Plan
 from .dense import advance
 from .state import Keeps
 

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ..directions import LowRank, Matrix, Scaled
-from ..plan import Group, Plan
+from ..group import Group
+from ..plan import Plan
 from .state import Keeps
 
 

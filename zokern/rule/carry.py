@@ -9,7 +9,7 @@ from torch import Tensor
 from ..backends import Batch, Outer, Span
 from ..directions import Matrix
 from ..directions.orthonormal import tree_sum
-from ..plan import Group
+from ..group import Group
 
 
 def carried(

@@ -24,7 +24,8 @@ from ..checks import finite_number, within
 from ..directions import Matrix
 from ..estimator import Base, Oracle
 from ..evaluation import Point
-from ..plan import Group, Plan
+from ..group import Group
+from ..plan import Plan
 from ..stream import BASIS, draw_word
 from .state import Keeps
 from .waiting import is_nothing

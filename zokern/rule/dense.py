@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..backends import Batch, Update
-from ..plan import Group, Plan
+from ..group import Group
+from ..plan import Plan
 from ..told import lately, on_device
 from .base import Rule
 from .waiting import is_nothing

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..checks import within
 from ..directions import Matrix
-from ..plan import Group, Plan
+from ..group import Group
+from ..plan import Plan
 from ..told import Weights
 from .carry import carried
 from .dense import advance

@@ -31,7 +31,8 @@ from ..checks import flag, is_number, whole_number, within
 from ..directions import Matrix
 from ..estimator.base import ONES
 from ..gemm.library import one_thread
-from ..plan import Group, Plan
+from ..group import Group
+from ..plan import Plan
 from ..stream import BASIS, draw_word
 from ..told import Weights
 from .carry import carried

@@ -25,7 +25,8 @@ from ..checks import finite_number, whole_number, within
 from ..directions import Normal
 from ..estimator import Base, Oracle
 from ..evaluation import THETA, Point
-from ..plan import Group, Plan
+from ..group import Group
+from ..plan import Plan
 from ..stream import RADIUS, draw_word
 from .sgd import Sgd
 from .state import Keeps

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..backends import Batch, Outer, Terms
 from ..directions import Matrix
-from ..plan import Group, Plan, ends_of
+from ..group import Group, ends_of
+from ..plan import Plan
 from ..told import Weights, lately
 from .state import Keeps
 from .waiting import add_, deposit, is_nothing, total

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..directions import Matrix
 from ..estimator.base import ONES
-from ..plan import Group, Plan
+from ..group import Group
+from ..plan import Plan
 from .state import Keeps
 from .waiting import is_nothing
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..backends import Batch, Outer
-from ..plan import Group, Plan
+from ..group import Group
+from ..plan import Plan
 from ..told import on_device
 
 

@@ -27,7 +27,8 @@ from ..checks import finite_number, flag, whole_number, within
 from ..directions import Matrix
 from ..estimator.base import ONES
 from ..fingerprint import announce
-from ..plan import Group, Plan
+from ..group import Group
+from ..plan import Plan
 from .adam import LARGEST, SMALLEST, pair
 from .dense import PIECE
 from .state import START_ANEW, Keeps
