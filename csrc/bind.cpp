@@ -229,9 +229,8 @@ void project(uintptr_t losses, int64_t reads, int64_t points, uintptr_t weights,
   check(reads > 0 && points > 0 && draws > 0, "reads, points or draws is not positive");
   check(weights != 0 || draws == points, "without weights there are as many draws as points");
   check(losses != 0 && scalars != 0 && out != 0, "losses, scalars or out is a null address");
-  zo::project(
-      {at<double>(losses), at<double>(weights), at<double>(scalars), reads, points, draws, at<double>(out)},
-      stream);
+  zo::project({at<double>(losses), at<double>(weights), at<double>(scalars), reads, points, draws,
+               at<double>(out), stream});
 }
 
 // Returns whether the values of some dicts, one dict after another, are the very objects of a list. Compares

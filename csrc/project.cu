@@ -10,7 +10,7 @@
 #include <cuda_runtime.h>
 
 #include "device.h"
-#include "project.h"
+#include "projector.h"
 
 namespace zo {
 namespace projects {  // named, so that the kernel has the same symbol in every build
@@ -32,8 +32,8 @@ __global__ void __launch_bounds__(kLanes) project_kernel(const Projection projec
 
 }  // namespace projects
 
-void project(const Projection& projection, uintptr_t stream) {
-  ZO_LAUNCH(projects::project_kernel, 1, projects::kLanes, reinterpret_cast<cudaStream_t>(stream),
+void project(const Projection& projection) {
+  ZO_LAUNCH(projects::project_kernel, 1, projects::kLanes, reinterpret_cast<cudaStream_t>(projection.stream),
             projection);
   device::check(cudaGetLastError(), "project");
 }
