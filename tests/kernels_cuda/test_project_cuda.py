@@ -97,14 +97,13 @@ def test_ptx_is_not_contracted(tmp_path) -> None:
     assert text.count("div.rn.f64") >= 3 and not inexact(text)
     header = (sass.CSRC / "projector.h").read_text()
     assert "return __dmul_rn(a, b);" in header and "return __dadd_rn(a, b);" in header
-    for name in ("__dmul_rn(a, b)", "__dadd_rn(a, b)"):
-        header = header.replace(name, {"_": "a * b", "a": "a + b"}["_" if "mul" in name else "a"])
+    header = header.replace("__dmul_rn(a, b)", "a * b").replace("__dadd_rn(a, b)", "a + b")
     (tmp_path / "projector.h").write_text(header)
     (tmp_path / "project.cu").write_text(SOURCE.read_text())
     wrong = sass.compile_to(
         tmp_path / "wrong.ptx", "90", "-fmad=true", kind="ptx", source=tmp_path / "project.cu"
     )
-    assert inexact(wrong.read_text()) == {"fma.rn.f64"}
+    assert "fma.rn.f64" in inexact(wrong.read_text())
 
 
 @compiled

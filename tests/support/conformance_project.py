@@ -94,7 +94,9 @@ def check_project_zeros(backend, device="cpu", scale="full") -> None:
         project(backend, device, losses, weights.contiguous(), "unread losses")
         project(backend, device, losses, sparse(generator, 5, 6), "losses that are read")
     tiny = torch.tensor([[-0.0, 0.0, 1.0, -1.0]], dtype=torch.float64)
-    weights = torch.tensor([[1.0, 0, 0, 0], [-1.0, 0, 0, 0], [1.0, 1, 0, 0], [0, 0, 1, 1]], dtype=torch.float64)
+    weights = torch.tensor(
+        [[1.0, 0, 0, 0], [-1.0, 0, 0, 0], [1.0, 1, 0, 0], [0, 0, 1, 1]], dtype=torch.float64
+    )
     for sign in (1.0, -1.0):
         project(backend, device, tiny, weights, "zeros", sign=sign, weight_decay=0.0)
 
@@ -201,7 +203,10 @@ def check_control_update(backend, device="cpu", scale="full") -> None:
         quick = {"nearest": "adam", "stochastic": "momentum", "residual": "sign"}[rounding]
         for rule in (quick,) if scale == "quick" else STATES:
             states = states_of(generator, rule, thetas)
-            numbers, coeffs = torch.tensor(NUMBERS[rule], device=device), torch.full((1,), 0.01, device=device)
+            numbers, coeffs = (
+                torch.tensor(NUMBERS[rule], device=device),
+                torch.full((1,), 0.01, device=device),
+            )
             noise = Noise(resolve("normal"), SEED, [(3, 1)])
             for control in CONTROLS[2:] if scale == "quick" else CONTROLS:
 
