@@ -31,7 +31,7 @@ from .evaluation import InPlace as Walk
 from .methods import *  # noqa: F403  (their names are found in the folder)
 from .methods import METHODS
 from .objective import Objective
-from .ops import axpy_, draw, lowrank_, perturb, philox4x32, update_
+from .ops import axpy_, draw, lowrank_, perturb, philox4x32, project, update_
 from .ops.linear import linear, sketch
 from .rule import Adam, Averaged, Cone, Momentum, Muon, Projected, Sgd, SignSgd, WindowAdam, WindowMomentum
 from .step import StepResult, step
@@ -45,6 +45,6 @@ __all__ = [
     "Mixed", "Momentum", "Muon", "Normal", "Objective", "Paired", "Private", "Projected", "Rademacher",
     "Ranked", "Refused", "Scaled", "Scratch", "Sgd", "Sign", "SignSgd", "Split", "Spread", "Spsa",
     "Stencil", "StepResult", "Tuning", "Walk", "WindowAdam", "WindowMomentum", "__version__", "axpy_",
-    "draw", "linear", "lowrank_", "perturb", "philox4x32", "sketch", "step", "tune", "update_",
+    "draw", "linear", "lowrank_", "perturb", "philox4x32", "project", "sketch", "step", "tune", "update_",
 ]  # fmt: skip
 __all__ += METHODS
