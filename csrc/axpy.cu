@@ -74,6 +74,10 @@ constexpr bool is_plain(Sum sum) { return sum == Sum::kTerm || sum == Sum::kDeca
 template <Direction kDirection, Rounding kRounding, Sum kSum, bool kScaled>
 struct AxpyVerb {
   static constexpr bool kPlain = is_plain(kSum);
+  // Signs to nearest have no register left for a decay that is read from memory: with it they spill on sm_80
+  // and sm_100. Under a control their lists take the kernel of lists with factors, which are 1.
+  static constexpr bool kReadsDecay =
+      kScaled || kDirection == Direction::kNormal || kRounding != Rounding::kNearest;
   const Keys& keys;
   const Terms terms;
   float coefficient;   // of the one term of a plain sum
@@ -476,7 +480,7 @@ constexpr int resident(Rounding rounding, Sum sum) {
 
 template <class Verb>
 __device__ __forceinline__ void axpy_list(const List& list, Terms terms, unsigned long long* nonfinite) {
-  if (Verb::kPlain && list.control != nullptr) terms.last.decay = list.control[kDecay];
+  if (Verb::kPlain && Verb::kReadsDecay && list.control != nullptr) terms.last.decay = list.control[kDecay];
   Verb verb{list.keys, terms, Verb::kPlain ? terms.coefficients[0] : 0.0f, 0};
   run(verb, list.entries, list.chunks, list.chunk_count, list.parts_log2);
   // This is rare, so every thread adds for itself.
@@ -515,7 +519,8 @@ void axpy_along(const Launch& launch, const Draw* draws, int32_t draw_count, int
                  ? axpy_kernel<kDirection, kRounding, Sum::kTerm>
                  : axpy_kernel<kDirection, kRounding, Sum::kDecayedTerm>;
   }
-  if (launch.scaled) {
+  constexpr bool kReads = AxpyVerb<kDirection, kRounding, Sum::kDecayedTerm, false>::kReadsDecay;
+  if (launch.scaled || (!kReads && draw_count == 1 && launch.control != nullptr)) {
     kernel = draw_count == 1 ? scaled_axpy_kernel<kDirection, kRounding, Sum::kDecayedTerm>
                              : scaled_axpy_kernel<kDirection, kRounding, Sum::kTerms>;
   }

@@ -80,6 +80,8 @@ class OnPtx(cuda.Cuda):
             return self._run(sass.update_symbol(direction, rule, rounding, kind), arguments, tensors)
         draws, draw_count, each, rounding, nonfinite = rest
         last = bytes((ctypes.c_char * 16).from_address(draws + 16 * (draw_count - 1)))  # struct Draw
+        if control and (draw_count, direction, rounding) == (1, 1, 0):
+            scaled, kind = True, "scaled_"  # as axpy.cu, kReadsDecay
         if scaled:
             terms = sass.DECAYED_TERM if draw_count == 1 else sass.TERMS
         elif draw_count == 1:
