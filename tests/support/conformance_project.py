@@ -234,10 +234,10 @@ def products_of(generator, scale: str) -> Iterator[tuple]:
 
 
 def check_control_lowrank(backend, device="cpu", scale="full") -> None:
-    generator = source(check_control_lowrank)
+    """In place, to nearest and not; whole tiles and single elements."""
+    generator, noise = source(check_control_lowrank), Noise(None, SEED, [(3, 0)])
     for rounding, thetas, lows, spans, (lefts, rights) in products_of(generator, scale):
         lefts, rights = ([factor.to(device) for factor in side] for side in (lefts, rights))
-        noise = Noise(None, SEED, [(3, 0)])
         for control in CONTROLS:
 
             def call(groups, decay, told, rounding=rounding, spans=spans, lefts=lefts, rights=rights):
