@@ -60,7 +60,7 @@ CPU_SOURCES = ("elementwise", "update", "lowrank", "linear")
 CUDA_OBJECTS = {
     f"axpy.{name.lower()}": f"-DZOKERN_ROUNDING=k{name}" for name in ("Residual", "Stochastic", "Nearest")
 }
-CUDA_OBJECTS |= {"update": "", "elementwise": "", "lowrank": ""}
+CUDA_OBJECTS |= {"update": "", "elementwise": "", "lowrank": "", "project": ""}
 CUDA_ARCHITECTURES = ["80", "86", "89", "90", "100", "120"]
 OLDEST = 80  # the kernels have bfloat16 instructions, which older GPUs lack
 # PTX of the first of a family is the machine code of all of it: the slower half of the compiler runs three
@@ -189,8 +189,8 @@ def knows(cxx: str, flags: str) -> bool:
 
 
 def cpu() -> Part:
-    """bind.cpp and isa.cpp; each verb's source once per instruction set, and once more for the part that
-    shares the work out."""
+    """bind.cpp, isa.cpp and project.cpp; the other verbs' sources once per instruction set, and once more for
+    the part that shares the work out."""
     cxx = find_cxx()
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     isas = ISA_FLAGS if x86 else {"scalar": ""}
@@ -201,11 +201,12 @@ def cpu() -> Part:
         "instruction_sets": [*products, *isas],
     }
     part = Part("cpu", record, [])
-    objects = [f"{OBJECTS}/cpu/bind.o", f"{OBJECTS}/cpu/isa.o"]
+    objects = [f"{OBJECTS}/cpu/{name}.o" for name in ("bind", "isa", "project")]
     part.rules += [
         part.bind_rule() + " -DZOKERN_LOWRANK_CPU -DZOKERN_UPDATE -DZOKERN_LINEAR",
         f"build {objects[1]}: cxx csrc/isa.cpp\n"
         f"  flags = {' '.join(f'-DZOKERN_{isa.upper()}' for isa in products)}",
+        f"build {objects[2]}: cxx csrc/project.cpp",
     ]
     for source in CPU_SOURCES:
         objects.append(f"{OBJECTS}/cpu/{source}.o")

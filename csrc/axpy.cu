@@ -35,8 +35,13 @@ struct Terms {
   int32_t count, each;
   uint32_t clock;
   Draw last;
+  const float* control;  // its decay is that of the first term
 
-  __device__ __forceinline__ Draw at(int32_t k) const { return k + 1 < count ? draws[k] : last; }
+  __device__ __forceinline__ Draw at(int32_t k) const {
+    Draw term = k + 1 < count ? draws[k] : last;
+    if (k == 0 && control != nullptr) term.decay = control[kDecay];
+    return term;
+  }
 };
 
 // A term in the form that sums() and steps() read: 32 bytes of shared memory, the same for all lanes.
@@ -69,6 +74,10 @@ constexpr bool is_plain(Sum sum) { return sum == Sum::kTerm || sum == Sum::kDeca
 template <Direction kDirection, Rounding kRounding, Sum kSum, bool kScaled>
 struct AxpyVerb {
   static constexpr bool kPlain = is_plain(kSum);
+  // Signs to nearest have no register left for a decay that is read from memory: with it they spill on sm_80
+  // and sm_100. Under a control their lists take the kernel of lists with factors, which are 1.
+  static constexpr bool kReadsDecay =
+      kScaled || kDirection == Direction::kNormal || kRounding != Rounding::kNearest;
   const Keys& keys;
   const Terms terms;
   float coefficient;   // of the one term of a plain sum
@@ -470,8 +479,8 @@ constexpr int resident(Rounding rounding, Sum sum) {
 }
 
 template <class Verb>
-__device__ __forceinline__ void axpy_list(const List& list, const Terms& terms,
-                                          unsigned long long* nonfinite) {
+__device__ __forceinline__ void axpy_list(const List& list, Terms terms, unsigned long long* nonfinite) {
+  if (Verb::kPlain && Verb::kReadsDecay && list.control != nullptr) terms.last.decay = list.control[kDecay];
   Verb verb{list.keys, terms, Verb::kPlain ? terms.coefficients[0] : 0.0f, 0};
   run(verb, list.entries, list.chunks, list.chunk_count, list.parts_log2);
   // This is rare, so every thread adds for itself.
@@ -482,7 +491,8 @@ template <Direction kDirection, Rounding kRounding, Sum kSum>
 __global__ void __launch_bounds__(kThreads, resident(kRounding, kSum))
     axpy_kernel(const List list, const Draw* draws, const float* coefficients, int32_t draw_count,
                 int32_t each, Draw last, unsigned long long* nonfinite) {
-  const Terms terms = {draws, coefficients, draw_count, each, clock_of(list), last};
+  if (stopped(list, kGo)) return;
+  const Terms terms = {draws, coefficients, draw_count, each, clock_of(list), last, list.control};
   axpy_list<AxpyVerb<kDirection, kRounding, kSum, false>>(list, terms, nonfinite);
 }
 
@@ -493,7 +503,8 @@ __global__ void __launch_bounds__(kThreads, kSum == Sum::kTerms || kRounding == 
                                                 : kResidentMore)
     scaled_axpy_kernel(const List list, const Draw* draws, const float* coefficients, int32_t draw_count,
                        int32_t each, Draw last, unsigned long long* nonfinite) {
-  const Terms terms = {draws, coefficients, draw_count, each, clock_of(list), last};
+  if (stopped(list, kGo)) return;
+  const Terms terms = {draws, coefficients, draw_count, each, clock_of(list), last, list.control};
   axpy_list<AxpyVerb<kDirection, kRounding, kSum, true>>(list, terms, nonfinite);
 }
 
@@ -504,10 +515,12 @@ void axpy_along(const Launch& launch, const Draw* draws, int32_t draw_count, int
   auto* kernel = each == 1 ? axpy_kernel<kDirection, kRounding, Sum::kSteps>
                            : axpy_kernel<kDirection, kRounding, Sum::kTerms>;
   if (draw_count == 1) {
-    kernel = draws[0].decay == 1.0f ? axpy_kernel<kDirection, kRounding, Sum::kTerm>
-                                    : axpy_kernel<kDirection, kRounding, Sum::kDecayedTerm>;
+    kernel = draws[0].decay == 1.0f && launch.control == nullptr
+                 ? axpy_kernel<kDirection, kRounding, Sum::kTerm>
+                 : axpy_kernel<kDirection, kRounding, Sum::kDecayedTerm>;
   }
-  if (launch.scaled) {
+  constexpr bool kReads = AxpyVerb<kDirection, kRounding, Sum::kDecayedTerm, false>::kReadsDecay;
+  if (launch.scaled || (!kReads && draw_count == 1 && launch.control != nullptr)) {
     kernel = draw_count == 1 ? scaled_axpy_kernel<kDirection, kRounding, Sum::kDecayedTerm>
                              : scaled_axpy_kernel<kDirection, kRounding, Sum::kTerms>;
   }

@@ -16,6 +16,7 @@
 #include "elementwise.h"
 #include "linear.h"
 #include "lowrank.h"
+#include "project.h"
 #include "update.h"
 
 namespace {
@@ -33,7 +34,7 @@ void check(bool holds, const char* message) {
 
 zo::Launch launch(uintptr_t entries, uintptr_t chunks, int64_t chunk_count, int32_t direction, uint64_t seed,
                   int64_t workers, uintptr_t stream, uintptr_t clock = 0, uintptr_t draws = 0,
-                  uintptr_t coefficients = 0, bool scaled = false) {
+                  uintptr_t coefficients = 0, bool scaled = false, uintptr_t control = 0) {
   check(chunk_count >= 0, "chunk_count is negative");
   check(chunk_count == 0 || (entries != 0 && chunks != 0), "entries or chunks is a null address");
   check(direction >= 0 && direction <= 1, "direction is not one of 0 (normal), 1 (rademacher)");
@@ -48,6 +49,7 @@ zo::Launch launch(uintptr_t entries, uintptr_t chunks, int64_t chunk_count, int3
           at<zo::Draw>(draws),
           at<float>(coefficients),
           at<int64_t>(clock),
+          at<float>(control),
           scaled};
 }
 
@@ -68,13 +70,14 @@ void draw(uintptr_t entries, uintptr_t chunks, int64_t chunk_count, int32_t dire
 void axpy(uintptr_t entries, uintptr_t chunks, int64_t chunk_count, int32_t direction, uint64_t seed,
           uintptr_t draws, int32_t draw_count, int32_t each, int32_t rounding, uintptr_t nonfinite,
           int64_t workers, uintptr_t stream, uintptr_t clock, uintptr_t device_draws, uintptr_t coefficients,
-          bool scaled) {
+          bool scaled, uintptr_t control) {
   check(draw_count > 0 && draws != 0, "draws is empty");
   check(each > 0 && draw_count % each == 0, "each does not divide draw_count");
   check(rounding >= 0 && rounding <= 2, "rounding is not one of 0 (nearest), 1 (stochastic), 2 (residual)");
   check(nonfinite != 0, "nonfinite is a null address");
+  check(control == 0 || each == draw_count, "each is not draw_count, with a control");
   zo::axpy(launch(entries, chunks, chunk_count, direction, seed, workers, stream, clock, device_draws,
-                  coefficients, scaled),
+                  coefficients, scaled, control),
            at<zo::Draw>(draws), draw_count, each, static_cast<zo::Rounding>(rounding),
            at<int64_t>(nonfinite));
 }
@@ -91,13 +94,13 @@ void perturb(uintptr_t entries, uintptr_t chunks, int64_t chunk_count, int32_t d
 void update(uintptr_t entries, uintptr_t chunks, int64_t chunk_count, int32_t direction, uint64_t seed,
             uintptr_t draws, int32_t draw_count, int32_t rule, uintptr_t scalars, int32_t rounding,
             uintptr_t nonfinite, int64_t workers, uintptr_t stream, uintptr_t clock, uintptr_t device_draws,
-            uintptr_t coefficients, bool scaled) {
+            uintptr_t coefficients, bool scaled, uintptr_t control) {
   check(draw_count > 0 && draws != 0, "draws is empty");
   check(rule >= 0 && rule <= 2, "rule is not one of 0 (momentum), 1 (adam), 2 (sign)");
   check(rounding >= 0 && rounding <= 2, "rounding is not one of 0 (nearest), 1 (stochastic), 2 (residual)");
   check(nonfinite != 0 && scalars != 0, "nonfinite or scalars is a null address");
   zo::update(launch(entries, chunks, chunk_count, direction, seed, workers, stream, clock, device_draws,
-                    coefficients, scaled),
+                    coefficients, scaled, control),
              at<zo::Draw>(draws), draw_count, static_cast<zo::Rule>(rule), at<float>(scalars),
              static_cast<zo::Rounding>(rounding), at<int64_t>(nonfinite));
 }
@@ -206,7 +209,7 @@ void linear(uintptr_t weight, int32_t type, bool transposed, int64_t m, int64_t 
 void lowrank_tiles(uintptr_t entries, uintptr_t tiles, int64_t tile_count, uintptr_t frames,
                    uintptr_t factors, int64_t max_rank, bool general, int32_t types, bool simple, bool whole,
                    uint64_t seed, uint32_t step, float decay, int32_t rounding, uintptr_t nonfinite,
-                   int64_t workers, uintptr_t stream) {
+                   int64_t workers, uintptr_t stream, uintptr_t clock, uintptr_t control) {
   check(tile_count >= 0, "tile_count is negative");
   check(tile_count == 0 || (entries != 0 && tiles != 0 && frames != 0 && factors != 0),
         "a table is a null address");
@@ -214,11 +217,21 @@ void lowrank_tiles(uintptr_t entries, uintptr_t tiles, int64_t tile_count, uintp
   check(nonfinite != 0, "nonfinite is a null address");
   const zo::TileList list{
       at<zo::Tile>(tiles), tile_count, at<zo::Frame>(frames), max_rank, general, types, simple, whole};
-  const zo::Launch launch{at<zo::Entry>(entries), nullptr, 0, zo::Direction::kNormal, seed, workers, stream};
+  zo::Launch launch{at<zo::Entry>(entries), nullptr, 0, zo::Direction::kNormal, seed, workers, stream};
+  launch.clock = at<int64_t>(clock), launch.control = at<float>(control);
   zo::lowrank_tiles(launch, list, at<zo::Factors>(factors), decay, static_cast<zo::Rounding>(rounding), step,
                     at<int64_t>(nonfinite));
 }
 #endif
+
+void project(uintptr_t losses, int64_t reads, int64_t points, uintptr_t weights, int64_t draws,
+             uintptr_t scalars, uintptr_t out, int64_t, uintptr_t stream) {
+  check(reads > 0 && points > 0 && draws > 0, "reads, points or draws is not positive");
+  check(weights != 0 || draws == points, "without weights there are as many draws as points");
+  check(losses != 0 && scalars != 0 && out != 0, "losses, scalars or out is a null address");
+  zo::project({at<double>(losses), at<double>(weights), at<double>(scalars), reads, points, draws,
+               at<double>(out), stream});
+}
 
 // Returns whether the values of some dicts, one dict after another, are the very objects of a list. Compares
 // addresses only: no method of an object is called. A step asks it of every attribute of a model.
@@ -248,7 +261,7 @@ PYBIND11_MODULE(ZOKERN_MODULE, module) {
   module.def("axpy", &axpy, Free(), arg("entries"), arg("chunks"), arg("chunk_count"), arg("direction"),
              arg("seed"), arg("draws"), arg("draw_count"), arg("each"), arg("rounding"), arg("nonfinite"),
              arg("workers"), arg("stream"), arg("clock") = 0, arg("device_draws") = 0,
-             arg("coefficients") = 0, arg("scaled") = false);
+             arg("coefficients") = 0, arg("scaled") = false, arg("control") = 0);
   module.def("perturb", &perturb, Free(), arg("entries"), arg("chunks"), arg("chunk_count"), arg("direction"),
              arg("seed"), arg("step"), arg("draw"), arg("scales"), arg("workers"), arg("stream"),
              arg("clock") = 0, arg("scaled") = false);
@@ -256,7 +269,7 @@ PYBIND11_MODULE(ZOKERN_MODULE, module) {
   module.def("update", &update, Free(), arg("entries"), arg("chunks"), arg("chunk_count"), arg("direction"),
              arg("seed"), arg("draws"), arg("draw_count"), arg("rule"), arg("scalars"), arg("rounding"),
              arg("nonfinite"), arg("workers"), arg("stream"), arg("clock") = 0, arg("device_draws") = 0,
-             arg("coefficients") = 0, arg("scaled") = false);
+             arg("coefficients") = 0, arg("scaled") = false, arg("control") = 0);
 #endif
 #if defined(ZOKERN_LOWRANK_CPU)
   module.def("lowrank", &lowrank, Free(), arg("entries"), arg("chunks"), arg("chunk_count"), arg("factors"),
@@ -270,8 +283,12 @@ PYBIND11_MODULE(ZOKERN_MODULE, module) {
   module.def("linear_memory", &zo::linear_memory, Free(), arg("rows"));
 #endif
 #if defined(ZOKERN_LOWRANK_CUDA)
-  module.def("lowrank_tiles", &lowrank_tiles, Free());
+  module.def("lowrank_tiles", &lowrank_tiles, Free(), arg("entries"), arg("tiles"), arg("tile_count"),
+             arg("frames"), arg("factors"), arg("max_rank"), arg("general"), arg("types"), arg("simple"),
+             arg("whole"), arg("seed"), arg("step"), arg("decay"), arg("rounding"), arg("nonfinite"),
+             arg("workers"), arg("stream"), arg("clock") = 0, arg("control") = 0);
 #endif
+  module.def("project", &project);
   module.def("implementation", &zo::implementation);
   module.def("select", &zo::select, arg("name"));
   module.def("architectures", &zo::architectures);

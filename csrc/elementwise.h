@@ -82,6 +82,7 @@ struct Launch {
   const Draw* draws = nullptr;          // the names and decays of several terms
   const float* coefficients = nullptr;  // the factors of a sum; on the CPU they are in the draws
   const int64_t* clock = nullptr;       // added to every step number; null for 0
+  const float* control = nullptr;       // {decay, go, finite} of project.h; null: the host knows the decay
   bool scaled = false;                  // CUDA: some entry has a scale
 };
 

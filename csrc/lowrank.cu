@@ -12,6 +12,8 @@
 //          16-bit    column 8 t + 2 j + e of the step: sixteen bytes in a row
 //          float32   column 16 (j div 2) + 4 t + 2 (j mod 2) + e: twice sixteen bytes
 //          There is no shared memory and no shuffle
+// control  under a control, a list in place that rounds to nearest has two launches. If the decay is 1,
+//          the plain kernel works and the other one ends at once, else the other way round
 // launch   one persistent grid per list and element width. A block's tile has up to 128 rows by 256 columns.
 //          The fragments of `right` stay in registers for all rows of a tile. Ranks are padded with zeros to
 //          16, 32, 64 or 128
@@ -123,6 +125,17 @@ struct Work {
   Rounding rounding;
   uint32_t step, k0, k1;
   unsigned long long* nonfinite;
+  const int64_t* clock;
+  const float* control;  // {decay, go, finite} of project.h, or null
+  bool divided;          // the decay of the control says whether the simple kernel or the other one works
+
+  // Reads what only the device knows. Returns whether nothing is left to do for a kernel, simple or not.
+  __device__ __forceinline__ bool stopped(bool is_simple) {
+    if (clock != nullptr) step += static_cast<uint32_t>(*clock);
+    if (control == nullptr) return false;
+    decay = control[0];
+    return control[1] == 0.0f || (divided && is_simple != (decay == 1.0f));
+  }
 };
 
 // Rounds one value, by any of the roundings, and stores it. `random` is 16 bits for stochastic rounding.
@@ -392,7 +405,9 @@ constexpr int resident(int fragments, bool loop) { return fragments > (loop ? kR
 
 template <int kSteps, int kTerms, Type kType, bool kSimple, bool kWhole>
 __global__ void __launch_bounds__(kThreads, resident(kSteps* kTerms, kSimple&& kWhole))
-    lowrank_kernel(const Work work) {
+    lowrank_kernel(const Work given) {
+  Work work = given;
+  if (work.stopped(kSimple)) return;
   uint32_t nonfinite = 0;
 #pragma unroll 1
   for (int64_t w = blockIdx.x; w < work.tile_count; w += gridDim.x) {
@@ -407,7 +422,10 @@ __global__ void __launch_bounds__(kThreads, resident(kSteps* kTerms, kSimple&& k
   if (nonfinite != 0) atomicAdd(work.nonfinite, static_cast<unsigned long long>(nonfinite));
 }
 
-__global__ void __launch_bounds__(kThreads, 1) general_kernel(const Work work) {
+__global__ void __launch_bounds__(kThreads, 1) general_kernel(const Work given) {
+  Work work = given;
+  work.divided = false;  // it alone has these elements
+  if (work.stopped(false)) return;
   uint32_t nonfinite = 0;
 #pragma unroll 1
   for (int64_t w = blockIdx.x; w < work.tile_count; w += gridDim.x) {
@@ -437,7 +455,8 @@ void start(const Launch& launch, const Work& work, int64_t rank) {
 template <Type kType>
 void start(const Launch& launch, const Work& work, const TileList& list) {
   if ((list.types >> static_cast<int>(kType) & 1) == 0) return;
-  if (!list.simple) return start<kType, false, false>(launch, work, list.max_rank);
+  if (!list.simple || work.divided) start<kType, false, false>(launch, work, list.max_rank);
+  if (!list.simple) return;
   if (!list.whole) return start<kType, true, false>(launch, work, list.max_rank);
   start<kType, true, true>(launch, work, list.max_rank);
 }
@@ -460,7 +479,10 @@ void lowrank_tiles(const Launch& launch, const TileList& list, const Factors* fa
                                step,
                                static_cast<uint32_t>(launch.seed),
                                static_cast<uint32_t>(launch.seed >> 32),
-                               reinterpret_cast<unsigned long long*>(nonfinite)};
+                               reinterpret_cast<unsigned long long*>(nonfinite),
+                               launch.clock,
+                               launch.control,
+                               launch.control != nullptr && list.simple};
   if (list.general) products::start(products::general_kernel, launch, work);
   products::start<Type::kFloat32>(launch, work, list);
   products::start<Type::kBfloat16>(launch, work, list);

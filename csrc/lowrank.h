@@ -54,10 +54,11 @@ struct TileList {  // tiles, and the facts about them that choose a kernel
   int64_t max_rank;
   bool general;   // some tiles have column -1: their elements go one at a time
   int32_t types;  // bit number Type is set if other tiles belong to a theta of this type
-  bool simple;    // all of it is in place, rounds to nearest and has no decay
+  bool simple;    // all of it is in place, rounds to nearest and has no decay, which a control may change
   bool whole;     // every rank is the smallest of 16, 32, 64 and 128 that max_rank fits in
 };
 
+// launch.clock is added to `step`, and the decay of launch.control stands in the place of `decay`.
 void lowrank_tiles(const Launch& launch, const TileList& list, const Factors* factors, float decay,
                    Rounding rounding, uint32_t step, int64_t* nonfinite);
 

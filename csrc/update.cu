@@ -219,6 +219,7 @@ template <Direction kDirection, Rule kRule, Rounding kRounding>
 __global__ void __launch_bounds__(kThreads, resident(kRule))
     update_kernel(const List list, const Draw* draws, const float* coefficients, int32_t draw_count,
                   Draw last, const float* scalars, unsigned long long* nonfinite) {
+  if (stopped(list, kFinite)) return;
   const Sum sum = {draws, coefficients, draw_count, clock_of(list), last};
   UpdateVerb<kDirection, kRule, kRounding, false> verb{list.keys, sum, scalars_at<kRule>(scalars), 0};
   run(verb, list.entries, list.chunks, list.chunk_count, list.parts_log2);
@@ -231,6 +232,7 @@ template <Direction kDirection, Rule kRule, Rounding kRounding>
 __global__ void __launch_bounds__(kThreads, kResidentMost)
     scaled_update_kernel(const List list, const Draw* draws, const float* coefficients, int32_t draw_count,
                          Draw last, const float* scalars, unsigned long long* nonfinite) {
+  if (stopped(list, kFinite)) return;
   const Sum sum = {draws, coefficients, draw_count, clock_of(list), last};
   UpdateVerb<kDirection, kRule, kRounding, true> verb{list.keys, sum, scalars_at<kRule>(scalars), 0};
   run(verb, list.entries, list.chunks, list.chunk_count, list.parts_log2);

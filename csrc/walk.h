@@ -158,10 +158,17 @@ struct List {
   int parts_log2;
   Keys keys;
   const int64_t* clock;
+  const float* control;
 };
 
 __device__ __forceinline__ uint32_t clock_of(const List& list) {
   return list.clock == nullptr ? 0u : static_cast<uint32_t>(*list.clock);
+}
+
+// The number of project.h that a kernel looks at before anything else.
+constexpr int kDecay = 0, kGo = 1, kFinite = 2;
+__device__ __forceinline__ bool stopped(const List& list, int by) {
+  return list.control != nullptr && list.control[by] == 0.0f;
 }
 
 template <class... Parameters, class... Arguments>
@@ -172,8 +179,8 @@ void start(const char* what, void (*kernel)(List, Parameters...), const Launch& 
   int parts_log2 = 0;
   while (parts_log2 < kPartsLog2 && launch.chunk_count << (parts_log2 + 1) <= resident) ++parts_log2;
   const unsigned blocks = static_cast<unsigned>(std::min(resident, launch.chunk_count << parts_log2));
-  const List list = {launch.entries, launch.chunks,          launch.chunk_count,
-                     parts_log2,     make_keys(launch.seed), launch.clock};
+  const List list = {launch.entries,         launch.chunks, launch.chunk_count, parts_log2,
+                     make_keys(launch.seed), launch.clock,  launch.control};
   ZO_LAUNCH(kernel, blocks, kThreads, reinterpret_cast<cudaStream_t>(launch.stream), list, arguments...);
   check(cudaGetLastError(), what);
 }

@@ -42,6 +42,8 @@ LONGEST = (
     "test_evaluations",
     "test_wrong",
     "test_update_cuda",
+    "test_project_triton",
+    "test_project_cuda",
     "test_lowrank_cuda",
     "test_gpu",
     "test_bench",
@@ -52,6 +54,7 @@ LONGEST = (
     "test_ops",
     "test_masked",
     "test_scaled",
+    "test_project",
     "test_models",
     "test_statistics",
 )

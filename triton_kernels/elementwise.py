@@ -76,6 +76,9 @@ DIVIDE: tl.constexpr = tl.constexpr(16)
 SHIFT: tl.constexpr = tl.constexpr(17)
 ENTRY: tl.constexpr = tl.constexpr(18)
 
+GO: tl.constexpr = tl.constexpr(1)  # of a control; 0 is its decay
+FINITE: tl.constexpr = tl.constexpr(2)
+
 SCALE_MASK: tl.constexpr = tl.constexpr(2)  # types of factors: 0 float32, 1 bfloat16, 2 one byte
 
 
@@ -173,6 +176,12 @@ def name_of(step, clock):
     if clock is not None:
         step += tl.load(clock).to(tl.uint32)
     return step
+
+
+@triton.jit
+def unless_stopped(count, control, BY: tl.constexpr):
+    """A number of turns, none where a number of {decay, go, finite} (csrc/project.h) is 0."""
+    return tl.where(tl.load(control + BY) != 0.0, count, 0)
 
 
 @triton.jit
@@ -658,10 +667,11 @@ def axpy_elements(entry, theta, place, low, low_place, number, mask, who, step, 
 
 
 @triton.jit(
-    do_not_specialize=["entries", "chunks", "draws", "step", "draw", "keys", "clock"],
+    do_not_specialize=["entries", "chunks", "draws", "step", "draw", "keys", "clock", "control"],
     do_not_specialize_on_alignment=["draw_count", "each"],
 )
 def axpy(entries, chunks, draws, coefficients, nonfinite, draw_count, each, step, draw, decay, keys, clock,
+         control,
          DIRECTION: tl.constexpr, ROUNDING: tl.constexpr, DECAY: tl.constexpr, EACH: tl.constexpr,
          SCALED: tl.constexpr,
          KINDS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
@@ -669,12 +679,15 @@ def axpy(entries, chunks, draws, coefficients, nonfinite, draw_count, each, step
 
     step and draw name the last term, draws the others. KINDS: bit t is set when the launch has a tensor of
     type t. Without DECAY, decay is 1 and no instruction. EACH: a replay of sums of `each` terms; draws names
-    all terms, and their decays follow.
+    all terms, and their decays follow. control: {decay, go, finite} of project.py, or None.
     """
     N: tl.constexpr = BLOCK // 8
     step = name_of(step, clock)
     draw = draw.to(tl.uint32, bitcast=True)
     entry, begin, size, units, part = chunk_of(entries, chunks, SPLIT)
+    if control is not None:
+        decay = tl.load(control)
+        size, units = unless_stopped(size, control, GO), unless_stopped(units, control, GO)
     who_type = tl.load(entry + WHO_TYPE)
     who = who_type.to(tl.uint32)
     kind = (who_type >> 32).to(tl.int32)

@@ -24,6 +24,7 @@ source   Chen et al. 2024, LOZO; Henry, Tang and Heinecke 2019 (arXiv 1904.06376
 import triton
 import triton.language as tl
 
+from .elementwise import GO, name_of, unless_stopped
 from .philox import philox4x32
 from .rounding import (
     bf16_nearest,
@@ -169,8 +170,8 @@ def rows_of(
         return tl.load(base + first * rank + i[:, None] * rank + k[None, :], mask=mask, other=0.0)
 
 
-@triton.jit(do_not_specialize=["entries", "tiles", "frames", "factors", "step", "keys"])
-def product(entries, tiles, frames, factors, nonfinite, decay, step, keys, ROUNDING: tl.constexpr,
+@triton.jit(do_not_specialize=["entries", "tiles", "frames", "factors", "step", "keys", "clock", "control"])
+def product(entries, tiles, frames, factors, nonfinite, decay, step, keys, clock, control, ROUNDING: tl.constexpr,
     KINDS: tl.constexpr,
             OUTSIDE: tl.constexpr, JOIN: tl.constexpr, RANK: tl.constexpr, WHOLE: tl.constexpr,
             EXACT: tl.constexpr,
@@ -178,11 +179,14 @@ def product(entries, tiles, frames, factors, nonfinite, decay, step, keys, ROUND
     """One tile. KINDS: bit 3 type + type of the result is set when the launch has such a tensor; RANK: 16 to
     128, padded.
 
-    WHOLE: every rank is RANK and every factor lies on 16 bytes."""
-    step = step.to(tl.uint32, bitcast=True)
+    WHOLE: every rank is RANK and every factor lies on 16 bytes. control: as for elementwise.axpy."""
+    step = name_of(step, clock)
     tile = tiles + tl.program_id(0).to(tl.int64) * 3
     begin = tl.load(tile)
     rows = (tl.load(tile + 1) - begin).to(tl.int32)
+    if control is not None:
+        decay = tl.load(control)
+        rows = unless_stopped(rows, control, GO)
     which = tl.load(tile + 2)
     column = which >> 32
     entry = entries + (which & 0xFFFFFFFF) * ENTRY
@@ -279,15 +283,18 @@ def divide(p, factor, shift):
     return (tl.umulhi((p << 23).to(tl.uint64), factor.to(tl.uint64)) >> shift.to(tl.uint64)).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["entries", "tiles", "factors", "step", "keys"])
-def element(entries, tiles, factors, nonfinite, decay, step, keys, ROUNDING: tl.constexpr,
+@triton.jit(do_not_specialize=["entries", "tiles", "factors", "step", "keys", "clock", "control"])
+def element(entries, tiles, factors, nonfinite, decay, step, keys, clock, control, ROUNDING: tl.constexpr,
     KINDS: tl.constexpr,
             OUTSIDE: tl.constexpr, JOIN: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Elements [begin, end) of an entry, one at a time."""
-    step = step.to(tl.uint32, bitcast=True)
+    step = name_of(step, clock)
     tile = tiles + tl.program_id(0).to(tl.int64) * 3
     begin = tl.load(tile)
     end = tl.load(tile + 1)
+    if control is not None:
+        decay = tl.load(control)
+        end = tl.where(tl.load(control + GO) != 0.0, end, begin)
     entry = entries + (tl.load(tile + 2) & 0xFFFFFFFF) * ENTRY
     who_type = tl.load(entry + 11)
     out_type = tl.load(entry + 12)

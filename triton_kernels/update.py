@@ -20,6 +20,7 @@ import triton.language as tl
 
 from .elementwise import (
     BFLOAT16,
+    FINITE,
     FIRST,
     FLOAT32,
     INT16,
@@ -48,6 +49,7 @@ from .elementwise import (
     some,
     start_of,
     term,
+    unless_stopped,
     watch,
     words_of,
     write_pair,
@@ -203,19 +205,21 @@ def update_elements(entry, theta, place, low, low_place, m, v, i, number, mask, 
 
 
 @triton.jit(
-    do_not_specialize=["entries", "chunks", "draws", "step", "draw", "keys", "clock"],
+    do_not_specialize=["entries", "chunks", "draws", "step", "draw", "keys", "clock", "control"],
     do_not_specialize_on_alignment=["draw_count"],
 )
-def update(entries, chunks, draws, coefficients, scalars, nonfinite, draw_count, step, draw, keys, clock,
+def update(entries, chunks, draws, coefficients, scalars, nonfinite, draw_count, step, draw, keys, clock, control,
            DIRECTION: tl.constexpr, RULE: tl.constexpr, ROUNDING: tl.constexpr, SCALED: tl.constexpr,
            KINDS: tl.constexpr,
            BLOCK: tl.constexpr, TAIL: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
-    """A rule's step; nonfinite[0] += new weights that are inf or NaN. Names and KINDS as for
+    """A rule's step; nonfinite[0] += new weights that are inf or NaN. Names, KINDS and control as for
     elementwise.axpy."""
     N: tl.constexpr = BLOCK // 8
     step = name_of(step, clock)
     draw = draw.to(tl.uint32, bitcast=True)
     entry, begin, size, units, part = chunk_of(entries, chunks, SPLIT)
+    if control is not None:
+        size, units = unless_stopped(size, control, FINITE), unless_stopped(units, control, FINITE)
     who_type = tl.load(entry + WHO_TYPE)
     who = who_type.to(tl.uint32)
     kind = (who_type >> 32).to(tl.int32)

@@ -32,7 +32,7 @@ from .graph import graph
 from .methods import *  # noqa: F403  (their names are found in the folder)
 from .methods import METHODS
 from .objective import Objective
-from .ops import axpy_, draw, lowrank_, perturb, philox4x32, update_
+from .ops import axpy_, draw, lowrank_, perturb, philox4x32, project, update_
 from .ops.linear import linear, sketch
 from .result import StepResult
 from .rule import Adam, Averaged, Cone, Momentum, Muon, Projected, Sgd, SignSgd, WindowAdam, WindowMomentum
@@ -47,6 +47,7 @@ __all__ = [
     "Mixed", "Momentum", "Muon", "Normal", "Objective", "Paired", "Private", "Projected", "Rademacher",
     "Ranked", "Refused", "Scaled", "Scratch", "Sgd", "Sign", "SignSgd", "Split", "Spread", "Spsa",
     "Stencil", "StepResult", "Tuning", "Walk", "WindowAdam", "WindowMomentum", "__version__", "axpy_",
-    "draw", "graph", "linear", "lowrank_", "perturb", "philox4x32", "sketch", "step", "tune", "update_",
+    "draw", "graph", "linear", "lowrank_", "perturb", "philox4x32", "project", "sketch", "step", "tune",
+    "update_",
 ]  # fmt: skip
 __all__ += METHODS

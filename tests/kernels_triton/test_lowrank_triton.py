@@ -170,8 +170,9 @@ LIMITS = {"80": (24, 140), "90": (17, 60), "100": (23, 30), "120": (24, 140)}  #
 
 
 def compiled(
-    kernel, arch: str, constants: dict[str, int], warps: int, cubin: Path
+    kernel, arch: str, constants: dict[str, int | None], warps: int, cubin: Path
 ) -> tuple[sass.Function, object]:
+    constants = constants | {"clock": None, "control": None}
     signature = {
         argument: "constexpr" if argument in constants else TYPES[argument] for argument in kernel.arg_names
     }

@@ -116,7 +116,7 @@ def test_interpreted_rejects(interpreted, name: str) -> None:
 
 # --- compiled -----------------------------------------------------------------------------------------------
 
-ONE = dict(DIRECTION=0, draw_count=1, draws=None, clock=None, SCALED=True)
+ONE = dict(DIRECTION=0, draw_count=1, draws=None, clock=None, control=None, SCALED=True)
 KERNELS = {
     "axpy bf16": ("axpy", dict(ROUNDING=0, KINDS=2, each=1, DECAY=False, EACH=False, **ONE)),
     "axpy fp32 stochastic": ("axpy", dict(ROUNDING=1, KINDS=1, each=1, DECAY=False, EACH=False, **ONE)),

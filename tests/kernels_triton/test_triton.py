@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 import conformance
+import conformance_project
 import numpy as np
 import ptx
 import pytest
@@ -236,7 +237,7 @@ def test_interpreted_rejects(interpreted, name: str) -> None:
 
 # the kernels, and what their loop over units holds: units a thread, and of each the 16-byte loads, stores and
 # at most so many instructions an element (sm_80 to sm_120, Triton 3.6 to 3.9)
-ONE = dict(draw_count=1, each=1, draws=None, clock=None, DECAY=False, EACH=False, SCALED=False)
+ONE = dict(draw_count=1, each=1, draws=None, clock=None, control=None, DECAY=False, EACH=False, SCALED=False)
 KERNELS: dict[str, tuple[str, dict, tuple[int, int, int, float] | None]] = {
     "axpy bf16": ("axpy", dict(DIRECTION=0, ROUNDING=0, KINDS=2, **ONE), (2, 1, 1, 25.4)),
     "axpy fp32": ("axpy", dict(DIRECTION=0, ROUNDING=0, KINDS=1, **ONE), (2, 2, 2, 26.4)),
@@ -367,7 +368,10 @@ if sass.tool("nvdisasm") is not None:
 
     def test_compiled_rejects_a_block_a_unit(compiler, tmp_path) -> None:
         """A block of signs for every unit is over the bound."""
-        line = "w0, w1, w2, w3 = philox4x32(((unit >> 4) + tl.arange(0, N // 16)).to(tl.uint32), who, step, draw, keys)"
+        line = (
+            "w0, w1, w2, w3 = philox4x32(\n"
+            "            ((unit >> 4) + tl.arange(0, N // 16)).to(tl.uint32), who, step, draw, keys\n        )"
+        )
         whole = line.replace("(unit >> 4) + tl.arange(0, N // 16)", "(unit + tl.arange(0, N)) >> 4")
         alone = "return (w0 + w1 + w2 + w3,)\n        w0, w1, w2, w3 = w0, w1, w2, w3"
         wrong = changed(tmp_path / "alone", "elementwise", line, f"{whole}\n        {alone}")
@@ -506,6 +510,10 @@ def test_executed(on_ptx) -> None:
     """Every verb and rounding: what is loaded on a GPU is compared, not what an interpreter makes of the
     source."""
     few(on_ptx("90"))
+
+
+def test_executed_control(on_ptx) -> None:
+    conformance_project.check_control_axpy(on_ptx("90"), scale="quick")
 
 
 def test_executed_philox(on_ptx) -> None:

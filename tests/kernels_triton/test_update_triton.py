@@ -112,7 +112,7 @@ def test_interpreted_rejects(interpreted, name: str) -> None:
 
 # --- compiled -----------------------------------------------------------------------------------------------
 
-ONE = dict(draw_count=1, draws=None, clock=None, SCALED=False)
+ONE = dict(draw_count=1, draws=None, clock=None, control=None, SCALED=False)
 # the kernels, and what their loop over units holds: units a thread, of each the 16-byte accesses, and
 # instructions an element
 KERNELS: dict[str, tuple[dict, tuple[int, int, float]]] = {

@@ -32,6 +32,7 @@ TYPES = {
     "draw_count": "i32",
     "counters": "*i64", "words": "*i64", "count": "i64", "decay": "fp32", "scale0": "fp32", "scale1": "fp32",
     "each": "i32", "step": "i32", "draw": "i32", "keys": ("i32",) * 20, "clock": "*i64", "scalars": "*fp32",
+    "control": "*fp32",
 }  # fmt: skip
 
 
@@ -68,13 +69,15 @@ needs_fma = pytest.mark.skipif(
 )
 
 
-def made(kernel, arch: str, constants: dict, fusion: bool = False):
+def made(
+    kernel, arch: str, constants: dict, fusion: bool = False, warps: int = backend.WARPS, types: dict = TYPES
+):
     """One kernel, compiled for an architecture as the backend would have it."""
     signature = {
-        argument: "constexpr" if argument in constants else TYPES[argument] for argument in kernel.arg_names
+        argument: "constexpr" if argument in constants else types[argument] for argument in kernel.arg_names
     }
     source = triton.compiler.ASTSource(kernel, signature, constants)
-    options = {"num_warps": backend.WARPS, "enable_fp_fusion": fusion}
+    options = {"num_warps": warps, "enable_fp_fusion": fusion}
     return triton.compile(source, target=GPUTarget("cuda", int(arch), 32), options=options)
 
 

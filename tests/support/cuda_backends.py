@@ -55,8 +55,9 @@ class OnPtx(cuda.Cuda):
         self.executed += sum(counts.values())
 
     def _call(
-        self, verb, device, tensors, *arguments, clock=0, device_draws=0, coefficients=0, scaled=False
-    ) -> None:
+        self, verb, device, tensors, *arguments, clock=0, device_draws=0, coefficients=0, scaled=False,
+        control=0,
+    ) -> None:  # fmt: skip
         if verb == "philox":
             counters, count, k0, k1, rounds, words = arguments
             return self._run(sass.symbol("philox"), [counters, count, k0, k1, rounds, words], tensors)
@@ -64,7 +65,7 @@ class OnPtx(cuda.Cuda):
         keys = [(seed & 0xFFFFFFFF) + i * M0 & 0xFFFFFFFF for i in range(10)]
         keys += [(seed >> 32) + i * M1 & 0xFFFFFFFF for i in range(10)]
         # struct List
-        table = struct.pack("<QQqi20I4xQ", entries, chunks, count, self.parts_log2, *keys, clock)
+        table = struct.pack("<QQqi20I4xQQ", entries, chunks, count, self.parts_log2, *keys, clock, control)
         kind = "scaled_" if scaled else ""
         if verb == "draw":
             return self._run(sass.symbol(kind + verb, direction), [table, *rest], tensors)
@@ -79,10 +80,12 @@ class OnPtx(cuda.Cuda):
             return self._run(sass.update_symbol(direction, rule, rounding, kind), arguments, tensors)
         draws, draw_count, each, rounding, nonfinite = rest
         last = bytes((ctypes.c_char * 16).from_address(draws + 16 * (draw_count - 1)))  # struct Draw
+        if control and (draw_count, direction, rounding) == (1, 1, 0):
+            scaled, kind = True, "scaled_"  # as axpy.cu, kReadsDecay
         if scaled:
             terms = sass.DECAYED_TERM if draw_count == 1 else sass.TERMS
         elif draw_count == 1:
-            terms = sass.TERM if struct.unpack("<IIff", last)[3] == 1.0 else sass.DECAYED_TERM
+            terms = sass.TERM if struct.unpack("<IIff", last)[3] == 1.0 and not control else sass.DECAYED_TERM
         else:
             terms = sass.STEPS if each == 1 else sass.TERMS
         arguments = [table, device_draws, coefficients, draw_count, each, last, nonfinite]

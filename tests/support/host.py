@@ -24,7 +24,14 @@ import sass
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
-SOURCES = ("bind.cpp", "axpy.cu", "elementwise.cu", "update.cu", "lowrank.cu")  # bind.cpp takes longest
+SOURCES = (
+    "bind.cpp",
+    "axpy.cu",
+    "elementwise.cu",
+    "update.cu",
+    "lowrank.cu",
+    "project.cu",
+)  # bind.cpp takes longest
 NAME = "zokern_on_host"
 FLAGS = (
     "-std=c++17 -O1 -ffp-contract=off -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas"

@@ -16,7 +16,7 @@ import numpy as np
 import torch  # before _cpu: both then share one OpenMP runtime, and torch's threads are not oversubscribed
 from torch import Tensor
 
-from . import pack, pack_lowrank, reference
+from . import pack, pack_lowrank
 from .launch import (
     Batch,
     Noise,
@@ -29,6 +29,7 @@ from .launch import (
     Thin,
     Update,
     Weight,
+    projected,
     rounding_bits,
     step_at,
 )
@@ -185,7 +186,11 @@ class Cpu:
 
     def project(self, projection: Projection) -> Projected:
         VALID.project(projection)
-        return reference.project(projection)
+        losses, weights, scalars = projection
+        out, found = projected(losses, weights)
+        _module().project(losses.data_ptr(), *losses.shape, 0 if weights is None else weights.data_ptr(),
+                          len(found.amounts), scalars.data_ptr(), out.data_ptr(), 0, 0)  # fmt: skip
+        return found
 
     def draw(self, batch: Batch, noise: Noise) -> None:
         number = VALID.number(noise.direction)

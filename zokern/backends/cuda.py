@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import device_tables, pack, pack_lowrank
-from .launch import Batch, Noise, Outer, Span, Terms, Update, rounding_bits
+from .launch import Batch, Noise, Outer, Projected, Projection, Span, Terms, Update, projected, rounding_bits
 from .validation import Validator, given
 
 _cuda: Any = None
@@ -109,6 +109,14 @@ class Cuda:
             )
         return words.to(torch.int64) & 0xFFFFFFFF
 
+    def project(self, projection: Projection) -> Projected:
+        losses, weights, scalars = projection
+        device = self._or_any(self.valid.project(projection))
+        out, found = projected(losses, weights)
+        self._call("project", device, [losses, *given(weights), scalars, out], losses.data_ptr(), *losses.shape,
+                   _address(weights), len(found.amounts), scalars.data_ptr(), out.data_ptr())  # fmt: skip
+        return found
+
     def draw(self, batch: Batch, noise: Noise) -> None:
         number, device = self.valid.number(noise.direction), self._or_any(self.valid.draw(batch, noise))
         kept, place = self._table(device, batch, (batch.tensors,), draws=True)
@@ -131,11 +139,12 @@ class Cuda:
         summed = pack.pack_draws(noise.draws, 0.0, decays)
         uploaded, clock = self._terms(device, summed), noise.clock
         tensors = [*kept, *given(uploaded), coeffs, nonfinite, *_given(batch), *given(clock)]
+        tensors += given(terms.control)
         self._call("axpy", device, tensors, *place, number, noise.seed, pack.address(summed), len(summed),
             each,
                    pack.ROUNDING[batch.rounding], nonfinite.data_ptr(), clock=_address(clock),
                    device_draws=_address(uploaded),
-                   coefficients=coeffs.data_ptr(), **_scaled(batch))  # fmt: skip
+                   coefficients=coeffs.data_ptr(), **_scaled(batch), **_controlled(terms.control))  # fmt: skip
         return nonfinite
 
     def update_(self, batch: Batch, noise: Noise, update: Update) -> Tensor:
@@ -152,11 +161,12 @@ class Cuda:
         uploaded, clock = self._terms(device, summed), noise.clock
         flat = [tensor for state in update.states for tensor in state]
         tensors = [*kept, *given(uploaded), coeffs, scalars, nonfinite, *flat, *_given(batch), *given(clock)]
+        tensors += given(update.control)
         self._call("update", device, tensors, *place, number, noise.seed, pack.address(summed), len(summed),
                    pack.RULES[update.rule], scalars.data_ptr(), pack.ROUNDING[batch.rounding],
                    nonfinite.data_ptr(),
                    clock=_address(clock), device_draws=_address(uploaded), coefficients=coeffs.data_ptr(),
-                   **_scaled(batch))  # fmt: skip
+                   **_scaled(batch), **_controlled(update.control))  # fmt: skip
         return nonfinite
 
     def perturb(
@@ -180,8 +190,9 @@ class Cuda:
     ) -> Tensor:
         """Runs to the bound that csrc/lowrank.cu states; ranks 1 to 128."""
         device = self._or_any(self.valid.lowrank_(batch, factors, outs))
-        (thetas, spans, rounding, low, _), (lefts, rights, scales, decay, _) = batch, factors
+        (thetas, spans, rounding, low, _), (lefts, rights, scales, decay, control) = batch, factors
         seed, step = rounding_bits(noise)
+        clock = None if noise is None else noise.clock
         nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
         entries, _ = pack.pack(thetas, spans, () if outs is None else (outs,), low, numbered=True)
         if not len(entries):
@@ -194,14 +205,17 @@ class Cuda:
         at = [both.data_ptr() + sum(part.size for part in parts[:i]) for i in range(4)]
         fast = tiles["column"] >= 0
         types = sum(1 << int(kind) for kind in np.unique(entries["type"][tiles["entry"][fast]]))
-        simple = decay == 1.0 and outs is None and (rounding == "nearest" or types == 1)
+        simple = (
+            (decay == 1.0 or control is not None) and outs is None and (rounding == "nearest" or types == 1)
+        )
         ranks = {right.shape[1] for right in rights}
         whole = ranks <= {16, 32, 64, 128} and len(ranks) == 1
-        self._call("lowrank_tiles", device, [both, nonfinite, *lefts, *rights, *(outs or ()), *_given(batch)],
-            at[0], at[1],
+        self._call("lowrank_tiles", device, [both, nonfinite, *lefts, *rights, *(outs or ()), *_given(batch), *given(clock),
+            *given(control)], at[0], at[1],
                    len(tiles), at[2], at[3], max(ranks), bool((~fast).any()), types, simple, whole, seed,
                    step, decay,
-                   pack.ROUNDING[rounding], nonfinite.data_ptr())  # fmt: skip
+                   pack.ROUNDING[rounding], nonfinite.data_ptr(), clock=_address(clock),
+                   **_controlled(control))  # fmt: skip
         return nonfinite
 
 
@@ -214,6 +228,11 @@ def _given(batch: Batch) -> list[Tensor]:
 def _scaled(batch: Batch) -> dict[str, bool]:
     """Returns the argument that asks for the kernels with factors of z."""
     return {"scaled": True} if batch.is_scaled else {}
+
+
+def _controlled(control: Tensor | None) -> dict[str, int]:
+    """Returns the argument of kernels that read {decay, go, finite}."""
+    return {} if control is None else {"control": control.data_ptr()}
 
 
 def _address(tensor: Tensor | None) -> int:

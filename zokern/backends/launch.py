@@ -193,6 +193,20 @@ class Projected(NamedTuple):
     control: Tensor
 
 
+def projected(losses: Tensor, weights: Tensor | None) -> tuple[Tensor, Projected]:
+    """Returns memory for project() in one piece, and its parts as csrc/project.h writes them.
+
+    Behind the parts there is room for the means of several micro-batches."""
+    reads, points = losses.shape
+    count = points if weights is None else weights.shape[0]
+    means = points if reads > 1 and weights is not None else 0
+    rest = (count + 4) // 2 + means  # float64s that hold count + 3 float32, and the means
+    out = torch.empty(2 * count + rest, dtype=torch.float64, device=losses.device)
+    coefficients, told, single = out.split_with_sizes((count, count, rest))
+    parts = single.view(torch.float32).split_with_sizes((count, 3, 2 * rest - count - 3))
+    return out, Projected(coefficients, told, *parts[:2])
+
+
 class Weight(NamedTuple):
     """The matrix of a product, shrink * W, (m, n).
 
@@ -240,5 +254,5 @@ def rounding_bits(noise: Noise | None) -> tuple[int, int]:
 
 __all__ = [
     "PROJECTED", "Batch", "Noise", "Outer", "Projected", "Projection", "Sides", "Span", "Terms", "Thin",
-    "Update", "Weight", "rounding_bits", "step_at",
+    "Update", "Weight", "projected", "rounding_bits", "step_at",
 ]  # fmt: skip

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..stream import ROUNDS
 from . import device_tables, pack, pack_lowrank
 from .base import DIRECTIONS
-from .launch import Batch, Noise, Outer, Terms, Update, rounding_bits
+from .launch import Batch, Noise, Outer, Projected, Projection, Terms, Update, projected, rounding_bits
 from .validation import Validator
 
 _missing = ""
@@ -28,7 +28,7 @@ try:
     import triton
 
     from .. import triton_kernels
-    from ..triton_kernels import elementwise, lowrank, update
+    from ..triton_kernels import elementwise, lowrank, project, update
 except ImportError as error:
     _missing = str(error)
 
@@ -197,6 +197,19 @@ class Triton:
                 )
         return words
 
+    def project(self, projection: Projection) -> Projected:
+        device = self.valid.project(projection)
+        assert device is not None
+        (losses, weights, scalars), lanes = projection, 32
+        out, found = projected(losses, weights)
+        draws = len(found.amounts)
+        block = triton.next_power_of_2(draws) if interpreted() else lanes
+        single = out[2 * draws :].view(torch.float32)
+        with _guard(device):
+            project.project[(1,)](losses, weights, scalars, out, single, *losses.shape, draws, BLOCK=block,
+                                  num_warps=1, enable_fp_fusion=False)  # fmt: skip
+        return found
+
     def draw(self, batch: Batch, noise: Noise) -> None:
         self.valid.number(noise.direction)
         device = self.valid.draw(batch, noise)
@@ -219,11 +232,12 @@ class Triton:
             return nonfinite
         draws, (each, decays) = noise.draws, terms.rounded()
         replay, first = each < len(draws), float(np.float32(decays[0]))
+        decayed = not replay and (first != 1.0 or terms.control is not None)
         names = self._names(device, draws, decays) if replay else self._names(device, draws[:-1])
         self._launch(device, elementwise.axpy, kept, noise.direction, names, terms.coefficients.contiguous(),
             nonfinite,
                      len(draws), each, *map(_signed, draws[-1]), first, _keys_of(noise.seed), noise.clock,
-                     ROUNDING=pack.ROUNDING[batch.rounding], DECAY=not replay and first != 1.0, EACH=replay,
+                     terms.control, ROUNDING=pack.ROUNDING[batch.rounding], DECAY=decayed, EACH=replay,
                      SCALED=batch.is_scaled, KINDS=kept.facts.types)  # fmt: skip
         return nonfinite
 
@@ -239,7 +253,7 @@ class Triton:
         self._launch(device, update.update, kept, noise.direction, self._names(device, draws[:-1]), coeffs,
             scalars, nonfinite,
                      len(draws), *map(_signed, draws[-1]), _keys_of(noise.seed), noise.clock,
-                     RULE=pack.RULES[change.rule],
+                     change.control, RULE=pack.RULES[change.rule],
                      ROUNDING=pack.ROUNDING[batch.rounding], SCALED=batch.is_scaled,
                      KINDS=kept.facts.types)  # fmt: skip
         return nonfinite
@@ -299,7 +313,14 @@ class Triton:
             "JOIN": low is not None and rounding == "residual",
             "EXACT": interpreted(), "enable_fp_fusion": False,
         }  # fmt: skip
-        names = nonfinite, float(factors.decay), _signed(step), _keys_of(seed)
+        names = (
+            nonfinite,
+            float(factors.decay),
+            _signed(step),
+            _keys_of(seed),
+            noise and noise.clock,
+            factors.control,
+        )
         kinds = 3 * entries["type"] + entries["out_type"]
         fast = tiles["column"] >= 0
         with _guard(device):

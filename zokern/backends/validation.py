@@ -411,6 +411,12 @@ class Validator:
 
     def project(self, projection: Projection) -> torch.device | None:
         losses, weights, scalars = projection
+        if self.device_type == "cpu" and losses.dim() == 2 and scalars.shape == (len(PROJECTED),):
+            shaped = weights is None or (weights.dim() == 2 and weights.shape[1] == losses.shape[1])
+            kinds = [t.dtype == torch.float64 and t.is_cpu and t.is_contiguous() and t.numel() > 0
+                     for t in (losses, scalars, losses if weights is None else weights)]  # fmt: skip
+            if shaped and all(kinds):
+                return _CPU
         for what, given_, shape in (("losses", losses, (None, None)), ("weights", weights, (None, losses.shape[-1])),
                                     ("scalars", scalars, (len(PROJECTED),))):  # fmt: skip
             if given_ is None:

@@ -14,7 +14,7 @@ from ..backends import Batch, Terms
 from ..backends.validation import FLOATS
 from . import arguments
 from .aliasing import shared_memory
-from .operands import batch_of, check_out, check_tensor, noise_of, spans_of, wrote
+from .operands import batch_of, check_control, check_out, check_tensor, noise_of, spans_of, wrote
 from .registered import count_of_nonfinite, lists_of, operation, register, traced
 
 
@@ -79,7 +79,8 @@ def axpy_(
     draws: Sequence[tuple[int, int]], coeffs: Sequence[float] | Tensor, decay: float | Sequence[float] = 1.0,
     first: int | Sequence[int] = 0, rounding: str = "nearest",
     residuals: Sequence[Tensor] | Tensor | None = None,
-    each: bool | int = False, clock: Tensor | None = None, backend: str | None = None,
+    each: bool | int = False, clock: Tensor | None = None, control: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:  # fmt: skip
     """Computes theta <- decay * theta + sum_k coeffs[k] * z(seed, who, *draws[k]) in place, in one launch.
 
@@ -101,22 +102,29 @@ def axpy_(
     clock     int64[1] on the tensors' device, or None. Its value when the kernel runs is added (mod 2^32) to
               every step. With a clock and coefficients in device memory, a call that was made once before
               can be captured in a CUDA graph, and each replay after clock.add_(1) finds another z
+    control   float32[3] of zokern.project, or None. The kernel reads it when it runs: its decay stands in
+              the place of `decay`, and where its go is 0 no bit of the tensors and residuals changes, and the
+              count is 0. A sum alone has it, without `each`
     Arithmetic: t = round(decay * theta); t = fma(coeffs[k], z_k, t) in order, float32; one rounding at the
     end. Reads and writes theta once; z is regenerated. Equal bit for bit on every backend.
     Returns int64[1]: how many results are inf or NaN.
     Raises ValueError, before anything is written, for other dtypes, overlapping elements, mixed devices,
-    K = 0, an `each` that does not divide K, coefficients or decays that are not finite, first + n > 2**35,
+    K = 0, an `each` that does not divide K, or beside a control, coefficients or decays that are not finite, first + n > 2**35,
     and residuals that are missing or misshapen.
     Malladi et al. 2023, Algorithm 1 (perturb, restore and update are this call)."""
     batch = batch_of("axpy_", tensors, who, first, rounding, residuals)
     device = batch.tensors[0].device
     noise = noise_of("axpy_", direction, seed, draws, clock, device)
     count = len(noise.draws)
-    terms = Terms(coefficients_of("axpy_", coeffs, count, device), *_check_each(each, decay, count))
+    check_control("axpy_", control, device)
+    if control is not None and each:
+        raise ValueError(f"axpy_: each is {each!r} with a control; expected False: a control is for one sum")
+    terms = Terms(coefficients_of("axpy_", coeffs, count, device), *_check_each(each, decay, count), control)
     chosen = backends.resolve(backend, device)
     with torch.no_grad():  # weights are leaves that require a gradient
         if traced(backend, noise.direction):
-            sums = {"coeffs": terms.coefficients, "decay": terms.decay, "each": terms.each, "clock": clock}
+            sums = {"coeffs": terms.coefficients, "decay": terms.decay, "each": terms.each, "clock": clock,
+                    "control": control}  # fmt: skip
             return operation("axpy_", chosen, noise, batch, rounding=rounding, **lists_of(noise), **sums)
         nonfinite = chosen.axpy_(batch, noise, terms)
         wrote(batch)
@@ -127,8 +135,8 @@ register(
     "axpy_",
     axpy_,
     "(Tensor(a!)[] tensors, str direction, int seed, int[] who, int[] steps, int[] draws, Tensor coeffs, "
-    "float[] decay, int[] first, str rounding, Tensor(b!)[] residuals, int each, Tensor? clock, str backend) "
-    "-> Tensor",
+    "float[] decay, int[] first, str rounding, Tensor(b!)[] residuals, int each, Tensor? clock, str backend, "
+    "Tensor? control=None) -> Tensor",
     count_of_nonfinite,
 )
 

@@ -12,7 +12,7 @@ from ..backends import Backend, Batch, Noise, Outer, Span
 from ..stream import check_seed, check_word
 from . import arguments
 from .arguments import is_text
-from .operands import batch_of, wrote
+from .operands import batch_of, check_clock, check_control, wrote
 from .registered import count_of_nonfinite, operation, register, traced
 
 
@@ -21,7 +21,8 @@ def lowrank_(
     core: Tensor | Sequence[Tensor | None] | None = None, scale: float | Sequence[float] = 1.0,
     decay: float = 1.0, who: str | int | Sequence[str | int] | None = None, seed: int = 0, step: int = 0,
     first: int | Sequence[int] = 0, rounding: str = "nearest",
-    residuals: Sequence[Tensor] | Tensor | None = None, backend: str | None = None,
+    residuals: Sequence[Tensor] | Tensor | None = None, clock: Tensor | None = None,
+    control: Tensor | None = None, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
     """Computes W <- decay * W + scale * U C V^T in place, in one launch. No product is stored.
 
@@ -38,6 +39,7 @@ def lowrank_(
     rounding, residuals  as for axpy_; 'stochastic' spends the bits of (seed, who, step, purpose rounding)
                          and needs
               `who`
+    clock, control  as for axpy_: the clock is added to step, whose bits are spent
     Arithmetic: L = U C, itself by this verb; s = fma(L[i, k], V[j, k], s) over k in order from 0; then
     round(fma(scale, s, round(decay * W))), float32 inside. Equal bit for bit on 'reference' and 'cpu';
     'cuda' and 'triton' use the matrix units and hold the error bounds that their kernels state.
@@ -57,11 +59,13 @@ def lowrank_(
     (decay,) = arguments.finite("lowrank_", "decay", [decay], "a finite number")
     for i, (tensor, span) in enumerate(zip(found, batch.spans)):
         _check_factors(i, tensor, span, lefts[i], cores[i], rights[i])
-    noise = Noise(None, check_seed(seed), [(check_word("step", step), 0)])
+    check_clock("lowrank_", clock, found[0].device)
+    check_control("lowrank_", control, found[0].device)
+    noise = Noise(None, check_seed(seed), [(check_word("step", step), 0)], clock)
     chosen, named = backends.resolve(backend, found[0].device), traced(backend)
     with torch.no_grad():
         lefts = [u if c is None else _times_core(u, c, chosen, named) for u, c in zip(lefts, cores)]
-        count = _launch(batch, Outer(lefts, rights, scales, decay), noise, chosen, named)
+        count = _launch(batch, Outer(lefts, rights, scales, decay, control), noise, chosen, named)
         if not named:
             wrote(batch)
         return count
@@ -76,8 +80,10 @@ def _launch(batch: Batch, factors: Outer, noise: Noise | None, backend: Backend,
         "right": factors.rights,
         "scale": factors.scales,
         "decay": factors.decay,
+        "control": factors.control,
     }
     noise = noise or Noise(None, 0, [(0, 0)])
+    products["clock"] = noise.clock
     return operation(
         "lowrank_", backend, noise, batch, step=noise.draws[0][0], rounding=batch.rounding, **products
     )
@@ -87,7 +93,8 @@ register(
     "lowrank_",
     lowrank_,
     "(Tensor(a!)[] tensors, Tensor[] left, Tensor[] right, float[] scale, float decay, int[] who, int seed, "
-    "int step, int[] first, str rounding, Tensor(b!)[] residuals, str backend) -> Tensor",
+    "int step, int[] first, str rounding, Tensor(b!)[] residuals, str backend, "
+    "Tensor? clock=None, Tensor? control=None) -> Tensor",
     count_of_nonfinite,
 )
 

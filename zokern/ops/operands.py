@@ -174,6 +174,17 @@ def check_clock(verb: str, clock: Tensor | None, device: torch.device) -> None:
         )
 
 
+def check_control(verb: str, control: Tensor | None, device: torch.device) -> None:
+    """Refuses a control that is not float32[3] on the device."""
+    if control is None:
+        return
+    arguments.tensor(verb, "control", control, ", the control of zokern.project, or None")
+    plain = control.dtype == torch.float32 and control.shape == (3,) and control.is_contiguous()
+    if not plain or control.device != device:
+        where = f"{control.dtype}{list(control.shape)} on {control.device}"
+        raise ValueError(f"{verb}: control is {where}; expected float32[3] of zokern.project on {device}")
+
+
 def check_rounding(verb: str, tensors: Sequence[Tensor], rounding: str, residuals: Sequence[Tensor]) -> None:
     """Refuses another rounding, and residuals that are missing, misshapen or not asked for."""
     if rounding not in ROUNDINGS:

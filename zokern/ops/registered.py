@@ -33,7 +33,7 @@ def register(
 
     schema  arguments and results; what is written is marked as in `Tensor(a!) out`
     fake    the results for arguments without values; None: the operation has no result"""
-    names = re.findall(r"(\w+)[,)]", schema.partition("->")[0])
+    names = re.findall(r"(\w+)(?:=\w+)?[,)]", schema.partition("->")[0])
 
     def run(*flat: Any) -> Any:
         return verb(**_decoded(dict(zip(names, flat))))

@@ -13,7 +13,7 @@ from ..backends import SCALARS, STATES, TensorList, Update
 from . import arguments
 from .aliasing import shared_memory
 from .elementwise import coefficients_of
-from .operands import batch_of, noise_of, wrote
+from .operands import batch_of, check_control, noise_of, wrote
 from .registered import count_of_nonfinite, lists_of, operation, register, traced
 
 
@@ -22,7 +22,8 @@ def update_(
     who: str | int | Sequence[str | int], draws: Sequence[tuple[int, int]], coeffs: Sequence[float] | Tensor,
     states: Sequence[Tensor | Sequence[Tensor]], scalars: Sequence[float] | Tensor,
     first: int | Sequence[int] = 0, rounding: str = "nearest", clock: Tensor | None = None,
-    residuals: Sequence[Tensor] | Tensor | None = None, backend: str | None = None,
+    residuals: Sequence[Tensor] | Tensor | None = None, control: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:  # fmt: skip
     """Computes theta <- decay theta + lr move in one launch, by a rule on g.
 
@@ -42,6 +43,9 @@ def update_(
               reads new ones. The `.scalars(lr, decay, updates)` of zokern.Momentum, Adam and SignSgd makes
               them. lr and correction hold the bias corrections; g descends, so lr is positive
     who, draws, coeffs, first, rounding, residuals, clock   as for axpy_
+    control   float32[3] of zokern.project, or None. The kernel reads it when it runs: where its finite is 0 no
+              bit of the tensors, residuals and states changes, and the count is 0. The decay is that of the
+              scalars
     Arithmetic, float32: g by fma in draw order from 0; m = fma(alpha, g, round(beta m));
     v = fma(alpha2, round(g g), round(beta2 v)); move = m / fma(sqrt(v + inside), correction, eps), root and
     quotient correctly rounded; fma(lr, move, round(decay theta)); one rounding to the dtype.
@@ -59,12 +63,14 @@ def update_(
     coeffs = coefficients_of("update_", coeffs, len(noise.draws), device)
     scalars = _scalars(rule, scalars, device)
     kept = _states_of(rule, batch.tensors, states)
+    check_control("update_", control, device)
     flat, chosen = [tensor for state in kept for tensor in state], backends.resolve(backend, device)
     with torch.no_grad():
         if traced(backend, noise.direction):
-            given = {"rule": rule, "coeffs": coeffs, "scalars": scalars, "states": flat, "clock": clock}
+            given = {"rule": rule, "coeffs": coeffs, "scalars": scalars, "states": flat, "clock": clock,
+                     "control": control}  # fmt: skip
             return operation("update_", chosen, noise, batch, rounding=rounding, **lists_of(noise), **given)
-        count = chosen.update_(batch, noise, Update(coeffs, rule, scalars, kept))
+        count = chosen.update_(batch, noise, Update(coeffs, rule, scalars, kept, control))
         wrote(batch, *flat)
         return count
 
@@ -79,8 +85,9 @@ register(
     "update_",
     _of_flat_states,
     "(Tensor(a!)[] tensors, str direction, str rule, int seed, int[] who, int[] steps, int[] draws, Tensor "
-    "coeffs, Tensor(b!)[] states, Tensor scalars, int[] first, str rounding, Tensor(c!)[] residuals, Tensor? "
-    "clock, str backend) -> Tensor",
+    "coeffs, "
+    "Tensor(b!)[] states, Tensor scalars, int[] first, str rounding, Tensor(c!)[] residuals, Tensor? clock, "
+    "str backend, Tensor? control=None) -> Tensor",
     count_of_nonfinite,
 )
 
