@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from operator import is_
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ class Group:
     names: list[str]
     tensors: list[Tensor]
     spans: SpanList
-    residuals: list[Tensor] | None  # int16 low bits, aligned with tensors; None unless rounding is 'residual'
+    # int16 low bits, aligned with tensors; None unless rounding is 'residual'
+    residuals: TensorList | None
     eps: float
     options: dict  # the optimizer's param group: lr, weight_decay, ...
     backend: Backend
@@ -50,18 +52,18 @@ class Group:
 
     def __post_init__(self) -> None:
         if not self.theta:
-            self.theta = TensorList([t.detach() for t in self.tensors])
-            self.theta.kept = {}
+            self.theta = TensorList.lasting([t.detach() for t in self.tensors])
         self.objects = self.objects or [[t] for t in self.tensors]
 
     def only(self, members: Sequence[int]) -> Group:
         """Returns a group of some of the tensors."""
 
         def some(values: Any) -> Any:
-            return None if values is None else type(values)([values[i] for i in members])
+            if values is None:
+                return None
+            made = TensorList.lasting if isinstance(values, TensorList) else type(values)
+            return made([values[i] for i in members])
 
-        theta = some(self.theta)
-        theta.kept = {}
         return replace(
             self,
             names=some(self.names),
@@ -70,7 +72,7 @@ class Group:
             residuals=some(self.residuals),
             matrices=some(self.matrices),
             scales=some(self.scales),
-            theta=theta,
+            theta=some(self.theta),
             objects=some(self.objects),
             drawn={},
             stacks={},
@@ -112,8 +114,8 @@ class Group:
     def scales_of(self, members: Sequence[int]) -> list[Tensor | None] | None:
         """The factors of some tensors: the same list for the same members, so that a table of a launch is
         found again."""
-        if self.scales is None:
-            return None
+        if self.scales is None or len(members) == len(self.scales):
+            return self.scales
         key = "scales", *members
         if key not in self.memo:
             self.memo[key] = [self.scales[i] for i in members]
@@ -129,21 +131,37 @@ class Group:
         announce(self.theta)
         return count
 
+    def same(self, key: Hashable, tensors: list[Tensor]) -> TensorList:
+        """Returns these tensors in a list that stays from step to step while they do: a launch is prepared
+        for it once."""
+        known = self.memo.get(("same", key))
+        if known is None or len(known) != len(tensors) or not all(map(is_, known, tensors)):
+            known = self.memo["same", key] = TensorList.lasting(tensors)
+        return known
+
+    def part(self, members: Sequence[int]) -> tuple[TensorList, SpanList, TensorList | None]:
+        """Returns weights, names and low bits of some of the tensors, in lists that stay."""
+        if len(members) == len(self.theta):
+            return self.theta, self.spans, self.residuals
+        key = "part", *members
+        if key not in self.memo:
+            lists = [None if x is None else [x[i] for i in members] for x in (self.theta, self.residuals)]
+            theta, low = (None if x is None else TensorList.lasting(x) for x in lists)
+            self.memo[key] = theta, SpanList([self.spans[i] for i in members]), low
+        return self.memo[key]
+
     def update_(
         self, plan: Plan, members: Sequence[int], coeffs: Sequence[float], rule: str,
         scalars: Sequence[float], states: Sequence[list[Tensor]]
     ) -> Tensor:  # fmt: skip
         """A rule with state for some of the tensors, whose states these are; one launch."""
-        tensors, spans = [self.theta[i] for i in members], [self.spans[i] for i in members]
+        tensors, spans, residuals = self.part(members)
         both = [torch.tensor(x, dtype=torch.float32, device=tensors[0].device) for x in (coeffs, scalars)]
-        low = (
-            [self.residuals[i] for i in members]
-            if self.residuals is not None and plan.rounding == "residual"
-            else None
-        )
+        low = residuals if plan.rounding == "residual" else None
+        kept = [self.same((rule, k, *members[:1]), state) for k, state in enumerate(states)]
         batch = Batch(tensors, spans, plan.rounding, low, self.scales_of(members))
         noise = Noise(plan.direction, plan.seed, plan.draws())
-        count = self.backend.update_(batch, noise, Update(both[0], rule, both[1], states))
+        count = self.backend.update_(batch, noise, Update(both[0], rule, both[1], kept))
         announce(tensors)
         return count
 

@@ -41,6 +41,20 @@ def test_order_and_parts_change_nothing(on_host, monkeypatch) -> None:
             conformance.CHECKS[check](OnHost(on_host), "cpu", "quick")
 
 
+def test_a_device_is_asked_once(on_host, monkeypatch) -> None:
+    """Attributes and occupancy take longer than a launch: a second one of the same kernel does without."""
+    monkeypatch.setenv("ZO_SHIM_PROCESSORS", "7")  # a device that no other test has asked
+    checks = ("axpy_strides", "perturb_rows", "draw_firsts")
+    for check in checks:
+        conformance.CHECKS[check](OnHost(on_host), "cpu", "quick")
+    monkeypatch.setenv("ZO_SHIM_MUTE", "1")
+    for check in checks:
+        conformance.CHECKS[check](OnHost(on_host), "cpu", "quick")
+    monkeypatch.setenv("ZO_SHIM_PROCESSORS", "9")  # another device is not known by this one's numbers
+    with pytest.raises(RuntimeError, match="invalid configuration"):
+        conformance.CHECKS["axpy_strides"](OnHost(on_host), "cpu", "quick")
+
+
 # One module holds every mistake; ZO_SHIM_MISTAKE chooses which one it makes.
 MISTAKES = [
     ("last element of a tail", "end - column : kUnit);", "end - column - {wrong} : kUnit);"),

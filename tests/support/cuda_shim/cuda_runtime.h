@@ -61,10 +61,6 @@ inline cudaError_t cudaGetLastError() {
 
 inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "invalid configuration"; }
 
-inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
-}
 
 inline cudaError_t cudaGetDeviceCount(int* count) {
   *count = 1;
@@ -77,15 +73,26 @@ inline int shim_number(const char* name, int otherwise) {
   return text != nullptr ? std::atoi(text) : otherwise;
 }
 
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = shim_number("ZO_SHIM_PROCESSORS", 3);
+// A device is named by its number of processors: what is remembered of one is not true of another.
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = shim_number("ZO_SHIM_PROCESSORS", 3);
   return cudaSuccess;
+}
+
+// ZO_SHIM_MUTE = 1: the device tells nothing more about itself.
+inline cudaError_t shim_answer() {
+  return shim_number("ZO_SHIM_MUTE", 0) != 0 ? cudaErrorInvalidConfiguration : cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {
+  *value = device;
+  return shim_answer();
 }
 
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
   *blocks = 2;
-  return cudaSuccess;
+  return shim_answer();
 }
 
 inline int shim_mistake = 0;  // tests/kernels_cuda/test_cuda.py builds kernels with mistakes and chooses one by its number
