@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from operator import is_
 from typing import Any
 
 import torch
@@ -132,11 +131,12 @@ class Group:
         return count
 
     def same(self, key: Hashable, tensors: list[Tensor]) -> TensorList:
-        """Returns these tensors in a list that stays from step to step while they do: a launch is prepared
-        for it once."""
+        """Returns these tensors in a list that stays from step to step while they do, so that a launch is
+        prepared for it once."""
         known = self.memo.get(("same", key))
-        if known is None or len(known) != len(tensors) or not all(map(is_, known, tensors)):
+        if known is None or not known.stands(tensors):
             known = self.memo["same", key] = TensorList.lasting(tensors)
+            known.stands(tensors)  # it notes where they are
         return known
 
     def part(self, members: Sequence[int]) -> tuple[TensorList, SpanList, TensorList | None]:

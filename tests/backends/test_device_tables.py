@@ -8,13 +8,28 @@ same buffers, a clock in memory) is shown here.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
+from threading import Barrier, BrokenBarrierError
+
 import conformance
+import numpy as np
 import pytest
 import torch
 from cuda_backends import OnHost
 from guarded import equal
 
-from zokern.backends import Batch, Noise, Span, Terms, device_tables
+from zokern.backends import (
+    Batch,
+    Noise,
+    Outer,
+    Span,
+    SpanList,
+    TensorList,
+    Terms,
+    Update,
+    device_tables,
+)
 from zokern.backends.reference import Reference
 from zokern.directions import resolve
 
@@ -77,7 +92,7 @@ def test_a_changed_list_has_another_table(backend, change) -> None:
     thetas, spans = [torch.ones(300), torch.ones(7, 9)], [Span(1), Span(2, 40)]
     same_as_reference(backend, thetas, spans)
     thetas, spans = CHANGES[change](thetas, spans)
-    assert device_tables.key_of(thetas, spans) != next(iter(backend.tables.kept))[0][0]
+    assert device_tables.key_of(thetas, spans) != next(iter(backend.tables.kept))[1]
     same_as_reference(backend, thetas, spans)
     assert backend.tables.built == 2
 
@@ -112,31 +127,77 @@ def test_outs_residuals_and_rows_are_part_of_the_key() -> None:
     assert len(set(keys)) == len(keys)
 
 
+def get(tables: device_tables.Tables, name: int) -> device_tables.Launch:
+    return tables.get(HERE, lambda: name, lambda: ((np.full(4, name),), name))
+
+
 def test_the_oldest_table_is_dropped_first() -> None:
-    kept = device_tables.Tables(tables=3)
-
-    def get(name: int) -> device_tables.Kept:
-        return kept.get(name, HERE, lambda: ((torch.full((4,), name).numpy(),), name))
-
+    tables = device_tables.Tables(tables=3)
     for name in (0, 1, 2, 0, 3):
-        assert get(name).facts == name
-    assert [key[0][0] for key in kept.kept] == [2, 0, 3] and kept.built == 4
-    assert kept.bytes == 3 * 32
-    small = device_tables.Tables(bytes=40)
-    for name in (0, 1):
-        small.get(name, HERE, lambda: ((torch.zeros(4).numpy(),), None))
-    assert len(small.kept) == 2
-    small.get(2, HERE, lambda: ((torch.zeros(4).numpy(),), None))
-    assert len(small.kept) == 2 and small.bytes == 32
+        assert get(tables, name).facts == name
+    assert [key for _, key in tables.kept] == [2, 0, 3] and tables.built == 4
+    assert tables.bytes == 3 * 32
+    small = device_tables.Tables(bytes=70)
+    for name in range(3):
+        get(small, name)
+    assert [key for _, key in small.kept] == [1, 2] and small.bytes == 64
+
+
+@pytest.mark.parametrize("limits", [{"tables": 4}, {"bytes": 4 * 32}], ids=str)
+def test_more_tensors_than_tables_do_not_thrash(limits: dict) -> None:
+    """A step that comes by more lists than there are tables would else find each one just dropped."""
+    tables = device_tables.Tables(**limits)
+    for _ in range(2):
+        for name in range(50):
+            get(tables, name)
+    built = tables.built
+    for _ in range(3):
+        for name in range(50):
+            get(tables, name)
+    assert tables.built == built
+    for name in range(100, 200):  # what comes once does not make room for more
+        get(tables, name)
+    assert len(tables.kept) == 50
 
 
 def test_streams_have_their_own_uploads(monkeypatch) -> None:
     """The copy to the device is ordered on one stream: another one may not rely on it."""
-    kept, stream = device_tables.Tables(), 1
+    tables, stream = device_tables.Tables(), 1
     monkeypatch.setattr(device_tables, "stream_of", lambda device: stream)
-    first = kept.get("list", HERE, lambda: ((torch.zeros(4).numpy(),), None))
+    launch = get(tables, 0)
+    first = tables.upload(launch)
+    assert tables.upload(launch) is first
     stream = 2
-    assert kept.get("list", HERE, lambda: ((torch.zeros(4).numpy(),), None)) is not first and kept.built == 2
+    second = tables.upload(launch)
+    assert second.places != first.places and tables.built == 1
+    stream = 1
+    assert tables.upload(launch) is first
+
+
+def threads_build_one(tables: device_tables.Tables) -> None:
+    """Two threads ask for a table that is not there: the second waits, and finds it."""
+    inside = Barrier(2)
+
+    def make() -> tuple:
+        with suppress(BrokenBarrierError):
+            inside.wait(0.2)  # two threads only meet here where both build
+        return (np.zeros(4),), None
+
+    with ThreadPoolExecutor(2) as pool:
+        found = [pool.submit(tables.get, HERE, lambda: 0, make) for _ in range(2)]
+    assert found[0].result() is found[1].result()
+    assert tables.built == 1 and tables.bytes == 32
+
+
+def test_threads_share_tables() -> None:
+    threads_build_one(device_tables.Tables())
+
+
+def test_tables_without_a_lock_are_rejected() -> None:
+    tables = device_tables.Tables()
+    tables.lock = nullcontext()
+    with pytest.raises(AssertionError):
+        threads_build_one(tables)
 
 
 def test_nothing_is_uploaded_in_a_capture(backend, monkeypatch) -> None:
@@ -148,12 +209,13 @@ def test_nothing_is_uploaded_in_a_capture(backend, monkeypatch) -> None:
         device_tables, "upload", lambda parts, device: pytest.fail("an upload while a graph is captured")
     )
     update(backend, thetas, spans, clock)
-    assert backend.tables.captured == list(backend.tables.kept.values())
+    (launch,) = backend.tables.kept.values()
+    assert list(backend.tables.captured.values()) == list(launch.uploads.values())
     with pytest.raises(RuntimeError, match="once before the capture"):
         update(backend, [torch.ones(300)], spans, clock)
     # what a graph reads outlives the cache
     monkeypatch.undo()
-    backend.tables.limits = (1, 0)
+    backend.tables.tables = 1
     update(backend, [torch.ones(20)], spans)
     assert len(backend.tables.kept) == 1 and len(backend.tables.captured) == 1
 
@@ -177,3 +239,160 @@ def test_conformance_uses_the_cache(backend) -> None:
     """The suite's repeated launches are compared bit for bit too."""
     conformance.CHECKS["clock"](backend, "cpu", "quick")
     assert 0 < backend.tables.built < 3 * 2 * 4 + 2
+
+
+# Lists that a caller keeps
+
+
+def numbers(count: int) -> torch.Tensor:
+    return torch.full((count,), 0.5)
+
+
+def kept_lists(scaled: bool = False, residual: bool = False) -> tuple[Batch, list[TensorList]]:
+    """A batch that its caller keeps, and two lists of results or states of it."""
+    dtype = torch.bfloat16 if residual else torch.float32
+    thetas = TensorList.lasting([torch.ones(n, dtype=dtype) for n in (300, 5, 64)])
+    spans, scales = SpanList([Span(i) for i in range(3)]), [torch.full((300,), 2.0), None, None]
+    low = TensorList.lasting([torch.zeros(t.shape, dtype=torch.int16) for t in thetas]) if residual else None
+    batch = Batch(thetas, spans, "residual" if residual else "nearest", low, scales if scaled else None)
+    return batch, [TensorList.lasting([torch.zeros(t.shape) for t in thetas]) for _ in range(2)]
+
+
+def noise(step: int, draws: int = 1) -> Noise:
+    return Noise(NORMAL, SEED, [(step, k) for k in range(draws)])
+
+
+ADAM = torch.tensor([1.0, 0.1, 0.9, 0.1, 0.99, 0.01, 0.0, 1.0, 1e-8])
+VERBS = {  # of a backend on kept lists, told a step and how many draws
+    "axpy_": lambda on, batch, sides, step, k: on.axpy_(batch, noise(step, k), Terms(numbers(k), 0.5 + step)),
+    "perturb": lambda on, batch, sides, step, k: on.perturb(batch, noise(step), [0.1 * step, -1.0], sides),
+    "update_": lambda on, batch, sides, step, k: on.update_(
+        batch, noise(step, k), Update(numbers(k), "adam", ADAM, sides)
+    ),
+}
+
+
+def copied(batch: Batch, sides: list[TensorList]) -> tuple[Batch, list[TensorList]]:
+    low = None if batch.residuals is None else [t.clone() for t in batch.residuals]
+    return batch._replace(tensors=[t.clone() for t in batch.tensors], residuals=low), [
+        [t.clone() for t in side] for side in sides
+    ]
+
+
+def same_on_kept_lists(on, verb: str, steps: int = 3, **kind) -> None:
+    """Steps on kept lists, with other numbers each: the reference's results, though no list is looked at
+    after the first."""
+    batch, sides = kept_lists(**kind)
+    for step in range(steps):
+        for draws in (1, 2):
+            other, theirs = copied(batch, sides)
+            VERBS[verb](on, batch, sides, step, draws)
+            VERBS[verb](Reference(), other, theirs, step, draws)
+            for mine, right in zip([batch.tensors, *sides], [other.tensors, *theirs]):
+                for a, b in zip(mine, right):
+                    equal(a, b, f"{verb} at step {step}")
+
+
+KINDS = [(verb, kind) for verb in VERBS for kind in ({}, {"scaled": True}, {"residual": True})]
+
+
+@pytest.mark.parametrize("verb, kind", KINDS, ids=str)
+def test_kept_lists_are_looked_at_once(backend, monkeypatch, verb, kind) -> None:
+    same_on_kept_lists(backend, verb, **kind)
+    batch, sides = kept_lists(**kind)
+    VERBS[verb](backend, batch, sides, 0, 1)
+    for name in ("key_of", "upload"):
+        monkeypatch.setattr(device_tables, name, lambda *_: pytest.fail(f"{name} at a repeated call"))
+    monkeypatch.setattr(backend.valid, "device", lambda *_, **__: pytest.fail("lists are checked again"))
+    VERBS[verb](backend, batch, sides, 1, 1)
+
+
+def wrong_key(name, batch, beside, make):
+    """lists.prepared() that forgets what lies beside the tensors."""
+    kept = batch.tensors.kept
+    if (name, "made") not in kept:
+        kept[name, "made"] = make()
+    return kept[name, "made"]
+
+
+@pytest.mark.parametrize("verb", ["perturb", "update_"])
+def test_a_launch_of_other_lists_is_rejected(backend, monkeypatch, verb) -> None:
+    alive = []  # a wrong launch writes to what was there before
+
+    def two(on) -> None:
+        batch, sides = kept_lists()
+        for _ in range(2):
+            alive.append((batch, sides))
+            other, theirs = copied(batch, sides)
+            VERBS[verb](on, batch, sides, 1, 1)
+            VERBS[verb](Reference(), other, theirs, 1, 1)
+            for mine, right in zip(sides, theirs):
+                for a, b in zip(mine, right):
+                    equal(a, b, verb)
+            sides = [TensorList.lasting([t + 1 for t in side]) for side in sides]
+
+    two(backend)
+    monkeypatch.setattr(device_tables, "prepared", wrong_key)
+    with pytest.raises(AssertionError):
+        two(backend)
+
+
+WRONG = {  # the numbers of a call on lists that are right
+    "float64 coefficients": lambda on, b: on.axpy_(b, noise(0), Terms(numbers(1).double())),
+    "two coefficients": lambda on, b: on.axpy_(b, noise(0), Terms(numbers(2))),
+    "coefficients elsewhere": lambda on, b: on.axpy_(b, noise(0), Terms(numbers(1).to("meta"))),
+    "a clock of int32": lambda on, b: on.axpy_(
+        b, noise(0)._replace(clock=torch.zeros(1, dtype=torch.int32)), Terms(numbers(1))
+    ),
+    "a control of two": lambda on, b: on.axpy_(b, noise(0), Terms(numbers(1), control=numbers(2))),
+    "a control and each": lambda on, b: on.axpy_(b, noise(0, 2), Terms(numbers(2), 1.0, 1, numbers(3))),
+    "another rounding": lambda on, b: on.axpy_(b._replace(rounding="up"), noise(0), Terms(numbers(1))),
+    "one out of two": lambda on, b: on.perturb(b, noise(0), [1.0], [b.tensors, b.tensors]),
+    "scalars of sign": lambda on, b: on.update_(b, noise(0), Update(numbers(1), "adam", ADAM[:2], [b[0]] * 2)),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_numbers_are_checked_at_every_call(backend, wrong) -> None:
+    batch, _ = kept_lists()
+    backend.axpy_(batch, noise(0), Terms(numbers(1)))
+    backend.axpy_(batch, noise(0, 2), Terms(numbers(2), control=numbers(3)))
+    backend.perturb(batch, noise(0), [1.0, 2.0], [batch.tensors] * 2)
+    backend.update_(batch, noise(0), Update(numbers(1), "adam", ADAM, [batch.tensors] * 2))
+    before = [t.clone() for t in batch.tensors]
+    with pytest.raises(ValueError, match="expected"):
+        WRONG[wrong](backend, batch)
+    for a, b in zip(batch.tensors, before):
+        equal(a, b, wrong)
+
+
+def test_lists_that_change_leave_little_behind(backend) -> None:
+    batch, _ = kept_lists()
+    for _ in range(200):
+        backend.perturb(batch, noise(0), [1.0], [TensorList.lasting([torch.empty_like(t) for t in batch[0]])])
+    assert len(batch.tensors.kept) <= 64
+
+
+def product(on, batch: Batch, factors: Outer) -> torch.Tensor:
+    on.lowrank_(batch, factors)
+    return batch.tensors[0]
+
+
+def test_lowrank_uploads_once_and_in_no_capture(backend, monkeypatch) -> None:
+    """A table that one call made and dropped would be read by every replay of a graph."""
+    theta = TensorList.lasting([torch.zeros(16, 24)])
+    left, right = (TensorList.lasting([torch.ones(n, 16)]) for n in (16, 24))
+    batch, factors = Batch(theta, SpanList([Span(1)])), Outer(left, right, [0.5])
+    loose = Batch([torch.zeros(16, 24)], [Span(1)])
+    for _ in range(2):
+        product(backend, batch, factors)
+        product(backend, loose, factors)
+    assert backend.tables.built == 2
+    monkeypatch.setattr(device_tables, "capturing", lambda device: True)
+    monkeypatch.setattr(device_tables, "upload", lambda *_: pytest.fail("an upload in a capture"))
+    for one in (batch, loose):
+        equal(product(backend, one, factors), torch.full((16, 24), 24.0), "theta")
+    assert len(backend.tables.captured) == 2
+    for wrong in (factors._replace(scales=[0.25]), factors._replace(lefts=[torch.ones(16, 16)])):
+        with pytest.raises(RuntimeError, match="once before the capture"):
+            product(backend, batch, wrong)

@@ -27,6 +27,7 @@ from .validation import Validator
 
 _cuda: Any = None
 _error = ""
+_ONE = 0x3F800000  # 1.0 in float32
 try:
     from .. import _cuda  # type: ignore[no-redef, attr-defined]
 except ImportError as error:
@@ -108,17 +109,18 @@ class Cuda:
 
         def make() -> tuple[Sequence[np.ndarray], Any]:
             entries, chunks = pack.pack(thetas, spans, outs, residuals, scales=scales)
-            return (entries, chunks) if len(chunks) else (), {"scaled": True} if batch.is_scaled else {}
+            facts = len(chunks), {"scaled": True} if batch.is_scaled else {}
+            return (entries, chunks) if len(chunks) else (), facts
 
         return self.tables.find(
             (self.name, *name), batch, () if draws else outs, lambda: self._or_any(check()),
             lambda: device_tables.key_of(thetas, spans, outs, residuals, scales), make,
         )  # fmt: skip
 
-    def _table(self, launch: Launch) -> tuple[Tensor, tuple[int, int, int]]:
-        """Returns the table of a launch, and the module's first three arguments."""
-        buffer, (entries, chunks) = self.tables.upload(launch)
-        return buffer, (entries, chunks, launch.parts[1].size // pack.CHUNK.itemsize)
+    def _table(self, launch: Launch) -> tuple[Tensor, tuple[int, int, int], dict[str, bool]]:
+        """Returns the table of a launch, and the module's first three arguments and last ones."""
+        (buffer, places), (chunks, named) = self.tables.upload(launch), launch.facts
+        return buffer, (*places, chunks), named
 
     def _terms(
         self, device: torch.device, noise: Noise, decays: Sequence[float]
@@ -127,7 +129,8 @@ class Cuda:
 
         Coefficients lie apart."""
         if len(noise.draws) == 1:  # as struct Draw: NumPy would take as long as the rest of the call
-            return array("I", (*noise.draws[0], 0, int(np.float32(decays[0]).view(np.uint32)))), None
+            bits = _ONE if decays[0] == 1.0 else int(np.float32(decays[0]).view(np.uint32))
+            return array("I", (*noise.draws[0], 0, bits)), None
         terms = pack.pack_draws(noise.draws, 0.0, decays)
         launch = self.tables.get(device, lambda: ("terms", terms.tobytes()), lambda: ((terms,), None))
         return terms, self.tables.upload(launch).buffer
@@ -149,28 +152,28 @@ class Cuda:
         if not self.valid.fits(launch.device, (), clock):
             check()
         if launch.parts:
-            ((step, draw),), (buffer, place) = noise.draws, self._table(launch)
+            ((step, draw),), (buffer, place, named) = noise.draws, self._table(launch)
             self._call("draw", launch.device, (batch, buffer, clock), *place, number, noise.seed, step, draw,
-                       clock=_address(clock), **launch.facts)  # fmt: skip
+                       clock=_address(clock), **named)  # fmt: skip
 
     def axpy_(self, batch: Batch, noise: Noise, terms: Terms) -> Tensor:
         number, count, clock = self.valid.number(noise.direction), len(noise.draws), noise.clock
         coeffs, control = terms.coefficients, terms.control
         check = partial(self.valid.axpy_, batch, noise, terms)
-        launch = self._launch(("axpy_", batch.rounding, control is None or terms.each), batch, (), check)
-        device = launch.device
-        if not self.valid.fits(device, ((coeffs, count),), clock, control):
+        launch = self._launch(("axpy_", batch.rounding), batch, (), check)
+        device, mixed = launch.device, control is not None and terms.each not in (0, count)
+        if mixed or not self.valid.fits(device, ((coeffs, count),), clock, control):
             check()
         nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
         if not launch.parts:
             return nonfinite
         coeffs, (each, decays) = coeffs.contiguous(), terms.rounded()
         summed, uploaded = self._terms(device, noise, decays)
-        buffer, place = self._table(launch)
+        buffer, place, named = self._table(launch)
         self._call("axpy", device, (batch, buffer, uploaded, coeffs, nonfinite, clock), *place, number,
                    noise.seed, _host(summed), count, each, pack.ROUNDING[batch.rounding],
                    nonfinite.data_ptr(), clock=_address(clock), device_draws=_address(uploaded),
-                   coefficients=coeffs.data_ptr(), **launch.facts)  # fmt: skip
+                   coefficients=coeffs.data_ptr(), **named)  # fmt: skip
         return nonfinite
 
     def update_(self, batch: Batch, noise: Noise, update: Update) -> Tensor:
@@ -186,12 +189,12 @@ class Cuda:
             return nonfinite
         coeffs, scalars = coeffs.contiguous(), scalars.contiguous()
         summed, uploaded = self._terms(device, noise, [1.0] * count)
-        buffer, place = self._table(launch)
+        buffer, place, named = self._table(launch)
         held = batch, states, buffer, uploaded, coeffs, scalars, nonfinite, clock
         self._call("update", device, held, *place, number, noise.seed, _host(summed), count,
                    pack.RULES[rule], scalars.data_ptr(), pack.ROUNDING[batch.rounding],
                    nonfinite.data_ptr(), clock=_address(clock), device_draws=_address(uploaded),
-                   coefficients=coeffs.data_ptr(), **launch.facts)  # fmt: skip
+                   coefficients=coeffs.data_ptr(), **named)  # fmt: skip
         return nonfinite
 
     def perturb(
@@ -204,9 +207,9 @@ class Cuda:
             check()
         if launch.parts:
             ((step, draw),), both = noise.draws, array("f", (*scales, 0.0)[:2])
-            buffer, place = self._table(launch)
+            buffer, place, named = self._table(launch)
             self._call("perturb", launch.device, (batch, outs, buffer, clock), *place, number, noise.seed,
-                       step, draw, _host(both), clock=_address(clock), **launch.facts)  # fmt: skip
+                       step, draw, _host(both), clock=_address(clock), **named)  # fmt: skip
 
     def lowrank_(
         self, batch: Batch, factors: Outer, noise: Noise | None = None, outs: Sequence[Tensor] | None = None

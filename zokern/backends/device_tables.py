@@ -37,6 +37,11 @@ class Upload(NamedTuple):
     buffer: Tensor
     places: tuple[int, ...]
 
+    def part(self, launch: Launch, i: int) -> Tensor:
+        """Returns a part of a launch's table as int64."""
+        begin = self.places[i] - self.places[0]
+        return self.buffer[begin : begin + launch.parts[i].size].view(torch.int64)
+
 
 class Launch:
     """A launch that was checked and packed.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import cached_property
+from operator import is_
 from typing import TypeVar
 
 import numpy as np
@@ -37,6 +38,13 @@ class TensorList(list):
         made = cls(tensors)
         made.kept = {}
         return made
+
+    def stands(self, tensors: Sequence[Tensor]) -> bool:
+        """Tells whether these are the very tensors of the list, where they were when it was first asked for
+        its pointers."""
+        if len(self) != len(tensors) or not all(map(is_, self, tensors)):
+            return False
+        return self.pointers.tolist() == list(map(Tensor.data_ptr, tensors))
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> TensorList:
