@@ -348,7 +348,9 @@ WRONG = {  # the numbers of a call on lists that are right
     "a control and each": lambda on, b: on.axpy_(b, noise(0, 2), Terms(numbers(2), 1.0, 1, numbers(3))),
     "another rounding": lambda on, b: on.axpy_(b._replace(rounding="up"), noise(0), Terms(numbers(1))),
     "one out of two": lambda on, b: on.perturb(b, noise(0), [1.0], [b.tensors, b.tensors]),
-    "scalars of sign": lambda on, b: on.update_(b, noise(0), Update(numbers(1), "adam", ADAM[:2], [b[0]] * 2)),
+    "scalars of sign": lambda on, b: on.update_(
+        b, noise(0), Update(numbers(1), "adam", ADAM[:2], [b[0]] * 2)
+    ),
 }
 
 

@@ -55,7 +55,7 @@ def _answer(value: Any) -> Any:
     """Returns all that Triton's compiler relies on of a value: is it None, 1, a multiple of 16?"""
     if isinstance(value, Tensor):
         return value.data_ptr() % 16 == 0
-    return (value == 1, value % 16 == 0) if isinstance(value, int) else value is None
+    return (value == 1, value % 16 == 0) if isinstance(value, int) else None
 
 
 def _runner(kernel: Any, compiled: Any, blocks: int, count: int, constants: dict[str, Any]) -> Any:

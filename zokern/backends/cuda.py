@@ -104,8 +104,8 @@ class Cuda:
         name   the verb, and all else that check() looks at beside lists and numbers
         draws  its tensors are results
         """
-        thetas, spans, _, residuals, scales = batch
-        thetas = None if draws else thetas
+        _, spans, _, residuals, scales = batch
+        thetas = None if draws else batch.tensors
 
         def make() -> tuple[Sequence[np.ndarray], Any]:
             entries, chunks = pack.pack(thetas, spans, outs, residuals, scales=scales)

@@ -154,22 +154,20 @@ class Tables:
         return found
 
 
-def why_off_on(
-    device: torch.device | None, lacks: Callable[[tuple[int, int]], str | None]
-) -> str | None:
+def why_off_on(device: torch.device | None, lacks: Callable[[tuple[int, int]], str | None]) -> str | None:
     """Returns why a GPU lacks what a backend needs; without a device, why every GPU of the machine does.
 
     lacks  says of a compute capability what is wrong with it, or None"""
     if device is not None and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     numbers = range(torch.cuda.device_count()) if device is None else [device.index]
-    reason = None
+    said = ""
     for number in numbers:
         reason = lacks(torch.cuda.get_device_capability(number))
         if reason is None:
             return None
-        reason = f"CUDA device {number} ({torch.cuda.get_device_name(number)}) {reason}"
-    return reason
+        said = f"CUDA device {number} ({torch.cuda.get_device_name(number)}) {reason}"
+    return said
 
 
 def capturing(device: torch.device) -> bool:

@@ -22,7 +22,6 @@ Made = TypeVar("Made")
 MOST = 64  # what is prepared for one list; a list with more is used in ways that change
 
 
-
 class TensorList(list):
     """A list of tensors, and the properties of all of them in order.
 

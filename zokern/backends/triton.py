@@ -165,8 +165,8 @@ class Triton:
         name   the verb, and all else that check() looks at beside lists and numbers
         draws  its tensors are results only
         """
-        thetas, spans, _, low, scales = batch
-        thetas = None if draws else thetas
+        _, spans, _, low, scales = batch
+        thetas = None if draws else batch.tensors
 
         def make() -> tuple[Sequence[np.ndarray], Any]:
             entries, chunks = pack.pack(thetas, spans, outs, low, scales=scales)

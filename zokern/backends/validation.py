@@ -167,9 +167,7 @@ class Validator:
         for tensor, count in numbers:
             if tensor.dtype != torch.float32 or tensor.shape != (count,) or tensor.device != device:
                 return False
-        if clock is not None and (
-            clock.dtype != torch.int64 or clock.numel() != 1 or clock.device != device
-        ):
+        if clock is not None and (clock.dtype != torch.int64 or clock.numel() != 1 or clock.device != device):
             return False
         return control is None or (
             control.dtype == torch.float32
