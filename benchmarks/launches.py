@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -137,7 +138,7 @@ def measured() -> dict[tuple[str, str, str], float]:
         for kind, (count, kept) in LISTS.items():
             lists = Lists(count, kept)
             for verb, run in VERBS.items():
-                found[name, verb, kind] = microseconds(lambda step: run(backend, lists, step))
+                found[name, verb, kind] = microseconds(partial(run, backend, lists))
     return found
 
 

@@ -16,6 +16,7 @@ from contextlib import nullcontext
 from functools import cache
 
 import conformance
+import conformance_kept
 import conformance_update
 import lowrank_bound
 import torch
@@ -33,6 +34,7 @@ REPEATS = 3
 SUITE: dict[str, Callable] = {
     **conformance.EVERY,
     **conformance_update.CHECKS,
+    **conformance_kept.CHECKS,
 }  # a further module of checks is one more name here
 
 

@@ -13,23 +13,16 @@ from contextlib import nullcontext, suppress
 from threading import Barrier, BrokenBarrierError
 
 import conformance
+import conformance_kept
 import numpy as np
 import pytest
 import torch
+from conformance_kept import kept_lists, noise, numbers
 from cuda_backends import OnHost
 from guarded import equal
 
-from zokern.backends import (
-    Batch,
-    Noise,
-    Outer,
-    Span,
-    SpanList,
-    TensorList,
-    Terms,
-    Update,
-    device_tables,
-)
+from zokern import backends
+from zokern.backends import Batch, Noise, Outer, Span, SpanList, TensorList, Terms, Update, cpu, device_tables
 from zokern.backends.reference import Reference
 from zokern.directions import resolve
 
@@ -244,103 +237,51 @@ def test_conformance_uses_the_cache(backend) -> None:
 # Lists that a caller keeps
 
 
-def numbers(count: int) -> torch.Tensor:
-    return torch.full((count,), 0.5)
+@pytest.fixture(params=["cuda on the host", "cpu"])
+def either(request) -> backends.Backend:
+    """A backend that prepares launches."""
+    if request.param == "cpu" and backends.why_off("cpu") is not None:
+        pytest.skip(str(backends.why_off("cpu")))
+    return backends.get("cpu") if request.param == "cpu" else OnHost(request.getfixturevalue("on_host"))
 
 
-def kept_lists(scaled: bool = False, residual: bool = False) -> tuple[Batch, list[TensorList]]:
-    """A batch that its caller keeps, and two lists of results or states of it."""
-    dtype = torch.bfloat16 if residual else torch.float32
-    thetas = TensorList.lasting([torch.ones(n, dtype=dtype) for n in (300, 5, 64)])
-    spans, scales = SpanList([Span(i) for i in range(3)]), [torch.full((300,), 2.0), None, None]
-    low = TensorList.lasting([torch.zeros(t.shape, dtype=torch.int16) for t in thetas]) if residual else None
-    batch = Batch(thetas, spans, "residual" if residual else "nearest", low, scales if scaled else None)
-    return batch, [TensorList.lasting([torch.zeros(t.shape) for t in thetas]) for _ in range(2)]
+@pytest.mark.parametrize("check", conformance_kept.CHECKS)
+def test_kept_lists_are_the_reference(either, check) -> None:
+    assert conformance.run(either, only=[check], checks=conformance_kept.CHECKS) == {check: None}
 
 
-def noise(step: int, draws: int = 1) -> Noise:
-    return Noise(NORMAL, SEED, [(step, k) for k in range(draws)])
-
-
-ADAM = torch.tensor([1.0, 0.1, 0.9, 0.1, 0.99, 0.01, 0.0, 1.0, 1e-8])
-VERBS = {  # of a backend on kept lists, told a step and how many draws
-    "axpy_": lambda on, batch, sides, step, k: on.axpy_(batch, noise(step, k), Terms(numbers(k), 0.5 + step)),
-    "perturb": lambda on, batch, sides, step, k: on.perturb(batch, noise(step), [0.1 * step, -1.0], sides),
-    "update_": lambda on, batch, sides, step, k: on.update_(
-        batch, noise(step, k), Update(numbers(k), "adam", ADAM, sides)
-    ),
-}
-
-
-def copied(batch: Batch, sides: list[TensorList]) -> tuple[Batch, list[TensorList]]:
-    low = None if batch.residuals is None else [t.clone() for t in batch.residuals]
-    return batch._replace(tensors=[t.clone() for t in batch.tensors], residuals=low), [
-        [t.clone() for t in side] for side in sides
-    ]
-
-
-def same_on_kept_lists(on, verb: str, steps: int = 3, **kind) -> None:
-    """Steps on kept lists, with other numbers each: the reference's results, though no list is looked at
-    after the first."""
-    batch, sides = kept_lists(**kind)
-    for step in range(steps):
-        for draws in (1, 2):
-            other, theirs = copied(batch, sides)
-            VERBS[verb](on, batch, sides, step, draws)
-            VERBS[verb](Reference(), other, theirs, step, draws)
-            for mine, right in zip([batch.tensors, *sides], [other.tensors, *theirs]):
-                for a, b in zip(mine, right):
-                    equal(a, b, f"{verb} at step {step}")
-
-
-KINDS = [(verb, kind) for verb in VERBS for kind in ({}, {"scaled": True}, {"residual": True})]
-
-
-@pytest.mark.parametrize("verb, kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", conformance_kept.KINDS)
+@pytest.mark.parametrize("verb", conformance_kept.VERBS)
 def test_kept_lists_are_looked_at_once(backend, monkeypatch, verb, kind) -> None:
-    same_on_kept_lists(backend, verb, **kind)
-    batch, sides = kept_lists(**kind)
-    VERBS[verb](backend, batch, sides, 0, 1)
+    batch, sides = kept_lists(**conformance_kept.KINDS[kind])
+    conformance_kept.VERBS[verb](backend, batch, sides, 0, 1)
+    looked = []
     for name in ("key_of", "upload"):
-        monkeypatch.setattr(device_tables, name, lambda *_: pytest.fail(f"{name} at a repeated call"))
-    monkeypatch.setattr(backend.valid, "device", lambda *_, **__: pytest.fail("lists are checked again"))
-    VERBS[verb](backend, batch, sides, 1, 1)
+        monkeypatch.setattr(device_tables, name, lambda *_: looked.append("a table is made again"))
+    monkeypatch.setattr(backend.valid, "device", lambda *_, **__: looked.append("lists are checked again"))
+    conformance_kept.VERBS[verb](backend, batch, sides, 1, 1)
+    assert not looked
 
 
-def wrong_key(name, batch, beside, make):
+def by_tensors_alone(name, batch, beside, make):
     """lists.prepared() that forgets what lies beside the tensors."""
-    kept = batch.tensors.kept
-    if (name, "made") not in kept:
-        kept[name, "made"] = make()
-    return kept[name, "made"]
+    found = batch.tensors.kept.setdefault((name, "made"), None) or make()
+    batch.tensors.kept[name, "made"] = found
+    return found
 
 
-@pytest.mark.parametrize("verb", ["perturb", "update_"])
-def test_a_launch_of_other_lists_is_rejected(backend, monkeypatch, verb) -> None:
-    alive = []  # a wrong launch writes to what was there before
-
-    def two(on) -> None:
-        batch, sides = kept_lists()
-        for _ in range(2):
-            alive.append((batch, sides))
-            other, theirs = copied(batch, sides)
-            VERBS[verb](on, batch, sides, 1, 1)
-            VERBS[verb](Reference(), other, theirs, 1, 1)
-            for mine, right in zip(sides, theirs):
-                for a, b in zip(mine, right):
-                    equal(a, b, verb)
-            sides = [TensorList.lasting([t + 1 for t in side]) for side in sides]
-
-    two(backend)
-    monkeypatch.setattr(device_tables, "prepared", wrong_key)
-    with pytest.raises(AssertionError):
-        two(backend)
+@pytest.mark.parametrize("check", ["kept_perturb", "kept_update_"])
+def test_a_launch_of_other_lists_is_rejected(either, monkeypatch, check) -> None:
+    for module in (device_tables, cpu):
+        monkeypatch.setattr(module, "prepared", by_tensors_alone)
+    found = conformance.run(either, only=[check], checks=conformance_kept.CHECKS)
+    assert "AssertionError" in found[check]
 
 
 WRONG = {  # the numbers of a call on lists that are right
     "float64 coefficients": lambda on, b: on.axpy_(b, noise(0), Terms(numbers(1).double())),
     "two coefficients": lambda on, b: on.axpy_(b, noise(0), Terms(numbers(2))),
-    "coefficients elsewhere": lambda on, b: on.axpy_(b, noise(0), Terms(numbers(1).to("meta"))),
+    "coefficients elsewhere": lambda on, b: on.axpy_(b, noise(0), Terms(numbers(1, "meta"))),
     "a clock of int32": lambda on, b: on.axpy_(
         b, noise(0)._replace(clock=torch.zeros(1, dtype=torch.int32)), Terms(numbers(1))
     ),
@@ -349,18 +290,18 @@ WRONG = {  # the numbers of a call on lists that are right
     "another rounding": lambda on, b: on.axpy_(b._replace(rounding="up"), noise(0), Terms(numbers(1))),
     "one out of two": lambda on, b: on.perturb(b, noise(0), [1.0], [b.tensors, b.tensors]),
     "scalars of sign": lambda on, b: on.update_(
-        b, noise(0), Update(numbers(1), "adam", ADAM[:2], [b[0]] * 2)
+        b, noise(0), Update(numbers(1), "adam", numbers(2), [b[0]] * 2)
     ),
 }
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_numbers_are_checked_at_every_call(backend, wrong) -> None:
-    batch, _ = kept_lists()
+def test_numbers_are_checked_at_every_call(either, wrong) -> None:
+    backend, (batch, _) = either, kept_lists()
     backend.axpy_(batch, noise(0), Terms(numbers(1)))
     backend.axpy_(batch, noise(0, 2), Terms(numbers(2), control=numbers(3)))
     backend.perturb(batch, noise(0), [1.0, 2.0], [batch.tensors] * 2)
-    backend.update_(batch, noise(0), Update(numbers(1), "adam", ADAM, [batch.tensors] * 2))
+    conformance_kept.update(backend, batch, [batch.tensors] * 2, 0, 1)
     before = [t.clone() for t in batch.tensors]
     with pytest.raises(ValueError, match="expected"):
         WRONG[wrong](backend, batch)

@@ -158,9 +158,7 @@ def why_off_on(device: torch.device | None, lacks: Callable[[tuple[int, int]], s
     """Returns why a GPU lacks what a backend needs; without a device, why every GPU of the machine does.
 
     lacks  says of a compute capability what is wrong with it, or None"""
-    if device is not None and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    numbers = range(torch.cuda.device_count()) if device is None else [device.index]
+    numbers = range(torch.cuda.device_count()) if device is None else [index_of(device)]
     said = ""
     for number in numbers:
         reason = lacks(torch.cuda.get_device_capability(number))
@@ -168,6 +166,12 @@ def why_off_on(device: torch.device | None, lacks: Callable[[tuple[int, int]], s
             return None
         said = f"CUDA device {number} ({torch.cuda.get_device_name(number)}) {reason}"
     return said
+
+
+def index_of(device: torch.device) -> int:
+    """Returns the number of a GPU; that of the current one for "cuda"."""
+    number: int | None = device.index
+    return torch.cuda.current_device() if number is None else number
 
 
 def capturing(device: torch.device) -> bool:
