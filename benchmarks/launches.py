@@ -13,30 +13,37 @@ of axpy_. A real call adds what the driver takes, which asks the current stream 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from zokern.backends import Batch, Noise, Outer, Span, SpanList, TensorList, Terms, Update, cuda, triton
-from zokern.directions import resolve
+from .gpu import use_tree
+
+use_tree()  # before backend triton looks for its kernels
+
+from zokern.backends import (  # noqa: E402
+    Batch, Noise, Outer, Span, SpanList, TensorList, Terms, Update, cuda, triton
+)  # fmt: skip
+from zokern.directions import resolve  # noqa: E402
 
 TENSORS, RANK, REPEATS, CALLS = 290, 16, 60, 50
 NORMAL, ONE = resolve("normal"), torch.ones(1)
 ADAM = torch.ones(9)
 
 
-class Module:
-    """Stands for zokern._cuda: every function takes what the real one takes, and returns."""
-
-    def __getattr__(self, name: str) -> Callable:
-        return _nothing
-
-
 def _nothing(*arguments: Any, **named: Any) -> None:
     return None
+
+
+class Module:
+    """Stands for zokern._cuda: its functions take what the real ones take, and return."""
+
+    axpy = perturb = update = lowrank_tiles = staticmethod(_nothing)
 
 
 class OnStub(cuda.Cuda):
@@ -69,20 +76,23 @@ class Kernel:
 MODULE = Module()
 
 
-def on_stubs() -> dict[str, Any]:
-    """Returns the GPU backends with stubs; Triton's where it is installed."""
-    found: dict[str, Any] = {"cuda": OnStub()}
-    if not triton._missing:
-        for module, names in (
-            (triton.elementwise, ("axpy", "perturb", "draw")),
-            (triton.update, ("update",)),
-            (triton.lowrank, ("product", "element")),
-        ):
-            for name in names:
-                setattr(module, name, Kernel(getattr(module, name)))
-        found["triton"] = made = triton.Triton()
-        made.is_interpreted, made.valid.device_type = False, "cpu"
-    return found
+KERNELS = {"elementwise": ("axpy", "perturb"), "update": ("update",), "lowrank": ("product", "element")}
+
+
+@contextmanager
+def on_stubs() -> Iterator[dict[str, Any]]:
+    """Gives the GPU backends with stubs; Triton's where it is installed."""
+    with ExitStack() as stack:
+        found: dict[str, Any] = {"cuda": OnStub()}
+        if not triton._missing:
+            found["triton"] = made = triton.Triton()
+            made.is_interpreted, made.valid.device_type = False, "cpu"
+            for file, names in KERNELS.items():
+                module = getattr(triton, file)
+                for name in names:
+                    stub = Kernel(getattr(module, name))
+                    stack.enter_context(patch.object(module, name, stub))
+        yield found
 
 
 class Lists:
@@ -118,31 +128,34 @@ VERBS: dict[str, Callable[[Any, Lists, int], Any]] = {
 LISTS = {"model": (TENSORS, True), "single": (1, True), "loose": (1, False)}
 
 
-def microseconds(call: Callable[[int], Any], calls: int = CALLS) -> float:
-    """Returns the mean time of a call in the fastest of some runs: others share the processor."""
+def microseconds(call: Callable[[int], Any], repeats: int = REPEATS) -> float:
+    """Returns the mean time of a call in the fastest of some runs: others share the processor.
+
+    The call is told its number."""
     call(0), call(1)
     times = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         start = time.perf_counter()
-        for step in range(calls):
+        for step in range(CALLS):
             call(step)
-        times.append((time.perf_counter() - start) / calls)
+        times.append((time.perf_counter() - start) / CALLS)
     return 1e6 * min(times)
 
 
-def measured() -> dict[tuple[str, str, str], float]:
+def measured(repeats: int = REPEATS) -> dict[tuple[str, str, str], float]:
     """Returns microseconds by backend, verb and kind of list."""
-    torch.set_num_threads(1)
     found = {}
-    for name, backend in on_stubs().items():
-        for kind, (count, kept) in LISTS.items():
-            lists = Lists(count, kept)
-            for verb, run in VERBS.items():
-                found[name, verb, kind] = microseconds(partial(run, backend, lists))
+    with on_stubs() as backends:
+        for name, backend in backends.items():
+            for kind, (count, kept) in LISTS.items():
+                lists = Lists(count, kept)
+                for verb, run in VERBS.items():
+                    found[name, verb, kind] = microseconds(partial(run, backend, lists), repeats)
     return found
 
 
 def main() -> None:
+    torch.set_num_threads(1)
     named = dict(clock=0, device_draws=0, coefficients=1)
     bare = microseconds(lambda step: MODULE.axpy(1, 1, 1, 0, 5, 1, 1, 1, 0, 1, 0, 0, **named))
     print(f"bare call of the stub {bare:.2f} us; beside it microseconds, and multiples of the bare call")

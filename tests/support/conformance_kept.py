@@ -92,7 +92,7 @@ def check_lowrank(backend: Any, device: str = "cpu", scale: str = "full") -> Non
     """Small whole numbers, whose sums are exact in any order."""
     left, right = (torch.arange(n * 16).view(n, 16) % 5 - 2.0 for n in (16, 24))
     thetas = TensorList.lasting([torch.zeros(16, 24, device=device)])
-    sides = [TensorList.lasting([side.to(device)]) for side in (left, right)]
+    sides = [TensorList.lasting([side.to(device, copy=True)]) for side in (left, right)]
     outs = TensorList.lasting([torch.zeros(16, 24, device=device)])
     batch, expected = Batch(thetas, SpanList([Span(1)])), torch.zeros(16, 24)
     for step, size in enumerate((0.5, 0.5, 2.0, 0.5)):

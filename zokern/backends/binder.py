@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .device_tables import Launch, Upload, on, stream_of
 
-# by id of a kernel, which they hold: is the compiler told of a parameter's value?
-_told: dict[int, tuple[Any, list[bool]]] = {}
+# by id of a kernel, which they hold: positions of parameters that the compiler is told of
+_told: dict[int, tuple[Any, list[int]]] = {}
 
 
 def run(
@@ -30,12 +30,14 @@ def run(
     constants  the others, by name, in the same order at every call
     """
     if id(kernel) not in _told:
-        parameters = getattr(kernel, "params", ())
-        _told[id(kernel)] = kernel, [not parameter.do_not_specialize for parameter in parameters]
-    key = [id(kernel), blocks, *constants.values()]
-    for told, value in zip(_told[id(kernel)][1][len(which) :], arguments):
-        key.append(_answer(value) if told or value is None else 0)
-    found = launch.memo.get(name := tuple(key))
+        told = [i for i, p in enumerate(getattr(kernel, "params", ())) if not p.do_not_specialize]
+        _told[id(kernel)] = kernel, told
+    skip, end = len(which), len(which) + len(arguments)
+    name = (
+        id(kernel), blocks, *constants.values(), *[value is None for value in arguments],
+        *[_answer(arguments[i - skip]) for i in _told[id(kernel)][1] if skip <= i < end],
+    )  # fmt: skip
+    found = launch.memo.get(name)
     with on(launch.device):
         if found:
             places = [upload.places[i] for i in which]
@@ -48,11 +50,11 @@ def run(
         tables = [upload.part(launch, i) for i in which]
         compiled = kernel[(blocks,)](*tables, *arguments, **constants, **options)
         if found is None:
-            launch.memo[name] = _runner(kernel, compiled, blocks, len(which) + len(arguments), constants)
+            launch.memo[name] = _runner(kernel, compiled, blocks, end, constants)
 
 
 def _answer(value: Any) -> Any:
-    """Returns all that Triton's compiler relies on of a value: is it None, 1, a multiple of 16?"""
+    """Returns what Triton's compiler relies on of a value: is it 1, a multiple of 16?"""
     if isinstance(value, Tensor):
         return value.data_ptr() % 16 == 0
     return (value == 1, value % 16 == 0) if isinstance(value, int) else None

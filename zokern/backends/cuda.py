@@ -77,7 +77,7 @@ class Cuda:
     device_type = "cuda"
 
     def __init__(self) -> None:
-        self.tables = device_tables.Tables()
+        self.tables, self.counts = device_tables.Tables(), device_tables.Counts()
         self.valid = Validator(self.name, self.device_type, self.most_rank)
 
     def _call(self, verb: str, device: torch.device, held: Any, *arguments: Any, **named: int) -> None:
@@ -164,7 +164,7 @@ class Cuda:
         device, mixed = launch.device, control is not None and terms.each not in (0, count)
         if mixed or not self.valid.fits(device, ((coeffs, count),), clock, control):
             check()
-        nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
+        nonfinite = self.counts.take(device)
         if not launch.parts:
             return nonfinite
         coeffs, (each, decays) = coeffs.contiguous(), terms.rounded()
@@ -184,7 +184,7 @@ class Cuda:
         device, numbers = launch.device, ((coeffs, count), (scalars, len(SCALARS.get(rule, ()))))
         if not self.valid.fits(device, numbers, clock, control):
             check()
-        nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
+        nonfinite = self.counts.take(device)
         if not launch.parts:
             return nonfinite
         coeffs, scalars = coeffs.contiguous(), scalars.contiguous()
@@ -224,7 +224,7 @@ class Cuda:
         )  # fmt: skip
         if factors.control is not None:
             check()
-        nonfinite = torch.zeros(1, dtype=torch.int64, device=launch.device)
+        nonfinite = self.counts.take(launch.device)
         if not launch.parts:
             return nonfinite
         buffer, (entries, tiles, frames, products) = self.tables.upload(launch)

@@ -24,6 +24,7 @@ from .lists import prepared
 
 TABLES = 8192
 BYTES = 1 << 26
+COUNTS = 64
 _ALREADY = nullcontext()
 
 
@@ -154,6 +155,28 @@ class Tables:
         return found
 
 
+class Counts:
+    """Hands out counts of one element that are 0.
+
+    torch.zeros() launches a kernel, so it is asked for many at once; while a CUDA graph is captured for each,
+    because a replay needs its count at 0 again."""
+
+    def __init__(self) -> None:
+        self.left: dict[tuple[torch.device, int], list[Tensor]] = {}
+
+    def take(self, device: torch.device) -> Tensor:
+        if capturing(device):
+            return torch.zeros(1, dtype=torch.int64, device=device)
+        some = self.left.setdefault((device, stream_of(device)), [])
+        try:
+            return some.pop()  # one at a time, whatever the thread
+        except IndexError:
+            with torch.inference_mode(False):
+                first, *others = torch.zeros(COUNTS, dtype=torch.int64, device=device).split(1)
+            some += others
+            return first
+
+
 def why_off_on(device: torch.device | None, lacks: Callable[[tuple[int, int]], str | None]) -> str | None:
     """Returns why a GPU lacks what a backend needs; without a device, why every GPU of the machine does.
 
@@ -202,4 +225,4 @@ def upload(parts: Sequence[np.ndarray], device: torch.device) -> Upload:
     return Upload(buffer, tuple((buffer.data_ptr() + begins).tolist()))
 
 
-__all__ = ["Launch", "Tables", "Upload", "capturing", "key_of", "on", "stream_of", "upload"]
+__all__ = ["Counts", "Launch", "Tables", "Upload", "capturing", "key_of", "on", "stream_of", "upload"]

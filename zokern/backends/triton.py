@@ -144,7 +144,7 @@ class Triton:
     most_rank = 128
 
     def __init__(self) -> None:
-        self.tables = device_tables.Tables()
+        self.tables, self.counts = device_tables.Tables(), device_tables.Counts()
         self.is_interpreted = interpreted()
         self.valid = Validator("triton", "cpu" if self.is_interpreted else "cuda", self.most_rank)
 
@@ -183,17 +183,25 @@ class Triton:
     def _run(self, launch: Launch, kernel: Any, direction: Any, *arguments: Any, **constants: Any) -> None:
         """Runs an elementwise kernel on the table of a launch."""
         facts: _Facts = launch.facts
+        meta = launch.memo.get(direction.name)
+        if meta is None:
+            meta = launch.memo[direction.name] = self._meta(facts, direction)
+        binder.run(
+            kernel, facts.chunks * meta["SPLIT"], launch, self.tables.upload(launch), (0, 1), arguments,
+            {**constants, **meta}, OPTIONS,
+        )  # fmt: skip
+
+    def _meta(self, facts: _Facts, direction: Any) -> dict[str, Any]:
+        """Returns the constants that a table and a direction ask for."""
         if self.is_interpreted:
             # it pays by the operation, not by the lane: few wide tiles, of a power of two of whole blocks of
             # signs
             tile = max(256, triton.next_power_of_2(facts.widest + 120))
-            meta = dict(BLOCK=tile, TAIL=tile, SPLIT=1)
+            sizes = dict(BLOCK=tile, TAIL=tile, SPLIT=1)
         else:
             split = 1 if facts.chunks >= FEW_CHUNKS else SPLIT
-            meta = dict(BLOCK=BLOCK[direction.name], TAIL=TAIL, SPLIT=split)
-        constants |= dict(SCALED=facts.is_scaled, DIRECTION=DIRECTIONS[direction.name], **meta)
-        upload, blocks = self.tables.upload(launch), facts.chunks * meta["SPLIT"]
-        binder.run(kernel, blocks, launch, upload, (0, 1), arguments, constants, OPTIONS)
+            sizes = dict(BLOCK=BLOCK[direction.name], TAIL=TAIL, SPLIT=split)
+        return dict(SCALED=facts.is_scaled, DIRECTION=DIRECTIONS[direction.name], **sizes)
 
     def philox4x32(self, counter: Tensor, key: tuple[int, int], rounds: int) -> Tensor:
         device = self.valid.philox4x32(counter)
@@ -227,11 +235,12 @@ class Triton:
         mixed = control is not None and terms.each not in (0, len(draws))
         if mixed or not self.valid.fits(launch.device, ((coeffs, len(draws)),), noise.clock, control):
             check()
-        nonfinite = torch.zeros(1, dtype=torch.int64, device=launch.device)
+        nonfinite = self.counts.take(launch.device)
         if not launch.parts:
             return nonfinite
         each, decays = terms.rounded()
-        replay, first = each < len(draws), float(np.float32(decays[0]))
+        replay = each < len(draws)
+        first = 1.0 if decays[0] == 1.0 else float(np.float32(decays[0]))
         names = self._names(launch.device, draws if replay else draws[:-1], decays if replay else ())
         self._run(launch, elementwise.axpy, noise.direction, names, coeffs.contiguous(), nonfinite,
                   len(draws), each, *map(_signed, draws[-1]), first, _keys_of(noise.seed), noise.clock,
@@ -247,7 +256,7 @@ class Triton:
         draws, numbers = noise.draws, ((coeffs, len(noise.draws)), (scalars, len(SCALARS.get(rule, ()))))
         if not self.valid.fits(launch.device, numbers, noise.clock, control):
             check()
-        nonfinite = torch.zeros(1, dtype=torch.int64, device=launch.device)
+        nonfinite = self.counts.take(launch.device)
         if not launch.parts:
             return nonfinite
         self._run(launch, update.update, noise.direction, self._names(launch.device, draws[:-1]),
@@ -292,7 +301,7 @@ class Triton:
         )  # fmt: skip
         if factors.control is not None:
             check()
-        nonfinite = torch.zeros(1, dtype=torch.int64, device=launch.device)
+        nonfinite = self.counts.take(launch.device)
         if not launch.parts:
             return nonfinite
         facts, upload = launch.facts, self.tables.upload(launch)
