@@ -162,12 +162,12 @@ def test_what_cannot_be_run_directly_is_called(launches, monkeypatch) -> None:
     monkeypatch.setattr(kernel, "pre_run_hooks", [])
     launch.memo.clear()
     called(launch, upload, CALLS[0])
-    ((name, (_, tail)),) = launch.memo.items()
+    ((name, direct),) = launch.memo.items()
 
     def other(*_, **__) -> None:
         raise TypeError("function takes 3 arguments")
 
-    launch.memo[name] = other, tail
+    launch.memo[name] = direct._replace(run=other)
     for _ in range(2):
         called(launch, upload, CALLS[0])
     assert len(launches) == 6 and len({repr(one) for one in launches}) == 1
@@ -216,24 +216,47 @@ VERBS = {
 }
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_a_verb_passes_the_same_both_ways(monkeypatch, verb) -> None:
+@pytest.fixture
+def recorded(monkeypatch) -> tuple[backend.Triton, list]:
+    """The backend on CPU tensors with kernels that record."""
     seen: list = []
-    for module, names in (("elementwise", ("axpy", "perturb")), ("update", ("update",)),
-                          ("lowrank", ("product", "element"))):  # fmt: skip
+    for file, names in (("elementwise", ("axpy", "perturb")), ("update", ("update",)),
+                        ("lowrank", ("product", "element"))):  # fmt: skip
         for name in names:
-            found = getattr(backend, module)
-            monkeypatch.setattr(found, name, Recorded(getattr(found, name), seen))
+            module = getattr(backend, file)
+            monkeypatch.setattr(module, name, Recorded(getattr(module, name), seen))
     on = backend.Triton()
     on.is_interpreted, on.valid.device_type = False, "cpu"
+    return on, seen
+
+
+def arguments() -> tuple[Batch, list[TensorList], Outer]:
     shapes = [(16, 24), (5, 7)]
     thetas, *sides = (TensorList.lasting([torch.zeros(shape) for shape in shapes]) for _ in range(3))
     lefts, rights = (TensorList.lasting([torch.zeros(shape[k], 16) for shape in shapes]) for k in (0, 1))
-    batch = Batch(thetas, SpanList([Span(1), Span(2)]))
+    return Batch(thetas, SpanList([Span(1), Span(2)])), sides, Outer(lefts, rights, [1.0, 1.0])
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_passes_the_same_both_ways(recorded, verb) -> None:
+    (on, seen), given = recorded, arguments()
     for _ in range(2):
-        VERBS[verb](on, batch, sides, Outer(lefts, rights, [1.0, 1.0]))
+        VERBS[verb](on, *given)
     half = len(seen) // 2
     assert [way for way, *_ in seen] == ["ordinary"] * half + ["direct"] * half
     for (_, blocks, first), (_, again, second) in zip(seen[:half], seen[half:]):
         first.pop("nonfinite", None), second.pop("nonfinite", None)  # a new one each time
         assert blocks == again and first == second
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_capture_uploads_nothing(recorded, monkeypatch, verb) -> None:
+    (on, seen), given = recorded, arguments()
+    VERBS[verb](on, *given)
+    made = on.tables.built
+    monkeypatch.setattr(device_tables, "capturing", lambda device: True)
+    monkeypatch.setattr(device_tables, "upload", lambda *_: pytest.fail("an upload in a capture"))
+    VERBS[verb](on, *given)
+    assert on.tables.built == len(on.tables.captured) == made and len(seen) % 2 == 0
+    with pytest.raises(RuntimeError, match="once before the capture"):
+        VERBS[verb](on, *arguments())

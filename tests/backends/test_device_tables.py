@@ -8,8 +8,9 @@ same buffers, a clock in memory) is shown here.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from threading import Barrier, BrokenBarrierError
 
 import conformance
@@ -339,3 +340,38 @@ def test_lowrank_uploads_once_and_in_no_capture(backend, monkeypatch) -> None:
     for wrong in (factors._replace(scales=[0.25]), factors._replace(lefts=[torch.ones(16, 16)])):
         with pytest.raises(RuntimeError, match="once before the capture"):
             product(backend, batch, wrong)
+
+
+def test_counts(backend, monkeypatch) -> None:
+    """Each is 0, alone in its memory and on 16 bytes, and made for a replay of its own in a capture."""
+    counts = device_tables.Counts()
+    with torch.inference_mode():
+        taken = [counts.take(HERE)]
+    taken += [counts.take(HERE) for _ in range(3 * device_tables.COUNTS)]
+    for i, count in enumerate(taken):
+        assert count.shape == (1,) and count.dtype == torch.int64 and count.data_ptr() % 16 == 0
+        count += i
+    assert [int(count) for count in taken] == list(range(len(taken)))
+    monkeypatch.setattr(device_tables, "capturing", lambda device: True)
+    assert counts.take(HERE).untyped_storage().nbytes() == 8
+
+
+def test_a_device_is_asked_for_its_own_stream(monkeypatch) -> None:
+    """Tensors of cuda:1 while cuda:0 is the current device: the stream, and whether it is captured, are those
+    of cuda:1."""
+    current = [0]
+
+    @contextmanager
+    def device(other: torch.device) -> Iterator[None]:
+        before, current[0] = current[0], other.index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[0] == 1)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 70 + index, raising=False)
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    assert (device_tables.stream_of(first), device_tables.stream_of(second)) == (70, 71)
+    assert (device_tables.capturing(first), device_tables.capturing(second)) == (False, True)
+    assert device_tables.stream_of(HERE) == 0 and not device_tables.capturing(HERE) and current == [0]

@@ -9,14 +9,28 @@ Where one of them is missing, as in the interpreter, each launch is an ordinary 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from .device_tables import Launch, Upload, on, stream_of
 
-# by id of a kernel, which they hold: positions of parameters that the compiler is told of
+# by id of a kernel, which they hold: positions of the arguments that the compiler is told of
 _told: dict[int, tuple[Any, list[int]]] = {}
+
+
+class _Direct(NamedTuple):
+    """What launches a compiled kernel.
+
+    run        takes all arguments in order
+    pointers   positions of tensors, whose addresses it takes
+    constants  the last arguments
+    """
+
+    run: Callable[..., None]
+    pointers: list[int]
+    constants: tuple[Any, ...]
 
 
 def run(
@@ -25,47 +39,56 @@ def run(
 ) -> None:  # fmt: skip
     """Runs a kernel on the current stream of a launch's device.
 
-    which      parts of the table, which are the first arguments
+    which      parts of the table, which are the first arguments; the same at every call, as are the types
     arguments  those that follow: tensors, whole numbers of 32 bits, floats, tuples and None
     constants  the others, by name, in the same order at every call
     """
-    if id(kernel) not in _told:
-        told = [i for i, p in enumerate(getattr(kernel, "params", ())) if not p.do_not_specialize]
-        _told[id(kernel)] = kernel, told
-    skip, end = len(which), len(which) + len(arguments)
+    told = _told.get(id(kernel)) or _tell(kernel, len(which), arguments)
     name = (
         id(kernel), blocks, *constants.values(), *[value is None for value in arguments],
-        *[_answer(arguments[i - skip]) for i in _told[id(kernel)][1] if skip <= i < end],
+        *[_answer(arguments[i]) for i in told[1]],
     )  # fmt: skip
     found = launch.memo.get(name)
     with on(launch.device):
         if found:
-            places = [upload.places[i] for i in which]
-            values = [v.data_ptr() if isinstance(v, Tensor) else v for v in arguments]
-            runner, tail = found
+            values = [upload.places[i] for i in which]
+            values += arguments
+            for i in found.pointers:
+                values[i] = values[i].data_ptr()
             try:
-                return runner(*places, *values, *tail, stream=stream_of(launch.device))
+                return found.run(*values, *found.constants, stream=stream_of(launch.device))
             except TypeError:  # this Triton takes other arguments, and says so before it launches
                 launch.memo[name] = found = False
         tables = [upload.part(launch, i) for i in which]
         compiled = kernel[(blocks,)](*tables, *arguments, **constants, **options)
         if found is None:
-            launch.memo[name] = _runner(kernel, compiled, blocks, end, constants)
+            launch.memo[name] = _direct(kernel, compiled, blocks, len(which), arguments, constants)
+
+
+def _tell(kernel: Any, skip: int, arguments: tuple[Any, ...]) -> tuple[Any, list[int]]:
+    asked = zip(getattr(kernel, "params", ())[skip:], arguments)
+    told = [i for i, (p, v) in enumerate(asked) if not p.do_not_specialize and not isinstance(v, float)]
+    _told[id(kernel)] = kernel, told
+    return _told[id(kernel)]
 
 
 def _answer(value: Any) -> Any:
     """Returns what Triton's compiler relies on of a value: is it 1, a multiple of 16?"""
-    if isinstance(value, Tensor):
-        return value.data_ptr() % 16 == 0
-    return (value == 1, value % 16 == 0) if isinstance(value, int) else None
+    if isinstance(value, int):
+        return (value == 1, value % 16 == 0)
+    return None if value is None else value.data_ptr() % 16 == 0
 
 
-def _runner(kernel: Any, compiled: Any, blocks: int, count: int, constants: dict[str, Any]) -> Any:
-    """Returns what launches a compiled kernel, and the constants in its order; False if nothing does."""
+def _direct(
+    kernel: Any, compiled: Any, blocks: int, skip: int, arguments: tuple[Any, ...], constants: dict[str, Any]
+) -> _Direct | bool:
+    """Returns what launches a compiled kernel, False if nothing does."""
     names = getattr(kernel, "arg_names", ())
     if not hasattr(type(compiled), "__getitem__") or getattr(kernel, "pre_run_hooks", None):
         return False
-    return compiled[(blocks, 1, 1)], tuple([constants[name] for name in names[count:]])
+    pointers = [skip + i for i, value in enumerate(arguments) if isinstance(value, Tensor)]
+    last = tuple([constants[name] for name in names[skip + len(arguments) :]])
+    return _Direct(compiled[(blocks, 1, 1)], pointers, last)
 
 
 __all__ = ["run"]

@@ -159,7 +159,8 @@ class Counts:
     """Hands out counts of one element that are 0.
 
     torch.zeros() launches a kernel, so it is asked for many at once; while a CUDA graph is captured for each,
-    because a replay needs its count at 0 again."""
+    because a replay needs its count at 0 again. Each lies on 16 bytes, as memory of its own would: Triton
+    compiles another kernel for other places."""
 
     def __init__(self) -> None:
         self.left: dict[tuple[torch.device, int], list[Tensor]] = {}
@@ -172,7 +173,7 @@ class Counts:
             return some.pop()  # one at a time, whatever the thread
         except IndexError:
             with torch.inference_mode(False):
-                first, *others = torch.zeros(COUNTS, dtype=torch.int64, device=device).split(1)
+                first, *others = torch.zeros(COUNTS, 2, dtype=torch.int64, device=device)[:, :1].unbind(0)
             some += others
             return first
 
