@@ -27,7 +27,16 @@ from .gpu import use_tree
 use_tree()  # before backend triton looks for its kernels
 
 from zokern.backends import (  # noqa: E402
-    Batch, Noise, Outer, Span, SpanList, TensorList, Terms, Update, cuda, triton
+    Batch,
+    Noise,
+    Outer,
+    Span,
+    SpanList,
+    TensorList,
+    Terms,
+    Update,
+    cuda,
+    triton,
 )  # fmt: skip
 from zokern.directions import resolve  # noqa: E402
 

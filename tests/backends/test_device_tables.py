@@ -22,6 +22,7 @@ from conformance_kept import kept_lists, noise, numbers
 from cuda_backends import OnHost
 from guarded import equal
 
+import zokern
 from zokern import backends
 from zokern.backends import Batch, Noise, Outer, Span, SpanList, TensorList, Terms, Update, cpu, device_tables
 from zokern.backends.reference import Reference
@@ -375,3 +376,40 @@ def test_a_device_is_asked_for_its_own_stream(monkeypatch) -> None:
     assert (device_tables.stream_of(first), device_tables.stream_of(second)) == (70, 71)
     assert (device_tables.capturing(first), device_tables.capturing(second)) == (False, True)
     assert device_tables.stream_of(HERE) == 0 and not device_tables.capturing(HERE) and current == [0]
+
+
+def test_lists_stand_while_their_tensors_do() -> None:
+    tensors = [torch.zeros(3), torch.zeros(3)]
+    kept = TensorList.lasting(tensors)
+    assert kept.stands(tensors) and kept.stands(list(tensors))
+    assert not kept.stands(tensors[:1]) and not kept.stands([tensors[0], tensors[1].clone()])
+    tensors[1].data = torch.zeros(3)  # the same object elsewhere
+    assert not kept.stands(tensors)
+
+
+def packs_in_later_steps(backend, rule) -> int:
+    """How many tables four steps pack that two steps did not."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 1))
+    x = torch.randn(4, 6)
+    optimizer = zokern.MeZO(model, lr=1e-2, rule=rule, evaluation="master", backend=backend)
+    for step in range(6):
+        zokern.step(optimizer, lambda: model(x).square().mean())
+        before = backend.tables.built if step == 1 else before if step else 0
+    return backend.tables.built - before
+
+
+@pytest.mark.parametrize("rule", [zokern.Sgd(), zokern.Momentum(), zokern.Adam()], ids=lambda rule: rule.name)
+def test_a_step_packs_nothing_that_the_last_one_had(backend, monkeypatch, rule) -> None:
+    assert packs_in_later_steps(backend, rule) == 0
+    looked: list[int] = []
+    right = device_tables.key_of
+    monkeypatch.setattr(device_tables, "key_of", lambda *lists: (looked.append(1), right(*lists))[1])
+    packs_in_later_steps(backend, rule)
+    assert len(looked) == len({"two sides", "update"})  # of the first step, and of no other
+
+
+def test_lists_that_nobody_keeps_are_rejected(backend, monkeypatch) -> None:
+    monkeypatch.setattr(device_tables, "prepared", lambda name, batch, beside, make: make())
+    monkeypatch.setattr(device_tables, "key_of", lambda *lists: object())
+    assert packs_in_later_steps(backend, zokern.Adam()) > 0
