@@ -2,8 +2,8 @@
 
 `python -m benchmarks.launches` needs no GPU. A module that does nothing stands in the place of zokern._cuda,
 and compiled kernels that do nothing in the place of Triton's, on CPU tensors: what is left is the Python of a
-call. The figures are microseconds of this machine, and multiples of a bare call of the stub with the arguments
-of axpy_. A real call adds what the driver takes, which asks the current stream and launches.
+call. The figures are microseconds of this machine, and multiples of a bare call of the stub with the
+arguments of axpy_. A real call adds what the driver takes, which asks the current stream and launches.
 
     model    290 float32 tensors, as a Llama of 32 layers has, in lists that their caller keeps
     single   one tensor, in such lists
