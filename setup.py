@@ -241,6 +241,7 @@ def cuda() -> Part:
     )
     commas = r"\,"  # nvcc takes a bare one for the end of the definition
     targets += f" '-DZOKERN_ARCHITECTURES={commas.join(re.findall('sm_([0-9]+)', targets))}'"
+    targets += f" -DZOKERN_PTX={re.sub('[^0-9]', '', newest)}"
     small = "--compress-mode=size" if (int(release[1]), int(release[2])) >= (12, 8) else ""
     verbose = subprocess.run(
         [nvcc, "--dryrun", "-c", "any.cu"], capture_output=True, text=True, timeout=300

@@ -9,8 +9,11 @@
 #pragma once
 
 #include <algorithm>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "elementwise.h"
 
@@ -78,16 +81,24 @@ inline void check(cudaError_t error, const char* what) {
                            std::to_string(static_cast<int>(error)) + ")");
 }
 
-// How many blocks the current device holds at once, or the number that the caller asks for.
+// How many blocks the current device holds at once, or the number that the caller asks for. The runtime is
+// asked once for a device and a kernel: it takes longer to answer than to launch.
 template <class Kernel>
 int64_t resident_blocks(const char* what, Kernel kernel, int64_t workers) {
   if (workers > 0) return std::min<int64_t>(workers, 0x7fffffff);
+  static std::mutex mutex;
+  static std::map<std::pair<int, Kernel>, int64_t> known;
   int device = 0, processors = 0, each = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
-        "cudaDeviceGetAttribute");
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads, 0), what);
-  return std::max<int64_t>(1, static_cast<int64_t>(processors) * each);
+  const std::lock_guard<std::mutex> lock(mutex);
+  int64_t& blocks = known[{device, kernel}];
+  if (blocks == 0) {
+    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
+          "cudaDeviceGetAttribute");
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads, 0), what);
+    blocks = std::max<int64_t>(1, static_cast<int64_t>(processors) * each);
+  }
+  return blocks;
 }
 
 }  // namespace device

@@ -271,6 +271,7 @@ std::vector<std::string> architectures() {
 #if defined(ZOKERN_ARCHITECTURES)
   std::vector<std::string> names;
   for (const int arch : {ZOKERN_ARCHITECTURES}) names.push_back("sm_" + std::to_string(arch));
+  names.push_back("compute_" + std::to_string(ZOKERN_PTX));  // a newer device compiles it
   return names;
 #else
   return {"host"};

@@ -97,7 +97,7 @@ void axpy(const Launch& launch, const Draw* draws, int32_t draw_count, int32_t e
 void perturb(const Launch& launch, uint32_t step, uint32_t draw, const float* scales);
 
 // The name of the code in use ("avx512", "cuda"), a choice of another, the names that can be chosen here or
-// that were compiled, and the number of devices.
+// that were compiled (CUDA: machine code "sm_90" and PTX "compute_100"), and the number of devices.
 std::string implementation();
 void select(const std::string& name);
 std::vector<std::string> architectures();

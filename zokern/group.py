@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -48,7 +48,8 @@ class Group:
     names: list[str]
     tensors: list[Tensor]
     spans: SpanList
-    residuals: list[Tensor] | None  # int16 low bits, aligned with tensors; None unless rounding is 'residual'
+    # int16 low bits, aligned with tensors; None unless rounding is 'residual'
+    residuals: TensorList | None
     eps: float
     options: dict  # the optimizer's param group: lr, weight_decay, ...
     backend: Backend
@@ -68,18 +69,18 @@ class Group:
 
     def __post_init__(self) -> None:
         if not self.theta:
-            self.theta = TensorList([t.detach() for t in self.tensors])
-            self.theta.kept = {}
+            self.theta = TensorList.lasting([t.detach() for t in self.tensors])
         self.objects = self.objects or [[t] for t in self.tensors]
 
     def only(self, members: Sequence[int]) -> Group:
         """Returns a group of some of the tensors."""
 
         def some(values: Any) -> Any:
-            return None if values is None else type(values)([values[i] for i in members])
+            if values is None:
+                return None
+            made = TensorList.lasting if isinstance(values, TensorList) else type(values)
+            return made([values[i] for i in members])
 
-        theta = some(self.theta)
-        theta.kept = {}
         return replace(
             self,
             names=some(self.names),
@@ -88,7 +89,7 @@ class Group:
             residuals=some(self.residuals),
             matrices=some(self.matrices),
             scales=some(self.scales),
-            theta=theta,
+            theta=some(self.theta),
             objects=some(self.objects),
             drawn={},
             stacks={},
@@ -130,8 +131,8 @@ class Group:
     def scales_of(self, members: Sequence[int]) -> list[Tensor | None] | None:
         """The factors of some tensors: the same list for the same members, so that a table of a launch is
         found again."""
-        if self.scales is None:
-            return None
+        if self.scales is None or len(members) == len(self.scales):
+            return self.scales
         key = "scales", *members
         if key not in self.memo:
             self.memo[key] = [self.scales[i] for i in members]
@@ -150,6 +151,26 @@ class Group:
         announce(self.theta)
         return count
 
+    def same(self, key: Hashable, tensors: list[Tensor]) -> TensorList:
+        """Returns these tensors in a list that stays from step to step while they do, so that a launch is
+        prepared for it once."""
+        known = self.memo.get(("same", key))
+        if known is None or not known.stands(tensors):
+            known = self.memo["same", key] = TensorList.lasting(tensors)
+            known.stands(tensors)  # it notes where they are
+        return known
+
+    def part(self, members: Sequence[int]) -> tuple[TensorList, SpanList, TensorList | None]:
+        """Returns weights, names and low bits of some of the tensors, in lists that stay."""
+        if len(members) == len(self.theta):
+            return self.theta, self.spans, self.residuals
+        key = "part", *members
+        if key not in self.memo:
+            lists = [None if x is None else [x[i] for i in members] for x in (self.theta, self.residuals)]
+            theta, low = (None if x is None else TensorList.lasting(x) for x in lists)
+            self.memo[key] = theta, SpanList([self.spans[i] for i in members]), low
+        return self.memo[key]
+
     def update_(
         self, plan: Step, members: Sequence[int], coeffs: Sequence[float], rule: str,
         scalars: Callable[[], Sequence[float]], states: Sequence[list[Tensor]]
@@ -157,17 +178,13 @@ class Group:
         """A rule with state for some of the tensors, whose states these are; one launch.
 
         scalars  tells the rule's numbers: now, and before each replay of a captured step"""
-        tensors, spans = [self.theta[i] for i in members], [self.spans[i] for i in members]
-        device = tensors[0].device
-        table, control = on_device(coeffs, device)
-        numbers = plan.numbers(scalars, torch.float32, device)
-        low = (
-            [self.residuals[i] for i in members]
-            if self.residuals is not None and plan.rounding == "residual"
-            else None
-        )
+        tensors, spans, residuals = self.part(members)
+        table, control = on_device(coeffs, tensors[0].device)
+        numbers = plan.numbers(scalars, torch.float32, tensors[0].device)
+        low = residuals if plan.rounding == "residual" else None
+        kept = [self.same((rule, k, *members[:1]), state) for k, state in enumerate(states)]
         batch = Batch(tensors, spans, plan.rounding, low, self.scales_of(members))
-        update = Update(table, rule, numbers, states, control)
+        update = Update(table, rule, numbers, kept, control)
         count = self.backend.update_(batch, plan.noise(plan.draws()), update)
         announce(tensors)
         return count

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backends import TensorList
 from .fingerprint import versions_of
 from .group import Group
 
@@ -22,10 +23,10 @@ class LowBits:
         self.is_on, self.states = is_on, states
         self.written: dict[int, int] = {}  # by id of a tensor: its version counter after the last update
 
-    def of(self, tensors: Sequence[Tensor]) -> list[Tensor] | None:
-        """Returns the low bits of each tensor; None where rounding is another.
-        Raises ValueError for float16."""
-        return [self._of(tensor) for tensor in tensors] if self.is_on else None
+    def of(self, tensors: Sequence[Tensor]) -> TensorList | None:
+        """Returns the low bits of each tensor; None where rounding is another. Raises ValueError for
+        float16."""
+        return TensorList.lasting([self._of(tensor) for tensor in tensors]) if self.is_on else None
 
     def _of(self, tensor: Tensor) -> Tensor:
         if tensor.dtype != torch.bfloat16:

@@ -39,5 +39,5 @@ def use_tree() -> None:
     sys.modules[name] = zokern.triton_kernels = module = importlib.util.module_from_spec(spec)  # type: ignore[attr-defined]
     try:
         spec.loader.exec_module(module)
-    except ImportError:  # no triton: backends.triton says so
+    except Exception:  # no triton, or one that is too old: backends.triton says so
         del sys.modules[name], zokern.triton_kernels  # type: ignore[attr-defined]

@@ -16,6 +16,7 @@ from contextlib import nullcontext
 from functools import cache
 
 import conformance
+import conformance_kept
 import conformance_project
 import conformance_update
 import lowrank_bound
@@ -35,6 +36,7 @@ SUITE: dict[str, Callable] = {
     **conformance.EVERY,
     **conformance_update.CHECKS,
     **conformance_project.CHECKS,
+    **conformance_kept.CHECKS,
 }  # a further module of checks is one more name here
 
 

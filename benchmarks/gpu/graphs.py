@@ -1,5 +1,4 @@
-"""CUDA graphs: axpy_, perturb and linear captured once; each replay, after the clock was advanced, must have
-its own step's z."""
+"""CUDA graphs: verbs captured once; each replay, after the clock was advanced, must have its own step's z."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from guarded import equal
 from torch import Tensor
 
 from zokern import gemm
-from zokern.backends import Backend, Batch, Noise, Span, Terms
+from zokern.backends import Backend, Batch, Noise, Outer, Span, Terms
 from zokern.directions import resolve
 from zokern.evaluation.arena import Arena
 
@@ -134,13 +133,36 @@ def check_linear(backend: Backend, device: str, dtype: torch.dtype, count: int) 
             equal(got.t() + 0.0, right + 0.0, f"linear, replay {time}")  # a sum of products makes +0 of -0
 
 
+def check_lowrank(backend: Backend, device: str, dtype: torch.dtype, count: int) -> None:
+    """Two captured calls on factors that change in device memory; small whole numbers have exact sums."""
+    m, n = 64, max(8, count // 4096) * 8
+    left, right = (torch.arange(size * 16).view(size, 16) % 5 - 2.0 for size in (m, n))
+    theta, there = torch.zeros(m, n), torch.zeros(m, n, dtype=dtype, device=device)
+    sides, spans = [[side.to(device, copy=True)] for side in (left, right)], [Span(1)]
+
+    def call() -> None:
+        backend.lowrank_(Batch([there], spans), Outer(*sides, [0.5]))
+        backend.lowrank_(Batch([there.view(-1)], spans), Outer(*sides, [-0.25]))
+
+    graph = Captured(call, device)
+    for time in range(REPLAYS + 1):
+        if time:
+            sides[0][0].mul_(-1), left.mul_(-1)
+            graph.replay()
+        theta += 0.25 * left @ right.t()
+        equal(there, theta.to(dtype), f"lowrank_ after {time} replays")
+
+
+VERBS = {"axpy_": check_axpy, "perturb": check_perturb, "linear": check_linear, "lowrank_": check_lowrank}
+
+
 def graphs(run: Run, backend: str) -> None:
     """All of them in every dtype."""
     if (found := run.backend(backend)) is None:
         return
     count = 4099 if run.quick else (1 << 20) + 3
     for dtype in DTYPES.values():
-        for verb, check in (("axpy_", check_axpy), ("perturb", check_perturb), ("linear", check_linear)):
+        for verb, check in VERBS.items():
             run.check(
                 f"{backend}: {verb} in a CUDA graph, {dtype}",
                 lambda c=check, d=dtype: c(found, run.device, d, count),

@@ -6,6 +6,7 @@ import gc
 import json
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import zokern
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import bench_methods, bench_step, steps  # noqa: E402
+from benchmarks import bench_methods, bench_step, launches, steps  # noqa: E402
 from benchmarks.eager_methods import LOOPS, Loop  # noqa: E402
 from benchmarks.measure import Case, Group  # noqa: E402
 from benchmarks.report import HOW, Report  # noqa: E402
@@ -350,3 +351,21 @@ def test_a_panel_has_twelve_bars_and_steps_have_the_eager_loop(file: Path, tmp_p
     for figure in drawn:
         assert all("eager MeZO" in [line.get_label() for line in axis.lines] for axis in figure.axes)
     plot.plt.close("all")
+
+
+# Host time of launches ------------------------------------------------------------------------------------
+
+
+def test_launches_reach_the_stubs(monkeypatch) -> None:
+    """Every verb on every kind of list, with real kernels back in their places afterwards."""
+    reached: set[str] = set()
+    for name in ("axpy", "perturb", "update", "lowrank_tiles"):
+        note = staticmethod(lambda *_, name=name, **__: reached.add(name))
+        monkeypatch.setattr(launches.Module, name, note)
+    before = {name: vars(getattr(launches.triton, name, types)).copy() for name in launches.KERNELS}
+    monkeypatch.setattr(launches, "CALLS", 2)
+    found = launches.measured(1)
+    assert reached == {"axpy", "perturb", "update", "lowrank_tiles"} and min(found.values()) > 0
+    assert len(found) == len(launches.VERBS) * len(launches.LISTS) * len({name for name, *_ in found})
+    for name, held in before.items():
+        assert vars(getattr(launches.triton, name, types)) == held

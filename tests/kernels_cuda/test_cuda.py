@@ -9,6 +9,7 @@ the subject of test_ptx.py and test_sass.py; on a GPU, `make gpu` runs the same 
 from __future__ import annotations
 
 import contextlib
+import functools
 import types
 
 import conformance
@@ -17,7 +18,8 @@ import pytest
 import torch
 from cuda_backends import OnHost
 
-from zokern.backends import Batch, Noise, cuda
+from zokern import backends
+from zokern.backends import Batch, Noise, cuda, triton
 
 
 @pytest.mark.parametrize("check", conformance.CHECKS)
@@ -39,6 +41,20 @@ def test_order_and_parts_change_nothing(on_host, monkeypatch) -> None:
     for check in ("axpy_sizes", "axpy_strides", "perturb_rows", "draw_firsts", "large"):
         if check in conformance.CHECKS:
             conformance.CHECKS[check](OnHost(on_host), "cpu", "quick")
+
+
+def test_a_device_is_asked_once(on_host, monkeypatch) -> None:
+    """Attributes and occupancy take longer than a launch: a second one of the same kernel does without."""
+    monkeypatch.setenv("ZO_SHIM_PROCESSORS", "7")  # a device that no other test has asked
+    checks = ("axpy_strides", "perturb_rows", "draw_firsts")
+    for check in checks:
+        conformance.CHECKS[check](OnHost(on_host), "cpu", "quick")
+    monkeypatch.setenv("ZO_SHIM_MUTE", "1")
+    for check in checks:
+        conformance.CHECKS[check](OnHost(on_host), "cpu", "quick")
+    monkeypatch.setenv("ZO_SHIM_PROCESSORS", "9")  # another device is not known by this one's numbers
+    with pytest.raises(RuntimeError, match="invalid configuration"):
+        conformance.CHECKS["axpy_strides"](OnHost(on_host), "cpu", "quick")
 
 
 # One module holds every mistake; ZO_SHIM_MISTAKE chooses which one it makes.
@@ -188,6 +204,61 @@ def test_why_off_says_why_and_the_way_out(monkeypatch) -> None:
     assert "driver version is insufficient" in cuda.why_off() and "install an NVIDIA driver" in cuda.why_off()
     monkeypatch.setattr(cuda, "_cuda", types.SimpleNamespace(device_count=lambda: 0))
     assert "no CUDA device" in cuda.why_off()
+
+
+def box(monkeypatch, capabilities: list[tuple[int, int]], built: list[str]) -> None:
+    """A machine with these GPUs, and a module with code for these architectures."""
+    module = types.SimpleNamespace(device_count=lambda: len(capabilities), architectures=lambda: built)
+    monkeypatch.setattr(cuda, "_cuda", module)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i=0: capabilities[i])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i=0: f"GPU {i}")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(triton, "interpreted", lambda: False)
+    monkeypatch.setattr(triton, "_missing", "")
+    for cached in (backends.get, backends.default, backends._named):
+        monkeypatch.setattr(backends, cached.__name__, functools.cache(cached.__wrapped__))
+
+
+ALL = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "compute_100"]
+COVERED = {  # what is built, a GPU, and whether the first serves the second
+    "T4": (ALL, (7, 5), False),
+    "A100": (ALL, (8, 0), True),
+    "H200": (ALL, (9, 0), True),
+    "Thor, by PTX": (ALL, (11, 0), True),
+    "Ada by code of Ampere": (["sm_80", "compute_80"], (8, 9), True),
+    "Hopper by PTX of Ampere": (["sm_80", "compute_80"], (9, 0), True),
+    "Ampere, built for Hopper": (["sm_90", "compute_90"], (8, 0), False),
+}
+
+
+@pytest.mark.parametrize("case", COVERED)
+def test_a_gpu_without_code_is_off(monkeypatch, case) -> None:
+    built, capability, is_on = COVERED[case]
+    box(monkeypatch, [capability], built)
+    reason = cuda.why_off()
+    assert (reason is None) == is_on == (cuda.why_off(torch.device("cuda")) is None)
+    if reason:
+        assert f"GPU 0) has compute capability {capability[0]}.{capability[1]}" in reason
+        assert built[0] in reason and "backend='reference'" in reason
+
+
+def test_each_gpu_of_a_mixed_box_has_its_backend(monkeypatch) -> None:
+    box(monkeypatch, [(7, 5), (9, 0), (8, 0)], ["sm_90", "compute_90"])
+    first, second, third = (torch.device("cuda", i) for i in range(3))
+    assert cuda.why_off() is None and triton.why_off() is None
+    assert backends.resolve(None, second).name == "cuda"
+    assert backends.resolve(None, third).name == "triton"  # zokern._cuda has no code for it
+    with pytest.warns(RuntimeWarning, match="runs its reference backend on cuda:0") as told:
+        assert backends.resolve(None, first).name == "reference"
+    assert "cuda is off: CUDA device 0 (GPU 0) has compute capability 7.5" in str(told[0].message)
+    assert backends.resolve("cuda", second).name == "cuda"
+    with pytest.raises(RuntimeError, match="'cuda' is off on cuda:0: CUDA device 0"):
+        backends.resolve("cuda", first)
+    with pytest.raises(RuntimeError, match="'triton' is off on cuda:0: .* expected 8.0 or newer"):
+        backends.resolve("triton", first)
 
 
 def test_a_verb_without_the_module_says_so(monkeypatch) -> None:

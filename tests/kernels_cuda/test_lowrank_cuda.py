@@ -17,13 +17,20 @@ import pytest
 import torch
 from cuda_backends import OnHost
 
-from zokern.backends import Batch, Outer, Span
+from zokern.backends import Batch, Outer, Span, pack_lowrank
 
 
 @pytest.mark.parametrize("check", conformance.LOWRANK)
 def test_exact_sums_are_the_reference(on_host, check) -> None:
     with conformance.small_integers():
         conformance.LOWRANK[check](OnHost(on_host), "cpu", "quick" if check == "lowrank_large" else "full")
+
+
+def test_wide_loads_of_any_factors_are_rejected(on_host, monkeypatch) -> None:
+    """A GPU that loads two floats from an odd place loses its context."""
+    monkeypatch.setattr(pack_lowrank, "lies_on", lambda *_: True)
+    with conformance.small_integers(), pytest.raises(RuntimeError, match="misaligned address"):
+        conformance.LOWRANK["lowrank_offset"](OnHost(on_host), "cpu", "quick")
 
 
 @pytest.mark.parametrize("dtype", conformance.DTYPES, ids=str)

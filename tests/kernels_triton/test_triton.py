@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 import conformance
+import conformance_kept
 import conformance_project
 import numpy as np
 import ptx
@@ -46,6 +47,8 @@ CHECKS = (
     "perturb_rows",
     "perturb_arithmetic", "empty_launch", "axpy_one_rounding", "large", "tiles", "clock",
 )  # fmt: skip
+
+KEPT = ("kept_axpy_", "kept_perturb", "kept_lowrank_")
 
 WRONG = {  # name: (file, text, replacement)
     "unfused": ("normal", "e = tl.fma(-s, y, 1.0)", "e = 1.0 - s * y"),
@@ -201,6 +204,7 @@ def verdicts(directory: Path) -> dict[str, str | None]:
     torch.set_num_threads(1)
     found = {"off": backend.why_off(), **conformance.run(backend.Triton(), "cpu", "quick", CHECKS)}
     found["one table"] = one_table()
+    found |= conformance.run(backend.Triton(), "cpu", "quick", KEPT, conformance_kept.CHECKS)
     right = backend.elementwise
     for name, change in {"right": None, **WRONG}.items():
         backend.elementwise = changed(directory / re.sub(r"\W", "_", name), *change) if change else right
@@ -221,7 +225,7 @@ def interpreted() -> dict[str, str | None]:
 
 
 @needs_fma
-@pytest.mark.parametrize("check", ["off", *CHECKS, "right", "one table"])
+@pytest.mark.parametrize("check", ["off", *CHECKS, *KEPT, "right", "one table"])
 def test_interpreted(interpreted, check: str) -> None:
     assert interpreted[check] is None, interpreted[check]
 

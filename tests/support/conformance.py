@@ -885,6 +885,24 @@ def check_lowrank_ranks(backend, device="cpu", scale="full") -> None:
         )
 
 
+def check_lowrank_offset(backend, device="cpu", scale="full") -> None:
+    """Factors that begin between the boundaries of wider loads, in the ranks whose kernels load widely."""
+    generator = source(check_lowrank_offset)
+    for rank in (16, 64) if scale == "quick" else (16, 32, 64, 128):
+        for offset in (1, 2, 3):
+            left, right = factors_of(generator, 9, 40, rank)
+            start = weights((9, 40), torch.float32, generator)
+            results = []
+            for one, where in ((backend, device), (Reference(), "cpu")):
+                pair = []
+                for factor in (left, right):
+                    memory = torch.empty(factor.numel() + offset, device=where)
+                    pair.append([memory[offset:].view(factor.shape).copy_(factor)])
+                results.append(start.to(where, copy=True))
+                one.lowrank_(Batch(results[-1:], [Span(3)]), Outer(*pair, [0.25]))
+            equal(*results, f"lowrank_ rank {rank}, factors {offset} elements off")
+
+
 def check_lowrank_firsts(backend, device="cpu", scale="full") -> None:
     """Shards that start and end inside a row, and numbers beyond 32 bits."""
     generator, versus = source(check_lowrank_firsts), Versus(check_lowrank_firsts, backend, device, scale)

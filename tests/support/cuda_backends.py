@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import types
+from collections.abc import Iterator
 
 import numpy as np
 import ptx
@@ -28,7 +29,7 @@ class OnHost(cuda.Cuda):
         super().__init__()
         self.module, self.blocks = module, blocks
 
-    def _call(self, verb, device, tensors, *arguments, **named) -> None:
+    def _call(self, verb, device, held, *arguments, **named) -> None:
         getattr(self.module, verb)(*arguments, self.blocks, 0, **named)
 
 
@@ -36,6 +37,15 @@ def storage(tensor: torch.Tensor) -> np.ndarray:
     """All bytes that a tensor's storage has, at their address."""
     whole = tensor.untyped_storage()
     return torch.empty(0, dtype=torch.uint8).set_(whole, 0, (whole.nbytes(),)).numpy()
+
+
+def tensors_in(held) -> Iterator[torch.Tensor]:
+    """All tensors in tuples and lists."""
+    if isinstance(held, torch.Tensor):
+        yield held
+    elif isinstance(held, (list, tuple)):
+        for part in held:
+            yield from tensors_in(part)
 
 
 class OnPtx(cuda.Cuda):
@@ -55,9 +65,10 @@ class OnPtx(cuda.Cuda):
         self.executed += sum(counts.values())
 
     def _call(
-        self, verb, device, tensors, *arguments, clock=0, device_draws=0, coefficients=0, scaled=False,
+        self, verb, device, held, *arguments, clock=0, device_draws=0, coefficients=0, scaled=False,
         control=0,
     ) -> None:  # fmt: skip
+        tensors = list(tensors_in(held))
         if verb == "philox":
             counters, count, k0, k1, rounds, words = arguments
             return self._run(sass.symbol("philox"), [counters, count, k0, k1, rounds, words], tensors)

@@ -29,13 +29,16 @@ BACKENDS = {"reference": "Reference", "cpu": "Cpu", "cuda": "Cuda", "triton": "T
 DEFAULTS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}  # by device, best first
 
 
-def why_off(name: str) -> str | None:
-    """Returns None if the backend can run here, else a sentence: why not, and the way out."""
+def why_off(name: str, device: torch.device | None = None) -> str | None:
+    """Returns None if the backend can run here, else a sentence: why not, and the way out.
+
+    device  asks about one GPU; None: about any"""
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; expected one of {sorted(BACKENDS)}")
     if name == "reference":
         return None
-    return importlib.import_module(f".{name}", __name__).why_off()
+    module = importlib.import_module(f".{name}", __name__)
+    return module.why_off() if device is None or device.type != "cuda" else module.why_off(device)
 
 
 @cache
@@ -49,25 +52,34 @@ def get(name: str) -> Backend:
 
 
 @cache
-def default(device_type: str) -> Backend:
-    """Returns the best backend for a kind of device, chosen once per process."""
-    for name in DEFAULTS.get(device_type, ("reference",)):
-        if why_off(name) is None:
-            if name == "reference" and device_type in DEFAULTS:
-                warn(
-                    f"zokern runs its reference backend on {device_type}, which is exact and slow: "
-                    + "; ".join(f"{other} is off: {why_off(other)}" for other in DEFAULTS[device_type][:-1])
-                )
-            return get(name)
-    raise AssertionError("the reference backend runs everywhere")
+def default(device: torch.device) -> Backend:
+    """Returns the best backend for a device, chosen once per process: the GPUs of a machine may differ."""
+    names = DEFAULTS.get(device.type, ("reference",))
+    reasons = {name: why_off(name, device) for name in names}
+    best = next(name for name in names if reasons[name] is None)
+    if best == "reference" and device.type in DEFAULTS:
+        warn(
+            f"zokern runs its reference backend on {device}, which is exact and slow: "
+            + "; ".join(f"{name} is off: {reason}" for name, reason in reasons.items() if reason)
+        )
+    return get(best)
+
+
+@cache
+def _named(name: str, device: torch.device) -> Backend:
+    """Returns the backend of this name. RuntimeError says why it is off on a device."""
+    found, reason = get(name), why_off(name, device)
+    if reason is not None and device.type == "cuda":
+        raise RuntimeError(f"backend {name!r} is off on {device}: {reason}")
+    return found
 
 
 def resolve(backend: str | Backend | None, device: torch.device) -> Backend:
     """Returns a backend from its name, the default of the device for None, or the backend itself."""
     if backend is None:
-        return default(device.type)
+        return default(device)
     if isinstance(backend, str):
-        return get(backend)
+        return _named(backend, device)
     if not hasattr(backend, "axpy_"):
         raise TypeError(f"backend is {backend!r}; expected None, one of {sorted(BACKENDS)} or a Backend")
     return backend

@@ -7,8 +7,8 @@ this machine can run; all give the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import lru_cache, partial
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import torch  # before _cpu: both then share one OpenMP runtime, and torch's thr
 from torch import Tensor
 
 from . import pack, pack_lowrank
+from .base import SCALARS
 from .launch import (
     Batch,
     Noise,
@@ -33,6 +34,7 @@ from .launch import (
     rounding_bits,
     step_at,
 )
+from .lists import prepared
 from .validation import Validator, described
 
 _cpu: Any = None
@@ -150,26 +152,16 @@ def _threads(table: _Table) -> int:
     return table.threads or torch.get_num_threads()
 
 
-def _kept_table(
-    verb: str, batch: Batch, outs: Sequence[Sequence[Tensor]], check: Callable[..., Any], *given: Any
+def _found(
+    name: Hashable, batch: Batch, outs: Sequence[Sequence[Tensor]], check: Callable[[], Any]
 ) -> _Table:
-    """Returns the table of a launch without residuals: made once for lists that the caller keeps."""
-    thetas, spans, scales = batch.tensors, batch.spans, batch.scales
-    kept = getattr(thetas, "kept", None)
-    if kept is None or any([getattr(side, "kept", None) is None for side in outs]):
-        check(batch, *given)
-        return _table(thetas, spans, outs, scales=scales)
-    key = verb, id(spans), id(scales), *map(id, outs)
-    known = kept.get(key)
-    if (
-        known is None
-        or known[0] is not spans
-        or known[1] is not scales
-        or any([a is not b for a, b in zip(known[2], outs)])
-    ):
-        check(batch, *given)
-        known = kept[key] = spans, scales, tuple(outs), _table(thetas, spans, outs, scales=scales)
-    return known[3]
+    """Returns the table of a launch, checked: made once for lists that the caller keeps."""
+
+    def make() -> _Table:
+        check()
+        return _table(batch.tensors, batch.spans, outs, batch.residuals, scales=batch.scales)
+
+    return prepared(("cpu", name, batch.rounding), batch, outs, make)
 
 
 class Cpu:
@@ -201,7 +193,6 @@ class Cpu:
 
     def axpy_(self, batch: Batch, noise: Noise, terms: Terms) -> Tensor:
         number = VALID.number(noise.direction)
-        thetas, spans, rounding, residuals, scales = batch
         nonfinite = torch.zeros(1, dtype=torch.int64, device=_CPU)
         if terms.control is not None:
             VALID.axpy_(batch, noise, terms)
@@ -209,31 +200,31 @@ class Cpu:
             if not go:
                 return nonfinite
             terms = Terms(terms.coefficients, decay)
-        if residuals is None and noise.clock is None and rounding in pack.ROUNDING:
-            VALID.numbers("axpy_", "coeffs", terms.coefficients, len(noise.draws))
-            table = _kept_table("axpy_", batch, (), VALID.axpy_, noise, terms)
-        else:
-            VALID.axpy_(batch, noise, terms)
-            table = _table(thetas, spans, (), residuals, scales=scales)
+        check = partial(VALID.axpy_, batch, noise, terms)
+        table = _found("axpy_", batch, (), check)
+        if not VALID.fits(_CPU, ((terms.coefficients, len(noise.draws)),), noise.clock):
+            check()
         each, decays = terms.rounded()
         summed = _summed(noise, terms.coefficients, decays)
         _module().axpy(*table.place, number, noise.seed, pack.address(summed), len(summed), each,
-            pack.ROUNDING[rounding],
+            pack.ROUNDING[batch.rounding],
                        nonfinite.data_ptr(), _threads(table), 0)  # fmt: skip
         return nonfinite
 
     def update_(self, batch: Batch, noise: Noise, update: Update) -> Tensor:
         number = VALID.number(noise.direction)
-        VALID.update_(batch, noise, update)
-        thetas, spans, rounding, residuals, scales = batch
+        check, rule = partial(VALID.update_, batch, noise, update), update.rule
+        table = _found(("update_", rule), batch, update.states, check)
+        numbers = (update.coefficients, len(noise.draws)), (update.scalars, len(SCALARS.get(rule, ())))
+        if not VALID.fits(_CPU, numbers, noise.clock, update.control):
+            check()
         nonfinite, scalars = torch.zeros(1, dtype=torch.int64, device=_CPU), update.scalars.contiguous()
         if update.control is not None and not update.control[2]:
             return nonfinite
-        table = _table(thetas, spans, update.states, residuals, scales=scales)
         summed = _summed(noise, update.coefficients, [1.0] * len(noise.draws))
         _module().update(*table.place, number, noise.seed, pack.address(summed), len(summed),
             pack.RULES[update.rule],
-                         scalars.data_ptr(), pack.ROUNDING[rounding], nonfinite.data_ptr(), _threads(table),
+                         scalars.data_ptr(), pack.ROUNDING[batch.rounding], nonfinite.data_ptr(), _threads(table),
                          0)  # fmt: skip
         return nonfinite
 
@@ -241,11 +232,10 @@ class Cpu:
         self, batch: Batch, noise: Noise, scales: Sequence[float], outs: Sequence[Sequence[Tensor]]
     ) -> None:
         number = VALID.number(noise.direction)
-        if batch.residuals is None and noise.clock is None and len(scales) == len(outs):
-            table = _kept_table("perturb", batch, outs, VALID.perturb, noise, scales, outs)
-        else:
-            VALID.perturb(batch, noise, scales, outs)
-            table = _table(batch.tensors, batch.spans, outs, batch.residuals, scales=batch.scales)
+        check = partial(VALID.perturb, batch, noise, scales, outs)
+        table = _found(("perturb", len(scales)), batch, outs, check)
+        if not VALID.fits(_CPU, (), noise.clock):
+            check()
         ((step, draw),) = noise.draws
         sides = np.zeros(2, dtype=np.float32)
         sides[: len(scales)] = scales

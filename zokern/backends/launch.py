@@ -110,6 +110,8 @@ class Terms(NamedTuple):
     def rounded(self) -> tuple[int, list[float]]:
         """Returns the terms of a sum, and for every term the factor of the value before it is added."""
         count = self.coefficients.shape[0]
+        if count == 1:  # the common call
+            return 1, [self.decay if isinstance(self.decay, (int, float)) else self.decay[0]]
         terms = self.each or count
         decays = [self.decay] * (count // terms) if isinstance(self.decay, (int, float)) else self.decay
         rest = [1.0] * (terms - 1)

@@ -1,28 +1,49 @@
 """Lists of tensors and of Spans that cache their columns: sizes, addresses, dtypes.
 
 With hundreds of small tensors these questions cost as much as the kernel, so the checks of a verb and its
-table share the answers. Tensors may move between calls: a TensorList lives for one call.
+table share the answers. Tensors may move between calls: a TensorList lives for one call, unless its caller
+keeps it (TensorList.lasting). For kept lists a launch is checked and packed once (prepared).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import cached_property
+from operator import is_
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .launch import Span
+from .launch import Batch, Span
+
+Made = TypeVar("Made")
+MOST = 64  # what is prepared for one list; a list with more is used in ways that change
 
 
 class TensorList(list):
     """A list of tensors, and the properties of all of them in order.
 
-    kept  tables of launches on this list, for a caller that hands over the same lists at every step; None:
-          made at every call"""
+    kept  launches that were prepared for this list, if its caller keeps it; None: for one call"""
 
     kept: dict | None = None
+
+    @classmethod
+    def lasting(cls, tensors: Iterable[Tensor]) -> TensorList:
+        """Returns a list for a caller that hands over the same lists at every step.
+
+        The caller drops it when one of its tensors moves."""
+        made = cls(tensors)
+        made.kept = {}
+        return made
+
+    def stands(self, tensors: Sequence[Tensor]) -> bool:
+        """Tells whether these are the very tensors of the list, where they were when it was first asked for
+        its pointers."""
+        if len(self) != len(tensors) or not all(map(is_, self, tensors)):
+            return False
+        return self.pointers.tolist() == list(map(Tensor.data_ptr, tensors))
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> TensorList:
@@ -78,4 +99,30 @@ class SpanList(tuple[Span, ...]):
         return all([span.rows is None and span.pitch is None for span in self])
 
 
-__all__ = ["SpanList", "TensorList"]
+def prepared(
+    name: Hashable, batch: Batch, beside: Sequence[Sequence[Tensor] | None], make: Callable[[], Made]
+) -> Made:
+    """Returns what make() returns: made once for lists that the caller keeps, else at every call.
+
+    name    all that make() depends on beside the lists
+    beside  the other lists of the launch: results, states, factors
+
+    What is kept holds the lists, so no other list has the id of one of them. Two threads may both make it;
+    either result is right, and the dict holds one."""
+    thetas, spans, _, residuals, scales = batch
+    home = getattr(thetas, "kept", None)
+    if home is None or type(spans) is not SpanList:
+        return make()
+    for other in (residuals, *beside):
+        if other is not None and getattr(other, "kept", None) is None:
+            return make()
+    key = name, id(spans), id(residuals), id(scales), *map(id, beside)
+    known = home.get(key)
+    if known is None:
+        if len(home) >= MOST:
+            home.clear()
+        known = home[key] = make(), (spans, residuals, scales, *beside)
+    return known[0]
+
+
+__all__ = ["SpanList", "TensorList", "prepared"]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from torch import Tensor
+
+from .device_tables import key_of as key
+from .launch import Batch, Outer
+from .lists import TensorList
 
 FACTORS = np.dtype(
     [("left", "u8"), ("right", "u8"), ("rank", "i8"), ("columns", "i8"), ("scale", "f4"), ("reserved", "i4")]
@@ -24,9 +28,23 @@ PIECE = 4096  # elements of a tile that go one at a time
 def pack_factors(lefts: Sequence[Tensor], rights: Sequence[Tensor], scales: Sequence[float]) -> np.ndarray:
     """Returns the factors of each tensor, contiguous float32: left (m, rank), right (columns, rank)."""
     table = np.zeros(len(lefts), dtype=FACTORS)
-    for i, (left, right, scale) in enumerate(zip(lefts, rights, scales)):
-        table[i] = left.data_ptr(), right.data_ptr(), right.shape[1], right.shape[0], scale, 0
+    table["left"], table["right"] = TensorList.of(lefts).pointers, TensorList.of(rights).pointers
+    shapes = [right.shape for right in rights]
+    table["rank"], table["columns"] = [r for _, r in shapes], [n for n, _ in shapes]
+    table["scale"] = scales
     return table
+
+
+def lies_on(factors: np.ndarray, bytes: int) -> bool:
+    """Tells whether every factor begins at a multiple of so many bytes."""
+    return not ((factors["left"] | factors["right"]) % bytes).any()
+
+
+def key_of(batch: Batch, factors: Outer, outs: Sequence[Tensor] | None) -> Hashable:
+    """Returns all that the tables of lowrank_ are made of."""
+    sides = [tuple([(t.data_ptr(), t.shape) for t in side]) for side in factors[:2]]
+    place = key(batch.tensors, batch.spans, () if outs is None else (outs,), batch.residuals)
+    return "lowrank_", place, *sides, tuple(factors.scales)
 
 
 def pack_tiles(
@@ -101,4 +119,4 @@ def _aligned(entries: np.ndarray, frames: np.ndarray) -> np.ndarray:
     return lies
 
 
-__all__ = ["FACTORS", "FRAME", "PIECE", "TILE", "pack_factors", "pack_tiles"]
+__all__ = ["FACTORS", "FRAME", "PIECE", "TILE", "key_of", "lies_on", "pack_factors", "pack_tiles"]

@@ -8,9 +8,8 @@ not notice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ..stream import ROUNDS
-from . import device_tables, pack, pack_lowrank
-from .base import DIRECTIONS
+from . import binder, device_tables, pack, pack_lowrank
+from .base import DIRECTIONS, SCALARS
+from .device_tables import Launch
 from .launch import Batch, Noise, Outer, Projected, Projection, Terms, Update, projected, rounding_bits
 from .validation import Validator
 
@@ -29,8 +29,8 @@ try:
 
     from .. import triton_kernels
     from ..triton_kernels import elementwise, lowrank, project, update
-except ImportError as error:
-    _missing = str(error)
+except Exception as error:  # an older Triton lacks names (triton.knobs came with 3.4), or does not load
+    _missing = f"{type(error).__name__}: {error}; triton is {getattr(globals().get('triton'), '__version__', 'missing')}"
 
 # elements a tile of the unit path: a thread has two units of normals, or four units whose signs come from one
 # block in four
@@ -40,6 +40,7 @@ TAIL = 256  # elements a tile of the element path
 # chunks
 SPLIT, FEW_CHUNKS = 8, 2048
 WARPS = 4
+OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
 # lowrank_, by padded rank, without and with float32 tensors, which have more terms: operands fit the 99 KB of
 # the smallest device
 TILES = {
@@ -57,7 +58,8 @@ def interpreted() -> bool:
     return not isinstance(elementwise.axpy, triton.JITFunction)
 
 
-def why_off() -> str | None:
+def why_off(device: torch.device | None = None) -> str | None:
+    """Returns None if this backend can run on a device, else why not, and the way out. None: on any."""
     if _missing:
         return f"Triton kernels cannot be imported ({_missing}); install triton 3.6 to 3.9 and zokern with its kernels."
     if interpreted():
@@ -66,10 +68,16 @@ def why_off() -> str | None:
         return "its bits are verified on NVIDIA GPUs only, and this torch is built for ROCm; use backend='reference'."
     if not torch.cuda.is_available():
         return "torch sees no CUDA device; run on a GPU, or set TRITON_INTERPRET=1 before importing zokern to interpret on the CPU."
-    if torch.cuda.get_device_capability() < CAPABILITY:
-        major, minor = torch.cuda.get_device_capability()
-        return f"the CUDA device has compute capability {major}.{minor}; expected 8.0 or newer; use backend='reference'."
-    return None
+    return device_tables.why_off_on(device, _too_old)
+
+
+def _too_old(capability: tuple[int, int]) -> str | None:
+    if capability >= CAPABILITY:
+        return None
+    return (
+        f"has compute capability {capability[0]}.{capability[1]}; expected 8.0 or newer; use "
+        "backend='reference'."
+    )
 
 
 def _signed(word: int) -> int:
@@ -119,9 +127,9 @@ def _rows(entries: np.ndarray) -> np.ndarray:
 class _Facts(NamedTuple):
     """Facts of a table that the host uses."""
 
-    entries: int  # bytes
     chunks: int
     widest: int  # elements of the longest chunk
+    is_scaled: bool
     types: int  # sets as bits, so that a launch compiles the branches that its tensors take and no other
     out_types: int
     both_types: int
@@ -131,56 +139,69 @@ def _bits(kinds: np.ndarray) -> int:
     return int(np.bitwise_or.reduce(1 << np.unique(kinds), initial=0))
 
 
-def _guard(device: torch.device):
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 class Triton:
     name = "triton"
     most_rank = 128
 
     def __init__(self) -> None:
-        self.tables = device_tables.Tables()
-        self.valid = Validator("triton", "cpu" if interpreted() else "cuda", self.most_rank)
+        self.tables, self.counts = device_tables.Tables(), device_tables.Counts()
+        self.is_interpreted = interpreted()
+        self.valid = Validator("triton", "cpu" if self.is_interpreted else "cuda", self.most_rank)
 
-    def _table(self, device: torch.device, batch: Batch, outs=(), draws: bool = False) -> device_tables.Kept:
-        """Returns the table of a batch; draws: its tensors are results only."""
-        thetas, low = None if draws else batch.tensors, batch.residuals
-
-        def make():
-            entries, chunks = pack.pack(thetas, batch.spans, outs, low, scales=batch.scales)
-            rows = _rows(entries).reshape(-1)
-            kinds = entries["type"], entries["out_type"], 3 * entries["type"] + entries["out_type"]
-            widest = int((chunks["end"] - chunks["begin"]).max(initial=1))
-            facts = _Facts(rows.nbytes, len(chunks), widest, *map(_bits, kinds))
-            return (rows, chunks) if len(chunks) else (), facts
-
-        return self.tables.get(
-            device_tables.key_of(thetas, batch.spans, outs, low, batch.scales), device, make
-        )
+    def _or_any(self, device: torch.device | None) -> torch.device:
+        """Returns the device of a call; the current one if there are no tensors."""
+        if device is not None or self.valid.device_type == "cpu":
+            return device or torch.device("cpu")
+        return torch.device("cuda", torch.cuda.current_device())
 
     def _launch(
-        self, device: torch.device, kernel, kept: device_tables.Kept, direction, *arguments, **constants
-    ) -> None:
-        facts: _Facts = kept.facts
-        assert kept.buffer is not None
-        entries, chunks = (
-            part.view(torch.int64) for part in kept.buffer.split([facts.entries, 24 * facts.chunks])
-        )
-        if (
-            interpreted()
+        self, name: tuple, batch: Batch, outs: Sequence[Sequence[Tensor]],
+        check: Callable[[], torch.device | None], draws: bool = False,
+    ) -> Launch:  # fmt: skip
+        """Returns the launch of an elementwise verb.
+
+        It has the low bits if the batch has, so they are left out where no rounding reads them.
+
+        name   the verb, and all else that check() looks at beside lists and numbers
+        draws  its tensors are results only
+        """
+        _, spans, _, low, scales = batch
+        thetas = None if draws else batch.tensors
+
+        def make() -> tuple[Sequence[np.ndarray], Any]:
+            entries, chunks = pack.pack(thetas, spans, outs, low, scales=scales)
+            kinds = entries["type"], entries["out_type"], 3 * entries["type"] + entries["out_type"]
+            widest = int((chunks["end"] - chunks["begin"]).max(initial=1))
+            facts = _Facts(len(chunks), widest, batch.is_scaled, *map(_bits, kinds))
+            return (_rows(entries), chunks) if len(chunks) else (), facts
+
+        return self.tables.find(
+            (self.name, *name), batch, () if draws else outs, lambda: self._or_any(check()),
+            lambda: device_tables.key_of(thetas, spans, outs, low, scales), make,
+        )  # fmt: skip
+
+    def _run(self, launch: Launch, kernel: Any, direction: Any, *arguments: Any, **constants: Any) -> None:
+        """Runs an elementwise kernel on the table of a launch."""
+        facts: _Facts = launch.facts
+        meta = launch.memo.get(direction.name)
+        if meta is None:
+            meta = launch.memo[direction.name] = self._meta(facts, direction)
+        binder.run(
+            kernel, facts.chunks * meta["SPLIT"], launch, self.tables.upload(launch), (0, 1), arguments,
+            {**constants, **meta}, OPTIONS,
+        )  # fmt: skip
+
+    def _meta(self, facts: _Facts, direction: Any) -> dict[str, Any]:
+        """Returns the constants that a table and a direction ask for."""
+        if self.is_interpreted:
             # it pays by the operation, not by the lane: few wide tiles, of a power of two of whole blocks of
             # signs
-        ):
             tile = max(256, triton.next_power_of_2(facts.widest + 120))
-            meta: dict[str, Any] = dict(BLOCK=tile, TAIL=tile, SPLIT=1)
+            sizes = dict(BLOCK=tile, TAIL=tile, SPLIT=1)
         else:
             split = 1 if facts.chunks >= FEW_CHUNKS else SPLIT
-            meta = dict(BLOCK=BLOCK[direction.name], TAIL=TAIL, SPLIT=split)
-        meta |= dict(DIRECTION=DIRECTIONS[direction.name], **constants)
-        with _guard(device):
-            grid = (facts.chunks * meta["SPLIT"],)
-            kernel[grid](entries, chunks, *arguments, **meta, num_warps=WARPS, enable_fp_fusion=False)
+            sizes = dict(BLOCK=BLOCK[direction.name], TAIL=TAIL, SPLIT=split)
+        return dict(SCALED=facts.is_scaled, DIRECTION=DIRECTIONS[direction.name], **sizes)
 
     def philox4x32(self, counter: Tensor, key: tuple[int, int], rounds: int) -> Tensor:
         device = self.valid.philox4x32(counter)
@@ -189,12 +210,10 @@ class Triton:
         words = torch.empty_like(counter)
         count = counter.shape[0]
         if count:
-            block = triton.next_power_of_2(count) if interpreted() else BLOCK["normal"]
+            block = triton.next_power_of_2(count) if self.is_interpreted else BLOCK["normal"]
             arguments = (counter, words, count, _keys(*key, rounds), rounds, block)
-            with _guard(device):
-                elementwise.philox[(triton.cdiv(count, block),)](
-                    *arguments, num_warps=WARPS, enable_fp_fusion=False
-                )
+            with device_tables.on(device):
+                elementwise.philox[(triton.cdiv(count, block),)](*arguments, **OPTIONS)
         return words
 
     def project(self, projection: Projection) -> Projected:
@@ -203,71 +222,62 @@ class Triton:
         (losses, weights, scalars), lanes = projection, 32
         out, found = projected(losses, weights)
         draws = len(found.amounts)
-        block = triton.next_power_of_2(draws) if interpreted() else lanes
+        block = triton.next_power_of_2(draws) if self.is_interpreted else lanes
         single = out[2 * draws :].view(torch.float32)
-        with _guard(device):
+        with device_tables.on(device):
             project.project[(1,)](losses, weights, scalars, out, single, *losses.shape, draws, BLOCK=block,
                                   num_warps=1, enable_fp_fusion=False)  # fmt: skip
         return found
 
     def draw(self, batch: Batch, noise: Noise) -> None:
         self.valid.number(noise.direction)
-        device = self.valid.draw(batch, noise)
-        if not batch.tensors:
-            return
-        assert device is not None
-        kept, ((step, draw),) = self._table(device, batch, (batch.tensors,), draws=True), noise.draws
-        if kept.buffer is not None:
-            self._launch(device, elementwise.draw, kept, noise.direction, _signed(step), _signed(draw),
-                _keys_of(noise.seed),
-                         noise.clock, SCALED=batch.is_scaled, KINDS=kept.facts.out_types)  # fmt: skip
+        check = partial(self.valid.draw, batch, noise)
+        launch = self._launch(("draw",), batch, (batch.tensors,), check, draws=True)
+        if not self.valid.fits(launch.device, (), noise.clock):
+            check()
+        if launch.parts:
+            ((step, draw),) = noise.draws
+            self._run(launch, elementwise.draw, noise.direction, _signed(step), _signed(draw),
+                      _keys_of(noise.seed), noise.clock, KINDS=launch.facts.out_types)  # fmt: skip
 
     def axpy_(self, batch: Batch, noise: Noise, terms: Terms) -> Tensor:
         self.valid.number(noise.direction)
-        device = self.valid.axpy_(batch, noise, terms)
-        assert device is not None
-        nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
-        kept = self._joined_table(device, batch)
-        if kept is None:
+        coeffs, control, draws = terms.coefficients, terms.control, noise.draws
+        check = partial(self.valid.axpy_, batch, noise, terms)
+        launch = self._launch(("axpy_", batch.rounding), _joined(batch), (), check)
+        mixed = control is not None and terms.each not in (0, len(draws))
+        if mixed or not self.valid.fits(launch.device, ((coeffs, len(draws)),), noise.clock, control):
+            check()
+        nonfinite = self.counts.take(launch.device)
+        if not launch.parts:
             return nonfinite
-        draws, (each, decays) = noise.draws, terms.rounded()
-        replay, first = each < len(draws), float(np.float32(decays[0]))
-        decayed = not replay and (first != 1.0 or terms.control is not None)
-        names = self._names(device, draws, decays) if replay else self._names(device, draws[:-1])
-        self._launch(device, elementwise.axpy, kept, noise.direction, names, terms.coefficients.contiguous(),
-            nonfinite,
-                     len(draws), each, *map(_signed, draws[-1]), first, _keys_of(noise.seed), noise.clock,
-                     terms.control, ROUNDING=pack.ROUNDING[batch.rounding], DECAY=decayed, EACH=replay,
-                     SCALED=batch.is_scaled, KINDS=kept.facts.types)  # fmt: skip
+        each, decays = terms.rounded()
+        replay = each < len(draws)
+        first = 1.0 if decays[0] == 1.0 else float(np.float32(decays[0]))
+        decayed = not replay and (first != 1.0 or control is not None)
+        names = self._names(launch.device, draws if replay else draws[:-1], decays if replay else ())
+        self._run(launch, elementwise.axpy, noise.direction, names, coeffs.contiguous(), nonfinite,
+                  len(draws), each, *map(_signed, draws[-1]), first, _keys_of(noise.seed), noise.clock,
+                  control, ROUNDING=pack.ROUNDING[batch.rounding], DECAY=decayed, EACH=replay,
+                  KINDS=launch.facts.types)  # fmt: skip
         return nonfinite
 
     def update_(self, batch: Batch, noise: Noise, change: Update) -> Tensor:
         self.valid.number(noise.direction)
-        device = self.valid.update_(batch, noise, change)
-        assert device is not None
-        nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
-        kept = self._joined_table(device, batch, change.states)
-        if kept is None:
+        coeffs, rule, scalars, states, control = change
+        check = partial(self.valid.update_, batch, noise, change)
+        launch = self._launch(("update_", rule, batch.rounding), _joined(batch), states, check)
+        draws, numbers = noise.draws, ((coeffs, len(noise.draws)), (scalars, len(SCALARS.get(rule, ()))))
+        if not self.valid.fits(launch.device, numbers, noise.clock, control):
+            check()
+        nonfinite = self.counts.take(launch.device)
+        if not launch.parts:
             return nonfinite
-        draws, coeffs, scalars = noise.draws, change.coefficients.contiguous(), change.scalars.contiguous()
-        self._launch(device, update.update, kept, noise.direction, self._names(device, draws[:-1]), coeffs,
-            scalars, nonfinite,
-                     len(draws), *map(_signed, draws[-1]), _keys_of(noise.seed), noise.clock,
-                     change.control, RULE=pack.RULES[change.rule],
-                     ROUNDING=pack.ROUNDING[batch.rounding], SCALED=batch.is_scaled,
-                     KINDS=kept.facts.types)  # fmt: skip
+        self._run(launch, update.update, noise.direction, self._names(launch.device, draws[:-1]),
+                  coeffs.contiguous(), scalars.contiguous(), nonfinite, len(draws),
+                  *map(_signed, draws[-1]), _keys_of(noise.seed), noise.clock, control, RULE=pack.RULES[rule],
+                  ROUNDING=pack.ROUNDING[batch.rounding], KINDS=launch.facts.types)  # fmt: skip
         return nonfinite
-
-    def _joined_table(self, device: torch.device, batch: Batch, outs=()) -> device_tables.Kept | None:
-        """Returns the table of a batch that is written, or None for no elements.
-
-        It has the low bits if the rounding reads them."""
-        if not batch.tensors:
-            return None
-        kept = self._table(
-            device, batch if batch.rounding == "residual" else batch._replace(residuals=None), outs
-        )
-        return None if kept.buffer is None else kept
 
     def _names(
         self, device: torch.device, draws: Sequence[tuple[int, int]], decays: Sequence[float] = ()
@@ -278,102 +288,98 @@ class Triton:
         words = np.array([step | draw << 32 for step, draw in draws], dtype=np.uint64)
         factors = np.array(decays, dtype=np.float32).view(np.uint32).astype(np.uint64)
         listed = np.concatenate([words, factors])
-        buffer = self.tables.get(("names", listed.tobytes()), device, lambda: ((listed,), None)).buffer
-        assert buffer is not None
-        return buffer.view(torch.int64)
+        launch = self.tables.get(device, lambda: ("names", listed.tobytes()), lambda: ((listed,), None))
+        return self.tables.upload(launch).buffer.view(torch.int64)
 
     def perturb(self, batch: Batch, noise: Noise, scales, outs) -> None:
         self.valid.number(noise.direction)
-        device = self.valid.perturb(batch, noise, scales, outs)
-        if not batch.tensors:
-            return
-        assert device is not None
-        kept, ((step, draw),) = self._table(device, batch, outs), noise.draws
-        if kept.buffer is not None:
-            self._launch(device, elementwise.perturb, kept, noise.direction, _signed(step), _signed(draw),
-                float(scales[0]),
-                         float(scales[-1]), _keys_of(noise.seed), noise.clock, SIDES=len(outs),
-                         JOIN=batch.residuals is not None, SCALED=batch.is_scaled,
-                         KINDS=kept.facts.both_types)  # fmt: skip
+        check = partial(self.valid.perturb, batch, noise, scales, outs)
+        launch = self._launch(("perturb", batch.rounding, len(scales)), batch, outs, check)
+        if not self.valid.fits(launch.device, (), noise.clock):
+            check()
+        if launch.parts:
+            ((step, draw),) = noise.draws
+            self._run(launch, elementwise.perturb, noise.direction, _signed(step), _signed(draw),
+                      float(scales[0]), float(scales[-1]), _keys_of(noise.seed), noise.clock,
+                      SIDES=len(outs), JOIN=batch.residuals is not None,
+                      KINDS=launch.facts.both_types)  # fmt: skip
 
     def lowrank_(self, batch: Batch, factors: Outer, noise: Noise | None = None, outs=None) -> Tensor:
         """Runs to the bound of triton_kernels/lowrank.py; ranks 1 to 128."""
-        found = self.valid.lowrank_(batch, factors, outs)
-        device = found or torch.device("cpu" if interpreted() else "cuda")
-        nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
-        thetas, spans, rounding, low, _ = batch
-        entries, _ = pack.pack(thetas, spans, () if outs is None else (outs,), low, numbered=True)
-        if not len(entries):
+        rounding, (seed, step) = batch.rounding, rounding_bits(noise)
+        check = partial(self.valid.lowrank_, batch, factors, outs)
+        launch = self.tables.find(
+            (self.name, "lowrank_", rounding, tuple(factors.scales)), batch,
+            (factors.lefts, factors.rights, outs), lambda: self._or_any(check()),
+            partial(pack_lowrank.key_of, batch, factors, outs), partial(_product_tables, batch, factors, outs),
+        )  # fmt: skip
+        clock, control = None if noise is None else noise.clock, factors.control
+        if not self.valid.fits(launch.device, (), clock, control):
+            check()
+        nonfinite = self.counts.take(launch.device)
+        if not launch.parts:
             return nonfinite
-        seed, step = rounding_bits(noise)
-        shape, tiles, tables = _product_tables(entries, factors)
-        rows, frame, factor, product_tiles, element_tiles = _uploaded(tables, device)
+        facts, upload = launch.facts, self.tables.upload(launch)
+        numbers = nonfinite, float(factors.decay), _signed(step), _keys_of(seed), clock, control
         common = {
             "ROUNDING": pack.ROUNDING[rounding], "OUTSIDE": outs is not None,
-            "JOIN": low is not None and rounding == "residual",
-            "EXACT": interpreted(), "enable_fp_fusion": False,
+            "JOIN": batch.residuals is not None and rounding == "residual", "EXACT": self.is_interpreted,
         }  # fmt: skip
-        names = (
-            nonfinite,
-            float(factors.decay),
-            _signed(step),
-            _keys_of(seed),
-            noise and noise.clock,
-            factors.control,
-        )
-        kinds = 3 * entries["type"] + entries["out_type"]
-        fast = tiles["column"] >= 0
-        with _guard(device):
-            if fast.any():
-                lowrank.product[(int(fast.sum()),)](rows, product_tiles, frame, factor, *names, **common,
-                    **shape,
-                    KINDS=_bits(kinds[tiles["entry"][fast]]), num_warps=PRODUCT_WARPS,
-                    num_stages=1)  # fmt: skip
-            if not fast.all():
-                block = pack_lowrank.PIECE if interpreted() else TAIL
-                lowrank.element[(int((~fast).sum()),)](rows, element_tiles, factor, *names, **common,
-                    KINDS=_bits(kinds[tiles["entry"][~fast]]), BLOCK=block, num_warps=WARPS)  # fmt: skip
+        if facts.products:
+            constants = {**common, **facts.shape, "KINDS": facts.product_kinds}
+            options = {**OPTIONS, "num_warps": PRODUCT_WARPS, "num_stages": 1}
+            binder.run(
+                lowrank.product, facts.products, launch, upload, (0, 3, 1, 2), numbers, constants, options
+            )
+        if facts.elements:
+            block = pack_lowrank.PIECE if self.is_interpreted else TAIL
+            constants = {**common, "KINDS": facts.element_kinds, "BLOCK": block}
+            binder.run(
+                lowrank.element, facts.elements, launch, upload, (0, 4, 2), numbers, constants, OPTIONS
+            )
         return nonfinite
 
 
-def _product_tables(
-    entries: np.ndarray, factors: Outer
-) -> tuple[dict[str, Any], np.ndarray, list[np.ndarray]]:
-    """Returns the constants of lowrank.product, the tiles, and the five tables of the kernels.
+def _joined(batch: Batch) -> Batch:
+    """Returns a batch that is written: with the low bits if the rounding reads them."""
+    is_joined = batch.rounding == "residual" or batch.residuals is None
+    return batch if is_joined else batch._replace(residuals=None)
 
-    The tables are rows, frames, factors, and tiles of products and of elements."""
+
+class _ProductFacts(NamedTuple):
+    """Facts of the tables of lowrank_."""
+
+    shape: dict[str, Any]  # constants of lowrank.product
+    products: int  # tiles
+    elements: int
+    product_kinds: int  # sets as bits
+    element_kinds: int
+
+
+def _product_tables(
+    batch: Batch, factors: Outer, outs: Sequence[Tensor] | None
+) -> tuple[Sequence[np.ndarray], Any]:
+    """Returns rows, frames, factors, tiles of products and of elements, and facts about them."""
+    thetas, spans, _, low, _ = batch
+    entries, _ = pack.pack(thetas, spans, () if outs is None else (outs,), low, numbered=True)
+    if not len(entries):
+        return (), None
     products, ranks = pack_lowrank.pack_factors(*factors[:3]), {right.shape[1] for right in factors.rights}
     rank = next(padded for padded in (16, 32, 64, 128) if max(ranks) <= padded)
     bm, bn = TILES[rank][bool((entries["type"] == 0).any())]
     tiles, frames = pack_lowrank.pack_tiles(entries, products, STRIPS * bm, bn)
-    whole = ranks == {rank} and not ((products["left"] | products["right"]) % 16).any()
+    whole = ranks == {rank} and pack_lowrank.lies_on(products, 16)
     scale_bits = products["scale"].view(np.uint32).astype(np.int64)
     divisors = [_divisor(n) for n in products["columns"].tolist()]
-    columns = (
-        products["left"],
-        products["right"],
-        products["rank"],
-        products["columns"],
-        scale_bits,
-        *zip(*divisors),
-    )
-    parts = [
-        _rows(entries),
-        frames.view(np.int64),
-        np.column_stack([np.asarray(c).astype(np.int64) for c in columns]),
-    ]
-    fast = tiles["column"] >= 0
-    parts += [tiles[fast].view(np.int64), tiles[~fast].view(np.int64)]
-    return dict(RANK=rank, WHOLE=whole, BM=bm, BN=bn), tiles, parts
-
-
-def _uploaded(parts: Sequence[np.ndarray], device: torch.device) -> Sequence[Tensor]:
-    """Returns tables of int64 on the device, by one copy."""
-    flat = [np.ascontiguousarray(part).reshape(-1) for part in parts]
-    buffer = torch.from_numpy(np.concatenate(flat))
-    if device.type == "cuda":
-        buffer = buffer.pin_memory().to(device, non_blocking=True)
-    return buffer.split([part.size for part in flat])
+    names = "left", "right", "rank", "columns"
+    columns = [*(products[name] for name in names), scale_bits, *zip(*divisors)]
+    factor = np.column_stack([np.asarray(c).astype(np.int64) for c in columns])
+    fast, kinds = tiles["column"] >= 0, 3 * entries["type"] + entries["out_type"]
+    facts = _ProductFacts(
+        dict(RANK=rank, WHOLE=whole, BM=bm, BN=bn), int(fast.sum()), int((~fast).sum()),
+        *(_bits(kinds[tiles["entry"][some]]) for some in (fast, ~fast)),
+    )  # fmt: skip
+    return (_rows(entries), frames, factor, tiles[fast], tiles[~fast]), facts
 
 
 __all__ = ["Triton", "interpreted", "triton_kernels", "why_off"]

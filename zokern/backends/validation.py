@@ -152,6 +152,30 @@ class Validator:
         if tensor.dtype != torch.float32 or tensor.numel() != count or tensor.dim() != 1:
             self._refuse(verb, what, tensor, f"float32[{count}]")
 
+    def fits(
+        self,
+        device: torch.device,
+        numbers: Sequence[tuple[Tensor, int]],
+        clock: Tensor | None = None,
+        control: Tensor | None = None,
+    ) -> bool:
+        """Tells whether the numbers of a call are right for lists that were checked before.
+
+        If not, the checks of the verb say why.
+
+        numbers  tensors, each with its count"""
+        for tensor, count in numbers:
+            if tensor.dtype != torch.float32 or tensor.shape != (count,) or tensor.device != device:
+                return False
+        if clock is not None and (clock.dtype != torch.int64 or clock.numel() != 1 or clock.device != device):
+            return False
+        return control is None or (
+            control.dtype == torch.float32
+            and control.shape == (3,)
+            and control.is_contiguous()
+            and control.device == device
+        )
+
     def scales(self, verb: str, batch: Batch, drawn: bool = False) -> list[Tensor]:
         """Returns the factors of z, checked.
 

@@ -110,13 +110,9 @@ class Copies:
             by_kind.setdefault(wide, []).append(i)  # a launch writes one type of result: theta's, or float32
         stacks = dict(members)
         for positions in by_kind.values():
-            thetas, spans = (
-                TensorList([group.theta[i] for i in positions]),
-                [group.spans[i] for i in positions],
-            )
-            outs = [TensorList([stacks[i][side] for i in positions]) for side in range(self.sides)]
-            for kept in (thetas, *outs):
-                kept.kept = {}
+            thetas = TensorList.lasting([group.theta[i] for i in positions])
+            spans = [group.spans[i] for i in positions]
+            outs = [TensorList.lasting([stacks[i][side] for i in positions]) for side in range(self.sides)]
             launches.append((positions, thetas, type(group.spans)(spans), outs))
         found = members, launches, self.arena.top.get(device, 0)
         group.memo[key] = self.arena, found

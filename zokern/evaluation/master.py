@@ -116,8 +116,7 @@ class Master:
         """Returns memory for the copy, which stays from step to step."""
         if "masters" not in group.memo:
             made = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in group.theta]
-            group.memo["masters"] = masters = TensorList(made)
-            masters.kept = {}
+            group.memo["masters"] = TensorList.lasting(made)
             group.memo["loose"] = [i for i, t in enumerate(group.theta) if not t.is_contiguous()]
         return group.memo["masters"]
 
@@ -161,7 +160,6 @@ class Master:
             return
         elif not in_place and (scales or low):
             draw, scale = (point.terms[0][0], scales[0]) if scales else (0, 0.0)
-            low = None if low is None else list(low)
             batch = Batch(kept, group.spans, residuals=low, scales=group.scales)
             group.backend.perturb(batch, plan.noise([plan.named(draw)]), [scale], [outs])
         if not in_place:

@@ -29,10 +29,6 @@ static_assert(sizeof(uint4) == 16, "as on a GPU");
 
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
-struct float2 {
-  float x, y;
-};
-
 struct ShimDimension {
   unsigned x;
 };
@@ -45,7 +41,7 @@ T atomicAdd(T* address, T value) {
 }
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorMisalignedAddress = 716 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
 
 inline cudaError_t& shim_error() {
@@ -59,12 +55,20 @@ inline cudaError_t cudaGetLastError() {
   return error;
 }
 
-inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "invalid configuration"; }
-
-inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
+inline const char* cudaGetErrorString(cudaError_t error) {
+  if (error == cudaErrorMisalignedAddress) return "misaligned address";
+  return error == cudaSuccess ? "no error" : "invalid configuration";
 }
+
+// Two floats that are loaded at once: from an address that is no multiple of 8 a GPU does not load them.
+struct float2 {
+  float x, y;
+
+  float2(const float2& other) : x(other.x), y(other.y) {
+    if (reinterpret_cast<uintptr_t>(&other) % 8 != 0) shim_error() = cudaErrorMisalignedAddress;
+  }
+};
+
 
 inline cudaError_t cudaGetDeviceCount(int* count) {
   *count = 1;
@@ -77,15 +81,26 @@ inline int shim_number(const char* name, int otherwise) {
   return text != nullptr ? std::atoi(text) : otherwise;
 }
 
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = shim_number("ZO_SHIM_PROCESSORS", 3);
+// A device is named by its number of processors: what is remembered of one is not true of another.
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = shim_number("ZO_SHIM_PROCESSORS", 3);
   return cudaSuccess;
+}
+
+// ZO_SHIM_MUTE = 1: the device tells nothing more about itself.
+inline cudaError_t shim_answer() {
+  return shim_number("ZO_SHIM_MUTE", 0) != 0 ? cudaErrorInvalidConfiguration : cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {
+  *value = device;
+  return shim_answer();
 }
 
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
   *blocks = 2;
-  return cudaSuccess;
+  return shim_answer();
 }
 
 inline int shim_mistake = 0;  // tests/kernels_cuda/test_cuda.py builds kernels with mistakes and chooses one by its number

@@ -127,6 +127,16 @@ class RowOfOwnShape(Patched):
         return count
 
 
+class FactorsFromTheirMemory(Patched):
+    """A factor is read from the begin of the memory that it lies in."""
+
+    rejected_by = ("lowrank_offset",)
+
+    def lowrank_(self, batch, factors, *rest):
+        sides = [[f.as_strided(f.shape, f.stride(), 0) for f in side] for side in factors[:2]]
+        return super().lowrank_(batch, factors._replace(lefts=sides[0], rights=sides[1]), *rest)
+
+
 class ShardFromZero(Patched):
     """A shard's first number is ignored: each shard reads the top of the factors."""
 
