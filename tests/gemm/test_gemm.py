@@ -14,10 +14,9 @@ from recipes import METHODS
 from torch import Tensor, nn
 
 import zokern
-from zokern import backends, gemm
+from zokern import backends, devices, gemm
 from zokern.backends import Sides, Span, Thin, Weight
 from zokern.backends.reference import Reference
-from zokern.evaluation import copies
 from zokern.gemm import library, lowrank
 
 COLUMNS, WIDTH, RANK = 1300, 40, 5
@@ -123,7 +122,7 @@ def losses(method: str, long: bool, evaluation: str, **options) -> list[tuple[fl
     with (
         warnings.catch_warnings(),
         patch.object(gemm, "is_long", lambda xs, weight: long),
-        patch.object(copies, "TILE", 600),
+        patch.object(devices, "CPU", devices.CPU._replace(tile=600)),
         patch.object(gemm, "tiled_linear", Mock(wraps=gemm.tiled_linear)) as tiled,
     ):
         warnings.filterwarnings("ignore", "the loss did not read|the padding row|zokern runs its reference")

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .. import gemm
+from .. import devices, gemm
 from ..backends import Batch, Noise, Outer, Sides, Span, TensorList, Terms, Weight
 from ..directions import DIRECTIONS
 from ..plan import Draw, Group, Plan
@@ -25,8 +25,6 @@ from .base import Point, Refused
 from .factors import Factors
 
 RESIDENT = 1 << 16  # elements: tensors up to this size are perturbed together, ahead of the reading
-# elements: larger tiles leave the caches before they are read, smaller ones starve the product (benchmarks/)
-TILE = 1 << 21
 TRANSFORMED = (
     "the closure uses torch.func transforms of its own around a large parameter: use evaluation='master'"
 )
@@ -46,9 +44,10 @@ class Copies:
         self.largest = 0  # bytes of copies outside the arena
         self.resident: dict[tuple[int, int], Tensor] = {}  # (group, position) -> copies of all sides, stacked
         arena.reset()
+        self._settle_budget()
         self.factors = Factors(plan, self.points)
         everything = sum(self._size(t) for group in plan.groups for t in group.theta) * self.sides
-        most = None if everything <= arena.budget // 2 else RESIDENT
+        most = None if everything <= arena.least() // 2 else RESIDENT
         for g, group in enumerate(plan.groups):
             self._make_resident(g, group, most)
         arena.settle()
@@ -56,6 +55,26 @@ class Copies:
     @staticmethod
     def _size(tensor: Tensor) -> int:
         return tensor.numel() * tensor.element_size() + ALIGN
+
+    def _settle_budget(self) -> None:
+        """Asks for room for both sides of the largest matrix that may be copied at its use, and for the small
+        tensors, where nobody gave a budget."""
+        wanted: dict[torch.device, list[int]] = {}
+        for group in self.plan.groups if self.arena.budget is None else ():
+            device = group.theta[0].device
+            if not devices.of(device).share:
+                continue
+            if "sizes" not in group.memo:
+                thin = group.matrices is not None and group.residuals is None  # products without a copy
+                sizes = [self._size(t) for t in group.theta if t.numel() > RESIDENT and not thin]
+                # two sides, and vectors of 16 bits become float32
+                small = 4 * sum(self._size(t) for t in group.theta if t.numel() <= RESIDENT)
+                group.memo["sizes"] = max(sizes, default=0), small
+            largest, small = group.memo["sizes"]
+            most = wanted.setdefault(device, [0, 0])
+            wanted[device] = [max(most[0], largest), most[1] + small]
+        for device, (largest, small) in wanted.items():
+            self.arena.settle_budget(device, 2 * largest + small + 2 * ALIGN)
 
     def _make_resident(self, g: int, group: Group, most: int | None) -> None:
         device = group.theta[0].device
@@ -77,9 +96,10 @@ class Copies:
         of tensors."""
         key = "resident", self.sides, most, start
         known = group.memo.get(key)
-        if known is not None and known[0] is self.arena:
+        if known is not None and known[0] == (self.arena, self.arena.renewals):
             return known[1]
-        device, half = group.theta[0].device, self.arena.budget // 2
+        device = group.theta[0].device
+        half = self.arena.size(device) // 2
         members: list[tuple[int, Tensor]] = []
         launches: list[tuple] = []
         by_kind: dict[bool, list[int]] = {}
@@ -118,7 +138,7 @@ class Copies:
                 kept.kept = {}
             launches.append((positions, thetas, type(group.spans)(spans), outs))
         found = members, launches, self.arena.top.get(device, 0)
-        group.memo[key] = self.arena, found
+        group.memo[key] = (self.arena, self.arena.renewals), found
         return found
 
     def _fill(
@@ -315,16 +335,14 @@ class Copies:
         """Yields (start, stop, the tile of each side that moved): some rows of a matrix, or columns where it
         is transposed.
 
-        Tiles have nearly the same size: TILE elements at most, and what is left of the arena holds two of
-        them."""
+        A tile has as many elements as the device's class asks for, and what is left of the arena holds those
+        of all sides."""
         theta, span, low = group.theta[i], group.spans[i], group.residual(i)
         dimension = 1 if transposed else 0
         total, width = theta.shape[dimension], theta.shape[1 - dimension]
         size, many = width * theta.element_size(), max(1, len(moved))
-        most = max(
-            1, min(self.arena.left(theta.device) // many - ALIGN, TILE * theta.element_size()) // max(1, size)
-        )
-        step = -(-total // -(-total // most)) if total else 1
+        kind, room = devices.of(theta.device), self.arena.left(theta.device) // many - ALIGN
+        step = kind.tile_rows(total, min(room, kind.tile * theta.element_size()) // max(1, size))
         for start in range(0, total, step):
             stop = min(total, start + step)
             shape = (width, stop - start) if transposed else (stop - start, width)
