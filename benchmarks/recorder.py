@@ -56,7 +56,7 @@ class Recorder:
 
     def __init__(self, inner: Backend | None = None) -> None:
         self.inner, self.calls = inner, list[Call]()
-        self.most_rank = None if inner is None else inner.most_rank
+        self.most_rank: int | None = getattr(inner, "most_rank", None)
         self.valid = Validator(self.name, META.type) if inner is None else None
 
     def philox4x32(self, counter: Tensor, key: tuple[int, int], rounds: int) -> Tensor:
