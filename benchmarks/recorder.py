@@ -59,9 +59,15 @@ class Recorder:
         self.most_rank: int | None = getattr(inner, "most_rank", None)
         self.valid = Validator(self.name, META.type) if inner is None else None
 
+    def count(self, *verbs: str) -> int:
+        """Returns the number of launches of some verbs, of all without any."""
+        return sum(not verbs or call.verb in verbs for call in self.calls)
+
     def philox4x32(self, counter: Tensor, key: tuple[int, int], rounds: int) -> Tensor:
         self._add("philox4x32", _of([counter]), _of([counter, counter]))
-        return torch.empty_like(counter) if self.inner is None else self.inner.philox4x32(counter, key, rounds)
+        return (
+            torch.empty_like(counter) if self.inner is None else self.inner.philox4x32(counter, key, rounds)
+        )
 
     def draw(self, batch: Batch, noise: Noise) -> None:
         if self.valid is not None:

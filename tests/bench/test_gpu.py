@@ -991,3 +991,58 @@ def test_captured_calls_on_the_cpu() -> None:
     captured = graphs.Captured(lambda: calls.append(1), "cpu")
     captured.replay()
     assert calls == [1, 1]
+
+
+# The build before it ----------------------------------------------------------------------------------------
+
+PYTHON = """#!/bin/sh
+echo "$* cuda=$ZOKERN_BUILD_CUDA cpu=$ZOKERN_BUILD_CPU" >> {log}
+case "$*" in
+  *build_ext*) case "$ZOKERN_BUILD_CUDA$ZOKERN_BUILD_CPU" in {broken}) exit 1;; esac;;
+  *benchmarks.gpu*) exit {code};;
+esac
+"""
+# what does not compile, as ZOKERN_BUILD_CUDA and ZOKERN_BUILD_CPU of the builds that fail; how often it is built
+BUILDS = {"nothing": ("none", 1), "csrc/*.cu": ("''", 2), "csrc/*.cpp": ("''|0", 3)}
+
+
+def make_gpu(folder: Path, broken: str, code: int = 0, text: str | None = None) -> tuple[int, list[str]]:
+    """The exit code of `make gpu`, and the calls of Python, with one that compiles nothing."""
+    log, python, file = folder / "log", folder / "python", folder / "Makefile"
+    python.write_text(PYTHON.format(log=log, broken=broken, code=code))
+    python.chmod(0o755)
+    file.write_text((ROOT / "Makefile").read_text() if text is None else text)
+    command = ["make", "-f", str(file), "gpu", f"PYTHON={python}", "GPU=--only device --out DIR"]
+    environment = {
+        key: value for key, value in os.environ.items() if "ZOKERN" not in key and "MAKE" not in key
+    }
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
+    calls = [line for line in log.read_text().splitlines() if "build_ext" in line or "benchmarks" in line]
+    return done.returncode, calls
+
+
+def check_builds(folder: Path, broken: str, count: int, text: str | None = None) -> None:
+    code, calls = make_gpu(folder, broken, text=text)
+    assert code == 0 and sum("build_ext" in call for call in calls) == count, calls
+    assert "-m benchmarks.gpu --since" in calls[-1] and "--only device --out DIR" in calls[-1]
+    assert len(calls) == count + 1, "the clock started before the build, and the run is one"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("what", BUILDS)
+def test_what_does_not_compile_is_left_out_and_the_rest_measured(what, tmp_path) -> None:
+    check_builds(tmp_path, *BUILDS[what])
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_the_verdict_of_the_run_is_that_of_make(tmp_path) -> None:
+    assert make_gpu(tmp_path, "none", code=1)[0] != 0
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_a_build_that_ends_the_run_is_rejected(tmp_path) -> None:
+    text = (ROOT / "Makefile").read_text()
+    (other,) = [line for line in text.splitlines() if "ZOKERN_BUILD_CUDA=0 $(COMPILE) \\" in line]
+    wrong = text.replace(other, "\t@since=$$(date +%s); $(COMPILE) \\")
+    with pytest.raises(AssertionError):
+        check_builds(tmp_path, *BUILDS["csrc/*.cu"], text=wrong)

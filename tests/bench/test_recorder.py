@@ -42,7 +42,9 @@ def every_verb(on: Recorder) -> list[Call]:
     on.perturb(Batch([w], [Span(1, rows=rows)], residuals=[low]), one, [1.0], [[meta(3, 10)]])
     on.lowrank_(Batch([w], spans[:1]), Outer([meta(6, 2)], [meta(10, 2)], [1.0]))
     made = on.project(
-        Projection(meta(1, 2, dtype=torch.float64), meta(3, 2, dtype=torch.float64), meta(6, dtype=torch.float64))
+        Projection(
+            meta(1, 2, dtype=torch.float64), meta(3, 2, dtype=torch.float64), meta(6, dtype=torch.float64)
+        )
     )
     assert [t.shape[0] for t in made] == [3, 3, 3, 3] and made.control.dtype == FP32 and made.amounts.is_meta
     return on.calls

@@ -96,7 +96,11 @@ HEAD, SMALL = 32000 * 4096 * 2, (4096 + 11008) * 2
 
 @pytest.mark.parametrize(
     ("free", "low", "high"),
-    [(100 * GIB, 2 * HEAD + 2 * SMALL, 2 * HEAD + 5 * SMALL), (GIB, GIB // 4, GIB // 4), (0, 64 << 20, 64 << 20)],
+    [
+        (100 * GIB, 2 * HEAD + 2 * SMALL, 2 * HEAD + 5 * SMALL),
+        (GIB, GIB // 4, GIB // 4),
+        (0, 64 << 20, 64 << 20),
+    ],
 )
 def test_budget_of_a_gpu(free: int, low: int, high: int, monkeypatch) -> None:
     """Both sides of the largest matrix and the small tensors, within a quarter of what is free."""
@@ -183,7 +187,11 @@ class Wide(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.norm, self.down = nn.Linear(300, 400), nn.LayerNorm(400), nn.Linear(400, 300, bias=False)
+        self.up, self.norm, self.down = (
+            nn.Linear(300, 400),
+            nn.LayerNorm(400),
+            nn.Linear(400, 300, bias=False),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.norm(torch.relu(self.up(x)))).square().mean()
@@ -200,7 +208,9 @@ def test_a_step_with_whole_matrices_reads_the_same_losses(way, backend: str, mon
         model = models.build(Wide)
         recorder = Recorder(zokern.backends.get(backend))
         made = zokern.MeZO(model, eps=1e-2, lr=0.0, evaluation=evaluation, backend=recorder, dead_limit=None)
-        monkeypatch.setattr(copies.Copies, "_size", staticmethod(lambda tensor: 1 << 30))  # nothing is resident
+        monkeypatch.setattr(
+            copies.Copies, "_size", staticmethod(lambda tensor: 1 << 30)
+        )  # nothing is resident
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             zokern.step(made, lambda model=model: model(x))

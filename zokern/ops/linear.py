@@ -135,7 +135,11 @@ def _check_operands(
 
 def _tile(verb: str, tile: int | None, own: int) -> int:
     """Returns the elements of a tile: those that were asked for, or the device's own."""
-    return own if tile is None else whole_number(f"{verb}: tile", tile, expected="a number of elements, at least 1")
+    return (
+        own
+        if tile is None
+        else whole_number(f"{verb}: tile", tile, expected="a number of elements, at least 1")
+    )
 
 
 def _check_thin(weight: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
