@@ -59,8 +59,11 @@ def test_tiles_of_published_shapes(name: str, transposed: bool) -> None:
     (rows, width), on_cpu = MATRICES[name]
     shape = (width, rows) if transposed else (rows, width)
     recorder = Recorder()
-    plan = plan_of({"w": shape, "norm": (width,)}, recorder)
-    made = copies.Copies(plan, BOTH, Arena())
+    plan = plan_of({"w": shape, "other": shape, "norm": (width,)}, recorder)
+    one = copies.Copies(plan, BOTH[:1], Arena())
+    assert rows_of(one, transposed=transposed, sides=1) == [rows]
+    recorder.calls.clear()
+    made = copies.Copies(plan, BOTH, Arena(2 * 2 * rows * width + (1 << 20)))
     assert rows_of(made, transposed=transposed) == [rows]
     (call,) = [call for call in recorder.calls if call.elements == rows * width]
     assert call.sides == 2, "one launch makes both sides"
@@ -90,7 +93,8 @@ def test_tiles_cover_a_matrix_once() -> None:
 
 # Budgets ----------------------------------------------------------------------------------------------------
 
-LLAMA = {"head": (32000, 4096), "up": (11008, 4096), "norm": (4096,), "bias": (11008,)}
+LLAMA: dict[str, tuple[int, ...]] = {"head": (32000, 4096), "norm": (4096,), "bias": (11008,)}
+LLAMA |= {f"up.{i}": (11008, 4096) for i in range(6)}
 HEAD, SMALL = 32000 * 4096 * 2, (4096 + 11008) * 2
 
 
@@ -105,11 +109,24 @@ HEAD, SMALL = 32000 * 4096 * 2, (4096 + 11008) * 2
 def test_budget_of_a_gpu(free: int, low: int, high: int, monkeypatch) -> None:
     """Both sides of the largest matrix and the small tensors, within a quarter of what is free."""
     monkeypatch.setattr(devices, "free_memory", lambda device: free)
-    made = copies.Copies(plan_of(LLAMA), BOTH, room := Arena())
+    made = copies.Copies(plan_of(LLAMA), BOTH[:1], room := Arena())
     assert low <= room.size(META) <= high
-    found = rows_of(made)
-    assert (found == [32000]) == (free == 100 * GIB) and all(some % 256 == 0 for some in found[:-1])
-    assert {made.resident[0, i].dtype for i in (2, 3)} == {torch.float32}
+    found = rows_of(made, sides=1)
+    assert (found == [32000]) == (free > 0) and all(some % 256 == 0 for some in found[:-1])
+    assert {made.resident[0, i].dtype for i in (1, 2)} == {torch.float32} and len(made.resident) == 2
+
+
+@pytest.mark.parametrize("free", [100 * GIB, GIB])
+def test_all_sides_of_a_pass_are_copied_at_once_where_there_is_room(free: int, monkeypatch) -> None:
+    """Two launches for the model, of 16 bits and of vectors in float32; a quarter of 1 GB does not hold it."""
+    monkeypatch.setattr(devices, "free_memory", lambda device: free)
+    recorder = Recorder()
+    made = copies.Copies(plan_of(LLAMA, recorder), BOTH, room := Arena())
+    assert recorder.count() == (2 if free > GIB else 1)
+    assert len(made.resident) == (9 if free > GIB else 2) and room.size(META) <= free // 4
+    assert room.peak <= room.size(META)
+    if free > GIB:
+        assert room.size(META) < 2.01 * sum(t.nbytes for t in made.plan.groups[0].theta)
 
 
 def test_a_budget_that_was_given_is_kept() -> None:

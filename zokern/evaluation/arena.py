@@ -30,25 +30,23 @@ class Arena:
         self.pieces: dict[tuple, Tensor] = {}
         self.peak = self.renewals = 0
 
-    def settle_budget(self, device: torch.device, wanted: int) -> None:
-        """Sets the budget of a device to what is wanted, as far as its free memory allows; it never
-        shrinks."""
+    def settle_budget(self, device: torch.device, wanted: int, enough: int) -> None:
+        """Sets the budget of a device to what is wanted if its free memory allows that, else to what is enough,
+        as far as it goes. It never shrinks."""
         if wanted <= self.wanted.get(device, 0):
             return
         self.wanted[device] = wanted
         self.memory = {key: memory for key, memory in self.memory.items() if key[0] != device}
         self.pieces.clear()
         self.renewals += 1
-        found = devices.of(device).budget(wanted, devices.free_memory(device))
+        kind, free = devices.of(device), devices.free_memory(device)
+        found = kind.budget(wanted, free)
+        found = found if found >= wanted else kind.budget(enough, free)
         self.sizes[device] = max(found, self.size(device))
 
     def size(self, device: torch.device) -> int:
         """Returns the budget of a device."""
         return self.sizes.get(device, devices.LEAST) if self.budget is None else self.budget
-
-    def least(self) -> int:
-        """Returns the smallest budget of a device."""
-        return min(self.sizes.values(), default=devices.LEAST) if self.budget is None else self.budget
 
     def reset(self) -> None:
         self.floor, self.top, self.peak = {}, {}, 0

@@ -22,6 +22,7 @@ from ..directions import DIRECTIONS
 from ..plan import Draw, Group, Plan
 from .arena import ALIGN, Arena
 from .base import Point, Refused
+from .budget import settle
 from .factors import Factors
 
 RESIDENT = 1 << 16  # elements: tensors up to this size are perturbed together, ahead of the reading
@@ -44,10 +45,8 @@ class Copies:
         self.largest = 0  # bytes of copies outside the arena
         self.resident: dict[tuple[int, int], Tensor] = {}  # (group, position) -> copies of all sides, stacked
         arena.reset()
-        self._settle_budget()
         self.factors = Factors(plan, self.points)
-        everything = sum(self._size(t) for group in plan.groups for t in group.theta) * self.sides
-        most = None if everything <= arena.least() // 2 else RESIDENT
+        most = None if settle(arena, plan, self.sides, RESIDENT, self._size) else RESIDENT
         for g, group in enumerate(plan.groups):
             self._make_resident(g, group, most)
         arena.settle()
@@ -55,26 +54,6 @@ class Copies:
     @staticmethod
     def _size(tensor: Tensor) -> int:
         return tensor.numel() * tensor.element_size() + ALIGN
-
-    def _settle_budget(self) -> None:
-        """Asks for room for both sides of the largest matrix that may be copied at its use, and for the small
-        tensors, where nobody gave a budget."""
-        wanted: dict[torch.device, list[int]] = {}
-        for group in self.plan.groups if self.arena.budget is None else ():
-            device = group.theta[0].device
-            if not devices.of(device).share:
-                continue
-            if "sizes" not in group.memo:
-                thin = group.matrices is not None and group.residuals is None  # products without a copy
-                sizes = [self._size(t) for t in group.theta if t.numel() > RESIDENT and not thin]
-                # two sides, and vectors of 16 bits become float32
-                small = 4 * sum(self._size(t) for t in group.theta if t.numel() <= RESIDENT)
-                group.memo["sizes"] = max(sizes, default=0), small
-            largest, small = group.memo["sizes"]
-            most = wanted.setdefault(device, [0, 0])
-            wanted[device] = [max(most[0], largest), most[1] + small]
-        for device, (largest, small) in wanted.items():
-            self.arena.settle_budget(device, 2 * largest + small + 2 * ALIGN)
 
     def _make_resident(self, g: int, group: Group, most: int | None) -> None:
         device = group.theta[0].device
@@ -99,7 +78,8 @@ class Copies:
         if known is not None and known[0] == (self.arena, self.arena.renewals):
             return known[1]
         device = group.theta[0].device
-        half = self.arena.size(device) // 2
+        # half of the budget stays free for tiles, where there are any
+        spare = 0 if most is None and devices.of(device).share else self.arena.size(device) // 2
         members: list[tuple[int, Tensor]] = []
         launches: list[tuple] = []
         by_kind: dict[bool, list[int]] = {}
@@ -121,8 +101,8 @@ class Copies:
                 continue
             wide = tensor.dim() <= 1 and tensor.dtype != torch.float32
             dtype = torch.float32 if wide else tensor.dtype
-            if self.arena.left(device) - self.sides * (tensor.numel() * dtype.itemsize + ALIGN) < half:
-                break  # half of the budget stays free for tiles
+            if self.arena.left(device) - self.sides * (tensor.numel() * dtype.itemsize + ALIGN) < spare:
+                break
             stack = self.arena.take((self.sides, *tensor.shape), dtype, device)
             assert stack is not None
             members.append((i, stack))

@@ -33,8 +33,8 @@ MIB = 1 << 20
 class Scratch:
     """Evaluation through perturbed copies, a side at a time.
 
-    budget  bytes of reused memory per device. None: 64 MB on a CPU; on a GPU both sides of the largest matrix,
-            if a quarter of the free memory holds them. A use that cannot be tiled takes its own parameter's
+    budget  bytes of reused memory per device. None: 64 MB on a CPU; on a GPU room for two of the largest
+            matrix, within a quarter of what is free. A use that cannot be tiled takes its own parameter's
             size if that is more; the step's record lists such parameters in ``whole``
     check   compare with 'master' in the first step, when flags or shapes change, and every 500 steps; a
             difference is an error
