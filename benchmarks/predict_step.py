@@ -6,15 +6,16 @@ Every time is predicted, none was measured on a GPU. What it is made of, and whe
               operation takes max(FLOOR, bytes / bandwidth, flops / rate); views take nothing
     launches  the verbs of a step, recorded by benchmarks/recorder.py; a verb takes what its bytes and the
               machine code of its loop take (benchmarks/predict.py)
-    host      microseconds of Python and of torch's dispatch, measured on the CPU of this machine with models
-              of the same number of layers whose arithmetic is next to nothing
+    host      seconds of Python and of torch's dispatch, measured on the CPU of this machine with models of
+              the same number of layers whose arithmetic is next to nothing: the least time of one thread
     step      eager   host outside the forwards + max(host of the forwards, device). The host works while the
                       device runs a forward; what it does before and after the readings, the device waits for
               graph   device + GAP for each launch + START, of the step and of the two forwards
 
     master    forward, forward, 2 copies of the weights, 2 perturb, axpy_
-    paired    every operation once with both sides' bytes; for a trained matrix perturb writes both sides, and
-              two products read them; axpy_
+    paired    every operation once with both sides' bytes; perturb writes copies of both sides, which products
+              read: all before the pass where a quarter of the free memory holds them, else each at its use;
+              axpy_
     loop      the eager loop: four passes of 16 bytes a 16-bit weight
 """
 
@@ -28,7 +29,6 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from statistics import median
 from typing import Any
 from unittest.mock import patch
 
@@ -44,12 +44,13 @@ from . import eager, models
 from .predict import Device, Work
 from .recorder import Call, Recorder
 
-MODELS = ("Llama-1B", "Llama-7B", "OPT-13B")
+MODELS = ("Llama-1B", "OPT-1.3B", "Llama-7B", "OPT-13B")
 CELLS = ((1, 16), (4, 128), (16, 256))  # batch and length
 METHODS = ("master", "paired")
 RECORD_ON = "cpu"  # 'meta' once a step reads no value: then launches come from the model's own shapes
 # Seconds and rates that were not measured: of launches that are ready, of a graph's nodes and its start.
 FLOOR, GAP, START = 2.5e-6, 1.0e-6, 10e-6
+MEMORY = 141e9  # bytes of an H200
 PRODUCTS = ((2048, 600e12), (0, 400e12))  # flop/s of 16-bit products from so many rows on, on an H200
 LOOP_BYTES, LOOP_OPERATIONS = 64, 18  # of the eager loop: for a weight, and for a parameter, beside forwards
 # The loop of one sign is that of both, with a store less.
@@ -76,12 +77,10 @@ class Operation:
     weight: int = 0
 
     def seconds(self, device: Device, sides: int = 1) -> float:
-        """Returns the time of the operation on so many sides at once. A product of a trained matrix is one
-        for each side: sides have weights of their own."""
+        """Returns the time of the operation on so many sides at once, which have weights of their own."""
         own = self.bytes * sides / (device.bandwidth * 1e12)
         rate = next(rate for rows, rate in PRODUCTS if self.rows >= rows)
-        launches = sides if self.weight else 1
-        return max(FLOOR * launches, own, self.flops * sides / rate)
+        return max(FLOOR, own, self.flops * sides / rate)
 
 
 class Operations(TorchDispatchMode):
@@ -167,14 +166,23 @@ class _Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def evaluation(method: str) -> Any:
-    """Returns an evaluation that compares nothing, with a budget that holds no narrow model."""
-    return zokern.Master() if method == "master" else zokern.Paired(1 << 20, check=False)
+def is_held(name: str) -> bool:
+    """Whether copies of both sides fit the budget of evaluation 'paired' beside the weights."""
+    size = 2 * weights(name)[0]
+    return 2 * size <= devices.GPU.share * (MEMORY - size)
 
 
-def _optimizer(module: nn.Module, method: str, backend: Any = None) -> zokern.MeZO:
+def evaluation(name: str, method: str) -> Any:
+    """Returns an evaluation that compares nothing; where the copies of a model do not fit, a budget that does not
+    hold the narrow one's either."""
+    if method == "master":
+        return zokern.Master()
+    return zokern.Paired(None if RECORD_ON == "meta" or is_held(name) else 1 << 20, check=False)
+
+
+def _optimizer(name: str, module: nn.Module, method: str, backend: Any = None) -> zokern.MeZO:
     made = zokern.MeZO(module, lr=1e-6, eps=1e-3, dead_limit=None, force=True, backend=backend,
-                       evaluation=evaluation(method))  # fmt: skip
+                       evaluation=evaluation(name, method))  # fmt: skip
     made.run.step = 10  # the first ten also sample the weights
     return made
 
@@ -200,7 +208,7 @@ def recorded(name: str, method: str) -> Steps:
     loss, found = models.loss_of(module, *shape), Steps()
     with like_a_gpu(width), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made = _optimizer(module, method, recorder)
+        made = _optimizer(name, module, method, recorder)
         for _ in range(2):
             zokern.step(made, loss)
         recorder.calls.clear()
@@ -220,7 +228,7 @@ def scaled(call: Call, mine: int, products: int, name: str) -> tuple[int, int]:
     if RECORD_ON == "meta":
         return call.elements, call.traffic
     each = call.traffic / max(1, call.elements)
-    if call.elements == mine:
+    if 10 * call.elements > 9 * mine:
         elements = weights(name)[0]
     elif call.verb == "perturb" and call.tensors == 1 and call.sides == 2:
         elements = int(call.elements / products * sum(o.weight for o in forward(name, *CELLS[0])))
@@ -232,7 +240,7 @@ def scaled(call: Call, mine: int, products: int, name: str) -> tuple[int, int]:
 # Host time, measured here -----------------------------------------------------------------------------------
 
 WIDTH = 64
-LAYERS = {"Llama-1B": 16, "Llama-7B": 32, "OPT-13B": 40}
+LAYERS = {"Llama-1B": 16, "OPT-1.3B": 24, "Llama-7B": 32, "OPT-13B": 40}
 
 
 def narrow(name: str) -> nn.Module:
@@ -256,7 +264,7 @@ class Host:
 
 
 def measured(name: str, rounds: int = 15) -> Host:
-    """Returns host times of a narrow model: medians of rounds in which all take turns, on one thread."""
+    """Returns host times of a narrow model: the least of rounds in which all take turns, on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -266,12 +274,12 @@ def measured(name: str, rounds: int = 15) -> Host:
             times: dict[str, list[float]] = {what: [] for what in calls}
             for _ in range(3 + rounds):
                 for what, call in calls.items():
-                    begun = time.perf_counter()
+                    begun = time.thread_time()
                     call()
-                    times[what].append(time.perf_counter() - begun)
+                    times[what].append(time.thread_time() - begun)
     finally:
         torch.set_num_threads(threads)
-    found = {what: median(seconds[3:]) for what, seconds in times.items()}
+    found = {what: min(seconds[3:]) for what, seconds in times.items()}
     return Host(found.pop("forwards"), found)
 
 
@@ -288,7 +296,7 @@ def _calls(name: str) -> dict[str, Callable[[], Any]]:
     for method in METHODS:
         own = models.same_weights(module)
         backend = Recorder(backends.get("cpu")) if backends.why_off("cpu") is None else None
-        made, mine = _optimizer(own, method, backend), models.loss_of(own, 1, 8)
+        made, mine = _optimizer(name, own, method, backend), models.loss_of(own, 1, 8)
         calls[method] = lambda made=made, mine=mine: zokern.step(made, mine)
     other = narrow(name)
     parameters, seeds = list(other.parameters()), itertools.count()
@@ -333,7 +341,7 @@ def step_seconds(
     operations, (count, number) = forward(name, *cell), weights(name)
     sides, passes = (2, 1) if method == "paired" else (1, 2)
     seconds = passes * sum(o.seconds(device, sides) for o in operations)
-    launches = passes * sum(sides if o.weight else 1 for o in operations)
+    launches = passes * len(operations)
     if method == "loop":
         size = LOOP_BYTES * count
         return seconds + max(size / (device.bandwidth * 1e12), FLOOR * LOOP_OPERATIONS * number), launches + (

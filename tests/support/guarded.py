@@ -23,6 +23,7 @@ GUARD = 64
 SENTINEL = 0xA5
 
 BITS = {
+    torch.float64: torch.int64,
     torch.float32: torch.int32,
     torch.bfloat16: torch.int16,
     torch.float16: torch.int16,
