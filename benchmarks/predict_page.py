@@ -1,9 +1,9 @@
-"""The page of `python -m benchmarks.predict`, and its figures under the keys by which `make gpu` measures them."""
+"""The page of `python -m benchmarks.predict`, and its figures by the keys under which `make gpu` measures
+them."""
 
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,26 @@ import torch
 from .predict import DRAWS, PRODUCTS, Case, Device, ProductCase, Work
 from .predict_step import METHODS, Host, Row, launches
 from .predicted import FIGURES, PAGE, RESULTS
+from .report import processor
 
 HEAD = """# Predicted, not measured
 
-**No time on this page was measured on a GPU.** `python -m benchmarks.predict` writes it: `benchmarks/predict.py`
-has the model of a kernel, `benchmarks/predict_step.py` that of a step, with all that it assumes. `make gpu`
-measures the same figures and puts the two beside each other.
+**No time on this page was measured on a GPU.** `python -m benchmarks.predict` writes it:
+`benchmarks/predict.py` has the model of a kernel, `benchmarks/predict_step.py` that of a step, with all that
+it assumes. `make gpu` measures the same figures and puts the two beside each other.
 
-Device: {device}. Weights in bfloat16. A step is MeZO with one query; its time is over the two forwards that it
-holds, which are eager in the first columns and one CUDA graph in the last two. Host times were measured on the
-CPU of this machine ({cpu}, torch {torch}, one thread) with models of as many layers and a width of 64; a GPU
-machine's differ. The eager loop is that of Malladi et al. 2023.
+Device: {device}. Weights in bfloat16. A step is MeZO with one query. Its time is over the two forwards that it
+holds, which are eager in the first columns and one CUDA graph in the last two. Host times were measured on a
+CPU ({cpu}, torch {torch}, one thread), with models of as many layers and a width of 64. A GPU machine's
+differ. The eager loop is that of Malladi et al. 2023.
 """
-COLUMNS = (("master", "eager"), ("paired", "eager"), ("loop", "eager"), ("master", "graph"), ("paired", "graph"))
+COLUMNS = (
+    ("master", "eager"),
+    ("paired", "eager"),
+    ("loop", "eager"),
+    ("master", "graph"),
+    ("paired", "graph"),
+)
 
 
 def verbs(works: Mapping[str, Work], device: Device) -> dict[str, float]:
@@ -74,8 +81,7 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
 
 def page(rows: Sequence[Row], parts: Mapping[str, Mapping[str, Any]], device: Device) -> str:
     """Returns the page."""
-    cpu = platform.processor() or platform.machine()
-    text = [HEAD.format(device=device.name, cpu=cpu, torch=torch.__version__)]
+    text = [HEAD.format(device=device.name, cpu=processor()[0], torch=torch.__version__)]
     head = ["model", "batch x length", "two forwards, ms", "of it device", "`master`", "`paired`",
             "the eager loop", "`master`, graph", "`paired`, graph"]  # fmt: skip
     lines = [

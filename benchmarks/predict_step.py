@@ -57,7 +57,7 @@ LOOP_BYTES, LOOP_OPERATIONS = 64, 18  # of the eager loop: for a weight, and for
 VERBS = {"axpy_": "axpy_ normal, 16 bits", "perturb": "perturb both signs normal, 16 bits"}
 FREE = {
     "view", "_unsafe_view", "t", "transpose", "slice", "unsqueeze", "squeeze", "expand", "permute", "alias",
-    "detach", "select", "split", "unbind", "reshape", "lift_fresh",
+    "detach", "select", "split", "unbind", "reshape", "lift_fresh", "empty", "empty_like", "new_empty",
 }  # fmt: skip
 
 
@@ -114,7 +114,9 @@ class Operations(TorchDispatchMode):
         """Stands for F.scaled_dot_product_attention, which is one kernel on a GPU."""
         batch, heads, rows, width = query.shape
         size = sum(t.numel() * t.element_size() for t in (query, query, key, value))
-        self.found.append(Operation("attention", size, 4 * batch * heads * rows * key.shape[-2] * width, rows))
+        self.found.append(
+            Operation("attention", size, 4 * batch * heads * rows * key.shape[-2] * width, rows)
+        )
         return torch.empty_like(query)
 
 
@@ -173,8 +175,8 @@ def is_held(name: str) -> bool:
 
 
 def evaluation(name: str, method: str) -> Any:
-    """Returns an evaluation that compares nothing; where the copies of a model do not fit, a budget that does not
-    hold the narrow one's either."""
+    """Returns an evaluation that compares nothing; where the copies of a model do not fit, a budget that does
+    not hold the narrow one's either."""
     if method == "master":
         return zokern.Master()
     return zokern.Paired(None if RECORD_ON == "meta" or is_held(name) else 1 << 20, check=False)
@@ -348,7 +350,9 @@ def step_seconds(
             LOOP_OPERATIONS * number
         )
     mine = max((call.elements for call in launched.calls), default=0)
-    products = sum(c.elements for c in launched.calls if c.verb == "perturb" and c.tensors == 1 and c.sides == 2)
+    products = sum(
+        c.elements for c in launched.calls if c.verb == "perturb" and c.tensors == 1 and c.sides == 2
+    )
     for call in launched.calls:
         elements, size = scaled(call, mine, products, name)
         seconds += verb_seconds(call.verb, elements, size, works, device)

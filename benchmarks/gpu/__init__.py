@@ -1,7 +1,8 @@
 """`make gpu`: is what was proven without a GPU true on one, and how fast is it? One command, under ten
 minutes.
 
-    correctness   verbs, backends cuda and triton, bit for bit against the CPU         verbs, checks, replay, graphs
+    correctness   verbs, backends cuda and triton, bit for bit against the CPU         verbs, checks, replay,
+                  graphs
     steps         whole steps over their two forwards, host, memory, kernels           steps, trace
     verbs         GB/s, share of a copy; eager PyTorch, torch.compile, addmm_ beside   dense, factors, linear
     thorough      the suite, large tensors, compute-sanitizer                          checks, large, memcheck

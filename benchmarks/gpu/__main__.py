@@ -1,5 +1,5 @@
-"""`python -m benchmarks.gpu`: check and measure on this machine's GPU. `make gpu` builds first. What is printed
-last compares each prediction of benchmarks/results/predicted.md with what was measured.
+"""`python -m benchmarks.gpu`: check and measure on this machine's GPU. `make gpu` builds first. What is
+printed last compares each prediction of benchmarks/results/predicted.md with what was measured.
 
 Exit code 0: everything that was checked is right, or there is no GPU and nothing was done but saying so. 1: a
 check failed, a part crashed, or a part of the correctness stage was not through in its time. 2: the arguments

@@ -123,7 +123,12 @@ def profile(run: Run, tool: str, name: str) -> None:
         command = [tool, "--csv", "--page", "details", "--clock-control", "none", "--profile-from-start", "off",
                    "--log-file", str(log), *sections, *worker]  # fmt: skip
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+            command,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
         )
         try:
             output, how = process.communicate(timeout=max(1.0, min(run.left - RESERVE, 1e6)))[0], "ended"

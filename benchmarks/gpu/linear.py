@@ -75,7 +75,7 @@ def sketches(run: Run) -> None:
 
 
 def tiles(run: Run, tokens: tuple[int, ...] = (512, 4096)) -> None:
-    """Both signs of a matrix by tiles of so many rows, from an idle device to an idle one, as a step does it; and
+    """Both signs of a matrix by tiles of so many rows, from an idle device to an idle one, as in a step; and
     torch's products of such tiles alone. 501 rows are what a CPU's tile has; 2048 are 2^23 elements."""
     m, n = (96, 64) if run.quick else (11008, 4096)
     w = weights(run, m * n, torch.bfloat16).view(m, n)
@@ -106,11 +106,18 @@ def tiles(run: Run, tokens: tuple[int, ...] = (512, 4096)) -> None:
             figure(run, group, f"{case.name}, {rows} tokens / whole", case.name, whole)
         cases = [Case(bound, bare, m * n, 2)]
         for name in run.backends():
-            cases += [Case(f"+- by {count} rows {name}", ours(count, name), m * n, 2, eager=bound) for count in counts]
-        group = measure(run, Group(f"linear by tiles, idle to idle, {label}", cases, IdleToIdle(run.device)), 20, 3)
+            cases += [
+                Case(f"+- by {count} rows {name}", ours(count, name), m * n, 2, eager=bound)
+                for count in counts
+            ]
+        group = measure(
+            run, Group(f"linear by tiles, idle to idle, {label}", cases, IdleToIdle(run.device)), 20, 3
+        )
         for case in cases[1:]:
             figure(run, group, f"{case.name}, {rows} tokens / two F.linear", case.name, bound)
 
 
 def products(run: Run) -> None:
-    in_time(run, {"tiles": lambda: tiles(run), "linear": lambda: linears(run), "sketch": lambda: sketches(run)})
+    in_time(
+        run, {"tiles": lambda: tiles(run), "linear": lambda: linears(run), "sketch": lambda: sketches(run)}
+    )

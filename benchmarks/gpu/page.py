@@ -119,7 +119,14 @@ def steps(record: Record) -> list[str]:
             for cell in record.traces
             for method, one in cell["traces"].items()
         ]
-        head = ("model and tokens", "step", "kernels and copies", "busy ms", "busy % of the step", "host waits")
+        head = (
+            "model and tokens",
+            "step",
+            "kernels and copies",
+            "busy ms",
+            "busy % of the step",
+            "host waits",
+        )
         text += ["", "What a step puts on the device (torch.profiler):", "", *table(head, rows)]
     if record.memory:
         rows = [

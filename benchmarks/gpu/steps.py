@@ -1,5 +1,5 @@
-"""Whole steps: their time over the two bare forwards that they contain, their host time, their peak memory over
-inference, and what they put on the device.
+"""Whole steps: their time over the two bare forwards that they contain, their host time, their peak memory
+over inference, and what they put on the device.
 
 Models have published shapes and random weights, in bfloat16. Times run from an idle device to an idle device.
 A group's cases take turns; those that may not meet in one group, because one writes weights that another
@@ -226,7 +226,10 @@ def compiled(run: Run, model: str, cells: tuple = CELLS) -> None:
         if run.left < 10:
             run.skip(f"compiled steps of {label}", "the part's time was up")
             continue
-        run.attempt(f"compiled steps of {label}", lambda b=batch, n=length, at=label: compiled_cell(run, model, b, n, at))
+        run.attempt(
+            f"compiled steps of {label}",
+            lambda b=batch, n=length, at=label: compiled_cell(run, model, b, n, at),
+        )
         clean(run)
 
 

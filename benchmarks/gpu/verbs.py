@@ -83,7 +83,9 @@ def axpy(
     return verb
 
 
-def project(*losses: Sequence[float], clip: float = float("inf"), decay: float = 0.0, direct: bool = False) -> Callable[[Setting], None]:
+def project(
+    *losses: Sequence[float], clip: float = float("inf"), decay: float = 0.0, direct: bool = False
+) -> Callable[[Setting], None]:
     """Losses of some micro-batches, as three points; their stencil has two draws, or they are coefficients."""
 
     def verb(at: Setting) -> None:

@@ -447,7 +447,7 @@ def test_counters(quick, said, monkeypatch, tmp_path) -> None:
     tool = tmp_path / "ncu"
     write = 'while [ "$1" != --log-file ]; do shift; done\n'
     write += f"echo '{NCU}' > $2\n"
-    tool.write_text(f"#!/bin/sh\necho \"$@\" > {tmp_path}/asked\n{write}")
+    tool.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n{write}')
     tool.chmod(0o755)
     counters.counters(quick)
     assert (
@@ -717,8 +717,8 @@ def test_every_aim_and_prediction_of_a_step_is_measured(said, small_model, monke
     steps.steps(Run(said, "cpu", True), "OPT-1.3B")
     assert {f"{name}, graph" for name in steps.GRAPHED} < set(said.of("step")[0]["ratios"])
     host = predict_step.Host(1.0, {"master": 1.0, "paired": 1.0, "loop": 1.0})
-    times = {how: 1.0 for how in ("device", "eager", "graph")}
-    row = predict_step.Row("OPT-1.3B", 16, 256, times, {method: times for method in host.steps})
+    times = dict.fromkeys(("device", "eager", "graph"), 1.0)
+    row = predict_step.Row("OPT-1.3B", 16, 256, times, dict.fromkeys(host.steps, times))
     expected = {goal.key for goal in GOALS} | set(predict_page.row_figures(row))
     steps_alone = {as_tiny(key) for key in expected if "OPT" in key or "Llama" in key}
     assert len(steps_alone) >= 9 and steps_alone <= set(said.figures)
@@ -732,7 +732,9 @@ def test_a_graph_that_cannot_be_captured_leaves_the_others(said, small_model, mo
     monkeypatch.setattr(zokern, "graph", refused, raising=False)
     steps.steps(Run(said, "cpu", True), "OPT-1.3B")
     wrong = [name for name, problem in said.problems().items() if problem == "RuntimeError: a value was read"]
-    assert wrong == [f"{name} in a graph, OPT-tiny {size}: runs" for size in ("1x16", "2x32") for name in steps.GRAPHED]
+    assert wrong == [
+        f"{name} in a graph, OPT-tiny {size}: runs" for size in ("1x16", "2x32") for name in steps.GRAPHED
+    ]
     assert {"MeZO master", "eager MeZO"} < set(said.of("step")[0]["ratios"])
 
 
@@ -788,7 +790,9 @@ def test_a_trace_counts_what_overlaps_once() -> None:
 
 def test_a_trace_is_read_from_the_profiler_itself() -> None:
     """Its events on a CPU, which stands for the device: no FunctionEvent is made."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=False) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], acc_events=False
+    ) as profile:
         for _ in range(3):
             torch.ones(100).add_(1)
     events = profile.profiler.kineto_results.events()
@@ -1006,7 +1010,11 @@ def test_what_decides_is_measured_first() -> None:
     "wrong",
     [
         lambda: STAGES[:2] + STAGES[3:4] + STAGES[2:3] + STAGES[4:],  # verbs before steps
-        lambda: (STAGES[0], replace(STAGES[1], share=0.45, most=600.0), *STAGES[2:]),  # checks without a limit
+        lambda: (
+            STAGES[0],
+            replace(STAGES[1], share=0.45, most=600.0),
+            *STAGES[2:],
+        ),  # checks without a limit
         lambda: (*STAGES[:5], replace(STAGES[5], parts=STAGES[5].parts[::-1])),  # counters first
         lambda: (*STAGES[:2], replace(STAGES[2], share=0.2), *STAGES[3:]),  # steps that are cut short
     ],
@@ -1019,7 +1027,11 @@ def test_a_plan_that_measures_it_late_is_rejected(wrong) -> None:
 def test_a_part_may_be_quick_by_itself(worker, tmp_path, monkeypatch) -> None:
     asked = "import sys; open(sys.argv[3], 'w').write('[\"skip\", {\"name\": \"' + ' '.join(sys.argv) + '\"}]\\n')"
     monkeypatch.setattr(pool, "WORKER", (sys.executable, "-c", asked))
-    parts = [Part("small", "", "one", quick=True), Part("full", "", "two"), Part("twice", "", "three", quick=True)]
+    parts = [
+        Part("small", "", "one", quick=True),
+        Part("full", "", "two"),
+        Part("twice", "", "three", quick=True),
+    ]
     counts = {}
     for options in ((), ("--quick",)):
         for outcome in pool.run_parts(parts, 60, tmp_path, options):
@@ -1123,21 +1135,31 @@ def test_page() -> None:
         "| axpy_ normal cuda | 1 [0.9 1.2] | 9 | 3000 | 91 | 5.50 | 4 |" in lines
         and "| another | 3.00 |" in lines
     )
-    assert "| OPT-1.3B 1x16 | MeZO scratch | 77 | 2.00 | 50 | 3 |" in lines and "| MeZO scratch, OPT-1.3B 1x16 | 3072 | 64 | 60 |" in lines
+    assert (
+        "| OPT-1.3B 1x16 | MeZO scratch | 77 | 2.00 | 50 | 3 |" in lines
+        and "| MeZO scratch, OPT-1.3B 1x16 | 3072 | 64 | 60 |" in lines
+    )
     assert "| axpy_ normal cuda: axpy<0> | 310 us |  |  |  |  |  |" in lines
     assert lines.index("| goal | must reach | measured |  |") < lines.index("## Correctness")
 
 
 def test_page_compares_predictions_first(monkeypatch) -> None:
     """Line by line, before everything else; a figure that was not measured says so."""
-    told = {"axpy_ cuda / copy": 100.0, "MeZO scratch OPT-1.3B 1x16 / forwards": 2.0, "MeZO paired Llama-1B 1x16 / forwards": 1.2}
+    told = {
+        "axpy_ cuda / copy": 100.0,
+        "MeZO scratch OPT-1.3B 1x16 / forwards": 2.0,
+        "MeZO paired Llama-1B 1x16 / forwards": 1.2,
+    }
     monkeypatch.setattr(predicted, "read", lambda: told)
     lines = page.page(made_up()).splitlines()
     assert "| axpy_ cuda / copy | 100.00 | 91.00 | 0.91 |" in lines
     assert "| MeZO scratch OPT-1.3B 1x16 / forwards | 2.00 | 2.50 | 1.25 |" in lines
     assert "| MeZO paired Llama-1B 1x16 / forwards | 1.20 | - | not measured |" in lines
     head = lines.index("| prediction and measurement | predicted | measured | measured / predicted |")
-    assert head < lines.index("| goal | must reach | measured |  |") and sum("| 1.20 |" in line for line in lines) == 1
+    assert (
+        head < lines.index("| goal | must reach | measured |  |")
+        and sum("| 1.20 |" in line for line in lines) == 1
+    )
     monkeypatch.setattr(predicted, "read", dict)
     assert "prediction and measurement" not in page.page(made_up())
 
@@ -1215,7 +1237,7 @@ case "$*" in
   *benchmarks.gpu*) exit {code};;
 esac
 """
-# what does not compile, as ZOKERN_BUILD_CUDA and ZOKERN_BUILD_CPU of the builds that fail; how often it is built
+# what does not compile: ZOKERN_BUILD_CUDA and ZOKERN_BUILD_CPU of the builds that fail, and their number
 BUILDS = {"nothing": ("none", 1), "csrc/*.cu": ("''", 2), "csrc/*.cpp": ("''|0", 3)}
 
 

@@ -118,7 +118,7 @@ def test_budget_of_a_gpu(free: int, low: int, high: int, monkeypatch) -> None:
 
 @pytest.mark.parametrize("free", [100 * GIB, GIB])
 def test_all_sides_of_a_pass_are_copied_at_once_where_there_is_room(free: int, monkeypatch) -> None:
-    """Two launches for the model, of 16 bits and of vectors in float32; a quarter of 1 GB does not hold it."""
+    """Two launches for the model, of 16 bits and of vectors in float32; 256 MB do not hold it."""
     monkeypatch.setattr(devices, "free_memory", lambda device: free)
     recorder = Recorder()
     made = copies.Copies(plan_of(LLAMA, recorder), BOTH, room := Arena())

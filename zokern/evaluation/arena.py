@@ -31,8 +31,8 @@ class Arena:
         self.peak = self.renewals = 0
 
     def settle_budget(self, device: torch.device, wanted: int, enough: int) -> None:
-        """Sets the budget of a device to what is wanted if its free memory allows that, else to what is enough,
-        as far as it goes. It never shrinks."""
+        """Sets the budget of a device to what is wanted if its free memory allows that, else to what is
+        enough, as far as it goes. It never shrinks."""
         if wanted <= self.wanted.get(device, 0):
             return
         self.wanted[device] = wanted

@@ -38,8 +38,8 @@ from .standin import standing_in
 class Paired(Scratch):
     """Evaluation of all points of a step in one pass.
 
-    budget  bytes of reused memory per device, as in Scratch; None: on a GPU copies of all sides, where a quarter
-            of what is free holds them. Activations of all sides live at once too
+    budget  bytes of reused memory per device, as in Scratch; None: on a GPU copies of all sides, where a
+            quarter of what is free holds them. Activations of all sides live at once too
     sides   most sides in one pass; more points take several passes
     check   as in Scratch"""
 
