@@ -1119,7 +1119,8 @@ def made_up() -> Record:
     return record
 
 
-def test_page() -> None:
+def test_page(monkeypatch) -> None:
+    monkeypatch.setattr(predicted, "read", dict)
     text = page.page(made_up(), ["verbs.png"])
     lines = text.splitlines()
     assert lines[0] == "# MADE UP H100" and "The goals below were set for an H200." in lines
@@ -1178,7 +1179,8 @@ def test_page_without_plots_says_why() -> None:
     assert "No plots: matplotlib is not installed here." in page.page(record)
 
 
-def test_page_of_nothing() -> None:
+def test_page_of_nothing(monkeypatch) -> None:
+    monkeypatch.setattr(predicted, "read", dict)
     text = page.page(Record())
     assert (
         text.startswith("# No device")
