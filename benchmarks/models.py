@@ -57,13 +57,22 @@ def _build(name: str) -> nn.Module:
         return OPTForCausalLM(
             OPTConfig(hidden_size=5120, num_hidden_layers=40, ffn_dim=20480, num_attention_heads=40)
         )
+    if name == "Llama-1B":  # the shapes of Llama-3.2-1B
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        return LlamaForCausalLM(
+            LlamaConfig(
+                hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+                num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=True,
+            )
+        )  # fmt: skip
     if name == "Llama-7B":
         from transformers import LlamaConfig, LlamaForCausalLM
 
         return LlamaForCausalLM(LlamaConfig())  # transformers' default
     raise ValueError(
         f"no model {name!r}; expected OPT-125M, OPT-350M, Qwen2-0.5B, OPT-tiny, Llama-narrow, OPT-1.3B, "
-        "Llama-7B or OPT-13B"
+        "Llama-1B, Llama-7B or OPT-13B"
     )
 
 

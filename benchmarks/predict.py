@@ -1,5 +1,6 @@
 """What the machine code says the GPU kernels should take, per 1e9 weights: `python -m benchmarks.predict`.
-Needs nvcc, no GPU.
+Needs nvcc, no GPU. It ends with whole steps (predict_step.py), and writes benchmarks/results/predicted.md;
+`--steps` prints those alone, for one device.
 
 Every figure is predicted from the machine code of the present tree, not measured. The model, per
 multiprocessor quarter (it issues one warp instruction a clock; 32 lanes at 16, 8 or 4 a clock take 2, 4 or 8
@@ -28,7 +29,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -240,13 +241,13 @@ PRODUCTS = tuple(
 SOURCES = {"kernels": ("elementwise", "axpy"), "updates": ("update",), "products": ("lowrank",)}
 
 
-def code_of_the_tree() -> dict[str, dict[str, sass.Function]]:
+def code_of_the_tree(architectures: Sequence[str]) -> dict[str, dict[str, sass.Function]]:
     """Every kernel by architecture: from the built module where it is newer than the sources, compiled
     otherwise."""
     code: dict[str, dict[str, sass.Function]] = {}
     for namespace, stems in SOURCES.items():
         for arch, functions in sass.machine_code(
-            tuple(sass.CSRC / f"{stem}.cu" for stem in stems), namespace
+            tuple(sass.CSRC / f"{stem}.cu" for stem in stems), namespace, architectures
         ).items():
             code.setdefault(arch, {}).update(functions)
     return code
@@ -285,7 +286,16 @@ def table(
 def main() -> None:
     if (reason := sass.missing()) is not None:
         raise SystemExit(f"benchmarks.predict reads machine code: {reason}")
-    print("\n".join(table(code_of_the_tree(), cases=[*CASES, *UPDATES, *PRODUCTS])))
+    from . import predict_page, predict_step
+
+    device = DEVICES[0]
+    code = code_of_the_tree((device.arch,) if "--steps" in sys.argv[1:] else sass.ARCHITECTURES)
+    if len(code) > 1:
+        print("\n".join(table(code, cases=[*CASES, *UPDATES, *PRODUCTS])))
+    works = {case.name: case.work(code[device.arch]) for case in (*CASES, *PRODUCTS)}
+    rows, parts = predict_step.rows(works, device)
+    predict_page.write(rows, parts, works, device)
+    print("\n" + predict_page.page(rows, parts, device))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ median of the rounds' ratios. A step has a process of its own, where it takes tu
 The ratio of two steps is the quotient of their ratios to these (`benchmarks/steps.py`)."""
 
 
-def _cpu() -> tuple[str, str]:
+def processor() -> tuple[str, str]:
     """Model name and present clock of the first core, as the system tells them."""
     try:
         text = Path("/proc/cpuinfo").read_text()
@@ -56,7 +56,7 @@ def commit() -> str:
 def machine(command: str) -> dict[str, str]:
     from zokern.backends import cpu
 
-    name, clock = _cpu()
+    name, clock = processor()
     return {
         "cpu": name,
         "clock": clock,

@@ -3,9 +3,9 @@
 // math       theta <- round(decay theta + sum_k a_k z_k), as in elementwise.h
 // traffic    bf16: 2 B read and 2 B written per element, again for every 17 to 32 terms of a replay
 // work       instructions of the whole loop per element, on sm_90, nvcc 13.0:
-//            one term      normal 24.4 (16-bit) and 23.9 (float32), rademacher 7.0 and 6.0. Eight normals
+//            one term      normal 24.4 (16-bit) and 23.6 (float32), rademacher 7.0 and 6.0. Eight normals
 //                          take 195, and 143 of these are products and float arithmetic of the stream
-//            more          a decay adds 1.1, stochastic rounding to bf16 adds 7.1, residual adds 12.6
+//            more          a decay adds 1.1, stochastic rounding to bf16 adds 7.1, residual adds 12.5
 //            many terms    21.0 a term in groups of four, 21.9 for each term that is left over. A sum adds
 //                          7.1, or 13.8 if its rounding is stochastic
 //            replay        one-term steps: 23.7 a step in groups of four, 24.5 for each step that is left

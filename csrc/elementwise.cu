@@ -2,7 +2,7 @@
 //
 // math     elementwise.h: float32 inside, one rounding. axpy.cu has the kernels of axpy_
 // traffic  draw: one write per element. perturb: bf16 2 B read and one write for each side. z moves no bytes
-// work     perturb with both signs, instructions of the whole loop per element, on sm_90: normal 26.1
+// work     perturb with both signs, instructions of the whole loop per element, on sm_90: normal 26.3
 //          (16-bit), rademacher 7.9. At most 64 registers, 80 for perturb. No spill on sm_80 to sm_120:
 //          tests/kernels_cuda/test_sass.py, `python -m benchmarks.predict`, nvcc 13.0
 // scaled   a list with factors of z has kernels of its own. The others hold no instruction for factors

@@ -36,7 +36,7 @@ class LowBits:
                     "rounding='stochastic'"
                 )
             # never read: float32 has no low bits to keep
-            return torch.empty(0, dtype=torch.int16, device="cpu")
+            return torch.empty(0, dtype=torch.int16, device=tensor.device)
         state = self.states[tensor]
         if "residual" not in state:
             state["residual"] = torch.zeros(tensor.shape, dtype=torch.int16, device=tensor.device)

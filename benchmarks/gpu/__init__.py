@@ -1,10 +1,12 @@
 """`make gpu`: is what was proven without a GPU true on one, and how fast is it? One command, under ten
 minutes.
 
-    correctness   every verb, backends cuda and triton, bit for bit against the CPU    verbs, checks, large,
-                  replay, graphs, memcheck
+    correctness   verbs, backends cuda and triton, bit for bit against the CPU         verbs, checks, replay,
+                  graphs
+    steps         whole steps over their two forwards, host, memory, kernels           steps, trace
     verbs         GB/s, share of a copy; eager PyTorch, torch.compile, addmm_ beside   dense, factors, linear
-    steps         whole steps over their two forwards, peak memory, kernels            steps
+    thorough      the suite, large tensors, compute-sanitizer                          checks, large, memcheck
+    more          larger models, hardware counters                                     steps, counters
 
 `python -m benchmarks.gpu` runs the parts that plan.py lists, each in a process of its own (worker.py): a
 fault of one part leaves the others a device that works, and a part past its time is stopped with what it has

@@ -1,4 +1,5 @@
-"""`python -m benchmarks.gpu`: check and measure on this machine's GPU. `make gpu` builds first.
+"""`python -m benchmarks.gpu`: check and measure on this machine's GPU. `make gpu` builds first. What is
+printed last compares each prediction of benchmarks/results/predicted.md with what was measured.
 
 Exit code 0: everything that was checked is right, or there is no GPU and nothing was done but saying so. 1: a
 check failed, a part crashed, or a part of the correctness stage was not through in its time. 2: the arguments
@@ -45,7 +46,7 @@ def tell(stages: tuple[Stage, ...], seconds: float, reason: str) -> None:
     )
     left = seconds
     for stage in stages:
-        budget = stage.share * left
+        budget = stage.budget(left)
         longest = sum(part.seconds for part in stage.parts) if not stage.together else budget
         left -= min(budget, longest)
         say(
@@ -65,6 +66,7 @@ def run(
 ) -> int:
     """Every stage, the record written after each part; 1 where something is wrong."""
     from . import pool
+    from .page import PREDICTED
     from .record import Record
 
     begun, record, whole = (
@@ -75,7 +77,7 @@ def run(
     stop = begun + seconds - RESERVE
     with tempfile.TemporaryDirectory() as scratch:
         for stage in stages:
-            budget = stage.share * max(0.0, stop - time.monotonic())
+            budget = stage.budget(stop - time.monotonic())
             say(
                 f"[{time.monotonic() - begun:5.0f} s] stage {stage.name}: {len(stage.parts)} parts, up to "
                 f"{budget:.0f} s"
@@ -97,6 +99,10 @@ def run(
                         say(f"    FAILED {fields['name']}: {fields['problem'][:300]}")
                     elif kind == "skip":
                         say(f"    not run: {fields['name']}: {fields['why']}")
+    print("{:66} {:>9} {:>9}  {}".format(*PREDICTED))
+    for row in record.predictions():
+        print("{:66} {:>9} {:>9}  {}".format(*row))
+    print()
     for row in record.goals():
         print("{:78} {:>10} {:>10}  {}".format(*row))
     wrong = record.failures()

@@ -1,6 +1,6 @@
 """Hardware counters of our kernels, by Nsight Compute where it is installed: what a shortfall is made of.
 
-One launch of each kernel of PROBES is profiled, after a first one that compiles and uploads. The clocks are
+One launch of each kernel is profiled, after a first one that compiles and uploads. The clocks are
 left as they are.
 """
 
@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import csv
 import io
+import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -39,11 +42,12 @@ SHOWN = (
     "Achieved Occupancy",
     "Registers Per Thread",
 )  # on the page
+RESERVE = 2.0  # seconds for reading what the tool wrote
 FOREIGN = ("at::", "cub::", "void at", "Memset", "memcpy")  # torch's own kernels between ours
 
 
-def probes(run: Run) -> dict[str, Callable[[], object]]:
-    """Label, and a call that launches one kernel of ours."""
+def probes(run: Run, chosen: str) -> dict[str, Callable[[], object]]:
+    """Label, and a call that launches one kernel of ours, on one backend."""
     n = 1 << 12 if run.quick else 1 << 28
     w = weights(run, n, torch.bfloat16)
     sides = [[torch.empty_like(w)] for _ in "+-"]
@@ -52,6 +56,8 @@ def probes(run: Run) -> dict[str, Callable[[], object]]:
     factors = {rank: [torch.randn(side, rank, device=run.device) for _ in ws] for rank in (16, 128)}
     calls: dict[str, Callable[[], object]] = {}
     for name, backend in run.backends().items():
+        if name != chosen:
+            continue
         passes = Passes(backend, [w])
         calls |= {
             f"axpy_ normal {name}": passes.axpy(),
@@ -65,9 +71,9 @@ def probes(run: Run) -> dict[str, Callable[[], object]]:
     return calls
 
 
-def probe(run: Run) -> None:
+def probe(run: Run, backend: str) -> None:
     """What is profiled."""
-    for name, call in probes(run).items():
+    for name, call in probes(run, backend).items():
         call()
         if run.device == "cuda":
             torch.cuda.synchronize()
@@ -98,47 +104,45 @@ def parse(text: str, labels: list[str]) -> list[dict]:
 
 
 def counters(run: Run) -> None:
+    """Profiles one backend after the other. What the tool has written is kept when its time is up."""
     tool = shutil.which("ncu") or shutil.which("/usr/local/cuda/bin/ncu")
     if tool is None:
         return run.skip("hardware counters", "ncu (Nsight Compute) is not installed here")
+    for name in run.backends():
+        profile(run, tool, name)
+    return None
+
+
+def profile(run: Run, tool: str, name: str) -> None:
+    """Runs the tool on the probes of a backend, with its output in a file, and says what stands there."""
     with tempfile.TemporaryDirectory() as folder:
-        said = Path(folder, "said")
-        worker = [
-            sys.executable,
-            "-m",
-            "benchmarks.gpu.worker",
-            "counters:probe",
-            "{}",
-            str(said),
-            "--device",
-            run.device,
-        ]
+        said, log = Path(folder, "said"), Path(folder, "log")
+        worker = [sys.executable, "-m", "benchmarks.gpu.worker", "counters:probe", json.dumps({"backend": name}),
+                  str(said), "--device", run.device]  # fmt: skip
         sections = [word for section in SECTIONS for word in ("--section", section)]
-        command = [
-            tool,
-            "--csv",
-            "--page",
-            "details",
-            "--clock-control",
-            "none",
-            "--profile-from-start",
-            "off",
-            *sections,
-            *worker,
-        ]
-        try:
-            done = subprocess.run(
-                command, cwd=ROOT, capture_output=True, text=True, timeout=max(1.0, min(run.left, 1e6))
-            )
-        except subprocess.TimeoutExpired:
-            return run.skip("hardware counters", "ncu did not finish in the time that was left")
-        labels = [fields["name"] for kind, fields in read(said) if kind == "probe"]
-    found = parse(done.stdout, labels)
-    if not found:
-        return run.skip(
-            "hardware counters",
-            f"ncu gave none (exit {done.returncode}): {(done.stdout + done.stderr).strip()[-300:]}",
+        command = [tool, "--csv", "--page", "details", "--clock-control", "none", "--profile-from-start", "off",
+                   "--log-file", str(log), *sections, *worker]  # fmt: skip
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
         )
+        try:
+            output, how = process.communicate(timeout=max(1.0, min(run.left - RESERVE, 1e6)))[0], "ended"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, how = process.communicate()[0], "did not finish in the time that was left"
+        labels = [fields["name"] for kind, fields in read(said) if kind == "probe"]
+        found = parse(log.read_text() if log.exists() else "", labels)
     for kernel in found:
         run.say("counters", **kernel)
-    return None
+    if how != "ended":
+        run.skip(f"hardware counters of {name}", f"ncu {how}; {len(found)} kernels are kept")
+    elif not found:
+        run.skip(
+            f"hardware counters of {name}",
+            f"ncu gave none (exit {process.returncode}): {output.strip()[-300:]}",
+        )

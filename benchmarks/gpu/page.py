@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from .record import Record
 
 MIB = 1 << 20
+PREDICTED = ("prediction and measurement", "predicted", "measured", "measured / predicted")
 COLUMNS = (
     ("gb_per_s", "GB/s", ".0f"), ("percent_of_copy", "% of copy", ".0f"), ("times_eager", "x eager", ".2f"),
     ("bytes_per_element", "B/el", "d"),
@@ -27,7 +28,7 @@ def cell(text: str) -> str:
 
 
 def page(record: Record, pictures: Sequence[str] = ()) -> str:
-    text = [*head(record), *goals(record), *checks(record)]
+    text = [*head(record), *predictions(record), *goals(record), *checks(record)]
     if record.device.get("matplotlib") == "absent":
         text += ["", "No plots: matplotlib is not installed here."]
     for name in pictures:
@@ -62,6 +63,12 @@ def head(record: Record) -> list[str]:
     if "H200" not in d["name"]:
         lines += ["", "The goals below were set for an H200."]
     return lines
+
+
+def predictions(record: Record) -> list[str]:
+    """Every figure of benchmarks/results/predicted.md, line by line."""
+    rows = record.predictions()
+    return ["", *table(PREDICTED, rows)] if rows else []
 
 
 def goals(record: Record) -> list[str]:
@@ -99,23 +106,28 @@ def steps(record: Record) -> list[str]:
         for step in record.steps
     ]
     text = ["", "## Steps: time over two bare forwards", "", *table(("model", "tokens", *names), rows)]
-    counted = [step for step in record.steps if step.get("kernels")]
-    if counted:
-        kinds = list(dict.fromkeys(name for step in counted for name in step["kernels"]))
+    if record.traces:
         rows = [
             [
-                step["model"],
-                f"{step['batch']}x{step['length']}",
-                *(str(step["kernels"].get(n, "")) for n in kinds),
+                f"{cell['model']} {cell['batch']}x{cell['length']}",
+                method,
+                str(one["kernels"]),
+                f"{1e3 * one['busy']:.2f}",
+                f"{100 * one['share']:.0f}",
+                str(one["waits"]),
             ]
-            for step in counted
+            for cell in record.traces
+            for method, one in cell["traces"].items()
         ]
-        text += [
-            "",
-            "Kernels and copies on the device, of one step (torch.profiler):",
-            "",
-            *table(("model", "tokens", *kinds), rows),
-        ]
+        head = (
+            "model and tokens",
+            "step",
+            "kernels and copies",
+            "busy ms",
+            "busy % of the step",
+            "host waits",
+        )
+        text += ["", "What a step puts on the device (torch.profiler):", "", *table(head, rows)]
     if record.memory:
         rows = [
             [m["name"], *(f"{m[key] / MIB:.0f}" for key in ("forward", "extra", "scratch"))]

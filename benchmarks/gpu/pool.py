@@ -53,6 +53,7 @@ class Process:
         self.said, self.log = folder / f"{number}.jsonl", folder / f"{number}.log"
         command = [*WORKER, part.call, json.dumps(dict(part.options)), str(self.said)]
         command += ["--seconds", str(max(1.0, seconds - GRACE)), *options]
+        command += ["--quick"] if part.quick and "--quick" not in options else []
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
                 command,

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from .. import predicted
 from . import ROOT
 from .goals import GOALS
 from .pool import Outcome
@@ -18,6 +19,7 @@ LISTS = {
     "skip": "skips",
     "group": "groups",
     "step": "steps",
+    "trace": "traces",
     "memory": "memory",
     "counters": "counters",
 }
@@ -33,6 +35,7 @@ class Record:
         self.skips: list[dict[str, Any]] = []
         self.groups: list[dict[str, Any]] = []
         self.steps: list[dict[str, Any]] = []
+        self.traces: list[dict[str, Any]] = []
         self.memory: list[dict[str, Any]] = []
         self.counters: list[dict[str, Any]] = []
 
@@ -75,6 +78,15 @@ class Record:
             rows.append(
                 (goal.what, f"{'>=' if goal.at_least else '<='} {goal.bound:g} {goal.unit}", shown, verdict)
             )
+        return rows
+
+    def predictions(self) -> list[tuple[str, str, str, str]]:
+        """What, predicted, measured, the second over the first: every figure that was predicted."""
+        rows = []
+        for key, bound in predicted.read().items():
+            value = self.figures.get(key)
+            found = ("-", "not measured") if value is None else (f"{value:.2f}", f"{value / bound:.2f}")
+            rows.append((key, f"{bound:.2f}", *found))
         return rows
 
     def folder(self, whole: bool = True) -> Path:

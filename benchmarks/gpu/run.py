@@ -4,7 +4,8 @@ line.
     check    name, problem (None where it passed), seconds    skip     name, why
     group    title, rows (those of measure.Group.rows)        figure   key, value: what goals.py judges, and
              others
-    step     model, batch, length, tokens, ratios, kernels    memory   name, forward, extra, scratch: bytes
+    step     model, batch, length, tokens, ratios             memory   name, forward, extra, scratch: bytes
+    trace    model, batch, length, traces (trace.py) by method
     device   facts by name                                    counters name (of a kernel), metrics
 
 Record (record.py) is the one reader of these lines.

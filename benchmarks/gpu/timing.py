@@ -58,18 +58,21 @@ class Events:
         return start.elapsed_time(stop) / 1e3
 
 
-def idle_to_idle(device: str) -> Callable[[Callable[[], Any]], float]:
-    """The wall clock around a call, the device idle before and after it."""
+class IdleToIdle:
+    """The wall clock around a call, the device idle before and after it. What the host takes until the call
+    returns is kept by call: `host`."""
 
-    def timer(call: Callable[[], Any]) -> float:
-        def through() -> None:
-            call()
-            synchronize(device)
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.host: dict[Callable[[], Any], float] = {}
 
-        synchronize(device)
-        return wall(through)
-
-    return timer
+    def __call__(self, call: Callable[[], Any]) -> float:
+        synchronize(self.device)
+        begun = time.perf_counter()
+        call()
+        self.host[call] = time.perf_counter() - begun
+        synchronize(self.device)
+        return time.perf_counter() - begun
 
 
 def timer_of(run: Run) -> Callable[[Callable[[], Any]], float]:

@@ -10,7 +10,20 @@ import torch
 from torch import Tensor
 
 from zokern import gemm
-from zokern.backends import STATES, Backend, Batch, Noise, Outer, Sides, Span, Terms, Thin, Update, Weight
+from zokern.backends import (
+    STATES,
+    Backend,
+    Batch,
+    Noise,
+    Outer,
+    Projection,
+    Sides,
+    Span,
+    Terms,
+    Thin,
+    Update,
+    Weight,
+)
 from zokern.directions import resolve
 
 SEED, STEP = 0x9E3779B97F4A7C15, 11
@@ -66,6 +79,22 @@ def axpy(
                 Terms(coeffs, decay, each),
             )
         )
+
+    return verb
+
+
+def project(
+    *losses: Sequence[float], clip: float = float("inf"), decay: float = 0.0, direct: bool = False
+) -> Callable[[Setting], None]:
+    """Losses of some micro-batches, as three points; their stencil has two draws, or they are coefficients."""
+
+    def verb(at: Setting) -> None:
+        def doubles(values: Sequence) -> Tensor:
+            return torch.tensor(values, dtype=torch.float64, device=at.device)
+
+        weights = None if direct else doubles([[0.5, -0.5, 0.0], [1.0, 0.0, -1.0]])
+        scalars = doubles([1e-3, 2e-3, decay, clip, -1.0, 3.0])
+        at.results += at.backend.project(Projection(doubles(losses), weights, scalars))
 
     return verb
 
@@ -213,6 +242,10 @@ VERBS: dict[str, Callable[[Setting], None]] = {
     "update_ momentum, residual": update("momentum", 1, "residual"),
     "update_ adam K=2, stochastic": update("adam", 2, "stochastic"),
     "update_ adam": update("adam"),
+    "project": project([2.25, 2.125, 2.1875]),
+    "project, micro-batches, clip, decay": project([2.3, 2.1, 2.2], [1.9, 1.7, 2.0], clip=30.0, decay=0.1),
+    "project, not finite": project([2.3, float("inf"), 2.2], decay=0.1),
+    "project, coefficients": project([0.7, -3.1, 1e-30], direct=True),
     "perturb one side": perturb(sides=1),
     "perturb both sides": perturb(),
     "perturb both sides, rademacher": perturb("rademacher"),

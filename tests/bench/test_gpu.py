@@ -10,10 +10,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +23,7 @@ import conformance
 import pytest
 import torch
 
+import zokern
 from zokern import backends
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,6 +32,7 @@ from wrong import Patched  # noqa: E402
 from wrong.addressing import ClockOnce  # noqa: E402
 
 import benchmarks.gpu  # noqa: E402
+from benchmarks import eager, predict_page, predict_step, predicted  # noqa: E402
 from benchmarks.gpu import __main__ as command  # noqa: E402
 from benchmarks.gpu import (  # noqa: E402
     checks,
@@ -46,9 +50,10 @@ from benchmarks.gpu import (  # noqa: E402
     rules,
     steps,
     timing,
+    trace,
 )
 from benchmarks.gpu.goals import GOALS  # noqa: E402
-from benchmarks.gpu.plan import STAGES, Part, Stage  # noqa: E402
+from benchmarks.gpu.plan import SECONDS, STAGES, Part, Stage  # noqa: E402
 from benchmarks.gpu.pool import Outcome  # noqa: E402
 from benchmarks.gpu.record import Record  # noqa: E402
 from benchmarks.gpu.run import Run, judge  # noqa: E402
@@ -135,6 +140,11 @@ class Around:
         count = RIGHT.lowrank_(batch, *rest)
         self.after(batch.tensors)
         return count
+
+    def project(self, projection):
+        found = RIGHT.project(projection)
+        self.after([found.amounts])
+        return found
 
     def after(self, written) -> None:
         self.calls += 1
@@ -436,15 +446,19 @@ def test_counters(quick, said, monkeypatch, tmp_path) -> None:
         counters.parse(NCU, ["one"])[0]["name"] == "void axpy<0>(Job)"
         and counters.parse("==ERROR== no", []) == []
     )
-    counters.probe(quick)
+    counters.probe(quick, "cpu")
     assert len(said.of("probe")) == 8
+    counters.probe(quick, "cuda")
+    assert len(said.of("probe")) == 8, "of one backend"
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(
         counters.shutil, "which", lambda name, which=shutil.which: which(name) if "/" not in name else None
     )
     counters.counters(quick)
     tool = tmp_path / "ncu"
-    tool.write_text(f"#!/bin/sh\necho \"$@\" > {tmp_path}/asked\necho '{NCU}'\n")
+    write = 'while [ "$1" != --log-file ]; do shift; done\n'
+    write += f"echo '{NCU}' > $2\n"
+    tool.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n{write}')
     tool.chmod(0o755)
     counters.counters(quick)
     assert (
@@ -455,6 +469,12 @@ def test_counters(quick, said, monkeypatch, tmp_path) -> None:
     tool.write_text("#!/bin/sh\necho 'Failed to initialize the profiler: LibraryNotLoaded'\nexit 1\n")
     counters.counters(quick)
     assert "LibraryNotLoaded" in said.of("skip")[1]["why"]
+    said.lines.clear()
+    tool.write_text(f"#!/bin/sh\n{write}while :; do :; done\n")
+    begun = time.monotonic()
+    counters.counters(Run(said, "cpu", True, until=begun + 3.5))
+    assert time.monotonic() - begun < 20 and len(said.of("counters")) == 2, "what was written is kept"
+    assert "2 kernels are kept" in said.of("skip")[0]["why"]
 
 
 # Times: the arithmetic --------------------------------------------------------------------------------------
@@ -528,7 +548,7 @@ def test_a_method_that_cannot_run_leaves_the_others(said, small_model, monkeypat
     assert [name for name, problem in said.problems().items() if problem] == [
         f"memory of MeZO inplace, OPT-tiny {size}: runs" for size in ("1x16", "2x32")
     ]
-    assert len(said.of("memory")) == 8 and len(said.of("step")) == 2
+    assert len(said.of("memory")) == 10 and len(said.of("step")) == 2
 
 
 def test_events_bracket_the_call_alone(monkeypatch) -> None:
@@ -642,8 +662,14 @@ def test_products(quick, said, monkeypatch) -> None:
     monkeypatch.setattr(linear, "timer_of", lambda run: Ticks({"bare": 2e-3, "alone": 4e-3}))
     linear.products(quick)
     names = ("linear +- dense cpu, 16 tokens", "linear +- rank 8 cpu, 16 tokens")
-    assert said.figures == pytest.approx({f"{name} / two F.linear": 0.5 for name in names})
-    assert len(said.of("group")) == 2 and said.of("group")[0]["rows"][1]["times_eager"] == pytest.approx(2)
+    expected = {f"{name} / two F.linear": 0.5 for name in names}
+    assert {key: said.figures[key] for key in expected} == pytest.approx(expected)
+    tiles = {f"mm of {rows} rows, 512 tokens / whole": 1.0 for rows in (32, 33)}
+    assert {key: said.figures[key] for key in tiles} == pytest.approx(tiles)
+    swept = {f"+- by {rows} rows cpu, 512 tokens / two F.linear" for rows in (32, 33, 96)}
+    assert set(said.figures) == {*expected, *tiles, *swept}
+    (by_tiles,) = [group for group in said.of("group") if "idle to idle" in group["title"]]
+    assert len(said.of("group")) == 4 and all("host_ms" in row for row in by_tiles["rows"])
 
 
 @pytest.fixture
@@ -666,7 +692,9 @@ def small_model(monkeypatch):
 def test_steps(said, small_model) -> None:
     steps.steps(Run(said, "cpu", True), "OPT-1.3B")
     (first, second) = said.of("step")
-    assert set(first["ratios"]) == {*steps.WAYS, "SubZero", "eager MeZO"} == set(second["ratios"])
+    graphs = {f"{name}, graph" for name in steps.GRAPHED} if hasattr(zokern, "graph") else set()
+    expected = {*steps.DENSE, *steps.FACTORED, "eager MeZO", *graphs}
+    assert set(first["ratios"]) == expected == set(second["ratios"])
     assert all(ratio > 0 for ratio in first["ratios"].values()) and (first["tokens"], second["tokens"]) == (
         16,
         64,
@@ -676,12 +704,123 @@ def test_steps(said, small_model) -> None:
     )
     assert (
         all(line["scratch"] > 0 for line in said.of("memory") if "scratch" in line["name"])
-        and len(said.of("memory")) == 10
+        and len(said.of("memory")) == 12
     )
-    keys = {key.replace("OPT-tiny 1x16", "OPT-1.3B 16x256") for key in said.figures}
-    assert {
-        goal.key for goal in GOALS if goal.key.endswith("16x256 / forwards") or "memory" in goal.key
-    } <= keys
+    (trace, _) = said.of("trace")
+    assert set(trace["traces"]) == {"two forwards", *steps.DENSE, *steps.FACTORED}
+    assert all("host_ms" in row for group in said.of("group") for row in group["rows"])
+    assert hasattr(zokern, "graph") or "zokern.graph is missing" in said.of("skip")[0]["why"]
+
+
+def as_tiny(key: str) -> str:
+    """The key of a figure of a published model as the small one's."""
+    return re.sub(r"(OPT|Llama)-[0-9.]+B [0-9]+x[0-9]+", "OPT-tiny 1x16", key)
+
+
+def graph_on_the_cpu(optimizer, closure):
+    """What zokern.graph is without a GPU: the same code, run each time."""
+    return lambda: zokern.step(optimizer, closure)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_aim_and_prediction_of_a_step_is_measured(said, small_model, monkeypatch) -> None:
+    monkeypatch.setattr(zokern, "graph", graph_on_the_cpu, raising=False)
+    steps.steps(Run(said, "cpu", True), "OPT-1.3B")
+    assert {f"{name}, graph" for name in steps.GRAPHED} < set(said.of("step")[0]["ratios"])
+    host = predict_step.Host(1.0, {"master": 1.0, "paired": 1.0, "loop": 1.0})
+    times = dict.fromkeys(("device", "eager", "graph"), 1.0)
+    row = predict_step.Row("OPT-1.3B", 16, 256, times, dict.fromkeys(host.steps, times))
+    expected = {goal.key for goal in GOALS} | set(predict_page.row_figures(row))
+    steps_alone = {as_tiny(key) for key in expected if "OPT" in key or "Llama" in key}
+    assert len(steps_alone) >= 9 and steps_alone <= set(said.figures)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_graph_that_cannot_be_captured_leaves_the_others(said, small_model, monkeypatch) -> None:
+    def refused(optimizer, closure):
+        raise RuntimeError("a value was read")
+
+    monkeypatch.setattr(zokern, "graph", refused, raising=False)
+    steps.steps(Run(said, "cpu", True), "OPT-1.3B")
+    wrong = [name for name, problem in said.problems().items() if problem == "RuntimeError: a value was read"]
+    assert wrong == [
+        f"{name} in a graph, OPT-tiny {size}: runs" for size in ("1x16", "2x32") for name in steps.GRAPHED
+    ]
+    assert {"MeZO master", "eager MeZO"} < set(said.of("step")[0]["ratios"])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_steps(said, small_model, monkeypatch) -> None:
+    """With a compiler that hands back what it is given: what is called, and what is said."""
+    made: list[object] = []
+    monkeypatch.setattr(steps.torch, "compile", lambda function, dynamic: made.append(function) or function)
+    monkeypatch.setattr(steps.nn.Module, "compile", lambda self: made.append(type(self).__name__))
+    steps.compiled(Run(said, "cpu", True), "Llama-1B")
+    assert made == ["Block", eager.perturbed, eager.updated] and not said.of("check")
+    names = [row["name"] for group in said.of("group") for row in group["rows"]]
+    assert names == ["two forwards, compiled", "two forwards", "MeZO master, compiled",
+                     "two forwards, compiled", "eager MeZO, compiled"]  # fmt: skip
+    assert set(said.figures) == {
+        "two forwards, compiled OPT-tiny 1x16 / forwards", "MeZO master, compiled OPT-tiny 1x16 / compiled forwards",
+        "eager MeZO, compiled OPT-tiny 1x16 / compiled forwards",
+    }  # fmt: skip
+
+
+def test_passes_of_the_eager_loop_are_those_that_it_is_given() -> None:
+    """moves changes who computes, and no bit; another arithmetic is seen."""
+
+    def run(*moves) -> list[torch.Tensor]:
+        parameters = [torch.nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4))]
+        eager.step(parameters, lambda: parameters[0].square().sum(), 3, 1e-2, 1e-3, *moves)
+        return parameters
+
+    right = run()
+    torch.manual_seed(0)
+    assert torch.equal(run((eager.perturbed, eager.updated))[0], right[0])
+    assert not torch.equal(run((eager.perturbed, lambda t, lr, c, decay: t))[0], right[0])
+
+
+class Event:
+    """One of kineto's."""
+
+    def __init__(self, name: str, start: int = 0, length: int = 0, on_device: bool = False) -> None:
+        self.start_ns, self.duration_ns, self.name = (lambda: start), (lambda: length), (lambda: name)
+        self.on_device = on_device
+
+
+def test_a_trace_counts_what_overlaps_once() -> None:
+    events = [
+        Event("second", 50, 100, True), Event("first", 0, 100, True), Event("inside", 60, 10, True),
+        Event("later", 200, 5, True), Event("cudaLaunchKernel", 0, 900), Event("cudaStreamSynchronize", 900, 5),
+        Event("cudaDeviceSynchronize", 950, 5), Event("cudaMemcpy", 960, 5), Event("cudaMemcpyAsync", 970, 5),
+    ]  # fmt: skip
+    found = trace.summary(events, lambda event: event.on_device)
+    assert found == trace.Trace(kernels=4, busy=155e-9, waits=2)
+    assert trace.summary([], lambda event: True) == trace.Trace()
+
+
+def test_a_trace_is_read_from_the_profiler_itself() -> None:
+    """Its events on a CPU, which stands for the device: no FunctionEvent is made."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], acc_events=False
+    ) as profile:
+        for _ in range(3):
+            torch.ones(100).add_(1)
+    events = profile.profiler.kineto_results.events()
+    found = trace.summary(events, lambda event: event.name() == "aten::add_")
+    assert found.kernels == 3 and 0 < found.busy < 1 and profile.profiler._function_events is None
+
+
+def test_host_time_ends_when_the_call_returns(monkeypatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(timing, "synchronize", lambda device: clock.__setitem__(0, clock[0] + 0.5))
+
+    def call() -> None:
+        clock[0] += 0.125
+
+    timer = timing.IdleToIdle("cuda")
+    assert timer(call) == pytest.approx(0.625) and timer.host[call] == pytest.approx(0.125)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -849,6 +988,69 @@ def test_every_part_is_a_function() -> None:
     assert sum(stage.share < 1 for stage in STAGES) == len(STAGES) - 1 and STAGES[-1].share == 1
 
 
+def granted(stages: tuple[Stage, ...], seconds: float) -> dict[str, float]:
+    """The seconds of each part that nothing is timed beside, where all take what they may."""
+    found = {}
+    for stage in stages:
+        budget = stage.budget(seconds)
+        for part in () if stage.together else stage.parts:
+            found[part.name] = min(part.seconds, budget)
+            budget -= found[part.name]
+            seconds -= found[part.name]
+        seconds -= budget if stage.together else 0.0
+    return found
+
+
+def check_plan(stages: tuple[Stage, ...]) -> None:
+    """What decides is measured in ten minutes also after a slow build, whatever the checks take."""
+    got = granted(stages, SECONDS - 90 - command.RESERVE)
+    assert got["Llama-1B"] == got["OPT-1.3B"] == 75 and got["compiled"] > 40
+    assert got["products"] >= 30 and got["dense"] >= 40 and got["factored"] >= 20
+    order = list(got)
+    assert order.index("OPT-1.3B") < order.index("products") < order.index("dense") < order.index("OPT-13B")
+    assert order[-1] == "counters" and stages[1].name == "correctness" and stages[1].most <= 90
+    quick = {part.name for part in stages[1].parts if part.quick}
+    assert quick == {f"triton verbs {dtype}" for dtype in checks.DTYPES}
+
+
+def test_what_decides_is_measured_first() -> None:
+    check_plan(STAGES)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: STAGES[:2] + STAGES[3:4] + STAGES[2:3] + STAGES[4:],  # verbs before steps
+        lambda: (
+            STAGES[0],
+            replace(STAGES[1], share=0.45, most=600.0),
+            *STAGES[2:],
+        ),  # checks without a limit
+        lambda: (*STAGES[:5], replace(STAGES[5], parts=STAGES[5].parts[::-1])),  # counters first
+        lambda: (*STAGES[:2], replace(STAGES[2], share=0.2), *STAGES[3:]),  # steps that are cut short
+    ],
+)
+def test_a_plan_that_measures_it_late_is_rejected(wrong) -> None:
+    with pytest.raises(AssertionError):
+        check_plan(wrong())
+
+
+def test_a_part_may_be_quick_by_itself(worker, tmp_path, monkeypatch) -> None:
+    asked = "import sys; open(sys.argv[3], 'w').write('[\"skip\", {\"name\": \"' + ' '.join(sys.argv) + '\"}]\\n')"
+    monkeypatch.setattr(pool, "WORKER", (sys.executable, "-c", asked))
+    parts = [
+        Part("small", "", "one", quick=True),
+        Part("full", "", "two"),
+        Part("twice", "", "three", quick=True),
+    ]
+    counts = {}
+    for options in ((), ("--quick",)):
+        for outcome in pool.run_parts(parts, 60, tmp_path, options):
+            counts[outcome.part.name, options] = outcome.lines[0][1]["name"].split().count("--quick")
+    assert [counts[name, ()] for name in ("small", "full", "twice")] == [1, 0, 1]
+    assert [counts[name, ("--quick",)] for name in ("small", "full", "twice")] == [1, 1, 1]
+
+
 def test_a_real_worker(tmp_path) -> None:
     """The interpreter of Triton on a verb, in the process that a part gets."""
     if importlib.util.find_spec("triton") is None:
@@ -919,7 +1121,8 @@ def made_up() -> Record:
         ("figure", dict(key="axpy_ cuda / copy", value=91.0)),
         ("figure", dict(key="MeZO scratch OPT-1.3B 1x16 / forwards", value=2.5)),
         ("figure", dict(key="another", value=3.0)),
-        ("step", dict(model="OPT-1.3B", batch=1, length=16, tokens=16, ratios={"MeZO scratch": 2.5}, kernels={"MeZO scratch": 77})),
+        ("step", dict(model="OPT-1.3B", batch=1, length=16, tokens=16, ratios={"MeZO scratch": 2.5})),
+        ("trace", dict(model="OPT-1.3B", batch=1, length=16, traces={"MeZO scratch": dict(kernels=77, busy=0.002, waits=3, share=0.5)})),
         ("counters", dict(name="axpy_ normal cuda: axpy<0>", metrics={"Duration": "310 us", "Warp Cycles": "9"})),
         ("memory", dict(name="MeZO scratch, OPT-1.3B 1x16", forward=3 << 30, extra=64 << 20, scratch=60 << 20)),
     ]  # fmt: skip
@@ -927,7 +1130,8 @@ def made_up() -> Record:
     return record
 
 
-def test_page() -> None:
+def test_page(monkeypatch) -> None:
+    monkeypatch.setattr(predicted, "read", dict)
     text = page.page(made_up(), ["verbs.png"])
     lines = text.splitlines()
     assert lines[0] == "# MADE UP H100" and "The goals below were set for an H200." in lines
@@ -943,9 +1147,41 @@ def test_page() -> None:
         "| axpy_ normal cuda | 1 [0.9 1.2] | 9 | 3000 | 91 | 5.50 | 4 |" in lines
         and "| another | 3.00 |" in lines
     )
-    assert "| OPT-1.3B | 1x16 | 77 |" in lines and "| MeZO scratch, OPT-1.3B 1x16 | 3072 | 64 | 60 |" in lines
+    assert (
+        "| OPT-1.3B 1x16 | MeZO scratch | 77 | 2.00 | 50 | 3 |" in lines
+        and "| MeZO scratch, OPT-1.3B 1x16 | 3072 | 64 | 60 |" in lines
+    )
     assert "| axpy_ normal cuda: axpy<0> | 310 us |  |  |  |  |  |" in lines
     assert lines.index("| goal | must reach | measured |  |") < lines.index("## Correctness")
+
+
+def test_page_compares_predictions_first(monkeypatch) -> None:
+    """Line by line, before everything else; a figure that was not measured says so."""
+    told = {
+        "axpy_ cuda / copy": 100.0,
+        "MeZO scratch OPT-1.3B 1x16 / forwards": 2.0,
+        "MeZO paired Llama-1B 1x16 / forwards": 1.2,
+    }
+    monkeypatch.setattr(predicted, "read", lambda: told)
+    lines = page.page(made_up()).splitlines()
+    assert "| axpy_ cuda / copy | 100.00 | 91.00 | 0.91 |" in lines
+    assert "| MeZO scratch OPT-1.3B 1x16 / forwards | 2.00 | 2.50 | 1.25 |" in lines
+    assert "| MeZO paired Llama-1B 1x16 / forwards | 1.20 | - | not measured |" in lines
+    head = lines.index("| prediction and measurement | predicted | measured | measured / predicted |")
+    assert (
+        head < lines.index("| goal | must reach | measured |  |")
+        and sum("| 1.20 |" in line for line in lines) == 1
+    )
+    monkeypatch.setattr(predicted, "read", dict)
+    assert "prediction and measurement" not in page.page(made_up())
+
+
+def test_predictions_are_printed(worker, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(predicted, "read", lambda: {"a figure": 1.5})
+    command.run((Stage("steps", "", 1.0, (Part("later", "", "fine"),)),), 60, tmp_path, [], False, 2)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == "prediction and measurement predicted measured measured / predicted".split()
+    assert lines[1].split() == "a figure 1.50 - not measured".split() and "goal" not in lines[0]
 
 
 def test_page_without_plots_says_why() -> None:
@@ -954,7 +1190,8 @@ def test_page_without_plots_says_why() -> None:
     assert "No plots: matplotlib is not installed here." in page.page(record)
 
 
-def test_page_of_nothing() -> None:
+def test_page_of_nothing(monkeypatch) -> None:
+    monkeypatch.setattr(predicted, "read", dict)
     text = page.page(Record())
     assert (
         text.startswith("# No device")
@@ -1002,3 +1239,58 @@ def test_captured_calls_on_the_cpu() -> None:
     captured = graphs.Captured(lambda: calls.append(1), "cpu")
     captured.replay()
     assert calls == [1, 1]
+
+
+# The build before it ----------------------------------------------------------------------------------------
+
+PYTHON = """#!/bin/sh
+echo "$* cuda=$ZOKERN_BUILD_CUDA cpu=$ZOKERN_BUILD_CPU" >> {log}
+case "$*" in
+  *build_ext*) case "$ZOKERN_BUILD_CUDA$ZOKERN_BUILD_CPU" in {broken}) exit 1;; esac;;
+  *benchmarks.gpu*) exit {code};;
+esac
+"""
+# what does not compile: ZOKERN_BUILD_CUDA and ZOKERN_BUILD_CPU of the builds that fail, and their number
+BUILDS = {"nothing": ("none", 1), "csrc/*.cu": ("''", 2), "csrc/*.cpp": ("''|0", 3)}
+
+
+def make_gpu(folder: Path, broken: str, code: int = 0, text: str | None = None) -> tuple[int, list[str]]:
+    """The exit code of `make gpu`, and the calls of Python, with one that compiles nothing."""
+    log, python, file = folder / "log", folder / "python", folder / "Makefile"
+    python.write_text(PYTHON.format(log=log, broken=broken, code=code))
+    python.chmod(0o755)
+    file.write_text((ROOT / "Makefile").read_text() if text is None else text)
+    command = ["make", "-f", str(file), "gpu", f"PYTHON={python}", "GPU=--only device --out DIR"]
+    environment = {
+        key: value for key, value in os.environ.items() if "ZOKERN" not in key and "MAKE" not in key
+    }
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
+    calls = [line for line in log.read_text().splitlines() if "build_ext" in line or "benchmarks" in line]
+    return done.returncode, calls
+
+
+def check_builds(folder: Path, broken: str, count: int, text: str | None = None) -> None:
+    code, calls = make_gpu(folder, broken, text=text)
+    assert code == 0 and sum("build_ext" in call for call in calls) == count, calls
+    assert "-m benchmarks.gpu --since" in calls[-1] and "--only device --out DIR" in calls[-1]
+    assert len(calls) == count + 1, "the clock started before the build, and the run is one"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("what", BUILDS)
+def test_what_does_not_compile_is_left_out_and_the_rest_measured(what, tmp_path) -> None:
+    check_builds(tmp_path, *BUILDS[what])
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_the_verdict_of_the_run_is_that_of_make(tmp_path) -> None:
+    assert make_gpu(tmp_path, "none", code=1)[0] != 0
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_a_build_that_ends_the_run_is_rejected(tmp_path) -> None:
+    text = (ROOT / "Makefile").read_text()
+    (other,) = [line for line in text.splitlines() if "ZOKERN_BUILD_CUDA=0 $(COMPILE) \\" in line]
+    wrong = text.replace(other, "\t@since=$$(date +%s); $(COMPILE) \\")
+    with pytest.raises(AssertionError):
+        check_builds(tmp_path, *BUILDS["csrc/*.cu"], text=wrong)

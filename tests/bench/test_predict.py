@@ -3,6 +3,7 @@ kernel counted by hand."""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -123,3 +124,53 @@ def test_the_table(machine) -> None:
     assert works["axpy_ rademacher, 16 bits"].instructions < 8 < 23 < one.instructions < 25
     assert one.milliseconds(H200)[0] < 4e9 / 4.3e12 * 1e3
     assert works["axpy_ normal residual, bf16"].instructions > one.instructions + 8
+
+
+# Figures in the headers of csrc/*.cu: instructions per element on sm_90, and the cases that count them.
+HEADERS = {
+    "elementwise.cu": {
+        r"on sm_90: normal ([\d.]+) \(16-bit\), rademacher ([\d.]+)\.": (
+            "perturb both signs normal, 16 bits", "perturb both signs rademacher, 16 bits",
+        ),
+    },
+    "axpy.cu": {
+        r"one term normal ([\d.]+) \(16-bit\) and ([\d.]+) \(float32\), rademacher ([\d.]+) and ([\d.]+)\.": (
+            "axpy_ normal, 16 bits", "axpy_ normal, float32", "axpy_ rademacher, 16 bits", "axpy_ rademacher, float32",
+        ),
+    },
+    "update.cu": {
+        r"momentum normal ([\d.]+) \(16-bit\) and ([\d.]+) \(float32\)": (
+            "update_ momentum normal, 16 bits", "update_ momentum normal, float32",
+        ),
+        r"adam normal ([\d.]+) and ([\d.]+), rademacher ([\d.]+) and": (
+            "update_ adam normal, 16 bits", "update_ adam normal, float32", "update_ adam rademacher, 16 bits",
+        ),
+    },
+}  # fmt: skip
+
+
+def check_header(text: str, patterns: dict[str, tuple[str, ...]], counts: dict[str, float]) -> None:
+    words = " ".join(line.removeprefix("//").strip() for line in text.splitlines() if line.startswith("//"))
+    for pattern, cases in patterns.items():
+        found = re.search(pattern, re.sub(r"\s+", " ", words))
+        assert found, f"no figure like {pattern}"
+        for said, case in zip(found.groups(), cases):
+            assert abs(float(said) - counts[case]) < 0.051, (
+                f"{case}: {said} in the header, {counts[case]} counted"
+            )
+
+
+@pytest.mark.skipif(sass.missing() is not None, reason=sass.missing() or "")
+def test_headers_say_what_is_counted(machine) -> None:
+    code = {name: one for functions in (machine, updates_of_h200()) for name, one in functions["90"].items()}
+    counts = {case.name: case.work(code).instructions for case in (*predict.CASES, *predict.UPDATES)}
+    for name, patterns in HEADERS.items():
+        text = (sass.CSRC / name).read_text()
+        check_header(text, patterns, counts)
+        for figure in re.search(next(iter(patterns)), " ".join(text.replace("//", "").split())).groups():
+            with pytest.raises(AssertionError, match="in the header"):
+                check_header(text.replace(figure, f"{float(figure) + 0.3:.1f}"), patterns, counts)
+
+
+def updates_of_h200() -> dict[str, dict[str, sass.Function]]:
+    return sass.machine_code((sass.CSRC / "update.cu",), "updates", ("90",))

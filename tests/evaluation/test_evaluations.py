@@ -56,7 +56,7 @@ def large(join: int | None = None) -> Iterator[None]:
     places = copies.Copies.__init__
 
     def small_budget(self, plan, points, arena) -> None:
-        with patch.object(copies.Copies, "_size", staticmethod(lambda tensor: arena.budget)):
+        with patch.object(copies.Copies, "_size", staticmethod(lambda tensor: arena.size(tensor.device))):
             places(self, plan, points, arena)
 
     joined = gemm.JOIN if join is None else join

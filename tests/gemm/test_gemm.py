@@ -3,8 +3,10 @@ x that W + z is made in tiles."""
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from unittest.mock import Mock, patch
 
 import models
@@ -14,11 +16,16 @@ from recipes import METHODS
 from torch import Tensor, nn
 
 import zokern
-from zokern import backends, gemm
-from zokern.backends import Sides, Span, Thin, Weight
+from zokern import backends, devices, gemm
+from zokern.backends import Noise, Sides, Span, Thin, Weight
 from zokern.backends.reference import Reference
-from zokern.evaluation import copies
+from zokern.directions import resolve
 from zokern.gemm import library, lowrank
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from benchmarks.recorder import Recorder  # noqa: E402
+
+NORMAL = resolve("normal")
 
 COLUMNS, WIDTH, RANK = 1300, 40, 5
 pytestmark = pytest.mark.usefixtures("by_tiles")
@@ -123,7 +130,7 @@ def losses(method: str, long: bool, evaluation: str, **options) -> list[tuple[fl
     with (
         warnings.catch_warnings(),
         patch.object(gemm, "is_long", lambda xs, weight: long),
-        patch.object(copies, "TILE", 600),
+        patch.object(devices, "CPU", devices.CPU._replace(tile=600)),
         patch.object(gemm, "tiled_linear", Mock(wraps=gemm.tiled_linear)) as tiled,
     ):
         warnings.filterwarnings("ignore", "the loss did not read|the padding row|zokern runs its reference")
@@ -220,3 +227,44 @@ def test_columns_beyond_a_backend_s_most_are_several_products(name: str, rank: i
         )
     for right, mine in zip(*found):
         assert mine == pytest.approx(right, rel=1e-2)
+
+
+# Sketches ---------------------------------------------------------------------------------------------------
+
+
+def sketched(coeffs: list[float], device: str = "meta", transposed: bool = False) -> Recorder:
+    """The launches of a sketch of a matrix of 2^27 numbers."""
+    recorder, shape = Recorder(), (1 << 13, 1 << 14)
+    omega = torch.empty(shape[0 if transposed else 1], 4, device=device)
+    noise = Noise(NORMAL, 1, [(0, k) for k in range(len(coeffs))])
+    made = gemm.sketch_of(recorder, noise, coeffs, Span(1), shape, omega, transposed)
+    assert tuple(made.shape) == (shape[1 if transposed else 0], 4)
+    return recorder
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_sketch_on_a_gpu_has_large_tiles(transposed: bool) -> None:
+    """Two launches for 2^27 numbers, and one z is drawn into its tile: nothing is cleared, nothing added."""
+    one, two = sketched([1.0], transposed=transposed), sketched([0.5, 2.0], transposed=transposed)
+    assert [(call.verb, call.elements) for call in one.calls] == [("draw", 1 << 26)] * 2
+    assert [(call.verb, call.elements) for call in two.calls] == [("axpy_", 1 << 26)] * 2
+    with patch.object(devices, "GPU", devices.CPU):
+        assert sketched([1.0]).count("draw") == 128
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_drawn_sketch_is_the_added_one(backend: str) -> None:
+    """To the bit: 1 z added to 0 is z."""
+    if backends.why_off(backend) is not None:
+        pytest.skip(str(backends.why_off(backend)))
+    omega, noise = torch.randn(40, 3), Noise(NORMAL, 9, [(4, 2)])
+    drawn, added = (
+        gemm.sketch_of(
+            backends.get(backend), noise._replace(draws=noise.draws[:1] * len(coeffs)), coeffs, Span(3, 5),
+            (30, 40), omega, tile=500
+        )
+        for coeffs in ([1.0], [1.0, 0.0])
+    )  # fmt: skip
+    assert torch.equal(drawn, added)
+    other = gemm.sketch_of(backends.get(backend), noise, [0.5], Span(3, 5), (30, 40), omega, tile=500)
+    assert torch.allclose(other, drawn / 2) and not torch.equal(other, drawn)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import defaultdict
 from collections.abc import Callable
 from unittest.mock import patch
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 import zokern
 from zokern import work
+from zokern.low_bits import LowBits
 
 X = torch.linspace(-1, 1, 18).view(3, 6)
 
@@ -137,6 +139,25 @@ def test_low_bits_belong_to_the_weights_that_were_updated(edit: Callable, look: 
     assert int(optimizer.state[weight]["residual"].count_nonzero()) == 0 and same_bits(
         optimizer.state[other]["residual"], low
     )
+
+
+def check_devices(low_bits: Callable) -> None:
+    """Low bits of a list lie beside its weights, where there are none too: a launch has one device."""
+    mixed = [torch.empty(4, dtype=dtype, device="meta") for dtype in (torch.bfloat16, torch.float32)]
+    low = low_bits(True, defaultdict(dict)).of(mixed)
+    assert [bits.device.type for bits in low] == ["meta", "meta"] and [b.numel() for b in low] == [4, 0]
+
+
+def test_low_bits_lie_where_the_weights_do() -> None:
+    check_devices(LowBits)
+
+    class OnTheHost(LowBits):
+        def _of(self, tensor: Tensor) -> Tensor:
+            found = super()._of(tensor)
+            return found if tensor.dtype == torch.bfloat16 else torch.empty(0, dtype=torch.int16)
+
+    with pytest.raises(AssertionError):
+        check_devices(OnTheHost)
 
 
 # Views and ties ---------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from recipes import METHODS, ONE_EACH
 from torch import Tensor
 
 import zokern
+from zokern import devices
 from zokern.backends import Sides, Span, Thin, Weight, get
 from zokern.evaluation import Point, copies
 from zokern.evaluation.arena import Arena
@@ -162,7 +163,7 @@ def test_a_wide_product_is_one_of_float32(few: bool, monkeypatch) -> None:
 @pytest.mark.parametrize("transposed", [False, True])
 def test_low_bits_of_a_tile(transposed: bool, monkeypatch) -> None:
     """Tiles of columns have the low bits of these columns: they are those of the whole copy."""
-    monkeypatch.setattr(copies, "TILE", 9000)
+    monkeypatch.setattr(devices, "CPU", devices.CPU._replace(tile=9000))
     weight = torch.nn.Parameter(torch.randn(300, 260).bfloat16())
     optimizer = zokern.MeZO([("w", weight)], rounding="residual", eps=1e-2)
     plan = optimizer.plan()

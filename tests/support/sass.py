@@ -127,7 +127,9 @@ def shipped(
 
 @cache
 def machine_code(
-    sources: tuple[Path, ...] = SOURCES, namespace: str = "kernels"
+    sources: tuple[Path, ...] = SOURCES,
+    namespace: str = "kernels",
+    architectures: Sequence[str] = ARCHITECTURES,
 ) -> dict[str, dict[str, Function]]:
     """All kernels of some source files by architecture and symbol.
 
@@ -146,7 +148,7 @@ def machine_code(
             ]
             return {name: function for cubin in cubins for name, function in disassemble(cubin).items()}
 
-        return dict(zip(ARCHITECTURES, pool.map(one, ARCHITECTURES)))
+        return dict(zip(architectures, pool.map(one, architectures)))
 
 
 @dataclass

@@ -27,7 +27,7 @@ from .isolation import Isolation
 from .jvp import Jvp
 from .master import Master
 from .paired import Paired
-from .scratch import MIB, Scratch
+from .scratch import Scratch
 from .trust import fits
 
 ROWS = (
@@ -41,11 +41,11 @@ FACTORED = gemm.JOIN // 2  # the same where z is factored: up to there W is read
 class Auto:
     """Master, Paired or Scratch. The step's record says which ran, and why.
 
-    budget  bytes of reused memory per device for Paired and Scratch (default 64 MB)"""
+    budget  bytes of reused memory per device for Paired and Scratch, see Scratch"""
 
     name, exact, stands_in = "auto", True, False
 
-    def __init__(self, budget: int = 64 * MIB) -> None:
+    def __init__(self, budget: int | None = None) -> None:
         self.ways: dict[str, Any] = {"paired": Paired(budget), "scratch": Scratch(budget), "master": Master()}
         self.jvp = Jvp()
         self.order: list[str] = []  # ways that are left, the one in use first

@@ -16,18 +16,17 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .. import gemm
+from .. import devices, gemm
 from ..backends import Batch, Outer, Sides, Span, TensorList, Terms, Weight
 from ..directions import DIRECTIONS
 from ..group import Draw, Group
 from ..plan import Plan
 from .arena import ALIGN, Arena
 from .base import Point, Refused
+from .budget import settle
 from .factors import Factors
 
 RESIDENT = 1 << 16  # elements: tensors up to this size are perturbed together, ahead of the reading
-# elements: larger tiles leave the caches before they are read, smaller ones starve the product (benchmarks/)
-TILE = 1 << 21
 TRANSFORMED = (
     "the closure uses torch.func transforms of its own around a large parameter: use evaluation='master'"
 )
@@ -48,8 +47,7 @@ class Copies:
         self.resident: dict[tuple[int, int], Tensor] = {}  # (group, position) -> copies of all sides, stacked
         arena.reset()
         self.factors = Factors(plan, self.points)
-        everything = sum(self._size(t) for group in plan.groups for t in group.theta) * self.sides
-        most = None if everything <= arena.budget // 2 else RESIDENT
+        most = None if settle(arena, plan, self.sides, RESIDENT, self._size) else RESIDENT
         for g, group in enumerate(plan.groups):
             self._make_resident(g, group, most)
         arena.settle()
@@ -78,9 +76,11 @@ class Copies:
         of tensors."""
         key = "resident", self.sides, most, start
         known = group.memo.get(key)
-        if known is not None and known[0] is self.arena:
+        if known is not None and known[0] == (self.arena, self.arena.renewals):
             return known[1]
-        device, half = group.theta[0].device, self.arena.budget // 2
+        device = group.theta[0].device
+        # half of the budget stays free for tiles, where there are any
+        spare = 0 if most is None and devices.of(device).share else self.arena.size(device) // 2
         members: list[tuple[int, Tensor]] = []
         launches: list[tuple] = []
         by_kind: dict[bool, list[int]] = {}
@@ -102,8 +102,8 @@ class Copies:
                 continue
             wide = tensor.dim() <= 1 and tensor.dtype != torch.float32
             dtype = torch.float32 if wide else tensor.dtype
-            if self.arena.left(device) - self.sides * (tensor.numel() * dtype.itemsize + ALIGN) < half:
-                break  # half of the budget stays free for tiles
+            if self.arena.left(device) - self.sides * (tensor.numel() * dtype.itemsize + ALIGN) < spare:
+                break
             stack = self.arena.take((self.sides, *tensor.shape), dtype, device)
             assert stack is not None
             members.append((i, stack))
@@ -115,7 +115,7 @@ class Copies:
             outs = [TensorList.lasting([stacks[i][side] for i in positions]) for side in range(self.sides)]
             launches.append((positions, thetas, type(group.spans)(spans), outs))
         found = members, launches, self.arena.top.get(device, 0)
-        group.memo[key] = self.arena, found
+        group.memo[key] = (self.arena, self.arena.renewals), found
         return found
 
     def _fill(
@@ -311,16 +311,14 @@ class Copies:
         """Yields (start, stop, the tile of each side that moved): some rows of a matrix, or columns where it
         is transposed.
 
-        Tiles have nearly the same size: TILE elements at most, and what is left of the arena holds two of
-        them."""
+        A tile has as many elements as the device's class asks for, and what is left of the arena holds those
+        of all sides."""
         theta, span, low = group.theta[i], group.spans[i], group.residual(i)
         dimension = 1 if transposed else 0
         total, width = theta.shape[dimension], theta.shape[1 - dimension]
         size, many = width * theta.element_size(), max(1, len(moved))
-        most = max(
-            1, min(self.arena.left(theta.device) // many - ALIGN, TILE * theta.element_size()) // max(1, size)
-        )
-        step = -(-total // -(-total // most)) if total else 1
+        kind, room = devices.of(theta.device), self.arena.left(theta.device) // many - ALIGN
+        step = kind.tile_rows(total, min(room, kind.tile * theta.element_size()) // max(1, size))
         for start in range(0, total, step):
             stop = min(total, start + step)
             shape = (width, stop - start) if transposed else (stop - start, width)

@@ -31,21 +31,21 @@ from .base import WAY_OUT, Point, Record, Refused, distinct
 from .copies import Copies
 from .isolation import Isolation
 from .loss import loss_tensor
-from .scratch import MIB, Scratch
+from .scratch import Scratch
 from .standin import standing_in
 
 
 class Paired(Scratch):
     """Evaluation of all points of a step in one pass.
 
-    budget  bytes of reused memory per device (default 64 MB), as in Scratch; activations of all sides live at
-            once
+    budget  bytes of reused memory per device, as in Scratch; None: on a GPU copies of all sides, where a
+            quarter of what is free holds them. Activations of all sides live at once too
     sides   most sides in one pass; more points take several passes
     check   as in Scratch"""
 
     name = "paired"
 
-    def __init__(self, budget: int = 64 * MIB, sides: int = 32, check: bool = True) -> None:
+    def __init__(self, budget: int | None = None, sides: int = 32, check: bool = True) -> None:
         if not isinstance(sides, int) or sides < 2:
             raise ValueError(f"Paired: sides is {sides!r}; expected an integer, at least 2")
         super().__init__(budget, check)

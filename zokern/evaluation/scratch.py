@@ -33,8 +33,9 @@ MIB = 1 << 20
 class Scratch:
     """Evaluation through perturbed copies, a side at a time.
 
-    budget  bytes of reused memory per device (default 64 MB). A use that cannot be tiled takes its own
-            parameter's size if that is more; the step's record lists such parameters in ``whole``
+    budget  bytes of reused memory per device. None: 64 MB on a CPU; on a GPU room for two of the largest
+            matrix, within a quarter of what is free. A use that cannot be tiled takes its own parameter's
+            size if that is more; the step's record lists such parameters in ``whole``
     check   compare with 'master' in the first step, when flags or shapes change, and every 500 steps; a
             difference is an error
 
@@ -42,11 +43,11 @@ class Scratch:
 
     name, defers, exact, stands_in = "scratch", True, True, True
 
-    def __init__(self, budget: int = 64 * MIB, check: bool = True) -> None:
-        if not isinstance(budget, int) or budget < MIB:
+    def __init__(self, budget: int | None = None, check: bool = True) -> None:
+        if budget is not None and (not isinstance(budget, int) or budget < MIB):
             raise ValueError(
                 f"{type(self).__name__}: budget is {budget!r} bytes; expected an integer, at least {MIB} (1 "
-                "MB)"
+                "MB), or None"
             )
         self.arena = Arena(budget)
         self.trust = Trust(check)

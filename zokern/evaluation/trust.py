@@ -8,7 +8,6 @@ train/eval flags or with larger inputs, and every 500th.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple, Protocol
@@ -16,6 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..devices import free_memory
 from ..plan import Plan
 from .base import THETA, WAY_OUT, NotRepeatable, Point, Refused
 from .isolation import Isolation
@@ -220,21 +220,4 @@ def fits(plan: Plan) -> bool:
     return all(size < 0.9 * free_memory(device) for device, size in needed.items())
 
 
-def free_memory(device: torch.device) -> int:
-    """Returns the bytes that a device, or the machine, has free; unknown counts as plenty."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    try:
-        with open("/proc/meminfo") as lines:
-            return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        pages = (
-            os.sysconf("SC_AVPHYS_PAGES")
-            if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {})
-            else 1 << 40
-        )
-        return pages * (os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096)
-
-
-__all__ = ["Trust", "compare", "fits", "free_memory"]
+__all__ = ["Trust", "compare", "fits"]

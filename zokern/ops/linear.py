@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends, directions
+from .. import backends, devices, directions
 from ..backends import Backend, Batch, Noise, Sides, Span, Thin, Weight
 from ..backends.validation import described
 from ..checks import flag, whole_number
@@ -23,7 +23,7 @@ from .registered import lists_of, operation, register, traced
 def linear(
     xs: Tensor | Sequence[Tensor], weight: Tensor, direction: Any = "normal", *, scales: Sequence[float],
     seed: int = 0, who: str | int = 0, step: int = 0, draw: int = 0, bias: Tensor | None = None,
-    first: int = 0, residual: Tensor | None = None, tile: int = 1 << 21, backend: str | None = None,
+    first: int = 0, residual: Tensor | None = None, tile: int | None = None, backend: str | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """Returns y_j = x_j (W + scales[j] z)^T + b for one or more sides, without writing W.
 
@@ -36,7 +36,8 @@ def linear(
     scales     one float per side, in units of W
     bias       (m,), added as it is;  first  number of W's first element in the unsharded parameter
     residual   int16 low bits of a bfloat16 W: W plus its low bits is perturbed (dense z)
-    tile       elements of a tile of W (two tiles for two signs)
+    tile       elements of a tile of W (two tiles for two signs); None: as suits the device, 2^21 on a CPU and
+               all of W elsewhere
     Returns a list of (..., m), in W's dtype. The products are torch's, so their sums are not equal bit for
     bit between backends; the perturbed tiles are.
     Raises ValueError for shapes, dtypes or devices that do not fit.
@@ -46,7 +47,8 @@ def linear(
     first = whole_number(
         "linear: first", first, 0, expected="the number of W's first element, an integer from 0"
     )
-    _check_operands(sides, weight, bias, residual, scales, first, tile)
+    _check_operands(sides, weight, bias, residual, scales, first)
+    tile = _tile("linear", tile, devices.of(weight.device).tile)
     factors = _check_thin(weight, direction) if isinstance(direction, (tuple, list)) else None
     noise = noise_of("linear", "normal" if factors else direction, seed, [(step, draw)], None, weight.device)
     chosen = backends.resolve(backend, weight.device)
@@ -82,7 +84,7 @@ register(
 
 def _check_operands(
     sides: Sequence[Tensor], weight: Tensor, bias: Tensor | None, residual: Tensor | None,
-    scales: Sequence[float], first: int, tile: int,
+    scales: Sequence[float], first: int
 ) -> None:  # fmt: skip
     """Refuses operands of linear() whose dtypes, devices and shapes do not fit."""
     if not scales or len(sides) != len(scales):
@@ -125,7 +127,15 @@ def _check_operands(
                 f"linear: residual is {described(residual)}; expected a contiguous int16{list(weight.shape)} "
                 f"on {weight.device}, one low half for each weight: .contiguous() it"
             )
-    whole_number("linear: tile", tile, expected="a number of elements, at least 1")
+
+
+def _tile(verb: str, tile: int | None, own: int) -> int:
+    """Returns the elements of a tile: those that were asked for, or the device's own."""
+    return (
+        own
+        if tile is None
+        else whole_number(f"{verb}: tile", tile, expected="a number of elements, at least 1")
+    )
 
 
 def _check_thin(weight: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -218,7 +228,7 @@ def _check_omega(omega: Tensor, inner: int) -> None:
 def sketch(
     direction: Any, shape: tuple[int, int], omega: Tensor, *, seed: int, who: str | int,
     draws: Sequence[tuple[int, int]], coeffs: Sequence[float], transposed: bool = False, first: int = 0,
-    tile: int = 1 << 20, backend: str | None = None,
+    tile: int | None = None, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
     """Returns G Omega of G = sum_k coeffs[k] z(seed, who, *draws[k]), m x n, which is never held.
 
@@ -227,7 +237,7 @@ def sketch(
     direction  a name or a Direction;  shape (m, n) of G, numbered row-major from `first`
     omega      float32 (n, p), or (m, p) when transposed, contiguous
     draws      K pairs (step, draw);  coeffs  K finite floats
-    tile       elements of G that exist at a time
+    tile       elements of G that exist at a time; None: as suits the device, 2^20 on a CPU, 2^26 elsewhere
     Returns float32 (m, p), or (n, p). G is exact, as axpy_ draws it; the product is torch's.
     Raises ValueError for shapes and dtypes that do not fit. Halko et al. 2011, "Finding structure with
     randomness" (range finder)."""
@@ -253,7 +263,7 @@ def sketch(
             f"sketch: {len(noise.draws)} draws and coeffs {coeffs}; expected as many finite numbers, at "
             "least one"
         )
-    tile = whole_number("sketch: tile", tile, expected="a number of elements, at least 1")
+    tile = _tile("sketch", tile, devices.of(omega.device).sketched)
     word, chosen = word_of(who), backends.resolve(backend, omega.device)
     with torch.no_grad():
         if not traced(backend, noise.direction):
