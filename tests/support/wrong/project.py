@@ -78,7 +78,7 @@ class Spelled(Reference):
         eps, lr, weight_decay, clip, sign, count = scalars
         means = [self.mean(list(column)) for column in losses.T]
         if weights is None:
-            c = np.array([self.single(x) for x in means])
+            c = np.array(means)
         else:
             rows = [[(w, x) for w, x in zip(row, means) if self.is_term(w)] for row in weights]
             sums = [self.sum([self.term(*t) for t in row]) if row else self.of_nothing() for row in rows]
