@@ -9,18 +9,17 @@ not notice.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..stream import ROUNDS
 from . import device_tables, pack, pack_lowrank
 from .base import DIRECTIONS
 from .launch import Batch, Noise, Outer, Terms, Update, rounding_bits
+from .triton_launch import guard, keys_of, round_keys, signed
+from .triton_linear import Products
 from .validation import Validator
 
 _missing = ""
@@ -72,23 +71,6 @@ def why_off() -> str | None:
     return None
 
 
-def _signed(word: int) -> int:
-    """Returns a 32-bit word as the int32 with its bits.
-
-    Triton would choose another argument type for large values, and compile again."""
-    return (word & 0xFFFFFFFF) - ((word & 0x80000000) << 1)
-
-
-@lru_cache(maxsize=64)
-def _keys(k0: int, k1: int, rounds: int = ROUNDS) -> tuple[int, ...]:
-    """Returns the keys of every round, k0 and k1 in turns (Salmon et al. 2011)."""
-    return tuple(_signed(k + r * w) for r in range(rounds) for k, w in ((k0, 0x9E3779B9), (k1, 0xBB67AE85)))
-
-
-def _keys_of(seed: int) -> tuple[int, ...]:
-    return _keys(seed & 0xFFFFFFFF, seed >> 32)
-
-
 def _groups(entries: np.ndarray) -> np.ndarray:
     """Returns 1 for entries of the unit path: contiguous, whole Philox blocks, 16-byte addresses."""
     addresses = entries["theta"] | entries["out"][:, 0] | entries["out"][:, 1] | entries["residual"]
@@ -131,11 +113,7 @@ def _bits(kinds: np.ndarray) -> int:
     return int(np.bitwise_or.reduce(1 << np.unique(kinds), initial=0))
 
 
-def _guard(device: torch.device):
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-class Triton:
+class Triton(Products):
     name = "triton"
     most_rank = 128
 
@@ -178,7 +156,7 @@ class Triton:
             split = 1 if facts.chunks >= FEW_CHUNKS else SPLIT
             meta = dict(BLOCK=BLOCK[direction.name], TAIL=TAIL, SPLIT=split)
         meta |= dict(DIRECTION=DIRECTIONS[direction.name], **constants)
-        with _guard(device):
+        with guard(device):
             grid = (facts.chunks * meta["SPLIT"],)
             kernel[grid](entries, chunks, *arguments, **meta, num_warps=WARPS, enable_fp_fusion=False)
 
@@ -190,8 +168,8 @@ class Triton:
         count = counter.shape[0]
         if count:
             block = triton.next_power_of_2(count) if interpreted() else BLOCK["normal"]
-            arguments = (counter, words, count, _keys(*key, rounds), rounds, block)
-            with _guard(device):
+            arguments = (counter, words, count, round_keys(*key, rounds), rounds, block)
+            with guard(device):
                 elementwise.philox[(triton.cdiv(count, block),)](
                     *arguments, num_warps=WARPS, enable_fp_fusion=False
                 )
@@ -205,8 +183,8 @@ class Triton:
         assert device is not None
         kept, ((step, draw),) = self._table(device, batch, (batch.tensors,), draws=True), noise.draws
         if kept.buffer is not None:
-            self._launch(device, elementwise.draw, kept, noise.direction, _signed(step), _signed(draw),
-                _keys_of(noise.seed),
+            self._launch(device, elementwise.draw, kept, noise.direction, signed(step), signed(draw),
+                keys_of(noise.seed),
                          noise.clock, SCALED=batch.is_scaled, KINDS=kept.facts.out_types)  # fmt: skip
 
     def axpy_(self, batch: Batch, noise: Noise, terms: Terms) -> Tensor:
@@ -222,7 +200,7 @@ class Triton:
         names = self._names(device, draws, decays) if replay else self._names(device, draws[:-1])
         self._launch(device, elementwise.axpy, kept, noise.direction, names, terms.coefficients.contiguous(),
             nonfinite,
-                     len(draws), each, *map(_signed, draws[-1]), first, _keys_of(noise.seed), noise.clock,
+                     len(draws), each, *map(signed, draws[-1]), first, keys_of(noise.seed), noise.clock,
                      ROUNDING=pack.ROUNDING[batch.rounding], DECAY=not replay and first != 1.0, EACH=replay,
                      SCALED=batch.is_scaled, KINDS=kept.facts.types)  # fmt: skip
         return nonfinite
@@ -238,7 +216,7 @@ class Triton:
         draws, coeffs, scalars = noise.draws, change.coefficients.contiguous(), change.scalars.contiguous()
         self._launch(device, update.update, kept, noise.direction, self._names(device, draws[:-1]), coeffs,
             scalars, nonfinite,
-                     len(draws), *map(_signed, draws[-1]), _keys_of(noise.seed), noise.clock,
+                     len(draws), *map(signed, draws[-1]), keys_of(noise.seed), noise.clock,
                      RULE=pack.RULES[change.rule],
                      ROUNDING=pack.ROUNDING[batch.rounding], SCALED=batch.is_scaled,
                      KINDS=kept.facts.types)  # fmt: skip
@@ -276,9 +254,9 @@ class Triton:
         assert device is not None
         kept, ((step, draw),) = self._table(device, batch, outs), noise.draws
         if kept.buffer is not None:
-            self._launch(device, elementwise.perturb, kept, noise.direction, _signed(step), _signed(draw),
+            self._launch(device, elementwise.perturb, kept, noise.direction, signed(step), signed(draw),
                 float(scales[0]),
-                         float(scales[-1]), _keys_of(noise.seed), noise.clock, SIDES=len(outs),
+                         float(scales[-1]), keys_of(noise.seed), noise.clock, SIDES=len(outs),
                          JOIN=batch.residuals is not None, SCALED=batch.is_scaled,
                          KINDS=kept.facts.both_types)  # fmt: skip
 
@@ -299,10 +277,10 @@ class Triton:
             "JOIN": low is not None and rounding == "residual",
             "EXACT": interpreted(), "enable_fp_fusion": False,
         }  # fmt: skip
-        names = nonfinite, float(factors.decay), _signed(step), _keys_of(seed)
+        names = nonfinite, float(factors.decay), signed(step), keys_of(seed)
         kinds = 3 * entries["type"] + entries["out_type"]
         fast = tiles["column"] >= 0
-        with _guard(device):
+        with guard(device):
             if fast.any():
                 lowrank.product[(int(fast.sum()),)](rows, product_tiles, frame, factor, *names, **common,
                     **shape,
