@@ -127,7 +127,7 @@ def add_product(total, matrix, x, TRANSPOSED: tl.constexpr, TYPE: tl.constexpr, 
 
 @triton.jit
 def add_thin(total, t, middle, last, row, m, rank, width, stride_r, stride_q, stride_last,
-             TERMS: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+             EXACT: tl.constexpr):  # fmt: skip
     """total + last (t^T middle)^T for t = first x^T, [RANK, R]."""
     RANK: tl.constexpr = t.shape[0]
     k = tl.arange(0, RANK)
@@ -138,13 +138,13 @@ def add_thin(total, t, middle, last, row, m, rank, width, stride_r, stride_q, st
             mask=(q < width)[:, None] & (k < rank)[None, :],
             other=0.0,
         )
-        inner = contract(core, t, tl.zeros([RANK, t.shape[1]], tl.float32), TERMS, EXACT)
+        inner = contract(core, t, tl.zeros([RANK, t.shape[1]], tl.float32), 2, EXACT)
         end = tl.load(
             last + row.to(tl.int64)[:, None] * stride_last + q[None, :],
             mask=(row < m)[:, None] & (q < width)[None, :],
             other=0.0,
         )
-        total = contract(end, inner, total, TERMS, EXACT)
+        total = contract(end, inner, total, 2, EXACT)
     return total
 
 
@@ -180,7 +180,6 @@ def product(x, weight, y, parts, bias, first, middles, last, table, m, n, y_rows
     """Program (group, tile of rows, part of `each` tiles of columns). RANK: 16, 32 or 64, padded; 0: no thin products."""
     A: tl.constexpr = BK if TRANSPOSED else BM  # of a tile, as W is stored
     B: tl.constexpr = BM if TRANSPOSED else BK
-    TERMS: tl.constexpr = 3 if TYPE == FLOAT32 else 2
     step = name_of(step, clock)
     who = who.to(tl.uint32, bitcast=True)
     side = table + tl.program_id(0).to(tl.int64) * (2 * SIDE)
@@ -192,11 +191,11 @@ def product(x, weight, y, parts, bias, first, middles, last, table, m, n, y_rows
     columns = n
     if TRANSPOSED:
         columns = m // 8 * 8 if UNIT else m
+    # of a tile: where its elements are from its first one, and its units of eight from its first unit
     i, j, k, r = tl.arange(0, A), tl.arange(0, B), tl.arange(0, BK), tl.arange(0, R)
-    row, column = (i, top + j) if TRANSPOSED else (top + i, j)
-    place = row.to(tl.int64)[:, None] * columns + column[None, :]
-    first_unit = (top // 8 if TRANSPOSED else 0) + tl.arange(0, B // 8)
-    units = row.to(tl.uint32)[:, None] * (columns // 8).to(tl.uint32) + first_unit.to(tl.uint32)[None, :]
+    place = i[:, None] * columns + j[None, :]
+    units = (i[:, None] * (columns // 8) + tl.arange(0, B // 8)[None, :]).to(tl.uint32)
+    origin = top.to(tl.int64) * (1 if TRANSPOSED else columns)
     x_place = r[:, None] * n + k[None, :]
     x0 = x + tl.load(side) * n
     x1 = x + tl.load(side + SIDE) * n
@@ -212,11 +211,12 @@ def product(x, weight, y, parts, bias, first, middles, last, table, m, n, y_rows
         left = n - at
         inside = (k // 8 < left // 8)[None, :] if UNIT else (k < left)[None, :]
         if TRANSPOSED:
-            shift = at * columns.to(tl.int64)
-            mask = (i < left)[:, None] & ((column // 8 < columns // 8) if UNIT else column < columns)[None, :]
+            shift = origin + at * columns.to(tl.int64)
+            beside = columns - top
+            mask = (i < left)[:, None] & ((j // 8 < beside // 8) if UNIT else j < beside)[None, :]
         else:
-            shift = at
-            mask = (row < m)[:, None] & inside
+            shift = origin + at
+            mask = (top + i < m)[:, None] & inside
         raw = tl.load(weight + shift + place, mask=mask, other=0.0)
         a0 = tl.load(x0 + at + x_place, mask=here0 & inside, other=0.0)
         a1 = a0
@@ -244,14 +244,14 @@ def product(x, weight, y, parts, bias, first, middles, last, table, m, n, y_rows
     if RANK:
         middle = middles + tl.load(side + MIDDLE) * stride_side
         total0 = add_thin(total0, t0, middle, last, out, m, rank, width, stride_r, stride_q, stride_last,
-                          TERMS, EXACT)  # fmt: skip
+                          EXACT)  # fmt: skip
     write(y, parts, total0, bias, side, out, m, y_rows, TYPE, BIAS, PARTS, EXACT)
     if SIDES == 2:
         total1 *= shrink
         if RANK:
             middle = middles + tl.load(side + SIDE + MIDDLE) * stride_side
             total1 = add_thin(total1, t1, middle, last, out, m, rank, width, stride_r, stride_q, stride_last,
-                              TERMS, EXACT)  # fmt: skip
+                              EXACT)  # fmt: skip
         write(y, parts, total1, bias, side + SIDE, out, m, y_rows, TYPE, BIAS, PARTS, EXACT)
 
 

@@ -22,15 +22,16 @@ try:
 except ImportError:  # triton.py says so
     pass
 
-# A tile of W. 64 rows fill the matrix units of sm_90 and later; 64 columns of 16 bits are a line of 128 bytes
+# A tile of W: 64 rows fill the matrix units of sm_90 and later, and 64 columns of 16 bits are a line of 128 bytes
 ROWS, COLUMNS = 64, 64
-# Rows of x a side in a program, whose sums for both sides are 2 ROWS / (32 warps) registers a thread each:
-# 4 warps have 64 registers of sums for 32 rows, and 8 warps for 128
-FEW_ROWS, MOST_ROWS = 32, 128
+# Sums that a program holds for each of two sides are R rows of x by W's 64 and by the ranks of thin products,
+# padded to 16. With R times the ranks at most FEW_SUMS four warps are enough, so that a thread has 32 weights of
+# a tile; eight hold MOST_SUMS, and FEW_SUMS where there are no matrix units. None of these spills registers
+FEW_SUMS, MOST_SUMS = 512, 2048
+RANK = 32  # the most
 # Stages of the loop without z; with z, its instructions stand between the load of W and its first use
 STAGES = 3
 PROGRAMS = 1024  # so many fill a device: eight of four warps on each of 128 multiprocessors
-RANK = 64  # of thin products in the loop, whose sums are registers too
 BLOCK = 1024  # elements of a program that adds the sums of parts
 STILL = -1  # a number of no direction
 NO_SIDE = (0,) * 8  # of a group of one: it has no rows
@@ -250,7 +251,8 @@ class _Launch:
         (tensor, span, transposed, shrink), m, n = self.weight, self.m, self.n
         groups = self._groups(kind, members)
         thin = _one([self.sides.thins[i] for i in kind.thins], members)
-        most = min(MOST_ROWS, max(16, triton.next_power_of_2(max([self.counts[j] for j in members]))))
+        rank = 0 if thin is None else max(16, triton.next_power_of_2(thin.middles.shape[1]))
+        most, warps = self._tile(max([self.counts[j] for j in members]), rank)
         table = self._table(kind, groups, thin, most)
         buffer = self.owner.tables.get(
             ("linear", table.tobytes()), tensor.device, lambda: ((table,), None)
@@ -262,7 +264,7 @@ class _Launch:
             step, clock = self.noise.draws[0][0], self.noise.clock
         meta: dict[str, Any] = dict(
             TYPE=self.type, DIRECTION=direction, SIDES=max(map(len, groups)), TRANSPOSED=transposed,
-            UNIT=self._in_units(), RANK=0, BIAS=self.bias is not None, PARTS=self.sums is not None,
+            UNIT=self._in_units(), RANK=rank, BIAS=self.bias is not None, PARTS=self.sums is not None,
             EXACT=self.exact, R=most, BM=ROWS, BK=COLUMNS,
         )  # fmt: skip
         factors: tuple[Any, ...] = (None, None, None)
@@ -272,14 +274,19 @@ class _Launch:
             last = thin.last if thin.last.stride(1) == 1 else thin.last.contiguous()
             factors = thin.first.contiguous(), thin.middles, last
             sizes, strides = thin.middles.shape[1:], (*thin.middles.stride(), last.stride(0))
-            meta["RANK"] = max(16, triton.next_power_of_2(sizes[0]))
         kernels.product[len(table), -(-m // ROWS), self.parts](
             self.x.tensor, tensor, self.y.tensor, self.sums, None if self.bias is None else self.bias.tensor,
             *factors, buffer.view(torch.int64), m, n, self.total, -(-n // COLUMNS // self.parts),
             span.first, signed(span.who), signed(step), float(shrink), *sizes,
-            *strides, keys_of(seed), clock, **meta, num_warps=4 if most <= FEW_ROWS else 8,
+            *strides, keys_of(seed), clock, **meta, num_warps=warps,
             num_stages=STAGES if direction == STILL else 1, enable_fp_fusion=False,
         )  # fmt: skip
+
+    def _tile(self, rows: int, rank: int) -> tuple[int, int]:
+        """Returns the rows of a side in a program, and its warps."""
+        limit, sums = FEW_SUMS if self.type == 0 else MOST_SUMS, max(16, rank)
+        most = min(max(16, triton.next_power_of_2(rows)), limit // sums)
+        return most, 4 if self.type and self._in_units() and most * sums <= FEW_SUMS else 8
 
     def _in_units(self) -> bool:
         """Tells whether every row of W begins with a unit of eight, and every row of W and x lies on 16 bytes."""

@@ -44,16 +44,18 @@ def fuses(
         if x.is_neg() or torch._C._functorch.is_functorch_wrapped_tensor(x):
             return False
     counts = counts_of(xs)
-    if torch.is_autocast_enabled(weight.device.type) or not _pays(weight, counts):
+    if torch.is_autocast_enabled(weight.device.type) or not _pays(weight, counts, rank):
         return False
     most = getattr(kernel, "thin_rank", rank)
     return rank <= most and (room is None or kernel.linear_bytes(counts, room) <= room)
 
 
-def _pays(weight: Tensor, counts: Sequence[int]) -> bool:
+def _pays(weight: Tensor, counts: Sequence[int], rank: int) -> bool:
     """Tells whether the kernel is faster than torch's product for so many rows of each side."""
     if weight.is_cpu:
         return library.yields(weight.dtype)
+    if rank and weight.dtype == torch.float32:
+        return False  # without z, torch reads W once too
     # where rows do not begin with eight weights of one block of the stream, each weight has a block of its own
     return sum(counts) <= GPU_ROWS[weight.dtype] and not any([size % 8 for size in weight.shape])
 
