@@ -11,7 +11,7 @@ tile     BM of W's rows by BK of its columns, or, where W is (n, m), BK by BM, t
 unit     eight consecutive weights a Philox block, as elementwise.py has them, where every row of W begins with
          a unit; elsewhere each element computes its own block
 thin     first is rounded to W's dtype and multiplies the tile of x in the same loop. After it, t = x first^T
-         (16 bits: two bfloat16 terms, float32: three) meets middle and last
+         meets middle and last, each as two bfloat16 terms: 2^-16 of themselves
 parts    a program has a part of W's columns, so that small matrices fill a device; float32 sums of parts go to
          memory, and `finish` adds them in order
 traffic  W once for both sides of a draw, from the caches for other draws; no tile of W + scale z
@@ -94,13 +94,16 @@ def z_of_units(unit, who, step, draw, keys, DIRECTION: tl.constexpr):
     U: tl.constexpr = unit.shape[1]
     if DIRECTION == NORMAL:
         w0, w1, w2, w3 = philox4x32(unit, who, step, draw, keys)
-        even, odd = normal_pair(tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [A, 4 * U]))
-        return tl.reshape(tl.join(even, odd), [A, 8 * U])
     else:
         w0, w1, w2, w3 = philox4x32(unit >> 4, who, step, draw, keys)
-        signs = pick((unit >> 2) & 3, w0, w1, w2, w3) >> ((unit & 3) * 8)
-        bit = tl.arange(0, 8).to(tl.uint32)
-        return tl.reshape(rademacher_sign(signs[:, :, None], bit[None, None, :]), [A, 8 * U])
+        w0 = pick((unit >> 2) & 3, w0, w1, w2, w3) >> ((unit & 3) * 8)
+        w1, w2, w3 = w0 >> 2, w0 >> 4, w0 >> 6
+    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [A, 4 * U])  # of pairs
+    if DIRECTION == NORMAL:
+        even, odd = normal_pair(words)
+    else:
+        even, odd = rademacher_sign(words, 0), rademacher_sign(words, 1)
+    return tl.reshape(tl.join(even, odd), [A, 8 * U])
 
 
 @triton.jit

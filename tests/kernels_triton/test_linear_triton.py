@@ -13,35 +13,38 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+import ptx
 import pytest
 import sass
 import torch
 from interpreted import Interpreted
 from torch import Tensor
 
-from zokern import gemm
 from zokern.backends import Batch, Noise, Sides, Span, Thin, Weight
 from zokern.backends.reference import Reference
 from zokern.directions import Normal, Rademacher
 
 triton = pytest.importorskip("triton")
 
-from compiled import forbidden, needs_fma, unspecified  # noqa: E402
+import triton.language as tl  # noqa: E402
 from compiled import directory as directory  # noqa: E402
+from compiled import forbidden, needs_fma, unspecified  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from zokern.backends import triton as backend  # noqa: E402
 from zokern.backends import triton_linear  # noqa: E402
+from zokern.backends.base import DIRECTIONS  # noqa: E402
+from zokern.backends.triton_launch import keys_of  # noqa: E402
 
 if not hasattr(triton_linear, "kernels"):
     pytest.skip(f"backend 'triton' is off: {backend.why_off()}", allow_module_level=True)
 
 SOURCE = Path(triton_linear.kernels.__file__)
+z_of_tile, moved_tile = triton_linear.kernels.z_of_tile, triton_linear.kernels.moved
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SEED, STEP = 11, 5
 
@@ -112,13 +115,8 @@ def problem(mine, case: Case) -> str | None:
                 thin_size += x.double().abs() @ first.abs().t() @ middle.abs() @ last.abs().t()
         if (bias := sides.biases[j]) is not None:
             exact, size = exact + bias.double(), size + bias.double().abs()
-        terms = 2.0**-21 if case.dtype == torch.float32 else 2.0**-15  # of the thin products' operands
-        bound = (
-            size * 2.0**-21
-            + thin_size * terms
-            + exact.abs() * unit
-            + 2.0**-25 * (case.dtype == torch.float16)
-        )
+        bound = size * 2.0**-21 + thin_size * 2.0**-15 + exact.abs() * unit  # two terms of bfloat16
+        bound += 2.0**-25 * (case.dtype == torch.float16)
         share = ((y.double() - exact).abs() / bound).nan_to_num(torch.inf).max().item()
         if not share < 1.1:
             return f"side {j} of {case}: {share:.3g} times the bound"
@@ -166,13 +164,13 @@ NARROW = [Case(40, 72, 1, torch.bfloat16, first=2**33 + 72), Case(13, 21, 1, tor
 WRONG = {
     "the sign of side 1 for side 2": ("moved(raw, z, scale1,", "moved(raw, z, scale0,"),
     "another z for side 2": ("moved(raw, z, scale1,", "moved(raw, -z * 0.5, scale1,"),
-    "units of the transposed matrix": ("* (columns // 8).to(tl.uint32)", "* (columns // 16).to(tl.uint32)"),
+    "units of the transposed matrix": ("i[:, None] * (columns // 8)", "i[:, None] * (columns // 16)"),
     "numbers of the transposed matrix": ("z_of(begin + place", "z_of(begin + tl.trans(place)"),
     "z of the first tile": ("z_of_tile(number.to(tl.int64) + shift", "z_of_tile(number.to(tl.int64)"),
     "the same z for all draws": ("tl.load(side + DRAW)", "tl.load(table + DRAW)"),
     "W + z not rounded": (
-        "z_of_units(unit, who, step, draw, keys, DIRECTION: tl.constexpr):",
-        "z_of_units(unit, who, step, draw, keys, DIRECTION: tl.constexpr):\n    who += 0",
+        "return rounded(tl.fma(z, scale, wide(raw, TYPE, EXACT)), TYPE, EXACT)",
+        "return tl.fma(z, scale, wide(raw, TYPE, EXACT))",
     ),
     "W + z cut": (
         "bf16_nearest(value).to(tl.bfloat16",
@@ -198,19 +196,19 @@ WRONG = {
     "last row of W": ("& (row < m)[None, :]", "& (row < m - 1)[None, :]"),
     "last row of x": ("(r < tl.load(side + ROWS))[:, None]", "(r < tl.load(side + ROWS) - 1)[:, None]"),
 }
-WRONG["W + z not rounded"] = (
-    "return rounded(tl.fma(z, scale, wide(raw, TYPE, EXACT)), TYPE, EXACT)",
-    "return tl.fma(z, scale, wide(raw, TYPE, EXACT))",
-)
 
 
 def changed(directory: Path, name: str, old: str, new: str) -> ModuleType:
     """triton_kernels/linear.py with a text replaced, as a module beside the right one."""
     text = SOURCE.read_text()
     assert old in text, f"linear.py has no {old!r}"
-    text = text.replace(old, new).replace("to_float\n", "to_bits, to_float\n")
-    if name == "W + z not rounded":  # products of float32 take it as it is
-        text = text.replace("    if not EXACT:\n        return raw.to", "    if raw.dtype == tl.float32:\n        return raw\n    elif not EXACT:\n        return raw.to")  # fmt: skip
+    helper = "@triton.jit\ndef approximate(word):\n    return tl.cos(word.to(tl.float32)), tl.sin(word.to(tl.float32))\n"
+    text = text.replace(old, new).replace("to_float\n", f"to_bits, to_float\n\n\n{helper}", 1)
+    if name == "W + z not rounded":  # a product takes float32 as it is
+        text = text.replace(
+            "    if not EXACT:\n",
+            "    if raw.dtype == tl.float32:\n        return raw\n    elif not EXACT:\n",
+        )
     path = directory / f"{re.sub(r'[^a-z0-9]', '_', name.lower())}.py"
     path.write_text(text)
     spec = importlib.util.spec_from_file_location(f"{backend.triton_kernels.__name__}.{path.stem}", path)
@@ -281,6 +279,191 @@ def test_interpreted(interpreted, check: str) -> None:
 def test_interpreted_rejects(interpreted, name: str) -> None:
     print(interpreted[name])
     assert interpreted[name] is not None
+
+
+# --- compiled -----------------------------------------------------------------------------------------------
+
+POINTERS = {0: "*fp32", 1: "*bf16", 2: "*fp16"}
+TYPES = {
+    "parts": "*fp32", "bias": "*fp32", "first": "*fp32", "middles": "*fp32", "last": "*fp32", "table": "*i64",
+    "number": "i64", "shrink": "fp32", "keys": ("i32",) * 20,
+}  # fmt: skip
+UNITS = {"80": "HMMA", "86": "HMMA", "89": "HMMA", "90": "HGMMA", "100": "UTCHMMA", "120": "HMMA"}
+WIDE = "IMAD.WIDE.U32"
+BOTH_SIGNS = dict(TYPE=1, DIRECTION=0, SIDES=2, TRANSPOSED=False, UNIT=True, RANK=0, R=16)
+# constants beside those of both signs, and at most so many instructions for a weight, on sm_80 and on sm_90
+KERNELS: dict[str, tuple[dict, tuple[float, float]]] = {
+    "both signs": ({}, (32.5, 29.5)),
+    "one side": (dict(SIDES=1), (27.5, 26.5)),
+    "float16": (dict(TYPE=2), (32.5, 29.5)),
+    "transposed": (dict(TRANSPOSED=True), (32, 29)),
+    "rademacher": (dict(DIRECTION=1), (20, 18.5)),
+    "64 rows": (dict(R=64), (50, 35)),
+    "128 rows": (dict(R=128), (64, 36.5)),
+    "thin, 128 rows": (dict(DIRECTION=-1, RANK=16, R=128), (17, 17)),
+    "thin, 64 rows": (dict(DIRECTION=-1, RANK=32, R=64), (16, 16)),
+    "float32": (dict(TYPE=0, R=32), (110, 110)),
+    "elements": (dict(UNIT=False), (120, 120)),
+}
+# the others are compiled for two: a compilation takes seconds
+CASES_COMPILED = [(arch, "both signs") for arch in UNITS] + [
+    (arch, name) for name in KERNELS for arch in ("80", "90") if name != "both signs"
+]
+
+
+class Compiled(NamedTuple):
+    text: str  # PTX
+    function: sass.Function
+    loop: list[sass.Instruction]
+    weights: int  # of a thread in a turn of the loop
+    shared: int
+
+
+def made(directory: Path, arch: str, name: str, module: ModuleType = triton_linear.kernels) -> Compiled:
+    """`product` as the backend launches it."""
+    kernel, chosen = module.product, BOTH_SIGNS | KERNELS[name][0]
+    limit = triton_linear._Launch.__new__(triton_linear._Launch)
+    limit.type, limit._in_units = chosen["TYPE"], lambda: chosen["UNIT"]
+    rows, warps = limit._tile(chosen["R"], chosen["RANK"])
+    assert rows == chosen["R"]
+    tile = dict(BM=triton_linear.ROWS, BK=triton_linear.COLUMNS)
+    constants = dict(BIAS=True, PARTS=True, EXACT=False, clock=None, **tile) | chosen
+    types = {a: TYPES.get(a, "i32") for a in kernel.arg_names} | dict.fromkeys(
+        ("x", "weight", "y"), POINTERS[chosen["TYPE"]]
+    )
+    signature = {a: "constexpr" if a in constants else types[a] for a in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if types[a][0] == "*"}
+    source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
+    stages = triton_linear.STAGES if chosen["DIRECTION"] < 0 else 1
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+    found = triton.compile(source, target=GPUTarget("cuda", int(arch), 32), options=options)
+    cubin = directory / f"{len(list(directory.iterdir()))}.cubin"
+    cubin.write_bytes(found.asm["cubin"])
+    function = next(iter(sass.disassemble(cubin).values()))
+    unit = "FFMA" if chosen["TYPE"] == 0 else UNITS[arch]
+    loops = [body for body in function.loops() if sum(i.name.startswith(unit) for i in body) >= 4]
+    # code that waits for the matrix units of sm_100 jumps back too: the loop is where the most happens
+    loop = max(loops, key=lambda body: (sum(i.name == WIDE for i in body), -len(body)))
+    weights = triton_linear.ROWS * triton_linear.COLUMNS // (32 * warps)
+    return Compiled(found.asm["ptx"], function, loop, weights, found.metadata.shared)
+
+
+def philox_blocks(found: Compiled) -> float:
+    """Philox blocks for each unit of eight weights, by their products of 32 bits to 64: at least 18, 20 without
+    what is the same for a whole tensor."""
+    return sum(i.name == WIDE for i in found.loop) / (found.weights / 8) / 18
+
+
+def fault(found: Compiled, name: str, arch: str) -> str | None:
+    """What a compiled kernel has that it must not have."""
+    function, chosen = found.function, BOTH_SIGNS | KERNELS[name][0]
+    calls = {why: [t for t in ts if "guardrail" not in t] for why, ts in forbidden(function).items()}
+    if calls := {why: texts for why, texts in calls.items() if texts}:
+        return f"{calls}"
+    if rest := {
+        n
+        for n in unspecified(found.text)
+        if not re.match("mma|wgmma|tcgen05|cvt.rn.b?f16.f32|cvt.f32.bf16", n)
+    }:
+        return f"PTX has {rest}"
+    if found.shared > 99 << 10:
+        return f"{found.shared} bytes of shared memory"
+    if chosen["DIRECTION"] >= 0 and chosen["UNIT"] and not 0.9 < philox_blocks(found) < 1.4:
+        return f"{philox_blocks(found):.2f} blocks a unit"
+    wide = sum(bool(re.match(r"LDG\.E\.128|LDGSTS.*\.128", i.name)) for i in found.loop)
+    if chosen["UNIT"] and wide < found.weights * (2 if chosen["TYPE"] else 4) / 16:
+        return f"{wide} loads of 16 bytes"
+    bound = KERNELS[name][1][arch not in ("80", "86", "89", "120")] + 2 * (arch == "100")
+    count = len(found.loop) / found.weights
+    return f"{count:.1f} instructions a weight" if count > bound else None
+
+
+needs_sass = pytest.mark.skipif(
+    sass.tool("nvdisasm") is None or backend.interpreted(),
+    reason="nvdisasm not found, or TRITON_INTERPRET=1 is set",
+)
+
+
+@needs_sass
+@pytest.mark.parametrize("arch, name", CASES_COMPILED, ids=lambda value: value.replace(" ", "_"))
+def test_compiled(directory, arch: str, name: str) -> None:
+    """No spill, matrix units, 16-byte loads, z once for both sides, shared memory for the smallest device, a
+    bounded instruction count."""
+    found = made(directory, arch, name)
+    print(
+        f"sm_{arch} {name}: {len(found.loop) / found.weights:.1f} instructions a weight, "
+        f"{philox_blocks(found):.2f} blocks a unit, {found.function.registers} registers, {found.shared} B shared"
+    )
+    assert fault(found, name, arch) is None
+
+
+@needs_sass
+@pytest.mark.parametrize(
+    "old, new, complaint",
+    [
+        # the compiler cannot know that both sides have one draw
+        (
+            "moved(raw, z, scale1,",
+            "moved(raw, z_of_tile(number.to(tl.int64) + shift, place, units, who, step, tl.load(side + SIDE + DRAW)"
+            ".to(tl.uint32), keys, DIRECTION, UNIT), scale1,",
+            "blocks a unit",
+        ),
+        ("begin = tl.program_id(2) * each * BK", "begin = tl.program_id(2) * each", "loads of 16 bytes"),
+        ("even, odd = normal_pair(", "even, odd = approximate(", "flush to zero"),
+    ],
+    ids=["z for each side", "no promise of alignment", "an approximation"],
+)
+def test_compiled_rejects(directory, tmp_path, old: str, new: str, complaint: str) -> None:
+    wrong = changed(tmp_path, complaint, old, new)
+    found = made(directory, "90", "both signs", wrong)
+    assert complaint in str(fault(found, "both signs", "90"))
+
+
+# --- executed -----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def store(weight, out, number, who, step, draw, scale, keys, DIRECTION: tl.constexpr, TYPE: tl.constexpr,
+          A: tl.constexpr, B: tl.constexpr):  # fmt: skip
+    """out <- W + scale z of one tile of whole units, as `product` makes it for a dot."""
+    i, j = tl.arange(0, A), tl.arange(0, B)
+    place = i[:, None] * B + j[None, :]
+    units = (i[:, None] * (B // 8) + tl.arange(0, B // 8)[None, :]).to(tl.uint32)
+    raw = tl.load(weight + place)
+    z = z_of_tile(number, place, units, who.to(tl.uint32, bitcast=True), step.to(tl.uint32, bitcast=True),
+                  draw.to(tl.uint32, bitcast=True), keys, DIRECTION, True)  # fmt: skip
+    tl.store(out + place, moved_tile(raw, z, scale, TYPE, False))
+
+
+def executed(dtype: torch.dtype, direction, draw: int = 3) -> tuple[Tensor, Tensor]:
+    """W + scale z by the compiled functions, run thread by thread, and by the reference."""
+    weight, first = torch.randn(16, 128, generator=torch.Generator().manual_seed(1)).to(dtype), 2**33 + 64
+    number = backend.pack.TYPES[dtype]
+    constants = dict(DIRECTION=DIRECTIONS[direction.name], TYPE=number, A=16, B=128)
+    types = dict.fromkeys(("weight", "out"), POINTERS[number]) | TYPES | {"scale": "fp32"}
+    signature = {a: "constexpr" if a in constants else types.get(a, "i32") for a in store.arg_names}
+    options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
+    source = triton.compiler.ASTSource(store, signature, constants)
+    found = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=options)
+    out = torch.zeros_like(weight)
+    memory = [t.view(torch.int16 if t.element_size() == 2 else torch.int32).numpy() for t in (weight, out)]
+    given = [*memory, first, 77, STEP, draw, 0.05, *keys_of(SEED)]
+    ptx.run(found.asm["ptx"], None, 1, 128, given, memory, found.metadata.shared)
+    noise = Noise(direction, SEED, [(STEP, 3)])
+    return out, moved(Weight(weight, Span(77, first)), noise, 0.05, (STEP, 3))
+
+
+@pytest.mark.parametrize("direction", BOTH, ids=lambda direction: direction.name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_executed(directory, dtype: torch.dtype, direction) -> None:
+    """The bits of perturb, from the code that a GPU would run."""
+    out, expected = executed(dtype, direction)
+    assert torch.equal(out, expected)
+
+
+def test_executed_rejects(directory) -> None:
+    out, expected = executed(torch.bfloat16, Normal(), draw=4)
+    assert not torch.equal(out, expected)
 
 
 if __name__ == "__main__":

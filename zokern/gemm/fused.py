@@ -44,7 +44,10 @@ def fuses(
         if x.is_neg() or torch._C._functorch.is_functorch_wrapped_tensor(x):
             return False
     counts = counts_of(xs)
-    if torch.is_autocast_enabled(weight.device.type) or not _pays(weight, counts, rank):
+    kind = weight.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return False
+    if not _pays(weight, counts, rank):
         return False
     most = getattr(kernel, "thin_rank", rank)
     return rank <= most and (room is None or kernel.linear_bytes(counts, room) <= room)
