@@ -30,6 +30,7 @@ from zokern.directions import Normal, Rademacher
 
 triton = pytest.importorskip("triton")
 
+import products  # noqa: E402
 import triton.language as tl  # noqa: E402
 from compiled import directory as directory  # noqa: E402
 from compiled import forbidden, needs_fma, unspecified  # noqa: E402
@@ -283,14 +284,6 @@ def test_interpreted_rejects(interpreted, name: str) -> None:
 
 # --- compiled -----------------------------------------------------------------------------------------------
 
-POINTERS = {0: "*fp32", 1: "*bf16", 2: "*fp16"}
-TYPES = {
-    "parts": "*fp32", "bias": "*fp32", "first": "*fp32", "middles": "*fp32", "last": "*fp32", "table": "*i64",
-    "number": "i64", "shrink": "fp32", "keys": ("i32",) * 20,
-}  # fmt: skip
-UNITS = {"80": "HMMA", "86": "HMMA", "89": "HMMA", "90": "HGMMA", "100": "UTCHMMA", "120": "HMMA"}
-WIDE = "IMAD.WIDE.U32"
-BOTH_SIGNS = dict(TYPE=1, DIRECTION=0, SIDES=2, TRANSPOSED=False, UNIT=True, RANK=0, R=16)
 # constants beside those of both signs, and at most so many instructions for a weight, on sm_80 and on sm_90
 KERNELS: dict[str, tuple[dict, tuple[float, float]]] = {
     "both signs": ({}, (32.5, 29.5)),
@@ -306,57 +299,20 @@ KERNELS: dict[str, tuple[dict, tuple[float, float]]] = {
     "elements": (dict(UNIT=False), (120, 120)),
 }
 # the others are compiled for two: a compilation takes seconds
-CASES_COMPILED = [(arch, "both signs") for arch in UNITS] + [
+CASES_COMPILED = [(arch, "both signs") for arch in sass.ARCHITECTURES] + [
     (arch, name) for name in KERNELS for arch in ("80", "90") if name != "both signs"
 ]
 
 
-class Compiled(NamedTuple):
-    text: str  # PTX
-    function: sass.Function
-    loop: list[sass.Instruction]
-    weights: int  # of a thread in a turn of the loop
-    shared: int
+def compiled(
+    directory: Path, arch: str, name: str, module: ModuleType = triton_linear.kernels
+) -> products.Compiled:
+    return products.made(directory, arch, KERNELS[name][0], module)
 
 
-def made(directory: Path, arch: str, name: str, module: ModuleType = triton_linear.kernels) -> Compiled:
-    """`product` as the backend launches it."""
-    kernel, chosen = module.product, BOTH_SIGNS | KERNELS[name][0]
-    limit = triton_linear._Launch.__new__(triton_linear._Launch)
-    limit.type, limit._in_units = chosen["TYPE"], lambda: chosen["UNIT"]
-    rows, warps = limit._tile(chosen["R"], chosen["RANK"])
-    assert rows == chosen["R"]
-    tile = dict(BM=triton_linear.ROWS, BK=triton_linear.COLUMNS)
-    constants = dict(BIAS=True, PARTS=True, EXACT=False, clock=None, **tile) | chosen
-    types = {a: TYPES.get(a, "i32") for a in kernel.arg_names} | dict.fromkeys(
-        ("x", "weight", "y"), POINTERS[chosen["TYPE"]]
-    )
-    signature = {a: "constexpr" if a in constants else types[a] for a in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if types[a][0] == "*"}
-    source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
-    stages = triton_linear.STAGES if chosen["DIRECTION"] < 0 else 1
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
-    found = triton.compile(source, target=GPUTarget("cuda", int(arch), 32), options=options)
-    cubin = directory / f"{len(list(directory.iterdir()))}.cubin"
-    cubin.write_bytes(found.asm["cubin"])
-    function = next(iter(sass.disassemble(cubin).values()))
-    unit = "FFMA" if chosen["TYPE"] == 0 else UNITS[arch]
-    loops = [body for body in function.loops() if sum(i.name.startswith(unit) for i in body) >= 4]
-    # code that waits for the matrix units of sm_100 jumps back too: the loop is where the most happens
-    loop = max(loops, key=lambda body: (sum(i.name == WIDE for i in body), -len(body)))
-    weights = triton_linear.ROWS * triton_linear.COLUMNS // (32 * warps)
-    return Compiled(found.asm["ptx"], function, loop, weights, found.metadata.shared)
-
-
-def philox_blocks(found: Compiled) -> float:
-    """Philox blocks for each unit of eight weights, by their products of 32 bits to 64: at least 18, 20 without
-    what is the same for a whole tensor."""
-    return sum(i.name == WIDE for i in found.loop) / (found.weights / 8) / 18
-
-
-def fault(found: Compiled, name: str, arch: str) -> str | None:
+def fault(found: products.Compiled, name: str, arch: str) -> str | None:
     """What a compiled kernel has that it must not have."""
-    function, chosen = found.function, BOTH_SIGNS | KERNELS[name][0]
+    function, chosen = found.function, products.BOTH_SIGNS | KERNELS[name][0]
     calls = {why: [t for t in ts if "guardrail" not in t] for why, ts in forbidden(function).items()}
     if calls := {why: texts for why, texts in calls.items() if texts}:
         return f"{calls}"
@@ -368,8 +324,8 @@ def fault(found: Compiled, name: str, arch: str) -> str | None:
         return f"PTX has {rest}"
     if found.shared > 99 << 10:
         return f"{found.shared} bytes of shared memory"
-    if chosen["DIRECTION"] >= 0 and chosen["UNIT"] and not 0.9 < philox_blocks(found) < 1.4:
-        return f"{philox_blocks(found):.2f} blocks a unit"
+    if chosen["DIRECTION"] >= 0 and chosen["UNIT"] and not 0.9 < found.philox_blocks() < 1.4:
+        return f"{found.philox_blocks():.2f} blocks a unit"
     wide = sum(bool(re.match(r"LDG\.E\.128|LDGSTS.*\.128", i.name)) for i in found.loop)
     if chosen["UNIT"] and wide < found.weights * (2 if chosen["TYPE"] else 4) / 16:
         return f"{wide} loads of 16 bytes"
@@ -389,10 +345,10 @@ needs_sass = pytest.mark.skipif(
 def test_compiled(directory, arch: str, name: str) -> None:
     """No spill, matrix units, 16-byte loads, z once for both sides, shared memory for the smallest device, a
     bounded instruction count."""
-    found = made(directory, arch, name)
+    found = compiled(directory, arch, name)
     print(
         f"sm_{arch} {name}: {len(found.loop) / found.weights:.1f} instructions a weight, "
-        f"{philox_blocks(found):.2f} blocks a unit, {found.function.registers} registers, {found.shared} B shared"
+        f"{found.philox_blocks():.2f} blocks a unit, {found.function.registers} registers, {found.shared} B shared"
     )
     assert fault(found, name, arch) is None
 
@@ -415,7 +371,7 @@ def test_compiled(directory, arch: str, name: str) -> None:
 )
 def test_compiled_rejects(directory, tmp_path, old: str, new: str, complaint: str) -> None:
     wrong = changed(tmp_path, complaint, old, new)
-    found = made(directory, "90", "both signs", wrong)
+    found = compiled(directory, "90", "both signs", wrong)
     assert complaint in str(fault(found, "both signs", "90"))
 
 
@@ -440,7 +396,7 @@ def executed(dtype: torch.dtype, direction, draw: int = 3) -> tuple[Tensor, Tens
     weight, first = torch.randn(16, 128, generator=torch.Generator().manual_seed(1)).to(dtype), 2**33 + 64
     number = backend.pack.TYPES[dtype]
     constants = dict(DIRECTION=DIRECTIONS[direction.name], TYPE=number, A=16, B=128)
-    types = dict.fromkeys(("weight", "out"), POINTERS[number]) | TYPES | {"scale": "fp32"}
+    types = dict.fromkeys(("weight", "out"), products.POINTERS[number]) | products.TYPES | {"scale": "fp32"}
     signature = {a: "constexpr" if a in constants else types.get(a, "i32") for a in store.arg_names}
     options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
     source = triton.compiler.ASTSource(store, signature, constants)
