@@ -135,6 +135,11 @@ class Around:
         self.after(batch.tensors)
         return count
 
+    def linear(self, *given):
+        found = RIGHT.linear(*given)
+        self.after(found)
+        return found
+
     def after(self, written) -> None:
         self.calls += 1
         self.spoil([t for t in written if t.numel()])
