@@ -16,7 +16,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
+from unittest.mock import patch
 
+import models
 import ptx
 import pytest
 import sass
@@ -24,9 +26,11 @@ import torch
 from interpreted import Interpreted
 from torch import Tensor
 
+import zokern
 from zokern.backends import Batch, Noise, Sides, Span, Thin, Weight
 from zokern.backends.reference import Reference
 from zokern.directions import Normal, Rademacher
+from zokern.gemm import library
 
 triton = pytest.importorskip("triton")
 
@@ -246,17 +250,65 @@ def layouts(mine) -> str | None:
     return None if same else "results depend on where sides lie"
 
 
+def clock(mine) -> str | None:
+    """A step that the device counts gives the z of that step."""
+    weight, sides, noise = Case(24, 40, 3, torch.float32).operands()
+    early = noise._replace(
+        draws=[(STEP - 2, draw) for _, draw in noise.draws], clock=torch.tensor([2], dtype=torch.int64)
+    )
+    same = all(map(torch.equal, mine.linear(weight, sides, noise), mine.linear(weight, sides, early)))
+    return None if same else "z of another step"
+
+
+def losses(backend_name: str, method: str) -> tuple[list[tuple[float, ...]], int]:
+    """The losses of two steps of a small model under `paired`, and how many products were the kernel's."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(40, 72), torch.nn.Tanh(), torch.nn.Linear(72, 24))
+    inputs, calls = torch.randn(5, 40), []
+    options = dict(lr=1e-2, eps=1e-2, seed=3, queries=2, weight_decay=0.5, backend=backend_name)
+    if method == "LOZO":
+        options |= dict(rank=3, interval=9, force=True)
+    evaluation = models.at_use(zokern.Paired(check=False), 1 << 10)  # matrices are read at their use
+    right = triton_linear.Products.linear
+    with (
+        patch("zokern.evaluation.copies.RESIDENT", 64),
+        patch.object(library, "yields", lambda dtype: True),
+        patch.object(triton_linear.Products, "linear", lambda *a: (calls.append(1), right(*a))[1]),
+    ):
+        optimizer = getattr(zokern, method)(model, evaluation=evaluation, **options)
+        found = [zokern.step(optimizer, lambda: model(inputs).square().mean()).losses for _ in range(2)]
+    return [pair for step in found for pair in step], len(calls)
+
+
+def steps() -> str | None:
+    """Steps of both kinds of z read the losses that the reference reads."""
+    for method in ("MeZO", "LOZO"):
+        (mine, calls), (right, none) = losses("triton", method), losses("reference", method)
+        if calls < 4 or none:
+            return f"{method}: {calls} products by the kernel"
+        for one, two in zip(mine, right):
+            apart = max(abs(a - b) / abs(b) for a, b in zip(one, two))
+            if not (
+                apart < 1e-5 and abs((one[0] - one[1]) - (two[0] - two[1])) < 0.02 * abs(two[0] - two[1])
+            ):
+                return f"{method}: losses {one}, expected {two}"
+    return None
+
+
 def verdicts(directory: Path) -> dict[str, str | None]:
     """In the child: every check's verdict on the right kernels, and those of a few on the wrong ones."""
     torch.set_num_threads(1)
     mine = backend.Triton()
     found: dict[str, str | None] = {"off": backend.why_off(), "layouts": layouts(mine)}
+    found |= {"clock": clock(mine), "steps": steps()}
     found["bound"] = first_problem(mine, [(problem, CASES)])
     found["bits"] = first_problem(mine, [(other_bits, BITS)])
     right = triton_linear.kernels
     for name, change in WRONG.items():
         triton_linear.kernels = changed(directory, name, *change)
         found[name] = first_problem(mine, [(other_bits, NARROW), (problem, FEW)])
+        if name == "the sign of side 1 for side 2":
+            found["steps of a wrong kernel"] = None if steps() else "they read the right losses"
     triton_linear.kernels = right
     return found
 
@@ -270,7 +322,7 @@ def interpreted() -> dict[str, str | None]:
 
 
 @needs_fma
-@pytest.mark.parametrize("check", ["off", "layouts", "bound", "bits"])
+@pytest.mark.parametrize("check", ["off", "layouts", "clock", "steps", "steps of a wrong kernel", "bound", "bits"])
 def test_interpreted(interpreted, check: str) -> None:
     assert interpreted[check] is None, interpreted[check]
 
