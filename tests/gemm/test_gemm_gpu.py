@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from zokern import backends
-from zokern.backends import reference, triton, triton_linear
+from zokern.backends import Sides, Span, Thin, Weight, reference, triton, triton_linear
+from zokern.backends.validation import Validator
 from zokern.gemm import fused, fuses
 
 
@@ -69,3 +70,49 @@ def test_parts_fill_a_device_within_the_room() -> None:
             assert taken == 1 or 4 * taken * sum(counts) * m <= most
     assert Kernel().linear_bytes([16, 16], 1000) == 1000
     assert triton.Triton.linear is triton_linear.Products.linear
+
+
+@pytest.fixture
+def kernel() -> Kernel:
+    found = Kernel()
+    found.valid = Validator("triton", "cpu")
+    return found
+
+
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        (dict(xs=[torch.zeros(3, 15)]), r"an x is .*\[3, 15\].*expected \[3, 16\]"),
+        (dict(biases=[torch.zeros(9)]), r"a bias is .*\[9\].*expected \[8\]"),
+        (
+            dict(thins=[Thin([0], torch.zeros(2, 15), torch.zeros(1, 2, 2), torch.zeros(8, 2))]),
+            "a first factor",
+        ),
+        (dict(thins=[Thin([0], torch.zeros(2, 16), torch.zeros(2, 2, 2), torch.zeros(8, 2))]), "middles"),
+        (
+            dict(thins=[Thin([0], torch.zeros(2, 16), torch.zeros(1, 2, 2), torch.zeros(7, 2))]),
+            "a last factor",
+        ),
+        (dict(thins=[Thin([0], torch.zeros(33, 16), torch.zeros(1, 33, 2), torch.zeros(8, 2))]), "rank 33"),
+        (dict(xs=[torch.zeros(3, 16).bfloat16()]), "xs"),
+    ],
+)
+def test_wrong_operands_are_refused(kernel: Kernel, change: dict, complaint: str) -> None:
+    sides = Sides([torch.zeros(3, 16)], [None])._replace(**change)
+    with pytest.raises(ValueError, match=complaint):
+        kernel.linear(Weight(torch.zeros(8, 16), Span(1)), sides)
+
+
+@pytest.mark.parametrize("out", [torch.zeros(3, 7), torch.zeros(8, 3).t(), torch.zeros(3, 8).bfloat16()])
+def test_wrong_outs_are_refused(kernel: Kernel, out: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"an out is .*expected contiguous torch.float32\[3, 8\]"):
+        kernel.linear(
+            Weight(torch.zeros(8, 16), Span(1)), Sides([torch.zeros(3, 16)], [None]), None, None, [out]
+        )
+
+
+def test_no_rows(kernel: Kernel) -> None:
+    """Nothing is launched for sides without rows, or a W without rows."""
+    (y,) = kernel.linear(Weight(torch.zeros(8, 16), Span(1)), Sides([torch.zeros(0, 16)], [None]))
+    (z,) = kernel.linear(Weight(torch.zeros(0, 16), Span(1)), Sides([torch.zeros(3, 16)], [None]))
+    assert y.shape == (0, 8) and z.shape == (3, 0)

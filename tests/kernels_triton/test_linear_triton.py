@@ -322,7 +322,9 @@ def interpreted() -> dict[str, str | None]:
 
 
 @needs_fma
-@pytest.mark.parametrize("check", ["off", "layouts", "clock", "steps", "steps of a wrong kernel", "bound", "bits"])
+@pytest.mark.parametrize(
+    "check", ["off", "layouts", "clock", "steps", "steps of a wrong kernel", "bound", "bits"]
+)
 def test_interpreted(interpreted, check: str) -> None:
     assert interpreted[check] is None, interpreted[check]
 
@@ -340,6 +342,11 @@ def test_interpreted_rejects(interpreted, name: str) -> None:
 KERNELS: dict[str, tuple[dict, tuple[float, float]]] = {
     "both signs": ({}, (32.5, 29.5)),
     "one side": (dict(SIDES=1), (27.5, 26.5)),
+    "alone": (
+        dict(BIAS=False, PARTS=False)
+        | dict.fromkeys(("parts", "bias", "first", "middles", "last")),  # no operands but W, x and y
+        (32.5, 29.5),
+    ),
     "float16": (dict(TYPE=2), (32.5, 29.5)),
     "transposed": (dict(TRANSPOSED=True), (32, 29)),
     "rademacher": (dict(DIRECTION=1), (20, 18.5)),
@@ -403,6 +410,20 @@ def test_compiled(directory, arch: str, name: str) -> None:
         f"{found.philox_blocks():.2f} blocks a unit, {found.function.registers} registers, {found.shared} B shared"
     )
     assert fault(found, name, arch) is None
+
+
+@needs_sass
+def test_compiled_sums_of_parts(directory) -> None:
+    kernel, constants = triton_linear.kernels.finish, dict(TYPE=1, EXACT=False, BLOCK=triton_linear.BLOCK)
+    types = dict(parts="*fp32", y="*bf16", size="i64", count="i32")
+    signature = {a: "constexpr" if a in constants else types[a] for a in kernel.arg_names}
+    options = {"num_warps": 4, "enable_fp_fusion": False}
+    source = triton.compiler.ASTSource(kernel, signature, constants)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    cubin = directory / "finish.cubin"
+    cubin.write_bytes(made.asm["cubin"])
+    (function,) = sass.disassemble(cubin).values()
+    assert not forbidden(function) and sass.arithmetic(function.code)["FADD"] >= triton_linear.BLOCK // 128
 
 
 @needs_sass
