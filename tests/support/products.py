@@ -41,12 +41,12 @@ def made(
 ) -> Compiled:
     """`product` with these constants beside those of both signs."""
     kernel, chosen = module.product, BOTH_SIGNS | given
-    launch: Any = triton_linear._Launch.__new__(triton_linear._Launch)
-    launch.type, launch._in_units = chosen["TYPE"], lambda: chosen["UNIT"]
-    rows, warps = launch._tile(chosen["R"], chosen["RANK"])
-    assert rows == chosen["R"]
-    tile = dict(BM=triton_linear.ROWS, BK=triton_linear.COLUMNS)
-    constants = dict(BIAS=True, PARTS=True, EXACT=False, clock=None, **tile) | chosen
+    tile = triton_linear.tile_of(
+        chosen["TYPE"], chosen["R"], chosen["RANK"], chosen["DIRECTION"] >= 0, chosen["UNIT"]
+    )
+    assert tile.rows == chosen["R"]
+    blocks = dict(BM=triton_linear.ROWS, BK=tile.columns)
+    constants = dict(BIAS=True, PARTS=True, EXACT=False, clock=None, **blocks) | chosen
     types = {a: TYPES.get(a, "i32") for a in kernel.arg_names} | dict.fromkeys(
         ("x", "weight", "y"), POINTERS[chosen["TYPE"]]
     )
@@ -54,20 +54,18 @@ def made(
     aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if types[a][0] == "*"}
     source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
     stages = triton_linear.STAGES if chosen["DIRECTION"] < 0 else 1
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+    options = {"num_warps": tile.warps, "num_stages": stages, "enable_fp_fusion": False}
     found = triton.compile(source, target=GPUTarget("cuda", int(arch), 32), options=options)
     cubin = directory / f"{len(list(directory.iterdir()))}.cubin"
     cubin.write_bytes(found.asm["cubin"])
     function = next(iter(sass.disassemble(cubin).values()))
     unit = "FFMA" if chosen["TYPE"] == 0 else UNITS[arch]
-    weights = triton_linear.ROWS * triton_linear.COLUMNS // (32 * warps)
-    blocks = (
-        0 if chosen["DIRECTION"] < 0 else weights / 8
-    )  # code that waits for sm_100's units jumps back too
+    weights = triton_linear.ROWS * tile.columns // (32 * tile.warps)
+    # code that waits for the matrix units of sm_100 jumps back too, without z
+    least = 0 if chosen["DIRECTION"] < 0 else 16 * weights / 8
     loop = next(
         body
         for body in function.loops()
-        if sum(i.name == WIDE for i in body) >= 16 * blocks
-        and sum(i.name.startswith(unit) for i in body) >= 4
+        if sum(i.name == WIDE for i in body) >= least and sum(i.name.startswith(unit) for i in body) >= 4
     )
     return Compiled(found.asm["ptx"], function, loop, weights, found.metadata.shared)

@@ -26,8 +26,8 @@ except ImportError:  # triton.py says so
 ROWS, COLUMNS = 64, 64
 # Sums that a program holds for each of two sides are R rows of x by W's 64 and by the ranks of thin products,
 # padded to 16. With R times the ranks at most FEW_SUMS four warps are enough, so that a thread has 32 weights of
-# a tile; eight hold MOST_SUMS, and FEW_SUMS where there are no matrix units. None of these spills registers
-FEW_SUMS, MOST_SUMS = 512, 2048
+# a tile. Eight hold MOST_SUMS, THIN_SUMS beside thin products, and FEW_SUMS where there are no matrix units
+FEW_SUMS, THIN_SUMS, MOST_SUMS = 512, 1024, 2048
 RANK = 32  # the most
 # Stages of the loop without z; with z, its instructions stand between the load of W and its first use
 STAGES = 3
@@ -42,6 +42,25 @@ class _Rows(NamedTuple):
 
     tensor: Tensor
     begins: list[int]
+
+
+class Tile(NamedTuple):
+    """What a program holds at a time; no kernel of these spills a register (test_linear_triton.py)."""
+
+    rows: int  # of x, of a side
+    columns: int  # of W
+    warps: int
+
+
+def tile_of(kind: int, rows: int, rank: int, moved: bool, in_units: bool) -> Tile:
+    """Returns the tile for a type, the rows of a side, and padded ranks of thin products."""
+    sums = max(16, rank)
+    limit = FEW_SUMS if kind == 0 else THIN_SUMS if rank else MOST_SUMS
+    most = min(max(16, triton.next_power_of_2(rows)), limit // sums)
+    if kind and in_units and most * sums <= FEW_SUMS:
+        return Tile(most, COLUMNS, 4)
+    # with 64 rows the compiler holds more of x than with 128, and spills on sm_120
+    return Tile(most, COLUMNS // 2 if moved and kind and most == 64 else COLUMNS, 8)
 
 
 class _Kind(NamedTuple):
@@ -252,8 +271,9 @@ class _Launch:
         groups = self._groups(kind, members)
         thin = _one([self.sides.thins[i] for i in kind.thins], members)
         rank = 0 if thin is None else max(16, triton.next_power_of_2(thin.middles.shape[1]))
-        most, warps = self._tile(max([self.counts[j] for j in members]), rank)
-        table = self._table(kind, groups, thin, most)
+        in_units, rows = self._in_units(), max([self.counts[j] for j in members])
+        tile = tile_of(self.type, rows, rank, kind.moved, in_units)
+        table = self._table(kind, groups, thin, tile.rows)
         buffer = self.owner.tables.get(
             ("linear", table.tobytes()), tensor.device, lambda: ((table,), None)
         ).buffer
@@ -264,8 +284,8 @@ class _Launch:
             step, clock = self.noise.draws[0][0], self.noise.clock
         meta: dict[str, Any] = dict(
             TYPE=self.type, DIRECTION=direction, SIDES=max(map(len, groups)), TRANSPOSED=transposed,
-            UNIT=self._in_units(), RANK=rank, BIAS=self.bias is not None, PARTS=self.sums is not None,
-            EXACT=self.exact, R=most, BM=ROWS, BK=COLUMNS,
+            UNIT=in_units, RANK=rank, BIAS=self.bias is not None, PARTS=self.sums is not None,
+            EXACT=self.exact, R=tile.rows, BM=ROWS, BK=tile.columns,
         )  # fmt: skip
         factors: tuple[Any, ...] = (None, None, None)
         sizes: Sequence[int] = (0, 0)
@@ -276,17 +296,11 @@ class _Launch:
             sizes, strides = thin.middles.shape[1:], (*thin.middles.stride(), last.stride(0))
         kernels.product[len(table), -(-m // ROWS), self.parts](
             self.x.tensor, tensor, self.y.tensor, self.sums, None if self.bias is None else self.bias.tensor,
-            *factors, buffer.view(torch.int64), m, n, self.total, -(-n // COLUMNS // self.parts),
+            *factors, buffer.view(torch.int64), m, n, self.total, -(-n // tile.columns // self.parts),
             span.first, signed(span.who), signed(step), float(shrink), *sizes,
-            *strides, keys_of(seed), clock, **meta, num_warps=warps,
+            *strides, keys_of(seed), clock, **meta, num_warps=tile.warps,
             num_stages=STAGES if direction == STILL else 1, enable_fp_fusion=False,
         )  # fmt: skip
-
-    def _tile(self, rows: int, rank: int) -> tuple[int, int]:
-        """Returns the rows of a side in a program, and its warps."""
-        limit, sums = FEW_SUMS if self.type == 0 else MOST_SUMS, max(16, rank)
-        most = min(max(16, triton.next_power_of_2(rows)), limit // sums)
-        return most, 4 if self.type and self._in_units() and most * sums <= FEW_SUMS else 8
 
     def _in_units(self) -> bool:
         """Tells whether every row of W begins with a unit of eight, and every row of W and x lies on 16 bytes."""
