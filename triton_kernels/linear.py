@@ -8,12 +8,12 @@ table    int64[groups, 2, 8] in device memory: for each side of a group its firs
          sides of one draw
 tile     BM of W's rows by BK of its columns, or, where W is (n, m), BK by BM, turned in registers. z of the
          tile is made once for both sides, between the load of W and its first use, so that it hides the load
-unit     eight consecutive weights a Philox block, as elementwise.py has them, where every row of W begins with
-         a unit; elsewhere each element computes its own block
+unit     eight consecutive weights a Philox block, as elementwise.py has them, where every row of W begins
+         with a unit; elsewhere each element computes its own block
 thin     first is rounded to W's dtype and multiplies the tile of x in the same loop. After it, t = x first^T
          meets middle and last, each as two bfloat16 terms: 2^-16 of themselves
-parts    a program has a part of W's columns, so that small matrices fill a device; float32 sums of parts go to
-         memory, and `finish` adds them in order
+parts    a program has a part of W's columns, so that small matrices fill a device; float32 sums of parts go
+         to memory, and `finish` adds them in order
 traffic  W once for both sides of a draw, from the caches for other draws; no tile of W + scale z
 work     instructions a weight for both signs, bfloat16, 16 rows a side, from sm_80 to sm_120: normal 28.9 to
          31.7, signs 17.6 to 19.3; one side, normal: 25.7 and 26.6 (`pytest
@@ -117,7 +117,7 @@ def moved(raw, z, scale, TYPE: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def z_of_tile(begin, place, units, who, step, draw, keys, DIRECTION: tl.constexpr, UNIT: tl.constexpr):
-    """The z of a tile: `place` is where its elements are, and `units` where its units are, from `begin` on."""
+    """The z of a tile: `place` says where its elements are, `units` where its units are, from `begin` on."""
     if UNIT:
         return z_of_units((begin >> 3).to(tl.uint32) + units, who, step, draw, keys, DIRECTION)
     else:
@@ -183,7 +183,8 @@ def product(x, weight, y, parts, bias, first, middles, last, table, m, n, y_rows
             TYPE: tl.constexpr, DIRECTION: tl.constexpr, SIDES: tl.constexpr, TRANSPOSED: tl.constexpr,
             UNIT: tl.constexpr, RANK: tl.constexpr, BIAS: tl.constexpr, PARTS: tl.constexpr,
             EXACT: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """Program (group, tile of rows, part of `each` tiles of columns). RANK: 16, 32 or 64, padded; 0: no thin products."""
+    """Program (group, tile of rows, part of `each` tiles of columns). RANK: 16 or 32, padded; 0: no thin
+    products."""
     A: tl.constexpr = BK if TRANSPOSED else BM  # of a tile, as W is stored
     B: tl.constexpr = BM if TRANSPOSED else BK
     step = name_of(step, clock)

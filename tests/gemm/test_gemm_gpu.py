@@ -49,7 +49,8 @@ def test_backend_cuda_multiplies_by_triton(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(backends, "get", lambda name: kernel)
     monkeypatch.setattr(backends, "why_off", lambda name: None)
-    assert fused.own(Cuda(), device) is kernel and fused.own(kernel, device) is kernel  # type: ignore[arg-type]
+    assert fused.own(Cuda(), device) is kernel  # type: ignore[arg-type]
+    assert fused.own(kernel, device) is kernel  # type: ignore[arg-type]
     assert fused._own(Cuda(), torch.device("cpu")) is None  # type: ignore[arg-type]
     assert fused._own(reference.Reference(), device) is None
     monkeypatch.setattr(backends, "why_off", lambda name: "no Triton")

@@ -22,11 +22,11 @@ try:
 except ImportError:  # triton.py says so
     pass
 
-# A tile of W: 64 rows fill the matrix units of sm_90 and later, and 64 columns of 16 bits are a line of 128 bytes
+# A tile of W: 64 rows fill the matrix units of sm_90 and later, 64 columns of 16 bits are a line of 128 bytes
 ROWS, COLUMNS = 64, 64
 # Sums that a program holds for each of two sides are R rows of x by W's 64 and by the ranks of thin products,
-# padded to 16. With R times the ranks at most FEW_SUMS four warps are enough, so that a thread has 32 weights of
-# a tile. Eight hold MOST_SUMS, THIN_SUMS beside thin products, and FEW_SUMS where there are no matrix units
+# padded to 16. With R times the ranks at most FEW_SUMS four warps are enough, so that a thread has 32 weights
+# of a tile. Eight hold MOST_SUMS, THIN_SUMS beside thin products, and FEW_SUMS without matrix units
 FEW_SUMS, THIN_SUMS, MOST_SUMS = 512, 1024, 2048
 RANK = 32  # the most
 # Stages of the loop without z; with z, its instructions stand between the load of W and its first use
@@ -38,7 +38,7 @@ NO_SIDE = (0,) * 8  # of a group of one: it has no rows
 
 
 class _Rows(NamedTuple):
-    """Matrices of the same columns as rows of one, `tensor`: matrix j begins at row begins[j] from its first."""
+    """Matrices of the same columns as rows of one: matrix j begins begins[j] rows after `tensor`."""
 
     tensor: Tensor
     begins: list[int]
@@ -89,7 +89,7 @@ class Products:
         thins   up to thin_rank a side. `first` is rounded to W's dtype
         room    bytes that sums of parts may take (linear_bytes)
         outs    contiguous (rows, m) each, of W's dtype, which take the results
-        W + scales[j] z_j is rounded to W's dtype, as perturb writes it. The sums are float32, rounded once."""
+        W + scales[j] z_j is rounded to W's dtype, as perturb writes it. Sums are float32, rounded once."""
         self.valid.linear(weight, sides, noise)
         tensor, _, transposed, _ = weight
         m, n = tensor.shape[::-1] if transposed else tensor.shape
@@ -130,7 +130,7 @@ def _begins(counts: Sequence[int]) -> list[int]:
 
 
 def _rows_of(matrices: Sequence[Tensor], width: int) -> _Rows | None:
-    """Returns matrices that lie at whole rows of one another in one memory: also the same one for all sides."""
+    """Returns matrices that lie at whole rows of one another in one memory, or None."""
     base, size = matrices[0], max(1, width) * matrices[0].element_size()
     start, memory = base.data_ptr(), base.untyped_storage().data_ptr()
     apart = [matrix.data_ptr() - start for matrix in matrices]
@@ -183,8 +183,8 @@ def _check(weight: Weight, sides: Sides, ys: Sequence[Tensor], counts: Sequence[
             raise ValueError(f"backend 'triton': linear: an out is {described(y)}; expected {kind}")
     if max(ranks) > RANK:
         raise ValueError(
-            f"backend 'triton': linear: thin products of rank {max(ranks)} for a side; expected at most {RANK}: "
-            "multiply them by torch, as zokern.gemm.factored_linear does"
+            f"backend 'triton': linear: thin products of rank {max(ranks)} for a side; expected {RANK}"
+            " or less: multiply them by torch, as zokern.gemm.factored_linear does"
         )
 
 
@@ -203,8 +203,8 @@ class _Launch:
     """A call of linear(): its operands, and a launch for each kind of side."""
 
     def __init__(
-        self, owner: Products, weight: Weight, sides: Sides, noise: Noise | None, y: _Rows, parts: int, m: int,
-        n: int,
+        self, owner: Products, weight: Weight, sides: Sides, noise: Noise | None, y: _Rows, parts: int,
+        m: int, n: int,
     ) -> None:  # fmt: skip
         self.owner, self.weight, self.sides, self.noise, self.y = owner, weight, sides, noise, y
         self.counts, self.m, self.n, self.parts = [x.shape[0] for x in sides.xs], m, n, parts
@@ -259,10 +259,9 @@ class _Launch:
                 for j in group:
                     draw, scale = (self._draw(j), self.sides.scales[j]) if kind.moved else (0, 0.0)
                     here, bias = max(0, min(most, self.counts[j] - start)), bias_rows[j]
-                    rows.append(
-                        (self.x.begins[j] + start, self.y.begins[j] + start, here, draw,
-                         int(np.float32(scale).view(np.uint32)), bias is not None, bias or 0, places.get(j, 0))
-                    )  # fmt: skip
+                    x_row, y_row, bits = self.x.begins[j], self.y.begins[j], np.float32(scale).view(np.uint32)
+                    names = here, draw, int(bits), bias is not None, bias or 0, places.get(j, 0)
+                    rows.append((x_row + start, y_row + start, *names))
                 found.append([*rows, NO_SIDE][:2])
         return np.array(found, dtype=np.int64)
 
@@ -303,7 +302,7 @@ class _Launch:
         )  # fmt: skip
 
     def _in_units(self) -> bool:
-        """Tells whether every row of W begins with a unit of eight, and every row of W and x lies on 16 bytes."""
+        """Tells whether each row of W begins with a unit of eight, and rows of W and x lie on 16 bytes."""
         tensor, widths = self.weight.tensor, (self.n, *self.weight.tensor.shape[1:])
         addresses = tensor.data_ptr() | self.x.tensor.data_ptr() | self.weight.span.first % 8
         return not any([width % 8 for width in widths]) and addresses % 16 == 0

@@ -59,7 +59,7 @@ def _pays(weight: Tensor, counts: Sequence[int], rank: int) -> bool:
         return library.yields(weight.dtype)
     if rank and weight.dtype == torch.float32:
         return False  # without z, torch reads W once too
-    # where rows do not begin with eight weights of one block of the stream, each weight has a block of its own
+    # where rows do not begin with a unit of eight weights, each weight has a block of the stream of its own
     return sum(counts) <= GPU_ROWS[weight.dtype] and not any([size % 8 for size in weight.shape])
 
 
