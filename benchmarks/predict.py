@@ -14,6 +14,7 @@ clocks of a pipe):
             on sm_80 there is one
     xu      MUFU POPC FLO F2I I2F; FCHK by assumption      8
     mma     HMMA.16816                                     8, 16 or 32, by device
+            HGMMA.64xN: as N / 8 of these; the matrix units of sm_100 work beside the pipes: left out
     compute = max(issue, alu, heavy, (heavy + fma) / pipes, xu, mma) / (4 quarters * multiprocessors * clock)
     memory  = bytes that must move / bandwidth of a copy
     time    = max(compute, memory)
@@ -26,12 +27,15 @@ model: a kernel with enough loads in flight should come within some 5 % of it, n
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 import sass  # noqa: E402  tests/support/sass.py reads machine code
@@ -45,7 +49,7 @@ DRAWS = 8
 PIPES = {
     "wide": r"IMAD\.(WIDE|HI)",
     "heavy": r"IMAD|IDP",
-    "mma": r"HMMA\.16816",
+    "mma": r"HMMA\.16816|HGMMA\.64x",
     "xu": r"MUFU|FCHK|POPC|FLO|F2I|I2F\b|I2F\.",
     "fma": r"FFMA|FMUL|FADD|HFMA2|HADD2|HMUL2",
     "alu": r"LOP3|IADD|VIADD|SHF|PRMT|LEA|ISETP|FSETP|SEL|FSEL|I2FP|F2FP|MOV|FMNMX|IMNMX|VIMNMX|SGXT|IABS|PLOP3|R2P|P2R|CS2R|BMSK",
@@ -106,18 +110,20 @@ class Work:
         for code, often in loops:
             for instruction in code:
                 pipes[pipe_of(instruction.name)] += often
+                if columns := re.match(r"HGMMA\.64x(\d+)x", instruction.name):
+                    pipes["more products"] += often * (int(columns[1]) / 8 - 1)
         return cls(pipes)
 
     @property
     def instructions(self) -> float:
-        return sum(self.pipes.values())
+        return sum(self.pipes.values()) - self.pipes["more products"]
 
     def clocks(self, device: Device) -> dict[str, float]:
         """Clocks of a quarter for each warp of elements, by what could be the limit."""
         busy = {pipe: self.pipes[pipe] * clocks for pipe, clocks in CLOCKS.items()}
         heavy = busy["wide"] + busy["heavy"]
         fma = (heavy + busy["fma"]) / device.fma_pipes
-        mma = self.pipes["mma"] * device.mma
+        mma = (self.pipes["mma"] + self.pipes["more products"]) * device.mma
         return {
             "issue": self.instructions,
             "alu": busy["alu"],
@@ -237,6 +243,39 @@ PRODUCTS = tuple(
     for kind, name, traffic in ((1, "bf16", 4), (0, "float32", 8))
     for rank in (16, 32, 64, 128)
 )
+
+
+@dataclass(frozen=True)
+class FusedCase:
+    """The loop of triton_kernels/linear.py over tiles, both signs, bfloat16: W is read once, y is small."""
+
+    rows: int  # of a side
+    direction: int = 0
+    traffic: int = 2
+
+    @property
+    def name(self) -> str:
+        return f"linear both signs {('normal', 'signs')[self.direction]}, {self.rows} rows a side, bf16"
+
+    def work(self, works: dict[str, Work]) -> Work:
+        return works[self.name]
+
+
+FUSED = (FusedCase(16), FusedCase(32), FusedCase(64), FusedCase(128), FusedCase(16, 1))
+
+
+def fused_work(folder: Path) -> dict[str, dict[str, Work]]:
+    """The work of FUSED by architecture, compiled here."""
+    import products  # which needs Triton
+
+    found: dict[str, dict[str, Work]] = {device.arch: {} for device in DEVICES}
+    for arch, works in found.items():
+        for case in FUSED:
+            made = products.made(folder, arch, {"R": case.rows, "DIRECTION": case.direction})
+            works[case.name] = Work.of((made.loop, 1 / made.weights))
+    return found
+
+
 # csrc/*.cu by the namespace of their kernels
 SOURCES = {"kernels": ("elementwise", "axpy"), "updates": ("update",), "products": ("lowrank",)}
 
@@ -254,9 +293,9 @@ def code_of_the_tree(architectures: Sequence[str]) -> dict[str, dict[str, sass.F
 
 
 def table(
-    code: dict[str, dict[str, sass.Function]],
+    code: dict[str, dict[str, Any]],
     devices: Iterable[Device] = DEVICES,
-    cases: Iterable[Case | UpdateCase | ProductCase] = CASES,
+    cases: Iterable[Case | UpdateCase | ProductCase | FusedCase] = CASES,
 ) -> list[str]:
     lines = []
     for device in devices:
@@ -292,6 +331,10 @@ def main() -> None:
     code = code_of_the_tree((device.arch,) if "--steps" in sys.argv[1:] else sass.ARCHITECTURES)
     if len(code) > 1:
         print("\n".join(table(code, cases=[*CASES, *UPDATES, *PRODUCTS])))
+        if importlib.util.find_spec("triton") is None:
+            raise SystemExit("linear is a Triton kernel: install triton to have it predicted")
+        with TemporaryDirectory() as folder:
+            print("\n".join(table(fused_work(Path(folder)), cases=FUSED)))
     works = {case.name: case.work(code[device.arch]) for case in (*CASES, *PRODUCTS)}
     rows, parts = predict_step.rows(works, device)
     predict_page.write(rows, parts, works, device)

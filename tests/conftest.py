@@ -26,6 +26,7 @@ LONGEST = (
     "test_reports",
     "test_architectures",
     "test_wheel",
+    "test_linear_triton",
     "test_lowrank_triton",
     "test_scaled_triton",
     "test_scaled_cuda",

@@ -9,7 +9,7 @@ from guarded import equal
 from torch import Tensor
 
 from zokern import gemm
-from zokern.backends import Backend, Batch, Noise, Outer, Span, Terms
+from zokern.backends import Backend, Batch, Noise, Outer, Sides, Span, Terms, Weight
 from zokern.directions import resolve
 from zokern.evaluation.arena import Arena
 
@@ -153,7 +153,32 @@ def check_lowrank(backend: Backend, device: str, dtype: torch.dtype, count: int)
         equal(there, theta.to(dtype), f"lowrank_ after {time} replays")
 
 
-VERBS = {"axpy_": check_axpy, "perturb": check_perturb, "linear": check_linear, "lowrank_": check_lowrank}
+def check_fused(backend: Backend, device: str, dtype: torch.dtype, count: int) -> None:
+    """The same product by one kernel that makes z beside it."""
+    weight = (0.02 * torch.randn(count // 8, 8, generator=torch.Generator().manual_seed(5))).to(dtype)
+    there, x, span = weight.to(device), torch.eye(8, dtype=dtype, device=device), Span(1, 8)
+    clock, results = torch.zeros(1, dtype=torch.int64, device=device), [torch.empty(0)] * 2
+    kernel = gemm.own(backend, there.device)
+
+    def call() -> None:
+        noise = Noise(resolve("normal"), SEED, [(STEP, 1)] * 2, clock)
+        results[:] = kernel.linear(Weight(there, span), Sides([x, x], [None, None], [1e-3, -1e-3]), noise)
+
+    graph = Captured(call, device)
+    for time in range(1, REPLAYS + 1):
+        clock.add_(1)
+        graph.replay()
+        expected = [[torch.empty_like(weight)] for _ in "+-"]
+        noise = Noise(resolve("normal"), SEED, [(STEP + time, 1)])
+        judge().perturb(Batch([weight], [span]), noise, [1e-3, -1e-3], expected)
+        for got, (right,) in zip(results, expected):
+            equal(got.cpu().t() + 0.0, right + 0.0, f"linear, fused, replay {time}")
+
+
+VERBS = {
+    "axpy_": check_axpy, "perturb": check_perturb, "linear": check_linear, "linear, fused": check_fused,
+    "lowrank_": check_lowrank,
+}  # fmt: skip
 
 
 def graphs(run: Run, backend: str) -> None:

@@ -202,6 +202,17 @@ def linear(at: Setting) -> None:
     at.results.append(gemm.tiled_linear([x, x], weight, [None, None], tiles()))
 
 
+def linear_fused(at: Setting) -> None:
+    """The same by one kernel that makes z beside the product, both signs and W itself."""
+    i = next(i for i, t in enumerate(at.thetas) if t.dim() == 2 and t.is_contiguous())
+    weight = at.thetas[i][:200]
+    x = torch.eye(weight.shape[1], dtype=weight.dtype, device=at.device)
+    for direction in ("normal", "rademacher"):
+        noise = Noise(resolve(direction), SEED, [(STEP, 0)] * 3)
+        sides = Sides([x] * 3, [None] * 3, [1e-3, -1e-3, 0.0])
+        at.results += gemm.own(at.backend, weight.device).linear(Weight(weight, at.spans[i]), sides, noise)
+
+
 def linear_factored(at: Setting) -> None:
     """y = x W^T +- (x V) C U^T beside it, of small integers."""
     m, n, rank = 72, 40, 8
@@ -259,4 +270,5 @@ VERBS: dict[str, Callable[[Setting], None]] = {
     "lowrank_ rank 16, stochastic": lowrank(16, "stochastic"),
     "lowrank_ rank 32, residual, decay": lowrank(32, "residual", 0.5),
     "lowrank_ rank 128": lowrank(128),
+    "linear, fused": linear_fused,
 }

@@ -146,6 +146,11 @@ class Around:
         self.after([found.amounts])
         return found
 
+    def linear(self, *given):
+        found = RIGHT.linear(*given)
+        self.after(found)
+        return found
+
     def after(self, written) -> None:
         self.calls += 1
         self.spoil([t for t in written if t.numel()])
@@ -377,13 +382,23 @@ class FactorsOnce(Patched):
         return super().lowrank_(batch, factors._replace(lefts=self.left), *rest)
 
 
+class ProductOnce(Around):
+    """As ClockOnce, of the product."""
+
+    def linear(self, weight, sides, noise):
+        self.step = getattr(self, "step", noise.draws[0][0] + int(noise.clock))
+        late = [(self.step, draw) for _, draw in noise.draws]
+        return RIGHT.linear(weight, sides, noise._replace(draws=late, clock=None))
+
+
 @pytest.mark.parametrize("verb", graphs.VERBS)
 def test_graphs(verb) -> None:
     """On a CPU the call stands for the graph: a clock, or factors, read once is the mistake that a graph can
     make."""
     graphs.VERBS[verb](RIGHT, "cpu", torch.bfloat16, 301)
     with pytest.raises(AssertionError, match="replay"):
-        graphs.VERBS[verb](FactorsOnce() if verb == "lowrank_" else ClockOnce(), "cpu", torch.bfloat16, 37)
+        wrong = {"lowrank_": FactorsOnce, "linear, fused": ProductOnce}.get(verb, ClockOnce)
+        graphs.VERBS[verb](wrong(), "cpu", torch.bfloat16, 37)
 
 
 CLEAN = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"

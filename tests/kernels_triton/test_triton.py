@@ -397,20 +397,6 @@ class Executed:
         return _Verb(self, getattr(self.elementwise, verb))
 
 
-def compute(op: str, known=ptx.compute):
-    """ptx.compute, and what LLVM emits and nvcc does not: a bit field with a sign."""
-    if op == "bfe.s32":
-
-        def extract(a, position, length):
-            left = (32 - int(position) - int(length)) % 32
-            return (
-                (np.asarray(a, np.uint32) << np.uint32(left)).view(np.int32) >> np.int32(32 - int(length))
-            ).view(np.uint32)
-
-        return extract, "b32", ["b32"]
-    return known(op)
-
-
 def step(machine, instruction, who, known=ptx._Machine.step) -> None:
     """_Machine.step, and the sum and the maximum over a warp that Triton reduces with."""
     if instruction.op not in ("redux.sync.add.s32", "redux.sync.max.s32"):
@@ -480,7 +466,6 @@ def on_ptx(directory, monkeypatch):
 
     def make(arch: str, elementwise: ModuleType = backend.elementwise) -> OnPtx:
         executed = Executed(elementwise, arch)
-        monkeypatch.setattr(ptx, "compute", compute)
         monkeypatch.setattr(ptx._Machine, "step", step)
         monkeypatch.setattr(backend, "elementwise", executed)
         monkeypatch.setattr(backend, "interpreted", lambda: False)

@@ -392,11 +392,11 @@ def compute(op: str) -> tuple[Callable, str, list[str]]:
         def extract(a, position, length):
             a = as_type("u" + kind[1:], a).astype(U64)
             position, length = np.asarray(position) & U32(0xFF), np.asarray(length) & U32(0xFF)
-            if kind[0] == "s" or np.any(position + length > width):
-                raise NotImplementedError(f"{op} signed or past the end")
-            return (a >> position.astype(U64) & ((U64(1) << length.astype(U64)) - U64(1))).astype(
-                unsigned_type
-            )
+            if np.any(position + length > width) or np.any(length == 0):
+                raise NotImplementedError(f"{op} empty or past the end")
+            field = a >> position.astype(U64) & ((U64(1) << length.astype(U64)) - U64(1))
+            sign = U64(1) << (length.astype(U64) - U64(1))
+            return ((field ^ sign) - sign if kind[0] == "s" else field).astype(unsigned_type)
 
         return extract, same, [same, "b32", "b32"]
     if base == "bfi":

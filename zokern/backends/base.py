@@ -110,7 +110,9 @@ class Backend(Protocol):
 
 
 class Multiplies(Backend, Protocol):
-    """A backend with products of its own, which zokern/gemm/fused.py uses: see Cpu."""
+    """A backend with products of its own, which zokern/gemm/fused.py uses: see Cpu and Triton.
+
+    ``thin_rank``, if it is there, bounds the ranks of the thin products of a side together."""
 
     def linear(
         self,

@@ -314,7 +314,9 @@ class Cpu:
         )
         dense = noise is not None and max(words) >= 0
         number, seed, step = (
-            (VALID.number(noise.direction), noise.seed, noise.draws[0][0]) if noise and dense else (0, 0, 0)
+            (VALID.number(noise.direction), noise.seed, step_at(noise.draws[0][0], noise.clock))
+            if noise and dense
+            else (0, 0, 0)
         )
         # sides of a draw follow one another
         order = sorted(range(len(xs)), key=words.__getitem__) if dense else range(len(xs))

@@ -9,18 +9,19 @@ not notice.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..stream import ROUNDS
 from . import binder, device_tables, pack, pack_lowrank
 from .base import DIRECTIONS, SCALARS
 from .device_tables import Launch
 from .launch import Batch, Noise, Outer, Projected, Projection, Terms, Update, projected, rounding_bits
+from .triton_launch import keys_of, round_keys, signed
+from .triton_linear import Products
 from .validation import Validator
 
 _missing = ""
@@ -80,23 +81,6 @@ def _too_old(capability: tuple[int, int]) -> str | None:
     )
 
 
-def _signed(word: int) -> int:
-    """Returns a 32-bit word as the int32 with its bits.
-
-    Triton would choose another argument type for large values, and compile again."""
-    return (word & 0xFFFFFFFF) - ((word & 0x80000000) << 1)
-
-
-@lru_cache(maxsize=64)
-def _keys(k0: int, k1: int, rounds: int = ROUNDS) -> tuple[int, ...]:
-    """Returns the keys of every round, k0 and k1 in turns (Salmon et al. 2011)."""
-    return tuple(_signed(k + r * w) for r in range(rounds) for k, w in ((k0, 0x9E3779B9), (k1, 0xBB67AE85)))
-
-
-def _keys_of(seed: int) -> tuple[int, ...]:
-    return _keys(seed & 0xFFFFFFFF, seed >> 32)
-
-
 def _groups(entries: np.ndarray) -> np.ndarray:
     """Returns 1 for entries of the unit path: contiguous, whole Philox blocks, 16-byte addresses."""
     addresses = entries["theta"] | entries["out"][:, 0] | entries["out"][:, 1] | entries["residual"]
@@ -139,7 +123,7 @@ def _bits(kinds: np.ndarray) -> int:
     return int(np.bitwise_or.reduce(1 << np.unique(kinds), initial=0))
 
 
-class Triton:
+class Triton(Products):
     name = "triton"
     most_rank = 128
 
@@ -211,7 +195,7 @@ class Triton:
         count = counter.shape[0]
         if count:
             block = triton.next_power_of_2(count) if self.is_interpreted else BLOCK["normal"]
-            arguments = (counter, words, count, _keys(*key, rounds), rounds, block)
+            arguments = (counter, words, count, round_keys(*key, rounds), rounds, block)
             with device_tables.on(device):
                 elementwise.philox[(triton.cdiv(count, block),)](*arguments, **OPTIONS)
         return words
@@ -237,8 +221,8 @@ class Triton:
             check()
         if launch.parts:
             ((step, draw),) = noise.draws
-            self._run(launch, elementwise.draw, noise.direction, _signed(step), _signed(draw),
-                      _keys_of(noise.seed), noise.clock, KINDS=launch.facts.out_types)  # fmt: skip
+            self._run(launch, elementwise.draw, noise.direction, signed(step), signed(draw),
+                      keys_of(noise.seed), noise.clock, KINDS=launch.facts.out_types)  # fmt: skip
 
     def axpy_(self, batch: Batch, noise: Noise, terms: Terms) -> Tensor:
         self.valid.number(noise.direction)
@@ -257,7 +241,7 @@ class Triton:
         decayed = not replay and (first != 1.0 or control is not None)
         names = self._names(launch.device, draws if replay else draws[:-1], decays if replay else ())
         self._run(launch, elementwise.axpy, noise.direction, names, coeffs.contiguous(), nonfinite,
-                  len(draws), each, *map(_signed, draws[-1]), first, _keys_of(noise.seed), noise.clock,
+                  len(draws), each, *map(signed, draws[-1]), first, keys_of(noise.seed), noise.clock,
                   control, ROUNDING=pack.ROUNDING[batch.rounding], DECAY=decayed, EACH=replay,
                   KINDS=launch.facts.types)  # fmt: skip
         return nonfinite
@@ -275,7 +259,7 @@ class Triton:
             return nonfinite
         self._run(launch, update.update, noise.direction, self._names(launch.device, draws[:-1]),
                   coeffs.contiguous(), scalars.contiguous(), nonfinite, len(draws),
-                  *map(_signed, draws[-1]), _keys_of(noise.seed), noise.clock, control, RULE=pack.RULES[rule],
+                  *map(signed, draws[-1]), keys_of(noise.seed), noise.clock, control, RULE=pack.RULES[rule],
                   ROUNDING=pack.ROUNDING[batch.rounding], KINDS=launch.facts.types)  # fmt: skip
         return nonfinite
 
@@ -299,8 +283,8 @@ class Triton:
             check()
         if launch.parts:
             ((step, draw),) = noise.draws
-            self._run(launch, elementwise.perturb, noise.direction, _signed(step), _signed(draw),
-                      float(scales[0]), float(scales[-1]), _keys_of(noise.seed), noise.clock,
+            self._run(launch, elementwise.perturb, noise.direction, signed(step), signed(draw),
+                      float(scales[0]), float(scales[-1]), keys_of(noise.seed), noise.clock,
                       SIDES=len(outs), JOIN=batch.residuals is not None,
                       KINDS=launch.facts.both_types)  # fmt: skip
 
@@ -320,7 +304,7 @@ class Triton:
         if not launch.parts:
             return nonfinite
         facts, upload = launch.facts, self.tables.upload(launch)
-        numbers = nonfinite, float(factors.decay), _signed(step), _keys_of(seed), clock, control
+        numbers = nonfinite, float(factors.decay), signed(step), keys_of(seed), clock, control
         common = {
             "ROUNDING": pack.ROUNDING[rounding], "OUTSIDE": outs is not None,
             "JOIN": batch.residuals is not None and rounding == "residual", "EXACT": self.is_interpreted,

@@ -286,9 +286,10 @@ class Copies:
             and group.scale(i) is None
         )
         fused = fused and (self.sides <= gemm.MANY if factored else self.plan.direction.name in DIRECTIONS)
-        fused = fused and gemm.fuses(group.backend, xs, weight, transposed, room)
+        rank = self.factors.rank(group, i) if factored else 0
+        fused = fused and gemm.fuses(group.backend, xs, weight, transposed, room, rank)
         if fused:
-            size = gemm.own(group.backend).linear_bytes(gemm.counts_of(xs), room)
+            size = gemm.own(group.backend, weight.device).linear_bytes(gemm.counts_of(xs), room)
             self.largest = max(self.largest, self.arena.top.get(weight.device, 0) + size)
         else:
             biases = [b if b is None or b.dtype == weight.dtype else b.to(weight.dtype) for b in biases]

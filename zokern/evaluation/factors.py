@@ -121,6 +121,13 @@ class Factors:
                 after = some[:, -first.columns :] if right is None else right
                 torch.baddbmm(weights, before, after.mT, beta=first.shrink, out=target)
 
+    def rank(self, group: Group, i: int) -> int:
+        """Returns the rank of the thin products of a side, at points of one draw at most."""
+        assert group.matrices is not None
+        matrix = group.matrices[i]
+        kept = matrix.left is not None and matrix.right is not None
+        return matrix.rank * (1 if kept or matrix.pending is None else 2)
+
     def parts(self, group: Group, i: int, sides: Sequence[int], transposed: bool) -> list[Thin]:
         """Returns the thin products beside x W^T (transposed: x W),
         those of sides that share a factor in one part."""

@@ -1,7 +1,7 @@
 """Matrix products with perturbed weights, which are never written.
 
 linear   y_j = x_j (W + a_j z_j)^T + b_j, j = 1 .. sides
-         fused    one kernel of the CPU makes z beside the product, for the rows of all sides
+         fused    one kernel of ours makes z beside the product, for the rows of all sides
          tiled    dense z: a tile of W + a z at a time, both signs of a z from one read of W and one
                   evaluation of the generator
          lowrank  factored z: x (shrink W + left right^T)^T, one product for the rows of all sides and two

@@ -39,7 +39,10 @@ def factored_linear(
     perturbation, and shrink. W is only read."""
     tensor, _, transposed, shrink = weight
     flat = list(map(flatten, sides.xs))
-    if fuses(backend, flat, tensor, transposed, room) if fused is None else fused:
+    if fused is None:
+        ranks = [sum([t.first.shape[0] for t in sides.thins if j in t.sides]) for j in range(len(flat))]
+        fused = fuses(backend, flat, tensor, transposed, room, max(ranks))
+    if fused:
         return fused_linear(backend, weight, sides, None, room)
     counts = [x.shape[0] for x in flat]
     matrix, sides = tensor.t() if transposed else tensor, Sides(flat, *sides[1:])
