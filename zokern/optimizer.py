@@ -151,6 +151,7 @@ class ZerothOrder(torch.optim.Optimizer):
         Writes deferred updates (see flush): a run that resumes from it has the bits of the run that saved and
         went on."""
         self.flush()
+        self.look()  # the counters of skipped and dead steps belong to the state
         return {**super().state_dict(), "zokern": checkpoint.own_entry(self)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
