@@ -98,7 +98,7 @@ def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device
 
 @lru_cache(maxsize=64)
 def lately(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Returns numbers that seldom change, as an lr: what was uploaded lately is found again. It is only read."""
+    """Returns numbers that seldom change, as an lr, and are only read: what was uploaded lately is found again."""
     return upload(values, dtype, device)
 
 
