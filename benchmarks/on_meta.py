@@ -1,4 +1,4 @@
-"""Optimizers of parameters on the meta device, which have no memory: a step on them reads no value, or fails."""
+"""Optimizers of parameters on the meta device, without memory: a step on them reads no value, or fails."""
 
 from __future__ import annotations
 

@@ -21,9 +21,9 @@ HEAD = """# Predicted, not measured
 `benchmarks/predict.py` has the model of a kernel, `benchmarks/predict_step.py` that of a step, with all that
 it assumes. `make gpu` measures the same figures and puts the two beside each other.
 
-Device: {device}. Weights in bfloat16. A step is MeZO with one query. Its time is over the two forwards that it
-holds, which are eager in the first columns and one CUDA graph in the last two. Host times were measured on a
-CPU ({cpu}, torch {torch}, one thread), with models of as many layers and a width of 64. A GPU machine's
+Device: {device}. Weights in bfloat16. A step is MeZO with one query. Its time is over the two forwards that
+it holds, which are eager in the first columns and one CUDA graph in the last two. Host times were measured on
+a CPU ({cpu}, torch {torch}, one thread), with models of as many layers and a width of 64. A GPU machine's
 differ. The eager loop is that of Malladi et al. 2023.
 """
 COLUMNS = (
@@ -86,7 +86,8 @@ def page(rows: Sequence[Row], parts: Mapping[str, Mapping[str, Any]], device: De
             "the eager loop", "`master`, graph", "`paired`, graph"]  # fmt: skip
     lines = [
         [
-            row.model, f"{row.batch} x {row.length}", f"{row.forwards['eager']:.1f}", f"{row.forwards['device']:.1f}",
+            row.model, f"{row.batch} x {row.length}",
+            *(f"{row.forwards[name]:.1f}" for name in ("eager", "device")),
             *(f"{row.ratio(*column):.2f}" for column in COLUMNS),
         ]
         for row in rows

@@ -171,10 +171,9 @@ def rows_of(
 
 
 @triton.jit(do_not_specialize=["entries", "tiles", "frames", "factors", "step", "keys", "clock", "control"])
-def product(entries, tiles, frames, factors, nonfinite, decay, step, keys, clock, control, ROUNDING: tl.constexpr,
-    KINDS: tl.constexpr,
-            OUTSIDE: tl.constexpr, JOIN: tl.constexpr, RANK: tl.constexpr, WHOLE: tl.constexpr,
-            EXACT: tl.constexpr,
+def product(entries, tiles, frames, factors, nonfinite, decay, step, keys, clock, control,
+            ROUNDING: tl.constexpr, KINDS: tl.constexpr, OUTSIDE: tl.constexpr, JOIN: tl.constexpr,
+            RANK: tl.constexpr, WHOLE: tl.constexpr, EXACT: tl.constexpr,
             BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     """One tile. KINDS: bit 3 type + type of the result is set when the launch has such a tensor; RANK: 16 to
     128, padded.

@@ -1,4 +1,4 @@
-"""project: the losses of a step to the numbers of its update, in Triton (csrc/project.h says what it computes)
+"""project: the losses of a step to the numbers of its update, in Triton (csrc/project.h defines them)
 
 operands losses float64[m, n], weights float64[K, n] or None, scalars float64[6]; out is the memory of the
          results, as csrc/project.h lays it out, once as float64 and once as float32

@@ -208,10 +208,9 @@ def update_elements(entry, theta, place, low, low_place, m, v, i, number, mask, 
     do_not_specialize=["entries", "chunks", "draws", "step", "draw", "keys", "clock", "control"],
     do_not_specialize_on_alignment=["draw_count"],
 )
-def update(entries, chunks, draws, coefficients, scalars, nonfinite, draw_count, step, draw, keys, clock, control,
-           DIRECTION: tl.constexpr, RULE: tl.constexpr, ROUNDING: tl.constexpr, SCALED: tl.constexpr,
-           KINDS: tl.constexpr,
-           BLOCK: tl.constexpr, TAIL: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
+def update(entries, chunks, draws, coefficients, scalars, nonfinite, draw_count, step, draw, keys, clock,
+           control, DIRECTION: tl.constexpr, RULE: tl.constexpr, ROUNDING: tl.constexpr, SCALED: tl.constexpr,
+           KINDS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
     """A rule's step; nonfinite[0] += new weights that are inf or NaN. Names, KINDS and control as for
     elementwise.axpy."""
     N: tl.constexpr = BLOCK // 8

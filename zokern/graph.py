@@ -148,7 +148,8 @@ class Graph:
             self._tape = self._graph = None
             raise RuntimeError(
                 f"the step cannot be captured: {problem}. A captured closure reads no value, moves nothing "
-                "between devices and calls no .item(); zokern.step(optimizer, closure) runs it without a graph"
+                "between devices and calls no .item(); "
+                "zokern.step(optimizer, closure) runs it without a graph"
             ) from problem
 
     def _run(self, tape: Tape) -> None:
@@ -202,10 +203,10 @@ def graph(optimizer: Any, closure: Callable[[], Any]) -> Graph:
                for torch.cuda.make_graphed_callables: inputs.copy_(batch)
 
     Each call is one step. The first three run as they are. The next one is captured: both readings, the
-    projected gradient, the update. From then on the host writes lr, weight decay and the step's number to device
-    memory and starts the graph: schedulers go on as before. The step is captured again where memory, flags,
-    eps or a basis have changed, and every 500th runs as it is. On a CPU no graph is made, and the same code
-    runs. Bits are those of zokern.step.
+    projected gradient, the update. From then on the host writes lr, weight decay and the step's number to
+    device memory and starts the graph: schedulers go on as before. The step is captured again where memory,
+    flags, eps or a basis have changed, and every 500th runs as it is. On a CPU no graph is made, and the same
+    code runs. Bits are those of zokern.step.
 
     Numbers of a result are read when they are asked for; guards look at several steps together.
 
@@ -226,8 +227,8 @@ def _check(optimizer: Any, closure: Any) -> None:
     way_out = "zokern.step(optimizer, closure) runs it without a graph"
     if not is_captured(estimator):
         raise ValueError(
-            f"optimizer is {name} with estimator {type(estimator).__name__}, whose points depend on losses or on "
-            f"numbers of the host in every step; {way_out}"
+            f"optimizer is {name} with estimator {type(estimator).__name__}, whose points depend on losses "
+            f"or on numbers of the host in every step; {way_out}"
         )
     if not optimizer.gated():
         raise ValueError(
@@ -235,11 +236,13 @@ def _check(optimizer: Any, closure: Any) -> None:
         )
     if optimizer.evaluation.name not in ("master", "paired", "auto"):
         raise ValueError(
-            f"evaluation is {optimizer.evaluation.name!r}; expected 'master', 'paired' or 'auto', or {way_out}"
+            f"evaluation is {optimizer.evaluation.name!r}; "
+            f"expected 'master', 'paired' or 'auto', or {way_out}"
         )
     if optimizer.factored is not None and isinstance(rule, Adam) and not rule.core:
         raise ValueError(
-            f"optimizer is {name} with rule Adam, which gives lr to the launches of a matrix by value; {way_out}"
+            f"optimizer is {name} with rule Adam, which gives lr to the launches of a matrix by value; "
+            f"{way_out}"
         )
     if optimizer.factored is not None and optimizer.deferred.wanted is not False:
         raise ValueError(

@@ -142,7 +142,7 @@ class Group:
         self, noise: Noise, coeffs: Sequence[float] | Tensor, decay: float, rounding: str,
         control: Tensor | None = None
     ) -> Tensor:  # fmt: skip
-        """theta <- decay theta + sum_k coeffs[k] z_k, one launch. With a control its decay counts (Projected)."""
+        """theta <- decay theta + sum_k coeffs[k] z_k, one launch; a control's decay counts (Projected)."""
         if not isinstance(coeffs, Tensor):
             coeffs = lately(tuple(coeffs), torch.float32, self.theta[0].device)
         residuals = self.residuals if rounding == "residual" else None

@@ -113,9 +113,9 @@ class Guards:
         self.skips, self.dead = self.skips + 1, 0
         if self.max_skips and self.skips >= self.max_skips:
             raise RuntimeError(
-                f"{self.skips} steps in a row had a loss or coefficient that is inf or NaN (step {outcome.step} "
-                f"the last, its losses {outcome.losses}); no weight changed in them: lower lr, check the data, "
-                "or compute the loss in float32"
+                f"{self.skips} steps in a row had a loss or coefficient that is inf or NaN "
+                f"(step {outcome.step} the last, its losses {outcome.losses}); no weight changed in them: "
+                "lower lr, check the data, or compute the loss in float32"
             )
 
     def measured(self, outcome: Outcome, lrs: list[float]) -> None:

@@ -30,7 +30,10 @@ from .stream import check_seed
 from .work import Work
 
 SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
-OTHER_STATE = "load it into an optimizer of the parameters that it was saved with, or start anew with `state_dict['state'].clear()`"
+OTHER_STATE = (
+    "load it into an optimizer of the parameters that it was saved with, "
+    "or start anew with `state_dict['state'].clear()`"
+)
 HINTS = {
     "momentum": "rule=zokern.Momentum(0.9)", "betas": "rule=zokern.Adam(betas=...)", "epsilon": "eps=...",
     "mu": "eps=...",
@@ -43,7 +46,8 @@ GUARDS = {option.name for option in dataclasses.fields(Guards)}
 class ZerothOrder(torch.optim.Optimizer):
     """What all methods share: the torch face of the parts. Methods are files in zokern/methods.
 
-    guards  options of zokern.Guards: paired_check, max_skips, dead_limit, nonfinite, force, maximize, every"""
+    guards  options of zokern.Guards: paired_check, max_skips, dead_limit, nonfinite, force, maximize,
+            every"""
 
     result: StepResult | None = None  # of the last step
     tape: Any = None  # of a captured step under way (graph.py)
@@ -202,8 +206,9 @@ class ZerothOrder(torch.optim.Optimizer):
         self, closure: Callable[[], Any] | None = None, first_order: Callable[[], Any] | None = None,
         reads: bool = True
     ) -> float | None:  # fmt: skip
-        """One step; returns the mean loss, or None without reading it. zokern.step(optimizer, closure, first_order) returns the whole
-        record, and has the arguments.
+        """One step; returns the mean loss, or None without reading it.
+
+        zokern.step(optimizer, closure, first_order) returns the whole record, and has the arguments.
 
         Without a closure it does nothing while every lr is 0: torch.distributed.checkpoint probes an
         optimizer so."""
@@ -314,7 +319,7 @@ class ZerothOrder(torch.optim.Optimizer):
             self.look()
 
     def look(self) -> None:
-        """Has the guards look at the numbers of all steps that they have not seen, which waits for the device.
+        """Has the guards look at all steps that they have not seen, which waits for the device.
 
         Raises RuntimeError where a guard stops the run; it names the step."""
         steps, self._unseen = self._unseen, []

@@ -98,7 +98,9 @@ def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device
 
 @lru_cache(maxsize=64)
 def lately(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Returns numbers that seldom change, as an lr: what was uploaded lately is found again. It is only read."""
+    """Returns numbers that seldom change, as an lr: what was uploaded lately is found again.
+
+    The result is only read."""
     return upload(values, dtype, device)
 
 

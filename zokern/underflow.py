@@ -31,7 +31,10 @@ def _check_group(plan: Plan, group: Group, members: list[int], force: bool) -> N
     names = f"{group.names[members[0]]!r}" + (
         f" and {len(members) - 1} others of its group" if len(members) > 1 else ""
     )
-    message = f"eps = {group.eps} is below half an ulp for {share:.0%} of the 16-bit weights of {names}: their perturbation rounds to zero"
+    message = (
+        f"eps = {group.eps} is below half an ulp for {share:.0%} of the 16-bit weights of {names}: "
+        "their perturbation rounds to zero"
+    )
     # products of a factored z are summed in float32, other uses are not
     if share > 0.5 and not force and not factored:
         raise ValueError(f"{message}: raise eps, train in float32, or pass force=True")
@@ -91,8 +94,8 @@ def _dead(step: int, share: float) -> str | None:
     if share <= 0.5 or step:
         return None
     return (
-        f"rounding to nearest left {share:.0%} of the 16-bit weights where they were: the update is below half "
-        "an ulp; use rounding='stochastic' or rounding='residual'"
+        f"rounding to nearest left {share:.0%} of the 16-bit weights where they were: the update is "
+        "below half an ulp; use rounding='stochastic' or rounding='residual'"
     )
 
 

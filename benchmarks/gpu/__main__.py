@@ -121,7 +121,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--out",
         type=Path,
-        help="folder of the results; otherwise benchmarks/results/<device>/, or build/gpu/ with --quick or --only",
+        help="folder of the results; otherwise benchmarks/results/<device>/, "
+        "or build/gpu/ with --quick or --only",
     )
     parser.add_argument(
         "--quick", action="store_true", help="small tensors and few rounds: does it run, not how fast"

@@ -117,11 +117,11 @@ def profile(run: Run, tool: str, name: str) -> None:
     """Runs the tool on the probes of a backend, with its output in a file, and says what stands there."""
     with tempfile.TemporaryDirectory() as folder:
         said, log = Path(folder, "said"), Path(folder, "log")
-        worker = [sys.executable, "-m", "benchmarks.gpu.worker", "counters:probe", json.dumps({"backend": name}),
-                  str(said), "--device", run.device]  # fmt: skip
+        worker = [sys.executable, "-m", "benchmarks.gpu.worker", "counters:probe",
+                  json.dumps({"backend": name}), str(said), "--device", run.device]  # fmt: skip
         sections = [word for section in SECTIONS for word in ("--section", section)]
-        command = [tool, "--csv", "--page", "details", "--clock-control", "none", "--profile-from-start", "off",
-                   "--log-file", str(log), *sections, *worker]  # fmt: skip
+        command = [tool, "--csv", "--page", "details", "--clock-control", "none",
+                   "--profile-from-start", "off", "--log-file", str(log), *sections, *worker]  # fmt: skip
         process = subprocess.Popen(
             command,
             cwd=ROOT,

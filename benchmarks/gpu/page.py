@@ -41,7 +41,8 @@ def head(record: Record) -> list[str]:
     d = record.device
     if not d:
         return ["# No device", "", "The part that reads the device's name did not end; see the last table."]
-    clocks = f"{d.get('clocks_sm', '?')} of {d.get('clocks_max_sm', '?')} SM, {d.get('clocks_mem', '?')} memory under load"
+    sm, most, memory = (d.get(f"clocks_{key}", "?") for key in ("sm", "max_sm", "mem"))
+    clocks = f"{sm} of {most} SM, {memory} memory under load"
     versions = ", ".join(
         f"{name} {d.get(name, '?')}" for name in ("torch", "triton", "transformers", "python", "zokern")
     )

@@ -49,12 +49,12 @@ class Stage:
 
 
 VERB = (
-    "every verb and rounding on lists with tails, offsets, slices and numbers beyond 32 bits, three launches each, "
-    "bit for bit against the CPU backend"
+    "every verb and rounding on lists with tails, offsets, slices and numbers beyond 32 bits, "
+    "three launches each, bit for bit against the CPU backend"
 )
 SUITE = (
-    "the conformance suite of the tests, bit for bit against the reference; low-rank products with factors whose "
-    "sums are exact"
+    "the conformance suite of the tests, bit for bit against the reference; "
+    "low-rank products with factors whose sums are exact"
 )
 BOUNDS = "lowrank_ with random factors within its error bound"
 REPLAY = (
@@ -118,7 +118,8 @@ COMPILED = Part(
 VERBS = (
     Part(
         "products",
-        "tiles of 501 and 512 rows, 2^23 elements and whole; linear at both signs against two products; sketch",
+        "tiles of 501 and 512 rows, 2^23 elements and whole; "
+        "linear at both signs against two products; sketch",
         "linear:products",
         seconds=30,
     ),
@@ -160,8 +161,8 @@ STAGES = (
     ),
     Stage(
         "steps",
-        "a step over its two forwards: master, paired, scratch, in place, in a graph, SubZero, LOZO, the eager "
-        "loop, eager and compiled; host time, busy share, waits, memory",
+        "a step over its two forwards: master, paired, scratch, in place, in a graph, SubZero, LOZO, "
+        "the eager loop, eager and compiled; host time, busy share, waits, memory",
         0.58,
         (*steps("Llama-1B", "OPT-1.3B", seconds=75), COMPILED),
         most=200,

@@ -86,7 +86,7 @@ def axpy(
 def project(
     *losses: Sequence[float], clip: float = float("inf"), decay: float = 0.0, direct: bool = False
 ) -> Callable[[Setting], None]:
-    """Losses of some micro-batches, as three points; their stencil has two draws, or they are coefficients."""
+    """Losses of micro-batches, as three points; their stencil has two draws, or they are coefficients."""
 
     def verb(at: Setting) -> None:
         def doubles(values: Sequence) -> Tensor:

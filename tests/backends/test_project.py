@@ -1,6 +1,7 @@
 """project and the controls of axpy_, update_ and lowrank_ on backend 'cpu', and what their checks reject.
 
-CUDA's kernels: tests/kernels_cuda/test_project_cuda.py. Triton's: tests/kernels_triton/test_project_triton.py.
+CUDA's kernels: tests/kernels_cuda/test_project_cuda.py.
+Triton's: tests/kernels_triton/test_project_triton.py.
 """
 
 from __future__ import annotations

@@ -402,7 +402,10 @@ def test_graphs(verb) -> None:
 
 
 CLEAN = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
-FOUND = "========= COMPUTE-SANITIZER\n========= Invalid __global__ write of size 2 bytes\n========= ERROR SUMMARY: 3 errors\n"
+FOUND = (
+    "========= COMPUTE-SANITIZER\n========= Invalid __global__ write of size 2 bytes\n"
+    "========= ERROR SUMMARY: 3 errors\n"
+)
 ALL = '["check", {}]\n' * (2 * len(VERBS))
 
 
@@ -776,7 +779,8 @@ def test_compiled_steps(said, small_model, monkeypatch) -> None:
     assert names == ["two forwards, compiled", "two forwards", "MeZO master, compiled",
                      "two forwards, compiled", "eager MeZO, compiled"]  # fmt: skip
     assert set(said.figures) == {
-        "two forwards, compiled OPT-tiny 1x16 / forwards", "MeZO master, compiled OPT-tiny 1x16 / compiled forwards",
+        "two forwards, compiled OPT-tiny 1x16 / forwards",
+        "MeZO master, compiled OPT-tiny 1x16 / compiled forwards",
         "eager MeZO, compiled OPT-tiny 1x16 / compiled forwards",
     }  # fmt: skip
 
@@ -806,8 +810,9 @@ class Event:
 def test_a_trace_counts_what_overlaps_once() -> None:
     events = [
         Event("second", 50, 100, True), Event("first", 0, 100, True), Event("inside", 60, 10, True),
-        Event("later", 200, 5, True), Event("cudaLaunchKernel", 0, 900), Event("cudaStreamSynchronize", 900, 5),
-        Event("cudaDeviceSynchronize", 950, 5), Event("cudaMemcpy", 960, 5), Event("cudaMemcpyAsync", 970, 5),
+        Event("later", 200, 5, True), Event("cudaLaunchKernel", 0, 900),
+        Event("cudaStreamSynchronize", 900, 5), Event("cudaDeviceSynchronize", 950, 5),
+        Event("cudaMemcpy", 960, 5), Event("cudaMemcpyAsync", 970, 5),
     ]  # fmt: skip
     found = trace.summary(events, lambda event: event.on_device)
     assert found == trace.Trace(kernels=4, busy=155e-9, waits=2)
@@ -917,7 +922,10 @@ def test_parts_without_time_are_not_started(worker, tmp_path) -> None:
 
 def test_what_a_stopped_part_started_ends_with_it(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(pool, "GRACE", 0.0)
-    child = f"import subprocess, time; p = subprocess.Popen(['sleep', '60']); open({str(tmp_path / 'pid')!r}, 'w').write(str(p.pid)); time.sleep(60)"
+    child = (
+        "import subprocess, time; p = subprocess.Popen(['sleep', '60']); "
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(p.pid)); time.sleep(60)"
+    )
     monkeypatch.setattr(pool, "WORKER", (sys.executable, "-c", child))
     (outcome,) = pool.run_parts([Part("slow", "", "slow", seconds=1.5)], 30, tmp_path)
     assert outcome.how == "stopped"
@@ -1051,7 +1059,8 @@ def test_a_plan_that_measures_it_late_is_rejected(wrong) -> None:
 
 
 def test_a_part_may_be_quick_by_itself(worker, tmp_path, monkeypatch) -> None:
-    asked = "import sys; open(sys.argv[3], 'w').write('[\"skip\", {\"name\": \"' + ' '.join(sys.argv) + '\"}]\\n')"
+    said = "'[\"skip\", {\"name\": \"' + ' '.join(sys.argv) + '\"}]\\n'"
+    asked = f"import sys; open(sys.argv[3], 'w').write({said})"
     monkeypatch.setattr(pool, "WORKER", (sys.executable, "-c", asked))
     parts = [
         Part("small", "", "one", quick=True),
@@ -1132,14 +1141,18 @@ def made_up() -> Record:
         ("check", dict(name="right", problem=None, seconds=0)),
         ("check", dict(name="wrong", problem="1 of 3 differ, the first at 2", seconds=0)),
         ("skip", dict(name="steps of OPT-13B", why="needs 36 GB")),
-        ("group", dict(title="axpy_", rows=[dict(name="copy", ms=1.0, p10=1.0, p90=1.0, rounds=9), dict(name="axpy_ normal cuda", **row)])),
+        ("group", dict(title="axpy_", rows=[
+            dict(name="copy", ms=1.0, p10=1.0, p90=1.0, rounds=9), dict(name="axpy_ normal cuda", **row)])),
         ("figure", dict(key="axpy_ cuda / copy", value=91.0)),
         ("figure", dict(key="MeZO scratch OPT-1.3B 1x16 / forwards", value=2.5)),
         ("figure", dict(key="another", value=3.0)),
         ("step", dict(model="OPT-1.3B", batch=1, length=16, tokens=16, ratios={"MeZO scratch": 2.5})),
-        ("trace", dict(model="OPT-1.3B", batch=1, length=16, traces={"MeZO scratch": dict(kernels=77, busy=0.002, waits=3, share=0.5)})),
-        ("counters", dict(name="axpy_ normal cuda: axpy<0>", metrics={"Duration": "310 us", "Warp Cycles": "9"})),
-        ("memory", dict(name="MeZO scratch, OPT-1.3B 1x16", forward=3 << 30, extra=64 << 20, scratch=60 << 20)),
+        ("trace", dict(model="OPT-1.3B", batch=1, length=16, traces={
+            "MeZO scratch": dict(kernels=77, busy=0.002, waits=3, share=0.5)})),
+        ("counters", dict(name="axpy_ normal cuda: axpy<0>",
+            metrics={"Duration": "310 us", "Warp Cycles": "9"})),
+        ("memory", dict(name="MeZO scratch, OPT-1.3B 1x16",
+            forward=3 << 30, extra=64 << 20, scratch=60 << 20)),
     ]  # fmt: skip
     record.add("correctness", Outcome(Part("all", "everything", ""), "done", "", 3, lines))
     return record

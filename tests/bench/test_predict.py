@@ -86,7 +86,8 @@ extern "C" __global__ void known(float4* data, int turns) {
   for (int turn = 0; turn < turns; ++turn) {
     float4 v = mine[turn * 4096];
     #pragma unroll
-    for (int i = 0; i < 16; ++i) v.x = __fmaf_rn(v.x, v.y, v.z), v.y = __fmul_rn(v.y, v.x), v.z = __fadd_rn(v.z, v.y);
+    for (int i = 0; i < 16; ++i)
+      v.x = __fmaf_rn(v.x, v.y, v.z), v.y = __fmul_rn(v.y, v.x), v.z = __fadd_rn(v.z, v.y);
     mine[turn * 4096] = v;
   }
 }
@@ -135,7 +136,8 @@ HEADERS = {
     },
     "axpy.cu": {
         r"one term normal ([\d.]+) \(16-bit\) and ([\d.]+) \(float32\), rademacher ([\d.]+) and ([\d.]+)\.": (
-            "axpy_ normal, 16 bits", "axpy_ normal, float32", "axpy_ rademacher, 16 bits", "axpy_ rademacher, float32",
+            "axpy_ normal, 16 bits", "axpy_ normal, float32",
+            "axpy_ rademacher, 16 bits", "axpy_ rademacher, float32",
         ),
     },
     "update.cu": {
@@ -143,7 +145,8 @@ HEADERS = {
             "update_ momentum normal, 16 bits", "update_ momentum normal, float32",
         ),
         r"adam normal ([\d.]+) and ([\d.]+), rademacher ([\d.]+) and": (
-            "update_ adam normal, 16 bits", "update_ adam normal, float32", "update_ adam rademacher, 16 bits",
+            "update_ adam normal, 16 bits", "update_ adam normal, float32",
+            "update_ adam rademacher, 16 bits",
         ),
     },
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""benchmarks/predict_step.py: operations counted by hand, launches of a step, the sums of the model, the page."""
+"""benchmarks/predict_step.py: operations counted by hand, launches of a step, sums of the model, the page."""
 
 from __future__ import annotations
 

@@ -107,7 +107,8 @@ def test_wrong_ptx_is_rejected(text) -> None:
 
 
 def small(body: str, registers: str = ".reg .b32 %r<9>; .reg .b64 %rd<9>; .reg .pred %p<9>;") -> str:
-    return f".visible .entry k(.param .u64 k_param_0)\n{{ {registers} ld.param.u64 %rd1, [k_param_0]; {body} ret; }}"
+    body = f"{registers} ld.param.u64 %rd1, [k_param_0]; {body} ret;"
+    return f".visible .entry k(.param .u64 k_param_0)\n{{ {body} }}"
 
 
 def test_interpreter_fma_rounds_once() -> None:

@@ -193,7 +193,9 @@ WRONG = {
     "approximate function unit": "out[i] = __sinf(out[i]);",
     "flush to zero": 'asm("add.rn.ftz.f32 %0, %0, %0;" : "+f"(out[i]));',
     "double precision": "out[i] = (float)((double)out[i] * 0.1 + 0.3);",
-    "local memory (a spill or an indexed register)": "volatile float x[9]; x[i % 9] = out[i]; out[i] = x[(i + 1) % 9];",
+    "local memory (a spill or an indexed register)": (
+        "volatile float x[9]; x[i % 9] = out[i]; out[i] = x[(i + 1) % 9];"
+    ),
     "call": "out[i] = out[i] / out[i + 1];",
 }
 
@@ -205,9 +207,12 @@ def test_forbidden_instructions_are_found(tmp_path) -> None:
         f'extern "C" __global__ void {names[why]}(float* out) {{ const int i = threadIdx.x; {body} }}\n'
         for why, body in WRONG.items()
     )
-    bodies += 'extern "C" __global__ void right(float* out) { out[threadIdx.x] = __fmaf_rn(out[0], out[1], out[2]); }\n'
-    bodies += 'extern "C" __global__ void narrow(float* out, int n) { for (int i = 0; i < n; ++i) out[i] += 1.0f; }\n'
-    bodies += 'extern "C" __global__ void fused(float* out) { out[0] = out[1] * out[2] + out[3]; }\n'
+    for head, body in {
+        "right(float* out)": "out[threadIdx.x] = __fmaf_rn(out[0], out[1], out[2]);",
+        "narrow(float* out, int n)": "for (int i = 0; i < n; ++i) out[i] += 1.0f;",
+        "fused(float* out)": "out[0] = out[1] * out[2] + out[3];",
+    }.items():
+        bodies += f'extern "C" __global__ void {head} {{ {body} }}\n'
     source.write_text(bodies)
     functions = sass.disassemble(sass.compile_to(tmp_path / "wrong.cubin", "90", "-fmad=true", source=source))
     for why, name in names.items():

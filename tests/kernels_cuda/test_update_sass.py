@@ -132,7 +132,8 @@ def test_fast_math_is_rejected(tmp_path) -> None:
     text = SOURCE.read_text()
     body = text[: text.index("template <Direction kDirection>\nauto* update_of")]
     arguments = "const List, const Draw*, const float*, int32_t, Draw, const float*, unsigned long long*"
-    kernel = f"template __global__ void update_kernel<Direction::kNormal, Rule::kAdam, Rounding::kNearest>({arguments});"
+    chosen = "Direction::kNormal, Rule::kAdam, Rounding::kNearest"
+    kernel = f"template __global__ void update_kernel<{chosen}>({arguments});"
     (tmp_path / "one.cu").write_text(f"{body}{kernel}\n}}\n}}\n")
     for flags, right in (((), True), (("-use_fast_math",), False)):
         functions = sass.disassemble(

@@ -120,7 +120,8 @@ ONE = dict(DIRECTION=0, draw_count=1, draws=None, clock=None, control=None, SCAL
 KERNELS = {
     "axpy bf16": ("axpy", dict(ROUNDING=0, KINDS=2, each=1, DECAY=False, EACH=False, **ONE)),
     "axpy fp32 stochastic": ("axpy", dict(ROUNDING=1, KINDS=1, each=1, DECAY=False, EACH=False, **ONE)),
-    "perturb bf16": ("perturb", dict(DIRECTION=0, SIDES=2, JOIN=False, SCALED=True, KINDS=1 << 4, clock=None)),
+    "perturb bf16": ("perturb",
+        dict(DIRECTION=0, SIDES=2, JOIN=False, SCALED=True, KINDS=1 << 4, clock=None)),
     "sign bf16": ("update", dict(RULE=2, ROUNDING=0, KINDS=2, **ONE)),
 }  # fmt: skip
 

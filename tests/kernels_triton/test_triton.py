@@ -373,8 +373,8 @@ if sass.tool("nvdisasm") is not None:
     def test_compiled_rejects_a_block_a_unit(compiler, tmp_path) -> None:
         """A block of signs for every unit is over the bound."""
         line = (
-            "w0, w1, w2, w3 = philox4x32(\n"
-            "            ((unit >> 4) + tl.arange(0, N // 16)).to(tl.uint32), who, step, draw, keys\n        )"
+            "w0, w1, w2, w3 = philox4x32(\n            "
+            "((unit >> 4) + tl.arange(0, N // 16)).to(tl.uint32), who, step, draw, keys\n        )"
         )
         whole = line.replace("(unit >> 4) + tl.arange(0, N // 16)", "(unit + tl.arange(0, N)) >> 4")
         alone = "return (w0 + w1 + w2 + w3,)\n        w0, w1, w2, w3 = w0, w1, w2, w3"

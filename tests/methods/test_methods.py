@@ -508,7 +508,8 @@ def with_roots(right: Callable, *given, **options) -> tuple[Tensor, Tensor, Tens
 
 WRONG_BASES: dict[str, tuple[dict, Callable]] = {
     "no_power_or_extra": ({"width": 40, "tolerance": 0.01, "power": 0, "oversample": 0}, nullcontext),
-    "transposed_sketch": ({}, lambda: replaced(zokern.group.gemm, "sketch_of", lambda right, *a: right(*a).flip(0))),
+    "transposed_sketch": ({},
+        lambda: replaced(zokern.group.gemm, "sketch_of", lambda right, *a: right(*a).flip(0))),
     "a_probe_too_few": ({}, lambda: sketch(lambda draws, coeffs: (draws[:-1], coeffs[:-1]))),
     "random_basis": ({},
         lambda: replaced(zokern.group.gemm, "sketch_of", lambda right, *a: torch.randn(right(*a).shape))),

@@ -84,8 +84,9 @@ def test_operations_pass_opcheck(backend: str) -> None:
         given = dict(losses=losses, weights=weights, scalars=scalars, backend=backend)
         torch.library.opcheck(torch.ops.zokern.project, (), given)
     control = torch.tensor([0.9, 1.0, 1.0])
-    given = dict(tensors=[torch.ones(9)], direction="normal", seed=1, who=[1], steps=[0], draws=[0], first=[0],
-                 coeffs=torch.ones(1), rounding="nearest", residuals=[], clock=None, backend=backend)  # fmt: skip
+    given = dict(tensors=[torch.ones(9)], direction="normal", seed=1, who=[1], steps=[0], draws=[0],
+                 first=[0], coeffs=torch.ones(1), rounding="nearest", residuals=[], clock=None,
+                 backend=backend)  # fmt: skip
     torch.library.opcheck(torch.ops.zokern.axpy_, (), given | dict(decay=[1.0], each=0, control=control))
     rule = dict(rule="momentum", states=[torch.ones(9)], scalars=torch.ones(4), control=control)
     torch.library.opcheck(torch.ops.zokern.update_, (), given | rule)

@@ -1,4 +1,4 @@
-"""A step on the meta device reads no value, and a few launches do all of it, however many layers there are."""
+"""A step on the meta device reads no value, and a few launches do it all, however many layers there are."""
 
 from __future__ import annotations
 

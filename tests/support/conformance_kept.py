@@ -1,4 +1,4 @@
-"""Lists that a caller keeps: every backend may prepare a launch once for them, and has equal bits at each call.
+"""Lists that a caller keeps: every backend may prepare a launch once for them, with equal bits at each call.
 
 The checks have the form of conformance.py's. Numbers, steps and lists beside the tensors change from call to
 call, and each result is compared with the reference's on copies.

@@ -223,9 +223,8 @@ class Cpu:
             return nonfinite
         summed = _summed(noise, update.coefficients, [1.0] * len(noise.draws))
         _module().update(*table.place, number, noise.seed, pack.address(summed), len(summed),
-            pack.RULES[update.rule],
-                         scalars.data_ptr(), pack.ROUNDING[batch.rounding], nonfinite.data_ptr(), _threads(table),
-                         0)  # fmt: skip
+                         pack.RULES[update.rule], scalars.data_ptr(), pack.ROUNDING[batch.rounding],
+                         nonfinite.data_ptr(), _threads(table), 0)  # fmt: skip
         return nonfinite
 
     def perturb(

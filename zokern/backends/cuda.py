@@ -47,7 +47,8 @@ def why_off(device: torch.device | None = None) -> str | None:
     try:
         count = _cuda.device_count()
     except RuntimeError as problem:
-        return f"no CUDA device can be used ({problem}); install an NVIDIA driver for CUDA 13 or newer, on a machine with a GPU."
+        way_out = "install an NVIDIA driver for CUDA 13 or newer, on a machine with a GPU"
+        return f"no CUDA device can be used ({problem}); {way_out}."
     if count == 0 or not torch.cuda.is_available():
         return "torch finds no CUDA device; check CUDA_VISIBLE_DEVICES and the NVIDIA driver."
     return device_tables.why_off_on(device, _uncovered)
@@ -149,8 +150,9 @@ class Cuda:
         losses, weights, scalars = projection
         device = self._or_any(self.valid.project(projection))
         out, found = projected(losses, weights)
-        self._call("project", device, [losses, *given(weights), scalars, out], losses.data_ptr(), *losses.shape,
-                   _address(weights), len(found.amounts), scalars.data_ptr(), out.data_ptr())  # fmt: skip
+        self._call("project", device, [losses, *given(weights), scalars, out], losses.data_ptr(),
+                   *losses.shape, _address(weights), len(found.amounts), scalars.data_ptr(),
+                   out.data_ptr())  # fmt: skip
         return found
 
     def draw(self, batch: Batch, noise: Noise) -> None:
@@ -178,8 +180,8 @@ class Cuda:
         coeffs, (each, decays) = coeffs.contiguous(), terms.rounded()
         summed, uploaded = self._terms(device, noise, decays)
         buffer, place, named = self._table(launch)
-        self._call("axpy", device, (batch, buffer, uploaded, coeffs, nonfinite, clock, control), *place, number,
-                   noise.seed, _host(summed), count, each, pack.ROUNDING[batch.rounding],
+        self._call("axpy", device, (batch, buffer, uploaded, coeffs, nonfinite, clock, control), *place,
+                   number, noise.seed, _host(summed), count, each, pack.ROUNDING[batch.rounding],
                    nonfinite.data_ptr(), clock=_address(clock), device_draws=_address(uploaded),
                    coefficients=coeffs.data_ptr(), control=_address(control), **named)  # fmt: skip
         return nonfinite
@@ -229,7 +231,8 @@ class Cuda:
         launch = self.tables.find(
             (self.name, "lowrank_", rounding, tuple(factors.scales)), batch,
             (factors.lefts, factors.rights, outs), lambda: self._or_any(check()),
-            partial(pack_lowrank.key_of, batch, factors, outs), partial(_product_tables, batch, factors, outs),
+            partial(pack_lowrank.key_of, batch, factors, outs),
+            partial(_product_tables, batch, factors, outs),
         )  # fmt: skip
         if not self.valid.fits(launch.device, (), clock, control):
             check()
@@ -241,9 +244,9 @@ class Cuda:
         known = decay == 1.0 or control is not None
         simple = known and outs is None and (rounding == "nearest" or types == 1)
         held = batch, factors[:2], outs, buffer, nonfinite, clock, control
-        self._call("lowrank_tiles", launch.device, held, entries, tiles, count, frames, products, rank, general, types, simple, whole, seed, step, decay,
-                   pack.ROUNDING[rounding], nonfinite.data_ptr(), clock=_address(clock),
-                   control=_address(control))  # fmt: skip
+        self._call("lowrank_tiles", launch.device, held, entries, tiles, count, frames, products, rank,
+                   general, types, simple, whole, seed, step, decay, pack.ROUNDING[rounding],
+                   nonfinite.data_ptr(), clock=_address(clock), control=_address(control))  # fmt: skip
         return nonfinite
 
 

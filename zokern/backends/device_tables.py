@@ -1,10 +1,10 @@
 """Tables of launches on the device: packed once for a list, uploaded once for a stream, then found again.
 
-A caller that keeps its lists (TensorList.lasting) finds a launch by them, see lists.prepared(). Any other list
-is known by where each tensor lies, its dtype, shape, strides and Span, and those of the results. That key is
-made anew at each call, so a tensor that moved, was cast or reshaped has another key, and never meets an old
-table. An upload is ordered by its stream, so each stream has its own. While a CUDA graph is captured nothing
-may be uploaded; then the stream does not matter, because earlier uploads are complete.
+A caller that keeps its lists (TensorList.lasting) finds a launch by them, see lists.prepared(). Any other
+list is known by where each tensor lies, its dtype, shape, strides and Span, and those of the results. That
+key is made anew at each call, so a tensor that moved, was cast or reshaped has another key, and never meets
+an old table. An upload is ordered by its stream, so each stream has its own. While a CUDA graph is
+captured nothing may be uploaded; then the stream does not matter, because earlier uploads are complete.
 """
 
 from __future__ import annotations

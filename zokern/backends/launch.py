@@ -184,9 +184,9 @@ class Projected(NamedTuple):
                   finite  0: a c_k, w_k, lr w_k, lr or the decay is inf or NaN in float32; else 1
 
     In a step that is not finite the decay is 1, and weights and amounts are 0; the coefficients stay as they
-    were computed. Where go is 0, axpy_ and lowrank_ change no bit of theta and its low bits, and count 0; where
-    finite is 0, update_ changes no bit of theta, its low bits and its states, and counts 0. lowrank_ with a
-    control has no outs.
+    were computed. Where go is 0, axpy_ and lowrank_ change no bit of theta and its low bits, and count 0;
+    where finite is 0, update_ changes no bit of theta, its low bits and its states, and counts 0. lowrank_
+    with a control has no outs.
     """
 
     coefficients: Tensor

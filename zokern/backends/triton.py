@@ -31,7 +31,8 @@ try:
     from .. import triton_kernels
     from ..triton_kernels import elementwise, lowrank, project, update
 except Exception as error:  # an older Triton lacks names (triton.knobs came with 3.4), or does not load
-    _missing = f"{type(error).__name__}: {error}; triton is {getattr(globals().get('triton'), '__version__', 'missing')}"
+    _version = getattr(globals().get("triton"), "__version__", "missing")
+    _missing = f"{type(error).__name__}: {error}; triton is {_version}"
 
 # elements a tile of the unit path: a thread has two units of normals, or four units whose signs come from one
 # block in four
@@ -62,13 +63,16 @@ def interpreted() -> bool:
 def why_off(device: torch.device | None = None) -> str | None:
     """Returns None if this backend can run on a device, else why not, and the way out. None: on any."""
     if _missing:
-        return f"Triton kernels cannot be imported ({_missing}); install triton 3.6 to 3.9 and zokern with its kernels."
+        way_out = "install triton 3.6 to 3.9 and zokern with its kernels"
+        return f"Triton kernels cannot be imported ({_missing}); {way_out}."
     if interpreted():
         return None
     if torch.version.hip is not None:
-        return "its bits are verified on NVIDIA GPUs only, and this torch is built for ROCm; use backend='reference'."
+        way_out = "use backend='reference'"
+        return f"its bits are verified on NVIDIA GPUs only, and this torch is built for ROCm; {way_out}."
     if not torch.cuda.is_available():
-        return "torch sees no CUDA device; run on a GPU, or set TRITON_INTERPRET=1 before importing zokern to interpret on the CPU."
+        way_out = "run on a GPU, or set TRITON_INTERPRET=1 before importing zokern to interpret on the CPU"
+        return f"torch sees no CUDA device; {way_out}."
     return device_tables.why_off_on(device, _too_old)
 
 
@@ -295,7 +299,8 @@ class Triton(Products):
         launch = self.tables.find(
             (self.name, "lowrank_", rounding, tuple(factors.scales)), batch,
             (factors.lefts, factors.rights, outs), lambda: self._or_any(check()),
-            partial(pack_lowrank.key_of, batch, factors, outs), partial(_product_tables, batch, factors, outs),
+            partial(pack_lowrank.key_of, batch, factors, outs),
+            partial(_product_tables, batch, factors, outs),
         )  # fmt: skip
         clock, control = None if noise is None else noise.clock, factors.control
         if not self.valid.fits(launch.device, (), clock, control):

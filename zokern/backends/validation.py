@@ -191,7 +191,8 @@ class Validator:
             free = drawn and span.rows is not None and theta.dim() == scale.dim() == 2
             fits = scale.shape[1:] == theta.shape[1:] if free else scale.shape == theta.shape
             if scale.dtype not in SCALES or not scale.is_contiguous() or not fits:
-                wanted = f"a contiguous {_named(SCALES)}[{', '.join(map(str, theta.shape))}], shaped like tensors[{i}]"
+                shape = ", ".join(map(str, theta.shape))
+                wanted = f"a contiguous {_named(SCALES)}[{shape}], shaped like tensors[{i}]"
                 self._refuse(verb, f"scales[{i}]", scale, wanted)
             found.append(scale)
         return found
@@ -273,7 +274,7 @@ class Validator:
         control = self.control("axpy_", terms.control)
         if control and terms.each not in (0, len(noise.draws)):
             raise ValueError(
-                f"backend {self.name!r}: axpy_: each is {terms.each} with a control; expected 0, which is one sum"
+                f"backend {self.name!r}: axpy_: each is {terms.each} with a control; expected 0, for one sum"
             )
         simple = residuals is None and scales is None and clock is None and not control
         simple = simple and rounding in ROUNDINGS
@@ -441,7 +442,8 @@ class Validator:
                      for t in (losses, scalars, losses if weights is None else weights)]  # fmt: skip
             if shaped and all(kinds):
                 return _CPU
-        for what, given_, shape in (("losses", losses, (None, None)), ("weights", weights, (None, losses.shape[-1])),
+        for what, given_, shape in (("losses", losses, (None, None)),
+                                    ("weights", weights, (None, losses.shape[-1])),
                                     ("scalars", scalars, (len(PROJECTED),))):  # fmt: skip
             if given_ is None:
                 continue

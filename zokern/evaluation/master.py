@@ -59,8 +59,8 @@ class Master:
             return None
         self.said = True
         return (
-            f"evaluation 'master': rounding to 16 bits swallows {share:.0%} of the perturbation (eps = {eps}); "
-            "raise eps, or use zokern.Master(rounding='stochastic')"
+            f"evaluation 'master': rounding to 16 bits swallows {share:.0%} of the perturbation "
+            f"(eps = {eps}); raise eps, or use zokern.Master(rounding='stochastic')"
         )
 
     def read(

@@ -109,8 +109,8 @@ def axpy_(
     end. Reads and writes theta once; z is regenerated. Equal bit for bit on every backend.
     Returns int64[1]: how many results are inf or NaN.
     Raises ValueError, before anything is written, for other dtypes, overlapping elements, mixed devices,
-    K = 0, an `each` that does not divide K, or beside a control, coefficients or decays that are not finite, first + n > 2**35,
-    and residuals that are missing or misshapen.
+    K = 0, an `each` that does not divide K, or beside a control, coefficients or decays that are not finite,
+    first + n > 2**35, and residuals that are missing or misshapen.
     Malladi et al. 2023, Algorithm 1 (perturb, restore and update are this call)."""
     batch = batch_of("axpy_", tensors, who, first, rounding, residuals)
     device = batch.tensors[0].device

@@ -22,8 +22,8 @@ Number = float | Tensor
 def project(
     losses: Tensor | Sequence[Number] | Sequence[Sequence[Number]],
     weights: Tensor | Sequence[float] | Sequence[Sequence[float]] | None = None, *, eps: Number, lr: Number,
-    weight_decay: Number = 0.0, clip: Number | None = None, maximize: bool = False, count: float | None = None,
-    backend: str | None = None,
+    weight_decay: Number = 0.0, clip: Number | None = None, maximize: bool = False,
+    count: float | None = None, backend: str | None = None,
 ) -> Projected:  # fmt: skip
     """Turns losses into the numbers of an update, where the losses lie: no value reaches the host.
 
@@ -43,8 +43,9 @@ def project(
     count         what the sum over draws is divided by; None: K
     eps, lr, weight_decay, clip   floats, or tensors of one element on the losses' device, which are not
                   looked at: a captured CUDA graph reads new ones
-    Arithmetic: float64, each operation rounded once, sums in order; c_k of weights and all a_k are rounded to float32,
-    and clip is for the rounded c_k. Equal bit for bit on every backend. Linear in m n + K n; one launch.
+    Arithmetic: float64, each operation rounded once, sums in order; c_k of weights and all a_k are rounded to
+    float32, and clip is for the rounded c_k. Equal bit for bit on every backend. Linear in m n + K n; one
+    launch.
     Returns (coefficients, weights, amounts, control): c and w, float64 [K], and a, float32 [K], which is what
     axpy_(coeffs=) adds; control, float32 [3], is (decay, go, finite), which axpy_, update_ and lowrank_ take
     as control=. finite is 0 where some c_k, w_k, lr w_k, lr or the decay is inf or NaN in float32: then w and
@@ -136,7 +137,8 @@ def _matrix(name: str, given: Any, device: torch.device | None) -> Tensor:
         given = _stacked(flat, where).view(len(rows), -1)
     if not given.is_floating_point() or given.dim() not in (1, 2) or not given.numel():
         raise ValueError(
-            f"project: {name} is {given.dtype}{list(given.shape)}; expected floating point, one row or a matrix"
+            f"project: {name} is {given.dtype}{list(given.shape)}; "
+            "expected floating point, one row or a matrix"
         )
     if device is not None and given.device != device:
         raise ValueError(f"project: {name} is on {given.device}; expected {device}, as the losses")

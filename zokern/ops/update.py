@@ -43,9 +43,9 @@ def update_(
               reads new ones. The `.scalars(lr, decay, updates)` of zokern.Momentum, Adam and SignSgd makes
               them. lr and correction hold the bias corrections; g descends, so lr is positive
     who, draws, coeffs, first, rounding, residuals, clock   as for axpy_
-    control   float32[3] of zokern.project, or None. The kernel reads it when it runs: where its finite is 0 no
-              bit of the tensors, residuals and states changes, and the count is 0. The decay is that of the
-              scalars
+    control   float32[3] of zokern.project, or None. The kernel reads it when it runs: where its finite is 0
+              no bit of the tensors, residuals and states changes, and the count is 0. The decay is that of
+              the scalars
     Arithmetic, float32: g by fma in draw order from 0; m = fma(alpha, g, round(beta m));
     v = fma(alpha2, round(g g), round(beta2 v)); move = m / fma(sqrt(v + inside), correction, eps), root and
     quotient correctly rounded; fma(lr, move, round(decay theta)); one rounding to the dtype.

@@ -27,8 +27,9 @@ class Rule(Protocol):
                                      to add them in
         diagonal                     True: of low-rank directions it takes those with a diagonal draw and one
                                      basis
-        gated                        True: it writes what `weights.told` says in device memory, and nothing in a
-                                     step that is not finite, so that no value is read. A subclass says it anew
+        gated                        True: it writes what `weights.told` says in device memory, and nothing in
+                                     a step that is not finite, so that no value is read. A subclass says it
+                                     anew
         base(point)                  returns (base, point): losses are read there, around other weights (Base)
         prepare(plan, oracle, states)   before the losses of a step are read: may read others
     """
