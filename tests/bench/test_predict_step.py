@@ -83,12 +83,13 @@ def check_launches(monkeypatch, layers: int) -> None:
     monkeypatch.setitem(steps.LAYERS, "Llama-1B", layers)
     found = {method: steps.recorded("Llama-1B", method) for method in steps.METHODS}
     verbs = {method: [call.verb for call in one.calls] for method, one in found.items()}
-    assert verbs == {method: ["perturb", "perturb", "axpy_"] for method in steps.METHODS}
+    assert verbs == {method: ["perturb", "perturb", "project", "axpy_"] for method in steps.METHODS}
+    assert [one.values for one in found.values()] == [0, 0], "values that a step reads"
     assert found["master"].copies == 2 and found["paired"].copies == 0
     master, paired = (one.calls for one in found.values())
-    assert {call.elements for call in master} == {master[2].elements}
+    assert {call.elements for call in master if call.verb != "project"} == {master[3].elements}
     assert [call.sides for call in paired[:2]] == [2, 2]
-    assert sum(call.elements for call in paired[:2]) == paired[2].elements, "of matrices, and of vectors"
+    assert sum(call.elements for call in paired[:2]) == paired[3].elements, "of matrices, and of vectors"
 
 
 @pytest.mark.parametrize("layers", [1, 3])
