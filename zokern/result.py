@@ -105,7 +105,8 @@ class Late:
             flat = next(left)
             losses += tuple(tuple(flat[i : i + width]) for i in range(0, len(flat), width))
             coefficients += tuple(next(left))
-            finite = finite and all([next(left)[0] == 1.0 for _ in part.flags])
+            flags = [next(left)[0] == 1.0 for _ in part.flags]
+            finite = finite and all(flags)
             known = part.fall is not None and part.slopes is not None
             given = [next(left) for _ in range(1 + len(part.weights))] if known else []
             falls.append(part.fall(given[0], given[1:]) if known and part.fall is not None else None)

@@ -395,13 +395,13 @@ def test_discard_goes_on_from_edited_weights(name: str) -> None:
 # A skipped step ---------------------------------------------------------------------------------------------
 
 
-def check_skipped_end(name: str, skipped: int) -> None:
+def check_skipped_end(name: str, skipped: int, **more: object) -> None:
     """A loss that is NaN in the last step of an interval:
     what waits is still written with the basis that it belongs to."""
     ends = []
     for defer in (True, False):
         model = tiny(width=16)
-        optimizer = METHODS[name](model, seed=3, defer=defer, **given_alone())
+        optimizer = METHODS[name](model, seed=3, defer=defer, **given_alone(), **more)
         for step, number in enumerate(losses()[:14]):
             zokern.step(
                 optimizer,
@@ -421,12 +421,20 @@ def test_a_skipped_last_step_loses_nothing(name: str, skipped: int) -> None:
     check_skipped_end(name, skipped)
 
 
+class Numbers(zokern.Sgd):
+    """A rule that is not gated: it does nothing in a skipped step, the last of an interval too."""
+
+
+def test_a_rule_that_skips_the_last_step_loses_nothing() -> None:
+    check_skipped_end("subzero", 2, rule=Numbers())
+
+
 def test_check_rejects_a_basis_that_changes_under_what_waits() -> None:
     with (
         patch.object(zokern.deferred.Deferred, "settle", lambda self, p: None),
         pytest.raises(AssertionError, match="is not that of"),
     ):
-        check_skipped_end("lozo_m", 2)
+        check_skipped_end("subzero", 2, rule=Numbers())
 
 
 # Parts of a module, copies, and other optimizers ------------------------------------------------------------

@@ -227,7 +227,7 @@ class Oracle:
         return torch.stack([read[i] for i in range(len(points))])
 
     def _ask(self, plan: Plan, points: Sequence[Point], closure: Callable[[], Any]) -> Tensor:
-        return _called(self.evaluation.losses, plan, points, closure)
+        return self.evaluation.losses(plan, points, closure)
 
     def slopes(
         self, draws: Sequence[int], scope: Collection[str] | Plan | None = None
@@ -250,20 +250,9 @@ class Oracle:
                 "zokern.ForwardGradient asks "
                 "for, need evaluation='jvp', or 'auto'"
             )
-        losses, slopes = _called(read, plan, draws, self.closure)
+        losses, slopes = read(plan, draws, self.closure)
         self.asked = Asked([THETA] * len(losses), losses, plan, self.bases, self.closure)
         return losses, slopes
-
-
-def _called(read: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls an evaluation. Names an iterator's end inside a closure, which would end the estimator, a
-    generator."""
-    try:
-        return read(*arguments)
-    except StopIteration as problem:
-        error = RuntimeError(f"the closure raised {problem!r}, as an iterator at its end does")
-        error.__notes__ = list(getattr(problem, "__notes__", ()))  # type: ignore[attr-defined]
-        raise error from problem
 
 
 class Estimator(Protocol):

@@ -64,7 +64,7 @@ class Blockwise(Around):
            before one moves, and theta itself is read once
 
     Blocks have draws of their own, because z is named by the parameter. A step reads as many losses as
-    `inner` for each block. A loss that is inf or NaN ends the step: in Gauss-Seidel order the blocks
+    `inner` for each block. After a loss that is inf or NaN no block moves: in Gauss-Seidel order those
     before it have moved, in Jacobi order none has.
     Raises ValueError for another name of blocks or order."""
 

@@ -244,6 +244,10 @@ def _explain(problem: Exception, reading: int) -> None:
             "the closure called backward(), or torch.autograd.grad by trained parameters: a zeroth-order "
             "step needs none; return the loss"
         ) from problem
+    if isinstance(problem, StopIteration):  # which would end a generator on its way up
+        ended = RuntimeError(f"the closure raised {problem!r}, as an iterator at its end does")
+        _explain(ended, reading)
+        raise ended from problem
     if reading > 1 and hasattr(problem, "add_note"):
         problem.add_note(
             f"This was reading {reading} of the step, and reading 1 went well: did the closure change its "
