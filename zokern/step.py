@@ -261,7 +261,8 @@ def _move(
         device,
     )
     told = group.backend.project(Projection(row.to(device).reshape(1, -1), None, scalars))
-    return Weights(told, lr == 0.0), lr, 1.0 - lr * weight_decay
+    decay = 1.0 - lr * weight_decay
+    return Weights(told, lr, decay), lr, decay
 
 
 def _descend(

@@ -17,22 +17,35 @@ class Weights(Sequence[float]):
     They lie on the tensors' device, as project() made them. A rule that takes `told` reads nothing. One that
     takes them as numbers, by index or in a loop, waits for the device once.
 
-    told   see Projected
-    still  whether the host knows that nothing moves: lr is 0, and there is no weight decay"""
+    told       see Projected
+    lr, decay  with which its amounts and its control were made"""
 
-    def __init__(self, told: Projected, still: bool = False) -> None:
-        self.told, self.still = told, still
+    def __init__(self, told: Projected, lr: float, decay: float) -> None:
+        self.told, self.lr, self.decay = told, lr, decay
 
     @classmethod
     def of(cls, values: Sequence[float], lr: float, decay: float, device: torch.device) -> Weights:
-        """Returns the weights of numbers that the host has."""
-        if isinstance(values, Weights):
+        """Returns weights with the amounts and the control of an lr and a decay; nothing is read."""
+        if isinstance(values, Weights) and (values.lr, values.decay) == (lr, decay):
             return values
-        weights = torch.tensor([*values], dtype=torch.float64, device=device)
-        numbers = torch.tensor([decay, *(lr * value for value in values)], dtype=torch.float32, device=device)
-        goes = float(numbers[0] != 1.0 or bool(numbers[1:].any()))
-        control = torch.tensor([decay, goes, 1.0], dtype=torch.float32, device=device)
-        return cls(Projected(weights, weights, numbers[1:], control), lr == 0.0 and decay == 1.0)
+        known = values.told if isinstance(values, Weights) else None
+        weights = (
+            torch.tensor([*values], dtype=torch.float64, device=device) if known is None else known.weights
+        )
+        numbers = torch.cat([weights.new_full((1,), decay), weights * lr]).float()
+        finite = torch.isfinite(numbers).all()
+        if known is not None:
+            finite = finite & (known.control[2] == 1.0)
+        still = torch.zeros_like(numbers)
+        still[0] = 1.0
+        numbers = torch.where(finite, numbers, still)
+        control = torch.stack([numbers[0], (numbers != still).any().float(), finite.float()])
+        return cls(Projected(weights, weights, numbers[1:], control), lr, decay)
+
+    @property
+    def still(self) -> bool:
+        """Whether the host knows that nothing moves: lr is 0, and there is no weight decay."""
+        return self.lr == 0.0 and self.decay == 1.0
 
     @property
     def is_finite(self) -> bool:
