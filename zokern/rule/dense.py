@@ -12,7 +12,7 @@ from torch import Tensor
 from ..backends import Batch, Update
 from ..group import Group
 from ..plan import Plan
-from ..told import lately, on_device
+from ..told import on_device
 from .base import Rule
 from .waiting import is_nothing
 
@@ -63,7 +63,7 @@ def advance(
 
         shrink, reach, *_ = told()
         if is_nothing([reach], shrink):
-            _keep_up(plan, group, members, weights, verb, told(), kept)
+            _keep_up(plan, group, members, weights, verb, told, kept)
         else:
             count = count + group.update_(plan, members, weights, verb, told, kept)
     return count
@@ -71,14 +71,14 @@ def advance(
 
 def _keep_up(
     plan: Plan, group: Group, members: Sequence[int], weights: Sequence[float], rule: str,
-    scalars: Sequence[float],
+    scalars: Callable[[], Sequence[float]],
     kept: Sequence[Sequence[Tensor]],
 ) -> None:  # fmt: skip
     """The states alone, where lr is 0: theta + 0 would turn -0.0 into +0.0, so zeros take the place of the
     weights, a piece at a time."""
     device = group.tensors[members[0]].device
     coeffs, control = on_device(weights, device)
-    numbers = lately(tuple(scalars), torch.float32, device)
+    numbers = plan.numbers(scalars, torch.float32, device)
     zeros = torch.zeros(
         min(PIECE, max(group.tensors[i].numel() for i in members)), dtype=torch.float32, device=device
     )
