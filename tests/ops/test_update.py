@@ -361,7 +361,7 @@ def with_scalars(change: Callable):
     right = Group.update_
 
     def wrong(self, plan, members, coeffs, rule, scalars, states):
-        return right(self, plan, members, coeffs, rule, change(plan.step, scalars), states)
+        return right(self, plan, members, coeffs, rule, lambda: change(plan.step, scalars()), states)
 
     return patch.object(Group, "update_", wrong)
 
@@ -378,10 +378,10 @@ WRONG = {
 }  # fmt: skip
 
 
-def forgets(rule, plan, group, weights, scalars, states):
+def forgets(rule, plan, group, weights, scalars, states, *rates):
     for tensor in group.tensors:
         states.pop(tensor, None)
-    return dense.advance(rule, plan, group, weights, scalars, states)
+    return dense.advance(rule, plan, group, weights, scalars, states, *rates)
 
 
 @pytest.mark.parametrize("wrong", WRONG)
