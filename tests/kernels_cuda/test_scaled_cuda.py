@@ -29,7 +29,7 @@ MISTAKES = [
         "j < low || j >= high || ({wrong} && j == low) ? 0.0f"),
     ("no factor is 0", "for (int j = 0; j < kUnit; ++j) f[j] = 1.0f;",
         "for (int j = 0; j < kUnit; ++j) f[j] = {wrong} ? 0.0f : 1.0f;"),
-    ("factors of a list are not seen", "if (launch.scaled) {", "if (launch.scaled && !{wrong}) {"),
+    ("factors of a list are not seen", "if (launch.scaled ||", "if ((launch.scaled && !{wrong}) ||"),
     ("the sign of zero", "g < 0.0f ? -1.0f : g;", "g < 0.0f ? -1.0f : {wrong} ? 1.0f : g;"),
 ]  # fmt: skip
 
