@@ -63,7 +63,7 @@ def forgetful(right, self, plan, *rest):
 
 
 def along_u(right, self, plan, members, weights, rule, scalars, states):
-    return right(self, plan, members, weights, rule, (*scalars[:2], 0.0, 1.0), states)
+    return right(self, plan, members, weights, rule, lambda: (*scalars()[:2], 0.0, 1.0), states)
 
 
 WRONG: dict[str, Any] = {

@@ -117,7 +117,7 @@ def along_the_old_factors():
             self.learn(*held.pop())
         return renew(self, plan)
 
-    with patch.object(ZerothOrder, "learn", lambda self, plan, estimate: held.append((plan, estimate))):
+    with patch.object(ZerothOrder, "learn", lambda self, *given: held.append(given)):
         with patch.object(Scaling, "renew", late):
             yield
 
@@ -133,7 +133,7 @@ WRONG = {
     "learned twice": lambda: patch.object(
         ZerothOrder,
         "learn",
-        lambda self, plan, estimate: [self.scaling.learn(plan, estimate) for _ in range(2)],
+        lambda self, *given: [self.scaling.learn(*given) for _ in range(2)],
     ),
     "the whole second derivative": lambda: estimated(lambda e: replace(e, curvatures=e.curvatures * 2)),
     "the curvature of the first query": lambda: estimated(

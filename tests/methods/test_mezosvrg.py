@@ -217,7 +217,7 @@ def test_stochastic_rounding_spends_the_bits_of_its_own_step() -> None:
     with replaced(
         zokern.group.Group,
         "axpy_",
-        lambda right, self, d, s, draws, *rest: steps.append(draws) or right(self, d, s, draws, *rest),
+        lambda right, self, noise, *rest: steps.append(noise.draws) or right(self, noise, *rest),
     ):
         zokern.step(optimizer, lambda: p.float().sum())
     assert steps == [[(0, 0), (4, 0)]]

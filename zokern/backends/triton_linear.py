@@ -19,7 +19,7 @@ try:
     import triton
 
     from ..triton_kernels import linear as kernels
-except ImportError:  # triton.py says so
+except Exception:  # whatever a Triton that does not fit raises; triton.py says it
     pass
 
 # A tile of W: 64 rows fill the matrix units of sm_90 and later, 64 columns of 16 bits are a line of 128 bytes

@@ -31,6 +31,11 @@ from .state import Keeps
 GRID = 1 << 24  # w_t is a multiple of 1 / GRID, so that w_t and 1 - w_t are float32 numbers with the sum 1
 
 
+def is_still(lr: float) -> bool:
+    """Returns whether the fast weights do not move along the estimate, which the host knows."""
+    return lr == 0.0
+
+
 class Averaged:
     """fast <- decay fast + lr g,   theta <- (1 - w) theta + w fast,   w = 1 / (1 + t / span) after t updates.
 
@@ -73,7 +78,7 @@ class Averaged:
                 states[tensor].update(
                     fast=group.read(i).clone(memory_format=torch.contiguous_format), updates=0
                 )
-        if lr == 0.0:  # a launch would turn -0.0 into 0.0
+        if is_still(lr):  # a launch would turn -0.0 into 0.0
             every = range(len(group.tensors))
             if all(torch.equal(states[group.tensors[i]]["fast"], group.read(i)) for i in every):
                 for tensor in group.tensors:
