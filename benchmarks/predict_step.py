@@ -47,7 +47,9 @@ from .recorder import Call, Recorder
 MODELS = ("Llama-1B", "OPT-1.3B", "Llama-7B", "OPT-13B")
 CELLS = ((1, 16), (4, 128), (16, 256))  # batch and length
 METHODS = ("master", "paired")
-RECORD_ON = "cpu"  # 'meta' once a step reads no value: then launches come from the model's own shapes
+# 'meta' takes launches from the model's own shapes. Its model needs a mask there: without one transformers
+# looks at values, and no verb does
+RECORD_ON = "cpu"
 # Seconds and rates that were not measured: of launches that are ready, of a graph's nodes and its start.
 FLOOR, GAP, START = 2.5e-6, 1.0e-6, 10e-6
 MEMORY = 141e9  # bytes of an H200

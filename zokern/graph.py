@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .backends import Noise
+from .directions import Aligned
 from .estimator.base import is_captured
 from .fingerprint import memory_of
 from .result import Late, StepResult
@@ -234,6 +235,16 @@ def _check(optimizer: Any, closure: Any) -> None:
         raise ValueError(
             f"optimizer is {name} with rule {type(rule).__name__}, which takes numbers to the host; {way_out}"
         )
+    if hasattr(rule, "base") or hasattr(rule, "prepare"):
+        raise ValueError(
+            f"optimizer is {name} with rule {type(rule).__name__}, which does something on the host before "
+            f"the losses of a step are read; {way_out}"
+        )
+    if isinstance(optimizer.factored, Aligned):
+        raise ValueError(
+            f"optimizer is {name} with direction {optimizer.factored.name!r}, whose draws take numbers "
+            f"of the host; {way_out}"
+        )
     if optimizer.evaluation.name not in ("master", "paired", "auto"):
         raise ValueError(
             f"evaluation is {optimizer.evaluation.name!r}; "
@@ -263,7 +274,9 @@ def _relied_on(optimizer: Any) -> Any:
     options = [
         (g["eps"], float(g["lr"]) == 0.0, float(g["weight_decay"]) == 0.0) for g in optimizer.param_groups
     ]
-    basis = None if optimizer.factored is None else optimizer.factored.basis_step(optimizer.steps)
+    factored = optimizer.factored
+    # a direction that draws U and V in every step has no basis that a step relies on
+    basis = None if factored is None or factored.joins else factored.basis_step(optimizer.steps)
     scales = None if optimizer.scaled is None else optimizer.scaled.born(optimizer.steps)
     flags = [module.training for module in optimizer.work.tree.modules]
     trained = [tensor.requires_grad for tensor in tensors]

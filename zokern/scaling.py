@@ -69,7 +69,7 @@ class Scaling:
                     z, here = torch.empty_like(part), [span._replace(first=span.first + start)]
                     growth = torch.zeros(len(part), dtype=torch.float64, device=theta.device)
                     for draw, curvature in zip(plan.draws(), curvatures):
-                        group.backend.draw(Batch([z], here), Noise(plan.direction, plan.seed, [draw]))
+                        group.backend.draw(Batch([z], here), plan.noise([draw]))
                         growth = growth + curvature * z.double() * z.double()
                     growth = (1.0 - self.direction.smooth) + (
                         self.direction.smooth / len(curvatures)

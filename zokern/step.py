@@ -139,9 +139,8 @@ def _run(optimizer: Steps, closure: Callable[[], Any], first_order: Callable[[],
         checked = _check(optimizer, oracle) if result is None else result.unseen
         moves = _moves(optimizer, part, estimate, flaw)
         result = _recorded(record, part, estimate, checked, result, moves, isinstance(optimizer.rule, Sgd))
-        flaw = moves[0][0].told.control[
-            2
-        ]  # not finite: the parts of the step after this one do not move either
+        # 0 where it is not finite: the parts of the step after this one do not move either
+        flaw = moves[0][0].told.control[2]
         descent = None
         if estimate.gradient is not None or not optimizer.gated():
             if not all(weights.is_finite for weights, _, _ in moves):

@@ -59,6 +59,12 @@ CASES: dict[str, tuple[torch.dtype, Made]] = {
         torch.float32,
         lambda m, b: zokern.SubZeroPlus(m, lr=1e-2, queries=4, backend=b, defer=False, **MASTER),
     ),
+    "hizoo": (torch.float32, lambda m, b: zokern.HiZOO(m, lr=1e-2, backend=b, **MASTER)),
+    "rloo": (torch.float32, lambda m, b: zokern.RLOO(m, lr=1e-2, backend=b, **MASTER)),
+    "eggroll": (
+        torch.float32,
+        lambda m, b: zokern.EGGROLL(m, lr=1e-2, queries=3, backend=b, defer=False, **MASTER),
+    ),
     "blocks": (torch.float32, lambda m, b: zokern.BlockMeZO(m, lr=1e-2, backend=b, **MASTER)),
 }
 
@@ -171,6 +177,9 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
     "numbers of the host": (zokern.KerZOO, "estimator Kernel"),
     "layers of a step": (zokern.LeZO, "estimator Layers"),
     "a rule with numbers": (zokern.AdaMeZO, "rule WindowAdam"),
+    "weights beside theta": (lambda m: zokern.MeZO(m, rule=zokern.Averaged()), "rule Averaged.*on the host"),
+    "a search now and then": (zokern.DiZO, "rule Projected.*on the host"),
+    "a schedule of draws": (lambda m: zokern.PGAP(m, rank=2, defer=False), "direction 'aligned'|'measured'"),
     "evaluation": (lambda m: zokern.MeZO(m, evaluation="inplace"), "'inplace'; expected 'master'"),
     "lr by value": (lambda m: zokern.TeZO(m, rule="adam", defer=False), "rule Adam.*by value"),
     "deferred": (zokern.SubZero, "defer=False"),
