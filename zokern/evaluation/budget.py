@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .. import devices
-from ..plan import Group, Plan
+from ..group import Group
+from ..plan import Plan
 from .arena import ALIGN, Arena
 
 
