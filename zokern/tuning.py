@@ -288,7 +288,8 @@ def _set(plan: Plan, own: Sequence[float], factor: float) -> None:
 def _ask(estimator: Estimator, oracle: Oracle, plan: Plan, first: int) -> list[Estimate]:
     """Returns the estimates of one step, along the draws from number `first` on."""
     oracle.plan = replace(plan, first=plan.first + first)
-    return [*estimator(oracle, oracle.plan)]
+    ask = estimator.forwards if getattr(estimator, "backpropagates", False) else estimator
+    return [*ask(oracle, oracle.plan)]
 
 
 def _widths(

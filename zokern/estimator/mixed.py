@@ -31,14 +31,20 @@ class Mixed(Around):
             raise ValueError(f"alpha is {alpha!r}; expected 0 <= alpha <= 1")
 
     def __call__(self, oracle: Oracle, plan: Plan) -> Iterator[Estimate]:
+        for estimate in self.forwards(oracle, plan):
+            yield replace(estimate, slopes=None, gradient=Gradient(1.0 - self.alpha))
+
+    def forwards(self, oracle: Oracle, plan: Plan) -> Iterator[Estimate]:
+        """Yields the zeroth-order part, alpha g0, for zokern.tune. The slopes are s_k / alpha: alpha c_k of
+        them is c_k s_k, the expected fall by both parts, since E[(grad . z)^2] = |grad|^2."""
         for estimate in self.inner(oracle, plan):
             if estimate.scope is not None or estimate.gradient is not None:
                 raise ValueError(
                     f"inner is {type(self.inner).__name__}, which moves parts of the parameters; expected "
                     "one such as Spsa"
                 )
-            mixed = estimate.coefficients * self.alpha
-            yield replace(estimate, coefficients=mixed, slopes=None, gradient=Gradient(1.0 - self.alpha))
+            slopes = None if estimate.slopes is None or not self.alpha else estimate.slopes / self.alpha
+            yield replace(estimate, coefficients=estimate.coefficients * self.alpha, slopes=slopes)
 
 
 __all__ = ["Mixed"]

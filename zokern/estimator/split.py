@@ -67,11 +67,15 @@ class Split(Around):
         return chosen, others
 
     def __call__(self, oracle: Oracle, plan: Plan) -> Iterator[Estimate]:
-        chosen, others = self.parts(plan.names)
+        chosen, _ = self.parts(plan.names)
         gradient: Gradient | None = Gradient(names=chosen, optimizer=self._optimizer)
-        for estimate in self.within(oracle, plan, others):
+        for estimate in self.forwards(oracle, plan):
             yield replace(estimate, slopes=None, gradient=gradient)
             gradient = None  # of further blocks
+
+    def forwards(self, oracle: Oracle, plan: Plan) -> Iterator[Estimate]:
+        """Yields the inner estimates of the other parameters, whose lr zokern.tune tells."""
+        return self.within(oracle, plan, self.parts(plan.names)[1])
 
 
 __all__ = ["Split"]
