@@ -35,7 +35,8 @@ from .launch import (
     step_at,
 )
 from .lists import prepared
-from .validation import Validator, described
+from .operands import described
+from .validation import Validator
 
 _cpu: Any = None
 _error = ""

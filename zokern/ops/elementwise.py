@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import Batch, Terms
-from ..backends.validation import FLOATS
+from ..backends.operands import FLOATS
 from . import arguments
 from .aliasing import shared_memory
 from .operands import batch_of, check_control, check_out, check_tensor, noise_of, spans_of, wrote
