@@ -89,8 +89,8 @@ def default_lr(rule: Rule, estimator: Estimator) -> float:
     """Returns the lr of an optimizer that is given none.
 
     A rule whose steps have one length, whatever the slope, knows its own."""
-    lr: float = getattr(rule, "lr", None) or getattr(estimator, "lr", SLOPES)
-    return lr
+    lr: Any = getattr(rule, "lr", None)
+    return lr or getattr(estimator, "lr", SLOPES)
 
 
 def check_group(options: dict[str, Any]) -> None:
