@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backends.cpu import same_values
+from .backends.cpu_module import same_values
 
 CONTAINERS = (list, dict, set)
 # kept by nn.Module itself, and no place for a model's own state

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import Batch, Terms
-from ..backends.validation import FLOATS
+from ..backends.operands import FLOATS
 from . import arguments
 from .aliasing import shared_memory
 from .operands import batch_of, check_control, check_out, check_tensor, noise_of, spans_of, wrote
@@ -78,9 +78,8 @@ def axpy_(
     tensors: Tensor | Sequence[Tensor], direction, *, seed: int, who: str | int | Sequence[str | int],
     draws: Sequence[tuple[int, int]], coeffs: Sequence[float] | Tensor, decay: float | Sequence[float] = 1.0,
     first: int | Sequence[int] = 0, rounding: str = "nearest",
-    residuals: Sequence[Tensor] | Tensor | None = None,
-    each: bool | int = False, clock: Tensor | None = None, control: Tensor | None = None,
-    backend: str | None = None,
+    residuals: Sequence[Tensor] | Tensor | None = None, each: bool | int = False,
+    clock: Tensor | None = None, control: Tensor | None = None, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
     """Computes theta <- decay * theta + sum_k coeffs[k] * z(seed, who, *draws[k]) in place, in one launch.
 
@@ -115,11 +114,7 @@ def axpy_(
     batch = batch_of("axpy_", tensors, who, first, rounding, residuals)
     device = batch.tensors[0].device
     noise = noise_of("axpy_", direction, seed, draws, clock, device)
-    count = len(noise.draws)
-    check_control("axpy_", control, device)
-    if control is not None and each:
-        raise ValueError(f"axpy_: each is {each!r} with a control; expected False: a control is for one sum")
-    terms = Terms(coefficients_of("axpy_", coeffs, count, device), *_check_each(each, decay, count), control)
+    terms = _terms(coeffs, decay, each, control, len(noise.draws), device)
     chosen = backends.resolve(backend, device)
     with torch.no_grad():  # weights are leaves that require a gradient
         if traced(backend, noise.direction):
@@ -158,8 +153,15 @@ def coefficients_of(verb: str, coeffs: Sequence[float] | Tensor, count: int, dev
     return coeffs
 
 
-def _check_each(each: bool | int, decay: float | Sequence[float], count: int) -> tuple[list[float], int]:
-    """Returns the decay of every sum, and the terms of a sum, 0 for all of them."""
+def _terms(
+    coeffs: Sequence[float] | Tensor, decay: float | Sequence[float], each: bool | int,
+    control: Tensor | None, count: int, device: torch.device,
+) -> Terms:  # fmt: skip
+    """Returns the sums of `count` draws, with a decay for every sum."""
+    check_control("axpy_", control, device)
+    if control is not None and each:
+        raise ValueError(f"axpy_: each is {each!r} with a control; expected False: a control is for one sum")
+    coeffs = coefficients_of("axpy_", coeffs, count, device)
     if not isinstance(each, (bool, numbers.Integral)) or each < 0:
         raise ValueError(
             f"axpy_: each is {each!r}; expected False, True or the number of terms that a sum has"
@@ -178,7 +180,7 @@ def _check_each(each: bool | int, decay: float | Sequence[float], count: int) ->
             f"axpy_: decay has {len(decays)} numbers for {count} draws ({how}); expected one number, or "
             f"{sums}"
         )
-    return decays, each
+    return Terms(coeffs, decays, each, control)
 
 
 def perturb(

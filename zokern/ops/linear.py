@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import backends, devices, directions
 from ..backends import Backend, Batch, Noise, Sides, Span, Thin, Weight
-from ..backends.validation import described
+from ..backends.operands import described
 from ..checks import flag, whole_number
 from ..gemm import counts_of, factored_linear, fused_linear, fuses, sketch_of, tiled_linear
 from ..stream import INDEX_LIMIT

@@ -53,12 +53,9 @@ def lowrank_(
         )
     found = arguments.tensor_list("tensors", tensors)
     batch = batch_of("lowrank_", found, [0] * len(found) if who is None else who, first, rounding, residuals)
-    lefts, rights = _one_each("left", left, found), _one_each("right", right, found)
-    cores = [None] * len(found) if core is None else _one_each("core", core, found)
+    lefts, cores, rights = _factors(batch, left, core, right)
     scales = _scales(scale, len(found))
     (decay,) = arguments.finite("lowrank_", "decay", [decay], "a finite number")
-    for i, (tensor, span) in enumerate(zip(found, batch.spans)):
-        _check_factors(i, tensor, span, lefts[i], cores[i], rights[i])
     check_clock("lowrank_", clock, found[0].device)
     check_control("lowrank_", control, found[0].device)
     noise = Noise(None, check_seed(seed), [(check_word("step", step), 0)], clock)
@@ -119,6 +116,16 @@ def _one_each(what: str, given, tensors: Sequence[Tensor]) -> list:
     if len(found) != len(tensors):
         raise ValueError(f"lowrank_: {len(found)} {what} for {len(tensors)} tensors; expected one for each")
     return found
+
+
+def _factors(batch: Batch, left, core, right) -> tuple[list, list, list]:
+    """Returns left, core or None, and right of each tensor, checked."""
+    tensors = batch.tensors
+    lefts, rights = _one_each("left", left, tensors), _one_each("right", right, tensors)
+    cores = [None] * len(tensors) if core is None else _one_each("core", core, tensors)
+    for i, (tensor, span) in enumerate(zip(tensors, batch.spans)):
+        _check_factors(i, tensor, span, lefts[i], cores[i], rights[i])
+    return lefts, cores, rights
 
 
 def _check_factors(

@@ -54,24 +54,13 @@ def project(
     device.
     Malladi et al. 2023, Algorithm 1: the projected gradient, with weights (1/2, -1/2) of L(+eps), L(-eps)."""
     found = _matrix("losses", losses, None)
-    if weights is None:
-        rows = None
-    else:
-        rows = _matrix("weights", weights, found.device)
-        if rows.shape[1] != found.shape[1]:
-            raise ValueError(
-                f"project: weights has {rows.shape[1]} columns for {found.shape[1]} losses; expected one each"
-            )
-    draws = found.shape[1] if rows is None else rows.shape[0]
-    numbers: list[Number] = [
-        _number("eps", eps, found.device, above=0.0),
-        _number("lr", lr, found.device, minimum=0.0),
-        _number("weight_decay", weight_decay, found.device, minimum=0.0),
-        math.inf if clip is None else _number("clip", clip, found.device, minimum=0.0),
-        1.0 if flag("project: maximize", maximize) else -1.0,
-        float(draws) if count is None else finite_number("project: count", count, above=0.0),
-    ]
-    scalars = _stacked(numbers, found.device)
+    rows = None if weights is None else _matrix("weights", weights, found.device)
+    if rows is not None and rows.shape[1] != found.shape[1]:
+        raise ValueError(
+            f"project: weights has {rows.shape[1]} columns for {found.shape[1]} losses; expected one each"
+        )
+    count = (found.shape[1] if rows is None else rows.shape[0]) if count is None else count
+    scalars = _scalars(found.device, eps, lr, weight_decay, clip, maximize, count)
     chosen = backends.resolve(backend, found.device)
     with torch.no_grad():
         if traced(backend):
@@ -99,6 +88,22 @@ register(
     "(Tensor losses, Tensor? weights, Tensor scalars, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
 )
+
+
+def _scalars(
+    device: torch.device, eps: Number, lr: Number, weight_decay: Number, clip: Number | None, maximize: bool,
+    count: float,
+) -> Tensor:  # fmt: skip
+    """Returns the numbers of a projection in the order of PROJECTED, float64 on the device."""
+    numbers: list[Number] = [
+        _number("eps", eps, device, above=0.0),
+        _number("lr", lr, device, minimum=0.0),
+        _number("weight_decay", weight_decay, device, minimum=0.0),
+        math.inf if clip is None else _number("clip", clip, device, minimum=0.0),
+        1.0 if flag("project: maximize", maximize) else -1.0,
+        finite_number("project: count", count, above=0.0),
+    ]
+    return _stacked(numbers, device)
 
 
 def _number(

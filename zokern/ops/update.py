@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -56,23 +57,31 @@ def update_(
     Polyak 1964; Kingma and Ba 2015; Zhang et al. 2024 (ZO-Bench): ZO-SGD-MMT and ZO-Adam are this call.
     Bernstein et al. 2018 (signSGD); Liu et al. 2019 (ZO-signSGD)."""
     batch = batch_of("update_", tensors, who, first, rounding, residuals, alone=False)
-    device = batch.tensors[0].device
-    if not isinstance(rule, str) or rule not in STATES:
-        raise ValueError(f"update_: rule is {rule!r}; expected one of {list(STATES)}")
-    noise = noise_of("update_", direction, seed, draws, clock, device)
-    coeffs = coefficients_of("update_", coeffs, len(noise.draws), device)
-    scalars = _scalars(rule, scalars, device)
-    kept = _states_of(rule, batch.tensors, states)
-    check_control("update_", control, device)
-    flat, chosen = [tensor for state in kept for tensor in state], backends.resolve(backend, device)
+    noise = noise_of("update_", direction, seed, draws, clock, batch.tensors[0].device)
+    update = _update(rule, coeffs, scalars, states, control, batch.tensors, len(noise.draws))
+    flat, chosen = [*chain(*update.states)], backends.resolve(backend, batch.tensors[0].device)
     with torch.no_grad():
         if traced(backend, noise.direction):
-            given = {"rule": rule, "coeffs": coeffs, "scalars": scalars, "states": flat, "clock": clock,
-                     "control": control}  # fmt: skip
+            given = {"rule": rule, "coeffs": update.coefficients, "scalars": update.scalars, "states": flat,
+                     "clock": clock, "control": control}  # fmt: skip
             return operation("update_", chosen, noise, batch, rounding=rounding, **lists_of(noise), **given)
-        count = chosen.update_(batch, noise, Update(coeffs, rule, scalars, kept, control))
+        count = chosen.update_(batch, noise, update)
         wrote(batch, *flat)
         return count
+
+
+def _update(
+    rule: str, coeffs: Sequence[float] | Tensor, scalars: Sequence[float] | Tensor,
+    states: Sequence[Tensor | Sequence[Tensor]], control: Tensor | None, tensors: Sequence[Tensor], draws: int
+) -> Update:  # fmt: skip
+    """Returns a rule on a sum of `draws` draws, checked for tensors of one device."""
+    if not isinstance(rule, str) or rule not in STATES:
+        raise ValueError(f"update_: rule is {rule!r}; expected one of {list(STATES)}")
+    device = tensors[0].device
+    coeffs, scalars = coefficients_of("update_", coeffs, draws, device), _scalars(rule, scalars, device)
+    kept = _states_of(rule, tensors, states)
+    check_control("update_", control, device)
+    return Update(coeffs, rule, scalars, kept, control)
 
 
 def _of_flat_states(tensors: Sequence[Tensor], states: Sequence[Tensor], **names: Any) -> Tensor:
