@@ -36,7 +36,7 @@ class AdaMeZO(ZerothOrder):
     def __init__(
         self, params: Any, lr: float | None = None, eps: float = 1e-3, *, window: int = 10,
         betas: tuple[float, float] = (0.7, 0.9), adam_eps: float = 1e-5, scale: float = 100.0,
-        warmup: bool = True, evaluation: Any = "auto", **options: Any,
+        warmup: bool = True, **options: Any,
     ) -> None:  # fmt: skip
         rule = WindowAdam(betas, adam_eps, window, scale, warmup)
-        super().__init__(params, lr=lr, eps=eps, rule=rule, evaluation=evaluation, **options)
+        super().__init__(params, lr=lr, eps=eps, rule=rule, **options)

@@ -41,7 +41,7 @@ class DiZO(ZerothOrder):
     def __init__(
         self, params: Any, lr: float | None = None, eps: float = 1e-3, *,
         projected: Sequence[str] | None = None, interval: int = 50, iterations: int = 10, rate: float = 2.0,
-        width: float = 0.1, reach: float = 0.2, evaluation: Any = "auto", **options: Any,
+        width: float = 0.1, reach: float = 0.2, **options: Any,
     ) -> None:  # fmt: skip
         rule = Projected(projected, interval, iterations, rate, width, reach)
-        super().__init__(params, lr=lr, eps=eps, rule=rule, evaluation=evaluation, **options)
+        super().__init__(params, lr=lr, eps=eps, rule=rule, **options)

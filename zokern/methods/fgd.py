@@ -35,7 +35,7 @@ class FGD(ZerothOrder):
 
     def __init__(
         self, params: Any, lr: float | None = None, eps: float = 1e-3, *, queries: int = 1,
-        clip: float | None = None, evaluation: Any = "auto", **options: Any,
+        clip: float | None = None, **options: Any,
     ) -> None:  # fmt: skip
         estimator = ForwardGradient(queries, clip)
-        super().__init__(params, lr=lr, eps=eps, estimator=estimator, evaluation=evaluation, **options)
+        super().__init__(params, lr=lr, eps=eps, estimator=estimator, **options)

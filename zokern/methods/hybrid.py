@@ -45,11 +45,9 @@ class Hybrid(ZerothOrder):
     def __init__(
         self, params: Any, lr: float | None = None, eps: float = 1e-3, *, first_order: Any = None,
         optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None,
-        estimator: Estimator | None = None, evaluation: Any = "auto", **options: Any,
+        estimator: Estimator | None = None, **options: Any,
     ) -> None:  # fmt: skip
-        super().__init__(
-            params, lr=lr, eps=eps, estimator=Split((), estimator), evaluation=evaluation, **options
-        )
+        super().__init__(params, lr=lr, eps=eps, estimator=Split((), estimator), **options)
         trained = {e.name: e.tensor for group in self.work.entries for e in group if e.tensor.requires_grad}
         chosen, _ = Split(_chosen(self.work.known(), first_order), estimator).parts(trained)
         self.first_order = (ADAMW if optimizer is None else optimizer)([trained[name] for name in chosen])

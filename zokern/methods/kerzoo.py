@@ -43,13 +43,11 @@ class KerZOO(ZerothOrder):
         self, params: Any, lr: float | None = None, eps: float = 1e-3, *, queries: int = 3, order: int = 3,
         scale: float = 1.0, width: float | Callable[[int], float] = 1.0, rescale: bool = True,
         scope: str = "query", clip_norm: float | None = None, averaging: bool = False,
-        evaluation: Any = "auto", **options: Any,
+        **options: Any,
     ) -> None:  # fmt: skip
         estimator = Kernel(queries, scale, width, None, order, rescale, scope, clip_norm)
         rule = Averaged() if averaging else options.pop("rule", None)
-        super().__init__(
-            params, lr=lr, eps=eps, estimator=estimator, rule=rule, evaluation=evaluation, **options
-        )
+        super().__init__(params, lr=lr, eps=eps, estimator=estimator, rule=rule, **options)
 
     @classmethod
     def published(cls, params: Any, lr: float | None = 1e-6, eps: float = 1e-3, **options: Any) -> KerZOO:

@@ -166,7 +166,6 @@ class PGAP(ZerothOrder):
         norm: str = "matched",
         oversample: int = 8,
         power: int = 1,
-        evaluation: Any = "auto",
         **options: Any,
     ) -> None:
         aligned = {
@@ -178,4 +177,4 @@ class PGAP(ZerothOrder):
             "norm": norm,
         }
         direction = Probed(probes, oversample, power, **aligned)
-        super().__init__(params, lr=lr, eps=eps, direction=direction, evaluation=evaluation, **options)
+        super().__init__(params, lr=lr, eps=eps, direction=direction, **options)
