@@ -27,9 +27,11 @@ from .estimator import (
     Stencil,
 )  # fmt: skip
 from .evaluation import Auto, InPlace, Jvp, Master, Paired, Refused, Scratch
+from .evaluation import InPlace as Walk
 from .graph import graph
 from .methods import *  # noqa: F403  (their names are found in the folder)
 from .methods import METHODS
+from .objective import Objective
 from .ops import axpy_, draw, lowrank_, perturb, philox4x32, project, update_
 from .ops.linear import linear, sketch
 from .result import StepResult
@@ -42,9 +44,9 @@ __version__ = "0.1.0"
 __all__ = [
     "Adam", "Anchored", "Auto", "Averaged", "Bayesian", "Blockwise", "Cone", "Conservative", "Curvature",
     "ForwardGradient", "Guided", "InPlace", "Jvp", "Kernel", "Layers", "LeaveOneOut", "Masked", "Master",
-    "Mixed", "Momentum", "Muon", "Normal", "Paired", "Private", "Projected", "Rademacher",
+    "Mixed", "Momentum", "Muon", "Normal", "Objective", "Paired", "Private", "Projected", "Rademacher",
     "Ranked", "Refused", "Scaled", "Scratch", "Sgd", "Sign", "SignSgd", "Split", "Spread", "Spsa",
-    "Stencil", "StepResult", "Tuning", "WindowAdam", "WindowMomentum", "__version__", "axpy_",
+    "Stencil", "StepResult", "Tuning", "Walk", "WindowAdam", "WindowMomentum", "__version__", "axpy_",
     "draw", "graph", "linear", "lowrank_", "perturb", "philox4x32", "project", "sketch", "step", "tune",
     "update_",
 ]  # fmt: skip

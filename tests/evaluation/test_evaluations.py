@@ -836,3 +836,29 @@ def test_trust_rejects_a_wrong_reading_and_cannot_be_passed_by(how: str) -> None
     assert changed(model, before) == []
     with pytest.raises(AssertionError):  # one that passes the comparison by
         same_losses(Fast(check=False))
+
+
+# Objective --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("withhold", ["labels", ("labels",)])
+def test_an_objective_is_the_closure(withhold: str | tuple[str, ...]) -> None:
+    model, inputs = build(models.llama).eval(), models.inputs("llama")
+    seen = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(sorted(kwargs)), with_kwargs=True
+    )
+    objective = zokern.Objective(
+        model, inputs, lambda out, batch: next_token_loss(out.logits, batch["labels"]), withhold=withhold
+    )
+    found = [losses(zokern.MeZO, WAYS["paired"](), model, closure).losses for closure in (
+        objective, lambda: next_token_loss(model(input_ids=inputs["input_ids"]).logits, inputs["labels"]),
+    )]  # fmt: skip
+    hook.remove()
+    assert found[0] == found[1] and all(keys == ["input_ids"] for keys in seen)
+
+
+@pytest.mark.parametrize("batch", [{"input_ids": torch.zeros(1, 2)}, (torch.zeros(1, 2),)])
+def test_only_keys_of_the_batch_are_withheld(batch) -> None:
+    with pytest.raises(ValueError, match=r"withhold names \['label'\]; expected keys of a mapping"):
+        zokern.Objective(nn.Identity(), batch, lambda out, batch: out, withhold="label")

@@ -24,6 +24,7 @@ import readings
 import torch
 import torch.nn.functional as F
 from readings import WAYS, check_refusal, check_weights, clones, optimizer, write
+from recipes import SLOPES
 from reports import CASES, LOCAL, LOG, STACK, VARIABLE, WRITES, Case, Setup, built, line, square, swapped
 from torch import Tensor, nn
 
@@ -288,6 +289,19 @@ def test_auto_is_the_default_of_every_method() -> None:
 def one_example(net: nn.Module, x: Tensor) -> Callable[[], Tensor]:
     """A scalar to most methods, and the losses of a batch of one example."""
     return lambda: square(net, x)().reshape(1)
+
+
+@pytest.mark.parametrize("method", [method for method in readings.METHODS if method not in SLOPES])
+def test_old_name_is_an_alias(method: str) -> None:
+    """'walk' and 'inplace' are one evaluation under two names."""
+    runs = []
+    for name in ("walk", "inplace"):
+        net, x = plain()
+        opt = optimizer(method, net, name, lr=1e-3, eps=1e-3)
+        runs.append(
+            [(r.losses, r.evaluation) for r in (zokern.step(opt, one_example(net, x)) for _ in range(2))]
+        )
+    assert runs[0] == runs[1]
 
 
 @pytest.mark.parametrize("way", ["master", "paired", "scratch", "inplace"])

@@ -41,7 +41,7 @@ LAYERS = {
     "rules": ["rule"],
     "step": ["first_step", "first_order", "step"],
     "optimizer": ["options", "low_bits", "bases", "scaling", "deferred", "work", "checkpoint", "optimizer"],
-    "methods": ["methods", "tuning", "graph"],
+    "methods": ["methods", "objective", "tuning", "graph"],
     "applications": ["__init__", "info", "cli", "cli_methods", "cli_tune", "__main__", "_build"],
 }
 RANK = {stem: rank for rank, stems in enumerate(LAYERS.values()) for stem in stems}

@@ -62,9 +62,9 @@ def test_a_matrix_that_is_not_contiguous(
             return ((a.float() + b.float().reshape(20, 30).contiguous()) @ c.float()).sum() * 1e-2
 
         options = (
-            {"eps": 0.05, "lr": 1e-2, "evaluation": "inplace", "force": True}
+            {"eps": 0.05, "lr": 1e-2, "evaluation": "walk", "force": True}
             if dtype == torch.bfloat16
-            else {"evaluation": "inplace"}
+            else {"evaluation": "walk"}
         )
         optimizer = METHODS[which](named, rounding=rounding, weight_decay=0.1, **options)
         for _ in range(3):

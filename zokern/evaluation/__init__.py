@@ -15,16 +15,18 @@ from .scratch import Scratch
 EVALUATIONS: dict[str, type] = {
     "auto": Auto, "inplace": InPlace, "jvp": Jvp, "master": Master, "paired": Paired, "scratch": Scratch,
 }  # fmt: skip
+ALIASES = {"walk": "inplace"}  # for one release
 
 
 def resolve(evaluation: str | Evaluation) -> Evaluation:
     """Returns an evaluation from its name, or the evaluation itself."""
     if isinstance(evaluation, str):
-        if evaluation not in EVALUATIONS:
+        name = ALIASES.get(evaluation, evaluation)
+        if name not in EVALUATIONS:
             raise ValueError(
                 f"unknown evaluation {evaluation!r}; expected one of {sorted(EVALUATIONS)} or an Evaluation"
             )
-        return EVALUATIONS[evaluation]()
+        return EVALUATIONS[name]()
     lacks = [name for name in ("losses", *Evaluation.__annotations__) if not hasattr(evaluation, name)]
     if isinstance(evaluation, type) or lacks:
         raise TypeError(
