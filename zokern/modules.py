@@ -146,7 +146,8 @@ def inside_of(tensor: Tensor) -> list[Tensor]:
     ones, those made under torch.inference_mode."""
     if (flatten := getattr(type(tensor), "__tensor_flatten__", None)) is not None:
         return [part for name in flatten(tensor)[0] for part in inside_of(getattr(tensor, name))]
-    return [tensor] if not (tensor.is_meta or tensor.is_inference()) and has_memory(tensor) else []
+    with torch._C.DisableTorchFunctionSubclass():
+        return [tensor] if not (tensor.is_meta or tensor.is_inference()) and has_memory(tensor) else []
 
 
 def has_memory(tensor: Tensor) -> bool:

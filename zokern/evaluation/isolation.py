@@ -170,9 +170,7 @@ class Isolation:
         finally:
             # weights are packed once: a second change is no packing
             converted = [
-                isolation.frozen.changes()
-                for isolation in (self, *self.found)
-                if not isolation.tree.is_warm
+                isolation.frozen.changes() for isolation in (self, *self.found) if not isolation.tree.is_warm
             ]
             for isolation in (self, *self.found) if not any(converted) else ():
                 isolation._put_back()
