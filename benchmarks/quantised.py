@@ -5,7 +5,8 @@ and peft. --only NAME ... takes some bases; --batch, --length, --hidden, --layer
 
 The model is a Llama with random weights and LoRA of rank 8 in every linear layer. In each round a float32
 forward, a bfloat16 forward, the forward of the base and a step of each evaluation take turns in one process,
-and a ratio is the median over the rounds. The base is warm: its first forward is not timed.
+and a ratio is the median over the rounds. Seconds are those of the process on its cores, so that others on
+the machine count less: set OMP_NUM_THREADS=1. The base is warm: its first forward is not timed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import importlib
 import logging
 import platform
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -173,6 +175,13 @@ def copies(model: nn.Module) -> list[Tensor]:
     return [part.clone() for parts in frozen(model).values() for part in parts]
 
 
+def busy(call: Callable[[], Any]) -> float:
+    """Returns the seconds that a call keeps cores of this process busy."""
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
 @dataclass
 class Line:
     """What was measured of a base. forward: over a float32 one; steps: by evaluation, over two forwards."""
@@ -215,7 +224,7 @@ def measure(name: str, plain: dict[str, Callable[[], Tensor]], rounds: int, size
         steps[way], extra[way] = result.evaluation, result.scratch_bytes
         learned.append((own, step))
         cases.append(Case(way, lambda o=optimizer, s=step: zokern.step(o, s)))
-    group = Group(name, cases)
+    group = Group(name, cases, busy)
     for _ in range(rounds + 1):
         group.round()
     for case in cases:

@@ -181,8 +181,8 @@ class State4bit(nn.Parameter):
 
 
 @pytest.mark.parametrize("weight, error, words", [
-    (lambda: nn.Parameter(Wrapped(*quantise(X))), TypeError, "Wrapped, a wrapper without memory.*" + ADAPTERS),
-    (lambda: State4bit(torch.zeros(4, dtype=torch.bfloat16)), TypeError, "'w' is State4bit, packed.*" + ADAPTERS),
+    (lambda: nn.Parameter(Wrapped(*quantise(X))), TypeError, "Wrapped, a wrapper.*" + ADAPTERS),
+    (lambda: State4bit(torch.zeros(4).bfloat16()), TypeError, "'w' is State4bit, packed.*" + ADAPTERS),
     (lambda: quantise(X)[0], ValueError, "'w' is int8.*leave it out; " + ADAPTERS),
     (lambda: torch.zeros(4, dtype=torch.uint8), ValueError, "'w' is uint8.*" + ADAPTERS),
     (lambda: torch.zeros(4).to(torch.float8_e4m3fn), ValueError, "'w' is float8_e4m3fn.*" + ADAPTERS),

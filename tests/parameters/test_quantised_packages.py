@@ -1,5 +1,6 @@
-"""Frozen bases of quantisation packages under LoRA, each where its packages are installed: the losses are those
-of a loop by hand, the adapters learn, and the frozen bytes stay."""
+"""Frozen bases of quantisation packages under LoRA, each where its packages are installed.
+
+The losses are those of a loop by hand, the adapters learn, and the frozen bytes stay."""
 
 from __future__ import annotations
 
