@@ -35,6 +35,7 @@ class State:
     stands      whether parameters and parts are those that the tree was built with
     registers   pairs of a module's register of buffers, and its contents
     containers  lists, dicts and sets that are attributes, and the attributes of plain objects
+    classed     parameters of a class of their own, as quantised ones are
     tensors     pairs of a buffer, or of a tensor that is an attribute, and whether a norm writes it; the
                 smallest first"""
 
@@ -53,6 +54,9 @@ class State:
             d[key] for d in tree.dicts if d["_buffers"] for key in ("_buffers", "_non_persistent_buffers_set")
         ]
         self.registers = [(held, held.copy()) for held in registers]
+        self.classed = [
+            p for p in flat(tree.parameters) if p is not None and type(p) not in (Tensor, nn.Parameter)
+        ]
         buffers = flat(tree.buffers)
         self.registered = len(buffers)
         norms = {id(b) for held in tree.norms for b in held.values()}
@@ -134,6 +138,18 @@ def _attributes(value: Any) -> dict | None:
     return vars(value)
 
 
+def inside_of(tensor: Tensor) -> list[Tensor]:
+    """Returns the tensors with memory, a version counter and values that a tensor consists of.
+
+    A wrapper around others names them by torch's protocol, `__tensor_flatten__`. Another tensor consists of
+    itself. Tensors without an address or a version counter are left out: those of the meta device, sparse
+    ones, those made under torch.inference_mode."""
+    if (flatten := getattr(type(tensor), "__tensor_flatten__", None)) is not None:
+        return [part for name in flatten(tensor)[0] for part in inside_of(getattr(tensor, name))]
+    with torch._C.DisableTorchFunctionSubclass():
+        return [tensor] if not (tensor.is_meta or tensor.is_inference()) and has_memory(tensor) else []
+
+
 def has_memory(tensor: Tensor) -> bool:
     """Whether a tensor has memory of its own:
     wrappers around others, as quantisation libraries make, have none."""
@@ -143,4 +159,4 @@ def has_memory(tensor: Tensor) -> bool:
         return False
 
 
-__all__ = ["STANDARD", "State", "Tree", "flat", "has_memory", "items", "refill", "same"]
+__all__ = ["STANDARD", "State", "Tree", "flat", "has_memory", "inside_of", "items", "refill", "same"]
