@@ -139,7 +139,8 @@ class PGAP(ZerothOrder):
     rank      r, at most min(m, n): 128 to 512 for all weights, 8 for LoRA
     interval  k, steps between two bases: 100 (another reading of the paper: 16 or 512)
     probes    h: 10
-    delta     delta_0 = 2, falling linearly to 0 over `steps` steps (None: it does not fall)
+    delta     delta_0 = 2, falling linearly to 0 over `steps` steps
+    steps     how many these are; None: delta does not fall
     sign      xi: 'matrix' (the paper: random, here one per matrix and draw), 'step', 'positive' (a public
               re-implementation)
     norm      s: 'matched' sqrt(m n) / r, SubZero's scale; 'unit' 1, the paper's formula
