@@ -14,11 +14,12 @@ version = release = zokern.__version__
 extensions = ["sphinx.ext.autodoc", "myst_parser", "docstrings"]
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["__pycache__"]
-smartquotes = False
+smartquotes_action = "D"  # dashes alone: names stay in straight quotes
 
 html_theme = "furo"
 html_title = f"zokern {version}"
 html_copy_source = False
+html_static_path, html_css_files = ["_static"], ["wide.css"]
 highlight_language = "text"
 pygments_style, pygments_dark_style = "friendly", "github-dark"
 

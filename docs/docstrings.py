@@ -132,7 +132,7 @@ def _process(app: Any, what: str, name: str, obj: Any, options: Any, lines: list
 
 def _link_pages(app: Any, name: str, source: list[str]) -> None:
     """Links a page that is named as `docs/page.md`; a link to a file outside of docs/ becomes its name."""
-    text = re.sub(r"(?<![\w(/`])`?docs/([\w-]+)\.md`?(?![\w)])", r"[`docs/\1.md`](\1.md)", source[0])
+    text = re.sub(r"(?<!\]\()(?<![\w/`])`?docs/([\w-]+)\.md`?", r"[`docs/\1.md`](\1.md)", source[0])
     source[0] = re.sub(r"\[([^]]+)\]\(\.\./([^)]+)\)", r"\1 (`\2`)", text)
 
 

@@ -73,6 +73,13 @@ def build(pages: Path, site: Path) -> tuple[int, str]:
     return status, said.getvalue()
 
 
+def empty(pages: Path) -> None:
+    """Makes a folder of pages without a page."""
+    for name in ("conf.py", "docstrings.py"):
+        shutil.copy(DOCS / name, pages)
+    shutil.copytree(DOCS / "_static", pages / "_static")
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     made = tmp_path_factory.mktemp("site")
@@ -108,16 +115,14 @@ def test_a_dead_link_is_found(tmp_path):
     ids=["a link", "a name"],
 )
 def test_a_wrong_page_is_an_error(page, complaint, tmp_path):
-    for name in ("conf.py", "docstrings.py"):
-        shutil.copy(DOCS / name, tmp_path)
+    empty(tmp_path)
     (tmp_path / "index.md").write_text(page)
     status, said = build(tmp_path, tmp_path / "site")
     assert status != 0 and complaint in said
 
 
 def test_a_page_in_no_list_is_an_error(tmp_path):
-    for name in ("conf.py", "docstrings.py"):
-        shutil.copy(DOCS / name, tmp_path)
+    empty(tmp_path)
     (tmp_path / "index.md").write_text("# Title\n")
     assert build(tmp_path, tmp_path / "site") == (0, "")
     (tmp_path / "lost.md").write_text("# Lost\n")
