@@ -59,6 +59,8 @@ class MeZO(ZerothOrder):
     dead_limit    raise after so many steps in a row with equal losses; None: never
     nonfinite     'raise' or 'ignore' weights that the update made inf or NaN
     force         accept an eps that rounding swallows for more than half of the 16-bit weights
+    every         steps between two looks at the numbers that these options are about; a look waits for the
+                  device. None: 1 on a CPU, 16 on a GPU
 
     Writes the parameters once per step, and optimizer state: none for SGD, a float32 (Momentum) or two (Adam)
     for each weight, an int16 for each with rounding='residual'.

@@ -123,7 +123,7 @@ class PGAP(ZerothOrder):
     Every `interval` steps, before the step: G = (1/h) sum_{i<=h} c_i z_i from h dense central differences on
     the step's own batch. Of every matrix' part of G a randomized range finder, which never holds G, finds the
     truncated singular value decomposition U S V^T. A step draws Z0 (r x r) and moves its component along
-    diag(S) to <diag(S), Z> = xi sqrt(delta) ||S||:
+    diag(S), so that <diag(S), Z> = xi sqrt(delta) ||S||.
 
         Z = Z0 - (sum_i S_i Z0_ii - xi sqrt(delta) ||S||) / (||S||^2 + 1e-12) diag(S)
 
