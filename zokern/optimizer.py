@@ -32,10 +32,14 @@ OTHER_STATE = (
 
 
 class ZerothOrder(torch.optim.Optimizer):
-    """What all methods share: the torch face of the parts. Methods are files in zokern/methods.
+    """Joins the parts of a method into a torch.optim.Optimizer; every method is a subclass.
 
-    guards  options of zokern.Guards: paired_check, max_skips, dead_limit, nonfinite, force, maximize,
-            every"""
+    The arguments are told in zokern.MeZO. `param_groups`, `state` and `defaults` are those of torch, and
+    schedulers of torch change lr, eps and weight_decay. `result` is the record of the last step.
+
+    guards  options that stop a run: paired_check, max_skips, dead_limit, nonfinite, force, maximize, every
+
+    Raises ValueError or TypeError, before any weight is touched, for arguments out of range."""
 
     result: StepResult | None = None  # of the last step
     drawn = False  # whether the step under way has used its number
@@ -120,8 +124,9 @@ class ZerothOrder(torch.optim.Optimizer):
     # Groups and state ---------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; a group without names continues the numbering param.N. Refuses what cannot be trained,
-        by name."""
+        """Adds a group, as in torch; a group without names continues the numbering param.N.
+
+        Raises ValueError, with the parameter's name, for what cannot be trained."""
         group = self.work.named(param_group)
         options.check_group({**self.defaults, **group})
         entries = self.work.add(group)
@@ -130,19 +135,20 @@ class ZerothOrder(torch.optim.Optimizer):
         self.work.append(entries)
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's state_dict plus ``zokern``: stream version, seed and step, so that a resumed run draws the
-        same z.
+        """Returns torch's state_dict plus ``zokern``: stream version, seed and step, so that a resumed run
+        draws the same z.
 
-        Writes deferred updates (see flush): a run that resumes from it has the bits of the run that saved and
+        Writes deferred updates (see flush). A run that resumes from it has the bits of the run that saved and
         went on."""
         self.flush()
         self.look()  # the counters of skipped and dead steps belong to the state
         return {**super().state_dict(), "zokern": checkpoint.own_entry(self)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume: options, seed, step number, and what residuals, rules and other parts keep. Refuses, before
-        anything has changed, another stream version, other parameter names, another recipe (method, rule,
-        estimator, rounding, ...) and state of other shapes."""
+        """Resumes: takes options, seed, step number, and what residuals, rules and other parts keep.
+
+        Raises ValueError, before anything has changed, for another stream version, other parameter names,
+        another recipe (method, rule, estimator, rounding, ...) and state of other shapes."""
         own = checkpoint.check(self, state_dict)
         held = self._held(state_dict)
         for entry, values in held:
@@ -187,12 +193,13 @@ class ZerothOrder(torch.optim.Optimizer):
         self, closure: Callable[[], Any] | None = None, first_order: Callable[[], Any] | None = None,
         reads: bool = True
     ) -> float | None:  # fmt: skip
-        """One step; returns the mean loss, or None without reading it.
+        """Runs one step and returns the mean of its losses, as torch's optimizers do.
 
-        zokern.step(optimizer, closure, first_order) returns the whole record, and has the arguments.
+        closure, first_order  as for zokern.step, which returns the whole record
+        reads                 False: return None, and do not wait for the losses
 
-        Without a closure it does nothing while every lr is 0: torch.distributed.checkpoint probes an
-        optimizer so."""
+        Without a closure it does nothing while every lr is 0, because torch.distributed.checkpoint probes an
+        optimizer so. Raises TypeError without one otherwise, and what zokern.step raises."""
         if closure is None:
             if all(float(group["lr"]) == 0.0 for group in self.param_groups):
                 return None

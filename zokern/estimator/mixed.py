@@ -12,15 +12,18 @@ from .base import Estimate, Estimator, Gradient, Oracle
 
 
 class Mixed(Around):
-    """g = alpha g0 + (1 - alpha) grad L1, both at theta, g0 the estimate of `inner` from the step's closure.
+    """Mixes a zeroth-order estimate with a back-propagated gradient, both at the same weights (Addax).
+
+        g = alpha g0 + (1 - alpha) grad L1,   g0 the estimate of `inner` from the step's closure
 
     alpha  0 <= alpha <= 1, the weight of the zeroth-order part
-    inner  None: Spsa(), the central difference
+    inner  None: zokern.Spsa(), the central difference
 
     L1 is the loss of zokern.step(..., first_order=closure), or that of the same closure. The weights are
-    written parameter by parameter, as gradients arrive. It goes with rule SGD. A record's coefficients are
-    those of `inner` times alpha.
-    Raises ValueError for alpha out of range and for an inner estimator that moves blocks."""
+    written parameter by parameter, as gradients arrive. It goes with rule SGD. A record's coefficients
+    are those of `inner` times alpha.
+    Raises ValueError for alpha out of range and for an inner estimator that moves blocks. Li et al. 2025
+    (arXiv 2410.06441)."""
 
     backpropagates = True
 

@@ -17,18 +17,19 @@ from .base import Estimate, Estimator, Gradient, Oracle
 
 
 class Split(Around):
-    """The estimate of `inner` for some parameters, and grad L for the others, both at theta.
+    """Estimates the gradient of some parameters by `inner`, and back-propagates that of the others, all
+    at the same weights.
 
-    first      the names of the parameters that are back-propagated, or a function from a name to whether it
-               is one of them
-    inner      None: Spsa(), the central difference; it moves the other parameters alone
-    optimizer  torch's, of the back-propagated parameters; None: the rule, with the lr of their parameter
-               group, as gradients arrive
+    first      the names of the parameters that are back-propagated, or a function from a name to whether
+               it is one of them
+    inner      None: zokern.Spsa(), the central difference; it moves the other parameters alone
+    optimizer  a torch optimizer of the back-propagated parameters; None: the rule moves them, with the lr
+               of their parameter group, as gradients arrive
 
     A step reads what `inner` reads and one loss of theta more, whose graph begins at the first
-    back-propagated parameter. `state` has the optimizer's.
-    Raises ValueError where `first` chooses no
-    parameter, or all of them."""
+    back-propagated parameter. `state` has the optimizer's state.
+    Raises ValueError where `first` chooses no parameter, or all of them. Zhang et al. 2024 (ZO-Bench);
+    Sugiura and Matsutani 2025 (ElasticZO, arXiv 2501.04287)."""
 
     backpropagates = True
 

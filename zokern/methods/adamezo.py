@@ -25,7 +25,7 @@ class AdaMeZO(ZerothOrder):
     window    n: 10, as published
     betas     (0.7, 0.9), as published, with neither a factor 1 - beta nor a bias correction
     adam_eps  1e-5, as published
-    scale     100, as published
+    scale     100, as published: it multiplies the length of a step, in weights
     warmup    True: MeZO's steps until the window is full, as published. False: the sums over what there is,
               at once
     options   those of zokern.MeZO

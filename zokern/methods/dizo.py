@@ -28,9 +28,9 @@ class DiZO(ZerothOrder):
                 published, or all where no name has these
     interval    steps between two projections: 50
     iterations  of a search, two losses each: 10, as published
-    rate        of a search: 2.0, as published
+    rate        of a search, per unit of loss: 2.0, as published
     width       of its differences, in units of f: 0.1, as published
-    reach       how far f goes from 1: 0.2, as published
+    reach       how far f goes from 1 per search: 0.2, as published
     options     those of zokern.MeZO; evaluation is 'auto' by default
 
     W0 is kept in float32, for projected parameters alone.

@@ -30,7 +30,7 @@ class Hybrid(ZerothOrder):
 
     params       a module, or parameters, (name, parameter) pairs or groups, as for zokern.MeZO: theta_1 and
                  theta_2
-    lr, eps      of theta_2, as for zokern.MeZO
+    lr, eps      of theta_2, in weights, as for zokern.MeZO
     first_order  theta_1: modules, parameters, names, or beginnings of names up to a dot; or a function from a
                  name to bool. None: the last transformer block and what follows it,
                  but no head that is tied to the embedding

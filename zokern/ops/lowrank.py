@@ -26,26 +26,30 @@ def lowrank_(
 ) -> Tensor:  # fmt: skip
     """Computes W <- decay * W + scale * U C V^T in place, in one launch. No product is stored.
 
-    tensors   one tensor or a list on one device: float32, bfloat16 or float16, any shape, strides and
-              alignment. Element e of the unsharded m x n matrix is row e div n, column e mod n, so a
-              flattened or reshaped W is the same W. A shape that looks like a mistake, (n, m) or m rows of
-              another length than n, has to be flattened
-    left      U, float32 (m, r), contiguous: one, or one per tensor
-    right     V, float32 (n, r), or (n, s) beside a core (r, s), contiguous
-    core      C: None (the identity), float32[r] (a diagonal) or float32[r, s]
-    scale     factor of the product, in units of W: one float, or one per tensor
-    decay     factor of the old weights
-    first     number of each tensor's first element in its unsharded matrix: one int, or one per tensor
-    rounding, residuals  as for axpy_; 'stochastic' spends the bits of (seed, who, step, purpose rounding)
-                         and needs
-              `who`
-    clock, control  as for axpy_: the clock is added to step, whose bits are spent
+    tensors          W, one tensor or a list on one device: float32, bfloat16 or float16, any shape,
+                     strides and alignment. Element e of the unsharded m x n matrix is row e div n, column
+                     e mod n, so a flattened or reshaped W is the same W. A shape that looks like a
+                     mistake, (n, m) or m rows of another length than n, has to be flattened
+    left             U, float32 (m, r), contiguous: one, or one per tensor
+    right            V, float32 (n, r), or (n, s) beside a core (r, s), contiguous
+    core             C: None (the identity), float32[r] (a diagonal) or float32[r, s]
+    scale            factor of the product, in units of W: one float, or one per tensor
+    decay            factor of the old weights
+    who, seed, step  names of the random bits of rounding 'stochastic', which needs them, as for
+                     zokern.draw
+    first            number of each tensor's first element in its unsharded matrix: one int, or one per
+                     tensor
+    rounding, residuals  as for zokern.axpy_; 'stochastic' spends the bits of (seed, who, step)
+    clock, control   as for zokern.axpy_; the clock is added to step
+    backend          as for zokern.draw
+
     Arithmetic: L = U C, itself by this verb; s = fma(L[i, k], V[j, k], s) over k in order from 0; then
     round(fma(scale, s, round(decay * W))), float32 inside. Equal bit for bit on 'reference' and 'cpu';
     'cuda' and 'triton' use the matrix units and hold the error bounds that their kernels state.
     Returns int64[1]: how many results are inf or NaN.
     Raises ValueError, before anything is written, for factors of another dtype, layout, shape or device,
-    factors that are swapped, elements beyond m n, and every argument that axpy_ refuses."""
+    factors that are swapped, elements beyond m n, and every argument that zokern.axpy_ refuses.
+    Chen et al. 2025 (LOZO); Yu et al. 2025 (SubZero): their updates are this call."""
     if who is None and rounding == "stochastic":
         raise ValueError(
             "lowrank_: who is None with rounding='stochastic'; expected the parameters' names, whose bits "
