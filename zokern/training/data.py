@@ -108,15 +108,15 @@ def _records(flag: str, path: Path, suffix: str) -> Iterator[tuple[int, dict[str
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
-                    record: Any = json.loads(line)
+                    parsed: Any = json.loads(line)
                 except json.JSONDecodeError:
-                    record = None
-                if not isinstance(record, dict):
+                    parsed = None
+                if not isinstance(parsed, dict):
                     raise ValueError(
                         f"{flag} is {str(path)!r}: line {number} is {line.strip()!r:.60}; expected a JSON "
                         'object, such as {"text": "...", "label": "..."}'
                     )
-                yield number, record
+                yield number, parsed
 
 
 def names_of(rows: Sequence[Raw], path: Path, column: str) -> list[str]:
