@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ValueError(f"{path}: the folder {path.absolute().parent} does not exist")
         if options.plot:
             needed("matplotlib")
+        needed("transformers")  # before a quarter of a minute is spent
         report = bench(options, say)
     except (OSError, ImportError, ValueError, RuntimeError) as error:
         print(f"zokern bench: {error}", file=sys.stderr)
