@@ -24,10 +24,10 @@ ENVIRONMENT = $(if $(filter .venv/bin/python,$(PYTHON)),.venv/.ready,installed)
 SPHINX = $(if $(filter .venv/bin/python,$(PYTHON)),.venv/.docs,installed)
 
 .DEFAULT_GOAL := help
-.PHONY: help install build demo test bench study gpu lint format wheel quality docs clean installed test-isa
+.PHONY: help install build demo test bench study gpu lint format wheel wheel-check quality docs clean installed test-isa
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' Makefile
 
 # torch comes first and by its exact version: left to itself, pip would resolve the newest build, and a machine that keeps a
 # CPU build of this version at hand would download gigabytes of CUDA libraries instead.
@@ -98,6 +98,10 @@ format: $(ENVIRONMENT) ## rewrite the sources as lint wants them
 
 wheel: $(ENVIRONMENT) ## a wheel in dist/, for every processor and GPU that this machine can compile for
 	$(ALL) $(PYTHON) -m pip wheel --no-build-isolation --no-deps -v -w dist .
+
+# CHECK="--python python3.13 --torch 2.13.0" takes other interpreters, and a torch from the package index.
+wheel-check: $(ENVIRONMENT) ## install the newest wheel of dist/ in a clean environment and run every backend
+	$(PYTHON) tests/support/wheel_check.py $(CHECK) "$$(ls -t dist/zokern-*.whl | head -1)"
 
 quality: $(ENVIRONMENT) ## count the normals of all 2^32 words and hold their moments and tails to bounds
 	$(PYTHON) tests/support/native/quality.py

@@ -28,6 +28,7 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,9 +37,12 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-OBJECTS = f"build/native-{sysconfig.get_config_var('SOABI')}"
+# Objects that know no Python serve every version of it; bind.o and the modules are of this one.
+OBJECTS = "build/native"
+BOUND = f"{OBJECTS}/{sysconfig.get_config_var('SOABI')}"
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 JOBS = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+BEAT = 30.0  # seconds between two lines that say that compilers run
 
 # No contraction: the stream writes out each fused multiply-add that it wants, and has no other. GCC 12 takes
 # the registers that its own AVX-512 intrinsics leave undefined for our mistake, thousands of times: hence
@@ -79,12 +83,16 @@ class Part:
     rules: list[str]  # lines of build.ninja that end in `output`
 
     @property
+    def targets(self) -> str:
+        return " ".join(self.record.get("instruction_sets") or self.record["architectures"])  # type: ignore
+
+    @property
     def output(self) -> str:
-        return f"{OBJECTS}/_{self.name}{SUFFIX}"
+        return f"{BOUND}/_{self.name}{SUFFIX}"
 
     def bind_rule(self) -> str:
         return (
-            f"build {OBJECTS}/{self.name}/bind.o: cxx csrc/bind.cpp\n"
+            f"build {BOUND}/{self.name}/bind.o: cxx csrc/bind.cpp\n"
             f"  flags = $python -DZOKERN_MODULE=_{self.name}"
         )
 
@@ -201,7 +209,7 @@ def cpu() -> Part:
         "instruction_sets": [*products, *isas],
     }
     part = Part("cpu", record, [])
-    objects = [f"{OBJECTS}/cpu/{name}.o" for name in ("bind", "isa", "project")]
+    objects = [f"{BOUND}/cpu/bind.o", *(f"{OBJECTS}/cpu/{name}.o" for name in ("isa", "project"))]
     part.rules += [
         part.bind_rule() + " -DZOKERN_LOWRANK_CPU -DZOKERN_UPDATE -DZOKERN_LINEAR",
         f"build {objects[1]}: cxx csrc/isa.cpp\n"
@@ -274,7 +282,7 @@ def cuda() -> Part:
             f"  of = {definition} {of}"
             for name, definition in CUDA_OBJECTS.items()
         ),
-        f"build {part.output}: link {OBJECTS}/cuda/bind.o {' '.join(objects.values())}\n"
+        f"build {part.output}: link {BOUND}/cuda/bind.o {' '.join(objects.values())}\n"
         f"  libraries = {' '.join(map(quote, libraries))} -lcudart_static -ldl -lpthread -lrt "
         "-Wl,--exclude-libs,ALL",
     ]
@@ -329,8 +337,7 @@ def finish(package: Path) -> None:
     for part in PARTS:  # renamed into place: a process that has the old module loaded keeps it whole
         new = shutil.copy2(ROOT / part.output, package / f"{part.name}.new")
         os.replace(new, package / Path(part.output).name)
-        details = part.record.get("instruction_sets") or part.record["architectures"]
-        print(f"zokern: built {part.name}: {' '.join(details)} ({part.record['compiler']})", flush=True)
+        print(f"zokern: built {part.name}: {part.targets} ({part.record['compiler']})", flush=True)
     for name, reason in LEFT_OUT.items():
         print(f"zokern: left out {name}: {reason}", flush=True)
 
@@ -371,18 +378,30 @@ class BuildNative(build_ext):
             # nvcc takes longest, so it starts first
             *(rule for part in reversed(PARTS) for rule in part.rules),
         ]
-        path = ROOT / OBJECTS / "build.ninja"
+        path = ROOT / BOUND / "build.ninja"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(script) + "\n")
-        command = [os.path.join(ninja.BIN_DIR, "ninja"), "-f", f"{OBJECTS}/build.ninja", "-j", str(JOBS)]
+        command = [os.path.join(ninja.BIN_DIR, "ninja"), "-f", f"{BOUND}/build.ninja", "-j", str(JOBS)]
+        for part in PARTS:
+            print(f"zokern: compiles {part.name}: {part.targets}; {JOBS} compilers at once", flush=True)
         # [files compiled, of how many, seconds]; ninja writes a line when a file is done
-        if subprocess.run(
-            command, cwd=ROOT, env={"NINJA_STATUS": "[%f of %t, %e s] ", **os.environ}
-        ).returncode:
-            raise SystemExit(
-                "zokern: the kernels did not compile; ZOKERN_BUILD_CPU=0 and ZOKERN_BUILD_CUDA=0 leave them "
-                "out"
-            )
+        environment, started = {"NINJA_STATUS": "[%f of %t, %e s] ", **os.environ}, time.monotonic()
+        with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
+            hint = f"; {self.way_out()}"
+            while True:
+                try:
+                    failed = process.wait(BEAT)
+                    break
+                except subprocess.TimeoutExpired:
+                    seconds = time.monotonic() - started
+                    print(f"zokern: still compiling after {seconds:.0f} s{hint}", flush=True)
+                    hint = ""  # once is enough
+        if failed:
+            raise SystemExit(f"zokern: the kernels did not compile; {self.way_out()}")
+
+    def way_out(self) -> str:
+        switches = [f"ZOKERN_BUILD_{part.name.upper()}=0" for part in reversed(PARTS)]
+        return f"{' or '.join(switches)} in the environment of a new build leaves kernels out"
 
     def get_outputs(self) -> list[str]:
         return [os.path.join(self.build_lib, "zokern", Path(part.output).name) for part in PARTS]

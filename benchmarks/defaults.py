@@ -24,10 +24,10 @@ import torch
 
 import zokern
 from examples import demo
-from examples.demo.data import LabelWords
 from examples.demo.training import Batches, Task, score
 from zokern.estimator import Oracle
 from zokern.methods import METHODS
+from zokern.training.words import LabelWords
 
 from .report import Report
 

@@ -32,10 +32,11 @@ from torch import Tensor, nn
 
 import zokern
 from examples import demo
-from examples.demo.data import LabelWords, load_model, read_reviews, split
+from examples.demo.data import load_model, read_reviews, split
 from examples.demo.training import Batches, Task
 from zokern.directions.orthonormal import orthonormal
 from zokern.estimator import Oracle
+from zokern.training.words import LabelWords
 
 from .report import Report
 

@@ -1,4 +1,4 @@
-"""The command line: `zokern COMMAND`, or `python -m zokern COMMAND`.
+"""The command line: `zokern COMMAND`, or `python -m zokern COMMAND`; without a command, what there is.
 
 A command is a module with `main(argv) -> int` and options of its own. It is imported when it is asked for.
 The demo is a folder of the source tree, examples/demo, and no part of an installed wheel.
@@ -24,6 +24,14 @@ COMMANDS = {
         "zokern.cli_tune",
         "find eps and lr of a method for a model and a text, from a few dozen forwards",
     ),
+    "train": (
+        "zokern.cli_train",
+        "fine-tune a transformers model folder on the rows of a CSV, JSONL or text file",
+    ),
+    "bench": (
+        "zokern.cli_bench",
+        "time steps and kernels on this machine, in about a minute",
+    ),
     "demo": (
         "examples.demo",
         "fine-tune a small language model on film reviews with a method, before and after",
@@ -46,16 +54,31 @@ def find(module: str) -> Any:
     return importlib.import_module(module)
 
 
+def state() -> str:
+    """Returns a line that says which backends run here."""
+    from . import backends  # imports torch, which --version and --help do without
+
+    off = {name: backends.why_off(name) for name in backends.BACKENDS}
+    on = [name for name, why in off.items() if why is None]
+    rest = [name for name, why in off.items() if why is not None]
+    return f"backends: {', '.join(on)}" + (
+        f"; off: {', '.join(rest)} (`zokern info` says why)" if rest else ""
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; its exit status."""
-    parser = argparse.ArgumentParser(prog="zokern", description="Zeroth-order fine-tuning kernels.")
+    """Runs one command; its exit status. Without one, prints the commands and the state of the backends."""
+    parser = argparse.ArgumentParser(prog="zokern", description="Fine-tuning with forward passes only.")
     parser.add_argument("--version", action="version", version=f"zokern {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, (_, summary) in COMMANDS.items():
         # The options, --help among them, are the command's own to read.
         commands.add_parser(name, help=summary, add_help=False)
     arguments = sys.argv[1:] if argv is None else argv
     command = parser.parse_args(arguments[:1]).command
+    if command is None:
+        print(f"{parser.format_help()}\nzokern COMMAND --help lists a command's options.\n{state()}")
+        return 0
     try:
         module = find(COMMANDS[command][0])
     except FileNotFoundError as error:

@@ -4,6 +4,7 @@ docstrings and runs.
     python -m zokern methods               # the table
     python -m zokern methods SubZero       # formula, paper, arguments with units, what it keeps
     python -m zokern methods --markdown    # docs/methods.md
+    python -m zokern methods --json        # the table, or the page, for a program
 
 The file of a method opens with its name, what it does, and its paper. The class's docstring holds, in
 paragraphs: the formula, then text, of which one paragraph begins with "Use it" and says when, then a line for
@@ -14,12 +15,13 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import re
 import sys
 import textwrap
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -221,6 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parse.add_argument("name", nargs="?", help="a method")
     parse.add_argument("--markdown", action="store_true", help="all of docs/methods.md")
+    parse.add_argument("--json", action="store_true", help="the same as JSON")
     options = parse.parse_args(argv)
     names = {name.lower(): name for name in methods.METHODS}
     if options.name and options.name.lower() not in names:
@@ -229,7 +232,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    if options.markdown:
+    if options.json:
+        chosen = [names[options.name.lower()]] if options.name else methods.METHODS
+        pages = [{**asdict(page(name)), **cost(name)._asdict()} for name in chosen]
+        print(json.dumps(pages, indent=1))
+    elif options.markdown:
         print(markdown(), end="")
     elif options.name:
         print(markdown_page(names[options.name.lower()]))

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples import demo
-from examples.demo.data import LabelWords, Row, Split, installed_file, load_model, once, read_reviews, split
+from examples.demo.data import Row, Split, installed_file, load_model, once, read_reviews, split
+from zokern.training.words import LabelWords
 
 from .order import ADAPTERS, LARGE, SMALL
 

@@ -31,10 +31,11 @@ from torch import nn
 
 from zokern import __version__, methods
 from zokern.stream import check_seed
+from zokern.training.words import LabelWords
 
 from . import data
 from .cost import cost
-from .data import LabelWords, Split, load_model, read_reviews, split
+from .data import Split, load_model, read_reviews, split
 from .report import FIELDS, LEVEL, plot, share, summary
 from .training import Batches, Task, build, score, train
 

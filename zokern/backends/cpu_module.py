@@ -24,6 +24,11 @@ def why_off() -> str | None:
     """Returns None if this backend can run here, else why not, and the way out."""
     if _cpu is not None:
         return None
+    if "libgomp" in _error:  # older builds of torch bring it under a name of their own
+        return (
+            f"the compiled module zokern._cpu cannot be loaded ({_error}); install the system's OpenMP library "
+            "(Debian: apt-get install libgomp1), or torch 2.13, which brings it"
+        )
     return (
         f"the compiled module zokern._cpu is missing ({_error}); install a wheel that has it, or g++ and run "
         "`pip install --no-build-isolation .`; backend 'reference' needs neither"
