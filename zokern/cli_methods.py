@@ -189,9 +189,7 @@ def markdown_page(name: str) -> str:
     unit = "byte" if size == "1" else "bytes"
     state = "nothing" if not one.state else f"{size} {unit} a weight ({SIZE} x {SIZE} matrices)"
     parts += [_wrapped(text) for text in [what.use, *(text for text in what.text if text != what.use)]]
-    parts.append(
-        f"A step reads {losses}. It keeps {state}. Defaults: lr {one.lr:g}, eps {one.eps:g}."
-    )
+    parts.append(f"A step reads {losses}. It keeps {state}. Defaults: lr {one.lr:g}, eps {one.eps:g}.")
     parts.append(
         "| argument | |\n|---|---|\n"
         + "\n".join(f"| `{names}` | {_cell(text)} |" for names, text in what.arguments)
