@@ -64,8 +64,9 @@ class Isolation:
         Until a forward has run these are all frozen weights. After it they are those of a class of their
         own. Tied names of trained weights hold copies while a closure runs, and are left out."""
         slots = self.state.classed if self.tree.is_warm else self.tree.slots
-        trained = {id(t) for group in self.plan.groups for objects in group.objects for t in objects}
-        frozen = [t for t in slots if isinstance(t, Tensor) and id(t) not in trained] if slots else []
+        groups = self.plan.groups if slots else []  # most models have none after the first forward
+        trained = {id(t) for group in groups for objects in group.objects for t in objects}
+        frozen = [t for t in slots if isinstance(t, Tensor) and id(t) not in trained]
         classed = set(map(id, self.state.classed))
         self.held = [(vars(t), vars(t).copy()) for t in frozen if id(t) in classed]
         self.frozen = Fingerprint([part for t in frozen for part in inside_of(t)])
