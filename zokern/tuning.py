@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .checks import finite_number, whole_number
-from .estimator import Estimate, Estimator, Oracle, Spsa
+from .estimator import Estimate, Oracle, Spsa
 from .estimator.base import ONES
 from .estimator.spsa import CENTRAL
 from .evaluation import Evaluation, Jvp
@@ -289,7 +289,7 @@ def _set(plan: Plan, own: Sequence[float], factor: float) -> None:
         group.eps = eps * factor
 
 
-def _ask(estimator: Estimator, oracle: Oracle, plan: Plan, first: int) -> list[Estimate]:
+def _ask(estimator: Any, oracle: Oracle, plan: Plan, first: int) -> list[Estimate]:
     """Returns the estimates of one step, along the draws from number `first` on."""
     oracle.plan = replace(plan, first=plan.first + first)
     ask = estimator.forwards if getattr(estimator, "backpropagates", False) else estimator
