@@ -51,6 +51,7 @@ class ZerothOrder(torch.optim.Optimizer):
 
     result: StepResult | None = None  # of the last step
     tape: Any = None  # of a captured step under way (graph.py)
+    taken = False  # whether a loop's own step() follows a step that zokern.step has taken (hf.py)
 
     def __init__(
         self,
@@ -213,7 +214,8 @@ class ZerothOrder(torch.optim.Optimizer):
         Without a closure it does nothing while every lr is 0: torch.distributed.checkpoint probes an
         optimizer so."""
         if closure is None:
-            if all(float(group["lr"]) == 0.0 for group in self.param_groups):
+            taken, self.taken = self.taken, False
+            if taken or all(float(group["lr"]) == 0.0 for group in self.param_groups):
                 return None
             raise TypeError(
                 "step() needs a closure that computes the loss: it is read at more than one point"

@@ -42,7 +42,7 @@ LAYERS = {
     "step": ["first_step", "first_order", "step"],
     "optimizer": ["low_bits", "bases", "scaling", "deferred", "work", "checkpoint", "optimizer"],
     "methods": ["methods", "objective", "tuning", "graph"],
-    "applications": ["__init__", "info", "cli", "cli_methods", "cli_tune", "__main__", "_build"],
+    "applications": ["__init__", "info", "cli", "cli_methods", "cli_tune", "hf", "__main__", "_build"],
 }
 RANK = {stem: rank for rank, stems in enumerate(LAYERS.values()) for stem in stems}
 NATIVE = {"_cpu", "_cuda", "triton_kernels"}
