@@ -28,7 +28,10 @@ try:
 except ImportError as problem:
     raise ImportError(f"zokern.hf needs transformers: pip install 'zokern[hf]' ({problem})") from problem
 
-Base = Trainer if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    from transformers import Trainer as Base
+else:
+    Base = object
 
 OURS = "zo['method'] is the optimizer: give its options in zo, and leave this argument out"
 WHOLE = "a step needs the whole parameters in one process: leave it out"
@@ -37,10 +40,11 @@ REFUSED = {  # training arguments that have no meaning, or another one, without 
     "deepspeed": WHOLE,
     "fsdp": WHOLE,
     "parallelism_config": WHOLE,
-    "max_grad_norm": "there is no gradient to clip: bound coefficients, zo=dict(estimator=zokern.Spsa(clip=...))",
+    "max_grad_norm": "there is no gradient to clip: bound c, zo=dict(estimator=zokern.Spsa(clip=...))",
     **dict.fromkeys(("optim", "optim_args", "optim_target_modules"), OURS),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), OURS),
 }
+CHECKPOINTING = {"gradient_checkpointing", "activation_checkpointing"}  # two names of one argument
 FROM_ARGS = {"lr": "learning_rate", "weight_decay": "weight_decay"}
 
 
@@ -64,9 +68,14 @@ class ZerothOrderMixin(Base):
     skipped_steps       how many of them were skipped (StepResult.skipped)
     evaluation          StepResult.evaluation, when it is another one than in the log before
 
-    Activation checkpointing changes no bit, and saves nothing. total_flos counts a backward pass all the
-    same. Raises ValueError, before the Trainer is built, for training arguments that need a gradient or split
+    gradient_checkpointing becomes False in the arguments, because nothing is kept for a backward pass. For a
+    method that has one, as zokern.Hybrid has, call model.gradient_checkpointing_enable(). total_flos counts a
+    backward pass all the same.
+
+    Raises ValueError, before the Trainer is built, for training arguments that need a gradient or parts of
     parameters, and for several GPUs or processes; TypeError, in train(), for another optimizer."""
+
+    optimizer: Any
 
     def __init__(self, *given: Any, zo: Mapping[str, Any] | None = None, **options: Any) -> None:
         self.zo = dict(zo or {})
@@ -190,7 +199,7 @@ def _mean_loss(result: StepResult) -> Tensor:
 
 
 def _split(optimizer: ZerothOrder, ids: Collection[int], **options: Any) -> None:
-    """Moves parameters of an optimizer without steps from its only group to another one with these options."""
+    """Moves parameters, before the first step, from the only group to another one with these options."""
     (group,), (entries,) = optimizer.param_groups, optimizer.work.entries
     kept: list[dict[str, Any]] = [{**group}, {**group, **options}]
     sides = [[i for i, e in enumerate(entries) if (id(e.tensor) in ids) == moved] for moved in (False, True)]
@@ -219,6 +228,8 @@ def _check_arguments(args: Any, zo: dict[str, Any]) -> None:
     """Raises ValueError for training arguments that a step without a backward pass cannot follow."""
     if args is None:
         return
+    for name in CHECKPOINTING & vars(args).keys():
+        setattr(args, name, False)
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
     for name, way_out in REFUSED.items():
         value = getattr(args, name, None)
@@ -231,7 +242,7 @@ def _check_arguments(args: Any, zo: dict[str, Any]) -> None:
         )
     if args.world_size > 1 and "group" not in zo:
         raise ValueError(
-            f"world_size is {args.world_size}: each process would move along its own losses; start one process"
+            f"world_size is {args.world_size}: each process would move along its own losses; start one"
         )
 
 
