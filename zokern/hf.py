@@ -75,6 +75,7 @@ class ZerothOrderMixin(Base):
     Raises ValueError, before the Trainer is built, for training arguments that need a gradient or parts of
     parameters, and for several GPUs or processes; TypeError, in train(), for another optimizer."""
 
+    model: Any
     optimizer: Any
 
     def __init__(self, *given: Any, zo: Mapping[str, Any] | None = None, **options: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
 ]
 LR, EPS, DECAY, STEPS = 1e-2, 1e-3, 0.1, 6
+ROUNDED = 6e-5  # transformers 4 logs losses with four digits
 
 
 def make(dropout: float = 0.1):
@@ -59,6 +61,15 @@ class Recorder:
         batch = {key: torch.stack([f[key] for f in features]) for key in features[0]}
         self.batches.append(copy.deepcopy(batch))
         return batch
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """Arguments of transformers 4 leave bf16 and torch_compile in the environment, for the next ones."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture
@@ -153,7 +164,7 @@ def check_run(train, parts=3, cls=ZerothOrderTrainer, zo=None, **given) -> None:
     assert equal(trainer.model, model) and moved(trainer.model)
     assert trainer.optimizer.optimizer.steps == STEPS == opt.steps
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert logged == pytest.approx([sum(losses[i : i + 2]) / 2 for i in range(0, STEPS, 2)], rel=1e-6)
+    assert logged == pytest.approx([sum(losses[i : i + 2]) / 2 for i in range(0, STEPS, 2)], abs=ROUNDED)
     assert all(p.grad is None for p in trainer.model.parameters())
 
 
@@ -452,7 +463,7 @@ def test_logs(train, every, cls, skipped):
         assert len(squares) == 2 * len(results) > 0
         assert entry["projected_gradient"] == pytest.approx(math.sqrt(sum(squares) / len(squares)))
         if len(results) == 2:
-            assert entry["loss"] == pytest.approx(sum(r.loss for r in results) / 2, rel=1e-6)
+            assert entry["loss"] == pytest.approx(sum(r.loss for r in results) / 2, abs=ROUNDED)
     assert keeps.calls == ["before", "end"] * STEPS
 
 
@@ -528,7 +539,6 @@ def test_another_trainer_takes_the_mixin(train):
         ({"optim_args": "a=1"}, "optim_args is a=1; zo"),
         ({"adam_beta1": 0.8}, "adam_beta1 is 0.8; zo"),
         ({"max_grad_norm": 0.5}, "max_grad_norm is 0.5; there is no gradient to clip"),
-        ({"fsdp": "full_shard"}, "fsdp is .*; a step needs the whole parameters"),
     ],
 )
 def test_an_argument_without_meaning_is_refused(train, given, words):
@@ -547,6 +557,7 @@ def test_a_default_is_accepted(train, given):
     "name, value, words",
     [
         ("deepspeed", {"a": 1}, "deepspeed is {'a': 1}; a step needs the whole"),
+        ("fsdp", "full_shard", "fsdp is full_shard; a step needs the whole"),
         ("parallelism_config", "two", "parallelism_config is two; a step needs the whole"),
         ("n_gpu", 2, "n_gpu is 2: Trainer would copy the model"),
         ("world_size", 2, "world_size is 2: each process would move along its own losses"),
