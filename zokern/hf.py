@@ -83,12 +83,14 @@ class ZerothOrderMixin(Base):
         _check_options(self.zo, options.get("optimizers"))
         _check_arguments(options.get("args", given[1] if len(given) > 1 else None), self.zo)
         self._parts: list[tuple[Any, Any]] = []  # micro-batches of the next step, with its number of items
+        self._operations: dict[Any, int] = {}  # floating-point operations, by the sizes of inputs
         self._measured = Measured()
         super().__init__(*given, **options)
 
     def create_optimizer(self, *rest: Any) -> Any:
         """Returns the optimizer of zo, or the one that was given. Raises TypeError if it is not zokern's."""
-        self._parts = []
+        self._parts, self._operations = [], {}
+        self.accelerator.clip_grad_norm_ = lambda *given, **options: None  # there are none to walk through
         if self.optimizer is None:
             self.optimizer = self._made()
         unwrapped(self.optimizer)
@@ -125,10 +127,16 @@ class ZerothOrderMixin(Base):
         self._measured.add(result)
         return _mean_loss(result).to(self.args.device, torch.float32)
 
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Returns Trainer's count. It walks through the model for it: here once for inputs of one size."""
+        sizes = tuple((name, getattr(value, "shape", None)) for name, value in inputs.items())
+        if sizes not in self._operations:
+            self._operations[sizes] = super().floating_point_ops(inputs)
+        return self._operations[sizes]
+
     def log(self, logs: dict[str, Any], *rest: Any, **options: Any) -> None:
         """Logs what Trainer does, and what the steps since the last log have measured."""
         if "loss" in logs:
-            logs.pop("grad_norm", None)
             logs.update(self._measured.take())
         super().log(logs, *rest, **options)
 
