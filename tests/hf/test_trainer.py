@@ -26,9 +26,9 @@ from zokern.hf import ZerothOrderMixin, ZerothOrderTrainer  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
 ]
-LR, EPS, DECAY, STEPS = 1e-2, 1e-3, 0.1, 6
+LR, EPS, DECAY, STEPS = 1e-2, 1e-3, 0.1, 4
 ROUNDED = 6e-5  # transformers 4 logs losses with four digits
 
 
@@ -376,7 +376,7 @@ class Forgets(zokern.MeZO):
         super().load_state_dict({**state_dict, "zokern": {**state_dict["zokern"], "step": 0}})
 
 
-def check_resume(train, tmp_path, stop=3, **given) -> None:
+def check_resume(train, tmp_path, stop=2, **given) -> None:
     """Stops at a step and goes on, with the bits and logs of the run that was not stopped."""
     options = dict(save_strategy="steps", save_steps=stop, logging_steps=1, **given)
     whole = train(keep=tmp_path / "whole", **options)
@@ -401,7 +401,7 @@ def check_resume(train, tmp_path, stop=3, **given) -> None:
         ({"method": "SubZero", "rank": 2, "interval": 4}, {"eval_strategy": "steps", "eval_steps": 2}),
         ({"method": "LOZO", "momentum": 0.9}, {"weight_decay": DECAY, "lr_scheduler_type": "cosine"}),
         ({"method": "FZOO"}, {"bf16": True, "warmup_steps": 2}),
-        ({"method": "Hybrid", "first_order": ["transformer.ln_f"]}, {"stop": 4}),
+        ({"method": "Hybrid", "first_order": ["transformer.ln_f"]}, {"stop": 3}),
     ],
     ids=lambda value: value.get("method"),
 )
@@ -448,15 +448,15 @@ class NotFinite(ZerothOrderTrainer):
 
 
 @pytest.mark.parametrize("every", [None, 100])
-@pytest.mark.parametrize("cls, skipped", [(ZerothOrderTrainer, [0, 0, 0]), (NotFinite, [1, 1, 0])])
+@pytest.mark.parametrize("cls, skipped", [(ZerothOrderTrainer, [0, 0]), (NotFinite, [1, 1])])
 def test_logs(train, every, cls, skipped):
     """every=100: no guard reads the numbers before the log does."""
     keeps = Keeps()
     trainer = train({"eps": EPS, "queries": 2, "every": every}, cls, callbacks=[keeps])
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert len(logs) == 3 and not any("grad_norm" in entry for entry in logs)
+    assert len(logs) == 2 and not any("grad_norm" in entry for entry in logs)
     assert [entry["skipped_steps"] for entry in logs] == skipped
-    assert [entry.get("evaluation") for entry in logs] == ["paired", None, None]
+    assert [entry.get("evaluation") for entry in logs] == ["paired", None]
     for number, entry in enumerate(logs):
         results = [r for r in keeps.results[2 * number : 2 * number + 2] if not r.skipped]
         squares = [c * c for result in results for c in result.coefficients]
