@@ -467,14 +467,20 @@ def test_logs(train, every, cls, skipped):
     assert keeps.calls == ["before", "end"] * STEPS
 
 
-def test_a_loss_is_not_read_before_it_is_asked_for(train, monkeypatch):
+class Reads(ZerothOrderTrainer):
+    def training_step(self, *given):
+        super().training_step(*given)
+        return torch.tensor(self.optimizer.optimizer.result.loss)
+
+
+@pytest.mark.parametrize("cls, count", [(ZerothOrderTrainer, 0), (Reads, 3)])
+def test_a_loss_is_not_read_before_it_is_asked_for(train, monkeypatch, cls, count):
     """logging_nan_inf_filter=False: Trainer itself then waits for nothing."""
-    reads = []
-    monkeypatch.setattr(
-        zokern.result, "read", lambda several, read=zokern.result.read: reads.append(read(several))
-    )
-    train({"eps": EPS, "every": 100}, logging_nan_inf_filter=False, logging_strategy="no", max_steps=3)
-    assert reads == []
+    reads, read = [], zokern.result.read
+    monkeypatch.setattr(zokern.result, "read", lambda several: reads.append(read(several)))
+    silent = dict(logging_nan_inf_filter=False, logging_strategy="no", max_steps=3)
+    train({"eps": EPS, "every": 100}, cls, **silent)
+    assert len(reads) == count
 
 
 def test_many_steps_without_a_log_keep_few_records(train):
