@@ -45,6 +45,7 @@ class ZerothOrder(torch.optim.Optimizer):
     drawn = False  # whether the step under way has used its number
     _prepared = False  # whether it has checked what was written before it
     tape: Any = None  # of a captured step under way (graph.py)
+    taken = False  # whether a loop's own step() follows a step that zokern.step has taken (hf.py)
 
     def __init__(
         self,
@@ -201,7 +202,8 @@ class ZerothOrder(torch.optim.Optimizer):
         Without a closure it does nothing while every lr is 0, because torch.distributed.checkpoint probes an
         optimizer so. Raises TypeError without one otherwise, and what zokern.step raises."""
         if closure is None:
-            if all(float(group["lr"]) == 0.0 for group in self.param_groups):
+            taken, self.taken = self.taken, False
+            if taken or all(float(group["lr"]) == 0.0 for group in self.param_groups):
                 return None
             raise TypeError(
                 "step() needs a closure that computes the loss: it is read at more than one point"

@@ -51,6 +51,7 @@ LAYERS = {
         "cli_tune",
         "cli_train",
         "cli_bench",
+        "hf",
         "__main__",
         "_build",
     ],
