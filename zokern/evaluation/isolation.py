@@ -45,6 +45,7 @@ class Isolation:
             self.weights = Fingerprint(plan.tensors)
         self.state = self.tree.state()
         self.contents = [(held, held.copy()) for held in self.state.containers]
+        self.inside = self.state.inside()
         self.frozen = None if self.tree.is_warm else self._frozen()
         # a tensor, its version (-1: compare), and its copy
         self.buffers: list[tuple[Tensor, int, Tensor | None]] = []
@@ -167,9 +168,11 @@ class Isolation:
 
     def _put_back(self) -> None:
         self.moved = not self.state.is_present()
-        for held, before in self.contents if not self.moved else (*self.contents, *self.state.registers):
-            if not same(items(held), items(before)):
-                refill(held, before)
+        sizes, members = self.state.inside()
+        if self.moved or sizes != self.inside[0] or not same(members, self.inside[1]):
+            for held, before in (*self.contents, *self.state.registers):
+                if not same(items(held), items(before)):
+                    refill(held, before)
         if self.moved:
             self._put_back_attributes()
         self.lost = ""
