@@ -38,24 +38,17 @@ def folded(
         query, key, value = (_cast(t, dtype) for t in (query, key, value))
         attn_mask = None if attn_mask is None else _cast(attn_mask, dtype)
 
-    def is_mapped(t: Tensor) -> bool:
-        return t.dim() == 4 and functorch.is_batchedtensor(t) and functorch.maybe_get_level(t) == level
-
     def is_shared(mask: Tensor | None) -> bool:
         return mask is None or not (
             functorch.is_functorch_wrapped_tensor(mask) or (mask.dim() > 3 and mask.shape[0] != 1)
         )
 
-    if (
-        dropout_p
-        or not is_shared(attn_mask)
-        or not (is_mapped(query) and is_mapped(key) and is_mapped(value))
-    ):
+    # pairs of a tensor and its mapped dimension
+    found = [functorch._unwrap_batched(t, -1 if level is None else level) for t in (query, key, value)]
+    is_mapped = all([at is not None and t.dim() == 5 for t, at in found])
+    if dropout_p or not is_mapped or not is_shared(attn_mask):
         return _attention(query, key, value, attn_mask, dropout_p, *args, **kwargs)
-    q, k, v = (
-        functorch.get_unwrapped(t).movedim(functorch.maybe_get_bdim(t), 0).flatten(0, 1)
-        for t in (query, key, value)
-    )
+    q, k, v = [(t if at == 0 else t.movedim(at, 0)).flatten(0, 1) for t, at in found]
     y = _attention(q, k, v, attn_mask, dropout_p, *args, **kwargs)
     return functorch._add_batch_dim(y.unflatten(0, (-1, query.shape[0])), 0, level)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..backends import Span
+from ..fingerprint import versions_of
+from ..modules import same
 from .base import Refused
 from .copies import Copies
 
@@ -313,13 +316,25 @@ METADATA = {
 # Exchange ---------------------------------------------------------------------------------------------------
 
 
-def _places(copies: Copies) -> list[tuple]:
-    """Returns (parameter, class, group, position, a stack or a tensor without memory); prepared once.
+class _Places(NamedTuple):
+    """The parameters, and for each the tensor that stands in, its class then, and what it is a use of.
+
+    uses  pairs of a parameter that is perturbed at its use, and its group and position"""
+
+    parameters: list[Tensor]
+    stand_ins: list[Tensor]
+    kinds: list[type]
+    uses: list[tuple[Any, int, int]]
+
+
+def _places(copies: Copies) -> _Places:
+    """Returns what stands where; prepared once for the same copies.
 
     Raises Refused for parameters that cannot hold another tensor."""
-    memo, key = copies.plan.groups[0].memo, ("places", *map(id, copies.resident.values()))
-    if memo.get("places", (None,))[0] != key:
-        places = []
+    memo, stacks = copies.plan.groups[0].memo, list(copies.resident.values())
+    known = memo.get(("places", copies.level))
+    if known is None or not same(stacks, known[0]):
+        found = _Places([], [], [], [])
         for g, group in enumerate(copies.plan.groups):
             for i, objects in enumerate(group.objects):
                 stack = copies.resident.get((g, i))
@@ -330,43 +345,46 @@ def _places(copies: Copies) -> list[tuple]:
                             f"parameter {group.names[i]!r} is {type(parameter).__name__}, a class of its "
                             "own: use evaluation='master'"
                         )
-                    inside = stack if resident else _bodiless(group.theta[i])
-                    places.append((parameter, Copy if resident else Perturbed, g, i, inside))
-        memo["places"] = key, places
-    return memo["places"][1]
+                    found.parameters.append(parameter)
+                    found.stand_ins.append(copies.mapped(stack) if resident else _bodiless(group.theta[i]))
+                    found.kinds.append(Copy if resident else Perturbed)
+                    found.uses.extend([] if resident else [(parameter, g, i)])
+        memo["places", copies.level] = known = stacks, found
+    return known[1]
 
 
 @contextmanager
 def standing_in(copies: Copies) -> Iterator[None]:
     """Puts the copies into the trained parameters; on the way out takes them back and looks whether the
     closure wrote to one."""
-    done: list[tuple[Any, Tensor, type]] = []
+    parameters, stand_ins, kinds, uses = _places(copies)
+    before, done = list(map(type, parameters)), list[None]()
+    stacks = list(copies.resident.values())
     try:
-        for parameter, kind, g, i, inside in _places(copies):
-            stand_in = inside if kind is Perturbed else copies.mapped(inside)
-            swap(parameter, stand_in)
-            done.append((parameter, stand_in, type(parameter)))
-            parameter.__class__ = kind
-            if kind is Perturbed:
-                parameter._use = Use(copies, g, i)
-        _number([parameter for parameter, _, _ in done])
-        versions = {key: stack._version for key, stack in copies.resident.items()}
+        done.extend(map(swap, parameters, stand_ins))  # after an exception it has as many as were swapped
+        list(map(setattr, parameters, itertools.repeat("__class__"), kinds))
+        for parameter, g, i in uses:
+            parameter._use = Use(copies, g, i)
+        _number(parameters)
+        versions = versions_of(stacks)
         yield
-        for key, stack in copies.resident.items():
-            if stack._version != versions[key]:
+        for key, now, then in zip(copies.resident, versions_of(stacks), versions):
+            if now != then:
                 name = copies.plan.groups[key[0]].names[key[1]]
                 raise RuntimeError(
                     f"the closure writes to the trained parameter {name!r}: the loss of a step must only "
                     "read the weights; the step was abandoned and no weight has changed"
                 )
     finally:
-        for parameter, stand_in, kind in reversed(done):
-            if parameter.__class__ is Perturbed:
-                del parameter._use
-            parameter.__class__ = kind
-            swap(parameter, stand_in)
+        for parameter, _, _ in uses:
+            vars(parameter).pop("_use", None)
+        list(map(setattr, parameters, itertools.repeat("__class__"), before))
+        list(map(swap, parameters[: len(done)], stand_ins))
+        if any(map(_asks, stand_ins)):  # a closure may have said so of what stood in
+            copies.plan.groups[0].memo.pop(("places", copies.level))
 
 
+_asks = attrgetter("requires_grad")
 _count = itertools.count(1 << 30)
 
 
