@@ -105,7 +105,8 @@ class Deferred:
         else:
             for register, number in self._hooks:
                 register[number] = self._hook
-                register.move_to_end(number, last=False)  # before hooks that read weights
+                if len(register) > 1:
+                    register.move_to_end(number, last=False)  # before hooks that read weights
 
     def _unhook(self) -> None:
         """Takes the forward hooks off. A step adds deferred updates itself, and modules without hooks are
@@ -141,9 +142,9 @@ class Deferred:
         that are trained no more, and updates in an old basis."""
         if self.bases.direction is None:
             return
-        trained, step, also = {id(t) for t in plan.tensors}, max(0, plan.step - 1), list[Tensor]()
+        step, also = max(0, plan.step - 1), list[Tensor]()
         for group in self._left:
-            if not {id(t) for t in group.tensors} <= trained:
+            if not {*map(id, group.tensors)} <= {*map(id, plan.tensors)}:
                 also += _waiting(group)
                 group.write(Noise(None, plan.seed, [(step, 0)]), plan.rounding)
         self._left = ()
@@ -152,7 +153,7 @@ class Deferred:
             waiting = [matrix for matrix in group.matrices or () if matrix.pending is not None]
             # a matrix that joins has no updates and no decay to wait for
             thawed = waiting and len(waiting) < len(group.matrices or ())
-            if thawed or any(matrix.born != born for matrix in waiting):
+            if thawed or {matrix.born for matrix in waiting} - {born}:
                 group.write(Noise(None, plan.seed, [(step, 0)]), plan.rounding)
         self.accept(also)
 

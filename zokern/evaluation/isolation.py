@@ -60,14 +60,13 @@ class Isolation:
 
     def _copy(self, tensors: list[tuple[Tensor, bool]]) -> None:
         """Copies buffers, smallest first, to the budget."""
-        weights = (
-            {t.untyped_storage().data_ptr() for group in self.plan.groups for t in group.theta}
-            if tensors
-            else ()
-        )
+        for group in self.plan.groups if tensors else ():
+            if "storages" not in group.memo:
+                group.memo["storages"] = {t.untyped_storage().data_ptr() for t in group.theta}
         left = BUDGET
         for buffer, norm in tensors:
-            if id(buffer) in self.trained or buffer.untyped_storage().data_ptr() in weights:
+            here = buffer.untyped_storage().data_ptr()
+            if id(buffer) in self.trained or any(here in group.memo["storages"] for group in self.plan.groups):
                 continue  # a view of a weight, which is watched itself
             left -= buffer.numel() * buffer.element_size()
             # norms write their statistics below the version counters: theirs are compared, and copied

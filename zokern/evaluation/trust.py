@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from typing import NamedTuple, Protocol
 
 import torch
@@ -56,7 +57,7 @@ class Trust:
         )
 
     def _is_recent(self, plan: Plan) -> bool:
-        flags = [module.training for module in plan.tree.modules]
+        flags = list(map(attrgetter("training"), plan.tree.modules))
         return self.step >= 0 and 0 <= plan.step - self.step < EVERY and flags == self.flags
 
     def verify(
