@@ -60,10 +60,10 @@ def pack(
     numbered  entries hold the positions of their tensors in it
 
     Empty tensors take no entry; a tensor of more than two strided dimensions takes several."""
-    # of one list, which is updated in place, or which z is drawn into
-    alone = (thetas, *outs) if thetas is None or not outs else ()
-    if len(alone) in (1, 2) and len(alone[-1]) > 8 and residuals is None and scales is None:
-        tensors, spans = TensorList.of(alone[-1]), SpanList.of(spans)
+    # one list, which is updated in place, or which z is drawn into
+    alone = outs[0] if thetas is None and len(outs) == 1 else () if thetas is None or outs else thetas
+    if len(alone) > 8 and residuals is None and scales is None:
+        tensors, spans = TensorList.of(alone), SpanList.of(spans)
         if tensors.contiguous and spans.plain:
             entries = _pack_plain(tensors, spans, numbered, thetas is None)
             return entries, chunks(entries, elements)

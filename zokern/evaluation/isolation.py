@@ -66,7 +66,9 @@ class Isolation:
         left = BUDGET
         for buffer, norm in tensors:
             here = buffer.untyped_storage().data_ptr()
-            if id(buffer) in self.trained or any(here in group.memo["storages"] for group in self.plan.groups):
+            if id(buffer) in self.trained or any(
+                here in group.memo["storages"] for group in self.plan.groups
+            ):
                 continue  # a view of a weight, which is watched itself
             left -= buffer.numel() * buffer.element_size()
             # norms write their statistics below the version counters: theirs are compared, and copied
