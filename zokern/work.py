@@ -53,7 +53,7 @@ class Work:
         self._active: list[Trained] = []  # those that are
         self._all: list[Tensor] = []  # their tensors, with all aliases
         self._key: tuple | None = None  # the memory that the groups were built from
-        self._kept: list[Any] = []  # tensors of the optimizer's state that were checked
+        self._kept: list[Any] = []  # the optimizer's state that was checked; int: a sound counter
 
     def parts(
         self, bases: Bases, low_bits: LowBits, deferred: Deferred, rule: Rule, estimator: Estimator
@@ -183,7 +183,8 @@ class Work:
             key = memory_of(self._all)
         except RuntimeError:  # a tensor without an address, which the check below names
             key = None
-        kept = list(chain.from_iterable(map(dict.values, states.values())))
+        values = chain.from_iterable(map(dict.values, states.values()))
+        kept = [int if type(value) is int and value >= 0 else value for value in values]
         is_new = key is None or key != self._key
         if is_new:
             self._key = None
