@@ -215,9 +215,8 @@ def fits(plan: Plan) -> bool:
     """Whether a copy of what is trained fits the free memory of its devices, with a tenth to spare."""
     needed: dict[torch.device, int] = {}
     for group in plan.groups:
-        for t in group.theta:
-            held = 0 if "masters" in group.memo else t.numel() * t.element_size()
-            needed[t.device] = needed.get(t.device, 0) + held
+        device = group.theta[0].device
+        needed[device] = needed.get(device, 0) + (0 if "masters" in group.memo else group.nbytes)
     return all(size < 0.9 * free_memory(device) for device, size in needed.items())
 
 
