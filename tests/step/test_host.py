@@ -22,11 +22,11 @@ MOST = {
 }  # fmt: skip
 
 
-def calls(make: Callable[[nn.Module], Any], layers: int) -> int:
+def calls(make: Callable[[nn.Module], Any], layers: int, width: int) -> int:
     """Returns how many functions of zokern the fifth step calls; the first ones prepare what is kept."""
     torch.manual_seed(1)
-    model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(layers)])
-    optimizer, closure = make(model), lambda: model[0](torch.ones(1, 8)).square().sum()
+    model = nn.Sequential(*[nn.Linear(width, width) for _ in range(layers)])
+    optimizer, closure = make(model), lambda: model[0](torch.ones(1, width)).square().sum()
     found = 0
 
     def count(frame: Any, event: str, _: Any) -> None:
@@ -43,8 +43,8 @@ def calls(make: Callable[[nn.Module], Any], layers: int) -> int:
     return found
 
 
-def check_calls(make: Callable[[nn.Module], Any], most: int) -> None:
-    few, many = calls(make, 10), calls(make, 40)
+def check_calls(make: Callable[[nn.Module], Any], most: int, width: int = 8) -> None:
+    few, many = calls(make, 10, width), calls(make, 40, width)
     assert few == many, f"{few} calls with 10 layers, {many} with 40"
     assert many <= most, f"{many} calls"
 
@@ -53,6 +53,12 @@ def check_calls(make: Callable[[nn.Module], Any], most: int) -> None:
 @pytest.mark.parametrize(("method", "way"), MOST)
 def test_calls_do_not_grow_with_layers(method: str, way: str) -> None:
     check_calls(lambda m: getattr(zokern, method)(m, lr=1e-4, evaluation=way), MOST[method, way])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("way", [zokern.Scratch, zokern.Paired])
+def test_calls_do_not_grow_with_matrices_that_are_made_at_their_use(way: type) -> None:
+    check_calls(lambda m: zokern.MeZO(m, lr=1e-4, evaluation=way(budget=1 << 20)), 500, width=260)
 
 
 class Piecewise(zokern.Master):

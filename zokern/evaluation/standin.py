@@ -368,7 +368,7 @@ def standing_in(copies: Copies) -> Iterator[None]:
             vars(parameter).pop("_use", None)
         list(map(setattr, parameters, repeat("__class__"), before))
         list(map(swap, parameters[: len(done)], stand_ins))
-        if any(map(_asks, insides)):  # a closure may have said so of what stood in
+        if any(map(_asks, insides[:own])):  # a closure may have said so of what stood in
             del copies.plan.groups[0].memo["places", copies.level is None]
 
 
