@@ -50,6 +50,9 @@ class State:
         )
         found = [value if type(value) in CONTAINERS else _attributes(value) for value in self.values]
         self.containers = list({id(held): held for held in found if held is not None}.values())
+        self._views = [
+            view for c in self.containers for view in ((c, c.values()) if isinstance(c, dict) else (c,))
+        ]
         registers = [
             d[key] for d in tree.dicts if d["_buffers"] for key in ("_buffers", "_non_persistent_buffers_set")
         ]
@@ -63,6 +66,10 @@ class State:
         tensors = {id(v): v for v in (*self.values, *buffers) if isinstance(v, Tensor)}.values()
         plain = [t for t in tensors if not t.is_meta and t.layout == torch.strided and has_memory(t)]
         self.tensors = sorted([(t, id(t) in norms) for t in plain], key=lambda item: item[0].numel())
+
+    def inside(self) -> tuple[list[int], list[Any]]:
+        """Returns the sizes and the members of all containers, one after another."""
+        return list(map(len, self._views)), list(chain.from_iterable(self._views))
 
     def is_present(self) -> bool:
         """Whether the modules hold the very objects of this state."""

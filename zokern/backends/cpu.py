@@ -137,16 +137,16 @@ class Cpu(Products):
     def axpy_(self, batch: Batch, noise: Noise, terms: Terms) -> Tensor:
         number = VALID.number(noise.direction)
         nonfinite = torch.zeros(1, dtype=torch.int64, device=_CPU)
-        if terms.control is not None:
-            VALID.axpy_(batch, noise, terms)
-            decay, go, _ = terms.control.tolist()
+        check, control = partial(VALID.axpy_, batch, noise, terms), terms.control
+        table = _found("axpy_", batch, (), check)
+        fits = VALID.fits(_CPU, ((terms.coefficients, len(noise.draws)),), noise.clock, control)
+        if not fits or (control is not None and terms.each):
+            check()
+        if control is not None:
+            decay, go, _ = control.tolist()
             if not go:
                 return nonfinite
             terms = Terms(terms.coefficients, decay)
-        check = partial(VALID.axpy_, batch, noise, terms)
-        table = _found("axpy_", batch, (), check)
-        if not VALID.fits(_CPU, ((terms.coefficients, len(noise.draws)),), noise.clock):
-            check()
         each, decays = terms.rounded()
         summed = _summed(noise, terms.coefficients, decays)
         module().axpy(*table.place, number, noise.seed, pack.address(summed), len(summed), each,

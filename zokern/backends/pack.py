@@ -60,10 +60,12 @@ def pack(
     numbered  entries hold the positions of their tensors in it
 
     Empty tensors take no entry; a tensor of more than two strided dimensions takes several."""
-    if thetas is not None and len(thetas) > 8 and residuals is None and scales is None and not outs:
-        thetas, spans = TensorList.of(thetas), SpanList.of(spans)
-        if thetas.contiguous and spans.plain:
-            entries = _pack_plain(thetas, spans, numbered)
+    # one list, which is updated in place, or which z is drawn into
+    alone = outs[0] if thetas is None and len(outs) == 1 else () if thetas is None or outs else thetas
+    if len(alone) > 8 and residuals is None and scales is None:
+        tensors, spans = TensorList.of(alone), SpanList.of(spans)
+        if tensors.contiguous and spans.plain:
+            entries = _pack_plain(tensors, spans, numbered, thetas is None)
             return entries, chunks(entries, elements)
     # an entry is WORDS of 64 bits; one flat list is the fastest way from Python to NumPy
     words: list[int] = []
@@ -132,10 +134,14 @@ def _strided(
     return words
 
 
-def _pack_plain(thetas: TensorList, spans: SpanList, numbered: bool) -> np.ndarray:
-    """Returns entries of a long list of contiguous tensors that are updated in place, column by column."""
+def _pack_plain(thetas: TensorList, spans: SpanList, numbered: bool, drawn: bool) -> np.ndarray:
+    """Returns entries of a long list of contiguous tensors that are updated in place, or drawn, column by
+    column."""
     entries = np.zeros(len(thetas), dtype=ENTRY)
-    entries["theta"] = thetas.pointers
+    if drawn:
+        entries["out"][:, 0] = thetas.pointers
+    else:
+        entries["theta"] = thetas.pointers
     entries["tensor"] = np.arange(len(thetas)) if numbered else 0
     entries["columns"] = entries["pitch"] = thetas.sizes
     entries["row_count"], entries["column_stride"] = 1, 1

@@ -53,6 +53,7 @@ class Isolation:
         """Takes the present state as that to which everything is put back."""
         self.state = self.tree.state()
         self.contents = [(held, held.copy()) for held in self.state.containers]
+        self.inside = self.state.inside()
         self._watch_frozen()
         # a tensor, its version (-1: compare), and its copy
         self.buffers: list[tuple[Tensor, int, Tensor | None]] = []
@@ -86,14 +87,15 @@ class Isolation:
 
     def _copy(self, tensors: list[tuple[Tensor, bool]]) -> None:
         """Copies buffers, smallest first, to the budget."""
-        weights = (
-            {t.untyped_storage().data_ptr() for group in self.plan.groups for t in group.theta}
-            if tensors
-            else ()
-        )
+        for group in self.plan.groups if tensors else ():
+            if "storages" not in group.memo:
+                group.memo["storages"] = {t.untyped_storage().data_ptr() for t in group.theta}
         left = BUDGET
         for buffer, norm in tensors:
-            if id(buffer) in self.trained or buffer.untyped_storage().data_ptr() in weights:
+            here = buffer.untyped_storage().data_ptr()
+            if id(buffer) in self.trained or any(
+                here in group.memo["storages"] for group in self.plan.groups
+            ):
                 continue  # a view of a weight, which is watched itself
             left -= buffer.numel() * buffer.element_size()
             # norms write their statistics below the version counters: theirs are compared, and copied
@@ -198,9 +200,11 @@ class Isolation:
 
     def _put_back(self) -> None:
         self.moved = not self.state.is_present()
-        for held, before in self.contents if not self.moved else (*self.contents, *self.state.registers):
-            if not same(items(held), items(before)):
-                refill(held, before)
+        sizes, members = self.state.inside()
+        if self.moved or sizes != self.inside[0] or not same(members, self.inside[1]):
+            for held, before in (*self.contents, *self.state.registers):
+                if not same(items(held), items(before)):
+                    refill(held, before)
         if self.moved:
             self._put_back_attributes()
         self._put_back_tensors()

@@ -83,7 +83,7 @@ class Master:
                 if point.terms and swallowed is None:
                     swallowed = _swallowed(plan)
                 read[point] = isolation.read(closure)
-        size = sum(t.nbytes for group in plan.groups for t in group.memo.get("masters", ()))
+        size = sum(group.nbytes for group in plan.groups if "masters" in group.memo)
         self.record = Record(self.name, scratch_bytes=size, swallowed=swallowed)
         return torch.stack([read[point] for point in points])
 
