@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import shards
 from .backends import TensorList
 from .fingerprint import versions_of
 from .group import Group
@@ -23,12 +24,14 @@ class LowBits:
         self.is_on, self.states = is_on, states
         self.written: dict[int, int] = {}  # by id of a tensor: its version counter after the last update
 
-    def of(self, tensors: Sequence[Tensor]) -> TensorList | None:
+    def of(self, tensors: Sequence[Tensor], thetas: Sequence[Tensor]) -> TensorList | None:
         """Returns the low bits of each tensor; None where rounding is another. Raises ValueError for
-        float16."""
-        return TensorList.lasting([self._of(tensor) for tensor in tensors]) if self.is_on else None
+        float16.
 
-    def _of(self, tensor: Tensor) -> Tensor:
+        thetas  the memory of the tensors (Group.theta)"""
+        return TensorList.lasting(list(map(self._of, tensors, thetas))) if self.is_on else None
+
+    def _of(self, tensor: Tensor, theta: Tensor) -> Tensor:
         if tensor.dtype != torch.bfloat16:
             if tensor.dtype == torch.float16:
                 raise ValueError(
@@ -39,7 +42,7 @@ class LowBits:
             return torch.empty(0, dtype=torch.int16, device=tensor.device)
         state = self.states[tensor]
         if "residual" not in state:
-            state["residual"] = torch.zeros(tensor.shape, dtype=torch.int16, device=tensor.device)
+            state["residual"] = torch.zeros(theta.shape, dtype=torch.int16, device=tensor.device)
         return state["residual"]
 
     def drop(self, groups: Iterable[Group]) -> None:
@@ -49,13 +52,14 @@ class LowBits:
             return
         for group in groups:
             for tensor, low in zip(group.tensors, group.residuals or ()):
-                if self.written.get(id(tensor), tensor._version) != tensor._version:
+                version = shards.local(tensor)._version
+                if self.written.get(id(tensor), version) != version:
                     low.zero_()
 
     def accept(self, tensors: Sequence[Tensor]) -> None:
         """Takes the weights as they are now: their low bits belong to them."""
         if self.is_on:
-            self.written.update(zip(map(id, tensors), versions_of(tensors)))
+            self.written.update(zip(map(id, tensors), versions_of(map(shards.local, tensors))))
 
 
 __all__ = ["LowBits"]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backends, checkpoint, directions, evaluation, parameters, underflow
+from . import backends, checkpoint, directions, evaluation, parameters, shards, underflow
 from .bases import Bases
 from .checks import finite_number
 from .deferred import Deferred
@@ -260,6 +260,9 @@ class ZerothOrder(torch.optim.Optimizer):
                 "loss over the processes "
                 "inside the closure (torch.distributed.all_reduce)"
             )
+        if work.sharded:
+            shards.check(self, work.tree.is_open)
+            shards.reshard(work.tree.modules)
         work.check_tree()
         work.check_groups(self.param_groups)
         for options in self.param_groups:
@@ -274,6 +277,7 @@ class ZerothOrder(torch.optim.Optimizer):
         plan = Plan(
             work.groups, self.direction, self.seed, self.steps, self.rounding, work.tree, self.factored,
             scopes=work.scopes, earlier=earlier, maximize=self.guards.maximize, tape=self.tape,
+            sharded=work.sharded,
         )  # fmt: skip
         self.scaling.renew(plan)
         for group in work.groups:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autocast, stream
+from . import autocast, shards, stream
 from .backends import Noise
 from .directions import Direction, LowRank
 from .group import Draw, Group
@@ -43,7 +43,8 @@ class Plan:
     earlier   those of the step before, which are taken over if this step names them too
     tape      what a captured step does on the host; None: the step is not captured
     rows      whether the closure returns a vector, the loss of each example
-    maximize  whether the loss is a reward: the weights move along + g"""
+    maximize  whether the loss is a reward: the weights move along + g
+    sharded   whether this process holds a block of some parameters (shards.py)"""
 
     groups: list[Group]
     direction: Direction
@@ -59,6 +60,7 @@ class Plan:
     earlier: Scopes = field(default_factory=dict, repr=False)
     rows: bool = False
     maximize: bool = False
+    sharded: bool = False
     tape: Any = None  # of a step that is captured (graph.py)
     tensors: list[Tensor] = field(init=False)  # of all groups
     names: list[str] = field(init=False)
@@ -66,6 +68,10 @@ class Plan:
     def __post_init__(self) -> None:
         self.tensors = [t for group in self.groups for t in group.tensors]
         self.names = [name for group in self.groups for name in group.names]
+
+    def memory(self) -> list[Tensor]:
+        """Returns what this process holds of each of `tensors`."""
+        return [shards.local(tensor) for tensor in self.tensors] if self.sharded else self.tensors
 
     def only(self, scope: Collection[str] | None) -> Plan:
         """Returns the same step of some parameters; None: of all. Raises ValueError if none of them is

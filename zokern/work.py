@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backends, parameters
+from . import backends, parameters, shards
 from .bases import Bases
 from .deferred import Deferred
 from .estimator import Estimator
@@ -37,6 +37,8 @@ class Work:
         self.names: dict[str, str] = {}
         if self.model is not None:
             self.names = {**parameters.plain_names(params), **parameters.plain_names(self.model)}
+            parameters.check_flat(params)
+            shards.reshard(self.model.modules())
         self.given = parameters.named_groups(params, self.names)
         parameters.check_trained(self.given)
         names = [name for group in self.given for name, _ in group["params"]]
@@ -47,6 +49,7 @@ class Work:
         self.scopes: dict = {}
         # of the modules, not given to the optimizer; found once for a tree
         self._others: list[Tensor] | None = None
+        self.sharded = False  # whether some entries are DTensors
         self._flags: list[bool] = []  # which entries are trained
         self._active: list[Trained] = []  # those that are
         self._all: list[Tensor] = []  # their tensors, with all aliases
@@ -96,6 +99,7 @@ class Work:
 
     def append(self, entries: list[Trained]) -> None:
         """Trains the entries of a group."""
+        self.sharded = self.sharded or any(shards.is_sharded(entry.tensor) for entry in entries)
         self.entries.append(entries)
         self._others = None
         if not {id(entry.tensor) for entry in entries} <= {*map(id, self.tree.slots)}:
@@ -177,7 +181,7 @@ class Work:
             self._active = [entry for entry, trained in zip(entries, flags) if trained]
             self._all = [t for entry in self._active for t in (entry.tensor, *(t for _, t in entry.aliases))]
         try:
-            key = memory_of(self._all)
+            key = memory_of(list(map(shards.local, self._all)) if self.sharded else self._all)
         except RuntimeError:  # a tensor without an address, which the check below names
             key = None
         kept = list(chain.from_iterable(map(dict.values, states.values())))
@@ -206,7 +210,7 @@ class Work:
 
     def check_state(self, entry: Trained, state: Any, way_out: str, loading: bool = False) -> None:
         """Raises ValueError for state that kernels would read past its end."""
-        shape = tuple(entry.tensor.shape)
+        shape = tuple(shards.block(entry.name, entry.tensor).memory.shape)
         check_state(
             entry,
             state,
@@ -235,17 +239,20 @@ class Work:
         self, options: dict[str, Any], device: torch.device, is_lowrank: bool, entries: list[Trained]
     ) -> Group:
         tensors = [entry.tensor for entry in entries]
+        blocks = [shards.block(entry.name, entry.tensor) for entry in entries]
+        theta = backends.TensorList.lasting([block.memory for block in blocks])
         return Group(
             names=[entry.name for entry in entries],
             tensors=tensors,
-            spans=backends.SpanList([backends.Span(entry.who) for entry in entries]),
-            residuals=self.low_bits.of(tensors),
+            spans=backends.SpanList([backends.Span(e.who, *block[1:]) for e, block in zip(entries, blocks)]),
+            residuals=self.low_bits.of(tensors, theta),
             eps=float(options["eps"]),
             options=options,
             backend=backends.resolve(self.backend, device),
             matrices=[m for entry in entries if (m := self.bases.of(entry)) is not None]
             if is_lowrank
             else None,
+            theta=theta,
             objects=[[entry.tensor, *(t for _, t in entry.aliases)] for entry in entries],
         )
 

@@ -25,6 +25,7 @@ LAYERS = {
     "backends": ["backends"],
     "operations": ["gemm", "ops"],
     "parts": [
+        "shards",
         "fingerprint",
         "modules",
         "parameters",

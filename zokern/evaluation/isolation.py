@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from .. import shards
 from ..fingerprint import Fingerprint, memory_of
 from ..modules import STANDARD, Tree, flat, has_memory, items, refill, same
 from ..plan import Plan
@@ -42,7 +43,7 @@ class Isolation:
         self.found: list[Isolation] = []  # of roots that were found in this call
         if root is None:
             self.seed = rng.seed_of(plan.seed, plan.step)
-            self.weights = Fingerprint(plan.tensors)
+            self.weights = Fingerprint(plan.memory())
         self.state = self.tree.state()
         self.contents = [(held, held.copy()) for held in self.state.containers]
         self.frozen = None if self.tree.is_warm else self._frozen()
@@ -144,11 +145,14 @@ class Isolation:
             ]
             for isolation in (self, *self.found) if not any(converted) else ():
                 isolation._put_back()
+            if self.plan.sharded:
+                for isolation in (self, *self.found):
+                    shards.reshard(isolation.tree.modules)
             changed = self.weights.changes()
             # a parameter that the closure gave other memory, or another shape, gets its own back
             for i in changed:
                 theta = [t for group in self.plan.groups for t in group.theta][i]
-                if memory_of([self.plan.tensors[i]]) != memory_of([theta]):
+                if not self.plan.sharded and memory_of([self.plan.tensors[i]]) != memory_of([theta]):
                     self.plan.tensors[i].data = theta
         if changed:
             name = self.plan.names[changed[0]]

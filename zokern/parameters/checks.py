@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from .. import shards
 from ..ops.operands import NO_MEMORY, check_tensor
 
 
@@ -19,6 +20,7 @@ def storage_of(tensor: Tensor) -> int:
 
 def view_of(tensor: Tensor) -> tuple:
     """Returns what makes two tensors the same elements: storage, offset, shape, strides, dtype."""
+    tensor = shards.local(tensor)
     return (storage_of(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
@@ -26,17 +28,18 @@ def check_parameter(name: str, tensor: Tensor) -> None:
     """Refuses by name a parameter that cannot be trained exactly, with the way out."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"parameter {name!r} is {type(tensor).__name__}; expected a tensor")
+    way_out = "freeze it with requires_grad_(False)" if tensor.requires_grad else "leave it out"
     if nn.parameter.is_lazy(tensor):
         raise ValueError(
             f"parameter {name!r} of a lazy module has no shape yet; run the module once before the optimizer "
             "is built"
         )
-    if type(tensor).__name__ == "DTensor" or hasattr(tensor, "full_tensor"):
+    if type(tensor).__name__ == "FlatParameter":
         raise TypeError(
-            f"parameter {name!r} is a DTensor; expected a plain tensor. Sharded parameters (fully_shard, "
-            "tensor parallelism) are not supported yet: leave the model unsharded, or freeze this parameter "
-            "with requires_grad_(False)"
+            f"parameter {name!r} is a flat parameter of FullyShardedDataParallel, which hides the weights: use "
+            "torch.distributed.fsdp.fully_shard"
         )
+    tensor = shards.block(name, tensor).memory if shards.is_sharded(tensor) else tensor
     if tensor.device.type in NO_MEMORY:
         raise ValueError(
             f"parameter {name!r} is on the meta device; materialise it (model.to_empty, load weights) first"
@@ -50,7 +53,6 @@ def check_parameter(name: str, tensor: Tensor) -> None:
             f"parameter {name!r} is {type(tensor).__name__}, a wrapper without memory of its own; train a "
             "plain tensor"
         )
-    way_out = "freeze it with requires_grad_(False)" if tensor.requires_grad else "leave it out"
     check_tensor("optimizer", f"parameter {name!r}", tensor, hint="cast it, or " + way_out)
 
 

@@ -76,6 +76,7 @@ class Adam:
     P-GAP, LOZO). Kingma and Ba 2015; Zhang et al. 2024 (ZO-Bench's ZO-Adam); Sun et al. 2025 (TeZO-Adam)."""
 
     name, gated = "adam", True
+    shards = True
     lr = ONES  # of an optimizer that is given none: steps have one length, whatever the slope
 
     def __init__(

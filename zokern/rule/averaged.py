@@ -50,6 +50,7 @@ class Averaged:
     span out of range; an optimizer refuses it with low-rank directions."""
 
     name, verb, defers, dense, gated = "averaged", "momentum", False, True, True
+    shards = True
 
     def __init__(self, span: float = 6.0) -> None:
         self.span = finite_number("span", span, above=0.0)

@@ -36,8 +36,8 @@ def advance(
     updates is a launch."""
     keys: Sequence[str] = ()
     verb = getattr(rule, "verb", rule.name)
-    for tensor in group.tensors:
-        state, shapes = states[tensor], rule.keeps(tuple(tensor.shape), None).tensors
+    for tensor, theta in zip(group.tensors, group.theta):
+        state, shapes = states[tensor], rule.keeps(tuple(theta.shape), None).tensors
         keys = [*shapes]
         if keys[0] not in state:
             state["updates"] = 0

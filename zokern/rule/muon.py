@@ -66,6 +66,7 @@ class Muon:
     factor."""
 
     name, defers, lowrank, gated = "muon", True, True, True
+    shards = True
     lr = ONES
 
     def __init__(

@@ -1,0 +1,163 @@
+"""Shards: parameters of which this process holds a block, as fully_shard and parallelize_module make them.
+
+Such a parameter is a DTensor. A launch gets the block as plain memory, with the numbers that its elements
+have in the whole parameter: z, weights and states are those of one process, whatever the sharding is.
+Nothing is sent.
+
+    a block [r0:r1, c0:c1] of (m, n)    first = r0 n + c0,   pitch = n,   element (i, j): first + i n + j
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+WAY_OUT = "shard it along one dimension, such as Shard(0), or freeze it with requires_grad_(False)"
+
+
+class Block(NamedTuple):
+    """The elements of a parameter that this process holds, as a launch addresses them.
+
+    memory  these elements, without a graph: in their own shape, or (rows, columns) where a pitch is given
+    first   number of the first one in the whole parameter, row-major
+    pitch   numbers between two rows of memory; None: they follow one another (backends.Span)"""
+
+    memory: Tensor
+    first: int = 0
+    pitch: int | None = None
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Tells whether a tensor is a DTensor. One that is replicated on every process is one too."""
+    return hasattr(tensor, "full_tensor") and hasattr(tensor, "device_mesh")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Returns the memory that this process holds of a tensor: the tensor itself, unless it is a DTensor.
+
+    It has the version counter of what the DTensor holds: both tell of the same writes."""
+    if not is_sharded(tensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()  # type: ignore[operator]
+
+
+def block(name: str, tensor: Tensor) -> Block:
+    """Returns the block that this process holds of a parameter; of a plain tensor it is the whole.
+
+    Raises ValueError, by name, for partial sums, and for blocks that are no rows of equal distance."""
+    held = local(tensor).detach()
+    if not is_sharded(tensor):
+        return Block(held)
+    placements, shape = tensor.placements, tuple(tensor.shape)  # type: ignore[attr-defined]
+    if any(placement.is_partial() for placement in placements):
+        raise ValueError(
+            f"parameter {name!r} has placements {placements}, a sum that is not made yet; expected Shard or "
+            "Replicate: redistribute it"
+        )
+    if not held.numel():
+        return Block(held)
+    (chunk,) = tensor.__create_chunk_list__()  # type: ignore[attr-defined]
+    offsets, sizes = tuple(chunk.offsets), tuple(held.shape)
+    strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]  # in numbers of the whole parameter
+    # up to the last dimension that is cut, an index of the dimensions before it is a row
+    cut = max((d for d, size in enumerate(sizes) if size != shape[d]), default=0)
+    before, rows = [d for d in range(cut) if sizes[d] != 1], math.prod(sizes[:cut])
+    even = all(strides[a] == sizes[b] * strides[b] for a, b in pairwise(before))
+    if tuple(chunk.sizes) != sizes or not even or (rows > 1 and len(shape) > 2 and not held.is_contiguous()):
+        raise ValueError(
+            f"parameter {name!r} of shape {list(shape)} has placements {placements}, and here the elements "
+            f"{list(sizes)} from {list(offsets)}; expected rows of equal distance in contiguous memory: "
+            f"{WAY_OUT}"
+        )
+    first = sum(at * stride for at, stride in zip(offsets, strides))
+    if rows == 1:
+        return Block(held, first)
+    return Block(held if held.dim() == 2 else held.view(rows, -1), first, strides[before[-1]])
+
+
+def reshard(modules: Iterable[nn.Module]) -> None:
+    """Has modules of fully_shard hold their shards again, where a forward left the gathered weights in place.
+
+    The next forward gathers them anew, and so reads what was written since."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kind = getattr(fsdp, "FSDPModule", None)
+    for module in modules if kind is not None else ():
+        if isinstance(module, kind):
+            module.reshard()
+
+
+def saved(tensor: Tensor, state: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """Returns a parameter's state for a state_dict: what is kept of each element is sharded as it is."""
+    from torch.distributed.tensor import DTensor
+
+    held, found = local(tensor), dict(state)
+    for key in keys:
+        if isinstance(found.get(key), Tensor):
+            found[key] = DTensor.from_local(
+                found[key].view(held.shape), tensor.device_mesh, tensor.placements, run_check=False,  # type: ignore[attr-defined]
+                shape=tensor.shape, stride=tensor.stride(),
+            )  # fmt: skip
+    return found
+
+
+def loaded(name: str, tensor: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a parameter's state from a state_dict, as launches take it: the block that this process holds.
+
+    Raises ValueError, by name, where it is sharded otherwise than the parameter."""
+    found = dict(state)
+    for key, value in state.items():
+        if not is_sharded(value):
+            continue
+        if not is_sharded(tensor) or (value.placements, value.shape) != (tensor.placements, tensor.shape):  # type: ignore[attr-defined]
+            raise ValueError(
+                f"state {key!r} of parameter {name!r} has placements {value.placements} and shape "
+                f"{list(value.shape)}; expected those of the parameter: load it with "
+                "torch.distributed.checkpoint, which reshards"
+            )
+        found[key] = local(value).view(block(name, tensor).memory.shape)
+    return found
+
+
+class Parts(Protocol):
+    """The parts of an optimizer, as check() looks at them."""
+
+    evaluation: Any
+    rule: Any
+    estimator: Any
+    factored: Any
+    scaled: Any
+    tape: Any
+
+
+def check(optimizer: Parts, is_open: bool) -> None:
+    """Raises ValueError, by its argument, for a part that needs whole parameters.
+
+    is_open  whether the optimizer was given parameters without their module: then no one resharded it"""
+    evaluation, rule, estimator = optimizer.evaluation, optimizer.rule, optimizer.estimator
+    inner = getattr(estimator, "inner", estimator)
+    reads = evaluation.name == "auto" or not (evaluation.stands_in or hasattr(evaluation, "slopes"))
+    moves = getattr(rule, "shards", False) and not (optimizer.factored and getattr(rule, "diagonal", False))
+    losses = not getattr(estimator, "backpropagates", False) and getattr(inner, "clip_norm", None) is None
+    for fits, argument, value, way_out in (
+        (not is_open, "params", "parameters without their module", "pass the module: zokern.MeZO(model)"),
+        (reads, "evaluation", evaluation.name, "use 'master', 'inplace' or 'auto'"),
+        (moves, "rule", rule.name, "use zokern.Sgd(), zokern.Momentum() or, with a dense z, zokern.Adam()"),
+        (not optimizer.scaled, "direction", optimizer.scaled and optimizer.scaled.name, "use 'normal'"),
+        (losses, "estimator", type(estimator).__name__, "use one that reads losses alone: zokern.Spsa()"),
+        (optimizer.tape is None, "the step", "captured in a graph", "call zokern.step"),
+    ):
+        if not fits:
+            raise ValueError(
+                f"{argument} is {value!r}, and some parameters are sharded (DTensor), which it does not take: "
+                f"{way_out}, or leave the model unsharded"
+            )
+
+
+__all__ = ["Block", "block", "check", "is_sharded", "loaded", "local", "reshard", "saved"]
