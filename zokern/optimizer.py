@@ -156,12 +156,15 @@ class ZerothOrder(torch.optim.Optimizer):
         went on."""
         self.flush()
         self.look()  # the counters of skipped and dead steps belong to the state
-        return {**super().state_dict(), "zokern": checkpoint.own_entry(self)}
+        state_dict = {**super().state_dict(), "zokern": checkpoint.own_entry(self)}
+        return self.work.shard(state_dict, self._held(state_dict)) if self.work.sharded else state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume: options, seed, step number, and what residuals, rules and other parts keep. Refuses, before
         anything has changed, another stream version, other parameter names, another recipe (method, rule,
         estimator, rounding, ...) and state of other shapes."""
+        if self.work.sharded:
+            state_dict = self.work.unshard(state_dict, self._held(state_dict))
         own = checkpoint.check(self, state_dict)
         held = self._held(state_dict)
         for entry, values in held:
@@ -210,10 +213,11 @@ class ZerothOrder(torch.optim.Optimizer):
 
         zokern.step(optimizer, closure, first_order) returns the whole record, and has the arguments.
 
-        Without a closure it does nothing while every lr is 0: torch.distributed.checkpoint probes an
-        optimizer so."""
+        Without a closure it moves nothing while every lr is 0: torch.distributed.checkpoint has an optimizer
+        make its state so."""
         if closure is None:
             if all(float(group["lr"]) == 0.0 for group in self.param_groups):
+                self.work.start(self.state)
                 return None
             raise TypeError(
                 "step() needs a closure that computes the loss: it is read at more than one point"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backends, parameters, shards
+from . import backends, checkpoint, parameters, shards
 from .bases import Bases
 from .deferred import Deferred
 from .estimator import Estimator
@@ -221,6 +221,54 @@ class Work:
         )
         if (own := getattr(self.estimator, "keeps", None)) is not None:
             check_state(entry, state, self.rule.name, Keeps(own(shape), False), way_out, loading)
+
+    def _of_elements(self, entry: Trained) -> dict[str, tuple[int, ...]]:
+        """Returns what is kept of each element of a parameter, name -> shape of the block that is here."""
+        shape = tuple(shards.block(entry.name, entry.tensor).memory.shape)
+        own = getattr(self.estimator, "keeps", None)
+        kept = {} if own is None else dict(own(shape))
+        if self.bases.draw_shape(entry) is None:
+            kept |= self.rule.keeps(shape, None).tensors
+        return kept
+
+    def start(self, states: Any) -> None:
+        """Gives sharded parameters the state of a rule that begins with zeros, into which a checkpoint of
+        torch.distributed loads."""
+        entries = [entry for group in self.entries for entry in group if entry.tensor.requires_grad]
+        for entry in entries if self.sharded else ():
+            self.low_bits.of([entry.tensor], [shards.block(entry.name, entry.tensor).memory])
+            keeps = self.rule.keeps(entry.tensor.shape, None)
+            known = states.get(entry.tensor, {})
+            if keeps.counted and "updates" not in known and self.bases.draw_shape(entry) is None:
+                device = entry.tensor.device
+                zeros = {k: torch.zeros(shape, device=device) for k, shape in self._of_elements(entry).items()}
+                states[entry.tensor].update(zeros, updates=0)
+
+    def shard(self, state_dict: dict[str, Any], held: list[tuple[Trained, dict]]) -> dict[str, Any]:
+        """Returns a state_dict whose tensors of elements are sharded as their parameters, with the run's numbers
+        where torch.distributed.checkpoint keeps them too."""
+        found = [shards.saved(e.tensor, kept, {"residual", *self._of_elements(e)}) for e, kept in held]
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        kept = {entry.name: sorted(values) for entry, values in held}
+        groups[0]["zokern"] = checkpoint.packed({**state_dict["zokern"], "kept": kept})
+        return {**state_dict, "state": dict(zip(state_dict["state"], found)), "param_groups": groups}
+
+    def unshard(self, state_dict: dict[str, Any], held: list[tuple[Trained, dict]]) -> dict[str, Any]:
+        """Returns a state_dict with the blocks that are here; see shard."""
+        found = [shards.loaded(entry.name, entry.tensor, kept) for entry, kept in held]
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        packs = [group.pop("zokern") for group in groups if "zokern" in group]
+        own = checkpoint.unpacked(packs[0]) if packs else {}
+        here = {entry.name: values for entry, values in held}
+        for name, keys in own.pop("kept", {}).items():
+            if lacks := sorted({*keys} - {*here.get(name, ())}):
+                raise ValueError(
+                    f"state of parameter {name!r} lacks {lacks}, which the run that saved it had: "
+                    "torch.distributed.checkpoint loads what an optimizer has already. Take a step with lr=0 before "
+                    "get_optimizer_state_dict, or load the state_dict that this process saved"
+                )
+        found_here = dict(zip(state_dict["state"], found))
+        return {"zokern": own, **state_dict, "state": found_here, "param_groups": groups}
 
     def _made(self, param_groups: list[dict[str, Any]]) -> list[Group]:
         """Returns a group for each parameter group, device and kind of direction: one launch per verb."""
