@@ -98,7 +98,7 @@ def saved(tensor: Tensor, state: Mapping[str, Any], keys: Iterable[str]) -> dict
     from torch.distributed.tensor import DTensor
 
     held, found = local(tensor), dict(state)
-    for key in keys:
+    for key in keys if is_sharded(tensor) else ():
         if isinstance(found.get(key), Tensor):
             found[key] = DTensor.from_local(
                 found[key].view(held.shape), tensor.device_mesh, tensor.placements, run_check=False,  # type: ignore[attr-defined]
