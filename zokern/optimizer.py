@@ -103,6 +103,8 @@ class ZerothOrder(torch.optim.Optimizer):
         self.scaling = Scaling(self.scaled, self.state)
         self.deferred = Deferred(self.run, self.bases, self.low_bits, self._lock, defer)
         self.work.parts(self.bases, self.low_bits, self.deferred, self.rule, self.estimator)
+        if self.work.sharded:
+            shards.check(self, self.work.tree.is_open)
         if self.factored is not None and self.work.model is not None:
             self.deferred.watch(self.work.model, params)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
@@ -125,6 +125,29 @@ def loaded(name: str, tensor: Tensor, state: Mapping[str, Any]) -> dict[str, Any
     return found
 
 
+def agree(tensors: Iterable[Tensor], seed: int, step: int, losses: Sequence[float]) -> None:
+    """Raises RuntimeError, on all ranks of the meshes of some parameters, where two of them differ in seed, step
+    or losses: their blocks would move by different numbers.
+
+    It sends 8 (len(losses) + 3) bytes to each rank of every mesh dimension."""
+    meshes = {t.device_mesh: None for t in tensors if is_sharded(t)}  # type: ignore[attr-defined]
+    bits = torch.tensor([*losses], dtype=torch.float64, device="cpu").view(torch.int64)
+    mine = torch.cat([torch.tensor([0, seed - 2**63, step], device="cpu"), bits])
+    for mesh in meshes:
+        for dim in range(mesh.ndim):
+            group, here = mesh.get_group(dim), mine.to(mesh.device_type)
+            every = [torch.empty_like(here) for _ in range(mesh.size(dim))]
+            torch.distributed.all_gather(every, here, group=group)
+            found = torch.stack(every).cpu()
+            mine[0] |= int((found != found[0]).any() or found[:, 0].any())  # others learn of it in the next group
+    if mine[0]:
+        raise RuntimeError(
+            f"rank {torch.distributed.get_rank()} has seed {seed}, step {step} and losses {list(losses)}, and "
+            "another rank of the mesh has other ones, so that their shards would move apart: give every rank the "
+            "same seed and the same batch, or average the loss inside the closure (torch.distributed.all_reduce)"
+        )
+
+
 class Parts(Protocol):
     """The parts of an optimizer, as check() looks at them."""
 
@@ -143,7 +166,8 @@ def check(optimizer: Parts, is_open: bool) -> None:
     evaluation, rule, estimator = optimizer.evaluation, optimizer.rule, optimizer.estimator
     inner = getattr(estimator, "inner", estimator)
     reads = evaluation.name == "auto" or not (evaluation.stands_in or hasattr(evaluation, "slopes"))
-    moves = getattr(rule, "shards", False) and not (optimizer.factored and getattr(rule, "diagonal", False))
+    # a subclass may take norms of whole parameters, so that a rule says it of itself alone
+    moves = vars(type(rule)).get("shards", False) and not (optimizer.factored and getattr(rule, "diagonal", False))
     losses = not getattr(estimator, "backpropagates", False) and getattr(inner, "clip_norm", None) is None
     for fits, argument, value, way_out in (
         (not is_open, "params", "parameters without their module", "pass the module: zokern.MeZO(model)"),
@@ -160,4 +184,4 @@ def check(optimizer: Parts, is_open: bool) -> None:
             )
 
 
-__all__ = ["Block", "block", "check", "is_sharded", "loaded", "local", "reshard", "saved"]
+__all__ = ["Block", "agree", "block", "check", "is_sharded", "loaded", "local", "reshard", "saved"]

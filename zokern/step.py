@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import underflow
+from . import shards, underflow
 from .backends import Projection
 from .estimator import Estimate, Estimator, Oracle
 from .evaluation import Evaluation, NotRepeatable
@@ -201,6 +201,8 @@ def _check(optimizer: Steps, oracle: Oracle) -> tuple[str, ...]:
     if plan.tape is not None or not optimizer.guards.is_due(plan.step, first):
         return ()
     found = oracle.asked.losses.tolist()
+    if plan.sharded:
+        shards.agree(plan.tensors, plan.seed, plan.step, found)
     again, base = oracle.again()
     if not repeats(plan, found, again, optimizer.evaluation.exact):
         raise NotRepeatable(found[0], again)

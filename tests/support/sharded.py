@@ -7,6 +7,8 @@ in one process. Some cases run a wrong version of zokern, which a comparison has
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -88,6 +90,7 @@ def train(
     for _ in range(METHODS[method][1] if steps is None else steps):
         opt.param_groups[0]["lr"] = 0.0 if opt.steps == 2 else lr
         losses += zokern.step(opt, closure(model)).losses[0]
+    opt.param_groups[0]["lr"] = lr
     found = opt.state_dict()
     names = found["param_groups"][0]["param_names"]
     states = {
@@ -165,19 +168,20 @@ def ways() -> dict[str, Callable[[torch.dtype], nn.Module]]:
         "inner": lambda dtype: placed(line, dtype, a=[r], b=[r], c=[s2], d=[r]),
         "mesh": lambda dtype: placed(square, dtype, a=[s0, s1], b=[r, s0], c=[s0, s2], d=[s1, s1]),
         "replicated": lambda dtype: placed(line, dtype, a=[r], b=[r], c=[r], d=[r]),
-        "parallel": lambda dtype: tensor_parallel(line, rows=False),
+        "column-wise": lambda dtype: tensor_parallel(line, rows=False),
+        "row-wise": lambda dtype: tensor_parallel(line, rows=True),
         "both": lambda dtype: both(square),
     }  # fmt: skip
 
 
 # What runs --------------------------------------------------------------------------------------------------
 
-LAYERS = ("fsdp 4", "fsdp 2", "hybrid", "parallel", "both")
+LAYERS = ("fsdp 4", "fsdp 2", "hybrid", "both")
 CASES = [("fsdp 4", method) for method in METHODS]
-CASES += [("fsdp 2", method) for method in ("MeZO", "Adam", "SubZero", "residual")]
-CASES += [(way, method) for way in ("hybrid", "parallel", "both") for method in ("Adam", "LOZO")]
-CASES += [(way, method) for way in ("columns", "mesh") for method in METHODS if method != "MeZO"]
-CASES += [(way, method) for way in ("rows", "inner", "replicated") for method in ("Adam", "LOZO")]
+CASES += [("fsdp 2", method) for method in ("MeZO", "Adam", "residual")]
+CASES += [("mesh", method) for method in METHODS if method != "MeZO"]
+CASES += [(way, method) for way in ("hybrid", "both", "columns", "rows") for method in ("Adam", "LOZO")]
+CASES += [("inner", "Adam"), ("replicated", "Adam"), ("columns", "residual")]
 
 
 @contextlib.contextmanager
@@ -197,6 +201,29 @@ WRONG: dict[str, tuple[str, str, str, Callable[[Any], Any]]] = {
     "consecutive rows": ("columns", "Adam", "block", lambda right: lambda *a: right(*a)._replace(pitch=None)),
     "gathered weights stay": ("fsdp 4", "Adam", "reshard", lambda right: lambda modules: None),
 }  # fmt: skip
+
+
+def own_batch(model: nn.Module, rank: int) -> None:
+    """Takes a step whose loss is that of one rank's batch."""
+    zokern.step(built("MeZO", model), lambda: model(X + rank).square().mean())
+
+
+# Ranks that go their own way: each has to be an error on every rank.
+APART: dict[str, Callable[[nn.Module, int], Any]] = {
+    "own seed": lambda model, rank: train("MeZO", model, 1, seed=rank),
+    "one other seed": lambda model, rank: train("MeZO", model, 1, seed=int(rank == 3)),
+    "own batch": own_batch,
+}
+
+
+def refused(run: Callable[[], Any]) -> Any:
+    """Returns what a run found, or the words with which every rank refused it."""
+    try:
+        return run()
+    except (RuntimeError, ValueError) as problem:
+        words = [""] * WORLD
+        dist.all_gather_object(words, f"{type(problem).__name__}: {problem}")
+        return words
 
 
 class Sent(TorchDispatchMode):
@@ -260,28 +287,34 @@ def kept(make: dict[str, Callable[..., nn.Module]], method: str, file: Path) -> 
     return train(method, other, METHODS[method][1] - 3, again)
 
 
+def digest(found: dict[str, Any]) -> str:
+    """Returns a checksum of weights and states."""
+    bits = [t.contiguous().view(torch.uint8).numpy().tobytes() for part in ("weights", "states")
+            for t in found[part].values()]  # fmt: skip
+    return hashlib.sha256(b"".join(bits)).hexdigest()
+
+
 def on_rank(rank: int, folder: str) -> None:
     """Runs all cases on one rank, and saves what rank 0 found."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     here = Path(folder)
+    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
     dist.init_process_group("gloo", init_method=f"file://{here / 'store'}", rank=rank, world_size=WORLD)
     make, found = ways(), dict[Any, Any]()
     for way, method in CASES:
-        found[way, method] = train(method, make[way](METHODS[method][2]))
-    found["own seed"] = train("Adam", make["rows"](torch.float32), seed=rank)
+        found[way, method] = one = train(method, make[way](METHODS[method][2]))
+        several: list[Any] = [None] * WORLD
+        dist.all_gather_object(several, digest(one))
+        one["ranks"] = len(set(several))
     for name, (way, method, function, wrong) in WRONG.items():
-        try:
-            with swapped(function, wrong):
-                found[name] = train(method, make[way](METHODS[method][2]))
-        except (RuntimeError, ValueError) as problem:
-            found[name] = f"{type(problem).__name__}: {problem}"
-    for rows in (False, True):
-        model = tensor_parallel(make_line(), rows)
-        with torch.no_grad():
-            found["loss of rows" if rows else "loss of columns"] = closure(model)().item()
-        found["row-wise" if rows else "column-wise"] = train_coarsely(model)
-    for way in ("fsdp 4", "parallel"):
+        with swapped(function, wrong), swapped("agree", lambda right: lambda *a: None):
+            found[name] = refused(lambda: train(method, make[way](METHODS[method][2])))
+    for name, wrong_rank in APART.items():
+        found[name] = refused(lambda: wrong_rank(make["mesh"](torch.float32), rank))
+    for name in ("column-wise", "row-wise"):
+        found[name] = train_coarsely(make[name](torch.float32))
+    for way in ("fsdp 4", "row-wise"):
         found["sent", way] = sent(make[way](torch.float32))
     for way, method in (("hybrid", "Adam"), ("fsdp 2", "LOZO"), ("fsdp 2", "residual")):
         found["resumed", way, method] = resumed(way, make, method, here)
@@ -293,19 +326,16 @@ def on_rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def make_line() -> Any:
-    from torch.distributed.device_mesh import init_device_mesh
-
-    return init_device_mesh("cpu", (WORLD,))
-
-
 def train_coarsely(model: nn.Module) -> dict[str, Any]:
     """Returns weights after steps whose losses are rounded to 2**-10, so that sums in another order read the
-    same ones."""
+    same ones; and 50 losses of other inputs as they are, before the steps."""
+    with torch.no_grad():
+        exact = [model(X * k).square().mean().item() for k in range(1, 51)]
     opt = zokern.MeZO(model, lr=1e-2, eps=1e-1, seed=3, evaluation="master")
     read = closure(model)
     losses = [zokern.step(opt, lambda: (read() * 1024).round() / 1024).losses[0] for _ in range(SHORT)]
-    return {"weights": {name: whole(p).detach().clone() for name, p in model.named_parameters()}, "losses": losses}
+    weights = {name: whole(p).detach().clone() for name, p in model.named_parameters()}
+    return {"weights": weights, "losses": losses, "exact": exact}
 
 
 if __name__ == "__main__":
