@@ -48,8 +48,7 @@ def own_entry(optimizer: Saved) -> dict[str, Any]:
 
 
 def packed(own: dict[str, Any]) -> bytes:
-    """Returns the entry as one value, for param_groups: torch.distributed.checkpoint takes values there alone,
-    and loads those that are in the optimizer already."""
+    """Returns the entry as one value for param_groups, which torch.distributed.checkpoint saves."""
     file = io.BytesIO()
     torch.save(own, file)
     return file.getvalue()

@@ -45,7 +45,7 @@ def local(tensor: Tensor) -> Tensor:
     if not is_sharded(tensor):
         return tensor
     with torch.no_grad():
-        return tensor.to_local()  # type: ignore[operator]
+        return tensor.to_local()  # type: ignore[attr-defined]
 
 
 def block(name: str, tensor: Tensor) -> Block:
@@ -86,8 +86,7 @@ def reshard(modules: Iterable[nn.Module]) -> None:
     """Has modules of fully_shard hold their shards again, where a forward left the gathered weights in place.
 
     The next forward gathers them anew, and so reads what was written since."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    kind = getattr(fsdp, "FSDPModule", None)
+    kind: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
     for module in modules if kind is not None else ():
         if isinstance(module, kind):
             module.reshard()
@@ -126,10 +125,10 @@ def loaded(name: str, tensor: Tensor, state: Mapping[str, Any]) -> dict[str, Any
 
 
 def agree(tensors: Iterable[Tensor], seed: int, step: int, losses: Sequence[float]) -> None:
-    """Raises RuntimeError, on all ranks of the meshes of some parameters, where two of them differ in seed, step
-    or losses: their blocks would move by different numbers.
+    """Raises RuntimeError where two ranks differ in seed, step or losses: their blocks would move apart. All
+    ranks of the parameters' meshes raise it.
 
-    It sends 8 (len(losses) + 3) bytes to each rank of every mesh dimension."""
+    Every rank gathers 8 (len(losses) + 3) bytes of each rank of a mesh dimension, for one after the other."""
     meshes = {t.device_mesh: None for t in tensors if is_sharded(t)}  # type: ignore[attr-defined]
     bits = torch.tensor([*losses], dtype=torch.float64, device="cpu").view(torch.int64)
     mine = torch.cat([torch.tensor([0, seed - 2**63, step], device="cpu"), bits])
@@ -139,12 +138,14 @@ def agree(tensors: Iterable[Tensor], seed: int, step: int, losses: Sequence[floa
             every = [torch.empty_like(here) for _ in range(mesh.size(dim))]
             torch.distributed.all_gather(every, here, group=group)
             found = torch.stack(every).cpu()
-            mine[0] |= int((found != found[0]).any() or found[:, 0].any())  # others learn of it in the next group
+            # a rank whose group agrees learns of others in the next dimension
+            mine[0] |= int((found != found[0]).any() or found[:, 0].any())
     if mine[0]:
         raise RuntimeError(
-            f"rank {torch.distributed.get_rank()} has seed {seed}, step {step} and losses {list(losses)}, and "
-            "another rank of the mesh has other ones, so that their shards would move apart: give every rank the "
-            "same seed and the same batch, or average the loss inside the closure (torch.distributed.all_reduce)"
+            f"rank {torch.distributed.get_rank()} has seed {seed}, step {step} and losses {list(losses)}; "
+            "expected the same ones on every rank of a mesh, or its shards move apart: give every rank the "
+            "same seed and the same batch, or average the loss inside the closure "
+            "(torch.distributed.all_reduce)"
         )
 
 
@@ -167,7 +168,9 @@ def check(optimizer: Parts, is_open: bool) -> None:
     inner = getattr(estimator, "inner", estimator)
     reads = evaluation.name == "auto" or not (evaluation.stands_in or hasattr(evaluation, "slopes"))
     # a subclass may take norms of whole parameters, so that a rule says it of itself alone
-    moves = vars(type(rule)).get("shards", False) and not (optimizer.factored and getattr(rule, "diagonal", False))
+    moves = vars(type(rule)).get("shards", False)
+    if optimizer.factored and getattr(rule, "diagonal", False):  # it forms quotients of whole matrices
+        moves = False
     losses = not getattr(estimator, "backpropagates", False) and getattr(inner, "clip_norm", None) is None
     for fits, argument, value, way_out in (
         (not is_open, "params", "parameters without their module", "pass the module: zokern.MeZO(model)"),
@@ -179,7 +182,7 @@ def check(optimizer: Parts, is_open: bool) -> None:
     ):
         if not fits:
             raise ValueError(
-                f"{argument} is {value!r}, and some parameters are sharded (DTensor), which it does not take: "
+                f"{argument} is {value!r}, which needs whole parameters, and some are sharded (DTensor): "
                 f"{way_out}, or leave the model unsharded"
             )
 

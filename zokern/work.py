@@ -241,12 +241,13 @@ class Work:
             known = states.get(entry.tensor, {})
             if keeps.counted and "updates" not in known and self.bases.draw_shape(entry) is None:
                 device = entry.tensor.device
-                zeros = {k: torch.zeros(shape, device=device) for k, shape in self._of_elements(entry).items()}
+                shapes = self._of_elements(entry)
+                zeros = {key: torch.zeros(shape, device=device) for key, shape in shapes.items()}
                 states[entry.tensor].update(zeros, updates=0)
 
     def shard(self, state_dict: dict[str, Any], held: list[tuple[Trained, dict]]) -> dict[str, Any]:
-        """Returns a state_dict whose tensors of elements are sharded as their parameters, with the run's numbers
-        where torch.distributed.checkpoint keeps them too."""
+        """Returns a state_dict whose tensors of elements are sharded as their parameters. The first group has
+        the entry 'zokern' too: there torch.distributed.checkpoint keeps it."""
         found = [shards.saved(e.tensor, kept, {"residual", *self._of_elements(e)}) for e, kept in held]
         groups = [dict(group) for group in state_dict["param_groups"]]
         kept = {entry.name: sorted(values) for entry, values in held}
@@ -264,8 +265,8 @@ class Work:
             if lacks := sorted({*keys} - {*here.get(name, ())}):
                 raise ValueError(
                     f"state of parameter {name!r} lacks {lacks}, which the run that saved it had: "
-                    "torch.distributed.checkpoint loads what an optimizer has already. Take a step with lr=0 before "
-                    "get_optimizer_state_dict, or load the state_dict that this process saved"
+                    "torch.distributed.checkpoint loads what an optimizer has already. Take a step with lr=0 "
+                    "before get_optimizer_state_dict, or load the state_dict that this process saved"
                 )
         found_here = dict(zip(state_dict["state"], found))
         return {"zokern": own, **state_dict, "state": found_here, "param_groups": groups}

@@ -1,7 +1,7 @@
 """Sharded parameters: the bits of one process for any sharding, and what is refused.
 
-Four processes with gloo run all cases once (tests/support/sharded.py); each test compares what they found with
-the same training in this process.
+Four processes with gloo run all cases once (tests/support/sharded.py). Each test compares what they found
+with the same training in this process.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 import sharded
 import torch
-import zokern
 from torch import Tensor, nn
+
+import zokern
 from zokern import shards
 from zokern.backends import Span
 from zokern.backends.reference import numbers
@@ -33,8 +34,12 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     folder = tmp_path_factory.mktemp("ranks")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     run = subprocess.run(
-        [sys.executable, sharded.__file__, str(folder)], env=environment, capture_output=True, text=True, timeout=500
-    )  # fmt: skip
+        [sys.executable, sharded.__file__, str(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     return torch.load(folder / "found.pt")
 
@@ -56,7 +61,11 @@ def alone() -> Callable[[str, str], dict[str, Any]]:
 def different(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
     """Returns the names of tensors whose bits differ."""
     assert one.keys() == other.keys()
-    return [name for name in one if one[name].dtype != other[name].dtype or not torch.equal(one[name], other[name])]
+    return [
+        name
+        for name in one
+        if one[name].dtype != other[name].dtype or not torch.equal(one[name], other[name])
+    ]
 
 
 # Bits -------------------------------------------------------------------------------------------------------
@@ -69,13 +78,14 @@ def test_a_sharded_run_has_the_bits_of_one_process(way: str, method: str, found:
     assert mine["losses"] == right["losses"]
     assert not different(mine["weights"], right["weights"]) and not different(mine["states"], right["states"])
     assert mine["ranks"] == 1 and mine["evaluation"] == "master"
-    start = dict((sharded.Layers if way in sharded.LAYERS else sharded.Gathered)(sharded.METHODS[method][2]).named_parameters())
+    kind = sharded.Layers if way in sharded.LAYERS else sharded.Gathered
+    start = dict(kind(sharded.METHODS[method][2]).named_parameters())
     assert len(different(mine["weights"], start)) == len(start)  # all of them moved
 
 
 @pytest.mark.parametrize("name", sharded.WRONG)
 def test_wrong_versions_have_other_bits(name: str, found: Any, alone: Any) -> None:
-    """The comparison above tells apart local numbers, a lost pitch and gathered weights that stay in place."""
+    """The comparison above finds local numbers, a lost pitch and gathered weights that stay in place."""
     way, method, *_ = sharded.WRONG[name]
     mine = found[name]
     if name == "gathered weights stay":
@@ -111,7 +121,9 @@ def test_a_step_sends_what_its_forwards_send(way: str, found: Any) -> None:
 
 
 @pytest.mark.parametrize(("way", "method"), [("hybrid", "Adam"), ("fsdp 2", "LOZO"), ("fsdp 2", "residual")])
-def test_a_distributed_checkpoint_goes_on_in_another_sharding(way: str, method: str, found: Any, alone: Any) -> None:
+def test_a_distributed_checkpoint_goes_on_in_another_sharding(
+    way: str, method: str, found: Any, alone: Any
+) -> None:
     """Saved by 'fsdp 4' after three steps, with get_state_dict and set_state_dict."""
     check_resumed(found["resumed", way, method], alone(way, method))
 
@@ -151,7 +163,7 @@ SHAPES: list[tuple[int, ...]] = [(), (5,), (3, 4), (1, 4), (4, 1), (3, 1, 4), (2
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_block_has_its_numbers_or_is_refused(shape: tuple[int, ...]) -> None:
-    """All blocks of small tensors: their numbers are those of the whole. Refused are those that no span has."""
+    """All blocks of small tensors: their numbers are those of the whole, or no span has them."""
     whole = torch.arange(torch.Size(shape).numel()).view(shape)
     sides = [[(a, b) for a in range(n + 1) for b in range(a, n + 1)] for n in shape]
     taken = refused = 0
@@ -196,8 +208,14 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
     "a window": (lambda m: zokern.AdaMeZO(m), "rule is 'window_adam'.*zokern.Sgd"),
     "a quotient of factors": (lambda m: zokern.TeZO(m, rule=zokern.Adam()), "rule is 'adam'.*zokern.Sgd"),
     "gradients": (lambda m: zokern.Addax(m), "estimator is 'Mixed'.*zokern.Spsa"),
-    "norms of draws": (lambda m: zokern.MeZO(m, estimator=zokern.Kernel(clip_norm=1.0)), "estimator is 'Kernel'"),
-    "no module": (lambda m: zokern.MeZO(m.named_parameters()), "params is 'parameters without their module'.*pass"),
+    "norms of draws": (
+        lambda m: zokern.MeZO(m, estimator=zokern.Kernel(clip_norm=1.0)),
+        "estimator is 'Kernel'.*zokern.Spsa",
+    ),
+    "no module": (
+        lambda m: zokern.MeZO(m.named_parameters()),
+        "params is 'parameters without their module'.*pass the module",
+    ),
     "a rule that does not say": (lambda m: zokern.MeZO(m, rule=Own()), "rule is 'own'"),
 }  # fmt: skip
 

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-import zokern
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+import zokern
 
 WORLD, LONG, SHORT = 4, 20, 5
 X = torch.randn(6, 7, generator=torch.Generator().manual_seed(1))
@@ -60,15 +61,16 @@ def whole(p: Tensor) -> Tensor:
 
 
 # How a method is built, its steps and the dtype of the weights.
+BF16, FP32 = torch.bfloat16, torch.float32
 METHODS: dict[str, tuple[Callable[..., Any], int, torch.dtype]] = {
-    "MeZO": (lambda m, **k: zokern.MeZO(m, lr=1e-2, **k), LONG, torch.float32),
-    "Adam": (lambda m, **k: zokern.ZOAdam(m, lr=1e-2, weight_decay=0.1, **k), SHORT, torch.float32),
-    "Momentum": (lambda m, **k: zokern.ZOMomentum(m, lr=1e-2, **k), SHORT, torch.float32),
-    "LOZO": (lambda m, **k: zokern.LOZO(m, lr=1e-2, rank=2, interval=3, momentum=0.9, **k), SHORT, torch.float32),
-    "SubZero": (lambda m, **k: zokern.SubZero(m, lr=1e-2, rank=2, interval=3, **k), SHORT, torch.float32),
-    "PGAP": (lambda m, **k: zokern.PGAP(m, lr=1e-2, rank=2, probes=2, interval=3, **k), SHORT, torch.float32),
-    "residual": (lambda m, **k: zokern.MeZO(m, lr=1e-2, rounding="residual", **k), SHORT, torch.bfloat16),
-    "stochastic": (lambda m, **k: zokern.ZOAdam(m, lr=1e-3, rounding="stochastic", **k), SHORT, torch.bfloat16),
+    "MeZO": (lambda m, **k: zokern.MeZO(m, lr=1e-2, **k), LONG, FP32),
+    "Adam": (lambda m, **k: zokern.ZOAdam(m, lr=1e-2, weight_decay=0.1, **k), SHORT, FP32),
+    "Momentum": (lambda m, **k: zokern.ZOMomentum(m, lr=1e-2, **k), SHORT, FP32),
+    "LOZO": (lambda m, **k: zokern.LOZO(m, lr=1e-2, rank=2, interval=3, momentum=0.9, **k), SHORT, FP32),
+    "SubZero": (lambda m, **k: zokern.SubZero(m, lr=1e-2, rank=2, interval=3, **k), SHORT, FP32),
+    "PGAP": (lambda m, **k: zokern.PGAP(m, lr=1e-2, rank=2, probes=2, interval=3, **k), SHORT, FP32),
+    "residual": (lambda m, **k: zokern.MeZO(m, lr=1e-2, rounding="residual", **k), SHORT, BF16),
+    "stochastic": (lambda m, **k: zokern.ZOAdam(m, lr=1e-3, rounding="stochastic", **k), SHORT, BF16),
 }  # fmt: skip
 
 
@@ -195,12 +197,18 @@ def swapped(name: str, make: Callable[[Any], Any]) -> Iterator[None]:
         setattr(zokern.shards, name, right)
 
 
+def local_numbers(right: Callable[..., Any]) -> Callable[..., Any]:
+    """Numbers a block from 0 on every rank."""
+    return lambda *block: right(*block)._replace(first=0)
+
+
+# The sharding and the method, and what stands for which function of zokern.shards.
 WRONG: dict[str, tuple[str, str, str, Callable[[Any], Any]]] = {
-    "local numbers": ("rows", "Adam", "block", lambda right: lambda *a: right(*a)._replace(first=0)),
-    "local numbers of a factored z": ("rows", "LOZO", "block", lambda right: lambda *a: right(*a)._replace(first=0)),
+    "local numbers": ("rows", "Adam", "block", local_numbers),
+    "local numbers of a factored z": ("rows", "LOZO", "block", local_numbers),
     "consecutive rows": ("columns", "Adam", "block", lambda right: lambda *a: right(*a)._replace(pitch=None)),
     "gathered weights stay": ("fsdp 4", "Adam", "reshard", lambda right: lambda modules: None),
-}  # fmt: skip
+}
 
 
 def own_batch(model: nn.Module, rank: int) -> None:
@@ -216,10 +224,10 @@ APART: dict[str, Callable[[nn.Module, int], Any]] = {
 }
 
 
-def refused(run: Callable[[], Any]) -> Any:
+def refused(run: Callable[..., Any], *given: Any) -> Any:
     """Returns what a run found, or the words with which every rank refused it."""
     try:
-        return run()
+        return run(*given)
     except (RuntimeError, ValueError) as problem:
         words = [""] * WORLD
         dist.all_gather_object(words, f"{type(problem).__name__}: {problem}")
@@ -251,7 +259,7 @@ def sent(model: nn.Module) -> dict[str, int]:
 
 
 def resumed(way: str, make: dict[str, Callable[..., nn.Module]], method: str, folder: Path) -> dict[str, Any]:
-    """Returns what a run of 'fsdp 4' finds that was saved after three steps and goes on in another sharding."""
+    """Returns what a run of 'fsdp 4' finds that is saved after three steps and goes on otherwise sharded."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -309,9 +317,9 @@ def on_rank(rank: int, folder: str) -> None:
         one["ranks"] = len(set(several))
     for name, (way, method, function, wrong) in WRONG.items():
         with swapped(function, wrong), swapped("agree", lambda right: lambda *a: None):
-            found[name] = refused(lambda: train(method, make[way](METHODS[method][2])))
+            found[name] = refused(train, method, make[way](METHODS[method][2]))
     for name, wrong_rank in APART.items():
-        found[name] = refused(lambda: wrong_rank(make["mesh"](torch.float32), rank))
+        found[name] = refused(wrong_rank, make["mesh"](torch.float32), rank)
     for name in ("column-wise", "row-wise"):
         found[name] = train_coarsely(make[name](torch.float32))
     for way in ("fsdp 4", "row-wise"):

@@ -56,8 +56,8 @@ class Jvp(Master):
         """Returns the losses of theta and the slopes along z of the draw words; see Differentiates.slopes."""
         if plan.sharded:
             raise Refused(
-                "evaluation 'jvp' sets tangents of whole parameters, and here some are sharded (DTensor): use "
-                "an estimator that reads losses alone, as zokern.Spsa(), or leave the model unsharded"
+                "evaluation 'jvp' sets tangents of whole parameters, and here some are sharded (DTensor): "
+                "use an estimator that reads losses alone, as zokern.Spsa(), or leave the model unsharded"
             )
         isolation, self.held = Isolation(plan), 0
         deferred = self.holding(plan, [THETA]) if plan.deferred else nullcontext(lambda side: False)

@@ -7,6 +7,6 @@ from .ties import Trained, check_overlap, check_tie, trained
 from .wrappers import check_flat, check_model, inner, processes
 
 __all__ = [
-    "Trained", "check_flat", "check_model", "check_overlap", "check_parameter", "check_tie", "check_trained", "ids",
-    "inner", "is_wrapped", "named_groups", "plain", "plain_names", "processes", "trained",
+    "Trained", "check_flat", "check_model", "check_overlap", "check_parameter", "check_tie", "check_trained",
+    "ids", "inner", "is_wrapped", "named_groups", "plain", "plain_names", "processes", "trained",
 ]  # fmt: skip

@@ -34,10 +34,10 @@ def check_parameter(name: str, tensor: Tensor) -> None:
             f"parameter {name!r} of a lazy module has no shape yet; run the module once before the optimizer "
             "is built"
         )
-    if type(tensor).__name__ == "FlatParameter":
+    if getattr(tensor, "_is_flat_param", False):
         raise TypeError(
-            f"parameter {name!r} is a flat parameter of FullyShardedDataParallel, which hides the weights: use "
-            "torch.distributed.fsdp.fully_shard"
+            f"parameter {name!r} is a flat parameter of FullyShardedDataParallel, which hides the weights: "
+            "use torch.distributed.fsdp.fully_shard"
         )
     tensor = shards.block(name, tensor).memory if shards.is_sharded(tensor) else tensor
     if tensor.device.type in NO_MEMORY:
