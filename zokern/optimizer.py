@@ -104,7 +104,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self.deferred = Deferred(self.run, self.bases, self.low_bits, self._lock, defer)
         self.work.parts(self.bases, self.low_bits, self.deferred, self.rule, self.estimator)
         if self.work.sharded:
-            shards.check(self, self.work.tree.is_open)
+            shards.check(self)
         if self.factored is not None and self.work.model is not None:
             self.deferred.watch(self.work.model, params)
 
@@ -267,7 +267,7 @@ class ZerothOrder(torch.optim.Optimizer):
                 "inside the closure (torch.distributed.all_reduce)"
             )
         if work.sharded:
-            shards.check(self, work.tree.is_open)
+            shards.check(self)
             shards.reshard(work.tree.modules)
         work.check_tree()
         work.check_groups(self.param_groups)

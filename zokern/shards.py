@@ -160,10 +160,8 @@ class Parts(Protocol):
     tape: Any
 
 
-def check(optimizer: Parts, is_open: bool) -> None:
-    """Raises ValueError, by its argument, for a part that needs whole parameters.
-
-    is_open  whether the optimizer was given parameters without their module: then no one resharded it"""
+def check(optimizer: Parts) -> None:
+    """Raises ValueError, by its argument, for a part of an optimizer that needs whole parameters."""
     evaluation, rule, estimator = optimizer.evaluation, optimizer.rule, optimizer.estimator
     inner = getattr(estimator, "inner", estimator)
     reads = evaluation.name == "auto" or not (evaluation.stands_in or hasattr(evaluation, "slopes"))
@@ -173,7 +171,6 @@ def check(optimizer: Parts, is_open: bool) -> None:
         moves = False
     losses = not getattr(estimator, "backpropagates", False) and getattr(inner, "clip_norm", None) is None
     for fits, argument, value, way_out in (
-        (not is_open, "params", "parameters without their module", "pass the module: zokern.MeZO(model)"),
         (reads, "evaluation", evaluation.name, "use 'master', 'inplace' or 'auto'"),
         (moves, "rule", rule.name, "use zokern.Sgd(), zokern.Momentum() or, with a dense z, zokern.Adam()"),
         (not optimizer.scaled, "direction", optimizer.scaled and optimizer.scaled.name, "use 'normal'"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -83,6 +84,14 @@ def test_a_sharded_run_has_the_bits_of_one_process(way: str, method: str, found:
     assert len(different(mine["weights"], start)) == len(start)  # all of them moved
 
 
+@pytest.mark.parametrize("name", sharded.OTHERS)
+def test_every_method_has_the_bits_of_one_process(name: str, found: Any) -> None:
+    mine, right = found[name], sharded.in_brief(name, sharded.Gathered(), evaluation="master")
+    assert mine["losses"] == right["losses"] and mine["ranks"] == 1
+    assert not different(mine["weights"], right["weights"])
+    assert different(mine["weights"], dict(sharded.Gathered().named_parameters()))
+
+
 @pytest.mark.parametrize("name", sharded.WRONG)
 def test_wrong_versions_have_other_bits(name: str, found: Any, alone: Any) -> None:
     """The comparison above finds local numbers, a lost pitch and gathered weights that stay in place."""
@@ -113,8 +122,30 @@ def test_tensor_parallel_runs_have_the_weights_of_equal_losses(way: str, found: 
 
 @pytest.mark.parametrize("way", ["fsdp 4", "row-wise"])
 def test_a_step_sends_what_its_forwards_send(way: str, found: Any) -> None:
+    """It copies the shards alone."""
     sent = found["sent", way]
     assert sent["step"] == sent["forwards"] > 0
+    assert sent["copy"] == sent["shards"] < sum(p.nbytes for p in sharded.Layers().parameters())
+
+
+def test_ranks_with_a_batch_each_may_average_the_loss(found: Any) -> None:
+    assert found["averaged"]["ranks"] == 1 and len(set(found["averaged"]["losses"])) > 2
+
+
+def test_the_blocks_of_the_page_run(mesh: Any) -> None:
+    class Scored(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = sharded.Layers()
+
+        def forward(self, x: Tensor) -> Any:
+            return SimpleNamespace(loss=self.layers(x).square().mean())
+
+    names = {"torch": torch, "zokern": zokern, "model": Scored(), "loader": [{"x": sharded.X}] * 2}
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/shards.md").read_text(), re.M | re.S)
+    for source in blocks:
+        exec(compile(source, "docs/shards.md", "exec"), names)
+    assert len(blocks) == 2 and names["opt"].steps == 3
 
 
 # Saving -----------------------------------------------------------------------------------------------------
@@ -212,10 +243,6 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
         lambda m: zokern.MeZO(m, estimator=zokern.Kernel(clip_norm=1.0)),
         "estimator is 'Kernel'.*zokern.Spsa",
     ),
-    "no module": (
-        lambda m: zokern.MeZO(m.named_parameters()),
-        "params is 'parameters without their module'.*pass the module",
-    ),
     "a rule that does not say": (lambda m: zokern.MeZO(m, rule=Own()), "rule is 'own'"),
 }  # fmt: skip
 
@@ -265,14 +292,28 @@ def test_sums_that_are_not_made_are_refused(mesh: Any) -> None:
         zokern.MeZO(model)
 
 
-def test_inplace_moves_shards_too(mesh: Any) -> None:
-    """As in one process, also after a forward that left the gathered weights in the root."""
+@pytest.mark.parametrize("evaluation", ["inplace", "master"])
+@pytest.mark.parametrize("given", ["module", "pairs"])
+def test_gathered_weights_that_an_earlier_forward_left_are_not_read(
+    given: str, evaluation: str, mesh: Any
+) -> None:
+    """fully_shard keeps those of the root in place. Pairs do not say which module has them."""
     model, alone = sharded.fsdp(mesh, torch.float32), sharded.Layers()
+    params = model if given == "module" else list(model.named_parameters())
+    opt = sharded.built("Adam", params, evaluation=evaluation)
     with torch.no_grad():
         model(sharded.X)
-    mine = sharded.train("Adam", model, evaluation="inplace")
-    right = sharded.train("Adam", alone, evaluation="inplace")
+    mine = sharded.train("Adam", model, opt=opt)
+    right = sharded.train("Adam", alone, evaluation=evaluation)
     assert mine["losses"] == right["losses"] and not different(mine["weights"], right["weights"])
+
+
+def test_eps_and_lr_are_found_for_shards(mesh: Any) -> None:
+    found = []
+    for model in (sharded.fsdp(mesh, torch.float32), sharded.Layers()):
+        read = [sharded.closure(model)]
+        found.append(zokern.tune(sharded.built("MeZO", model), read, evaluation=zokern.Master()))
+    assert (found[0].lr, found[0].eps) == (found[1].lr, found[1].eps)
 
 
 def test_a_checkpoint_that_lacks_state_is_refused(mesh: Any) -> None:

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import zokern
+import zokern.methods
 
 WORLD, LONG, SHORT = 4, 20, 5
 X = torch.randn(6, 7, generator=torch.Generator().manual_seed(1))
@@ -112,13 +113,15 @@ def reference(method: str, kind: type[nn.Module], **options: Any) -> dict[str, A
 # Ways to shard ----------------------------------------------------------------------------------------------
 
 
-def fsdp(mesh: Any, dtype: torch.dtype) -> nn.Module:
-    """Returns the layers, each with a group of its own; the last one is in that of the root."""
+def fsdp(mesh: Any, dtype: torch.dtype, place: Callable[[nn.Parameter], Any] | None = None) -> nn.Module:
+    """Returns the layers, each with a group of its own; the last one is in that of the root.
+
+    place  the dimension that a parameter is sharded along; None: the first"""
     from torch.distributed.fsdp import fully_shard
 
     model = Layers(dtype)
     for layer in (model[0], model[2]):
-        fully_shard(layer, mesh=mesh)
+        fully_shard(layer, mesh=mesh, shard_placement_fn=place)
     return fully_shard(model, mesh=mesh)
 
 
@@ -164,6 +167,7 @@ def ways() -> dict[str, Callable[[torch.dtype], nn.Module]]:
     return {
         "fsdp 4": lambda dtype: fsdp(line, dtype),
         "fsdp 2": lambda dtype: fsdp(square["right"], dtype),
+        "fsdp columns": lambda dtype: fsdp(line, dtype, lambda p: s1 if p.shape == (6, 8) else s0),
         "hybrid": lambda dtype: fsdp(square, dtype),
         "rows": lambda dtype: placed(line, dtype, a=[s0], b=[s0], c=[s0], d=[s0]),
         "columns": lambda dtype: placed(line, dtype, a=[s1], b=[s0], c=[s1], d=[s1]),
@@ -178,12 +182,31 @@ def ways() -> dict[str, Callable[[torch.dtype], nn.Module]]:
 
 # What runs --------------------------------------------------------------------------------------------------
 
-LAYERS = ("fsdp 4", "fsdp 2", "hybrid", "both")
+LAYERS = ("fsdp 4", "fsdp 2", "fsdp columns", "hybrid", "both")
 CASES = [("fsdp 4", method) for method in METHODS]
-CASES += [("fsdp 2", method) for method in ("MeZO", "Adam", "residual")]
-CASES += [("mesh", method) for method in METHODS if method != "MeZO"]
-CASES += [(way, method) for way in ("hybrid", "both", "columns", "rows") for method in ("Adam", "LOZO")]
-CASES += [("inner", "Adam"), ("replicated", "Adam"), ("columns", "residual")]
+CASES += [("fsdp 2", "MeZO"), ("fsdp 2", "residual"), ("fsdp columns", "Adam"), ("hybrid", "Adam")]
+CASES += [(way, method) for way in ("mesh", "columns") for method in ("Adam", "LOZO", "residual")]
+CASES += [
+    ("mesh", "stochastic"),
+    ("both", "LOZO"),
+    ("rows", "Adam"),
+    ("inner", "Adam"),
+    ("replicated", "Adam"),
+]
+
+REFUSED = {"FGD", "SparseMeZO", "HiZOO", "DiZO", "AdaMeZO", "Addax", "Hybrid"}
+OTHERS = sorted(set(zokern.methods.METHODS) - REFUSED - {"MeZO"})
+
+
+def in_brief(name: str, model: nn.Module, **options: Any) -> dict[str, Any]:
+    """Returns the weights and losses of two steps of a method as it is built by default."""
+    read = closure(model)
+    full = {"full": read} if name == "MeZOSVRG" else {}
+    opt = zokern.methods.METHODS[name](model, lr=1e-3, eps=1e-2, seed=3, **full, **options)
+    asked = (lambda: model(X).square().mean(1)) if name == "DPZO" else read
+    losses = [zokern.step(opt, asked).losses for _ in range(2)]
+    weights = {key: whole(p).detach().clone() for key, p in model.named_parameters()}
+    return {"weights": weights, "states": {}, "losses": losses}
 
 
 @contextlib.contextmanager
@@ -209,6 +232,20 @@ WRONG: dict[str, tuple[str, str, str, Callable[[Any], Any]]] = {
     "consecutive rows": ("columns", "Adam", "block", lambda right: lambda *a: right(*a)._replace(pitch=None)),
     "gathered weights stay": ("fsdp 4", "Adam", "reshard", lambda right: lambda modules: None),
 }
+
+
+def averaged(model: nn.Module, rank: int) -> dict[str, Any]:
+    """Returns what a run finds whose ranks read a batch each, and average the loss."""
+    opt = built("Adam", model)
+
+    def shared() -> Tensor:
+        loss = model(X + rank).square().mean()
+        dist.all_reduce(loss)
+        return loss / WORLD
+
+    losses = [loss for _ in range(SHORT) for loss in zokern.step(opt, shared).losses[0]]
+    weights = {name: whole(p).detach().clone() for name, p in model.named_parameters()}
+    return {"weights": weights, "states": {}, "losses": losses}
 
 
 def own_batch(model: nn.Module, rank: int) -> None:
@@ -246,7 +283,7 @@ class Sent(TorchDispatchMode):
 
 
 def sent(model: nn.Module) -> dict[str, int]:
-    """Returns the bytes of a step beside those of two forwards."""
+    """Returns the bytes that a step and two forwards send, and those of the copy and of the shards."""
     opt = built("Adam", model)
     zokern.step(opt, closure(model))  # the first step reads losses twice
     with Sent() as step:
@@ -255,7 +292,9 @@ def sent(model: nn.Module) -> dict[str, int]:
         for _ in range(2):
             zokern.shards.reshard(model.modules())
             closure(model)()
-    return {"step": step.bytes, "forwards": forwards.bytes}
+    shards = sum(zokern.shards.local(p).nbytes for p in model.parameters())
+    copy = opt.result.scratch_bytes
+    return {"step": step.bytes, "forwards": forwards.bytes, "copy": copy, "shards": shards}
 
 
 def resumed(way: str, make: dict[str, Callable[..., nn.Module]], method: str, folder: Path) -> dict[str, Any]:
@@ -295,11 +334,13 @@ def kept(make: dict[str, Callable[..., nn.Module]], method: str, file: Path) -> 
     return train(method, other, METHODS[method][1] - 3, again)
 
 
-def digest(found: dict[str, Any]) -> str:
-    """Returns a checksum of weights and states."""
+def counted(found: dict[str, Any]) -> dict[str, Any]:
+    """Adds how many different weights and states the ranks have."""
     bits = [t.contiguous().view(torch.uint8).numpy().tobytes() for part in ("weights", "states")
             for t in found[part].values()]  # fmt: skip
-    return hashlib.sha256(b"".join(bits)).hexdigest()
+    several: list[Any] = [None] * WORLD
+    dist.all_gather_object(several, hashlib.sha256(b"".join(bits)).hexdigest())
+    return {**found, "ranks": len(set(several))}
 
 
 def on_rank(rank: int, folder: str) -> None:
@@ -311,10 +352,10 @@ def on_rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{here / 'store'}", rank=rank, world_size=WORLD)
     make, found = ways(), dict[Any, Any]()
     for way, method in CASES:
-        found[way, method] = one = train(method, make[way](METHODS[method][2]))
-        several: list[Any] = [None] * WORLD
-        dist.all_gather_object(several, digest(one))
-        one["ranks"] = len(set(several))
+        found[way, method] = counted(train(method, make[way](METHODS[method][2])))
+    for name in OTHERS:
+        found[name] = counted(in_brief(name, make["columns"](torch.float32)))
+    found["averaged"] = counted(averaged(make["hybrid"](torch.float32), rank))
     for name, (way, method, function, wrong) in WRONG.items():
         with swapped(function, wrong), swapped("agree", lambda right: lambda *a: None):
             found[name] = refused(train, method, make[way](METHODS[method][2]))

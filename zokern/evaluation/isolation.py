@@ -108,6 +108,8 @@ class Isolation:
         its parts are isolated with it."""
         if any(module in isolation.tree.members for isolation in self.found):
             return
+        if self.plan.sharded:  # an earlier forward may have left gathered weights in its parts
+            shards.reshard(module.modules())
         if any(id(p) in self.trained for p in module.parameters()) and _takes_hooks(module):
             parts = set(module.modules())
             self.tree.found = [root for root in self.tree.found if root not in parts] + [module]

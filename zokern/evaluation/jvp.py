@@ -57,7 +57,8 @@ class Jvp(Master):
         if plan.sharded:
             raise Refused(
                 "evaluation 'jvp' sets tangents of whole parameters, and here some are sharded (DTensor): "
-                "use an estimator that reads losses alone, as zokern.Spsa(), or leave the model unsharded"
+                "use what reads losses alone, zokern.Spsa() or zokern.tune(evaluation=zokern.Master()), or "
+                "leave the model unsharded"
             )
         isolation, self.held = Isolation(plan), 0
         deferred = self.holding(plan, [THETA]) if plan.deferred else nullcontext(lambda side: False)
