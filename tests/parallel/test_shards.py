@@ -86,10 +86,10 @@ def test_a_sharded_run_has_the_bits_of_one_process(way: str, method: str, found:
 
 @pytest.mark.parametrize("name", sharded.OTHERS)
 def test_every_method_has_the_bits_of_one_process(name: str, found: Any) -> None:
-    mine, right = found[name], sharded.in_brief(name, sharded.Gathered(), evaluation="master")
+    mine, right = found[name], sharded.in_brief(name, sharded.Layers(), evaluation="master")
     assert mine["losses"] == right["losses"] and mine["ranks"] == 1
     assert not different(mine["weights"], right["weights"])
-    assert different(mine["weights"], dict(sharded.Gathered().named_parameters()))
+    assert different(mine["weights"], dict(sharded.Layers().named_parameters()))
 
 
 @pytest.mark.parametrize("name", sharded.WRONG)

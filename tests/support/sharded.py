@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import logging
 import sys
 import warnings
@@ -354,7 +355,7 @@ def on_rank(rank: int, folder: str) -> None:
     for way, method in CASES:
         found[way, method] = counted(train(method, make[way](METHODS[method][2])))
     for name in OTHERS:
-        found[name] = counted(in_brief(name, make["columns"](torch.float32)))
+        found[name] = counted(in_brief(name, make["fsdp columns"](torch.float32)))
     found["averaged"] = counted(averaged(make["hybrid"](torch.float32), rank))
     for name, (way, method, function, wrong) in WRONG.items():
         with swapped(function, wrong), swapped("agree", lambda right: lambda *a: None):
@@ -388,4 +389,6 @@ def train_coarsely(model: nn.Module) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    for late in ("fsdp", "tensor.parallel", "tensor.experimental", "checkpoint.state_dict"):
+        importlib.import_module(f"torch.distributed.{late}")  # once, and not in every process
     torch.multiprocessing.start_processes(on_rank, (sys.argv[1],), nprocs=WORLD, start_method="fork")
