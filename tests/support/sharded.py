@@ -67,7 +67,6 @@ BF16, FP32 = torch.bfloat16, torch.float32
 METHODS: dict[str, tuple[Callable[..., Any], int, torch.dtype]] = {
     "MeZO": (lambda m, **k: zokern.MeZO(m, lr=1e-2, **k), LONG, FP32),
     "Adam": (lambda m, **k: zokern.ZOAdam(m, lr=1e-2, weight_decay=0.1, **k), SHORT, FP32),
-    "Momentum": (lambda m, **k: zokern.ZOMomentum(m, lr=1e-2, **k), SHORT, FP32),
     "LOZO": (lambda m, **k: zokern.LOZO(m, lr=1e-2, rank=2, interval=3, momentum=0.9, **k), SHORT, FP32),
     "SubZero": (lambda m, **k: zokern.SubZero(m, lr=1e-2, rank=2, interval=3, **k), SHORT, FP32),
     "PGAP": (lambda m, **k: zokern.PGAP(m, lr=1e-2, rank=2, probes=2, interval=3, **k), SHORT, FP32),
@@ -174,7 +173,6 @@ def ways() -> dict[str, Callable[[torch.dtype], nn.Module]]:
         "columns": lambda dtype: placed(line, dtype, a=[s1], b=[s0], c=[s1], d=[s1]),
         "inner": lambda dtype: placed(line, dtype, a=[r], b=[r], c=[s2], d=[r]),
         "mesh": lambda dtype: placed(square, dtype, a=[s0, s1], b=[r, s0], c=[s0, s2], d=[s1, s1]),
-        "replicated": lambda dtype: placed(line, dtype, a=[r], b=[r], c=[r], d=[r]),
         "column-wise": lambda dtype: tensor_parallel(line, rows=False),
         "row-wise": lambda dtype: tensor_parallel(line, rows=True),
         "both": lambda dtype: both(square),
@@ -186,14 +184,8 @@ def ways() -> dict[str, Callable[[torch.dtype], nn.Module]]:
 LAYERS = ("fsdp 4", "fsdp 2", "fsdp columns", "hybrid", "both")
 CASES = [("fsdp 4", method) for method in METHODS]
 CASES += [("fsdp 2", "MeZO"), ("fsdp 2", "residual"), ("fsdp columns", "Adam"), ("hybrid", "Adam")]
-CASES += [(way, method) for way in ("mesh", "columns") for method in ("Adam", "LOZO", "residual")]
-CASES += [
-    ("mesh", "stochastic"),
-    ("both", "LOZO"),
-    ("rows", "Adam"),
-    ("inner", "Adam"),
-    ("replicated", "Adam"),
-]
+CASES += [("mesh", method) for method in ("Adam", "LOZO", "residual", "stochastic")]
+CASES += [("columns", "Adam"), ("both", "LOZO"), ("rows", "Adam"), ("inner", "Adam")]
 
 REFUSED = {"FGD", "SparseMeZO", "HiZOO", "DiZO", "AdaMeZO", "Addax", "Hybrid"}
 OTHERS = sorted(set(zokern.methods.METHODS) - REFUSED - {"MeZO"})
@@ -368,7 +360,7 @@ def on_rank(rank: int, folder: str) -> None:
         found["sent", way] = sent(make[way](torch.float32))
     for way, method in (("hybrid", "Adam"), ("fsdp 2", "LOZO"), ("fsdp 2", "residual")):
         found["resumed", way, method] = resumed(way, make, method, here)
-    for method in ("Adam", "LOZO", "residual"):
+    for method in ("Adam", "residual"):
         found["kept", method] = kept(make, method, here / f"{rank} {method}.pt")
     if rank == 0:
         torch.save(found, here / "found.pt")
