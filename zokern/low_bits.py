@@ -24,14 +24,12 @@ class LowBits:
         self.is_on, self.states = is_on, states
         self.written: dict[int, int] = {}  # by id of a tensor: its version counter after the last update
 
-    def of(self, tensors: Sequence[Tensor], thetas: Sequence[Tensor]) -> TensorList | None:
+    def of(self, tensors: Sequence[Tensor]) -> TensorList | None:
         """Returns the low bits of each tensor; None where rounding is another. Raises ValueError for
-        float16.
+        float16."""
+        return TensorList.lasting([self._of(tensor) for tensor in tensors]) if self.is_on else None
 
-        thetas  the memory of the tensors (Group.theta)"""
-        return TensorList.lasting(list(map(self._of, tensors, thetas))) if self.is_on else None
-
-    def _of(self, tensor: Tensor, theta: Tensor) -> Tensor:
+    def _of(self, tensor: Tensor) -> Tensor:
         if tensor.dtype != torch.bfloat16:
             if tensor.dtype == torch.float16:
                 raise ValueError(
@@ -42,7 +40,8 @@ class LowBits:
             return torch.empty(0, dtype=torch.int16, device=tensor.device)
         state = self.states[tensor]
         if "residual" not in state:
-            state["residual"] = torch.zeros(theta.shape, dtype=torch.int16, device=tensor.device)
+            shape = shards.block("of a state", tensor).memory.shape
+            state["residual"] = torch.zeros(shape, dtype=torch.int16, device=tensor.device)
         return state["residual"]
 
     def drop(self, groups: Iterable[Group]) -> None:

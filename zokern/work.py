@@ -236,7 +236,7 @@ class Work:
         torch.distributed loads."""
         entries = [entry for group in self.entries for entry in group if entry.tensor.requires_grad]
         for entry in entries if self.sharded else ():
-            self.low_bits.of([entry.tensor], [shards.block(entry.name, entry.tensor).memory])
+            self.low_bits.of([entry.tensor])
             keeps = self.rule.keeps(entry.tensor.shape, None)
             known = states.get(entry.tensor, {})
             if keeps.counted and "updates" not in known and self.bases.draw_shape(entry) is None:
@@ -294,7 +294,7 @@ class Work:
             names=[entry.name for entry in entries],
             tensors=tensors,
             spans=backends.SpanList([backends.Span(e.who, *block[1:]) for e, block in zip(entries, blocks)]),
-            residuals=self.low_bits.of(tensors, theta),
+            residuals=self.low_bits.of(tensors),
             eps=float(options["eps"]),
             options=options,
             backend=backends.resolve(self.backend, device),
