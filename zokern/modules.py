@@ -131,8 +131,6 @@ def _attributes(value: Any) -> dict | None:
         value, "__dict__"
     ):
         return None
-    if type(value).__module__.startswith("torch.distributed."):
-        return None  # of fully_shard: it belongs to forwards to come, and not to the weights
     return vars(value)
 
 

@@ -64,7 +64,8 @@ def step(
     Returns a StepResult. Writes the trained parameters, once, and nothing else: RNG streams, train/eval
     flags, buffers, attributes of modules and the module tree are as they were. If the closure raises, the
     weights are as they were (evaluation 'inplace': up to rounding). The first step reads its first loss
-    twice, and the loss of theta. Raises TypeError, before anything is read, for another optimizer, for what
+    twice, and the loss of theta. Raises RuntimeError, on all ranks, where ranks of sharded weights read other
+    losses (zokern/shards.py). Raises TypeError, before anything is read, for another optimizer, for what
     is no closure, and for a first_order that nothing uses; RuntimeError when the closure is not repeatable,
     changed the weights or never used them, after too many skipped or dead steps in a row, and when the update
     made weights inf or NaN. Malladi et al. 2023, Algorithm 1."""
