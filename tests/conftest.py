@@ -38,6 +38,7 @@ LONGEST = (
     "test_update_sass",
     "test_deferred",
     "test_update_triton",
+    "test_shards",
     "test_step",
     "test_methods",
     "test_evaluations",

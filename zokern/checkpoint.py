@@ -4,6 +4,7 @@ before anything changes."""
 from __future__ import annotations
 
 import hashlib
+import io
 import numbers
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -44,6 +45,18 @@ def own_entry(optimizer: Saved) -> dict[str, Any]:
         "stream": VERSION, "seed": run.seed, "step": run.step, "skips": guards.skips, "dead": guards.dead,
         "recipe": recipe(optimizer), "state": learned,
     }  # fmt: skip
+
+
+def packed(own: dict[str, Any]) -> bytes:
+    """Returns the entry as one value for param_groups, which torch.distributed.checkpoint saves."""
+    file = io.BytesIO()
+    torch.save(own, file)
+    return file.getvalue()
+
+
+def unpacked(pack: bytes) -> dict[str, Any]:
+    """Returns the entry that packed() made one value of."""
+    return torch.load(io.BytesIO(pack), weights_only=True)
 
 
 def _keepers(optimizer: Saved) -> dict[str, Any]:
@@ -154,4 +167,4 @@ def check(optimizer: Saved, state_dict: dict[str, Any]) -> dict[str, Any]:
     return own
 
 
-__all__ = ["check", "load_parts", "own_entry", "recipe"]
+__all__ = ["check", "load_parts", "own_entry", "packed", "recipe", "unpacked"]

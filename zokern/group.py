@@ -337,8 +337,8 @@ class _Stream:
         self, matrix: Matrix, draws: Sequence[tuple[int, int]], weights: Sequence[float], omega: Tensor,
         transposed: bool = False
     ) -> Tensor:  # fmt: skip
-        span = next(span for span, one in zip(self.group.spans, self.group.matrices or ()) if one is matrix)
-        noise = Noise(Normal(), self.seed, draws)
+        # z of the whole matrix, also where this process holds a shard of its weights
+        noise, span = Noise(Normal(), self.seed, draws), _span(matrix)
         return gemm.sketch_of(self.group.backend, noise, weights, span, matrix.shape, omega, transposed)
 
 

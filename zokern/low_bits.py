@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import shards
 from .backends import TensorList
 from .fingerprint import versions_of
 from .group import Group
@@ -39,7 +40,8 @@ class LowBits:
             return torch.empty(0, dtype=torch.int16, device=tensor.device)
         state = self.states[tensor]
         if "residual" not in state:
-            state["residual"] = torch.zeros(tensor.shape, dtype=torch.int16, device=tensor.device)
+            shape = shards.block("of a state", tensor).memory.shape
+            state["residual"] = torch.zeros(shape, dtype=torch.int16, device=tensor.device)
         return state["residual"]
 
     def drop(self, groups: Iterable[Group]) -> None:
@@ -49,13 +51,14 @@ class LowBits:
             return
         for group in groups:
             for tensor, low in zip(group.tensors, group.residuals or ()):
-                if self.written.get(id(tensor), tensor._version) != tensor._version:
+                version = shards.local(tensor)._version
+                if self.written.get(id(tensor), version) != version:
                     low.zero_()
 
     def accept(self, tensors: Sequence[Tensor]) -> None:
         """Takes the weights as they are now: their low bits belong to them."""
         if self.is_on:
-            self.written.update(zip(map(id, tensors), versions_of(tensors)))
+            self.written.update(zip(map(id, tensors), versions_of(map(shards.local, tensors))))
 
 
 __all__ = ["LowBits"]

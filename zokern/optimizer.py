@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backends, checkpoint, directions, options, parameters, underflow
+from . import backends, checkpoint, directions, options, parameters, shards, underflow
 from . import evaluation as evaluations
 from .bases import Bases
 from .deferred import Deferred
@@ -89,6 +89,8 @@ class ZerothOrder(torch.optim.Optimizer):
         self.scaling = Scaling(self.scaled, self.state)
         self.deferred = Deferred(self.run, self.bases, self.low_bits, self._lock, defer)
         self.work.parts(self.bases, self.low_bits, self.deferred, self.rule, self.estimator)
+        if self.work.sharded:
+            shards.check(self)
         if self.factored is not None and self.work.model is not None:
             self.deferred.watch(self.work.model, params)
 
@@ -143,13 +145,16 @@ class ZerothOrder(torch.optim.Optimizer):
         went on."""
         self.flush()
         self.look()  # the counters of skipped and dead steps belong to the state
-        return {**super().state_dict(), "zokern": checkpoint.own_entry(self)}
+        state_dict = {**super().state_dict(), "zokern": checkpoint.own_entry(self)}
+        return self.work.shard(state_dict, self._held(state_dict)) if self.work.sharded else state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resumes: takes options, seed, step number, and what residuals, rules and other parts keep.
 
         Raises ValueError, before anything has changed, for another stream version, other parameter names,
         another recipe (method, rule, estimator, rounding, ...) and state of other shapes."""
+        if self.work.sharded:
+            state_dict = self.work.unshard(state_dict, self._held(state_dict))
         own = checkpoint.check(self, state_dict)
         held = self._held(state_dict)
         for entry, values in held:
@@ -199,11 +204,13 @@ class ZerothOrder(torch.optim.Optimizer):
         closure, first_order  as for zokern.step, which returns the whole record
         reads                 False: return None, and do not wait for the losses
 
-        Without a closure it does nothing while every lr is 0, because torch.distributed.checkpoint probes an
-        optimizer so. Raises TypeError without one otherwise, and what zokern.step raises."""
+        Without a closure it moves nothing while every lr is 0, because torch.distributed.checkpoint has an
+        optimizer make its state so. Raises TypeError without one otherwise, and what zokern.step raises."""
         if closure is None:
             taken, self.taken = self.taken, False
             if taken or all(float(group["lr"]) == 0.0 for group in self.param_groups):
+                if not taken:
+                    self.work.start(self.state)
                 return None
             raise TypeError(
                 "step() needs a closure that computes the loss: it is read at more than one point"
@@ -248,6 +255,9 @@ class ZerothOrder(torch.optim.Optimizer):
                 "loss over the processes "
                 "inside the closure (torch.distributed.all_reduce)"
             )
+        if work.sharded:
+            shards.check(self)
+            shards.reshard(work.tree.modules)
         work.check_tree()
         work.check_groups(self.param_groups)
         for given in self.param_groups:
@@ -262,6 +272,7 @@ class ZerothOrder(torch.optim.Optimizer):
         plan = Plan(
             work.groups, self.direction, self.seed, self.steps, self.rounding, work.tree, self.factored,
             scopes=work.scopes, earlier=earlier, maximize=self.guards.maximize, tape=self.tape,
+            sharded=work.sharded,
         )  # fmt: skip
         self.scaling.renew(plan)
         for group in work.groups:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autocast, stream
+from . import autocast, shards, stream
 from .backends import Noise
 from .directions import Direction, LowRank
 from .group import Draw, Group
@@ -44,7 +44,8 @@ class Plan:
     earlier   those of the step before, which are taken over if this step names them too
     tape      what a captured step does on the host; None: the step is not captured
     rows      whether the closure returns a vector, the loss of each example
-    maximize  whether the loss is a reward: the weights move along + g"""
+    maximize  whether the loss is a reward: the weights move along + g
+    sharded   whether this process holds a block of some parameters (shards.py)"""
 
     groups: list[Group]
     direction: Direction
@@ -60,6 +61,7 @@ class Plan:
     earlier: Scopes = field(default_factory=dict, repr=False)
     rows: bool = False
     maximize: bool = False
+    sharded: bool = False
     tape: Any = None  # of a step that is captured (graph.py)
 
     @cached_property
@@ -71,6 +73,10 @@ class Plan:
     def names(self) -> list[str]:
         """The names of the parameters of all groups."""
         return [name for group in self.groups for name in group.names]
+
+    def memory(self) -> list[Tensor]:
+        """Returns what this process holds of each of `tensors`."""
+        return [shards.local(tensor) for tensor in self.tensors] if self.sharded else self.tensors
 
     def only(self, scope: Collection[str] | None) -> Plan:
         """Returns the same step of some parameters; None: of all. Raises ValueError if none of them is

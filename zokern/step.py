@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import underflow
+from . import shards, underflow
 from .backends import Projection
 from .estimator import Estimate, Estimator, Oracle
 from .evaluation import Evaluation, NotRepeatable
@@ -71,8 +71,8 @@ def step(
     first loss twice, and the loss of theta.
     Raises TypeError, before anything is read, for another optimizer, for what is no closure, and for a
     first_order that nothing uses. Raises RuntimeError when the closure is not repeatable, changed the
-    weights or never used them, after too many skipped or dead steps in a row, and when the update made
-    weights inf or NaN.
+    weights or never used them, after too many skipped or dead steps in a row, when the update made weights
+    inf or NaN, and, on all ranks, where ranks of sharded weights read other losses.
     Malladi et al. 2023, Algorithm 1."""
     optimizer = unwrapped(optimizer)
     if not callable(closure):
@@ -207,6 +207,8 @@ def _check(optimizer: Steps, oracle: Oracle) -> tuple[str, ...]:
     if plan.tape is not None or not optimizer.guards.is_due(plan.step, first):
         return ()
     found = oracle.asked.losses.tolist()
+    if plan.sharded:
+        shards.agree(plan.tensors, plan.seed, plan.step, found)
     again, base = oracle.again()
     if not repeats(plan, found, again, optimizer.evaluation.exact):
         raise NotRepeatable(found[0], again)

@@ -52,7 +52,7 @@ def swallowed(plan: Plan, group: Group, members: list[int] | None = None) -> flo
         return 0.0
     tensors = [heads(group.theta[i]).contiguous() for i in members]
     outs = [torch.empty_like(tensor) for tensor in tensors]
-    spans = [group.spans[i] for i in members]
+    spans = [group.spans[i]._replace(pitch=None) for i in members]  # the sample is flat
     factors = [group.scale(i) for i in members]
     scales = [None if given is None else heads(given).contiguous() for given in factors]
     # a factored z is not drawn yet: normals of the root mean square of its elements stand for it

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backends, parameters
+from . import backends, checkpoint, parameters, shards
 from .bases import Bases
 from .deferred import Deferred
 from .estimator import Estimator
@@ -38,6 +38,8 @@ class Work:
         self.names: dict[str, str] = {}
         if self.model is not None:
             self.names = {**parameters.plain_names(params), **parameters.plain_names(self.model)}
+            parameters.check_flat(params)
+            shards.reshard(self.model.modules())
         self.given = parameters.named_groups(params, self.names)
         parameters.check_trained(self.given)
         names = [name for group in self.given for name, _ in group["params"]]
@@ -49,6 +51,7 @@ class Work:
         self.scopes: dict = {}
         # of the modules, not given to the optimizer; found once for a tree
         self._others: list[Tensor] | None = None
+        self.sharded = False  # whether some entries are DTensors
         self._flags: list[bool] = []  # which entries are trained
         self._active: list[Trained] = []  # those that are
         self._all: list[Tensor] = []  # their tensors, with all aliases
@@ -98,6 +101,7 @@ class Work:
 
     def append(self, entries: list[Trained]) -> None:
         """Trains the entries of a group."""
+        self.sharded = self.sharded or any(shards.is_sharded(entry.tensor) for entry in entries)
         self.entries.append(entries)
         self.params.append([entry.tensor for entry in entries])
         self._others = None
@@ -180,7 +184,7 @@ class Work:
             self._active = [entry for entry, trained in zip(entries, flags) if trained]
             self._all = [t for entry in self._active for t in (entry.tensor, *(t for _, t in entry.aliases))]
         try:
-            key = memory_of(self._all)
+            key = memory_of(list(map(shards.local, self._all)) if self.sharded else self._all)
         except RuntimeError:  # a tensor without an address, which the check below names
             key = None
         values = chain.from_iterable(map(dict.values, states.values()))
@@ -210,7 +214,7 @@ class Work:
 
     def check_state(self, entry: Trained, state: Any, way_out: str, loading: bool = False) -> None:
         """Raises ValueError for state that kernels would read past its end."""
-        shape = tuple(entry.tensor.shape)
+        shape = tuple(shards.block(entry.name, entry.tensor).memory.shape)
         check_state(
             entry,
             state,
@@ -221,6 +225,55 @@ class Work:
         )
         if (own := getattr(self.estimator, "keeps", None)) is not None:
             check_state(entry, state, self.rule.name, Keeps(own(shape), False), way_out, loading)
+
+    def _of_elements(self, entry: Trained) -> dict[str, tuple[int, ...]]:
+        """Returns what is kept of each element of a parameter, name -> shape of the block that is here."""
+        shape = tuple(shards.block(entry.name, entry.tensor).memory.shape)
+        own = getattr(self.estimator, "keeps", None)
+        kept = {} if own is None else dict(own(shape))
+        if self.bases.draw_shape(entry) is None:
+            kept |= self.rule.keeps(shape, None).tensors
+        return kept
+
+    def start(self, states: Any) -> None:
+        """Gives sharded parameters the state of a rule that begins with zeros, into which a checkpoint of
+        torch.distributed loads."""
+        entries = [entry for group in self.entries for entry in group if entry.tensor.requires_grad]
+        for entry in entries if self.sharded else ():
+            self.low_bits.of([entry.tensor])
+            keeps = self.rule.keeps(entry.tensor.shape, None)
+            known = states.get(entry.tensor, {})
+            if keeps.counted and "updates" not in known and self.bases.draw_shape(entry) is None:
+                device = entry.tensor.device
+                shapes = self._of_elements(entry)
+                zeros = {key: torch.zeros(shape, device=device) for key, shape in shapes.items()}
+                states[entry.tensor].update(zeros, updates=0)
+
+    def shard(self, state_dict: dict[str, Any], held: list[tuple[Trained, dict]]) -> dict[str, Any]:
+        """Returns a state_dict whose tensors of elements are sharded as their parameters. The first group has
+        the entry 'zokern' too: there torch.distributed.checkpoint keeps it."""
+        found = [shards.saved(e.tensor, kept, {"residual", *self._of_elements(e)}) for e, kept in held]
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        kept = {entry.name: sorted(values) for entry, values in held}
+        groups[0]["zokern"] = checkpoint.packed({**state_dict["zokern"], "kept": kept})
+        return {**state_dict, "state": dict(zip(state_dict["state"], found)), "param_groups": groups}
+
+    def unshard(self, state_dict: dict[str, Any], held: list[tuple[Trained, dict]]) -> dict[str, Any]:
+        """Returns a state_dict with the blocks that are here; see shard."""
+        found = [shards.loaded(entry.name, entry.tensor, kept) for entry, kept in held]
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        packs = [group.pop("zokern") for group in groups if "zokern" in group]
+        own = checkpoint.unpacked(packs[0]) if packs else {}
+        here = {entry.name: values for entry, values in held}
+        for name, keys in own.pop("kept", {}).items():
+            if lacks := sorted({*keys} - {*here.get(name, ())}):
+                raise ValueError(
+                    f"state of parameter {name!r} lacks {lacks}, which the run that saved it had: "
+                    "torch.distributed.checkpoint loads what an optimizer has already. Take a step with lr=0 "
+                    "before get_optimizer_state_dict, or load the state_dict that this process saved"
+                )
+        found_here = dict(zip(state_dict["state"], found))
+        return {"zokern": own, **state_dict, "state": found_here, "param_groups": groups}
 
     def _made(self, param_groups: list[dict[str, Any]]) -> list[Group]:
         """Returns a group for each parameter group, device and kind of direction: one launch per verb."""
@@ -239,10 +292,12 @@ class Work:
         self, options: dict[str, Any], device: torch.device, is_lowrank: bool, entries: list[Trained]
     ) -> Group:
         tensors = [entry.tensor for entry in entries]
+        blocks = [shards.block(entry.name, entry.tensor) for entry in entries]
+        theta = backends.TensorList.lasting([block.memory for block in blocks])
         return Group(
             names=[entry.name for entry in entries],
             tensors=tensors,
-            spans=backends.SpanList([backends.Span(entry.who) for entry in entries]),
+            spans=backends.SpanList([backends.Span(e.who, *block[1:]) for e, block in zip(entries, blocks)]),
             residuals=self.low_bits.of(tensors),
             eps=float(options["eps"]),
             options=options,
@@ -250,6 +305,7 @@ class Work:
             matrices=[m for entry in entries if (m := self.bases.of(entry)) is not None]
             if is_lowrank
             else None,
+            theta=theta,
             objects=[[entry.tensor, *(t for _, t in entry.aliases)] for entry in entries],
         )
 

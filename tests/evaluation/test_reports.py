@@ -587,17 +587,16 @@ def test_m36_several_processes_never_drift_silently(tmp_path: Any) -> None:
     assert not bad, bad
 
 
-def test_11_a_sharded_parameter_is_refused_without_advice_that_fails(group: None) -> None:
-    """Its local tensor is no leaf: torch refuses it. 'Not supported yet' is the whole truth."""
+def test_11_a_sharded_parameter_is_trained(group: None) -> None:
+    """As the plain tensor is; a loss that is a DTensor is gathered."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, distribute_tensor
 
-    w = nn.Parameter(distribute_tensor(torch.randn(4, 4), init_device_mesh("cpu", (1,)), [Replicate()]))
-    try:
-        zokern.step(zokern.MeZO([("w", w)], lr=0.0), lambda: w.square().mean().full_tensor())
-    except (TypeError, ValueError, NotImplementedError) as error:
-        assert "'w'" in str(error) and "not supported yet" in str(error), error
-        assert "use the local tensor" not in str(error), error
+    plain = nn.Parameter(torch.randn(4, 4))
+    w = nn.Parameter(distribute_tensor(plain.data.clone(), init_device_mesh("cpu", (1,)), [Replicate()]))
+    for p in (w, plain):
+        zokern.step(zokern.MeZO([("w", p)], lr=0.1, evaluation="master"), lambda p=p: p.square().mean())
+    assert torch.equal(w.to_local(), plain)
 
 
 # The audit: state around the arithmetic ---------------------------------------------------------------------

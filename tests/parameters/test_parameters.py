@@ -254,15 +254,12 @@ def test_a_model_of_frozen_parameters_is_refused_when_the_optimizer_is_built(giv
             zokern.MeZO(source, lr=0.1)
 
 
-def test_sharded_parameters_are_not_supported_yet() -> None:
+def test_sharded_parameters_are_taken() -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, distribute_tensor
 
     sharded = nn.Parameter(distribute_tensor(torch.zeros(4, 4), init_device_mesh("cpu", (1,)), [Replicate()]))
-    with pytest.raises(
-        TypeError, match=r"'w' is a DTensor.*not supported yet: leave the model unsharded, or freeze"
-    ):
-        zokern.MeZO([("w", sharded)], lr=0.1)
+    assert zokern.MeZO([("w", sharded)], lr=0.1).param_groups[0]["params"] == [sharded]
     model = make()
-    model[0].weight = nn.Parameter(sharded.detach(), requires_grad=False)  # the way out
+    model[0].weight = nn.Parameter(sharded.detach(), requires_grad=False)  # frozen ones are left alone
     assert zokern.MeZO(model, lr=0.1).param_groups[0]["param_names"] == ["0.bias", "2.weight", "2.bias"]

@@ -25,6 +25,7 @@ LAYERS = {
     "backends": ["backends"],
     "operations": ["gemm", "ops"],
     "parts": [
+        "shards",
         "fingerprint",
         "modules",
         "parameters",
@@ -68,7 +69,7 @@ COMPARES_ADDRESSES = {
 }
 # Folders of tests that no part of zokern has the name of. tests/ is on Python's path: a folder with the name
 # of a package, as `triton`, would be imported where that package is missing.
-OTHER_ROOMS = {"kernels_cuda", "kernels_triton", "bench", "project"}
+OTHER_ROOMS = {"kernels_cuda", "kernels_triton", "bench", "parallel", "project"}
 
 
 @functools.cache

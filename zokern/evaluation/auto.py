@@ -128,13 +128,15 @@ class Auto:
         return found
 
     def _begin(self, plan: Plan) -> None:
-        safe = "master" if fits(plan) else "scratch"
+        safe = "master" if plan.sharded or fits(plan) else "scratch"
         self.order, self.began, self.seen = [safe], plan.step, (0, 0)
         self.why = f"{safe!r} reads the first step"
 
 
 def _choose(plan: Plan, rows: int, calls: int, safe: str) -> tuple[list[str], str]:
     """Returns the ways in the order in which they are tried, and the reason."""
+    if plan.sharded:
+        return ["master"], "'master': the parameters are sharded, and each process writes its own blocks"
     rest = [safe] if safe == "master" else ["scratch"]
     if calls > 2 and safe == "master":
         return rest, f"'master': {calls} forwards in one closure"

@@ -19,6 +19,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from .. import shards
 from ..fingerprint import Fingerprint, memory_of
 from ..modules import STANDARD, Tree, flat, inside_of, items, refill, same
 from ..plan import Plan
@@ -46,7 +47,7 @@ class Isolation:
         self.found: list[Isolation] = []  # of roots that were found in this call
         if root is None:
             self.seed = rng.seed_of(plan.seed, plan.step)
-            self.weights = Fingerprint(plan.tensors)
+            self.weights = Fingerprint(plan.memory())
         self._remember()
 
     def _remember(self) -> None:
@@ -136,6 +137,8 @@ class Isolation:
         its parts are isolated with it."""
         if any(module in isolation.tree.members for isolation in self.found):
             return
+        if self.plan.sharded:  # an earlier forward may have left gathered weights in its parts
+            shards.reshard(module.modules())
         if any(id(p) in self.trained for p in module.parameters()) and _takes_hooks(module):
             parts = set(module.modules())
             self.tree.found = [root for root in self.tree.found if root not in parts] + [module]
@@ -177,11 +180,14 @@ class Isolation:
             ]
             for isolation in (self, *self.found) if not any(converted) else ():
                 isolation._put_back()
+            if self.plan.sharded:
+                for isolation in (self, *self.found):
+                    shards.reshard(isolation.tree.modules)
             changed = self.weights.changes()
             # a parameter that the closure gave other memory, or another shape, gets its own back
             for i in changed:
                 theta = [t for group in self.plan.groups for t in group.theta][i]
-                if memory_of([self.plan.tensors[i]]) != memory_of([theta]):
+                if not self.plan.sharded and memory_of([self.plan.tensors[i]]) != memory_of([theta]):
                     self.plan.tensors[i].data = theta
         if changed:
             name = self.plan.names[changed[0]]

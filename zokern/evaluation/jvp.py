@@ -65,6 +65,12 @@ class Jvp(Master):
         self, plan: Plan, words: Sequence[int], closure: Callable[[], object]
     ) -> tuple[Tensor, Tensor]:
         """Returns the losses of theta and the slopes along z of the draw words; see Differentiates.slopes."""
+        if plan.sharded:
+            raise Refused(
+                "evaluation 'jvp' sets tangents of whole parameters, and here some are sharded (DTensor): "
+                "use what reads losses alone, zokern.Spsa() or zokern.tune(evaluation=zokern.Master()), or "
+                "leave the model unsharded"
+            )
         isolation, self.held = Isolation(plan), 0
         deferred = self.holding(plan, [THETA]) if plan.deferred else nullcontext(lambda side: False)
         with isolation.session(eager=True), deferred as move:

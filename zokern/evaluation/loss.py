@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..shards import is_sharded
+
 
 def loss_tensor(loss: Any, rows: bool = False) -> Tensor:
     """Returns the closure's loss as a 0-d float64 tensor, on its device;
@@ -18,8 +20,8 @@ def loss_tensor(loss: Any, rows: bool = False) -> Tensor:
     rows  a vector with the loss of each example is expected, and returned as float64 [examples]
 
     A 0-d or one-element tensor (of integers or booleans too: a count of right answers is one), a Python
-    number or a NumPy scalar. Vectors, complex numbers, None and losses that carry an autograd graph are
-    refused: each has meant a bug in a closure.
+    number or a NumPy scalar. A DTensor is gathered or summed over its ranks. Vectors, complex numbers, None
+    and losses that carry an autograd graph are refused: each has meant a bug in a closure.
     """
     expected = "expected a scalar: a 0-d or [1] tensor of real numbers, or a Python number"
     if rows:
@@ -32,6 +34,8 @@ def loss_tensor(loss: Any, rows: bool = False) -> Tensor:
             )
             raise ValueError(f"the closure returned {what}; {expected}: take reduction='none'")
     if isinstance(loss, Tensor):
+        if is_sharded(loss):
+            loss = loss.full_tensor()  # type: ignore[attr-defined]
         if not rows and loss.shape not in ((), (1,)):
             raise ValueError(
                 f"the closure returned a tensor of shape {tuple(loss.shape)}; {expected} (reduce it with "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .. import shards
 from ..ops.operands import NO_MEMORY, check_tensor
 
 ADAPTERS = "quantised weights stay frozen, and adapters beside them are trained: peft.get_peft_model"
@@ -22,6 +23,7 @@ def storage_of(tensor: Tensor) -> int:
 
 def view_of(tensor: Tensor) -> tuple:
     """Returns what makes two tensors the same elements: storage, offset, shape, strides, dtype."""
+    tensor = shards.local(tensor)
     return (storage_of(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
@@ -29,17 +31,18 @@ def check_parameter(name: str, tensor: Tensor) -> None:
     """Refuses by name a parameter that cannot be trained exactly, with the way out."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"parameter {name!r} is {type(tensor).__name__}; expected a tensor")
+    way_out = "freeze it with requires_grad_(False)" if tensor.requires_grad else "leave it out"
     if nn.parameter.is_lazy(tensor):
         raise ValueError(
             f"parameter {name!r} of a lazy module has no shape yet; run the module once before the optimizer "
             "is built"
         )
-    if type(tensor).__name__ == "DTensor" or hasattr(tensor, "full_tensor"):
+    if getattr(tensor, "_is_flat_param", False):
         raise TypeError(
-            f"parameter {name!r} is a DTensor; expected a plain tensor. Sharded parameters (fully_shard, "
-            "tensor parallelism) are not supported yet: leave the model unsharded, or freeze this parameter "
-            "with requires_grad_(False)"
+            f"parameter {name!r} is a flat parameter of FullyShardedDataParallel, which hides the weights: "
+            "use torch.distributed.fsdp.fully_shard"
         )
+    tensor = shards.block(name, tensor).memory if shards.is_sharded(tensor) else tensor
     if tensor.device.type in NO_MEMORY:
         raise ValueError(
             f"parameter {name!r} is on the meta device; materialise it (model.to_empty, load weights) first"
@@ -48,7 +51,6 @@ def check_parameter(name: str, tensor: Tensor) -> None:
         raise ValueError(
             f"parameter {name!r} was created under torch.inference_mode; clone it outside to train it"
         )
-    way_out = "freeze it with requires_grad_(False)" if tensor.requires_grad else "leave it out"
     if storage_of(tensor) < 0:
         raise TypeError(
             f"parameter {name!r} is {type(tensor).__name__}, a wrapper without memory of its own; train a "

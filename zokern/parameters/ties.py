@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from .. import shards
 from ..ops.aliasing import shared_memory
 from .checks import check_parameter, is_set_aside, view_of
 
@@ -29,7 +30,7 @@ def trained(named: Iterable[tuple[str, Tensor]], who: dict[str, int]) -> list[Tr
         aside = is_set_aside(tensor)
         if not aside:
             check_parameter(name, tensor)
-        key = (name,) if aside or not tensor.numel() else view_of(tensor)
+        key = (name,) if aside or not shards.local(tensor).numel() else view_of(tensor)
         if key in entries and tensor.requires_grad and not (first := entries[key]).tensor.requires_grad:
             entries[key] = Trained(name, tensor, who[name], [(first.name, first.tensor), *first.aliases])
         elif key in entries:
@@ -42,7 +43,7 @@ def trained(named: Iterable[tuple[str, Tensor]], who: dict[str, int]) -> list[Tr
 
 def check_overlap(named: list[tuple[str, Tensor]]) -> None:
     """Refuses distinct tensors that share memory."""
-    named = [(name, tensor) for name, tensor in named if not is_set_aside(tensor)]
+    named = [(name, shards.local(tensor)) for name, tensor in named if not is_set_aside(tensor)]
     if (pair := shared_memory([tensor for _, tensor in named])) is not None:
         first, second = (named[i][0] for i in pair)
         if view_of(named[pair[0]][1]) == view_of(named[pair[1]][1]):

@@ -57,6 +57,17 @@ def processes() -> int:
     return torch.distributed.get_world_size() if running else 1
 
 
+def check_flat(model: nn.Module) -> None:
+    """Refuses FullyShardedDataParallel, whose parameters are pieces of flat ones that have no names."""
+    for name, module in model.named_modules():
+        if any(cls.__name__ == "FullyShardedDataParallel" for cls in type(module).__mro__):
+            where = f"module {name!r}" if name else "the model"
+            raise TypeError(
+                f"{where} is FullyShardedDataParallel; its flat parameters hide the weights: use "
+                "torch.distributed.fsdp.fully_shard, or train the wrapped module"
+            )
+
+
 def check_model(model: nn.Module) -> None:
     """Refuses wrappers under which a perturbation would be lost without a sign."""
     for name, module in model.named_modules():
@@ -65,11 +76,6 @@ def check_model(model: nn.Module) -> None:
             raise TypeError(
                 f"{where} is a TorchScript module, whose interpreter reads weights where no perturbation can "
                 "reach; pass the eager module, or use evaluation='master'"
-            )
-        if type(module).__name__ in ("FullyShardedDataParallel", "FSDPModule"):
-            raise TypeError(
-                f"{where} is {type(module).__name__}; its flat parameters hide the weights: train the "
-                "wrapped module"
             )
         if isinstance(module, nn.DataParallel) and _hides(module):
             raise TypeError(

@@ -79,6 +79,7 @@ class Adam:
     Kingma and Ba 2015; Zhang et al. 2024 (ZO-Bench's ZO-Adam); Sun et al. 2025 (TeZO-Adam)."""
 
     name, gated = "adam", True
+    shards = True
     lr = ONES  # of an optimizer that is given none: steps have one length, whatever the slope
 
     def __init__(

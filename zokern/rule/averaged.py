@@ -52,6 +52,7 @@ class Averaged:
     2505.18886, 2025."""
 
     name, verb, defers, dense, gated = "averaged", "momentum", False, True, True
+    shards = True
 
     def __init__(self, span: float = 6.0) -> None:
         self.span = finite_number("span", span, above=0.0)

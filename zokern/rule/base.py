@@ -30,6 +30,9 @@ class Rule(Protocol):
         gated                        True: it writes what `weights.told` says in device memory, and nothing in
                                      a step that is not finite, so that no value is read. A subclass says it
                                      anew
+        shards                       True: it takes the block of a parameter that this process holds, as it
+                                     is in group.theta. A subclass says it anew; sharded parameters are
+                                     refused without it
         base(point)                  returns (base, point): losses are read there, around other weights (Base)
         prepare(plan, oracle, states)   before the losses of a step are read: may read others
     """

@@ -58,6 +58,7 @@ class Cone:
     refuses it with low-rank directions. arXiv 2511.02757, 2025."""
 
     name, defers, dense, plain = "cone", False, True, True
+    shards = True
 
     def __init__(self, angle: float = 1.35, beta: float | Callable[[int], float] = warming) -> None:
         self.angle = within("angle", angle, 0.0, math.pi / 2, "0 < angle < pi/2", least=False)
@@ -72,7 +73,7 @@ class Cone:
         for group in plan.groups:
             new = [i for i, tensor in enumerate(group.tensors) if "momentum" not in states[tensor]]
             made = [
-                torch.empty(group.tensors[i].shape, dtype=torch.float32, device=group.theta[i].device)
+                torch.empty(group.theta[i].shape, dtype=torch.float32, device=group.theta[i].device)
                 for i in new
             ]
             if new:

@@ -36,8 +36,8 @@ def advance(
     updates is a launch."""
     keys: Sequence[str] = ()
     verb = getattr(rule, "verb", rule.name)
-    for tensor in group.tensors:
-        state, shapes = states[tensor], rule.keeps(tuple(tensor.shape), None).tensors
+    for tensor, theta in zip(group.tensors, group.theta):
+        state, shapes = states[tensor], rule.keeps(tuple(theta.shape), None).tensors
         keys = [*shapes]
         if keys[0] not in state:
             state["updates"] = 0
@@ -80,10 +80,15 @@ def _keep_up(
     coeffs, control = on_device(weights, device)
     numbers = plan.numbers(scalars, torch.float32, device)
     zeros = torch.zeros(
-        min(PIECE, max(group.tensors[i].numel() for i in members)), dtype=torch.float32, device=device
+        min(PIECE, max(group.theta[i].numel() for i in members)), dtype=torch.float32, device=device
     )
     for i, *states in zip(members, *kept):
-        span, size = group.spans[i], group.tensors[i].numel()
+        span, size = group.spans[i], group.theta[i].numel()
+        if span.pitch is not None:  # a slice of columns, whose pieces have no flat numbers
+            update = Update(coeffs, rule, numbers, [[state] for state in states], control)
+            still = torch.zeros(group.theta[i].shape, dtype=torch.float32, device=device)
+            group.backend.update_(Batch([still], [span]), plan.noise(plan.draws()), update)
+            continue
         for start in range(0, size, PIECE):
             stop = min(size, start + PIECE)
             parts = [[state.view(-1)[start:stop]] for state in states]

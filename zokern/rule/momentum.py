@@ -47,6 +47,7 @@ class Momentum:
     Polyak 1964; Zhang et al. 2024 (ZO-Bench); Chen et al. 2025 (LOZO-M); Sun et al. 2025 (TeZO-m)."""
 
     name, defers, gated = "momentum", True, True
+    shards = True
 
     def __init__(self, beta: float = 0.9, dampening: float | None = None) -> None:
         self.beta = self.dampening = within("beta", beta, 0.0, 1.0, "0 <= beta < 1")

@@ -66,6 +66,7 @@ class Muon:
     factor. Lang et al. 2026 (ZO-Muon, arXiv 2602.17155); Chen and Ma 2026 (ZO-MOPI, arXiv 2605.09034)."""
 
     name, defers, lowrank, gated = "muon", True, True, True
+    shards = True
     lr = ONES
 
     def __init__(

@@ -28,6 +28,7 @@ class Sgd:
     Malladi et al. 2023, Algorithm 1."""
 
     name, defers, linear, gated = "sgd", True, True, True
+    shards = True
 
     def update(
         self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any,

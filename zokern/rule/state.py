@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import shards
 from ..parameters import Trained
 
 START_ANEW = "`del optimizer.state[parameter]` starts it anew"
@@ -30,7 +31,7 @@ def check_state(
     """Raises ValueError, by the parameter's name, for state that kernels would read or write past its end.
 
     loading  the device and the strides are still to be adapted"""
-    tensor = entry.tensor
+    tensor = shards.block(entry.name, entry.tensor).memory
     own = {
         "residual": torch.int16,
         "mask": torch.bool,
