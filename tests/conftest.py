@@ -40,6 +40,7 @@ LONGEST = (
     "test_update_triton",
     "test_step",
     "test_methods",
+    "test_trainer",
     "test_evaluations",
     "test_wrong",
     "test_update_cuda",
