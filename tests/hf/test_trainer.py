@@ -607,6 +607,11 @@ def test_zo_beside_an_optimizer_is_refused(train):
         train({"eps": EPS}, model=model, optimizers=(zokern.MeZO(model), None))
 
 
+def test_the_class_of_an_optimizer_is_refused(train):
+    with pytest.raises(ValueError, match=r"give zo=dict\(method=..., ...\)"):
+        train(None, run=False, optimizer_cls_and_kwargs=(zokern.MeZO, {"lr": LR}))
+
+
 def test_another_optimizer_is_refused(train):
     model = make()
     with pytest.raises(TypeError, match="optimizer is SGD; expected a zokern optimizer"):
