@@ -83,7 +83,7 @@ def train(tmp_path):
             "callbacks",
             "eval_dataset",
             "optimizers",
-            "compute_loss_func",
+            "optimizer_cls_and_kwargs",
             "compute_metrics",
         } & given.keys()
         own = {name: given.pop(name) for name in parts}
