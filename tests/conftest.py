@@ -41,6 +41,7 @@ LONGEST = (
     "test_shards",
     "test_step",
     "test_methods",
+    "test_trainer",
     "test_evaluations",
     "test_wrong",
     "test_update_cuda",

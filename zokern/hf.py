@@ -80,7 +80,7 @@ class ZerothOrderMixin(Base):
 
     def __init__(self, *given: Any, zo: Mapping[str, Any] | None = None, **options: Any) -> None:
         self.zo = dict(zo or {})
-        _check_options(self.zo, options.get("optimizers"))
+        _check_options(self.zo, options)
         _check_arguments(options.get("args", given[1] if len(given) > 1 else None), self.zo)
         self._parts: list[tuple[Any, Any]] = []  # micro-batches of the next step, with its number of items
         self._operations: dict[Any, int] = {}  # floating-point operations, by the sizes of inputs
@@ -219,10 +219,12 @@ def _split(optimizer: ZerothOrder, ids: Collection[int], **options: Any) -> None
     optimizer.work.entries[:] = [own for _, own in found]
 
 
-def _check_options(zo: dict[str, Any], optimizers: Any) -> None:
-    """Raises ValueError for options that the training arguments have, and for a method without a class."""
-    if zo and optimizers is not None and optimizers[0] is not None:
+def _check_options(zo: dict[str, Any], options: dict[str, Any]) -> None:
+    """Raises ValueError for another optimizer, for what the training arguments say, and for no method."""
+    if zo and (options.get("optimizers") or (None,))[0] is not None:
         raise ValueError(f"zo is {zo!r:.80} beside an optimizer; expected one of the two")
+    if (other := options.get("optimizer_cls_and_kwargs")) is not None:
+        raise ValueError(f"optimizer_cls_and_kwargs is {other!r:.80}; give zo=dict(method=..., ...)")
     for name, theirs in FROM_ARGS.items():
         if name in zo:
             raise ValueError(f"zo has {name} = {zo[name]!r}; give TrainingArguments({theirs}={zo[name]!r})")
