@@ -338,7 +338,7 @@ class _Stream:
         transposed: bool = False
     ) -> Tensor:  # fmt: skip
         # z of the whole matrix, also where this process holds a shard of its weights
-        noise, span = Noise(Normal(), self.seed, draws), _span(matrix)
+        noise, span = Noise(Normal(), self.seed, draws), Span(matrix.who)
         return gemm.sketch_of(self.group.backend, noise, weights, span, matrix.shape, omega, transposed)
 
 

@@ -152,7 +152,8 @@ def inside_of(tensor: Tensor) -> list[Tensor]:
     itself. Tensors without an address or a version counter are left out: those of the meta device, sparse
     ones, those made under torch.inference_mode."""
     if (flatten := getattr(type(tensor), "__tensor_flatten__", None)) is not None:
-        return [part for name in flatten(tensor)[0] for part in inside_of(getattr(tensor, name))]
+        named = [getattr(tensor, name) for name in flatten(tensor)[0]]  # a DTensor names its mesh too
+        return [part for value in named if isinstance(value, Tensor) for part in inside_of(value)]
     with torch._C.DisableTorchFunctionSubclass():
         return [tensor] if not (tensor.is_meta or tensor.is_inference()) and has_memory(tensor) else []
 
