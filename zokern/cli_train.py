@@ -19,6 +19,7 @@ import functools
 import json
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     say = (lambda text: None) if options.quiet else functools.partial(print, flush=True)
     try:
-        report = train(options, say)
+        with warnings.catch_warnings():
+            warnings.showwarning = functools.partial(_note, say)  # of zokern: they name no line of the user's
+            report = train(options, say)
     except PROBLEMS as error:
         print(f"zokern train: {error}", file=sys.stderr)
         return 2
@@ -86,6 +89,11 @@ def train(options: argparse.Namespace, say: Any) -> dict[str, Any]:
         "losses": [line["loss"] for line in lines if "loss" in line],
         "seconds": time.perf_counter() - started, "output": options.output, "options": plain(options),
     }  # fmt: skip
+
+
+def _note(say: Any, message: Any, *place: Any) -> None:
+    """Says a warning as a line of the run."""
+    say(f"note: {message}")
 
 
 def _rows(options: argparse.Namespace, say: Any) -> tuple[list[data.Row], list[data.Row], list[str]]:

@@ -59,8 +59,8 @@ def why_off() -> str | None:
         return None
     if "libgomp" in _error:  # older builds of torch bring it under a name of their own
         return (
-            f"the compiled module zokern._cpu cannot be loaded ({_error}); install the system's OpenMP library "
-            "(Debian: apt-get install libgomp1), or torch 2.13, which brings it"
+            f"the compiled module zokern._cpu cannot be loaded ({_error}); install the OpenMP library "
+            "of the system (Debian: apt-get install libgomp1), or torch 2.13, which brings it"
         )
     return (
         f"the compiled module zokern._cpu is missing ({_error}); install a wheel that has it, or g++ and run "
