@@ -54,8 +54,7 @@ ISA_FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "scalar": "",
 }
-# instructions that only products have a use for
-LINEAR_FLAGS = {"avx512bf16": f"{ISA_FLAGS['avx512']} -mavx512bf16"}
+LINEAR_FLAGS = {"avx512bf16": f"{ISA_FLAGS['avx512']} -mavx512bf16"}  # only products have a use for it
 NVCC_FLAGS = "-std=c++17 -O3 --fmad=false -Xcompiler -fPIC,-fvisibility=hidden,-ffp-contract=off"
 CPU_SOURCES = ("elementwise", "update", "lowrank", "linear")
 # Objects of csrc/*.cu, the slowest first, and their definitions: axpy.cu is compiled once for each rounding.
