@@ -21,9 +21,10 @@ ISA_TESTS = $(patsubst %,tests/%.py,backends/test_conformance backends/test_cpu 
 COMPILE = $(PYTHON) setup.py --quiet build_ext --inplace
 ALL = ZOKERN_CUDA_ARCHITECTURES="$${ZOKERN_CUDA_ARCHITECTURES:-all}"
 ENVIRONMENT = $(if $(filter .venv/bin/python,$(PYTHON)),.venv/.ready,installed)
+SPHINX = $(if $(filter .venv/bin/python,$(PYTHON)),.venv/.docs,installed)
 
 .DEFAULT_GOAL := help
-.PHONY: help install build demo test bench study gpu lint format wheel wheel-check quality clean installed test-isa
+.PHONY: help install build demo test bench study gpu lint format wheel wheel-check quality docs clean installed test-isa
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' Makefile
@@ -104,6 +105,15 @@ wheel-check: $(ENVIRONMENT) ## install the newest wheel of dist/ in a clean envi
 
 quality: $(ENVIRONMENT) ## count the normals of all 2^32 words and hold their moments and tails to bounds
 	$(PYTHON) tests/support/native/quality.py
+
+# zokern is there, so that pip adds what its extra names.
+.venv/.docs: .venv/.ready
+	@echo "installing what the documentation is made with"
+	@$(PIP) "zokern[docs]"
+	@touch $@
+
+docs: $(SPHINX) ## the documentation as a site, in build/docs; a warning is an error
+	$(PYTHON) -m sphinx -q -W --keep-going -b html docs build/docs
 
 clean: ## remove what was built, but keep .venv
 	rm -rf build dist zokern.egg-info zokern/_build.py zokern/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

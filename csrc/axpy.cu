@@ -21,55 +21,11 @@
 // source     Malladi et al. 2023, Algorithm 1; stream: zokern/stream.py, version 1
 #include <cuda_runtime.h>
 
+#include "terms.h"
 #include "walk.h"
 
 namespace zo {
 namespace kernels {
-
-// The terms a_k z_k. The last name and decay also come by value, so that a sum of one term reads no list of
-// names. Every `each` terms form a sum, which begins with a decay and ends with a rounding. The launch adds
-// `clock` to every step number. The pointers are to device memory.
-struct Terms {
-  const Draw* draws;
-  const float* coefficients;
-  int32_t count, each;
-  uint32_t clock;
-  Draw last;
-  const float* control;  // its decay is that of the first term
-
-  __device__ __forceinline__ Draw at(int32_t k) const {
-    Draw term = k + 1 < count ? draws[k] : last;
-    if (k == 0 && control != nullptr) term.decay = control[kDecay];
-    return term;
-  }
-};
-
-// A term in the form that sums() and steps() read: 32 bytes of shared memory, the same for all lanes.
-struct Ready {
-  uint4 name;
-  float coefficient, decay;
-  uint32_t step, reserved;
-
-  Ready() = default;
-  __device__ __forceinline__ Ready(const Draw& term, float a, uint32_t who, uint32_t clock, const Keys& keys)
-      : name(Name(who, term.step + clock, term.draw, keys).words()),
-        coefficient(a),
-        decay(term.decay),
-        step(term.step + clock),
-        reserved(0) {}
-};
-
-// kTogether units share kUnrolled terms in a turn, and with them constants, keys and the branch.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int kTogether = 1, kUnrolled = 4;  // two units would spill here
-#else
-constexpr int kTogether = 2, kUnrolled = 4;
-#endif
-
-// The form of a call: one term, one with a decay, sums of any length, or several sums of one term each.
-enum class Sum : int32_t { kTerm = 0, kDecayedTerm = 1, kTerms = 2, kSteps = 3 };
-
-constexpr bool is_plain(Sum sum) { return sum == Sum::kTerm || sum == Sum::kDecayedTerm; }
 
 template <Direction kDirection, Rounding kRounding, Sum kSum, bool kScaled>
 struct AxpyVerb {
@@ -258,13 +214,7 @@ struct AxpyVerb {
     const auto ready = [&](int32_t done) {
       done += static_cast<int32_t>(lane);
       __syncwarp();  // every lane has used the 32 terms before
-      if (done < here) {
-        const Draw term = terms.at(k + done);
-        all[threadIdx.x] = Ready(term, terms.coefficients[k + done], place.who, terms.clock, keys);
-        if constexpr (Body::kRandom) {
-          all_random[threadIdx.x] = Name(place.who, term.step + terms.clock, kRoundingDraw, keys).words();
-        }
-      }
+      if (done < here) make_ready<Body::kRandom>(terms, k + done, place.who, keys, all, all_random);
       __syncwarp();
     };
     if constexpr (!kLong) ready(0);
@@ -344,13 +294,7 @@ struct AxpyVerb {
     for (int32_t k = 0; k < terms.count; k += kWarp) {
       const int32_t mine = k + static_cast<int32_t>(lane);
       __syncwarp();  // every lane has used the 32 terms before
-      if (mine < terms.count) {
-        const Draw term = terms.at(mine);
-        all[threadIdx.x] = Ready(term, terms.coefficients[mine], place.who, terms.clock, keys);
-        if constexpr (Body::kRandom) {
-          all_random[threadIdx.x] = Name(place.who, term.step + terms.clock, kRoundingDraw, keys).words();
-        }
-      }
+      if (mine < terms.count) make_ready<Body::kRandom>(terms, mine, place.who, keys, all, all_random);
       __syncwarp();
       const Ready* const begin = all + (threadIdx.x - lane);
       const Ready* const end = begin + (terms.count - k < kWarp ? terms.count - k : kWarp);

@@ -5,7 +5,6 @@
 import importlib.util
 
 import peft
-import torch
 import transformers
 from common import arguments, batches, load
 
@@ -25,8 +24,6 @@ def main():
     adapters = peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
     model = peft.get_peft_model(model, adapters).eval()
     data = batches(model, tokenizer, args.data)
-    with torch.no_grad():
-        model(**next(data))  # needed on a CPU: bitsandbytes packs its weights in the first forward
     opt = zokern.MeZO(model, lr=args.lr, eps=args.eps, seed=0)  # trains what requires a gradient
     for step, batch in zip(range(args.steps), data):
         result = zokern.step(opt, lambda: model(**batch).loss)

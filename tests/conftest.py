@@ -58,6 +58,8 @@ LONGEST = (
     "test_project",
     "test_models",
     "test_statistics",
+    "test_docs",
+    "test_site",
 )
 
 

@@ -1,17 +1,6 @@
 """The verbs of csrc/elementwise.h, update.h, lowrank.h, linear.h and project.h as Triton kernels;
-zokern/backends/triton.py launches them. Same stems as csrc/zo."""
+zokern/backends/triton.py launches them. What they share has the stems of csrc and csrc/zo."""
 
-from . import elementwise, linear, lowrank, normal, philox, portable, project, rademacher, rounding, update
+from . import elementwise, linear, lowrank, project, update
 
-__all__ = [
-    "elementwise",
-    "linear",
-    "lowrank",
-    "normal",
-    "philox",
-    "portable",
-    "project",
-    "rademacher",
-    "rounding",
-    "update",
-]
+__all__ = ["elementwise", "linear", "lowrank", "project", "update"]

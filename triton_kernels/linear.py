@@ -30,7 +30,7 @@ source   csrc/linear.h; Frantar et al. 2024 (Marlin) for weights that are made b
 import triton
 import triton.language as tl
 
-from .elementwise import NORMAL, name_of, pick, z_of
+from .elements import NORMAL, name_of, pick, z_of
 from .lowrank import contract, dot
 from .normal import normal_pair
 from .philox import philox4x32

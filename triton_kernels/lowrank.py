@@ -24,7 +24,7 @@ source   Chen et al. 2024, LOZO; Henry, Tang and Heinecke 2019 (arXiv 1904.06376
 import triton
 import triton.language as tl
 
-from .elementwise import GO, name_of, unless_stopped
+from .elements import GO, name_of, unless_stopped
 from .philox import philox4x32
 from .rounding import (
     bf16_nearest,

@@ -18,7 +18,7 @@ source   csrc/update.h; stream: zokern/stream.py, version 1
 import triton
 import triton.language as tl
 
-from .elementwise import (
+from .elements import (
     BFLOAT16,
     FINITE,
     FIRST,
@@ -31,32 +31,22 @@ from .elementwise import (
     STOCHASTIC,
     THETA,
     WHO_TYPE,
-    add_pair,
     chunk_of,
     factor_of,
-    factor_pair,
     locate,
     name_of,
     nearest,
     nonfinite_of,
-    nonfinite_pair,
-    pairs,
     pointer,
     random16,
     read,
-    read_pair,
-    rows_of,
-    some,
-    start_of,
-    term,
     unless_stopped,
-    watch,
-    words_of,
-    write_pair,
     z_of,
 )
 from .philox import philox4x32
 from .rounding import bf16_stochastic, fp16_stochastic, residual_split, to_bits, to_float
+from .terms import add_pair, term, write_pair
+from .units import factor_pair, nonfinite_pair, pairs, read_pair, rows_of, some, start_of, watch, words_of
 
 ADAM: tl.constexpr = tl.constexpr(1)
 SIGN: tl.constexpr = tl.constexpr(2)

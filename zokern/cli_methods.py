@@ -187,11 +187,11 @@ def markdown_page(name: str) -> str:
         _wrapped(f"{what.title[0].upper()}{what.title[1:]}. {what.paper}."),
         "```\n" + "\n".join(what.formula) + "\n```",
     ]
-    state = "nothing" if not one.state else f"{one.state:.2g} bytes a weight ({SIZE} x {SIZE} matrices)"
+    size, losses = f"{one.state:.2g}", "1 loss" if one.losses == 1 else f"{one.losses} losses"
+    unit = "byte" if size == "1" else "bytes"
+    state = "nothing" if not one.state else f"{size} {unit} a weight ({SIZE} x {SIZE} matrices)"
     parts += [_wrapped(text) for text in [what.use, *(text for text in what.text if text != what.use)]]
-    parts.append(
-        f"A step reads {one.losses} losses. It keeps {state}. Defaults: lr {one.lr:g}, eps {one.eps:g}."
-    )
+    parts.append(f"A step reads {losses}. It keeps {state}. Defaults: lr {one.lr:g}, eps {one.eps:g}.")
     parts.append(
         "| argument | |\n|---|---|\n"
         + "\n".join(f"| `{names}` | {_cell(text)} |" for names, text in what.arguments)

@@ -50,11 +50,13 @@ class Deferred:
             raise ValueError(f"defer is {wanted!r}; expected True, False or None")
         self.run, self.bases, self.low_bits, self.lock, self.wanted = run, bases, low_bits, lock, wanted
         self.model: nn.Module | None = None
+        self._hook = _Flush(self)
         self.groups: list[Group] = []
         self.tree = Tree([])
         self.is_shown = False  # inside shown()
         self._parts: tuple[nn.Module, ...] = ()  # the modules of the model
-        self._hooks: tuple[Any, ...] = ()  # of their forwards, while updates are deferred
+        # registers of their forwards' hooks, and our number in each, while updates are deferred
+        self._hooks: tuple[tuple[Any, int], ...] = ()
         self._left: tuple[Group, ...] = ()  # earlier groups, with updates of parameters that are frozen now
 
     @property
@@ -79,6 +81,7 @@ class Deferred:
                 "first"
             )
         self.tree = tree
+        self._unhook()
         for other in [*Deferred.waiting]:
             if other is not self and (tree.is_open or other.tree.is_open or self._shares(other)):
                 other.flush()
@@ -94,17 +97,27 @@ class Deferred:
             self._release()
         elif self not in Deferred.waiting:
             Deferred.waiting.add(self)
-            hook = _Flush(self)
             parts = [
                 part for part in self._parts or tree.modules if not isinstance(part, torch.jit.ScriptModule)
             ]
-            self._hooks = tuple(part.register_forward_pre_hook(hook) for part in parts)
+            handles = [part.register_forward_pre_hook(self._hook, prepend=True) for part in parts]
+            self._hooks = tuple((part._forward_pre_hooks, h.id) for part, h in zip(parts, handles))
+        else:
+            for register, number in self._hooks:
+                register[number] = self._hook
+                if len(register) > 1:
+                    register.move_to_end(number, last=False)  # before hooks that read weights
+
+    def _unhook(self) -> None:
+        """Takes the forward hooks off. A step adds deferred updates itself, and modules without hooks are
+        called faster."""
+        for register, number in self._hooks:
+            register.pop(number, None)
 
     def _release(self) -> None:
         """Takes the forward hooks off: nothing is deferred any more."""
         Deferred.waiting.discard(self)
-        for hook in self._hooks:
-            hook.remove()
+        self._unhook()
         self._hooks = ()
 
     def regroup(self, groups: list[Group]) -> None:
@@ -129,9 +142,9 @@ class Deferred:
         that are trained no more, and updates in an old basis."""
         if self.bases.direction is None:
             return
-        trained, step, also = {id(t) for t in plan.tensors}, max(0, plan.step - 1), list[Tensor]()
+        step, also = max(0, plan.step - 1), list[Tensor]()
         for group in self._left:
-            if not {id(t) for t in group.tensors} <= trained:
+            if not {*map(id, group.tensors)} <= {*map(id, plan.tensors)}:
                 also += _waiting(group)
                 group.write(Noise(None, plan.seed, [(step, 0)]), plan.rounding)
         self._left = ()
@@ -140,7 +153,7 @@ class Deferred:
             waiting = [matrix for matrix in group.matrices or () if matrix.pending is not None]
             # a matrix that joins has no updates and no decay to wait for
             thawed = waiting and len(waiting) < len(group.matrices or ())
-            if thawed or any(matrix.born != born for matrix in waiting):
+            if thawed or {matrix.born for matrix in waiting} - {born}:
                 group.write(Noise(None, plan.seed, [(step, 0)]), plan.rounding)
         self.accept(also)
 

@@ -29,8 +29,12 @@ class Fingerprint:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = tensors
-        self.places = list(map(Tensor.data_ptr, tensors))
-        self.versions = versions_of(tensors)
+        self.places, self.versions = self._now()
+
+    def _now(self) -> tuple[list[int], list[int]]:
+        # a class of its own may answer for other numbers than its own, as quantised weights do
+        with torch._C.DisableTorchFunctionSubclass():
+            return list(map(Tensor.data_ptr, self.tensors)), versions_of(self.tensors)
 
     def written(self) -> None:
         """Accepts what was just written to the tensors."""
@@ -38,7 +42,7 @@ class Fingerprint:
 
     def changes(self) -> list[int]:
         """Returns the positions of tensors that were written, moved or replaced since."""
-        versions, places = versions_of(self.tensors), list(map(Tensor.data_ptr, self.tensors))
+        places, versions = self._now()
         if versions == self.versions and places == self.places:
             return []
         before = zip(self.versions, self.places)

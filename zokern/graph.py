@@ -200,21 +200,21 @@ def graph(optimizer: Any, closure: Callable[[], Any]) -> Graph:
     """Returns a callable that runs zokern.step(optimizer, closure), captured in one CUDA graph.
 
     optimizer  a zokern optimizer
-    closure    computes the loss from tensors that stay in place. The caller copies each batch into them, as
-               for torch.cuda.make_graphed_callables: inputs.copy_(batch)
+    closure    computes the loss from tensors that stay in place. The caller copies each batch into them,
+               as for torch.cuda.make_graphed_callables: inputs.copy_(batch)
 
     Each call is one step. The first three run as they are. The next one is captured: both readings, the
     projected gradient, the update. From then on the host writes lr, weight decay and the step's number to
-    device memory and starts the graph: schedulers go on as before. The step is captured again where memory,
-    flags, eps or a basis have changed, and every 500th runs as it is. On a CPU no graph is made, and the same
-    code runs. Bits are those of zokern.step.
+    device memory and starts the graph: schedulers go on as before. The step is captured again where
+    memory, flags, eps or a basis have changed, and every 500th runs as it is. On a CPU no graph is made,
+    and the same code runs. Bits are those of zokern.step.
 
-    Numbers of a result are read when they are asked for; guards look at several steps together.
+    Numbers of a result are read when they are asked for, and guards look at several steps together.
 
-    Raises TypeError for what is no optimizer or no closure, and ValueError, with the way out, where a method
-    chooses its points by values of the losses or by numbers of the host, defers updates, or reads by another
-    evaluation than 'master', 'paired' or 'auto'. A model with dropout in train mode, and several GPUs, are
-    not supported."""
+    Raises TypeError for what is no optimizer or no closure. Raises ValueError, with the way out, where a
+    method chooses its points by values of the losses or by numbers of the host, defers updates, or reads
+    by another evaluation than 'master', 'paired' or 'auto'. A model with dropout in train mode, and
+    several GPUs, are not supported."""
     return Graph(optimizer, closure)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from . import gemm
 from .backends import Backend, Batch, Noise, Outer, Span, SpanList, TensorList, Terms, Update
-from .directions import LowRank, Matrix, Normal, Source
+from .directions import LowRank, Matrix, Normal, Source, Stack
 from .fingerprint import announce
+from .modules import same
 from .told import lately, on_device
 
 Draw = int | tuple[int, int]  # a draw word of the step under way, or (step, draw word) of an earlier one
@@ -124,6 +126,11 @@ class Group:
         self.theta[i].view(torch.int16).copy_(high.short())
         low.copy_((bits - (high << 16)).short())
 
+    @cached_property
+    def nbytes(self) -> int:
+        """The bytes of the weights."""
+        return sum(t.nbytes for t in self.theta)
+
     def scale(self, i: int) -> Tensor | None:
         """The factors of tensor i's z, where it has any."""
         return None if self.scales is None else self.scales[i]
@@ -202,6 +209,14 @@ class Group:
         """Returns the stream's numbers for this group's matrices. plan: of a step that may be captured."""
         return _Stream(self, seed, plan)
 
+    def spans_of(self, matrices: Sequence[Matrix]) -> SpanList:
+        """Returns the places of matrices' numbers in the stream; made once for all matrices of the group."""
+        if matrices is not self.matrices:
+            return SpanList([Span(matrix.who) for matrix in matrices])
+        if "spans" not in self.memo:
+            self.memo["spans"] = SpanList([Span(matrix.who) for matrix in matrices])
+        return self.memo["spans"]
+
     def draws(self, plan: Step, draw: Draw) -> list[Tensor]:
         """Returns a draw for every matrix, in its small space; made once a step, for the readings and the
         update."""
@@ -221,21 +236,29 @@ class Group:
         """Whether the matrices have cores of one size, which may be stacked: a few operations for all, not as
         many as there are matrices."""
         matrices = self.matrices or []
-        return all(
-            m.left is not None and m.right is not None and m.rank == matrices[0].rank for m in matrices
-        )
+        kept = [m.left is not None and m.right is not None and m.rank == matrices[0].rank for m in matrices]
+        return all(kept)
 
     def stacked(self, plan: Step, draw: Draw) -> list[Tensor]:
         """Returns a draw for every matrix; where they are even as one tensor (matrices, r, r), of which
         draws() has the parts."""
-        draws = self.draws(plan, draw)
-        if not self.is_even:
-            return draws
         key = plan.named(draw)
         if key not in self.stacks:
-            self.stacks[key] = stack = torch.stack(draws)
-            self.drawn[key] = list(stack.unbind(0))  # one copy of a step's draws is enough
+            draws = self.draws(plan, draw)
+            if not self.is_even:
+                return draws
+            # one copy of a step's draws is enough
+            self.drawn[key] = found = draws if isinstance(draws, Stack) else Stack(torch.stack(draws))
+            self.stacks[key] = found.whole
         return [self.stacks[key]]
+
+    def together(self) -> list[Tensor]:
+        """Returns the updates that wait, of every matrix; in one tensor where deposit() left them in one."""
+        pending = [m.pending for m in self.matrices or () if m.pending is not None]
+        kept = self.memo.get("pending")
+        if kept is not None and same(pending, kept):
+            return [kept.whole]
+        return [torch.stack(pending)] if pending and self.is_even else pending
 
     def forget_draws(self) -> None:
         """Drops the draws of a step, which need not be kept."""
@@ -281,15 +304,8 @@ class Group:
         announce(tensors)
         for _, matrix, _ in waiting:
             matrix.pending, matrix.shrink = None, 1.0
+        self.memo.pop("pending", None)
         return count
-
-
-def _span(matrix: Matrix) -> Span:
-    """Returns the place of a matrix' numbers in the stream, made once: a step of many queries asks for it as
-    often."""
-    if "span" not in matrix.extra:
-        matrix.extra["span"] = Span(matrix.who)
-    return matrix.extra["span"]
 
 
 class _Stream:
@@ -301,18 +317,17 @@ class _Stream:
     def __call__(
         self, matrices: Sequence[Matrix], shapes: Sequence[tuple[int, ...]], step: int, draw: int
     ) -> list[Tensor]:
+        outs: list[Tensor]
         if len({(*shape, matrix.device) for shape, matrix in zip(shapes, matrices)}) == 1:
-            outs = list(
-                torch.empty((len(shapes), *shapes[0]), dtype=torch.float32, device=matrices[0].device).unbind(
-                    0
-                )
+            outs = Stack(
+                torch.empty((len(shapes), *shapes[0]), dtype=torch.float32, device=matrices[0].device)
             )
         else:
             outs = [
                 torch.empty(shape, dtype=torch.float32, device=matrix.device)
                 for shape, matrix in zip(shapes, matrices)
             ]
-        batch = Batch(outs, [_span(matrix) for matrix in matrices])
+        batch = Batch(outs, self.group.spans_of(matrices))
         draws = [(step, draw)]
         noise = Noise(Normal(), self.seed, draws) if self.plan is None else self.plan.noise(draws, Normal())
         self.group.backend.draw(batch, noise)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backends.cpu import same_values
+from .backends.cpu_module import same_values
 
 CONTAINERS = (list, dict, set)
 # kept by nn.Module itself, and no place for a model's own state
@@ -35,6 +35,7 @@ class State:
     stands      whether parameters and parts are those that the tree was built with
     registers   pairs of a module's register of buffers, and its contents
     containers  lists, dicts and sets that are attributes, and the attributes of plain objects
+    classed     parameters of a class of their own, as quantised ones are
     tensors     pairs of a buffer, or of a tensor that is an attribute, and whether a norm writes it; the
                 smallest first"""
 
@@ -49,16 +50,26 @@ class State:
         )
         found = [value if type(value) in CONTAINERS else _attributes(value) for value in self.values]
         self.containers = list({id(held): held for held in found if held is not None}.values())
+        self._views = [
+            view for c in self.containers for view in ((c, c.values()) if isinstance(c, dict) else (c,))
+        ]
         registers = [
             d[key] for d in tree.dicts if d["_buffers"] for key in ("_buffers", "_non_persistent_buffers_set")
         ]
         self.registers = [(held, held.copy()) for held in registers]
+        self.classed = [
+            p for p in flat(tree.parameters) if p is not None and type(p) not in (Tensor, nn.Parameter)
+        ]
         buffers = flat(tree.buffers)
         self.registered = len(buffers)
         norms = {id(b) for held in tree.norms for b in held.values()}
         tensors = {id(v): v for v in (*self.values, *buffers) if isinstance(v, Tensor)}.values()
         plain = [t for t in tensors if not t.is_meta and t.layout == torch.strided and has_memory(t)]
         self.tensors = sorted([(t, id(t) in norms) for t in plain], key=lambda item: item[0].numel())
+
+    def inside(self) -> tuple[list[int], list[Any]]:
+        """Returns the sizes and the members of all containers, one after another."""
+        return list(map(len, self._views)), list(chain.from_iterable(self._views))
 
     def is_present(self) -> bool:
         """Whether the modules hold the very objects of this state."""
@@ -134,6 +145,18 @@ def _attributes(value: Any) -> dict | None:
     return vars(value)
 
 
+def inside_of(tensor: Tensor) -> list[Tensor]:
+    """Returns the tensors with memory, a version counter and values that a tensor consists of.
+
+    A wrapper around others names them by torch's protocol, `__tensor_flatten__`. Another tensor consists of
+    itself. Tensors without an address or a version counter are left out: those of the meta device, sparse
+    ones, those made under torch.inference_mode."""
+    if (flatten := getattr(type(tensor), "__tensor_flatten__", None)) is not None:
+        return [part for name in flatten(tensor)[0] for part in inside_of(getattr(tensor, name))]
+    with torch._C.DisableTorchFunctionSubclass():
+        return [tensor] if not (tensor.is_meta or tensor.is_inference()) and has_memory(tensor) else []
+
+
 def has_memory(tensor: Tensor) -> bool:
     """Whether a tensor has memory of its own:
     wrappers around others, as quantisation libraries make, have none."""
@@ -143,4 +166,4 @@ def has_memory(tensor: Tensor) -> bool:
         return False
 
 
-__all__ = ["STANDARD", "State", "Tree", "flat", "has_memory", "items", "refill", "same"]
+__all__ = ["STANDARD", "State", "Tree", "flat", "has_memory", "inside_of", "items", "refill", "same"]

@@ -9,15 +9,18 @@ from torch import nn
 
 
 class Objective:
-    """The closure ``loss_fn(model(batch), batch)``, for loops that keep the model's call and the loss apart.
-
-    Kept for one release: evaluation 'paired' runs a model once for all sides from any closure.
+    """Returns ``loss_fn(model(batch), batch)`` when it is called: a closure for loops that keep the
+    model's call and the loss apart.
 
     model     called with keywords for a mapping, with positions for a tuple or list, else with the batch
               itself
-    batch     tensors, or a mapping or sequence of them
-    loss_fn   (outputs, batch) -> a scalar tensor or a Python number
-    withhold  keys of a mapping that loss_fn reads and the model is not given"""
+    batch     tensors, or a mapping or sequence of them; never written
+    loss_fn   a function of (outputs, batch) that returns a scalar tensor or a Python number
+    withhold  keys of a mapping that loss_fn reads and the model is not given
+
+    It is kept for one release: a lambda does the same, and evaluation 'paired' runs a model once for all
+    sides from any closure.
+    Raises ValueError for a withheld key that the batch does not have."""
 
     def __init__(
         self,

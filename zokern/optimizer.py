@@ -3,9 +3,6 @@ state_dict."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,43 +11,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backends, checkpoint, directions, evaluation, parameters, underflow
+from . import backends, checkpoint, directions, options, parameters, underflow
+from . import evaluation as evaluations
 from .bases import Bases
-from .checks import finite_number
 from .deferred import Deferred
-from .estimator import SLOPES, Estimate, Estimator, Oracle, Spsa, Stencil
-from .guards import Guards
+from .estimator import Estimate, Estimator, Oracle, Stencil
 from .low_bits import LowBits
 from .plan import Plan, Run
 from .result import StepResult, read
-from .rule import Rule, Sgd, check_basis, check_scaled
+from .rule import Rule, check_basis, check_scaled
 from .scaling import Scaling
 from .step import run
 from .stream import check_seed
 from .work import Work
 
-SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 OTHER_STATE = (
     "load it into an optimizer of the parameters that it was saved with, "
     "or start anew with `state_dict['state'].clear()`"
 )
-HINTS = {
-    "momentum": "rule=zokern.Momentum(0.9)", "betas": "rule=zokern.Adam(betas=...)", "epsilon": "eps=...",
-    "mu": "eps=...",
-    "beta": "rule=zokern.Momentum(...)", "nesterov": "rule=zokern.Momentum(...)", "wd": "weight_decay=...",
-    "clip": "estimator=zokern.Spsa(clip=...)", "normalize": "estimator=zokern.Spread(...)",
-}  # fmt: skip
-GUARDS = {option.name for option in dataclasses.fields(Guards)}
 
 
 class ZerothOrder(torch.optim.Optimizer):
-    """What all methods share: the torch face of the parts. Methods are files in zokern/methods.
+    """Joins the parts of a method into a torch.optim.Optimizer; every method is a subclass.
 
-    guards  options of zokern.Guards: paired_check, max_skips, dead_limit, nonfinite, force, maximize,
-            every"""
+    The arguments are told in zokern.MeZO. `param_groups`, `state` and `defaults` are those of torch, and
+    schedulers of torch change lr, eps and weight_decay. `result` is the record of the last step.
+
+    guards  options that stop a run: paired_check, max_skips, dead_limit, nonfinite, force, maximize, every
+
+    Raises ValueError or TypeError, before any weight is touched, for arguments out of range."""
 
     result: StepResult | None = None  # of the last step
+    drawn = False  # whether the step under way has used its number
+    _prepared = False  # whether it has checked what was written before it
     tape: Any = None  # of a captured step under way (graph.py)
+    taken = False  # whether a loop's own step() follows a step that zokern.step has taken (hf.py)
 
     def __init__(
         self,
@@ -62,7 +57,7 @@ class ZerothOrder(torch.optim.Optimizer):
         queries: int | None = None,
         seed: int = 0,
         rounding: str = "nearest",
-        evaluation: str | evaluation.Evaluation = "auto",
+        evaluation: str | evaluations.Evaluation = "auto",
         backend: str | backends.Backend | None = None,
         direction: str | directions.Direction | directions.LowRank | directions.Scaled = "normal",
         rule: Rule | None = None,
@@ -71,32 +66,23 @@ class ZerothOrder(torch.optim.Optimizer):
         estimator: Estimator | None = None,
         **guards: Any,
     ) -> None:
-        if unknown := guards.keys() - GUARDS:
-            raise _unknown(type(self), min(unknown))
-        self.evaluation = _resolve_evaluation(evaluation)
+        self.guards = options.guards_of(type(self), guards)
+        self.evaluation = evaluations.resolve(evaluation)
         if isinstance(params, nn.Module) and self.evaluation.stands_in:
             parameters.check_model(params)
         self.run = Run(check_seed(seed), rounding)
-        self.estimator = _estimator(estimator, queries, stencil)
-        if rounding not in backends.ROUNDINGS:
-            raise ValueError(f"rounding is {rounding!r}; expected one of {list(backends.ROUNDINGS)}")
-        if backend is not None:
-            backends.resolve(backend, torch.device("cpu"))
+        self.estimator = options.estimator_of(estimator, queries, stencil)
+        options.check_launches(rounding, backend)
         self.factored, self.scaled, self.direction = directions.parts(direction)
-        self.rule = _resolve_rule(rule)
+        self.rule = options.rule_of(rule)
         check_basis(self.rule, self.factored)
         check_scaled(self.rule, self.scaled)
-        self.guards = Guards(**guards)
-        self.drawn = False  # whether the step under way has used its number
-        self._unseen: list[
-            tuple[StepResult, list[float]]
-        ] = []  # that guards have not looked at, with their lr
-        self._lock = threading.Lock()
-        self._several = _spread(params)
+        self._unseen: list[tuple[StepResult, list[float]]] = []  # by the guards; with their lr
         self._eps: list[float] = []  # of the groups whose perturbation was found to survive rounding
+        self._lock = threading.Lock()
+        self._several = isinstance(params, nn.Module) and parameters.is_parallel(params)
         self.work = Work(params, backend)
-        if lr is None:  # a rule whose steps have one length, whatever the slope, knows its own
-            lr = getattr(self.rule, "lr", None) or getattr(self.estimator, "lr", SLOPES)
+        lr = options.default_lr(self.rule, self.estimator) if lr is None else lr
         super().__init__(self.work.given, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
         self.bases = Bases(self.factored, self.rule, self.state)
         self.low_bits = LowBits(rounding == "residual", self.state)
@@ -139,29 +125,31 @@ class ZerothOrder(torch.optim.Optimizer):
     # Groups and state ---------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; a group without names continues the numbering param.N. Refuses what cannot be trained,
-        by name."""
+        """Adds a group, as in torch; a group without names continues the numbering param.N.
+
+        Raises ValueError, with the parameter's name, for what cannot be trained."""
         group = self.work.named(param_group)
-        _check_options({**self.defaults, **group})
+        options.check_group({**self.defaults, **group})
         entries = self.work.add(group)
         group["params"] = [(entry.name, entry.tensor) for entry in entries]
         super().add_param_group(group)
         self.work.append(entries)
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's state_dict plus ``zokern``: stream version, seed and step, so that a resumed run draws the
-        same z.
+        """Returns torch's state_dict plus ``zokern``: stream version, seed and step, so that a resumed run
+        draws the same z.
 
-        Writes deferred updates (see flush): a run that resumes from it has the bits of the run that saved and
+        Writes deferred updates (see flush). A run that resumes from it has the bits of the run that saved and
         went on."""
         self.flush()
         self.look()  # the counters of skipped and dead steps belong to the state
         return {**super().state_dict(), "zokern": checkpoint.own_entry(self)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume: options, seed, step number, and what residuals, rules and other parts keep. Refuses, before
-        anything has changed, another stream version, other parameter names, another recipe (method, rule,
-        estimator, rounding, ...) and state of other shapes."""
+        """Resumes: takes options, seed, step number, and what residuals, rules and other parts keep.
+
+        Raises ValueError, before anything has changed, for another stream version, other parameter names,
+        another recipe (method, rule, estimator, rounding, ...) and state of other shapes."""
         own = checkpoint.check(self, state_dict)
         held = self._held(state_dict)
         for entry, values in held:
@@ -206,14 +194,16 @@ class ZerothOrder(torch.optim.Optimizer):
         self, closure: Callable[[], Any] | None = None, first_order: Callable[[], Any] | None = None,
         reads: bool = True
     ) -> float | None:  # fmt: skip
-        """One step; returns the mean loss, or None without reading it.
+        """Runs one step and returns the mean of its losses, as torch's optimizers do.
 
-        zokern.step(optimizer, closure, first_order) returns the whole record, and has the arguments.
+        closure, first_order  as for zokern.step, which returns the whole record
+        reads                 False: return None, and do not wait for the losses
 
-        Without a closure it does nothing while every lr is 0: torch.distributed.checkpoint probes an
-        optimizer so."""
+        Without a closure it does nothing while every lr is 0, because torch.distributed.checkpoint probes an
+        optimizer so. Raises TypeError without one otherwise, and what zokern.step raises."""
         if closure is None:
-            if all(float(group["lr"]) == 0.0 for group in self.param_groups):
+            taken, self.taken = self.taken, False
+            if taken or all(float(group["lr"]) == 0.0 for group in self.param_groups):
                 return None
             raise TypeError(
                 "step() needs a closure that computes the loss: it is read at more than one point"
@@ -243,8 +233,6 @@ class ZerothOrder(torch.optim.Optimizer):
             self.deferred.close(self.work.tree)
             self._lock.release()
 
-    _prepared = False  # whether the step under way has checked what was written before it
-
     def plan(self) -> Plan:
         """Returns the checked work of this step. Raises before anything is touched."""
         work = self.work
@@ -262,8 +250,8 @@ class ZerothOrder(torch.optim.Optimizer):
             )
         work.check_tree()
         work.check_groups(self.param_groups)
-        for options in self.param_groups:
-            _check_options(options)
+        for given in self.param_groups:
+            options.check_group(given)
         work.build(self.param_groups, self.state)
         for group in work.groups:
             group.eps = float(group.options["eps"])
@@ -364,95 +352,6 @@ class ZerothOrder(torch.optim.Optimizer):
             return
         with self.deferred.shown(self.plan()):
             yield
-
-
-def _resolve_rule(rule: Any) -> Rule:
-    """Returns a rule; None: SGD. Raises TypeError for what is no rule object."""
-    rule = Sgd() if rule is None else rule
-    if isinstance(rule, type) or not hasattr(rule, "update"):
-        raise TypeError(
-            f"rule is {rule!r}; expected None, zokern.Momentum(), zokern.Adam() or another Rule object"
-        )
-    return rule
-
-
-def _spread(params: Any) -> bool:
-    """Whether a module, or one inside it, is wrapped for data parallelism over several processes."""
-    if not isinstance(params, nn.Module):
-        return False
-    return any(
-        cls.__name__ == "DistributedDataParallel"
-        for module in params.modules()
-        for cls in type(module).__mro__
-    )
-
-
-def _estimator(given: Estimator | None, queries: int | None, stencil: str | Stencil | None) -> Estimator:
-    """Returns the estimator; without one, SPSA with the queries and the stencil."""
-    if given is None:
-        return Spsa(1 if queries is None else queries, "central" if stencil is None else stencil)
-    for name, value in (("queries", queries), ("stencil", stencil)):
-        if value is not None:
-            raise ValueError(
-                f"{name} is {value!r} beside an estimator; give it to the estimator: "
-                f"zokern.Spsa({name}={value!r})"
-            )
-    if isinstance(given, type) or not callable(given) or not hasattr(given, "queries"):
-        raise TypeError(f"estimator is {given!r}; expected None, zokern.Spsa() or another Estimator object")
-    return given
-
-
-def _unknown(cls: type, option: str) -> TypeError:
-    """An error that names the class that the user called, and what is near."""
-    options = [
-        name
-        for owner in cls.__mro__
-        if issubclass(owner, ZerothOrder)
-        for name, p in inspect.signature(owner.__init__).parameters.items()
-        if name != "self" and p.kind is not inspect.Parameter.VAR_KEYWORD
-    ]
-    known = sorted({*options, *GUARDS})
-    near = difflib.get_close_matches(option, known, 1)
-    hint = HINTS.get(option) or (f"{near[0]}=..." if near else "")
-    return TypeError(
-        f"{cls.__name__} has no option {option!r}"
-        + (f"; did you mean {hint}?" if hint else ";")
-        + f" The options are {', '.join(known)}"
-    )
-
-
-def _resolve_evaluation(chosen):
-    return evaluation.resolve(chosen)
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    """lr, eps and weight decay of a group, checked at every step because schedulers and users write them."""
-    for name in ("lr", "eps", "weight_decay"):
-        _check_scalar(name, options[name])
-    lr = finite_number("lr", options["lr"])
-    if lr < 0:
-        raise ValueError(f"lr is {options['lr']!r}; expected lr >= 0 (to ascend, pass maximize=True)")
-    eps = finite_number("eps", options["eps"], above=0.0)
-    if not SMALLEST <= eps <= LARGEST:
-        raise ValueError(
-            f"eps is {options['eps']!r}; expected a finite number > 0 that float32 holds: 2**-126 <= eps < "
-            "2**128"
-        )
-    decay = finite_number("weight_decay", options["weight_decay"], minimum=0.0)
-    if lr * decay > 1.0:
-        raise ValueError(
-            f"weight_decay is {decay!r} and lr is {lr!r}; expected lr * weight_decay of at most 1, beyond "
-            "which weights change their sign "
-            "in every step"
-        )
-
-
-def _check_scalar(name: str, value: Any) -> None:
-    """Refuse what float() has no word for: tensors of several elements, and integers beyond a float."""
-    if isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex() or value.is_meta):
-        raise ValueError(f"{name} is {value!r}; expected a finite number")
-    if isinstance(value, int) and abs(value) > LARGEST:
-        raise ValueError(f"{name} is {value!r:.40}; expected a finite number below 2**128")
 
 
 __all__ = ["ZerothOrder"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -60,12 +61,16 @@ class Plan:
     rows: bool = False
     maximize: bool = False
     tape: Any = None  # of a step that is captured (graph.py)
-    tensors: list[Tensor] = field(init=False)  # of all groups
-    names: list[str] = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.tensors = [t for group in self.groups for t in group.tensors]
-        self.names = [name for group in self.groups for name in group.names]
+    @cached_property
+    def tensors(self) -> list[Tensor]:
+        """The parameters of all groups."""
+        return [t for group in self.groups for t in group.tensors]
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The names of the parameters of all groups."""
+        return [name for group in self.groups for name in group.names]
 
     def only(self, scope: Collection[str] | None) -> Plan:
         """Returns the same step of some parameters; None: of all. Raises ValueError if none of them is

@@ -139,12 +139,12 @@ class Late:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step measured and did.
+    """Holds what one step measured and did: the result of zokern.step.
 
-    Names are known at once. Numbers lie on the device of the losses until one of them is asked for: the first
+    Names are known at once. Numbers lie on the device of the losses until one of them is asked for. The first
     question waits for the step, and the numbers then stay on the host. On a CPU nothing waits.
 
-    loss          mean of the losses that were read, a float: of theta + eps z and theta - eps z, and so above
+    loss          mean of the losses that were read, a float: of theta + eps z and theta - eps z. It is above
                   the loss of theta where the loss is convex
     losses        per query, what the estimator read: (L(theta + eps z), L(theta - eps z)) for the central
                   difference
@@ -154,26 +154,27 @@ class StepResult:
     draws         (step, draw word) of each coefficient's z_k: the seed and these name it
     skipped       True when a loss, a coefficient, or lr times one, was NaN or infinite in float32: the
                   weights are as they were
-    evaluation    the way in which the losses were read;  why: evaluation 'auto': the reason for the choice
-    backend       what ran the kernels
-    scratch_bytes most extra memory that the evaluation held at once
+    evaluation    the way in which the losses were read
+    why           evaluation 'auto': the reason for the choice
+    backend       what ran the kernels: 'cpu', 'cuda', 'triton' or 'reference'
+    scratch_bytes  most extra memory that the evaluation held at once, in bytes
     unseen        first step: trained parameters that the loss did not read (they are updated all the same)
     whole         parameters that were copied in one piece because their use cannot be tiled
     swallowed     evaluation 'master': share of sampled 16-bit weights that the perturbation left as they
                   were; None: not measured
-    predicted_fall  first-order fall of the loss of this batch by this step, (lr / n) sum_k c_k s_k in the
-                  loss's unit, s_k the slope that was read along z_k (c_k itself for Spsa); summed over the
-                  parts of a step. It assumes rule SGD, and leaves weight decay, curvature and rounding out.
-                  One number was read for all groups, so it needs lr c_k / eps to be equal in them. The slope
-                  is the batch's: on other data the fall is less, as E[c^2] is |gradient|^2 plus the variance
-                  over batches and the noise of the losses. Its mean over draws with E[z z^T] = I is lr
-                  |gradient|^2. Bayesian takes its posterior mean for s_k. Negative with maximize. None:
-                  another rule, groups that differ, a skipped step, an estimator that tells no slopes
+    predicted_fall  first-order fall of the loss of this batch by this step, in the loss's unit; see below
     first_order_loss  estimators with a back-propagated term: the loss of theta that was back-propagated
     dead_updates  share of 16-bit weights in a sample that rounding to nearest left where they were; None: not
                   measured
     late          the numbers, where they lie
-    """
+
+    predicted_fall is (lr / n) sum_k c_k s_k, where s_k is the slope that was read along z_k: c_k itself for
+    zokern.Spsa, the posterior mean for zokern.Bayesian. It is summed over the parts of a step, and negative
+    with maximize. It assumes rule SGD, and leaves weight decay, curvature and rounding out. One number was
+    read for all groups, so it needs lr c_k / eps to be equal in them. Its mean over draws with E[z z^T] = I
+    is lr |gradient|^2. The slope is the batch's: on other data the fall is less, as E[c^2] is |gradient|^2
+    plus the variance over batches and the noise of the losses. It is None for another rule, for groups that
+    differ, for a skipped step and for an estimator that tells no slopes."""
 
     seed: int
     step: int

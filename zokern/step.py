@@ -51,23 +51,29 @@ class Steps(Protocol):
 def step(
     optimizer: Any, closure: Callable[[], Any], first_order: Callable[[], Any] | None = None
 ) -> StepResult:
-    """One zeroth-order step: theta <- (1 - lr wd) theta - lr (1/q) sum_k c_k z_k.
+    """Runs one zeroth-order step: reads the losses that the optimizer's estimator asks for, and moves the
+    weights once.
 
-    optimizer  a zokern optimizer (zokern.MeZO, ...), also in a wrapper with `.optimizer` (accelerate's
-               prepare(), Lightning)
-    closure    computes the loss of one batch: returns a 0-d or [1] tensor or a Python number. It reads the
-               same batch at every call. Evaluations 'master', 'scratch' and 'inplace' call it once per point,
-               under no_grad; 'paired' calls it once
-    first_order  of methods that back-propagate too (zokern.Addax, zokern.Hybrid): computes the loss that is
-                 back-propagated, as of
-               another batch; it is called once, with a graph. None: closure
-    Returns a StepResult. Writes the trained parameters, once, and nothing else: RNG streams, train/eval
-    flags, buffers, attributes of modules and the module tree are as they were. If the closure raises, the
-    weights are as they were (evaluation 'inplace': up to rounding). The first step reads its first loss
-    twice, and the loss of theta. Raises TypeError, before anything is read, for another optimizer, for what
-    is no closure, and for a first_order that nothing uses; RuntimeError when the closure is not repeatable,
-    changed the weights or never used them, after too many skipped or dead steps in a row, and when the update
-    made weights inf or NaN. Malladi et al. 2023, Algorithm 1."""
+        theta <- (1 - lr wd) theta - (lr / q) sum_k c_k z_k
+
+    optimizer    a zokern optimizer (zokern.MeZO, ...), also in a wrapper with `.optimizer` (accelerate's
+                 prepare(), Lightning)
+    closure      computes the loss of one batch, and returns a 0-d or [1] tensor or a Python number. It
+                 reads the same batch at every call. Evaluations 'master', 'scratch' and 'inplace' call it
+                 once per point, under no_grad; 'paired' calls it once
+    first_order  for methods that back-propagate too (zokern.Addax, zokern.Hybrid): computes the loss that
+                 is back-propagated, as of another batch. It is called once, with a graph. None: the
+                 closure
+
+    Returns a zokern.StepResult. Writes the trained parameters, once, and nothing else: RNG streams,
+    train/eval flags, buffers, attributes of modules and the module tree are as they were. If the closure
+    raises, the weights are as they were (evaluation 'inplace': up to rounding). The first step reads its
+    first loss twice, and the loss of theta.
+    Raises TypeError, before anything is read, for another optimizer, for what is no closure, and for a
+    first_order that nothing uses. Raises RuntimeError when the closure is not repeatable, changed the
+    weights or never used them, after too many skipped or dead steps in a row, and when the update made
+    weights inf or NaN.
+    Malladi et al. 2023, Algorithm 1."""
     optimizer = unwrapped(optimizer)
     if not callable(closure):
         raise TypeError(

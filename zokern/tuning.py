@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .checks import finite_number, whole_number
-from .estimator import Estimate, Estimator, Oracle, Spsa
+from .estimator import Estimate, Oracle, Spsa
 from .estimator.base import ONES
 from .estimator.spsa import CENTRAL
 from .evaluation import Evaluation, Jvp
@@ -76,15 +76,19 @@ class Probe(NamedTuple):
 
 @dataclass(frozen=True)
 class Tuning:
-    """An eps and an lr, and what they were chosen from. str() is the report; apply() sets them.
+    """Holds an eps and an lr, and what they were chosen from: the result of zokern.tune.
 
-    eps, lr    of the first parameter group
-    old        (eps, lr) that the optimizer had
-    widths     what was read at each eps
-    loss       mean loss L over the probes
-    fall       first-order fall of the loss by a step at lr = 1, mean over the probes
-    error      its standard error over the probes, as a share of `fall`
-    probes     steps' worth of losses that lr is told from;  forwards  losses that were read in all"""
+    eps, lr   of the first parameter group; eps in weights
+    old       (eps, lr) that the optimizer had
+    widths    what was read at each eps
+    loss      mean loss L over the probes
+    fall      first-order fall of the loss by a step at lr = 1, mean over the probes, in units of loss
+    error     its standard error over the probes, as a share of `fall`
+    share     of the loss that a step is expected to take off
+    probes    steps' worth of losses that lr is told from
+    forwards  losses that were read in all
+
+    str() is the report, and apply() sets both numbers. A Tuning writes nothing by itself."""
 
     eps: float
     lr: float
@@ -285,10 +289,11 @@ def _set(plan: Plan, own: Sequence[float], factor: float) -> None:
         group.eps = eps * factor
 
 
-def _ask(estimator: Estimator, oracle: Oracle, plan: Plan, first: int) -> list[Estimate]:
+def _ask(estimator: Any, oracle: Oracle, plan: Plan, first: int) -> list[Estimate]:
     """Returns the estimates of one step, along the draws from number `first` on."""
     oracle.plan = replace(plan, first=plan.first + first)
-    return [*estimator(oracle, oracle.plan)]
+    ask = estimator.forwards if getattr(estimator, "backpropagates", False) else estimator
+    return [*ask(oracle, oracle.plan)]
 
 
 def _widths(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from itertools import chain, zip_longest
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ class Work:
     names    plain names of the module's parameters
     ids      the id of every name
     entries  the trained parameters of each parameter group, with the tensors that are tied to them
+    params   their tensors alone
     tree     the modules that a step leaves as they are
     groups   of the last plan;  scopes  parts of it (Plan.scopes)"""
 
@@ -43,6 +44,7 @@ class Work:
         self.ids, _ = parameters.ids([*self.names.values(), *names])
         self.tree = Tree([self.model] if self.model is not None else [], is_open=self.model is None)
         self.entries: list[list[Trained]] = []
+        self.params: list[list[Tensor]] = []
         self.groups: list[Group] = []
         self.scopes: dict = {}
         # of the modules, not given to the optimizer; found once for a tree
@@ -51,7 +53,7 @@ class Work:
         self._active: list[Trained] = []  # those that are
         self._all: list[Tensor] = []  # their tensors, with all aliases
         self._key: tuple | None = None  # the memory that the groups were built from
-        self._kept: list[Any] = []  # tensors of the optimizer's state that were checked
+        self._kept: list[Any] = []  # the optimizer's state that was checked; int: a sound counter
 
     def parts(
         self, bases: Bases, low_bits: LowBits, deferred: Deferred, rule: Rule, estimator: Estimator
@@ -97,6 +99,7 @@ class Work:
     def append(self, entries: list[Trained]) -> None:
         """Trains the entries of a group."""
         self.entries.append(entries)
+        self.params.append([entry.tensor for entry in entries])
         self._others = None
         if not {id(entry.tensor) for entry in entries} <= {*map(id, self.tree.slots)}:
             # a module of its own, which its first forward shows
@@ -156,12 +159,12 @@ class Work:
     def check_groups(self, param_groups: list[dict[str, Any]]) -> None:
         """Raises if the lists of param_groups were edited: what the optimizer trains, it was given through
         add_param_group."""
-        for i, (group, entries) in enumerate(zip_longest(param_groups, self.entries, fillvalue=())):
+        for i, (group, given) in enumerate(zip_longest(param_groups, self.params, fillvalue=())):
             params = group["params"] if group else []
-            if len(params) != len(entries) or not all(p is entry.tensor for p, entry in zip(params, entries)):
+            if not same(params, given):
                 raise RuntimeError(
                     f"param_groups[{i}]['params'] has {len(params)} parameters that are not the "
-                    f"{len(entries)} given to the optimizer: "
+                    f"{len(given)} given to the optimizer: "
                     "the list was edited; put it back and use add_param_group, freeze with "
                     "requires_grad_(False), or build a new "
                     "optimizer"
@@ -170,9 +173,9 @@ class Work:
     def build(self, param_groups: list[dict[str, Any]], states: Any) -> None:
         """Makes the groups of a step, once for a list of tensors: again when one was moved, frozen, cast or
         added."""
-        entries = [entry for group in self.entries for entry in group]
-        flags = [entry.tensor.requires_grad for entry in entries]
+        flags = list(map(attrgetter("requires_grad"), chain.from_iterable(self.params)))
         if flags != self._flags:
+            entries = [entry for group in self.entries for entry in group]
             self._flags, self._key = flags, None
             self._active = [entry for entry, trained in zip(entries, flags) if trained]
             self._all = [t for entry in self._active for t in (entry.tensor, *(t for _, t in entry.aliases))]
@@ -180,11 +183,12 @@ class Work:
             key = memory_of(self._all)
         except RuntimeError:  # a tensor without an address, which the check below names
             key = None
-        kept = list(chain.from_iterable(map(dict.values, states.values())))
+        values = chain.from_iterable(map(dict.values, states.values()))
+        kept = [int if type(value) is int and value >= 0 else value for value in values]
         is_new = key is None or key != self._key
         if is_new:
             self._key = None
-            self._check_memory(entries)
+            self._check_memory()
         if is_new or not same(kept, self._kept):
             for entry in self._active:
                 if state := states.get(entry.tensor):
@@ -196,13 +200,13 @@ class Work:
             self.deferred.regroup(self.groups)
             self._key, self.scopes = key, {}
 
-    def _check_memory(self, entries: Iterable[Trained]) -> None:
+    def _check_memory(self) -> None:
         for entry in self._active:
             parameters.check_parameter(entry.name, entry.tensor)
             parameters.check_tie(entry)
             self.deferred.check(entry.tensor)
             self.bases.forget_changed(entry)
-        parameters.check_overlap([(entry.name, entry.tensor) for entry in entries])
+        parameters.check_overlap([(e.name, e.tensor) for group in self.entries for e in group])
 
     def check_state(self, entry: Trained, state: Any, way_out: str, loading: bool = False) -> None:
         """Raises ValueError for state that kernels would read past its end."""

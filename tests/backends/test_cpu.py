@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from zokern.backends import Batch, Noise, Span, Terms, cpu, pack
+from zokern.backends import Batch, Noise, Span, Terms, cpu, cpu_module, pack
 from zokern.backends.reference import Reference
 from zokern.directions import resolve
 
@@ -187,7 +187,7 @@ def test_forced_path():
     The compiled module decides, and is loaded without torch, which takes seconds.
     """
     code = (
-        f"import importlib.util as u; s = u.spec_from_file_location('_cpu', {cpu._cpu.__file__!r}); "
+        f"import importlib.util as u; s = u.spec_from_file_location('_cpu', {cpu_module._cpu.__file__!r}); "
         "m = u.module_from_spec(s); s.loader.exec_module(m); print(m.implementation())"
     )
 
@@ -215,9 +215,9 @@ def test_refusals():
             Batch([torch.empty(4, device="meta")], [Span(1)]), Noise(resolve("normal"), 0, [(0, 0)])
         )
     with pytest.raises(ValueError, match="chunk_count"):
-        cpu._cpu.draw(0, 0, -1, 0, 0, 0, 0, 1, 0)
+        cpu_module._cpu.draw(0, 0, -1, 0, 0, 0, 0, 1, 0)
     with pytest.raises(ValueError, match="null"):
-        cpu._cpu.draw(0, 0, 1, 0, 0, 0, 0, 1, 0)
+        cpu_module._cpu.draw(0, 0, 1, 0, 0, 0, 0, 1, 0)
 
 
 @pytest.mark.parametrize("compiled", [True, False])
@@ -225,20 +225,20 @@ def test_same_values_compares_objects_and_not_what_they_equal(compiled: bool, mo
     """An equal object in the place of another, one more,
     one less and another order are found; no __eq__ is called."""
     if not compiled:
-        monkeypatch.setattr(cpu, "_cpu", None)
+        monkeypatch.setattr(cpu_module, "_cpu", None)
     first, second = torch.ones(2), torch.ones(2)
     dicts = [{"a": first, "b": 1}, {}, {"c": None}]
     kept = [first, 1, None]
-    assert cpu.same_values(dicts, kept)
-    assert not cpu.same_values(dicts, [second, 1, None])
-    assert not cpu.same_values(dicts, kept[:-1]) and not cpu.same_values(dicts, [*kept, None])
-    assert not cpu.same_values(dicts, [1, first, None])
-    assert not cpu.same_values(dicts[:-1], kept) and cpu.same_values([], [])
+    assert cpu_module.same_values(dicts, kept)
+    assert not cpu_module.same_values(dicts, [second, 1, None])
+    assert not cpu_module.same_values(dicts, kept[:-1]) and not cpu_module.same_values(dicts, [*kept, None])
+    assert not cpu_module.same_values(dicts, [1, first, None])
+    assert not cpu_module.same_values(dicts[:-1], kept) and cpu_module.same_values([], [])
 
 
 def test_a_missing_openmp_library_is_named_with_what_installs_it(monkeypatch):
-    monkeypatch.setattr(cpu, "_cpu", None)
-    monkeypatch.setattr(cpu, "_error", "libgomp.so.1: cannot open shared object file")
-    assert "apt-get install libgomp1" in str(cpu.why_off())
-    monkeypatch.setattr(cpu, "_error", "No module named 'zokern._cpu'")
-    assert "libgomp1" not in str(cpu.why_off()) and "pip install" in str(cpu.why_off())
+    monkeypatch.setattr(cpu_module, "_cpu", None)
+    monkeypatch.setattr(cpu_module, "_error", "libgomp.so.1: cannot open shared object file")
+    assert "apt-get install libgomp1" in str(cpu_module.why_off())
+    monkeypatch.setattr(cpu_module, "_error", "No module named 'zokern._cpu'")
+    assert "libgomp1" not in str(cpu_module.why_off()) and "pip install" in str(cpu_module.why_off())

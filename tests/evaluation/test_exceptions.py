@@ -15,6 +15,7 @@ from torch import nn
 
 import zokern
 from zokern.evaluation import Isolation, rng
+from zokern.modules import State
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -261,3 +262,34 @@ def test_successful_step_leaves_surroundings_alone(evaluation: str) -> None:
         zokern.step(optimizer, lambda: (model.train(), noisy(model, ids))[1])
         assert state(model) == around
     assert all(same_bits(b, buffers[name]) for name, b in model.named_buffers())
+
+
+class Lists(nn.Module):
+    """Moves a member from the end of a list to the beginning of the next one: their members, one list after
+    the other, are the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.first, self.second = ["a", "b"], ["c"]
+
+    def forward(self) -> torch.Tensor:
+        self.second.insert(0, self.first.pop())
+        return (self.weight * len(self.second)).sum()
+
+
+@pytest.mark.parametrize("evaluation", ["master", "inplace", "scratch", "paired"])
+def test_lists_keep_their_own_members(evaluation: str) -> None:
+    model = Lists()
+    for _ in range(2):
+        zokern.step(zokern.MeZO(model, lr=0.0, evaluation=evaluation), model)
+        assert (model.first, model.second) == (["a", "b"], ["c"])
+
+
+def test_check_rejects_members_without_sizes() -> None:
+    right = State.inside
+    with (
+        patch.object(State, "inside", lambda self: ([], right(self)[1])),
+        pytest.raises((AssertionError, RuntimeError, IndexError)),
+    ):
+        test_lists_keep_their_own_members("master")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import zokern
 from zokern import backends, gemm
-from zokern.backends import Batch, Noise, Sides, Span, Thin, Weight, cpu
+from zokern.backends import Batch, Noise, Sides, Span, Thin, Weight, cpu, cpu_linear
 from zokern.directions import Normal, Rademacher
 from zokern.gemm import library
 
@@ -412,7 +412,7 @@ def test_no_rows(transposed: bool, fused: bool) -> None:
 def test_room_bounds_the_threads(monkeypatch) -> None:
     """What is short of memory multiplies some rows at a time,
     and then on fewer threads; the record's bytes say so."""
-    monkeypatch.setattr(cpu, "SHARED_ROWS", 20)
+    monkeypatch.setattr(cpu_linear, "SHARED_ROWS", 20)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
@@ -436,19 +436,19 @@ def test_room_bounds_the_threads(monkeypatch) -> None:
 
 
 def test_parts_of_the_rows_give_the_same_bits(monkeypatch) -> None:
-    monkeypatch.setattr(cpu, "SHARED_ROWS", 16)
+    monkeypatch.setattr(cpu_linear, "SHARED_ROWS", 16)
     case = Case(COLUMNS + 5, 50, 40, torch.float32, Normal())
     given = case.inputs()
     arguments = operands(case, given)
     calls = []
-    right = cpu._module()
-    monkeypatch.setattr(cpu, "_module", lambda: Counted(right, calls))
+    right = cpu_linear.module()
+    monkeypatch.setattr(cpu_linear, "module", lambda: Counted(right, calls))
     expected = ON.linear(*arguments)
     assert len(calls) == 1
     found = ON.linear(*arguments, room=1)
     assert len(calls) == 1 + sum(len(x) for x in given["xs"]) // 16
     assert all(map(torch.equal, expected, found))
-    broken = mutant(cpu.Cpu, "linear", "begin * pitch", "0")
+    broken = mutant(cpu_linear.Products, "linear", "begin * pitch", "0")
     found = broken(ON, *arguments, room=1)
     assert not all(map(torch.equal, expected, found))
 

@@ -48,7 +48,7 @@ WRONG = {  # name: (file, text, replacement, the check that rejects it)
     "the clock of a product": ("lowrank", "step = name_of(step, clock)", "step = name_of(step, None)",
         "lowrank_clock"),
     "the decay of the terms": ("elementwise", "        decay = tl.load(control)\n", "", "control_axpy"),
-    "weights go on": ("elementwise", "tl.where(tl.load(control + BY) != 0.0, count, 0)", "count",
+    "weights go on": ("elements", "tl.where(tl.load(control + BY) != 0.0, count, 0)", "count",
         "control_axpy"),
     "a rule stops where nothing moves": ("update", "control, FINITE)", "control, FINITE - 1)",
         "control_update"),

@@ -52,40 +52,40 @@ KEPT = ("kept_axpy_", "kept_perturb", "kept_lowrank_")
 
 WRONG = {  # name: (file, text, replacement)
     "unfused": ("normal", "e = tl.fma(-s, y, 1.0)", "e = 1.0 - s * y"),
-    "unfused sum": ("elementwise", "tl.fma(coefficient, z_even, even)", "coefficient * z_even + even"),
+    "unfused sum": ("terms", "tl.fma(coefficient, z_even, even)", "coefficient * z_even + even"),
     "unfused element": (
-        "elementwise",
+        "terms",
         "tl.fma(tl.load(coefficients + k), z, value)",
         "tl.load(coefficients + k) * z + value",
     ),
     "sine and cosine swapped": ("normal", "return r * sine, r * cosine", "return r * cosine, r * sine"),
     "words swapped": (
-        "elementwise",
+        "units",
         "tl.join(tl.join(a0, a2), tl.join(a1, a3))",
         "tl.join(tl.join(a0, a1), tl.join(a2, a3))",
     ),
     "parts swapped": (
-        "elementwise",
+        "units",
         "tl.join(words[2 * PART], words[2 * PART + 1])",
         "tl.join(words[2 - 2 * PART], words[3 - 2 * PART])",
     ),
     "round keys swapped": ("philox", "keys[2 * r + 1]", "keys[2 * r]"),
     "32-bit number": (
-        "elementwise",
+        "elements",
         "(number >> 3).to(tl.uint32)",
         "(number.to(tl.int32) >> 3).to(tl.uint32)",
     ),
     "32-bit unit": (
-        "elementwise",
+        "units",
         "(unit + tl.arange(0, N)).to(tl.uint32)",
         "(unit.to(tl.int32) & 0xFFFFFFF) + tl.arange(0, N)",
     ),
     "short tail": ("elementwise", "i < size", "i < size - 1"),
     "write past the end": ("elementwise", "i < size", "i <= size"),
-    "unit past the end": ("elementwise", "(row < units)", "(row <= units)"),
-    "signs past the end": ("elementwise", "tl.uint32) < units", "tl.uint32) <= units"),
-    "signs from the chunk's first unit": ("elementwise", "part * N - (unit & 15).to(tl.int32)", "part * N"),
-    "byte of a block": ("elementwise", "(tl.arange(0, N) & 3) * 8", "(tl.arange(0, N) & 1) * 8"),
+    "unit past the end": ("units", "(row < units)", "(row <= units)"),
+    "signs past the end": ("units", "tl.uint32) < units", "tl.uint32) <= units"),
+    "signs from the chunk's first unit": ("units", "part * N - (unit & 15).to(tl.int32)", "part * N"),
+    "byte of a block": ("units", "(tl.arange(0, N) & 3) * 8", "(tl.arange(0, N) & 1) * 8"),
     "truncated bfloat16": ("rounding", "x + 0x7FFF + ((x >> 16) & 1)", "x"),
     "low bits of an element without sign": (
         "rounding",
@@ -93,45 +93,45 @@ WRONG = {  # name: (file, text, replacement)
         "low.to(tl.uint16, bitcast=True).to(tl.int32)",
     ),
     "low bits without sign": (
-        "elementwise",
+        "units",
         "((low_word << 16).to(tl.int32, bitcast=True) >> 16).to(tl.uint32, bitcast=True)",
         "(low_word & 0xFFFF)",
     ),
     "rounding bits of the first draw": (
-        "elementwise",
+        "terms",
         "who, step, purpose, keys)",
         "who, step_k - 2, purpose, keys)",
     ),
     "float16 saturates": ("rounding", "half < 0x7C00, half, 0x7C00", "half < 0x7C00, half, 0x7BFF"),
-    "inf not counted": ("elementwise", "(rounded & 0x7F80) == 0x7F80", "(rounded & 0x7FFF) > 0x7F80"),
+    "inf not counted": ("elements", "(rounded & 0x7F80) == 0x7F80", "(rounded & 0x7FFF) > 0x7F80"),
     "inf not seen": ("rounding", "+ 0x00800080", "+ 0x007F007F"),
     "first term twice": (
-        "elementwise",
+        "terms",
         "k < draw_count - 1, other, step",
         "k <= draw_count - 1, other, step",
     ),
     "one rounding for all steps": (
-        "elementwise",
+        "terms",
         "if TYPE != FLOAT32 and not (TYPE == BFLOAT16",
         "if TYPE < 0 and not (TYPE == BFLOAT16",
     ),
     "one rounding for all steps of an element": (
-        "elementwise",
+        "terms",
         "value = bf16_to_float(round_element(",
         "bf16_to_float(round_element(",
     ),
     "decay of the first step": (
-        "elementwise",
+        "terms",
         "tl.load(draws + draw_count + k)",
         "tl.load(draws + draw_count)",
     ),
     "rounding bits of the first step": (
-        "elementwise",
+        "terms",
         "even, odd = round_pair(even, odd, unit, who, step,",
         "even, odd = round_pair(even, odd, unit, who, step * 0 + 3,",
     ),
     "no decay": (
-        "elementwise",
+        "terms",
         "even, odd, even2, odd2 = even * decay, odd * decay, even2 * decay, odd2 * decay",
         "even = even * decay",
     ),
@@ -365,7 +365,7 @@ if sass.tool("nvdisasm") is not None:
         _, function = compiler(
             "axpy bf16",
             "90",
-            changed(tmp_path / "narrow", "elementwise", "(begin >> 1), 16)", "(begin >> 1), 4)"),
+            changed(tmp_path / "narrow", "units", "(begin >> 1), 16)", "(begin >> 1), 4)"),
         )
         with pytest.raises(LookupError):
             sass.vector_loop(function, 2, 2)
@@ -378,7 +378,7 @@ if sass.tool("nvdisasm") is not None:
         )
         whole = line.replace("(unit >> 4) + tl.arange(0, N // 16)", "(unit + tl.arange(0, N)) >> 4")
         alone = "return (w0 + w1 + w2 + w3,)\n        w0, w1, w2, w3 = w0, w1, w2, w3"
-        wrong = changed(tmp_path / "alone", "elementwise", line, f"{whole}\n        {alone}")
+        wrong = changed(tmp_path / "alone", "units", line, f"{whole}\n        {alone}")
         _, function = compiler("axpy rademacher", "90", wrong)
         assert len(sass.vector_loop(function, 4, 4)) / 32 > KERNELS["axpy rademacher"][2][3]
 

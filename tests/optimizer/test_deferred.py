@@ -832,3 +832,34 @@ def test_freezing_writes_what_waits() -> None:
     assert torch.allclose(got, expected, rtol=1e-6, atol=1e-7)
     got, expected = frozen_midway(False)
     assert not torch.allclose(got, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_hooks_are_off_during_a_step_and_before_others_after_it() -> None:
+    """A hook that a user adds while updates wait still reads the weights with all of them after a step."""
+    model, seen, during = tiny(width=16), list[Tensor](), list[int]()
+    part = next(module for module in model.modules() if isinstance(module, nn.Linear))
+
+    def closure() -> Tensor:
+        during.append(sum(len(module._forward_pre_hooks) for module in part.modules()))
+        return next_token_loss(model(IDS), IDS)
+
+    optimizer = METHODS["subzero"](model, seed=3, force=True, **given_alone())
+    zokern.step(optimizer, closure)
+    part.register_forward_pre_hook(lambda module, _: seen.append(module.weight.detach().clone()))
+    zokern.step(optimizer, closure)
+    assert waits(optimizer) and during[0] == 0 and set(during[-2:]) == {1}, during
+    seen.clear()
+    part(torch.zeros(1, part.in_features))
+    assert same_bits(seen[0], part.weight) and waits(optimizer) == []
+
+
+def test_check_rejects_hooks_that_come_after_others() -> None:
+    right = zokern.deferred.Deferred.close
+
+    def last(self, tree) -> None:
+        right(self, tree)
+        for register, number in self._hooks:
+            register.move_to_end(number)
+
+    with patch.object(zokern.deferred.Deferred, "close", last), pytest.raises(AssertionError):
+        test_hooks_are_off_during_a_step_and_before_others_after_it()

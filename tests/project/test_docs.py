@@ -2,22 +2,26 @@
 names one machine.
 
 A Python block of a document is run, in order, with `model` and `loader` (a small one) and `torch` and
-`zokern` at hand, unless the line above it is `<!-- not run: the reason -->`. Below `<!-- needs: package, ...
--->` it is left out where a package is missing, and the test is reported as skipped. Sentences and lines have
-a length that is counted here.
+`zokern` at hand, unless the line above it is `<!-- not run: the reason -->`. So is an indented block, or one
+without a language, that is Python and names zokern. Below `<!-- needs: package, ... -->` a block is left out
+where a package is missing, and the test is reported as skipped. Sentences and lines have a length that is
+counted here.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib.util
 import inspect
 import re
 import subprocess
+import textwrap
 from pathlib import Path
 
 import pytest
 import torch
+from prose import mean_words
 from torch import nn
 
 import zokern
@@ -32,6 +36,11 @@ FOLDERS = "zokern|csrc|triton_kernels|tests|benchmarks|docs|examples"
 MADE_LATER = re.compile(
     r"zokern/_build\.py|benchmarks/results/.*|build/.*|dist/.*|\.venv/?.*"
 )  # by a build or a run, not by git
+BLOCK = re.compile(
+    r"^(?P<above>[^\n]*\n)?```(?P<language>[^\n]*)\n(?P<source>.*?)^```[^\n]*$"
+    r"|\n\n(?P<indented>(?: {4}[^\n]*\n)+)(?=\n|\Z)",
+    re.M | re.S,
+)
 FILE = re.compile(r"[\w.-]+\.(?:py|h|cpp|cu|def|md|json|csv|png|toml|txt|in)")
 MACHINE = re.compile("/" + r"(?:work|root|home/\w+|opt/\w+|Users/\w+)/")
 
@@ -59,20 +68,25 @@ class Tiny(nn.Module):
 
 def python_blocks(text: str) -> list[tuple[int, str, list[str]]]:
     """Line number, source and packages of every Python block that is to be run."""
-    blocks = re.finditer(r"^(?P<above>[^\n]*\n)?```python\n(?P<source>.*?)^```", text, re.M | re.S)
     found = []
-    for match in blocks:
-        above = match["above"] or ""
+    for match in BLOCK.finditer(text):
+        above, source = match["above"] or "", textwrap.dedent(match["source"] or match["indented"])
+        if match["language"] != "python" and not (not match["language"] and is_program(source)):
+            continue
         if not re.match(r"<!-- not run: \S.* -->", above):
             needs = re.match(r"<!-- needs: (\w+(?:, \w+)*) -->", above)
-            found.append(
-                (
-                    text[: match.start("source")].count("\n") + 1,
-                    match["source"],
-                    needs[1].split(", ") if needs else [],
-                )
-            )
+            start = match.start("source" if match["source"] else "indented")
+            found.append((text[:start].count("\n") + 1, source, needs[1].split(", ") if needs else []))
     return found
+
+
+def is_program(source: str) -> bool:
+    """Whether a block is Python that uses zokern: not a formula, a command or a listing."""
+    try:
+        ast.parse(source)
+    except SyntaxError:
+        return False
+    return "zokern." in source
 
 
 def run_blocks(text: str) -> tuple[dict, list[str]]:
@@ -139,38 +153,6 @@ def machine_paths(text: str) -> list[str]:
 
 
 # Words and lines --------------------------------------------------------------------------------------------
-
-
-def paragraphs(text: str) -> list[str]:
-    """The prose of a document: no code, tables, headings, pictures or formulas.
-    An item of a list is a paragraph."""
-    text = re.sub(r"^```.*?^```[^\n]*$", "", text, flags=re.M | re.S)
-    text = re.sub(r"<!--.*?-->", "", text, flags=re.S)
-    found = []
-    for block in re.split(r"\n\s*\n", text):
-        lines = [line for line in block.split("\n") if line.strip() and not re.match(r"\s*(\||#|!\[)", line)]
-        if not all(line.startswith("    ") for line in lines):
-            found += re.split(r"\n(?=\s*(?:[-*]|\d+\.)\s)", "\n".join(lines))
-    return [re.sub(r"^\s*(?:[-*]|\d+\.)\s+", "", item) for item in found]
-
-
-def sentences(text: str) -> list[str]:
-    """A sentence ends with . ! or ?, a space behind it, and its paragraph. Code is one word."""
-    found = []
-    for paragraph in paragraphs(text):
-        plain = re.sub(r"`[^`]*`", "code", paragraph.replace("\n", " "))
-        plain = re.sub(r"\b(al|e\.g|i\.e|vs)\.", r"\1", plain)
-        found += re.split(r"(?<=[.!?])\s|(?<=[.!?][)\"*])\s", plain)
-    return [sentence for sentence in found if re.search(r"\w", sentence)]
-
-
-def words(sentence: str) -> int:
-    return len(re.findall(r"\S*\w\S*", sentence))
-
-
-def mean_words(text: str) -> float:
-    found = sentences(text)
-    return sum(map(words, found)) / max(1, len(found))
 
 
 def long_lines(text: str) -> list[int]:
@@ -392,6 +374,10 @@ def test_a_block_that_fails_is_noticed():
         run_blocks("text\n\n```python\nassert zokern is None\n```\n")
     with pytest.raises(AssertionError):  # every block counts, not only the last
         run_blocks("```python\nassert zokern is None\n```\n\ntext\n\n```python\nassert zokern\n```\n")
+    for block in ("text\n\n    assert zokern.MeZO is None\n", "```\nassert zokern.MeZO is None\n```\n"):
+        with pytest.raises(AssertionError):  # a block that is not marked as Python
+            run_blocks(block)
+    run_blocks("text\n\n    theta <- zokern.step lr z\n\n```\nmake x  # zokern.MeZO\n```\n")
     run_blocks("<!-- not run: needs a GPU -->\n```python\nassert zokern is None\n```\n")
     with pytest.raises(AssertionError):  # an exemption without a reason is none
         run_blocks("<!-- not run: -->\n```python\nassert zokern is None\n```\n")

@@ -19,7 +19,7 @@ pytest.importorskip("transformers", reason="transformers is not installed: pip i
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "examples"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "common")
-NEEDS = {"lora": "peft", "quantised": "peft", "accelerate_loop": "accelerate"}
+NEEDS = {"lora": "peft", "quantised": "peft", "accelerate_loop": "accelerate", "trainer": "accelerate"}
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
 
@@ -117,7 +117,7 @@ def test_an_example_is_short_and_named(name):
     assert f"examples/{name}.py" in (ROOT / "README.md").read_text()
 
 
-LEARNS = {"lora": 0.02, "accelerate_loop": 0.1, "custom_method": 0.1}
+LEARNS = {"lora": 0.02, "accelerate_loop": 0.1, "custom_method": 0.1, "trainer": 0.1}
 
 
 @pytest.mark.parametrize("name, least", LEARNS.items())
@@ -160,14 +160,16 @@ def test_a_quantised_base(run, monkeypatch, library):
         )
         _, (start, _) = run("quantised", "--steps", 0)
         _, (model, opt) = run("quantised")
+    import common
+
+    data = common.batches(model, common.Bytes())
+    with torch.no_grad():
+        start(**next(data))  # bitsandbytes packs weights in the first forward
     before = dict(start.named_parameters())
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     assert frozen and all(
         torch.equal(value(before[name]), value(p)) for name, p in model.named_parameters() if name in frozen
     )
-    import common
-
-    data = common.batches(model, common.Bytes())
     with torch.no_grad():
         fallen = [float(start(**batch).loss - model(**batch).loss) for batch in (next(data), next(data))]
     assert sum(fallen) / 2 > 0.02

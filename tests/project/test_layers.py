@@ -40,7 +40,7 @@ LAYERS = {
     ],
     "rules": ["rule"],
     "step": ["first_step", "first_order", "step"],
-    "optimizer": ["low_bits", "bases", "scaling", "deferred", "work", "checkpoint", "optimizer"],
+    "optimizer": ["options", "low_bits", "bases", "scaling", "deferred", "work", "checkpoint", "optimizer"],
     "methods": ["methods", "objective", "tuning", "graph"],
     "applications": [
         "__init__",
@@ -51,6 +51,7 @@ LAYERS = {
         "cli_tune",
         "cli_train",
         "cli_bench",
+        "hf",
         "__main__",
         "_build",
     ],

@@ -28,9 +28,11 @@ OURS = str(Path(zokern.__file__).parent)
 
 def defaults() -> dict[str, Any]:
     """The evaluation that each method takes when none is named."""
-    return {
-        name: inspect.signature(method).parameters["evaluation"].default for name, method in METHODS.items()
+    given = {
+        name: [inspect.signature(owner.__init__).parameters.get("evaluation") for owner in method.__mro__]
+        for name, method in METHODS.items()
     }
+    return {name: next(one.default for one in found if one is not None) for name, found in given.items()}
 
 
 # 'auto' is a way of its own only while some method has another default.

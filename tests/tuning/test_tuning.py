@@ -180,6 +180,58 @@ def test_a_rule_of_one_length_gets_its_lr_times_the_coefficients() -> None:
     assert adam.lr == pytest.approx(sgd.lr * math.sqrt(adam.fall), rel=1e-6)
 
 
+class Head(torch.nn.Module):
+    """L = 1 + g w + h v: `v` is back-propagated, and far steeper."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.below, self.v = Loss(slope=0.3), torch.nn.Parameter(torch.zeros(3))
+
+    def forward(self) -> torch.Tensor:
+        return self.below() + 1e3 * self.v.double().sum()
+
+
+def check_mixed(estimator) -> None:
+    """With both parts of one gradient the fall is that of either part, whatever alpha is."""
+    model = Loss(slope=0.3)
+    for alpha in (0.1, 1.0):
+        found = tune(zokern.MeZO(model, lr=1.0, estimator=estimator(alpha)), model)
+        assert found.lr == pytest.approx(expected(model, 4, 8), rel=1e-3), alpha
+
+
+def check_split(estimator) -> None:
+    """lr is that of the parameters which are not back-propagated."""
+    model = Head()
+    found = tune(zokern.MeZO(model, lr=1.0, estimator=estimator(["v"])), model)
+    z = [zokern.draw("normal", (N,), seed=0, who="below.w", step=0, draw=k).double() for k in range(4, 12)]
+    square = sum(float(model.below.g @ one) ** 2 for one in z) / len(z)
+    assert found.lr == pytest.approx(0.02 * float(model().detach()) / square, rel=1e-3)
+
+
+class Unscaled(zokern.Mixed):
+    """Tells the slopes of the zeroth-order part as they are: its own fall alone."""
+
+    def forwards(self, oracle, plan):
+        for estimate in super().forwards(oracle, plan):
+            yield replace(estimate, slopes=estimate.slopes * self.alpha)
+
+
+class Unscoped(zokern.Split):
+    """Reads all parameters."""
+
+    def forwards(self, oracle, plan):
+        return self.inner(oracle, plan)
+
+
+@pytest.mark.parametrize(
+    "check, right, wrong", [(check_mixed, zokern.Mixed, Unscaled), (check_split, zokern.Split, Unscoped)]
+)
+def test_back_propagated_parts(check, right, wrong) -> None:
+    check(right)
+    with pytest.raises(AssertionError):
+        check(wrong)
+
+
 def test_every_closure_is_read() -> None:
     model = Loss()
     seen: list[int] = []

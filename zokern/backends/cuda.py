@@ -23,7 +23,8 @@ from . import device_tables, pack, pack_lowrank
 from .base import SCALARS
 from .device_tables import Launch
 from .launch import Batch, Noise, Outer, Projected, Projection, Terms, Update, projected, rounding_bits
-from .validation import Validator, given
+from .operands import given
+from .validation import Validator
 
 _cuda: Any = None
 _error = ""

@@ -60,10 +60,12 @@ def pack(
     numbered  entries hold the positions of their tensors in it
 
     Empty tensors take no entry; a tensor of more than two strided dimensions takes several."""
-    if thetas is not None and len(thetas) > 8 and residuals is None and scales is None and not outs:
-        thetas, spans = TensorList.of(thetas), SpanList.of(spans)
-        if thetas.contiguous and spans.plain:
-            entries = _pack_plain(thetas, spans, numbered)
+    # one list, which is updated in place, or which z is drawn into
+    alone = outs[0] if thetas is None and len(outs) == 1 else () if thetas is None or outs else thetas
+    if len(alone) > 8 and residuals is None and scales is None:
+        tensors, spans = TensorList.of(alone), SpanList.of(spans)
+        if tensors.contiguous and spans.plain:
+            entries = _pack_plain(tensors, spans, numbered, thetas is None)
             return entries, chunks(entries, elements)
     # an entry is WORDS of 64 bits; one flat list is the fastest way from Python to NumPy
     words: list[int] = []
@@ -81,42 +83,19 @@ def pack(
         scale, factor = (0, 0) if factors is None else (factors.data_ptr(), SCALES[factors.dtype])
         who, out_kind = span.who | kind << 32, out_type | (i << 32 if numbered else 0)
         if span.rows is not None or span.pitch is not None:
-            columns = tensor.shape[-1]
-            count = tensor.shape[0] if span.rows is None else span.rows.numel()
+            (count, columns), (down, right) = tensor.shape, tensor.stride()
+            index, count = (0, count) if span.rows is None else (span.rows.data_ptr(), span.rows.numel())
             pitch = columns if span.pitch is None else span.pitch
-            index = 0 if span.rows is None else span.rows.data_ptr()
             if count and columns:
-                words += (pointer, out0, out1, low, index, count, columns, tensor.stride(0), tensor.stride(1),
-                    span.first,
-                          pitch, who, out_kind, scale, factor)  # fmt: skip
-            continue
-        size = tensor.numel()
-        if size == 0:
-            continue
-        if thetas is None or tensor.is_contiguous():
-            words += (
-                pointer,
-                out0,
-                out1,
-                low,
-                0,
-                1,
-                size,
-                0,
-                1,
-                span.first,
-                size,
-                who,
-                out_kind,
-                scale,
-                factor,
-            )
-            continue
-        factor_width = 0 if factors is None else factors.element_size()
-        names = who, out_kind, scale, factor
-        words += _strided(
-            tensor, span, (pointer, out0, out1, low), 4 if out_type == 0 else 2, names, factor_width
-        )
+                words += (pointer, out0, out1, low, index, count, columns, down, right, span.first, pitch,
+                          who, out_kind, scale, factor)  # fmt: skip
+        elif (size := tensor.numel()) and (thetas is None or tensor.is_contiguous()):
+            words += (pointer, out0, out1, low, 0, 1, size, 0, 1, span.first, size,
+                      who, out_kind, scale, factor)  # fmt: skip
+        elif size:
+            width, factor_width = 4 if out_type == 0 else 2, 0 if factors is None else factors.element_size()
+            ends, names = (pointer, out0, out1, low), (who, out_kind, scale, factor)
+            words += _strided(tensor, span, ends, width, names, factor_width)
     entries = np.array(words, dtype=np.uint64).view(ENTRY)
     if len(words) == WORDS:  # one tensor: the common launch of an evaluation, called hundreds of times a step
         return entries, _chunks_of_one(words[5] * words[6], words[9] % ALIGN, elements)
@@ -155,10 +134,14 @@ def _strided(
     return words
 
 
-def _pack_plain(thetas: TensorList, spans: SpanList, numbered: bool) -> np.ndarray:
-    """Returns entries of a long list of contiguous tensors that are updated in place, column by column."""
+def _pack_plain(thetas: TensorList, spans: SpanList, numbered: bool, drawn: bool) -> np.ndarray:
+    """Returns entries of a long list of contiguous tensors that are updated in place, or drawn, column by
+    column."""
     entries = np.zeros(len(thetas), dtype=ENTRY)
-    entries["theta"] = thetas.pointers
+    if drawn:
+        entries["out"][:, 0] = thetas.pointers
+    else:
+        entries["theta"] = thetas.pointers
     entries["tensor"] = np.arange(len(thetas)) if numbered else 0
     entries["columns"] = entries["pitch"] = thetas.sizes
     entries["row_count"], entries["column_stride"] = 1, 1

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from . import device_tables, pack
 from .launch import Noise, Sides, Thin, Weight
+from .operands import described
 from .triton_launch import keys_of, signed
-from .validation import Validator, described
+from .validation import Validator
 
 try:
     import triton

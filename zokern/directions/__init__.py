@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from .aligned import Aligned
-from .lowrank import Diagonal, Drawn, Kept, Lazy, LowRank, Matrix, Measured, Source, Subspace
+from .lowrank import Diagonal, Drawn, Kept, Lazy, LowRank, Matrix, Measured, Source, Stack, Subspace
 from .normal import Normal
 from .rademacher import Rademacher
 from .scaled import Curved, Masked, Scaled
@@ -76,6 +76,7 @@ __all__ = [
     "Rademacher",
     "Scaled",
     "Source",
+    "Stack",
     "Subspace",
     "parts",
     "resolve",

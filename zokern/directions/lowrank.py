@@ -80,13 +80,22 @@ class Matrix:
         return left, None if self.left is None or self.right is None else middle, right
 
 
+class Stack(list[Tensor]):
+    """Tensors of one shape as a list; `whole` holds all of them, so that one operation does for all."""
+
+    def __init__(self, whole: Tensor) -> None:
+        super().__init__(whole.unbind(0))
+        self.whole = whole
+
+
 class Source(Protocol):
     """Numbers of the stream for some matrices; the optimizer provides it."""
 
     def __call__(
         self, matrices: Sequence[Matrix], shapes: Sequence[tuple[int, ...]], step: int, draw: int
     ) -> list[Tensor]:
-        """Returns standard normals of (seed, each matrix's name, step, draw word), float32, in one launch."""
+        """Returns standard normals of (seed, each matrix's name, step, draw word), float32, in one launch; a
+        Stack where they have one shape."""
 
     def sketch(
         self, matrix: Matrix, draws: Sequence[tuple[int, int]], weights: Sequence[float], omega: Tensor,
@@ -263,13 +272,23 @@ class LowRank:
     def draws(self, matrices: Sequence[Matrix], source: Source, step: int, draw: int) -> list[Tensor]:
         """Returns, for each matrix, what is drawn of s U C
         V^T with s in it (in U where U and V are), float32."""
+        sizes = [m.extra.get("sizes") or self._sizes(m) for m in matrices]
         if self.c is not None and self.c.diagonal:
             found = [torch.diag(tau) for tau in source(matrices, [(m.rank,) for m in matrices], step, draw)]
         else:
-            found = source(matrices, [self.draw_shape(m) for m in matrices], step, draw)
-        if self.norm == "matched":  # s U V^T where both are drawn
+            found = source(matrices, [shape for shape, _ in sizes], step, draw)
+        scales = [scale for _, scale in sizes] if self.norm == "matched" else []
+        if scales and isinstance(found, Stack) and found.whole.is_cpu and not self.joins:
+            # where torch's foreach is a loop
+            found.whole.mul_(torch.tensor(scales, dtype=torch.float32, device="cpu").view(-1, 1, 1))
+        elif scales:  # s U V^T where both are drawn
             moved = [x[: m.rows] for x, m in zip(found, matrices)] if self.joins else found
-            torch._foreach_mul_(moved, [self.scale(m) for m in matrices])
+            torch._foreach_mul_(moved, scales)
+        return found
+
+    def _sizes(self, matrix: Matrix) -> tuple[tuple[int, int], float]:
+        """Returns the shape of a draw of a matrix, and s, which the matrix keeps."""
+        matrix.extra["sizes"] = found = self.draw_shape(matrix), self.scale(matrix)
         return found
 
     def plus(
@@ -353,5 +372,5 @@ class Diagonal(LowRank):
 
 __all__ = [
     "LEFT", "RIGHT", "Diagonal", "Drawn", "Kept", "Lazy", "LowRank", "Matrix", "Measured", "Source",
-    "Subspace", "matrix_shape", "near_square",
+    "Stack", "Subspace", "matrix_shape", "near_square",
 ]  # fmt: skip

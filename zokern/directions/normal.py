@@ -60,7 +60,11 @@ def angle(word: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Normal:
-    """z ~ N(0, 1) independently for each element; E[z z^T] = I."""
+    """Draws every element of z from the standard normal distribution N(0, 1), independently; E[z z^T] =
+    I.
+
+    It has no arguments. z is float32, within +-5.3956, and a function of (seed, name, step, query,
+    element) alone: docs/stream.md. Salmon et al. 2011 (Philox); Box and Muller 1958."""
 
     name = "normal"
     per_block = 8

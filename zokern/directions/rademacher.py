@@ -12,7 +12,11 @@ from torch import Tensor
 
 
 class Rademacher:
-    """z = +1 or -1 with probability 1/2 each, independently for each element; E[z z^T] = I, z^2 = 1."""
+    """Draws every element of z as +1 or -1 with probability 1/2 each, independently; E[z z^T] = I and z^2
+    = 1.
+
+    It has no arguments. z is float32, and a function of (seed, name, step, query, element) alone:
+    docs/stream.md. Salmon et al. 2011 (Philox); Dang et al. 2026 (FZOO's signs)."""
 
     name = "rademacher"
     per_block = 128

@@ -34,15 +34,20 @@ class Normals(Protocol):
 
 
 class Scaled:
-    """z' = z * s: a dense z times a factor for each element.
+    """Multiplies a dense z by a fixed factor for each element.
 
-    scales  name of a parameter -> its factors, or a function of name and parameter that returns them, or None
-            for 1; float32, bfloat16 or bool (a mask), shaped like the parameter. They are read when the
-            optimizer first sees the parameter, and copied
+        z' = z * s
+
+    scales  s, without a unit, for the weights of each parameter: a mapping from names to factors, or a
+            function of name and parameter that returns them, or None for 1. Factors are float32, bfloat16
+            or bool (a mask), shaped like the parameter. They are read when the optimizer first sees the
+            parameter, and copied
     base    the direction of z: 'normal', 'rademacher' or a Direction
 
-    Keeps a copy of the factors: 4, 2 or 1 bytes an element. Raises ValueError for names that no parameter
-    has, and for other shapes."""
+    Keeps a copy of the factors: 4, 2 or 1 bytes an element. A weight with s = 0 moves by weight decay
+    alone.
+    Raises ValueError for names that no parameter has, and for other shapes. Zhao et al. 2024 (HiZOO) and
+    Liu et al. 2024 (Sparse-MeZO) scale z so."""
 
     name = "scaled"
 
@@ -120,22 +125,24 @@ class Curved(Scaled):
 
 
 class Masked(Scaled):
-    """z' = z * m, m in {0, 1}: a share of the elements is perturbed and moves.
-    The others move by weight decay alone.
+    """Perturbs and moves a share of the elements; the others move by weight decay alone.
+
+        z' = z * m,   m in {0, 1}
 
     keep   the share that moves, 0 < keep <= 1; its complement is the papers' sparsity
-    by     'random': the elements where u < keep, u = Phi(normal of the stream, purpose `mask`), redrawn every
-           `every` steps (Zhang et al. 2024, ZO-Bench's gradient sparsity at the share that it states; their
-           code keeps another one); 'magnitude': the smallest weights, |theta_i| <= h, with the weights of the
-           optimizer's first step (Liu et al. 2024, Sparse-MeZO)
+    by     'random': elements are drawn with probability `keep`, anew every `every` steps, as ZO-Bench's
+           gradient sparsity states it. 'magnitude': the smallest weights, |theta_i| <= h, with the
+           weights of the optimizer's first step, as in Sparse-MeZO
     every  steps between two random masks
     scope  'layer': `keep` of every tensor. 'global': one h for all tensors; a random mask keeps of each
            tensor the share of its weights that lie above the h of the smallest 1 - keep of all (ZO-Bench)
-    base   the direction of z
+    base   the direction of z: 'normal', 'rademacher' or a Direction
 
-    Keeps 1 byte an element. A mask by magnitude is `mask` in the optimizer's state, saved and loaded, because
-    the weights that made it move. A random one is a function of (seed, name, step); for scope 'global' the
-    state has the shares. Raises ValueError for a keep outside (0, 1] and for other names."""
+    Keeps 1 byte an element. A mask by magnitude is `mask` in the optimizer's state, saved and loaded,
+    because the weights that made it move. A random one is a function of (seed, name, step); with scope
+    'global' the state has the shares.
+    Raises ValueError for a keep outside (0, 1] and for other names. Zhang et al. 2024 (ZO-Bench); Liu et
+    al. 2024 (Sparse-MeZO)."""
 
     name = "masked"
 

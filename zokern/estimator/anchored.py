@@ -27,16 +27,25 @@ from .spsa import Spsa, Stencil
 
 
 class Anchored(Spsa):
-    """MeZO-SVRG's estimator: the losses of Spsa in steps that set the anchor, twice as many in the others.
+    """Reduces the variance of zokern.Spsa by an anchor: an estimate at earlier weights, of the full data
+    (MeZO-SVRG).
 
-    interval  steps between two anchors (the paper's q): 2, as in the published script
-    full      a closure of the loss of the full data, F; None: the step's own, as in the published code
-    ratio     lr of the steps that set the anchor over that of the others (the paper's eta_1 / eta_2)
-    queries, stencil, clip   as for Spsa; clip bounds each difference of two estimates
+        g = G + (1/q) sum_k (c_k(theta) - c_k(anchor)) z_k,   G = (1/q) sum_k a_k z'_k
+        a_k, z'_k: slopes of the full data, and draws, of the step that set the anchor, where g = ratio G
 
-    Keeps the parameters' `anchor`, float32 (4 bytes a weight), and in `state` its step and the differences of
-    F. A step without an anchor of all parameters sets one. Raises ValueError for arguments out of range, and
-    in the first step for a low-rank direction."""
+    interval         steps between two anchors (the paper's q): 2, as in the published script
+    full             a closure of the loss of the full data, F; None: the step's own, as in the published
+                     code
+    ratio            lr of the steps that set the anchor over that of the others (the paper's eta_1 /
+                     eta_2)
+    queries, stencil, clip  as for zokern.Spsa; clip, in units of loss per weight, bounds each difference
+                     of two estimates
+
+    A step that sets the anchor reads the losses of zokern.Spsa, and another step twice as many. A step
+    sets one too where a parameter has none. It keeps the parameters' `anchor`, float32 (4 bytes a
+    weight), and in `state` its step and the differences of F.
+    Raises ValueError for arguments out of range, and in the first step for a low-rank direction. Gautam
+    et al. 2024 (arXiv 2404.08080)."""
 
     def __init__(
         self,

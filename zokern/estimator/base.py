@@ -266,7 +266,8 @@ class Estimator(Protocol):
     lr       of an optimizer that is given none; SLOPES where an estimator has no such attribute
     state    plain values and tensors that a resumed run continues with; an empty dict where nothing is
              kept
-    backpropagates  whether its estimates have a gradient; False where it has no such attribute
+    backpropagates  whether its estimates have a gradient; False where it has no such attribute. One that
+             has has forwards(oracle, plan), which yields the estimates without it, for zokern.tune
     captures  True: its questions are the same in every step, whatever the losses, so that zokern.graph takes
               it. A subclass says it anew
     perturbs  whether it reads losses away from theta, at eps; True where it has no such attribute"""

@@ -25,13 +25,18 @@ KEEP, FLOOR = 0.9, 0.1  # of the noise's running variance
 
 
 class Bayesian:
-    """BSZO's estimator. A step reads 1 + `observations` losses, one question after another: each depends on
-    those before.
+    """Estimates the slopes along a few draws by a Kalman filter over losses that are read along
+    combinations of them (BSZO).
 
-    queries       k: draws whose span is searched (published: 2)
+        y_j = (L(theta + eps sum_k d_jk z_k) - L(theta)) / eps,   d_j the widest direction of the posterior
+        g = sum_k mu_k z_k,   mu the posterior mean of the slopes, in units of loss per weight
+
+    queries       draws whose span is searched (published: 2)
     observations  losses beside that of theta (published: 3)
 
-    Keeps the noise's variance in `state`."""
+    A step reads 1 + observations losses, one after another, because each depends on those before. `state`
+    keeps the variance of the noise, one number.
+    Raises ValueError for arguments out of range. arXiv 2601.01452, 2026."""
 
     lr, gain = SLOPES, 1.0
 

@@ -55,18 +55,19 @@ BLOCKS = {"layer": block_of, "sublayer": sublayer_of, "module": module_of}
 
 
 class Blockwise(Around):
-    """An estimator for each block of parameters.
+    """Estimates block by block: a step reads losses, and moves weights, for each block of parameters by
+    itself.
 
-    inner  the estimator of a block; None: Spsa(), the central difference
-    block  'layer' (a transformer block), 'sublayer' (its attention, its MLP), 'module' (a linear layer), or a
-           function from a parameter's name to the name of its block
-    order  'gauss-seidel': a block has moved before the next is read. 'jacobi': all blocks are read at theta
-           before one moves, and theta itself is read once
+    inner  the estimator of a block; None: zokern.Spsa(), the central difference
+    block  'layer' (a transformer block), 'sublayer' (its attention, its MLP), 'module' (a linear layer),
+           or a function from a parameter's name to the name of its block
+    order  'gauss-seidel': a block has moved before the next is read. 'jacobi': all blocks are read at
+           theta before one moves, and theta itself is read once
 
     Blocks have draws of their own, because z is named by the parameter. A step reads as many losses as
-    `inner` for each block. After a loss that is inf or NaN no block moves: in Gauss-Seidel order those
-    before it have moved, in Jacobi order none has.
-    Raises ValueError for another name of blocks or order."""
+    `inner` for each block. After a loss that is inf or NaN no further block moves. In Gauss-Seidel order
+    the blocks before it have moved already; in Jacobi order none has.
+    Raises ValueError for another name of blocks or order. Zhang et al. 2024 (ZO-Bench, arXiv 2402.11592)."""
 
     def __init__(
         self, inner: Estimator | None = None, block: str | Callable[[str], str] = "layer",
@@ -108,17 +109,17 @@ def _together(estimates: Sequence[Estimate]) -> list[Estimate]:
 
 
 class Layers(Around):
-    """An estimate along a random share of the layers; the others are neither perturbed nor moved in this
+    """Estimates along a random share of the layers; the others are neither perturbed nor moved in this
     step.
 
-    inner     the estimator; None: Spsa(), the central difference
+    inner     the estimator; None: zokern.Spsa(), the central difference
     sparsity  share of the layers that stay, 0 <= sparsity < 1; at least one layer moves
-    layer     a function from a parameter's name to its layer's, or to None for one that moves in every step;
-              by default its name up to the first number, so that embeddings, the last norm and the head
-              always move
+    layer     a function from a parameter's name to its layer's, or to None for one that moves in every
+              step. The default takes the name up to its first number, so that embeddings, the last norm
+              and the head always move
 
-    The layers of a step are those with the smallest words of the stream at (seed, name of the layer,
-    step), purpose `layers`."""
+    The layers of a step are a function of (seed, name of the layer, step).
+    Raises ValueError for a sparsity out of range. Wang et al. 2024 (LeZO, arXiv 2410.09823)."""
 
     def __init__(
         self, inner: Estimator | None = None, sparsity: float = 0.75,

@@ -15,11 +15,17 @@ from .spsa import Spsa
 
 
 class Conservative(Spsa):
-    """g, 0 or -g, whichever of theta - lr g, theta and theta + lr g has the least loss; g as in Spsa. Three
-    more losses a step.
+    """Chooses the best of a step, no step and a step back, by reading the loss at each.
 
-    It goes with rule SGD and without weight decay, which the three losses do not contain. Raises ValueError
-    for parameter groups that differ in lr or eps. Options as for Spsa."""
+        g as in zokern.Spsa
+        the estimate is g, 0 or -g, by the least loss of theta - lr g, theta and theta + lr g
+
+    queries, stencil, clip  as for zokern.Spsa; clip in units of loss per weight
+
+    A step reads three losses more than zokern.Spsa. It goes with rule SGD and without weight decay, which
+    the three losses do not contain.
+    Raises ValueError for arguments out of range, and in a step for parameter groups that differ in lr or
+    eps. Zhang et al. 2024 (ZO-Bench, arXiv 2402.11592)."""
 
     def __call__(self, oracle: Oracle, plan: Plan) -> Iterator[Estimate]:
         pairs = {(float(group.options["lr"]), group.eps) for group in plan.groups}

@@ -16,12 +16,19 @@ THREE = Stencil("three", (1.0, -1.0, 0.0), (0.5, -0.5, 0.0))
 
 
 class Curvature(Spsa):
-    """g = (1/q) sum_k c_k z_k, c_k = (L+ - L-) / (2 eps), and |z_k^T H z_k| = |L+ + L- - 2 L(theta)| / (2
-    eps^2) for zokern.directions.Curved.
+    """Estimates slopes and curvatures along draws, for a direction that scales z by what it learns of the
+    curvature (HiZOO).
 
-    The published code divides by 2 eps^2, half of the second derivative, and so does this: `smooth` takes the
-    factor. Two losses a query, and that of theta, which all queries share. queries, clip: as for zokern.Spsa.
-    Zhao et al. 2024, Algorithm 1."""
+        g = (1/q) sum_k c_k z_k,   c_k = (L+ - L-) / (2 eps)
+        L+ = L(theta + eps z_k),   L- = L(theta - eps z_k)
+        |z_k^T H z_k| as |L+ + L- - 2 L(theta)| / (2 eps^2)
+
+    queries  q: draws a step, averaged; each reads two losses, and all share that of theta
+    clip     bound on |c_k|, in units of loss per weight; None: no bound
+
+    The published code divides by 2 eps^2, which gives half of the second derivative, and so does this.
+    The option `smooth` of zokern.HiZOO takes the factor.
+    Raises ValueError for arguments out of range. Zhao et al. 2024, Algorithm 1."""
 
     captures = True
 

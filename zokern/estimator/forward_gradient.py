@@ -14,7 +14,10 @@ from .base import SLOPES, Estimate, Oracle
 
 
 class ForwardGradient:
-    """g = (1/q) sum_k <gradient, z_k> z_k, the derivatives read in forward mode: eps plays no part.
+    """Estimates the gradient from exact derivatives along random draws, read in forward mode: eps plays
+    no part.
+
+        g = (1/q) sum_k <gradient, z_k> z_k
 
     queries  q: draws a step, averaged; each is one forward pass with tangents
     clip     bound on |<gradient, z_k>|, in units of loss per weight; None: no bound

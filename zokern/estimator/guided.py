@@ -23,17 +23,20 @@ NORMS = {"matched": math.sqrt(0.5), "unit": 1.0}
 
 
 class Guided(Spsa):
-    """A step reads L(theta + eps z) for a new draw and for the best draw of earlier steps, and then the two
-    sides of g: 4 losses.
+    """Estimates along the difference of two draws: the best of earlier steps, and a new one (MeZO-GV).
 
-    norm  s: 'matched' 1 / sqrt(2), so that E||g||^2 is that of a draw; 'unit' 1, the published formula
+        g = s (z_best - z_new),   estimate c g,   c = (L(theta + eps g) - L(theta - eps g)) / (2 eps)
+
+    norm  s: 'matched' takes 1 / sqrt(2), so that E||g||^2 is that of a draw; 'unit' takes 1, the
+          published formula
     clip  bound on |c|, in units of loss per weight; None: no bound
 
-    c g is the same for g and -g, so the guide z_best - z_worst is this one whichever of the two is better.
-    What the first two losses decide is which draw is kept. `state` holds its (step, draw word), 8 bytes.
-    The first step, and the first in a new basis of a low-rank direction, have two new draws. A skipped
-    step keeps what was kept.
-    Raises ValueError for arguments out of range."""
+    A step reads 4 losses: those at theta + eps z for both draws, which decide the draw that is kept, and
+    the two sides of g. c g is the same for g and -g, so it does not matter which of the two draws is
+    better. `state` holds the (step, draw word) of the kept draw, 8 bytes. The first step has two new
+    draws, and so has the first in a new basis of a low-rank direction. A skipped step keeps the draw of
+    the step before.
+    Raises ValueError for arguments out of range. arXiv 2601.04710, 2026."""
 
     def __init__(self, norm: str = "matched", clip: float | None = None) -> None:
         super().__init__(1, "central", clip)

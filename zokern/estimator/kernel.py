@@ -44,24 +44,30 @@ PIECE = 1 << 20  # elements of g that exist at a time
 
 
 class Kernel(Spsa):
-    """KerZOO's estimator. r_k is a function of (seed, step, query), with scope='tensor' of the name too.
+    """Estimates from differences over random radii, weighted by a kernel that cancels the bias of the
+    difference (KerZOO).
+
+        g = (1/q) sum_k c_k z_k,   c_k = K(r_k) (L(theta + eps r_k z_k) - L(theta - eps r_k z_k)) / (2 eps)
 
     queries    q: draws a step, averaged (the published trainer: 3)
-    scale      C, what E[r K(r)] is: 1 gives g MeZO's length; the published trainer has 4
-    width      d: a number, or a function of the step number that returns one (published: max(1 - t/4000,
-               1e-4))
-    clip       bound on |c_k|
+    scale      C, the mean of r K(r), without a unit: 1 gives g the length of MeZO's per step; the
+               published trainer has 4
+    width      d, the largest |r|: a number, or a function of the step number that returns one (published:
+               max(1 - t/4000, 1e-4))
+    clip       bound on |c_k|, in units of loss per weight; None: no bound
     order      1, 3, 5 or 7: the last odd power of r whose moment K cancels; 1 cancels none
     rescale    whether K follows the width. False, as published: K(r) = C P(r) at any d, which keeps the
                moments at d = 1 alone
-    scope      'query': one r_k for all parameters, as the theorem needs; 'tensor', as published: one for
-               each, which cancels the bias within a parameter alone. A launch for each parameter, in place of
-               one for a group
-    clip_norm  bound on the Euclidean norm of each parameter's g (published: 4e5); None: none. z is made once
-               more, for the norms
+    scope      'query': one r_k for all parameters, as the theorem needs. 'tensor', as published: one for
+               each, which cancels the bias within a parameter alone. It takes a launch for each
+               parameter, in place of one for a group
+    clip_norm  bound on the Euclidean norm of each parameter's g, in units of loss per weight (published:
+               4e5); None: no bound. z is made once more, for the norms
 
+    r_k is a function of (seed, step, query), and with scope='tensor' of the parameter's name too. It
+    keeps nothing.
     Raises ValueError for arguments out of range, and in the first step for clip_norm with a low-rank
-    direction."""
+    direction. arXiv 2505.18886, 2025."""
 
     def __init__(
         self,

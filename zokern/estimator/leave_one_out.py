@@ -19,12 +19,15 @@ from .spsa import Spsa
 
 
 class LeaveOneOut(Spsa):
-    """g = (1/q) sum_k c_k z_k, c_k = (q / (q - 1)) (L_k - mean L) / eps: q losses a step, and none of theta.
+    """Compares the loss of each draw with the mean loss of all draws of the step, without reading the
+    loss of theta.
 
-    queries  q, at least 2: one loss has no others to be compared with
+        g = (1/q) sum_k c_k z_k,   c_k = (q / (q - 1)) (L(theta + eps z_k) - mean L) / eps
+
+    queries  q, at least 2: one loss has no others to be compared with. A step reads q losses
     clip     bound on |c_k|, in units of loss per weight; None: no bound
 
-    Raises ValueError for arguments out of range."""
+    Raises ValueError for arguments out of range. Kool et al. 2019 (RLOO)."""
 
     captures = True
 

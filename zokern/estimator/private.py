@@ -26,28 +26,34 @@ NOISES = ("gaussian", "laplace")
 
 
 class Private(Spsa):
-    """g = (1/q) sum_k c_k z_k, in which no example moves the sum of a draw by more than C. 2 q losses a step,
-    of each example.
+    """Estimates from differences that are clipped for each example and noised in their sum (DP-ZO).
 
-    The closure returns a vector, the loss of each example: shape [examples].
+        g = (1/q) sum_k c_k z_k
+        c_k = (sum_i cut(L_i(theta + eps z_k) - L_i(theta - eps z_k)) + C sigma n_k) / (2 eps B)
+        L_i the loss of example i,   cut(x) = min(max(x, -C), C)
 
     clip     C, bound on the difference of an example's two losses, in units of loss
-    noise    sigma, a multiple of C: standard deviation ('gaussian') or scale ('laplace') of what is added to
-             a sum
+    noise    sigma, in units of C: standard deviation ('gaussian') or scale ('laplace') of what is added
+             to a sum
     kind     'gaussian' or 'laplace'
-    batch    B, what the sum is divided by; None: the number of examples, which is then public. With batches
-             sampled example by example give their expected size
-    queries  q: draws a step. Each is a release of its own, with noise of its own
+    batch    B, what the sum is divided by; None: the number of examples, which is then public. With
+             batches sampled example by example give their expected size
+    queries  q: draws a step. Each is a release of its own, with noise n_k of its own
+
+    The closure returns a vector, the loss of each example: shape [examples]. A step calls for 2 q such
+    vectors.
 
     **What is private, and what is not.** Of a step only the coefficients, and so the weights, are
     functions of clipped and noised sums. There is no accountant, and no (epsilon, delta) is claimed:
     sampling of batches, composition over steps and the choice of options are yours. The noise is a
-    function of the run's seed, like z: who knows the seed, from a state_dict, a log or a default, takes it
-    off. Draw it with secrets.randbits(64). Philox is no cryptographic generator, and its normals end at
-    5.4 standard deviations, so proofs for exact noise do not cover it. StepResult.loss and .losses are
-    means without noise. A step is skipped where no example has finite losses.
-    Raises ValueError for
-    arguments out of range, and for a closure that returns no vector."""
+    function of the run's seed, like z. A reader of the seed, from a state_dict, a log or a default, can
+    take the noise off, so draw the seed with secrets.randbits(64). Philox is no cryptographic generator,
+    and its normals end at 5.4 standard deviations, so proofs for exact noise do not cover it.
+    StepResult.loss and .losses are means without noise. A step is skipped where no example has finite
+    losses.
+
+    Raises ValueError for arguments out of range, and for a closure that returns no vector. Tang et al.
+    2024 (arXiv 2401.04343)."""
 
     rows = True
 

@@ -15,16 +15,21 @@ from .spsa import Spsa, Stencil
 
 
 class Ranked(Spsa):
-    """c_k = sum_j weights[j] u_kj, u_kj the centred rank of L(theta + offsets[j] eps z_k) among n perturbed
-    losses.
+    """Weighs each draw by the ranks of its losses among all perturbed losses of the step, as evolution
+    strategies do.
 
-    u = (rank - (n - 1) / 2) / sqrt((n^2 - 1) / 12), which has mean 0 and variance 1 over the n perturbed
-    losses of the step. The least loss has rank 0. The loss of theta itself has u = 0. Equal losses keep the
-    order in which they were asked for, so a step whose losses are all equal moves the weights. The published
-    weights are rank / (n - 1) - 1/2, which are about sqrt(12) times smaller.
+        g = (1/q) sum_k c_k z_k,   c_k = sum_j weights[j] u_kj
+        u = (rank - (n - 1) / 2) / sqrt((n^2 - 1) / 12)
 
-    Options as for Spsa; queries is 16 by default, and a step reads two perturbed losses or more.
-    Raises ValueError for arguments out of range. Salimans et al. 2017; Sarkar et al. 2025."""
+    queries, stencil, clip  as for zokern.Spsa, with 16 queries by default; clip is a bound on |c_k|,
+                     which has no unit and not that of loss per weight
+
+    u_kj is the centred rank of L(theta + offsets[j] eps z_k) among the n perturbed losses of a step. The
+    least loss has rank 0, and u has mean 0 and variance 1. The loss of theta itself has u = 0. Equal
+    losses keep the order in which they were asked for, so a step whose losses are all equal moves the
+    weights. The published weights are rank / (n - 1) - 1/2, which are about sqrt(12) times smaller.
+    Raises ValueError for arguments out of range, and for a step that reads fewer than two perturbed
+    losses. Salimans et al. 2017; Sarkar et al. 2025."""
 
     lr, captures = ONES, True
 

@@ -11,10 +11,16 @@ from .spsa import Spsa
 
 
 class Sign(Spsa):
-    """g = (1/q) sum_k sign(c_k) z_k, c_k as in Spsa: steps of one length, whatever the losses.
+    """Estimates a descent direction from the signs of the differences, so that a step has one length
+    whatever the losses are.
 
-    ZO-Bench's form, where the sign is taken of the projected gradient and z stays normal. Options as for
-    Spsa."""
+        g = (1/q) sum_k sign(c_k) z_k,   c_k as in zokern.Spsa
+
+    queries, stencil, clip  as for zokern.Spsa; clip, in units of loss per weight, changes no sign
+
+    The sign is taken of the slope along each draw, and z stays as it is. zokern.SignSgd takes the sign of
+    each element of g instead.
+    Raises ValueError for arguments out of range. Zhang et al. 2024 (ZO-Bench, arXiv 2402.11592)."""
 
     lr, gain, captures = ONES, None, True
 

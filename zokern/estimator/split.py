@@ -17,18 +17,19 @@ from .base import Estimate, Estimator, Gradient, Oracle
 
 
 class Split(Around):
-    """The estimate of `inner` for some parameters, and grad L for the others, both at theta.
+    """Estimates the gradient of some parameters by `inner`, and back-propagates that of the others, all
+    at the same weights.
 
-    first      the names of the parameters that are back-propagated, or a function from a name to whether it
-               is one of them
-    inner      None: Spsa(), the central difference; it moves the other parameters alone
-    optimizer  torch's, of the back-propagated parameters; None: the rule, with the lr of their parameter
-               group, as gradients arrive
+    first      the names of the parameters that are back-propagated, or a function from a name to whether
+               it is one of them
+    inner      None: zokern.Spsa(), the central difference; it moves the other parameters alone
+    optimizer  a torch optimizer of the back-propagated parameters; None: the rule moves them, with the lr
+               of their parameter group, as gradients arrive
 
     A step reads what `inner` reads and one loss of theta more, whose graph begins at the first
-    back-propagated parameter. `state` has the optimizer's.
-    Raises ValueError where `first` chooses no
-    parameter, or all of them."""
+    back-propagated parameter. `state` has the optimizer's state.
+    Raises ValueError where `first` chooses no parameter, or all of them. Zhang et al. 2024 (ZO-Bench);
+    Sugiura and Matsutani 2025 (ElasticZO, arXiv 2501.04287)."""
 
     backpropagates = True
 
@@ -67,11 +68,15 @@ class Split(Around):
         return chosen, others
 
     def __call__(self, oracle: Oracle, plan: Plan) -> Iterator[Estimate]:
-        chosen, others = self.parts(plan.names)
+        chosen, _ = self.parts(plan.names)
         gradient: Gradient | None = Gradient(names=chosen, optimizer=self._optimizer)
-        for estimate in self.within(oracle, plan, others):
+        for estimate in self.forwards(oracle, plan):
             yield replace(estimate, slopes=None, gradient=gradient)
             gradient = None  # of further blocks
+
+    def forwards(self, oracle: Oracle, plan: Plan) -> Iterator[Estimate]:
+        """Yields the inner estimates of the other parameters, whose lr zokern.tune tells."""
+        return self.within(oracle, plan, self.parts(plan.names)[1])
 
 
 __all__ = ["Split"]

@@ -12,11 +12,18 @@ from .spsa import Spsa, Stencil
 
 
 class Spread(Spsa):
-    """c_k = (sum_j weights[j] L_kj) / sigma, sigma the population standard deviation of the perturbed losses
-    of all queries.
+    """Divides the differences by the spread of the losses, so that flat and steep losses give steps of
+    one length.
 
-    A step whose losses are all equal moves nothing. Options as for Spsa; a step reads two perturbed losses or
-    more."""
+        g = (1/q) sum_k c_k z_k,   c_k = (sum_j weights[j] L_kj) / sigma
+
+    queries, stencil, clip  as for zokern.Spsa, with 8 queries and 'forward' by default; clip is a bound
+                     on |c_k|, in units of sigma and not of loss per weight
+
+    L_kj is the loss at theta + offsets[j] eps z_k. sigma is the population standard deviation of the
+    perturbed losses of all queries. A step whose losses are all equal moves nothing.
+    Raises ValueError for arguments out of range, and for a step that reads fewer than two perturbed
+    losses. Dang et al. 2026 (FZOO)."""
 
     lr, gain, captures = ONES, None, True
 

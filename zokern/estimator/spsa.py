@@ -24,8 +24,16 @@ from .base import SLOPES, Estimate, Oracle
 
 @dataclass(frozen=True)
 class Stencil:
-    """Where the loss is read along a draw, and how the readings are weighted. Weights sum to 0, sum w_j o_j =
-    1."""
+    """Says where the loss is read along a draw z, and how the readings are weighted.
+
+        c = (1 / eps) sum_j weights[j] L(theta + offsets[j] eps z)
+
+    name     how records and messages call it
+    offsets  o_j, in units of eps: (1, -1) for the central difference
+    weights  w_j, one for each offset: (1/2, -1/2) for the central difference
+
+    The weights sum to 0, and sum_j w_j o_j = 1, so that c is exact for a linear loss.
+    Raises ValueError in the estimator that is given the stencil, where this does not hold. Spall 1992."""
 
     name: str
     offsets: tuple[float, ...]
@@ -59,12 +67,16 @@ def resolve(stencil: str | Stencil) -> Stencil:
 
 
 class Spsa:
-    """g = (1/q) sum_k c_k z_k, c_k the stencil's difference along z_k. One question for all queries.
+    """Estimates the gradient by differences of losses along random draws.
+
+        g = (1/q) sum_k c_k z_k,   c_k = (L(theta + eps z_k) - L(theta - eps z_k)) / (2 eps)
 
     queries  q: draws a step, averaged
-    stencil  'central' (two losses a query), 'forward' (one, and that of theta, shared by all), or a Stencil
+    stencil  'central' (two losses a query, the formula above), 'forward' (one loss a query, and that of
+             theta, which all queries share), or a zokern.Stencil
     clip     bound on |c_k|, in units of loss per weight; None: no bound
 
+    All losses of a step are asked for at once. It keeps nothing.
     Raises ValueError for arguments out of range. Spall 1992; Malladi et al. 2023, Algorithms 1 and 2."""
 
     lr, captures = SLOPES, True

@@ -20,14 +20,9 @@ _attention = F.scaled_dot_product_attention
 
 
 def folded(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    *args: Any,
-    **kwargs: Any,
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    *args: Any, **kwargs: Any
+) -> Tensor:  # fmt: skip
     """F.scaled_dot_product_attention of (batch, heads, length, width) that is mapped over the sides; anything
     else goes to torch."""
     functorch: Any = torch._C._functorch
@@ -37,25 +32,15 @@ def folded(
         dtype = torch.get_autocast_dtype(device)
         query, key, value = (_cast(t, dtype) for t in (query, key, value))
         attn_mask = None if attn_mask is None else _cast(attn_mask, dtype)
-
-    def is_mapped(t: Tensor) -> bool:
-        return t.dim() == 4 and functorch.is_batchedtensor(t) and functorch.maybe_get_level(t) == level
-
-    def is_shared(mask: Tensor | None) -> bool:
-        return mask is None or not (
-            functorch.is_functorch_wrapped_tensor(mask) or (mask.dim() > 3 and mask.shape[0] != 1)
-        )
-
-    if (
-        dropout_p
-        or not is_shared(attn_mask)
-        or not (is_mapped(query) and is_mapped(key) and is_mapped(value))
-    ):
-        return _attention(query, key, value, attn_mask, dropout_p, *args, **kwargs)
-    q, k, v = (
-        functorch.get_unwrapped(t).movedim(functorch.maybe_get_bdim(t), 0).flatten(0, 1)
-        for t in (query, key, value)
+    is_shared = attn_mask is None or not (
+        functorch.is_functorch_wrapped_tensor(attn_mask) or (attn_mask.dim() > 3 and attn_mask.shape[0] != 1)
     )
+    # pairs of a tensor and its mapped dimension
+    found = [functorch._unwrap_batched(t, -1 if level is None else level) for t in (query, key, value)]
+    is_mapped = all([at is not None and t.dim() == 5 for t, at in found])
+    if dropout_p or not is_mapped or not is_shared:
+        return _attention(query, key, value, attn_mask, dropout_p, *args, **kwargs)
+    q, k, v = [(t if at == 0 else t.movedim(at, 0)).flatten(0, 1) for t, at in found]
     y = _attention(q, k, v, attn_mask, dropout_p, *args, **kwargs)
     return functorch._add_batch_dim(y.unflatten(0, (-1, query.shape[0])), 0, level)
 

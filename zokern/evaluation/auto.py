@@ -39,9 +39,16 @@ FACTORED = gemm.JOIN // 2  # the same where z is factored: up to there W is read
 
 
 class Auto:
-    """Master, Paired or Scratch. The step's record says which ran, and why.
+    """Chooses between zokern.Master, zokern.Paired and zokern.Scratch; the step's record says which ran,
+    and why.
 
-    budget  bytes of reused memory per device for Paired and Scratch, see Scratch"""
+    budget  bytes of reused memory per device for Paired and Scratch, see zokern.Scratch
+
+    The first step is read by 'master'. The inputs of the model and its number of calls then decide:
+    'master' for several forwards in a closure, 'paired' for short batches, else 'scratch' on a CPU and
+    'master' on a GPU. A way that fails gives its place to the next, with one warning. Derivatives are
+    read as by zokern.Jvp. Weights are as before after every reading.
+    Raises ValueError for a budget below 1 MB, and in a step what the closure raises."""
 
     name, exact, stands_in = "auto", True, False
 

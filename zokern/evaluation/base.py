@@ -31,8 +31,10 @@ THETA = Point()
 
 
 class Refused(RuntimeError):
-    """An evaluation cannot read this closure right;
-    the message says why. Evaluation 'auto' goes on with another."""
+    """Says that an evaluation cannot read this closure right, and why; evaluation 'auto' then goes on
+    with another.
+
+    It is a RuntimeError. No weight has changed where it is raised."""
 
 
 class NotRepeatable(RuntimeError):

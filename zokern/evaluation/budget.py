@@ -45,9 +45,9 @@ def settle(arena: Arena, plan: Plan, sides: int, small: int, size: Callable[[Ten
 
 def _sizes(group: Group, sides: int, small: int, size: Callable[[Tensor], int]) -> tuple[int, int, int]:
     """Returns the bytes of all copies, of the largest one that is made at its use, and of all small ones."""
-    if not devices.of(group.theta[0].device).share:
-        return sum(size(t) for t in group.theta) * sides, 0, 0
     key = "sizes", sides
+    if key not in group.memo and not devices.of(group.theta[0].device).share:
+        group.memo[key] = sum(size(t) for t in group.theta) * sides, 0, 0
     if key not in group.memo:
         thin = group.matrices is not None and group.residuals is None  # products without a copy
         large = [size(t) for t in group.theta if t.numel() > small and not thin]

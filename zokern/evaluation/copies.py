@@ -58,10 +58,10 @@ class Copies:
 
     def _make_resident(self, g: int, group: Group, most: int | None) -> None:
         device = group.theta[0].device
-        members, launches, top = self._places(group, most, self.arena.top.get(device, 0))
+        members, launches, top = self._places(g, group, most, self.arena.top.get(device, 0))
         self.arena.top[device] = max(top, self.arena.top.get(device, 0))
         self.arena.peak = max(self.arena.peak, top)
-        self.resident.update({(g, i): stack for i, stack in members})
+        self.resident.update(members)
         for positions, thetas, spans, outs in launches:
             if isinstance(outs, Tensor):
                 self.factors.stack(group, positions, outs)
@@ -71,10 +71,10 @@ class Copies:
                 group, positions, thetas, spans, range(self.sides), outs, low, group.scales_of(positions)
             )
 
-    def _places(self, group: Group, most: int | None, start: int) -> tuple:
+    def _places(self, g: int, group: Group, most: int | None, start: int) -> tuple:
         """Returns resident members with their stacks, and launches that fill them; prepared once for a list
         of tensors."""
-        key = "resident", self.sides, most, start
+        key = "resident", g, self.sides, most, start
         known = group.memo.get(key)
         if known is not None and known[0] == (self.arena, self.arena.renewals):
             return known[1]
@@ -114,7 +114,7 @@ class Copies:
             spans = [group.spans[i] for i in positions]
             outs = [TensorList.lasting([stacks[i][side] for i in positions]) for side in range(self.sides)]
             launches.append((positions, thetas, type(group.spans)(spans), outs))
-        found = members, launches, self.arena.top.get(device, 0)
+        found = {(g, i): stack for i, stack in members}, launches, self.arena.top.get(device, 0)
         group.memo[key] = (self.arena, self.arena.renewals), found
         return found
 

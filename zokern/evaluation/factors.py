@@ -41,11 +41,10 @@ class Factors:
     def _prepare(self, g: int, group: Group) -> None:
         assert group.matrices is not None and self.plan.factored is not None
         even = group.is_even
-        pending = [matrix.pending for matrix in group.matrices if matrix.pending is not None]
-        assert not pending or len(pending) == len(group.matrices), "matrices of a group are deferred together"
         # cores of one size are stacked: a few operations a side, and not as many as there are matrices
-        waiting = [torch.stack(pending)] if even and pending else list(pending)
-        moving = [side for side, point in enumerate(self.points) if point.terms or pending]
+        waiting = group.together()
+        assert not waiting or even or len(waiting) == len(group.matrices), "a group is deferred together"
+        moving = [side for side, point in enumerate(self.points) if point.terms or waiting]
         found = []
         for side in moving:
             sums = list(waiting)
@@ -106,20 +105,23 @@ class Factors:
             index = constant(tuple(positions), torch.int64, group.theta[0].device)
             known = group.memo["bases", positions[0]] = [*lefts, *rights], left, right, index
         _, left, right, index = known
-        weights = torch.stack([group.theta[i] for i in positions]).view(len(positions), *first.shape)
-        with torch.autocast(weights.device.type, enabled=False):
-            for middles, target in zip(self.middles, out.view(-1, *weights.shape).unbind(0)):
-                if (middle := middles.get(g)) is None:
-                    target.copy_(weights)
-                    continue
-                some = (
-                    middle[index]
-                    if isinstance(middle, Tensor)
-                    else torch.stack([middle[i] for i in positions])
-                )
-                before = some[:, : first.rows] if left is None else left if right is None else left @ some
-                after = some[:, -first.columns :] if right is None else right
-                torch.baddbmm(weights, before, after.mT, beta=first.shrink, out=target)
+        torch.stack([group.theta[i] for i in positions] * len(self.points), out=out.flatten(0, 1))
+        moved = [middles[g] for middles in self.middles if g in middles]
+        if not moved:
+            return
+        # points without a draw are first (base.distinct)
+        assert all(g in middles for middles in self.middles[-len(moved) :])
+        target = out[len(self.points) - len(moved) :].view(-1, *first.shape)
+        with torch.autocast(out.device.type, enabled=False):
+            some = torch.stack(
+                [m[index] if isinstance(m, Tensor) else torch.stack([m[i] for i in positions]) for m in moved]
+            )
+            before = some[..., : first.rows, :] if left is None else left if right is None else left @ some
+            after = some[..., -first.columns :, :] if right is None else right
+            before, after = (
+                t.expand(*some.shape[:2], *t.shape[-2:]).reshape(-1, *t.shape[-2:]) for t in (before, after)
+            )
+            target.baddbmm_(before, after.mT, beta=first.shrink)
 
     def rank(self, group: Group, i: int) -> int:
         """Returns the rank of the thin products of a side, at points of one draw at most."""

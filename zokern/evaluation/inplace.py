@@ -20,7 +20,11 @@ from .isolation import Isolation
 
 
 class InPlace:
-    """In-place evaluation: no extra memory, drift in 16 bits."""
+    """Reads the losses by moving the weights to each point and back by arithmetic, as the published loops
+    do.
+
+    It takes no extra memory. A weight is rounded at each move, so 16-bit weights drift, also at lr = 0.
+    An exception leaves the weights as they were up to rounding. Malladi et al. 2023, Algorithm 1."""
 
     name, defers, exact, stands_in = "inplace", False, False, False
 

@@ -4,6 +4,10 @@ Random streams, train/eval flags, buffers, plain attributes and the tree of the 
 every reading. What a closure computed from theta + eps z and kept in a module would be stale in the next
 reading, so it is put back. Within a step every reading starts from the same random state. The weights are
 watched through their addresses and versions.
+
+Quantised weights are often packed in a forward: in the first one, or in the next after a checkpoint. The
+weights, their attributes and their modules change together then. All of this stays, as after a forward of
+the user's own, and the loss is read again.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..fingerprint import Fingerprint, memory_of
-from ..modules import STANDARD, Tree, flat, has_memory, items, refill, same
+from ..modules import STANDARD, Tree, flat, inside_of, items, refill, same
 from ..plan import Plan
 from . import rng
 from .loss import loss_tensor
@@ -43,30 +47,55 @@ class Isolation:
         if root is None:
             self.seed = rng.seed_of(plan.seed, plan.step)
             self.weights = Fingerprint(plan.tensors)
+        self._remember()
+
+    def _remember(self) -> None:
+        """Takes the present state as that to which everything is put back."""
         self.state = self.tree.state()
         self.contents = [(held, held.copy()) for held in self.state.containers]
-        self.frozen = None if self.tree.is_warm else self._frozen()
+        self.inside = self.state.inside()
+        self._watch_frozen()
         # a tensor, its version (-1: compare), and its copy
         self.buffers: list[tuple[Tensor, int, Tensor | None]] = []
         self._copy(self.state.tensors)
 
-    def _frozen(self) -> Fingerprint:
-        """Returns where the frozen weights lie now;
-        tied names of trained ones hold copies while a closure runs."""
-        trained = {id(t) for group in self.plan.groups for objects in group.objects for t in objects}
-        slots = [t for t in self.tree.slots if isinstance(t, Tensor) and id(t) not in trained]
-        return Fingerprint([t for t in slots if not t.is_meta and has_memory(t)])
+    def _watch_frozen(self) -> None:
+        """Remembers where frozen weights lie, and what those of a class of their own hold.
+
+        Until a forward has run these are all frozen weights. After it they are those of a class of their
+        own. Tied names of trained weights hold copies while a closure runs, and are left out."""
+        slots = self.state.classed if self.tree.is_warm else self.tree.slots
+        groups = self.plan.groups if slots else []  # most models have none after the first forward
+        trained = {id(t) for group in groups for objects in group.objects for t in objects}
+        frozen = [t for t in slots if isinstance(t, Tensor) and id(t) not in trained]
+        classed = set(map(id, self.state.classed))
+        self.held = [(vars(t), vars(t).copy()) for t in frozen if id(t) in classed]
+        self.frozen = Fingerprint([part for t in frozen for part in inside_of(t)])
+
+    def _settle(self) -> bool:
+        """Whether a forward packed frozen weights: then the modules keep what they hold now."""
+        packed = [
+            isolation
+            for isolation in (self, *self.found)
+            if isolation.frozen.changes()
+            or not all(same(items(held), items(before)) for held, before in isolation.held)
+        ]
+        for isolation in packed:
+            isolation._put_back_tensors()
+            isolation._remember()
+        return bool(packed)
 
     def _copy(self, tensors: list[tuple[Tensor, bool]]) -> None:
         """Copies buffers, smallest first, to the budget."""
-        weights = (
-            {t.untyped_storage().data_ptr() for group in self.plan.groups for t in group.theta}
-            if tensors
-            else ()
-        )
+        for group in self.plan.groups if tensors else ():
+            if "storages" not in group.memo:
+                group.memo["storages"] = {t.untyped_storage().data_ptr() for t in group.theta}
         left = BUDGET
         for buffer, norm in tensors:
-            if id(buffer) in self.trained or buffer.untyped_storage().data_ptr() in weights:
+            here = buffer.untyped_storage().data_ptr()
+            if id(buffer) in self.trained or any(
+                here in group.memo["storages"] for group in self.plan.groups
+            ):
                 continue  # a view of a weight, which is watched itself
             left -= buffer.numel() * buffer.element_size()
             # norms write their statistics below the version counters: theirs are compared, and copied
@@ -133,14 +162,18 @@ class Isolation:
         try:
             with torch.no_grad(), inside or nullcontext():
                 loss = body()
+                if self._settle():
+                    self.calls = 0
+                    rng.seed(self.seed)
+                    loss = body()
         except Exception as problem:
+            self._settle()
             _explain(problem, self.plan.readings)
             raise
         finally:
+            # weights are packed once: a second change is no packing
             converted = [
-                isolation.frozen.changes()
-                for isolation in (self, *self.found)
-                if isolation.frozen is not None
+                isolation.frozen.changes() for isolation in (self, *self.found) if not isolation.tree.is_warm
             ]
             for isolation in (self, *self.found) if not any(converted) else ():
                 isolation._put_back()
@@ -157,21 +190,27 @@ class Isolation:
             )
         if any(converted):
             raise RuntimeError(
-                "the first forward of the model changed frozen weights, as quantised ones do that are "
-                "repacked then: run one forward under torch.no_grad() before the first step"
+                "the closure changes frozen weights in every forward, and not in its first one alone, as "
+                "where quantised weights are packed: the loss of a step must only read them"
             )
         for isolation in (self, *self.found):
             isolation._check()
-            isolation.tree.is_warm, isolation.frozen = True, None
+            isolation.tree.is_warm = True
         return loss
 
     def _put_back(self) -> None:
         self.moved = not self.state.is_present()
-        for held, before in self.contents if not self.moved else (*self.contents, *self.state.registers):
-            if not same(items(held), items(before)):
-                refill(held, before)
+        sizes, members = self.state.inside()
+        if self.moved or sizes != self.inside[0] or not same(members, self.inside[1]):
+            for held, before in (*self.contents, *self.state.registers):
+                if not same(items(held), items(before)):
+                    refill(held, before)
         if self.moved:
             self._put_back_attributes()
+        self._put_back_tensors()
+
+    def _put_back_tensors(self) -> None:
+        """Writes the copies of buffers that were written to; names one that has no copy."""
         self.lost = ""
         for i, (buffer, version, copy) in enumerate(self.buffers):
             if buffer._version == version if version >= 0 else _equal(buffer, copy):

@@ -46,7 +46,18 @@ INSTEAD = (
 
 
 class Jvp(Master):
-    """Evaluation of slopes in forward mode. Losses at other points are read as Master reads them."""
+    """Reads the derivative of the loss along z in forward mode; losses at other points are read as
+    zokern.Master reads them.
+
+        slope_k = <gradient, z_k>,   in units of loss per weight
+
+    rounding  of perturbed 16-bit weights, where losses are read as by zokern.Master: 'nearest' or
+              'stochastic'
+
+    It takes z of every trained parameter in the parameter's dtype, and a tangent beside each activation
+    that is alive. Nothing is kept for a backward pass.
+    Raises ValueError for another rounding. A step raises zokern.Refused for an operation without a
+    forward formula, and for a loss without a derivative. Baydin et al. 2022 (arXiv 2202.08587)."""
 
     name = "jvp"
 

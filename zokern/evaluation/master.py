@@ -31,10 +31,16 @@ from .isolation import Isolation
 
 
 class Master:
-    """Evaluation through the parameters themselves, exact, with a copy of what is trained.
+    """Reads the losses with the parameters themselves moved, and puts their bits back from a copy: right
+    for any model.
 
-    rounding  of the perturbed 16-bit weights: 'nearest', or 'stochastic', which keeps small perturbations in
-              expectation (both sides of a pair spend the same random bits)"""
+    rounding  of the perturbed 16-bit weights: 'nearest', or 'stochastic', which keeps small perturbations
+              in expectation. Both sides of a pair spend the same random bits
+
+    It takes a copy of what is trained, in its dtype, while it reads. The record's `swallowed` is the
+    share of sampled 16-bit weights that the perturbation left as they were; a warning names a share above
+    10 %.
+    Raises ValueError for another rounding."""
 
     name, defers, exact, stands_in = "master", False, True, False
 
@@ -77,7 +83,7 @@ class Master:
                 if point.terms and swallowed is None:
                     swallowed = _swallowed(plan)
                 read[point] = isolation.read(closure)
-        size = sum(t.nbytes for group in plan.groups for t in group.memo.get("masters", ()))
+        size = sum(group.nbytes for group in plan.groups if "masters" in group.memo)
         self.record = Record(self.name, scratch_bytes=size, swallowed=swallowed)
         return torch.stack([read[point] for point in points])
 

@@ -36,12 +36,17 @@ from .standin import standing_in
 
 
 class Paired(Scratch):
-    """Evaluation of all points of a step in one pass.
+    """Reads all points of a step in one pass of the closure, which torch.vmap maps over the perturbed
+    weights.
 
-    budget  bytes of reused memory per device, as in Scratch; None: on a GPU copies of all sides, where a
-            quarter of what is free holds them. Activations of all sides live at once too
-    sides   most sides in one pass; more points take several passes
-    check   as in Scratch"""
+    budget  bytes of reused memory per device, as in zokern.Scratch; None: on a GPU copies of all sides,
+            where a quarter of what is free holds them. Activations of all sides live at once too
+    sides   most sides in one pass, at least 2; more points take several passes
+    check   True: compare with 'master', as in zokern.Scratch
+
+    The weights are never written: copies, or products made at their use, stand in their place.
+    Raises ValueError for arguments out of range. A step raises zokern.Refused where torch.vmap cannot map
+    the closure: a branch on a value, `.item()`, an in-place write, a loss that is a Python number."""
 
     name = "paired"
 

@@ -31,15 +31,18 @@ MIB = 1 << 20
 
 
 class Scratch:
-    """Evaluation through perturbed copies, a side at a time.
+    """Reads one point after another, from perturbed copies of the weights within a fixed budget of
+    memory.
 
-    budget  bytes of reused memory per device. None: 64 MB on a CPU; on a GPU room for two of the largest
-            matrix, within a quarter of what is free. A use that cannot be tiled takes its own parameter's
-            size if that is more; the step's record lists such parameters in ``whole``
-    check   compare with 'master' in the first step, when flags or shapes change, and every 500 steps; a
-            difference is an error
+    budget  bytes of reused memory per device, at least 1 MB. None: 64 MB on a CPU; on a GPU room for two
+            of the largest matrix, within a quarter of what is free. A use that cannot be tiled takes its
+            own parameter's size if that is more. The step's record lists such parameters in ``whole``
+    check   True: compare with 'master' in the first two steps, when flags or shapes change, and every 500
+            steps; a difference is an error
 
-    Raises Refused where a use cannot be followed: TorchScript modules, parameters of a class of their own."""
+    The weights are never written. Copies of small tensors and tiles of large ones stand in their place.
+    Raises ValueError for a budget out of range. A step raises zokern.Refused where a use cannot be
+    followed, as in TorchScript modules and for parameters of a class of their own."""
 
     name, defers, exact, stands_in = "scratch", True, True, True
 

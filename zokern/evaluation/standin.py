@@ -13,9 +13,10 @@ the copy as a module's own forward does.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count, repeat
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..backends import Span
+from ..fingerprint import versions_of
+from ..modules import same
 from .base import Refused
 from .copies import Copies
 
@@ -45,6 +48,10 @@ class Use(NamedTuple):
     def name(self) -> str:
         return self.copies.plan.groups[self.group].names[self.position]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.copies.plan.groups[self.group].theta[self.position].dtype
+
     def stack(self) -> Tensor:
         return self.copies.stack(self.group, self.position)
 
@@ -53,18 +60,15 @@ class Use(NamedTuple):
 
     def is_wide(self) -> bool:
         """Whether the resident copy of a 16-bit vector is float32."""
-        found = self.copies.resident.get((self.group, self.position))
-        return (
-            found is not None
-            and found.dtype != self.copies.plan.groups[self.group].theta[self.position].dtype
-        )
+        return self.is_resident() and self.stack().dtype != self.dtype
+
+    def is_whole(self) -> bool:
+        """Whether the resident copy can be put inside the parameter."""
+        return self.is_resident() and self.stack().dtype == self.dtype
 
     def copy(self, cast: torch.dtype | None = None) -> Tensor:
         """Returns the whole parameter as this reading sees it, in its own dtype or another."""
-        stack = self.stack()
-        return self.copies.mapped(
-            stack.to(cast or self.copies.plan.groups[self.group].theta[self.position].dtype)
-        )
+        return self.copies.mapped(self.stack().to(cast or self.dtype))
 
 
 class Perturbed(Copy):
@@ -83,7 +87,7 @@ class Perturbed(Copy):
             elif name in METADATA:
                 return func(*args, **kwargs)
             elif name == "__set__":
-                raise _writes(args[0], "= ...")
+                raise _writes(args[0]._use.name, " (= ...)")
             elif (handler := HANDLERS.get(func)) is not None:
                 if (result := handler(func, args, kwargs)) is not NotImplemented:
                     return result
@@ -97,7 +101,7 @@ class Perturbed(Copy):
         values, spec = tree_flatten((args, kwargs or {}))
         found = next(v for v in values if isinstance(v, Perturbed))
         if func._schema.is_mutable:
-            raise _writes(found, str(func))
+            raise _writes(found._use.name, f" ({func})")
         if found._use.copies.level is not None:
             raise Refused(
                 f"{func} reads the trained parameter {found._use.name!r} below torch.vmap: use "
@@ -109,10 +113,10 @@ class Perturbed(Copy):
         return func(*args, **kwargs)
 
 
-def _writes(parameter: Any, how: str) -> RuntimeError:
+def _writes(name: str, how: str = "") -> RuntimeError:
     return RuntimeError(
-        f"the closure writes to the trained parameter {parameter._use.name!r} ({how}): the loss of a step "
-        "must only read the weights; the step was abandoned and no weight has changed"
+        f"the closure writes to the trained parameter {name!r}{how}: the loss of a step must only read the "
+        "weights; the step was abandoned and no weight has changed"
     )
 
 
@@ -136,7 +140,7 @@ def _with_copies(func, name: str, args: tuple, kwargs: dict, cast: torch.dtype |
     result = func(*args, **kwargs)
     for value, copy, version in copies:
         if _version(copy) != version:
-            raise _writes(value, name)
+            raise _writes(value._use.name, f" ({name})")
     if any(result is copy for _, copy, _ in copies):
         # a conversion from 16 bits makes a tensor of its own, which the closure may write to
         result = result.clone()
@@ -223,7 +227,7 @@ def _embedding(func, args: tuple, kwargs: dict):
     if not isinstance(weight, Perturbed):
         return NotImplemented
     if names.get("max_norm") is not None:
-        raise _writes(weight, "embedding with max_norm")
+        raise _writes(weight._use.name, " (embedding with max_norm)")
     return _lookup(weight, index)
 
 
@@ -300,8 +304,7 @@ PRODUCTS = {
     Tensor.add, Tensor.__add__, Tensor.__radd__, torch.add,
 }  # fmt: skip
 DATA_ATTRIBUTES = {"data", "T", "mT", "H", "mH", "real", "imag"}
-# Answered by the stand-in itself, which has the parameter's shape, dtype and device:
-# a copy would be wrong, or wasted.
+# Answered by the stand-in itself: a copy would be wrong, or wasted.
 METADATA = {
     "size", "stride", "dim", "ndimension", "numel", "nelement", "element_size", "storage_offset",
     "is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_inference", "get_device", "data_ptr",
@@ -313,66 +316,68 @@ METADATA = {
 # Exchange ---------------------------------------------------------------------------------------------------
 
 
-def _places(copies: Copies) -> list[tuple]:
-    """Returns (parameter, class, group, position, a stack or a tensor without memory); prepared once.
+def _places(copies: Copies) -> tuple[list[tuple[Any, int, int]], int, list[Tensor]]:
+    """Returns (parameter, group, position) of all, how many have resident copies, which are the first, and
+    the tensor that goes inside each; prepared once for the same copies.
 
     Raises Refused for parameters that cannot hold another tensor."""
-    memo, key = copies.plan.groups[0].memo, ("places", *map(id, copies.resident.values()))
-    if memo.get("places", (None,))[0] != key:
-        places = []
-        for g, group in enumerate(copies.plan.groups):
-            for i, objects in enumerate(group.objects):
-                stack = copies.resident.get((g, i))
-                resident = stack is not None and stack.dtype == group.theta[i].dtype
-                for parameter in objects:
-                    if type(parameter) not in (Tensor, nn.Parameter):
-                        raise Refused(
-                            f"parameter {group.names[i]!r} is {type(parameter).__name__}, a class of its "
-                            "own: use evaluation='master'"
-                        )
-                    inside = stack if resident else _bodiless(group.theta[i])
-                    places.append((parameter, Copy if resident else Perturbed, g, i, inside))
-        memo["places"] = key, places
-    return memo["places"][1]
+    groups, stacks = copies.plan.groups, list(copies.resident.values())
+    memo, key = groups[0].memo, ("places", copies.level is None)
+    if key not in memo or not same(stacks, memo[key][0]):
+        places = [
+            (p, g, i) for g, group in enumerate(groups) for i, tied in enumerate(group.objects) for p in tied
+        ]
+        for parameter, g, i in places:
+            if type(parameter) not in (Tensor, nn.Parameter):
+                raise Refused(
+                    f"parameter {groups[g].names[i]!r} is {type(parameter).__name__}, a class of its own: "
+                    "use evaluation='master'"
+                )
+        places.sort(key=lambda place: not Use(copies, *place[1:]).is_whole())
+        own = sum(Use(copies, g, i).is_whole() for _, g, i in places)
+        insides = [copies.resident[g, i] for _, g, i in places[:own]]
+        insides = insides if copies.level is not None else [stack[0] for stack in insides]
+        insides += [_bodiless(groups[g].theta[i]) for _, g, i in places[own:]]
+        memo[key] = stacks, (places, own, insides)
+    return memo[key][1]
 
 
 @contextmanager
 def standing_in(copies: Copies) -> Iterator[None]:
     """Puts the copies into the trained parameters; on the way out takes them back and looks whether the
     closure wrote to one."""
-    done: list[tuple[Any, Tensor, type]] = []
+    places, own, insides = _places(copies)
+    parameters, stacks = [parameter for parameter, _, _ in places], list(copies.resident.values())
+    before, done, stand_ins = list(map(type, parameters)), list[None](), insides
+    if copies.level is not None:
+        mapped = map(torch._C._functorch._add_batch_dim, insides[:own], repeat(0), repeat(copies.level))
+        stand_ins = [*mapped, *insides[own:]]
     try:
-        for parameter, kind, g, i, inside in _places(copies):
-            stand_in = inside if kind is Perturbed else copies.mapped(inside)
-            swap(parameter, stand_in)
-            done.append((parameter, stand_in, type(parameter)))
-            parameter.__class__ = kind
-            if kind is Perturbed:
-                parameter._use = Use(copies, g, i)
-        _number([parameter for parameter, _, _ in done])
-        versions = {key: stack._version for key, stack in copies.resident.items()}
+        done.extend(map(swap, parameters, stand_ins))  # after an exception it has as many as were swapped
+        list(map(setattr, parameters, repeat("__class__"), [Copy] * own + [Perturbed] * len(places)))
+        for parameter, g, i in places[own:]:
+            parameter._use = Use(copies, g, i)
+        _number(parameters)
+        versions = versions_of(stacks)
         yield
-        for key, stack in copies.resident.items():
-            if stack._version != versions[key]:
-                name = copies.plan.groups[key[0]].names[key[1]]
-                raise RuntimeError(
-                    f"the closure writes to the trained parameter {name!r}: the loss of a step must only "
-                    "read the weights; the step was abandoned and no weight has changed"
-                )
+        for (g, i), now, then in zip(copies.resident, versions_of(stacks), versions):
+            if now != then:
+                raise _writes(copies.plan.groups[g].names[i])
     finally:
-        for parameter, stand_in, kind in reversed(done):
-            if parameter.__class__ is Perturbed:
-                del parameter._use
-            parameter.__class__ = kind
-            swap(parameter, stand_in)
+        for parameter, _, _ in places[own:]:
+            vars(parameter).pop("_use", None)
+        list(map(setattr, parameters, repeat("__class__"), before))
+        list(map(swap, parameters[: len(done)], stand_ins))
+        if any(map(_asks, insides[:own])):  # a closure may have said so of what stood in
+            del copies.plan.groups[0].memo["places", copies.level is None]
 
 
-_count = itertools.count(1 << 30)
+_asks = attrgetter("requires_grad")
+_count = count(1 << 30)
 
 
 def _number(tensors: list[Tensor]) -> None:
-    """Gives stand-ins a version of their own:
-    a cache of the closure that goes by versions finds nothing of another reading."""
+    """Gives stand-ins a version of their own: caches that go by versions find nothing of another reading."""
     version, number = next(_count) % (1 << 32), torch._C._autograd._unsafe_set_version_counter
     try:
         number(tuple(tensors), (version,) * len(tensors))

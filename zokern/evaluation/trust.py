@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from typing import NamedTuple, Protocol
 
 import torch
@@ -56,7 +57,7 @@ class Trust:
         )
 
     def _is_recent(self, plan: Plan) -> bool:
-        flags = [module.training for module in plan.tree.modules]
+        flags = list(map(attrgetter("training"), plan.tree.modules))
         return self.step >= 0 and 0 <= plan.step - self.step < EVERY and flags == self.flags
 
     def verify(
@@ -214,9 +215,8 @@ def fits(plan: Plan) -> bool:
     """Whether a copy of what is trained fits the free memory of its devices, with a tenth to spare."""
     needed: dict[torch.device, int] = {}
     for group in plan.groups:
-        for t in group.theta:
-            held = 0 if "masters" in group.memo else t.numel() * t.element_size()
-            needed[t.device] = needed.get(t.device, 0) + held
+        device = group.theta[0].device
+        needed[device] = needed.get(device, 0) + (0 if "masters" in group.memo else group.nbytes)
     return all(size < 0.9 * free_memory(device) for device, size in needed.items())
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import devices
 from ..backends import Backend, Batch, Noise, Span, Terms
-from ..backends.validation import described
+from ..backends.operands import described
 
 
 def sketch_of(

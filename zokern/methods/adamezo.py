@@ -25,7 +25,7 @@ class AdaMeZO(ZerothOrder):
     window    n: 10, as published
     betas     (0.7, 0.9), as published, with neither a factor 1 - beta nor a bias correction
     adam_eps  1e-5, as published
-    scale     100, as published
+    scale     100, as published: it multiplies the length of a step, in weights
     warmup    True: MeZO's steps until the window is full, as published. False: the sums over what there is,
               at once
     options   those of zokern.MeZO
@@ -36,7 +36,7 @@ class AdaMeZO(ZerothOrder):
     def __init__(
         self, params: Any, lr: float | None = None, eps: float = 1e-3, *, window: int = 10,
         betas: tuple[float, float] = (0.7, 0.9), adam_eps: float = 1e-5, scale: float = 100.0,
-        warmup: bool = True, evaluation: Any = "auto", **options: Any,
+        warmup: bool = True, **options: Any,
     ) -> None:  # fmt: skip
         rule = WindowAdam(betas, adam_eps, window, scale, warmup)
-        super().__init__(params, lr=lr, eps=eps, rule=rule, evaluation=evaluation, **options)
+        super().__init__(params, lr=lr, eps=eps, rule=rule, **options)

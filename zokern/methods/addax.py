@@ -38,8 +38,8 @@ class Addax(ZerothOrder):
 
     def __init__(
         self, params: Any, lr: float | None = None, eps: float = 1e-3, *, alpha: float | None = None,
-        estimator: Estimator | None = None, evaluation: Any = "auto", **options: Any,
+        estimator: Estimator | None = None, **options: Any,
     ) -> None:  # fmt: skip
         lr = 1e-3 if lr is None else lr
         mixed = Mixed(SLOPES / max(SLOPES, lr) if alpha is None else alpha, estimator)
-        super().__init__(params, lr=lr, eps=eps, estimator=mixed, evaluation=evaluation, **options)
+        super().__init__(params, lr=lr, eps=eps, estimator=mixed, **options)

@@ -35,7 +35,7 @@ class BlockMeZO(ZerothOrder):
     def __init__(
         self, params: Any, lr: float | None = None, eps: float = 1e-3, *,
         block: str | Callable[[str], str] = "layer", order: str = "gauss-seidel", queries: int = 1,
-        stencil: str | Stencil = "central", evaluation: Any = "auto", **options: Any,
+        stencil: str | Stencil = "central", **options: Any,
     ) -> None:  # fmt: skip
         estimator = Blockwise(Spsa(queries, stencil), block, order)
-        super().__init__(params, lr=lr, eps=eps, estimator=estimator, evaluation=evaluation, **options)
+        super().__init__(params, lr=lr, eps=eps, estimator=estimator, **options)

@@ -29,13 +29,12 @@ class BSZO(ZerothOrder):
 
     def __init__(
         self, params: Any, lr: float | None = None, eps: float = 1e-3, *, queries: int = 2,
-        observations: int = 3, evaluation: Any = "auto", **options: Any,
+        observations: int = 3, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__(
             params,
             lr=lr,
             eps=eps,
             estimator=Bayesian(queries, observations),
-            evaluation=evaluation,
             **options,
         )

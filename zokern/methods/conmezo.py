@@ -41,9 +41,6 @@ class ConMeZO(ZerothOrder):
         *,
         angle: float = 1.35,
         beta: float | Callable[[int], float] = warming,
-        evaluation: Any = "auto",
         **options: Any,
     ) -> None:
-        super().__init__(
-            params, lr=lr, eps=eps, estimator=Spsa(), rule=Cone(angle, beta), evaluation=evaluation, **options
-        )
+        super().__init__(params, lr=lr, eps=eps, estimator=Spsa(), rule=Cone(angle, beta), **options)

@@ -28,9 +28,9 @@ class DiZO(ZerothOrder):
                 published, or all where no name has these
     interval    steps between two projections: 50
     iterations  of a search, two losses each: 10, as published
-    rate        of a search: 2.0, as published
+    rate        of a search, per unit of loss: 2.0, as published
     width       of its differences, in units of f: 0.1, as published
-    reach       how far f goes from 1: 0.2, as published
+    reach       how far f goes from 1 per search: 0.2, as published
     options     those of zokern.MeZO; evaluation is 'auto' by default
 
     W0 is kept in float32, for projected parameters alone.
@@ -41,7 +41,7 @@ class DiZO(ZerothOrder):
     def __init__(
         self, params: Any, lr: float | None = None, eps: float = 1e-3, *,
         projected: Sequence[str] | None = None, interval: int = 50, iterations: int = 10, rate: float = 2.0,
-        width: float = 0.1, reach: float = 0.2, evaluation: Any = "auto", **options: Any,
+        width: float = 0.1, reach: float = 0.2, **options: Any,
     ) -> None:  # fmt: skip
         rule = Projected(projected, interval, iterations, rate, width, reach)
-        super().__init__(params, lr=lr, eps=eps, rule=rule, evaluation=evaluation, **options)
+        super().__init__(params, lr=lr, eps=eps, rule=rule, **options)

@@ -38,7 +38,7 @@ class DPZO(ZerothOrder):
     def __init__(
         self, params: Any, lr: float | None = None, eps: float = 1e-3, *, clip: float = 0.1,
         noise: float = 1.0, kind: str = "gaussian",
-        batch: int | None = None, queries: int = 1, evaluation: Any = "auto", **options: Any,
+        batch: int | None = None, queries: int = 1, **options: Any,
     ) -> None:  # fmt: skip
         estimator = Private(clip, noise, kind, batch, queries)
-        super().__init__(params, lr=lr, eps=eps, estimator=estimator, evaluation=evaluation, **options)
+        super().__init__(params, lr=lr, eps=eps, estimator=estimator, **options)

@@ -42,7 +42,6 @@ class EGGROLL(ZerothOrder):
         rank: int = 1,
         queries: int = 16,
         norm: str = "matched",
-        evaluation: Any = "auto",
         **options: Any,
     ) -> None:
         direction = LowRank(Drawn(), None, Drawn(), rank=rank, norm=norm)
@@ -52,6 +51,5 @@ class EGGROLL(ZerothOrder):
             eps=eps,
             direction=direction,
             estimator=Ranked(queries),
-            evaluation=evaluation,
             **options,
         )

@@ -25,9 +25,9 @@ class FGD(ZerothOrder):
     params    a module, or parameters, (name, parameter) pairs or groups, as for zokern.MeZO
     lr        per step, in weights per unit of slope, of MeZO's size. None: 2e-5. Published (ZO-Bench,
               OPT-1.3B): 5e-7 for all weights, 1e-5 with LoRA, 5e-4 for prefixes
-    eps       of P-GAP's probes, where that is the direction; nothing else uses it
+    eps       in weights, of P-GAP's probes, where that is the direction; nothing else uses it
     queries   q: draws per step, averaged (1)
-    clip      bound on |c_k|; None: no bound
+    clip      bound on |c_k|, in units of loss per weight; None: no bound
     options   those of zokern.MeZO; evaluation is 'auto', which takes 'jvp'. A low-rank direction serves as
               well
 
@@ -35,7 +35,7 @@ class FGD(ZerothOrder):
 
     def __init__(
         self, params: Any, lr: float | None = None, eps: float = 1e-3, *, queries: int = 1,
-        clip: float | None = None, evaluation: Any = "auto", **options: Any,
+        clip: float | None = None, **options: Any,
     ) -> None:  # fmt: skip
         estimator = ForwardGradient(queries, clip)
-        super().__init__(params, lr=lr, eps=eps, estimator=estimator, evaluation=evaluation, **options)
+        super().__init__(params, lr=lr, eps=eps, estimator=estimator, **options)

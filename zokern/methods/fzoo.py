@@ -33,7 +33,7 @@ class FZOO(ZerothOrder):
 
     def __init__(
         self, params: Any, lr: float | None = None, eps: float = 1e-4, *, queries: int = 8,
-        direction: Any = "rademacher", evaluation: Any = "auto", **options: Any,
+        direction: Any = "rademacher", **options: Any,
     ) -> None:  # fmt: skip
         queries = whole_number(
             "queries", queries, 2, expected="an integer, at least 2: one loss has no spread"
@@ -44,6 +44,5 @@ class FZOO(ZerothOrder):
             eps=eps,
             direction=direction,
             estimator=Spread(queries),
-            evaluation=evaluation,
             **options,
         )

@@ -34,7 +34,7 @@ class HiZOO(ZerothOrder):
 
     def __init__(
         self, params: Any, lr: float | None = None, eps: float = 1e-3, *, smooth: float = 1e-8,
-        queries: int = 1, direction: Any = "normal", evaluation: Any = "auto", **options: Any,
+        queries: int = 1, direction: Any = "normal", **options: Any,
     ) -> None:  # fmt: skip
         parts: dict[str, Any] = {"direction": Curved(smooth, direction), "estimator": Curvature(queries)}
-        super().__init__(params, lr=lr, eps=eps, evaluation=evaluation, **parts, **options)
+        super().__init__(params, lr=lr, eps=eps, **parts, **options)

@@ -30,7 +30,7 @@ class Hybrid(ZerothOrder):
 
     params       a module, or parameters, (name, parameter) pairs or groups, as for zokern.MeZO: theta_1 and
                  theta_2
-    lr, eps      of theta_2, as for zokern.MeZO
+    lr, eps      of theta_2, in weights, as for zokern.MeZO
     first_order  theta_1: modules, parameters, names, or beginnings of names up to a dot; or a function from a
                  name to bool. None: the last transformer block and what follows it,
                  but no head that is tied to the embedding
@@ -45,11 +45,9 @@ class Hybrid(ZerothOrder):
     def __init__(
         self, params: Any, lr: float | None = None, eps: float = 1e-3, *, first_order: Any = None,
         optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None,
-        estimator: Estimator | None = None, evaluation: Any = "auto", **options: Any,
+        estimator: Estimator | None = None, **options: Any,
     ) -> None:  # fmt: skip
-        super().__init__(
-            params, lr=lr, eps=eps, estimator=Split((), estimator), evaluation=evaluation, **options
-        )
+        super().__init__(params, lr=lr, eps=eps, estimator=Split((), estimator), **options)
         trained = {e.name: e.tensor for group in self.work.entries for e in group if e.tensor.requires_grad}
         chosen, _ = Split(_chosen(self.work.known(), first_order), estimator).parts(trained)
         self.first_order = (ADAMW if optimizer is None else optimizer)([trained[name] for name in chosen])

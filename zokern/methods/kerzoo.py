@@ -24,12 +24,13 @@ class KerZOO(ZerothOrder):
                1e-3 (OPT-2.7B, 4000 steps)
     queries    q: 3, as in the published code
     order      1, 3 (the paper), 5 or 7: zokern.Kernel has the polynomials
-    scale      C; the published code has 4
+    scale      C, which multiplies c and so the step, in weights; the published code has 4
     width      d, a number or a function of the step number
     rescale    whether K follows the width; False in the published code, where a smaller d is a smaller lr
     scope      'query': one r_k for all parameters, as the paper's theorem needs; 'tensor': one for each, as
                in the published code
-    clip_norm  bound on each parameter's norm of g; None: none. The published code: 4e5
+    clip_norm  bound on each parameter's norm of g, in units of loss per weight; None: no bound. The published
+               code: 4e5
     averaging  the published code's acceleration: weights are the average of fast ones, and losses are read at
                the next average (zokern.Averaged). It keeps 4 bytes a weight,
                and a step copies what is trained
@@ -43,13 +44,11 @@ class KerZOO(ZerothOrder):
         self, params: Any, lr: float | None = None, eps: float = 1e-3, *, queries: int = 3, order: int = 3,
         scale: float = 1.0, width: float | Callable[[int], float] = 1.0, rescale: bool = True,
         scope: str = "query", clip_norm: float | None = None, averaging: bool = False,
-        evaluation: Any = "auto", **options: Any,
+        **options: Any,
     ) -> None:  # fmt: skip
         estimator = Kernel(queries, scale, width, None, order, rescale, scope, clip_norm)
         rule = Averaged() if averaging else options.pop("rule", None)
-        super().__init__(
-            params, lr=lr, eps=eps, estimator=estimator, rule=rule, evaluation=evaluation, **options
-        )
+        super().__init__(params, lr=lr, eps=eps, estimator=estimator, rule=rule, **options)
 
     @classmethod
     def published(cls, params: Any, lr: float | None = 1e-6, eps: float = 1e-3, **options: Any) -> KerZOO:

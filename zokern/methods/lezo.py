@@ -35,7 +35,7 @@ class LeZO(ZerothOrder):
     def __init__(
         self, params: Any, lr: float | None = None, eps: float = 1e-3, *, sparsity: float = 0.75,
         layer: Callable[[str], str | None] = layer_of, queries: int = 1, stencil: str | Stencil = "central",
-        evaluation: Any = "auto", **options: Any,
+        **options: Any,
     ) -> None:  # fmt: skip
         estimator = Layers(Spsa(queries, stencil), sparsity, layer)
-        super().__init__(params, lr=lr, eps=eps, estimator=estimator, evaluation=evaluation, **options)
+        super().__init__(params, lr=lr, eps=eps, estimator=estimator, **options)

@@ -48,11 +48,8 @@ class LOZO(ZerothOrder):
         interval: int = 50,
         momentum: float | None = None,
         norm: str = "matched",
-        evaluation: Any = "auto",
         **options: Any,
     ) -> None:
         rule = Sgd() if momentum is None else Momentum(momentum)
         direction = Lazy(rank, interval, norm)
-        super().__init__(
-            params, lr=lr, eps=eps, direction=direction, rule=rule, evaluation=evaluation, **options
-        )
+        super().__init__(params, lr=lr, eps=eps, direction=direction, rule=rule, **options)

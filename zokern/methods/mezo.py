@@ -32,19 +32,19 @@ class MeZO(ZerothOrder):
     seed          of the run, in [0, 2**64); (seed, parameter name, step, query) name every z
     rounding      of 16-bit weights in the update: 'nearest', 'stochastic', or 'residual' (bfloat16: exact
                   float32 master, +2 B a weight)
-    evaluation    'auto' (the first step by 'master', then the fastest that reads the same losses), 'master'
-                  (the parameters hold theta +- eps z while a loss is read, a copy holds theta: right for any
-                  model), 'paired' (all sides in one pass of the model), 'scratch' (a side at a time, within a
-                  budget of memory), 'inplace' (the weights move and come back by arithmetic, which 16 bits
-                  round), 'jvp' (as 'master'; it also reads derivatives, for zokern.FGD), or an instance:
-                  zokern.Scratch(budget=...)
+    evaluation    how losses are read, by name or as an instance such as zokern.Scratch(budget=...). 'auto':
+                  the first step by 'master', then the fastest that reads the same losses. 'master': the
+                  parameters hold theta +- eps z while a loss is read, and a copy holds theta; it is right for
+                  any model. 'paired': all sides in one pass of the model. 'scratch': a side at a time, within
+                  a budget of memory. 'inplace': the weights move and come back by arithmetic, which 16 bits
+                  round. 'jvp': as 'master'; it also reads derivatives, for zokern.FGD
     backend       None chooses by device: 'cpu', 'cuda', then 'triton', then 'reference'
     rule          None: SGD, the formula above. zokern.Momentum(0.9, dampening=0.0) moves along M <- 0.9 M + g
                   in place of g = sum_k c_k z_k / q (ZO-Bench's ZO-SGD-MMT; without dampening=0.0, along the
                   average); zokern.Adam() along the corrected M / (sqrt(V) + 1e-8) of torch.optim.Adam
                   (ZO-Adam)
-    direction     'normal' or 'rademacher';  stencil 'central' (two losses a query) or 'forward' (one, plus
-                  one shared)
+    direction     'normal' or 'rademacher', a dense z, or a Direction
+    stencil       'central' (two losses a query) or 'forward' (one, plus one shared)
     maximize      ascend: the closure returns a reward
     estimator     None: zokern.Spsa(queries, stencil), the formula above. Spsa(clip=...) bounds |c_k|;
                   zokern.Sign, Kernel (KerZOO), Spread (FZOO), Conservative, Blockwise and Bayesian (BSZO) are
@@ -55,10 +55,12 @@ class MeZO(ZerothOrder):
                   and its updates never wait
     paired_check  'first': read the first loss of the first step twice and refuse a closure that is not
                   repeatable; n: every n steps too; 0 or None: never
-    max_skips     raise after so many steps in a row with an inf or NaN loss; dead_limit: with equal losses
-                  (None: never)
+    max_skips     raise after so many steps in a row with an inf or NaN loss; None: never
+    dead_limit    raise after so many steps in a row with equal losses; None: never
     nonfinite     'raise' or 'ignore' weights that the update made inf or NaN
     force         accept an eps that rounding swallows for more than half of the 16-bit weights
+    every         steps between two looks at the numbers that these options are about; a look waits for the
+                  device. None: 1 on a CPU, 16 on a GPU
 
     Writes the parameters once per step, and optimizer state: none for SGD, a float32 (Momentum) or two (Adam)
     for each weight, an int16 for each with rounding='residual'.

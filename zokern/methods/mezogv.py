@@ -30,6 +30,6 @@ class MeZOGV(ZerothOrder):
 
     def __init__(
         self, params: Any, lr: float | None = None, eps: float = 1e-3, *, norm: str = "matched",
-        evaluation: Any = "auto", **options: Any
+        **options: Any
     ) -> None:  # fmt: skip
-        super().__init__(params, lr=lr, eps=eps, estimator=Guided(norm), evaluation=evaluation, **options)
+        super().__init__(params, lr=lr, eps=eps, estimator=Guided(norm), **options)

@@ -46,8 +46,7 @@ class MeZOSVRG(ZerothOrder):
         interval: int = 2,
         ratio: float = 1.0,
         queries: int = 1,
-        evaluation: Any = "auto",
         **options: Any,
     ) -> None:
         estimator = Anchored(interval, full, ratio, queries)
-        super().__init__(params, lr=lr, eps=eps, estimator=estimator, evaluation=evaluation, **options)
+        super().__init__(params, lr=lr, eps=eps, estimator=estimator, **options)

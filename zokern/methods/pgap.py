@@ -123,7 +123,7 @@ class PGAP(ZerothOrder):
     Every `interval` steps, before the step: G = (1/h) sum_{i<=h} c_i z_i from h dense central differences on
     the step's own batch. Of every matrix' part of G a randomized range finder, which never holds G, finds the
     truncated singular value decomposition U S V^T. A step draws Z0 (r x r) and moves its component along
-    diag(S) to <diag(S), Z> = xi sqrt(delta) ||S||:
+    diag(S), so that <diag(S), Z> = xi sqrt(delta) ||S||.
 
         Z = Z0 - (sum_i S_i Z0_ii - xi sqrt(delta) ||S||) / (||S||^2 + 1e-12) diag(S)
 
@@ -139,7 +139,8 @@ class PGAP(ZerothOrder):
     rank      r, at most min(m, n): 128 to 512 for all weights, 8 for LoRA
     interval  k, steps between two bases: 100 (another reading of the paper: 16 or 512)
     probes    h: 10
-    delta     delta_0 = 2, falling linearly to 0 over `steps` steps (None: it does not fall)
+    delta     delta_0 = 2, falling linearly to 0 over `steps` steps
+    steps     how many these are; None: delta does not fall
     sign      xi: 'matrix' (the paper: random, here one per matrix and draw), 'step', 'positive' (a public
               re-implementation)
     norm      s: 'matched' sqrt(m n) / r, SubZero's scale; 'unit' 1, the paper's formula
@@ -166,7 +167,6 @@ class PGAP(ZerothOrder):
         norm: str = "matched",
         oversample: int = 8,
         power: int = 1,
-        evaluation: Any = "auto",
         **options: Any,
     ) -> None:
         aligned = {
@@ -178,4 +178,4 @@ class PGAP(ZerothOrder):
             "norm": norm,
         }
         direction = Probed(probes, oversample, power, **aligned)
-        super().__init__(params, lr=lr, eps=eps, direction=direction, evaluation=evaluation, **options)
+        super().__init__(params, lr=lr, eps=eps, direction=direction, **options)

@@ -27,8 +27,6 @@ class RLOO(ZerothOrder):
 
     def __init__(
         self, params: Any, lr: float | None = None, eps: float = 1e-3, *, queries: int = 4,
-        evaluation: Any = "auto", **options: Any
+        **options: Any
     ) -> None:  # fmt: skip
-        super().__init__(
-            params, lr=lr, eps=eps, estimator=LeaveOneOut(queries), evaluation=evaluation, **options
-        )
+        super().__init__(params, lr=lr, eps=eps, estimator=LeaveOneOut(queries), **options)

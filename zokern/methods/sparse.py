@@ -37,8 +37,8 @@ class SparseMeZO(ZerothOrder):
     def __init__(
         self, params: Any, lr: float | None = None, eps: float = 1e-3, *, sparsity: float = 0.75,
         by: str = "magnitude", every: int = 1,
-        scope: str = "layer", direction: Any = "normal", evaluation: Any = "auto", **options: Any,
+        scope: str = "layer", direction: Any = "normal", **options: Any,
     ) -> None:  # fmt: skip
         sparsity = within("sparsity", sparsity, 0.0, 1.0, "a number, 0 <= sparsity < 1")
         mask = Masked(1.0 - sparsity, by, every, scope, direction)
-        super().__init__(params, lr=lr, eps=eps, direction=mask, evaluation=evaluation, **options)
+        super().__init__(params, lr=lr, eps=eps, direction=mask, **options)

@@ -48,8 +48,7 @@ class SubZero(ZerothOrder):
         interval: int = 2000,
         norm: str = "matched",
         reshape: str = "adapters",
-        evaluation: Any = "auto",
         **options: Any,
     ) -> None:
         direction = Subspace(rank, interval, norm, reshape)
-        super().__init__(params, lr=lr, eps=eps, direction=direction, evaluation=evaluation, **options)
+        super().__init__(params, lr=lr, eps=eps, direction=direction, **options)

@@ -53,7 +53,6 @@ class SubZeroPlus(ZerothOrder):
         carry: bool = False,
         norm: str = "matched",
         reshape: str = "adapters",
-        evaluation: Any = "auto",
         **options: Any,
     ) -> None:
         super().__init__(
@@ -63,6 +62,5 @@ class SubZeroPlus(ZerothOrder):
             direction=Subspace(rank, interval, norm, reshape),
             estimator=Spsa(queries, "forward"),
             rule=Adam(betas, adam_eps, core=True, carry=carry),
-            evaluation=evaluation,
             **options,
         )

@@ -59,7 +59,6 @@ class TeZO(ZerothOrder):
         adam_eps: float = 1e-8,
         bias_correction: bool = False,
         norm: str = "matched",
-        evaluation: Any = "auto",
         **options: Any,
     ) -> None:
         if not isinstance(rank, Mapping):
@@ -78,9 +77,7 @@ class TeZO(ZerothOrder):
                 f"rule is {rule!r}; expected 'sgd', 'momentum' or 'adam', or a rule such as zokern.Adam()"
             )
         chosen = named[rule] if isinstance(rule, str) else rule
-        super().__init__(
-            params, lr=lr, eps=eps, direction=direction, rule=chosen, evaluation=evaluation, **options
-        )
+        super().__init__(params, lr=lr, eps=eps, direction=direction, rule=chosen, **options)
         if unknown := sorted(direction.ranks.keys() - {plain(name) for name in self.ids}):
             raise ValueError(
                 f"rank names {unknown}, which no parameter is called; the parameters are {sorted(self.ids)}"

@@ -55,7 +55,6 @@ class ZOMOPI(ZerothOrder):
         momentum: float = 0.0,
         carry: bool = False,
         norm: str = "matched",
-        evaluation: Any = "auto",
         **options: Any,
     ) -> None:
         super().__init__(
@@ -65,6 +64,5 @@ class ZOMOPI(ZerothOrder):
             direction=LowRank(Kept("orthonormal", interval), None, Drawn(), rank=rank, norm=norm),
             estimator=Spsa(queries, "forward"),
             rule=Muon(leading, momentum, carry, share_of(dense_lr, lr)),
-            evaluation=evaluation,
             **options,
         )

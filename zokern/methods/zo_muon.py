@@ -52,7 +52,6 @@ class ZOMuon(ZerothOrder):
         interval: int = 100,
         queries: int = 4,
         norm: str = "matched",
-        evaluation: Any = "auto",
         **options: Any,
     ) -> None:
         super().__init__(
@@ -62,6 +61,5 @@ class ZOMuon(ZerothOrder):
             direction=LowRank(Kept("orthonormal", interval), None, Drawn(), rank=rank, norm=norm),
             estimator=Spsa(queries, "forward"),
             rule=Muon(share=share_of(dense_lr, lr)),
-            evaluation=evaluation,
             **options,
         )

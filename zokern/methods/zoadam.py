@@ -30,6 +30,6 @@ class ZOAdam(ZerothOrder):
     def __init__(
         self, params: Any, lr: float | None = None, eps: float = 1e-3, *,
         betas: tuple[float, float] = (0.9, 0.999),
-        adam_eps: float = 1e-8, evaluation: Any = "auto", **options: Any,
+        adam_eps: float = 1e-8, **options: Any,
     ) -> None:  # fmt: skip
-        super().__init__(params, lr=lr, eps=eps, rule=Adam(betas, adam_eps), evaluation=evaluation, **options)
+        super().__init__(params, lr=lr, eps=eps, rule=Adam(betas, adam_eps), **options)

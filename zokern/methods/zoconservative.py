@@ -30,8 +30,6 @@ class ZOConservative(ZerothOrder):
 
     def __init__(
         self, params: Any, lr: float | None = None, eps: float = 1e-3, *, queries: int = 1,
-        stencil: str | Stencil = "central", evaluation: Any = "auto", **options: Any,
+        stencil: str | Stencil = "central", **options: Any,
     ) -> None:  # fmt: skip
-        super().__init__(
-            params, lr=lr, eps=eps, estimator=Conservative(queries, stencil), evaluation=evaluation, **options
-        )
+        super().__init__(params, lr=lr, eps=eps, estimator=Conservative(queries, stencil), **options)

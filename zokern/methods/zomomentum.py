@@ -35,9 +35,9 @@ class ZOMomentum(ZerothOrder):
 
     def __init__(
         self, params: Any, lr: float | None = None, eps: float = 1e-3, *, momentum: float = 0.9,
-        window: int | None = None, evaluation: Any = "auto", **options: Any,
+        window: int | None = None, **options: Any,
     ) -> None:  # fmt: skip
         beta = within("momentum", momentum, 0.0, 1.0, "0 <= momentum < 1")
         rule: Rule = Momentum(beta, 0.0) if window is None else WindowMomentum(beta, window, average=False)
         lr = SLOPES * (1.0 - beta) if lr is None else lr
-        super().__init__(params, lr=lr, eps=eps, rule=rule, evaluation=evaluation, **options)
+        super().__init__(params, lr=lr, eps=eps, rule=rule, **options)

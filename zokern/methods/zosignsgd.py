@@ -32,7 +32,7 @@ class ZOSignSGD(ZerothOrder):
 
     def __init__(
         self, params: Any, lr: float | None = None, eps: float = 1e-3, *, of: str = "coefficient",
-        queries: int = 1, stencil: str | Stencil = "central", evaluation: Any = "auto", **options: Any,
+        queries: int = 1, stencil: str | Stencil = "central", **options: Any,
     ) -> None:  # fmt: skip
         forms: dict[str, tuple[Spsa, Rule]] = {
             "coefficient": (Sign(queries, stencil), Sgd()), "element": (Spsa(queries, stencil), SignSgd()),
@@ -40,6 +40,4 @@ class ZOSignSGD(ZerothOrder):
         if of not in forms:
             raise ValueError(f"of is {of!r}; expected one of {list(forms)}")
         estimator, rule = forms[of]
-        super().__init__(
-            params, lr=lr, eps=eps, estimator=estimator, rule=rule, evaluation=evaluation, **options
-        )
+        super().__init__(params, lr=lr, eps=eps, estimator=estimator, rule=rule, **options)

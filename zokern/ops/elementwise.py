@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import Batch, Terms
-from ..backends.validation import FLOATS
+from ..backends.operands import FLOATS
 from . import arguments
 from .aliasing import shared_memory
 from .operands import batch_of, check_control, check_out, check_tensor, noise_of, spans_of, wrote
@@ -25,18 +25,24 @@ def draw(
 ) -> Tensor:  # fmt: skip
     """Returns z(seed, who, step, draw), elements [first, first + n), as a tensor.
 
-    direction  a name ('normal', 'rademacher') or a Direction
-    shape      of the result; n elements in row-major order
-    seed, who, step, draw  names in the stream (zokern/stream.py): run seed, parameter name, step number,
-                           draw word
-    first      number of the result's first element in the unsharded parameter
-    dtype      float32 (exactly the z that every verb uses), or bfloat16 or float16 (that z, rounded to
-               nearest)
-    clock      int64[1] on the device, or None: added to step when the kernel runs (see axpy_)
-    out        contiguous, of that shape and dtype on that device: written and returned. None: a new tensor
-    Equal bit for bit on every backend.
-    Raises ValueError for names out of range, other dtypes, first + n > 2**35 or another `out`; RuntimeError
-    for a backend that is off."""
+    direction   a name ('normal', 'rademacher') or a Direction
+    shape       of the result; n elements in row-major order
+    seed        of the run: an integer in [0, 2**64)
+    who         the parameter's name, or its 32-bit id
+    step, draw  numbers in [0, 2**32): the step, and the draw word, which is the query for a direction
+    first       number of the result's first element in the unsharded parameter
+    dtype       float32 (exactly the z that every verb uses), or bfloat16 or float16 (that z, rounded to
+                nearest)
+    device      of the result
+    clock       int64[1] on the device, or None: added to step when the kernel runs (see zokern.axpy_)
+    out         contiguous, of that shape and dtype on that device: written and returned. None: a new
+                tensor
+    backend     'cpu', 'cuda', 'triton' or 'reference'; None: the first that can run on the device
+
+    Equal bit for bit on every backend. docs/stream.md defines the numbers.
+    Raises ValueError for names out of range, other dtypes, first + n > 2**35 or another `out`;
+    RuntimeError for a backend that is off.
+    Salmon et al. 2011 (Philox); Box and Muller 1958."""
     device = torch.device(device)
     if dtype not in FLOATS:
         raise ValueError(f"draw: dtype is {dtype!r}; expected torch.float32, torch.bfloat16 or torch.float16")
@@ -78,48 +84,50 @@ def axpy_(
     tensors: Tensor | Sequence[Tensor], direction, *, seed: int, who: str | int | Sequence[str | int],
     draws: Sequence[tuple[int, int]], coeffs: Sequence[float] | Tensor, decay: float | Sequence[float] = 1.0,
     first: int | Sequence[int] = 0, rounding: str = "nearest",
-    residuals: Sequence[Tensor] | Tensor | None = None,
-    each: bool | int = False, clock: Tensor | None = None, control: Tensor | None = None,
-    backend: str | None = None,
+    residuals: Sequence[Tensor] | Tensor | None = None, each: bool | int = False,
+    clock: Tensor | None = None, control: Tensor | None = None, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
-    """Computes theta <- decay * theta + sum_k coeffs[k] * z(seed, who, *draws[k]) in place, in one launch.
+    """Computes theta <- decay * theta + sum_k coeffs[k] * z(seed, who, *draws[k]) in place, in one
+    launch.
 
-    tensors   one tensor or a list on one device: float32, bfloat16 or float16, any shape, strides and
-              alignment
-    who       the parameter's name, or a list with one name per tensor
-    draws     K pairs (step, draw) that name the directions
-    coeffs    K floats, or float32[K] on the tensors' device, in units of theta
-    decay     factor of the old weights, rounded to float32; with `each`, one for all sums or one for each
-    first     number of each tensor's first element in its unsharded parameter: one int, or one per tensor
-    rounding  'nearest'; 'stochastic' (16 random bits of the stream: who, step of the last draw, purpose
-              rounding); 'residual' (bfloat16 only; residuals
-              hold the 16 low bits of an exact float32 master)
-    residuals int16 tensors, contiguous, shaped like the tensors, read and written; required by 'residual'
-    each      False: one sum of K terms. q, a divisor of K (True: 1): K / q sums of q terms in one pass over
-              theta, one after the other, each with its decay and its rounding: the bits of K / q calls. This
-              replays a run of steps with q queries from its (draws, coefficients, decays); K may be
-              thousands
-    clock     int64[1] on the tensors' device, or None. Its value when the kernel runs is added (mod 2^32) to
-              every step. With a clock and coefficients in device memory, a call that was made once before
-              can be captured in a CUDA graph, and each replay after clock.add_(1) finds another z
-    control   float32[3] of zokern.project, or None. The kernel reads it when it runs: its decay stands in
-              the place of `decay`, and where its go is 0 no bit of the tensors and residuals changes, and the
-              count is 0. A sum alone has it, without `each`
-    Arithmetic: t = round(decay * theta); t = fma(coeffs[k], z_k, t) in order, float32; one rounding at the
-    end. Reads and writes theta once; z is regenerated. Equal bit for bit on every backend.
+    tensors          theta, one tensor or a list on one device: float32, bfloat16 or float16, any shape,
+                     strides and alignment
+    direction, seed, backend  as for zokern.draw
+    who              the parameter's name, or a list with one name per tensor
+    draws            K pairs (step, draw) that name the directions
+    coeffs           K floats, or float32[K] on the tensors' device, in units of theta
+    decay            factor of the old weights, rounded to float32; with `each`, one for all sums or one
+                     for each
+    first            number of each tensor's first element in its unsharded parameter: one int, or one per
+                     tensor
+    rounding         'nearest'; 'stochastic' (16 random bits of the stream, named by who and the step of
+                     the last draw); 'residual' (bfloat16 only: residuals hold the 16 low bits of an exact
+                     float32 master)
+    residuals        int16 tensors, contiguous, shaped like the tensors, read and written; required by
+                     'residual'
+    each             False: one sum of K terms. q, a divisor of K (True: 1): K / q sums of q terms in one
+                     pass over theta, one after the other, each with its decay and its rounding: the bits
+                     of K / q calls. This replays a run of steps with q queries from its (draws,
+                     coefficients, decays); K may be thousands
+    clock            int64[1] on the tensors' device, or None. Its value when the kernel runs is added
+                     (mod 2^32) to every step. With a clock and coefficients in device memory, a call that
+                     was made once before can be captured in a CUDA graph, and each replay after
+                     clock.add_(1) finds another z
+    control          float32[3] of zokern.project, or None. The kernel reads it when it runs. Its decay
+                     stands in the place of `decay`; where its go is 0 no bit of the tensors and residuals
+                     changes, and the count is 0. A sum alone has it, without `each`
+
+    Arithmetic: t = round(decay * theta); t = fma(coeffs[k], z_k, t) in order, float32; one rounding at
+    the end. Reads and writes theta once; z is made again. Equal bit for bit on every backend.
     Returns int64[1]: how many results are inf or NaN.
     Raises ValueError, before anything is written, for other dtypes, overlapping elements, mixed devices,
-    K = 0, an `each` that does not divide K, or beside a control, coefficients or decays that are not finite,
-    first + n > 2**35, and residuals that are missing or misshapen.
+    K = 0, and an `each` that does not divide K or stands beside a control. So it does for coefficients or
+    decays that are not finite, first + n > 2**35, and residuals that are missing or misshapen.
     Malladi et al. 2023, Algorithm 1 (perturb, restore and update are this call)."""
     batch = batch_of("axpy_", tensors, who, first, rounding, residuals)
     device = batch.tensors[0].device
     noise = noise_of("axpy_", direction, seed, draws, clock, device)
-    count = len(noise.draws)
-    check_control("axpy_", control, device)
-    if control is not None and each:
-        raise ValueError(f"axpy_: each is {each!r} with a control; expected False: a control is for one sum")
-    terms = Terms(coefficients_of("axpy_", coeffs, count, device), *_check_each(each, decay, count), control)
+    terms = _terms(coeffs, decay, each, control, len(noise.draws), device)
     chosen = backends.resolve(backend, device)
     with torch.no_grad():  # weights are leaves that require a gradient
         if traced(backend, noise.direction):
@@ -158,8 +166,15 @@ def coefficients_of(verb: str, coeffs: Sequence[float] | Tensor, count: int, dev
     return coeffs
 
 
-def _check_each(each: bool | int, decay: float | Sequence[float], count: int) -> tuple[list[float], int]:
-    """Returns the decay of every sum, and the terms of a sum, 0 for all of them."""
+def _terms(
+    coeffs: Sequence[float] | Tensor, decay: float | Sequence[float], each: bool | int,
+    control: Tensor | None, count: int, device: torch.device,
+) -> Terms:  # fmt: skip
+    """Returns the sums of `count` draws, with a decay for every sum."""
+    check_control("axpy_", control, device)
+    if control is not None and each:
+        raise ValueError(f"axpy_: each is {each!r} with a control; expected False: a control is for one sum")
+    coeffs = coefficients_of("axpy_", coeffs, count, device)
     if not isinstance(each, (bool, numbers.Integral)) or each < 0:
         raise ValueError(
             f"axpy_: each is {each!r}; expected False, True or the number of terms that a sum has"
@@ -178,7 +193,7 @@ def _check_each(each: bool | int, decay: float | Sequence[float], count: int) ->
             f"axpy_: decay has {len(decays)} numbers for {count} draws ({how}); expected one number, or "
             f"{sums}"
         )
-    return decays, each
+    return Terms(coeffs, decays, each, control)
 
 
 def perturb(
@@ -188,19 +203,26 @@ def perturb(
     clock: Tensor | None = None, out: Sequence[Tensor] | Sequence[Sequence[Tensor]] | None = None,
     backend: str | None = None,
 ) -> list[list[Tensor]]:  # fmt: skip
-    """Returns theta + scales[j] * z(seed, who, step, draw) for one or two scales, from one evaluation of z.
+    """Returns theta + scales[j] * z(seed, who, step, draw) for one or two scales, from one evaluation of
+    z.
 
-    theta is only read. Arguments as for axpy_, and:
-    scales     one or two floats in units of theta
-    dtype      of the results: theta's (default) or float32
-    residuals  int16 low bits of bfloat16 tensors: theta plus its low bits is perturbed
-    out        for each scale a list of contiguous tensors (one tensor, if `tensors` is one), shaped like
-               theta, of the results' dtype, apart in memory from each other and from the inputs: written and
-               returned. A loop that keeps them saves the allocation, which takes longer than the kernel.
-               None: new tensors. Under torch.compile the results are made and copied
+    tensors          theta, one tensor or a list on one device, only read: float32, bfloat16 or float16,
+                     any shape, strides and alignment
+    direction, seed, step, draw, clock, backend  as for zokern.draw
+    who, first       as for zokern.axpy_
+    scales           one or two floats in units of theta
+    dtype            of the results: theta's (default) or float32
+    residuals        int16 low bits of bfloat16 tensors: theta plus its low bits is perturbed
+    out              for each scale a list of contiguous tensors (one tensor, if `tensors` is one), shaped
+                     like theta and of the results' dtype. They are apart in memory from each other and
+                     from the inputs, and are written and returned. A loop that keeps them saves the
+                     allocation, which takes longer than the kernel. None: new tensors. Under
+                     torch.compile the results are made and copied
+
     Returns, for each scale, the list of results: round(fma(scale, z, theta)).
     Equal bit for bit on every backend.
-    Raises ValueError as axpy_ does, and for another `out`, before anything is written."""
+    Raises ValueError as zokern.axpy_ does, and for another `out`, before anything is written.
+    Malladi et al. 2023, Algorithm 1 (both perturbations are this call)."""
     low = [] if residuals is None else arguments.tensor_list("residuals", residuals)
     batch = batch_of("perturb", tensors, who, first, "residual" if low else "nearest", low, alone=False)
     device = batch.tensors[0].device

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import backends, devices, directions
 from ..backends import Backend, Batch, Noise, Sides, Span, Thin, Weight
-from ..backends.validation import described
+from ..backends.operands import described
 from ..checks import flag, whole_number
 from ..gemm import counts_of, factored_linear, fused_linear, fuses, sketch_of, tiled_linear
 from ..stream import INDEX_LIMIT
@@ -27,19 +27,23 @@ def linear(
 ) -> list[Tensor]:  # fmt: skip
     """Returns y_j = x_j (W + scales[j] z)^T + b for one or more sides, without writing W.
 
-    xs         a tensor (..., n) for every side, or a list with one per scale; each in W's dtype
-    weight     W (m, n), contiguous float32, bfloat16 or float16, only read
-    direction  a name or a Direction: a dense z(seed, who, step, draw), as every verb draws it. A tile of W +
-               a z exists at a time, made for two signs from one evaluation of z. Or (U, V) or (U, V, C),
-               float32 (m, r), (n, r) and (r, r): z = U C V^T, as thin float32 products beside one x W^T of
-               all sides
-    scales     one float per side, in units of W
-    bias       (m,), added as it is;  first  number of W's first element in the unsharded parameter
-    residual   int16 low bits of a bfloat16 W: W plus its low bits is perturbed (dense z)
-    tile       elements of a tile of W (two tiles for two signs); None: as suits the device, 2^21 on a CPU and
-               all of W elsewhere
-    Returns a list of (..., m), in W's dtype. The products are torch's, so their sums are not equal bit for
-    bit between backends; the perturbed tiles are.
+    xs               a tensor (..., n) for every side, or a list with one per scale; each in W's dtype
+    weight           W (m, n), contiguous float32, bfloat16 or float16, only read
+    direction        a name or a Direction: a dense z(seed, who, step, draw), as every verb draws it. A
+                     tile of W + a z exists at a time, made for two signs from one evaluation of z. Or (U,
+                     V) or (U, V, C), float32 (m, r), (n, r) and (r, r): z = U C V^T, as thin float32
+                     products beside one x W^T of all sides
+    scales           one float per side, in units of W
+    seed, who, step, draw  of a dense z, as for zokern.draw
+    bias             (m,), added as it is
+    first            number of W's first element in the unsharded parameter
+    residual         int16 low bits of a bfloat16 W: W plus its low bits is perturbed (dense z)
+    tile             elements of a tile of W (two tiles for two signs); None: as suits the device, 2^21 on
+                     a CPU and all of W elsewhere
+    backend          as for zokern.draw
+
+    Returns a list of (..., m), in W's dtype. The products are torch's, so their sums are not equal bit
+    for bit between backends; the perturbed tiles are.
     Raises ValueError for shapes, dtypes or devices that do not fit.
     Malladi et al. 2023; Chen et al. 2025 for factored z."""
     scales = arguments.finite("linear", "scales", scales, "finite scales, one for each x")
@@ -230,15 +234,19 @@ def sketch(
     draws: Sequence[tuple[int, int]], coeffs: Sequence[float], transposed: bool = False, first: int = 0,
     tile: int | None = None, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
-    """Returns G Omega of G = sum_k coeffs[k] z(seed, who, *draws[k]), m x n, which is never held.
+    """Returns G Omega of G = sum_k coeffs[k] z(seed, who, *draws[k]), an m x n matrix that is never held.
 
-    transposed  G^T Omega
+    direction        a name or a Direction
+    shape            (m, n) of G, whose elements are numbered in row-major order from `first`
+    omega            float32 (n, p), or (m, p) when transposed, contiguous, only read
+    seed, who, first, backend  as for zokern.draw
+    draws            K pairs (step, draw) that name the directions
+    coeffs           K finite floats, in the unit of G per z
+    transposed       True: G^T Omega
+    tile             elements of G that exist at a time; None: as suits the device, 2^20 on a CPU, 2^26
+                     elsewhere
 
-    direction  a name or a Direction;  shape (m, n) of G, numbered row-major from `first`
-    omega      float32 (n, p), or (m, p) when transposed, contiguous
-    draws      K pairs (step, draw);  coeffs  K finite floats
-    tile       elements of G that exist at a time; None: as suits the device, 2^20 on a CPU, 2^26 elsewhere
-    Returns float32 (m, p), or (n, p). G is exact, as axpy_ draws it; the product is torch's.
+    Returns float32 (m, p), or (n, p). G is exact, as zokern.axpy_ draws it; the product is torch's.
     Raises ValueError for shapes and dtypes that do not fit. Halko et al. 2011, "Finding structure with
     randomness" (range finder)."""
     if not isinstance(shape, (tuple, list)) or len(shape) != 2:

@@ -26,26 +26,30 @@ def lowrank_(
 ) -> Tensor:  # fmt: skip
     """Computes W <- decay * W + scale * U C V^T in place, in one launch. No product is stored.
 
-    tensors   one tensor or a list on one device: float32, bfloat16 or float16, any shape, strides and
-              alignment. Element e of the unsharded m x n matrix is row e div n, column e mod n, so a
-              flattened or reshaped W is the same W. A shape that looks like a mistake, (n, m) or m rows of
-              another length than n, has to be flattened
-    left      U, float32 (m, r), contiguous: one, or one per tensor
-    right     V, float32 (n, r), or (n, s) beside a core (r, s), contiguous
-    core      C: None (the identity), float32[r] (a diagonal) or float32[r, s]
-    scale     factor of the product, in units of W: one float, or one per tensor
-    decay     factor of the old weights
-    first     number of each tensor's first element in its unsharded matrix: one int, or one per tensor
-    rounding, residuals  as for axpy_; 'stochastic' spends the bits of (seed, who, step, purpose rounding)
-                         and needs
-              `who`
-    clock, control  as for axpy_: the clock is added to step, whose bits are spent
+    tensors          W, one tensor or a list on one device: float32, bfloat16 or float16, any shape,
+                     strides and alignment. Element e of the unsharded m x n matrix is row e div n, column
+                     e mod n, so a flattened or reshaped W is the same W. A shape that looks like a
+                     mistake, (n, m) or m rows of another length than n, has to be flattened
+    left             U, float32 (m, r), contiguous: one, or one per tensor
+    right            V, float32 (n, r), or (n, s) beside a core (r, s), contiguous
+    core             C: None (the identity), float32[r] (a diagonal) or float32[r, s]
+    scale            factor of the product, in units of W: one float, or one per tensor
+    decay            factor of the old weights
+    who, seed, step  names of the random bits of rounding 'stochastic', which needs them, as for
+                     zokern.draw
+    first            number of each tensor's first element in its unsharded matrix: one int, or one per
+                     tensor
+    rounding, residuals  as for zokern.axpy_; 'stochastic' spends the bits of (seed, who, step)
+    clock, control   as for zokern.axpy_; the clock is added to step
+    backend          as for zokern.draw
+
     Arithmetic: L = U C, itself by this verb; s = fma(L[i, k], V[j, k], s) over k in order from 0; then
     round(fma(scale, s, round(decay * W))), float32 inside. Equal bit for bit on 'reference' and 'cpu';
     'cuda' and 'triton' use the matrix units and hold the error bounds that their kernels state.
     Returns int64[1]: how many results are inf or NaN.
     Raises ValueError, before anything is written, for factors of another dtype, layout, shape or device,
-    factors that are swapped, elements beyond m n, and every argument that axpy_ refuses."""
+    factors that are swapped, elements beyond m n, and every argument that zokern.axpy_ refuses.
+    Chen et al. 2025 (LOZO); Yu et al. 2025 (SubZero): their updates are this call."""
     if who is None and rounding == "stochastic":
         raise ValueError(
             "lowrank_: who is None with rounding='stochastic'; expected the parameters' names, whose bits "
@@ -53,12 +57,9 @@ def lowrank_(
         )
     found = arguments.tensor_list("tensors", tensors)
     batch = batch_of("lowrank_", found, [0] * len(found) if who is None else who, first, rounding, residuals)
-    lefts, rights = _one_each("left", left, found), _one_each("right", right, found)
-    cores = [None] * len(found) if core is None else _one_each("core", core, found)
+    lefts, cores, rights = _factors(batch, left, core, right)
     scales = _scales(scale, len(found))
     (decay,) = arguments.finite("lowrank_", "decay", [decay], "a finite number")
-    for i, (tensor, span) in enumerate(zip(found, batch.spans)):
-        _check_factors(i, tensor, span, lefts[i], cores[i], rights[i])
     check_clock("lowrank_", clock, found[0].device)
     check_control("lowrank_", control, found[0].device)
     noise = Noise(None, check_seed(seed), [(check_word("step", step), 0)], clock)
@@ -119,6 +120,16 @@ def _one_each(what: str, given, tensors: Sequence[Tensor]) -> list:
     if len(found) != len(tensors):
         raise ValueError(f"lowrank_: {len(found)} {what} for {len(tensors)} tensors; expected one for each")
     return found
+
+
+def _factors(batch: Batch, left, core, right) -> tuple[list, list, list]:
+    """Returns left, core or None, and right of each tensor, checked."""
+    tensors = batch.tensors
+    lefts, rights = _one_each("left", left, tensors), _one_each("right", right, tensors)
+    cores = [None] * len(tensors) if core is None else _one_each("core", core, tensors)
+    for i, (tensor, span) in enumerate(zip(tensors, batch.spans)):
+        _check_factors(i, tensor, span, lefts[i], cores[i], rights[i])
+    return lefts, cores, rights
 
 
 def _check_factors(

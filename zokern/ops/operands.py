@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import directions
 from ..backends import ROUNDINGS, Batch, Noise, Span, SpanList, TensorList
-from ..backends.validation import FLOATS
+from ..backends.operands import FLOATS
 from ..stream import INDEX_LIMIT, check_seed, check_word, parameter_id
 from . import arguments
 from .aliasing import FEW, overlaps_itself, shared_memory

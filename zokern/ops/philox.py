@@ -13,12 +13,16 @@ from .registered import operation, register, traced
 
 
 def philox4x32(counter, key, rounds: int = ROUNDS, backend: str | None = None) -> Tensor:
-    """Returns words of Philox4x32-R, the raw block function, of counters (x0, x1, x2, x3) and key (k0, k1).
+    """Returns words of Philox4x32-R, the raw block function, of counters (x0, x1, x2, x3) and key (k0,
+    k1).
 
-    counter  int64[..., 4] tensor (or nested sequence of ints), each word in [0, 2**32)
+    counter  int64 tensor of shape (..., 4), or a nested sequence of ints, each word in [0, 2**32); only
+             read
     key      two words in [0, 2**32)
     rounds   1 to 16; the stream uses 10
-    Returns int64[..., 4] on the counter's device. Equal on every backend.
+    backend  as for zokern.draw
+
+    Returns int64 of shape (..., 4) on the counter's device. Equal on every backend.
     Raises ValueError for words out of range, another last dimension, or rounds out of range.
     Salmon et al. 2011; known answers of Random123 in tests/vectors/philox4x32.txt."""
     counter = _integers("counter", counter)

@@ -32,46 +32,41 @@ def project(
         w_k = -c_k / count, or c_k / count with maximize
         a_k = lr w_k,   decay = 1 - lr weight_decay
 
-    losses        n losses at the points of a step, or m rows of n, one for each micro-batch: floating point,
-                  or floats and tensors of one element, which are stacked
-    weights       K rows of n: the stencil's weight of each loss in each projected gradient. One row is K = 1.
-                  A weight of 0 reads no loss, whatever the loss is. None: the losses are c_k, and neither eps
-                  nor clip plays a part
+    losses        n losses at the points of a step, or m rows of n, one for each micro-batch: floating
+                  point, or floats and tensors of one element, which are stacked. They are only read
+    weights       K rows of n: the stencil's weight of each loss in each projected gradient. One row is K
+                  = 1. A weight of 0 reads no loss, whatever the loss is. None: the losses are c_k, and
+                  neither eps nor clip plays a part
     eps           > 0, in units of theta: what the points are away from it
-    lr            >= 0;   weight_decay  >= 0, per unit of lr
+    lr            >= 0, in units of theta per unit of c
+    weight_decay  >= 0, per unit of lr
     clip          >= 0, the bound on |c_k| in units of loss / eps; None: none
+    maximize      True: the update ascends, and w_k has the other sign
     count         what the sum over draws is divided by; None: K
-    eps, lr, weight_decay, clip   floats, or tensors of one element on the losses' device, which are not
-                  looked at: a captured CUDA graph reads new ones
-    Arithmetic: float64, each operation rounded once, sums in order; c_k of weights and all a_k are rounded to
-    float32, and clip is for the rounded c_k. Equal bit for bit on every backend. Linear in m n + K n; one
-    launch.
-    Returns (coefficients, weights, amounts, control): c and w, float64 [K], and a, float32 [K], which is what
-    axpy_(coeffs=) adds; control, float32 [3], is (decay, go, finite), which axpy_, update_ and lowrank_ take
-    as control=. finite is 0 where some c_k, w_k, lr w_k, lr or the decay is inf or NaN in float32: then w and
-    a are 0 and decay is 1. go is 0 where no weight would change.
+    backend       as for zokern.draw
+
+    eps, lr, weight_decay and clip are floats, or tensors of one element on the losses' device, which are
+    not looked at: a captured CUDA graph reads new ones.
+    Arithmetic: float64, each operation rounded once, sums in order; c_k of weights and all a_k are
+    rounded to float32, and clip is for the rounded c_k. Equal bit for bit on every backend. Linear in m n
+    + K n; one launch.
+    Returns (coefficients, weights, amounts, control). coefficients and weights are c and w, float64 [K].
+    amounts are a, float32 [K], which zokern.axpy_ adds as coeffs. control is float32 [3], (decay, go,
+    finite), which axpy_, update_ and lowrank_ take. finite is 0 where some c_k, w_k, lr w_k, lr or the
+    decay is inf or NaN in float32: then w and a are 0 and decay is 1. go is 0 where no weight would
+    change.
     Raises ValueError for shapes that do not fit, integers, numbers out of range, and tensors of another
     device.
-    Malladi et al. 2023, Algorithm 1: the projected gradient, with weights (1/2, -1/2) of L(+eps), L(-eps)."""
+    Malladi et al. 2023, Algorithm 1: the projected gradient, with weights (1/2, -1/2) of L(+eps),
+    L(-eps)."""
     found = _matrix("losses", losses, None)
-    if weights is None:
-        rows = None
-    else:
-        rows = _matrix("weights", weights, found.device)
-        if rows.shape[1] != found.shape[1]:
-            raise ValueError(
-                f"project: weights has {rows.shape[1]} columns for {found.shape[1]} losses; expected one each"
-            )
-    draws = found.shape[1] if rows is None else rows.shape[0]
-    numbers: list[Number] = [
-        _number("eps", eps, found.device, above=0.0),
-        _number("lr", lr, found.device, minimum=0.0),
-        _number("weight_decay", weight_decay, found.device, minimum=0.0),
-        math.inf if clip is None else _number("clip", clip, found.device, minimum=0.0),
-        1.0 if flag("project: maximize", maximize) else -1.0,
-        float(draws) if count is None else finite_number("project: count", count, above=0.0),
-    ]
-    scalars = _stacked(numbers, found.device)
+    rows = None if weights is None else _matrix("weights", weights, found.device)
+    if rows is not None and rows.shape[1] != found.shape[1]:
+        raise ValueError(
+            f"project: weights has {rows.shape[1]} columns for {found.shape[1]} losses; expected one each"
+        )
+    count = (found.shape[1] if rows is None else rows.shape[0]) if count is None else count
+    scalars = _scalars(found.device, eps, lr, weight_decay, clip, maximize, count)
     chosen = backends.resolve(backend, found.device)
     with torch.no_grad():
         if traced(backend):
@@ -99,6 +94,22 @@ register(
     "(Tensor losses, Tensor? weights, Tensor scalars, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
 )
+
+
+def _scalars(
+    device: torch.device, eps: Number, lr: Number, weight_decay: Number, clip: Number | None, maximize: bool,
+    count: float,
+) -> Tensor:  # fmt: skip
+    """Returns the numbers of a projection in the order of PROJECTED, float64 on the device."""
+    numbers: list[Number] = [
+        _number("eps", eps, device, above=0.0),
+        _number("lr", lr, device, minimum=0.0),
+        _number("weight_decay", weight_decay, device, minimum=0.0),
+        math.inf if clip is None else _number("clip", clip, device, minimum=0.0),
+        1.0 if flag("project: maximize", maximize) else -1.0,
+        finite_number("project: count", count, above=0.0),
+    ]
+    return _stacked(numbers, device)
 
 
 def _number(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -34,45 +35,59 @@ def update_(
                     move = m / (sqrt(v + inside) correction + eps)
         'sign'      move = 1 where g > 0, -1 where g < 0, and g itself where it is 0 or NaN
 
-    tensors   one or a list, on one device: float32, bfloat16 or float16 of any shape, strides and alignment
-    rule      'momentum', 'adam' or 'sign'
-    states    ([m, ...],) or ([m, ...], [v, ...]), a list of each for a list of tensors: float32, contiguous,
-              shaped like them; zeros to start with. () for 'sign'
-    scalars   (decay, lr, beta, alpha), (decay, lr, beta1, alpha1, beta2, alpha2, inside, correction, eps) or,
-              for 'sign', (decay, lr): floats, or float32 on the tensors' device, where a captured CUDA graph
-              reads new ones. The `.scalars(lr, decay, updates)` of zokern.Momentum, Adam and SignSgd makes
-              them. lr and correction hold the bias corrections; g descends, so lr is positive
-    who, draws, coeffs, first, rounding, residuals, clock   as for axpy_
-    control   float32[3] of zokern.project, or None. The kernel reads it when it runs: where its finite is 0
-              no bit of the tensors, residuals and states changes, and the count is 0. The decay is that of
-              the scalars
-    Arithmetic, float32: g by fma in draw order from 0; m = fma(alpha, g, round(beta m));
-    v = fma(alpha2, round(g g), round(beta2 v)); move = m / fma(sqrt(v + inside), correction, eps), root and
-    quotient correctly rounded; fma(lr, move, round(decay theta)); one rounding to the dtype.
-    Reads and writes theta and the states once; z is regenerated. Equal bit for bit on every backend.
+    tensors          theta, one or a list, on one device: float32, bfloat16 or float16 of any shape,
+                     strides and alignment
+    direction, seed, backend  as for zokern.draw
+    rule             'momentum', 'adam' or 'sign'
+    states           ([m, ...],) or ([m, ...], [v, ...]), a list of each for a list of tensors: float32,
+                     contiguous, shaped like them; zeros to start with. () for 'sign'
+    scalars          (decay, lr, beta, alpha), (decay, lr, beta1, alpha1, beta2, alpha2, inside,
+                     correction, eps) or, for 'sign', (decay, lr): floats, or float32 on the tensors'
+                     device, where a captured CUDA graph reads new ones. The `.scalars(lr, decay,
+                     updates)` of zokern.Momentum, zokern.Adam and zokern.SignSgd makes them. lr and
+                     correction hold the bias corrections; g descends, so lr is positive
+    who, draws, first, rounding, residuals, clock  as for zokern.axpy_
+    coeffs           K floats, or float32[K] on the tensors' device, in the unit of g: loss per weight
+    control          float32[3] of zokern.project, or None. The kernel reads it when it runs: where its
+                     finite is 0 no bit of the tensors, residuals and states changes, and the count is 0.
+                     The decay is that of the scalars
+
+    Arithmetic, float32: g by fma in draw order from 0; m = fma(alpha, g, round(beta m)); v = fma(alpha2,
+    round(g g), round(beta2 v)). Then move = m / fma(sqrt(v + inside), correction, eps), root and quotient
+    correctly rounded. Last fma(lr, move, round(decay theta)), and one rounding to the dtype.
+    Reads and writes theta and the states once; z is made again. Equal bit for bit on every backend.
     Returns int64[1]: how many new weights are inf or NaN.
-    Raises ValueError, before anything is written, for another rule, states that are missing, misshapen or
-    shared, scalars that are not finite, and every argument that axpy_ refuses.
+    Raises ValueError, before anything is written, for another rule, for states that are missing,
+    misshapen or shared, for scalars that are not finite, and for every argument that zokern.axpy_
+    refuses.
     Polyak 1964; Kingma and Ba 2015; Zhang et al. 2024 (ZO-Bench): ZO-SGD-MMT and ZO-Adam are this call.
     Bernstein et al. 2018 (signSGD); Liu et al. 2019 (ZO-signSGD)."""
     batch = batch_of("update_", tensors, who, first, rounding, residuals, alone=False)
-    device = batch.tensors[0].device
-    if not isinstance(rule, str) or rule not in STATES:
-        raise ValueError(f"update_: rule is {rule!r}; expected one of {list(STATES)}")
-    noise = noise_of("update_", direction, seed, draws, clock, device)
-    coeffs = coefficients_of("update_", coeffs, len(noise.draws), device)
-    scalars = _scalars(rule, scalars, device)
-    kept = _states_of(rule, batch.tensors, states)
-    check_control("update_", control, device)
-    flat, chosen = [tensor for state in kept for tensor in state], backends.resolve(backend, device)
+    noise = noise_of("update_", direction, seed, draws, clock, batch.tensors[0].device)
+    update = _update(rule, coeffs, scalars, states, control, batch.tensors, len(noise.draws))
+    flat, chosen = [*chain(*update.states)], backends.resolve(backend, batch.tensors[0].device)
     with torch.no_grad():
         if traced(backend, noise.direction):
-            given = {"rule": rule, "coeffs": coeffs, "scalars": scalars, "states": flat, "clock": clock,
-                     "control": control}  # fmt: skip
+            given = {"rule": rule, "coeffs": update.coefficients, "scalars": update.scalars, "states": flat,
+                     "clock": clock, "control": control}  # fmt: skip
             return operation("update_", chosen, noise, batch, rounding=rounding, **lists_of(noise), **given)
-        count = chosen.update_(batch, noise, Update(coeffs, rule, scalars, kept, control))
+        count = chosen.update_(batch, noise, update)
         wrote(batch, *flat)
         return count
+
+
+def _update(
+    rule: str, coeffs: Sequence[float] | Tensor, scalars: Sequence[float] | Tensor,
+    states: Sequence[Tensor | Sequence[Tensor]], control: Tensor | None, tensors: Sequence[Tensor], draws: int
+) -> Update:  # fmt: skip
+    """Returns a rule on a sum of `draws` draws, checked for tensors of one device."""
+    if not isinstance(rule, str) or rule not in STATES:
+        raise ValueError(f"update_: rule is {rule!r}; expected one of {list(STATES)}")
+    device = tensors[0].device
+    coeffs, scalars = coefficients_of("update_", coeffs, draws, device), _scalars(rule, scalars, device)
+    kept = _states_of(rule, tensors, states)
+    check_control("update_", control, device)
+    return Update(coeffs, rule, scalars, kept, control)
 
 
 def _of_flat_states(tensors: Sequence[Tensor], states: Sequence[Tensor], **names: Any) -> Tensor:

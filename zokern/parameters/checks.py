@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ..ops.operands import NO_MEMORY, check_tensor
+
+ADAPTERS = "quantised weights stay frozen, and adapters beside them are trained: peft.get_peft_model"
 
 
 def storage_of(tensor: Tensor) -> int:
@@ -45,12 +48,19 @@ def check_parameter(name: str, tensor: Tensor) -> None:
         raise ValueError(
             f"parameter {name!r} was created under torch.inference_mode; clone it outside to train it"
         )
+    way_out = "freeze it with requires_grad_(False)" if tensor.requires_grad else "leave it out"
     if storage_of(tensor) < 0:
         raise TypeError(
             f"parameter {name!r} is {type(tensor).__name__}, a wrapper without memory of its own; train a "
-            "plain tensor"
+            f"plain tensor, or {way_out}: {ADAPTERS}"
         )
-    way_out = "freeze it with requires_grad_(False)" if tensor.requires_grad else "leave it out"
+    if getattr(tensor, "quant_state", None) is not None:  # bitsandbytes packs 4 bits in any dtype
+        raise TypeError(
+            f"parameter {name!r} is {type(tensor).__name__}, packed numbers of 4 bits in {tensor.dtype}; "
+            f"expected plain numbers; {way_out}: {ADAPTERS}"
+        )
+    if tensor.dtype.itemsize == 1 and tensor.dtype != torch.bool:
+        way_out += f"; {ADAPTERS}"
     check_tensor("optimizer", f"parameter {name!r}", tensor, hint="cast it, or " + way_out)
 
 

@@ -118,4 +118,7 @@ def _settle(groups: list[dict[str, Any]], names: Mapping[str, str] | None, looks
 def check_trained(groups: Iterable[dict[str, Any]]) -> None:
     """Refuses groups of pairs of which no parameter is trained."""
     if not any(getattr(tensor, "requires_grad", True) for group in groups for _, tensor in group["params"]):
-        raise ValueError("params holds no trainable parameter; set requires_grad on what is to be trained")
+        raise ValueError(
+            "params holds no trainable parameter; set requires_grad on what is to be trained, or add "
+            "adapters to a frozen base: peft.get_peft_model"
+        )

@@ -45,6 +45,12 @@ def _hides(wrapper: nn.Module) -> bool:
     return any(cls.__name__ == "FullyShardedDataParallel" for cls in type(wrapper).__mro__)
 
 
+def is_parallel(model: nn.Module) -> bool:
+    """Tells whether a module, or one inside it, is wrapped for data parallelism over several processes."""
+    classes = [cls for module in model.modules() for cls in type(module).__mro__]
+    return any(cls.__name__ == "DistributedDataParallel" for cls in classes)
+
+
 def processes() -> int:
     """Returns how many processes torch.distributed runs."""
     running = torch.distributed.is_available() and torch.distributed.is_initialized()

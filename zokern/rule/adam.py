@@ -55,25 +55,28 @@ def pair(betas: Any) -> tuple[float, float]:
 
 
 class Adam:
-    """theta <- decay theta + lr (M / c1) / (sqrt(V / c2) + eps), with M, V the averages of g and g^2, g =
-    sum_k weights[k] z_k.
+    """Moves every weight by the mean of its estimates over the root of their mean square.
+
+        theta <- decay theta + lr (M / c1) / (sqrt(V / c2) + eps)
+        M, V: averages of g and g^2,   g = sum_k weights[k] z_k
 
     betas            of M and V: (0.9, 0.999) by default, each 0 <= beta < 1
-    eps              1e-8, in units of g; with inside=True of g^2
-    bias_correction  c1 = 1 - beta1^t and c2 = 1 - beta2^t in a parameter's step number t, skipped steps
-                     counted; False: 1, TeZO's form
-    inside           eps stands under the root: sqrt(V / c2 + eps), TeZO's form
-    core             True: moments and quotient of a low-rank z have the shape of a draw: C, or that of U and
-                     V which is drawn (SubZero+). It goes with any basis
-    carry            with core. True: at a new basis the moments are carried over to it, V by squared
+    eps              1e-8, in units of g, loss per weight; with inside=True of g^2
+    bias_correction  True: c1 = 1 - beta1^t and c2 = 1 - beta2^t in a parameter's update number t, skipped
+                     steps counted. False: both are 1, TeZO's form
+    inside           True: eps stands under the root, sqrt(V / c2 + eps), TeZO's form
+    core             True: moments and quotient of a low-rank z have the shape of the factor that is drawn
+                     (SubZero+). It goes with any basis
+    carry            True, with core: at a new basis the moments are carried over to it, V by squared
                      overlaps. False: their numbers stay as they are, the plain reading of SubZero+
 
-    Keeps `first`, `second` and `updates` in the optimizer's state, float32: two moments shaped like the
-    parameter where z is dense (8 bytes a weight), 2 r numbers for a matrix with z = U diag(tau) V^T
-    (zokern.TeZO), two of the shape of a draw with core=True. `basis` is the step of their basis, with
-    carry=True. Updates wait with core=True alone. Raises ValueError for betas or eps out of range, and for
-    carry without core. Without core an optimizer refuses it with a direction whose basis changes (SubZero,
-    P-GAP, LOZO). Kingma and Ba 2015; Zhang et al. 2024 (ZO-Bench's ZO-Adam); Sun et al. 2025 (TeZO-Adam)."""
+    Keeps `first` and `second` in the optimizer's state, float32, and the count `updates`. For a dense z
+    they are two moments of the parameter's shape, 8 bytes a weight. For zokern.TeZO they are 2 r numbers
+    a matrix, and with core=True two of the drawn factor's shape. `basis`, with carry=True, is the step of
+    their basis. Updates are deferred with core=True alone.
+    Raises ValueError for betas or eps out of range, and for carry without core. Without core, an
+    optimizer refuses it with a direction whose basis changes (SubZero, P-GAP, LOZO).
+    Kingma and Ba 2015; Zhang et al. 2024 (ZO-Bench's ZO-Adam); Sun et al. 2025 (TeZO-Adam)."""
 
     name, gated = "adam", True
     lr = ONES  # of an optimizer that is given none: steps have one length, whatever the slope

@@ -37,17 +37,19 @@ def is_still(lr: float) -> bool:
 
 
 class Averaged:
-    """fast <- decay fast + lr g,   theta <- (1 - w) theta + w fast,   w = 1 / (1 + t / span) after t updates.
+    """Averages the weights along the run, and takes steps from a fast copy of them (KerZOO).
 
-    The losses of a step are read at (1 - w) theta + w fast.
+        fast <- decay fast + lr g,   theta <- (1 - w) theta + w fast,   w = 1 / (1 + t / span) after t updates
 
-    span  a number above 0; KerZOO's published trainer: 6
+    span  a number above 0, in updates; KerZOO's published trainer: 6
 
-    Keeps `fast`, float32 and shaped like the parameter (4 bytes a weight), which starts as the parameter, and
-    `updates`. Readings take a copy of what is trained beside it. In 16 bits the average stalls where w (fast
-    - theta) is below half an ulp: with rounding='residual' or 'stochastic' it does not. Weights that are
-    edited by hand are averaged away: `del optimizer.state[parameter]` starts anew. Raises ValueError for a
-    span out of range; an optimizer refuses it with low-rank directions."""
+    The losses of a step are read at (1 - w) theta + w fast. Keeps `fast`, float32 and shaped like the
+    parameter (4 bytes a weight), which starts as the parameter, and the count `updates`. Readings take a
+    copy of what is trained beside it. In 16 bits the average stalls where w (fast - theta) is below half
+    an ulp; rounding='residual' or 'stochastic' avoids that. Weights that are edited by hand are averaged
+    away: `del optimizer.state[parameter]` starts anew.
+    Raises ValueError for a span out of range; an optimizer refuses it with low-rank directions. arXiv
+    2505.18886, 2025."""
 
     name, verb, defers, dense, gated = "averaged", "momentum", False, True, True
 

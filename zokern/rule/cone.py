@@ -42,16 +42,20 @@ def warming(step: int) -> float:
 
 
 class Cone:
-    """theta <- decay theta - lr c z,   z = cos(angle) m / l + sin(angle) u,   m <- beta m + (1 - beta) c z.
+    """Perturbs and moves the weights along draws in a cone about the momentum of the estimates (ConMeZO).
+
+        z = cos(angle) m / l + sin(angle) u,   u the draw,   l the root mean square that m is expected to have
+        theta <- decay theta - lr c z,   m <- beta m + (1 - beta) c z
 
     angle  between z and m, in radians, 0 < angle < pi/2: 1.35 as published
     beta   a number, 0 <= beta < 1, or a function of the step number that returns one; as published:
            zokern.rule.cone.warming
 
-    One draw a step; any stencil. Both sides of a difference have other weights as their base, so that each is
-    a call of the evaluation. Keeps `momentum`, m in float32 (4 bytes a weight), `length`, l, and `updates`.
-    Readings take a copy of what is trained beside it. Raises ValueError for arguments out of range, and in
-    the first step for several queries; an optimizer refuses it with low-rank directions."""
+    It takes one draw a step, and any stencil. Each loss of a difference is read around other weights, so
+    each is a call of the evaluation. Keeps `momentum`, which is m in float32 (4 bytes a weight),
+    `length`, which is l, and `updates`. Readings take a copy of what is trained beside it.
+    Raises ValueError for arguments out of range, and in the first step for several queries; an optimizer
+    refuses it with low-rank directions. arXiv 2511.02757, 2025."""
 
     name, defers, dense, plain = "cone", False, True, True
 

@@ -29,18 +29,21 @@ from .waiting import deposit, total
 
 
 class Momentum:
-    """M <- beta M + (1 - dampening) g,   theta <- decay theta + lr M,   g = sum_k weights[k] z_k, M = g in a
-    parameter's first update.
+    """Moves the weights along an average of the estimates.
+
+        M <- beta M + (1 - dampening) g,   theta <- decay theta + lr M,   g = sum_k weights[k] z_k
+        M = g in a parameter's first update
 
     beta       0.9 by default, 0 <= beta < 1
     dampening  None: beta, so that M is an exponential average and lr keeps its meaning. 0: Polyak's heavy
-               ball, torch.optim.SGD's momentum and ZO-Bench's ZO-SGD-MMT; its steps are up to 1 / (1 - beta)
-               times as long
+               ball, torch.optim.SGD's momentum and ZO-Bench's ZO-SGD-MMT; its steps are up to 1 / (1 -
+               beta) times as long
 
-    Keeps `momentum` in the optimizer's state, float32: shaped like the parameter where z is dense (4 bytes a
-    weight), in the small space of a factored matrix (r x r, or m x r), carried over when its basis changes;
-    `basis` is the step of the basis that these numbers belong to. `updates` counts the steps of a dense
-    parameter, skipped ones too. Raises ValueError for a beta or dampening outside [0, 1).
+    Keeps `momentum` in the optimizer's state, float32. For a dense z it has the parameter's shape (4
+    bytes a weight). For a low-rank z it has the shape of the factor that is drawn (r x r, or m x r), and
+    is carried over when the basis changes; `basis` is the step of its basis. `updates` counts the steps
+    of a dense parameter, skipped ones too.
+    Raises ValueError for a beta or dampening outside [0, 1).
     Polyak 1964; Zhang et al. 2024 (ZO-Bench); Chen et al. 2025 (LOZO-M); Sun et al. 2025 (TeZO-m)."""
 
     name, defers, gated = "momentum", True, True

@@ -44,26 +44,26 @@ START = draw_word(2**24 - 1, BASIS)  # the start of the power iteration, at the 
 
 
 class Muon:
-    """W <- decay W + lr t L O R for low-rank directions, O = orthogonal(M) in the place of a draw.
+    """Moves low-rank weights along an orthogonalised estimate, whose singular values are all 1 or 0.
 
-    M is the average of the estimates, and L, R are the factors that are kept: P O for ZO-Muon, U O V^T for
-    SubZero.
+        W <- decay W + lr t L O R,   O = orthogonal(M)
+        M the average of the estimates, in the place of the factor that is drawn
 
-    power   None: O = msign(M), by five Newton-Schulz iterations (ZO-Muon, Lang et al. 2026, arXiv
-            2602.17155). k: the leading k directions of M, at most the rank, by power iteration (ZO-MOPI, Chen
-            and Ma 2026, arXiv 2605.09034)
-    beta    of M, 0 <= beta < 1: M <- beta M + (1 - beta) g. 0 by default: M is the step's estimate
-    carry   True: at a new basis M is carried over to it. False: its numbers stay as they are, as in ZO-MOPI's
-            code
-    share   parameters that are not matrices move by SGD, with an lr of `share` times their group's
+    power  None: O = msign(M), by five Newton-Schulz iterations (ZO-Muon). k: the leading k directions of
+           M, at most the rank, by power iteration (ZO-MOPI)
+    beta   of M, 0 <= beta < 1: M <- beta M + (1 - beta) g. 0 by default: M is the step's estimate
+    carry  True: at a new basis M is carried over to it. False: its numbers stay as they are, as in
+           ZO-MOPI's code
+    share  parameters that are not matrices move by SGD, with an lr of `share` times their group's
 
-    t makes the step as long as a dense one with norm='matched', so that lr is in weights; it is 1 with
-    norm='unit'. Keeps float32 tensors in the optimizer's state: `momentum` in the shape of a draw with beta >
-    0, and `power` (rows of a draw, k) with power=k. `basis` is the step of the basis that they belong to.
-    Products are torch's, in float32 and on one thread: the last bits depend on the machine, as those of a
-    basis of zokern.PGAP do.
+    L and R are the factors that are kept for an interval: P O for ZO-Muon, U O V^T for SubZero. t makes
+    the step as long as a dense one with norm='matched', so that lr is in weights; it is 1 with
+    norm='unit'. Keeps float32 tensors in the optimizer's state: `momentum` in the shape of a draw with
+    beta > 0, and `power` (rows of a draw, k) with power=k. `basis` is the step of their basis. Products
+    are torch's, in float32 and on one thread: the last bits depend on the machine, as those of a basis of
+    zokern.PGAP do.
     Raises ValueError for arguments out of range; an optimizer refuses it with a direction that keeps no
-    factor."""
+    factor. Lang et al. 2026 (ZO-Muon, arXiv 2602.17155); Chen and Ma 2026 (ZO-MOPI, arXiv 2605.09034)."""
 
     name, defers, lowrank, gated = "muon", True, True, True
     lr = ONES

@@ -36,18 +36,25 @@ SEARCH = 1 << 22  # first query of the purpose RADIUS for the search's z
 
 
 class Projected(Sgd):
-    """theta <- decay theta + lr g after W <- W0 + f (W - W0), f the result of a search on the step's batch.
+    """Moves as SGD, and now and then rescales the distance from the start by a search on the step's batch
+    (DiZO).
 
-    names       parts of the names of the parameters that are projected. None: PUBLISHED, or all where no name
-                has these
+        W <- W0 + f (W - W0) every `interval` steps, and then theta <- decay theta + lr g
+        the search, from f = 1:   f <- f - rate z (L(f + width z) - L(f - width z)) / (2 width),   z normal
+
+    names       parts of the names of the parameters that are projected. None: those of the keys and
+                values of attention ('k_proj', 'v_proj'), or all where no name has these
     interval    steps between two projections: 50. Step 0 has none
-    iterations  of a search: 10;  rate: 2.0;  width: 0.1;  reach: 0.2, all as published
+    iterations  of a search: 10, of two losses each
+    rate        of a search: 2.0 per unit of loss, as published
+    width       half-width of its differences, in units of f: 0.1, as published
+    reach       f stays within 1 - reach and 1 + reach, per search: 0.2, as published
 
-    Keeps `start`, W0 in float32 (4 bytes for each projected weight), from a parameter's first step on. A
-    projection takes 2 `iterations` losses, with a copy of the projected weights. W0 + f (W - W0) is rounded
-    to nearest, but exact where there are low bits. `factors` holds f of the last projection, by name. Raises
-    ValueError for arguments out of range, and in the first step where no trained parameter has such a
-    name."""
+    Keeps `start`, which is W0 in float32 (4 bytes for each projected weight), from a parameter's first
+    step on. A projection takes a copy of the projected weights. W0 + f (W - W0) is rounded to nearest,
+    but exact with rounding='residual'. `factors` holds f of the last projection, by name.
+    Raises ValueError for arguments out of range, and in the first step where no trained parameter has
+    such a name. arXiv 2502.03304, 2025."""
 
     name, defers = "projected", False
 

@@ -19,11 +19,13 @@ from .waiting import add_, deposit, is_nothing, total
 
 
 class Sgd:
-    """theta <- decay theta + lr g, g = sum_k weights[k] z_k, the rule of every method by default. One
-    rounding to the weights' dtype.
+    """Moves the weights along the estimate, as plain SGD does; the rule of every method by default.
 
-    It has no arguments and keeps no state. The updates of a factored matrix may wait in its core (r x r, or m
-    x r): there they are summed in float32, and W is written once. Malladi et al. 2023, Algorithm 1."""
+        theta <- decay theta + lr g,   g = sum_k weights[k] z_k,   weights[k] = -c_k / q,   decay = 1 - lr wd
+
+    It has no arguments and keeps no state. A weight is rounded once to its dtype. Updates of low-rank
+    directions may be summed in the small factor, in float32, and written once (docs/factored.md).
+    Malladi et al. 2023, Algorithm 1."""
 
     name, defers, linear, gated = "sgd", True, True, True
 

@@ -17,12 +17,14 @@ from .waiting import is_nothing
 
 
 class SignSgd:
-    """theta <- decay theta + lr sign(g), g = sum_k weights[k] z_k: every weight moves by lr, or not at all
-    where g = 0.
+    """Moves every weight by lr, up or down by the sign of the estimate.
 
-    It has no arguments and keeps no state. zokern.Sign is something else: it takes the sign of each projected
-    gradient, and z stays normal. With one query both differ by |z| alone; with several, this sign is one of
-    their sum. An optimizer refuses it with a low-rank direction: the sign of a product has no factors.
+        theta <- decay theta + lr sign(g),   g = sum_k weights[k] z_k;   a weight with g = 0 stays
+
+    It has no arguments and keeps no state. zokern.Sign is something else: it takes the sign of each slope
+    along z, and z stays as it is. With one query both differ by |z| alone; with several, this sign is one
+    of their sum.
+    An optimizer refuses it with a low-rank direction, because the sign of a product has no factors.
     Bernstein et al. 2018 (signSGD, arXiv 1802.04434); Liu et al. 2019 (signSGD via zeroth-order oracle)."""
 
     name, defers, gated = "sign", False, True

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Batch, Outer
+from ..directions import Stack
 from ..group import Group
 from ..plan import Plan
 from ..told import on_device
@@ -25,7 +26,7 @@ def total(plan: Plan, group: Group, amounts: Sequence[float] | Tensor) -> list[T
     sums: list[Tensor] = []
     for word, amount in zip(plan.words, amounts.unbind(0)):
         sums = plan.factored.plus(group.matrices, sums, group.stacked(plan, word), amount)
-    return list(sums[0].unbind(0)) if group.is_even else sums
+    return Stack(sums[0]) if sums[0].dim() == 3 else sums
 
 
 def deposit(plan: Plan, group: Group, updates: Sequence[Tensor], decay: float, defer: bool) -> Tensor | int:
@@ -36,10 +37,12 @@ def deposit(plan: Plan, group: Group, updates: Sequence[Tensor], decay: float, d
     assert group.matrices is not None
     earlier = [matrix.pending for matrix in group.matrices if matrix.pending is not None]
     assert len(earlier) in (0, len(group.matrices)), "matrices of a group are deferred together"
+    sums = [updates.whole] if isinstance(updates, Stack) else list(updates)
     if earlier:
-        updates = torch._foreach_add(
-            earlier if decay == 1.0 else torch._foreach_mul(earlier, decay), list(updates)
-        )
+        waiting = group.together() if isinstance(updates, Stack) else earlier
+        sums = list(torch._foreach_add(waiting if decay == 1.0 else torch._foreach_mul(waiting, decay), sums))
+    updates = Stack(sums[0]) if isinstance(updates, Stack) else sums
+    group.memo["pending"] = updates if isinstance(updates, Stack) else None
     for matrix, tensor, update in zip(group.matrices, group.tensors, updates):
         if matrix.pending is None:
             matrix.version = tensor._version
@@ -47,7 +50,10 @@ def deposit(plan: Plan, group: Group, updates: Sequence[Tensor], decay: float, d
         matrix.shrink *= decay
     if not defer:
         return group.write(plan.noise([(plan.step, 0)], None), plan.rounding)
-    largest = torch.stack(torch._foreach_norm(list(updates), math.inf))
+    if isinstance(updates, Stack):
+        largest = updates.whole.abs().amax((1, 2))
+    else:
+        largest = torch.stack(torch._foreach_norm(list(updates), math.inf))
     return (~torch.isfinite(largest)).sum()
 
 

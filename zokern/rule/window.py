@@ -109,20 +109,21 @@ def _draws(window: Sequence[Past]) -> list[tuple[int, int]]:
 
 
 class WindowMomentum(_Window):
-    """theta <- decay theta + lr sum_{j < n} a_j g_j, g_j a parameter's last estimates: momentum of the last n
-    updates, none of it stored.
+    """Moves the weights along an average of the last n estimates, none of which is stored: their draws
+    are made again.
+
+        theta <- decay theta + lr sum_{j < n} a_j g_j,   g_j: the parameter's estimate of j updates ago
 
     beta     0.9 by default, 0 <= beta < 1
-    length   n, updates that are remembered: 10. The rest of an endless sum would have the share beta^n: 35 %
-             here
-    average  True: a_j = beta^j / sum_i beta^i, and lr keeps its meaning. False: a_j = beta^j, Polyak's heavy
-             ball while the window fills
+    length   n, updates that are remembered: 10. The rest of an endless sum would have the share beta^n:
+             35 % here
+    average  True: a_j = beta^j / sum_i beta^i, and lr keeps its meaning. False: a_j = beta^j, Polyak's
+             heavy ball while the window fills
 
-    Keeps `window`: 16 bytes a draw of n updates for the whole run, where zokern.Momentum keeps 4 bytes a
-    weight. A step makes n times the z of a step of SGD, in one pass over the weights. It goes with a dense
-    z; a low-rank one has small moments, take zokern.Momentum.
-    Raises ValueError for arguments out of
-    range. Polyak 1964; arXiv 2605.00650 (the window)."""
+    Keeps `window`, 16 bytes a draw of n updates for the whole run, where zokern.Momentum keeps 4 bytes a
+    weight. A step makes n times the z of a step of SGD, in one pass over the weights. It goes with a
+    dense z alone; for a low-rank one take zokern.Momentum, whose moments are small there.
+    Raises ValueError for arguments out of range. Polyak 1964; arXiv 2605.00650, 2026 (the window)."""
 
     name = "window_momentum"
 
@@ -150,20 +151,22 @@ class WindowMomentum(_Window):
 
 
 class WindowAdam(_Window):
-    """theta <- decay theta + lr scale M / (sqrt(V) + eps), M = sum_j beta1^j g_j, V = sum_j beta2^j g_j^2
-    over the last n updates.
+    """Moves every weight by Adam's quotient of the last n estimates, none of which is stored (AdaMeZO).
 
-    betas   (0.7, 0.9), each 0 <= beta < 1. The sums have neither a factor 1 - beta nor a bias correction, as
-            published
-    eps     1e-5, in units of g, outside the root
+        theta <- decay theta + lr scale M / (sqrt(V) + eps)
+        M = sum_j beta1^j g_j,   V = sum_j beta2^j g_j^2,   over the last n updates
+
+    betas   (0.7, 0.9), each 0 <= beta < 1. The sums have neither a factor 1 - beta nor a bias correction,
+            as published
+    eps     1e-5, in units of g, loss per weight, outside the root
     length  n, updates that are remembered: 10
-    scale   100, as published: a step is about 55 lr long in every weight
-    warmup  SGD, theta <- decay theta + lr g_0, until a window is full, as published. False: the sums over
-            what there is
+    scale   100, as published: a step moves every weight by about 55 lr
+    warmup  True, as published: SGD, theta <- decay theta + lr g_0, until a window is full. False: the
+            sums over what there is
 
-    Keeps `window`: 16 bytes a draw of n updates for the whole run, where zokern.Adam keeps 8 bytes a
-    weight, and 12 MB while it writes. A step makes n times the z of a step of SGD. It goes with a dense z
-    alone.
+    Keeps `window`, 16 bytes a draw of n updates for the whole run, where zokern.Adam keeps 8 bytes a
+    weight. It takes 12 MB while it writes. A step makes n times the z of a step of SGD. It goes with a
+    dense z alone.
     Raises ValueError for arguments out of range. AdaMeZO, arXiv 2605.00650, 2026."""
 
     name = "window_adam"
