@@ -42,22 +42,19 @@ OBJECTS = "build/native"
 BOUND = f"{OBJECTS}/{sysconfig.get_config_var('SOABI')}"
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 JOBS = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-BEAT = 30.0  # seconds between two lines that say that compilers run
+BEAT = 30.0  # seconds to the next line that says that compilers run
 
 # No contraction: the stream writes out each fused multiply-add that it wants, and has no other. GCC 12 takes
 # the registers that its own AVX-512 intrinsics leave undefined for our mistake, thousands of times: hence
 # -Wno-maybe-uninitialized.
-CXX_FLAGS = (
-    "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fopenmp -Wall -Wextra"
-)
-CXX_FLAGS += " -Wno-maybe-uninitialized"
+CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fopenmp"
+CXX_FLAGS += " -Wall -Wextra -Wno-maybe-uninitialized"
 ISA_FLAGS = {
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c",
     "avx2": "-mavx2 -mfma -mf16c",
     "scalar": "",
 }
-# instructions that only products have a use for
-LINEAR_FLAGS = {"avx512bf16": f"{ISA_FLAGS['avx512']} -mavx512bf16"}
+LINEAR_FLAGS = {"avx512bf16": f"{ISA_FLAGS['avx512']} -mavx512bf16"}  # only products have a use for it
 NVCC_FLAGS = "-std=c++17 -O3 --fmad=false -Xcompiler -fPIC,-fvisibility=hidden,-ffp-contract=off"
 CPU_SOURCES = ("elementwise", "update", "lowrank", "linear")
 # Objects of csrc/*.cu, the slowest first, and their definitions: axpy.cu is compiled once for each rounding.
@@ -67,8 +64,7 @@ CUDA_OBJECTS = {
 CUDA_OBJECTS |= {"update": "", "elementwise": "", "lowrank": "", "project": ""}
 CUDA_ARCHITECTURES = ["80", "86", "89", "90", "100", "120"]
 OLDEST = 80  # the kernels have bfloat16 instructions, which older GPUs lack
-# PTX of the first of a family is the machine code of all of it: the slower half of the compiler runs three
-# times and not six.
+# PTX of the first of a family is the machine code of all of it: the slower half of nvcc runs 3 times, not 6.
 FAMILY = {"86": "80", "89": "80", "120": "100"}
 
 
@@ -84,23 +80,20 @@ class Part:
 
     @property
     def targets(self) -> str:
-        return " ".join(self.record.get("instruction_sets") or self.record["architectures"])  # type: ignore
+        return " ".join(self.record.get("instruction_sets") or self.record["architectures"])
 
     @property
     def output(self) -> str:
         return f"{BOUND}/_{self.name}{SUFFIX}"
 
     def bind_rule(self) -> str:
-        return (
-            f"build {BOUND}/{self.name}/bind.o: cxx csrc/bind.cpp\n"
-            f"  flags = $python -DZOKERN_MODULE=_{self.name}"
-        )
+        rule = f"build {BOUND}/{self.name}/bind.o: cxx csrc/bind.cpp"
+        return f"{rule}\n  flags = $python -DZOKERN_MODULE=_{self.name}"
 
 
 def run(*command: str) -> str:
-    return subprocess.run(
-        command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=300
-    ).stdout.strip()
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=300)
+    return done.stdout.strip()
 
 
 def quote(word: str) -> str:
@@ -157,9 +150,7 @@ def gpus() -> list[int]:
         answer = run("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
     except (OSError, subprocess.SubprocessError):
         return []
-    return sorted(
-        {10 * int(major) + int(minor) for major, minor in re.findall(r"^(\d+)\.(\d)$", answer, re.M)}
-    )
+    return sorted({int(major + minor) for major, minor in re.findall(r"^(\d+)\.(\d)$", answer, re.M)})
 
 
 def architectures_for(known: list[str]) -> list[str]:
@@ -177,8 +168,7 @@ def architectures_for(known: list[str]) -> list[str]:
     way_out = "ZOKERN_CUDA_ARCHITECTURES=all, or a number such as 90, compiles them all the same"
     if not here:
         raise Missing(f"nvidia-smi finds no GPU on this machine; {way_out}")
-    # A GPU that is newer than nvcc compiles the PTX of the
-    # newest architecture before it when it loads the module.
+    # A GPU newer than nvcc compiles PTX of the newest architecture before it, when it loads the module.
     numbers = [int(a) for a in known if a.isdigit() and int(a) >= OLDEST]
     able = {max(n for n in numbers if n <= gpu) for gpu in here if gpu >= min(numbers, default=gpu + 1)}
     if not able:
@@ -317,9 +307,8 @@ def commit() -> str | None:
     try:
         if Path(run("git", "rev-parse", "--show-toplevel")) != ROOT:
             return None
-        return run("git", "rev-parse", "--short=12", "HEAD") + (
-            "+" if run("git", "status", "--porcelain") else ""
-        )
+        changed = "+" if run("git", "status", "--porcelain") else ""
+        return run("git", "rev-parse", "--short=12", "HEAD") + changed
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -383,25 +372,19 @@ class BuildNative(build_ext):
         path.write_text("\n".join(script) + "\n")
         command = [os.path.join(ninja.BIN_DIR, "ninja"), "-f", f"{BOUND}/build.ninja", "-j", str(JOBS)]
         for part in PARTS:
-            print(f"zokern: compiles {part.name}: {part.targets}; {JOBS} compilers at once", flush=True)
+            switch = f"ZOKERN_BUILD_{part.name.upper()}=0 leaves it out"
+            print(f"zokern: compiles {part.name}: {part.targets}; {switch}", flush=True)
         # [files compiled, of how many, seconds]; ninja writes a line when a file is done
         environment, started = {"NINJA_STATUS": "[%f of %t, %e s] ", **os.environ}, time.monotonic()
         with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
-            hint = f"; {self.way_out()}"
-            while True:
+            while process.poll() is None:
                 try:
-                    failed = process.wait(BEAT)
-                    break
+                    process.wait(BEAT)
                 except subprocess.TimeoutExpired:
-                    seconds = time.monotonic() - started
-                    print(f"zokern: still compiling after {seconds:.0f} s{hint}", flush=True)
-                    hint = ""  # once is enough
-        if failed:
-            raise SystemExit(f"zokern: the kernels did not compile; {self.way_out()}")
-
-    def way_out(self) -> str:
-        switches = [f"ZOKERN_BUILD_{part.name.upper()}=0" for part in reversed(PARTS)]
-        return f"{' or '.join(switches)} in the environment of a new build leaves kernels out"
+                    print(f"zokern: still compiling after {time.monotonic() - started:.0f} s", flush=True)
+        if process.returncode:
+            out = " and ".join(f"ZOKERN_BUILD_{part.name.upper()}=0" for part in PARTS)
+            raise SystemExit(f"zokern: the kernels did not compile; {out} build without them")
 
     def get_outputs(self) -> list[str]:
         return [os.path.join(self.build_lib, "zokern", Path(part.output).name) for part in PARTS]

@@ -50,6 +50,7 @@ LONGEST = (
     "test_lowrank_cuda",
     "test_gpu",
     "test_bench",
+    "test_train",
     "test_demo",
     "test_directions",
     "test_predict",

@@ -19,6 +19,7 @@ import functools
 import json
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     say = (lambda text: None) if options.quiet else functools.partial(print, flush=True)
     try:
-        report = train(options, say)
+        with warnings.catch_warnings():
+            warnings.showwarning = functools.partial(_note, say)  # of zokern: they name no line of the user's
+            report = train(options, say)
     except PROBLEMS as error:
         print(f"zokern train: {error}", file=sys.stderr)
         return 2
@@ -59,6 +62,8 @@ def train(options: argparse.Namespace, say: Any) -> dict[str, Any]:
     started = time.perf_counter()
     if options.plot:
         loading.needed("matplotlib")  # before minutes are spent
+    if Path(options.output).resolve() == Path(options.model).resolve():
+        raise ValueError(f"--output is {options.output!r}, the folder of --model; name another one")
     rows, held_out, labels = _rows(options, say)
     kept = checkpoint(options)
     model, tokenizer = loading.load(options, labels)
@@ -88,6 +93,11 @@ def train(options: argparse.Namespace, say: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _note(say: Any, message: Any, *place: Any) -> None:
+    """Says a warning as a line of the run."""
+    say(f"note: {message}")
+
+
 def _rows(options: argparse.Namespace, say: Any) -> tuple[list[data.Row], list[data.Row], list[str]]:
     """Returns rows to train on, rows held out and the names of the labels. Sets options.task."""
     if options.words and options.task not in (None, "words"):
@@ -99,12 +109,12 @@ def _rows(options: argparse.Namespace, say: Any) -> tuple[list[data.Row], list[d
     if options.task == "words" and not options.words:
         raise ValueError("--task is 'words', which needs --words LABEL=WORD for each label")
     labels = data.names_of(raw, options.data, str(column)) if labelled else []
-    rows = _numbered(raw, labels, options.data)
+    rows = _numbered(raw, labels, "--data", options.data)
     if options.eval_file:
         other, _ = data.read(
             "--eval-file", options.eval_file, options.text_column, column if labelled else None, labelled
         )
-        held_out = _numbered(other, labels, options.eval_file)
+        held_out = _numbered(other, labels, "--eval-file", options.eval_file)
     else:
         rows, held_out = data.split(rows, options.held_out)
     kind = {"words": "label words", "head": "a classification head", "text": "language modelling"}
@@ -113,8 +123,8 @@ def _rows(options: argparse.Namespace, say: Any) -> tuple[list[data.Row], list[d
     return rows, held_out, labels
 
 
-def _numbered(raw: Sequence[data.Raw], labels: Sequence[str], path: Path) -> list[data.Row]:
-    return data.numbered(raw, labels, path) if labels else [data.Row(row.text) for row in raw]
+def _numbered(raw: Sequence[data.Raw], labels: Sequence[str], flag: str, path: Path) -> list[data.Row]:
+    return data.numbered(raw, labels, flag, path) if labels else [data.Row(row.text) for row in raw]
 
 
 class _Lines:

@@ -234,3 +234,11 @@ def test_same_values_compares_objects_and_not_what_they_equal(compiled: bool, mo
     assert not cpu_module.same_values(dicts, kept[:-1]) and not cpu_module.same_values(dicts, [*kept, None])
     assert not cpu_module.same_values(dicts, [1, first, None])
     assert not cpu_module.same_values(dicts[:-1], kept) and cpu_module.same_values([], [])
+
+
+def test_a_missing_openmp_library_is_named_with_what_installs_it(monkeypatch):
+    monkeypatch.setattr(cpu_module, "_cpu", None)
+    monkeypatch.setattr(cpu_module, "_error", "libgomp.so.1: cannot open shared object file")
+    assert "apt-get install libgomp1" in str(cpu_module.why_off())
+    monkeypatch.setattr(cpu_module, "_error", "No module named 'zokern._cpu'")
+    assert "libgomp1" not in str(cpu_module.why_off()) and "pip install" in str(cpu_module.why_off())

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -350,10 +351,33 @@ def test_installed_in_place_the_kernels_are_found_in_the_package(tree, environme
     ],
 )
 def test_a_wrong_wheel_is_rejected(change, complaint):
-    right = {"zokern/__init__.py", "zokern/py.typed", "zokern/_build.py", "zokern/triton_kernels/__init__.py"}
+    right = {*wheel_check.WANTED}
     right |= {"zokern-0.1.0.dist-info/licenses/LICENSE", "zokern-0.1.0.dist-info/entry_points.txt"}
     assert problems(sorted(right)) == []
     assert complaint in problems(sorted(change(right)))
+
+
+def missing_sources(names: list[str]) -> list[str]:
+    """What an sdist of zokern lacks of git's files, and what it holds that was built."""
+    tracked = call("git", "ls-files", cwd=ROOT).splitlines()
+    inside = {name.partition("/")[2] for name in names}
+    wanted = [name for name in tracked if not name.startswith(".git")]
+    return [f"lacks {name}" for name in wanted if name not in inside] + [
+        f"holds {name}" for name in sorted(inside) if name.endswith((".so", ".pyc", ".o", "_build.py"))
+    ]
+
+
+def test_the_sdist_has_all_sources_and_nothing_that_was_built(tree, tmp_path):
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout: the list of sources is git's")
+    off = {"ZOKERN_BUILD_CPU": "0", "ZOKERN_BUILD_CUDA": "0"}
+    call(sys.executable, "setup.py", "-q", "sdist", "-d", tmp_path, cwd=tree, **off)
+    with tarfile.open(next(tmp_path.glob("zokern-*.tar.gz"))) as archive:
+        names = archive.getnames()
+    assert missing_sources(names) == []
+    root = names[0].partition("/")[0]
+    assert missing_sources([*names, f"{root}/zokern/_cpu.so"]) == ["holds zokern/_cpu.so"]
+    assert missing_sources([n for n in names if not n.endswith("csrc/bind.cpp")]) == ["lacks csrc/bind.cpp"]
 
 
 DUMP = """  NEEDED               libgomp.so.1

@@ -270,6 +270,19 @@ def test_a_head_has_the_labels_of_the_rows(place, tmp_path):
     assert config.id2label == {0: "bad", 1: "good"} and config.pad_token_id == 0
 
 
+def test_a_head_of_other_labels_and_an_output_over_the_model_are_refused(place, tmp_path, capsys):
+    assert train(place, tmp_path / "out") == 0
+    (tmp_path / "three.csv").write_text("text,label\n" + "".join(f"a {n},{n % 3}\n" for n in range(60)))
+    more = ["--model", str(tmp_path / "out"), "--data", str(tmp_path / "three.csv")]
+    assert train(place, tmp_path / "other", *more) == 2
+    assert "its head has 2 labels, and the rows have 3 (0, 1, 2)" in capsys.readouterr().err
+    assert train(place, tmp_path / "out", "--model", str(tmp_path / "out")) == 2
+    assert "the folder of --model; name another one" in capsys.readouterr().err
+    (tmp_path / "odd.csv").write_text("text,label\na,odd\n")
+    assert train(place, tmp_path / "other", "--eval-file", str(tmp_path / "odd.csv")) == 2
+    assert "odd.csv': line 2 has the label 'odd'; expected one of bad, good" in capsys.readouterr().err
+
+
 def test_lr_auto_is_what_tune_finds(place, tmp_path):
     import transformers
 

@@ -80,9 +80,11 @@ def test_labels_are_numbered_in_their_order():
     rows = [Raw("a", label, n) for n, label in enumerate(["10", "9", "x", "9", "10", "x"])]
     names = names_of(rows, Path("rows.csv"), "label")
     assert names == ["9", "10", "x"]
-    assert [row.label for row in numbered(rows, names, Path("rows.csv"))] == [1, 0, 2, 0, 1, 2]
-    with pytest.raises(ValueError, match="line 7 of other.csv has the label 'y'; expected one of 9, 10, x"):
-        numbered([Raw("a", "y", 7)], names, Path("other.csv"))
+    assert [row.label for row in numbered(rows, names, "--data", Path("rows.csv"))] == [1, 0, 2, 0, 1, 2]
+    with pytest.raises(
+        ValueError, match="--eval-file is 'o.csv': line 7 has the label 'y'; expected one of 9, 10"
+    ):
+        numbered([Raw("a", "y", 7)], names, "--eval-file", Path("o.csv"))
     for wrong in (rows[:1] * 4, rows[:3]):  # one label; as many labels as rows
         with pytest.raises(ValueError, match="--label-column is 'label', which has"):
             names_of(wrong, Path("rows.csv"), "label")

@@ -133,13 +133,13 @@ def names_of(rows: Sequence[Raw], path: Path, column: str) -> list[str]:
     return names
 
 
-def numbered(rows: Sequence[Raw], names: Sequence[str], path: Path) -> list[Row]:
+def numbered(rows: Sequence[Raw], names: Sequence[str], flag: str, path: Path) -> list[Row]:
     """Returns rows with the number of their label. Raises ValueError for a label that is not among names."""
     number = {name: n for n, name in enumerate(names)}
     for row in rows:
         if str(row.label) not in number:
             raise ValueError(
-                f"line {row.line} of {path.name} has the label {row.label!r}; expected one of "
+                f"{flag} is {str(path)!r}: line {row.line} has the label {row.label!r}; expected one of "
                 f"{', '.join(names)}"
             )
     return [Row(row.text, number[str(row.label)]) for row in rows]
