@@ -71,8 +71,9 @@ def step(
     first loss twice, and the loss of theta.
     Raises TypeError, before anything is read, for another optimizer, for what is no closure, and for a
     first_order that nothing uses. Raises RuntimeError when the closure is not repeatable, changed the
-    weights or never used them, after too many skipped or dead steps in a row, when the update made weights
-    inf or NaN, and, on all ranks, where ranks of sharded weights read other losses.
+    weights or never used them. Raises RuntimeError after too many skipped or dead steps in a row, and when
+    the update made weights inf or NaN. Ranks of sharded weights that read other losses are a RuntimeError on
+    all ranks.
     Malladi et al. 2023, Algorithm 1."""
     optimizer = unwrapped(optimizer)
     if not callable(closure):

@@ -4,6 +4,7 @@ they quote are those of the sources, and no sentence stands in two pages."""
 from __future__ import annotations
 
 import ast
+import pkgutil
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -40,12 +41,10 @@ def missing_names(text: str, known: dict[str, list]) -> list[str]:
     found = set()
     for block in code(text):
         for path in re.findall(r"(?<![\w./])zokern((?:\.[A-Za-z]\w*)+)(?![\w/]*\.py)", block):
-            here = zokern
-            for part in path[1:].split("."):
-                here = getattr(here, part, None)
-                if here is None:
-                    found.add(f"zokern{path}")
-                    break
+            try:
+                pkgutil.resolve_name(f"zokern{path}")
+            except (AttributeError, ImportError):
+                found.add(f"zokern{path}")
         for name, attribute in re.findall(r"(?<![\w.])(opt|result)\.(\w+)", block):
             if not any(hasattr(one, attribute) for one in known[name]):
                 found.add(f"{name}.{attribute}")
