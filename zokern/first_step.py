@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from .evaluation import Isolation
+from .parallel import parts_of
+from .parameters import is_spread
 from .plan import Plan
 from .warning import warn
 
@@ -34,13 +38,14 @@ class Watch(TorchFunctionMode):
 
 
 def unseen(plan: Plan, losses: Sequence[float], closure: Callable[[], Any]) -> tuple[str, ...]:
-    """Reads the loss of the weights once more, and returns the trained parameters that it does not read.
+    """Reads the loss of the weights once more, and returns the trained parameters that no part of it reads.
 
     Raises RuntimeError if it reads none, and the losses of the step are equal:
     the closure runs another model."""
     watch, isolation, before = Watch(plan), Isolation(plan), _sums(plan)
     with isolation.session(eager=True):
-        isolation.read(closure, watch)
+        for part in parts_of(closure):
+            isolation.read(part, watch)
     if changed := [name for name, a, b in zip(plan.names, before, _sums(plan)) if a != b]:
         _put_back(plan)
         raise RuntimeError(
@@ -56,6 +61,19 @@ def unseen(plan: Plan, losses: Sequence[float], closure: Callable[[], Any]) -> t
             "model inside the closure"
         )
     return ()  # read by code that torch functions do not show: compiled or scripted
+
+
+@contextmanager
+def spread_modules() -> Iterator[list[nn.Module]]:
+    """Collects the DistributedDataParallel modules that are called inside."""
+    found: list[nn.Module] = []
+    hook = nn.modules.module.register_module_forward_pre_hook(
+        lambda module, _: found.append(module) if is_spread(module) else None
+    )
+    try:
+        yield found
+    finally:
+        hook.remove()
 
 
 def _sums(plan: Plan) -> list[int]:
@@ -128,4 +146,4 @@ def distance(plan: Plan, losses: Sequence[float], base: float) -> None:
         )
 
 
-__all__ = ["distance", "name_statistics", "repeats", "unseen"]
+__all__ = ["distance", "name_statistics", "repeats", "spread_modules", "unseen"]

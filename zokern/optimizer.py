@@ -21,6 +21,7 @@ from .deferred import Deferred
 from .estimator import SLOPES, Estimate, Estimator, Oracle, Spsa, Stencil
 from .guards import Guards
 from .low_bits import LowBits
+from .parallel import Ranks
 from .plan import Plan, Run
 from .result import StepResult, read
 from .rule import Rule, Sgd, check_basis, check_scaled
@@ -69,6 +70,7 @@ class ZerothOrder(torch.optim.Optimizer):
         defer: bool | None = None,
         stencil: str | Stencil | None = None,
         estimator: Estimator | None = None,
+        group: Any = None,
         **guards: Any,
     ) -> None:
         if unknown := guards.keys() - GUARDS:
@@ -87,6 +89,7 @@ class ZerothOrder(torch.optim.Optimizer):
         check_basis(self.rule, self.factored)
         check_scaled(self.rule, self.scaled)
         self.guards = Guards(**guards)
+        self.ranks = Ranks(group, lambda: checkpoint.identity(self))
         self.drawn = False  # whether the step under way has used its number
         self._unseen: list[
             tuple[StepResult, list[float]]
@@ -252,14 +255,10 @@ class ZerothOrder(torch.optim.Optimizer):
             raise ValueError(
                 f"step number {self.steps} does not fit the stream's 32 bits; continue with another seed"
             )
-        if self._several and parameters.processes() > 1:
-            raise RuntimeError(
-                f"the model is wrapped in DistributedDataParallel and {parameters.processes()} processes "
-                "run: each would move along its own "
-                "losses, and the weights would drift apart. Give the optimizer model.module, and average the "
-                "loss over the processes "
-                "inside the closure (torch.distributed.all_reduce)"
-            )
+        self.ranks.check(self)
+        for wrapper in self._several:
+            self.ranks.check_spread()
+            wrapper.require_forward_param_sync = False  # a step puts buffers back: none has to be sent
         work.check_tree()
         work.check_groups(self.param_groups)
         for options in self.param_groups:
@@ -314,7 +313,8 @@ class ZerothOrder(torch.optim.Optimizer):
         if result.unseen and self.result is None:
             self.guards.name_unseen(result.unseen)
         self._unseen.append((result, [float(group["lr"]) for group in self.param_groups]))
-        on_host = all(group.theta[0].is_cpu for group in self.work.groups)
+        # ranks read losses on the host in every step
+        on_host = self.ranks.transport is not None or all(g.theta[0].is_cpu for g in self.work.groups)
         if len(self._unseen) >= self.guards.looks(on_host):
             self.look()
 
@@ -325,6 +325,7 @@ class ZerothOrder(torch.optim.Optimizer):
         steps, self._unseen = self._unseen, []
         read([result.late for result, _ in steps])
         for result, lrs in steps:
+            self.ranks.note(result.step, (result.losses, result.coefficients, result.skipped, lrs))
             self.guards.see(result, lrs)
 
     # Deferred updates ---------------------------------------------------------------------------------------
@@ -376,15 +377,9 @@ def _resolve_rule(rule: Any) -> Rule:
     return rule
 
 
-def _spread(params: Any) -> bool:
-    """Whether a module, or one inside it, is wrapped for data parallelism over several processes."""
-    if not isinstance(params, nn.Module):
-        return False
-    return any(
-        cls.__name__ == "DistributedDataParallel"
-        for module in params.modules()
-        for cls in type(module).__mro__
-    )
+def _spread(params: Any) -> list[Any]:
+    """Returns the wrappers for data parallelism over several processes in a module."""
+    return [m for m in params.modules() if parameters.is_spread(m)] if isinstance(params, nn.Module) else []
 
 
 def _estimator(given: Estimator | None, queries: int | None, stencil: str | Stencil | None) -> Estimator:

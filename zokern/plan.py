@@ -43,7 +43,8 @@ class Plan:
     earlier   those of the step before, which are taken over if this step names them too
     tape      what a captured step does on the host; None: the step is not captured
     rows      whether the closure returns a vector, the loss of each example
-    maximize  whether the loss is a reward: the weights move along + g"""
+    maximize  whether the loss is a reward: the weights move along + g
+    part      number of the micro-batch that is read, over all ranks: each has dropout masks of its own"""
 
     groups: list[Group]
     direction: Direction
@@ -60,6 +61,7 @@ class Plan:
     rows: bool = False
     maximize: bool = False
     tape: Any = None  # of a step that is captured (graph.py)
+    part: int = 0
     tensors: list[Tensor] = field(init=False)  # of all groups
     names: list[str] = field(init=False)
 

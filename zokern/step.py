@@ -16,15 +16,17 @@ from .estimator import Estimate, Estimator, Oracle
 from .evaluation import Evaluation, NotRepeatable
 from .evaluation.base import Record
 from .first_order import Descent, Move, descend
-from .first_step import distance, name_statistics, repeats, unseen
+from .first_step import distance, name_statistics, repeats, spread_modules, unseen
 from .group import Group
 from .guards import Guards
+from .parallel import MicroBatches, Ranks, Together, micro_batches, parts_of
 from .plan import Plan
 from .result import Late, Part, StepResult
 from .rule import Rule, Sgd
 from .told import Weights
 
 Told = tuple[Weights, float, float]  # what a rule is told: the weight of each draw, lr and decay
+Closures = Callable[[], Any] | Sequence[Callable[[], Any]]
 
 
 class Steps(Protocol):
@@ -36,6 +38,7 @@ class Steps(Protocol):
     evaluation: Evaluation
     rule: Rule
     guards: Guards
+    ranks: Ranks
     state: Any
     result: StepResult | None
     drawn: bool
@@ -48,16 +51,15 @@ class Steps(Protocol):
     def gated(self) -> bool: ...
 
 
-def step(
-    optimizer: Any, closure: Callable[[], Any], first_order: Callable[[], Any] | None = None
-) -> StepResult:
+def step(optimizer: Any, closure: Closures, first_order: Callable[[], Any] | None = None) -> StepResult:
     """One zeroth-order step: theta <- (1 - lr wd) theta - lr (1/q) sum_k c_k z_k.
 
     optimizer  a zokern optimizer (zokern.MeZO, ...), also in a wrapper with `.optimizer` (accelerate's
                prepare(), Lightning)
     closure    computes the loss of one batch: returns a 0-d or [1] tensor or a Python number. It reads the
                same batch at every call. Evaluations 'master', 'scratch' and 'inplace' call it once per point,
-               under no_grad; 'paired' calls it once
+               under no_grad; 'paired' calls it once. A list of closures are the micro-batches of one step:
+               losses are their mean, in float64 and in the order of the list
     first_order  of methods that back-propagate too (zokern.Addax, zokern.Hybrid): computes the loss that is
                  back-propagated, as of
                another batch; it is called once, with a graph. None: closure
@@ -67,14 +69,10 @@ def step(
     twice, and the loss of theta. Raises TypeError, before anything is read, for another optimizer, for what
     is no closure, and for a first_order that nothing uses; RuntimeError when the closure is not repeatable,
     changed the weights or never used them, after too many skipped or dead steps in a row, and when the update
-    made weights inf or NaN. Malladi et al. 2023, Algorithm 1."""
+    made weights inf or NaN; zokern.RankFailed, on every rank, where the processes of a group cannot go on
+    together (zokern.Parallel). Malladi et al. 2023, Algorithm 1."""
     optimizer = unwrapped(optimizer)
-    if not callable(closure):
-        raise TypeError(
-            f"closure is {type(closure).__name__} {closure!r:.80}; expected a function without arguments "
-            "that computes the loss, which "
-            "is read at more than one point: zokern.step(optimizer, lambda: model(**batch).loss)"
-        )
+    closure = micro_batches(closure)
     if first_order is None:
         optimizer.step(closure, reads=False)
         return optimizer.result
@@ -107,18 +105,17 @@ def unwrapped(optimizer: Any) -> Any:
     )
 
 
-def run(
-    optimizer: Steps, closure: Callable[[], Any], first_order: Callable[[], Any] | None = None
-) -> StepResult:
+def run(optimizer: Steps, closure: Closures, first_order: Callable[[], Any] | None = None) -> StepResult:
     """Runs the step outside of a torch.inference_mode() around it: its tensors are used by later steps, in
     other modes.
 
     The closure is called in the mode in which the user wrote it."""
-    inside = torch.is_inference_mode_enabled()
-    with torch.inference_mode(False), torch.no_grad():
+    inside, closure = torch.is_inference_mode_enabled(), micro_batches(closure)
+    with optimizer.ranks.telling(), torch.inference_mode(False), torch.no_grad():
+        parts = [torch.inference_mode()(part) if inside else part for part in parts_of(closure)]
         return _run(
             optimizer,
-            torch.inference_mode()(closure) if inside else closure,
+            MicroBatches(parts) if len(parts) > 1 else parts[0],
             closure if first_order is None else first_order,
         )
 
@@ -129,14 +126,17 @@ def _run(optimizer: Steps, closure: Callable[[], Any], first_order: Callable[[],
     Numbers stay where the losses are. The host reads them only where a part of the step needs one."""
     plan: Plan = optimizer.plan()
     lens, rows = getattr(optimizer.rule, "base", None), getattr(optimizer.estimator, "rows", False)
-    oracle = Oracle(optimizer.evaluation, plan, closure, optimizer.state, lens, rows)
+    reading = Together(optimizer.evaluation, optimizer.ranks)
+    oracle = Oracle(reading, plan, closure, optimizer.state, lens, rows)
     optimizer.prepare(plan, oracle)
     result: StepResult | None = None
     flaw: Tensor | None = None
     for estimate in optimizer.estimator(oracle, plan):
         part, record = plan.only(estimate.scope).along(estimate.draws), optimizer.evaluation.record
         part = part.each() if estimate.each else part
-        checked = _check(optimizer, oracle) if result is None else result.unseen
+        if result is None:
+            checked = _check(optimizer, oracle)
+            optimizer.ranks.agree(plan)
         moves = _moves(optimizer, part, estimate, flaw)
         result = _recorded(record, part, estimate, checked, result, moves, isinstance(optimizer.rule, Sgd))
         # 0 where it is not finite: the parts of the step after this one do not move either
@@ -151,8 +151,9 @@ def _run(optimizer: Steps, closure: Callable[[], Any], first_order: Callable[[],
             result.late.failed = not math.isfinite(descent.loss)
             if result.late.failed:
                 break
-        optimizer.learn(part, estimate, flaw)
-        _update(optimizer, part, moves, result.late, estimate.scope is None, descent)
+        with optimizer.ranks.writing():
+            optimizer.learn(part, estimate, flaw)
+            _update(optimizer, part, moves, result.late, estimate.scope is None, descent)
     if result is None:
         raise RuntimeError(
             f"estimator {type(optimizer.estimator).__name__} yielded no estimate; expected one or more a step"
@@ -208,7 +209,11 @@ def _check(optimizer: Steps, oracle: Oracle) -> tuple[str, ...]:
         return ()
     distance(plan, found, base)
     name_statistics(oracle.plan)
-    return unseen(oracle.plan, found, oracle.asked.closure)
+    with spread_modules() as spread:
+        names = unseen(replace(oracle.plan, rows=plan.rows), found, oracle.asked.closure)
+    if spread:
+        optimizer.ranks.check_spread()
+    return names
 
 
 def _moves(optimizer: Steps, plan: Plan, estimate: Estimate, flaw: Tensor | None) -> list[Told]:

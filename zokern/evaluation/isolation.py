@@ -41,7 +41,7 @@ class Isolation:
         self.rows = self.calls = 0
         self.found: list[Isolation] = []  # of roots that were found in this call
         if root is None:
-            self.seed = rng.seed_of(plan.seed, plan.step)
+            self.seed = rng.seed_of(plan.seed, plan.step, plan.part)
             self.weights = Fingerprint(plan.tensors)
         self.state = self.tree.state()
         self.contents = [(held, held.copy()) for held in self.state.containers]

@@ -45,6 +45,11 @@ def _hides(wrapper: nn.Module) -> bool:
     return any(cls.__name__ == "FullyShardedDataParallel" for cls in type(wrapper).__mro__)
 
 
+def is_spread(module: nn.Module) -> bool:
+    """Whether a module is DistributedDataParallel's wrapper."""
+    return any(cls.__name__ == "DistributedDataParallel" for cls in type(module).__mro__)
+
+
 def processes() -> int:
     """Returns how many processes torch.distributed runs."""
     running = torch.distributed.is_available() and torch.distributed.is_initialized()
