@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import inspect
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -89,7 +90,8 @@ class ZerothOrder(torch.optim.Optimizer):
         check_basis(self.rule, self.factored)
         check_scaled(self.rule, self.scaled)
         self.guards = Guards(**guards)
-        self.ranks = Ranks(group, lambda: checkpoint.identity(self))
+        me = weakref.ref(self)  # without a cycle an optimizer's memory goes with its last reference
+        self.ranks = Ranks(group, lambda: checkpoint.identity(me()))
         self.drawn = False  # whether the step under way has used its number
         self._unseen: list[
             tuple[StepResult, list[float]]
