@@ -204,7 +204,8 @@ def _check(optimizer: Steps, oracle: Oracle) -> tuple[str, ...]:
     found = oracle.asked.losses.tolist()
     again, base = oracle.again()
     if not repeats(plan, found, again, optimizer.evaluation.exact):
-        raise NotRepeatable(found[0], again)
+        also = "; with split='points' every rank reads the same batch" * (optimizer.ranks.split == "points")
+        raise NotRepeatable(found[0], again, also)
     if not first:
         return ()
     distance(plan, found, base)

@@ -167,8 +167,9 @@ class Oracle:
         """Returns the loss of the last question's first point, read again, and theta's, at the same base."""
         points, _, plan, bases, closure = self.asked
         with self._all(bases, plan):
-            found = self._read(plan, [points[0], THETA], closure)
-        first, middle = (found.mean(1) if plan.rows else found).tolist()
+            # in this order: where ranks divide the points, another rank than before reads the first one
+            found = self._read(plan, [THETA, points[0]], closure)
+        middle, first = (found.mean(1) if plan.rows else found).tolist()
         return first, middle
 
     @contextmanager
