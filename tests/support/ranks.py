@@ -130,7 +130,7 @@ def processes(size: int, work: Callable[..., Any], folder: Any, *args: Any, left
 
     work  a function of a module of tests/support;  left  how many ranks are expected to answer"""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "zokern", "torch.distributed"])
+    context.set_forkserver_preload(["torch._dynamo", "zokern", "accelerate"])  # once for all processes
     out, found = context.Queue(), [None] * size
     store = str(folder / f"store{work.__name__}")
     each = [
