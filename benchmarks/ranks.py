@@ -39,6 +39,8 @@ def launch(
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # killed ranks are expected
     multiprocessing.get_context("forkserver").set_forkserver_preload(["torch._dynamo", "zokern"])
+    # otherwise ranks that were started again find the addresses of those before them in the agent's store
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     config = LaunchConfig(
         1, 1, size, run_id="zokern", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=restarts,
         monitor_interval=interval, start_method="forkserver",

@@ -377,7 +377,7 @@ def _word(text: str) -> int:
 
 
 def _line(problem: BaseException) -> str:
-    return f"{type(problem).__name__}: {problem}".strip().splitlines()[0][:600]
+    return f"{type(problem).__name__}: {problem}".strip().splitlines()[0][:300]
 
 
 __all__ = ["MicroBatches", "Parallel", "RankFailed", "Ranks", "Together", "micro_batches", "parts_of"]

@@ -101,3 +101,15 @@ def killed(rank: int, culprit: int, step: int) -> Any:
             zokern.step(opt, read)
     except zokern.RankFailed as problem:
         return len(kept) - 1, str(problem), kept[-1] == ranks.bits(model), ranks.bits(model)
+
+
+def forgets_state(net: nn.Module, opt: Any, saved: dict[str, Any]) -> None:
+    """Wrong: goes on from the weights and the step, without the momentum."""
+    net.load_state_dict(saved["model"])
+    saved["optimizer"]["state"].clear()
+    opt.load_state_dict(saved["optimizer"])
+
+
+def starts_anew(net: nn.Module, opt: Any, saved: dict[str, Any]) -> None:
+    """Wrong: goes on from the weights at step 0."""
+    net.load_state_dict(saved["model"])

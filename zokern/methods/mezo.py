@@ -59,6 +59,8 @@ class MeZO(ZerothOrder):
                   (None: never)
     nonfinite     'raise' or 'ignore' weights that the update made inf or NaN
     force         accept an eps that rounding swallows for more than half of the 16-bit weights
+    group         the processes that share a step (docs/processes.md). None: this one alone; 'auto': all of
+                  torch.distributed, whose losses are averaged; a ProcessGroup; or zokern.Parallel(...)
 
     Writes the parameters once per step, and optimizer state: none for SGD, a float32 (Momentum) or two (Adam)
     for each weight, an int16 for each with rounding='residual'.
