@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from .evaluation import Isolation
 from .parallel import parts_of
-from .parameters import is_spread
 from .plan import Plan
 from .warning import warn
 
@@ -61,19 +58,6 @@ def unseen(plan: Plan, losses: Sequence[float], closure: Callable[[], Any]) -> t
             "model inside the closure"
         )
     return ()  # read by code that torch functions do not show: compiled or scripted
-
-
-@contextmanager
-def spread_modules() -> Iterator[list[nn.Module]]:
-    """Collects the DistributedDataParallel modules that are called inside."""
-    found: list[nn.Module] = []
-    hook = nn.modules.module.register_module_forward_pre_hook(
-        lambda module, _: found.append(module) if is_spread(module) else None
-    )
-    try:
-        yield found
-    finally:
-        hook.remove()
 
 
 def _sums(plan: Plan) -> list[int]:
@@ -146,4 +130,4 @@ def distance(plan: Plan, losses: Sequence[float], base: float) -> None:
         )
 
 
-__all__ = ["distance", "name_statistics", "repeats", "spread_modules", "unseen"]
+__all__ = ["distance", "name_statistics", "repeats", "unseen"]

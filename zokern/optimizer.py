@@ -258,9 +258,8 @@ class ZerothOrder(torch.optim.Optimizer):
                 f"step number {self.steps} does not fit the stream's 32 bits; continue with another seed"
             )
         self.ranks.check(self)
-        for wrapper in self._several:
+        if self._several:
             self.ranks.check_spread()
-            wrapper.require_forward_param_sync = False  # a step puts buffers back: none has to be sent
         work.check_tree()
         work.check_groups(self.param_groups)
         for options in self.param_groups:
@@ -379,9 +378,9 @@ def _resolve_rule(rule: Any) -> Rule:
     return rule
 
 
-def _spread(params: Any) -> list[Any]:
-    """Returns the wrappers for data parallelism over several processes in a module."""
-    return [m for m in params.modules() if parameters.is_spread(m)] if isinstance(params, nn.Module) else []
+def _spread(params: Any) -> bool:
+    """Whether a module, or one inside it, is wrapped for data parallelism over several processes."""
+    return isinstance(params, nn.Module) and any(map(parameters.is_spread, params.modules()))
 
 
 def _estimator(given: Estimator | None, queries: int | None, stencil: str | Stencil | None) -> Estimator:

@@ -15,7 +15,7 @@ of them writes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .checks import whole_number
 from .evaluation import Evaluation, Point
-from .parameters import processes
+from .parameters import processes, spread_modules
 from .plan import Plan
 from .transport import RankFailed, Transport, connect, differing, texts
 
@@ -164,8 +164,10 @@ class Ranks:
     def telling(self) -> Iterator[None]:
         """Inside, an exception of this rank stops the others too, at their next question."""
         self._question, self._writes = 0, False
+        is_first = self.transport is not None and self._agreed < 0
         try:
-            yield
+            with spread_modules(_keep_buffers) if is_first else nullcontext():
+                yield
         except RankFailed:
             raise
         except Exception as problem:
@@ -369,6 +371,12 @@ def _mean(table: Tensor) -> Tensor:
     for column in rest:
         first = first + column
     return first / table.shape[1] if rest else first
+
+
+def _keep_buffers(module: Any) -> None:
+    """Keeps DistributedDataParallel from sending buffers around in a forward without gradients: a step puts
+    them back, and a rank without a point to read has no forward."""
+    module.require_forward_param_sync = False
 
 
 def _word(text: str) -> int:

@@ -16,10 +16,11 @@ from .estimator import Estimate, Estimator, Oracle
 from .evaluation import Evaluation, NotRepeatable
 from .evaluation.base import Record
 from .first_order import Descent, Move, descend
-from .first_step import distance, name_statistics, repeats, spread_modules, unseen
+from .first_step import distance, name_statistics, repeats, unseen
 from .group import Group
 from .guards import Guards
 from .parallel import MicroBatches, Ranks, Together, micro_batches, parts_of
+from .parameters import spread_modules
 from .plan import Plan
 from .result import Late, Part, StepResult
 from .rule import Rule, Sgd
@@ -210,7 +211,8 @@ def _check(optimizer: Steps, oracle: Oracle) -> tuple[str, ...]:
         return ()
     distance(plan, found, base)
     name_statistics(oracle.plan)
-    with spread_modules() as spread:
+    spread: list[Any] = []
+    with spread_modules(spread.append):
         names = unseen(replace(oracle.plan, rows=plan.rows), found, oracle.asked.closure)
     if spread:
         optimizer.ranks.check_spread()

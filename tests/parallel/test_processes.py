@@ -45,7 +45,14 @@ def test_points_are_divided_between_processes(found):
 
 def test_a_rank_without_points_holds_nobody_up(found):
     """Buffers of a wrapped model are not sent around in a step: four ranks read two points."""
-    assert all(answer["buffers"] == found[0]["buffers"] for answer in found)
+    right = found[0]["buffers"][0]
+    assert all(answer["buffers"] == [right, right] for answer in found)
+
+
+def test_a_rank_that_hangs_is_met_at_the_timeout(found):
+    """After two seconds; nothing was written on either rank."""
+    for step, kept, said in (answer["hangs"] for answer in found[:2]):
+        assert step == 2 and kept and "within the group's timeout (init_process_group(timeout=...))" in said
 
 
 def test_a_process_outside_of_the_group(found):

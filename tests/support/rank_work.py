@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from datetime import timedelta
 from typing import Any
 
 import ranks
@@ -34,18 +36,19 @@ def equal_bits(rank: int) -> dict[Any, Any]:
     found["points"] = ranks.train(
         "FZOO", 6, lambda step: [0], evaluation="master", group=zokern.Parallel(split="points")
     )
-    found["buffers"] = buffers(rank)
+    found["buffers"] = [buffers(rank, seen) for seen in (True, False)]
     found["alone"] = alone(rank)
+    found["hangs"] = hangs(rank)
     return found
 
 
-def buffers(rank: int) -> Any:
-    """A wrapped model with buffers, where rank 0 has no point to read in a step."""
+def buffers(rank: int, seen: bool) -> Any:
+    """A wrapped model with buffers, where rank 0 has no point to read in a step. `seen`: the optimizer is
+    given the wrapper."""
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval())
-    opt = zokern.MeZO(
-        model, lr=1e-2, evaluation="master", group=zokern.Parallel(split="points"), paired_check=0
-    )
+    options = {"lr": 1e-2, "evaluation": "master", "paired_check": 0}
+    opt = zokern.MeZO(model if seen else model.module, group=zokern.Parallel(split="points"), **options)
     for step in range(3):
         x = ranks.batch(step, 0)[:, :4]
         zokern.step(opt, lambda x=x: model(x).square().mean())
@@ -66,6 +69,23 @@ def alone(rank: int) -> list[str]:
         except RuntimeError as problem:
             said.append(f"{problem}" if ranks.bits(model) == before else "moved")
     return said
+
+
+def hangs(rank: int) -> Any:
+    """What rank 0 meets where rank 1 takes longer than the group's timeout."""
+    pair = dist.new_group([0, 1], timeout=timedelta(seconds=2))
+    if rank > 1:
+        return None
+    model = ranks.net()
+    opt = zokern.MeZO(model, lr=1e-2, group=pair)
+    try:
+        for step in range(4):
+            if (rank, step) == (1, 2):
+                time.sleep(4)
+            before = ranks.bits(model)
+            zokern.step(opt, ranks.loss_of(model, ranks.batch(step, rank)))
+    except zokern.RankFailed as problem:
+        return step, ranks.bits(model) == before, str(problem)
 
 
 def prepared(rank: int) -> Any:

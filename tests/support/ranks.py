@@ -41,7 +41,7 @@ class Thread:
         self.sent, self.round = self.sent + message.nbytes, self.round + 1
         self.hub.baton.release()
         try:
-            self.hub.barrier.wait(30)
+            self.hub.barrier.wait(120)
         finally:
             self.hub.baton.acquire()
         return self.order([board[rank] for rank in range(self.size)])
@@ -115,7 +115,7 @@ def process(
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")  # for libraries that look for it: the store is a file
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=30)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=120)
     )
     try:
         out.put((rank, work(rank, *args)))
@@ -140,7 +140,7 @@ def processes(size: int, work: Callable[..., Any], folder: Any, *args: Any, left
     for one in each:
         one.start()
     for _ in range(size if left is None else left):
-        rank, answer = out.get(timeout=120)
+        rank, answer = out.get(timeout=300)
         found[rank] = answer
     for one in each:
         one.join(30)

@@ -4,9 +4,10 @@ from .checks import check_parameter
 from .groups import check_trained, named_groups
 from .names import ids, is_wrapped, plain, plain_names
 from .ties import Trained, check_overlap, check_tie, trained
-from .wrappers import check_model, inner, is_spread, processes
+from .wrappers import check_model, inner, is_spread, processes, spread_modules
 
 __all__ = [
     "Trained", "check_model", "check_overlap", "check_parameter", "check_tie", "check_trained", "ids",
-    "inner", "is_spread", "is_wrapped", "named_groups", "plain", "plain_names", "processes", "trained",
+    "inner", "is_spread", "is_wrapped", "named_groups", "plain", "plain_names", "processes",
+    "spread_modules", "trained",
 ]  # fmt: skip

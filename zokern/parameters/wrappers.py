@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -48,6 +52,18 @@ def _hides(wrapper: nn.Module) -> bool:
 def is_spread(module: nn.Module) -> bool:
     """Whether a module is DistributedDataParallel's wrapper."""
     return any(cls.__name__ == "DistributedDataParallel" for cls in type(module).__mro__)
+
+
+@contextmanager
+def spread_modules(act: Callable[[nn.Module], Any]) -> Iterator[None]:
+    """Inside, calls act(module) before each forward of DistributedDataParallel."""
+    hook = nn.modules.module.register_module_forward_pre_hook(
+        lambda module, _: act(module) and None if is_spread(module) else None
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def processes() -> int:
