@@ -87,6 +87,11 @@ def test_points_are_divided(method, size):
     check_equal(shared(method, size, split="points", evaluation=evaluation), right)
 
 
+def test_points_are_divided_by_evaluation_scratch():
+    right = ranks.alone("FZOO", STEPS, 2, evaluation="scratch")
+    check_equal(shared("FZOO", 3, split="points", evaluation="scratch"), right)
+
+
 def test_wrong_transports_are_rejected_where_points_are_divided():
     right = ranks.alone("FZOO", STEPS, 2, evaluation="master")
     for kind in (ranks.OwnFirst, ranks.Deaf, ranks.Late):
@@ -233,6 +238,8 @@ def test_examples_of_micro_batches_and_of_ranks():
     assert right == ranks.threads(1, lambda rank, _: train((0, 1, 2), group=None))[0]
     found = ranks.threads(3, lambda rank, transport: train([rank], group=Parallel(transport)))
     check_equal(found, right)
+    found = ranks.threads(3, lambda _, transport: train((0, 1, 2), group=Parallel(transport, split="points")))
+    check_equal(found, right)
 
 
 def test_first_order_of_micro_batches_is_that_of_their_mean():
@@ -246,6 +253,25 @@ def test_first_order_of_micro_batches_is_that_of_their_mean():
         found.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
     torch.testing.assert_close(*found, rtol=1e-6, atol=1e-7)
     assert not torch.equal(found[0], torch.cat([p.detach().flatten() for p in ranks.net().parameters()]))
+
+
+def test_tuning_reads_the_losses_of_all_ranks():
+    """Every rank finds the eps and the lr of the mean loss, and goes on to the first step."""
+
+    def tuned(parts, **options):
+        net = ranks.net().eval()
+        opt = zokern.MeZO(net, seed=7, evaluation="master", **options)
+        closures = [ranks.loss_of(net, ranks.batch(0, part)) for part in parts]
+        mean = lambda: sum(closure() for closure in closures) / len(closures)  # noqa: E731
+        found = zokern.tune(opt, mean, probes=4)
+        found.apply(opt)
+        zokern.step(opt, closures)
+        return found.eps, found.lr, found.loss
+
+    eps, lr, loss = tuned([0, 1])
+    found = ranks.threads(2, lambda rank, transport: tuned([rank], group=Parallel(transport)))
+    assert found[0] == found[1] and found[0][0] == eps
+    assert found[0][1:] == pytest.approx((lr, loss), rel=1e-6) and tuned([0])[2] != pytest.approx(loss)
 
 
 # Arguments --------------------------------------------------------------------------------------------------
