@@ -79,8 +79,8 @@ class Parallel:
            question are divided. Of n of them, rank r of R reads those from n r // R up to n (r + 1) // R
     check  steps between two comparisons of all weights, options and states; None: in the first step alone
 
-    One process, torch.distributed not running among them, trains as without a group. Raises ValueError and
-    TypeError for arguments out of range."""
+    Where torch.distributed does not run, or runs one process, a step is that of group=None. Raises
+    ValueError for arguments out of range."""
 
     def __init__(self, group: Any = "auto", split: str = "batch", check: int | None = 500) -> None:
         if group is None or (isinstance(group, str) and group != "auto"):
@@ -160,13 +160,21 @@ class Ranks:
                 "in each process by itself, give it and the closure model.module"
             )
 
+    def _meet(self, module: Any) -> None:
+        """Before a forward of DistributedDataParallel in the first step: refuses it for a process alone.
+
+        With others it sends no buffers around in forwards without gradients. A step puts buffers back, and a
+        rank without a point to read has no forward."""
+        self.check_spread()
+        module.require_forward_param_sync = False
+
     @contextmanager
     def telling(self) -> Iterator[None]:
         """Inside, an exception of this rank stops the others too, at their next question."""
         self._question, self._writes = 0, False
-        is_first = self.transport is not None and self._agreed < 0
+        is_first = self._agreed < 0 and (self.transport is not None or processes() > 1)
         try:
-            with spread_modules(_keep_buffers) if is_first else nullcontext():
+            with spread_modules(self._meet) if is_first else nullcontext():
                 yield
         except RankFailed:
             raise
@@ -276,10 +284,9 @@ class Ranks:
         """Compares weights, options and states of all ranks where that is due, before a step writes.
 
         Raises RankFailed on every rank; it names the rank and what differs."""
-        if self.transport is None or self.options is None:
-            return
-        check = self.options.check
-        if plan.step != self._agreed or (check is not None and plan.step % check == 0):
+        check = None if self.options is None else self.options.check
+        is_due = plan.step != self._agreed or (check is not None and plan.step % check == 0)
+        if self.transport is not None and is_due:
             about = _word(str(sorted(self.identity().items())))
             self.exchange(plan, torch.empty(0, dtype=torch.float64, device="cpu"), f"weights {about}")
         self._agreed = plan.step + 1
@@ -297,7 +304,7 @@ FIELDS = (
     (
         "waits",
         "deferred updates (1: waiting, 0: written)",
-        "Call flush() or state_dict() on every rank, and not on one; a forward on one rank belongs into "
+        "Call flush() or state_dict() on every rank, and not on one; a forward on one rank goes into "
         "`with optimizer.evaluating():`; or build the optimizers with defer=False",
     ),
 )
@@ -371,12 +378,6 @@ def _mean(table: Tensor) -> Tensor:
     for column in rest:
         first = first + column
     return first / table.shape[1] if rest else first
-
-
-def _keep_buffers(module: Any) -> None:
-    """Keeps DistributedDataParallel from sending buffers around in a forward without gradients: a step puts
-    them back, and a rank without a point to read has no forward."""
-    module.require_forward_param_sync = False
 
 
 def _word(text: str) -> int:

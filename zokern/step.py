@@ -20,7 +20,6 @@ from .first_step import distance, name_statistics, repeats, unseen
 from .group import Group
 from .guards import Guards
 from .parallel import MicroBatches, Ranks, Together, micro_batches, parts_of
-from .parameters import spread_modules
 from .plan import Plan
 from .result import Late, Part, StepResult
 from .rule import Rule, Sgd
@@ -211,12 +210,7 @@ def _check(optimizer: Steps, oracle: Oracle) -> tuple[str, ...]:
         return ()
     distance(plan, found, base)
     name_statistics(oracle.plan)
-    spread: list[Any] = []
-    with spread_modules(spread.append):
-        names = unseen(replace(oracle.plan, rows=plan.rows), found, oracle.asked.closure)
-    if spread:
-        optimizer.ranks.check_spread()
-    return names
+    return unseen(replace(oracle.plan, rows=plan.rows), found, oracle.asked.closure)
 
 
 def _moves(optimizer: Steps, plan: Plan, estimate: Estimate, flaw: Tensor | None) -> list[Told]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
@@ -55,10 +54,10 @@ def is_spread(module: nn.Module) -> bool:
 
 
 @contextmanager
-def spread_modules(act: Callable[[nn.Module], Any]) -> Iterator[None]:
+def spread_modules(act: Callable[[nn.Module], None]) -> Iterator[None]:
     """Inside, calls act(module) before each forward of DistributedDataParallel."""
     hook = nn.modules.module.register_module_forward_pre_hook(
-        lambda module, _: act(module) and None if is_spread(module) else None
+        lambda module, _: act(module) if is_spread(module) else None
     )
     try:
         yield
