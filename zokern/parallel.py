@@ -98,7 +98,7 @@ class Head(NamedTuple):
 
     failed: int  # 1: the rank has raised; 2: it has raised while it wrote weights
     step: int
-    question: int
+    question: int  # of a rank that has raised: how often it has begun to write in the step
     closures: int
     length: int
     waits: int
@@ -118,8 +118,8 @@ class Ranks:
         self.identity = identity
         self.chain = ""  # checksum of all coefficients so far
         self._transport: Transport | None = None
-        self._question = 0  # of the step under way
-        self._writes = False  # whether weights are being written
+        self._step = self._question = 0  # under way
+        self._writes, self._is_writing = 0, False  # how often the step has begun to write weights
         self._agreed = -1  # the step after the last one that went well
         self._asked = ""  # what the last question was about
 
@@ -169,9 +169,9 @@ class Ranks:
         module.require_forward_param_sync = False
 
     @contextmanager
-    def telling(self) -> Iterator[None]:
+    def telling(self, step: int) -> Iterator[None]:
         """Inside, an exception of this rank stops the others too, at their next question."""
-        self._question, self._writes = 0, False
+        self._step, self._question, self._writes, self._is_writing = step, 0, 0, False
         is_first = self._agreed < 0 and (self.transport is not None or processes() > 1)
         try:
             with spread_modules(self._meet) if is_first else nullcontext():
@@ -186,13 +186,13 @@ class Ranks:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Inside, weights are written: after an exception they may differ from those of other ranks."""
-        self._writes = True
+        self._writes, self._is_writing = self._writes + 1, True
         yield
-        self._writes = False
+        self._is_writing = False
 
     def _tell(self, transport: Transport, problem: Exception) -> None:
         try:
-            self._gather(transport, Head(1 + self._writes, 0, 0, 0, 0, 0, 0), [])
+            self._gather(transport, Head(1 + self._is_writing, self._step, self._writes, 0, 0, 0, 0), [])
             said = texts(self._carry, _line(problem), TEXT)
         except RankFailed:  # the others have ended
             return
@@ -245,7 +245,7 @@ class Ranks:
             raise RankFailed(
                 f"{transport.name(transport.rank)} could not exchange losses with the others: a rank has "
                 "ended, or did not answer within the group's timeout (init_process_group(timeout=...)): "
-                f"{_line(problem)}. Nothing was written since the last losses that all ranks have. {RESTART}"
+                f"{_line(problem)}. It has written nothing since the last losses that it has of all. {RESTART}"
             ) from problem
 
     def _compare(self, transport: Transport, heads: Sequence[Head]) -> None:
@@ -253,13 +253,15 @@ class Ranks:
         if any(head.failed for head in heads):
             said = enumerate(texts(self._carry, "", TEXT))
             failed = "; ".join(f"{transport.name(rank)} raised {text}" for rank, text in said if text)
-            step = next(head.step for head in heads if not head.failed)
+            here = (1, self._step, self._writes)
             weights = (
-                "It raised while it wrote its weights, which may differ from those of the others"
-                if any(head.failed > 1 for head in heads)
-                else "Their weights are equal: none has written since the last losses that all ranks have"
+                "Their weights are equal: none has written since the last losses that all ranks have"
+                if all(head[:3] == here for head in heads if head.failed)
+                else "It raised as weights were written, and its own may differ from those of the others"
             )
-            raise RankFailed(f"step {step}: {failed}. All {transport.size} ranks stop. {weights}. {RESTART}")
+            raise RankFailed(
+                f"step {self._step}: {failed}. All {transport.size} ranks stop. {weights}. {RESTART}"
+            )
         for field, what, way_out in FIELDS:
             numbers = [getattr(head, field) for head in heads]
             if len(set(numbers)) > 1:

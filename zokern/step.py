@@ -43,6 +43,8 @@ class Steps(Protocol):
     result: StepResult | None
     drawn: bool
 
+    @property
+    def steps(self) -> int: ...
     def plan(self) -> Plan: ...
     def prepare(self, plan: Plan, oracle: Oracle) -> None: ...
     def learn(self, plan: Plan, estimate: Estimate, finite: Tensor) -> None: ...
@@ -111,7 +113,7 @@ def run(optimizer: Steps, closure: Closures, first_order: Callable[[], Any] | No
 
     The closure is called in the mode in which the user wrote it."""
     inside, closure = torch.is_inference_mode_enabled(), micro_batches(closure)
-    with optimizer.ranks.telling(), torch.inference_mode(False), torch.no_grad():
+    with optimizer.ranks.telling(optimizer.steps), torch.inference_mode(False), torch.no_grad():
         parts = [torch.inference_mode()(part) if inside else part for part in parts_of(closure)]
         return _run(
             optimizer,

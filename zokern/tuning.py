@@ -219,7 +219,7 @@ def tune(
     probes, share = whole_number("probes", probes, 2), finite_number("share", share, above=0.0)
     reach = reach if reach == math.inf else finite_number("reach", reach, above=0.0)
     say = say or (lambda text: None)
-    with optimizer.ranks.telling(), _borrowed(optimizer) as plan:
+    with optimizer.ranks.telling(optimizer.steps), _borrowed(optimizer) as plan:
         reading = Together(Jvp() if evaluation is None else evaluation, optimizer.ranks)
         oracle = _Counted(reading, plan, given[0], optimizer.state)
         optimizer.prepare(plan, oracle)

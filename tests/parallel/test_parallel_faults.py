@@ -325,8 +325,29 @@ class Breaks(zokern.Sgd):
         return found
 
 
-def test_a_rank_that_fails_as_it_writes_does_not_claim_equal_weights():
-    found = run(same, options=lambda rank: {"rule": Breaks(rank)})
+class Halts(zokern.Spsa):
+    """Wrong: an estimator that raises when it has the losses of all ranks, and the others write."""
+
+    def __init__(self, rank):
+        super().__init__()
+        self._rank = rank
+
+    def estimate(self, plan, losses, differences):
+        if at_fault(self._rank, plan.step):
+            raise OSError("device lost")
+        return super().estimate(plan, losses, differences)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        lambda rank: {"rule": Breaks(rank)},
+        lambda rank: {"estimator": Halts(rank)},
+        lambda rank: {"estimator": zokern.Blockwise(Halts(rank), block="module")},
+    ],
+)
+def test_a_rank_that_fails_as_others_write_does_not_claim_equal_weights(options):
+    found = run(same, options=options)
     assert isinstance(found[1][1], OSError)
     for rank in (0, 2):
         assert "rank 1 raised OSError: device lost" in str(found[rank][1])
