@@ -245,7 +245,7 @@ class Ranks:
             raise RankFailed(
                 f"{transport.name(transport.rank)} could not exchange losses with the others: a rank has "
                 "ended, or did not answer within the group's timeout (init_process_group(timeout=...)): "
-                f"{_line(problem)}. It has written nothing since the last losses that it has of all. {RESTART}"
+                f"{_line(problem)}. It has written nothing since the last losses of all ranks. {RESTART}"
             ) from problem
 
     def _compare(self, transport: Transport, heads: Sequence[Head]) -> None:
