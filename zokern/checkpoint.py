@@ -20,6 +20,7 @@ from .parameters import plain
 from .plan import Run
 from .rule import Rule
 from .stream import VERSION
+from .transport import checksum
 
 
 class Saved(Protocol):
@@ -91,6 +92,31 @@ def recipe(optimizer: Saved) -> dict[str, Any]:
         "maximize": optimizer.guards.maximize,
         "method": type(optimizer).__name__,
     }
+
+
+def identity(optimizer: Any) -> dict[str, str]:
+    """Returns what the ranks of one run have alike, as text by name: recipe, options, names, weights, states.
+
+    Reads every trained weight and every state of the optimizer once."""
+    found: dict[str, Any] = {"seed": optimizer.run.seed, "step": optimizer.run.step, **recipe(optimizer)}
+    found |= {"evaluation": optimizer.evaluation.name, **vars(optimizer.guards)}
+    keepers = {name: part for name, part in _keepers(optimizer).items() if name != "evaluation"}
+    found |= {f"what {name} has learned": dict(part.state) for name, part in keepers.items()}
+    for i, (options, entries) in enumerate(zip(optimizer.param_groups, optimizer.work.entries)):
+        options = {key: value for key, value in options.items() if key not in ("params", "param_names")}
+        found |= {f"{key} of group {i}": value for key, value in options.items()}
+        found[f"names of group {i}"] = [entry.name for entry in entries]
+        for entry in entries:
+            tensor, name = entry.tensor, entry.name
+            found[f"form of {name!r}"] = f"{tensor.dtype}{list(tensor.shape)} {tensor.requires_grad}"
+            found[f"checksum of the weights of {name!r}"] = checksum(tensor)
+            for key, value in optimizer.state.get(tensor, {}).items():
+                own = checksum(value) if isinstance(value, Tensor) else value
+                found[f"state {key!r} of {name!r}"] = own
+    return {
+        key: str(plain_value(value)) for key, value in found.items() if key not in ("skips", "dead")
+        and not key.startswith("_")
+    }  # fmt: skip
 
 
 def described(part: Any) -> dict[str, Any]:
@@ -167,4 +193,4 @@ def check(optimizer: Saved, state_dict: dict[str, Any]) -> dict[str, Any]:
     return own
 
 
-__all__ = ["check", "load_parts", "own_entry", "packed", "recipe", "unpacked"]
+__all__ = ["check", "identity", "load_parts", "own_entry", "packed", "recipe", "unpacked"]

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from .evaluation import Isolation
+from .parallel import parts_of
 from .plan import Plan
 from .warning import warn
 
@@ -34,13 +35,14 @@ class Watch(TorchFunctionMode):
 
 
 def unseen(plan: Plan, losses: Sequence[float], closure: Callable[[], Any]) -> tuple[str, ...]:
-    """Reads the loss of the weights once more, and returns the trained parameters that it does not read.
+    """Reads the loss of the weights once more, and returns the trained parameters that no part of it reads.
 
     Raises RuntimeError if it reads none, and the losses of the step are equal:
     the closure runs another model."""
     watch, isolation, before = Watch(plan), Isolation(plan), _sums(plan)
     with isolation.session(eager=True):
-        isolation.read(closure, watch)
+        for part in parts_of(closure):
+            isolation.read(part, watch)
     if changed := [name for name, a, b in zip(plan.names, before, _sums(plan)) if a != b]:
         _put_back(plan)
         raise RuntimeError(

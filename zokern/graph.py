@@ -18,6 +18,7 @@ from .backends import Noise
 from .directions import Aligned
 from .estimator.base import is_captured
 from .fingerprint import memory_of
+from .parallel import micro_batches
 from .result import Late, StepResult
 from .rule import Adam
 from .step import run, unwrapped
@@ -84,9 +85,9 @@ class Graph:
 
     captures  how often the step was made ready to be captured"""
 
-    def __init__(self, optimizer: Any, closure: Callable[[], Any]) -> None:
-        self.optimizer, self.closure = unwrapped(optimizer), closure
-        _check(self.optimizer, closure)
+    def __init__(self, optimizer: Any, closure: Any) -> None:
+        self.optimizer, self.closure = unwrapped(optimizer), micro_batches(closure)
+        _check(self.optimizer)
         self.captures = 0
         self._seen: Any = None  # what the captured step relies on
         self._steps = 0
@@ -196,12 +197,13 @@ class _State:
                 state[key] = before
 
 
-def graph(optimizer: Any, closure: Callable[[], Any]) -> Graph:
+def graph(optimizer: Any, closure: Any) -> Graph:
     """Returns a callable that runs zokern.step(optimizer, closure), captured in one CUDA graph.
 
     optimizer  a zokern optimizer
     closure    computes the loss from tensors that stay in place. The caller copies each batch into them,
-               as for torch.cuda.make_graphed_callables: inputs.copy_(batch)
+               as for torch.cuda.make_graphed_callables: inputs.copy_(batch). A list are micro-batches, as
+               for zokern.step
 
     Each call is one step. The first three run as they are. The next one is captured: both readings, the
     projected gradient, the update. From then on the host writes lr, weight decay and the step's number to
@@ -218,14 +220,15 @@ def graph(optimizer: Any, closure: Callable[[], Any]) -> Graph:
     return Graph(optimizer, closure)
 
 
-def _check(optimizer: Any, closure: Any) -> None:
+def _check(optimizer: Any) -> None:
     """Refuses what cannot be captured."""
-    if not callable(closure):
-        raise TypeError(
-            f"closure is {closure!r:.80}; expected a function without arguments that computes the loss"
-        )
     name, estimator, rule = type(optimizer).__name__, optimizer.estimator, optimizer.rule
     way_out = "zokern.step(optimizer, closure) runs it without a graph"
+    if optimizer.ranks.transport is not None:
+        raise ValueError(
+            f"optimizer is {name} with a group of {optimizer.ranks.transport.size} ranks, whose losses pass "
+            f"through the host in every step; {way_out}"
+        )
     if not is_captured(estimator):
         raise ValueError(
             f"optimizer is {name} with estimator {type(estimator).__name__}, whose points depend on losses "

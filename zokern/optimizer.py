@@ -4,6 +4,7 @@ state_dict."""
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from .bases import Bases
 from .deferred import Deferred
 from .estimator import Estimate, Estimator, Oracle, Stencil
 from .low_bits import LowBits
+from .parallel import Ranks
 from .plan import Plan, Run
 from .result import StepResult, read
 from .rule import Rule, check_basis, check_scaled
@@ -64,6 +66,7 @@ class ZerothOrder(torch.optim.Optimizer):
         defer: bool | None = None,
         stencil: str | Stencil | None = None,
         estimator: Estimator | None = None,
+        group: Any = None,
         **guards: Any,
     ) -> None:
         self.guards = options.guards_of(type(self), guards)
@@ -77,6 +80,8 @@ class ZerothOrder(torch.optim.Optimizer):
         self.rule = options.rule_of(rule)
         check_basis(self.rule, self.factored)
         check_scaled(self.rule, self.scaled)
+        me = weakref.ref(self)  # without a cycle an optimizer's memory goes with its last reference
+        self.ranks = Ranks(group, lambda: checkpoint.identity(me()))
         self._unseen: list[tuple[StepResult, list[float]]] = []  # by the guards; with their lr
         self._eps: list[float] = []  # of the groups whose perturbation was found to survive rounding
         self._lock = threading.Lock()
@@ -247,14 +252,9 @@ class ZerothOrder(torch.optim.Optimizer):
             raise ValueError(
                 f"step number {self.steps} does not fit the stream's 32 bits; continue with another seed"
             )
-        if self._several and parameters.processes() > 1:
-            raise RuntimeError(
-                f"the model is wrapped in DistributedDataParallel and {parameters.processes()} processes "
-                "run: each would move along its own "
-                "losses, and the weights would drift apart. Give the optimizer model.module, and average the "
-                "loss over the processes "
-                "inside the closure (torch.distributed.all_reduce)"
-            )
+        self.ranks.check(self)
+        if self._several:
+            self.ranks.check_spread()
         if work.sharded:
             shards.check(self)
             shards.reshard(work.tree.modules)
@@ -313,7 +313,8 @@ class ZerothOrder(torch.optim.Optimizer):
         if result.unseen and self.result is None:
             self.guards.name_unseen(result.unseen)
         self._unseen.append((result, [float(group["lr"]) for group in self.param_groups]))
-        on_host = all(group.theta[0].is_cpu for group in self.work.groups)
+        # ranks read losses on the host in every step
+        on_host = self.ranks.transport is not None or all(g.theta[0].is_cpu for g in self.work.groups)
         if len(self._unseen) >= self.guards.looks(on_host):
             self.look()
 
@@ -324,6 +325,7 @@ class ZerothOrder(torch.optim.Optimizer):
         steps, self._unseen = self._unseen, []
         read([result.late for result, _ in steps])
         for result, lrs in steps:
+            self.ranks.note(result.step, (result.losses, result.coefficients, result.skipped, lrs))
             self.guards.see(result, lrs)
 
     # Deferred updates ---------------------------------------------------------------------------------------

@@ -45,7 +45,8 @@ class Plan:
     tape      what a captured step does on the host; None: the step is not captured
     rows      whether the closure returns a vector, the loss of each example
     maximize  whether the loss is a reward: the weights move along + g
-    sharded   whether this process holds a block of some parameters (shards.py)"""
+    sharded   whether this process holds a block of some parameters (shards.py)
+    part      number of the micro-batch that is read, over all ranks: each has dropout masks of its own"""
 
     groups: list[Group]
     direction: Direction
@@ -63,6 +64,7 @@ class Plan:
     maximize: bool = False
     sharded: bool = False
     tape: Any = None  # of a step that is captured (graph.py)
+    part: int = 0
 
     @cached_property
     def tensors(self) -> list[Tensor]:

@@ -19,12 +19,14 @@ from .first_order import Descent, Move, descend
 from .first_step import distance, name_statistics, repeats, unseen
 from .group import Group
 from .guards import Guards
+from .parallel import MicroBatches, Ranks, Together, micro_batches, parts_of
 from .plan import Plan
 from .result import Late, Part, StepResult
 from .rule import Rule, Sgd
 from .told import Weights
 
 Told = tuple[Weights, float, float]  # what a rule is told: the weight of each draw, lr and decay
+Closures = Callable[[], Any] | Sequence[Callable[[], Any]]
 
 
 class Steps(Protocol):
@@ -36,10 +38,13 @@ class Steps(Protocol):
     evaluation: Evaluation
     rule: Rule
     guards: Guards
+    ranks: Ranks
     state: Any
     result: StepResult | None
     drawn: bool
 
+    @property
+    def steps(self) -> int: ...
     def plan(self) -> Plan: ...
     def prepare(self, plan: Plan, oracle: Oracle) -> None: ...
     def learn(self, plan: Plan, estimate: Estimate, finite: Tensor) -> None: ...
@@ -48,9 +53,7 @@ class Steps(Protocol):
     def gated(self) -> bool: ...
 
 
-def step(
-    optimizer: Any, closure: Callable[[], Any], first_order: Callable[[], Any] | None = None
-) -> StepResult:
+def step(optimizer: Any, closure: Closures, first_order: Callable[[], Any] | None = None) -> StepResult:
     """Runs one zeroth-order step: reads the losses that the optimizer's estimator asks for, and moves the
     weights once.
 
@@ -60,7 +63,8 @@ def step(
                  prepare(), Lightning)
     closure      computes the loss of one batch, and returns a 0-d or [1] tensor or a Python number. It
                  reads the same batch at every call. Evaluations 'master', 'scratch' and 'inplace' call it
-                 once per point, under no_grad; 'paired' calls it once
+                 once per point, under no_grad; 'paired' calls it once. A list of closures are the
+                 micro-batches of one step: losses are their mean, in float64 and in the order of the list
     first_order  for methods that back-propagate too (zokern.Addax, zokern.Hybrid): computes the loss that
                  is back-propagated, as of another batch. It is called once, with a graph. None: the
                  closure
@@ -72,16 +76,12 @@ def step(
     Raises TypeError, before anything is read, for another optimizer, for what is no closure, and for a
     first_order that nothing uses. Raises RuntimeError when the closure is not repeatable, changed the
     weights or never used them. Raises RuntimeError after too many skipped or dead steps in a row, and when
-    the update made weights inf or NaN. Ranks of sharded weights that read other losses are a RuntimeError on
-    all ranks.
+    the update made weights inf or NaN. Raises zokern.RankFailed, on every rank, where the processes of a
+    group cannot go on together (zokern.Parallel). Ranks of sharded weights that read other losses are a
+    RuntimeError on all ranks.
     Malladi et al. 2023, Algorithm 1."""
     optimizer = unwrapped(optimizer)
-    if not callable(closure):
-        raise TypeError(
-            f"closure is {type(closure).__name__} {closure!r:.80}; expected a function without arguments "
-            "that computes the loss, which "
-            "is read at more than one point: zokern.step(optimizer, lambda: model(**batch).loss)"
-        )
+    closure = micro_batches(closure)
     if first_order is None:
         optimizer.step(closure, reads=False)
         return optimizer.result
@@ -114,18 +114,17 @@ def unwrapped(optimizer: Any) -> Any:
     )
 
 
-def run(
-    optimizer: Steps, closure: Callable[[], Any], first_order: Callable[[], Any] | None = None
-) -> StepResult:
+def run(optimizer: Steps, closure: Closures, first_order: Callable[[], Any] | None = None) -> StepResult:
     """Runs the step outside of a torch.inference_mode() around it: its tensors are used by later steps, in
     other modes.
 
     The closure is called in the mode in which the user wrote it."""
-    inside = torch.is_inference_mode_enabled()
-    with torch.inference_mode(False), torch.no_grad():
+    inside, closure = torch.is_inference_mode_enabled(), micro_batches(closure)
+    with optimizer.ranks.telling(optimizer.steps), torch.inference_mode(False), torch.no_grad():
+        parts = [torch.inference_mode()(part) if inside else part for part in parts_of(closure)]
         return _run(
             optimizer,
-            torch.inference_mode()(closure) if inside else closure,
+            MicroBatches(parts) if len(parts) > 1 else parts[0],
             closure if first_order is None else first_order,
         )
 
@@ -136,14 +135,17 @@ def _run(optimizer: Steps, closure: Callable[[], Any], first_order: Callable[[],
     Numbers stay where the losses are. The host reads them only where a part of the step needs one."""
     plan: Plan = optimizer.plan()
     lens, rows = getattr(optimizer.rule, "base", None), getattr(optimizer.estimator, "rows", False)
-    oracle = Oracle(optimizer.evaluation, plan, closure, optimizer.state, lens, rows)
+    reading = Together(optimizer.evaluation, optimizer.ranks)
+    oracle = Oracle(reading, plan, closure, optimizer.state, lens, rows)
     optimizer.prepare(plan, oracle)
     result: StepResult | None = None
     flaw: Tensor | None = None
     for estimate in optimizer.estimator(oracle, plan):
         part, record = plan.only(estimate.scope).along(estimate.draws), optimizer.evaluation.record
         part = part.each() if estimate.each else part
-        checked = _check(optimizer, oracle) if result is None else result.unseen
+        if result is None:
+            checked = _check(optimizer, oracle)
+            optimizer.ranks.agree(plan)
         moves = _moves(optimizer, part, estimate, flaw)
         result = _recorded(record, part, estimate, checked, result, moves, isinstance(optimizer.rule, Sgd))
         # 0 where it is not finite: the parts of the step after this one do not move either
@@ -158,8 +160,9 @@ def _run(optimizer: Steps, closure: Callable[[], Any], first_order: Callable[[],
             result.late.failed = not math.isfinite(descent.loss)
             if result.late.failed:
                 break
-        optimizer.learn(part, estimate, flaw)
-        _update(optimizer, part, moves, result.late, estimate.scope is None, descent)
+        with optimizer.ranks.writing():
+            optimizer.learn(part, estimate, flaw)
+            _update(optimizer, part, moves, result.late, estimate.scope is None, descent)
     if result is None:
         raise RuntimeError(
             f"estimator {type(optimizer.estimator).__name__} yielded no estimate; expected one or more a step"
@@ -212,12 +215,13 @@ def _check(optimizer: Steps, oracle: Oracle) -> tuple[str, ...]:
         shards.agree(plan.tensors, plan.seed, plan.step, found)
     again, base = oracle.again()
     if not repeats(plan, found, again, optimizer.evaluation.exact):
-        raise NotRepeatable(found[0], again)
+        also = "; with split='points' every rank reads the same batch" * (optimizer.ranks.split == "points")
+        raise NotRepeatable(found[0], again, also)
     if not first:
         return ()
     distance(plan, found, base)
     name_statistics(oracle.plan)
-    return unseen(oracle.plan, found, oracle.asked.closure)
+    return unseen(replace(oracle.plan, rows=plan.rows), found, oracle.asked.closure)
 
 
 def _moves(optimizer: Steps, plan: Plan, estimate: Estimate, flaw: Tensor | None) -> list[Told]:

@@ -30,6 +30,7 @@ from .estimator.spsa import CENTRAL
 from .evaluation import Evaluation, Jvp
 from .evaluation.loss import mean_of
 from .optimizer import ZerothOrder
+from .parallel import Together
 from .plan import Plan
 from .underflow import swallowed
 
@@ -222,8 +223,9 @@ def tune(
     probes, share = whole_number("probes", probes, 2), finite_number("share", share, above=0.0)
     reach = reach if reach == math.inf else finite_number("reach", reach, above=0.0)
     say = say or (lambda text: None)
-    with _borrowed(optimizer) as plan:
-        oracle = _Counted(Jvp() if evaluation is None else evaluation, plan, given[0], optimizer.state)
+    with optimizer.ranks.telling(optimizer.steps), _borrowed(optimizer) as plan:
+        reading = Together(Jvp() if evaluation is None else evaluation, optimizer.ranks)
+        oracle = _Counted(reading, plan, given[0], optimizer.state)
         optimizer.prepare(plan, oracle)
         own = [group.eps for group in plan.groups]
         widths = _widths(optimizer, oracle, plan, own, say)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -117,7 +118,7 @@ def test_an_example_is_short_and_named(name):
     assert f"examples/{name}.py" in (ROOT / "README.md").read_text()
 
 
-LEARNS = {"lora": 0.02, "accelerate_loop": 0.1, "custom_method": 0.1, "trainer": 0.1}
+LEARNS = {"lora": 0.02, "accelerate_loop": 0.1, "custom_method": 0.1, "trainer": 0.1, "data_parallel": 0.1}
 
 
 @pytest.mark.parametrize("name, least", LEARNS.items())
@@ -173,6 +174,17 @@ def test_a_quantised_base(run, monkeypatch, library):
     with torch.no_grad():
         fallen = [float(start(**batch).loss - model(**batch).loss) for batch in (next(data), next(data))]
     assert sum(fallen) / 2 > 0.02
+
+
+def test_ranks_are_equal_under_torchrun():
+    """Two processes under gloo. They read other batches: without a group their losses would differ."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, str(FOLDER / "data_parallel.py"), "--steps", "3"],
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert all(f"rank {rank}: all ranks are equal: True" in done.stdout for rank in range(2))
 
 
 def test_a_quantised_base_without_a_library_says_so(run, monkeypatch):

@@ -38,6 +38,8 @@ LAYERS = {
         "told",
         "result",
         "guards",
+        "transport",
+        "parallel",
     ],
     "rules": ["rule"],
     "step": ["first_step", "first_order", "step"],

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from ..evaluation import THETA, Evaluation, Point
-from ..evaluation.loss import mean_of
 from ..group import Draw, Group
 from ..plan import Plan
 
@@ -159,15 +158,18 @@ class Oracle:
 
         For estimators with `rows`: the closure returns a vector of them."""
         plan = scope if isinstance(scope, Plan) else self.plan.only(scope)
-        found = self._read(replace(plan, rows=True), points, self.closure)
-        self.asked = Asked(list(points), found.mean(1), plan, self.bases, mean_of(self.closure))
+        plan = replace(plan, rows=True)
+        found = self._read(plan, points, self.closure)
+        self.asked = Asked(list(points), found.mean(1), plan, self.bases, self.closure)
         return found
 
     def again(self) -> tuple[float, float]:
         """Returns the loss of the last question's first point, read again, and theta's, at the same base."""
         points, _, plan, bases, closure = self.asked
         with self._all(bases, plan):
-            first, middle = self._read(plan, [points[0], THETA], closure).tolist()
+            # in this order: where ranks divide the points, another rank than before reads the first one
+            found = self._read(plan, [THETA, points[0]], closure)
+        middle, first = (found.mean(1) if plan.rows else found).tolist()
         return first, middle
 
     @contextmanager

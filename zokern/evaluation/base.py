@@ -40,11 +40,11 @@ class Refused(RuntimeError):
 class NotRepeatable(RuntimeError):
     """The closure returned two losses for the same weights."""
 
-    def __init__(self, first: float, again: float) -> None:
+    def __init__(self, first: float, again: float, also: str = "") -> None:
         super().__init__(
             f"the closure returned {first!r} and then {again!r} for the same weights: it advances a data "
             "iterator, a cache or a random generator of its own, or changes its batch, so the two sides of a "
-            "pair do not measure the same loss; take the batch, and what changes, outside the closure"
+            "pair do not measure the same loss; take the batch, and what changes, outside the closure" + also
         )
 
 

@@ -46,7 +46,7 @@ class Isolation:
         self.rows = self.calls = 0
         self.found: list[Isolation] = []  # of roots that were found in this call
         if root is None:
-            self.seed = rng.seed_of(plan.seed, plan.step)
+            self.seed = rng.seed_of(plan.seed, plan.step, plan.part)
             self.weights = Fingerprint(plan.memory())
         self._remember()
 

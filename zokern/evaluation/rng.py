@@ -11,10 +11,10 @@ from contextlib import contextmanager
 import torch
 
 
-def seed_of(seed: int, step: int) -> int:
-    """Returns the seed of the readings of a step:
-    all of them see the same dropout masks, and no two steps do."""
-    digest = hashlib.sha256(f"dropout {seed} {step}".encode()).digest()
+def seed_of(seed: int, step: int, part: int = 0) -> int:
+    """Returns the seed of the readings of a step's micro-batch:
+    all of them see the same dropout masks, and no two steps or micro-batches do."""
+    digest = hashlib.sha256((f"dropout {seed} {step}" + (f" {part}" if part else "")).encode()).digest()
     return int.from_bytes(digest[:8], "little")
 
 

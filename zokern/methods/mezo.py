@@ -61,6 +61,8 @@ class MeZO(ZerothOrder):
     force         accept an eps that rounding swallows for more than half of the 16-bit weights
     every         steps between two looks at the numbers that these options are about; a look waits for the
                   device. None: 1 on a CPU, 16 on a GPU
+    group         the processes that share a step (docs/processes.md). None: this one alone; 'auto': all of
+                  torch.distributed, whose losses are averaged; a ProcessGroup; or zokern.Parallel(...)
 
     Writes the parameters once per step, and optimizer state: none for SGD, a float32 (Momentum) or two (Adam)
     for each weight, an int16 for each with rounding='residual'.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -45,10 +48,26 @@ def _hides(wrapper: nn.Module) -> bool:
     return any(cls.__name__ == "FullyShardedDataParallel" for cls in type(wrapper).__mro__)
 
 
+def is_spread(module: nn.Module) -> bool:
+    """Tells whether a module is DistributedDataParallel's wrapper."""
+    return any(cls.__name__ == "DistributedDataParallel" for cls in type(module).__mro__)
+
+
 def is_parallel(model: nn.Module) -> bool:
     """Tells whether a module, or one inside it, is wrapped for data parallelism over several processes."""
-    classes = [cls for module in model.modules() for cls in type(module).__mro__]
-    return any(cls.__name__ == "DistributedDataParallel" for cls in classes)
+    return any(map(is_spread, model.modules()))
+
+
+@contextmanager
+def spread_modules(act: Callable[[nn.Module], None]) -> Iterator[None]:
+    """Inside, calls act(module) before each forward of DistributedDataParallel."""
+    hook = nn.modules.module.register_module_forward_pre_hook(
+        lambda module, _: act(module) if is_spread(module) else None
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def processes() -> int:
