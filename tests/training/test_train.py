@@ -318,26 +318,6 @@ def test_a_plot_a_report_and_rows_to_judge_by(place, tmp_path, capsys):
 # Options ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name, text",
-    [
-        ("run.json", '{"steps": 7, "words": {"bad": "terrible", "1": "great"}, "held-out": 0, "set": '
-         '[["rank", 4], "kind=x"], "quiet": true, "resume": false, "eval_file": null}'),
-        ("run.toml", 'steps = 7\nheld-out = 0\nset = ["rank=4", "kind=x"]\nquiet = true\n'
-         '[words]\nbad = "terrible"\n1 = "great"\n'),
-    ],
-)  # fmt: skip
-def test_flags_win_over_a_file(tmp_path, name, text):
-    if name.endswith("toml"):
-        pytest.importorskip("tomllib", reason="Python reads TOML from 3.11 on")
-    (tmp_path / name).write_text(text)
-    given = ["--config", str(tmp_path / name), "--model", "m", "--data", "d.csv", "--output", "o"]
-    options = parse([*given, "--template", "{} x", "--steps", "9"], None)
-    assert options.steps == 9 and options.held_out == 0.0 and options.quiet and not options.resume
-    assert options.words == ["bad=terrible", "1=great"] and options.set == [("rank", 4), ("kind", "x")]
-    assert parse([*given, "--template", "{} x"], None).steps == 7
-
-
 MODEL, DATA = "--model", "--data"
 REFUSED = [
     ([MODEL, "nowhere"], "--model is 'nowhere': there is no such folder"),
@@ -386,13 +366,6 @@ def test_a_wrong_flag_ends_with_its_name(place, tmp_path, capsys, more, complain
     with pytest.raises(SystemExit) as end:
         train(place, tmp_path / "out", *more)
     assert end.value.code == 2 and complaint in capsys.readouterr().err
-
-
-def test_an_unknown_entry_of_a_file_lists_the_known_ones(tmp_path, capsys):
-    (tmp_path / "run.json").write_text('{"stpes": 7}')
-    with pytest.raises(SystemExit):
-        parse(["--config", str(tmp_path / "run.json")], None)
-    assert "run.json has 'stpes'; expected some of batch-size" in capsys.readouterr().err
 
 
 def test_a_resumed_run_keeps_what_decides_its_bits(place, tmp_path, capsys):
