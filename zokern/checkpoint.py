@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from . import shards
 from .directions import Direction, LowRank, Scaled
 from .estimator import Estimator
 from .evaluation import Evaluation
@@ -97,7 +98,7 @@ def recipe(optimizer: Saved) -> dict[str, Any]:
 def identity(optimizer: Any) -> dict[str, str]:
     """Returns what the ranks of one run have alike, as text by name: recipe, options, names, weights, states.
 
-    Reads every trained weight and every state of the optimizer once."""
+    Reads every trained weight and every state of the optimizer once; of shards, which differ, nothing."""
     found: dict[str, Any] = {"seed": optimizer.run.seed, "step": optimizer.run.step, **recipe(optimizer)}
     found |= {"evaluation": optimizer.evaluation.name, **vars(optimizer.guards)}
     keepers = {name: part for name, part in _keepers(optimizer).items() if name != "evaluation"}
@@ -109,6 +110,8 @@ def identity(optimizer: Any) -> dict[str, str]:
         for entry in entries:
             tensor, name = entry.tensor, entry.name
             found[f"form of {name!r}"] = f"{tensor.dtype}{list(tensor.shape)} {tensor.requires_grad}"
+            if shards.is_sharded(tensor):  # each rank has a block of its own
+                continue
             found[f"checksum of the weights of {name!r}"] = checksum(tensor)
             for key, value in optimizer.state.get(tensor, {}).items():
                 own = checksum(value) if isinstance(value, Tensor) else value

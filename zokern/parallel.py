@@ -70,7 +70,7 @@ def parts_of(closure: Callable[[], Any]) -> tuple[Callable[[], Any], ...]:
 
 
 class Parallel:
-    """How the processes of a run share a step: `group=` of every optimizer.
+    """Shares the steps of a run between processes: `group=` of every optimizer.
 
     group  'auto': all processes of torch.distributed, where it runs; a ProcessGroup, which this process is
            in; or an object with rank, size, sent, name(rank) and gather(message) (zokern.transport.Transport)

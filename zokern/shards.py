@@ -158,6 +158,7 @@ class Parts(Protocol):
     factored: Any
     scaled: Any
     tape: Any
+    ranks: Any
 
 
 def check(optimizer: Parts) -> None:
@@ -176,6 +177,8 @@ def check(optimizer: Parts) -> None:
         (not optimizer.scaled, "direction", optimizer.scaled and optimizer.scaled.name, "use 'normal'"),
         (losses, "estimator", type(estimator).__name__, "use one that reads losses alone: zokern.Spsa()"),
         (optimizer.tape is None, "the step", "captured in a graph", "call zokern.step"),
+        # a forward of shards is one of all ranks, and with points of its own each rank has another number
+        (optimizer.ranks.split == "batch", "split", optimizer.ranks.split, "use zokern.Parallel()"),
     ):
         if not fits:
             raise ValueError(

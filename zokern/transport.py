@@ -15,7 +15,7 @@ Gather = Callable[[Tensor], Tensor]
 
 
 class RankFailed(RuntimeError):
-    """All ranks stop in the same step: one of them raised, ended, or does something else than the others.
+    """Stops all ranks in the same step: one of them raised, ended, or does something else than the others.
 
     The message names the rank, its error and the way out."""
 

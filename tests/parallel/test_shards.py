@@ -132,6 +132,13 @@ def test_ranks_with_a_batch_each_may_average_the_loss(found: Any) -> None:
     assert found["averaged"]["ranks"] == 1 and len(set(found["averaged"]["losses"])) > 2
 
 
+@pytest.mark.parametrize("way", ["hybrid", "fsdp 4"])
+def test_ranks_with_a_batch_each_have_the_bits_of_one_process_with_all(way: str, found: Any) -> None:
+    mine, right = found["grouped", way], sharded.grouped(sharded.Layers(), None)
+    assert mine["ranks"] == 1 and mine["losses"] == right["losses"]
+    assert different(mine["weights"], right["weights"]) == []
+
+
 def test_the_blocks_of_the_page_run(mesh: Any) -> None:
     class Scored(nn.Module):
         def __init__(self) -> None:
@@ -145,7 +152,7 @@ def test_the_blocks_of_the_page_run(mesh: Any) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/shards.md").read_text(), re.M | re.S)
     for source in blocks:
         exec(compile(source, "docs/shards.md", "exec"), names)
-    assert len(blocks) == 2 and names["opt"].steps == 3
+    assert len(blocks) == 2 and names["opt"].steps == 2  # of the second block
 
 
 # Saving -----------------------------------------------------------------------------------------------------
@@ -243,8 +250,24 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
         lambda m: zokern.MeZO(m, estimator=zokern.Kernel(clip_norm=1.0)),
         "estimator is 'Kernel'.*zokern.Spsa",
     ),
+    "points of its own": (
+        lambda m: zokern.MeZO(m, group=zokern.Parallel(Two(), split="points")),
+        "split is 'points'.*zokern.Parallel",
+    ),
     "a rule that does not say": (lambda m: zokern.MeZO(m, rule=Own()), "rule is 'own'"),
 }  # fmt: skip
+
+
+class Two:
+    """A transport that says it has two ranks."""
+
+    rank, size, sent = 0, 2, 0
+
+    def gather(self, message: Tensor) -> Tensor:
+        raise AssertionError("it was used")
+
+    def name(self, rank: int) -> str:
+        return f"rank {rank}"
 
 
 class Own(zokern.Sgd):

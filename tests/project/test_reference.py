@@ -60,7 +60,7 @@ def kind(exported) -> str:
 
 def parameters(exported) -> list[str]:
     """The arguments that a docstring has to tell: none of exceptions and of what a user does not build."""
-    if exported in (zokern.StepResult, zokern.Tuning, zokern.Refused):
+    if exported in (zokern.StepResult, zokern.Tuning, zokern.Refused, zokern.RankFailed):
         return []
     return [name for name, p in inspect.signature(exported).parameters.items() if p.kind is not p.VAR_KEYWORD]
 

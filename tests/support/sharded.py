@@ -241,6 +241,16 @@ def averaged(model: nn.Module, rank: int) -> dict[str, Any]:
     return {"weights": weights, "states": {}, "losses": losses}
 
 
+def grouped(model: nn.Module, rank: int | None) -> dict[str, Any]:
+    """Returns what a run finds whose ranks read a batch each, under group='auto'; rank None: one process that
+    reads all batches."""
+    opt = built("Adam", model, evaluation="master", group=None if rank is None else "auto")
+    read = [lambda k=k: model(X + k).square().mean() for k in (range(WORLD) if rank is None else [rank])]
+    losses = [loss for _ in range(SHORT) for loss in zokern.step(opt, read).losses[0]]
+    weights = {name: whole(p).detach().clone() for name, p in model.named_parameters()}
+    return {"weights": weights, "states": {}, "losses": losses}
+
+
 def own_batch(model: nn.Module, rank: int) -> None:
     """Takes a step whose loss is that of one rank's batch."""
     zokern.step(built("MeZO", model), lambda: model(X + rank).square().mean())
@@ -349,6 +359,8 @@ def on_rank(rank: int, folder: str) -> None:
     for name in OTHERS:
         found[name] = counted(in_brief(name, make["fsdp columns"](torch.float32)))
     found["averaged"] = counted(averaged(make["hybrid"](torch.float32), rank))
+    for way in ("hybrid", "fsdp 4"):
+        found["grouped", way] = counted(grouped(make[way](torch.float32), rank))
     for name, (way, method, function, wrong) in WRONG.items():
         with swapped(function, wrong), swapped("agree", lambda right: lambda *a: None):
             found[name] = refused(train, method, make[way](METHODS[method][2]))
