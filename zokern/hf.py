@@ -217,6 +217,7 @@ def _split(optimizer: ZerothOrder, ids: Collection[int], **options: Any) -> None
     found = [(own, [entries[i] for i in side]) for side, own in zip(sides, kept) if side]
     optimizer.param_groups[:] = [own for own, _ in found]
     optimizer.work.entries[:] = [own for _, own in found]
+    optimizer.work.params[:] = [[entry.tensor for entry in own] for _, own in found]
 
 
 def _check_options(zo: dict[str, Any], options: dict[str, Any]) -> None:
