@@ -143,6 +143,13 @@ VERBS = (
     ),
     Part("compiled perturb", "axpy_ beside torch.compile of the eager perturb", "dense:compiled", seconds=20),
 )
+SEVERAL = Part(
+    "several",
+    "ranks under NCCL with a batch each, copies and shards of a model, against one process; with one GPU "
+    "it says that this was not measured",
+    "several:several",
+    seconds=60,
+)
 COUNTERS = Part(
     "counters",
     "hardware counters of one launch of each kernel, by ncu, where it is installed",
@@ -177,7 +184,7 @@ STAGES = (
         "thorough",
         "the conformance suite, 2^31 elements, digests, compute-sanitizer",
         0.5,
-        in_turns(thorough),
+        (*in_turns(thorough), SEVERAL),
         together=True,
         most=80,
     ),

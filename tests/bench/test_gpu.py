@@ -48,6 +48,7 @@ from benchmarks.gpu import (  # noqa: E402
     pool,
     replay,
     rules,
+    several,
     steps,
     timing,
     trace,
@@ -399,6 +400,17 @@ def test_graphs(verb) -> None:
     with pytest.raises(AssertionError, match="replay"):
         wrong = {"lowrank_": FactorsOnce, "linear, fused": ProductOnce}.get(verb, ClockOnce)
         graphs.VERBS[verb](wrong(), "cpu", torch.bfloat16, 37)
+
+
+def test_several() -> None:
+    """Ranks that are left apart have losses of their own."""
+    said: list[dict] = []
+    run = Run(lambda kind, **fields: said.append({"kind": kind, **fields}), "cpu")
+    several.several(run)
+    assert [each["problem"] for each in said] == [None, None]
+    said.clear()
+    several.several(run, group=None)
+    assert "other losses" in said[0]["problem"] and said[1]["problem"]
 
 
 CLEAN = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
