@@ -73,7 +73,9 @@ def bench(options: argparse.Namespace, say: Any) -> dict[str, Any]:
     say("kernels")
     kernel_rows = kernels(device, KERNEL_SHARE * options.seconds)
     module, name = _model(options)
-    ids = torch.randint(4, module.config.vocab_size, (options.batch_size, options.length)).to(device)
+    ids = torch.randint(
+        4, module.config.vocab_size, (options.batch_size, options.length), dtype=torch.int64, device="cpu"
+    ).to(device)
     rows, share = [], (1.0 - KERNEL_SHARE) * options.seconds / (len(METHODS) + 1)
     for method in (*METHODS, "eager"):
         say(f"steps: {method}")
@@ -126,7 +128,7 @@ def kernels(device: torch.device, seconds: float) -> list[dict[str, Any]]:
     element; `over_copy` is time over that of a copy that moves as much."""
     make = functools.partial(torch.empty, ROWS, COLUMNS, dtype=torch.float32, device=device)
     w, other, third = make().normal_(), make(), make()
-    left, right = (torch.randn(n, RANK, device=device) for n in (ROWS, COLUMNS))
+    left, right = (torch.randn(n, RANK, dtype=torch.float32, device=device) for n in (ROWS, COLUMNS))
     name: dict[str, Any] = {"seed": 1, "who": "w"}
 
     def eager_both() -> None:

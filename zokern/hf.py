@@ -111,7 +111,7 @@ class ZerothOrderMixin(Base):
         """Keeps a micro-batch; takes a step with the last one. Returns the loss of the step, float32 []."""
         self._parts.append((inputs, num_items_in_batch))
         if not self.accelerator.sync_gradients:
-            return torch.zeros((), device=self.args.device)
+            return torch.zeros((), dtype=torch.float32, device=self.args.device)
         parts, self._parts = self._parts, []
         forward = super().training_step
 
@@ -204,7 +204,9 @@ def _losses(accelerator: Any) -> Iterator[list[Tensor]]:
 def _mean_loss(result: StepResult) -> Tensor:
     """Returns StepResult.loss where it lies: on the device, until the numbers of the step are read."""
     losses = [part.losses.reshape(-1) for part in result.late.parts]
-    return torch.cat(losses).mean() if losses else torch.tensor(result.loss)
+    return (
+        torch.cat(losses).mean() if losses else torch.tensor(result.loss, dtype=torch.float32, device="cpu")
+    )
 
 
 def _split(optimizer: ZerothOrder, ids: Collection[int], **options: Any) -> None:

@@ -363,7 +363,11 @@ class Together:
         first = 0 if shared else place * len(parts)  # the number of a micro-batch starts its dropout masks
         found = [read(replace(plan, part=first + i), mine, one) for i, one in enumerate(parts) if mine]
         device = found[0].device if found else torch.device("cpu")
-        table = torch.cat([one.to(device) for one in found], 1) if found else torch.empty(0, 1)
+        table = (
+            torch.cat([one.to(device) for one in found], 1)
+            if found
+            else torch.empty(0, 1, dtype=torch.float64, device=device)
+        )
         if transport is None:
             return table
         flat = self.ranks.exchange(plan, table, f"{asked} {plan.rows}", len(parts))

@@ -131,7 +131,7 @@ def agree(tensors: Iterable[Tensor], seed: int, step: int, losses: Sequence[floa
     Every rank gathers 8 (len(losses) + 3) bytes of each rank of a mesh dimension, for one after the other."""
     meshes = {t.device_mesh: None for t in tensors if is_sharded(t)}  # type: ignore[attr-defined]
     bits = torch.tensor([*losses], dtype=torch.float64, device="cpu").view(torch.int64)
-    mine = torch.cat([torch.tensor([0, seed - 2**63, step], device="cpu"), bits])
+    mine = torch.cat([torch.tensor([0, seed - 2**63, step], dtype=torch.int64, device="cpu"), bits])
     for mesh in meshes:
         for dim in range(mesh.ndim):
             group, here = mesh.get_group(dim), mine.to(mesh.device_type)

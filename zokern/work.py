@@ -246,7 +246,10 @@ class Work:
             if keeps.counted and "updates" not in known and self.bases.draw_shape(entry) is None:
                 device = entry.tensor.device
                 shapes = self._of_elements(entry)
-                zeros = {key: torch.zeros(shape, device=device) for key, shape in shapes.items()}
+                zeros = {
+                    key: torch.zeros(shape, dtype=torch.float32, device=device)
+                    for key, shape in shapes.items()
+                }
                 states[entry.tensor].update(zeros, updates=0)
 
     def shard(self, state_dict: dict[str, Any], held: list[tuple[Trained, dict]]) -> dict[str, Any]:

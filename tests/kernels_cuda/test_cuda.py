@@ -126,8 +126,8 @@ MISTAKES = [
     ("the first long sum for all", "sums<true>(k,", "sums<true>({wrong} ? 0 : k,"),
     (
         "random bits of the step before",
-        "Name(place.who, term.step + terms",
-        "Name(place.who, term.step - {wrong} + terms",
+        "Name(who, term.step + terms",
+        "Name(who, term.step - {wrong} + terms",
     ),
     ("the first 32 steps for all", "mine = k + static_cast", "mine = ({wrong} ? 0 : k) + static_cast"),
     ("two steps of four twice", "add(term + n);", "add(term + ({wrong} ? n & 2 : n));"),

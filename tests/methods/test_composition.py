@@ -53,6 +53,7 @@ CONTRACTS = {
     "Kept",
     "Drawn",
     "Keeps",
+    "Stack",
 }
 CONTRACTS |= {
     "Base",
