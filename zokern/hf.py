@@ -73,7 +73,8 @@ class ZerothOrderMixin(Base):
     backward pass all the same.
 
     Raises ValueError, before the Trainer is built, for training arguments that need a gradient or parts of
-    parameters, and for several GPUs or processes; TypeError, in train(), for another optimizer."""
+    parameters, for several GPUs of one process, and for several processes without zo=dict(group=...);
+    TypeError, in train(), for another optimizer."""
 
     model: Any
     optimizer: Any
@@ -256,7 +257,8 @@ def _check_arguments(args: Any, zo: dict[str, Any]) -> None:
         )
     if args.world_size > 1 and "group" not in zo:
         raise ValueError(
-            f"world_size is {args.world_size}: each process would move along its own losses; start one"
+            f"world_size is {args.world_size}, and zo has no group: each process would move along its own "
+            "losses; give zo=dict(group='auto', ...), or start one process"
         )
 
 

@@ -66,6 +66,18 @@ def test_a_wrapped_model_without_a_group_is_an_error(found):
             assert "4 processes run, and group is None" in said and "group='auto'" in said
 
 
+def test_trainer(tmp_path):
+    """Ranks are alike, and near one process that reads both batches as micro-batches of a step: that one sums
+    their losses in float32. Half of the batches is another run."""
+    pytest.importorskip("transformers")
+    (first, said), (second, _) = ranks.processes(2, rank_work.trainers, tmp_path, str(tmp_path))
+    assert first == second
+    both, half = (rank_work.trained(str(tmp_path / "one"), parts=n) for n in (2, 1))
+    assert first[0] == pytest.approx(both[0], rel=1e-4) != half[0]
+    assert first[1] == pytest.approx(both[1], abs=1e-4) != half[1]
+    assert "group" in said
+
+
 def test_accelerate(tmp_path):
     """prepare() wraps the model after the optimizer was built; the loader gives each rank its batches."""
     pytest.importorskip("accelerate")

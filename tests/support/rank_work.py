@@ -103,6 +103,39 @@ def prepared(rank: int) -> Any:
     return type(model).__name__, opt.optimizer.steps, ranks.bits(model)
 
 
+def trainers(rank: int, folder: str) -> Any:
+    """transformers' Trainer on two ranks: alike with a group, and what it says without one."""
+    return [trained(f"{folder}/{rank}", parts=1, group="auto"), refusal(f"{folder}/{rank}")]
+
+
+def refusal(folder: str) -> str:
+    try:
+        trained(folder, parts=1)
+    except ValueError as problem:
+        return str(problem)
+    return "nothing"
+
+
+def trained(folder: str, parts: int, **zo: Any) -> Any:
+    """Returns the losses of a Trainer's steps and the weights; parts: micro-batches of a step."""
+    import transformers
+
+    from zokern.hf import ZerothOrderTrainer
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=17, **shape))
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.arange(80).view(16, 5) * 7 % 17]
+    args = transformers.TrainingArguments(
+        folder, learning_rate=1e-2, max_steps=4, per_device_train_batch_size=2, logging_steps=1,
+        gradient_accumulation_steps=parts, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = ZerothOrderTrainer(model, args, train_dataset=rows, zo={"eps": 1e-3, **zo})
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses, torch.cat([p.detach().reshape(-1) for p in model.parameters()]).tolist()
+
+
 def killed(rank: int, culprit: int, step: int) -> Any:
     """Rank `culprit` is killed in its closure; the others say what they meet, and their weights."""
     model = ranks.net()
