@@ -26,6 +26,8 @@ LONGEST = (
     "test_reports",
     "test_architectures",
     "test_wheel",
+    "test_composition",
+    "test_study",
     "test_linear_triton",
     "test_lowrank_triton",
     "test_scaled_triton",
