@@ -59,8 +59,8 @@ class Words:
         return _classified(self.words.logits(model, inputs), labels)
 
 
-class Head:
-    """A sequence-classification head.  limit: tokens of a row; what is longer loses its end."""
+class _Rows:
+    """Rows as tokens, with padding on the right.  limit: tokens of a row; what is longer loses its end."""
 
     def __init__(self, tokenizer: Any, limit: int) -> None:
         self.tokenizer, self.limit = tokenizer, limit
@@ -68,32 +68,29 @@ class Head:
     def length(self, row: Row) -> int:
         return len(row.text)
 
+    def inputs(self, rows: Sequence[Row]) -> Inputs:
+        texts = [row.text for row in rows]
+        found = self.tokenizer(texts, truncation=True, max_length=self.limit)["input_ids"]
+        return padded(found, self.tokenizer.pad_token_id, left=False)
+
+
+class Head(_Rows):
+    """A sequence-classification head."""
+
     def batch(self, rows: Sequence[Row]) -> tuple[Inputs, Tensor]:
-        found = self.tokenizer([row.text for row in rows], truncation=True, max_length=self.limit)[
-            "input_ids"
-        ]
         labels = torch.tensor([row.label for row in rows], dtype=torch.int64, device="cpu")
-        return padded(found, self.tokenizer.pad_token_id, left=False), labels
+        return self.inputs(rows), labels
 
     def read(self, model: nn.Module, inputs: Inputs, labels: Tensor) -> Read:
         return _classified(model(**inputs).logits.float(), labels)
 
 
-class Text:
-    """The next token of every text.  limit: tokens of a row; what is longer loses its end."""
-
-    def __init__(self, tokenizer: Any, limit: int) -> None:
-        self.tokenizer, self.limit = tokenizer, limit
-
-    def length(self, row: Row) -> int:
-        return len(row.text)
+class Text(_Rows):
+    """The next token of every text."""
 
     def batch(self, rows: Sequence[Row]) -> tuple[Inputs, Tensor]:
         """Returns (inputs, labels). Labels are the next tokens, and -100 where there is none."""
-        found = self.tokenizer([row.text for row in rows], truncation=True, max_length=self.limit)[
-            "input_ids"
-        ]
-        inputs = padded(found, self.tokenizer.pad_token_id, left=False)
+        inputs = self.inputs(rows)
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
         return inputs, F.pad(labels[:, 1:], (0, 1), value=-100)
 
