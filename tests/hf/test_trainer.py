@@ -580,7 +580,11 @@ def test_a_default_is_accepted(train, given):
         ("fsdp", "full_shard", "fsdp is full_shard; a step needs the whole"),
         ("parallelism_config", "two", "parallelism_config is two; a step needs the whole"),
         ("n_gpu", 2, "n_gpu is 2: Trainer would copy the model"),
-        ("world_size", 2, "world_size is 2: each process would move along its own losses"),
+        (
+            "world_size",
+            2,
+            "world_size is 2, and zo has no group: each process would move along its own losses",
+        ),
     ],
 )
 def test_several_devices_are_refused(tmp_path, monkeypatch, name, value, words):
