@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -106,6 +107,19 @@ def loss_of(model, batch: int, length: int):
     ids = _ids(model, batch, length)
     # one example, for estimators that want the loss of each
     return lambda: model(input_ids=ids, labels=ids).loss.reshape(1)
+
+
+def loss_on_meta(model, batch: int, length: int):
+    """Returns the same for a model on the meta device, with a mask: without one, transformers looks at
+    values."""
+    ids = torch.empty(batch, length, dtype=torch.int64, device="meta")
+    mask = torch.empty(batch, 1, length, length, dtype=model.dtype, device="meta")
+
+    def loss() -> Tensor:
+        output = model(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False)
+        return F.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()).reshape(1)
+
+    return loss
 
 
 def _ids(model, batch: int, length: int):

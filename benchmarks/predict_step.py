@@ -4,8 +4,8 @@ Every time is predicted, none was measured on a GPU. What it is made of, and whe
 
     forward   the operations of one forward, recorded on the meta device at the model's own shapes. An
               operation takes max(FLOOR, bytes / bandwidth, flops / rate); views take nothing
-    launches  the verbs of a step, recorded by benchmarks/recorder.py; a verb takes what its bytes and the
-              machine code of its loop take (benchmarks/predict.py)
+    launches  the verbs of a step, recorded there too (benchmarks/recorder.py); a verb takes what its bytes
+              and the machine code of its loop take (benchmarks/predict.py)
     host      seconds of Python and of torch's dispatch, measured on the CPU of this machine with models of
               the same number of layers whose arithmetic is next to nothing: the least time of one thread
     step      eager   host outside the forwards + max(host of the forwards, device). The host works while the
@@ -38,18 +38,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import zokern
-from zokern import backends, devices
+from zokern import backends, devices, underflow
+from zokern.evaluation import copies
 
 from . import eager, models
+from .on_meta import on_meta
 from .predict import Device, Work
 from .recorder import Call, Recorder
 
 MODELS = ("Llama-1B", "OPT-1.3B", "Llama-7B", "OPT-13B")
 CELLS = ((1, 16), (4, 128), (16, 256))  # batch and length
 METHODS = ("master", "paired")
-# 'meta' takes launches from the model's own shapes. Its model needs a mask there: without one transformers
-# looks at values, and no verb does
-RECORD_ON = "cpu"
 # Seconds and rates that were not measured: of launches that are ready, of a graph's nodes and its start.
 FLOOR, GAP, START = 2.5e-6, 1.0e-6, 10e-6
 MEMORY = 141e9  # bytes of an H200
@@ -170,75 +169,51 @@ class _Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def room(name: str) -> int:
+    """Returns the bytes that evaluation 'paired' takes for copies beside a model's weights on an H200."""
+    return int(devices.GPU.share * (MEMORY - 2 * weights(name)[0]))
+
+
 def is_held(name: str) -> bool:
-    """Whether copies of both sides fit the budget of evaluation 'paired' beside the weights."""
-    size = 2 * weights(name)[0]
-    return 2 * size <= devices.GPU.share * (MEMORY - size)
+    """Whether copies of both sides fit there."""
+    return 4 * weights(name)[0] <= room(name)
 
 
-def evaluation(name: str, method: str) -> Any:
-    """Returns an evaluation that compares nothing; where the copies of a model do not fit, a budget that does
-    not hold the narrow one's either."""
-    if method == "master":
-        return zokern.Master()
-    return zokern.Paired(None if RECORD_ON == "meta" or is_held(name) else 1 << 20, check=False)
-
-
-def _optimizer(name: str, module: nn.Module, method: str, backend: Any = None) -> zokern.MeZO:
+def _optimizer(module: nn.Module, method: str, budget: int | None, backend: Any = None) -> zokern.MeZO:
+    """Returns an optimizer that compares nothing and looks at no number."""
+    evaluation: Any = zokern.Master() if method == "master" else zokern.Paired(budget, check=False)
     made = zokern.MeZO(module, lr=1e-6, eps=1e-3, dead_limit=None, force=True, backend=backend,
-                       evaluation=evaluation(name, method))  # fmt: skip
+                       paired_check=None, every=1000, evaluation=evaluation)  # fmt: skip
     made.run.step = 10  # the first ten also sample the weights
     return made
 
 
 @contextmanager
-def like_a_gpu(width: int) -> Any:
-    """Inside, a CPU's tensors are taken for a GPU's: whole matrices, made at their use, without its own
-    products."""
-    from zokern.evaluation import copies
+def like_a_gpu(width: int = copies.RESIDENT) -> Any:
+    """Inside, other tensors are taken for a GPU's: whole matrices, made at their use, without a CPU's own
+    products.
 
+    width  elements of the largest tensors that are perturbed together"""
     with patch.object(devices, "of", lambda device: devices.GPU), patch.object(copies, "RESIDENT", width):
         yield
 
 
-def recorded(name: str, method: str) -> Steps:
-    """Returns the launches of a step, the third of a run."""
-    if RECORD_ON == "meta":
-        module, recorder = models.on_device(name, torch.bfloat16, "meta"), Recorder()
-        width, shape = 1 << 16, CELLS[0]
-    else:
-        module, inner = narrow(name).bfloat16(), "cpu" if backends.why_off("cpu") is None else "reference"
-        recorder, width, shape = Recorder(backends.get(inner)), WIDTH, (1, 8)
-    loss, found = models.loss_of(module, *shape), Steps()
-    with like_a_gpu(width), warnings.catch_warnings():
+def recorded(name: str, method: str, cell: tuple[int, int] = CELLS[0]) -> Steps:
+    """Returns the launches of a step at a model's own shapes, the third of a run on the meta device."""
+    module, recorder, found = models.on_device(name, torch.bfloat16, "meta"), Recorder(), Steps()
+    loss = models.loss_on_meta(module, *cell)
+    with on_meta(), like_a_gpu(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made = _optimizer(name, module, method, recorder)
-        for _ in range(2):
+        made = _optimizer(module, method, room(name), recorder)
+        # a run's start samples the weights for what rounding to 16 bits swallows of z
+        with patch.object(underflow, "check_perturbation", lambda *_: None):
             zokern.step(made, loss)
+        zokern.step(made, loss)
         recorder.calls.clear()
         with _Reads(found):
             zokern.step(made, loss)
     found.calls = list(recorder.calls)
     return found
-
-
-def scaled(call: Call, mine: int, products: int, name: str) -> tuple[int, int]:
-    """Returns elements and bytes of a call at a model's own shapes: they move as many bytes an element.
-
-    A launch for all weights has all of the model's, those at the use of matrices share what its products
-    read, and others are small.
-
-    mine, products  elements of the narrow model, and of its launches for one matrix each"""
-    if RECORD_ON == "meta":
-        return call.elements, call.traffic
-    each = call.traffic / max(1, call.elements)
-    if 10 * call.elements > 9 * mine:
-        elements = weights(name)[0]
-    elif call.verb == "perturb" and call.tensors == 1 and call.sides == 2:
-        elements = int(call.elements / products * sum(o.weight for o in forward(name, *CELLS[0])))
-    else:
-        elements = call.elements
-    return elements, int(each * elements)
 
 
 # Host time, measured here -----------------------------------------------------------------------------------
@@ -297,10 +272,12 @@ def _calls(name: str) -> dict[str, Callable[[], Any]]:
         loss()
 
     calls: dict[str, Callable[[], Any]] = {"forwards": forwards}
+    # where the copies of a model do not fit, those of the narrow one do not either
+    budget = None if is_held(name) else 1 << 20
     for method in METHODS:
         own = models.same_weights(module)
         backend = Recorder(backends.get("cpu")) if backends.why_off("cpu") is None else None
-        made, mine = _optimizer(name, own, method, backend), models.loss_of(own, 1, 8)
+        made, mine = _optimizer(own, method, budget, backend), models.loss_of(own, 1, 8)
         calls[method] = lambda made=made, mine=mine: zokern.step(made, mine)
     other = narrow(name)
     parameters, seeds = list(other.parameters()), itertools.count()
@@ -351,13 +328,8 @@ def step_seconds(
         return seconds + max(size / (device.bandwidth * 1e12), FLOOR * LOOP_OPERATIONS * number), launches + (
             LOOP_OPERATIONS * number
         )
-    mine = max((call.elements for call in launched.calls), default=0)
-    products = sum(
-        c.elements for c in launched.calls if c.verb == "perturb" and c.tensors == 1 and c.sides == 2
-    )
     for call in launched.calls:
-        elements, size = scaled(call, mine, products, name)
-        seconds += verb_seconds(call.verb, elements, size, works, device)
+        seconds += verb_seconds(call.verb, call.elements, call.traffic, works, device)
     seconds += launched.copies * 4 * count / (device.bandwidth * 1e12)
     return seconds, launches + len(launched.calls) + launched.copies
 
@@ -393,9 +365,11 @@ def rows(works: Mapping[str, Work], device: Device, rounds: int = 15) -> tuple[l
     """Returns every line, and what it is made of: host times and launches."""
     found, parts = [], {}
     for name in MODELS:
-        launched, host = {method: recorded(name, method) for method in METHODS}, measured(name, rounds)
+        host, launched = measured(name, rounds), {}
+        for cell in CELLS:
+            launched = {method: recorded(name, method, cell) for method in METHODS}
+            found.append(predicted(name, cell, launched, host, works, device))
         parts[name] = {"launched": launched, "host": host}
-        found += [predicted(name, cell, launched, host, works, device) for cell in CELLS]
     return found, parts
 
 

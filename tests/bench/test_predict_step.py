@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections import Counter
 from pathlib import Path
@@ -79,40 +80,40 @@ def test_published_models_fit_as_they_should() -> None:
 # Launches ---------------------------------------------------------------------------------------------------
 
 
-def check_launches(monkeypatch, layers: int) -> None:
-    monkeypatch.setitem(steps.LAYERS, "Llama-1B", layers)
-    found = {method: steps.recorded("Llama-1B", method) for method in steps.METHODS}
+def check_launches(name: str) -> None:
+    found = {method: steps.recorded(name, method) for method in steps.METHODS}
     verbs = {method: [call.verb for call in one.calls] for method, one in found.items()}
     assert verbs == {method: ["perturb", "perturb", "project", "axpy_"] for method in steps.METHODS}
     assert [one.values for one in found.values()] == [0, 0], "values that a step reads"
     assert found["master"].copies == 2 and found["paired"].copies == 0
     master, paired = (one.calls for one in found.values())
-    assert {call.elements for call in master if call.verb != "project"} == {master[3].elements}
+    assert {call.elements for call in master if call.verb != "project"} == {steps.weights(name)[0]}
     assert [call.sides for call in paired[:2]] == [2, 2]
     assert sum(call.elements for call in paired[:2]) == paired[3].elements, "of matrices, and of vectors"
 
 
-@pytest.mark.parametrize("layers", [1, 3])
-def test_launches_do_not_depend_on_layers(layers: int, monkeypatch) -> None:
-    check_launches(monkeypatch, layers)
+@pytest.mark.parametrize("name", ["Llama-1B", "OPT-1.3B"])
+def test_launches_do_not_depend_on_layers(name: str) -> None:
+    """16 layers and 24."""
+    check_launches(name)
 
 
 def test_copies_at_their_use_have_a_launch_for_each(monkeypatch) -> None:
-    """As where the memory does not hold the copies of all matrices."""
-    monkeypatch.setitem(steps.LAYERS, "Llama-1B", 8)
-    monkeypatch.setattr(steps, "is_held", lambda name: False)
-    calls = steps.recorded("Llama-1B", "paired").calls
-    single = [call for call in calls if call.verb == "perturb" and call.tensors == 1]
-    assert len(single) == 8 * 7 + 2, "the matrices of eight layers, the head, and rows of the embedding"
+    """As where the memory does not hold the copies of all matrices. No bound of an index is read."""
+    monkeypatch.setattr(steps, "room", lambda name: 2**30)
+    found, tokens = steps.recorded("Llama-1B", "paired"), math.prod(steps.CELLS[0])
+    single = [call for call in found.calls if call.verb == "perturb" and call.tensors == 1]
+    assert len(single) == 16 * 7 + 2, "the matrices of the layers, the head, and rows of the embedding"
+    assert single[0].elements == tokens * 2048 and found.values == 0
     with pytest.raises(AssertionError):  # a launch per layer is not what is promised
-        check_launches(monkeypatch, 8)
+        check_launches("Llama-1B")
 
 
 # The sums ---------------------------------------------------------------------------------------------------
 
 HOST = steps.Host(10e-3, {"master": 14e-3, "paired": 9e-3, "loop": 30e-3})
-MINE = 1000  # elements of a narrow model
-PERTURB, AXPY = (Call(verb, 5, MINE, {torch.bfloat16: 4 * MINE}, 1) for verb in ("perturb", "axpy_"))
+COUNT = steps.weights("Llama-1B")[0]
+PERTURB, AXPY = (Call(verb, 5, COUNT, {torch.bfloat16: 4 * COUNT}, 1) for verb in ("perturb", "axpy_"))
 
 
 def test_a_line_is_the_sum_of_its_parts() -> None:

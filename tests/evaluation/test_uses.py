@@ -3,7 +3,8 @@ must not round is not rounded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -356,3 +357,31 @@ def test_the_record_counts_copies_that_live_at_once() -> None:
     result = zokern.step(optimizer, lambda: lstm(X)[0].sum())
     whole = sum(p.nbytes for n, p in lstm.named_parameters() if n in result.whole)
     assert len(result.whole) == 4 and whole <= result.scratch_bytes < whole + (1 << 20)
+
+
+def check_bounds(bad: int) -> None:
+    """Copies of looked-up rows: the embedding does not fit the budget."""
+    model = nn.Sequential(nn.Embedding(30_000, 64), nn.Linear(64, 2))
+    paired = zokern.Paired(budget=1 << 20, check=False)
+    optimizer = zokern.MeZO(model, evaluation=paired, paired_check=None)
+    before, ids = model[0].weight.detach().clone(), torch.tensor([1, bad])
+    with pytest.raises(RuntimeError, match="'0.weight' has 30000 rows"):
+        zokern.step(optimizer, lambda: model(ids).square().mean())
+    assert torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize("bad", [30_000, -1])
+def test_an_index_out_of_range_is_refused(bad: int) -> None:
+    check_bounds(bad)
+
+
+def test_an_index_that_is_clamped_is_rejected(monkeypatch) -> None:
+    right = copies.Copies.rows
+
+    def clamped(self: Any, g: int, i: int, indices: Sequence[Tensor]) -> Tensor:
+        one = indices[0].clamp(0, self.plan.groups[g].theta[i].shape[0] - 1)
+        return right(self, g, i, [one for _ in indices])
+
+    monkeypatch.setattr(copies.Copies, "rows", clamped)
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        check_bounds(30_000)

@@ -260,8 +260,12 @@ class Copies:
         same = all(index is indices[0] for index in indices)
         for sides in [list(range(self.sides))] if same else [[side] for side in range(self.sides)]:
             rows = indices[sides[0]].reshape(-1).to(device=theta.device, dtype=torch.int64)
-            if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= theta.shape[0]):
-                raise IndexError(f"index out of range: {group.names[i]!r} has {theta.shape[0]} rows")
+            try:  # torch's own lookup of a column holds the bounds: on a GPU no value is read for it
+                theta[:, :1].index_select(0, rows)
+            except IndexError as problem:
+                raise IndexError(
+                    f"index out of range: {group.names[i]!r} has {theta.shape[0]} rows"
+                ) from problem
             here = Span(span.who, span.first, rows=rows.contiguous())
             self.fill(
                 group, i, theta, here, sides, [out[side] for side in sides], group.residual(i), group.scale(i)
