@@ -205,3 +205,55 @@ def test_arguments_are_refused() -> None:
         zokern.graph(zokern.MeZO(tiny()), 3)
     with pytest.raises(TypeError, match="expected a zokern optimizer"):
         zokern.graph(torch.optim.SGD(tiny().parameters()), lambda: 0.0)
+
+
+# torch.compile ----------------------------------------------------------------------------------------------
+
+
+def compiled_run(way: Any, how: Callable[[Any, Any], Callable[[], Any]]) -> tuple[list[Tensor], list[int]]:
+    """Returns the weights after 12 steps of a compiled closure, and how often its graphs ran in each step;
+    -1 where a step made one."""
+    torch.compiler.reset()  # other tests' graphs count towards the limit of recompilations
+    made, ran = [], []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        made.append(1)
+        return lambda *args: (ran.append(1), graph.forward(*args))[1]
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 8)).eval()
+    x = torch.empty(16, 64)
+    loss = torch.compile(lambda: model(x).square().mean(), backend=backend)
+    step = how(zokern.MeZO(model, lr=1e-2, evaluation=way), loss)
+    counts = []
+    for number in range(12):
+        x.normal_(generator=torch.Generator().manual_seed(number))
+        ran.clear(), made.clear()
+        step()
+        counts.append(-1 if made else len(ran))
+    return list(model.parameters()), counts
+
+
+def check_compiled(way: Any) -> None:
+    weights, counts = compiled_run(way, lambda opt, loss: lambda: zokern.step(opt, loss))
+    mine, again = compiled_run(way, zokern.graph)
+    assert all(torch.equal(a, b) for a, b in zip(weights, mine, strict=True))
+    assert counts[3:] == again[3:] == [2] * 9, (counts, again)
+
+
+@pytest.mark.parametrize("way", ["master", "auto"])
+def test_a_compiled_closure_stays_compiled(way: str) -> None:
+    """Its graph runs at every reading of a captured step, and no step makes another."""
+    check_compiled(way)
+
+
+def test_a_closure_that_is_compiled_anew_is_rejected() -> None:
+    class Forgets(zokern.Master):
+        """An evaluation that throws compiled graphs away."""
+
+        def losses(self, *given: Any) -> Tensor:
+            torch.compiler.reset()
+            return super().losses(*given)
+
+    with pytest.raises(AssertionError, match="-1"):
+        check_compiled(Forgets())

@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import gemm
+from ..parameters import is_compiled
 from ..plan import Plan
 from ..warning import warn
 from .base import NotRepeatable, Point, Record
@@ -45,9 +46,10 @@ class Auto:
     budget  bytes of reused memory per device for Paired and Scratch, see zokern.Scratch
 
     The first step is read by 'master'. The inputs of the model and its number of calls then decide:
-    'master' for several forwards in a closure, 'paired' for short batches, else 'scratch' on a CPU and
-    'master' on a GPU. A way that fails gives its place to the next, with one warning. Derivatives are
-    read as by zokern.Jvp. Weights are as before after every reading.
+    'master' for several forwards in a closure and for what torch.compile made, whose graphs the others
+    do not run, 'paired' for short batches, else 'scratch' on a CPU and 'master' on a GPU. A way that fails
+    gives its place to the next, with one warning. Derivatives are read as by zokern.Jvp. Weights are as
+    before after every reading.
     Raises ValueError for a budget below 1 MB, and in a step what the closure raises."""
 
     name, exact, stands_in = "auto", True, False
@@ -57,8 +59,8 @@ class Auto:
         self.jvp = Jvp()
         self.order: list[str] = []  # ways that are left, the one in use first
         self.began = 0
-        # first step: rows of the inputs, and forwards; None once a way is chosen
-        self.seen: tuple[int, int] | None = None
+        # first step: rows of the inputs, forwards, whether they are compiled; None once a way is chosen
+        self.seen: tuple[int, ...] | None = None
         self.why = ""
         self.record = Record(self.name)
 
@@ -87,7 +89,7 @@ class Auto:
         if not self.order:
             self._begin(plan)
         elif self.seen is not None and plan.step != self.began:
-            self.order, self.why = _choose(plan, *self.seen, self.order[0])
+            self.order, self.why = _choose(plan, self.seen, self.order[0])
             self.seen = None
         failed: list[tuple[str, Exception]] = []
         order = self.order
@@ -97,7 +99,8 @@ class Auto:
                 if self.seen is not None:
                     isolation = Isolation(plan)
                     found = way.read(plan, points, closure, isolation)
-                    self.seen = max(self.seen[0], isolation.rows), max(self.seen[1], isolation.calls)
+                    here = isolation.rows, isolation.calls, isolation.compiled
+                    self.seen = tuple(map(max, self.seen, here))
                 else:
                     found = way.losses(plan, points, closure)
                 break
@@ -129,17 +132,20 @@ class Auto:
 
     def _begin(self, plan: Plan) -> None:
         safe = "master" if plan.sharded or fits(plan) else "scratch"
-        self.order, self.began, self.seen = [safe], plan.step, (0, 0)
+        self.order, self.began, self.seen = [safe], plan.step, (0, 0, 0)
         self.why = f"{safe!r} reads the first step"
 
 
-def _choose(plan: Plan, rows: int, calls: int, safe: str) -> tuple[list[str], str]:
+def _choose(plan: Plan, seen: Sequence[int], safe: str) -> tuple[list[str], str]:
     """Returns the ways in the order in which they are tried, and the reason."""
+    rows, calls, compiled = seen
     if plan.sharded:
         return ["master"], "'master': the parameters are sharded, and each process writes its own blocks"
     rest = [safe] if safe == "master" else ["scratch"]
     if calls > 2 and safe == "master":
         return rest, f"'master': {calls} forwards in one closure"
+    if safe == "master" and (compiled or any(map(is_compiled, plan.tree.modules))):
+        return rest, "'master': torch.compile's graphs run under no other evaluation but 'inplace'"
     on_cpu = plan.groups[0].theta[0].device.type == "cpu"
     most = ROWS if plan.factored is None else FACTORED
     if rows <= most:

@@ -38,12 +38,13 @@ class Isolation:
 
     root   a module that was found during a reading; None: the modules of the plan, and the weights
     rows   of the largest input that a root module got: tokens, or vectors along the last dimension
-    calls  of root modules in the last reading"""
+    calls  of root modules in the last reading
+    compiled  whether torch.compile's graphs called one: dynamo traces the hook, and runs what it writes"""
 
     def __init__(self, plan: Plan, root: nn.Module | None = None) -> None:
         self.plan, self.tree = plan, plan.tree if root is None else Tree([root])
         self.trained = set(map(id, plan.tensors))
-        self.rows = self.calls = 0
+        self.rows, self.calls, self.compiled = 0, 0, False
         self.found: list[Isolation] = []  # of roots that were found in this call
         if root is None:
             self.seed = rng.seed_of(plan.seed, plan.step, plan.part)
@@ -147,6 +148,7 @@ class Isolation:
 
     def _measure(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.calls += 1
+        self.compiled = self.compiled or torch.compiler.is_compiling()
         for value in (*args, *kwargs.values()):
             if isinstance(value, Tensor) and value.dim():
                 width = value.shape[-1] if value.is_floating_point() else 1

@@ -44,7 +44,8 @@ class Paired(Scratch):
     sides   most sides in one pass, at least 2; more points take several passes
     check   True: compare with 'master', as in zokern.Scratch
 
-    The weights are never written: copies, or products made at their use, stand in their place.
+    The weights are never written: copies, or products made at their use, stand in their place. What
+    torch.compile made runs as the Python that it was made from.
     Raises ValueError for arguments out of range. A step raises zokern.Refused where torch.vmap cannot map
     the closure: a branch on a value, `.item()`, an in-place write, a loss that is a Python number."""
 

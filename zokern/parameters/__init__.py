@@ -8,6 +8,7 @@ from .wrappers import (
     check_flat,
     check_model,
     inner,
+    is_compiled,
     is_parallel,
     is_spread,
     processes,
@@ -16,6 +17,6 @@ from .wrappers import (
 
 __all__ = [
     "Trained", "check_flat", "check_model", "check_overlap", "check_parameter", "check_tie", "check_trained",
-    "ids", "inner", "is_parallel", "is_spread", "is_wrapped", "named_groups", "plain", "plain_names",
-    "processes", "spread_modules", "trained",
+    "ids", "inner", "is_compiled", "is_parallel", "is_spread", "is_wrapped", "named_groups", "plain",
+    "plain_names", "processes", "spread_modules", "trained",
 ]  # fmt: skip

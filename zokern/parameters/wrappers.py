@@ -48,6 +48,11 @@ def _hides(wrapper: nn.Module) -> bool:
     return any(cls.__name__ == "FullyShardedDataParallel" for cls in type(wrapper).__mro__)
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Tells whether a module's forward is torch.compile's: a wrapper, or after module.compile()."""
+    return wrapped(module) == "_orig_mod" or getattr(module, "_compiled_call_impl", None) is not None
+
+
 def is_spread(module: nn.Module) -> bool:
     """Tells whether a module is DistributedDataParallel's wrapper."""
     return any(cls.__name__ == "DistributedDataParallel" for cls in type(module).__mro__)
