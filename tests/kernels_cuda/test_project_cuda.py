@@ -95,7 +95,7 @@ def inexact(text: str) -> set[str]:
 @compiled
 def test_ptx_is_not_contracted(tmp_path) -> None:
     """Every operation is one of the contract's. A kernel whose products a compiler may contract is found."""
-    text = sass.compile_to(tmp_path / "right.ptx", "90", kind="ptx", source=SOURCE).read_text()
+    text = sass.device_text((SOURCE,), "projects")
     assert text.count("div.rn.f64") >= 3 and not inexact(text)
     header = (sass.CSRC / "projector.h").read_text()
     assert "return __dmul_rn(a, b);" in header and "return __dadd_rn(a, b);" in header
@@ -122,7 +122,7 @@ def test_machine_code() -> None:
 
 @compiled
 @pytest.mark.parametrize("check", ["control_axpy", "control_update"])
-def test_ptx_reads_the_control(tmp_path, check: str) -> None:
-    source = sass.CSRC / ("axpy.cu" if check == "control_axpy" else "update.cu")
-    text = sass.compile_to(tmp_path / "verb.ptx", "90", kind="ptx", source=source).read_text()
+def test_ptx_reads_the_control(check: str) -> None:
+    updates = ((sass.CSRC / "update.cu",), "updates")
+    text = sass.device_text(*(updates if check == "control_update" else ()))
     conformance_project.CHECKS[check](OnPtx(text), "cpu", "quick")

@@ -1,14 +1,12 @@
 """csrc/*.cu as a Python module for the host: g++ compiles them through cuda_shim, each object once a session.
 
-The workers of a session share the objects: they inherit the folder from the process that started them.
+The workers of a session share the objects.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.util
-import os
 import shutil
 import subprocess
 import sysconfig
@@ -17,10 +15,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory, mkdtemp
+from tempfile import mkdtemp
 
 import pytest
 import sass
+from shared import FOLDER, once
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
@@ -37,10 +36,6 @@ FLAGS = (
     "-std=c++17 -O1 -ffp-contract=off -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas"
 )
 FLAGS += f" -DZOKERN_MODULE={NAME} -DZOKERN_LOWRANK_CUDA -DZOKERN_UPDATE"
-if "ZOKERN_ON_HOST" not in os.environ:
-    OWN = TemporaryDirectory(prefix=f"{NAME}-")
-    os.environ["ZOKERN_ON_HOST"] = OWN.name
-FOLDER = Path(os.environ["ZOKERN_ON_HOST"])
 
 Edits = tuple[tuple[str, str], ...]  # (text of a source, what stands in its place)
 
@@ -74,34 +69,21 @@ def compiled(source: str, edits: Edits) -> Path:
     for right, wrong in edits:
         texts = {name: text.replace(right, wrong) for name, text in texts.items()}
     key = hashlib.sha256(repr((source, texts)).encode()).hexdigest()[:16]
-    folder = FOLDER / f"{Path(source).stem}-{key}"
-    folder.mkdir(exist_ok=True)
-    path, done = folder / source, folder / "object.o"
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # whoever comes second finds it done
-        if not done.exists():
-            for name, text in texts.items():  # a header is looked for beside the file that includes it
-                (folder / name).write_text(text)
-            places = [
-                folder,
-                Path(__file__).parent / "cuda_shim",
-                CSRC,
-                pybind11.get_include(),
-                sysconfig.get_path("include"),
-            ]
-            call(
-                "g++",
-                *FLAGS.split(),
-                *(f"-I{place}" for place in places),
-                "-x",
-                "c++",
-                "-c",
-                path,
-                "-o",
-                f"{path}.o",
-            )
-            Path(f"{path}.o").rename(done)
-    return done
+
+    def make(folder: Path) -> None:
+        for name, text in texts.items():  # a header is looked for beside the file that includes it
+            (folder / name).write_text(text)
+        places = [
+            folder,
+            Path(__file__).parent / "cuda_shim",
+            CSRC,
+            pybind11.get_include(),
+            sysconfig.get_path("include"),
+        ]
+        included = [f"-I{place}" for place in places]
+        call("g++", *FLAGS.split(), *included, "-x", "c++", "-c", folder / source, "-o", folder / "object.o")
+
+    return once(f"{Path(source).stem}-{key}", make) / "object.o"
 
 
 @cache

@@ -6,7 +6,9 @@ The tools come with CUDA or with the Triton wheel: ``tool(name)`` finds nvcc, cu
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import pickle
 import re
 import shutil
 import subprocess
@@ -18,6 +20,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+from shared import once
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
@@ -100,9 +104,9 @@ def included(source: Path) -> set[Path]:
 
 
 def shipped(
-    sources: Sequence[Path], namespace: str, folder: Path, module: Path = MODULE
+    sources: Sequence[Path], namespace: str, folder: Path, module: Path = MODULE, kind: str = "cubin"
 ) -> dict[str, list[Path]]:
-    """The cubins by architecture that zokern._cuda has of some source files,
+    """The cubins, or the PTX, by architecture that zokern._cuda has of some source files,
     whose kernels are all in one namespace of zo.
 
     None where a file that the sources are made of is newer than the module.
@@ -116,10 +120,11 @@ def shipped(
     ):
         return {}
     folder.mkdir(parents=True, exist_ok=True)
-    subprocess.run([cuobjdump, "-xelf", "all", str(module)], cwd=folder, capture_output=True, check=True)
+    extract = {"cubin": "-xelf", "ptx": "-xptx"}[kind]
+    subprocess.run([cuobjdump, extract, "all", str(module)], cwd=folder, capture_output=True, check=True)
     symbols = f"_ZN2zo{len(namespace)}{namespace}".encode()
     found: dict[str, list[Path]] = {}
-    for path in folder.glob("*.cubin"):
+    for path in sorted(folder.glob(f"*.{kind}")):
         if symbols in path.read_bytes():
             found.setdefault(path.suffixes[-2][len(".sm_") :], []).append(path)
     return found
@@ -146,9 +151,29 @@ def machine_code(
                 compile_to(folder / f"{source.stem}.sm_{arch}.cubin", arch, source=source)
                 for source in sources
             ]
-            return {name: function for cubin in cubins for name, function in disassemble(cubin).items()}
+            return {name: function for cubin in cubins for name, function in read(cubin).items()}
 
         return dict(zip(architectures, pool.map(one, architectures)))
+
+
+def read(cubin: Path) -> dict[str, Function]:
+    """disassemble(), once in a session: several files of tests read the same machine code."""
+    key = hashlib.sha256(cubin.read_bytes()).hexdigest()[:16]
+    folder = once(f"sass-{key}", lambda f: (f / "functions").write_bytes(pickle.dumps(disassemble(cubin))))
+    return pickle.loads((folder / "functions").read_bytes())
+
+
+@cache
+def device_text(sources: tuple[Path, ...] = SOURCES, namespace: str = "kernels") -> str:
+    """The PTX of some source files: zokern._cuda's, or what is compiled here for sm_90 where a source is
+    newer than the module."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        built = shipped(sources, namespace, folder / "module", kind="ptx").values()
+        files = next(iter(built), None) or [
+            compile_to(folder / f"{source.stem}.ptx", "90", kind="ptx", source=source) for source in sources
+        ]
+        return "\n".join(file.read_text() for file in files)
 
 
 @dataclass
