@@ -7,50 +7,13 @@ As test_update_cuda.py. On a GPU, `make gpu` runs the same checks.
 from __future__ import annotations
 
 import re
-import types
 
 import conformance_project
 import host
 import pytest
 import sass
 from cuda_backends import OnHost, OnPtx
-
-# One module is the kernels and holds every mistake: ZO_SHIM_MISTAKE chooses which one it makes, and unset
-# makes none.
-MISTAKES = [
-    ("a sum for a mean", "p.reads == 1 ? total", "p.reads == 1 || {wrong} ? total"),
-    ("a loss that is not read", "if (weight != 0.0) total", "if (weight != 0.0 || {wrong}) total"),
-    ("a sum that begins with 0", "double total = -0.0;", "double total = {wrong} ? 0.0 : -0.0;"),
-    ("the sign of nothing", "any ? total : 0.0", "any || {wrong} ? total : 0.0"),
-    ("a NaN is cut", "return c != c ? c : clip;", "return c != c && !{wrong} ? c : clip;"),
-    ("the bound is rounded", "return clip < low ? clip : low;",
-        "return clip < low ? ({wrong} ? to_float(clip) : clip) : low;"),
-    ("each lane for itself", "any |= seen[i];", "any |= seen[{wrong} ? lane : i];"),
-    ("a lane's second draw", "int64_t k = lane; k < p.draws; k += lanes",
-        "int64_t k = lane; k < p.draws; k += {wrong} ? p.draws : lanes"),
-    ("a lane's second mean", "j < p.points; j += lanes", "j < p.points; j += {wrong} ? p.points : lanes"),
-    ("weights of a stopped step", "weights[k] = 0.0, amounts",
-        "weights[k] = {wrong} ? weights[k] : 0.0, amounts"),
-    ("the decay of a stopped step", "finite ? to_float(decay) : 1.0f",
-        "finite || {wrong} ? to_float(decay) : 1.0f"),
-    ("the decay of the terms", "terms.last.decay = list.control[kDecay]",
-        "terms.last.decay = {wrong} ? terms.last.decay : list.control[kDecay]"),
-    ("the decay of the first term", "if (k == 0 && control != nullptr)",
-        "if (k == 0 && control != nullptr && !{wrong})"),
-    ("nothing stops", "list.control[by] == 0.0f", "list.control[by] == ({wrong} ? 2.0f : 0.0f)"),
-    ("a rule stops where nothing moves", "stopped(list, kFinite)", "stopped(list, {wrong} ? kGo : kFinite)"),
-    ("the decay of a product", "decay = control[0];", "decay = {wrong} ? 1.0f : control[0];"),
-    ("a product goes on", "return control[1] == 0.0f ||", "return (control[1] == 0.0f && !{wrong}) ||"),
-    ("two kernels at once", "(divided && is_simple", "(divided && !{wrong} && is_simple"),
-    ("single elements of a product", "work.divided = false;", "work.divided = work.divided && {wrong};"),
-    ("the clock of a product", "step += static_cast<uint32_t>(*clock)",
-        "step += {wrong} ? 0u : static_cast<uint32_t>(*clock)"),
-]  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def on_host() -> types.ModuleType:
-    return host.mistaken(MISTAKES)
+from mistakes import PROJECT
 
 
 @pytest.mark.parametrize("check", conformance_project.CHECKS)
@@ -65,9 +28,9 @@ def test_order_changes_nothing(on_host, monkeypatch) -> None:
         conformance_project.CHECKS[check](OnHost(on_host), "cpu", "quick")
 
 
-@pytest.mark.parametrize("mistake", [name for name, *_ in MISTAKES])
+@pytest.mark.parametrize("mistake", [name for name, *_ in PROJECT])
 def test_wrong_kernel_is_rejected(on_host, monkeypatch, mistake: str) -> None:
-    monkeypatch.setenv("ZO_SHIM_MISTAKE", str(1 + [name for name, *_ in MISTAKES].index(mistake)))
+    host.choose(monkeypatch, PROJECT, mistake)
     for check in conformance_project.CHECKS:  # until one rejects it
         scale = "full" if check == "project_sizes" else "quick"
         problem = conformance_project.run(OnHost(on_host), "cpu", scale, [check])[check]

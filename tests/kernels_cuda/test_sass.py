@@ -170,7 +170,11 @@ def mistaken(tmp_path_factory) -> dict[str, sass.Function]:
         for chosen in (
             "Rademacher, Rounding::kNearest, Sum::kTerm",
             "Normal, Rounding::kNearest, Sum::kTerm",
-            *(f"Normal, Rounding::k{r}, Sum::k{s}" for r in ("Nearest", "Stochastic") for s in ("Terms", "Steps")),
+            *(
+                f"Normal, Rounding::k{r}, Sum::k{s}"
+                for r in ("Nearest", "Stochastic")
+                for s in ("Terms", "Steps")
+            ),
         )
     )
     (folder / "axpy.cu").write_text(f"{body}{kernels}}}\n}}\n")

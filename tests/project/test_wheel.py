@@ -138,7 +138,7 @@ def info(python: Path) -> dict:
 
 
 def compiled() -> list[str]:
-    """The architectures that `make test` has compiled, and so need no compiler again; sm_90 where none are."""
+    """The architectures that are compiled already; sm_90 where the module is older than a source."""
     sources = [path for path in (ROOT / "csrc").rglob("*.*") if path.suffix in (".cu", ".h")]
     if not sass.MODULE.exists() or sass.MODULE.stat().st_mtime < max(s.stat().st_mtime for s in sources):
         return ["90"]

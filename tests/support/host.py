@@ -19,6 +19,7 @@ from tempfile import mkdtemp
 
 import pytest
 import sass
+from mistakes import EVERY
 from shared import FOLDER, once
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,8 +37,6 @@ FLAGS = (
     "-std=c++17 -O1 -ffp-contract=off -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas"
 )
 FLAGS += f" -DZOKERN_MODULE={NAME} -DZOKERN_LOWRANK_CUDA -DZOKERN_UPDATE"
-
-Edits = tuple[tuple[str, str], ...]  # (text of a source, what stands in its place)
 
 
 def missing() -> str | None:
@@ -61,12 +60,13 @@ def texts_of(source: str) -> dict[str, str]:
     }
 
 
-def compiled(source: str, edits: Edits) -> Path:
-    """The object of a file of csrc/, with edits in it and in the headers of that folder that it includes."""
+def compiled(source: str) -> Path:
+    """The object of a file of csrc/, with every mistake in it and in the headers that it includes there."""
     import pybind11
 
     texts = texts_of(source)
-    for right, wrong in edits:
+    for number, (right, wrong) in enumerate(EVERY, 1):
+        wrong = wrong.replace("{wrong}", f"(shim_mistake == {number})")
         texts = {name: text.replace(right, wrong) for name, text in texts.items()}
     key = hashlib.sha256(repr((source, texts)).encode()).hexdigest()[:16]
 
@@ -87,12 +87,16 @@ def compiled(source: str, edits: Edits) -> Path:
 
 
 @cache
-def _built(edits: tuple[Edits, ...]) -> types.ModuleType:
+def build() -> types.ModuleType:
+    """The module. It makes the mistake that ZO_SHIM_MISTAKE numbers; unset: none."""
+    texts = [text for source in SOURCES for text in texts_of(source).values()]
+    for right, _ in EVERY:
+        assert any(right in text for text in texts), f"no file of csrc/ has {right!r} any more"
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compiled, SOURCES, edits))
+        objects = list(pool.map(compiled, SOURCES))
     path = Path(mkdtemp(dir=FOLDER)) / f"{NAME}.so"
     call("g++", "-shared", *objects, "-o", path)
-    # pybind11 answers with the module that it already has of a name: each is in a package of its own
+    # pybind11 answers with a module of this name that it already has: this one is in a package of its own
     spec = importlib.util.spec_from_file_location(f"{path.parent.name}.{NAME}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -100,23 +104,7 @@ def _built(edits: tuple[Edits, ...]) -> types.ModuleType:
     return module
 
 
-def mistaken(mistakes: Sequence[tuple[str, str, str]]) -> types.ModuleType:
-    """The module that makes mistake number ZO_SHIM_MISTAKE of
-    (name, right text, wrong text), counted from 1; unset: none."""
-    if reason := missing():
-        pytest.skip(reason)
-    return build(
-        tuple(
-            (right, wrong.replace("{wrong}", f"(shim_mistake == {k})"))
-            for k, (_, right, wrong) in enumerate(mistakes, 1)
-        )
-    )
-
-
-def build(edits: Edits = ()) -> types.ModuleType:
-    """The module. With edits it is a deliberately wrong one:
-    each is made in every source that has its text, or includes it."""
-    texts = {source: "\0".join(texts_of(source).values()) for source in SOURCES}
-    for right, _ in edits:
-        assert any(right in text for text in texts.values()), f"no file of csrc/ has {right!r} any more"
-    return _built(tuple(tuple(edit for edit in edits if edit[0] in texts[source]) for source in SOURCES))
+def choose(monkeypatch: pytest.MonkeyPatch, part: Sequence[tuple[str, str, str]], name: str) -> None:
+    """Has the module make the mistake of this name until the test ends."""
+    chosen = next((right, wrong) for known, right, wrong in part if known == name)
+    monkeypatch.setenv("ZO_SHIM_MISTAKE", str(1 + EVERY.index(chosen)))

@@ -1,9 +1,9 @@
 """Triton's interpreter in a process of its own, beside the tests that do not need what it finds.
 
 Interpretation has to be chosen before triton is imported. A test file that makes an ``Interpreted`` of itself
-is run once more, as ``TRITON_INTERPRET=1 python interpreted.py file folder``, and leaves folder/verdicts.json.
-conftest.py starts it before the first test; a worker of pytest-xdist, which has another worker beside it, when
-it comes to the file.
+is run once more, as ``TRITON_INTERPRET=1 python interpreted.py file folder``, and leaves
+folder/verdicts.json. conftest.py starts it before the first test; a worker of pytest-xdist, which has another
+worker beside it, when it comes to the file.
 """
 
 from __future__ import annotations
