@@ -94,7 +94,7 @@ def pytest_runtestloop(session) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _frozen() -> None:
-    """A collection of garbage in a test looks at the objects of its own file, and not at a million of others."""
+    """Collecting garbage in a test looks at the objects of its own file, not at a million others."""
     gc.collect()
     gc.freeze()
 
