@@ -83,6 +83,10 @@ def pytest_collection_modifyitems(items) -> None:
         items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # what is frozen when Python ends is called a leak by nanobind
+
+
 def pytest_runtestloop(session) -> None:
     """Interpreters run beside the tests that do not need them."""
     if not session.config.option.collectonly and not WORKER:
