@@ -50,7 +50,7 @@ compiled = pytest.mark.skipif(sass.missing() is not None, reason=sass.missing() 
 def inexact(text: str) -> set[str]:
     """Operations on numbers in PTX that are no sum, product or quotient rounded once, to nearest."""
     used = set(re.findall(r"^\s*(?:@!?%p\d+ )?([a-z][\w.:]*\.f(?:16|32|64)(?:\.\w+)*)\s", text, re.MULTILINE))
-    plain = r"(?:mul|add|sub|div)\.rn\.f64|neg\.f64|cvt\.rn\.f(?:64\.s64|32\.f64)|cvt\.f64\.f32"
+    plain = r"(?:mul|add|sub|div)\.rn\.f64|neg\.f64|abs\.f32|cvt\.rn\.f(?:64\.s64|32\.f64)|cvt\.f64\.f32"
     moved = r"(?:mov|selp|setp\.\w+|ld\.\S+?|st\.\S+?)\.f(?:32|64)"
     return {name for name in used if not re.fullmatch(f"{plain}|{moved}", name)}
 

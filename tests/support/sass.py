@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import pickle
 import re
 import shutil
 import subprocess
@@ -151,16 +150,9 @@ def machine_code(
                 compile_to(folder / f"{source.stem}.sm_{arch}.cubin", arch, source=source)
                 for source in sources
             ]
-            return {name: function for cubin in cubins for name, function in read(cubin).items()}
+            return {name: function for cubin in cubins for name, function in disassemble(cubin).items()}
 
         return dict(zip(architectures, pool.map(one, architectures)))
-
-
-def read(cubin: Path) -> dict[str, Function]:
-    """disassemble(), once in a session: several files of tests read the same machine code."""
-    key = hashlib.sha256(cubin.read_bytes()).hexdigest()[:16]
-    folder = once(f"sass-{key}", lambda f: (f / "functions").write_bytes(pickle.dumps(disassemble(cubin))))
-    return pickle.loads((folder / "functions").read_bytes())
 
 
 @cache
@@ -339,11 +331,23 @@ def per_lane(function: Function, loads: int, stores: int, steps: int = 16, unrol
     return len(inner) / unrolled + (len(outer) - len(inner)) / steps
 
 
+def written(cubin: Path) -> tuple[str, str]:
+    """What nvdisasm and cuobjdump write about a cubin, once in a session: several files of tests read it."""
+
+    def make(folder: Path) -> None:
+        nvdisasm, cuobjdump = tool("nvdisasm"), tool("cuobjdump")
+        assert nvdisasm is not None and cuobjdump is not None
+        for name, command in (("code", [nvdisasm, "-c"]), ("usage", [cuobjdump, "-res-usage"])):
+            done = subprocess.run([*command, str(cubin)], capture_output=True, text=True, check=True)
+            (folder / name).write_text(done.stdout + done.stderr)
+
+    folder = once(f"sass-{hashlib.sha256(cubin.read_bytes()).hexdigest()[:16]}", make)
+    return (folder / "code").read_text(), (folder / "usage").read_text()
+
+
 def disassemble(cubin: Path) -> dict[str, Function]:
     """All kernels of a cubin by symbol."""
-    nvdisasm, cuobjdump = tool("nvdisasm"), tool("cuobjdump")
-    assert nvdisasm is not None and cuobjdump is not None
-    text = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+    text, usage = written(cubin)
     functions: dict[str, Function] = {}
     current = None
     for line in text.splitlines():
@@ -356,9 +360,8 @@ def disassemble(cubin: Path) -> dict[str, Function]:
         elif current is not None and (found := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", line)):
             body = re.sub(r"^@!?U?P\w+\s+", "", found[2].lstrip("{ "))
             current.code.append(Instruction(int(found[1], 16), body.split()[0], found[2]))
-    usage = subprocess.run([cuobjdump, "-res-usage", str(cubin)], capture_output=True, text=True, check=True)
     pattern = r"Function (\S+?):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)"
-    for name, registers, stack, local in re.findall(pattern, usage.stdout + usage.stderr):
+    for name, registers, stack, local in re.findall(pattern, usage):
         if name in functions:
             functions[name].registers, functions[name].stack = int(registers), int(stack)
             functions[name].local = int(local)
