@@ -58,10 +58,11 @@ LINEAR_FLAGS = {"avx512bf16": f"{ISA_FLAGS['avx512']} -mavx512bf16"}  # only pro
 NVCC_FLAGS = "-std=c++17 -O3 --fmad=false -Xcompiler -fPIC,-fvisibility=hidden,-ffp-contract=off"
 CPU_SOURCES = ("elementwise", "update", "lowrank", "linear")
 # Objects of csrc/*.cu, the slowest first, and their definitions: axpy.cu is compiled once for each rounding.
-CUDA_OBJECTS = {
-    f"axpy.{name.lower()}": f"-DZOKERN_ROUNDING=k{name}" for name in ("Residual", "Stochastic", "Nearest")
+CUDA_OBJECTS = {"update": ""}
+CUDA_OBJECTS |= {
+    f"axpy.{name.lower()}": f"-DZOKERN_ROUNDING=k{name}" for name in ("Stochastic", "Residual", "Nearest")
 }
-CUDA_OBJECTS |= {"update": "", "elementwise": "", "lowrank": "", "project": ""}
+CUDA_OBJECTS |= {"lowrank": "", "elementwise": "", "project": ""}
 CUDA_ARCHITECTURES = ["80", "86", "89", "90", "100", "120"]
 OLDEST = 80  # the kernels have bfloat16 instructions, which older GPUs lack
 # PTX of the first of a family is the machine code of all of it: the slower half of nvcc runs 3 times, not 6.

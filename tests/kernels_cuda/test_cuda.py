@@ -17,6 +17,7 @@ import host
 import pytest
 import torch
 from cuda_backends import OnHost
+from mistakes import CUDA
 
 from zokern import backends
 from zokern.backends import Batch, Noise, cuda, triton
@@ -57,118 +58,10 @@ def test_a_device_is_asked_once(on_host, monkeypatch) -> None:
         conformance.CHECKS["axpy_strides"](OnHost(on_host), "cpu", "quick")
 
 
-# One module holds every mistake; ZO_SHIM_MISTAKE chooses which one it makes.
-MISTAKES = [
-    ("last element of a tail", "end - column : kUnit);", "end - column - {wrong} : kUnit);"),
-    ("first element of a row", "begin - column : kUnit) : 0);", "begin - column + {wrong} : kUnit) : 0);"),
-    (
-        "32-bit index",
-        "Direction::kNormal ? unit : unit >> 4",
-        "Direction::kNormal ? ({wrong} ? unit & 0x1fffffff : unit) : unit >> 4",
-    ),
-    ("round key", "round) * kPhiloxW1", "round + ({wrong} && round == 9)) * kPhiloxW1"),
-    ("contracted fma", "mul_rn(decay, v[j])", "mul_rn(decay, {wrong} ? v[j] + 1e-8f : v[j])"),
-    (
-        "contracted fma of a piece",
-        "mul_rn(term.decay, v[i])",
-        "mul_rn(term.decay, {wrong} ? v[i] + 1e-8f : v[i])",
-    ),
-    ("second sign", "scales[0], scales[1]);", "scales[0], {wrong} ? -scales[0] : scales[1]);"),
-    (
-        "thread-keyed stream",
-        "(p.unit, Name(e.who, step, draw",
-        "(p.unit + {wrong} * threadIdx.x, Name(e.who, step, draw",
-    ),
-    ("half of a residual", "(low_odd)) << 16;", "({wrong} ? low_even : low_odd)) << 16;"),
-    ("nobody counts", "if (!watch.seen())", "if (!watch.seen() || {wrong})"),
-    (
-        "pitch",
-        "static_cast<uint64_t>(source) * e.pitch",
-        "static_cast<uint64_t>(source) * ({wrong} ? columns : e.pitch)",
-    ),
-    ("a byte of a tile", "bytes[step * kWarp]", "bytes[({wrong} ? step ^ 1 : step) * kWarp]"),
-    (
-        "the last block of a tile",
-        "= make_uint4(words.w[0]",
-        "= make_uint4(words.w[{wrong} && lane == 31 ? 1 : 0]",
-    ),
-    ("units before a tile", "begin = 0, end = head)", "begin = 0, end = {wrong} ? 0 : head)"),
-    (
-        "units after a tile",
-        "uint32_t end = place.count;;",
-        "uint32_t end = {wrong} && tiled != 0 ? begin : place.count;;",
-    ),
-    ("the clock", "static_cast<uint32_t>(*list.clock)", "static_cast<uint32_t>({wrong} ? 0 : *list.clock)"),
-    ("a byte of signs", "(unit & 3u) * 8u", "(unit & ({wrong} ? 1u : 3u)) * 8u"),
-    ("rounding of the first draw", "? term - 1 - all", "? ({wrong} ? term - terms.each : term - 1) - all"),
-    (
-        "rounding bits of a piece",
-        "last_step(), kRoundingDraw, keys), keys);\n      values",
-        "{wrong} + last_step(), kRoundingDraw, keys), keys);\n      values",
-    ),
-    (
-        "the decay of the first sum",
-        "begin(kept[u], term->decay",
-        "begin(kept[u], ({wrong} ? begin : term)->decay",
-    ),
-    (
-        "one rounding for all steps of a piece",
-        "if (--left != 0 ||",
-        "if (--left != 0 || ({wrong} && k + 1 < terms.count) ||",
-    ),
-    ("the first 32 terms for all", "ready(done);", "ready({wrong} ? 0 : done);"),
-    (
-        "the first terms again for the next unit",
-        "if constexpr (kLong) ready(0);",
-        "if (kLong && !({wrong} && i >= kThreads)) ready(0);",
-    ),
-    ("the first sums for all", "sums<false>(k,", "sums<false>({wrong} ? 0 : k,"),
-    ("the first long sum for all", "sums<true>(k,", "sums<true>({wrong} ? 0 : k,"),
-    (
-        "random bits of the step before",
-        "Name(who, term.step + terms",
-        "Name(who, term.step - {wrong} + terms",
-    ),
-    ("the first 32 steps for all", "mine = k + static_cast", "mine = ({wrong} ? 0 : k) + static_cast"),
-    ("two steps of four twice", "add(term + n);", "add(term + ({wrong} ? n & 2 : n));"),
-    (
-        "the steps that are left",
-        "for (; term != end; ++term) add(term);",
-        "for (; !{wrong} && term != end; ++term) add(term);",
-    ),
-    (
-        "the terms that are left",
-        "for (; term != stop; ++term) add(term);",
-        "for (; term != stop; ++term) add({wrong} ? stop - 1 : term);",
-    ),
-    (
-        "the end of a long sum",
-        "here - done < kWarp ? here - done : kWarp",
-        "!{wrong} && here - done < kWarp ? here - done : kWarp",
-    ),
-    (
-        "a second unit is left out",
-        "(!kLong && u == 0) || i",
-        "(!kLong && u == 0) || {wrong} * place.count + i",
-    ),
-    (
-        "a lane's second unit",
-        "first_product<kDirection>(place.begin + i + u * turn.lanes)",
-        "first_product<kDirection>(place.begin + i + ({wrong} ? 0 : u) * turn.lanes)",
-    ),
-]
-
-
-@pytest.fixture(scope="session")
-def mistaken() -> types.ModuleType:
-    return host.mistaken(MISTAKES)
-
-
-@pytest.mark.parametrize("mistake", [name for name, *_ in MISTAKES])
-def test_wrong_kernel_is_rejected(mistaken, monkeypatch, mistake) -> None:
-    number = 1 + [name for name, *_ in MISTAKES].index(mistake)
-    monkeypatch.setenv("ZO_SHIM_MISTAKE", str(number))
-    backend = OnHost(mistaken)
+@pytest.mark.parametrize("mistake", [name for name, *_ in CUDA])
+def test_wrong_kernel_is_rejected(on_host, monkeypatch, mistake) -> None:
+    host.choose(monkeypatch, CUDA, mistake)
+    backend = OnHost(on_host)
     for check in conformance.CHECKS:  # until one rejects it
         problem = conformance.run(backend, "cpu", "quick", [check])[check]
         if problem:
@@ -176,14 +69,6 @@ def test_wrong_kernel_is_rejected(mistaken, monkeypatch, mistake) -> None:
             assert "AssertionError" in problem
             return
     raise AssertionError(f"no check rejects {mistake!r}")
-
-
-def test_wrong_kernels_are_right_otherwise(mistaken, monkeypatch) -> None:
-    monkeypatch.setenv("ZO_SHIM_MISTAKE", "0")
-    assert conformance.run(OnHost(mistaken), "cpu", "quick", ["axpy_sizes", "perturb_rows"]) == {
-        "axpy_sizes": None,
-        "perturb_rows": None,
-    }
 
 
 # What happens where there is no GPU

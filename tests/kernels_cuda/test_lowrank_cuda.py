@@ -8,14 +8,13 @@ What only nvcc sees: test_lowrank_sass.py.
 
 from __future__ import annotations
 
-import types
-
 import conformance
 import host
 import lowrank_bound
 import pytest
 import torch
 from cuda_backends import OnHost
+from mistakes import LOWRANK
 
 from zokern.backends import Batch, Outer, Span, pack_lowrank
 
@@ -88,35 +87,6 @@ def test_tiles_of_whole_matrices(on_host, dtype) -> None:
             conformance.equal(got, expected, f"{m} x {n}, rank {rank}, decay {decay}")
 
 
-# One module holds every mistake; ZO_SHIM_MISTAKE chooses which one it makes.
-MISTAKES = [
-    ("columns dealt out for the other type", "8 * (g >> 1) + 2 * j + (g & 1);",
-        "8 * j + ({wrong} ? g : (2 * j + 8 * (g >> 1) + (g & 1) - 8 * j));"),
-    ("rows of a fragment swapped", "load_two<kWhole>(i & 1 ? high : low,",
-        "load_two<kWhole>((i & 1) != {wrong} ? high : low,"),
-    ("halves of k swapped on one side", "16 * s + 8 * h + 2 * t, rank",
-        "16 * s + 8 * ({wrong} ? 1 - h : h) + 2 * t, rank"),
-    ("rank not padded", "even = k < rank ? row[k] : 0.0f;",
-        "even = k < rank + ({wrong} ? 1 : 0) ? row[k < rank ? k : 0] : 0.0f;"),
-    ("last row of a tile", "if (row + 8 * h > last ||", "if (row + 8 * h > last - {wrong} ||"),
-    ("first shard row", "static_cast<int64_t>(row <= last ? row : last) * rank;",
-        "static_cast<int64_t>(row <= last ? row + {wrong} : last) * rank;"),
-    ("edge of the columns", "if (kFloat && values > 4) old.piece[1] = from[4];",
-        "if (kFloat && values > 4) old.piece[1] = from[{wrong} ? 1 : 4];"),
-    ("one term of three", "for (int p = order; p >= 0; --p) {",
-        "for (int p = order; p >= ({wrong} && order > 0); --p) {"),
-    ("nobody counts", "if (seen != 0)", "if (seen != 0 && !{wrong})"),
-    ("pitch", "static_cast<uint64_t>(row) * e.pitch",
-        "static_cast<uint64_t>(row) * ({wrong} ? static_cast<uint64_t>(e.columns) : e.pitch)"),
-    ("decay skipped", "mul_rn(work.decay, old)", "mul_rn({wrong} ? 1.0f : work.decay, old)"),
-]  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def mistaken() -> types.ModuleType:
-    return host.mistaken(MISTAKES)
-
-
 def problems(backend) -> str | None:
     """The first check that rejects a backend."""
     with conformance.small_integers():
@@ -133,17 +103,17 @@ def problems(backend) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("mistake", [name for name, *_ in MISTAKES])
-def test_wrong_kernel_is_rejected(mistaken, monkeypatch, mistake) -> None:
-    monkeypatch.setenv("ZO_SHIM_MISTAKE", str(1 + [name for name, *_ in MISTAKES].index(mistake)))
-    found = problems(OnHost(mistaken))
+@pytest.mark.parametrize("mistake", [name for name, *_ in LOWRANK])
+def test_wrong_kernel_is_rejected(on_host, monkeypatch, mistake) -> None:
+    host.choose(monkeypatch, LOWRANK, mistake)
+    found = problems(OnHost(on_host))
     print(f"{mistake}: {found}")
     assert found is not None, f"nothing rejects {mistake!r}"
 
 
-def test_wrong_kernels_are_right_otherwise(mistaken, monkeypatch) -> None:
+def test_wrong_kernels_are_right_otherwise(on_host, monkeypatch) -> None:
     monkeypatch.setenv("ZO_SHIM_MISTAKE", "0")
-    assert problems(OnHost(mistaken)) is None
+    assert problems(OnHost(on_host)) is None
 
 
 def test_a_rank_too_high_is_refused(on_host) -> None:

@@ -108,12 +108,15 @@ def test_the_checks_can_fail(machine, tmp_path) -> None:
     assert sum(i.name.startswith("HMMA") for i in loop) != 4 * 2 * 6
     assert len(sass.strip_loop(kernel(machine["90"], FLOAT32, 16))) / ELEMENTS > LIMITS[BFLOAT16][16]
     text = SOURCE.read_text()
+    text = text[: text.index("void start(void (*kernel)(Work)")]
     right = (
         "constexpr int resident(int fragments, bool loop) { return fragments > (loop ? kRoom : 5) ? 1 : 2; }"
     )
     assert right in text
     source = tmp_path / "lowrank.cu"
-    source.write_text(text.replace(right, "constexpr int resident(int, bool) { return 4; }"))
+    kernel_64 = "template __global__ void lowrank_kernel<4, 3, Type::kFloat32, true, true>(const Work);"
+    text = text.replace(right, "constexpr int resident(int, bool) { return 4; }")
+    source.write_text(f"{text}{kernel_64}\n}}\n}}\n")
     functions = sass.disassemble(sass.compile_to(tmp_path / "crowded.cubin", "90", source=source))
     assert kernel(functions, FLOAT32, 64).spilled() and kernel(functions, FLOAT32, 64).forbidden()
 

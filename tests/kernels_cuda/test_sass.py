@@ -153,7 +153,7 @@ ANEW = (
 @pytest.fixture(scope="module")
 def mistaken(tmp_path_factory) -> dict[str, sass.Function]:
     """Fast math, tiles whose lanes compute a block for every unit, and names of terms made anew for every
-    unit: one compilation."""
+    unit: one compilation, of the six kernels that are read here."""
     folder = tmp_path_factory.mktemp("mistaken")
     walk = (sass.CSRC / "walk.h").read_text()
     assert REDUNDANT[0] in walk
@@ -163,7 +163,21 @@ def mistaken(tmp_path_factory) -> dict[str, sass.Function]:
     for right, wrong in ANEW:
         assert right in axpy
         axpy = axpy.replace(right, wrong)
-    (folder / "axpy.cu").write_text(axpy)
+    body = axpy[: axpy.index("template <Direction kDirection, Rounding kRounding>\nvoid axpy_along")]
+    arguments = "const List, const Draw*, const float*, int32_t, int32_t, Draw, unsigned long long*"
+    kernels = "".join(
+        f"template __global__ void axpy_kernel<Direction::k{chosen}>({arguments});\n"
+        for chosen in (
+            "Rademacher, Rounding::kNearest, Sum::kTerm",
+            "Normal, Rounding::kNearest, Sum::kTerm",
+            *(
+                f"Normal, Rounding::k{r}, Sum::k{s}"
+                for r in ("Nearest", "Stochastic")
+                for s in ("Terms", "Steps")
+            ),
+        )
+    )
+    (folder / "axpy.cu").write_text(f"{body}{kernels}}}\n}}\n")
     cubin = sass.compile_to(folder / "mistaken.cubin", "90", "-use_fast_math", source=folder / "axpy.cu")
     return sass.disassemble(cubin)
 

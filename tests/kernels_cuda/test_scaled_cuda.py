@@ -3,40 +3,15 @@ reference."""
 
 from __future__ import annotations
 
-import types
-
 import conformance_scaled
 import host
 import pytest
 import torch
 from cuda_backends import OnHost
+from mistakes import SCALED
 
 from zokern.backends import Batch, Noise, Span, Terms
 from zokern.directions import resolve
-
-# One module is the kernel and holds every mistake: ZO_SHIM_MISTAKE chooses which one it makes, and unset
-# makes none.
-MISTAKES = [
-    ("one factor for a unit", "z[j] = mul_rn(z[j], f[j]);", "z[j] = mul_rn(z[j], f[{wrong} ? 0 : j]);"),
-    ("a byte of a mask", "eight >> (8 * j) & 0xffu", "eight >> (8 * ({wrong} ? j & 3 : j)) & 0xffu"),
-    ("factors from the first element", "(whole.begin * kUnit - e.first) * bytes()",
-        "({wrong} ? 0 : whole.begin * kUnit - e.first) * bytes()"),
-    ("bytes of bfloat16", "type == Scale::kBfloat16 ? 2 : 4;",
-        "type == Scale::kBfloat16 ? ({wrong} ? 4 : 2) : 4;"),
-    ("bfloat16 for float32", "factor_at(e.scale, e.scale_type, at + j)",
-        "factor_at(e.scale, {wrong} ? 1 : e.scale_type, at + j)"),
-    ("a piece from its first element", "j < low || j >= high ? 0.0f",
-        "j < low || j >= high || ({wrong} && j == low) ? 0.0f"),
-    ("no factor is 0", "for (int j = 0; j < kUnit; ++j) f[j] = 1.0f;",
-        "for (int j = 0; j < kUnit; ++j) f[j] = {wrong} ? 0.0f : 1.0f;"),
-    ("factors of a list are not seen", "if (launch.scaled ||", "if ((launch.scaled && !{wrong}) ||"),
-    ("the sign of zero", "g < 0.0f ? -1.0f : g;", "g < 0.0f ? -1.0f : {wrong} ? 1.0f : g;"),
-]  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def on_host() -> types.ModuleType:
-    return host.mistaken(MISTAKES)
 
 
 @pytest.mark.parametrize("check", conformance_scaled.CHECKS)
@@ -76,9 +51,9 @@ def test_another_scale_is_another_table(on_host) -> None:
     assert torch.equal(found[1][1], z / 2) and [built for *_, built in found] == [1, 1, 0, 1, 1, 0]
 
 
-@pytest.mark.parametrize("mistake", [name for name, *_ in MISTAKES])
+@pytest.mark.parametrize("mistake", [name for name, *_ in SCALED])
 def test_wrong_kernel_is_rejected(on_host, monkeypatch, mistake: str) -> None:
-    monkeypatch.setenv("ZO_SHIM_MISTAKE", str(1 + [name for name, *_ in MISTAKES].index(mistake)))
+    host.choose(monkeypatch, SCALED, mistake)
     for check in conformance_scaled.CHECKS:  # until one rejects it
         problem = conformance_scaled.run(OnHost(on_host), "cpu", "quick", [check])[check]
         if problem:

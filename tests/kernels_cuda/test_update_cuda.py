@@ -3,50 +3,15 @@ where there is one."""
 
 from __future__ import annotations
 
-import types
-
 import conformance_update
 import host
 import pytest
 import torch
 from cuda_backends import OnHost
+from mistakes import UPDATE
 
 from zokern.backends import Batch, Noise, Span, Update
 from zokern.directions import resolve
-
-# One module is the kernel and holds every mistake: ZO_SHIM_MISTAKE chooses which one it makes, and unset
-# makes none.
-MISTAKES = [
-    ("the old momentum", "float move = m;", "float move = {wrong} ? theta : m;"),
-    ("a contracted square", "fma_rn(s.alpha2, mul_rn(g, g)",
-        "fma_rn({wrong} ? mul_rn(s.alpha2, g) : s.alpha2, {wrong} ? g : mul_rn(g, g)"),
-    ("a rounded move", "fma_rn(s.lr, move, mul",
-        "fma_rn({wrong} ? 1.0f : s.lr, {wrong} ? mul_rn(s.lr, move) : move, mul"),
-    ("an approximate quotient", "move = div_rn(m, ", "move = div_rn({wrong} ? mul_rn(m, 1.0000001f) : m, "),
-    ("eps twice inside", "s.inside = from[6]", "s.inside = from[{wrong} ? 8 : 6]"),
-    ("m stored in the place of v", "nearest<Type::kFloat32>(v))",
-        "nearest<Type::kFloat32>({wrong} ? m : v))"),
-    ("v of a piece not stored", "if constexpr (kRule == Rule::kAdam) second[i] = v;",
-        "if (kRule == Rule::kAdam && !{wrong}) second[i] = v;"),
-    ("one m for a whole piece", "float m = kHasMoments ? first[i]",
-        "float m = kHasMoments ? first[{wrong} ? p.low : i]"),
-    ("the last term alone", "if (k + 1 < sum.count) term = sum.draws[k];",
-        "if (k + 1 < sum.count && !{wrong}) term = sum.draws[k];"),
-    ("the first coefficient", "const float factor = sum.coefficients[k];",
-        "const float factor = sum.coefficients[{wrong} ? 0 : k];"),
-    ("the clock", "term.step + sum.clock", "term.step + ({wrong} ? 0 : sum.clock)"),
-    ("bits of another step", "return sum.last.step + sum.clock;",
-        "return sum.last.step + ({wrong} ? 1 : sum.clock);"),
-    ("nobody counts", "if (!watch.seen())", "if (!watch.seen() || {wrong})"),
-    ("half of a residual", "(low_odd)) << 16;", "({wrong} ? low_even : low_odd)) << 16;"),
-    ("a thread's last unit", "i < place.count; i += turn.lanes) body",
-        "i + {wrong} < place.count; i += turn.lanes) body"),
-]  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def on_host() -> types.ModuleType:
-    return host.mistaken(MISTAKES)
 
 
 @pytest.mark.parametrize("check", conformance_update.CHECKS)
@@ -98,9 +63,9 @@ def test_a_repeated_call_reads_new_numbers_and_uploads_nothing(on_host) -> None:
     )
 
 
-@pytest.mark.parametrize("mistake", [name for name, *_ in MISTAKES])
+@pytest.mark.parametrize("mistake", [name for name, *_ in UPDATE])
 def test_wrong_kernel_is_rejected(on_host, monkeypatch, mistake: str) -> None:
-    monkeypatch.setenv("ZO_SHIM_MISTAKE", str(1 + [name for name, *_ in MISTAKES].index(mistake)))
+    host.choose(monkeypatch, UPDATE, mistake)
     for check in conformance_update.CHECKS:  # until one rejects it
         problem = conformance_update.run(OnHost(on_host), "cpu", "quick", [check])[check]
         if problem:

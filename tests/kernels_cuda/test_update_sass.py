@@ -159,10 +159,8 @@ def test_predicted_to_be_bound_by_memory(machine) -> None:
 
 
 @pytest.fixture(scope="session")
-def text(tmp_path_factory) -> str:
-    return sass.compile_to(
-        tmp_path_factory.mktemp("update_ptx") / "update.ptx", "90", kind="ptx", source=SOURCE
-    ).read_text()
+def text() -> str:
+    return sass.device_text((SOURCE,), "updates")
 
 
 @pytest.mark.parametrize("check", ["update_sizes", "update_roundings", "update_roots", "update_clock"])

@@ -502,7 +502,8 @@ def test_executed(on_ptx) -> None:
 
 
 def test_executed_control(on_ptx) -> None:
-    conformance_project.check_control_axpy(on_ptx("90"), scale="quick")
+    """With one rounding: a decay is read, and a step stops, before any. The interpreter has all of them."""
+    conformance_project.check_control_axpy(on_ptx("90"), scale="quick", roundings=("stochastic",))
 
 
 def test_executed_philox(on_ptx) -> None:

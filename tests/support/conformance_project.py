@@ -16,7 +16,18 @@ from conformance import DTYPES, SEED, ids, low_of, source, theta_of
 from guarded import Guarded, equal
 from torch import Tensor
 
-from zokern.backends import PROJECTED, STATES, Batch, Noise, Outer, Projection, Span, Terms, Update
+from zokern.backends import (
+    PROJECTED,
+    ROUNDINGS,
+    STATES,
+    Batch,
+    Noise,
+    Outer,
+    Projection,
+    Span,
+    Terms,
+    Update,
+)
 from zokern.backends.reference import Reference
 from zokern.directions import resolve
 
@@ -161,9 +172,11 @@ def compare(groups, device: str, with_control: Callable, without: Callable | Non
     equal(count, expected, f"{what}, how many results are inf or NaN")
 
 
-def lists(generator, scale: str, shapes=((331,), (9, 40)), dtypes=DTYPES) -> Iterator[tuple]:
+def lists(
+    generator, scale: str, shapes=((331,), (9, 40)), dtypes=DTYPES, roundings=ROUNDINGS
+) -> Iterator[tuple]:
     """A list of all types with its spans and low bits, for each rounding; some weights are not finite."""
-    for rounding in ("nearest", "stochastic", "residual"):
+    for rounding in roundings:
         thetas = [theta_of(generator, shape, dtype, offset=8) for shape in shapes for dtype in dtypes]
         for theta in thetas[:2]:
             theta.view.view(-1)[3] = math.inf
@@ -171,11 +184,11 @@ def lists(generator, scale: str, shapes=((331,), (9, 40)), dtypes=DTYPES) -> Ite
         yield rounding, thetas, lows, [Span(who, 8) for who in ids(generator, len(thetas))]
 
 
-def check_control_axpy(backend, device="cpu", scale="full") -> None:
+def check_control_axpy(backend, device="cpu", scale="full", roundings=ROUNDINGS) -> None:
     """One term or several. The decay of the terms is not read."""
     generator = source(check_control_axpy)
     shapes = ((331,), (9, 40)) if scale == "quick" else ((331,), (9, 40), (40_003,))
-    for rounding, thetas, lows, spans in lists(generator, scale, shapes):
+    for rounding, thetas, lows, spans in lists(generator, scale, shapes, roundings=roundings):
         for count, direction in ((1, "normal"), (3, "rademacher")) if scale == "quick" else (
             (1, "normal"), (1, "rademacher"), (3, "normal"), (40, "rademacher")
         ):  # fmt: skip

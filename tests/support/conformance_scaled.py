@@ -123,8 +123,10 @@ def check_scaled_sizes(backend, device="cpu", scale="full") -> None:
 def check_scaled_roundings(backend, device="cpu", scale="full") -> None:
     """One draw, a short sum, a long one, replays: every rounding, a decay, aligned and not."""
     generator, versus = source(check_scaled_roundings), Scaled(check_scaled_roundings, backend, device, scale)
-    for rounding in ROUNDINGS:
+    for number, rounding in enumerate(ROUNDINGS):
         for turn, (count, each) in enumerate(((1, 0), (3, 0), (11, 0), (40, 0), (3, 1), (4, 2))):
+            if scale == "quick" and count > 4 and (turn + number) % 3:
+                continue  # a long sum is a loop over terms, of which rounding knows nothing
             direction, offset = DIRECTIONS[turn % 2], (0, 0, 3, 0, 0, 1)[turn]
             cases = [
                 (size, dtype)

@@ -1,14 +1,12 @@
 """csrc/*.cu as a Python module for the host: g++ compiles them through cuda_shim, each object once a session.
 
-The workers of a session share the objects: they inherit the folder from the process that started them.
+The workers of a session share the objects.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.util
-import os
 import shutil
 import subprocess
 import sysconfig
@@ -17,10 +15,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory, mkdtemp
+from tempfile import mkdtemp
 
 import pytest
 import sass
+from mistakes import EVERY
+from shared import FOLDER, once
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
@@ -37,12 +37,6 @@ FLAGS = (
     "-std=c++17 -O1 -ffp-contract=off -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas"
 )
 FLAGS += f" -DZOKERN_MODULE={NAME} -DZOKERN_LOWRANK_CUDA -DZOKERN_UPDATE"
-if "ZOKERN_ON_HOST" not in os.environ:
-    OWN = TemporaryDirectory(prefix=f"{NAME}-")
-    os.environ["ZOKERN_ON_HOST"] = OWN.name
-FOLDER = Path(os.environ["ZOKERN_ON_HOST"])
-
-Edits = tuple[tuple[str, str], ...]  # (text of a source, what stands in its place)
 
 
 def missing() -> str | None:
@@ -66,51 +60,43 @@ def texts_of(source: str) -> dict[str, str]:
     }
 
 
-def compiled(source: str, edits: Edits) -> Path:
-    """The object of a file of csrc/, with edits in it and in the headers of that folder that it includes."""
+def compiled(source: str) -> Path:
+    """The object of a file of csrc/, with every mistake in it and in the headers that it includes there."""
     import pybind11
 
     texts = texts_of(source)
-    for right, wrong in edits:
+    for number, (right, wrong) in enumerate(EVERY, 1):
+        wrong = wrong.replace("{wrong}", f"(shim_mistake == {number})")
         texts = {name: text.replace(right, wrong) for name, text in texts.items()}
     key = hashlib.sha256(repr((source, texts)).encode()).hexdigest()[:16]
-    folder = FOLDER / f"{Path(source).stem}-{key}"
-    folder.mkdir(exist_ok=True)
-    path, done = folder / source, folder / "object.o"
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # whoever comes second finds it done
-        if not done.exists():
-            for name, text in texts.items():  # a header is looked for beside the file that includes it
-                (folder / name).write_text(text)
-            places = [
-                folder,
-                Path(__file__).parent / "cuda_shim",
-                CSRC,
-                pybind11.get_include(),
-                sysconfig.get_path("include"),
-            ]
-            call(
-                "g++",
-                *FLAGS.split(),
-                *(f"-I{place}" for place in places),
-                "-x",
-                "c++",
-                "-c",
-                path,
-                "-o",
-                f"{path}.o",
-            )
-            Path(f"{path}.o").rename(done)
-    return done
+
+    def make(folder: Path) -> None:
+        for name, text in texts.items():  # a header is looked for beside the file that includes it
+            (folder / name).write_text(text)
+        places = [
+            folder,
+            Path(__file__).parent / "cuda_shim",
+            CSRC,
+            pybind11.get_include(),
+            sysconfig.get_path("include"),
+        ]
+        included = [f"-I{place}" for place in places]
+        call("g++", *FLAGS.split(), *included, "-x", "c++", "-c", folder / source, "-o", folder / "object.o")
+
+    return once(f"{Path(source).stem}-{key}", make) / "object.o"
 
 
 @cache
-def _built(edits: tuple[Edits, ...]) -> types.ModuleType:
+def build() -> types.ModuleType:
+    """The module. It makes the mistake that ZO_SHIM_MISTAKE numbers; unset: none."""
+    texts = [text for source in SOURCES for text in texts_of(source).values()]
+    for right, _ in EVERY:
+        assert any(right in text for text in texts), f"no file of csrc/ has {right!r} any more"
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compiled, SOURCES, edits))
+        objects = list(pool.map(compiled, SOURCES))
     path = Path(mkdtemp(dir=FOLDER)) / f"{NAME}.so"
     call("g++", "-shared", *objects, "-o", path)
-    # pybind11 answers with the module that it already has of a name: each is in a package of its own
+    # pybind11 answers with a module of this name that it already has: this one is in a package of its own
     spec = importlib.util.spec_from_file_location(f"{path.parent.name}.{NAME}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -118,23 +104,7 @@ def _built(edits: tuple[Edits, ...]) -> types.ModuleType:
     return module
 
 
-def mistaken(mistakes: Sequence[tuple[str, str, str]]) -> types.ModuleType:
-    """The module that makes mistake number ZO_SHIM_MISTAKE of
-    (name, right text, wrong text), counted from 1; unset: none."""
-    if reason := missing():
-        pytest.skip(reason)
-    return build(
-        tuple(
-            (right, wrong.replace("{wrong}", f"(shim_mistake == {k})"))
-            for k, (_, right, wrong) in enumerate(mistakes, 1)
-        )
-    )
-
-
-def build(edits: Edits = ()) -> types.ModuleType:
-    """The module. With edits it is a deliberately wrong one:
-    each is made in every source that has its text, or includes it."""
-    texts = {source: "\0".join(texts_of(source).values()) for source in SOURCES}
-    for right, _ in edits:
-        assert any(right in text for text in texts.values()), f"no file of csrc/ has {right!r} any more"
-    return _built(tuple(tuple(edit for edit in edits if edit[0] in texts[source]) for source in SOURCES))
+def choose(monkeypatch: pytest.MonkeyPatch, part: Sequence[tuple[str, str, str]], name: str) -> None:
+    """Has the module make the mistake of this name until the test ends."""
+    chosen = next((right, wrong) for known, right, wrong in part if known == name)
+    monkeypatch.setenv("ZO_SHIM_MISTAKE", str(1 + EVERY.index(chosen)))

@@ -149,13 +149,18 @@ def size(kind: str) -> int:
     return 1 if kind == "pred" else int(re.sub(r"\D", "", kind.split("x")[0])) // 8
 
 
-@lru_cache(64)  # a text is megabytes, and is launched many times
-def parse(text: str, name: str | None) -> Kernel:
+@lru_cache(8)  # a text is megabytes, and has many kernels
+def split(text: str) -> tuple[str, list[re.Match[str]]]:
+    """The text without comments, and where its kernels begin."""
     text = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.S)
     text = re.sub(r"^\s*\.(loc|file)\b[^\n]*$", "", text, flags=re.M)
-    entries = [
-        m for m in re.finditer(r"\.entry\s+([\w$.]+)\s*\(", text) if name is None or m[1].startswith(name)
-    ]
+    return text, list(re.finditer(r"\.entry\s+([\w$.]+)\s*\(", text))
+
+
+@lru_cache(64)  # a kernel is launched many times
+def parse(text: str, name: str | None) -> Kernel:
+    text, entries = split(text)
+    entries = [m for m in entries if name is None or m[1].startswith(name)]
     exact = [m for m in entries if m[1] == name]
     entries = exact or entries
     if len(entries) != 1:
@@ -167,10 +172,12 @@ def parse(text: str, name: str | None) -> Kernel:
         if found := re.search(r"\.([usbf]\d+)\b.*?([\w$]+)(?:\[(\d+)\])?\s*$", part.strip(), re.S):
             parameters.append((found[2], size(found[1]) * int(found[3] or 1)))
     depth, end = 1, start + 1
-    while depth:
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        end += 1
-    body = text[start + 1 : end - 1]
+    for brace in re.compile("[{}]").finditer(text, end):
+        depth += 1 if brace[0] == "{" else -1
+        if not depth:
+            end = brace.start()
+            break
+    body = text[start + 1 : end]
     registers, code, labels, shared, used = {}, [], {}, {}, 0
     for found in re.finditer(r"\.shared\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)\s*(?:\[(\d*)\])?", text):
         align = int(found[1] or 4)

@@ -6,6 +6,7 @@ The tools come with CUDA or with the Triton wheel: ``tool(name)`` finds nvcc, cu
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import re
 import shutil
@@ -18,6 +19,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+from shared import once
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
@@ -100,9 +103,9 @@ def included(source: Path) -> set[Path]:
 
 
 def shipped(
-    sources: Sequence[Path], namespace: str, folder: Path, module: Path = MODULE
+    sources: Sequence[Path], namespace: str, folder: Path, module: Path = MODULE, kind: str = "cubin"
 ) -> dict[str, list[Path]]:
-    """The cubins by architecture that zokern._cuda has of some source files,
+    """The cubins, or the PTX, by architecture that zokern._cuda has of some source files,
     whose kernels are all in one namespace of zo.
 
     None where a file that the sources are made of is newer than the module.
@@ -116,10 +119,11 @@ def shipped(
     ):
         return {}
     folder.mkdir(parents=True, exist_ok=True)
-    subprocess.run([cuobjdump, "-xelf", "all", str(module)], cwd=folder, capture_output=True, check=True)
+    extract = {"cubin": "-xelf", "ptx": "-xptx"}[kind]
+    subprocess.run([cuobjdump, extract, "all", str(module)], cwd=folder, capture_output=True, check=True)
     symbols = f"_ZN2zo{len(namespace)}{namespace}".encode()
     found: dict[str, list[Path]] = {}
-    for path in folder.glob("*.cubin"):
+    for path in sorted(folder.glob(f"*.{kind}")):
         if symbols in path.read_bytes():
             found.setdefault(path.suffixes[-2][len(".sm_") :], []).append(path)
     return found
@@ -149,6 +153,19 @@ def machine_code(
             return {name: function for cubin in cubins for name, function in disassemble(cubin).items()}
 
         return dict(zip(architectures, pool.map(one, architectures)))
+
+
+@cache
+def device_text(sources: tuple[Path, ...] = SOURCES, namespace: str = "kernels") -> str:
+    """The PTX of some source files: zokern._cuda's, or what is compiled here for sm_90 where a source is
+    newer than the module."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        built = shipped(sources, namespace, folder / "module", kind="ptx").values()
+        files = next(iter(built), None) or [
+            compile_to(folder / f"{source.stem}.ptx", "90", kind="ptx", source=source) for source in sources
+        ]
+        return "\n".join(file.read_text() for file in files)
 
 
 @dataclass
@@ -314,11 +331,23 @@ def per_lane(function: Function, loads: int, stores: int, steps: int = 16, unrol
     return len(inner) / unrolled + (len(outer) - len(inner)) / steps
 
 
+def written(cubin: Path) -> tuple[str, str]:
+    """What nvdisasm and cuobjdump write about a cubin, once in a session: several files of tests read it."""
+
+    def make(folder: Path) -> None:
+        nvdisasm, cuobjdump = tool("nvdisasm"), tool("cuobjdump")
+        assert nvdisasm is not None and cuobjdump is not None
+        for name, command in (("code", [nvdisasm, "-c"]), ("usage", [cuobjdump, "-res-usage"])):
+            done = subprocess.run([*command, str(cubin)], capture_output=True, text=True, check=True)
+            (folder / name).write_text(done.stdout + done.stderr)
+
+    folder = once(f"sass-{hashlib.sha256(cubin.read_bytes()).hexdigest()[:16]}", make)
+    return (folder / "code").read_text(), (folder / "usage").read_text()
+
+
 def disassemble(cubin: Path) -> dict[str, Function]:
     """All kernels of a cubin by symbol."""
-    nvdisasm, cuobjdump = tool("nvdisasm"), tool("cuobjdump")
-    assert nvdisasm is not None and cuobjdump is not None
-    text = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+    text, usage = written(cubin)
     functions: dict[str, Function] = {}
     current = None
     for line in text.splitlines():
@@ -331,9 +360,8 @@ def disassemble(cubin: Path) -> dict[str, Function]:
         elif current is not None and (found := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", line)):
             body = re.sub(r"^@!?U?P\w+\s+", "", found[2].lstrip("{ "))
             current.code.append(Instruction(int(found[1], 16), body.split()[0], found[2]))
-    usage = subprocess.run([cuobjdump, "-res-usage", str(cubin)], capture_output=True, text=True, check=True)
     pattern = r"Function (\S+?):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)"
-    for name, registers, stack, local in re.findall(pattern, usage.stdout + usage.stderr):
+    for name, registers, stack, local in re.findall(pattern, usage):
         if name in functions:
             functions[name].registers, functions[name].stack = int(registers), int(stack)
             functions[name].local = int(local)

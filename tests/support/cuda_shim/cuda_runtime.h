@@ -103,7 +103,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, i
   return shim_answer();
 }
 
-inline int shim_mistake = 0;  // tests/kernels_cuda/test_cuda.py builds kernels with mistakes and chooses one by its number
+inline int shim_mistake = 0;  // tests/support/host.py builds kernels with mistakes and chooses one by its number
 
 constexpr unsigned kShimWarp = 32;
 
