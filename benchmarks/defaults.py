@@ -15,7 +15,8 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -51,6 +52,23 @@ CASES: dict[str, Callable[..., Any]] = {**METHODS, **FORMS}
 FEWER = {"BlockMeZO": 0.1, "SubZeroPlus": 0.1, "EGGROLL": 0.4}
 
 
+@contextmanager
+def asking() -> Iterator[list[Any]]:
+    """Lists the points and draws that steps ask losses of, each once for a question."""
+    asked, read, slopes = list[Any](), Oracle._ask, Oracle.slopes
+
+    def ask(self: Oracle, plan: Any, points: Any, *rest: Any) -> Any:
+        asked.extend({*points})
+        return read(self, plan, points, *rest)
+
+    def slope(self: Oracle, draws: Any, *rest: Any) -> Any:
+        asked.extend(draws)
+        return slopes(self, draws, *rest)
+
+    with patch.object(Oracle, "_ask", ask), patch.object(Oracle, "slopes", slope):
+        yield asked
+
+
 def measure(
     name: str, model: Any, words: LabelWords, rows: Any, options: argparse.Namespace
 ) -> dict[str, Any]:
@@ -59,19 +77,11 @@ def measure(
     portion = FEWER.get(name, 1.0)
     optimizer = CASES[name](model, seed=options.seed, **({} if options.lr is None else {"lr": options.lr}))
     batches = Batches(rows.train, BATCH, options.seed)
-    seconds, read, slopes = [], Oracle._ask, Oracle.slopes
-    with (
-        patch.object(
-            Oracle,
-            "_ask",
-            lambda self, plan, points, *rest: asked.extend({*points}) or read(self, plan, points, *rest),
-        ),
-        patch.object(
-            Oracle, "slopes", lambda self, draws, *rest: asked.extend(draws) or slopes(self, draws, *rest)
-        ),
-    ):
+    seconds: list[float] = []
+    with asking() as asked:
         while len(seconds) < max(1, round(portion * options.steps)) and sum(seconds) < options.seconds:
-            task, asked = Task(model, words, batches.next()), list[Any]()
+            task = Task(model, words, batches.next())
+            asked.clear()
             started = time.perf_counter()
             result = zokern.step(optimizer, task.examples if name == "DPZO" else task)
             seconds.append(time.perf_counter() - started)

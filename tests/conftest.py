@@ -54,6 +54,7 @@ LONGEST = (
     "test_lowrank_cuda",
     "test_gpu",
     "test_bench",
+    "test_eager_methods",
     "test_train",
     "test_demo",
     "test_directions",
