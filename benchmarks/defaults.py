@@ -12,7 +12,6 @@ runs some of them; --lr tries another one, which is printed and not written.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -158,8 +157,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, words, rows = demo.task(HELD_OUT)
     start = {name: value.clone() for name, value in model.state_dict().items()}
     before = score(model, words, rows.held_out)
-    folder = report.folder()
-    file = folder / "defaults.json"
     print(HEAD, flush=True)
     for name in options.only:
         model.load_state_dict(start)
@@ -171,10 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
         print(line(name, row), flush=True)
         if not report.quick:
-            folder.mkdir(parents=True, exist_ok=True)
-            known = {**(json.loads(file.read_text())["rows"] if file.exists() else {}), name: row}
-            file.write_text(json.dumps({"machine": report.machine, "rows": known}, indent=1) + "\n")
-            (folder / "defaults.md").write_text(page(report.machine, known))
+            report.keep_row("defaults", name, row, page)
 
 
 if __name__ == "__main__":

@@ -116,6 +116,9 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
 
+Page = Callable[[dict[str, str], dict[str, dict[str, Any]]], str]  # Markdown, of the machine and the rows
+
+
 def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns rows, new ones in the places of old ones of their name."""
     return [*({row["name"]: row for row in old} | {row["name"]: row for row in new}).values()]
@@ -322,6 +325,19 @@ class Report:
         file.write_text(content + "\n")
         self.show(folder, drawn)
         return folder
+
+    def kept(self, stem: str) -> dict[str, dict[str, Any]]:
+        """Returns the rows of a page of its own, `stem`.md, by name."""
+        file = self.folder() / f"{stem}.json"
+        return json.loads(file.read_text())["rows"] if file.exists() else {}
+
+    def keep_row(self, stem: str, name: str, row: dict[str, Any], page: Page) -> None:
+        """Writes a row of a page of its own, in place of one of its name, and the page."""
+        rows, folder = self.kept(stem) | {name: row}, self.folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        content = json.dumps({"machine": self.machine, "rows": rows}, indent=1)
+        (folder / f"{stem}.json").write_text(content + "\n")
+        (folder / f"{stem}.md").write_text(page(self.machine, rows))
 
     @contextmanager
     def saving(self) -> Iterator[Report]:
