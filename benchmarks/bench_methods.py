@@ -1,9 +1,13 @@
-"""Times a step of every method over two bare forwards, beside the eager loop of that method.
+"""Times a step of every method over the eager loop of that method, and over two bare forwards.
 
-A method is a class that zokern.methods exports, so a new one is timed without an entry here.
-One that has no loop in eager_methods.py is timed without it, and a note of the page says so.
-Steps that read their weights once for both sides can take less than two forwards.
---all or ZOKERN_BENCH_ALL=1 adds models, dtypes and batches: several hours on two cores.
+    pytest benchmarks/bench_methods.py -k bench_eager --benchmark-only -q     # a quarter of an hour
+    pytest benchmarks/bench_methods.py -k bench_eager --benchmark-only -q --only SubZero --only LOZO
+
+The page is written method by method. A run that was ended, or one with --only, leaves the other rows as they
+are. A method is a class that zokern.methods exports and a loop a class of benchmarks/eager_methods, so a new
+one is timed without an entry here. Steps that read their weights once for both sides can take less than two
+forwards. --all or ZOKERN_BENCH_ALL=1 adds models, dtypes and batches for the other benchmarks of this file:
+several hours on two cores.
 """
 
 from __future__ import annotations
@@ -16,10 +20,14 @@ import zokern
 from zokern import estimator, methods
 
 from .eager_methods import LOOPS
-from .steps import Shape, Step, bench, pytest_generate_tests
+from .measure import Case, Group
+from .steps import Shape, Step, Times, bench, ran, turns
+from .steps import pytest_generate_tests as by_shape
 
 QUERIES = 8
 MANY = 99  # queries of SubZero+
+FEW = {"SubZeroPlus": 8}  # queries beside the eager loop, which takes two minutes for 99
+TURNS = 12.0  # seconds of a method and its eager loop
 
 
 def queries_of(method: str) -> int:
@@ -47,24 +55,39 @@ def interval_of(method: str) -> int:
     return interval.default if interval is not None else 0
 
 
-def is_slow(method: str, shape: Shape) -> bool:
-    """Says whether a step of the eager loop takes about a minute. Some processors multiply bf16 slowly."""
-    return method == "FZOO" or (method == "PGAP" and shape.dtype == "bf16")
+def bench_eager(benchmark, report, method: str) -> None:
+    """Times a step of a method and one of its eager loop, which take turns.
+
+    DiZO's search, every 50 steps, and new bases are not in it: the loops of bench_methods have these."""
+    pytest.importorskip("transformers")
+    if method not in LOOPS:
+        pytest.skip(f"{method} has no eager loop in benchmarks/eager_methods")
+    options = (("queries", FEW[method]),) if method in FEW else ()
+    shape = Shape(*(("OPT-tiny", "bf16", 1, 32) if report.quick else ("OPT-125M", "bf16", 1, 128)))
+    both = [Step(method, eager=eager, options=options) for eager in (False, True)]
+    found: list[Times] = []
+    benchmark.group = "eager"
+    benchmark.pedantic(
+        lambda: found.extend(turns(shape, both, 0.0 if report.quick else TURNS)), rounds=1, iterations=1
+    )
+    (step, loop), name = found, both[0].name
+    cases = [Case(name, ran, eager="eager", times=list(step.step)), Case("eager", ran, times=list(loop.step))]
+    row, eager = Group("", cases).rows()
+    row |= {"eager_ms": eager["ms"], "evaluation": step.evaluation}
+    report.row(f"methods and their eager loops, {shape}", row, shape, f"least of the methods {shape} / eager")
+    report.say(
+        f"{name}: {row['ms']:.0f} ms, the eager loop {row['eager_ms']:.0f} ms, {row['times_eager']:.2f}x"
+    )
 
 
 def bench_methods(benchmark, report, shape: Shape) -> None:
     pytest.importorskip("transformers")
-    thorough = report.all or report.quick
     steps = [Step(method) for method in METHODS]
     # P-GAP's new basis takes ten readings and decompositions of all matrices: minutes.
-    affordable = [m for m in METHODS if m != "PGAP" or (thorough and shape.tokens <= 32)]
-    drawn = {m: n for m in affordable if (n := interval_of(m))}
+    thorough = (report.all or report.quick) and shape.tokens <= 32
+    drawn = {m: n for m in METHODS if (n := interval_of(m)) and (m != "PGAP" or thorough)}
     steps += [Step(method, refresh=True) for method in drawn]
-    for method in METHODS:
-        if method not in LOOPS:
-            report.note(f"{method} has no eager loop in benchmarks/eager_methods.py: it is timed without one")
-        elif method == "MeZO" or (shape.eager and (thorough or not is_slow(method, shape))):
-            steps.append(Step(method, eager=True))
+    steps += [Step("MeZO", eager=True)]
     if "PGAP" in drawn:
         steps.append(Step("PGAP", eager=True, refresh=True))
     group = bench(benchmark, report, "methods", shape, steps)
@@ -118,4 +141,8 @@ def bench_estimators(benchmark, report) -> None:
     bench(benchmark, report, "estimators", small(report, 32), steps)
 
 
-__all__ = ["bench_estimators", "bench_many", "bench_methods", "bench_queries", "pytest_generate_tests"]
+def pytest_generate_tests(metafunc) -> None:
+    """Runs a benchmark at every shape, or for every method, or those of --only."""
+    by_shape(metafunc)
+    if "method" in metafunc.fixturenames:
+        metafunc.parametrize("method", metafunc.config.zokern_only or methods.__all__)

@@ -12,10 +12,10 @@ runs some of them; --lr tries another one, which is printed and not written.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -51,6 +51,23 @@ CASES: dict[str, Callable[..., Any]] = {**METHODS, **FORMS}
 FEWER = {"BlockMeZO": 0.1, "SubZeroPlus": 0.1, "EGGROLL": 0.4}
 
 
+@contextmanager
+def asking() -> Iterator[list[Any]]:
+    """Lists the points and draws that steps ask losses of, each once for a question."""
+    asked, read, slopes = list[Any](), Oracle._ask, Oracle.slopes
+
+    def ask(self: Oracle, plan: Any, points: Any, *rest: Any) -> Any:
+        asked.extend({*points})
+        return read(self, plan, points, *rest)
+
+    def slope(self: Oracle, draws: Any, *rest: Any) -> Any:
+        asked.extend(draws)
+        return slopes(self, draws, *rest)
+
+    with patch.object(Oracle, "_ask", ask), patch.object(Oracle, "slopes", slope):
+        yield asked
+
+
 def measure(
     name: str, model: Any, words: LabelWords, rows: Any, options: argparse.Namespace
 ) -> dict[str, Any]:
@@ -59,19 +76,11 @@ def measure(
     portion = FEWER.get(name, 1.0)
     optimizer = CASES[name](model, seed=options.seed, **({} if options.lr is None else {"lr": options.lr}))
     batches = Batches(rows.train, BATCH, options.seed)
-    seconds, read, slopes = [], Oracle._ask, Oracle.slopes
-    with (
-        patch.object(
-            Oracle,
-            "_ask",
-            lambda self, plan, points, *rest: asked.extend({*points}) or read(self, plan, points, *rest),
-        ),
-        patch.object(
-            Oracle, "slopes", lambda self, draws, *rest: asked.extend(draws) or slopes(self, draws, *rest)
-        ),
-    ):
+    seconds: list[float] = []
+    with asking() as asked:
         while len(seconds) < max(1, round(portion * options.steps)) and sum(seconds) < options.seconds:
-            task, asked = Task(model, words, batches.next()), list[Any]()
+            task = Task(model, words, batches.next())
+            asked.clear()
             started = time.perf_counter()
             result = zokern.step(optimizer, task.examples if name == "DPZO" else task)
             seconds.append(time.perf_counter() - started)
@@ -148,8 +157,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, words, rows = demo.task(HELD_OUT)
     start = {name: value.clone() for name, value in model.state_dict().items()}
     before = score(model, words, rows.held_out)
-    folder = report.folder()
-    file = folder / "defaults.json"
     print(HEAD, flush=True)
     for name in options.only:
         model.load_state_dict(start)
@@ -161,10 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
         print(line(name, row), flush=True)
         if not report.quick:
-            folder.mkdir(parents=True, exist_ok=True)
-            known = {**(json.loads(file.read_text())["rows"] if file.exists() else {}), name: row}
-            file.write_text(json.dumps({"machine": report.machine, "rows": known}, indent=1) + "\n")
-            (folder / "defaults.md").write_text(page(report.machine, known))
+            report.keep_row("defaults", name, row, page)
 
 
 if __name__ == "__main__":

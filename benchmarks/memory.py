@@ -33,8 +33,8 @@ from torch import nn
 import zokern
 from zokern.evaluation import EVALUATIONS
 
-from .eager_methods import LOOPS
 from .models import loss_of, model
+from .steps import loop_of
 
 LR, EPS = 1e-6, 1e-3
 
@@ -83,9 +83,7 @@ def stepper(module: nn.Module, batch: int, length: int, what: str) -> Callable[[
 
         return descend
     if what.startswith("eager "):
-        loop = LOOPS[what.removeprefix("eager ")](
-            [p for p in module.parameters() if p.requires_grad], LR, EPS
-        )
+        loop = loop_of(what.removeprefix("eager "), module)
 
         def walk() -> int:
             loop.step(loss, next(seeds))

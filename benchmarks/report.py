@@ -10,6 +10,8 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -83,11 +85,13 @@ COLUMNS = {
     "times_eager": ("x eager", ".2f"),
     "over_forwards": ("over its two forwards", ".2f"),
     "bound_ms": ("these, ms", ".4g"),
+    "eager_ms": ("the eager loop, ms", ".4g"),
     "evaluation": ("read by", "s"),
     "peak_mb": ("peak of a step", ".0f"),
     "forward_mb": ("peak of a forward", ".0f"),
     "extra_mb": ("the step beyond it", ".1f"),
     "scratch_mb": ("scratch_bytes", ".1f"),
+    "commit": ("commit", "s"),
 }
 
 MADE = (
@@ -112,8 +116,20 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
 
+Page = Callable[[dict[str, str], dict[str, dict[str, Any]]], str]  # Markdown, of the machine and the rows
+
+
+def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns rows, new ones in the places of old ones of their name."""
+    return [*({row["name"]: row for row in old} | {row["name"]: row for row in new}).values()]
+
+
 class Report:
-    """Collects groups. A group has a title, rows, figures, notes, and the commit of its measurement."""
+    """Collects groups. A group has a title, rows, figures, notes, and the commit of its measurement.
+
+    say  what tells of progress"""
+
+    say: Callable[[str], Any] = staticmethod(lambda line: None)
 
     def __init__(self, quick: bool, everything: bool = False, command: str = "make bench") -> None:
         self.quick, self.all = quick, everything
@@ -159,29 +175,50 @@ class Report:
         """Adds a figure to the group that was added last."""
         self.groups[-1]["figures"][key] = value
 
+    def row(self, title: str, row: dict[str, Any], shape: Shape, least: str) -> None:
+        """Adds a row to a group that is measured row by row, in place of one of its name.
+
+        The page keeps the rows that a run does not measure, and each says its commit. `least` is the key of
+        the figure that is the least of the rows' times_eager."""
+        mine = (g for g in self.groups if g["title"] == title and not self.is_kept(g["made"]))
+        if (group := next(mine, None)) is None:
+            self.rows(title, [], {}, shape)
+            group = self.groups[-1]
+        group["least"] = least
+        group["rows"] = merged(group["rows"], [row | {"commit": self.machine["commit"]}])
+
     def note(self, text: str) -> None:
         """Adds a note to the group that is added next."""
         self.noted.append(text)
 
     def keep(self, earlier: Report) -> None:
-        """Takes over the groups of an earlier page that this run did not measure, in their old places."""
+        """Takes over the groups of an earlier page that this run did not measure, in their old places,
+        and the rows of those that are measured row by row."""
         mine = {group["title"]: group for group in self.groups}
-        kept = [mine.pop(group["title"], group) for group in earlier.groups]
+        kept = []
+        for group in earlier.groups:
+            new = mine.pop(group["title"], group)
+            if "least" in new:
+                new["rows"] = merged(group["rows"], new["rows"])
+            kept.append(new)
         self.groups = kept + list(mine.values())
 
-    def is_kept(self, group: dict[str, Any]) -> bool:
-        return any(group["made"][key] != self.machine[key] for key in MADE)
+    def is_kept(self, made: dict[str, str]) -> bool:
+        return any(made[key] != self.machine[key] for key in MADE)
 
-    def found(self) -> dict[str, tuple[float, dict[str, Any]]]:
-        """Returns every figure by its key, and the group that it is of."""
+    def found(self) -> dict[str, tuple[float, dict[str, str]]]:
+        """Returns every figure by its key, and how it was made."""
         found = {}
         for group in self.groups:
             name = group.get("shape", {}).get("name")
             for row in group["rows"] if name else ():
+                made = group["made"] | {"commit": row.get("commit", group["made"]["commit"])}
                 for key, of in (("over_forwards", "forwards"), ("times_eager", "eager")):
                     if key in row:
-                        found[f"{row['name']} {name} / {of}"] = row[key], group
-            found |= {key: (value, group) for key, value in group["figures"].items()}
+                        found[f"{row['name']} {name} / {of}"] = row[key], made
+            found |= {key: (value, group["made"]) for key, value in group["figures"].items()}
+            if "least" in group:
+                found[group["least"]] = min(row["times_eager"] for row in group["rows"]), group["made"]
         return found
 
     def notes(self) -> list[str]:
@@ -214,15 +251,15 @@ class Report:
             if goal.key not in found:
                 rows.append([goal.what, must, "-", "not measured"])
                 continue
-            value, group = found[goal.key]
+            value, made = found[goal.key]
             verdict = "reached" if goal.reached(value) else "missed"
-            since = f" (commit {group['made']['commit']})" if self.is_kept(group) else ""
+            since = f" (commit {made['commit']})" if self.is_kept(made) else ""
             rows.append([goal.what, must, f"{value:.2f} {goal.unit}{since}", verdict])
         return rows
 
     def markdown(self) -> str:
         m = self.machine
-        kept = [group for group in self.groups if self.is_kept(group)]
+        kept = [group for group in self.groups if self.is_kept(group["made"])]
         earlier = (
             f" {len(kept)} of its {len(self.groups)} groups are of other runs, and each says of which."
             if kept
@@ -245,8 +282,7 @@ class Report:
         text += ["", *table(["aim", "must reach", "measured", ""], self.goals())]
         for group in self.groups:
             text += ["", f"## {group['title']}", ""]
-            if self.is_kept(group):
-                made = group["made"]
+            if self.is_kept(made := group["made"]):
                 text += [
                     f"Of commit {made['commit']}, {made['date']}, torch {made['torch']}, "
                     f"`{made['command']}`.",
@@ -275,20 +311,46 @@ class Report:
         name = re.sub(r"[^a-z0-9]+", "-", f"{m['cpu']} {m['threads']} threads {m['isa']}".lower()).strip("-")
         return ROOT / "benchmarks" / "results" / name
 
-    def write(self, anew: bool) -> Path:
-        """Writes JSON, page and plots. Unless `anew`, groups of the page that were not measured stay."""
+    def write(self, anew: bool, drawn: bool = True) -> Path:
+        """Writes JSON and page, and plots if `drawn`. Unless `anew`, groups of the page that were not
+        measured stay. A run may write several times."""
         folder = self.folder()
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "bench.json"
-        if not anew and file.exists():
+        if anew:
+            self.groups = [group for group in self.groups if not self.is_kept(group["made"])]
+        elif file.exists():
             self.keep(Report.load(file))
-        file.write_text(json.dumps({"machine": self.machine, "groups": self.groups}, indent=1) + "\n")
-        self.show(folder)
+        content = json.dumps({"machine": self.machine, "groups": self.groups}, indent=1)
+        file.write_text(content + "\n")
+        self.show(folder, drawn)
         return folder
 
-    def show(self, folder: Path) -> None:
-        """Writes the page and its plots."""
+    def kept(self, stem: str) -> dict[str, dict[str, Any]]:
+        """Returns the rows of a page of its own, `stem`.md, by name."""
+        file = self.folder() / f"{stem}.json"
+        return json.loads(file.read_text())["rows"] if file.exists() else {}
+
+    def keep_row(self, stem: str, name: str, row: dict[str, Any], page: Page) -> None:
+        """Writes a row of a page of its own, in place of one of its name, and the page."""
+        rows, folder = self.kept(stem) | {name: row}, self.folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        content = json.dumps({"machine": self.machine, "rows": rows}, indent=1)
+        (folder / f"{stem}.json").write_text(content + "\n")
+        (folder / f"{stem}.md").write_text(page(self.machine, rows))
+
+    @contextmanager
+    def saving(self) -> Iterator[Report]:
+        """Writes the page after a benchmark, without plots: a run that is ended leaves what it has."""
+        yield self
+        if self.groups:
+            self.write(False, drawn=False)
+
+    def show(self, folder: Path, drawn: bool = True) -> None:
+        """Writes the page, and its plots if `drawn`."""
         (folder / "README.md").write_text(self.markdown())
+        if not drawn:
+            return
         try:
             from .plot import plot, plot_steps
         except ImportError:

@@ -1,4 +1,4 @@
-"""Times steps over bare forwards: a process for each step, and one bound for every group.
+"""Times steps over bare forwards, a process for each step and one bound for every group; or one over another.
 
 A group asks `times` for each of its steps, so a configuration has one ratio in whichever groups show it.
 A process times one step against two bare forwards, its bound, which take turns round by round.
@@ -12,6 +12,9 @@ their ratios to the bound, so the drift of the machine between two processes can
 
 The bound is timed again in each process, under the same conditions. `disagreements` names the shapes
 for which it moved by more than NOISE: their ratios are uncertain by as much.
+
+`turns` times steps that are compared with one another: each has such a process too, and the processes take
+turns, round by round.
 """
 
 from __future__ import annotations
@@ -20,10 +23,11 @@ import itertools
 import multiprocessing
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
+from multiprocessing.connection import Connection
 from statistics import median
 from typing import Any
 
@@ -41,13 +45,13 @@ BOUND = "two forwards: the bound"
 NOISE = 1.1  # largest over smallest median of one bound
 MANY = 2048  # tokens from which two sides are read at a time: 16 of them would hold 16 sets of logits
 SECONDS = 15.0  # for the rounds of one process; 0 in the quick mode
+MOST, PATIENCE = 20, 40.0  # rounds of processes that take turns; seconds of a round that is not repeated
 
 
 @dataclass(frozen=True)
 class Shape:
     """Names a model, its dtype and its batch.
 
-    eager      time the loops of all methods; if not, MeZO's alone
     generated  the closure generates this many tokens and rates them; 0: it returns the loss of the batch
     threads    of torch, in the process that times
     """
@@ -56,7 +60,6 @@ class Shape:
     dtype: str
     batch: int
     length: int
-    eager: bool = False
     generated: int = 0
     threads: int = field(default_factory=torch.get_num_threads)
 
@@ -74,6 +77,12 @@ class Shape:
     def __str__(self) -> str:
         made = f", {self.generated} tokens generated" if self.generated else ""
         return f"{self.model} {self.dtype} {self.batch}x{self.length}{made}"
+
+
+def loop_of(method: str, module: nn.Module, **options: Any) -> Any:
+    """Returns the eager loop of a method, with MeZO's lr and eps."""
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    return LOOPS[method](list(trained.values()), LR, EPS, list(trained), **options)
 
 
 @dataclass(frozen=True)
@@ -120,11 +129,13 @@ class Step:
         """Returns a call that takes a step, and the evaluation that it takes."""
         closure, seeds = shape.closure(module), itertools.count()
         if self.eager:
-            loop = LOOPS[self.method]([p for p in module.parameters() if p.requires_grad], LR, EPS)
+            loop = loop_of(self.method, module, **dict(self.options))
+            loop.ready()
             step = loop.estimate if self.refresh else loop.step
             return lambda: step(closure, next(seeds)), ""
         optimizer = self.optimizer(module, shape)
-        for _ in range(2):  # the first step chooses the evaluation, the second compares its losses
+        # The first step chooses the evaluation, and the second compares its losses. A window fills.
+        for _ in range(max(2, getattr(optimizer.rule, "length", 0))):
             result = zokern.step(optimizer, closure)
         return lambda: zokern.step(optimizer, closure), result.evaluation
 
@@ -174,14 +185,73 @@ def measure(shape: Shape, step: Step, seconds: float, timer: Timer = wall) -> Ti
 
 @cache
 def times(shape: Shape, step: Step, seconds: float, timer: Timer = wall) -> Times:
-    """Returns what `measure` finds in a process of its own; the same object for the same arguments.
+    """Returns what `measure` finds in a process of its own; the same object for the same arguments."""
+    with ProcessPoolExecutor(1, forked()) as pool:
+        return pool.submit(measure, shape, step, seconds, timer).result()
 
-    The process is a fork of one that has imported the libraries and computed nothing.
-    """
+
+def forked() -> Any:
+    """Returns what makes processes: forks of one that has imported the libraries and computed nothing."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload([__name__, "transformers.models.opt.modeling_opt"])
-    with ProcessPoolExecutor(1, server) as pool:
-        return pool.submit(measure, shape, step, seconds, timer).result()
+    return server
+
+
+def serve(pipe: Connection, shape: Shape, step: Step, timer: Timer) -> None:
+    """Sends the evaluation of a step, and then the seconds that it takes, as often as it is told to."""
+    from .models import model
+
+    try:
+        torch.set_num_threads(shape.threads)
+        warnings.simplefilter("ignore")
+        call, evaluation = step.start(model(shape.model, shape.dtype), shape)
+        pipe.send(evaluation)
+        while True:
+            pipe.recv()
+            pipe.send(timer(call))
+    except EOFError:  # it is over
+        return
+    except Exception as error:
+        pipe.send(error)
+
+
+def turns(shape: Shape, steps: Sequence[Step], seconds: float, timer: Timer = wall) -> list[Times]:
+    """Times steps, each in a process of its own, which take turns: in a round each step is taken once.
+
+    Rounds go on for `seconds`, of 2 to 20 rounds; there is 1 where it takes more than PATIENCE. Of three or
+    more the first warms up."""
+    server, pipes, processes = forked(), [], []
+
+    def heard(pipe: Connection) -> Any:
+        found = pipe.recv()
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    try:
+        for step in steps:
+            mine, theirs = server.Pipe()
+            pipes.append(mine)
+            processes.append(server.Process(target=serve, args=(theirs, shape, step, timer), daemon=True))
+            processes[-1].start()
+            theirs.close()
+        evaluations, rounds, begun = [heard(pipe) for pipe in pipes], list[list[float]](), time.monotonic()
+        while True:
+            rounds.append([])
+            for pipe in pipes:
+                pipe.send(True)
+                rounds[-1].append(heard(pipe))
+            spent = time.monotonic() - begun
+            enough = len(rounds) > 1 or spent > PATIENCE
+            if len(rounds) == MOST or (enough and spent * (1 + 1 / len(rounds)) > seconds):
+                break
+    finally:
+        for pipe, process in zip(pipes, processes):
+            pipe.close()
+            process.terminate()
+            process.join()
+    kept = rounds[1:] if len(rounds) > 2 else rounds
+    return [Times([], list(taken), evaluation) for taken, evaluation in zip(zip(*kept), evaluations)]
 
 
 def ran() -> None:
@@ -224,6 +294,7 @@ def bench(benchmark, report, title: str, shape: Shape, steps: Iterable[Step]) ->
     def run() -> None:
         for step in steps:
             found[step] = times(shape, step, 0.0 if report.quick else SECONDS)
+            report.say(f"{shape}: {step.name} {found[step].ratio:.2f} of its two forwards")
 
     benchmark.group = title
     benchmark.pedantic(run, rounds=1, iterations=1, warmup_rounds=0)
@@ -250,16 +321,16 @@ def disagreements(groups: Iterable[dict[str, Any]]) -> list[str]:
 
 # The shapes of bench_step.py and bench_methods.py.
 
-QUICK = [Shape("OPT-tiny", "fp32", 1, 4, True), Shape("OPT-tiny", "bf16", 1, 32, True)]
+QUICK = [Shape("OPT-tiny", "fp32", 1, 4), Shape("OPT-tiny", "bf16", 1, 32)]
 DEFAULT = [
-    Shape("OPT-125M", "fp32", 1, 4, True), Shape("OPT-125M", "fp32", 1, 32),
+    Shape("OPT-125M", "fp32", 1, 4), Shape("OPT-125M", "fp32", 1, 32),
     Shape("OPT-125M", "fp32", 1, 128), Shape("OPT-125M", "fp32", 4, 128),
-    Shape("OPT-125M", "bf16", 1, 128, True), Shape("OPT-350M", "fp32", 1, 32),
+    Shape("OPT-125M", "bf16", 1, 128), Shape("OPT-350M", "fp32", 1, 32),
     Shape("Qwen2-0.5B", "fp32", 1, 32),
 ]  # fmt: skip
 BATCHES = {4: (1, 4), 32: (1, 32), 128: (1, 128), 512: (4, 128), 2048: (4, 512), 4096: (8, 512)}
 ALL = [
-    Shape(model, dtype, *BATCHES[tokens], True)
+    Shape(model, dtype, *BATCHES[tokens])
     for model, largest in (("OPT-125M", 4096), ("OPT-350M", 512), ("Qwen2-0.5B", 512))
     for dtype in ("fp32", "bf16")
     for tokens in BATCHES

@@ -50,6 +50,7 @@ LONGEST = (
     "test_project_triton",
     "test_gpu",
     "test_bench",
+    "test_eager_methods",
     "test_train",
     "test_demo",
     "test_project_cuda",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.eager_methods import MeZO
+from benchmarks.eager_methods.queries import MeZO
 from benchmarks.memory import high_water, reset_high_water
 from zokern import StepResult, step
 from zokern.training.words import LabelWords

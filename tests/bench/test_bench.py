@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import bench_methods, bench_step, launches, steps  # noqa: E402
-from benchmarks.eager_methods import LOOPS, Loop  # noqa: E402
+from benchmarks.eager_methods import LOOPS  # noqa: E402
 from benchmarks.measure import Case, Group  # noqa: E402
 from benchmarks.report import HOW, Report  # noqa: E402
 from benchmarks.steps import BOUND, Shape, Step, Times  # noqa: E402
@@ -233,22 +233,85 @@ def test_every_file_of_methods_is_timed(monkeypatch) -> None:
     many, _ = asked(monkeypatch, bench_methods.bench_many)
     assert {step.method for step in many} == {"SubZeroPlus"}, "its 100 losses a step are timed by themselves"
     assert Step("MeZO", eager=True) in found and Step("LOZO", refresh=True) in found
-    bare = [name for name in bench_methods.METHODS if name not in LOOPS]
-    assert report.notes() == [
-        f"{name} has no eager loop in benchmarks/eager_methods.py: it is timed without one" for name in bare
-    ]
     assert report.found()["LOZO, a new basis every 50 steps included, OPT-tiny fp32 1x4 / forwards"][0] == 2.0
 
 
-def test_a_method_without_a_loop_is_timed_and_noted(monkeypatch) -> None:
+def rows_of(monkeypatch, report: Report, **seconds: float) -> tuple[list[list[Step]], list[str]]:
+    """bench_eager of some methods, whose loops take twice the time in the first round and three times in the
+    second: the steps that were timed together, and what was said."""
+    asked, said = list[list[Step]](), list[str]()
+
+    def turns(shape: Shape, both: list[Step], _: float) -> list[Times]:
+        asked.append(both)
+        taken = seconds[both[0].method]
+        return [Times([], [taken, 2 * taken], "paired"), Times([], [2 * taken, 6 * taken], "")]
+
+    monkeypatch.setattr(bench_methods, "turns", turns)
+    report.say = said.append
+    for method in seconds:
+        with report.saving():
+            bench_methods.bench_eager(Benchmark(), report, method)
+    return asked, said
+
+
+def test_a_method_is_timed_in_turns_with_its_loop(monkeypatch, tmp_path) -> None:
+    """Both have the same queries, and the row of each is said as it is found."""
     pytest.importorskip("transformers")
-    monkeypatch.setattr(bench_methods, "METHODS", ["TeZO", "MeZO"])
-    monkeypatch.delitem(LOOPS, "TeZO")
-    found, report = asked(monkeypatch, bench_methods.bench_methods, TINY)
-    assert Step("TeZO") in found and Step("TeZO", eager=True) not in found
-    assert report.notes() == [
-        "TeZO has no eager loop in benchmarks/eager_methods.py: it is timed without one"
+    report = run("aaaaaaa", "first", 1.0, tmp_path)
+    asked, said = rows_of(monkeypatch, report, MeZO=0.1, SubZeroPlus=0.2)
+    few = (("queries", 8),)
+    assert asked == [
+        [Step("MeZO"), Step("MeZO", eager=True)],
+        [Step("SubZeroPlus", options=few), Step("SubZeroPlus", eager=True, options=few)],
     ]
+    assert said[0] == "MeZO: 150 ms, the eager loop 400 ms, 2.50x" and len(said) == 2
+    rows = {row["name"]: row for row in report.groups[-1]["rows"]}
+    assert rows["MeZO"]["times_eager"] == 2.5 and rows["SubZeroPlus queries=8"]["eager_ms"] == 800.0
+    monkeypatch.delitem(LOOPS, "MeZO")
+    with pytest.raises(pytest.skip.Exception, match="MeZO has no eager loop"):
+        bench_methods.bench_eager(Benchmark(), report, "MeZO")
+
+
+def test_the_page_has_a_row_as_soon_as_it_is_found_and_keeps_those_of_other_runs(
+    monkeypatch, tmp_path
+) -> None:
+    pytest.importorskip("transformers")
+    rows_of(monkeypatch, run("aaaaaaa", "first", 1.0, tmp_path), MeZO=0.1, LOZO=0.2)
+    rows_of(monkeypatch, run("bbbbbbb", "first", 1.0, tmp_path), LOZO=0.3, TeZO=0.4)
+    page = (tmp_path / "README.md").read_text()
+    table = page.split("## methods and their eager loops, OPT-125M bf16 1x128")[1]
+    assert [line.split(" | ")[0] for line in table.splitlines() if "2.50" in line] == [
+        "| MeZO", "| LOZO", "| TeZO"
+    ]  # fmt: skip
+    assert table.count("aaaaaaa") == 1 and "| 450 [" in table and "| 300 [" not in table
+    report = Report.load(tmp_path / "bench.json")
+    assert report.found()["least of the methods OPT-125M bf16 1x128 / eager"][0] == 2.5
+    assert report.found()["MeZO OPT-125M bf16 1x128 / eager"][1]["commit"] == "aaaaaaa"
+    assert "2.50 x (commit aaaaaaa) | missed" in page and "2.50 x | missed" in page
+
+
+def clock(call: Callable[[], Any]) -> float:
+    """When a step is taken."""
+    call()
+    return time.monotonic()
+
+
+def check_turns(found: list[Times]) -> None:
+    """Rejects steps that were not taken in turns."""
+    when = [moment for moments in zip(*(each.step for each in found)) for moment in moments]
+    assert when == sorted(when) and len(when) == 4, f"steps were taken at {when}"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_steps_that_are_compared_take_turns() -> None:
+    pytest.importorskip("transformers")
+    both = Step("SubZero"), Step("SubZero", eager=True)
+    check_turns(found := steps.turns(TINY, both, 0.0, clock))
+    assert [each.evaluation for each in found] == ["paired", ""]
+    with pytest.raises(AssertionError, match="steps were taken at"):
+        check_turns([steps.turns(TINY, [step], 0.0, clock)[0] for step in both])
+    with pytest.raises(ValueError, match="no model 'OPT-none'"):
+        steps.turns(Shape("OPT-none", "fp32", 1, 4, threads=1), both, 0.0)
 
 
 def test_every_evaluation_has_a_step_beside_the_eager_loop(monkeypatch) -> None:
@@ -272,23 +335,6 @@ def test_estimators_are_those_that_need_no_argument() -> None:
         Step("MeZO", options=(("estimator", name),)).optimizer(torch.nn.Linear(2, 2), TINY)
 
 
-@pytest.mark.parametrize("name", LOOPS)
-def test_a_loop_descends(name: str) -> None:
-    """Towards a lower loss on average, and not under a loop that moves the other way."""
-
-    def descend(step: Callable[[Loop, Callable[[], torch.Tensor], int], Any]) -> float:
-        torch.manual_seed(0)
-        weight = torch.nn.Parameter(torch.randn(6, 5))
-        loop = LOOPS[name]([weight], lr=1e-4, eps=1e-3)
-        before = weight.detach().square().sum().item()
-        for seed in range(60):
-            step(loop, lambda: weight.square().sum(), seed)
-        return weight.detach().square().sum().item() - before
-
-    assert descend(lambda loop, closure, seed: loop.step(closure, seed)) < 0
-    assert descend(lambda loop, closure, seed: loop.step(lambda: -closure(), seed)) > 0
-
-
 # Pages ----------------------------------------------------------------------------------------------------
 
 
@@ -296,7 +342,7 @@ def run(commit: str, title: str, seconds: float, folder: Path) -> Report:
     report = Report(quick=False, command="python -m pytest benchmarks")
     report.machine |= {"commit": commit, "date": "2026-01-02"}
     report.folder = lambda: folder  # type: ignore[method-assign]
-    report.show = lambda to: (to / "README.md").write_text(report.markdown())
+    report.show = lambda to, drawn=True: (to / "README.md").write_text(report.markdown())
     report.note(f"a note of {title}")
     figures = {"axpy_ normal fp32 / eager": 30.0, "other": 2.0} if title == "first" else {}
     report.add(Group(title, [Case("one", lambda: None, times=[seconds])]), **figures)

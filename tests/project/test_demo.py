@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import zokern
-from benchmarks.eager_methods import MeZO as EagerMeZO
+from benchmarks.eager_methods.queries import MeZO as EagerMeZO
 from examples import demo
 from examples.demo import data, significance
 from examples.demo.data import Row, read_reviews, split

@@ -317,18 +317,13 @@ class Formula:
         alpha = ((s * core.diagonal()).sum() - xi * math.sqrt(delta) * s.norm()) / (s.norm() ** 2 + 1e-12)
         return core - alpha * torch.diag(s)
 
+    def unit(self, name: str, step: int, query: int) -> Tensor:
+        """A dense draw before anything scales it."""
+        direction, shape = self.optimizer.direction.name, tuple(self.theta[name].shape)
+        return zokern.draw(direction, shape, seed=self.optimizer.seed, who=name, step=step, draw=query)
+
     def dense(self, name: str, step: int, query: int) -> Sized:
-        shape = tuple(self.theta[name].shape)
-        u = sized(
-            zokern.draw(
-                self.optimizer.direction.name,
-                shape,
-                seed=self.optimizer.seed,
-                who=name,
-                step=step,
-                draw=query,
-            )
-        )
+        u = sized(self.unit(name, step, query))
         if self.kind != "cone":
             return sized(u.value * self.factor(name, step))
         momentum, length = self.cone(name)
@@ -467,9 +462,9 @@ class Formula:
     def learn(self, step: int) -> None:
         """h <- (1 - alpha) h + alpha h mean_k v_k z_k^2, of which s = h^(-1/2) is kept."""
         alpha, curvatures = self.optimizer.scaled.smooth, self.memory["curvatures"]
-        for name, theta in self.theta.items():
+        for name in self.theta:
             h = self.factor(name, step).double() ** -2
-            squares = [self.normals(theta.shape, name, step, k) ** 2 * v for k, v in enumerate(curvatures)]
+            squares = [self.unit(name, step, k).double() ** 2 * v for k, v in enumerate(curvatures)]
             self.memory[f"{name} s"] = ((1 - alpha) * h + alpha * h * sum(squares) / len(squares)) ** -0.5
 
     def step_of_torch(self, gradient: dict[str, Tensor]) -> None:
