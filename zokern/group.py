@@ -159,8 +159,9 @@ class Group:
         return count
 
     def copy_(self, outs: TensorList, tensors: TensorList) -> None:
-        """outs <- tensors of the group's shapes, bit for bit; by a launch of the backend that has one (Cpu), else
-        by torch's foreach, which is one on a GPU."""
+        """outs <- tensors of the group's shapes, bit for bit.
+
+        Backend `cpu` has a launch for it. On a GPU torch's foreach is one."""
         if (launch := getattr(self.backend, "copy_", None)) is not None:
             launch(Batch(tensors, self.spans), outs)
             if outs is self.theta:
