@@ -9,6 +9,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cstring>
 #include <stdexcept>
 #include <tuple>
 #include <vector>
@@ -233,20 +234,53 @@ void project(uintptr_t losses, int64_t reads, int64_t points, uintptr_t weights,
                at<double>(out), stream});
 }
 
+// Asks for the memory of a dict that is looked at soon: first for its head, which says where its values lie,
+// and some dicts later for the values.
+constexpr size_t kAhead = 8;
+
+void fetch_head(PyObject* held) { __builtin_prefetch(held); }
+
+void fetch_values(PyObject* held) {
+  if (!PyDict_Check(held)) return;
+  const auto* dict = reinterpret_cast<PyDictObject*>(held);
+  const char* const keys = reinterpret_cast<const char*>(dict->ma_keys);
+  const char* const values = reinterpret_cast<const char*>(dict->ma_values);
+  for (int line = 0; line < 4; ++line) __builtin_prefetch((values == nullptr ? keys : values) + 64 * line);
+}
+
 // Returns whether the values of some dicts, one dict after another, are the very objects of a list. Compares
-// addresses only: no method of an object is called. A step asks it of every attribute of a model.
+// addresses only: no method of an object is called. A step asks it of every attribute of a model a few times.
+// In between a forward of the model takes the caches, so the wait for memory would be most of its time.
 bool same_values(const pybind11::list& dicts, const pybind11::list& kept) {
   size_t k = 0;
-  const size_t count = kept.size();
-  for (const pybind11::handle held : dicts) {
-    check(PyDict_Check(held.ptr()), "dicts holds something that is no dict");
-    PyObject *key, *value;
-    for (Py_ssize_t at = 0; PyDict_Next(held.ptr(), &at, &key, &value); ++k) {
+  const size_t count = kept.size(), size = dicts.size();
+  for (size_t d = 0; d < size; ++d) {
+    if (d + 2 * kAhead < size) fetch_head(PyList_GET_ITEM(dicts.ptr(), d + 2 * kAhead));
+    if (d + kAhead < size) fetch_values(PyList_GET_ITEM(dicts.ptr(), d + kAhead));
+    PyObject *const held = PyList_GET_ITEM(dicts.ptr(), d), *key, *value;
+    check(PyDict_Check(held), "dicts holds something that is no dict");
+    for (Py_ssize_t at = 0; PyDict_Next(held, &at, &key, &value); ++k) {
       if (k == count || PyList_GET_ITEM(kept.ptr(), k) != value) return false;
     }
   }
   return k == count;
 }
+
+#if defined(ZOKERN_LINEAR)
+// outs <- theta, bit for bit, of contiguous tensors whose outs have their dtype: a table's chunks.
+void copy(uintptr_t entries, uintptr_t chunks, int64_t chunk_count, int64_t workers) {
+  check(chunk_count == 0 || (entries != 0 && chunks != 0), "entries or chunks is a null address");
+#pragma omp parallel for num_threads(static_cast<int>(workers)) if (workers > 1) schedule(dynamic)
+  for (int64_t c = 0; c < chunk_count; ++c) {
+    const zo::Chunk& chunk = at<zo::Chunk>(chunks)[c];
+    const zo::Entry& entry = at<zo::Entry>(entries)[chunk.entry];
+    const int64_t width = static_cast<zo::Type>(entry.type) == zo::Type::kFloat32 ? 4 : 2;
+    std::memcpy(static_cast<char*>(entry.out[0]) + width * chunk.begin,
+                static_cast<const char*>(entry.theta) + width * chunk.begin,
+                static_cast<size_t>(width * (chunk.end - chunk.begin)));
+  }
+}
+#endif
 
 }  // namespace
 
@@ -278,6 +312,7 @@ PYBIND11_MODULE(ZOKERN_MODULE, module) {
   module.def("lowrank_one", &lowrank_one, Free());
 #endif
 #if defined(ZOKERN_LINEAR)
+  module.def("copy", &copy, Free());
   module.def("linear", &linear);
   module.def("linear_pairs", &zo::linear_pairs);
   module.def("linear_memory", &zo::linear_memory, Free(), arg("rows"));

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -56,7 +58,8 @@ class Deferred:
         self.is_shown = False  # inside shown()
         self._parts: tuple[nn.Module, ...] = ()  # the modules of the model
         # registers of their forwards' hooks, and our number in each, while updates are deferred
-        self._hooks: tuple[tuple[Any, int], ...] = ()
+        self._registers: tuple[Any, ...] = ()
+        self._numbers: tuple[int, ...] = ()
         self._left: tuple[Group, ...] = ()  # earlier groups, with updates of parameters that are frozen now
 
     @property
@@ -101,24 +104,24 @@ class Deferred:
                 part for part in self._parts or tree.modules if not isinstance(part, torch.jit.ScriptModule)
             ]
             handles = [part.register_forward_pre_hook(self._hook, prepend=True) for part in parts]
-            self._hooks = tuple((part._forward_pre_hooks, h.id) for part, h in zip(parts, handles))
+            self._registers = tuple(part._forward_pre_hooks for part in parts)
+            self._numbers = tuple(handle.id for handle in handles)
         else:
-            for register, number in self._hooks:
-                register[number] = self._hook
+            _each(OrderedDict.__setitem__, self._registers, self._numbers, repeat(self._hook))
+            for register, number in zip(self._registers, self._numbers):
                 if len(register) > 1:
                     register.move_to_end(number, last=False)  # before hooks that read weights
 
     def _unhook(self) -> None:
         """Takes the forward hooks off. A step adds deferred updates itself, and modules without hooks are
         called faster."""
-        for register, number in self._hooks:
-            register.pop(number, None)
+        _each(OrderedDict.pop, self._registers, self._numbers, repeat(None))
 
     def _release(self) -> None:
         """Takes the forward hooks off: nothing is deferred any more."""
         Deferred.waiting.discard(self)
         self._unhook()
-        self._hooks = ()
+        self._registers = self._numbers = ()
 
     def regroup(self, groups: list[Group]) -> None:
         """Takes new groups; remembers those that they replace: settle() writes the updates of parameters that
@@ -217,6 +220,12 @@ class Deferred:
         finally:
             self.is_shown = False
             self.accept()
+
+
+def _each(function: Callable[..., object], *arguments: Iterable[Any]) -> None:
+    """Calls a function with the first of all arguments, then with the second: a model has hundreds of
+    modules, and a loop in Python takes longer."""
+    deque(map(function, *arguments), maxlen=0)
 
 
 def _waiting(group: Group) -> list[Tensor]:

@@ -4,7 +4,7 @@ before the next launch."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from operator import attrgetter
+from operator import attrgetter, is_
 
 import torch
 from torch import Tensor
@@ -16,6 +16,17 @@ def memory_of(tensors: Sequence[Tensor]) -> tuple[list, ...]:
     """Returns what a kernel takes from each tensor: addresses, strides, shapes, dtypes, devices."""
     maps = Tensor.data_ptr, Tensor.stride, Tensor.size, _dtype, _device
     return tuple([list(map(question, tensors)) for question in maps])
+
+
+def unmoved(tensors: Sequence[Tensor], before: Sequence[Tensor]) -> bool:
+    """Tells whether each tensor is the memory that its alias of an earlier moment is, with the strides, shape
+    and dtype of then."""
+    try:
+        return all(map(Tensor.is_set_to, tensors, before)) and all(
+            map(is_, map(_dtype, tensors), map(_dtype, before))
+        )
+    except RuntimeError:  # a tensor without memory now, or of another device
+        return False
 
 
 def versions_of(tensors: Iterable[Tensor]) -> list[int]:
@@ -54,4 +65,4 @@ def announce(tensors: Sequence[Tensor]) -> None:
     torch.autograd.graph.increment_version(tensors)
 
 
-__all__ = ["Fingerprint", "announce", "memory_of", "versions_of"]
+__all__ = ["Fingerprint", "announce", "memory_of", "unmoved", "versions_of"]

@@ -158,6 +158,18 @@ class Group:
         announce(self.theta)
         return count
 
+    def copy_(self, outs: TensorList, tensors: TensorList) -> None:
+        """outs <- tensors of the group's shapes, bit for bit.
+
+        Backend `cpu` has a launch for it. On a GPU torch's foreach is one."""
+        if (launch := getattr(self.backend, "copy_", None)) is not None:
+            launch(Batch(tensors, self.spans), outs)
+            if outs is self.theta:
+                announce(outs)
+            return
+        with torch.no_grad():
+            torch._foreach_copy_(list(outs), list(tensors))
+
     def same(self, key: Hashable, tensors: list[Tensor]) -> TensorList:
         """Returns these tensors in a list that stays from step to step while they do, so that a launch is
         prepared for it once."""

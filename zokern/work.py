@@ -13,7 +13,7 @@ from . import backends, checkpoint, parameters, shards
 from .bases import Bases
 from .deferred import Deferred
 from .estimator import Estimator
-from .fingerprint import memory_of
+from .fingerprint import unmoved
 from .group import Group
 from .low_bits import LowBits
 from .modules import Tree, same
@@ -55,7 +55,7 @@ class Work:
         self._flags: list[bool] = []  # which entries are trained
         self._active: list[Trained] = []  # those that are
         self._all: list[Tensor] = []  # their tensors, with all aliases
-        self._key: tuple | None = None  # the memory that the groups were built from
+        self._seen: list[Tensor] | None = None  # the same memory, as the groups were built from it
         self._kept: list[Any] = []  # the optimizer's state that was checked; int: a sound counter
 
     def parts(
@@ -117,7 +117,7 @@ class Work:
     def forget(self) -> None:
         """Forgets groups and bases: another state was loaded."""
         self.bases.matrices.clear()
-        self.groups, self._key, self.low_bits.written = [], None, {}
+        self.groups, self._seen, self.low_bits.written = [], None, {}
         self.deferred.groups = []
 
     def adopt(self) -> None:
@@ -180,18 +180,15 @@ class Work:
         flags = list(map(attrgetter("requires_grad"), chain.from_iterable(self.params)))
         if flags != self._flags:
             entries = [entry for group in self.entries for entry in group]
-            self._flags, self._key = flags, None
+            self._flags, self._seen = flags, None
             self._active = [entry for entry, trained in zip(entries, flags) if trained]
             self._all = [t for entry in self._active for t in (entry.tensor, *(t for _, t in entry.aliases))]
-        try:
-            key = memory_of(list(map(shards.local, self._all)) if self.sharded else self._all)
-        except RuntimeError:  # a tensor without an address, which the check below names
-            key = None
+        here = list(map(shards.local, self._all)) if self.sharded else self._all
         values = chain.from_iterable(map(dict.values, states.values()))
         kept = [int if type(value) is int and value >= 0 else value for value in values]
-        is_new = key is None or key != self._key
+        is_new = self._seen is None or not unmoved(here, self._seen)
         if is_new:
-            self._key = None
+            self._seen = None
             self._check_memory()
         if is_new or not same(kept, self._kept):
             for entry in self._active:
@@ -202,7 +199,7 @@ class Work:
         if is_new:
             self.groups = self._made(param_groups)
             self.deferred.regroup(self.groups)
-            self._key, self.scopes = key, {}
+            self._seen, self.scopes = list(map(Tensor.detach, here)), {}
 
     def _check_memory(self) -> None:
         for entry in self._active:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from zokern.backends import Batch, Noise, Span, Terms, cpu, cpu_module, pack
+from zokern.backends import Batch, Noise, Span, SpanList, TensorList, Terms, cpu, cpu_module, pack
 from zokern.backends.reference import Reference
 from zokern.directions import resolve
 
@@ -234,6 +234,76 @@ def test_same_values_compares_objects_and_not_what_they_equal(compiled: bool, mo
     assert not cpu_module.same_values(dicts, kept[:-1]) and not cpu_module.same_values(dicts, [*kept, None])
     assert not cpu_module.same_values(dicts, [1, first, None])
     assert not cpu_module.same_values(dicts[:-1], kept) and cpu_module.same_values([], [])
+
+
+def test_same_values_looks_at_every_one_of_many_dicts() -> None:
+    """Memory is asked for some dicts ahead, those of objects and of no value among them."""
+
+    class Holder:
+        def __init__(self, i: int) -> None:
+            self.number, self.name = i, f"holder {i}"
+
+    holders = [Holder(i) for i in range(50)]
+    dicts = [held for holder in holders for held in (vars(holder), {}, {i: str(i) for i in range(30)})]
+    kept = [value for held in dicts for value in held.values()]
+    assert cpu_module.same_values(dicts, kept)
+    for i in (0, 49):
+        holders[i].name = f"another {i}"
+        assert not cpu_module.same_values(dicts, kept)
+        holders[i].name = kept[1 + 32 * i]
+    assert cpu_module.same_values(dicts, kept)
+    with pytest.raises(ValueError, match="no dict"):
+        cpu_module._cpu.same_values([*dicts, []], kept)
+
+
+def check_copy(copy, dtype: torch.dtype) -> None:
+    """Every bit of tensors of all sizes, those of no number too, and nothing beside them.
+
+    Again for lists that were prepared, after other values were written."""
+    sizes, gap = [0, 1, 5, 4096, 3 * pack.CHUNK_ELEMENTS + 7, 33], 16
+    room = [torch.full((n + 2 * gap,), 7.0, dtype=dtype) for n in sizes]
+    thetas = TensorList.lasting([weights(n, dtype, n) for n in sizes])
+    outs = TensorList.lasting([whole[gap : gap + n] for whole, n in zip(room, sizes)])
+    spans = SpanList([Span(i) for i in range(len(sizes))])
+    for _ in range(2):
+        copy(Batch(thetas, spans), outs)
+        for whole, out, theta in zip(room, outs, thetas):
+            assert torch.equal(bits(out), bits(theta)), f"{theta.numel()} elements"
+            assert (whole[:gap] == 7.0).all() and (whole[gap + theta.numel() :] == 7.0).all()
+        for theta in thetas:  # all patterns of a half, or of the upper half of a float
+            halves = theta.view(torch.int16)
+            halves.copy_(torch.arange(halves.numel()).mul(2**15 + 1).to(torch.int16))
+    apart = torch.zeros(4, 6, dtype=dtype)[:, ::2]
+    copy(Batch([weights(12, dtype, 1).view(4, 3)], [Span(1)]), [apart])
+    assert torch.equal(apart, weights(12, dtype, 1).view(4, 3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, 2])
+def test_copy_keeps_every_bit(count: int, dtype: torch.dtype, threads) -> None:
+    threads(count)
+    check_copy(cpu.Cpu().copy_, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("wrong", ["by arithmetic", "first chunks alone", "as it was"])
+def test_check_rejects_copies(wrong: str, dtype: torch.dtype) -> None:
+    kept: dict[int, list[torch.Tensor]] = {}
+
+    def copy(batch: Batch, outs) -> None:
+        if wrong == "by arithmetic":
+            noise = Noise(resolve("normal"), 0, [(0, 0)])
+            cpu.Cpu().perturb(batch, noise, [0.0], [outs])
+        else:
+            now = [theta.clone() for theta in batch.tensors]
+            if wrong == "as it was":
+                now = kept.setdefault(id(outs), now)
+            for out, theta in zip(outs, now):
+                part = slice(None) if wrong == "as it was" else slice(pack.CHUNK_ELEMENTS)
+                out[part].copy_(theta[part])
+
+    with pytest.raises(AssertionError):
+        check_copy(copy, dtype)
 
 
 def test_a_missing_openmp_library_is_named_with_what_installs_it(monkeypatch):

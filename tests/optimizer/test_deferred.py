@@ -858,7 +858,7 @@ def test_check_rejects_hooks_that_come_after_others() -> None:
 
     def last(self, tree) -> None:
         right(self, tree)
-        for register, number in self._hooks:
+        for register, number in zip(self._registers, self._numbers):
             register.move_to_end(number)
 
     with patch.object(zokern.deferred.Deferred, "close", last), pytest.raises(AssertionError):

@@ -184,6 +184,23 @@ class Cpu(Products):
         step = step_at(step, noise.clock)
         module().perturb(*table.place, number, noise.seed, step, draw, sides.ctypes.data, _threads(table), 0)
 
+    def copy_(self, batch: Batch, outs: Sequence[Tensor]) -> None:
+        """Computes outs[i] <- theta_i, bit for bit: one launch where torch copies a tensor at a time."""
+
+        def make() -> _Table | None:
+            pairs = list(zip(batch.tensors, outs, strict=True))
+            alike = all(t.dtype == out.dtype and t.shape == out.shape for t, out in pairs)
+            flat = all(
+                t.is_contiguous() and t.is_cpu and t.dtype in pack.TYPES for pair in pairs for t in pair
+            )
+            return _table(batch.tensors, batch.spans, (outs,)) if alike and flat else None
+
+        table = prepared(("cpu", "copy_"), batch, (outs,), make)
+        if table is None:
+            torch._foreach_copy_(list(outs), list(batch.tensors))
+        else:
+            module().copy(*table.place, _threads(table))
+
     def lowrank_(
         self, batch: Batch, factors: Outer, noise: Noise | None = None, outs: Sequence[Tensor] | None = None
     ) -> Tensor:

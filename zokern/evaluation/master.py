@@ -97,7 +97,7 @@ class Master:
         copied, written = not exact or any(point.terms for point in points), False
         if copied:  # before a reading of theta too: it may write where no version counter tells
             for group in plan.groups:
-                torch._foreach_copy_(list(self._masters(group)), list(group.theta))
+                group.copy_(self._masters(group), group.theta)
 
         def move(side: int) -> bool:
             nonlocal written
@@ -114,8 +114,7 @@ class Master:
         finally:
             if copied:
                 for group in plan.groups:
-                    with torch.no_grad():
-                        torch._foreach_copy_(list(group.theta), list(self._masters(group)))
+                    group.copy_(group.theta, self._masters(group))
                 torch.clear_autocast_cache()
 
     def _masters(self, group: Group) -> TensorList:
@@ -140,7 +139,7 @@ class Master:
         for i in group.memo["loose"]:
             outs[i] = torch.empty_like(kept[i])
         if in_place or not (scales or low or moved):
-            torch._foreach_copy_(list(group.theta), list(kept))
+            group.copy_(group.theta, kept)
         if moved:
             assert group.matrices is not None
             members = range(len(kept))

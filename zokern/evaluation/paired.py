@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import vmap
 
 from ..plan import Plan
 from . import standin
@@ -80,23 +81,22 @@ class Paired(Scratch):
 def _pass(copies: Copies, closure: Callable[[], object]) -> Tensor:
     """Returns the losses of all sides, from one call of the closure under torch.vmap."""
 
-    def body(side: Tensor) -> Tensor:
-        copies.level = torch._C._functorch.maybe_get_level(side)
-        try:
-            with standing_in(copies), folding():
-                loss = closure()
+    vmap.lazy_load_decompositions()
+    try:
+        # what torch.vmap does for a body that returns a tensor and takes none
+        with (
+            vmap.vmap_increment_nesting(copies.sides, "same") as copies.level,
+            standing_in(copies),
+            folding(),
+        ):
+            loss = closure()
             if not isinstance(loss, Tensor):
                 raise Refused(
                     f"the closure returned {type(loss).__name__} {loss!r:.40}, one number for all sides of a "
                     "step: return a tensor, or use evaluation='master'"
                 )
-            return loss_tensor(loss, copies.plan.rows)
-        finally:
-            copies.level = None
-
-    sides = torch.arange(copies.sides, device=copies.plan.groups[0].theta[0].device, dtype=torch.int64)
-    try:
-        return torch.vmap(body, randomness="same")(sides)
+            found = loss_tensor(loss, copies.plan.rows)
+            return torch._C._functorch._remove_batch_dim(found, copies.level, copies.sides, 0)
     except Refused:
         raise
     except Exception as problem:
@@ -105,6 +105,8 @@ def _pass(copies: Copies, closure: Callable[[], object]) -> Tensor:
         raise Refused(
             f"torch.vmap cannot map the closure ({type(problem).__name__}: {problem}): {WAY_OUT}"
         ) from problem
+    finally:
+        copies.level = None
 
 
 def _is_inside(problem: BaseException, packages: Sequence[ModuleType]) -> bool:
