@@ -238,10 +238,10 @@ def _check(optimizer: Any) -> None:
         raise ValueError(
             f"optimizer is {name} with rule {type(rule).__name__}, which takes numbers to the host; {way_out}"
         )
-    if hasattr(rule, "base") or hasattr(rule, "prepare"):
+    if not getattr(rule, "captures", not (hasattr(rule, "base") or hasattr(rule, "prepare"))):
         raise ValueError(
-            f"optimizer is {name} with rule {type(rule).__name__}, which does something on the host before "
-            f"the losses of a step are read; {way_out}"
+            f"optimizer is {name} with rule {type(rule).__name__}, which does something on the host in "
+            f"every step; {way_out}"
         )
     if isinstance(optimizer.factored, Aligned):
         raise ValueError(

@@ -65,6 +65,28 @@ CASES: dict[str, tuple[torch.dtype, Made]] = {
         torch.float32,
         lambda m, b: zokern.EGGROLL(m, lr=1e-2, queries=3, backend=b, defer=False, **MASTER),
     ),
+    "conservative": (
+        torch.bfloat16,
+        lambda m, b: zokern.ZOConservative(
+            m, lr=0.3, eps=1e-2, queries=2, backend=b, rounding="residual", **MASTER
+        ),
+    ),
+    "conmezo": (
+        torch.bfloat16,
+        lambda m, b: zokern.ConMeZO(
+            m, lr=1e-2, eps=1e-2, weight_decay=0.1, backend=b, rounding="residual", **MASTER
+        ),
+    ),
+    "conservative, one draw": (
+        torch.float32,
+        lambda m, b: zokern.ZOConservative(m, lr=0.3, eps=1e-2, backend=b, **MASTER),
+    ),
+    "conservative, low rank": (
+        torch.float32,
+        lambda m, b: zokern.SubZero(
+            m, lr=0.3, estimator=zokern.Conservative(), backend=b, defer=False, interval=8, **MASTER
+        ),
+    ),
     "blocks": (torch.float32, lambda m, b: zokern.BlockMeZO(m, lr=1e-2, backend=b, **MASTER)),
 }
 
@@ -111,7 +133,9 @@ def check(case: str, how: str, **options: Any) -> int:
 @pytest.mark.parametrize("how", ["cpu", "simulated"])
 @pytest.mark.parametrize("case", CASES)
 def test_bits_are_those_of_a_step(case: str, how: str) -> None:
-    assert check(case, how) == (3 if case == "subzero" else 1)  # a basis for eight steps
+    assert check(case, how) == (
+        3 if case in ("subzero", "conservative, low rank") else 1
+    )  # a basis for eight steps
 
 
 def changes(number: int, optimizer: Any) -> None:
