@@ -243,10 +243,10 @@ def _check(optimizer: Any) -> None:
             f"optimizer is {name} with rule {type(rule).__name__}, which does something on the host in "
             f"every step; {way_out}"
         )
-    if isinstance(optimizer.factored, Aligned):
+    if isinstance(optimizer.factored, Aligned) and optimizer.factored.steps is not None:
         raise ValueError(
-            f"optimizer is {name} with direction {optimizer.factored.name!r}, whose draws take numbers "
-            f"of the host; {way_out}"
+            f"optimizer is {name} with direction {optimizer.factored.name!r}, whose delta falls from step to "
+            f"step; build it with steps=None, or {way_out}"
         )
     if optimizer.evaluation.name not in ("master", "paired", "auto"):
         raise ValueError(

@@ -186,7 +186,11 @@ class Plan:
     def at_hand(self, values: Tensor) -> list[Any]:
         """Returns numbers one by one: those on a CPU as floats, which waits for nothing; others, and those of
         a captured step, as 0-d tensors that are not read."""
-        return values.tolist() if values.is_cpu and self.tape is None else list(values.unbind(0))
+        return values.tolist() if self.knows(values) else list(values.unbind(0))
+
+    def knows(self, values: Tensor) -> bool:
+        """Whether the host has numbers without waiting: those on a CPU, outside of a captured step."""
+        return values.is_cpu and self.tape is None
 
     def table(self, amounts: Sequence[float | Amount], device: torch.device) -> Tensor:
         """Returns amounts of a point as float32 on a device; nothing is read."""

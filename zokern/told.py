@@ -64,6 +64,20 @@ class Weights(Sequence[float]):
         decay, _, finite = self.told.control.unbind(0)
         return torch.stack((decay, finite, finite))
 
+    def only(self, sound: Tensor) -> Weights:
+        """Returns the same weights, which move nothing where `sound` is false: as of a step that is not
+        finite."""
+        weights, amounts, control = self.told.weights, self.told.amounts, self.told.control
+        still = torch.zeros_like(control)
+        still[0] = 1.0
+        told = Projected(
+            self.told.coefficients,
+            torch.where(sound, weights, 0.0),
+            torch.where(sound, amounts, 0.0),
+            torch.where(sound, control, still),
+        )
+        return Weights(told, self.lr, self.decay)
+
     def where(self, finite: float, skipped: float) -> Tensor:
         """Returns one of two numbers, float64 []: the first, or the second in a step that is not finite."""
         one, other = constant((finite, skipped), torch.float64, self.told.control.device).unbind(0)

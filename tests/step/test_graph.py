@@ -87,6 +87,11 @@ CASES: dict[str, tuple[torch.dtype, Made]] = {
             m, lr=0.3, estimator=zokern.Conservative(), backend=b, defer=False, interval=8, **MASTER
         ),
     ),
+    "pgap": (
+        torch.float32,
+        lambda m, b: zokern.PGAP(m, lr=1e-2, rank=4, backend=b, defer=False, interval=8, **MASTER),
+    ),
+    "sparse": (torch.float32, lambda m, b: zokern.SparseMeZO(m, lr=1e-2, backend=b, **MASTER)),
     "blocks": (torch.float32, lambda m, b: zokern.BlockMeZO(m, lr=1e-2, backend=b, **MASTER)),
 }
 
@@ -134,7 +139,7 @@ def check(case: str, how: str, **options: Any) -> int:
 @pytest.mark.parametrize("case", CASES)
 def test_bits_are_those_of_a_step(case: str, how: str) -> None:
     assert check(case, how) == (
-        3 if case in ("subzero", "conservative, low rank") else 1
+        3 if case in ("subzero", "pgap", "conservative, low rank") else 1
     )  # a basis for eight steps
 
 
@@ -203,7 +208,10 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
     "a rule with numbers": (zokern.AdaMeZO, "rule WindowAdam"),
     "weights beside theta": (lambda m: zokern.MeZO(m, rule=zokern.Averaged()), "rule Averaged.*on the host"),
     "a search now and then": (zokern.DiZO, "rule Projected.*on the host"),
-    "a schedule of draws": (lambda m: zokern.PGAP(m, rank=2, defer=False), "direction 'aligned'|'measured'"),
+    "a schedule of draws": (
+        lambda m: zokern.PGAP(m, rank=2, defer=False, steps=9),
+        "delta falls.*steps=None",
+    ),
     "evaluation": (lambda m: zokern.MeZO(m, evaluation="inplace"), "'inplace'; expected 'master'"),
     "lr by value": (lambda m: zokern.TeZO(m, rule="adam", defer=False), "rule Adam.*by value"),
     "deferred": (zokern.SubZero, "defer=False"),

@@ -25,9 +25,8 @@ EVALUATIONS: dict[str, Callable[[], Any]] = {
 }
 # methods whose next question depends on what was read, or whose rule keeps numbers on the host
 READS = {
-    "Addax": "the back-propagated loss is looked at before the weights move",
-    "Hybrid": "the back-propagated loss is looked at before the weights move",
-    "MeZOGV": "the better of two draws is kept by its name",
+    "Hybrid": "an optimizer of torch moves its weights whenever it is called",
+    "MeZOGV": "the name of the better draw is an argument of the next launches",
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "AdaMeZO": {"window": 2},

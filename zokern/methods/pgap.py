@@ -87,7 +87,7 @@ class Probed(Aligned, Measured):
         for matrix in matrices:
             matrix.extra.pop("spectrum", None)
             if late or any(found):
-                random = matrix.left, matrix.right
+                random: Any = (matrix.left, matrix.right)
                 draws = [(step, draw_word(PROBE + k, BASIS)) for k in range(len(found))]
                 self._decompose(matrix, source, step, draws, found)
                 for side, other in zip(("left", "right"), random if late else ()):

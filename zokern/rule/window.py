@@ -55,7 +55,7 @@ class _Window:
     ) -> Tensor | int:  # fmt: skip
         weights = Weights.of(weights, lr, decay, group.theta[0].device)
         count: Tensor | int = 0
-        if not weights.told.weights.is_cpu or weights.is_finite:
+        if not plan.knows(weights.told.weights) or weights.is_finite:
             for part, window in self.windows(plan, group, weights, states):
                 count = count + self.move(plan, part, window, weights)
         return count
