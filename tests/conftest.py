@@ -33,6 +33,7 @@ LONGEST = (
     "test_scaled_triton",
     "test_scaled_cuda",
     "test_restart",
+    "test_device_numbers",
     "test_processes",
     "test_cuda",
     "test_sass",

@@ -214,9 +214,9 @@ def graph(optimizer: Any, closure: Any) -> Graph:
     Numbers of a result are read when they are asked for, and guards look at several steps together.
 
     Raises TypeError for what is no optimizer or no closure. Raises ValueError, with the way out, where a
-    method chooses its points by values of the losses or by numbers of the host, defers updates, or reads
-    by another evaluation than 'master', 'paired' or 'auto'. A model with dropout in train mode, and
-    several GPUs, are not supported."""
+    method chooses its draws by values of the losses or by numbers of the host, back-propagates, defers
+    updates, or reads by another evaluation than 'master', 'paired' or 'auto'. A model with dropout in
+    train mode, and several GPUs, are not supported."""
     return Graph(optimizer, closure)
 
 

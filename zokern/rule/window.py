@@ -138,8 +138,9 @@ class WindowMomentum(_Window):
              heavy ball while the window fills
 
     Keeps `window`, 16 bytes a draw of n updates for the whole run, where zokern.Momentum keeps 4 bytes a
-    weight. A step makes n times the z of a step of SGD, in one pass over the weights. It goes with a
-    dense z alone; for a low-rank one take zokern.Momentum, whose moments are small there.
+    weight. A step makes n times the z of a step of SGD, in one pass over the weights. A skipped step adds
+    nothing; on a GPU it takes a place with the weight 0. It goes with a dense z alone; for a low-rank one
+    take zokern.Momentum, whose moments are small there.
     Raises ValueError for arguments out of range. Polyak 1964; arXiv 2605.00650, 2026 (the window)."""
 
     name, gated = "window_momentum", True
@@ -177,8 +178,8 @@ class WindowAdam(_Window):
             sums over what there is
 
     Keeps `window`, 16 bytes a draw of n updates for the whole run, where zokern.Adam keeps 8 bytes a
-    weight. It takes 12 MB while it writes. A step makes n times the z of a step of SGD. It goes with a
-    dense z alone.
+    weight. It takes 12 MB while it writes. A step makes n times the z of a step of SGD. A skipped step
+    adds nothing; on a GPU it takes a place with the weight 0. It goes with a dense z alone.
     Raises ValueError for arguments out of range. AdaMeZO, arXiv 2605.00650, 2026."""
 
     name, gated = "window_adam", True
