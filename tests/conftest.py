@@ -32,6 +32,7 @@ LONGEST = (
     "test_wheel",
     "test_study",
     "test_restart",
+    "test_device_numbers",
     "test_processes",
     "test_sass",
     "test_architectures",

@@ -42,11 +42,22 @@ def own_entry(optimizer: Saved) -> dict[str, Any]:
     """Stream version, seed and counters, and the recipe:
     what has to be the same for a resumed run to be the same run."""
     run, guards = optimizer.run, optimizer.guards
-    learned = {name: dict(part.state) for name, part in _keepers(optimizer).items()}
+    learned = {name: on_host(dict(part.state), {}) for name, part in _keepers(optimizer).items()}
     return {
         "stream": VERSION, "seed": run.seed, "step": run.step, "skips": guards.skips, "dead": guards.dead,
         "recipe": recipe(optimizer), "state": learned,
     }  # fmt: skip
+
+
+def on_host(value: Any, seen: dict[int, float]) -> Any:
+    """Returns what a state_dict holds: numbers that a part left in device memory become numbers of the host.
+
+    seen  by id: a number is read once, however many parameters share it"""
+    if isinstance(value, Tensor) and value.dtype == torch.float64 and not value.dim():
+        return seen.setdefault(id(value), float(value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(on_host(one, seen) for one in value)
+    return {key: on_host(one, seen) for key, one in value.items()} if isinstance(value, dict) else value
 
 
 def packed(own: dict[str, Any]) -> bytes:
@@ -196,4 +207,4 @@ def check(optimizer: Saved, state_dict: dict[str, Any]) -> dict[str, Any]:
     return own
 
 
-__all__ = ["check", "identity", "load_parts", "own_entry", "packed", "recipe", "unpacked"]
+__all__ = ["check", "identity", "load_parts", "on_host", "own_entry", "packed", "recipe", "unpacked"]

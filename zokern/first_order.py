@@ -26,6 +26,7 @@ from torch import Tensor
 from .estimator import Gradient
 from .evaluation import Isolation, loss_tensor
 from .plan import Plan
+from .told import Weights
 
 Move = tuple[Sequence[float], float, float]  # the weight of each draw, lr and decay
 
@@ -34,13 +35,20 @@ Move = tuple[Sequence[float], float, float]  # the weight of each draw, lr and d
 class Descent:
     """What a back-propagation did.
 
-    loss     of theta; where it is not finite, nothing was written
+    loss     of theta; where it is not finite, nothing was written. A tensor where the host does not know it
     written  names of the parameters that have moved
     counts   of inf and NaN among their weights"""
 
-    loss: float = math.nan
+    loss: float | Tensor = math.nan
     written: set[str] = field(default_factory=set)
     counts: list[Any] = field(default_factory=list)
+
+
+def waits(plan: Plan, gradient: Gradient) -> bool:
+    """Whether the host has to know, or knows, that a step is finite before a gradient moves weights.
+
+    torch's optimizers move whenever they are called. The rule moves by what the device knows."""
+    return gradient.optimizer is not None or all(plan.knows(group.theta[0]) for group in plan.groups)
 
 
 def descend(
@@ -62,6 +70,9 @@ def descend(
     def write(name: str, arrived: Tensor) -> None:
         weights, lr, decay = moves[name]
         part = plan.only((name,)).along(plan.words)
+        if isinstance(found.loss, Tensor):
+            told = Weights.of(weights, lr, decay, arrived.device)
+            weights = told.only(torch.isfinite(found.loss).to(arrived.device))
         found.counts.append(rule.descend(part, part.groups[0], weights, arrived, gradient.weight, lr, decay))
         found.written.add(name)
 
@@ -73,9 +84,9 @@ def descend(
         with torch.enable_grad():
             loss = closure()
         value = _checked(loss, names)
-        found.loss = float(value)
+        found.loss = float(value) if waits(plan, gradient) else value
         # written by the closure: the isolation says so
-        if math.isfinite(found.loss) and not isolation.weights.changes():
+        if (isinstance(found.loss, Tensor) or math.isfinite(found.loss)) and not isolation.weights.changes():
             loss.backward(torch.full_like(loss, sign))
             tape.hand_over()
             isolation.weights.written()
@@ -173,4 +184,4 @@ class _Tape:
             self.take(*self.sums.popitem())
 
 
-__all__ = ["Descent", "Move", "descend"]
+__all__ = ["Descent", "Move", "descend", "waits"]

@@ -214,9 +214,9 @@ def graph(optimizer: Any, closure: Any) -> Graph:
     Numbers of a result are read when they are asked for, and guards look at several steps together.
 
     Raises TypeError for what is no optimizer or no closure. Raises ValueError, with the way out, where a
-    method chooses its points by values of the losses or by numbers of the host, defers updates, or reads
-    by another evaluation than 'master', 'paired' or 'auto'. A model with dropout in train mode, and
-    several GPUs, are not supported."""
+    method chooses its draws by values of the losses or by numbers of the host, back-propagates, defers
+    updates, or reads by another evaluation than 'master', 'paired' or 'auto'. A model with dropout in
+    train mode, and several GPUs, are not supported."""
     return Graph(optimizer, closure)
 
 
@@ -238,15 +238,15 @@ def _check(optimizer: Any) -> None:
         raise ValueError(
             f"optimizer is {name} with rule {type(rule).__name__}, which takes numbers to the host; {way_out}"
         )
-    if hasattr(rule, "base") or hasattr(rule, "prepare"):
+    if not getattr(rule, "captures", not (hasattr(rule, "base") or hasattr(rule, "prepare"))):
         raise ValueError(
-            f"optimizer is {name} with rule {type(rule).__name__}, which does something on the host before "
-            f"the losses of a step are read; {way_out}"
+            f"optimizer is {name} with rule {type(rule).__name__}, which does something on the host in "
+            f"every step; {way_out}"
         )
-    if isinstance(optimizer.factored, Aligned):
+    if isinstance(optimizer.factored, Aligned) and optimizer.factored.steps is not None:
         raise ValueError(
-            f"optimizer is {name} with direction {optimizer.factored.name!r}, whose draws take numbers "
-            f"of the host; {way_out}"
+            f"optimizer is {name} with direction {optimizer.factored.name!r}, whose delta falls from step to "
+            f"step; build it with steps=None, or {way_out}"
         )
     if optimizer.evaluation.name not in ("master", "paired", "auto"):
         raise ValueError(

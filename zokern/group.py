@@ -192,14 +192,20 @@ class Group:
 
     def update_(
         self, plan: Step, members: Sequence[int], coeffs: Sequence[float], rule: str,
-        scalars: Callable[[], Sequence[float]], states: Sequence[list[Tensor]]
+        scalars: Callable[[], Sequence[float]] | Tensor, states: Sequence[list[Tensor]],
+        control: Tensor | None = None
     ) -> Tensor:  # fmt: skip
         """A rule with state for some of the tensors, whose states these are; one launch.
 
-        scalars  tells the rule's numbers: now, and before each replay of a captured step"""
+        scalars  tells the rule's numbers: now, and before each replay of a captured step; or has them in
+                 float32
+        control  of coefficients that do not have their own (Projected)"""
         tensors, spans, residuals = self.part(members)
-        table, control = on_device(coeffs, tensors[0].device)
-        numbers = plan.numbers(scalars, torch.float32, tensors[0].device)
+        table, own = on_device(coeffs, tensors[0].device)
+        control = own if control is None else control
+        numbers = scalars
+        if not isinstance(numbers, Tensor):
+            numbers = plan.numbers(numbers, torch.float32, tensors[0].device)
         low = residuals if plan.rounding == "residual" else None
         kept = [self.same((rule, k, *members[:1]), state) for k, state in enumerate(states)]
         batch = Batch(tensors, spans, plan.rounding, low, self.scales_of(members))
@@ -346,8 +352,8 @@ class _Stream:
         return outs
 
     def sketch(
-        self, matrix: Matrix, draws: Sequence[tuple[int, int]], weights: Sequence[float], omega: Tensor,
-        transposed: bool = False
+        self, matrix: Matrix, draws: Sequence[tuple[int, int]], weights: Sequence[float] | Tensor,
+        omega: Tensor, transposed: bool = False
     ) -> Tensor:  # fmt: skip
         # z of the whole matrix, also where this process holds a shard of its weights
         noise, span = Noise(Normal(), self.seed, draws), Span(matrix.who)

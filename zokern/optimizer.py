@@ -151,6 +151,11 @@ class ZerothOrder(torch.optim.Optimizer):
         self.flush()
         self.look()  # the counters of skipped and dead steps belong to the state
         state_dict = {**super().state_dict(), "zokern": checkpoint.own_entry(self)}
+        seen: dict[int, float] = {}
+        state_dict["state"] = {
+            number: {key: checkpoint.on_host(value, seen) for key, value in kept.items()}
+            for number, kept in state_dict["state"].items()
+        }
         return self.work.shard(state_dict, self._held(state_dict)) if self.work.sharded else state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from .backends import Noise
 from .directions import Direction, LowRank
 from .group import Draw, Group
 from .modules import Tree
-from .told import lately
+from .told import Amount, lately, scalar, stacked
 
 Scopes = dict[tuple[str, ...], list[tuple[Group, Group]]]
 
@@ -182,6 +182,22 @@ class Plan:
         if self.tape is None:
             return lately(tuple(make()), dtype, device)
         return self.tape.numbers(make, dtype, device)
+
+    def at_hand(self, values: Tensor) -> list[Any]:
+        """Returns numbers one by one: those on a CPU as floats, which waits for nothing; others, and those of
+        a captured step, as 0-d tensors that are not read."""
+        return values.tolist() if self.knows(values) else list(values.unbind(0))
+
+    def knows(self, values: Tensor) -> bool:
+        """Whether the host has numbers without waiting: those on a CPU, outside of a captured step."""
+        return values.is_cpu and self.tape is None
+
+    def table(self, amounts: Sequence[float | Amount], device: torch.device) -> Tensor:
+        """Returns amounts of a point as float32 on a device; nothing is read."""
+        if not any(isinstance(amount, Amount) for amount in amounts):
+            return self.numbers(lambda: amounts, torch.float32, device)  # type: ignore[arg-type,return-value]
+        like = torch.empty(0, dtype=torch.float32, device=device)
+        return stacked([scalar(amount) for amount in amounts], like)
 
     def bits(self, purpose: int, query: int = 0, who: str = "") -> Tensor:
         """Returns the four words of a number that belongs to this step and to no element: int64[1, 4] on the

@@ -24,6 +24,7 @@ class Values(NamedTuple):
     dead_updates: float | None
     swallowed: float | None
     nonfinite: int
+    first_order_loss: float | None = None
 
 
 class Part(NamedTuple):
@@ -53,14 +54,14 @@ class Late:
     parts       of its estimates, in order
     shares      by name: (share, its warning) of 16-bit weights that stood still, 0-d tensors
     nonfinite   how many weights an update made inf or NaN, a tensor or a number of each launch
-    failed      whether the host knows that a back-propagated loss is not finite
+    first_order  the loss that was back-propagated: a number of the host, or 0-d; None: there is none
     flat        of a replay of a captured step: all that is read, in the place of the tensors above"""
 
     def __init__(self) -> None:
         self.parts: list[Part] = []
         self.shares: dict[str, tuple[Tensor, Callable[[float], str | None]]] = {}
         self.nonfinite: list[Tensor | int] = []
-        self.failed = False
+        self.first_order: Tensor | float | None = None
         self.flat: Tensor | None = None
         self._values: Values | None = None
 
@@ -72,7 +73,7 @@ class Late:
         """Returns the same step with other numbers, packed."""
         other = Late()
         other.parts, other.shares, other.nonfinite = self.parts, self.shares, self.nonfinite
-        other.flat = flat
+        other.first_order, other.flat = self.first_order, flat
         return other
 
     def tensors(self) -> list[Tensor]:
@@ -80,7 +81,7 @@ class Late:
         if self.flat is not None:
             sizes = [t.numel() for t in self.of(None).tensors()]  # type: ignore[arg-type]
             return list(self.flat.split(sizes))
-        counts = [count for count in self.nonfinite if isinstance(count, Tensor)]
+        counts = [count for count in [*self.nonfinite, self.first_order] if isinstance(count, Tensor)]
         return (
             [t for part in self.parts for t in part.tensors()] + [s for s, _ in self.shares.values()] + counts
         )
@@ -99,7 +100,7 @@ class Late:
         losses: tuple[tuple[float, ...], ...] = ()
         coefficients: tuple[float, ...] = ()
         falls: list[float | None] = []
-        finite = not self.failed
+        finite = True
         for part in self.parts:
             width = max(1, part.losses.shape[-1])
             flat = next(left)
@@ -119,8 +120,11 @@ class Late:
         nonfinite = sum(
             int(next(left)[0]) if isinstance(count, Tensor) else count for count in self.nonfinite
         )
+        first = next(left)[0] if isinstance(self.first_order, Tensor) else self.first_order
+        finite = finite and (first is None or math.isfinite(first))
         loss = mean([one for sides in losses for one in sides])
         self.parts, self.shares, self.nonfinite, self.flat = [], {}, [], None  # their memory goes
+        self.first_order = None
         self._values = Values(
             loss,
             losses,
@@ -130,6 +134,7 @@ class Late:
             shares.get("dead"),
             shares.get("swallowed"),
             nonfinite,
+            first,
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -186,7 +191,6 @@ class StepResult:
     whole: tuple[str, ...] = ()
     why: str = ""
     draws: tuple[tuple[int, int], ...] = ()
-    first_order_loss: float | None = None
 
     @property
     def loss(self) -> float:
@@ -215,6 +219,10 @@ class StepResult:
     @property
     def swallowed(self) -> float | None:
         return self.late.values.swallowed
+
+    @property
+    def first_order_loss(self) -> float | None:
+        return self.late.values.first_order_loss
 
     def at(self, step: int, late: Late) -> StepResult:
         """Returns the record of a replay of this step."""

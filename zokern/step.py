@@ -15,7 +15,7 @@ from .backends import Projection
 from .estimator import Estimate, Estimator, Oracle
 from .evaluation import Evaluation, NotRepeatable
 from .evaluation.base import Record
-from .first_order import Descent, Move, descend
+from .first_order import Descent, Move, descend, waits
 from .first_step import distance, name_statistics, repeats, unseen
 from .group import Group
 from .guards import Guards
@@ -151,14 +151,20 @@ def _run(optimizer: Steps, closure: Callable[[], Any], first_order: Callable[[],
         # 0 where it is not finite: the parts of the step after this one do not move either
         flaw = moves[0][0].told.control[2]
         descent = None
-        if estimate.gradient is not None or not optimizer.gated():
+        gradient = estimate.gradient
+        if not optimizer.gated() or (gradient is not None and waits(plan, gradient)):
             if not all(weights.is_finite for weights, _, _ in moves):
                 break
-        if estimate.gradient is not None:
+        if gradient is not None:
             descent = _descend(optimizer, plan, part, estimate, moves, first_order)
-            result = replace(result, first_order_loss=descent.loss)
-            result.late.failed = not math.isfinite(descent.loss)
-            if result.late.failed:
+            result.late.first_order = descent.loss
+            if isinstance(descent.loss, Tensor):
+                sound = torch.isfinite(descent.loss)
+                moves = [
+                    (told.only(sound.to(told.told.control.device)), lr, decay) for told, lr, decay in moves
+                ]
+                flaw = moves[0][0].told.control[2]
+            elif not math.isfinite(descent.loss):
                 break
         with optimizer.ranks.writing():
             optimizer.learn(part, estimate, flaw)
@@ -198,7 +204,6 @@ def _recorded(
         whole=record.whole,
         why=record.why,
         draws=draws if before is None else before.draws + draws,
-        first_order_loss=None if before is None else before.first_order_loss,
     )
 
 

@@ -64,10 +64,29 @@ class Weights(Sequence[float]):
         decay, _, finite = self.told.control.unbind(0)
         return torch.stack((decay, finite, finite))
 
+    def only(self, sound: Tensor) -> Weights:
+        """Returns the same weights, which move nothing where `sound` is false: as of a step that is not
+        finite."""
+        weights, amounts, control = self.told.weights, self.told.amounts, self.told.control
+        still = torch.zeros_like(control)
+        still[0] = 1.0
+        told = Projected(
+            self.told.coefficients,
+            torch.where(sound, weights, 0.0),
+            torch.where(sound, amounts, 0.0),
+            torch.where(sound, control, still),
+        )
+        return Weights(told, self.lr, self.decay)
+
     def where(self, finite: float, skipped: float) -> Tensor:
         """Returns one of two numbers, float64 []: the first, or the second in a step that is not finite."""
         one, other = constant((finite, skipped), torch.float64, self.told.control.device).unbind(0)
         return torch.where(self.told.control[2] == 1.0, one, other)
+
+    def control(self, amounts: Tensor) -> Tensor:
+        """Returns the control of a launch that adds other amounts than those of the weights, float32."""
+        decay, _, finite = self.told.control.unbind(0)
+        return torch.stack((decay, finite * ((decay != 1.0) | (amounts != 0.0).any()), finite))
 
     def kept(self, decay: float) -> float:
         """Returns the decay of weights whose updates wait: 1 in a step that is not finite.
@@ -89,6 +108,43 @@ class Weights(Sequence[float]):
 
     def __getitem__(self, index):
         return self.values[index]
+
+
+class Amount:
+    """A number of a point that lies in device memory, float64 []. It is equal to itself alone: nothing is
+    read."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+    def __mul__(self, other: float) -> Amount:
+        return Amount(self.value * other)
+
+    def __add__(self, other: float | Amount) -> Amount:
+        return Amount(self.value + (other.value if isinstance(other, Amount) else other))
+
+    def __sub__(self, other: float | Amount) -> Amount:
+        return self + other * -1.0
+
+    def __rsub__(self, other: float) -> Amount:
+        return self * -1.0 + other
+
+    __radd__ = __add__
+
+    def __repr__(self) -> str:
+        """The number, which ranks compare: it waits for the device."""
+        return repr(float(self.value))
+
+
+def scalar(amount: float | Amount) -> float | Tensor:
+    """Returns what tensors are multiplied by: a number of the host, or float32 [] in device memory."""
+    return amount.value.float() if isinstance(amount, Amount) else amount
+
+
+def stacked(numbers: Sequence[float | Tensor], like: Tensor) -> Tensor:
+    """Returns numbers of the host and of device memory as one vector of the kind of `like`; none is read."""
+    each = [n.to(like) if isinstance(n, Tensor) else like.new_full((), n) for n in numbers]
+    return torch.stack(each)
 
 
 def upload(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -124,4 +180,4 @@ def on_device(weights: Sequence[float], device: torch.device) -> tuple[Tensor, T
     return lately(tuple(weights), torch.float32, device), None
 
 
-__all__ = ["Weights", "constant", "lately", "on_device", "upload"]
+__all__ = ["Amount", "Weights", "constant", "lately", "on_device", "scalar", "stacked", "upload"]

@@ -65,6 +65,33 @@ CASES: dict[str, tuple[torch.dtype, Made]] = {
         torch.float32,
         lambda m, b: zokern.EGGROLL(m, lr=1e-2, queries=3, backend=b, defer=False, **MASTER),
     ),
+    "conservative": (
+        torch.bfloat16,
+        lambda m, b: zokern.ZOConservative(
+            m, lr=0.3, eps=1e-2, queries=2, backend=b, rounding="residual", **MASTER
+        ),
+    ),
+    "conmezo": (
+        torch.bfloat16,
+        lambda m, b: zokern.ConMeZO(
+            m, lr=1e-2, eps=1e-2, weight_decay=0.1, backend=b, rounding="residual", **MASTER
+        ),
+    ),
+    "conservative, one draw": (
+        torch.float32,
+        lambda m, b: zokern.ZOConservative(m, lr=0.3, eps=1e-2, backend=b, **MASTER),
+    ),
+    "conservative, low rank": (
+        torch.float32,
+        lambda m, b: zokern.SubZero(
+            m, lr=0.3, estimator=zokern.Conservative(), backend=b, defer=False, interval=8, **MASTER
+        ),
+    ),
+    "pgap": (
+        torch.float32,
+        lambda m, b: zokern.PGAP(m, lr=1e-2, rank=4, backend=b, defer=False, interval=8, **MASTER),
+    ),
+    "sparse": (torch.float32, lambda m, b: zokern.SparseMeZO(m, lr=1e-2, backend=b, **MASTER)),
     "blocks": (torch.float32, lambda m, b: zokern.BlockMeZO(m, lr=1e-2, backend=b, **MASTER)),
 }
 
@@ -111,7 +138,9 @@ def check(case: str, how: str, **options: Any) -> int:
 @pytest.mark.parametrize("how", ["cpu", "simulated"])
 @pytest.mark.parametrize("case", CASES)
 def test_bits_are_those_of_a_step(case: str, how: str) -> None:
-    assert check(case, how) == (3 if case == "subzero" else 1)  # a basis for eight steps
+    assert check(case, how) == (
+        3 if case in ("subzero", "pgap", "conservative, low rank") else 1
+    )  # a basis for eight steps
 
 
 def changes(number: int, optimizer: Any) -> None:
@@ -179,7 +208,10 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
     "a rule with numbers": (zokern.AdaMeZO, "rule WindowAdam"),
     "weights beside theta": (lambda m: zokern.MeZO(m, rule=zokern.Averaged()), "rule Averaged.*on the host"),
     "a search now and then": (zokern.DiZO, "rule Projected.*on the host"),
-    "a schedule of draws": (lambda m: zokern.PGAP(m, rank=2, defer=False), "direction 'aligned'|'measured'"),
+    "a schedule of draws": (
+        lambda m: zokern.PGAP(m, rank=2, defer=False, steps=9),
+        "delta falls.*steps=None",
+    ),
     "evaluation": (lambda m: zokern.MeZO(m, evaluation="inplace"), "'inplace'; expected 'master'"),
     "lr by value": (lambda m: zokern.TeZO(m, rule="adam", defer=False), "rule Adam.*by value"),
     "deferred": (zokern.SubZero, "defer=False"),

@@ -25,19 +25,12 @@ EVALUATIONS: dict[str, Callable[[], Any]] = {
 }
 # methods whose next question depends on what was read, or whose rule keeps numbers on the host
 READS = {
-    "AdaMeZO": "the rule's window holds coefficients",
-    "Addax": "the back-propagated loss is looked at before the weights move",
-    "BSZO": "each of its losses is read along the eigenvector of a posterior",
-    "ConMeZO": "the rule's length of the momentum is a number",
-    "Hybrid": "the back-propagated loss is looked at before the weights move",
-    "MeZOGV": "the better of two draws is kept by its name",
-    "MeZOSVRG": "the differences of an anchor are kept as numbers",
-    "PGAP": "probes of a basis are numbers, once an interval",
-    "SparseMeZO": "the mask of the first step counts the smallest weights",
-    "ZOConservative": "its candidates lie at a distance that depends on the losses",
+    "Hybrid": "an optimizer of torch moves its weights whenever it is called",
+    "MeZOGV": "the name of the better draw is an argument of the next launches",
 }
 OPTIONS: dict[str, dict[str, Any]] = {
-    "PGAP": {"rank": 4},
+    "AdaMeZO": {"window": 2},
+    "PGAP": {"rank": 4, "interval": 2},
     "SubZeroPlus": {"queries": 3},
     "EGGROLL": {"queries": 2},
     "Hybrid": {"first_order": "head"},

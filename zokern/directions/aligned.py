@@ -56,34 +56,30 @@ class Aligned(Subspace):
 
     def draws(self, matrices: Sequence[Matrix], source: Source, step: int, draw: int) -> list[Tensor]:
         cores = source(matrices, [(m.rank, m.rank) for m in matrices], step, draw)
-        signs = [1.0] * len(matrices)
-        if self.sign == "matrix":
-            found = torch.cat(source(matrices, [(1,)] * len(matrices), step, draw_word(draw % 2**24, RADIUS)))
-            signs = [1.0 if value >= 0.0 else -1.0 for value in found.tolist()]
-        elif self.sign == "step":
-            shared = min(matrices, key=lambda m: m.name)  # independent of the parameters' order
-            (one,) = source([shared], [(1,)], step, draw_word(draw % 2**24, RADIUS))
-            signs = [1.0 if float(one) >= 0.0 else -1.0] * len(matrices)
-        reach = math.sqrt(self.delta_at(step))
-        spectra = [m.extra.get("spectrum") for m in matrices]
-        align_(
-            [core for core, s in zip(cores, spectra) if s is not None], [s for s in spectra if s is not None],
-            [xi * reach for xi, s in zip(signs, spectra) if s is not None],
-        )  # fmt: skip
+        word, reach = draw_word(draw % 2**24, RADIUS), math.sqrt(self.delta_at(step))
+        reaches = torch.full((len(matrices),), reach, dtype=torch.float64, device=cores[0].device)
+        if self.sign != "positive":
+            # independent of the parameters' order
+            own = matrices if self.sign == "matrix" else [min(matrices, key=lambda m: m.name)]
+            found = torch.cat(list(source(own, [(1,)] * len(own), step, word)))
+            reaches = torch.where(found >= 0.0, reaches, -reaches)
+        here = [i for i, m in enumerate(matrices) if "spectrum" in m.extra]
+        spectra = [matrices[i].extra["spectrum"] for i in here]
+        align_([cores[i] for i in here], spectra, [reaches[i] for i in here])
         return list(torch._foreach_mul(cores, [self.scale(m) for m in matrices]))
 
 
-def align_(cores: Sequence[Tensor], spectra: Sequence[Tensor], reaches: Sequence[float]) -> None:
-    """Z of Z0 in place, with <diag(S), Z> = reach ||S||. Matrices of one rank are worked on together: a few
-    operations in all."""
+def align_(cores: Sequence[Tensor], spectra: Sequence[Tensor], reaches: Sequence[Tensor]) -> None:
+    """Z of Z0 in place, with <diag(S), Z> = reach ||S||, reach float64 []. Matrices of one rank are worked on
+    together: a few operations in all."""
     by_size: dict[tuple[int, torch.device], list[int]] = {}
     for i, s in enumerate(spectra):
         by_size.setdefault((len(s), s.device), []).append(i)
-    for (_, device), members in by_size.items():
+    for members in by_size.values():
         s = torch.stack([spectra[i] for i in members], 1).double()  # a column for each matrix
         diagonals = [torch.diagonal(cores[i]) for i in members]
         square, along = tree_sum(s * s), tree_sum(s * torch.stack(diagonals, 1).double())
-        reach = torch.tensor([reaches[i] for i in members], dtype=torch.float64, device=device)
+        reach = torch.stack([reaches[i] for i in members])
         root = square.sqrt()
         # Newton's step: elementwise IEEE, as in orthonormal.py
         root = torch.where(root > 0.0, 0.5 * (root + square / root), root)

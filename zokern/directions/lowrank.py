@@ -98,8 +98,8 @@ class Source(Protocol):
         Stack where they have one shape."""
 
     def sketch(
-        self, matrix: Matrix, draws: Sequence[tuple[int, int]], weights: Sequence[float], omega: Tensor,
-        transposed: bool = False
+        self, matrix: Matrix, draws: Sequence[tuple[int, int]], weights: Sequence[float] | Tensor,
+        omega: Tensor, transposed: bool = False
     ) -> Tensor:  # fmt: skip
         """Returns G omega, or G^T omega, of G = sum_k weights[k]
         z_k with dense normal z_k of (step, draw word), float32."""

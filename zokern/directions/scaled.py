@@ -10,7 +10,6 @@ stream a random one reads.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from statistics import NormalDist
 from typing import Any, Protocol
@@ -185,23 +184,30 @@ class Masked(Scaled):
         share = self.keep if self.by == "magnitude" else 1.0 - self.keep
         shared = smallest(tensors, share) if self.scope == "global" else None
         for i in new:
-            below = tensors[i].abs() <= (smallest([tensors[i]], share) if shared is None else shared)
+            limit = smallest([tensors[i]], share) if shared is None else shared.to(tensors[i].device)
+            below = tensors[i].abs() <= limit
             states[i][key] = (
                 below.contiguous() if key == "mask" else 1.0 - int(below.sum()) / max(1, below.numel())
             )
 
 
-def smallest(tensors: Sequence[Tensor], share: float) -> float:
-    """Returns the least h with |w| <= h for a share of all elements, at least one: found bit by bit, so
-    without a sorted copy."""
-    count = sum(t.numel() for t in tensors)
-    wanted, low, high = max(1, round(share * count)), 0, INFINITY
-    while low < high:
-        middle = (low + high) // 2
-        h = struct.unpack("<f", struct.pack("<I", middle))[0]
-        found = sum(int((t.abs() <= h).sum()) for t in tensors)
-        low, high = (low, middle) if found >= wanted else (middle + 1, high)
-    return struct.unpack("<f", struct.pack("<I", low))[0]
+def smallest(tensors: Sequence[Tensor], share: float) -> Tensor:
+    """Returns the least h with |w| <= h for a share of all elements, at least one, float32 [].
+
+    It is found bit by bit on the device, so without a sorted copy and without a value that is read."""
+    wanted = max(1, round(share * sum(t.numel() for t in tensors)))
+    low = torch.zeros((), dtype=torch.int32, device=tensors[0].device)
+    high = low + INFINITY
+    for _ in range(INFINITY.bit_length()):
+        middle = low + (high - low) // 2
+        h = middle.view(torch.float32)
+        found = [(t.abs() <= h.to(t.device)).sum().to(low.device) for t in tensors]
+        enough = torch.stack(found).sum() >= wanted
+        low, high = (
+            torch.where(enough, low, torch.minimum(middle + 1, high)),
+            torch.where(enough, middle, high),
+        )
+    return low.view(torch.float32)
 
 
 __all__ = ["WORD", "Curved", "Masked", "Normals", "Scaled", "smallest"]

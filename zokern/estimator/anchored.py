@@ -18,10 +18,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..checks import finite_number, whole_number
 from ..group import Group
 from ..plan import Plan
+from ..told import stacked
 from .base import Base, Estimate, Oracle
 from .spsa import Spsa, Stencil
 
@@ -42,8 +44,9 @@ class Anchored(Spsa):
                      of two estimates
 
     A step that sets the anchor reads the losses of zokern.Spsa, and another step twice as many. A step
-    sets one too where a parameter has none. It keeps the parameters' `anchor`, float32 (4 bytes a
-    weight), and in `state` its step and the differences of F.
+    sets one too where a parameter has none, and on a CPU where the losses of the last anchor were not
+    finite. On a GPU the host does not know of that, and steps are skipped up to the next anchor. It keeps
+    the parameters' `anchor`, float32 (4 bytes a weight), and in `state` its step and the differences of F.
     Raises ValueError for arguments out of range, and in the first step for a low-rank direction. Gautam
     et al. 2024 (arXiv 2404.08080)."""
 
@@ -87,7 +90,7 @@ class Anchored(Spsa):
         with oracle.at(Base(_to_anchor)):
             there = oracle.losses(points).view(self.queries, -1)
         own = self.estimate(plan, here, self.differences(here) - self.differences(there))
-        full = torch.tensor(self.state["full"], dtype=torch.float64, device=here.device)
+        full = stacked(self.state["full"], here)
         anchored = self.estimate(plan, here, full)
         yield replace(
             own,
@@ -101,11 +104,9 @@ class Anchored(Spsa):
         """Returns the estimate of the full loss; keeps it, and theta, where the losses are finite."""
         losses = oracle.losses(self.points(plan), closure=self.full).view(self.queries, -1)
         differences = self.differences(losses)
-        self.state = (
-            {"step": plan.step, "full": differences.tolist()}
-            if bool(torch.isfinite(differences).all())
-            else {}
-        )
+        (finite,) = plan.at_hand(torch.isfinite(differences).all().view(1))
+        known = isinstance(finite, Tensor) or finite
+        self.state = {"step": plan.step, "full": plan.at_hand(differences)} if known else {}
         with oracle.standing():
             for group in plan.groups:
                 for i, tensor in enumerate(group.tensors):

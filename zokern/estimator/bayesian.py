@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..checks import whole_number
-from ..evaluation import THETA, Point
+from ..evaluation import THETA, point_of
 from ..plan import Plan
 from .base import SLOPES, Estimate, Oracle
 
@@ -34,7 +34,8 @@ class Bayesian:
     queries       draws whose span is searched (published: 2)
     observations  losses beside that of theta (published: 3)
 
-    A step reads 1 + observations losses, one after another, because each depends on those before. `state`
+    A step reads 1 + observations losses, one after another, because each depends on those before. The
+    filter runs where the losses are. Its eigenvectors are torch.linalg.eigh's, which waits for a GPU. `state`
     keeps the variance of the noise, one number.
     Raises ValueError for arguments out of range. arXiv 2601.01452, 2026."""
 
@@ -50,25 +51,26 @@ class Bayesian:
     def __call__(self, oracle: Oracle, plan: Plan) -> Iterator[Estimate]:
         prior, eps = sum(t.numel() for t in plan.tensors) / 1e6, plan.groups[0].eps
         draws = tuple(plan.draw(k) for k in range(self.queries))
-        (base,) = oracle.losses([THETA]).cpu()
-        noise = torch.as_tensor(self.state.get("noise", prior), dtype=torch.float64, device="cpu")
-        mean = torch.zeros(self.queries, dtype=torch.float64, device="cpu")
-        covariance = torch.eye(self.queries, dtype=torch.float64, device="cpu") * prior
-        rank = torch.arange(self.queries, 0, -1, dtype=torch.float64, device="cpu")
+        (base,) = oracle.losses([THETA])
+        numbers: dict[str, Any] = {"dtype": torch.float64, "device": base.device}
+        noise = before = torch.as_tensor(self.state.get("noise", prior), **numbers)
+        mean = torch.zeros(self.queries, **numbers)
+        covariance = torch.eye(self.queries, **numbers) * prior
+        rank = torch.arange(self.queries, 0, -1, **numbers)
         ties = torch.diag(rank * (1e-9 * prior))  # of equal variances the first wins
         losses = [base]
         for _ in range(self.observations):
             along = torch.linalg.eigh(covariance + ties)[1][:, -1]
-            along = along * along[along.abs().argmax()].sign()
-            losses += oracle.losses([Point(tuple(zip(draws, along.tolist())))]).cpu().unbind(0)
+            along = along * along.gather(0, along.abs().argmax().view(1)).sign()
+            losses += oracle.losses([point_of(plan, draws, along)]).to(base.device).unbind(0)
             residual = (losses[-1] - base) / eps - along @ mean
             gain = covariance @ along / (along @ covariance @ along + noise)
             mean, covariance = mean + gain * residual, covariance - torch.outer(gain, along @ covariance)
-            noise = torch.clamp(KEEP * noise + (1.0 - KEEP) * residual * residual, min=FLOOR * prior)
+            new = torch.clamp(KEEP * noise + (1.0 - KEEP) * residual * residual, min=FLOOR * prior)
+            # of a step that is skipped: the eigenvectors are those of finite numbers
+            noise = torch.where(torch.isfinite(new), new, noise)
         read = torch.stack(losses)
-        self.state["noise"] = (
-            float(noise) if bool(torch.isfinite(read).all()) else self.state.get("noise", prior)
-        )
+        (self.state["noise"],) = plan.at_hand(torch.where(torch.isfinite(read).all(), noise, before).view(1))
         yield Estimate(
             draws, mean.float().double().expand(len(plan.groups), -1), read.unsqueeze(0), slopes=mean
         )

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from ..evaluation import THETA, Point
+from ..evaluation import THETA, point_of
 from ..plan import Plan
 from ..told import constant
 from .base import Estimate, Oracle
@@ -27,6 +27,8 @@ class Conservative(Spsa):
     Raises ValueError for arguments out of range, and in a step for parameter groups that differ in lr or
     eps. Zhang et al. 2024 (ZO-Bench, arXiv 2402.11592)."""
 
+    captures = True
+
     def __call__(self, oracle: Oracle, plan: Plan) -> Iterator[Estimate]:
         pairs = {(float(group.options["lr"]), group.eps) for group in plan.groups}
         if len(pairs) > 1:
@@ -35,12 +37,18 @@ class Conservative(Spsa):
                 "them"
             )
         (first,) = super().__call__(oracle, plan)
-        ((lr, eps),) = pairs
-        sign = 1.0 if plan.maximize else -1.0  # of the move along g
-        amounts = (first.coefficients[0] * (lr / first.count / eps)).tolist()
-        ahead = Point(tuple(zip(first.draws, (sign * amount for amount in amounts))))
+        group, sign = plan.groups[0], 1.0 if plan.maximize else -1.0  # of the move along g
+        far = plan.numbers(
+            lambda: [float(group.options["lr"]) / first.count / group.eps],
+            torch.float64,
+            first.coefficients.device,
+        )
+        amounts = sign * (first.coefficients[0] * far)
+        # a step without finite losses is skipped, and moves no weight on its way
+        ahead = point_of(plan, first.draws, torch.where(torch.isfinite(amounts), amounts, 0.0))
         losses = oracle.losses([THETA, ahead, ahead.scaled(-1.0)])
-        factor = constant((0.0, 1.0, -1.0), torch.float64, losses.device)[(-sign * losses).argmin()]
+        best = (-sign * losses).argmin().view(1)
+        factor = constant((0.0, 1.0, -1.0), torch.float64, losses.device).gather(0, best)
         factor = torch.where(torch.isfinite(losses).all(), factor, torch.nan)
         yield replace(first, coefficients=first.coefficients * factor)
 

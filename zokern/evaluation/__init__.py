@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .auto import Auto
-from .base import THETA, Evaluation, NotRepeatable, Point, Record, Refused
+from .base import THETA, Evaluation, NotRepeatable, Point, Record, Refused, point_of
 from .inplace import InPlace
 from .isolation import Isolation
 from .jvp import Jvp
@@ -38,5 +38,5 @@ def resolve(evaluation: str | Evaluation) -> Evaluation:
 
 __all__ = [
     "EVALUATIONS", "THETA", "Auto", "Evaluation", "InPlace", "Isolation", "Jvp", "Master", "NotRepeatable",
-    "Paired", "Point", "Record", "Refused", "Scratch", "loss_tensor", "resolve",
+    "Paired", "Point", "Record", "Refused", "Scratch", "loss_tensor", "point_of", "resolve",
 ]  # fmt: skip

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..group import Draw
 from ..plan import Plan
+from ..told import Amount
 
 WAY_OUT = "use evaluation='master'"
 
@@ -18,9 +19,14 @@ class Point(NamedTuple):
     """Where a loss is read: theta + eps sum_k amount_k z_k, with eps of each group and draw (Group.reach).
 
     terms  pairs (draw, amount); without terms the point is theta itself. A draw is a draw word of this step,
-           or (step, draw word) of an earlier one"""
+           or (step, draw word) of an earlier one. An amount is a number, or an Amount in device memory"""
 
-    terms: tuple[tuple[Draw, float], ...] = ()
+    terms: tuple[tuple[Draw, float | Amount], ...] = ()
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the host knows the amounts, as launches need it that take them by value."""
+        return not any(isinstance(amount, Amount) for _, amount in self.terms)
 
     def scaled(self, factor: float) -> Point:
         """Returns the point `factor` times as far from theta."""
@@ -28,6 +34,12 @@ class Point(NamedTuple):
 
 
 THETA = Point()
+
+
+def point_of(plan: Plan, draws: Sequence[Draw], amounts: Tensor) -> Point:
+    """Returns the point at amounts that were computed, float64 [draws]; see Plan.at_hand."""
+    each = [Amount(a) if isinstance(a, Tensor) else a for a in plan.at_hand(amounts)]
+    return Point(tuple(zip(draws, each)))
 
 
 class Refused(RuntimeError):
@@ -117,4 +129,5 @@ __all__ = [
     "Record",
     "Refused",
     "distinct",
+    "point_of",
 ]

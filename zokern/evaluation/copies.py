@@ -12,6 +12,7 @@ ulp of bfloat16.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,7 +129,7 @@ class Copies:
             terms = self.points[side].terms if group.matrices is None else ()
             if group.matrices is not None and not self.factors.untouched(group, 0, side):
                 self._fill_factored(group, positions, thetas, spans, side, outs[j], low)
-            elif len(terms) == 1:
+            elif len(terms) == 1 and self.points[side].is_known:
                 by_draw.setdefault(terms[0][0], []).append(j)
             elif not terms and low is None and all(span.rows is None for span in spans):
                 torch._foreach_copy_(list(outs[j]), list(thetas))
@@ -144,7 +145,8 @@ class Copies:
                     sum(a for _, a in self.points[sides[j]].terms) if group.matrices is None else 0.0
                     for j in pair
                 ]
-                scales, targets = [amount * group.reach(draw) for amount in amounts], [outs[j] for j in pair]
+                scales: Any = [amount * group.reach(draw) for amount in amounts]
+                targets = [outs[j] for j in pair]
                 noise = plan.noise([plan.named(draw)])
                 group.backend.perturb(
                     Batch(thetas, spans, residuals=low, scales=factors), noise, scales, targets
@@ -161,7 +163,7 @@ class Copies:
             torch._foreach_copy_(list(outs), list(thetas))
         spent = None if low is None else [bits.clone() for bits in low]
         amounts = [a * group.reach(draw) for draw, a in terms]
-        table = plan.numbers(lambda: amounts, torch.float32, outs[0].device)
+        table = plan.table(amounts, outs[0].device)
         draws = [plan.named(draw) for draw, _ in terms]
         rounding = "nearest" if spent is None else "residual"
         batch, noise = Batch(outs, spans, rounding, spent, factors), plan.noise(draws)
@@ -184,10 +186,10 @@ class Copies:
     # One parameter at its use -------------------------------------------------------------------------------
 
     def is_simple(self) -> bool:
-        """Whether every point lies along one draw of this step at most: the product kernel, and rows, know no
-        other."""
+        """Whether every point lies along one draw of this step at most, by a number of the host: the product
+        kernel, and rows, know no other."""
         return all(
-            len(point.terms) <= 1 and all(isinstance(draw, int) for draw, _ in point.terms)
+            len(point.terms) <= 1 and point.is_known and all(isinstance(draw, int) for draw, _ in point.terms)
             for point in self.points
         )
 
@@ -298,7 +300,7 @@ class Copies:
         else:
             biases = [b if b is None or b.dtype == weight.dtype else b.to(weight.dtype) for b in biases]
         if fused and not factored:
-            terms = [point.terms[0] if point.terms else (0, 0.0) for point in self.points]
+            terms: Any = [point.terms[0] if point.terms else (0, 0.0) for point in self.points]
             noise = self.plan.noise([self.plan.named(draw) for draw, _ in terms])
             operands = Sides(xs, biases, [amount * group.reach(draw) for draw, amount in terms])
             return gemm.fused_linear(group.backend, Weight(weight, span, transposed), operands, noise, room)

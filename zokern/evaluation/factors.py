@@ -19,7 +19,7 @@ from ..backends import Thin
 from ..group import Draw, Group, ends_of
 from ..modules import same
 from ..plan import Plan
-from ..told import constant
+from ..told import constant, scalar
 from .base import Point
 
 
@@ -50,7 +50,7 @@ class Factors:
             sums = list(waiting)
             for word, amount in self.points[side].terms:
                 sums = self.plan.factored.plus(
-                    group.matrices, sums, group.stacked(self.plan, word), amount * group.reach(word)
+                    group.matrices, sums, group.stacked(self.plan, word), scalar(amount * group.reach(word))
                 )
             found.append(sums)
         if even and found:
@@ -168,7 +168,7 @@ class Factors:
             )
             blocks = []
             for j in members:
-                amounts = [amount * group.reach(word) for word, amount in self.points[sides[j]].terms]
+                amounts = [scalar(amount * group.reach(word)) for word, amount in self.points[sides[j]].terms]
                 each = [unit] * len(pending) + [unit * amount for amount in amounts]
                 blocks.append(torch.block_diag(*each) if free else torch.cat(each, 1))
             # (sides, r or width of V, width)

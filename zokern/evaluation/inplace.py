@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..plan import Plan
+from ..told import Amount, scalar
 from .base import THETA, Point, Record, distinct
 from .isolation import Isolation
 
@@ -52,7 +53,7 @@ class InPlace:
 
 def _move(plan: Plan, start: Point, end: Point, rounding: str) -> Point:
     """Moves the weights from one point to another; returns where they are."""
-    ways = dict(end.terms)
+    ways: dict[Any, float | Amount] = dict(end.terms)
     for draw, amount in start.terms:
         ways[draw] = ways.get(draw, 0.0) - amount
     ways = {draw: amount for draw, amount in ways.items() if amount}
@@ -61,11 +62,12 @@ def _move(plan: Plan, start: Point, end: Point, rounding: str) -> Point:
     for group in plan.groups:
         scales = [amount * group.reach(word) for word, amount in ways.items()]
         if group.matrices is None:
-            group.axpy_(plan.noise([plan.named(draw) for draw in ways]), scales, 1.0, rounding)
+            table = plan.table(scales, group.theta[0].device)
+            group.axpy_(plan.noise([plan.named(draw) for draw in ways]), table, 1.0, rounding)
             continue
         assert plan.factored is not None
         for draw, scale in zip(ways, scales):
-            moved = plan.factored.plus(group.matrices, [], group.draws(plan, draw), scale)
+            moved = plan.factored.plus(group.matrices, [], group.draws(plan, draw), scalar(scale))
             group.add_lowrank(moved, rounding, plan)
     return end
 

@@ -134,7 +134,8 @@ class Master:
         scales = [amount * group.reach(word) for word, amount in point.terms]
         if group.matrices is not None and not moved:
             scales = []
-        in_place = self.rounding == "stochastic" or (group.matrices is None and len(scales) > 1)
+        several = len(scales) > 1 or not point.is_known
+        in_place = self.rounding == "stochastic" or (group.matrices is None and several)
         outs = TensorList(group.theta) if group.memo["loose"] else group.theta
         for i in group.memo["loose"]:
             outs[i] = torch.empty_like(kept[i])
@@ -155,7 +156,7 @@ class Master:
                 outs=target,
             )
         elif in_place and scales:
-            table = plan.numbers(lambda: scales, torch.float32, kept[0].device)
+            table = plan.table(scales, kept[0].device)
             spent = None if low is None else [bits.clone() for bits in low]
             rounding = "residual" if spent is not None else self.rounding
             draws = [plan.named(draw) for draw, _ in point.terms]
@@ -166,7 +167,7 @@ class Master:
         elif not in_place and (scales or low):
             draw, scale = (point.terms[0][0], scales[0]) if scales else (0, 0.0)
             batch = Batch(kept, group.spans, residuals=low, scales=group.scales)
-            group.backend.perturb(batch, plan.noise([plan.named(draw)]), [scale], [outs])
+            group.backend.perturb(batch, plan.noise([plan.named(draw)]), [scale], [outs])  # type: ignore[list-item]
         if not in_place:
             for i in group.memo["loose"]:
                 if scales or low or moved:

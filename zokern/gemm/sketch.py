@@ -13,7 +13,7 @@ from ..backends.operands import described
 
 
 def sketch_of(
-    backend: Backend, noise: Noise, coeffs: Sequence[float], span: Span, shape: tuple[int, int],
+    backend: Backend, noise: Noise, coeffs: Sequence[float] | Tensor, span: Span, shape: tuple[int, int],
     omega: Tensor, transposed: bool = False, tile: int | None = None,
 ) -> Tensor:  # fmt: skip
     """Returns G Omega, or G^T Omega, of G = sum_k coeffs[k] z_k, m x n, in float32.
@@ -24,7 +24,10 @@ def sketch_of(
     device = omega.device
     if omega.dtype != torch.float32:
         raise ValueError(f"sketch: omega is {described(omega)}; expected float32: .float() it")
-    table = torch.tensor(list(coeffs), dtype=torch.float32, device=device)
+    is_alone = not isinstance(coeffs, Tensor) and list(coeffs) == [1.0]
+    if not isinstance(coeffs, Tensor):
+        coeffs = torch.tensor(list(coeffs), dtype=torch.float32, device=device)
+    table = coeffs.float()
     result = torch.zeros(columns if transposed else rows, omega.shape[1], dtype=torch.float32, device=device)
     step = max(1, min(rows, (tile or devices.of(device).sketched) // columns))
     buffer = torch.empty(step, columns, dtype=torch.float32, device=device)
@@ -32,7 +35,7 @@ def sketch_of(
         stop = min(rows, start + step)
         part = buffer[: stop - start]
         batch = Batch([part], [Span(span.who, span.first + start * columns)])
-        if list(coeffs) == [1.0]:
+        if is_alone:
             backend.draw(batch, noise)
         else:
             part.zero_()

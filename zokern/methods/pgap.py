@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import autocast
 from ..checks import whole_number
 from ..directions import Aligned, Matrix, Measured, Normal, Source
 from ..estimator import Oracle, Spsa
@@ -17,6 +18,7 @@ from ..gemm.library import one_thread
 from ..optimizer import ZerothOrder
 from ..plan import Plan
 from ..stream import BASIS, draw_word
+from ..told import stacked
 
 PROBE = 2  # query of the first probe; queries 0 and 1 of the purpose BASIS belong to random bases
 
@@ -29,7 +31,9 @@ class Probed(Aligned, Measured):
     oversample, power  of the randomized range finder, which never holds G: extra columns, and power
                        iterations
 
-    `state` holds the coefficients of the probes by step: a basis is a function of them and of the stream."""
+    `state` holds the coefficients of the probes by step: a basis is a function of them and of the stream. On
+    a GPU they stay there. torch.linalg.svd waits for it once a basis, and the random basis that takes the
+    place of one without a slope is made beside it."""
 
     def __init__(self, probes: int = 10, oversample: int = 8, power: int = 1, **options: Any) -> None:
         super().__init__(**options)
@@ -57,7 +61,7 @@ class Probed(Aligned, Measured):
         found = []
         for k in range(self.probes):  # one at a time: no more activations than a step's
             (estimate,) = estimator(asks, replace(dense, first=draw_word(PROBE + k, BASIS)))
-            found += estimate.coefficients[0].nan_to_num(0.0, 0.0, 0.0).tolist()
+            found += plan.at_hand(estimate.coefficients[0].nan_to_num(0.0, 0.0, 0.0))
         self.state[self._newest] = found
 
     def forget(self, needed: set[int | None]) -> None:
@@ -74,20 +78,22 @@ class Probed(Aligned, Measured):
                 f"not known (those of {sorted(self.state)} are): load the state_dict of that run, or start "
                 "it anew with `del optimizer.state[parameter]`"
             )
-        found = self.state[step]
-        if any(found):
-            for matrix in matrices:
-                self._decompose(
-                    matrix,
-                    source,
-                    step,
-                    [(step, draw_word(PROBE + k, BASIS)) for k in range(len(found))],
-                    found,
-                )
-            return
-        super().refresh(matrices, source, step)
+        found: Any = self.state[step]
+        late = any(isinstance(one, Tensor) for one in found)
+        if late:  # the host does not know whether all are zero
+            found = stacked(found, torch.empty(0, dtype=torch.float64, device=matrices[0].device))
+        if late or not any(found):
+            super().refresh(matrices, source, step)
         for matrix in matrices:
             matrix.extra.pop("spectrum", None)
+            if late or any(found):
+                random: Any = (matrix.left, matrix.right)
+                draws = [(step, draw_word(PROBE + k, BASIS)) for k in range(len(found))]
+                self._decompose(matrix, source, step, draws, found)
+                for side, other in zip(("left", "right"), random if late else ()):
+                    # with a spectrum of zeros a draw stays as it is
+                    basis = torch.where((found == 0.0).all(), other, getattr(matrix, side))
+                    setattr(matrix, side, basis)
 
     def _decompose(
         self,
@@ -95,16 +101,18 @@ class Probed(Aligned, Measured):
         source: Source,
         step: int,
         draws: Sequence[tuple[int, int]],
-        coefficients: Sequence[float],
+        coefficients: Any,
     ) -> None:
         """Sets left, right and the spectrum of a matrix to the truncated decomposition of G."""
-        weights = [c / len(coefficients) for c in coefficients]
+        count = len(coefficients)
+        late = isinstance(coefficients, Tensor)
+        weights = coefficients / count if late else [c / count for c in coefficients]
         width = min(matrix.rank + self.oversample, *matrix.shape)
 
         def times(omega: Tensor, transposed: bool = False) -> Tensor:
             return source.sketch(matrix, draws, weights, omega, transposed)
 
-        with one_thread(), torch.autocast(matrix.device.type, enabled=False):
+        with one_thread(), autocast.off(matrix.device.type):
             (omega,) = source([matrix], [(matrix.columns, width)], step, draw_word(1, BASIS))
             q = torch.linalg.qr(times(omega))[0]
             for _ in range(self.power):

@@ -33,6 +33,8 @@ class Rule(Protocol):
         shards                       True: it takes the block of a parameter that this process holds, as it
                                      is in group.theta. A subclass says it anew; sharded parameters are
                                      refused without it
+        captures                     True: a graph can hold its step although it has base() or prepare().
+                                     False: it cannot, as where launches name draws of other steps
         base(point)                  returns (base, point): losses are read there, around other weights (Base)
         prepare(plan, oracle, states)   before the losses of a step are read: may read others
     """

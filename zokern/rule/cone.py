@@ -27,6 +27,7 @@ from ..evaluation import Point
 from ..group import Group
 from ..plan import Plan
 from ..stream import BASIS, draw_word
+from ..told import Amount, Weights, stacked
 from .state import Keeps
 from .waiting import is_nothing
 
@@ -53,12 +54,13 @@ class Cone:
 
     It takes one draw a step, and any stencil. Each loss of a difference is read around other weights, so
     each is a call of the evaluation. Keeps `momentum`, which is m in float32 (4 bytes a weight),
-    `length`, which is l, and `updates`. Readings take a copy of what is trained beside it.
+    `length`, which is l and lies where the losses do, and `updates`. Readings take a copy of what is
+    trained beside it.
     Raises ValueError for arguments out of range, and in the first step for several queries; an optimizer
     refuses it with low-rank directions. arXiv 2511.02757, 2025."""
 
-    name, defers, dense, plain = "cone", False, True, True
-    shards = True
+    name, defers, dense, plain, gated = "cone", False, True, True, True
+    captures = shards = True
 
     def __init__(self, angle: float = 1.35, beta: float | Callable[[int], float] = warming) -> None:
         self.angle = within("angle", angle, 0.0, math.pi / 2, "0 < angle < pi/2", least=False)
@@ -90,15 +92,24 @@ class Cone:
             else (None, point)
         )
 
-    def tilt(self, group: Group, states: Any, terms: Sequence[tuple[int, float]]) -> None:
+    def tilt(self, group: Group, states: Any, terms: Sequence[tuple[int, Any]]) -> None:
         """theta <- theta + eps sum_k amount_k cos(angle) m / l."""
         far = sum(amount * group.reach(word) for word, amount in terms)
+        far = far.value if isinstance(far, Amount) else far
         for i, tensor in enumerate(group.tensors):
             group.put(i, group.read(i) + states[tensor]["momentum"] * (far * self._along(states[tensor])))
 
-    def _along(self, state: Any) -> float:
-        """Returns cos(angle) / l."""
-        return math.cos(self.angle) / finite_number("length", state["length"], above=0.0)
+    def _along(self, state: Any) -> Any:
+        """Returns cos(angle) / l, a number of the host or float64 []."""
+        length = state["length"]
+        if not isinstance(length, Tensor):
+            length = finite_number("length", length, above=0.0)
+        return math.cos(self.angle) / length
+
+    def _beta(self, step: int) -> float:
+        if not callable(self.beta):
+            return self.beta
+        return within("beta", self.beta(step), 0.0, 1.0, "0 <= beta < 1")
 
     def update(
         self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any,
@@ -109,50 +120,64 @@ class Cone:
                 f"an estimate has {len(weights)} draws with rule 'cone'; expected queries of 1: momentum and "
                 "draw make one z"
             )
-        beta = (
-            self.beta
-            if not callable(self.beta)
-            else within("beta", self.beta(plan.step), 0.0, 1.0, "0 <= beta < 1")
-        )
+        weights = Weights.of(weights, lr, decay, group.theta[0].device)
+        (w,) = plan.at_hand(weights.told.weights)
+        beta: Any = self._beta(plan.now)
+        if isinstance(w, Tensor):
+            beta = plan.numbers(lambda: [self._beta(plan.now)], torch.float64, w.device)[0]
+        elif not weights.is_finite:
+            return 0
         # parameters that were frozen for a while have an l of their own
-        launches: dict[float, list[int]] = {}
+        launches: dict[Any, list[int]] = {}
         for i, tensor in enumerate(group.tensors):
-            launches.setdefault(states[tensor]["length"], []).append(i)
+            length = states[tensor]["length"]
+            launches.setdefault(("", id(length)) if isinstance(length, Tensor) else length, []).append(i)
         count: Tensor | int = 0
         for members in launches.values():
-            count = count + self._move(plan, group, members, weights[0], lr, decay, beta, states)
+            count = count + self._move(plan, group, members, weights, w, beta, states)
         return count
 
     def _move(
-        self,
-        plan: Plan,
-        group: Group,
-        members: Sequence[int],
-        w: float,
-        lr: float,
-        decay: float,
-        beta: float,
-        states: Any,
-    ) -> Tensor | int:
-        """Updates some tensors that have one l."""
+        self, plan: Plan, group: Group, members: Sequence[int], weights: Weights, w: Any, beta: Any,
+        states: Any
+    ) -> Tensor | int:  # fmt: skip
+        """Updates some tensors that have one l: by numbers of the host, or by those in device memory."""
         kept = [states[group.tensors[i]] for i in members]
         moments, length = [state["momentum"] for state in kept], kept[0]["length"]
         cos, sin, new = self._along(kept[0]), math.sin(self.angle), -w * (1.0 - beta)
+        # m = z where the weights move. Else m alone does: a launch would turn weights of -0.0 into 0.0
+        moves, rests = (-beta * sin / cos, beta / cos + new), (new * sin, beta + new * cos)
+        ahead, aside = beta * length + new * math.cos(self.angle), new * sin
         count: Tensor | int = 0
-        if is_nothing([lr * w], decay):  # m alone: a launch would turn weights of -0.0 into 0.0
-            coefficient, rest = new * sin, beta + new * cos
+        control: Tensor | None = None
+        longer: Tensor | float
+        if isinstance(w, Tensor):
+            amounts, (shrink, go, finite) = weights.told.amounts, weights.told.control.unbind(0)
+            told = stacked((shrink, amounts[0], cos, 1.0), amounts)
+            gate = torch.stack((shrink, go, go))
+            count = group.update_(plan, members, [sin], "momentum", told, [moments], gate)
+            both = torch.where(go == 1.0, stacked(moves, w), stacked(rests, w)).float()
+            coefficient, rest, control = both[:1], 1.0, torch.stack((both[1], finite, finite))
+            longer = torch.where(finite == 1.0, torch.hypot(ahead, aside), length)
         else:
-            # m = z
-            told = decay, lr * w, cos, 1.0
-            count = group.update_(plan, members, [sin], "momentum", lambda: told, [moments])
-            coefficient, rest = -beta * sin / cos, beta / cos + new
-        terms = Terms(torch.tensor([coefficient], dtype=torch.float32, device=moments[0].device), rest)
+            first, rest = moves
+            longer = math.hypot(ahead, aside)
+            if is_nothing([weights.lr * w], weights.decay):
+                first, rest = rests
+            else:
+                numbers = weights.decay, weights.lr * w, cos, 1.0
+                count = group.update_(plan, members, [sin], "momentum", lambda: numbers, [moments])
+            coefficient = torch.tensor([first], dtype=torch.float32, device=moments[0].device)
         batch = Batch(moments, [group.spans[i] for i in members])
-        group.backend.axpy_(batch, plan.noise(plan.draws()), terms)
-        unit = math.cos(self.angle)
+        group.backend.axpy_(batch, plan.noise(plan.draws()), Terms(coefficient, rest, control=control))
+
+        def counted() -> None:
+            for state in kept:
+                state["updates"] += 1
+
+        plan.act(counted)
         for state in kept:
-            state["length"] = math.hypot(beta * length + new * unit, new * sin)
-            state["updates"] += 1
+            state["length"] = longer
         return count
 
     def keeps(self, shape: tuple[int, ...], draw: tuple[int, int] | None) -> Keeps:

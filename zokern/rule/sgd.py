@@ -51,18 +51,25 @@ class Sgd:
 
         The sum is made in the gradient's own memory where that is float32, else in 4 bytes a weight of this
         tensor. Returns how many results are inf or NaN."""
-        amounts = [lr * w for w in weights]
-        if is_nothing([*amounts, lr * weight], decay):
-            return 0
+        amounts: Any
+        if isinstance(weights, Weights) and not plan.knows(weights.told.weights):
+            if weights.still:
+                return 0
+            amounts, control = weights.told.amounts, weights.moves if lr * weight else weights.told.control
+            table = amounts
+        else:
+            amounts, control = [lr * w for w in weights], None
+            if is_nothing([*amounts, lr * weight], decay):
+                return 0
+            table = lately(tuple(amounts), torch.float32, gradient.device)
         move = gradient.detach().float().contiguous().mul_(-lr * weight)
         if group.matrices is None and weights:
-            table = lately(tuple(amounts), torch.float32, move.device)
             batch = Batch([move], group.spans, scales=group.scales)
             group.backend.axpy_(batch, plan.noise(plan.draws()), Terms(table))
         elif group.matrices is not None and weights:
             lefts, rights = zip(*ends_of(group.matrices, total(plan, group, amounts), group.backend))
             group.backend.lowrank_(Batch([move], group.spans), Outer(lefts, rights, [1.0]))
-        return add_(plan, group, 0, move, 1.0, decay)
+        return add_(plan, group, 0, move, 1.0, decay, control=control)
 
     def keeps(self, shape: tuple[int, ...], draw: tuple[int, int] | None) -> Keeps:
         """Returns nothing."""

@@ -29,12 +29,13 @@ from ..estimator.base import ONES
 from ..fingerprint import announce
 from ..group import Group
 from ..plan import Plan
+from ..told import Weights, stacked, upload
 from .adam import LARGEST, SMALLEST, pair
 from .dense import PIECE
 from .state import START_ANEW, Keeps
 from .waiting import is_nothing
 
-Past = list[list[Any]]  # an update: [step, draw word, weight] of each of its draws
+Past = list[list[Any]]  # an update: [step, draw word, weight] of each of its draws; see Plan.at_hand
 EMPTY: list[Past] = []
 
 
@@ -42,18 +43,34 @@ class _Window:
     """What both rules share: a parameter's window is in the optimizer's state, under `window`, the oldest
     update first.
 
-    A skipped step adds nothing. A parameter that is frozen for a while goes on from the updates that it
-    had."""
+    A skipped step adds nothing on a CPU. On a GPU the host does not know of it, and it takes a place with the
+    weight 0. A parameter that is frozen for a while goes on from the updates that it had."""
 
-    defers, dense, plain = False, True, True
+    defers, dense, plain, captures = False, True, True, False
     length: int
 
+    def update(
+        self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any,
+        defer: bool
+    ) -> Tensor | int:  # fmt: skip
+        weights = Weights.of(weights, lr, decay, group.theta[0].device)
+        count: Tensor | int = 0
+        if not plan.knows(weights.told.weights) or weights.is_finite:
+            for part, window in self.windows(plan, group, weights, states):
+                count = count + self.move(plan, part, window, weights)
+        return count
+
+    def move(self, plan: Plan, group: Group, window: Sequence[Past], weights: Weights) -> Tensor | int:
+        """Writes tensors that have one window."""
+        raise NotImplementedError
+
     def windows(
-        self, plan: Plan, group: Group, weights: Sequence[float], states: Any
+        self, plan: Plan, group: Group, weights: Weights, states: Any
     ) -> Iterator[tuple[Group, list[Past]]]:
         """Adds this update to every window; yields the tensors that have the same one, oldest update
         first."""
-        new = [[step, word, float(weight)] for (step, word), weight in zip(plan.draws(), weights)]
+        each = plan.at_hand(weights.told.weights)
+        new = [[step, word, weight] for (step, word), weight in zip(plan.draws(), each)]
         keys: dict[int, tuple] = {id(EMPTY): ()}
         found: dict[tuple, tuple[list[int], list[Past]]] = {}
         for i, (name, tensor) in enumerate(zip(group.names, group.tensors)):
@@ -101,7 +118,7 @@ def _is_term(term: Any) -> bool:
         and len(term) == 3
         and all(type(word) is int and 0 <= word < 2**32 for word in term[:2])
     )
-    return named and isinstance(term[2], float) and math.isfinite(term[2])
+    return named and (isinstance(term[2], Tensor) or isinstance(term[2], float) and math.isfinite(term[2]))
 
 
 def _draws(window: Sequence[Past]) -> list[tuple[int, int]]:
@@ -121,11 +138,12 @@ class WindowMomentum(_Window):
              heavy ball while the window fills
 
     Keeps `window`, 16 bytes a draw of n updates for the whole run, where zokern.Momentum keeps 4 bytes a
-    weight. A step makes n times the z of a step of SGD, in one pass over the weights. It goes with a
-    dense z alone; for a low-rank one take zokern.Momentum, whose moments are small there.
+    weight. A step makes n times the z of a step of SGD, in one pass over the weights. A skipped step adds
+    nothing; on a GPU it takes a place with the weight 0. It goes with a dense z alone; for a low-rank one
+    take zokern.Momentum, whose moments are small there.
     Raises ValueError for arguments out of range. Polyak 1964; arXiv 2605.00650, 2026 (the window)."""
 
-    name = "window_momentum"
+    name, gated = "window_momentum", True
 
     def __init__(self, beta: float = 0.9, length: int = 10, average: bool = True) -> None:
         self.beta = within("beta", beta, 0.0, 1.0, "0 <= beta < 1")
@@ -137,17 +155,12 @@ class WindowMomentum(_Window):
         whole = math.fsum(powers) if self.average else 1.0
         return [power / whole for power in powers]
 
-    def update(
-        self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any,
-        defer: bool
-    ) -> Tensor | int:  # fmt: skip
-        count: Tensor | int = 0
-        for part, window in self.windows(plan, group, weights, states):
-            shares = self.shares(len(window))
-            amounts = [lr * share * weight for share, past in zip(shares, window) for _, _, weight in past]
-            if not is_nothing(amounts, decay):
-                count = count + part.axpy_(plan.noise(_draws(window)), amounts, decay, plan.rounding)
-        return count
+    def move(self, plan: Plan, group: Group, window: Sequence[Past], weights: Weights) -> Tensor | int:
+        shares = self.shares(len(window))
+        amounts = [
+            weights.lr * share * weight for share, past in zip(shares, window) for _, _, weight in past
+        ]
+        return _added(plan, group, _draws(window), amounts, weights)
 
 
 class WindowAdam(_Window):
@@ -165,11 +178,11 @@ class WindowAdam(_Window):
             sums over what there is
 
     Keeps `window`, 16 bytes a draw of n updates for the whole run, where zokern.Adam keeps 8 bytes a
-    weight. It takes 12 MB while it writes. A step makes n times the z of a step of SGD. It goes with a
-    dense z alone.
+    weight. It takes 12 MB while it writes. A step makes n times the z of a step of SGD. A skipped step
+    adds nothing; on a GPU it takes a place with the weight 0. It goes with a dense z alone.
     Raises ValueError for arguments out of range. AdaMeZO, arXiv 2605.00650, 2026."""
 
-    name = "window_adam"
+    name, gated = "window_adam", True
 
     def __init__(
         self,
@@ -193,21 +206,17 @@ class WindowAdam(_Window):
         beta1, beta2 = self.betas
         return decay, self.scale * lr, beta1, 1.0, beta2, 1.0, 0.0, 1.0, self.eps
 
-    def update(
-        self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any,
-        defer: bool
-    ) -> Tensor | int:  # fmt: skip
+    def move(self, plan: Plan, group: Group, window: Sequence[Past], weights: Weights) -> Tensor | int:
+        lr, decay = weights.lr, weights.decay
         count: Tensor | int = 0
-        for part, window in self.windows(plan, group, weights, states):
-            if self.warmup and len(window) < self.length:
-                amounts = [lr * weight for weight in weights]
-                if not is_nothing(amounts, decay):
-                    count = count + part.axpy_(plan.noise(plan.draws()), amounts, decay, plan.rounding)
-            elif not is_nothing([lr], decay):
-                tables = self._tables(plan, part, window, lr, decay)
-                for pieces in _pieces(part, plan.rounding == "residual"):
-                    count = count + _moved(plan, part, pieces, tables)
-                announce(part.theta)
+        if self.warmup and len(window) < self.length:
+            amounts = [lr * weight for _, _, weight in window[-1]]
+            return _added(plan, group, plan.draws(), amounts, weights)
+        if not is_nothing([lr], decay):
+            tables = self._tables(plan, group, window, lr, decay)
+            for pieces in _pieces(group, plan.rounding == "residual"):
+                count = count + _moved(plan, group, pieces, tables, weights.told.control)
+            announce(group.theta)
         return count
 
     def _tables(
@@ -217,12 +226,30 @@ class WindowAdam(_Window):
         found = []
         for past in window:
             numbers = self.scalars(lr, decay) if past is window[-1] else self.scalars(0.0)
-            both = [
-                torch.tensor(x, dtype=torch.float32, device=group.theta[0].device)
-                for x in ([w for _, _, w in past], numbers)
-            ]
+            both = [_table(x, group) for x in ([w for _, _, w in past], numbers)]
             found.append((Noise(plan.direction, plan.seed, _draws([past])), both[0], both[1]))
         return found
+
+
+def _table(numbers: Sequence[float | Tensor], group: Group) -> Tensor:
+    """Returns numbers as float32 on the group's device."""
+    device = group.theta[0].device
+    if any(isinstance(number, Tensor) for number in numbers):
+        return stacked(numbers, torch.empty(0, dtype=torch.float32, device=device))
+    return upload(numbers, torch.float32, device)  # type: ignore[arg-type]
+
+
+def _added(
+    plan: Plan, group: Group, draws: list[tuple[int, int]], amounts: Sequence[Any], weights: Weights
+) -> Tensor | int:
+    """theta <- decay theta + sum_k amounts[k] z_k, in a step that is finite."""
+    if any(isinstance(amount, Tensor) for amount in amounts):
+        table = _table(amounts, group)
+        control = weights.control(table)
+        return group.axpy_(plan.noise(draws), table, 1.0, plan.rounding, control)
+    if is_nothing(amounts, weights.decay):
+        return 0
+    return group.axpy_(plan.noise(draws), amounts, weights.decay, plan.rounding)
 
 
 Table = tuple[Noise, Tensor, Tensor]  # draws, their weights, the scalars of the rule
@@ -249,9 +276,9 @@ def _pieces(group: Group, residual: bool) -> Iterator[list[Piece]]:
         yield held
 
 
-def _moved(plan: Plan, group: Group, pieces: list[Piece], tables: Sequence[Table]) -> Tensor:
+def _moved(plan: Plan, group: Group, pieces: list[Piece], tables: Sequence[Table], control: Tensor) -> Tensor:
     """Runs the rule over the window, on moments from zero and zeros in the place of the weights, and last on
-    the weights."""
+    the weights, where the step is finite."""
     tensors, spans, low = (
         [piece[0] for piece in pieces],
         [piece[1] for piece in pieces],
@@ -264,7 +291,7 @@ def _moved(plan: Plan, group: Group, pieces: list[Piece], tables: Sequence[Table
         group.backend.update_(Batch(blanks, spans), noise, Update(weights, "adam", scalars, moments))
     noise, weights, scalars = tables[-1]
     real = Batch(tensors, spans, plan.rounding, low if low[0] is not None else None)  # type: ignore[arg-type]
-    return group.backend.update_(real, noise, Update(weights, "adam", scalars, moments))
+    return group.backend.update_(real, noise, Update(weights, "adam", scalars, moments, control))
 
 
 __all__ = ["WindowAdam", "WindowMomentum"]
