@@ -158,15 +158,16 @@ class Group:
         announce(self.theta)
         return count
 
-    def copy_(self, outs: TensorList, tensors: TensorList) -> None:
-        """outs <- tensors of the group's shapes, bit for bit.
+    def exchange(self, kept: TensorList, back: bool) -> None:
+        """kept <- theta, or theta <- kept where `back`, bit for bit.
 
         Backend `cpu` has a launch for it. On a GPU torch's foreach is one."""
         if (launch := getattr(self.backend, "copy_", None)) is not None:
-            launch(Batch(tensors, self.spans), outs)
-            if outs is self.theta:
-                announce(outs)
+            launch(Batch(kept, self.spans), self.theta, not back)
+            if back:
+                announce(self.theta)
             return
+        outs, tensors = (self.theta, kept) if back else (kept, self.theta)
         with torch.no_grad():
             torch._foreach_copy_(list(outs), list(tensors))
 

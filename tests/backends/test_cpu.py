@@ -283,6 +283,7 @@ def check_copy(copy, dtype: torch.dtype) -> None:
 def test_copy_keeps_every_bit(count: int, dtype: torch.dtype, threads) -> None:
     threads(count)
     check_copy(cpu.Cpu().copy_, dtype)
+    check_copy(lambda batch, outs: cpu.Cpu().copy_(batch._replace(tensors=outs), batch.tensors, True), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

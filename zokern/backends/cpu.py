@@ -184,20 +184,25 @@ class Cpu(Products):
         step = step_at(step, noise.clock)
         module().perturb(*table.place, number, noise.seed, step, draw, sides.ctypes.data, _threads(table), 0)
 
-    def copy_(self, batch: Batch, outs: Sequence[Tensor]) -> None:
-        """Computes outs[i] <- theta_i, bit for bit: one launch where torch copies a tensor at a time."""
+    def copy_(self, batch: Batch, others: Sequence[Tensor], back: bool = False) -> None:
+        """Computes others[i] <- theta_i, bit for bit: one launch where torch copies a tensor at a time.
+
+        back  theta_i <- others[i] instead
+
+        What is prepared belongs to the batch's list, and holds the others."""
+        tensors, outs = (others, batch.tensors) if back else (batch.tensors, others)
 
         def make() -> _Table | None:
-            pairs = list(zip(batch.tensors, outs, strict=True))
+            pairs = list(zip(tensors, outs, strict=True))
             alike = all(t.dtype == out.dtype and t.shape == out.shape for t, out in pairs)
             flat = all(
                 t.is_contiguous() and t.is_cpu and t.dtype in pack.TYPES for pair in pairs for t in pair
             )
-            return _table(batch.tensors, batch.spans, (outs,)) if alike and flat else None
+            return _table(tensors, batch.spans, (outs,)) if alike and flat else None
 
-        table = prepared(("cpu", "copy_"), batch, (outs,), make)
+        table = prepared(("cpu", "copy_", back), batch, (others,), make)
         if table is None:
-            torch._foreach_copy_(list(outs), list(batch.tensors))
+            torch._foreach_copy_(list(outs), list(tensors))
         else:
             module().copy(*table.place, _threads(table))
 

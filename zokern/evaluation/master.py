@@ -97,7 +97,7 @@ class Master:
         copied, written = not exact or any(point.terms for point in points), False
         if copied:  # before a reading of theta too: it may write where no version counter tells
             for group in plan.groups:
-                group.copy_(self._masters(group), group.theta)
+                group.exchange(self._masters(group), back=False)
 
         def move(side: int) -> bool:
             nonlocal written
@@ -114,7 +114,7 @@ class Master:
         finally:
             if copied:
                 for group in plan.groups:
-                    group.copy_(group.theta, self._masters(group))
+                    group.exchange(self._masters(group), back=True)
                 torch.clear_autocast_cache()
 
     def _masters(self, group: Group) -> TensorList:
@@ -140,7 +140,7 @@ class Master:
         for i in group.memo["loose"]:
             outs[i] = torch.empty_like(kept[i])
         if in_place or not (scales or low or moved):
-            group.copy_(group.theta, kept)
+            group.exchange(kept, back=True)
         if moved:
             assert group.matrices is not None
             members = range(len(kept))

@@ -322,7 +322,7 @@ def _places(copies: Copies) -> tuple[list[tuple[Any, int, int]], int, list[Tenso
 
     Raises Refused for parameters that cannot hold another tensor."""
     groups, stacks = copies.plan.groups, list(copies.resident.values())
-    memo, key = groups[0].memo, ("places", copies.level)
+    memo, key = groups[0].memo, ("places", copies.level is None)
     if key not in memo or not same(stacks, memo[key][0]):
         places = [
             (p, g, i) for g, group in enumerate(groups) for i, tied in enumerate(group.objects) for p in tied
@@ -336,7 +336,7 @@ def _places(copies: Copies) -> tuple[list[tuple[Any, int, int]], int, list[Tenso
         places.sort(key=lambda place: not Use(copies, *place[1:]).is_whole())
         own = sum(Use(copies, g, i).is_whole() for _, g, i in places)
         insides = [copies.resident[g, i] for _, g, i in places[:own]]
-        insides = [copies.mapped(stack) for stack in insides]
+        insides = insides if copies.level is not None else [stack[0] for stack in insides]
         insides += [_bodiless(groups[g].theta[i]) for _, g, i in places[own:]]
         memo[key] = stacks, (places, own, insides)
     return memo[key][1]
@@ -348,9 +348,12 @@ def standing_in(copies: Copies) -> Iterator[None]:
     closure wrote to one."""
     places, own, insides = _places(copies)
     parameters, stacks = [parameter for parameter, _, _ in places], list(copies.resident.values())
-    before, done = list(map(type, parameters)), list[None]()
+    before, done, stand_ins = list(map(type, parameters)), list[None](), insides
+    if copies.level is not None:
+        mapped = map(torch._C._functorch._add_batch_dim, insides[:own], repeat(0), repeat(copies.level))
+        stand_ins = [*mapped, *insides[own:]]
     try:
-        done.extend(map(swap, parameters, insides))  # after an exception it has as many as were swapped
+        done.extend(map(swap, parameters, stand_ins))  # after an exception it has as many as were swapped
         list(map(setattr, parameters, repeat("__class__"), [Copy] * own + [Perturbed] * len(places)))
         for parameter, g, i in places[own:]:
             parameter._use = Use(copies, g, i)
@@ -364,9 +367,9 @@ def standing_in(copies: Copies) -> Iterator[None]:
         for parameter, _, _ in places[own:]:
             vars(parameter).pop("_use", None)
         list(map(setattr, parameters, repeat("__class__"), before))
-        list(map(swap, parameters[: len(done)], insides))
+        list(map(swap, parameters[: len(done)], stand_ins))
         if any(map(_asks, insides[:own])):  # a closure may have said so of what stood in
-            del copies.plan.groups[0].memo["places", copies.level]
+            del copies.plan.groups[0].memo["places", copies.level is None]
 
 
 _asks = attrgetter("requires_grad")
