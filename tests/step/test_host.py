@@ -16,9 +16,9 @@ import zokern
 HOME = str(Path(zokern.__file__).parent)
 # functions of zokern in a step; a low-rank z is added to real parameters a matrix at a time
 MOST = {
-    ("MeZO", "master"): 370, ("MeZO", "inplace"): 380, ("MeZO", "scratch"): 390, ("MeZO", "paired"): 335,
-    ("SubZero", "scratch"): 545, ("SubZero", "paired"): 465,
-    ("LOZO", "paired"): 475, ("TeZO", "paired"): 465,
+    ("MeZO", "master"): 380, ("MeZO", "inplace"): 395, ("MeZO", "scratch"): 400, ("MeZO", "paired"): 345,
+    ("SubZero", "scratch"): 555, ("SubZero", "paired"): 475,
+    ("LOZO", "paired"): 485, ("TeZO", "paired"): 475,
 }  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def test_calls_do_not_grow_with_layers(method: str, way: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("way", [zokern.Scratch, zokern.Paired])
 def test_calls_do_not_grow_with_matrices_that_are_made_at_their_use(way: type) -> None:
-    check_calls(lambda m: zokern.MeZO(m, lr=1e-4, evaluation=way(budget=1 << 20)), 530, width=260)
+    check_calls(lambda m: zokern.MeZO(m, lr=1e-4, evaluation=way(budget=1 << 20)), 545, width=260)
 
 
 class Piecewise(zokern.Master):

@@ -46,10 +46,10 @@ class Auto:
     budget  bytes of reused memory per device for Paired and Scratch, see zokern.Scratch
 
     The first step is read by 'master'. The inputs of the model and its number of calls then decide:
-    'master' for several forwards in a closure and for what torch.compile made, whose graphs the others
-    do not run, 'paired' for short batches, else 'scratch' on a CPU and 'master' on a GPU. A way that fails
-    gives its place to the next, with one warning. Derivatives are read as by zokern.Jvp. Weights are as
-    before after every reading.
+    'master' for several forwards in a closure, 'paired' for short batches, else 'scratch' on a CPU and
+    'master' on a GPU. What torch.compile made stays with 'master': the others do not run its graphs. A
+    way that fails gives its place to the next, with one warning. Derivatives are read as by zokern.Jvp.
+    Weights are as before after every reading.
     Raises ValueError for a budget below 1 MB, and in a step what the closure raises."""
 
     name, exact, stands_in = "auto", True, False
