@@ -24,7 +24,7 @@ ENVIRONMENT = $(if $(filter .venv/bin/python,$(PYTHON)),.venv/.ready,installed)
 SPHINX = $(if $(filter .venv/bin/python,$(PYTHON)),.venv/.docs,installed)
 
 .DEFAULT_GOAL := help
-.PHONY: help install build demo test bench study gpu lint format wheel wheel-check quality docs clean installed test-isa
+.PHONY: help install build demo test bench methods study gpu lint format wheel wheel-check quality docs clean installed test-isa
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' Makefile
@@ -75,6 +75,9 @@ test-isa: build ## what depends on the processor, as on one with AVX2 only and a
 
 bench: build ## the benchmarks, each against eager PyTorch and against a copy
 	$(PYTHON) -m pytest -q benchmarks --benchmark-only --benchmark-quiet
+
+methods: $(ENVIRONMENT) ## after a new method: docs/methods.md, and the list of README.md
+	$(PYTHON) docs/list_methods.py
 
 study: build ## every method on two models and two sets, at equal cost (STUDY="--hours 4"); goes on where it was ended
 	$(PYTHON) -m benchmarks.study $(STUDY)

@@ -92,6 +92,8 @@ def cost(name: str) -> Cost:
     evaluation = _Counted()
     make: Any = methods.METHODS[name]
     optimizer = make(model, evaluation=evaluation, paired_check=0)
+    group = optimizer.param_groups[0]
+    lr, eps = float(group["lr"]), float(group["eps"])  # before a step, which may have a schedule of its own
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for _ in range(2):
@@ -105,10 +107,9 @@ def cost(name: str) -> Cost:
     }
     for matrix in optimizer.matrices.values():
         kept |= {id(value): value for value in (matrix.left, matrix.right) if value is not None}
-    group = optimizer.param_groups[0]
     size = sum(value.numel() * value.element_size() for value in kept.values())
     asked = evaluation.asked + (result.first_order_loss is not None)
-    return Cost(asked, size / (2 * SIZE**2), float(group["lr"]), float(group["eps"]))
+    return Cost(asked, size / (2 * SIZE**2), lr, eps)
 
 
 def page(name: str) -> Page:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 import textwrap
 from pathlib import Path
 
@@ -15,8 +16,11 @@ from zokern import cli, cli_methods, methods
 from zokern.methods.mezo import MeZO
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "docs"))
+import list_methods  # noqa: E402
+
 PAGE = ROOT / "docs" / "methods.md"
-HOW = "write it with: python -m zokern methods --markdown > docs/methods.md"
+HOW = "write it with: make methods"
 
 
 def test_the_document_is_what_the_command_prints(capsys) -> None:
@@ -32,7 +36,7 @@ def check_readme(readme: str) -> None:
     assert len(shown) >= 8 and set(shown) <= set(rows), "copy rows of docs/methods.md into README.md"
     also = readme.split("\nAlso ", 1)[1].split("## ")[0].split(". [")[0]
     named = [re.match(r"\| `(\w+)`", row)[1] for row in shown] + re.findall(r"`(\w+)`", also)
-    assert sorted(named) == sorted(methods.METHODS), "README.md names each method once"
+    assert sorted(named) == sorted(methods.METHODS), f"README.md names each method once; {HOW}"
 
 
 def test_the_readme_has_the_main_methods_and_names_all() -> None:
@@ -47,6 +51,22 @@ def test_the_readme_has_the_main_methods_and_names_all() -> None:
     ):
         with pytest.raises(AssertionError):
             check_readme(readme.replace(*change))
+
+
+def test_the_list_of_the_readme_is_written(monkeypatch) -> None:
+    """As it stands; with a method more; and what lost one gets it again, on lines of 110 columns."""
+    readme = (ROOT / "README.md").read_text()
+    assert list_methods.listed(readme, methods.METHODS) == readme, HOW
+    more = list_methods.listed(readme, [*methods.METHODS, "Zeroth"])
+    assert more.count("`Zeroth`") == 1 and max(map(len, more.split("\nAlso ")[1][:900].splitlines())) <= 110
+    assert list_methods.listed(readme.replace("`BSZO`, ", ""), methods.METHODS) == readme
+    source = Path(methods.__file__).read_text()
+    assert list_methods.exported(source, methods.METHODS) == source, HOW
+    found = methods.METHODS | {"Zeroth": type("Zeroth", (), {"__module__": "zokern.methods.zeroth"})}
+    wider = list_methods.exported(source, found)
+    assert "    from .zeroth import Zeroth\n" in wider and '"Zeroth",' in wider
+    monkeypatch.setitem(methods.METHODS, "Zeroth", zokern.MeZO)
+    check_readme(more)
 
 
 @pytest.mark.parametrize("name", methods.METHODS)

@@ -61,6 +61,17 @@ def check_resume(
     assert all(same_bits(ends[0][n], ends[1][n]) for n in ends[0])
 
 
+def check_stencil(stencil: zokern.Stencil) -> None:
+    """A difference at n offsets is exact for polynomials of degree n - 1; AssertionError for others.
+
+    The formula takes the weights from the method, and cannot tell whether these are the ones meant."""
+    for power in range(len(stencil.offsets)):
+        moment = math.fsum(w * o**power for w, o in zip(stencil.weights, stencil.offsets))
+        assert math.isclose(moment, float(power == 1), abs_tol=1e-9), (
+            f"stencil {stencil.name!r}: sum of weights * offsets^{power} is {moment:.3g}"
+        )
+
+
 def check_method(
     name: str, steps: int = 5, weight_decay: float = 0.0, width: int = 16, seed: int = 5, **options
 ) -> None:
@@ -68,6 +79,8 @@ def check_method(
     model = tiny(width=width)
     double = copy.deepcopy(model).double()
     optimizer = (METHODS | ROWS)[name](model, weight_decay=weight_decay, seed=seed, **options)
+    if (stencil := getattr(optimizer.estimator, "stencil", None)) is not None:
+        check_stencil(stencil)
     formula, loss = Formula.of(optimizer, model), examples_of if name in ROWS else loss_of
     formula.loss = lambda weights: loss_of(lambda ids: functional_call(double, weights, (ids,)))
     if options.get("evaluation") == "inplace":  # weights go out and come back

@@ -63,8 +63,7 @@ globals().update(METHODS)
 
 __all__ = [
     "AdaMeZO", "Addax", "BSZO", "BlockMeZO", "ConMeZO", "DPZO", "DiZO", "EGGROLL", "FGD", "FZOO", "HiZOO",
-    "Hybrid", "KerZOO", "LOZO", "LeZO", "MeZO", "MeZOGV", "MeZOSVRG", "PGAP", "RLOO", "SparseMeZO",
-    "SubZero", "SubZeroPlus", "TeZO", "ZOAdam", "ZOConservative", "ZOMOPI", "ZOMomentum", "ZOMuon",
-    "ZOSignSGD",
+    "Hybrid", "KerZOO", "LOZO", "LeZO", "MeZO", "MeZOGV", "MeZOSVRG", "PGAP", "RLOO", "SparseMeZO", "SubZero",
+    "SubZeroPlus", "TeZO", "ZOAdam", "ZOConservative", "ZOMOPI", "ZOMomentum", "ZOMuon", "ZOSignSGD",
 ]  # fmt: skip
 __all__ += [name for name in METHODS if name not in __all__]
