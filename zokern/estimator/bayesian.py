@@ -52,11 +52,11 @@ class Bayesian:
         prior, eps = sum(t.numel() for t in plan.tensors) / 1e6, plan.groups[0].eps
         draws = tuple(plan.draw(k) for k in range(self.queries))
         (base,) = oracle.losses([THETA])
-        numbers: dict[str, Any] = {"dtype": torch.float64, "device": base.device}
-        noise = before = torch.as_tensor(self.state.get("noise", prior), **numbers)
-        mean = torch.zeros(self.queries, **numbers)
-        covariance = torch.eye(self.queries, **numbers) * prior
-        rank = torch.arange(self.queries, 0, -1, **numbers)
+        kind, device = torch.float64, base.device
+        noise = before = torch.as_tensor(self.state.get("noise", prior), dtype=kind, device=device)
+        mean = torch.zeros(self.queries, dtype=kind, device=device)
+        covariance = torch.eye(self.queries, dtype=kind, device=device) * prior
+        rank = torch.arange(self.queries, 0, -1, dtype=kind, device=device)
         ties = torch.diag(rank * (1e-9 * prior))  # of equal variances the first wins
         losses = [base]
         for _ in range(self.observations):
