@@ -39,11 +39,12 @@ class State:
     tensors     pairs of a buffer, or of a tensor that is an attribute, and whether a norm writes it; the
                 smallest first"""
 
-    def __init__(self, tree: Tree) -> None:
+    def __init__(self, tree: Tree, is_new: bool = False) -> None:
         self.watched = tree.watched
         self.held = flat(tree.watched)
         self.values = tree.values()
-        self.stands = (
+        # dynamo, which may trace the first forward of a module, cannot compare wrappers with themselves
+        self.stands = is_new or (
             tree.count() == tree.size
             and same(flat(tree.children), tree.links)
             and same(flat(tree.parameters), tree.slots)
@@ -86,7 +87,7 @@ class Tree:
         self.roots, self.is_open = roots, is_open
         self.found: list[nn.Module] = []  # roots that the first readings called, where is_open
         self.modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
-        self.members = set(self.modules)
+        self.members = set(map(id, self.modules))  # dynamo, which may trace a hook, tracks no number
         # TorchScript makes new Python objects at every look, and torch.compile's wrapper keeps its own state
         plain = [
             m
@@ -117,10 +118,12 @@ class Tree:
         """Returns the values of the modules' own attributes."""
         return list(map(dict.get, self.owners, self.keys))
 
-    def state(self) -> State:
-        """Returns the present state: the same object until a module has changed."""
+    def state(self, is_new: bool = False) -> State:
+        """Returns the present state: the same object until a module has changed.
+
+        is_new  the tree was built just now, so it stands"""
         if self._state is None or not self._state.is_present():
-            self._state = State(self)
+            self._state = State(self, is_new)
         return self._state
 
 

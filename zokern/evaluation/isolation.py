@@ -49,11 +49,11 @@ class Isolation:
         if root is None:
             self.seed = rng.seed_of(plan.seed, plan.step, plan.part)
             self.weights = Fingerprint(plan.memory())
-        self._remember()
+        self._remember(is_new=root is not None)
 
-    def _remember(self) -> None:
+    def _remember(self, is_new: bool = False) -> None:
         """Takes the present state as that to which everything is put back."""
-        self.state = self.tree.state()
+        self.state = self.tree.state(is_new)
         self.contents = [(held, held.copy()) for held in self.state.containers]
         self.inside = self.state.inside()
         self._watch_frozen()
@@ -136,7 +136,7 @@ class Isolation:
     def _discover(self, module: nn.Module, args: tuple) -> None:
         """Isolates a module that holds trained parameters, before its first forward;
         its parts are isolated with it."""
-        if any(module in isolation.tree.members for isolation in self.found):
+        if any(id(module) in isolation.tree.members for isolation in self.found):
             return
         if self.plan.sharded:  # an earlier forward may have left gathered weights in its parts
             shards.reshard(module.modules())
