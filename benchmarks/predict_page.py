@@ -23,8 +23,8 @@ it assumes. `make gpu` measures the same figures and puts the two beside each ot
 
 Device: {device}. Weights in bfloat16. A step is MeZO with one query. Its time is over the two forwards that
 it holds, which are eager in the first columns and one CUDA graph in the last two. Host times were measured on
-a CPU ({cpu}, torch {torch}, one thread), with models of as many layers and a width of 64. A GPU machine's
-differ. The eager loop is that of Malladi et al. 2023.
+a CPU ({cpu}, torch {torch}, one thread), with models of as many layers and a width of 64. Those of a
+GPU's machine differ. The eager loop is that of Malladi et al. 2023.
 """
 COLUMNS = (
     ("master", "eager"),
