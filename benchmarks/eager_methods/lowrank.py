@@ -55,7 +55,25 @@ class SubZero(Loop):
         return self.lifted(i, p, core) * math.sqrt(p.numel() / core.numel())
 
 
-class SubZeroPlus(SubZero, Queries):
+class Cores(Queries):
+    """K differences from the loss of theta, in the cores of matrices."""
+
+    def core(self, i: int, p: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def summed(self, closure: Closure, seed: int) -> dict[int, Tensor]:
+        """Returns the mean of K slopes times cores, for each parameter."""
+        base, total = closure().item(), dict[int, Tensor]()
+        for each in self.seeds(seed):
+            slope = (self.ahead(each, closure) - base) / self.eps / self.queries
+            torch.manual_seed(each)
+            for i, p in enumerate(self.parameters):
+                core = slope * self.core(i, p.data)
+                total[i] = total[i] + core if i in total else core
+        return total
+
+
+class SubZeroPlus(SubZero, Cores):
     """K differences from the loss of theta, and torch's Adam of their average, in the core of a matrix."""
 
     rank, queries, betas, adam_eps = 16, 99, (0.9, 0.95), 1e-8
@@ -80,13 +98,7 @@ class SubZeroPlus(SubZero, Queries):
 
     @torch.no_grad()
     def step(self, closure: Closure, seed: int) -> None:
-        base, total = closure().item(), dict[int, Tensor]()
-        for each in self.seeds(seed):
-            slope = (self.ahead(each, closure) - base) / self.eps / self.queries
-            torch.manual_seed(each)
-            for i, p in enumerate(self.parameters):
-                g = slope * self.core(i, p.data)
-                total[i] = total[i] + g if i in total else g
+        total = self.summed(closure, seed)
         self.count += 1
         for i, p in enumerate(self.parameters):
             move = self.quotient(i, total[i]).to(p.dtype)
@@ -166,7 +178,7 @@ class PGAP(Loop):
         return left @ (core - along / (spectrum.norm() ** 2 + 1e-12) * torch.diag(spectrum)) @ right
 
 
-class ZOMuon(Queries):
+class ZOMuon(Cores):
     rank, queries = 64, 4
 
     @torch.no_grad()
@@ -192,13 +204,7 @@ class ZOMuon(Queries):
 
     @torch.no_grad()
     def step(self, closure: Closure, seed: int) -> None:
-        base, total = closure().item(), dict[int, Tensor]()
-        for each in self.seeds(seed):
-            slope = (self.ahead(each, closure) - base) / self.eps / self.queries
-            torch.manual_seed(each)
-            for i, p in enumerate(self.parameters):
-                core = slope * self.core(i, p.data)
-                total[i] = total[i] + core if i in total else core
+        total = self.summed(closure, seed)
         for i, p in enumerate(self.parameters):
             move = total[i]
             if i in self.left:
