@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ranks
 import readings
 import torch
 import torch.nn.functional as F
@@ -547,10 +548,8 @@ def test_m35_a_wrapper_never_changes_z(wrapper: str, method: str, way: str, grou
     assert (opt.steps, other.steps) == (2, 2)
 
 
-def one_of_two(rank: int, store: str, results: str) -> None:
-    """A process of two that have other batches; what each way did goes into a file."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def one_of_two(rank: int) -> list[tuple[str, float, str]]:
+    """A process of two that have other batches: each way, how far the weights are apart, what was said."""
     lines = []
     for way in WAYS:
         net, _ = plain()
@@ -566,24 +565,15 @@ def one_of_two(rank: int, store: str, results: str) -> None:
         mine = torch.cat([p.detach().flatten() for p in net.parameters()])
         both = [torch.zeros_like(mine) for _ in range(2)]
         torch.distributed.all_gather(both, mine)
-        lines.append(f"{way}\t{float((both[0] - both[1]).abs().max())}\t{outcome}".replace("\n", " "))
-    if rank == 0:
-        with open(results, "w") as file:
-            file.write("\n".join(lines))
-    torch.distributed.destroy_process_group()
+        lines.append((way, float((both[0] - both[1]).abs().max()), outcome))
+    return lines
 
 
 def test_m36_several_processes_never_drift_silently(tmp_path: Any) -> None:
     """Two processes under DistributedDataParallel: equal weights, or a word about processes."""
-    results = tmp_path / "results"
-    torch.multiprocessing.spawn(one_of_two, (str(tmp_path / "store"), str(results)), nprocs=2)
-    lines = [text.split("\t") for text in results.read_text().splitlines()]
-    assert [way for way, _, _ in lines] == list(WAYS)
-    bad = [
-        entry
-        for entry in lines
-        if float(entry[1]) > 0 and not re.search("(?i)process|rank|distributed", entry[2])
-    ]
+    lines, _ = ranks.processes(2, one_of_two, tmp_path)
+    assert [way for way, _, _ in lines] == list(WAYS), lines
+    bad = [line for line in lines if line[1] > 0 and not re.search("(?i)process|rank|distributed", line[2])]
     assert not bad, bad
 
 
