@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import devices
 from .backends import Batch, Noise
 from .directions import Curved, Normal, Scaled
 from .estimator import Estimate
 from .group import Group
 from .plan import Plan
-
-PIECE = 1 << 20  # normals that exist at a time
 
 
 class Scaling:
@@ -51,7 +50,7 @@ class Scaling:
         """s <- s / sqrt(1 - smooth + smooth mean_k |z_k^T H z_k| z_k^2), in float64, rounded once, for every
         factor of a curved direction.
 
-        z is made a piece at a time.
+        z is made a piece at a time. In place: 28 bytes an element of a piece.
 
         finite  1, or 0 in a step that is not finite, which teaches nothing"""
         if not isinstance(self.direction, Curved):
@@ -60,22 +59,41 @@ class Scaling:
             raise ValueError(
                 "the estimator reads no curvature; expected zokern.Curvature() beside direction 'curved'"
             )
+        smooth = self.direction.smooth
         for group, curvatures in zip(plan.groups, estimate.curvatures):
-            for theta, span, scale in zip(group.theta, group.spans, group.scales or ()):
+            if not group.names:
+                continue
+            device = group.theta[0].device
+            fine = finite.to(device) == 1.0
+            each, rest = torch.where(fine, curvatures.to(device), 0.0), 1.0 - smooth * fine.double()
+            for span, scale in zip(group.spans, group.scales or ()):
                 assert scale is not None
-                flat = scale.view(-1)
-                for start in range(0, len(flat), PIECE):
-                    part = flat[start : start + PIECE]
-                    z, here = torch.empty_like(part), [span._replace(first=span.first + start)]
-                    growth = torch.zeros(len(part), dtype=torch.float64, device=theta.device)
-                    for draw, curvature in zip(plan.draws(), curvatures):
-                        group.backend.draw(Batch([z], here), plan.noise([draw]))
-                        growth = growth + curvature * z.double() * z.double()
-                    growth = (1.0 - self.direction.smooth) + (
-                        self.direction.smooth / len(curvatures)
-                    ) * growth
-                    growth = torch.where(finite.to(growth.device) == 1.0, growth, 1.0)
-                    part.copy_(part.double() / growth.sqrt())
+                self._grow(plan, group, span, scale.view(-1), each, rest)
+
+    def _grow(
+        self, plan: Plan, group: Group, span: Any, flat: Tensor, curvatures: Tensor, rest: Tensor
+    ) -> None:
+        """Divides the factors of a tensor by their growth; where `rest` is 1 and curvatures are 0, by 1."""
+        assert isinstance(self.direction, Curved)
+        many, size = len(curvatures), sketched(flat.device, len(flat))
+        z = torch.empty(size, dtype=flat.dtype, device=flat.device)
+        wide, term, growth = torch.empty(3, size, dtype=torch.float64, device=flat.device)
+        for start in range(0, len(flat), size):
+            part = flat[start : start + size]
+            here = [span._replace(first=span.first + start)]
+            z, wide, term, growth = (buffer[: len(part)] for buffer in (z, wide, term, growth))
+            growth.zero_()
+            for draw, curvature in zip(plan.draws(), curvatures):
+                group.backend.draw(Batch([z], here), plan.noise([draw]))
+                torch.mul(wide.copy_(z), curvature, out=term)
+                growth.add_(term.mul_(wide))
+            growth.mul_(self.direction.smooth / many).add_(rest).sqrt_()
+            part.copy_(wide.copy_(part).div_(growth))
+
+
+def sketched(device: torch.device, elements: int) -> int:
+    """Returns how many of `elements` normals exist at a time."""
+    return min(max(1, elements), devices.of(device).sketched)
 
 
 class _Normals:
@@ -89,8 +107,9 @@ class _Normals:
         theta, span = group.theta[position], group.spans[position]
         mask = torch.empty(theta.shape, dtype=torch.bool, device=theta.device)
         flat, noise = mask.view(-1), Noise(Normal(), self.seed, [(step, draw)])
-        for start in range(0, len(flat), PIECE):
-            part = flat[start : start + PIECE]
+        size = sketched(theta.device, len(flat))
+        for start in range(0, len(flat), size):
+            part = flat[start : start + size]
             z = torch.empty(len(part), dtype=torch.float32, device=theta.device)
             group.backend.draw(Batch([z], [span._replace(first=span.first + start)]), noise)
             torch.lt(z, limit, out=part)

@@ -97,7 +97,7 @@ class Cone:
         far = sum(amount * group.reach(word) for word, amount in terms)
         far = far.value if isinstance(far, Amount) else far
         for i, tensor in enumerate(group.tensors):
-            group.put(i, group.read(i) + states[tensor]["momentum"] * (far * self._along(states[tensor])))
+            group.add(i, states[tensor]["momentum"], far * self._along(states[tensor]))
 
     def _along(self, state: Any) -> Any:
         """Returns cos(angle) / l, a number of the host or float64 []."""
