@@ -39,11 +39,11 @@ def parser() -> argparse.ArgumentParser:
         default=4.0,
         help="no run begins that is expected to end later, by those of its model (default %(default)s)",
     )
-    add("--forwards", type=int, default=1000, help=f"that train a run of {SMALL} (default %(default)s)")
-    add("--large-forwards", type=int, default=300, help=f"that train a run of {LARGE} (default %(default)s)")
+    add("--forwards", type=int, default=300, help=f"that train a run of {SMALL} (default %(default)s)")
+    add("--large-forwards", type=int, default=100, help=f"that train a run of {LARGE} (default %(default)s)")
     add("--batch", type=int, default=10, help="rows, equally many of each label (default %(default)s)")
-    add("--held-out", type=int, default=400, help="rows to judge by (default %(default)s)")
-    add("--words", type=int, default=16, help="of a row at most (default %(default)s)")
+    add("--held-out", type=int, default=250, help="rows to judge by (default %(default)s)")
+    add("--words", type=int, default=12, help="of a row at most (default %(default)s)")
     add("--threads", type=int, help="of torch (default: torch's own choice)")
     add(
         "--only",
@@ -72,6 +72,12 @@ def expected(run: Run, rows: Sequence[Mapping[str, Any]]) -> float:
     before there are any."""
     known = [row["wall_seconds"] for row in rows if row["model"] == run.model]
     return statistics.median(known) if known else 0.0
+
+
+def tuned(run: Run, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """Returns a row of the same model, set and method that has an lr; None: there is none yet."""
+    alike = (row for row in rows if Run.of(row)._replace(seed=run.seed) == run and "error" not in row)
+    return next(alike, None)
 
 
 def run_all(
@@ -103,7 +109,8 @@ def run_all(
                 before[run.model, run.data] = score(task.model, task.words, task.rows.held_out)
             forwards = store.settings["forwards"][run.model]
             with tqdm(total=forwards, unit="forward", desc=str(run), leave=False) as inner:
-                row = measure(run, task, before[run.model, run.data], settings, forwards, inner.update)
+                start = before[run.model, run.data]
+                row = measure(run, task, start, settings, forwards, inner.update, tuned(run, store.latest()))
             store.append(row | dict(record))
             bar.update()
             tqdm.write(line(row))

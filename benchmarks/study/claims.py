@@ -127,28 +127,25 @@ def statement(groups: Sequence[Group], claim: Claim) -> str:
 
 
 def among_best(group: Group, at: str) -> set[str]:
-    """Returns the methods whose interval overlaps that of the highest accuracy."""
+    """Returns the methods whose interval overlaps that of the largest fall."""
     found = getattr(group, at)
     best = max(found.values(), key=lambda mean: mean.value, default=None)
     return {name for name, mean in found.items() if mean.overlaps(best)}
 
 
 def learned(group: Group, at: str) -> bool:
-    """Returns whether the highest accuracy is told apart from that before training."""
-    return max(mean.low for mean in getattr(group, at).values()) > group.before.high
+    """Returns whether some method's fall of the held-out loss is told apart from none."""
+    return max(mean.low for mean in getattr(group, at).values()) > 0.0
 
 
 def harmed(groups: Sequence[Group], at: str = "forwards") -> str:
-    """Returns which methods end below the accuracy before training,
-    with intervals that do not overlap; '' for none."""
+    """Returns which methods raise the held-out loss,
+    by an interval that does not hold 0; '' for none."""
     found = [
-        (group, [name for name, mean in getattr(group, at).items() if mean.high < group.before.low])
-        for group in groups
+        (group, [name for name, mean in getattr(group, at).items() if mean.high < 0.0]) for group in groups
     ]
     where = "; ".join(f"{', '.join(names)} ({group.name})" for group, names in found if names)
-    return (
-        f"Told apart below the accuracy before training, at the lr of zokern.tune: {where}." if where else ""
-    )
+    return f"The held-out loss rises, at the lr that was found: {where}." if where else ""
 
 
 def start_with(groups: Sequence[Group], at: str = "time") -> str:
@@ -161,11 +158,7 @@ def start_with(groups: Sequence[Group], at: str = "time") -> str:
     compared = [group for group in groups if len(getattr(group, at)) > 1]
     useful = [group for group in compared if learned(group, at)]
     dull = "; ".join(group.name for group in compared if group not in useful)
-    tail = (
-        f" Accuracy is not told apart from that before training, and so says nothing, in: {dull}."
-        if dull
-        else ""
-    )
+    tail = f" No fall of the loss is told apart from none, which says nothing, in: {dull}." if dull else ""
     if not useful:
         why = tail or " No model and set has two methods to compare."
         return f"At {cost} these runs do not say which method to start with.{why}"
@@ -185,14 +178,15 @@ def start_with(groups: Sequence[Group], at: str = "time") -> str:
             f"that is like yours.{tail}"
         )
     if not worse:
-        named = f"{', '.join(good)}, by falling mean accuracy"
+        named = f"{', '.join(good)}, the largest mean fall first"
         return f"At {cost} no method is told apart from the best ({where}): {named}.{tail}"
     first = (
         f"**{good[0]}**"
         if len(good) == 1
-        else f"one of **{', '.join(good)}** (not told apart, by falling mean accuracy)"
+        else f"one of **{', '.join(good)}** (not told apart, the largest mean fall first)"
     )
     return (
-        f"At {cost} start with {first}: {scores[good[0]]:.1%} accuracy of the first, mean over {where}. "
-        f"Lower than the best of a group, with intervals that do not overlap: {', '.join(worse)}.{tail}"
+        f"At {cost} start with {first}: the first takes {scores[good[0]]:.1%} off the held-out loss, mean "
+        f"over {where}. Less than the best of a group, with intervals that do not overlap: "
+        f"{', '.join(worse)}.{tail}"
     )

@@ -84,15 +84,28 @@ def spread(values: Iterable[Sequence[float]]) -> tuple[float, int]:
     return (math.sqrt(squares / freedom) if freedom else 0.0), freedom
 
 
-def mean(shares: Sequence[float], rows: int, deviation: float, freedom: int) -> Mean:
+def half_width(count: int, deviation: float, freedom: int) -> float:
+    """Returns half of Student's interval for the mean of `count` seeds; infinite where no deviation is known.
+
+    deviation, freedom  of seeds, as `spread` returns them"""
+    return student(freedom) * deviation / math.sqrt(count) if freedom else math.inf
+
+
+def mean(values: Sequence[float], deviation: float, freedom: int) -> Mean:
+    """Returns the mean over seeds with Student's interval."""
+    value, half = statistics.fmean(values), half_width(len(values), deviation, freedom)
+    return Mean(value, value - half, value + half, len(values))
+
+
+def accuracy(shares: Sequence[float], rows: int, deviation: float, freedom: int) -> Mean:
     """Returns the mean of accuracies with an interval for
     held-out rows (Wilson) and seeds (Student), whose squares add.
 
     All seeds are judged by the same rows, so that more seeds do not narrow Wilson's part.
-    rows     held out;  deviation, freedom  of seeds, as `spread` returns them"""
+    rows  held out"""
     value = statistics.fmean(shares)
     low, high = wilson(round(value * rows), rows)
-    seeds = student(freedom) * deviation / math.sqrt(len(shares)) if freedom else 0.0
+    seeds = half_width(len(shares), deviation, freedom) if freedom else 0.0
     return Mean(
         value,
         value - math.hypot(value - min(low, value), seeds),
@@ -106,12 +119,13 @@ class Group:
     """The runs of one model and one set that went through.
 
     runs      rows by method;  budget  of forwards
-    forwards  accuracy of each method at equal forwards
+    forwards  fall of the held-out loss at equal forwards, as a share of the loss before training, of each
+              method; the held-out rows are those of all methods, so that only seeds part them
     time      the same at equal time: the processor seconds that MeZO's runs take for their forwards (None: it
               has not run)
+    accuracy  at equal forwards, of each method
     target    held-out loss that MeZO has at the end, mean over its seeds; None where it did not fall by
-              LEAST_FALL
-    before    accuracy before training"""
+              LEAST_FALL"""
 
     model: str
     data: str
@@ -119,20 +133,29 @@ class Group:
     budget: int
     forwards: dict[str, Mean]
     time: dict[str, Mean]
+    accuracy: dict[str, Mean]
     limit: float | None
     target: float | None
-    before: Mean
 
     @property
     def name(self) -> str:
         return f"{self.model}, {self.data}"
 
 
-def means(runs: Mapping[str, Sequence[Row]], axis: str, limit: float) -> dict[str, Mean]:
+def falls(runs: Mapping[str, Sequence[Row]], axis: str, limit: float) -> dict[str, Mean]:
+    """Returns the fall of the held-out loss of each method where `axis` reaches a limit."""
+    found = {
+        name: [1.0 - read_at(row, axis, limit)["loss"] / row["points"][0]["loss"] for row in rows]
+        for name, rows in runs.items()
+    }
+    return {name: mean(values, *spread(found.values())) for name, values in found.items()}
+
+
+def accuracies(runs: Mapping[str, Sequence[Row]], axis: str, limit: float) -> dict[str, Mean]:
     """Returns the accuracy of each method where `axis` reaches a limit."""
     shares = {name: [read_at(row, axis, limit)["accuracy"] for row in rows] for name, rows in runs.items()}
     rows = next(iter(runs.values()))[0]["points"][0]["rows"]
-    return {name: mean(found, rows, *spread(shares.values())) for name, found in shares.items()}
+    return {name: accuracy(found, rows, *spread(shares.values())) for name, found in shares.items()}
 
 
 def group(model: str, data: str, rows: Sequence[Row], budget: int) -> Group:
@@ -146,10 +169,9 @@ def group(model: str, data: str, rows: Sequence[Row], budget: int) -> Group:
     target = statistics.fmean(row["points"][-1]["loss"] for row in base) if base else None
     if base and target is not None and target > (1 - LEAST_FALL) * base[0]["points"][0]["loss"]:
         target = None
-    start = rows[0]["points"][0]
-    before = mean([start["right"] / start["rows"]], start["rows"], 0.0, 0)
-    time = {} if limit is None else means(runs, TIME, limit)
-    return Group(model, data, runs, budget, means(runs, "forwards", budget), time, limit, target, before)
+    time = {} if limit is None else falls(runs, TIME, limit)
+    forwards, shares = falls(runs, "forwards", budget), accuracies(runs, "forwards", budget)
+    return Group(model, data, runs, budget, forwards, time, shares, limit, target)
 
 
 def groups(rows: Iterable[Row], budgets: Mapping[str, int]) -> list[Group]:

@@ -1,4 +1,8 @@
-"""One run: tune, train to a number of forwards, and judge at quarters of it."""
+"""One run: tune, train to a number of forwards, and judge at quarters of it.
+
+zokern.tune gives eps and an lr. Of some shares of this lr the best one is taken: each trains a third of the
+run's forwards, and is judged by training rows that are set aside. Further seeds take what the first found.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -30,6 +34,13 @@ QUARTERS = 4
 ALONG, BACKWARD = 2, 3
 REACH = 1e-3  # of zokern.tune: a step changes a weight by no more than MeZO's eps, root mean square
 TUNE_BATCHES, TUNE_SEED = 8, 1000  # batches that tune reads, in an order of their own
+SHARES = (1.0, 1 / 3, 0.1)  # of its lr that are tried
+TRIAL = 3  # a trial takes this part of the run's forwards
+TUNED = (  # what a row has of its tuning
+    "default_lr", "default_eps", "eps", "lr", "tune_lr", "tune_error", "trials", "tune_forwards",
+)  # fmt: skip
+Row = Mapping[str, Any]
+ASIDE = 60  # training rows that judge trials, and train nothing
 
 
 class Count:
@@ -76,10 +87,11 @@ class Trainer:
     and is complete after `train`, or after an exception as far as it came."""
 
     def __init__(self, run: Run, problem: Problem, settings: argparse.Namespace, forwards: int) -> None:
-        self.run, self.words, self.rows, self.budget = run, problem.words, problem.rows, forwards
-        self.batch = settings.batch
+        self.run, self.problem, self.settings, self.budget = run, problem, settings, forwards
+        self.words, self.held_out = problem.words, problem.rows.held_out
+        self.rows, self.aside = problem.rows.train[:-ASIDE], problem.rows.train[-ASIDE:]
         self.model = problem.fresh()
-        self.batches = Batches(self.rows.train, self.batch, run.seed)
+        self.batches = Batches(self.rows, settings.batch, run.seed)
         self.seconds: list[float] = []
         self.processor: list[float] = []
         self.base = 0
@@ -93,34 +105,58 @@ class Trainer:
         task = Task(self.model, self.words, batches.next())
         return task.examples if getattr(optimizer.estimator, "rows", False) else task
 
-    def tune(self) -> Any:
-        """Returns the optimizer at the eps and the lr of zokern.tune, which the row then holds."""
-        optimizer: Any = zokern.methods.METHODS[self.run.method](self.model, seed=self.run.seed)
+    def optimizer(self, eps: float | None = None, lr: float | None = None) -> Any:
+        """Returns the method at its defaults, or at an eps and an lr of the first group."""
+        made: Any = zokern.methods.METHODS[self.run.method](self.model, seed=self.run.seed)
+        first = dict(made.param_groups[0])
+        for group in made.param_groups:
+            for name, value in (("eps", eps), ("lr", lr)):
+                if value is not None:
+                    group[name] = value * (float(group[name]) / first[name] if first[name] else 1.0)
+        return made
+
+    def tune(self) -> dict[str, Any]:
+        """Returns eps and lr for a row, and what they were chosen from."""
+        optimizer = self.optimizer()
         group = optimizer.param_groups[0]
-        self.row |= {"default_lr": group["lr"], "default_eps": group["eps"]}
-        others = Batches(self.rows.train, self.batch, TUNE_SEED + self.run.seed)
-        found = zokern.tune(
-            optimizer, [self.closure(optimizer, others) for _ in range(TUNE_BATCHES)], reach=REACH
+        others = Batches(self.rows, self.settings.batch, TUNE_SEED)
+        closures = [self.closure(optimizer, others) for _ in range(TUNE_BATCHES)]
+        found = zokern.tune(optimizer, closures, reach=REACH)
+        trials = [
+            {"lr": lr, **dict(zip(("loss", "forwards"), self.trial(found.eps, lr)))}
+            for lr in (share * found.lr for share in SHARES)
+        ]
+        best = min(trials, key=lambda trial: math.inf if trial["loss"] is None else trial["loss"])
+        if best["loss"] is None:
+            raise ArithmeticError(f"it diverges at every lr of {[trial['lr'] for trial in trials]}")
+        return {
+            "default_lr": group["lr"], "default_eps": group["eps"], "eps": found.eps, "lr": best["lr"],
+            "tune_lr": found.lr, "tune_error": found.error, "trials": trials,
+            "tune_forwards": found.forwards + sum(trial["forwards"] for trial in trials),
+        }  # fmt: skip
+
+    def trial(self, eps: float, lr: float) -> tuple[float | None, int]:
+        """Returns the loss of the rows aside after a short training, None where it is no number,
+        and the forwards."""
+        short = Trainer(
+            self.run._replace(seed=TUNE_SEED), self.problem, self.settings, max(1, self.budget // TRIAL)
         )
-        found.apply(optimizer)
-        self.row |= {
-            "lr": found.lr,
-            "eps": found.eps,
-            "tune_error": found.error,
-            "tune_forwards": found.forwards,
-        }
-        return optimizer
+        optimizer = short.optimizer(eps, lr)
+        used = [so_far for so_far, _, _ in short.steps(optimizer)]
+        optimizer.flush()
+        loss = score(short.model, self.words, self.aside).loss
+        return loss if math.isfinite(loss) else None, used[-1]
 
     def judge(self, before: Score | None = None, forwards: int = 0) -> None:
         """Adds a point: what the weights answer to the held-out rows now."""
-        found = before or score(self.model, self.words, self.rows.held_out)
+        found = before or score(self.model, self.words, self.held_out)
         where = {"forwards": forwards, "steps": len(self.seconds)}
         times = {"seconds": sum(self.seconds), "processor_seconds": sum(self.processor)}
         self.row["points"].append(point(found, **where, **times))
 
     def forward(self) -> None:
         """A bare forward, beyond whose memory a step's is counted."""
-        task = Task(self.model, self.words, Batches(self.rows.train, self.batch, self.run.seed).next())
+        task = Task(self.model, self.words, Batches(self.rows, self.settings.batch, self.run.seed).next())
         self.row["peak_extra_bytes"] = None
         if reset_high_water():
             with torch.no_grad():
@@ -142,13 +178,9 @@ class Trainer:
         self.processor.append(time.process_time() - processor)
         return result
 
-    def train(self, before: Score, tell: Callable[[int], None]) -> None:
-        """Tunes and trains. A step is taken while one of the last step's cost fits the budget;
-        the first one always is."""
-        self.judge(before)
-        self.forward()
-        optimizer = self.tune()
-        reset_high_water()
+    def steps(self, optimizer: Any) -> Iterator[tuple[int, int, Any]]:
+        """Takes steps while one of the last step's cost fits the budget; the first one always is taken.
+        Yields the forwards so far, those of the step, and its result."""
         used = last = 0
         while used + last <= self.budget:
             with counted() as count:
@@ -157,7 +189,18 @@ class Trainer:
             if not last:
                 raise RuntimeError(f"a step of {self.run.method} read no loss")
             used += last
+            yield used, last, result
+
+    def train(self, before: Score, tell: Callable[[int], None], known: Row | None = None) -> None:
+        """Tunes and trains. known: a row of another seed, whose eps and lr are taken."""
+        self.judge(before)
+        self.forward()
+        self.row |= self.tune() if known is None else {name: known[name] for name in TUNED}
+        optimizer = self.optimizer(self.row["eps"], self.row["lr"])
+        reset_high_water()
+        for used, last, result in self.steps(optimizer):
             tell(min(last, self.budget))
+            self.row |= {"evaluation": result.evaluation, "why": result.why, "last_step_forwards": last}
             done = used + last > self.budget
             if done or used * QUARTERS >= len(self.row["points"]) * self.budget:
                 optimizer.flush()
@@ -165,23 +208,25 @@ class Trainer:
                 self.judge(forwards=used)
                 reset_high_water()
         self.row |= {
-            "evaluation": result.evaluation, "why": result.why, "last_step_forwards": last,
             "step_seconds": statistics.median(self.seconds),
             "step_processor_seconds": statistics.median(self.processor),
         }  # fmt: skip
 
 
 def measure(
-    run: Run, problem: Problem, before: Score, settings: argparse.Namespace, forwards: int, tell: Any
-) -> dict[str, Any]:
+    run: Run, problem: Problem, before: Score, settings: argparse.Namespace, forwards: int, tell: Any,
+    known: Row | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Returns the row of a run. A method that raises has the reason in its row,
-    under 'error', and is not run again."""
+    under 'error', and is not run again.
+
+    known  the row of another seed, which has been tuned"""
     started = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = Trainer(run, problem, settings, forwards)
         try:
-            trainer.train(before, tell)
+            trainer.train(before, tell, known)
         except Exception as problem_of_method:
             trainer.row["error"] = f"{type(problem_of_method).__name__}: {problem_of_method}"[:300]
     return trainer.row | {"wall_seconds": time.perf_counter() - started}

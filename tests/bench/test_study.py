@@ -26,19 +26,20 @@ from zokern.methods import METHODS
 
 
 def check_order(function) -> None:
-    """Each run once; all methods on both sets of the small model first, main ones first;
-    then main ones on the large model."""
+    """Each run once; all methods on both sets of the small model first, main ones first; then main ones on
+    the large model; then further seeds."""
     names = ["Another", *reversed(MAIN)]
     runs = function(names)
-    assert len(runs) == len({*runs}) == len(names) * len(MODELS) * len(SETS) * len(SEEDS)
-    count = len(names)
+    count, large = len(names), len(MAIN) * (len(MODELS) - 1)
+    assert len(runs) == len({*runs}) == (count + large) * len(SETS) * len(SEEDS)
     assert [run.method for run in runs[:count]] == [*MAIN, "Another"]
     assert {(run.model, run.data, run.seed) for run in runs[: 2 * count]} == {
         (SMALL, data, 0) for data in SETS
     }
     assert {(run.model, run.seed) for run in runs[2 * count : 2 * count + 2 * len(MAIN)]} == {(LARGE, 0)}
-    assert {run.method for run in runs[2 * count : 2 * count + 2 * len(MAIN)]} == {*MAIN}
-    assert runs[-1].method == "Another"
+    assert {run.method for run in runs if run.model != SMALL} == {*MAIN}
+    seeds = [run.seed for run in runs]
+    assert seeds.index(1) == seeds.count(0) == len(runs) // len(SEEDS)
 
 
 def test_order() -> None:
@@ -193,7 +194,9 @@ def test_the_whole_line(two, tmp_path, capsys) -> None:
         )  # a step of nine losses passes two quarters at once
         assert all(a >= 10 * k for k, a in enumerate(at[:4]))
         assert found["points"][-1]["loss"] < found["points"][0]["loss"]
-        assert found["lr"] != found["default_lr"] and found["tune_forwards"] >= 43
+        assert found["lr"] != found["default_lr"] and found["tune_forwards"] >= 43 + 3 * 9
+        tried = {trial["lr"]: trial["loss"] for trial in found["trials"]}
+        assert len(tried) == 3 and tried[found["lr"]] == min(tried.values())
     assert [r["last_step_forwards"] for r in rows] == [2, 9, 2, 9]
     text = (tmp_path / "study.md").read_text()
     assert (
@@ -270,7 +273,50 @@ def test_a_loss_that_is_no_number_is_a_row(two, tmp_path) -> None:
     right = zokern.tune
     with patch.object(zokern, "tune", lambda *args, **given: replace(right(*args, **given), lr=1e30)):
         code, rows = run(tmp_path)
-    assert code == 0 and all("error" in r for r in rows)
+    assert code == 0 and all("diverges at every lr" in r["error"] for r in rows)
+
+
+def check_tuning(tuned, tmp_path) -> None:
+    """The lr is the best one tried, by rows that neither train nor are held out; further seeds take it."""
+    with patch.object(study, "tuned", tuned):
+        rows = run(tmp_path, "--only", "MeZO", "--sets", "news")[1]
+    assert [r["seed"] for r in rows] == [0, 1, 2] and len({r["lr"] for r in rows}) == 1
+    assert all(r["trials"] == rows[0]["trials"] for r in rows) and rows[0]["points"] != rows[1]["points"]
+
+
+@pytest.fixture
+def seeds(two, monkeypatch):
+    monkeypatch.setattr(study, "order", lambda names: [r for r in order(names) if r.model == SMALL])
+
+
+def test_tuning_is_shared_by_seeds(seeds, tmp_path) -> None:
+    check_tuning(study.tuned, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda r, rows: None, lambda r, rows: rows[-1] | {"lr": 1e-6} if rows else None]
+)
+def test_wrong_sharing_is_rejected(wrong, seeds, tmp_path) -> None:
+    """Tuning anew finds another lr by another seed's weights; an lr of its own is no tuned one."""
+    with pytest.raises(AssertionError):
+        check_tuning(wrong, tmp_path)
+
+
+def test_a_trial_that_diverges_is_not_taken(two, tmp_path) -> None:
+    right = zokern.tune
+    with patch.object(zokern, "tune", lambda *args, **given: replace(right(*args, **given), lr=1e4)):
+        with patch.object(train, "SHARES", (1e26, 1e-8)):
+            rows = run(tmp_path, "--only", "MeZO", "--sets", "news")[1]
+    assert [trial["loss"] is None for trial in rows[0]["trials"]] == [True, False]
+    assert rows[0]["lr"] == pytest.approx(1e-4)
+
+
+def test_rows_aside_train_nothing() -> None:
+    settings = study.parser().parse_args(["--batch", "6"])
+    trainer = train.Trainer(Run(SMALL, "news", "MeZO", 0), tiny(SMALL, "news", 12, 30), settings, 20)
+    drawn = {text for _ in range(20) for text in trainer.batches.next()}
+    assert len(trainer.aside) == train.ASIDE and len(drawn) == 120 - 30 - train.ASIDE
+    assert not drawn & {*trainer.aside} and not {*trainer.aside} & {*trainer.held_out}
 
 
 def test_runs_of_a_seed_start_alike_and_seeds_differ(two, tmp_path) -> None:
@@ -351,6 +397,7 @@ def test_the_page_says_where_and_how() -> None:
         and "busy" not in text
     )
     assert "60.0 [53.1, 66.5]" in text  # Wilson, 120 of 200
+    assert "| 40.0 | 40.0 | 0.600 |" in text  # a fall of one seed has no interval
     busy = page(MACHINE, PAGE_SETTINGS, [rows[0] | {"load": 9.0}, rows[1] | {"commit": "def5678"}], [BASE])
     assert "**The machine was busy** (load average up to 9.0)" in busy and "commits abc1234, def5678" in busy
     assert page(MACHINE, PAGE_SETTINGS, [], [BASE])  # nothing was run

@@ -24,7 +24,18 @@ from benchmarks.study.claims import (
     verdict,
 )
 from benchmarks.study.order import BASE, SEEDS, SETS, SMALL
-from benchmarks.study.reading import TIME, Mean, crossing, group, groups, mean, read_at, spread, student
+from benchmarks.study.reading import (
+    TIME,
+    Mean,
+    accuracy,
+    crossing,
+    group,
+    groups,
+    mean,
+    read_at,
+    spread,
+    student,
+)
 from examples.demo.significance import wilson
 
 # Readings ---------------------------------------------------------------------------------------------------
@@ -60,6 +71,13 @@ def check_read_at(function) -> None:
 
 
 def check_mean(function) -> None:
+    """Student's interval; nothing is known of one seed."""
+    assert function([0.5], 0.0, 0) == Mean(0.5, -math.inf, math.inf, 1)
+    half = 2.571 * 0.1 / math.sqrt(2)
+    assert function([0.4, 0.6], 0.1, 5) == pytest.approx(Mean(0.5, 0.5 - half, 0.5 + half, 2))
+
+
+def check_accuracy(function) -> None:
     """Wilson's sides for the rows and Student's for the seeds, whose squares add.
     More seeds do not make more rows."""
     low, high = wilson(100, ROWS)
@@ -79,7 +97,13 @@ def check_spread(function) -> None:
     assert freedom == 3 and deviation == pytest.approx(math.sqrt((0.02 + 0.02) / 3))
 
 
-CHECKS = {check_crossing: crossing, check_read_at: read_at, check_mean: mean, check_spread: spread}
+CHECKS = {
+    check_crossing: crossing,
+    check_read_at: read_at,
+    check_mean: mean,
+    check_accuracy: accuracy,
+    check_spread: spread,
+}
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -103,10 +127,14 @@ def test_readings(check) -> None:
             id="equal forwards for equal time",
         ),
         pytest.param(check_read_at, lambda r, axis, limit: read_at(r, axis, math.inf), id="always the end"),
-        pytest.param(check_mean, lambda s, n, d, f: mean(s, n * len(s), d, f), id="seeds as rows"),
-        pytest.param(check_mean, lambda s, n, d, f: mean(s, n, 0.0, 0), id="no seeds"),
+        pytest.param(check_mean, lambda v, d, f: mean(v, d * math.sqrt(len(v)), f), id="of one seed"),
+        pytest.param(check_mean, lambda v, d, f: mean(v, d, f or 1), id="one seed is certain"),
+        pytest.param(check_accuracy, lambda s, n, d, f: accuracy(s, n * len(s), d, f), id="seeds as rows"),
+        pytest.param(check_accuracy, lambda s, n, d, f: accuracy(s, n, 0.0, 0), id="no seeds"),
         pytest.param(
-            check_mean, lambda s, n, d, f: mean(s, n, d * math.sqrt(len(s)), f), id="deviation of one seed"
+            check_accuracy,
+            lambda s, n, d, f: accuracy(s, n, d * math.sqrt(len(s)), f),
+            id="deviation of one seed",
         ),
         pytest.param(
             check_spread,
@@ -144,25 +172,44 @@ def test_a_group_reads_at_the_cost_of_mezo() -> None:
     news, reviews = groups(rows, BUDGETS)
     assert list(news.runs) == [BASE, "FZOO"] and list(reviews.runs) == ["LOZO"]
     assert news.limit == 200.0 and news.target == pytest.approx(0.55)
-    assert news.time["FZOO"].value == pytest.approx(0.3) and news.forwards["FZOO"].value == pytest.approx(0.6)
+    assert news.time["FZOO"].value == pytest.approx(0.1) and news.forwards["FZOO"].value == pytest.approx(0.4)
+    assert news.accuracy["FZOO"].value == pytest.approx(0.6) and news.forwards[BASE].seeds == 2
     assert reviews.limit is reviews.target is None and reviews.time == {}
     assert group(SMALL, "news", [row(BASE, LINE, FALL[::-1])], 100).target is None
     assert group(SMALL, "news", [row(BASE, LINE, [1.0, 1.0, 1.0, 1.0, 0.96])], 100).target is None
-    assert news.before == mean([0.2], ROWS, 0.0, 0)
 
 
 # Statements -------------------------------------------------------------------------------------------------
 
 
-def many(**of: tuple[list[float], list[float]]) -> list[reading.Group]:
-    """Groups of both sets and three seeds: accuracies and losses by method."""
+def of_seeds(spread: float, of: dict[str, tuple[list[float], list[float]]]) -> list[reading.Group]:
+    """Groups of both sets and three seeds, that differ by a share of the loss: accuracies and losses by
+    method."""
     rows = [
-        row(name, *found, data=data, seed=seed)
-        for name, found in of.items()
+        row(
+            name,
+            shares,
+            [losses[0], *(x * (1 + spread * (seed - 1)) for x in losses[1:])],
+            data=data,
+            seed=seed,
+        )
+        for name, (shares, losses) in of.items()
         for data in SETS
         for seed in SEEDS
     ]
     return groups(rows, BUDGETS)
+
+
+def many(**of: tuple[list[float], list[float]]) -> list[reading.Group]:
+    return of_seeds(0.0, of)
+
+
+def apart(**of: tuple[list[float], list[float]]) -> list[reading.Group]:
+    return of_seeds(0.01, of)
+
+
+def ending(loss: float) -> list[float]:
+    return [1.0, 0.9, 0.8, 0.8, loss]
 
 
 def check_verdict(function) -> None:
@@ -188,64 +235,50 @@ def check_ratios(function) -> None:
 
 
 def check_among_best(function) -> None:
-    """Of 200 rows the intervals are about 7 points to each side."""
-    (one,) = groups(
-        [
-            row("A", [*LINE[:4], 0.8], FALL),
-            row("B", [*LINE[:4], 0.75], FALL),
-            row("C", [*LINE[:4], 0.6], FALL),
-        ],
-        BUDGETS,
-    )
+    """Intervals of three seeds are about 2 points of the loss to each side."""
+    one, _ = apart(A=(LINE, ending(0.5)), B=(LINE, ending(0.51)), C=(LINE, ending(0.6)))
     assert function(one, "forwards") == {"A", "B"}
     assert function(one, "time") == set()  # MeZO has not run
+    (alone,) = groups([row("A", LINE, ending(0.5)), row("C", LINE, ending(0.6))], BUDGETS)
+    assert function(alone, "forwards") == {"A", "C"}  # one seed tells nothing apart
 
 
 def check_start_with(function) -> None:
-    better, good, bad = [*LINE[:4], 0.8], [*LINE[:4], 0.78], LINE
-    text = function(many(MeZO=(good, FALL), SubZero=(better, FALL), PGAP=(bad, FALL)), "time")
+    better, good, bad, none = ending(0.5), ending(0.51), ending(0.7), [1.0] * 5
+    text = function(apart(MeZO=(LINE, good), SubZero=(LINE, better), PGAP=(LINE, bad)), "time")
     assert (
         "At equal time start with one of **SubZero, MeZO** (not told apart" in text
-        and "80.0% accuracy of the first" in text
+        and "the first takes 50.0% off the held-out loss" in text
     )
     assert text.endswith("do not overlap: PGAP.")
-    assert "start with **SubZero**: 80.0%" in function(
-        many(MeZO=(bad, FALL), SubZero=(better, FALL)), "forwards"
+    assert "start with **SubZero**: the first takes 50.0%" in function(
+        apart(MeZO=(LINE, bad), SubZero=(LINE, better)), "forwards"
     )
     assert (
-        "no method is told apart from the best (MiniLM, news; MiniLM, reviews): SubZero, MeZO, by"
-        in function(many(MeZO=(good, FALL), SubZero=(better, FALL)), "time")
+        "no method is told apart from the best (MiniLM, news; MiniLM, reviews): SubZero, MeZO, the largest"
+        in function(apart(MeZO=(LINE, good), SubZero=(LINE, better)), "time")
     )
-    assert "do not say which method" in function(many(MeZO=(good, FALL)), "time")
+    assert "do not say which method" in function(apart(MeZO=(LINE, good)), "time")
     assert "do not say which method" in function([], "time")
-    dull = function(
-        many(MeZO=([0.7, 0.7, 0.7, 0.7, 0.6], FALL), LOZO=([0.7, 0.7, 0.7, 0.7, 0.75], FALL)), "time"
-    )
+    dull = function(apart(MeZO=(LINE, ending(1.3)), LOZO=(LINE, none)), "time")
     # though they differ
-    assert "do not say which method" in dull and "not told apart from that before training" in dull
+    assert "do not say which method" in dull and "No fall of the loss is told apart from none" in dull
     mixed = [
-        row(name, found, FALL, data=data)
+        row(name, LINE, [1.0, *(x + 0.001 * seed for x in found[1:])], data=data, seed=seed)
         for data, sides in (("news", (better, bad)), ("reviews", (bad, better)))
         for name, found in zip((BASE, "LOZO"), sides)
+        for seed in SEEDS
     ]
     assert "no method is among the best of every group" in function(groups(mixed, BUDGETS), "time")
-    some = [
-        row(BASE, good, FALL),
-        row("LOZO", bad, FALL),
-        row(BASE, good, FALL, data="reviews"),
-        row("FZOO", better, FALL, data="reviews"),
-    ]
-    assert "Not run in every group, and not compared here: FZOO, LOZO." in function(
-        groups(some, BUDGETS), "time"
-    )
+    some = apart(MeZO=(LINE, good), LOZO=(LINE, bad))[:1] + apart(MeZO=(LINE, good), FZOO=(LINE, better))[1:]
+    assert "Not run in every group, and not compared here: FZOO, LOZO." in function(some, "time")
 
 
 def check_harmed(function) -> None:
-    """20 % of 200 rows before: 5 % are told apart below, 14 % are not."""
-    low, near = [*LINE[:4], 0.05], [*LINE[:4], 0.14]
-    rows = [row(BASE, low, FALL), row("LOZO", near, FALL), row("FZOO", LINE, FALL)]
-    assert function(groups(rows, BUDGETS)).endswith("at the lr of zokern.tune: MeZO (MiniLM, news).")
-    assert function(groups(rows[1:], BUDGETS)) == ""
+    """A rise of 20 % is told apart from none, one of 1 % is not."""
+    found = apart(MeZO=(LINE, ending(1.2)), LOZO=(LINE, ending(1.01)), FZOO=(LINE, FALL))
+    assert function(found[:1]).endswith("at the lr that was found: MeZO (MiniLM, news).")
+    assert function(apart(LOZO=(LINE, ending(1.01)), FZOO=(LINE, FALL))) == ""
 
 
 STATEMENTS = {
@@ -303,8 +336,13 @@ def by_name(found, at):
         pytest.param(check_among_best, highest, id="without intervals"),
         pytest.param(
             check_harmed,
-            lambda g: harmed([replace(one, before=Mean(0.2, 0.2, 0.2, 1)) for one in g]),
-            id="no rows before",
+            lambda g: harmed(
+                [
+                    replace(one, forwards={n: m._replace(high=m.value) for n, m in one.forwards.items()})
+                    for one in g
+                ]
+            ),
+            id="without intervals",
         ),
         pytest.param(check_harmed, lambda g: harmed(g[:0]), id="none of them"),
         pytest.param(check_among_best, lambda g, at: {*getattr(g, at)}, id="all of them"),

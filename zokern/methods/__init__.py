@@ -58,7 +58,7 @@ def find() -> dict[str, type[ZerothOrder]]:
     return dict(sorted(found.items()))
 
 
-METHODS = find()
+METHODS: dict[str, type[ZerothOrder]] = find()
 globals().update(METHODS)
 
 __all__ = [
