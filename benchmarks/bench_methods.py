@@ -21,7 +21,7 @@ from zokern import estimator, methods
 
 from .eager_methods import LOOPS
 from .measure import Case, Group
-from .steps import Shape, Step, Times, bench, ran, turns
+from .steps import Forwards, Shape, Step, Times, bench, ran, turns
 from .steps import pytest_generate_tests as by_shape
 
 QUERIES = 8
@@ -56,7 +56,8 @@ def interval_of(method: str) -> int:
 
 
 def bench_eager(benchmark, report, method: str) -> None:
-    """Times a step of a method and one of its eager loop, which take turns.
+    """Times a step of a method, one of its eager loop, and bare forwards, which take turns: as many forwards
+    as the step reads losses. The eager loop over them is what a step that cost nothing else would reach.
 
     DiZO's search, every 50 steps, and new bases are not in it: the loops of bench_methods have these."""
     pytest.importorskip("transformers")
@@ -65,18 +66,24 @@ def bench_eager(benchmark, report, method: str) -> None:
     options = (("queries", FEW[method]),) if method in FEW else ()
     shape = Shape(*(("OPT-tiny", "bf16", 1, 32) if report.quick else ("OPT-125M", "bf16", 1, 128)))
     both = [Step(method, eager=eager, options=options) for eager in (False, True)]
-    found: list[Times] = []
+    timed, found = [*both, Forwards(both[0])], list[Times]()
     benchmark.group = "eager"
     benchmark.pedantic(
-        lambda: found.extend(turns(shape, both, 0.0 if report.quick else TURNS)), rounds=1, iterations=1
+        lambda: found.extend(turns(shape, timed, 0.0 if report.quick else TURNS)), rounds=1, iterations=1
     )
-    (step, loop), name = found, both[0].name
-    cases = [Case(name, ran, eager="eager", times=list(step.step)), Case("eager", ran, times=list(loop.step))]
-    row, eager = Group("", cases).rows()
-    row |= {"eager_ms": eager["ms"], "evaluation": step.evaluation}
+    (step, loop, bare), name = found, both[0].name
+    cases = [
+        Case(name, ran, eager="eager", times=list(step.step)),
+        Case("forwards", ran, eager="eager", times=list(bare.step)),
+        Case("eager", ran, times=list(loop.step)),
+    ]
+    row, forwards, eager = Group("", cases).rows()
+    row |= {"eager_ms": eager["ms"], "forwards": int(bare.evaluation), "most": forwards["times_eager"]}
+    row["evaluation"] = step.evaluation
     report.row(f"methods and their eager loops, {shape}", row, shape, f"least of the methods {shape} / eager")
     report.say(
-        f"{name}: {row['ms']:.0f} ms, the eager loop {row['eager_ms']:.0f} ms, {row['times_eager']:.2f}x"
+        f"{name}: {row['ms']:.0f} ms, the eager loop {row['eager_ms']:.0f} ms, {row['times_eager']:.2f}x; "
+        f"over {row['forwards']} forwards {row['most']:.2f}x"
     )
 
 

@@ -83,6 +83,8 @@ COLUMNS = {
     "bytes_per_element": ("B/el", "d"),
     "percent_of_copy": ("% of copy", ".0f"),
     "times_eager": ("x eager", ".2f"),
+    "most": ("x eager of the forwards alone", ".2f"),
+    "forwards": ("forwards", "d"),
     "over_forwards": ("over its two forwards", ".2f"),
     "bound_ms": ("these, ms", ".4g"),
     "eager_ms": ("the eager loop, ms", ".4g"),

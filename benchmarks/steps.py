@@ -144,6 +144,33 @@ class Step:
         return lambda: zokern.step(optimizer, closure), result.evaluation
 
 
+@dataclass(frozen=True)
+class Forwards:
+    """Names the bare forwards of a step: as many as it reads losses, without an optimizer."""
+
+    step: Step
+
+    def start(self, module: nn.Module, shape: Shape) -> tuple[Callable[[], Any], str]:
+        """Returns a call that takes them, and their number. A derivative along z counts as two, and a
+        back-propagation as three."""
+        from .study.train import BACKWARD, counted
+
+        call, _ = self.step.start(module, shape)
+        with counted() as count:
+            result = call()
+        number = count.total + BACKWARD * (result.first_order_loss is not None)
+        del call, result
+        forward = shape.closure(module)
+
+        @torch.no_grad()
+        def forwards() -> None:
+            for _ in range(number):
+                forward()
+
+        forwards()
+        return forwards, str(number)
+
+
 @dataclass
 class Times:
     """Holds the seconds of the bound and of the step, a pair for each round, and the evaluation."""
@@ -201,7 +228,7 @@ def forked() -> Any:
     return server
 
 
-def serve(pipe: Connection, shape: Shape, step: Step, timer: Timer) -> None:
+def serve(pipe: Connection, shape: Shape, step: Step | Forwards, timer: Timer) -> None:
     """Sends the evaluation of a step, and then the seconds that it takes, as often as it is told to."""
     from .models import model
 
@@ -219,7 +246,7 @@ def serve(pipe: Connection, shape: Shape, step: Step, timer: Timer) -> None:
         pipe.send(error)
 
 
-def turns(shape: Shape, steps: Sequence[Step], seconds: float, timer: Timer = wall) -> list[Times]:
+def turns(shape: Shape, steps: Sequence[Step | Forwards], seconds: float, timer: Timer = wall) -> list[Times]:
     """Times steps, each in a process of its own, which take turns: in a round each step is taken once.
 
     Rounds go on for `seconds`, of 2 to 20 rounds; there is 1 where it takes more than PATIENCE. Of three or

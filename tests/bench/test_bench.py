@@ -24,7 +24,7 @@ from benchmarks import bench_methods, bench_step, launches, steps  # noqa: E402
 from benchmarks.eager_methods import LOOPS  # noqa: E402
 from benchmarks.measure import Case, Group  # noqa: E402
 from benchmarks.report import HOW, Report  # noqa: E402
-from benchmarks.steps import BOUND, Shape, Step, Times  # noqa: E402
+from benchmarks.steps import BOUND, Forwards, Shape, Step, Times  # noqa: E402
 
 PAGES = sorted((ROOT / "benchmarks" / "results").glob("*/bench.json"))
 TINY = Shape("OPT-tiny", "fp32", 1, 4, threads=1)
@@ -238,13 +238,14 @@ def test_every_file_of_methods_is_timed(monkeypatch) -> None:
 
 def rows_of(monkeypatch, report: Report, **seconds: float) -> tuple[list[list[Step]], list[str]]:
     """bench_eager of some methods, whose loops take twice the time in the first round and three times in the
-    second: the steps that were timed together, and what was said."""
+    second, and whose forwards half of it: the steps that were timed together, and what was said."""
     asked, said = list[list[Step]](), list[str]()
 
     def turns(shape: Shape, both: list[Step], _: float) -> list[Times]:
         asked.append(both)
         taken = seconds[both[0].method]
-        return [Times([], [taken, 2 * taken], "paired"), Times([], [2 * taken, 6 * taken], "")]
+        bare = Times([], [taken / 2, taken], "2")
+        return [Times([], [taken, 2 * taken], "paired"), Times([], [2 * taken, 6 * taken], ""), bare]
 
     monkeypatch.setattr(bench_methods, "turns", turns)
     report.say = said.append
@@ -260,11 +261,12 @@ def test_a_method_is_timed_in_turns_with_its_loop(monkeypatch, tmp_path) -> None
     report = run("aaaaaaa", "first", 1.0, tmp_path)
     asked, said = rows_of(monkeypatch, report, MeZO=0.1, SubZeroPlus=0.2)
     few = (("queries", 8),)
+    plus = Step("SubZeroPlus", options=few)
     assert asked == [
-        [Step("MeZO"), Step("MeZO", eager=True)],
-        [Step("SubZeroPlus", options=few), Step("SubZeroPlus", eager=True, options=few)],
+        [Step("MeZO"), Step("MeZO", eager=True), Forwards(Step("MeZO"))],
+        [plus, Step("SubZeroPlus", eager=True, options=few), Forwards(plus)],
     ]
-    assert said[0] == "MeZO: 150 ms, the eager loop 400 ms, 2.50x" and len(said) == 2
+    assert said[0] == "MeZO: 150 ms, the eager loop 400 ms, 2.50x; over 2 forwards 5.00x" and len(said) == 2
     rows = {row["name"]: row for row in report.groups[-1]["rows"]}
     assert rows["MeZO"]["times_eager"] == 2.5 and rows["SubZeroPlus queries=8"]["eager_ms"] == 800.0
     monkeypatch.delitem(LOOPS, "MeZO")
@@ -312,6 +314,41 @@ def test_steps_that_are_compared_take_turns() -> None:
         check_turns([steps.turns(TINY, [step], 0.0, clock)[0] for step in both])
     with pytest.raises(ValueError, match="no model 'OPT-none'"):
         steps.turns(Shape("OPT-none", "fp32", 1, 4, threads=1), both, 0.0)
+
+
+def check_forwards(kind: type[Forwards], monkeypatch) -> None:
+    """The bare forwards are as many as the losses that a step reads: a slope is two, a gradient three."""
+    from benchmarks.models import model
+
+    calls: list[None] = []
+    loss = closure_of(TINY)
+    monkeypatch.setattr(Shape, "closure", lambda self, module: lambda: calls.append(None) or loss(module))
+    for method, number in (("MeZO", 2), ("FZOO", 9), ("FGD", 2), ("Addax", 5), ("HiZOO", 3)):
+        call, said = kind(Step(method)).start(model(TINY.model, TINY.dtype), TINY)
+        calls.clear()
+        call()
+        assert (len(calls), said) == (number, str(number)), method
+
+
+def closure_of(shape: Shape) -> Callable[[Any], Any]:
+    right = Shape.closure
+    return lambda module: right(shape, module)()
+
+
+class TwoForwards(Forwards):
+    """Those of a central difference, whatever the method reads."""
+
+    def start(self, module: Any, shape: Shape) -> tuple[Callable[[], Any], str]:
+        forward = shape.closure(module)
+        return lambda: (forward(), forward()), "2"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_bare_forwards_are_as_many_as_a_step_reads(monkeypatch) -> None:
+    pytest.importorskip("transformers")
+    check_forwards(Forwards, monkeypatch)
+    with pytest.raises(AssertionError, match="FZOO"):
+        check_forwards(TwoForwards, monkeypatch)
 
 
 def test_every_evaluation_has_a_step_beside_the_eager_loop(monkeypatch) -> None:
