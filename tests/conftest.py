@@ -98,6 +98,12 @@ def pytest_runtestloop(session) -> None:
             module.CHILD.start()
 
 
+@pytest.fixture
+def interpreted(request) -> dict[str, str | None]:
+    """What the interpreter that the file has started found."""
+    return request.module.CHILD.verdicts()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _frozen() -> None:
     """Collecting garbage in a test looks at the objects of its own file, not at a million others."""

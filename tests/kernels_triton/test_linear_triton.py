@@ -315,11 +315,6 @@ def verdicts(directory: Path) -> dict[str, str | None]:
 CHILD = Interpreted(__file__)
 
 
-@pytest.fixture
-def interpreted() -> dict[str, str | None]:
-    return CHILD.verdicts()
-
-
 @needs_fma
 @pytest.mark.parametrize(
     "check", ["off", "layouts", "clock", "steps", "steps of a wrong kernel", "bound", "bits"]

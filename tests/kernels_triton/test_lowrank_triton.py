@@ -25,6 +25,7 @@ from zokern.backends import Batch, Noise, Outer, Span
 
 triton = pytest.importorskip("triton")
 
+from compiled import needs_fma  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from zokern.backends import triton as backend  # noqa: E402
@@ -131,17 +132,7 @@ def verdicts(directory: Path) -> dict[str, str | None]:
 CHILD = Interpreted(__file__)
 
 
-@pytest.fixture
-def interpreted() -> dict[str, str | None]:
-    return CHILD.verdicts()
-
-
 BOUNDS = [f"bound {rank} {dtype}" for rank in (1, 32, 64, 128) for dtype in conformance.DTYPES]
-# Before 3.7 the interpreter's tl.fma multiplies and adds.
-needs_fma = pytest.mark.skipif(
-    tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 7),
-    reason="the interpreter of triton before 3.7 rounds tl.fma twice",
-)
 
 
 @needs_fma

@@ -74,11 +74,6 @@ def verdicts(folder: Path) -> dict[str, str | None]:
 CHILD = Interpreted(__file__)
 
 
-@pytest.fixture
-def interpreted() -> dict[str, str | None]:
-    return CHILD.verdicts()
-
-
 @needs_fma
 @pytest.mark.parametrize("check", conformance_project.CHECKS)
 def test_interpreted(interpreted, check: str) -> None:

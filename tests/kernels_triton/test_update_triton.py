@@ -92,11 +92,6 @@ def verdicts(directory: Path) -> dict[str, str | None]:
 CHILD = Interpreted(__file__)
 
 
-@pytest.fixture
-def interpreted() -> dict[str, str | None]:
-    return CHILD.verdicts()
-
-
 @needs_fma
 @pytest.mark.parametrize("check", [*CHECKS, "right"])
 def test_interpreted(interpreted, check: str) -> None:
