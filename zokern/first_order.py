@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .device_numbers import Weights
 from .estimator import Gradient
 from .evaluation import Isolation, loss_tensor
 from .plan import Plan
-from .told import Weights
 
 Move = tuple[Sequence[float], float, float]  # the weight of each draw, lr and decay
 
@@ -71,8 +71,8 @@ def descend(
         weights, lr, decay = moves[name]
         part = plan.only((name,)).along(plan.words)
         if isinstance(found.loss, Tensor):
-            told = Weights.of(weights, lr, decay, arrived.device)
-            weights = told.only(torch.isfinite(found.loss).to(arrived.device))
+            known = Weights.of(weights, lr, decay, arrived.device)
+            weights = known.only(torch.isfinite(found.loss).to(arrived.device))
         found.counts.append(rule.descend(part, part.groups[0], weights, arrived, gradient.weight, lr, decay))
         found.written.add(name)
 

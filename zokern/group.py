@@ -13,10 +13,10 @@ from torch import Tensor
 
 from . import devices, gemm
 from .backends import Backend, Batch, Noise, Outer, Span, SpanList, TensorList, Terms, Update
+from .device_numbers import cached_upload, on_device
 from .directions import LowRank, Matrix, Normal, Source, Stack
 from .fingerprint import announce
 from .modules import same
-from .told import lately, on_device
 
 Draw = int | tuple[int, int]  # a draw word of the step under way, or (step, draw word) of an earlier one
 
@@ -163,7 +163,7 @@ class Group:
     ) -> Tensor:  # fmt: skip
         """theta <- decay theta + sum_k coeffs[k] z_k, one launch; a control's decay counts (Projected)."""
         if not isinstance(coeffs, Tensor):
-            coeffs = lately(tuple(coeffs), torch.float32, self.theta[0].device)
+            coeffs = cached_upload(tuple(coeffs), torch.float32, self.theta[0].device)
         residuals = self.residuals if rounding == "residual" else None
         batch = Batch(self.theta, self.spans, rounding, residuals, self.scales)
         count = self.backend.axpy_(batch, noise, Terms(coeffs, decay, control=control))
@@ -297,7 +297,7 @@ class Group:
         self.stacks.clear()
 
     def check_waiting(self) -> None:
-        """Raise if somebody wrote weights that updates wait for."""
+        """Raises if weights with deferred updates were written."""
         for tensor, matrix in zip(self.tensors, self.matrices or ()):
             if matrix.pending is not None and tensor._version != matrix.version:
                 raise RuntimeError(

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from . import autocast, shards, stream
 from .backends import Noise
+from .device_numbers import Amount, cached_upload, scalar, stacked
 from .directions import Direction, LowRank
 from .group import Draw, Group
 from .modules import Tree
-from .told import Amount, lately, scalar, stacked
 
 Scopes = dict[tuple[str, ...], list[tuple[Group, Group]]]
 
@@ -180,7 +180,7 @@ class Plan:
 
         make  computes them: now, and before each replay of a step that is captured"""
         if self.tape is None:
-            return lately(tuple(make()), dtype, device)
+            return cached_upload(tuple(make()), dtype, device)
         return self.tape.numbers(make, dtype, device)
 
     def at_hand(self, values: Tensor) -> list[Any]:

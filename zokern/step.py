@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import shards, underflow
 from .backends import Projection
+from .device_numbers import Weights
 from .estimator import Estimate, Estimator, Oracle
 from .evaluation import Evaluation, NotRepeatable
 from .evaluation.base import Record
@@ -23,9 +24,8 @@ from .parallel import MicroBatches, Ranks, Together, micro_batches, parts_of
 from .plan import Plan
 from .result import Late, Part, StepResult
 from .rule import Rule, Sgd
-from .told import Weights
 
-Told = tuple[Weights, float, float]  # what a rule is told: the weight of each draw, lr and decay
+Movement = tuple[Weights, float, float]  # of a group: the weight of each draw, lr and decay
 Closures = Callable[[], Any] | Sequence[Callable[[], Any]]
 
 
@@ -139,17 +139,17 @@ def _run(optimizer: Steps, closure: Callable[[], Any], first_order: Callable[[],
     oracle = Oracle(reading, plan, closure, optimizer.state, lens, rows)
     optimizer.prepare(plan, oracle)
     result: StepResult | None = None
-    flaw: Tensor | None = None
+    finite: Tensor | None = None
     for estimate in optimizer.estimator(oracle, plan):
         part, record = plan.only(estimate.scope).along(estimate.draws), optimizer.evaluation.record
         part = part.each() if estimate.each else part
         if result is None:
             checked = _check(optimizer, oracle)
             optimizer.ranks.agree(plan)
-        moves = _moves(optimizer, part, estimate, flaw)
+        moves = _moves(optimizer, part, estimate, finite)
         result = _recorded(record, part, estimate, checked, result, moves, isinstance(optimizer.rule, Sgd))
-        # 0 where it is not finite: the parts of the step after this one do not move either
-        flaw = moves[0][0].told.control[2]
+        # 0: it is not finite, and the later parts of the step do not move either
+        finite = moves[0][0].projected.control[2]
         descent = None
         gradient = estimate.gradient
         if not optimizer.gated() or (gradient is not None and waits(plan, gradient)):
@@ -159,15 +159,13 @@ def _run(optimizer: Steps, closure: Callable[[], Any], first_order: Callable[[],
             descent = _descend(optimizer, plan, part, estimate, moves, first_order)
             result.late.first_order = descent.loss
             if isinstance(descent.loss, Tensor):
-                sound = torch.isfinite(descent.loss)
-                moves = [
-                    (told.only(sound.to(told.told.control.device)), lr, decay) for told, lr, decay in moves
-                ]
-                flaw = moves[0][0].told.control[2]
+                fine = torch.isfinite(descent.loss)
+                moves = [(w.only(fine.to(w.projected.control.device)), lr, decay) for w, lr, decay in moves]
+                finite = moves[0][0].projected.control[2]
             elif not math.isfinite(descent.loss):
                 break
         with optimizer.ranks.writing():
-            optimizer.learn(part, estimate, flaw)
+            optimizer.learn(part, estimate, finite)
             _update(optimizer, part, moves, result.late, estimate.scope is None, descent)
     if result is None:
         raise RuntimeError(
@@ -180,16 +178,16 @@ def _run(optimizer: Steps, closure: Callable[[], Any], first_order: Callable[[],
 
 def _recorded(
     record: Record, plan: Plan, estimate: Estimate, unseen: tuple[str, ...], before: StepResult | None,
-    moves: Sequence[Told], falls: bool
+    moves: Sequence[Movement], falls: bool
 ) -> StepResult:  # fmt: skip
     """Returns the record of an estimate, joined to that of the step's estimates before it.
 
     falls  whether the rule moves the weights along the estimate itself"""
     late = Late() if before is None else before.late
-    told = [weights.told for weights, _, _ in moves]
+    found = [weights.projected for weights, _, _ in moves]
     fall = _fall(plan, [lr for _, lr, _ in moves]) if falls else None
-    flags, weights = [one.control[2] for one in told], [one.weights for one in told]
-    late.parts.append(Part(estimate.losses, told[0].coefficients, weights, flags, fall, estimate.slopes))
+    flags, weights = [one.control[2] for one in found], [one.weights for one in found]
+    late.parts.append(Part(estimate.losses, found[0].coefficients, weights, flags, fall, estimate.slopes))
     if record.swallowed is not None:
         late.shares["swallowed"] = record.swallowed
     draws = tuple(plan.draws())
@@ -229,42 +227,44 @@ def _check(optimizer: Steps, oracle: Oracle) -> tuple[str, ...]:
     return unseen(replace(oracle.plan, rows=plan.rows), found, oracle.asked.closure)
 
 
-def _moves(optimizer: Steps, plan: Plan, estimate: Estimate, flaw: Tensor | None) -> list[Told]:
-    """Returns what the rule is told of every group: none moves unless the numbers of all are finite.
+def _moves(optimizer: Steps, plan: Plan, estimate: Estimate, finite: Tensor | None) -> list[Movement]:
+    """Returns the movement of every group: none moves unless the numbers of all are finite.
 
-    flaw  0 where an earlier estimate of this step is not finite: then this one is not either"""
-    told: dict[Hashable, Told] = {}
+    finite  0: an earlier estimate of this step is not finite, and none of its later ones is"""
+    known: dict[Hashable, Movement] = {}
 
-    def moves(flaw: Tensor | None) -> list[Told]:
-        told.clear()
+    def moves(finite: Tensor | None) -> list[Movement]:
+        known.clear()
         for key, group, row in zip(keys, plan.groups, estimate.coefficients):
-            if key not in told:
-                told[key] = _move(optimizer, plan, group, estimate, row, flaw)
-        return [told[key] for key in keys]
+            if key not in known:
+                known[key] = _move(optimizer, plan, group, estimate, row, finite)
+        return [known[key] for key in keys]
 
-    # groups of one parameter group are told the same; estimate.each has a row for every parameter
+    # groups of one parameter group move alike; estimate.each has a row for every parameter
     keys = [
         (id(g.options), g.eps, g.theta[0].device, i if estimate.each else 0)
         for i, g in enumerate(plan.groups)
     ]
-    found = moves(flaw)
-    if len(told) == 1:
+    found = moves(finite)
+    if len(known) == 1:
         return found
-    device = found[0][0].told.control.device
-    return moves(torch.stack([weights.told.control[2].to(device) for weights, _, _ in told.values()]).amin())
+    device = found[0][0].projected.control.device
+    return moves(
+        torch.stack([weights.projected.control[2].to(device) for weights, _, _ in known.values()]).amin()
+    )
 
 
 def _move(
-    optimizer: Steps, plan: Plan, group: Group, estimate: Estimate, row: Tensor, flaw: Tensor | None
-) -> Told:  # fmt: skip
-    """Returns what a group's rule is told: the weight of each draw, lr and decay.
+    optimizer: Steps, plan: Plan, group: Group, estimate: Estimate, row: Tensor, finite: Tensor | None
+) -> Movement:  # fmt: skip
+    """Returns the movement of a group: the weight of each draw, lr and decay.
 
     row  float64 [draws], the coefficients of this group"""
     options, device = group.options, group.theta[0].device
     lr, weight_decay = float(options["lr"]), float(options["weight_decay"])
     sign = 1.0 if optimizer.guards.maximize else -1.0
-    if flaw is not None:
-        row = torch.where(flaw.to(row.device) == 0.0, math.nan, row)
+    if finite is not None:
+        row = torch.where(finite.to(row.device) == 0.0, math.nan, row)
     scalars = plan.numbers(
         lambda: (
             group.eps,
@@ -277,13 +277,13 @@ def _move(
         torch.float64,
         device,
     )
-    told = group.backend.project(Projection(row.to(device).reshape(1, -1), None, scalars))
+    projected = group.backend.project(Projection(row.to(device).reshape(1, -1), None, scalars))
     decay = 1.0 - lr * weight_decay
-    return Weights(told, lr, decay), lr, decay
+    return Weights(projected, lr, decay), lr, decay
 
 
 def _descend(
-    optimizer: Steps, plan: Plan, part: Plan, estimate: Estimate, moves: Sequence[Told],
+    optimizer: Steps, plan: Plan, part: Plan, estimate: Estimate, moves: Sequence[Movement],
     closure: Callable[[], Any]
 ) -> Descent:  # fmt: skip
     """Back-propagates an estimate's gradient. What it moves, it moves along its draws as well."""
@@ -321,7 +321,7 @@ def _fall(plan: Plan, lrs: Sequence[float]) -> Callable[..., float | None]:
 
 
 def _update(
-    optimizer: Steps, plan: Plan, moves: list[Told], late: Late, whole: bool, descent: Descent | None
+    optimizer: Steps, plan: Plan, moves: list[Movement], late: Late, whole: bool, descent: Descent | None
 ) -> None:  # fmt: skip
     """Writes the weights: decay and direction, one rounding. Keeps the share of weights that did not move,
     and counts what is inf or NaN.

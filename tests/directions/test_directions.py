@@ -17,7 +17,7 @@ from recipes import GRADIENTS, METHODS, ONE_EACH, SLOPES
 from torch import Tensor, nn
 
 import zokern
-from zokern import told
+from zokern import device_numbers
 from zokern.directions import Aligned, Diagonal, Lazy, Subspace, lowrank, orthonormal
 from zokern.stream import BASIS, draw_word
 
@@ -179,7 +179,7 @@ def test_a_write_at_rest_is_rejected() -> None:
         return right(self, *rest)
 
     # or nothing would be deposited, and nothing written
-    moves = patch.object(told.Weights, "still", False)
+    moves = patch.object(device_numbers.Weights, "moves_nothing", False)
     with moves, patch.object(zokern.group.Group, "write", write), pytest.raises(AssertionError):
         check_rest("lozo", torch.float32)
 

@@ -35,7 +35,7 @@ LAYERS = {
         "evaluation",
         "estimator",
         "prospect",
-        "told",
+        "device_numbers",
         "result",
         "guards",
         "transport",

@@ -114,6 +114,25 @@ def flaws(name: str, exported) -> list[str]:
     return found
 
 
+def check_words(texts: dict[str, str]) -> None:
+    """The words of DIALECT are in no file, not in comments and private docstrings either."""
+    found = {name: DIALECT.findall(text) for name, text in texts.items()}
+    assert not any(found.values()), {name: words for name, words in found.items() if words}
+
+
+def test_words_of_every_file() -> None:
+    rooms = ("zokern", "triton_kernels", "csrc", "examples", "docs")
+    kinds = {".py", ".md", ".h", ".cpp", ".cu", ".def"}
+    files = [f for room in rooms for f in (ROOT / room).rglob("*") if f.suffix in kinds]
+    assert len(files) > 200
+    check_words({str(f.relative_to(ROOT)): f.read_text() for f in files})
+
+
+def test_a_word_of_the_dialect_is_rejected() -> None:
+    with pytest.raises(AssertionError, match="a.py.*What waits"):
+        check_words({"a.py": "# What waits is written first", "b.py": "# Deferred updates are written"})
+
+
 SHARED = told(docstrings.blocks(inspect.cleandoc(zokern.MeZO.__doc__).splitlines()))
 EXPORTED = [name for name in zokern.__all__ if name not in NUMBERS]
 

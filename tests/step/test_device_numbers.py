@@ -15,10 +15,10 @@ from models import batch, next_token_loss, same_bits, snapshot, tiny
 from torch import Tensor, nn
 
 import zokern
+from zokern.device_numbers import Weights
 from zokern.methods import METHODS
 from zokern.plan import Plan
 from zokern.rule import Cone
-from zokern.told import Weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from ..checks import finite_number, whole_number
+from ..device_numbers import stacked
 from ..group import Group
 from ..plan import Plan
-from ..told import stacked
 from .base import Base, Estimate, Oracle
 from .spsa import Spsa, Stencil
 

@@ -101,8 +101,8 @@ class Oracle:
     states  the optimizer's state of each parameter
     lens    a rule's view of a point: the weights that stand in for theta (None: theta), and the point
             relative to them
-    rows    whether the estimator asks for the losses of examples alone, as zokern.Private: then nobody else
-            reads losses, which would move the weights by numbers without noise
+    rows    whether the estimator asks for the losses of examples alone, as zokern.Private: then no other
+            part reads losses, which would move the weights by numbers without noise
     asked   the last question"""
 
     def __init__(

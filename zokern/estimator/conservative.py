@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import torch
 
+from ..device_numbers import constant
 from ..evaluation import THETA, point_of
 from ..plan import Plan
-from ..told import constant
 from .base import Estimate, Oracle
 from .spsa import Spsa
 

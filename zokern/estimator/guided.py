@@ -12,10 +12,10 @@ from collections.abc import Iterator
 
 import torch
 
+from ..device_numbers import constant
 from ..evaluation import Point
 from ..group import Draw
 from ..plan import Plan
-from ..told import constant
 from .base import Estimate, Oracle
 from .spsa import Spsa
 

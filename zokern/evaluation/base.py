@@ -8,9 +8,9 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from ..device_numbers import Amount
 from ..group import Draw
 from ..plan import Plan
-from ..told import Amount
 
 WAY_OUT = "use evaluation='master'"
 

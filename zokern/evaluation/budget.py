@@ -21,7 +21,7 @@ from .arena import ALIGN, Arena
 
 
 def settle(arena: Arena, plan: Plan, sides: int, small: int, size: Callable[[Tensor], int]) -> bool:
-    """Finds the budget of each device where nobody gave one, and returns whether all copies fit.
+    """Finds the budget of each device where none is given, and returns whether all copies fit.
 
     small  elements of a tensor that is copied before the reading in any case;  size  of a tensor, in bytes"""
     needed: dict[torch.device, list[int]] = {}

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ..backends import Thin
+from ..device_numbers import constant, scalar
 from ..group import Draw, Group, ends_of
 from ..modules import same
 from ..plan import Plan
-from ..told import constant, scalar
 from .base import Point
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..device_numbers import Amount, scalar
 from ..plan import Plan
-from ..told import Amount, scalar
 from .base import THETA, Point, Record, distinct
 from .isolation import Isolation
 

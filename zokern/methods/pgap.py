@@ -12,13 +12,13 @@ from torch import Tensor
 
 from .. import autocast
 from ..checks import whole_number
+from ..device_numbers import stacked
 from ..directions import Aligned, Matrix, Measured, Normal, Source
 from ..estimator import Oracle, Spsa
 from ..gemm.library import one_thread
 from ..optimizer import ZerothOrder
 from ..plan import Plan
 from ..stream import BASIS, draw_word
-from ..told import stacked
 
 PROBE = 2  # query of the first probe; queries 0 and 1 of the purpose BASIS belong to random bases
 

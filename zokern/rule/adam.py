@@ -32,11 +32,11 @@ from torch import Tensor
 
 from ..backends import Batch, Outer, Span
 from ..checks import flag, is_number, within
+from ..device_numbers import Weights
 from ..directions import Matrix
 from ..estimator.base import ONES
 from ..group import Group
 from ..plan import Plan
-from ..told import Weights
 from .carry import carried
 from .dense import advance
 from .state import Keeps

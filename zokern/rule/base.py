@@ -27,9 +27,9 @@ class Rule(Protocol):
                                      to add them in
         diagonal                     True: of low-rank directions it takes those with a diagonal draw and one
                                      basis
-        gated                        True: it writes what `weights.told` says in device memory, and nothing in
-                                     a step that is not finite, so that no value is read. A subclass says it
-                                     anew
+        gated                        True: it writes what `weights.projected` says in device memory, and
+                                     nothing in a step that is not finite, so that no value is read. A
+                                     subclass says it anew
         shards                       True: it takes the block of a parameter that this process holds, as it
                                      is in group.theta. A subclass says it anew; sharded parameters are
                                      refused without it

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from ..backends import Batch, Noise, Terms
 from ..checks import finite_number, within
+from ..device_numbers import Amount, Weights, stacked
 from ..directions import Matrix
 from ..estimator import Base, Oracle
 from ..evaluation import Point
 from ..group import Group
 from ..plan import Plan
 from ..stream import BASIS, draw_word
-from ..told import Amount, Weights, stacked
 from .state import Keeps
 from .waiting import is_nothing
 
@@ -121,7 +121,7 @@ class Cone:
                 "draw make one z"
             )
         weights = Weights.of(weights, lr, decay, group.theta[0].device)
-        (w,) = plan.at_hand(weights.told.weights)
+        (w,) = plan.at_hand(weights.projected.weights)
         beta: Any = self._beta(plan.now)
         if isinstance(w, Tensor):
             beta = plan.numbers(lambda: [self._beta(plan.now)], torch.float64, w.device)[0]
@@ -152,7 +152,7 @@ class Cone:
         control: Tensor | None = None
         longer: Tensor | float
         if isinstance(w, Tensor):
-            amounts, (shrink, go, finite) = weights.told.amounts, weights.told.control.unbind(0)
+            amounts, (shrink, go, finite) = weights.projected.amounts, weights.projected.control.unbind(0)
             told = stacked((shrink, amounts[0], cos, 1.0), amounts)
             gate = torch.stack((shrink, go, go))
             count = group.update_(plan, members, [sin], "momentum", told, [moments], gate)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..backends import Batch, Update
+from ..device_numbers import on_device
 from ..group import Group
 from ..plan import Plan
-from ..told import on_device
 from .base import Rule
 from .waiting import is_nothing
 

@@ -18,10 +18,10 @@ from typing import Any
 from torch import Tensor
 
 from ..checks import within
+from ..device_numbers import Weights
 from ..directions import Matrix
 from ..group import Group
 from ..plan import Plan
-from ..told import Weights
 from .carry import carried
 from .dense import advance
 from .state import Keeps

@@ -28,13 +28,13 @@ from torch import Tensor
 
 from .. import autocast
 from ..checks import flag, is_number, whole_number, within
+from ..device_numbers import Weights
 from ..directions import Matrix
 from ..estimator.base import ONES
 from ..gemm.library import one_thread
 from ..group import Group
 from ..plan import Plan
 from ..stream import BASIS, draw_word
-from ..told import Weights
 from .carry import carried
 from .state import Keeps
 from .waiting import deposit, total
@@ -83,13 +83,13 @@ class Muon:
     ) -> Tensor | int:  # fmt: skip
         weights = Weights.of(weights, lr, decay, group.theta[0].device)
         if group.matrices is None:
-            if weights.still or not self.share:
+            if weights.moves_nothing or not self.share:
                 return 0
-            reach, (_, go, finite) = plan.lr_of(group, lr, decay), weights.told.control
+            reach, (_, go, finite) = plan.lr_of(group, lr, decay), weights.projected.control
             own = 1.0 - reach * float(group.options["weight_decay"])
             rate, kept = reach * self.share, 1.0 - self.share * (1.0 - own)
             control = torch.stack((torch.where(finite == 1.0, kept, 1.0).float(), go, finite))
-            amounts = (weights.told.weights * rate).float()
+            amounts = (weights.projected.weights * rate).float()
             return group.axpy_(plan.noise(plan.draws()), amounts, decay, plan.rounding, control)
         assert plan.factored is not None
         beta, reach, moves = weights.where(self.beta, 1.0), plan.lr_of(group, lr, decay), []
@@ -122,7 +122,7 @@ class Muon:
             shape = average.shape[0], min(self.power, matrix.rank)
             (state["power"],) = group.source(plan.seed)([matrix], [shape], matrix.born, START)
         found, power = power_step(average, state["power"])
-        state["power"] = torch.where(weights.told.control[2] == 1.0, power, state["power"])
+        state["power"] = torch.where(weights.projected.control[2] == 1.0, power, state["power"])
         return found
 
     def keeps(self, shape: tuple[int, ...], draw: tuple[int, int] | None) -> Keeps:

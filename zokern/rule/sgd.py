@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..backends import Batch, Outer, Terms
+from ..device_numbers import Weights, cached_upload
 from ..directions import Matrix
 from ..group import Group, ends_of
 from ..plan import Plan
-from ..told import Weights, lately
 from .state import Keeps
 from .waiting import add_, deposit, is_nothing, total
 
@@ -35,8 +35,8 @@ class Sgd:
         defer: bool
     ) -> Tensor | int:  # fmt: skip
         weights = Weights.of(weights, lr, decay, group.theta[0].device)
-        noise, told = plan.noise([(plan.step, 0)], None), weights.told
-        if weights.still:
+        noise, told = plan.noise([(plan.step, 0)], None), weights.projected
+        if weights.moves_nothing:
             return group.write(noise, plan.rounding) if group.matrices is not None and not defer else 0
         if group.matrices is None:
             return group.axpy_(plan.noise(plan.draws()), told.amounts, decay, plan.rounding, told.control)
@@ -52,16 +52,19 @@ class Sgd:
         The sum is made in the gradient's own memory where that is float32, else in 4 bytes a weight of this
         tensor. Returns how many results are inf or NaN."""
         amounts: Any
-        if isinstance(weights, Weights) and not plan.knows(weights.told.weights):
-            if weights.still:
+        if isinstance(weights, Weights) and not plan.knows(weights.projected.weights):
+            if weights.moves_nothing:
                 return 0
-            amounts, control = weights.told.amounts, weights.moves if lr * weight else weights.told.control
+            amounts, control = (
+                weights.projected.amounts,
+                weights.moves if lr * weight else weights.projected.control,
+            )
             table = amounts
         else:
             amounts, control = [lr * w for w in weights], None
             if is_nothing([*amounts, lr * weight], decay):
                 return 0
-            table = lately(tuple(amounts), torch.float32, gradient.device)
+            table = cached_upload(tuple(amounts), torch.float32, gradient.device)
         move = gradient.detach().float().contiguous().mul_(-lr * weight)
         if group.matrices is None and weights:
             batch = Batch([move], group.spans, scales=group.scales)

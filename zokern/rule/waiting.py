@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..backends import Batch, Outer
+from ..device_numbers import on_device
 from ..directions import Stack
 from ..group import Group
 from ..plan import Plan
-from ..told import on_device
 
 
 def total(plan: Plan, group: Group, amounts: Sequence[float] | Tensor) -> list[Tensor]:

@@ -24,12 +24,12 @@ from torch import Tensor
 
 from ..backends import Batch, Noise, Span, Update
 from ..checks import finite_number, flag, whole_number, within
+from ..device_numbers import Weights, stacked, upload
 from ..directions import Matrix
 from ..estimator.base import ONES
 from ..fingerprint import announce
 from ..group import Group
 from ..plan import Plan
-from ..told import Weights, stacked, upload
 from .adam import LARGEST, SMALLEST, pair
 from .dense import PIECE
 from .state import START_ANEW, Keeps
@@ -55,7 +55,7 @@ class _Window:
     ) -> Tensor | int:  # fmt: skip
         weights = Weights.of(weights, lr, decay, group.theta[0].device)
         count: Tensor | int = 0
-        if not plan.knows(weights.told.weights) or weights.is_finite:
+        if not plan.knows(weights.projected.weights) or weights.is_finite:
             for part, window in self.windows(plan, group, weights, states):
                 count = count + self.move(plan, part, window, weights)
         return count
@@ -69,7 +69,7 @@ class _Window:
     ) -> Iterator[tuple[Group, list[Past]]]:
         """Adds this update to every window; yields the tensors that have the same one, oldest update
         first."""
-        each = plan.at_hand(weights.told.weights)
+        each = plan.at_hand(weights.projected.weights)
         new = [[step, word, weight] for (step, word), weight in zip(plan.draws(), each)]
         keys: dict[int, tuple] = {id(EMPTY): ()}
         found: dict[tuple, tuple[list[int], list[Past]]] = {}
@@ -215,7 +215,7 @@ class WindowAdam(_Window):
         if not is_nothing([lr], decay):
             tables = self._tables(plan, group, window, lr, decay)
             for pieces in _pieces(group, plan.rounding == "residual"):
-                count = count + _moved(plan, group, pieces, tables, weights.told.control)
+                count = count + _moved(plan, group, pieces, tables, weights.projected.control)
             announce(group.theta)
         return count
 
