@@ -97,13 +97,17 @@ def _threads(table: _Table) -> int:
 
 
 def _found(
-    name: Hashable, batch: Batch, outs: Sequence[Sequence[Tensor]], check: Callable[[], Any]
-) -> _Table:
-    """Returns the table of a launch, checked: made once for lists that the caller keeps."""
+    name: Hashable, batch: Batch, outs: Sequence[Sequence[Tensor]], check: Callable[[], Any],
+    draws: bool = False,
+) -> _Table:  # fmt: skip
+    """Returns the table of a launch, checked: made once for lists that the caller keeps.
+
+    draws  the tensors are results"""
 
     def make() -> _Table:
         check()
-        return _table(batch.tensors, batch.spans, outs, batch.residuals, scales=batch.scales)
+        thetas, results = (None, (batch.tensors,)) if draws else (batch.tensors, outs)
+        return _table(thetas, batch.spans, results, batch.residuals, scales=batch.scales)
 
     return prepared(("cpu", name, batch.rounding), batch, outs, make)
 
@@ -129,10 +133,11 @@ class Cpu(Products):
         return found
 
     def draw(self, batch: Batch, noise: Noise) -> None:
-        number = VALID.number(noise.direction)
-        VALID.draw(batch, noise)
+        number, check = VALID.number(noise.direction), partial(VALID.draw, batch, noise)
         ((step, draw),) = noise.draws
-        table = _table(None, batch.spans, (batch.tensors,), scales=batch.scales)
+        table = _found("draw", batch, (), check, draws=True)
+        if not VALID.fits(_CPU, (), noise.clock):
+            check()
         module().draw(*table.place, number, noise.seed, step_at(step, noise.clock), draw, _threads(table), 0)
 
     def axpy_(self, batch: Batch, noise: Noise, terms: Terms) -> Tensor:
@@ -259,7 +264,8 @@ def _summed(noise: Noise, coefficients: Tensor, decays: Sequence[float]) -> np.n
         else [(step_at(step, noise.clock), draw) for step, draw in noise.draws]
     )
     if len(draws) == 1:  # the common call
-        return pack.pack_draw(*draws[0], coefficients.item(), decays[0])
+        bits = int(coefficients.detach().view(torch.int32).item())
+        return pack.pack_draw(*draws[0], bits & 0xFFFFFFFF, decays[0])
     return pack.pack_draws(draws, coefficients.detach().numpy(), decays)
 
 

@@ -316,21 +316,11 @@ METADATA = {
 # Exchange ---------------------------------------------------------------------------------------------------
 
 
-class Places(NamedTuple):
-    """Where copies stand in, the parameters with resident copies first.
-
-    own       how many these are
-    others    (parameter, group, position) of the rest
-    insides   the tensor that goes inside each parameter"""
-
-    parameters: list[Any]
-    own: int
-    others: list[tuple[Any, int, int]]
-    insides: list[Tensor]
-
-
-def _places(copies: Copies, stacks: list[Tensor]) -> Places:
-    """Returns the places of copies; prepared once for the same ones.
+def _places(
+    copies: Copies, stacks: list[Tensor]
+) -> tuple[list[Any], int, list[tuple[Any, int, int]], list[Tensor]]:
+    """Returns the parameters; how many have resident copies, which are the first; (parameter, group,
+    position) of the others; and what goes inside each. Prepared once for the same copies.
 
     Raises Refused for parameters that cannot hold another tensor."""
     groups, level = copies.plan.groups, copies.level
@@ -349,7 +339,7 @@ def _places(copies: Copies, stacks: list[Tensor]) -> Places:
         own = sum(Use(copies, g, i).is_whole() for _, g, i in places)
         insides = [copies.mapped(copies.resident[g, i]) for _, g, i in places[:own]]
         insides += [_bodiless(groups[g].theta[i]) for _, g, i in places[own:]]
-        memo[key] = stacks, Places([parameter for parameter, _, _ in places], own, places[own:], insides)
+        memo[key] = stacks, ([parameter for parameter, _, _ in places], own, places[own:], insides)
     return memo[key][1]
 
 
@@ -369,8 +359,7 @@ def standing_in(copies: Copies) -> Iterator[None]:
         versions = versions_of(stacks)
         yield
         if (now := versions_of(stacks)) != versions:
-            changed = [place for place, a, b in zip(copies.resident, now, versions) if a != b]
-            g, i = changed[0]
+            g, i = next(place for place, a, b in zip(copies.resident, now, versions) if a != b)
             raise _writes(copies.plan.groups[g].names[i])
     finally:
         for parameter, _, _ in others:
