@@ -4,7 +4,7 @@ before the next launch."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from operator import attrgetter, is_
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -18,15 +18,21 @@ def memory_of(tensors: Sequence[Tensor]) -> tuple[list, ...]:
     return tuple([list(map(question, tensors)) for question in maps])
 
 
-def unmoved(tensors: Sequence[Tensor], before: Sequence[Tensor]) -> bool:
-    """Tells whether each tensor is the memory that its alias of an earlier moment is, with the strides, shape
-    and dtype of then."""
-    try:
-        return all(map(Tensor.is_set_to, tensors, before)) and all(
-            map(is_, map(_dtype, tensors), map(_dtype, before))
-        )
-    except RuntimeError:  # a tensor without memory now, or of another device
-        return False
+class Held:
+    """The memory that some tensors are, at one moment."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.aliases, self.dtypes = list(map(Tensor.detach, tensors)), list(map(_dtype, tensors))
+
+    def by(self, tensors: Sequence[Tensor]) -> bool:
+        """Tells whether each tensor is this memory still, with the strides, shape and dtype of then."""
+        try:
+            return (
+                all(map(Tensor.is_set_to, tensors, self.aliases))
+                and list(map(_dtype, tensors)) == self.dtypes
+            )
+        except RuntimeError:  # a tensor without memory now, or of another device
+            return False
 
 
 def versions_of(tensors: Iterable[Tensor]) -> list[int]:
@@ -79,4 +85,4 @@ def announce(tensors: Sequence[Tensor]) -> None:
     torch.autograd.graph.increment_version(tensors)
 
 
-__all__ = ["Fingerprint", "announce", "memory_of", "unmoved", "versions_of"]
+__all__ = ["Fingerprint", "Held", "announce", "memory_of", "versions_of"]
