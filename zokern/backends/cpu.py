@@ -263,10 +263,10 @@ def _summed(noise: Noise, coefficients: Tensor, decays: Sequence[float]) -> np.n
         if noise.clock is None
         else [(step_at(step, noise.clock), draw) for step, draw in noise.draws]
     )
+    numbers = coefficients.detach().numpy()
     if len(draws) == 1:  # the common call
-        bits = int(coefficients.detach().view(torch.int32).item())
-        return pack.pack_draw(*draws[0], bits & 0xFFFFFFFF, decays[0])
-    return pack.pack_draws(draws, coefficients.detach().numpy(), decays)
+        return pack.pack_draw(*draws[0], numbers.tobytes(), decays[0])
+    return pack.pack_draws(draws, numbers, decays)
 
 
 def _elements(rights: Sequence[Tensor]) -> int:

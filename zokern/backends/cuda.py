@@ -130,7 +130,7 @@ class Cuda:
 
         Coefficients lie apart."""
         if len(noise.draws) == 1:  # as struct Draw: NumPy would take as long as the rest of the call
-            return pack.pack_draw(*noise.draws[0], 0, decays[0]), None
+            return pack.pack_draw(*noise.draws[0], bytes(4), decays[0]), None
         terms = pack.pack_draws(noise.draws, 0.0, decays)
         launch = self.tables.get(device, lambda: ("terms", terms.tobytes()), lambda: ((terms,), None))
         return terms, self.tables.upload(launch).buffer
