@@ -145,11 +145,12 @@ class Deferred:
         that are trained no more, and updates in an old basis."""
         if self.bases.direction is None:
             return
-        step, also = max(0, plan.step - 1), list[Tensor]()
+        step, also, wrote = max(0, plan.step - 1), list[Tensor](), self.low_bits.is_on
         for group in self._left:
             if not {*map(id, group.tensors)} <= {*map(id, plan.tensors)}:
                 also += _waiting(group)
                 group.write(Noise(None, plan.seed, [(step, 0)]), plan.rounding)
+                wrote = True
         self._left = ()
         born = self.bases.direction.basis_step(plan.step)
         for group in plan.groups:
@@ -158,7 +159,9 @@ class Deferred:
             thawed = waiting and len(waiting) < len(group.matrices or ())
             if thawed or {matrix.born for matrix in waiting} - {born}:
                 group.write(Noise(None, plan.seed, [(step, 0)]), plan.rounding)
-        self.accept(also)
+                wrote = True
+        if wrote:
+            self.accept(also)
 
     def defers(self, step: int, evaluation: Evaluation) -> bool:
         """Whether a step's updates are deferred:

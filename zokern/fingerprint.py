@@ -4,7 +4,7 @@ before the next launch."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from operator import attrgetter, is_
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -18,45 +18,65 @@ def memory_of(tensors: Sequence[Tensor]) -> tuple[list, ...]:
     return tuple([list(map(question, tensors)) for question in maps])
 
 
-def unmoved(tensors: Sequence[Tensor], before: Sequence[Tensor]) -> bool:
-    """Tells whether each tensor is the memory that its alias of an earlier moment is, with the strides, shape
-    and dtype of then."""
-    try:
-        return all(map(Tensor.is_set_to, tensors, before)) and all(
-            map(is_, map(_dtype, tensors), map(_dtype, before))
-        )
-    except RuntimeError:  # a tensor without memory now, or of another device
-        return False
+class Held:
+    """The memory that some tensors are, at one moment."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.aliases, self.dtypes = list(map(Tensor.detach, tensors)), list(map(_dtype, tensors))
+
+    def by(self, tensors: Sequence[Tensor]) -> bool:
+        """Tells whether each tensor is this memory still, with the strides, shape and dtype of then."""
+        try:
+            return (
+                all(map(Tensor.is_set_to, tensors, self.aliases))
+                and list(map(_dtype, tensors)) == self.dtypes
+            )
+        except RuntimeError:  # a tensor without memory now, or of another device
+            return False
 
 
 def versions_of(tensors: Iterable[Tensor]) -> list[int]:
     """Returns the version counters: torch's operations,
     and this package's launches, add to them when they write."""
-    return list(map(_version, tensors))
+    # a class of its own may answer for other numbers than its own, as quantised weights do
+    with torch._C.DisableTorchFunctionSubclass():
+        return list(map(_version, tensors))
+
+
+def _places(tensors: Iterable[Tensor]) -> list[int]:
+    """Returns the addresses, of tensors of any class."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return list(map(Tensor.data_ptr, tensors))
 
 
 class Fingerprint:
-    """Where some tensors lie and how often they were written, at one moment."""
+    """Where some tensors lie and how often they were written, at the moment of watch().
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.tensors = tensors
-        self.places, self.versions = self._now()
+    places  the addresses of the tensors, where they are known already"""
 
-    def _now(self) -> tuple[list[int], list[int]]:
-        # a class of its own may answer for other numbers than its own, as quantised weights do
-        with torch._C.DisableTorchFunctionSubclass():
-            return list(map(Tensor.data_ptr, self.tensors)), versions_of(self.tensors)
+    def __init__(self, tensors: Sequence[Tensor], places: list[int] | None = None) -> None:
+        self.tensors, self.places = tensors, _places(tensors) if places is None else places
+        self.versions: list[int] | None = None
+
+    def watch(self) -> Fingerprint:
+        """Takes the versions of now, unless those of an earlier moment count still; returns itself."""
+        if self.versions is None:
+            self.versions = versions_of(self.tensors)
+        return self
 
     def written(self) -> None:
-        """Accepts what was just written to the tensors."""
-        self.versions = versions_of(self.tensors)
+        """Accepts what is written to the tensors until the next watch()."""
+        self.versions = None
 
     def changes(self) -> list[int]:
         """Returns the positions of tensors that were written, moved or replaced since."""
-        places, versions = self._now()
-        if versions == self.versions and places == self.places:
+        if not self.tensors:
             return []
-        before = zip(self.versions, self.places)
+        places, versions = _places(self.tensors), versions_of(self.tensors)
+        known = versions if self.versions is None else self.versions
+        if versions == known and places == self.places:
+            return []
+        before = zip(known, self.places)
         return [i for i, (now, then) in enumerate(zip(zip(versions, places), before)) if now != then]
 
 
@@ -65,4 +85,4 @@ def announce(tensors: Sequence[Tensor]) -> None:
     torch.autograd.graph.increment_version(tensors)
 
 
-__all__ = ["Fingerprint", "announce", "memory_of", "unmoved", "versions_of"]
+__all__ = ["Fingerprint", "Held", "announce", "memory_of", "versions_of"]

@@ -250,7 +250,7 @@ class Group:
 
     def draws(self, plan: Step, draw: Draw) -> list[Tensor]:
         """Returns a draw for every matrix, in its small space; made once a step, for the readings and the
-        update."""
+        update. After forget_draws() its memory serves another draw."""
         assert self.matrices is not None and plan.factored is not None
         key = plan.named(draw)
         if not plan.reaches(key[0]):
@@ -259,7 +259,8 @@ class Group:
                 "for which plan.reaches(step) holds"
             )
         if key not in self.drawn:
-            self.drawn[key] = plan.factored.draws(self.matrices, self.source(plan.seed, plan), *key)
+            source = _Stream(self, plan.seed, plan, lends=True)
+            self.drawn[key] = plan.factored.draws(self.matrices, source, *key)
         return self.drawn[key]
 
     @property
@@ -295,6 +296,7 @@ class Group:
         """Drops the draws of a step, which need not be kept."""
         self.drawn.clear()
         self.stacks.clear()
+        self.memo.setdefault("spare", []).extend(self.memo.pop("lent", ()))
 
     def check_waiting(self) -> None:
         """Raises if weights with deferred updates were written."""
@@ -340,29 +342,40 @@ class Group:
 
 
 class _Stream:
-    """Numbers of the stream for the matrices of a group (directions.Source)."""
+    """Numbers of the stream for the matrices of a group (directions.Source).
 
-    def __init__(self, group: Group, seed: int, plan: Step | None = None) -> None:
-        self.group, self.seed, self.plan = group, seed, plan
+    lends  those of all matrices lie in memory of the group until it forgets its draws, on a CPU"""
+
+    def __init__(self, group: Group, seed: int, plan: Step | None = None, lends: bool = False) -> None:
+        self.group, self.seed, self.plan, self.lends = group, seed, plan, lends
 
     def __call__(
         self, matrices: Sequence[Matrix], shapes: Sequence[tuple[int, ...]], step: int, draw: int
     ) -> list[Tensor]:
-        outs: list[Tensor]
-        if len({(*shape, matrix.device) for shape, matrix in zip(shapes, matrices)}) == 1:
-            outs = Stack(
-                torch.empty((len(shapes), *shapes[0]), dtype=torch.float32, device=matrices[0].device)
-            )
-        else:
-            outs = [
-                torch.empty(shape, dtype=torch.float32, device=matrix.device)
-                for shape, matrix in zip(shapes, matrices)
-            ]
+        lends = self.lends and matrices is self.group.matrices and matrices[0].device.type == "cpu"
+        outs = (self._lent if lends else self._memory)(matrices, shapes)
         batch = Batch(outs, self.group.spans_of(matrices))
         draws = [(step, draw)]
         noise = Noise(Normal(), self.seed, draws) if self.plan is None else self.plan.noise(draws, Normal())
         self.group.backend.draw(batch, noise)
         return outs
+
+    @staticmethod
+    def _memory(matrices: Sequence[Matrix], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        if len({(*shape, matrix.device) for shape, matrix in zip(shapes, matrices)}) == 1:
+            whole = (len(shapes), *shapes[0])
+            return Stack(torch.empty(whole, dtype=torch.float32, device=matrices[0].device))
+        pairs = zip(shapes, matrices)
+        return TensorList([torch.empty(shape, dtype=torch.float32, device=m.device) for shape, m in pairs])
+
+    def _lent(self, matrices: Sequence[Matrix], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        spare: list[tuple] = self.group.memo.get("spare", [])
+        here = [k for k, (known, _) in enumerate(spare) if known == shapes]
+        found = spare.pop(here[0]) if here else (shapes, self._memory(matrices, shapes))
+        if not here:
+            found[1].kept = {}  # so that its launch is prepared once
+        self.group.memo.setdefault("lent", []).append(found)
+        return found[1]
 
     def sketch(
         self, matrix: Matrix, draws: Sequence[tuple[int, int]], weights: Sequence[float] | Tensor,

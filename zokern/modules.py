@@ -80,8 +80,10 @@ class State:
 class Tree:
     """The modules below some roots. Built once, and again when the tree has changed.
 
-    is_open  the roots are not known yet: the optimizer was given parameters without their module. The first
-             readings find them"""
+    is_open   the roots are not known yet: the optimizer was given parameters without their module. The first
+              readings find them
+    is_plain  no module is TorchScript's or torch.compile's: a State has the flags of all
+    seen      the state at the last look"""
 
     def __init__(self, roots: list[nn.Module], is_open: bool = False) -> None:
         self.roots, self.is_open = roots, is_open
@@ -94,6 +96,7 @@ class Tree:
             for m in self.modules
             if not isinstance(m, torch.jit.ScriptModule) and type(m).__name__ != "OptimizedModule"
         ]
+        self.is_plain = len(plain) == len(self.modules)
         self.dicts = [vars(m) for m in plain]
         self.parameters = [d["_parameters"] for d in self.dicts]
         self.children = [d["_modules"] for d in self.dicts]
@@ -106,7 +109,7 @@ class Tree:
         self.owners, self.keys = [d for d, _ in owned], [key for _, key in owned]
         self.size, self.slots, self.links = self.count(), flat(self.parameters), flat(self.children)
         self.is_warm = False  # whether a step has run a forward of the modules
-        self._state: State | None = None
+        self.seen: State | None = None
         # by id of a buffer: it, its version then, and its copy
         self.copies: dict[int, tuple[Tensor, int, Tensor]] = {}
 
@@ -122,9 +125,9 @@ class Tree:
         """Returns the present state: the same object until a module has changed.
 
         is_new  the tree was built just now, so it stands"""
-        if self._state is None or not self._state.is_present():
-            self._state = State(self, is_new)
-        return self._state
+        if self.seen is None or not self.seen.is_present():
+            self.seen = State(self, is_new)
+        return self.seen
 
 
 def items(held: list | dict | set) -> list:

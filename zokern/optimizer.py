@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import optimizer as torch_optimizer
 
 from . import backends, checkpoint, directions, options, parameters, shards, underflow
 from . import evaluation as evaluations
@@ -225,11 +226,26 @@ class ZerothOrder(torch.optim.Optimizer):
             raise TypeError(
                 "step() needs a closure that computes the loss: it is read at more than one point"
             )
+        observed = (
+            self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+            or torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks
+            or torch.autograd._profiler_enabled()
+        )  # fmt: skip
+        take = self._observed if observed else self._step
+        return take(closure, first_order=first_order, reads=reads)
+
+    step.hooked = True  # type: ignore[attr-defined]  # torch's wrapper takes as long as a launch
+
+    def _step(
+        self, closure: Callable[[], Any], first_order: Callable[[], Any] | None = None, reads: bool = True
+    ) -> float | None:
         with self.readings():
             self.result = run(self, closure, first_order)
             self.work.adopt()
             self.drawn = True
         return self.result.loss if reads else None
+
+    _observed = torch.optim.Optimizer.profile_hook_step(_step)
 
     @contextmanager
     def readings(self) -> Iterator[None]:

@@ -76,6 +76,13 @@ class Plan:
         """The names of the parameters of all groups."""
         return [name for group in self.groups for name in group.names]
 
+    @property
+    def places(self) -> list[int] | None:
+        """The addresses of `memory()`; None where this process holds blocks."""
+        if self.sharded:
+            return None
+        return [place for group in self.groups for place in group.theta.places]
+
     def memory(self) -> list[Tensor]:
         """Returns what this process holds of each of `tensors`."""
         return [shards.local(tensor) for tensor in self.tensors] if self.sharded else self.tensors
@@ -127,7 +134,9 @@ class Plan:
                 f"draws is {draws!r:.80}; expected one of this step at the end: it names the bits of "
                 "stochastic rounding"
             )
-        return replace(self, words=draws)
+        made = object.__new__(type(self))  # replace() takes as long as a launch
+        vars(made).update(vars(self), words=draws)
+        return made
 
     def draw(self, query: int) -> int:
         """Returns the draw word of a query."""

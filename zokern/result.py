@@ -237,12 +237,12 @@ class StepResult:
 def read(several: Sequence[Late]) -> None:
     """Reads the numbers of some steps, by one copy from each device that is not the host."""
     several = [late for late in several if late._values is None]
-    tensors = [[t.detach().reshape(-1) for t in late.tensors()] for late in several]
+    tensors = [[t.reshape(-1) for t in late.tensors()] for late in several]
     flat = [t for each in tensors for t in each]
     numbers: dict[int, list] = {i: t.tolist() for i, t in enumerate(flat) if t.is_cpu}
     for device in dict.fromkeys(t.device for t in flat if not t.is_cpu):
         here = [i for i, t in enumerate(flat) if t.device == device]
-        found = torch.cat([flat[i].double() for i in here]).tolist()
+        found = torch.cat([flat[i].detach().double() for i in here]).tolist()
         for i in here:
             numbers[i], found = found[: flat[i].numel()], found[flat[i].numel() :]
     place = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -120,7 +121,8 @@ def run(optimizer: Steps, closure: Closures, first_order: Callable[[], Any] | No
 
     The closure is called in the mode in which the user wrote it."""
     inside, closure = torch.is_inference_mode_enabled(), micro_batches(closure)
-    with optimizer.ranks.telling(optimizer.steps), torch.inference_mode(False), torch.no_grad():
+    outside = torch.inference_mode(False) if inside else nullcontext()
+    with optimizer.ranks.telling(optimizer.steps), outside, torch.no_grad():
         parts = [torch.inference_mode()(part) if inside else part for part in parts_of(closure)]
         return _run(
             optimizer,

@@ -13,7 +13,7 @@ from . import backends, checkpoint, parameters, shards
 from .bases import Bases
 from .deferred import Deferred
 from .estimator import Estimator
-from .fingerprint import unmoved
+from .fingerprint import Held
 from .group import Group
 from .low_bits import LowBits
 from .modules import Tree, same
@@ -55,7 +55,7 @@ class Work:
         self._flags: list[bool] = []  # which entries are trained
         self._active: list[Trained] = []  # those that are
         self._all: list[Tensor] = []  # their tensors, with all aliases
-        self._seen: list[Tensor] | None = None  # the same memory, as the groups were built from it
+        self._seen: Held | None = None  # the same memory, as the groups were built from it
         self._kept: list[Any] = []  # the optimizer's state that was checked; int: a sound counter
 
     def parts(
@@ -186,7 +186,7 @@ class Work:
         here = list(map(shards.local, self._all)) if self.sharded else self._all
         values = chain.from_iterable(map(dict.values, states.values()))
         kept = [int if type(value) is int and value >= 0 else value for value in values]
-        is_new = self._seen is None or not unmoved(here, self._seen)
+        is_new = self._seen is None or not self._seen.by(here)
         if is_new:
             self._seen = None
             self._check_memory()
@@ -199,7 +199,7 @@ class Work:
         if is_new:
             self.groups = self._made(param_groups)
             self.deferred.regroup(self.groups)
-            self._seen, self.scopes = list(map(Tensor.detach, here)), {}
+            self._seen, self.scopes = Held(here), {}
 
     def _check_memory(self) -> None:
         for entry in self._active:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import zokern
+from zokern import group
 from zokern.backends import Span, get
 from zokern.directions import Diagonal, Lazy, Matrix, Normal, Subspace
 from zokern.group import Group
@@ -199,3 +200,41 @@ def test_pgap_forgets_bases_that_nothing_belongs_to() -> None:
     optimizer = pgap(model)
     stepped(optimizer, model, range(len(FROZEN)))
     assert set(optimizer.factored.state) == {9}
+
+
+def walk(name: str) -> list[Tensor]:
+    """Returns the weights after steps of three queries, and the losses that were read."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(12, 10, bias=False), nn.Tanh(), nn.Linear(10, 12, bias=False))
+    optimizer = zokern.MeZO(model, lr=1e-2, eps=1e-2, queries=3, direction=DIRECTIONS[name])
+    x = torch.linspace(-1, 1, 60).view(5, 12)
+    steps = [zokern.step(optimizer, lambda: model(x).square().mean()) for _ in range(4)]
+    optimizer.flush()
+    losses = torch.tensor([result.losses for result in steps], dtype=torch.float64)
+    return [losses, *(p.detach().clone() for p in model.parameters())]
+
+
+def check_memory_of_draws(name: str, monkeypatch) -> None:
+    found = walk(name)
+    monkeypatch.setattr(group._Stream, "_lent", staticmethod(group._Stream._memory))
+    assert all(map(torch.equal, found, walk(name)))
+
+
+@pytest.mark.parametrize("name", DIRECTIONS)
+def test_memory_of_draws_that_stays_changes_nothing(name: str, monkeypatch) -> None:
+    check_memory_of_draws(name, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["subspace", "lazy"])
+def test_memory_that_two_draws_share_is_rejected(name: str, monkeypatch) -> None:
+    """As where a group forgets its draws before the step is over."""
+    right = group._Stream._lent
+
+    def shared(stream: Any, matrices: Any, shapes: Any) -> list[Tensor]:
+        memo = stream.group.memo
+        memo.setdefault("spare", []).extend(memo.pop("lent", ()))
+        return right(stream, matrices, shapes)
+
+    monkeypatch.setattr(group._Stream, "_lent", shared)
+    with pytest.raises((AssertionError, zokern.evaluation.NotRepeatable)):
+        check_memory_of_draws(name, monkeypatch)

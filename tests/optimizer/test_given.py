@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import zokern
 from zokern import work
+from zokern.fingerprint import Held
 from zokern.low_bits import LowBits
 
 X = torch.linspace(-1, 1, 18).view(3, 6)
@@ -99,8 +100,8 @@ def test_data_that_the_closure_swaps(evaluation: str) -> None:
 
 
 def test_a_check_that_is_made_once_is_rejected() -> None:
-    blind = lambda tensors, before: [t.dtype for t in tensors] == [t.dtype for t in before]  # noqa: E731
-    with patch.object(work, "unmoved", blind), pytest.raises(pytest.fail.Exception):
+    blind = lambda held, tensors: [t.dtype for t in tensors] == held.dtypes  # noqa: E731
+    with patch.object(Held, "by", blind), pytest.raises(pytest.fail.Exception):
         test_data_whose_rows_are_one({})
 
 

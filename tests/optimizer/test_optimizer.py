@@ -11,6 +11,7 @@ import pytest
 import torch
 from models import batch, changed, next_token_loss, same_bits, snapshot, tiny
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import zokern
 
@@ -510,6 +511,44 @@ def test_step_of_a_wrapped_optimizer(wrap) -> None:
     losses = run(model, wrap(optimizer), 2)
     assert losses == run(right, zokern.MeZO(right, lr=0.1, seed=1), 2)
     assert all(same_bits(a, b) for a, b in zip(model.parameters(), right.parameters()))
+
+
+class Bare(zokern.MeZO):
+    """Runs no hooks, and tells torch that its step has them already."""
+
+    def step(self, closure, first_order=None, reads=True):
+        return self._step(closure, first_order, reads)
+
+    step.hooked = True
+
+
+@pytest.mark.parametrize("way", ["zokern.step", "optimizer.step"])
+def test_hooks_and_the_profiler_see_a_step_once(way: str, kind: type = zokern.MeZO) -> None:
+    model, seen = tiny(), []
+    optimizer = kind(model, lr=0.1)
+    call = partial(*{"zokern.step": (zokern.step, optimizer), "optimizer.step": (optimizer.step,)}[way])
+    call = partial(call, lambda: next_token_loss(model(IDS), IDS))
+    hooks = [
+        optimizer.register_step_pre_hook(lambda *_: seen.append(("before", optimizer.steps))),
+        optimizer.register_step_post_hook(lambda *_: seen.append(("after", optimizer.steps))),
+    ]
+    call()
+    assert seen == [("before", 0), ("after", 1)]
+    for hook in hooks:
+        hook.remove()
+    hook = register_optimizer_step_post_hook(lambda *_: seen.append(("everywhere", optimizer.steps)))
+    call()
+    hook.remove()
+    call()
+    assert seen[2:] == [("everywhere", 2)]
+    with torch.profiler.profile() as found:
+        call()
+    assert [e.count for e in found.key_averages() if e.key.startswith("Optimizer.step#")] == [1]
+
+
+def test_a_step_without_hooks_is_rejected() -> None:
+    with pytest.raises(AssertionError):
+        test_hooks_and_the_profiler_see_a_step_once("zokern.step", Bare)
 
 
 OTHERS = {

@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from unittest.mock import patch
 
 import numpy as np
@@ -18,10 +19,10 @@ import oracle
 import pytest
 import torch
 from models import batch, build, changed, next_token_loss, refuse, same_bits, snapshot, tiny
-from torch import nn
+from torch import Tensor, nn
 
 import zokern
-from zokern.evaluation import isolation
+from zokern.evaluation import isolation, rng
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -727,6 +728,55 @@ def test_row_21_random_streams() -> None:
         np.random.rand(),
     ) == expected and torch.initial_seed() == 1
     assert all(s == step[0] for step in seen for s in step) and seen[0][0] != seen[1][0]
+
+
+def numpy_after(model: nn.Module, before: Callable[[], object]) -> list:
+    """Draws from NumPy after a step whose closure draws from it too."""
+    np.random.seed(1)
+    before()
+    zokern.step(zokern.MeZO(model, dead_limit=None), lambda: model(X).mean() + np.random.randn())
+    return [np.random.randn(), np.random.rand(), type(np.random.get_bit_generator()).__name__]
+
+
+@pytest.mark.parametrize("normals", [0, 1, 2])
+def test_row_21_a_normal_of_numpy_that_waits(normals: int) -> None:
+    """NumPy makes normals in pairs, and keeps the second beside its generator."""
+    np.random.seed(1), np.random.randn(normals)
+    expected = [np.random.randn(), np.random.rand(), "MT19937"]
+    assert numpy_after(two_layers(), lambda: np.random.randn(normals)) == expected
+    assert numpy_after(two_layers(), lambda: np.random.randn(normals)) == expected
+
+
+def test_row_21_a_step_inside_a_closure_leaves_numpy_alone() -> None:
+    """Each reading of the outer step sees the numbers that it would see without the inner step."""
+    model, other, seen = two_layers(), two_layers(), {True: [], False: []}
+
+    def closure(nested: bool) -> Tensor:
+        drawn = [np.random.rand()]
+        if nested:
+            zokern.step(inner, lambda: other(X).mean() + np.random.rand())
+        seen[nested].append([*drawn, np.random.rand()])
+        return model(X).mean()
+
+    for nested in seen:
+        inner = zokern.MeZO(other, lr=0.0)
+        zokern.step(zokern.MeZO(model, lr=0.0, evaluation="master"), partial(closure, nested))
+    assert seen[True] == seen[False]
+
+
+def test_row_21_a_generator_alone_is_rejected(monkeypatch) -> None:
+    """Seen is a step that exchanges generators whatever waits, and whatever it stands in."""
+
+    def exchanged() -> Callable[[], None]:
+        own = np.random.get_bit_generator()
+        np.random.set_bit_generator(rng._stand_in())
+        return partial(np.random.set_bit_generator, own)
+
+    monkeypatch.setattr(rng, "_numpy", exchanged)
+    with pytest.raises(AssertionError):
+        test_row_21_a_normal_of_numpy_that_waits(1)
+    with pytest.raises(AssertionError):
+        test_row_21_a_step_inside_a_closure_leaves_numpy_alone()
 
 
 @pytest.mark.parametrize("evaluation", EXACT_OR_NOT)

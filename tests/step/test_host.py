@@ -16,9 +16,9 @@ import zokern
 HOME = str(Path(zokern.__file__).parent)
 # functions of zokern in a step; a low-rank z is added to real parameters a matrix at a time
 MOST = {
-    ("MeZO", "master"): 380, ("MeZO", "inplace"): 395, ("MeZO", "scratch"): 400, ("MeZO", "paired"): 345,
-    ("SubZero", "scratch"): 555, ("SubZero", "paired"): 475,
-    ("LOZO", "paired"): 485, ("TeZO", "paired"): 475,
+    ("MeZO", "master"): 380, ("MeZO", "inplace"): 390, ("MeZO", "scratch"): 400, ("MeZO", "paired"): 345,
+    ("SubZero", "scratch"): 520, ("SubZero", "paired"): 445,
+    ("LOZO", "paired"): 460, ("TeZO", "paired"): 445,
 }  # fmt: skip
 
 

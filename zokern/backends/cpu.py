@@ -5,6 +5,7 @@ One call is one parallel region over the chunks of a table, on ``torch.get_num_t
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -96,13 +97,17 @@ def _threads(table: _Table) -> int:
 
 
 def _found(
-    name: Hashable, batch: Batch, outs: Sequence[Sequence[Tensor]], check: Callable[[], Any]
-) -> _Table:
-    """Returns the table of a launch, checked: made once for lists that the caller keeps."""
+    name: Hashable, batch: Batch, outs: Sequence[Sequence[Tensor]], check: Callable[[], Any],
+    draws: bool = False,
+) -> _Table:  # fmt: skip
+    """Returns the table of a launch, checked: made once for lists that the caller keeps.
+
+    draws  the tensors are results"""
 
     def make() -> _Table:
         check()
-        return _table(batch.tensors, batch.spans, outs, batch.residuals, scales=batch.scales)
+        thetas, results = (None, (batch.tensors,)) if draws else (batch.tensors, outs)
+        return _table(thetas, batch.spans, results, batch.residuals, scales=batch.scales)
 
     return prepared(("cpu", name, batch.rounding), batch, outs, make)
 
@@ -128,10 +133,11 @@ class Cpu(Products):
         return found
 
     def draw(self, batch: Batch, noise: Noise) -> None:
-        number = VALID.number(noise.direction)
-        VALID.draw(batch, noise)
+        number, check = VALID.number(noise.direction), partial(VALID.draw, batch, noise)
         ((step, draw),) = noise.draws
-        table = _table(None, batch.spans, (batch.tensors,), scales=batch.scales)
+        table = _found("draw", batch, (), check, draws=True)
+        if not VALID.fits(_CPU, (), noise.clock):
+            check()
         module().draw(*table.place, number, noise.seed, step_at(step, noise.clock), draw, _threads(table), 0)
 
     def axpy_(self, batch: Batch, noise: Noise, terms: Terms) -> Tensor:
@@ -149,7 +155,7 @@ class Cpu(Products):
             terms = Terms(terms.coefficients, decay)
         each, decays = terms.rounded()
         summed = _summed(noise, terms.coefficients, decays)
-        module().axpy(*table.place, number, noise.seed, pack.address(summed), len(summed), each,
+        module().axpy(*table.place, number, noise.seed, pack.address(summed), len(noise.draws), each,
             pack.ROUNDING[batch.rounding],
                        nonfinite.data_ptr(), _threads(table), 0)  # fmt: skip
         return nonfinite
@@ -165,7 +171,7 @@ class Cpu(Products):
         if update.control is not None and not update.control[2]:
             return nonfinite
         summed = _summed(noise, update.coefficients, [1.0] * len(noise.draws))
-        module().update(*table.place, number, noise.seed, pack.address(summed), len(summed),
+        module().update(*table.place, number, noise.seed, pack.address(summed), len(noise.draws),
                          pack.RULES[update.rule], scalars.data_ptr(), pack.ROUNDING[batch.rounding],
                          nonfinite.data_ptr(), _threads(table), 0)  # fmt: skip
         return nonfinite
@@ -179,10 +185,10 @@ class Cpu(Products):
         if not VALID.fits(_CPU, (), noise.clock):
             check()
         ((step, draw),) = noise.draws
-        sides = np.zeros(2, dtype=np.float32)
-        sides[: len(scales)] = scales
-        step = step_at(step, noise.clock)
-        module().perturb(*table.place, number, noise.seed, step, draw, sides.ctypes.data, _threads(table), 0)
+        sides, step = array("f", [*scales, 0.0]), step_at(step, noise.clock)
+        module().perturb(
+            *table.place, number, noise.seed, step, draw, pack.address(sides), _threads(table), 0
+        )
 
     def copy_(self, batch: Batch, others: Sequence[Tensor], back: bool = False) -> None:
         """Computes others[i] <- theta_i, bit for bit: one launch where torch copies a tensor at a time.
@@ -250,14 +256,17 @@ class Cpu(Products):
         return nonfinite
 
 
-def _summed(noise: Noise, coefficients: Tensor, decays: Sequence[float]) -> np.ndarray:
+def _summed(noise: Noise, coefficients: Tensor, decays: Sequence[float]) -> np.ndarray | array:
     """Returns the table of the terms of a sum, with the steps that the clock makes of theirs."""
     draws = (
         noise.draws
         if noise.clock is None
         else [(step_at(step, noise.clock), draw) for step, draw in noise.draws]
     )
-    return pack.pack_draws(draws, coefficients.detach().numpy(), decays)
+    numbers = coefficients.detach().numpy()
+    if len(draws) == 1:  # the common call
+        return pack.pack_draw(*draws[0], numbers.tobytes(), decays[0])
+    return pack.pack_draws(draws, numbers, decays)
 
 
 def _elements(rights: Sequence[Tensor]) -> int:

@@ -28,7 +28,6 @@ from .validation import Validator
 
 _cuda: Any = None
 _error = ""
-_ONE = 0x3F800000  # 1.0 in float32
 try:
     from .. import _cuda  # type: ignore[no-redef, attr-defined]
 except ImportError as error:
@@ -131,8 +130,7 @@ class Cuda:
 
         Coefficients lie apart."""
         if len(noise.draws) == 1:  # as struct Draw: NumPy would take as long as the rest of the call
-            bits = _ONE if decays[0] == 1.0 else int(np.float32(decays[0]).view(np.uint32))
-            return array("I", (*noise.draws[0], 0, bits)), None
+            return pack.pack_draw(*noise.draws[0], bytes(4), decays[0]), None
         terms = pack.pack_draws(noise.draws, 0.0, decays)
         launch = self.tables.get(device, lambda: ("terms", terms.tobytes()), lambda: ((terms,), None))
         return terms, self.tables.upload(launch).buffer
@@ -182,7 +180,7 @@ class Cuda:
         summed, uploaded = self._terms(device, noise, decays)
         buffer, place, named = self._table(launch)
         self._call("axpy", device, (batch, buffer, uploaded, coeffs, nonfinite, clock, control), *place,
-                   number, noise.seed, _host(summed), count, each, pack.ROUNDING[batch.rounding],
+                   number, noise.seed, pack.address(summed), count, each, pack.ROUNDING[batch.rounding],
                    nonfinite.data_ptr(), clock=_address(clock), device_draws=_address(uploaded),
                    coefficients=coeffs.data_ptr(), control=_address(control), **named)  # fmt: skip
         return nonfinite
@@ -202,7 +200,7 @@ class Cuda:
         summed, uploaded = self._terms(device, noise, [1.0] * count)
         buffer, place, named = self._table(launch)
         held = batch, states, buffer, uploaded, coeffs, scalars, nonfinite, clock, control
-        self._call("update", device, held, *place, number, noise.seed, _host(summed), count,
+        self._call("update", device, held, *place, number, noise.seed, pack.address(summed), count,
                    pack.RULES[rule], scalars.data_ptr(), pack.ROUNDING[batch.rounding],
                    nonfinite.data_ptr(), clock=_address(clock), device_draws=_address(uploaded),
                    coefficients=coeffs.data_ptr(), control=_address(control), **named)  # fmt: skip
@@ -220,7 +218,7 @@ class Cuda:
             ((step, draw),), both = noise.draws, array("f", (*scales, 0.0)[:2])
             buffer, place, named = self._table(launch)
             self._call("perturb", launch.device, (batch, outs, buffer, clock), *place, number, noise.seed,
-                       step, draw, _host(both), clock=_address(clock), **named)  # fmt: skip
+                       step, draw, pack.address(both), clock=_address(clock), **named)  # fmt: skip
 
     def lowrank_(
         self, batch: Batch, factors: Outer, noise: Noise | None = None, outs: Sequence[Tensor] | None = None
@@ -272,10 +270,6 @@ def _product_tables(
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def _host(table: np.ndarray | array) -> int:
-    return table.buffer_info()[0] if isinstance(table, array) else pack.address(table)
 
 
 __all__ = ["Cuda", "why_off"]

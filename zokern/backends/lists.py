@@ -43,7 +43,7 @@ class TensorList(list):
         its pointers."""
         if len(self) != len(tensors) or not all(map(is_, self, tensors)):
             return False
-        return self.pointers.tolist() == list(map(Tensor.data_ptr, tensors))
+        return self.places == list(map(Tensor.data_ptr, tensors))
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> TensorList:
@@ -51,8 +51,14 @@ class TensorList(list):
         return tensors if isinstance(tensors, cls) else cls(tensors)
 
     @cached_property
+    def places(self) -> list[int]:
+        """Returns the address of each."""
+        return list(map(Tensor.data_ptr, self))
+
+    @cached_property
     def pointers(self) -> np.ndarray:
-        return np.fromiter(map(Tensor.data_ptr, self), np.uint64, len(self))
+        """Returns the same, uint64."""
+        return np.array(self.places, np.uint64)
 
     @cached_property
     def sizes(self) -> np.ndarray:

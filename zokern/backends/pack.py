@@ -5,6 +5,7 @@ Raw pointers exist from here down to the kernels and nowhere else.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -184,11 +185,20 @@ def chunks(entries: np.ndarray, elements: int = CHUNK_ELEMENTS) -> np.ndarray:
     return table
 
 
-def address(array: np.ndarray) -> int:
+def address(table: np.ndarray | array) -> int:
     """Returns the address of a table.
 
     NumPy describes every field of a structured array when it is asked, so a plain view is asked."""
-    return array.view(np.uint64).__array_interface__["data"][0]
+    if isinstance(table, array):
+        return table.buffer_info()[0]
+    return table.view(np.uint64).__array_interface__["data"][0]
+
+
+def pack_draw(step: int, draw: int, coefficient: bytes, decay: float) -> array:
+    """Returns what pack_draws() returns of one term, in a tenth of the time.
+
+    coefficient  its bytes: as a number it is 0 where it is subnormal and the caller flushes such numbers"""
+    return array("B", array("I", (step, draw)).tobytes() + coefficient + array("f", (decay,)).tobytes())
 
 
 def pack_draws(
@@ -203,5 +213,5 @@ def pack_draws(
 
 __all__ = [
     "ALIGN", "CHUNK", "CHUNK_ELEMENTS", "DRAW", "ENTRY", "ROUNDING", "RULES", "TYPES", "address", "pack",
-    "pack_draws",
+    "pack_draw", "pack_draws",
 ]  # fmt: skip

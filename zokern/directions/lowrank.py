@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -81,7 +82,11 @@ class Matrix:
 
 
 class Stack(list[Tensor]):
-    """Tensors of one shape as a list; `whole` holds all of them, so that one operation does for all."""
+    """Tensors of one shape as a list; `whole` holds all of them, so that one operation does for all.
+
+    kept  see backends.TensorList"""
+
+    kept: dict | None = None
 
     def __init__(self, whole: Tensor) -> None:
         super().__init__(whole.unbind(0))
@@ -279,8 +284,7 @@ class LowRank:
             found = source(matrices, [shape for shape, _ in sizes], step, draw)
         scales = [scale for _, scale in sizes] if self.norm == "matched" else []
         if scales and isinstance(found, Stack) and found.whole.is_cpu and not self.joins:
-            # where torch's foreach is a loop
-            found.whole.mul_(torch.tensor(scales, dtype=torch.float32, device="cpu").view(-1, 1, 1))
+            found.whole.mul_(_column(tuple(scales)))  # where torch's foreach is a loop
         elif scales:  # s U V^T where both are drawn
             moved = [x[: m.rows] for x, m in zip(found, matrices)] if self.joins else found
             torch._foreach_mul_(moved, scales)
@@ -302,6 +306,11 @@ class LowRank:
             return [torch.cat(both, 1) for both in zip(sums, terms)] if sums else terms
         terms = list(torch._foreach_mul(draws, amount))
         return list(torch._foreach_add(sums, terms)) if sums else terms
+
+
+@lru_cache(maxsize=64)
+def _column(numbers: tuple[float, ...]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float32, device="cpu").view(-1, 1, 1)
 
 
 class Measured(LowRank):

@@ -102,7 +102,7 @@ class Spsa:
 
     def differences(self, losses: Tensor) -> Tensor:
         """Returns sum_j weights[j] losses[:, j], float64 [queries], summed in the order of the stencil."""
-        terms = [weight * losses[:, j] for j, weight in enumerate(self.stencil.weights)]
+        terms = [weight * column for weight, column in zip(self.stencil.weights, losses.unbind(1))]
         total = terms[0]
         for term in terms[1:]:
             total = total + term

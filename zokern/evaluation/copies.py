@@ -91,9 +91,9 @@ class Copies:
                 if group.theta[i].dtype == torch.float32:
                     by_shape.setdefault((matrix.shape, matrix.rank, group.theta[i].shape), []).append(i)
         for (*_, shape), positions in by_shape.items():
-            stack = self.arena.take((self.sides, len(positions), *shape), torch.float32, device)
+            stack = self.arena.take((len(positions), self.sides, *shape), torch.float32, device)
             assert stack is not None
-            members += [(i, stack[:, j].data) for j, i in enumerate(positions)]
+            members += [(i, stack[j].data) for j, i in enumerate(positions)]
             launches.append((positions, None, None, stack))
         stacks = dict(members)
         for i, tensor in enumerate(group.theta):

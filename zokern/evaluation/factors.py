@@ -10,17 +10,22 @@ Deferred updates and the draws of a point are added in the small space, in float
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from ..autocast import is_on, off
 from ..backends import Thin
 from ..device_numbers import constant, scalar
+from ..directions import Matrix
 from ..group import Draw, Group, ends_of
 from ..modules import same
 from ..plan import Plan
 from .base import Point
+
+PIECE = 1 << 17  # elements of the results of stack() that are made at a time
 
 
 class Factors:
@@ -91,37 +96,32 @@ class Factors:
         self.ends.update(zip(keys, ends_of(matrices, middles, group.backend)))
 
     def stack(self, group: Group, positions: Sequence[int], out: Tensor) -> None:
-        """out[side, j] <- shrink W + L C R^T of matrices of one shape,
-        float32, by one batched product for each side.
+        """out[j, side] <- shrink W + L C R^T of matrices of one shape, float32, by batched products.
 
-        out is (sides, matrices, *shape of W). A launch for hundreds
-        of small matrices spends more on their addresses."""
-        matrices = [group.matrices[i] for i in positions]  # type: ignore[index]
-        lefts, rights = [m.left for m in matrices], [m.right for m in matrices]
-        first, g = matrices[0], self.number[id(group)]
-        known = group.memo.get(("bases", positions[0]))
-        if known is None or not same([*lefts, *rights], known[0]):
-            left, right = _bases(lefts), _bases(rights)
-            index = constant(tuple(positions), torch.int64, group.theta[0].device)
-            known = group.memo["bases", positions[0]] = [*lefts, *rights], left, right, index
-        _, left, right, index = known
-        torch.stack([group.theta[i] for i in positions] * len(self.points), out=out.flatten(0, 1))
+        out is (matrices, sides, *shape of W). A launch for hundreds of small matrices spends more on their
+        addresses. Where R is kept, one product makes all sides of a matrix. A few matrices are copied and
+        moved at a time, while the caches hold them."""
+        g, matrices = self.number[id(group)], [group.matrices[i] for i in positions]  # type: ignore[index]
         moved = [middles[g] for middles in self.middles if g in middles]
-        if not moved:
-            return
         # points without a draw are first (base.distinct)
-        assert all(g in middles for middles in self.middles[-len(moved) :])
-        target = out[len(self.points) - len(moved) :].view(-1, *first.shape)
-        with torch.autocast(out.device.type, enabled=False):
-            some = torch.stack(
-                [m[index] if isinstance(m, Tensor) else torch.stack([m[i] for i in positions]) for m in moved]
-            )
-            before = some[..., : first.rows, :] if left is None else left if right is None else left @ some
-            after = some[..., -first.columns :, :] if right is None else right
-            before, after = (
-                t.expand(*some.shape[:2], *t.shape[-2:]).reshape(-1, *t.shape[-2:]) for t in (before, after)
-            )
-            target.baddbmm_(before, after.mT, beta=first.shrink)
+        assert not moved or all(g in middles for middles in self.middles[-len(moved) :])
+        kept = [m.left for m in matrices] + [m.right for m in matrices]
+        key = "bases", positions[0], len(moved), out.shape[1]
+        bases: _Bases | None = group.memo.get(key)
+        if bases is None or bases.out is not out or not same(kept, bases.kept):
+            theta = [group.theta[i] for i in positions]
+            bases = group.memo[key] = _Bases(theta, matrices, positions, out, len(moved))
+        if g in self.cores:
+            some = self.cores[g].index_select(0, bases.index)
+        elif moved:
+            parts = [
+                m.index_select(0, bases.index) if isinstance(m, Tensor) else [m[i] for i in positions]
+                for m in moved
+            ]
+            some = torch.stack([m if isinstance(m, Tensor) else torch.stack(m) for m in parts], 1)
+        # autocast would multiply in 16 bits
+        with off(out.device.type) if is_on(out.device.type) else nullcontext():
+            bases.fill(bases.products(some) if moved else [], matrices[0].shrink)
 
     def rank(self, group: Group, i: int) -> int:
         """Returns the rank of the thin products of a side, at points of one draw at most."""
@@ -182,8 +182,59 @@ class Factors:
         return parts
 
 
-def _bases(kept: Sequence[Tensor | None]) -> Tensor | None:
-    """Returns the kept factors of matrices of one shape in one tensor; None where each step draws them."""
+class _Bases:
+    """What lasts of Factors.stack(): kept factors of matrices of one shape, and the pieces of the results.
+
+    moved  sides that are not W itself: the last ones
+    left   (matrices * moved, rows, r), and right (matrices, columns, r); None where each step draws it"""
+
+    def __init__(
+        self, theta: Sequence[Tensor], matrices: Sequence[Matrix], positions: Sequence[int], out: Tensor,
+        moved: int
+    ) -> None:  # fmt: skip
+        lefts, rights = [m.left for m in matrices], [m.right for m in matrices]
+        self.kept, self.out, (rows, columns) = lefts + rights, out, matrices[0].shape
+        self.rows, self.columns, self.moved = rows, columns, moved
+        self.index = constant(tuple(positions), torch.int64, out.device)
+        self.left, self.right = _stacked([left for left in lefts for _ in range(moved)]), _stacked(rights)
+        self.before = None if self.left is None else torch.empty_like(self.left)
+        (count, sides), size = out.shape[:2], out[0].numel()
+        step = PIECE // size if 2 * size <= PIECE else count
+        last = out[:, sides - moved :]
+        several = [] if not moved else [last] if self.right is not None else last.unbind(1)
+        # the sides of a matrix lie below one another
+        targets = [target.flatten(1) for target in several]
+        self.pieces: list[tuple[slice, list[Tensor], Tensor, list[Tensor]]] = []
+        for start in range(0, count, step):
+            here = slice(start, start + step)
+            sources = [t for t in theta[here] for _ in range(sides)]
+            views = [target[here].unflatten(1, (-1, columns)) for target in targets]
+            self.pieces.append((here, sources, out[here].flatten(0, 1), views))
+
+    def products(self, some: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Returns (L C, R) of all moved sides below one another, or of each of them where R is drawn.
+
+        some  M of every matrix and side"""
+        if self.right is None:
+            lefts = [some[:, j, : self.rows] for j in range(self.moved)]
+            if self.left is not None:
+                lefts = [self.left[:: self.moved]] * self.moved
+            return [(left, some[:, j, -self.columns :]) for j, left in enumerate(lefts)]
+        before = some[..., : self.rows, :]
+        if self.left is not None:
+            before = torch.bmm(self.left, some.flatten(0, 1), out=self.before)
+        return [(before.reshape(len(self.right), -1, before.shape[-1]), self.right)]
+
+    def fill(self, products: Sequence[tuple[Tensor, Tensor]], shrink: float) -> None:
+        """out <- W, and where a side moved shrink W + L C R^T."""
+        for here, sources, copies, targets in self.pieces:
+            torch.stack(sources, out=copies)
+            for target, (left, right) in zip(targets, products):
+                target.baddbmm_(left[here], right[here].mT, beta=shrink)
+
+
+def _stacked(kept: Sequence[Tensor | None]) -> Tensor | None:
+    """Returns kept factors of one shape in one tensor; None where each step draws them."""
     here = [factor for factor in kept if factor is not None]
     return torch.stack(here) if here else None
 

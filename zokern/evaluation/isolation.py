@@ -48,7 +48,7 @@ class Isolation:
         self.found: list[Isolation] = []  # of roots that were found in this call
         if root is None:
             self.seed = rng.seed_of(plan.seed, plan.step, plan.part)
-            self.weights = Fingerprint(plan.memory())
+            self.weights = Fingerprint(plan.memory(), plan.places)
         self._remember(is_new=root is not None)
 
     def _remember(self, is_new: bool = False) -> None:
@@ -72,7 +72,7 @@ class Isolation:
         frozen = [t for t in slots if isinstance(t, Tensor) and id(t) not in trained]
         classed = set(map(id, self.state.classed))
         self.held = [(vars(t), vars(t).copy()) for t in frozen if id(t) in classed]
-        self.frozen = Fingerprint([part for t in frozen for part in inside_of(t)])
+        self.frozen = Fingerprint([part for t in frozen for part in inside_of(t)]).watch()
 
     def _settle(self) -> bool:
         """Whether a forward packed frozen weights: then the modules keep what they hold now."""
@@ -162,6 +162,7 @@ class Isolation:
         """Runs a body under no_grad and a context, from the step's random state."""
         self.calls = 0
         self.plan.readings += 1
+        self.weights.watch()
         rng.seed(self.seed)
         torch.clear_autocast_cache()  # an autocast region around the step would reuse casts of other weights
         try:

@@ -98,6 +98,7 @@ class Jvp(Master):
                 held += sum(t.nbytes * len(objects) for t, objects in zip(tangents, group.objects))
             self.held = max(self.held, held)
             isolation.weights.written()
+            isolation.weights.watch()
             with _Watch():
                 yield
 

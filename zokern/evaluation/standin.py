@@ -316,13 +316,15 @@ METADATA = {
 # Exchange ---------------------------------------------------------------------------------------------------
 
 
-def _places(copies: Copies) -> tuple[list[tuple[Any, int, int]], int, list[Tensor]]:
-    """Returns (parameter, group, position) of all, how many have resident copies, which are the first, and
-    the tensor that goes inside each; prepared once for the same copies.
+def _places(
+    copies: Copies, stacks: list[Tensor]
+) -> tuple[list[Any], int, list[tuple[Any, int, int]], list[Tensor]]:
+    """Returns the parameters; how many have resident copies, which are the first; (parameter, group,
+    position) of the others; and what goes inside each. Prepared once for the same copies.
 
     Raises Refused for parameters that cannot hold another tensor."""
-    groups, stacks = copies.plan.groups, list(copies.resident.values())
-    memo, key = groups[0].memo, ("places", copies.level is None)
+    groups, level = copies.plan.groups, copies.level
+    memo, key = groups[0].memo, ("places", level)
     if key not in memo or not same(stacks, memo[key][0]):
         places = [
             (p, g, i) for g, group in enumerate(groups) for i, tied in enumerate(group.objects) for p in tied
@@ -335,10 +337,9 @@ def _places(copies: Copies) -> tuple[list[tuple[Any, int, int]], int, list[Tenso
                 )
         places.sort(key=lambda place: not Use(copies, *place[1:]).is_whole())
         own = sum(Use(copies, g, i).is_whole() for _, g, i in places)
-        insides = [copies.resident[g, i] for _, g, i in places[:own]]
-        insides = insides if copies.level is not None else [stack[0] for stack in insides]
+        insides = [copies.mapped(copies.resident[g, i]) for _, g, i in places[:own]]
         insides += [_bodiless(groups[g].theta[i]) for _, g, i in places[own:]]
-        memo[key] = stacks, (places, own, insides)
+        memo[key] = stacks, ([parameter for parameter, _, _ in places], own, places[own:], insides)
     return memo[key][1]
 
 
@@ -346,30 +347,27 @@ def _places(copies: Copies) -> tuple[list[tuple[Any, int, int]], int, list[Tenso
 def standing_in(copies: Copies) -> Iterator[None]:
     """Puts the copies into the trained parameters; on the way out takes them back and looks whether the
     closure wrote to one."""
-    places, own, insides = _places(copies)
-    parameters, stacks = [parameter for parameter, _, _ in places], list(copies.resident.values())
-    before, done, stand_ins = list(map(type, parameters)), list[None](), insides
-    if copies.level is not None:
-        mapped = map(torch._C._functorch._add_batch_dim, insides[:own], repeat(0), repeat(copies.level))
-        stand_ins = [*mapped, *insides[own:]]
+    stacks = list(copies.resident.values())
+    parameters, own, others, insides = _places(copies, stacks)
+    before, done = list(map(type, parameters)), list[None]()
     try:
-        done.extend(map(swap, parameters, stand_ins))  # after an exception it has as many as were swapped
-        list(map(setattr, parameters, repeat("__class__"), [Copy] * own + [Perturbed] * len(places)))
-        for parameter, g, i in places[own:]:
+        done.extend(map(swap, parameters, insides))  # after an exception it has as many as were swapped
+        list(map(setattr, parameters, repeat("__class__"), [Copy] * own + [Perturbed] * len(others)))
+        for parameter, g, i in others:
             parameter._use = Use(copies, g, i)
         _number(parameters)
         versions = versions_of(stacks)
         yield
-        for (g, i), now, then in zip(copies.resident, versions_of(stacks), versions):
-            if now != then:
-                raise _writes(copies.plan.groups[g].names[i])
+        if (now := versions_of(stacks)) != versions:
+            g, i = next(place for place, a, b in zip(copies.resident, now, versions) if a != b)
+            raise _writes(copies.plan.groups[g].names[i])
     finally:
-        for parameter, _, _ in places[own:]:
+        for parameter, _, _ in others:
             vars(parameter).pop("_use", None)
         list(map(setattr, parameters, repeat("__class__"), before))
-        list(map(swap, parameters[: len(done)], stand_ins))
+        list(map(swap, parameters[: len(done)], insides))
         if any(map(_asks, insides[:own])):  # a closure may have said so of what stood in
-            del copies.plan.groups[0].memo["places", copies.level is None]
+            del copies.plan.groups[0].memo["places", copies.level]
 
 
 _asks = attrgetter("requires_grad")

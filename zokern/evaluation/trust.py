@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from operator import attrgetter
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ..devices import free_memory
+from ..modules import State
 from ..plan import Plan
 from .base import THETA, WAY_OUT, NotRepeatable, Point, Refused
 from .isolation import Isolation
@@ -43,6 +43,7 @@ class Trust:
     def __init__(self, check: bool = True) -> None:
         self.check = check
         self.flags: list[bool] = []
+        self.seen: State | None = None  # a state of the modules with these flags
         # parameters that were moved in a comparison: a step may move one part after another
         self.names: set[str] = set()
         self.step = -1
@@ -57,8 +58,14 @@ class Trust:
         )
 
     def _is_recent(self, plan: Plan) -> bool:
-        flags = list(map(attrgetter("training"), plan.tree.modules))
-        return self.step >= 0 and 0 <= plan.step - self.step < EVERY and flags == self.flags
+        if not 0 <= plan.step - self.step < EVERY or self.step < 0:
+            return False
+        tree = plan.tree
+        if tree.seen is None or tree.seen is not self.seen:
+            if [module.training for module in tree.modules] != self.flags:
+                return False
+            self.seen = tree.seen if tree.is_plain else None
+        return True
 
     def verify(
         self, evaluation: Reads, plan: Plan, points: Sequence[Point], closure: Callable[[], object]

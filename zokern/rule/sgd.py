@@ -15,7 +15,7 @@ from ..directions import Matrix
 from ..group import Group, ends_of
 from ..plan import Plan
 from .state import Keeps
-from .waiting import add_, deposit, is_nothing, total
+from .waiting import add_, deposit, is_nothing, summed, total
 
 
 class Sgd:
@@ -40,7 +40,7 @@ class Sgd:
             return group.write(noise, plan.rounding) if group.matrices is not None and not defer else 0
         if group.matrices is None:
             return group.axpy_(plan.noise(plan.draws()), told.amounts, decay, plan.rounding, told.control)
-        return deposit(plan, group, total(plan, group, told.amounts), weights.kept(decay), defer)
+        return deposit(plan, group, summed(plan, group, told.amounts), weights.kept(decay), defer)
 
     def descend(
         self, plan: Plan, group: Group, weights: Sequence[float], gradient: Tensor, weight: float, lr: float,

@@ -20,40 +20,53 @@ def total(plan: Plan, group: Group, amounts: Sequence[float] | Tensor) -> list[T
     """sum_k amounts[k] draw_k of each matrix, in the small space, float32, in the order of the queries.
 
     amounts  rounded to float32; a tensor is float32 [draws], on the group's device"""
+    sums = summed(plan, group, amounts)
+    return list(sums[0].unbind(0)) if is_whole(sums) else sums
+
+
+def is_whole(updates: Sequence[Tensor]) -> bool:
+    """Whether one tensor (matrices, r, r) holds the updates of all matrices."""
+    return len(updates) == 1 and updates[0].dim() == 3
+
+
+def summed(plan: Plan, group: Group, amounts: Sequence[float] | Tensor) -> list[Tensor]:
+    """Returns total(), of even matrices in one tensor."""
     assert group.matrices is not None and plan.factored is not None
     if not isinstance(amounts, Tensor):
         amounts, _ = on_device(amounts, group.theta[0].device)
     sums: list[Tensor] = []
     for word, amount in zip(plan.words, amounts.unbind(0)):
         sums = plan.factored.plus(group.matrices, sums, group.stacked(plan, word), amount)
-    return Stack(sums[0]) if sums[0].dim() == 3 else sums
+    return sums
 
 
 def deposit(plan: Plan, group: Group, updates: Sequence[Tensor], decay: float, defer: bool) -> Tensor | int:
     """pending <- decay pending + update, shrink <- decay shrink; written at once unless it may wait.
+
+    updates  of each matrix, or of all in one tensor (summed)
 
     Returns how many weights that were written are inf or NaN, or how many matrices wait with such
     updates."""
     assert group.matrices is not None
     earlier = [matrix.pending for matrix in group.matrices if matrix.pending is not None]
     assert len(earlier) in (0, len(group.matrices)), "matrices of a group are deferred together"
-    sums = [updates.whole] if isinstance(updates, Stack) else list(updates)
+    sums, whole = list(updates), is_whole(updates)
     if earlier:
-        waiting = group.together() if isinstance(updates, Stack) else earlier
+        waiting = group.together() if whole else earlier
         sums = list(torch._foreach_add(waiting if decay == 1.0 else torch._foreach_mul(waiting, decay), sums))
-    updates = Stack(sums[0]) if isinstance(updates, Stack) else sums
-    group.memo["pending"] = updates if isinstance(updates, Stack) else None
-    for matrix, tensor, update in zip(group.matrices, group.tensors, updates):
+    each = Stack(sums[0]) if whole else sums
+    group.memo["pending"] = each if whole else None
+    for matrix, tensor, update in zip(group.matrices, group.tensors, each):
         if matrix.pending is None:
             matrix.version = tensor._version
         matrix.pending = update
         matrix.shrink *= decay
     if not defer:
         return group.write(plan.noise([(plan.step, 0)], None), plan.rounding)
-    if isinstance(updates, Stack):
-        largest = updates.whole.abs().amax((1, 2))
+    if whole:
+        largest = sums[0].abs().amax((1, 2))
     else:
-        largest = torch.stack(torch._foreach_norm(list(updates), math.inf))
+        largest = torch.stack(torch._foreach_norm(sums, math.inf))
     return (~torch.isfinite(largest)).sum()
 
 
@@ -102,4 +115,4 @@ def is_nothing(amounts: Sequence[float], decay: float) -> bool:
     )
 
 
-__all__ = ["add_", "deposit", "is_nothing", "total"]
+__all__ = ["add_", "deposit", "is_nothing", "summed", "total"]
