@@ -87,7 +87,7 @@ class Perturbed(Copy):
             elif name in METADATA:
                 return func(*args, **kwargs)
             elif name == "__set__":
-                raise _writes(args[0]._use.name, " (= ...)")
+                raise writes(args[0]._use.name, " (= ...)")
             elif (handler := HANDLERS.get(func)) is not None:
                 if (result := handler(func, args, kwargs)) is not NotImplemented:
                     return result
@@ -101,7 +101,7 @@ class Perturbed(Copy):
         values, spec = tree_flatten((args, kwargs or {}))
         found = next(v for v in values if isinstance(v, Perturbed))
         if func._schema.is_mutable:
-            raise _writes(found._use.name, f" ({func})")
+            raise writes(found._use.name, f" ({func})")
         if found._use.copies.level is not None:
             raise Refused(
                 f"{func} reads the trained parameter {found._use.name!r} below torch.vmap: use "
@@ -113,7 +113,7 @@ class Perturbed(Copy):
         return func(*args, **kwargs)
 
 
-def _writes(name: str, how: str = "") -> RuntimeError:
+def writes(name: str, how: str = "") -> RuntimeError:
     return RuntimeError(
         f"the closure writes to the trained parameter {name!r}{how}: the loss of a step must only read the "
         "weights; the step was abandoned and no weight has changed"
@@ -140,7 +140,7 @@ def _with_copies(func, name: str, args: tuple, kwargs: dict, cast: torch.dtype |
     result = func(*args, **kwargs)
     for value, copy, version in copies:
         if _version(copy) != version:
-            raise _writes(value._use.name, f" ({name})")
+            raise writes(value._use.name, f" ({name})")
     if any(result is copy for _, copy, _ in copies):
         # a conversion from 16 bits makes a tensor of its own, which the closure may write to
         result = result.clone()
@@ -227,7 +227,7 @@ def _embedding(func, args: tuple, kwargs: dict):
     if not isinstance(weight, Perturbed):
         return NotImplemented
     if names.get("max_norm") is not None:
-        raise _writes(weight._use.name, " (embedding with max_norm)")
+        raise writes(weight._use.name, " (embedding with max_norm)")
     return _lookup(weight, index)
 
 
@@ -316,7 +316,7 @@ METADATA = {
 # Exchange ---------------------------------------------------------------------------------------------------
 
 
-def _places(copies: Copies) -> tuple[list[tuple[Any, int, int]], int, list[Tensor]]:
+def places_of(copies: Copies) -> tuple[list[tuple[Any, int, int]], int, list[Tensor]]:
     """Returns (parameter, group, position) of all, how many have resident copies, which are the first, and
     the tensor that goes inside each; prepared once for the same copies.
 
@@ -346,7 +346,7 @@ def _places(copies: Copies) -> tuple[list[tuple[Any, int, int]], int, list[Tenso
 def standing_in(copies: Copies) -> Iterator[None]:
     """Puts the copies into the trained parameters; on the way out takes them back and looks whether the
     closure wrote to one."""
-    places, own, insides = _places(copies)
+    places, own, insides = places_of(copies)
     parameters, stacks = [parameter for parameter, _, _ in places], list(copies.resident.values())
     before, done, stand_ins = list(map(type, parameters)), list[None](), insides
     if copies.level is not None:
@@ -362,7 +362,7 @@ def standing_in(copies: Copies) -> Iterator[None]:
         yield
         for (g, i), now, then in zip(copies.resident, versions_of(stacks), versions):
             if now != then:
-                raise _writes(copies.plan.groups[g].names[i])
+                raise writes(copies.plan.groups[g].names[i])
     finally:
         for parameter, _, _ in places[own:]:
             vars(parameter).pop("_use", None)
@@ -396,4 +396,4 @@ def _bodiless(theta: Tensor) -> Tensor:
     return made
 
 
-__all__ = ["Perturbed", "standing_in"]
+__all__ = ["Perturbed", "places_of", "standing_in", "swap", "writes"]
