@@ -172,11 +172,12 @@ def _upcast(func, args: tuple, kwargs: dict) -> torch.dtype | None:
 
 
 def _mixes(func, values: list) -> bool:
-    """Whether torch itself computes this in float32 and rounds once: a layer norm of 16 bits with float32
-    vectors, on the CPU."""
-    if func is not F.layer_norm and func is not torch.layer_norm:
-        return False
+    """Whether torch itself computes this in float32: sums and products, on the CPU layer norms of vectors."""
     tensors = [v for v in values if isinstance(v, Tensor)]
+    if func in PRODUCTS:  # a tensor without dimensions takes the dtype of the other one
+        return all(v.dim() for v in tensors if isinstance(v, Perturbed) and v._use.is_wide())
+    if func not in (F.layer_norm, torch.layer_norm):
+        return False
     return tensors[0].is_cpu and all(isinstance(v, Perturbed) and v._use.is_wide() for v in tensors[1:])
 
 
