@@ -46,6 +46,7 @@ LONGEST = (
     "test_methods",
     "test_trainer",
     "test_evaluations",
+    "test_compiled",
     "test_ptx",
     "test_wrong",
     "test_project_triton",

@@ -109,6 +109,7 @@ class Tree:
         self.owners, self.keys = [d for d, _ in owned], [key for _, key in owned]
         self.size, self.slots, self.links = self.count(), flat(self.parameters), flat(self.children)
         self.is_warm = False  # whether a step has run a forward of the modules
+        self.is_compiled: bool | None = None  # whether torch.compile made one, or called one; None: not asked
         self.seen: State | None = None
         # by id of a buffer: it, its version then, and its copy
         self.copies: dict[int, tuple[Tensor, int, Tensor]] = {}

@@ -160,7 +160,7 @@ class StepResult:
     skipped       True when a loss, a coefficient, or lr times one, was NaN or infinite in float32: the
                   weights are as they were
     evaluation    the way in which the losses were read
-    why           evaluation 'auto': the reason for the choice
+    why           evaluation 'auto': the reason for the choice; and why torch.compile's graphs did not run
     backend       what ran the kernels: 'cpu', 'cuda', 'triton' or 'reference'
     scratch_bytes  most extra memory that the evaluation held at once, in bytes
     unseen        first step: trained parameters that the loss did not read (they are updated all the same)

@@ -10,7 +10,6 @@ import itertools
 import random
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
 from unittest.mock import patch
 
 import models
@@ -313,69 +312,6 @@ def test_generation_is_read_by_master() -> None:
     optimizer = zokern.MeZO(model, lr=0.0)
     records = [zokern.step(optimizer, closure) for _ in range(3)]
     assert {r.evaluation for r in records} == {"master"} and "forwards in one closure" in records[-1].why
-
-
-@pytest.mark.parametrize("way", ["master", "inplace"])
-def test_a_compiled_model_stays_compiled(way: str) -> None:
-    """Its graph runs at every reading, and is not made again."""
-    torch.compiler.reset()  # other tests' graphs count towards the limit of recompilations
-    made, ran = [], []
-
-    def backend(graph, inputs):
-        made.append(1)
-        return lambda *args: (ran.append(1), graph.forward(*args))[1]
-
-    model = build(lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)))
-    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
-    compiled = torch.compile(model, backend=backend)
-    optimizer = zokern.MeZO(compiled, lr=1e-3, evaluation=way)
-    zokern.step(optimizer, lambda: compiled(x).square().mean())
-    graphs = len(made)
-    for _ in range(3):
-        ran.clear()
-        zokern.step(optimizer, lambda: compiled(x).square().mean())
-        assert len(ran) == 2
-    assert len(made) == graphs
-
-
-def in_place(module: nn.Module) -> nn.Module:
-    module.compile(backend="aot_eager")
-    return module
-
-
-# the model that the closure calls, and what the closure becomes
-COMPILED: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "wrapper": (lambda m: torch.compile(m, backend="aot_eager"), lambda loss: loss),
-    "in place": (in_place, lambda loss: loss),
-    "layers": (lambda m: (in_place(m[0]), m)[1], lambda loss: loss),
-    "closure": (lambda m: m, lambda loss: torch.compile(loss, backend="aot_eager")),
-}
-
-
-def check_compiled_way(kind: str) -> None:
-    torch.compiler.reset()
-    model = build(lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)))
-    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
-    run = COMPILED[kind][0](model)
-    loss = COMPILED[kind][1](lambda: run(x).square().mean())
-    optimizer = zokern.MeZO(model, lr=1e-3)
-    results = [zokern.step(optimizer, loss) for _ in range(3)]
-    assert [result.evaluation for result in results] == ["master"] * 3, results[-1].why
-    assert "torch.compile" in results[-1].why
-
-
-@pytest.mark.parametrize("kind", COMPILED)
-def test_auto_runs_the_graphs_of_a_compiled_model(kind: str) -> None:
-    check_compiled_way(kind)
-
-
-def test_auto_that_drops_graphs_is_rejected(monkeypatch) -> None:
-    right = zokern.evaluation.auto._choose
-    monkeypatch.setattr(
-        zokern.evaluation.auto, "_choose", lambda plan, seen, safe: right(plan, (*seen[:2], 0), safe)
-    )
-    with pytest.raises(AssertionError):
-        check_compiled_way("closure")
 
 
 # Nothing moves ----------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from models import build, same_bits
 from readings import check_refusal
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import zokern
 from zokern.backends import Sides, Span, Thin, Weight, cpu
@@ -237,6 +238,54 @@ def test_a_rounded_copy_is_rejected(monkeypatch) -> None:
     monkeypatch.setattr(standin, "PRODUCTS", set())
     with pytest.raises(AssertionError):
         test_small_16_bit_weights_meet_float32_unrounded("times float32", "scratch")
+
+
+class Conversions(TorchDispatchMode):
+    """Counts conversions to another dtype."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._to_copy.default
+        return func(*args, **(kwargs or {}))
+
+
+def check_product_of_16_bits(shape: tuple[int, ...], conversions: int, evaluation: str) -> None:
+    """A product with a vector is computed in float32 by one operation, and rounded by another."""
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
+    weight, counted = nn.Parameter(torch.ones(shape, dtype=torch.bfloat16)), []
+
+    def loss() -> Tensor:
+        with Conversions() as mode:
+            y = weight * x
+        counted.append(mode.count)
+        return y.float().square().sum() + y.float()[0].sum()
+
+    optimizer = zokern.MeZO(
+        [("w", weight)], lr=0.0, eps=2.0**-5, seed=5, evaluation=WAYS[evaluation](), paired_check=None
+    )
+    losses = zokern.step(optimizer, loss).losses[0]
+    assert counted[0] == conversions
+    z = zokern.draw("normal", shape, seed=5, who="w", step=0)
+    for found, sign in zip(losses, (1, -1)):
+        y = ((1 + sign * 2.0**-5 * z) * x.float()).bfloat16().float()
+        assert found == pytest.approx(float(y.square().sum() + y[0].sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("evaluation", ["scratch", "paired"])
+@pytest.mark.parametrize("shape, conversions", [((64,), 1), ((), 2)])
+def test_a_product_of_16_bits_converts_its_result_alone(
+    shape: tuple[int, ...], conversions: int, evaluation: str
+) -> None:
+    """A number is no vector: torch would round it to the dtype of the other factor."""
+    check_product_of_16_bits(shape, conversions, evaluation)
+
+
+@pytest.mark.parametrize("wrong", [True, False])
+def test_products_with_other_conversions_are_rejected(monkeypatch, wrong: bool) -> None:
+    monkeypatch.setattr(standin, "_mixes", lambda func, values: wrong)
+    with pytest.raises(AssertionError):
+        check_product_of_16_bits(() if wrong else (64,), 2 if wrong else 1, "scratch")
 
 
 NORMED = {

@@ -47,7 +47,7 @@ class Auto:
 
     The first step is read by 'master'. The inputs of the model and its number of calls then decide:
     'master' for several forwards in a closure, 'paired' for short batches, else 'scratch' on a CPU and
-    'master' on a GPU. What torch.compile made stays with 'master': the others do not run its graphs. A
+    'master' on a GPU. What torch.compile made stays with 'master', where its graphs run as they are. A
     way that fails gives its place to the next, with one warning. Derivatives are read as by zokern.Jvp.
     Weights are as before after every reading.
     Raises ValueError for a budget below 1 MB, and in a step what the closure raises."""
@@ -111,11 +111,11 @@ class Auto:
                     raise
                 failed.append((way.name, problem))
                 self.order = left
-        self.record = replace(way.record, why=self.why)
+        self.record = self._told(way)
         if failed:  # the next way could read what these could not: the closure is not at fault
             causes = "; ".join(f"{name!r}: {_first_line(problem)}" for name, problem in failed)
             self.why = f"{way.name!r}, because others failed: {causes}"
-            self.record = replace(way.record, why=self.why)
+            self.record = self._told(way)
             warn(
                 f"this closure is read by evaluation {way.name!r} from now on, because others cannot: "
                 f"{causes}"
@@ -129,6 +129,10 @@ class Auto:
         found = self.jvp.slopes(plan, words, closure)
         self.record = replace(self.jvp.record, why="'jvp': the estimator asks for slopes")
         return found
+
+    def _told(self, way: Any) -> Record:
+        """Returns the record of the way that ran, with the reason for the choice before its own."""
+        return replace(way.record, why="; ".join(filter(None, (self.why, way.record.why))))
 
     def _begin(self, plan: Plan) -> None:
         safe = "master" if plan.sharded or fits(plan) else "scratch"
@@ -145,7 +149,7 @@ def _choose(plan: Plan, seen: Sequence[int], safe: str) -> tuple[list[str], str]
     if calls > 2 and safe == "master":
         return rest, f"'master': {calls} forwards in one closure"
     if safe == "master" and (compiled or any(map(is_compiled, plan.tree.modules))):
-        return rest, "'master': torch.compile's graphs run under no other evaluation but 'inplace'"
+        return rest, "'master': torch.compile's graphs run there as they are"
     on_cpu = plan.groups[0].theta[0].device.type == "cpu"
     most = ROWS if plan.factored is None else FACTORED
     if rows <= most:

@@ -65,7 +65,7 @@ class Record:
     """How the losses of the last call were obtained.
 
     evaluation     the way that ran
-    why            evaluation 'auto': the reason for the choice
+    why            evaluation 'auto': the reason for the choice; and why torch.compile's graphs did not run
     scratch_bytes  most extra memory that was held at once
     whole          large parameters that were copied in one piece because their use cannot be tiled
     swallowed      share of sampled 16-bit weights that the perturbation left as they were, and what is said

@@ -130,6 +130,7 @@ class Isolation:
                 yield
         finally:
             torch.clear_autocast_cache()
+            self.plan.tree.is_compiled = self.compiled or self.plan.tree.is_compiled
             for hook in hooks:
                 hook.remove()
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..shards import is_sharded
+from .base import Refused
 
 
 def loss_tensor(loss: Any, rows: bool = False) -> Tensor:
@@ -61,9 +62,17 @@ def loss_tensor(loss: Any, rows: bool = False) -> Tensor:
     return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
+def one_number(loss: Any) -> Refused:
+    """Says that a number, where one call reads all sides, would be one for all of them."""
+    return Refused(
+        f"the closure returned {type(loss).__name__} {loss!r:.40}, one number for all sides of a step: "
+        "return a tensor, or use evaluation='master'"
+    )
+
+
 def mean_of(closure: Callable[[], Any]) -> Callable[[], Any]:
     """Returns the closure of the mean loss, from one that returns the loss of each example."""
     return lambda: loss_tensor(closure(), rows=True).mean()
 
 
-__all__ = ["loss_tensor", "mean_of"]
+__all__ = ["loss_tensor", "mean_of", "one_number"]

@@ -14,24 +14,19 @@ memory, a loss that is a Python number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch._functorch import vmap
 
-from ..plan import Plan
 from . import standin
 from .attention import folding
-from .base import WAY_OUT, Point, Record, Refused, distinct
+from .base import WAY_OUT, Refused
 from .copies import Copies
-from .isolation import Isolation
-from .loss import loss_tensor
+from .loss import loss_tensor, one_number
 from .scratch import Scratch
 from .standin import standing_in
 
@@ -46,7 +41,7 @@ class Paired(Scratch):
     check   True: compare with 'master', as in zokern.Scratch
 
     The weights are never written: copies, or products made at their use, stand in their place. What
-    torch.compile made runs as the Python that it was made from.
+    torch.compile made stays compiled: its graphs read all sides (docs/internals.md).
     Raises ValueError for arguments out of range. A step raises zokern.Refused where torch.vmap cannot map
     the closure: a branch on a value, `.item()`, an in-place write, a loss that is a Python number."""
 
@@ -58,58 +53,31 @@ class Paired(Scratch):
         super().__init__(budget, check)
         self.sides = sides
 
-    def read(
-        self, plan: Plan, points: Sequence[Point], closure: Callable[[], object], isolation: Isolation
-    ) -> Tensor:
-        """Returns the losses without a comparison."""
-        each = distinct(points)
-        found: list[Tensor] = []
-        whole: set[str] = set()
-        largest = 0
-        with isolation.session(eager=True), _quiet():
-            for part in range(0, len(each), self.sides):
-                here = each[part : part + self.sides]
-                copies = Copies(plan, here, self.arena)
-                found.append(isolation.run(partial(_pass, copies, closure)))
-                whole |= copies.whole
-                largest = max(largest, self.arena.peak, copies.largest)
-        self.record = Record(self.name, scratch_bytes=largest, whole=tuple(sorted(whole)))
-        losses = found[0] if len(found) == 1 else torch.cat(found)
-        if each == list(points):
-            return losses
-        read = dict(zip(each, losses.unbind(0)))
-        return torch.stack([read[point] for point in points])
-
-
-def _pass(copies: Copies, closure: Callable[[], object]) -> Tensor:
-    """Returns the losses of all sides, from one call of the closure under torch.vmap."""
-
-    vmap.lazy_load_decompositions()
-    try:
-        # what torch.vmap does for a body that returns a tensor and takes none
-        with (
-            vmap.vmap_increment_nesting(copies.sides, "same") as copies.level,
-            standing_in(copies),
-            folding(),
-        ):
-            loss = closure()
-            if not isinstance(loss, Tensor):
-                raise Refused(
-                    f"the closure returned {type(loss).__name__} {loss!r:.40}, one number for all sides of a "
-                    "step: return a tensor, or use evaluation='master'"
-                )
-            found = loss_tensor(loss, copies.plan.rows)
-            return torch._C._functorch._remove_batch_dim(found, copies.level, copies.sides, 0)
-    except Refused:
-        raise
-    except Exception as problem:
-        if not _is_inside(problem, (torch, standin)):
+    def _pass(self, copies: Copies, closure: Callable[[], object]) -> Tensor:
+        """Returns the losses of all sides, from one call of the closure under torch.vmap."""
+        vmap.lazy_load_decompositions()
+        try:
+            # what torch.vmap does for a body that returns a tensor and takes none
+            with (
+                vmap.vmap_increment_nesting(copies.sides, "same") as copies.level,
+                standing_in(copies),
+                folding(),
+            ):
+                loss = closure()
+                if not isinstance(loss, Tensor):
+                    raise one_number(loss)
+                found = loss_tensor(loss, copies.plan.rows)
+                return torch._C._functorch._remove_batch_dim(found, copies.level, copies.sides, 0)
+        except Refused:
             raise
-        raise Refused(
-            f"torch.vmap cannot map the closure ({type(problem).__name__}: {problem}): {WAY_OUT}"
-        ) from problem
-    finally:
-        copies.level = None
+        except Exception as problem:
+            if not _is_inside(problem, (torch, standin)):
+                raise
+            raise Refused(
+                f"torch.vmap cannot map the closure ({type(problem).__name__}: {problem}): {WAY_OUT}"
+            ) from problem
+        finally:
+            copies.level = None
 
 
 def _is_inside(problem: BaseException, packages: Sequence[ModuleType]) -> bool:
@@ -119,17 +87,6 @@ def _is_inside(problem: BaseException, packages: Sequence[ModuleType]) -> bool:
         at = at.tb_next
     file = at.tb_frame.f_code.co_filename if at is not None else ""
     return file.startswith(tuple(str(Path(str(package.__file__)).parent) for package in packages))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps torch from warning about operations that it maps in a loop."""
-    functorch: Any = torch._C._functorch
-    functorch._set_vmap_fallback_warning_enabled(False)
-    try:
-        yield
-    finally:
-        functorch._set_vmap_fallback_warning_enabled(True)
 
 
 __all__ = ["Paired"]

@@ -13,21 +13,27 @@ so the weights are never written:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..parameters import is_compiled
 from ..plan import Plan
+from . import compiled
 from .arena import Arena
-from .base import Point, Record, distinct
+from .base import Point, Record, Refused, distinct
 from .copies import Copies
 from .isolation import Isolation
+from .loss import loss_tensor
 from .standin import standing_in
 from .trust import Trust
 
 MIB = 1 << 20
+SETS = 3  # of trained parameters: torch makes 8 graphs of a function, and then none
 
 
 class Scratch:
@@ -41,10 +47,12 @@ class Scratch:
             steps; a difference is an error
 
     The weights are never written. Copies of small tensors and tiles of large ones stand in their place.
+    What torch.compile made stays compiled (docs/internals.md).
     Raises ValueError for a budget out of range. A step raises zokern.Refused where a use cannot be
     followed, as in TorchScript modules and for parameters of a class of their own."""
 
     name, defers, exact, stands_in = "scratch", True, True, True
+    sides = 1  # points that are read in one pass
 
     def __init__(self, budget: int | None = None, check: bool = True) -> None:
         if budget is not None and (not isinstance(budget, int) or budget < MIB):
@@ -56,11 +64,13 @@ class Scratch:
         self.trust = Trust(check)
         self.record = Record(self.name)
         self.state: dict[str, Any] = {}
+        self.why = ""  # what torch.compile made runs as Python; empty: it does not
+        self.trained: set[tuple[str, ...]] = set()  # sets of parameters for which graphs were made
 
     def losses(self, plan: Plan, points: Sequence[Point], closure: Callable[[], object]) -> Tensor:
         """Returns the losses at the points, float64 [len(points)]; see Evaluation.losses."""
         if self.trust.is_new(plan):
-            self.trust.verify(self, plan, points, closure)
+            self._verify(plan, points, closure)
         elif plan.step != self.trust.step:
             for group in plan.groups:
                 # of a comparison, or of another evaluation: a copy of all weights
@@ -68,25 +78,94 @@ class Scratch:
         isolation = Isolation(plan)
         found = self.read(plan, points, closure, isolation)
         if isolation.rows > self.trust.rows and self.trust.check and plan.tape is None:
-            self.trust.verify(self, plan, points, closure)
+            before = self.why
+            self._verify(plan, points, closure)
+            if self.why != before:
+                found = self.read(plan, points, closure, Isolation(plan))
         self.trust.rows = max(self.trust.rows, isolation.rows)
         return found
+
+    def _verify(self, plan: Plan, points: Sequence[Point], closure: Callable[[], object]) -> None:
+        """Compares the losses with those of 'master'; graphs that read others run as Python."""
+        verify = partial(self.trust.verify, self, plan, points, closure)
+        try:
+            verify()
+        except Refused as problem:
+            if not self._runs_graphs(plan):
+                raise
+            self._without_graphs(problem, verify)
 
     def read(
         self, plan: Plan, points: Sequence[Point], closure: Callable[[], object], isolation: Isolation
     ) -> Tensor:
         """Returns the losses without a comparison."""
-        read: dict[Point, Tensor] = {}
+        read = partial(self._read, plan, points, closure, isolation)
+        if not self._runs_graphs(plan):
+            return read(graphs=False)
+        try:
+            return read(graphs=True)
+        except Exception as problem:
+            return self._without_graphs(problem, partial(read, graphs=False))
+
+    def _runs_graphs(self, plan: Plan) -> bool:
+        """Whether what torch.compile made stays compiled."""
+        if plan.tree.is_compiled is None:
+            plan.tree.is_compiled = any(map(is_compiled, plan.tree.modules))
+        return plan.tree.is_compiled and not self.why
+
+    def _without_graphs(self, problem: Exception, act: Callable[[], Any]) -> Any:
+        """Lets Python run in the place of graphs, from now on unless that fails too."""
+        said = " ".join(f"{type(problem).__name__}: {problem}".split())
+        self.why = f"torch.compile's graphs run as Python: {said[:300]}"
+        try:
+            return act()
+        except Exception:
+            self.why = ""
+            raise
+
+    def _read(
+        self, plan: Plan, points: Sequence[Point], closure: Callable[[], object], isolation: Isolation,
+        graphs: bool,
+    ) -> Tensor:  # fmt: skip
+        each = distinct(points)
+        found: list[Tensor] = []
         whole: set[str] = set()
         largest = 0
-        with isolation.session(eager=True):
-            for point in distinct(points):
-                copies = Copies(plan, [point], self.arena)
-                read[point] = isolation.read(closure, standing_in(copies))
+        if graphs:
+            self.trained.add(tuple(plan.names))
+            if len(self.trained) > SETS:  # as where each step moves other layers
+                raise Refused(f"more than {SETS} sets of trained parameters, each with graphs of its own")
+        with isolation.session(eager=not graphs), _quiet():
+            for part in range(0, len(each), self.sides):
+                here = each[part : part + self.sides]
+                copies = Copies(plan, here, self.arena)
+                found.append(
+                    isolation.run(partial(compiled.losses if graphs else self._pass, copies, closure))
+                )
                 whole |= copies.whole
                 largest = max(largest, self.arena.peak, copies.largest)
-        self.record = Record(self.name, scratch_bytes=largest, whole=tuple(sorted(whole)))
+        self.record = Record(self.name, self.why, largest, tuple(sorted(whole)))
+        losses = found[0] if len(found) == 1 else torch.cat(found)
+        if each == list(points):
+            return losses
+        read = dict(zip(each, losses.unbind(0)))
         return torch.stack([read[point] for point in points])
+
+    def _pass(self, copies: Copies, closure: Callable[[], object]) -> Tensor:
+        """Returns the losses of all sides of a pass."""
+        with standing_in(copies):
+            return loss_tensor(closure(), copies.plan.rows).unsqueeze(0)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps torch from warning about operations that it maps in a loop."""
+    functorch: Any = torch._C._functorch
+    functorch._set_vmap_fallback_warning_enabled(False)
+    try:
+        yield
+    finally:
+        functorch._set_vmap_fallback_warning_enabled(True)
 
 
 __all__ = ["MIB", "Scratch"]

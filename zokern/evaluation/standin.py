@@ -87,7 +87,7 @@ class Perturbed(Copy):
             elif name in METADATA:
                 return func(*args, **kwargs)
             elif name == "__set__":
-                raise _writes(args[0]._use.name, " (= ...)")
+                raise writes(args[0]._use.name, " (= ...)")
             elif (handler := HANDLERS.get(func)) is not None:
                 if (result := handler(func, args, kwargs)) is not NotImplemented:
                     return result
@@ -101,7 +101,7 @@ class Perturbed(Copy):
         values, spec = tree_flatten((args, kwargs or {}))
         found = next(v for v in values if isinstance(v, Perturbed))
         if func._schema.is_mutable:
-            raise _writes(found._use.name, f" ({func})")
+            raise writes(found._use.name, f" ({func})")
         if found._use.copies.level is not None:
             raise Refused(
                 f"{func} reads the trained parameter {found._use.name!r} below torch.vmap: use "
@@ -113,7 +113,7 @@ class Perturbed(Copy):
         return func(*args, **kwargs)
 
 
-def _writes(name: str, how: str = "") -> RuntimeError:
+def writes(name: str, how: str = "") -> RuntimeError:
     return RuntimeError(
         f"the closure writes to the trained parameter {name!r}{how}: the loss of a step must only read the "
         "weights; the step was abandoned and no weight has changed"
@@ -140,7 +140,7 @@ def _with_copies(func, name: str, args: tuple, kwargs: dict, cast: torch.dtype |
     result = func(*args, **kwargs)
     for value, copy, version in copies:
         if _version(copy) != version:
-            raise _writes(value._use.name, f" ({name})")
+            raise writes(value._use.name, f" ({name})")
     if any(result is copy for _, copy, _ in copies):
         # a conversion from 16 bits makes a tensor of its own, which the closure may write to
         result = result.clone()
@@ -172,11 +172,12 @@ def _upcast(func, args: tuple, kwargs: dict) -> torch.dtype | None:
 
 
 def _mixes(func, values: list) -> bool:
-    """Whether torch itself computes this in float32 and rounds once: a layer norm of 16 bits with float32
-    vectors, on the CPU."""
-    if func is not F.layer_norm and func is not torch.layer_norm:
-        return False
+    """Whether torch itself computes this in float32: sums and products, on the CPU layer norms of vectors."""
     tensors = [v for v in values if isinstance(v, Tensor)]
+    if func in PRODUCTS:  # a tensor without dimensions takes the dtype of the other one
+        return all(v.dim() for v in tensors if isinstance(v, Perturbed) and v._use.is_wide())
+    if func not in (F.layer_norm, torch.layer_norm):
+        return False
     return tensors[0].is_cpu and all(isinstance(v, Perturbed) and v._use.is_wide() for v in tensors[1:])
 
 
@@ -227,7 +228,7 @@ def _embedding(func, args: tuple, kwargs: dict):
     if not isinstance(weight, Perturbed):
         return NotImplemented
     if names.get("max_norm") is not None:
-        raise _writes(weight._use.name, " (embedding with max_norm)")
+        raise writes(weight._use.name, " (embedding with max_norm)")
     return _lookup(weight, index)
 
 
@@ -316,11 +317,11 @@ METADATA = {
 # Exchange ---------------------------------------------------------------------------------------------------
 
 
-def _places(
+def places_of(
     copies: Copies, stacks: list[Tensor]
 ) -> tuple[list[Any], int, list[tuple[Any, int, int]], list[Tensor]]:
     """Returns the parameters; how many have resident copies, which are the first; (parameter, group,
-    position) of the others; and what goes inside each. Prepared once for the same copies.
+    position) of all; and what goes inside each. Prepared once for the same copies.
 
     Raises Refused for parameters that cannot hold another tensor."""
     groups, level = copies.plan.groups, copies.level
@@ -339,7 +340,7 @@ def _places(
         own = sum(Use(copies, g, i).is_whole() for _, g, i in places)
         insides = [copies.mapped(copies.resident[g, i]) for _, g, i in places[:own]]
         insides += [_bodiless(groups[g].theta[i]) for _, g, i in places[own:]]
-        memo[key] = stacks, ([parameter for parameter, _, _ in places], own, places[own:], insides)
+        memo[key] = stacks, ([parameter for parameter, _, _ in places], own, places, insides)
     return memo[key][1]
 
 
@@ -348,8 +349,8 @@ def standing_in(copies: Copies) -> Iterator[None]:
     """Puts the copies into the trained parameters; on the way out takes them back and looks whether the
     closure wrote to one."""
     stacks = list(copies.resident.values())
-    parameters, own, others, insides = _places(copies, stacks)
-    before, done = list(map(type, parameters)), list[None]()
+    parameters, own, places, insides = places_of(copies, stacks)
+    others, before, done = places[own:], list(map(type, parameters)), list[None]()
     try:
         done.extend(map(swap, parameters, insides))  # after an exception it has as many as were swapped
         list(map(setattr, parameters, repeat("__class__"), [Copy] * own + [Perturbed] * len(others)))
@@ -360,7 +361,7 @@ def standing_in(copies: Copies) -> Iterator[None]:
         yield
         if (now := versions_of(stacks)) != versions:
             g, i = next(place for place, a, b in zip(copies.resident, now, versions) if a != b)
-            raise _writes(copies.plan.groups[g].names[i])
+            raise writes(copies.plan.groups[g].names[i])
     finally:
         for parameter, _, _ in others:
             vars(parameter).pop("_use", None)
@@ -394,4 +395,4 @@ def _bodiless(theta: Tensor) -> Tensor:
     return made
 
 
-__all__ = ["Perturbed", "standing_in"]
+__all__ = ["Perturbed", "places_of", "standing_in", "swap", "writes"]
