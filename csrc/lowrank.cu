@@ -11,7 +11,14 @@
 //          the sixteen sums of a lane are eight columns of two rows. Column 2 t + e of n-tile j is
 //          16-bit    column 8 t + 2 j + e of the step: sixteen bytes in a row
 //          float32   column 16 (j div 2) + 4 t + 2 (j mod 2) + e: twice sixteen bytes
-//          There is no shared memory and no shuffle
+//          There is no shuffle
+// left     a block loads and splits the rows of `left` once for a tile, into shared memory (Panel). Its eight
+//          warps read their fragments from there. A float32 theta of rank 128 has half a tile at a time
+// counted  the split once for a tile pays at every rank (counted, not measured). If each warp split the rows
+//          that it is at, all of the kernel on sm_90 would take 13.8, 16.8, 14.4, 18.0 instructions an
+//          element in bfloat16 and 16.6, 21.8, 32.3, 34.8 in float32. It takes 11.5, 13.2, 12.6, 15.7
+//          and 13.3, 16.4, 22.6, 23.2. A tile would ask the caches for 128 rank lines. It asks for 8 rank,
+//          and shared memory for 18 rank in each term
 // control  under a control, a list in place that rounds to nearest has two launches. If the decay is 1,
 //          the plain kernel works and the other one ends at once, else the other way round
 // launch   one persistent grid per list and element width. A block's tile has up to 128 rows by 256 columns.
@@ -21,8 +28,8 @@
 //          lowrank.cpp, bit for bit
 // traffic  bf16: 2 B read and 2 B written an element. The factors come from the caches
 // work     instructions per element of the loop over strips, on sm_90, at rank 16, 32, 64, 128:
-//          bfloat16  11.9, 14.4, 12.4, 15.6
-//          float32   14.4, 18.9, 27.9, 29.9
+//          bfloat16  8.9, 9.9, 9.5, 11.1
+//          float32   10.3, 12.1, 15.6, 14.7
 //          No spill on sm_80 to sm_120: tests/kernels_cuda/test_lowrank_sass.py, nvcc 13.0. Not timed on a
 //          GPU
 // source   Chen et al. 2024, LOZO; Henry, Tang and Heinecke 2019 (arXiv 1904.06376) for sums of bfloat16
@@ -44,6 +51,7 @@ using namespace device;
 
 constexpr int kStrip = 16;        // rows of a warp's step
 constexpr int kWarpColumns = 32;  // columns of a warp's step
+constexpr int kTileRows = 128;    // at most, as zokern/backends/pack_lowrank.py makes tiles
 
 __device__ __forceinline__ float half_to_float(uint32_t half) {
 #if defined(__CUDA_ARCH__)
@@ -66,6 +74,32 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const
   ZO_HOST_MMA(c, a, b);
 #else
   (void)c, (void)a, (void)b;  // nvcc compiles this body for the host, and nothing runs it
+#endif
+}
+
+// An address in shared memory. On a GPU it has 32 bits.
+#if defined(__CUDA_ARCH__)
+using Address = uint32_t;
+__device__ __forceinline__ Address address_of(const char* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+#else
+using Address = uintptr_t;
+inline Address address_of(const char* shared) { return reinterpret_cast<uintptr_t>(shared); }
+#endif
+
+// Four matrices of 8 x 8 halves by one warp: as the fragments of a, if they are its quarters upper left,
+// lower left, upper right, lower right. Lane 8 i + r says where row r of matrix i lies.
+__device__ __forceinline__ void load_matrices(uint32_t (&a)[4], Address row) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+               : "r"(row)
+               : "memory");
+#elif defined(ZO_HOST_LOAD_MATRICES)
+  ZO_HOST_LOAD_MATRICES(a, row);
+#else
+  (void)a, (void)row;
 #endif
 }
 
@@ -101,19 +135,45 @@ __device__ __forceinline__ void load_two(const float* row, int k, int rank, floa
   }
 }
 
-// Rows r (`low`) and r + 8 (`high`) of a factor, columns 16 step .. 16 step + 15, as the fragments of a.
-template <int kTerms, bool kWhole>
-__device__ __forceinline__ void load_left(const float* low, const float* high, int k, int rank,
-                                          uint32_t (&a)[kTerms][4]) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {  // (row, k), (row + 8, k), (row, k + 8), (row + 8, k + 8)
-    float even, odd;
-    load_two<kWhole>(i & 1 ? high : low, k + (i >> 1) * 8, rank, even, odd);
-    const Split<kTerms> pair = split<kTerms>(even, odd);
-#pragma unroll
-    for (int p = 0; p < kTerms; ++p) a[p][i] = pair.term[p];
+// The rows of `left` that a block splits at a time: those of a tile, or half of them. 48 KB hold them.
+constexpr int panel_rows(int row_bytes) { return kTileRows * row_bytes <= 49152 ? kTileRows : kTileRows / 2; }
+
+// A panel of `left` in shared memory. Each term is row-major, kRank values of 16 bits to a row, in units of
+// 16 bytes. The units of a row are permuted, so that eight rows have the same unit in different banks.
+template <int kSteps, int kTerms>
+struct Panel {
+  static constexpr int kRank = 16 * kSteps, kRowBytes = 2 * kRank, kRows = panel_rows(kTerms * kRowBytes);
+  static constexpr int kTermBytes = kRows * kRowBytes;
+  static constexpr int kUnits = 2 * kSteps, kOrders = kUnits < 8 ? kUnits : 8;
+  char* bytes;  // on a boundary of 256 bytes
+
+  // The byte of a unit. An exclusive or with 32 s is the same as one of the unit with 2 s.
+  __device__ __forceinline__ static uint32_t place(uint32_t row, uint32_t unit) {
+    return row * kRowBytes + (unit ^ row / (8 / kOrders) % kOrders) * 16;
   }
-}
+
+  // Splits rows 0 .. kRows - 1 of `left`, by all threads of a block. Rows after the last one repeat it.
+  template <bool kWhole>
+  __device__ __forceinline__ void fill(const float* left, int rank, int last) const {
+    constexpr int kFours = kRank / 4, kTurn = kThreads / kFours;  // rows of a turn: a multiple of 8
+    const int k = static_cast<int>(threadIdx.x) % kFours * 4, first = static_cast<int>(threadIdx.x) / kFours;
+    const uint32_t at = place(first, k / 8) + k % 8 * 2;
+#pragma unroll 8
+    for (int i = 0; i < kRows / kTurn; ++i) {  // 16 at once would spill
+      const int row = first + i * kTurn;
+      const float* from = left + static_cast<int64_t>(row <= last ? row : last) * rank;
+      float v[4];
+      load_two<kWhole>(from, k, rank, v[0], v[1]);
+      load_two<kWhole>(from, k + 2, rank, v[2], v[3]);
+      const Split<kTerms> low = split<kTerms>(v[0], v[1]), high = split<kTerms>(v[2], v[3]);
+#pragma unroll
+      for (int p = 0; p < kTerms; ++p) {
+        *reinterpret_cast<uint2*>(bytes + p * kTermBytes + at + i * kTurn * kRowBytes) =
+            make_uint2(low.term[p], high.term[p]);
+      }
+    }
+  }
+};
 
 struct Work {
   const Entry* entries;
@@ -315,13 +375,18 @@ __device__ __forceinline__ uint32_t any(const Work& work, const Entry& e, const 
 
 template <int kSteps, int kTerms, Type kType, bool kSimple, bool kWhole>
 __device__ __forceinline__ uint32_t matrix(const Work& work, const Tile& tile, const Entry& e,
-                                           const Frame& frame, const Factors& f) {
+                                           const Frame& frame, const Factors& f, char* shared) {
   constexpr bool kFloat = kType == Type::kFloat32;
   const int lane = static_cast<int>(threadIdx.x & 31u), g = lane >> 2, t = lane & 3;
   const int64_t start = tile.column + static_cast<int64_t>(threadIdx.x >> 5) * kWarpColumns;
-  if (start >= frame.last) return 0;  // all lanes of the warp return here
   const int rank = static_cast<int>(f.rank);
   const int64_t n = f.columns;
+  const Panel<kSteps, kTerms> panel = {shared};
+  const float* left = global(f.left) + tile.begin * f.rank;
+  // Rows from the strip at hand on.
+  int rest = static_cast<int>(tile.end - tile.begin);
+  __syncthreads();  // every warp has read the tile before
+  panel.template fill<kWhole>(left, rank, rest - 1);
   uint32_t right[kSteps][4][kTerms][2];
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
@@ -349,63 +414,70 @@ __device__ __forceinline__ uint32_t matrix(const Work& work, const Tile& tile, c
   const int values = ahead <= 0 ? 0 : kFloat && ahead <= 16 ? 4 : 8;
   using Element = typename std::conditional<kFloat, float, uint16_t>::type;
   Element* theta = static_cast<Element*>(e.theta) + (tile.begin + g) * frame.stride + column + frame.shift;
-  const float* left = global(f.left) + tile.begin * f.rank;
+  const Address quarter = address_of(shared) + panel.place(lane & 15, lane >> 4);  // for load_matrices()
   const int below = 8 * static_cast<int>(frame.stride);  // from the lane's first row to its second
-  const int last = static_cast<int>(tile.end - tile.begin) - 1;
   uint32_t nonfinite = 0;
 #pragma unroll 1
-  for (int row = g; row - g <= last; row += kStrip, theta += 2 * static_cast<int64_t>(below)) {
-    Old old[2];
-    if constexpr (kSimple) {
-      if (row <= last) old[0] = load_old<kFloat>(theta, values);
-      if (row + 8 <= last) old[1] = load_old<kFloat>(theta + below, values);
-    }
-    // Rows after the last one of the tile repeat it, and their sums are not stored.
-    const float* low = left + static_cast<int64_t>(row <= last ? row : last) * rank;
-    const float* high = left + static_cast<int64_t>(row + 8 <= last ? row + 8 : last) * rank;
-    float sum[4][4] = {};
+  while (true) {
+    __syncthreads();
+    const int end = panel.kRows == kTileRows || rest < panel.kRows ? 0 : rest - panel.kRows;
+    if (start >= frame.last) rest = end;  // all lanes of the warp
+    Address at = quarter;
+#pragma unroll 1
+    for (; rest > end;
+         rest -= kStrip, at += kStrip * panel.kRowBytes, theta += 2 * static_cast<int64_t>(below)) {
+      Old old[2];
+      if constexpr (kSimple) {
+        if (g < rest) old[0] = load_old<kFloat>(theta, values);
+        if (g + 8 < rest) old[1] = load_old<kFloat>(theta + below, values);
+      }
+      float sum[4][4] = {};
 #pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-      uint32_t a[kTerms][4];
-      load_left<kTerms, kWhole>(low, high, 16 * s + 2 * t, rank, a);
+      for (int s = 0; s < kSteps; ++s) {
+        uint32_t a[kTerms][4];
 #pragma unroll
-      for (int order = kTerms - 1; order >= 0; --order) {  // the small products first
+        for (int p = 0; p < kTerms; ++p) load_matrices(a[p], (at ^ 32 * s) + p * panel.kTermBytes);
 #pragma unroll
-        for (int p = order; p >= 0; --p) {
+        for (int order = kTerms - 1; order >= 0; --order) {  // the small products first
 #pragma unroll
-          for (int j = 0; j < 4; ++j) mma(sum[j], a[p], right[s][j][order - p]);
+          for (int p = order; p >= 0; --p) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) mma(sum[j], a[p], right[s][j][order - p]);
+          }
+        }
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        if (g + 8 * h >= rest || values == 0) continue;
+        const float sums[8] = {sum[0][2 * h], sum[0][2 * h + 1], sum[1][2 * h], sum[1][2 * h + 1],
+                               sum[2][2 * h], sum[2][2 * h + 1], sum[3][2 * h], sum[3][2 * h + 1]};
+        if constexpr (!kSimple) {
+          nonfinite +=
+              any<kFloat>(work, e, frame, f.scale, tile.end - rest + g + 8 * h, column, n, values, sums);
+        } else {
+          Element* to = theta + h * below;
+          const uint32_t seen = plain<kType>(old[h], sums, f.scale, to, values);
+          if (seen != 0) nonfinite += count_stored<kType>(to, values);
         }
       }
     }
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      if (row + 8 * h > last || values == 0) continue;
-      const float sums[8] = {sum[0][2 * h], sum[0][2 * h + 1], sum[1][2 * h], sum[1][2 * h + 1],
-                             sum[2][2 * h], sum[2][2 * h + 1], sum[3][2 * h], sum[3][2 * h + 1]};
-      if constexpr (!kSimple) {
-        nonfinite += any<kFloat>(work, e, frame, f.scale, tile.begin + row + 8 * h, column, n, values, sums);
-      } else {
-        Element* to = theta + h * below;
-        const uint32_t seen = plain<kType>(old[h], sums, f.scale, to, values);
-        if (seen != 0) nonfinite += count_stored<kType>(to, values);
-      }
-    }
+    if (panel.kRows == kTileRows || rest <= 0) return nonfinite;
+    __syncthreads();
+    left += panel.kRows * f.rank;
+    panel.template fill<kWhole>(left, rank, rest - 1);
   }
-  return nonfinite;
 }
 
 // The fragments of `right` take 8 terms steps registers. If they leave enough of 128, two blocks fit a
-// multiprocessor.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 1000
-constexpr int kRoom = 8;
-#else
-constexpr int kRoom = 5;
-#endif
-constexpr int resident(int fragments, bool loop) { return fragments > (loop ? kRoom : 5) ? 1 : 2; }
+// multiprocessor. Loads of a rank that needs padding take more.
+constexpr int resident(int fragments, bool simple_whole) {
+  return fragments > (simple_whole ? 8 : 5) ? 1 : 2;
+}
 
 template <int kSteps, int kTerms, Type kType, bool kSimple, bool kWhole>
 __global__ void __launch_bounds__(kThreads, resident(kSteps* kTerms, kSimple&& kWhole))
     lowrank_kernel(const Work given) {
+  __shared__ __align__(256) char panel[kTerms * Panel<kSteps, kTerms>::kTermBytes];
   Work work = given;
   if (work.stopped(kSimple)) return;
   uint32_t nonfinite = 0;
@@ -416,7 +488,8 @@ __global__ void __launch_bounds__(kThreads, resident(kSteps* kTerms, kSimple&& k
     if (static_cast<Type>(e.type) != kType) continue;
     const Factors f = work.factors[e.tensor];
     if (tile.column < 0) continue;
-    nonfinite += matrix<kSteps, kTerms, kType, kSimple, kWhole>(work, tile, e, work.frames[tile.entry], f);
+    nonfinite +=
+        matrix<kSteps, kTerms, kType, kSimple, kWhole>(work, tile, e, work.frames[tile.entry], f, panel);
   }
   // This is rare, so every thread adds for itself.
   if (nonfinite != 0) atomicAdd(work.nonfinite, static_cast<unsigned long long>(nonfinite));
