@@ -25,18 +25,12 @@
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
-struct uint4 {
-  uint32_t x, y, z, w;
-};
-static_assert(sizeof(uint4) == 16, "as on a GPU");
 
 struct uint2 {
   uint32_t x, y;
 };
 
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
-
-inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
 struct ShimDimension {
   unsigned x;
@@ -69,6 +63,26 @@ inline const char* cudaGetErrorString(cudaError_t error) {
   if (error == shimBankConflict) return "rows of a matrix in the same banks";
   return error == cudaSuccess ? "no error" : "invalid configuration";
 }
+
+// Four words that are loaded or stored at once: at an address that is no multiple of 16 a GPU does neither.
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+
+  uint4() = default;
+  uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) : x(x), y(y), z(z), w(w) {}
+  uint4(const uint4& other) : uint4(other.x, other.y, other.z, other.w) { look(&other); }
+  uint4& operator=(const uint4& other) {
+    x = other.x, y = other.y, z = other.z, w = other.w;
+    return look(&other), look(this), *this;
+  }
+
+  static void look(const uint4* at) {
+    if (reinterpret_cast<uintptr_t>(at) % 16 != 0) shim_error() = cudaErrorMisalignedAddress;
+  }
+};
+static_assert(sizeof(uint4) == 16, "as on a GPU");
+
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
 // Two floats that are loaded at once: from an address that is no multiple of 8 a GPU does not load them.
 struct float2 {
