@@ -347,7 +347,6 @@ struct AxpyVerb {
     const bool join = kRounding == Rounding::kResidual && type == Type::kBfloat16 && e.residual != nullptr;
     constexpr bool kStochastic = kRounding == Rounding::kStochastic;
     float v[kUnit];
-    load_theta(e, p, join, v);
     Words random = {};
     float z[kUnit], f[kUnit];
     Factors<kScaled>::load_piece(e, p, f);
@@ -356,9 +355,11 @@ struct AxpyVerb {
         random = philox_named(p.unit, Name(e.who, last_step(), kRoundingDraw, keys), keys);
       values<kDirection>(p.unit, Name(e.who, last_step(), terms.last.draw, keys), keys, z);
       Factors<kScaled>::apply(f, z);
+      load_theta(e, p, join, v);
 #pragma unroll
       for (int i = 0; i < kUnit; ++i) v[i] = fma_rn(coefficient, z[i], decayed(v[i]));
     } else {
+      load_theta(e, p, join, v);
 #pragma unroll 1
       for (int32_t k = 0, left = 0; k < terms.count; ++k) {
         const Draw term = terms.at(k);

@@ -4,8 +4,8 @@
 // traffic  bytes an element: 8 (momentum), 16 (adam) or 0 (sign) for the state, 4 (16-bit) or 8 (float32) for
 //          theta. z moves no bytes
 // work     instructions of the whole loop per element, on sm_90, one term, rounding to nearest:
-//          momentum  normal 32.9 (16-bit) and 32.1 (float32), rademacher 20.0 and 19.4
-//          adam      normal 66.0 and 64.9, rademacher 52.6 and 51.5. This counts subroutines that only
+//          momentum  normal 32.8 (16-bit) and 32.1 (float32), rademacher 20.0 and 19.4
+//          adam      normal 66.0 and 64.9, rademacher 53.3 and 52.3. This counts subroutines that only
 //                    operands at the ends of the range call
 //          Memory leaves time for 83 (momentum) and 138 (adam) on an H200, bf16. Momentum has 80 registers
 //          and adam at most 116. No spill on sm_80 to sm_120: tests/kernels_cuda/test_update_sass.py,
