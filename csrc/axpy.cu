@@ -342,38 +342,24 @@ struct AxpyVerb {
     return false;
   }
 
-  // Element i of a unit, rounded to a 16-bit type.
-  template <bool kStochastic>
-  __device__ __forceinline__ static uint32_t rounded(Type type, float value, const Words& random, int i) {
-    const uint32_t some = (random.w[i >> 1] >> ((i & 1) * 16)) & 0xffffu;
-    if (type == Type::kBfloat16) return kStochastic ? bf16_stochastic(value, some) : bf16_nearest(value);
-    return kStochastic ? fp16_stochastic(value, some) : fp16_nearest(value);
-  }
-
   __device__ __forceinline__ void piece(const Entry& e, const Piece& p) {
     const Type type = static_cast<Type>(e.type);
     const bool join = kRounding == Rounding::kResidual && type == Type::kBfloat16 && e.residual != nullptr;
     constexpr bool kStochastic = kRounding == Rounding::kStochastic;
     float v[kUnit];
-#pragma unroll
-    for (int i = 0; i < kUnit; ++i) {
-      v[i] = 0.0f;
-      if (i < p.low || i >= p.high) continue;
-      const int64_t at = p.at + i * p.stride;
-      v[i] = join ? residual_join(static_cast<const uint16_t*>(e.theta)[at], e.residual[p.residual_at + i])
-                  : load(e.theta, type, at);
-    }
     Words random = {};
     float z[kUnit], f[kUnit];
-    Factors<kScaled>::load_piece(e, p.residual_at, p.low, p.high, f);
+    Factors<kScaled>::load_piece(e, p, f);
     if constexpr (kPlain) {
       if constexpr (kStochastic)
         random = philox_named(p.unit, Name(e.who, last_step(), kRoundingDraw, keys), keys);
       values<kDirection>(p.unit, Name(e.who, last_step(), terms.last.draw, keys), keys, z);
       Factors<kScaled>::apply(f, z);
+      load_theta(e, p, join, v);
 #pragma unroll
       for (int i = 0; i < kUnit; ++i) v[i] = fma_rn(coefficient, z[i], decayed(v[i]));
     } else {
+      load_theta(e, p, join, v);
 #pragma unroll 1
       for (int32_t k = 0, left = 0; k < terms.count; ++k) {
         const Draw term = terms.at(k);
@@ -394,26 +380,12 @@ struct AxpyVerb {
         }
 #pragma unroll
         for (int i = 0; i < kUnit; ++i) {
-          const uint16_t half = static_cast<uint16_t>(rounded<kStochastic>(type, v[i], random, i));
+          const uint16_t half = static_cast<uint16_t>(rounded_one<kStochastic>(type, v[i], random, i));
           v[i] = type == Type::kBfloat16 ? bf16_to_float(half) : fp16_to_float(half);
         }
       }
     }
-#pragma unroll
-    for (int i = 0; i < kUnit; ++i) {
-      if (i < p.low || i >= p.high) continue;
-      const int64_t at = p.at + i * p.stride;
-      uint32_t bits;
-      if (type == Type::kFloat32) {
-        bits = as_bits(v[i]);
-        static_cast<float*>(e.theta)[at] = v[i];
-      } else {
-        bits = join ? residual_split(v[i], e.residual[p.residual_at + i])
-                    : rounded < kPlain && kStochastic > (type, v[i], random, i);
-        static_cast<uint16_t*>(e.theta)[at] = static_cast<uint16_t>(bits);
-      }
-      nonfinite += is_nonfinite(type, bits);
-    }
+    nonfinite += store_theta < kPlain && kStochastic > (e, p, join, v, random);
   }
 };
 

@@ -69,12 +69,9 @@ struct DrawVerb {
   __device__ __forceinline__ void piece(const Entry& e, const Piece& p) {
     float z[kUnit], f[kUnit];
     values<kDirection>(p.unit, Name(e.who, step, draw, keys), keys, z);
-    Factors<kScaled>::load_piece(e, p.residual_at, p.low, p.high, f);
+    Factors<kScaled>::load_piece(e, p, f);
     Factors<kScaled>::apply(f, z);
-#pragma unroll
-    for (int i = 0; i < kUnit; ++i) {
-      if (i >= p.low && i < p.high) store_nearest(e.out[0], static_cast<Type>(e.out_type), p.to + i, z[i]);
-    }
+    store_piece(p, e.out[0], static_cast<Type>(e.out_type), z);
   }
 };
 
@@ -130,22 +127,19 @@ struct PerturbVerb {
   }
 
   __device__ __forceinline__ void piece(const Entry& e, const Piece& p) {
-    const Type type = static_cast<Type>(e.type), out_type = static_cast<Type>(e.out_type);
-    const bool join = type == Type::kBfloat16 && e.residual != nullptr;
-    float z[kUnit], f[kUnit];
+    const Type out_type = static_cast<Type>(e.out_type);
+    float v[kUnit], z[kUnit], f[kUnit], out[kUnit];
+    load_theta(e, p, e.type == static_cast<int32_t>(Type::kBfloat16) && e.residual != nullptr, v);
     values<kDirection>(p.unit, Name(e.who, step, draw, keys), keys, z);
-    Factors<kScaled>::load_piece(e, p.residual_at, p.low, p.high, f);
+    Factors<kScaled>::load_piece(e, p, f);
     Factors<kScaled>::apply(f, z);
 #pragma unroll
-    for (int i = 0; i < kUnit; ++i) {
-      if (i < p.low || i >= p.high) continue;
-      const int64_t at = p.at + i * p.stride;
-      const float v =
-          join ? residual_join(static_cast<const uint16_t*>(e.theta)[at], e.residual[p.residual_at + i])
-               : load(e.theta, type, at);
-      store_nearest(e.out[0], out_type, p.to + i, fma_rn(plus, z[i], v));
-      if (e.out[1] != nullptr) store_nearest(e.out[1], out_type, p.to + i, fma_rn(minus, z[i], v));
-    }
+    for (int i = 0; i < kUnit; ++i) out[i] = fma_rn(plus, z[i], v[i]);
+    store_piece(p, e.out[0], out_type, out);
+    if (e.out[1] == nullptr) return;
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) out[i] = fma_rn(minus, z[i], v[i]);
+    store_piece(p, e.out[1], out_type, out);
   }
 };
 

@@ -11,7 +11,14 @@
 //          the sixteen sums of a lane are eight columns of two rows. Column 2 t + e of n-tile j is
 //          16-bit    column 8 t + 2 j + e of the step: sixteen bytes in a row
 //          float32   column 16 (j div 2) + 4 t + 2 (j mod 2) + e: twice sixteen bytes
-//          There is no shared memory and no shuffle
+//          There is no shuffle
+// left     a block loads and splits the rows of `left` once for a tile, into shared memory (Panel). Its eight
+//          warps read their fragments from there. A float32 theta of rank 128 has half a tile at a time
+// counted  the split once for a tile pays at every rank (counted, not measured). If each warp split the rows
+//          that it is at, all of the kernel on sm_90 would take 13.8, 16.8, 14.4, 18.0 instructions an
+//          element in bfloat16 and 16.6, 21.8, 32.3, 34.8 in float32. It takes 11.5, 13.2, 12.6, 15.7
+//          and 13.3, 16.4, 22.6, 23.2. A tile would ask the caches for 128 rank lines. It asks for 8 rank,
+//          and shared memory for 18 rank in each term
 // control  under a control, a list in place that rounds to nearest has two launches. If the decay is 1,
 //          the plain kernel works and the other one ends at once, else the other way round
 // launch   one persistent grid per list and element width. A block's tile has up to 128 rows by 256 columns.
@@ -21,8 +28,8 @@
 //          lowrank.cpp, bit for bit
 // traffic  bf16: 2 B read and 2 B written an element. The factors come from the caches
 // work     instructions per element of the loop over strips, on sm_90, at rank 16, 32, 64, 128:
-//          bfloat16  11.9, 14.4, 12.4, 15.6
-//          float32   14.4, 18.9, 27.9, 29.9
+//          bfloat16  8.9, 9.9, 9.5, 11.1
+//          float32   10.3, 12.1, 15.6, 14.7
 //          No spill on sm_80 to sm_120: tests/kernels_cuda/test_lowrank_sass.py, nvcc 13.0. Not timed on a
 //          GPU
 // source   Chen et al. 2024, LOZO; Henry, Tang and Heinecke 2019 (arXiv 1904.06376) for sums of bfloat16
@@ -34,13 +41,11 @@
 #include <string>
 #include <type_traits>
 
-#include "device.h"
+#include "fragments.h"
 #include "lowrank.h"
 
 namespace zo {
 namespace products {  // named, so that a kernel has the same symbol in every build
-
-using namespace device;
 
 constexpr int kStrip = 16;        // rows of a warp's step
 constexpr int kWarpColumns = 32;  // columns of a warp's step
@@ -53,66 +58,6 @@ __device__ __forceinline__ float half_to_float(uint32_t half) {
 #else
   return fp16_to_float(static_cast<uint16_t>(half));
 #endif
-}
-
-// c += a b by one warp: a is 16 x 16 row-major, b is 16 x 8 column-major, in the fragments of PTX ISA 9.7.14.
-__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-#if defined(__CUDA_ARCH__)
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-#elif defined(ZO_HOST_MMA)
-  ZO_HOST_MMA(c, a, b);
-#else
-  (void)c, (void)a, (void)b;  // nvcc compiles this body for the host, and nothing runs it
-#endif
-}
-
-// Two float32, split into terms of bfloat16 pairs, the largest first.
-template <int kTerms>
-struct Split {
-  uint32_t term[kTerms];
-};
-
-template <int kTerms>
-__device__ __forceinline__ Split<kTerms> split(float even, float odd) {
-  Split<kTerms> found;
-#pragma unroll
-  for (int p = 0; p < kTerms; ++p) {
-    found.term[p] = nearest_pair<Type::kBfloat16>(even, odd);
-    if (p + 1 < kTerms) {
-      even = add_rn(even, -as_float(found.term[p] << 16));
-      odd = add_rn(odd, -as_float(found.term[p] & 0xffff0000u));
-    }
-  }
-  return found;
-}
-
-// Elements k and k + 1 of a row of a factor, zero beyond its rank. With kWhole the rank needs no padding.
-template <bool kWhole>
-__device__ __forceinline__ void load_two(const float* row, int k, int rank, float& even, float& odd) {
-  if constexpr (kWhole) {
-    const float2 two = *reinterpret_cast<const float2*>(row + k);
-    even = two.x, odd = two.y;
-  } else {
-    even = k < rank ? row[k] : 0.0f;
-    odd = k + 1 < rank ? row[k + 1] : 0.0f;
-  }
-}
-
-// Rows r (`low`) and r + 8 (`high`) of a factor, columns 16 step .. 16 step + 15, as the fragments of a.
-template <int kTerms, bool kWhole>
-__device__ __forceinline__ void load_left(const float* low, const float* high, int k, int rank,
-                                          uint32_t (&a)[kTerms][4]) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {  // (row, k), (row + 8, k), (row, k + 8), (row + 8, k + 8)
-    float even, odd;
-    load_two<kWhole>(i & 1 ? high : low, k + (i >> 1) * 8, rank, even, odd);
-    const Split<kTerms> pair = split<kTerms>(even, odd);
-#pragma unroll
-    for (int p = 0; p < kTerms; ++p) a[p][i] = pair.term[p];
-  }
 }
 
 struct Work {
@@ -311,23 +256,16 @@ __device__ __forceinline__ uint32_t any(const Work& work, const Entry& e, const 
   return nonfinite;
 }
 
-// A tile of the matrix.
-
-template <int kSteps, int kTerms, Type kType, bool kSimple, bool kWhole>
-__device__ __forceinline__ uint32_t matrix(const Work& work, const Tile& tile, const Entry& e,
-                                           const Frame& frame, const Factors& f) {
-  constexpr bool kFloat = kType == Type::kFloat32;
-  const int lane = static_cast<int>(threadIdx.x & 31u), g = lane >> 2, t = lane & 3;
-  const int64_t start = tile.column + static_cast<int64_t>(threadIdx.x >> 5) * kWarpColumns;
-  if (start >= frame.last) return 0;  // all lanes of the warp return here
-  const int rank = static_cast<int>(f.rank);
-  const int64_t n = f.columns;
-  uint32_t right[kSteps][4][kTerms][2];
+// The fragments of `right` for a warp's columns from `start` on.
+template <int kSteps, int kTerms, bool kFloat, bool kWhole>
+__device__ __forceinline__ void load_right(const Factors& f, int64_t start, int lane,
+                                           uint32_t (&right)[kSteps][4][kTerms][2]) {
+  const int g = lane >> 2, t = lane & 3, rank = static_cast<int>(f.rank);
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     const int column =
         kFloat ? 16 * (j >> 1) + 4 * (g >> 1) + 2 * (j & 1) + (g & 1) : 8 * (g >> 1) + 2 * j + (g & 1);
-    const bool inside = start + column < n;
+    const bool inside = start + column < f.columns;
     const float* row = global(f.right) + (inside ? start + column : 0) * f.rank;
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
@@ -341,6 +279,26 @@ __device__ __forceinline__ uint32_t matrix(const Work& work, const Tile& tile, c
       }
     }
   }
+}
+
+// A tile of the matrix.
+
+template <int kSteps, int kTerms, Type kType, bool kSimple, bool kWhole>
+__device__ __forceinline__ uint32_t matrix(const Work& work, const Tile& tile, const Entry& e,
+                                           const Frame& frame, const Factors& f, char* shared) {
+  constexpr bool kFloat = kType == Type::kFloat32;
+  const int lane = static_cast<int>(threadIdx.x & 31u), g = lane >> 2, t = lane & 3;
+  const int64_t start = tile.column + static_cast<int64_t>(threadIdx.x >> 5) * kWarpColumns;
+  const int rank = static_cast<int>(f.rank);
+  const int64_t n = f.columns;
+  const Panel<kSteps, kTerms> panel = {shared};
+  const float* left = global(f.left) + tile.begin * f.rank;
+  // Rows from the strip at hand on.
+  int rest = static_cast<int>(tile.end - tile.begin);
+  __syncthreads();  // every warp has read the tile before
+  panel.template fill<kWhole>(left, rank, rest - 1);
+  uint32_t right[kSteps][4][kTerms][2];
+  load_right<kSteps, kTerms, kFloat, kWhole>(f, start, lane, right);
   const int64_t column = start + (kFloat ? 4 : 8) * t;  // of the first value of the lane
   // The rectangle has this many of the lane's values. In float32 the second four lie 16 columns after the
   // first.
@@ -349,63 +307,70 @@ __device__ __forceinline__ uint32_t matrix(const Work& work, const Tile& tile, c
   const int values = ahead <= 0 ? 0 : kFloat && ahead <= 16 ? 4 : 8;
   using Element = typename std::conditional<kFloat, float, uint16_t>::type;
   Element* theta = static_cast<Element*>(e.theta) + (tile.begin + g) * frame.stride + column + frame.shift;
-  const float* left = global(f.left) + tile.begin * f.rank;
+  const Address quarter = address_of(shared) + panel.place(lane & 15, lane >> 4);  // for load_matrices()
   const int below = 8 * static_cast<int>(frame.stride);  // from the lane's first row to its second
-  const int last = static_cast<int>(tile.end - tile.begin) - 1;
   uint32_t nonfinite = 0;
 #pragma unroll 1
-  for (int row = g; row - g <= last; row += kStrip, theta += 2 * static_cast<int64_t>(below)) {
-    Old old[2];
-    if constexpr (kSimple) {
-      if (row <= last) old[0] = load_old<kFloat>(theta, values);
-      if (row + 8 <= last) old[1] = load_old<kFloat>(theta + below, values);
-    }
-    // Rows after the last one of the tile repeat it, and their sums are not stored.
-    const float* low = left + static_cast<int64_t>(row <= last ? row : last) * rank;
-    const float* high = left + static_cast<int64_t>(row + 8 <= last ? row + 8 : last) * rank;
-    float sum[4][4] = {};
+  while (true) {
+    __syncthreads();
+    const int end = panel.kRows == kTileRows || rest < panel.kRows ? 0 : rest - panel.kRows;
+    if (start >= frame.last) rest = end;  // all lanes of the warp
+    Address at = quarter;
+#pragma unroll 1
+    for (; rest > end;
+         rest -= kStrip, at += kStrip * panel.kRowBytes, theta += 2 * static_cast<int64_t>(below)) {
+      Old old[2];
+      if constexpr (kSimple) {
+        if (g < rest) old[0] = load_old<kFloat>(theta, values);
+        if (g + 8 < rest) old[1] = load_old<kFloat>(theta + below, values);
+      }
+      float sum[4][4] = {};
 #pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-      uint32_t a[kTerms][4];
-      load_left<kTerms, kWhole>(low, high, 16 * s + 2 * t, rank, a);
+      for (int s = 0; s < kSteps; ++s) {
+        uint32_t a[kTerms][4];
 #pragma unroll
-      for (int order = kTerms - 1; order >= 0; --order) {  // the small products first
+        for (int p = 0; p < kTerms; ++p) load_matrices(a[p], (at ^ 32 * s) + p * panel.kTermBytes);
 #pragma unroll
-        for (int p = order; p >= 0; --p) {
+        for (int order = kTerms - 1; order >= 0; --order) {  // the small products first
 #pragma unroll
-          for (int j = 0; j < 4; ++j) mma(sum[j], a[p], right[s][j][order - p]);
+          for (int p = order; p >= 0; --p) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) mma(sum[j], a[p], right[s][j][order - p]);
+          }
+        }
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        if (g + 8 * h >= rest || values == 0) continue;
+        const float sums[8] = {sum[0][2 * h], sum[0][2 * h + 1], sum[1][2 * h], sum[1][2 * h + 1],
+                               sum[2][2 * h], sum[2][2 * h + 1], sum[3][2 * h], sum[3][2 * h + 1]};
+        if constexpr (!kSimple) {
+          nonfinite +=
+              any<kFloat>(work, e, frame, f.scale, tile.end - rest + g + 8 * h, column, n, values, sums);
+        } else {
+          Element* to = theta + h * below;
+          const uint32_t seen = plain<kType>(old[h], sums, f.scale, to, values);
+          if (seen != 0) nonfinite += count_stored<kType>(to, values);
         }
       }
     }
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      if (row + 8 * h > last || values == 0) continue;
-      const float sums[8] = {sum[0][2 * h], sum[0][2 * h + 1], sum[1][2 * h], sum[1][2 * h + 1],
-                             sum[2][2 * h], sum[2][2 * h + 1], sum[3][2 * h], sum[3][2 * h + 1]};
-      if constexpr (!kSimple) {
-        nonfinite += any<kFloat>(work, e, frame, f.scale, tile.begin + row + 8 * h, column, n, values, sums);
-      } else {
-        Element* to = theta + h * below;
-        const uint32_t seen = plain<kType>(old[h], sums, f.scale, to, values);
-        if (seen != 0) nonfinite += count_stored<kType>(to, values);
-      }
-    }
+    if (panel.kRows == kTileRows || rest <= 0) return nonfinite;
+    __syncthreads();
+    left += panel.kRows * f.rank;
+    panel.template fill<kWhole>(left, rank, rest - 1);
   }
-  return nonfinite;
 }
 
 // The fragments of `right` take 8 terms steps registers. If they leave enough of 128, two blocks fit a
-// multiprocessor.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 1000
-constexpr int kRoom = 8;
-#else
-constexpr int kRoom = 5;
-#endif
-constexpr int resident(int fragments, bool loop) { return fragments > (loop ? kRoom : 5) ? 1 : 2; }
+// multiprocessor. Loads of a rank that needs padding take more.
+constexpr int resident(int fragments, bool simple_whole) {
+  return fragments > (simple_whole ? 8 : 5) ? 1 : 2;
+}
 
 template <int kSteps, int kTerms, Type kType, bool kSimple, bool kWhole>
 __global__ void __launch_bounds__(kThreads, resident(kSteps* kTerms, kSimple&& kWhole))
     lowrank_kernel(const Work given) {
+  __shared__ __align__(256) char panel[kTerms * Panel<kSteps, kTerms>::kTermBytes];
   Work work = given;
   if (work.stopped(kSimple)) return;
   uint32_t nonfinite = 0;
@@ -416,7 +381,8 @@ __global__ void __launch_bounds__(kThreads, resident(kSteps* kTerms, kSimple&& k
     if (static_cast<Type>(e.type) != kType) continue;
     const Factors f = work.factors[e.tensor];
     if (tile.column < 0) continue;
-    nonfinite += matrix<kSteps, kTerms, kType, kSimple, kWhole>(work, tile, e, work.frames[tile.entry], f);
+    nonfinite +=
+        matrix<kSteps, kTerms, kType, kSimple, kWhole>(work, tile, e, work.frames[tile.entry], f, panel);
   }
   // This is rare, so every thread adds for itself.
   if (nonfinite != 0) atomicAdd(work.nonfinite, static_cast<unsigned long long>(nonfinite));

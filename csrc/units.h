@@ -2,6 +2,9 @@
 // where they lie, how they are loaded, rounded and stored
 //
 // unit     elements 8 u .. 8 u + 7 of the stream (blocks.h): 16 bytes of a 16-bit type, 32 bytes of float32
+// piece    a unit, or a part of one, that is found by itself: in a row of a slice of columns, in a gathered
+// row,
+//          at an end. It moves 16 bytes at a time too if it is whole and its elements lie side by side
 // include  after <cuda_runtime.h>, by .cu files
 #pragma once
 
@@ -137,6 +140,16 @@ __device__ __forceinline__ int64_t width(int32_t type) {
   return static_cast<Type>(type) == Type::kFloat32 ? 4 : 2;
 }
 
+// Whether element `at` of theta, `to` of the outputs and `low_at` of the residual lie on 16-byte boundaries.
+__device__ __forceinline__ bool aligned(const Entry& e, int64_t at, int64_t to, int64_t low_at) {
+  uintptr_t addresses = 0;
+  if (e.theta != nullptr) addresses |= reinterpret_cast<uintptr_t>(e.theta) + at * width(e.type);
+  if (e.out[0] != nullptr) addresses |= reinterpret_cast<uintptr_t>(e.out[0]) + to * width(e.out_type);
+  if (e.out[1] != nullptr) addresses |= reinterpret_cast<uintptr_t>(e.out[1]) + to * width(e.out_type);
+  if (e.residual != nullptr) addresses |= reinterpret_cast<uintptr_t>(e.residual + low_at);
+  return addresses % 16 == 0;
+}
+
 __device__ __forceinline__ Units whole_units(const Entry& e, const Chunk& chunk) {
   Units units = {(e.first + static_cast<uint64_t>(chunk.begin) + kUnit - 1) / kUnit,
                  (e.first + static_cast<uint64_t>(chunk.end)) / kUnit};
@@ -145,13 +158,19 @@ __device__ __forceinline__ Units whole_units(const Entry& e, const Chunk& chunk)
   const bool dense = e.theta == nullptr || (e.column_stride == 1 && (one_row || e.row_stride == e.columns));
   if (!numbered || !dense || units.begin >= units.end) return Units{0, 0};
   const int64_t at = static_cast<int64_t>(units.begin * kUnit - e.first);
-  uintptr_t addresses = 0;
-  if (e.theta != nullptr) addresses |= reinterpret_cast<uintptr_t>(e.theta) + at * width(e.type);
-  if (e.out[0] != nullptr) addresses |= reinterpret_cast<uintptr_t>(e.out[0]) + at * width(e.out_type);
-  if (e.out[1] != nullptr) addresses |= reinterpret_cast<uintptr_t>(e.out[1]) + at * width(e.out_type);
-  if (e.residual != nullptr) addresses |= reinterpret_cast<uintptr_t>(e.residual + at);
-  return addresses % 16 == 0 ? units : Units{0, 0};
+  return aligned(e, at, at, at) ? units : Units{0, 0};
 }
+
+// Elements [low, high) of a unit, of any strides. Element i lies at theta + at + i stride, at residual +
+// residual_at + i and at out + to + i. `together`: all eight, side by side on 16-byte boundaries.
+struct Piece {
+  uint32_t unit;
+  int low, high;
+  int64_t at, stride, residual_at, to;
+  bool together;
+
+  __device__ __forceinline__ bool has(int i) const { return i >= low && i < high; }
+};
 
 // The whole units of a chunk, numbered from 0. Unit i is unit `begin` + i of the stream and lies at byte 16 i
 // or 32 i of each buffer. A kernel reads the table into a Place once, before its loop: the compiler cannot
@@ -184,7 +203,7 @@ struct Factors {
   __device__ __forceinline__ Factors(const Entry&, const Units&) {}
   __device__ __forceinline__ bool aligned() const { return true; }
   __device__ __forceinline__ void load(uint32_t, float (&)[kUnit]) const {}
-  __device__ __forceinline__ static void load_piece(const Entry&, int64_t, int, int, float (&)[kUnit]) {}
+  __device__ __forceinline__ static void load_piece(const Entry&, const Piece&, float (&)[kUnit]) {}
   __device__ __forceinline__ static void apply(const float (&)[kUnit], float (&)[kUnit]) {}
 };
 
@@ -197,10 +216,12 @@ struct Factors<true> {
     return type == Scale::kMask ? 1 : type == Scale::kBfloat16 ? 2 : 4;
   }
 
-  __device__ __forceinline__ Factors(const Entry& e, const Units& whole)
+  __device__ __forceinline__ Factors(const Entry& e, int64_t at)
       : base(static_cast<const char*>(e.scale)), type(static_cast<Scale>(e.scale_type)) {
-    if (base != nullptr) base += static_cast<int64_t>(whole.begin * kUnit - e.first) * bytes();
+    if (base != nullptr) base += at * bytes();
   }
+  __device__ __forceinline__ Factors(const Entry& e, const Units& whole)
+      : Factors(e, static_cast<int64_t>(whole.begin * kUnit - e.first)) {}
 
   // Whether the factors of a unit can be loaded together: a mask in 8 bytes, others in 16.
   __device__ __forceinline__ bool aligned() const {
@@ -222,12 +243,12 @@ struct Factors<true> {
     }
   }
 
-  // Elements [low, high) of a unit whose element 0 has factor `at`.
-  __device__ __forceinline__ static void load_piece(const Entry& e, int64_t at, int low, int high,
-                                                    float (&f)[kUnit]) {
+  __device__ __forceinline__ static void load_piece(const Entry& e, const Piece& p, float (&f)[kUnit]) {
+    const Factors whole(e, p.residual_at);
+    if (p.together && whole.aligned()) return whole.load(0, f);
 #pragma unroll
     for (int j = 0; j < kUnit; ++j)
-      f[j] = j < low || j >= high ? 0.0f : factor_at(e.scale, e.scale_type, at + j);
+      f[j] = p.has(j) ? factor_at(e.scale, e.scale_type, p.residual_at + j) : 0.0f;
   }
 
   __device__ __forceinline__ static void apply(const float (&f)[kUnit], float (&z)[kUnit]) {
@@ -314,6 +335,96 @@ __device__ __forceinline__ uint64_t count_nonfinite(const void* base, uint32_t i
       count += is_nonfinite(kType, result.w[j]);
       if (kType != Type::kFloat32) count += is_nonfinite(kType, result.w[j] >> 16);
     }
+  }
+  return count;
+}
+
+// Element i of a unit, rounded to a 16-bit type.
+template <bool kStochastic>
+__device__ __forceinline__ uint32_t rounded_one(Type type, float value, const Words& random, int i) {
+  const uint32_t some = (random.w[i >> 1] >> ((i & 1) * 16)) & 0xffffu;
+  if (type == Type::kBfloat16) return kStochastic ? bf16_stochastic(value, some) : bf16_nearest(value);
+  return kStochastic ? fp16_stochastic(value, some) : fp16_nearest(value);
+}
+
+// The elements of a piece that begins at `at` of a tensor, and 0 for those that it does not have.
+__device__ __forceinline__ void load_piece(const Piece& p, const void* base, Type type, int64_t at,
+                                           int64_t stride, float (&v)[kUnit]) {
+  if (p.together) {
+    const char* from = static_cast<const char*>(base) + at * width(static_cast<int32_t>(type));
+    if (type == Type::kFloat32) return load_unit<Type::kFloat32>(from, 0, v);
+    if (type == Type::kBfloat16) return load_unit<Type::kBfloat16>(from, 0, v);
+    return load_unit<Type::kFloat16>(from, 0, v);
+  }
+#pragma unroll
+  for (int i = 0; i < kUnit; ++i) v[i] = p.has(i) ? load(base, type, at + i * stride) : 0.0f;
+}
+
+// The same of theta, with its low bits if `join`.
+__device__ __forceinline__ void load_theta(const Entry& e, const Piece& p, bool join, float (&v)[kUnit]) {
+  const uint16_t* theta = static_cast<const uint16_t*>(e.theta);
+  if (!join) return load_piece(p, theta, static_cast<Type>(e.type), p.at, p.stride, v);
+  if (p.together) return load_joined(theta + p.at, e.residual + p.residual_at, 0, v);
+#pragma unroll
+  for (int i = 0; i < kUnit; ++i)
+    v[i] = p.has(i) ? residual_join(theta[p.at + i * p.stride], e.residual[p.residual_at + i]) : 0.0f;
+}
+
+// Rounds a piece to nearest, into an output.
+__device__ __forceinline__ void store_piece(const Piece& p, void* base, Type type, const float (&v)[kUnit]) {
+  if (p.together) {
+    char* to = static_cast<char*>(base) + p.to * width(static_cast<int32_t>(type));
+    if (type == Type::kFloat32) return store_unit<Type::kFloat32>(to, 0, nearest<Type::kFloat32>(v));
+    if (type == Type::kBfloat16) return store_unit<Type::kBfloat16>(to, 0, nearest<Type::kBfloat16>(v));
+    return store_unit<Type::kFloat16>(to, 0, nearest<Type::kFloat16>(v));
+  }
+#pragma unroll
+  for (int i = 0; i < kUnit; ++i) {
+    if (p.has(i)) store_nearest(base, type, p.to + i, v[i]);
+  }
+}
+
+// Stores a unit and returns how many of its values are inf or NaN.
+template <Type kType>
+__device__ __forceinline__ uint32_t store_counted(void* to, const Stored<kType>& unit) {
+  store_unit<kType>(to, 0, unit);
+  Watch<kType> watch;
+#pragma unroll
+  for (int j = 0; j < unit.kWords; ++j) watch.see(unit.w[j]);
+  return watch.seen() ? static_cast<uint32_t>(count_nonfinite<kType>(to, 0, 1, 1)) : 0;
+}
+
+// Rounds a piece into theta, or into theta and its low bits. Returns how many results are inf or NaN.
+template <bool kStochastic>
+__device__ __forceinline__ uint32_t store_theta(const Entry& e, const Piece& p, bool join,
+                                                const float (&v)[kUnit], const Words& random) {
+  const Type type = static_cast<Type>(e.type);
+  if (p.together) {
+    void* to = static_cast<char*>(e.theta) + p.at * width(e.type);
+    if (type == Type::kFloat32) return store_counted<Type::kFloat32>(to, nearest<Type::kFloat32>(v));
+    if (type == Type::kFloat16)
+      return store_counted<Type::kFloat16>(to, rounded<Type::kFloat16, kStochastic>(v, random));
+    if (!join) return store_counted<Type::kBfloat16>(to, rounded<Type::kBfloat16, kStochastic>(v, random));
+    Stored<Type::kBfloat16> low;
+    const Stored<Type::kBfloat16> unit = split(v, low);
+    store_unit<Type::kBfloat16>(e.residual + p.residual_at, 0, low);
+    return store_counted<Type::kBfloat16>(to, unit);
+  }
+  uint32_t count = 0;
+#pragma unroll
+  for (int i = 0; i < kUnit; ++i) {
+    if (!p.has(i)) continue;
+    const int64_t at = p.at + i * p.stride;
+    uint32_t bits;
+    if (type == Type::kFloat32) {
+      bits = as_bits(v[i]);
+      static_cast<float*>(e.theta)[at] = v[i];
+    } else {
+      bits = join ? residual_split(v[i], e.residual[p.residual_at + i])
+                  : rounded_one<kStochastic>(type, v[i], random, i);
+      static_cast<uint16_t*>(e.theta)[at] = static_cast<uint16_t>(bits);
+    }
+    count += is_nonfinite(type, bits);
   }
   return count;
 }

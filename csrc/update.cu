@@ -4,8 +4,8 @@
 // traffic  bytes an element: 8 (momentum), 16 (adam) or 0 (sign) for the state, 4 (16-bit) or 8 (float32) for
 //          theta. z moves no bytes
 // work     instructions of the whole loop per element, on sm_90, one term, rounding to nearest:
-//          momentum  normal 32.9 (16-bit) and 32.1 (float32), rademacher 20.0 and 19.4
-//          adam      normal 66.0 and 64.9, rademacher 52.6 and 51.5. This counts subroutines that only
+//          momentum  normal 32.8 (16-bit) and 32.1 (float32), rademacher 20.0 and 19.4
+//          adam      normal 66.0 and 64.9, rademacher 53.3 and 52.3. This counts subroutines that only
 //                    operands at the ends of the range call
 //          Memory leaves time for 83 (momentum) and 138 (adam) on an H200, bf16. Momentum has 80 registers
 //          and adam at most 116. No spill on sm_80 to sm_120: tests/kernels_cuda/test_update_sass.py,
@@ -164,44 +164,23 @@ struct UpdateVerb {
   }
 
   __device__ __forceinline__ void piece(const Entry& e, const Piece& p) {
-    const Type type = static_cast<Type>(e.type);
-    const bool join = kRounding == Rounding::kResidual && type == Type::kBfloat16 && e.residual != nullptr;
+    const bool join = kRounding == Rounding::kResidual && e.residual != nullptr &&
+                      e.type == static_cast<int32_t>(Type::kBfloat16);
     float g[kUnit], f[kUnit];
-    Factors<kScaled>::load_piece(e, p.residual_at, p.low, p.high, f);
+    Factors<kScaled>::load_piece(e, p, f);
     gradient(p.unit, e.who, f, g);
     Words random = {};
     if constexpr (kStochastic)
       random = philox_named(p.unit, Name(e.who, last_step(), kRoundingDraw, keys), keys);
-    float* first = static_cast<float*>(e.out[0]) + p.to;
-    float* second = static_cast<float*>(e.out[1]) + p.to;
+    float theta[kUnit], m[kUnit] = {}, v[kUnit] = {};
+    load_theta(e, p, join, theta);
+    if constexpr (kHasMoments) load_piece(p, e.out[0], Type::kFloat32, p.to, 1, m);
+    if constexpr (kRule == Rule::kAdam) load_piece(p, e.out[1], Type::kFloat32, p.to, 1, v);
 #pragma unroll
-    for (int i = 0; i < kUnit; ++i) {
-      if (i < p.low || i >= p.high) continue;
-      const int64_t at = p.at + i * p.stride;
-      float m = kHasMoments ? first[i] : 0.0f, v = kRule == Rule::kAdam ? second[i] : 0.0f;
-      float theta =
-          join ? residual_join(static_cast<const uint16_t*>(e.theta)[at], e.residual[p.residual_at + i])
-               : load(e.theta, type, at);
-      theta = advance<kRule>(scalars, g[i], theta, m, v);
-      if constexpr (kHasMoments) first[i] = m;
-      if constexpr (kRule == Rule::kAdam) second[i] = v;
-      uint32_t bits;
-      if (type == Type::kFloat32) {
-        bits = as_bits(theta);
-        static_cast<float*>(e.theta)[at] = theta;
-      } else {
-        const uint32_t some = (random.w[i >> 1] >> ((i & 1) * 16)) & 0xffffu;
-        if (join) {
-          bits = residual_split(theta, e.residual[p.residual_at + i]);
-        } else if (type == Type::kBfloat16) {
-          bits = kStochastic ? bf16_stochastic(theta, some) : bf16_nearest(theta);
-        } else {
-          bits = kStochastic ? fp16_stochastic(theta, some) : fp16_nearest(theta);
-        }
-        static_cast<uint16_t*>(e.theta)[at] = static_cast<uint16_t>(bits);
-      }
-      nonfinite += is_nonfinite(type, bits);
-    }
+    for (int i = 0; i < kUnit; ++i) theta[i] = advance<kRule>(scalars, g[i], theta[i], m[i], v[i]);
+    if constexpr (kHasMoments) store_piece(p, e.out[0], Type::kFloat32, m);
+    if constexpr (kRule == Rule::kAdam) store_piece(p, e.out[1], Type::kFloat32, v);
+    nonfinite += store_theta<kStochastic>(e, p, join, theta, random);
   }
 };
 

@@ -5,8 +5,9 @@
 // units    a thread takes whole units, one at a time (each_unit). It loads and stores 16 bytes at a time:
 //          once for a 16-bit type, twice for float32. A warp that makes 4096 signs shares their Philox blocks
 //          (sign_tiles)
-// pieces   elements outside whole units go one at a time. So do entries that are strided, gathered, sliced or
-//          off a 16-byte boundary. Elements of the same unit still share one Philox block (pieces)
+// pieces   rows of entries that are gathered or sliced, elements outside whole units, and entries that are
+//          strided or off a 16-byte boundary: a thread takes a unit, or what the row has of it (pieces). It
+//          moves 16 bytes at a time where they lie so, else an element at a time. A unit has one Philox block
 // verb     a struct with units(), which calls each_unit(), and with piece(). A kernel calls run() with it
 // include  after <cuda_runtime.h>, by .cu files
 #pragma once
@@ -79,14 +80,6 @@ __device__ __forceinline__ void each_unit(const Place& place, const Turn& turn, 
   }
 }
 
-// Elements [low, high) of a unit, of any strides. Element i lies at theta + at + i stride, at residual +
-// residual_at + i and at out + to + i.
-struct Piece {
-  uint32_t unit;
-  int low, high;
-  int64_t at, stride, residual_at, to;
-};
-
 // Gives all other elements of the chunk to the threads, one Piece at a time.
 template <class Verb>
 __device__ __forceinline__ void pieces(Verb& verb, const Entry& e, const Chunk& chunk, const Units& whole,
@@ -99,10 +92,13 @@ __device__ __forceinline__ void pieces(Verb& verb, const Entry& e, const Chunk& 
   const int64_t last_row = merged ? 0 : divide(chunk.end - 1, columns);
   const uint32_t rows = static_cast<uint32_t>(last_row - first_row) + 1;  // a chunk has under 2^28 elements
   const bool edges = whole.begin < whole.end;
-  // A row of c columns touches at most c / 8 + 2 units. If it has whole units, only one before and one after
-  // are left. Each row gets a power of two of turns, so that no turn needs a division. Some turns are empty.
+  // If a row has whole units, only one before and one after are left. Each row gets a power of two of turns,
+  // so that no turn needs a division. Some turns are empty.
   const int64_t longest = columns < chunk.end - chunk.begin ? columns : chunk.end - chunk.begin;
-  const uint32_t per_row = edges ? 2 : static_cast<uint32_t>(longest / kUnit) + 2;
+  // Rows that begin at the same place of a unit touch the same number of units.
+  const uint32_t before =
+      longest == columns && e.pitch % kUnit == 0 ? static_cast<uint32_t>(e.first % kUnit) : kUnit - 1;
+  const uint32_t per_row = edges ? 2 : (before + static_cast<uint32_t>(longest) + kUnit - 1) / kUnit;
   int shift = 1;
   while (1u << shift < per_row) ++shift;
   for (uint32_t item = lane; item < rows << shift; item += lanes) {
@@ -125,6 +121,8 @@ __device__ __forceinline__ void pieces(Verb& verb, const Entry& e, const Chunk& 
     piece.stride = e.column_stride;
     piece.residual_at = source * columns + column;
     piece.to = row * columns + column;
+    piece.together = piece.high - piece.low == kUnit && (e.theta == nullptr || e.column_stride == 1) &&
+                     aligned(e, piece.at, piece.to, piece.residual_at);
     verb.piece(e, piece);
   }
 }

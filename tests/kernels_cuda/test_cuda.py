@@ -66,7 +66,7 @@ def test_wrong_kernel_is_rejected(on_host, monkeypatch, mistake) -> None:
         problem = conformance.run(backend, "cpu", "quick", [check])[check]
         if problem:
             print(f"{mistake}: {check}: {problem}")
-            assert "AssertionError" in problem
+            assert "AssertionError" in problem or "misaligned address" in problem
             return
     raise AssertionError(f"no check rejects {mistake!r}")
 

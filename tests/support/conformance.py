@@ -372,17 +372,22 @@ def check_perturb_strides(backend, device="cpu", scale="full") -> None:
 
 def column_slices(generator, scale: str):
     """Columns [a, b) of a (rows, width) parameter:
-    a view of it and a compact copy, numbered as in the whole."""
+    a view of it and a compact copy, numbered as in the whole.
+
+    Of the third case all rows begin on 16 bytes; in the fourth they do after five elements, with the low bits.
+    """
     thetas, spans = [], []
     cases = [
         (5, 40, 3, 12),
         (3, 300, 130, 300),
+        (9, 80, 16, 72),
+        (9, 80, 3, 75),
         (7, 129, 0, 1),
         (4, 64, 8, 24),
         (2, 1000, 1, 999),
         (6, 33, 5, 5),
     ]
-    for rows, width, a, b in cases[:2] if scale == "quick" else cases:
+    for rows, width, a, b in cases[:4] if scale == "quick" else cases:
         for dtype in DTYPES:
             who = ids(generator, 1)[0]
             thetas.append(theta_of(generator, (rows, width), dtype, see=lambda x, a=a, b=b: x[:, a:b]))
@@ -440,6 +445,11 @@ def check_perturb_rows(backend, device="cpu", scale="full") -> None:
         thetas.append(theta_of(generator, (20, 9), torch.bfloat16, see=lambda x: x[::5, 1:8]))
         spans.append(Span(ids(generator, 1)[0], first=2**33 - 11, pitch=2**33 - 1, rows=rows))
         lows.append(low_of(generator, thetas[-1]))
+        rows = torch.randint(0, 24, (9,), generator=generator)
+        for dtype in DTYPES:  # rows of whole units, all on 16 bytes
+            thetas.append(theta_of(generator, (24, 64), dtype))
+            spans.append(Span(ids(generator, 1)[0], first=40, pitch=72, rows=rows))
+            lows.append(filled(low_of(generator, thetas[-1]).view))
         for dtype, residuals in ((None, ()), (torch.float32, lows)):
             outs = [[out_like(t, dtype, s.rows) for t, s in zip(thetas, spans)] for _ in range(2)]
             versus.perturb(thetas, spans, direction, outs, residuals=residuals)

@@ -1,10 +1,11 @@
 // cuda_runtime.h: the few names of CUDA that csrc/*.cu use, for g++: their kernels then run on the host
 //
 // A launch is a loop over blocks and their warps. The 32 threads of a warp are contexts that run one after the other, each
-// until it ends or reaches __syncwarp or a matrix product, where it waits for the other 31; there are no other barriers and no
-// shuffles. A product is computed from what all lanes gave, by the fragment layouts that the PTX manual prints.
+// until it ends or reaches __syncwarp, a matrix product or ldmatrix, where it waits for the other 31. A warp runs until all its
+// threads end or wait at __syncthreads; then the next warp runs. There are no other barriers and no shuffles. A product is
+// computed from what all lanes gave, by the fragment layouts that the PTX manual prints.
 // ZO_SHIM_ORDER = 1 runs blocks, warps and threads last to first: results may not depend on the order.
-// A launch is refused where a GPU would refuse it; a barrier that some threads of a warp never reach ends the process.
+// A launch is refused where a GPU would refuse it; a barrier that some threads never reach ends the process.
 #pragma once
 
 #include <ucontext.h>
@@ -14,6 +15,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <vector>
 
 #define __global__
@@ -21,13 +23,14 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __align__(bytes) __attribute__((aligned(bytes)))
 
-struct uint4 {
-  uint32_t x, y, z, w;
+
+struct uint2 {
+  uint32_t x, y;
 };
-static_assert(sizeof(uint4) == 16, "as on a GPU");
 
-inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 
 struct ShimDimension {
   unsigned x;
@@ -41,7 +44,7 @@ T atomicAdd(T* address, T value) {
 }
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorMisalignedAddress = 716 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorMisalignedAddress = 716, shimBankConflict = 9999 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
 
 inline cudaError_t& shim_error() {
@@ -57,8 +60,29 @@ inline cudaError_t cudaGetLastError() {
 
 inline const char* cudaGetErrorString(cudaError_t error) {
   if (error == cudaErrorMisalignedAddress) return "misaligned address";
+  if (error == shimBankConflict) return "rows of a matrix in the same banks";
   return error == cudaSuccess ? "no error" : "invalid configuration";
 }
+
+// Four words that are loaded or stored at once: at an address that is no multiple of 16 a GPU does neither.
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+
+  uint4() = default;
+  uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) : x(x), y(y), z(z), w(w) {}
+  uint4(const uint4& other) : uint4(other.x, other.y, other.z, other.w) { look(&other); }
+  uint4& operator=(const uint4& other) {
+    x = other.x, y = other.y, z = other.z, w = other.w;
+    return look(&other), look(this), *this;
+  }
+
+  static void look(const uint4* at) {
+    if (reinterpret_cast<uintptr_t>(at) % 16 != 0) shim_error() = cudaErrorMisalignedAddress;
+  }
+};
+static_assert(sizeof(uint4) == 16, "as on a GPU");
+
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
 // Two floats that are loaded at once: from an address that is no multiple of 8 a GPU does not load them.
 struct float2 {
@@ -108,57 +132,88 @@ inline int shim_mistake = 0;  // tests/support/host.py builds kernels with mista
 constexpr unsigned kShimWarp = 32;
 
 struct ShimWarp {  // one warp: a context for each thread, and where the loop over them goes on
-  enum State { kReady, kWaiting, kEnded };
+  enum State { kReady, kWaiting, kBarred, kEnded };
   ucontext_t scheduler, threads[kShimWarp];
   State states[kShimWarp];
-  unsigned running = 0;
-  std::vector<char> stacks = std::vector<char>(kShimWarp << 18);
-  std::function<void()> kernel;
+  unsigned first = 0, running = 0;
+  std::unique_ptr<char[]> stacks{new char[kShimWarp << 18]};
   uint32_t a[kShimWarp][4], b[kShimWarp][2];  // operands of the matrix product that the lanes wait at
   float c[kShimWarp][4];
+  uintptr_t rows[kShimWarp];  // of the matrices that they wait for
   unsigned arrived = 0;
 
-  static ShimWarp& get() {
-    static ShimWarp warp;
+  static ShimWarp*& current() {
+    static ShimWarp* warp;
     return warp;
   }
 
+  static ShimWarp& get() { return *current(); }
+
+  static std::function<void()>& kernel() {
+    static std::function<void()> kernel;
+    return kernel;
+  }
+
   static void enter() {
-    get().kernel();
+    kernel()();
     get().states[get().running] = kEnded;
   }
 
-  void run(unsigned first, bool backwards) {
+  void begin(unsigned thread) {
+    first = thread;
     for (unsigned i = 0; i < kShimWarp; ++i) {
       getcontext(&threads[i]);
-      threads[i].uc_stack.ss_sp = stacks.data() + (static_cast<size_t>(i) << 18);
+      threads[i].uc_stack.ss_sp = stacks.get() + (static_cast<size_t>(i) << 18);
       threads[i].uc_stack.ss_size = 1 << 18;
       threads[i].uc_link = &scheduler;
       makecontext(&threads[i], enter, 0);
       states[i] = kReady;
     }
-    for (unsigned ended = 0, waiting = 0; ended < kShimWarp; waiting = 0) {
+  }
+
+  // Until all threads have ended, or wait for the block: returns whether they have ended.
+  bool run(bool backwards) {
+    current() = this;
+    while (true) {
+      unsigned count[kEnded + 1] = {};
       for (unsigned i = 0; i < kShimWarp; ++i) {
         running = backwards ? kShimWarp - 1 - i : i;
-        if (states[running] == kEnded) continue;
-        states[running] = kReady;
-        threadIdx.x = first + running;
-        swapcontext(&scheduler, &threads[running]);
-        ended += states[running] == kEnded;
-        waiting += states[running] == kWaiting;
+        if (states[running] != kEnded) {
+          states[running] = kReady;
+          threadIdx.x = first + running;
+          swapcontext(&scheduler, &threads[running]);
+        }
+        ++count[states[running]];
       }
-      if (waiting != 0 && waiting != kShimWarp) {
-        std::fprintf(stderr, "shim: %u threads of a warp wait at __syncwarp, and the others never reach it\n", waiting);
+      if (count[kEnded] == kShimWarp || count[kBarred] == kShimWarp) return count[kBarred] == 0;
+      if (count[kWaiting] != kShimWarp) {
+        std::fprintf(stderr, "shim: %u threads of a warp wait at __syncwarp, and %u at __syncthreads\n", count[kWaiting],
+                     count[kBarred]);
         std::abort();
       }
     }
   }
+
+  void wait(State state) {
+    states[running] = state;
+    swapcontext(&threads[running], &scheduler);
+  }
 };
 
-inline void __syncwarp() {
-  ShimWarp& warp = ShimWarp::get();
-  warp.states[warp.running] = ShimWarp::kWaiting;
-  swapcontext(&warp.threads[warp.running], &warp.scheduler);
+inline void __syncwarp() { ShimWarp::get().wait(ShimWarp::kWaiting); }
+inline void __syncthreads() { ShimWarp::get().wait(ShimWarp::kBarred); }
+
+inline void shim_block(unsigned count, bool backwards) {
+  static std::vector<std::unique_ptr<ShimWarp>> warps;
+  while (warps.size() < count) warps.push_back(std::make_unique<ShimWarp>());
+  for (unsigned i = 0; i < count; ++i) warps[i]->begin(i * kShimWarp);
+  for (unsigned ended = 0; ended == 0;) {
+    for (unsigned i = 0; i < count; ++i) ended += warps[backwards ? count - 1 - i : i]->run(backwards);
+    if (ended != 0 && ended != count) {
+      std::fprintf(stderr, "shim: %u warps wait at __syncthreads, and the others never reach it\n", count - ended);
+      std::abort();
+    }
+  }
 }
 
 template <class... Parameters, class... Arguments>
@@ -171,13 +226,10 @@ void shim_launch(void (*kernel)(Parameters...), unsigned blocks, unsigned thread
   shim_mistake = shim_number("ZO_SHIM_MISTAKE", 0);
   gridDim.x = blocks;
   blockDim.x = threads;
-  ShimWarp& warp = ShimWarp::get();
-  warp.kernel = [&] { kernel(arguments...); };
+  ShimWarp::kernel() = [&] { kernel(arguments...); };
   for (unsigned block = 0; block < blocks; ++block) {
     blockIdx.x = backwards ? blocks - 1 - block : block;
-    for (unsigned i = 0; i < threads / kShimWarp; ++i) {
-      warp.run((backwards ? threads / kShimWarp - 1 - i : i) * kShimWarp, backwards);
-    }
+    shim_block(threads / kShimWarp, backwards);
   }
 }
 
@@ -223,3 +275,29 @@ inline void shim_mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
 }
 
 #define ZO_HOST_MMA(c, a, b) shim_mma(c, a, b)
+
+// ldmatrix.x4 for all lanes. Lane 8 i + r has the address of row r of matrix i; lane 4 g + t takes elements 2 t and 2 t + 1 of row g
+// of each matrix. A row lies on 16 bytes, and the eight rows of a matrix in different banks.
+inline void shim_load_matrices(uint32_t (&a)[4], uintptr_t row) {
+  ShimWarp& w = ShimWarp::get();
+  const unsigned lane = w.running;
+  w.rows[lane] = row;
+  ++w.arrived;
+  __syncwarp();
+  if (w.arrived == kShimWarp) {
+    w.arrived = 0;
+    for (unsigned i = 0; i < 4; ++i) {
+      unsigned banks = 0;
+      for (unsigned r = 0; r < 8; ++r) {
+        const uintptr_t from = w.rows[8 * i + r];
+        if (from % 16 != 0) shim_error() = cudaErrorMisalignedAddress;
+        banks |= 1u << (from / 16 % 8);
+        for (unsigned t = 0; t < 4; ++t) std::memcpy(&w.a[4 * r + t][i], reinterpret_cast<const char*>(from) + 4 * t, 4);
+      }
+      if (banks != 0xffu) shim_error() = shimBankConflict;
+    }
+  }
+  std::memcpy(a, w.a[lane], sizeof a);
+}
+
+#define ZO_HOST_LOAD_MATRICES(a, row) shim_load_matrices(a, row)
