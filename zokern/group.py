@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import devices, gemm
+from . import gemm
 from .backends import Backend, Batch, Noise, Outer, Span, SpanList, TensorList, Terms, Update
 from .device_numbers import cached_upload, on_device
 from .directions import LowRank, Matrix, Normal, Source, Stack
@@ -125,18 +125,6 @@ class Group:
         high = (bits + 0x8000) >> 16  # the nearest bfloat16, ties away from zero, as in the kernels
         self.theta[i].view(torch.int16).copy_(high.short())
         low.copy_((bits - (high << 16)).short())
-
-    def add(self, i: int, values: Tensor, amount: Any) -> None:
-        """Adds amount times values to tensor i: a product and a sum in float32, and the rounding of put().
-
-        values  float32, in the shape of the tensor;  amount  a number, or one in device memory, []
-        Works on some rows at a time, whose temporaries stay in a CPU's caches."""
-        if self.residual(i) is not None or values.numel() < 2:
-            self.put(i, self.read(i) + values * amount)
-            return
-        rows = max(1, devices.of(values.device).sketched // values[0].numel())
-        for theta, part in zip(self.theta[i].split(rows), values.split(rows)):
-            theta.copy_((part * amount).add_(theta))
 
     @cached_property
     def nbytes(self) -> int:

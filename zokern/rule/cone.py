@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import devices
 from ..backends import Batch, Noise, Terms
 from ..checks import finite_number, within
 from ..device_numbers import Amount, Weights, stacked
@@ -97,7 +98,7 @@ class Cone:
         far = sum(amount * group.reach(word) for word, amount in terms)
         far = far.value if isinstance(far, Amount) else far
         for i, tensor in enumerate(group.tensors):
-            group.add(i, states[tensor]["momentum"], far * self._along(states[tensor]))
+            _add(group, i, states[tensor]["momentum"], far * self._along(states[tensor]))
 
     def _along(self, state: Any) -> Any:
         """Returns cos(angle) / l, a number of the host or float64 []."""
@@ -192,6 +193,19 @@ class Cone:
         self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor | None, state: Any
     ) -> None:
         """Nothing depends on a basis."""
+
+
+def _add(group: Group, i: int, values: Tensor, amount: Any) -> None:
+    """Adds amount times values to tensor i: a product and a sum in float32, and the rounding of Group.put.
+
+    values  float32, in the shape of the tensor;  amount  a number, or one in device memory, []
+    Works on some rows at a time, whose temporaries stay in a CPU's caches."""
+    if group.residual(i) is not None or values.numel() < 2:
+        group.put(i, group.read(i) + values * amount)
+        return
+    rows = max(1, devices.of(values.device).sketched // values[0].numel())
+    for theta, part in zip(group.theta[i].split(rows), values.split(rows)):
+        theta.copy_((part * amount).add_(theta))
 
 
 __all__ = ["Cone", "warming"]
