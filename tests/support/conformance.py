@@ -374,8 +374,7 @@ def column_slices(generator, scale: str):
     """Columns [a, b) of a (rows, width) parameter:
     a view of it and a compact copy, numbered as in the whole.
 
-    Of the third case all rows begin on 16 bytes; in the fourth they do so after five elements, with the low
-    bits.
+    Of the third case all rows begin on 16 bytes; in the fourth they do after five elements, with low bits.
     """
     thetas, spans = [], []
     cases = [

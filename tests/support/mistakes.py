@@ -73,8 +73,8 @@ CUDA = [
     ("rounding of the first draw", "? term - 1 - all", "? ({wrong} ? term - terms.each : term - 1) - all"),
     (
         "rounding bits of a piece",
-        "last_step(), kRoundingDraw, keys), keys);\n      values",
-        "{wrong} + last_step(), kRoundingDraw, keys), keys);\n      values",
+        "last_step(), kRoundingDraw, keys), keys);\n      if constexpr (kDirection",
+        "{wrong} + last_step(), kRoundingDraw, keys), keys);\n      if constexpr (kDirection",
     ),
     (
         "the decay of the first sum",
