@@ -149,6 +149,7 @@ class Deferred:
         for group in self._left:
             if not {*map(id, group.tensors)} <= {*map(id, plan.tensors)}:
                 also += _waiting(group)
+                group.check_waiting()
                 group.write(Noise(None, plan.seed, [(step, 0)]), plan.rounding)
                 wrote = True
         self._left = ()
@@ -199,6 +200,7 @@ class Deferred:
             for tensor in group.tensors if group.matrices is not None else ():
                 self.check(tensor)
             if group.matrices is not None:
+                group.check_waiting()
                 group.write(Noise(None, self.run.seed, [(max(0, self.run.step - 1), 0)]), self.run.rounding)
         self._left = ()
         self.accept(also)

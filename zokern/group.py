@@ -303,8 +303,8 @@ class Group:
         no longer.
 
         noise  names the bits of stochastic rounding. Where all updates are 0 nothing is written: the device
-        knows, and the host does not wait for it"""
-        self.check_waiting()
+        knows, and the host does not wait for it. Within a step, readings write weights and put them back, so
+        that version counters say nothing: check_waiting() comes before them"""
         waiting = [(i, m, m.pending) for i, m in enumerate(self.matrices or ()) if m.pending is not None]
         if not waiting:
             return 0

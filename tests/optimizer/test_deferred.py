@@ -17,6 +17,8 @@ from recipes import METHODS
 from torch import Tensor, nn
 
 import zokern
+from zokern.evaluation import trust
+from zokern.group import Group
 from zokern.rule import momentum, sgd, waiting
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -375,6 +377,49 @@ def test_an_edit_while_updates_wait_is_refused(name: str, edit: Callable) -> Non
         with pytest.raises(RuntimeError, match="up.weight"):
             for _ in range(3):
                 zokern.step(optimizer, given(model, iter(losses())))
+
+
+def check_comparison_at_the_end_of_a_basis(optimizer_of: Callable[[nn.Module, bool], object]) -> None:
+    """Inputs that are longer than before are compared with 'master', which writes the weights and puts them
+    back: also in the step that writes deferred updates, the last one of a basis."""
+    found, right = [], trust.compare
+    for check in (True, False):
+        model = tiny(width=16)
+        optimizer, compared = optimizer_of(model, check), []
+
+        def compare(*given, steps=compared, of=optimizer):
+            steps.append(of.steps)
+            return right(*given)
+
+        with patch.object(trust, "compare", compare):
+            for step in range(6):
+                ids = IDS if step in (2, 4) else IDS[:1]
+                zokern.step(optimizer, lambda ids=ids, model=model: next_token_loss(model(ids), ids))
+                assert bool(waits(optimizer)) == (step % 3 != 2)
+        assert (2 in compared) == check
+        found.append([p.detach().clone() for p in model.parameters()])
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("evaluation", [zokern.Scratch, zokern.Paired])
+@pytest.mark.parametrize("name", ["lozo", "subzero"])
+def test_a_comparison_at_the_end_of_a_basis(name: str, evaluation: type) -> None:
+    check_comparison_at_the_end_of_a_basis(
+        lambda model, check: METHODS[name](
+            model, interval=3, lr=1e-3, evaluation=evaluation(check=check), paired_check=None
+        )
+    )
+
+
+def test_a_write_that_trusts_version_counters_within_a_step_is_rejected() -> None:
+    right = Group.write
+
+    def write(self, noise, rounding):
+        self.check_waiting()
+        return right(self, noise, rounding)
+
+    with patch.object(Group, "write", write), pytest.raises(RuntimeError, match="were written while"):
+        test_a_comparison_at_the_end_of_a_basis("lozo", zokern.Paired)
 
 
 @pytest.mark.parametrize("name", SOME)
