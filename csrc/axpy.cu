@@ -353,11 +353,12 @@ struct AxpyVerb {
     if constexpr (kPlain) {
       if constexpr (kStochastic)
         random = philox_named(p.unit, Name(e.who, last_step(), kRoundingDraw, keys), keys);
-      if constexpr (kDirection == Direction::kNormal) load_theta(e, p, join, v);
+      // Signs, and stochastic rounding, load theta after z: before it a kernel would spill.
+      constexpr bool kFirst = kDirection == Direction::kNormal && !kStochastic;
+      if constexpr (kFirst) load_theta(e, p, join, v);
       values<kDirection>(p.unit, Name(e.who, last_step(), terms.last.draw, keys), keys, z);
       Factors<kScaled>::apply(f, z);
-      // Signs load it here: before z a kernel would spill on sm_120.
-      if constexpr (kDirection != Direction::kNormal) load_theta(e, p, join, v);
+      if constexpr (!kFirst) load_theta(e, p, join, v);
 #pragma unroll
       for (int i = 0; i < kUnit; ++i) v[i] = fma_rn(coefficient, z[i], decayed(v[i]));
     } else {
