@@ -73,8 +73,8 @@ CUDA = [
     ("rounding of the first draw", "? term - 1 - all", "? ({wrong} ? term - terms.each : term - 1) - all"),
     (
         "rounding bits of a piece",
-        "last_step(), kRoundingDraw, keys), keys);\n      if constexpr (kDirection",
-        "{wrong} + last_step(), kRoundingDraw, keys), keys);\n      if constexpr (kDirection",
+        "last_step(), kRoundingDraw, keys), keys);\n      // Signs",
+        "{wrong} + last_step(), kRoundingDraw, keys), keys);\n      // Signs",
     ),
     (
         "the decay of the first sum",
