@@ -111,11 +111,11 @@ class Auto:
                     raise
                 failed.append((way.name, problem))
                 self.order = left
-        self.record = self._told(way)
+        self.record = self._recorded(way)
         if failed:  # the next way could read what these could not: the closure is not at fault
             causes = "; ".join(f"{name!r}: {_first_line(problem)}" for name, problem in failed)
             self.why = f"{way.name!r}, because others failed: {causes}"
-            self.record = self._told(way)
+            self.record = self._recorded(way)
             warn(
                 f"this closure is read by evaluation {way.name!r} from now on, because others cannot: "
                 f"{causes}"
@@ -130,7 +130,7 @@ class Auto:
         self.record = replace(self.jvp.record, why="'jvp': the estimator asks for slopes")
         return found
 
-    def _told(self, way: Any) -> Record:
+    def _recorded(self, way: Any) -> Record:
         """Returns the record of the way that ran, with the reason for the choice before its own."""
         return replace(way.record, why="; ".join(filter(None, (self.why, way.record.why))))
 

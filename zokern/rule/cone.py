@@ -154,9 +154,9 @@ class Cone:
         longer: Tensor | float
         if isinstance(w, Tensor):
             amounts, (shrink, go, finite) = weights.projected.amounts, weights.projected.control.unbind(0)
-            told = stacked((shrink, amounts[0], cos, 1.0), amounts)
+            scalars = stacked((shrink, amounts[0], cos, 1.0), amounts)
             gate = torch.stack((shrink, go, go))
-            count = group.update_(plan, members, [sin], "momentum", told, [moments], gate)
+            count = group.update_(plan, members, [sin], "momentum", scalars, [moments], gate)
             both = torch.where(go == 1.0, stacked(moves, w), stacked(rests, w)).float()
             coefficient, rest, control = both[:1], 1.0, torch.stack((both[1], finite, finite))
             longer = torch.where(finite == 1.0, torch.hypot(ahead, aside), length)

@@ -35,12 +35,14 @@ class Sgd:
         defer: bool
     ) -> Tensor | int:  # fmt: skip
         weights = Weights.of(weights, lr, decay, group.theta[0].device)
-        noise, told = plan.noise([(plan.step, 0)], None), weights.projected
+        noise, projected = plan.noise([(plan.step, 0)], None), weights.projected
         if weights.moves_nothing:
             return group.write(noise, plan.rounding) if group.matrices is not None and not defer else 0
         if group.matrices is None:
-            return group.axpy_(plan.noise(plan.draws()), told.amounts, decay, plan.rounding, told.control)
-        return deposit(plan, group, summed(plan, group, told.amounts), weights.kept(decay), defer)
+            return group.axpy_(
+                plan.noise(plan.draws()), projected.amounts, decay, plan.rounding, projected.control
+            )
+        return deposit(plan, group, summed(plan, group, projected.amounts), weights.kept(decay), defer)
 
     def descend(
         self, plan: Plan, group: Group, weights: Sequence[float], gradient: Tensor, weight: float, lr: float,
