@@ -21,6 +21,10 @@ def normal(p: Tensor, *shape: int) -> Tensor:
     return torch.randn(*shape, dtype=p.dtype, device=p.device)
 
 
+def signs(p: Tensor) -> Tensor:
+    return (2 * torch.randint(0, 2, p.shape, device=p.device) - 1).to(p.dtype)
+
+
 class Loop:
     """Takes MeZO's step: theta + eps z, theta - eps z, theta again, theta - lr c z: four passes, and z four
     times.
@@ -95,3 +99,35 @@ class Queries(Loop):
 
     def seeds(self, seed: int) -> range:
         return range(seed * self.queries, (seed + 1) * self.queries)
+
+
+class Differences(Queries):
+    """Takes the mean of c z over several draws.
+
+        c = (1 / eps) sum_j weights[j] L(theta + offsets[j] eps z)
+
+    rademacher  z is of signs, and not normal"""
+
+    offsets: Sequence[float] = (1.0, -1.0)
+    weights: Sequence[float] = (0.5, -0.5)
+    rademacher = False
+
+    def z(self, i: int, p: Tensor) -> Tensor:
+        return signs(p) if self.rademacher else normal_like(p)
+
+    @torch.no_grad()
+    def step(self, closure: Closure, seed: int) -> None:
+        seeds = self.seeds(seed)
+        base = closure().item() if 0.0 in self.offsets else 0.0
+        slopes = []
+        for each in seeds:
+            at, slope = 0.0, 0.0
+            for offset, weight in zip(self.offsets, self.weights):
+                if offset:
+                    self.move(each, offset - at)
+                    at = offset
+                slope += weight * (closure().item() if offset else base)
+            self.move(each, -at)
+            slopes.append(slope / self.eps)
+        for each, slope in zip(seeds, slopes):
+            self.update(each, slope / len(seeds))

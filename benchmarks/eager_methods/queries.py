@@ -23,7 +23,7 @@ from torch import Tensor
 from zokern.estimator.blocks import block_of, layer_of
 
 from .. import eager
-from .loop import Closure, Loop, Queries
+from .loop import Closure, Loop, Queries, signs
 
 
 class MeZO(Loop):
@@ -80,7 +80,7 @@ class FZOO(Queries):
     queries = 8
 
     def z(self, i: int, p: Tensor) -> Tensor:
-        return (2 * torch.randint(0, 2, p.shape, device=p.device) - 1).to(p.dtype)
+        return signs(p)
 
     @torch.no_grad()
     def step(self, closure: Closure, seed: int) -> None:

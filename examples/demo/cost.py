@@ -1,4 +1,5 @@
-"""What a step costs: time and peak memory of a bare forward, a step of the method and an eager MeZO step."""
+"""What a step costs: time and peak memory of a bare forward, a step of the method, an eager MeZO step, and a
+step of back-propagation with AdamW."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from torch import nn
 from benchmarks.eager_methods.queries import MeZO
 from benchmarks.memory import high_water, reset_high_water
 from zokern import StepResult, step
+from zokern.devices import free_memory
 from zokern.training.words import LabelWords
 
 from .data import Row
@@ -32,8 +34,10 @@ def peak_of(run: Callable[[], object]) -> tuple[float, int | None]:
 def cost(
     model: nn.Module, words: LabelWords, rows: Sequence[Row], options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Rounds of a bare forward and a zokern step,
-    then of a forward and an eager step, on one batch. Moves the weights."""
+    """Rounds of a bare forward and a zokern step, then of a forward and an eager step, then of a forward and
+    a step of AdamW, on one batch. Moves the weights.
+
+    AdamW is left out, and None stands for its figures, where the memory for it is not free."""
     from tqdm.auto import tqdm
 
     zo = build(model, options.seed, options)
@@ -55,31 +59,34 @@ def cost(
         asked.clear()
         records.append(step(zo, task))
 
-    seconds: dict[str, list[float]] = {kind: [] for kind in ("forward", "step", "eager")}
-    peaks: dict[str, list[int | None]] = {kind: [] for kind in seconds}
+    def descend() -> None:
+        adamw.zero_grad()
+        task().backward()
+        adamw.step()
+
+    # The eager loop comes after zokern: it puts new tensors into the parameters, and a step would look at
+    # all of them again. AdamW comes last: its gradients and moments stay.
+    kinds: dict[str, Callable[[], object]] = {"step": take, "eager": lambda: eager.step(task, options.seed)}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if 4 * sum(p.nbytes for p in trained) < free_memory(trained[0].device):  # gradients, moments, activations
+        adamw = torch.optim.AdamW(trained, lr=1e-6)
+        kinds["adamw"] = descend
+    seconds: dict[str, list[float]] = {kind: [] for kind in ("forward", *kinds)}
+    extra: dict[str, list[int | None]] = {}
     forward()
-    # The eager loop comes last: it puts new tensors into the parameters,
-    # and a step would look at all of them again.
-    kinds: list[dict[str, Callable[[], object]]] = [
-        {"forward": forward, "step": take},
-        {"forward": forward, "eager": lambda: eager.step(task, options.seed)},
-    ]
-    for part in kinds:
-        for n in tqdm(range(options.rounds + 1), desc="cost", unit="round", disable=options.quiet):
-            for kind, run in part.items():
-                elapsed, peak = peak_of(run)
+    for kind, run in kinds.items():
+        # What a step keeps stays resident: it is held against the forward before the first of its kind.
+        before, extra[kind] = peak_of(forward)[1], []
+        for n in tqdm(range(options.rounds + 1), desc=f"cost, {kind}", unit="round", disable=options.quiet):
+            for name, call in (("forward", forward), (kind, run)):
+                elapsed, peak = peak_of(call)
                 zo.flush()  # deferred updates are written now, and not by the next forward
-                peaks[kind].append(peak)
+                if name == kind:
+                    extra[kind].append(None if peak is None or before is None else peak - before)
                 if n:  # the first round warms up: its first step brings in the pages of the scratch
-                    seconds[kind].append(elapsed)
+                    seconds[name].append(elapsed)
     median = {kind: statistics.median(values) for kind, values in seconds.items()}
-    # The scratch stays resident between steps. So zokern is held against the forward before its first step,
-    # and the eager loop, which shares the process with that scratch, against the forward of its own round.
-    extra = [
-        a - peaks["forward"][0] for a in peaks["step"] if a is not None and peaks["forward"][0] is not None
-    ]
-    shared = peaks["forward"][len(peaks["step"]) :]
-    eager_extra = [a - b for a, b in zip(peaks["eager"], shared) if a is not None and b is not None]
+    peaks = {kind: None if None in values else max(values) for kind, values in extra.items()}
     forwards = max(1, sum(asked))  # a step that asks for slopes alone reads one loss
     return {
         "forwards": forwards,
@@ -87,8 +94,11 @@ def cost(
         "forward_seconds": median["forward"],
         "rest_seconds": median["step"] - forwards * median["forward"],
         "eager_step_seconds": median["eager"],
-        "peak_extra_bytes": max(extra, default=None),
-        "eager_peak_extra_bytes": statistics.median(eager_extra[1:]) if eager_extra else None,
+        "adamw_step_seconds": median.get("adamw"),
+        "peak_extra_bytes": peaks["step"],
+        "later_peak_extra_bytes": extra["step"][-1],
+        "eager_peak_extra_bytes": peaks["eager"],
+        "adamw_peak_extra_bytes": peaks.get("adamw"),
         "scratch_bytes": max(record.scratch_bytes for record in records),
         "backend": records[-1].backend,
     }

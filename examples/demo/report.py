@@ -28,8 +28,11 @@ FIELDS = {
     "forward_seconds": "one forward of the same batch outside a step, median of the rounds",
     "rest_seconds": "step_seconds - forwards forward_seconds: perturbing, updating and bookkeeping",
     "eager_step_seconds": "one eager MeZO step on the same batch, median of the rounds",
+    "adamw_step_seconds": "one step of back-propagation with AdamW; null: its memory was not free",
     "peak_extra_bytes": "resident memory: peak of zokern steps less peak of a forward of that batch; or null",
+    "later_peak_extra_bytes": "the same after the first two steps, which are compared with 'master'",
     "eager_peak_extra_bytes": "the same for eager MeZO steps",
+    "adamw_peak_extra_bytes": "the same for steps of back-propagation with AdamW",
     "scratch_bytes": "memory for perturbed copies that the zokern steps record",
     "training_step_seconds": "median over all training steps of the first seed, batches of different lengths",
     "training_seconds": "training with the first seed",
@@ -59,8 +62,11 @@ def summary(report: dict[str, Any]) -> str:
     forwards, ours, eager = report["forwards"], report["step_seconds"], report["eager_step_seconds"]
     bare, pair = forwards * report["forward_seconds"], 2 * report["forward_seconds"]
 
-    def memory(size: float | None) -> str:
+    def memory(name: str) -> str:
+        size = report[f"{name}peak_extra_bytes"]
         return "unknown here" if size is None else f"{size / 2**20:.0f} MB"
+
+    adamw = report["adamw_step_seconds"]
 
     lines = {
         "method": f"{report['method']}, lr {report['options']['lr']:g}, eps {report['options']['eps']:g}",
@@ -72,22 +78,25 @@ def summary(report: dict[str, Any]) -> str:
         "step": f"{ours:.3f} s: {forwards} forwards {bare:.3f}, the rest {ours - bare:.3f}; "
         f"{ours / bare:.2f} times its forwards",
         "eager": f"MeZO, {eager:.3f} s: the rest {eager - pair:.3f}; {eager / pair:.2f} times its 2 forwards",
-        "memory": f"over weights and one forward {memory(report['peak_extra_bytes'])}; "
-        f"eager {memory(report['eager_peak_extra_bytes'])}",
+        "adamw": "not measured: its memory is not free here"
+        if adamw is None
+        else f"back-propagation, {adamw:.3f} s: {adamw / pair:.2f} times 2 forwards",
+        "memory": f"over weights and one forward {memory('later_')}, {memory('')} in the first two steps; "
+        f"eager {memory('eager_')}; AdamW {memory('adamw_')}",
     }
     return "\n".join(f"{name:10} {line}" for name, line in lines.items())
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Loss curve; accuracy before and after with intervals;
-    time of a step, ours and eager, in forwards and the rest."""
+    """Draws the loss; accuracy before and after, with intervals;
+    time and memory of a step of zokern, of the eager loop, and of back-propagation with AdamW."""
     import matplotlib
 
     matplotlib.use("Agg")  # writes a file: no display is needed
     from matplotlib import pyplot
 
-    figure, (left, middle, right) = pyplot.subplots(
-        1, 3, figsize=(13, 4), width_ratios=(2, 1.2, 1.2), layout="constrained"
+    figure, (loss, accuracy, time, memory) = pyplot.subplots(
+        1, 4, figsize=(15, 4), width_ratios=(1.7, 1.1, 1.3, 1.3), layout="constrained"
     )
     figure.suptitle(
         f"zokern demo: SmolLM2-135M on film-review sentences, {report['method']}, all weights, forward "
@@ -95,43 +104,68 @@ def plot(report: dict[str, Any], path: Path) -> None:
     )
     losses = report["training_losses"]
     means = [statistics.fmean(losses[max(n - RECENT, 0) : n]) for n in range(1, len(losses) + 1)]
-    left.plot(range(1, len(losses) + 1), losses, color="0.75", linewidth=0.8, label="batch")
-    left.plot(range(1, len(losses) + 1), means, color="C0", label=f"mean of the last {RECENT}")
-    left.set(xlabel="step", ylabel="training loss (nats)", title=f"loss, seed {report['seed']}")
-    left.legend()
+    loss.plot(range(1, len(losses) + 1), losses, color="0.75", linewidth=0.8, label="batch")
+    loss.plot(range(1, len(losses) + 1), means, color="C0", label=f"mean of the last {RECENT}")
+    loss.set(xlabel="step", ylabel="training loss (nats)", title=f"loss, seed {report['seed']}")
+    loss.legend()
+    _accuracies(accuracy, report)
+    _times(time, report)
+    _memory(memory, report)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
+
+def _accuracies(axes: Any, report: dict[str, Any]) -> None:
     second = report["second_seed"]
     names = ["before", f"after\nseed {report['seed']}", f"after\nseed {second['seed']}"]
     values = [report["accuracy_before"], report["accuracy_after"], second["accuracy"]]
     intervals = [report["accuracy_before_interval"], report["accuracy_after_interval"], second["interval"]]
     below = [100 * (value - low) for value, (low, _) in zip(values, intervals)]
     above = [100 * (high - value) for value, (_, high) in zip(values, intervals)]
-    middle.bar(names, [100 * v for v in values], yerr=[below, above], capsize=5, color=["0.6", "C0", "C0"])
+    axes.bar(names, [100 * v for v in values], yerr=[below, above], capsize=5, color=["0.6", "C0", "C0"])
     for x, (value, (_, high)) in enumerate(zip(values, intervals)):
-        middle.text(x, 100 * high + 1, f"{value:.1%}", ha="center")
-    middle.axhline(50, color="0.3", linestyle=":", linewidth=1)
-    middle.set(
+        axes.text(x, 100 * high + 1, f"{value:.1%}", ha="center")
+    axes.axhline(50, color="0.3", linestyle=":", linewidth=1)
+    axes.set(
         ylabel="accuracy (%), 95 % interval",
         ylim=(0, 100),
         title=f"{report['rows']['held_out']} held-out rows",
     )
 
+
+def _names(report: dict[str, Any]) -> list[str]:
+    return [f"zokern.{report['method']}", "eager MeZO", *(["AdamW"] if report["adamw_step_seconds"] else [])]
+
+
+def _times(axes: Any, report: dict[str, Any]) -> None:
+    """A step may take less than its forwards alone: the bars are steps, and lines mark the bare forwards."""
+    names = _names(report)
     bare = [n * report["forward_seconds"] for n in (report["forwards"], 2)]
-    steps = [report["step_seconds"], report["eager_step_seconds"]]
-    names = [f"zokern.{report['method']}\n{report['forwards']} forwards", "eager MeZO\n2 forwards"]
-    # a step may take less than its forwards alone: the bars are the step, and a line marks the bare forwards
-    within = [min(pair) for pair in zip(steps, bare)]
-    right.bar(names, within, color="0.6", label="forwards")
-    right.bar(names, [s - w for s, w in zip(steps, within)], bottom=within, color="C1", label="the rest")
-    ends = [-0.4, 0.6], [0.4, 1.4]
-    right.hlines(bare, *ends, color="0.2", linestyle=":", linewidth=1.5, label="the forwards alone")
-    for x, seconds in enumerate(steps):
-        right.text(x, max(seconds, bare[x]), f"{seconds:.2f} s", ha="center", va="bottom")
-    right.set(
-        ylabel="time per step (s)",
+    steps = [report[f"{kind}step_seconds"] for kind in ("", "eager_", "adamw_")][: len(names)]
+    axes.bar(names, steps, color=["C0", "C1", "0.6"][: len(names)])
+    axes.hlines(bare, [-0.4, 0.6], [0.4, 1.4], color="0.2", linestyle=":", linewidth=1.5)
+    for x, (seconds, marked) in enumerate(zip(steps, [*bare, 0.0])):
+        axes.text(x, max(seconds, marked), f"{seconds:.2f} s", ha="center", va="bottom")
+    axes.set(
+        ylabel="seconds (dots: its forwards alone)",
         ylim=(0, 1.15 * max(*steps, *bare)),
-        title=f"{report['versions']['threads']} threads",
+        title=f"time of a step, {report['versions']['threads']} threads",
     )
-    right.legend(loc="upper left", fontsize=8)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+
+
+def _memory(axes: Any, report: dict[str, Any]) -> None:
+    """What is not known is drawn as nothing."""
+    names = _names(report)
+    kinds = ["later_", "eager_", "adamw_"][: len(names)]
+    sizes = [(report[f"{kind}peak_extra_bytes"] or 0) / 1e6 for kind in kinds]
+    first = (report["peak_extra_bytes"] or 0) / 1e6
+    axes.bar(names, [first, 0, 0][: len(names)], color="none", edgecolor="C0", linestyle=":")
+    axes.bar(names, sizes, color=["C0", "C1", "0.6"][: len(names)])
+    for x, size in enumerate(sizes):
+        axes.text(x, size, f"{size:.0f}", ha="center", va="bottom")
+    axes.text(0, first, "first two steps", ha="center", va="bottom", fontsize=8)
+    axes.set(
+        ylabel="MB over weights and one forward",
+        ylim=(0, 1.15 * max(*sizes, first, 1)),
+        title="peak memory of a step",
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,37 @@ def test_a_new_loop_is_found_by_itself(tmp_path: Path, monkeypatch: pytest.Monke
     found = eager_methods.find()
     assert found.keys() == LOOPS.keys()
     assert found["LOZO"].__module__.endswith(".added") or found["LOZO"] is LOOPS["LOZO"]
+
+
+FOURTH = zokern.Stencil("fourth", (2.0, 1.0, -1.0, -2.0), (-1 / 12, 8 / 12, -8 / 12, 1 / 12))
+PARTS: dict[str, dict[str, Any]] = {
+    "three queries": {"queries": 3},
+    "one-sided signs": {"queries": 2, "stencil": "forward", "direction": "rademacher"},
+    "fourth order": {"stencil": FOURTH},
+}
+OTHERS: dict[str, dict[str, Any]] = {
+    "three queries": {"queries": 2},
+    "one-sided signs": {"rademacher": False},
+    "fourth order": {"weights": (0.1, 0.3, -0.3, -0.1)},
+}
+
+
+@pytest.mark.parametrize("why", PARTS)
+def test_a_method_of_known_parts_needs_no_loop(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its loop is made of them, is held to the formula as others are, and reads as many losses."""
+    added = partial(zokern.MeZO, **PARTS[why])
+    monkeypatch.setattr(zokern, "Added", added, raising=False)
+    monkeypatch.setitem(METHODS, "Added", added)  # type: ignore[arg-type]
+    loop = eager_methods.find()["Added"]
+    check_loop("Added", loop)
+    check_losses("Added", loop)
+    with pytest.raises(AssertionError):
+        check_loop("Added", type("Added", (loop,), OTHERS[why]))
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_loop_is_made_of_no_other_parts(name: str) -> None:
+    assert (eager_methods.of_parts(METHODS[name]) is not None) == (name == "MeZO")
 
 
 @pytest.mark.parametrize("name", LOOPS)

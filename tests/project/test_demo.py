@@ -288,6 +288,7 @@ def test_report_is_complete(tiny, tmp_path) -> None:
         "step_seconds",
         "forward_seconds",
         "eager_step_seconds",
+        "adamw_step_seconds",
     ]
     assert all(isinstance(report[name], float) for name in promised)
     assert report["peak_extra_bytes"] is None or report["peak_extra_bytes"] < 2**28
@@ -297,6 +298,14 @@ def test_report_is_complete(tiny, tmp_path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'zokern[demo]'")
     plot(report, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_adamw_is_left_out_where_its_memory_is_not_free(tiny, tmp_path) -> None:
+    with patch("examples.demo.cost.free_memory", lambda device: 0):
+        report = _line(tiny, "--steps", "1") | {"seconds": 0.0}
+    assert report["adamw_step_seconds"] is None and report["adamw_peak_extra_bytes"] is None
+    assert "its memory is not free" in summary(report)
+    plot(report, tmp_path / "plot.png")
 
 
 @pytest.mark.parametrize(
