@@ -19,7 +19,7 @@ from .directions import Aligned
 from .estimator.base import is_captured
 from .fingerprint import memory_of
 from .parallel import micro_batches
-from .result import Late, StepResult
+from .result import Measured, StepResult
 from .rule import Adam
 from .step import run, unwrapped
 
@@ -94,7 +94,7 @@ class Graph:
         self._tape: Tape | None = None
         self._graph: Any = None
         self._result: StepResult | None = None
-        self._late: Tensor | None = None
+        self._flat: Tensor | None = None
 
     def __call__(self) -> StepResult:
         """Runs one step on what the inputs hold now, and returns its record.
@@ -134,10 +134,10 @@ class Graph:
             self._run(tape)
             return
         self._graph.replay()
-        assert self._result is not None and self._late is not None
+        assert self._result is not None and self._flat is not None
         # the next replay writes over the numbers
-        late: Late = self._result.late.of(self._late.clone())
-        self.optimizer.result = self._result.at(self.optimizer.steps, late)
+        measured: Measured = self._result.measured.of(self._flat.clone())
+        self.optimizer.result = self._result.at(self.optimizer.steps, measured)
 
     def _capture(self, tape: Tape) -> None:
         """Records the launches of a step. Nothing runs."""
@@ -161,7 +161,7 @@ class Graph:
         try:
             optimizer.result = self._result = run(optimizer, self.closure)
             if self._graph is not None:
-                self._late = self._result.late.packed()
+                self._flat = self._result.measured.packed()
         finally:
             optimizer.tape = None
 

@@ -28,7 +28,7 @@ class Outcome(Protocol):
     @property
     def step(self) -> int: ...
     @property
-    def late(self) -> Any: ...
+    def measured(self) -> Any: ...
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Guards:
     force         accept an eps that rounding swallows for more than half of the 16-bit weights
     maximize      the loss is a reward, which may grow
     every         steps between two looks at the numbers of the steps before, which wait for the device. None:
-                  1 on a CPU, where nothing waits, and 16 on a GPU. The errors above come as late, and name
+                  1 on a CPU, where nothing waits, and 16 on a GPU. The errors above come then, and name
                   their step
 
     Raises ValueError for values out of range."""
@@ -102,7 +102,7 @@ class Guards:
             self.skipped(outcome)
             return
         self.measured(outcome, lrs)
-        if self.nonfinite != "ignore" and (nonfinite := outcome.late.values.nonfinite):
+        if self.nonfinite != "ignore" and (nonfinite := outcome.measured.values.nonfinite):
             raise RuntimeError(
                 f"step {outcome.step}: {nonfinite} weights are inf or NaN after the update (coefficients "
                 f"{outcome.coefficients}); lower lr, or raise eps; nonfinite='ignore' keeps going"

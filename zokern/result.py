@@ -48,8 +48,8 @@ class Part(NamedTuple):
         return [self.losses, self.coefficients, *self.flags, *known]
 
 
-class Late:
-    """The numbers of a step that lie on a device, and what they mean.
+class Measured:
+    """Holds the numbers of a step on their device, and what they mean.
 
     parts       of its estimates, in order
     shares      by name: (share, its warning) of 16-bit weights that stood still, 0-d tensors
@@ -69,9 +69,9 @@ class Late:
         """Returns all that is read in one tensor, float64."""
         return torch.cat([t.detach().reshape(-1).double() for t in self.tensors()])
 
-    def of(self, flat: Tensor) -> Late:
+    def of(self, flat: Tensor) -> Measured:
         """Returns the same step with other numbers, packed."""
-        other = Late()
+        other = Measured()
         other.parts, other.shares, other.nonfinite = self.parts, self.shares, self.nonfinite
         other.first_order, other.flat = self.first_order, flat
         return other
@@ -139,7 +139,7 @@ class Late:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or a pickle, has the numbers alone."""
-        return {**vars(Late()), "_values": self.values}
+        return {**vars(Measured()), "_values": self.values}
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class StepResult:
     first_order_loss  estimators with a back-propagated term: the loss of theta that was back-propagated
     dead_updates  share of 16-bit weights in a sample that rounding to nearest left where they were; None: not
                   measured
-    late          the numbers, where they lie
+    measured      the numbers on their device, which zokern.graph and the guards read together
 
     predicted_fall is (lr / n) sum_k c_k s_k, where s_k is the slope that was read along z_k: c_k itself for
     zokern.Spsa, the posterior mean for zokern.Bayesian. It is summed over the parts of a step, and negative
@@ -185,7 +185,7 @@ class StepResult:
     step: int
     evaluation: str
     backend: str
-    late: Late = field(repr=False, compare=False)
+    measured: Measured = field(repr=False, compare=False)
     scratch_bytes: int = 0
     unseen: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
@@ -194,50 +194,50 @@ class StepResult:
 
     @property
     def loss(self) -> float:
-        return self.late.values.loss
+        return self.measured.values.loss
 
     @property
     def losses(self) -> tuple[tuple[float, ...], ...]:
-        return self.late.values.losses
+        return self.measured.values.losses
 
     @property
     def coefficients(self) -> tuple[float, ...]:
-        return self.late.values.coefficients
+        return self.measured.values.coefficients
 
     @property
     def skipped(self) -> bool:
-        return self.late.values.skipped
+        return self.measured.values.skipped
 
     @property
     def predicted_fall(self) -> float | None:
-        return self.late.values.predicted_fall
+        return self.measured.values.predicted_fall
 
     @property
     def dead_updates(self) -> float | None:
-        return self.late.values.dead_updates
+        return self.measured.values.dead_updates
 
     @property
     def swallowed(self) -> float | None:
-        return self.late.values.swallowed
+        return self.measured.values.swallowed
 
     @property
     def first_order_loss(self) -> float | None:
-        return self.late.values.first_order_loss
+        return self.measured.values.first_order_loss
 
-    def at(self, step: int, late: Late) -> StepResult:
+    def at(self, step: int, measured: Measured) -> StepResult:
         """Returns the record of a replay of this step."""
         draws = tuple((number - self.step + step, word) for number, word in self.draws)
-        return replace(self, step=step, late=late, draws=draws)
+        return replace(self, step=step, measured=measured, draws=draws)
 
     def __str__(self) -> str:
         """Names and numbers."""
-        return f"{self!r} with {self.late.values}"
+        return f"{self!r} with {self.measured.values}"
 
 
-def read(several: Sequence[Late]) -> None:
+def read(several: Sequence[Measured]) -> None:
     """Reads the numbers of some steps, by one copy from each device that is not the host."""
-    several = [late for late in several if late._values is None]
-    tensors = [[t.reshape(-1) for t in late.tensors()] for late in several]
+    several = [measured for measured in several if measured._values is None]
+    tensors = [[t.reshape(-1) for t in measured.tensors()] for measured in several]
     flat = [t for each in tensors for t in each]
     numbers: dict[int, list] = {i: t.tolist() for i, t in enumerate(flat) if t.is_cpu}
     for device in dict.fromkeys(t.device for t in flat if not t.is_cpu):
@@ -246,8 +246,8 @@ def read(several: Sequence[Late]) -> None:
         for i in here:
             numbers[i], found = found[: flat[i].numel()], found[flat[i].numel() :]
     place = 0
-    for late, each in zip(several, tensors):
-        late.take([numbers[place + i] for i in range(len(each))])
+    for measured, each in zip(several, tensors):
+        measured.take([numbers[place + i] for i in range(len(each))])
         place += len(each)
 
 
@@ -262,4 +262,4 @@ def mean(values: Sequence[float]) -> float:
         return math.fsum([value * 2.0**-64 for value in values]) / len(values) * 2.0**64
 
 
-__all__ = ["Late", "Part", "StepResult", "Values", "mean", "read"]
+__all__ = ["Measured", "Part", "StepResult", "Values", "mean", "read"]
