@@ -19,7 +19,7 @@ from .directions import Aligned
 from .estimator.base import is_captured
 from .fingerprint import memory_of
 from .parallel import micro_batches
-from .result import Measured, StepResult
+from .result import Numbers, StepResult
 from .rule import Adam
 from .step import run, unwrapped
 
@@ -136,8 +136,8 @@ class Graph:
         self._graph.replay()
         assert self._result is not None and self._flat is not None
         # the next replay writes over the numbers
-        measured: Measured = self._result.measured.of(self._flat.clone())
-        self.optimizer.result = self._result.at(self.optimizer.steps, measured)
+        numbers: Numbers = self._result.numbers.of(self._flat.clone())
+        self.optimizer.result = self._result.at(self.optimizer.steps, numbers)
 
     def _capture(self, tape: Tape) -> None:
         """Records the launches of a step. Nothing runs."""
@@ -161,7 +161,7 @@ class Graph:
         try:
             optimizer.result = self._result = run(optimizer, self.closure)
             if self._graph is not None:
-                self._flat = self._result.measured.packed()
+                self._flat = self._result.numbers.packed()
         finally:
             optimizer.tape = None
 

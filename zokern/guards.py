@@ -28,7 +28,7 @@ class Outcome(Protocol):
     @property
     def step(self) -> int: ...
     @property
-    def measured(self) -> Any: ...
+    def numbers(self) -> Any: ...
 
 
 @dataclass
@@ -102,7 +102,7 @@ class Guards:
             self.skipped(outcome)
             return
         self.measured(outcome, lrs)
-        if self.nonfinite != "ignore" and (nonfinite := outcome.measured.values.nonfinite):
+        if self.nonfinite != "ignore" and (nonfinite := outcome.numbers.values.nonfinite):
             raise RuntimeError(
                 f"step {outcome.step}: {nonfinite} weights are inf or NaN after the update (coefficients "
                 f"{outcome.coefficients}); lower lr, or raise eps; nonfinite='ignore' keeps going"

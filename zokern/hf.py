@@ -168,7 +168,7 @@ class Measured:
             self._read(self.results[:-1])
 
     def _read(self, results: list[StepResult]) -> None:
-        read([result.measured for result in results])
+        read([result.numbers for result in results])
         for result in results:
             self.skipped += result.skipped
             if not result.skipped:
@@ -204,7 +204,7 @@ def _losses(accelerator: Any) -> Iterator[list[Tensor]]:
 
 def _mean_loss(result: StepResult) -> Tensor:
     """Returns StepResult.loss where it lies: on the device, until the numbers of the step are read."""
-    losses = [part.losses.reshape(-1) for part in result.measured.parts]
+    losses = [part.losses.reshape(-1) for part in result.numbers.parts]
     return (
         torch.cat(losses).mean() if losses else torch.tensor(result.loss, dtype=torch.float32, device="cpu")
     )

@@ -344,7 +344,7 @@ class ZerothOrder(torch.optim.Optimizer):
 
         Raises RuntimeError where a guard stops the run; it names the step."""
         steps, self._unseen = self._unseen, []
-        read([result.measured for result, _ in steps])
+        read([result.numbers for result, _ in steps])
         for result, lrs in steps:
             self.ranks.note(result.step, (result.losses, result.coefficients, result.skipped, lrs))
             self.guards.see(result, lrs)

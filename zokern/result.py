@@ -48,7 +48,7 @@ class Part(NamedTuple):
         return [self.losses, self.coefficients, *self.flags, *known]
 
 
-class Measured:
+class Numbers:
     """Holds the numbers of a step on their device, and what they mean.
 
     parts       of its estimates, in order
@@ -69,9 +69,9 @@ class Measured:
         """Returns all that is read in one tensor, float64."""
         return torch.cat([t.detach().reshape(-1).double() for t in self.tensors()])
 
-    def of(self, flat: Tensor) -> Measured:
+    def of(self, flat: Tensor) -> Numbers:
         """Returns the same step with other numbers, packed."""
-        other = Measured()
+        other = Numbers()
         other.parts, other.shares, other.nonfinite = self.parts, self.shares, self.nonfinite
         other.first_order, other.flat = self.first_order, flat
         return other
@@ -139,7 +139,7 @@ class Measured:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or a pickle, has the numbers alone."""
-        return {**vars(Measured()), "_values": self.values}
+        return {**vars(Numbers()), "_values": self.values}
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class StepResult:
     first_order_loss  estimators with a back-propagated term: the loss of theta that was back-propagated
     dead_updates  share of 16-bit weights in a sample that rounding to nearest left where they were; None: not
                   measured
-    measured      the numbers on their device, which zokern.graph and the guards read together
+    numbers       the numbers on their device, which zokern.graph and the guards read together
 
     predicted_fall is (lr / n) sum_k c_k s_k, where s_k is the slope that was read along z_k: c_k itself for
     zokern.Spsa, the posterior mean for zokern.Bayesian. It is summed over the parts of a step, and negative
@@ -185,7 +185,7 @@ class StepResult:
     step: int
     evaluation: str
     backend: str
-    measured: Measured = field(repr=False, compare=False)
+    numbers: Numbers = field(repr=False, compare=False)
     scratch_bytes: int = 0
     unseen: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
@@ -194,61 +194,61 @@ class StepResult:
 
     @property
     def loss(self) -> float:
-        return self.measured.values.loss
+        return self.numbers.values.loss
 
     @property
     def losses(self) -> tuple[tuple[float, ...], ...]:
-        return self.measured.values.losses
+        return self.numbers.values.losses
 
     @property
     def coefficients(self) -> tuple[float, ...]:
-        return self.measured.values.coefficients
+        return self.numbers.values.coefficients
 
     @property
     def skipped(self) -> bool:
-        return self.measured.values.skipped
+        return self.numbers.values.skipped
 
     @property
     def predicted_fall(self) -> float | None:
-        return self.measured.values.predicted_fall
+        return self.numbers.values.predicted_fall
 
     @property
     def dead_updates(self) -> float | None:
-        return self.measured.values.dead_updates
+        return self.numbers.values.dead_updates
 
     @property
     def swallowed(self) -> float | None:
-        return self.measured.values.swallowed
+        return self.numbers.values.swallowed
 
     @property
     def first_order_loss(self) -> float | None:
-        return self.measured.values.first_order_loss
+        return self.numbers.values.first_order_loss
 
-    def at(self, step: int, measured: Measured) -> StepResult:
+    def at(self, step: int, numbers: Numbers) -> StepResult:
         """Returns the record of a replay of this step."""
         draws = tuple((number - self.step + step, word) for number, word in self.draws)
-        return replace(self, step=step, measured=measured, draws=draws)
+        return replace(self, step=step, numbers=numbers, draws=draws)
 
     def __str__(self) -> str:
         """Names and numbers."""
-        return f"{self!r} with {self.measured.values}"
+        return f"{self!r} with {self.numbers.values}"
 
 
-def read(several: Sequence[Measured]) -> None:
+def read(several: Sequence[Numbers]) -> None:
     """Reads the numbers of some steps, by one copy from each device that is not the host."""
-    several = [measured for measured in several if measured._values is None]
-    tensors = [[t.reshape(-1) for t in measured.tensors()] for measured in several]
-    flat = [t for each in tensors for t in each]
-    numbers: dict[int, list] = {i: t.tolist() for i, t in enumerate(flat) if t.is_cpu}
+    several = [each for each in several if each._values is None]
+    tensors = [[t.reshape(-1) for t in each.tensors()] for each in several]
+    flat = [t for own in tensors for t in own]
+    known: dict[int, list] = {i: t.tolist() for i, t in enumerate(flat) if t.is_cpu}
     for device in dict.fromkeys(t.device for t in flat if not t.is_cpu):
         here = [i for i, t in enumerate(flat) if t.device == device]
         found = torch.cat([flat[i].detach().double() for i in here]).tolist()
         for i in here:
-            numbers[i], found = found[: flat[i].numel()], found[flat[i].numel() :]
+            known[i], found = found[: flat[i].numel()], found[flat[i].numel() :]
     place = 0
-    for measured, each in zip(several, tensors):
-        measured.take([numbers[place + i] for i in range(len(each))])
-        place += len(each)
+    for each, own in zip(several, tensors):
+        each.take([known[place + i] for i in range(len(own))])
+        place += len(own)
 
 
 def mean(values: Sequence[float]) -> float:
@@ -262,4 +262,4 @@ def mean(values: Sequence[float]) -> float:
         return math.fsum([value * 2.0**-64 for value in values]) / len(values) * 2.0**64
 
 
-__all__ = ["Measured", "Part", "StepResult", "Values", "mean", "read"]
+__all__ = ["Numbers", "Part", "StepResult", "Values", "mean", "read"]

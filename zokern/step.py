@@ -23,7 +23,7 @@ from .group import Group
 from .guards import Guards
 from .parallel import MicroBatches, Ranks, Together, micro_batches, parts_of
 from .plan import Plan
-from .result import Measured, Part, StepResult
+from .result import Numbers, Part, StepResult
 from .rule import Rule, Sgd
 
 Movement = tuple[Weights, float, float]  # of a group: the weight of each draw, lr and decay
@@ -159,7 +159,7 @@ def _run(optimizer: Steps, closure: Callable[[], Any], first_order: Callable[[],
                 break
         if gradient is not None:
             descent = _descend(optimizer, plan, part, estimate, moves, first_order)
-            result.measured.first_order = descent.loss
+            result.numbers.first_order = descent.loss
             if isinstance(descent.loss, Tensor):
                 fine = torch.isfinite(descent.loss)
                 moves = [(w.only(fine.to(w.projected.control.device)), lr, decay) for w, lr, decay in moves]
@@ -168,7 +168,7 @@ def _run(optimizer: Steps, closure: Callable[[], Any], first_order: Callable[[],
                 break
         with optimizer.ranks.writing():
             optimizer.learn(part, estimate, finite)
-            _update(optimizer, part, moves, result.measured, estimate.scope is None, descent)
+            _update(optimizer, part, moves, result.numbers, estimate.scope is None, descent)
     if result is None:
         raise RuntimeError(
             f"estimator {type(optimizer.estimator).__name__} yielded no estimate; expected one or more a step"
@@ -185,20 +185,20 @@ def _recorded(
     """Returns the record of an estimate, joined to that of the step's estimates before it.
 
     falls  whether the rule moves the weights along the estimate itself"""
-    measured = Measured() if before is None else before.measured
+    numbers = Numbers() if before is None else before.numbers
     found = [weights.projected for weights, _, _ in moves]
     fall = _fall(plan, [lr for _, lr, _ in moves]) if falls else None
     flags, weights = [one.control[2] for one in found], [one.weights for one in found]
-    measured.parts.append(Part(estimate.losses, found[0].coefficients, weights, flags, fall, estimate.slopes))
+    numbers.parts.append(Part(estimate.losses, found[0].coefficients, weights, flags, fall, estimate.slopes))
     if record.swallowed is not None:
-        measured.shares["swallowed"] = record.swallowed
+        numbers.shares["swallowed"] = record.swallowed
     draws = tuple(plan.draws())
     return StepResult(
         seed=plan.seed,
         step=plan.step,
         evaluation=record.evaluation,
         backend=plan.groups[0].backend.name,
-        measured=measured,
+        numbers=numbers,
         scratch_bytes=max(record.scratch_bytes, before.scratch_bytes if before else 0),
         unseen=unseen,
         whole=record.whole,
@@ -323,7 +323,7 @@ def _fall(plan: Plan, lrs: Sequence[float]) -> Callable[..., float | None]:
 
 
 def _update(
-    optimizer: Steps, plan: Plan, moves: list[Movement], measured: Measured, whole: bool,
+    optimizer: Steps, plan: Plan, moves: list[Movement], numbers: Numbers, whole: bool,
     descent: Descent | None,
 ) -> None:  # fmt: skip
     """Writes the weights: decay and direction, one rounding. Keeps the share of weights that did not move,
@@ -334,7 +334,7 @@ def _update(
     descent  has moved some parameters, along their draws too"""
     optimizer.drawn = True  # from here on the step has its number, whatever is raised
     if descent is not None:
-        measured.nonfinite += descent.counts
+        numbers.nonfinite += descent.counts
         by_name = {name: move for group, move in zip(plan.groups, moves) for name in group.names}
         left = [name for name in plan.names if name not in descent.written]
         plan = plan.only(left) if left else replace(plan, groups=[])
@@ -342,9 +342,9 @@ def _update(
     still = underflow.watch_update(plan)
     for group, (weights, lr, decay) in zip(plan.groups, moves):
         defer = whole and descent is None and optimizer.defers()
-        measured.nonfinite.append(
+        numbers.nonfinite.append(
             optimizer.rule.update(plan, group, weights, lr, decay, optimizer.state, defer)
         )
         group.forget_draws()  # the optimizer keeps the groups until the next step
     if still is not None:
-        measured.shares["dead"] = still()
+        numbers.shares["dead"] = still()

@@ -182,7 +182,7 @@ def of_first_group() -> AbstractContextManager:
 
 def last_alone() -> AbstractContextManager:
     """The fall of a step's last estimate, not the sum."""
-    right = result.Measured.take
+    right = result.Numbers.take
 
     def take(self: Any, numbers: Any) -> None:
         for i, part in enumerate(self.parts[:-1]):
@@ -190,7 +190,7 @@ def last_alone() -> AbstractContextManager:
                 self.parts[i] = part._replace(fall=lambda *given: 0.0)
         right(self, numbers)
 
-    return patch.object(result.Measured, "take", take)
+    return patch.object(result.Numbers, "take", take)
 
 
 WRONG: dict[str, tuple[Callable[[], None], Callable[[], AbstractContextManager]]] = {
@@ -258,7 +258,7 @@ def test_warning() -> None:
 
 def other(result: zokern.StepResult, **numbers: float) -> Any:
     """Numbers of a step, changed."""
-    return result.measured.values._replace(**numbers)
+    return result.numbers.values._replace(**numbers)
 
 
 WRONG_WARNINGS = {
