@@ -8,7 +8,8 @@ import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
-from zokern import cli_methods, methods
+from zokern import methods
+from zokern.cli import methods as cli_methods
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import zokern
 from zokern.directions import scaled
 from zokern.group import Group
-from zokern.scaling import Scaling
+from zokern.optimizer.scaling import Scaling
 
 IDS = batch()
 SPARSE = {

@@ -333,7 +333,7 @@ def test_what_an_estimator_learns_is_saved(evaluation: str) -> None:
 
     straight, resumed = run(False), run(True)
     assert all(torch.equal(straight[name], resumed[name]) for name in NAMES)
-    with patch("zokern.checkpoint.load_parts", lambda optimizer, own: None):
+    with patch("zokern.optimizer.checkpoint.load_parts", lambda optimizer, own: None):
         forgotten = run(True)
     assert not all(torch.equal(straight[name], forgotten[name]) for name in NAMES)
 

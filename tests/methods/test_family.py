@@ -57,7 +57,10 @@ def test_a_resumed_run_has_the_same_bits(method: str, after: int) -> None:
 
 @pytest.mark.parametrize("method", ["BSZO", "MeZOGV"])
 def test_what_an_estimator_learned_is_needed(method: str) -> None:
-    with patch("zokern.checkpoint.load_parts", lambda optimizer, own: None), pytest.raises(AssertionError):
+    with (
+        patch("zokern.optimizer.checkpoint.load_parts", lambda optimizer, own: None),
+        pytest.raises(AssertionError),
+    ):
         test_a_resumed_run_has_the_same_bits(method, 5)
 
 

@@ -16,7 +16,7 @@ from models import batch, next_token_loss, same_bits, tiny
 import zokern
 from zokern.estimator import Curvature
 from zokern.optimizer import ZerothOrder
-from zokern.scaling import Scaling
+from zokern.optimizer.scaling import Scaling
 
 IDS = batch()
 

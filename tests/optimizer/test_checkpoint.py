@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import zokern
-from zokern import checkpoint, parameters
+from zokern import parameters
 from zokern.directions import Aligned, Diagonal, Lazy, Rademacher, Subspace
+from zokern.optimizer import checkpoint
 from zokern.stream import parameter_id
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import zokern
 from zokern.evaluation import trust
 from zokern.group import Group
+from zokern.optimizer import deferred
 from zokern.rule import momentum, sgd, waiting
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -182,7 +183,7 @@ def test_check_rejects_a_write_after_the_basis_changed() -> None:
     """What waits belongs to the old basis."""
     with (
         patch.object(zokern.optimizer.ZerothOrder, "defers", lambda self: bool(self.deferred.wanted)),
-        patch.object(zokern.deferred.Deferred, "settle", lambda self, p: None),
+        patch.object(deferred.Deferred, "settle", lambda self, p: None),
         pytest.raises((AssertionError, RuntimeError)),
     ):
         check_deferred("subzero")
@@ -290,7 +291,10 @@ def test_module_that_was_compiled_first_shows_every_update(traced: bool) -> None
 
 
 def test_check_rejects_a_module_without_hooks() -> None:
-    with patch.object(zokern.deferred._Flush, "__call__", lambda *_: None), pytest.raises(AssertionError):
+    with (
+        patch.object(deferred._Flush, "__call__", lambda *_: None),
+        pytest.raises(AssertionError),
+    ):
         test_whoever_looks_sees_every_update("subzero", "forward")
 
 
@@ -476,7 +480,7 @@ def test_a_rule_that_skips_the_last_step_loses_nothing() -> None:
 
 def test_check_rejects_a_basis_that_changes_under_what_waits() -> None:
     with (
-        patch.object(zokern.deferred.Deferred, "settle", lambda self, p: None),
+        patch.object(deferred.Deferred, "settle", lambda self, p: None),
         pytest.raises(AssertionError, match="is not that of"),
     ):
         check_skipped_end("subzero", 2, rule=Numbers())
@@ -531,7 +535,7 @@ def test_check_rejects_hooks_of_the_root_alone(look: str) -> None:
     def root_alone(self, model: nn.Module, given: nn.Module) -> None:
         self._parts = (model,)
 
-    with patch.object(zokern.deferred.Deferred, "watch", root_alone), pytest.raises(AssertionError):
+    with patch.object(deferred.Deferred, "watch", root_alone), pytest.raises(AssertionError):
         test_whoever_looks_at_a_part_sees_every_update(look)
 
 
@@ -539,7 +543,10 @@ def test_check_rejects_a_copy_without_a_write() -> None:
     def without(self, memo: dict) -> Callable[..., None]:
         return lambda *_: None
 
-    with patch.object(zokern.deferred._Flush, "__deepcopy__", without), pytest.raises(AssertionError):
+    with (
+        patch.object(deferred._Flush, "__deepcopy__", without),
+        pytest.raises(AssertionError),
+    ):
         test_whoever_looks_at_a_part_sees_every_update("a copy")
 
 
@@ -864,9 +871,9 @@ def frozen_midway(settles: bool) -> tuple[Tensor, Tensor]:
     expected = matrix.detach() + waiting.left @ waiting.pending @ waiting.right.T
     matrix.requires_grad_(False)
     with patch.object(
-        zokern.deferred.Deferred,
+        deferred.Deferred,
         "settle",
-        zokern.deferred.Deferred.settle if settles else lambda self, plan: None,
+        deferred.Deferred.settle if settles else lambda self, plan: None,
     ):
         zokern.step(optimizer, closure_of(model))
     return matrix.detach(), expected
@@ -899,12 +906,12 @@ def test_hooks_are_off_during_a_step_and_before_others_after_it() -> None:
 
 
 def test_check_rejects_hooks_that_come_after_others() -> None:
-    right = zokern.deferred.Deferred.close
+    right = deferred.Deferred.close
 
     def last(self, tree) -> None:
         right(self, tree)
         for register, number in zip(self._registers, self._numbers):
             register.move_to_end(number)
 
-    with patch.object(zokern.deferred.Deferred, "close", last), pytest.raises(AssertionError):
+    with patch.object(deferred.Deferred, "close", last), pytest.raises(AssertionError):
         test_hooks_are_off_during_a_step_and_before_others_after_it()

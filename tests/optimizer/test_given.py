@@ -17,9 +17,9 @@ from models import build, refuse, same_bits
 from torch import Tensor, nn
 
 import zokern
-from zokern import work
 from zokern.fingerprint import Held
-from zokern.low_bits import LowBits
+from zokern.optimizer import work
+from zokern.optimizer.low_bits import LowBits
 
 X = torch.linspace(-1, 1, 18).view(3, 6)
 

@@ -6,6 +6,8 @@ import argparse
 import copy
 import importlib
 import json
+import subprocess
+import sys
 import time
 
 import pytest
@@ -13,8 +15,9 @@ import torch
 from folders import model_folder
 from models import Tiny
 
-from zokern import backends, cli, cli_bench, methods
-from zokern.cli_bench import EPS, LR, eager_step, ratio, rounds
+from zokern import backends, cli, methods
+from zokern.cli import bench as cli_bench
+from zokern.cli.bench import EPS, LR, eager_step, ratio, rounds
 
 CPU = torch.device("cpu")
 
@@ -208,3 +211,12 @@ def test_the_commands_are_modules_with_a_main():
         found = cli.find(module)
         assert callable(found.main) and summary, name
         assert isinstance(importlib.import_module(module), type(argparse))
+
+
+@pytest.mark.parametrize("command", [[], ["methods"]])
+def test_a_reader_that_ends_early_is_no_error(command: list[str]) -> None:
+    """As in `zokern methods | head -1`: no traceback."""
+    run = [sys.executable, "-m", "zokern", *command]
+    with subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()  # type: ignore[union-attr]
+        assert process.stderr.read() == "" and process.wait() == 1  # type: ignore[union-attr]

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import zokern
-from zokern import cli, cli_methods, methods
+from zokern import cli, methods
+from zokern.cli import methods as cli_methods
 from zokern.methods.mezo import MeZO
 
 ROOT = Path(__file__).resolve().parents[2]

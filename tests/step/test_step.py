@@ -163,7 +163,7 @@ WRONG_STEPS = {
         zokern.Spsa, "slopes", lambda self, d, losses, plan: 2.0 * SLOPES(self, d, losses, plan)
     ),
     "name_ignored": lambda: patch(
-        "zokern.optimizer.parameters.ids", lambda names, taken=None: (dict.fromkeys(names, 7), {})
+        "zokern.parameters.ids", lambda names, taken=None: (dict.fromkeys(names, 7), {})
     ),
 }
 
@@ -438,9 +438,7 @@ def test_order_and_freezing_change_no_z() -> None:
         other = updates(names, frozen)
         assert same_bits(other[frozen], start[frozen])
         assert all(same_bits(base[name], other[name]) for name in names if name != frozen)
-    with patch(
-        "zokern.optimizer.parameters.ids", lambda names, taken=None: ({n: i for i, n in enumerate(names)}, {})
-    ):
+    with patch("zokern.parameters.ids", lambda names, taken=None: ({n: i for i, n in enumerate(names)}, {})):
         other = updates(names[::-1])  # ids by position are noticed
         assert not all(same_bits(base[name], other[name]) for name in names)
 

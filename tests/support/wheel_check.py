@@ -25,7 +25,7 @@ from pathlib import Path
 LARGEST = 10 << 20  # bytes
 WANTED = (
     "zokern/__init__.py", "zokern/py.typed", "zokern/_build.py", "zokern/triton_kernels/__init__.py",
-    "zokern/training/run.py", "zokern/cli_train.py", "zokern/cli_bench.py",
+    "zokern/training/run.py", "zokern/cli/train.py", "zokern/cli/bench.py",
 )  # fmt: skip
 # libgomp: torch has loaded its own, or the system's; the others are of every manylinux policy
 LINKED = {

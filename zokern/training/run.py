@@ -31,8 +31,8 @@ Say = Callable[[str], None]
 class Run:
     """Trains a model on rows, from step 0 or from a checkpoint.
 
-    options   of the command line (cli_train.py): method, lr, eps, seed, steps, output and others. lr and eps
-              are set to the numbers that the optimizer has
+    options   of the command line (zokern/cli/train.py): method, lr, eps, seed, steps, output and others. lr
+              and eps are set to the numbers that the optimizer has
     held_out  rows that are judged, and not trained on
     say       is called with a line of text
 

@@ -8,28 +8,29 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from . import __version__
+from .. import __version__
 
 COMMANDS = {
-    "info": ("zokern.info", "versions, backends and, for each that is off, why"),
+    "info": ("zokern.cli.info", "versions, backends and, for each that is off, why"),
     "methods": (
-        "zokern.cli_methods",
+        "zokern.cli.methods",
         "the table of methods, or one method's formula, paper, arguments and cost",
     ),
     "tune": (
-        "zokern.cli_tune",
+        "zokern.cli.tune",
         "find eps and lr of a method for a model and a text, from a few dozen forwards",
     ),
     "train": (
-        "zokern.cli_train",
+        "zokern.cli.train",
         "fine-tune a transformers model folder on the rows of a CSV, JSONL or text file",
     ),
     "bench": (
-        "zokern.cli_bench",
+        "zokern.cli.bench",
         "time steps and kernels on this machine, in about a minute",
     ),
     "demo": (
@@ -37,7 +38,7 @@ COMMANDS = {
         "fine-tune a small language model on film reviews with a method, before and after",
     ),
 }
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def find(module: str) -> Any:
@@ -56,7 +57,7 @@ def find(module: str) -> Any:
 
 def state() -> str:
     """Returns a line that says which backends run here."""
-    from . import backends  # imports torch, which --version and --help do without
+    from .. import backends  # imports torch, which --version and --help do without
 
     off = {name: backends.why_off(name) for name in backends.BACKENDS}
     on = [name for name, why in off.items() if why is None]
@@ -68,13 +69,22 @@ def state() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; its exit status. Without one, prints the commands and the state of the backends."""
+    try:
+        status = _run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # what reads the lines has ended, as in `zokern methods | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _run(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="zokern", description="Fine-tuning with forward passes only.")
     parser.add_argument("--version", action="version", version=f"zokern {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, (_, summary) in COMMANDS.items():
         # The options, --help among them, are the command's own to read.
         commands.add_parser(name, help=summary, add_help=False)
-    arguments = sys.argv[1:] if argv is None else argv
     command = parser.parse_args(arguments[:1]).command
     if command is None:
         print(f"{parser.format_help()}\nzokern COMMAND --help lists a command's options.\n{state()}")

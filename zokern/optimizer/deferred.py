@@ -20,14 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from .backends import Noise
+from ..backends import Noise
+from ..evaluation import THETA, Evaluation, Master
+from ..fingerprint import memory_of
+from ..group import Group
+from ..modules import Tree
+from ..plan import Plan, Run
 from .bases import Bases
-from .evaluation import THETA, Evaluation, Master
-from .fingerprint import memory_of
-from .group import Group
 from .low_bits import LowBits
-from .modules import Tree
-from .plan import Plan, Run
 
 REPLACED = (
     "the weights of {!r} were replaced while updates of them were deferred; call optimizer.flush() before "

@@ -13,19 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 
-from . import backends, checkpoint, directions, options, parameters, shards, underflow
-from . import evaluation as evaluations
+from .. import backends, directions, parameters, shards, underflow
+from .. import evaluation as evaluations
+from ..estimator import Estimate, Estimator, Oracle, Stencil
+from ..parallel import Ranks
+from ..plan import Plan, Run
+from ..result import StepResult, read
+from ..rule import Rule, check_basis, check_scaled
+from ..step import run
+from ..stream import check_seed
+from . import checkpoint, options
 from .bases import Bases
 from .deferred import Deferred
-from .estimator import Estimate, Estimator, Oracle, Stencil
 from .low_bits import LowBits
-from .parallel import Ranks
-from .plan import Plan, Run
-from .result import StepResult, read
-from .rule import Rule, check_basis, check_scaled
 from .scaling import Scaling
-from .step import run
-from .stream import check_seed
 from .work import Work
 
 OTHER_STATE = (

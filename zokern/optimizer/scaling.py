@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import devices
-from .backends import Batch, Noise
-from .directions import Curved, Normal, Scaled
-from .estimator import Estimate
-from .group import Group
-from .plan import Plan
+from .. import devices
+from ..backends import Batch, Noise
+from ..directions import Curved, Normal, Scaled
+from ..estimator import Estimate
+from ..group import Group
+from ..plan import Plan
 
 
 class Scaling:

@@ -26,10 +26,10 @@ from typing import Any
 
 import torch
 
-from .training import data, loading
-from .training.options import parse
-from .training.plot import plot
-from .training.run import LOG, OPTIONS, Run, checkpoint, entries, plain, replace
+from ..training import data, loading
+from ..training.options import parse
+from ..training.plot import plot
+from ..training.run import LOG, OPTIONS, Run, checkpoint, entries, plain, replace
 
 PROBLEMS = (OSError, ImportError, ValueError, TypeError, RuntimeError)
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends
-from .checks import finite_number
-from .estimator import SLOPES, Estimator, Spsa, Stencil
-from .guards import Guards
-from .rule import Rule, Sgd
+from .. import backends
+from ..checks import finite_number
+from ..estimator import SLOPES, Estimator, Spsa, Stencil
+from ..guards import Guards
+from ..rule import Rule, Sgd
 
 SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 HINTS = {

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import shards
-from .backends import TensorList
-from .fingerprint import versions_of
-from .group import Group
+from .. import shards
+from ..backends import TensorList
+from ..fingerprint import versions_of
+from ..group import Group
 
 
 class LowBits:

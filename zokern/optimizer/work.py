@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backends, checkpoint, parameters, shards
+from .. import backends, parameters, shards
+from ..estimator import Estimator
+from ..fingerprint import Held
+from ..group import Group
+from ..modules import Tree, same
+from ..parameters import Trained
+from ..rule import START_ANEW, Keeps, Rule, check_state
+from . import checkpoint
 from .bases import Bases
 from .deferred import Deferred
-from .estimator import Estimator
-from .fingerprint import Held
-from .group import Group
 from .low_bits import LowBits
-from .modules import Tree, same
-from .parameters import Trained
-from .rule import START_ANEW, Keeps, Rule, check_state
 
 
 class Work:

@@ -27,10 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import info, methods
-from .ops import axpy_, lowrank_, perturb
-from .step import step
-from .training.loading import needed
+from .. import methods
+from ..ops import axpy_, lowrank_, perturb
+from ..step import step
+from ..training.loading import needed
+from . import info
 
 LR, EPS = 1e-6, 1e-3
 LEAST, MOST = 3, 50  # rounds of a comparison

@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 
-from . import cli, methods
-from .tuning import tune
+from .. import methods
+from ..tuning import tune
+from . import find
 
 NAMES = {name.lower(): name for name in methods.METHODS}
 
@@ -77,7 +78,7 @@ def _loss(model: Any, batch: dict[str, Any]) -> Any:
 
 def _demo(options: argparse.Namespace) -> tuple[Any, list[Callable[[], Any]]]:
     """Returns the demo's model, and the losses of batches of its training rows."""
-    demo = cli.find("examples.demo")
+    demo = find("examples.demo")
     model, words, rows = demo.task()
     batches = demo.Batches(rows.train, options.batch, options.seed)
     return model.to(getattr(torch, options.dtype)), [

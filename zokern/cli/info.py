@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from . import backends, stream
+from .. import backends, stream
 
 PACKAGES = ("zokern", "torch", "triton", "transformers", "peft", "numpy")
 VARIABLES = (

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from .directions import LowRank, Matrix, Measured
-from .estimator import Oracle
-from .parameters import Trained, plain
-from .plan import Plan
-from .rule import Rule, basis_of, renew
+from ..directions import LowRank, Matrix, Measured
+from ..estimator import Oracle
+from ..parameters import Trained, plain
+from ..plan import Plan
+from ..rule import Rule, basis_of, renew
 
 
 class Bases:

@@ -27,9 +27,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import methods
-from .evaluation import Jvp
-from .step import step
+from .. import methods
+from ..evaluation import Jvp
+from ..step import step
 
 SIZE, COLUMNS = 512, 108
 ARGUMENT = re.compile(r"(?P<names>\*{0,2}\w+(?:, \w+)*) {2,}(?P<text>\S.*)")

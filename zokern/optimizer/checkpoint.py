@@ -12,16 +12,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import shards
-from .directions import Direction, LowRank, Scaled
-from .estimator import Estimator
-from .evaluation import Evaluation
-from .guards import Guards
-from .parameters import plain
-from .plan import Run
-from .rule import Rule
-from .stream import VERSION
-from .transport import checksum
+from .. import shards
+from ..directions import Direction, LowRank, Scaled
+from ..estimator import Estimator
+from ..evaluation import Evaluation
+from ..guards import Guards
+from ..parameters import plain
+from ..plan import Run
+from ..rule import Rule
+from ..stream import VERSION
+from ..transport import checksum
 
 
 class Saved(Protocol):
