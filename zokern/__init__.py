@@ -12,6 +12,7 @@ from .estimator import (
     Blockwise,
     Conservative,
     Curvature,
+    Estimator,
     ForwardGradient,
     Guided,
     Kernel,
@@ -36,7 +37,19 @@ from .ops import axpy_, draw, lowrank_, perturb, philox4x32, project, update_
 from .ops.linear import linear, sketch
 from .parallel import Parallel, RankFailed
 from .result import StepResult
-from .rule import Adam, Averaged, Cone, Momentum, Muon, Projected, Sgd, SignSgd, WindowAdam, WindowMomentum
+from .rule import (
+    Adam,
+    Averaged,
+    Cone,
+    Momentum,
+    Muon,
+    Projected,
+    Rule,
+    Sgd,
+    SignSgd,
+    WindowAdam,
+    WindowMomentum,
+)  # fmt: skip
 from .step import step
 from .tuning import Tuning, tune
 
@@ -44,11 +57,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adam", "Anchored", "Auto", "Averaged", "Bayesian", "Blockwise", "Cone", "Conservative", "Curvature",
-    "ForwardGradient", "Guided", "InPlace", "Jvp", "Kernel", "Layers", "LeaveOneOut", "Masked", "Master",
-    "Mixed", "Momentum", "Muon", "Normal", "Objective", "Paired", "Parallel", "Private", "Projected",
-    "Rademacher", "RankFailed", "Ranked", "Refused", "Scaled", "Scratch", "Sgd", "Sign", "SignSgd", "Split",
-    "Spread", "Spsa", "Stencil", "StepResult", "Tuning", "Walk", "WindowAdam", "WindowMomentum",
-    "__version__", "axpy_", "draw", "graph", "linear", "lowrank_", "perturb", "philox4x32", "project",
-    "sketch", "step", "tune", "update_",
+    "Estimator", "ForwardGradient", "Guided", "InPlace", "Jvp", "Kernel", "Layers", "LeaveOneOut", "Masked",
+    "Master", "Mixed", "Momentum", "Muon", "Normal", "Objective", "Paired", "Parallel", "Private",
+    "Projected", "Rademacher", "RankFailed", "Ranked", "Refused", "Rule", "Scaled", "Scratch", "Sgd", "Sign",
+    "SignSgd", "Split", "Spread", "Spsa", "Stencil", "StepResult", "Tuning", "Walk",
+    "WindowAdam", "WindowMomentum", "__version__", "axpy_", "draw", "graph", "linear", "lowrank_", "perturb",
+    "philox4x32", "project", "sketch", "step", "tune", "update_",
 ]  # fmt: skip
 __all__ += METHODS

@@ -14,6 +14,12 @@ from torch import Tensor
 _TOO_LARGE = 2.0**128 - 2.0**103
 
 
+def says(part: Any, name: str) -> bool:
+    """Returns whether the class of a part itself promises something. A subclass may do otherwise, and says it
+    anew."""
+    return name in vars(type(part)) and bool(getattr(part, name))
+
+
 def is_number(value: Any) -> bool:
     """Tells whether a value is one real number:
     Python's, NumPy's, or a tensor without dimensions, but no bool."""

@@ -101,12 +101,12 @@ def descend(
 
 def _check_rule(rule: Any, gradient: Gradient) -> None:
     """Raises TypeError for a rule that cannot take a gradient beside draws."""
-    if gradient.optimizer is None and not hasattr(rule, "descend"):
+    if gradient.optimizer is None and rule.descend is None:
         raise TypeError(
             f"rule is {type(rule).__name__}, which takes draws alone; a term with gradients goes with "
             "zokern.Sgd()"
         )
-    if getattr(rule, "base", None) is not None:
+    if rule.base is not None:
         raise TypeError(
             f"rule is {type(rule).__name__}, which reads losses around other weights; a gradient is that of "
             "theta, and goes with zokern.Sgd()"

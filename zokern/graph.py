@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from .backends import Noise
+from .checks import says
 from .directions import Aligned
-from .estimator.base import is_captured
 from .fingerprint import memory_of
 from .parallel import micro_batches
 from .result import Numbers, StepResult
@@ -229,7 +229,7 @@ def _check(optimizer: Any) -> None:
             f"optimizer is {name} with a group of {optimizer.ranks.transport.size} ranks, whose losses pass "
             f"through the host in every step; {way_out}"
         )
-    if not is_captured(estimator):
+    if not says(estimator, "captures"):
         raise ValueError(
             f"optimizer is {name} with estimator {type(estimator).__name__}, whose points depend on losses "
             f"or on numbers of the host in every step; {way_out}"
@@ -238,7 +238,8 @@ def _check(optimizer: Any) -> None:
         raise ValueError(
             f"optimizer is {name} with rule {type(rule).__name__}, which takes numbers to the host; {way_out}"
         )
-    if not getattr(rule, "captures", not (hasattr(rule, "base") or hasattr(rule, "prepare"))):
+    plain = rule.base is rule.prepare is None
+    if not (plain if rule.captures is None else rule.captures):
         raise ValueError(
             f"optimizer is {name} with rule {type(rule).__name__}, which does something on the host in "
             f"every step; {way_out}"

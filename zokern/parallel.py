@@ -139,7 +139,7 @@ class Ranks:
         if self.transport is None:
             return
         estimator, way = type(optimizer.estimator).__name__, optimizer.evaluation.name
-        if getattr(optimizer.estimator, "backpropagates", False):
+        if optimizer.estimator.backpropagates:
             raise ValueError(
                 f"estimator is {estimator}, which back-propagates, and gradients are not averaged over "
                 f"{self.transport.size} ranks; expected an estimator that reads losses alone, or group=None"

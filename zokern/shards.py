@@ -18,6 +18,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from .checks import says
+
 WAY_OUT = "shard it along one dimension, such as Shard(0), or freeze it with requires_grad_(False)"
 
 
@@ -164,18 +166,14 @@ class Parts(Protocol):
 def check(optimizer: Parts) -> None:
     """Raises ValueError, by its argument, for a part of an optimizer that needs whole parameters."""
     evaluation, rule, estimator = optimizer.evaluation, optimizer.rule, optimizer.estimator
-    inner = getattr(estimator, "inner", estimator)
     reads = evaluation.name == "auto" or not (evaluation.stands_in or hasattr(evaluation, "slopes"))
-    # a subclass may take norms of whole parameters, so that a rule says it of itself alone
-    moves = vars(type(rule)).get("shards", False)
-    if optimizer.factored and getattr(rule, "diagonal", False):  # it forms quotients of whole matrices
-        moves = False
-    losses = not getattr(estimator, "backpropagates", False) and getattr(inner, "clip_norm", None) is None
+    # a diagonal rule forms quotients of whole matrices
+    moves = says(rule, "shards") and not (optimizer.factored and rule.diagonal)
     for fits, argument, value, way_out in (
         (reads, "evaluation", evaluation.name, "use 'master', 'inplace' or 'auto'"),
         (moves, "rule", rule.name, "use zokern.Sgd(), zokern.Momentum() or, with a dense z, zokern.Adam()"),
         (not optimizer.scaled, "direction", optimizer.scaled and optimizer.scaled.name, "use 'normal'"),
-        (losses, "estimator", type(estimator).__name__, "use one that reads losses alone: zokern.Spsa()"),
+        (estimator.shards, "estimator", type(estimator).__name__, "use one of losses alone: zokern.Spsa()"),
         (optimizer.tape is None, "the step", "captured in a graph", "call zokern.step"),
         # a forward of shards is one of all ranks, and with points of its own each rank has another number
         (optimizer.ranks.split == "batch", "split", optimizer.ranks.split, "use zokern.Parallel()"),

@@ -87,7 +87,7 @@ def step(optimizer: Any, closure: Closures, first_order: Callable[[], Any] | Non
         optimizer.step(closure, reads=False)
         return optimizer.result
     estimator = type(optimizer.estimator).__name__
-    if not callable(first_order) or not getattr(optimizer.estimator, "backpropagates", False):
+    if not callable(first_order) or not optimizer.estimator.backpropagates:
         raise TypeError(
             f"first_order is {first_order!r:.80} and estimator {estimator}; expected a function that "
             "computes a loss, and an estimator that "
@@ -136,7 +136,7 @@ def _run(optimizer: Steps, closure: Callable[[], Any], first_order: Callable[[],
 
     Numbers stay where the losses are. The host reads them only where a part of the step needs one."""
     plan: Plan = optimizer.plan()
-    lens, rows = getattr(optimizer.rule, "base", None), getattr(optimizer.estimator, "rows", False)
+    lens, rows = optimizer.rule.base, optimizer.estimator.rows
     reading = Together(optimizer.evaluation, optimizer.ranks)
     oracle = Oracle(reading, plan, closure, optimizer.state, lens, rows)
     optimizer.prepare(plan, oracle)

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .checks import finite_number, whole_number
-from .estimator import Estimate, Oracle, Spsa
+from .estimator import Estimate, Estimator, Oracle, Spsa, Stencil
 from .estimator.base import ONES
 from .estimator.spsa import CENTRAL
 from .evaluation import Evaluation, Jvp
@@ -237,7 +237,7 @@ def tune(
     loss, fall, square, length = (math.fsum(values) / len(found) for values in zip(*found))
     if not fall > 0.0 or not math.isfinite(loss):
         raise ValueError(NO_SLOPE.format(fall, loss))
-    own_lr = getattr(optimizer.rule, "lr", None)
+    own_lr = optimizer.rule.lr
     lr = _bounded(share * abs(loss) / fall, reach, math.sqrt(square), math.sqrt(length), own_lr)
     error = statistics.stdev(probe.fall for probe in found) / math.sqrt(len(found)) / fall
     old = own[0], float(optimizer.param_groups[0]["lr"])
@@ -252,7 +252,7 @@ def _losses_of(closures: Any, estimator: Any) -> list[Callable[[], Any]]:
             f"closures is {closures!r:.80}; expected a function that computes a batch's loss, or a list of "
             "them"
         )
-    rows = getattr(estimator, "rows", False)  # closures of the loss of each example
+    rows = estimator.rows  # closures of the loss of each example
     return [mean_of(one) for one in given] if rows else given
 
 
@@ -294,8 +294,7 @@ def _set(plan: Plan, own: Sequence[float], factor: float) -> None:
 def _ask(estimator: Any, oracle: Oracle, plan: Plan, first: int) -> list[Estimate]:
     """Returns the estimates of one step, along the draws from number `first` on."""
     oracle.plan = replace(plan, first=plan.first + first)
-    ask = estimator.forwards if getattr(estimator, "backpropagates", False) else estimator
-    return [*ask(oracle, oracle.plan)]
+    return [*estimator.forwards(oracle, oracle.plan)]
 
 
 def _widths(
@@ -303,7 +302,7 @@ def _widths(
 ) -> list[Width]:
     """Returns what is read at each eps by the estimator's own difference,
     along the same draws of the first batch."""
-    spsa = Spsa(FEW, getattr(optimizer.estimator, "stencil", CENTRAL))
+    spsa = Spsa(FEW, _stencil(optimizer.estimator))
     rows, shares = [], []
     for factor in WIDTHS:
         _set(plan, own, factor)
@@ -322,6 +321,10 @@ def _widths(
     return [Width(own[0] * f, float(s), c, share) for f, s, c, share in zip(WIDTHS, size, both, shares)]
 
 
+def _stencil(estimator: Estimator) -> Stencil:
+    return estimator.stencil if isinstance(estimator, Spsa) else CENTRAL
+
+
 def _probes(
     optimizer: ZerothOrder,
     oracle: Oracle,
@@ -333,9 +336,9 @@ def _probes(
     """Returns a probe for each step's worth of losses, over the closures in turn:
     `count` draws or more, two probes at least."""
     found: list[Probe] = []
-    estimator, gain = optimizer.estimator, getattr(optimizer.estimator, "gain", None)
+    estimator, gain = optimizer.estimator, optimizer.estimator.gain
     if gain is not None:  # c estimates a slope: the plain difference has its mean and less variance
-        estimator = Spsa(estimator.queries, getattr(estimator, "stencil", CENTRAL))
+        estimator = Spsa(estimator.queries, _stencil(estimator))
     queries = estimator.queries
     while len(found) < 2 or len(found) * queries < count:
         oracle.closure = closures[len(found) % len(closures)]

@@ -119,10 +119,10 @@ def test_rules_say_what_their_state_belongs_to() -> None:
     )
     assert basis_of(zokern.Momentum(), {tensor: {"momentum": torch.zeros(1)}}, tensor) == -1
 
-    class Old:
-        """A rule of the user's, without the question."""
+    class Own(zokern.Rule):
+        """A rule of the user's, without a basis."""
 
-    assert basis_of(Old(), states, tensor) is None  # type: ignore[arg-type]
+    assert basis_of(Own(), states, tensor) is None
 
 
 # P-GAP, whose bases come from measured losses ---------------------------------------------------------------

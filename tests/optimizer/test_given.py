@@ -321,6 +321,16 @@ def test_params_of_other_forms(given: Callable, error, words: str) -> None:
         zokern.MeZO(given(layers()))
 
 
+class Alike:
+    """Looks like a rule and like an estimator, and inherits none of what a step asks them."""
+
+    name, queries, lr = "alike", 1, 1.0
+
+    def update(self, *given): ...
+
+    def __call__(self, *given): ...
+
+
 @pytest.mark.parametrize("options, error, words", [
     ({"paired_check": -5}, ValueError, "paired_check is -5"),
     ({"paired_check": 1.5}, ValueError, "paired_check is 1.5"),
@@ -330,6 +340,8 @@ def test_params_of_other_forms(given: Callable, error, words: str) -> None:
     ({"dead_limit": True}, ValueError, "dead_limit is True"),
     ({"maximize": "no"}, ValueError, "maximize is 'no'"), ({"rule": "adam"}, TypeError, "rule is 'adam'"),
     ({"rule": zokern.Adam}, TypeError, "rule is"),
+    ({"rule": Alike()}, TypeError, "rule is .*another zokern.Rule object"),
+    ({"estimator": Alike()}, TypeError, "estimator is .*another zokern.Estimator object"),
     ({"backend": 3}, TypeError, "backend is 3"), ({"queries": 2.0}, ValueError, "queries is 2.0"),
     ({"lr": torch.ones(2)}, ValueError, "lr is tensor"),
     ({"eps": 1e-60}, ValueError, "eps is 1e-60; expected a finite number"),

@@ -86,7 +86,7 @@ def moved_first(right, found, plan, gradient, moves, rule, closure, sign):
                 t.data.copy_(before)
         return take(part, group, *rest)
 
-    return right(found, plan, gradient, moves, SimpleNamespace(descend=back), late, sign)
+    return right(found, plan, gradient, moves, SimpleNamespace(descend=back, base=None), late, sign)
 
 
 def descends(change: Callable) -> Any:

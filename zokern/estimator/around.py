@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..evaluation import Point
 from ..plan import Plan
-from .base import SLOPES, Estimate, Estimator, Oracle
+from .base import Estimate, Estimator, Oracle
 from .spsa import Spsa
 
 
@@ -43,7 +43,7 @@ class Within:
         return self.oracle.slopes(draws, self.scope if scope is None else scope)
 
 
-class Around:
+class Around(Estimator):
     """Holds the inner estimator, and has its queries, lr and state. None: Spsa(), the central difference."""
 
     def __init__(self, inner: Estimator | None) -> None:
@@ -60,13 +60,17 @@ class Around:
         self.inner.state = kept
 
     @property
-    def rows(self) -> bool:
+    def rows(self) -> bool:  # type: ignore[override]
         """Whether the inner estimator asks for the losses of examples alone."""
-        return getattr(self.inner, "rows", False)
+        return self.inner.rows
 
     @property
-    def lr(self) -> float:
-        return getattr(self.inner, "lr", SLOPES)
+    def lr(self) -> float:  # type: ignore[override]
+        return self.inner.lr
+
+    @property
+    def shards(self) -> bool:  # type: ignore[override]
+        return self.inner.shards
 
     def within(
         self, oracle: Oracle, plan: Plan, names: tuple[str, ...], base: list[Tensor] | None = None

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -257,33 +257,45 @@ class Oracle:
         return losses, slopes
 
 
-class Estimator(Protocol):
-    """An object that asks and yields. Its attributes are options, which a state_dict compares; `state` is
-    what it learns.
+class Estimator:
+    """Estimates the gradient: the base class of estimators, which ask for losses and yield estimates.
 
-    keeps    where an estimator has this method: keeps(shape) returns name -> shape of the float32 tensors
-             that it keeps in the optimizer's state of a parameter (Oracle.states)
-    queries  draws of a step
-    rows     True where it asks for the losses of examples alone (Oracle.examples)
-    lr       of an optimizer that is given none; SLOPES where an estimator has no such attribute
-    state    plain values and tensors that a resumed run continues with; an empty dict where nothing is
-             kept
-    backpropagates  whether its estimates have a gradient; False where it has no such attribute. One that
-             has has forwards(oracle, plan), which yields the estimates without it, for zokern.tune
-    captures  True: its questions are the same in every step, whatever the losses, so that zokern.graph takes
-              it. A subclass says it anew
-    perturbs  whether it reads losses away from theta, at eps; True where it has no such attribute"""
+        for estimate in estimator(oracle, plan): rule.update(plan.only(estimate.scope), ..., estimate)
 
-    queries: int
+    An estimator of your own has `__call__`, and of the rest what it needs. Its attributes are options, which
+    a state_dict compares. Spall 1992, for the form.
+
+        queries         draws of a step
+        state           what it learns: plain values and tensors that a resumed run continues with
+        lr              of an optimizer that is given none
+        gain            of c over the slope along z, in expectation; None: c is no estimate of a slope
+        rows            True where it asks for the losses of examples alone (Oracle.examples)
+        backpropagates  True where its estimates have a gradient. It then has forwards(oracle, plan), which
+                        yields the estimates without it, for zokern.tune
+        perturbs        whether it reads losses away from theta, at eps
+        shards          whether it reads losses alone, and no whole tensor of a parameter
+        captures        True: its questions are the same in every step, whatever the losses, so that
+                        zokern.graph takes it. A subclass says it anew"""
+
+    queries: int = 1
     state: dict[str, Any]
+    lr = SLOPES
+    gain: float | None = None
+    rows = backpropagates = captures = False
+    perturbs = shards = True
 
     def __call__(self, oracle: Oracle, plan: Plan) -> Iterator[Estimate]:
         """Yields one estimate or several; each moves the weights before the next question."""
+        raise NotImplementedError(f"estimator {type(self).__name__} has no __call__()")
+
+    def forwards(self, oracle: Oracle, plan: Plan) -> Iterator[Estimate]:
+        """Yields the estimates without a back-propagated term."""
+        return self(oracle, plan)
+
+    def keeps(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Returns name -> shape of the float32 tensors that it keeps in the optimizer's state of a parameter
+        (Oracle.states)."""
+        return {}
 
 
-def is_captured(estimator: Any) -> bool:
-    """Returns whether an estimator says of itself that a graph can hold its step."""
-    return "captures" in vars(type(estimator)) and bool(estimator.captures)
-
-
-__all__ = ["ONES", "SLOPES", "Base", "Estimate", "Estimator", "Gradient", "Oracle", "is_captured"]
+__all__ = ["ONES", "SLOPES", "Base", "Estimate", "Estimator", "Gradient", "Oracle"]

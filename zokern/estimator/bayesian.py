@@ -19,12 +19,12 @@ import torch
 from ..checks import whole_number
 from ..evaluation import THETA, point_of
 from ..plan import Plan
-from .base import SLOPES, Estimate, Oracle
+from .base import SLOPES, Estimate, Estimator, Oracle
 
 KEEP, FLOOR = 0.9, 0.1  # of the noise's running variance
 
 
-class Bayesian:
+class Bayesian(Estimator):
     """Estimates the slopes along a few draws by a Kalman filter over losses that are read along
     combinations of them (BSZO).
 

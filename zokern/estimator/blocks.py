@@ -12,11 +12,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..checks import within
+from ..checks import says, within
 from ..plan import Plan
 from ..stream import LAYERS
 from .around import Around
-from .base import Estimate, Estimator, Oracle, is_captured
+from .base import Estimate, Estimator, Oracle
 
 ORDERS = ("gauss-seidel", "jacobi")
 
@@ -84,9 +84,9 @@ class Blockwise(Around):
         self.block, self.order = block if callable(block) else BLOCKS[block], order
 
     @property
-    def captures(self) -> bool:
+    def captures(self) -> bool:  # type: ignore[override]
         """Whether the inner estimator asks the same of every step."""
-        return is_captured(self.inner)
+        return says(self.inner, "captures")
 
     def __call__(self, oracle: Oracle, plan: Plan) -> Iterator[Estimate]:
         blocks: dict[str, list[str]] = {}

@@ -10,10 +10,10 @@ from typing import Any
 
 from ..checks import finite_number, whole_number
 from ..plan import Plan
-from .base import SLOPES, Estimate, Oracle
+from .base import SLOPES, Estimate, Estimator, Oracle
 
 
-class ForwardGradient:
+class ForwardGradient(Estimator):
     """Estimates the gradient from exact derivatives along random draws, read in forward mode: eps plays
     no part.
 

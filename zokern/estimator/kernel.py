@@ -94,6 +94,11 @@ class Kernel(Spsa):
         self.clip_norm = None if clip_norm is None else finite_number("clip_norm", clip_norm, above=0.0)
 
     @property
+    def shards(self) -> bool:  # type: ignore[override]
+        """Whether no norm of a whole parameter is taken."""
+        return self.clip_norm is None
+
+    @property
     def gain(self) -> float:  # type: ignore[override]
         """E[r K(r)]: C, and where K does not follow the width, that of the first step's d."""
         if self.rescale:

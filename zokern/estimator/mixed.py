@@ -25,7 +25,7 @@ class Mixed(Around):
     Raises ValueError for alpha out of range and for an inner estimator that moves blocks. Li et al. 2025
     (arXiv 2410.06441)."""
 
-    backpropagates = True
+    backpropagates, shards = True, False
 
     def __init__(self, alpha: float, inner: Estimator | None = None) -> None:
         super().__init__(inner)

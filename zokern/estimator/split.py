@@ -31,7 +31,7 @@ class Split(Around):
     Raises ValueError where `first` chooses no parameter, or all of them. Zhang et al. 2024 (ZO-Bench);
     Sugiura and Matsutani 2025 (ElasticZO, arXiv 2501.04287)."""
 
-    backpropagates = True
+    backpropagates, shards = True, False
 
     def __init__(
         self,

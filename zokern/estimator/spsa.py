@@ -19,7 +19,7 @@ from torch import Tensor
 from ..checks import finite_number, is_number, whole_number
 from ..evaluation import THETA, Point
 from ..plan import Plan
-from .base import SLOPES, Estimate, Oracle
+from .base import SLOPES, Estimate, Estimator, Oracle
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def resolve(stencil: str | Stencil) -> Stencil:
     return STENCILS[stencil]
 
 
-class Spsa:
+class Spsa(Estimator):
     """Estimates the gradient by differences of losses along random draws.
 
         g = (1/q) sum_k c_k z_k,   c_k = (L(theta + eps z_k) - L(theta - eps z_k)) / (2 eps)

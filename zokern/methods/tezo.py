@@ -69,9 +69,7 @@ class TeZO(ZerothOrder):
         direction = Diagonal(**ranks, norm=norm)
         adam = Adam(betas, adam_eps, bias_correction, inside=True)
         named: dict[str, Rule] = {"sgd": Sgd(), "momentum": Momentum(adam.betas[0]), "adam": adam}
-        known = (
-            rule in named if isinstance(rule, str) else hasattr(rule, "rebase") and not isinstance(rule, type)
-        )
+        known = rule in named if isinstance(rule, str) else isinstance(rule, Rule)
         if not known:
             raise ValueError(
                 f"rule is {rule!r}; expected 'sgd', 'momentum' or 'adam', or a rule such as zokern.Adam()"

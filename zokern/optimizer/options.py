@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import backends
 from ..checks import finite_number
-from ..estimator import SLOPES, Estimator, Spsa, Stencil
+from ..estimator import Estimator, Spsa, Stencil
 from ..guards import Guards
 from ..rule import Rule, Sgd
 
@@ -63,9 +63,9 @@ def check_launches(rounding: Any, backend: Any) -> None:
 def rule_of(given: Any) -> Rule:
     """Returns a rule; None: SGD. Raises TypeError for what is no rule object."""
     rule = Sgd() if given is None else given
-    if isinstance(rule, type) or not hasattr(rule, "update"):
+    if not isinstance(rule, Rule):
         raise TypeError(
-            f"rule is {rule!r}; expected None, zokern.Momentum(), zokern.Adam() or another Rule object"
+            f"rule is {rule!r}; expected None, zokern.Momentum(), zokern.Adam() or another zokern.Rule object"
         )
     return rule
 
@@ -80,8 +80,10 @@ def estimator_of(given: Estimator | None, queries: int | None, stencil: str | St
                 f"{name} is {value!r} beside an estimator; give it to the estimator: "
                 f"zokern.Spsa({name}={value!r})"
             )
-    if isinstance(given, type) or not callable(given) or not hasattr(given, "queries"):
-        raise TypeError(f"estimator is {given!r}; expected None, zokern.Spsa() or another Estimator object")
+    if not isinstance(given, Estimator):
+        raise TypeError(
+            f"estimator is {given!r}; expected None, zokern.Spsa() or another zokern.Estimator object"
+        )
     return given
 
 
@@ -89,8 +91,7 @@ def default_lr(rule: Rule, estimator: Estimator) -> float:
     """Returns the lr of an optimizer that is given none.
 
     A rule whose steps have one length, whatever the slope, knows its own."""
-    lr: Any = getattr(rule, "lr", None)
-    return lr or getattr(estimator, "lr", SLOPES)
+    return rule.lr or estimator.lr
 
 
 def check_group(options: dict[str, Any]) -> None:

@@ -221,14 +221,13 @@ class Work:
             way_out,
             loading,
         )
-        if (own := getattr(self.estimator, "keeps", None)) is not None:
-            check_state(entry, state, self.rule.name, Keeps(own(shape), False), way_out, loading)
+        own = Keeps(self.estimator.keeps(shape), False)
+        check_state(entry, state, self.rule.name, own, way_out, loading)
 
     def _of_elements(self, entry: Trained) -> dict[str, tuple[int, ...]]:
         """Returns what is kept of each element of a parameter, name -> shape of the block that is here."""
         shape = tuple(shards.block(entry.name, entry.tensor).memory.shape)
-        own = getattr(self.estimator, "keeps", None)
-        kept = {} if own is None else dict(own(shape))
+        kept = self.estimator.keeps(shape)
         if self.bases.draw_shape(entry) is None:
             kept |= self.rule.keeps(shape, None).tensors
         return kept

@@ -301,7 +301,7 @@ class ZerothOrder(torch.optim.Optimizer):
             group.check_waiting()
         if [group.eps for group in work.groups] != self._eps:
             self._eps = []  # after a refusal it is looked at again
-            if getattr(self.estimator, "perturbs", True):
+            if self.estimator.perturbs:
                 underflow.check_perturbation(plan, self.guards.force)
             self._eps = [group.eps for group in work.groups]
         self._prepared = True
@@ -312,8 +312,8 @@ class ZerothOrder(torch.optim.Optimizer):
         self.low_bits.drop(plan.groups)
         self.deferred.settle(plan)
         self.bases.renew(plan, oracle)
-        if (ready := getattr(self.rule, "prepare", None)) is not None:
-            ready(plan, oracle, self.state)
+        if self.rule.prepare is not None:
+            self.rule.prepare(plan, oracle, self.state)
 
     def learn(self, plan: Plan, estimate: Estimate, finite: Tensor) -> None:
         """Gives a direction with factors what an estimate says, before the weights move along it."""
@@ -327,7 +327,7 @@ class ZerothOrder(torch.optim.Optimizer):
         """Whether the weights move, or stay, by what the device knows: the host need not know that a step is
         finite."""
         # a subclass may take numbers, so that a rule says it of itself alone
-        return "gated" in vars(type(self.rule)) and bool(getattr(self.rule, "gated", False))
+        return "gated" in vars(type(self.rule)) and self.rule.gated
 
     def count(self, result: StepResult) -> None:
         """Has the guards look at a step's numbers: at once on a CPU, and on a GPU at those of several steps

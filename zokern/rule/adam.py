@@ -37,6 +37,7 @@ from ..directions import Matrix
 from ..estimator.base import ONES
 from ..group import Group
 from ..plan import Plan
+from .base import Rule
 from .carry import carried
 from .dense import advance
 from .state import Keeps
@@ -54,7 +55,7 @@ def pair(betas: Any) -> tuple[float, float]:
     return float(betas[0]), float(betas[1])
 
 
-class Adam:
+class Adam(Rule):
     """Moves every weight by the mean of its estimates over the root of their mean square.
 
         theta <- decay theta + lr (M / c1) / (sqrt(V / c2) + eps)
@@ -107,7 +108,7 @@ class Adam:
         return self.core
 
     @property
-    def diagonal(self) -> bool:
+    def diagonal(self) -> bool:  # type: ignore[override]
         """Whether a low-rank direction needs diagonal draws and a basis that lasts: the quotient is formed
         for the weights."""
         return not self.core

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from ..checks import finite_number
-from ..directions import Matrix
 from ..estimator import Base
 from ..evaluation import Point
 from ..group import Group
 from ..plan import Plan
+from .base import Rule
 from .dense import advance
 from .state import Keeps
 
@@ -36,7 +36,7 @@ def is_still(lr: float) -> bool:
     return lr == 0.0
 
 
-class Averaged:
+class Averaged(Rule):
     """Averages the weights along the run, and takes steps from a fast copy of them (KerZOO).
 
         fast <- decay fast + lr g,   theta <- (1 - w) theta + w fast,   w = 1 / (1 + t / span) after t updates
@@ -97,15 +97,6 @@ class Averaged:
     def keeps(self, shape: tuple[int, ...], draw: tuple[int, int] | None) -> Keeps:
         """Returns the fast weights."""
         return Keeps({"fast": shape}, True)
-
-    def basis(self, state: Any) -> int | None:
-        """None: the state belongs to no basis."""
-        return None
-
-    def rebase(
-        self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor | None, state: Any
-    ) -> None:
-        """Nothing depends on a basis."""
 
 
 __all__ = ["Averaged"]

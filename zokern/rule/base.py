@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -13,62 +13,73 @@ from ..plan import Plan
 from .state import Keeps
 
 
-class Rule(Protocol):
-    """theta <- rule(theta, g), g = sum_k weights[k] z_k the descent direction: weights[k] = -c_k / q (+c_k /
-    q to maximize).
+class Rule:
+    """Moves the weights along an estimate: the base class of rules.
 
-    defers  whether updates of factored matrices stay in their small space, and may wait there
+        theta <- rule(theta, g),   g = sum_k weights[k] z_k,   weights[k] = -c_k / q (+c_k / q to maximize)
 
-    A rule may have more, where it needs it:
+    A rule of your own has `update`, and of the rest what it needs. It keeps nothing, unless `keeps` says so.
+    Robbins and Monro 1951, for the form.
 
-        dense                        True: an optimizer refuses it with a low-rank direction
-        lowrank                      True: it refuses it with a dense one
-        linear                       True: theta moves along the sum of the draws itself, and needs no space
-                                     to add them in
-        diagonal                     True: of low-rank directions it takes those with a diagonal draw and one
-                                     basis
-        gated                        True: it writes what `weights.projected` says in device memory, and
-                                     nothing in a step that is not finite, so that no value is read. A
-                                     subclass says it anew
-        shards                       True: it takes the block of a parameter that this process holds, as it
-                                     is in group.theta. A subclass says it anew; sharded parameters are
-                                     refused without it
-        captures                     True: a graph can hold its step although it has base() or prepare().
-                                     False: it cannot, as where launches name draws of other steps
-        base(point)                  returns (base, point): losses are read there, around other weights (Base)
-        prepare(plan, oracle, states)   before the losses of a step are read: may read others
-    """
+        name      how records and messages call it
+        defers    whether updates of factored matrices stay in their small space, and may wait there
+        lr        of an optimizer that is given none, for a rule whose steps have one length; None: the
+                  estimator's
+        dense     True: an optimizer refuses it with a low-rank direction
+        lowrank   True: it refuses it with a dense one
+        linear    True: theta moves along the sum of the draws itself, and needs no space to add them in
+        diagonal  True: of low-rank directions it takes those with a diagonal draw and one basis
+        plain     True: it makes z of its own, and is refused with a direction that has factors
+        gated     True: it writes what `weights.projected` says in device memory, and nothing in a step that
+                  is not finite, so that no value is read. A subclass says it anew
+        shards    True: it takes the block of a parameter that this process holds, as it is in group.theta. A
+                  subclass says it anew; sharded parameters are refused without it
+        captures  whether a graph can hold its step. None: it can, without `base` and `prepare`
+        base      base(point) returns (base, point): losses are read there, around other weights (Base)
+        prepare   prepare(plan, oracle, states), before the losses of a step are read; it may read others
+        descend   writes one parameter along its draws and a gradient, as Sgd.descend; None: the rule takes
+                  no gradients (zokern/first_order.py)"""
 
-    name: str
+    name = ""
+    lr: float | None = None
+    dense = lowrank = linear = diagonal = plain = shards = False
+    captures: bool | None = None
+    base: Callable[[Any], Any] | None = None
+    prepare: Callable[[Plan, Any, Any], None] | None = None
+    descend: Callable[..., Any] | None = None
 
     @property
     def defers(self) -> bool:
-        """Whether updates of factored matrices may wait."""
+        return False
+
+    @property
+    def gated(self) -> bool:
+        return False
 
     def update(
         self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any,
         defer: bool
     ) -> Tensor | int:  # fmt: skip
-        """Write the group's parameters; how many results are inf or NaN. states[tensor] is the optimizer's
-        state of a parameter.
+        """Writes the group's parameters. Returns how many results are inf or NaN.
 
-        defer: the updates of factored matrices are kept in `pending` instead."""
-
-    # a rule that takes gradients too has descend(), as Sgd: a term of an estimate may have them
-    # (zokern/first_order.py)
+        states[tensor] is the optimizer's state of a parameter. defer: the updates of factored matrices are
+        kept in `pending` instead."""
+        raise NotImplementedError(f"rule {type(self).__name__} has no update()")
 
     def keeps(self, shape: tuple[int, ...], draw: tuple[int, int] | None) -> Keeps:
-        """Returns what the rule keeps of a parameter of this shape. draw: the shape of a draw of a low-rank
-        one; None: its z is dense."""
+        """Returns what the rule keeps of a parameter of this shape: nothing, unless a rule says so. draw: the
+        shape of a draw of a low-rank one; None: its z is dense."""
+        return Keeps({}, False)
 
     def basis(self, state: Any) -> int | None:
-        """The step of the basis that a factored matrix' state belongs to; -1 where it does not say, None
-        where it belongs to none."""
+        """Returns the step of the basis that a factored matrix' state belongs to; -1 where it does not say,
+        None where it belongs to none."""
+        return None
 
     def rebase(
         self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor | None, state: Any
     ) -> None:
-        """The basis of a matrix has changed from (left, right) to its present one: carry the state over."""
+        """Carries the state over from the basis (left, right) of a matrix to its present one."""
 
 
 def renew(rule: Rule, factored: LowRank, group: Group, states: Any, seed: int, step: int) -> None:
@@ -99,29 +110,27 @@ def renew(rule: Rule, factored: LowRank, group: Group, states: Any, seed: int, s
 
 
 def basis_of(rule: Rule, states: Any, tensor: Tensor) -> int | None:
-    """The step of the basis that a parameter's state belongs to, -1 where it does not say; a rule that does
-    not tell keeps none."""
-    tell = getattr(rule, "basis", None)
-    return None if tell is None or tensor not in states else tell(states[tensor])
+    """Returns the step of the basis that a parameter's state belongs to; -1 where it does not say."""
+    return rule.basis(states[tensor]) if tensor in states else None
 
 
 def check_basis(rule: Rule, direction: LowRank | None) -> None:
     """Refuse a rule that needs another space than a direction has: one basis, or any basis at all."""
     if direction is None:
-        if getattr(rule, "lowrank", False):
+        if rule.lowrank:
             raise ValueError(
                 f"rule is {rule.name!r} with a dense direction, which has no small matrices to "
                 "orthogonalise: expected a low-rank one, "
                 "such as zokern.directions.Lazy(), or take zokern.ZOMuon"
             )
         return
-    if getattr(rule, "dense", False):
+    if rule.dense:
         raise ValueError(
             f"rule is {rule.name!r} with direction {direction.name!r}; expected a dense z, 'normal' or "
             "'rademacher', or rule zokern.Sgd() or "
             "zokern.Momentum(), whose moments are small where z is low-rank"
         )
-    if getattr(rule, "diagonal", False) and not direction.is_diagonal:
+    if rule.diagonal and not direction.is_diagonal:
         raise ValueError(
             f"rule is {rule.name!r} with direction {direction.name!r}, whose basis changes or is no "
             "diagonal; its moments belong to "
@@ -129,7 +138,7 @@ def check_basis(rule: Rule, direction: LowRank | None) -> None:
             "zokern.Momentum(), or take zokern.TeZO, "
             "or zokern.MeZO (dense z)"
         )
-    if direction.joins and not getattr(rule, "linear", False):
+    if direction.joins and not rule.linear:
         raise ValueError(
             f"rule is {rule.name!r} with direction {direction.name!r}, which draws U and V in every step and "
             "so has no space to keep "
@@ -140,7 +149,7 @@ def check_basis(rule: Rule, direction: LowRank | None) -> None:
 def check_scaled(rule: Rule, direction: Scaled | None) -> None:
     """Refuses a rule that makes z of its own, of past steps or of a momentum, with a direction that has
     factors."""
-    if direction is not None and getattr(rule, "plain", False):
+    if direction is not None and rule.plain:
         raise ValueError(
             f"rule is {rule.name!r} with direction {direction.name!r}, whose factors may differ from step to "
             "step; expected a direction "

@@ -23,12 +23,12 @@ from .. import devices
 from ..backends import Batch, Noise, Terms
 from ..checks import finite_number, within
 from ..device_numbers import Amount, Weights, stacked
-from ..directions import Matrix
 from ..estimator import Base, Oracle
 from ..evaluation import Point
 from ..group import Group
 from ..plan import Plan
 from ..stream import BASIS, draw_word
+from .base import Rule
 from .state import Keeps
 from .waiting import is_nothing
 
@@ -43,7 +43,7 @@ def warming(step: int) -> float:
     return 0.99 - 0.89 / (1.0 + 8.0 * progress) ** 3
 
 
-class Cone:
+class Cone(Rule):
     """Perturbs and moves the weights along draws in a cone about the momentum of the estimates (ConMeZO).
 
         z = cos(angle) m / l + sin(angle) u,   u the draw,   l the root mean square that m is expected to have
@@ -184,15 +184,6 @@ class Cone:
     def keeps(self, shape: tuple[int, ...], draw: tuple[int, int] | None) -> Keeps:
         """Returns m."""
         return Keeps({"momentum": shape}, True)
-
-    def basis(self, state: Any) -> int | None:
-        """None: the state belongs to no basis."""
-        return None
-
-    def rebase(
-        self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor | None, state: Any
-    ) -> None:
-        """Nothing depends on a basis."""
 
 
 def _add(group: Group, i: int, values: Tensor, amount: Any) -> None:

@@ -22,13 +22,14 @@ from ..device_numbers import Weights
 from ..directions import Matrix
 from ..group import Group
 from ..plan import Plan
+from .base import Rule
 from .carry import carried
 from .dense import advance
 from .state import Keeps
 from .waiting import deposit, total
 
 
-class Momentum:
+class Momentum(Rule):
     """Moves the weights along an average of the estimates.
 
         M <- beta M + (1 - dampening) g,   theta <- decay theta + lr M,   g = sum_k weights[k] z_k

@@ -35,6 +35,7 @@ from ..gemm.library import one_thread
 from ..group import Group
 from ..plan import Plan
 from ..stream import BASIS, draw_word
+from .base import Rule
 from .carry import carried
 from .state import Keeps
 from .waiting import deposit, total
@@ -43,7 +44,7 @@ COEFFICIENTS, ITERATIONS, LEAST = (3.4445, -4.7750, 2.0315), 5, 1e-7
 START = draw_word(2**24 - 1, BASIS)  # the start of the power iteration, at the step of the basis
 
 
-class Muon:
+class Muon(Rule):
     """Moves low-rank weights along an orthogonalised estimate, whose singular values are all 1 or 0.
 
         W <- decay W + lr t L O R,   O = orthogonal(M)

@@ -11,14 +11,13 @@ from torch import Tensor
 
 from ..backends import Batch, Outer, Terms
 from ..device_numbers import Weights, cached_upload
-from ..directions import Matrix
 from ..group import Group, ends_of
 from ..plan import Plan
-from .state import Keeps
+from .base import Rule
 from .waiting import add_, deposit, is_nothing, summed, total
 
 
-class Sgd:
+class Sgd(Rule):
     """Moves the weights along the estimate, as plain SGD does; the rule of every method by default.
 
         theta <- decay theta + lr g,   g = sum_k weights[k] z_k,   weights[k] = -c_k / q,   decay = 1 - lr wd
@@ -75,16 +74,3 @@ class Sgd:
             lefts, rights = zip(*ends_of(group.matrices, total(plan, group, amounts), group.backend))
             group.backend.lowrank_(Batch([move], group.spans), Outer(lefts, rights, [1.0]))
         return add_(plan, group, 0, move, 1.0, decay, control=control)
-
-    def keeps(self, shape: tuple[int, ...], draw: tuple[int, int] | None) -> Keeps:
-        """Returns nothing."""
-        return Keeps({}, False)
-
-    def basis(self, state: Any) -> int | None:
-        """None: nothing is kept."""
-        return None
-
-    def rebase(
-        self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor | None, state: Any
-    ) -> None:
-        """Nothing is kept."""

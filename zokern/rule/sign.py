@@ -8,15 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ..directions import Matrix
 from ..estimator.base import ONES
 from ..group import Group
 from ..plan import Plan
-from .state import Keeps
+from .base import Rule
 from .waiting import is_nothing
 
 
-class SignSgd:
+class SignSgd(Rule):
     """Moves every weight by lr, up or down by the sign of the estimate.
 
         theta <- decay theta + lr sign(g),   g = sum_k weights[k] z_k;   a weight with g = 0 stays
@@ -46,19 +45,6 @@ class SignSgd:
         return group.update_(
             plan, members, weights, self.name, lambda: self.scalars(*plan.rates(group, lr, decay)), []
         )
-
-    def keeps(self, shape: tuple[int, ...], draw: tuple[int, int] | None) -> Keeps:
-        """Returns nothing."""
-        return Keeps({}, False)
-
-    def basis(self, state: Any) -> int | None:
-        """None: nothing is kept."""
-        return None
-
-    def rebase(
-        self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor | None, state: Any
-    ) -> None:
-        """Nothing is kept."""
 
 
 __all__ = ["SignSgd"]

@@ -25,21 +25,21 @@ from torch import Tensor
 from ..backends import Batch, Noise, Span, Update
 from ..checks import finite_number, flag, whole_number, within
 from ..device_numbers import Weights, stacked, upload
-from ..directions import Matrix
 from ..estimator.base import ONES
 from ..fingerprint import announce
 from ..group import Group
 from ..plan import Plan
 from .adam import LARGEST, SMALLEST, pair
+from .base import Rule
 from .dense import PIECE
-from .state import START_ANEW, Keeps
+from .state import START_ANEW
 from .waiting import is_nothing
 
 Past = list[list[Any]]  # an update: [step, draw word, weight] of each of its draws; see Plan.at_hand
 EMPTY: list[Past] = []
 
 
-class _Window:
+class _Window(Rule):
     """What both rules share: a parameter's window is in the optimizer's state, under `window`, the oldest
     update first.
 
@@ -83,19 +83,6 @@ class _Window:
             states[tensor]["window"] = window
         for members, window in found.values():
             yield group if len(members) == len(group.tensors) else group.only(members), window
-
-    def keeps(self, shape: tuple[int, ...], draw: tuple[int, int] | None) -> Keeps:
-        """Returns nothing: a window has no tensors."""
-        return Keeps({}, False)
-
-    def basis(self, state: Any) -> int | None:
-        """None: z is dense."""
-        return None
-
-    def rebase(
-        self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor | None, state: Any
-    ) -> None:
-        """Nothing belongs to a basis."""
 
 
 def _checked(window: Any, name: str) -> tuple:
@@ -197,7 +184,7 @@ class WindowAdam(_Window):
         self.scale, self.warmup = finite_number("scale", scale, above=0.0), flag("warmup", warmup)
 
     @property
-    def lr(self) -> float:
+    def lr(self) -> float:  # type: ignore[override]
         """Of an optimizer that is given none: a step is as long as Adam's."""
         return ONES / self.scale
 

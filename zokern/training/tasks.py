@@ -124,7 +124,7 @@ class Closure:
 
     def of(self, optimizer: Any) -> Callable[[], Tensor]:
         """Returns the closure that an optimizer's estimator asks for."""
-        return self.rows if getattr(optimizer.estimator, "rows", False) else self
+        return self.rows if optimizer.estimator.rows else self
 
 
 def moved(batch: tuple[Inputs, Tensor], device: torch.device) -> tuple[Inputs, Tensor]:
