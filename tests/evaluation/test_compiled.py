@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 import zokern
-from zokern.evaluation import compiled, scratch
+from zokern.evaluation import compiled, exchange, scratch
 
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_graphs")
 
@@ -38,6 +38,8 @@ WAYS: dict[str, Callable[[], Any]] = {
 @pytest.fixture
 def fresh_graphs():
     """Other tests' graphs count towards the limit of recompilations."""
+    if not exchange.guards_see_stand_ins():
+        pytest.skip(f"guards of torch {torch.__version__} do not see stand-ins, so Python runs")
     torch.compiler.reset()
     yield
     torch.compiler.reset()
@@ -228,6 +230,29 @@ def test_the_backend_eager() -> None:
     check_stays_compiled(zokern.Paired(budget=1 << 20), 1, make=wide, base="eager")
 
 
+def check_python(way: Any) -> None:
+    """As on a torch whose guards do not see stand-ins: Python runs in the place of graphs, and says so."""
+    mine, right = run(way, make=wide), run("master", make=wide, how=None)
+    check_same(mine, right)
+    assert all(f"guards of torch {torch.__version__}" in result.why for result in mine.results)
+
+
+def test_python_runs_where_guards_do_not_see_stand_ins(monkeypatch) -> None:
+    with pytest.raises(AssertionError):
+        check_python(zokern.Paired(budget=1 << 20))
+    monkeypatch.setattr(exchange, "guards_see_stand_ins", lambda: False)
+    check_python(zokern.Paired(budget=1 << 20))
+
+
+def test_a_graph_that_is_not_made_again_is_noticed(monkeypatch) -> None:
+    see = exchange.guards_see_stand_ins.__wrapped__
+    assert see()
+    monkeypatch.setattr(
+        torch, "compile", lambda module, backend: backend(torch.fx.symbolic_trace(module), [])
+    )
+    assert not see()
+
+
 def dropping() -> nn.Module:
     return nn.Sequential(wide(), nn.Dropout(0.3), nn.Linear(9, 5)).train()
 
@@ -416,8 +441,8 @@ def test_changing_sets_of_parameters_end_in_python(method: Callable) -> None:
 @pytest.mark.parametrize("way", ["paired", "scratch"])
 def test_graphs_that_misread_larger_inputs_give_way(way: str, monkeypatch) -> None:
     """In the step that finds it."""
-    right, factor, losses = compiled.losses, 1.0, []
-    monkeypatch.setattr(compiled, "losses", lambda *given: right(*given) * factor)
+    right, factor, losses = exchange.losses, 1.0, []
+    monkeypatch.setattr(exchange, "losses", lambda *given: right(*given) * factor)
     for evaluation in (way, "master"):
         model, factor = build(small), 1.0
         called = torch.compile(model, backend="eager") if evaluation == way else model

@@ -12,8 +12,7 @@ made, and the graph itself computes with plain tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache, reduce
 from hashlib import blake2b
 from pathlib import Path
@@ -25,12 +24,9 @@ from torch._compile import _disable_dynamo
 from torch.overrides import enable_reentrant_dispatch
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from ..fingerprint import memory_of, versions_of
-from ..modules import same
+from ..fingerprint import memory_of
 from .base import WAY_OUT, Refused
 from .copies import Copies
-from .loss import loss_tensor, one_number
-from .standin import places_of, swap, writes
 
 aten = torch.ops.aten
 
@@ -277,7 +273,7 @@ def _register(schema: str, fake: Callable[..., Tensor]) -> Callable[[Callable], 
 
     def registered(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def run(theta: Tensor, *rest: Any) -> Tensor:
-            copies, places = _reading[-1]
+            copies, places = reading[-1]
             place = places.get(memory_of([theta])[0][0])
             if place is None:
                 raise Refused(f"a graph reads a copy of a large parameter of shape {list(theta.shape)}")
@@ -294,7 +290,7 @@ def _register(schema: str, fake: Callable[..., Tensor]) -> Callable[[Callable], 
 
 # a graph of the device would keep the points of the reading in which it was captured
 TAGS = [tag for tag in [getattr(torch.Tag, "cudagraph_unsafe", None)] if tag is not None]
-_reading: list[tuple[Copies, dict]] = []
+reading: list[tuple[Copies, dict]] = []
 
 
 @_register(
@@ -336,63 +332,4 @@ def _whole(copies: Copies, g: int, i: int, sides: int) -> Tensor:
     return copies.stack(g, i)
 
 
-# Exchange ---------------------------------------------------------------------------------------------------
-
-
-def losses(copies: Copies, closure: Callable[[], object]) -> Tensor:
-    """Returns the losses of all sides, from one call of the closure."""
-    with standing_in(copies):
-        loss = closure()
-        if not isinstance(loss, Tensor):
-            raise one_number(loss)
-        found = loss_tensor(loss, copies.plan.rows)
-    return found._stack if isinstance(found, Mapped) else found.expand(copies.sides, *found.shape)
-
-
-@contextmanager
-def standing_in(copies: Copies) -> Iterator[None]:
-    """Puts stand-ins into the trained parameters; on the way out takes them back and looks whether the
-    closure wrote to one."""
-    parameters, made, attributes, where = _stand_ins(copies)
-    stacks, before, done = list(copies.resident.values()), list(map(type, parameters)), 0
-    _reading.append((copies, where))
-    try:
-        for parameter, stand_in, own in zip(parameters, made, attributes):
-            swap(parameter, stand_in)
-            done += 1
-            parameter.__class__ = type(stand_in)
-            vars(parameter).update(own)
-        versions = versions_of(stacks)
-        yield
-        for (g, i), now, then in zip(copies.resident, versions_of(stacks), versions):
-            if now != then:
-                raise writes(copies.plan.groups[g].names[i])
-    finally:
-        _reading.pop()
-        for parameter, stand_in, own, kind in list(zip(parameters, made, attributes, before))[:done]:
-            for name in own:
-                vars(parameter).pop(name, None)
-            parameter.__class__ = kind
-            swap(parameter, stand_in)
-
-
-def _stand_ins(copies: Copies) -> tuple[list[Tensor], list[Tensor], list[dict], dict[int, tuple[int, int]]]:
-    """Returns the trained parameters, what goes inside each, the attributes of these, and the place of each
-    large matrix by its address; prepared once for the same copies."""
-    groups, stacks = copies.plan.groups, list(copies.resident.values())
-    memo, key = groups[0].memo, ("graphs", copies.sides)
-    if key not in memo or not same(stacks, memo[key][0]):
-        _, _, places, _ = places_of(copies, stacks)
-        made: list[Tensor] = []
-        for _, g, i in places:
-            theta, stack = groups[g].theta[i], copies.resident.get((g, i))
-            made.append(Unmade(theta, copies.sides) if stack is None else Mapped(stack, theta.dtype))
-        attributes = [vars(stand_in) | {"_is_param": True} for stand_in in made]  # what nn.Parameter looks at
-        large = [place for place in places if place[1:] not in copies.resident]
-        addresses, *_ = memory_of([groups[g].theta[i] for _, g, i in large])
-        where = {address: (g, i) for address, (_, g, i) in zip(addresses, large)}
-        memo[key] = stacks, ([parameter for parameter, _, _ in places], made, attributes, where)
-    return memo[key][1]
-
-
-__all__ = ["losses"]
+__all__ = ["Mapped", "Unmade", "reading"]

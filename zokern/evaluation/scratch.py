@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..parameters import is_compiled
 from ..plan import Plan
-from . import compiled
+from . import exchange
 from .arena import Arena
 from .base import Point, Record, Refused, distinct
 from .copies import Copies
@@ -132,6 +132,8 @@ class Scratch:
         whole: set[str] = set()
         largest = 0
         if graphs:
+            if not exchange.guards_see_stand_ins():
+                raise Refused(f"guards of torch {torch.__version__} do not see perturbed parameters")
             self.trained.add(tuple(plan.names))
             if len(self.trained) > SETS:  # as where each step moves other layers
                 raise Refused(f"more than {SETS} sets of trained parameters, each with graphs of its own")
@@ -140,7 +142,7 @@ class Scratch:
                 here = each[part : part + self.sides]
                 copies = Copies(plan, here, self.arena)
                 found.append(
-                    isolation.run(partial(compiled.losses if graphs else self._pass, copies, closure))
+                    isolation.run(partial(exchange.losses if graphs else self._pass, copies, closure))
                 )
                 whole |= copies.whole
                 largest = max(largest, self.arena.peak, copies.largest)
