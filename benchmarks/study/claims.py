@@ -6,10 +6,16 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 from typing import NamedTuple
 
+from torch import nn
+
+from zokern.methods import METHODS
+
 from .order import BASE
-from .reading import TIME, Group, crossing, read_at, student
+from .reading import TIME, Group, Mean, crossing, read_at, student
 
 NOTHING = "not measured"
 APART = "not told apart from MeZO"
@@ -146,6 +152,34 @@ def harmed(groups: Sequence[Group], at: str = "forwards") -> str:
     ]
     where = "; ".join(f"{', '.join(names)} ({group.name})" for group, names in found if names)
     return f"The held-out loss rises, at the lr that was found: {where}." if where else ""
+
+
+@cache
+def backpropagates(method: str) -> bool:
+    """Returns whether a method takes gradients of some modules or batches, beside its forward passes."""
+    made = METHODS[method](nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+    return made.estimator.backpropagates
+
+
+def forward_only(groups: Sequence[Group]) -> list[Group]:
+    """Returns the groups with the methods of forward passes alone."""
+
+    def of(found: dict[str, Mean]) -> dict[str, Mean]:
+        return {name: mean for name, mean in found.items() if not backpropagates(name)}
+
+    return [replace(group, forwards=of(group.forwards), time=of(group.time)) for group in groups]
+
+
+def with_gradients(groups: Sequence[Group]) -> str:
+    """Returns what methods that back-propagate a part reach at equal time; '' where none has run."""
+    found = [
+        f"{name} takes {100 * mean.value:.1f} % [{100 * mean.low:.1f}, {100 * mean.high:.1f}] off the "
+        f"held-out loss ({group.name})"
+        for group in groups
+        for name, mean in sorted(group.time.items(), key=lambda item: -item[1].value)
+        if backpropagates(name)
+    ]
+    return f"With back-propagation for a part, at equal time: {'; '.join(found)}." if found else ""
 
 
 def start_with(groups: Sequence[Group], at: str = "time") -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.report import table
 
-from .claims import CLAIMS, harmed, start_with, statement
+from .claims import CLAIMS, forward_only, harmed, start_with, statement, with_gradients
 from .order import MODELS, SEEDS, SETS, Run, order
 from .reading import LEAST_FALL, TIME, Group, Mean, crossing, groups
 from .train import ASIDE, REACH, SHARES, TRIAL
@@ -163,8 +163,11 @@ def page(
         "",
         "## Which method to start with",
         "",
-        f"- {start_with(found, 'time')}",
-        f"- {start_with(found, 'forwards')}",
+        "Of the methods of forward passes alone:",
+        "",
+        f"- {start_with(forward_only(found), 'time')}",
+        f"- {start_with(forward_only(found), 'forwards')}",
+        *([f"- {above}"] if (above := with_gradients(found)) else []),
         *([f"- {below}"] if (below := harmed(found)) else []),
         "",
         "## What was reproduced of the papers",

@@ -16,12 +16,14 @@ from benchmarks.study.claims import (
     Interval,
     among_best,
     differences,
+    forward_only,
     harmed,
     interval,
     ratios,
     start_with,
     statement,
     verdict,
+    with_gradients,
 )
 from benchmarks.study.order import BASE, SEEDS, SETS, SMALL
 from benchmarks.study.reading import (
@@ -281,7 +283,16 @@ def check_harmed(function) -> None:
     assert function(apart(LOZO=(LINE, ending(1.01)), FZOO=(LINE, FALL))) == ""
 
 
+def check_forward_only(function) -> None:
+    """A method that back-propagates a part is named apart, however far it goes."""
+    found = apart(MeZO=(LINE, ending(0.7)), LOZO=(LINE, ending(0.6)), Hybrid=(LINE, ending(0.3)))
+    assert "start with **LOZO**" in start_with(function(found), "time")
+    assert "Hybrid takes 70.0 %" in with_gradients(found) and "LOZO" not in with_gradients(found)
+    assert with_gradients(function(found)) == ""
+
+
 STATEMENTS = {
+    check_forward_only: forward_only,
     check_harmed: harmed,
     check_verdict: verdict,
     check_ratios: ratios,
@@ -325,6 +336,7 @@ def by_name(found, at):
         pytest.param(
             check_verdict, lambda i, share, b: verdict(i, 1.0, b), id="any saving is the claimed one"
         ),
+        pytest.param(check_forward_only, list, id="gradients are no forward passes"),
         pytest.param(check_ratios, lambda g, c: ratios(g, c._replace(method="LOZO")), id="another method"),
         pytest.param(check_ratios, lambda g, c: (ratios(g, c)[0], 0), id="bounds not counted"),
         pytest.param(
