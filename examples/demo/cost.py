@@ -75,6 +75,8 @@ def cost(
     extra: dict[str, list[int | None]] = {}
     forward()
     for kind, run in kinds.items():
+        if kind == "eager":  # from its first step on the weights are others than those that zokern holds
+            run()
         # What a step keeps stays resident: it is held against the forward before the first of its kind.
         before, extra[kind] = peak_of(forward)[1], []
         for n in tqdm(range(options.rounds + 1), desc=f"cost, {kind}", unit="round", disable=options.quiet):
