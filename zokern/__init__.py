@@ -1,6 +1,6 @@
 """zokern: zeroth-order fine-tuning of language models, training with forward passes only, exact and fast.
 
-opt = zokern.MeZO(model, lr=1e-6, eps=1e-3, seed=0)         # a torch.optim.Optimizer
+opt = zokern.MeZO(model, lr=2e-5, eps=1e-3, seed=0)         # a torch.optim.Optimizer
 for batch in loader:
     result = zokern.step(opt, lambda: model(**batch).loss)  # result.loss, result.coefficients, ...
 """
