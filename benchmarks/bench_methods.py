@@ -1,6 +1,6 @@
 """Times a step of every method over the eager loop of that method, and over two bare forwards.
 
-    pytest benchmarks/bench_methods.py -k bench_eager --benchmark-only -q     # a quarter of an hour
+    pytest benchmarks/bench_methods.py -k bench_eager --benchmark-only -q     # one to two minutes a method
     pytest benchmarks/bench_methods.py -k bench_eager --benchmark-only -q --only SubZero --only LOZO
 
 The page is written method by method. A run that was ended, or one with --only, leaves the other rows as they

@@ -380,7 +380,7 @@ def fault(found: products.Compiled, name: str, arch: str) -> str | None:
         return f"PTX has {rest}"
     if found.shared > 99 << 10:
         return f"{found.shared} bytes of shared memory"
-    if chosen["DIRECTION"] >= 0 and chosen["UNIT"] and not 0.9 < found.philox_blocks() < 1.4:
+    if chosen["DIRECTION"] >= 0 and chosen["UNIT"] and not 0.85 < found.philox_blocks() < 1.4:
         return f"{found.philox_blocks():.2f} blocks a unit"
     wide = sum(bool(re.match(r"LDG\.E\.128|LDGSTS.*\.128", i.name)) for i in found.loop)
     if chosen["UNIT"] and wide < found.weights * (2 if chosen["TYPE"] else 4) / 16:

@@ -15,6 +15,7 @@ from simulated import graphs_on_cpu, noted
 from torch import Tensor, nn
 
 import zokern
+from zokern.evaluation import exchange
 from zokern.plan import Plan
 
 graphs = importlib.import_module("zokern.graph")  # zokern.graph is the function
@@ -276,6 +277,8 @@ def check_compiled(way: Any, readings: int = 2) -> None:
 @pytest.mark.parametrize("way, readings", [("master", 2), ("auto", 2), ("paired", 1)])
 def test_a_compiled_closure_stays_compiled(way: str, readings: int) -> None:
     """Its graph runs at every reading of a captured step, and no step makes another."""
+    if way == "paired" and not exchange.guards_see_stand_ins():
+        pytest.skip(f"guards of torch {torch.__version__} do not see stand-ins, so Python runs")
     check_compiled(way, readings)
 
 

@@ -56,10 +56,13 @@ class Gathered(nn.Module):
 
 
 def whole(p: Tensor) -> Tensor:
-    """Returns all elements of a tensor; gloo gathers no int16."""
+    """Returns all elements of a tensor; gloo gathers no int16.
+
+    torch 2.11 gathers columns into other strides, for which products are summed in another order."""
     if not hasattr(p, "full_tensor"):
         return p
-    return p.int().full_tensor().short() if p.dtype == torch.int16 else p.full_tensor()
+    found = p.int().full_tensor().short() if p.dtype == torch.int16 else p.full_tensor()
+    return found.contiguous()
 
 
 # How a method is built, its steps and the dtype of the weights.
