@@ -98,7 +98,7 @@ def cost(
         "eager_step_seconds": median["eager"],
         "adamw_step_seconds": median.get("adamw"),
         "peak_extra_bytes": peaks["step"],
-        "later_peak_extra_bytes": extra["step"][-1],
+        "later_peak_extra_bytes": extra["step"][-1] if len(extra["step"]) > 2 else None,
         "eager_peak_extra_bytes": peaks["eager"],
         "adamw_peak_extra_bytes": peaks.get("adamw"),
         "scratch_bytes": max(record.scratch_bytes for record in records),

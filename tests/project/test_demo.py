@@ -305,7 +305,9 @@ def test_adamw_is_left_out_where_its_memory_is_not_free(tiny, tmp_path) -> None:
         report = _line(tiny, "--steps", "1") | {"seconds": 0.0}
     assert report["adamw_step_seconds"] is None and report["adamw_peak_extra_bytes"] is None
     assert "its memory is not free" in summary(report)
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'zokern[demo]'")
     plot(report, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes()[1:4] == b"PNG"
 
 
 @pytest.mark.parametrize(

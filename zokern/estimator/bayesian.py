@@ -19,7 +19,7 @@ import torch
 from ..checks import whole_number
 from ..evaluation import THETA, point_of
 from ..plan import Plan
-from .base import SLOPES, Estimate, Estimator, Oracle
+from .base import Estimate, Estimator, Oracle
 
 KEEP, FLOOR = 0.9, 0.1  # of the noise's running variance
 
@@ -39,7 +39,7 @@ class Bayesian(Estimator):
     keeps the variance of the noise, one number.
     Raises ValueError for arguments out of range. arXiv 2601.01452, 2026."""
 
-    lr, gain = SLOPES, 1.0
+    gain = 1.0
 
     def __init__(self, queries: int = 2, observations: int = 3) -> None:
         self.queries, self.observations = (

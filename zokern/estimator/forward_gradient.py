@@ -10,7 +10,7 @@ from typing import Any
 
 from ..checks import finite_number, whole_number
 from ..plan import Plan
-from .base import SLOPES, Estimate, Estimator, Oracle
+from .base import Estimate, Estimator, Oracle
 
 
 class ForwardGradient(Estimator):
@@ -25,7 +25,7 @@ class ForwardGradient(Estimator):
     It needs evaluation='jvp', or 'auto'. Raises ValueError for arguments out of range.
     Baydin et al. 2022 (arXiv 2202.08587); Zhang et al. 2024 (ZO-Bench's Forward-Grad)."""
 
-    lr, perturbs = SLOPES, False
+    perturbs = False
 
     def __init__(self, queries: int = 1, clip: float | None = None) -> None:
         self.queries = whole_number("queries", queries, 1, 2**24 - 1)

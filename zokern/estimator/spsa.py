@@ -19,7 +19,7 @@ from torch import Tensor
 from ..checks import finite_number, is_number, whole_number
 from ..evaluation import THETA, Point
 from ..plan import Plan
-from .base import SLOPES, Estimate, Estimator, Oracle
+from .base import Estimate, Estimator, Oracle
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ class Spsa(Estimator):
     All losses of a step are asked for at once. It keeps nothing.
     Raises ValueError for arguments out of range. Spall 1992; Malladi et al. 2023, Algorithms 1 and 2."""
 
-    lr, captures = SLOPES, True
-    gain: float | None = 1.0  # of c over the slope along z, in expectation; None: c is no estimate of a slope
+    captures = True
+    gain: float | None = 1.0
 
     def __init__(
         self, queries: int = 1, stencil: str | Stencil = "central", clip: float | None = None

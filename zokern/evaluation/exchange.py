@@ -1,8 +1,8 @@
 """Exchange: stand-ins in the trained parameters while graphs of torch.compile read them (compiled.py).
 
 A graph is made of plain weights, and another one of stand-ins. Which of them runs is for dynamo's guards to
-say, which look at the parameters before each call. torch 2.11 does not look while the dictionary that holds a
-parameter is unchanged, and a graph of plain weights would read memory that a stand-in does not have.
+say, which look at the parameters before each call. Those of torch 2.11 let the graph of plain weights run on
+stand-ins, where it reads memory that they do not have; those of 2.13 and 2.14 do not.
 """
 
 from __future__ import annotations

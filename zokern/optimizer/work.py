@@ -227,7 +227,7 @@ class Work:
     def _of_elements(self, entry: Trained) -> dict[str, tuple[int, ...]]:
         """Returns what is kept of each element of a parameter, name -> shape of the block that is here."""
         shape = tuple(shards.block(entry.name, entry.tensor).memory.shape)
-        kept = self.estimator.keeps(shape)
+        kept = dict(self.estimator.keeps(shape))
         if self.bases.draw_shape(entry) is None:
             kept |= self.rule.keeps(shape, None).tensors
         return kept

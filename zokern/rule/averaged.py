@@ -51,7 +51,7 @@ class Averaged(Rule):
     Raises ValueError for a span out of range; an optimizer refuses it with low-rank directions. arXiv
     2505.18886, 2025."""
 
-    name, verb, defers, dense, gated = "averaged", "momentum", False, True, True
+    name, verb, dense, gated = "averaged", "momentum", True, True
     shards = True
 
     def __init__(self, span: float = 6.0) -> None:

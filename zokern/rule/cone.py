@@ -60,7 +60,7 @@ class Cone(Rule):
     Raises ValueError for arguments out of range, and in the first step for several queries; an optimizer
     refuses it with low-rank directions. arXiv 2511.02757, 2025."""
 
-    name, defers, dense, plain, gated = "cone", False, True, True, True
+    name, dense, plain, gated = "cone", True, True, True
     captures = shards = True
 
     def __init__(self, angle: float = 1.35, beta: float | Callable[[int], float] = warming) -> None:

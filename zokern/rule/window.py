@@ -46,7 +46,7 @@ class _Window(Rule):
     A skipped step adds nothing on a CPU. On a GPU the host does not know of it, and it takes a place with the
     weight 0. A parameter that is frozen for a while goes on from the updates that it had."""
 
-    defers, dense, plain, captures = False, True, True, False
+    dense, plain, captures = True, True, False
     length: int
 
     def update(
